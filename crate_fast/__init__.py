@@ -1,0 +1,24 @@
+"""CRATE, the white-box vision transformer: fast, complete, and open to inspection.
+
+>>> import torch
+>>> from crate_fast import CRATE
+>>> model = CRATE(image_size=32, patch_size=8, num_classes=10, dim=64, depth=2, heads=2, dim_head=32)
+>>> model(torch.zeros(1, 3, 32, 32)).shape
+torch.Size([1, 10])
+"""
+
+from pathlib import Path
+
+__version__ = "0.1.0"
+
+# In an uninstalled source tree `kernels/`, `train/` and `eval/` lie beside this folder; once installed, setup.py's
+# mapping has put them inside it and there is no setup.py beside it.
+_root = Path(__file__).resolve().parent.parent
+if (_root / "setup.py").is_file() and (_root / "kernels" / "__init__.py").is_file():
+    __path__.append(str(_root))
+del _root
+
+from crate_fast import registry as _registry  # noqa: E402, F401  (registers the models with timm)
+from crate_fast.model import CRATE, CRATE_base, CRATE_large, CRATE_small, CRATE_tiny  # noqa: E402
+
+__all__ = ["CRATE", "CRATE_base", "CRATE_large", "CRATE_small", "CRATE_tiny", "__version__"]

@@ -1,0 +1,140 @@
+"""State dicts of the released code, in and out; weights as safetensors or as a `torch.save` file.
+
+The model's own parameter names are the released ones, so there is nothing to rename: only wrappers to take off.
+"""
+
+import os
+import pickle
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+__all__ = ["adapt_state_dict", "load_weights", "read_state_dict", "released_state_dict", "unwrap_state_dict"]
+
+_WRAPPERS = ("state_dict", "model")
+_PREFIXES = ("module.", "_orig_mod.")
+
+
+def unwrap_state_dict(content: dict) -> dict[str, Tensor]:
+    """The state dict inside what a checkpoint file held.
+
+    Takes it from under `state_dict` or `model`, and takes `module.` (DataParallel, DDP) and `_orig_mod.`
+    (`torch.compile`) off the keys.
+
+    Args:
+        content: What `torch.load` returned.
+
+    Returns:
+        Parameter name → tensor.
+
+    Raises:
+        ValueError: There is no state dict in it, or two keys become one without their prefixes.
+
+    >>> unwrap_state_dict({"state_dict": {"module.cls_token": torch.zeros(1)}})
+    {'cls_token': tensor([0.])}
+    """
+    while True:
+        inner = next((content[name] for name in _WRAPPERS if isinstance(content.get(name), dict)), None)
+        if inner is None:
+            break
+        content = inner
+    tensors = {key: value for key, value in content.items() if isinstance(value, Tensor)}
+    if not tensors:
+        raise ValueError(f"no state dict found: the file holds the keys {sorted(map(str, content))[:8]}")
+    stripped = {}
+    for key, value in tensors.items():
+        name = key
+        while name.startswith(_PREFIXES):
+            name = name[len(next(p for p in _PREFIXES if name.startswith(p))) :]
+        if name in stripped:
+            raise ValueError(f"the keys {name!r} and {key!r} name one parameter: keep one of the two")
+        stripped[name] = value
+    return stripped
+
+
+def adapt_state_dict(state_dict: dict, model: nn.Module) -> dict[str, Tensor]:
+    """`unwrap_state_dict`, and the positions of another image size resampled to the model's native grid (square grids).
+
+    The filter that timm applies to pretrained weights. Heads are never touched: another number of classes stays an
+    error of `load_state_dict`.
+    """
+    state_dict = unwrap_state_dict(state_dict)
+    positions = state_dict.get("pos_embedding")
+    if positions is not None and positions.shape != model.pos_embedding.shape:
+        side = round((positions.shape[1] - 1) ** 0.5)
+        if side * side != positions.shape[1] - 1 or positions.shape[2] != model.embed_dim:
+            raise ValueError(
+                f"pos_embedding {tuple(positions.shape)} cannot be resampled to {tuple(model.pos_embedding.shape)}: "
+                "it must be of a square grid and of the model's width"
+            )
+        patches = positions[:, 1:].transpose(1, 2).unflatten(-1, (side, side)).float()
+        patches = nn.functional.interpolate(patches, size=model.native_grid, mode="bicubic", antialias=True)
+        patches = patches.flatten(2).transpose(1, 2).to(positions.dtype)
+        state_dict = state_dict | {"pos_embedding": torch.cat([positions[:, :1], patches], dim=1)}
+    return state_dict
+
+
+def read_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
+    """The state dict in a `.safetensors` or a `torch.save` file, unwrapped, on the CPU. Never runs pickled code.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is damaged, or holds something other than tensors; the message says what to do.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such checkpoint file")
+    try:
+        if path.suffix == ".safetensors":
+            return unwrap_state_dict(load_file(path))
+        return unwrap_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    except (SafetensorError, RuntimeError, EOFError, OSError) as error:
+        raise ValueError(
+            f"{path} is damaged or cut short ({error}): fetch it again, or use another one"
+        ) from error
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} holds more than tensors and plain values, and is not loaded, since that could run code. If you "
+            "trust it, load it yourself, save its state dict alone with torch.save, and use that file."
+        ) from error
+
+
+def load_weights(model: nn.Module, path: str | os.PathLike, *, resample_positions: bool = False) -> nn.Module:
+    """Load a file's weights into `model`, strictly.
+
+    Args:
+        model: A CRATE of the file's architecture.
+        path: A released checkpoint, one of ours, or any file `read_state_dict` takes.
+        resample_positions: Resample the positions of another image size to the model's.
+
+    Returns:
+        The model.
+
+    Raises:
+        FileNotFoundError, ValueError: See `read_state_dict`.
+        RuntimeError: Keys or shapes differ; the message lists them.
+    """
+    state_dict = read_state_dict(path)
+    if resample_positions:
+        state_dict = adapt_state_dict(state_dict, model)
+    model.load_state_dict(state_dict, strict=True)
+    return model
+
+
+def released_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The model's weights under the released code's keys, detached, on the CPU: what its `load_state_dict` takes.
+
+    Raises:
+        ValueError: The model is one that the released code cannot build (an ablation or another residual form).
+    """
+    layer = model.transformer.layers[0]
+    kinds = [type(part.fn).__name__ for part in layer]
+    if kinds != ["MSSA", "ISTA"] or layer.residual != "released" or layer[1].fn.threshold != "relu":
+        raise ValueError(
+            f"the released code has no such model (layers {kinds}, residual={layer.residual!r}): its weights would load "
+            "there and give other outputs. Save model.state_dict() for use with crate_fast."
+        )
+    return {name: tensor.detach().cpu() for name, tensor in unwrap_state_dict(model.state_dict()).items()}

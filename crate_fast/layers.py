@@ -1,0 +1,230 @@
+"""The layers of CRATE and of its ablations, with the released code's module tree, names and hook points."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from crate_fast import functional
+
+__all__ = ["ISTA", "MHSA", "MLP", "MSSA", "Layer", "Linear", "PreNorm", "Transformer"]
+
+
+class Linear(nn.Linear):
+    """`torch.nn.Linear` through `functional.linear`; same parameters, same values to rounding."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.linear(x, self.weight, self.bias)
+
+
+class MSSA(nn.Module):
+    """Multi-head subspace self-attention (paper, Eq. 5): one projection per head is query, key and value.
+
+    Args:
+        dim: Token width C.
+        heads: H.
+        dim_head: Subspace dimension D.
+        dropout: Probability of dropping attention weights and outputs in training.
+        backend: See `functional.subspace_attention`.
+        device, dtype: Of the parameters.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        dim_head: int,
+        dropout: float = 0.0,
+        backend: str = "auto",
+        *,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        self.heads, self.dropout_p, self.backend = heads, dropout, backend
+        self.scale = dim_head**-0.5
+        inner = heads * dim_head
+        self.qkv = Linear(dim, inner, bias=False, device=device, dtype=dtype)
+        self.to_out = _output_map(inner, dim, heads, dropout, device, dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, N, C], normalised → MSSA(x) [B, N, C]."""
+        w = self.qkv(x).unflatten(-1, (self.heads, -1))
+        dropout_p = self.dropout_p if self.training else 0.0
+        out = functional.subspace_attention(w, self.scale, dropout_p=dropout_p, backend=self.backend)
+        return self.to_out(out.flatten(-2))
+
+
+class MHSA(nn.Module):
+    """Multi-head self-attention with its own query, key and value, as in ViT: the ablation CRATE-MHSA.
+
+    Same arguments as `MSSA`; `qkv` is [3·H·D, C] with a bias, ordered query, key, value, as timm's.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        dim_head: int,
+        dropout: float = 0.0,
+        backend: str = "auto",
+        *,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        self.heads, self.dropout_p = heads, dropout
+        self.scale = dim_head**-0.5
+        inner = heads * dim_head
+        self.qkv = Linear(dim, 3 * inner, bias=True, device=device, dtype=dtype)
+        self.to_out = _output_map(inner, dim, heads, dropout, device, dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, N, C], normalised → MHSA(x) [B, N, C]."""
+        query, key, value = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        dropout_p = self.dropout_p if self.training else 0.0
+        out = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout_p, scale=self.scale)
+        return self.to_out(out.transpose(1, 2).flatten(-2))
+
+
+def _output_map(inner: int, dim: int, heads: int, dropout: float, device, dtype) -> nn.Module:
+    if heads == 1 and inner == dim:
+        return nn.Identity()
+    return nn.Sequential(Linear(inner, dim, device=device, dtype=dtype), nn.Dropout(dropout))
+
+
+class ISTA(nn.Module):
+    """One sparse-coding step against a learned dictionary (paper, Eq. 7); includes its own skip connection.
+
+    Args:
+        dim: Token width C; the dictionary `weight` is [C, C], Kaiming-uniform.
+        step_size: η.
+        sparsity: λ (`lambd` in the released code).
+        threshold: "relu" or "soft".
+        backend: See `functional.ista`.
+        device, dtype: Of the dictionary.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        step_size: float = 0.1,
+        sparsity: float = 0.1,
+        threshold: str = "relu",
+        backend: str = "auto",
+        *,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(dim, dim, device=device, dtype=dtype))
+        self.step_size, self.lambd, self.threshold, self.backend = step_size, sparsity, threshold, backend
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the dictionary anew."""
+        nn.init.kaiming_uniform_(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., C], normalised → sparse tokens [..., C]."""
+        return functional.ista(
+            x, self.weight, self.step_size, self.lambd, threshold=self.threshold, backend=self.backend
+        )
+
+    def extra_repr(self) -> str:
+        """The step's constants, for `print(model)`."""
+        return (
+            f"dim={self.weight.shape[0]}, step_size={self.step_size}, sparsity={self.lambd}, {self.threshold}"
+        )
+
+
+class MLP(nn.Sequential):
+    """ViT's MLP (Linear, GELU, Linear): the ablation CRATE-MLP. The layer adds the skip connection."""
+
+    def __init__(self, dim: int, hidden_dim: int, dropout: float = 0.0, *, device=None, dtype=None):
+        super().__init__(
+            Linear(dim, hidden_dim, device=device, dtype=dtype),
+            nn.GELU(),
+            nn.Dropout(dropout),
+            Linear(hidden_dim, dim, device=device, dtype=dtype),
+            nn.Dropout(dropout),
+        )
+
+
+class PreNorm(nn.Module):
+    """fn(LayerNorm(x)), with the released names `norm` and `fn`."""
+
+    def __init__(self, dim: int, fn: nn.Module, *, device=None, dtype=None):
+        super().__init__()
+        self.norm = nn.LayerNorm(dim, device=device, dtype=dtype)
+        self.fn = fn
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., C] → [..., C]."""
+        return self.fn(self.norm(x))
+
+
+class Layer(nn.ModuleList):
+    """One step of the optimisation: compress (`layer[0]`), then sparsify (`layer[1]`).
+
+    residual="released": h = x + attention(LN₁ x), as the released code.
+    residual="paper":    h = LN₁ x + attention(LN₁ x), as the paper's Algorithms 1 and 3; here `layer[0].norm` and
+    `layer[0].fn` are called one by one, so a hook on `layer[0]` itself does not fire.
+    Then ISTA(LN₂ h), or h + MLP(LN₂ h) in the ablation.
+
+    Args:
+        attention: `PreNorm` around `MSSA` or `MHSA`.
+        sparsifier: `PreNorm` around `ISTA` or `MLP`.
+        residual: "released" or "paper".
+    """
+
+    def __init__(self, attention: PreNorm, sparsifier: PreNorm, residual: str = "released"):
+        super().__init__([attention, sparsifier])
+        self.residual = residual
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, N, C] → the next layer's tokens [B, N, C]."""
+        attention, sparsifier = self
+        if self.residual == "released":
+            h = x + attention(x)
+        else:
+            normed = attention.norm(x)
+            h = normed + attention.fn(normed)
+        return h + sparsifier(h) if isinstance(sparsifier.fn, MLP) else sparsifier(h)
+
+
+class Transformer(nn.Module):
+    """The stack of layers, with the released attributes `layers`, `heads`, `depth` and `dim`."""
+
+    def __init__(self, layers: list[Layer], dim: int, heads: int):
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.dim, self.heads = dim, heads
+        self.grad_checkpointing = False
+
+    @property
+    def depth(self) -> int:
+        """Number of layers."""
+        return len(self.layers)
+
+    def forward(self, x: Tensor, taps: dict[int, Tensor] | None = None, last: int | None = None) -> Tensor:
+        """Run the layers.
+
+        Args:
+            x: Tokens [B, N, C].
+            taps: Filled with the output of each layer whose index is a key.
+            last: Index of the last layer to run; all when None.
+
+        Returns:
+            Tokens [B, N, C] after the last layer run.
+        """
+        for index, layer in enumerate(self.layers):
+            if self.grad_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(layer, x, use_reentrant=False)
+            else:
+                x = layer(x)
+            if taps is not None and index in taps:
+                taps[index] = x
+            if index == last:
+                break
+        return x

@@ -1,0 +1,366 @@
+"""CRATE: the released constructor, timm's model contract, and the sizes of both papers."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from einops.layers.torch import Rearrange
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+
+from crate_fast.backends import BACKENDS
+from crate_fast.functional import THRESHOLDS
+from crate_fast.layers import ISTA, MHSA, MLP, MSSA, Layer, Linear, PreNorm, Transformer
+
+__all__ = ["CRATE", "CRATE_base", "CRATE_large", "CRATE_small", "CRATE_tiny"]
+
+
+def _pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
+    pair = (value, value) if isinstance(value, int) else tuple(value)
+    if len(pair) != 2 or not all(isinstance(side, int) and side > 0 for side in pair):
+        raise ValueError(f"{name}={value!r}: give one positive integer, or two as (height, width), in pixels")
+    return pair
+
+
+def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}={value!r}: choose one of {', '.join(map(repr, choices))}")
+
+
+def _check_positive(**sizes: int) -> None:
+    for name, size in sizes.items():
+        if not isinstance(size, int) or size <= 0:
+            raise ValueError(f"{name}={size!r}: give a positive integer")
+
+
+class CRATE(nn.Module):
+    """The white-box vision transformer: each layer compresses the tokens against learned subspaces, then sparsifies them.
+
+    x₀ = [CLS; patches] + positions; x_{l+1} = ISTA(LN(h)), h = x_l + MSSA(LN(x_l)); logits = head(pool(x_L)).
+
+    Keywords, parameter names and values are those of the released code, so released state dicts load strictly
+    (`crate_fast.checkpoints` unwraps files). Different from it: `mlp_dim` may be left out, positions are interpolated
+    for other image sizes without touching the parameter, and everything below `ista` is new.
+
+    Args:
+        image_size: Height and width of the input in pixels, one number or two.
+        patch_size: Height and width of a patch in pixels, one number or two; divides `image_size`.
+        num_classes: Size of the head; 0 for none.
+        dim: Token width C.
+        depth: Number of layers.
+        heads: H.
+        mlp_dim: Hidden width of the MLP, 4·dim when None; only `sparsifier="mlp"` has one.
+        pool: "cls" or "mean" (over all tokens, CLS included).
+        channels: Of the image.
+        dim_head: Subspace dimension D of a head.
+        dropout: On attention weights, attention outputs and inside the MLP.
+        emb_dropout: On the embedded tokens.
+        ista: Step size η.
+        sparsity: λ; the released code fixes 0.1.
+        residual: "released" or "paper" (see `layers.Layer`).
+        attention: "mssa", or "mhsa" for the ablation CRATE-MHSA.
+        sparsifier: "ista", or "mlp" for the ablation CRATE-MLP. With both ablations the layer is ViT's.
+        threshold: "relu", or "soft" for the variant with soft thresholding.
+        head_hidden: A Linear(dim, dim) before the classifier, as the emergence paper's demo checkpoint has.
+        dynamic_img_size: Accept any image that the patch size divides; else only `image_size`.
+        backend: "auto", "triton" or "torch" for the fused operators (`crate_fast.backends`).
+        device, dtype: Of the parameters.
+
+    Raises:
+        ValueError: An argument is out of range or misspelt; the message names it and the choices.
+
+    >>> model = CRATE(image_size=32, patch_size=4, num_classes=10, dim=48, depth=2, heads=3, dim_head=16)
+    >>> model(torch.zeros(2, 3, 32, 32)).shape
+    torch.Size([2, 10])
+    """
+
+    num_prefix_tokens = 1
+
+    def __init__(
+        self,
+        *,
+        image_size: int | Sequence[int],
+        patch_size: int | Sequence[int],
+        num_classes: int,
+        dim: int,
+        depth: int,
+        heads: int,
+        mlp_dim: int | None = None,
+        pool: str = "cls",
+        channels: int = 3,
+        dim_head: int = 64,
+        dropout: float = 0.0,
+        emb_dropout: float = 0.0,
+        ista: float = 0.1,
+        sparsity: float = 0.1,
+        residual: str = "released",
+        attention: str = "mssa",
+        sparsifier: str = "ista",
+        threshold: str = "relu",
+        head_hidden: bool = False,
+        dynamic_img_size: bool = False,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        _check_positive(dim=dim, depth=depth, heads=heads, dim_head=dim_head, channels=channels)
+        _check_choice("pool", pool, ("cls", "mean"))
+        _check_choice("residual", residual, ("released", "paper"))
+        _check_choice("attention", attention, ("mssa", "mhsa"))
+        _check_choice("sparsifier", sparsifier, ("ista", "mlp"))
+        _check_choice("threshold", threshold, THRESHOLDS)
+        _check_choice("backend", backend, BACKENDS)
+        self.patch_size = _pair("patch_size", patch_size)
+        self.image_size = _pair("image_size", image_size)
+        self.native_grid = self._grid_of(self.image_size)  # the grid that pos_embedding was made for
+        self.pool, self.channels, self.head_hidden = pool, channels, head_hidden
+        self.dynamic_img_size = dynamic_img_size
+        self.num_features = self.embed_dim = self.head_hidden_size = dim
+        place = {"device": device, "dtype": dtype}
+
+        patch_height, patch_width = self.patch_size
+        patch_dim = channels * patch_height * patch_width
+        self.to_patch_embedding = nn.Sequential(
+            Rearrange("b c (h p1) (w p2) -> b (h w) (p1 p2 c)", p1=patch_height, p2=patch_width),
+            nn.LayerNorm(patch_dim, **place),
+            Linear(patch_dim, dim, **place),
+            nn.LayerNorm(dim, **place),
+        )
+        n_patches = self.native_grid[0] * self.native_grid[1]
+        self.pos_embedding = nn.Parameter(torch.randn(1, n_patches + 1, dim, **place))
+        self.cls_token = nn.Parameter(torch.randn(1, 1, dim, **place))
+        self.dropout = nn.Dropout(emb_dropout)
+
+        attention_class = MSSA if attention == "mssa" else MHSA
+
+        def layer() -> Layer:
+            sparse = (
+                ISTA(dim, ista, sparsity, threshold, backend, **place)
+                if sparsifier == "ista"
+                else MLP(dim, 4 * dim if mlp_dim is None else mlp_dim, dropout, **place)
+            )
+            attend = attention_class(dim, heads, dim_head, dropout, backend, **place)
+            return Layer(PreNorm(dim, attend, **place), PreNorm(dim, sparse, **place), residual)
+
+        self.transformer = Transformer([layer() for _ in range(depth)], dim, heads)
+        self.mlp_head = nn.Sequential(nn.LayerNorm(dim, **place))
+        self.reset_classifier(num_classes)
+        self.feature_info = [
+            {"module": f"transformer.layers.{i}", "num_chs": dim, "reduction": self.patch_size[0]}
+            for i in range(depth)
+        ]
+
+    # --- images and positions ---------------------------------------------------------------------------------
+
+    def _grid_of(self, image_size: tuple[int, int]) -> tuple[int, int]:
+        if image_size[0] % self.patch_size[0] or image_size[1] % self.patch_size[1]:
+            raise ValueError(
+                f"image size {image_size} is not a multiple of the patch size {self.patch_size}: "
+                "resize or pad the image, or choose another patch size"
+            )
+        return image_size[0] // self.patch_size[0], image_size[1] // self.patch_size[1]
+
+    @property
+    def grid_size(self) -> tuple[int, int]:
+        """Rows and columns of patches at the current image size."""
+        return self._grid_of(self.image_size)
+
+    def set_input_size(self, img_size: int | Sequence[int] | None = None, patch_size=None) -> None:
+        """Expect images of another size from now on.
+
+        Unlike timm's models the position embedding keeps its own grid and is interpolated in every forward pass, so
+        going to 480 pixels and back loses nothing and checkpoints keep their shapes.
+
+        Args:
+            img_size: New height and width in pixels; unchanged when None.
+            patch_size: Only the present one (or None): the patch embedding cannot be resampled.
+
+        Raises:
+            ValueError: The patch size does not divide the new size, or is to change.
+        """
+        if patch_size is not None and _pair("patch_size", patch_size) != self.patch_size:
+            raise ValueError(
+                f"patch_size={patch_size}: this model's is {self.patch_size}; build a new model for another"
+            )
+        if img_size is not None:
+            size = _pair("img_size", img_size)
+            self._grid_of(size)
+            self.image_size = size
+
+    def position_embedding(self, grid: tuple[int, int]) -> Tensor:
+        """Positions for a grid of patches, [1, 1 + rows·columns, C]: the parameter, bicubically resampled if need be."""
+        if grid == self.native_grid:
+            return self.pos_embedding
+        prefix, patches = self.pos_embedding.split([1, self.pos_embedding.shape[1] - 1], dim=1)
+        patches = patches.transpose(1, 2).unflatten(-1, self.native_grid)
+        resampled = F.interpolate(patches.float(), size=grid, mode="bicubic", antialias=True)
+        return torch.cat([prefix, resampled.to(prefix.dtype).flatten(2).transpose(1, 2)], dim=1)
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Images [B, channels, height, width] → the first layer's tokens [B, 1 + patches, C], CLS first."""
+        if images.dim() != 4 or images.shape[1] != self.channels:
+            raise ValueError(
+                f"images have shape {tuple(images.shape)}: pass [B, {self.channels}, height, width]"
+            )
+        size = (images.shape[2], images.shape[3])
+        if size != self.image_size and not self.dynamic_img_size:
+            raise ValueError(
+                f"images are {size[0]}×{size[1]} and the model expects {self.image_size[0]}×{self.image_size[1]}: resize "
+                f"them, call set_input_size({size}), or build the model with dynamic_img_size=True"
+            )
+        patches = self.to_patch_embedding(images)
+        tokens = torch.cat([self.cls_token.expand(len(images), -1, -1).to(patches.dtype), patches], dim=1)
+        return self.dropout(tokens + self.position_embedding(self._grid_of(size)))
+
+    # --- timm's model contract --------------------------------------------------------------------------------
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images [B, channels, height, width] → logits [B, num_classes] (pooled features [B, C] without a head)."""
+        return self.forward_head(self.forward_features(images))
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """Images → the last layer's tokens [B, 1 + patches, C], before pooling and the head's LayerNorm."""
+        return self.transformer(self.embed(images))
+
+    def forward_head(self, tokens: Tensor, pre_logits: bool = False) -> Tensor:
+        """Tokens [B, N, C] → logits, or with `pre_logits` the pooled, normalised features [B, C]."""
+        pooled = tokens.mean(dim=1) if self.pool == "mean" else tokens[:, 0]
+        return self.mlp_head[0](pooled) if pre_logits else self.mlp_head(pooled)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list | tuple[Tensor, list]:
+        """Outputs of chosen layers (timm's interface).
+
+        Args:
+            x: Images [B, channels, height, width].
+            indices: The last n layers if an integer, these layers if a sequence, all if None.
+            return_prefix_tokens: Pair each intermediate with its CLS token [B, 1, C].
+            norm: Apply the head's LayerNorm to each intermediate.
+            stop_early: Do not run the layers after the last one asked for.
+            output_fmt: "NCHW" for [B, C, rows, columns] or "NLC" for [B, patches, C].
+            intermediates_only: Return only the list.
+
+        Returns:
+            (last tokens run, list of intermediates), or the list alone.
+        """
+        _check_choice("output_fmt", output_fmt, ("NCHW", "NLC"))
+        take, last = feature_take_indices(self.transformer.depth, indices)
+        taps: dict[int, Tensor] = dict.fromkeys(take)
+        tokens = self.transformer(self.embed(x), taps, last if stop_early else None)
+        features = [self.mlp_head[0](taps[i]) if norm else taps[i] for i in take]
+        intermediates = [feature[:, 1:] for feature in features]
+        if output_fmt == "NCHW":
+            grid = self._grid_of((x.shape[2], x.shape[3]))
+            intermediates = [y.transpose(1, 2).unflatten(-1, grid).contiguous() for y in intermediates]
+        if return_prefix_tokens:
+            intermediates = list(zip(intermediates, [feature[:, :1] for feature in features], strict=True))
+        return intermediates if intermediates_only else (tokens, intermediates)
+
+    def get_intermediate_layers(
+        self,
+        x: Tensor,
+        n: int | Sequence[int] = 1,
+        reshape: bool = False,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+    ) -> list:
+        """`forward_intermediates` under DINO's name: the last n layers, or those listed, as [B, patches, C]."""
+        return self.forward_intermediates(
+            x,
+            n,
+            return_prefix_tokens=return_prefix_tokens,
+            norm=norm,
+            output_fmt="NCHW" if reshape else "NLC",
+            intermediates_only=True,
+        )
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop the layers after the last one asked for, and the head; returns the indices kept."""
+        take, last = feature_take_indices(self.transformer.depth, indices)
+        self.transformer.layers = self.transformer.layers[: last + 1]
+        if prune_head:
+            self.reset_classifier(0)
+        if prune_norm:
+            self.mlp_head[0] = nn.Identity()
+        return take
+
+    def get_classifier(self) -> nn.Module:
+        """The classifier behind the head's LayerNorm."""
+        return self.mlp_head[1:] if self.head_hidden else self.mlp_head[1]
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Put a new classifier behind the head's LayerNorm, which stays.
+
+        Args:
+            num_classes: Its outputs; 0 for none.
+            global_pool: "cls" (timm's "token") or "mean" (timm's "avg"); unchanged when None.
+        """
+        if not isinstance(num_classes, int) or num_classes < 0:
+            raise ValueError(f"num_classes={num_classes!r}: give 0 for no head, or a positive integer")
+        if global_pool is not None:
+            pool = {"token": "cls", "avg": "mean"}.get(global_pool, global_pool)
+            _check_choice("global_pool", pool, ("cls", "mean"))
+            self.pool = pool
+        self.num_classes = num_classes
+        place = {"device": self.cls_token.device, "dtype": self.cls_token.dtype}
+        hidden = [Linear(self.embed_dim, self.embed_dim, **place)] if self.head_hidden and num_classes else []
+        last = Linear(self.embed_dim, num_classes, **place) if num_classes else nn.Identity()
+        self.mlp_head = nn.Sequential(self.mlp_head[0], *hidden, last)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each layer in the backward pass instead of keeping its activations."""
+        self.transformer.grad_checkpointing = enable
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that timm's optimizer factory leaves undecayed, beside the one-dimensional ones."""
+        return {"pos_embedding", "cls_token"}
+
+    def group_matcher(self, coarse: bool = False) -> dict:
+        """Regular expressions that group parameters by depth, for layer-wise learning rates (timm)."""
+        return {
+            "stem": r"^cls_token|^pos_embedding|^to_patch_embedding",
+            "blocks": [(r"^transformer\.layers\.(\d+)", None), (r"^mlp_head", (99999,))],
+        }
+
+
+def _released(num_classes: int, dim: int, depth: int, heads: int, **kwargs) -> CRATE:
+    sizes = {
+        "image_size": 224,
+        "patch_size": 16,
+        "dim": dim,
+        "depth": depth,
+        "heads": heads,
+        "dim_head": dim // heads,
+    }
+    return CRATE(num_classes=num_classes, **(sizes | kwargs))
+
+
+def CRATE_tiny(num_classes: int = 1000, **kwargs) -> CRATE:
+    """The released CRATE-T: width 384, 12 layers, 6 heads of 64, patch 16 at 224 px; 6.09 M parameters."""
+    return _released(num_classes, 384, 12, 6, **kwargs)
+
+
+def CRATE_small(num_classes: int = 1000, **kwargs) -> CRATE:
+    """The released CRATE-S: width 576, 12 layers, 12 heads of 48, patch 16 at 224 px; 13.12 M parameters."""
+    return _released(num_classes, 576, 12, 12, **kwargs)
+
+
+def CRATE_base(num_classes: int = 1000, **kwargs) -> CRATE:
+    """The released CRATE-B: width 768, 12 layers, 12 heads of 64, patch 16 at 224 px; 22.80 M parameters."""
+    return _released(num_classes, 768, 12, 12, **kwargs)
+
+
+def CRATE_large(num_classes: int = 1000, **kwargs) -> CRATE:
+    """The released CRATE-L: width 1024, 24 layers, 16 heads of 64, patch 16 at 224 px; 77.64 M parameters."""
+    return _released(num_classes, 1024, 24, 16, **kwargs)

@@ -1,0 +1,125 @@
+"""The paper's equations in plain PyTorch: the oracle everything faster is checked against.
+
+Tokens are rows (the paper writes them as columns): x is [..., N, C]. No fusion, no algebra, any dtype and device;
+autograd comes from PyTorch. "Paper" is *Emergence of Segmentation with Minimalistic White-Box Transformers*.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def subspace_attention_reference(w: Tensor, scale: float | None = None) -> Tensor:
+    """Tied attention inside each subspace: O = softmax(s·W Wᵀ) W, per head (paper, Eq. 5 and Algorithm 2).
+
+    Args:
+        w: Subspace tokens [B, N, H, D], D the subspace dimension.
+        scale: s; D^-1/2 when None.
+
+    Returns:
+        O [B, N, H, D].
+    """
+    scale = w.shape[-1] ** -0.5 if scale is None else scale
+    w = w.transpose(1, 2)
+    logits = scale * (w @ w.transpose(-1, -2))
+    return (logits.softmax(dim=-1) @ w).transpose(1, 2)
+
+
+def mssa_reference(
+    x: Tensor, projection: Tensor, out_weight: Tensor | None, out_bias: Tensor | None, heads: int
+) -> Tensor:
+    """Multi-head subspace self-attention, released form (paper, Algorithm 2).
+
+    Args:
+        x: Normalised tokens [B, N, C].
+        projection: The subspaces' bases as a Linear weight [H·D, C] (rows of head h: h·D … (h+1)·D).
+        out_weight: Output map [C, H·D]; None for the identity.
+        out_bias: Bias of the output map [C], or None.
+        heads: H.
+
+    Returns:
+        MSSA(x) [B, N, C].
+    """
+    w = F.linear(x, projection).unflatten(-1, (heads, -1))
+    out = subspace_attention_reference(w).flatten(-2)
+    return out if out_weight is None else F.linear(out, out_weight, out_bias)
+
+
+def ista_reference(
+    x: Tensor, dictionary: Tensor, step_size: float = 0.1, sparsity: float = 0.1, threshold: str = "relu"
+) -> Tensor:
+    """One proximal gradient step on ½|x − z Dᵀ|² + λ|z|₁ started at z = x (paper, Eq. 7 and Algorithm 2).
+
+    u = x + η(x − x Dᵀ) D, then relu(u − ηλ) ("relu": non-negative codes) or sign(u)·max(|u| − ηλ, 0) ("soft").
+
+    Args:
+        x: Normalised tokens [..., C].
+        dictionary: D [C, C].
+        step_size: η.
+        sparsity: λ.
+        threshold: "relu" or "soft".
+
+    Returns:
+        The sparse tokens [..., C].
+    """
+    decoded = F.linear(x, dictionary)
+    u = x + step_size * (F.linear(x, dictionary.t()) - F.linear(decoded, dictionary.t()))
+    if threshold == "relu":
+        return F.relu(u - step_size * sparsity)
+    return u.sign() * F.relu(u.abs() - step_size * sparsity)
+
+
+def layer_reference(
+    x: Tensor,
+    weights: dict[str, Tensor],
+    heads: int,
+    *,
+    residual: str = "released",
+    eps: float = 1e-5,
+    **ista,
+) -> Tensor:
+    """One CRATE layer in either residual form.
+
+    "released": h = x + MSSA(LN₁ x).  "paper" (Algorithms 1 and 3): h = LN₁ x + MSSA(LN₁ x).  Then ISTA(LN₂ h).
+
+    Args:
+        x: Tokens [B, N, C].
+        weights: The layer's tensors under their released names (`0.norm.weight`, `0.fn.qkv.weight`,
+            `0.fn.to_out.0.weight`, …, `1.fn.weight`).
+        heads: H.
+        residual: "released" or "paper".
+        eps: LayerNorm's epsilon.
+        **ista: step_size, sparsity and threshold of `ista_reference`.
+
+    Returns:
+        The next layer's tokens [B, N, C].
+    """
+    width = x.shape[-1:]
+    normed = F.layer_norm(x, width, weights["0.norm.weight"], weights["0.norm.bias"], eps)
+    attended = mssa_reference(
+        normed,
+        weights["0.fn.qkv.weight"],
+        weights.get("0.fn.to_out.0.weight"),
+        weights.get("0.fn.to_out.0.bias"),
+        heads,
+    )
+    h = attended + (x if residual == "released" else normed)
+    h = F.layer_norm(h, width, weights["1.norm.weight"], weights["1.norm.bias"], eps)
+    return ista_reference(h, weights["1.fn.weight"], **ista)
+
+
+def coding_rate_reference(w: Tensor, epsilon: float = 0.01) -> Tensor:
+    """R^c of the tokens against their subspaces, in the N×N form: Σ_h ½·logdet(I + D/(Nε)·Ŵ_h Ŵ_hᵀ).
+
+    Args:
+        w: Subspace tokens [B, N, H, D]; Ŵ is w with every token scaled to unit length.
+        epsilon: Quantisation precision ε.
+
+    Returns:
+        R^c per image [B], in nats.
+    """
+    n_tokens, dim = w.shape[1], w.shape[-1]
+    unit = F.normalize(w, dim=-1).transpose(1, 2)
+    gram = unit @ unit.transpose(-1, -2)
+    eye = torch.eye(n_tokens, dtype=w.dtype, device=w.device)
+    return 0.5 * torch.logdet(eye + dim / (n_tokens * epsilon) * gram).sum(dim=1)

@@ -1,0 +1,94 @@
+"""From an attention map to a mask and a score: the arithmetic of coarse segmentation (paper, §3.2 and B.3).
+
+No data sets and no files here; `crate_fast.eval.coarse_segmentation` has the protocol.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = [
+    "attention_to_mask",
+    "best_head_iou",
+    "constant_mask_iou",
+    "intersection_over_union",
+    "mask_to_grid",
+]
+
+THRESHOLDS = ("topk", "mass")
+
+
+def attention_to_mask(attention: Tensor, threshold: str = "topk", fraction: float = 0.6) -> Tensor:
+    """Keep the strongest patches of each map.
+
+    Args:
+        attention: [..., P], non-negative weights over P patches.
+        threshold: "topk" keeps ⌈fraction·P⌉ entries (the paper's words); "mass" keeps the fewest largest entries that
+            hold at least `fraction` of the sum (DINO's code, within one entry).
+        fraction: In (0, 1].
+
+    Returns:
+        Boolean masks [..., P].
+
+    Raises:
+        ValueError: The threshold is misspelt or the fraction out of range.
+
+    >>> attention_to_mask(torch.tensor([0.7, 0.1, 0.2]), "mass", 0.8)
+    tensor([ True, False,  True])
+    """
+    if threshold not in THRESHOLDS:
+        raise ValueError(f"threshold={threshold!r}: choose one of {', '.join(map(repr, THRESHOLDS))}")
+    if not 0 < fraction <= 1:
+        raise ValueError(f"fraction={fraction}: it must be in (0, 1]")
+    values, order = attention.double().sort(dim=-1, descending=True, stable=True)
+    if threshold == "topk":
+        kept = torch.arange(values.shape[-1], device=values.device) < fraction * values.shape[-1] - 1e-9
+        kept = kept.expand_as(values)
+    else:
+        before = values.cumsum(dim=-1) - values
+        kept = before < fraction * values.sum(dim=-1, keepdim=True) - 1e-12
+    return torch.zeros_like(kept).scatter(-1, order, kept)
+
+
+def mask_to_grid(masks: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Pixel masks [B, H, W] → patch masks [B, rows·columns]: a patch is object where at least half of it is."""
+    covered = F.adaptive_avg_pool2d(masks.float().unsqueeze(1), grid)
+    return (covered >= 0.5).flatten(1)
+
+
+def intersection_over_union(predicted: Tensor, target: Tensor, valid: Tensor | None = None) -> Tensor:
+    """|predicted ∩ target| / |predicted ∪ target| over the last dimension; 0 where both are empty.
+
+    Args:
+        predicted, target: Boolean [..., P], broadcast against each other.
+        valid: Boolean [..., P]; entries to count, all when None.
+
+    Returns:
+        IoU [...], float32.
+    """
+    valid = torch.ones_like(target) if valid is None else valid
+    intersection = (predicted & target & valid).sum(dim=-1)
+    union = ((predicted | target) & valid).sum(dim=-1)
+    return intersection / union.clamp(min=1)
+
+
+def best_head_iou(
+    attention: Tensor, target: Tensor, threshold: str = "topk", fraction: float = 0.6
+) -> tuple[Tensor, Tensor]:
+    """IoU of each head's mask and of the best head, per image.
+
+    Args:
+        attention: CLS attention [B, H, P].
+        target: Boolean object masks on the patch grid [B, P].
+        threshold, fraction: See `attention_to_mask`.
+
+    Returns:
+        (per head [B, H], best over heads [B]).
+    """
+    per_head = intersection_over_union(attention_to_mask(attention, threshold, fraction), target.unsqueeze(1))
+    return per_head, per_head.amax(dim=1)
+
+
+def constant_mask_iou(target: Tensor) -> Tensor:
+    """IoU of the mask that holds every patch, per image [B]: the score of looking at nothing. target [B, P]."""
+    return intersection_over_union(torch.ones_like(target), target)

@@ -1,0 +1,199 @@
+"""What each layer did: subspace tokens, attention maps, tokens after compression and after sparsification, R^c, sparsity.
+
+    traces = trace(model, images)          # one LayerTrace per layer
+    traces[10].cls_attention()             # [B, H, rows·columns]: the paper's Fig. 1
+    traces[10].coding_rate()               # [B]
+
+Everything is read through hooks on the released module tree, so it works on fused and unfused layers, on the
+ablations, and under any image size the model accepts.
+"""
+
+from collections.abc import Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from crate_fast.layers import ISTA, MHSA
+
+__all__ = ["LayerTrace", "coding_rate", "layer_statistics", "nonzero_fraction", "trace"]
+
+
+def coding_rate(w: Tensor, epsilon: float = 0.01) -> Tensor:
+    """R^c of tokens against their subspaces: Σ_h ½·logdet(I + D/(Nε)·Ŵ_hᵀ Ŵ_h), Ŵ the tokens at unit length.
+
+    The D×D form; the N×N form has the same determinant. As the released analysis: ε, not ε² as in the paper's Eq. 5.
+
+    Args:
+        w: Subspace tokens [B, N, H, D]; halves are raised to fp32.
+        epsilon: Quantisation precision ε, above 0.
+
+    Returns:
+        R^c per image [B], in nats; ≥ 0, falling as the tokens gather on fewer directions.
+
+    Raises:
+        ValueError: w is not four-dimensional, or epsilon is not positive.
+
+    >>> coding_rate(torch.ones(1, 4, 2, 3)).item() < coding_rate(torch.randn(1, 4, 2, 3)).item()
+    True
+    """
+    if w.dim() != 4:
+        raise ValueError(f"w has shape {tuple(w.shape)}: pass subspace tokens [B, N, H, D]")
+    if not epsilon > 0:
+        raise ValueError(f"epsilon={epsilon}: give a positive precision, such as the default 0.01")
+    n_tokens, dim = w.shape[1], w.shape[-1]
+    unit = F.normalize(w if w.dtype == torch.float64 else w.float(), dim=-1).permute(0, 2, 3, 1)
+    covariance = unit @ unit.transpose(-1, -2)
+    eye = torch.eye(dim, dtype=covariance.dtype, device=w.device)
+    return 0.5 * torch.linalg.slogdet(eye + dim / (n_tokens * epsilon) * covariance).logabsdet.sum(dim=1)
+
+
+def nonzero_fraction(tokens: Tensor) -> Tensor:
+    """Share of entries that are not zero, per image: tokens [B, N, C] → [B] in [0, 1]. Small is sparse.
+
+    >>> nonzero_fraction(torch.tensor([[[0.0, 2.0]]]))
+    tensor([0.5000])
+    """
+    return (tokens != 0).flatten(1).float().mean(dim=1)
+
+
+@dataclass(frozen=True)
+class LayerTrace:
+    """What one layer computed for a batch.
+
+    Attributes:
+        index: The layer, from 0.
+        queries: [B, N, H, D]; with MSSA the subspace tokens.
+        keys: [B, N, H, D]; with MSSA the same tensor.
+        tied: Whether query, key and value are one projection (MSSA).
+        scale: s of the logits s·⟨query, key⟩.
+        after_mssa: h [B, N, C], the tokens after compression and its residual, before LN₂.
+        after_ista: [B, N, C], the layer's output: after ISTA (after the MLP and its residual in the ablation).
+    """
+
+    index: int
+    queries: Tensor
+    keys: Tensor
+    tied: bool
+    scale: float
+    after_mssa: Tensor
+    after_ista: Tensor
+
+    @property
+    def subspace_tokens(self) -> Tensor:
+        """W [B, N, H, D], CLS first; the layer must have MSSA."""
+        if not self.tied:
+            raise ValueError(
+                f"layer {self.index} has separate query, key and value: it has no subspaces; use `.keys`"
+            )
+        return self.queries
+
+    def attention(self) -> Tensor:
+        """All attention maps, softmax over all tokens: [B, H, N, N]. Memory grows with N²."""
+        logits = self.scale * torch.einsum("bnhd,bmhd->bhnm", self.queries, self.keys)
+        return logits.softmax(dim=-1)
+
+    def cls_attention(self, scale: float | None = None) -> Tensor:
+        """Attention of CLS on the patches, softmax over patches only: [B, H, N − 1] (paper, Eq. 10 and 11).
+
+        Args:
+            scale: s; the layer's own (D^-1/2) when None. The paper writes s = 1; the ranking is the same.
+        """
+        scale = self.scale if scale is None else scale
+        logits = scale * torch.einsum("bhd,bmhd->bhm", self.queries[:, 0], self.keys[:, 1:])
+        return logits.softmax(dim=-1)
+
+    def coding_rate(self, epsilon: float = 0.01) -> Tensor:
+        """R^c of the subspace tokens, per image [B]; see `coding_rate`."""
+        return coding_rate(self.subspace_tokens, epsilon)
+
+    def sparsity(self) -> Tensor:
+        """Share of non-zero entries after ISTA, per image [B]; see `nonzero_fraction`."""
+        return nonzero_fraction(self.after_ista)
+
+
+def trace(model: nn.Module, images: Tensor, layers: Iterable[int] | None = None) -> list[LayerTrace]:
+    """Run `model` on `images` and return what the chosen layers did.
+
+    Gradients flow if they are enabled; wrap the call in `torch.no_grad()` where none are wanted. Eager only: call it on
+    the model itself, not on a compiled wrapper.
+
+    Args:
+        model: A CRATE or one of its ablations.
+        images: [B, channels, height, width].
+        layers: Indices, negative ones from the end; all when None. A trace keeps about (2 + H·D/C)·B·N·C numbers a layer.
+
+    Returns:
+        One `LayerTrace` per chosen layer, in the order of the model.
+
+    Raises:
+        IndexError: There is no such layer.
+    """
+    stack = model.transformer.layers
+    depth = len(stack)
+    wanted = range(depth) if layers is None else list(layers)
+    for index in wanted:
+        if not -depth <= index < depth:
+            raise IndexError(f"layer {index}: the model has layers 0 to {depth - 1} (or -{depth} to -1)")
+    wanted = sorted({index % depth for index in wanted})
+
+    seen: dict[tuple[int, str], Tensor] = {}
+
+    def keep(index: int, name: str):
+        return lambda _module, _inputs, output: seen.__setitem__((index, name), output)
+
+    def keep_input(index: int, name: str):
+        return lambda _module, inputs: seen.__setitem__((index, name), inputs[0])
+
+    with ExitStack() as hooks:
+        for index in wanted:
+            attention, sparsifier = stack[index]
+            hooks.callback(attention.fn.qkv.register_forward_hook(keep(index, "projected")).remove)
+            hooks.callback(sparsifier.register_forward_pre_hook(keep_input(index, "after_mssa")).remove)
+            hooks.callback(stack[index].register_forward_hook(keep(index, "after_ista")).remove)
+        model.forward_features(images)
+
+    return [
+        _layer_trace(
+            stack[i], i, **{name: seen[i, name] for name in ("projected", "after_mssa", "after_ista")}
+        )
+        for i in wanted
+    ]
+
+
+def _layer_trace(
+    layer: nn.Module, index: int, projected: Tensor, after_mssa: Tensor, after_ista: Tensor
+) -> LayerTrace:
+    attention = layer[0].fn
+    tied = not isinstance(attention, MHSA)
+    if tied:
+        queries = keys = projected.unflatten(-1, (attention.heads, -1))
+    else:
+        queries, keys, _ = projected.unflatten(-1, (3, attention.heads, -1)).unbind(dim=2)
+    return LayerTrace(index, queries, keys, tied, attention.scale, after_mssa, after_ista)
+
+
+@torch.no_grad()
+def layer_statistics(model: nn.Module, images: Tensor, epsilon: float = 0.01) -> dict[str, Tensor]:
+    """R^c and sparsity of every layer on one batch: the paper's white-box curves.
+
+    Args:
+        model: A CRATE or an ablation; a measure that has no meaning for it (R^c of MHSA, sparsity of MLP) is left out.
+        images: [B, channels, height, width].
+        epsilon: ε of R^c.
+
+    Returns:
+        "coding_rate" and "sparsity", each [depth, 2]: mean and standard deviation over the batch.
+    """
+    values: dict[str, list[Tensor]] = {}
+    for layer_trace, layer in zip(trace(model, images), model.transformer.layers, strict=True):
+        if layer_trace.tied:
+            values.setdefault("coding_rate", []).append(layer_trace.coding_rate(epsilon))
+        if isinstance(layer[1].fn, ISTA):
+            values.setdefault("sparsity", []).append(layer_trace.sparsity())
+    return {
+        name: torch.stack([torch.stack([v.mean(), v.std(correction=0)]) for v in rows])
+        for name, rows in values.items()
+    }
