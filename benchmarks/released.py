@@ -26,9 +26,7 @@ class _Attention(nn.Module):
         self.heads, self.scale = heads, dim_head**-0.5
         self.qkv = nn.Linear(dim, heads * dim_head, bias=False)
         tied = heads == 1 and dim_head == dim
-        self.to_out = (
-            nn.Identity() if tied else nn.Sequential(nn.Linear(heads * dim_head, dim), nn.Dropout(0.0))
-        )
+        self.to_out = nn.Identity() if tied else nn.Sequential(nn.Linear(heads * dim_head, dim), nn.Dropout(0.0))
 
     def forward(self, x: Tensor) -> Tensor:
         batch, n_tokens, _ = x.shape

@@ -56,7 +56,7 @@ def unwrap_state_dict(content: dict) -> dict[str, Tensor]:
 
 
 def adapt_state_dict(state_dict: dict, model: nn.Module) -> dict[str, Tensor]:
-    """`unwrap_state_dict`, and the positions of another image size resampled to the model's native grid (square grids).
+    """`unwrap_state_dict`, and positions of another (square) grid resampled to the model's own.
 
     The filter that timm applies to pretrained weights. Heads are never touched: another number of classes stays an
     error of `load_state_dict`.
@@ -92,9 +92,7 @@ def read_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
             return unwrap_state_dict(load_file(path))
         return unwrap_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     except (SafetensorError, RuntimeError, EOFError, OSError) as error:
-        raise ValueError(
-            f"{path} is damaged or cut short ({error}): fetch it again, or use another one"
-        ) from error
+        raise ValueError(f"{path} is damaged or cut short ({error}): fetch it again, or use another one") from error
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path} holds more than tensors and plain values, and is not loaded, since that could run code. If you "
@@ -134,7 +132,7 @@ def released_state_dict(model: nn.Module) -> dict[str, Tensor]:
     kinds = [type(part.fn).__name__ for part in layer]
     if kinds != ["MSSA", "ISTA"] or layer.residual != "released" or layer[1].fn.threshold != "relu":
         raise ValueError(
-            f"the released code has no such model (layers {kinds}, residual={layer.residual!r}): its weights would load "
-            "there and give other outputs. Save model.state_dict() for use with crate_fast."
+            f"the released code has no such model (layers {kinds}, residual={layer.residual!r}): its weights would "
+            "load there and give other outputs. Save model.state_dict() for use with crate_fast."
         )
     return {name: tensor.detach().cpu() for name, tensor in unwrap_state_dict(model.state_dict()).items()}

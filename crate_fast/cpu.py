@@ -1,4 +1,4 @@
-"""The CPU path in fp32: oneDNN's matrix products, and tied attention a block of rows at a time.
+"""The CPU path: oneDNN's matrix products in fp32, and tied attention a block of logits at a time.
 
 PyTorch sends fp32 products to MKL, which holds back its widest vectors on processors that are not Intel's; oneDNN,
 in the same wheel, does not (measured on a two-core AMD EPYC: 470 against 220 GFLOP/s, docs/results/cpu.md). Both
@@ -7,6 +7,8 @@ operators are opaque to `torch.compile` and differentiable any number of times.
 `CRATE_FAST_ONEDNN=0` turns this file off.
 """
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -14,26 +16,28 @@ from crate_fast.settings import onednn_wanted
 
 __all__ = ["cpu_linear", "cpu_subspace_attention", "serves", "serves_attention"]
 
-ROW_BLOCK_ELEMENTS = 2**20  # logits kept at once per head, 4 MiB: they stay in the last-level cache
-MIN_ATTENTION_TOKENS = 512  # below, SDPA is as fast (measured at N = 65, 197, 401, 785, 3601)
+_ONEDNN_BUILT = torch.backends.mkldnn.is_available()
+ROW_BLOCK_ELEMENTS = 2**20  # logits of one head kept at once, 4 MiB: they stay in the last-level cache
+GROUP_ELEMENTS = 2**18  # logits of several heads kept at once, 1 MiB in fp32
+MIN_ROWWISE_TOKENS = 256  # below, batched products over several heads are faster
+MAX_HALF_TOKENS = 4096  # beyond, a head's bf16 logits are better not kept whole: SDPA
 
 
-def serves(*tensors: Tensor | None) -> bool:
-    """Whether every tensor given is one these operators take: fp32, strided, on the CPU, no autocast under way."""
-    return (
-        onednn_wanted()
-        and all(
-            t is None or (t.device.type == "cpu" and t.dtype == torch.float32 and t.layout == torch.strided)
-            for t in tensors
-        )
-        and not torch.is_autocast_enabled("cpu")
-        and torch.backends.mkldnn.is_available()
-    )
+def _serves_one(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" and tensor.dtype == torch.float32
+
+
+def serves(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
+    """Whether `cpu_linear` takes these: fp32 on the CPU, and no autocast under way."""
+    suitable = _serves_one(x) and _serves_one(weight) and (bias is None or _serves_one(bias))
+    return suitable and onednn_wanted() and _ONEDNN_BUILT and not torch.is_autocast_enabled("cpu")
 
 
 def serves_attention(w: Tensor) -> bool:
-    """Whether `cpu_subspace_attention` is the faster choice for w [B, N, H, D]."""
-    return serves(w) and w.shape[1] >= MIN_ATTENTION_TOKENS
+    """Whether `cpu_subspace_attention` takes w [B, N, H, D]: fp32, or bf16 of moderate length, on the CPU."""
+    if w.device.type != "cpu" or not onednn_wanted() or not _ONEDNN_BUILT:
+        return False
+    return w.dtype == torch.float32 or (w.dtype == torch.bfloat16 and w.shape[1] <= MAX_HALF_TOKENS)
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "none") -> Tensor:
@@ -90,9 +94,9 @@ def _linear_backward(ctx, grad):
 cpu_linear.register_autograd(_linear_backward, setup_context=_linear_setup)
 
 
-def _heads(tokens: Tensor) -> Tensor:
-    """[B, N, H, D] → [B·H, N, D], contiguous."""
-    return tokens.transpose(1, 2).flatten(0, 1).contiguous()
+def _by_rows(w: Tensor) -> bool:
+    """Whether a head is large enough to be worth oneDNN's calls, which take one matrix at a time."""
+    return w.dtype == torch.float32 and w.shape[1] >= MIN_ROWWISE_TOKENS
 
 
 def _row_blocks(n_tokens: int) -> list[slice]:
@@ -100,17 +104,39 @@ def _row_blocks(n_tokens: int) -> list[slice]:
     return [slice(start, min(start + rows, n_tokens)) for start in range(0, n_tokens, rows)]
 
 
+def _image_groups(tokens: Tensor) -> tuple[Tensor, ...]:
+    """[B, N, H, D] → groups of images whose logits fit in a block."""
+    _, n_tokens, n_heads, _ = tokens.shape
+    return tokens.split(max(1, GROUP_ELEMENTS // (n_heads * n_tokens**2)))
+
+
+def _heads(images: Tensor) -> Tensor:
+    """[b, N, H, D] → [b·H, N, D], contiguous."""
+    return images.transpose(1, 2).flatten(0, 1)
+
+
+def _store(heads: Tensor, images: Tensor) -> None:
+    """[b·H, N, D] into [b, N, H, D]."""
+    images.transpose(1, 2).copy_(heads.unflatten(0, (images.shape[0], images.shape[2])))
+
+
 @torch.library.custom_op("crate_fast::cpu_subspace_attention", mutates_args=(), device_types="cpu")
 def cpu_subspace_attention(w: Tensor, scale: float) -> Tensor:
-    """O = softmax(s·W Wᵀ) W for w [B, N, H, D], one head and one block of rows at a time; saves nothing but w."""
-    batch, n_tokens, n_heads, dim = w.shape
-    tokens = _heads(w)
-    out = torch.empty_like(tokens)
-    for head, out_head in zip(tokens, out, strict=True):
-        for rows in _row_blocks(n_tokens):
-            attention = _product(head[rows] * scale, head).softmax(-1)
-            out_head[rows] = _product(attention, head.t())
-    return out.view(batch, n_heads, n_tokens, dim).transpose(1, 2).contiguous()
+    """O = softmax(s·W Wᵀ) W for w [B, N, H, D], a block of logits at a time; w is all that backward needs.
+
+    Short sequences: all heads of a few images at once, as batched products. Long ones: one head and a block of rows.
+    """
+    out = torch.empty(w.shape, dtype=w.dtype)
+    with torch.autocast("cpu", enabled=False):
+        if _by_rows(w):
+            for image, head in itertools.product(range(w.shape[0]), range(w.shape[2])):
+                _rowwise_forward(w[image, :, head].contiguous(), scale, out[image, :, head])
+        else:
+            for images, out_images in zip(_image_groups(w), _image_groups(out), strict=True):
+                tokens = _heads(images)
+                attention = torch.bmm(tokens * scale, tokens.transpose(1, 2)).softmax(-1)
+                _store(torch.bmm(attention, tokens), out_images)
+    return out
 
 
 @cpu_subspace_attention.register_fake
@@ -122,24 +148,52 @@ def _(w: Tensor, scale: float) -> Tensor:
 def cpu_subspace_attention_backward(grad: Tensor, w: Tensor, scale: float) -> Tensor:
     """dW = Pᵀ dO + s·(dL + dLᵀ) W with dL = P∘(dO Wᵀ − rowsum(P∘dO Wᵀ)); shapes as w [B, N, H, D].
 
-    P is computed again, so memory does not grow with N². What a block of rows gives to all tokens is summed
-    transposed, [D, N]: oneDNN takes the blocks P and dL as they lie that way.
+    P is computed again, so memory does not grow with N².
     """
-    batch, n_tokens, n_heads, dim = w.shape
-    tokens, grads = _heads(w), _heads(grad)
+    out = torch.empty(w.shape, dtype=w.dtype)
+    with torch.autocast("cpu", enabled=False):
+        if _by_rows(w):
+            for image, head in itertools.product(range(w.shape[0]), range(w.shape[2])):
+                tokens, grads = w[image, :, head].contiguous(), grad[image, :, head].contiguous()
+                out[image, :, head] = _rowwise_backward(tokens, grads, scale)
+        else:
+            for images, grad_images, out_images in zip(*map(_image_groups, (w, grad, out)), strict=True):
+                _store(_batched_backward(_heads(images), _heads(grad_images), scale), out_images)
+    return out
+
+
+def _rowwise_forward(tokens: Tensor, scale: float, out: Tensor) -> None:
+    """One head's O [N, D] into `out`."""
+    for rows in _row_blocks(len(tokens)):
+        attention = _product(tokens[rows] * scale, tokens).softmax(-1)
+        out[rows] = _product(attention, tokens.t())
+
+
+def _rowwise_backward(tokens: Tensor, grads: Tensor, scale: float) -> Tensor:
+    """One head's dW [N, D]. What a block of rows gives to all tokens is summed transposed, [D, N]: oneDNN takes the
+    blocks of P and dL as they lie that way."""
     out = torch.empty_like(tokens)
-    for head, grad_head, out_head in zip(tokens, grads, out, strict=True):
-        from_rows = torch.zeros(dim, n_tokens)
-        for rows in _row_blocks(n_tokens):
-            scaled, grad_rows = head[rows] * scale, grad_head[rows]
-            attention = _product(scaled, head).softmax(-1)
-            grad_attention = _product(grad_rows, head)
-            grad_logits = torch._softmax_backward_data(grad_attention, attention, -1, torch.float32)
-            from_rows += _product(scaled.t().contiguous(), grad_logits.t())
-            from_rows += _product(grad_rows.t().contiguous(), attention.t())
-            out_head[rows] = _product(grad_logits, head.t())
-        out_head.mul_(scale).add_(from_rows.t())
-    return out.view(batch, n_heads, n_tokens, dim).transpose(1, 2).contiguous()
+    from_rows = torch.zeros(tokens.shape[1], tokens.shape[0])
+    for rows in _row_blocks(len(tokens)):
+        scaled, grad_rows = tokens[rows] * scale, grads[rows]
+        attention = _product(scaled, tokens).softmax(-1)
+        grad_attention = _product(grad_rows, tokens)
+        grad_logits = torch._softmax_backward_data(grad_attention, attention, -1, torch.float32)
+        from_rows += _product(scaled.t().contiguous(), grad_logits.t())
+        from_rows += _product(grad_rows.t().contiguous(), attention.t())
+        out[rows] = _product(grad_logits, tokens.t())
+    return out.mul_(scale).add_(from_rows.t())
+
+
+def _batched_backward(tokens: Tensor, grads: Tensor, scale: float) -> Tensor:
+    """Several heads' dW [b·H, N, D], in four products: the two logits' gradients are added before they meet W."""
+    keys = tokens.transpose(1, 2)
+    attention = torch.bmm(tokens * scale, keys).softmax(-1)
+    grad_attention = torch.bmm(grads, keys)
+    grad_logits = torch._softmax_backward_data(grad_attention, attention, -1, attention.dtype)
+    symmetric = grad_logits + grad_logits.transpose(1, 2)
+    through_values = torch.bmm(attention.transpose(1, 2), grads)
+    return torch.baddbmm(through_values, symmetric, tokens, alpha=scale)
 
 
 @cpu_subspace_attention_backward.register_fake

@@ -101,8 +101,9 @@ def ista(
     threshold: str = "relu",
     backend: str = "auto",
 ) -> Tensor:
-    """One sparse-coding step: y = shrink(x + η(xD − xDᵀD), ηλ) (paper, Eq. 7), in one product with G instead of three.
+    """One sparse-coding step (paper, Eq. 7): y = shrink(x + η(xD − xDᵀD), ηλ).
 
+    One product with G = η(D − DᵀD) (`fold_dictionary`) takes the place of three.
     Under autocast the product runs in the autocast dtype; the residual and the threshold stay in x's dtype.
 
     Args:
@@ -127,13 +128,9 @@ def ista(
     _check_tensor("x", x, "[..., C]", isinstance(x, Tensor) and x.dim() >= 1)
     width = x.shape[-1]
     square = isinstance(dictionary, Tensor) and tuple(dictionary.shape) == (width, width)
-    _check_tensor(
-        "dictionary", dictionary, f"[C, C] = [{width}, {width}] to match x's last dimension", square
-    )
+    _check_tensor("dictionary", dictionary, f"[C, C] = [{width}, {width}] to match x's last dimension", square)
     if dictionary.device != x.device:
-        raise ValueError(
-            f"dictionary is on {dictionary.device} and x on {x.device}: move one to the other's device"
-        )
+        raise ValueError(f"dictionary is on {dictionary.device} and x on {x.device}: move one to the other's device")
     autocast = torch.is_autocast_enabled(x.device.type)
     if dictionary.dtype != x.dtype and not autocast:
         raise TypeError(f"dictionary is {dictionary.dtype} and x {x.dtype}: cast one to the other's dtype")
@@ -172,7 +169,5 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         x weightᵀ + bias [..., N].
     """
     if cpu.serves(x, weight, bias) and x.dim() >= 1:
-        return cpu.cpu_linear(x.reshape(-1, x.shape[-1]), weight, bias, False).view(
-            *x.shape[:-1], weight.shape[0]
-        )
+        return cpu.cpu_linear(x.reshape(-1, x.shape[-1]), weight, bias, False).view(*x.shape[:-1], weight.shape[0])
     return F.linear(x, weight, bias)

@@ -133,9 +133,7 @@ class ISTA(nn.Module):
 
     def extra_repr(self) -> str:
         """The step's constants, for `print(model)`."""
-        return (
-            f"dim={self.weight.shape[0]}, step_size={self.step_size}, sparsity={self.lambd}, {self.threshold}"
-        )
+        return f"dim={self.weight.shape[0]}, step_size={self.step_size}, sparsity={self.lambd}, {self.threshold}"
 
 
 class MLP(nn.Sequential):

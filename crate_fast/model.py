@@ -34,7 +34,7 @@ def _check_positive(**sizes: int) -> None:
 
 
 class CRATE(nn.Module):
-    """The white-box vision transformer: each layer compresses the tokens against learned subspaces, then sparsifies them.
+    """The white-box vision transformer: a layer compresses the tokens against subspaces, then sparsifies them.
 
     x₀ = [CLS; patches] + positions; x_{l+1} = ISTA(LN(h)), h = x_l + MSSA(LN(x_l)); logits = head(pool(x_L)).
 
@@ -189,7 +189,7 @@ class CRATE(nn.Module):
             self.image_size = size
 
     def position_embedding(self, grid: tuple[int, int]) -> Tensor:
-        """Positions for a grid of patches, [1, 1 + rows·columns, C]: the parameter, bicubically resampled if need be."""
+        """Positions for a grid of patches, [1, 1 + rows·columns, C]: the parameter, resampled where it must be."""
         if grid == self.native_grid:
             return self.pos_embedding
         prefix, patches = self.pos_embedding.split([1, self.pos_embedding.shape[1] - 1], dim=1)
@@ -200,14 +200,12 @@ class CRATE(nn.Module):
     def embed(self, images: Tensor) -> Tensor:
         """Images [B, channels, height, width] → the first layer's tokens [B, 1 + patches, C], CLS first."""
         if images.dim() != 4 or images.shape[1] != self.channels:
-            raise ValueError(
-                f"images have shape {tuple(images.shape)}: pass [B, {self.channels}, height, width]"
-            )
+            raise ValueError(f"images have shape {tuple(images.shape)}: pass [B, {self.channels}, height, width]")
         size = (images.shape[2], images.shape[3])
         if size != self.image_size and not self.dynamic_img_size:
             raise ValueError(
-                f"images are {size[0]}×{size[1]} and the model expects {self.image_size[0]}×{self.image_size[1]}: resize "
-                f"them, call set_input_size({size}), or build the model with dynamic_img_size=True"
+                f"images are {size[0]}×{size[1]} and the model expects {self.image_size[0]}×{self.image_size[1]}: "
+                f"resize them, call set_input_size({size}), or build the model with dynamic_img_size=True"
             )
         patches = self.to_patch_embedding(images)
         tokens = torch.cat([self.cls_token.expand(len(images), -1, -1).to(patches.dtype), patches], dim=1)

@@ -1,4 +1,4 @@
-"""What each layer did: subspace tokens, attention maps, tokens after compression and after sparsification, R^c, sparsity.
+"""What each layer did: subspace tokens, attention maps, tokens after compression and after ISTA, R^c, sparsity.
 
     traces = trace(model, images)          # one LayerTrace per layer
     traces[10].cls_attention()             # [B, H, rows·columns]: the paper's Fig. 1
@@ -117,13 +117,13 @@ class LayerTrace:
 def trace(model: nn.Module, images: Tensor, layers: Iterable[int] | None = None) -> list[LayerTrace]:
     """Run `model` on `images` and return what the chosen layers did.
 
-    Gradients flow if they are enabled; wrap the call in `torch.no_grad()` where none are wanted. Eager only: call it on
-    the model itself, not on a compiled wrapper.
+    Gradients flow if they are enabled; wrap the call in `torch.no_grad()` where none are wanted. Eager only: call it
+    on the model itself, not on a compiled wrapper.
 
     Args:
         model: A CRATE or one of its ablations.
         images: [B, channels, height, width].
-        layers: Indices, negative ones from the end; all when None. A trace keeps about (2 + H·D/C)·B·N·C numbers a layer.
+        layers: Indices, negative ones from the end; all when None. Each keeps about (2 + H·D/C)·B·N·C numbers.
 
     Returns:
         One `LayerTrace` per chosen layer, in the order of the model.
@@ -156,9 +156,7 @@ def trace(model: nn.Module, images: Tensor, layers: Iterable[int] | None = None)
         model.forward_features(images)
 
     return [
-        _layer_trace(
-            stack[i], i, **{name: seen[i, name] for name in ("projected", "after_mssa", "after_ista")}
-        )
+        _layer_trace(stack[i], i, **{name: seen[i, name] for name in ("projected", "after_mssa", "after_ista")})
         for i in wanted
     ]
 
@@ -180,7 +178,7 @@ def layer_statistics(model: nn.Module, images: Tensor, epsilon: float = 0.01) ->
     """R^c and sparsity of every layer on one batch: the paper's white-box curves.
 
     Args:
-        model: A CRATE or an ablation; a measure that has no meaning for it (R^c of MHSA, sparsity of MLP) is left out.
+        model: A CRATE or an ablation; a measure without meaning for it (R^c of MHSA, sparsity of MLP) is left out.
         images: [B, channels, height, width].
         epsilon: ε of R^c.
 

@@ -27,19 +27,14 @@ MIN_IMAGE_SIZE, MAX_IMAGE_SIZE = 16, 512
 
 # The composition. Lengths and areas are fractions of the image's side and area.
 _AREA = (0.08, 0.23)  # object area before occlusion
-_REACH = 0.94  # bound on the distance from centroid to tip of a unit-area class silhouette
+_REACH = 0.945  # bound on the distance from centroid to tip of a unit-area class silhouette
 _ASPECT, _SHEAR = 1.08, 0.10  # layers are stretched by up to this, keeping their area, and sheared
 _STRETCH = 1.10  # bound on how much the two together lengthen anything
-_N_BEHIND, _BEHIND_SHARE, _BEHIND_RADIUS = (
-    8,
-    0.8,
-    (0.07, 0.23),
-)  # distractors: up to 8, each there 80 % of times
-_N_FRONT, _FRONT_SHARE = 2, 0.4  # distractors in front of it
-_FRONT_AREA, _FRONT_RADIUS = (
-    (0.03, 0.075),
-    0.16,
-)  # as a fraction of the object's area; and at most this radius
+_N_BEHIND, _BEHIND_SHARE = 8, 0.8  # distractors behind the object at most, and how often each is there
+_BEHIND_RADIUS = (0.07, 0.23)
+_N_FRONT, _FRONT_SHARE = 2, 0.4  # distractors in front of it, likewise
+_FRONT_AREA = (0.03, 0.075)  # of each, as a fraction of the object's area
+_FRONT_RADIUS = 0.16  # bound
 _N_TEXTURES, _TEXTURE_REPEATS = 12, (0.6, 1.6)  # tiles across one image
 _TABLE_MARGIN = 1.25  # half the side of a stamp's table over the reach of its silhouette
 _CHUNK_PIXELS = 65536  # pixels rendered at once: keeps temporaries in the cache
@@ -214,19 +209,22 @@ def _grid(cells: int, half: float) -> tuple[Array, Array]:
 
 def _stamp_bank(silhouettes: Sequence[Sdf], cells: int) -> _Bank:
     """Distance tables of silhouettes moved to their centroid and scaled to unit area."""
-    rough_cells, rough_half = 256, 1.25
-    x, y = _grid(rough_cells, rough_half)
-    cell = 2.0 * rough_half / rough_cells
-    tables, reach = [], []
+    half, cell, tables, reach = 1.25, 2.5 / 256, [], []  # a rough grid finds area and centroid
+    x, y = _grid(256, half)
+
+    def tilted(sdf: Sdf, x: Array, y: Array) -> Array:  # no edge along the cells, where it would snap to them
+        return sdf(0.96 * x - 0.28 * y, 0.28 * x + 0.96 * y)
+
     for sdf in silhouettes:
-        rows, columns = np.nonzero(sdf(x, y) < 0.0)
-        count = len(rows)  # and sums of integers: exact in any order
-        cx, cy = ((int(k.sum()) / count + 0.5) * cell - rough_half for k in (columns, rows))
-        unit = float(np.sqrt(count * cell * cell))
+        weights = np.rint(256.0 * np.clip(0.5 - tilted(sdf, x, y) / cell, 0.0, 1.0)).astype(np.int64)
+        rows, columns = np.nonzero(weights)  # coverage in 1/256: sums of integers are exact in any order
+        share, total = weights[rows, columns], int(weights.sum())
+        cx, cy = ((int((k * share).sum()) / total + 0.5) * cell - half for k in (columns, rows))
+        unit = float(np.sqrt(total * cell * cell / 256.0))
         dx, dy = x[rows, columns] - cx, y[rows, columns] - cy
         reach.append((float(np.sqrt((dx * dx + dy * dy).max())) + cell) / unit)
         u, v = _grid(cells, _TABLE_MARGIN * reach[-1])
-        table = sdf(cx + unit * u, cy + unit * v) / unit
+        table = tilted(sdf, cx + unit * u, cy + unit * v) / unit
         table[[0, -1], :] = table[:, [0, -1]] = 1e3  # clamped lookups stay outside
         tables.append(table.astype(np.float32))
     return _Bank(np.stack(tables).ravel(), cells, np.array(reach))
@@ -243,14 +241,14 @@ def _lattice_noise(cells: int, frequency: int, stream: int) -> Array:
     return rows[:, low] + t * (rows[:, high] - rows[:, low])
 
 
-def _mosaic(cells: int, n_points: int, stream: int) -> tuple[Array, Array, Array]:
-    """Periodic tiles around random points: distances to the nearest two, and one tone a tile."""
+def _mosaic(cells: int, n_points: int, stream: int) -> tuple[Array, Array]:
+    """Periodic tiles around random points: the distance to the gaps between them, and one tone a tile."""
     points = _uniforms(0, stream, np.arange(n_points), 3)
     dx, dy = (np.abs(z + 0.5 - points[:, k, None, None]) for k, z in enumerate(_grid(cells, 0.5)))
     dx, dy = np.minimum(dx, 1.0 - dx), np.minimum(dy, 1.0 - dy)
     distance = np.sqrt(dx * dx + dy * dy)
     first, second = np.partition(distance, 1, axis=0)[:2]
-    return first, second, 2.0 * points[distance.argmin(axis=0), 2] - 1.0
+    return second - first, 2.0 * points[distance.argmin(axis=0), 2] - 1.0
 
 
 def _texture_bank(cells: int) -> _Bank:
@@ -258,23 +256,20 @@ def _texture_bank(cells: int) -> _Bank:
     x, y = _grid(cells, 0.5)
     noise = functools.partial(_lattice_noise, cells)
     cloud = noise(4, 201) + 0.5 * noise(8, 202) + 0.3 * noise(20, 203)
-    near, next_near, tiles = _mosaic(cells, 28, 208)
+    cracks, tiles = _mosaic(cells, 28, 208)
     row = np.floor(6.0 * y)
     brick_x, brick_y = 3.0 * x + 0.5 * (row - 2.0 * np.floor(0.5 * row)), 6.0 * y - row
     gap_x, gap_y = 0.5 - np.abs(brick_x - np.floor(brick_x) - 0.5), 0.25 - 0.5 * np.abs(brick_y - 0.5)
+    bricks, zigzag = 24.0 * np.minimum(gap_x, gap_y) - 1.5, 1.4 * np.abs(3.0 * x - np.floor(3.0 * x) - 0.5)
 
     def wave(turns: Array, hardness: float) -> Array:
         return np.clip(hardness * _cos_sin(turns)[1], -1.0, 1.0)
 
-    textures = [noise(3, 204) + 0.4 * noise(6, 205), cloud, 0.8 * noise(32, 206) + 0.5 * noise(64, 207)]
-    textures += [tiles, 60.0 * (next_near - near) - 2.0, 24.0 * np.minimum(gap_x, gap_y) - 1.5]
-    textures += [3.0 * noise(9, 209), 4.0 * wave(4.0 * x, 1.0) * wave(4.0 * y, 1.0)]
-    textures += [wave(8.0 * y, 1.3), wave(5.0 * y, 4.0)]
-    textures += [
-        wave(3.0 * y + 0.7 * cloud, 1.4),
-        wave(6.0 * y + 1.4 * np.abs(3.0 * x - np.floor(3.0 * x) - 0.5), 2.0),
-    ]
-    return _Bank(np.clip(np.stack(textures), -1.0, 1.0).astype(np.float32).ravel(), cells)
+    tones = [noise(3, 204) + 0.4 * noise(6, 205), cloud, 0.8 * noise(32, 206) + 0.5 * noise(64, 207)]
+    tones += [3.0 * noise(9, 209), tiles, 60.0 * cracks - 2.0, bricks, wave(8.0 * y, 1.3), wave(5.0 * y, 4.0)]
+    tones += [4.0 * wave(4.0 * x, 1.0) * wave(4.0 * y, 1.0), wave(6.0 * y + zigzag, 2.0)]
+    tones += [wave(3.0 * y + 0.7 * cloud, 1.4)]
+    return _Bank(np.clip(np.stack(tones), -1.0, 1.0).astype(np.float32).ravel(), cells)
 
 
 @dataclass(frozen=True)
@@ -488,10 +483,9 @@ def _render_clutter(image: Array, visible: Array, layers: _Layers, radius: float
     corner = corner.clip(0.0, size - side).astype(np.int64)
     alpha = _coverage(tables.clutter, layers, size, side, corner)
     over = _filling(tables.textures, layers, size, side, corner)
-    uncovered = alpha < 0.5
     for k, (i, (x, y)) in enumerate(zip(owner.tolist(), corner.tolist(), strict=True)):
         _blend(image[i, :, y : y + side, x : x + side], alpha[k], over[k])
-        visible[i, y : y + side, x : x + side] &= uncovered[k]
+        visible[i, y : y + side, x : x + side] &= alpha[k] < 0.5
 
 
 def _render(scene: _Scene, rows: range, size: int, tables: _Tables) -> tuple[Array, Array]:
@@ -588,13 +582,12 @@ class ShapeScenes(torch.utils.data.Dataset):
         for start in range(0, len(checked), step):
             rows = range(start, min(start + step, len(checked)))
             images, masks = map(torch.from_numpy, _render(scene, rows, self.image_size, tables))
-            parts = (images, labels[start : rows.stop], masks)[: 3 if self.with_mask else 2]
-            items += zip(*parts, strict=True)
+            parts = (images, labels[start : rows.stop], masks)
+            items += zip(*(parts if self.with_mask else parts[:2]), strict=True)
         return items
 
 
 def _checked(name: str, value: int, low: int, high: int) -> int:
-    """`value` as an int, if it is one within [low, high]."""
     if not isinstance(value, int | np.integer) or not low <= value <= high:
         raise ValueError(f"{name} is {value!r}; pass an integer from {low} to {high}")
     return int(value)

@@ -1,0 +1,302 @@
+"""The public operators against the reference: values, gradients, dtypes, strides, compile, autocast, and errors."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from oracle import token_scale, within_twice_eager
+from torch import Tensor
+
+from crate_fast import cpu
+from crate_fast.backends import explain_backend
+from crate_fast.functional import fold_dictionary, ista, linear, subspace_attention
+from crate_fast.reference import ista_reference, subspace_attention_reference
+
+SHAPES = [
+    (2, 1, 1, 32),
+    (2, 15, 6, 64),
+    (1, 16, 12, 48),
+    (2, 17, 1, 80),
+    (1, 65, 6, 128),
+    (2, 197, 3, 64),
+    (4, 197, 12, 64),
+]
+LONG_SHAPES = [(1, 256, 2, 48), (1, 785, 2, 64), (1, 1500, 1, 32)]  # the row-blocked path; the last in two blocks
+
+
+def _attention_gradients(function, w: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    w = w.detach().requires_grad_()
+    out = function(w)
+    out.backward(grad.to(out.dtype))
+    return out.detach(), w.grad
+
+
+def _check_attention(candidate, shape, dtype=torch.float32, scale=None) -> bool:
+    """Whether `candidate` and its gradient are as close to float64 as eager PyTorch in the same dtype."""
+    w = (torch.randn(shape) * token_scale(shape[1], shape[3])).to(dtype)
+    grad = torch.randn(shape).to(dtype)
+    truth = _attention_gradients(lambda t: subspace_attention_reference(t, scale), w.double(), grad.double())
+    eager = _attention_gradients(lambda t: subspace_attention_reference(t, scale), w, grad)
+    actual = _attention_gradients(candidate, w, grad)
+    names = ("O", "dW")
+    return all(within_twice_eager(a, e, t, n) for a, e, t, n in zip(actual, eager, truth, names, strict=True))
+
+
+@pytest.mark.parametrize("shape", SHAPES + LONG_SHAPES, ids=str)
+def test_subspace_attention_matches_the_reference(shape):
+    assert _check_attention(subspace_attention, shape)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_subspace_attention_in_other_dtypes(dtype):
+    assert _check_attention(subspace_attention, (2, 65, 3, 64), dtype)
+
+
+@pytest.mark.parametrize("shape", [(2, 64, 2, 32), (1, 600, 2, 32)], ids=str)
+def test_subspace_attention_takes_a_scale(shape):
+    assert _check_attention(lambda w: subspace_attention(w, 0.3), shape, scale=0.3)
+
+
+def test_long_attention_of_large_and_shifted_logits_stays_accurate():
+    w = torch.randn(1, 600, 1, 32) + 5.0  # logits near 140 with large common part
+    truth = subspace_attention_reference(w.double())
+    assert within_twice_eager(subspace_attention(w), subspace_attention_reference(w), truth, "shifted")
+
+
+def _identity(w):
+    return w * 1.0
+
+
+MUTANTS = {
+    "drops the last key": lambda w: torch.cat([_attend(w, w[:, :-1])], dim=1),
+    "scale off by 2 %": lambda w: subspace_attention_reference(w, 1.02 * w.shape[-1] ** -0.5),
+    "uniform weights": lambda w: w.mean(dim=1, keepdim=True).expand_as(w),
+    "identity": _identity,
+    "no gradient through the keys": lambda w: _attend(w, w.detach()),
+}
+
+
+def _attend(queries: Tensor, keys: Tensor) -> Tensor:
+    out = F.scaled_dot_product_attention(queries.transpose(1, 2), keys.transpose(1, 2), keys.transpose(1, 2))
+    return out.transpose(1, 2)
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_the_attention_check_rejects_wrong_kernels(name):
+    assert not _check_attention(MUTANTS[name], (2, 197, 3, 64))
+
+
+@pytest.mark.parametrize("n_tokens", [50, 600])
+def test_subspace_attention_takes_any_strides(n_tokens):
+    base = torch.randn(2, 3, n_tokens, 64)
+    transposed = base.transpose(1, 2)
+    expanded = torch.randn(1, n_tokens, 1, 64).expand(2, n_tokens, 3, 64)
+    sliced = torch.randn(2, n_tokens, 6, 128)[:, :, ::2, ::2]
+    for w in (transposed, expanded, sliced):
+        torch.testing.assert_close(subspace_attention(w), subspace_attention_reference(w), rtol=1e-4, atol=1e-5)
+        grad = torch.ones(1, 1, 1, 1).expand(w.shape)  # what .sum().backward() passes down
+        ours, theirs = (
+            _attention_gradients(f, w, grad)[1] for f in (subspace_attention, subspace_attention_reference)
+        )
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+
+
+def test_long_attention_is_deterministic():
+    w, grad = torch.randn(1, 785, 2, 64), torch.randn(1, 785, 2, 64)
+    first, second = (_attention_gradients(subspace_attention, w, grad) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_attention_dropout_drops_and_keeps_the_mean():
+    w = torch.randn(1, 65, 1, 64) * token_scale(65, 64)
+    torch.manual_seed(1)
+    dropped = torch.stack([subspace_attention(w, dropout_p=0.5) for _ in range(400)])
+    assert not torch.equal(dropped[0], dropped[1])
+    torch.testing.assert_close(dropped.mean(0), subspace_attention(w), rtol=0, atol=0.25)
+
+
+# --- ISTA -----------------------------------------------------------------------------------------------------------
+
+
+def _ista_gradients(
+    function, x: Tensor, dictionary: Tensor, grad: Tensor, **options
+) -> tuple[Tensor, Tensor, Tensor]:
+    x, dictionary = x.detach().requires_grad_(), dictionary.detach().requires_grad_()
+    y = function(x, dictionary, **options)
+    y.backward(grad)
+    return y.detach(), x.grad, dictionary.grad
+
+
+def _check_ista(candidate, leading, width, dtype=torch.float32, threshold="relu") -> bool:
+    x = torch.randn(*leading, width).to(dtype)
+    dictionary = (torch.randn(width, width) / width**0.5).to(dtype)
+    grad = torch.randn(*leading, width).to(dtype)
+    options = {"step_size": 0.1, "sparsity": 0.5, "threshold": threshold}
+    truth = _ista_gradients(ista_reference, x.double(), dictionary.double(), grad.double(), **options)
+    eager = _ista_gradients(ista_reference, x, dictionary, grad, **options)
+    actual = _ista_gradients(candidate, x, dictionary, grad, **options)
+    agree = (truth[0] != 0) == (eager[0] != 0)  # where rounding decides the sign of u, no gradient is the right one
+    agree &= (actual[0] != 0) == (truth[0] != 0)
+    checks = [agree.float().mean().item() > 0.99, within_twice_eager(actual[0], eager[0], truth[0], "y")]
+    checks.append(within_twice_eager(actual[1][agree], eager[1][agree], truth[1][agree], "dx"))
+    checks.append(within_twice_eager(actual[2], eager[2], truth[2], "dD"))
+    return all(checks)
+
+
+@pytest.mark.parametrize("threshold", ["relu", "soft"])
+@pytest.mark.parametrize(("leading", "width"), [((2, 197), 96), ((64,), 64), ((3, 5), 48), ((), 16)], ids=str)
+def test_ista_matches_the_reference(leading, width, threshold):
+    assert _check_ista(ista, leading, width, threshold=threshold)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("leading", [(2, 65), (7,)], ids=str)
+def test_ista_in_other_dtypes(dtype, leading):
+    assert _check_ista(ista, leading, 32, dtype)
+
+
+ISTA_MUTANTS = {
+    "no second-order term": lambda x, d, step_size, sparsity, threshold: F.relu(
+        x + step_size * (x @ d) - step_size * sparsity
+    ),
+    "λ not scaled by η": lambda x, d, step_size, sparsity, threshold: ista_reference(
+        x, d, step_size, sparsity / step_size
+    ),
+    "D for its transpose": lambda x, d, step_size, sparsity, threshold: ista_reference(x, d.t(), step_size, sparsity),
+    "step size off by 2 %": lambda x, d, step_size, sparsity, threshold: ista_reference(
+        x, d, 1.02 * step_size, sparsity
+    ),
+    "no gradient through DᵀD": lambda x, d, step_size, sparsity, threshold: F.relu(
+        x + step_size * (x @ d - (x @ d.t().detach()) @ d.detach()) - step_size * sparsity
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ISTA_MUTANTS)
+def test_the_ista_check_rejects_wrong_kernels(name):
+    assert not _check_ista(ISTA_MUTANTS[name], (2, 197), 96)
+
+
+def test_identity_1_of_the_design_holds_in_float64():
+    x = torch.randn(40, 24, dtype=torch.float64)
+    dictionary = torch.randn(24, 24, dtype=torch.float64) / 5
+    grad = torch.randn(40, 24, dtype=torch.float64)
+    truth = _ista_gradients(ista_reference, x, dictionary, grad)
+    y = F.relu(x + x @ fold_dictionary(dictionary, 0.1) - 0.01)
+    masked = grad * (y > 0)
+    folded_grad = x.T @ masked
+    by_hand = 0.1 * (folded_grad - dictionary @ (folded_grad + folded_grad.T))
+    torch.testing.assert_close(y, truth[0], rtol=0, atol=1e-14)
+    torch.testing.assert_close(masked + masked @ fold_dictionary(dictionary, 0.1).T, truth[1], rtol=0, atol=1e-14)
+    torch.testing.assert_close(by_hand, truth[2], rtol=0, atol=1e-13)
+
+
+def test_gradients_agree_with_finite_differences():
+    x = torch.randn(9, 4, dtype=torch.float64, requires_grad=True)
+    dictionary = torch.randn(4, 4, dtype=torch.float64, requires_grad=True)
+    w = torch.randn(1, 5, 2, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda a, b: ista(a, b, 0.1, 0.1, threshold="soft"), (x, dictionary))
+    assert torch.autograd.gradgradcheck(lambda a, b: ista(a, b, 0.1, 0.1, threshold="soft"), (x, dictionary))
+    assert torch.autograd.gradcheck(subspace_attention, (w,))
+
+
+# --- PyTorch around it ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n_tokens", [50, 600])
+def test_operators_compile_without_graph_breaks(n_tokens):
+    def both(w, dictionary):
+        return ista(subspace_attention(w).flatten(-2), dictionary)
+
+    w = torch.randn(1, n_tokens, 2, 32, requires_grad=True)
+    dictionary = (torch.randn(64, 64) / 8).requires_grad_()
+    eager = both(w, dictionary)
+    gradients = torch.autograd.grad(eager.square().sum(), (w, dictionary))
+    compiled = torch.compile(both, fullgraph=True, backend="aot_eager")(w, dictionary)
+    compiled_gradients = torch.autograd.grad(compiled.square().sum(), (w, dictionary))
+    torch.testing.assert_close(compiled, eager)
+    torch.testing.assert_close(compiled_gradients, gradients)
+
+
+def test_custom_operators_pass_opcheck():
+    x, weight = torch.randn(6, 5, requires_grad=True), torch.randn(4, 5, requires_grad=True)
+    bias = torch.randn(4, requires_grad=True)
+    for relu in (False, True):
+        torch.library.opcheck(cpu.cpu_linear, (x, weight, bias, relu))
+        torch.library.opcheck(cpu.cpu_linear, (x, weight, None, relu))
+    w = torch.randn(1, 70, 2, 16, requires_grad=True)
+    torch.library.opcheck(cpu.cpu_subspace_attention, (w, 0.25))
+    torch.library.opcheck(cpu.cpu_subspace_attention_backward, (torch.randn(1, 70, 2, 16), w.detach(), 0.25))
+
+
+@pytest.mark.parametrize("rows", [1, 3, 700, 5000])
+@pytest.mark.parametrize("relu", [False, True])
+def test_cpu_linear_and_its_gradients(rows, relu):
+    x, weight, bias = torch.randn(rows, 48), torch.randn(32, 48), torch.randn(32)
+    inputs = [t.requires_grad_() for t in (x, weight, bias)]
+    ours = cpu.cpu_linear(*inputs, relu)
+    theirs = F.linear(*inputs).relu() if relu else F.linear(*inputs)
+    grad = torch.randn_like(theirs)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    for a, b in zip(torch.autograd.grad(ours, inputs, grad), torch.autograd.grad(theirs, inputs, grad), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+
+
+def test_linear_keeps_leading_dimensions_and_takes_empty_batches():
+    layer = torch.nn.Linear(5, 4)
+    for shape in ((5,), (3, 5), (2, 3, 5), (0, 5), (2, 0, 5)):
+        x = torch.randn(shape)
+        torch.testing.assert_close(linear(x, layer.weight, layer.bias), layer(x))
+
+
+def test_onednn_can_be_turned_off(monkeypatch):
+    x, weight = torch.randn(3, 4), torch.randn(5, 4)
+    monkeypatch.setenv("CRATE_FAST_ONEDNN", "0")
+    assert not cpu.serves(x, weight)
+    torch.testing.assert_close(linear(x, weight), F.linear(x, weight), rtol=0, atol=0)
+    monkeypatch.setenv("CRATE_FAST_ONEDNN", "yes")
+    with pytest.raises(ValueError, match="CRATE_FAST_ONEDNN='yes'"):
+        cpu.serves(x, weight)
+
+
+def test_autocast_runs_the_product_low_and_the_residual_high():
+    x, dictionary = torch.randn(2, 65, 32), torch.randn(32, 32) / 6
+    with torch.autocast("cpu", torch.bfloat16):
+        y = ista(x, dictionary, 0.1, 0.1)
+        attended = subspace_attention(torch.randn(1, 9, 2, 16))
+    assert y.dtype == torch.float32
+    assert attended.dtype in (torch.bfloat16, torch.float32)
+    truth = ista_reference(x.double(), dictionary.double())
+    error = (y - truth).abs().max()
+    assert 1e-6 < error < 0.1 * 2**-8 * (x @ dictionary).abs().max() * 40  # the bf16 part is scaled by η
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (
+            lambda: subspace_attention(torch.zeros(2, 3, 4)),
+            ValueError,
+            r"w has shape \(2, 3, 4\): pass \[B, N, H, D\]",
+        ),
+        (lambda: subspace_attention([1.0]), TypeError, "w is a list"),
+        (lambda: subspace_attention(torch.zeros(1, 2, 3, 4, dtype=torch.int64)), TypeError, "w is torch.int64"),
+        (lambda: subspace_attention(torch.zeros(1, 2, 3, 4), dropout_p=1.0), ValueError, "dropout_p=1.0"),
+        (lambda: subspace_attention(torch.zeros(1, 2, 3, 4), backend="cuda"), ValueError, "backend='cuda'.*'triton'"),
+        (lambda: subspace_attention(torch.zeros(1, 2, 3, 4), backend="triton"), RuntimeError, "cannot run.*'cpu'"),
+        (lambda: ista(torch.zeros(3, 4), torch.zeros(4, 3)), ValueError, r"dictionary has shape \(4, 3\)"),
+        (lambda: ista(torch.zeros(3, 4), torch.zeros(5, 5)), ValueError, r"\[4, 4\]"),
+        (lambda: ista(torch.zeros(3, 4), torch.zeros(4, 4).double()), TypeError, "float64 and x torch.float32"),
+        (
+            lambda: ista(torch.zeros(3, 4), torch.zeros(4, 4), threshold="hard"),
+            ValueError,
+            "threshold='hard'.*'soft'",
+        ),
+        (lambda: ista(torch.zeros(3, 4), torch.zeros(4, 4), step_size=-1), ValueError, "step_size=-1"),
+        (lambda: ista(torch.zeros(3, 4), torch.zeros(4, 4), sparsity=float("nan")), ValueError, "sparsity=nan"),
+        (lambda: ista(torch.zeros(3, 4), torch.zeros(4, 4, device="meta")), ValueError, "dictionary is on meta"),
+        (lambda: explain_backend("cpu", "tritn"), ValueError, "backend='tritn'"),
+    ],
+)
+def test_bad_input_is_named(call, error, message):
+    with pytest.raises(error, match=message):
+        call()

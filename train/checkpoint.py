@@ -1,0 +1,161 @@
+"""Checkpoints that are whole or absent.
+
+    RUN/checkpoints/step_00001500/model.safetensors     weights, under the released names
+                                  training.pt           optimiser and progress (tensors and plain values only)
+                                  manifest.json         step, configuration, environment, each file's size and SHA-256
+    RUN/checkpoints/best.json                           the step with the best validation accuracy
+
+A checkpoint is written into a hidden folder, flushed to disk, and renamed: whoever kills the process finds either the
+finished folder or none. Reading verifies every file against the manifest.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+__all__ = ["CheckpointError", "best_step", "folder_of", "load", "newest", "record_best", "rotate", "save", "steps"]
+
+WEIGHTS, TRAINING, MANIFEST, BEST = "model.safetensors", "training.pt", "manifest.json", "best.json"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint is damaged, missing or of another run."""
+
+
+def folder_of(root: Path, step: int) -> Path:
+    """The folder of the checkpoint of `step`."""
+    return root / f"step_{step:08d}"
+
+
+def _flush(path: Path) -> None:
+    """Make a file's or folder's content survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _fingerprint(path: Path) -> dict:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a small file atomically: write beside it, flush, rename."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text)
+    _flush(temporary)
+    temporary.replace(path)
+    _flush(path.parent)
+
+
+def steps(root: Path) -> list[int]:
+    """Steps of the finished checkpoints in `root`, ascending."""
+    return sorted(int(path.name.removeprefix("step_")) for path in root.glob("step_*") if path.is_dir())
+
+
+def newest(root: Path) -> int | None:
+    """The last finished checkpoint's step, or None."""
+    return max(steps(root), default=None)
+
+
+def save(root: Path, step: int, weights: dict[str, Tensor], training: dict, facts: dict) -> Path:
+    """Write a checkpoint, all or nothing.
+
+    Args:
+        root: The run's `checkpoints` folder.
+        step: Optimiser steps done.
+        weights: The model's state dict.
+        training: Optimiser state and progress: tensors and plain values.
+        facts: JSON values for the manifest: configuration, commit, versions.
+
+    Returns:
+        The checkpoint's folder.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    final = folder_of(root, step)
+    temporary = root / f".{final.name}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, temporary / WEIGHTS)
+    torch.save(training, temporary / TRAINING)
+    files = {name: _fingerprint(temporary / name) for name in (WEIGHTS, TRAINING)}
+    (temporary / MANIFEST).write_text(json.dumps({"step": step, "files": files, **facts}, indent=2))
+    for name in (WEIGHTS, TRAINING, MANIFEST):
+        _flush(temporary / name)
+    _flush(temporary)
+    shutil.rmtree(final, ignore_errors=True)  # an interrupted run that reached this step before
+    temporary.replace(final)
+    _flush(root)
+    return final
+
+
+def load(root: Path, step: int) -> tuple[dict[str, Tensor], dict, dict]:
+    """Read a checkpoint and verify it.
+
+    Returns:
+        (weights, training, manifest).
+
+    Raises:
+        CheckpointError: A file is missing or differs from the manifest; the message names the file and the newest
+            checkpoint before it that is whole.
+    """
+    folder = folder_of(root, step)
+    problem = _problem(folder)
+    if problem:
+        whole = [earlier for earlier in steps(root) if earlier < step and not _problem(folder_of(root, earlier))]
+        remedy = (
+            f"{folder_of(root, whole[-1])} is whole: delete {folder} to continue from it"
+            if whole
+            else "no earlier one is whole"
+        )
+        raise CheckpointError(f"{problem}. {remedy}")
+    manifest = json.loads((folder / MANIFEST).read_text())
+    training = torch.load(folder / TRAINING, map_location="cpu", weights_only=True)
+    return load_file(folder / WEIGHTS), training, manifest
+
+
+def _problem(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, or None."""
+    try:
+        files = json.loads((folder / MANIFEST).read_text())["files"]
+    except (OSError, ValueError, KeyError) as error:
+        return f"{folder / MANIFEST} cannot be read ({error})"
+    for name, expected in files.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{path} is missing"
+        if path.stat().st_size != expected["bytes"]:
+            return f"{path} is damaged: {path.stat().st_size} bytes, {expected['bytes']} were written"
+        if _fingerprint(path) != expected:
+            return f"{path} is damaged: its SHA-256 is not the one written in {MANIFEST}"
+    return None
+
+
+def record_best(root: Path, step: int, accuracy: float) -> None:
+    """Note which checkpoint is the best so far."""
+    write_text(root / BEST, json.dumps({"step": step, "val_accuracy": accuracy}))
+
+
+def best_step(root: Path) -> int | None:
+    """The step that `record_best` noted, or None."""
+    path = root / BEST
+    return json.loads(path.read_text())["step"] if path.is_file() else None
+
+
+def rotate(root: Path, keep: int) -> None:
+    """Delete all checkpoints but the newest `keep` and the best."""
+    kept = {*steps(root)[-keep:], best_step(root)}
+    for step in steps(root):
+        if step not in kept:
+            shutil.rmtree(folder_of(root, step))

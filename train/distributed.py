@@ -1,0 +1,91 @@
+"""One process or many: what `torchrun` set up, behind a few words."""
+
+import os
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+__all__ = ["Processes", "process_group"]
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among its fellows.
+
+    Attributes:
+        rank: Of this process, over all hosts.
+        local_rank: On this host.
+        world_size: Number of processes; 1 without `torchrun`.
+        device: Where this process computes.
+    """
+
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that writes files and prints."""
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """`values` added up over all processes, on every one of them."""
+        if self.world_size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def agree(self, value: str) -> str:
+        """The first process's `value`, on every process."""
+        if self.world_size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def wait(self) -> None:
+        """Until every process is here."""
+        if self.world_size > 1:
+            dist.barrier()
+
+
+def _choose_device(asked: str, local_rank: int) -> torch.device:
+    kind = ("cuda" if torch.cuda.is_available() else "cpu") if asked == "auto" else asked
+    device = torch.device(kind)
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise RuntimeError(
+                f"device={asked!r}: PyTorch sees no GPU here; pass --device cpu or install a CUDA build"
+            )
+        if device.index is None:
+            device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    return device
+
+
+@contextmanager
+def process_group(device: str, threads: int = 0):
+    """Join the processes that `torchrun` started (NCCL on GPUs, gloo on CPUs); alone, do nothing.
+
+    Args:
+        device: "auto", "cpu", "cuda" or "cuda:0".
+        threads: CPU threads of this process; 0: PyTorch's choice for one process, an equal share for each of many.
+
+    Yields:
+        `Processes`.
+    """
+    rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
+    world_size, local_size = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    place = _choose_device(device, local_rank)
+    if threads or local_size > 1:
+        torch.set_num_threads(threads or max(1, os.cpu_count() // local_size))
+    if world_size > 1:
+        dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
+    try:
+        yield Processes(rank, local_rank, world_size, place)
+    finally:
+        if world_size > 1:
+            dist.destroy_process_group()

@@ -1,0 +1,168 @@
+"""The training loop: thin, and the same for one process or many."""
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from timm.optim import create_optimizer_v2
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+
+from crate_fast.train.config import PretrainConfig
+from crate_fast.train.data import Normalize
+from crate_fast.train.distributed import Processes
+
+__all__ = ["Trainer", "evaluate", "learning_rate"]
+
+
+def learning_rate(config: PretrainConfig, step: int, steps_per_epoch: int) -> float:
+    """Learning rate of optimiser step `step` (from 0).
+
+    "cosine": linear warm-up, then half a cosine to `min_lr`, both by the step. "released": the smaller of warm-up and
+    cosine, both by the epoch, as the released recipe steps them.
+    """
+    total = config.epochs * steps_per_epoch
+    warmup = config.warmup_epochs * steps_per_epoch
+    if config.schedule == "released":
+        step = step // steps_per_epoch * steps_per_epoch
+        rising = min(1.0, (step + steps_per_epoch) / warmup) if warmup else 1.0
+        falling = 0.5 * (1 + math.cos(math.pi * step / total))
+        return max(config.min_lr, config.lr * min(rising, falling))
+    if step < warmup:
+        return config.lr * (step + 1) / math.ceil(warmup)
+    progress = (step - warmup) / max(1.0, total - warmup)
+    return config.min_lr + (config.lr - config.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def autocast_dtype(config: PretrainConfig, device: torch.device) -> torch.dtype | None:
+    """The dtype of autocast, or None for plain fp32."""
+    if config.precision == "auto":
+        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else None
+    return torch.bfloat16 if config.precision == "bf16" else None
+
+
+def autocast(device: torch.device, dtype: torch.dtype | None):
+    """`torch.autocast` in `dtype`, or nothing."""
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module, loader: DataLoader, normalize: Normalize, processes: Processes, dtype: torch.dtype | None = None
+) -> dict[str, float]:
+    """Classification on a split that is shared out over the processes; every image counts once.
+
+    Args:
+        model: In any mode; left in evaluation mode.
+        loader: `eval_loader` of this process: (images, labels, …).
+        normalize: uint8 → fp32 on the device.
+        processes: Whose counts are added up.
+        dtype: Of autocast.
+
+    Returns:
+        "loss" (cross-entropy in nats), "accuracy" and "top5" in [0, 1].
+    """
+    model.eval()
+    totals = torch.zeros(4, dtype=torch.float64, device=processes.device)
+    for images, labels, *_ in loader:
+        images, labels = images.to(processes.device), labels.to(processes.device)
+        with autocast(processes.device, dtype):
+            logits = model(normalize(images))
+        logits = logits.float()
+        ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+        loss = F.cross_entropy(logits, labels, reduction="sum")
+        counts = [loss, ranked[:, 0].sum(), ranked.sum(), torch.tensor(len(labels), device=labels.device)]
+        totals += torch.stack([count.double() for count in counts])
+    loss, top1, top5, count = processes.sum(totals).tolist()
+    return {"loss": loss / count, "accuracy": top1 / count, "top5": top5 / count}
+
+
+class Trainer:
+    """A model, its optimiser and the optimiser steps done.
+
+    Args:
+        model: On the device.
+        config: The run's.
+        processes: See `distributed.process_group`.
+        steps_per_epoch: Optimiser steps in an epoch.
+    """
+
+    def __init__(self, model: nn.Module, config: PretrainConfig, processes: Processes, steps_per_epoch: int):
+        self.model, self.config, self.processes = model, config, processes
+        self.steps_per_epoch = steps_per_epoch
+        self.step = 0
+        self.dtype = autocast_dtype(config, processes.device)
+        self.normalize = Normalize(config.mean).to(processes.device)
+        self.optimizer = create_optimizer_v2(
+            model,
+            opt=config.optimizer,
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+            filter_bias_and_bn=not config.decay_all,
+        )
+        runner = torch.compile(model) if config.compile else model
+        self.runner = DistributedDataParallel(runner) if processes.world_size > 1 else runner
+
+    @property
+    def total_steps(self) -> int:
+        """Optimiser steps of the whole run."""
+        return self.config.epochs * self.steps_per_epoch
+
+    def train_steps(self, loader: DataLoader) -> Iterator[dict[str, float]]:
+        """Run every step in `loader`; after each yield its loss, accuracy, lr and images/s (over all processes).
+
+        The loss and the accuracy are means over the global batch, of this step.
+        """
+        config, processes = self.config, self.processes
+        batches = iter(loader)
+        began = time.perf_counter()
+        while self.step < self.total_steps:
+            self.runner.train()
+            lr = learning_rate(config, self.step, self.steps_per_epoch)
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            totals = torch.zeros(2, device=processes.device)
+            draw = np.random.SeedSequence((config.seed, self.step, processes.rank)).generate_state(1, np.uint64)
+            torch.manual_seed(int(draw[0]))  # dropout's masks depend on the step alone: nothing to save for a resume
+            for part in range(config.accumulate):
+                images, labels, *_ = next(batches)
+                last = part == config.accumulate - 1
+                hold = nullcontext() if last or processes.world_size == 1 else self.runner.no_sync()
+                with hold:
+                    totals += self._forward_backward(images, labels)
+            if config.clip_grad:
+                nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_grad)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            self.step += 1
+            loss, correct = (processes.sum(totals) / processes.world_size).tolist()
+            now = time.perf_counter()
+            yield {"loss": loss, "accuracy": correct, "lr": lr, "images_per_s": config.batch_size / (now - began)}
+            began = time.perf_counter()
+
+    def _forward_backward(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Add one micro-batch's gradient; return its share of the step's loss and accuracy, [2]."""
+        device = self.processes.device
+        images = images.to(device, non_blocking=True)
+        labels = labels.to(device, non_blocking=True)
+        with autocast(device, self.dtype):
+            logits = self.runner(self.normalize(images))
+        loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.config.label_smoothing)
+        (loss / self.config.accumulate).backward()
+        accuracy = (logits.detach().argmax(dim=1) == labels).float().mean()
+        return torch.stack([loss.detach(), accuracy]) / self.config.accumulate
+
+    def state(self) -> dict:
+        """What `restore` needs beside the weights: tensors and plain values."""
+        return {"step": self.step, "optimizer": self.optimizer.state_dict()}
+
+    def restore(self, weights: dict[str, Tensor], state: dict) -> None:
+        """Continue exactly where `state` and the weights were taken."""
+        self.model.load_state_dict(weights, strict=True)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step = state["step"]

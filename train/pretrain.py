@@ -1,0 +1,259 @@
+"""Supervised pre-training: `torchrun train/pretrain.py`, or plain `python train/pretrain.py`.
+
+Without arguments it trains a small CRATE on `shape_scenes`, a data set made on the fly, and ends with its accuracy
+and the segmentation score of its attention maps. Everything of a run is in its folder:
+
+    config.yaml  metrics.jsonl  summary.json  attention.png  curves.png  checkpoints/  tensorboard/
+"""
+
+import json
+import sys
+import time
+from datetime import datetime
+from pathlib import Path
+
+import timm
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+import crate_fast
+from crate_fast import CRATE
+from crate_fast.train import checkpoint
+from crate_fast.train.config import PretrainConfig, build_config, dump_config
+from crate_fast.train.data import DataSplits, build_splits, eval_loader, train_loader
+from crate_fast.train.distributed import Processes, process_group
+from crate_fast.train.engine import Trainer, evaluate
+from crate_fast.train.provenance import provenance
+from crate_fast.train.report import attention_figure, attention_layer, curves_figure, score_attention
+from crate_fast.whitebox import layer_statistics
+
+__all__ = ["build_model", "main"]
+
+# Settings that a resumed run may change: they decide how fast it goes and what is kept, not what is computed.
+FREE_SETTINGS = (
+    "data_dir",
+    "download",
+    "workers",
+    "device",
+    "threads",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "log_every",
+)
+WHITEBOX_IMAGES = 64
+
+
+def build_model(config: PretrainConfig, num_classes: int) -> nn.Module:
+    """The model that the configuration names, for `num_classes` classes, on the CPU."""
+    ours = ("patch_size", "dim", "depth", "heads", "residual", "attention", "sparsifier", "threshold")
+    changes = {name: getattr(config, name) for name in ours if getattr(config, name) is not None}
+    model = timm.create_model(
+        config.model, num_classes=num_classes, img_size=config.image_size, drop_rate=config.dropout, **changes
+    )
+    if config.grad_checkpointing:
+        model.set_grad_checkpointing(True)
+    return model
+
+
+class Run:
+    """The folder of a run: what was measured, and where it stands. Only the first process writes."""
+
+    def __init__(self, folder: Path, config: PretrainConfig, processes: Processes):
+        self.folder, self.config, self.processes = folder, config, processes
+        self.checkpoints = folder / "checkpoints"
+        self.history: list[dict] = []
+        self.best = -1.0
+        self.board: SummaryWriter | None = None
+
+    def begin(self, trainer: Trainer, resume: bool) -> None:
+        """Start afresh, or restore the newest checkpoint into `trainer` if there is one."""
+        step = checkpoint.newest(self.checkpoints)
+        if step is not None and not resume:
+            raise FileExistsError(
+                f"{self.folder} holds a run at step {step}: pass --resume to continue it, or another --output"
+            )
+        if step is not None:
+            weights, training, manifest = checkpoint.load(self.checkpoints, step)
+            self._check_same_run(manifest["config"])
+            trainer.restore(weights, training["trainer"])
+            self.history, self.best = manifest["history"], manifest["best"]
+        if self.processes.first:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / "config.yaml").write_text(dump_config(self.config))
+            lines = "".join(json.dumps(entry) + "\n" for entry in self.history)
+            checkpoint.write_text(self.folder / "metrics.jsonl", lines)
+            self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=trainer.step + 1)
+        self.processes.wait()
+
+    def _check_same_run(self, saved: dict) -> None:
+        present = vars(self.config)
+        differing = [name for name in present if name not in FREE_SETTINGS and present[name] != saved.get(name)]
+        if differing:
+            changes = ", ".join(f"{name}: {saved.get(name)!r} → {present[name]!r}" for name in differing)
+            raise checkpoint.CheckpointError(
+                f"the checkpoint in {self.folder} was made with other settings ({changes}): resume with its own "
+                f"(--recipe {self.folder / 'config.yaml'}), or start a new run in another --output"
+            )
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """Append to metrics.jsonl and TensorBoard."""
+        entry = {"step": step, **values}
+        self.history.append(entry)
+        if self.board is not None:
+            with (self.folder / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps(entry) + "\n")
+            for name, value in values.items():
+                self.board.add_scalar(name, value, step)
+
+    def log_layers(self, step: int, statistics: dict[str, torch.Tensor]) -> None:
+        """R^c and sparsity of every layer, to TensorBoard."""
+        if self.board is not None:
+            for name, rows in statistics.items():
+                for layer, (mean, _) in enumerate(rows.tolist()):
+                    self.board.add_scalar(f"{name}/layer_{layer:02d}", mean, step)
+
+    def save(self, trainer: Trainer, accuracy: float | None = None) -> None:
+        """Write a checkpoint; with an accuracy it may become the best. Older ones are rotated out."""
+        better = accuracy is not None and accuracy > self.best
+        if better:
+            self.best = accuracy
+        if self.processes.first:
+            facts = {"config": vars(self.config), "history": self.history, "best": self.best, **provenance()}
+            training = {"trainer": trainer.state()}
+            checkpoint.save(self.checkpoints, trainer.step, trainer.model.state_dict(), training, facts)
+            if better:
+                checkpoint.record_best(self.checkpoints, trainer.step, accuracy)
+            checkpoint.rotate(self.checkpoints, self.config.keep_checkpoints)
+        self.processes.wait()
+
+
+def _train(trainer: Trainer, run: Run, data: DataSplits) -> None:
+    """From the trainer's step to the last one, with evaluation, logging and checkpoints on the way."""
+    config, processes = run.config, run.processes
+    shares = {"rank": processes.rank, "world_size": processes.world_size}
+    loader = train_loader(config, data.train, first_step=trainer.step, **shares)
+    val_loader = eval_loader(config, data.val, **shares)
+    probe = torch.stack([data.val[0, i][0] for i in range(min(WHITEBOX_IMAGES, len(data.val)))])
+    evaluation_period = config.eval_every * trainer.steps_per_epoch
+    slow = not sys.stderr.isatty()
+    with tqdm(
+        total=trainer.total_steps * config.batch_size,
+        initial=trainer.step * config.batch_size,
+        unit="img",
+        unit_scale=True,
+        disable=not processes.first,
+        mininterval=10 if slow else 0.2,
+        desc="training",
+    ) as bar:
+        recent: list[dict[str, float]] = []
+        for measured in trainer.train_steps(loader):
+            recent.append(measured)
+            bar.update(config.batch_size)
+            done = trainer.step == trainer.total_steps
+            if trainer.step % config.log_every == 0 or done:
+                means = {name: sum(entry[name] for entry in recent) / len(recent) for name in measured}
+                run.log(trainer.step, means)
+                bar.set_postfix(loss=f"{means['loss']:.3f}", acc=f"{means['accuracy']:.3f}")
+                recent = []
+            if trainer.step % evaluation_period == 0 or done:
+                scores = evaluate(trainer.model, val_loader, trainer.normalize, processes, trainer.dtype)
+                run.log(trainer.step, {f"val_{name}": value for name, value in scores.items()})
+                if isinstance(trainer.model, CRATE):
+                    images = trainer.normalize(probe.to(processes.device))
+                    run.log_layers(trainer.step, layer_statistics(trainer.model, images))
+                run.save(trainer, scores["accuracy"])
+                if processes.first:
+                    bar.write(
+                        f"epoch {trainer.step / trainer.steps_per_epoch:g}: validation accuracy "
+                        f"{scores['accuracy']:.4f}, loss {scores['loss']:.4f}"
+                    )
+            elif config.checkpoint_every and trainer.step % config.checkpoint_every == 0:
+                run.save(trainer)
+
+
+def _finish(trainer: Trainer, run: Run, data: DataSplits, seconds: float) -> dict:
+    """Score, draw and summarise; on the first process only."""
+    model, config, folder = trainer.model, run.config, run.folder
+    curves_figure(run.history, folder / "curves.png")
+    final = next(entry for entry in reversed(run.history) if "val_accuracy" in entry)
+    summary = {
+        "val_accuracy": final["val_accuracy"],
+        "val_loss": final["val_loss"],
+        "chance": 1 / len(data.classes),
+        "best_val_accuracy": run.best,
+        "best_checkpoint": str(checkpoint.folder_of(run.checkpoints, checkpoint.best_step(run.checkpoints))),
+        "last_checkpoint": str(checkpoint.folder_of(run.checkpoints, trainer.step)),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "steps": trainer.step,
+        "seconds_this_session": round(seconds, 1),
+    }
+    if isinstance(model, CRATE):
+        layer = attention_layer(model)
+        source = data.val if data.masks is None else data.masks
+        samples = [source[0, i] for i in range(min(8, len(source)))]
+        masks = None if data.masks is None else torch.stack([sample[2] for sample in samples])
+        images = torch.stack([sample[0] for sample in samples])
+        titles = [data.classes[sample[1]] for sample in samples]
+        attention_figure(model, images, masks, titles, trainer.normalize, layer, folder / "attention.png")
+        if data.masks is not None:
+            loader: DataLoader = eval_loader(config, data.masks)
+            summary["attention_layer"] = layer
+            summary["attention_miou"] = {
+                threshold: score_attention(model, loader, trainer.normalize, layer, threshold)
+                for threshold in ("topk", "mass")
+            }
+    checkpoint.write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+    return summary
+
+
+def _print_summary(summary: dict, folder: Path) -> None:
+    print(
+        f"\nvalidation accuracy {summary['val_accuracy']:.4f} (chance {summary['chance']:.4f}), "
+        f"best {summary['best_val_accuracy']:.4f}"
+    )
+    for threshold, scores in summary.get("attention_miou", {}).items():
+        print(
+            f"attention mIoU, layer {summary['attention_layer']}, {threshold} 60 %: "
+            f"best head {scores['best_head']:.3f}, one head for all images {scores['fixed_head']:.3f} | "
+            f"constant mask {scores['constant']:.3f}, random maps {scores['random']:.3f}"
+        )
+    print("written:")
+    for name in ("summary.json", "config.yaml", "metrics.jsonl", "curves.png", "attention.png", "tensorboard"):
+        if (folder / name).exists():
+            print(f"  {folder / name}")
+    print(f"  {summary['last_checkpoint']} (last)\n  {summary['best_checkpoint']} (best)")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Train as the command line says; returns the exit status."""
+    config, options = build_config(argv, "Supervised pre-training of CRATE (or any timm model).", "shape_scenes")
+    began = time.perf_counter()
+    with process_group(config.device, config.threads) as processes:
+        name = f"runs/{Path(options.recipe).stem}-{datetime.now():%Y%m%d-%H%M%S}"
+        folder = Path(options.output or processes.agree(name))
+        torch.manual_seed(config.seed)
+        data = build_splits(config)
+        model = build_model(config, len(data.classes)).to(processes.device)
+        trainer = Trainer(model, config, processes, len(data.train) // config.batch_size)
+        run = Run(folder, config, processes)
+        run.begin(trainer, options.resume)
+        if processes.first:
+            print(
+                f"crate_fast {crate_fast.__version__}: {config.model}, "
+                f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(data.train)} images, "
+                f"{trainer.total_steps} steps on {processes.world_size} × {processes.device} → {folder}"
+            )
+        _train(trainer, run, data)
+        if processes.first:
+            summary = _finish(trainer, run, data, time.perf_counter() - began)
+            _print_summary(summary, folder)
+            run.board.close()
+        processes.wait()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
