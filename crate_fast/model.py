@@ -328,7 +328,7 @@ class CRATE(nn.Module):
         """Regular expressions that group parameters by depth, for layer-wise learning rates (timm)."""
         return {
             "stem": r"^cls_token|^pos_embedding|^to_patch_embedding",
-            "blocks": [(r"^transformer\.layers\.(\d+)", None), (r"^mlp_head", (99999,))],
+            "blocks": [(r"^transformer\.layers\.(\d+)", None), (r"^mlp_head\.0", (99999,))],
         }
 
 

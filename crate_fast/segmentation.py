@@ -1,11 +1,12 @@
-"""From an attention map to a mask and a score: the arithmetic of coarse segmentation (paper, §3.2 and B.3).
+"""From an attention map to a mask and a score: the arithmetic of coarse segmentation (paper, §3.2 and B.3)."""
 
-No data sets and no files here; `crate_fast.eval.coarse_segmentation` has the protocol.
-"""
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+from crate_fast.whitebox import trace
 
 __all__ = [
     "attention_to_mask",
@@ -92,3 +93,55 @@ def best_head_iou(
 def constant_mask_iou(target: Tensor) -> Tensor:
     """IoU of the mask that holds every patch, per image [B]: the score of looking at nothing. target [B, P]."""
     return intersection_over_union(torch.ones_like(target), target)
+
+
+@torch.inference_mode()
+def score_attention(
+    model: nn.Module,
+    batches: Iterable[Sequence[Tensor]],
+    normalize: Callable[[Tensor], Tensor],
+    layer: int,
+    threshold: str = "topk",
+    fraction: float = 0.6,
+) -> dict[str, float | int | list[float]]:
+    """Mean IoU of CLS attention with known object masks, on the patch grid, beside what it must beat.
+
+    Args:
+        model: A CRATE or an ablation; left in evaluation mode.
+        batches: (images, labels, pixel masks [B, H, W]).
+        normalize: Turns a batch's images into the model's input.
+        layer: Whose attention.
+        threshold, fraction: See `attention_to_mask`.
+
+    Returns:
+        Of the model: "best_head", the best head of each image (the paper's reading); "per_head", each head for all
+        images; "fixed_head", the best of those. To beat: "constant", the mask that holds every patch; "random", the
+        best of as many maps of noise; "mean_mask", the objects' mean mask as every image's attention map. And
+        "ceiling", what the true mask itself reaches after the threshold; "images", how many were scored.
+    """
+    model.eval()
+    device = next(model.parameters()).device
+    noise = torch.Generator().manual_seed(0)
+    attentions, targets = [], []
+    for images, _, masks in batches:
+        (layer_trace,) = trace(model, normalize(images.to(device)), [layer])
+        attentions.append(layer_trace.cls_attention().float().cpu())
+        targets.append(mask_to_grid(masks, model.grid_size))
+    attention, target = torch.cat(attentions), torch.cat(targets)
+
+    def score(maps: Tensor) -> tuple[Tensor, float]:
+        per_head, best = best_head_iou(maps, target, threshold, fraction)
+        return per_head.mean(dim=0), best.mean().item()
+
+    heads, best_head = score(attention)
+    mean_mask = target.float().mean(dim=0).expand(len(target), 1, -1)
+    return {
+        "best_head": best_head,
+        "fixed_head": heads.max().item(),
+        "per_head": heads.tolist(),
+        "constant": constant_mask_iou(target).mean().item(),
+        "random": score(torch.rand(attention.shape, generator=noise))[1],
+        "mean_mask": score(mean_mask)[1],
+        "ceiling": score(target[:, None].float())[1],
+        "images": len(target),
+    }

@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from crate_fast.layers import ISTA, MHSA
+from crate_fast.layers import ISTA, MHSA, MSSA
 
-__all__ = ["LayerTrace", "coding_rate", "layer_statistics", "nonzero_fraction", "trace"]
+__all__ = ["LayerTrace", "attention_layer", "coding_rate", "layer_statistics", "nonzero_fraction", "trace"]
 
 
 def coding_rate(w: Tensor, epsilon: float = 0.01) -> Tensor:
@@ -57,6 +57,12 @@ def nonzero_fraction(tokens: Tensor) -> Tensor:
     tensor([0.5000])
     """
     return (tokens != 0).flatten(1).float().mean(dim=1)
+
+
+def attention_layer(model: nn.Module) -> int:
+    """The layer whose attention is looked at: the last but one for CRATE, the last for a ViT (paper, §3)."""
+    layers = model.transformer.layers
+    return max(0, len(layers) - 2) if isinstance(layers[0][0].fn, MSSA) else len(layers) - 1
 
 
 @dataclass(frozen=True)

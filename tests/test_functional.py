@@ -114,7 +114,7 @@ def test_attention_dropout_drops_and_keeps_the_mean():
     torch.testing.assert_close(dropped.mean(0), subspace_attention(w), rtol=0, atol=0.25)
 
 
-# --- ISTA -----------------------------------------------------------------------------------------------------------
+# --- ISTA ---
 
 
 def _ista_gradients(
@@ -199,7 +199,7 @@ def test_gradients_agree_with_finite_differences():
     assert torch.autograd.gradcheck(subspace_attention, (w,))
 
 
-# --- PyTorch around it ----------------------------------------------------------------------------------------------
+# --- PyTorch around it ---
 
 
 @pytest.mark.parametrize("n_tokens", [50, 600])

@@ -184,15 +184,15 @@ def test_distractors_are_not_cut_by_their_windows():
         windowed, whole = np.zeros((2, n, 3, size, size), np.float32)
         for image, reach in ((windowed, radius), (whole, 1.0)):
             shape_scenes._render_clutter(image, np.ones((n, size, size), bool), layers, reach, tables)
-        assert (whole != 0.0).mean() > 0.01
+        assert (whole != 0.0).mean() > 0.005
         assert (windowed != whole).mean() < 1e-3  # addresses differ in their last bit
 
 
 def test_area_and_place(sample):
     area, _, _ = mask_moments(sample.masks)
     print(f"area: {area.min():.3f} to {area.max():.3f}, mean {area.mean():.3f}")
-    assert area.min() > 0.06
-    assert area.max() < 0.30
+    assert area.min() > 0.035
+    assert area.max() < 0.18
     assert area.std() > 0.02
     edges = np.concatenate([sample.masks[:, [0, -1], :], sample.masks[:, :, [0, -1]].swapaxes(1, 2)], axis=1)
     assert not edges.any()  # an object cut by the border would tell wide silhouettes from compact ones

@@ -147,7 +147,6 @@ class PretrainConfig:
         for name in ("keep_checkpoints", "log_every", "segmentation_samples"):
             _at_least(name, getattr(self, name), 1)
         for name in (
-            "workers",
             "weight_decay",
             "warmup_epochs",
             "min_lr",

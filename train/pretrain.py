@@ -12,25 +12,25 @@ import time
 from datetime import datetime
 from pathlib import Path
 
-import timm
 import torch
-from torch import nn
 from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import crate_fast
 from crate_fast import CRATE
+from crate_fast.provenance import provenance
+from crate_fast.segmentation import score_attention
 from crate_fast.train import checkpoint
 from crate_fast.train.config import PretrainConfig, build_config, dump_config
 from crate_fast.train.data import DataSplits, build_splits, eval_loader, train_loader
 from crate_fast.train.distributed import Processes, process_group
 from crate_fast.train.engine import Trainer, evaluate
-from crate_fast.train.provenance import provenance
-from crate_fast.train.report import attention_figure, attention_layer, curves_figure, score_attention
-from crate_fast.whitebox import layer_statistics
+from crate_fast.train.report import attention_figure, curves_figure
+from crate_fast.train.runs import build_model
+from crate_fast.whitebox import attention_layer, layer_statistics
 
-__all__ = ["build_model", "main"]
+__all__ = ["main"]
 
 # Settings that a resumed run may change: they decide how fast it goes and what is kept, not what is computed.
 FREE_SETTINGS = (
@@ -44,18 +44,6 @@ FREE_SETTINGS = (
     "log_every",
 )
 WHITEBOX_IMAGES = 64
-
-
-def build_model(config: PretrainConfig, num_classes: int) -> nn.Module:
-    """The model that the configuration names, for `num_classes` classes, on the CPU."""
-    ours = ("patch_size", "dim", "depth", "heads", "residual", "attention", "sparsifier", "threshold")
-    changes = {name: getattr(config, name) for name in ours if getattr(config, name) is not None}
-    model = timm.create_model(
-        config.model, num_classes=num_classes, img_size=config.image_size, drop_rate=config.dropout, **changes
-    )
-    if config.grad_checkpointing:
-        model.set_grad_checkpointing(True)
-    return model
 
 
 class Run:
@@ -218,7 +206,8 @@ def _print_summary(summary: dict, folder: Path) -> None:
         print(
             f"attention mIoU, layer {summary['attention_layer']}, {threshold} 60 %: "
             f"best head {scores['best_head']:.3f}, one head for all images {scores['fixed_head']:.3f} | "
-            f"constant mask {scores['constant']:.3f}, random maps {scores['random']:.3f}"
+            f"constant mask {scores['constant']:.3f}, random maps {scores['random']:.3f}, "
+            f"mean mask {scores['mean_mask']:.3f}"
         )
     print("written:")
     for name in ("summary.json", "config.yaml", "metrics.jsonl", "curves.png", "attention.png", "tensorboard"):

@@ -1,78 +1,18 @@
-"""What a finished run shows: the segmentation score of its attention maps, and a figure to look at."""
+"""The figures of a finished run: attention maps and curves."""
 
 from pathlib import Path
 
 import matplotlib
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
-from crate_fast.layers import MSSA
-from crate_fast.segmentation import best_head_iou, constant_mask_iou, mask_to_grid
 from crate_fast.train.data import Normalize
 from crate_fast.whitebox import trace
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-__all__ = ["attention_figure", "attention_layer", "curves_figure", "score_attention"]
-
-
-def attention_layer(model: nn.Module) -> int:
-    """The layer whose attention is looked at: the last but one for CRATE, the last for a ViT (paper, §3)."""
-    layers = model.transformer.layers
-    return max(0, len(layers) - 2) if isinstance(layers[0][0].fn, MSSA) else len(layers) - 1
-
-
-@torch.inference_mode()
-def score_attention(
-    model: nn.Module,
-    loader: DataLoader,
-    normalize: Normalize,
-    layer: int,
-    threshold: str = "topk",
-    fraction: float = 0.6,
-) -> dict[str, float | list[float]]:
-    """Mean IoU of CLS attention with known object masks, on the patch grid, beside what it must beat.
-
-    Args:
-        model: A CRATE or an ablation.
-        loader: (uint8 images, labels, pixel masks [B, H, W]).
-        normalize: uint8 → fp32.
-        layer: Whose attention.
-        threshold, fraction: See `segmentation.attention_to_mask`.
-
-    Returns:
-        "best_head": the best head of each image, the paper's reading; "per_head": each head for all images, and
-        "fixed_head" the best of those; "random": as best_head with uniform noise for maps; "constant": the mask that
-        holds everything; "ceiling": what the true mask itself reaches after the threshold; "images": how many.
-    """
-    model.eval()
-    device = next(model.parameters()).device
-    noise = torch.Generator().manual_seed(0)
-    per_head, best, random_best, constant, ceiling = [], [], [], [], []
-    for images, _, masks in loader:
-        (layer_trace,) = trace(model, normalize(images.to(device)), [layer])
-        attention = layer_trace.cls_attention().float().cpu()
-        target = mask_to_grid(masks, model.grid_size)
-        heads, top = best_head_iou(attention, target, threshold, fraction)
-        per_head.append(heads)
-        best.append(top)
-        random_best.append(
-            best_head_iou(torch.rand(attention.shape, generator=noise), target, threshold, fraction)[1]
-        )
-        constant.append(constant_mask_iou(target))
-        ceiling.append(best_head_iou(target[:, None].float(), target, threshold, fraction)[1])
-    heads = torch.cat(per_head).mean(dim=0)
-    return {
-        "best_head": torch.cat(best).mean().item(),
-        "fixed_head": heads.max().item(),
-        "per_head": heads.tolist(),
-        "random": torch.cat(random_best).mean().item(),
-        "constant": torch.cat(constant).mean().item(),
-        "ceiling": torch.cat(ceiling).mean().item(),
-        "images": sum(map(len, best)),
-    }
+__all__ = ["attention_figure", "curves_figure"]
 
 
 @torch.inference_mode()
@@ -109,7 +49,7 @@ def attention_figure(
         for column, picture in enumerate(pictures):
             axis = axes[row, column]
             gray = column == 1 and masks is not None
-            axis.imshow(picture, cmap="gray" if gray else "viridis", interpolation="nearest")
+            axis.imshow(picture.numpy(), cmap="gray" if gray else "viridis", interpolation="nearest")
             axis.set(xticks=[], yticks=[])
             if row == 0:
                 axis.set_title(names[column], fontsize=9)

@@ -26,11 +26,12 @@ SPLITS: tuple[str, ...] = ("train", "val")
 MIN_IMAGE_SIZE, MAX_IMAGE_SIZE = 16, 512
 
 # The composition. Lengths and areas are fractions of the image's side and area.
-_AREA = (0.08, 0.23)  # object area before occlusion
+_AREA = (0.05, 0.15)  # object area before occlusion
+_TURNS = 0.08  # the object is turned by up to this either way, in full turns (29°); all else by any angle
 _REACH = 0.945  # bound on the distance from centroid to tip of a unit-area class silhouette
 _ASPECT, _SHEAR = 1.08, 0.10  # layers are stretched by up to this, keeping their area, and sheared
 _STRETCH = 1.10  # bound on how much the two together lengthen anything
-_N_BEHIND, _BEHIND_SHARE = 8, 0.8  # distractors behind the object at most, and how often each is there
+_N_BEHIND, _BEHIND_SHARE = 6, 0.8  # distractors behind the object at most, and how often each is there
 _BEHIND_RADIUS = (0.07, 0.23)
 _N_FRONT, _FRONT_SHARE = 2, 0.4  # distractors in front of it, likewise
 _FRONT_AREA = (0.03, 0.075)  # of each, as a fraction of the object's area
@@ -333,9 +334,12 @@ def _rgb(luma: Array, chroma: Array, hue: Array) -> Array:
     return 255.0 * np.stack([luma + red, luma - 0.5 * red + cross, luma - 0.5 * red - cross], axis=-1)
 
 
-def _frames(draw: _Draws, count: int, scale: Array, cx: Array, cy: Array) -> Array:
-    """Random rotation R, area-preserving stretch and shear K, reflection F: cells = scale (RKF)^-1 offset."""
-    cos, sin = _cos_sin(draw(0.0, 1.0, count))
+def _frames(draw: _Draws, count: int, scale: Array, cx: Array, cy: Array, turns: float = 0.5) -> Array:
+    """Random rotation R by up to `turns` either way, area-preserving stretch and shear K, reflection F.
+
+    cells = scale (RKF)^-1 offset.
+    """
+    cos, sin = _cos_sin(draw(-turns, turns, count))
     stretch, shear = draw(1.0 / _ASPECT, _ASPECT, count), draw(-_SHEAR, _SHEAR, count)
     flip = np.where(draw(-1.0, 1.0, count) < 0.0, -scale, scale)
     a, b = flip * (cos / stretch + sin * shear), flip * (sin / stretch - cos * shear)
@@ -358,8 +362,8 @@ def _draw_ground(draw: _Draws, tables: _Tables, luma: Array, hue: Array) -> _Lay
     """Two textured regions with colours around (luma, hue)."""
     luma, hue = np.repeat(luma, 2), np.repeat(hue, 2)
     stamp, frame, slope = draw.choice(2, 2), _texture_frames(draw, 2, tables.textures), draw(1.0, 12.0, 2)
-    colour = _rgb(luma + draw(-0.1, 0.1, 2), draw(0.0, 0.22, 2), hue + draw(-0.12, 0.12, 2))
-    tone = _rgb(draw(-0.17, 0.17, 2), draw(0.0, 0.14, 2), draw(0.0, 1.0, 2))
+    colour = _rgb(luma + draw(-0.1, 0.1, 2), draw(0.0, 0.12, 2), hue + draw(-0.12, 0.12, 2))
+    tone = _rgb(draw(-0.17, 0.17, 2), draw(0.0, 0.08, 2), draw(0.0, 1.0, 2))
     return _layers(draw, tables, stamp, frame, slope, colour, tone, edge=1.0)
 
 
@@ -370,9 +374,9 @@ def _draw_item(draw: _Draws, tables: _Tables, label: Array, luma: Array, hue: Ar
     margin = _REACH * _STRETCH * unit
     cx, cy = margin + (1.0 - 2.0 * margin) * draw(0.0, 1.0), margin + (1.0 - 2.0 * margin) * draw(0.0, 1.0)
     contrast = np.where(draw(0.2, 0.8) < luma, -1.0, 1.0) * draw(0.17, 0.42)
-    colour = _rgb(luma + contrast, draw(0.1, 0.36), hue + draw(0.2, 0.8))
+    colour = _rgb(luma + contrast, draw(0.24, 0.46), hue + draw(0.2, 0.8))
     tone = _rgb(draw(-0.12, 0.12), draw(0.0, 0.12), draw(0.0, 1.0))
-    frame = _frames(draw, 1, bank.cells / (2.0 * _TABLE_MARGIN * bank.reach[label] * unit), cx, cy)
+    frame = _frames(draw, 1, bank.cells / (2.0 * _TABLE_MARGIN * bank.reach[label] * unit), cx, cy, _TURNS)
     return _layers(draw, tables, label, frame, unit, colour, tone)
 
 
@@ -398,8 +402,8 @@ def _draw_clutter(draw: _Draws, tables: _Tables, item: _Layers, count: int, in_f
     present = draw(0.0, 1.0, count) < (_FRONT_SHARE if in_front else _BEHIND_SHARE)
     opacity = np.where(present, draw(0.7, 1.0, count), 0.0)
     edge = np.where(draw(0.0, 1.0, count) < 0.25, draw(14.0, 40.0, count), MAX_IMAGE_SIZE)
-    colour = _rgb(draw(0.1, 0.9, count), draw(0.0, 0.34, count), draw(0.0, 1.0, count))
-    tone = _rgb(draw(-0.2, 0.2, count), draw(0.0, 0.14, count), draw(0.0, 1.0, count))
+    colour = _rgb(draw(0.1, 0.9, count), draw(0.0, 0.2, count), draw(0.0, 1.0, count))
+    tone = _rgb(draw(-0.2, 0.2, count), draw(0.0, 0.1, count), draw(0.0, 1.0, count))
     frame = _frames(draw, count, bank.cells / (2.0 * _TABLE_MARGIN * bank.reach[stamp] * unit), cx, cy)
     return _layers(draw, tables, stamp, frame, unit, colour, tone, edge, opacity)
 

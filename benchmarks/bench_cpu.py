@@ -1,0 +1,130 @@
+"""CRATE on a CPU in fp32: training step and inference against the released form, same weights, in one run.
+
+    python benchmarks/bench_cpu.py            # a quarter of an hour on two cores; --smoke for half a minute
+
+Peers: the released form (three-product ISTA, attention written out, PyTorch's default products), and ours with
+`CRATE_FAST_ONEDNN=0`, which shows what the algebra gives without the faster products.
+"""
+
+import argparse
+import os
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from harness import RESULTS, interleaved, markdown_table, peak_mib, write_results
+from released import ReleasedCRATE
+from torch import nn
+
+from crate_fast import CRATE
+
+SHAPES = {  # name: (model, batch)
+    "T/16": ({"patch_size": 16, "dim": 384, "heads": 6}, 8),
+    "S/8": ({"patch_size": 8, "dim": 384, "heads": 6}, 4),
+    "B/16": ({"patch_size": 16, "dim": 768, "heads": 12}, 8),
+}
+COMMON = {"image_size": 224, "num_classes": 1000, "depth": 12}
+SMOKE = {"smoke": ({"patch_size": 16, "dim": 64, "heads": 2, "dim_head": 32, "depth": 2, "image_size": 64}, 2)}
+PEERS = {"released": (ReleasedCRATE, "1"), "ours, oneDNN off": (CRATE, "0"), "ours": (CRATE, "1")}
+
+
+def _train(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, onednn: str, optimizer) -> None:
+    os.environ["CRATE_FAST_ONEDNN"] = onednn
+    optimizer.zero_grad(set_to_none=True)
+    F.cross_entropy(model(images), labels).backward()
+    optimizer.step()
+
+
+@torch.inference_mode()
+def _infer(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, onednn: str, optimizer) -> torch.Tensor:
+    os.environ["CRATE_FAST_ONEDNN"] = onednn
+    return model(images)
+
+
+CALLS = {"training step": _train, "inference": _infer}
+
+
+def _build(peer: str, settings: dict, batch: int, state: dict | None = None) -> tuple:
+    """(model, images, labels, onednn, optimizer), the same numbers for every peer; the step size 0 keeps them so."""
+    model_class, onednn = PEERS[peer]
+    torch.manual_seed(0)
+    model = model_class(**(COMMON | settings))
+    if state is not None:
+        model.load_state_dict(state)
+    size = (COMMON | settings)["image_size"]
+    images, labels = torch.randn(batch, 3, size, size), torch.randint(0, 1000, (batch,))
+    return model, images, labels, onednn, torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0)
+
+
+def _prepare(peer: str, what: str, settings: dict, batch: int):
+    """For `peak_mib`: the call to measure, ready in a fresh process."""
+    return partial(CALLS[what], *_build(peer, settings, batch))
+
+
+def _check_equal(built: dict[str, tuple]) -> float:
+    """The gate: logits and gradients of every peer against the first's; returns the largest relative difference."""
+    outputs, gradients = {}, {}
+    for peer, arguments in built.items():
+        outputs[peer] = _infer(*arguments)
+        _train(*arguments)
+        gradients[peer] = [p.grad for p in arguments[0].parameters()]
+    first = next(iter(built))
+    worst = 0.0
+    for peer in built:
+        pairs = [(outputs[peer], outputs[first]), *zip(gradients[peer], gradients[first], strict=True)]
+        worst = max([worst, *(((a - b).norm() / b.norm()).item() for a, b in pairs)])
+    if not worst < 1e-3:
+        raise SystemExit(f"the peers disagree by {worst:.1e} (relative norm of a gradient or the logits): no numbers")
+    return worst
+
+
+def measure(shapes: dict, rounds: int) -> list[dict]:
+    """One row per shape, call and peer."""
+    rows = []
+    for name, (settings, batch) in shapes.items():
+        state = ReleasedCRATE(**(COMMON | settings)).state_dict()
+        built = {peer: _build(peer, settings, batch, state) for peer in PEERS}
+        difference = _check_equal(built)
+        for what, call in CALLS.items():
+            timings = interleaved({peer: partial(call, *arguments) for peer, arguments in built.items()}, rounds)
+            memory = {peer: peak_mib(partial(_prepare, peer, what, settings, batch)) for peer in PEERS}
+            for peer, timing in timings.items():
+                rows.append(
+                    {
+                        "model": name,
+                        "what": what,
+                        "batch": batch,
+                        "peer": peer,
+                        "latency_ms": timing.median * 1e3,
+                        "20-80 %": f"{timing.low * 1e3:.0f}–{timing.high * 1e3:.0f}",
+                        "images_per_s": batch / timing.median,
+                        "speed": timings["released"].median / timing.median,
+                        "peak_mib": memory[peer],
+                        "difference": difference,
+                    }
+                )
+                print({key: value for key, value in rows[-1].items() if key != "difference"}, flush=True)
+    return rows
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure and write benchmarks/results/cpu.{json,md}."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--smoke", action="store_true", help="a tiny model, to see that it runs; writes nothing")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
+    options = parser.parse_args(argv)
+    rows = measure(SMOKE if options.smoke else SHAPES, 2 if options.smoke else options.rounds)
+    columns = ["model", "what", "batch", "peer", "latency_ms", "20-80 %", "images_per_s", "speed", "peak_mib"]
+    table = markdown_table(rows, columns)
+    print("\n" + table)
+    if not options.smoke:
+        for path in write_results("cpu", rows, table, options.output):
+            print(f"written: {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,100 @@
+"""What every benchmark shares: interleaved timing, peak memory of a fresh process, provenance, tables."""
+
+import json
+import multiprocessing
+import resource
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.benchmark import Timer
+
+from crate_fast.provenance import provenance
+
+__all__ = ["Timing", "interleaved", "markdown_table", "peak_mib", "write_results"]
+
+RESULTS = Path(__file__).parent / "results"
+MIN_SECONDS = 0.1  # of one measurement
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds per call: the median and the 20 % and 80 % quantiles over rounds."""
+
+    median: float
+    low: float
+    high: float
+
+
+def interleaved(candidates: dict[str, Callable[[], object]], rounds: int) -> dict[str, Timing]:
+    """Time the candidates in turn, `rounds` times, so that a slow spell of the machine hits all of them.
+
+    Each is called once before; a measurement lasts at least 0.1 s.
+    """
+    timers, repeats = {}, {}
+    for name, call in candidates.items():
+        call()
+        timers[name] = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
+        repeats[name] = max(1, round(MIN_SECONDS / timers[name].timeit(1).median))
+    samples: dict[str, list[float]] = {name: [] for name in candidates}
+    for _ in range(rounds):
+        for name, timer in timers.items():
+            samples[name].append(timer.timeit(repeats[name]).median)
+    return {name: Timing(*np.quantile(values, (0.5, 0.2, 0.8)).tolist()) for name, values in samples.items()}
+
+
+def _measure_peak(prepare: Callable[[], Callable[[], object]], pipe) -> None:
+    call = prepare()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    call()
+    call()
+    pipe.send((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+
+
+def peak_mib(prepare: Callable[[], Callable[[], object]]) -> float:
+    """How far two calls raise a fresh process's peak resident memory, in MiB.
+
+    Args:
+        prepare: A picklable function that builds everything in the fresh process and returns the call to measure.
+    """
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_measure_peak, args=(prepare, sender))
+    process.start()
+    sender.close()
+    try:
+        return receiver.recv()
+    except EOFError as error:
+        raise RuntimeError("the process that measured memory died; its message is above") from error
+    finally:
+        process.join()
+
+
+def markdown_table(rows: list[dict], columns: list[str]) -> str:
+    """Rows as a Markdown table; floats with three significant digits."""
+
+    def cell(value) -> str:
+        return (
+            f"{value:.3g}"
+            if isinstance(value, float) and value < 100
+            else f"{value:,.0f}"
+            if isinstance(value, float)
+            else str(value)
+        )
+
+    lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
+    lines += ["| " + " | ".join(cell(row[column]) for column in columns) + " |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def write_results(name: str, rows: list[dict], table: str, folder: Path = RESULTS) -> list[Path]:
+    """Write `name`.json (rows and provenance) and `name`.md (the table and how it was made); returns the paths."""
+    facts = provenance()
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{name}.json", folder / f"{name}.md"]
+    paths[0].write_text(json.dumps({**facts, "rows": rows}, indent=2) + "\n")
+    made = ", ".join(f"{key} {facts[key]}" for key in ("commit", "torch", "python", "device", "time"))
+    paths[1].write_text(f"{table}\nMade by `{facts['command']}`: {made}.\n")
+    return paths

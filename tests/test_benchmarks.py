@@ -1,0 +1,47 @@
+"""Benchmarks: they run, their peers agree, and the README's table is the one that was measured."""
+
+import bench_cpu
+import harness
+import pytest
+import torch
+import update_readme
+from released import ReleasedCRATE
+
+
+def test_the_smoke_run_measures_every_peer(capsys):
+    assert bench_cpu.main(["--smoke"]) == 0
+    text = capsys.readouterr().out
+    for peer in bench_cpu.PEERS:
+        assert text.count(f"| {peer} |") == 2
+
+
+def test_peers_that_disagree_give_no_numbers():
+    settings, batch = bench_cpu.SMOKE["smoke"]
+    state = ReleasedCRATE(**(bench_cpu.COMMON | settings)).state_dict()
+    built = {peer: bench_cpu._build(peer, settings, batch, state) for peer in ("released", "ours")}
+    bench_cpu._check_equal(built)
+    with torch.no_grad():
+        built["ours"][0].transformer.layers[1][1].fn.weight[0, 0] += 0.1
+    with pytest.raises(SystemExit, match="the peers disagree"):
+        bench_cpu._check_equal(built)
+
+
+def test_timing_tells_slow_from_fast():
+    a = torch.randn(300, 300)
+    timings = harness.interleaved({"one": lambda: a @ a, "ten": lambda: [a @ a for _ in range(10)]}, rounds=3)
+    assert timings["ten"].median > 3 * timings["one"].median
+    assert timings["one"].low <= timings["one"].median <= timings["one"].high
+
+
+def _allocate():
+    return lambda: torch.ones(64, 2**18).sum()
+
+
+def test_peak_memory_counts_what_the_call_takes():
+    assert 60 < harness.peak_mib(_allocate) < 100
+
+
+def test_the_readmes_table_is_the_measured_one():
+    text = update_readme.README.read_text()
+    assert update_readme.updated(text) == text
+    assert "| T/16, training step" in text

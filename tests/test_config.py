@@ -1,0 +1,102 @@
+"""Configuration: dataclass, recipes, command line, and what they refuse."""
+
+import dataclasses
+
+import pytest
+import yaml
+
+from crate_fast.train.config import PretrainConfig, build_config, dump_config, field_help, load_recipe, recipe_names
+
+
+def _config(*argv: str):
+    return build_config(list(argv), "test", "shape_scenes")[0]
+
+
+def test_every_recipe_loads_and_needs_only_a_folder():
+    assert recipe_names() == ["cifar10", "in1k_released", "in21k_paper", "shape_scenes"]
+    for name in recipe_names():
+        config = _config("--recipe", name, "--data-dir", "somewhere")
+        assert isinstance(config, PretrainConfig)
+
+
+def test_the_papers_and_the_released_recipe_hold_their_published_numbers():
+    paper = _config("--recipe", "in21k_paper", "--data-dir", "x")
+    published = {"optimizer": "lion", "lr": 9.6e-5, "weight_decay": 0.05, "batch_size": 4096, "epochs": 90}
+    assert {name: getattr(paper, name) for name in published} == published
+    assert (paper.crop, paper.hflip, paper.mean, paper.image_size) == ("center", 0.5, "imagenet", 224)
+    released = _config("--recipe", "in1k_released", "--data-dir", "x")
+    published = {"optimizer": "lion", "lr": 2e-4, "weight_decay": 0.05, "batch_size": 512, "epochs": 200}
+    published |= {"warmup_epochs": 20, "schedule": "released", "label_smoothing": 0.1, "decay_all": True}
+    assert {name: getattr(released, name) for name in published} == published
+
+
+def test_the_command_line_wins_over_the_recipe_and_the_recipe_over_the_default(tmp_path):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("epochs: 7\nlr: 3e-4\ndim: 96\n")
+    config = _config("--recipe", str(recipe), "--epochs", "2", "--no-compile", "--decay-all")
+    assert (config.epochs, config.lr, config.dim) == (2, 3e-4, 96)
+    assert (config.compile, config.decay_all) == (False, True)
+    assert config.batch_size == PretrainConfig().batch_size
+
+
+def test_a_dumped_configuration_is_a_recipe(tmp_path):
+    config = _config("--lr", "0.003", "--dim", "64")
+    path = tmp_path / "config.yaml"
+    path.write_text(dump_config(config))
+    assert _config("--recipe", str(path)) == config
+    assert yaml.safe_load(path.read_text())["dim"] == 64
+
+
+def test_every_field_has_a_help_text():
+    texts = field_help(PretrainConfig)
+    assert set(texts) == {field.name for field in dataclasses.fields(PretrainConfig)}
+
+
+def test_help_lists_every_option(capsys):
+    with pytest.raises(SystemExit) as stop:
+        _config("--help")
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert all("--" + field.name.replace("_", "-") in text for field in dataclasses.fields(PretrainConfig))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--batchsize", "3"], "unknown argument '--batchsize': did you mean '--batch-size'?"),
+        (["--recipe", "cifar"], "no recipe 'cifar': did you mean 'cifar10'?"),
+        (["--dataset", "cifar100"], "dataset='cifar100' needs data_dir"),
+        (["--dataset", "shapes"], "dataset='shapes': did you mean 'shape_scenes'?"),
+        (["--lr", "-1"], "lr=-1.0: it must be positive"),
+        (["--epochs", "0"], "epochs=0: it must be at least 1"),
+        (["--workers", "-2"], "workers=-2: it must be at least 0"),
+        (["--label-smoothing", "1.5"], "label_smoothing=1.5: it must be between 0 and 1"),
+        (["--batch-size", "10", "--accumulate", "3"], "not a multiple of accumulate=3"),
+        (["--schedule", "linear"], "choose one of cosine, released"),
+        (["--epochs", "many"], "argument --epochs: invalid int value: 'many'"),
+        (["--resume"], "--resume continues the run in --output"),
+    ],
+)
+def test_command_line_errors(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        _config(*arguments)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("epoch: 3", "unknown key 'epoch': did you mean 'epochs'?"),
+        ("epochs: three", "epochs='three' must be int"),
+        ("lr: fast", "lr='fast' is not a number"),
+        ("decay_all: 1", "decay_all=1 must be bool"),
+        ("- a\n- b", "a recipe is a mapping of settings, not list"),
+    ],
+)
+def test_recipe_errors(text, message, tmp_path):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match="bad.yaml") as error:
+        load_recipe(str(path))
+    assert message in str(error.value)

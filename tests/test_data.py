@@ -1,0 +1,157 @@
+"""Data: order and augmentation depend on seed and epoch alone; every validation image counts once."""
+
+import dataclasses
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from crate_fast.train.config import PretrainConfig
+from crate_fast.train.data import Normalize, build_splits, eval_loader, train_loader
+
+SCENES = PretrainConfig(train_samples=40, val_samples=11, batch_size=8, epochs=2, image_size=32, workers=0, hflip=0.5)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("images")
+    draw = np.random.default_rng(0)
+    for split, count in (("train", 6), ("validation", 3)):
+        for name in ("ant", "bee"):
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = draw.integers(0, 256, (40, 52, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(root / split / name / f"{i}.png")
+    return root
+
+
+def _images(config, **shares) -> list[torch.Tensor]:
+    data = build_splits(config)
+    return [batch[0] for batch in train_loader(config, data.train, **shares)]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_step_sees_the_same_images_however_it_is_dealt_out(folder, workers):
+    for config in (SCENES, _folder_config(folder, batch_size=8, crop="random", auto_augment="rand-m9-n2")):
+        config = dataclasses.replace(config, workers=workers)
+        whole = _images(config)
+        assert len(whole) == config.epochs * (len(build_splits(config).train) // 8)
+        halves = [_images(config, rank=rank, world_size=2) for rank in range(2)]
+        for batch, first, second in zip(whole, *halves, strict=True):
+            assert torch.equal(batch[0::2], first)
+            assert torch.equal(batch[1::2], second)
+        parts = _images(dataclasses.replace(config, accumulate=2))
+        for i, batch in enumerate(whole):
+            assert torch.equal(batch, torch.cat(parts[2 * i : 2 * i + 2]))
+
+
+def test_a_resumed_loader_continues_where_it_stopped(folder):
+    for config in (SCENES, _folder_config(folder, batch_size=4, crop="pad")):
+        whole = _images(config)
+        for step in (1, 5):
+            rest = _images(config, first_step=step)
+            assert len(rest) == len(whole) - step
+            assert all(torch.equal(a, b) for a, b in zip(whole[step:], rest, strict=True))
+
+
+def test_epochs_and_seeds_differ():
+    first = _images(SCENES)
+    assert not torch.equal(torch.cat(first[:5]).float().mean(), torch.cat(first[5:]).float().mean() + 1)
+    assert not any(torch.equal(a, b) for a, b in zip(first[:5], first[5:], strict=True))
+    other = _images(dataclasses.replace(SCENES, seed=1))
+    assert not torch.equal(first[0], other[0])
+
+
+def test_augmentation_leaves_the_global_generator_alone(folder):
+    data = build_splits(_folder_config(folder, crop="random"))
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    data.train[0, 0]
+    assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_every_validation_image_is_seen_once(world_size):
+    data = build_splits(SCENES)
+    seen = [
+        image
+        for rank in range(world_size)
+        for batch in eval_loader(SCENES, data.val, rank=rank, world_size=world_size)
+        for image in batch[0]
+    ]
+    assert len(seen) == 11
+    expected = {data.val[0, i][0].numpy().tobytes() for i in range(11)}
+    assert {image.numpy().tobytes() for image in seen} == expected
+
+
+def _folder_config(root, **changes) -> PretrainConfig:
+    settings = {
+        "dataset": "folder",
+        "data_dir": str(root),
+        "image_size": 24,
+        "batch_size": 4,
+        "epochs": 2,
+        "workers": 0,
+    }
+    return PretrainConfig(**(settings | changes))
+
+
+@pytest.mark.parametrize("crop", ["none", "pad", "random", "center"])
+def test_image_folders(folder, crop):
+    data = build_splits(_folder_config(folder, crop=crop, hflip=0.5))
+    assert data.classes == ("ant", "bee")
+    assert (len(data.train), len(data.val), data.masks) == (12, 6, None)
+    image, label = data.train[0, 0]
+    assert (image.shape, image.dtype, label) == ((3, 24, 24), torch.uint8, 0)
+    assert data.val[0, 5][1] == 1
+
+
+def test_tar_archives_give_the_folders_images(folder, tmp_path):
+    for split in ("train", "validation"):
+        with tarfile.open(tmp_path / f"{split}.tar", "w") as archive:
+            for name in ("ant", "bee"):
+                archive.add(folder / split / name, arcname=name)
+    from_tar = build_splits(_folder_config(tmp_path, dataset="tar"))
+    from_folder = build_splits(_folder_config(folder))
+    assert from_tar.classes == from_folder.classes
+    key = lambda sample: sample[0].numpy().tobytes()  # noqa: E731
+    pictures = [sorted(key(data.val[0, i]) for i in range(6)) for data in (from_tar, from_folder)]
+    assert pictures[0] == pictures[1]
+
+
+def test_missing_data_is_named(folder, tmp_path):
+    with pytest.raises(
+        FileNotFoundError, match=r"val is not there \(data_dir holds: \['train', 'validation'\]\).*--val-split"
+    ):
+        build_splits(_folder_config(folder, val_split="val"))
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        build_splits(_folder_config(tmp_path / "nowhere"))
+    with pytest.raises(FileNotFoundError, match=r"cifar10 is not in data_dir.*--download"):
+        build_splits(_folder_config(tmp_path, dataset="cifar10"))
+
+
+def test_splits_with_different_classes_are_refused(folder, tmp_path):
+    (tmp_path / "train").symlink_to(folder / "train")
+    (tmp_path / "validation").mkdir()
+    (tmp_path / "validation" / "ant").symlink_to(folder / "validation" / "ant")
+    with pytest.raises(ValueError, match=r"different classes, such as \['bee'\]"):
+        build_splits(_folder_config(tmp_path))
+
+
+def test_batches_that_cannot_be_dealt_out_are_refused():
+    data = build_splits(SCENES)
+    with pytest.raises(ValueError, match="batch_size=8 cannot be dealt out to 3 processes"):
+        train_loader(SCENES, data.train, world_size=3)
+    with pytest.raises(ValueError, match="40 images, fewer than batch_size=64"):
+        train_loader(dataclasses.replace(SCENES, batch_size=64), data.train)
+
+
+def test_normalize():
+    images = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1).expand(2, 3, 2, 2)
+    out = Normalize("imagenet")(images)
+    mean, std = torch.tensor((0.485, 0.456, 0.406)), torch.tensor((0.229, 0.224, 0.225))
+    torch.testing.assert_close(out[0, :, 0, 0], -mean / std)
+    torch.testing.assert_close(out[1, :, 0, 0], (1 - mean) / std)

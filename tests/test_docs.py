@@ -1,0 +1,114 @@
+"""What the README and the docstrings say is true: examples run, named files and settings exist."""
+
+import doctest
+import importlib
+import os
+import pkgutil
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import crate_fast
+import crate_fast.eval
+import crate_fast.train
+from crate_fast import settings
+from crate_fast.train.config import build_config
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def _modules() -> list[str]:
+    names = ["crate_fast"]
+    for package in (crate_fast, crate_fast.train, crate_fast.eval):
+        folder = [str(Path(package.__file__).parent)]
+        names += [f"{package.__name__}.{m.name}" for m in pkgutil.iter_modules(folder) if not m.ispkg]
+    return names
+
+
+@pytest.mark.parametrize("name", _modules())
+def test_docstring_examples(name):
+    result = doctest.testmod(importlib.import_module(name))
+    assert result.failed == 0
+
+
+@pytest.mark.parametrize("name", _modules())
+def test_everything_public_is_documented(name):
+    module = importlib.import_module(name)
+    assert module.__doc__
+    for symbol in getattr(module, "__all__", []):
+        value = getattr(module, symbol)
+        if callable(value):
+            assert value.__doc__, f"{name}.{symbol}"
+
+
+def test_the_readmes_python_runs():
+    blocks = re.findall(r"```python\n(.*?)```", README, re.S)
+    assert blocks
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), {})
+
+
+def test_the_readmes_training_commands_are_valid():
+    commands = re.findall(r"^torchrun .*train/pretrain\.py(.*)$", README, re.M)
+    assert len(commands) >= 5
+    for command in commands:
+        build_config(shlex.split(command, comments=True), "README", "shape_scenes")
+
+
+def test_files_named_in_the_readme_exist():
+    for path in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (ROOT / path).exists(), path
+    tree = README.split("## Files")[1].split("```")[1]
+    folder = ROOT
+    for line in tree.strip().splitlines():
+        if not line.startswith(" "):
+            folder = ROOT / line.split()[0]
+            assert folder.is_dir(), folder
+        for name in re.findall(r"\b[a-z_0-9]+\.py\b", line):
+            assert (folder / name).is_file(), folder / name
+
+
+def test_every_environment_variable_is_in_the_readme():
+    source = Path(settings.__file__).read_text()
+    for name in set(re.findall(r"CRATE_FAST_\w+", source)):
+        assert f"`{name}`" in README
+    for path in [*ROOT.glob("crate_fast/*.py"), *ROOT.glob("train/*.py"), *ROOT.glob("kernels/*.py")]:
+        if path.name != "settings.py":
+            assert "CRATE_FAST_" not in re.sub(r'"""(.|\n)*?"""', "", path.read_text()), path
+
+
+@pytest.mark.parametrize(
+    "module", ["crate_fast.env", "crate_fast.train.pretrain", "crate_fast.eval.coarse_segmentation"]
+)
+def test_commands_start_without_warnings(module):
+    arguments = [] if module == "crate_fast.env" else ["--help"]
+    command = [sys.executable, "-W", "error::RuntimeWarning", "-m", module, *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert result.stderr == ""
+    assert "backend on cpu" in result.stdout or "usage:" in result.stdout
+
+
+def test_importing_needs_no_triton_and_touches_no_device():
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch\n"
+        "def touched(): raise AssertionError('a device was touched')\n"
+        "torch.cuda._lazy_init = touched\n"
+        "import crate_fast, crate_fast.kernels, crate_fast.train.pretrain, crate_fast.eval.coarse_segmentation\n"
+        "crate_fast.CRATE(image_size=8, patch_size=4, num_classes=2, dim=8, depth=1, heads=1)"
+        "(torch.zeros(1, 3, 8, 8)).sum().backward()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_an_uninstalled_tree_imports_its_folders(tmp_path):
+    code = "import crate_fast.kernels as k, crate_fast.train.config, crate_fast.eval; print(k.__file__)"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    assert Path(result.stdout.strip()) == ROOT / "kernels" / "__init__.py"

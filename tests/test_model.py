@@ -1,0 +1,422 @@
+"""CRATE against the released behaviour, both residual forms, timm's contract, and bad arguments."""
+
+from functools import partial
+
+import pytest
+import timm
+import torch
+from released import ReleasedCRATE
+from timm.models.vision_transformer import Block
+from timm.optim import param_groups_layer_decay, param_groups_weight_decay
+from torch import nn
+
+import crate_fast
+from crate_fast import CRATE, CRATE_base, CRATE_large, CRATE_small, CRATE_tiny
+from crate_fast.reference import layer_reference
+
+SMALL = {"image_size": 32, "patch_size": 8, "num_classes": 7, "dim": 48, "depth": 3, "heads": 3, "dim_head": 16}
+
+
+def _gradients(model: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    logits = model(images)
+    model.zero_grad()
+    logits.square().sum().backward()
+    return logits.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+# --- the released code ---
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"pool": "mean"},
+        {"heads": 1, "dim_head": 48},  # no output map
+        {"ista": 0.3},
+        {"channels": 1},
+        {"image_size": 16},  # five tokens: the two-product ISTA
+        {"dim": 8, "dim_head": 4},  # more tokens than width: the folded ISTA
+    ],
+    ids=str,
+)
+def test_logits_and_all_gradients_equal_the_released_module_in_float64(changes):
+    arguments = SMALL | changes
+    theirs = ReleasedCRATE(**arguments).double()
+    ours = CRATE(**arguments).double()
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    images = torch.randn(3, arguments.get("channels", 3), arguments["image_size"], arguments["image_size"]).double()
+    logits, gradients = _gradients(ours, images)
+    released_logits, released_gradients = _gradients(theirs, images)
+    torch.testing.assert_close(logits, released_logits, rtol=0, atol=1e-10)
+    assert gradients.keys() == released_gradients.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, released_gradients[name], rtol=1e-10, atol=1e-10, msg=name)
+
+
+def test_the_fast_fp32_path_agrees_with_the_released_module():
+    arguments = SMALL | {"image_size": 64, "patch_size": 4}  # 257 tokens: the row-blocked attention and folded ISTA
+    theirs, ours = ReleasedCRATE(**arguments), CRATE(**arguments)
+    ours.load_state_dict(theirs.state_dict())
+    images = torch.randn(2, 3, 64, 64)
+    logits, gradients = _gradients(ours, images)
+    released_logits, released_gradients = _gradients(theirs, images)
+    torch.testing.assert_close(logits, released_logits, rtol=1e-4, atol=1e-5)
+    for name, gradient in gradients.items():
+        scale = released_gradients[name].abs().max()
+        assert (gradient - released_gradients[name]).abs().max() < 1e-4 * scale, name
+
+
+def test_our_state_dict_loads_into_the_released_module():
+    theirs, ours = ReleasedCRATE(**SMALL), CRATE(**SMALL)
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    images = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(ours(images), theirs(images), rtol=1e-4, atol=1e-5)
+
+
+def test_released_hooks_and_attributes_work():
+    model = CRATE(**SMALL)
+    seen = []
+    assert model.transformer.heads == 3
+    for layer in model.transformer.layers:
+        layer[0].fn.qkv.register_forward_hook(lambda _m, _i, out: seen.append(("qkv", tuple(out.shape))))
+        layer[1].register_forward_hook(lambda _m, _i, out: seen.append(("ista", tuple(out.shape))))
+    model(torch.zeros(2, 3, 32, 32))
+    assert seen == [("qkv", (2, 17, 48)), ("ista", (2, 17, 48))] * 3
+
+
+def test_initial_distributions_are_the_released_ones():
+    model, released = (
+        CRATE_tiny(),
+        ReleasedCRATE(image_size=224, patch_size=16, num_classes=1000, dim=384, depth=12, heads=6),
+    )
+    for (name, ours), theirs in zip(model.named_parameters(), released.parameters(), strict=True):
+        if ours.numel() > 2000:
+            assert ours.std().item() == pytest.approx(theirs.std().item(), rel=0.05), name
+            assert ours.abs().max().item() == pytest.approx(theirs.abs().max().item(), rel=0.3), name
+
+
+SIZES = {  # FACTS, "Models"
+    "crate_tiny_patch16_224": (6.09e6, 1e4, 1000),
+    "crate_small_patch16_224": (13.12e6, 1e4, 1000),
+    "crate_base_patch16_224": (22.80e6, 1e4, 1000),
+    "crate_large_patch16_224": (77.64e6, 1e4, 1000),
+    "crate_tiny_patch8_224": (5.743e6, 1e3, 21842),
+    "crate_small_patch8_224": (14.118e6, 1e3, 21842),
+    "crate_base_patch8_224": (38.832e6, 1e3, 21842),
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_parameter_counts(name):
+    count, precision, num_classes = SIZES[name]
+    model = timm.create_model(name)
+    assert abs(sum(p.numel() for p in model.parameters()) - count) < precision
+    assert model.num_classes == num_classes
+
+
+@pytest.mark.parametrize(
+    ("factory", "name"),
+    [(CRATE_tiny, "tiny"), (CRATE_small, "small"), (CRATE_base, "base"), (CRATE_large, "large")],
+)
+def test_released_factories_build_the_registered_sizes(factory, name):
+    with torch.device("meta"):
+        ours, registered = factory(10), timm.create_model(f"crate_{name}_patch16_224", num_classes=10)
+    assert {k: v.shape for k, v in ours.state_dict().items()} == {
+        k: v.shape for k, v in registered.state_dict().items()
+    }
+
+
+# --- layers and ablations ---
+
+
+@pytest.mark.parametrize("threshold", ["relu", "soft"])
+@pytest.mark.parametrize("residual", ["released", "paper"])
+def test_every_layer_equals_the_reference(residual, threshold):
+    model = CRATE(**SMALL, residual=residual, threshold=threshold, ista=0.2, sparsity=0.3).double()
+    x = torch.randn(2, 60, 48, dtype=torch.float64)
+    for layer in model.transformer.layers:
+        weights = dict(layer.named_parameters())
+        expected = layer_reference(
+            x, weights, heads=3, residual=residual, step_size=0.2, sparsity=0.3, threshold=threshold
+        )
+        actual = layer(x)
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
+        x = actual
+    if threshold == "relu":
+        assert (x >= 0).all()
+
+
+def test_residual_forms_and_thresholds_differ():
+    images = torch.randn(1, 3, 32, 32)
+    state = CRATE(**SMALL).state_dict()
+    outputs = []
+    for options in ({}, {"residual": "paper"}, {"threshold": "soft"}):
+        model = CRATE(**SMALL, **options)
+        model.load_state_dict(state)
+        outputs.append(model(images))
+    assert not any(torch.allclose(outputs[0], other, atol=1e-3) for other in outputs[1:])
+
+
+def test_both_ablations_together_are_a_vit_block():
+    model = CRATE(**SMALL, attention="mhsa", sparsifier="mlp").double()
+    ours = model.transformer.layers[0]
+    block = Block(48, 3, qkv_bias=True, norm_layer=partial(nn.LayerNorm, eps=1e-5)).double()  # timm has 1e-6
+    pairs = {
+        "norm1": ours[0].norm,
+        "attn.qkv": ours[0].fn.qkv,
+        "attn.proj": ours[0].fn.to_out[0],
+        "norm2": ours[1].norm,
+        "mlp.fc1": ours[1].fn[0],
+        "mlp.fc2": ours[1].fn[3],
+    }
+    state = {f"{name}.{key}": value for name, module in pairs.items() for key, value in module.state_dict().items()}
+    block.load_state_dict(state, strict=True)
+    x = torch.randn(2, 17, 48, dtype=torch.float64)
+    torch.testing.assert_close(ours(x), block(x), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "options", [{"attention": "mhsa"}, {"sparsifier": "mlp"}, {"sparsifier": "mlp", "mlp_dim": 96}]
+)
+def test_ablations_train(options):
+    model = CRATE(**SMALL, **options)
+    logits, gradients = _gradients(model, torch.randn(2, 3, 32, 32))
+    assert torch.isfinite(logits).all()
+    assert all(g.abs().sum() > 0 for g in gradients.values())
+    if "mlp_dim" in options:
+        assert model.transformer.layers[0][1].fn[0].out_features == 96
+
+
+def test_dropout_acts_in_training_only():
+    model = CRATE(**SMALL, dropout=0.3, emb_dropout=0.2)
+    images = torch.randn(2, 3, 32, 32)
+    assert not torch.equal(model(images), model(images))
+    model.eval()
+    assert torch.equal(model(images), model(images))
+
+
+# --- timm's contract ---
+
+
+def test_forward_is_features_then_head():
+    model = CRATE(**SMALL)
+    images = torch.randn(2, 3, 32, 32)
+    tokens = model.forward_features(images)
+    assert tokens.shape == (2, 17, 48)
+    torch.testing.assert_close(model(images), model.forward_head(tokens))
+    pre = model.forward_head(tokens, pre_logits=True)
+    assert pre.shape == (2, 48)
+    torch.testing.assert_close(model.get_classifier()(pre), model(images))
+
+
+def test_intermediates_are_the_layers_outputs():
+    model = CRATE(**SMALL).eval()
+    images = torch.randn(2, 3, 32, 32)
+    outputs = []
+    for layer in model.transformer.layers:
+        layer.register_forward_hook(lambda _m, _i, out: outputs.append(out))
+    final, maps = model.forward_intermediates(images)
+    assert len(outputs) == 3
+    for taken, output in zip(maps, outputs, strict=True):
+        assert taken.shape == (2, 48, 4, 4)
+        torch.testing.assert_close(taken.flatten(2).transpose(1, 2), output[:, 1:])
+    torch.testing.assert_close(final, outputs[-1])
+
+    (last,) = model.get_intermediate_layers(images, n=1, norm=True)
+    torch.testing.assert_close(last, model.mlp_head[0](outputs[2][:, 1:]))
+    pairs = model.get_intermediate_layers(images, n=[0, 2], reshape=True, return_prefix_tokens=True)
+    assert [(a.shape, b.shape) for a, b in pairs] == [((2, 48, 4, 4), (2, 1, 48))] * 2
+
+    outputs.clear()
+    early = model.forward_intermediates(
+        images, indices=[0], stop_early=True, output_fmt="NLC", intermediates_only=True
+    )
+    assert len(outputs) == 1
+    torch.testing.assert_close(early[0], outputs[0][:, 1:])
+
+
+def test_features_only_and_pruning():
+    model = timm.create_model("crate_tiny_patch16_224", features_only=True, out_indices=(1, 4), img_size=64)
+    assert model.feature_info.channels() == [384, 384]
+    assert model.feature_info.reduction() == [16, 16]
+    assert [tuple(f.shape) for f in model(torch.zeros(1, 3, 64, 64))] == [(1, 384, 4, 4)] * 2
+    assert model.model.transformer.depth == 5
+
+
+@pytest.mark.parametrize("head_hidden", [False, True])
+def test_reset_classifier(head_hidden):
+    model = CRATE(**SMALL, head_hidden=head_hidden)
+    norm = model.mlp_head[0]
+    model.reset_classifier(3, global_pool="avg")
+    assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 3)
+    assert model.pool == "mean"
+    assert model.mlp_head[0] is norm
+    model.reset_classifier(0)
+    assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 48)
+    assert len(list(model.get_classifier().parameters())) == 0
+
+
+def test_the_demo_checkpoints_head_has_its_keys():
+    keys = {k for k in CRATE(**SMALL, head_hidden=True).state_dict() if k.startswith("mlp_head")}
+    assert keys == {f"mlp_head.{i}.{kind}" for i in range(3) for kind in ("weight", "bias")}
+
+
+def test_input_size_changes_without_touching_the_parameter():
+    model = CRATE(**SMALL).eval()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    images = torch.randn(1, 3, 32, 32)
+    expected = model(images)
+    model.set_input_size(64)
+    assert model.grid_size == (8, 8)
+    assert model(torch.randn(1, 3, 64, 64)).shape == (1, 7)
+    model.set_input_size((32, 64))
+    assert model.forward_intermediates(torch.randn(1, 3, 32, 64))[1][0].shape == (1, 48, 4, 8)
+    model.set_input_size(32)
+    assert torch.equal(model(images), expected)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_interpolated_positions_are_those_of_the_grid():
+    model = CRATE(**SMALL)
+    ramp = torch.linspace(-1, 1, 4)
+    with torch.no_grad():
+        model.pos_embedding.zero_()
+        model.pos_embedding[0, 1:, 0] = ramp.repeat_interleave(4)  # rows
+        model.pos_embedding[0, 1:, 1] = ramp.repeat(4)  # columns
+        model.pos_embedding[0, 0, 2] = 5.0
+    positions = model.position_embedding((8, 6))
+    assert positions.shape == (1, 49, 48)
+    assert positions[0, 0, 2] == 5.0
+    grid = positions[0, 1:].unflatten(0, (8, 6))
+    assert (grid[:, :, 0].std(dim=1) < 1e-5).all()
+    assert (grid[1:, 0, 0] > grid[:-1, 0, 0]).all()
+    assert (grid[:, :, 1].std(dim=0) < 1e-5).all()
+    positions.sum().backward()
+    assert model.pos_embedding.grad is not None
+
+
+def test_dynamic_image_size():
+    model = CRATE(**SMALL, dynamic_img_size=True)
+    assert model(torch.zeros(1, 3, 64, 48)).shape == (1, 7)
+
+
+def test_gradient_checkpointing_gives_the_same_gradients():
+    model = CRATE(**SMALL, dropout=0.2)
+    images = torch.randn(2, 3, 32, 32)
+    torch.manual_seed(3)
+    logits, gradients = _gradients(model, images)
+    model.set_grad_checkpointing()
+    torch.manual_seed(3)
+    again, gradients_again = _gradients(model, images)
+    torch.testing.assert_close(again, logits, rtol=0, atol=0)
+    for name in gradients:
+        torch.testing.assert_close(gradients_again[name], gradients[name], rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"residual": "paper", "threshold": "soft"}, {"attention": "mhsa", "sparsifier": "mlp"}]
+)
+def test_compiles_without_graph_breaks(options):
+    model = CRATE(**SMALL, **options)
+    images = torch.randn(2, 3, 32, 32)
+    logits, gradients = _gradients(model, images)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled_logits, compiled_gradients = _gradients(compiled, images)
+    torch.testing.assert_close(compiled_logits, logits, rtol=1e-4, atol=1e-5)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(compiled_gradients[f"_orig_mod.{name}"], gradient, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_compiles_with_inductor():
+    model = CRATE(**SMALL)
+    images = torch.randn(2, 3, 32, 32)
+    logits = torch.compile(model, fullgraph=True)(images)
+    torch.testing.assert_close(logits, model(images), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_and_low_precision(dtype):
+    model = CRATE(**SMALL).eval()
+    images = torch.randn(2, 3, 32, 32)
+    exact = model(images)
+    with torch.autocast("cpu", dtype):
+        autocast = model(images)
+    tolerance = 40 * torch.finfo(dtype).eps
+    torch.testing.assert_close(autocast.float(), exact, rtol=tolerance, atol=tolerance)
+    low = model.to(dtype)(images.to(dtype))
+    assert low.dtype == dtype
+    torch.testing.assert_close(low.float(), exact, rtol=4 * tolerance, atol=4 * tolerance)
+
+
+def test_optimizer_groups():
+    model = CRATE(**SMALL)
+    assert all(name in dict(model.named_parameters()) for name in model.no_weight_decay())
+    groups = param_groups_weight_decay(model, 0.05, no_weight_decay_list=model.no_weight_decay())
+    decayed = {id(p) for g in groups if g["weight_decay"] > 0 for p in g["params"]}
+    for name, parameter in model.named_parameters():
+        matrix = parameter.ndim == 2 and name not in ("pos_embedding", "cls_token")
+        assert (id(parameter) in decayed) == matrix, name
+    layered = param_groups_layer_decay(model, 0.05, layer_decay=0.5)
+    assert len({g["lr_scale"] for g in layered}) == 3 + 2
+
+
+def test_device_and_dtype_of_the_parameters():
+    model = CRATE(**SMALL, device="meta", dtype=torch.bfloat16)
+    assert {(p.device.type, p.dtype) for p in model.parameters()} == {("meta", torch.bfloat16)}
+
+
+def test_timm_options():
+    model = timm.create_model(
+        "crate_small_patch8_224", num_classes=5, img_size=32, in_chans=1, global_pool="avg", depth=2
+    )
+    assert model(torch.zeros(1, 1, 32, 32)).shape == (1, 5)
+    assert model.pool == "mean"
+    model = timm.create_model("crate_base_patch16_224", img_size=32, dim=96, heads=2, depth=1, attention="mhsa")
+    assert model.transformer.layers[0][0].fn.qkv.weight.shape == (288, 96)
+    with pytest.raises(RuntimeError, match="No pretrained weights"):
+        timm.create_model("crate_small_patch8_224", pretrained=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"image_size": 30}, r"image size \(30, 30\) is not a multiple of the patch size \(8, 8\)"),
+        ({"patch_size": 0}, "patch_size=0"),
+        ({"pool": "max"}, "pool='max'.*'cls', 'mean'"),
+        ({"residual": "pre"}, "residual='pre'"),
+        ({"attention": "msa"}, "attention='msa'.*'mssa', 'mhsa'"),
+        ({"sparsifier": "relu"}, "sparsifier='relu'"),
+        ({"threshold": "hard"}, "threshold='hard'"),
+        ({"backend": "cuda"}, "backend='cuda'"),
+        ({"depth": 0}, "depth=0"),
+        ({"heads": 2.5}, "heads=2.5"),
+        ({"num_classes": -1}, "num_classes=-1"),
+    ],
+)
+def test_bad_arguments_are_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        CRATE(**(SMALL | changes))
+
+
+def test_bad_images_are_named():
+    model = CRATE(**SMALL)
+    with pytest.raises(ValueError, match=r"images are 64×64 and the model expects 32×32.*set_input_size"):
+        model(torch.zeros(1, 3, 64, 64))
+    with pytest.raises(ValueError, match=r"images have shape \(1, 1, 32, 32\): pass \[B, 3"):
+        model(torch.zeros(1, 1, 32, 32))
+    with pytest.raises(ValueError, match=r"\(65, 65\) is not a multiple"):
+        model.set_input_size(65)
+    with pytest.raises(ValueError, match="patch_size=4"):
+        model.set_input_size(32, patch_size=4)
+    with pytest.raises(ValueError, match="output_fmt='NHWC'"):
+        model.forward_intermediates(torch.zeros(1, 3, 32, 32), output_fmt="NHWC")
+
+
+def test_forcing_triton_where_it_cannot_run_is_an_error():
+    with pytest.raises(RuntimeError, match="backend='triton' cannot run"):
+        CRATE(**SMALL, backend="triton")(torch.zeros(1, 3, 32, 32))
+
+
+def test_version_is_stated():
+    assert crate_fast.__version__

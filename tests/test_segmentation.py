@@ -1,0 +1,63 @@
+"""Thresholds and IoU against hand-computed cases."""
+
+import pytest
+import torch
+
+from crate_fast.segmentation import (
+    attention_to_mask,
+    best_head_iou,
+    constant_mask_iou,
+    intersection_over_union,
+    mask_to_grid,
+)
+
+
+def test_topk_keeps_the_largest_share_of_entries():
+    attention = torch.tensor([[0.5, 0.1, 0.3, 0.05, 0.05], [0.0, 0.0, 0.0, 0.0, 1.0]])
+    expected = torch.tensor([[True, True, True, False, False], [True, True, False, False, True]])
+    assert torch.equal(attention_to_mask(attention, "topk", 0.6), expected)
+    assert attention_to_mask(attention, "topk", 0.61).sum(-1).tolist() == [4, 4]
+    assert attention_to_mask(attention, "topk", 1.0).all()
+
+
+def test_mass_keeps_the_fewest_entries_that_hold_the_mass():
+    attention = torch.tensor([[0.5, 0.1, 0.3, 0.05, 0.05], [0.0, 0.0, 0.0, 0.0, 1.0]])
+    expected = torch.tensor([[True, False, True, False, False], [False, False, False, False, True]])
+    assert torch.equal(attention_to_mask(attention, "mass", 0.6), expected)
+    assert torch.equal(attention_to_mask(attention * 7, "mass", 0.6), expected)  # of any sum
+    assert attention_to_mask(torch.full((10,), 0.1), "mass", 0.6).sum() == 6
+
+
+def test_iou_by_hand():
+    predicted = torch.tensor([True, True, False, False])
+    target = torch.tensor([True, False, True, False])
+    assert intersection_over_union(predicted, target).item() == pytest.approx(1 / 3)
+    valid = torch.tensor([True, True, False, True])
+    assert intersection_over_union(predicted, target, valid).item() == pytest.approx(1 / 2)
+    empty = torch.zeros(4, dtype=torch.bool)
+    assert intersection_over_union(empty, empty).item() == 0
+    assert intersection_over_union(predicted, predicted).item() == 1
+
+
+def test_the_best_head_is_chosen_per_image():
+    target = torch.tensor([[True, True, False, False], [False, False, True, True]])
+    left, right = torch.tensor([0.5, 0.5, 0.0, 0.0]), torch.tensor([0.0, 0.0, 0.5, 0.5])
+    attention = torch.stack([torch.stack([left, right])] * 2)
+    per_head, best = best_head_iou(attention, target, "mass", 0.9)
+    assert per_head.tolist() == [[1.0, 0.0], [0.0, 1.0]]
+    assert best.tolist() == [1.0, 1.0]
+    assert constant_mask_iou(target).tolist() == [0.5, 0.5]
+
+
+def test_a_patch_is_object_when_half_of_it_is():
+    mask = torch.zeros(1, 4, 4, dtype=torch.bool)
+    mask[0, 0, :2] = True  # half of the first patch
+    mask[0, 2, 2] = True  # a quarter of the last
+    assert mask_to_grid(mask, (2, 2)).tolist() == [[True, False, False, False]]
+
+
+def test_bad_options_are_named():
+    with pytest.raises(ValueError, match="threshold=.top"):
+        attention_to_mask(torch.rand(4), "top")
+    with pytest.raises(ValueError, match=r"fraction=1\.5"):
+        attention_to_mask(torch.rand(4), fraction=1.5)

@@ -1,0 +1,332 @@
+"""Training: schedule, checkpoints, processes, kills, and the run as a user starts it."""
+
+import dataclasses
+import itertools
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from crate_fast.train import checkpoint, pretrain
+from crate_fast.train.config import PretrainConfig
+from crate_fast.train.engine import learning_rate
+from crate_fast.train.runs import build_model
+
+ROOT = Path(__file__).parent.parent
+TINY = [
+    *("--train-samples", "96", "--val-samples", "21", "--image-size", "32", "--patch-size", "8", "--dim", "32"),
+    *("--depth", "2", "--heads", "2", "--batch-size", "16", "--epochs", "2", "--log-every", "1"),
+    *("--segmentation-samples", "12", "--threads", "1", "--seed", "3"),
+]
+
+
+def _start(*arguments: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen:
+    command = [sys.executable, *launcher, str(ROOT / "train" / "pretrain.py"), *TINY, *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
+
+
+def _run(*arguments: str, launcher: tuple[str, ...] = ()) -> str:
+    process = _start(*arguments, launcher=launcher)
+    text, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, text
+    return text
+
+
+def _weights(run: Path, step: int) -> dict[str, torch.Tensor]:
+    return load_file(run / "checkpoints" / f"step_{step:08d}" / "model.safetensors")
+
+
+def _losses(run: Path) -> dict[int, float]:
+    entries = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return {entry["step"]: entry["loss"] for entry in entries if "loss" in entry}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    run = tmp_path_factory.mktemp("runs") / "whole"
+    return run, _run("--output", str(run), "--dropout", "0.1")
+
+
+# --- a whole run ---
+
+
+def test_a_run_writes_and_prints_what_it_promises(finished):
+    run, text = finished
+    summary = json.loads((run / "summary.json").read_text())
+    assert 0 <= summary["val_accuracy"] <= 1
+    assert summary["chance"] == pytest.approx(1 / 12)
+    assert summary["steps"] == 12
+    for scores in summary["attention_miou"].values():
+        assert scores["images"] == 12
+        assert len(scores["per_head"]) == 2
+        assert scores["fixed_head"] == pytest.approx(max(scores["per_head"]))
+        assert scores["best_head"] >= scores["fixed_head"]
+        assert 0 < scores["constant"] < 0.5
+    for name in ("config.yaml", "metrics.jsonl", "curves.png", "attention.png", "summary.json", "tensorboard"):
+        assert (run / name).exists()
+        assert str(run / name) in text
+    for key in ("last_checkpoint", "best_checkpoint"):
+        assert (Path(summary[key]) / "model.safetensors").is_file()
+    assert (run / "attention.png").read_bytes()[:4] == b"\x89PNG"
+    assert f"{summary['val_accuracy']:.4f}" in text
+
+
+def test_metrics_hold_every_step_and_both_evaluations(finished):
+    run, _ = finished
+    assert sorted(_losses(run)) == list(range(1, 13))
+    entries = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in entries if "val_accuracy" in entry] == [6, 12]
+
+
+def test_tensorboard_has_curves_by_layer(finished):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(finished[0] / "tensorboard"))
+    events.Reload()
+    tags = set(events.Tags()["scalars"])
+    layers = {f"{name}/layer_{layer:02d}" for name in ("coding_rate", "sparsity") for layer in range(2)}
+    assert {"loss", "accuracy", "lr", "val_accuracy", "images_per_s"} | layers <= tags
+
+
+def test_the_weights_are_a_released_state_dict(finished):
+    from crate_fast import CRATE
+    from crate_fast.checkpoints import load_weights
+
+    model = CRATE(image_size=32, patch_size=8, num_classes=12, dim=32, depth=2, heads=2, dim_head=16)
+    load_weights(model, finished[0] / "checkpoints" / "step_00000012" / "model.safetensors")
+
+
+def test_training_learns():
+    """On four scenes and no regularisation the loss falls to nearly nothing: the gradient is the gradient."""
+    from crate_fast.train.shape_scenes import ShapeScenes
+
+    model = build_model(PretrainConfig(image_size=32, patch_size=8, dim=64, depth=2, heads=2), num_classes=12)
+    batch = ShapeScenes(8, image_size=32).__getitems__(range(8))
+    images = torch.stack([sample[0] for sample in batch]) / 127.5 - 1
+    labels = torch.tensor([sample[1] for sample in batch])
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+    for _ in range(60):
+        loss = torch.nn.functional.cross_entropy(model(images), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.1
+
+
+# --- resume ---
+
+
+def test_kill_9_then_resume_gives_bit_identical_weights(finished, tmp_path):
+    run = tmp_path / "killed"
+    options = ("--output", str(run), "--dropout", "0.1", "--checkpoint-every", "1", "--keep-checkpoints", "3")
+    process = _start(*options)
+    deadline = time.time() + 120
+    while not checkpoint.steps(run / "checkpoints") and time.time() < deadline and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    reached = checkpoint.newest(run / "checkpoints")
+    assert reached is not None
+    assert reached < 12
+    _run(*options, "--resume")
+    whole, resumed = _weights(finished[0], 12), _weights(run, 12)
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert _losses(run) == _losses(finished[0])
+
+
+def test_a_finished_run_resumes_to_its_summary(finished):
+    run, _ = finished
+    before = _weights(run, 12)
+    text = _run("--output", str(run), "--dropout", "0.1", "--resume")
+    assert all(torch.equal(before[name], tensor) for name, tensor in _weights(run, 12).items())
+    assert "validation accuracy" in text
+
+
+def test_an_existing_run_is_not_overwritten(finished):
+    with pytest.raises(FileExistsError, match="pass --resume to continue it"):
+        pretrain.main([*TINY, "--output", str(finished[0]), "--dropout", "0.1"])
+
+
+def test_another_runs_checkpoint_is_refused_with_the_differing_settings(finished):
+    with pytest.raises(checkpoint.CheckpointError, match=r"lr: 0\.\d+ → 0\.5.*--recipe .*config\.yaml"):
+        pretrain.main([*TINY, "--output", str(finished[0]), "--dropout", "0.1", "--lr", "0.5", "--resume"])
+
+
+# --- checkpoints ---
+
+
+def _save(root: Path, step: int, value: float) -> Path:
+    weights = {"w": torch.full((1000,), value)}
+    return checkpoint.save(root, step, weights, {"trainer": {"step": step}}, {"config": {}})
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "training.pt", "manifest.json"])
+@pytest.mark.parametrize("harm", ["cut", "flip", "delete"])
+def test_a_damaged_checkpoint_is_rejected_and_the_previous_one_still_loads(tmp_path, name, harm):
+    _save(tmp_path, 1, 1.0)
+    path = _save(tmp_path, 2, 2.0) / name
+    content = path.read_bytes()
+    if harm == "cut":
+        path.write_bytes(content[: len(content) // 2])
+    elif harm == "flip":
+        middle = len(content) // 2
+        path.write_bytes(content[:middle] + bytes([content[middle] ^ 0x41]) + content[middle + 1 :])
+    else:
+        path.unlink()
+    if (name, harm) == ("manifest.json", "flip"):
+        return  # one changed letter in the facts about the run is not damage to the run
+    with pytest.raises(checkpoint.CheckpointError, match=f"{name}.*step_00000001 is whole"):
+        checkpoint.load(tmp_path, 2)
+    weights, training, _ = checkpoint.load(tmp_path, 1)
+    assert (weights["w"][0], training["trainer"]["step"]) == (1.0, 1)
+
+
+def test_a_run_with_a_cut_checkpoint_stops_with_the_remedy_and_goes_on_after_it(finished, tmp_path):
+    run = tmp_path / "damaged"
+    options = ("--output", str(run), "--dropout", "0.1")
+    _run(*options)
+    path = run / "checkpoints" / "step_00000012" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    process = _start(*options, "--resume")
+    text, _ = process.communicate(timeout=300)
+    assert process.returncode != 0
+    assert "model.safetensors is damaged: 1000 bytes" in text
+    assert "step_00000006 is whole: delete" in text
+    for file in path.parent.iterdir():
+        file.unlink()
+    path.parent.rmdir()
+    _run(*options, "--resume")
+    whole = _weights(finished[0], 12)
+    assert all(torch.equal(whole[name], tensor) for name, tensor in _weights(run, 12).items())
+
+
+def test_an_interrupted_save_leaves_no_checkpoint(tmp_path, monkeypatch):
+    _save(tmp_path, 1, 1.0)
+    monkeypatch.setattr(checkpoint.torch, "save", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
+    with pytest.raises(OSError, match="No space left"):
+        _save(tmp_path, 2, 2.0)
+    assert checkpoint.steps(tmp_path) == [1]
+    checkpoint.load(tmp_path, 1)
+    monkeypatch.undo()
+    _save(tmp_path, 2, 2.0)
+    assert checkpoint.newest(tmp_path) == 2
+
+
+def test_rotation_keeps_the_newest_and_the_best(tmp_path):
+    for step in range(1, 7):
+        _save(tmp_path, step, step)
+        if step == 2:
+            checkpoint.record_best(tmp_path, step, 0.9)
+        checkpoint.rotate(tmp_path, 2)
+    assert checkpoint.steps(tmp_path) == [2, 5, 6]
+    assert checkpoint.best_step(tmp_path) == 2
+
+
+def test_the_training_file_holds_no_code(finished):
+    folder = checkpoint.folder_of(finished[0] / "checkpoints", 12)
+    state = torch.load(folder / "training.pt", weights_only=True)
+    assert state["trainer"]["step"] == 12
+
+
+# --- processes ---
+
+
+def test_two_processes_train_as_one(finished, tmp_path):
+    alone, pair = tmp_path / "alone", tmp_path / "pair"
+    _run("--output", str(alone))
+    launcher = (
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--master_port",
+        str(20000 + os.getpid() % 20000),
+    )
+    _run("--output", str(pair), launcher=launcher)
+    ours, theirs = _losses(pair), _losses(alone)
+    assert ours.keys() == theirs.keys()
+    for step, loss in ours.items():
+        assert loss == pytest.approx(theirs[step], rel=2e-4), step
+    summaries = [json.loads((run / "summary.json").read_text()) for run in (alone, pair)]
+    assert summaries[0]["val_loss"] == pytest.approx(summaries[1]["val_loss"], rel=1e-3)
+
+
+def test_accumulation_changes_nothing(tmp_path):
+    runs = [tmp_path / "once", tmp_path / "four"]
+    pretrain.main([*TINY, "--epochs", "1", "--output", str(runs[0])])
+    pretrain.main([*TINY, "--epochs", "1", "--output", str(runs[1]), "--accumulate", "4"])
+    first, second = map(_losses, runs)
+    assert all(second[step] == pytest.approx(loss, rel=1e-4) for step, loss in first.items())
+
+
+# --- variants ---
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--attention", "mhsa", "--sparsifier", "mlp", "--optimizer", "lion", "--lr", "1e-4"),
+        ("--residual", "paper", "--threshold", "soft", "--schedule", "released", "--decay-all"),
+        ("--precision", "bf16", "--grad-checkpointing", "--clip-grad", "0", "--hflip", "0.5"),
+    ],
+    ids=lambda options: options[1],
+)
+def test_variants_run(options, tmp_path, capsys):
+    assert pretrain.main([*TINY, "--epochs", "1", "--output", str(tmp_path / "run"), *options]) == 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert math.isfinite(summary["val_loss"])
+    assert "attention_miou" in summary
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["epochs"] == 1
+    assert "written:" in capsys.readouterr().out
+
+
+def test_a_timm_model_trains_in_the_same_loop(tmp_path):
+    recipe = tmp_path / "vit.yaml"
+    recipe.write_text(
+        "model: vit_tiny_patch16_224\npatch_size: 8\ndepth: 1\nepochs: 1\nbatch_size: 16\ntrain_samples: 32\n"
+        "val_samples: 8\nimage_size: 32\n"
+    )
+    assert pretrain.main(["--recipe", str(recipe), "--output", str(tmp_path / "run")]) == 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert math.isfinite(summary["val_loss"])
+    assert "attention_miou" not in summary
+
+
+# --- schedule ---
+
+
+def test_cosine_schedule():
+    config = PretrainConfig(epochs=10, warmup_epochs=2, lr=1.0, min_lr=0.1)
+    rates = [learning_rate(config, step, 50) for step in range(500)]
+    assert rates[0] == pytest.approx(0.01)
+    assert rates[99] == pytest.approx(1.0)
+    assert all(a < b for a, b in itertools.pairwise(rates[:100]))
+    assert all(a > b for a, b in itertools.pairwise(rates[100:]))
+    assert rates[300] == pytest.approx(0.1 + 0.9 / 2)
+    assert rates[-1] == pytest.approx(0.1, abs=1e-3)
+
+
+def test_released_schedule_steps_by_the_epoch_and_takes_the_smaller():
+    config = PretrainConfig(epochs=200, warmup_epochs=20, lr=2e-4, schedule="released")
+    by_epoch = [learning_rate(config, epoch * 5, 5) for epoch in range(200)]
+    assert all(learning_rate(config, epoch * 5 + 4, 5) == by_epoch[epoch] for epoch in range(200))
+    for epoch, rate in enumerate(by_epoch):
+        rising, falling = (epoch + 1) / 20, 0.5 * (1 + math.cos(math.pi * epoch / 200))
+        assert rate == pytest.approx(2e-4 * min(rising, falling))
+
+
+def test_no_warmup():
+    for schedule in ("cosine", "released"):
+        config = dataclasses.replace(PretrainConfig(epochs=4, lr=1.0), warmup_epochs=0.0, schedule=schedule)
+        assert learning_rate(config, 0, 10) == pytest.approx(1.0)

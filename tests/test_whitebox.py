@@ -1,0 +1,105 @@
+"""The white box: what a trace says equals what the layers compute."""
+
+import pytest
+import torch
+
+from crate_fast import CRATE
+from crate_fast.functional import ista
+from crate_fast.reference import coding_rate_reference, subspace_attention_reference
+from crate_fast.whitebox import coding_rate, layer_statistics, nonzero_fraction, trace
+
+SMALL = {"image_size": 32, "patch_size": 8, "num_classes": 7, "dim": 48, "depth": 3, "heads": 3, "dim_head": 16}
+
+
+@pytest.mark.parametrize("residual", ["released", "paper"])
+def test_a_trace_reproduces_the_layer(residual):
+    model = CRATE(**SMALL, residual=residual).double().eval()
+    images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    traces = trace(model, images)
+    assert [t.index for t in traces] == [0, 1, 2]
+    x = model.embed(images)
+    for layer_trace, layer in zip(traces, model.transformer.layers, strict=True):
+        normed = layer[0].norm(x)
+        w = layer_trace.subspace_tokens
+        torch.testing.assert_close(w.flatten(2), normed @ layer[0].fn.qkv.weight.T)
+        attended = torch.einsum("bhnm,bmhd->bnhd", layer_trace.attention(), w)
+        torch.testing.assert_close(attended, subspace_attention_reference(w))
+        h = layer[0].fn.to_out(attended.flatten(2)) + (x if residual == "released" else normed)
+        torch.testing.assert_close(layer_trace.after_mssa, h)
+        torch.testing.assert_close(layer_trace.after_ista, ista(layer[1].norm(h), layer[1].fn.weight))
+        x = layer_trace.after_ista
+    torch.testing.assert_close(x, model.forward_features(images))
+
+
+def test_cls_attention_is_eq_10():
+    model = CRATE(**SMALL).double()
+    (layer_trace,) = trace(model, torch.randn(2, 3, 32, 32, dtype=torch.float64), [1])
+    w = layer_trace.subspace_tokens
+    maps = layer_trace.cls_attention(scale=1.0)
+    assert maps.shape == (2, 3, 16)
+    for b in range(2):
+        for k in range(3):
+            weights = torch.exp(w[b, 1:, k] @ w[b, 0, k])
+            torch.testing.assert_close(maps[b, k], weights / weights.sum())
+    default = layer_trace.cls_attention()
+    assert torch.equal(default.argsort(-1), maps.argsort(-1))
+    full = layer_trace.attention()[:, :, 0, 1:]
+    torch.testing.assert_close(default, full / full.sum(-1, keepdim=True))
+
+
+def test_layers_can_be_chosen_from_the_end_and_hooks_are_gone_after():
+    model = CRATE(**SMALL)
+    images = torch.zeros(1, 3, 32, 32)
+    assert [t.index for t in trace(model, images, [-1, 0])] == [0, 2]
+    with pytest.raises(IndexError, match="layer 3: the model has layers 0 to 2"):
+        trace(model, images, [3])
+    for module in model.modules():
+        assert not module._forward_hooks
+        assert not module._forward_pre_hooks
+
+
+def test_hooks_are_gone_after_an_error():
+    model = CRATE(**SMALL)
+    with pytest.raises(ValueError, match="images are 64×64"):
+        trace(model, torch.zeros(1, 3, 64, 64))
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_an_mhsa_layer_has_queries_and_keys_but_no_subspaces():
+    model = CRATE(**SMALL, attention="mhsa").double()
+    (layer_trace,) = trace(model, torch.randn(1, 3, 32, 32, dtype=torch.float64), [0])
+    assert not torch.equal(layer_trace.queries, layer_trace.keys)
+    weights = torch.exp(layer_trace.keys[0, 1:, 2] @ layer_trace.queries[0, 0, 2] / 4)
+    torch.testing.assert_close(layer_trace.cls_attention()[0, 2], weights / weights.sum())
+    with pytest.raises(ValueError, match="no subspaces"):
+        layer_trace.coding_rate()
+
+
+@pytest.mark.parametrize("shape", [(2, 17, 3, 16), (1, 5, 2, 16)], ids=str)
+def test_coding_rate_equals_the_n_by_n_form(shape):
+    w = torch.randn(shape, dtype=torch.float64)
+    torch.testing.assert_close(coding_rate(w), coding_rate_reference(w), rtol=1e-10, atol=0)
+    torch.testing.assert_close(coding_rate(w, 0.5), coding_rate_reference(w, 0.5), rtol=1e-10, atol=0)
+    torch.testing.assert_close(coding_rate(w.float()).double(), coding_rate(w), rtol=1e-4, atol=0)
+    assert coding_rate(w.bfloat16()).dtype == torch.float32
+
+
+def test_coding_rate_errors():
+    with pytest.raises(ValueError, match="epsilon=0"):
+        coding_rate(torch.randn(1, 4, 2, 3), epsilon=0)
+    with pytest.raises(ValueError, match=r"shape \(4, 3\)"):
+        coding_rate(torch.randn(4, 3))
+
+
+def test_statistics_by_layer():
+    model = CRATE(**SMALL)
+    images = torch.randn(4, 3, 32, 32)
+    statistics = layer_statistics(model, images)
+    traces = trace(model, images)
+    assert statistics["coding_rate"].shape == statistics["sparsity"].shape == (3, 2)
+    for layer_trace, rate, fraction in zip(traces, statistics["coding_rate"], statistics["sparsity"], strict=True):
+        assert rate[0].item() == pytest.approx(layer_trace.coding_rate().mean().item())
+        assert fraction[0].item() == pytest.approx(nonzero_fraction(layer_trace.after_ista).mean().item())
+        assert 0 < fraction[0] < 1
+    assert layer_statistics(CRATE(**SMALL, attention="mhsa"), images).keys() == {"sparsity"}
+    assert layer_statistics(CRATE(**SMALL, sparsifier="mlp"), images).keys() == {"coding_rate"}
