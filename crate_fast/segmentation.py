@@ -14,6 +14,8 @@ __all__ = [
     "constant_mask_iou",
     "intersection_over_union",
     "mask_to_grid",
+    "score_attention",
+    "scores_table",
 ]
 
 THRESHOLDS = ("topk", "mass")
@@ -100,48 +102,81 @@ def score_attention(
     model: nn.Module,
     batches: Iterable[Sequence[Tensor]],
     normalize: Callable[[Tensor], Tensor],
-    layer: int,
-    threshold: str = "topk",
+    layers: Sequence[int] | None = None,
     fraction: float = 0.6,
-) -> dict[str, float | int | list[float]]:
+) -> dict[str, dict]:
     """Mean IoU of CLS attention with known object masks, on the patch grid, beside what it must beat.
 
     Args:
         model: A CRATE or an ablation; left in evaluation mode.
         batches: (images, labels, pixel masks [B, H, W]).
         normalize: Turns a batch's images into the model's input.
-        layer: Whose attention.
-        threshold, fraction: See `attention_to_mask`.
+        layers: Whose attention; all when None.
+        fraction: See `attention_to_mask`.
 
     Returns:
-        Of the model: "best_head", the best head of each image (the paper's reading); "per_head", each head for all
-        images; "fixed_head", the best of those. To beat: "constant", the mask that holds every patch; "random", the
-        best of as many maps of noise; "mean_mask", the objects' mean mask as every image's attention map. And
-        "ceiling", what the true mask itself reaches after the threshold; "images", how many were scored.
+        For each threshold ("topk" and "mass") a dictionary with
+        "layers": of each layer "layer"; "best_head", the best head of each image (the paper's reading); "per_head",
+            each head for all images; "fixed_head", the best of those;
+        "constant": the mask that holds every patch; "random": the best of as many maps of noise; "mean_mask": the
+            objects' mean mask as every image's attention map; "ceiling": what the true mask itself reaches after the
+            threshold; "images": how many were scored.
     """
     model.eval()
     device = next(model.parameters()).device
-    noise = torch.Generator().manual_seed(0)
-    attentions, targets = [], []
+    attentions: dict[int, list[Tensor]] = {}
+    targets = []
     for images, _, masks in batches:
-        (layer_trace,) = trace(model, normalize(images.to(device)), [layer])
-        attentions.append(layer_trace.cls_attention().float().cpu())
+        for layer_trace in trace(model, normalize(images.to(device)), layers):
+            attentions.setdefault(layer_trace.index, []).append(layer_trace.cls_attention().float().cpu())
         targets.append(mask_to_grid(masks, model.grid_size))
-    attention, target = torch.cat(attentions), torch.cat(targets)
-
-    def score(maps: Tensor) -> tuple[Tensor, float]:
-        per_head, best = best_head_iou(maps, target, threshold, fraction)
-        return per_head.mean(dim=0), best.mean().item()
-
-    heads, best_head = score(attention)
+    maps = {layer: torch.cat(parts) for layer, parts in attentions.items()}
+    target = torch.cat(targets)
+    noise = torch.rand(next(iter(maps.values())).shape, generator=torch.Generator().manual_seed(0))
     mean_mask = target.float().mean(dim=0).expand(len(target), 1, -1)
+
+    def best(attention: Tensor, threshold: str) -> float:
+        return best_head_iou(attention, target, threshold, fraction)[1].mean().item()
+
+    def by_layer(threshold: str) -> list[dict]:
+        rows = []
+        for layer, attention in maps.items():
+            heads = best_head_iou(attention, target, threshold, fraction)[0].mean(dim=0)
+            scores = {"best_head": best(attention, threshold), "fixed_head": heads.max().item()}
+            rows.append({"layer": layer, **scores, "per_head": heads.tolist()})
+        return rows
+
     return {
-        "best_head": best_head,
-        "fixed_head": heads.max().item(),
-        "per_head": heads.tolist(),
-        "constant": constant_mask_iou(target).mean().item(),
-        "random": score(torch.rand(attention.shape, generator=noise))[1],
-        "mean_mask": score(mean_mask)[1],
-        "ceiling": score(target[:, None].float())[1],
-        "images": len(target),
+        threshold: {
+            "layers": by_layer(threshold),
+            "constant": constant_mask_iou(target).mean().item(),
+            "random": best(noise, threshold),
+            "mean_mask": best(mean_mask, threshold),
+            "ceiling": best(target[:, None].float(), threshold),
+            "images": len(target),
+        }
+        for threshold in THRESHOLDS
     }
+
+
+def scores_table(scores: dict[str, dict], marked: int | None = None) -> str:
+    """What `score_attention` returned, as text; the layer `marked` gets a star.
+
+    Args:
+        scores: See `score_attention`.
+        marked: A layer's index.
+    """
+    lines = []
+    for threshold, result in scores.items():
+        lines.append(
+            f"attention mIoU, {threshold} 60 %, {result['images']} images | constant mask {result['constant']:.3f} · "
+            f"random maps {result['random']:.3f} · mean mask {result['mean_mask']:.3f} · "
+            f"ceiling {result['ceiling']:.3f}"
+        )
+        for row in result["layers"]:
+            star = "*" if row["layer"] == marked else " "
+            lines.append(
+                f"  layer {row['layer']:2d}{star}  best head {row['best_head']:.3f}   "
+                f"one head for all images {row['fixed_head']:.3f}"
+            )
+    return "\n".join(lines)

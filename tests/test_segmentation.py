@@ -3,12 +3,15 @@
 import pytest
 import torch
 
+from crate_fast import CRATE
 from crate_fast.segmentation import (
     attention_to_mask,
     best_head_iou,
     constant_mask_iou,
     intersection_over_union,
     mask_to_grid,
+    score_attention,
+    scores_table,
 )
 
 
@@ -54,6 +57,35 @@ def test_a_patch_is_object_when_half_of_it_is():
     mask[0, 0, :2] = True  # half of the first patch
     mask[0, 2, 2] = True  # a quarter of the last
     assert mask_to_grid(mask, (2, 2)).tolist() == [[True, False, False, False]]
+
+
+def _looker() -> CRATE:
+    """A CRATE whose first head's CLS attends to bright patches, and whose second attends to all alike."""
+    model = CRATE(image_size=8, patch_size=2, num_classes=2, dim=4, depth=1, heads=2, dim_head=2, channels=1)
+    embed = torch.tensor([[1.0, 0.0, 0.0, 0.0]])
+    model.embed = lambda images: torch.cat(
+        [embed.expand(len(images), 1, 4), images[:, 0, ::2, ::2].reshape(len(images), -1, 1) * embed], dim=1
+    )
+    attention = model.transformer.layers[0][0]
+    attention.norm = torch.nn.Identity()
+    with torch.no_grad():
+        attention.fn.qkv.weight.zero_()
+        attention.fn.qkv.weight[0, 0] = 9.0
+    return model
+
+
+def test_scores_of_a_model_that_looks_where_the_object_is():
+    masks = torch.zeros(3, 8, 8, dtype=torch.bool)
+    masks[0, :4, :4] = masks[1, 4:, 4:] = masks[2, :2] = True
+    batches = [(masks[i : i + 1, None].float(), torch.zeros(1), masks[i : i + 1]) for i in range(3)]
+    scores = score_attention(_looker(), batches, lambda images: images)
+    mass = scores["mass"]
+    assert mass["layers"][0]["per_head"][0] == pytest.approx(0.75)  # three of four equal patches hold 60 %
+    assert mass["layers"][0]["best_head"] == pytest.approx(mass["ceiling"]) == pytest.approx(0.75)
+    assert mass["constant"] == pytest.approx(0.25)
+    assert mass["images"] == 3
+    assert scores["topk"]["ceiling"] == pytest.approx(4 / 10)  # ten of sixteen patches are kept
+    assert "one head for all images 0.750" in scores_table(scores, marked=0)
 
 
 def test_bad_options_are_named():

@@ -16,9 +16,9 @@ CHANCE = 1.0 / len(CLASSES)
 # sha256 of items 0 to 7 (images, labels, masks). A change here voids every number ever quoted on this data:
 # if it is meant, copy the digests from the failure messages and train again whatever the README quotes.
 GOLDEN = {
-    (32, 0, "train"): "cc71baaea953e71afcd09f4e79abd1eaa01d0099fb6ed576ea91a165f27c7f5b",
-    (64, 0, "train"): "2575468deac003d2cc769be3b87237ac3288d6ed8f720d88870e82abf94f54af",
-    (64, 7, "val"): "9a207aa1d774e5b3cad41370788a30c59a8a4efda3d447e572fcb42812beb7be",
+    (32, 0, "train"): "e57f4d2dbc01a6d7fff0b0676c3f8481736ea355786ffac37fc510b1fa8a0069",
+    (64, 0, "train"): "b7b346a68b0b9a27a55ea3b11a41756ea9a42943b93096afc98863e6e115c93f",
+    (64, 7, "val"): "7df0fb15bd546b549e854e0e43b9caf5a7e2ae8b42e13413d94aebc0cf5c301a",
 }
 
 

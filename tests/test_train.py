@@ -16,6 +16,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from crate_fast.eval import coarse_segmentation
 from crate_fast.train import checkpoint, pretrain
 from crate_fast.train.config import PretrainConfig
 from crate_fast.train.engine import learning_rate
@@ -67,10 +68,11 @@ def test_a_run_writes_and_prints_what_it_promises(finished):
     assert summary["steps"] == 12
     for scores in summary["attention_miou"].values():
         assert scores["images"] == 12
-        assert len(scores["per_head"]) == 2
-        assert scores["fixed_head"] == pytest.approx(max(scores["per_head"]))
-        assert scores["best_head"] >= scores["fixed_head"]
         assert 0 < scores["constant"] < 0.5
+        assert [row["layer"] for row in scores["layers"]] == [0, 1]
+        for row in scores["layers"]:
+            assert row["fixed_head"] == pytest.approx(max(row["per_head"]))
+            assert row["fixed_head"] <= row["best_head"] <= scores["ceiling"] + 1e-6
     for name in ("config.yaml", "metrics.jsonl", "curves.png", "attention.png", "summary.json", "tensorboard"):
         assert (run / name).exists()
         assert str(run / name) in text
@@ -120,6 +122,18 @@ def test_training_learns():
         loss.backward()
         optimizer.step()
     assert loss.item() < 0.1
+
+
+def test_coarse_segmentation_scores_a_finished_run(finished, capsys):
+    run, _ = finished
+    assert coarse_segmentation.main([str(run), "--samples", "12", "--step", "12"]) == 0
+    scored = json.loads((run / "coarse_segmentation.json").read_text())
+    assert scored["results"] == json.loads((run / "summary.json").read_text())["attention_miou"]
+    assert "constant mask" in capsys.readouterr().out
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint at step 3: choose one of \[6, 12\]"):
+        coarse_segmentation.main([str(run), "--step", "3"])
+    with pytest.raises(FileNotFoundError, match="holds no checkpoints"):
+        coarse_segmentation.main([str(run.parent)])
 
 
 # --- resume ---

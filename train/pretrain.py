@@ -20,7 +20,7 @@ from tqdm import tqdm
 import crate_fast
 from crate_fast import CRATE
 from crate_fast.provenance import provenance
-from crate_fast.segmentation import score_attention
+from crate_fast.segmentation import score_attention, scores_table
 from crate_fast.train import checkpoint
 from crate_fast.train.config import PretrainConfig, build_config, dump_config
 from crate_fast.train.data import DataSplits, build_splits, eval_loader, train_loader
@@ -185,14 +185,12 @@ def _finish(trainer: Trainer, run: Run, data: DataSplits, seconds: float) -> dic
         masks = None if data.masks is None else torch.stack([sample[2] for sample in samples])
         images = torch.stack([sample[0] for sample in samples])
         titles = [data.classes[sample[1]] for sample in samples]
-        attention_figure(model, images, masks, titles, trainer.normalize, layer, folder / "attention.png")
+        layers = sorted({layer, model.transformer.depth - 1})
+        attention_figure(model, images, masks, titles, trainer.normalize, layers, folder / "attention.png")
         if data.masks is not None:
             loader: DataLoader = eval_loader(config, data.masks)
             summary["attention_layer"] = layer
-            summary["attention_miou"] = {
-                threshold: score_attention(model, loader, trainer.normalize, layer, threshold)
-                for threshold in ("topk", "mass")
-            }
+            summary["attention_miou"] = score_attention(model, loader, trainer.normalize)
     checkpoint.write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     return summary
 
@@ -202,13 +200,9 @@ def _print_summary(summary: dict, folder: Path) -> None:
         f"\nvalidation accuracy {summary['val_accuracy']:.4f} (chance {summary['chance']:.4f}), "
         f"best {summary['best_val_accuracy']:.4f}"
     )
-    for threshold, scores in summary.get("attention_miou", {}).items():
-        print(
-            f"attention mIoU, layer {summary['attention_layer']}, {threshold} 60 %: "
-            f"best head {scores['best_head']:.3f}, one head for all images {scores['fixed_head']:.3f} | "
-            f"constant mask {scores['constant']:.3f}, random maps {scores['random']:.3f}, "
-            f"mean mask {scores['mean_mask']:.3f}"
-        )
+    if "attention_miou" in summary:
+        print(scores_table(summary["attention_miou"], marked=summary["attention_layer"]))
+        print("  (* the layer that the paper looks at)")
     print("written:")
     for name in ("summary.json", "config.yaml", "metrics.jsonl", "curves.png", "attention.png", "tensorboard"):
         if (folder / name).exists():

@@ -22,7 +22,7 @@ def attention_figure(
     masks: Tensor | None,
     titles: list[str],
     normalize: Normalize,
-    layer: int,
+    layers: list[int],
     path: Path,
 ) -> None:
     """Write a PNG: one row an image, with the image, its mask if known, and CLS attention of every head.
@@ -33,29 +33,29 @@ def attention_figure(
         masks: Boolean [B, H, W] or None.
         titles: One a row.
         normalize: uint8 → fp32.
-        layer: Whose attention.
+        layers: Whose attention.
         path: Of the PNG.
     """
     model.eval()
-    device = next(model.parameters()).device
-    (layer_trace,) = trace(model, normalize(images.to(device)), [layer])
-    maps = layer_trace.cls_attention().float().cpu().unflatten(-1, model.grid_size)
-    first = ["image"] if masks is None else ["image", "object"]
-    names = [*first, *(f"head {head}" for head in range(maps.shape[1]))]
-    size = (1.35 * len(names), 1.42 * len(images) + 0.45)
-    figure, axes = plt.subplots(len(images), len(names), figsize=size, squeeze=False, layout="constrained")
-    for row, image in enumerate(images):
-        pictures = [image.permute(1, 2, 0)] + ([] if masks is None else [masks[row]]) + list(maps[row])
-        for column, picture in enumerate(pictures):
+    traces = trace(model, normalize(images.to(next(model.parameters()).device)), layers)
+    columns = {"image": (images.permute(0, 2, 3, 1), None)}
+    if masks is not None:
+        columns["object"] = (masks, "gray")
+    for layer_trace in traces:
+        maps = layer_trace.cls_attention().float().cpu().unflatten(-1, model.grid_size)
+        for head in range(maps.shape[1]):
+            columns[f"layer {layer_trace.index}, head {head}"] = (maps[:, head], "viridis")
+    size = (1.3 * len(columns), 1.36 * len(images) + 0.3)
+    figure, axes = plt.subplots(len(images), len(columns), figsize=size, squeeze=False, layout="constrained")
+    for column, (name, (pictures, colours)) in enumerate(columns.items()):
+        for row, picture in enumerate(pictures):
             axis = axes[row, column]
-            gray = column == 1 and masks is not None
-            axis.imshow(picture.numpy(), cmap="gray" if gray else "viridis", interpolation="nearest")
+            axis.imshow(picture.numpy(), cmap=colours, interpolation="nearest")
             axis.set(xticks=[], yticks=[])
-            if row == 0:
-                axis.set_title(names[column], fontsize=9)
-        axes[row, 0].set_ylabel(titles[row], fontsize=8)
-    figure.suptitle(f"CLS attention, layer {layer} (from 0)", fontsize=10)
-    figure.savefig(path, dpi=130)
+        axes[0, column].set_title(name, fontsize=8)
+    for row, title in enumerate(titles):
+        axes[row, 0].set_ylabel(title, fontsize=8)
+    figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
