@@ -2,14 +2,12 @@
 
 import json
 import multiprocessing
-import resource
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.benchmark import Timer
 
 from crate_fast.provenance import provenance
 
@@ -33,6 +31,8 @@ def interleaved(candidates: dict[str, Callable[[], object]], rounds: int) -> dic
 
     Each is called once before; a measurement lasts at least 0.1 s.
     """
+    from torch.utils.benchmark import Timer  # here, since it logs a warning into every process that measures memory
+
     timers, repeats = {}, {}
     for name, call in candidates.items():
         call()
@@ -45,16 +45,23 @@ def interleaved(candidates: dict[str, Callable[[], object]], rounds: int) -> dic
     return {name: Timing(*np.quantile(values, (0.5, 0.2, 0.8)).tolist()) for name, values in samples.items()}
 
 
+def _resident_mib(field: str) -> float:
+    """VmRSS (now) or VmHWM (peak) of this process; `getrusage` would report the parent's peak after a spawn."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) / 1024
+
+
 def _measure_peak(prepare: Callable[[], Callable[[], object]], pipe) -> None:
     call = prepare()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = _resident_mib("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     call()
     call()
-    pipe.send((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    pipe.send(_resident_mib("VmHWM") - before)
 
 
 def peak_mib(prepare: Callable[[], Callable[[], object]]) -> float:
-    """How far two calls raise a fresh process's peak resident memory, in MiB.
+    """How far two calls raise a fresh process's peak resident memory above where it was, in MiB (Linux).
 
     Args:
         prepare: A picklable function that builds everything in the fresh process and returns the call to measure.

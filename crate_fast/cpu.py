@@ -132,9 +132,10 @@ def cpu_subspace_attention(w: Tensor, scale: float) -> Tensor:
             for image, head in itertools.product(range(w.shape[0]), range(w.shape[2])):
                 _rowwise_forward(w[image, :, head].contiguous(), scale, out[image, :, head])
         else:
+            logits = _logits_buffer(w)
             for images, out_images in zip(_image_groups(w), _image_groups(out), strict=True):
                 tokens = _heads(images)
-                attention = torch.bmm(tokens * scale, tokens.transpose(1, 2)).softmax(-1)
+                attention = _attention(tokens, scale, logits[: len(tokens)])
                 _store(torch.bmm(attention, tokens), out_images)
     return out
 
@@ -157,8 +158,9 @@ def cpu_subspace_attention_backward(grad: Tensor, w: Tensor, scale: float) -> Te
                 tokens, grads = w[image, :, head].contiguous(), grad[image, :, head].contiguous()
                 out[image, :, head] = _rowwise_backward(tokens, grads, scale)
         else:
+            buffers = [_logits_buffer(w) for _ in range(3)]
             for images, grad_images, out_images in zip(*map(_image_groups, (w, grad, out)), strict=True):
-                _store(_batched_backward(_heads(images), _heads(grad_images), scale), out_images)
+                _store(_batched_backward(_heads(images), _heads(grad_images), scale, buffers), out_images)
     return out
 
 
@@ -185,13 +187,25 @@ def _rowwise_backward(tokens: Tensor, grads: Tensor, scale: float) -> Tensor:
     return out.mul_(scale).add_(from_rows.t())
 
 
-def _batched_backward(tokens: Tensor, grads: Tensor, scale: float) -> Tensor:
-    """Several heads' dW [b·H, N, D], in four products: the two logits' gradients are added before they meet W."""
-    keys = tokens.transpose(1, 2)
-    attention = torch.bmm(tokens * scale, keys).softmax(-1)
-    grad_attention = torch.bmm(grads, keys)
-    grad_logits = torch._softmax_backward_data(grad_attention, attention, -1, attention.dtype)
-    symmetric = grad_logits + grad_logits.transpose(1, 2)
+def _logits_buffer(w: Tensor) -> Tensor:
+    """Room for a group's logits, written again for every group: fresh memory would cost more than the arithmetic."""
+    largest = _image_groups(w)[0]
+    return torch.empty(largest.shape[0] * w.shape[2], w.shape[1], w.shape[1], dtype=w.dtype)
+
+
+def _attention(tokens: Tensor, scale: float, buffer: Tensor) -> Tensor:
+    """P [b·H, N, N] of several heads, in `buffer`."""
+    torch.bmm(tokens * scale, tokens.transpose(1, 2), out=buffer)
+    return torch.softmax(buffer, -1, out=buffer)
+
+
+def _batched_backward(tokens: Tensor, grads: Tensor, scale: float, buffers: list[Tensor]) -> Tensor:
+    """Several heads' dW [b·H, N, D], in four products: dL and its transpose are added before they meet W."""
+    first, second, third = (buffer[: len(tokens)] for buffer in buffers)
+    attention = _attention(tokens, scale, first)
+    grad_attention = torch.bmm(grads, tokens.transpose(1, 2), out=second)
+    grad_logits = torch._softmax_backward_data(grad_attention, attention, -1, attention.dtype, grad_input=second)
+    symmetric = torch.add(grad_logits, grad_logits.transpose(1, 2), out=third)
     through_values = torch.bmm(attention.transpose(1, 2), grads)
     return torch.baddbmm(through_values, symmetric, tokens, alpha=scale)
 
