@@ -36,6 +36,7 @@ setup(
         "safetensors",
     ],
     extras_require={
+        "eval": ["pycocotools", "scikit-learn", "scipy"],
         "test": ["pytest", "pytest-benchmark", "ruff"],
     },
 )

@@ -2,10 +2,12 @@
 
 import dataclasses
 import tarfile
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
 
 from crate_fast.train.config import PretrainConfig
@@ -120,6 +122,44 @@ def test_tar_archives_give_the_folders_images(folder, tmp_path):
     key = lambda sample: sample[0].numpy().tobytes()  # noqa: E731
     pictures = [sorted(key(data.val[0, i]) for i in range(6)) for data in (from_tar, from_folder)]
     assert pictures[0] == pictures[1]
+
+
+class _Torchvision(torch.utils.data.Dataset):
+    """Stands for a torchvision data set: remembers how it was opened."""
+
+    opened: ClassVar[list] = []
+    classes = ("a", "b")
+
+    def __init__(self, root, **options):
+        self.opened.append((str(root), options))
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        return Image.new("L", (30, 20), index), index % 2
+
+
+@pytest.mark.parametrize(
+    ("name", "class_name", "train", "val"),
+    [
+        ("cifar10", "CIFAR10", {"train": True}, {"train": False}),
+        ("cifar100", "CIFAR100", {"train": True}, {"train": False}),
+        ("flowers102", "Flowers102", {"split": "train"}, {"split": "test"}),
+        ("pets", "OxfordIIITPet", {"split": "trainval"}, {"split": "test"}),
+    ],
+)
+@pytest.mark.parametrize("download", [False, True])
+def test_torchvision_sets_are_opened_by_split_and_download_only_when_asked(
+    name, class_name, train, val, download, monkeypatch
+):
+    monkeypatch.setattr(torchvision.datasets, class_name, _Torchvision)
+    _Torchvision.opened.clear()
+    data = build_splits(_folder_config("root", dataset=name, download=download))
+    assert _Torchvision.opened == [("root", {**split, "download": download}) for split in (train, val)]
+    image, label = data.val[0, 3]
+    assert (image.shape, image.dtype, label) == ((3, 24, 24), torch.uint8, 1)
+    assert data.classes == ("a", "b")
 
 
 def test_missing_data_is_named(folder, tmp_path):

@@ -152,7 +152,9 @@ def test_kill_9_then_resume_gives_bit_identical_weights(finished, tmp_path):
     reached = checkpoint.newest(run / "checkpoints")
     assert reached is not None
     assert reached < 12
+    (run / "checkpoints" / "best.json").unlink(missing_ok=True)  # as if killed just before it was written
     _run(*options, "--resume")
+    assert checkpoint.best_step(run / "checkpoints") == checkpoint.best_step(finished[0] / "checkpoints")
     whole, resumed = _weights(finished[0], 12), _weights(run, 12)
     assert whole.keys() == resumed.keys()
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
@@ -241,7 +243,7 @@ def test_rotation_keeps_the_newest_and_the_best(tmp_path):
     for step in range(1, 7):
         _save(tmp_path, step, step)
         if step == 2:
-            checkpoint.record_best(tmp_path, step, 0.9)
+            checkpoint.record_best(tmp_path, {"step": step, "val_accuracy": 0.9})
         checkpoint.rotate(tmp_path, 2)
     assert checkpoint.steps(tmp_path) == [2, 5, 6]
     assert checkpoint.best_step(tmp_path) == 2

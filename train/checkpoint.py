@@ -142,9 +142,9 @@ def _problem(folder: Path) -> str | None:
     return None
 
 
-def record_best(root: Path, step: int, accuracy: float) -> None:
-    """Note which checkpoint is the best so far."""
-    write_text(root / BEST, json.dumps({"step": step, "val_accuracy": accuracy}))
+def record_best(root: Path, best: dict) -> None:
+    """Note which checkpoint is the best so far: `best` holds its "step" and "val_accuracy"."""
+    write_text(root / BEST, json.dumps(best))
 
 
 def best_step(root: Path) -> int | None:

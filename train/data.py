@@ -159,6 +159,8 @@ def _open_images(config: PretrainConfig, train: bool) -> tuple[Dataset, tuple[st
                 f"{config.dataset} is not in data_dir={config.data_dir!r} ({error}): pass the right folder, or "
                 "--download to fetch it there"
             ) from error
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(f"{config.dataset} needs {error.name}: pip install {error.name}") from error
         return images, tuple(images.classes)
     source = root / f"{split}.tar" if config.dataset == "tar" else root / split
     if not source.exists():

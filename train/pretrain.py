@@ -53,7 +53,7 @@ class Run:
         self.folder, self.config, self.processes = folder, config, processes
         self.checkpoints = folder / "checkpoints"
         self.history: list[dict] = []
-        self.best = -1.0
+        self.best: dict = {"step": None, "val_accuracy": -1.0}
         self.board: SummaryWriter | None = None
 
     def begin(self, trainer: Trainer, resume: bool) -> None:
@@ -70,6 +70,8 @@ class Run:
             self.history, self.best = manifest["history"], manifest["best"]
         if self.processes.first:
             self.folder.mkdir(parents=True, exist_ok=True)
+            if self.best["step"] is not None:  # it may have been killed between the checkpoint and this note
+                checkpoint.record_best(self.checkpoints, self.best)
             (self.folder / "config.yaml").write_text(dump_config(self.config))
             lines = "".join(json.dumps(entry) + "\n" for entry in self.history)
             checkpoint.write_text(self.folder / "metrics.jsonl", lines)
@@ -105,15 +107,15 @@ class Run:
 
     def save(self, trainer: Trainer, accuracy: float | None = None) -> None:
         """Write a checkpoint; with an accuracy it may become the best. Older ones are rotated out."""
-        better = accuracy is not None and accuracy > self.best
+        better = accuracy is not None and accuracy > self.best["val_accuracy"]
         if better:
-            self.best = accuracy
+            self.best = {"step": trainer.step, "val_accuracy": accuracy}
         if self.processes.first:
             facts = {"config": vars(self.config), "history": self.history, "best": self.best, **provenance()}
             training = {"trainer": trainer.state()}
             checkpoint.save(self.checkpoints, trainer.step, trainer.model.state_dict(), training, facts)
             if better:
-                checkpoint.record_best(self.checkpoints, trainer.step, accuracy)
+                checkpoint.record_best(self.checkpoints, self.best)
             checkpoint.rotate(self.checkpoints, self.config.keep_checkpoints)
         self.processes.wait()
 
@@ -136,20 +138,25 @@ def _train(trainer: Trainer, run: Run, data: DataSplits) -> None:
         mininterval=10 if slow else 0.2,
         desc="training",
     ) as bar:
-        recent: list[dict[str, float]] = []
+        recent: list[torch.Tensor] = []
+        began = time.perf_counter()
         for measured in trainer.train_steps(loader):
             recent.append(measured)
             bar.update(config.batch_size)
             done = trainer.step == trainer.total_steps
             if trainer.step % config.log_every == 0 or done:
-                means = {name: sum(entry[name] for entry in recent) / len(recent) for name in measured}
-                run.log(trainer.step, means)
-                bar.set_postfix(loss=f"{means['loss']:.3f}", acc=f"{means['accuracy']:.3f}")
-                recent = []
+                totals = processes.sum(torch.stack(recent).mean(dim=0)) / processes.world_size
+                loss, accuracy = totals.tolist()
+                speed = len(recent) * config.batch_size / (time.perf_counter() - began)
+                lr = trainer.optimizer.param_groups[0]["lr"]
+                run.log(trainer.step, {"loss": loss, "accuracy": accuracy, "lr": lr, "images_per_s": speed})
+                bar.set_postfix(loss=f"{loss:.3f}", acc=f"{accuracy:.3f}")
+                recent, began = [], time.perf_counter()
+            paused = time.perf_counter()
             if trainer.step % evaluation_period == 0 or done:
                 scores = evaluate(trainer.model, val_loader, trainer.normalize, processes, trainer.dtype)
                 run.log(trainer.step, {f"val_{name}": value for name, value in scores.items()})
-                if isinstance(trainer.model, CRATE):
+                if isinstance(trainer.model, CRATE) and processes.first:
                     images = trainer.normalize(probe.to(processes.device))
                     run.log_layers(trainer.step, layer_statistics(trainer.model, images))
                 run.save(trainer, scores["accuracy"])
@@ -160,6 +167,7 @@ def _train(trainer: Trainer, run: Run, data: DataSplits) -> None:
                     )
             elif config.checkpoint_every and trainer.step % config.checkpoint_every == 0:
                 run.save(trainer)
+            began += time.perf_counter() - paused  # images/s is of training alone
 
 
 def _finish(trainer: Trainer, run: Run, data: DataSplits, seconds: float) -> dict:
@@ -171,8 +179,8 @@ def _finish(trainer: Trainer, run: Run, data: DataSplits, seconds: float) -> dic
         "val_accuracy": final["val_accuracy"],
         "val_loss": final["val_loss"],
         "chance": 1 / len(data.classes),
-        "best_val_accuracy": run.best,
-        "best_checkpoint": str(checkpoint.folder_of(run.checkpoints, checkpoint.best_step(run.checkpoints))),
+        "best_val_accuracy": run.best["val_accuracy"],
+        "best_checkpoint": str(checkpoint.folder_of(run.checkpoints, run.best["step"])),
         "last_checkpoint": str(checkpoint.folder_of(run.checkpoints, trainer.step)),
         "parameters": sum(p.numel() for p in model.parameters()),
         "steps": trainer.step,
@@ -218,7 +226,11 @@ def main(argv: list[str] | None = None) -> int:
         name = f"runs/{Path(options.recipe).stem}-{datetime.now():%Y%m%d-%H%M%S}"
         folder = Path(options.output or processes.agree(name))
         torch.manual_seed(config.seed)
+        if config.download and not processes.first:
+            processes.wait()  # until the first process has downloaded
         data = build_splits(config)
+        if config.download and processes.first:
+            processes.wait()
         model = build_model(config, len(data.classes)).to(processes.device)
         trainer = Trainer(model, config, processes, len(data.train) // config.batch_size)
         run = Run(folder, config, processes)
