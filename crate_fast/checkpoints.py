@@ -12,6 +12,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from crate_fast.model import resample_positions
+
 __all__ = ["adapt_state_dict", "load_weights", "read_state_dict", "released_state_dict", "unwrap_state_dict"]
 
 _WRAPPERS = ("state_dict", "model")
@@ -36,6 +38,8 @@ def unwrap_state_dict(content: dict) -> dict[str, Tensor]:
     >>> unwrap_state_dict({"state_dict": {"module.cls_token": torch.zeros(1)}})
     {'cls_token': tensor([0.])}
     """
+    if not isinstance(content, dict):
+        raise ValueError(f"no state dict found: the file holds a {type(content).__name__}")
     while True:
         inner = next((content[name] for name in _WRAPPERS if isinstance(content.get(name), dict)), None)
         if inner is None:
@@ -70,10 +74,7 @@ def adapt_state_dict(state_dict: dict, model: nn.Module) -> dict[str, Tensor]:
                 f"pos_embedding {tuple(positions.shape)} cannot be resampled to {tuple(model.pos_embedding.shape)}: "
                 "it must be of a square grid and of the model's width"
             )
-        patches = positions[:, 1:].transpose(1, 2).unflatten(-1, (side, side)).float()
-        patches = nn.functional.interpolate(patches, size=model.native_grid, mode="bicubic", antialias=True)
-        patches = patches.flatten(2).transpose(1, 2).to(positions.dtype)
-        state_dict = state_dict | {"pos_embedding": torch.cat([positions[:, :1], patches], dim=1)}
+        state_dict = state_dict | {"pos_embedding": resample_positions(positions, (side, side), model.native_grid)}
     return state_dict
 
 
@@ -100,13 +101,13 @@ def read_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
         ) from error
 
 
-def load_weights(model: nn.Module, path: str | os.PathLike, *, resample_positions: bool = False) -> nn.Module:
+def load_weights(model: nn.Module, path: str | os.PathLike, *, resample: bool = False) -> nn.Module:
     """Load a file's weights into `model`, strictly.
 
     Args:
         model: A CRATE of the file's architecture.
         path: A released checkpoint, one of ours, or any file `read_state_dict` takes.
-        resample_positions: Resample the positions of another image size to the model's.
+        resample: Resample the positions of another image size to the model's.
 
     Returns:
         The model.
@@ -116,7 +117,7 @@ def load_weights(model: nn.Module, path: str | os.PathLike, *, resample_position
         RuntimeError: Keys or shapes differ; the message lists them.
     """
     state_dict = read_state_dict(path)
-    if resample_positions:
+    if resample:
         state_dict = adapt_state_dict(state_dict, model)
     model.load_state_dict(state_dict, strict=True)
     return model

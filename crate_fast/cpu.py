@@ -2,9 +2,10 @@
 
 PyTorch sends fp32 products to MKL, which holds back its widest vectors on processors that are not Intel's; oneDNN,
 in the same wheel, does not (measured on a two-core AMD EPYC: 470 against 220 GFLOP/s, docs/results/cpu.md). Both
-operators are opaque to `torch.compile` and differentiable any number of times.
+operators are opaque to `torch.compile`. The gradient of the attention's gradient is PyTorch's error "no autograd
+formula"; SDPA, which has one, runs with `CRATE_FAST_ONEDNN=0` or in float64.
 
-`CRATE_FAST_ONEDNN=0` turns this file off.
+That variable turns this file off.
 """
 
 import itertools
@@ -20,7 +21,7 @@ _ONEDNN_BUILT = torch.backends.mkldnn.is_available()
 ROW_BLOCK_ELEMENTS = 2**20  # logits of one head kept at once, 4 MiB: they stay in the last-level cache
 GROUP_ELEMENTS = 2**18  # logits of several heads kept at once, 1 MiB in fp32
 MIN_ROWWISE_TOKENS = 256  # below, batched products over several heads are faster
-MAX_HALF_TOKENS = 4096  # beyond, a head's bf16 logits are better not kept whole: SDPA
+MAX_HALF_TOKENS = 1024  # beyond, SDPA is as fast in bf16, and does not keep an image's logits whole
 
 
 def _serves_one(tensor: Tensor) -> bool:
@@ -66,6 +67,7 @@ def cpu_linear(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Te
     if x.numel() == 0 or weight.numel() == 0:
         y = torch.nn.functional.linear(x, weight, bias)
         return y.relu_() if relu else y
+    bias = None if bias is None else bias.contiguous()  # oneDNN reads it as if it were
     return _product(_dense(x), _dense(weight), bias, "relu" if relu else "none")
 
 
@@ -126,7 +128,7 @@ def cpu_subspace_attention(w: Tensor, scale: float) -> Tensor:
 
     Short sequences: all heads of a few images at once, as batched products. Long ones: one head and a block of rows.
     """
-    out = torch.empty(w.shape, dtype=w.dtype)
+    out = w.new_empty(w.shape)
     with torch.autocast("cpu", enabled=False):
         if _by_rows(w):
             for image, head in itertools.product(range(w.shape[0]), range(w.shape[2])):
@@ -149,9 +151,9 @@ def _(w: Tensor, scale: float) -> Tensor:
 def cpu_subspace_attention_backward(grad: Tensor, w: Tensor, scale: float) -> Tensor:
     """dW = Pᵀ dO + s·(dL + dLᵀ) W with dL = P∘(dO Wᵀ − rowsum(P∘dO Wᵀ)); shapes as w [B, N, H, D].
 
-    P is computed again, so memory does not grow with N².
+    P is computed again, a block of logits at a time, so what is kept between the passes does not grow with N².
     """
-    out = torch.empty(w.shape, dtype=w.dtype)
+    out = w.new_empty(w.shape)
     with torch.autocast("cpu", enabled=False):
         if _by_rows(w):
             for image, head in itertools.product(range(w.shape[0]), range(w.shape[2])):
@@ -175,7 +177,7 @@ def _rowwise_backward(tokens: Tensor, grads: Tensor, scale: float) -> Tensor:
     """One head's dW [N, D]. What a block of rows gives to all tokens is summed transposed, [D, N]: oneDNN takes the
     blocks of P and dL as they lie that way."""
     out = torch.empty_like(tokens)
-    from_rows = torch.zeros(tokens.shape[1], tokens.shape[0])
+    from_rows = tokens.new_zeros(tokens.shape[1], tokens.shape[0])
     for rows in _row_blocks(len(tokens)):
         scaled, grad_rows = tokens[rows] * scale, grads[rows]
         attention = _product(scaled, tokens).softmax(-1)
@@ -190,7 +192,7 @@ def _rowwise_backward(tokens: Tensor, grads: Tensor, scale: float) -> Tensor:
 def _logits_buffer(w: Tensor) -> Tensor:
     """Room for a group's logits, written again for every group: fresh memory would cost more than the arithmetic."""
     largest = _image_groups(w)[0]
-    return torch.empty(largest.shape[0] * w.shape[2], w.shape[1], w.shape[1], dtype=w.dtype)
+    return w.new_empty(largest.shape[0] * w.shape[2], w.shape[1], w.shape[1])
 
 
 def _attention(tokens: Tensor, scale: float, buffer: Tensor) -> Tensor:

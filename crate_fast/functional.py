@@ -3,6 +3,8 @@
 `reference.py` has the same functions as the paper writes them; these are algebraically equal and faster.
 """
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -23,6 +25,20 @@ def _check_tensor(name: str, tensor: Tensor, rank: str, ok: bool) -> None:
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}: pass {rank}")
     if tensor.dtype not in _DTYPES:
         raise TypeError(f"{name} is {tensor.dtype}: cast it to float16, bfloat16, float32 or float64")
+
+
+def _autocast_enabled(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
+def _no_autocast(device_type: str):
+    return torch.autocast(device_type, enabled=False) if _autocast_enabled(device_type) else nullcontext()
+
+
+def _torch_backend(tensor: Tensor, backend: str) -> None:
+    """Raise unless the folded PyTorch path is the one to run; the fused kernels will branch off here."""
+    if resolve_backend(tensor, backend) != "torch":
+        raise RuntimeError("the fused kernels are reported available, but this version cannot call them")
 
 
 def _check_fraction(name: str, value: float, low: float, high: float | None) -> None:
@@ -53,9 +69,14 @@ def subspace_attention(
     >>> subspace_attention(w, scale=0.0).flatten()    # no preference: both become the mean
     tensor([0.5000, 0.5000, 0.5000, 0.5000])
     """
-    _check_tensor("w", w, "[B, N, H, D]", isinstance(w, Tensor) and w.dim() == 4 and w.shape[-1] > 0)
+    _check_tensor(
+        "w",
+        w,
+        "[B, N, H, D] with N and D at least 1",
+        isinstance(w, Tensor) and w.dim() == 4 and w.shape[1] * w.shape[3] > 0,
+    )
     _check_fraction("dropout_p", dropout_p, 0.0, 1.0)
-    resolve_backend(w, backend)
+    _torch_backend(w, backend)
     scale = w.shape[-1] ** -0.5 if scale is None else float(scale)
     if dropout_p == 0.0 and cpu.serves_attention(w):
         return cpu.cpu_subspace_attention(w, scale)
@@ -68,9 +89,12 @@ class _FoldDictionary(torch.autograd.Function):
     """G = D − DᵀD. Its gradient needs one product, not the two that autograd would find: dG − D(dG + dGᵀ)."""
 
     @staticmethod
-    def forward(ctx, dictionary):
-        ctx.save_for_backward(dictionary)
+    def forward(dictionary):
         return dictionary - linear(dictionary.t(), dictionary.t())
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx, grad):
@@ -88,7 +112,7 @@ def fold_dictionary(dictionary: Tensor, step_size: float = 0.1) -> Tensor:
     Returns:
         G [C, C] in the dictionary's dtype, computed without autocast.
     """
-    with torch.autocast(dictionary.device.type, enabled=False):
+    with _no_autocast(dictionary.device.type):
         return step_size * _FoldDictionary.apply(dictionary)
 
 
@@ -131,14 +155,14 @@ def ista(
     _check_tensor("dictionary", dictionary, f"[C, C] = [{width}, {width}] to match x's last dimension", square)
     if dictionary.device != x.device:
         raise ValueError(f"dictionary is on {dictionary.device} and x on {x.device}: move one to the other's device")
-    autocast = torch.is_autocast_enabled(x.device.type)
+    autocast = _autocast_enabled(x.device.type)
     if dictionary.dtype != x.dtype and not autocast:
         raise TypeError(f"dictionary is {dictionary.dtype} and x {x.dtype}: cast one to the other's dtype")
     _check_fraction("step_size", step_size, 0.0, None)
     _check_fraction("sparsity", sparsity, 0.0, None)
     if threshold not in THRESHOLDS:
         raise ValueError(f"threshold={threshold!r}: choose one of {', '.join(map(repr, THRESHOLDS))}")
-    resolve_backend(x, backend)
+    _torch_backend(x, backend)
 
     shift = step_size * sparsity
     n_tokens = x.shape[:-1].numel()
@@ -146,8 +170,8 @@ def ista(
         residual = x - linear(x, dictionary).to(x.dtype)
         u = x + step_size * linear(residual, dictionary.t()).to(x.dtype)
     elif cpu.serves(x, dictionary):
-        eye = torch.eye(width)
-        bias = torch.full((width,), -shift) if threshold == "relu" else None
+        eye = torch.eye(width, dtype=x.dtype, device=x.device)
+        bias = x.new_full((width,), -shift) if threshold == "relu" else None
         folded = eye + fold_dictionary(dictionary, step_size)
         u = cpu.cpu_linear(x.reshape(n_tokens, width), folded.t(), bias, threshold == "relu").view(x.shape)
         return u if threshold == "relu" else F.softshrink(u, shift)

@@ -12,7 +12,7 @@ from crate_fast.backends import BACKENDS
 from crate_fast.functional import THRESHOLDS
 from crate_fast.layers import ISTA, MHSA, MLP, MSSA, Layer, Linear, PreNorm, Transformer
 
-__all__ = ["CRATE", "CRATE_base", "CRATE_large", "CRATE_small", "CRATE_tiny"]
+__all__ = ["CRATE", "CRATE_base", "CRATE_large", "CRATE_small", "CRATE_tiny", "resample_positions"]
 
 
 def _pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
@@ -31,6 +31,15 @@ def _check_positive(**sizes: int) -> None:
     for name, size in sizes.items():
         if not isinstance(size, int) or size <= 0:
             raise ValueError(f"{name}={size!r}: give a positive integer")
+
+
+def resample_positions(positions: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+    """Positions [1, 1 + rows·columns, C] of one grid for another, bicubically; CLS keeps its own."""
+    prefix, patches = positions.split([1, positions.shape[1] - 1], dim=1)
+    patches = patches if patches.dtype == torch.float64 else patches.float()
+    patches = patches.transpose(1, 2).unflatten(-1, old)
+    patches = F.interpolate(patches, size=new, mode="bicubic", antialias=True)
+    return torch.cat([prefix, patches.to(prefix.dtype).flatten(2).transpose(1, 2)], dim=1)
 
 
 class CRATE(nn.Module):
@@ -192,10 +201,7 @@ class CRATE(nn.Module):
         """Positions for a grid of patches, [1, 1 + rows·columns, C]: the parameter, resampled where it must be."""
         if grid == self.native_grid:
             return self.pos_embedding
-        prefix, patches = self.pos_embedding.split([1, self.pos_embedding.shape[1] - 1], dim=1)
-        patches = patches.transpose(1, 2).unflatten(-1, self.native_grid)
-        resampled = F.interpolate(patches.float(), size=grid, mode="bicubic", antialias=True)
-        return torch.cat([prefix, resampled.to(prefix.dtype).flatten(2).transpose(1, 2)], dim=1)
+        return resample_positions(self.pos_embedding, self.native_grid, grid)
 
     def embed(self, images: Tensor) -> Tensor:
         """Images [B, channels, height, width] → the first layer's tokens [B, 1 + patches, C], CLS first."""

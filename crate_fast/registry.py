@@ -31,7 +31,6 @@ def _cfg(num_classes: int) -> dict:
         "fixed_input_size": True,
         "mean": IMAGENET_DEFAULT_MEAN,
         "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "to_patch_embedding.2",
         "classifier": "mlp_head.1",
         "license": "mit",
     }

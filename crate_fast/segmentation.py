@@ -119,8 +119,8 @@ def score_attention(
         "layers": of each layer "layer"; "best_head", the best head of each image (the paper's reading); "per_head",
             each head for all images; "fixed_head", the best of those;
         "constant": the mask that holds every patch; "random": the best of as many maps of noise; "mean_mask": the
-            objects' mean mask as every image's attention map; "ceiling": what the true mask itself reaches after the
-            threshold; "images": how many were scored.
+            objects' mean mask as every image's attention map; "true_mask": the true mask as attention map,
+            evenly spread over the object; "images": how many were scored.
     """
     model.eval()
     device = next(model.parameters()).device
@@ -152,7 +152,7 @@ def score_attention(
             "constant": constant_mask_iou(target).mean().item(),
             "random": best(noise, threshold),
             "mean_mask": best(mean_mask, threshold),
-            "ceiling": best(target[:, None].float(), threshold),
+            "true_mask": best(target[:, None].float(), threshold),
             "images": len(target),
         }
         for threshold in THRESHOLDS
@@ -171,7 +171,7 @@ def scores_table(scores: dict[str, dict], marked: int | None = None) -> str:
         lines.append(
             f"attention mIoU, {threshold} 60 %, {result['images']} images | constant mask {result['constant']:.3f} · "
             f"random maps {result['random']:.3f} · mean mask {result['mean_mask']:.3f} · "
-            f"ceiling {result['ceiling']:.3f}"
+            f"true mask {result['true_mask']:.3f}"
         )
         for row in result["layers"]:
             star = "*" if row["layer"] == marked else " "

@@ -44,10 +44,11 @@ def coding_rate(w: Tensor, epsilon: float = 0.01) -> Tensor:
     if not epsilon > 0:
         raise ValueError(f"epsilon={epsilon}: give a positive precision, such as the default 0.01")
     n_tokens, dim = w.shape[1], w.shape[-1]
-    unit = F.normalize(w if w.dtype == torch.float64 else w.float(), dim=-1).permute(0, 2, 3, 1)
-    covariance = unit @ unit.transpose(-1, -2)
-    eye = torch.eye(dim, dtype=covariance.dtype, device=w.device)
-    return 0.5 * torch.linalg.slogdet(eye + dim / (n_tokens * epsilon) * covariance).logabsdet.sum(dim=1)
+    with torch.autocast(w.device.type, enabled=False):
+        unit = F.normalize(w if w.dtype == torch.float64 else w.float(), dim=-1).permute(0, 2, 3, 1)
+        covariance = unit @ unit.transpose(-1, -2)
+        eye = torch.eye(dim, dtype=covariance.dtype, device=w.device)
+        return 0.5 * torch.linalg.slogdet(eye + dim / (n_tokens * epsilon) * covariance).logabsdet.sum(dim=1)
 
 
 def nonzero_fraction(tokens: Tensor) -> Tensor:

@@ -70,7 +70,7 @@ def test_positions_of_another_size_are_resampled_only_when_asked(released, tmp_p
     larger = CRATE(**(SMALL | {"image_size": 64}))
     with pytest.raises(RuntimeError, match="pos_embedding"):
         load_weights(larger, tmp_path / "weights.pth")
-    load_weights(larger, tmp_path / "weights.pth", resample_positions=True)
+    load_weights(larger, tmp_path / "weights.pth", resample=True)
     assert larger.pos_embedding.shape == (1, 65, 48)
     small = CRATE(**SMALL)
     small.load_state_dict(released.state_dict())
@@ -82,7 +82,7 @@ def test_positions_of_another_size_are_resampled_only_when_asked(released, tmp_p
 def test_another_head_is_an_error(released, tmp_path):
     torch.save(released.state_dict(), tmp_path / "weights.pth")
     with pytest.raises(RuntimeError, match=r"mlp_head\.1\.weight"):
-        load_weights(CRATE(**(SMALL | {"num_classes": 3})), tmp_path / "weights.pth", resample_positions=True)
+        load_weights(CRATE(**(SMALL | {"num_classes": 3})), tmp_path / "weights.pth", resample=True)
 
 
 class _Bomb:
@@ -115,5 +115,8 @@ def test_absent_and_empty_files_are_named(tmp_path):
         read_state_dict(tmp_path / "none.pth")
     with pytest.raises(ValueError, match=r"no state dict found.*epoch"):
         unwrap_state_dict({"epoch": 3})
+    torch.save([torch.zeros(1)], tmp_path / "list.pth")
+    with pytest.raises(ValueError, match="the file holds a list"):
+        read_state_dict(tmp_path / "list.pth")
     with pytest.raises(ValueError, match="name one parameter"):
         unwrap_state_dict({"cls_token": torch.zeros(1), "module.cls_token": torch.zeros(1)})

@@ -69,6 +69,10 @@ def test_help_lists_every_option(capsys):
         (["--dataset", "shapes"], "dataset='shapes': did you mean 'shape_scenes'?"),
         (["--lr", "-1"], "lr=-1.0: it must be positive"),
         (["--epochs", "0"], "epochs=0: it must be at least 1"),
+        (["--dim", "0"], "dim=0: it must be at least 1"),
+        (["--seed", "-1"], "seed=-1: it must be at least 0"),
+        (["--lr", "inf"], "lr=inf: it must be positive and finite"),
+        (["--min-lr", "nan"], "min_lr=nan: it must be at least 0"),
         (["--workers", "-2"], "workers=-2: it must be at least 0"),
         (["--label-smoothing", "1.5"], "label_smoothing=1.5: it must be between 0 and 1"),
         (["--batch-size", "10", "--accumulate", "3"], "not a multiple of accumulate=3"),
@@ -92,6 +96,8 @@ def test_command_line_errors(arguments, message, capsys):
         ("lr: fast", "lr='fast' is not a number"),
         ("decay_all: 1", "decay_all=1 must be bool"),
         ("- a\n- b", "a recipe is a mapping of settings, not list"),
+        ("yes: 3", "unknown key True"),
+        ("lr: [1", "is not valid YAML"),
     ],
 )
 def test_recipe_errors(text, message, tmp_path):

@@ -96,23 +96,29 @@ def test_initial_distributions_are_the_released_ones():
             assert ours.abs().max().item() == pytest.approx(theirs.abs().max().item(), rel=0.3), name
 
 
-SIZES = {  # FACTS, "Models"
-    "crate_tiny_patch16_224": (6.09e6, 1e4, 1000),
-    "crate_small_patch16_224": (13.12e6, 1e4, 1000),
-    "crate_base_patch16_224": (22.80e6, 1e4, 1000),
-    "crate_large_patch16_224": (77.64e6, 1e4, 1000),
-    "crate_tiny_patch8_224": (5.743e6, 1e3, 21842),
-    "crate_small_patch8_224": (14.118e6, 1e3, 21842),
-    "crate_base_patch8_224": (38.832e6, 1e3, 21842),
+SIZES = {  # width, depth, inner width H·D, patch, classes; and what the papers print, in millions
+    "crate_tiny_patch16_224": (384, 12, 384, 16, 1000, "6.09"),
+    "crate_small_patch16_224": (576, 12, 576, 16, 1000, "13.12"),
+    "crate_base_patch16_224": (768, 12, 768, 16, 1000, "22.80"),
+    "crate_large_patch16_224": (1024, 24, 1024, 16, 1000, "77.64"),
+    "crate_tiny_patch8_224": (192, 12, 192, 8, 21842, "5.74"),
+    "crate_small_patch8_224": (384, 12, 384, 8, 21842, "14.12"),
+    "crate_base_patch8_224": (768, 12, 768, 8, 21842, "38.83"),
 }
 
 
 @pytest.mark.parametrize("name", SIZES)
 def test_parameter_counts(name):
-    count, precision, num_classes = SIZES[name]
+    width, depth, inner, patch, classes, printed = SIZES[name]
+    pixels, tokens = 3 * patch**2, (224 // patch) ** 2 + 1
+    embedding = 2 * pixels + (pixels + 1) * width + 2 * width + tokens * width + width
+    layer = 2 * width + inner * width + (inner + 1) * width + 2 * width + width**2
+    head = 2 * width + (width + 1) * classes
     model = timm.create_model(name)
-    assert abs(sum(p.numel() for p in model.parameters()) - count) < precision
-    assert model.num_classes == num_classes
+    count = sum(p.numel() for p in model.parameters())
+    assert count == embedding + depth * layer + head
+    assert f"{count / 1e6:.2f}" == printed
+    assert model.num_classes == classes
 
 
 @pytest.mark.parametrize(
@@ -364,6 +370,7 @@ def test_optimizer_groups():
 def test_device_and_dtype_of_the_parameters():
     model = CRATE(**SMALL, device="meta", dtype=torch.bfloat16)
     assert {(p.device.type, p.dtype) for p in model.parameters()} == {("meta", torch.bfloat16)}
+    assert model(torch.empty(2, 3, 32, 32, device="meta", dtype=torch.bfloat16)).shape == (2, 7)
 
 
 def test_timm_options():

@@ -81,10 +81,10 @@ def test_scores_of_a_model_that_looks_where_the_object_is():
     scores = score_attention(_looker(), batches, lambda images: images)
     mass = scores["mass"]
     assert mass["layers"][0]["per_head"][0] == pytest.approx(0.75)  # three of four equal patches hold 60 %
-    assert mass["layers"][0]["best_head"] == pytest.approx(mass["ceiling"]) == pytest.approx(0.75)
+    assert mass["layers"][0]["best_head"] == pytest.approx(mass["true_mask"]) == pytest.approx(0.75)
     assert mass["constant"] == pytest.approx(0.25)
     assert mass["images"] == 3
-    assert scores["topk"]["ceiling"] == pytest.approx(4 / 10)  # ten of sixteen patches are kept
+    assert scores["topk"]["true_mask"] == pytest.approx(4 / 10)  # ten of sixteen patches are kept
     assert "one head for all images 0.750" in scores_table(scores, marked=0)
 
 

@@ -26,7 +26,7 @@ ROOT = Path(__file__).parent.parent
 TINY = [
     *("--train-samples", "96", "--val-samples", "21", "--image-size", "32", "--patch-size", "8", "--dim", "32"),
     *("--depth", "2", "--heads", "2", "--batch-size", "16", "--epochs", "2", "--log-every", "1"),
-    *("--segmentation-samples", "12", "--threads", "1", "--seed", "3"),
+    *("--segmentation-samples", "12", "--threads", "1", "--seed", "3", "--device", "cpu"),
 ]
 
 
@@ -72,7 +72,7 @@ def test_a_run_writes_and_prints_what_it_promises(finished):
         assert [row["layer"] for row in scores["layers"]] == [0, 1]
         for row in scores["layers"]:
             assert row["fixed_head"] == pytest.approx(max(row["per_head"]))
-            assert row["fixed_head"] <= row["best_head"] <= scores["ceiling"] + 1e-6
+            assert row["fixed_head"] <= row["best_head"] <= 1
     for name in ("config.yaml", "metrics.jsonl", "curves.png", "attention.png", "summary.json", "tensorboard"):
         assert (run / name).exists()
         assert str(run / name) in text
@@ -108,7 +108,7 @@ def test_the_weights_are_a_released_state_dict(finished):
 
 
 def test_training_learns():
-    """On four scenes and no regularisation the loss falls to nearly nothing: the gradient is the gradient."""
+    """On eight scenes the loss falls to nearly nothing."""
     from crate_fast.train.shape_scenes import ShapeScenes
 
     model = build_model(PretrainConfig(image_size=32, patch_size=8, dim=64, depth=2, heads=2), num_classes=12)
@@ -187,8 +187,13 @@ def _save(root: Path, step: int, value: float) -> Path:
     return checkpoint.save(root, step, weights, {"trainer": {"step": step}}, {"config": {}})
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "training.pt", "manifest.json"])
-@pytest.mark.parametrize("harm", ["cut", "flip", "delete"])
+@pytest.mark.parametrize(
+    ("name", "harm"),
+    [
+        *itertools.product(("model.safetensors", "training.pt"), ("cut", "flip", "delete")),
+        *itertools.product(("manifest.json",), ("cut", "delete")),
+    ],
+)
 def test_a_damaged_checkpoint_is_rejected_and_the_previous_one_still_loads(tmp_path, name, harm):
     _save(tmp_path, 1, 1.0)
     path = _save(tmp_path, 2, 2.0) / name
@@ -200,8 +205,6 @@ def test_a_damaged_checkpoint_is_rejected_and_the_previous_one_still_loads(tmp_p
         path.write_bytes(content[:middle] + bytes([content[middle] ^ 0x41]) + content[middle + 1 :])
     else:
         path.unlink()
-    if (name, harm) == ("manifest.json", "flip"):
-        return  # one changed letter in the facts about the run is not damage to the run
     with pytest.raises(checkpoint.CheckpointError, match=f"{name}.*step_00000001 is whole"):
         checkpoint.load(tmp_path, 2)
     weights, training, _ = checkpoint.load(tmp_path, 1)
@@ -313,7 +316,7 @@ def test_a_timm_model_trains_in_the_same_loop(tmp_path):
         "model: vit_tiny_patch16_224\npatch_size: 8\ndepth: 1\nepochs: 1\nbatch_size: 16\ntrain_samples: 32\n"
         "val_samples: 8\nimage_size: 32\n"
     )
-    assert pretrain.main(["--recipe", str(recipe), "--output", str(tmp_path / "run")]) == 0
+    assert pretrain.main(["--recipe", str(recipe), "--output", str(tmp_path / "run"), "--device", "cpu"]) == 0
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert math.isfinite(summary["val_loss"])
     assert "attention_miou" not in summary

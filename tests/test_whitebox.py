@@ -84,6 +84,15 @@ def test_coding_rate_equals_the_n_by_n_form(shape):
     assert coding_rate(w.bfloat16()).dtype == torch.float32
 
 
+def test_statistics_under_autocast():
+    model, images = CRATE(**SMALL), torch.randn(2, 3, 32, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        statistics = layer_statistics(model, images)
+    torch.testing.assert_close(
+        statistics["coding_rate"], layer_statistics(model, images)["coding_rate"], rtol=0.05, atol=0
+    )
+
+
 def test_coding_rate_errors():
     with pytest.raises(ValueError, match="epsilon=0"):
         coding_rate(torch.randn(1, 4, 2, 3), epsilon=0)

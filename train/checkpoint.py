@@ -59,9 +59,18 @@ def write_text(path: Path, text: str) -> None:
     _flush(path.parent)
 
 
+def _remove(folder: Path) -> None:
+    """Delete a checkpoint; renamed first, so that a kill leaves no half of it under its name."""
+    if folder.exists():
+        hidden = folder.with_name(f".{folder.name}.old")
+        shutil.rmtree(hidden, ignore_errors=True)
+        folder.replace(hidden)
+        shutil.rmtree(hidden)
+
+
 def steps(root: Path) -> list[int]:
     """Steps of the finished checkpoints in `root`, ascending."""
-    return sorted(int(path.name.removeprefix("step_")) for path in root.glob("step_*") if path.is_dir())
+    return sorted(int(path.name[5:]) for path in root.glob("step_*") if path.is_dir() and path.name[5:].isdigit())
 
 
 def newest(root: Path) -> int | None:
@@ -94,7 +103,7 @@ def save(root: Path, step: int, weights: dict[str, Tensor], training: dict, fact
     for name in (WEIGHTS, TRAINING, MANIFEST):
         _flush(temporary / name)
     _flush(temporary)
-    shutil.rmtree(final, ignore_errors=True)  # an interrupted run that reached this step before
+    _remove(final)  # the same step saved before
     temporary.replace(final)
     _flush(root)
     return final
@@ -148,9 +157,10 @@ def record_best(root: Path, best: dict) -> None:
 
 
 def best_step(root: Path) -> int | None:
-    """The step that `record_best` noted, or None."""
+    """The step that `record_best` noted, or None if it noted none or that checkpoint is gone."""
     path = root / BEST
-    return json.loads(path.read_text())["step"] if path.is_file() else None
+    step = json.loads(path.read_text())["step"] if path.is_file() else None
+    return step if step in steps(root) else None
 
 
 def rotate(root: Path, keep: int) -> None:
@@ -158,4 +168,4 @@ def rotate(root: Path, keep: int) -> None:
     kept = {*steps(root)[-keep:], best_step(root)}
     for step in steps(root):
         if step not in kept:
-            shutil.rmtree(folder_of(root, step))
+            _remove(folder_of(root, step))

@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import inspect
 import itertools
+import math
 import textwrap
 import typing
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ DATASETS = ("shape_scenes", "folder", "tar", "cifar10", "cifar100", "flowers102"
 
 @dataclass(frozen=True)
 class PretrainConfig:
-    """Everything that decides a pre-training run. The defaults are those of the recipe `shape_scenes`."""
+    """Everything that decides a pre-training run. A recipe names what differs from these defaults."""
 
     # --- data
     dataset: str = "shape_scenes"
@@ -148,6 +149,7 @@ class PretrainConfig:
             _at_least(name, getattr(self, name), 1)
         for name in (
             "weight_decay",
+            "seed",
             "warmup_epochs",
             "min_lr",
             "clip_grad",
@@ -158,8 +160,11 @@ class PretrainConfig:
         for name in ("hflip", "dropout", "label_smoothing", "crop_scale"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)}: it must be between 0 and 1")
-        if not self.lr > 0:
-            raise ValueError(f"lr={self.lr}: it must be positive")
+        if not 0 < self.lr < math.inf:
+            raise ValueError(f"lr={self.lr}: it must be positive and finite")
+        for name in ("patch_size", "dim", "depth", "heads"):
+            if getattr(self, name) is not None:
+                _at_least(name, getattr(self, name), 1)
         if self.workers is not None:
             _at_least("workers", self.workers, 0)
         if self.batch_size % self.accumulate:
@@ -174,8 +179,8 @@ def _choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 def _at_least(name: str, value: float, low: float) -> None:
-    if value < low:
-        raise ValueError(f"{name}={value}: it must be at least {low}")
+    if not low <= value < math.inf:
+        raise ValueError(f"{name}={value}: it must be at least {low}, and finite")
 
 
 def _nearest(word: str, choices: typing.Iterable[str]) -> str:
@@ -205,7 +210,7 @@ def _checked(config_class: type, values: dict, source: str) -> dict:
     checked = {}
     for name, value in values.items():
         if name not in fields:
-            raise ValueError(f"{source}: unknown key {name!r}{_nearest(name, fields)}")
+            raise ValueError(f"{source}: unknown key {name!r}{_nearest(str(name), fields)}")
         kind = _value_type(fields[name].type)
         optional = kind is not fields[name].type
         if kind is float and isinstance(value, int | str) and not isinstance(value, bool):
@@ -236,7 +241,10 @@ def load_recipe(name: str, config_class: type = PretrainConfig) -> dict:
             f"no recipe {name!r}{_nearest(name, recipe_names())}; "
             f"choose {', '.join(recipe_names())} or a YAML file's path"
         )
-    values = yaml.safe_load(path.read_text()) or {}
+    try:
+        values = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path}: a recipe is a mapping of settings, not {type(values).__name__}")
     return _checked(config_class, values, str(path))

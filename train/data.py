@@ -167,7 +167,9 @@ def _open_images(config: PretrainConfig, train: bool) -> tuple[Dataset, tuple[st
         present = sorted(path.name for path in root.iterdir())[:8] if root.is_dir() else "no such folder"
         option = "--train-split" if train else "--val-split"
         raise FileNotFoundError(f"{source} is not there (data_dir holds: {present}): pass --data-dir, or {option}")
-    images = create_dataset("", root=str(source), split=split, search_split=False)
+    # A kept archive handle would be shared by forked workers, position included: they would read each other's bytes.
+    reader = {"cache_tarfiles": False} if config.dataset == "tar" else {}
+    images = create_dataset("", root=str(source), split=split, search_split=False, **reader)
     names = images.reader.class_to_idx if hasattr(images.reader, "class_to_idx") else images.reader.class_name_to_idx
     return images, tuple(sorted(names, key=names.get))
 
@@ -260,16 +262,21 @@ def eval_loader(config: PretrainConfig, data: Dataset, *, rank: int = 0, world_s
 def _loader(config: PretrainConfig, data: Dataset, batches, persistent: bool) -> DataLoader:
     workers = config.workers
     if workers is None:  # on a CPU a loading process takes a core from the training threads and slows them far more
-        workers = min(8, os.cpu_count() or 1) if torch.cuda.is_available() and config.device != "cpu" else 0
+        share = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        workers = min(8, share) if _on_gpu(config) else 0
     parallel = {"persistent_workers": persistent, "prefetch_factor": 4} if workers else {}
     return DataLoader(
         data,
         batch_sampler=batches,
         num_workers=workers,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=_on_gpu(config),
         worker_init_fn=_one_thread,
         **parallel,
     )
+
+
+def _on_gpu(config: PretrainConfig) -> bool:
+    return config.device != "cpu" and torch.cuda.is_available()
 
 
 def _one_thread(_worker: int) -> None:

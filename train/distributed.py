@@ -3,6 +3,7 @@
 import os
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -83,7 +84,10 @@ def process_group(device: str, threads: int = 0):
     if threads or local_size > 1:
         torch.set_num_threads(threads or max(1, os.cpu_count() // local_size))
     if world_size > 1:
-        dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
+        dist.init_process_group(
+            "nccl" if place.type == "cuda" else "gloo",
+            timeout=timedelta(hours=2),  # one process downloads, scores and draws while the others wait
+        )
     try:
         yield Processes(rank, local_rank, world_size, place)
     finally:

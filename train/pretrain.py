@@ -37,7 +37,6 @@ FREE_SETTINGS = (
     "data_dir",
     "download",
     "workers",
-    "device",
     "threads",
     "checkpoint_every",
     "keep_checkpoints",
@@ -59,6 +58,11 @@ class Run:
     def begin(self, trainer: Trainer, resume: bool) -> None:
         """Start afresh, or restore the newest checkpoint into `trainer` if there is one."""
         step = checkpoint.newest(self.checkpoints)
+        if self.processes.agree(str(step)) != str(step):
+            raise checkpoint.CheckpointError(
+                f"process {self.processes.rank} finds the newest checkpoint in {self.folder} at step {step}, the "
+                "first process at another: give --output a folder that all hosts share"
+            )
         if step is not None and not resume:
             raise FileExistsError(
                 f"{self.folder} holds a run at step {step}: pass --resume to continue it, or another --output"
@@ -72,7 +76,7 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             if self.best["step"] is not None:  # it may have been killed between the checkpoint and this note
                 checkpoint.record_best(self.checkpoints, self.best)
-            (self.folder / "config.yaml").write_text(dump_config(self.config))
+            checkpoint.write_text(self.folder / "config.yaml", dump_config(self.config))
             lines = "".join(json.dumps(entry) + "\n" for entry in self.history)
             checkpoint.write_text(self.folder / "metrics.jsonl", lines)
             self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=trainer.step + 1)
@@ -226,10 +230,10 @@ def main(argv: list[str] | None = None) -> int:
         name = f"runs/{Path(options.recipe).stem}-{datetime.now():%Y%m%d-%H%M%S}"
         folder = Path(options.output or processes.agree(name))
         torch.manual_seed(config.seed)
-        if config.download and not processes.first:
-            processes.wait()  # until the first process has downloaded
+        if config.download and processes.local_rank != 0:
+            processes.wait()  # until the host's first process has downloaded
         data = build_splits(config)
-        if config.download and processes.first:
+        if config.download and processes.local_rank == 0:
             processes.wait()
         model = build_model(config, len(data.classes)).to(processes.device)
         trainer = Trainer(model, config, processes, len(data.train) // config.batch_size)

@@ -29,7 +29,7 @@ def load_run(folder: Path, step: int | None = None, **changes) -> tuple[nn.Modul
 
     Args:
         folder: Of the run.
-        step: Of the checkpoint; the best when None.
+        step: Of the checkpoint; when None the best, or the newest if none was evaluated.
         **changes: Settings to change, such as `segmentation_samples`.
 
     Returns:
@@ -43,7 +43,8 @@ def load_run(folder: Path, step: int | None = None, **changes) -> tuple[nn.Modul
     steps = checkpoint.steps(root) if root.is_dir() else []
     if not steps:
         raise FileNotFoundError(f"{folder} holds no checkpoints: give the folder of a run, such as runs/NAME")
-    step = checkpoint.best_step(root) if step is None else step
+    if step is None:
+        step = checkpoint.best_step(root) or max(steps)
     if step not in steps:
         raise FileNotFoundError(f"{folder} has no checkpoint at step {step}: choose one of {steps}")
     config = PretrainConfig(**(load_recipe(str(folder / "config.yaml")) | changes))
