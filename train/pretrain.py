@@ -193,7 +193,8 @@ def _finish(trainer: Trainer, run: Run, data: DataSplits, seconds: float) -> dic
     if isinstance(model, CRATE):
         layer = attention_layer(model)
         source = data.val if data.masks is None else data.masks
-        samples = [source[0, i] for i in range(min(8, len(source)))]
+        shown = min(8, len(source))
+        samples = [source[0, i * len(source) // shown] for i in range(shown)]  # evenly spaced: folders are sorted
         masks = None if data.masks is None else torch.stack([sample[2] for sample in samples])
         images = torch.stack([sample[0] for sample in samples])
         titles = [data.classes[sample[1]] for sample in samples]
