@@ -1,8 +1,9 @@
 """The CPU path: oneDNN's matrix products in fp32, and tied attention a block of logits at a time.
 
 PyTorch sends fp32 products to MKL; oneDNN, in the same wheel, was twice as fast on the two-core AMD EPYC measured
-(470 against 220 GFLOP/s, docs/results/cpu.md). Both operators are opaque to `torch.compile`. The gradient of the attention's gradient is PyTorch's error "no autograd
-formula"; SDPA, which has one, runs with `CRATE_FAST_ONEDNN=0` or in float64.
+(470 against 220 GFLOP/s, docs/results/cpu.md). Both operators are opaque to `torch.compile`. The gradient of the
+attention's gradient is PyTorch's error "no autograd formula"; SDPA, which has one, runs with `CRATE_FAST_ONEDNN=0` or
+in float64.
 
 That variable turns this file off.
 """
