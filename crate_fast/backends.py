@@ -10,12 +10,20 @@ __all__ = ["BACKENDS", "explain_backend", "resolve_backend"]
 BACKENDS = ("auto", "triton", "torch")
 
 
-def explain_backend(device: torch.device | str, backend: str = "auto") -> tuple[str, str]:
+def explain_backend(
+    device: torch.device | str,
+    backend: str = "auto",
+    *,
+    dtype: torch.dtype | None = None,
+    head_dim: int | None = None,
+) -> tuple[str, str]:
     """The backend that a call on `device` would use, and the reason.
 
     Args:
         device: Where the tensors are.
         backend: What the caller asked for: "auto", "triton" or "torch".
+        dtype: Of the tensors; any that the kernels take when None.
+        head_dim: D of subspace attention; any that the kernels take when None.
 
     Returns:
         ("triton" | "torch", reason in a sentence).
@@ -31,14 +39,17 @@ def explain_backend(device: torch.device | str, backend: str = "auto") -> tuple[
         raise ValueError(f"backend={backend!r}: choose one of {', '.join(map(repr, BACKENDS))}")
     if backend == "torch":
         return "torch", "asked for"
-    why_not = kernels.unavailable_reason(torch.device(device))
-    if why_not is None:
-        return "triton", "asked for" if backend == "triton" else "the device runs the fused kernels"
+    device = torch.device(device)
+    why_not = kernels.unavailable_reason(device, dtype, head_dim)
     if backend == "triton":
-        raise RuntimeError(f"backend='triton' cannot run: {why_not}. Use backend='auto' or backend='torch'.")
-    return "torch", why_not
+        if why_not is not None:
+            raise RuntimeError(f"backend='triton' cannot run: {why_not}. Use backend='auto' or backend='torch'.")
+        return "triton", "asked for"
+    if why_not is None and device.type == "cpu":
+        why_not = "Triton's interpreter runs only where backend='triton' asks for it"
+    return ("triton", "the device runs the fused kernels") if why_not is None else ("torch", why_not)
 
 
-def resolve_backend(tensor: Tensor, backend: str) -> str:
+def resolve_backend(tensor: Tensor, backend: str, head_dim: int | None = None) -> str:
     """`explain_backend` for a tensor, without the reason."""
-    return explain_backend(tensor.device, backend)[0]
+    return explain_backend(tensor.device, backend, dtype=tensor.dtype, head_dim=head_dim)[0]

@@ -2,8 +2,7 @@
 
 PyTorch sends fp32 products to MKL; oneDNN, in the same wheel, was twice as fast on the two-core AMD EPYC measured
 (470 against 220 GFLOP/s, docs/results/cpu.md). Both operators are opaque to `torch.compile`. The gradient of the
-attention's gradient is PyTorch's error "no autograd formula"; SDPA, which has one, runs with `CRATE_FAST_ONEDNN=0` or
-in float64.
+attention's gradient is an error; SDPA, which has one, runs with `CRATE_FAST_ONEDNN=0` or in float64.
 
 That variable turns this file off.
 """
@@ -11,11 +10,13 @@ That variable turns this file off.
 import itertools
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from crate_fast.double_backward import refuse_double_backward
 from crate_fast.settings import onednn_wanted
 
-__all__ = ["cpu_linear", "cpu_subspace_attention", "serves", "serves_attention"]
+__all__ = ["cpu_linear", "cpu_subspace_attention", "linear", "serves", "serves_attention"]
 
 _ONEDNN_BUILT = torch.backends.mkldnn.is_available()
 ROW_BLOCK_ELEMENTS = 2**20  # logits of one head kept at once, 4 MiB: they stay in the last-level cache
@@ -65,7 +66,7 @@ def cpu_linear(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Te
         y [M, N], contiguous.
     """
     if x.numel() == 0 or weight.numel() == 0:
-        y = torch.nn.functional.linear(x, weight, bias)
+        y = F.linear(x, weight, bias)
         return y.relu_() if relu else y
     bias = None if bias is None else bias.contiguous()  # oneDNN reads it as if it were
     return _product(_dense(x), _dense(weight), bias, "relu" if relu else "none")
@@ -94,6 +95,22 @@ def _linear_backward(ctx, grad):
 
 
 cpu_linear.register_autograd(_linear_backward, setup_context=_linear_setup)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`torch.nn.functional.linear`, through oneDNN for fp32 on the CPU.
+
+    Args:
+        x: [..., K].
+        weight: [N, K].
+        bias: [N] or None.
+
+    Returns:
+        x weightᵀ + bias [..., N].
+    """
+    if serves(x, weight, bias) and x.dim() >= 1:
+        return cpu_linear(x.reshape(-1, x.shape[-1]), weight, bias, False).view(*x.shape[:-1], weight.shape[0])
+    return F.linear(x, weight, bias)
 
 
 def _by_rows(w: Tensor) -> bool:
@@ -228,3 +245,4 @@ def _attention_backward(ctx, grad):
 
 
 cpu_subspace_attention.register_autograd(_attention_backward, setup_context=_attention_setup)
+refuse_double_backward(cpu_subspace_attention_backward, "use float64, or set CRATE_FAST_ONEDNN=0")

@@ -3,16 +3,24 @@
 `reference.py` has the same functions as the paper writes them; these are algebraically equal and faster.
 """
 
-from contextlib import nullcontext
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from crate_fast import cpu
+from crate_fast import cpu, fused
 from crate_fast.backends import resolve_backend
+from crate_fast.cpu import linear
+from crate_fast.folding import cached_dictionaries, fold_dictionary, fold_dictionary_once
 
-__all__ = ["THRESHOLDS", "fold_dictionary", "ista", "linear", "subspace_attention"]
+__all__ = [
+    "THRESHOLDS",
+    "cached_dictionaries",
+    "fold_dictionary",
+    "ista",
+    "linear",
+    "norm_ista",
+    "subspace_attention",
+]
 
 THRESHOLDS = ("relu", "soft")
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -31,14 +39,11 @@ def _autocast_enabled(device_type: str) -> bool:
     return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
-def _no_autocast(device_type: str):
-    return torch.autocast(device_type, enabled=False) if _autocast_enabled(device_type) else nullcontext()
-
-
-def _torch_backend(tensor: Tensor, backend: str) -> None:
-    """Raise unless the folded PyTorch path is the one to run; the fused kernels will branch off here."""
-    if resolve_backend(tensor, backend) != "torch":
-        raise RuntimeError("the fused kernels are reported available, but this version cannot call them")
+def _compute_dtype(tensor: Tensor) -> torch.dtype:
+    """What a product with `tensor` multiplies in: autocast's dtype where it is on, the tensor's elsewhere."""
+    if _autocast_enabled(tensor.device.type) and tensor.dtype != torch.float64:
+        return torch.get_autocast_dtype(tensor.device.type)
+    return tensor.dtype
 
 
 def _check_fraction(name: str, value: float, low: float, high: float | None) -> None:
@@ -54,12 +59,13 @@ def subspace_attention(
 
     Args:
         w: Subspace tokens [B, N, H, D], any strides; float16, bfloat16, float32 or float64.
-        scale: s; D^-1/2 when None. The paper's Eq. 5 has s = 1, its code D^-1/2.
-        dropout_p: Probability of dropping an attention weight, in [0, 1); for training.
+        scale: s, at least 0; D^-1/2 when None. The paper's Eq. 5 has s = 1, its code D^-1/2.
+        dropout_p: Probability of dropping an attention weight, in [0, 1); for training. The kernels draw the mask
+            anew in backward from a seed that PyTorch's generator of w's device gives, so nothing N×N is kept.
         backend: "auto", "triton" or "torch"; see `crate_fast.backends.explain_backend`.
 
     Returns:
-        O [B, N, H, D] in w's dtype.
+        O [B, N, H, D] in w's dtype; in autocast's dtype where the kernels run under autocast, as PyTorch's attention.
 
     Raises:
         ValueError, TypeError: A shape, dtype or option is wrong; the message names it.
@@ -76,44 +82,17 @@ def subspace_attention(
         isinstance(w, Tensor) and w.dim() == 4 and w.shape[1] * w.shape[3] > 0,
     )
     _check_fraction("dropout_p", dropout_p, 0.0, 1.0)
-    _torch_backend(w, backend)
     scale = w.shape[-1] ** -0.5 if scale is None else float(scale)
+    _check_fraction("scale", scale, 0.0, None)
+    if resolve_backend(w, backend, head_dim=w.shape[-1]) == "triton":
+        seed = torch.randint(2**62, (), device=w.device) if dropout_p > 0.0 else None
+        out, _ = fused.subspace_attention_fwd(w.to(_compute_dtype(w)), scale, float(dropout_p), seed)
+        return out
     if dropout_p == 0.0 and cpu.serves_attention(w):
         return cpu.cpu_subspace_attention(w, scale)
     tokens = w.transpose(1, 2)
     out = F.scaled_dot_product_attention(tokens, tokens, tokens, dropout_p=dropout_p, scale=scale)
     return out.transpose(1, 2)
-
-
-class _FoldDictionary(torch.autograd.Function):
-    """G = D − DᵀD. Its gradient needs one product, not the two that autograd would find: dG − D(dG + dGᵀ)."""
-
-    @staticmethod
-    def forward(dictionary):
-        return dictionary - linear(dictionary.t(), dictionary.t())
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx, grad):
-        (dictionary,) = ctx.saved_tensors
-        return grad - linear(dictionary, grad + grad.t())
-
-
-def fold_dictionary(dictionary: Tensor, step_size: float = 0.1) -> Tensor:
-    """The matrix of the ISTA gradient step, G = η(D − DᵀD): x + xG = x + η(xD − xDᵀD).
-
-    Args:
-        dictionary: D [C, C].
-        step_size: η.
-
-    Returns:
-        G [C, C] in the dictionary's dtype, computed without autocast.
-    """
-    with _no_autocast(dictionary.device.type):
-        return step_size * _FoldDictionary.apply(dictionary)
 
 
 def ista(
@@ -149,22 +128,94 @@ def ista(
     >>> ista(torch.tensor([[1.0, -1.0]]), torch.eye(2))
     tensor([[0.9900, 0.0000]])
     """
+    _check_ista(x, dictionary, step_size, sparsity, threshold)
+    if resolve_backend(x, backend) == "triton":
+        return _fused_ista(x, (None, None, 0.0), dictionary, step_size, sparsity, threshold)
+    return _folded_ista(x, dictionary, step_size, sparsity, threshold)
+
+
+def norm_ista(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    dictionary: Tensor,
+    step_size: float = 0.1,
+    sparsity: float = 0.1,
+    *,
+    eps: float = 1e-5,
+    threshold: str = "relu",
+    backend: str = "auto",
+) -> Tensor:
+    """`ista` with the LayerNorm in front: y = shrink(x̂ + η(x̂D − x̂DᵀD), ηλ) for x̂ = LayerNorm(x).
+
+    The kernels read x and write y: the normalised rows are never in memory, in training neither.
+
+    Args:
+        x: Tokens [..., C].
+        weight, bias: LayerNorm's γ and β [C].
+        dictionary, step_size, sparsity, threshold, backend: As `ista`'s.
+        eps: LayerNorm's ε.
+
+    Returns:
+        The sparse tokens [..., C] in x's dtype; under autocast in fp32, since PyTorch's LayerNorm gives fp32 there.
+
+    Raises:
+        As `ista`; ValueError where weight or bias is not [C].
+
+    >>> norm_ista(torch.tensor([[1.0, -1.0]]), torch.ones(2), torch.zeros(2), torch.eye(2))
+    tensor([[0.9900, 0.0000]])
+    """
+    _check_ista(x, dictionary, step_size, sparsity, threshold)
+    for name, channel in (("weight", weight), ("bias", bias)):
+        _check_tensor(name, channel, f"[C] = [{x.shape[-1]}]", tuple(channel.shape) == x.shape[-1:])
+    if resolve_backend(x, backend) == "triton":
+        x = x.float() if _autocast_enabled(x.device.type) else x
+        return _fused_ista(x, (weight, bias, float(eps)), dictionary, step_size, sparsity, threshold)
+    normed = F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    return _folded_ista(normed, dictionary, step_size, sparsity, threshold)
+
+
+def _check_ista(x: Tensor, dictionary: Tensor, step_size: float, sparsity: float, threshold: str) -> None:
     _check_tensor("x", x, "[..., C]", isinstance(x, Tensor) and x.dim() >= 1)
     width = x.shape[-1]
     square = isinstance(dictionary, Tensor) and tuple(dictionary.shape) == (width, width)
     _check_tensor("dictionary", dictionary, f"[C, C] = [{width}, {width}] to match x's last dimension", square)
     if dictionary.device != x.device:
         raise ValueError(f"dictionary is on {dictionary.device} and x on {x.device}: move one to the other's device")
-    autocast = _autocast_enabled(x.device.type)
-    if dictionary.dtype != x.dtype and not autocast:
+    if dictionary.dtype != x.dtype and not _autocast_enabled(x.device.type):
         raise TypeError(f"dictionary is {dictionary.dtype} and x {x.dtype}: cast one to the other's dtype")
     _check_fraction("step_size", step_size, 0.0, None)
     _check_fraction("sparsity", sparsity, 0.0, None)
     if threshold not in THRESHOLDS:
         raise ValueError(f"threshold={threshold!r}: choose one of {', '.join(map(repr, THRESHOLDS))}")
-    _torch_backend(x, backend)
 
+
+def _fused_ista(
+    x: Tensor,
+    norm: tuple[Tensor, Tensor, float],
+    dictionary: Tensor,
+    step_size: float,
+    sparsity: float,
+    threshold: str,
+) -> Tensor:
+    folded = fold_dictionary_once(dictionary, step_size, _compute_dtype(x))
+    rows = x.reshape(-1, x.shape[-1])
+    y, _, _ = fused.ista_fwd(
+        rows, norm[0], norm[1], dictionary, folded, float(step_size), float(sparsity), norm[2], threshold == "soft"
+    )
+    return y.view(x.shape)
+
+
+def _folded(dictionary: Tensor, step_size: float) -> Tensor:
+    if torch.is_grad_enabled() and dictionary.requires_grad:
+        return fold_dictionary(dictionary, step_size)
+    return fold_dictionary_once(dictionary, step_size, dictionary.dtype)
+
+
+def _folded_ista(x: Tensor, dictionary: Tensor, step_size: float, sparsity: float, threshold: str) -> Tensor:
+    """The same in PyTorch, on any device."""
     shift = step_size * sparsity
+    width = x.shape[-1]
     n_tokens = x.shape[:-1].numel()
     if n_tokens < width:  # too few tokens to pay for a C×C×C product: (x − xDᵀ)D is two products with x
         residual = x - linear(x, dictionary).to(x.dtype)
@@ -172,26 +223,10 @@ def ista(
     elif cpu.serves(x, dictionary):
         eye = torch.eye(width, dtype=x.dtype, device=x.device)
         bias = x.new_full((width,), -shift) if threshold == "relu" else None
-        folded = eye + fold_dictionary(dictionary, step_size)
+        folded = eye + _folded(dictionary, step_size)
         u = cpu.cpu_linear(x.reshape(n_tokens, width), folded.t(), bias, threshold == "relu").view(x.shape)
         return u if threshold == "relu" else F.softshrink(u, shift)
     else:
-        dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
-        u = x + torch.matmul(x.to(dtype), fold_dictionary(dictionary, step_size).to(dtype)).to(x.dtype)
+        dtype = _compute_dtype(x)
+        u = x + torch.matmul(x.to(dtype), _folded(dictionary, step_size).to(dtype)).to(x.dtype)
     return F.relu(u - shift) if threshold == "relu" else F.softshrink(u, shift)
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`torch.nn.functional.linear`, through oneDNN for fp32 on the CPU.
-
-    Args:
-        x: [..., K].
-        weight: [N, K].
-        bias: [N] or None.
-
-    Returns:
-        x weightᵀ + bias [..., N].
-    """
-    if cpu.serves(x, weight, bias) and x.dim() >= 1:
-        return cpu.cpu_linear(x.reshape(-1, x.shape[-1]), weight, bias, False).view(*x.shape[:-1], weight.shape[0])
-    return F.linear(x, weight, bias)

@@ -3,9 +3,11 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.checkpoint import checkpoint
 
 from crate_fast import functional
+from crate_fast.backends import resolve_backend
 
 __all__ = ["ISTA", "MHSA", "MLP", "MSSA", "Layer", "Linear", "PreNorm", "Transformer"]
 
@@ -131,6 +133,24 @@ class ISTA(nn.Module):
             x, self.weight, self.step_size, self.lambd, threshold=self.threshold, backend=self.backend
         )
 
+    def fuses(self, x: Tensor) -> bool:
+        """Whether `after_norm` runs in one kernel on x."""
+        return resolve_backend(x, self.backend) == "triton"
+
+    def after_norm(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
+        """The step on norm(x), x [..., C], without writing norm(x) to memory."""
+        return functional.norm_ista(
+            x,
+            norm.weight,
+            norm.bias,
+            self.weight,
+            self.step_size,
+            self.lambd,
+            eps=norm.eps,
+            threshold=self.threshold,
+            backend=self.backend,
+        )
+
     def extra_repr(self) -> str:
         """The step's constants, for `print(model)`."""
         return f"dim={self.weight.shape[0]}, step_size={self.step_size}, sparsity={self.lambd}, {self.threshold}"
@@ -149,8 +169,17 @@ class MLP(nn.Sequential):
         )
 
 
+def _observed(*modules: nn.Module) -> bool:
+    """Whether a hook waits for any of these modules to be called."""
+    module_hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return _has_any_global_hook() or any(getattr(module, name) for module in modules for name in module_hooks)
+
+
 class PreNorm(nn.Module):
-    """fn(LayerNorm(x)), with the released names `norm` and `fn`."""
+    """fn(LayerNorm(x)), with the released names `norm` and `fn`.
+
+    A LayerNorm in front of ISTA runs inside ISTA's kernel where the kernels run and no hook waits for either module.
+    """
 
     def __init__(self, dim: int, fn: nn.Module, *, device=None, dtype=None):
         super().__init__()
@@ -159,7 +188,10 @@ class PreNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., C] → [..., C]."""
-        return self.fn(self.norm(x))
+        norm, fn = self.norm, self.fn
+        if type(fn) is ISTA and type(norm) is nn.LayerNorm and not _observed(norm, fn) and fn.fuses(x):
+            return fn.after_norm(x, norm)
+        return fn(norm(x))
 
 
 class Layer(nn.ModuleList):

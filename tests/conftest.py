@@ -1,7 +1,12 @@
-"""What every test file shares: GPU skipping that can be forbidden, one seed, and small models."""
+"""What every test file shares: GPU skipping that can be forbidden, one seed, and where kernels run."""
+
+import os
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported, which timm does
 
 from crate_fast.settings import require_gpu
 
@@ -22,3 +27,18 @@ def pytest_terminal_summary(terminalreporter):
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """Where the kernels run: a GPU, or the CPU through Triton's interpreter."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def poisoned():
+    """Uninitialised memory is NaN, so that an element a kernel forgets shows."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(64).isnan().all(), "PyTorch no longer fills empty tensors: poison them some other way"
+    yield
+    torch.use_deterministic_algorithms(False)

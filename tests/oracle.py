@@ -2,13 +2,18 @@
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
 
-def token_scale(n_tokens: int, dim: int) -> float:
-    """Standard deviation at which tied attention is neither uniform nor the identity: sqrt(ln N / sqrt(D))."""
-    return math.sqrt(max(math.log(n_tokens), 0.5) / math.sqrt(dim))
+def token_scale(n_tokens: int, dim: int, scale: float | None = None) -> float:
+    """Standard deviation at which tied attention is neither uniform nor the identity: sqrt(ln N / (s·D)).
+
+    With s = D^-1/2, the default, that is sqrt(ln N / sqrt(D)).
+    """
+    scale = dim**-0.5 if scale is None else scale
+    return math.sqrt(max(math.log(n_tokens), 0.5) / (scale * dim))
 
 
 def _errors(actual: Tensor, truth: Tensor) -> tuple[float, float]:
@@ -26,3 +31,27 @@ def within_twice_eager(actual: Tensor, eager: Tensor, truth: Tensor, label: str)
     print(f"{label}: rms {rms:.2e} (eager {eager_rms:.2e}), max {worst:.2e} (eager {eager_worst:.2e})")
     finite = bool(torch.isfinite(actual).all())
     return finite and rms <= 2 * eager_rms + slack and worst <= 2 * eager_worst + max_slack
+
+
+def philox_uniform(seed: int, n_tokens: int, n_heads: int) -> Tensor:
+    """The uniform numbers behind attention dropout, [n_heads, N, N]: Philox4x32-10 with counter (i, j, head, 0).
+
+    Salmon et al., Parallel random numbers: as easy as 1, 2, 3 (2011); the first of the four words, to [0, 1) as
+    Triton does it.
+    """
+    head, row, col = np.meshgrid(np.arange(n_heads), np.arange(n_tokens), np.arange(n_tokens), indexing="ij")
+    word0, word1, word2 = (index.astype(np.uint64) for index in (row, col, head))
+    word3 = np.zeros_like(word0)
+    low = np.uint64(0xFFFFFFFF)
+    key0, key1 = np.uint64(seed & 0xFFFFFFFF), np.uint64(seed >> 32)
+    for _ in range(10):
+        product0, product2 = np.uint64(0xD2511F53) * word0, np.uint64(0xCD9E8D57) * word2
+        word0, word1, word2, word3 = (
+            (product2 >> np.uint64(32)) ^ word1 ^ key0,
+            product2 & low,
+            (product0 >> np.uint64(32)) ^ word3 ^ key1,
+            product0 & low,
+        )
+        key0, key1 = (key0 + np.uint64(0x9E3779B9)) & low, (key1 + np.uint64(0xBB67AE85)) & low
+    signed = torch.from_numpy(word0.astype(np.uint32).view(np.int32).copy())
+    return torch.where(signed < 0, -signed - 1, signed).float() * 4.6566127342e-10

@@ -1,0 +1,60 @@
+"""Where the kernels run, told without touching a device or importing Triton."""
+
+import functools
+import importlib.util
+import os
+
+import torch
+
+__all__ = ["MAX_HEAD_DIM", "architecture", "interpreted", "unavailable_reason"]
+
+MAX_HEAD_DIM = 128
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_ROCM = ("gfx942", "gfx950")  # compiled for the first; the second runs its table rows
+
+
+def interpreted() -> bool:
+    """Whether Triton interprets kernels in Python (`TRITON_INTERPRET=1`): on the CPU, slowly, to check them."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+@functools.cache
+def _triton_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def _family(index: int | None) -> str | None:
+    """The tile table's name for a CUDA or ROCm device, or None where the kernels do not run."""
+    if torch.version.hip:
+        name = torch.cuda.get_device_properties(index).gcnArchName.split(":")[0]
+        return "gfx942" if name in _ROCM else None
+    major, minor = torch.cuda.get_device_capability(index)
+    if major == 8:
+        return "sm_80" if minor == 0 else "sm_86"
+    return {9: "sm_90", 10: "sm_100", 11: "sm_100", 12: "sm_86"}.get(major)  # consumer Blackwell: 99 KB, no WGMMA
+
+
+def architecture(device: torch.device) -> str:
+    """The tile table's name for a device that `unavailable_reason` admits; the interpreter uses Hopper's rows."""
+    return "sm_90" if device.type != "cuda" else _family(device.index)
+
+
+def unavailable_reason(
+    device: torch.device, dtype: torch.dtype | None = None, head_dim: int | None = None
+) -> str | None:
+    """Why the kernels cannot run on `device` with this dtype and head width, or None where they can."""
+    if device.type != "cuda" and not (device.type == "cpu" and interpreted()):
+        return f"Triton kernels need a CUDA or ROCm device, and the tensor is on {device.type!r}"
+    if not _triton_installed():
+        return "Triton is not installed"
+    if device.type == "cuda" and _family(device.index) is None:
+        name = torch.cuda.get_device_name(device)
+        return f"the kernels are written for NVIDIA GPUs from compute capability 8.0 and AMD's gfx942; this is {name}"
+    if dtype is not None and dtype not in _DTYPES:
+        return f"the kernels take float16, bfloat16 and float32, and the tensor is {dtype}"
+    if dtype == torch.bfloat16 and device.type == "cpu":
+        return "Triton's interpreter computes bfloat16 wrongly; check with float16 or float32"
+    if head_dim is not None and head_dim > MAX_HEAD_DIM:
+        return f"the kernels take heads up to {MAX_HEAD_DIM} wide, and this one is {head_dim}"
+    return None

@@ -1,0 +1,483 @@
+"""The Triton kernels against the float64 reference: on a GPU, or on the CPU through Triton's interpreter.
+
+Then, without a GPU too, what the compiler makes of every row of the tile table. bfloat16, which the interpreter
+computes wrongly, is checked on a GPU (test_gpu.py).
+"""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import compile_report
+import pytest
+import torch
+import torch.nn.functional as F
+from oracle import philox_uniform, token_scale, within_twice_eager
+from torch import Tensor
+
+from crate_fast.kernels import ista, layer_norm, subspace_attention
+from crate_fast.kernels.tiles import TABLE, Tile
+from crate_fast.reference import ista_reference, subspace_attention_reference
+
+DTYPES = [torch.float32, torch.float16]
+SHAPES = [  # [B, N, H, D]
+    (1, 1, 1, 64),
+    (2, 1, 2, 8),
+    (2, 15, 6, 32),
+    (1, 16, 12, 48),
+    (2, 17, 1, 80),
+    (1, 64, 6, 128),
+    (1, 65, 6, 64),
+    (1, 196, 2, 48),
+    (2, 197, 3, 64),
+    (1, 785, 1, 64),
+]
+ATTENTION_TILES = sorted(
+    {(t.block_m, t.block_n) for (kernel, *_), t in TABLE.items() if kernel.startswith("attention")}
+)
+PRODUCT_TILES = sorted({(t.block_m, t.block_n, t.block_k) for (kernel, *_), t in TABLE.items() if "ista" in kernel})
+
+
+def _tokens(shape, dtype, device) -> tuple[Tensor, Tensor]:
+    w = (torch.randn(shape) * token_scale(shape[1], shape[3])).to(dtype)
+    return w.to(device), torch.randn(shape).to(dtype).to(device)
+
+
+def _gradients(function, inputs: list[Tensor], grad: Tensor) -> list[Tensor]:
+    """The function's output and its gradients."""
+    inputs = [tensor.detach().requires_grad_() for tensor in inputs]
+    out = function(*inputs)
+    return [out.detach(), *torch.autograd.grad(out, inputs, grad.to(out.dtype))]
+
+
+def _double(tensors) -> list[Tensor]:
+    return [tensor.double() for tensor in tensors]
+
+
+def _all_close(actual: list, eager: list, truth: list, names: str) -> bool:
+    """`within_twice_eager` for every output; all are judged, so that every error is printed."""
+    rows = zip(actual, eager, truth, names.split(), strict=True)
+    verdicts = [within_twice_eager(a, e, t, name) for a, e, t, name in rows]
+    return all(verdicts)
+
+
+def _attention(w: Tensor, grad: Tensor, module=subspace_attention, scale: float | None = None, **options) -> list:
+    scale = w.shape[-1] ** -0.5 if scale is None else scale
+    out, lse = module.forward(w, scale, **options)
+    return [out, module.backward(grad, w, out, lse, scale, **options)]
+
+
+def _attention_is_right(w: Tensor, grad: Tensor, **options) -> bool:
+    actual = _attention(w, grad, **options)
+    eager = _gradients(subspace_attention_reference, [w], grad)
+    truth = _gradients(subspace_attention_reference, _double([w]), grad.double())
+    return _all_close(actual, eager, truth, "O dW")
+
+
+# --- subspace attention ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_subspace_attention(shape, dtype, device, poisoned):
+    w, grad = _tokens(shape, dtype, device)
+    assert _attention_is_right(w, grad)
+
+
+@pytest.mark.parametrize("blocks", ATTENTION_TILES, ids=str)
+@pytest.mark.parametrize("n_tokens", [16, 65, 197])
+def test_every_tile_of_the_table(n_tokens, blocks, device, poisoned):
+    w, grad = _tokens((1, n_tokens, 2, 32), torch.float32, device)
+    assert _attention_is_right(w, grad, tile=Tile(*blocks, num_warps=8, num_stages=1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_log_sum_exp(dtype, device, poisoned):
+    w, _ = _tokens((2, 197, 3, 64), dtype, device)
+    _, lse = subspace_attention.forward(w, 0.125)
+    heads = w.double().transpose(1, 2)
+    truth = (0.125 * heads @ heads.transpose(-1, -2)).logsumexp(-1) / torch.tensor(2.0).double().log()
+    assert lse.dtype == torch.float32
+    torch.testing.assert_close(lse.double(), truth, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_attention_is_bit_equal_on_a_rerun(dtype, device, poisoned):
+    w, grad = _tokens((2, 197, 3, 64), dtype, device)
+    for first, second in zip(_attention(w, grad), _attention(w, grad), strict=True):
+        assert torch.equal(first, second)
+
+
+def _strided_views(device) -> dict[str, Tensor]:
+    base = torch.randn(2, 65, 6, 32, device=device)
+    return {
+        "every other head": base[:, :, ::2],
+        "heads before tokens in memory": base.transpose(1, 2).contiguous().transpose(1, 2),
+        "batch last in memory": base.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2),
+        "every other channel": base[..., ::2],
+        "one image expanded": base[:1].expand(3, -1, -1, -1),
+        "not aligned": torch.randn(2 * 65 * 6 * 32 + 1, device=device)[1:].view(2, 65, 6, 32),
+        "one head expanded": base[:, :, :1].expand(-1, -1, 3, -1),
+    }
+
+
+@pytest.mark.parametrize("view", list(_strided_views(torch.device("cpu"))))
+def test_strided_and_expanded_tokens(view, device, poisoned):
+    w = _strided_views(device)[view]
+    assert _attention_is_right(w, torch.randn(w.shape, device=device))
+
+
+def test_strided_and_expanded_gradients(device, poisoned):
+    w, grad = _tokens((2, 65, 3, 32), torch.float32, device)
+    assert _attention_is_right(w, torch.ones((), device=device).expand(w.shape))
+    assert _attention_is_right(w, grad.transpose(1, 2).contiguous().transpose(1, 2))
+    assert _attention_is_right(w, grad[:, :, :1].expand(w.shape))
+
+
+@pytest.mark.parametrize("offset", [1.0, 10.0])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_large_offsets(dtype, offset, device, poisoned):
+    w, grad = _tokens((8, 65, 2, 64), dtype, device)
+    assert _attention_is_right(w + offset, grad)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_logits_that_overflow_half_precision(dtype, device, poisoned):
+    """|w|² of 6·10⁵. Logits of 8·10⁴ round to 0.01, so nearly equal ones are a matter of luck in fp32."""
+    w, grad = _tokens((8, 65, 2, 64), dtype, device)
+    out, dw = _attention(w + 100, grad)
+    truth = subspace_attention_reference((w + 100).double())
+    assert (out - truth).abs().max() <= 0.05 + 100 * torch.finfo(dtype).eps
+    assert dw.isfinite().all()
+
+
+def test_norms_far_apart(device, poisoned):
+    w, grad = _tokens((1, 65, 2, 64), torch.float32, device)
+    assert _attention_is_right(w * torch.logspace(-2, 2, 65, device=device)[:, None, None], grad)
+
+
+def test_saturated_rows(device, poisoned):
+    """Where every token attends to itself alone, dO·W − δ is zero, and has to come out so."""
+    w, grad = _tokens((8, 65, 2, 32), torch.float32, device)
+    assert _attention_is_right(3 * w, grad)
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.02, 1.0])
+def test_the_scale(scale, device, poisoned):
+    w, grad = _tokens((1, 65, 2, 32), torch.float32, device)
+    w = w * token_scale(65, 32, max(scale, 0.02)) / token_scale(65, 32)
+    actual = _attention(w, grad, scale=scale)
+    eager = _gradients(lambda t: subspace_attention_reference(t, scale), [w], grad)
+    truth = _gradients(lambda t: subspace_attention_reference(t, scale), _double([w]), grad.double())
+    assert _all_close(actual, eager, truth, "O dW")
+
+
+def test_a_nan_token_is_not_hidden(device):
+    w, grad = _tokens((1, 65, 2, 32), torch.float32, device)
+    w[0, 3, 0, 0] = torch.nan
+    out, dw = _attention(w, grad)
+    assert out[0, :, 0].isnan().any(-1).all()
+    assert dw[0, :, 0].isnan().any(-1).all()
+    assert out[0, :, 1].isfinite().all()
+
+
+def test_no_images(device):
+    out, dw = _attention(*torch.empty(2, 0, 5, 2, 32, device=device))
+    assert out.shape == dw.shape == (0, 5, 2, 32)
+
+
+def test_an_image_too_large_to_address(device):
+    w = torch.empty(1, 1, 1, 1, device="meta").expand(1, 2**20, 64, 64)
+    with pytest.raises(ValueError, match="N·H·D must be under 2³¹"):
+        subspace_attention.forward(w, 0.125)
+
+
+@pytest.mark.parametrize("dropout_p", [0.1, 0.5])
+def test_dropout_has_the_documented_mask(dropout_p, device, poisoned):
+    w, grad = _tokens((2, 65, 3, 32), torch.float32, device)
+    seed = torch.tensor(2**40 + 7, device=device)
+    batch, n_tokens, n_heads, _ = w.shape
+    uniform = philox_uniform(seed.item(), n_tokens, batch * n_heads).view(batch, n_heads, n_tokens, n_tokens)
+    keep = (uniform >= dropout_p).to(device)
+    assert abs(keep.float().mean().item() - (1 - dropout_p)) < 0.01
+
+    def reference(tokens: Tensor) -> Tensor:
+        heads = tokens.transpose(1, 2)
+        weights = (32**-0.5 * heads @ heads.transpose(-1, -2)).softmax(-1) * keep / (1 - dropout_p)
+        return (weights @ heads).transpose(1, 2)
+
+    actual = _attention(w, grad, dropout_p=dropout_p, seed=seed)
+    eager = _gradients(reference, [w], grad)
+    truth = _gradients(reference, _double([w]), grad.double())
+    assert _all_close(actual, eager, truth, "O dW")
+
+
+ATTENTION_MUTANTS = {  # (what the kernel says, what the mutant says)
+    "the last key dropped": ("offs_n[None, :] < n_tokens, weights", "offs_n[None, :] < n_tokens - 1, weights"),
+    "a padding key counted": ("offs_n[None, :] < n_tokens, weights", "offs_n[None, :] < n_tokens + 1, weights"),
+    "the scale 2 % off": ("logits * scale_log2 - new_max", "logits * (scale_log2 * 1.02) - new_max"),
+    "uniform weights": (
+        "weights = tl.exp2(logits * scale_log2 - new_max[:, None])",
+        "weights = tl.exp2(logits * 0.0)",
+    ),
+    "the identity": ("out = acc / kept[:, None]", "out = w_rows.to(tl.float32)"),
+    "no rescaling": ("acc = acc * rescale[:, None]", "acc = acc * 1.0"),
+    "no gradient through the values": ("values_ji = weights_ji\n", "values_ji = weights_ji * 0.0\n"),
+    "no gradient through the queries": ("grad_logits = weights_ij * (", "grad_logits = 0.0 * weights_ij * ("),
+    "no gradient through the keys": ("grad_logits += weights_ji * (", "grad_logits += 0.0 * weights_ji * ("),
+    "δ of the columns forgotten": ("delta_cols = scale *", "delta_cols = 0.0 *"),
+    "δ of the rows forgotten": ("delta_rows = scale *", "delta_rows = 0.0 *"),
+    "the gradient's scale 2 % off": ("(scale * grad_ij", "(1.02 * scale * grad_ij"),
+    "the rows' normalisation for the columns": ("scale_log2 - lse_cols[None, :]", "scale_log2 - lse_rows[:, None]"),
+    "dO·W the wrong way round": ("grad_ji = _inner_products(w_rows, grad_cols, PRECISION)", "grad_ji = grad_ij"),
+}
+
+
+def _mutant(module, mutation: tuple[str, str], folder: Path):
+    source = Path(module.__file__).read_text()
+    assert source.count(mutation[0]) == 1, f"{mutation[0]!r} is not in {module.__file__} once"
+    path = folder / "mutant.py"
+    path.write_text(source.replace(*mutation))
+    spec = importlib.util.spec_from_file_location("mutant", path)
+    mutant = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(mutant)
+    return mutant
+
+
+@pytest.mark.parametrize("name", ATTENTION_MUTANTS)
+def test_attention_mutants_fail(name, device, tmp_path):
+    w, grad = _tokens((1, 197, 2, 32), torch.float32, device)
+    assert not _attention_is_right(w, grad, module=_mutant(subspace_attention, ATTENTION_MUTANTS[name], tmp_path))
+
+
+# --- ISTA --------------------------------------------------------------------------------------------------------
+
+WIDTHS = [(1, 32), (15, 48), (197, 96), (300, 192), (130, 100), (64, 33)]  # (M, C)
+STEP, SPARSITY, EPS = 0.1, 0.1, 1e-5
+
+
+def _ista_inputs(size, dtype, device) -> list[Tensor]:
+    """x, D, γ, β, and a gradient; every other gradient is zero where the ReLU cuts, as in a network."""
+    rows, width = size
+    x = torch.randn(rows, width) * 2 + 1
+    dictionary = torch.randn(width, width) / width**0.5
+    gamma, beta = 1 + 0.3 * torch.randn(width), 0.3 * torch.randn(width)
+    return [t.to(dtype).to(device) for t in (x, dictionary, gamma, beta, torch.randn(rows, width))]
+
+
+def _ista(inputs, threshold: str, with_norm: bool, module=ista, norms=layer_norm, **options) -> list:
+    x, dictionary, gamma, beta, grad = inputs
+    wide = dictionary.float()
+    folded = (STEP * (wide - wide.t() @ wide)).to(dictionary.dtype)
+    norm = norms.Norm(*norms.row_statistics(x, EPS), gamma, beta) if with_norm else None
+    y = module.forward(x, folded, STEP * SPARSITY, threshold == "soft", norm, **options)
+    grad_x = module.backward_input(grad, y, folded, **options)
+    grad_folded = module.backward_folded(x, grad, y, folded.dtype, norm, **options)
+    symmetric = grad_folded + grad_folded.t()
+    grad_dictionary = (STEP * (grad_folded - wide @ symmetric)).to(dictionary.dtype)
+    if not with_norm:
+        return [y, grad_x, grad_dictionary]
+    grad_x, grad_gamma, grad_beta = norms.backward(grad_x, x, norm)
+    return [y, grad_x, grad_dictionary, grad_gamma.to(gamma.dtype), grad_beta.to(beta.dtype)]
+
+
+def _ista_is_right(inputs, threshold: str = "relu", with_norm: bool = False, **options) -> bool:
+    def plain(x, dictionary):
+        return ista_reference(x, dictionary, STEP, SPARSITY, threshold)
+
+    def normed(x, dictionary, gamma, beta):
+        return plain(F.layer_norm(x, x.shape[-1:], gamma, beta, EPS), dictionary)
+
+    *tensors, grad = inputs
+    reference, tensors = (normed, tensors) if with_norm else (plain, tensors[:2])
+    actual = _ista(inputs, threshold, with_norm, **options)
+    eager = _gradients(reference, tensors, grad)
+    truth = _gradients(reference, _double(tensors), grad.double())
+    return _all_close(actual, eager, truth, "y dx dD dγ dβ" if with_norm else "y dx dD")
+
+
+@pytest.mark.parametrize("with_norm", [False, True], ids=["plain", "norm"])
+@pytest.mark.parametrize("threshold", ["relu", "soft"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", WIDTHS, ids=str)
+def test_ista(size, dtype, threshold, with_norm, device, poisoned):
+    assert _ista_is_right(_ista_inputs(size, dtype, device), threshold, with_norm)
+
+
+@pytest.mark.parametrize("blocks", PRODUCT_TILES, ids=str)
+def test_every_product_tile_of_the_table(blocks, device, poisoned):
+    tile = Tile(*blocks[:2], num_warps=8, num_stages=1, block_k=blocks[2])
+    for with_norm in (False, True):
+        assert _ista_is_right(_ista_inputs((197, 192), torch.float32, device), with_norm=with_norm, tile=tile)
+
+
+@pytest.mark.parametrize("with_norm", [False, True], ids=["plain", "norm"])
+def test_half_precision_products_of_fp32_tokens(with_norm, device, poisoned):
+    """As under autocast: the product is fp16, the residual and the shrinkage stay fp32."""
+    x, dictionary, gamma, beta, grad = _ista_inputs((197, 96), torch.float32, device)
+    folded = STEP * (dictionary - dictionary.t() @ dictionary)
+    norm = layer_norm.Norm(*layer_norm.row_statistics(x, EPS), gamma, beta) if with_norm else None
+    y = ista.forward(x, folded.half(), STEP * SPARSITY, False, norm)
+    tokens = F.layer_norm(x, x.shape[-1:], gamma, beta, EPS) if with_norm else x
+    assert y.dtype == torch.float32
+    truth = (tokens.double() + tokens.double() @ folded.double() - STEP * SPARSITY).relu()
+    rounding = 2**-11 * (tokens.abs() @ folded.abs() * 2)  # of both operands
+    assert ((y - truth).abs() <= rounding + 1e-5).all()
+    grad_folded = ista.backward_folded(x, grad, y, torch.float16, norm)
+    truth = tokens.double().t() @ (grad * (y != 0)).double()
+    assert (grad_folded - truth).norm() <= 1e-3 * truth.norm()
+
+
+def test_ista_is_bit_equal_on_a_rerun(device, poisoned):
+    inputs = _ista_inputs((300, 96), torch.float32, device)
+    for first, second in zip(_ista(inputs, "relu", True), _ista(inputs, "relu", True), strict=True):
+        assert torch.equal(first, second)
+
+
+def test_strided_and_expanded_matrices(device, poisoned):
+    x, dictionary, gamma, beta, grad = _ista_inputs((64, 96), torch.float32, device)
+    strided = [x.t().contiguous().t(), dictionary.t().contiguous().t(), gamma, beta, grad[:1].expand(64, -1)]
+    assert _ista_is_right(strided)
+    assert _ista_is_right(strided, with_norm=True)
+
+
+@pytest.mark.parametrize("offset", [10.0, 1000.0])
+def test_layer_norm_of_large_offsets(offset, device, poisoned):
+    x, *rest = _ista_inputs((64, 96), torch.float32, device)
+    assert _ista_is_right([x + offset, *rest], with_norm=True)
+
+
+def test_constant_rows_are_finite(device):
+    x, *rest = _ista_inputs((16, 64), torch.float32, device)
+    assert all(result.isfinite().all() for result in _ista([x * 0 + 3, *rest], "relu", True))
+
+
+def test_a_nan_row_is_not_hidden(device):
+    x, *rest = _ista_inputs((64, 96), torch.float32, device)
+    x[5, 0] = torch.nan
+    for with_norm in (False, True):
+        y, grad_x, grad_dictionary, *_ = _ista([x, *rest], "relu", with_norm)
+        assert y[5].isnan().all()
+        assert y[4].isfinite().all()
+        assert grad_dictionary.isnan().any()
+        assert grad_x[4].isfinite().all()
+
+
+def test_no_rows(device):
+    x, dictionary, gamma, beta, grad = _ista_inputs((3, 32), torch.float32, device)
+    y, grad_x, grad_dictionary, grad_gamma, grad_beta = _ista(
+        [x[:0], dictionary, gamma, beta, grad[:0]], "relu", True
+    )
+    assert y.shape == grad_x.shape == (0, 32)
+    assert not grad_dictionary.any()
+    assert not grad_gamma.any()
+    assert not grad_beta.any()
+
+
+RELU = "y = tl.where(u <= shift, 0.0, u - shift)"
+ISTA_MUTANTS = {
+    "no residual": ("u = tokens.to(tl.float32) + acc", "u = acc"),
+    "the threshold doubled": (RELU, "y = tl.where(u <= shift, 0.0, u - 2 * shift)"),
+    "no threshold": (RELU, "y = tl.where(u <= 0.0, 0.0, u)"),
+    "no ReLU": (RELU, "y = u - shift"),
+    "the gradient not masked": ("return tl.where(y != 0.0, grad, 0.0)", "return grad"),
+    "no gradient through the residual": ("acc += _load_masked_grad", "acc += 0.0 * _load_masked_grad"),
+    "G not transposed in backward": ("tl.trans(folded)", "folded"),
+    "the last rows of a split dropped": (
+        "start + rows_per_split, n_rows)",
+        "start + rows_per_split, n_rows) - BLOCK_K",
+    ),
+    "LayerNorm's bias dropped": ("gamma[None, :] + beta[None, :]", "gamma[None, :] + 0.0 * beta[None, :]"),
+}
+LAYER_NORM_MUTANTS = {
+    "no ε": ("tl.sqrt(variance + eps)", "tl.sqrt(variance + 1000 * eps)"),
+    "the mean's gradient dropped": ("scaled - average[:, None]", "scaled - 0.0 * average[:, None]"),
+    "the deviation's gradient dropped": ("- normed * along[:, None]", "- 0.0 * normed * along[:, None]"),
+    "dγ of raw rows": ("dgamma += tl.sum(grad * normed, 0)", "dgamma += tl.sum(grad * x, 0)"),
+    "only the first block of rows": ("step = tl.num_programs(0) * BLOCK_M", "step = n_rows"),
+}
+
+
+@pytest.mark.parametrize("name", ISTA_MUTANTS)
+def test_ista_mutants_fail(name, device, tmp_path):
+    mutant = _mutant(ista, ISTA_MUTANTS[name], tmp_path)
+    assert not _ista_is_right(_ista_inputs((197, 96), torch.float32, device), with_norm=True, module=mutant)
+
+
+@pytest.mark.parametrize("name", LAYER_NORM_MUTANTS)
+def test_layer_norm_mutants_fail(name, device, tmp_path, monkeypatch):
+    mutant = _mutant(layer_norm, LAYER_NORM_MUTANTS[name], tmp_path)
+    mutant.MAX_PROGRAMS = 2
+    assert not _ista_is_right(_ista_inputs((197, 96), torch.float32, device), with_norm=True, norms=mutant)
+
+
+def test_more_rows_than_programs(device, monkeypatch, poisoned):
+    monkeypatch.setattr(layer_norm, "MAX_PROGRAMS", 2)
+    assert _ista_is_right(_ista_inputs((197, 96), torch.float32, device), with_norm=True)
+
+
+# --- the compiler ------------------------------------------------------------------------------------------------
+
+
+def test_the_table_is_complete():
+    attention = {
+        (f"attention_{way}{dropout}", precision, block_d)
+        for way in ("forward", "backward")
+        for dropout in ("", "_dropout")
+        for precision in ("half", "tf32", "ieee")
+        for block_d in (32, 64, 128)
+    }
+    products = {
+        (kernel, precision, 0)
+        for kernel in ("ista_forward", "norm_ista_forward", "ista_backward_input", "ista_backward_folded",
+                       "norm_ista_backward_folded")
+        for precision in ("half", "mixed", "tf32", "ieee")
+    }  # fmt: skip
+    for architecture in compile_report.ARCHITECTURES:
+        rows = {(kernel, precision, d) for kernel, name, precision, d in TABLE if name == architecture}
+        assert rows == attention | products
+
+
+@pytest.mark.parametrize("architecture", compile_report.ARCHITECTURES)
+def test_every_row_compiles_fits_and_does_not_spill(architecture, tmp_path):
+    """`compile_report.py` in a process of its own, since this one interprets; its exit code is the verdict."""
+    rows = tmp_path / "rows.json"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, compile_report.__file__, "--architectures", architecture, "--json", str(rows)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
+    compiled = json.loads(rows.read_text())
+    assert len(compiled) == len(compile_report.cases((architecture,)))
+
+
+def test_the_report_finds_what_is_wrong():
+    good = {
+        "kernel": "attention_forward", "architecture": "sm_90", "precision": "half", "size": 64, "error": None,
+        "spilled_bytes": 0, "shared_kib": 40.0, "matrix_instructions": {"HGMMA": 8}, "async_copies": 2,
+        "serialized": False,
+    }  # fmt: skip
+    assert compile_report.problems([good]) == []
+    for change, message in (
+        ({"error": "boom"}, "boom"),
+        ({"spilled_bytes": 8}, "spills 8 bytes"),
+        ({"shared_kib": 228.0}, "228.0 KiB of shared memory"),
+        ({"matrix_instructions": {"HMMA": 8}}, "no HGMMA"),
+        ({"async_copies": 0}, "no asynchronous copies"),
+        ({"serialized": True}, "serialises"),
+    ):
+        (problem,) = compile_report.problems([good | change])
+        assert message in problem
+
+
+def test_a_compiler_that_dies_is_reported(monkeypatch):
+    wanted = compile_report.cases(("sm_90",))[:2]
+    monkeypatch.setattr(compile_report, "compile_case", _die)
+    rows = compile_report.compile_all(wanted, processes=1)
+    assert [row["error"] for row in rows] == ["the compiler killed its process"] * 2
+
+
+def _die(case):
+    os.abort()
