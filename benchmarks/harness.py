@@ -96,12 +96,18 @@ def markdown_table(rows: list[dict], columns: list[str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write_results(name: str, rows: list[dict], table: str, folder: Path = RESULTS) -> list[Path]:
-    """Write `name`.json (rows and provenance) and `name`.md (the table and how it was made); returns the paths."""
-    facts = provenance()
+def write_results(
+    name: str, rows: list[dict], table: str, folder: Path = RESULTS, more: dict[str, object] | None = None
+) -> list[Path]:
+    """Write `name`.json (rows and provenance) and `name`.md (the table and how it was made); returns the paths.
+
+    `more` is added to the provenance, and where both say something it is `more` that counts.
+    """
+    facts = provenance() | (more or {})
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{name}.json", folder / f"{name}.md"]
     paths[0].write_text(json.dumps({**facts, "rows": rows}, indent=2) + "\n")
-    made = ", ".join(f"{key} {facts[key]}" for key in ("commit", "torch", "python", "device", "time"))
+    keys = dict.fromkeys(("commit", "torch", "python", "device", *(more or {}), "time"))
+    made = ", ".join(f"{key} {facts[key]}" for key in keys)
     paths[1].write_text(f"{table}\nMade by `{facts['command']}`: {made}.\n")
     return paths

@@ -1,5 +1,6 @@
 """Put the measured tables into README.md, between their markers: `python benchmarks/update_readme.py`."""
 
+import argparse
 import json
 import re
 import sys
@@ -8,6 +9,8 @@ from pathlib import Path
 from harness import RESULTS, markdown_table
 
 README = Path(__file__).parent.parent / "README.md"
+NOT_MEASURED = "Not yet measured: no GPU run has been committed.\n"
+BOTH = "forward + backward"
 
 
 def cpu_table() -> str:
@@ -35,15 +38,102 @@ def cpu_table() -> str:
     return f"{markdown_table(rows, list(rows[0]))}\n{note}\n"
 
 
+def _by_problem(rows: list[dict]) -> dict[str, dict[tuple[str, str], dict]]:
+    """Rows by problem, then by (pass, peer)."""
+    found: dict[str, dict[tuple[str, str], dict]] = {}
+    for row in rows:
+        found.setdefault(row["problem"], {})[row["pass"], row["peer"]] = row
+    return found
+
+
+def _faster(row: dict | None) -> str:
+    """How many times faster ours is than a peer's row."""
+    return "n/a" if row is None or row["latency_ms"] is None else f"{row['ours_faster']:.2f}×"
+
+
+def _attention_rows(rows: list[dict]) -> list[dict]:
+    shown = []
+    for name, found in _by_problem(rows).items():
+        forward, both = found["forward", "ours"], found[BOTH, "ours"]
+        peers = [row for (what, peer), row in found.items() if what == BOTH and peer != "ours"]
+        ran = [row for row in peers if row["latency_ms"] is not None]
+        fastest = min(ran, key=lambda row: row["latency_ms"], default=None)
+        sizes = f"{both['batch']}×{both['n_tokens']}×{both['heads']}×{both['head_dim']}"
+        shown.append(
+            {
+                f"subspace attention, {both['dtype']}": f"{name}, {sizes}",
+                "forward, ms": forward["latency_ms"],
+                "TFLOP/s": forward["tflops_per_s"],
+                "forward + backward, ms": both["latency_ms"],
+                "of the floor": f"{both['of_floor']:.0%}",
+                "fastest peer": f"{fastest['peer']}, {fastest['latency_ms']:.3g} ms" if fastest else "n/a",
+                "ours": f"**{_faster(fastest)}**",
+                "eager": _faster(found.get((BOTH, "eager, as released"))),
+            }
+        )
+    return shown
+
+
+def _ista_rows(rows: list[dict]) -> list[dict]:
+    shown = []
+    for name, found in _by_problem(rows).items():
+        both = found[BOTH, "ours"]
+        matrix_ms = both["flops"] / both["matrix_tflops_per_s"] / 1e9
+        shown.append(
+            {
+                f"ISTA, {both['dtype']}": f"{name}, {both['rows']:,}×{both['width']}",
+                "forward + backward, ms": both["latency_ms"],
+                "of the matrix rate": f"{matrix_ms / both['latency_ms']:.0%}",
+                "three products, compiled": _faster(found.get((BOTH, "three products, compiled"))),
+                "one product, compiled": _faster(found.get((BOTH, "one product, compiled"))),
+                "one product, cuBLAS": _faster(found.get((BOTH, "one product, cuBLAS"))),
+                "as released": _faster(found.get((BOTH, "three products, as released"))),
+            }
+        )
+    return shown
+
+
+def _run_note(content: dict) -> str:
+    return (
+        f"{content['device']}, driver {content['driver']}, torch {content['torch']}, triton {content['triton']}, "
+        f"ptxas {content['ptxas']}, commit {content['commit']}; in the same run a matrix product reached "
+        f"{content['matrix_tflops_per_s']:.0f} TFLOP/s and a copy {content['copy_gb_per_s']:,.0f} GB/s."
+    )
+
+
+def gpu_table(results: Path = RESULTS) -> str:
+    """Subspace attention and ISTA against their peers, from mssa.json and ista.json; a sentence where neither is."""
+    parts = []
+    for name, rows_of, meaning in (
+        ("mssa", _attention_rows, "B×N×H×D; ours against the fastest peer that ran, forward + backward."),
+        ("ista", _ista_rows, "Rows × width, folding G in every call; how many times faster ours is than each peer."),
+    ):
+        path = results / f"{name}.json"
+        if path.exists():
+            content = json.loads(path.read_text())
+            rows = rows_of(content["rows"])
+            where = f" Every pass and peer, and why a peer is n/a: [{name}.md](benchmarks/results/{name}.md)."
+            parts.append(f"{markdown_table(rows, list(rows[0]))}\n{meaning} {_run_note(content)}{where}\n")
+    return "\n".join(parts) or NOT_MEASURED
+
+
 def updated(text: str) -> str:
     """The README with its tables made anew."""
-    pattern = r"(<!-- cpu-table:begin -->\n).*(<!-- cpu-table:end -->)"
-    return re.sub(pattern, lambda match: match[1] + cpu_table() + match[2], text, flags=re.S)
+    for name, make in (("cpu", cpu_table), ("gpu", gpu_table)):
+        pattern = rf"(<!-- {name}-table:begin -->\n).*(<!-- {name}-table:end -->)"
+        text = re.sub(pattern, lambda match, make=make: match[1] + make() + match[2], text, flags=re.S)
+    return text
 
 
-def main() -> int:
-    """Rewrite README.md."""
-    README.write_text(updated(README.read_text()))
+def main(argv: list[str] | None = None) -> int:
+    """Rewrite README.md, or print the GPU tables of a folder of results."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--show", type=Path, metavar="FOLDER", help="print its GPU tables; leave README.md alone")
+    options = parser.parse_args(argv)
+    if options.show:
+        print(gpu_table(options.show))
+    else:
+        README.write_text(updated(README.read_text()))
     return 0
 
 

@@ -167,7 +167,8 @@ def norm_ista(
     """
     _check_ista(x, dictionary, step_size, sparsity, threshold)
     for name, channel in (("weight", weight), ("bias", bias)):
-        _check_tensor(name, channel, f"[C] = [{x.shape[-1]}]", tuple(channel.shape) == x.shape[-1:])
+        fits = isinstance(channel, Tensor) and channel.shape == x.shape[-1:]
+        _check_tensor(name, channel, f"[C] = [{x.shape[-1]}]", fits)
     if resolve_backend(x, backend) == "triton":
         x = x.float() if _autocast_enabled(x.device.type) else x
         return _fused_ista(x, (weight, bias, float(eps)), dictionary, step_size, sparsity, threshold)

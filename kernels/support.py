@@ -6,26 +6,21 @@ import os
 
 import torch
 
-__all__ = ["MAX_HEAD_DIM", "architecture", "interpreted", "unavailable_reason"]
+__all__ = ["INTERPRETED", "MAX_HEAD_DIM", "architecture", "unavailable_reason"]
 
 MAX_HEAD_DIM = 128
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 _ROCM = ("gfx942", "gfx950")  # compiled for the first; the second runs its table rows
 
 
-def interpreted() -> bool:
-    """Whether Triton interprets kernels in Python (`TRITON_INTERPRET=1`): on the CPU, slowly, to check them."""
-    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+# Whether Triton interprets kernels in Python: on the CPU, slowly, to check them. It reads the variable when it is
+# imported, which timm does; so it is read here once.
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
 @functools.cache
-def _triton_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
-@functools.cache
-def _family(index: int | None) -> str | None:
-    """The tile table's name for a CUDA or ROCm device, or None where the kernels do not run."""
+def _find_family(index: int | None) -> str | None:
     if torch.version.hip:
         name = torch.cuda.get_device_properties(index).gcnArchName.split(":")[0]
         return "gfx942" if name in _ROCM else None
@@ -33,6 +28,12 @@ def _family(index: int | None) -> str | None:
     if major == 8:
         return "sm_80" if minor == 0 else "sm_86"
     return {9: "sm_90", 10: "sm_100", 11: "sm_100", 12: "sm_86"}.get(major)  # consumer Blackwell: 99 KB, no WGMMA
+
+
+@torch.compiler.assume_constant_result  # nothing for torch.compile to trace
+def _family(index: int | None) -> str | None:
+    """The tile table's name for a CUDA or ROCm device, or None where the kernels do not run."""
+    return _find_family(index)
 
 
 def architecture(device: torch.device) -> str:
@@ -44,10 +45,12 @@ def unavailable_reason(
     device: torch.device, dtype: torch.dtype | None = None, head_dim: int | None = None
 ) -> str | None:
     """Why the kernels cannot run on `device` with this dtype and head width, or None where they can."""
-    if device.type != "cuda" and not (device.type == "cpu" and interpreted()):
+    if device.type != "cuda" and not (device.type == "cpu" and INTERPRETED):
         return f"Triton kernels need a CUDA or ROCm device, and the tensor is on {device.type!r}"
-    if not _triton_installed():
+    if not _TRITON_INSTALLED:
         return "Triton is not installed"
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return "PyTorch finds no CUDA or ROCm device on this machine"
     if device.type == "cuda" and _family(device.index) is None:
         name = torch.cuda.get_device_name(device)
         return f"the kernels are written for NVIDIA GPUs from compute capability 8.0 and AMD's gfx942; this is {name}"

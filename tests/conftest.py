@@ -1,6 +1,7 @@
 """What every test file shares: GPU skipping that can be forbidden, one seed, and where kernels run."""
 
 import os
+import socket
 
 import pytest
 import torch
@@ -42,3 +43,11 @@ def poisoned():
     assert torch.empty(64).isnan().all(), "PyTorch no longer fills empty tensors: poison them some other way"
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def free_port() -> int:
+    """A TCP port nobody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]

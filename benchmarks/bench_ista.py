@@ -1,0 +1,272 @@
+"""The ISTA step y = relu(x + xG − ηλ), G = η(D − DᵀD), on a GPU, forward and backward, alone and after a LayerNorm.
+
+    python benchmarks/bench_ista.py                       # every shape; --smoke runs a tiny one on a CPU
+    python benchmarks/bench_ista.py --autocast            # fp32 tensors, products under autocast
+
+Every call folds G from D, as a training step does, and gives the gradients of x and D (and of γ and β); "inference"
+is one forward with G kept. First the gate: outputs and gradients of every shape, on the tensors that are timed,
+against the float64 reference by the tests' rule, and twice bit for bit. Where it fails there are no numbers and the
+exit status is 1. Compiled peers run in mode "max-autotune-no-cudagraphs". Nominal FLOPs are the one-product form's
+for every peer: 2·M·C² + 2·C³ forward, 4·M·C² + 2·C³ backward.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import gpu
+import torch
+import torch.nn.functional as F
+from gpu import Peer, Problem, Run, Work, padded, within_twice_eager
+from torch import Tensor
+
+from crate_fast.functional import cached_dictionaries, ista, norm_ista
+from crate_fast.reference import ista_reference
+
+__all__ = ["SHAPES", "inference_peers", "ista_is_right", "main", "make_problem", "training_peers"]
+
+STEP_SIZE, SPARSITY = 0.1, 0.1
+SHIFT = STEP_SIZE * SPARSITY
+
+
+@dataclass(frozen=True)
+class Shape:
+    """M = B·N rows of C channels."""
+
+    rows: int
+    width: int
+
+
+SHAPES = {
+    "B16": Shape(256 * 197, 768),
+    "S8": Shape(64 * 785, 384),
+    "B8": Shape(64 * 785, 768),
+    "L16": Shape(128 * 197, 1024),
+}
+SMOKE = {"tiny": Shape(2 * 37, 64)}
+OPERATORS = ("ista", "norm_ista")
+
+
+# --- ours and the peers -------------------------------------------------------------------------------------------
+
+
+def _with_norm(function: Callable, operator: str) -> Callable:
+    """A function of (x, D) as it is, or of (x, γ, β, D) with PyTorch's LayerNorm in front."""
+    if operator == "ista":
+        return function
+
+    def normed(x: Tensor, weight: Tensor, bias: Tensor, dictionary: Tensor) -> Tensor:
+        return function(F.layer_norm(x, x.shape[-1:], weight, bias), dictionary)
+
+    return normed
+
+
+def _released(x: Tensor, dictionary: Tensor) -> Tensor:
+    return ista_reference(x, dictionary, STEP_SIZE, SPARSITY)
+
+
+def _fold(dictionary: Tensor) -> Tensor:
+    return STEP_SIZE * (dictionary - dictionary.t() @ dictionary)
+
+
+def _apply(x: Tensor, folded: Tensor) -> Tensor:
+    return F.relu(x + x @ folded - SHIFT)
+
+
+def _one_product(x: Tensor, dictionary: Tensor) -> Tensor:
+    return _apply(x, _fold(dictionary))
+
+
+def _apply_added(x: Tensor, folded: Tensor) -> Tensor:
+    """The residual added inside cuBLAS's product, where it need not be kept in another dtype than the product's."""
+    if torch.is_autocast_enabled(x.device.type):
+        return _apply(x, folded)
+    return F.relu(torch.addmm(x, x, folded) - SHIFT)
+
+
+def _one_product_eager(x: Tensor, dictionary: Tensor) -> Tensor:
+    return _apply_added(x, _fold(dictionary))
+
+
+def _compiled(function: Callable) -> Callable:
+    return torch.compile(function, fullgraph=True, dynamic=False, mode="max-autotune-no-cudagraphs")
+
+
+def _ours(operator: str) -> Callable:
+    function = ista if operator == "ista" else norm_ista
+    return partial(function, step_size=STEP_SIZE, sparsity=SPARSITY, backend="triton")
+
+
+def training_peers(operator: str) -> list[Peer]:
+    """Ours, and the forms with three products and with one, eager and compiled; each folds G where it needs it."""
+    released = _with_norm(_released, operator)
+    one = _with_norm(_one_product, operator)
+    return [
+        Peer("ours", partial(_ours, operator), ours=True),
+        Peer("three products, compiled", partial(_compiled, released), compiles=True),
+        Peer("one product, compiled", partial(_compiled, one), compiles=True),
+        Peer("one product, cuBLAS", lambda: _with_norm(_one_product_eager, operator), smoke=True),
+        Peer("three products, as released", lambda: released, smoke=True),
+    ]
+
+
+def inference_peers(operator: str, dictionary: Tensor) -> list[Peer]:
+    """The same for a forward with G kept: ours inside `cached_dictionaries`, the others given G."""
+    folded = _fold(dictionary.detach().float()).to(dictionary.dtype)
+    released = _with_norm(_released, operator)
+
+    def given(apply: Callable) -> Callable:
+        return _with_norm(lambda x, _: apply(x, folded), operator)
+
+    return [
+        Peer("ours", partial(_ours, operator), ours=True),
+        Peer("one product, compiled", lambda: _compiled(given(_apply)), compiles=True),
+        Peer("one product, cuBLAS", lambda: given(_apply_added), smoke=True),
+        Peer("three products, as released", lambda: released, smoke=True),
+    ]
+
+
+# --- the problem --------------------------------------------------------------------------------------------------
+
+
+def make_problem(name: str, shape: Shape, operator: str, run: Run, autocast: bool) -> Problem:
+    """Tokens as a LayerNorm gives them (or takes them), a dictionary of unit columns on average.
+
+    The output's gradient is zero where the float64 argument of the ReLU is within a few roundings of zero: there
+    the gradient depends on which side rounding falls, for every implementation.
+    """
+    generator = torch.Generator(run.device).manual_seed(0)
+    stored = torch.float32 if autocast else run.dtype
+
+    def random(*sizes: int, std: float = 1.0, mean: float = 0.0) -> Tensor:
+        numbers = torch.randn(sizes, generator=generator, device=run.device) * std + mean
+        return numbers.to(stored).requires_grad_()
+
+    dictionary = random(shape.width, shape.width, std=shape.width**-0.5)
+    if operator == "ista":
+        inputs = (random(shape.rows, shape.width), dictionary)
+    else:
+        channels = random(shape.width, std=0.1, mean=1.0), random(shape.width, std=0.1)
+        inputs = (random(shape.rows, shape.width, std=2.0, mean=0.5), *channels, dictionary)
+    identity = _with_norm(partial(ista_reference, step_size=STEP_SIZE, sparsity=0.0, threshold="soft"), operator)
+    with torch.no_grad():
+        argument = identity(*(tensor.double() for tensor in inputs)) - SHIFT
+        clear = argument.abs() > 4 * torch.finfo(run.dtype).eps
+    grad = torch.where(clear, random(shape.rows, shape.width).detach(), 0.0)
+    fields = {
+        "operator": operator,
+        "rows": shape.rows,
+        "width": shape.width,
+        "dtype": ("autocast " if autocast else "") + str(run.dtype).removeprefix("torch."),
+    }
+    return Problem(
+        f"{name} {operator}", fields, inputs, grad, _work(shape, operator, inputs, run.dtype), True,
+        run.dtype if autocast else None,
+    )  # fmt: skip
+
+
+def _executed(operator: str, x: Tensor, dtype: torch.dtype) -> dict[str, float]:
+    """FLOPs of our kernels' tiles by pass, from the tile table: whole blocks of rows, columns and summands."""
+    from crate_fast.kernels.launch import matmul_precision
+    from crate_fast.kernels.tiles import lookup
+
+    precision = matmul_precision(dtype, x.dtype).row
+    norm = "norm_" if operator == "norm_ista" else ""
+    rows, width = x.shape
+
+    def product(kernel: str, m: int, n: int, k: int) -> float:
+        tile = lookup(kernel, x.device, precision)
+        return 2.0 * padded(m, tile.block_m) * padded(n, tile.block_n) * padded(k, tile.block_k)
+
+    backward_input = product("ista_backward_input", rows, width, width)
+    return {
+        "forward": product(f"{norm}ista_forward", rows, width, width),
+        "backward": backward_input + product(f"{norm}ista_backward_folded", width, width, rows),
+    }
+
+
+def _work(shape: Shape, operator: str, inputs: tuple[Tensor, ...], dtype: torch.dtype) -> dict[str, Work]:
+    """Products and bytes of each pass: forward reads x, D and writes y; backward reads x, y, dy, D, writes dx, dD."""
+    x, dictionary = inputs[0], inputs[-1]
+    executed = _executed(operator, x, dtype)
+    product, fold = 2.0 * shape.rows * shape.width**2, 2.0 * shape.width**3
+    tokens, square = x.numel() * x.element_size(), dictionary.numel() * dictionary.element_size()
+    forward = Work(product + fold, 2 * tokens + square, executed["forward"] + fold)
+    backward = Work(2 * product + fold, 4 * tokens + 2 * square, executed["backward"] + fold)
+    return {"forward": forward, "backward": backward, "forward + backward": forward + backward}
+
+
+def _inference(problem: Problem) -> Problem:
+    """The forward alone, with G kept."""
+    forward = problem.work["forward"]
+    fold = 2.0 * problem.inputs[-1].shape[0] ** 3
+    work = Work(forward.flops - fold, forward.moved_bytes, forward.executed_flops - fold)
+    return Problem(
+        problem.label, problem.fields, problem.inputs, problem.grad, {"inference": work}, False, problem.autocast
+    )
+
+
+# --- the gate -----------------------------------------------------------------------------------------------------
+
+
+def ista_is_right(problem: Problem, actual: list[Tensor]) -> bool:
+    """Whether output and every gradient of the whole problem are right."""
+    operator = str(problem.fields["operator"])
+    reference = _with_norm(_released, operator)
+    exact = Problem(
+        problem.label, {}, tuple(tensor.detach().double().requires_grad_() for tensor in problem.inputs),
+        problem.grad.double(), {},
+    )  # fmt: skip
+    eager, truth = problem.results(reference), exact.results(reference)
+    names = ("y", "dx", "dD") if operator == "ista" else ("y", "dx", "dγ", "dβ", "dD")
+    judged = [
+        within_twice_eager(mine, theirs, true, f"{problem.label}, {name}")
+        for mine, theirs, true, name in zip(actual, eager, truth, names, strict=True)
+    ]
+    return all(judged)
+
+
+def _measure(problem: Problem, run: Run, problems: int) -> list[dict]:
+    """Training and inference rows of one shape and operator."""
+    operator = str(problem.fields["operator"])
+    rows = gpu.measure(problem, training_peers(operator), run, problems)
+    with torch.no_grad(), cached_dictionaries():
+        peers = inference_peers(operator, problem.inputs[-1])
+        rows += gpu.measure(_inference(problem), peers, run, problems)
+    return rows
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Check every shape, measure, and write benchmarks/results/ista.{json,md}; 1 where the gate fails."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--autocast", action="store_true", help="fp32 x and D, products in --dtype under autocast")
+    gpu.add_options(parser)
+    options = parser.parse_args(argv)
+    if options.smoke and (status := gpu.rerun_interpreted(__file__, argv)) is not None:
+        return status
+    run = gpu.open_run(options)
+    shapes = SMOKE if options.smoke else {name: SHAPES[name] for name in options.shapes}
+    cases = [(name, shape, operator) for name, shape in shapes.items() for operator in OPERATORS]
+    red = []
+    for case in cases:
+        problem = make_problem(*case, run, options.autocast)
+        if not gpu.passes_gate(problem, _ours(case[2]), ista_is_right, run):
+            red.append(problem.label)
+    if red:
+        print(f"wrong results at {', '.join(red)}: no numbers", file=sys.stderr)
+        return 1
+    run.measure_ceilings()
+    name = "ista_autocast" if options.autocast else "ista"
+    name += "" if run.dtype == torch.bfloat16 else f"_{str(run.dtype).removeprefix('torch.')}"
+    for index, case in enumerate(cases):
+        run.rows += _measure(make_problem(*case, run, options.autocast), run, len(cases) - index)
+        gpu.report(name, run, quiet=True)  # what is measured stays, should the rest be cut short
+    gpu.report(name, run)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

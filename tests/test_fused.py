@@ -1,0 +1,418 @@
+"""The kernels inside PyTorch: dispatch, autograd, autocast, compile, checkpointing, several processes, hooks, errors.
+
+On a GPU, or on the CPU through Triton's interpreter, where half precision means float16.
+"""
+
+import os
+import subprocess
+import sys
+from functools import partial
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from oracle import within_twice_eager
+from torch import Tensor
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from crate_fast import CRATE, functional, fused, whitebox
+from crate_fast.backends import explain_backend
+from crate_fast.folding import fold_dictionary
+from crate_fast.functional import cached_dictionaries, ista, norm_ista, subspace_attention
+from crate_fast.reference import ista_reference, subspace_attention_reference
+
+SIZES = {"image_size": 16, "patch_size": 4, "num_classes": 5, "dim": 48, "depth": 2, "heads": 3, "dim_head": 16}
+
+
+def _model(device, backend: str = "triton", **options) -> CRATE:
+    torch.manual_seed(1)
+    return CRATE(**SIZES, backend=backend, **options).to(device)
+
+
+def _ista_inputs(device, dtype=torch.float32, rows=(2, 17), width=32) -> tuple[Tensor, ...]:
+    x, dictionary = torch.randn(*rows, width) + 0.5, torch.randn(width, width) / width**0.5
+    weight, bias = 1 + 0.3 * torch.randn(width), 0.3 * torch.randn(width)
+    return tuple(t.to(dtype).to(device).requires_grad_() for t in (x, weight, bias, dictionary))
+
+
+# --- the registered operators ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.2])
+def test_opcheck_of_attention(dropout_p, device):
+    w = torch.randn(2, 17, 3, 32, device=device, requires_grad=True)
+    strided = torch.randn(2, 17, 6, 32, device=device)[:, :, ::2].detach().requires_grad_()
+    seed = torch.tensor(5, device=device) if dropout_p else None
+    for tokens in (w, strided):
+        torch.library.opcheck(fused.subspace_attention_fwd, (tokens, 0.2, dropout_p, seed))
+    out, lse = fused.subspace_attention_fwd(w.detach(), 0.2, dropout_p, seed)
+    torch.library.opcheck(fused.subspace_attention_bwd, (out, w.detach(), out, lse, 0.2, dropout_p, seed))
+
+
+@pytest.mark.parametrize("with_norm", [False, True])
+def test_opcheck_of_ista(with_norm, device):
+    x, weight, bias, dictionary = _ista_inputs(device, rows=(17,))
+    folded = fold_dictionary(dictionary.detach())
+    norm = (weight, bias) if with_norm else (None, None)
+    torch.library.opcheck(fused.ista_fwd, (x, *norm, dictionary, folded, 0.1, 0.1, 1e-5, False))
+    with torch.no_grad():
+        y, mean, rstd = fused.ista_fwd(x, *norm, dictionary, folded, 0.1, 0.1, 1e-5, False)
+        x, weight, bias, dictionary = (t.detach() for t in (x, weight, bias, dictionary))
+        norm = (weight, bias) if with_norm else (None, None)
+        torch.library.opcheck(fused.ista_bwd_input, (y, y, folded))
+        torch.library.opcheck(fused.ista_bwd_dictionary, (y, x, y, mean, rstd, *norm, dictionary, folded, 0.1))
+        if with_norm:
+            torch.library.opcheck(fused.layer_norm_bwd, (y, x, mean, rstd, weight, bias))
+
+
+# --- the public functions ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_functions_match_the_reference(dtype, device):
+    x, weight, bias, dictionary = _ista_inputs(device, dtype)
+    w = torch.randn(2, 17, 3, 16, device=device).to(dtype).requires_grad_()
+
+    def reference_norm_ista(x, weight, bias, dictionary):
+        return ista_reference(F.layer_norm(x, x.shape[-1:], weight, bias), dictionary, threshold="soft")
+
+    cases = [
+        (partial(subspace_attention, backend="triton"), subspace_attention_reference, (w,)),
+        (partial(ista, backend="triton"), ista_reference, (x, dictionary)),
+        (partial(norm_ista, threshold="soft", backend="triton"), reference_norm_ista, (x, weight, bias, dictionary)),
+    ]
+    for ours, reference, inputs in cases:
+        out = ours(*inputs)
+        grad = torch.randn_like(out)
+        results = []
+        for function, tensors in (
+            (ours, inputs),
+            (reference, inputs),
+            (reference, [t.detach().double().requires_grad_() for t in inputs]),
+        ):
+            y = function(*tensors)
+            results.append([y, *torch.autograd.grad(y, tensors, grad.to(y.dtype))])
+        assert all([within_twice_eager(*row, reference.__name__) for row in zip(*results, strict=True)])  # noqa: C419
+
+
+def test_only_the_gradients_asked_for(device, monkeypatch):
+    x, weight, bias, dictionary = _ista_inputs(device)
+    refuse = lambda *_: pytest.fail("not asked for")  # noqa: E731
+    with monkeypatch.context() as patch:
+        patch.setattr(fused, "ista_bwd_dictionary", refuse)
+        assert norm_ista(x, weight, bias, dictionary.detach(), backend="triton").sum().backward() is None
+    with monkeypatch.context() as patch:
+        patch.setattr(fused, "ista_bwd_input", refuse)
+        frozen = (t.detach() for t in (x, weight, bias))
+        norm_ista(*frozen, dictionary, backend="triton").sum().backward()
+    assert dictionary.grad is not None
+
+
+def test_dropout_is_drawn_from_the_devices_generator(device):
+    w = torch.randn(2, 33, 2, 16, device=device)
+    drawn = []
+    for seed in (3, 3, 4):
+        torch.manual_seed(seed)
+        drawn.append(subspace_attention(w, dropout_p=0.3, backend="triton"))
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+    many = torch.stack([subspace_attention(w, dropout_p=0.3, backend="triton") for _ in range(200)])
+    expected = subspace_attention(w, backend="triton")
+    spread = many.std(0) / 200**0.5
+    assert ((many.mean(0) - expected).abs() < 5 * spread + 1e-6).all()
+
+
+def test_autocast_runs_the_kernels_in_half_precision(device):
+    w = torch.randn(2, 17, 3, 16, device=device, requires_grad=True)
+    x, weight, bias, dictionary = _ista_inputs(device)
+    with torch.autocast(device.type, dtype=torch.float16):
+        out = subspace_attention(w, backend="triton")
+        y = ista(x, dictionary, backend="triton")
+        z = norm_ista(x.half(), weight, bias, dictionary, backend="triton")
+    assert (out.dtype, y.dtype, z.dtype) == (torch.float16, torch.float32, torch.float32)
+    torch.testing.assert_close(out.float(), subspace_attention_reference(w), rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(y, ista_reference(x, dictionary), rtol=1e-2, atol=1e-2)
+    (out.float().sum() + y.sum() + z.sum()).backward()
+    for tensor in (w, x, weight, bias, dictionary):
+        assert tensor.grad.dtype == torch.float32
+        assert tensor.grad.isfinite().all()
+
+
+# --- the model ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"threshold": "soft"}, {"residual": "paper"}, {"attention": "mhsa"}, {"sparsifier": "mlp"}],
+    ids=str,
+)
+def test_the_model_on_kernels_is_the_model(options, device):
+    ours, plain = _model(device, **options), _model(device, "torch", **options)
+    images = torch.randn(3, 3, 16, 16, device=device)
+    outputs = [model(images) for model in (ours, plain)]
+    torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-4)
+    for out in outputs:
+        out.square().sum().backward()
+    for (name, p), q in zip(ours.named_parameters(), plain.parameters(), strict=True):
+        assert (p.grad - q.grad).norm() <= 1e-4 * q.grad.norm() + 1e-6, name
+
+
+def test_normalised_rows_stay_in_the_kernel_until_somebody_hooks(device, monkeypatch):
+    model = _model(device)
+    images = torch.randn(2, 3, 16, 16, device=device)
+    calls = []
+    fused_call = functional.norm_ista
+    monkeypatch.setattr(functional, "norm_ista", lambda *a, **k: calls.append(1) or fused_call(*a, **k))
+    expected = model(images)
+    assert len(calls) == SIZES["depth"]
+    sparsifier = model.transformer.layers[0][1]
+    for module, register in (
+        (sparsifier.fn, "register_forward_hook"),
+        (sparsifier.fn, "register_forward_pre_hook"),
+        (sparsifier.fn, "register_full_backward_hook"),
+        (sparsifier.norm, "register_forward_hook"),
+    ):
+        calls.clear()
+        fired = []
+        handle = getattr(module, register)(lambda *_, fired=fired: fired.append(1))
+        out = model(images)
+        out.sum().backward()
+        handle.remove()
+        assert fired == [1]
+        assert len(calls) == SIZES["depth"] - 1
+        torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_white_box_stays_open(device):
+    images = torch.randn(2, 3, 16, 16, device=device)
+    ours, plain = (whitebox.trace(_model(device, backend), images) for backend in ("triton", "torch"))
+    for one, other in zip(ours, plain, strict=True):
+        torch.testing.assert_close(one.after_ista, other.after_ista, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(one.attention(), other.attention(), rtol=1e-4, atol=1e-4)
+
+
+def test_compiled_whole(device):
+    model = _model(device)
+    images = torch.randn(3, 3, 16, 16, device=device)
+    expected = model(images)
+    expected.square().sum().backward()
+    grads = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    compiled = torch.compile(model, fullgraph=True, backend="inductor" if device.type == "cuda" else "aot_eager")
+    out = compiled(images)
+    out.square().sum().backward()
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
+    for p, grad in zip(model.parameters(), grads, strict=True):
+        torch.testing.assert_close(p.grad, grad, rtol=1e-3, atol=1e-4)
+
+
+def test_compiled_with_autocast_and_dropout(device):
+    model = _model(device, dropout=0.1).train()
+    compiled = torch.compile(model, fullgraph=True, backend="inductor" if device.type == "cuda" else "aot_eager")
+    with torch.autocast(device.type, dtype=torch.float16):
+        out = compiled(torch.randn(3, 3, 16, 16, device=device))
+    out.float().sum().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_checkpointing_draws_the_same_mask(device):
+    model = _model(device, dropout=0.2).train()
+    images = torch.randn(3, 3, 16, 16, device=device)
+    grads = []
+    for checkpointing in (False, True):
+        model.set_grad_checkpointing(checkpointing)
+        model.zero_grad()
+        torch.manual_seed(3)
+        model(images).square().sum().backward()
+        grads.append([p.grad.clone() for p in model.parameters()])
+    for plain, recomputed in zip(*grads, strict=True):
+        assert torch.equal(plain, recomputed)
+
+
+def test_a_checkpointed_operator(device):
+    w = torch.randn(2, 17, 3, 16, device=device, requires_grad=True)
+    call = partial(subspace_attention, dropout_p=0.2, backend="triton")
+    torch.manual_seed(0)
+    (expected,) = torch.autograd.grad(call(w).square().sum(), w)
+    torch.manual_seed(0)
+    (actual,) = torch.autograd.grad(checkpoint(call, w, use_reentrant=False).square().sum(), w)
+    assert torch.equal(actual, expected)
+
+
+# --- several processes -------------------------------------------------------------------------------------------
+
+
+def _shard(rank: int, images: Tensor) -> Tensor:
+    return images[rank::2]
+
+
+def _data_parallel(rank: int, port: int, sharded: bool, images: Tensor, expected: list[Tensor]) -> None:
+    torch.set_num_threads(1)
+    address = f"tcp://127.0.0.1:{port}"
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
+    try:
+        model = _model("cpu")
+        if sharded:
+            mesh = dist.init_device_mesh("cpu", (2,))
+            for layer in model.transformer.layers:
+                fully_shard(layer, mesh=mesh)
+            runner = fully_shard(model, mesh=mesh)
+        else:
+            runner = DistributedDataParallel(model)
+        for _ in range(2):  # the second time, what the first left behind would show
+            model.zero_grad()
+            runner(_shard(rank, images)).square().mean().backward()
+        for parameter, grad in zip(model.parameters(), expected, strict=True):
+            actual = parameter.grad.full_tensor() if sharded else parameter.grad
+            torch.testing.assert_close(actual, grad, rtol=1e-4, atol=1e-6)
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="two processes would need two GPUs")
+@pytest.mark.parametrize("sharded", [False, True], ids=["DDP", "FSDP2"])
+def test_two_processes(sharded, free_port):
+    images = torch.randn(4, 3, 16, 16)
+    model = _model("cpu")
+    (sum(model(_shard(rank, images)).square().mean() for rank in range(2)) / 2).backward()
+    expected = [p.grad for p in model.parameters()]
+    mp.spawn(_data_parallel, (free_port, sharded, images, expected), nprocs=2)
+
+
+# --- folding once ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folds(monkeypatch) -> list:
+    """One entry for every dictionary folded."""
+    from crate_fast import folding
+
+    calls = []
+    plain = folding.fold_dictionary
+    counted = lambda *args: calls.append(1) or plain(*args)  # noqa: E731
+    monkeypatch.setattr(folding, "fold_dictionary", counted)
+    monkeypatch.setattr(functional, "fold_dictionary", counted)
+    return calls
+
+
+def test_a_dictionary_is_folded_once_a_scope(device, folds):
+    model = _model(device)
+    images = torch.randn(2, 3, 16, 16, device=device)
+    losses = []
+    for scope in (None, cached_dictionaries):
+        model.zero_grad()
+        folds.clear()
+        with scope() if scope else torch.enable_grad():
+            for _ in range(3):
+                model(images).square().sum().backward()
+        losses.append([p.grad.clone() for p in model.parameters()])
+        assert len(folds) == (SIZES["depth"] if scope else 3 * SIZES["depth"])
+    for one, other in zip(*losses, strict=True):
+        assert torch.equal(one, other)
+    model(images)
+    assert len(folds) == 2 * SIZES["depth"]  # nothing is kept after the scope
+
+
+def test_scopes_nest_and_serve_the_torch_backend(folds):
+    model = _model("cpu", "torch").eval()
+    images = torch.randn(8, 3, 16, 16)
+    with torch.no_grad(), cached_dictionaries():
+        expected = model(images)
+        with cached_dictionaries():
+            assert torch.equal(model(images), expected)
+        assert torch.equal(model(images), expected)
+    assert len(folds) == SIZES["depth"]
+
+
+def test_a_dictionary_that_changes_inside_the_scope(device):
+    x, _, _, dictionary = _ista_inputs(device)
+    with cached_dictionaries(), torch.no_grad():
+        ista(x, dictionary, backend="triton")
+        dictionary.add_(1)
+        with pytest.raises(RuntimeError, match=r"changed inside cached_dictionaries\(\)"):
+            ista(x, dictionary, backend="triton")
+    torch.testing.assert_close(
+        ista(x, dictionary, backend="triton"), ista_reference(x, dictionary), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_scopes_in_inference_mode(device):
+    x, _, _, dictionary = _ista_inputs(device)
+    with torch.inference_mode(), cached_dictionaries():
+        made_here = dictionary.clone()
+        for _ in range(2):
+            torch.testing.assert_close(
+                ista(x, made_here, backend="triton"), ista_reference(x, made_here), rtol=1e-4, atol=1e-4
+            )
+
+
+# --- errors ------------------------------------------------------------------------------------------------------
+
+
+def test_second_derivatives_are_refused(device):
+    x, weight, bias, dictionary = _ista_inputs(device)
+    w = torch.randn(1, 5, 1, 16, device=device, requires_grad=True)
+    for out, tensor in (
+        (subspace_attention(w, backend="triton"), w),
+        (norm_ista(x, weight, bias, dictionary, backend="triton"), x),
+        (ista(x, dictionary, backend="triton"), dictionary),
+        (subspace_attention(w.cpu()), w),
+    ):
+        (grad,) = torch.autograd.grad(out.square().sum(), tensor, create_graph=True)
+        with pytest.raises(RuntimeError, match="cannot be differentiated again"):
+            grad.sum().backward()
+
+
+def _zeros(*shape: int, dtype=torch.float32) -> Tensor:
+    return torch.zeros(shape, dtype=dtype)
+
+
+CLEAR_ERRORS = [
+    (lambda: subspace_attention(_zeros(1, 2, 1, 129), backend="triton"), RuntimeError, "heads up to 128 wide.*129"),
+    (lambda: subspace_attention(_zeros(1, 2, 1, 8, dtype=torch.float64), backend="triton"), RuntimeError, "float64"),
+    (lambda: subspace_attention(_zeros(1, 2, 1, 8), -1.0), ValueError, "scale=-1.0"),
+    (lambda: ista(*2 * [_zeros(8, 8, dtype=torch.float64)], backend="triton"), RuntimeError, "float64"),
+    (lambda: norm_ista(_zeros(2, 8), _zeros(7), _zeros(8), _zeros(8, 8)), ValueError, "weight"),
+    (lambda: norm_ista(_zeros(2, 8), _zeros(8), None, _zeros(8, 8)), TypeError, "bias"),
+]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a process with a GPU interprets nothing")
+@pytest.mark.parametrize(("call", "error", "message"), CLEAR_ERRORS, ids=[message for *_, message in CLEAR_ERRORS])
+def test_clear_errors(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_what_the_kernels_do_not_take_runs_in_pytorch_and_says_so(device):
+    name, reason = explain_backend(device, dtype=torch.float64)
+    assert name == "torch"
+    assert "float64" in reason
+    assert subspace_attention(torch.randn(1, 5, 1, 160, device=device)).shape == (1, 5, 1, 160)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
+def test_without_a_gpu():
+    assert explain_backend("cuda") == ("torch", "PyTorch finds no CUDA or ROCm device on this machine")
+    assert explain_backend("cpu") == ("torch", "Triton's interpreter runs only where backend='triton' asks for it")
+    assert explain_backend("cpu", "triton") == ("triton", "asked for")
+    with pytest.raises(RuntimeError, match="interpreter computes bfloat16 wrongly"):
+        explain_backend("cpu", "triton", dtype=torch.bfloat16)
+    code = (
+        "import torch; from crate_fast.functional import ista\n"
+        "try: ista(torch.ones(2, 4), torch.eye(4), backend='triton')\n"
+        "except RuntimeError as error: print(error)"
+    )
+    environment = os.environ | {"TRITON_INTERPRET": "0"}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert "backend='triton' cannot run: Triton kernels need a CUDA or ROCm device" in result.stdout
+
+
+def test_importing_the_package_compiles_nothing():
+    code = "import sys, crate_fast; print('crate_fast.kernels.subspace_attention' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "False"

@@ -1,0 +1,103 @@
+"""The offline tuner: its choice, what it rules out, and the row it writes; on small problems in the interpreter."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import tune_tiles
+
+from crate_fast.kernels import tiles
+from crate_fast.kernels.tiles import TABLE, Tile
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch):
+    monkeypatch.setattr(tune_tiles, "SHORT_SHAPE", (1, 17, 1))
+    monkeypatch.setattr(tune_tiles, "ATTENTION_SHAPE", (1, 33, 1))
+    monkeypatch.setattr(tune_tiles, "ROWS", 80)
+    monkeypatch.setattr(tune_tiles, "WIDTH", 32)
+    few = [Tile(32, 32, 4, 1, 32), Tile(64, 32, 4, 1, 32), Tile(64, 64, 4, 1, 32)]
+    monkeypatch.setattr(tune_tiles, "candidates", lambda _: few)
+
+
+@pytest.mark.parametrize("kernel", sorted({kernel for kernel, *_ in TABLE}))
+def test_the_fastest_that_agrees_is_chosen(kernel, device):
+    wanted = tune_tiles.problems(kernel, 32, device, torch.float32)
+    key = tune_tiles._key(kernel, wanted[0])
+    assert key in TABLE
+    seconds = iter([5.0, 4.0, 3.0, 9.0] * 2)  # the present row's first
+
+    def measure(call):
+        call()
+        return next(seconds)
+
+    if len(wanted) == 2:
+        seconds = iter([5.0, 5.0, 4.0, 4.0, 3.0, 3.0, 9.0, 9.0])
+    present = TABLE[key] if TABLE[key] not in tune_tiles.candidates(kernel) else Tile(16, 32, 4, 1, 32)
+    best, measured = tune_tiles.tune(kernel, present, wanted, measure)
+    assert best == tune_tiles.candidates(kernel)[1]
+    assert len(measured) == 4
+
+
+def test_a_wrong_or_refused_tile_is_ruled_out(device, monkeypatch):
+    (short, _) = tune_tiles.problems("attention_forward", 32, device, torch.float32)
+
+    class Wrong:
+        def run(self):
+            short.output.fill_(7.0)
+
+    def plan(tile):
+        if tile.block_m == 32:
+            return [Wrong()]
+        if tile.block_n == 64:
+            raise MemoryError("out of shared memory")
+        return short.plan(tile)
+
+    problem = tune_tiles.Problem(plan, short.output)
+    best, measured = tune_tiles.tune("attention_forward", Tile(16, 16, 4, 1), [problem], lambda call: 1.0)
+    assert best == Tile(16, 16, 4, 1)
+    reasons = [value for value in measured.values() if isinstance(value, str)]
+    assert len(reasons) == 2
+    assert "differs" in reasons[0]
+    assert "out of shared memory" in reasons[1]
+
+
+def test_a_present_row_that_fails_is_an_error(device):
+    (short, _) = tune_tiles.problems("attention_forward", 32, device, torch.float32)
+    calls = []
+
+    def plan(tile):
+        calls.append(tile)
+        if len(calls) > 1:
+            raise MemoryError("no")
+        return short.plan(tile)
+
+    with pytest.raises(RuntimeError, match="the present row"):
+        tune_tiles.tune(
+            "attention_forward", Tile(16, 16, 4, 1), [tune_tiles.Problem(plan, short.output)], lambda _: 1.0
+        )
+
+
+def test_a_row_is_written(tmp_path):
+    path = tmp_path / "tiles.py"
+    shutil.copy(tiles.__file__, path)
+    key = ("ista_forward", "sm_90", "half", 0)
+    before = path.read_text().splitlines()
+    tune_tiles.write_row(key, Tile(64, 32, 4, 5, 16), path)
+    changed = [line for line in path.read_text().splitlines() if line not in before]
+    assert changed == ['    ("ista_forward", "sm_90", "half", 0): Tile(64, 32, 4, 5, 16),']
+    with pytest.raises(ValueError, match="0 rows"):
+        tune_tiles.write_row(("ista_forward", "sm_20", "half", 0), Tile(64, 32, 4, 5, 16), path)
+
+
+def test_every_row_of_the_table_reads_as_the_tuner_writes_it():
+    source = Path(tiles.__file__).read_text().splitlines()
+    for key, tile in TABLE.items():
+        assert tune_tiles.row_source(key, tile) in source
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
+def test_without_a_gpu():
+    with pytest.raises(SystemExit, match="finds none here"):
+        tune_tiles.main([])
