@@ -1,10 +1,11 @@
 """G = η(D − DᵀD), the one matrix of an ISTA step: computed once a call, or once for many calls in a scope."""
 
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
+from crate_fast.autocast import without_autocast
 from crate_fast.cpu import linear
 
 __all__ = ["cached_dictionaries", "fold_dictionary", "fold_dictionary_once"]
@@ -27,11 +28,6 @@ class _FoldDictionary(torch.autograd.Function):
         return grad - linear(dictionary, grad + grad.t())
 
 
-def _no_autocast(device_type: str):
-    available = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
-    return torch.autocast(device_type, enabled=False) if available else nullcontext()
-
-
 def fold_dictionary(dictionary: Tensor, step_size: float = 0.1) -> Tensor:
     """The matrix of the ISTA gradient step, G = η(D − DᵀD): x + xG = x + η(xD − xDᵀD).
 
@@ -42,7 +38,7 @@ def fold_dictionary(dictionary: Tensor, step_size: float = 0.1) -> Tensor:
     Returns:
         G [C, C] in the dictionary's dtype, computed without autocast.
     """
-    with _no_autocast(dictionary.device.type):
+    with without_autocast(dictionary.device.type):
         return step_size * _FoldDictionary.apply(dictionary)
 
 

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from crate_fast import cpu, fused
+from crate_fast.autocast import autocast_enabled
 from crate_fast.backends import resolve_backend
 from crate_fast.cpu import linear
 from crate_fast.folding import cached_dictionaries, fold_dictionary, fold_dictionary_once
@@ -35,13 +36,9 @@ def _check_tensor(name: str, tensor: Tensor, rank: str, ok: bool) -> None:
         raise TypeError(f"{name} is {tensor.dtype}: cast it to float16, bfloat16, float32 or float64")
 
 
-def _autocast_enabled(device_type: str) -> bool:
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
-
-
 def _compute_dtype(tensor: Tensor) -> torch.dtype:
     """What a product with `tensor` multiplies in: autocast's dtype where it is on, the tensor's elsewhere."""
-    if _autocast_enabled(tensor.device.type) and tensor.dtype != torch.float64:
+    if autocast_enabled(tensor.device.type) and tensor.dtype != torch.float64:
         return torch.get_autocast_dtype(tensor.device.type)
     return tensor.dtype
 
@@ -170,7 +167,7 @@ def norm_ista(
         fits = isinstance(channel, Tensor) and channel.shape == x.shape[-1:]
         _check_tensor(name, channel, f"[C] = [{x.shape[-1]}]", fits)
     if resolve_backend(x, backend) == "triton":
-        x = x.float() if _autocast_enabled(x.device.type) else x
+        x = x.float() if autocast_enabled(x.device.type) else x
         return _fused_ista(x, (weight, bias, float(eps)), dictionary, step_size, sparsity, threshold)
     normed = F.layer_norm(x, x.shape[-1:], weight, bias, eps)
     return _folded_ista(normed, dictionary, step_size, sparsity, threshold)
@@ -183,7 +180,7 @@ def _check_ista(x: Tensor, dictionary: Tensor, step_size: float, sparsity: float
     _check_tensor("dictionary", dictionary, f"[C, C] = [{width}, {width}] to match x's last dimension", square)
     if dictionary.device != x.device:
         raise ValueError(f"dictionary is on {dictionary.device} and x on {x.device}: move one to the other's device")
-    if dictionary.dtype != x.dtype and not _autocast_enabled(x.device.type):
+    if dictionary.dtype != x.dtype and not autocast_enabled(x.device.type):
         raise TypeError(f"dictionary is {dictionary.dtype} and x {x.dtype}: cast one to the other's dtype")
     _check_fraction("step_size", step_size, 0.0, None)
     _check_fraction("sparsity", sparsity, 0.0, None)

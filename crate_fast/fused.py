@@ -7,6 +7,7 @@ their own, so `torch.compile` sees the whole step. Second derivatives are refuse
 import torch
 from torch import Tensor
 
+from crate_fast.autocast import without_autocast
 from crate_fast.double_backward import refuse_double_backward
 
 __all__ = ["ista_fwd", "subspace_attention_fwd"]
@@ -143,7 +144,7 @@ def ista_bwd_dictionary(
     from crate_fast.kernels import ista
 
     grad_folded = ista.backward_folded(x, grad, y, folded.dtype, _norm(mean, rstd, gamma, beta))
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device.type):
         symmetric = grad_folded + grad_folded.t()
         return (step_size * (grad_folded - dictionary.float() @ symmetric)).to(dictionary.dtype)
 

@@ -194,7 +194,7 @@ class PreNorm(nn.Module):
         return fn(norm(x))
 
 
-class Layer(nn.ModuleList):
+class Layer(nn.Sequential):
     """One step of the optimisation: compress (`layer[0]`), then sparsify (`layer[1]`).
 
     residual="released": h = x + attention(LN₁ x), as the released code.
@@ -209,7 +209,7 @@ class Layer(nn.ModuleList):
     """
 
     def __init__(self, attention: PreNorm, sparsifier: PreNorm, residual: str = "released"):
-        super().__init__([attention, sparsifier])
+        super().__init__(attention, sparsifier)
         self.residual = residual
 
     def forward(self, x: Tensor) -> Tensor:

@@ -195,6 +195,25 @@ def test_the_white_box_stays_open(device):
         torch.testing.assert_close(one.attention(), other.attention(), rtol=1e-4, atol=1e-4)
 
 
+def test_training_follows_the_torch_backend(device):
+    images, labels = torch.randn(16, 3, 16, 16, device=device), torch.arange(16, device=device) % 5
+    curves = []
+    for backend in ("triton", "torch"):
+        model = _model(device, backend)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+        losses = []
+        for _ in range(8):
+            optimizer.zero_grad()
+            with cached_dictionaries():
+                loss = F.cross_entropy(model(images), labels)
+                loss.backward()
+            optimizer.step()
+            losses.append(loss.detach())
+        curves.append(torch.stack(losses))
+    torch.testing.assert_close(*curves, rtol=1e-3, atol=1e-3)
+    assert curves[0][-1] < 0.8 * curves[0][0]
+
+
 def test_compiled_whole(device):
     model = _model(device)
     images = torch.randn(3, 3, 16, 16, device=device)

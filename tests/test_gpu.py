@@ -1,56 +1,242 @@
-"""On a GPU: the operators in every dtype, the model against the CPU, and a training run with autocast."""
+"""On a GPU: kernels in every dtype against float64, determinism, compile, CUDA graphs, and training beside the eager
+released form. `benchmarks/gpu_check.sh` runs this file, the kernels' own tests and then the benchmarks."""
 
 import json
 import math
+from contextlib import contextmanager
+from functools import partial
 
 import pytest
 import torch
-from oracle import token_scale, within_twice_eager
+import torch.nn.functional as F
+from oracle import philox_uniform, token_scale, within_twice_eager
+from released import ReleasedCRATE
 
 from crate_fast import CRATE
-from crate_fast.functional import ista, subspace_attention
+from crate_fast.backends import explain_backend
+from crate_fast.functional import ista, norm_ista, subspace_attention
+from crate_fast.kernels import subspace_attention as attention_kernels
 from crate_fast.reference import ista_reference, subspace_attention_reference
 from crate_fast.train import pretrain
 
 pytestmark = pytest.mark.gpu
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+PRECISIONS = ["ieee", "tf32", "float16", "bfloat16"]
+ATTENTION_SHAPES = [
+    (2, 197, 6, 64),
+    (2, 197, 12, 48),
+    (2, 785, 6, 64),
+    (1, 197, 3, 80),
+    (1, 196, 2, 128),
+    (2, 65, 2, 32),
+]
+NETWORK = {"image_size": 32, "patch_size": 4, "num_classes": 10, "dim": 96, "depth": 3, "heads": 3, "dim_head": 32}
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(2, 197, 6, 64), (2, 197, 12, 48), (1, 785, 6, 64)], ids=str)
-def test_subspace_attention(shape, dtype):
-    w = (torch.randn(shape, device="cuda") * token_scale(shape[1], shape[3])).to(dtype).requires_grad_()
-    grad = torch.randn(shape, device="cuda").to(dtype)
+@contextmanager
+def _precision(name: str):
+    """The dtype, with fp32 products as named while the context lasts."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
+    try:
+        yield torch.float32 if name in ("ieee", "tf32") else getattr(torch, name)
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _agrees(ours, reference, inputs, names: str, cotangent: torch.Tensor | None = None) -> bool:
+    """Output and gradients within twice the error of the reference in the same dtype."""
+    inputs = [t.detach().requires_grad_() for t in inputs]
+    grad = torch.randn_like(ours(*inputs)) if cotangent is None else cotangent
     results = []
-    for function, tokens in (
-        (subspace_attention, w),
-        (subspace_attention_reference, w),
-        (subspace_attention_reference, w.double()),
+    for function, tensors in (
+        (ours, inputs),
+        (reference, inputs),
+        (reference, [t.detach().double().requires_grad_() for t in inputs]),
     ):
-        out = function(tokens)
-        results.append((out, *torch.autograd.grad(out, w, grad.to(out.dtype))))
-    for actual, eager, truth, name in zip(*results, ("O", "dW"), strict=True):
-        assert within_twice_eager(actual, eager, truth, name)
+        out = function(*tensors)
+        results.append([out, *torch.autograd.grad(out, tensors, grad.to(out.dtype))])
+    verdicts = [within_twice_eager(*row) for row in zip(*results, names.split(), strict=True)]
+    return all(verdicts)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_ista(dtype):
-    x = torch.randn(4, 197, 384, device="cuda").to(dtype)
-    dictionary = (torch.randn(384, 384, device="cuda") / 384**0.5).to(dtype)
-    truth = ista_reference(x.double(), dictionary.double())
-    assert within_twice_eager(ista(x, dictionary), ista_reference(x, dictionary), truth, "y")
+def test_the_kernels_are_what_runs():
+    assert explain_backend("cuda") == ("triton", "the device runs the fused kernels")
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("shape", ATTENTION_SHAPES, ids=str)
+def test_subspace_attention(shape, precision):
+    with _precision(precision) as dtype:
+        w = (torch.randn(shape, device="cuda") * token_scale(shape[1], shape[3])).to(dtype)
+        assert _agrees(subspace_attention, subspace_attention_reference, [w], "O dW")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_large_offsets(dtype):
+    w = (torch.randn(4, 197, 6, 64, device="cuda") * token_scale(197, 64) + 10).to(dtype)
+    assert _agrees(subspace_attention, subspace_attention_reference, [w], "O dW")
+
+
+def test_dropout_has_the_documented_mask():
+    w = torch.randn(2, 197, 3, 64, device="cuda", dtype=torch.bfloat16)
+    seed = torch.tensor(2**40 + 7, device="cuda")
+    keep = (philox_uniform(seed.item(), 197, 6).view(2, 3, 197, 197) >= 0.2).cuda()
+
+    def reference(tokens):
+        heads = tokens.transpose(1, 2)
+        weights = (0.125 * heads @ heads.transpose(-1, -2)).softmax(-1) * keep / 0.8
+        return (weights @ heads).transpose(1, 2)
+
+    out, _ = attention_kernels.forward(w, 0.125, 0.2, seed)
+    assert within_twice_eager(out, reference(w), reference(w.double()), "O")
+
+
+def _clear_of_the_threshold(x, dictionary, precision: str) -> torch.Tensor:
+    """A gradient that is zero where rounding decides whether ISTA's output is."""
+    tokens, wide = x.double(), dictionary.double()
+    u = tokens + 0.1 * (tokens @ wide - tokens @ wide.t() @ wide)
+    margin = 32 * (2**-11 if precision == "tf32" else torch.finfo(x.dtype).eps)
+    return torch.where((u.abs() - 0.01).abs() > margin, torch.randn_like(u), 0).to(x.dtype)
+
+
+@pytest.mark.parametrize("threshold", ["relu", "soft"])
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("width", [192, 384, 576, 768, 1024])
+def test_ista(width, precision, threshold):
+    with _precision(precision) as dtype:
+        x = torch.randn(4, 197, width, device="cuda").to(dtype)
+        dictionary = (torch.randn(width, width, device="cuda") / width**0.5).to(dtype)
+        ours, reference = (partial(f, threshold=threshold) for f in (ista, ista_reference))
+        assert _agrees(ours, reference, [x, dictionary], "y dx dD", _clear_of_the_threshold(x, dictionary, precision))
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("width", [384, 768])
+def test_ista_behind_a_layer_norm(width, precision):
+    with _precision(precision) as dtype:
+        x = (torch.randn(4, 197, width, device="cuda") * 2 + 1).to(dtype)
+        dictionary = (torch.randn(width, width, device="cuda") / width**0.5).to(dtype)
+        weight = (1 + 0.3 * torch.randn(width, device="cuda")).to(dtype)
+        bias = (0.3 * torch.randn(width, device="cuda")).to(dtype)
+
+        def reference(x, weight, bias, dictionary):
+            return ista_reference(F.layer_norm(x, x.shape[-1:], weight, bias), dictionary)
+
+        cotangent = _clear_of_the_threshold(F.layer_norm(x, x.shape[-1:], weight, bias), dictionary, precision)
+        assert _agrees(norm_ista, reference, [x, weight, bias, dictionary], "y dx dγ dβ dD", cotangent)
+
+
+def test_a_rerun_is_bit_equal():
+    w = torch.randn(16, 785, 6, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    x = torch.randn(64, 197, 768, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    dictionary = (torch.randn(768, 768, device="cuda") / 768**0.5).bfloat16().requires_grad_()
+    ones = torch.ones(768, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    for function, inputs in ((subspace_attention, [w]), (norm_ista, [x, ones, ones, dictionary])):
+        grad = torch.randn_like(function(*inputs))
+        runs = []
+        for _ in range(3):
+            out = function(*inputs)
+            runs.append([out, *torch.autograd.grad(out, dict.fromkeys(inputs), grad)])
+        for again in runs[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(runs[0], again, strict=True))
+
+
+def test_more_elements_than_32_bits_count():
+    images = 2**31 // (785 * 12 * 64) + 2
+    if torch.cuda.mem_get_info()[0] < 8 * images * 785 * 12 * 64:
+        pytest.skip("needs 17 GB of free GPU memory")
+    w = torch.randn(785, 12, 64, device="cuda", dtype=torch.bfloat16).expand(images, -1, -1, -1).contiguous()
+    with torch.no_grad():
+        out = subspace_attention(w)
+        assert torch.equal(out[-1], out[0])
+        assert torch.equal(out[0], subspace_attention(w[:1])[0])
+
+
+def _network(backend: str = "auto", **options) -> CRATE:
+    torch.manual_seed(1)
+    return CRATE(**NETWORK, backend=backend, **options).cuda()
 
 
 def test_the_model_agrees_with_the_cpu():
-    model = CRATE(image_size=32, patch_size=4, num_classes=7, dim=96, depth=3, heads=3, dim_head=32).eval()
+    model = _network().eval()
     images = torch.randn(4, 3, 32, 32)
     with torch.no_grad():
-        expected = model(images)
-        actual = model.cuda()(images.cuda())
+        actual = model(images.cuda())
         with torch.autocast("cuda", torch.bfloat16):
             low = model(images.cuda())
-    torch.testing.assert_close(actual.cpu(), expected, rtol=1e-2, atol=1e-2)
+        expected = model.cpu()(images)
+    torch.testing.assert_close(actual.cpu(), expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(low.float().cpu(), expected, rtol=0.1, atol=0.1)
+
+
+def test_compiled_whole_under_autocast():
+    images = torch.randn(8, 3, 32, 32, device="cuda")
+    results = []
+    for compiled in (False, True):
+        model = _network()
+        runner = torch.compile(model, fullgraph=True) if compiled else model
+        with torch.autocast("cuda", torch.bfloat16):
+            out = runner(images)
+        out.float().square().sum().backward()
+        results.append((out, [p.grad for p in model.parameters()]))
+    torch.testing.assert_close(results[1][0], results[0][0], rtol=0.05, atol=0.05)
+    for eager, whole in zip(results[0][1], results[1][1], strict=True):
+        assert (whole - eager).norm() <= 0.05 * eager.norm()
+
+
+def test_cuda_graphs_draw_a_new_mask_every_time():
+    w = torch.randn(2, 65, 3, 32, device="cuda", dtype=torch.bfloat16)
+    subspace_attention(w, dropout_p=0.3)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = subspace_attention(w, dropout_p=0.3)
+    drawn = []
+    for _ in range(2):
+        graph.replay()
+        drawn.append(out.clone())
+    assert not torch.equal(*drawn)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_the_device_of_the_tensor_counts():
+    w = torch.randn(2, 65, 3, 32, device="cuda:1", dtype=torch.bfloat16)
+    torch.testing.assert_close(subspace_attention(w).cpu(), subspace_attention(w.to("cuda:0")).cpu())
+
+
+def _loss_curve(model: torch.nn.Module, seed: int, steps: int = 200) -> list[float]:
+    """Training losses on ten noisy prototypes, the same images for every model with this seed."""
+    generator = torch.Generator("cuda").manual_seed(seed)
+    prototypes = torch.randn(10, 3, 32, 32, device="cuda", generator=generator)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
+    losses = []
+    for _ in range(steps):
+        labels = torch.randint(10, (64,), device="cuda", generator=generator)
+        noise = torch.randn(64, 3, 32, 32, device="cuda", generator=generator)
+        with torch.autocast("cuda", torch.bfloat16):
+            logits = model(prototypes[labels] + 3 * noise)
+        loss = F.cross_entropy(logits.float(), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    return torch.stack(losses).cpu().tolist()
+
+
+def test_training_follows_the_eager_released_form():
+    """Mean loss by quarters: the kernels' distance from eager is within the distance between eager's own seeds."""
+    curves = {"eager": [], "kernels": []}
+    for seed in range(3):
+        torch.manual_seed(seed)
+        eager = ReleasedCRATE(**NETWORK).cuda()
+        ours = CRATE(**NETWORK, backend="triton").cuda()
+        ours.load_state_dict(eager.state_dict())
+        curves["kernels"].append(_loss_curve(ours, seed))
+        curves["eager"].append(_loss_curve(eager, seed))
+    eager, kernels = (torch.tensor(curves[name]).view(3, 4, -1).mean(-1) for name in ("eager", "kernels"))
+    print(f"mean loss by quarters: eager {eager.tolist()}, kernels {kernels.tolist()}")
+    spread = (eager[:, None] - eager[None]).abs().amax((0, 1))
+    assert ((kernels - eager).abs().amax(0) <= spread + 0.01).all()
+    assert (eager[:, -1] < 0.8 * eager[:, 0]).all()  # it learns at all
 
 
 def test_a_training_run(tmp_path):

@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import compile_report
@@ -228,15 +229,13 @@ ATTENTION_MUTANTS = {  # (what the kernel says, what the mutant says)
     "no gradient through the values": ("values_ji = weights_ji\n", "values_ji = weights_ji * 0.0\n"),
     "no gradient through the queries": ("grad_logits = weights_ij * (", "grad_logits = 0.0 * weights_ij * ("),
     "no gradient through the keys": ("grad_logits += weights_ji * (", "grad_logits += 0.0 * weights_ji * ("),
-    "δ of the columns forgotten": ("delta_cols = scale *", "delta_cols = 0.0 *"),
-    "δ of the rows forgotten": ("delta_rows = scale *", "delta_rows = 0.0 *"),
     "the gradient's scale 2 % off": ("(scale * grad_ij", "(1.02 * scale * grad_ij"),
     "the rows' normalisation for the columns": ("scale_log2 - lse_cols[None, :]", "scale_log2 - lse_rows[:, None]"),
     "dO·W the wrong way round": ("grad_ji = _inner_products(w_rows, grad_cols, PRECISION)", "grad_ji = grad_ij"),
 }
 
 
-def _mutant(module, mutation: tuple[str, str], folder: Path):
+def _mutant(module, mutation: Sequence[str], folder: Path):
     source = Path(module.__file__).read_text()
     assert source.count(mutation[0]) == 1, f"{mutation[0]!r} is not in {module.__file__} once"
     path = folder / "mutant.py"
@@ -247,10 +246,31 @@ def _mutant(module, mutation: tuple[str, str], folder: Path):
     return mutant
 
 
+DELTA_MUTANTS = {  # δ comes from dO·O in half precision, from a pass of its own in fp32
+    "δ of the columns forgotten": (torch.float16, "delta_cols = scale * tl.sum", "delta_cols = 0.0 * tl.sum"),
+    "δ of the rows forgotten": (torch.float16, "delta_rows = scale * tl.sum", "delta_rows = 0.0 * tl.sum"),
+    "the columns' δ not loaded": (torch.float32, "delta_cols = scale * tl.load", "delta_cols = 0.0 * tl.load"),
+    "the rows' δ not loaded": (torch.float32, "delta_rows = scale * tl.load", "delta_rows = 0.0 * tl.load"),
+    "δ of a padding key": (
+        torch.float32,
+        "(cols < n_tokens)[None, :], weights_ij, 0.0",
+        "cols[None, :] >= 0, weights_ij, 0.0",
+    ),
+    "L left unnormalised": (torch.float32, "lse_rows + tl.log2(total)", "lse_rows + 0.1"),
+}
+
+
 @pytest.mark.parametrize("name", ATTENTION_MUTANTS)
 def test_attention_mutants_fail(name, device, tmp_path):
     w, grad = _tokens((1, 197, 2, 32), torch.float32, device)
     assert not _attention_is_right(w, grad, module=_mutant(subspace_attention, ATTENTION_MUTANTS[name], tmp_path))
+
+
+@pytest.mark.parametrize("name", DELTA_MUTANTS)
+def test_delta_mutants_fail(name, device, tmp_path):
+    dtype, *mutation = DELTA_MUTANTS[name]
+    w, grad = _tokens((1, 197, 2, 32), dtype, device)
+    assert not _attention_is_right(w, grad, module=_mutant(subspace_attention, mutation, tmp_path))
 
 
 # --- ISTA --------------------------------------------------------------------------------------------------------
@@ -385,7 +405,10 @@ ISTA_MUTANTS = {
     "no ReLU": (RELU, "y = u - shift"),
     "the gradient not masked": ("return tl.where(y != 0.0, grad, 0.0)", "return grad"),
     "no gradient through the residual": ("acc += _load_masked_grad", "acc += 0.0 * _load_masked_grad"),
-    "G not transposed in backward": ("tl.trans(folded)", "folded"),
+    "G not transposed in backward": (
+        "folded = _load_tile(folded_ptr, offs_n, offs_k, WIDTH, WIDTH, BLOCK_K)",
+        "folded = tl.trans(_load_tile(folded_ptr, offs_k, offs_n, WIDTH, WIDTH, BLOCK_N))",
+    ),
     "the last rows of a split dropped": (
         "start + rows_per_split, n_rows)",
         "start + rows_per_split, n_rows) - BLOCK_K",
