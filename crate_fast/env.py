@@ -34,7 +34,20 @@ def describe() -> dict[str, str]:
             facts[str(device)] = torch.cuda.get_device_name(device)
         name, reason = explain_backend(device)
         facts[f"backend on {device}"] = f"{name} ({reason})"
+        if name == "triton" and not torch.version.hip:
+            facts[f"ptxas for {device}"] = _ptxas(device)
     return facts
+
+
+def _ptxas(device: torch.device) -> str:
+    """The assembler Triton would use, and a warning where it is known to miscompile (triton issue 9433)."""
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    major, minor = torch.cuda.get_device_capability(device)
+    tool = get_ptxas(10 * major + minor)
+    if major == 9 and tuple(map(int, tool.version.split(".")[:2])) < (13, 3):
+        return f"{tool.version}, which can miscompile on Hopper: set TRITON_PTXAS_PATH to 13.3 or newer (README)"
+    return tool.version
 
 
 def main(argv: list[str] | None = None) -> int:

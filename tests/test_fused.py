@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from crate_fast import CRATE, functional, fused, whitebox
+from crate_fast import CRATE, env, functional, fused, whitebox
 from crate_fast.backends import explain_backend
 from crate_fast.folding import fold_dictionary
 from crate_fast.functional import cached_dictionaries, ista, norm_ista, subspace_attention
@@ -429,6 +430,16 @@ def test_without_a_gpu():
     environment = os.environ | {"TRITON_INTERPRET": "0"}
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert "backend='triton' cannot run: Triton kernels need a CUDA or ROCm device" in result.stdout
+
+
+@pytest.mark.parametrize(("version", "warned"), [("12.8", True), ("13.2", True), ("13.3", False), ("13.4", False)])
+def test_an_assembler_that_miscompiles_is_named(version, warned, monkeypatch):
+    compiler = pytest.importorskip("triton.backends.nvidia.compiler")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(compiler, "get_ptxas", lambda _: SimpleNamespace(version=version))
+    told = env._ptxas(torch.device("cuda"))
+    assert told.startswith(version)
+    assert ("miscompile" in told) == warned
 
 
 def test_importing_the_package_compiles_nothing():

@@ -476,6 +476,15 @@ def test_every_row_compiles_fits_and_does_not_spill(architecture, tmp_path):
     assert len(compiled) == len(compile_report.cases((architecture,)))
 
 
+def test_the_committed_report_is_of_this_table():
+    report = json.loads((compile_report.RESULTS / "compile.json").read_text())["rows"]
+    reported = [(row["kernel"], row["architecture"], row["precision"], row["size"]) for row in report]
+    cases = compile_report.cases()
+    assert reported == [(case.kernel, case.architecture, case.precision, case.size) for case in cases]
+    tiles = [Tile(**row["tile"]) for row in report]
+    assert all(tile == case.tile for tile, case in zip(tiles, cases, strict=True) if case.tile.block_m)
+
+
 def test_the_report_finds_what_is_wrong():
     good = {
         "kernel": "attention_forward", "architecture": "sm_90", "precision": "half", "size": 64, "error": None,

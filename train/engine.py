@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
+from crate_fast.functional import cached_dictionaries
 from crate_fast.train.config import PretrainConfig
 from crate_fast.train.data import Normalize
 from crate_fast.train.distributed import Processes
@@ -51,6 +52,7 @@ def autocast(device: torch.device, dtype: torch.dtype | None):
 
 
 @torch.inference_mode()
+@cached_dictionaries()
 def evaluate(
     model: nn.Module, loader: DataLoader, normalize: Normalize, processes: Processes, dtype: torch.dtype | None = None
 ) -> dict[str, float]:
@@ -126,12 +128,13 @@ class Trainer:
             totals = torch.zeros(2, device=processes.device)
             draw = np.random.SeedSequence((config.seed, self.step, processes.rank)).generate_state(1, np.uint64)
             torch.manual_seed(int(draw[0]))  # dropout's masks depend on the step alone: nothing to save for a resume
-            for part in range(config.accumulate):
-                images, labels, *_ = next(batches)
-                last = part == config.accumulate - 1
-                hold = nullcontext() if last or processes.world_size == 1 else self.runner.no_sync()
-                with hold:
-                    totals += self._forward_backward(images, labels)
+            with cached_dictionaries():
+                for part in range(config.accumulate):
+                    images, labels, *_ = next(batches)
+                    last = part == config.accumulate - 1
+                    hold = nullcontext() if last or processes.world_size == 1 else self.runner.no_sync()
+                    with hold:
+                        totals += self._forward_backward(images, labels)
             if config.clip_grad:
                 nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_grad)
             self.optimizer.step()
