@@ -1,9 +1,12 @@
 """G = η(D − DᵀD), the one matrix of an ISTA step: computed once a call, or once for many calls in a scope."""
 
+import threading
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from crate_fast.autocast import without_autocast
 from crate_fast.cpu import linear
@@ -42,7 +45,21 @@ def fold_dictionary(dictionary: Tensor, step_size: float = 0.1) -> Tensor:
         return step_size * _FoldDictionary.apply(dictionary)
 
 
-_cache: dict | None = None  # (id of D, η, dtype) → (D, its version, G), inside the scope
+@dataclass
+class _Cache:
+    """What the open scopes share; every thread's, since autograd recomputes checkpoints in threads of its own."""
+
+    lock: threading.RLock = field(default_factory=threading.RLock)
+    scopes: int = 0
+    entries: dict = field(default_factory=dict)  # (id of D, η, dtype, stream) → (D, its version, G)
+    hook: object = None
+
+
+_cache = _Cache()
+
+
+def _refuse_step(*_) -> None:
+    raise RuntimeError("an optimiser steps inside cached_dictionaries(): end the scope before the step")
 
 
 @contextmanager
@@ -50,41 +67,57 @@ def cached_dictionaries():
     """A scope in which every dictionary is folded once, however often it is used: the steps of one weight update.
 
     For gradient accumulation (forward and backward of all micro-batches), activation checkpointing, evaluation
-    loops and serving. Inside, no dictionary may change: a change that PyTorch counts (an optimiser's step,
-    `load_state_dict`) is an error, one behind its back (`parameter.data.add_(…)`) goes unseen. Outside, and in
-    compiled code, every call folds anew: for an image batch of M tokens that is C/M of the step's own product.
+    loops and serving. Inside, no dictionary may change: an optimiser's step and a change that PyTorch counts
+    (`load_state_dict`) are errors; one behind its back (`parameter.data.add_(…)`) goes unseen. Only `nn.Parameter`s
+    are kept. Outside, in compiled code and while a CUDA graph is captured, every call folds anew.
 
     >>> with cached_dictionaries():
     ...     pass  # for batch in batches: model(batch)
     """
-    global _cache
-    outer, _cache = _cache, {} if _cache is None else _cache
+    with _cache.lock:
+        if _cache.scopes == 0:
+            _cache.hook = register_optimizer_step_pre_hook(_refuse_step)
+        _cache.scopes += 1
     try:
         yield
     finally:
-        _cache = outer
+        with _cache.lock:
+            _cache.scopes -= 1
+            if _cache.scopes == 0:
+                _cache.hook.remove()
+                _cache.entries.clear()
 
 
 def _version(tensor: Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version
 
 
+def _stream(device: torch.device) -> int | None:
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
+
+
+def _cacheable(dictionary: Tensor) -> bool:
+    if torch.compiler.is_compiling() or _cache.scopes == 0 or not isinstance(dictionary, nn.Parameter):
+        return False
+    return dictionary.device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
+
+
 def fold_dictionary_once(dictionary: Tensor, step_size: float, dtype: torch.dtype) -> Tensor:
-    """`fold_dictionary` in `dtype` and without a gradient, from the scope's cache where there is one.
+    """`fold_dictionary` in `dtype` and without a gradient, from the scopes' cache where one is open.
 
     Raises:
-        RuntimeError: The dictionary has changed since the scope folded it.
+        RuntimeError: The dictionary has changed since a scope folded it.
     """
-    with torch.no_grad():
-        if _cache is None or torch.compiler.is_compiling():
+    if not _cacheable(dictionary):
+        with torch.no_grad():
             return fold_dictionary(dictionary, step_size).to(dtype)
-        key = (id(dictionary), step_size, dtype)
-        if key not in _cache:
-            folded = fold_dictionary(dictionary, step_size).to(dtype)
-            _cache[key] = (dictionary, _version(dictionary), folded)
-        _, version, folded = _cache[key]
-        if version != _version(dictionary):
-            raise RuntimeError(
-                "a dictionary changed inside cached_dictionaries(): end the scope before the optimiser's step"
-            )
-        return folded
+    key = (id(dictionary), step_size, dtype, _stream(dictionary.device))
+    with _cache.lock:
+        if key not in _cache.entries:
+            with torch.inference_mode(False), torch.no_grad():  # so that a training step can use it too
+                folded = fold_dictionary(dictionary, step_size).to(dtype)
+            _cache.entries[key] = (dictionary, _version(dictionary), folded)
+        _, version, folded = _cache.entries[key]
+    if version != _version(dictionary):
+        raise RuntimeError("a dictionary changed inside cached_dictionaries(): end the scope before it changes")
+    return folded

@@ -12,7 +12,8 @@ from crate_fast.double_backward import refuse_double_backward
 
 __all__ = ["ista_fwd", "subspace_attention_fwd"]
 
-_REMEDY = "run backend='torch' under torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
+_ATTENTION_REMEDY = "run backend='torch' under torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
+_ISTA_REMEDY = "run backend='torch'"
 
 
 @torch.library.custom_op("crate_fast::subspace_attention_fwd", mutates_args=())
@@ -52,17 +53,20 @@ def _(
 def _attention_setup(ctx, inputs, output):
     w, ctx.scale, ctx.dropout_p, seed = inputs
     out, lse = output
+    ctx.set_materialize_grads(False)  # none for lse, which has none
     ctx.mark_non_differentiable(lse)
     ctx.save_for_backward(w, out, lse, seed)
 
 
 def _attention_backward(ctx, grad, _):
+    if grad is None:
+        return None, None, None, None
     w, out, lse, seed = ctx.saved_tensors
     return subspace_attention_bwd(grad, w, out, lse, ctx.scale, ctx.dropout_p, seed), None, None, None
 
 
 subspace_attention_fwd.register_autograd(_attention_backward, setup_context=_attention_setup)
-refuse_double_backward(subspace_attention_bwd, _REMEDY)
+refuse_double_backward(subspace_attention_bwd, _ATTENTION_REMEDY)
 
 
 def _norm(mean: Tensor, rstd: Tensor, gamma: Tensor | None, beta: Tensor | None):
@@ -173,6 +177,7 @@ def _(grad, x, mean, rstd, gamma, beta):
 def _ista_setup(ctx, inputs, output):
     x, gamma, beta, dictionary, folded, ctx.step_size, *_ = inputs
     y, mean, rstd = output
+    ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(mean, rstd)
     ctx.save_for_backward(x, gamma, beta, dictionary, folded, y, mean, rstd)
 
@@ -180,6 +185,8 @@ def _ista_setup(ctx, inputs, output):
 def _ista_backward(ctx, grad, *_):
     x, gamma, beta, dictionary, folded, y, mean, rstd = ctx.saved_tensors
     needs_x, needs_gamma, needs_beta, needs_dictionary, *_ = ctx.needs_input_grad
+    if grad is None:
+        needs_x = needs_gamma = needs_beta = needs_dictionary = False
     grad_x = grad_gamma = grad_beta = grad_dictionary = None
     if needs_x or needs_gamma or needs_beta:
         grad_x = ista_bwd_input(grad, y, folded)
@@ -192,4 +199,4 @@ def _ista_backward(ctx, grad, *_):
 
 ista_fwd.register_autograd(_ista_backward, setup_context=_ista_setup)
 for _op in (ista_bwd_input, ista_bwd_dictionary, layer_norm_bwd):
-    refuse_double_backward(_op, _REMEDY)
+    refuse_double_backward(_op, _ISTA_REMEDY)

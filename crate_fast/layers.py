@@ -169,10 +169,17 @@ class MLP(nn.Sequential):
         )
 
 
-def _observed(*modules: nn.Module) -> bool:
-    """Whether a hook waits for any of these modules to be called."""
-    module_hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return _has_any_global_hook() or any(getattr(module, name) for module in modules for name in module_hooks)
+def _observed(module: nn.Module) -> bool:
+    """Whether somebody waits for this module to be called: a hook, or a `forward` in place of its class's."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks) or "forward" in vars(module) or _has_any_global_hook()
+
+
+def _fusible(norm: nn.Module, fn: nn.Module) -> bool:
+    """Whether a LayerNorm and the ISTA behind it may run as one."""
+    if type(norm) is not nn.LayerNorm or type(fn) is not ISTA or norm.weight is None or norm.bias is None:
+        return False
+    return not _observed(norm) and not _observed(fn)
 
 
 class PreNorm(nn.Module):
@@ -189,7 +196,7 @@ class PreNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., C] → [..., C]."""
         norm, fn = self.norm, self.fn
-        if type(fn) is ISTA and type(norm) is nn.LayerNorm and not _observed(norm, fn) and fn.fuses(x):
+        if _fusible(norm, fn) and fn.fuses(x):
             return fn.after_norm(x, norm)
         return fn(norm(x))
 

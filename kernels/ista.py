@@ -3,6 +3,8 @@
 Each kernel takes x as it is, or as LayerNorm(h) made from h's rows and their statistics where a tile is loaded.
 """
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
@@ -19,6 +21,7 @@ __all__ = [
     "plan_backward_folded",
     "plan_backward_input",
     "plan_forward",
+    "splits",
 ]
 
 GROUP_M = 8  # row blocks that share a column block's G while it is in the L2 cache
@@ -218,6 +221,14 @@ def _ista_bwd_folded_kernel(
     )
 
 
+def _fitted(tile: Tile, width: int) -> Tile:
+    """The tile with column blocks halved until at most an eighth of them lies beyond `width`."""
+    block_n = tile.block_n
+    while block_n > 32 and triton.cdiv(width, block_n) * block_n * 8 > width * 9:
+        block_n //= 2
+    return replace(tile, block_n=block_n)
+
+
 def _norm_arguments(norm: Norm | None) -> dict:
     names = ("mean", "rstd", "gamma", "beta")
     return {f"{name}_ptr": None if norm is None else getattr(norm, name) for name in names}
@@ -239,7 +250,8 @@ def plan_forward(
     """The forward launch on these tensors; what `forward` runs and the compile report compiles."""
     n_rows, width = x.shape
     precision = matmul_precision(folded.dtype, x.dtype)
-    tile = tile or lookup("ista_forward" if norm is None else "norm_ista_forward", x.device, precision.row)
+    name = "ista_forward" if norm is None else "norm_ista_forward"
+    tile = tile or _fitted(lookup(name, x.device, precision.row), width)
     return Launch(
         kernel=_ista_fwd_kernel,
         grid=(triton.cdiv(n_rows, tile.block_m) * triton.cdiv(width, tile.block_n),),
@@ -265,7 +277,7 @@ def plan_backward_input(grad: Tensor, y: Tensor, folded: Tensor, dx: Tensor, til
     """The launch for dx on these tensors; what `backward_input` runs and the compile report compiles."""
     n_rows, width = grad.shape
     precision = matmul_precision(folded.dtype, grad.dtype)
-    tile = tile or lookup("ista_backward_input", grad.device, precision.row)
+    tile = tile or _fitted(lookup("ista_backward_input", grad.device, precision.row), width)
     return Launch(
         kernel=_ista_bwd_input_kernel,
         grid=(triton.cdiv(n_rows, tile.block_m) * triton.cdiv(width, tile.block_n),),
@@ -353,14 +365,14 @@ def backward_folded(
     if x.numel() == 0:
         return torch.zeros(width, width, dtype=torch.float32, device=x.device)
     name = "ista_backward_folded" if norm is None else "norm_ista_backward_folded"
-    tile = tile or lookup(name, x.device, matmul_precision(dtype, x.dtype).row)
-    splits, rows_per_split = _splits(n_rows, width, x.device, tile)
-    partial = torch.empty(splits, width, width, dtype=torch.float32, device=x.device)
+    tile = tile or _fitted(lookup(name, x.device, matmul_precision(dtype, x.dtype).row), width)
+    shares, rows_per_split = splits(n_rows, width, x.device, tile)
+    partial = torch.empty(shares, width, width, dtype=torch.float32, device=x.device)
     plan_backward_folded(x, grad, y, partial, rows_per_split, dtype, norm, tile).run()
-    return partial.sum(0) if splits > 1 else partial[0]
+    return partial.sum(0) if shares > 1 else partial[0]
 
 
-def _splits(n_rows: int, width: int, device: torch.device, tile: Tile) -> tuple[int, int]:
+def splits(n_rows: int, width: int, device: torch.device, tile: Tile) -> tuple[int, int]:
     """How many shares, and rows in each, so that the tiles of dG keep every multiprocessor busy; none is empty."""
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
     tiles = triton.cdiv(width, tile.block_m) * triton.cdiv(width, tile.block_n)

@@ -24,12 +24,13 @@ class Precision:
 def matmul_precision(dtype: torch.dtype, storage: torch.dtype | None = None) -> Precision:
     """How operands of `dtype` are multiplied; `storage` is what they are converted from.
 
-    float16 and bfloat16 multiply as they are ("half", or "mixed" when read from fp32). float32 follows
-    `torch.set_float32_matmul_precision`: "highest" is "ieee", "high" and "medium" are "tf32".
+    float16 and bfloat16 multiply as they are ("half", or "mixed" when read from fp32). float32 follows PyTorch's
+    setting: "tf32" where `torch.backends.cuda.matmul.fp32_precision` says so, which
+    `torch.set_float32_matmul_precision("high")` and `allow_tf32` also set; "ieee" elsewhere.
     """
     if dtype in (torch.float16, torch.bfloat16):
         return Precision("half" if storage in (None, dtype) else "mixed", "ieee")
-    name = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    name = "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
     return Precision(name, name)
 
 

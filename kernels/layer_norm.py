@@ -160,7 +160,7 @@ def backward(grad: Tensor, x: Tensor, norm: Norm) -> tuple[Tensor, Tensor, Tenso
     n_rows, width = x.shape
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel() == 0:
-        return dx, *torch.zeros(2, width, dtype=torch.float32, device=x.device).unbind()
+        return dx, *(torch.zeros(width, dtype=torch.float32, device=x.device) for _ in range(2))
     programs = min(MAX_PROGRAMS, triton.cdiv(n_rows, _rows_tile(width).block_m))
     partial = torch.empty(2, programs, width, dtype=torch.float32, device=x.device)
     plan_backward(grad, x, norm, dx, partial).run()

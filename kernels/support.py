@@ -1,4 +1,4 @@
-"""Where the kernels run, told without touching a device or importing Triton."""
+"""Where the kernels run, told without importing Triton."""
 
 import functools
 import importlib.util
@@ -11,7 +11,6 @@ __all__ = ["INTERPRETED", "MAX_HEAD_DIM", "architecture", "unavailable_reason"]
 MAX_HEAD_DIM = 128
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
-_ROCM = ("gfx942", "gfx950")  # compiled for the first; the second runs its table rows
 
 
 # Whether Triton interprets kernels in Python: on the CPU, slowly, to check them. It reads the variable when it is
@@ -23,7 +22,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "
 def _find_family(index: int | None) -> str | None:
     if torch.version.hip:
         name = torch.cuda.get_device_properties(index).gcnArchName.split(":")[0]
-        return "gfx942" if name in _ROCM else None
+        return name if name == "gfx942" else None
     major, minor = torch.cuda.get_device_capability(index)
     if major == 8:
         return "sm_80" if minor == 0 else "sm_86"

@@ -6,6 +6,7 @@ On a GPU, or on the CPU through Triton's interpreter, where half precision means
 import os
 import subprocess
 import sys
+import threading
 from functools import partial
 from types import SimpleNamespace
 
@@ -20,10 +21,11 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from crate_fast import CRATE, env, functional, fused, whitebox
+from crate_fast import CRATE, env, folding, functional, fused, whitebox
 from crate_fast.backends import explain_backend
 from crate_fast.folding import fold_dictionary
 from crate_fast.functional import cached_dictionaries, ista, norm_ista, subspace_attention
+from crate_fast.kernels.launch import matmul_precision
 from crate_fast.reference import ista_reference, subspace_attention_reference
 
 SIZES = {"image_size": 16, "patch_size": 4, "num_classes": 5, "dim": 48, "depth": 2, "heads": 3, "dim_head": 16}
@@ -111,6 +113,26 @@ def test_only_the_gradients_asked_for(device, monkeypatch):
         frozen = (t.detach() for t in (x, weight, bias))
         norm_ista(*frozen, dictionary, backend="triton").sum().backward()
     assert dictionary.grad is not None
+
+
+def test_no_rows_at_all(device):
+    x, weight, bias, dictionary = _ista_inputs(device)
+    norm_ista(x[:0], weight, bias, dictionary, backend="triton").sum().backward()
+    for tensor in (weight, bias, dictionary):
+        assert torch.equal(tensor.grad, torch.zeros_like(tensor))
+
+
+def test_a_layer_norm_that_cannot_be_fused(device):
+    layer = _model(device).transformer.layers[0][1]
+    x = torch.randn(2, 5, SIZES["dim"], device=device)
+    expected = layer(x)
+    calls = []
+    plain = layer.norm.forward
+    layer.norm.forward = lambda tokens: calls.append(1) or plain(tokens)  # as offloading libraries do
+    torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
+    assert calls == [1]
+    layer.norm = torch.nn.LayerNorm(SIZES["dim"], bias=False, device=device)
+    assert layer(x).isfinite().all()
 
 
 def test_dropout_is_drawn_from_the_devices_generator(device):
@@ -309,8 +331,6 @@ def test_two_processes(sharded, free_port):
 @pytest.fixture
 def folds(monkeypatch) -> list:
     """One entry for every dictionary folded."""
-    from crate_fast import folding
-
     calls = []
     plain = folding.fold_dictionary
     counted = lambda *args: calls.append(1) or plain(*args)  # noqa: E731
@@ -350,6 +370,7 @@ def test_scopes_nest_and_serve_the_torch_backend(folds):
 
 def test_a_dictionary_that_changes_inside_the_scope(device):
     x, _, _, dictionary = _ista_inputs(device)
+    dictionary = torch.nn.Parameter(dictionary.detach())
     with cached_dictionaries(), torch.no_grad():
         ista(x, dictionary, backend="triton")
         dictionary.add_(1)
@@ -360,14 +381,74 @@ def test_a_dictionary_that_changes_inside_the_scope(device):
     )
 
 
-def test_scopes_in_inference_mode(device):
+def test_an_optimiser_that_steps_inside_the_scope(device):
+    """Counted or not: FSDP2 writes a new shard without the whole parameter's version changing."""
+    dictionary = torch.nn.Parameter(torch.eye(8, device=device))
+    dictionary.grad = torch.ones_like(dictionary)
+    optimizer = torch.optim.SGD([dictionary], lr=1.0)
+    with cached_dictionaries(), pytest.raises(RuntimeError, match="an optimiser steps inside"):
+        optimizer.step()
+    assert torch.equal(dictionary.detach(), torch.eye(8, device=device))
+    optimizer.step()
+
+
+def test_scopes_in_inference_mode_serve_training_too(device, folds):
     x, _, _, dictionary = _ista_inputs(device)
-    with torch.inference_mode(), cached_dictionaries():
-        made_here = dictionary.clone()
-        for _ in range(2):
-            torch.testing.assert_close(
-                ista(x, made_here, backend="triton"), ista_reference(x, made_here), rtol=1e-4, atol=1e-4
-            )
+    dictionary = torch.nn.Parameter(dictionary.detach())
+    with cached_dictionaries():
+        with torch.inference_mode():
+            expected = ista(x, dictionary, backend="triton")
+        out = ista(x, dictionary, backend="triton")
+        out.sum().backward()
+    assert len(folds) == 1
+    assert torch.equal(out, expected)
+
+
+def test_temporary_dictionaries_are_not_kept(device, folds):
+    x, _, _, dictionary = _ista_inputs(device)
+    with cached_dictionaries(), torch.no_grad():
+        for _ in range(3):
+            ista(x, dictionary * 1.0, backend="triton")
+        assert not folding._cache.entries
+    assert len(folds) == 3
+
+
+def test_scopes_of_two_threads_overlap(device, folds):
+    """A enters, B enters, A leaves, B leaves: nothing is kept."""
+    first, second = cached_dictionaries(), cached_dictionaries()
+    first.__enter__()
+    thread = threading.Thread(target=second.__enter__)
+    thread.start()
+    thread.join()
+    first.__exit__(None, None, None)
+    model = _model("cpu", "torch").eval()
+    with torch.no_grad():
+        model(torch.randn(8, 3, 16, 16))
+        assert folding._cache.entries
+    second.__exit__(None, None, None)
+    assert not folding._cache.entries
+    assert folding._cache.scopes == 0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda: torch.set_float32_matmul_precision("high"),
+        lambda: setattr(torch.backends.cuda.matmul, "allow_tf32", True),
+        lambda: setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32"),
+    ],
+    ids=["set_float32_matmul_precision", "allow_tf32", "fp32_precision"],
+)
+def test_fp32_follows_pytorchs_setting(change):
+    assert matmul_precision(torch.float32).row == "ieee"
+    try:
+        change()
+        assert matmul_precision(torch.float32).row == "tf32"
+        assert matmul_precision(torch.float16).row == "half"
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = "ieee"
+        torch.set_float32_matmul_precision("highest")
+    assert matmul_precision(torch.float32).row == "ieee"
 
 
 # --- errors ------------------------------------------------------------------------------------------------------

@@ -422,7 +422,7 @@ def test_bad_images_are_named():
 
 def test_forcing_triton_where_it_cannot_run_is_an_error():
     with pytest.raises(RuntimeError, match="backend='triton' cannot run"):
-        CRATE(**SMALL, backend="triton")(torch.zeros(1, 3, 32, 32))
+        CRATE(**SMALL, backend="triton").double()(torch.zeros(1, 3, 32, 32).double())
 
 
 def test_version_is_stated():
