@@ -10,6 +10,7 @@ Writes `results/compile.{json,md}`; exits with 1 where a kernel does not compile
 
 import argparse
 import contextlib
+import importlib.metadata
 import io
 import json
 import os
@@ -53,11 +54,8 @@ def cases(architectures: tuple[str, ...] = ARCHITECTURES) -> list[Case]:
         if architecture not in architectures:
             continue
         sizes = HEAD_DIMS.get(block_d, (WIDTH,))
-        sizes = sizes[-1:] if kernel.endswith("dropout") else sizes
+        sizes = sizes[-1:] if kernel.endswith("dropout") or "delta" in kernel else sizes
         found += [Case(kernel, architecture, precision, size, tile) for size in sizes]
-        if kernel.startswith("attention_forward") and precision == "ieee":  # the pass for δ has forward's tiles
-            delta = kernel.replace("forward", "delta")
-            found.append(Case(delta, architecture, precision, sizes[-1], tile))
     rows = Tile(0, 0, 4, 1)  # the LayerNorm kernels choose their own
     for architecture in architectures:
         found += [Case(k, architecture, "half", WIDTH, rows) for k in ("row_statistics", "layer_norm_backward")]
@@ -300,7 +298,7 @@ def main(argv: list[str] | None = None) -> int:
         with open(args.json, "w") as file:
             json.dump(rows, file, indent=1)
     elif set(args.architectures) == set(ARCHITECTURES) and not args.kernels:
-        write_results("compile", rows, table, RESULTS)
+        write_results("compile", rows, table, RESULTS, {"triton": importlib.metadata.version("triton")})
     found = problems(rows)
     print("\n".join(found) or f"{len(rows)} kernels compiled; none spills, all fit")
     return 1 if found else 0

@@ -77,6 +77,12 @@ def _attention_problem(kernel: str, shape: tuple[int, ...], device: torch.device
         return Problem(
             lambda tile: subspace_attention.plan_forward(w, output, lse, scale, dropout_p, seed, tile), output
         )
+    if kernel.startswith("attention_delta"):
+        delta, own_lse = torch.empty_like(lse), torch.empty_like(lse)
+        return Problem(
+            lambda tile: subspace_attention.plan_delta(grad, w, lse, delta, own_lse, scale, dropout_p, seed, tile),
+            delta,
+        )
     delta = (grad.float() * out.float()).sum(-1).transpose(1, 2).contiguous()
     delta = delta if subspace_attention.needs_delta(dtype) else None
     return Problem(
@@ -187,10 +193,10 @@ def main(argv: list[str] | None = None) -> int:
     device = torch.device("cuda")
     for kernel, head_dim in itertools.product(args.kernels, args.head_dims):
         attention = kernel.startswith("attention")
-        if (attention and args.precision == "mixed") or (not attention and head_dim != args.head_dims[0]):
-            continue  # attention reads what it multiplies, and products do not know of heads
         block_d = max(32, 1 << (head_dim - 1).bit_length()) if attention else 0
         key = (kernel, architecture(device), args.precision, block_d)
+        if key not in TABLE or (not attention and head_dim != args.head_dims[0]):
+            continue  # no such row, or a product again, which knows nothing of heads
         best, measured = tune(kernel, TABLE[key], problems(kernel, head_dim, device, args.precision))
         for tile, value in sorted(measured.items(), key=lambda item: (isinstance(item[1], str), str(item[1]))):
             print(f"  {tile}: {value if isinstance(value, str) else f'{value:.4f} ms'}")

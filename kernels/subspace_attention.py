@@ -403,7 +403,7 @@ def plan_delta(
     seed: Tensor | None,
     tile: Tile | None = None,
 ) -> Launch:
-    """The launch for δ and L on these tensors, with forward's tiles; what `backward` runs in fp32."""
+    """The launch for δ and L on these tensors; what `backward` runs in fp32 and the compile report compiles."""
     tensors = {
         "grad_ptr": grad,
         "w_ptr": w,
@@ -412,7 +412,7 @@ def plan_delta(
         "own_lse_ptr": own_lse,
         "seed_ptr": seed,
     }
-    return _plan(_subspace_attention_delta_kernel, "attention_forward", w, tensors, scale, dropout_p, tile)
+    return _plan(_subspace_attention_delta_kernel, "attention_delta", w, tensors, scale, dropout_p, tile)
 
 
 def plan_backward(

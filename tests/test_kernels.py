@@ -453,6 +453,7 @@ def test_the_table_is_complete():
         for precision in ("half", "tf32", "ieee")
         for block_d in (32, 64, 128)
     }
+    attention |= {(f"attention_delta{dropout}", "ieee", d) for dropout in ("", "_dropout") for d in (32, 64, 128)}
     products = {
         (kernel, precision, 0)
         for kernel in ("ista_forward", "norm_ista_forward", "ista_backward_input", "ista_backward_folded",
