@@ -26,7 +26,7 @@ from gpu_timing import Ceilings, Plan, Step, Timer, measure_ceilings
 from harness import RESULTS, Timing, markdown_table, write_results
 from torch import Tensor
 
-from crate_fast.kernels.support import interpreted
+from crate_fast.kernels.support import INTERPRETED
 from crate_fast.provenance import provenance
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
@@ -187,7 +187,7 @@ def rerun_interpreted(script: str, argv: list[str] | None) -> int | None:
 
     The flag is read when Triton is imported, which timm does: too late for this process.
     """
-    if torch.cuda.is_available() or interpreted():
+    if torch.cuda.is_available() or INTERPRETED:
         return None
     command = [sys.executable, script, *(sys.argv[1:] if argv is None else argv)]
     return subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, check=False).returncode
@@ -227,7 +227,7 @@ def open_run(options: argparse.Namespace) -> Run:
     """
     if not torch.cuda.is_available() and not options.smoke:
         raise SystemExit("a CUDA GPU is needed and PyTorch finds none; --smoke runs tiny shapes on a CPU instead")
-    if torch.cuda.is_available() and interpreted():
+    if torch.cuda.is_available() and INTERPRETED:
         raise SystemExit("TRITON_INTERPRET is set: unset it to measure the kernels on this GPU")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if options.smoke:

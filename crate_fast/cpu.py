@@ -245,4 +245,6 @@ def _attention_backward(ctx, grad):
 
 
 cpu_subspace_attention.register_autograd(_attention_backward, setup_context=_attention_setup)
-refuse_double_backward(cpu_subspace_attention_backward, "use float64, or set CRATE_FAST_ONEDNN=0")
+refuse_double_backward(
+    cpu_subspace_attention_backward, "use float64, or turn this path off (README, environment variables)"
+)
