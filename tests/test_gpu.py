@@ -1,6 +1,7 @@
 """On a GPU: kernels in every dtype against float64, determinism, compile, CUDA graphs, and training beside the eager
 released form. `benchmarks/gpu_check.sh` runs this file, the kernels' own tests and then the benchmarks."""
 
+import itertools
 import json
 import math
 from contextlib import contextmanager
@@ -21,13 +22,16 @@ from crate_fast.train import pretrain
 
 pytestmark = pytest.mark.gpu
 PRECISIONS = ["ieee", "tf32", "float16", "bfloat16"]
-ATTENTION_SHAPES = [
-    (2, 197, 6, 64),
-    (2, 197, 12, 48),
-    (2, 785, 6, 64),
-    (1, 197, 3, 80),
-    (1, 196, 2, 128),
-    (2, 65, 2, 32),
+ATTENTION = [  # every precision at two shapes, the one that trains at the others: a compilation each
+    *itertools.product([(2, 197, 6, 64), (2, 197, 12, 48)], PRECISIONS),
+    *itertools.product(
+        [(2, 785, 6, 64), (1, 197, 3, 80), (1, 196, 2, 128), (2, 65, 2, 32), (1, 1, 1, 64)], ["bfloat16"]
+    ),
+]
+ISTA = [
+    *itertools.product([384], PRECISIONS, ["relu"]),
+    *itertools.product([192, 576, 768, 1024], ["bfloat16"], ["relu"]),
+    (384, "bfloat16", "soft"),
 ]
 NETWORK = {"image_size": 32, "patch_size": 4, "num_classes": 10, "dim": 96, "depth": 3, "heads": 3, "dim_head": 32}
 
@@ -63,8 +67,7 @@ def test_the_kernels_are_what_runs():
     assert explain_backend("cuda") == ("triton", "the device runs the fused kernels")
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("shape", ATTENTION_SHAPES, ids=str)
+@pytest.mark.parametrize(("shape", "precision"), ATTENTION, ids=str)
 def test_subspace_attention(shape, precision):
     with _precision(precision) as dtype:
         w = (torch.randn(shape, device="cuda") * token_scale(shape[1], shape[3])).to(dtype)
@@ -99,9 +102,7 @@ def _clear_of_the_threshold(x, dictionary, precision: str) -> torch.Tensor:
     return torch.where((u.abs() - 0.01).abs() > margin, torch.randn_like(u), 0).to(x.dtype)
 
 
-@pytest.mark.parametrize("threshold", ["relu", "soft"])
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("width", [192, 384, 576, 768, 1024])
+@pytest.mark.parametrize(("width", "precision", "threshold"), ISTA)
 def test_ista(width, precision, threshold):
     with _precision(precision) as dtype:
         x = torch.randn(4, 197, width, device="cuda").to(dtype)
@@ -110,8 +111,7 @@ def test_ista(width, precision, threshold):
         assert _agrees(ours, reference, [x, dictionary], "y dx dD", _clear_of_the_threshold(x, dictionary, precision))
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("width", [384, 768])
+@pytest.mark.parametrize(("width", "precision"), [*itertools.product([384], PRECISIONS), (768, "bfloat16")])
 def test_ista_behind_a_layer_norm(width, precision):
     with _precision(precision) as dtype:
         x = (torch.randn(4, 197, width, device="cuda") * 2 + 1).to(dtype)
@@ -124,6 +124,22 @@ def test_ista_behind_a_layer_norm(width, precision):
 
         cotangent = _clear_of_the_threshold(F.layer_norm(x, x.shape[-1:], weight, bias), dictionary, precision)
         assert _agrees(norm_ista, reference, [x, weight, bias, dictionary], "y dx dγ dβ dD", cotangent)
+
+
+def test_ista_under_autocast():
+    """fp32 tokens and dictionary, bf16 product: as close as the three bf16 products of the eager form."""
+    x = torch.randn(4, 197, 768, device="cuda")
+    dictionary = torch.randn(768, 768, device="cuda") / 768**0.5
+    cotangent = _clear_of_the_threshold(x, dictionary.bfloat16(), "bfloat16")
+    results = []
+    for function, autocast in ((ista, True), (ista_reference, True), (ista_reference, False)):
+        dtype = torch.float32 if autocast else torch.float64
+        tensors = [t.to(dtype).requires_grad_() for t in (x, dictionary)]
+        with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+            out = function(*tensors)
+        results.append([out, *torch.autograd.grad(out, tensors, cotangent.to(out.dtype))])
+    verdicts = [within_twice_eager(*row) for row in zip(*results, ("y", "dx", "dD"), strict=True)]
+    assert all(verdicts)
 
 
 def test_a_rerun_is_bit_equal():
