@@ -24,7 +24,7 @@ setup(
     package_dir={"crate_fast.kernels": "kernels", "crate_fast.train": "train", "crate_fast.eval": "eval"},
     package_data={"crate_fast.train": ["recipes/*.yaml"]},
     install_requires=[
-        "torch>=2.10",
+        "torch>=2.11",
         "torchvision",
         "timm>=1.0.20",
         "einops",
