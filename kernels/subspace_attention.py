@@ -1,4 +1,5 @@
-"""Tied attention O = softmax(s·W Wᵀ) W and its gradient, one pass each over [B, N, H, D] (kernels/README.md §1, §2).
+"""Tied attention O = softmax(s·W Wᵀ) W and its gradient over [B, N, H, D] (kernels/README.md §1, §2): one pass each,
+but for fp32, where a pass for δ comes before the gradient's.
 
 Two facts about tied logits S = s·W Wᵀ, s ≥ 0, keep masks out of the inner loops: a row's maximum is at least
 S_ii ≥ 0, so a padding key, whose logits are 0, never raises it; and padding tokens are zero vectors, so whatever
@@ -18,6 +19,17 @@ from crate_fast.kernels.tiles import Tile, lookup
 __all__ = ["backward", "forward", "needs_delta", "plan_backward", "plan_delta", "plan_forward"]
 
 LOG2_E = 1 / math.log(2)
+
+
+@triton.jit
+def _place(n_tokens, n_heads, BLOCK_M: tl.constexpr):
+    """Which head this program works on (batch·H + head, and the two apart in 64 bits) and which of its tokens."""
+    row_blocks = tl.cdiv(n_tokens, BLOCK_M)
+    head_index = tl.program_id(0) // row_blocks
+    start_m = (tl.program_id(0) % row_blocks) * BLOCK_M
+    batch = (head_index // n_heads).to(tl.int64)
+    head = (head_index % n_heads).to(tl.int64)
+    return head_index, batch, head, start_m + tl.arange(0, BLOCK_M)
 
 
 @triton.jit
@@ -106,15 +118,9 @@ def _subspace_attention_fwd_kernel(
 
     Grid: (⌈N / BLOCK_M⌉·B·H), the row blocks of a head side by side. Reads the head's tokens once, a block of
     BLOCK_N at a time, each as key and as value. Softmax and accumulation in fp32; the weights are rounded to
-    w's dtype for the second product. Deterministic. 4·N²·D multiply-adds' FLOPs a head, nominal.
+    w's dtype for the second product. Deterministic. 4·N²·D FLOPs a head, nominal.
     """
-    row_blocks = tl.cdiv(n_tokens, BLOCK_M)
-    head_index = tl.program_id(0) // row_blocks
-    start_m = (tl.program_id(0) % row_blocks) * BLOCK_M
-    batch = (head_index // n_heads).to(tl.int64)
-    head = (head_index % n_heads).to(tl.int64)
-
-    offs_m = start_m + tl.arange(0, BLOCK_M)
+    head_index, batch, head, offs_m = _place(n_tokens, n_heads, BLOCK_M)
     offs_n = tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
     mask_m = offs_m < n_tokens
@@ -195,13 +201,7 @@ def _subspace_attention_delta_kernel(
     eager PyTorch does, where dO·O leaves the rounding of two different sums (kernels/README.md, precision).
     Grid: as forward. Deterministic.
     """
-    row_blocks = tl.cdiv(n_tokens, BLOCK_M)
-    head_index = tl.program_id(0) // row_blocks
-    start_m = (tl.program_id(0) % row_blocks) * BLOCK_M
-    batch = (head_index // n_heads).to(tl.int64)
-    head = (head_index % n_heads).to(tl.int64)
-
-    offs_m = start_m + tl.arange(0, BLOCK_M)
+    head_index, batch, head, offs_m = _place(n_tokens, n_heads, BLOCK_M)
     offs_n = tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
     mask_m = offs_m < n_tokens
@@ -272,13 +272,7 @@ def _subspace_attention_bwd_kernel(
     Products accumulate in fp32; weights and dL are rounded to w's dtype for the last two products.
     """
     tl.assume(n_tokens > 0)  # else ptxas serialises the matrix instructions for the loop that never runs
-    row_blocks = tl.cdiv(n_tokens, BLOCK_M)
-    head_index = tl.program_id(0) // row_blocks
-    start_m = (tl.program_id(0) % row_blocks) * BLOCK_M
-    batch = (head_index // n_heads).to(tl.int64)
-    head = (head_index % n_heads).to(tl.int64)
-
-    offs_m = start_m + tl.arange(0, BLOCK_M)
+    head_index, batch, head, offs_m = _place(n_tokens, n_heads, BLOCK_M)
     offs_n = tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
     mask_m = offs_m < n_tokens

@@ -19,7 +19,18 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "
 
 
 @functools.cache
-def _find_family(index: int | None) -> str | None:
+def _find_family(index: int | None) -> tuple[str | None, str]:
+    if not torch.cuda.is_available():
+        return None, "PyTorch finds no CUDA or ROCm device on this machine"
+    family = _family_of(index)
+    name = torch.cuda.get_device_name(index)
+    return (
+        family,
+        f"the kernels are written for NVIDIA GPUs from compute capability 8.0 and AMD's gfx942; this is {name}",
+    )
+
+
+def _family_of(index: int | None) -> str | None:
     if torch.version.hip:
         name = torch.cuda.get_device_properties(index).gcnArchName.split(":")[0]
         return name if name == "gfx942" else None
@@ -30,14 +41,14 @@ def _find_family(index: int | None) -> str | None:
 
 
 @torch.compiler.assume_constant_result  # nothing for torch.compile to trace
-def _family(index: int | None) -> str | None:
-    """The tile table's name for a CUDA or ROCm device, or None where the kernels do not run."""
+def _family(index: int | None) -> tuple[str | None, str]:
+    """The tile table's name for a CUDA or ROCm device; None, and why, where the kernels do not run."""
     return _find_family(index)
 
 
 def architecture(device: torch.device) -> str:
     """The tile table's name for a device that `unavailable_reason` admits; the interpreter uses Hopper's rows."""
-    return "sm_90" if device.type != "cuda" else _family(device.index)
+    return "sm_90" if device.type != "cuda" else _family(device.index)[0]
 
 
 def unavailable_reason(
@@ -48,11 +59,10 @@ def unavailable_reason(
         return f"Triton kernels need a CUDA or ROCm device, and the tensor is on {device.type!r}"
     if not _TRITON_INSTALLED:
         return "Triton is not installed"
-    if device.type == "cuda" and not torch.cuda.is_available():
-        return "PyTorch finds no CUDA or ROCm device on this machine"
-    if device.type == "cuda" and _family(device.index) is None:
-        name = torch.cuda.get_device_name(device)
-        return f"the kernels are written for NVIDIA GPUs from compute capability 8.0 and AMD's gfx942; this is {name}"
+    if device.type == "cuda":
+        family, why_not = _family(device.index)
+        if family is None:
+            return why_not
     if dtype is not None and dtype not in _DTYPES:
         return f"the kernels take float16, bfloat16 and float32, and the tensor is {dtype}"
     if dtype == torch.bfloat16 and device.type == "cpu":

@@ -1,6 +1,7 @@
 """How close is close enough: STYLE's rule, against the float64 reference on the rounded inputs."""
 
 import math
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
@@ -31,6 +32,34 @@ def within_twice_eager(actual: Tensor, eager: Tensor, truth: Tensor, label: str)
     print(f"{label}: rms {rms:.2e} (eager {eager_rms:.2e}), max {worst:.2e} (eager {eager_worst:.2e})")
     finite = bool(torch.isfinite(actual).all())
     return finite and rms <= 2 * eager_rms + slack and worst <= 2 * eager_worst + max_slack
+
+
+def all_within_twice_eager(actual: Iterable, eager: Iterable, truth: Iterable, names: str) -> bool:
+    """`within_twice_eager` for each of several tensors; all are judged, so that every error is printed."""
+    rows = zip(actual, eager, truth, names.split(), strict=True)
+    verdicts = [within_twice_eager(*row) for row in rows]
+    return all(verdicts)
+
+
+def gradients(function: Callable[..., Tensor], inputs: Iterable[Tensor], grad: Tensor) -> list[Tensor]:
+    """The function's output and its gradient with respect to every input."""
+    inputs = [tensor.detach().requires_grad_() for tensor in inputs]
+    out = function(*inputs)
+    return [out.detach(), *torch.autograd.grad(out, inputs, grad.to(out.dtype))]
+
+
+def agrees(
+    ours: Callable[..., Tensor],
+    reference: Callable[..., Tensor],
+    inputs: Sequence[Tensor],
+    names: str,
+    grad: Tensor | None = None,
+) -> bool:
+    """Whether our output and gradients are within twice the error of the reference in the same dtype."""
+    grad = torch.randn_like(reference(*inputs)) if grad is None else grad
+    actual, eager = (gradients(function, inputs, grad) for function in (ours, reference))
+    truth = gradients(reference, [tensor.double() for tensor in inputs], grad.double())
+    return all_within_twice_eager(actual, eager, truth, names)
 
 
 def philox_uniform(seed: int, n_tokens: int, n_heads: int) -> Tensor:

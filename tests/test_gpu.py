@@ -10,7 +10,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import philox_uniform, token_scale, within_twice_eager
+from oracle import agrees, all_within_twice_eager, philox_uniform, token_scale, within_twice_eager
 from released import ReleasedCRATE
 
 from crate_fast import CRATE
@@ -47,22 +47,6 @@ def _precision(name: str):
         torch.set_float32_matmul_precision(before)
 
 
-def _agrees(ours, reference, inputs, names: str, cotangent: torch.Tensor | None = None) -> bool:
-    """Output and gradients within twice the error of the reference in the same dtype."""
-    inputs = [t.detach().requires_grad_() for t in inputs]
-    grad = torch.randn_like(ours(*inputs)) if cotangent is None else cotangent
-    results = []
-    for function, tensors in (
-        (ours, inputs),
-        (reference, inputs),
-        (reference, [t.detach().double().requires_grad_() for t in inputs]),
-    ):
-        out = function(*tensors)
-        results.append([out, *torch.autograd.grad(out, tensors, grad.to(out.dtype))])
-    verdicts = [within_twice_eager(*row) for row in zip(*results, names.split(), strict=True)]
-    return all(verdicts)
-
-
 def test_the_kernels_are_what_runs():
     assert explain_backend("cuda") == ("triton", "the device runs the fused kernels")
 
@@ -71,13 +55,13 @@ def test_the_kernels_are_what_runs():
 def test_subspace_attention(shape, precision):
     with _precision(precision) as dtype:
         w = (torch.randn(shape, device="cuda") * token_scale(shape[1], shape[3])).to(dtype)
-        assert _agrees(subspace_attention, subspace_attention_reference, [w], "O dW")
+        assert agrees(subspace_attention, subspace_attention_reference, [w], "O dW")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_large_offsets(dtype):
     w = (torch.randn(4, 197, 6, 64, device="cuda") * token_scale(197, 64) + 10).to(dtype)
-    assert _agrees(subspace_attention, subspace_attention_reference, [w], "O dW")
+    assert agrees(subspace_attention, subspace_attention_reference, [w], "O dW")
 
 
 def test_dropout_has_the_documented_mask():
@@ -108,7 +92,7 @@ def test_ista(width, precision, threshold):
         x = torch.randn(4, 197, width, device="cuda").to(dtype)
         dictionary = (torch.randn(width, width, device="cuda") / width**0.5).to(dtype)
         ours, reference = (partial(f, threshold=threshold) for f in (ista, ista_reference))
-        assert _agrees(ours, reference, [x, dictionary], "y dx dD", _clear_of_the_threshold(x, dictionary, precision))
+        assert agrees(ours, reference, [x, dictionary], "y dx dD", _clear_of_the_threshold(x, dictionary, precision))
 
 
 @pytest.mark.parametrize(("width", "precision"), [*itertools.product([384], PRECISIONS), (768, "bfloat16")])
@@ -123,7 +107,7 @@ def test_ista_behind_a_layer_norm(width, precision):
             return ista_reference(F.layer_norm(x, x.shape[-1:], weight, bias), dictionary)
 
         cotangent = _clear_of_the_threshold(F.layer_norm(x, x.shape[-1:], weight, bias), dictionary, precision)
-        assert _agrees(norm_ista, reference, [x, weight, bias, dictionary], "y dx dγ dβ dD", cotangent)
+        assert agrees(norm_ista, reference, [x, weight, bias, dictionary], "y dx dγ dβ dD", cotangent)
 
 
 def test_ista_under_autocast():
@@ -138,8 +122,7 @@ def test_ista_under_autocast():
         with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
             out = function(*tensors)
         results.append([out, *torch.autograd.grad(out, tensors, cotangent.to(out.dtype))])
-    verdicts = [within_twice_eager(*row) for row in zip(*results, ("y", "dx", "dD"), strict=True)]
-    assert all(verdicts)
+    assert all_within_twice_eager(*results, "y dx dD")
 
 
 def test_a_rerun_is_bit_equal():

@@ -16,7 +16,7 @@ import compile_report
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import philox_uniform, token_scale, within_twice_eager
+from oracle import all_within_twice_eager, gradients, philox_uniform, token_scale
 from torch import Tensor
 
 from crate_fast.kernels import ista, layer_norm, subspace_attention
@@ -47,22 +47,8 @@ def _tokens(shape, dtype, device) -> tuple[Tensor, Tensor]:
     return w.to(device), torch.randn(shape).to(dtype).to(device)
 
 
-def _gradients(function, inputs: list[Tensor], grad: Tensor) -> list[Tensor]:
-    """The function's output and its gradients."""
-    inputs = [tensor.detach().requires_grad_() for tensor in inputs]
-    out = function(*inputs)
-    return [out.detach(), *torch.autograd.grad(out, inputs, grad.to(out.dtype))]
-
-
 def _double(tensors) -> list[Tensor]:
     return [tensor.double() for tensor in tensors]
-
-
-def _all_close(actual: list, eager: list, truth: list, names: str) -> bool:
-    """`within_twice_eager` for every output; all are judged, so that every error is printed."""
-    rows = zip(actual, eager, truth, names.split(), strict=True)
-    verdicts = [within_twice_eager(a, e, t, name) for a, e, t, name in rows]
-    return all(verdicts)
 
 
 def _attention(w: Tensor, grad: Tensor, module=subspace_attention, scale: float | None = None, **options) -> list:
@@ -73,9 +59,9 @@ def _attention(w: Tensor, grad: Tensor, module=subspace_attention, scale: float 
 
 def _attention_is_right(w: Tensor, grad: Tensor, **options) -> bool:
     actual = _attention(w, grad, **options)
-    eager = _gradients(subspace_attention_reference, [w], grad)
-    truth = _gradients(subspace_attention_reference, _double([w]), grad.double())
-    return _all_close(actual, eager, truth, "O dW")
+    eager = gradients(subspace_attention_reference, [w], grad)
+    truth = gradients(subspace_attention_reference, _double([w]), grad.double())
+    return all_within_twice_eager(actual, eager, truth, "O dW")
 
 
 # --- subspace attention ------------------------------------------------------------------------------------------
@@ -131,7 +117,7 @@ def test_strided_and_expanded_tokens(view, device, poisoned):
     assert _attention_is_right(w, torch.randn(w.shape, device=device))
 
 
-def test_strided_and_expanded_gradients(device, poisoned):
+def test_strided_and_expandedgradients(device, poisoned):
     w, grad = _tokens((2, 65, 3, 32), torch.float32, device)
     assert _attention_is_right(w, torch.ones((), device=device).expand(w.shape))
     assert _attention_is_right(w, grad.transpose(1, 2).contiguous().transpose(1, 2))
@@ -171,9 +157,9 @@ def test_the_scale(scale, device, poisoned):
     w, grad = _tokens((1, 65, 2, 32), torch.float32, device)
     w = w * token_scale(65, 32, max(scale, 0.02)) / token_scale(65, 32)
     actual = _attention(w, grad, scale=scale)
-    eager = _gradients(lambda t: subspace_attention_reference(t, scale), [w], grad)
-    truth = _gradients(lambda t: subspace_attention_reference(t, scale), _double([w]), grad.double())
-    assert _all_close(actual, eager, truth, "O dW")
+    eager = gradients(lambda t: subspace_attention_reference(t, scale), [w], grad)
+    truth = gradients(lambda t: subspace_attention_reference(t, scale), _double([w]), grad.double())
+    assert all_within_twice_eager(actual, eager, truth, "O dW")
 
 
 def test_a_nan_token_is_not_hidden(device):
@@ -211,9 +197,9 @@ def test_dropout_has_the_documented_mask(dropout_p, device, poisoned):
         return (weights @ heads).transpose(1, 2)
 
     actual = _attention(w, grad, dropout_p=dropout_p, seed=seed)
-    eager = _gradients(reference, [w], grad)
-    truth = _gradients(reference, _double([w]), grad.double())
-    assert _all_close(actual, eager, truth, "O dW")
+    eager = gradients(reference, [w], grad)
+    truth = gradients(reference, _double([w]), grad.double())
+    assert all_within_twice_eager(actual, eager, truth, "O dW")
 
 
 ATTENTION_MUTANTS = {  # (what the kernel says, what the mutant says)
@@ -314,9 +300,9 @@ def _ista_is_right(inputs, threshold: str = "relu", with_norm: bool = False, **o
     *tensors, grad = inputs
     reference, tensors = (normed, tensors) if with_norm else (plain, tensors[:2])
     actual = _ista(inputs, threshold, with_norm, **options)
-    eager = _gradients(reference, tensors, grad)
-    truth = _gradients(reference, _double(tensors), grad.double())
-    return _all_close(actual, eager, truth, "y dx dD dγ dβ" if with_norm else "y dx dD")
+    eager = gradients(reference, tensors, grad)
+    truth = gradients(reference, _double(tensors), grad.double())
+    return all_within_twice_eager(actual, eager, truth, "y dx dD dγ dβ" if with_norm else "y dx dD")
 
 
 @pytest.mark.parametrize("with_norm", [False, True], ids=["plain", "norm"])
@@ -431,7 +417,7 @@ def test_ista_mutants_fail(name, device, tmp_path):
 
 
 @pytest.mark.parametrize("name", LAYER_NORM_MUTANTS)
-def test_layer_norm_mutants_fail(name, device, tmp_path, monkeypatch):
+def test_layer_norm_mutants_fail(name, device, tmp_path):
     mutant = _mutant(layer_norm, LAYER_NORM_MUTANTS[name], tmp_path)
     mutant.MAX_PROGRAMS = 2
     assert not _ista_is_right(_ista_inputs((197, 96), torch.float32, device), with_norm=True, norms=mutant)
