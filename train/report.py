@@ -2,15 +2,12 @@
 
 from pathlib import Path
 
-import matplotlib
 import torch
 from torch import Tensor, nn
 
+from crate_fast.figures import Curve, Picture, curve_figure, image_grid
 from crate_fast.train.data import Normalize
 from crate_fast.whitebox import trace
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 __all__ = ["attention_figure", "curves_figure"]
 
@@ -38,25 +35,18 @@ def attention_figure(
     """
     model.eval()
     traces = trace(model, normalize(images.to(next(model.parameters()).device)), layers)
-    columns = {"image": (images.permute(0, 2, 3, 1), None)}
+    rows = [[Picture(image.permute(1, 2, 0).numpy())] for image in images]
+    columns = ["image"]
     if masks is not None:
-        columns["object"] = (masks, "gray")
+        columns.append("object")
+        for row, mask in zip(rows, masks, strict=True):
+            row.append(Picture(mask.float().numpy(), "gray", (0, 1)))
     for layer_trace in traces:
         maps = layer_trace.cls_attention().float().cpu().unflatten(-1, model.grid_size)
-        for head in range(maps.shape[1]):
-            columns[f"layer {layer_trace.index}, head {head}"] = (maps[:, head], "viridis")
-    size = (1.3 * len(columns), 1.36 * len(images) + 0.3)
-    figure, axes = plt.subplots(len(images), len(columns), figsize=size, squeeze=False, layout="constrained")
-    for column, (name, (pictures, colours)) in enumerate(columns.items()):
-        for row, picture in enumerate(pictures):
-            axis = axes[row, column]
-            axis.imshow(picture.numpy(), cmap=colours, interpolation="nearest")
-            axis.set(xticks=[], yticks=[])
-        axes[0, column].set_title(name, fontsize=8)
-    for row, title in enumerate(titles):
-        axes[row, 0].set_ylabel(title, fontsize=8)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+        columns += [f"layer {layer_trace.index}, head {head}" for head in range(maps.shape[1])]
+        for row, heads in zip(rows, maps, strict=True):
+            row.extend(Picture(head.numpy()) for head in heads)
+    image_grid(rows, [path], row_titles=titles, column_titles=columns)
 
 
 def curves_figure(history: list[dict], path: Path) -> None:
@@ -66,14 +56,10 @@ def curves_figure(history: list[dict], path: Path) -> None:
         history: Entries of metrics.jsonl: "step" with "loss" and "accuracy" (training) or "val_loss", "val_accuracy".
         path: Of the PNG.
     """
-    figure, axes = plt.subplots(1, 2, figsize=(8.5, 3.2), layout="constrained")
-    for axis, name in zip(axes, ("loss", "accuracy"), strict=True):
-        for key, label in ((name, "training"), (f"val_{name}", "validation")):
-            points = [(entry["step"], entry[key]) for entry in history if key in entry]
-            if points:
-                axis.plot(*zip(*points, strict=True), label=label, lw=1 if label == "training" else 2)
-        axis.set(xlabel="optimiser step", ylabel=name)
-        axis.grid(alpha=0.3)
-        axis.legend(frameon=False)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+
+    def curve(name: str, label: str) -> list[Curve]:
+        points = [(entry["step"], entry[name]) for entry in history if name in entry]
+        return [Curve(label, *zip(*points, strict=True))] if points else []
+
+    panels = {name: curve(name, "training") + curve(f"val_{name}", "validation") for name in ("loss", "accuracy")}
+    curve_figure(panels, "optimiser step", [path])
