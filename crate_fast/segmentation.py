@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from crate_fast.whitebox import trace
 
 __all__ = [
+    "AttentionScores",
     "attention_to_mask",
     "best_head_iou",
     "constant_mask_iou",
@@ -97,6 +98,116 @@ def constant_mask_iou(target: Tensor) -> Tensor:
     return intersection_over_union(torch.ones_like(target), target)
 
 
+class AttentionScores:
+    """Adds up how well attention maps cover objects, batch by batch, beside what they must beat.
+
+    A score is the IoU of a map's mask with an object's, of the best head for each object (paper, Eq. 13), averaged
+    over the objects of an image and then over images (Eq. 14).
+
+    Args:
+        fraction: See `attention_to_mask`.
+        seed: Of the random maps.
+    """
+
+    def __init__(self, fraction: float = 0.6, seed: int = 0):
+        self.fraction = fraction
+        self._generator = torch.Generator().manual_seed(seed)
+        self._per_head: dict[tuple[str, int], list[Tensor]] = {}  # (threshold, layer) → IoU [T, H] a batch
+        self._baselines: dict[tuple[str, str], list[Tensor]] = {}
+        self._targets: list[Tensor] = []
+        self._valid: list[Tensor] = []
+        self._weights: list[Tensor] = []
+        self._labels: list[int] = []
+        self.images = self.without_objects = 0
+
+    def add(
+        self,
+        maps: dict[int, Tensor],
+        targets: Sequence[Tensor],
+        valid: Sequence[Tensor] | None = None,
+        labels: Sequence[Sequence[int]] | None = None,
+    ) -> None:
+        """Score a batch.
+
+        Args:
+            maps: Layer → CLS attention [B, H, P].
+            targets: Of each image its objects' masks on the patch grid, boolean [M, P]; M may be 0.
+            valid: Of each image the patches that count, boolean [P]; all when None.
+            labels: Of each image its objects' class numbers, for scores by class.
+        """
+        counts = torch.tensor([len(target) for target in targets])
+        self.images += int((counts > 0).sum())
+        self.without_objects += int((counts == 0).sum())
+        if not counts.sum():
+            return
+        owner = torch.repeat_interleave(torch.arange(len(counts)), counts)
+        target = torch.cat(list(targets)).cpu()
+        valid = [torch.ones(target.shape[-1], dtype=torch.bool)] * len(counts) if valid is None else valid
+        usable = torch.stack([v.cpu() for v in valid])[owner]
+        self._targets.append(target)
+        self._valid.append(usable)
+        self._weights.append(1 / counts[owner].double())
+        self._labels += [label for image in labels for label in image] if labels is not None else [0] * len(target)
+        heads = next(iter(maps.values())).shape[1]
+        noise = torch.rand((len(counts), heads, target.shape[-1]), generator=self._generator)
+        for threshold in THRESHOLDS:
+            for layer, attention in maps.items():
+                iou = self._iou(attention.float().cpu(), owner, target, usable, threshold)
+                self._per_head.setdefault((threshold, layer), []).append(iou)
+            best_random = self._iou(noise, owner, target, usable, threshold).amax(dim=1)
+            self._baselines.setdefault((threshold, "random"), []).append(best_random)
+            mask = attention_to_mask(target.float(), threshold, self.fraction)
+            true = intersection_over_union(mask, target, usable)
+            self._baselines.setdefault((threshold, "true_mask"), []).append(true)
+
+    def _iou(self, attention: Tensor, owner: Tensor, target: Tensor, valid: Tensor, threshold: str) -> Tensor:
+        masks = attention_to_mask(attention, threshold, self.fraction)[owner]
+        return intersection_over_union(masks, target.unsqueeze(1), valid.unsqueeze(1))
+
+    def result(self) -> dict[str, dict]:
+        """The scores; see `score_attention`, and "by_class", class → the best-head score at each layer.
+
+        Raises:
+            ValueError: No image had an object that covers a patch.
+        """
+        if not self.images:
+            raise ValueError(
+                f"none of the {self.without_objects} images has an object that covers a patch: use images with "
+                "objects, or a larger --image-size for a finer grid"
+            )
+        target, valid, weights = torch.cat(self._targets), torch.cat(self._valid), torch.cat(self._weights)
+        labels = torch.tensor(self._labels)
+        mean_mask = (target.double() * weights.unsqueeze(1)).sum(dim=0) / weights.sum()
+
+        def mean(values: Tensor) -> float:
+            return float((values.double() * weights).sum() / weights.sum())
+
+        def row(threshold: str, layer: int) -> dict:
+            per_head = torch.cat(self._per_head[threshold, layer])
+            heads = [mean(head) for head in per_head.T]
+            best = per_head.amax(dim=1)
+            by_class = {int(c): float(best[labels == c].mean()) for c in labels.unique()}
+            scores = {"best_head": mean(best), "fixed_head": max(heads), "per_head": heads}
+            return {"layer": layer, **scores, "by_class": by_class}
+
+        def of_mean_mask(threshold: str) -> float:
+            mask = attention_to_mask(mean_mask, threshold, self.fraction)
+            return mean(intersection_over_union(mask.expand_as(target), target, valid))
+
+        return {
+            threshold: {
+                "layers": [row(threshold, layer) for name, layer in self._per_head if name == threshold],
+                "constant": mean(intersection_over_union(torch.ones_like(target), target, valid)),
+                "random": mean(torch.cat(self._baselines[threshold, "random"])),
+                "mean_mask": of_mean_mask(threshold),
+                "true_mask": mean(torch.cat(self._baselines[threshold, "true_mask"])),
+                "images": self.images,
+                "without_objects": self.without_objects,
+            }
+            for threshold in THRESHOLDS
+        }
+
+
 @torch.inference_mode()
 def score_attention(
     model: nn.Module,
@@ -120,43 +231,17 @@ def score_attention(
             each head for all images; "fixed_head", the best of those;
         "constant": the mask that holds every patch; "random": the best of as many maps of noise; "mean_mask": the
             objects' mean mask as every image's attention map; "true_mask": the true mask as attention map,
-            evenly spread over the object; "images": how many were scored.
+            evenly spread over the object; "images": how many were scored; "without_objects": how many could not be.
     """
     model.eval()
     device = next(model.parameters()).device
-    attentions: dict[int, list[Tensor]] = {}
-    targets = []
-    for images, _, masks in batches:
-        for layer_trace in trace(model, normalize(images.to(device)), layers):
-            attentions.setdefault(layer_trace.index, []).append(layer_trace.cls_attention().float().cpu())
-        targets.append(mask_to_grid(masks, model.grid_size))
-    maps = {layer: torch.cat(parts) for layer, parts in attentions.items()}
-    target = torch.cat(targets)
-    noise = torch.rand(next(iter(maps.values())).shape, generator=torch.Generator().manual_seed(0))
-    mean_mask = target.float().mean(dim=0).expand(len(target), 1, -1)
-
-    def best(attention: Tensor, threshold: str) -> float:
-        return best_head_iou(attention, target, threshold, fraction)[1].mean().item()
-
-    def by_layer(threshold: str) -> list[dict]:
-        rows = []
-        for layer, attention in maps.items():
-            heads = best_head_iou(attention, target, threshold, fraction)[0].mean(dim=0)
-            scores = {"best_head": best(attention, threshold), "fixed_head": heads.max().item()}
-            rows.append({"layer": layer, **scores, "per_head": heads.tolist()})
-        return rows
-
-    return {
-        threshold: {
-            "layers": by_layer(threshold),
-            "constant": constant_mask_iou(target).mean().item(),
-            "random": best(noise, threshold),
-            "mean_mask": best(mean_mask, threshold),
-            "true_mask": best(target[:, None].float(), threshold),
-            "images": len(target),
-        }
-        for threshold in THRESHOLDS
-    }
+    scores = AttentionScores(fraction)
+    for images, labels, masks in batches:
+        traces = trace(model, normalize(images.to(device)), layers)
+        maps = {layer_trace.index: layer_trace.cls_attention() for layer_trace in traces}
+        targets = [mask[None] for mask in mask_to_grid(masks, model.grid_size)]
+        scores.add(maps, targets, labels=[[label] for label in labels.tolist()])
+    return scores.result()
 
 
 def scores_table(scores: dict[str, dict], marked: int | None = None) -> str:

@@ -51,3 +51,15 @@ def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory):
+    """The folder of a finished run on shape_scenes, 32 px, with checkpoints at steps 4 and 8."""
+    from crate_fast.train import pretrain
+
+    folder = tmp_path_factory.mktemp("run") / "tiny"
+    words = "--train-samples 64 --val-samples 16 --batch-size 16 --epochs 2 --dim 32 --depth 2 --heads 2 "
+    words += "--image-size 32 --segmentation-samples 8 --keep-checkpoints 9"
+    assert pretrain.main([*words.split(), "--output", str(folder)]) == 0
+    return folder

@@ -19,7 +19,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-__all__ = ["CheckpointError", "best_step", "folder_of", "load", "newest", "record_best", "rotate", "save", "steps"]
+__all__ = [
+    "CheckpointError",
+    "best_step",
+    "folder_of",
+    "load",
+    "manifest",
+    "newest",
+    "record_best",
+    "rotate",
+    "save",
+    "steps",
+]
 
 WEIGHTS, TRAINING, MANIFEST, BEST = "model.safetensors", "training.pt", "manifest.json", "best.json"
 
@@ -109,6 +120,11 @@ def save(root: Path, step: int, weights: dict[str, Tensor], training: dict, fact
     return final
 
 
+def manifest(root: Path, step: int) -> dict:
+    """What is recorded with a checkpoint: step, configuration, history, environment."""
+    return json.loads((folder_of(root, step) / MANIFEST).read_text())
+
+
 def load(root: Path, step: int) -> tuple[dict[str, Tensor], dict, dict]:
     """Read a checkpoint and verify it.
 
@@ -129,9 +145,8 @@ def load(root: Path, step: int) -> tuple[dict[str, Tensor], dict, dict]:
             else "no earlier one is whole"
         )
         raise CheckpointError(f"{problem}. {remedy}")
-    manifest = json.loads((folder / MANIFEST).read_text())
     training = torch.load(folder / TRAINING, map_location="cpu", weights_only=True)
-    return load_file(folder / WEIGHTS), training, manifest
+    return load_file(folder / WEIGHTS), training, manifest(root, step)
 
 
 def _problem(folder: Path) -> str | None:

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["Processes", "process_group"]
+__all__ = ["Processes", "choose_device", "process_group"]
 
 
 @dataclass(frozen=True)
@@ -47,20 +47,31 @@ class Processes:
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
+    def gather(self, value: object) -> list:
+        """Every process's picklable `value`, in the order of ranks, on every process."""
+        if self.world_size == 1:
+            return [value]
+        values: list = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
     def wait(self) -> None:
         """Until every process is here."""
         if self.world_size > 1:
             dist.barrier()
 
 
-def _choose_device(asked: str, local_rank: int) -> torch.device:
+def choose_device(asked: str, local_rank: int = 0) -> torch.device:
+    """The device that `--device` names, made the current one; "auto" is a GPU where there is one.
+
+    Raises:
+        ValueError: PyTorch does not see it.
+    """
     kind = ("cuda" if torch.cuda.is_available() else "cpu") if asked == "auto" else asked
     device = torch.device(kind)
     if device.type == "cuda":
         if not torch.cuda.is_available():
-            raise RuntimeError(
-                f"device={asked!r}: PyTorch sees no GPU here; pass --device cpu or install a CUDA build"
-            )
+            raise ValueError(f"device={asked!r}: PyTorch sees no GPU here; pass --device cpu or install a CUDA build")
         if device.index is None:
             device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
@@ -80,7 +91,7 @@ def process_group(device: str, threads: int = 0):
     """
     rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
     world_size, local_size = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    place = _choose_device(device, local_rank)
+    place = choose_device(device, local_rank)
     if threads or local_size > 1:
         torch.set_num_threads(threads or max(1, os.cpu_count() // local_size))
     if world_size > 1:

@@ -115,7 +115,9 @@ class Run:
         if better:
             self.best = {"step": trainer.step, "val_accuracy": accuracy}
         if self.processes.first:
-            facts = {"config": vars(self.config), "history": self.history, "best": self.best, **provenance()}
+            epoch = trainer.step / trainer.steps_per_epoch
+            facts = {"epoch": epoch, "config": vars(self.config), "history": self.history, "best": self.best}
+            facts |= provenance()
             training = {"trainer": trainer.state()}
             checkpoint.save(self.checkpoints, trainer.step, trainer.model.state_dict(), training, facts)
             if better:

@@ -9,7 +9,7 @@ from crate_fast.train import checkpoint
 from crate_fast.train.config import PretrainConfig, load_recipe
 from crate_fast.train.data import DataSplits, build_splits
 
-__all__ = ["build_model", "load_run"]
+__all__ = ["build_model", "checkpoint_epoch", "checkpoint_steps", "load_model", "load_run", "run_config"]
 
 
 def build_model(config: PretrainConfig, num_classes: int) -> nn.Module:
@@ -24,32 +24,81 @@ def build_model(config: PretrainConfig, num_classes: int) -> nn.Module:
     return model
 
 
-def load_run(folder: Path, step: int | None = None, **changes) -> tuple[nn.Module, PretrainConfig, DataSplits, int]:
-    """The model of a run's checkpoint, with everything around it.
-
-    Args:
-        folder: Of the run.
-        step: Of the checkpoint; when None the best, or the newest if none was evaluated.
-        **changes: Settings to change, such as `segmentation_samples`.
-
-    Returns:
-        (model on the CPU in evaluation mode, configuration, data, step).
+def run_config(folder: Path, **changes) -> PretrainConfig:
+    """The configuration of a run, with `changes`.
 
     Raises:
-        FileNotFoundError: There is no run in the folder, or no such checkpoint.
-        CheckpointError: The checkpoint is damaged.
+        FileNotFoundError: There is no run in the folder.
+    """
+    if not (folder / "config.yaml").is_file():
+        raise FileNotFoundError(
+            f"{folder} is no run (it has no config.yaml): give the folder of one, such as runs/NAME"
+        )
+    return PretrainConfig(**(load_recipe(str(folder / "config.yaml")) | changes))
+
+
+def checkpoint_steps(folder: Path) -> list[int]:
+    """The steps at which a run has checkpoints, ascending.
+
+    Raises:
+        FileNotFoundError: There are none.
     """
     root = folder / "checkpoints"
     steps = checkpoint.steps(root) if root.is_dir() else []
     if not steps:
         raise FileNotFoundError(f"{folder} holds no checkpoints: give the folder of a run, such as runs/NAME")
+    return sorted(steps)
+
+
+def checkpoint_epoch(folder: Path, step: int) -> float | None:
+    """Passes over the training images at a checkpoint; None if an older version wrote it, without saying."""
+    return checkpoint.manifest(folder / "checkpoints", step).get("epoch")
+
+
+def load_model(folder: Path, step: int | None = None) -> tuple[nn.Module, PretrainConfig, int]:
+    """The model of a run's checkpoint; its data need not be there.
+
+    Args:
+        folder: Of the run.
+        step: Of the checkpoint; when None the best, or the newest if none was evaluated.
+
+    Returns:
+        (model on the CPU in evaluation mode, configuration, step).
+
+    Raises:
+        FileNotFoundError: There is no run in the folder, or no such checkpoint.
+        CheckpointError: The checkpoint is damaged.
+    """
+    steps = checkpoint_steps(folder)
+    root = folder / "checkpoints"
     if step is None:
-        step = checkpoint.best_step(root) or max(steps)
+        step = checkpoint.best_step(root) or steps[-1]
     if step not in steps:
         raise FileNotFoundError(f"{folder} has no checkpoint at step {step}: choose one of {steps}")
-    config = PretrainConfig(**(load_recipe(str(folder / "config.yaml")) | changes))
-    data = build_splits(config)
-    model = build_model(config, len(data.classes))
+    config = run_config(folder)
     weights, _, _ = checkpoint.load(root, step)
+    model = build_model(config, num_classes_of(weights))
     model.load_state_dict(weights, strict=True)
-    return model.eval(), config, data, step
+    return model.eval(), config, step
+
+
+def num_classes_of(weights: dict) -> int:
+    """Outputs of the classifier in a state dict of a CRATE or a timm model; 0 if it has none."""
+    heads = [name for name in weights if name.startswith(("mlp_head.", "head.", "fc.")) and name.endswith("weight")]
+    matrices = [weights[name] for name in sorted(heads) if weights[name].dim() == 2]
+    return matrices[-1].shape[0] if matrices else 0
+
+
+def load_run(folder: Path, step: int | None = None, **changes) -> tuple[nn.Module, PretrainConfig, DataSplits, int]:
+    """`load_model` with the run's data.
+
+    Args:
+        folder, step: See `load_model`.
+        **changes: Settings to change, such as `segmentation_samples`.
+
+    Returns:
+        (model, configuration, data, step).
+    """
+    model, _, step = load_model(folder, step)
+    config = run_config(folder, **changes)
+    return model, config, build_splits(config), step

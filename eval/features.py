@@ -1,0 +1,235 @@
+"""What a segmentation protocol reads from a model: patch features and CLS attention of chosen layers.
+
+    extract = extractor_for(model)              # a CRATE, one of its ablations, or a timm ViT (DINO's among them)
+    features = extract(images, [extract.default_layer])
+    features.keys(layer)                        # [B, P, H·D]: subspace tokens (CRATE) or keys (ViT), CLS dropped
+    features.cls_attention(layer)               # [B, H, P]
+
+Maps and keys of every kind of model are computed by the same few lines from queries and keys.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from crate_fast.model import CRATE
+from crate_fast.whitebox import attention_layer, trace
+
+__all__ = ["FeatureExtractor", "Features", "LayerTokens", "extractor_for"]
+
+
+@dataclass(frozen=True)
+class LayerTokens:
+    """One layer's queries and keys.
+
+    Attributes:
+        queries, keys: [B, N, H, D], prefix tokens first; the same tensor where they are one projection.
+        tied: Whether they are (MSSA).
+        scale: s of the logits s·⟨query, key⟩.
+        prefix: Tokens before the patches (CLS and registers).
+        has_cls: Whether the first of them is a CLS token.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    tied: bool
+    scale: float
+    prefix: int = 1
+    has_cls: bool = True
+
+
+class Features:
+    """What an extractor read from one batch of images.
+
+    Args:
+        grid: Rows and columns of patches.
+        layers: Layer index → its tokens.
+    """
+
+    def __init__(self, grid: tuple[int, int], layers: dict[int, LayerTokens]):
+        self.grid, self.layers = grid, layers
+
+    def _tokens(self, layer: int) -> LayerTokens:
+        if layer not in self.layers:
+            raise KeyError(f"layer {layer} was not extracted: ask for it in the call (there are {list(self.layers)})")
+        return self.layers[layer]
+
+    def keys(self, layer: int) -> Tensor:
+        """Concatenated heads of each patch's key, which with MSSA is its subspace token: [B, P, H·D]."""
+        tokens = self._tokens(layer)
+        return tokens.keys[:, tokens.prefix :].flatten(2)
+
+    def subspace(self, layer: int) -> Tensor:
+        """`keys`, of a layer that has subspaces.
+
+        Raises:
+            ValueError: It has separate queries and keys.
+        """
+        if not self._tokens(layer).tied:
+            raise ValueError(f"layer {layer} has separate query and key: it has no subspaces; use keys({layer})")
+        return self.keys(layer)
+
+    def cls_attention(self, layer: int) -> Tensor:
+        """Attention of CLS on the patches, softmax over patches only: [B, H, P] (paper, Eq. 10 and 11).
+
+        Raises:
+            ValueError: The model has no CLS token.
+        """
+        tokens = self._tokens(layer)
+        if not tokens.has_cls:
+            raise ValueError("this model has no CLS token, so no CLS attention: choose one with class_token=True")
+        query, keys = tokens.queries[:, 0].float(), tokens.keys[:, tokens.prefix :].float()
+        return (tokens.scale * torch.einsum("bhd,bmhd->bhm", query, keys)).softmax(dim=-1)
+
+
+class FeatureExtractor(ABC):
+    """Reads `Features` from a model; make one with `extractor_for`.
+
+    Attributes:
+        model: In evaluation mode.
+        depth: Its layers.
+        heads: Of each.
+        default_layer: The one the paper looks at: the last but one of CRATE, the last of a ViT (§3).
+        patch_size: Height and width of a patch, in pixels.
+    """
+
+    def __init__(self, model: nn.Module, depth: int, heads: int, default_layer: int, patch_size: tuple[int, int]):
+        self.model, self.depth, self.heads = model.eval(), depth, heads
+        self.default_layer, self.patch_size = default_layer, patch_size
+
+    @property
+    @abstractmethod
+    def image_size(self) -> tuple[int, int]:
+        """Height and width the model expects now, in pixels."""
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches at `image_size`."""
+        return self.image_size[0] // self.patch_size[0], self.image_size[1] // self.patch_size[1]
+
+    def set_image_size(self, size: int) -> None:
+        """Expect square images of `size` pixels; the positions are interpolated.
+
+        Raises:
+            ValueError: The patch size does not divide it.
+        """
+        if size <= 0 or any(size % side for side in self.patch_size):
+            side = max(self.patch_size)
+            near = max(side, round(size / side) * side)
+            raise ValueError(
+                f"image size {size} is not a multiple of this model's patch size {self.patch_size[0]}×"
+                f"{self.patch_size[1]}: pass --image-size {near}"
+            )
+        if (size, size) != self.image_size:
+            self.model.set_input_size((size, size))
+
+    def resolve_layer(self, layer: int | None) -> int:
+        """`layer` counted from 0 (negative ones from the end), the default when None.
+
+        Raises:
+            IndexError: There is no such layer.
+        """
+        if layer is None:
+            return self.default_layer
+        if not -self.depth <= layer < self.depth:
+            raise IndexError(f"layer {layer}: this model has layers 0 to {self.depth - 1}; pass one with --layer")
+        return layer % self.depth
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor, layers: Sequence[int] | None = None) -> Features:
+        """Run the model.
+
+        Args:
+            images: Normalised, [B, 3, height, width], of `image_size`.
+            layers: Whose tokens; the default layer's when None.
+        """
+        wanted = sorted({self.resolve_layer(layer) for layer in ([None] if layers is None else layers)})
+        return Features(self.grid, self._tokens(images, wanted))
+
+    @abstractmethod
+    def _tokens(self, images: Tensor, layers: Iterable[int]) -> dict[int, LayerTokens]:
+        """Layer → tokens."""
+
+
+class _OfCRATE(FeatureExtractor):
+    """Subspace tokens of a CRATE; queries and keys of its ablations with MHSA."""
+
+    def __init__(self, model: CRATE):
+        heads = model.transformer.heads
+        super().__init__(model, model.transformer.depth, heads, attention_layer(model), model.patch_size)
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        return self.model.image_size
+
+    def _tokens(self, images: Tensor, layers: Iterable[int]) -> dict[int, LayerTokens]:
+        return {t.index: LayerTokens(t.queries, t.keys, t.tied, t.scale) for t in trace(self.model, images, layers)}
+
+
+class _OfTimmViT(FeatureExtractor):
+    """Queries and keys of a timm `VisionTransformer`, after its query and key norms if it has them."""
+
+    def __init__(self, model: VisionTransformer):
+        depth, heads = len(model.blocks), model.blocks[0].attn.num_heads
+        super().__init__(model, depth, heads, depth - 1, tuple(model.patch_embed.patch_size))
+        self.has_cls = model.cls_token is not None
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        return tuple(self.model.patch_embed.img_size)
+
+    def _tokens(self, images: Tensor, layers: Iterable[int]) -> dict[int, LayerTokens]:
+        seen: dict[tuple[int, str], Tensor] = {}
+        with ExitStack() as hooks:
+            for index in layers:
+                for name in (
+                    "q_norm",
+                    "k_norm",
+                ):  # Identity, or the norm: their outputs [B, H, N, D] are what is used
+
+                    def keep(_module, _inputs, output, key=(index, name)):
+                        seen[key] = output.transpose(1, 2)
+
+                    hooks.callback(getattr(self.model.blocks[index].attn, name).register_forward_hook(keep).remove)
+            self.model.forward_features(images)
+        return {
+            index: LayerTokens(
+                seen[index, "q_norm"],
+                seen[index, "k_norm"],
+                False,
+                self.model.blocks[index].attn.scale,
+                self.model.num_prefix_tokens,
+                self.has_cls,
+            )
+            for index in layers
+        }
+
+
+def extractor_for(model: nn.Module) -> FeatureExtractor:
+    """The extractor that fits a model, which is put in evaluation mode.
+
+    Args:
+        model: `crate_fast.CRATE` (ablations and exported CRATE-MAE encoders are such) or timm's `VisionTransformer`.
+
+    Raises:
+        TypeError: It is another kind of model.
+
+    >>> import timm
+    >>> extract = extractor_for(timm.create_model("crate_tiny_patch16_224", num_classes=0, depth=3))
+    >>> features = extract(torch.zeros(1, 3, 224, 224))
+    >>> features.keys(1).shape, features.cls_attention(1).shape
+    (torch.Size([1, 196, 384]), torch.Size([1, 6, 196]))
+    """
+    if isinstance(model, CRATE):
+        return _OfCRATE(model)
+    if isinstance(model, VisionTransformer) and hasattr(model.blocks[0].attn, "q_norm"):
+        return _OfTimmViT(model)
+    raise TypeError(
+        f"no patch features can be read from a {type(model).__name__}: pass a crate_fast.CRATE or one of timm's "
+        "VisionTransformer models, such as vit_small_patch8_224.dino"
+    )

@@ -1,0 +1,345 @@
+"""The images that a command names, read one by one, with what is known of their objects.
+
+    folder:PATH          every image below PATH
+    voc:PATH             PASCAL VOC in its own layout (VOCdevkit/VOC2012), segmentation val split
+    coco:PATH[:SPLIT]    COCO: PATH/SPLIT/*.jpg, instances_SPLIT.json in PATH or PATH/annotations; SPLIT is val2017
+    shape_scenes[:SEED]  scenes made on the fly (validation split), 500 of them if no limit is given
+
+An image that cannot be read becomes a `Sample` with a `problem`, never a gap: the protocols count and name them.
+"""
+
+import io
+import sys
+from collections.abc import Iterator
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from crate_fast.train.shape_scenes import ShapeScenes
+
+__all__ = [
+    "Batch",
+    "CocoImages",
+    "ImageFiles",
+    "Sample",
+    "SceneImages",
+    "Target",
+    "VocImages",
+    "batches",
+    "open_images",
+]
+
+VOC_CLASSES = (
+    "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",
+    "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
+)  # fmt: skip
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
+VOID = 255
+
+
+@dataclass(frozen=True)
+class Target:
+    """Semantic classes of one image.
+
+    Attributes:
+        classes: Class numbers present, the background's left out.
+        masks: Their pixels, boolean [M, H, W], at the image's own resolution.
+        valid: Pixels that count, boolean [H, W]: not void.
+    """
+
+    classes: list[int]
+    masks: Tensor
+    valid: Tensor
+
+    def on_grid(self, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Masks boolean [M, P] and validity [P] on a grid of patches.
+
+        A patch counts where at least half of its pixels do, and is a class's where at least half of those that count
+        are. A small or thin object may have no patch.
+        """
+        parts = torch.cat([self.valid[None], self.masks & self.valid]).float()
+        valid, masks = F.adaptive_avg_pool2d(parts, grid).flatten(1).split([1, len(self.masks)])
+        keep = valid[0] >= 0.5
+        return (masks >= 0.5 * valid) & keep, keep
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image of a set.
+
+    Attributes:
+        key: Its name or number in the set.
+        image: uint8 [3, S, S], squashed to a square; zeros if it could not be read.
+        size: Its own height and width in pixels.
+        target: What is known of its objects, or None.
+        problem: Why it could not be read, or None.
+    """
+
+    key: str | int
+    image: Tensor
+    size: tuple[int, int]
+    target: Target | None = None
+    problem: str | None = None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some readable samples.
+
+    Attributes:
+        images: uint8 [B, 3, S, S].
+        samples: The samples.
+    """
+
+    images: Tensor
+    samples: list[Sample]
+
+
+class ImageFiles(Dataset):
+    """Images of a folder, sorted by path; the base of the sets that have files.
+
+    Args:
+        root: The folder.
+        size: Side to which images are squashed (bicubic), in pixels.
+
+    Raises:
+        FileNotFoundError: There is no folder, or no image in it.
+    """
+
+    labelled = False
+
+    def __init__(self, root: Path, size: int):
+        self.root, self.size = root, size
+        if not root.is_dir():
+            raise FileNotFoundError(f"{root}: no such folder; pass --data folder:PATH with the folder of your images")
+        files = sorted(path for path in root.rglob("*") if path.suffix.lower() in EXTENSIONS)
+        if not files:
+            raise FileNotFoundError(f"{root} holds no images ({', '.join(EXTENSIONS)})")
+        self.items: list[tuple[str | int, Path]] = [(str(path.relative_to(root)), path) for path in files]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> Sample:
+        key, path = self.items[index]
+        try:
+            with Image.open(path) as file:
+                picture = file.convert("RGB")
+            target = self.target(key, (picture.height, picture.width))
+        except (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError) as error:
+            problem = f"{path}: {type(error).__name__}: {error}"
+            return Sample(key, torch.zeros(3, self.size, self.size, dtype=torch.uint8), (0, 0), None, problem)
+        squashed = picture.resize((self.size, self.size), Image.Resampling.BICUBIC)
+        image = torch.from_numpy(np.array(squashed)).permute(2, 0, 1).contiguous()
+        return Sample(key, image, (picture.height, picture.width), target)
+
+    def keys(self) -> list[str | int]:
+        """Names or numbers of the images, in order."""
+        return [key for key, _ in self.items]
+
+    def target(self, key: str | int, size: tuple[int, int]) -> Target | None:
+        """What is known of an image's objects: nothing, in a folder."""
+        return None
+
+    def class_names(self) -> dict[int, str]:
+        """Class number → name."""
+        return {}
+
+
+class VocImages(ImageFiles):
+    """PASCAL VOC's segmentation images with their semantic classes; 255 is void, 0 background.
+
+    Args:
+        root: The folder that holds JPEGImages, SegmentationClass and ImageSets, or one above it.
+        size: See `ImageFiles`.
+        split: Name of the list in ImageSets/Segmentation.
+    """
+
+    labelled = True
+
+    def __init__(self, root: Path, size: int, split: str = "val"):
+        places = [root, root / "VOC2012", root / "VOCdevkit" / "VOC2012"]
+        found = next((place for place in places if (place / "SegmentationClass").is_dir()), None)
+        if found is None:
+            raise FileNotFoundError(
+                f"{root} has no SegmentationClass folder: pass --data voc:PATH with the folder VOC2012 of VOCdevkit"
+            )
+        self.root, self.size = found, size
+        names = found / "ImageSets" / "Segmentation" / f"{split}.txt"
+        if not names.is_file():
+            raise FileNotFoundError(f"{names} is not there: it lists the images of the split {split!r}")
+        keys = names.read_text().split()
+        if not keys:
+            raise FileNotFoundError(f"{names} lists no images")
+        self.items = [(key, found / "JPEGImages" / f"{key}.jpg") for key in keys]
+
+    def target(self, key: str | int, size: tuple[int, int]) -> Target:
+        with Image.open(self.root / "SegmentationClass" / f"{key}.png") as file:
+            if file.mode not in ("P", "L"):
+                raise ValueError(f"annotation {key}.png has mode {file.mode}, not a palette of class numbers")
+            labels = torch.from_numpy(np.array(file))
+        if tuple(labels.shape) != size:
+            raise ValueError(f"annotation {key}.png is {tuple(labels.shape)}, its image {size}")
+        classes = [c for c in labels.unique().tolist() if c not in (0, VOID)]
+        masks = torch.stack([labels == c for c in classes]) if classes else torch.zeros(0, *size, dtype=torch.bool)
+        return Target(classes, masks, labels != VOID)
+
+    def class_names(self) -> dict[int, str]:
+        return dict(enumerate(VOC_CLASSES, start=1))
+
+
+class CocoImages(ImageFiles):
+    """COCO images, sorted by id, with the union of each category's instances; crowds are void.
+
+    Args:
+        root: The folder of the images' folder and the annotations.
+        size: See `ImageFiles`.
+        split: Such as "val2017".
+
+    Attributes:
+        coco: pycocotools' index of the annotations.
+    """
+
+    labelled = True
+
+    def __init__(self, root: Path, size: int, split: str = "val2017"):
+        from pycocotools.coco import COCO
+
+        self.root, self.size = root, size
+        names = [root / f"instances_{split}.json", root / "annotations" / f"instances_{split}.json"]
+        found = next((name for name in names if name.is_file()), None)
+        if found is None:
+            raise FileNotFoundError(f"{names[0]} is not there, nor {names[1]}: pass --data coco:PATH[:SPLIT]")
+        if not (root / split).is_dir():
+            raise FileNotFoundError(f"{root / split} is not there: the images belong there")
+        with redirect_stdout(io.StringIO()):  # it prints how it gets on
+            self.coco = COCO(found)
+        self.items = [(i, root / split / self.coco.imgs[i]["file_name"]) for i in sorted(self.coco.imgs)]
+        if not self.items:
+            raise FileNotFoundError(f"{found} lists no images")
+
+    def target(self, key: str | int, size: tuple[int, int]) -> Target:
+        masks: dict[int, np.ndarray] = {}
+        void = np.zeros(size, bool)
+        for annotation in self.coco.imgToAnns[key]:
+            pixels = self.coco.annToMask(annotation).astype(bool)
+            if pixels.shape != size:
+                raise ValueError(f"the annotations say {pixels.shape}, the image is {size}")
+            if annotation.get("iscrowd"):
+                void |= pixels
+            else:
+                masks[annotation["category_id"]] = masks.get(annotation["category_id"], False) | pixels
+        classes = sorted(masks)
+        stacked = np.stack([masks[c] for c in classes]) if classes else np.zeros((0, *size), bool)
+        return Target(classes, torch.from_numpy(stacked), torch.from_numpy(~void))
+
+    def class_names(self) -> dict[int, str]:
+        return {number: category["name"] for number, category in self.coco.cats.items()}
+
+
+class SceneImages(Dataset):
+    """Validation scenes of `shape_scenes`, drawn at the size asked for, each with its object's mask.
+
+    Args:
+        size: In pixels.
+        count: How many.
+        seed: Of the data set.
+    """
+
+    labelled = True
+
+    def __init__(self, size: int, count: int = 500, seed: int = 0):
+        self.scenes = ShapeScenes(count, image_size=size, seed=seed, split="val", with_mask=True)
+        self.size = size
+
+    def __len__(self) -> int:
+        return len(self.scenes)
+
+    def __getitem__(self, index: int) -> Sample:
+        image, label, mask = self.scenes[index]
+        return Sample(index, image, tuple(mask.shape), Target([label], mask[None], torch.ones_like(mask)))
+
+    def keys(self) -> list[int]:
+        """Numbers of the scenes."""
+        return list(range(len(self.scenes)))
+
+    def class_names(self) -> dict[int, str]:
+        """Class number → name."""
+        return dict(enumerate(self.scenes.classes))
+
+
+def open_images(specification: str, size: int, limit: int | None = None) -> Dataset:
+    """Open what `--data` names (see the module's text).
+
+    Args:
+        specification: `KIND:PATH`, or shape_scenes.
+        size: Side to which images are squashed, in pixels.
+        limit: Take the first so many; all when None.
+
+    Returns:
+        A data set of `Sample`s.
+
+    Raises:
+        FileNotFoundError: Images or annotations are not where they should be.
+        ValueError: The specification is misspelt, or the limit is not positive.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"--limit {limit}: give a positive number, or leave it out for all images")
+    kind, _, rest = specification.partition(":")
+    if kind == "shape_scenes":
+        if rest and not rest.isdigit():
+            raise ValueError(f"--data {specification}: write shape_scenes or shape_scenes:SEED")
+        return SceneImages(size, limit or 500, int(rest or 0))
+    if kind not in ("folder", "voc", "coco") or not rest:
+        raise ValueError(
+            f"--data {specification!r}: write folder:PATH, voc:PATH, coco:PATH[:SPLIT] or shape_scenes[:SEED]"
+        )
+    path, _, split = rest.rpartition(":") if kind == "coco" and not Path(rest).exists() else (rest, "", "")
+    choices = {
+        "folder": lambda: ImageFiles(Path(rest), size),
+        "voc": lambda: VocImages(Path(rest), size),
+        "coco": lambda: CocoImages(Path(path), size, split or "val2017") if path else CocoImages(Path(rest), size),
+    }
+    images = choices[kind]()
+    images.items = images.items[:limit]
+    return images
+
+
+def batches(
+    images: Dataset, batch_size: int, problems: list[str], *, workers: int = 0, progress: str | None = None
+) -> Iterator[Batch]:
+    """Readable samples in order, `batch_size` at a time.
+
+    Args:
+        images: Of `Sample`s.
+        batch_size: Samples a batch.
+        problems: Filled with what could not be read; also said on stderr.
+        workers: Processes that read.
+        progress: Title of a progress bar over images; none when None.
+
+    Raises:
+        ValueError: Not one image could be read.
+    """
+    loader = DataLoader(images, batch_size=batch_size, num_workers=workers, collate_fn=list)
+    readable, before = 0, len(problems)
+    with tqdm(total=len(images), desc=progress, unit="img", disable=progress is None) as bar:
+        for samples in loader:
+            for sample in samples:
+                if sample.problem is not None:
+                    problems.append(sample.problem)
+                    bar.write(f"unreadable: {sample.problem}", file=sys.stderr)
+            good = [sample for sample in samples if sample.problem is None]
+            readable += len(good)
+            if good:
+                yield Batch(torch.stack([sample.image for sample in good]), good)
+            bar.update(len(samples))
+    if not readable:
+        raise ValueError(f"none of the {len(images)} images could be read; the first: {problems[before]}")

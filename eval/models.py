@@ -1,0 +1,178 @@
+"""Open the models that a command names.
+
+    runs/NAME            a run's best checkpoint        crate_small_patch8_224@weights.pth    a file, strictly
+    runs/NAME@12000      its checkpoint at a step       vit_small_patch8_224.dino@pretrained  through timm
+    runs/NAME@untrained  its model before training      vit_small_patch8_224@untrained        drawn from --seed
+
+each perhaps with a name for tables in front, as in `CRATE-S/8=runs/NAME`.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import timm
+import torch
+from torch import nn
+
+from crate_fast.checkpoints import load_weights, read_state_dict
+from crate_fast.eval.features import FeatureExtractor, extractor_for
+from crate_fast.train.config import PretrainConfig
+from crate_fast.train.data import Normalize
+from crate_fast.train.runs import build_model, load_model, num_classes_of, run_config
+
+__all__ = ["Subject", "open_model", "split_label"]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model under evaluation.
+
+    Attributes:
+        label: Its name in tables and figures.
+        model: In evaluation mode, on its device.
+        normalize: uint8 images [B, 3, H, W] → the model's input.
+        extract: Reads its features.
+        facts: Where it came from: specification, parameters, image size, hash of the weights.
+        config: Of the run it came from, if it did.
+    """
+
+    label: str
+    model: nn.Module
+    normalize: Normalize
+    extract: FeatureExtractor = field(repr=False)
+    facts: dict
+    config: PretrainConfig | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
+
+
+def split_label(specification: str) -> tuple[str, str]:
+    """`NAME=MODEL` → (NAME, MODEL); without a name the last part of the model's own is it.
+
+    >>> split_label("CRATE-S/8=runs/a"), split_label("runs/a@1200")
+    (('CRATE-S/8', 'runs/a'), ('a@1200', 'runs/a@1200'))
+    """
+    label, separator, source = specification.partition("=")
+    if separator and label and source and "@" not in label:
+        return label, source
+    return specification.rstrip("/").split("/")[-1], specification
+
+
+def _parse_arguments(words: list[str] | None) -> dict:
+    """["heads=6", "head_hidden=true"] → {"heads": 6, "head_hidden": True}."""
+    arguments = {}
+    for word in words or []:
+        name, separator, value = word.partition("=")
+        if not separator or not name:
+            raise ValueError(f"--model-args {word!r}: write KEY=VALUE, such as heads=6")
+        try:
+            arguments[name] = json.loads(value.lower() if value in ("True", "False") else value)
+        except json.JSONDecodeError:
+            arguments[name] = value
+    return arguments
+
+
+def _weights_hash(model: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(
+            name.encode() + tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        )
+    return digest.hexdigest()[:16]
+
+
+def _seeded(build, seed: int) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build()
+
+
+def _from_run(folder: Path, which: str, seed: int) -> tuple[nn.Module, PretrainConfig]:
+    if which == "untrained":
+        config = run_config(folder)
+        trained, _, _ = load_model(folder)  # for its number of classes
+        return _seeded(lambda: build_model(config, num_classes_of(trained.state_dict())), seed), config
+    if which and not which.isdigit():
+        raise ValueError(f"{folder}@{which}: after a run's folder write @STEP or @untrained, or nothing for its best")
+    model, config, _ = load_model(folder, int(which) if which else None)
+    return model, config
+
+
+def _from_timm(name: str, which: str, arguments: dict, seed: int) -> nn.Module:
+    if not timm.is_model(name):
+        near = timm.list_models(f"*{name.split('_')[0]}*")[:4]
+        raise ValueError(
+            f"{name!r} is neither the folder of a run nor a model that timm knows"
+            + (f" (there are {', '.join(near)}, …)" if near else "")
+        )
+    if which == "untrained":
+        return _seeded(lambda: timm.create_model(name, **arguments), seed)
+    if which == "pretrained":
+        return timm.create_model(name, pretrained=True, **arguments)
+    if not which:
+        raise ValueError(f"{name}: say whose weights: {name}@FILE, {name}@pretrained, or {name}@untrained for none")
+    weights = read_state_dict(which)
+    model = timm.create_model(name, **({"num_classes": num_classes_of(weights)} | arguments))
+    try:
+        return load_weights(model, which)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{which} does not hold the weights of {name}: {_first_lines(error)}\nName the model it was saved from, "
+            "or give its sizes with --model-args, such as heads=6 img_size=480"
+        ) from error
+
+
+def _first_lines(error: Exception, count: int = 6) -> str:
+    lines = str(error).splitlines()
+    return "\n".join(lines[:count] + (["  …"] if len(lines) > count else []))
+
+
+def open_model(
+    specification: str,
+    device: torch.device | str = "cpu",
+    image_size: int | None = None,
+    model_args: list[str] | None = None,
+    seed: int = 0,
+) -> Subject:
+    """Open one model (see the module's text for how to name it).
+
+    Args:
+        specification: What `--model` says.
+        device: Where to put it.
+        image_size: Height and width it is to expect, in pixels; its own when None.
+        model_args: `KEY=VALUE` words for timm's `create_model`; a run knows its own.
+        seed: Of untrained weights.
+
+    Raises:
+        ValueError: The name, the file or the image size does not fit; the message says what to do.
+        FileNotFoundError: There is no such run, checkpoint or file.
+    """
+    label, source = split_label(specification)
+    place, _, which = source.rpartition("@") if "@" in source else (source, "", "")
+    arguments, config = _parse_arguments(model_args), None
+    if Path(place).is_dir():
+        model, config = _from_run(Path(place), which, seed)
+        statistics = config.mean
+    else:
+        model = _from_timm(place, which, arguments, seed)
+        statistics = (model.pretrained_cfg["mean"], model.pretrained_cfg["std"])
+    extract = extractor_for(model)
+    weights = _weights_hash(model)
+    if image_size is not None:
+        extract.set_image_size(image_size)
+    facts = {
+        "model": source,
+        "label": label,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "weights_sha256": weights,
+        "image_size": list(extract.image_size),
+        "patch_size": list(extract.patch_size),
+        "model_args": arguments,
+        "seed": seed,
+    }
+    return Subject(label, model.to(device), Normalize(statistics).to(device), extract, facts, config)

@@ -1,0 +1,129 @@
+"""The command line that the protocols share."""
+
+import argparse
+import dis
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal
+
+from crate_fast.eval import images as images_module
+from crate_fast.eval import models as models_module
+from crate_fast.eval.models import Subject, open_model
+from crate_fast.train.checkpoint import CheckpointError
+from crate_fast.train.distributed import choose_device
+
+__all__ = ["evaluation_parser", "open_models", "output_folder", "positive", "run_command"]
+
+
+def positive(text: str) -> int:
+    """argparse's type of a positive integer."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value}: give a positive integer")
+    return value
+
+
+def evaluation_parser(
+    protocol: str,
+    description: str,
+    *,
+    data: str | Literal[False] | None = None,
+    many: bool = True,
+    image_size: int | None = None,
+    limit: int | None = None,
+) -> argparse.ArgumentParser:
+    """A parser with what every protocol takes: models, data, size, limit, device, output.
+
+    Args:
+        protocol: Its name on the command line.
+        description: What it does, in a sentence.
+        data: Default of `--data`; None makes it required; False leaves out `--data` and `--limit`, for a protocol
+            that opens its data some other way.
+        many: Whether it takes several models.
+        image_size: Default of `--image-size`; None is the model's own.
+        limit: Default of `--limit`; None is all images.
+    """
+    parser = argparse.ArgumentParser(
+        prog=f"crate-fast eval {protocol}",
+        description=description,
+        epilog="How to name models:\n\n"
+        + models_module.__doc__.split("\n\n", 1)[1]
+        + ("" if data is False else "\nand data:\n\n" + images_module.__doc__.split("\n\n", 1)[1]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    plural = {"nargs": "+", "metavar": "MODEL"} if many else {"metavar": "MODEL"}
+    parser.add_argument("models" if many else "model", **plural, help="see below")
+    if data is not False:
+        parser.add_argument("--data", default=data, required=data is None, help="see below")
+        limit_help = f"take the first so many images; default {limit or 'all'}"
+        parser.add_argument("--limit", type=positive, default=limit, help=limit_help)
+    size_help = "side to which images are squashed, in pixels; default " + str(image_size or "the model's own")
+    parser.add_argument("--image-size", type=positive, default=image_size, help=size_help)
+    parser.add_argument("--batch-size", type=positive, default=8, help="images per forward pass; default 8")
+    parser.add_argument("--workers", type=int, default=0, help="processes that read images; default 0: none")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N; default auto")
+    parser.add_argument("--seed", type=int, default=0, help="of everything drawn; default 0")
+    parser.add_argument("--model-args", nargs="+", metavar="KEY=VALUE", help="for models that timm builds")
+    parser.add_argument("--output", type=Path, help=f"folder of the results; default runs/eval/{protocol}/MODELS")
+    return parser
+
+
+def open_models(options: argparse.Namespace) -> list[Subject]:
+    """Every model that the command names.
+
+    Raises:
+        ValueError: Two have the same label, or one cannot be opened; see `models.open_model`.
+    """
+    names = options.models if hasattr(options, "models") else [options.model]
+    device = choose_device(options.device)
+    subjects = [open_model(name, device, options.image_size, options.model_args, options.seed) for name in names]
+    labels = [subject.label for subject in subjects]
+    twice = {label for label in labels if labels.count(label) > 1}
+    if twice:
+        raise ValueError(f"two models are called {sorted(twice)[0]!r}: give each a name, as in NAME=MODEL")
+    return subjects
+
+
+def output_folder(options: argparse.Namespace, protocol: str, subjects: Sequence[Subject]) -> Path:
+    """`--output`, or a folder named after the protocol and the models."""
+    if options.output is not None:
+        return options.output
+    words = [re.sub(r"[^\w.@-]+", "_", subject.label) for subject in subjects]
+    return Path("runs/eval") / protocol / "+".join(words)[:120]
+
+
+def run_command(command: Callable[[argparse.Namespace], None], options: argparse.Namespace) -> int:
+    """Run a protocol; what a user can put right is printed as one message, without a traceback.
+
+    Returns:
+        The exit status: 0, or 2 after such a message.
+    """
+    try:
+        command(options)
+    except (
+        ValueError,
+        IndexError,
+        KeyError,
+        TypeError,
+        FileNotFoundError,
+        CheckpointError,
+        ModuleNotFoundError,
+    ) as e:
+        if not _ours(e):
+            raise
+        print(f"error: {e.args[0] if isinstance(e, KeyError) and e.args else e}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _ours(error: BaseException) -> bool:
+    """Whether a `raise` of this package made the error, rather than a library called in a wrong way."""
+    trace = error.__traceback__
+    while trace.tb_next is not None:
+        trace = trace.tb_next
+    frame = trace.tb_frame
+    ours = frame.f_globals.get("__name__", "").startswith(("crate_fast", "__main__"))
+    return ours and frame.f_code.co_code[trace.tb_lasti] == dis.opmap["RAISE_VARARGS"]

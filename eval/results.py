@@ -1,0 +1,107 @@
+"""What every evaluation leaves behind: results.json with its origin, tables in three formats, unreadable
+images named."""
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from crate_fast.provenance import provenance
+from crate_fast.train.checkpoint import write_text
+
+__all__ = ["csv_table", "latex_table", "markdown_table", "write_results", "write_table"]
+
+
+def _cell(value: object, digits: int) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.{digits}f}" if isinstance(value, float) else str(value)
+
+
+def _columns(rows: Sequence[dict]) -> list[str]:
+    return list(dict.fromkeys(name for row in rows for name in row))
+
+
+def markdown_table(rows: Sequence[dict], digits: int = 3) -> str:
+    """Rows as a Markdown table; columns in order of appearance, a missing value as –.
+
+    >>> print(markdown_table([{"model": "A", "AP": 0.5}, {"model": "B"}]), end="")
+    | model | AP |
+    | --- | --- |
+    | A | 0.500 |
+    | B | – |
+    """
+    columns = _columns(rows)
+    lines = [columns, ["---"] * len(columns)]
+    lines += [[_cell(row.get(name), digits).replace("|", "\\|") for name in columns] for row in rows]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def csv_table(rows: Sequence[dict]) -> str:
+    """Rows as CSV, numbers in full; a missing value is empty."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, _columns(rows), restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def latex_table(rows: Sequence[dict], digits: int = 3) -> str:
+    """Rows as a LaTeX `tabular` for the booktabs package."""
+    special = {"&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "$": r"\$", "–": "--", "−": "$-$", "…": r"\dots"}
+    special |= {
+        "{": r"\{",
+        "}": r"\}",
+        "~": r"\textasciitilde{}",
+        "^": r"\textasciicircum{}",
+        "\\": r"\textbackslash{}",
+    }
+
+    def escape(text: str) -> str:
+        return "".join(special.get(letter, letter) for letter in text)
+
+    columns = _columns(rows)
+    lines = [" & ".join(escape(_cell(row.get(name), digits)) for name in columns) + r" \\" for row in rows]
+    head = " & ".join(escape(name) for name in columns) + r" \\"
+    body = "\n".join(lines)
+    return (
+        f"\\begin{{tabular}}{{l{'r' * (len(columns) - 1)}}}\n\\toprule\n{head}\n\\midrule\n{body}\n\\bottomrule\n"
+        "\\end{tabular}\n"
+    )
+
+
+def write_table(folder: Path, name: str, rows: Sequence[dict], digits: int = 3) -> str:
+    """Write `name`.md, `name`.csv and `name`.tex into a folder; returns the Markdown."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = markdown_table(rows, digits)
+    write_text(folder / f"{name}.md", text)
+    write_text(folder / f"{name}.csv", csv_table(rows))
+    write_text(folder / f"{name}.tex", latex_table(rows, digits))
+    return text
+
+
+def write_results(folder: Path, protocol: str, config: dict, results: dict, problems: Sequence[str] = ()) -> Path:
+    """Write results.json: what was asked, what came out, where it comes from, which images could not be read.
+
+    Args:
+        folder: Made if it is not there.
+        protocol: Such as "maskcut".
+        config: Every setting that decides the result.
+        results: Plain values.
+        problems: One line an unreadable image.
+
+    Returns:
+        The file.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {
+        "protocol": protocol,
+        "config": config,
+        "results": results,
+        "unreadable": {"count": len(problems), "images": list(problems)},
+        "provenance": provenance(),
+    }
+    path = folder / "results.json"
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    return path

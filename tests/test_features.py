@@ -1,0 +1,113 @@
+"""Features of CRATE, its ablations and timm's ViTs, against queries and keys computed by hand."""
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from crate_fast import CRATE
+from crate_fast.eval.features import Features, LayerTokens, extractor_for
+
+SIZES = {"image_size": 32, "patch_size": 8, "num_classes": 3, "dim": 32, "depth": 3, "heads": 2, "dim_head": 16}
+VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2, "num_classes": 3}
+
+
+def _vit(**more) -> nn.Module:
+    return timm.models.vision_transformer.VisionTransformer(**(VIT | more))
+
+
+def test_crate_gives_its_subspace_tokens():
+    model, images = CRATE(**SIZES).eval(), torch.randn(2, 3, 32, 32)
+    extract = extractor_for(model)
+    assert (extract.depth, extract.heads, extract.default_layer, extract.grid) == (3, 2, 1, (4, 4))
+    features = extract(images, [0, 1])
+    with torch.no_grad():
+        after_first = model.transformer.layers[0](model.embed(images))
+        attention = model.transformer.layers[1][0]
+        w = attention.fn.qkv(attention.norm(after_first))
+    torch.testing.assert_close(features.subspace(1), w[:, 1:])
+    torch.testing.assert_close(features.keys(1), w[:, 1:])
+    heads = w.unflatten(-1, (2, 16))
+    by_hand = torch.einsum("bhd,bnhd->bhn", heads[:, 0], heads[:, 1:]) / 4.0
+    torch.testing.assert_close(features.cls_attention(1), by_hand.softmax(dim=-1))
+
+
+def test_untied_attention_uses_its_own_query_and_key():
+    model, images = CRATE(**SIZES, attention="mhsa", sparsifier="mlp").eval(), torch.randn(2, 3, 32, 32)
+    extract = extractor_for(model)
+    assert extract.default_layer == 2  # a ViT's last
+    features = extract(images)
+    with torch.no_grad():
+        tokens = model.embed(images)
+        for layer in model.transformer.layers[:2]:
+            tokens = layer(tokens)
+        attention = model.transformer.layers[2][0]
+        query, key, _ = attention.fn.qkv(attention.norm(tokens)).unflatten(-1, (3, 2, 16)).unbind(dim=2)
+    torch.testing.assert_close(features.keys(2), key[:, 1:].flatten(2))
+    by_hand = (torch.einsum("bhd,bnhd->bhn", query[:, 0], key[:, 1:]) / 4.0).softmax(dim=-1)
+    torch.testing.assert_close(features.cls_attention(2), by_hand)
+    with pytest.raises(ValueError, match="no subspaces"):
+        features.subspace(2)
+
+
+@pytest.mark.parametrize(
+    "more", [{}, {"qk_norm": True}, {"reg_tokens": 4}, {"class_token": False, "global_pool": "avg"}]
+)
+def test_timm_vits(more):
+    model, images = _vit(**more).eval(), torch.randn(2, 3, 32, 32)
+    extract = extractor_for(model)
+    assert extract.default_layer == 2
+    features = extract(images, [2])
+    seen = {}
+    block = model.blocks[2]
+    handle = block.norm1.register_forward_hook(lambda _m, _i, out: seen.setdefault("x", out))
+    with torch.no_grad():
+        model(images)
+        handle.remove()
+        qkv = block.attn.qkv(seen["x"]).unflatten(-1, (3, 2, 16)).permute(2, 0, 3, 1, 4)
+        query, key = block.attn.q_norm(qkv[0]), block.attn.k_norm(qkv[1])
+    prefix = 1 + more.get("reg_tokens", 0) if more.get("class_token", True) else 0
+    torch.testing.assert_close(features.keys(2), key[:, :, prefix:].transpose(1, 2).flatten(2))
+    assert features.keys(2).shape == (2, 16, 32)
+    if prefix:
+        by_hand = (query[:, :, :1] @ key[:, :, prefix:].mT / 4.0).softmax(dim=-1)[:, :, 0]
+        torch.testing.assert_close(features.cls_attention(2), by_hand)
+    else:
+        with pytest.raises(ValueError, match="no CLS token"):
+            features.cls_attention(2)
+
+
+@pytest.mark.parametrize("model", [CRATE(**SIZES), _vit()])
+def test_larger_images_from_the_same_weights(model):
+    extract = extractor_for(model)
+    extract.set_image_size(48)
+    features = extract(torch.randn(1, 3, 48, 48))
+    assert features.grid == (6, 6)
+    assert features.keys(extract.default_layer).shape == (1, 36, 32)
+    with pytest.raises(ValueError, match="image size 50 is not a multiple.*--image-size 48"):
+        extract.set_image_size(50)
+    with pytest.raises(IndexError, match="layer 3: this model has layers 0 to 2"):
+        extract(torch.randn(1, 3, 48, 48), [3])
+    assert extract.resolve_layer(-1) == 2
+
+
+def test_dino_names_are_timms_and_work():
+    extract = extractor_for(timm.create_model("vit_small_patch8_224.dino", depth=1, img_size=32))
+    assert extract.patch_size == (8, 8)
+    assert extract(torch.zeros(1, 3, 32, 32)).cls_attention(0).shape == (1, 6, 16)
+
+
+def test_a_crate_mae_encoder_as_a_crate():
+    """λ = 0.5, as the released CRATE-MAE's encoder: the same interface, the same default layer."""
+    model = CRATE(**(SIZES | {"depth": 12}), sparsity=0.5)
+    extract = extractor_for(model)
+    assert extract.default_layer == 10
+    assert extract(torch.randn(1, 3, 32, 32)).subspace(10).shape == (1, 16, 32)
+
+
+def test_other_models_and_absent_layers_are_refused():
+    with pytest.raises(TypeError, match="no patch features can be read from a Linear"):
+        extractor_for(nn.Linear(2, 2))
+    tokens = LayerTokens(torch.zeros(1, 5, 1, 2), torch.zeros(1, 5, 1, 2), True, 1.0)
+    with pytest.raises(KeyError, match="layer 2 was not extracted"):
+        Features((2, 2), {0: tokens}).keys(2)
