@@ -11,6 +11,7 @@ from setuptools import setup
 
 HERE = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "crate_fast/__init__.py").read_text(), re.M)[1]
+EVAL = ["pycocotools", "scikit-learn", "scipy"]
 
 setup(
     name="crate_fast",
@@ -36,7 +37,9 @@ setup(
         "safetensors",
     ],
     extras_require={
-        "eval": ["pycocotools", "scikit-learn", "scipy"],
-        "test": ["pytest", "pytest-benchmark", "ruff"],
+        "eval": EVAL,
+        "crf": [*EVAL, "pydensecrf2"],
+        "test": [*EVAL, "pytest", "pytest-benchmark", "ruff"],
     },
+    entry_points={"console_scripts": ["crate-fast = crate_fast.cli:main"]},
 )

@@ -1,0 +1,357 @@
+"""MaskCut against its dense definition, its solver's guards, and its way through a data set."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from maskcut_oracle import affinity, maskcut_oracle, object_of, second_eigenvector
+from PIL import Image
+
+from crate_fast.eval import maskcut as protocol
+from crate_fast.eval import normalized_cut
+from crate_fast.eval.detections import class_agnostic_scores, detections_of, enlarge
+from crate_fast.eval.maskcut import maskcut
+
+GRIDS = [(8, 8), (12, 12), (7, 13), (15, 10)]
+
+
+def _random(seed: int) -> tuple[np.ndarray, tuple[int, int]]:
+    """Features with a little structure: noise around a few directions, weaker or stronger."""
+    draw = np.random.default_rng(seed)
+    grid = GRIDS[seed % len(GRIDS)]
+    n = grid[0] * grid[1]
+    centres = draw.standard_normal((draw.integers(2, 6), 16))
+    features = centres[draw.integers(len(centres), size=n)] + draw.uniform(0.3, 1.2) * draw.standard_normal((n, 16))
+    return features, grid
+
+
+def _structured(seed: int) -> tuple[np.ndarray, tuple[int, int]]:
+    """Smooth features with rectangles and discs planted in them, as images have."""
+    draw = np.random.default_rng(1000 + seed)
+    grid = GRIDS[seed % len(GRIDS)]
+    rows, columns = np.mgrid[: grid[0], : grid[1]]
+    waves = [
+        np.sin(draw.uniform(0.1, 0.6) * rows + draw.uniform(0.1, 0.6) * columns + draw.uniform(0, 6)) for _ in "abcd"
+    ]
+    features = np.stack(waves, axis=-1) + draw.standard_normal(4)
+    for _ in range(draw.integers(1, 4)):
+        r, c, size = draw.integers(grid[0]), draw.integers(grid[1]), draw.uniform(1.5, 3.5)
+        near = (
+            np.hypot(rows - r, columns - c) < size
+            if draw.random() < 0.5
+            else np.maximum(abs(rows - r), abs(columns - c)) < size
+        )
+        features[near] = 2 * draw.standard_normal(4)
+    return (features + 0.1 * draw.standard_normal(features.shape)).reshape(-1, 4), grid
+
+
+@pytest.mark.parametrize("make", [_random, _structured])
+@pytest.mark.parametrize("seed", range(30))
+def test_masks_are_the_dense_definitions(make, seed):
+    features, grid = make(seed)
+    expected = maskcut_oracle(features, grid, 3, 0.15)
+    result = maskcut(torch.from_numpy(features), 3, 0.15, grid=grid)
+    assert np.array_equal(result.masks[0].numpy(), expected)
+    assert expected[0].any() or (affinity(features, 0.15, 0.0) == 1).all()
+
+
+def test_a_batch_is_its_images():
+    images = [_random(4 * seed)[0] for seed in range(5)]
+    together = maskcut(torch.tensor(np.stack(images)), grid=(8, 8))
+    for i, features in enumerate(images):
+        alone = maskcut(torch.from_numpy(features), grid=(8, 8))
+        assert torch.equal(together.masks[i], alone.masks[0])
+    assert (together.residuals[~together.residuals.isnan()] < 3e-6).all()
+    assert together.masks.sum(dim=1).max() == 1  # disjoint
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_every_dtype_and_repeats(dtype):
+    features = torch.from_numpy(_structured(4)[0]).to(dtype)
+    grid = GRIDS[0]
+    first = maskcut(features, grid=grid)
+    assert torch.equal(first.masks, maskcut(features, grid=grid).masks)
+    expected = maskcut_oracle(features.double().numpy(), grid, 3, 0.15)
+    assert np.array_equal(first.masks[0].numpy(), expected)
+
+
+def _planted(size: int = 24) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """An image with three objects of their own directions on a background, as features with a little noise."""
+    generator = torch.Generator().manual_seed(3)
+    features = torch.zeros(size, size, 8)
+    features[..., 0] = 1.0
+    objects = []
+    for k, (rows, columns) in enumerate([((3, 13), (3, 12)), ((14, 21), (12, 21)), ((4, 10), (15, 21))], start=1):
+        mask = torch.zeros(size, size, dtype=torch.bool)
+        mask[slice(*rows), slice(*columns)] = True
+        features[mask] = 0.0
+        features[..., k][mask] = 1.0
+        objects.append(mask)
+    return (features + 0.05 * torch.randn(features.shape, generator=generator)).flatten(0, 1), objects
+
+
+def test_planted_objects_are_found():
+    features, objects = _planted()
+    masks = maskcut(features).masks[0]
+    for wanted in objects:
+        iou = [float((mask & wanted).sum() / (mask | wanted).sum()) for mask in masks]
+        assert max(iou) >= 0.95
+
+
+@pytest.mark.parametrize("mutant", ["sign", "component", "painting", "corner"])
+def test_wrong_versions_differ(mutant, monkeypatch):
+    """The comparison with the oracle sees each rule: without it some mask of the sixty differs."""
+    if mutant == "sign":
+        monkeypatch.setattr(normalized_cut, "_signed", lambda v: v)
+    elif mutant == "component":
+        monkeypatch.setattr(protocol, "object_of", lambda v, grid: (v > v.mean()).view(grid))
+    elif mutant == "painting":
+        monkeypatch.setattr(
+            protocol, "second_eigenvector", lambda b, p, e: normalized_cut.second_eigenvector(b, None, e)
+        )
+    else:
+        monkeypatch.setattr(protocol, "object_of", lambda v, grid: torch.from_numpy(_without_corners(v, grid)))
+    differ = 0
+    for make in (_random, _structured):
+        for seed in range(30):
+            features, grid = make(seed)
+            masks = maskcut(torch.from_numpy(features), grid=grid).masks[0].numpy()
+            differ += not np.array_equal(masks, maskcut_oracle(features, grid, 3, 0.15))
+    assert differ > 0
+
+
+def _without_corners(vector: torch.Tensor, grid: tuple[int, int]) -> np.ndarray:
+    padded = np.full((grid[0] + 2, grid[1] + 2), float(vector.min()))
+    padded[1:-1, 1:-1] = vector.numpy().reshape(grid)
+    padded += float(vector.mean()) - padded.mean()  # no corner is foreground now, and the mean stays the threshold
+    padded[1:-1, 1:-1] = vector.numpy().reshape(grid)
+    return object_of(padded.ravel(), padded.shape)[1:-1, 1:-1]
+
+
+def test_nearly_disconnected_graphs_fall_back_to_the_dense_solver():
+    block = torch.block_diag(
+        *[torch.ones(n, n) for n in (20, 16, 28)]
+    )  # three islands: λ₂ and λ₃ are about 1e-5 apart
+    cut = normalized_cut.second_eigenvector(block[None])
+    values, vector = second_eigenvector(np.where(block.numpy() > 0, 1.0, 1e-5))
+    assert values[1] - values[0] < 1e-3
+    assert cut.dense.tolist() == [True]
+    assert np.array_equal(cut.vector[0].numpy() > cut.vector[0].mean().item(), vector > vector.mean())
+
+
+def test_too_few_steps_fall_back_too():
+    features, _ = _random(1)
+    links = torch.from_numpy((affinity(features, 0.15, 0.0) > 0).astype(np.float32))[None]
+    enough = normalized_cut.second_eigenvector(links)
+    short = normalized_cut.second_eigenvector(links, max_steps=3)
+    assert (enough.dense.item(), short.dense.item()) == (False, True)
+    assert torch.equal(enough.vector > enough.vector.mean(), short.vector > short.vector.mean())
+    assert enough.eigenvalue.item() == pytest.approx(short.eigenvalue.item(), abs=1e-5)
+
+
+def test_the_residual_is_of_the_generalised_problem():
+    features, _ = _random(2)
+    matrix = affinity(features, 0.15, 1e-5)
+    cut = normalized_cut.second_eigenvector(torch.from_numpy((matrix > 0.5).astype(np.float32))[None])
+    degrees = matrix.sum(axis=1)
+    v = cut.vector[0].double().numpy()
+    v /= np.linalg.norm(np.sqrt(degrees) * v)
+    direct = (degrees * v - matrix @ v - cut.eigenvalue.item() * degrees * v) / np.sqrt(degrees)
+    assert np.linalg.norm(direct) < 5e-6
+    values, _ = second_eigenvector(matrix)
+    assert cut.eigenvalue.item() == pytest.approx(values[0], abs=1e-5)
+
+
+def test_a_graph_without_a_cut_gives_no_mask():
+    result = maskcut(torch.ones(64, 3))
+    assert not result.masks.any()
+    assert result.dense.tolist() == [0]
+
+
+def test_bad_arguments_are_named():
+    features = torch.randn(60, 4)
+    with pytest.raises(ValueError, match="60 patches are no square grid"):
+        maskcut(features)
+    with pytest.raises(ValueError, match=r"grid=\(5, 5\) does not hold the 60 patches"):
+        maskcut(features, grid=(5, 5))
+    with pytest.raises(ValueError, match="num_objects=0"):
+        maskcut(features, 0, grid=(6, 10))
+    with pytest.raises(ValueError, match="tau=1.5"):
+        maskcut(features, tau=1.5, grid=(6, 10))
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        maskcut(features / 0, grid=(6, 10))
+    with pytest.raises(ValueError, match=r"torch.int64"):
+        maskcut(torch.ones(4, 4, dtype=torch.long))
+
+
+# --- detections and COCO's scores ----------------------------------------------------------------------------------
+
+
+def test_enlarging_and_encoding():
+    from pycocotools import mask as rle
+
+    masks = np.zeros((2, 4, 4), bool)
+    masks[0, 1:3, :2] = True
+    large = enlarge(masks, (40, 80), Image.Resampling.NEAREST)
+    assert large[0].sum() == 20 * 40
+    assert large[0, 10:30, :40].all()
+    (entry,) = detections_of(large, 7)  # the empty one is none
+    assert entry["bbox"] == [0.0, 10.0, 40.0, 20.0]
+    assert entry["image_id"] == 7
+    assert np.array_equal(rle.decode(entry["segmentation"]).astype(bool), large[0])
+    half = enlarge(large, (20, 20), Image.Resampling.BICUBIC)
+    assert half[0, 5:15, :10].all()
+    assert half[0].sum() == 100
+
+
+def _coco(tmp_path, n_images: int = 6, size: int = 64):
+    """A COCO folder with coloured boxes of several categories, a crowd, and an image without objects."""
+    draw = np.random.default_rng(0)
+    images, annotations = [], []
+    (tmp_path / "val2017").mkdir(parents=True)
+    for i in range(1, n_images + 1):
+        name = f"{i:012d}.jpg"
+        picture = np.full((size, size, 3), 90, np.uint8)
+        for k in range(0 if i == n_images else 2):
+            x, y = (int(v) for v in draw.integers(0, size - 30, 2))
+            w, h = (int(v) for v in draw.integers(16, 28, 2))
+            picture[y : y + h, x : x + w] = draw.integers(0, 255, 3)
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": i,
+                    "category_id": 1 + (i + k) % 3,
+                    "bbox": [x, y, w, h],
+                    "area": w * h,
+                    "iscrowd": int(i == 2 and k == 1),
+                    "segmentation": [[x, y, x + w, y, x + w, y + h, x, y + h]],
+                }
+            )
+        Image.fromarray(picture).save(tmp_path / "val2017" / name)
+        images.append({"id": i, "file_name": name, "height": size, "width": size})
+    categories = [{"id": c, "name": f"thing{c}"} for c in (1, 2, 3)]
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    (tmp_path / "instances_val2017.json").write_text(json.dumps(content))
+    return tmp_path
+
+
+def test_ap_is_pycocotools_on_relabelled_ground_truth(tmp_path, capsys):
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    folder = _coco(tmp_path)
+    coco = COCO(folder / "instances_val2017.json")
+    relabelled = COCO(folder / "instances_val2017.json")
+    for annotation in relabelled.dataset["annotations"]:
+        annotation["category_id"] = 1
+    relabelled.dataset["categories"] = [{"id": 1, "name": "object"}]
+    relabelled.createIndex()
+
+    draw = np.random.default_rng(1)
+    detections = []
+    for annotation in coco.dataset["annotations"]:
+        mask = coco.annToMask(annotation).astype(bool)
+        shift = draw.integers(-4, 5, 2)
+        detections += detections_of(np.roll(mask, shift, axis=(0, 1))[None], annotation["image_id"])
+    ids = sorted(coco.imgs)
+    ours = class_agnostic_scores(coco, detections, ids)
+    for kind, drop in (("bbox", "segmentation"), ("segm", "bbox")):
+        results = [{k: v for k, v in d.items() if k != drop} for d in detections]
+        theirs = COCOeval(relabelled, relabelled.loadRes(results), kind)
+        theirs.evaluate()
+        theirs.accumulate()
+        theirs.summarize()
+        assert list(ours[kind].values()) == theirs.stats.tolist()
+        assert 0 < ours[kind]["AP"] < 1
+    perfect = [
+        d for a in coco.dataset["annotations"] for d in detections_of(coco.annToMask(a)[None] > 0, a["image_id"])
+    ]
+    assert class_agnostic_scores(coco, perfect, ids)["segm"]["AP"] == pytest.approx(1.0)
+    assert class_agnostic_scores(coco, [], ids)["bbox"]["AP"] == 0.0
+    with pytest.raises(ValueError, match="none of the 1 images has an annotated object"):
+        class_agnostic_scores(coco, [], ids[-1:])
+
+
+MODEL = ["crate_tiny_patch8_224@untrained", "--model-args", "depth=2", "dim=32", "heads=2", "img_size=64"]
+
+
+def _run(folder, output, *more) -> dict:
+    arguments = [*MODEL, "--data", f"coco:{folder}", "--image-size", "64", "--output", str(output), *more]
+    assert protocol.main(arguments) == 0
+    return json.loads((output / "results.json").read_text())
+
+
+def test_a_data_set_from_end_to_end_and_resumed(tmp_path, capsys):
+    folder, output = _coco(tmp_path / "coco"), tmp_path / "out"
+    whole = _run(folder, output, "--batch-size", "4")
+    assert whole["results"]["images"] == 6
+    assert set(whole["results"]["segm"]) >= {"AP", "AP50", "AR100"}
+    assert "box AP" in capsys.readouterr().out
+    assert (output / "detections.png").stat().st_size > 1000
+    detections = json.loads((output / "detections.json").read_text())
+    assert len(detections) == whole["results"]["detections"] > 0
+
+    part = tmp_path / "part"
+    (part / "records").mkdir(parents=True)
+    lines = (output / "records" / "records-0.jsonl").read_text().splitlines(keepends=True)
+    (part / "records" / "records-0.jsonl").write_text("".join(lines[:2]) + lines[2][:40])  # killed while it wrote
+    (part / "records" / "settings.json").write_text((output / "records" / "settings.json").read_text())
+    resumed = _run(folder, part)
+    assert resumed["results"] == whole["results"]
+    assert "2 of 6 images were done before" in capsys.readouterr().out
+    assert (part / "detections.json").read_text() == (output / "detections.json").read_text()
+
+    arguments = [*MODEL, "--data", f"coco:{folder}", "--image-size", "64", "--output", str(output), "--tau", "0.3"]
+    assert protocol.main(arguments) == 2
+    assert "tau: 0.15 there, 0.3 now" in capsys.readouterr().err
+
+
+def test_two_processes_give_what_one_gives(tmp_path, free_port):
+    folder = _coco(tmp_path / "coco")
+    alone = _run(folder, tmp_path / "one")
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        f"--master_port={free_port}",
+        "-m",
+    ]
+    command += ["crate_fast.eval.maskcut", *MODEL, "--data", f"coco:{folder}", "--image-size", "64"]
+    subprocess.run([*command, "--output", str(tmp_path / "two")], check=True, capture_output=True, timeout=240)
+    assert len(list((tmp_path / "two" / "records").glob("records-*.jsonl"))) == 2
+    both = json.loads((tmp_path / "two" / "results.json").read_text())
+    assert both["results"] == alone["results"]
+
+
+def test_unreadable_images_are_counted(tmp_path, capsys):
+    folder = _coco(tmp_path / "coco")
+    (folder / "val2017" / f"{3:012d}.jpg").write_bytes(b"not an image")
+    result = _run(folder, tmp_path / "out")
+    assert result["unreadable"]["count"] == 1
+    assert "000000000003.jpg" in result["unreadable"]["images"][0]
+    assert result["results"]["images"] == 5
+    assert "1 images could not be read" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--data", "coco:nowhere"], "nowhere"),
+        (["--image-size", "60"], "image size 60 is not a multiple"),
+        (["--layer", "9"], "layer 9"),
+        (["--data", "elsewhere"], "write folder:PATH"),
+        (["--device", "cuda"], "no GPU"),
+    ],
+)
+def test_errors_name_the_remedy(tmp_path, capsys, change, message):
+    if "cuda" in change and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    folder = _coco(tmp_path / "coco")
+    arguments = [*MODEL, "--data", f"coco:{folder}", "--image-size", "64", "--output", str(tmp_path / "out"), *change]
+    assert protocol.main(arguments) == 2
+    assert message in capsys.readouterr().err
