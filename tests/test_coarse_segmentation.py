@@ -1,0 +1,110 @@
+"""Coarse segmentation by its definition: classes, void, best heads, baselines; and its command."""
+
+import json
+
+import pytest
+import torch
+from test_images import make_coco, make_voc
+
+from crate_fast.eval import coarse_segmentation
+from crate_fast.eval.images import open_images
+from crate_fast.eval.models import open_model
+from crate_fast.segmentation import AttentionScores
+
+MODEL = "crate_tiny_patch8_224@untrained"
+SMALL = ["depth=2", "dim=32", "heads=2", "img_size=32"]
+
+
+def test_classes_first_then_images():
+    """Two images, of one class and of two: the mean over classes within an image comes first."""
+    scores = AttentionScores()
+    left, right, all_ = [1.0, 1, 0, 0], [0.0, 0, 1, 1], [1.0, 1, 1, 1]
+    maps = torch.tensor([[left, all_], [left, right]])
+    targets = [torch.tensor([left]).bool(), torch.tensor([[1, 0, 0, 0], right]).bool()]
+    scores.add({3: maps}, targets, labels=[[5], [5, 6]])
+    row = scores.result()["topk"]["layers"][0]  # 60 % of 4 entries: 3 are kept, equal ones in order
+    # left keeps 0, 1, 2; right keeps 2, 3, 0; image 1: 2/3 by either head; image 2: class 5 1/3, class 6 2/3 (right)
+    assert row["layer"] == 3
+    assert row["best_head"] == pytest.approx((2 / 3 + (1 / 3 + 2 / 3) / 2) / 2)
+    assert row["by_class"] == pytest.approx({5: (2 / 3 + 1 / 3) / 2, 6: 2 / 3})
+    assert row["per_head"] == pytest.approx([(2 / 3 + (1 / 3 + 1 / 4) / 2) / 2, (2 / 3 + (1 / 3 + 2 / 3) / 2) / 2])
+    assert row["fixed_head"] == max(row["per_head"])
+
+
+def test_void_leaves_both_sides_of_the_fraction():
+    scores = AttentionScores(fraction=1.0)
+    target = torch.tensor([[True, True, False, False]])
+    scores.add({0: torch.ones(1, 1, 4)}, [target], [torch.tensor([False, True, True, False])])
+    result = scores.result()["topk"]
+    assert result["constant"] == pytest.approx(1 / 2)  # of the two patches that count one is object
+    assert result["layers"][0]["best_head"] == pytest.approx(1 / 2)
+
+
+def test_the_mean_mask_is_the_means_of_all_images():
+    scores = AttentionScores(fraction=0.5)
+    targets = [torch.tensor([[True, True, False, False]])] * 3 + [torch.tensor([[False, False, True, True]])]
+    for target in targets:
+        scores.add({0: torch.rand(1, 2, 4)}, [target])
+    result = scores.result()["topk"]
+    assert result["mean_mask"] == pytest.approx(3 / 4)
+    assert result["true_mask"] == 1.0
+    assert result["images"] == 4
+
+
+def test_images_without_objects_are_counted_not_scored():
+    scores = AttentionScores()
+    none = torch.zeros(0, 4, dtype=torch.bool)
+    scores.add({0: torch.rand(2, 1, 4)}, [none, torch.tensor([[True, False, False, False]])])
+    assert scores.result()["mass"]["images"] == 1
+    assert scores.result()["mass"]["without_objects"] == 1
+    empty = AttentionScores()
+    empty.add({0: torch.rand(1, 1, 4)}, [none])
+    with pytest.raises(ValueError, match="none of the 1 images has an object"):
+        empty.result()
+
+
+def test_batches_do_not_change_the_scores():
+    subject = open_model(MODEL, image_size=32, model_args=SMALL)
+    images = open_images("shape_scenes", 32, 10)
+    whole, parts = (coarse_segmentation.evaluate(subject, images, batch_size=size) for size in (10, 3))
+    for threshold in ("topk", "mass"):
+        for a, b in zip(whole[threshold]["layers"], parts[threshold]["layers"], strict=True):
+            assert a["per_head"] == pytest.approx(b["per_head"], abs=1e-6)
+        assert whole[threshold]["random"] == pytest.approx(parts[threshold]["random"])
+
+
+@pytest.mark.parametrize("kind", ["voc", "coco", "shape_scenes"])
+def test_the_command(kind, tmp_path, capsys):
+    make = {"voc": make_voc, "coco": make_coco}.get(kind)
+    data = f"{kind}:{make(tmp_path / 'data')}" if make else kind
+    arguments = [f"A={MODEL}", f"B={MODEL}", "--model-args", *SMALL, "--data", data, "--limit", "6"]
+    assert coarse_segmentation.main([*arguments, "--output", str(tmp_path / "out")]) == 0
+    first = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert first["results"]["A"] == first["results"]["B"]
+    assert len(first["results"]["A"]["mass"]["layers"]) == 2
+    assert first["config"]["models"][0]["image_size"] == [32, 32]
+    assert {"commit", "torch", "command"} <= first["provenance"].keys()
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert "| A | topk | 0 * |" in table
+    assert (tmp_path / "out" / "masks_mass_01.png").stat().st_size > 1000
+    assert "random maps" in capsys.readouterr().out
+    if kind == "voc":
+        assert first["results"]["A"]["topk"]["images"] == 2
+        assert first["results"]["A"]["topk"]["without_objects"] == 1
+    assert coarse_segmentation.main([*arguments, "--output", str(tmp_path / "again")]) == 0
+    again = json.loads((tmp_path / "again" / "results.json").read_text())
+    assert again["results"] == first["results"]
+
+
+def test_errors(tmp_path, capsys):
+    (tmp_path / "x").mkdir()
+    from PIL import Image
+
+    Image.new("RGB", (8, 8)).save(tmp_path / "x" / "a.png")
+    arguments = [MODEL, "--model-args", *SMALL, "--output", str(tmp_path / "out"), "--data"]
+    assert coarse_segmentation.main([*arguments, f"folder:{tmp_path / 'x'}"]) == 2
+    assert "has no object masks" in capsys.readouterr().err
+    assert coarse_segmentation.main([MODEL, *arguments, "shape_scenes"]) == 2
+    assert "two models are called" in capsys.readouterr().err
+    assert coarse_segmentation.main([*arguments, "shape_scenes", "--layers", "7"]) == 2
+    assert "layer 7" in capsys.readouterr().err
