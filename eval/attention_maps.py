@@ -1,0 +1,299 @@
+"""CLS attention maps: what each head looks at, under noise, and beside other models (paper, Fig. 1, 7, 8, 11-14).
+
+    crate-fast eval attention_maps runs/NAME --data coco:PATH                         every head, a row an image
+    crate-fast eval attention_maps runs/NAME --data folder:PATH --figure semantic     chosen heads over many images
+    crate-fast eval attention_maps runs/NAME --data folder:PATH --figure noise_sigma  stronger and stronger noise
+    crate-fast eval attention_maps runs/NAME --data folder:PATH --figure noise_share  more and more noisy pixels
+    crate-fast eval attention_maps runs/A runs/B vit_small_patch16_224@untrained --data coco:PATH --figure models
+
+writes attention_01.png and .pdf (and 02, …: eight rows a page; under noise a figure an image), attention.npz with the
+maps under the images' names, results.json and a table of entropies or, under noise, of correlations with clean maps.
+Every map is drawn between its own smallest and largest weight: colours compare patches within a map, not maps with
+each other, since one head may spread its weight over a hundred times as many patches as its neighbour.
+"""
+
+import argparse
+import math
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from crate_fast.eval.gallery import first_columns, model_folders, read_images, short_name, write_pages
+from crate_fast.eval.images import Batch, Sample
+from crate_fast.eval.models import Subject
+from crate_fast.eval.noise import add_noise, map_correlation
+from crate_fast.eval.options import evaluation_parser, open_models, output_folder, run_command
+from crate_fast.eval.results import write_results, write_table
+from crate_fast.figures import Picture
+from crate_fast.segmentation import attention_to_mask, intersection_over_union
+
+__all__ = ["add_noise", "evaluate", "main", "map_correlation"]
+
+PROTOCOL = "attention_maps"
+SIGMAS = (0.0, 25.0, 50.0, 75.0, 100.0, 125.0)
+SHARES = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
+
+
+@torch.no_grad()
+def evaluate(
+    subject: Subject,
+    batches: Iterable[Batch],
+    layer: int | None = None,
+    noise: Sequence[tuple[float, float]] = (),
+    seed: int = 0,
+) -> dict:
+    """CLS attention of one layer on every image, and on noisy copies of it.
+
+    Args:
+        subject: The model.
+        batches: Images at the model's size.
+        layer: Whose attention; the model's default layer when None.
+        noise: (sigma, share) of each level; see `add_noise`.
+        seed: Of the noise.
+
+    Returns:
+        "layer", "grid" [rows, columns];
+        "images", of each "name" and "heads", of each head "entropy" of its map in nats, "entropy_normalised" (over
+            ln P: 1 is even attention) and "peak" [row, column];
+        "mean", the entropies of each head averaged over images;
+        "noise", of each level "sigma", "share" and "correlation" of noisy and clean maps, averaged over images for
+            "per_head" and over heads (None where all maps are constant);
+        "maps", an array [images, heads, rows, columns];
+        "noisy_maps", an array [levels, images, heads, rows, columns], or None without noise.
+
+    Raises:
+        ValueError: The model has no CLS token.
+        IndexError: There is no such layer.
+    """
+    layer = subject.extract.resolve_layer(layer)
+
+    def attention(images: Tensor) -> Tensor:
+        features = subject.extract(subject.normalize(images.to(subject.device)), [layer])
+        return features.cls_attention(layer).cpu()
+
+    names, clean, noisy = [], [], [[] for _ in noise]
+    for batch in batches:
+        clean.append(attention(batch.images))
+        for level, (sigma, share) in zip(noisy, noise, strict=True):
+            level.append(attention(add_noise(batch.images, sigma, share, seed, first=len(names))))
+        names += [str(sample.key) for sample in batch.samples]
+    maps = torch.cat(clean)
+    grid = subject.extract.grid
+    entropy = torch.special.entr(maps.double()).sum(dim=-1)
+    normalised = entropy / math.log(max(2, maps.shape[-1]))
+    peaks = maps.argmax(dim=-1)
+    images = [
+        {
+            "name": name,
+            "heads": [
+                {"entropy": e, "entropy_normalised": n, "peak": list(divmod(p, grid[1]))}
+                for e, n, p in zip(*(x[row].tolist() for x in (entropy, normalised, peaks)), strict=True)
+            ],
+        }
+        for row, name in enumerate(names)
+    ]
+    levels = [torch.cat(level) for level in noisy]
+    return {
+        "layer": layer,
+        "grid": list(grid),
+        "images": images,
+        "mean": {"entropy": entropy.mean(dim=0).tolist(), "entropy_normalised": normalised.mean(dim=0).tolist()},
+        "noise": [
+            {"sigma": sigma, "share": share} | _agreement(maps, level)
+            for (sigma, share), level in zip(noise, levels, strict=True)
+        ],
+        "maps": maps.unflatten(-1, grid).numpy(),
+        "noisy_maps": torch.stack(levels).unflatten(-1, grid).numpy() if levels else None,
+    }
+
+
+def _agreement(clean: Tensor, noisy: Tensor) -> dict:
+    per_head = map_correlation(clean, noisy).nanmean(dim=0)
+    values = [None if math.isnan(value) else value for value in (per_head.nanmean().item(), *per_head.tolist())]
+    return {"correlation": values[0], "per_head": values[1:]}
+
+
+@dataclass(frozen=True)
+class _Shown:
+    """One model's part of the figures: its label and layer, its images, maps [images, heads, rows, columns]."""
+
+    label: str
+    layer: int
+    samples: list[Sample]
+    maps: np.ndarray
+    noisy_maps: np.ndarray | None
+
+    @property
+    def title(self) -> str:
+        return f"{self.label}, layer {self.layer}"
+
+
+def _columns(maps: np.ndarray, heads: Sequence[int | str], samples: Sequence[Sample]) -> dict[str, np.ndarray]:
+    """Title → maps [images, rows, columns] of what `--heads` names, from maps [images, heads, rows, columns]."""
+    columns: dict[str, np.ndarray] = {}
+    for head in heads:
+        if head == "mean":
+            columns["mean of heads"] = maps.mean(axis=1)
+        elif head == "best":
+            columns["best head"] = maps[np.arange(len(maps)), _best_heads(maps, samples)]
+        else:
+            numbers = range(maps.shape[1]) if head == "all" else [head]
+            columns |= {f"head {number}": maps[:, number] for number in numbers}
+    return columns
+
+
+def _best_heads(maps: np.ndarray, samples: Sequence[Sample]) -> np.ndarray:
+    """Of each image the head whose mask (60 % of the mass) covers the objects best."""
+    targets, valid = zip(*(sample.target.on_grid(maps.shape[2:]) for sample in samples), strict=True)
+    masks = attention_to_mask(torch.from_numpy(maps).flatten(2), "mass")
+    union = torch.stack([target.any(dim=0) for target in targets])
+    return intersection_over_union(masks, union[:, None], torch.stack(valid)[:, None]).argmax(dim=1).numpy()
+
+
+def _fill(rows: list[list[Picture]], columns: dict[str, np.ndarray], images: Iterable[Tensor], style: str) -> None:
+    """Append to each row the maps of its image."""
+    for row, image, *maps in zip(rows, images, *columns.values(), strict=True):
+        over = image.permute(1, 2, 0).numpy() if style == "overlay" else None
+        row.extend(Picture(attention, over=over) for attention in maps)
+
+
+def _images_figure(
+    shown: Sequence[_Shown], heads: Sequence[int | str], style: str, folder: Path, title: str | None = None
+) -> list[Path]:
+    """A row an image: the image, its objects, each model's maps, its name above them if the figure has no title."""
+    rows, titles = first_columns(shown[0].samples)
+    for model in shown:
+        columns = _columns(model.maps, heads, model.samples)
+        _fill(rows, columns, (sample.image for sample in model.samples), style)
+        titles += [name if title else f"{model.title}\n{name}" for name in columns]
+    return write_pages(rows, folder, "attention", [short_name(s) for s in shown[0].samples], titles, title)
+
+
+def _noise_figures(
+    model: _Shown, levels: Sequence[tuple[float, float]], options: argparse.Namespace, folder: Path
+) -> list[Path]:
+    """A figure an image; a row a level: the noisy image, and its maps."""
+    if options.figure == "noise_sigma":
+        names, what = [f"σ = {sigma:g}" for sigma, _ in levels], f"noise on {options.share:.0%} of the pixels"
+    else:
+        names, what = [f"{share:.0%} noisy" for _, share in levels], f"noise of σ = {options.sigma:g}"
+    written = []
+    for number, sample in enumerate(model.samples):
+        noisy = torch.cat([add_noise(sample.image[None], *level, options.seed, first=number) for level in levels])
+        rows = [[Picture(image.permute(1, 2, 0).numpy())] for image in noisy]
+        columns = _columns(model.noisy_maps[:, number], options.heads or ["all"], [])
+        _fill(rows, columns, noisy, options.style)
+        title = f"{model.title}: image {short_name(sample, 40)}, {what}"
+        written += write_pages(rows, folder, f"attention_image{number + 1:02d}", names, ["image", *columns], title)
+    return written
+
+
+def _head_list(text: str) -> list[int | str]:
+    words = text.split(",")
+    if not all(word in ("all", "mean", "best") or word.isdigit() for word in words):
+        raise argparse.ArgumentTypeError(f"{text}: write numbers, all, mean or best, with commas, such as 0,3,mean")
+    return [int(word) if word.isdigit() else word for word in words]
+
+
+def _numbers(text: str) -> list[float]:
+    return [float(word) for word in text.split(",")]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = evaluation_parser(PROTOCOL, __doc__.splitlines()[0], limit=8)
+    add = parser.add_argument
+    figures = ("heads", "semantic", "noise_sigma", "noise_share", "models")
+    add("--figure", choices=figures, default="heads", help="what rows and columns are; default heads")
+    add("--layer", type=int, help="counted from 0; default each model's own: CRATE's last but one, a ViT's last")
+    add("--heads", type=_head_list, help="such as 0,3,mean; also all, and best (by the objects' masks)")
+    add("--style", choices=("map", "overlay"), default="map", help="overlay lays the map over the image; default map")
+    add("--levels", type=_numbers, help="of noise: sigmas on the scale 0..255 (0,25,…), or shares (0,0.1,…)")
+    add("--sigma", type=float, default=75.0, help="of noise_share; default 75")
+    add("--share", type=float, default=0.5, help="of the pixels, of noise_sigma; default 0.5")
+    return parser
+
+
+def _noise_levels(options: argparse.Namespace) -> list[tuple[float, float]]:
+    if options.figure == "noise_sigma":
+        return [(sigma, options.share) for sigma in options.levels or SIGMAS]
+    if options.figure == "noise_share":
+        return [(options.sigma, share) for share in options.levels or SHARES]
+    if options.levels:
+        raise ValueError(f"--levels are of noise: they mean nothing to --figure {options.figure}")
+    return []
+
+
+def _check_heads(heads: Sequence[int | str], noise: bool, labelled: bool, subjects: Sequence[Subject]) -> None:
+    for subject in subjects:
+        for head in heads:
+            if isinstance(head, int) and head >= subject.extract.heads:
+                raise IndexError(f"--heads {head}: {subject.label} has heads 0 to {subject.extract.heads - 1}")
+    if "best" in heads and noise:
+        raise ValueError("--heads best would change heads between noise levels: choose heads by number")
+    if "best" in heads and not labelled:
+        raise ValueError("--heads best needs object masks to choose by: use coco, voc or shape_scenes as --data")
+
+
+def _table(label: str, outcome: dict) -> list[dict]:
+    where = {"model": label, "layer": outcome["layer"]}
+    if outcome["noise"]:
+        return [
+            where | {"σ": level["sigma"], "noisy pixels": level["share"], "correlation": level["correlation"]}
+            for level in outcome["noise"]
+        ]
+    mean = zip(*outcome["mean"].values(), strict=True)
+    return [where | {"head": head, "entropy (nats)": e, "entropy / ln P": n} for head, (e, n) in enumerate(mean)]
+
+
+def _command(options: argparse.Namespace) -> None:
+    noise = _noise_levels(options)
+    subjects = open_models(options)
+    labelled = not options.data.startswith("folder")
+    default = {"heads": ["all", "mean"], "models": ["mean", "best"] if labelled else ["mean"]}
+    heads = options.heads or default.get(options.figure, ["all"])
+    _check_heads(heads, bool(noise), labelled, subjects)
+    folder = output_folder(options, PROTOCOL, subjects)
+    results, rows, written, shown, problems = {}, [], [], [], []
+    for subject, place in zip(subjects, model_folders(folder, subjects), strict=True):
+        samples: list[Sample] = []
+        images = read_images(subject, options, problems, samples)
+        outcome = evaluate(subject, images, options.layer, noise, options.seed)
+        model = _Shown(subject.label, outcome["layer"], samples, outcome.pop("maps"), outcome.pop("noisy_maps"))
+        shown.append(model)
+        if noise:
+            written += _noise_figures(model, noise, options, place)
+        elif options.figure != "models":
+            written += _images_figure([model], heads, options.style, place, model.title)
+        written.append(_write_maps(place / "attention.npz", model))
+        results[subject.label] = outcome
+        rows += _table(subject.label, outcome)
+    if options.figure == "models":
+        written += _images_figure(shown, heads, options.style, folder)
+    settings = ("figure", "data", "limit", "layer", "style", "seed", "sigma", "share")
+    config = {name: getattr(options, name) for name in settings} | {"heads": heads}
+    config["models"] = [subject.facts for subject in subjects]
+    print(write_table(folder, "attention", rows), end="")
+    written.append(write_results(folder, PROTOCOL, config, results, list(dict.fromkeys(problems))))
+    print(*(f"written: {path}" for path in written), sep="\n")
+
+
+def _write_maps(path: Path, model: _Shown) -> Path:
+    """Maps under the images' names: [heads, rows, columns], or [levels, heads, rows, columns] under noise."""
+    maps = model.maps if model.noisy_maps is None else model.noisy_maps.swapaxes(0, 1)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.savez(path, **{str(sample.key): array for sample, array in zip(model.samples, maps, strict=True)})
+    return path
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Draw and describe CLS attention; see the module's text."""
+    return run_command(_command, _parser().parse_args(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

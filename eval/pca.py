@@ -1,0 +1,221 @@
+"""Principal components of patch features: foreground, and parts as colours (paper, Fig. 3, 6, 9, 10 and B.2).
+
+    crate-fast eval pca runs/NAME runs/VIT --data coco:PATH --class horse     a column a model (Fig. 3)
+    crate-fast eval pca runs/NAME --data folder:PATH --layers all             a column a layer (Fig. 9)
+    crate-fast eval pca runs/NAME --data folder:PATH --layers 0,3,6 --components 2-4   component 1 in grey, 2 to 4 in
+                                                                              colour, nothing left out (Fig. 6)
+    crate-fast eval pca A=runs/NAME@1000 B=runs/NAME@9000 --data folder:PATH  a column a checkpoint (Fig. 10)
+
+The images share one analysis (`--group N`: N at a time), so that one colour is one part of all of them; they should
+show one kind of object. Features are the subspace tokens of CRATE and the keys of a ViT, all heads concatenated.
+Writes pca_01.png and .pdf (and 02, …: eight rows a page; a figure a model where layers are columns), results.json and
+a table.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from crate_fast.eval.gallery import first_columns, model_folders, read_images, short_name, write_pages
+from crate_fast.eval.images import Batch, Sample
+from crate_fast.eval.models import Subject
+from crate_fast.eval.options import evaluation_parser, open_models, output_folder, positive, run_command
+from crate_fast.eval.principal_components import SCALINGS, TooFewPatchesError, foreground, pca_rgb
+from crate_fast.eval.results import write_results, write_table
+from crate_fast.figures import Picture
+from crate_fast.segmentation import intersection_over_union
+
+__all__ = ["TooFewPatchesError", "evaluate", "foreground", "main", "pca_rgb"]
+
+PROTOCOL = "pca"
+
+
+@torch.no_grad()
+def evaluate(
+    subject: Subject,
+    batches: Iterable[Batch],
+    layers: Sequence[int] | None = None,
+    *,
+    threshold: float = 0.5,
+    scaling: str = "raw",
+    first: int = 1,
+    group: int | None = None,
+) -> dict[str, list[dict]]:
+    """Foreground and colours of every image at every chosen layer.
+
+    Args:
+        subject: The model.
+        batches: Images at the model's size; their features are held in memory.
+        layers: The model's default layer when None.
+        threshold, scaling: See `foreground`; "minmax" also centres the features for the colours.
+        first: See `pca_rgb`; 1 colours the foreground, from 2 on all patches are coloured.
+        group: How many images are analysed together; all when None.
+
+    Returns:
+        "layers", a dictionary each: "layer";
+        "groups", of each "images" (names), "explained" (`Foreground`), "explained_colours" (`pca_rgb`) and "problem":
+            None, or why there are no colours (too few patches; the other values hold nevertheless);
+        "images", of each "name", "foreground_share" and, where it has objects of a patch's size, "iou" of the
+            foreground with their union and "constant_iou", that of a mask with every patch;
+        "mean", of these numbers over images (and "explained" over groups), None where there are none;
+        "projections", one array [rows, columns] an image; "colours", an array [rows, columns, 3] or None an image.
+    """
+    layers = [subject.extract.resolve_layer(layer) for layer in ([None] if layers is None else layers)]
+    tokens: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+    samples: list[Sample] = []
+    for batch in batches:
+        features = subject.extract(subject.normalize(batch.images.to(subject.device)), layers)
+        for layer in tokens:
+            tokens[layer].append(features.keys(layer).cpu())
+        samples += batch.samples
+    settings = {"threshold": threshold, "scaling": scaling, "first": first, "grid": subject.extract.grid}
+    results = []
+    size = group or len(samples)
+    for layer, parts in tokens.items():
+        result = {"layer": layer, "groups": [], "images": [], "projections": [], "colours": []}
+        for number, features in enumerate(torch.cat(parts).split(size)):
+            _add_group(result, features, samples[number * size :][:size], **settings)
+        result["mean"] = _means(result)
+        results.append(result)
+    return {"layers": results}
+
+
+def _add_group(result: dict, features: Tensor, samples: Sequence[Sample], threshold, scaling, first, grid) -> None:
+    found = foreground(features, threshold, scaling, grid)
+    group = {"images": [str(sample.key) for sample in samples], "explained": found.explained}
+    try:
+        colours, shares = pca_rgb(features, found.mask if first == 1 else None, first, scaling == "minmax")
+        group |= {"explained_colours": shares, "problem": None}
+        result["colours"] += list(colours.unflatten(1, grid).numpy())
+    except TooFewPatchesError as error:
+        group |= {"explained_colours": None, "problem": str(error)}
+        result["colours"] += [None] * len(samples)
+    result["groups"].append(group)
+    result["projections"] += list(found.projection.unflatten(1, grid).numpy())
+    result["images"] += [_describe(sample, mask, grid) for sample, mask in zip(samples, found.mask, strict=True)]
+
+
+def _describe(sample: Sample, mask: Tensor, grid: tuple[int, int]) -> dict:
+    scores = {"iou": None, "constant_iou": None}
+    if sample.target is not None:
+        masks, valid = sample.target.on_grid(grid)
+        union = masks.any(dim=0)
+        if union.any():
+            predicted = {"iou": mask, "constant_iou": torch.ones_like(mask)}
+            scores = {name: intersection_over_union(p, union, valid).item() for name, p in predicted.items()}
+    return {"name": str(sample.key), "foreground_share": mask.double().mean().item()} | scores
+
+
+def _means(result: dict) -> dict:
+    means = {}
+    for name in ("foreground_share", "iou", "constant_iou"):
+        values = [image[name] for image in result["images"] if image[name] is not None]
+        means[name] = sum(values) / len(values) if values else None
+    explained = zip(*(group["explained"] for group in result["groups"]), strict=True)
+    return means | {"explained": [sum(shares) / len(shares) for shares in explained]}
+
+
+def _figure(
+    columns: dict[str, dict], samples: Sequence[Sample], first: int, folder: Path, title: str | None
+) -> list[Path]:
+    """A row an image and a column for each title and layer's results; two rows where component 1 is shown in grey."""
+    known, titles = first_columns(samples)
+    names = [short_name(sample) for sample in samples]
+    colours = [[None if c is None else Picture(c) for c in row] for row in _by_image(columns, "colours")]
+    if first == 1:
+        rows = [[*start, *row] for start, row in zip(known, colours, strict=True)]
+        return write_pages(rows, folder, "pca", names, [*titles, *columns], title)
+    title = (f"{title}: " if title else "") + "component 1 in grey, 2 to 4 in colour"
+    greys = [[Picture(p, "gray") for p in row] for row in _by_image(columns, "projections")]
+    rows = []
+    for (image, *objects), grey, colour in zip(known, greys, colours, strict=True):
+        rows += [[image, *grey], [*(objects or [None]), *colour]]
+    row_titles = [text for name in names for text in (name, "")]
+    return write_pages(rows, folder, "pca", row_titles, ["image", *columns], title)
+
+
+def _by_image(columns: dict[str, dict], name: str) -> list[tuple]:
+    return list(zip(*(result[name] for result in columns.values()), strict=True))
+
+
+def _layer_list(text: str) -> list[int] | str:
+    return text if text == "all" else [int(word) for word in text.split(",")]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = evaluation_parser(PROTOCOL, __doc__.splitlines()[0], limit=8)
+    add = parser.add_argument
+    add("--layers", type=_layer_list, help="all, or numbers such as 0,3,6; default each model's own layer")
+    add("--components", choices=("1-3", "2-4"), default="1-3", help="in red, green and blue; default 1-3")
+    add("--threshold", type=float, default=0.5, help="λ of the first component; default 0.5")
+    add(
+        "--scaling",
+        choices=SCALINGS,
+        default="raw",
+        help="raw as in the paper (default); minmax maps it to 0..1 first",
+    )
+    add("--group", type=positive, help="images that are analysed together; default all")
+    add("--class", dest="class_name", metavar="NAME", help="only images that contain this class")
+    return parser
+
+
+def _row(label: str, result: dict) -> dict:
+    mean = dict(result["mean"])
+    shares = {f"component {i}": share for i, share in enumerate(mean.pop("explained"), start=1)}
+    columns = {"foreground": mean["foreground_share"], "IoU": mean["iou"], "constant IoU": mean["constant_iou"]}
+    return {"model": label, "layer": result["layer"]} | shares | columns
+
+
+def _command(options: argparse.Namespace) -> None:
+    subjects = open_models(options)
+    folder = output_folder(options, PROTOCOL, subjects)
+    first = int(options.components[0])
+    settings = {"threshold": options.threshold, "scaling": options.scaling, "first": first, "group": options.group}
+    results, rows, written, columns, problems = {}, [], [], {}, []
+    for subject, place in zip(subjects, model_folders(folder, subjects), strict=True):
+        samples: list[Sample] = []
+        images = read_images(subject, options, problems, samples, options.class_name)
+        layers = range(subject.extract.depth) if options.layers == "all" else options.layers
+        outcome = evaluate(subject, images, layers, **settings)["layers"]
+        _warn(subject.label, outcome)
+        if len(outcome) > 1:
+            by_layer = {f"layer {result['layer']}": result for result in outcome}
+            written += _figure(by_layer, samples, first, place, subject.label)
+        else:
+            columns[f"{subject.label}\nlayer {outcome[0]['layer']}"] = outcome[0]
+        rows += [_row(subject.label, result) for result in outcome]
+        results[subject.label] = {"layers": outcome}
+    if columns:
+        written += _figure(columns, samples, first, folder, None)
+    for result in (layer for outcome in results.values() for layer in outcome["layers"]):
+        del result["projections"], result["colours"]
+    config = {
+        name: getattr(options, name) for name in ("data", "limit", "class_name", "layers", "components", "seed")
+    }
+    config |= settings | {"models": [subject.facts for subject in subjects]}
+    print(write_table(folder, "pca", rows), end="")
+    written.append(write_results(folder, PROTOCOL, config, results, list(dict.fromkeys(problems))))
+    print(*(f"written: {path}" for path in written), sep="\n")
+
+
+def _warn(label: str, outcome: Sequence[dict]) -> None:
+    for result in outcome:
+        for group in result["groups"]:
+            if group["problem"]:
+                names = f"images {group['images'][0]} to {group['images'][-1]}"
+                print(
+                    f"no colours for {label}, layer {result['layer']}, {names}: {group['problem']}", file=sys.stderr
+                )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Draw and describe principal components; see the module's text."""
+    return run_command(_command, _parser().parse_args(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,267 @@
+"""Noise, entropies and correlations by hand; every figure of the command end to end."""
+
+import json
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from crate_fast.eval import gallery
+from crate_fast.eval.attention_maps import add_noise, evaluate, main, map_correlation
+from crate_fast.eval.features import Features, LayerTokens
+from crate_fast.eval.images import Batch, Sample
+
+CRATE = ["A=crate_tiny_patch8_224@untrained", "--model-args", "depth=2", "dim=32", "heads=2", "img_size=32"]
+
+
+def test_noise_hits_its_share_of_the_pixels_with_its_deviation():
+    images = torch.full((2, 3, 64, 64), 128, dtype=torch.uint8)
+    noisy = add_noise(images, 30, 0.25, seed=0)
+    changed = noisy.ne(images).any(dim=1)
+    assert changed.flatten(1).sum(dim=1).tolist() == pytest.approx([1024, 1024], abs=2)  # a draw may round to nothing
+    assert not torch.equal(changed[0], changed[1])
+    chosen = noisy.permute(0, 2, 3, 1)[changed].double()
+    assert chosen.std().item() == pytest.approx(30, rel=0.03)
+    assert chosen.mean().item() == pytest.approx(128, abs=1.5)
+    assert images.eq(128).all()
+
+
+def test_noise_is_nested_and_scaled():
+    images = torch.full((1, 3, 32, 32), 128, dtype=torch.uint8)
+    few, more, all_ = (add_noise(images, 20, share, seed=3).int() for share in (0.2, 0.6, 1))
+    for smaller, larger in ((few, more), (more, all_)):
+        touched = smaller != 128
+        assert torch.equal(smaller[touched], larger[touched])
+        assert (larger != 128).sum() > 1.4 * touched.sum()
+    weak = add_noise(images, 10, 0.2, seed=3).int()
+    assert ((few - 128) - 2 * (weak - 128)).abs().max() <= 1  # both are rounded
+    assert torch.equal(add_noise(images, 0, 1, seed=3), images)
+    assert torch.equal(add_noise(images, 99, 0, seed=3), images)
+    assert torch.equal(add_noise(images, 0.09, 1, seed=3), images)  # rounded to the nearest
+
+
+def test_noise_is_clipped_not_wrapped():
+    black, white = torch.zeros(1, 3, 32, 32, dtype=torch.uint8), torch.full((1, 3, 32, 32), 255, dtype=torch.uint8)
+    assert add_noise(black, 40, 1, seed=0).eq(0).double().mean().item() == pytest.approx(0.5, abs=0.03)
+    assert add_noise(white, 40, 1, seed=0).eq(255).double().mean().item() == pytest.approx(0.5, abs=0.03)
+    assert add_noise(black, 40, 1, seed=0).max() < 40 * 5
+
+
+def test_noise_depends_on_seed_and_image_number_alone():
+    images = torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8)
+    noisy = add_noise(images, 50, 0.5, seed=1)
+    assert torch.equal(noisy[2:], add_noise(images[2:], 50, 0.5, seed=1, first=2))
+    assert not torch.equal(noisy, add_noise(images, 50, 0.5, seed=2))
+
+
+@pytest.mark.parametrize(
+    ("sigma", "share", "seed", "message"),
+    [(-1, 0.5, 0, "sigma=-1"), (math.inf, 0.5, 0, "sigma=inf"), (9, 1.5, 0, r"share=1\.5"), (9, 1, -1, "seed=-1")],
+)
+def test_bad_noise_is_named(sigma, share, seed, message):
+    with pytest.raises(ValueError, match=message):
+        add_noise(torch.zeros(1, 3, 4, 4, dtype=torch.uint8), sigma, share, seed)
+    with pytest.raises(ValueError, match="float32"):
+        add_noise(torch.zeros(1, 3, 4, 4), 1, 1, 0)
+
+
+def test_correlation_by_hand():
+    a = torch.tensor([[0.0, 1.0, 2.0], [0.0, 1.0, 2.0], [0.0, 0.0, 3.0], [0.1, 0.1, 0.1]])
+    b = torch.tensor([[5.0, 7.0, 9.0], [2.0, 1.0, 0.0], [0.0, 3.0, 0.0], [0.0, 1.0, 2.0]])
+    correlation = map_correlation(a, b)
+    assert correlation[:3].tolist() == pytest.approx([1, -1, -0.5])
+    assert correlation[3].isnan()
+
+
+def _brightness_subject() -> SimpleNamespace:
+    """Two heads on a grid of 2 × 3 patches of 2 × 2 pixels: one attends in proportion to brightness, one evenly."""
+
+    def extract(images, layers):
+        patches = images.mean(dim=1).unflatten(1, (2, 2)).unflatten(3, (3, 2)).mean(dim=(2, 4)).flatten(1)
+        logits = torch.stack([patches.clamp(min=1e-9).log(), torch.zeros_like(patches)], dim=-1)[..., None]
+        keys = torch.cat([torch.zeros_like(logits[:, :1]), logits], dim=1)
+        return Features((2, 3), {layers[0]: LayerTokens(torch.ones_like(keys), keys, False, 1.0)})
+
+    extract.grid = (2, 3)
+    extract.resolve_layer = lambda layer: 7 if layer is None else layer
+    return SimpleNamespace(extract=extract, normalize=lambda images: images.float(), device=torch.device("cpu"))
+
+
+def _batch(patches: list[list[float]], name: str) -> Batch:
+    pixels = torch.tensor(patches).repeat_interleave(2, 0).repeat_interleave(2, 1)
+    image = pixels.expand(3, 4, 6).to(torch.uint8)
+    return Batch(image[None], [Sample(name, image, (4, 6))])
+
+
+def test_entropy_and_peak_by_hand():
+    batches = [_batch([[0, 0, 0], [0, 60, 60]], "a"), _batch([[0, 0, 200], [0, 0, 0]], "b")]
+    result = evaluate(_brightness_subject(), batches)
+    assert result["layer"] == 7
+    assert result["grid"] == [2, 3]
+    assert [image["name"] for image in result["images"]] == ["a", "b"]
+    (a, even), (b, _) = (image["heads"] for image in result["images"])
+    assert a["entropy"] == pytest.approx(math.log(2), abs=1e-5)
+    assert a["entropy_normalised"] == pytest.approx(math.log(2) / math.log(6), abs=1e-5)
+    assert a["peak"] == [1, 1]
+    assert b["peak"] == [0, 2]
+    assert b["entropy"] == pytest.approx(0, abs=1e-5)
+    assert even["entropy_normalised"] == pytest.approx(1)
+    assert result["mean"]["entropy"] == pytest.approx([math.log(2) / 2, math.log(6)], abs=1e-5)
+    expected = [[[0, 0, 0], [0, 0.5, 0.5]], [[0, 0, 1], [0, 0, 0]]]
+    np.testing.assert_allclose(result["maps"][:, 0], expected, atol=1e-6)
+    assert result["noisy_maps"] is None
+    assert result["noise"] == []
+
+
+def test_correlation_with_the_clean_map_falls_with_noise_and_ignores_constant_maps():
+    batches = [_batch([[40, 80, 120], [160, 200, 90]], "a"), _batch([[200, 80, 120], [60, 20, 90]], "b")]
+    result = evaluate(_brightness_subject(), batches, noise=[(0, 0.5), (10, 1.0), (100, 1.0)], seed=0)
+    levels = result["noise"]
+    assert [(level["sigma"], level["share"]) for level in levels] == [(0, 0.5), (10, 1.0), (100, 1.0)]
+    assert levels[0]["correlation"] == pytest.approx(1)
+    assert 0.9999 > levels[1]["correlation"] > 0.98
+    assert levels[1]["correlation"] > levels[2]["correlation"] + 0.05
+    assert all(level["per_head"][1] is None for level in levels)  # the even head has nothing to correlate
+    noisy = torch.cat([add_noise(batch.images, 100, 1.0, 0, first=i) for i, batch in enumerate(batches)])
+    again = evaluate(_brightness_subject(), [Batch(noisy, [batch.samples[0] for batch in batches])])
+    np.testing.assert_array_equal(result["noisy_maps"][2], again["maps"])
+
+
+def _run(tmp_path, *words, data="shape_scenes"):
+    assert main([*CRATE, "--data", data, "--output", str(tmp_path), *words]) == 0
+    return json.loads((tmp_path / "results.json").read_text())
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures' contents: a list of (rows, column titles), in place of the files."""
+    figures = []
+    monkeypatch.setattr(
+        gallery, "image_grid", lambda rows, paths, **titles: figures.append((rows, titles["column_titles"]))
+    )
+    return figures
+
+
+def test_heads_figure_pages_and_files(tmp_path, capsys):
+    results = _run(tmp_path / "one", "--limit", "9")
+    names = {path.name for path in (tmp_path / "one").iterdir()}
+    figures = {f"attention_0{page}.{suffix}" for page in (1, 2) for suffix in ("png", "pdf")}
+    assert names == figures | {"attention.npz", "attention.md", "attention.csv", "attention.tex", "results.json"}
+    assert results["protocol"] == "attention_maps"
+    assert results["config"]["heads"] == ["all", "mean"]
+    with np.load(tmp_path / "one" / "attention.npz") as maps:
+        assert sorted(maps) == sorted(map(str, range(9)))
+        assert maps["3"].shape == (2, 4, 4)
+        assert maps["3"].sum(axis=(1, 2)) == pytest.approx([1, 1])
+        peak = np.unravel_index(maps["3"][1].argmax(), (4, 4))
+    assert results["results"]["A"]["images"][3]["heads"][1]["peak"] == list(peak)
+    out = capsys.readouterr().out
+    assert "| A | 0 | 1 |" in out
+    assert "attention_02.pdf" in out
+    _run(tmp_path / "two", "--limit", "9")
+    for path in (tmp_path / "one").glob("attention*"):
+        assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes(), path.name
+
+
+def test_columns_are_the_heads_asked_for(tmp_path, drawn):
+    _run(tmp_path, "--figure", "semantic", "--heads", "1,mean,0", "--limit", "2", "--style", "overlay")
+    (rows, titles) = drawn[0]
+    assert titles == ["image", "object", "head 1", "mean of heads", "head 0"]
+    with np.load(tmp_path / "attention.npz") as maps:
+        np.testing.assert_array_equal(rows[1][2].pixels, maps["1"][1])
+        np.testing.assert_allclose(rows[1][3].pixels, maps["1"].mean(axis=0), rtol=1e-6)
+        np.testing.assert_array_equal(rows[0][4].pixels, maps["0"][0])
+    assert rows[1][2].over is not None
+    np.testing.assert_array_equal(rows[1][2].over, rows[1][0].pixels)
+
+
+def test_noise_figures_have_a_row_a_level(tmp_path, drawn):
+    results = _run(tmp_path, "--figure", "noise_share", "--levels", "0,0.5,1", "--sigma", "75", "--limit", "2")
+    assert len(drawn) == 2
+    rows, titles = drawn[1]
+    assert titles == ["image", "head 0", "head 1"]
+    assert [(row[0].pixels != rows[0][0].pixels).any(axis=-1).mean().round(1) for row in rows] == [0, 0.5, 1]
+    image = torch.from_numpy(rows[0][0].pixels).permute(2, 0, 1)[None]
+    shown = torch.from_numpy(rows[1][0].pixels).permute(2, 0, 1)[None]
+    assert torch.equal(shown, add_noise(image, 75, 0.5, seed=0, first=1))  # what the maps were made from
+    levels = results["results"]["A"]["noise"]
+    assert [(level["sigma"], level["share"]) for level in levels] == [(75, 0), (75, 0.5), (75, 1)]
+    assert levels[0]["correlation"] == pytest.approx(1)
+    with np.load(tmp_path / "attention.npz") as maps:
+        assert maps["1"].shape == (3, 2, 4, 4)
+        np.testing.assert_array_equal(rows[2][1].pixels, maps["1"][2, 0])
+    results = _run(tmp_path, "--figure", "noise_sigma", "--limit", "1")
+    assert [level["sigma"] for level in results["results"]["A"]["noise"]] == [0, 25, 50, 75, 100, 125]
+    assert {level["share"] for level in results["results"]["A"]["noise"]} == {0.5}
+
+
+def test_models_of_different_grids_stand_side_by_side(tmp_path, monkeypatch):
+    seen = []
+    draw = gallery.image_grid
+    monkeypatch.setattr(gallery, "image_grid", lambda rows, *a, **k: (seen.append((rows, k)), draw(rows, *a, **k)))
+    models = ["A=crate_tiny_patch8_224@untrained", "B=vit_tiny_patch16_224@untrained"]
+    words = ["--data", "shape_scenes", "--limit", "2", "--figure", "models", "--output", str(tmp_path)]
+    assert main([*models, "--model-args", "depth=2", "img_size=64", *words]) == 0
+    rows, titles = seen[0][0], seen[0][1]["column_titles"]
+    assert titles[2:] == [f"{m}\n{h}" for m in ("A, layer 0", "B, layer 1") for h in ("mean of heads", "best head")]
+    assert [picture.pixels.shape for picture in rows[0][2:]] == [(8, 8), (8, 8), (4, 4), (4, 4)]
+    assert (tmp_path / "attention_01.png").is_file()
+    with np.load(tmp_path / "B" / "attention.npz") as maps:
+        assert any(np.array_equal(rows[0][5].pixels, head) for head in maps["0"])
+    assert set(json.loads((tmp_path / "results.json").read_text())["results"]) == {"A", "B"}
+
+
+def test_the_best_head_is_the_one_on_the_object():
+    from crate_fast.eval.attention_maps import _best_heads
+    from crate_fast.eval.images import Target
+
+    mask = torch.zeros(1, 4, 4, dtype=torch.bool)
+    mask[0, :2] = True
+    sample = Sample(0, torch.zeros(3, 4, 4, dtype=torch.uint8), (4, 4), Target([1], mask, torch.ones_like(mask[0])))
+    below, above = np.array([[0.0, 0.0], [0.5, 0.5]]), np.array([[0.5, 0.5], [0.0, 0.0]])
+    maps = np.array([[below, above], [above, below]], np.float32)
+    assert _best_heads(maps, [sample, sample]).tolist() == [1, 0]
+
+
+def test_unreadable_images_are_named(tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    Image.new("RGB", (20, 30), (200, 30, 30)).save(folder / "good.png")
+    (folder / "bad.png").write_bytes(b"not an image")
+    results = _run(tmp_path / "out", data=f"folder:{folder}")
+    assert results["unreadable"]["count"] == 1
+    assert "bad.png" in results["unreadable"]["images"][0]
+    with np.load(tmp_path / "out" / "attention.npz") as maps:
+        assert list(maps) == ["good.png"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--heads", "2"], "--heads 2: A has heads 0 to 1"),
+        (["--layer", "2"], "layers 0 to 1"),
+        (["--levels", "1,2"], "--levels are of noise"),
+        (["--figure", "noise_sigma", "--heads", "best"], "by number"),
+        (["--figure", "noise_share", "--levels", "0,2"], "share=2.0"),
+    ],
+)
+def test_mistakes_are_one_message(tmp_path, capsys, words, message):
+    assert main([*CRATE, "--data", "shape_scenes", "--limit", "1", "--output", str(tmp_path), *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_best_head_needs_masks(tmp_path, capsys):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    words = ["--data", f"folder:{tmp_path}", "--heads", "best", "--output", str(tmp_path / "out")]
+    assert main([*CRATE, *words]) == 2
+    assert "needs object masks" in capsys.readouterr().err
+
+
+def test_a_model_without_cls_is_refused(tmp_path, capsys):
+    words = ["--model-args", "depth=1", "img_size=32", "class_token=false", "global_pool=avg"]
+    where = ["--data", "shape_scenes", "--limit", "1", "--output", str(tmp_path)]
+    assert main(["vit_tiny_patch16_224@untrained", *words, *where]) == 2
+    assert "no CLS token" in capsys.readouterr().err

@@ -1,0 +1,256 @@
+"""Planted foregrounds and parts; scores by hand; every mode of the command end to end."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from crate_fast.eval import gallery
+from crate_fast.eval.features import Features, LayerTokens
+from crate_fast.eval.images import Batch, Sample, Target
+from crate_fast.eval.pca import evaluate, main
+from crate_fast.eval.principal_components import TooFewPatchesError, foreground, pca_rgb, principal_components
+
+CRATE = ["A=crate_tiny_patch8_224@untrained", "--model-args", "depth=3", "dim=32", "heads=2", "img_size=32"]
+
+
+def _planted(offset: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """(features [2, 36, 8], mask): two clusters ±, the inner one within an image's border."""
+    mask = torch.zeros(2, 6, 6, dtype=torch.bool)
+    mask[0, 2:4, 1:5] = mask[1, 1:5, 2:4] = True
+    mask = mask.flatten(1)
+    direction = torch.tensor([3.0, -4.0, 0, 0, 0, 0, 0, 0]) / 5
+    features = torch.where(mask[..., None], 2 * direction, -direction) + offset
+    return features + 0.05 * torch.randn(features.shape, generator=torch.Generator().manual_seed(1)), mask
+
+
+def test_components_by_hand():
+    tokens = torch.tensor([[2.0, 0, 0], [-2.0, 0, 0], [0, -1.0, 0], [0, -1.0, 0]])
+    components, shares = principal_components(tokens, 2)
+    assert components.T.tolist() == [[1, 0, 0], [0, 1, 0]]  # the largest entry is positive
+    assert shares.tolist() == pytest.approx([0.8, 0.2])
+    _, shares = principal_components(tokens, 2, centred=True)  # leaves 8 and 2·½²·2 = 1
+    assert shares.tolist() == pytest.approx([8 / 9, 1 / 9])
+
+
+@pytest.mark.parametrize("scaling", ["raw", "minmax"])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_foreground_is_the_planted_one_under_either_sign(scaling, sign):
+    features, mask = _planted()
+    found = foreground(sign * features, scaling=scaling)
+    assert torch.equal(found.mask, mask)
+    assert found.explained[0] > 0.95
+    assert len(found.explained) == 4
+
+
+def test_minmax_knows_no_scale_and_no_offset_where_raw_does():
+    features, mask = _planted()
+    for changed in (1e-3 * features, 1e3 * features, features + 10):
+        assert torch.equal(foreground(changed, scaling="minmax").mask, mask)
+    assert not foreground(1e-3 * features).mask.any()
+    assert not torch.equal(foreground(features + 10).mask, mask)
+
+
+def test_raw_keeps_projections_from_the_threshold_on():
+    features = torch.zeros(1, 16, 3)
+    features[0, [5, 6, 9, 10], 0] = torch.tensor([0.25, 0.5, 0.75, 3.0])
+    assert foreground(features).mask[0].nonzero().flatten().tolist() == [6, 9, 10]
+    assert foreground(features, threshold=0.7).mask[0].nonzero().flatten().tolist() == [9, 10]
+    assert foreground(features, threshold=0).mask[0].nonzero().flatten().tolist() == [5, 6, 9, 10]
+    np.testing.assert_allclose(foreground(features).projection[0, [5, 10, 0]], [0.25, 3, 0], atol=1e-12)
+
+
+def test_one_component_for_all_images():
+    """Alone, the second image has no foreground direction but its own noise; together it follows the first."""
+    features, mask = _planted()
+    faint = torch.cat([features[:1], 0.4 * features[1:]])
+    assert torch.equal(foreground(faint).mask, mask)
+
+
+def test_bad_input_is_named():
+    features, _ = _planted()
+    with pytest.raises(ValueError, match="scaling='max'"):
+        foreground(features, scaling="max")
+    with pytest.raises(ValueError, match="threshold=-1"):
+        foreground(features, threshold=-1)
+    with pytest.raises(ValueError, match=r"grid=\(4, 8\)"):
+        foreground(features, grid=(4, 8))
+    with pytest.raises(ValueError, match="at least 3"):
+        foreground(torch.ones(1, 4, 2))
+    with pytest.raises(ValueError, match="NaN"):
+        foreground(features * torch.nan)
+    with pytest.raises(ValueError, match="no 3 components"):
+        pca_rgb(features[..., :2])
+
+
+def test_parts_have_colours_of_their_own_in_all_images():
+    features, mask = torch.zeros(2, 25, 6), torch.zeros(2, 25, dtype=torch.bool)
+    parts = {0: [6, 7], 1: [11, 12, 13], 2: [16, 17, 18, 8]}
+    for part, patches in parts.items():
+        features[:, patches, part] = 3.0 + part
+        mask[:, patches] = True
+    colours, shares = pca_rgb(features, mask)
+    assert colours.shape == (2, 25, 3)
+    assert colours[~mask].eq(0).all()
+    assert sum(shares) == pytest.approx(1)
+    assert torch.equal(colours[0], colours[1])
+    red, green, blue = (colours[0, parts[part]] for part in (2, 1, 0))  # by falling energy
+    for colour, expected in ((red, [1, 0, 0]), (green, [0, 1, 0]), (blue, [0, 0, 1])):
+        assert torch.allclose(colour, torch.tensor(expected).float().expand_as(colour), atol=1e-6)
+
+
+def test_colours_are_the_projections_between_two_percentiles():
+    features = torch.randn(3, 50, 8, generator=torch.Generator().manual_seed(0)) * torch.arange(9, 1, -1)
+    colours, shares = pca_rgb(features, first=2)
+    tokens = features.flatten(0, 1).double().numpy()
+    _, singular, directions = np.linalg.svd(tokens, full_matrices=False)
+    assert shares == pytest.approx((singular**2 / (singular**2).sum())[1:4].tolist())
+    for channel, direction in enumerate(directions[1:4]):
+        values = tokens @ direction * np.sign(direction[np.abs(direction).argmax()])
+        low, high = np.quantile(values, [0.02, 0.98])
+        expected = np.clip((values - low) / (high - low), 0, 1)
+        np.testing.assert_allclose(colours[..., channel].flatten(), expected, atol=1e-5)
+    assert colours.min() == 0
+    assert colours.max() == 1
+
+
+def test_too_few_patches_is_an_error_that_says_so():
+    mask = torch.zeros(1, 16, dtype=torch.bool)
+    mask[0, :3] = True
+    with pytest.raises(TooFewPatchesError, match="3 of 16 patches.*--threshold"):
+        pca_rgb(torch.randn(1, 16, 8), mask)
+
+
+def _subject(features: torch.Tensor) -> SimpleNamespace:
+    """A model that returns prepared features [J, 16, C]: image i is filled with the value i."""
+
+    def extract(images, layers):
+        rows = features[images[:, 0, 0, 0].long()].unsqueeze(2)
+        keys = torch.cat([torch.zeros_like(rows[:, :1]), rows], dim=1)
+        return Features((4, 4), {layer: LayerTokens(keys, (layer + 1) * keys, False, 1.0) for layer in layers})
+
+    extract.grid = (4, 4)
+    extract.resolve_layer = lambda layer: 5 if layer is None else layer
+    return SimpleNamespace(extract=extract, normalize=lambda images: images, device=torch.device("cpu"))
+
+
+def _batch(number: int, mask: torch.Tensor | None) -> Batch:
+    image = torch.full((3, 4, 4), number, dtype=torch.uint8)
+    target = None if mask is None else Target([1], mask.view(1, 4, 4), torch.ones(4, 4, dtype=torch.bool))
+    return Batch(image[None], [Sample(number, image, (4, 4), target)])
+
+
+def test_scores_shares_and_groups_by_hand():
+    generator = torch.Generator().manual_seed(0)
+    features = -torch.ones(4, 16, 4)
+    features[:2, [5, 6, 9, 10]] = 3.0
+    features[3, 5] = 9.0  # alone in the second group, too few for colours
+    features += 0.01 * torch.randn(features.shape, generator=generator)
+    object_mask = torch.zeros(16, dtype=torch.bool)
+    object_mask[[5, 6]] = True
+    nothing = torch.zeros(16, dtype=torch.bool)
+    batches = [_batch(0, object_mask), _batch(1, nothing), _batch(2, None), _batch(3, None)]
+    (result,) = evaluate(_subject(features), batches, group=2)["layers"]
+    assert result["layer"] == 5
+    first, second = result["groups"]
+    assert (first["images"], second["images"]) == (["0", "1"], ["2", "3"])
+    assert first["problem"] is None
+    assert "1 of 32 patches" in second["problem"]
+    assert second["explained_colours"] is None
+    assert [image["foreground_share"] for image in result["images"]] == [0.25, 0.25, 0, 1 / 16]
+    assert [image["iou"] for image in result["images"]] == [0.5, None, None, None]
+    assert result["images"][0]["constant_iou"] == 2 / 16
+    assert result["mean"]["iou"] == 0.5
+    assert result["mean"]["foreground_share"] == pytest.approx((0.5 + 1 / 16) / 4)
+    assert [None if c is None else c.shape for c in result["colours"]] == [(4, 4, 3), (4, 4, 3), None, None]
+    assert (result["colours"][0].sum(axis=-1) > 0).reshape(-1).nonzero()[0].tolist() == [5, 6, 9, 10]
+
+
+def test_layers_are_analysed_apart():
+    features = torch.randn(2, 16, 6, generator=torch.Generator().manual_seed(0))
+    batches = [_batch(0, None), _batch(1, None)]
+    layers = evaluate(_subject(features), batches, [3, 0], first=2)["layers"]
+    assert [result["layer"] for result in layers] == [3, 0]
+    np.testing.assert_allclose(layers[0]["projections"][1], 4 * layers[1]["projections"][1], rtol=1e-6)
+    assert layers[0]["mean"]["explained"] == pytest.approx(layers[1]["mean"]["explained"])
+
+
+def _run(tmp_path, *words, models=CRATE):
+    assert main([*models, "--data", "shape_scenes", "--output", str(tmp_path), *words]) == 0
+    return json.loads((tmp_path / "results.json").read_text())
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures' contents: (rows, titles), in place of the files."""
+    figures = []
+    monkeypatch.setattr(gallery, "image_grid", lambda rows, paths, **titles: figures.append((rows, titles)))
+    return figures
+
+
+def test_one_layer_gives_a_column_a_model(tmp_path, drawn):
+    models = [CRATE[0], "V=vit_tiny_patch16_224@untrained", "--model-args", "depth=2", "img_size=64"]
+    results = _run(tmp_path, "--limit", "3", "--scaling", "minmax", models=models)
+    rows, titles = drawn[0]
+    assert len(drawn) == 1
+    assert titles["column_titles"] == ["image", "object", "A\nlayer 0", "V\nlayer 1"]
+    assert [picture.pixels.shape for picture in rows[2][2:]] == [(8, 8, 3), (4, 4, 3)]
+    (layer,) = results["results"]["V"]["layers"]
+    assert set(layer) == {"layer", "groups", "images", "mean"}
+    assert len(layer["images"]) == 3
+    assert 0 < layer["mean"]["foreground_share"] < 1
+    assert results["config"]["scaling"] == "minmax"
+
+
+def test_all_layers_give_a_figure_a_model(tmp_path, capsys):
+    results = _run(tmp_path / "one", "--limit", "2", "--layers", "all", "--components", "2-4")
+    assert [layer["layer"] for layer in results["results"]["A"]["layers"]] == [0, 1, 2]
+    assert "| A | 2 |" in capsys.readouterr().out
+    _run(tmp_path / "two", "--limit", "2", "--layers", "all", "--components", "2-4")
+    for name in ("pca_01.png", "pca_01.pdf", "pca.md", "pca.csv", "pca.tex"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
+
+
+def test_grey_rows_stand_above_colour_rows(tmp_path, drawn):
+    _run(tmp_path, "--limit", "2", "--layers", "2,0", "--components", "2-4")
+    rows, titles = drawn[0]
+    assert titles["column_titles"] == ["image", "layer 2", "layer 0"]
+    assert len(rows) == 4
+    assert [picture.pixels.ndim for picture in rows[2]] == [3, 2, 2]  # image, component 1 of both layers
+    assert [picture.pixels.ndim for picture in rows[3]] == [2, 3, 3]  # object, components 2 to 4
+    assert (rows[3][1].pixels.sum(axis=-1) > 0).mean() > 0.9  # nothing is left out
+
+
+def test_a_panel_without_foreground_is_reported_and_left_empty(tmp_path, capsys, drawn):
+    results = _run(tmp_path, "--limit", "3", "--threshold", "1e6", "--group", "2")
+    assert all(row[2] is None for row in drawn[0][0])
+    problems = [group["problem"] for group in results["results"]["A"]["layers"][0]["groups"]]
+    assert all("too few for 3 components" in problem for problem in problems)
+    err = capsys.readouterr().err
+    assert "no colours for A, layer 1, images 0 to 1" in err
+    assert "images 2 to 2" in err
+
+
+def test_only_images_of_a_class(tmp_path, drawn):
+    from crate_fast.eval.images import SceneImages
+
+    scenes = SceneImages(32, 100)
+    star = {name: number for number, name in scenes.class_names().items()}["star"]
+    expected = [str(i) for i in range(100) if scenes[i].target.classes == [star]][:3]
+    results = _run(tmp_path, "--class", "star", "--limit", "3", "--batch-size", "7")
+    assert results["results"]["A"]["layers"][0]["groups"][0]["images"] == expected
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--class", "unicorn"], "no such class; it has disc, ring"),
+        (["--threshold", "-1"], "threshold=-1.0"),
+        (["--layers", "0,3"], "layers 0 to 2"),
+    ],
+)
+def test_mistakes_are_one_message(tmp_path, capsys, words, message):
+    assert main([*CRATE, "--data", "shape_scenes", "--limit", "1", "--output", str(tmp_path), *words]) == 2
+    assert message in capsys.readouterr().err
