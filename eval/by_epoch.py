@@ -1,0 +1,138 @@
+"""Segmentation over training: AP, mIoU and principal components at every checkpoint of a run (paper, Fig. 10).
+
+    crate-fast eval by_epoch runs/NAME --data coco:PATH
+
+A run keeps its newest checkpoints alone unless it was trained with `--keep-checkpoints 100`. Step 0 is the model
+before training, from `--seed`.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from crate_fast.eval.by_layer import MEASURES, check_measures, curves, measure_options
+from crate_fast.eval.by_layer import evaluate as measure
+from crate_fast.eval.images import open_images
+from crate_fast.eval.maskcut import PAPER, MaskCutSettings
+from crate_fast.eval.models import Subject, open_model, split_label
+from crate_fast.eval.options import evaluation_parser, output_folder, run_command
+from crate_fast.eval.principal_components import pca_rgb
+from crate_fast.eval.results import write_results, write_table
+from crate_fast.figures import Picture, curve_figure, image_grid
+from crate_fast.train.distributed import choose_device
+from crate_fast.train.runs import checkpoint_epoch, checkpoint_steps
+
+__all__ = ["evaluate", "main"]
+
+
+def evaluate(
+    subjects: Iterable[tuple[int, Subject]],
+    images: Dataset,
+    layer: int | None = None,
+    measures: Sequence[str] = MEASURES,
+    settings: MaskCutSettings = PAPER,
+    problems: list[str] | None = None,
+    seed: int = 0,
+    **reading,
+) -> dict[int, dict[str, float]]:
+    """Numbers of one layer at every step, in percent.
+
+    Args:
+        subjects: (optimiser step, the model then), opened one by one as they are asked for.
+        images, measures, settings, seed, **reading: See `by_layer.evaluate`.
+        layer: The model's default layer when None.
+        problems: Filled with what could not be read.
+
+    Returns:
+        Step → numbers, as `by_layer.evaluate` names them.
+    """
+    rows, found = {}, []
+    for step, subject in subjects:
+        wanted = subject.extract.resolve_layer(layer)
+        found.clear()  # the same images for every step
+        titled = {**reading, "progress": f"step {step}"} if reading.get("progress") else reading
+        rows[step] = measure(subject, images, [wanted], measures, settings, found, seed, **titled)[wanted]
+    if problems is not None:
+        problems.extend(found)
+    return rows
+
+
+@torch.no_grad()
+def _figure(
+    subjects: Iterable[tuple[int, Subject]], names: Sequence[str], images: Dataset, layer: int, paths: list[Path]
+) -> None:
+    """The first readable images, and their components 2 to 4 at each step (paper, Fig. 10, right)."""
+    samples = [sample for sample in (images[i] for i in range(min(8, len(images)))) if sample.problem is None][:4]
+    rows = [[Picture(sample.image.permute(1, 2, 0).numpy())] for sample in samples]
+    pixels = torch.stack([sample.image for sample in samples])
+    for _, subject in subjects:
+        features = subject.extract(subject.normalize(pixels.to(subject.device)), [layer])
+        for row, tokens in zip(rows, features.keys(layer).cpu(), strict=True):
+            row.append(Picture(_colours(tokens, features.grid)))
+    image_grid(rows, paths, column_titles=["image", *names])
+
+
+def _colours(tokens: Tensor, grid: tuple[int, int]):
+    colours, _ = pca_rgb(tokens.unsqueeze(0), first=2)
+    return colours.view(*grid, 3).numpy()
+
+
+def _command(options: argparse.Namespace) -> None:
+    label, source = split_label(options.model)
+    folder = Path(source)
+    steps = checkpoint_steps(folder)
+    chosen = steps if options.steps is None else options.steps
+    absent = sorted(set(chosen) - set(steps))
+    if absent:
+        raise ValueError(f"--steps {absent[0]}: {folder} has no such checkpoint; choose from {steps}")
+    device = choose_device(options.device)
+    names = {step: f"{label}={folder}@{step or 'untrained'}" for step in [0, *chosen]}
+    facts: dict[int, dict] = {}
+
+    def subjects() -> Iterator[tuple[int, Subject]]:
+        for step, name in names.items():
+            subject = open_model(name, device, options.image_size, options.model_args, options.seed)
+            facts[step] = subject.facts
+            yield step, subject
+
+    _, first = next(subjects())
+    layer = first.extract.resolve_layer(options.layer)
+    images = open_images(options.data, first.extract.image_size[0], options.limit)
+    measures = check_measures(options.measures, images, options.data)
+    settings, problems = MaskCutSettings(options.num_objects, options.tau), []
+    reading = {"batch_size": options.batch_size, "workers": options.workers, "progress": "step"}
+    results = evaluate(subjects(), images, layer, measures, settings, problems, options.seed, **reading)
+
+    epochs = {0: 0.0} | {step: checkpoint_epoch(folder, step) for step in chosen}
+    known = None not in epochs.values()
+    rows = [{"step": step, "epoch": epochs[step], **numbers} for step, numbers in results.items()]
+    output = output_folder(options, "by_epoch", [first])
+    print(write_table(output, "table", rows, digits=2))
+    config = {"data": options.data, "limit": options.limit, "tau": options.tau, "num_objects": options.num_objects}
+    config |= {"seed": options.seed, "layer": layer, "models": list(facts.values())}
+    paths = [write_results(output, "by_epoch", config, {"rows": rows}, problems), output / "table.md"]
+    charts = [output / "by_epoch.png", output / "by_epoch.pdf"]
+    along = {epochs[step] if known else step: numbers for step, numbers in results.items()}
+    curve_figure(curves({label: along}), "epoch" if known else "optimiser step", charts, from_zero=True)
+    pictures = [output / "components.png", output / "components.pdf"]
+    titles = [f"epoch {epochs[step]:g}" if known else f"step {step}" for step in names]
+    _figure(subjects(), titles, images, layer, pictures)
+    print("numbers in %\nwritten:", *map(str, paths + charts + pictures), sep="\n  ")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run as the command line says; returns the exit status."""
+    parser = evaluation_parser("by_epoch", "AP, mIoU and PCA over a run's checkpoints.", many=False, image_size=480)
+    measure_options(parser)
+    parser.add_argument("--layer", type=int, help="whose features; the last but one of CRATE, the last of a ViT")
+    parser.add_argument("--steps", type=int, nargs="+", help="checkpoints; all when absent")
+    return run_command(_command, parser.parse_args(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

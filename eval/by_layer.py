@@ -1,0 +1,154 @@
+"""Segmentation at every layer: MaskCut's AP and attention's mIoU over depth (paper, Fig. 6).
+
+    crate-fast eval by_layer CRATE=runs/A ViT=runs/B --data coco:PATH
+
+One pass of the model serves all layers. AP needs COCO's annotations, mIoU any masks.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from torch.utils.data import Dataset
+
+from crate_fast.eval import coarse_segmentation, maskcut
+from crate_fast.eval.images import open_images
+from crate_fast.eval.maskcut import PAPER, MaskCutSettings
+from crate_fast.eval.models import Subject
+from crate_fast.eval.options import evaluation_parser, open_models, output_folder, run_command
+from crate_fast.eval.results import write_results, write_table
+from crate_fast.figures import Curve, curve_figure
+
+__all__ = ["MEASURES", "check_measures", "evaluate", "main", "measure_options"]
+
+MEASURES = ("maskcut", "coarse")
+PLOTTED = ("box AP", "mask AP", "mIoU topk", "mIoU mass")
+
+
+def check_measures(measures: Sequence[str] | None, images: Dataset, specification: str) -> list[str]:
+    """The measures asked for, or all that the data set has annotations for.
+
+    Raises:
+        ValueError: It has none for them.
+    """
+    annotated = {"maskcut": hasattr(images, "coco"), "coarse": images.labelled}
+    possible = [name for name in MEASURES if annotated[name]]
+    wanted = possible if measures is None else list(measures)
+    missing = [name for name in wanted if name not in possible]
+    if missing or not wanted:
+        raise ValueError(
+            f"--data {specification} has no annotations for {', '.join(missing or MEASURES)}: MaskCut's AP needs "
+            "coco:PATH, coarse segmentation voc:PATH, coco:PATH or shape_scenes"
+        )
+    return wanted
+
+
+def evaluate(
+    subject: Subject,
+    images: Dataset,
+    layers: Sequence[int] | None = None,
+    measures: Sequence[str] = MEASURES,
+    settings: MaskCutSettings = PAPER,
+    problems: list[str] | None = None,
+    seed: int = 0,
+    **reading,
+) -> dict[int, dict[str, float]]:
+    """Numbers of every layer, in percent.
+
+    Args:
+        subject: The model.
+        images: Of `Sample`s at its image size; with COCO's annotations for "maskcut", with masks for "coarse".
+        layers: All when None.
+        measures: From `MEASURES`.
+        settings: Of MaskCut.
+        problems: Filled with what could not be read.
+        seed: Of the random maps.
+        **reading: `batch_size`, `workers`, `progress` of `images.batches`.
+
+    Returns:
+        Layer → "box AP50", "box AP75", "box AP", "box AR100", the same of "mask", "mIoU topk", "mIoU mass" and, the
+        same for all layers, "random topk" and "random mass".
+    """
+    layers = list(range(subject.extract.depth)) if layers is None else list(layers)
+    rows: dict[int, dict[str, float]] = {layer: {} for layer in layers}
+    found: list[str] = []
+    if "maskcut" in measures:
+        for layer, numbers in maskcut.evaluate(subject, images, layers, settings, found, **reading).items():
+            for kind, name in (("bbox", "box"), ("segm", "mask")):
+                for score in ("AP50", "AP75", "AP", "AR100"):
+                    rows[layer][f"{name} {score}"] = 100 * numbers[kind][score]
+    if "coarse" in measures:
+        found.clear()  # the same images again
+        scores = coarse_segmentation.evaluate(subject, images, layers, problems=found, seed=seed, **reading)
+        for threshold, result in scores.items():
+            for row in result["layers"]:
+                rows[row["layer"]][f"mIoU {threshold}"] = 100 * row["best_head"]
+                rows[row["layer"]][f"random {threshold}"] = 100 * result["random"]
+    if problems is not None:
+        problems.extend(found)
+    return rows
+
+
+def measure_options(parser: argparse.ArgumentParser) -> None:
+    """Add what `evaluate` can be told."""
+    parser.add_argument("--measures", nargs="+", choices=MEASURES, help="default: all that the data has masks for")
+    parser.add_argument("--num-objects", type=int, default=3, help="of MaskCut; default 3")
+    parser.add_argument("--tau", type=float, default=0.15, help="of MaskCut; default 0.15")
+
+
+def curves(labelled: dict[str, dict[float, dict[str, float]]]) -> dict[str, list[Curve]]:
+    """Label → {x → numbers} as panels of curves, with the random maps' score beside each mIoU."""
+    panels: dict[str, list[Curve]] = {}
+    for name in PLOTTED:
+        for label, rows in labelled.items():
+            points = [(x, row[name]) for x, row in rows.items() if name in row]
+            if points:
+                panels.setdefault(f"{name}, %", []).append(Curve(label, *zip(*points, strict=True)))
+        random = f"random {name.split()[-1]}"
+        for rows in list(labelled.values())[:1]:
+            points = [(x, row[random]) for x, row in rows.items() if random in row and name.startswith("mIoU")]
+            if points:
+                panels[f"{name}, %"].append(Curve("random maps", *zip(*points, strict=True), dashed=True))
+    return panels
+
+
+def _command(options: argparse.Namespace) -> None:
+    subjects = open_models(options)
+    folder = output_folder(options, "by_layer", subjects)
+    settings = MaskCutSettings(options.num_objects, options.tau)
+    results: dict[str, dict] = {}
+    problems: list[str] = []
+    for subject in subjects:
+        images = open_images(options.data, subject.extract.image_size[0], options.limit)
+        measures = check_measures(options.measures, images, options.data)
+        reading = {"batch_size": options.batch_size, "workers": options.workers, "progress": subject.label}
+        found: list[str] = []
+        results[subject.label] = evaluate(subject, images, None, measures, settings, found, options.seed, **reading)
+        problems = problems or found
+    rows = [
+        {
+            "model": subject.label,
+            "layer": f"{layer}{' *' if layer == subject.extract.default_layer else ''}",
+            **numbers,
+        }
+        for subject in subjects
+        for layer, numbers in results[subject.label].items()
+    ]
+    print(write_table(folder, "table", rows, digits=2))
+    config = {"data": options.data, "limit": options.limit, "tau": options.tau, "num_objects": options.num_objects}
+    config |= {"seed": options.seed, "models": [subject.facts for subject in subjects]}
+    paths = [write_results(folder, "by_layer", config, results, problems), folder / "table.md"]
+    figures = [folder / "by_layer.png", folder / "by_layer.pdf"]
+    curve_figure(curves(results), "layer", figures, from_zero=True)
+    print("* the layer that the paper looks at; all numbers in %\nwritten:", *map(str, paths + figures), sep="\n  ")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run as the command line says; returns the exit status."""
+    parser = evaluation_parser("by_layer", "AP of MaskCut and mIoU of attention, layer by layer.", image_size=480)
+    measure_options(parser)
+    return run_command(_command, parser.parse_args(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,143 @@
+"""Several models in one table beside the paper's numbers (paper, Tables 1 and 2, Fig. 4).
+
+    crate-fast eval comparison --table table1 CRATE-S/8=A ViT-S/8=B DINO-S/8=vit_small_patch8_224.dino@pretrained \\
+        --coco coco:PATH
+    crate-fast eval comparison --table table2 CRATE=A CRATE-MLP=B CRATE-MHSA=C ViT=D --coco coco:PATH --voc voc:PATH
+    crate-fast eval comparison --table figure4 CRATE-S/8=A ViT-S/8=B --voc voc:PATH
+
+A model whose name is one of the paper's gets the paper's numbers and the gap beside ours; another has only ours.
+"""
+
+import argparse
+import sys
+
+from torch.utils.data import Dataset
+
+from crate_fast.eval import by_layer, paper
+from crate_fast.eval.by_layer import check_measures
+from crate_fast.eval.images import open_images
+from crate_fast.eval.maskcut import PAPER, MaskCutSettings
+from crate_fast.eval.models import Subject
+from crate_fast.eval.options import evaluation_parser, open_models, output_folder, positive, run_command
+from crate_fast.eval.results import write_results, write_table
+
+__all__ = ["compare", "evaluate", "main"]
+
+NEEDS = {"table1": ("maskcut",), "table2": ("maskcut", "coarse"), "figure4": ("coarse",)}
+
+
+def evaluate(
+    subject: Subject,
+    images: Dataset,
+    measure: str,
+    layer: int | None = None,
+    threshold: str = "topk",
+    settings: MaskCutSettings = PAPER,
+    problems: list[str] | None = None,
+    **reading,
+) -> dict[str, float]:
+    """One model's numbers at one layer under the names of the paper's columns, in percent.
+
+    Args:
+        subject: The model.
+        images: Of `Sample`s at its image size, with the annotations that the measure needs.
+        measure: "maskcut" or "coarse".
+        layer: The model's default layer when None.
+        threshold: Of "coarse"; "topk" is the paper's words.
+        settings: Of MaskCut.
+        problems: Filled with what could not be read.
+        **reading: See `images.batches`.
+
+    Returns:
+        "box AP50", "box AP75", "box AP", the same of "mask", and "box AR100", "mask AR100"; or "VOC mIoU" and "random
+        maps", the score of noise.
+    """
+    layer = subject.extract.resolve_layer(layer)
+    numbers = by_layer.evaluate(subject, images, [layer], [measure], settings, problems, **reading)[layer]
+    if measure == "maskcut":
+        return numbers
+    return {"VOC mIoU": numbers[f"mIoU {threshold}"], "random maps": numbers[f"random {threshold}"]}
+
+
+def compare(table: str, ours: dict[str, dict[str, float]]) -> list[dict]:
+    """Rows of the table: ours, the paper's and the gap (ours − paper's) of each column the paper has.
+
+    Args:
+        table: "table1", "table2" or "figure4".
+        ours: Model's name → column → number.
+
+    >>> compare("figure4", {"CRATE-S/8": {"VOC mIoU": 20.0}, "mine": {"VOC mIoU": 30.0}})[0]
+    {'model': 'CRATE-S/8', 'VOC mIoU': 20.0, 'VOC mIoU paper': 23.9, 'VOC mIoU gap': -3.9}
+    """
+    known = list(dict.fromkeys(column for row in paper.TABLES[table].values() for column in row))
+    rows = []
+    for label, numbers in ours.items():
+        theirs, row = paper.find(table, label), {"model": label}
+        for column in known:
+            value, said = numbers.get(column), theirs.get(column)
+            gap = None if value is None or said is None else round(value - said, 6)
+            row |= {column: value, f"{column} paper": said, f"{column} gap": gap}
+        rows.append(row | {name: value for name, value in numbers.items() if name not in known})
+    return rows
+
+
+def _one_measure(
+    options: argparse.Namespace, measure: str, data: str, size: int | None, problems: list[str]
+) -> tuple[dict[str, dict[str, float]], list[dict]]:
+    """({label: numbers}, the models' facts) for one data set; the models are opened afresh at its image size."""
+    options.image_size = size
+    numbers, facts = {}, []
+    for subject in open_models(options):
+        images = open_images(data, subject.extract.image_size[0], options.limit)
+        check_measures([measure], images, data)
+        found: list[str] = []
+        reading = {"batch_size": options.batch_size, "workers": options.workers, "seed": options.seed}
+        reading["progress"] = f"{measure}, {subject.label}"
+        layer, threshold = options.layer, options.threshold
+        numbers[subject.label] = evaluate(subject, images, measure, layer, threshold, problems=found, **reading)
+        facts.append(subject.facts)
+        problems += [line for line in found if line not in problems]
+    return numbers, facts
+
+
+def _command(options: argparse.Namespace) -> None:
+    given = {"maskcut": (options.coco, "--coco", 480), "coarse": (options.voc, "--voc", options.voc_size)}
+    for measure in NEEDS[options.table]:
+        if given[measure][0] is None:
+            option = given[measure][1]
+            raise ValueError(f"--table {options.table} needs the images of {measure}: pass {option} KIND:PATH")
+    problems: list[str] = []
+    ours: dict[str, dict[str, float]] = {}
+    settings = ("table", "coco", "voc", "limit", "layer", "threshold", "seed")
+    config = {name: getattr(options, name) for name in settings}
+    for measure in NEEDS[options.table]:
+        data, _, size = given[measure]
+        numbers, config[f"models for {measure}"] = _one_measure(options, measure, data, size, problems)
+        for label, row in numbers.items():
+            ours.setdefault(label, {}).update(row)
+    rows = compare(options.table, ours)
+    output = output_folder(options, f"comparison_{options.table}", [])
+    print(write_table(output, options.table, rows, digits=1))
+    path = write_results(output, "comparison", config, {"rows": rows}, problems)
+    tables = [output / f"{options.table}.{suffix}" for suffix in ("md", "csv", "tex")]
+    print(
+        "Numbers in %; gap: ours − the paper's, which are of 5,000 images of COCO val2017 and 1,449 of VOC2012 val."
+    )
+    print("written:", path, *tables, sep="\n  ")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run as the command line says; returns the exit status."""
+    parser = evaluation_parser("comparison", "Models in one table beside the paper's numbers.", data=False)
+    parser.add_argument("--limit", type=positive, help="take the first so many images of each set; all when absent")
+    parser.add_argument("--table", choices=sorted(NEEDS), required=True, help="which of the paper's")
+    parser.add_argument("--coco", help="images for MaskCut at 480 px, such as coco:PATH")
+    parser.add_argument("--voc", help="images for coarse segmentation, such as voc:PATH")
+    parser.add_argument("--voc-size", type=positive, help="their side in pixels; default the model's own")
+    parser.add_argument("--layer", type=int, help="of every model; each one's own default when absent")
+    parser.add_argument("--threshold", choices=("topk", "mass"), default="topk", help="of coarse segmentation")
+    return run_command(_command, parser.parse_args(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
