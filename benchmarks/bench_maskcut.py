@@ -112,7 +112,7 @@ def _growth(sides: list[int], dense_sides: list[int]) -> list[dict]:
         call()
         seconds, _ = _seconds(call, 3)
         row = {"image at patch 8, px": 8 * side, "patches": side * side, "ours s": seconds}
-        row |= {"ours peak MiB": peak_mib(partial(_ours, side)), "dense peak MiB": "–"}
+        row |= {"ours peak MiB": peak_mib(partial(_ours, side)), "dense peak MiB": None}
         if side in dense_sides:
             row["dense peak MiB"] = peak_mib(partial(_dense, side))
         rows.append(row)
@@ -141,16 +141,16 @@ def main(argv: list[str] | None = None) -> int:
     rows = [{"image": i} | _compare(features, options.repeats) for i, features in enumerate(images)]
     growth = _growth([12], [12]) if options.smoke else _growth([60, 80, 100, 120], [60])
     table = markdown_table(rows, list(rows[0]))
-    ratios = [rows[0][name] for name in ("ratio", "image ratio")]
-    for index, name in enumerate(("ratio", "image ratio")):
-        ratios[index] = float(np.median([row[name] for row in rows]))
+    ratios = [float(np.median([row[name] for row in rows])) for name in ("ratio", "image ratio")]
     table += f"\nMedian ratio: eigenproblem {ratios[0]:.0f} (goal 50), a whole image {ratios[1]:.0f} (goal 20).\n\n"
     table += "Features of a background and three objects, C = 384, three objects asked for:\n\n"
-    table += markdown_table(growth, list(growth[0]))
+    shown = [{name: "–" if value is None else value for name, value in row.items()} for row in growth]
+    table += markdown_table(shown, list(shown[0]))
     print(table)
     if not options.smoke:
         more = {"model": options.model, "data": options.data.split(":")[0], "image_size": options.image_size}
-        write_results(options.name, rows + growth, table, more=more)
+        kinds = [{"kind": "image"} | row for row in rows] + [{"kind": "growth"} | row for row in growth]
+        write_results(options.name, kinds, table, more=more)
     return 0
 
 

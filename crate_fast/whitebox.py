@@ -8,7 +8,7 @@ Everything is read through hooks on the released module tree, so it works on fus
 ablations, and under any image size the model accepts.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -18,7 +18,16 @@ from torch import Tensor, nn
 
 from crate_fast.layers import ISTA, MHSA, MSSA
 
-__all__ = ["LayerTrace", "attention_layer", "coding_rate", "layer_statistics", "nonzero_fraction", "trace"]
+__all__ = [
+    "LayerTrace",
+    "attention_layer",
+    "coding_rate",
+    "layer_measures",
+    "layer_statistics",
+    "nonzero_fraction",
+    "trace",
+    "visit_layers",
+]
 
 
 def coding_rate(w: Tensor, epsilon: float = 0.01) -> Tensor:
@@ -121,19 +130,19 @@ class LayerTrace:
         return nonzero_fraction(self.after_ista)
 
 
-def trace(model: nn.Module, images: Tensor, layers: Iterable[int] | None = None) -> list[LayerTrace]:
-    """Run `model` on `images` and return what the chosen layers did.
+def visit_layers(
+    model: nn.Module, images: Tensor, visit: Callable[[LayerTrace], None], layers: Iterable[int] | None = None
+) -> None:
+    """Run `model` on `images` and hand each chosen layer's trace to `visit` as soon as the layer is done.
 
-    Gradients flow if they are enabled; wrap the call in `torch.no_grad()` where none are wanted. Eager only: call it
-    on the model itself, not on a compiled wrapper.
+    What `visit` does not keep is freed before the next layer runs. Eager only: call it on the model itself, not on a
+    compiled wrapper.
 
     Args:
         model: A CRATE or one of its ablations.
         images: [B, channels, height, width].
-        layers: Indices, negative ones from the end; all when None. Each keeps about (2 + H·D/C)·B·N·C numbers.
-
-    Returns:
-        One `LayerTrace` per chosen layer, in the order of the model.
+        visit: Called once per chosen layer, in the order of the model.
+        layers: Indices, negative ones from the end; all when None.
 
     Raises:
         IndexError: There is no such layer.
@@ -144,28 +153,49 @@ def trace(model: nn.Module, images: Tensor, layers: Iterable[int] | None = None)
     for index in wanted:
         if not -depth <= index < depth:
             raise IndexError(f"layer {index}: the model has layers 0 to {depth - 1} (or -{depth} to -1)")
-    wanted = sorted({index % depth for index in wanted})
+    seen: dict[str, Tensor] = {}
 
-    seen: dict[tuple[int, str], Tensor] = {}
+    def keep_projected(_module, _inputs, output):
+        seen["projected"] = output
 
-    def keep(index: int, name: str):
-        return lambda _module, _inputs, output: seen.__setitem__((index, name), output)
+    def keep_input(_module, inputs):
+        seen["after_mssa"] = inputs[0]
 
-    def keep_input(index: int, name: str):
-        return lambda _module, inputs: seen.__setitem__((index, name), inputs[0])
+    def hand_over(index: int):
+        def hook(layer, _inputs, output):
+            layer_trace = _layer_trace(layer, index, after_ista=output, **seen)
+            seen.clear()
+            visit(layer_trace)
+
+        return hook
 
     with ExitStack() as hooks:
-        for index in wanted:
+        for index in {index % depth for index in wanted}:
             attention, sparsifier = stack[index]
-            hooks.callback(attention.fn.qkv.register_forward_hook(keep(index, "projected")).remove)
-            hooks.callback(sparsifier.register_forward_pre_hook(keep_input(index, "after_mssa")).remove)
-            hooks.callback(stack[index].register_forward_hook(keep(index, "after_ista")).remove)
+            hooks.callback(attention.fn.qkv.register_forward_hook(keep_projected).remove)
+            hooks.callback(sparsifier.register_forward_pre_hook(keep_input).remove)
+            hooks.callback(stack[index].register_forward_hook(hand_over(index)).remove)
         model.forward_features(images)
 
-    return [
-        _layer_trace(stack[i], i, **{name: seen[i, name] for name in ("projected", "after_mssa", "after_ista")})
-        for i in wanted
-    ]
+
+def trace(model: nn.Module, images: Tensor, layers: Iterable[int] | None = None) -> list[LayerTrace]:
+    """Run `model` on `images` and return what the chosen layers did.
+
+    Gradients flow if they are enabled; wrap the call in `torch.no_grad()` where none are wanted.
+
+    Args:
+        model, images: See `visit_layers`.
+        layers: Indices, negative ones from the end; all when None. Each keeps about (2 + H·D/C)·B·N·C numbers.
+
+    Returns:
+        One `LayerTrace` per chosen layer, in the order of the model.
+
+    Raises:
+        IndexError: There is no such layer.
+    """
+    traces: list[LayerTrace] = []
+    visit_layers(model, images, traces.append, layers)
+    return traces
 
 
 def _layer_trace(
@@ -181,24 +211,55 @@ def _layer_trace(
 
 
 @torch.no_grad()
-def layer_statistics(model: nn.Module, images: Tensor, epsilon: float = 0.01) -> dict[str, Tensor]:
-    """R^c and sparsity of every layer on one batch: the paper's white-box curves.
+def layer_measures(
+    model: nn.Module, images: Tensor, epsilon: float = 0.01, *, after_mssa: bool = False
+) -> dict[str, Tensor]:
+    """R^c and sparsity of every layer, image by image.
+
+    The numbers are taken while the model runs: one layer's tokens are held at a time.
 
     Args:
         model: A CRATE or an ablation; a measure without meaning for it (R^c of MHSA, sparsity of MLP) is left out.
         images: [B, channels, height, width].
         epsilon: ε of R^c.
+        after_mssa: Also R^c of the tokens after compression, LN₁(h), against the same subspaces.
 
     Returns:
-        "coding_rate" and "sparsity", each [depth, 2]: mean and standard deviation over the batch.
+        "coding_rate", "coding_rate_after_mssa" if asked for, and "sparsity", each [B, depth].
+
+    >>> from crate_fast import CRATE
+    >>> model = CRATE(image_size=16, patch_size=8, num_classes=0, dim=8, depth=3, heads=2, dim_head=4)
+    >>> {name: tuple(values.shape) for name, values in layer_measures(model, torch.zeros(2, 3, 16, 16)).items()}
+    {'coding_rate': (2, 3), 'sparsity': (2, 3)}
     """
     values: dict[str, list[Tensor]] = {}
-    for layer_trace, layer in zip(trace(model, images), model.transformer.layers, strict=True):
+
+    def measure(layer_trace: LayerTrace) -> None:
+        attention, sparsifier = model.transformer.layers[layer_trace.index]
         if layer_trace.tied:
             values.setdefault("coding_rate", []).append(layer_trace.coding_rate(epsilon))
-        if isinstance(layer[1].fn, ISTA):
+        if layer_trace.tied and after_mssa:
+            w = F.linear(attention.norm(layer_trace.after_mssa), attention.fn.qkv.weight)
+            rate = coding_rate(w.unflatten(-1, (attention.fn.heads, -1)), epsilon)
+            values.setdefault("coding_rate_after_mssa", []).append(rate)
+        if isinstance(sparsifier.fn, ISTA):
             values.setdefault("sparsity", []).append(layer_trace.sparsity())
+
+    visit_layers(model, images, measure)
+    return {name: torch.stack(rows, dim=1) for name, rows in values.items()}
+
+
+def layer_statistics(model: nn.Module, images: Tensor, epsilon: float = 0.01) -> dict[str, Tensor]:
+    """R^c and sparsity of every layer on one batch: the paper's white-box curves.
+
+    Args:
+        model, images, epsilon: See `layer_measures`.
+
+    Returns:
+        "coding_rate" and "sparsity", where they mean something, each [depth, 2]: mean and standard deviation over
+        the batch.
+    """
     return {
-        name: torch.stack([torch.stack([v.mean(), v.std(correction=0)]) for v in rows])
-        for name, rows in values.items()
+        name: torch.stack([values.mean(dim=0), values.std(dim=0, correction=0)], dim=1)
+        for name, values in layer_measures(model, images, epsilon).items()
     }

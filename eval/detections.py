@@ -67,8 +67,8 @@ def class_agnostic_scores(coco, detections: Sequence[dict], image_ids: Sequence[
         image_ids: Images evaluated; those without detections count as missed.
 
     Returns:
-        "bbox" and "segm", each with AP, AP50, AP75, APs, APm, APl, AR1, AR10, AR100, ARs, ARm and ARl from 0 to 1; −1,
-        as pycocotools says, where there is no object of that size.
+        "bbox" and "segm", each with AP, AP50, AP75, APs, APm, APl, AR1, AR10, AR100, ARs, ARm and ARl from 0 to 1;
+        −1, as pycocotools says, where there is no object of that size.
 
     Raises:
         ValueError: None of the images has an annotated object.

@@ -97,8 +97,8 @@ def _links(features: Tensor, tau: float) -> Tensor:
     unit = F.normalize(features if features.dtype == torch.float64 else features.float(), dim=-1)
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
-    try:
-        cosine = torch.stack([linear(image, image) for image in unit])
+    try:  # an image alone goes to oneDNN on a CPU
+        cosine = linear(unit[0], unit[0]).unsqueeze(0) if len(unit) == 1 else unit @ unit.mT
     finally:
         torch.set_float32_matmul_precision(precision)
     return cosine.gt_(tau).to(torch.float32)

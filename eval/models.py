@@ -165,6 +165,11 @@ def open_model(
     weights = _weights_hash(model)
     if image_size is not None:
         extract.set_image_size(image_size)
+    if extract.image_size[0] != extract.image_size[1]:
+        height, width = extract.image_size
+        raise ValueError(
+            f"{source} expects {height}×{width} images, and images are squashed to squares: --image-size N"
+        )
     facts = {
         "model": source,
         "label": label,

@@ -24,7 +24,7 @@ def second_eigenvector(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def first(values: np.ndarray, extreme: float) -> int:
-    """The first entry that is the extreme one, or differs from it by less than 1e-4, as equal patches do by rounding."""
+    """The first entry that is the extreme one, or differs by less than 1e-4, as equal patches do."""
     return int(np.flatnonzero(np.abs(values - extreme) <= 1e-4)[0])
 
 

@@ -4,6 +4,7 @@ from itertools import groupby
 from time import sleep
 
 import bench_cpu
+import bench_maskcut
 import harness
 import pytest
 import torch
@@ -49,3 +50,13 @@ def test_the_readmes_table_is_the_measured_one():
     text = update_readme.README.read_text()
     assert update_readme.updated(text) == text
     assert "| T/16, training step" in text
+
+
+def test_the_maskcut_benchmark_compares_masks_before_times(capsys, monkeypatch):
+    assert bench_maskcut.main(["--smoke"]) == 0
+    out = capsys.readouterr().out
+    assert "Median ratio: eigenproblem" in out
+    assert "dense peak MiB" in out
+    monkeypatch.setattr(bench_maskcut.maskcut_oracle, "object_of", lambda vector, grid: (vector > 0).reshape(grid))
+    with pytest.raises(SystemExit, match="different masks: no numbers"):
+        bench_maskcut.main(["--smoke"])

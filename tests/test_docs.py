@@ -15,7 +15,8 @@ import pytest
 import crate_fast
 import crate_fast.eval
 import crate_fast.train
-from crate_fast import settings
+from crate_fast import cli, settings
+from crate_fast.eval import options
 from crate_fast.train.config import build_config
 
 ROOT = Path(__file__).parent.parent
@@ -60,6 +61,20 @@ def test_the_readmes_training_commands_are_valid():
         build_config(shlex.split(command, comments=True), "README", "shape_scenes")
 
 
+def test_the_readmes_evaluation_commands_are_valid(monkeypatch):
+    seen = []
+    commands = re.findall(r"^crate-fast eval (\S+)(.*)$", README, re.M)
+    commands += re.findall(r"^torchrun .*crate_fast\.eval\.(\S+)(.*)$", README, re.M)
+    monkeypatch.setattr(options, "run_command", lambda _command, parsed: seen.append(parsed) or 0)
+    for protocol, words in commands:
+        module = importlib.import_module(f"crate_fast.eval.{protocol}")
+        if hasattr(module, "run_command"):
+            monkeypatch.setattr(module, "run_command", options.run_command)
+        assert module.main(shlex.split(words, comments=True)) == 0
+    assert len(seen) == len(commands)
+    assert {protocol for protocol, _ in commands} == set(cli.PROTOCOLS)
+
+
 def test_files_named_in_the_readme_exist():
     for path in re.findall(r"\]\((?!http)([^)#]+)\)", README):
         assert (ROOT / path).exists(), path
@@ -77,14 +92,14 @@ def test_every_environment_variable_is_in_the_readme():
     source = Path(settings.__file__).read_text()
     for name in set(re.findall(r"CRATE_FAST_\w+", source)):
         assert f"`{name}`" in README
-    for path in [*ROOT.glob("crate_fast/*.py"), *ROOT.glob("train/*.py"), *ROOT.glob("kernels/*.py")]:
+    for path in [
+        path for folder in ("crate_fast", "kernels", "train", "eval") for path in ROOT.glob(f"{folder}/*.py")
+    ]:
         if path.name != "settings.py":
             assert "CRATE_FAST_" not in re.sub(r'"""(.|\n)*?"""', "", path.read_text()), path
 
 
-@pytest.mark.parametrize(
-    "module", ["crate_fast.env", "crate_fast.train.pretrain", "crate_fast.eval.coarse_segmentation"]
-)
+@pytest.mark.parametrize("module", ["crate_fast.env", "crate_fast.train.pretrain", "crate_fast.eval.maskcut"])
 def test_commands_start_without_warnings(module):
     arguments = [] if module == "crate_fast.env" else ["--help"]
     command = [sys.executable, "-W", "error::RuntimeWarning", "-m", module, *arguments]

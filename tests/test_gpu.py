@@ -243,3 +243,19 @@ def test_a_training_run(tmp_path):
     assert pretrain.main([*sizes, "--device", "cuda", "--compile", "--output", str(tmp_path / "run")]) == 0
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert math.isfinite(summary["val_loss"])
+
+
+def test_maskcut_gives_the_cpus_masks():
+    pytest.importorskip("scipy")
+    from crate_fast.eval.maskcut import maskcut
+
+    features = torch.zeros(6, 30, 30, 64)
+    features[..., 0] = 1.0
+    for image in range(6):
+        for k in range(1, 4):
+            top, left = (5 * image + 9 * k) % 22, (7 * image + 11 * k) % 22
+            features[image, top : top + 7, left : left + 7] = torch.eye(64)[k]
+    features = (features + 0.1 * torch.randn(features.shape)).flatten(1, 2)
+    expected, (masks, residuals, _) = maskcut(features), maskcut(features.cuda())
+    assert torch.equal(masks, expected.masks)
+    assert residuals.nan_to_num().max() < 3e-6

@@ -10,8 +10,8 @@ import torch
 from maskcut_oracle import affinity, maskcut_oracle, object_of, second_eigenvector
 from PIL import Image
 
+from crate_fast.eval import crf, normalized_cut
 from crate_fast.eval import maskcut as protocol
-from crate_fast.eval import normalized_cut
 from crate_fast.eval.detections import class_agnostic_scores, detections_of, enlarge
 from crate_fast.eval.maskcut import maskcut
 
@@ -99,6 +99,33 @@ def test_planted_objects_are_found():
     for wanted in objects:
         iou = [float((mask & wanted).sum() / (mask | wanted).sum()) for mask in masks]
         assert max(iou) >= 0.95
+
+
+def test_objects_planted_in_an_image_are_found_at_its_own_size():
+    """From pixels to masks of another size: colours as features, through detections and back."""
+    from pycocotools import mask as rle
+
+    picture = np.full((96, 96, 3), 40.0)
+    picture[..., 2] += 5 * np.sin(np.arange(96) / 9)
+    boxes = [
+        ((8, 40), (12, 52), (200, 60, 40)),
+        ((52, 84), (44, 80), (50, 200, 60)),
+        ((60, 88), (8, 32), (220, 210, 30)),
+    ]
+    for (top, bottom), (left, right), colour in boxes:
+        picture[top:bottom, left:right] = colour
+    picture += np.random.default_rng(0).normal(0, 6, picture.shape)
+    patches = torch.from_numpy(picture).unfold(0, 4, 4).unfold(1, 4, 4).mean(dim=(-1, -2))
+    features = torch.nn.functional.normalize(patches - patches.flatten(0, 1).median(dim=0).values, dim=-1)
+    features[(patches - patches.flatten(0, 1).median(dim=0).values).norm(dim=-1) < 12] = torch.tensor(
+        [0.0, 0, -1]
+    ).double()
+    masks = enlarge(maskcut(features.flatten(0, 1), tau=0.8).masks[0].numpy(), (96, 96), Image.Resampling.NEAREST)
+    found = [rle.decode(entry["segmentation"]) > 0 for entry in detections_of(enlarge(masks, (192, 144), 3), 1)]
+    for (top, bottom), (left, right), _ in boxes:
+        wanted = np.zeros((192, 144), bool)
+        wanted[2 * top : 2 * bottom, 3 * left // 2 : 3 * right // 2] = True
+        assert max((wanted & mask).sum() / (wanted | mask).sum() for mask in found) >= 0.95
 
 
 @pytest.mark.parametrize("mutant", ["sign", "component", "painting", "corner"])
@@ -336,6 +363,33 @@ def test_unreadable_images_are_counted(tmp_path, capsys):
     assert "000000000003.jpg" in result["unreadable"]["images"][0]
     assert result["results"]["images"] == 5
     assert "1 images could not be read" in capsys.readouterr().out
+
+
+def test_images_without_annotations_get_detections_but_no_ap(tmp_path):
+    folder = _coco(tmp_path / "coco") / "val2017"
+    arguments = [*MODEL, "--data", f"folder:{folder}", "--image-size", "64", "--output", str(tmp_path / "out")]
+    assert protocol.main(arguments) == 0
+    results = json.loads((tmp_path / "out" / "results.json").read_text())["results"]
+    assert results["images"] == 6
+    assert "bbox" not in results
+
+
+def test_the_crf_draws_edges_and_is_optional(monkeypatch):
+    rows, columns = np.mgrid[:96, :96]
+    disc = np.hypot(rows - 48, columns - 48) < 30
+    picture = np.where(disc[..., None], [200, 40, 40], [40, 60, 200]).astype(np.uint8)
+    coarse = np.kron(disc[4::8, 4::8], np.ones((8, 8), bool))
+    coarse[46:50, 46:50] = False  # a hole
+    monkeypatch.setitem(sys.modules, "pydensecrf", None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'crate_fast\[crf\]'"):
+        crf.refine(coarse, picture)
+    monkeypatch.undo()
+    pytest.importorskip("pydensecrf", reason="the crf extra is not installed")
+    refined = crf.refine(coarse, picture)
+    assert (refined & disc).sum() / (refined | disc).sum() > 0.99 > (coarse & disc).sum() / (coarse | disc).sum()
+    speck = np.zeros((96, 96), bool)
+    speck[:2, :2] = True
+    assert crf.refine(speck, picture) is None
 
 
 @pytest.mark.parametrize(

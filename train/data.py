@@ -5,9 +5,10 @@ augmentation draws from a generator seeded with (seed, epoch, index): a resumed 
 the same pixels.
 """
 
+import dataclasses
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +16,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from timm.data import create_dataset, rand_augment_transform
+from PIL import Image
+from timm.data import ImageDataset, create_dataset, rand_augment_transform
 from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -25,7 +27,9 @@ from torchvision import transforms
 from crate_fast.train.config import PretrainConfig
 from crate_fast.train.shape_scenes import ShapeScenes
 
-__all__ = ["DataSplits", "Normalize", "build_splits", "eval_loader", "train_loader"]
+__all__ = ["UNREADABLE", "DataSplits", "Normalize", "build_splits", "eval_loader", "plain_splits", "train_loader"]
+
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what PIL raises on a damaged file
 
 _STATISTICS = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
@@ -45,11 +49,16 @@ _TORCHVISION = {
 
 
 class Normalize(nn.Module):
-    """uint8 images [B, 3, S, S] → (x/255 − mean)/std in fp32, on the images' device."""
+    """uint8 images [B, 3, S, S] → (x/255 − mean)/std in fp32, on the images' device.
 
-    def __init__(self, statistics: str):
+    Args:
+        statistics: "imagenet", "cifar10" or "half", or (mean, deviation) of the three channels.
+    """
+
+    def __init__(self, statistics: str | tuple[Sequence[float], Sequence[float]]):
         super().__init__()
-        mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in _STATISTICS[statistics])
+        values = _STATISTICS[statistics] if isinstance(statistics, str) else statistics
+        mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in values)
         self.register_buffer("shift", -mean / std, persistent=False)
         self.register_buffer("scale", 1 / (255 * std), persistent=False)
 
@@ -85,6 +94,28 @@ class _Augmented(Dataset):
         image, label = self.images[index]
         with _drawing_from(self.seed, epoch, index):
             return self.transform(image.convert("RGB")), label
+
+
+class _Files(Dataset):
+    """(PIL image, label) by index, straight from timm's reader.
+
+    timm's own data set puts the next image in the place of one that cannot be read; here that is an OSError with its
+    name.
+    """
+
+    def __init__(self, reader):
+        self.reader = reader
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        file, label = self.reader[index]
+        try:
+            with Image.open(file) as picture:
+                return picture.convert("RGB"), label
+        except UNREADABLE as error:
+            raise OSError(f"{self.reader.filename(index)}: {type(error).__name__}: {error}") from error
 
 
 class _Fixed(Dataset):
@@ -201,6 +232,22 @@ def build_splits(config: PretrainConfig) -> DataSplits:
         classes,
         None,
     )
+
+
+def plain_splits(config: PretrainConfig) -> DataSplits:
+    """`build_splits` as a frozen model is probed: both splits under the validation transform, nothing augmented.
+
+    An image that cannot be read raises one of `UNREADABLE`, and none takes its place.
+    """
+    data = build_splits(dataclasses.replace(config, hflip=0.0))
+    if config.dataset == "shape_scenes":
+        return data
+
+    def plain(split: _Augmented) -> _Augmented:
+        images = _Files(split.images.reader) if isinstance(split.images, ImageDataset) else split.images
+        return _Augmented(images, _eval_transform(config), config.seed)
+
+    return dataclasses.replace(data, train=plain(data.train), val=plain(data.val))
 
 
 class _TrainBatches:

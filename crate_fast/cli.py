@@ -1,0 +1,63 @@
+"""The command `crate-fast`: one door to everything that is run from a shell.
+
+    crate-fast env                        versions, devices, backends
+    crate-fast pretrain …                 train/pretrain.py
+    crate-fast eval PROTOCOL …            eval/PROTOCOL.py; `crate-fast eval` lists them
+
+Commands are modules with `main(argv) -> int`, imported when they are asked for.
+"""
+
+import difflib
+import importlib
+import sys
+
+__all__ = ["main"]
+
+COMMANDS = {
+    "env": ("crate_fast.env", "versions, devices and backends of this machine"),
+    "pretrain": ("crate_fast.train.pretrain", "supervised pre-training"),
+}
+PROTOCOLS = {
+    "attention_maps": "CLS attention of heads, under noise, beside other models (Fig. 1, 2, 7, 8, 11 to 14)",
+    "pca": "principal components of patch features by layer (Fig. 3, 6, 9)",
+    "coarse_segmentation": "mIoU of attention maps and objects (Fig. 4)",
+    "maskcut": "objects by MaskCut, AP and AR (Table 1, Fig. 5)",
+    "by_layer": "AP and mIoU at every layer (Fig. 6)",
+    "by_epoch": "AP, mIoU and components at every checkpoint of a run (Fig. 10)",
+    "comparison": "several models in one table beside the paper's numbers (Tables 1 and 2, Fig. 4)",
+    "white_box": "R^c and sparsity of every layer",
+    "classify": "top-1 and top-5, k-NN, linear probe",
+}
+
+
+def _listing(title: str, entries: dict[str, str]) -> str:
+    width = max(map(len, entries))
+    return title + "".join(f"\n  {name:<{width}}  {text}" for name, text in entries.items())
+
+
+def _choose(kind: str, name: str, entries: dict[str, str]) -> None:
+    if name not in entries:
+        near = difflib.get_close_matches(name, entries, n=1)
+        hint = f": did you mean {near[0]!r}?" if near else ""
+        raise SystemExit(f"no {kind} {name!r}{hint}\n" + _listing("choose one of", entries))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; returns its exit status."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    commands = {name: text for name, (_, text) in COMMANDS.items()} | {"eval": "an evaluation protocol"}
+    if not words or words[0] in ("-h", "--help"):
+        print(_listing("usage: crate-fast COMMAND …\n", commands))
+        return 0
+    _choose("command", words[0], commands)
+    if words[0] != "eval":
+        return importlib.import_module(COMMANDS[words[0]][0]).main(words[1:])
+    if len(words) == 1 or words[1] in ("-h", "--help"):
+        print(_listing("usage: crate-fast eval PROTOCOL … (each explains itself with --help)\n", PROTOCOLS))
+        return 0
+    _choose("protocol", words[1], PROTOCOLS)
+    return importlib.import_module(f"crate_fast.eval.{words[1]}").main(words[2:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

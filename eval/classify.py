@@ -1,0 +1,345 @@
+"""Classification: a model's own head, k nearest neighbours, and a linear probe on frozen features.
+
+    crate-fast eval classify runs/NAME runs/NAME@untrained --protocol head,knn,linear --raw-pixels
+    crate-fast eval classify vit_small_patch8_224.dino@pretrained --protocol knn,linear --dataset cifar10 --data-dir
+    data
+
+A run is scored on its own data set unless options name another. No image is augmented. Features are those the head
+reads: the last layer's CLS token behind the final LayerNorm.
+"""
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from crate_fast.eval import options as options_module
+from crate_fast.eval.images import Sample, batches
+from crate_fast.eval.models import Subject
+from crate_fast.eval.probes import knn_predictions, linear_probe
+from crate_fast.eval.results import write_results, write_table
+from crate_fast.train.config import PretrainConfig
+from crate_fast.train.data import UNREADABLE, DataSplits, plain_splits
+
+__all__ = ["KS", "LabelledImages", "check", "evaluate", "main", "pooled"]
+
+PROTOCOLS = ("head", "knn", "linear")
+KS = (10, 20, 100, 200)
+RAW_SIDE = 16  # pixels
+_DATA_SETTINGS = (
+    "dataset",
+    "data_dir",
+    "train_split",
+    "val_split",
+    "train_samples",
+    "val_samples",
+    "image_size",
+    "seed",
+)
+# Table 3 of the paper: top-1 after pre-training on ImageNet-21k and fine-tuning every weight on the data set.
+_PAPER_MODELS = ("CRATE-T/8", "CRATE-S/8", "CRATE-B/8", "ViT-T/8", "ViT-B/8")
+_PAPER = {
+    "imagenet": (0.627, 0.742, 0.795, 0.718, 0.858),
+    "cifar10": (0.941, 0.972, 0.981, 0.972, 0.989),
+    "cifar100": (0.767, 0.841, 0.879, 0.844, 0.901),
+    "flowers102": (0.822, 0.922, 0.967, 0.921, 0.995),
+    "pets": (0.770, 0.864, 0.907, 0.862, 0.918),
+}
+
+
+@dataclass(frozen=True)
+class LabelledSample(Sample):
+    """A `Sample` with its class number."""
+
+    label: int = -1
+
+
+class LabelledImages(Dataset):
+    """Images of a split, an unreadable one as a sample with a `problem`.
+
+    Args:
+        split: (uint8 image [3, S, S], label) by (epoch, index), as `plain_splits` gives.
+        name: Of the split, for messages.
+        limit: Take so many, evenly spaced over the split, which may be sorted by class; all when None.
+    """
+
+    def __init__(self, split: Dataset, name: str, limit: int | None = None):
+        self.split, self.name, total = split, name, len(split)
+        count = min(limit or total, total)
+        self.indices = [i * total // count for i in range(count)]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, number: int) -> LabelledSample:
+        index = self.indices[number]
+        try:
+            image, label = self.split[0, index]
+        except UNREADABLE as error:
+            problem = f"{self.name} image {index}: {error}"
+            return LabelledSample(index, torch.zeros(3, 1, 1, dtype=torch.uint8), (0, 0), None, problem)
+        return LabelledSample(index, image, tuple(image.shape[1:]), label=int(label))
+
+    def __getitems__(self, numbers: list[int]) -> list[LabelledSample]:
+        if not hasattr(self.split, "__getitems__"):
+            return [self[number] for number in numbers]
+        indices = [self.indices[number] for number in numbers]  # scenes: drawn faster together, and never unreadable
+        drawn = self.split.__getitems__([(0, index) for index in indices])
+        return [
+            LabelledSample(index, image, tuple(image.shape[1:]), label=int(label))
+            for index, (image, label) in zip(indices, drawn, strict=True)
+        ]
+
+
+def pooled(model: nn.Module, tokens: Tensor, pool: str = "cls") -> Tensor:
+    """One feature vector an image, behind the final LayerNorm: tokens [B, N, C] of `forward_features` → [B, C].
+
+    Args:
+        model: A CRATE or a timm `VisionTransformer`, whichever token its own head reads.
+        tokens: Prefix tokens first.
+        pool: "cls", or "mean" over the patches.
+
+    Raises:
+        ValueError: The model has no CLS token.
+    """
+    prefix = model.num_prefix_tokens
+    if pool == "cls" and getattr(model, "cls_token", None) is None:
+        raise ValueError("this model has no CLS token: pass --pool mean")
+    token = tokens[:, :1] if pool == "cls" else tokens[:, prefix:].mean(dim=1, keepdim=True)
+    return model.forward_head(token.expand(-1, prefix + 1, -1), pre_logits=True)  # of equal tokens any pooling is one
+
+
+def check(subject: Subject, data: DataSplits, protocols: Sequence[str]) -> None:
+    """Refuse what cannot be scored.
+
+    Raises:
+        ValueError: A protocol is misspelt, or the model's head does not fit the data set.
+    """
+    for protocol in protocols:
+        if protocol not in PROTOCOLS:
+            raise ValueError(f"--protocol {protocol!r}: choose among {', '.join(PROTOCOLS)}, separated by commas")
+    outputs, classes = subject.model.num_classes, len(data.classes)
+    if "head" in protocols and outputs != classes:
+        raise ValueError(
+            f"the head of {subject.label} has {outputs} classes and the data set {classes}, so its outputs cannot be "
+            "scored: look at its features, with --protocol knn,linear"
+        )
+
+
+@torch.inference_mode()
+def _read(
+    subject: Subject, images: LabelledImages, pool: str, head: bool, raw_pixels: bool, problems: list[str], **loading
+) -> dict[str, Tensor]:
+    """Of every readable image: label, features; loss and ranked classes of the head; small raw image."""
+    parts: dict[str, list[Tensor]] = {}
+    for batch in batches(images, problems=problems, progress=f"{subject.label}, {images.name}", **loading):
+        labels = torch.tensor([sample.label for sample in batch.samples])
+        tokens = subject.model.forward_features(subject.normalize(batch.images.to(subject.device)))
+        found = {"labels": labels, "features": pooled(subject.model, tokens, pool).float().cpu()}
+        if head:
+            logits = subject.model.forward_head(tokens).float().cpu()
+            found["ranked"] = logits.topk(min(5, logits.shape[1]), dim=1).indices
+            found["loss"] = F.cross_entropy(logits, labels, reduction="none")
+        if raw_pixels:
+            found["pixels"] = F.adaptive_avg_pool2d(batch.images.float(), RAW_SIDE).flatten(1) / 255
+        for name, values in found.items():
+            parts.setdefault(name, []).append(values)
+    return {name: torch.cat(tensors) for name, tensors in parts.items()}
+
+
+def _per_class(correct: Tensor, labels: Tensor, classes: Sequence[str]) -> dict[str, float | None]:
+    count = torch.bincount(labels, minlength=len(classes))
+    right = torch.bincount(labels[correct], minlength=len(classes))
+    return {name: (r / n if n else None) for name, r, n in zip(classes, right.tolist(), count.tolist(), strict=True)}
+
+
+def _probe(
+    train: dict, val: dict, name: str, classes: Sequence[str], protocols: Sequence[str], ks: Sequence[int], seed: int
+) -> dict:
+    """k-NN and the linear probe on train[name] and val[name]."""
+    found: dict = {"per_class": {}}
+    if "knn" in protocols:
+        predictions = knn_predictions(train[name], train["labels"], val[name], ks)
+        correct = {k: predicted == val["labels"] for k, predicted in predictions.items()}
+        found["knn"] = {k: right.float().mean().item() for k, right in correct.items()}
+        found["per_class"][f"knn, k = {ks[0]}"] = _per_class(correct[ks[0]], val["labels"], classes)
+    if "linear" in protocols:
+        probe = linear_probe(train[name], train["labels"], val[name], seed=seed)
+        right = probe.predictions == val["labels"]
+        found["linear"] = {"top1": right.float().mean().item(), "C": probe.C}
+        found["linear"] |= {"held_out": probe.held_out, "converged": probe.converged}
+        found["per_class"]["linear"] = _per_class(right, val["labels"], classes)
+    return found
+
+
+def evaluate(
+    subject: Subject,
+    data: DataSplits,
+    protocols: Sequence[str] = ("head", "knn"),
+    *,
+    ks: Sequence[int] = KS,
+    pool: str = "cls",
+    limit: int | None = None,
+    train_limit: int | None = None,
+    raw_pixels: bool = False,
+    batch_size: int = 64,
+    workers: int = 0,
+    seed: int = 0,
+    problems: list[str] | None = None,
+) -> dict:
+    """Classification accuracy of one model, all in [0, 1].
+
+    Args:
+        subject: The model, expecting images of the data's size.
+        data: Of `plain_splits`; the training split is read only for "knn" and "linear".
+        protocols: Among "head", "knn", "linear".
+        ks: Numbers of neighbours.
+        pool: See `pooled`.
+        limit, train_limit: Validation and training images, evenly spaced; all when None.
+        raw_pixels: Also score k-NN and the linear probe on images of 16×16 pixels.
+        batch_size, workers: Of reading.
+        seed: Of the linear probe's held-out images.
+        problems: Filled with what could not be read.
+
+    Returns:
+        "images" (and "train_images"): those read; "classes"; "chance": share of the most frequent class among the
+        validation images; "head": top1, top5 (None with at most five classes), loss in nats; "knn": k → top1;
+        "linear": top1, C, "held_out" accuracy of each C, "converged"; "per_class": protocol → class → top1, None
+        where there is no image of it (k-NN: of the first k); "raw_pixels": knn, linear and per_class of those.
+
+    Raises:
+        ValueError: See `check`; or there are fewer training images than neighbours, or than two classes in them.
+    """
+    check(subject, data, protocols)
+    loading = {"problems": [] if problems is None else problems, "batch_size": batch_size, "workers": workers}
+    probing = "knn" in protocols or "linear" in protocols
+    raw_pixels = raw_pixels and probing
+    val = _read(
+        subject, LabelledImages(data.val, "validation", limit), pool, "head" in protocols, raw_pixels, **loading
+    )
+    labels, classes = val["labels"], data.classes
+    found: dict = {"images": len(labels), "classes": len(classes), "per_class": {}}
+    found["chance"] = torch.bincount(labels).max().item() / len(labels)
+    if "head" in protocols:
+        right = val["ranked"] == labels[:, None]
+        top5 = right.any(dim=1).float().mean().item() if len(classes) > 5 else None
+        found["head"] = {"top1": right[:, 0].float().mean().item(), "top5": top5, "loss": val["loss"].mean().item()}
+        found["per_class"]["head"] = _per_class(right[:, 0], labels, classes)
+    if probing:
+        train = _read(
+            subject, LabelledImages(data.train, "training", train_limit), pool, False, raw_pixels, **loading
+        )
+        found["train_images"] = len(train["labels"])
+        probed = _probe(train, val, "features", classes, protocols, ks, seed)
+        found["per_class"] |= probed.pop("per_class")
+        found |= probed
+        if raw_pixels:
+            found["raw_pixels"] = _probe(train, val, "pixels", classes, protocols, ks, seed)
+    return found
+
+
+def _data_config(subject: Subject, options: argparse.Namespace) -> PretrainConfig:
+    """The data of the run, or of the options, which come first."""
+    if subject.config is None and options.dataset is None:
+        raise ValueError(f"{subject.label} is not a run with a data set of its own: pass --dataset, and --data-dir")
+    height, width = subject.extract.image_size
+    if height != width:
+        raise ValueError(f"{subject.label} expects images of {height}×{width} pixels: pass --image-size for a square")
+    named = ("dataset", "data_dir", "train_split", "val_split", "train_samples", "val_samples")
+    changes = {name: getattr(options, name) for name in named if getattr(options, name) is not None}
+    if subject.config is None:
+        return PretrainConfig(image_size=height, seed=options.seed, **changes)
+    return dataclasses.replace(subject.config, image_size=height, download=False, **changes)
+
+
+def _paper_score(label: str, config: PretrainConfig, n_classes: int) -> float | None:
+    """What Table 3 says of a model of this name, on this data set or one that is stored in a folder of its name."""
+    names = [config.dataset, Path(config.data_dir).name.lower()] + (["imagenet"] if n_classes == 1000 else [])
+    row = next((_PAPER[name] for name in names if name in _PAPER), None)
+    return dict(zip(_PAPER_MODELS, row, strict=True)).get(label) if row else None
+
+
+def _row(label: str, result: dict, scores: dict) -> dict:
+    row = {"model": label, "images": result["images"], "training images": result.get("train_images")}
+    row["chance"] = result["chance"]
+    if "head" in scores:
+        head = scores["head"]
+        row |= {"head top-1": head["top1"], "head top-5": head["top5"], "head loss": head["loss"]}
+    row |= {f"{k}-NN": accuracy for k, accuracy in scores.get("knn", {}).items()}
+    if "linear" in scores:
+        row |= {"linear": scores["linear"]["top1"], "C": scores["linear"]["C"]}
+    if result.get("paper_fine_tuned") and scores is result:
+        row["paper, fine-tuned"] = result["paper_fine_tuned"]
+    return row
+
+
+def _run(options: argparse.Namespace) -> None:
+    subjects = options_module.open_models(options)
+    plan = []
+    for subject in subjects:
+        config = _data_config(subject, options)
+        default = ("head", "knn") if subject.model.num_classes else ("knn",)
+        protocols = tuple(options.protocol.split(",")) if options.protocol else default
+        data = plain_splits(config)
+        check(subject, data, protocols)  # of all models, before the first is run
+        plan.append((subject, config, data, protocols))
+    settings = ("pool", "limit", "train_limit", "batch_size", "workers", "seed")
+    chosen = {name: getattr(options, name) for name in settings} | {"ks": options.k}
+    problems: list[str] = []
+    results, rows, seen = {}, [], set()
+    for subject, config, data, protocols in plan:
+        source = {name: getattr(config, name) for name in _DATA_SETTINGS}
+        raw = options.raw_pixels and tuple(source.values()) not in seen
+        seen.add(tuple(source.values()))
+        found = evaluate(subject, data, protocols, raw_pixels=raw, problems=problems, **chosen)
+        paper = _paper_score(subject.label, config, len(data.classes))
+        results[subject.label] = found | {"data": source, "paper_fine_tuned": paper}
+        rows.append(_row(subject.label, results[subject.label], results[subject.label]))
+        if "raw_pixels" in found:
+            rows.append(_row(f"raw pixels {RAW_SIDE}×{RAW_SIDE} ({config.dataset})", found, found["raw_pixels"]))
+    problems = list(dict.fromkeys(problems))  # two models may have met the same image
+    folder = options_module.output_folder(options, "classify", subjects)
+    print(write_table(folder, "classify", rows))
+    if any("paper, fine-tuned" in row for row in rows):
+        print("paper, fine-tuned: Table 3, all weights fine-tuned on the data set; no score here is.")
+    asked = chosen | {"protocol": options.protocol, "raw_pixels": options.raw_pixels}
+    config = asked | {"models": [subject.facts for subject in subjects]}
+    written = write_results(folder, "classify", config, results, problems)
+    print(f"unreadable images: {len(problems)}\nwritten: {written}, table classify (md, csv, tex)")
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(options_module.positive(word) for word in text.split(","))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run as the command line says; returns the exit status."""
+    positive = options_module.positive
+    parser = options_module.evaluation_parser("classify", __doc__.splitlines()[0], data=False)
+    parser.set_defaults(batch_size=64)
+    parser.add_argument("--protocol", help="among head,knn,linear; default head,knn, or knn without a head")
+    parser.add_argument(
+        "--dataset", help="as in training: shape_scenes, folder, tar, cifar10, …; default the run's own"
+    )
+    parser.add_argument("--data-dir", help="its folder")
+    parser.add_argument("--train-split", help="of folder and tar: name of the training split")
+    parser.add_argument("--val-split", help="of folder and tar: name of the validation split")
+    parser.add_argument("--train-samples", type=positive, help="of shape_scenes: training images")
+    parser.add_argument("--val-samples", type=positive, help="of shape_scenes: validation images")
+    parser.add_argument("--limit", type=positive, help="validation images, evenly spaced; all when absent")
+    parser.add_argument("--train-limit", type=positive, help="training images, evenly spaced; all when absent")
+    parser.add_argument("--k", type=_numbers, default=KS, help="neighbours; default 10,20,100,200")
+    parser.add_argument("--pool", choices=("cls", "mean"), default="cls", help="features: CLS or the patches' mean")
+    parser.add_argument("--raw-pixels", action="store_true", help="score images of 16×16 pixels in the same way")
+    return options_module.run_command(_run, parser.parse_args(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,187 @@
+"""White-box curves: R^c of each layer's subspace tokens, and the share of non-zeros after ISTA.
+
+    crate-fast eval white_box runs/NAME runs/NAME@untrained --data shape_scenes --limit 200
+
+CRATE is derived as an optimiser of both: if its layers do what they are derived to do, the two fall with depth.
+Whether they do is printed for each model, trained or not. Absolute values of R^c grow with heads, head width and
+1/ε: compare them within a model.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from crate_fast.eval import options as options_module
+from crate_fast.eval.images import Batch, batches, open_images
+from crate_fast.eval.models import Subject
+from crate_fast.eval.results import write_results, write_table
+from crate_fast.figures import Curve, curve_figure
+from crate_fast.layers import ISTA, MSSA
+from crate_fast.model import CRATE
+from crate_fast.whitebox import layer_measures
+
+__all__ = ["evaluate", "left_out", "main", "trend"]
+
+# Measure → (column of tables, y-axis of the figure, or None where it has no panel)
+MEASURES = {
+    "coding_rate": ("R^c", "R$^c$ of the subspace tokens (nats)"),
+    "coding_rate_after_mssa": ("R^c after MSSA", None),
+    "sparsity": ("non-zeros", "share of non-zeros after ISTA"),
+}
+
+
+def left_out(model: nn.Module) -> dict[str, str]:
+    """The measures that mean nothing for a model, each with the reason."""
+    reasons = {}
+    first = model.transformer.layers[0] if isinstance(model, CRATE) else None
+    if first is None or not isinstance(first[0].fn, MSSA):
+        reason = "no subspaces: query, key and value are separate"
+        reasons |= {"coding_rate": reason, "coding_rate_after_mssa": reason}
+    if first is None or not isinstance(first[1].fn, ISTA):
+        reasons["sparsity"] = "no ISTA: its tokens are dense"
+    return reasons
+
+
+def trend(values: Sequence[float]) -> dict:
+    """How a measure goes with depth.
+
+    Args:
+        values: One a layer.
+
+    Returns:
+        "first" and "last" value; "steps_down" of "steps" from a layer to the next; "spearman", the rank correlation
+        of layer and value (ties share their mean rank; None where there is none); "falls": "yes" at every step, "in
+        part" with a negative rank correlation, else "no" (also with one layer).
+
+    >>> trend([3.0, 2.0, 2.5, 1.0])["spearman"], trend([3.0, 2.0, 2.5, 1.0])["falls"]
+    (-0.8, 'in part')
+    """
+    y = torch.tensor(values, dtype=torch.float64)
+    ranks = (y[:, None] > y).sum(dim=1) + 0.5 * (y[:, None] == y).sum(dim=1)
+    layers = torch.arange(len(y), dtype=torch.float64)
+    ordered = len(y) > 1 and len(set(values)) > 1
+    rho = round(torch.corrcoef(torch.stack([layers, ranks]))[0, 1].item(), 6) if ordered else None
+    down = int((y.diff() < 0).sum())
+    partly = rho is not None and rho < 0
+    falls = "yes" if 0 < down == len(y) - 1 else "in part" if partly else "no"
+    ends = {"first": values[0], "last": values[-1]}
+    return ends | {"steps_down": down, "steps": len(y) - 1, "spearman": rho, "falls": falls}
+
+
+@torch.inference_mode()
+def evaluate(subject: Subject, image_batches: Iterable[Batch], epsilon: float = 0.01) -> dict:
+    """The white-box curves of one model.
+
+    Args:
+        subject: Any model; a measure that means nothing for it is left out.
+        image_batches: Images of the size that the model expects.
+        epsilon: ε of R^c.
+
+    Returns:
+        "images", how many were measured; "layers", of each "layer" and of each measure its mean over images and,
+        under its name with "_std", its standard deviation; "trends", measure → `trend` of its means; "left_out",
+        measure → reason.
+
+    Raises:
+        ValueError: No measure means anything for this model, or ε is not positive.
+    """
+    reasons = left_out(subject.model)
+    if "coding_rate" in reasons and "sparsity" in reasons:
+        raise ValueError(f"{subject.label} has neither subspaces nor ISTA: there is nothing to measure in it")
+    parts: dict[str, list[Tensor]] = {}
+    for batch in image_batches:
+        pixels = subject.normalize(batch.images.to(subject.device))
+        for name, values in layer_measures(subject.model, pixels, epsilon, after_mssa=True).items():
+            parts.setdefault(name, []).append(values.double().cpu())
+    measures = {name: torch.cat(parts[name]) for name in MEASURES if name in parts}  # each [images, depth]
+    count, depth = next(iter(measures.values())).shape
+    layers: list[dict] = [{"layer": index} for index in range(depth)]
+    for name, values in measures.items():
+        spread = values.std(dim=0, correction=0)
+        for row, mean, std in zip(layers, values.mean(dim=0).tolist(), spread.tolist(), strict=True):
+            row |= {name: mean, f"{name}_std": std}
+    trends = {name: trend([row[name] for row in layers]) for name in measures}
+    return {"images": count, "layers": layers, "trends": trends, "left_out": reasons}
+
+
+def _tables(results: dict[str, dict]) -> tuple[list[dict], list[dict]]:
+    """(rows by layer, rows by model and measure)."""
+    by_layer, by_measure = [], []
+    for label, result in results.items():
+        for row in result["layers"]:
+            cells = {"model": label, "layer": row["layer"]}
+            for name, (column, _) in MEASURES.items():
+                cells |= {column: row.get(name), f"{column} ±": row.get(f"{name}_std")}
+            by_layer.append(cells)
+        for name, (column, _) in MEASURES.items():
+            cells = {"model": label, "measure": column, "first layer": None, "last layer": None}
+            cells |= {"steps down": None, "Spearman with depth": None}
+            if name in result["trends"]:
+                found = result["trends"][name]
+                cells |= {"first layer": found["first"], "last layer": found["last"]}
+                cells |= {"steps down": f"{found['steps_down']} of {found['steps']}"}
+                cells |= {"Spearman with depth": found["spearman"], "falls with depth": found["falls"]}
+            else:
+                cells["falls with depth"] = result["left_out"][name]
+            by_measure.append(cells)
+    return by_layer, by_measure
+
+
+def _panels(results: dict[str, dict], untrained: set[str]) -> dict[str, list[Curve]]:
+    panels: dict[str, list[Curve]] = {}
+    for name, (_, axis) in MEASURES.items():
+        for label, result in results.items():
+            if axis is not None and name in result["trends"]:
+                layers = result["layers"]
+                mean, spread = [row[name] for row in layers], [row[f"{name}_std"] for row in layers]
+                curve = Curve(label, [row["layer"] for row in layers], mean, spread, dashed=label in untrained)
+                panels.setdefault(axis, []).append(curve)
+    return panels
+
+
+def _without_measures(subject: Subject) -> dict:
+    return {"images": 0, "layers": [], "trends": {}, "left_out": left_out(subject.model)}
+
+
+def _run(options: argparse.Namespace) -> None:
+    subjects = options_module.open_models(options)
+    measurable = [s.label for s in subjects if len(left_out(s.model)) < len(MEASURES)]
+    if not measurable:
+        raise ValueError("none of these models has subspaces or ISTA: name a CRATE among them")
+    problems: list[str] = []
+    results = {}
+    for subject in subjects:
+        if subject.label not in measurable:
+            results[subject.label] = _without_measures(subject)
+            continue
+        images = open_images(options.data, subject.extract.image_size[0], options.limit)
+        read = batches(
+            images, options.batch_size, problems, workers=options.workers, progress=f"white box, {subject.label}"
+        )
+        results[subject.label] = evaluate(subject, read, options.epsilon)
+    folder = options_module.output_folder(options, "white_box", subjects)
+    untrained = {s.label for s in subjects if s.facts["model"].endswith("@untrained")}
+    by_layer, by_measure = _tables(results)
+    print(write_table(folder, "white_box", by_layer))
+    print(write_table(folder, "trends", by_measure))
+    figures = [folder / "white_box.png", folder / "white_box.pdf"]
+    curve_figure(_panels(results, untrained), "layer", figures)
+    config = {name: getattr(options, name) for name in ("data", "limit", "epsilon", "seed")}
+    config["models"] = [subject.facts for subject in subjects]
+    written = write_results(folder, "white_box", config, results, list(dict.fromkeys(problems)))
+    print(f"written: {written}, tables white_box and trends (md, csv, tex), {figures[0].name}, {figures[1].name}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure models and write tables, curves and results.json."""
+    parser = options_module.evaluation_parser("white_box", __doc__.splitlines()[0], data="shape_scenes")
+    parser.add_argument("--epsilon", type=float, default=0.01, help="quantisation precision ε of R^c; default 0.01")
+    options = parser.parse_args(argv)
+    return options_module.run_command(_run, options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

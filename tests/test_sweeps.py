@@ -1,0 +1,167 @@
+"""Sweeps over layers, checkpoints and models; tables; the command line in front of them."""
+
+import csv
+import json
+
+import pytest
+import torch
+from test_maskcut import _coco as make_coco_boxes
+
+from crate_fast import cli
+from crate_fast.eval import by_epoch, by_layer, comparison, maskcut, paper
+from crate_fast.eval.images import open_images
+from crate_fast.eval.models import open_model
+from crate_fast.eval.records import Records
+from crate_fast.eval.results import csv_table, latex_table, markdown_table, write_results
+from crate_fast.eval.white_box import main as white_box
+
+SMALL = ["--model-args", "depth=3", "dim=32", "heads=2", "img_size=32"]
+
+
+def test_layers_are_what_each_gives_alone(tmp_path):
+    subject = open_model("crate_tiny_patch8_224@untrained", image_size=64, model_args=SMALL[1:])
+    images = open_images(f"coco:{make_coco_boxes(tmp_path)}", 64)
+    rows = by_layer.evaluate(subject, images, batch_size=4)
+    assert list(rows) == [0, 1, 2]
+    for layer in rows:
+        alone = maskcut.evaluate(subject, images, [layer])[layer]
+        assert rows[layer]["mask AP"] == pytest.approx(100 * alone["segm"]["AP"])
+        assert rows[layer]["box AR100"] == pytest.approx(100 * alone["bbox"]["AR100"])
+    assert len({row["mIoU mass"] for row in rows.values()}) == 3
+
+
+def test_the_commands_by_layer_and_by_epoch(tmp_path, tiny_run, capsys):
+    data = f"coco:{make_coco_boxes(tmp_path / 'coco')}"
+    common = ["--data", data, "--image-size", "64"]
+    assert by_layer.main([f"tiny={tiny_run}@8", *common, "--output", str(tmp_path / "layers")]) == 0
+    layers = json.loads((tmp_path / "layers" / "results.json").read_text())["results"]["tiny"]
+    assert list(layers) == ["0", "1"]
+    assert (tmp_path / "layers" / "by_layer.png").exists()
+
+    assert by_epoch.main([str(tiny_run), *common, "--output", str(tmp_path / "epochs")]) == 0
+    rows = json.loads((tmp_path / "epochs" / "results.json").read_text())["results"]["rows"]
+    assert [(row["step"], row["epoch"]) for row in rows] == [(0, 0.0), (4, 1.0), (8, 2.0)]
+    assert {k: v for k, v in rows[-1].items() if k not in ("step", "epoch")} == layers[
+        "0"
+    ]  # the default layer of two
+    assert (tmp_path / "epochs" / "components.pdf").exists()
+    capsys.readouterr()
+
+    assert by_epoch.main([str(tiny_run), *common, "--steps", "5"]) == 2
+    assert "--steps 5" in capsys.readouterr().err
+    assert by_epoch.main([str(tmp_path), *common]) == 2
+    assert "holds no checkpoints" in capsys.readouterr().err
+    assert by_layer.main([str(tiny_run), "--data", "shape_scenes", "--measures", "maskcut"]) == 2
+    assert "MaskCut's AP needs coco:PATH" in capsys.readouterr().err
+
+
+def test_the_comparison_has_the_papers_numbers_and_the_gap(tmp_path, capsys):
+    data = f"coco:{make_coco_boxes(tmp_path / 'coco')}"
+    models = ["CRATE=crate_tiny_patch8_224@untrained", "mine=crate_tiny_patch8_224@untrained", *SMALL]
+    arguments = [*models, "--table", "table2", "--coco", data, "--voc", data, "--output", str(tmp_path / "out")]
+    assert comparison.main([*arguments, "--limit", "2"]) == 0
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())["results"]["rows"]
+    assert rows[0]["VOC mIoU paper"] == 23.9
+    assert rows[0]["VOC mIoU gap"] == pytest.approx(rows[0]["VOC mIoU"] - 23.9)
+    assert rows[1]["VOC mIoU paper"] is None
+    assert rows[0]["box AP"] == rows[1]["box AP"]
+    for suffix in ("md", "csv", "tex"):
+        assert "23.9" in (tmp_path / "out" / f"table2.{suffix}").read_text()
+    capsys.readouterr()
+    assert comparison.main([*models, "--table", "table1"]) == 2
+    assert "pass --coco" in capsys.readouterr().err
+
+
+def test_the_papers_tables():
+    assert paper.find("table1", "dino-s/8")["mask AP"] == 1.7
+    assert paper.find("table1", "other") == {}
+    assert set(paper.TABLES["table2"]["ViT"]) == {"box AP50", "box AP75", "box AP", "VOC mIoU"}
+    assert all(len(row) == 6 for row in paper.TABLES["table1"].values())
+
+
+def test_tables_in_three_formats():
+    rows = [{"model": "a|b_1", "AP": 1.23456}, {"model": "c", "n": 3}]
+    assert markdown_table(rows) == "| model | AP | n |\n| --- | --- | --- |\n| a\\|b_1 | 1.235 | – |\n| c | – | 3 |\n"
+    assert list(csv.DictReader(csv_table(rows).splitlines())) == [
+        {"model": "a|b_1", "AP": "1.23456", "n": ""},
+        {"model": "c", "AP": "", "n": "3"},
+    ]
+    assert r"a|b\_1 & 1.235 & -- \\" in latex_table(rows)
+
+
+def test_results_hold_no_nan(tmp_path):
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_results(tmp_path, "x", {}, {"score": float("nan")})
+    assert not (tmp_path / "results.json").exists()
+    content = json.loads(write_results(tmp_path, "x", {"a": 1}, {"score": 1.0}, ["b.jpg: broken"]).read_text())
+    assert content["unreadable"] == {"count": 1, "images": ["b.jpg: broken"]}
+
+
+def test_records_survive_a_kill_and_refuse_other_settings(tmp_path):
+    records = Records(tmp_path, {"tau": 0.15})
+    records.append([{"image_id": 1, "v": 1}, {"image_id": "a", "v": 2}])
+    with (tmp_path / "records-0.jsonl").open("a") as file:
+        file.write('{"image_id": 3, "v"')
+    Records(tmp_path, {"tau": 0.15}, rank=1).append([{"image_id": 4, "v": 4}])
+    assert sorted(map(str, Records(tmp_path, {"tau": 0.15}).read())) == ["1", "4", "a"]
+    records.append([{"image_id": 3, "v": 3}])
+    assert records.read()[3] == {"image_id": 3, "v": 3}
+    with pytest.raises(ValueError, match="tau: 0.15 there, 0.2 now"):
+        Records(tmp_path, {"tau": 0.2})
+
+
+def test_a_failing_image_loses_nothing_before_it(tmp_path):
+    records = Records(tmp_path, {})
+
+    def some():
+        yield {"image_id": 1}
+        raise RuntimeError("stopped")
+
+    with pytest.raises(RuntimeError, match="stopped"):
+        records.append(some())
+    assert list(records.read()) == [1]
+
+
+# --- crate-fast -----------------------------------------------------------------------------------------------------
+
+
+def test_the_command_line_lists_and_dispatches(capsys):
+    assert cli.main([]) == 0
+    assert cli.main(["eval"]) == 0
+    out = capsys.readouterr().out
+    for protocol in cli.PROTOCOLS:
+        assert f"\n  {protocol} " in out
+    assert cli.main(["env"]) == 0
+    assert "backend on cpu" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="did you mean 'maskcut'"):
+        cli.main(["eval", "maskcat"])
+    with pytest.raises(SystemExit, match="no command 'evla': did you mean 'eval'"):
+        cli.main(["evla"])
+
+
+@pytest.mark.parametrize("protocol", cli.PROTOCOLS)
+def test_every_protocol_explains_itself(protocol, capsys):
+    with pytest.raises(SystemExit) as status:
+        cli.main(["eval", protocol, "--help"])
+    assert status.value.code == 0
+    out = capsys.readouterr().out
+    assert f"usage: crate-fast eval {protocol}" in out
+    assert "@untrained" in out  # how models are named
+
+
+@pytest.mark.parametrize("protocol", cli.PROTOCOLS)
+def test_every_protocol_has_evaluate_and_main(protocol):
+    module = __import__(f"crate_fast.eval.{protocol}", fromlist=["main"])
+    assert callable(module.evaluate)
+    assert callable(module.main)
+
+
+def test_a_bug_is_no_message(tmp_path, monkeypatch):
+    """Only what this package raises on purpose is printed without a traceback."""
+
+    def broken(*_args, **_kwargs):
+        return torch.zeros(2) + torch.zeros(3)
+
+    monkeypatch.setattr("crate_fast.eval.white_box.evaluate", broken)
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        white_box(["crate_tiny_patch8_224@untrained", *SMALL, "--limit", "1", "--output", str(tmp_path)])
