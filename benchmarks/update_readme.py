@@ -143,8 +143,9 @@ def maskcut_table() -> str:
     note = (
         f"Medians over {len(images)} images; the same features, masks compared first; dense: "
         f"`scipy.linalg.eigh(D − A, D, subset_by_index=[1, 2])`. {content['device']}, torch {content['torch']}, "
-        f"commit {content['commit']}. At {largest['image at patch 8, px']} px ({largest['patches']:,} patches) ours takes "
-        f"{largest['ours s']:.1f} s and {largest['ours peak MiB']:,.0f} MiB; [more](benchmarks/results/maskcut.md)."
+        f"commit {content['commit']}. At {largest['image at patch 8, px']} px ({largest['patches']:,} patches) ours "
+        f"takes {largest['ours s']:.1f} s and {largest['ours peak MiB']:,.0f} MiB; "
+        "[more](benchmarks/results/maskcut.md)."
     )
     return f"{markdown_table(rows, list(rows[0]))}\n{note}\n"
 

@@ -148,6 +148,8 @@ def curve_figure(
                     band = np.asarray(curve.spread, float)
                     axis.fill_between(x, y - band, y + band, color=colour, alpha=0.15, lw=0)
             axis.set(xlabel=xlabel, ylabel=name)
+            if from_zero:
+                axis.set_ylim(bottom=0)
             if all(float(x).is_integer() for curve in curves for x in curve.x):
                 axis.xaxis.get_major_locator().set_params(integer=True)  # there is no layer 0.5
             if any(not curve.label.startswith("_") for curve in curves):
