@@ -12,23 +12,21 @@ import argparse
 import dataclasses
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch import Tensor
 
 from crate_fast.eval import options as options_module
-from crate_fast.eval.images import Sample, batches
+from crate_fast.eval.images import batches
 from crate_fast.eval.models import Subject
-from crate_fast.eval.probes import knn_predictions, linear_probe
+from crate_fast.eval.probes import LabelledImages, knn_predictions, linear_probe, pooled
 from crate_fast.eval.results import write_results, write_table
 from crate_fast.train.config import PretrainConfig
-from crate_fast.train.data import UNREADABLE, DataSplits, plain_splits
+from crate_fast.train.data import DataSplits, plain_splits
 
-__all__ = ["KS", "LabelledImages", "check", "evaluate", "main", "pooled"]
+__all__ = ["KS", "check", "evaluate", "main"]
 
 PROTOCOLS = ("head", "knn", "linear")
 KS = (10, 20, 100, 200)
@@ -52,68 +50,6 @@ _PAPER = {
     "flowers102": (0.822, 0.922, 0.967, 0.921, 0.995),
     "pets": (0.770, 0.864, 0.907, 0.862, 0.918),
 }
-
-
-@dataclass(frozen=True)
-class LabelledSample(Sample):
-    """A `Sample` with its class number."""
-
-    label: int = -1
-
-
-class LabelledImages(Dataset):
-    """Images of a split, an unreadable one as a sample with a `problem`.
-
-    Args:
-        split: (uint8 image [3, S, S], label) by (epoch, index), as `plain_splits` gives.
-        name: Of the split, for messages.
-        limit: Take so many, evenly spaced over the split, which may be sorted by class; all when None.
-    """
-
-    def __init__(self, split: Dataset, name: str, limit: int | None = None):
-        self.split, self.name, total = split, name, len(split)
-        count = min(limit or total, total)
-        self.indices = [i * total // count for i in range(count)]
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, number: int) -> LabelledSample:
-        index = self.indices[number]
-        try:
-            image, label = self.split[0, index]
-        except UNREADABLE as error:
-            problem = f"{self.name} image {index}: {error}"
-            return LabelledSample(index, torch.zeros(3, 1, 1, dtype=torch.uint8), (0, 0), None, problem)
-        return LabelledSample(index, image, tuple(image.shape[1:]), label=int(label))
-
-    def __getitems__(self, numbers: list[int]) -> list[LabelledSample]:
-        if not hasattr(self.split, "__getitems__"):
-            return [self[number] for number in numbers]
-        indices = [self.indices[number] for number in numbers]  # scenes: drawn faster together, and never unreadable
-        drawn = self.split.__getitems__([(0, index) for index in indices])
-        return [
-            LabelledSample(index, image, tuple(image.shape[1:]), label=int(label))
-            for index, (image, label) in zip(indices, drawn, strict=True)
-        ]
-
-
-def pooled(model: nn.Module, tokens: Tensor, pool: str = "cls") -> Tensor:
-    """One feature vector an image, behind the final LayerNorm: tokens [B, N, C] of `forward_features` → [B, C].
-
-    Args:
-        model: A CRATE or a timm `VisionTransformer`, whichever token its own head reads.
-        tokens: Prefix tokens first.
-        pool: "cls", or "mean" over the patches.
-
-    Raises:
-        ValueError: The model has no CLS token.
-    """
-    prefix = model.num_prefix_tokens
-    if pool == "cls" and getattr(model, "cls_token", None) is None:
-        raise ValueError("this model has no CLS token: pass --pool mean")
-    token = tokens[:, :1] if pool == "cls" else tokens[:, prefix:].mean(dim=1, keepdim=True)
-    return model.forward_head(token.expand(-1, prefix + 1, -1), pre_logits=True)  # of equal tokens any pooling is one
 
 
 def check(subject: Subject, data: DataSplits, protocols: Sequence[str]) -> None:
@@ -274,10 +210,21 @@ def _row(label: str, result: dict, scores: dict) -> dict:
         row |= {"head top-1": head["top1"], "head top-5": head["top5"], "head loss": head["loss"]}
     row |= {f"{k}-NN": accuracy for k, accuracy in scores.get("knn", {}).items()}
     if "linear" in scores:
-        row |= {"linear": scores["linear"]["top1"], "C": scores["linear"]["C"]}
+        row |= {"linear": scores["linear"]["top1"], "C": f"{scores['linear']['C']:g}"}
     if result.get("paper_fine_tuned") and scores is result:
         row["paper, fine-tuned"] = result["paper_fine_tuned"]
     return row
+
+
+def _doubts(label: str, scores: dict) -> list[str]:
+    """What speaks against a linear probe's score."""
+    if "linear" not in scores:
+        return []
+    chosen, tried = scores["linear"]["C"], list(scores["linear"]["held_out"])
+    doubts = [] if scores["linear"]["converged"] else [f"{label}: the linear probe's fit did not converge"]
+    if chosen in (min(tried), max(tried)):
+        doubts.append(f"{label}: C = {chosen:g} is at the end of those tried ({min(tried):g} to {max(tried):g})")
+    return doubts
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -293,7 +240,7 @@ def _run(options: argparse.Namespace) -> None:
     settings = ("pool", "limit", "train_limit", "batch_size", "workers", "seed")
     chosen = {name: getattr(options, name) for name in settings} | {"ks": options.k}
     problems: list[str] = []
-    results, rows, seen = {}, [], set()
+    results, rows, doubts, seen = {}, [], [], set()
     for subject, config, data, protocols in plan:
         source = {name: getattr(config, name) for name in _DATA_SETTINGS}
         raw = options.raw_pixels and tuple(source.values()) not in seen
@@ -302,13 +249,17 @@ def _run(options: argparse.Namespace) -> None:
         paper = _paper_score(subject.label, config, len(data.classes))
         results[subject.label] = found | {"data": source, "paper_fine_tuned": paper}
         rows.append(_row(subject.label, results[subject.label], results[subject.label]))
+        doubts += _doubts(subject.label, found)
         if "raw_pixels" in found:
-            rows.append(_row(f"raw pixels {RAW_SIDE}×{RAW_SIDE} ({config.dataset})", found, found["raw_pixels"]))
+            label = f"raw pixels {RAW_SIDE}×{RAW_SIDE} ({config.dataset})"
+            rows.append(_row(label, found, found["raw_pixels"]))
+            doubts += _doubts(label, found["raw_pixels"])
     problems = list(dict.fromkeys(problems))  # two models may have met the same image
     folder = options_module.output_folder(options, "classify", subjects)
     print(write_table(folder, "classify", rows))
     if any("paper, fine-tuned" in row for row in rows):
         print("paper, fine-tuned: Table 3, all weights fine-tuned on the data set; no score here is.")
+    print("".join(f"{doubt}\n" for doubt in doubts), end="")
     asked = chosen | {"protocol": options.protocol, "raw_pixels": options.raw_pixels}
     config = asked | {"models": [subject.facts for subject in subjects]}
     written = write_results(folder, "classify", config, results, problems)

@@ -1,6 +1,6 @@
 """MaskCut: objects from patch features by repeated normalised cuts (paper, §3.2, B.4; Table 1 and Fig. 5).
 
-    masks, residuals, dense = maskcut(features)                         # the algorithm
+    masks, residuals, solvers = maskcut(features)                       # the algorithm
     crate-fast eval maskcut MODEL --data coco:PATH                      # a data set, with AP and AR
     torchrun --nproc_per_node 4 -m crate_fast.eval.maskcut MODEL --data coco:PATH
 
@@ -49,12 +49,12 @@ class MaskCut(NamedTuple):
     Attributes:
         masks: Boolean [B, n, rows, columns]; disjoint; empty ones stand last.
         residuals: Of the eigenvectors behind them, [B, n] (`normalized_cut.Cut`); NaN where none was computed.
-        dense: How many of an image's eigenvectors needed the dense solver, [B].
+        solvers: Which solver each is from, [B, n] (`normalized_cut.Cut`); −1 where none was computed.
     """
 
     masks: Tensor
     residuals: Tensor
-    dense: Tensor
+    solvers: Tensor
 
 
 def object_of(vector: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -171,13 +171,13 @@ def _cut_batch(features: Tensor, num_objects: int, tau: float, grid: tuple[int, 
     previous = torch.zeros_like(painted)
     masks = torch.zeros(n_images, num_objects, *grid, dtype=torch.bool)
     residuals = torch.full((n_images, num_objects), float("nan"))
-    dense = torch.zeros(n_images, dtype=torch.long)
+    solvers = torch.full((n_images, num_objects), -1)
     searching = list(range(n_images))
     for turn in range(num_objects):
         present = ~painted[searching].flatten(1)
         cut = second_eigenvector(links, present.to(links.device), epsilon)
         residuals[searching, turn] = cut.residual.cpu().float()
-        dense[searching] += cut.dense.cpu()
+        solvers[searching, turn] = cut.solver.cpu()
         found = []
         for row, (i, vector) in enumerate(zip(searching, cut.vector, strict=True)):
             mask = object_of(vector, grid)
@@ -190,7 +190,7 @@ def _cut_batch(features: Tensor, num_objects: int, tau: float, grid: tuple[int, 
             break
         if len(found) < len(searching):
             links, searching = links[found], [searching[row] for row in found]
-    return MaskCut(masks, residuals, dense)
+    return MaskCut(masks, residuals, solvers)
 
 
 def _worth_keeping(mask: Tensor, previous: Tensor) -> bool:
@@ -235,7 +235,7 @@ def detect(
         **reading: `batch_size`, `workers`, `progress` of `images.batches`.
 
     Yields:
-        One record an image: "image_id", and "layers": layer → "detections" (COCO results), "residuals" and "dense".
+        One record an image: "image_id", and "layers": layer → "detections" (COCO results), "residuals" and "solvers".
     """
     if settings.crf:
         require_crf()
@@ -259,7 +259,7 @@ def detect(
                 record["layers"][layer] = {
                     "detections": detections_of(masks, sample.key),
                     "residuals": residuals[~residuals.isnan()].tolist(),
-                    "dense": int(cut.dense[row]),
+                    "solvers": cut.solvers[row][~residuals.isnan()].tolist(),
                 }
             yield record
 
@@ -275,12 +275,13 @@ def summarise(images: Dataset, records: Sequence[dict], layer: int, evaluated: S
     """
     parts = [record["layers"][layer] for record in records]
     detections = [entry for part in parts for entry in part["detections"]]
+    solvers = [solver for part in parts for solver in part["solvers"]]
     numbers = {
         "images": len(records),
         "detections": len(detections),
         "images_without_detection": sum(not part["detections"] for part in parts),
         "largest_residual": max((r for part in parts for r in part["residuals"]), default=0.0),
-        "dense_solutions": sum(part["dense"] for part in parts),
+        "solvers": {name: solvers.count(i) for i, name in enumerate(("Lanczos", "block Lanczos in fp64", "dense"))},
     }
     if hasattr(images, "coco"):
         numbers |= class_agnostic_scores(images.coco, detections, evaluated)

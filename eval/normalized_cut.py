@@ -5,6 +5,14 @@ solves (D − A)v = λDv for the second smallest λ (Shi and Malik, *Normalized 
 M = D^-½AD^-½ that is v = D^-½y of M's second largest eigenvector y. M's largest, D^½·1, is known, so it is taken out
 of every Lanczos vector and y is the largest of what remains: a few dozen products with B instead of a dense
 decomposition, whose 27 P³ or so operations take seconds at 3,600 patches.
+
+Three solvers, each for what the one before could not do:
+
+1. Lanczos in fp32, a batch of graphs at a time. It ends with a residual of about 1e-7, enough where the next
+   eigenvalue is at least 1e-3 away.
+2. Block Lanczos in fp64, a graph at a time. Nearly disconnected graphs have several eigenvalues about 1e-5 from each
+   other, one for each part; a block as wide as there are parts finds them together, and fp64 tells them apart.
+3. A dense decomposition in fp64.
 """
 
 from dataclasses import dataclass
@@ -14,7 +22,9 @@ from torch import Tensor
 
 __all__ = ["SAME", "Cut", "second_eigenvector"]
 
-MAX_STEPS = 160
+MAX_STEPS = 160  # of Lanczos
+_BLOCK, _MAX_BLOCKS = 8, 60
+_SMALL = 256  # patches, up to which the dense solver is the faster of the last two
 SAME = 1e-4  # entries this near to the largest are it too: patches with the same links differ by rounding alone
 _CHECK_EVERY = 4
 _RESIDUAL = 3e-6  # about ten units of fp32's last place: what rounding leaves of ‖My − θy‖
@@ -30,13 +40,13 @@ class Cut:
             All zero for a graph whose patches are all linked to each other, which has no cut.
         eigenvalue: The second smallest λ of (D − A)v = λDv, [B].
         residual: ‖My − (1 − λ)y‖ for the unit vector y = D^½v/‖D^½v‖, [B], measured after the solution.
-        dense: Whether the dense solver was needed, boolean [B].
+        solver: Which solver the vector is from, [B]: 0 Lanczos, 1 block Lanczos in fp64, 2 dense.
     """
 
     vector: Tensor
     eigenvalue: Tensor
     residual: Tensor
-    dense: Tensor
+    solver: Tensor
 
 
 class _Graphs:
@@ -53,10 +63,13 @@ class _Graphs:
         self.top = top / top.norm(dim=-1, keepdim=True)
 
     def _linked(self, x: Tensor) -> Tensor:
-        return self.present * torch.bmm(self.links, (self.present * x).unsqueeze(-1)).squeeze(-1)
+        masked = self.present * x
+        if len(self.links) == 1:
+            return self.present * (masked @ self.links[0])  # B is symmetric
+        return self.present * torch.bmm(self.links, masked.unsqueeze(-1)).squeeze(-1)
 
     def product(self, x: Tensor) -> Tensor:
-        """Mx for x [b, P]."""
+        """Mx for x [b, P], or for several vectors [k, P] of a single graph."""
         scaled = self.inverse_root * x
         total = scaled.sum(dim=-1, keepdim=True)
         return self.inverse_root * (self.epsilon * total + (1 - self.epsilon) * self._linked(scaled))
@@ -69,33 +82,38 @@ def _start(like: Tensor) -> Tensor:
 
 
 def _orthogonal(x: Tensor, basis: Tensor) -> Tensor:
-    """x [b, P] without its part in `basis` [b, k, P], twice, which is once more than exact arithmetic needs."""
+    """x [b, P] without its part in `basis` [b, k, P]; twice, which is once more than exact arithmetic needs."""
     for _ in range(2):
         x = x - torch.bmm(torch.bmm(basis, x.unsqueeze(-1)).transpose(1, 2), basis).squeeze(1)
     return x
 
 
+def _unit(x: Tensor) -> tuple[Tensor, Tensor]:
+    norm = x.norm(dim=-1)
+    return x / norm.clamp(min=torch.finfo(x.dtype).tiny).unsqueeze(-1), norm
+
+
 def _lanczos(graphs: _Graphs, max_steps: int) -> tuple[Tensor, Tensor, Tensor]:
     """(y [b, P], θ [b], gap to the next Ritz value [b]) of M without its known top vector."""
     basis = graphs.top.unsqueeze(1)
-    x = _orthogonal(_start(graphs.top), basis)
-    x = x / x.norm(dim=-1, keepdim=True)
+    x, _ = _unit(_orthogonal(_start(graphs.top), basis))
     alphas, betas = [], []
     steps = min(max_steps, graphs.top.shape[-1] - 1)
     for step in range(1, steps + 1):
         basis = torch.cat([basis, x.unsqueeze(1)], dim=1)
         y = graphs.product(x)
         alphas.append((x * y).sum(dim=-1))
-        y = _orthogonal(y, basis)
-        betas.append(y.norm(dim=-1))
-        x = y / betas[-1].clamp(min=torch.finfo(y.dtype).tiny).unsqueeze(-1)
+        x, beta = _unit(_orthogonal(y, basis))
+        betas.append(beta)
+        x, _ = _unit(_orthogonal(x, basis))  # where β is rounding alone, so was x: all of M has been seen
         if step == steps or (step >= 8 and step % _CHECK_EVERY == 0):
             values, vectors, left = _ritz(alphas, betas)
             gap = values[:, -1] - values[:, -2] if step > 1 else torch.ones_like(left)
-            if (graphs.complete.cpu() | ((left <= 0.1 * _RESIDUAL) & (left <= 1e-4 * gap))).all():
+            hopeless = (gap < _SMALLEST_GAP) & (step >= 24)  # for fp32
+            if (graphs.complete.cpu() | hopeless | ((left <= 0.1 * _RESIDUAL) & (left <= 1e-4 * gap))).all():
                 break
-    ritz = torch.bmm(vectors[:, :, -1].unsqueeze(1).to(basis), basis[:, 1:]).squeeze(1)
-    return ritz / ritz.norm(dim=-1, keepdim=True), values[:, -1].to(ritz), gap.to(ritz)
+    ritz, _ = _unit(torch.bmm(vectors[:, :, -1].unsqueeze(1).to(basis), basis[:, 1:]).squeeze(1))
+    return ritz, values[:, -1].to(ritz), gap.to(ritz)
 
 
 def _ritz(alphas: list[Tensor], betas: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -118,11 +136,11 @@ def second_eigenvector(
         present: Boolean [batch, P]; a patch that is not present keeps only the affinity ε to all (rows and columns of
             B are taken as zero). All are present when None.
         epsilon: Affinity of patches that are not linked.
-        max_steps: Of the Lanczos process, before the dense solver takes over.
+        max_steps: Of the first solver.
 
     Returns:
-        `Cut`. An image whose Lanczos vector fails the residual test, or whose eigenvalue is too near to the next one
-        for the precision used, is solved again in fp64, by a dense solver if need be; `Cut.dense` tells.
+        `Cut`. A graph whose vector fails the residual test, or whose eigenvalue is too near to the next one for fp32,
+        is solved again by the next solver.
 
     Raises:
         ValueError: Shapes do not fit, or there are fewer than two patches.
@@ -146,12 +164,51 @@ def second_eigenvector(
     y, theta, gap = _lanczos(graphs, max_steps)
     residual = (graphs.product(y) - theta.unsqueeze(-1) * y).norm(dim=-1)
     failed = ~((residual <= _RESIDUAL) & (gap >= _SMALLEST_GAP)) & ~graphs.complete  # a NaN fails too
-    vector = graphs.inverse_root * y
+    vector, solver = graphs.inverse_root * y, torch.zeros_like(failed, dtype=torch.long)
     for row in failed.nonzero().flatten().tolist():
-        exact, exact_theta, exact_residual = _dense(links[row], present[row], epsilon)
+        exact, exact_theta, exact_residual, solver[row] = _solve_again(links[row], present[row], epsilon)
         vector[row], theta[row], residual[row] = exact.to(vector), exact_theta.to(theta), exact_residual.to(residual)
     vector = torch.where(graphs.complete.unsqueeze(-1), 0.0, _signed(vector))
-    return Cut(vector, 1 - theta, torch.where(graphs.complete, 0.0, residual), failed)
+    return Cut(vector, 1 - theta, torch.where(graphs.complete, 0.0, residual), solver)
+
+
+def _solve_again(links: Tensor, present: Tensor, epsilon: float) -> tuple[Tensor, Tensor, Tensor, int]:
+    """(v [P], θ, residual, solver) of one graph, in fp64."""
+    if len(links) > _SMALL:
+        graph = _Graphs(links.double().unsqueeze(0), present.unsqueeze(0), epsilon)
+        found = _block_lanczos(graph)
+        if found is not None:
+            return graph.inverse_root[0] * found[0], found[1], found[2], 1
+    return *_dense(links, present, epsilon), 2
+
+
+def _block_lanczos(graph: _Graphs) -> tuple[Tensor, Tensor, Tensor] | None:
+    """(y [P], θ, residual) of one graph in fp64, or None if the iteration did not get there.
+
+    A residual of a ten-thousandth of the gap is asked for; where even 1e-13, the last that fp64 gives, is not, the
+    eigenvalue is a multiple one, and a dense solver could tell no better.
+    """
+    noise = torch.randn(len(graph.top[0]), _BLOCK, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    block = noise.to(graph.top)
+    known = graph.top[0].unsqueeze(1)
+    basis, image = known[:, :0], known[:, :0]  # V and MV
+    for _ in range(_MAX_BLOCKS):
+        for _ in range(2):  # the second time for columns that were rounding alone
+            for _ in range(2):
+                block = block - known @ (known.T @ block)
+                block = block - basis @ (basis.T @ block)
+            block, _ = torch.linalg.qr(block)
+        basis = torch.cat([basis, block], dim=1)
+        block = graph.product(block.T).T
+        image = torch.cat([image, block], dim=1)
+        values, vectors = torch.linalg.eigh(basis.T @ image)
+        y = basis @ vectors[:, -1]
+        residual = (image @ vectors[:, -1] - values[-1] * y).norm()
+        if residual <= 1e-4 * (values[-1] - values[-2]) or residual <= 1e-13:
+            return y, values[-1], residual
+        if basis.shape[1] + 2 * _BLOCK > len(y):
+            break
+    return None
 
 
 def _dense(links: Tensor, present: Tensor, epsilon: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -62,7 +62,7 @@ def evaluation_parser(
         parser.add_argument("--limit", type=positive, default=limit, help=limit_help)
     size_help = "side to which images are squashed, in pixels; default " + str(image_size or "the model's own")
     parser.add_argument("--image-size", type=positive, default=image_size, help=size_help)
-    parser.add_argument("--batch-size", type=positive, default=8, help="images per forward pass; default 8")
+    parser.add_argument("--batch-size", type=positive, default=8, help="images per forward pass; default %(default)s")
     parser.add_argument("--workers", type=int, default=0, help="processes that read images; default 0: none")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N; default auto")
     parser.add_argument("--seed", type=int, default=0, help="of everything drawn; default 0")

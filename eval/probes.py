@@ -1,4 +1,4 @@
-"""How well frozen features separate classes: k nearest neighbours, and a linear classifier."""
+"""How well frozen features separate classes: labelled images, k nearest neighbours, and a linear classifier."""
 
 import warnings
 from collections.abc import Sequence
@@ -6,15 +6,81 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.data import Dataset
 
-__all__ = ["LinearProbe", "knn_predictions", "linear_probe"]
+from crate_fast.eval.images import Sample
+from crate_fast.train.data import UNREADABLE
+
+__all__ = ["LabelledImages", "LabelledSample", "LinearProbe", "knn_predictions", "linear_probe", "pooled"]
 
 TEMPERATURE = 0.07
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # C of scikit-learn, the inverse of the regularisation
 _HELD_OUT = 0.2
 _STEPS = 500
-_CHUNK = 1024  # validation images compared at once
+_SIMILARITIES = 2**26  # held at once: 256 MiB
+
+
+@dataclass(frozen=True)
+class LabelledSample(Sample):
+    """A `Sample` with its class number."""
+
+    label: int = -1
+
+
+class LabelledImages(Dataset):
+    """Images of a split, an unreadable one as a sample with a `problem`.
+
+    Args:
+        split: (uint8 image [3, S, S], label) by (epoch, index), as `plain_splits` gives.
+        name: Of the split, for messages.
+        limit: Take so many, evenly spaced over the split, which may be sorted by class; all when None.
+    """
+
+    def __init__(self, split: Dataset, name: str, limit: int | None = None):
+        self.split, self.name, total = split, name, len(split)
+        count = min(limit or total, total)
+        self.indices = [i * total // count for i in range(count)]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, number: int) -> LabelledSample:
+        index = self.indices[number]
+        try:
+            image, label = self.split[0, index]
+        except UNREADABLE as error:
+            problem = f"{self.name} image {index}: {error}"
+            return LabelledSample(index, torch.zeros(3, 1, 1, dtype=torch.uint8), (0, 0), None, problem)
+        return LabelledSample(index, image, tuple(image.shape[1:]), label=int(label))
+
+    def __getitems__(self, numbers: list[int]) -> list[LabelledSample]:
+        if not hasattr(self.split, "__getitems__"):
+            return [self[number] for number in numbers]
+        indices = [self.indices[number] for number in numbers]  # scenes: drawn faster together, and never unreadable
+        drawn = self.split.__getitems__([(0, index) for index in indices])
+        return [
+            LabelledSample(index, image, tuple(image.shape[1:]), label=int(label))
+            for index, (image, label) in zip(indices, drawn, strict=True)
+        ]
+
+
+def pooled(model: nn.Module, tokens: Tensor, pool: str = "cls") -> Tensor:
+    """One feature vector an image, behind the final LayerNorm: tokens [B, N, C] of `forward_features` → [B, C].
+
+    Args:
+        model: A CRATE or a timm `VisionTransformer`, whichever token its own head reads.
+        tokens: Prefix tokens first.
+        pool: "cls", or "mean" over the patches.
+
+    Raises:
+        ValueError: The model has no CLS token.
+    """
+    prefix = model.num_prefix_tokens
+    if pool == "cls" and getattr(model, "cls_token", None) is None:
+        raise ValueError("this model has no CLS token: pass --pool mean")
+    token = tokens[:, :1] if pool == "cls" else tokens[:, prefix:].mean(dim=1, keepdim=True)
+    return model.forward_head(token.expand(-1, prefix + 1, -1), pre_logits=True)  # of equal tokens any pooling is one
 
 
 def knn_predictions(
@@ -44,11 +110,12 @@ def knn_predictions(
     unit = F.normalize(train.float(), dim=1)
     n_classes = int(labels.max()) + 1
     found: dict[int, list[Tensor]] = {k: [] for k in ks}
-    for part in val.float().split(_CHUNK):
+    for part in val.float().split(max(1, _SIMILARITIES // len(train))):
         similarity, nearest = (F.normalize(part, dim=1) @ unit.T).topk(max(ks), dim=1)
-        votes = F.one_hot(labels[nearest], n_classes) * (similarity / temperature).exp().unsqueeze(-1)
+        weights, classes = (similarity / temperature).exp(), labels[nearest]
         for k in ks:
-            found[k].append(votes[:, :k].sum(dim=1).argmax(dim=1))
+            votes = weights.new_zeros(len(part), n_classes)
+            found[k].append(votes.scatter_add_(1, classes[:, :k], weights[:, :k]).argmax(dim=1))
     return {k: torch.cat(parts) for k, parts in found.items()}
 
 
@@ -86,12 +153,15 @@ def linear_probe(
 
     Raises:
         ValueError: There are fewer than two classes, or than ten training images.
+        ModuleNotFoundError: scikit-learn is missing.
     """
-    from sklearn.exceptions import ConvergenceWarning
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
+    try:
+        from sklearn.exceptions import ConvergenceWarning
+        from sklearn.linear_model import LogisticRegression
+        from sklearn.pipeline import make_pipeline
+        from sklearn.preprocessing import StandardScaler
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("the linear probe needs scikit-learn: pip install scikit-learn") from error
     n_classes = len(labels.unique())
     if n_classes < 2 or len(train) < 10:
         raise ValueError(

@@ -10,10 +10,9 @@ import timm
 import torch
 from PIL import Image
 
-from crate_fast.eval import classify
-from crate_fast.eval.classify import LabelledImages, pooled
+from crate_fast.eval import classify, probes
 from crate_fast.eval.models import open_model
-from crate_fast.eval.probes import knn_predictions, linear_probe
+from crate_fast.eval.probes import LabelledImages, knn_predictions, linear_probe, pooled
 from crate_fast.train.config import PretrainConfig
 from crate_fast.train.data import plain_splits
 
@@ -34,10 +33,13 @@ def test_knn_by_hand():
         knn_predictions(train, labels, val, [6])
 
 
-def test_knn_in_chunks_is_knn():
-    train, labels, val = torch.randn(50, 8), torch.randint(0, 4, (50,)), torch.randn(1030, 8)
-    whole = knn_predictions(train, labels, val, [5])[5]
-    assert torch.equal(whole[1024:], knn_predictions(train, labels, val[1024:], [5])[5])
+def test_knn_in_chunks_is_knn(monkeypatch):
+    train, labels, val = torch.randn(50, 8), torch.randint(0, 4, (50,)), torch.randn(23, 8)
+    whole = knn_predictions(train, labels, val, [1, 5])
+    for held in (1, 350):  # similarities: one and seven validation images at a time
+        monkeypatch.setattr(probes, "_SIMILARITIES", held)
+        parts = knn_predictions(train, labels, val, [1, 5])
+        assert all(torch.equal(parts[k], whole[k]) for k in whole)
 
 
 def test_a_linear_probe_finds_a_planted_direction_and_no_other():
@@ -73,6 +75,15 @@ def test_features_are_what_the_head_reads(name):
         torch.testing.assert_close(pooled(model, tokens), wanted)
         assert pooled(model, tokens, "mean").shape == wanted.shape
         assert not torch.allclose(pooled(model, tokens, "mean"), wanted)
+
+
+def test_doubts_about_a_linear_probe_are_said():
+    tried = {0.1: 0.5, 1.0: 0.6, 10.0: 0.4}
+    assert classify._doubts("A", {"linear": {"C": 1.0, "held_out": tried, "converged": True}}) == []
+    said = classify._doubts("A", {"linear": {"C": 10.0, "held_out": tried, "converged": False}})
+    assert said[0] == "A: the linear probe's fit did not converge"
+    assert said[1] == "A: C = 10 is at the end of those tried (0.1 to 10)"
+    assert classify._doubts("A", {"knn": {}}) == []
 
 
 def _folder(root: Path, per_class: int = 6) -> Path:
