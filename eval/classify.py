@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from crate_fast.eval import options as options_module
+from crate_fast.eval import paper
 from crate_fast.eval.images import batches
 from crate_fast.eval.models import Subject
 from crate_fast.eval.probes import LabelledImages, knn_predictions, linear_probe, pooled
@@ -41,15 +42,6 @@ _DATA_SETTINGS = (
     "image_size",
     "seed",
 )
-# Table 3 of the paper: top-1 after pre-training on ImageNet-21k and fine-tuning every weight on the data set.
-_PAPER_MODELS = ("CRATE-T/8", "CRATE-S/8", "CRATE-B/8", "ViT-T/8", "ViT-B/8")
-_PAPER = {
-    "imagenet": (0.627, 0.742, 0.795, 0.718, 0.858),
-    "cifar10": (0.941, 0.972, 0.981, 0.972, 0.989),
-    "cifar100": (0.767, 0.841, 0.879, 0.844, 0.901),
-    "flowers102": (0.822, 0.922, 0.967, 0.921, 0.995),
-    "pets": (0.770, 0.864, 0.907, 0.862, 0.918),
-}
 
 
 def check(subject: Subject, data: DataSplits, protocols: Sequence[str]) -> None:
@@ -198,8 +190,7 @@ def _data_config(subject: Subject, options: argparse.Namespace) -> PretrainConfi
 def _paper_score(label: str, config: PretrainConfig, n_classes: int) -> float | None:
     """What Table 3 says of a model of this name, on this data set or one that is stored in a folder of its name."""
     names = [config.dataset, Path(config.data_dir).name.lower()] + (["imagenet"] if n_classes == 1000 else [])
-    row = next((_PAPER[name] for name in names if name in _PAPER), None)
-    return dict(zip(_PAPER_MODELS, row, strict=True)).get(label) if row else None
+    return next((paper.TRANSFER[name].get(label) for name in names if name in paper.TRANSFER), None)
 
 
 def _row(label: str, result: dict, scores: dict) -> dict:
