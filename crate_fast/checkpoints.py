@@ -93,7 +93,8 @@ def read_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
             return unwrap_state_dict(load_file(path))
         return unwrap_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     except (SafetensorError, RuntimeError, EOFError, OSError) as error:
-        raise ValueError(f"{path} is damaged or cut short ({error}): fetch it again, or use another one") from error
+        what = str(error) or type(error).__name__
+        raise ValueError(f"{path} is damaged or cut short ({what}): fetch it again, or use another one") from error
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path} holds more than tensors and plain values, and is not loaded, since that could run code. If you "

@@ -136,6 +136,8 @@ class AttentionScores:
             labels: Of each image its objects' class numbers, for scores by class.
         """
         counts = torch.tensor([len(target) for target in targets])
+        heads, n_patches = next(iter(maps.values())).shape[1:]
+        noise = torch.rand((len(counts), heads, n_patches), generator=self._generator)  # drawn for every image
         self.images += int((counts > 0).sum())
         self.without_objects += int((counts == 0).sum())
         if not counts.sum():
@@ -148,8 +150,6 @@ class AttentionScores:
         self._valid.append(usable)
         self._weights.append(1 / counts[owner].double())
         self._labels += [label for image in labels for label in image] if labels is not None else [0] * len(target)
-        heads = next(iter(maps.values())).shape[1]
-        noise = torch.rand((len(counts), heads, target.shape[-1]), generator=self._generator)
         for threshold in THRESHOLDS:
             for layer, attention in maps.items():
                 iou = self._iou(attention.float().cpu(), owner, target, usable, threshold)
@@ -201,7 +201,9 @@ class AttentionScores:
                 "random": mean(torch.cat(self._baselines[threshold, "random"])),
                 "mean_mask": of_mean_mask(threshold),
                 "true_mask": mean(torch.cat(self._baselines[threshold, "true_mask"])),
+                "fraction": self.fraction,
                 "images": self.images,
+                "objects": len(target),
                 "without_objects": self.without_objects,
             }
             for threshold in THRESHOLDS
@@ -231,7 +233,8 @@ def score_attention(
             each head for all images; "fixed_head", the best of those;
         "constant": the mask that holds every patch; "random": the best of as many maps of noise; "mean_mask": the
             objects' mean mask as every image's attention map; "true_mask": the true mask as attention map,
-            evenly spread over the object; "images": how many were scored; "without_objects": how many could not be.
+            evenly spread over the object; "fraction"; "images" and "objects": how many were scored;
+            "without_objects": images that could not be.
     """
     model.eval()
     device = next(model.parameters()).device
@@ -254,9 +257,9 @@ def scores_table(scores: dict[str, dict], marked: int | None = None) -> str:
     lines = []
     for threshold, result in scores.items():
         lines.append(
-            f"attention mIoU, {threshold} 60 %, {result['images']} images | constant mask {result['constant']:.3f} · "
-            f"random maps {result['random']:.3f} · mean mask {result['mean_mask']:.3f} · "
-            f"true mask {result['true_mask']:.3f}"
+            f"attention mIoU, {threshold} {result['fraction']:.0%}, {result['images']} images | "
+            f"constant mask {result['constant']:.3f} · random maps {result['random']:.3f} · "
+            f"mean mask {result['mean_mask']:.3f} · true mask {result['true_mask']:.3f}"
         )
         for row in result["layers"]:
             star = "*" if row["layer"] == marked else " "

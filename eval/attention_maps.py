@@ -27,8 +27,8 @@ from crate_fast.eval.gallery import first_columns, model_folders, read_images, s
 from crate_fast.eval.images import Batch, Sample
 from crate_fast.eval.models import Subject
 from crate_fast.eval.noise import add_noise, map_correlation
-from crate_fast.eval.options import evaluation_parser, open_models, output_folder, run_command
-from crate_fast.eval.results import write_results, write_table
+from crate_fast.eval.options import evaluation_parser, open_models, output_folder, run_command, settings_of
+from crate_fast.eval.results import say_written, write_results, write_table
 from crate_fast.figures import Picture
 from crate_fast.segmentation import attention_to_mask, intersection_over_union
 
@@ -257,7 +257,10 @@ def _command(options: argparse.Namespace) -> None:
     default = {"heads": ["all", "mean"], "models": ["mean", "best"] if labelled else ["mean"]}
     heads = options.heads or default.get(options.figure, ["all"])
     _check_heads(heads, bool(noise), labelled, subjects)
-    folder = output_folder(options, PROTOCOL, subjects)
+    for subject in subjects:
+        subject.require_cls()
+        subject.extract.resolve_layer(options.layer)
+    folder = output_folder(options, PROTOCOL)
     results, rows, written, shown, problems = {}, [], [], [], []
     for subject, place in zip(subjects, model_folders(folder, subjects), strict=True):
         samples: list[Sample] = []
@@ -274,12 +277,11 @@ def _command(options: argparse.Namespace) -> None:
         rows += _table(subject.label, outcome)
     if options.figure == "models":
         written += _images_figure(shown, heads, options.style, folder)
-    settings = ("figure", "data", "limit", "layer", "style", "seed", "sigma", "share")
-    config = {name: getattr(options, name) for name in settings} | {"heads": heads}
-    config["models"] = [subject.facts for subject in subjects]
+    config = settings_of(options) | {"heads": heads, "models": [subject.facts for subject in subjects]}
     print(write_table(folder, "attention", rows), end="")
-    written.append(write_results(folder, PROTOCOL, config, results, list(dict.fromkeys(problems))))
-    print(*(f"written: {path}" for path in written), sep="\n")
+    problems = list(dict.fromkeys(problems))  # the same images for every model
+    written.append(write_results(folder, PROTOCOL, config, results, problems))
+    say_written(written, problems)
 
 
 def _write_maps(path: Path, model: _Shown) -> Path:

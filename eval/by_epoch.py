@@ -7,6 +7,7 @@ before training, from `--seed`.
 """
 
 import argparse
+import itertools
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -20,9 +21,9 @@ from crate_fast.eval.by_layer import evaluate as measure
 from crate_fast.eval.images import open_images
 from crate_fast.eval.maskcut import PAPER, MaskCutSettings
 from crate_fast.eval.models import Subject, open_model, split_label
-from crate_fast.eval.options import evaluation_parser, output_folder, run_command
+from crate_fast.eval.options import evaluation_parser, output_folder, run_command, settings_of
 from crate_fast.eval.principal_components import pca_rgb
-from crate_fast.eval.results import write_results, write_table
+from crate_fast.eval.results import say_written, write_results, write_table
 from crate_fast.figures import Picture, curve_figure, image_grid
 from crate_fast.train.distributed import choose_device
 from crate_fast.train.runs import checkpoint_epoch, checkpoint_steps
@@ -67,7 +68,8 @@ def _figure(
     subjects: Iterable[tuple[int, Subject]], names: Sequence[str], images: Dataset, layer: int, paths: list[Path]
 ) -> None:
     """The first readable images, and their components 2 to 4 at each step (paper, Fig. 10, right)."""
-    samples = [sample for sample in (images[i] for i in range(min(8, len(images)))) if sample.problem is None][:4]
+    readable = (sample for sample in (images[i] for i in range(len(images))) if sample.problem is None)
+    samples = list(itertools.islice(readable, 4))
     rows = [[Picture(sample.image.permute(1, 2, 0).numpy())] for sample in samples]
     pixels = torch.stack([sample.image for sample in samples])
     for _, subject in subjects:
@@ -91,6 +93,7 @@ def _command(options: argparse.Namespace) -> None:
     if absent:
         raise ValueError(f"--steps {absent[0]}: {folder} has no such checkpoint; choose from {steps}")
     device = choose_device(options.device)
+    options.device = str(device)
     names = {step: f"{label}={folder}@{step or 'untrained'}" for step in [0, *chosen]}
     facts: dict[int, dict] = {}
 
@@ -104,6 +107,9 @@ def _command(options: argparse.Namespace) -> None:
     layer = first.extract.resolve_layer(options.layer)
     images = open_images(options.data, first.extract.image_size[0], options.limit)
     measures = check_measures(options.measures, images, options.data)
+    if "coarse" in measures:
+        first.require_cls()
+    output = output_folder(options, "by_epoch")
     settings, problems = MaskCutSettings(options.num_objects, options.tau), []
     reading = {"batch_size": options.batch_size, "workers": options.workers, "progress": "step"}
     results = evaluate(subjects(), images, layer, measures, settings, problems, options.seed, **reading)
@@ -111,10 +117,8 @@ def _command(options: argparse.Namespace) -> None:
     epochs = {0: 0.0} | {step: checkpoint_epoch(folder, step) for step in chosen}
     known = None not in epochs.values()
     rows = [{"step": step, "epoch": epochs[step], **numbers} for step, numbers in results.items()]
-    output = output_folder(options, "by_epoch", [first])
     print(write_table(output, "table", rows, digits=2))
-    config = {"data": options.data, "limit": options.limit, "tau": options.tau, "num_objects": options.num_objects}
-    config |= {"seed": options.seed, "layer": layer, "models": list(facts.values())}
+    config = settings_of(options) | {"layer": layer, "models": list(facts.values())}
     paths = [write_results(output, "by_epoch", config, {"rows": rows}, problems), output / "table.md"]
     charts = [output / "by_epoch.png", output / "by_epoch.pdf"]
     along = {epochs[step] if known else step: numbers for step, numbers in results.items()}
@@ -122,7 +126,8 @@ def _command(options: argparse.Namespace) -> None:
     pictures = [output / "components.png", output / "components.pdf"]
     titles = [f"epoch {epochs[step]:g}" if known else f"step {step}" for step in names]
     _figure(subjects(), titles, images, layer, pictures)
-    print("numbers in %\nwritten:", *map(str, paths + charts + pictures), sep="\n  ")
+    print("numbers but counts in %")
+    say_written(paths + charts + pictures, problems)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -15,8 +15,8 @@ from crate_fast.eval import coarse_segmentation, maskcut
 from crate_fast.eval.images import open_images
 from crate_fast.eval.maskcut import PAPER, MaskCutSettings
 from crate_fast.eval.models import Subject
-from crate_fast.eval.options import evaluation_parser, open_models, output_folder, run_command
-from crate_fast.eval.results import write_results, write_table
+from crate_fast.eval.options import evaluation_parser, open_models, output_folder, run_command, settings_of
+from crate_fast.eval.results import say_written, write_results, write_table
 from crate_fast.figures import Curve, curve_figure
 
 __all__ = ["MEASURES", "check_measures", "evaluate", "main", "measure_options"]
@@ -74,6 +74,7 @@ def evaluate(
     found: list[str] = []
     if "maskcut" in measures:
         for layer, numbers in maskcut.evaluate(subject, images, layers, settings, found, **reading).items():
+            rows[layer]["images"] = numbers["images"]
             for kind, name in (("bbox", "box"), ("segm", "mask")):
                 for score in ("AP50", "AP75", "AP", "AR100"):
                     rows[layer][f"{name} {score}"] = 100 * numbers[kind][score]
@@ -84,6 +85,8 @@ def evaluate(
             for row in result["layers"]:
                 rows[row["layer"]][f"mIoU {threshold}"] = 100 * row["best_head"]
                 rows[row["layer"]][f"random {threshold}"] = 100 * result["random"]
+                counts = {"images": result["images"] + result["without_objects"], "objects": result["objects"]}
+                rows[row["layer"]] |= {"constant": 100 * result["constant"]} | counts
     if problems is not None:
         problems.extend(found)
     return rows
@@ -97,34 +100,44 @@ def measure_options(parser: argparse.ArgumentParser) -> None:
 
 
 def curves(labelled: dict[str, dict[float, dict[str, float]]]) -> dict[str, list[Curve]]:
-    """Label → {x → numbers} as panels of curves, with the random maps' score beside each mIoU."""
+    """Label → {x → numbers} as panels of curves; beside each mIoU what random maps and the constant mask score.
+
+    A baseline is drawn once for all models that have the same (it depends on heads and grid).
+    """
     panels: dict[str, list[Curve]] = {}
     for name in PLOTTED:
-        for label, rows in labelled.items():
-            points = [(x, row[name]) for x, row in rows.items() if name in row]
-            if points:
-                panels.setdefault(f"{name}, %", []).append(Curve(label, *zip(*points, strict=True)))
-        random = f"random {name.split()[-1]}"
-        for rows in list(labelled.values())[:1]:
-            points = [(x, row[random]) for x, row in rows.items() if random in row and name.startswith("mIoU")]
-            if points:
-                panels[f"{name}, %"].append(Curve("random maps", *zip(*points, strict=True), dashed=True))
+        shown = {name: ""}
+        if name.startswith("mIoU"):
+            shown |= {f"random {name.split()[-1]}": "random maps", "constant": "constant mask"}
+        for column, baseline in shown.items():
+            drawn: list[list] = []
+            for label, rows in labelled.items():
+                points = [(x, row[column]) for x, row in rows.items() if column in row]
+                if not points or (baseline and points in drawn):
+                    continue
+                title = label if not baseline else f"{baseline}, {label}" if drawn else baseline
+                drawn.append(points)
+                panels.setdefault(f"{name}, %", []).append(
+                    Curve(title, *zip(*points, strict=True), dashed=bool(baseline))
+                )
     return panels
 
 
 def _command(options: argparse.Namespace) -> None:
     subjects = open_models(options)
-    folder = output_folder(options, "by_layer", subjects)
+    folder = output_folder(options, "by_layer")
     settings = MaskCutSettings(options.num_objects, options.tau)
     results: dict[str, dict] = {}
     problems: list[str] = []
     for subject in subjects:
         images = open_images(options.data, subject.extract.image_size[0], options.limit)
         measures = check_measures(options.measures, images, options.data)
+        if "coarse" in measures:
+            subject.require_cls()
         reading = {"batch_size": options.batch_size, "workers": options.workers, "progress": subject.label}
         found: list[str] = []
         results[subject.label] = evaluate(subject, images, None, measures, settings, found, options.seed, **reading)
-        problems = problems or found
+        problems = found  # the same images for every model
     rows = [
         {
             "model": subject.label,
@@ -135,12 +148,12 @@ def _command(options: argparse.Namespace) -> None:
         for layer, numbers in results[subject.label].items()
     ]
     print(write_table(folder, "table", rows, digits=2))
-    config = {"data": options.data, "limit": options.limit, "tau": options.tau, "num_objects": options.num_objects}
-    config |= {"seed": options.seed, "models": [subject.facts for subject in subjects]}
+    config = settings_of(options) | {"models": [subject.facts for subject in subjects]}
     paths = [write_results(folder, "by_layer", config, results, problems), folder / "table.md"]
     figures = [folder / "by_layer.png", folder / "by_layer.pdf"]
     curve_figure(curves(results), "layer", figures, from_zero=True)
-    print("* the layer that the paper looks at; all numbers in %\nwritten:", *map(str, paths + figures), sep="\n  ")
+    print("* the layer that the paper looks at; all numbers but counts in %")
+    say_written(paths + figures, problems)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -23,7 +23,7 @@ from crate_fast.eval import paper
 from crate_fast.eval.images import batches
 from crate_fast.eval.models import Subject
 from crate_fast.eval.probes import LabelledImages, knn_predictions, linear_probe, pooled
-from crate_fast.eval.results import write_results, write_table
+from crate_fast.eval.results import say_written, write_results, write_table
 from crate_fast.train.config import PretrainConfig
 from crate_fast.train.data import DataSplits, plain_splits
 
@@ -228,6 +228,7 @@ def _run(options: argparse.Namespace) -> None:
         data = plain_splits(config)
         check(subject, data, protocols)  # of all models, before the first is run
         plan.append((subject, config, data, protocols))
+    folder = options_module.output_folder(options, "classify")
     settings = ("pool", "limit", "train_limit", "batch_size", "workers", "seed")
     chosen = {name: getattr(options, name) for name in settings} | {"ks": options.k}
     problems: list[str] = []
@@ -237,8 +238,8 @@ def _run(options: argparse.Namespace) -> None:
         raw = options.raw_pixels and tuple(source.values()) not in seen
         seen.add(tuple(source.values()))
         found = evaluate(subject, data, protocols, raw_pixels=raw, problems=problems, **chosen)
-        paper = _paper_score(subject.label, config, len(data.classes))
-        results[subject.label] = found | {"data": source, "paper_fine_tuned": paper}
+        reported = _paper_score(subject.label, config, len(data.classes))
+        results[subject.label] = found | {"data": source, "paper_fine_tuned": reported}
         rows.append(_row(subject.label, results[subject.label], results[subject.label]))
         doubts += _doubts(subject.label, found)
         if "raw_pixels" in found:
@@ -246,15 +247,13 @@ def _run(options: argparse.Namespace) -> None:
             rows.append(_row(label, found, found["raw_pixels"]))
             doubts += _doubts(label, found["raw_pixels"])
     problems = list(dict.fromkeys(problems))  # two models may have met the same image
-    folder = options_module.output_folder(options, "classify", subjects)
     print(write_table(folder, "classify", rows))
     if any("paper, fine-tuned" in row for row in rows):
         print("paper, fine-tuned: Table 3, all weights fine-tuned on the data set; no score here is.")
     print("".join(f"{doubt}\n" for doubt in doubts), end="")
-    asked = chosen | {"protocol": options.protocol, "raw_pixels": options.raw_pixels}
-    config = asked | {"models": [subject.facts for subject in subjects]}
+    config = options_module.settings_of(options) | {"models": [subject.facts for subject in subjects]}
     written = write_results(folder, "classify", config, results, problems)
-    print(f"unreadable images: {len(problems)}\nwritten: {written}, table classify (md, csv, tex)")
+    say_written([written, folder / "classify.md"], problems)
 
 
 def _numbers(text: str) -> tuple[int, ...]:

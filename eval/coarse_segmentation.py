@@ -10,6 +10,7 @@ words) and of the mass (`mass`, DINO's code). Beside every score stand those of 
 """
 
 import argparse
+import itertools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,10 +20,16 @@ from torch.utils.data import Dataset
 from crate_fast.eval.gallery import first_columns, write_pages
 from crate_fast.eval.images import Sample, batches, open_images
 from crate_fast.eval.models import Subject
-from crate_fast.eval.options import evaluation_parser, open_models, output_folder, run_command
-from crate_fast.eval.results import write_results, write_table
+from crate_fast.eval.options import evaluation_parser, open_models, output_folder, positive, run_command, settings_of
+from crate_fast.eval.results import say_written, write_results, write_table
 from crate_fast.figures import Picture
-from crate_fast.segmentation import THRESHOLDS, AttentionScores, attention_to_mask, best_head_iou, scores_table
+from crate_fast.segmentation import (
+    THRESHOLDS,
+    AttentionScores,
+    attention_to_mask,
+    intersection_over_union,
+    scores_table,
+)
 
 __all__ = ["evaluate", "main", "require_targets"]
 
@@ -60,19 +67,21 @@ def evaluate(
         **reading: `batch_size`, `workers`, `progress` of `images.batches`.
 
     Returns:
-        See `segmentation.score_attention`; "by_class" has class numbers.
+        See `segmentation.score_attention`; "by_class" has class numbers. "objects_without_patch" counts those that
+        were left out because no patch of the grid is theirs.
 
     Raises:
         ValueError: No image could be scored.
     """
     layers = range(subject.extract.depth) if layers is None else layers
-    scores = AttentionScores(fraction, seed)
+    scores, lost = AttentionScores(fraction, seed), 0
     problems = [] if problems is None else problems
     for batch in batches(images, problems=problems, **({"batch_size": 8} | reading)):
         features = subject.extract(subject.normalize(batch.images.to(subject.device)), list(layers))
         maps = {layer: features.cls_attention(layer) for layer in features.layers}
         targets = [sample.target.on_grid(features.grid) for sample in batch.samples]
         kept = [masks.any(dim=1) for masks, _ in targets]  # an object may have no patch of its own
+        lost += sum(int((~keep).sum()) for keep in kept)
         scores.add(
             maps,
             [masks[keep] for (masks, _), keep in zip(targets, kept, strict=True)],
@@ -82,7 +91,7 @@ def evaluate(
                 for sample, keep in zip(batch.samples, kept, strict=True)
             ],
         )
-    return scores.result()
+    return {name: result | {"objects_without_patch": lost} for name, result in scores.result().items()}
 
 
 def _row(label: str, threshold: str, scores: dict, row: dict, marked: int) -> dict:
@@ -94,70 +103,67 @@ def _row(label: str, threshold: str, scores: dict, row: dict, marked: int) -> di
         "one head for all": row["fixed_head"],
         **{name.replace("_", " "): scores[name] for name in BASELINES},
         "images": scores["images"],
+        "objects": scores["objects"],
+        "objects without a patch": scores["objects_without_patch"],
     }
 
 
-def _best_mask(subject: Subject, sample: Sample, threshold: str) -> Picture:
-    """The mask of the head that fits the union of the objects best, at the layer the paper looks at."""
-    layer = subject.extract.default_layer
+def _best_mask(subject: Subject, sample: Sample, layer: int, threshold: str, fraction: float) -> Picture:
+    """The mask of the head that fits the union of the objects best."""
     features = subject.extract(subject.normalize(sample.image[None].to(subject.device)), [layer])
-    attention = features.cls_attention(layer).cpu()
-    masks, valid = sample.target.on_grid(features.grid)
-    target = masks.any(dim=0) & valid
-    head = int(best_head_iou(attention, target[None], threshold)[0][0].argmax())
-    mask = attention_to_mask(attention[0, head], threshold).view(features.grid)
-    return Picture(mask.float().numpy(), "gray", (0, 1))
+    masks = attention_to_mask(features.cls_attention(layer)[0].cpu(), threshold, fraction)
+    objects, valid = sample.target.on_grid(features.grid)
+    head = intersection_over_union(masks, objects.any(dim=0), valid.expand_as(masks)).argmax()
+    return Picture(masks[head].view(features.grid).float().numpy(), "gray", (0, 1))
 
 
 def _figure(
-    subjects: Sequence[Subject], data: Sequence[Dataset], threshold: str, folder: Path, shown: int
+    subjects: Sequence[Subject], data: Sequence[Dataset], layers: Sequence[int], threshold: str, options, folder: Path
 ) -> list[Path]:
-    """Image, objects, and each model's best mask (paper, Fig. 4a): one row an image."""
-    samples = [[images[i] for images in data] for i in range(min(shown, len(data[0])))]
-    samples = [row for row in samples if row[0].problem is None]
+    """Image, objects, and each model's best mask (paper, Fig. 4a): one row for each of the first readable images."""
+    readable = (i for i in range(len(data[0])) if data[0][i].problem is None)
+    samples = [[images[i] for images in data] for i in itertools.islice(readable, options.figure_images)]
     rows, titles = first_columns([row[0] for row in samples])
     for row, views in zip(rows, samples, strict=True):
-        row += [_best_mask(subject, view, threshold) for subject, view in zip(subjects, views, strict=True)]
-    return write_pages(rows, folder, f"masks_{threshold}", None, titles + [subject.label for subject in subjects])
+        row += [
+            _best_mask(subject, view, layer, threshold, options.fraction)
+            for subject, view, layer in zip(subjects, views, layers, strict=True)
+        ]
+    titles += [f"{subject.label}, layer {layer}" for subject, layer in zip(subjects, layers, strict=True)]
+    return write_pages(rows, folder, f"masks_{threshold}", None, titles)
 
 
 def _command(options: argparse.Namespace) -> None:
     subjects = open_models(options)
-    folder = output_folder(options, "coarse_segmentation", subjects)
+    wanted: list[list[int] | None] = []
+    for subject in subjects:  # before anything is computed
+        subject.require_cls()
+        layers = options.layers
+        wanted.append(None if layers is None else [subject.extract.resolve_layer(layer) for layer in layers])
     data = [open_images(options.data, subject.extract.image_size[0], options.limit) for subject in subjects]
     require_targets(data[0], options.data)
+    folder = output_folder(options, "coarse_segmentation")
     problems: list[str] = []
-    results, rows = {}, []
-    for subject, images in zip(subjects, data, strict=True):
+    results, rows, marked = {}, [], []
+    for subject, images, layers in zip(subjects, data, wanted, strict=True):
+        reading = {"batch_size": options.batch_size, "workers": options.workers, "progress": subject.label}
         found: list[str] = []
-        scores = evaluate(
-            subject,
-            images,
-            None if options.layers is None else [subject.extract.resolve_layer(layer) for layer in options.layers],
-            options.fraction,
-            found,
-            options.seed,
-            batch_size=options.batch_size,
-            workers=options.workers,
-            progress=subject.label,
-        )
-        problems = problems or found  # the same images for every model
-        marked = subject.extract.default_layer
+        scores = evaluate(subject, images, layers, options.fraction, found, options.seed, **reading)
+        problems = found  # the same images for every model
+        default = subject.extract.default_layer
+        marked.append(default if layers is None or default in layers else layers[0])
         results[subject.label] = scores
-        print(f"{subject.label}\n{scores_table(scores, marked)}")
-        rows += [_row(subject.label, t, scores[t], row, marked) for t in THRESHOLDS for row in scores[t]["layers"]]
-    config = {
-        "data": options.data,
-        "fraction": options.fraction,
-        "seed": options.seed,
-        "limit": options.limit,
-        "class_names": data[0].class_names(),
-        "models": [subject.facts for subject in subjects],
-    }
+        print(f"{subject.label}\n{scores_table(scores, default)}")
+        rows += [_row(subject.label, t, scores[t], row, default) for t in THRESHOLDS for row in scores[t]["layers"]]
+    if len({(result["topk"]["images"], result["topk"]["objects"]) for result in results.values()}) > 1:
+        print("The models' grids differ, and so do the objects that have a patch: scores are not of the same ones.")
+    config = settings_of(options) | {"class_names": data[0].class_names()}
+    config["models"] = [subject.facts for subject in subjects]
     write_table(folder, "table", rows)
     paths = [write_results(folder, "coarse_segmentation", config, results, problems), folder / "table.md"]
-    paths += [path for t in THRESHOLDS for path in _figure(subjects, data, t, folder, options.figure_images)]
-    print("* the layer that the paper looks at\nwritten:", *map(str, paths), sep="\n  ")
+    paths += [path for t in THRESHOLDS for path in _figure(subjects, data, marked, t, options, folder)]
+    print("* the layer that the paper looks at")
+    say_written(paths, problems)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -165,7 +171,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = evaluation_parser("coarse_segmentation", "mIoU of attention maps and objects.", data="shape_scenes")
     parser.add_argument("--layers", type=int, nargs="+", help="whose attention; all when absent")
     parser.add_argument("--fraction", type=float, default=0.6, help="of entries or mass kept; default 0.6")
-    parser.add_argument("--figure-images", type=int, default=6, help="images in the figures; default 6")
+    parser.add_argument("--figure-images", type=positive, default=6, help="images in the figures; default 6")
     return run_command(_command, parser.parse_args(argv))
 
 

@@ -18,8 +18,8 @@ from crate_fast.eval.by_layer import check_measures
 from crate_fast.eval.images import open_images
 from crate_fast.eval.maskcut import PAPER, MaskCutSettings
 from crate_fast.eval.models import Subject
-from crate_fast.eval.options import evaluation_parser, open_models, output_folder, positive, run_command
-from crate_fast.eval.results import write_results, write_table
+from crate_fast.eval.options import evaluation_parser, open_models, output_folder, positive, run_command, settings_of
+from crate_fast.eval.results import say_written, write_results, write_table
 
 __all__ = ["compare", "evaluate", "main"]
 
@@ -49,14 +49,15 @@ def evaluate(
         **reading: See `images.batches`.
 
     Returns:
-        "box AP50", "box AP75", "box AP", the same of "mask", and "box AR100", "mask AR100"; or "VOC mIoU" and "random
-        maps", the score of noise.
+        "box AP50", "box AP75", "box AP", the same of "mask", "box AR100", "mask AR100" and "COCO images"; or "VOC
+        mIoU", "random maps" and "constant mask", what those score, and "VOC images".
     """
     layer = subject.extract.resolve_layer(layer)
     numbers = by_layer.evaluate(subject, images, [layer], [measure], settings, problems, **reading)[layer]
     if measure == "maskcut":
-        return numbers
-    return {"VOC mIoU": numbers[f"mIoU {threshold}"], "random maps": numbers[f"random {threshold}"]}
+        return {"COCO images" if name == "images" else name: value for name, value in numbers.items()}
+    scores = {"VOC mIoU": numbers[f"mIoU {threshold}"], "random maps": numbers[f"random {threshold}"]}
+    return scores | {"constant mask": numbers["constant"], "VOC images": numbers["images"]}
 
 
 def compare(table: str, ours: dict[str, dict[str, float]]) -> list[dict]:
@@ -85,9 +86,13 @@ def _one_measure(
     options: argparse.Namespace, measure: str, data: str, size: int | None, problems: list[str]
 ) -> tuple[dict[str, dict[str, float]], list[dict]]:
     """({label: numbers}, the models' facts) for one data set; the models are opened afresh at its image size."""
-    options.image_size = size
     numbers, facts = {}, []
-    for subject in open_models(options):
+    subjects = open_models(argparse.Namespace(**(vars(options) | {"image_size": size})))
+    for subject in subjects:  # before anything is computed
+        subject.extract.resolve_layer(options.layer)
+        if measure == "coarse":
+            subject.require_cls()
+    for subject in subjects:
         images = open_images(data, subject.extract.image_size[0], options.limit)
         check_measures([measure], images, data)
         found: list[str] = []
@@ -101,37 +106,41 @@ def _one_measure(
 
 
 def _command(options: argparse.Namespace) -> None:
-    given = {"maskcut": (options.coco, "--coco", 480), "coarse": (options.voc, "--voc", options.voc_size)}
+    given = {
+        "maskcut": (options.coco, "--coco", options.image_size),
+        "coarse": (options.voc, "--voc", options.voc_size),
+    }
     for measure in NEEDS[options.table]:
         if given[measure][0] is None:
             option = given[measure][1]
             raise ValueError(f"--table {options.table} needs the images of {measure}: pass {option} KIND:PATH")
     problems: list[str] = []
     ours: dict[str, dict[str, float]] = {}
-    settings = ("table", "coco", "voc", "limit", "layer", "threshold", "seed")
-    config = {name: getattr(options, name) for name in settings}
+    output = output_folder(options, f"comparison_{options.table}")
+    config = settings_of(options)
     for measure in NEEDS[options.table]:
         data, _, size = given[measure]
         numbers, config[f"models for {measure}"] = _one_measure(options, measure, data, size, problems)
         for label, row in numbers.items():
             ours.setdefault(label, {}).update(row)
     rows = compare(options.table, ours)
-    output = output_folder(options, f"comparison_{options.table}", [])
     print(write_table(output, options.table, rows, digits=1))
     path = write_results(output, "comparison", config, {"rows": rows}, problems)
     tables = [output / f"{options.table}.{suffix}" for suffix in ("md", "csv", "tex")]
     print(
         "Numbers in %; gap: ours − the paper's, which are of 5,000 images of COCO val2017 and 1,449 of VOC2012 val."
     )
-    print("written:", path, *tables, sep="\n  ")
+    say_written([path, *tables], problems)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run as the command line says; returns the exit status."""
-    parser = evaluation_parser("comparison", "Models in one table beside the paper's numbers.", data=False)
+    parser = evaluation_parser(
+        "comparison", "Models in one table beside the paper's numbers.", data=False, image_size=480
+    )
     parser.add_argument("--limit", type=positive, help="take the first so many images of each set; all when absent")
     parser.add_argument("--table", choices=sorted(NEEDS), required=True, help="which of the paper's")
-    parser.add_argument("--coco", help="images for MaskCut at 480 px, such as coco:PATH")
+    parser.add_argument("--coco", help="images for MaskCut, at --image-size, such as coco:PATH")
     parser.add_argument("--voc", help="images for coarse segmentation, such as voc:PATH")
     parser.add_argument("--voc-size", type=positive, help="their side in pixels; default the model's own")
     parser.add_argument("--layer", type=int, help="of every model; each one's own default when absent")

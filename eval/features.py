@@ -96,7 +96,11 @@ class FeatureExtractor(ABC):
         heads: Of each.
         default_layer: The one the paper looks at: the last but one of CRATE, the last of a ViT (§3).
         patch_size: Height and width of a patch, in pixels.
+        channels: Of the images.
+        has_cls: Whether there is a CLS token, and so attention of it.
     """
+
+    channels, has_cls = 3, True
 
     def __init__(self, model: nn.Module, depth: int, heads: int, default_layer: int, patch_size: tuple[int, int]):
         self.model, self.depth, self.heads = model.eval(), depth, heads
@@ -162,6 +166,7 @@ class _OfCRATE(FeatureExtractor):
     def __init__(self, model: CRATE):
         heads = model.transformer.heads
         super().__init__(model, model.transformer.depth, heads, attention_layer(model), model.patch_size)
+        self.channels = model.channels
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -178,6 +183,7 @@ class _OfTimmViT(FeatureExtractor):
         depth, heads = len(model.blocks), model.blocks[0].attn.num_heads
         super().__init__(model, depth, heads, depth - 1, tuple(model.patch_embed.patch_size))
         self.has_cls = model.cls_token is not None
+        self.channels = model.patch_embed.proj.in_channels
 
     @property
     def image_size(self) -> tuple[int, int]:

@@ -43,6 +43,9 @@ VOC_CLASSES = (
 )  # fmt: skip
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
 VOID = 255
+# What PIL raises on a damaged image, and pycocotools and we on a damaged annotation.
+_UNREADABLE = (OSError, SyntaxError, ValueError, KeyError, TypeError, IndexError, AssertionError)
+_UNREADABLE += (UnidentifiedImageError, Image.DecompressionBombError)
 
 
 @dataclass(frozen=True)
@@ -134,7 +137,7 @@ class ImageFiles(Dataset):
             with Image.open(path) as file:
                 picture = file.convert("RGB")
             target = self.target(key, (picture.height, picture.width))
-        except (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError) as error:
+        except _UNREADABLE as error:
             problem = f"{path}: {type(error).__name__}: {error}"
             return Sample(key, torch.zeros(3, self.size, self.size, dtype=torch.uint8), (0, 0), None, problem)
         squashed = picture.resize((self.size, self.size), Image.Resampling.BICUBIC)
@@ -175,7 +178,9 @@ class VocImages(ImageFiles):
         self.root, self.size = found, size
         names = found / "ImageSets" / "Segmentation" / f"{split}.txt"
         if not names.is_file():
-            raise FileNotFoundError(f"{names} is not there: it lists the images of the split {split!r}")
+            raise FileNotFoundError(
+                f"{names} is not there: it lists the images of the split {split!r}. Unpack VOC again"
+            )
         keys = names.read_text().split()
         if not keys:
             raise FileNotFoundError(f"{names} lists no images")
@@ -220,8 +225,13 @@ class CocoImages(ImageFiles):
             raise FileNotFoundError(f"{names[0]} is not there, nor {names[1]}: pass --data coco:PATH[:SPLIT]")
         if not (root / split).is_dir():
             raise FileNotFoundError(f"{root / split} is not there: the images belong there")
-        with redirect_stdout(io.StringIO()):  # it prints how it gets on
-            self.coco = COCO(found)
+        try:
+            with redirect_stdout(io.StringIO()):  # it prints how it gets on
+                self.coco = COCO(found)
+        except (ValueError, AssertionError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{found} does not hold COCO's annotations ({type(error).__name__}: {error}): fetch it again"
+            ) from error
         self.items = [(i, root / split / self.coco.imgs[i]["file_name"]) for i in sorted(self.coco.imgs)]
         if not self.items:
             raise FileNotFoundError(f"{found} lists no images")
@@ -314,7 +324,13 @@ def open_images(specification: str, size: int, limit: int | None = None) -> Data
 
 
 def batches(
-    images: Dataset, batch_size: int, problems: list[str], *, workers: int = 0, progress: str | None = None
+    images: Dataset,
+    batch_size: int,
+    problems: list[str],
+    *,
+    workers: int = 0,
+    progress: str | None = None,
+    allow_none: bool = False,
 ) -> Iterator[Batch]:
     """Readable samples in order, `batch_size` at a time.
 
@@ -324,6 +340,7 @@ def batches(
         problems: Filled with what could not be read; also said on stderr.
         workers: Processes that read.
         progress: Title of a progress bar over images; none when None.
+        allow_none: Whether it is all right if not one image can be read, as in a part of a set.
 
     Raises:
         ValueError: Not one image could be read.
@@ -341,5 +358,5 @@ def batches(
             if good:
                 yield Batch(torch.stack([sample.image for sample in good]), good)
             bar.update(len(samples))
-    if not readable:
+    if not readable and not allow_none:
         raise ValueError(f"none of the {len(images)} images could be read; the first: {problems[before]}")

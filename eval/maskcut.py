@@ -28,18 +28,27 @@ from crate_fast.eval.detections import class_agnostic_scores, detections_of, enl
 from crate_fast.eval.images import batches, open_images
 from crate_fast.eval.models import Subject
 from crate_fast.eval.normalized_cut import SAME, second_eigenvector
-from crate_fast.eval.options import evaluation_parser, open_models, output_folder, positive, run_command
+from crate_fast.eval.options import (
+    evaluation_parser,
+    open_models,
+    output_folder,
+    positive,
+    run_command,
+    settings_of,
+)
+from crate_fast.eval.precision import exact_fp32
 from crate_fast.eval.records import Records
-from crate_fast.eval.results import write_results, write_table
+from crate_fast.eval.results import say_written, write_results, write_table
 from crate_fast.figures import Picture, image_grid
 from crate_fast.functional import linear
 from crate_fast.train.checkpoint import write_text
-from crate_fast.train.distributed import process_group
+from crate_fast.train.distributed import Processes, process_group
 
 __all__ = ["MaskCut", "MaskCutSettings", "detect", "evaluate", "main", "maskcut", "object_of"]
 
 EPSILON = 1e-5
 _LARGEST_OVERLAP, _SMALLEST_SHARE = 0.5, 0.01
+_FORMAT = 1  # of the records; raise it when they change
 _LINK_BYTES = 2 * 2**30  # of the affinities held at once
 
 
@@ -85,6 +94,13 @@ def object_of(vector: Tensor, grid: tuple[int, int]) -> Tensor:
     return torch.from_numpy((components == chosen) & (chosen > 0))
 
 
+def _check(num_objects: int, tau: float) -> None:
+    if num_objects < 1:
+        raise ValueError(f"num_objects={num_objects}: ask for at least one")
+    if not -1 <= tau <= 1:
+        raise ValueError(f"tau={tau}: a cosine lies from -1 to 1")
+
+
 def _square(n_patches: int) -> tuple[int, int]:
     side = round(n_patches**0.5)
     if side * side != n_patches:
@@ -93,18 +109,16 @@ def _square(n_patches: int) -> tuple[int, int]:
 
 
 def _links(features: Tensor, tau: float) -> Tensor:
-    """Which patches look alike: cosine > τ as 0 and 1, [b, P, P], fp32 whatever the device's tf32 setting."""
+    """Which patches look alike: cosine > τ as 0 and 1, [b, P, P]."""
     unit = F.normalize(features if features.dtype == torch.float64 else features.float(), dim=-1)
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:  # an image alone goes to oneDNN on a CPU
-        cosine = linear(unit[0], unit[0]).unsqueeze(0) if len(unit) == 1 else unit @ unit.mT
-    finally:
-        torch.set_float32_matmul_precision(precision)
+    cosine = (
+        linear(unit[0], unit[0]).unsqueeze(0) if len(unit) == 1 else unit @ unit.mT
+    )  # one goes to oneDNN on a CPU
     return cosine.gt_(tau).to(torch.float32)
 
 
 @torch.no_grad()
+@exact_fp32()
 def maskcut(
     features: Tensor,
     num_objects: int = 3,
@@ -150,12 +164,13 @@ def maskcut(
         raise ValueError(f"features are {tuple(features.shape)} of {features.dtype}: pass floats [P, C] or [B, P, C]")
     n_patches = features.shape[1]
     grid = _square(n_patches) if grid is None else grid
-    if grid[0] * grid[1] != n_patches or n_patches < 2:
-        raise ValueError(f"grid={grid} does not hold the {n_patches} patches: rows·columns must be P, and at least 2")
-    if num_objects < 1:
-        raise ValueError(f"num_objects={num_objects}: ask for at least one")
-    if not -1 <= tau <= 1 or not 0 < epsilon < 1:
-        raise ValueError(f"tau={tau}, epsilon={epsilon}: τ lies from -1 to 1, ε between 0 and 1")
+    if n_patches < 2:
+        raise ValueError("one patch cannot be cut: use larger images (--image-size) for a finer grid")
+    if grid[0] * grid[1] != n_patches:
+        raise ValueError(f"grid={grid} does not hold the {n_patches} patches: rows·columns must be P")
+    _check(num_objects, tau)
+    if not 0 < epsilon < 1:
+        raise ValueError(f"epsilon={epsilon}: it must be between 0 and 1")
     if not features.isfinite().all():
         raise ValueError("the features hold NaN or infinity: look at the model and its input's normalisation")
     on_cpu = features.device.type == "cpu"  # where a batch shares nothing but its slowest image's steps
@@ -212,6 +227,11 @@ class MaskCutSettings:
     tau: float = 0.15
     crf: bool = False
 
+    def __post_init__(self):
+        _check(self.num_objects, self.tau)
+        if self.crf:
+            require_crf()
+
 
 PAPER = MaskCutSettings()
 
@@ -237,8 +257,6 @@ def detect(
     Yields:
         One record an image: "image_id", and "layers": layer → "detections" (COCO results), "residuals" and "solvers".
     """
-    if settings.crf:
-        require_crf()
     for batch in batches(images, problems=problems, **reading):
         features = subject.extract(subject.normalize(batch.images.to(subject.device)), layers)
         cuts = {
@@ -314,14 +332,14 @@ def evaluate(
 
 
 def _figure(images: Dataset, records: dict, layer: int, folder: Path, shown: int) -> list[Path]:
-    """The first images with their masks and boxes (paper, Fig. 5)."""
+    """The first images that could be read, with their masks and boxes (paper, Fig. 5)."""
     pictures = []
-    for index, key in list(enumerate(images.keys()))[:shown]:
+    readable = [(index, key) for index, key in enumerate(images.keys()) if key in records]
+    for index, key in readable[:shown]:
         sample = images[index]
-        if key in records:
-            squashed = Image.fromarray(sample.image.permute(1, 2, 0).numpy())
-            picture = np.asarray(squashed.resize(sample.size[::-1], Image.Resampling.BICUBIC))
-            pictures.append(Picture(paint_detections(picture, records[key]["layers"][layer]["detections"])))
+        squashed = Image.fromarray(sample.image.permute(1, 2, 0).numpy())
+        picture = np.asarray(squashed.resize(sample.size[::-1], Image.Resampling.BICUBIC))
+        pictures.append(Picture(paint_detections(picture, records[key]["layers"][layer]["detections"])))
     paths = [folder / "detections.png", folder / "detections.pdf"]
     image_grid([pictures[i : i + 6] for i in range(0, len(pictures), 6)], paths)
     return paths
@@ -342,17 +360,13 @@ def _parser() -> argparse.ArgumentParser:
 def _command(options: argparse.Namespace) -> None:
     with process_group(options.device) as processes:
         options.device = str(processes.device)
+        settings = MaskCutSettings(options.num_objects, options.tau, options.crf)
         (subject,) = open_models(options)
         layer = subject.extract.resolve_layer(options.layer)
         images = open_images(options.data, subject.extract.image_size[0], options.limit)
-        settings = MaskCutSettings(options.num_objects, options.tau, options.crf)
-        folder = output_folder(options, "maskcut", [subject])
-        decides = {**subject.facts, "data": options.data, "layer": layer, **asdict(settings)}
-        if not processes.first:
-            processes.wait()
-        records = Records(folder / "records", decides, processes.rank)
-        if processes.first:
-            processes.wait()
+        folder = output_folder(options, "maskcut")
+        decides = {**subject.facts, "data": options.data, "layer": layer, **asdict(settings), "format": _FORMAT}
+        records = _open_records(folder / "records", decides, processes)
         done = records.read()
         processes.wait()  # nobody writes before all have read what is to be done
         todo = [index for index, key in enumerate(images.keys()) if key not in done]
@@ -360,33 +374,49 @@ def _command(options: argparse.Namespace) -> None:
         if processes.first and len(todo) < len(images):
             print(f"{len(images) - len(todo)} of {len(images)} images were done before: {folder}")
         problems: list[str] = []
-        if len(mine):
-            progress = "maskcut" if processes.first else None
-            reading = {"batch_size": options.batch_size, "workers": options.workers, "progress": progress}
-            records.append(detect(subject, mine, [layer], settings, problems, **reading))
+        progress = "maskcut" if processes.first else None
+        reading = {"batch_size": options.batch_size, "workers": options.workers, "progress": progress}
+        records.append(detect(subject, mine, [layer], settings, problems, allow_none=True, **reading))
         problems = [line for part in processes.gather(problems) for line in part]
         if processes.first:
-            _finish(images, records.read(), layer, folder, decides, problems, options.figure_images)
+            _finish(images, records.read(), layer, folder, decides | settings_of(options), problems, options)
         processes.wait()
 
 
+def _open_records(folder: Path, decides: dict, processes: Processes) -> Records:
+    """The records of this process; if the first process may not open them, all say so and none waits."""
+    records, refusal = None, ""
+    if processes.first:
+        try:
+            records = Records(folder, decides)
+        except ValueError as error:
+            refusal = str(error)
+    refusal = processes.agree(refusal)
+    if refusal:
+        raise ValueError(refusal)
+    return Records(folder, decides, processes.rank) if records is None else records
+
+
 def _finish(
-    images: Dataset, records: dict, layer: int, folder: Path, decides: dict, problems: list[str], shown: int
+    images: Dataset,
+    records: dict,
+    layer: int,
+    folder: Path,
+    config: dict,
+    problems: list[str],
+    options: argparse.Namespace,
 ) -> None:
     """Gather, score, draw and print."""
     keys = [key for key in images.keys() if key in records]  # noqa: SIM118
+    if not keys:
+        raise ValueError(f"none of the {len(images)} images could be read; the first: {problems[0]}")
     for key in keys:
         records[key]["layers"] = {int(name): part for name, part in records[key]["layers"].items()}
     numbers = summarise(images, [records[key] for key in keys], layer, images.keys())
     detections = [entry for key in keys for entry in records[key]["layers"][layer]["detections"]]
     write_text(folder / "detections.json", json.dumps(detections) + "\n")
-    paths = [write_results(folder, "maskcut", decides, numbers, problems), folder / "detections.json"]
-    row = {
-        "model": decides["label"],
-        "layer": layer,
-        "images": numbers["images"],
-        "detections": numbers["detections"],
-    }
+    paths = [write_results(folder, "maskcut", config, numbers, problems), folder / "detections.json"]
+    row = {"model": config["label"], "layer": layer, "images": numbers["images"], "detections": numbers["detections"]}
     for kind, name in (("bbox", "box"), ("segm", "mask")):
         for measure in ("AP50", "AP75", "AP", "AR100"):
             if kind in numbers:
@@ -394,10 +424,9 @@ def _finish(
     print(write_table(folder, "table", [row], digits=2))
     if "bbox" in numbers:
         print("AP and AR in %, class-agnostic; every score is 1, ranked in the order of image ids.")
-    if problems:
-        print(f"{len(problems)} images could not be read; they count as images without detections.")
-    paths += [folder / "table.md", *_figure(images, records, layer, folder, shown)]
-    print("written:", *map(str, paths), sep="\n  ")
+        print("Images that could not be read count as images without detections.")
+    paths += [folder / "table.md", *_figure(images, records, layer, folder, options.figure_images)]
+    say_written(paths, problems)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -45,6 +45,17 @@ class Subject:
     facts: dict
     config: PretrainConfig | None = None
 
+    def require_cls(self) -> None:
+        """Refuse a model without CLS attention.
+
+        Raises:
+            ValueError: It has no CLS token.
+        """
+        if not self.extract.has_cls:
+            raise ValueError(
+                f"{self.label} has no CLS token, so no CLS attention: leave it out, or use maskcut or pca"
+            )
+
     @property
     def device(self) -> torch.device:
         """Where the model is."""
@@ -58,7 +69,8 @@ def split_label(specification: str) -> tuple[str, str]:
     (('CRATE-S/8', 'runs/a'), ('a@1200', 'runs/a@1200'))
     """
     label, separator, source = specification.partition("=")
-    if separator and label and source and "@" not in label:
+    is_path = Path(specification.rpartition("@")[0] or specification).is_dir()
+    if separator and label and source and "@" not in label and not is_path:
         return label, source
     return specification.rstrip("/").split("/")[-1], specification
 
@@ -103,6 +115,13 @@ def _from_run(folder: Path, which: str, seed: int) -> tuple[nn.Module, PretrainC
     return model, config
 
 
+def _create(name: str, arguments: dict) -> nn.Module:
+    try:
+        return timm.create_model(name, **arguments)
+    except TypeError as error:
+        raise ValueError(f"{name} does not take --model-args {arguments}: {error}") from error
+
+
 def _from_timm(name: str, which: str, arguments: dict, seed: int) -> nn.Module:
     if not timm.is_model(name):
         near = timm.list_models(f"*{name.split('_')[0]}*")[:4]
@@ -111,13 +130,16 @@ def _from_timm(name: str, which: str, arguments: dict, seed: int) -> nn.Module:
             + (f" (there are {', '.join(near)}, …)" if near else "")
         )
     if which == "untrained":
-        return _seeded(lambda: timm.create_model(name, **arguments), seed)
+        return _seeded(lambda: _create(name, arguments), seed)
     if which == "pretrained":
-        return timm.create_model(name, pretrained=True, **arguments)
+        try:
+            return _create(name, {"pretrained": True, **arguments})
+        except (RuntimeError, OSError) as error:
+            raise ValueError(f"{name}@pretrained: {error}. Give a file of its weights, as in {name}@FILE") from error
     if not which:
         raise ValueError(f"{name}: say whose weights: {name}@FILE, {name}@pretrained, or {name}@untrained for none")
     weights = read_state_dict(which)
-    model = timm.create_model(name, **({"num_classes": num_classes_of(weights)} | arguments))
+    model = _create(name, {"num_classes": num_classes_of(weights)} | arguments)
     try:
         return load_weights(model, which)
     except RuntimeError as error:
@@ -162,6 +184,10 @@ def open_model(
         model = _from_timm(place, which, arguments, seed)
         statistics = (model.pretrained_cfg["mean"], model.pretrained_cfg["std"])
     extract = extractor_for(model)
+    if extract.channels != 3:
+        raise ValueError(
+            f"{source} takes images of {extract.channels} channels; the protocols read RGB: name another"
+        )
     weights = _weights_hash(model)
     if image_size is not None:
         extract.set_image_size(image_size)
@@ -177,7 +203,7 @@ def open_model(
         "weights_sha256": weights,
         "image_size": list(extract.image_size),
         "patch_size": list(extract.patch_size),
-        "model_args": arguments,
+        "model_args": arguments if config is None else {},
         "seed": seed,
     }
     return Subject(label, model.to(device), Normalize(statistics).to(device), extract, facts, config)

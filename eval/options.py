@@ -4,17 +4,18 @@ import argparse
 import dis
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
 from crate_fast.eval import images as images_module
 from crate_fast.eval import models as models_module
-from crate_fast.eval.models import Subject, open_model
+from crate_fast.eval.models import Subject, open_model, split_label
+from crate_fast.eval.results import make_folder
 from crate_fast.train.checkpoint import CheckpointError
 from crate_fast.train.distributed import choose_device
 
-__all__ = ["evaluation_parser", "open_models", "output_folder", "positive", "run_command"]
+__all__ = ["evaluation_parser", "open_models", "output_folder", "positive", "run_command", "settings_of"]
 
 
 def positive(text: str) -> int:
@@ -22,6 +23,13 @@ def positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value}: give a positive integer")
+    return value
+
+
+def _not_negative(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{value}: give 0 or a positive integer")
     return value
 
 
@@ -63,7 +71,9 @@ def evaluation_parser(
     size_help = "side to which images are squashed, in pixels; default " + str(image_size or "the model's own")
     parser.add_argument("--image-size", type=positive, default=image_size, help=size_help)
     parser.add_argument("--batch-size", type=positive, default=8, help="images per forward pass; default %(default)s")
-    parser.add_argument("--workers", type=int, default=0, help="processes that read images; default 0: none")
+    parser.add_argument(
+        "--workers", type=_not_negative, default=0, help="processes that read images; default 0: none"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N; default auto")
     parser.add_argument("--seed", type=int, default=0, help="of everything drawn; default 0")
     parser.add_argument("--model-args", nargs="+", metavar="KEY=VALUE", help="for models that timm builds")
@@ -79,7 +89,10 @@ def open_models(options: argparse.Namespace) -> list[Subject]:
     """
     names = options.models if hasattr(options, "models") else [options.model]
     device = choose_device(options.device)
+    options.device = str(device)
     subjects = [open_model(name, device, options.image_size, options.model_args, options.seed) for name in names]
+    if options.model_args and all(subject.config is not None for subject in subjects):
+        raise ValueError(f"--model-args {' '.join(options.model_args)}: a run knows its own model; leave them out")
     labels = [subject.label for subject in subjects]
     twice = {label for label in labels if labels.count(label) > 1}
     if twice:
@@ -87,12 +100,20 @@ def open_models(options: argparse.Namespace) -> list[Subject]:
     return subjects
 
 
-def output_folder(options: argparse.Namespace, protocol: str, subjects: Sequence[Subject]) -> Path:
-    """`--output`, or a folder named after the protocol and the models."""
-    if options.output is not None:
-        return options.output
-    words = [re.sub(r"[^\w.@-]+", "_", subject.label) for subject in subjects]
-    return Path("runs/eval") / protocol / "+".join(words)[:120]
+def output_folder(options: argparse.Namespace, protocol: str) -> Path:
+    """`--output`, or a folder named after the protocol and the models; made at once, before anything is computed.
+
+    Raises:
+        ValueError: It cannot be made.
+    """
+    names = options.models if hasattr(options, "models") else [options.model]
+    words = [re.sub(r"[^\w.@-]+", "_", split_label(name)[0]) for name in names]
+    return make_folder(options.output or Path("runs/eval") / protocol / "+".join(words)[:120])
+
+
+def settings_of(options: argparse.Namespace) -> dict:
+    """Every setting of a command line, for results.json."""
+    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
 
 
 def run_command(command: Callable[[argparse.Namespace], None], options: argparse.Namespace) -> int:

@@ -1,6 +1,7 @@
 """The paper's numbers, to stand beside ours (Emergence of Segmentation with Minimalistic White-Box Transformers).
 
-Percent, but for accuracies. Its Tables 1 and 2 give CRATE-S/8 different detection numbers for what is described as one setting.
+Percent, but for accuracies. Its Tables 1 and 2 give CRATE-S/8 different detection numbers for what is described as
+one setting.
 """
 
 __all__ = ["TABLES", "TRANSFER", "find"]
@@ -41,7 +42,8 @@ TABLES: dict[str, dict[str, dict[str, float]]] = {
     },
 }
 _TRANSFERRED = ("CRATE-T/8", "CRATE-S/8", "CRATE-B/8", "ViT-T/8", "ViT-B/8")
-# Table 3: top-1 accuracy after pre-training on ImageNet-21k and fine-tuning every weight; data set → model → accuracy.
+# Table 3: top-1 accuracy after pre-training on ImageNet-21k and fine-tuning every weight; data set → model →
+# accuracy.
 TRANSFER: dict[str, dict[str, float]] = {
     name: dict(zip(_TRANSFERRED, row, strict=True))
     for name, row in {

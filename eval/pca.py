@@ -23,9 +23,9 @@ from torch import Tensor
 from crate_fast.eval.gallery import first_columns, model_folders, read_images, short_name, write_pages
 from crate_fast.eval.images import Batch, Sample
 from crate_fast.eval.models import Subject
-from crate_fast.eval.options import evaluation_parser, open_models, output_folder, positive, run_command
+from crate_fast.eval.options import evaluation_parser, open_models, output_folder, positive, run_command, settings_of
 from crate_fast.eval.principal_components import SCALINGS, TooFewPatchesError, foreground, pca_rgb
-from crate_fast.eval.results import write_results, write_table
+from crate_fast.eval.results import say_written, write_results, write_table
 from crate_fast.figures import Picture
 from crate_fast.segmentation import intersection_over_union
 
@@ -172,7 +172,7 @@ def _row(label: str, result: dict) -> dict:
 
 def _command(options: argparse.Namespace) -> None:
     subjects = open_models(options)
-    folder = output_folder(options, PROTOCOL, subjects)
+    folder = output_folder(options, PROTOCOL)
     first = int(options.components[0])
     settings = {"threshold": options.threshold, "scaling": options.scaling, "first": first, "group": options.group}
     results, rows, written, columns, problems = {}, [], [], {}, []
@@ -193,13 +193,11 @@ def _command(options: argparse.Namespace) -> None:
         written += _figure(columns, samples, first, folder, None)
     for result in (layer for outcome in results.values() for layer in outcome["layers"]):
         del result["projections"], result["colours"]
-    config = {
-        name: getattr(options, name) for name in ("data", "limit", "class_name", "layers", "components", "seed")
-    }
-    config |= settings | {"models": [subject.facts for subject in subjects]}
+    config = settings_of(options) | settings | {"models": [subject.facts for subject in subjects]}
     print(write_table(folder, "pca", rows), end="")
-    written.append(write_results(folder, PROTOCOL, config, results, list(dict.fromkeys(problems))))
-    print(*(f"written: {path}" for path in written), sep="\n")
+    problems = list(dict.fromkeys(problems))  # the same images for every model
+    written.append(write_results(folder, PROTOCOL, config, results, problems))
+    say_written(written, problems)
 
 
 def _warn(label: str, outcome: Sequence[dict]) -> None:

@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
+from crate_fast.eval.results import make_folder
 from crate_fast.train.checkpoint import write_text
 
 __all__ = ["Records"]
@@ -24,15 +25,15 @@ class Records:
             theirs.
 
     Raises:
-        ValueError: The folder holds records made with other settings.
+        ValueError: The folder holds records made with other settings, or cannot be written.
     """
 
     def __init__(self, folder: Path, settings: dict, rank: int = 0):
         self.folder, self.rank = folder, rank
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         path = folder / "settings.json"
         settings = json.loads(json.dumps(settings))
-        if path.is_file():
+        if path.is_file() and self.read():
             before = json.loads(path.read_text())
             differing = sorted(k for k in before.keys() | settings.keys() if before.get(k) != settings.get(k))
             if differing:

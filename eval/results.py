@@ -10,7 +10,7 @@ from pathlib import Path
 from crate_fast.provenance import provenance
 from crate_fast.train.checkpoint import write_text
 
-__all__ = ["csv_table", "latex_table", "markdown_table", "write_results", "write_table"]
+__all__ = ["csv_table", "latex_table", "make_folder", "markdown_table", "say_written", "write_results", "write_table"]
 
 
 def _cell(value: object, digits: int) -> str:
@@ -69,6 +69,24 @@ def latex_table(rows: Sequence[dict], digits: int = 3) -> str:
         f"\\begin{{tabular}}{{l{'r' * (len(columns) - 1)}}}\n\\toprule\n{head}\n\\midrule\n{body}\n\\bottomrule\n"
         "\\end{tabular}\n"
     )
+
+
+def make_folder(folder: Path) -> Path:
+    """A folder to write into, made if it is not there.
+
+    Raises:
+        ValueError: It cannot be.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--output {folder}: no such folder can be made ({error.strerror}); name another") from error
+    return folder
+
+
+def say_written(paths: Sequence[Path], problems: Sequence[str]) -> None:
+    """The last lines of every command: how many images could not be read, and which files there are."""
+    print(f"unreadable images: {len(problems)}\nwritten:", *map(str, paths), sep="\n  ")
 
 
 def write_table(folder: Path, name: str, rows: Sequence[dict], digits: int = 3) -> str:

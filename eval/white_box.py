@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from crate_fast.eval import options as options_module
 from crate_fast.eval.images import Batch, batches, open_images
 from crate_fast.eval.models import Subject
-from crate_fast.eval.results import write_results, write_table
+from crate_fast.eval.results import say_written, write_results, write_table
 from crate_fast.figures import Curve, curve_figure
 from crate_fast.layers import ISTA, MSSA
 from crate_fast.model import CRATE
@@ -151,6 +151,7 @@ def _run(options: argparse.Namespace) -> None:
     measurable = [s.label for s in subjects if len(left_out(s.model)) < len(MEASURES)]
     if not measurable:
         raise ValueError("none of these models has subspaces or ISTA: name a CRATE among them")
+    folder = options_module.output_folder(options, "white_box")
     problems: list[str] = []
     results = {}
     for subject in subjects:
@@ -162,17 +163,16 @@ def _run(options: argparse.Namespace) -> None:
             images, options.batch_size, problems, workers=options.workers, progress=f"white box, {subject.label}"
         )
         results[subject.label] = evaluate(subject, read, options.epsilon)
-    folder = options_module.output_folder(options, "white_box", subjects)
     untrained = {s.label for s in subjects if s.facts["model"].endswith("@untrained")}
     by_layer, by_measure = _tables(results)
     print(write_table(folder, "white_box", by_layer))
     print(write_table(folder, "trends", by_measure))
     figures = [folder / "white_box.png", folder / "white_box.pdf"]
     curve_figure(_panels(results, untrained), "layer", figures)
-    config = {name: getattr(options, name) for name in ("data", "limit", "epsilon", "seed")}
-    config["models"] = [subject.facts for subject in subjects]
-    written = write_results(folder, "white_box", config, results, list(dict.fromkeys(problems)))
-    print(f"written: {written}, tables white_box and trends (md, csv, tex), {figures[0].name}, {figures[1].name}")
+    config = options_module.settings_of(options) | {"models": [subject.facts for subject in subjects]}
+    problems = list(dict.fromkeys(problems))  # the same images for every model
+    written = [write_results(folder, "white_box", config, results, problems)]
+    say_written([*written, folder / "white_box.md", folder / "trends.md", *figures], problems)
 
 
 def main(argv: list[str] | None = None) -> int:

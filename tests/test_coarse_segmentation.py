@@ -63,14 +63,45 @@ def test_images_without_objects_are_counted_not_scored():
         empty.result()
 
 
-def test_batches_do_not_change_the_scores():
+def test_batches_do_not_change_the_scores(tmp_path):
     subject = open_model(MODEL, image_size=32, model_args=SMALL)
-    images = open_images("shape_scenes", 32, 10)
-    whole, parts = (coarse_segmentation.evaluate(subject, images, batch_size=size) for size in (10, 3))
+    folder = make_voc(tmp_path) / "VOC2012"
+    (folder / "ImageSets/Segmentation/val.txt").write_text("c\na\nc\nb\n")  # c has no object
+    _same_in_batches(subject, open_images(f"voc:{tmp_path}", 32))
+    _same_in_batches(subject, open_images("shape_scenes", 32, 10))
+
+
+def _same_in_batches(subject, images):
+    whole, parts = (coarse_segmentation.evaluate(subject, images, batch_size=size) for size in (10, 1))
     for threshold in ("topk", "mass"):
         for a, b in zip(whole[threshold]["layers"], parts[threshold]["layers"], strict=True):
             assert a["per_head"] == pytest.approx(b["per_head"], abs=1e-6)
         assert whole[threshold]["random"] == pytest.approx(parts[threshold]["random"])
+
+
+def test_objects_without_a_patch_are_counted(tmp_path):
+    file = make_coco(tmp_path) / "annotations" / "instances_val2017.json"
+    content = json.loads(file.read_text())
+    content["annotations"][2]["segmentation"] = [[40, 20, 46, 20, 46, 26, 40, 26]]  # the cat, now 6×6 pixels
+    file.write_text(json.dumps(content))
+    subject = open_model(MODEL, image_size=32, model_args=SMALL)  # patches of 10×15 pixels
+    images = open_images(f"coco:{tmp_path}", 32)
+    result = coarse_segmentation.evaluate(subject, images)["topk"]
+    assert (result["images"], result["objects"], result["objects_without_patch"]) == (1, 1, 1)
+    assert list(result["layers"][0]["by_class"]) == [7]
+    one_patch = open_model(MODEL, image_size=8, model_args=SMALL)
+    with pytest.raises(ValueError, match="none of the 1 images has an object that covers a patch"):
+        coarse_segmentation.evaluate(one_patch, open_images(f"coco:{tmp_path}", 8))
+
+
+def test_the_fraction_is_everywhere(tmp_path, capsys):
+    arguments = [MODEL, "--model-args", *SMALL, "--limit", "4", "--figure-images", "2"]
+    for fraction in ("0.6", "0.1"):
+        output = str(tmp_path / fraction)
+        assert coarse_segmentation.main([*arguments, "--fraction", fraction, "--output", output]) == 0
+    assert "attention mIoU, mass 10%, 4 images" in capsys.readouterr().out
+    pictures = [(tmp_path / fraction / "masks_topk_01.png").read_bytes() for fraction in ("0.6", "0.1")]
+    assert pictures[0] != pictures[1]
 
 
 @pytest.mark.parametrize("kind", ["voc", "coco", "shape_scenes"])
@@ -108,3 +139,12 @@ def test_errors(tmp_path, capsys):
     assert "two models are called" in capsys.readouterr().err
     assert coarse_segmentation.main([*arguments, "shape_scenes", "--layers", "7"]) == 2
     assert "layer 7" in capsys.readouterr().err
+    without = [
+        "vit_tiny_patch16_224@untrained",
+        "--model-args",
+        "class_token=false",
+        "global_pool=avg",
+        "img_size=32",
+    ]
+    assert coarse_segmentation.main([*without, "--output", str(tmp_path / "out")]) == 2
+    assert "has no CLS token" in capsys.readouterr().err

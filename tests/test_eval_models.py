@@ -6,6 +6,7 @@ import torch
 from safetensors.torch import save_file
 
 from crate_fast.eval.models import open_model, split_label
+from crate_fast.eval.white_box import main as white_box
 
 SMALL = ["depth=2", "dim=32", "heads=2", "img_size=32"]
 NAME = "crate_tiny_patch8_224"
@@ -73,12 +74,19 @@ def test_timm_vits_from_a_file(tmp_path):
     [
         ("runs/absent", "neither the folder of a run nor a model that timm knows"),
         (NAME, f"say whose weights: {NAME}@FILE"),
+        (f"{NAME}@pretrained", f"Give a file of its weights, as in {NAME}@FILE"),
         ("resnet18@untrained", "no patch features can be read from a ResNet"),
     ],
 )
 def test_wrong_words(name, message):
     with pytest.raises((ValueError, TypeError), match=message):
         open_model(name)
+
+
+def test_a_run_takes_no_model_arguments(tiny_run, tmp_path, capsys):
+    assert open_model(str(tiny_run), model_args=["depth=7"]).facts["model_args"] == {}
+    assert white_box([str(tiny_run), "--model-args", "depth=7", "--output", str(tmp_path)]) == 2
+    assert "a run knows its own model" in capsys.readouterr().err
 
 
 def test_wrong_arguments():

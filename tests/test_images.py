@@ -152,3 +152,15 @@ def test_damaged_annotations(tmp_path):
         open_images(f"voc:{tmp_path}", 32)
     with pytest.raises(ValueError, match="--limit 0"):
         open_images("shape_scenes", 32, 0)
+
+
+def test_damaged_coco_annotations(tmp_path):
+    file = make_coco(tmp_path) / "annotations" / "instances_val2017.json"
+    content = json.loads(file.read_text())
+    del content["annotations"][0]["segmentation"]
+    file.write_text(json.dumps(content))
+    assert "KeyError: 'segmentation'" in open_images(f"coco:{tmp_path}", 32)[0].problem
+    for text in (file.read_text()[:100], "[1, 2]"):
+        file.write_text(text)
+        with pytest.raises(ValueError, match="does not hold COCO's annotations"):
+            open_images(f"coco:{tmp_path}", 32)

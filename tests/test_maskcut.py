@@ -6,14 +6,16 @@ import sys
 
 import numpy as np
 import pytest
+import scipy.ndimage
 import torch
-from maskcut_oracle import affinity, maskcut_oracle, object_of, second_eigenvector
+from maskcut_oracle import affinity, maskcut_oracle, second_eigenvector
 from PIL import Image
 
 from crate_fast.eval import crf, normalized_cut
 from crate_fast.eval import maskcut as protocol
 from crate_fast.eval.detections import class_agnostic_scores, detections_of, enlarge
 from crate_fast.eval.maskcut import maskcut
+from crate_fast.eval.precision import exact_fp32
 
 GRIDS = [(8, 8), (12, 12), (7, 13), (15, 10)]
 
@@ -128,37 +130,67 @@ def test_objects_planted_in_an_image_are_found_at_its_own_size():
         assert max((wanted & mask).sum() / (wanted | mask).sum() for mask in found) >= 0.95
 
 
-@pytest.mark.parametrize("mutant", ["sign", "component", "painting", "corner"])
+def _component(vector: torch.Tensor, grid: tuple[int, int], corners: int = 5) -> torch.Tensor:
+    """`object_of`, changing sides only from so many corners on."""
+    values = vector.double().numpy().reshape(grid)
+    foreground, seed = values > values.mean(), values.argmax()
+    if foreground[[0, 0, -1, -1], [0, -1, 0, -1]].sum() >= corners:
+        foreground, seed = ~foreground, values.argmin()
+    labels, _ = scipy.ndimage.label(foreground)
+    return torch.from_numpy(labels == labels.flat[seed]) & torch.from_numpy(foreground)
+
+
+MUTANTS = {
+    "sign": (normalized_cut, "_signed", lambda v: v / v.abs().amax(dim=-1, keepdim=True)),
+    "component": (protocol, "object_of", lambda v, grid: (v > v.mean()).view(grid)),
+    "no corner rule": (protocol, "object_of", _component),
+    "two corners": (protocol, "object_of", lambda v, grid: _component(v, grid, 2)),
+    "painting": (
+        protocol,
+        "second_eigenvector",
+        lambda links, _present, epsilon: normalized_cut.second_eigenvector(links, None, epsilon),
+    ),
+    "nothing dropped": (protocol, "_worth_keeping", lambda mask, previous: True),
+}
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
 def test_wrong_versions_differ(mutant, monkeypatch):
-    """The comparison with the oracle sees each rule: without it some mask of the sixty differs."""
-    if mutant == "sign":
-        monkeypatch.setattr(normalized_cut, "_signed", lambda v: v)
-    elif mutant == "component":
-        monkeypatch.setattr(protocol, "object_of", lambda v, grid: (v > v.mean()).view(grid))
-    elif mutant == "painting":
-        monkeypatch.setattr(
-            protocol, "second_eigenvector", lambda b, p, e: normalized_cut.second_eigenvector(b, None, e)
-        )
-    else:
-        monkeypatch.setattr(protocol, "object_of", lambda v, grid: torch.from_numpy(_without_corners(v, grid)))
+    """The comparison with the oracle sees each rule: without it some masks of the sixty graphs differ."""
+    monkeypatch.setattr(*MUTANTS[mutant])
     differ = 0
     for make in (_random, _structured):
         for seed in range(30):
             features, grid = make(seed)
             masks = maskcut(torch.from_numpy(features), grid=grid).masks[0].numpy()
             differ += not np.array_equal(masks, maskcut_oracle(features, grid, 3, 0.15))
-    assert differ > 0
+    assert differ > 1
 
 
-def _without_corners(vector: torch.Tensor, grid: tuple[int, int]) -> np.ndarray:
-    padded = np.full((grid[0] + 2, grid[1] + 2), float(vector.min()))
-    padded[1:-1, 1:-1] = vector.numpy().reshape(grid)
-    padded += float(vector.mean()) - padded.mean()  # no corner is foreground now, and the mean stays the threshold
-    padded[1:-1, 1:-1] = vector.numpy().reshape(grid)
-    return object_of(padded.ravel(), padded.shape)[1:-1, 1:-1]
+def test_where_all_that_are_left_are_linked_the_search_ends():
+    """A documented difference: the reference would cut the painted patches from the rest."""
+    features = torch.zeros(8, 8, 2)
+    features[..., 0], features[2:5, 3:6] = 1.0, torch.tensor([0.0, 1.0])
+    result = maskcut(features.flatten(0, 1), num_objects=3)
+    assert result.masks[0, 0].sum() == 9
+    assert not result.masks[0, 1:].any()
+    assert result.solvers[0].tolist() == [0, 0, -1]
 
 
-@pytest.mark.parametrize(("sizes", "solver"), [((20, 16, 28), 2), ((100, 90, 130, 70), 1), ((400, 180), 0)])
+@pytest.mark.parametrize("backend", [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul])
+def test_reduced_precision_allowed_elsewhere_is_put_back(backend):
+    before = backend.fp32_precision
+    try:
+        backend.fp32_precision = "tf32"
+        with exact_fp32():
+            assert backend.fp32_precision == "ieee"
+        maskcut(torch.randn(64, 8))
+        assert backend.fp32_precision == "tf32"
+    finally:
+        backend.fp32_precision = before
+
+
+@pytest.mark.parametrize(("sizes", "solver"), [((20, 16, 28), 2), ((300, 280, 400, 250), 1), ((400, 180), 0)])
 def test_nearly_disconnected_graphs_are_solved_again_in_fp64(sizes, solver):
     """Islands: λ₂ and λ₃ are about 1e-5 apart, but of two islands there is no other eigenvalue near."""
     block = torch.block_diag(*[torch.ones(n, n) for n in sizes])
@@ -356,14 +388,33 @@ def test_two_processes_give_what_one_gives(tmp_path, free_port):
     assert both["results"] == alone["results"]
 
 
-def test_unreadable_images_are_counted(tmp_path, capsys):
+def test_unreadable_images_are_counted_once_and_again_when_resumed(tmp_path, capsys):
     folder = _coco(tmp_path / "coco")
-    (folder / "val2017" / f"{3:012d}.jpg").write_bytes(b"not an image")
-    result = _run(folder, tmp_path / "out")
-    assert result["unreadable"]["count"] == 1
-    assert "000000000003.jpg" in result["unreadable"]["images"][0]
-    assert result["results"]["images"] == 5
-    assert "1 images could not be read" in capsys.readouterr().out
+    (folder / "val2017" / f"{1:012d}.jpg").write_bytes(b"not an image")
+    first = _run(folder, tmp_path / "out", "--figure-images", "1")
+    assert first["unreadable"]["count"] == 1
+    assert "000000000001.jpg" in first["unreadable"]["images"][0]
+    assert first["results"]["images"] == 5
+    assert "unreadable images: 1" in capsys.readouterr().out
+    assert _run(folder, tmp_path / "out", "--figure-images", "1") == first | {"provenance": _now(tmp_path / "out")}
+    for path in (folder / "val2017").iterdir():
+        path.write_bytes(b"not an image")
+    arguments = [*MODEL, "--data", f"coco:{folder}", "--image-size", "64", "--output", str(tmp_path / "none")]
+    assert protocol.main(arguments) == 2
+    assert "none of the 6 images could be read" in capsys.readouterr().err
+
+
+def _now(output) -> dict:
+    return json.loads((output / "results.json").read_text())["provenance"]
+
+
+def test_a_refused_setting_does_not_stand_in_the_way_of_the_right_one(tmp_path, capsys):
+    folder = _coco(tmp_path / "coco")
+    arguments = [*MODEL, "--data", f"coco:{folder}", "--image-size", "64", "--output", str(tmp_path / "out")]
+    assert protocol.main([*arguments, "--tau", "3"]) == 2
+    assert "tau=3.0: a cosine lies from -1 to 1" in capsys.readouterr().err
+    assert protocol.main([*arguments, "--layer", "9"]) == 2
+    assert protocol.main(arguments) == 0
 
 
 def test_images_without_annotations_get_detections_but_no_ap(tmp_path):
@@ -401,12 +452,17 @@ def test_the_crf_draws_edges_and_is_optional(monkeypatch):
         (["--layer", "9"], "layer 9"),
         (["--data", "elsewhere"], "write folder:PATH"),
         (["--device", "cuda"], "no GPU"),
+        (["--device", "gpu"], "choose auto, cpu"),
+        (["--image-size", "8"], "one patch cannot be cut: use larger images"),
+        (["--model-args", "depht=2"], "does not take --model-args"),
+        (["--model-args", "in_chans=1"], "takes images of 1 channels"),
+        (["--output", "{}/coco/instances_val2017.json"], "no such folder can be made"),
     ],
 )
 def test_errors_name_the_remedy(tmp_path, capsys, change, message):
     if "cuda" in change and torch.cuda.is_available():
         pytest.skip("there is a GPU")
     folder = _coco(tmp_path / "coco")
-    arguments = [*MODEL, "--data", f"coco:{folder}", "--image-size", "64", "--output", str(tmp_path / "out"), *change]
-    assert protocol.main(arguments) == 2
+    arguments = [*MODEL, "--data", f"coco:{folder}", "--image-size", "64", "--output", str(tmp_path / "out")]
+    assert protocol.main([*arguments, *(word.format(tmp_path) for word in change)]) == 2
     assert message in capsys.readouterr().err

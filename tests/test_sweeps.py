@@ -59,9 +59,13 @@ def test_the_comparison_has_the_papers_numbers_and_the_gap(tmp_path, capsys):
     data = f"coco:{make_coco_boxes(tmp_path / 'coco')}"
     models = ["CRATE=crate_tiny_patch8_224@untrained", "mine=crate_tiny_patch8_224@untrained", *SMALL]
     arguments = [*models, "--table", "table2", "--coco", data, "--voc", data, "--output", str(tmp_path / "out")]
-    assert comparison.main([*arguments, "--limit", "2"]) == 0
+    assert comparison.main([*arguments, "--limit", "2", "--image-size", "64"]) == 0
     rows = json.loads((tmp_path / "out" / "results.json").read_text())["results"]["rows"]
     assert rows[0]["VOC mIoU paper"] == 23.9
+    assert (rows[0]["COCO images"], rows[0]["VOC images"]) == (2, 2)
+    config = json.loads((tmp_path / "out" / "results.json").read_text())["config"]
+    assert config["models for maskcut"][0]["image_size"] == [64, 64]
+    assert config["models for coarse"][0]["image_size"] == [32, 32]
     assert rows[0]["VOC mIoU gap"] == pytest.approx(rows[0]["VOC mIoU"] - 23.9)
     assert rows[1]["VOC mIoU paper"] is None
     assert rows[0]["box AP"] == rows[1]["box AP"]

@@ -68,7 +68,10 @@ def choose_device(asked: str, local_rank: int = 0) -> torch.device:
         ValueError: PyTorch does not see it.
     """
     kind = ("cuda" if torch.cuda.is_available() else "cpu") if asked == "auto" else asked
-    device = torch.device(kind)
+    try:
+        device = torch.device(kind)
+    except RuntimeError as error:
+        raise ValueError(f"device={asked!r}: choose auto, cpu, cuda or cuda:N") from error
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise ValueError(f"device={asked!r}: PyTorch sees no GPU here; pass --device cpu or install a CUDA build")
