@@ -118,7 +118,7 @@ class AttentionScores:
         self._valid: list[Tensor] = []
         self._weights: list[Tensor] = []
         self._labels: list[int] = []
-        self.images = self.without_objects = 0
+        self.images = self.without_objects = self.objects_without_patch = 0
 
     def add(
         self,
@@ -131,10 +131,14 @@ class AttentionScores:
 
         Args:
             maps: Layer → CLS attention [B, H, P].
-            targets: Of each image its objects' masks on the patch grid, boolean [M, P]; M may be 0.
+            targets: Of each image its objects' masks on the patch grid, boolean [M, P]; M may be 0. An object without
+                a patch cannot be scored: it is counted and left out.
             valid: Of each image the patches that count, boolean [P]; all when None.
             labels: Of each image its objects' class numbers, for scores by class.
         """
+        kept = [target.any(dim=1) for target in targets]
+        self.objects_without_patch += sum(int((~keep).sum()) for keep in kept)
+        targets = [target[keep] for target, keep in zip(targets, kept, strict=True)]
         counts = torch.tensor([len(target) for target in targets])
         heads, n_patches = next(iter(maps.values())).shape[1:]
         noise = torch.rand((len(counts), heads, n_patches), generator=self._generator)  # drawn for every image
@@ -149,7 +153,9 @@ class AttentionScores:
         self._targets.append(target)
         self._valid.append(usable)
         self._weights.append(1 / counts[owner].double())
-        self._labels += [label for image in labels for label in image] if labels is not None else [0] * len(target)
+        labels = [[0] * len(keep) for keep in kept] if labels is None else labels
+        for image, keep in zip(labels, kept, strict=True):
+            self._labels += [label for label, k in zip(image, keep.tolist(), strict=True) if k]
         for threshold in THRESHOLDS:
             for layer, attention in maps.items():
                 iou = self._iou(attention.float().cpu(), owner, target, usable, threshold)
@@ -205,6 +211,7 @@ class AttentionScores:
                 "images": self.images,
                 "objects": len(target),
                 "without_objects": self.without_objects,
+                "objects_without_patch": self.objects_without_patch,
             }
             for threshold in THRESHOLDS
         }
@@ -234,7 +241,7 @@ def score_attention(
         "constant": the mask that holds every patch; "random": the best of as many maps of noise; "mean_mask": the
             objects' mean mask as every image's attention map; "true_mask": the true mask as attention map,
             evenly spread over the object; "fraction"; "images" and "objects": how many were scored;
-            "without_objects": images that could not be.
+            "without_objects": images that could not be; "objects_without_patch": objects left out.
     """
     model.eval()
     device = next(model.parameters()).device

@@ -85,6 +85,8 @@ def _colours(tokens: Tensor, grid: tuple[int, int]):
 
 
 def _command(options: argparse.Namespace) -> None:
+    if options.model_args:
+        raise ValueError(f"--model-args {' '.join(options.model_args)}: a run knows its own model; leave them out")
     label, source = split_label(options.model)
     folder = Path(source)
     steps = checkpoint_steps(folder)
@@ -99,7 +101,7 @@ def _command(options: argparse.Namespace) -> None:
 
     def subjects() -> Iterator[tuple[int, Subject]]:
         for step, name in names.items():
-            subject = open_model(name, device, options.image_size, options.model_args, options.seed)
+            subject = open_model(name, device, options.image_size, seed=options.seed)
             facts[step] = subject.facts
             yield step, subject
 

@@ -67,31 +67,21 @@ def evaluate(
         **reading: `batch_size`, `workers`, `progress` of `images.batches`.
 
     Returns:
-        See `segmentation.score_attention`; "by_class" has class numbers. "objects_without_patch" counts those that
-        were left out because no patch of the grid is theirs.
+        See `segmentation.score_attention`; "by_class" has class numbers.
 
     Raises:
         ValueError: No image could be scored.
     """
     layers = range(subject.extract.depth) if layers is None else layers
-    scores, lost = AttentionScores(fraction, seed), 0
+    scores = AttentionScores(fraction, seed)
     problems = [] if problems is None else problems
     for batch in batches(images, problems=problems, **({"batch_size": 8} | reading)):
         features = subject.extract(subject.normalize(batch.images.to(subject.device)), list(layers))
         maps = {layer: features.cls_attention(layer) for layer in features.layers}
         targets = [sample.target.on_grid(features.grid) for sample in batch.samples]
-        kept = [masks.any(dim=1) for masks, _ in targets]  # an object may have no patch of its own
-        lost += sum(int((~keep).sum()) for keep in kept)
-        scores.add(
-            maps,
-            [masks[keep] for (masks, _), keep in zip(targets, kept, strict=True)],
-            [valid for _, valid in targets],
-            [
-                [label for label, k in zip(sample.target.classes, keep.tolist(), strict=True) if k]
-                for sample, keep in zip(batch.samples, kept, strict=True)
-            ],
-        )
-    return {name: result | {"objects_without_patch": lost} for name, result in scores.result().items()}
+        masks, valid = zip(*targets, strict=True)
+        scores.add(maps, masks, valid, [sample.target.classes for sample in batch.samples])
+    return scores.result()
 
 
 def _row(label: str, threshold: str, scores: dict, row: dict, marked: int) -> dict:
@@ -106,6 +96,16 @@ def _row(label: str, threshold: str, scores: dict, row: dict, marked: int) -> di
         "objects": scores["objects"],
         "objects without a patch": scores["objects_without_patch"],
     }
+
+
+def _head_rows(label: str, scores: dict) -> list[dict]:
+    """The breakdown by head: a row a layer and threshold, a column a head (for all images the same)."""
+    return [
+        {"model": label, "threshold": threshold, "layer": row["layer"]}
+        | {f"head {head}": score for head, score in enumerate(row["per_head"])}
+        for threshold in THRESHOLDS
+        for row in scores[threshold]["layers"]
+    ]
 
 
 def _best_mask(subject: Subject, sample: Sample, layer: int, threshold: str, fraction: float) -> Picture:
@@ -160,7 +160,12 @@ def _command(options: argparse.Namespace) -> None:
     config = settings_of(options) | {"class_names": data[0].class_names()}
     config["models"] = [subject.facts for subject in subjects]
     write_table(folder, "table", rows)
-    paths = [write_results(folder, "coarse_segmentation", config, results, problems), folder / "table.md"]
+    write_table(folder, "heads", [row for label, scores in results.items() for row in _head_rows(label, scores)])
+    paths = [
+        write_results(folder, "coarse_segmentation", config, results, problems),
+        folder / "table.md",
+        folder / "heads.md",
+    ]
     paths += [path for t in THRESHOLDS for path in _figure(subjects, data, marked, t, options, folder)]
     print("* the layer that the paper looks at")
     say_written(paths, problems)

@@ -117,6 +117,8 @@ def test_the_command(kind, tmp_path, capsys):
     assert {"commit", "torch", "command"} <= first["provenance"].keys()
     table = (tmp_path / "out" / "table.md").read_text()
     assert "| A | topk | 0 * |" in table
+    per_head = first["results"]["B"]["mass"]["layers"][1]["per_head"]
+    assert f"| B | mass | 1 | {per_head[0]:.3f} | {per_head[1]:.3f} |" in (tmp_path / "out" / "heads.md").read_text()
     assert (tmp_path / "out" / "masks_mass_01.png").stat().st_size > 1000
     assert "random maps" in capsys.readouterr().out
     if kind == "voc":

@@ -67,7 +67,7 @@ def test_a_run_writes_and_prints_what_it_promises(finished):
     assert summary["chance"] == pytest.approx(1 / 12)
     assert summary["steps"] == 12
     for scores in summary["attention_miou"].values():
-        assert scores["images"] == 12
+        assert scores["images"] + scores["without_objects"] == 12  # an object may have no patch of its own
         assert 0 < scores["constant"] < 0.5
         assert [row["layer"] for row in scores["layers"]] == [0, 1]
         for row in scores["layers"]:
@@ -124,16 +124,17 @@ def test_training_learns():
     assert loss.item() < 0.1
 
 
-def test_coarse_segmentation_scores_a_finished_run(finished, capsys):
+def test_coarse_segmentation_gives_a_finished_run_its_own_scores(finished, tmp_path, capsys):
     run, _ = finished
-    assert coarse_segmentation.main([str(run), "--samples", "12", "--step", "12"]) == 0
-    scored = json.loads((run / "coarse_segmentation.json").read_text())
-    assert scored["results"] == json.loads((run / "summary.json").read_text())["attention_miou"]
+    words = ["--data", "shape_scenes:3", "--limit", "12", "--output", str(tmp_path)]  # the run's seed
+    assert coarse_segmentation.main([f"run={run}@12", *words]) == 0
+    scored = json.loads((tmp_path / "results.json").read_text())["results"]["run"]
+    assert scored == json.loads((run / "summary.json").read_text())["attention_miou"]
     assert "constant mask" in capsys.readouterr().out
-    with pytest.raises(FileNotFoundError, match=r"no checkpoint at step 3: choose one of \[6, 12\]"):
-        coarse_segmentation.main([str(run), "--step", "3"])
-    with pytest.raises(FileNotFoundError, match="holds no checkpoints"):
-        coarse_segmentation.main([str(run.parent)])
+    assert coarse_segmentation.main([f"{run}@3", *words]) == 2
+    assert "no checkpoint at step 3: choose one of [6, 12]" in capsys.readouterr().err
+    assert coarse_segmentation.main([f"{run}/checkpoints", *words]) == 2
+    assert "holds no checkpoints" in capsys.readouterr().err
 
 
 # --- resume ---
