@@ -15,11 +15,12 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from timm.utils import dispatch_clip_grad
 
 from crate_fast.eval import coarse_segmentation
 from crate_fast.train import checkpoint, pretrain
 from crate_fast.train.config import PretrainConfig
-from crate_fast.train.engine import learning_rate
+from crate_fast.train.engine import clipped_parameters, learning_rate
 from crate_fast.train.runs import build_model
 
 ROOT = Path(__file__).parent.parent
@@ -122,6 +123,42 @@ def test_training_learns():
         loss.backward()
         optimizer.step()
     assert loss.item() < 0.1
+
+
+@pytest.mark.parametrize("mode", ["norm", "value", "agc"])
+def test_clipping_by_hand(mode):
+    torch.manual_seed(0)
+    config = PretrainConfig(dim=32, depth=1, heads=2, image_size=32, clip_grad=0.02, clip_mode=mode)
+    model = build_model(config, 12)
+    before = {}
+    for name, parameter in model.named_parameters():
+        parameter.grad = torch.randn_like(parameter)
+        before[name] = parameter.grad.clone()
+    dispatch_clip_grad(clipped_parameters(model, mode), config.clip_grad, mode)
+    total = torch.cat([gradient.flatten() for gradient in before.values()]).norm()
+    for name, parameter in model.named_parameters():
+        gradient = before[name]
+        if mode == "norm":
+            expected = gradient * 0.02 / total
+        elif mode == "value":
+            expected = gradient.clamp(-0.02, 0.02)
+        elif name.startswith("mlp_head.1"):
+            expected = gradient
+        else:
+            dims = tuple(range(1, gradient.dim())) or None
+            norm = gradient.norm(dim=dims, keepdim=gradient.dim() > 1)
+            limit = 0.02 * parameter.detach().norm(dim=dims, keepdim=gradient.dim() > 1).clamp(min=1e-3)
+            expected = torch.where(norm < limit, gradient, gradient * limit / norm)
+        torch.testing.assert_close(parameter.grad, expected, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_a_run_clips_as_it_is_told(tmp_path):
+    losses = {}
+    for mode in ("norm", "agc"):
+        assert pretrain.main([*TINY, "--epochs", "1", "--clip-mode", mode, "--output", str(tmp_path / mode)]) == 0
+        losses[mode] = _losses(tmp_path / mode)
+    assert losses["norm"][1] == losses["agc"][1]  # by step: the first comes before any clipping
+    assert losses["norm"][6] != losses["agc"][6]
 
 
 def test_coarse_segmentation_gives_a_finished_run_its_own_scores(finished, tmp_path, capsys):

@@ -103,7 +103,10 @@ class PretrainConfig:
     label_smoothing: float = 0.1
     """Label smoothing of the cross-entropy."""
     clip_grad: float = 1.0
-    """Largest gradient norm; 0 for no clipping."""
+    """Limit of gradients, by clip_mode; 0 for no clipping."""
+    clip_mode: str = "norm"
+    """norm: of the whole gradient; value: of each entry; agc: of each row's norm in proportion to its weights' norm
+    (Brock et al., 2021), the classifier excepted; 0.01 to 0.1 are usual limits there."""
 
     # --- engine
     seed: int = 0
@@ -133,6 +136,7 @@ class PretrainConfig:
         _choice("dataset", self.dataset, DATASETS)
         _choice("crop", self.crop, ("none", "pad", "random", "center"))
         _choice("mean", self.mean, ("imagenet", "cifar10", "half"))
+        _choice("clip_mode", self.clip_mode, ("norm", "value", "agc"))
         _choice("schedule", self.schedule, ("cosine", "released"))
         _choice("precision", self.precision, ("auto", "fp32", "bf16"))
         for name in (

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from timm.optim import create_optimizer_v2
+from timm.utils import dispatch_clip_grad
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
@@ -17,7 +18,7 @@ from crate_fast.train.config import PretrainConfig
 from crate_fast.train.data import Normalize
 from crate_fast.train.distributed import Processes
 
-__all__ = ["Trainer", "evaluate", "learning_rate"]
+__all__ = ["Trainer", "clipped_parameters", "evaluate", "learning_rate"]
 
 
 def learning_rate(config: PretrainConfig, step: int, steps_per_epoch: int) -> float:
@@ -83,6 +84,17 @@ def evaluate(
     return {"loss": loss / count, "accuracy": top1 / count, "top5": top5 / count}
 
 
+def clipped_parameters(model: nn.Module, mode: str) -> list[nn.Parameter]:
+    """The parameters whose gradients are clipped: all, but with "agc" not the classifier's.
+
+    Args:
+        model: With timm's `get_classifier`.
+        mode: "norm", "value" or "agc".
+    """
+    spared = {id(p) for p in model.get_classifier().parameters()} if mode == "agc" else set()
+    return [p for p in model.parameters() if id(p) not in spared]
+
+
 class Trainer:
     """A model, its optimiser and the optimiser steps done.
 
@@ -136,7 +148,9 @@ class Trainer:
                     with hold:
                         totals += self._forward_backward(images, labels)
             if config.clip_grad:
-                nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_grad)
+                dispatch_clip_grad(
+                    clipped_parameters(self.model, config.clip_mode), config.clip_grad, config.clip_mode
+                )
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
             self.step += 1
