@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -159,6 +160,19 @@ def test_a_run_clips_as_it_is_told(tmp_path):
         losses[mode] = _losses(tmp_path / mode)
     assert losses["norm"][1] == losses["agc"][1]  # by step: the first comes before any clipping
     assert losses["norm"][6] != losses["agc"][6]
+
+
+def test_a_run_with_erasing_and_mixing_resumes_to_the_same_weights(tmp_path):
+    words = [*TINY, "--mixup", "0.8", "--cutmix", "1.0", "--random-erasing", "0.3", "--accumulate", "2"]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert pretrain.main([*words, "--output", str(whole)]) == 0
+    assert pretrain.main([*words, "--output", str(broken)]) == 0
+    shutil.rmtree(broken / "checkpoints" / "step_00000012")
+    (broken / "checkpoints" / "best.json").unlink()
+    assert pretrain.main([*words, "--output", str(broken), "--resume"]) == 0
+    first, second = _weights(whole, 12), _weights(broken, 12)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert all(loss > 0 for loss in _losses(whole).values())
 
 
 def test_coarse_segmentation_gives_a_finished_run_its_own_scores(finished, tmp_path, capsys):

@@ -52,6 +52,14 @@ class PretrainConfig:
     """Probability of a horizontal flip in training."""
     auto_augment: str = ""
     """timm's policy string, such as rand-m14-n2; none when empty."""
+    random_erasing: float = 0.0
+    """Probability that a rectangle of a training image is replaced by noise."""
+    mixup: float = 0.0
+    """α of mixup: pairs of training images blended, with their labels; 0 for none."""
+    cutmix: float = 0.0
+    """α of cutmix: a rectangle of one image put into another; 0 for none. With both on a batch has one of them."""
+    mixup_prob: float = 1.0
+    """Probability that a micro-batch is mixed, with mixup or cutmix on."""
     mean: str = "imagenet"
     """Pixel normalisation: imagenet, cifar10 or half (mean and deviation 0.5)."""
     workers: int | None = None
@@ -157,11 +165,13 @@ class PretrainConfig:
             "warmup_epochs",
             "min_lr",
             "clip_grad",
+            "mixup",
+            "cutmix",
             "threads",
             "checkpoint_every",
         ):
             _at_least(name, getattr(self, name), 0)
-        for name in ("hflip", "dropout", "label_smoothing", "crop_scale"):
+        for name in ("hflip", "dropout", "label_smoothing", "crop_scale", "random_erasing", "mixup_prob"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)}: it must be between 0 and 1")
         if not 0 < self.lr < math.inf:

@@ -27,7 +27,16 @@ from torchvision import transforms
 from crate_fast.train.config import PretrainConfig
 from crate_fast.train.shape_scenes import ShapeScenes
 
-__all__ = ["UNREADABLE", "DataSplits", "Normalize", "build_splits", "eval_loader", "plain_splits", "train_loader"]
+__all__ = [
+    "UNREADABLE",
+    "DataSplits",
+    "Normalize",
+    "build_splits",
+    "drawing_from",
+    "eval_loader",
+    "plain_splits",
+    "train_loader",
+]
 
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what PIL raises on a damaged file
 
@@ -67,7 +76,7 @@ class Normalize(nn.Module):
 
 
 @contextmanager
-def _drawing_from(seed: int, epoch: int, index: int):
+def drawing_from(seed: int, epoch: int, index: int):
     """Python's, NumPy's and PyTorch's global generators seeded by one sample's name; PyTorch's is put back after."""
     state = torch.get_rng_state()
     mixed = int(np.random.SeedSequence((seed, epoch, index)).generate_state(1, np.uint64)[0])
@@ -92,7 +101,7 @@ class _Augmented(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
         epoch, index = key
         image, label = self.images[index]
-        with _drawing_from(self.seed, epoch, index):
+        with drawing_from(self.seed, epoch, index):
             return self.transform(image.convert("RGB")), label
 
 

@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from crate_fast.functional import cached_dictionaries
+from crate_fast.train.batch_augmentation import BatchAugmentation
 from crate_fast.train.config import PretrainConfig
 from crate_fast.train.data import Normalize
 from crate_fast.train.distributed import Processes
@@ -118,6 +119,8 @@ class Trainer:
             weight_decay=config.weight_decay,
             filter_bias_and_bn=not config.decay_all,
         )
+        share = config.batch_size // (config.accumulate * processes.world_size)
+        self.augment = BatchAugmentation(config, model.num_classes, processes.device, share)
         runner = torch.compile(model) if config.compile else model
         self.runner = DistributedDataParallel(runner) if processes.world_size > 1 else runner
 
@@ -146,7 +149,7 @@ class Trainer:
                     last = part == config.accumulate - 1
                     hold = nullcontext() if last or processes.world_size == 1 else self.runner.no_sync()
                     with hold:
-                        totals += self._forward_backward(images, labels)
+                        totals += self._forward_backward(images, labels, part)
             if config.clip_grad:
                 dispatch_clip_grad(
                     clipped_parameters(self.model, config.clip_mode), config.clip_grad, config.clip_mode
@@ -156,14 +159,17 @@ class Trainer:
             self.step += 1
             yield totals
 
-    def _forward_backward(self, images: Tensor, labels: Tensor) -> Tensor:
+    def _forward_backward(self, images: Tensor, labels: Tensor, part: int) -> Tensor:
         """Add one micro-batch's gradient; return its share of the step's loss and accuracy, [2]."""
         device = self.processes.device
         images = images.to(device, non_blocking=True)
         labels = labels.to(device, non_blocking=True)
+        part = part * self.processes.world_size + self.processes.rank
+        images, targets = self.augment(self.normalize(images), labels, self.step, part)
         with autocast(device, self.dtype):
-            logits = self.runner(self.normalize(images))
-        loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.config.label_smoothing)
+            logits = self.runner(images)
+        smoothing = self.config.label_smoothing if targets.dim() == 1 else 0.0  # a mixture has it in it
+        loss = F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
         (loss / self.config.accumulate).backward()
         accuracy = (logits.detach().argmax(dim=1) == labels).float().mean()
         return torch.stack([loss.detach(), accuracy]) / self.config.accumulate
