@@ -21,7 +21,8 @@ from timm.utils import dispatch_clip_grad
 from crate_fast.eval import coarse_segmentation
 from crate_fast.train import checkpoint, pretrain
 from crate_fast.train.config import PretrainConfig
-from crate_fast.train.engine import clipped_parameters, learning_rate
+from crate_fast.train.distributed import Processes
+from crate_fast.train.engine import Trainer, clipped_parameters, learning_rate
 from crate_fast.train.runs import build_model
 
 ROOT = Path(__file__).parent.parent
@@ -124,6 +125,33 @@ def test_training_learns():
         loss.backward()
         optimizer.step()
     assert loss.item() < 0.1
+
+
+def _trainer(**settings) -> Trainer:
+    config = PretrainConfig(dim=32, depth=3, heads=2, image_size=32, **settings)
+    return Trainer(build_model(config, 12), config, Processes(0, 0, 1, torch.device("cpu")), 4)
+
+
+@pytest.mark.parametrize("decay_all", [False, True])
+def test_layer_decay_by_hand(decay_all):
+    trainer = _trainer(layer_decay=0.5, decay_all=decay_all, lr=1e-3, warmup_epochs=0.0, batch_size=2, epochs=1)
+    names = {id(parameter): name for name, parameter in trainer.model.named_parameters()}
+    batches = [(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.tensor([0, 1]))] * 4
+    next(trainer.train_steps(batches))
+    seen = {names[id(p)]: group for group in trainer.optimizer.param_groups for p in group["params"]}
+    assert seen.keys() == set(names.values())
+    for name, power in (("mlp_head.1.weight", 0), ("transformer.layers.2.1.fn.weight", 1), ("pos_embedding", 4)):
+        assert seen[name]["lr"] == pytest.approx(1e-3 * 0.5**power)
+    assert seen["transformer.layers.0.0.fn.qkv.weight"]["lr"] == pytest.approx(1e-3 * 0.5**3)
+    decays = {name: group["weight_decay"] > 0 for name, group in seen.items()}
+    assert decays["mlp_head.1.weight"]
+    assert decays["pos_embedding"] == decays["mlp_head.0.bias"] == decay_all
+
+
+def test_without_layer_decay_all_layers_learn_alike():
+    assert {group.get("lr_scale", 1.0) for group in _trainer().optimizer.param_groups} == {1.0}
+    with pytest.raises(ValueError, match=r"layer_decay=1\.5"):
+        PretrainConfig(layer_decay=1.5)
 
 
 @pytest.mark.parametrize("mode", ["norm", "value", "agc"])

@@ -102,6 +102,8 @@ class PretrainConfig:
     """Decoupled weight decay."""
     decay_all: bool = False
     """Decay every parameter, as the released recipe; else not biases, norms, positions and CLS, as timm."""
+    layer_decay: float = 1.0
+    """Learning rate of a layer over that of the layer above it; below 1 the early layers move less."""
     schedule: str = "cosine"
     """cosine: per step after a linear warm-up; released: min(warm-up, cosine), per epoch."""
     warmup_epochs: float = 0.5
@@ -174,6 +176,8 @@ class PretrainConfig:
         for name in ("hflip", "dropout", "label_smoothing", "crop_scale", "random_erasing", "mixup_prob"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)}: it must be between 0 and 1")
+        if not 0 < self.layer_decay <= 1:
+            raise ValueError(f"layer_decay={self.layer_decay}: it must be above 0, and at most 1")
         if not 0 < self.lr < math.inf:
             raise ValueError(f"lr={self.lr}: it must be positive and finite")
         for name in ("patch_size", "dim", "depth", "heads"):

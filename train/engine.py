@@ -118,7 +118,11 @@ class Trainer:
             lr=config.lr,
             weight_decay=config.weight_decay,
             filter_bias_and_bn=not config.decay_all,
+            layer_decay=config.layer_decay if config.layer_decay < 1 else None,
         )
+        if config.decay_all:  # with layer_decay timm spares positions and CLS even so
+            for group in self.optimizer.param_groups:
+                group["weight_decay"] = config.weight_decay
         share = config.batch_size // (config.accumulate * processes.world_size)
         self.augment = BatchAugmentation(config, model.num_classes, processes.device, share)
         runner = torch.compile(model) if config.compile else model
@@ -139,7 +143,8 @@ class Trainer:
         while self.step < self.total_steps:
             self.runner.train()
             for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate(config, self.step, self.steps_per_epoch)
+                scale = group.get("lr_scale", 1.0)  # of layer_decay
+                group["lr"] = scale * learning_rate(config, self.step, self.steps_per_epoch)
             totals = torch.zeros(2, device=processes.device)
             draw = np.random.SeedSequence((config.seed, self.step, processes.rank)).generate_state(1, np.uint64)
             torch.manual_seed(int(draw[0]))  # dropout's masks depend on the step alone: nothing to save for a resume

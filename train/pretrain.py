@@ -154,7 +154,7 @@ def _train(trainer: Trainer, run: Run, data: DataSplits) -> None:
                 totals = processes.sum(torch.stack(recent).mean(dim=0)) / processes.world_size
                 loss, accuracy = totals.tolist()
                 speed = len(recent) * config.batch_size / (time.perf_counter() - began)
-                lr = trainer.optimizer.param_groups[0]["lr"]
+                lr = max(group["lr"] for group in trainer.optimizer.param_groups)  # the top layer's
                 run.log(trainer.step, {"loss": loss, "accuracy": accuracy, "lr": lr, "images_per_s": speed})
                 bar.set_postfix(loss=f"{loss:.3f}", acc=f"{accuracy:.3f}")
                 recent, began = [], time.perf_counter()
