@@ -152,8 +152,7 @@ def main(argv: list[str] | None = None) -> int:
         "Features of a background and three objects, C = 384, three objects asked for; solvers: 0 Lanczos, 1 block "
         "Lanczos in fp64, 2 dense:\n\n"
     )
-    shown = [{name: "–" if value is None else value for name, value in row.items()} for row in growth]
-    table += markdown_table(shown, list(shown[0]))
+    table += markdown_table(growth, list(growth[0]))
     print(table)
     if not options.smoke:
         more = {"model": options.model, "data": options.data.split(":")[0], "image_size": options.image_size}

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from crate_fast.eval import results
 from crate_fast.provenance import provenance
 
 __all__ = ["Timing", "interleaved", "markdown_table", "peak_mib", "write_results"]
@@ -80,9 +81,11 @@ def peak_mib(prepare: Callable[[], Callable[[], object]]) -> float:
 
 
 def markdown_table(rows: list[dict], columns: list[str]) -> str:
-    """Rows as a Markdown table; floats with three significant digits."""
+    """Rows as a Markdown table; floats with three significant digits, None as –."""
 
-    def cell(value) -> str:
+    def cell(value) -> str | None:
+        if value is None:
+            return None
         return (
             f"{value:.3g}"
             if isinstance(value, float) and value < 100
@@ -91,9 +94,7 @@ def markdown_table(rows: list[dict], columns: list[str]) -> str:
             else str(value)
         )
 
-    lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
-    lines += ["| " + " | ".join(cell(row[column]) for column in columns) + " |" for row in rows]
-    return "\n".join(lines) + "\n"
+    return results.markdown_table([{column: cell(row[column]) for column in columns} for row in rows])
 
 
 def write_results(

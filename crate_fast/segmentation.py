@@ -11,8 +11,6 @@ from crate_fast.whitebox import trace
 __all__ = [
     "AttentionScores",
     "attention_to_mask",
-    "best_head_iou",
-    "constant_mask_iou",
     "intersection_over_union",
     "mask_to_grid",
     "score_attention",
@@ -74,28 +72,6 @@ def intersection_over_union(predicted: Tensor, target: Tensor, valid: Tensor | N
     intersection = (predicted & target & valid).sum(dim=-1)
     union = ((predicted | target) & valid).sum(dim=-1)
     return intersection / union.clamp(min=1)
-
-
-def best_head_iou(
-    attention: Tensor, target: Tensor, threshold: str = "topk", fraction: float = 0.6
-) -> tuple[Tensor, Tensor]:
-    """IoU of each head's mask and of the best head, per image.
-
-    Args:
-        attention: CLS attention [B, H, P].
-        target: Boolean object masks on the patch grid [B, P].
-        threshold, fraction: See `attention_to_mask`.
-
-    Returns:
-        (per head [B, H], best over heads [B]).
-    """
-    per_head = intersection_over_union(attention_to_mask(attention, threshold, fraction), target.unsqueeze(1))
-    return per_head, per_head.amax(dim=1)
-
-
-def constant_mask_iou(target: Tensor) -> Tensor:
-    """IoU of the mask that holds every patch, per image [B]: the score of looking at nothing. target [B, P]."""
-    return intersection_over_union(torch.ones_like(target), target)
 
 
 class AttentionScores:

@@ -21,6 +21,7 @@ from crate_fast.layers import ISTA, MHSA, MSSA
 __all__ = [
     "LayerTrace",
     "attention_layer",
+    "cls_attention",
     "coding_rate",
     "layer_measures",
     "layer_statistics",
@@ -67,6 +68,11 @@ def nonzero_fraction(tokens: Tensor) -> Tensor:
     tensor([0.5000])
     """
     return (tokens != 0).flatten(1).float().mean(dim=1)
+
+
+def cls_attention(query: Tensor, keys: Tensor, scale: float) -> Tensor:
+    """softmax over patches of s·⟨CLS query, patch key⟩: query [B, H, D], keys [B, P, H, D] → [B, H, P] (Eq. 10)."""
+    return (scale * torch.einsum("bhd,bmhd->bhm", query, keys)).softmax(dim=-1)
 
 
 def attention_layer(model: nn.Module) -> int:
@@ -117,9 +123,7 @@ class LayerTrace:
         Args:
             scale: s; the layer's own (D^-1/2) when None. The paper writes s = 1; the ranking is the same.
         """
-        scale = self.scale if scale is None else scale
-        logits = scale * torch.einsum("bhd,bmhd->bhm", self.queries[:, 0], self.keys[:, 1:])
-        return logits.softmax(dim=-1)
+        return cls_attention(self.queries[:, 0], self.keys[:, 1:], self.scale if scale is None else scale)
 
     def coding_rate(self, epsilon: float = 0.01) -> Tensor:
         """R^c of the subspace tokens, per image [B]; see `coding_rate`."""

@@ -67,7 +67,8 @@ def evaluate(
 
     Returns:
         Layer → "box AP50", "box AP75", "box AP", "box AR100", the same of "mask", "mIoU topk", "mIoU mass" and, the
-        same for all layers, "random topk" and "random mass".
+        same for all layers, "random topk", "random mass" and "constant" (the mIoU of random maps and of the mask that
+        holds every patch), "images" read and "objects" scored.
     """
     layers = list(range(subject.extract.depth)) if layers is None else list(layers)
     rows: dict[int, dict[str, float]] = {layer: {} for layer in layers}
@@ -124,16 +125,17 @@ def curves(labelled: dict[str, dict[float, dict[str, float]]]) -> dict[str, list
 
 
 def _command(options: argparse.Namespace) -> None:
-    subjects = open_models(options)
-    folder = output_folder(options, "by_layer")
     settings = MaskCutSettings(options.num_objects, options.tau)
+    subjects = open_models(options)
+    data = [open_images(options.data, subject.extract.image_size[0], options.limit) for subject in subjects]
+    measures = check_measures(options.measures, data[0], options.data)
+    if "coarse" in measures:
+        for subject in subjects:
+            subject.require_cls()
+    folder = output_folder(options, "by_layer")
     results: dict[str, dict] = {}
     problems: list[str] = []
-    for subject in subjects:
-        images = open_images(options.data, subject.extract.image_size[0], options.limit)
-        measures = check_measures(options.measures, images, options.data)
-        if "coarse" in measures:
-            subject.require_cls()
+    for subject, images in zip(subjects, data, strict=True):
         reading = {"batch_size": options.batch_size, "workers": options.workers, "progress": subject.label}
         found: list[str] = []
         results[subject.label] = evaluate(subject, images, None, measures, settings, found, options.seed, **reading)

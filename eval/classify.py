@@ -18,10 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from crate_fast.eval import options as options_module
 from crate_fast.eval import paper
 from crate_fast.eval.images import batches
 from crate_fast.eval.models import Subject
+from crate_fast.eval.options import evaluation_parser, open_models, output_folder, positive, run_command, settings_of
 from crate_fast.eval.probes import LabelledImages, knn_predictions, linear_probe, pooled
 from crate_fast.eval.results import say_written, write_results, write_table
 from crate_fast.train.config import PretrainConfig
@@ -219,7 +219,7 @@ def _doubts(label: str, scores: dict) -> list[str]:
 
 
 def _run(options: argparse.Namespace) -> None:
-    subjects = options_module.open_models(options)
+    subjects = open_models(options)
     plan = []
     for subject in subjects:
         config = _data_config(subject, options)
@@ -228,7 +228,7 @@ def _run(options: argparse.Namespace) -> None:
         data = plain_splits(config)
         check(subject, data, protocols)  # of all models, before the first is run
         plan.append((subject, config, data, protocols))
-    folder = options_module.output_folder(options, "classify")
+    folder = output_folder(options, "classify")
     settings = ("pool", "limit", "train_limit", "batch_size", "workers", "seed")
     chosen = {name: getattr(options, name) for name in settings} | {"ks": options.k}
     problems: list[str] = []
@@ -251,19 +251,18 @@ def _run(options: argparse.Namespace) -> None:
     if any("paper, fine-tuned" in row for row in rows):
         print("paper, fine-tuned: Table 3, all weights fine-tuned on the data set; no score here is.")
     print("".join(f"{doubt}\n" for doubt in doubts), end="")
-    config = options_module.settings_of(options) | {"models": [subject.facts for subject in subjects]}
+    config = settings_of(options) | {"models": [subject.facts for subject in subjects]}
     written = write_results(folder, "classify", config, results, problems)
     say_written([written, folder / "classify.md"], problems)
 
 
 def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(options_module.positive(word) for word in text.split(","))
+    return tuple(positive(word) for word in text.split(","))
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run as the command line says; returns the exit status."""
-    positive = options_module.positive
-    parser = options_module.evaluation_parser("classify", __doc__.splitlines()[0], data=False)
+    parser = evaluation_parser("classify", __doc__.splitlines()[0], data=False)
     parser.set_defaults(batch_size=64)
     parser.add_argument("--protocol", help="among head,knn,linear; default head,knn, or knn without a head")
     parser.add_argument(
@@ -279,7 +278,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--k", type=_numbers, default=KS, help="neighbours; default 10,20,100,200")
     parser.add_argument("--pool", choices=("cls", "mean"), default="cls", help="features: CLS or the patches' mean")
     parser.add_argument("--raw-pixels", action="store_true", help="score images of 16×16 pixels in the same way")
-    return options_module.run_command(_run, parser.parse_args(argv))
+    return run_command(_run, parser.parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
     features.keys(layer)                        # [B, P, H·D]: subspace tokens (CRATE) or keys (ViT), CLS dropped
     features.cls_attention(layer)               # [B, H, P]
 
-Maps and keys of every kind of model are computed by the same few lines from queries and keys.
+Maps and keys of every kind of model are computed by the same lines from queries and keys.
 """
 
 from abc import ABC, abstractmethod
@@ -18,7 +18,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from crate_fast.model import CRATE
-from crate_fast.whitebox import attention_layer, trace
+from crate_fast.whitebox import attention_layer, cls_attention, trace
 
 __all__ = ["FeatureExtractor", "Features", "LayerTokens", "extractor_for"]
 
@@ -84,7 +84,7 @@ class Features:
         if not tokens.has_cls:
             raise ValueError("this model has no CLS token, so no CLS attention: choose one with class_token=True")
         query, keys = tokens.queries[:, 0].float(), tokens.keys[:, tokens.prefix :].float()
-        return (tokens.scale * torch.einsum("bhd,bmhd->bhm", query, keys)).softmax(dim=-1)
+        return cls_attention(query, keys, tokens.scale)
 
 
 class FeatureExtractor(ABC):

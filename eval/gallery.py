@@ -1,7 +1,6 @@
 """What the commands that draw images share: reading them, their first columns, pages of rows, folders of models."""
 
 import argparse
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import torch.nn.functional as F
 
 from crate_fast.eval.images import Batch, Sample, batches, open_images
 from crate_fast.eval.models import Subject
+from crate_fast.eval.results import file_name
 from crate_fast.figures import Picture, image_grid
 
 __all__ = ["ROWS_A_PAGE", "first_columns", "model_folders", "read_images", "short_name", "write_pages"]
@@ -103,4 +103,4 @@ def model_folders(output: Path, subjects: Sequence[Subject]) -> list[Path]:
     """Where each model's own files go: the output folder for one model, folders named after them for several."""
     if len(subjects) == 1:
         return [output]
-    return [output / re.sub(r"[^\w.@-]+", "_", subject.label) for subject in subjects]
+    return [output / file_name(subject.label) for subject in subjects]

@@ -18,11 +18,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from crate_fast.train.data import UNREADABLE
 from crate_fast.train.shape_scenes import ShapeScenes
 
 __all__ = [
@@ -43,9 +44,7 @@ VOC_CLASSES = (
 )  # fmt: skip
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
 VOID = 255
-# What PIL raises on a damaged image, and pycocotools and we on a damaged annotation.
-_UNREADABLE = (OSError, SyntaxError, ValueError, KeyError, TypeError, IndexError, AssertionError)
-_UNREADABLE += (UnidentifiedImageError, Image.DecompressionBombError)
+_UNREADABLE = (*UNREADABLE, KeyError, TypeError, IndexError, AssertionError)  # the last four: a damaged annotation
 
 
 @dataclass(frozen=True)

@@ -150,7 +150,8 @@ def maskcut(
 
     Differs from CutLER's code, on purpose: the eigenvector's sign is fixed (there it is the solver's, and changes
     masks); a dropped mask ends the search (there nothing is painted, so the same mask comes back in the next round
-    and is then compared with an empty one, and kept); a graph with every pair linked has no cut, and gives no mask.
+    and is then compared with an empty one, and kept); where every pair of the patches that are left is linked, the
+    search ends (there the painted patches are then cut from the rest).
 
     Source: Wang et al., *Cut and Learn*, 2023 (CutLER); paper, Algorithm 4.
 

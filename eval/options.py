@@ -2,7 +2,6 @@
 
 import argparse
 import dis
-import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Literal
 from crate_fast.eval import images as images_module
 from crate_fast.eval import models as models_module
 from crate_fast.eval.models import Subject, open_model, split_label
-from crate_fast.eval.results import make_folder
+from crate_fast.eval.results import file_name, make_folder
 from crate_fast.train.checkpoint import CheckpointError
 from crate_fast.train.distributed import choose_device
 
@@ -107,7 +106,7 @@ def output_folder(options: argparse.Namespace, protocol: str) -> Path:
         ValueError: It cannot be made.
     """
     names = options.models if hasattr(options, "models") else [options.model]
-    words = [re.sub(r"[^\w.@-]+", "_", split_label(name)[0]) for name in names]
+    words = [file_name(split_label(name)[0]) for name in names]
     return make_folder(options.output or Path("runs/eval") / protocol / "+".join(words)[:120])
 
 

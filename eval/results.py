@@ -4,13 +4,23 @@ images named."""
 import csv
 import io
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from crate_fast.provenance import provenance
 from crate_fast.train.checkpoint import write_text
 
-__all__ = ["csv_table", "latex_table", "make_folder", "markdown_table", "say_written", "write_results", "write_table"]
+__all__ = [
+    "csv_table",
+    "file_name",
+    "latex_table",
+    "make_folder",
+    "markdown_table",
+    "say_written",
+    "write_results",
+    "write_table",
+]
 
 
 def _cell(value: object, digits: int) -> str:
@@ -82,6 +92,11 @@ def make_folder(folder: Path) -> Path:
     except OSError as error:
         raise ValueError(f"--output {folder}: no such folder can be made ({error.strerror}); name another") from error
     return folder
+
+
+def file_name(label: str) -> str:
+    """A model's label as part of a path: CRATE-S/8 → CRATE-S_8."""
+    return re.sub(r"[^\w.@-]+", "_", label)
 
 
 def say_written(paths: Sequence[Path], problems: Sequence[str]) -> None:

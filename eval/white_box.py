@@ -14,9 +14,9 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from crate_fast.eval import options as options_module
 from crate_fast.eval.images import Batch, batches, open_images
 from crate_fast.eval.models import Subject
+from crate_fast.eval.options import evaluation_parser, open_models, output_folder, run_command, settings_of
 from crate_fast.eval.results import say_written, write_results, write_table
 from crate_fast.figures import Curve, curve_figure
 from crate_fast.layers import ISTA, MSSA
@@ -147,11 +147,11 @@ def _without_measures(subject: Subject) -> dict:
 
 
 def _run(options: argparse.Namespace) -> None:
-    subjects = options_module.open_models(options)
+    subjects = open_models(options)
     measurable = [s.label for s in subjects if len(left_out(s.model)) < len(MEASURES)]
     if not measurable:
         raise ValueError("none of these models has subspaces or ISTA: name a CRATE among them")
-    folder = options_module.output_folder(options, "white_box")
+    folder = output_folder(options, "white_box")
     problems: list[str] = []
     results = {}
     for subject in subjects:
@@ -169,7 +169,7 @@ def _run(options: argparse.Namespace) -> None:
     print(write_table(folder, "trends", by_measure))
     figures = [folder / "white_box.png", folder / "white_box.pdf"]
     curve_figure(_panels(results, untrained), "layer", figures)
-    config = options_module.settings_of(options) | {"models": [subject.facts for subject in subjects]}
+    config = settings_of(options) | {"models": [subject.facts for subject in subjects]}
     problems = list(dict.fromkeys(problems))  # the same images for every model
     written = [write_results(folder, "white_box", config, results, problems)]
     say_written([*written, folder / "white_box.md", folder / "trends.md", *figures], problems)
@@ -177,10 +177,10 @@ def _run(options: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Measure models and write tables, curves and results.json."""
-    parser = options_module.evaluation_parser("white_box", __doc__.splitlines()[0], data="shape_scenes")
+    parser = evaluation_parser("white_box", __doc__.splitlines()[0], data="shape_scenes")
     parser.add_argument("--epsilon", type=float, default=0.01, help="quantisation precision ε of R^c; default 0.01")
     options = parser.parse_args(argv)
-    return options_module.run_command(_run, options)
+    return run_command(_run, options)
 
 
 if __name__ == "__main__":

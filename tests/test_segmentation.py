@@ -5,9 +5,8 @@ import torch
 
 from crate_fast import CRATE
 from crate_fast.segmentation import (
+    AttentionScores,
     attention_to_mask,
-    best_head_iou,
-    constant_mask_iou,
     intersection_over_union,
     mask_to_grid,
     score_attention,
@@ -46,10 +45,12 @@ def test_the_best_head_is_chosen_per_image():
     target = torch.tensor([[True, True, False, False], [False, False, True, True]])
     left, right = torch.tensor([0.5, 0.5, 0.0, 0.0]), torch.tensor([0.0, 0.0, 0.5, 0.5])
     attention = torch.stack([torch.stack([left, right])] * 2)
-    per_head, best = best_head_iou(attention, target, "mass", 0.9)
-    assert per_head.tolist() == [[1.0, 0.0], [0.0, 1.0]]
-    assert best.tolist() == [1.0, 1.0]
-    assert constant_mask_iou(target).tolist() == [0.5, 0.5]
+    scores = AttentionScores(fraction=0.9)
+    scores.add({0: attention}, target.unsqueeze(1))
+    result = scores.result()["mass"]
+    assert result["layers"][0]["per_head"] == [0.5, 0.5]  # each head is right in one image and wrong in the other
+    assert result["layers"][0]["best_head"] == 1.0
+    assert result["constant"] == 0.5
 
 
 def test_a_patch_is_object_when_half_of_it_is():
