@@ -24,7 +24,7 @@ from crate_fast.eval.models import Subject
 from crate_fast.eval.options import evaluation_parser, open_models, output_folder, positive, run_command, settings_of
 from crate_fast.eval.probes import LabelledImages, knn_predictions, linear_probe, pooled
 from crate_fast.eval.results import say_written, write_results, write_table
-from crate_fast.train.config import PretrainConfig
+from crate_fast.train.config import TrainConfig
 from crate_fast.train.data import DataSplits, plain_splits
 
 __all__ = ["KS", "check", "evaluate", "main"]
@@ -173,7 +173,7 @@ def evaluate(
     return found
 
 
-def _data_config(subject: Subject, options: argparse.Namespace) -> PretrainConfig:
+def _data_config(subject: Subject, options: argparse.Namespace) -> TrainConfig:
     """The data of the run, or of the options, which come first."""
     if subject.config is None and options.dataset is None:
         raise ValueError(f"{subject.label} is not a run with a data set of its own: pass --dataset, and --data-dir")
@@ -183,11 +183,11 @@ def _data_config(subject: Subject, options: argparse.Namespace) -> PretrainConfi
     named = ("dataset", "data_dir", "train_split", "val_split", "train_samples", "val_samples")
     changes = {name: getattr(options, name) for name in named if getattr(options, name) is not None}
     if subject.config is None:
-        return PretrainConfig(image_size=height, seed=options.seed, **changes)
+        return TrainConfig(image_size=height, seed=options.seed, **changes)
     return dataclasses.replace(subject.config, image_size=height, download=False, **changes)
 
 
-def _paper_score(label: str, config: PretrainConfig, n_classes: int) -> float | None:
+def _paper_score(label: str, config: TrainConfig, n_classes: int) -> float | None:
     """What Table 3 says of a model of this name, on this data set or one that is stored in a folder of its name."""
     names = [config.dataset, Path(config.data_dir).name.lower()] + (["imagenet"] if n_classes == 1000 else [])
     return next((paper.TRANSFER[name].get(label) for name in names if name in paper.TRANSFER), None)

@@ -18,7 +18,7 @@ from torch import nn
 
 from crate_fast.checkpoints import load_weights, read_state_dict
 from crate_fast.eval.features import FeatureExtractor, extractor_for
-from crate_fast.train.config import PretrainConfig
+from crate_fast.train.config import TrainConfig
 from crate_fast.train.data import Normalize
 from crate_fast.train.runs import build_model, load_model, num_classes_of, run_config
 
@@ -43,7 +43,7 @@ class Subject:
     normalize: Normalize
     extract: FeatureExtractor = field(repr=False)
     facts: dict
-    config: PretrainConfig | None = None
+    config: TrainConfig | None = None
 
     def require_cls(self) -> None:
         """Refuse a model without CLS attention.
@@ -104,7 +104,7 @@ def _seeded(build, seed: int) -> nn.Module:
         return build()
 
 
-def _from_run(folder: Path, which: str, seed: int) -> tuple[nn.Module, PretrainConfig]:
+def _from_run(folder: Path, which: str, seed: int) -> tuple[nn.Module, TrainConfig]:
     if which == "untrained":
         config = run_config(folder)
         trained, _, _ = load_model(folder)  # for its number of classes

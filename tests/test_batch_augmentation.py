@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from crate_fast.train.batch_augmentation import BatchAugmentation
-from crate_fast.train.config import PretrainConfig
+from crate_fast.train.config import TrainConfig
 
 CPU = torch.device("cpu")
 
@@ -15,7 +15,7 @@ def _batch() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _augment(**settings) -> BatchAugmentation:
-    return BatchAugmentation(PretrainConfig(**({"label_smoothing": 0.0} | settings)), 4, CPU, 8)
+    return BatchAugmentation(TrainConfig(**({"label_smoothing": 0.0} | settings)), 4, CPU, 8)
 
 
 def test_nothing_asked_for_nothing_done():
@@ -77,8 +77,8 @@ def test_step_and_part_decide_and_the_generators_are_left_alone():
 
 def test_bad_settings_are_named():
     with pytest.raises(ValueError, match="has 5 images in a micro-batch"):
-        BatchAugmentation(PretrainConfig(mixup=0.5), 4, CPU, 5)
+        BatchAugmentation(TrainConfig(mixup=0.5), 4, CPU, 5)
     with pytest.raises(ValueError, match="random_erasing=1.5"):
-        PretrainConfig(random_erasing=1.5)
+        TrainConfig(random_erasing=1.5)
     with pytest.raises(ValueError, match="mixup=-1"):
-        PretrainConfig(mixup=-1.0)
+        TrainConfig(mixup=-1.0)

@@ -13,7 +13,7 @@ from PIL import Image
 from crate_fast.eval import classify, probes
 from crate_fast.eval.models import open_model
 from crate_fast.eval.probes import LabelledImages, knn_predictions, linear_probe, pooled
-from crate_fast.train.config import PretrainConfig
+from crate_fast.train.config import TrainConfig
 from crate_fast.train.data import plain_splits
 
 MODEL = "crate_tiny_patch8_224@untrained"
@@ -100,7 +100,7 @@ def _folder(root: Path, per_class: int = 6) -> Path:
 
 
 def test_neither_split_is_augmented_and_broken_files_are_named(tmp_path):
-    config = PretrainConfig(
+    config = TrainConfig(
         dataset="folder", data_dir=str(_folder(tmp_path)), val_split="val", image_size=32, crop="random", hflip=0.5
     )
     data = plain_splits(config)
@@ -161,7 +161,7 @@ def test_errors_name_the_remedy(words, message, tmp_path, capsys):
 
 
 def test_the_papers_number_stands_beside_a_model_of_its_name():
-    config = PretrainConfig(dataset="folder", data_dir="data/cifar10")
+    config = TrainConfig(dataset="folder", data_dir="data/cifar10")
     assert classify._paper_score("CRATE-S/8", config, 10) == 0.972
     assert classify._paper_score("mine", config, 10) is None
     assert open_model(MODEL, model_args=SMALL).config is None

@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 import yaml
 
-from crate_fast.train.config import PretrainConfig, build_config, dump_config, field_help, load_recipe, recipe_names
+from crate_fast.train.command_line import build_config, dump_config, field_help, load_recipe, recipe_names
+from crate_fast.train.config import TrainConfig
 
 
 def _config(*argv: str):
@@ -16,7 +17,7 @@ def test_every_recipe_loads_and_needs_only_a_folder():
     assert recipe_names() == ["cifar10", "in1k_released", "in21k_paper", "shape_scenes"]
     for name in recipe_names():
         config = _config("--recipe", name, "--data-dir", "somewhere")
-        assert isinstance(config, PretrainConfig)
+        assert isinstance(config, TrainConfig)
 
 
 def test_the_papers_and_the_released_recipe_hold_their_published_numbers():
@@ -36,7 +37,7 @@ def test_the_command_line_wins_over_the_recipe_and_the_recipe_over_the_default(t
     config = _config("--recipe", str(recipe), "--epochs", "2", "--no-compile", "--decay-all")
     assert (config.epochs, config.lr, config.dim) == (2, 3e-4, 96)
     assert (config.compile, config.decay_all) == (False, True)
-    assert config.batch_size == PretrainConfig().batch_size
+    assert config.batch_size == TrainConfig().batch_size
 
 
 def test_a_dumped_configuration_is_a_recipe(tmp_path):
@@ -48,8 +49,8 @@ def test_a_dumped_configuration_is_a_recipe(tmp_path):
 
 
 def test_every_field_has_a_help_text():
-    texts = field_help(PretrainConfig)
-    assert set(texts) == {field.name for field in dataclasses.fields(PretrainConfig)}
+    texts = field_help(TrainConfig)
+    assert set(texts) == {field.name for field in dataclasses.fields(TrainConfig)}
 
 
 def test_help_lists_every_option(capsys):
@@ -57,7 +58,7 @@ def test_help_lists_every_option(capsys):
         _config("--help")
     assert stop.value.code == 0
     text = capsys.readouterr().out
-    assert all("--" + field.name.replace("_", "-") in text for field in dataclasses.fields(PretrainConfig))
+    assert all("--" + field.name.replace("_", "-") in text for field in dataclasses.fields(TrainConfig))
 
 
 @pytest.mark.parametrize(
@@ -66,7 +67,7 @@ def test_help_lists_every_option(capsys):
         (["--batchsize", "3"], "unknown argument '--batchsize': did you mean '--batch-size'?"),
         (["--recipe", "cifar"], "no recipe 'cifar': did you mean 'cifar10'?"),
         (["--dataset", "cifar100"], "dataset='cifar100' needs data_dir"),
-        (["--dataset", "shapes"], "dataset='shapes': did you mean 'shape_scenes'?"),
+        (["--dataset", "shape_scene"], "dataset='shape_scene': did you mean 'shape_scenes'?"),
         (["--lr", "-1"], "lr=-1.0: it must be positive"),
         (["--epochs", "0"], "epochs=0: it must be at least 1"),
         (["--dim", "0"], "dim=0: it must be at least 1"),

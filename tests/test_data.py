@@ -10,10 +10,10 @@ import torch
 import torchvision
 from PIL import Image
 
-from crate_fast.train.config import PretrainConfig
+from crate_fast.train.config import TrainConfig
 from crate_fast.train.data import Normalize, build_splits, eval_loader, train_loader
 
-SCENES = PretrainConfig(train_samples=40, val_samples=11, batch_size=8, epochs=2, image_size=32, workers=0, hflip=0.5)
+SCENES = TrainConfig(train_samples=40, val_samples=11, batch_size=8, epochs=2, image_size=32, workers=0, hflip=0.5)
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +90,7 @@ def test_every_validation_image_is_seen_once(world_size):
     assert {image.numpy().tobytes() for image in seen} == expected
 
 
-def _folder_config(root, **changes) -> PretrainConfig:
+def _folder_config(root, **changes) -> TrainConfig:
     settings = {
         "dataset": "folder",
         "data_dir": str(root),
@@ -99,7 +99,7 @@ def _folder_config(root, **changes) -> PretrainConfig:
         "epochs": 2,
         "workers": 0,
     }
-    return PretrainConfig(**(settings | changes))
+    return TrainConfig(**(settings | changes))
 
 
 @pytest.mark.parametrize("crop", ["none", "pad", "random", "center"])

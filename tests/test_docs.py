@@ -16,7 +16,7 @@ import crate_fast
 import crate_fast.eval
 import crate_fast.train
 from crate_fast import cli, settings
-from crate_fast.train.config import build_config
+from crate_fast.train.command_line import build_config
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

@@ -20,7 +20,7 @@ from timm.utils import dispatch_clip_grad
 
 from crate_fast.eval import coarse_segmentation
 from crate_fast.train import checkpoint, pretrain
-from crate_fast.train.config import PretrainConfig
+from crate_fast.train.config import TrainConfig
 from crate_fast.train.distributed import Processes
 from crate_fast.train.engine import Trainer, clipped_parameters, learning_rate
 from crate_fast.train.runs import build_model
@@ -114,7 +114,7 @@ def test_training_learns():
     """On eight scenes the loss falls to nearly nothing."""
     from crate_fast.train.shape_scenes import ShapeScenes
 
-    model = build_model(PretrainConfig(image_size=32, patch_size=8, dim=64, depth=2, heads=2), num_classes=12)
+    model = build_model(TrainConfig(image_size=32, patch_size=8, dim=64, depth=2, heads=2), num_classes=12)
     batch = ShapeScenes(8, image_size=32).__getitems__(range(8))
     images = torch.stack([sample[0] for sample in batch]) / 127.5 - 1
     labels = torch.tensor([sample[1] for sample in batch])
@@ -128,7 +128,7 @@ def test_training_learns():
 
 
 def _trainer(**settings) -> Trainer:
-    config = PretrainConfig(dim=32, depth=3, heads=2, image_size=32, **settings)
+    config = TrainConfig(dim=32, depth=3, heads=2, image_size=32, **settings)
     return Trainer(build_model(config, 12), config, Processes(0, 0, 1, torch.device("cpu")), 4)
 
 
@@ -151,13 +151,13 @@ def test_layer_decay_by_hand(decay_all):
 def test_without_layer_decay_all_layers_learn_alike():
     assert {group.get("lr_scale", 1.0) for group in _trainer().optimizer.param_groups} == {1.0}
     with pytest.raises(ValueError, match=r"layer_decay=1\.5"):
-        PretrainConfig(layer_decay=1.5)
+        TrainConfig(layer_decay=1.5)
 
 
 @pytest.mark.parametrize("mode", ["norm", "value", "agc"])
 def test_clipping_by_hand(mode):
     torch.manual_seed(0)
-    config = PretrainConfig(dim=32, depth=1, heads=2, image_size=32, clip_grad=0.02, clip_mode=mode)
+    config = TrainConfig(dim=32, depth=1, heads=2, image_size=32, clip_grad=0.02, clip_mode=mode)
     model = build_model(config, 12)
     before = {}
     for name, parameter in model.named_parameters():
@@ -406,7 +406,7 @@ def test_a_timm_model_trains_in_the_same_loop(tmp_path):
 
 
 def test_cosine_schedule():
-    config = PretrainConfig(epochs=10, warmup_epochs=2, lr=1.0, min_lr=0.1)
+    config = TrainConfig(epochs=10, warmup_epochs=2, lr=1.0, min_lr=0.1)
     rates = [learning_rate(config, step, 50) for step in range(500)]
     assert rates[0] == pytest.approx(0.01)
     assert rates[99] == pytest.approx(1.0)
@@ -417,7 +417,7 @@ def test_cosine_schedule():
 
 
 def test_released_schedule_steps_by_the_epoch_and_takes_the_smaller():
-    config = PretrainConfig(epochs=200, warmup_epochs=20, lr=2e-4, schedule="released")
+    config = TrainConfig(epochs=200, warmup_epochs=20, lr=2e-4, schedule="released")
     by_epoch = [learning_rate(config, epoch * 5, 5) for epoch in range(200)]
     assert all(learning_rate(config, epoch * 5 + 4, 5) == by_epoch[epoch] for epoch in range(200))
     for epoch, rate in enumerate(by_epoch):
@@ -427,5 +427,5 @@ def test_released_schedule_steps_by_the_epoch_and_takes_the_smaller():
 
 def test_no_warmup():
     for schedule in ("cosine", "released"):
-        config = dataclasses.replace(PretrainConfig(epochs=4, lr=1.0), warmup_epochs=0.0, schedule=schedule)
+        config = dataclasses.replace(TrainConfig(epochs=4, lr=1.0), warmup_epochs=0.0, schedule=schedule)
         assert learning_rate(config, 0, 10) == pytest.approx(1.0)

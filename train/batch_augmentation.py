@@ -9,7 +9,7 @@ from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 
-from crate_fast.train.config import PretrainConfig
+from crate_fast.train.config import TrainConfig
 from crate_fast.train.data import drawing_from
 
 __all__ = ["BatchAugmentation"]
@@ -30,7 +30,7 @@ class BatchAugmentation:
         ValueError: Images are to be mixed and a micro-batch has an odd number of them.
     """
 
-    def __init__(self, config: PretrainConfig, num_classes: int, device: torch.device, share: int):
+    def __init__(self, config: TrainConfig, num_classes: int, device: torch.device, share: int):
         self.seed = config.seed
         self.erase = self.mix = None
         if config.random_erasing:

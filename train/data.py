@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import datasets as torchvision_datasets
 from torchvision import transforms
 
-from crate_fast.train.config import PretrainConfig
+from crate_fast.train.config import TrainConfig
 from crate_fast.train.shape_scenes import ShapeScenes
 
 __all__ = [
@@ -168,7 +168,7 @@ class DataSplits:
     masks: Dataset | None
 
 
-def _train_transform(config: PretrainConfig) -> transforms.Compose:
+def _train_transform(config: TrainConfig) -> transforms.Compose:
     size = config.image_size
     crop = {
         "none": [transforms.Resize((size, size))],
@@ -181,13 +181,13 @@ def _train_transform(config: PretrainConfig) -> transforms.Compose:
     return transforms.Compose([*crop[config.crop], flip, *augment, transforms.PILToTensor()])
 
 
-def _eval_transform(config: PretrainConfig) -> transforms.Compose:
+def _eval_transform(config: TrainConfig) -> transforms.Compose:
     size = config.image_size
     resize = transforms.Resize(size, interpolation=transforms.InterpolationMode.BICUBIC)
     return transforms.Compose([resize, transforms.CenterCrop(size), transforms.PILToTensor()])
 
 
-def _open_images(config: PretrainConfig, train: bool) -> tuple[Dataset, tuple[str, ...]]:
+def _open_images(config: TrainConfig, train: bool) -> tuple[Dataset, tuple[str, ...]]:
     """A data set of (PIL image, label) and its class names."""
     root = Path(config.data_dir)
     split = config.train_split if train else config.val_split
@@ -214,7 +214,7 @@ def _open_images(config: PretrainConfig, train: bool) -> tuple[Dataset, tuple[st
     return images, tuple(sorted(names, key=names.get))
 
 
-def build_splits(config: PretrainConfig) -> DataSplits:
+def build_splits(config: TrainConfig) -> DataSplits:
     """Open the data set that the configuration names.
 
     Raises:
@@ -243,7 +243,7 @@ def build_splits(config: PretrainConfig) -> DataSplits:
     )
 
 
-def plain_splits(config: PretrainConfig) -> DataSplits:
+def plain_splits(config: TrainConfig) -> DataSplits:
     """`build_splits` as a frozen model is probed: both splits under the validation transform, nothing augmented.
 
     An image that cannot be read raises one of `UNREADABLE`, and none takes its place.
@@ -266,7 +266,7 @@ class _TrainBatches:
     sees depends neither on the number of processes nor on accumulation.
     """
 
-    def __init__(self, config: PretrainConfig, n_images: int, rank: int, world_size: int, first_step: int):
+    def __init__(self, config: TrainConfig, n_images: int, rank: int, world_size: int, first_step: int):
         self.config, self.n_images = config, n_images
         self.rank, self.world_size, self.first_step = rank, world_size, first_step
         self.steps_per_epoch = n_images // config.batch_size
@@ -288,7 +288,7 @@ class _TrainBatches:
 
 
 def train_loader(
-    config: PretrainConfig, data: Dataset, *, rank: int = 0, world_size: int = 1, first_step: int = 0
+    config: TrainConfig, data: Dataset, *, rank: int = 0, world_size: int = 1, first_step: int = 0
 ) -> DataLoader:
     """Micro-batches of this process for every step from `first_step` to the end of the run.
 
@@ -307,7 +307,7 @@ def train_loader(
     return _loader(config, data, batches, persistent=False)
 
 
-def eval_loader(config: PretrainConfig, data: Dataset, *, rank: int = 0, world_size: int = 1) -> DataLoader:
+def eval_loader(config: TrainConfig, data: Dataset, *, rank: int = 0, world_size: int = 1) -> DataLoader:
     """This process's share of a split, every image once over all processes."""
     mine = range(rank, len(data), world_size)
     size = max(1, min(256, config.batch_size))
@@ -315,7 +315,7 @@ def eval_loader(config: PretrainConfig, data: Dataset, *, rank: int = 0, world_s
     return _loader(config, data, batches, persistent=True)
 
 
-def _loader(config: PretrainConfig, data: Dataset, batches, persistent: bool) -> DataLoader:
+def _loader(config: TrainConfig, data: Dataset, batches, persistent: bool) -> DataLoader:
     workers = config.workers
     if workers is None:  # on a CPU a loading process takes a core from the training threads and slows them far more
         share = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -331,7 +331,7 @@ def _loader(config: PretrainConfig, data: Dataset, batches, persistent: bool) ->
     )
 
 
-def _on_gpu(config: PretrainConfig) -> bool:
+def _on_gpu(config: TrainConfig) -> bool:
     return config.device != "cpu" and torch.cuda.is_available()
 
 

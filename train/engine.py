@@ -15,14 +15,14 @@ from torch.utils.data import DataLoader
 
 from crate_fast.functional import cached_dictionaries
 from crate_fast.train.batch_augmentation import BatchAugmentation
-from crate_fast.train.config import PretrainConfig
+from crate_fast.train.config import TrainConfig
 from crate_fast.train.data import Normalize
 from crate_fast.train.distributed import Processes
 
 __all__ = ["Trainer", "clipped_parameters", "evaluate", "learning_rate"]
 
 
-def learning_rate(config: PretrainConfig, step: int, steps_per_epoch: int) -> float:
+def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int) -> float:
     """Learning rate of optimiser step `step` (from 0).
 
     "cosine": linear warm-up, then half a cosine to `min_lr`, both by the step. "released": the smaller of warm-up and
@@ -41,7 +41,7 @@ def learning_rate(config: PretrainConfig, step: int, steps_per_epoch: int) -> fl
     return config.min_lr + (config.lr - config.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def autocast_dtype(config: PretrainConfig, device: torch.device) -> torch.dtype | None:
+def autocast_dtype(config: TrainConfig, device: torch.device) -> torch.dtype | None:
     """The dtype of autocast, or None for plain fp32."""
     if config.precision == "auto":
         return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else None
@@ -106,7 +106,7 @@ class Trainer:
         steps_per_epoch: Optimiser steps in an epoch.
     """
 
-    def __init__(self, model: nn.Module, config: PretrainConfig, processes: Processes, steps_per_epoch: int):
+    def __init__(self, model: nn.Module, config: TrainConfig, processes: Processes, steps_per_epoch: int):
         self.model, self.config, self.processes = model, config, processes
         self.steps_per_epoch = steps_per_epoch
         self.step = 0

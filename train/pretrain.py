@@ -22,7 +22,8 @@ from crate_fast import CRATE
 from crate_fast.provenance import provenance
 from crate_fast.segmentation import score_attention, scores_table
 from crate_fast.train import checkpoint
-from crate_fast.train.config import PretrainConfig, build_config, dump_config
+from crate_fast.train.command_line import build_config, dump_config
+from crate_fast.train.config import TrainConfig
 from crate_fast.train.data import DataSplits, build_splits, eval_loader, train_loader
 from crate_fast.train.distributed import Processes, process_group
 from crate_fast.train.engine import Trainer, evaluate
@@ -48,7 +49,7 @@ WHITEBOX_IMAGES = 64
 class Run:
     """The folder of a run: what was measured, and where it stands. Only the first process writes."""
 
-    def __init__(self, folder: Path, config: PretrainConfig, processes: Processes):
+    def __init__(self, folder: Path, config: TrainConfig, processes: Processes):
         self.folder, self.config, self.processes = folder, config, processes
         self.checkpoints = folder / "checkpoints"
         self.history: list[dict] = []

@@ -6,13 +6,14 @@ import timm
 from torch import nn
 
 from crate_fast.train import checkpoint
-from crate_fast.train.config import PretrainConfig, load_recipe
+from crate_fast.train.command_line import load_recipe
+from crate_fast.train.config import TrainConfig
 from crate_fast.train.data import DataSplits, build_splits
 
 __all__ = ["build_model", "checkpoint_epoch", "checkpoint_steps", "load_model", "load_run", "run_config"]
 
 
-def build_model(config: PretrainConfig, num_classes: int) -> nn.Module:
+def build_model(config: TrainConfig, num_classes: int) -> nn.Module:
     """The model that the configuration names, for `num_classes` classes, on the CPU."""
     ours = ("patch_size", "dim", "depth", "heads", "residual", "attention", "sparsifier", "threshold")
     changes = {name: getattr(config, name) for name in ours if getattr(config, name) is not None}
@@ -24,7 +25,7 @@ def build_model(config: PretrainConfig, num_classes: int) -> nn.Module:
     return model
 
 
-def run_config(folder: Path, **changes) -> PretrainConfig:
+def run_config(folder: Path, **changes) -> TrainConfig:
     """The configuration of a run, with `changes`.
 
     Raises:
@@ -34,7 +35,7 @@ def run_config(folder: Path, **changes) -> PretrainConfig:
         raise FileNotFoundError(
             f"{folder} is no run (it has no config.yaml): give the folder of one, such as runs/NAME"
         )
-    return PretrainConfig(**(load_recipe(str(folder / "config.yaml")) | changes))
+    return TrainConfig(**(load_recipe(str(folder / "config.yaml")) | changes))
 
 
 def checkpoint_steps(folder: Path) -> list[int]:
@@ -55,7 +56,7 @@ def checkpoint_epoch(folder: Path, step: int) -> float | None:
     return checkpoint.manifest(folder / "checkpoints", step).get("epoch")
 
 
-def load_model(folder: Path, step: int | None = None) -> tuple[nn.Module, PretrainConfig, int]:
+def load_model(folder: Path, step: int | None = None) -> tuple[nn.Module, TrainConfig, int]:
     """The model of a run's checkpoint; its data need not be there.
 
     Args:
@@ -89,7 +90,7 @@ def num_classes_of(weights: dict) -> int:
     return matrices[-1].shape[0] if matrices else 0
 
 
-def load_run(folder: Path, step: int | None = None, **changes) -> tuple[nn.Module, PretrainConfig, DataSplits, int]:
+def load_run(folder: Path, step: int | None = None, **changes) -> tuple[nn.Module, TrainConfig, DataSplits, int]:
     """`load_model` with the run's data.
 
     Args:

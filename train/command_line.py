@@ -1,0 +1,138 @@
+"""A run's configuration: frozen dataclass → YAML recipe → command line.
+
+Each field's docstring is its `--help` text. An unknown key is an error that suggests the nearest one.
+"""
+
+import argparse
+import ast
+import dataclasses
+import inspect
+import itertools
+import textwrap
+import typing
+from pathlib import Path
+
+import yaml
+
+from crate_fast.train.config import TrainConfig, nearest
+
+__all__ = ["build_config", "dump_config", "field_help", "load_recipe", "recipe_names"]
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+def field_help(config_class: type) -> dict[str, str]:
+    """Field name → the docstring written under it."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(config_class))).body[0].body
+    texts = {}
+    for field, text in itertools.pairwise(body):
+        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
+            texts[field.target.id] = text.value.value
+    return texts
+
+
+def _value_type(annotation) -> type:
+    """The type a command-line word is turned into: T for `T` and for `T | None`."""
+    inner = [a for a in typing.get_args(annotation) if a is not type(None)]
+    return inner[0] if inner else annotation
+
+
+def _checked(config_class: type, values: dict, source: str) -> dict:
+    """`values` with each value's type checked against its field."""
+    fields = {field.name: field for field in dataclasses.fields(config_class)}
+    checked = {}
+    for name, value in values.items():
+        if name not in fields:
+            raise ValueError(f"{source}: unknown key {name!r}{nearest(str(name), fields)}")
+        kind = _value_type(fields[name].type)
+        optional = kind is not fields[name].type
+        if kind is float and isinstance(value, int | str) and not isinstance(value, bool):
+            try:  # YAML reads 1e-3 as a string
+                value = float(value)
+            except ValueError as error:
+                raise ValueError(f"{source}: {name}={value!r} is not a number") from error
+        if not (value is None and optional) and (type(value) is not kind):
+            raise ValueError(f"{source}: {name}={value!r} must be {kind.__name__}")
+        checked[name] = value
+    return checked
+
+
+def recipe_names() -> list[str]:
+    """The recipes that come with the package."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def load_recipe(name: str, config_class: type = TrainConfig) -> dict:
+    """A recipe's settings: a name from `recipe_names()` or the path of a YAML file.
+
+    Raises:
+        ValueError: No such recipe, or it holds an unknown key or a value of the wrong type.
+    """
+    path = RECIPES / f"{name}.yaml" if name in recipe_names() else Path(name)
+    if not path.is_file():
+        raise ValueError(
+            f"no recipe {name!r}{nearest(name, recipe_names())}; "
+            f"choose {', '.join(recipe_names())} or a YAML file's path"
+        )
+    try:
+        values = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: a recipe is a mapping of settings, not {type(values).__name__}")
+    return _checked(config_class, values, str(path))
+
+
+class _Parser(argparse.ArgumentParser):
+    """An unknown option's error suggests the nearest."""
+
+    def parse_args(self, args=None, namespace=None):
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            options = [option for action in self._actions for option in action.option_strings]
+            self.error(f"unknown argument {unknown[0]!r}{nearest(unknown[0].split('=')[0], options)}")
+        return parsed
+
+
+def build_config(argv: list[str] | None, description: str, default_recipe: str, config_class: type = TrainConfig):
+    """Read the command line: recipe, then single settings, then where to write.
+
+    Args:
+        argv: Arguments; those of the process when None.
+        description: For `--help`.
+        default_recipe: Used when `--recipe` is absent.
+        config_class: The dataclass.
+
+    Returns:
+        (config, options), options holding `recipe`, `output` and `resume`.
+    """
+    parser = _Parser(description=description, allow_abbrev=False)
+    parser.add_argument(
+        "--recipe", default=default_recipe, help=f"{', '.join(recipe_names())}, or a YAML file's path"
+    )
+    parser.add_argument("--output", default=None, help="folder of the run; runs/<recipe>-<date> when absent")
+    parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in --output")
+    texts = field_help(config_class)
+    for field in dataclasses.fields(config_class):
+        option = "--" + field.name.replace("_", "-")
+        kind = _value_type(field.type)
+        help_text = texts[field.name].replace("%", "%%")
+        if kind is bool:
+            parser.add_argument(option, action=argparse.BooleanOptionalAction, default=None, help=help_text)
+        else:
+            parser.add_argument(option, type=kind, default=None, metavar=kind.__name__.upper(), help=help_text)
+    options = parser.parse_args(argv)
+    chosen = {f.name: getattr(options, f.name) for f in dataclasses.fields(config_class)}
+    try:
+        values = load_recipe(options.recipe, config_class) | {k: v for k, v in chosen.items() if v is not None}
+        config = config_class(**values)
+    except ValueError as error:
+        parser.error(str(error))
+    if options.resume and options.output is None:
+        parser.error("--resume continues the run in --output: name its folder with --output")
+    return config, options
+
+
+def dump_config(config) -> str:
+    """The resolved configuration as YAML that `--recipe` reads back."""
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
