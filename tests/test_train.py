@@ -16,13 +16,14 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from timm.utils import dispatch_clip_grad
 
 from crate_fast.eval import coarse_segmentation
 from crate_fast.train import checkpoint, pretrain
 from crate_fast.train.config import TrainConfig
+from crate_fast.train.data import Batch
 from crate_fast.train.distributed import Processes
-from crate_fast.train.engine import Trainer, clipped_parameters, learning_rate
+from crate_fast.train.engine import Trainer
+from crate_fast.train.optimizer import clip_gradients, gradient_norm, learning_rate
 from crate_fast.train.runs import build_model
 
 ROOT = Path(__file__).parent.parent
@@ -136,7 +137,8 @@ def _trainer(**settings) -> Trainer:
 def test_layer_decay_by_hand(decay_all):
     trainer = _trainer(layer_decay=0.5, decay_all=decay_all, lr=1e-3, warmup_epochs=0.0, batch_size=2, epochs=1)
     names = {id(parameter): name for name, parameter in trainer.model.named_parameters()}
-    batches = [(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.tensor([0, 1]))] * 4
+    images = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
+    batches = [Batch(images, torch.tensor([0, 1]), torch.zeros(2, dtype=torch.bool), [])] * 4
     next(trainer.train_steps(batches))
     seen = {names[id(p)]: group for group in trainer.optimizer.param_groups for p in group["params"]}
     assert seen.keys() == set(names.values())
@@ -163,7 +165,7 @@ def test_clipping_by_hand(mode):
     for name, parameter in model.named_parameters():
         parameter.grad = torch.randn_like(parameter)
         before[name] = parameter.grad.clone()
-    dispatch_clip_grad(clipped_parameters(model, mode), config.clip_grad, mode)
+    clip_gradients(model, config.clip_grad, mode, gradient_norm(model))
     total = torch.cat([gradient.flatten() for gradient in before.values()]).norm()
     for name, parameter in model.named_parameters():
         gradient = before[name]
@@ -287,8 +289,8 @@ def test_a_damaged_checkpoint_is_rejected_and_the_previous_one_still_loads(tmp_p
         path.unlink()
     with pytest.raises(checkpoint.CheckpointError, match=f"{name}.*step_00000001 is whole"):
         checkpoint.load(tmp_path, 2)
-    weights, training, _ = checkpoint.load(tmp_path, 1)
-    assert (weights["w"][0], training["trainer"]["step"]) == (1.0, 1)
+    saved = checkpoint.load(tmp_path, 1)
+    assert (saved.weights["w"][0], saved.training["trainer"]["step"]) == (1.0, 1)
 
 
 def test_a_run_with_a_cut_checkpoint_stops_with_the_remedy_and_goes_on_after_it(finished, tmp_path):

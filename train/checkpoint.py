@@ -1,26 +1,38 @@
 """Checkpoints that are whole or absent.
 
     RUN/checkpoints/step_00001500/model.safetensors     weights, under the released names
+                                  ema.safetensors       their moving average, in runs that keep one
                                   training.pt           optimiser and progress (tensors and plain values only)
                                   manifest.json         step, configuration, environment, each file's size and SHA-256
     RUN/checkpoints/best.json                           the step with the best validation accuracy
 
 A checkpoint is written into a hidden folder, flushed to disk, and renamed: whoever kills the process finds either the
 finished folder or none. Reading verifies every file against the manifest.
+
+Weights and optimiser state are whole in their files, whatever the number of processes and their engine
+(`parallel.gather`), so every checkpoint loads into any other number; PyTorch's sharded format would not do, since its
+reader unpickles.
 """
 
+import errno
 import hashlib
 import json
 import os
+import pickle
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 __all__ = [
+    "Checkpoint",
     "CheckpointError",
+    "DiskError",
     "best_step",
     "folder_of",
     "load",
@@ -30,13 +42,44 @@ __all__ = [
     "rotate",
     "save",
     "steps",
+    "sweep",
+    "write_text",
+    "writing",
 ]
 
-WEIGHTS, TRAINING, MANIFEST, BEST = "model.safetensors", "training.pt", "manifest.json", "best.json"
+WEIGHTS, EMA, TRAINING, MANIFEST = "model.safetensors", "ema.safetensors", "training.pt", "manifest.json"
+BEST = "best.json"
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint is damaged, missing or of another run."""
+
+
+class DiskError(OSError):
+    """A file of a run could not be written."""
+
+
+@contextmanager
+def writing(folder: Path):
+    """Failures to write below `folder` become a `DiskError` that says what is safe and what to do.
+
+    Raises:
+        DiskError: Something inside could not be written.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+        place = next(path for path in (folder, *folder.parents) if path.exists())
+        free = shutil.disk_usage(place).free
+        number = error.errno if isinstance(error, OSError) else None
+        full = number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error) or free < 2**20
+        if isinstance(error, RuntimeError) and not full and "PytorchStreamWriter" not in str(error):
+            raise
+        remedy = "free some space" if full else "see to its permissions and its disk"
+        raise DiskError(
+            f"{folder} could not be written ({error}; {free / 2**20:,.0f} MiB are free there). Finished checkpoints "
+            f"are untouched: {remedy}, then continue with --resume"
+        ) from error
 
 
 def folder_of(root: Path, step: int) -> Path:
@@ -89,7 +132,14 @@ def newest(root: Path) -> int | None:
     return max(steps(root), default=None)
 
 
-def save(root: Path, step: int, weights: dict[str, Tensor], training: dict, facts: dict) -> Path:
+def save(
+    root: Path,
+    step: int,
+    weights: dict[str, Tensor],
+    training: dict,
+    facts: dict,
+    ema: dict[str, Tensor] | None = None,
+) -> Path:
     """Write a checkpoint, all or nothing.
 
     Args:
@@ -98,26 +148,41 @@ def save(root: Path, step: int, weights: dict[str, Tensor], training: dict, fact
         weights: The model's state dict.
         training: Optimiser state and progress: tensors and plain values.
         facts: JSON values for the manifest: configuration, commit, versions.
+        ema: The moving average's state dict, if there is one.
 
     Returns:
         The checkpoint's folder.
+
+    Raises:
+        DiskError: It could not be written; nothing of it is left behind.
     """
-    root.mkdir(parents=True, exist_ok=True)
     final = folder_of(root, step)
     temporary = root / f".{final.name}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, temporary / WEIGHTS)
-    torch.save(training, temporary / TRAINING)
-    files = {name: _fingerprint(temporary / name) for name in (WEIGHTS, TRAINING)}
-    (temporary / MANIFEST).write_text(json.dumps({"step": step, "files": files, **facts}, indent=2))
-    for name in (WEIGHTS, TRAINING, MANIFEST):
-        _flush(temporary / name)
-    _flush(temporary)
-    _remove(final)  # the same step saved before
-    temporary.replace(final)
-    _flush(root)
+    with writing(root):
+        root.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        try:
+            temporary.mkdir()
+            _write(temporary, step, {WEIGHTS: weights} | ({EMA: ema} if ema is not None else {}), training, facts)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        _remove(final)  # the same step saved before
+        temporary.replace(final)
+        _flush(root)
     return final
+
+
+def _write(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], training: dict, facts: dict) -> None:
+    """A checkpoint's files, on the disk when this returns."""
+    for name, state in tensors.items():
+        save_file({key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}, folder / name)
+    torch.save(training, folder / TRAINING)
+    files = {name: _fingerprint(folder / name) for name in (*tensors, TRAINING)}
+    (folder / MANIFEST).write_text(json.dumps({"step": step, "files": files, **facts}, indent=2))
+    for name in (*files, MANIFEST):
+        _flush(folder / name)
+    _flush(folder)
 
 
 def manifest(root: Path, step: int) -> dict:
@@ -125,11 +190,24 @@ def manifest(root: Path, step: int) -> dict:
     return json.loads((folder_of(root, step) / MANIFEST).read_text())
 
 
-def load(root: Path, step: int) -> tuple[dict[str, Tensor], dict, dict]:
-    """Read a checkpoint and verify it.
+class Checkpoint(NamedTuple):
+    """What a checkpoint holds.
 
-    Returns:
-        (weights, training, manifest).
+    Attributes:
+        weights: The model's state dict.
+        ema: The moving average's, or None.
+        training: Optimiser state and progress.
+        manifest: Step, configuration, history, environment.
+    """
+
+    weights: dict[str, Tensor]
+    ema: dict[str, Tensor] | None
+    training: dict
+    manifest: dict
+
+
+def load(root: Path, step: int) -> Checkpoint:
+    """Read a checkpoint and verify it.
 
     Raises:
         CheckpointError: A file is missing or differs from the manifest; the message names the file and the newest
@@ -145,8 +223,14 @@ def load(root: Path, step: int) -> tuple[dict[str, Tensor], dict, dict]:
             else "no earlier one is whole"
         )
         raise CheckpointError(f"{problem}. {remedy}")
-    training = torch.load(folder / TRAINING, map_location="cpu", weights_only=True)
-    return load_file(folder / WEIGHTS), training, manifest(root, step)
+    try:
+        training = torch.load(folder / TRAINING, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{folder / TRAINING} holds more than tensors and plain values and is not read, since that could run code"
+        ) from error
+    ema = load_file(folder / EMA) if (folder / EMA).is_file() else None
+    return Checkpoint(load_file(folder / WEIGHTS), ema, training, manifest(root, step))
 
 
 def _problem(folder: Path) -> str | None:
@@ -176,6 +260,12 @@ def best_step(root: Path) -> int | None:
     path = root / BEST
     step = json.loads(path.read_text())["step"] if path.is_file() else None
     return step if step in steps(root) else None
+
+
+def sweep(root: Path) -> None:
+    """Delete what a killed process left half written or half deleted."""
+    for path in (*root.glob(".step_*.tmp"), *root.glob(".step_*.old")):
+        shutil.rmtree(path)
 
 
 def rotate(root: Path, keep: int) -> None:

@@ -8,8 +8,10 @@ import ast
 import dataclasses
 import inspect
 import itertools
+import os
 import textwrap
 import typing
+from collections.abc import Callable
 from pathlib import Path
 
 import yaml
@@ -94,7 +96,13 @@ class _Parser(argparse.ArgumentParser):
         return parsed
 
 
-def build_config(argv: list[str] | None, description: str, default_recipe: str, config_class: type = TrainConfig):
+def build_config(
+    argv: list[str] | None,
+    description: str,
+    default_recipe: str,
+    config_class: type = TrainConfig,
+    adjust: Callable[[dict, dict], dict] = lambda values, chosen: values | chosen,
+):
     """Read the command line: recipe, then single settings, then where to write.
 
     Args:
@@ -102,9 +110,10 @@ def build_config(argv: list[str] | None, description: str, default_recipe: str, 
         description: For `--help`.
         default_recipe: Used when `--recipe` is absent.
         config_class: The dataclass.
+        adjust: (the recipe's settings, the command line's) → the settings; the latter win by default.
 
     Returns:
-        (config, options), options holding `recipe`, `output` and `resume`.
+        (config, options), options holding `recipe`, `output`, `resume` and `dry_run`.
     """
     parser = _Parser(description=description, allow_abbrev=False)
     parser.add_argument(
@@ -112,6 +121,9 @@ def build_config(argv: list[str] | None, description: str, default_recipe: str, 
     )
     parser.add_argument("--output", default=None, help="folder of the run; runs/<recipe>-<date> when absent")
     parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in --output")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="build everything, run two steps, save, load, and leave nothing behind"
+    )
     texts = field_help(config_class)
     for field in dataclasses.fields(config_class):
         option = "--" + field.name.replace("_", "-")
@@ -124,12 +136,14 @@ def build_config(argv: list[str] | None, description: str, default_recipe: str, 
     options = parser.parse_args(argv)
     chosen = {f.name: getattr(options, f.name) for f in dataclasses.fields(config_class)}
     try:
-        values = load_recipe(options.recipe, config_class) | {k: v for k, v in chosen.items() if v is not None}
-        config = config_class(**values)
-    except ValueError as error:
+        given = {name: value for name, value in chosen.items() if value is not None}
+        config = config_class(**adjust(load_recipe(options.recipe, config_class), given))
+    except (ValueError, FileNotFoundError) as error:
         parser.error(str(error))
     if options.resume and options.output is None:
         parser.error("--resume continues the run in --output: name its folder with --output")
+    if options.output is None and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
+        parser.error("torchrun --max-restarts: restarted processes look for their run in --output; name its folder")
     return config, options
 
 

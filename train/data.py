@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -55,6 +56,23 @@ _TORCHVISION = {
         root, split="trainval" if train else "test", download=download
     ),
 }
+
+
+class Batch(NamedTuple):
+    images: Tensor
+    labels: Tensor
+    flips: Tensor | None = None
+    problems: list = []
+    masks: Tensor | None = None
+
+
+def mirrored(images, flips):
+    return torch.where(flips[:, None, None, None], images.flip(-1), images)
+
+
+def _collate(samples):
+    parts = torch.utils.data.default_collate(samples)
+    return Batch(parts[0], parts[1], None, [], parts[2] if len(parts) > 2 else None)
 
 
 class Normalize(nn.Module):
@@ -327,6 +345,7 @@ def _loader(config: TrainConfig, data: Dataset, batches, persistent: bool) -> Da
         num_workers=workers,
         pin_memory=_on_gpu(config),
         worker_init_fn=_one_thread,
+        collate_fn=_collate,
         **parallel,
     )
 

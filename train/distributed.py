@@ -21,12 +21,14 @@ class Processes:
         local_rank: On this host.
         world_size: Number of processes; 1 without `torchrun`.
         device: Where this process computes.
+        local_world_size: Number of processes on this host.
     """
 
     rank: int
     local_rank: int
     world_size: int
     device: torch.device
+    local_world_size: int = 1
 
     @property
     def first(self) -> bool:
@@ -38,6 +40,14 @@ class Processes:
         if self.world_size > 1:
             dist.all_reduce(values)
         return values
+
+    def largest(self, number: int) -> int:
+        """The largest `number` of any process, on every one of them."""
+        if self.world_size == 1:
+            return number
+        box = torch.tensor(number, device=self.device)
+        dist.all_reduce(box, op=dist.ReduceOp.MAX)
+        return int(box)
 
     def agree(self, value: str) -> str:
         """The first process's `value`, on every process."""
@@ -103,7 +113,7 @@ def process_group(device: str, threads: int = 0):
             timeout=timedelta(hours=2),  # one process downloads, scores and draws while the others wait
         )
     try:
-        yield Processes(rank, local_rank, world_size, place)
+        yield Processes(rank, local_rank, world_size, place, local_size)
     finally:
         if world_size > 1:
             dist.destroy_process_group()

@@ -1,51 +1,50 @@
-"""The training loop: thin, and the same for one process or many."""
+"""The optimiser step: thin, and the same for one process or many."""
 
-import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from timm.optim import create_optimizer_v2
-from timm.utils import dispatch_clip_grad
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
 
 from crate_fast.functional import cached_dictionaries
+from crate_fast.train import parallel
 from crate_fast.train.batch_augmentation import BatchAugmentation
 from crate_fast.train.config import TrainConfig
-from crate_fast.train.data import Normalize
+from crate_fast.train.data import Batch, Normalize, mirrored
 from crate_fast.train.distributed import Processes
+from crate_fast.train.nonfinite import NonFinite, diagnosis
+from crate_fast.train.optimizer import build_optimizer, clip_gradients, gradient_norm, learning_rate
 
-__all__ = ["Trainer", "clipped_parameters", "evaluate", "learning_rate"]
+__all__ = ["StepResult", "Trainer", "autocast", "autocast_dtype"]
+
+_SMALLEST_SCALE = 1.0  # of fp16's gradient scaler: below it, overflow is no longer the scale's fault
 
 
-def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int) -> float:
-    """Learning rate of optimiser step `step` (from 0).
+class StepResult(NamedTuple):
+    """What one optimiser step gave: means over the images of all processes.
 
-    "cosine": linear warm-up, then half a cosine to `min_lr`, both by the step. "released": the smaller of warm-up and
-    cosine, both by the epoch, as the released recipe steps them.
+    Attributes:
+        loss: In nats, as it was trained on.
+        accuracy: Of the training images, in [0, 1].
+        taken: Whether the weights were updated.
+        stop: Whether any process has been asked to stop.
     """
-    total = config.epochs * steps_per_epoch
-    warmup = config.warmup_epochs * steps_per_epoch
-    if config.schedule == "released":
-        step = step // steps_per_epoch * steps_per_epoch
-        rising = min(1.0, (step + steps_per_epoch) / warmup) if warmup else 1.0
-        falling = 0.5 * (1 + math.cos(math.pi * step / total))
-        return max(config.min_lr, config.lr * min(rising, falling))
-    if step < warmup:
-        return config.lr * (step + 1) / math.ceil(warmup)
-    progress = (step - warmup) / max(1.0, total - warmup)
-    return config.min_lr + (config.lr - config.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+
+    loss: float
+    accuracy: float
+    taken: bool
+    stop: bool
 
 
 def autocast_dtype(config: TrainConfig, device: torch.device) -> torch.dtype | None:
     """The dtype of autocast, or None for plain fp32."""
     if config.precision == "auto":
         return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else None
-    return torch.bfloat16 if config.precision == "bf16" else None
+    return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.precision]
 
 
 def autocast(device: torch.device, dtype: torch.dtype | None):
@@ -53,138 +52,160 @@ def autocast(device: torch.device, dtype: torch.dtype | None):
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
 
-@torch.inference_mode()
-@cached_dictionaries()
-def evaluate(
-    model: nn.Module, loader: DataLoader, normalize: Normalize, processes: Processes, dtype: torch.dtype | None = None
-) -> dict[str, float]:
-    """Classification on a split that is shared out over the processes; every image counts once.
-
-    Args:
-        model: In any mode; left in evaluation mode.
-        loader: `eval_loader` of this process: (images, labels, …).
-        normalize: uint8 → fp32 on the device.
-        processes: Whose counts are added up.
-        dtype: Of autocast.
-
-    Returns:
-        "loss" (cross-entropy in nats), "accuracy" and "top5" in [0, 1].
-    """
-    model.eval()
-    totals = torch.zeros(4, dtype=torch.float64, device=processes.device)
-    for images, labels, *_ in loader:
-        images, labels = images.to(processes.device), labels.to(processes.device)
-        with autocast(processes.device, dtype):
-            logits = model(normalize(images))
-        logits = logits.float()
-        ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
-        loss = F.cross_entropy(logits, labels, reduction="sum")
-        counts = [loss, ranked[:, 0].sum(), ranked.sum(), torch.tensor(len(labels), device=labels.device)]
-        totals += torch.stack([count.double() for count in counts])
-    loss, top1, top5, count = processes.sum(totals).tolist()
-    return {"loss": loss / count, "accuracy": top1 / count, "top5": top5 / count}
-
-
-def clipped_parameters(model: nn.Module, mode: str) -> list[nn.Parameter]:
-    """The parameters whose gradients are clipped: all, but with "agc" not the classifier's.
-
-    Args:
-        model: With timm's `get_classifier`.
-        mode: "norm", "value" or "agc".
-    """
-    spared = {id(p) for p in model.get_classifier().parameters()} if mode == "agc" else set()
-    return [p for p in model.parameters() if id(p) not in spared]
-
-
 class Trainer:
-    """A model, its optimiser and the optimiser steps done.
+    """A model, its moving average, its optimiser, and the optimiser steps done.
 
     Args:
-        model: On the device.
+        model: On the device; shared out over the processes here, where the configuration says so.
         config: The run's.
         processes: See `distributed.process_group`.
         steps_per_epoch: Optimiser steps in an epoch.
+
+    Raises:
+        ValueError: The configuration cannot be carried out on these processes.
     """
 
     def __init__(self, model: nn.Module, config: TrainConfig, processes: Processes, steps_per_epoch: int):
         self.model, self.config, self.processes = model, config, processes
         self.steps_per_epoch = steps_per_epoch
         self.step = 0
-        self.dtype = autocast_dtype(config, processes.device)
-        self.normalize = Normalize(config.mean).to(processes.device)
-        self.optimizer = create_optimizer_v2(
-            model,
-            opt=config.optimizer,
-            lr=config.lr,
-            weight_decay=config.weight_decay,
-            filter_bias_and_bn=not config.decay_all,
-            layer_decay=config.layer_decay if config.layer_decay < 1 else None,
-        )
-        if config.decay_all:  # with layer_decay timm spares positions and CLS even so
-            for group in self.optimizer.param_groups:
-                group["weight_decay"] = config.weight_decay
+        self.device, self.dtype = processes.device, autocast_dtype(config, processes.device)
+        self.normalize = Normalize(config.mean).to(self.device)
+        if config.frozen:
+            model.requires_grad_(False)
+            model.get_classifier().requires_grad_(True)
+        sharded = processes.world_size > 1 and config.parallel != "ddp"
+        if sharded and config.clip_mode == "agc" and config.clip_grad:
+            raise ValueError(
+                f"clip_mode='agc' needs whole weights, and parallel={config.parallel!r} shares them out: clip by "
+                "norm or value, or use parallel='ddp'"
+            )
+        self.ema: ModelEmaV3 | None = None
+        if config.ema_decay:
+            warmup = {"use_warmup": config.ema_warmup}
+            self.ema = ModelEmaV3(model, decay=config.ema_decay, foreach=not sharded, **warmup)
+        if sharded:
+            parallel.shard(model, config, processes)
+            if self.ema is not None:
+                parallel.shard(self.ema.module, config, processes)
+        self.optimizer = build_optimizer(model, config)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype is torch.float16)
+        self.nonfinite = NonFinite(config.nonfinite_limit)
         share = config.batch_size // (config.accumulate * processes.world_size)
-        self.augment = BatchAugmentation(config, model.num_classes, processes.device, share)
-        runner = torch.compile(model) if config.compile else model
-        self.runner = DistributedDataParallel(runner) if processes.world_size > 1 else runner
+        self.augment = BatchAugmentation(config, model.num_classes, self.device, share)
+        self.runner = parallel.distribute(model, config, processes)
+        self.problems: list[str] = []  # images that could not be read; for the caller to take
 
     @property
     def total_steps(self) -> int:
         """Optimiser steps of the whole run."""
         return self.config.epochs * self.steps_per_epoch
 
-    def train_steps(self, loader: DataLoader) -> Iterator[Tensor]:
-        """Run every step in `loader`; after each yield its loss and accuracy, means over this process's images, [2].
+    def train_steps(self, batches: Iterable[Batch], stopping=lambda: False) -> Iterator[StepResult]:
+        """Run every step whose micro-batches are in `batches`, and yield what each gave.
 
-        They stay on the device: a caller who does not read them does not make the processor wait for the GPU.
+        Args:
+            batches: Of this process, as `train_loader` deals them.
+            stopping: Whether this process has been asked to stop; the result tells all of them.
+
+        Raises:
+            NonFiniteError: Too many steps in a row were not finite.
         """
-        config, processes = self.config, self.processes
-        batches = iter(loader)
+        batches = iter(batches)
         while self.step < self.total_steps:
-            self.runner.train()
-            for group in self.optimizer.param_groups:
-                scale = group.get("lr_scale", 1.0)  # of layer_decay
-                group["lr"] = scale * learning_rate(config, self.step, self.steps_per_epoch)
-            totals = torch.zeros(2, device=processes.device)
-            draw = np.random.SeedSequence((config.seed, self.step, processes.rank)).generate_state(1, np.uint64)
-            torch.manual_seed(int(draw[0]))  # dropout's masks depend on the step alone: nothing to save for a resume
+            self._prepare()
+            totals = torch.zeros(2, device=self.device)
             with cached_dictionaries():
-                for part in range(config.accumulate):
-                    images, labels, *_ = next(batches)
-                    last = part == config.accumulate - 1
-                    hold = nullcontext() if last or processes.world_size == 1 else self.runner.no_sync()
-                    with hold:
-                        totals += self._forward_backward(images, labels, part)
-            if config.clip_grad:
-                dispatch_clip_grad(
-                    clipped_parameters(self.model, config.clip_mode), config.clip_grad, config.clip_mode
-                )
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
-            self.step += 1
-            yield totals
+                for part in range(self.config.accumulate):
+                    batch = next(batches)
+                    self.problems += batch.problems
+                    with parallel.holding_gradients(self.runner, part < self.config.accumulate - 1):
+                        totals += self._forward_backward(batch, part)
+            yield self._update(totals, stopping(), batch)
 
-    def _forward_backward(self, images: Tensor, labels: Tensor, part: int) -> Tensor:
+    def _prepare(self) -> None:
+        """Modes, learning rates and the step's seed."""
+        self.runner.train()
+        if self.config.frozen:
+            self.model.eval()
+            self.model.get_classifier().train()
+        for group in self.optimizer.param_groups:
+            scale = group.get("lr_scale", 1.0)  # of layer_decay
+            group["lr"] = scale * learning_rate(self.config, self.step, self.steps_per_epoch)
+        seed = np.random.SeedSequence((self.config.seed, self.step, self.processes.rank))
+        torch.manual_seed(int(seed.generate_state(1, np.uint64)[0]))  # dropout's: nothing to save for a resume
+
+    def prepare_images(self, images: Tensor, flips: Tensor | None = None) -> Tensor:
+        """uint8 images from a loader → the model's input, on the device."""
+        images = images.to(self.device, non_blocking=True)
+        if flips is not None:
+            images = mirrored(images, flips.to(self.device, non_blocking=True))
+        images = self.normalize(images)
+        return images.contiguous(memory_format=torch.channels_last) if self.config.channels_last else images
+
+    def _forward_backward(self, batch: Batch, part: int) -> Tensor:
         """Add one micro-batch's gradient; return its share of the step's loss and accuracy, [2]."""
-        device = self.processes.device
-        images = images.to(device, non_blocking=True)
-        labels = labels.to(device, non_blocking=True)
+        labels = batch.labels.to(self.device, non_blocking=True)
+        images = self.prepare_images(batch.images, batch.flips)
         part = part * self.processes.world_size + self.processes.rank
-        images, targets = self.augment(self.normalize(images), labels, self.step, part)
-        with autocast(device, self.dtype):
+        images, targets = self.augment(images, labels, self.step, part)
+        with autocast(self.device, self.dtype):
             logits = self.runner(images)
         smoothing = self.config.label_smoothing if targets.dim() == 1 else 0.0  # a mixture has it in it
         loss = F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
-        (loss / self.config.accumulate).backward()
+        self.scaler.scale(loss / self.config.accumulate).backward()
         accuracy = (logits.detach().argmax(dim=1) == labels).float().mean()
         return torch.stack([loss.detach(), accuracy]) / self.config.accumulate
 
-    def state(self) -> dict:
-        """What `restore` needs beside the weights: tensors and plain values."""
-        return {"step": self.step, "optimizer": self.optimizer.state_dict()}
+    def _update(self, totals: Tensor, stopping: bool, batch: Batch) -> StepResult:
+        """Clip and step, unless loss or gradient is not finite on any process: then all of them skip."""
+        self.scaler.unscale_(self.optimizer)
+        norm = gradient_norm(self.model)
+        bad = torch.stack([~totals[0].isfinite(), ~norm.isfinite(), torch.tensor(stopping, device=self.device)])
+        shared = self.processes.sum(torch.cat([totals.double() / self.processes.world_size, bad.double()]))
+        loss, accuracy, bad_loss, bad_gradient, stop = shared.tolist()  # the step's one wait for the device
+        taken, report = not (bad_loss or bad_gradient), None
+        if taken:
+            clip_gradients(self.model, self.config.clip_grad, self.config.clip_mode, norm)
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            self.nonfinite.passed()
+        else:
+            overflow = self._lower_scale() and not bad_loss
+            if self.nonfinite.failed(self.step, loss, float(norm), overflow):
+                report = diagnosis(self.model, self.prepare_images(batch.images, batch.flips))
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        if report is not None:
+            self.nonfinite.stop(report)
+        if taken and self.ema is not None:
+            self.ema.update(self.model, step=self.step)
+        return StepResult(loss, accuracy, taken, bool(stop))
 
-    def restore(self, weights: dict[str, Tensor], state: dict) -> None:
-        """Continue exactly where `state` and the weights were taken."""
-        self.model.load_state_dict(weights, strict=True)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.step = state["step"]
+    def _lower_scale(self) -> bool:
+        """Halve fp16's scale after an overflow; whether the scale could have been the cause."""
+        if not self.scaler.is_enabled():
+            return False
+        scale = self.scaler.get_scale()
+        self.scaler.update(scale * self.scaler.get_backoff_factor())
+        return scale > _SMALLEST_SCALE
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Tensor] | None, dict]:
+        """(weights, the moving average's, everything else `restore` needs): tensors and plain values, in one piece.
+
+        A collective call; the first process has it.
+        """
+        weights, optimizer = parallel.gather(self.model, self.optimizer)
+        ema = None if self.ema is None else parallel.gather(self.ema.module)[0]
+        rest = {"step": self.step, "optimizer": optimizer, "scaler": self.scaler.state_dict()}
+        return weights, ema, rest | {"nonfinite": self.nonfinite.state()}
+
+    def restore(self, weights: dict[str, Tensor], ema: dict[str, Tensor] | None, rest: dict) -> None:
+        """Continue exactly where `state` was taken, by any number of processes. A collective call."""
+        parallel.scatter(self.model, weights, self.optimizer, rest["optimizer"])
+        if self.ema is not None:
+            parallel.scatter(self.ema.module, ema)
+        if self.scaler.is_enabled():
+            self.scaler.load_state_dict(rest["scaler"])
+        self.nonfinite.restore(rest["nonfinite"])
+        self.step = rest["step"]

@@ -1,15 +1,21 @@
-"""The figures of a finished run: attention maps and curves."""
+"""What a finished run leaves: attention maps, curves, summary.json, and a few printed lines."""
 
+import json
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from crate_fast import CRATE
 from crate_fast.figures import Curve, Picture, curve_figure, image_grid
-from crate_fast.train.data import Normalize
-from crate_fast.whitebox import trace
+from crate_fast.segmentation import score_attention, scores_table
+from crate_fast.train import checkpoint
+from crate_fast.train.data import DataSplits, Normalize, eval_loader
+from crate_fast.train.engine import Trainer
+from crate_fast.train.run_folder import RunFolder
+from crate_fast.whitebox import attention_layer, trace
 
-__all__ = ["attention_figure", "curves_figure"]
+__all__ = ["attention_figure", "curves_figure", "print_summary", "write_report"]
 
 
 @torch.inference_mode()
@@ -63,3 +69,102 @@ def curves_figure(history: list[dict], path: Path) -> None:
 
     panels = {name: curve(name, "training") + curve(f"val_{name}", "validation") for name in ("loss", "accuracy")}
     curve_figure(panels, "optimiser step", [path])
+
+
+def write_report(
+    run: RunFolder, trainer: Trainer, model: nn.Module, data: DataSplits, seconds: float, images_per_s: float | None
+) -> dict:
+    """Score, draw and summarise a finished run; on the first process.
+
+    Args:
+        run: Its folder.
+        trainer: At the last step.
+        model: In one piece: the moving average where there is one.
+        data: Its splits.
+        seconds: Of this session.
+        images_per_s: Of all processes together, the median of this session's log intervals; None if it trained none.
+
+    Returns:
+        The summary, as in summary.json.
+    """
+    folder = run.folder
+    curves_figure(run.history, folder / "curves.png")
+    final = next(entry for entry in reversed(run.history) if "val_accuracy" in entry)
+    summary = {name: value for name, value in final.items() if name.startswith(("val_", "ema_val_"))}
+    summary |= {
+        "chance": 1 / len(data.classes),
+        "best_val_accuracy": run.best["val_accuracy"],
+        "best_checkpoint": str(checkpoint.folder_of(run.checkpoints, run.best["step"])),
+        "last_checkpoint": str(checkpoint.folder_of(run.checkpoints, trainer.step)),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "steps": trainer.step,
+        "skipped_steps": trainer.nonfinite.total,
+        "unreadable_images": run.extra["unreadable"]["total"],
+        "seconds_this_session": round(seconds, 1),
+    }
+    if images_per_s is not None:
+        summary["throughput"] = _throughput(trainer, model, images_per_s)
+    if isinstance(model, CRATE):
+        summary |= _attention_report(run, trainer, model, data)
+    with checkpoint.writing(folder):
+        checkpoint.write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+    return summary
+
+
+def _throughput(trainer: Trainer, model: nn.Module, images_per_s: float) -> dict:
+    """What `crate-fast plan --throughput` reads."""
+    config, processes = trainer.config, trainer.processes
+    on_gpu = processes.device.type == "cuda"
+    patch = getattr(model, "patch_size", None) or model.patch_embed.patch_size
+    return {
+        "images_per_s_per_device": images_per_s / processes.world_size,
+        "device": torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads",
+        "devices": processes.world_size,
+        "model": config.model,
+        "image_size": config.image_size,
+        "patch_size": patch if isinstance(patch, int) else patch[0],
+        "precision": "fp32" if trainer.dtype is None else {torch.bfloat16: "bf16"}.get(trainer.dtype, "fp16"),
+        "parallel": config.parallel,
+        "batch_size": config.batch_size,
+    }
+
+
+def _attention_report(run: RunFolder, trainer: Trainer, model: CRATE, data: DataSplits) -> dict:
+    """attention.png, and the segmentation scores where masks are known."""
+    config, layer = run.config, attention_layer(model)
+    source = data.val if data.masks is None else data.masks
+    shown = min(8, len(source))
+    samples = [source[0, i * len(source) // shown] for i in range(shown)]  # evenly spaced: folders are sorted
+    masks = None if data.masks is None else torch.stack([sample[2] for sample in samples])
+    images = torch.stack([sample[0] for sample in samples])
+    titles = [data.classes[sample[1]] for sample in samples]
+    layers = sorted({layer, model.transformer.depth - 1})
+    attention_figure(model, images, masks, titles, trainer.normalize, layers, run.folder / "attention.png")
+    if data.masks is None:
+        return {}
+    batches = ((batch.images, batch.labels, batch.masks) for batch in eval_loader(config, data.masks))
+    scores = score_attention(model, batches, trainer.normalize)
+    return {"attention_layer": layer, "attention_miou": scores}
+
+
+def print_summary(summary: dict, folder: Path) -> None:
+    """What a user sees at the end of a run."""
+    print(
+        f"\nvalidation accuracy {summary['val_accuracy']:.4f} (chance {summary['chance']:.4f}), "
+        f"best {summary['best_val_accuracy']:.4f}"
+    )
+    if "ema_val_accuracy" in summary:
+        print(f"of the moving average {summary['ema_val_accuracy']:.4f}")
+    if summary["skipped_steps"]:
+        print(f"steps skipped because loss or gradient was not finite: {summary['skipped_steps']}")
+    if summary["unreadable_images"]:
+        print(f"training images that could not be read: {summary['unreadable_images']}; see unreadable.txt")
+    if "attention_miou" in summary:
+        print(scores_table(summary["attention_miou"], marked=summary["attention_layer"]))
+        print("  (* the layer that the paper looks at)")
+    print("written:")
+    names = ("summary.json", "summary.csv", "config.yaml", "metrics.jsonl", "unreadable.txt")
+    for name in (*names, "curves.png", "attention.png", "tensorboard", "profile"):
+        if (folder / name).exists():
+            print(f"  {folder / name}")
+    print(f"  {summary['last_checkpoint']} (last)\n  {summary['best_checkpoint']} (best)")

@@ -3,14 +3,23 @@
 from pathlib import Path
 
 import timm
-from torch import nn
+from torch import Tensor, nn
 
 from crate_fast.train import checkpoint
 from crate_fast.train.command_line import load_recipe
 from crate_fast.train.config import TrainConfig
 from crate_fast.train.data import DataSplits, build_splits
 
-__all__ = ["build_model", "checkpoint_epoch", "checkpoint_steps", "load_model", "load_run", "run_config"]
+__all__ = [
+    "build_model",
+    "checkpoint_epoch",
+    "checkpoint_steps",
+    "load_model",
+    "load_run",
+    "num_classes_of",
+    "run_config",
+    "run_weights",
+]
 
 
 def build_model(config: TrainConfig, num_classes: int) -> nn.Module:
@@ -20,9 +29,24 @@ def build_model(config: TrainConfig, num_classes: int) -> nn.Module:
     model = timm.create_model(
         config.model, num_classes=num_classes, img_size=config.image_size, drop_rate=config.dropout, **changes
     )
+    if config.frozen:
+        _put_probe(model)
     if config.grad_checkpointing:
         model.set_grad_checkpointing(True)
     return model
+
+
+def _put_probe(model: nn.Module) -> None:
+    """The classifier of MAE's linear probe in the place of the model's own: BatchNorm without affine, then Linear."""
+    classifier = model.get_classifier()
+    if not isinstance(classifier, nn.Linear):
+        raise ValueError(f"frozen=True: the classifier of {type(model).__name__} is no nn.Linear to be replaced")
+    name = next(name for name, module in model.named_modules() if module is classifier)
+    linear = nn.Linear(classifier.in_features, classifier.out_features)
+    nn.init.trunc_normal_(linear.weight, std=0.01)
+    nn.init.zeros_(linear.bias)
+    norm = nn.BatchNorm1d(classifier.in_features, affine=False, eps=1e-6)
+    model.set_submodule(name, nn.Sequential(norm, linear))
 
 
 def run_config(folder: Path, **changes) -> TrainConfig:
@@ -60,7 +84,7 @@ def load_model(folder: Path, step: int | None = None) -> tuple[nn.Module, TrainC
     """The model of a run's checkpoint; its data need not be there.
 
     Args:
-        folder: Of the run.
+        folder: Of the run; the moving average of its weights is taken if it keeps one.
         step: Of the checkpoint; when None the best, or the newest if none was evaluated.
 
     Returns:
@@ -70,17 +94,31 @@ def load_model(folder: Path, step: int | None = None) -> tuple[nn.Module, TrainC
         FileNotFoundError: There is no run in the folder, or no such checkpoint.
         CheckpointError: The checkpoint is damaged.
     """
+    weights, step = run_weights(folder, step)
+    config = run_config(folder)
+    model = build_model(config, num_classes_of(weights))
+    model.load_state_dict(weights, strict=True)
+    return model.eval(), config, step
+
+
+def run_weights(folder: Path, step: int | None = None) -> tuple[dict[str, Tensor], int]:
+    """The weights of a run's checkpoint, of the moving average if the run keeps one, and its step.
+
+    Args:
+        folder, step: See `load_model`.
+
+    Raises:
+        FileNotFoundError: There is no such checkpoint.
+        CheckpointError: It is damaged.
+    """
     steps = checkpoint_steps(folder)
     root = folder / "checkpoints"
     if step is None:
         step = checkpoint.best_step(root) or steps[-1]
     if step not in steps:
         raise FileNotFoundError(f"{folder} has no checkpoint at step {step}: choose one of {steps}")
-    config = run_config(folder)
-    weights, _, _ = checkpoint.load(root, step)
-    model = build_model(config, num_classes_of(weights))
-    model.load_state_dict(weights, strict=True)
-    return model.eval(), config, step
+    saved = checkpoint.load(root, step)
+    return (saved.weights if saved.ema is None else saved.ema), step
 
 
 def num_classes_of(weights: dict) -> int:

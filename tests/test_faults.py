@@ -1,0 +1,369 @@
+"""Faults, really made: processes killed, signals under torchrun, full disks, poisoned losses, foreign checkpoints."""
+
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from runs import TINY, entries, losses, run, same, start, torchrun, wait_until, weights
+
+from crate_fast.train import checkpoint, engine, pretrain, run_folder
+from crate_fast.train.interruption import Interruption
+from crate_fast.train.nonfinite import NonFiniteError, diagnosis
+
+EVERYTHING = (  # whatever has a state: EMA, scaler, dropout, mixing, erasing, repeats
+    *("--dropout", "0.1", "--ema-decay", "0.9", "--mixup", "0.5", "--cutmix", "1.0", "--random-erasing", "0.3"),
+    *("--hflip", "0.5", "--repeats", "2", "--precision", "fp16", "--checkpoint-every", "1"),
+    *("--keep-checkpoints", "3"),
+)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An undisturbed run with everything on."""
+    folder = tmp_path_factory.mktemp("faults") / "whole"
+    run("--output", str(folder), *EVERYTHING)
+    return folder
+
+
+def _equal_runs(first: Path, second: Path, step: int = 12) -> None:
+    assert same(weights(first, step), weights(second, step))
+    assert same(weights(first, step, "ema"), weights(second, step, "ema"))
+    assert losses(first) == losses(second)
+    values = [
+        [{k: v for k, v in e.items() if k != "images_per_s"} for e in entries(folder)] for folder in (first, second)
+    ]
+    assert values[0] == values[1]
+    states = [torch.load(f / f"checkpoints/step_{step:08d}/training.pt", weights_only=True) for f in (first, second)]
+    assert states[0]["trainer"]["scaler"] == states[1]["trainer"]["scaler"]
+    moments = [state["trainer"]["optimizer"]["state"] for state in states]
+    assert moments[0].keys() == moments[1].keys()
+    for name, moment in moments[0].items():
+        assert all(torch.equal(torch.as_tensor(moment[k]), torch.as_tensor(moments[1][name][k])) for k in moment)
+
+
+# --- kill -9 ---
+
+
+def test_killed_again_and_again_it_ends_with_the_same_weights(whole, tmp_path):
+    """kill -9 at random moments, of which many are while a checkpoint is written: one is, after each step."""
+    folder, draw, kills = tmp_path / "run", random.Random(5), 0
+    words = ("--output", str(folder), *EVERYTHING, "--resume")
+    while not (folder / "summary.json").exists():
+        process = start(*words)
+        reached = checkpoint.newest(folder / "checkpoints") if folder.exists() else None
+        if kills < 4:
+            wait_until(lambda reached=reached: checkpoint.newest(folder / "checkpoints") != reached, process)
+            time.sleep(draw.uniform(0, 0.1))
+            process.kill()
+            kills += 1
+            process.communicate()
+            newest = checkpoint.newest(folder / "checkpoints")
+            assert newest is not None
+            assert reached is None or newest > reached  # at most the work since the last checkpoint is lost
+            checkpoint.load(folder / "checkpoints", newest)
+        else:
+            text, _ = process.communicate(timeout=300)
+            assert process.returncode == 0, text
+    assert not list((folder / "checkpoints").glob(".*"))
+    _equal_runs(whole, folder)
+
+
+@pytest.mark.parametrize("moment", ["writing", "renaming", "rotating"])
+def test_killed_while_saving_it_loses_nothing(whole, tmp_path, moment, monkeypatch):
+    """Killed at exact points of a save, in a process of its own: the previous or the new checkpoint is whole."""
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    for step in checkpoint.steps(folder / "checkpoints"):
+        if step > 10:
+            shutil.rmtree(checkpoint.folder_of(folder / "checkpoints", step))
+    target = {"writing": "_fingerprint", "renaming": "_remove", "rotating": "rotate"}[moment]
+    code = (
+        "import os, signal, sys\n"
+        "from crate_fast.train import checkpoint, pretrain\n"
+        f"checkpoint.{target} = lambda *a: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "pretrain.main(sys.argv[1:])"
+    )
+    words = [*TINY, "--output", str(folder), *EVERYTHING, "--resume"]
+    done = subprocess.run([os.sys.executable, "-c", code, *words], capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert checkpoint.newest(folder / "checkpoints") == (11 if moment == "rotating" else 10)
+    assert moment == "rotating" or list((folder / "checkpoints").glob(".step_00000011.tmp"))
+    run(*words[len(TINY) :])
+    _equal_runs(whole, folder)
+
+
+# --- signals ---
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_a_signal_saves_and_exits_cleanly(whole, tmp_path, name):
+    folder = tmp_path / "run"
+    words = ("--output", str(folder), *EVERYTHING[:-4])  # one checkpoint an epoch: the signal's is between
+    process = start(*words)
+    wait_until(lambda: (folder / "metrics.jsonl").exists() and losses(folder), process)
+    process.send_signal(getattr(signal, name))
+    text, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, text
+    reached = checkpoint.newest(folder / "checkpoints")
+    assert 1 <= reached < 12
+    assert f"{name}: saved step {reached} of 12" in text
+    assert not (folder / "summary.json").exists()
+    run(*words, "--resume")
+    assert same(weights(whole, 12), weights(folder, 12))
+    assert losses(folder) == losses(whole)
+
+
+def test_sigterm_under_torchrun_with_two_processes(tmp_path):
+    pair, folder = tmp_path / "pair", tmp_path / "run"
+    words = (*EVERYTHING[:-4], "--epochs", "4")
+    run("--output", str(pair), *words, launcher=torchrun(2))
+    process = start("--output", str(folder), *words, launcher=torchrun(2))
+    wait_until(lambda: (folder / "metrics.jsonl").exists() and losses(folder), process)
+    process.send_signal(signal.SIGTERM)
+    text, _ = process.communicate(timeout=120)
+    reached = checkpoint.newest(folder / "checkpoints")
+    assert reached is not None, text
+    assert reached < 24
+    assert f"SIGTERM: saved step {reached} of 24" in text
+    assert "exitcode  : 0" not in text
+    run("--output", str(folder), *words, "--resume", launcher=torchrun(2))
+    assert same(weights(pair, 24), weights(folder, 24))
+
+
+def test_a_signal_in_evaluation_postpones_it(whole, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "run"
+    words = [*TINY, "--output", str(folder), *EVERYTHING[:-4]]
+    prepare, calls = engine.Trainer.prepare_images, []
+
+    def interrupted(self, images, flips=None):
+        if flips is None:  # in evaluation
+            calls.append(os.kill(os.getpid(), signal.SIGTERM))
+        return prepare(self, images, flips)
+
+    monkeypatch.setattr(engine.Trainer, "prepare_images", interrupted)
+    assert pretrain.main(words) == 0
+    assert "SIGTERM: saved step 6 of 12" in capsys.readouterr().out
+    assert calls
+    assert not any("val_accuracy" in entry for entry in entries(folder))
+    monkeypatch.undo()
+    assert pretrain.main([*words, "--resume"]) == 0
+    assert [entry["step"] for entry in entries(folder) if "val_accuracy" in entry] == [6, 12]
+    assert same(weights(whole, 12), weights(folder, 12))
+
+
+def test_handlers_are_put_back():
+    before = signal.getsignal(signal.SIGTERM)
+    with Interruption():
+        assert signal.getsignal(signal.SIGTERM) != before
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_torchrun_restarts_a_killed_process_and_the_run_resumes_by_itself(tmp_path):
+    pair, folder = tmp_path / "pair", tmp_path / "run"
+    words = ("--checkpoint-every", "1", "--epochs", "4")
+    run("--output", str(pair), *words, launcher=torchrun(2))
+    process = start("--output", str(folder), *words, launcher=torchrun(2, "--max-restarts", "2"))
+    wait_until(lambda: checkpoint.newest(folder / "checkpoints"), process)
+    children = subprocess.run(
+        ["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True, check=True
+    )
+    os.kill(int(children.stdout.split()[-1]), signal.SIGKILL)
+    text, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, text
+    assert text.count("from step ") == 1  # the second start
+    assert same(weights(pair, 24), weights(folder, 24))
+
+
+def test_restarts_need_a_folder(monkeypatch, capsys):
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    with pytest.raises(SystemExit):
+        pretrain.main(TINY)
+    assert "name its folder" in capsys.readouterr().err
+
+
+# --- disks ---
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 1 MiB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("only root can mount a small file system")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def test_a_full_disk_is_a_clear_error_and_the_last_checkpoint_stays_whole(small_disk):
+    folder = small_disk / "run"
+    words = ("--output", str(folder), "--checkpoint-every", "1", "--keep-checkpoints", "99")
+    text = run(*words, status=1)
+    assert "DiskError" in text
+    assert "could not be written" in text
+    assert "free some space, then continue with --resume" in text
+    newest = checkpoint.newest(folder / "checkpoints")
+    assert newest >= 1
+    checkpoint.load(folder / "checkpoints", newest)
+    assert not list((folder / "checkpoints").glob(".*.tmp"))
+    for step in checkpoint.steps(folder / "checkpoints")[:-1]:
+        shutil.rmtree(checkpoint.folder_of(folder / "checkpoints", step))
+    run("--output", str(folder), "--checkpoint-every", "1", "--keep-checkpoints", "1", "--resume", status=0)
+
+
+def test_with_a_full_disk_all_processes_stop(small_disk):
+    words = ("--output", str(small_disk / "run"), "--checkpoint-every", "1", "--keep-checkpoints", "99")
+    began = time.time()
+    text = run(*words, launcher=torchrun(2), status=1)
+    assert "could not be written" in text
+    assert time.time() - began < 120  # nobody waits for the others' time-out
+
+
+def test_a_read_only_folder_is_a_clear_error(tmp_path):
+    place = tmp_path / "file"
+    place.write_text("not a folder")
+    with pytest.raises(checkpoint.DiskError, match="could not be written"):
+        checkpoint.save(place / "checkpoints", 1, {"w": torch.zeros(3)}, {}, {})
+
+
+# --- values that are not finite ---
+
+
+def _poisoning(monkeypatch, steps: set[int], value: float = math.nan) -> None:
+    """The images of these steps are not finite."""
+    prepare = engine.Trainer.prepare_images
+
+    def poisoned(self, images, flips=None):
+        images = prepare(self, images, flips)
+        return images * value if flips is not None and self.step in steps else images
+
+    monkeypatch.setattr(engine.Trainer, "prepare_images", poisoned)
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path, monkeypatch, capsys):
+    _poisoning(monkeypatch, {2, 3, 7})
+    folder = tmp_path / "run"
+    words = [
+        *TINY,
+        "--output",
+        str(folder),
+        "--ema-decay",
+        "0.9",
+        "--checkpoint-every",
+        "1",
+        "--keep-checkpoints",
+        "99",
+    ]
+    assert pretrain.main(words) == 0
+    assert same(weights(folder, 2), weights(folder, 4))
+    assert same(weights(folder, 2, "ema"), weights(folder, 4, "ema"))
+    assert not same(weights(folder, 4), weights(folder, 5))
+    assert same(weights(folder, 7), weights(folder, 8))
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["skipped_steps"] == 3
+    assert "was not finite: 3" in capsys.readouterr().out
+    text = (folder / "metrics.jsonl").read_text()
+    assert "NaN" not in text
+    assert [e["skipped_steps"] for e in entries(folder) if e["step"] == 9 and "lr" in e] == [3]
+
+
+def test_too_many_in_a_row_stop_the_run_with_a_diagnosis(tmp_path, monkeypatch):
+    _poisoning(monkeypatch, set(range(5, 12)))
+    words = [*TINY, "--output", str(tmp_path / "run"), "--nonfinite-limit", "3", "--checkpoint-every", "1"]
+    with pytest.raises(
+        NonFiniteError, match=r"3 steps in a row were not finite.*step 7: loss nan.*The images themselves"
+    ):
+        pretrain.main(words)
+    newest = checkpoint.newest(tmp_path / "run" / "checkpoints")
+    assert newest == 7
+    saved = checkpoint.load(tmp_path / "run" / "checkpoints", newest)
+    assert all(tensor.isfinite().all() for tensor in saved.weights.values())
+    assert saved.training["trainer"]["nonfinite"]["in_a_row"] == 2
+    with pytest.raises(NonFiniteError, match="3 steps in a row"):  # the count goes on in a resumed run
+        pretrain.main([*words, "--resume"])
+
+
+def test_the_diagnosis_names_the_place(whole):
+    from crate_fast.train.runs import load_model
+
+    model, config, _ = load_model(whole)
+    images = torch.zeros(2, 3, config.image_size, config.image_size)
+    assert "every output is finite" in diagnosis(model, images)
+    model.transformer.layers[1][1].norm.bias.data.fill_(1e38)
+    assert "transformer.layers.1." in diagnosis(model, images)
+    model.cls_token.data[0, 0, 0] = math.inf
+    assert "Weights are not finite: cls_token" in diagnosis(model, images)
+
+
+def test_poisoned_weights_are_never_saved(tmp_path, monkeypatch):
+    update = engine.Trainer._update
+
+    def poisoning(self, *arguments):
+        result = update(self, *arguments)
+        if self.step == 3:
+            self.model.cls_token.data[0, 0, 0] = math.nan
+        return result
+
+    monkeypatch.setattr(engine.Trainer, "_update", poisoning)
+    with pytest.raises(NonFiniteError, match="after step 3 the weights cls_token are not finite, and are not saved"):
+        pretrain.main([*TINY, "--output", str(tmp_path / "run"), "--checkpoint-every", "1"])
+    assert checkpoint.newest(tmp_path / "run" / "checkpoints") == 2
+
+
+def test_fp16_overflow_lowers_the_scale_and_is_not_held_against_the_run(tmp_path, monkeypatch):
+    scaler = torch.amp.GradScaler
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda *a, **k: scaler(*a, init_scale=2.0**40, **k))
+    folder = tmp_path / "run"
+    assert pretrain.main([*TINY, "--epochs", "6", "--output", str(folder), "--precision", "fp16"]) == 0
+    last = [entry for entry in entries(folder) if "loss_scale" in entry][-1]
+    assert last["overflows"] > 10
+    assert last["loss_scale"] == 2.0 ** (40 - last["overflows"])
+    assert json.loads((folder / "summary.json").read_text())["skipped_steps"] == 0
+
+
+# --- foreign checkpoints ---
+
+
+def test_a_checkpoint_of_other_settings_or_data_is_refused_by_name(whole, tmp_path):
+    with pytest.raises(checkpoint.CheckpointError, match=r"dropout: 0\.1 → 0\.2, .*lr: 0\.\d+ → 0\.5"):
+        pretrain.main([*TINY, "--output", str(whole), *EVERYTHING, "--dropout", "0.2", "--lr", "0.5", "--resume"])
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    manifest = checkpoint.folder_of(folder / "checkpoints", 12) / "manifest.json"
+    facts = json.loads(manifest.read_text())
+    facts["data"]["train_images"] = 95
+    facts["config"]["a_setting_of_the_future"] = True
+    manifest.write_text(json.dumps(facts))
+    with pytest.raises(
+        checkpoint.CheckpointError, match=r"a_setting_of_the_future: True → None.*train_images: 95 → 96"
+    ):
+        pretrain.main([*TINY, "--output", str(folder), *EVERYTHING, "--resume"])
+
+
+def test_settings_that_change_nothing_may_differ():
+    fields = vars(pretrain.build_config([], "", "shape_scenes")[0])
+    assert set(run_folder.FREE_SETTINGS) <= set(fields)
+
+
+def test_every_checkpoint_file_is_read_without_running_code(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    folder = checkpoint.save(tmp_path / "checkpoints", 1, {"w": torch.zeros(2)}, {"trainer": {}}, {"config": {}})
+    torch.save({"trainer": Evil()}, folder / "training.pt")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"]["training.pt"] = checkpoint._fingerprint(folder / "training.pt")
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(checkpoint.CheckpointError, match="holds more than tensors and plain values"):
+        checkpoint.load(tmp_path / "checkpoints", 1)
+    assert not (tmp_path / "ran").exists()

@@ -1,0 +1,132 @@
+"""Start from weights that exist: of a run, or of a file. Nothing is replaced, dropped or left random silently."""
+
+import os
+from pathlib import Path
+
+from timm.layers import resample_abs_pos_embed
+from torch import Tensor, nn
+
+from crate_fast import CRATE
+from crate_fast.checkpoints import adapt_state_dict, read_state_dict
+from crate_fast.train.config import TrainConfig
+from crate_fast.train.runs import run_weights
+
+__all__ = ["initial_run", "load_initial"]
+
+
+def initial_run(init: str) -> tuple[Path, int | None] | None:
+    """The run and step that `--init` names, or None if it names a file.
+
+    >>> initial_run("weights.safetensors") is None
+    True
+
+    Raises:
+        ValueError: It names neither.
+    """
+    place, _, step = init.rpartition("@")
+    if Path(init).is_dir():
+        return Path(init), None
+    if place and Path(place).is_dir():
+        if not step.isdigit():
+            raise ValueError(f"init={init!r}: after a run's folder write @STEP, or nothing for its best checkpoint")
+        return Path(place), int(step)
+    if not Path(init).is_file():
+        raise ValueError(f"init={init!r} is neither a file nor the folder of a run: check the path")
+    return None
+
+
+def load_initial(model: nn.Module, config: TrainConfig) -> str:
+    """Load `config.init` into a model built for the data at hand.
+
+    The classifier is the weights' own, and then must fit, or with `head="new"` (and in a frozen run) stays random.
+    Positions of another image size are resampled.
+
+    Args:
+        model: On the CPU.
+        config: `init`, `head` and `frozen` decide.
+
+    Returns:
+        What was loaded and what was changed, in words.
+
+    Raises:
+        ValueError: The file is damaged, or its weights do not fit; the message names what differs and the remedy.
+    """
+    run = initial_run(config.init)
+    if run is None:
+        weights, source = read_state_dict(config.init), config.init
+    else:
+        weights, step = run_weights(*run)
+        source = f"{run[0]} at step {step}"
+    notes = []
+    name = _position_name(model)
+    if name in weights and weights[name].shape != model.state_dict()[name].shape:
+        weights = _resampled(weights, model, name)
+        notes.append("positions resampled")
+    if config.head == "new" or config.frozen:
+        classes = _classes(weights, model)
+        weights = {key: value for key, value in weights.items() if not _of_classifier(key, model)}
+        notes.append(f"new classifier ({classes} → {model.num_classes} classes)")
+    _check_fit(weights, model, config)
+    model.load_state_dict(weights, strict=False)  # what may be missing has been checked
+    return source + (f" ({', '.join(notes)})" if notes else "")
+
+
+def _position_name(model: nn.Module) -> str:
+    return "pos_embedding" if isinstance(model, CRATE) else "pos_embed"
+
+
+def _resampled(weights: dict[str, Tensor], model: nn.Module, name: str) -> dict[str, Tensor]:
+    if isinstance(model, CRATE):
+        return adapt_state_dict(weights, model)
+    prefix = getattr(model, "num_prefix_tokens", 1)
+    positions = resample_abs_pos_embed(weights[name], list(model.patch_embed.grid_size), num_prefix_tokens=prefix)
+    return weights | {name: positions}
+
+
+def _classifier_name(model: nn.Module) -> str:
+    """Prefix of the classifier's parameters in a timm model."""
+    target = model.get_classifier()
+    for name, module in model.named_modules():
+        if module is target:
+            return name
+    raise ValueError(f"the classifier of {type(model).__name__} is not one of its modules: no new one can be put in")
+
+
+def _of_classifier(key: str, model: nn.Module) -> bool:
+    if isinstance(model, CRATE):  # whose LayerNorm in front of it is mlp_head.0
+        return key.startswith("mlp_head.") and not key.startswith("mlp_head.0.")
+    return key.startswith(_classifier_name(model) + ".")
+
+
+def _classes(weights: dict[str, Tensor], model: nn.Module) -> int | str:
+    sizes = [value.shape[0] for key, value in weights.items() if _of_classifier(key, model) and value.dim() == 2]
+    return sizes[-1] if sizes else "no"
+
+
+def _check_fit(weights: dict[str, Tensor], model: nn.Module, config: TrainConfig) -> None:
+    own = model.state_dict()
+    fresh = config.head == "new" or config.frozen
+    wanted = {key for key in own if not (fresh and _of_classifier(key, model))}
+    missing, unknown = sorted(wanted - weights.keys()), sorted(weights.keys() - own.keys())
+    shapes = [
+        f"{key}: {list(weights[key].shape)} in the file, {list(own[key].shape)} in the model"
+        for key in sorted(wanted & weights.keys())
+        if weights[key].shape != own[key].shape
+    ]
+    if not (missing or unknown or shapes):
+        return
+    where = os.fspath(config.init)
+    if not missing and not unknown and all(_of_classifier(line.split(":")[0], model) for line in shapes):
+        raise ValueError(
+            f"init={where!r} classifies {_classes(weights, model)} classes and the data have {model.num_classes}: "
+            "pass --head new to start with a new classifier"
+        )
+    parts = [
+        *([f"missing: {', '.join(missing[:4])}"] if missing else []),
+        *([f"unknown: {', '.join(unknown[:4])}"] if unknown else []),
+        *shapes[:4],
+    ]
+    raise ValueError(
+        f"the weights of init={where!r} are not of this model ({'; '.join(parts)}): set model, patch_size, dim, "
+        "depth and heads as they were"
+    )

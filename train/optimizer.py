@@ -1,0 +1,101 @@
+"""What updates the weights: timm's optimisers, the learning rate of each step, gradient clipping."""
+
+import math
+
+import torch
+from timm.optim import Lars, create_optimizer_v2
+from timm.utils.agc import adaptive_clip_grad
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from crate_fast.train.config import TrainConfig
+
+__all__ = ["build_optimizer", "clip_gradients", "clipped_parameters", "gradient_norm", "learning_rate"]
+
+_MOMENTUM = 0.9  # of LARS, as in MAE's linear probe
+
+
+def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """The optimiser that the configuration names, over the parameters that are trained.
+
+    "lars" is MAE's: matrices with LARS's trust ratio, whatever the decay, biases without (timm's own choice goes by
+    the weight decay, which a probe has none of). All others are timm's by name.
+
+    Args:
+        model: With timm's `no_weight_decay` and `get_classifier`; in a frozen run only its classifier is trained.
+        config: The run's.
+    """
+    trained = model.get_classifier() if config.frozen else model
+    if config.optimizer == "lars":
+        matrices = [p for p in trained.parameters() if p.ndim > 1]
+        others = [p for p in trained.parameters() if p.ndim <= 1]
+        groups = [{"params": matrices, "always_adapt": True}, {"params": others, "weight_decay": 0.0}]
+        return Lars(groups, lr=config.peak_lr, momentum=_MOMENTUM, weight_decay=config.weight_decay)
+    optimizer = create_optimizer_v2(
+        trained,
+        opt=config.optimizer,
+        lr=config.peak_lr,
+        weight_decay=config.weight_decay,
+        filter_bias_and_bn=not config.decay_all,
+        layer_decay=config.layer_decay if config.layer_decay < 1 else None,
+    )
+    if config.decay_all:  # with layer_decay timm spares positions and CLS even so
+        for group in optimizer.param_groups:
+            group["weight_decay"] = config.weight_decay
+    return optimizer
+
+
+def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int) -> float:
+    """Learning rate of optimiser step `step` (from 0).
+
+    "cosine": linear warm-up, then half a cosine to `min_lr`, both by the step. "released": the smaller of warm-up and
+    cosine, both by the epoch, as the released recipe steps them.
+    """
+    total = config.epochs * steps_per_epoch
+    warmup = config.warmup_epochs * steps_per_epoch
+    if config.schedule == "released":
+        step = step // steps_per_epoch * steps_per_epoch
+        rising = min(1.0, (step + steps_per_epoch) / warmup) if warmup else 1.0
+        falling = 0.5 * (1 + math.cos(math.pi * step / total))
+        return max(config.min_lr, config.peak_lr * min(rising, falling))
+    if step < warmup:
+        return config.peak_lr * (step + 1) / math.ceil(warmup)
+    progress = (step - warmup) / max(1.0, total - warmup)
+    return config.min_lr + (config.peak_lr - config.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def clipped_parameters(model: nn.Module, mode: str) -> list[nn.Parameter]:
+    """The parameters whose gradients are clipped: all that are trained, but with "agc" not the classifier's.
+
+    Args:
+        model: With timm's `get_classifier`.
+        mode: "norm", "value" or "agc".
+    """
+    spared = {id(p) for p in model.get_classifier().parameters()} if mode == "agc" else set()
+    return [p for p in model.parameters() if p.requires_grad and id(p) not in spared]
+
+
+def gradient_norm(model: nn.Module) -> Tensor:
+    """The Euclidean norm of the whole gradient, over all processes where it is shared out; a scalar on the device."""
+    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def clip_gradients(model: nn.Module, limit: float, mode: str, norm: Tensor) -> None:
+    """Clip the gradients in place.
+
+    Args:
+        model: Its parameters hold them.
+        limit: See `TrainConfig.clip_grad`; nothing is clipped at 0.
+        mode: "norm", "value" or "agc".
+        norm: `gradient_norm(model)`.
+    """
+    parameters = clipped_parameters(model, mode)
+    if not limit:
+        return
+    if mode == "norm":
+        torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+    elif mode == "value":
+        torch.nn.utils.clip_grad_value_(parameters, limit)
+    else:
+        adaptive_clip_grad(parameters, limit)

@@ -1,0 +1,146 @@
+"""The folder of a run: where it stands, what was measured, its checkpoints. Only the first process writes."""
+
+from pathlib import Path
+
+from torch import Tensor
+
+from crate_fast.provenance import provenance
+from crate_fast.train import checkpoint
+from crate_fast.train.command_line import dump_config
+from crate_fast.train.config import TrainConfig
+from crate_fast.train.distributed import Processes
+from crate_fast.train.engine import Trainer
+from crate_fast.train.loggers import Loggers
+from crate_fast.train.nonfinite import NonFiniteError, poisoned
+
+__all__ = ["FREE_SETTINGS", "RunFolder"]
+
+# Settings that a resumed run may change: they decide how fast it goes and what is kept, not what is computed.
+FREE_SETTINGS = (
+    *("data_dir", "download", "workers", "threads", "checkpoint_every", "keep_checkpoints", "log_every", "profile"),
+    *("wandb", "parallel", "max_unreadable", "nonfinite_limit", "init"),
+)
+
+
+class RunFolder:
+    """A run on disk.
+
+    Args:
+        folder: Of the run.
+        config: Its settings.
+        data_facts: What tells its data from other data: number of training images, classes.
+        processes: This process and its fellows.
+    """
+
+    def __init__(self, folder: Path, config: TrainConfig, data_facts: dict, processes: Processes):
+        self.folder, self.config, self.data_facts, self.processes = folder, config, data_facts, processes
+        self.checkpoints = folder / "checkpoints"
+        self.history: list[dict] = []
+        self.best: dict = {"step": None, "val_accuracy": -1.0}
+        self.extra: dict = {}
+        self.loggers: Loggers | None = None
+
+    def begin(self, trainer: Trainer, resume: bool) -> None:
+        """Start afresh, or restore the newest checkpoint into `trainer` if there is one.
+
+        Raises:
+            FileExistsError: There is a run in the folder and `resume` is false.
+            CheckpointError: The checkpoint is damaged or of another run; the message names what differs.
+            DiskError: The folder cannot be written.
+        """
+        step = checkpoint.newest(self.checkpoints)
+        if self.processes.agree(str(step)) != str(step):
+            raise checkpoint.CheckpointError(
+                f"process {self.processes.rank} finds the newest checkpoint in {self.folder} at step {step}, the "
+                "first process at another: give --output a folder that all hosts share"
+            )
+        if step is not None and not resume:
+            raise FileExistsError(
+                f"{self.folder} holds a run at step {step}: pass --resume to continue it, or another --output"
+            )
+        if step is not None:
+            self._check_same_run(checkpoint.manifest(self.checkpoints, step))
+            saved = checkpoint.load(self.checkpoints, step)
+            trainer.restore(saved.weights, saved.ema, saved.training["trainer"])
+            self.extra = saved.training["extra"]
+            self.history, self.best = saved.manifest["history"], saved.manifest["best"]
+        if self.processes.first:
+            with checkpoint.writing(self.folder):
+                self.folder.mkdir(parents=True, exist_ok=True)
+                checkpoint.sweep(self.checkpoints)
+                if self.best["step"] is not None:  # it may have been killed between the checkpoint and this note
+                    checkpoint.record_best(self.checkpoints, self.best)
+                checkpoint.write_text(self.folder / "config.yaml", dump_config(self.config))
+            self.loggers = Loggers(self.folder, self.history, trainer.step, self.config.wandb, vars(self.config))
+        self.processes.wait()
+
+    def _check_same_run(self, manifest: dict) -> None:
+        saved, present = manifest["config"], vars(self.config)
+        pairs = [(name, saved.get(name), present.get(name)) for name in sorted(saved.keys() | present.keys())]
+        differing = [pair for pair in pairs if pair[0] not in FREE_SETTINGS and pair[1] != pair[2]]
+        facts = manifest["data"]
+        differing += [(n, facts.get(n), v) for n, v in self.data_facts.items() if facts.get(n) != v]
+        if differing:
+            changes = ", ".join(f"{name}: {before!r} → {now!r}" for name, before, now in differing)
+            raise checkpoint.CheckpointError(
+                f"the checkpoint in {self.folder} was made with other settings or data ({changes}): resume with its "
+                f"own (--recipe {self.folder / 'config.yaml'}), or start a new run in another --output"
+            )
+
+    def evaluated(self, step: int) -> bool:
+        """Whether the history has an evaluation of that step."""
+        return any(entry["step"] == step and "val_accuracy" in entry for entry in reversed(self.history))
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """Append to the history and the logs."""
+        entry = {"step": step, **values}
+        self.history.append(entry)
+        if self.loggers is not None:
+            self.loggers.add(entry)
+            if "val_accuracy" in values:
+                self.loggers.write_summary_csv(self.history)
+
+    def log_layers(self, step: int, statistics: dict[str, Tensor]) -> None:
+        """R^c and sparsity of every layer, for the curves."""
+        if self.loggers is not None:
+            for name, rows in statistics.items():
+                means = {f"{name}/layer_{layer:02d}": mean for layer, (mean, _) in enumerate(rows.tolist())}
+                self.loggers.add_scalars(step, means)
+
+    def save(self, trainer: Trainer, accuracy: float | None = None) -> None:
+        """Write a checkpoint; with an accuracy it may become the best. Older ones are rotated out.
+
+        A collective call: when the first process cannot write, all raise.
+
+        Raises:
+            DiskError: It could not be written; earlier ones are untouched.
+            NonFiniteError: The weights are not finite, and are not saved.
+        """
+        weights, ema, rest = trainer.state()
+        better = accuracy is not None and accuracy > self.best["val_accuracy"]
+        best = {"step": trainer.step, "val_accuracy": accuracy} if better else self.best
+        problem: Exception | None = None
+        if self.processes.first:
+            try:
+                self._write(trainer, weights, ema, rest, best)
+            except (OSError, NonFiniteError) as error:
+                problem = error
+        if self.processes.agree(str(problem or "")):
+            raise problem or checkpoint.DiskError("the first process could not write a checkpoint; it says why")
+        self.best = best
+
+    def _write(self, trainer: Trainer, weights: dict, ema: dict | None, rest: dict, best: dict) -> None:
+        bad = poisoned(weights) + poisoned(ema or {})
+        if bad:
+            raise NonFiniteError(
+                f"after step {trainer.step} the weights {', '.join(bad[:5])} are not finite, and are not saved; the "
+                "checkpoints before are whole: lower lr or raise the warm-up in a new run"
+            )
+        facts = {"epoch": trainer.step / trainer.steps_per_epoch, "config": vars(self.config)}
+        facts |= {"data": self.data_facts, "history": self.history, "best": best} | provenance()
+        training = {"trainer": rest, "extra": self.extra}
+        checkpoint.save(self.checkpoints, trainer.step, weights, training, facts, ema)
+        with checkpoint.writing(self.checkpoints):
+            if best["step"] == trainer.step:
+                checkpoint.record_best(self.checkpoints, best)
+            checkpoint.rotate(self.checkpoints, self.config.keep_checkpoints)

@@ -1,0 +1,295 @@
+"""A session of a run in this process: model, data, folder, and the loop around the optimiser steps.
+
+Everything of a run is in its folder:
+
+    config.yaml  metrics.jsonl  summary.csv  summary.json  attention.png  curves.png  unreadable.txt
+    checkpoints/  tensorboard/  profile/
+"""
+
+import statistics
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+import crate_fast
+from crate_fast import CRATE
+from crate_fast.train import checkpoint, parallel
+from crate_fast.train.config import TrainConfig
+from crate_fast.train.data import DataSplits, eval_loader, train_loader
+from crate_fast.train.distributed import Processes
+from crate_fast.train.engine import StepResult, Trainer
+from crate_fast.train.evaluation import evaluate
+from crate_fast.train.initial_weights import load_initial
+from crate_fast.train.interruption import Interruption
+from crate_fast.train.profiling import profiler
+from crate_fast.train.report import print_summary, write_report
+from crate_fast.train.run_folder import RunFolder
+from crate_fast.train.runs import build_model
+from crate_fast.train.unreadable import UnreadableTally
+from crate_fast.whitebox import layer_statistics
+
+__all__ = ["Session"]
+
+WHITEBOX_IMAGES = 64
+
+
+class Session:
+    """Model, data and folder of a run in this process.
+
+    Args:
+        config: The run's.
+        folder: Its folder.
+        data: Its splits.
+        processes: This process and its fellows.
+        interruption: Whether to stop early.
+    """
+
+    def __init__(
+        self, config: TrainConfig, folder: Path, data: DataSplits, processes: Processes, interruption: Interruption
+    ):
+        self.config, self.data, self.processes, self.interruption = config, data, processes, interruption
+        torch.manual_seed(config.seed)
+        model = self.build()
+        self.started_from = "random weights"
+        if config.init and checkpoint.newest(folder / "checkpoints") is None:
+            self.started_from = load_initial(model, config)
+        self.parameters = sum(p.numel() for p in model.parameters())
+        if config.channels_last:
+            model = model.to(memory_format=torch.channels_last)
+        self.trainer = Trainer(model.to(processes.device), config, processes, len(data.train) // config.batch_size)
+        facts = {"train_images": len(data.train), "val_images": len(data.val), "classes": list(data.classes)}
+        self.run = RunFolder(folder, config, facts, processes)
+        self.tally = UnreadableTally(config, len(data.train))
+        self.val_loader = eval_loader(config, data.val, **self._shares())
+        self.speeds: list[float] = []  # images/s of all processes, a log interval each
+
+    def build(self) -> nn.Module:
+        """A new model of the run's architecture, on the CPU."""
+        return build_model(self.config, len(self.data.classes))
+
+    def begin(self, resume: bool) -> None:
+        """Start afresh, or continue from the newest checkpoint."""
+        self.run.begin(self.trainer, resume)
+        if self.run.extra:
+            self.tally.restore(self.run.extra["unreadable"])
+
+    def describe(self) -> str:
+        """One line on what is about to run."""
+        trainer, config, processes = self.trainer, self.config, self.processes
+        how = f" ({config.parallel})" if processes.world_size > 1 else ""
+        where = f"from step {trainer.step}" if trainer.step else f"from {self.started_from}"
+        return (
+            f"crate_fast {crate_fast.__version__}: {config.model}, {self.parameters / 1e6:.2f} M parameters, "
+            f"{len(self.data.train)} images, {trainer.total_steps} steps {where} on {processes.world_size} × "
+            f"{processes.device}{how} → {self.run.folder}"
+        )
+
+    def train(self) -> bool:
+        """From the trainer's step to the last one, with evaluation, logs and checkpoints on the way.
+
+        Returns:
+            Whether the run is finished; False when it was asked to stop, and has saved.
+        """
+        trainer, config = self.trainer, self.config
+        loader = train_loader(config, self.data.train, first_step=trainer.step, **self._shares())
+        steps = trainer.train_steps(loader, self.interruption.requested)
+        with self._bar() as bar, self._profiler() as profile:
+            interval = _Interval()
+            while True:
+                if not self._evaluate_if_due(bar):
+                    return False
+                if trainer.step == trainer.total_steps:
+                    return True
+                interval.resume()
+                result = next(steps)
+                interval.add(result)
+                profile.step()
+                bar.update(config.batch_size)
+                if trainer.step % config.log_every == 0 or self._evaluation_due():
+                    self._log(interval, bar)
+                    interval = _Interval()
+                interval.pause()
+                if result.stop:
+                    self.save()
+                    return False
+                periodic = config.checkpoint_every and trainer.step % config.checkpoint_every == 0
+                if periodic and not self._evaluation_due():  # which saves
+                    self.save()
+
+    def _shares(self) -> dict[str, int]:
+        return {"rank": self.processes.rank, "world_size": self.processes.world_size}
+
+    def _bar(self) -> tqdm:
+        trainer, size = self.trainer, self.config.batch_size
+        return tqdm(
+            total=trainer.total_steps * size,
+            initial=trainer.step * size,
+            unit="img",
+            unit_scale=True,
+            disable=not self.processes.first,
+            mininterval=0.2 if sys.stderr.isatty() else 10,
+            desc="training",
+        )
+
+    def _profiler(self):
+        if not self.config.profile:
+            return nullcontext(_NoProfile())
+        return profiler(self.run.folder / "profile", self.config.profile, self.processes)
+
+    def _evaluation_due(self) -> bool:
+        trainer = self.trainer
+        period = self.config.eval_every * trainer.steps_per_epoch
+        return trainer.step > 0 and (trainer.step % period == 0 or trainer.step == trainer.total_steps)
+
+    def _evaluate_if_due(self, bar: tqdm) -> bool:
+        """Evaluate and save, unless that is done (a run may have been stopped before it); False if asked to stop."""
+        trainer, run = self.trainer, self.run
+        if not self._evaluation_due() or run.evaluated(trainer.step):
+            return True
+        values = self.scores(trainer.model, "val_")
+        if values is not None and trainer.ema is not None:
+            averaged = self.scores(trainer.ema.module, "ema_val_")
+            values = None if averaged is None else values | averaged
+        if values is None:
+            self.save()
+            return False
+        run.log(trainer.step, values)
+        self._log_layers()
+        best = values.get("ema_val_accuracy", values["val_accuracy"])
+        self.save(best)
+        if self.processes.first:
+            average = f", EMA {values['ema_val_accuracy']:.4f}" if trainer.ema is not None else ""
+            bar.write(
+                f"epoch {trainer.step / trainer.steps_per_epoch:g}: validation accuracy "
+                f"{values['val_accuracy']:.4f}{average}, loss {values['val_loss']:.4f}"
+            )
+        return True
+
+    def scores(self, model: nn.Module, prefix: str) -> dict[str, float] | None:
+        """Loss and accuracies on the validation split, under names with `prefix`; None when asked to stop."""
+        trainer, config = self.trainer, self.config
+        found = evaluate(
+            model,
+            self.val_loader,
+            trainer.prepare_images,
+            self.processes,
+            config.image_size,
+            trainer.dtype,
+            self.interruption.requested,
+        )
+        if found is None:
+            return None
+        scores, problems = found
+        self._note_unreadable(problems, "validation")
+        if len(problems) > config.max_unreadable * len(self.data.val):
+            raise OSError(
+                f"{len(problems)} of {len(self.data.val)} validation images cannot be read, more than "
+                f"max_unreadable={config.max_unreadable}: {'; '.join(problems[:3])}. Repair or delete them, or raise "
+                "max_unreadable"
+            )
+        counted = scores | ({"unreadable": len(problems)} if problems else {})
+        return {prefix + name: value for name, value in counted.items() if name != "images"}
+
+    def _log_layers(self) -> None:
+        model = parallel.unsharded_copy(self.trainer.model, self.build, self.processes)
+        if isinstance(model, CRATE):
+            count = min(WHITEBOX_IMAGES, len(self.data.val))
+            images = next(iter(eval_loader(self.config, self.data.val))).images[:count]
+            self.run.log_layers(self.trainer.step, layer_statistics(model, self.trainer.prepare_images(images)))
+
+    def _log(self, interval: "_Interval", bar: tqdm) -> None:
+        """One entry of the history: means since the last; and the images that could not be read since then."""
+        trainer, config = self.trainer, self.config
+        lr = max(group["lr"] for group in trainer.optimizer.param_groups)  # the top layer's
+        values = interval.means() | {"lr": lr}
+        values["images_per_s"] = interval.steps * config.batch_size / interval.seconds()
+        self.speeds.append(values["images_per_s"])
+        if trainer.nonfinite.total:
+            values["skipped_steps"] = trainer.nonfinite.total
+        if trainer.scaler.is_enabled():
+            values |= {"loss_scale": trainer.scaler.get_scale(), "overflows": trainer.nonfinite.overflows}
+        self._count_unreadable()
+        if self.tally.total:
+            values["unreadable"] = self.tally.total
+        self.run.log(trainer.step, values)
+        bar.set_postfix({name: f"{value:.3f}" for name, value in interval.means().items()})
+
+    def _count_unreadable(self) -> None:
+        """Add up what every process could not read; raises when it is too much."""
+        problems = [line for lines in self.processes.gather(self.trainer.problems) for line in lines]
+        self.trainer.problems.clear()
+        self._note_unreadable(problems, "training")
+        epoch = max(0, self.trainer.step - 1) // self.trainer.steps_per_epoch
+        self.tally.add(problems, epoch)
+
+    def _note_unreadable(self, problems: list[str], split: str) -> None:
+        if problems and self.processes.first:
+            with checkpoint.writing(self.run.folder), (self.run.folder / "unreadable.txt").open("a") as file:
+                file.writelines(f"step {self.trainer.step}, {split}: {line}\n" for line in problems)
+
+    def save(self, accuracy: float | None = None) -> None:
+        """Write a checkpoint; with an accuracy it may become the best."""
+        self._count_unreadable()
+        self.run.extra = {"unreadable": self.tally.state()}
+        self.run.save(self.trainer, accuracy)
+
+    def finish(self, seconds: float) -> None:
+        """Score, draw, summarise and say so."""
+        averaged = self.trainer.ema is not None
+        model = self.trainer.ema.module if averaged else self.trainer.model
+        whole = parallel.unsharded_copy(model, self.build, self.processes)
+        if self.processes.first:
+            speed = statistics.median(self.speeds) if self.speeds else None
+            summary = write_report(self.run, self.trainer, whole, self.data, seconds, speed)
+            print_summary(summary, self.run.folder)
+        self.processes.wait()
+
+    def close(self) -> None:
+        """Close the logs."""
+        if self.run.loggers is not None:
+            self.run.loggers.close()
+        self.processes.wait()
+
+
+class _Interval:
+    """Means and seconds of training since the last log entry; evaluation and saving are not training."""
+
+    def __init__(self):
+        self.steps, self._taken, self._loss, self._accuracy, self._seconds = 0, 0, 0.0, 0.0, 0.0
+        self._since: float | None = None
+
+    def resume(self) -> None:
+        if self._since is None:
+            self._since = time.perf_counter()
+
+    def pause(self) -> None:
+        if self._since is not None:
+            self._seconds += time.perf_counter() - self._since
+            self._since = None
+
+    def add(self, result: StepResult) -> None:
+        self.steps += 1
+        if result.taken:
+            self._taken += 1
+            self._loss += result.loss
+            self._accuracy += result.accuracy
+
+    def seconds(self) -> float:
+        self.pause()
+        return self._seconds
+
+    def means(self) -> dict[str, float]:
+        """Loss and accuracy of the steps taken; nothing if none was."""
+        if not self._taken:
+            return {}
+        return {"loss": self._loss / self._taken, "accuracy": self._accuracy / self._taken}
+
+
+class _NoProfile:
+    def step(self) -> None:
+        pass
