@@ -84,7 +84,7 @@ def test_killed_while_saving_it_loses_nothing(whole, tmp_path, moment, monkeypat
     for step in checkpoint.steps(folder / "checkpoints"):
         if step > 10:
             shutil.rmtree(checkpoint.folder_of(folder / "checkpoints", step))
-    target = {"writing": "_fingerprint", "renaming": "_remove", "rotating": "rotate"}[moment]
+    target = {"writing": "save_file", "renaming": "_remove", "rotating": "rotate"}[moment]
     code = (
         "import os, signal, sys\n"
         "from crate_fast.train import checkpoint, pretrain\n"
@@ -124,7 +124,7 @@ def test_a_signal_saves_and_exits_cleanly(whole, tmp_path, name):
 def test_sigterm_under_torchrun_with_two_processes(tmp_path):
     pair, folder = tmp_path / "pair", tmp_path / "run"
     words = (*EVERYTHING[:-4], "--epochs", "4")
-    run("--output", str(pair), *words, launcher=torchrun(2))
+    run("--output", str(pair), *words, processes=2)
     process = start("--output", str(folder), *words, launcher=torchrun(2))
     wait_until(lambda: (folder / "metrics.jsonl").exists() and losses(folder), process)
     process.send_signal(signal.SIGTERM)
@@ -134,7 +134,7 @@ def test_sigterm_under_torchrun_with_two_processes(tmp_path):
     assert reached < 24
     assert f"SIGTERM: saved step {reached} of 24" in text
     assert "exitcode  : 0" not in text
-    run("--output", str(folder), *words, "--resume", launcher=torchrun(2))
+    run("--output", str(folder), *words, "--resume", processes=2)
     assert same(weights(pair, 24), weights(folder, 24))
 
 
@@ -169,7 +169,7 @@ def test_handlers_are_put_back():
 def test_torchrun_restarts_a_killed_process_and_the_run_resumes_by_itself(tmp_path):
     pair, folder = tmp_path / "pair", tmp_path / "run"
     words = ("--checkpoint-every", "1", "--epochs", "4")
-    run("--output", str(pair), *words, launcher=torchrun(2))
+    run("--output", str(pair), *words, processes=2)
     process = start("--output", str(folder), *words, launcher=torchrun(2, "--max-restarts", "2"))
     wait_until(lambda: checkpoint.newest(folder / "checkpoints"), process)
     children = subprocess.run(
@@ -223,7 +223,7 @@ def test_a_full_disk_is_a_clear_error_and_the_last_checkpoint_stays_whole(small_
 def test_with_a_full_disk_all_processes_stop(small_disk):
     words = ("--output", str(small_disk / "run"), "--checkpoint-every", "1", "--keep-checkpoints", "99")
     began = time.time()
-    text = run(*words, launcher=torchrun(2), status=1)
+    text = run(*words, processes=2, status=1)
     assert "could not be written" in text
     assert time.time() - began < 120  # nobody waits for the others' time-out
 
@@ -298,8 +298,8 @@ def test_the_diagnosis_names_the_place(whole):
     model, config, _ = load_model(whole)
     images = torch.zeros(2, 3, config.image_size, config.image_size)
     assert "every output is finite" in diagnosis(model, images)
-    model.transformer.layers[1][1].norm.bias.data.fill_(1e38)
-    assert "transformer.layers.1." in diagnosis(model, images)
+    model.transformer.layers[1][0].fn.to_out[0].weight.data.fill_(3e38)
+    assert "is that of transformer.layers.1.0.fn.to_out.0" in diagnosis(model, images)
     model.cls_token.data[0, 0, 0] = math.inf
     assert "Weights are not finite: cls_token" in diagnosis(model, images)
 

@@ -91,6 +91,20 @@ def choose_device(asked: str, local_rank: int = 0) -> torch.device:
     return device
 
 
+def _fresh_store(rank: int, world_size: int) -> dict:
+    """Where restarted processes meet, apart from where those before them met.
+
+    torchrun's default rendezvous keeps its store over restarts, and dead processes' addresses in it (PyTorch issue
+    135712). On one host its count of restarts tells the attempts apart; across hosts that count may differ, and
+    `--rdzv-backend c10d`, which makes a new store each time, is needed.
+    """
+    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    if not restarts or int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1:
+        return {}
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), world_size, is_master=False)
+    return {"store": dist.PrefixStore(f"restart_{restarts}", store), "rank": rank, "world_size": world_size}
+
+
 @contextmanager
 def process_group(device: str, threads: int = 0):
     """Join the processes that `torchrun` started (NCCL on GPUs, gloo on CPUs); alone, do nothing.
@@ -111,6 +125,7 @@ def process_group(device: str, threads: int = 0):
         dist.init_process_group(
             "nccl" if place.type == "cuda" else "gloo",
             timeout=timedelta(hours=2),  # one process downloads, scores and draws while the others wait
+            **_fresh_store(rank, world_size),
         )
     try:
         yield Processes(rank, local_rank, world_size, place, local_size)

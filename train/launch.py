@@ -28,7 +28,8 @@ def launch(config: TrainConfig, options: argparse.Namespace) -> int:
     """
     began = time.perf_counter()
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    with Interruption() as interruption, process_group(config.device, config.threads) as processes:
+    # before the processes have met there is nothing to save: a signal then ends them, as torchrun expects
+    with process_group(config.device, config.threads) as processes, Interruption() as interruption:
         name = f"runs/{Path(options.recipe).stem}-{datetime.now():%Y%m%d-%H%M%S}"
         folder = Path(options.output or processes.agree(name))
         data = _open_data(config, processes)

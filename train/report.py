@@ -125,7 +125,7 @@ def _throughput(trainer: Trainer, model: nn.Module, images_per_s: float) -> dict
         "patch_size": patch if isinstance(patch, int) else patch[0],
         "precision": "fp32" if trainer.dtype is None else {torch.bfloat16: "bf16"}.get(trainer.dtype, "fp16"),
         "parallel": config.parallel,
-        "batch_size": config.batch_size,
+        "batch_size": config.batch_size // (config.accumulate * processes.world_size),
     }
 
 

@@ -1,0 +1,237 @@
+"""Fine-tuning and linear probing: what is taken over, what is replaced, what is refused."""
+
+import json
+
+import pytest
+import timm
+import torch
+from runs import TINY, entries, run, same, weights
+from safetensors.torch import save_file
+
+from crate_fast.eval.models import open_model
+from crate_fast.train import finetune, linear_probe, pretrain
+from crate_fast.train.command_line import build_config, load_recipe, recipe_names
+from crate_fast.train.config import TrainConfig
+from crate_fast.train.initial_weights import load_initial
+from crate_fast.train.optimizer import build_optimizer
+from crate_fast.train.runs import build_model, load_model, run_config
+
+SCENES = ["--recipe", "shape_scenes", *TINY[:4], *TINY[10:]]  # the architecture comes from the run
+HEAD = ("mlp_head.1.weight", "mlp_head.1.bias")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A finished run at 32 px with an EMA."""
+    folder = tmp_path_factory.mktemp("runs") / "source"
+    assert pretrain.main([*TINY, "--output", str(folder), "--ema-decay", "0.8", "--mean", "half"]) == 0
+    return folder
+
+
+def _small(**changes) -> TrainConfig:
+    sizes = {"image_size": 32, "patch_size": 8, "dim": 32, "depth": 2, "heads": 2}
+    return TrainConfig(**(sizes | changes))
+
+
+# --- what is taken over ---
+
+
+def test_architecture_statistics_and_averaged_weights_come_from_the_run(source, tmp_path, capsys):
+    folder = tmp_path / "run"
+    words = [*SCENES, "--init", f"{source}@12", "--lr", "1e-9", "--output", str(folder), "--image-size", "48"]
+    assert finetune.main([*words, "--epochs", "1"]) == 0
+    config = run_config(folder)
+    assert (config.dim, config.depth, config.heads, config.patch_size, config.mean) == (32, 2, 2, 8, "half")
+    assert config.image_size == 48
+    text = capsys.readouterr().out
+    assert f"from {source} at step 12 (positions resampled)" in text
+    before, after = weights(source, 12, "ema"), weights(folder, 6)
+    for name in before:
+        if name != "pos_embedding":
+            assert torch.allclose(before[name], after[name], atol=1e-6), name
+    assert after["pos_embedding"].shape == (1, 37, 32)
+
+
+def test_a_kept_classifier_evaluates_as_before(source, tmp_path):
+    folder = tmp_path / "run"
+    words = [*SCENES, *TINY[4:6], "--init", f"{source}@12", "--lr", "1e-12", "--output", str(folder)]
+    assert finetune.main([*words, "--epochs", "1", "--weight-decay", "0"]) == 0
+    averaged = next(e for e in entries(source) if e["step"] == 12 and "ema_val_loss" in e)
+    tuned = next(e for e in entries(folder) if "val_loss" in e)
+    assert tuned["val_loss"] == pytest.approx(averaged["ema_val_loss"], abs=1e-5)
+
+
+def test_the_command_line_wins_over_the_run(source):
+    config, _ = build_config(
+        [*SCENES, "--init", str(source), "--dim", "64"], "", "shape_scenes", adjust=finetune.inheriting
+    )
+    assert (config.dim, config.depth) == (64, 2)
+
+
+def test_without_a_checkpoint_to_start_from_it_says_so(capsys, tmp_path, source):
+    for words, message in (
+        ([], "pass --init with a run's folder"),
+        (["--init", str(tmp_path / "nothing")], "neither a file nor the folder of a run"),
+        (["--init", f"{source}@best"], "write @STEP, or nothing"),
+        (["--init", str(tmp_path)], "has no config.yaml"),
+    ):
+        with pytest.raises((SystemExit, ValueError)) as stop:
+            finetune.main([*SCENES, *words, "--output", str(tmp_path / "run")])
+        assert message in capsys.readouterr().err + str(stop.value)
+
+
+def test_a_run_is_opened_with_its_moving_average(source):
+    model, _, step = load_model(source, 12)
+    assert step == 12
+    assert same(dict(model.state_dict()), weights(source, 12, "ema"))
+    assert not same(weights(source, 12), weights(source, 12, "ema"))
+    summary = json.loads((source / "summary.json").read_text())
+    assert summary["best_val_accuracy"] == max(e["ema_val_accuracy"] for e in entries(source) if "val_loss" in e)
+
+
+# --- the classifier ---
+
+
+def _file(tmp_path, model) -> str:
+    path = tmp_path / "weights.safetensors"
+    save_file(model.state_dict(), path)
+    return str(path)
+
+
+def test_another_number_of_classes_is_never_silent(tmp_path):
+    path = _file(tmp_path, build_model(_small(), 5))
+    model = build_model(_small(), 12)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"classifies 5 classes and the data have 12: pass --head new"):
+        load_initial(model, _small(init=path))
+    assert same(before, dict(model.state_dict()))
+    text = load_initial(model, _small(init=path, head="new"))
+    assert "new classifier (5 → 12 classes)" in text
+    assert all(torch.equal(model.state_dict()[name], before[name]) for name in HEAD)
+    assert not torch.equal(model.state_dict()["cls_token"], before["cls_token"])
+
+
+def test_the_demo_checkpoints_hidden_head_is_replaced_when_asked(tmp_path):
+    from crate_fast import CRATE
+
+    sizes = {"image_size": 32, "patch_size": 8, "dim": 32, "depth": 2, "heads": 2, "dim_head": 16}
+    path = _file(tmp_path, CRATE(num_classes=7, head_hidden=True, **sizes))
+    model = build_model(_small(), 12)
+    assert "new classifier (7 → 12 classes)" in load_initial(model, _small(init=path, head="new"))
+
+
+@pytest.mark.parametrize("change", [{"depth": 3}, {"dim": 48, "heads": 3}, {"sparsifier": "mlp"}])
+def test_another_architecture_is_refused_by_name(tmp_path, change):
+    path = _file(tmp_path, build_model(_small(**change), 12))
+    with pytest.raises(ValueError, match=r"are not of this model \(.*transformer\.layers\..*\): set model"):
+        load_initial(build_model(_small(), 12), _small(init=path, head="new"))
+
+
+def test_a_vit_of_timm_with_another_size_and_head(tmp_path):
+    sizes = {"patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
+    vit = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=7, **sizes)
+    path = _file(tmp_path, vit)
+    target = timm.create_model("vit_tiny_patch16_224", img_size=48, num_classes=3, **sizes)
+    config = TrainConfig(init=path, head="new", image_size=48)
+    text = load_initial(target, config)
+    assert "positions resampled" in text
+    assert "new classifier (7 → 3 classes)" in text
+    assert torch.equal(target.blocks[1].attn.qkv.weight, vit.blocks[1].attn.qkv.weight)
+
+
+def test_head_new_needs_weights_and_a_frozen_run_does_not_mix():
+    with pytest.raises(ValueError, match="say which with --init"):
+        _small(head="new")
+    with pytest.raises(ValueError, match="leave out mixup, cutmix and layer_decay"):
+        _small(frozen=True, mixup=0.5)
+
+
+# --- linear probe ---
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_probe_trains_its_classifier_alone(source, tmp_path, processes):
+    folder = tmp_path / "probe"
+    words = (
+        "--recipe",
+        "linear_probe",
+        "--dataset",
+        "shape_scenes",
+        "--init",
+        f"{source}@12",
+        "--warmup-epochs",
+        "1",
+    )
+    words += (
+        "--lr",
+        "10",
+        "--lr-scaling",
+        "none",
+        "--optimizer",
+        "lars",
+        "--output",
+        str(folder),
+        "--dropout",
+        "0.3",
+    )
+    text = run(*words, "--workers", "0", script="linear_probe", processes=processes)
+    assert "new classifier (12 → 12 classes)" in text
+    before, first, last = weights(source, 12, "ema"), weights(folder, 6), weights(folder, 12)
+    for name in before.keys() - set(HEAD):
+        assert torch.equal(before[name], last[name]), name
+    assert not torch.equal(first["mlp_head.1.1.weight"], last["mlp_head.1.1.weight"])
+    assert not torch.equal(first["mlp_head.1.0.running_mean"], torch.zeros(32))
+    run(*words, "--workers", "0", "--resume", script="linear_probe", processes=processes)
+    subject = open_model(f"{folder}@12")
+    assert same(dict(subject.model.state_dict()), last)
+
+
+def test_the_probe_is_maes(source):
+    recipe = load_recipe("linear_probe")
+    published = {"optimizer": "lars", "lr": 0.1, "lr_scaling": "linear", "weight_decay": 0.0, "batch_size": 16384}
+    published |= {"epochs": 90, "warmup_epochs": 10, "frozen": True, "label_smoothing": 0.0, "clip_grad": 0}
+    assert {name: recipe[name] for name in published} == published
+    config = TrainConfig(**(recipe | {"data_dir": "x", "init": str(source)}))
+    assert config.peak_lr == pytest.approx(0.1 * 16384 / 256)
+    model = build_model(_small(frozen=True), 12)
+    norm, linear = model.get_classifier()
+    assert (norm.affine, norm.eps, linear.weight.std() < 0.02, linear.bias.abs().max()) == (False, 1e-6, True, 0)
+
+
+def test_lars_by_hand():
+    """MAE's: the trust ratio scales matrices, not biases; momentum afterwards."""
+    torch.manual_seed(0)
+    config = _small(frozen=True, optimizer="lars", lr=0.5, weight_decay=0.0)
+    model = build_model(config, 12)
+    linear = model.get_classifier()[1]
+    optimizer = build_optimizer(model, config)
+    weight, bias = linear.weight.detach().clone(), linear.bias.detach().clone()
+    momentum = [torch.zeros_like(weight), torch.zeros_like(bias)]
+    for _ in range(3):
+        linear.weight.grad, linear.bias.grad = torch.randn_like(weight), torch.randn_like(bias)
+        ratio = 0.001 * weight.norm() / linear.weight.grad.norm()
+        momentum[0] = 0.9 * momentum[0] + ratio * linear.weight.grad
+        momentum[1] = 0.9 * momentum[1] + linear.bias.grad
+        weight, bias = weight - 0.5 * momentum[0], bias - 0.5 * momentum[1]
+        optimizer.step()
+    torch.testing.assert_close(linear.weight.detach(), weight)
+    torch.testing.assert_close(linear.bias.detach(), bias)
+
+
+def test_linear_probe_refuses_to_train_the_model(source, capsys):
+    with pytest.raises(SystemExit):
+        linear_probe.main(["--init", str(source), "--data-dir", "x", "--no-frozen"])
+    assert "a linear probe trains a classifier alone" in capsys.readouterr().err
+
+
+# --- recipes ---
+
+
+def test_the_fine_tuning_recipes_hold_table_3():
+    names = [name for name in recipe_names() if name.startswith("finetune_")]
+    assert [name[9:] for name in names] == ["cifar10", "cifar100", "flowers102", "in1k", "pets"]
+    published = {"optimizer": "adamw", "lr": 5e-5, "weight_decay": 0.01, "batch_size": 256, "image_size": 224}
+    published |= {"auto_augment": "randaugment-n2-m14", "schedule": "cosine", "head": "new"}
+    for name in names:
+        recipe = load_recipe(name)
+        assert {key: recipe[key] for key in published} == published
