@@ -10,6 +10,7 @@ import inspect
 import itertools
 import textwrap
 import typing
+from collections.abc import Callable
 from pathlib import Path
 
 import yaml
@@ -94,24 +95,38 @@ class _Parser(argparse.ArgumentParser):
         return parsed
 
 
-def build_config(argv: list[str] | None, description: str, default_recipe: str, config_class: type = TrainConfig):
-    """Read the command line: recipe, then single settings, then where to write.
+def _add_run_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--output", default=None, help="folder of the run; runs/<recipe>-<date> when absent")
+    parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in --output")
+
+
+def build_config(
+    argv: list[str] | None,
+    description: str,
+    default_recipe: str,
+    config_class: type = TrainConfig,
+    *,
+    add_options: Callable[[argparse.ArgumentParser], None] = _add_run_options,
+    fallback: dict | None = None,
+):
+    """Read the command line: recipe, then single settings, then the command's own options.
 
     Args:
         argv: Arguments; those of the process when None.
         description: For `--help`.
         default_recipe: Used when `--recipe` is absent.
         config_class: The dataclass.
+        add_options: Adds the command's own options; those of a run, `--output` and `--resume`, unless given.
+        fallback: Settings for where neither the recipe nor the command line has them, in place of the defaults.
 
     Returns:
-        (config, options), options holding `recipe`, `output` and `resume`.
+        (config, options), options holding `recipe` and the command's own.
     """
     parser = _Parser(description=description, allow_abbrev=False)
     parser.add_argument(
         "--recipe", default=default_recipe, help=f"{', '.join(recipe_names())}, or a YAML file's path"
     )
-    parser.add_argument("--output", default=None, help="folder of the run; runs/<recipe>-<date> when absent")
-    parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in --output")
+    add_options(parser)
     texts = field_help(config_class)
     for field in dataclasses.fields(config_class):
         option = "--" + field.name.replace("_", "-")
@@ -125,10 +140,10 @@ def build_config(argv: list[str] | None, description: str, default_recipe: str, 
     chosen = {f.name: getattr(options, f.name) for f in dataclasses.fields(config_class)}
     try:
         values = load_recipe(options.recipe, config_class) | {k: v for k, v in chosen.items() if v is not None}
-        config = config_class(**values)
+        config = config_class(**((fallback or {}) | values))
     except ValueError as error:
         parser.error(str(error))
-    if options.resume and options.output is None:
+    if getattr(options, "resume", False) and options.output is None:
         parser.error("--resume continues the run in --output: name its folder with --output")
     return config, options
 
