@@ -2,6 +2,7 @@
 
     crate-fast env                        versions, devices, backends
     crate-fast pretrain …                 train/pretrain.py
+    crate-fast plan …                     what a run would cost
     crate-fast eval PROTOCOL …            eval/PROTOCOL.py; `crate-fast eval` lists them
 
 Commands are modules with `main(argv) -> int`, imported when they are asked for.
@@ -16,6 +17,9 @@ __all__ = ["main"]
 COMMANDS = {
     "env": ("crate_fast.env", "versions, devices and backends of this machine"),
     "pretrain": ("crate_fast.train.pretrain", "supervised pre-training"),
+    "finetune": ("crate_fast.train.finetune", "fine-tuning on other data"),
+    "linear_probe": ("crate_fast.train.linear_probe", "a linear classifier on a frozen model (MAE's protocol)"),
+    "plan": ("crate_fast.train.plan", "what a run would cost: operations, memory, steps, hours"),
 }
 PROTOCOLS = {
     "attention_maps": "CLS attention of heads, under noise, beside other models (Fig. 1, 2, 7, 8, 11 to 14)",

@@ -3,6 +3,6 @@
 README.md has the mathematics and each kernel's schedule. Importing this package imports no Triton; its modules do.
 """
 
-from crate_fast.kernels.support import unavailable_reason
+from crate_fast.kernels.support import assuming_gpu, unavailable_reason
 
-__all__ = ["unavailable_reason"]
+__all__ = ["assuming_gpu", "unavailable_reason"]

@@ -3,10 +3,11 @@
 import functools
 import importlib.util
 import os
+from contextlib import contextmanager
 
 import torch
 
-__all__ = ["INTERPRETED", "MAX_HEAD_DIM", "architecture", "unavailable_reason"]
+__all__ = ["INTERPRETED", "MAX_HEAD_DIM", "architecture", "assuming_gpu", "unavailable_reason"]
 
 MAX_HEAD_DIM = 128
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -16,6 +17,18 @@ _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 # Whether Triton interprets kernels in Python: on the CPU, slowly, to check them. It reads the variable when it is
 # imported, which timm does; so it is read here once.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+_assuming_gpu = False
+
+
+@contextmanager
+def assuming_gpu():
+    """Inside, "cuda" tensors are served as on a supported GPU, whatever this machine has: for fake tensors alone."""
+    global _assuming_gpu
+    before, _assuming_gpu = _assuming_gpu, True
+    try:
+        yield
+    finally:
+        _assuming_gpu = before
 
 
 @functools.cache
@@ -57,9 +70,9 @@ def unavailable_reason(
     """Why the kernels cannot run on `device` with this dtype and head width, or None where they can."""
     if device.type != "cuda" and not (device.type == "cpu" and INTERPRETED):
         return f"Triton kernels need a CUDA or ROCm device, and the tensor is on {device.type!r}"
-    if not _TRITON_INSTALLED:
+    if not _TRITON_INSTALLED and not _assuming_gpu:
         return "Triton is not installed"
-    if device.type == "cuda":
+    if device.type == "cuda" and not _assuming_gpu:
         family, why_not = _family(device.index)
         if family is None:
             return why_not

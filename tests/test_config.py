@@ -14,9 +14,11 @@ def _config(*argv: str):
 
 
 def test_every_recipe_loads_and_needs_only_a_folder():
-    assert recipe_names() == ["cifar10", "in1k_released", "in21k_paper", "shape_scenes"]
+    pretraining = ["cifar10", "in1k_released", "in21k_paper", "shape_scenes"]
+    tuning = [f"finetune_{name}" for name in ("cifar10", "cifar100", "flowers102", "in1k", "pets")]
+    assert recipe_names() == sorted([*pretraining, *tuning, "probe_in1k"])
     for name in recipe_names():
-        config = _config("--recipe", name, "--data-dir", "somewhere")
+        config = _config("--recipe", name, "--data-dir", "somewhere", *(["--init", "x"] if name in tuning else []))
         assert isinstance(config, TrainConfig)
 
 

@@ -16,6 +16,7 @@ import crate_fast
 import crate_fast.eval
 import crate_fast.train
 from crate_fast import cli, settings
+from crate_fast.train import plan
 from crate_fast.train.command_line import build_config
 
 ROOT = Path(__file__).parent.parent
@@ -60,6 +61,14 @@ def test_the_readmes_training_commands_are_valid():
         build_config(shlex.split(command, comments=True), "README", "shape_scenes")
 
 
+def test_the_readmes_plans_can_be_made(capsys):
+    commands = re.findall(r"^crate-fast plan(.*)$", README, re.M)
+    assert commands
+    for command in commands:
+        assert plan.main(shlex.split(command, comments=True)) == 0
+        assert "training images" in capsys.readouterr().out
+
+
 def test_the_readmes_evaluation_commands_are_valid(monkeypatch):
     seen = []
     commands = re.findall(r"^crate-fast eval (\S+)(.*)$", README, re.M)
@@ -96,7 +105,9 @@ def test_every_environment_variable_is_in_the_readme():
             assert "CRATE_FAST_" not in re.sub(r'"""(.|\n)*?"""', "", path.read_text()), path
 
 
-@pytest.mark.parametrize("module", ["crate_fast.env", "crate_fast.train.pretrain", "crate_fast.eval.maskcut"])
+@pytest.mark.parametrize(
+    "module", ["crate_fast.env", "crate_fast.train.pretrain", "crate_fast.train.plan", "crate_fast.eval.maskcut"]
+)
 def test_commands_start_without_warnings(module):
     arguments = [] if module == "crate_fast.env" else ["--help"]
     command = [sys.executable, "-W", "error::RuntimeWarning", "-m", module, *arguments]

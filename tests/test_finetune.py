@@ -187,7 +187,7 @@ def test_a_probe_trains_its_classifier_alone(source, tmp_path, processes):
 
 
 def test_the_probe_is_maes(source):
-    recipe = load_recipe("linear_probe")
+    recipe = load_recipe("probe_in1k")
     published = {"optimizer": "lars", "lr": 0.1, "lr_scaling": "linear", "weight_decay": 0.0, "batch_size": 16384}
     published |= {"epochs": 90, "warmup_epochs": 10, "frozen": True, "label_smoothing": 0.0, "clip_grad": 0}
     assert {name: recipe[name] for name in published} == published

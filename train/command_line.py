@@ -96,14 +96,24 @@ class _Parser(argparse.ArgumentParser):
         return parsed
 
 
+def _add_run_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--output", default=None, help="folder of the run; runs/<recipe>-<date> when absent")
+    parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in --output")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="build everything, run two steps, save, load, and leave nothing behind"
+    )
+
+
 def build_config(
     argv: list[str] | None,
     description: str,
     default_recipe: str,
     config_class: type = TrainConfig,
+    *,
     adjust: Callable[[dict, dict], dict] = lambda values, chosen: values | chosen,
+    add_options: Callable[[argparse.ArgumentParser], None] = _add_run_options,
 ):
-    """Read the command line: recipe, then single settings, then where to write.
+    """Read the command line: recipe, then single settings, then the command's own options.
 
     Args:
         argv: Arguments; those of the process when None.
@@ -111,19 +121,16 @@ def build_config(
         default_recipe: Used when `--recipe` is absent.
         config_class: The dataclass.
         adjust: (the recipe's settings, the command line's) → the settings; the latter win by default.
+        add_options: Adds the command's own options; those of a run, such as `--output`, unless given.
 
     Returns:
-        (config, options), options holding `recipe`, `output`, `resume` and `dry_run`.
+        (config, options), options holding `recipe` and the command's own.
     """
     parser = _Parser(description=description, allow_abbrev=False)
     parser.add_argument(
         "--recipe", default=default_recipe, help=f"{', '.join(recipe_names())}, or a YAML file's path"
     )
-    parser.add_argument("--output", default=None, help="folder of the run; runs/<recipe>-<date> when absent")
-    parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in --output")
-    parser.add_argument(
-        "--dry-run", action="store_true", help="build everything, run two steps, save, load, and leave nothing behind"
-    )
+    add_options(parser)
     texts = field_help(config_class)
     for field in dataclasses.fields(config_class):
         option = "--" + field.name.replace("_", "-")
@@ -140,9 +147,11 @@ def build_config(
         config = config_class(**adjust(load_recipe(options.recipe, config_class), given))
     except (ValueError, FileNotFoundError) as error:
         parser.error(str(error))
-    if options.resume and options.output is None:
+    if getattr(options, "output", "") is not None:  # named, or not an option of this command
+        return config, options
+    if options.resume:
         parser.error("--resume continues the run in --output: name its folder with --output")
-    if options.output is None and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
         parser.error("torchrun --max-restarts: restarted processes look for their run in --output; name its folder")
     return config, options
 

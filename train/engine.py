@@ -71,9 +71,6 @@ class Trainer:
         self.step = 0
         self.device, self.dtype = processes.device, autocast_dtype(config, processes.device)
         self.normalize = Normalize(config.mean).to(self.device)
-        if config.frozen:
-            model.requires_grad_(False)
-            model.get_classifier().requires_grad_(True)
         sharded = processes.world_size > 1 and config.parallel != "ddp"
         if sharded and config.clip_mode == "agc" and config.clip_grad:
             raise ValueError(

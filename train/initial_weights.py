@@ -17,9 +17,6 @@ __all__ = ["initial_run", "load_initial"]
 def initial_run(init: str) -> tuple[Path, int | None] | None:
     """The run and step that `--init` names, or None if it names a file.
 
-    >>> initial_run("weights.safetensors") is None
-    True
-
     Raises:
         ValueError: It names neither.
     """

@@ -37,7 +37,7 @@ def build_model(config: TrainConfig, num_classes: int) -> nn.Module:
 
 
 def _put_probe(model: nn.Module) -> None:
-    """The classifier of MAE's linear probe in the place of the model's own: BatchNorm without affine, then Linear."""
+    """Put MAE's linear probe in the classifier's place, BatchNorm without affine and Linear; freeze all but it."""
     classifier = model.get_classifier()
     if not isinstance(classifier, nn.Linear):
         raise ValueError(f"frozen=True: the classifier of {type(model).__name__} is no nn.Linear to be replaced")
@@ -47,6 +47,8 @@ def _put_probe(model: nn.Module) -> None:
     nn.init.zeros_(linear.bias)
     norm = nn.BatchNorm1d(classifier.in_features, affine=False, eps=1e-6)
     model.set_submodule(name, nn.Sequential(norm, linear))
+    model.requires_grad_(False)
+    linear.requires_grad_(True)
 
 
 def run_config(folder: Path, **changes) -> TrainConfig:

@@ -1,0 +1,359 @@
+"""What a run would cost: operations and bytes against counts by hand and by PyTorch, and the command."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from crate_fast import cli
+from crate_fast.kernels import assuming_gpu, unavailable_reason
+from crate_fast.reference import layer_reference
+from crate_fast.train import cost, plan
+from crate_fast.train.command_line import recipe_names
+from crate_fast.train.config import TrainConfig
+from crate_fast.train.runs import build_model
+
+N, PATCHES, PATCH_DIM, C, HEADS, DEPTH, K = 65, 64, 48, 32, 2, 3, 10  # of TINY
+TINY = TrainConfig(
+    image_size=32, patch_size=4, dim=C, depth=DEPTH, heads=HEADS, label_smoothing=0.0, batch_size=8, device="cpu"
+)
+MEASURED = {
+    "images_per_s_per_device": 1000.0,
+    "device": "NVIDIA H200",
+    "model": "crate_small_patch8_224",
+    "image_size": 224,
+    "patch_size": 8,
+}
+
+
+def _changed(**changes) -> TrainConfig:
+    return dataclasses.replace(TINY, **changes)
+
+
+def _plan(tmp_path, *words: str) -> dict:
+    file = tmp_path / "plan.json"
+    assert plan.main([*words, "--json", str(file)]) == 0
+    return json.loads(file.read_text())
+
+
+def _error(capsys, *words: str) -> str:
+    assert plan.main(list(words)) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    return captured.err
+
+
+# --- operations
+
+
+def _counted(forward, parameters) -> cost.Flops:
+    """PyTorch's count of a forward pass for one image, and of it with its backward pass."""
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        out = forward(torch.empty(1, 3, 32, 32, device="meta"))
+        forward_flops = counter.get_total_flops()
+        out.sum().backward()
+    assert all(p.grad is not None for p in parameters)
+    return cost.Flops(forward_flops, counter.get_total_flops())
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+def test_nominal_operations_are_those_of_the_released_form_as_pytorch_counts_them(heads):
+    model = cost.meta_model(_changed(heads=heads), K)
+
+    def released(images):
+        x = model.embed(images)
+        for layer in model.transformer.layers:
+            x = layer_reference(x, dict(layer.named_parameters()), heads)
+        return model.forward_head(x)
+
+    assert cost.count_flops(model, 32) == _counted(released, model.parameters())
+
+
+def test_executed_operations_are_those_of_the_folded_form_as_pytorch_counts_them():
+    model = cost.meta_model(TINY, K)
+    executed = cost.count_flops(model, 32, executed=True)
+    counted = _counted(model, model.parameters())
+    fold = cost.fold_flops(model)
+    assert fold == DEPTH * 2 * 2 * C**3
+    assert counted.forward == executed.forward + fold // 2
+    logits_again = DEPTH * 2 * N**2 * C  # the kernels' backward pass computes them, plain attention keeps them
+    assert counted.step == executed.step + fold - logits_again
+
+
+def test_operations_by_hand():
+    model = cost.meta_model(TINY, K)
+    embed, head, product, attention = 2 * PATCHES * PATCH_DIM * C, 2 * C * K, 2 * N * C**2, 2 * N**2 * C
+    forward = embed + head + DEPTH * ((2 + 3) * product + 2 * attention)
+    assert cost.count_flops(model, 32) == cost.Flops(forward, 3 * forward)
+    forward = embed + head + DEPTH * ((2 + 1) * product + 2 * attention)
+    step = 3 * (embed + head) + DEPTH * (9 * product + (2 + 5) * attention)
+    assert cost.count_flops(model, 32, executed=True) == cost.Flops(forward, step)
+    again = cost.meta_model(_changed(grad_checkpointing=True), K)
+    layers = DEPTH * (3 * product + 2 * attention)
+    assert cost.count_flops(again, 32, executed=True) == cost.Flops(forward, step + layers)
+    assert cost.count_flops(again, 32) == cost.count_flops(model, 32)
+
+
+def test_operations_of_the_ablations_and_of_a_frozen_model_are_as_pytorch_counts_them():
+    model = cost.meta_model(_changed(attention="mhsa", sparsifier="mlp"), K)
+    assert cost.count_flops(model, 32) == _counted(model, model.parameters())
+    frozen = cost.meta_model(_changed(frozen=True, sparsifier="mlp"), K)
+    assert cost.count_flops(frozen, 32) == _counted(frozen, frozen.get_classifier().parameters())
+
+
+def test_operations_of_another_model_are_pytorchs():
+    config = _changed(model="vit_tiny_patch16_224", patch_size=4, dim=None, depth=None, heads=None)
+    model = cost.meta_model(config, K)
+    width, n_tokens = 192, 65
+    layer = 12 * 2 * n_tokens * width**2 + 2 * 2 * n_tokens**2 * width
+    forward = 2 * PATCHES * PATCH_DIM * width + 12 * layer + 2 * width * K
+    flops = cost.count_flops(model, 32)
+    assert flops == cost.Flops(forward, 3 * forward - 2 * PATCHES * PATCH_DIM * width)  # no gradient of the pixels
+    assert (cost.tokens_per_image(model), cost.patch_size_of(model)) == (65, 4)
+
+
+# --- memory
+
+
+def _kept(config: TrainConfig, device: str, dtype: torch.dtype | None, images: int = 4) -> cost.Kept:
+    return cost.kept_for_backward(cost.meta_model(config, K), config, images, device, dtype, K)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("changes", [{}, {"attention": "mhsa", "sparsifier": "mlp"}, {"grad_checkpointing": True}])
+def test_bytes_kept_are_those_of_a_real_forward_pass(changes, dtype):
+    config = _changed(**changes)
+    model = build_model(config, K).train()
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    saved = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        saved[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype is not None):
+            logits = model(torch.randn(4, 3, 32, 32))
+        F.cross_entropy(logits.float(), torch.zeros(4, dtype=torch.long))
+    real = sum(storage.nbytes() for address, storage in saved.items() if address not in own)
+    kept = _kept(config, "cpu", dtype)
+    # A fake LayerNorm of bf16 rows on a CPU has its two statistics in bf16, the real one in fp32: the patches' here.
+    statistics = 0 if dtype is None else 4 * PATCHES * 2 * 2
+    assert kept.total - 4 * kept.recomputed_per_image == real - statistics
+    assert (kept.recomputed_per_image > 0) == config.grad_checkpointing
+
+
+def test_bytes_kept_in_fp32_on_a_cpu_by_hand():
+    kept = _kept(TINY, "cpu", None)
+    embedding = 2 * PATCHES * PATCH_DIM + PATCHES * C + 4 * PATCHES  # patches, normalised, mapped; four statistics
+    layer = 6 * N * C + 4 * N  # LN1's output, W, O, h, LN2's output, y; statistics
+    head = 2 + C + K  # statistics, LN's output, log-softmax
+    label = 8
+    assert kept.per_image == 4 * (embedding + N * C + DEPTH * layer + head) + label
+    assert kept.constant == 4 * (DEPTH * C**2 + 1)  # I + G of each layer; the labels' weight
+    assert kept.total == 4 * kept.per_image + kept.constant
+
+
+def test_bytes_kept_in_bf16_by_the_kernels_by_hand():
+    kept = _kept(TINY, "cuda", torch.bfloat16)
+    embedding = (4 + 2) * PATCHES * PATCH_DIM + 4 * PATCHES * C + 4 * 4 * PATCHES
+    layer = (2 + 2 + 2 + 4 + 4) * N * C  # LN1's output, W, O in bf16; h and y in fp32
+    layer += 4 * (4 + HEADS) * N  # two LayerNorms' statistics, log-sum-exp
+    head = 4 * 2 + 2 * C + 4 * K
+    assert kept.per_image == embedding + 4 * N * C + DEPTH * layer + head + 8
+    weights = PATCH_DIM * C + DEPTH * 2 * C**2 + C * K
+    assert kept.constant == 2 * (weights + DEPTH * C**2) + 4  # copies in bf16, with G; the labels' weight
+
+
+def test_ordinary_attention_is_kept_as_a_gpus_fused_kernels_keep_it():
+    short = _kept(_changed(attention="mhsa"), "cuda", torch.bfloat16)
+    tied = _kept(TINY, "cuda", torch.bfloat16)
+    more = short.per_image - tied.per_image  # key and value, and nothing of N²
+    assert more == DEPTH * 2 * 2 * N * C
+
+
+def test_a_gpu_is_assumed_only_inside():
+    device = torch.device("cuda")
+    outside = unavailable_reason(device)
+    with assuming_gpu():
+        assert unavailable_reason(device) is None
+        assert "heads up to 128" in unavailable_reason(device, head_dim=256)
+        assert "CUDA" in unavailable_reason(torch.device("meta"))
+    assert unavailable_reason(device) == outside
+
+
+def test_a_frozen_model_keeps_the_classifier_alone():
+    kept = _kept(_changed(frozen=True), "cpu", None)
+    assert kept.per_image == 4 * (C + K) + 8
+
+
+@pytest.mark.parametrize(("optimizer", "states"), [("adamw", 2), ("lion", 1), ("sgd", 1), ("lamb", 2)])
+def test_states_of_the_optimiser(optimizer, states):
+    model = cost.meta_model(TINY, K)
+    parameters = sum(p.numel() for p in model.parameters())
+    assert cost.optimizer_bytes(model, _changed(optimizer=optimizer)) == 4 * states * parameters
+
+
+def test_sharding_divides_what_has_rows_to_divide(tmp_path):
+    words = ["--recipe", "in1k_released", "--ema-decay", "0.99", "--classes", "1000", "--images", "4096"]
+    whole = _plan(tmp_path, *words, "--gpus", "8")["memory_bytes"]
+    shared = _plan(tmp_path, *words, "--gpus", "8", "--parallel", "fsdp")["memory_bytes"]
+    hybrid = _plan(tmp_path, *words, "--gpus", "8", "--hosts", "2", "--parallel", "hsdp")["memory_bytes"]
+    tokens = (197 + 1) * 384  # positions and CLS have one row
+    assert whole["weights"] == 4 * 6_090_856
+    for sharded, processes in ((shared, 8), (hybrid, 4)):
+        held = 4 * ((6_090_856 - tokens) // processes + tokens)
+        assert [sharded[name] for name in ("weights", "gradients", "optimizer", "ema")] == [held] * 4
+        assert sharded["activations"] == whole["activations"]
+    names = ("weights", "gradients", "optimizer", "ema", "activations")
+    assert shared["total"] == sum(shared[name] for name in names)
+
+
+# --- the plan
+
+
+def test_numbers_by_hand(tmp_path):
+    words = ["--recipe", "cifar10", "--gpus", "4", "--accumulate", "2", "--epochs", "3", "--hours", "2"]
+    result = _plan(tmp_path, *words, "--image-kb", "4", "--lr-scaling", "linear")
+    schedule = result["schedule"]
+    assert (schedule["images"], schedule["steps_per_epoch"], schedule["steps"]) == (50_000, 390, 1_170)
+    assert (schedule["images_seen"], schedule["micro_batch"], schedule["warmup_steps"]) == (149_760, 16, 390)
+    assert schedule["peak_lr"] == pytest.approx(1e-3 * 128 / 256)
+    model = result["model"]
+    assert (model["parameters"], model["tokens_per_image"], model["classes"]) == (694_186, 65, 10)
+    rate = result["rates"]["for_hours"]
+    assert rate == {"images_per_s": 20.8, "hours": 2, "gpu_hours": 8, "mb_per_s": pytest.approx(0.0832)}
+    assert result["data"]["gb_per_epoch"] == pytest.approx(0.19968)
+    flops = result["flops"]
+    assert flops["nominal"]["run"] == flops["nominal"]["step"] * 149_760
+    assert flops["executed"]["run"] == flops["executed"]["step"] * 149_760 + flops["fold_per_micro_batch"] * 1_170 * 8
+    assert result["settings"]["epochs"] == 3
+
+
+@pytest.mark.parametrize("recipe", recipe_names())
+def test_every_recipe_can_be_planned_without_its_data(recipe, capsys):
+    assert plan.main(["--recipe", recipe, "--gpus", "2"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith(f"{recipe} on 2 GPUs, ddp, bf16\n")
+    assert "not measured: pass --throughput" in text
+    assert max(map(len, text.splitlines())) <= 120
+
+
+@pytest.mark.parametrize(
+    ("model", "parameters"),
+    [("crate_tiny_patch8_224", 5.743), ("crate_small_patch8_224", 14.118), ("crate_base_patch8_224", 38.832)],
+)
+def test_the_papers_models_at_the_papers_batch(model, parameters, tmp_path):
+    result = _plan(tmp_path, "--recipe", "in21k_paper", "--gpus", "8", "--model", model, "--classes", "21842")
+    assert round(result["model"]["parameters"] / 1e6, 3) == parameters
+    assert result["schedule"]["micro_batch"] == 512
+    assert result["schedule"]["steps"] == 90 * (14_197_122 // 4096)
+
+
+def test_the_command_is_one_of_crate_fasts(capsys):
+    assert cli.main(["plan", "--device", "cpu"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("shape_scenes on 1 CPU process, ddp, fp32\n")
+    assert "made on the fly" in text
+
+
+def test_images_are_counted_in_a_folder_that_is_there(tmp_path):
+    for name in ("a/1.jpg", "a/2.PNG", "b/3.jpeg", "b/notes.txt"):
+        file = tmp_path / "train" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    config = TrainConfig(dataset="folder", data_dir=str(tmp_path))
+    size = plan.find_data_size(config, "in1k_released", None, None)
+    assert (size.images, size.classes) == (3, 2)
+    assert "counted" in size.source
+    size = plan.find_data_size(config, "in1k_released", 77, None)
+    assert (size.images, size.classes) == (77, 2)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--dataset folder", "how many images dataset='folder' has is not known: pass --images N"),
+        ("--dataset folder --images 500", "how many classes dataset='folder' has is not known: pass --classes N"),
+        ("--gpus 3", "batch_size=64 cannot be dealt out to 3 processes × 1 accumulation steps: make it a multiple"),
+        ("--train-samples 50", "the training split has 50 images, fewer than batch_size=64"),
+        ("--gpus 4 --hosts 3 --parallel hsdp", "--gpus 4 cannot be shared out to --hosts 3"),
+        ("--gpus 0", "--gpus 0: it must be above 0"),
+        ("--hours -1", "--hours -1.0: it must be above 0"),
+        ("--image-size 60", "is not a multiple of the patch size"),
+        ("--optimizer lyon", "lyon"),
+        ("--throughput nowhere", "--throughput nowhere: no such file"),
+    ],
+)
+def test_errors_name_the_value_and_the_remedy(words, message, capsys):
+    assert message in _error(capsys, *words.split())
+
+
+def test_an_empty_folder_is_no_data_set(tmp_path, capsys):
+    (tmp_path / "train").mkdir()
+    error = _error(capsys, "--dataset", "folder", "--data-dir", str(tmp_path))
+    assert "is not known, and" in error
+    assert "holds none: pass --images N" in error
+
+
+# --- measured rates
+
+
+def test_hours_come_from_a_measured_rate(tmp_path, capsys):
+    file = tmp_path / "rate.json"
+    file.write_text(json.dumps({"throughput": MEASURED | {"precision": "fp32", "parallel": "ddp", "devices": 1}}))
+    result = _plan(tmp_path, "--recipe", "in21k_paper", "--gpus", "8", "--throughput", str(file))
+    rate = result["rates"]["measured"]
+    assert rate["images_per_s"] == 8000
+    assert rate["hours"] == pytest.approx(90 * 3466 * 4096 / 8000 / 3600)
+    assert rate["gpu_hours"] == pytest.approx(8 * rate["hours"])
+    assert rate["mb_per_s"] == pytest.approx(880)
+    assert result["remarks"] == [
+        "measured with precision fp32, planned with bf16",
+        "assumes that the rate grows in proportion from 1 to 8 devices",
+    ]
+    text = capsys.readouterr().out
+    assert "1,000.0 images/s on one NVIDIA H200" in text
+    assert "not measured" not in text
+
+
+def test_a_finished_run_tells_its_rate_and_its_architecture(tmp_path):
+    (tmp_path / "summary.json").write_text(json.dumps({"val_accuracy": 0.5, "throughput": MEASURED}))
+    (tmp_path / "config.yaml").write_text("model: crate_small_patch8_224\nimage_size: 224\ndim: 384\n")
+    config = TrainConfig(model="crate_small_patch8_224", image_size=224, dim=384)
+    for path in (tmp_path, tmp_path / "summary.json"):
+        assert plan.read_throughput(path, config, 8).device == "NVIDIA H200"
+    with pytest.raises(ValueError, match="dim 384 measured, 192 planned"):
+        plan.read_throughput(tmp_path, dataclasses.replace(config, dim=192), 8)
+    with pytest.raises(ValueError, match="attention None measured, 'mhsa' planned"):
+        plan.read_throughput(tmp_path, dataclasses.replace(config, attention="mhsa"), 8)
+
+
+def test_a_rate_of_another_model_is_refused(tmp_path, capsys):
+    file = tmp_path / "rate.json"
+    file.write_text(json.dumps(MEASURED))
+    error = _error(capsys, "--recipe", "in1k_released", "--gpus", "8", "--throughput", str(file))
+    assert "model 'crate_small_patch8_224' measured, 'crate_tiny_patch16_224' planned" in error
+    assert "patch_size 8 measured, 16 planned" in error
+    assert "image_size" not in error
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "is not JSON"),
+        ("[1]", "lacks images_per_s_per_device, device, model, image_size, patch_size"),
+        (json.dumps({"throughput": {"model": "x"}}), "lacks images_per_s_per_device, device, image_size"),
+        (json.dumps(MEASURED | {"images_per_s_per_device": 0}), "images_per_s_per_device=0 is not a positive number"),
+        (json.dumps(MEASURED | {"images_per_s_per_device": "9"}), "='9' is not a positive number"),
+    ],
+)
+def test_files_that_hold_no_rate(text, message, tmp_path, capsys):
+    file = tmp_path / "rate.json"
+    file.write_text(text)
+    assert message in _error(capsys, "--recipe", "in21k_paper", "--gpus", "8", "--throughput", str(file))
