@@ -11,7 +11,7 @@ import torchvision
 from PIL import Image
 
 from crate_fast.train.config import TrainConfig
-from crate_fast.train.data import Normalize, build_splits, eval_loader, train_loader
+from crate_fast.train.data import Normalize, build_splits, eval_loader, mirrored, train_loader
 
 SCENES = TrainConfig(train_samples=40, val_samples=11, batch_size=8, epochs=2, image_size=32, workers=0, hflip=0.5)
 
@@ -31,7 +31,7 @@ def folder(tmp_path_factory):
 
 def _images(config, **shares) -> list[torch.Tensor]:
     data = build_splits(config)
-    return [batch[0] for batch in train_loader(config, data.train, **shares)]
+    return [mirrored(batch.images, batch.flips) for batch in train_loader(config, data.train, **shares)]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -83,7 +83,7 @@ def test_every_validation_image_is_seen_once(world_size):
         image
         for rank in range(world_size)
         for batch in eval_loader(SCENES, data.val, rank=rank, world_size=world_size)
-        for image in batch[0]
+        for image in batch.images
     ]
     assert len(seen) == 11
     expected = {data.val[0, i][0].numpy().tobytes() for i in range(11)}

@@ -21,6 +21,7 @@ from timm.utils import dispatch_clip_grad
 from crate_fast.eval import coarse_segmentation
 from crate_fast.train import checkpoint, pretrain
 from crate_fast.train.config import TrainConfig
+from crate_fast.train.data import Batch
 from crate_fast.train.distributed import Processes
 from crate_fast.train.engine import Trainer, clipped_parameters, learning_rate
 from crate_fast.train.runs import build_model
@@ -136,7 +137,8 @@ def _trainer(**settings) -> Trainer:
 def test_layer_decay_by_hand(decay_all):
     trainer = _trainer(layer_decay=0.5, decay_all=decay_all, lr=1e-3, warmup_epochs=0.0, batch_size=2, epochs=1)
     names = {id(parameter): name for name, parameter in trainer.model.named_parameters()}
-    batches = [(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.tensor([0, 1]))] * 4
+    images, flips = torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.zeros(2, dtype=torch.bool)
+    batches = [Batch(images, torch.tensor([0, 1]), flips, [])] * 4
     next(trainer.train_steps(batches))
     seen = {names[id(p)]: group for group in trainer.optimizer.param_groups for p in group["params"]}
     assert seen.keys() == set(names.values())

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from crate_fast.functional import cached_dictionaries
 from crate_fast.train.batch_augmentation import BatchAugmentation
 from crate_fast.train.config import TrainConfig
-from crate_fast.train.data import Normalize
+from crate_fast.train.data import Batch, Normalize, mirrored
 from crate_fast.train.distributed import Processes
 
 __all__ = ["Trainer", "clipped_parameters", "evaluate", "learning_rate"]
@@ -62,7 +62,7 @@ def evaluate(
 
     Args:
         model: In any mode; left in evaluation mode.
-        loader: `eval_loader` of this process: (images, labels, …).
+        loader: `eval_loader` of this process.
         normalize: uint8 → fp32 on the device.
         processes: Whose counts are added up.
         dtype: Of autocast.
@@ -72,8 +72,10 @@ def evaluate(
     """
     model.eval()
     totals = torch.zeros(4, dtype=torch.float64, device=processes.device)
-    for images, labels, *_ in loader:
-        images, labels = images.to(processes.device), labels.to(processes.device)
+    for batch in loader:
+        if not len(batch.labels):  # none of them could be read
+            continue
+        images, labels = batch.images.to(processes.device), batch.labels.to(processes.device)
         with autocast(processes.device, dtype):
             logits = model(normalize(images))
         logits = logits.float()
@@ -150,11 +152,11 @@ class Trainer:
             torch.manual_seed(int(draw[0]))  # dropout's masks depend on the step alone: nothing to save for a resume
             with cached_dictionaries():
                 for part in range(config.accumulate):
-                    images, labels, *_ = next(batches)
+                    batch = next(batches)
                     last = part == config.accumulate - 1
                     hold = nullcontext() if last or processes.world_size == 1 else self.runner.no_sync()
                     with hold:
-                        totals += self._forward_backward(images, labels, part)
+                        totals += self._forward_backward(batch, part)
             if config.clip_grad:
                 dispatch_clip_grad(
                     clipped_parameters(self.model, config.clip_mode), config.clip_grad, config.clip_mode
@@ -164,13 +166,12 @@ class Trainer:
             self.step += 1
             yield totals
 
-    def _forward_backward(self, images: Tensor, labels: Tensor, part: int) -> Tensor:
+    def _forward_backward(self, batch: Batch, part: int) -> Tensor:
         """Add one micro-batch's gradient; return its share of the step's loss and accuracy, [2]."""
         device = self.processes.device
-        images = images.to(device, non_blocking=True)
-        labels = labels.to(device, non_blocking=True)
+        images, labels, flips = (values.to(device, non_blocking=True) for values in batch[:3])
         part = part * self.processes.world_size + self.processes.rank
-        images, targets = self.augment(self.normalize(images), labels, self.step, part)
+        images, targets = self.augment(self.normalize(mirrored(images, flips)), labels, self.step, part)
         with autocast(device, self.dtype):
             logits = self.runner(images)
         smoothing = self.config.label_smoothing if targets.dim() == 1 else 0.0  # a mixture has it in it

@@ -13,7 +13,6 @@ from datetime import datetime
 from pathlib import Path
 
 import torch
-from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -24,7 +23,7 @@ from crate_fast.segmentation import score_attention, scores_table
 from crate_fast.train import checkpoint
 from crate_fast.train.command_line import build_config, dump_config
 from crate_fast.train.config import TrainConfig
-from crate_fast.train.data import DataSplits, build_splits, eval_loader, train_loader
+from crate_fast.train.data import DataSplits, build_splits, eval_loader, mask_loader, readable, train_loader
 from crate_fast.train.distributed import Processes, process_group
 from crate_fast.train.engine import Trainer, evaluate
 from crate_fast.train.report import attention_figure, curves_figure
@@ -133,7 +132,7 @@ def _train(trainer: Trainer, run: Run, data: DataSplits) -> None:
     shares = {"rank": processes.rank, "world_size": processes.world_size}
     loader = train_loader(config, data.train, first_step=trainer.step, **shares)
     val_loader = eval_loader(config, data.val, **shares)
-    probe = torch.stack([data.val[0, i][0] for i in range(min(WHITEBOX_IMAGES, len(data.val)))])
+    probe = torch.stack([sample[0] for sample in readable(data.val, range(min(WHITEBOX_IMAGES, len(data.val))))])
     evaluation_period = config.eval_every * trainer.steps_per_epoch
     slow = not sys.stderr.isatty()
     with tqdm(
@@ -197,16 +196,16 @@ def _finish(trainer: Trainer, run: Run, data: DataSplits, seconds: float) -> dic
         layer = attention_layer(model)
         source = data.val if data.masks is None else data.masks
         shown = min(8, len(source))
-        samples = [source[0, i * len(source) // shown] for i in range(shown)]  # evenly spaced: folders are sorted
+        spaced = [i * len(source) // shown for i in range(shown)]  # folders are sorted
+        samples = readable(source, spaced)
         masks = None if data.masks is None else torch.stack([sample[2] for sample in samples])
         images = torch.stack([sample[0] for sample in samples])
         titles = [data.classes[sample[1]] for sample in samples]
         layers = sorted({layer, model.transformer.depth - 1})
         attention_figure(model, images, masks, titles, trainer.normalize, layers, folder / "attention.png")
         if data.masks is not None:
-            loader: DataLoader = eval_loader(config, data.masks)
             summary["attention_layer"] = layer
-            summary["attention_miou"] = score_attention(model, loader, trainer.normalize)
+            summary["attention_miou"] = score_attention(model, mask_loader(config, data.masks), trainer.normalize)
     checkpoint.write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     return summary
 
