@@ -226,6 +226,6 @@ def test_an_index_travels_without_its_descriptors(tmp_path):
     index = _index(_plain(tmp_path / "train-0.tar", [1, 2]))
     index.open(0)
     copy = pickle.loads(pickle.dumps(index))
-    assert index._open
-    assert not copy._open
+    assert index.archives._open
+    assert not copy.archives._open
     assert _values(copy) == _values(index)

@@ -173,6 +173,23 @@ def test_probes_see_plain_images_and_are_told(tmp_path):
         data.train[0, 4]
 
 
+def test_archives_in_an_archive_are_read(tmp_path):
+    for split in ("train", "validation"):
+        with tarfile.open(tmp_path / f"{split}.tar", "w") as archive:
+            for k, name in enumerate(("ant", "bee")):
+                inner = io.BytesIO()
+                with tarfile.open(fileobj=inner, mode="w") as inside:
+                    for i in (0, 2, 5):
+                        _add(inside, f"{i}.jpg", _content(6 * k + i))
+                _add(archive, f"{name}.tar", inner.getvalue())
+    data = build_splits(TrainConfig(dataset="tar", data_dir=str(tmp_path), image_size=16))
+    assert data.classes == ("ant", "bee")
+    pictures = {np.asarray(data.val.images[i][0]).tobytes(): data.val.images[i][1] for i in range(6)}
+    assert pictures == {
+        np.asarray(Image.open(io.BytesIO(_jpeg(6 * k + i)))).tobytes(): k for k in range(2) for i in (0, 2, 5)
+    }
+
+
 def test_pictures_of_any_mode_become_rgb(tmp_path):
     modes = ("L", "RGBA", "P", "CMYK", "1", "LA")
     for split in ("train", "validation"):

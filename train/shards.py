@@ -29,7 +29,7 @@ from pathlib import Path
 
 import numpy as np
 
-__all__ = ["ShardIndex", "find_shards"]
+__all__ = ["Archives", "ShardIndex", "find_shards"]
 
 _IMAGE = {"jpg", "jpeg", "png", "webp", "bmp", "ppm", "tif", "tiff"}
 _VERSION = 1
@@ -133,6 +133,41 @@ def _class_names(root: Path) -> tuple[str, ...] | None:
     return None
 
 
+class Archives:
+    """Files read at any place, kept open: so many of them that a process may open, the longest unused closed first.
+
+    Forked processes may share the descriptors, for `pread` leaves their position alone; spawned ones open their own.
+    """
+
+    def __init__(self, paths: Sequence[Path]):
+        self.paths = paths
+        self._open: OrderedDict[int, int] = OrderedDict()
+
+    def __getstate__(self) -> dict:
+        return {"paths": self.paths, "_open": OrderedDict()}
+
+    def __del__(self):
+        for descriptor in self._open.values():
+            os.close(descriptor)
+
+    def read(self, number: int, offset: int, size: int) -> bytes:
+        """`size` bytes of file `number` from `offset` on.
+
+        Raises:
+            OSError: It is gone, or ends before.
+        """
+        if number in self._open:
+            self._open.move_to_end(number)
+        else:
+            if len(self._open) >= _OPEN_SHARDS:
+                os.close(self._open.popitem(last=False)[1])
+            self._open[number] = os.open(self.paths[number], os.O_RDONLY)
+        content = os.pread(self._open[number], size, offset)
+        if len(content) < size:
+            raise OSError(f"the archive ends {size - len(content)} bytes early")
+        return content
+
+
 class ShardIndex:
     """Samples of shards by number, in the order of the shards and of their members.
 
@@ -154,7 +189,7 @@ class ShardIndex:
 
     def __init__(self, shards: Sequence[Path], root: Path):
         self.shards = [Path(shard) for shard in shards]
-        self._open: OrderedDict[int, int] = OrderedDict()
+        self.archives = Archives(self.shards)
         folder = self.shards[0].parent
         # int64 [n, 4]: shard, offset, size, label
         self.samples = self._load(folder / f".{self.shards[0].stem}.index.npz")
@@ -199,23 +234,6 @@ class ShardIndex:
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getstate__(self) -> dict:
-        return self.__dict__ | {"_open": OrderedDict()}  # a started process opens its own
-
-    def _descriptor(self, shard: int) -> int:
-        """An open descriptor of a shard. Forked processes may share it: `pread` leaves its position alone."""
-        if shard in self._open:
-            self._open.move_to_end(shard)
-        else:
-            if len(self._open) >= _OPEN_SHARDS:
-                os.close(self._open.popitem(last=False)[1])
-            self._open[shard] = os.open(self.shards[shard], os.O_RDONLY)
-        return self._open[shard]
-
-    def __del__(self):
-        for descriptor in self.__dict__.get("_open", {}).values():
-            os.close(descriptor)
-
     def open(self, index: int) -> tuple[io.BytesIO, int]:
         """The file of image `index`, not decoded, and its label.
 
@@ -223,16 +241,13 @@ class ShardIndex:
             OSError: The shard is gone, or shorter than when it was indexed.
         """
         shard, offset, size, label = self.samples[index].tolist()
-        content = os.pread(self._descriptor(shard), size, offset)
-        if len(content) < size:
-            raise OSError(f"the shard ends {size - len(content)} bytes early")
-        return io.BytesIO(content), label
+        return io.BytesIO(self.archives.read(shard, offset, size)), label
 
     def name(self, index: int) -> str:
         """ "shard/member" of image `index`, from the header in front of it (which cuts names of over 100 bytes)."""
         shard, offset, _, _ = self.samples[index].tolist()
         try:
-            header = os.pread(self._descriptor(shard), _HEADER, offset - _HEADER)
+            header = self.archives.read(shard, offset - _HEADER, _HEADER)
             member = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").name
         except (OSError, tarfile.TarError):
             member = f"byte {offset}"

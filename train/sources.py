@@ -5,6 +5,7 @@ resumed at any step.
 """
 
 import importlib.util
+import io
 import tarfile
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch.utils.data import Dataset
 from torchvision import datasets as torchvision_datasets
 
 from crate_fast.train.config import TrainConfig
-from crate_fast.train.shards import ShardIndex, find_shards
+from crate_fast.train.shards import Archives, ShardIndex, find_shards
 from crate_fast.train.unreadable import Unreadable
 
 __all__ = ["UNREADABLE", "Source", "common_classes", "decoded", "nothing_outside", "open_source"]
@@ -100,6 +101,20 @@ class FileSource(Source):
 
     def open(self, index: int) -> tuple[BinaryIO, int]:
         return self.reader[index]
+
+
+class _TarSource(FileSource):
+    """A tar archive. timm's reader makes the index; it would open the archive anew for each image, in 0.4 ms."""
+
+    def __init__(self, reader, where: str):
+        super().__init__(reader, where)
+        self.archives = Archives([Path(where)])
+
+    def open(self, index: int) -> tuple[BinaryIO, int]:
+        member, _, inner = self.reader.samples[index]
+        if inner is not None:  # an archive in the archive
+            return self.reader[index]
+        return io.BytesIO(self.archives.read(0, member.offset_data, member.size)), self.reader.targets[index]
 
 
 class _HubSource(FileSource):
@@ -203,14 +218,14 @@ def _open_files(config: TrainConfig, train: bool) -> Source:
         present = sorted(path.name for path in root.iterdir())[:8] if root.is_dir() else "no such folder"
         raise FileNotFoundError(f"{place} is not there (data_dir holds: {present}): pass --data-dir, or {option}")
     # A kept archive handle would be shared by forked workers, position included: they would read each other's bytes.
-    settings = {"cache_tarfiles": False} if config.dataset == "tar" else {}
+    kind, settings = (_TarSource, {"cache_tarfiles": False}) if config.dataset == "tar" else (FileSource, {})
     try:
         images = create_dataset("", root=str(place), split=split, search_split=False, **settings)
     except (RuntimeError, ValueError, tarfile.TarError) as error:
         raise ValueError(
             f"{place} cannot be used ({error}): it must hold images, each in a folder named after its class"
         ) from error
-    return FileSource(images.reader, str(place))
+    return kind(images.reader, str(place))
 
 
 def _open_hf(config: TrainConfig, train: bool) -> Source:
