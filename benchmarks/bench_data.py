@@ -265,15 +265,20 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         configs = write_sources(Path(folder), jpegs, small, batch)
         check_equal(configs)
-        one_by_one = cpu_rates(stages(configs, len(jpegs)), options.rounds, seconds)
-        together = cpu_rates(whole(configs), options.rounds, seconds)
-    table = _table(one_by_one, f"stage, {SIZE} px") + "\n" + _table(together, "whole batches from")
+        one_by_one = stages(configs, len(jpegs))
+        rows = cpu_rates(one_by_one | whole(configs), options.rounds, seconds)
+    kinds = {
+        kind: [row for row in rows if (row["what"] in one_by_one) == (kind == "stage")]
+        for kind in ("stage", "source")
+    }
+    table = _table(kinds["stage"], f"stage, {SIZE} px") + "\n" + _table(kinds["source"], "whole batches from")
     table += f"\n{facts['images']}, {facts['mean_kb']} KB on average; those of {SMALL_SIDE} px "
     table += f"{facts['small_mean_kb']} KB. CPU time of one process with one thread, files in the page cache.\n"
     print(table)
     if not options.smoke:
-        rows = [{"kind": "stage"} | row for row in one_by_one] + [{"kind": "source"} | row for row in together]
-        write_results(options.name, rows, table, more=facts)
+        write_results(
+            options.name, [{"kind": kind} | row for kind in kinds for row in kinds[kind]], table, more=facts
+        )
     return 0
 
 

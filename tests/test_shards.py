@@ -132,7 +132,15 @@ def test_the_index_is_kept_and_made_anew_when_a_shard_changes(tmp_path, capsys, 
     os.utime(shard, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
     assert shard.stat().st_size == stat.st_size
     assert _values(_index(shard)) == [(4, 0), (6, 0)]
-    assert len(_index(shard, _plain(tmp_path / "train-1.tar", [8]))) == 3
+    second = _plain(tmp_path / "train-1.tar", [8])
+    assert len(_index(shard, second)) == 3
+    capsys.readouterr()
+    assert _values(_index(shard, second.rename(tmp_path / "train-2.tar")))[2] == (8, 0)
+    assert "indexed 3 images" in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        patch.setattr("crate_fast.train.shards._VERSION", 0)
+        _index(shard, tmp_path / "train-2.tar")
+    assert "indexed 3 images" in capsys.readouterr().err
     for damage in (b"", b"text", cache.read_bytes()[:100]):
         cache.write_bytes(damage)
         assert len(_index(shard)) == 2
@@ -169,6 +177,18 @@ def test_damage_is_named(tmp_path):
             _index(_tar(shard, [("0001.png", _png(1)), (f"0001.{suffix}", content)]))
     with pytest.raises(ValueError, match="hold no images"):
         _index(_tar(shard, [("0001.cls", b"1")]))
+
+
+def test_a_shard_that_shrinks_under_a_run_is_named(tmp_path):
+    for split in ("train", "validation"):
+        shard = _plain(tmp_path / f"{split}-0.tar", range(4))
+    data = build_splits(_config(tmp_path))
+    whole = shard.read_bytes()
+    offset, size = data.val.images.index.samples[3, 1:3]
+    shard.write_bytes(whole[: offset + size - 1])
+    (batch,) = eval_loader(_config(tmp_path), data.val)
+    assert len(batch.images) == 3
+    assert batch.problems == [f"{shard}/0003.png: OSError: the archive ends 1 bytes early"]
 
 
 def test_class_names_are_those_written_down(tmp_path):

@@ -229,7 +229,10 @@ def _open_files(config: TrainConfig, train: bool) -> Source:
 
 
 def _open_hf(config: TrainConfig, train: bool) -> Source:
-    """A data set of `datasets`, by timm's reader: a local folder of parquet, arrow or image files, or a name."""
+    """A data set of `datasets`, by timm's reader: a local folder of parquet, arrow or image files, or a name.
+
+    `datasets` writes parquet anew as arrow into its cache (HF_DATASETS_CACHE) the first time.
+    """
     split, option = _split(config, train)
     if importlib.util.find_spec("datasets") is None:
         raise ModuleNotFoundError("dataset='hf' needs the package datasets: pip install crate_fast[hf]")
