@@ -39,7 +39,8 @@ setup(
     extras_require={
         "eval": EVAL,
         "crf": [*EVAL, "pydensecrf2"],
-        "test": [*EVAL, "pytest", "pytest-benchmark", "ruff"],
+        "hf": ["datasets"],
+        "test": [*EVAL, "datasets", "webdataset", "pytest", "pytest-benchmark", "ruff"],
     },
     entry_points={"console_scripts": ["crate-fast = crate_fast.cli:main"]},
 )

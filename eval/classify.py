@@ -266,11 +266,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.set_defaults(batch_size=64)
     parser.add_argument("--protocol", help="among head,knn,linear; default head,knn, or knn without a head")
     parser.add_argument(
-        "--dataset", help="as in training: shape_scenes, folder, tar, cifar10, …; default the run's own"
+        "--dataset", help="as in training: shape_scenes, folder, tar, shards, …; default the run's own"
     )
     parser.add_argument("--data-dir", help="its folder")
-    parser.add_argument("--train-split", help="of folder and tar: name of the training split")
-    parser.add_argument("--val-split", help="of folder and tar: name of the validation split")
+    parser.add_argument("--train-split", help="name of the training split: of folder, tar, shards, hf")
+    parser.add_argument("--val-split", help="name of the validation split, likewise")
     parser.add_argument("--train-samples", type=positive, help="of shape_scenes: training images")
     parser.add_argument("--val-samples", type=positive, help="of shape_scenes: validation images")
     parser.add_argument("--limit", type=positive, help="validation images, evenly spaced; all when absent")

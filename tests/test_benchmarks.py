@@ -1,15 +1,18 @@
 """Benchmarks: they run, their peers agree, and the README's table is the one that was measured."""
 
 from itertools import groupby
-from time import sleep
+from time import process_time, sleep
 
 import bench_cpu
+import bench_data
 import bench_maskcut
 import harness
 import pytest
 import torch
 import update_readme
 from released import ReleasedCRATE
+
+from crate_fast.train import sources
 
 
 def test_the_smoke_run_measures_every_peer(capsys):
@@ -60,3 +63,34 @@ def test_the_maskcut_benchmark_compares_masks_before_times(capsys, monkeypatch):
     monkeypatch.setattr(bench_maskcut.maskcut_oracle, "object_of", lambda vector, grid: (vector > 0).reshape(grid))
     with pytest.raises(SystemExit, match="different masks: no numbers"):
         bench_maskcut.main(["--smoke"])
+
+
+def test_the_data_benchmark_compares_batches_before_times(capsys, monkeypatch):
+    assert bench_data.main(["--smoke"]) == 0
+    out = capsys.readouterr().out
+    for row in (
+        "read the file: shards",
+        "decode",
+        "folder",
+        "tar",
+        "shards, randaugment-n2-m14",
+        "shards, evaluation",
+    ):
+        assert f"\n| {row} |" in out
+    monkeypatch.setattr(bench_data, "drawing_from", None)  # not reached
+    right = sources._TarSource.open
+    monkeypatch.setattr(sources._TarSource, "open", lambda self, index: right(self, (index + 1) % len(self)))
+    with pytest.raises(SystemExit, match="tar and folder give different batches: no numbers"):
+        bench_data.main(["--smoke"])
+
+
+def test_rates_count_images_not_calls():
+    def busy():
+        until = process_time() + 0.02
+        while process_time() < until:
+            pass
+
+    one, four = bench_data.cpu_rates({"one": (busy, 1), "four": (busy, 4)}, rounds=3, seconds=0.01)
+    assert 15_000 < one["us"] < 60_000
+    assert 3 < one["us"] / four["us"] < 5
+    assert one["us_low"] <= one["us"] <= one["us_high"]

@@ -1,6 +1,7 @@
 """Data: order and augmentation depend on seed and epoch alone; every validation image counts once."""
 
 import dataclasses
+import itertools
 import tarfile
 from typing import ClassVar
 
@@ -11,7 +12,7 @@ import torchvision
 from PIL import Image
 
 from crate_fast.train.config import TrainConfig
-from crate_fast.train.data import Normalize, build_splits, eval_loader, train_loader
+from crate_fast.train.data import Batch, Normalize, build_splits, eval_loader, mask_loader, mirrored, train_loader
 
 SCENES = TrainConfig(train_samples=40, val_samples=11, batch_size=8, epochs=2, image_size=32, workers=0, hflip=0.5)
 
@@ -31,7 +32,7 @@ def folder(tmp_path_factory):
 
 def _images(config, **shares) -> list[torch.Tensor]:
     data = build_splits(config)
-    return [batch[0] for batch in train_loader(config, data.train, **shares)]
+    return [mirrored(batch.images, batch.flips) for batch in train_loader(config, data.train, **shares)]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -67,6 +68,59 @@ def test_epochs_and_seeds_differ():
     assert not torch.equal(first[0], other[0])
 
 
+def test_flips_are_drawn_by_the_samples_name_and_left_to_the_device(folder):
+    for config in (SCENES, _folder_config(folder, hflip=0.5, crop="random")):
+        data = build_splits(config)
+        plain = build_splits(dataclasses.replace(config, hflip=0.0))
+        keys = [(epoch, index, 0) for epoch in range(8) for index in range(12)]
+        batch, still = (splits.train.batch(keys, replace=True) for splits in (data, plain))
+        assert torch.equal(batch.images, still.images)
+        assert not still.flips.any()
+        assert 30 < batch.flips.sum() < 66  # of 96
+        backwards = data.train.batch(keys[::-1], replace=True)
+        assert torch.equal(backwards.flips.flip(0), batch.flips)
+        assert torch.equal(data.train[keys[5]][0], batch.images[5])
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_repeated_augmentation_shows_fewer_images_in_more_ways(accumulate):
+    config = dataclasses.replace(SCENES, train_samples=42, batch_size=8, repeats=2, epochs=4, accumulate=accumulate)
+    split = build_splits(config).train
+    parts = list(train_loader(config, split).batch_sampler)
+    assert len(parts) == 4 * 5 * accumulate  # an epoch is as long as without
+    steps = [list(itertools.chain(*parts[i : i + accumulate])) for i in range(0, len(parts), accumulate)]
+    for keys in steps:
+        assert [copy for _, _, copy in keys] == [0, 1] * 4
+        assert [index for _, index, _ in keys[::2]] == [index for _, index, _ in keys[1::2]]
+    shown = [{index for keys in steps[5 * e : 5 * e + 5] for _, index, _ in keys} for e in range(4)]
+    assert [len(images) for images in shown] == [20] * 4
+    assert not shown[0] & shown[1]
+    assert not shown[2] & shown[3]
+    assert shown[0] & shown[2]
+    assert shown[0] != shown[2]
+    if accumulate == 1:  # the copies of an image are never on one process
+        for rank in range(2):
+            for keys in train_loader(config, split, rank=rank, world_size=2).batch_sampler:
+                assert len({index for _, index, _ in keys}) == 4
+    rest = list(train_loader(config, split, first_step=7).batch_sampler)
+    assert rest == parts[7 * accumulate :]
+
+
+def test_copies_of_an_image_are_augmented_anew(folder):
+    config = _folder_config(folder, crop="random", repeats=4, hflip=0.5, epochs=4)
+    for batch in train_loader(config, build_splits(config).train):
+        assert len({image.numpy().tobytes() for image in batch.images}) == 4
+        assert len(set(batch.labels.tolist())) == 1
+
+
+@pytest.mark.gpu
+def test_batches_wait_in_pinned_memory(folder):
+    batch = next(iter(train_loader(_folder_config(folder, workers=1), build_splits(_folder_config(folder)).train)))
+    assert isinstance(batch, Batch)
+    assert all(values.is_pinned() for values in batch[:3])
+    assert batch.problems == []
+
+
 def test_augmentation_leaves_the_global_generator_alone(folder):
     data = build_splits(_folder_config(folder, crop="random"))
     torch.manual_seed(5)
@@ -83,11 +137,19 @@ def test_every_validation_image_is_seen_once(world_size):
         image
         for rank in range(world_size)
         for batch in eval_loader(SCENES, data.val, rank=rank, world_size=world_size)
-        for image in batch[0]
+        for image in batch.images
     ]
     assert len(seen) == 11
     expected = {data.val[0, i][0].numpy().tobytes() for i in range(11)}
     assert {image.numpy().tobytes() for image in seen} == expected
+
+
+def test_masks_come_with_their_images():
+    data = build_splits(dataclasses.replace(SCENES, segmentation_samples=5))
+    ((images, labels, masks),) = mask_loader(SCENES, data.masks)
+    assert (images.shape, labels.shape, masks.shape) == ((5, 3, 32, 32), (5,), (5, 32, 32))
+    assert torch.equal(images[3], data.val[0, 3][0])
+    assert masks.dtype == torch.bool
 
 
 def _folder_config(root, **changes) -> TrainConfig:

@@ -63,7 +63,7 @@ class BatchAugmentation:
         """
         if self.erase is None and self.mix is None:
             return images, labels
-        with drawing_from(self.seed, step, _APART + part):
+        with drawing_from(self.seed, step, _APART + part, on_devices=True):
             if self.erase is not None:
                 images = self.erase(images)
             return (images, labels) if self.mix is None else self.mix(images, labels)

@@ -1,173 +1,182 @@
-"""Data sets and loaders: uint8 images in an order that depends on seed and epoch alone, not on processes or workers.
+"""Splits and loaders: uint8 batches in an order that depends on seed and epoch alone, not on processes or workers.
 
-Images stay uint8 until they are on the device; `Normalize` runs there. A sample is named by (epoch, index) and its
-augmentation draws from a generator seeded with (seed, epoch, index): a resumed run, or one with more processes, sees
-the same pixels.
+A training sample is named by (epoch, index, copy) and draws from a generator seeded with (seed, epoch, index, copy):
+a resumed run, or one with more processes, sees the same pixels. Images stay uint8 until they are on the device, where
+they are mirrored and normalised:
+
+    images = normalize(mirrored(batch.images.to(device), batch.flips.to(device)))
+
+An image that cannot be read is named in its batch's `problems`. In training another takes its place, drawn by the
+sample's name too; in evaluation it is left out.
 """
 
 import dataclasses
 import os
 import random
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
-from timm.data import ImageDataset, create_dataset, rand_augment_transform
-from timm.data.transforms import RandomResizedCropAndInterpolation
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision import datasets as torchvision_datasets
-from torchvision import transforms
 
 from crate_fast.train.config import TrainConfig
 from crate_fast.train.shape_scenes import ShapeScenes
+from crate_fast.train.sources import UNREADABLE, Source, common_classes, open_source
+from crate_fast.train.transforms import Normalize, drawing_from, eval_transform, mirrored, pixels, train_transform
+from crate_fast.train.unreadable import Unreadable
 
 __all__ = [
     "UNREADABLE",
+    "Batch",
     "DataSplits",
     "Normalize",
     "build_splits",
     "drawing_from",
     "eval_loader",
+    "mask_loader",
+    "mirrored",
     "plain_splits",
+    "readable",
     "train_loader",
 ]
 
-UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what PIL raises on a damaged file
-
-_STATISTICS = {
-    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
-    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
-}
-_TORCHVISION = {
-    "cifar10": lambda root, train, download: torchvision_datasets.CIFAR10(root, train=train, download=download),
-    "cifar100": lambda root, train, download: torchvision_datasets.CIFAR100(root, train=train, download=download),
-    "flowers102": lambda root, train, download: torchvision_datasets.Flowers102(
-        root, split="train" if train else "test", download=download
-    ),
-    "pets": lambda root, train, download: torchvision_datasets.OxfordIIITPet(
-        root, split="trainval" if train else "test", download=download
-    ),
-}
+Key = tuple[int, int] | tuple[int, int, int]
+_ATTEMPTS = 30  # at finding a readable image for a sample
 
 
 class Batch(NamedTuple):
+    """Images as a loader gives them.
+
+    Attributes:
+        images: uint8 [B, 3, S, S], not mirrored yet. B may be 0 in evaluation, if none of a batch could be read.
+        labels: int64 [B].
+        flips: bool [B]; the images that `mirrored` is to mirror on the device.
+        problems: "path: error: what it says" for each image that could not be read while this batch was made.
+    """
+
     images: Tensor
     labels: Tensor
-    flips: Tensor | None = None
-    problems: list = []
-    masks: Tensor | None = None
+    flips: Tensor
+    problems: list[str]
 
 
-def mirrored(images, flips):
-    return torch.where(flips[:, None, None, None], images.flip(-1), images)
+class _Split(Dataset):
+    """What the splits of every data set share.
 
-
-def _collate(samples):
-    parts = torch.utils.data.default_collate(samples)
-    return Batch(parts[0], parts[1], None, [], parts[2] if len(parts) > 2 else None)
-
-
-class Normalize(nn.Module):
-    """uint8 images [B, 3, S, S] → (x/255 − mean)/std in fp32, on the images' device.
-
-    Args:
-        statistics: "imagenet", "cifar10" or "half", or (mean, deviation) of the three channels.
+    `split[epoch, index]` and `split[epoch, index, copy]` are (image uint8 [3, S, S], label, …), not mirrored.
     """
 
-    def __init__(self, statistics: str | tuple[Sequence[float], Sequence[float]]):
-        super().__init__()
-        values = _STATISTICS[statistics] if isinstance(statistics, str) else statistics
-        mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in values)
-        self.register_buffer("shift", -mean / std, persistent=False)
-        self.register_buffer("scale", 1 / (255 * std), persistent=False)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return torch.addcmul(self.shift, images.float(), self.scale)
-
-
-@contextmanager
-def drawing_from(seed: int, epoch: int, index: int):
-    """Python's, NumPy's and PyTorch's global generators seeded by one sample's name; PyTorch's is put back after."""
-    state = torch.get_rng_state()
-    mixed = int(np.random.SeedSequence((seed, epoch, index)).generate_state(1, np.uint64)[0])
-    random.seed(mixed)
-    np.random.seed(mixed & 0xFFFFFFFF)  # noqa: NPY002  (timm's augmentations draw from the global generator)
-    torch.manual_seed(mixed)
-    try:
-        yield
-    finally:
-        torch.set_rng_state(state)
-
-
-class _Augmented(Dataset):
-    """(epoch, index) → (uint8 image, label): PIL images behind a transform with randomness of the sample's own."""
-
-    def __init__(self, images: Dataset, transform, seed: int):
-        self.images, self.transform, self.seed = images, transform, seed
+    def __init__(self, images: Dataset, config: TrainConfig, hflip: float = 0.0):
+        self.images, self.seed, self.size, self.hflip = images, config.seed, config.image_size, hflip
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
-        epoch, index = key
-        image, label = self.images[index]
-        with drawing_from(self.seed, epoch, index):
-            return self.transform(image.convert("RGB")), label
+    def batch(self, keys: Sequence[Key], replace: bool) -> Batch:
+        """The samples of these names; unreadable ones replaced or left out."""
+        raise NotImplementedError
+
+    def flips(self, keys: Sequence[Key]) -> Tensor:
+        """Which of the samples are to be mirrored, bool [B]."""
+        if not self.hflip:
+            return torch.zeros(len(keys), dtype=torch.bool)
+        return torch.tensor([np.random.default_rng((self.seed, *key)).random() < self.hflip for key in keys])
 
 
-class _Files(Dataset):
-    """(PIL image, label) by index, straight from timm's reader.
+class _Pictures(_Split):
+    """Images of a source behind a transform, PIL to PIL. With `augmented` it draws from the sample's generator."""
 
-    timm's own data set puts the next image in the place of one that cannot be read; here that is an OSError with its
-    name.
-    """
+    def __init__(
+        self,
+        images: Source,
+        config: TrainConfig,
+        transform: Callable[[Image.Image], Image.Image],
+        hflip: float = 0.0,
+        augmented: bool = False,
+    ):
+        super().__init__(images, config, hflip)
+        self.transform, self.augmented = transform, augmented
 
-    def __init__(self, reader):
-        self.reader = reader
+    def __getitem__(self, key: Key) -> tuple[Tensor, int]:
+        picture, label = self._sample(key)
+        return torch.from_numpy(pixels(picture).copy()), label
 
-    def __len__(self) -> int:
-        return len(self.reader)
+    def _sample(self, key: Key, attempt: int = 0) -> tuple[Image.Image, int]:
+        """The sample of this name; from the first attempt on of an image drawn by its name.
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        file, label = self.reader[index]
-        try:
-            with Image.open(file) as picture:
-                return picture.convert("RGB"), label
-        except UNREADABLE as error:
-            raise OSError(f"{self.reader.filename(index)}: {type(error).__name__}: {error}") from error
+        Raises:
+            Unreadable: It cannot be read.
+        """
+        epoch, index, *copy = key
+        if not self.augmented and not attempt:
+            picture, label = self.images[index]
+            return self.transform(picture), label
+        name = (*copy, attempt) if attempt else copy
+        with drawing_from(self.seed, epoch, index, *name):
+            picture, label = self.images[random.randrange(len(self)) if attempt else index]
+            return self.transform(picture), label
+
+    def _readable_sample(self, key: Key, attempts: int, problems: list[str]) -> tuple[Image.Image, int] | None:
+        for attempt in range(attempts):
+            try:
+                return self._sample(key, attempt)
+            except Unreadable as error:
+                problems.append(str(error))
+        return None
+
+    def batch(self, keys: Sequence[Key], replace: bool) -> Batch:
+        """See `_Split`.
+
+        Raises:
+            RuntimeError: In place of an unreadable image 29 others were tried, all unreadable.
+        """
+        images = np.empty((len(keys), 3, self.size, self.size), np.uint8)
+        labels, kept, problems = [], [], []
+        for key in keys:
+            sample = self._readable_sample(key, _ATTEMPTS if replace else 1, problems)
+            if sample is not None:
+                images[len(kept)] = pixels(sample[0])
+                labels.append(sample[1])
+                kept.append(key)
+            elif replace:
+                raise RuntimeError(
+                    f"{_ATTEMPTS} images in a row could not be read, the last: {problems[-1]}. "
+                    "Is the disk still there?"
+                )
+        flips = self.flips(kept)
+        return Batch(torch.from_numpy(images[: len(kept)]), torch.tensor(labels, dtype=torch.int64), flips, problems)
 
 
-class _Fixed(Dataset):
-    """(epoch, index) → sample `index`, the same in every epoch, with the epoch deciding horizontal flips."""
+class _Scenes(_Split):
+    """Scenes of `ShapeScenes`, the same in every epoch, drawn a batch at a time."""
 
-    def __init__(self, images: Dataset, hflip: float, seed: int):
-        self.images, self.hflip, self.seed = images, hflip, seed
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, key: tuple[int, int]) -> tuple:
+    def __getitem__(self, key: Key) -> tuple:
         return self.__getitems__([key])[0]
 
-    def __getitems__(self, keys: list[tuple[int, int]]) -> list[tuple]:
-        samples = self.images.__getitems__([index for _, index in keys])
-        if not self.hflip:
-            return samples
-        return [self._flipped(key, sample) for key, sample in zip(keys, samples, strict=True)]
+    def __getitems__(self, keys: Sequence[Key]) -> list[tuple]:
+        return self.images.__getitems__([key[1] for key in keys])
 
-    def _flipped(self, key: tuple[int, int], sample: tuple) -> tuple:
-        if np.random.default_rng((self.seed, *key)).random() >= self.hflip:
-            return sample
-        image, label, *mask = sample
-        return image.flip(-1), label, *(m.flip(-1) for m in mask)
+    def batch(self, keys: Sequence[Key], replace: bool) -> Batch:
+        """See `_Split`; scenes are always readable."""
+        images, labels, *_ = zip(*self.__getitems__(keys), strict=True)
+        return Batch(torch.stack(images), torch.tensor(labels), self.flips(keys), [])
+
+
+class _Loading(Dataset):
+    """A split as a loader asks for it: names in, a `Batch` out."""
+
+    def __init__(self, split: _Split, replace: bool):
+        self.split, self.replace = split, replace
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitems__(self, keys: Sequence[Key]) -> Batch:
+        return self.split.batch(keys, self.replace)
 
 
 @dataclass(frozen=True)
@@ -175,9 +184,10 @@ class DataSplits:
     """The two splits and what the rest of the run must know of them.
 
     Attributes:
-        train, val: Data sets of uint8 images, asked for by (epoch, index).
+        train, val: (uint8 image, label) by (epoch, index) or (epoch, index, copy), not mirrored; an image that cannot
+            be read raises one of `UNREADABLE`. The loaders make batches of them.
         classes: Class names, in the order of the labels.
-        masks: Validation data with object masks, (image, label, mask), or None.
+        masks: Validation data with object masks, (image, label, mask) by (epoch, index), or None.
     """
 
     train: Dataset
@@ -186,58 +196,13 @@ class DataSplits:
     masks: Dataset | None
 
 
-def _train_transform(config: TrainConfig) -> transforms.Compose:
-    size = config.image_size
-    crop = {
-        "none": [transforms.Resize((size, size))],
-        "center": [transforms.Resize(size), transforms.CenterCrop(size)],
-        "pad": [transforms.Resize((size, size)), transforms.RandomCrop(size, padding=size // 8)],
-        "random": [RandomResizedCropAndInterpolation(size, scale=(config.crop_scale, 1.0), interpolation="bicubic")],
-    }
-    augment = [rand_augment_transform(config.auto_augment, {})] if config.auto_augment else []
-    flip = transforms.RandomHorizontalFlip(config.hflip)
-    return transforms.Compose([*crop[config.crop], flip, *augment, transforms.PILToTensor()])
-
-
-def _eval_transform(config: TrainConfig) -> transforms.Compose:
-    size = config.image_size
-    resize = transforms.Resize(size, interpolation=transforms.InterpolationMode.BICUBIC)
-    return transforms.Compose([resize, transforms.CenterCrop(size), transforms.PILToTensor()])
-
-
-def _open_images(config: TrainConfig, train: bool) -> tuple[Dataset, tuple[str, ...]]:
-    """A data set of (PIL image, label) and its class names."""
-    root = Path(config.data_dir)
-    split = config.train_split if train else config.val_split
-    if config.dataset in _TORCHVISION:
-        try:
-            images = _TORCHVISION[config.dataset](root, train, config.download)
-        except RuntimeError as error:
-            raise FileNotFoundError(
-                f"{config.dataset} is not in data_dir={config.data_dir!r} ({error}): pass the right folder, or "
-                "--download to fetch it there"
-            ) from error
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(f"{config.dataset} needs {error.name}: pip install {error.name}") from error
-        return images, tuple(images.classes)
-    source = root / f"{split}.tar" if config.dataset == "tar" else root / split
-    if not source.exists():
-        present = sorted(path.name for path in root.iterdir())[:8] if root.is_dir() else "no such folder"
-        option = "--train-split" if train else "--val-split"
-        raise FileNotFoundError(f"{source} is not there (data_dir holds: {present}): pass --data-dir, or {option}")
-    # A kept archive handle would be shared by forked workers, position included: they would read each other's bytes.
-    reader = {"cache_tarfiles": False} if config.dataset == "tar" else {}
-    images = create_dataset("", root=str(source), split=split, search_split=False, **reader)
-    names = images.reader.class_to_idx if hasattr(images.reader, "class_to_idx") else images.reader.class_name_to_idx
-    return images, tuple(sorted(names, key=names.get))
-
-
 def build_splits(config: TrainConfig) -> DataSplits:
     """Open the data set that the configuration names.
 
     Raises:
         FileNotFoundError: It is not where the configuration says.
-        ValueError: The two splits have different classes.
+        ValueError: It cannot be used, the two splits have different classes, or `auto_augment` is no policy.
+        ModuleNotFoundError: A package is missing.
     """
     if config.dataset == "shape_scenes":
         common = {"image_size": config.image_size, "seed": config.seed}
@@ -246,42 +211,47 @@ def build_splits(config: TrainConfig) -> DataSplits:
         masks = ShapeScenes(
             min(config.segmentation_samples, config.val_samples), split="val", with_mask=True, **common
         )
-        fixed = partial(_Fixed, seed=config.seed)
-        return DataSplits(fixed(train, config.hflip), fixed(val, 0.0), tuple(train.classes), fixed(masks, 0.0))
-    train_images, classes = _open_images(config, train=True)
-    val_images, val_classes = _open_images(config, train=False)
-    if classes != val_classes:
-        differing = sorted(set(classes) ^ set(val_classes))[:8]
-        raise ValueError(f"the training and validation splits have different classes, such as {differing}")
+        return DataSplits(
+            _Scenes(train, config, config.hflip), _Scenes(val, config), tuple(train.classes), _Scenes(masks, config)
+        )
+    transform = train_transform(config)
+    train, val = open_source(config, train=True), open_source(config, train=False)
     return DataSplits(
-        _Augmented(train_images, _train_transform(config), config.seed),
-        _Augmented(val_images, _eval_transform(config), config.seed),
-        classes,
+        _Pictures(train, config, transform, config.hflip, augmented=True),
+        _Pictures(val, config, eval_transform(config)),
+        common_classes(train, val),
         None,
     )
 
 
 def plain_splits(config: TrainConfig) -> DataSplits:
-    """`build_splits` as a frozen model is probed: both splits under the validation transform, nothing augmented.
-
-    An image that cannot be read raises one of `UNREADABLE`, and none takes its place.
-    """
+    """`build_splits` as a frozen model is probed: both splits under the validation transform, nothing augmented."""
     data = build_splits(dataclasses.replace(config, hflip=0.0))
     if config.dataset == "shape_scenes":
         return data
+    return dataclasses.replace(data, train=_Pictures(data.train.images, config, eval_transform(config)))
 
-    def plain(split: _Augmented) -> _Augmented:
-        images = _Files(split.images.reader) if isinstance(split.images, ImageDataset) else split.images
-        return _Augmented(images, _eval_transform(config), config.seed)
 
-    return dataclasses.replace(data, train=plain(data.train), val=plain(data.val))
+def readable(split: Dataset, indices: Sequence[int]) -> list[tuple]:
+    """The samples of a split at `indices`, in evaluation, without those that cannot be read."""
+    found = []
+    for index in indices:
+        try:
+            found.append(split[0, index])
+        except Unreadable:
+            continue
+    return found
 
 
 class _TrainBatches:
-    """Batches of (epoch, index) for one process, epoch after epoch, from any optimiser step on.
+    """Batches of (epoch, index, copy) for one process, epoch after epoch, from any optimiser step on.
 
     A step's global batch is cut into `accumulate` micro-batches, each dealt out to the processes: which images a step
     sees depends neither on the number of processes nor on accumulation.
+
+    With r = `repeats` an epoch shows an r-th of the images, and r epochs share a permutation: together they show all,
+    but for a remainder smaller than a batch each. The copies of an image are neighbours in the global batch, and so
+    go to different processes.
     """
 
     def __init__(self, config: TrainConfig, n_images: int, rank: int, world_size: int, first_step: int):
@@ -292,26 +262,35 @@ class _TrainBatches:
     def __len__(self) -> int:
         return (self.config.epochs * self.steps_per_epoch - self.first_step) * self.config.accumulate
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        micro = self.config.batch_size // self.config.accumulate
+    def _order(self, epoch: int) -> np.ndarray:
+        """Indices of an epoch's images, each once, at least as many as it shows."""
+        turn, share = divmod(epoch, self.config.repeats)
+        order = np.random.default_rng((self.config.seed, turn)).permutation(self.n_images)
+        length = self.n_images // self.config.repeats
+        return order[share * length : (share + 1) * length]
+
+    def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
+        copies, accumulate = self.config.repeats, self.config.accumulate
+        different, micro = self.config.batch_size // copies, self.config.batch_size // accumulate
         start_epoch, start = divmod(self.first_step, self.steps_per_epoch)
         for epoch in range(start_epoch, self.config.epochs):
-            order = np.random.default_rng((self.config.seed, epoch)).permutation(self.n_images)
+            order = self._order(epoch)
             for step in range(start, self.steps_per_epoch):
-                batch = order[step * self.config.batch_size : (step + 1) * self.config.batch_size]
-                for part in range(self.config.accumulate):
-                    mine = batch[part * micro : (part + 1) * micro][self.rank :: self.world_size]
-                    yield [(epoch, int(index)) for index in mine]
+                shown = order[step * different : (step + 1) * different].tolist()
+                batch = [(epoch, index, copy) for index in shown for copy in range(copies)]
+                for part in range(accumulate):
+                    yield batch[part * micro : (part + 1) * micro][self.rank :: self.world_size]
             start = 0
 
 
 def train_loader(
     config: TrainConfig, data: Dataset, *, rank: int = 0, world_size: int = 1, first_step: int = 0
 ) -> DataLoader:
-    """Micro-batches of this process for every step from `first_step` to the end of the run.
+    """Micro-batches (`Batch`) of this process for every step from `first_step` to the end of the run, always full.
 
     Raises:
         ValueError: The data set is smaller than a batch, or the batch cannot be dealt out evenly.
+        RuntimeError: While loading, nothing can be read any more.
     """
     share = config.accumulate * world_size
     if config.batch_size % share:
@@ -322,32 +301,45 @@ def train_loader(
     if len(data) < config.batch_size:
         raise ValueError(f"the training split has {len(data)} images, fewer than batch_size={config.batch_size}")
     batches = _TrainBatches(config, len(data), rank, world_size, first_step)
-    return _loader(config, data, batches, persistent=False)
+    return _loader(config, _Loading(data, replace=True), batches, collate_fn=_as_it_is)
 
 
 def eval_loader(config: TrainConfig, data: Dataset, *, rank: int = 0, world_size: int = 1) -> DataLoader:
-    """This process's share of a split, every image once over all processes."""
-    mine = range(rank, len(data), world_size)
+    """This process's share of a split as `Batch`es, every readable image once over all processes."""
+    batches = _in_order(config, range(rank, len(data), world_size))
+    loading = _Loading(data, replace=False)
+    return _loader(config, loading, batches, collate_fn=_as_it_is, persistent_workers=True)
+
+
+def mask_loader(config: TrainConfig, masks: Dataset) -> DataLoader:
+    """`DataSplits.masks` as [images, labels, masks], as `segmentation.score_attention` reads them."""
+    return _loader(config, masks, _in_order(config, range(len(masks))))
+
+
+def _in_order(config: TrainConfig, indices: range) -> list[list[tuple[int, int]]]:
     size = max(1, min(256, config.batch_size))
-    batches = [[(0, index) for index in mine[start : start + size]] for start in range(0, len(mine), size)]
-    return _loader(config, data, batches, persistent=True)
+    return [[(0, index) for index in indices[start : start + size]] for start in range(0, len(indices), size)]
 
 
-def _loader(config: TrainConfig, data: Dataset, batches, persistent: bool) -> DataLoader:
+def _loader(config: TrainConfig, data: Dataset, batches, persistent_workers: bool = False, **settings) -> DataLoader:
     workers = config.workers
     if workers is None:  # on a CPU a loading process takes a core from the training threads and slows them far more
         share = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         workers = min(8, share) if _on_gpu(config) else 0
-    parallel = {"persistent_workers": persistent, "prefetch_factor": 4} if workers else {}
+    parallel = {"persistent_workers": persistent_workers, "prefetch_factor": 4} if workers else {}
     return DataLoader(
         data,
         batch_sampler=batches,
         num_workers=workers,
         pin_memory=_on_gpu(config),
         worker_init_fn=_one_thread,
-        collate_fn=_collate,
         **parallel,
+        **settings,
     )
+
+
+def _as_it_is(batch: Batch) -> Batch:
+    return batch
 
 
 def _on_gpu(config: TrainConfig) -> bool:

@@ -10,7 +10,7 @@ from crate_fast import CRATE
 from crate_fast.figures import Curve, Picture, curve_figure, image_grid
 from crate_fast.segmentation import score_attention, scores_table
 from crate_fast.train import checkpoint
-from crate_fast.train.data import DataSplits, Normalize, eval_loader
+from crate_fast.train.data import DataSplits, Normalize, mask_loader, readable
 from crate_fast.train.engine import Trainer
 from crate_fast.train.run_folder import RunFolder
 from crate_fast.whitebox import attention_layer, trace
@@ -99,7 +99,7 @@ def write_report(
         "parameters": sum(p.numel() for p in model.parameters()),
         "steps": trainer.step,
         "skipped_steps": trainer.nonfinite.total,
-        "unreadable_images": run.extra["unreadable"]["total"],
+        "unreadable_images": len(run.extra["unreadable"]),
         "seconds_this_session": round(seconds, 1),
     }
     if images_per_s is not None:
@@ -134,7 +134,7 @@ def _attention_report(run: RunFolder, trainer: Trainer, model: CRATE, data: Data
     config, layer = run.config, attention_layer(model)
     source = data.val if data.masks is None else data.masks
     shown = min(8, len(source))
-    samples = [source[0, i * len(source) // shown] for i in range(shown)]  # evenly spaced: folders are sorted
+    samples = readable(source, [i * len(source) // shown for i in range(shown)])  # evenly: folders are sorted
     masks = None if data.masks is None else torch.stack([sample[2] for sample in samples])
     images = torch.stack([sample[0] for sample in samples])
     titles = [data.classes[sample[1]] for sample in samples]
@@ -142,8 +142,7 @@ def _attention_report(run: RunFolder, trainer: Trainer, model: CRATE, data: Data
     attention_figure(model, images, masks, titles, trainer.normalize, layers, run.folder / "attention.png")
     if data.masks is None:
         return {}
-    batches = ((batch.images, batch.labels, batch.masks) for batch in eval_loader(config, data.masks))
-    scores = score_attention(model, batches, trainer.normalize)
+    scores = score_attention(model, mask_loader(config, data.masks), trainer.normalize)
     return {"attention_layer": layer, "attention_miou": scores}
 
 

@@ -20,7 +20,7 @@ import crate_fast
 from crate_fast import CRATE
 from crate_fast.train import checkpoint, parallel
 from crate_fast.train.config import TrainConfig
-from crate_fast.train.data import DataSplits, eval_loader, train_loader
+from crate_fast.train.data import DataSplits, eval_loader, readable, train_loader
 from crate_fast.train.distributed import Processes
 from crate_fast.train.engine import StepResult, Trainer
 from crate_fast.train.evaluation import evaluate
@@ -65,6 +65,7 @@ class Session:
         facts = {"train_images": len(data.train), "val_images": len(data.val), "classes": list(data.classes)}
         self.run = RunFolder(folder, config, facts, processes)
         self.tally = UnreadableTally(config, len(data.train))
+        self.val_tally = UnreadableTally(config, len(data.val))
         self.val_loader = eval_loader(config, data.val, **self._shares())
         self.speeds: list[float] = []  # images/s of all processes, a log interval each
 
@@ -185,22 +186,16 @@ class Session:
         if found is None:
             return None
         scores, problems = found
-        self._note_unreadable(problems, "validation")
-        if len(problems) > config.max_unreadable * len(self.data.val):
-            raise OSError(
-                f"{len(problems)} of {len(self.data.val)} validation images cannot be read, more than "
-                f"max_unreadable={config.max_unreadable}: {'; '.join(problems[:3])}. Repair or delete them, or raise "
-                "max_unreadable"
-            )
+        self._note_unreadable(problems, self.val_tally, epoch=0)  # each evaluation reads every image
         counted = scores | ({"unreadable": len(problems)} if problems else {})
         return {prefix + name: value for name, value in counted.items() if name != "images"}
 
     def _log_layers(self) -> None:
         model = parallel.unsharded_copy(self.trainer.model, self.build, self.processes)
         if isinstance(model, CRATE):
-            count = min(WHITEBOX_IMAGES, len(self.data.val))
-            images = next(iter(eval_loader(self.config, self.data.val))).images[:count]
-            self.run.log_layers(self.trainer.step, layer_statistics(model, self.trainer.prepare_images(images)))
+            samples = readable(self.data.val, range(min(WHITEBOX_IMAGES, len(self.data.val))))
+            images = self.trainer.prepare_images(torch.stack([sample[0] for sample in samples]))
+            self.run.log_layers(self.trainer.step, layer_statistics(model, images))
 
     def _log(self, interval: "_Interval", bar: tqdm) -> None:
         """One entry of the history: means since the last; and the images that could not be read since then."""
@@ -214,8 +209,8 @@ class Session:
         if trainer.scaler.is_enabled():
             values |= {"loss_scale": trainer.scaler.get_scale(), "overflows": trainer.nonfinite.overflows}
         self._count_unreadable()
-        if self.tally.total:
-            values["unreadable"] = self.tally.total
+        if self.tally.state():
+            values["unreadable"] = len(self.tally.state())
         self.run.log(trainer.step, values)
         bar.set_postfix({name: f"{value:.3f}" for name, value in interval.means().items()})
 
@@ -223,14 +218,15 @@ class Session:
         """Add up what every process could not read; raises when it is too much."""
         problems = [line for lines in self.processes.gather(self.trainer.problems) for line in lines]
         self.trainer.problems.clear()
-        self._note_unreadable(problems, "training")
-        epoch = max(0, self.trainer.step - 1) // self.trainer.steps_per_epoch
-        self.tally.add(problems, epoch)
+        self._note_unreadable(problems, self.tally, max(0, self.trainer.step - 1) // self.trainer.steps_per_epoch)
 
-    def _note_unreadable(self, problems: list[str], split: str) -> None:
-        if problems and self.processes.first:
+    def _note_unreadable(self, problems: list[str], tally: UnreadableTally, epoch: int) -> None:
+        """Count them, and name those not met before in unreadable.txt."""
+        new = [line for line in dict.fromkeys(problems) if line not in tally.state()]
+        if new and self.processes.first:
             with checkpoint.writing(self.run.folder), (self.run.folder / "unreadable.txt").open("a") as file:
-                file.writelines(f"step {self.trainer.step}, {split}: {line}\n" for line in problems)
+                file.writelines(f"{line}\n" for line in new)
+        tally.add(problems, epoch)
 
     def save(self, accuracy: float | None = None) -> None:
         """Write a checkpoint; with an accuracy it may become the best."""

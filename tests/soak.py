@@ -1,0 +1,148 @@
+"""A soak: a run under torchrun that is killed again and again must end with an undisturbed run's weights, to the bit.
+
+    python tests/soak.py --output SOAK --every 25 -- --dataset folder --data-dir DATA --val-split test …
+
+What stands behind `--` is train/pretrain.py's. Two processes, gloo, CPU. Three kinds of kill, at random moments: kill
+-9 of one process (torchrun restarts all), kill -9 of everything, torchrun too (started again with --resume), and SIGTERM
+to torchrun. Not collected by pytest; docs/results/soak.md has a run of an hour.
+"""
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import torch
+from runs import ROOT, entries, same, torchrun, weights
+
+from crate_fast.train import checkpoint
+
+KINDS = ("kill -9 of one process", "kill -9 of all", "SIGTERM to torchrun")
+
+
+def _start(folder: Path, words: list[str], log: Path) -> subprocess.Popen:
+    launcher = torchrun(2, "--max-restarts", "100")
+    command = [sys.executable, *launcher, str(ROOT / "train" / "pretrain.py"), *words]
+    command += ["--output", str(folder), "--resume", "--device", "cpu"]
+    with log.open("a") as file:
+        return subprocess.Popen(command, stdout=file, stderr=file, cwd=ROOT, start_new_session=True)
+
+
+def _children(process: subprocess.Popen) -> list[int]:
+    found = subprocess.run(
+        ["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True, check=False
+    )
+    return [int(word) for word in found.stdout.split()]
+
+
+def _kill(kind: str, process: subprocess.Popen, draw: random.Random) -> None:
+    """Do it; torchrun ends, but for the first kind."""
+    children = _children(process)
+    if kind == KINDS[0] and children:
+        os.kill(draw.choice(children), signal.SIGKILL)
+    elif kind == KINDS[1]:
+        for pid in (process.pid, *children):
+            os.kill(pid, signal.SIGKILL)
+        process.wait()
+    else:
+        process.send_signal(signal.SIGTERM)
+        process.wait(timeout=120)
+
+
+def disturb(folder: Path, words: list[str], every: float, seed: int) -> dict:
+    """Run to the end through kills.
+
+    Args:
+        folder: Of the run.
+        words: Its command line.
+        every: Mean seconds between kills, exponentially distributed.
+        seed: Of moments and kinds.
+
+    Returns:
+        Counts and times, for the report.
+    """
+    draw, kinds, saving, lost = random.Random(seed), Counter(), 0, []
+    began, log = time.time(), folder.with_suffix(".log")
+    process = _start(folder, words, log)
+    while not (folder / "summary.json").exists():
+        moment = time.time() + draw.expovariate(1 / every)
+        while time.time() < moment and process.poll() is None:
+            time.sleep(0.01)
+        if process.poll() is not None:
+            if not (folder / "summary.json").exists():
+                process = _start(folder, words, log)
+            continue
+        before = _step(folder)
+        kind = draw.choice(KINDS)
+        _kill(kind, process, draw)
+        kinds[kind] += 1
+        saving += bool(list((folder / "checkpoints").glob(".step_*")))
+        newest = checkpoint.newest(folder / "checkpoints")
+        if newest is not None:
+            checkpoint.load(folder / "checkpoints", newest)
+            lost.append(max(0, before - newest))
+    process.wait()
+    return {
+        "kills": dict(kinds),
+        "kills_that_left_a_half_written_checkpoint": saving,
+        "steps_lost_by_a_kill_at_most": max(lost, default=0),
+        "seconds": round(time.time() - began),
+    }
+
+
+def _step(folder: Path) -> int:
+    try:
+        return max((entry["step"] for entry in entries(folder)), default=0)
+    except (OSError, ValueError):  # not there yet, or a line being written
+        return 0
+
+
+def compare(first: Path, second: Path) -> dict[str, bool]:
+    """What is equal, bit by bit, in the last checkpoints of two runs."""
+    step = checkpoint.newest(first / "checkpoints")
+    states = [
+        checkpoint.load(run / "checkpoints", step).training["trainer"]["optimizer"]["state"]
+        for run in (first, second)
+    ]
+    moments = all(
+        torch.equal(torch.as_tensor(value), torch.as_tensor(states[1][name][key]))
+        for name, moment in states[0].items()
+        for key, value in moment.items()
+    )
+    values = [[{k: v for k, v in e.items() if k != "images_per_s"} for e in entries(run)] for run in (first, second)]
+    return {
+        "weights": same(weights(first, step), weights(second, step)),
+        "ema": same(weights(first, step, "ema"), weights(second, step, "ema")),
+        "optimizer": moments,
+        "metrics": values[0] == values[1],
+    }
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Soak; 0 if the two runs end alike."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--output", type=Path, required=True, help="folder for both runs and report.json")
+    parser.add_argument("--every", type=float, default=25.0, help="mean seconds between kills")
+    parser.add_argument("--seed", type=int, default=0, help="of moments and kinds")
+    parser.add_argument("words", nargs="+", help="settings of the run, after --; an EMA among them")
+    options = parser.parse_args(argv)
+    options.output.mkdir(parents=True, exist_ok=True)
+    quiet, broken = options.output / "undisturbed", options.output / "disturbed"
+    calm = _start(quiet, options.words, quiet.with_suffix(".log"))
+    report = disturb(broken, options.words, options.every, options.seed)
+    calm.wait()
+    report["equal"] = compare(quiet, broken)
+    report["steps"] = checkpoint.newest(quiet / "checkpoints")
+    checkpoint.write_text(options.output / "report.json", json.dumps(report, indent=2) + "\n")
+    print(json.dumps(report, indent=2))
+    return 0 if all(report["equal"].values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
