@@ -280,7 +280,7 @@ def test_too_many_in_a_row_stop_the_run_with_a_diagnosis(tmp_path, monkeypatch):
     _poisoning(monkeypatch, set(range(5, 12)))
     words = [*TINY, "--output", str(tmp_path / "run"), "--nonfinite-limit", "3", "--checkpoint-every", "1"]
     with pytest.raises(
-        NonFiniteError, match=r"3 steps in a row were not finite.*step 7: loss nan.*The images themselves"
+        NonFiniteError, match=r"3 steps in a row were not finite.*step 7: .*gradient norm nan.*The images themselves"
     ):
         pretrain.main(words)
     newest = checkpoint.newest(tmp_path / "run" / "checkpoints")

@@ -56,7 +56,8 @@ def load_initial(model: nn.Module, config: TrainConfig) -> str:
         source = f"{run[0]} at step {step}"
     notes = []
     name = _position_name(model)
-    if name in weights and weights[name].shape != model.state_dict()[name].shape:
+    own = model.state_dict()[name].shape
+    if name in weights and weights[name].shape != own and weights[name].shape[-1] == own[-1]:
         weights = _resampled(weights, model, name)
         notes.append("positions resampled")
     if config.head == "new" or config.frozen:
