@@ -3,7 +3,7 @@
     python tests/soak.py --output SOAK --every 25 -- --dataset folder --data-dir DATA --val-split test …
 
 What stands behind `--` is train/pretrain.py's. Two processes, gloo, CPU. Three kinds of kill, at random moments: kill
--9 of one process (torchrun restarts all), kill -9 of everything, torchrun too (started again with --resume), and SIGTERM
+-9 of one process (torchrun restarts all), of everything, torchrun too (started again with --resume), and SIGTERM
 to torchrun. Not collected by pytest; docs/results/soak.md has a run of an hour.
 """
 
