@@ -23,7 +23,7 @@ from crate_fast.segmentation import score_attention, scores_table
 from crate_fast.train import checkpoint
 from crate_fast.train.command_line import build_config, dump_config
 from crate_fast.train.config import TrainConfig
-from crate_fast.train.data import DataSplits, build_splits, eval_loader, mask_loader, readable, train_loader
+from crate_fast.train.data import DataSplits, build_splits, eval_loader, readable, train_loader
 from crate_fast.train.distributed import Processes, process_group
 from crate_fast.train.engine import Trainer, evaluate
 from crate_fast.train.report import attention_figure, curves_figure
@@ -205,7 +205,8 @@ def _finish(trainer: Trainer, run: Run, data: DataSplits, seconds: float) -> dic
         attention_figure(model, images, masks, titles, trainer.normalize, layers, folder / "attention.png")
         if data.masks is not None:
             summary["attention_layer"] = layer
-            summary["attention_miou"] = score_attention(model, mask_loader(config, data.masks), trainer.normalize)
+            batches = ((batch.images, batch.labels, batch.masks) for batch in eval_loader(config, data.masks))
+            summary["attention_miou"] = score_attention(model, batches, trainer.normalize)
     checkpoint.write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     return summary
 
