@@ -33,6 +33,7 @@ from crate_fast.train.data import Batch, Normalize, build_splits, eval_loader, m
 from crate_fast.train.shape_scenes import ShapeScenes
 from crate_fast.train.sources import decoded, open_source
 from crate_fast.train.transforms import drawing_from, eval_transform, pixels, train_transform
+from crate_fast.train.write_shards import encoded
 
 GOAL = 12_000  # images/s that one H200 is to take
 POLICIES = ("rand-m9-n2-mstd0.5", "randaugment-n2-m14")
@@ -54,14 +55,6 @@ def _jpeg(picture: Image.Image, quality: int) -> bytes:
     file = io.BytesIO()
     picture.save(file, "JPEG", quality=quality)
     return file.getvalue()
-
-
-def _smaller(content: bytes, quality: int) -> bytes:
-    """The same picture, its shorter side `SMALL_SIDE`."""
-    picture = decoded(io.BytesIO(content))
-    scale = SMALL_SIDE / min(picture.size)
-    size = tuple(round(side * scale) for side in picture.size)
-    return _jpeg(picture.resize(size, Image.Resampling.BICUBIC), quality)
 
 
 def write_sources(root: Path, jpegs: list[bytes], small: list[bytes], batch: int) -> dict[str, TrainConfig]:
@@ -256,7 +249,7 @@ def main(argv: list[str] | None = None) -> int:
         raise SystemExit(
             f"{len(jpegs)} JPEGs in {options.images}, fewer than a batch of {batch}: name a folder of more"
         )
-    small = [_smaller(content, options.quality) for content in jpegs]
+    small = [encoded(content, SMALL_SIDE, options.quality)[1] for content in jpegs]
     facts = {"images": f"{len(jpegs)} JPEGs" + ("" if options.images else f" of 500×375 (quality {options.quality})")}
     facts |= {"goal_images_per_s": GOAL, "image_size": SIZE}
     facts |= {"mean_kb": round(sum(map(len, jpegs)) / len(jpegs) / 1000, 1)}

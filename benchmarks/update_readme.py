@@ -150,9 +150,44 @@ def maskcut_table() -> str:
     return f"{markdown_table(rows, list(rows[0]))}\n{note}\n"
 
 
+def data_table() -> str:
+    """What loading an image costs a core, from data.json."""
+    content = json.loads((RESULTS / "data.json").read_text())
+    by_name = {row["what"]: row for row in content["rows"]}
+    goal = content["goal_images_per_s"]
+    shown = (
+        ("decode", "decode"),
+        ("random crop and resize", "random crop, resize to 224"),
+        ("augment: rand-m9-n2-mstd0.5", "augment: rand-m9-n2-mstd0.5"),
+        ("augment: randaugment-n2-m14", "augment: randaugment-n2-m14"),
+        ("folder", "**whole batches**: folder"),
+        ("tar", "tar"),
+        ("hf", "hf"),
+        ("shards", "shards"),
+        ("shards, randaugment-n2-m14", "shards, randaugment-n2-m14"),
+        ("shards, shorter side 256 px", "shards of 256 px"),
+        ("shards, shorter side 256 px, randaugment-n2-m14", "shards of 256 px, randaugment-n2-m14"),
+    )
+    rows = [
+        {
+            f"{content['images']}, {content['mean_kb']:.0f} KB": label,
+            "µs an image": by_name[name]["us"],
+            "images/s a core": by_name[name]["images_per_s"],
+            f"cores for {goal:,} images/s": f"{goal / by_name[name]['images_per_s']:.0f}",
+        }
+        for name, label in shown
+        if name in by_name
+    ]
+    note = (
+        f"CPU time, medians; {content['device']}, PIL {content['pil']}, commit {content['commit']}; reading and "
+        "evaluation: [data.md](benchmarks/results/data.md)."
+    )
+    return f"{markdown_table(rows, list(rows[0]))}\n{note}\n"
+
+
 def updated(text: str) -> str:
     """The README with its tables made anew."""
-    for name, make in (("cpu", cpu_table), ("gpu", gpu_table), ("maskcut", maskcut_table)):
+    for name, make in (("cpu", cpu_table), ("gpu", gpu_table), ("maskcut", maskcut_table), ("data", data_table)):
         pattern = rf"(<!-- {name}-table:begin -->\n).*(<!-- {name}-table:end -->)"
         text = re.sub(pattern, lambda match, make=make: match[1] + make() + match[2], text, flags=re.S)
     return text

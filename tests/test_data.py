@@ -12,7 +12,7 @@ import torchvision
 from PIL import Image
 
 from crate_fast.train.config import TrainConfig
-from crate_fast.train.data import Batch, Normalize, build_splits, eval_loader, mask_loader, mirrored, train_loader
+from crate_fast.train.data import Batch, Normalize, build_splits, eval_loader, mirrored, train_loader
 
 SCENES = TrainConfig(train_samples=40, val_samples=11, batch_size=8, epochs=2, image_size=32, workers=0, hflip=0.5)
 
@@ -146,10 +146,12 @@ def test_every_validation_image_is_seen_once(world_size):
 
 def test_masks_come_with_their_images():
     data = build_splits(dataclasses.replace(SCENES, segmentation_samples=5))
-    ((images, labels, masks),) = mask_loader(SCENES, data.masks)
+    (batch,) = eval_loader(SCENES, data.masks)
+    images, labels, masks = batch.images, batch.labels, batch.masks
     assert (images.shape, labels.shape, masks.shape) == ((5, 3, 32, 32), (5,), (5, 32, 32))
     assert torch.equal(images[3], data.val[0, 3][0])
     assert masks.dtype == torch.bool
+    assert torch.equal(masks[3], data.masks[0, 3][2])
 
 
 def _folder_config(root, **changes) -> TrainConfig:

@@ -79,6 +79,7 @@ def test_images_are_mirrored_where_the_flips_say():
     assert out.dtype == torch.uint8
     assert torch.equal(out[0], images[0].flip(-1))
     assert torch.equal(out[1], images[1])
+    assert torch.equal(mirrored(images, None), images)
     assert mirrored(images[:0], torch.zeros(0, dtype=torch.bool)).shape == (0, 3, 2, 3)
 
 

@@ -37,7 +37,6 @@ __all__ = [
     "build_splits",
     "drawing_from",
     "eval_loader",
-    "mask_loader",
     "mirrored",
     "plain_splits",
     "readable",
@@ -54,14 +53,16 @@ class Batch(NamedTuple):
     Attributes:
         images: uint8 [B, 3, S, S], not mirrored yet. B may be 0 in evaluation, if none of a batch could be read.
         labels: int64 [B].
-        flips: bool [B]; the images that `mirrored` is to mirror on the device.
+        flips: bool [B]; the images that `mirrored` is to mirror on the device. Loaders always give it; None: none.
         problems: "path: error: what it says" for each image that could not be read while this batch was made.
+        masks: Of `DataSplits.masks`, bool [B, S, S]; else None.
     """
 
     images: Tensor
     labels: Tensor
-    flips: Tensor
-    problems: list[str]
+    flips: Tensor | None = None
+    problems: Sequence[str] = ()
+    masks: Tensor | None = None
 
 
 class _Split(Dataset):
@@ -162,8 +163,9 @@ class _Scenes(_Split):
 
     def batch(self, keys: Sequence[Key], replace: bool) -> Batch:
         """See `_Split`; scenes are always readable."""
-        images, labels, *_ = zip(*self.__getitems__(keys), strict=True)
-        return Batch(torch.stack(images), torch.tensor(labels), self.flips(keys), [])
+        images, labels, *masks = zip(*self.__getitems__(keys), strict=True)
+        masks = torch.stack(masks[0]) if masks else None
+        return Batch(torch.stack(images), torch.tensor(labels), self.flips(keys), [], masks)
 
 
 class _Loading(Dataset):
@@ -301,40 +303,31 @@ def train_loader(
     if len(data) < config.batch_size:
         raise ValueError(f"the training split has {len(data)} images, fewer than batch_size={config.batch_size}")
     batches = _TrainBatches(config, len(data), rank, world_size, first_step)
-    return _loader(config, _Loading(data, replace=True), batches, collate_fn=_as_it_is)
+    return _loader(config, _Loading(data, replace=True), batches)
 
 
 def eval_loader(config: TrainConfig, data: Dataset, *, rank: int = 0, world_size: int = 1) -> DataLoader:
     """This process's share of a split as `Batch`es, every readable image once over all processes."""
-    batches = _in_order(config, range(rank, len(data), world_size))
-    loading = _Loading(data, replace=False)
-    return _loader(config, loading, batches, collate_fn=_as_it_is, persistent_workers=True)
-
-
-def mask_loader(config: TrainConfig, masks: Dataset) -> DataLoader:
-    """`DataSplits.masks` as [images, labels, masks], as `segmentation.score_attention` reads them."""
-    return _loader(config, masks, _in_order(config, range(len(masks))))
-
-
-def _in_order(config: TrainConfig, indices: range) -> list[list[tuple[int, int]]]:
+    mine = range(rank, len(data), world_size)
     size = max(1, min(256, config.batch_size))
-    return [[(0, index) for index in indices[start : start + size]] for start in range(0, len(indices), size)]
+    batches = [[(0, index) for index in mine[start : start + size]] for start in range(0, len(mine), size)]
+    return _loader(config, _Loading(data, replace=False), batches, persistent=True)
 
 
-def _loader(config: TrainConfig, data: Dataset, batches, persistent_workers: bool = False, **settings) -> DataLoader:
+def _loader(config: TrainConfig, data: _Loading, batches, persistent: bool = False) -> DataLoader:
     workers = config.workers
     if workers is None:  # on a CPU a loading process takes a core from the training threads and slows them far more
         share = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         workers = min(8, share) if _on_gpu(config) else 0
-    parallel = {"persistent_workers": persistent_workers, "prefetch_factor": 4} if workers else {}
+    parallel = {"persistent_workers": persistent, "prefetch_factor": 4} if workers else {}
     return DataLoader(
         data,
         batch_sampler=batches,
         num_workers=workers,
         pin_memory=_on_gpu(config),
         worker_init_fn=_one_thread,
+        collate_fn=_as_it_is,
         **parallel,
-        **settings,
     )
 
 

@@ -10,7 +10,7 @@ from crate_fast import CRATE
 from crate_fast.figures import Curve, Picture, curve_figure, image_grid
 from crate_fast.segmentation import score_attention, scores_table
 from crate_fast.train import checkpoint
-from crate_fast.train.data import DataSplits, Normalize, mask_loader, readable
+from crate_fast.train.data import DataSplits, Normalize, eval_loader, readable
 from crate_fast.train.engine import Trainer
 from crate_fast.train.run_folder import RunFolder
 from crate_fast.whitebox import attention_layer, trace
@@ -142,7 +142,8 @@ def _attention_report(run: RunFolder, trainer: Trainer, model: CRATE, data: Data
     attention_figure(model, images, masks, titles, trainer.normalize, layers, run.folder / "attention.png")
     if data.masks is None:
         return {}
-    scores = score_attention(model, mask_loader(config, data.masks), trainer.normalize)
+    batches = ((batch.images, batch.labels, batch.masks) for batch in eval_loader(config, data.masks))
+    scores = score_attention(model, batches, trainer.normalize)
     return {"attention_layer": layer, "attention_miou": scores}
 
 

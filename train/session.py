@@ -209,8 +209,8 @@ class Session:
         if trainer.scaler.is_enabled():
             values |= {"loss_scale": trainer.scaler.get_scale(), "overflows": trainer.nonfinite.overflows}
         self._count_unreadable()
-        if self.tally.state():
-            values["unreadable"] = len(self.tally.state())
+        if self.tally.total:
+            values["unreadable"] = self.tally.total
         self.run.log(trainer.step, values)
         bar.set_postfix({name: f"{value:.3f}" for name, value in interval.means().items()})
 

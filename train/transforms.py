@@ -49,16 +49,18 @@ class Normalize(nn.Module):
         return torch.addcmul(self.shift, images.float(), self.scale)
 
 
-def mirrored(images: Tensor, flips: Tensor) -> Tensor:
-    """Mirror the images that `flips` names, left to right, on their device: one kernel, no waiting for the GPU.
+def mirrored(images: Tensor, flips: Tensor | None) -> Tensor:
+    """Mirror the images that `flips` names, left to right, on their device and without waiting for a GPU.
 
     Args:
         images: [B, 3, S, S], of any dtype.
-        flips: bool [B], on the same device.
+        flips: bool [B], on the same device; None: no image.
 
     Returns:
-        A new tensor like `images`.
+        Like `images`, which stay as they are.
     """
+    if flips is None:
+        return images
     return torch.where(flips[:, None, None, None], images.flip(-1), images)
 
 

@@ -59,6 +59,11 @@ class UnreadableTally:
         """Different images that could not be read in this epoch so far."""
         return sum(last == epoch for last in self._epoch_of.values())
 
+    @property
+    def total(self) -> int:
+        """Different images that could not be read in the run so far."""
+        return len(self._epoch_of)
+
     def state(self) -> dict[str, int]:
         """What `restore` needs, plain values."""
         return dict(self._epoch_of)

@@ -1,0 +1,140 @@
+"""Write a data set as WebDataset shards, its images no larger than training needs: decoded in a fraction of the time.
+
+    python -m crate_fast.train.write_shards --dataset folder --data-dir IMAGENET --val-split val --output SHARDS
+    torchrun train/pretrain.py --dataset shards --data-dir SHARDS --val-split val …
+
+Images whose shorter side is longer than `--shorter-side` are made smaller and written as JPEG; the others keep their
+bytes. What cannot be read is left out and named at the end.
+"""
+
+import argparse
+import io
+import multiprocessing
+import os
+import sys
+import tarfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+from tqdm import tqdm
+
+from crate_fast.train.config import TrainConfig
+from crate_fast.train.sources import Source, common_classes, decoded, open_source
+
+__all__ = ["encoded", "main"]
+
+_SUFFIX = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}  # formats that keep their bytes
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is written where."""
+
+    source: Source
+    split: str
+    output: Path
+    shorter_side: int
+    quality: int
+    per_shard: int
+
+
+def encoded(content: bytes, shorter_side: int, quality: int) -> tuple[str, bytes]:
+    """(suffix, bytes) of an image that is small enough.
+
+    Raises:
+        Exception: It is damaged; PIL raises a dozen kinds.
+    """
+    with Image.open(io.BytesIO(content)) as opened:
+        kind, size = opened.format, opened.size
+    picture = decoded(io.BytesIO(content))  # so that no damaged image is written
+    if min(size) <= shorter_side and kind in _SUFFIX:
+        return _SUFFIX[kind], content
+    if min(size) > shorter_side:
+        scale = shorter_side / min(size)
+        picture = picture.resize([max(1, round(side * scale)) for side in size], Image.Resampling.BICUBIC)
+    file = io.BytesIO()
+    picture.save(file, "JPEG", quality=quality)
+    return "jpg", file.getvalue()
+
+
+def _add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    archive.addfile(member, io.BytesIO(content))
+
+
+_plan: _Plan | None = None  # of a writing process, which gets it once: indices of large data sets are large
+
+
+def _begin(plan: _Plan) -> None:
+    global _plan
+    _plan = plan
+
+
+def _write_shard(number: int) -> list[str]:
+    """Write a shard under another name, then give it its own; returns what could not be read."""
+    plan, source = _plan, _plan.source
+    path = plan.output / f"{plan.split}-{number:05d}.tar"
+    partial_path = path.with_suffix(".tar.partial")
+    problems = []
+    with tarfile.open(partial_path, "w") as archive:
+        for index in range(number * plan.per_shard, min((number + 1) * plan.per_shard, len(source))):
+            try:
+                file, label = source.open(index)
+                with file:
+                    suffix, content = encoded(file.read(), plan.shorter_side, plan.quality)
+            except Exception as error:  # as in `Source`
+                problems.append(f"{source.name(index)}: {type(error).__name__}: {error}")
+                continue
+            _add(archive, f"{index:09d}.{suffix}", content)
+            _add(archive, f"{index:09d}.cls", str(label).encode())
+    os.replace(partial_path, path)
+    return problems
+
+
+def _write_split(plan: _Plan, workers: int) -> list[str]:
+    numbers = range(-(-len(plan.source) // plan.per_shard))
+    with multiprocessing.get_context("spawn").Pool(min(workers, len(numbers)), _begin, (plan,)) as pool:
+        done = tqdm(pool.imap(_write_shard, numbers), total=len(numbers), unit="shard", desc=plan.split)
+        return [line for problems in done for line in problems]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Write both splits as the command line says; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--dataset", choices=("folder", "tar", "shards", "hf"), default="folder", help="its form now")
+    parser.add_argument("--data-dir", required=True, help="its folder")
+    parser.add_argument("--train-split", default="train", help="name of the training split")
+    parser.add_argument("--val-split", default="validation", help="name of the validation split")
+    parser.add_argument("--output", type=Path, required=True, help="folder for the shards, which holds none yet")
+    parser.add_argument("--shorter-side", type=int, default=256, help="in pixels; larger images are made smaller")
+    parser.add_argument("--quality", type=int, default=95, help="of the JPEGs written anew")
+    parser.add_argument("--per-shard", type=int, default=5_000, help="images in a shard")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
+    options = parser.parse_args(argv)
+    for name in ("shorter_side", "quality", "per_shard", "workers"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} {getattr(options, name)}: it must be at least 1")
+    if options.output.is_dir() and any(options.output.glob("*.tar")):
+        parser.error(f"--output {options.output} holds archives already: name another folder, or empty it")
+    names = ("dataset", "data_dir", "train_split", "val_split")
+    config = TrainConfig(**{name: getattr(options, name) for name in names})
+    sources = {
+        config.train_split: open_source(config, train=True),
+        config.val_split: open_source(config, train=False),
+    }
+    classes = common_classes(sources[config.train_split], sources[config.val_split])
+    options.output.mkdir(parents=True, exist_ok=True)
+    problems = []
+    for split, source in sources.items():
+        plan = _Plan(source, split, options.output, options.shorter_side, options.quality, options.per_shard)
+        problems += _write_split(plan, options.workers)
+    (options.output / "classes.txt").write_text("".join(f"{name}\n" for name in classes))
+    print(f"written: {options.output}; unreadable images left out: {len(problems)}")
+    print("".join(f"  {line}\n" for line in problems), end="")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
