@@ -38,13 +38,15 @@ def dry_run(config: TrainConfig, output: Path, data: DataSplits, processes: Proc
     folder = Path(processes.agree(made))
     try:
         session = Session(config, folder / "run", data, processes, Interruption())
-        session.begin(resume=False)
-        if processes.first:
-            print(session.describe())
-        lines = _rehearse(session)
-        session.close()
-    finally:
+        try:
+            session.begin(resume=False)
+            if processes.first:
+                print(session.describe())
+            lines = _rehearse(session)
+        finally:
+            session.close()
         processes.wait()
+    finally:
         if processes.first:
             shutil.rmtree(folder)
     if processes.first:

@@ -37,18 +37,21 @@ def launch(config: TrainConfig, options: argparse.Namespace) -> int:
             dry_run(config, folder, data, processes)
             return 0
         session = Session(config, folder, data, processes, interruption)
-        session.begin(options.resume or restarted)
-        if processes.first:
-            print(session.describe())
-        finished = session.train()
-        if finished:
-            session.finish(time.perf_counter() - began)
-        elif processes.first:
-            print(
-                f"\n{interruption.name or 'a signal to another process'}: saved step {session.trainer.step} of "
-                f"{session.trainer.total_steps}; the same command with --output {folder} --resume continues"
-            )
-        session.close()
+        try:
+            session.begin(options.resume or restarted)
+            if processes.first:
+                print(session.describe())
+            finished = session.train()
+            if finished:
+                session.finish(time.perf_counter() - began)
+            elif processes.first:
+                print(
+                    f"\n{interruption.name or 'a signal to another process'}: saved step {session.trainer.step} of "
+                    f"{session.trainer.total_steps}; the same command with --output {folder} --resume continues"
+                )
+        finally:
+            session.close()
+        processes.wait()
     return 0
 
 

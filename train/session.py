@@ -249,7 +249,6 @@ class Session:
         """Close the logs."""
         if self.run.loggers is not None:
             self.run.loggers.close()
-        self.processes.wait()
 
 
 class _Interval:

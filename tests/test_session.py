@@ -1,0 +1,238 @@
+"""What a run does beside its steps: EMA, logs, profiles, dry runs, unreadable images, settings of the engine."""
+
+import csv
+import itertools
+import json
+import shutil
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from runs import TINY, entries, losses, same, weights
+
+from crate_fast import cli
+from crate_fast.train import pretrain
+from crate_fast.train.config import TrainConfig
+from crate_fast.train.data import Batch
+from crate_fast.train.distributed import Processes
+from crate_fast.train.engine import Trainer
+from crate_fast.train.optimizer import learning_rate
+from crate_fast.train.runs import build_model
+
+ALONE = Processes(0, 0, 1, torch.device("cpu"))
+
+
+def _train(tmp_path, name: str, *words: str) -> Path:
+    folder = tmp_path / name
+    assert pretrain.main([*TINY, "--epochs", "1", *words, "--output", str(folder)]) == 0
+    return folder
+
+
+# --- the engine's settings ---
+
+
+def _trainer(**settings) -> tuple[Trainer, list[Batch]]:
+    config = TrainConfig(image_size=32, patch_size=8, dim=32, depth=2, heads=2, batch_size=8, **settings)
+    torch.manual_seed(0)
+    trainer = Trainer(build_model(config, 12), config, ALONE, 4)
+    images = torch.randint(256, (8, 3, 32, 32), dtype=torch.uint8)
+    return trainer, [Batch(images, torch.arange(8), torch.arange(8) % 2 == 0, [])] * 4 * config.epochs
+
+
+@pytest.mark.parametrize("warmup", [False, True])
+def test_the_moving_average_by_hand(warmup):
+    trainer, batches = _trainer(ema_decay=0.9, ema_warmup=warmup, epochs=2)
+    expected = {}
+    for step, _ in enumerate(trainer.train_steps(batches), start=1):
+        decay = 0.0 if step == 1 else min(0.9, 1 - step ** (-2 / 3)) if warmup else 0.9
+        for name, value in trainer.model.state_dict().items():
+            expected[name] = decay * expected.get(name, 0) + (1 - decay) * value.clone()
+    for name, value in trainer.ema.module.state_dict().items():
+        torch.testing.assert_close(value, expected[name], msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize(("rule", "factor"), [("none", 1), ("linear", 4), ("sqrt", 2)])
+def test_learning_rates_for_a_batch(rule, factor):
+    config = TrainConfig(lr=1e-3, batch_size=1024, lr_scaling=rule, lr_base_batch=256, warmup_epochs=0, epochs=2)
+    assert config.peak_lr == pytest.approx(1e-3 * factor)
+    assert learning_rate(config, 0, 10) == pytest.approx(1e-3 * factor)
+    assert learning_rate(config, 10, 10) == pytest.approx(0.5e-3 * factor)
+
+
+@pytest.mark.parametrize("settings", [{"channels_last": True}, {"grad_checkpointing": True}])
+def test_how_it_is_computed_changes_nothing(settings):
+    plain, batches = _trainer()
+    other, _ = _trainer(**settings)
+    if settings == {"channels_last": True}:
+        assert other.prepare_images(batches[0].images).is_contiguous(memory_format=torch.channels_last)
+    pairs = zip(plain.train_steps(batches), other.train_steps(batches), strict=True)
+    for first, second in itertools.islice(pairs, 3):
+        assert first.loss == pytest.approx(second.loss, rel=1e-5)
+
+
+def test_a_run_compiles_with_the_mode_it_is_told(monkeypatch):
+    """That compiled models compute the same is tests/test_fused.py's."""
+    seen = []
+    monkeypatch.setattr(torch, "compile", lambda model, mode: seen.append(mode) or model)
+    _trainer(compile=True, compile_mode="max-autotune")
+    assert seen == ["max-autotune"]
+
+
+def test_images_are_mirrored_on_the_device():
+    trainer, batches = _trainer()
+    images = trainer.prepare_images(batches[0].images, batches[0].flips)
+    plain = trainer.normalize(batches[0].images)
+    assert torch.equal(images[0::2], plain[0::2].flip(-1))
+    assert torch.equal(images[1::2], plain[1::2])
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_autocast_stays_near_fp32(tmp_path, precision):
+    ours = losses(_train(tmp_path, precision, "--precision", precision))
+    exact = losses(_train(tmp_path, "fp32"))
+    assert all(ours[step] == pytest.approx(exact[step], rel=0.02) for step in exact)
+    assert ours != exact
+
+
+# --- logs ---
+
+
+def test_summary_csv_has_a_line_an_evaluation(tmp_path):
+    folder = _train(tmp_path, "run", "--epochs", "3", "--eval-every", "2", "--ema-decay", "0.5")
+    with (folder / "summary.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["step"] for row in rows] == ["12", "18"]
+    summary = json.loads((folder / "summary.json").read_text())
+    for name in ("val_accuracy", "val_loss", "ema_val_accuracy", "ema_val_loss"):
+        assert float(rows[-1][name]) == summary[name]
+    assert float(rows[-1]["loss"]) == losses(folder)[18]
+    assert summary["throughput"]["images_per_s_per_device"] > 0
+
+
+def test_weights_and_biases_gets_what_the_other_logs_get(tmp_path, monkeypatch):
+    runs = []
+
+    class Run:
+        def __init__(self, **settings):
+            self.settings, self.logged, self.finished = settings, [], False
+            runs.append(self)
+
+        def log(self, values, step):
+            self.logged.append((step, values))
+
+        def finish(self):
+            self.finished = True
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **settings: Run(**settings)))
+    folder = _train(tmp_path, "run", "--wandb", "crate")
+    assert pretrain.main([*TINY, "--epochs", "1", "--wandb", "crate", "--output", str(folder), "--resume"]) == 0
+    first, second = runs
+    assert (first.settings["project"], first.settings["config"]["dim"]) == ("crate", 32)
+    assert first.settings["id"] == second.settings["id"]
+    assert first.finished
+    logged = {(step, name): value for step, values in first.logged for name, value in values.items()}
+    for entry in entries(folder):
+        assert all(logged[entry["step"], name] == value for name, value in entry.items() if name != "step")
+    assert (6, "sparsity/layer_01") in logged
+
+
+def test_without_weights_and_biases_it_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ModuleNotFoundError, match="wandb='crate' needs .*: pip install wandb"):
+        _train(tmp_path, "run", "--wandb", "crate")
+
+
+def test_a_profile_of_the_steps_asked_for(tmp_path):
+    folder = _train(tmp_path, "run", "--epochs", "3", "--profile", "2")
+    events = json.loads((folder / "profile" / "rank0.json").read_text())["traceEvents"]
+    steps = {event["name"] for event in events if str(event.get("name", "")).startswith("ProfilerStep")}
+    assert steps == {"ProfilerStep#10", "ProfilerStep#11"}
+
+
+# --- dry runs ---
+
+
+def test_a_dry_run_trains_two_steps_and_leaves_nothing(tmp_path, capsys, monkeypatch):
+    taken = []
+    update = Trainer._update
+    monkeypatch.setattr(Trainer, "_update", lambda self, *a: taken.append(self.step) or update(self, *a))
+    words = [*TINY, "--output", str(tmp_path / "run"), "--dry-run", "--ema-decay", "0.9"]
+    assert pretrain.main(words) == 0
+    assert taken == [0, 1]
+    assert list(tmp_path.iterdir()) == []
+    text = capsys.readouterr().out
+    assert "dry run: 2 steps" in text
+    assert "a checkpoint is" in text
+
+
+def test_a_dry_run_finds_what_would_stop_the_run(tmp_path):
+    with pytest.raises(ValueError, match="fewer than batch_size=97"):
+        pretrain.main([*TINY, "--batch-size", "97", "--output", str(tmp_path / "run"), "--dry-run"])
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- images that cannot be read ---
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """100 training images, of which one is cut short and one is text; 20 to validate on, one of them empty."""
+    root = tmp_path / "data"
+    for split, count in (("train", 50), ("validation", 10)):
+        for label, name in enumerate(("ant", "bee")):
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = torch.randint(256, (40, 40, 3), dtype=torch.uint8).numpy() // (1 + label)
+                Image.fromarray(pixels).save(root / split / name / f"{i:02d}.jpg")
+    cut = root / "train" / "ant" / "07.jpg"
+    cut.write_bytes(cut.read_bytes()[:700])
+    (root / "train" / "bee" / "31.jpg").write_text("not an image")
+    (root / "validation" / "bee" / "03.jpg").write_bytes(b"")
+    return root
+
+
+def _words(folder, *words) -> list[str]:
+    return [*TINY, "--dataset", "folder", "--data-dir", str(folder), "--batch-size", "20", *words]
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_unreadable_images_are_named_counted_and_replaced(folder, tmp_path, workers, capsys):
+    run = tmp_path / "run"
+    words = _words(folder, "--max-unreadable", "0.06", "--workers", workers, "--output", str(run))
+    assert pretrain.main(words) == 0
+    lines = (run / "unreadable.txt").read_text().splitlines()
+    names = [line.split(": ")[0].split("/")[-2:] for line in lines]
+    assert sorted(map("/".join, names)) == ["ant/07.jpg", "bee/03.jpg", "bee/31.jpg"]
+    assert json.loads((run / "summary.json").read_text())["unreadable_images"] == 2
+    assert [entry["val_unreadable"] for entry in entries(run) if "val_accuracy" in entry] == [1, 1]
+    assert "training images that could not be read: 2; see unreadable.txt" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("share", "split"), [("0.01", "2 of 100 images"), ("0.04", "1 of 20 images")])
+def test_too_many_unreadable_images_stop_the_run(folder, tmp_path, share, split):
+    words = _words(folder, "--max-unreadable", share, "--workers", "0", "--output", str(tmp_path / "run"))
+    with pytest.raises(RuntimeError, match=rf"{split}.*could not be read.*max_unreadable={share}"):
+        pretrain.main(words)
+    assert (tmp_path / "run" / "unreadable.txt").read_text()
+
+
+def test_the_count_goes_on_in_a_resumed_run(folder, tmp_path):
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    for path in (whole, run):
+        words = _words(folder, "--max-unreadable", "0.06", "--workers", "0", "--output", str(path))
+        assert pretrain.main(words) == 0
+    shutil.rmtree(run / "checkpoints" / "step_00000010")
+    (run / "checkpoints" / "best.json").unlink()
+    assert pretrain.main([*words, "--resume"]) == 0
+    assert same(weights(whole, 10), weights(run, 10))
+    assert json.loads((run / "summary.json").read_text())["unreadable_images"] == 2
+
+
+@pytest.mark.parametrize("name", ["pretrain", "finetune", "linear_probe"])
+def test_commands_are_behind_the_one_door(name, capsys):
+    with pytest.raises(SystemExit):
+        cli.main([name, "--help"])
+    assert "--dry-run" in capsys.readouterr().out
