@@ -1,21 +1,18 @@
-"""Training: schedule, checkpoints, processes, kills, and the run as a user starts it."""
+"""Training: a whole run, its settings, schedule and checkpoints. For faults see test_faults.py, for processes
+test_parallel.py.
+"""
 
 import dataclasses
 import itertools
 import json
 import math
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from runs import TINY, losses, run, start, weights
 
 from crate_fast.eval import coarse_segmentation
 from crate_fast.train import checkpoint, pretrain
@@ -26,47 +23,19 @@ from crate_fast.train.engine import Trainer
 from crate_fast.train.optimizer import clip_gradients, gradient_norm, learning_rate
 from crate_fast.train.runs import build_model
 
-ROOT = Path(__file__).parent.parent
-TINY = [
-    *("--train-samples", "96", "--val-samples", "21", "--image-size", "32", "--patch-size", "8", "--dim", "32"),
-    *("--depth", "2", "--heads", "2", "--batch-size", "16", "--epochs", "2", "--log-every", "1"),
-    *("--segmentation-samples", "12", "--threads", "1", "--seed", "3", "--device", "cpu"),
-]
-
-
-def _start(*arguments: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen:
-    command = [sys.executable, *launcher, str(ROOT / "train" / "pretrain.py"), *TINY, *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
-
-
-def _run(*arguments: str, launcher: tuple[str, ...] = ()) -> str:
-    process = _start(*arguments, launcher=launcher)
-    text, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, text
-    return text
-
-
-def _weights(run: Path, step: int) -> dict[str, torch.Tensor]:
-    return load_file(run / "checkpoints" / f"step_{step:08d}" / "model.safetensors")
-
-
-def _losses(run: Path) -> dict[int, float]:
-    entries = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    return {entry["step"]: entry["loss"] for entry in entries if "loss" in entry}
-
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    run = tmp_path_factory.mktemp("runs") / "whole"
-    return run, _run("--output", str(run), "--dropout", "0.1")
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    return folder, run("--output", str(folder), "--dropout", "0.1")
 
 
 # --- a whole run ---
 
 
 def test_a_run_writes_and_prints_what_it_promises(finished):
-    run, text = finished
-    summary = json.loads((run / "summary.json").read_text())
+    folder, text = finished
+    summary = json.loads((folder / "summary.json").read_text())
     assert 0 <= summary["val_accuracy"] <= 1
     assert summary["chance"] == pytest.approx(1 / 12)
     assert summary["steps"] == 12
@@ -78,18 +47,18 @@ def test_a_run_writes_and_prints_what_it_promises(finished):
             assert row["fixed_head"] == pytest.approx(max(row["per_head"]))
             assert row["fixed_head"] <= row["best_head"] <= 1
     for name in ("config.yaml", "metrics.jsonl", "curves.png", "attention.png", "summary.json", "tensorboard"):
-        assert (run / name).exists()
-        assert str(run / name) in text
+        assert (folder / name).exists()
+        assert str(folder / name) in text
     for key in ("last_checkpoint", "best_checkpoint"):
         assert (Path(summary[key]) / "model.safetensors").is_file()
-    assert (run / "attention.png").read_bytes()[:4] == b"\x89PNG"
+    assert (folder / "attention.png").read_bytes()[:4] == b"\x89PNG"
     assert f"{summary['val_accuracy']:.4f}" in text
 
 
 def test_metrics_hold_every_step_and_both_evaluations(finished):
-    run, _ = finished
-    assert sorted(_losses(run)) == list(range(1, 13))
-    entries = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    folder, _ = finished
+    assert sorted(losses(folder)) == list(range(1, 13))
+    entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [entry["step"] for entry in entries if "val_accuracy" in entry] == [6, 12]
 
 
@@ -184,12 +153,12 @@ def test_clipping_by_hand(mode):
 
 
 def test_a_run_clips_as_it_is_told(tmp_path):
-    losses = {}
+    found = {}
     for mode in ("norm", "agc"):
         assert pretrain.main([*TINY, "--epochs", "1", "--clip-mode", mode, "--output", str(tmp_path / mode)]) == 0
-        losses[mode] = _losses(tmp_path / mode)
-    assert losses["norm"][1] == losses["agc"][1]  # by step: the first comes before any clipping
-    assert losses["norm"][6] != losses["agc"][6]
+        found[mode] = losses(tmp_path / mode)
+    assert found["norm"][1] == found["agc"][1]  # by step: the first comes before any clipping
+    assert found["norm"][6] != found["agc"][6]
 
 
 def test_a_run_with_erasing_and_mixing_resumes_to_the_same_weights(tmp_path):
@@ -200,54 +169,32 @@ def test_a_run_with_erasing_and_mixing_resumes_to_the_same_weights(tmp_path):
     shutil.rmtree(broken / "checkpoints" / "step_00000012")
     (broken / "checkpoints" / "best.json").unlink()
     assert pretrain.main([*words, "--output", str(broken), "--resume"]) == 0
-    first, second = _weights(whole, 12), _weights(broken, 12)
+    first, second = weights(whole, 12), weights(broken, 12)
     assert all(torch.equal(first[name], second[name]) for name in first)
-    assert all(loss > 0 for loss in _losses(whole).values())
+    assert all(loss > 0 for loss in losses(whole).values())
 
 
 def test_coarse_segmentation_gives_a_finished_run_its_own_scores(finished, tmp_path, capsys):
-    run, _ = finished
+    folder, _ = finished
     words = ["--data", "shape_scenes:3", "--limit", "12", "--output", str(tmp_path)]  # the run's seed
-    assert coarse_segmentation.main([f"run={run}@12", *words]) == 0
+    assert coarse_segmentation.main([f"run={folder}@12", *words]) == 0
     scored = json.loads((tmp_path / "results.json").read_text())["results"]["run"]
-    assert scored == json.loads((run / "summary.json").read_text())["attention_miou"]
+    assert scored == json.loads((folder / "summary.json").read_text())["attention_miou"]
     assert "constant mask" in capsys.readouterr().out
-    assert coarse_segmentation.main([f"{run}@3", *words]) == 2
+    assert coarse_segmentation.main([f"{folder}@3", *words]) == 2
     assert "no checkpoint at step 3: choose one of [6, 12]" in capsys.readouterr().err
-    assert coarse_segmentation.main([f"{run}/checkpoints", *words]) == 2
+    assert coarse_segmentation.main([f"{folder}/checkpoints", *words]) == 2
     assert "holds no checkpoints" in capsys.readouterr().err
 
 
 # --- resume ---
 
 
-def test_kill_9_then_resume_gives_bit_identical_weights(finished, tmp_path):
-    run = tmp_path / "killed"
-    options = ("--output", str(run), "--dropout", "0.1", "--checkpoint-every", "1", "--keep-checkpoints", "3")
-    process = _start(*options)
-    deadline = time.time() + 120
-    while not checkpoint.steps(run / "checkpoints") and time.time() < deadline and process.poll() is None:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
-    reached = checkpoint.newest(run / "checkpoints")
-    assert reached is not None
-    assert reached < 12
-    (run / "checkpoints" / "best.json").unlink(missing_ok=True)  # as if killed just before it was written
-    _run(*options, "--resume")
-    assert checkpoint.best_step(run / "checkpoints") == checkpoint.best_step(finished[0] / "checkpoints")
-    whole, resumed = _weights(finished[0], 12), _weights(run, 12)
-    assert whole.keys() == resumed.keys()
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
-    assert _losses(run) == _losses(finished[0])
-
-
 def test_a_finished_run_resumes_to_its_summary(finished):
-    run, _ = finished
-    before = _weights(run, 12)
-    text = _run("--output", str(run), "--dropout", "0.1", "--resume")
-    assert all(torch.equal(before[name], tensor) for name, tensor in _weights(run, 12).items())
+    folder, _ = finished
+    before = weights(folder, 12)
+    text = run("--output", str(folder), "--dropout", "0.1", "--resume")
+    assert all(torch.equal(before[name], tensor) for name, tensor in weights(folder, 12).items())
     assert "validation accuracy" in text
 
 
@@ -294,12 +241,12 @@ def test_a_damaged_checkpoint_is_rejected_and_the_previous_one_still_loads(tmp_p
 
 
 def test_a_run_with_a_cut_checkpoint_stops_with_the_remedy_and_goes_on_after_it(finished, tmp_path):
-    run = tmp_path / "damaged"
-    options = ("--output", str(run), "--dropout", "0.1")
-    _run(*options)
-    path = run / "checkpoints" / "step_00000012" / "model.safetensors"
+    folder = tmp_path / "damaged"
+    options = ("--output", str(folder), "--dropout", "0.1")
+    run(*options)
+    path = folder / "checkpoints" / "step_00000012" / "model.safetensors"
     path.write_bytes(path.read_bytes()[:1000])
-    process = _start(*options, "--resume")
+    process = start(*options, "--resume")
     text, _ = process.communicate(timeout=300)
     assert process.returncode != 0
     assert "model.safetensors is damaged: 1000 bytes" in text
@@ -307,9 +254,9 @@ def test_a_run_with_a_cut_checkpoint_stops_with_the_remedy_and_goes_on_after_it(
     for file in path.parent.iterdir():
         file.unlink()
     path.parent.rmdir()
-    _run(*options, "--resume")
-    whole = _weights(finished[0], 12)
-    assert all(torch.equal(whole[name], tensor) for name, tensor in _weights(run, 12).items())
+    run(*options, "--resume")
+    whole = weights(finished[0], 12)
+    assert all(torch.equal(whole[name], tensor) for name, tensor in weights(folder, 12).items())
 
 
 def test_an_interrupted_save_leaves_no_checkpoint(tmp_path, monkeypatch):
@@ -340,34 +287,14 @@ def test_the_training_file_holds_no_code(finished):
     assert state["trainer"]["step"] == 12
 
 
-# --- processes ---
-
-
-def test_two_processes_train_as_one(finished, tmp_path):
-    alone, pair = tmp_path / "alone", tmp_path / "pair"
-    _run("--output", str(alone))
-    launcher = (
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        "2",
-        "--master_port",
-        str(20000 + os.getpid() % 20000),
-    )
-    _run("--output", str(pair), launcher=launcher)
-    ours, theirs = _losses(pair), _losses(alone)
-    assert ours.keys() == theirs.keys()
-    for step, loss in ours.items():
-        assert loss == pytest.approx(theirs[step], rel=2e-4), step
-    summaries = [json.loads((run / "summary.json").read_text()) for run in (alone, pair)]
-    assert summaries[0]["val_loss"] == pytest.approx(summaries[1]["val_loss"], rel=1e-3)
+# --- accumulation ---
 
 
 def test_accumulation_changes_nothing(tmp_path):
     runs = [tmp_path / "once", tmp_path / "four"]
     pretrain.main([*TINY, "--epochs", "1", "--output", str(runs[0])])
     pretrain.main([*TINY, "--epochs", "1", "--output", str(runs[1]), "--accumulate", "4"])
-    first, second = map(_losses, runs)
+    first, second = map(losses, runs)
     assert all(second[step] == pytest.approx(loss, rel=1e-4) for step, loss in first.items())
 
 
@@ -383,7 +310,7 @@ def test_accumulation_changes_nothing(tmp_path):
     ],
     ids=lambda options: options[1],
 )
-def test_variants_run(options, tmp_path, capsys):
+def test_variantsrun(options, tmp_path, capsys):
     assert pretrain.main([*TINY, "--epochs", "1", "--output", str(tmp_path / "run"), *options]) == 0
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert math.isfinite(summary["val_loss"])
