@@ -42,9 +42,9 @@ def serves_attention(w: Tensor) -> bool:
     return w.dtype == torch.float32 or (w.dtype == torch.bfloat16 and w.shape[1] <= MAX_HALF_TOKENS)
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "none") -> Tensor:
-    """act(x @ weightᵀ + bias) through oneDNN; x [M, K], weight [N, K], each dense or the transpose of a dense one."""
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], "")
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x @ weightᵀ + bias through oneDNN; x [M, K], weight [N, K], each dense or the transpose of a dense one."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
 def _dense(matrix: Tensor) -> Tensor:
@@ -54,7 +54,7 @@ def _dense(matrix: Tensor) -> Tensor:
 
 @torch.library.custom_op("crate_fast::cpu_linear", mutates_args=(), device_types="cpu")
 def cpu_linear(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
-    """y = x Wᵀ + b, with max(·, 0) in the same pass over memory if `relu`.
+    """y = x Wᵀ + b, behind max(·, 0) if `relu`; NaN stays NaN (oneDNN's own ReLU makes it 0).
 
     Args:
         x: [M, K].
@@ -69,7 +69,8 @@ def cpu_linear(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Te
         y = F.linear(x, weight, bias)
         return y.relu_() if relu else y
     bias = None if bias is None else bias.contiguous()  # oneDNN reads it as if it were
-    return _product(_dense(x), _dense(weight), bias, "relu" if relu else "none")
+    y = _product(_dense(x), _dense(weight), bias)
+    return y.relu_() if relu else y
 
 
 @cpu_linear.register_fake

@@ -1,5 +1,7 @@
 """The public operators against the reference: values, gradients, dtypes, strides, compile, autocast, and errors."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -356,3 +358,14 @@ def test_autocast_runs_the_product_low_and_the_residual_high():
 def test_bad_input_is_named(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize("threshold", ["relu", "soft"])
+@pytest.mark.parametrize("n_tokens", [4, 300])
+def test_a_nan_is_not_hidden(n_tokens, threshold):
+    """Whatever path the number of tokens chooses."""
+    x = torch.randn(n_tokens, 64)
+    x[1, 0] = math.nan
+    y = ista(x, torch.randn(64, 64) / 8, threshold=threshold)
+    assert y[1].isnan().all()
+    assert y.isnan().sum() == 64
