@@ -17,7 +17,6 @@ import crate_fast.eval
 import crate_fast.train
 from crate_fast import cli, settings
 from crate_fast.train import plan
-from crate_fast.train.command_line import build_config
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -54,11 +53,17 @@ def test_the_readmes_python_runs():
         exec(compile(block, "README.md", "exec"), {})
 
 
-def test_the_readmes_training_commands_are_valid():
-    commands = re.findall(r"^torchrun .*train/pretrain\.py(.*)$", README, re.M)
-    assert len(commands) >= 5
-    for command in commands:
-        build_config(shlex.split(command, comments=True), "README", "shape_scenes")
+def test_the_documented_training_commands_are_valid(monkeypatch):
+    pages = README + (ROOT / "docs" / "training.md").read_text().replace("\\\n", " ")
+    commands = re.findall(r"^ *(?:srun )?torchrun .*train/(\w+)\.py(.*)$", pages, re.M)
+    assert {script for script, _ in commands} == {"pretrain", "finetune", "linear_probe"}
+    assert len(commands) >= 10
+    seen = []
+    for script, words in commands:
+        module = importlib.import_module(f"crate_fast.train.{script}")
+        monkeypatch.setattr(module, "launch", lambda config, options: seen.append(config) or 0)
+        assert module.main(shlex.split(words, comments=True)) == 0
+    assert len(seen) == len(commands)
 
 
 def test_the_readmes_plans_can_be_made(capsys):
