@@ -40,6 +40,7 @@ setup(
         "eval": EVAL,
         "crf": [*EVAL, "pydensecrf2"],
         "hf": ["datasets"],
+        "wandb": ["wandb"],
         "test": [*EVAL, "datasets", "webdataset", "pytest", "pytest-benchmark", "ruff"],
     },
     entry_points={"console_scripts": ["crate-fast = crate_fast.cli:main"]},

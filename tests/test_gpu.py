@@ -4,6 +4,7 @@ released form. `benchmarks/gpu_check.sh` runs this file, the kernels' own tests 
 import itertools
 import json
 import math
+import shutil
 from contextlib import contextmanager
 from functools import partial
 
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from oracle import agrees, all_within_twice_eager, philox_uniform, token_scale, within_twice_eager
 from released import ReleasedCRATE
+from runs import losses
 
 from crate_fast import CRATE
 from crate_fast.backends import explain_backend
@@ -243,6 +245,25 @@ def test_a_training_run(tmp_path):
     assert pretrain.main([*sizes, "--device", "cuda", "--compile", "--output", str(tmp_path / "run")]) == 0
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert math.isfinite(summary["val_loss"])
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_training_run_with_everything_on_and_resumed(tmp_path, precision):
+    words = "--train-samples 256 --val-samples 64 --epochs 2 --batch-size 64 --dim 64 --device cuda --mixup 0.5 --cutmix 1 "
+    words += f"--random-erasing 0.5 --hflip 0.5 --repeats 2 --accumulate 2 --channels-last --precision {precision} "
+    words += "--ema-decay 0.9 --checkpoint-every 1 --keep-checkpoints 9 --log-every 1"
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    for folder in (whole, broken):
+        assert pretrain.main([*words.split(), "--output", str(folder)]) == 0
+    for step in range(4, 9):
+        shutil.rmtree(broken / "checkpoints" / f"step_{step:08d}")
+    (broken / "checkpoints" / "best.json").unlink()
+    assert pretrain.main([*words.split(), "--output", str(broken), "--resume"]) == 0
+    assert losses(broken).keys() == losses(whole).keys() == set(range(1, 9))
+    for step, loss in losses(whole).items():  # the attention of PyTorch's own layers may differ from run to run
+        assert losses(broken)[step] == pytest.approx(loss, rel=1e-2)
+    summary = json.loads((whole / "summary.json").read_text())
+    assert (summary["skipped_steps"], summary["throughput"]["precision"]) == (0, precision)
 
 
 def test_maskcut_gives_the_cpus_masks():
