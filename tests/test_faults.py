@@ -121,6 +121,19 @@ def test_a_signal_saves_and_exits_cleanly(whole, tmp_path, name):
     assert losses(folder) == losses(whole)
 
 
+def test_means_over_an_interval_that_was_interrupted(tmp_path):
+    whole, folder = tmp_path / "whole", tmp_path / "run"
+    words = [*TINY, "--log-every", "5", "--checkpoint-every", "2", "--keep-checkpoints", "99"]
+    for path in (whole, folder):
+        assert pretrain.main([*words, "--output", str(path)]) == 0
+    for step in (6, 8, 10, 12):
+        shutil.rmtree(checkpoint.folder_of(folder / "checkpoints", step))
+    (folder / "checkpoints" / "best.json").unlink()
+    assert pretrain.main([*words, "--output", str(folder), "--resume"]) == 0
+    assert losses(folder) == losses(whole)
+    assert losses(whole).keys() == {5, 6, 10, 12}
+
+
 def test_sigterm_under_torchrun_with_two_processes(tmp_path):
     pair, folder = tmp_path / "pair", tmp_path / "run"
     words = (*EVERYTHING[:-4], "--epochs", "4")

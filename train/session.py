@@ -67,6 +67,7 @@ class Session:
         self.tally = UnreadableTally(config, len(data.train))
         self.val_tally = UnreadableTally(config, len(data.val))
         self.val_loader = eval_loader(config, data.val, **self._shares())
+        self.interval = _Interval()
         self.speeds: list[float] = []  # images/s of all processes, a log interval each
 
     def build(self) -> nn.Module:
@@ -78,6 +79,7 @@ class Session:
         self.run.begin(self.trainer, resume)
         if self.run.extra:
             self.tally.restore(self.run.extra["unreadable"])
+            self.interval.restore(self.run.extra["interval"])
 
     def describe(self) -> str:
         """One line on what is about to run."""
@@ -100,21 +102,19 @@ class Session:
         loader = train_loader(config, self.data.train, first_step=trainer.step, **self._shares())
         steps = trainer.train_steps(loader, self.interruption.requested)
         with self._bar() as bar, self._profiler() as profile:
-            interval = _Interval()
             while True:
                 if not self._evaluate_if_due(bar):
                     return False
                 if trainer.step == trainer.total_steps:
                     return True
-                interval.resume()
+                self.interval.resume()
                 result = next(steps)
-                interval.add(result)
+                self.interval.add(result)
                 profile.step()
                 bar.update(config.batch_size)
                 if trainer.step % config.log_every == 0 or self._evaluation_due():
-                    self._log(interval, bar)
-                    interval = _Interval()
-                interval.pause()
+                    self._log(bar)
+                self.interval.pause()
                 if result.stop:
                     self.save()
                     return False
@@ -197,12 +197,12 @@ class Session:
             images = self.trainer.prepare_images(torch.stack([sample[0] for sample in samples]))
             self.run.log_layers(self.trainer.step, layer_statistics(model, images))
 
-    def _log(self, interval: "_Interval", bar: tqdm) -> None:
+    def _log(self, bar: tqdm) -> None:
         """One entry of the history: means since the last; and the images that could not be read since then."""
-        trainer, config = self.trainer, self.config
+        trainer, interval, self.interval = self.trainer, self.interval, _Interval()
         lr = max(group["lr"] for group in trainer.optimizer.param_groups)  # the top layer's
         values = interval.means() | {"lr": lr}
-        values["images_per_s"] = interval.steps * config.batch_size / interval.seconds()
+        values["images_per_s"] = interval.steps_per_s() * self.config.batch_size
         self.speeds.append(values["images_per_s"])
         if trainer.nonfinite.total:
             values["skipped_steps"] = trainer.nonfinite.total
@@ -231,7 +231,7 @@ class Session:
     def save(self, accuracy: float | None = None) -> None:
         """Write a checkpoint; with an accuracy it may become the best."""
         self._count_unreadable()
-        self.run.extra = {"unreadable": self.tally.state()}
+        self.run.extra = {"unreadable": self.tally.state(), "interval": self.interval.state()}
         self.run.save(self.trainer, accuracy)
 
     def finish(self, seconds: float) -> None:
@@ -252,10 +252,12 @@ class Session:
 
 
 class _Interval:
-    """Means and seconds of training since the last log entry; evaluation and saving are not training."""
+    """Means since the last log entry, over resumes too, and the speed of this session in it, evaluation and saving
+    apart."""
 
     def __init__(self):
-        self.steps, self._taken, self._loss, self._accuracy, self._seconds = 0, 0, 0.0, 0.0, 0.0
+        self._taken, self._loss, self._accuracy = 0, 0.0, 0.0
+        self._steps, self._seconds = 0, 0.0
         self._since: float | None = None
 
     def resume(self) -> None:
@@ -268,21 +270,27 @@ class _Interval:
             self._since = None
 
     def add(self, result: StepResult) -> None:
-        self.steps += 1
+        self._steps += 1
         if result.taken:
             self._taken += 1
             self._loss += result.loss
             self._accuracy += result.accuracy
 
-    def seconds(self) -> float:
+    def steps_per_s(self) -> float:
         self.pause()
-        return self._seconds
+        return self._steps / self._seconds
 
     def means(self) -> dict[str, float]:
         """Loss and accuracy of the steps taken; nothing if none was."""
         if not self._taken:
             return {}
         return {"loss": self._loss / self._taken, "accuracy": self._accuracy / self._taken}
+
+    def state(self) -> dict[str, float]:
+        return {"taken": self._taken, "loss": self._loss, "accuracy": self._accuracy}
+
+    def restore(self, state: dict[str, float]) -> None:
+        self._taken, self._loss, self._accuracy = state["taken"], state["loss"], state["accuracy"]
 
 
 class _NoProfile:
