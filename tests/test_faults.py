@@ -84,7 +84,7 @@ def test_killed_while_saving_it_loses_nothing(whole, tmp_path, moment, monkeypat
     for step in checkpoint.steps(folder / "checkpoints"):
         if step > 10:
             shutil.rmtree(checkpoint.folder_of(folder / "checkpoints", step))
-    target = {"writing": "save_file", "renaming": "_remove", "rotating": "rotate"}[moment]
+    target = {"writing": "save_file", "renaming": "_put_in_place", "rotating": "rotate"}[moment]
     code = (
         "import os, signal, sys\n"
         "from crate_fast.train import checkpoint, pretrain\n"
@@ -98,6 +98,28 @@ def test_killed_while_saving_it_loses_nothing(whole, tmp_path, moment, monkeypat
     assert moment == "rotating" or list((folder / "checkpoints").glob(".step_00000011.tmp"))
     run(*words[len(TINY) :])
     _equal_runs(whole, folder)
+
+
+def test_killed_while_replacing_a_checkpoint_of_the_same_step(tmp_path):
+    for value in (1.0, 2.0):
+        checkpoint.save(tmp_path, 6, {"w": torch.full((3,), value)}, {"trainer": {}}, {"config": {}})
+    assert checkpoint.load(tmp_path, 6).weights["w"][0] == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000006"]
+    (tmp_path / "step_00000006").rename(tmp_path / ".step_00000006.old")  # as between the two renames
+    (tmp_path / ".step_00000006.tmp").mkdir()
+    (tmp_path / ".step_00000003.gone").mkdir()
+    checkpoint.sweep(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000006"]
+    assert checkpoint.load(tmp_path, 6).weights["w"][0] == 2
+
+
+def test_a_damaged_manifest_is_named_by_a_resumed_run(whole, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    path = checkpoint.folder_of(folder / "checkpoints", 12) / "manifest.json"
+    path.write_text(path.read_text()[:100])
+    with pytest.raises(checkpoint.CheckpointError, match=r"manifest\.json cannot be read.*step_00000011 is whole"):
+        pretrain.main([*TINY, "--output", str(folder), *EVERYTHING, "--resume"])
 
 
 # --- signals ---
@@ -136,7 +158,7 @@ def test_means_over_an_interval_that_was_interrupted(tmp_path):
 
 def test_sigterm_under_torchrun_with_two_processes(tmp_path):
     pair, folder = tmp_path / "pair", tmp_path / "run"
-    words = (*EVERYTHING[:-4], "--epochs", "4")
+    words = (*EVERYTHING[:-4], "--epochs", "4", "--workers", "1")  # which get the signal too
     run("--output", str(pair), *words, processes=2)
     process = start("--output", str(folder), *words, launcher=torchrun(2))
     wait_until(lambda: (folder / "metrics.jsonl").exists() and losses(folder), process)

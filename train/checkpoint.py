@@ -116,7 +116,7 @@ def write_text(path: Path, text: str) -> None:
 def _remove(folder: Path) -> None:
     """Delete a checkpoint; renamed first, so that a kill leaves no half of it under its name."""
     if folder.exists():
-        hidden = folder.with_name(f".{folder.name}.old")
+        hidden = folder.with_name(f".{folder.name}.gone")
         shutil.rmtree(hidden, ignore_errors=True)
         folder.replace(hidden)
         shutil.rmtree(hidden)
@@ -167,10 +167,19 @@ def save(
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
-        _remove(final)  # the same step saved before
-        temporary.replace(final)
-        _flush(root)
+        _put_in_place(temporary, final)
     return final
+
+
+def _put_in_place(temporary: Path, final: Path) -> None:
+    """Give a written checkpoint its name; one of the same step before it is kept until then, and `sweep` finds it."""
+    before = final.with_name(f".{final.name}.old")
+    shutil.rmtree(before, ignore_errors=True)
+    if final.exists():
+        final.replace(before)
+    temporary.replace(final)
+    _flush(final.parent)
+    shutil.rmtree(before, ignore_errors=True)
 
 
 def _write(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], training: dict, facts: dict) -> None:
@@ -263,9 +272,14 @@ def best_step(root: Path) -> int | None:
 
 
 def sweep(root: Path) -> None:
-    """Delete what a killed process left half written or half deleted."""
-    for path in (*root.glob(".step_*.tmp"), *root.glob(".step_*.old")):
-        shutil.rmtree(path)
+    """Delete what a killed process left half written or half deleted; put back what it was about to replace."""
+    for path in root.glob(".step_*.old"):
+        final = root / path.name[1 : -len(".old")]
+        if not final.exists():
+            path.replace(final)
+    for suffix in ("tmp", "old", "gone"):
+        for path in root.glob(f".step_*.{suffix}"):
+            shutil.rmtree(path)
 
 
 def rotate(root: Path, keep: int) -> None:

@@ -13,6 +13,7 @@ sample's name too; in evaluation it is left out.
 import dataclasses
 import os
 import random
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -341,3 +342,6 @@ def _on_gpu(config: TrainConfig) -> bool:
 
 def _one_thread(_worker: int) -> None:
     torch.set_num_threads(1)
+    # torchrun sends a signal to its processes' whole groups: the loop needs its workers to save and leave
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)

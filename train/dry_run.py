@@ -1,5 +1,6 @@
 """`--dry-run`: everything a run does, twice at most, in a folder that is gone afterwards."""
 
+import dataclasses
 import itertools
 import resource
 import shutil
@@ -37,7 +38,7 @@ def dry_run(config: TrainConfig, output: Path, data: DataSplits, processes: Proc
     made = tempfile.mkdtemp(prefix=".dry-run-", dir=parent) if processes.first else ""
     folder = Path(processes.agree(made))
     try:
-        session = Session(config, folder / "run", data, processes, Interruption())
+        session = Session(dataclasses.replace(config, wandb=""), folder / "run", data, processes, Interruption())
         try:
             session.begin(resume=False)
             if processes.first:

@@ -33,6 +33,8 @@ def inheriting(values: dict, chosen: dict) -> dict:
     init = (values | chosen).get("init", "")
     if not init:
         raise ValueError("there is nothing to start from: pass --init with a run's folder or a weights file")
+    if "init" in values:  # the settings of such a run, resumed: nothing is to be added
+        return values | chosen
     gone = not any(Path(place).exists() for place in (init, init.rpartition("@")[0] or init))
     run = None if gone else initial_run(init)  # a resumed run no longer needs it; another will be told
     source = {} if run is None else vars(run_config(run[0]))

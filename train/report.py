@@ -10,6 +10,7 @@ from crate_fast import CRATE
 from crate_fast.figures import Curve, Picture, curve_figure, image_grid
 from crate_fast.segmentation import score_attention, scores_table
 from crate_fast.train import checkpoint
+from crate_fast.train.cost import patch_size_of
 from crate_fast.train.data import DataSplits, Normalize, eval_loader, readable
 from crate_fast.train.engine import Trainer
 from crate_fast.train.run_folder import RunFolder
@@ -104,6 +105,8 @@ def write_report(
     }
     if images_per_s is not None:
         summary["throughput"] = _throughput(trainer, model, images_per_s)
+    elif (folder / "summary.json").is_file():  # a finished run, resumed: nothing was trained, nothing measured anew
+        summary |= {k: v for k, v in json.loads((folder / "summary.json").read_text()).items() if k == "throughput"}
     if isinstance(model, CRATE):
         summary |= _attention_report(run, trainer, model, data)
     with checkpoint.writing(folder):
@@ -115,14 +118,13 @@ def _throughput(trainer: Trainer, model: nn.Module, images_per_s: float) -> dict
     """What `crate-fast plan --throughput` reads."""
     config, processes = trainer.config, trainer.processes
     on_gpu = processes.device.type == "cuda"
-    patch = getattr(model, "patch_size", None) or model.patch_embed.patch_size
     return {
         "images_per_s_per_device": images_per_s / processes.world_size,
         "device": torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads",
         "devices": processes.world_size,
         "model": config.model,
         "image_size": config.image_size,
-        "patch_size": patch if isinstance(patch, int) else patch[0],
+        "patch_size": patch_size_of(model),
         "precision": "fp32" if trainer.dtype is None else {torch.bfloat16: "bf16"}.get(trainer.dtype, "fp16"),
         "parallel": config.parallel,
         "batch_size": config.batch_size // (config.accumulate * processes.world_size),

@@ -48,6 +48,10 @@ class RunFolder:
             CheckpointError: The checkpoint is damaged or of another run; the message names what differs.
             DiskError: The folder cannot be written.
         """
+        if self.processes.first and resume:
+            with checkpoint.writing(self.folder):
+                checkpoint.sweep(self.checkpoints)
+        self.processes.wait()
         step = checkpoint.newest(self.checkpoints)
         if self.processes.agree(str(step)) != str(step):
             raise checkpoint.CheckpointError(
@@ -59,15 +63,14 @@ class RunFolder:
                 f"{self.folder} holds a run at step {step}: pass --resume to continue it, or another --output"
             )
         if step is not None:
-            self._check_same_run(checkpoint.manifest(self.checkpoints, step))
             saved = checkpoint.load(self.checkpoints, step)
+            self._check_same_run(saved.manifest)
             trainer.restore(saved.weights, saved.ema, saved.training["trainer"])
             self.extra = saved.training["extra"]
             self.history, self.best = saved.manifest["history"], saved.manifest["best"]
         if self.processes.first:
             with checkpoint.writing(self.folder):
                 self.folder.mkdir(parents=True, exist_ok=True)
-                checkpoint.sweep(self.checkpoints)
                 if self.best["step"] is not None:  # it may have been killed between the checkpoint and this note
                     checkpoint.record_best(self.checkpoints, self.best)
                 checkpoint.write_text(self.folder / "config.yaml", dump_config(self.config))
