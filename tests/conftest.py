@@ -1,13 +1,14 @@
 """What every test file shares: GPU skipping that can be forbidden, one seed, and where kernels run."""
 
 import os
-import socket
 
 import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported, which timm does
+
+import runs
 
 from crate_fast.settings import require_gpu
 
@@ -48,9 +49,7 @@ def poisoned():
 @pytest.fixture
 def free_port() -> int:
     """A TCP port nobody listens on."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+    return runs.free_port()
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -217,6 +218,34 @@ def test_torchrun_restarts_a_killed_process_and_the_run_resumes_by_itself(tmp_pa
     assert same(weights(pair, 24), weights(folder, 24))
 
 
+def test_a_restart_continues_only_what_its_torchrun_began(whole, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    (folder / ".lock").write_text(json.dumps({"launcher": "another"}))
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    words = [*TINY, "--output", str(folder), *EVERYTHING]
+    with pytest.raises(FileExistsError, match="holds a run at step 12"):
+        pretrain.main(words)
+    assert pretrain.main([*words, "--resume"]) == 0  # which signs
+    assert pretrain.main(words) == 0
+
+
+def test_two_runs_never_write_one_folder(tmp_path):
+    folder = tmp_path / "run"
+    words = ("--output", str(folder), "--epochs", "40")
+    first = start(*words)
+    wait_until(lambda: (folder / "metrics.jsonl").exists() and losses(folder), first)
+    text = run(*words, "--resume", status=1)
+    assert re.search(r"is being written by another run \(process \d+ on .*\): end it first", text)
+    first.kill()
+    first.communicate()
+    run("--output", str(folder), "--epochs", "40", "--resume", "--dry-run")
+    process = start(*words, "--resume")  # the lock went with its owner
+    wait_until(lambda: len(losses(folder)) > 12, process)
+    process.kill()
+    process.communicate()
+
+
 def test_restarts_need_a_folder(monkeypatch, capsys):
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
     with pytest.raises(SystemExit):
@@ -384,9 +413,25 @@ def test_a_checkpoint_of_other_settings_or_data_is_refused_by_name(whole, tmp_pa
         pretrain.main([*TINY, "--output", str(folder), *EVERYTHING, "--resume"])
 
 
-def test_settings_that_change_nothing_may_differ():
-    fields = vars(pretrain.build_config([], "", "shape_scenes")[0])
-    assert set(run_folder.FREE_SETTINGS) <= set(fields)
+def test_free_settings_may_differ_in_a_resumed_run(tmp_path):
+    """All but the data's place and the online log."""
+    words = [*TINY, "--precision", "fp32", "--ema-decay", "0.9", "--checkpoint-every", "3", "--output", str(tmp_path)]
+    assert pretrain.main(words) == 0
+    expected = losses(tmp_path)
+    for step in (9, 12):
+        shutil.rmtree(tmp_path / "checkpoints" / f"step_{step:08d}")
+    changed = {"workers": "1", "threads": "2", "checkpoint_every": "4", "keep_checkpoints": "9", "log_every": "2"}
+    changed |= {"profile": "1", "parallel": "fsdp", "device": "auto", "max_unreadable": "0.5", "nonfinite_limit": "3"}
+    changed |= {"accumulate": "2"}
+    assert {*changed, "grad_checkpointing", "data_dir", "download", "wandb"} == set(run_folder.FREE_SETTINGS)
+    options = [word for name, value in changed.items() for word in ("--" + name.replace("_", "-"), value)]
+    with pytest.warns(UserWarning, match=r"profile=1 .* 6 are left to run: the trace will be missing"):
+        assert pretrain.main([*words, *options, "--grad-checkpointing", "--resume"]) == 0
+    found = losses(tmp_path)
+    assert sorted(found) == [*range(1, 7), 8, 10, 12]
+    for step in (8, 10, 12):
+        assert found[step] == pytest.approx((expected[step - 1] + expected[step]) / 2, rel=2e-4)
+    assert checkpoint.steps(tmp_path / "checkpoints")[-2:] == [8, 12]
 
 
 def test_every_checkpoint_file_is_read_without_running_code(tmp_path):

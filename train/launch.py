@@ -38,7 +38,7 @@ def launch(config: TrainConfig, options: argparse.Namespace) -> int:
             return 0
         session = Session(config, folder, data, processes, interruption)
         try:
-            session.begin(options.resume or restarted)
+            session.begin(options.resume, restarted)
             if processes.first:
                 print(session.describe())
             finished = session.train()

@@ -12,13 +12,15 @@ from crate_fast.train.distributed import Processes
 from crate_fast.train.engine import Trainer
 from crate_fast.train.loggers import Loggers
 from crate_fast.train.nonfinite import NonFiniteError, poisoned
+from crate_fast.train.run_lock import RunLock
 
 __all__ = ["FREE_SETTINGS", "RunFolder"]
 
-# Settings that a resumed run may change: they decide how fast it goes and what is kept, not what is computed.
+# Settings that a resumed run may change: they decide how and where it is computed, and what is kept. As with the
+# number of processes, rounding and what is drawn by micro-batch may differ.
 FREE_SETTINGS = (
     *("data_dir", "download", "workers", "threads", "checkpoint_every", "keep_checkpoints", "log_every", "profile"),
-    *("wandb", "parallel", "max_unreadable", "nonfinite_limit", "init"),
+    *("wandb", "parallel", "accumulate", "device", "grad_checkpointing", "max_unreadable", "nonfinite_limit"),
 )
 
 
@@ -39,19 +41,30 @@ class RunFolder:
         self.best: dict = {"step": None, "val_accuracy": -1.0}
         self.extra: dict = {}
         self.loggers: Loggers | None = None
+        self.saved: int | None = None  # the step of the last checkpoint
+        self.lock = RunLock(folder)
 
-    def begin(self, trainer: Trainer, resume: bool) -> None:
+    def begin(self, trainer: Trainer, resume: bool, restarted: bool = False) -> None:
         """Start afresh, or restore the newest checkpoint into `trainer` if there is one.
 
+        Args:
+            trainer: At step 0.
+            resume: Continue the run in the folder, if there is one.
+            restarted: torchrun has started this process again: continue a run that it had begun, and no other.
+
         Raises:
-            FileExistsError: There is a run in the folder and `resume` is false.
-            CheckpointError: The checkpoint is damaged or of another run; the message names what differs.
+            FileExistsError: There is a run in the folder that is not to be continued.
+            CheckpointError: The checkpoint is damaged or of another run; the message names what differs. Or another
+                process is writing the folder.
             DiskError: The folder cannot be written.
         """
-        if self.processes.first and resume:
-            with checkpoint.writing(self.folder):
-                checkpoint.sweep(self.checkpoints)
-        self.processes.wait()
+        if self.processes.first:
+            self.lock.acquire()
+            resume = resume or (restarted and self.lock.ours())
+            if resume:
+                with checkpoint.writing(self.folder):
+                    checkpoint.sweep(self.checkpoints)
+        resume = self.processes.agree(str(resume)) == "True"
         step = checkpoint.newest(self.checkpoints)
         if self.processes.agree(str(step)) != str(step):
             raise checkpoint.CheckpointError(
@@ -67,10 +80,10 @@ class RunFolder:
             self._check_same_run(saved.manifest)
             trainer.restore(saved.weights, saved.ema, saved.training["trainer"])
             self.extra = saved.training["extra"]
-            self.history, self.best = saved.manifest["history"], saved.manifest["best"]
+            self.history, self.best, self.saved = saved.manifest["history"], saved.manifest["best"], step
         if self.processes.first:
+            self.lock.sign()
             with checkpoint.writing(self.folder):
-                self.folder.mkdir(parents=True, exist_ok=True)
                 if self.best["step"] is not None:  # it may have been killed between the checkpoint and this note
                     checkpoint.record_best(self.checkpoints, self.best)
                 checkpoint.write_text(self.folder / "config.yaml", dump_config(self.config))
@@ -130,7 +143,13 @@ class RunFolder:
                 problem = error
         if self.processes.agree(str(problem or "")):
             raise problem or checkpoint.DiskError("the first process could not write a checkpoint; it says why")
-        self.best = best
+        self.best, self.saved = best, trainer.step
+
+    def close(self) -> None:
+        """Close the logs and release the folder."""
+        if self.loggers is not None:
+            self.loggers.close()
+        self.lock.release()
 
     def _write(self, trainer: Trainer, weights: dict, ema: dict | None, rest: dict, best: dict) -> None:
         bad = poisoned(weights) + poisoned(ema or {})
