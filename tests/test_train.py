@@ -119,6 +119,26 @@ def test_layer_decay_by_hand(decay_all):
     assert decays["pos_embedding"] == decays["mlp_head.0.bias"] == decay_all
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("adamv", "did you mean 'adam"),
+        ("qqqq", "timm has no such one"),
+        ("madgrad", "could not be resumed: choose another"),
+        ("adahessian", "second derivatives"),
+    ],
+)
+def test_optimizers_that_cannot_be_used_are_refused_at_once(name, message):
+    with pytest.raises(ValueError, match=f"optimizer='{name}'.*{message}"):
+        _trainer(optimizer=name)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "crate_tinny_patch8_224"])
+def test_models_that_cannot_be_built_are_refused_with_the_remedy(name):
+    with pytest.raises(ValueError, match=f"model='{name}'.*(img_size cannot be trained|did you mean 'crate_tiny)"):
+        build_model(TrainConfig(model=name), 12)
+
+
 def test_without_layer_decay_all_layers_learn_alike():
     assert {group.get("lr_scale", 1.0) for group in _trainer().optimizer.param_groups} == {1.0}
     with pytest.raises(ValueError, match=r"layer_decay=1\.5"):

@@ -43,7 +43,7 @@ def inheriting(values: dict, chosen: dict) -> dict:
 
 def main(argv: list[str] | None = None) -> int:
     """Fine-tune as the command line says; returns the exit status."""
-    text = "Fine-tuning of a CRATE (or any timm model)."
+    text = "Fine-tuning of a CRATE (or a timm ViT)."
     config, options = build_config(argv, text, "finetune_cifar10", adjust=inheriting)
     return launch(config, options)
 

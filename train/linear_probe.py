@@ -23,7 +23,7 @@ def _frozen(values: dict, chosen: dict) -> dict:
 
 def main(argv: list[str] | None = None) -> int:
     """Probe as the command line says; returns the exit status."""
-    text = "Linear probe of a frozen CRATE (or any timm model), by MAE's protocol."
+    text = "Linear probe of a frozen CRATE (or a timm ViT), by MAE's protocol."
     config, options = build_config(argv, text, "probe_in1k", adjust=_frozen)
     return launch(config, options)
 

@@ -3,16 +3,23 @@
 import math
 
 import torch
-from timm.optim import Lars, create_optimizer_v2
+from timm.optim import Lars, create_optimizer_v2, list_optimizers
 from timm.utils.agc import adaptive_clip_grad
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from crate_fast.train.config import TrainConfig
+from crate_fast.train.config import TrainConfig, nearest
 
 __all__ = ["build_optimizer", "clip_gradients", "clipped_parameters", "gradient_norm", "learning_rate"]
 
 _MOMENTUM = 0.9  # of LARS, as in MAE's linear probe
+_REFUSED = {
+    "adahessian": "needs second derivatives, which the layers do not have",
+    **dict.fromkeys(
+        ("madgrad", "madgradw", "adafactorbv", "adafactorbvc", "cadafactorbv", "cadafactorbvc"),
+        "keeps state that a checkpoint cannot hold, so that a run could not be resumed",
+    ),
+}
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
@@ -24,7 +31,15 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
     Args:
         model: With timm's `no_weight_decay` and `get_classifier`; in a frozen run only its classifier is trained.
         config: The run's.
+
+    Raises:
+        ValueError: timm has no such optimiser, or it cannot be used here.
     """
+    name, known = config.optimizer, list_optimizers()
+    if name not in known:
+        raise ValueError(f"optimizer={name!r}{nearest(name, known) or ': timm has no such one'}")
+    if name in _REFUSED:
+        raise ValueError(f"optimizer={name!r} {_REFUSED[name]}: choose another, such as adamw")
     trained = model.get_classifier() if config.frozen else model
     if config.optimizer == "lars":
         matrices = [p for p in trained.parameters() if p.ndim > 1]

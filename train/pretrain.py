@@ -14,7 +14,7 @@ __all__ = ["main"]
 
 def main(argv: list[str] | None = None) -> int:
     """Train as the command line says; returns the exit status."""
-    config, options = build_config(argv, "Supervised pre-training of CRATE (or any timm model).", "shape_scenes")
+    config, options = build_config(argv, "Supervised pre-training of CRATE (or a timm ViT).", "shape_scenes")
     return launch(config, options)
 
 

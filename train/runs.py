@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from crate_fast.train import checkpoint
 from crate_fast.train.command_line import load_recipe
-from crate_fast.train.config import TrainConfig
+from crate_fast.train.config import TrainConfig, nearest
 from crate_fast.train.data import DataSplits, build_splits
 
 __all__ = [
@@ -26,9 +26,18 @@ def build_model(config: TrainConfig, num_classes: int) -> nn.Module:
     """The model that the configuration names, for `num_classes` classes, on the CPU."""
     ours = ("patch_size", "dim", "depth", "heads", "residual", "attention", "sparsifier", "threshold")
     changes = {name: getattr(config, name) for name in ours if getattr(config, name) is not None}
-    model = timm.create_model(
-        config.model, num_classes=num_classes, img_size=config.image_size, drop_rate=config.dropout, **changes
-    )
+    if not timm.is_model(config.model):
+        raise ValueError(
+            f"model={config.model!r}{nearest(config.model, timm.list_models()) or ': timm has no such model'}"
+        )
+    sizes = {"img_size": config.image_size, "drop_rate": config.dropout} | changes
+    try:
+        model = timm.create_model(config.model, num_classes=num_classes, **sizes)
+    except TypeError as error:
+        raise ValueError(
+            f"model={config.model!r} does not take all of {', '.join(sizes)} ({error}): leave the settings out that "
+            "are not its own; models without img_size cannot be trained here"
+        ) from error
     if config.frozen:
         _put_probe(model)
     if config.grad_checkpointing:
