@@ -14,6 +14,7 @@ import dataclasses
 import os
 import random
 import signal
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -66,7 +67,7 @@ class Batch(NamedTuple):
     masks: Tensor | None = None
 
 
-class _Split(Dataset):
+class _Split(Dataset, ABC):
     """What the splits of every data set share.
 
     `split[epoch, index]` and `split[epoch, index, copy]` are (image uint8 [3, S, S], label, …), not mirrored.
@@ -78,9 +79,9 @@ class _Split(Dataset):
     def __len__(self) -> int:
         return len(self.images)
 
+    @abstractmethod
     def batch(self, keys: Sequence[Key], replace: bool) -> Batch:
         """The samples of these names; unreadable ones replaced or left out."""
-        raise NotImplementedError
 
     def flips(self, keys: Sequence[Key]) -> Tensor:
         """Which of the samples are to be mirrored, bool [B]."""

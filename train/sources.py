@@ -7,6 +7,7 @@ resumed at any step.
 import importlib.util
 import io
 import tarfile
+from abc import ABC, abstractmethod
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -20,7 +21,7 @@ from crate_fast.train.config import TrainConfig
 from crate_fast.train.shards import Archives, ShardIndex, find_shards
 from crate_fast.train.unreadable import Unreadable
 
-__all__ = ["UNREADABLE", "Source", "common_classes", "decoded", "nothing_outside", "open_source"]
+__all__ = ["UNREADABLE", "EncodedSource", "Source", "common_classes", "decoded", "nothing_outside", "open_source"]
 
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what PIL raises on a damaged file
 
@@ -49,7 +50,7 @@ def decoded(file: BinaryIO) -> Image.Image:
         return picture
 
 
-class Source(Dataset):
+class Source(Dataset, ABC):
     """(PIL image in RGB, label) by index; what cannot be read is `Unreadable` and says its name.
 
     Attributes:
@@ -60,19 +61,16 @@ class Source(Dataset):
     classes: tuple[str, ...] | None
     n_labels: int
 
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
     def name(self, index: int) -> str:
         """Where the image is, for messages."""
-        raise NotImplementedError
 
-    def open(self, index: int) -> tuple[BinaryIO, int]:
-        """The image's file, not decoded, and its label."""
-        raise NotImplementedError
-
+    @abstractmethod
     def picture(self, index: int) -> tuple[Image.Image, int]:
         """What `__getitem__` returns, raising what it likes."""
-        file, label = self.open(index)
-        with file:
-            return decoded(file), int(label)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         try:
@@ -81,7 +79,21 @@ class Source(Dataset):
             raise Unreadable(f"{self.name(index)}: {type(error).__name__}: {error}") from error
 
 
-class FileSource(Source):
+class EncodedSource(Source):
+    """A source of image files."""
+
+    @abstractmethod
+    def open(self, index: int) -> tuple[BinaryIO, int]:
+        """The image's file, not decoded, and its label."""
+
+    def picture(self, index: int) -> tuple[Image.Image, int]:
+        """See `Source`."""
+        file, label = self.open(index)
+        with file:
+            return decoded(file), int(label)
+
+
+class FileSource(EncodedSource):
     """Through timm's readers of folders and tar archives.
 
     timm's own data set puts the next image in the place of one that cannot be read; only its reader is used here.
@@ -130,7 +142,7 @@ class _HubSource(FileSource):
             raise ValueError("it has neither bytes nor a path") from error
 
 
-class ShardSource(Source):
+class ShardSource(EncodedSource):
     """Through an index of WebDataset shards."""
 
     def __init__(self, index: ShardIndex):

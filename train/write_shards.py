@@ -20,7 +20,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from crate_fast.train.config import TrainConfig
-from crate_fast.train.sources import Source, common_classes, decoded, open_source
+from crate_fast.train.sources import EncodedSource, common_classes, decoded, open_source
 
 __all__ = ["encoded", "main"]
 
@@ -31,7 +31,7 @@ _SUFFIX = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}  # formats that keep the
 class _Plan:
     """What is written where."""
 
-    source: Source
+    source: EncodedSource
     split: str
     output: Path
     shorter_side: int
