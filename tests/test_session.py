@@ -14,7 +14,7 @@ from PIL import Image
 from runs import TINY, entries, losses, same, weights
 
 from crate_fast import cli
-from crate_fast.train import pretrain
+from crate_fast.train import checkpoint, pretrain
 from crate_fast.train.config import TrainConfig
 from crate_fast.train.data import Batch
 from crate_fast.train.distributed import Processes
@@ -217,6 +217,8 @@ def test_too_many_unreadable_images_stop_the_run(folder, tmp_path, share, split)
     with pytest.raises(RuntimeError, match=rf"{split}.*could not be read.*max_unreadable={share}"):
         pretrain.main(words)
     assert (tmp_path / "run" / "unreadable.txt").read_text()
+    if "20" in split:  # of validation: the epoch before it is saved
+        assert checkpoint.newest(tmp_path / "run" / "checkpoints") == 5
 
 
 def test_the_count_goes_on_in_a_resumed_run(folder, tmp_path):
@@ -229,6 +231,7 @@ def test_the_count_goes_on_in_a_resumed_run(folder, tmp_path):
     assert pretrain.main([*words, "--resume"]) == 0
     assert same(weights(whole, 10), weights(run, 10))
     assert json.loads((run / "summary.json").read_text())["unreadable_images"] == 2
+    assert (run / "unreadable.txt").read_text().count("\n") == 3  # each once, over resumes too
 
 
 @pytest.mark.parametrize("name", ["pretrain", "finetune", "linear_probe"])

@@ -16,10 +16,12 @@ def test_too_many_are_an_error_that_says_how_many_and_which():
     tally = UnreadableTally(TrainConfig(max_unreadable=0.02), 100)
     assert tally.add(_lines(1, 2), 0) == _lines(1, 2)
     assert tally.add([], 0) == []
+    tally.check(0)
+    tally.add(_lines(7), 0)
     with pytest.raises(
         RuntimeError, match=r"(?s)3 of 100 images \(3\.00%\).*epoch 0.*--max-unreadable.*1\.jpg.*7\.jpg"
     ):
-        tally.add(_lines(7), 0)
+        tally.check(0)
 
 
 def test_an_image_counts_once_an_epoch_and_is_new_once_a_run():
@@ -33,8 +35,9 @@ def test_an_image_counts_once_an_epoch_and_is_new_once_a_run():
 def test_none_is_allowed_when_so_set():
     tally = UnreadableTally(TrainConfig(max_unreadable=0.0), 10**6)
     assert tally.add([], 0) == []
+    tally.add(_lines(4), 0)
     with pytest.raises(RuntimeError, match="1 of 1000000"):
-        tally.add(_lines(4), 0)
+        tally.check(0)
 
 
 def test_a_restored_tally_counts_on():
@@ -43,5 +46,6 @@ def test_a_restored_tally_counts_on():
     again = UnreadableTally(TrainConfig(max_unreadable=0.02), 100)
     again.restore(json.loads(json.dumps(tally.state())))
     assert again.add(_lines(1), 3) == []
+    again.add(_lines(5), 3)
     with pytest.raises(RuntimeError, match="3 of 100"):
-        again.add(_lines(5), 3)
+        again.check(3)

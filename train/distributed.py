@@ -119,6 +119,8 @@ def process_group(device: str, threads: int = 0):
     rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
     world_size, local_size = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     place = choose_device(device, local_rank)
+    if torch.device(place).type == "cuda" and ":" in device and local_size > 1:
+        raise ValueError(f"device={device!r} would be shared by {local_size} processes: pass --device cuda")
     if threads or local_size > 1:
         torch.set_num_threads(threads or max(1, os.cpu_count() // local_size))
     if world_size > 1:

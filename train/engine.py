@@ -71,7 +71,7 @@ class Trainer:
         self.step = 0
         self.device, self.dtype = processes.device, autocast_dtype(config, processes.device)
         self.normalize = Normalize(config.mean).to(self.device)
-        sharded = processes.world_size > 1 and config.parallel != "ddp"
+        sharded = parallel.shares_out(config, processes)
         if sharded and config.clip_mode == "agc" and config.clip_grad:
             raise ValueError(
                 f"clip_mode='agc' needs whole weights, and parallel={config.parallel!r} shares them out: clip by "
@@ -123,6 +123,8 @@ class Trainer:
     def _prepare(self) -> None:
         """Modes, learning rates and the step's seed."""
         self.runner.train()
+        if parallel.is_sharded(self.model):  # DDP does so by itself
+            parallel.share_buffers(self.model, self.processes)
         if self.config.frozen:
             self.model.eval()
             self.model.get_classifier().train()
@@ -185,7 +187,14 @@ class Trainer:
             return False
         scale = self.scaler.get_scale()
         self.scaler.update(scale * self.scaler.get_backoff_factor())
+        self.scaler.load_state_dict(self.scaler.state_dict() | {"_growth_tracker": 0})  # as the scaler's own backoff
         return scale > _SMALLEST_SCALE
+
+    def share_buffers(self) -> None:
+        """Give every process the first one's buffers, to evaluate what a checkpoint would hold. A collective call."""
+        parallel.share_buffers(self.model, self.processes)
+        if self.ema is not None:
+            parallel.share_buffers(self.ema.module, self.processes)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Tensor] | None, dict]:
         """(weights, the moving average's, everything else `restore` needs): tensors and plain values, in one piece.

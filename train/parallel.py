@@ -28,6 +28,8 @@ __all__ = [
     "layers_of",
     "scatter",
     "shard",
+    "share_buffers",
+    "shares_out",
     "unsharded_copy",
 ]
 
@@ -39,6 +41,18 @@ def layers_of(model: nn.Module) -> nn.Module:
     if hasattr(model, "transformer"):
         return model.transformer.layers
     return getattr(model, "blocks", nn.ModuleList())
+
+
+def shares_out(config: TrainConfig, processes: Processes) -> bool:
+    """Whether a run's processes are to hold parts of the model."""
+    return processes.world_size > 1 and config.parallel != "ddp"
+
+
+def share_buffers(model: nn.Module, processes: Processes) -> None:
+    """Give every process the first one's buffers, such as BatchNorm's statistics: a checkpoint holds those."""
+    if processes.world_size > 1:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, src=0)
 
 
 def is_sharded(model: nn.Module) -> bool:

@@ -59,7 +59,7 @@ class Session:
         if config.init and checkpoint.newest(folder / "checkpoints") is None:
             self.started_from = load_initial(model, config)
         self.parameters = sum(p.numel() for p in model.parameters())
-        if config.channels_last:
+        if config.channels_last and not parallel.shares_out(config, processes):  # FSDP wants its weights contiguous
             model = model.to(memory_format=torch.channels_last)
         self.trainer = Trainer(model.to(processes.device), config, processes, len(data.train) // config.batch_size)
         facts = {"train_images": len(data.train), "val_images": len(data.val), "classes": list(data.classes)}
@@ -74,12 +74,17 @@ class Session:
         """A new model of the run's architecture, on the CPU."""
         return build_model(self.config, len(self.data.classes))
 
-    def begin(self, resume: bool) -> None:
-        """Start afresh, or continue from the newest checkpoint."""
-        self.run.begin(self.trainer, resume)
+    def begin(self, resume: bool, restarted: bool = False) -> None:
+        """Start afresh, or continue from the newest checkpoint (see `RunFolder.begin`)."""
+        self.run.begin(self.trainer, resume, restarted)
         if self.run.extra:
             self.tally.restore(self.run.extra["unreadable"])
+            self.val_tally.restore(self.run.extra["val_unreadable"])
             self.interval.restore(self.run.extra["interval"])
+            if self.processes.first:
+                lines = [*self.tally.state(), *self.val_tally.state()]
+                with checkpoint.writing(self.run.folder):
+                    checkpoint.write_text(self.run.folder / "unreadable.txt", "".join(f"{line}\n" for line in lines))
 
     def describe(self) -> str:
         """One line on what is about to run."""
@@ -140,7 +145,8 @@ class Session:
     def _profiler(self):
         if not self.config.profile:
             return nullcontext(_NoProfile())
-        return profiler(self.run.folder / "profile", self.config.profile, self.processes)
+        left = self.trainer.total_steps - self.trainer.step
+        return profiler(self.run.folder / "profile", self.config.profile, left, self.processes)
 
     def _evaluation_due(self) -> bool:
         trainer = self.trainer
@@ -148,21 +154,25 @@ class Session:
         return trainer.step > 0 and (trainer.step % period == 0 or trainer.step == trainer.total_steps)
 
     def _evaluate_if_due(self, bar: tqdm) -> bool:
-        """Evaluate and save, unless that is done (a run may have been stopped before it); False if asked to stop."""
+        """Evaluate, unless that is done (a run may have been stopped before it); False if asked to stop.
+
+        Saves before, since an evaluation may fail, and after, with its scores.
+        """
         trainer, run = self.trainer, self.run
         if not self._evaluation_due() or run.evaluated(trainer.step):
             return True
+        if run.saved != trainer.step:
+            self.save()
+        trainer.share_buffers()
         values = self.scores(trainer.model, "val_")
         if values is not None and trainer.ema is not None:
             averaged = self.scores(trainer.ema.module, "ema_val_")
             values = None if averaged is None else values | averaged
         if values is None:
-            self.save()
             return False
         run.log(trainer.step, values)
+        self.save(values.get("ema_val_accuracy", values["val_accuracy"]))
         self._log_layers()
-        best = values.get("ema_val_accuracy", values["val_accuracy"])
-        self.save(best)
         if self.processes.first:
             average = f", EMA {values['ema_val_accuracy']:.4f}" if trainer.ema is not None else ""
             bar.write(
@@ -194,6 +204,8 @@ class Session:
         model = parallel.unsharded_copy(self.trainer.model, self.build, self.processes)
         if isinstance(model, CRATE):
             samples = readable(self.data.val, range(min(WHITEBOX_IMAGES, len(self.data.val))))
+            if not samples:
+                return
             images = self.trainer.prepare_images(torch.stack([sample[0] for sample in samples]))
             self.run.log_layers(self.trainer.step, layer_statistics(model, images))
 
@@ -222,16 +234,17 @@ class Session:
 
     def _note_unreadable(self, problems: list[str], tally: UnreadableTally, epoch: int) -> None:
         """Count them, and name those not met before in unreadable.txt."""
-        new = [line for line in dict.fromkeys(problems) if line not in tally.state()]
+        new = tally.add(problems, epoch)
         if new and self.processes.first:
             with checkpoint.writing(self.run.folder), (self.run.folder / "unreadable.txt").open("a") as file:
                 file.writelines(f"{line}\n" for line in new)
-        tally.add(problems, epoch)
+        tally.check(epoch)
 
     def save(self, accuracy: float | None = None) -> None:
         """Write a checkpoint; with an accuracy it may become the best."""
         self._count_unreadable()
-        self.run.extra = {"unreadable": self.tally.state(), "interval": self.interval.state()}
+        self.run.extra = {"unreadable": self.tally.state(), "val_unreadable": self.val_tally.state()}
+        self.run.extra["interval"] = self.interval.state()
         self.run.save(self.trainer, accuracy)
 
     def finish(self, seconds: float) -> None:
@@ -246,9 +259,8 @@ class Session:
         self.processes.wait()
 
     def close(self) -> None:
-        """Close the logs."""
-        if self.run.loggers is not None:
-            self.run.loggers.close()
+        """Close the logs, and let others write the folder."""
+        self.run.close()
 
 
 class _Interval:

@@ -35,15 +35,17 @@ class UnreadableTally:
         self._epoch_of: dict[str, int] = {}  # line → last epoch it was met in
 
     def add(self, problems: Sequence[str], epoch: int) -> list[str]:
-        """Count the `problems` of batches of this epoch; return those never met before, in order.
+        """Count the `problems` of batches of this epoch; return those never met before, in order."""
+        new = [line for line in dict.fromkeys(problems) if line not in self._epoch_of]
+        self._epoch_of.update(dict.fromkeys(problems, epoch))
+        return new
+
+    def check(self, epoch: int) -> None:
+        """Stop a run that misses too much.
 
         Raises:
             RuntimeError: More than `max_unreadable` of the split's images could not be read in this epoch.
         """
-        if not problems:
-            return []
-        new = [line for line in dict.fromkeys(problems) if line not in self._epoch_of]
-        self._epoch_of.update(dict.fromkeys(problems, epoch))
         count = self.count(epoch)
         if count > self.share * self.n_images:
             present = [line for line, last in self._epoch_of.items() if last == epoch]
@@ -53,7 +55,6 @@ class UnreadableTally:
                 f" more than max_unreadable={self.share} allows: repair or remove them, or raise --max-unreadable. "
                 f"The first:{listed}"
             )
-        return new
 
     def count(self, epoch: int) -> int:
         """Different images that could not be read in this epoch so far."""
