@@ -434,6 +434,21 @@ def test_free_settings_may_differ_in_a_resumed_run(tmp_path):
     assert checkpoint.steps(tmp_path / "checkpoints")[-2:] == [8, 12]
 
 
+def test_another_versions_checkpoint_is_refused(whole, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    load = checkpoint.load
+
+    def older(*where):
+        saved = load(*where)
+        del saved.training["extra"]["interval"]
+        return saved
+
+    monkeypatch.setattr(checkpoint, "load", older)
+    with pytest.raises(checkpoint.CheckpointError, match=r"holds no 'interval': another version of crate_fast"):
+        pretrain.main([*TINY, *EVERYTHING, "--output", str(folder), "--resume"])
+
+
 def test_every_checkpoint_file_is_read_without_running_code(tmp_path):
     class Evil:
         def __reduce__(self):

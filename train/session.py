@@ -78,9 +78,15 @@ class Session:
         """Start afresh, or continue from the newest checkpoint (see `RunFolder.begin`)."""
         self.run.begin(self.trainer, resume, restarted)
         if self.run.extra:
-            self.tally.restore(self.run.extra["unreadable"])
-            self.val_tally.restore(self.run.extra["val_unreadable"])
-            self.interval.restore(self.run.extra["interval"])
+            try:
+                self.tally.restore(self.run.extra["unreadable"])
+                self.val_tally.restore(self.run.extra["val_unreadable"])
+                self.interval.restore(self.run.extra["interval"])
+            except KeyError as error:
+                raise checkpoint.CheckpointError(
+                    f"the checkpoint in {self.run.folder} holds no {error}: another version of crate_fast wrote it; "
+                    "resume with that version, or start a new run in another --output"
+                ) from error
             if self.processes.first:
                 lines = [*self.tally.state(), *self.val_tally.state()]
                 with checkpoint.writing(self.run.folder):
