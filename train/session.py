@@ -87,10 +87,11 @@ class Session:
                     f"the checkpoint in {self.run.folder} holds no {error}: another version of crate_fast wrote it; "
                     "resume with that version, or start a new run in another --output"
                 ) from error
-            if self.processes.first:
+            note = self.run.folder / "unreadable.txt"
+            if self.processes.first and note.exists():  # the interrupted session may have met more than it saved
                 lines = [*self.tally.state(), *self.val_tally.state()]
                 with checkpoint.writing(self.run.folder):
-                    checkpoint.write_text(self.run.folder / "unreadable.txt", "".join(f"{line}\n" for line in lines))
+                    checkpoint.write_text(note, "".join(f"{line}\n" for line in lines))
 
     def describe(self) -> str:
         """One line on what is about to run."""
