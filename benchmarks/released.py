@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["ReleasedCRATE"]
+__all__ = ["ReleasedCRATE", "ReleasedCRATEMAE"]
 
 
 class _Norm(nn.Module):
@@ -120,3 +120,117 @@ class ReleasedCRATE(nn.Module):
         tokens = torch.cat([self.cls_token.repeat(len(images), 1, 1), patches], dim=1) + self.pos_embedding
         tokens = self.transformer(tokens)
         return self.mlp_head(tokens.mean(dim=1) if self.pool == "mean" else tokens[:, 0])
+
+
+class _Decode(nn.Module):
+    def __init__(self, dim: int):
+        super().__init__()
+        self.weight = nn.Parameter(nn.init.kaiming_uniform_(torch.empty(dim, dim)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight)
+
+
+class _Compress(nn.Module):
+    """An encoder layer: h = x + MSSA(LN x), ISTA(LN h)."""
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        parts = [_Norm(dim, _Attention(dim, heads, dim // heads)), _Norm(dim, _Sparsify(dim, 0.1, 0.5))]
+        self.layers = nn.ModuleList([nn.ModuleList(parts)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        attend, sparsify = self.layers[0]
+        return sparsify(attend(x) + x)
+
+
+class _Expand(nn.Module):
+    """A decoder layer: y = LN(x) Dᵀ, y − MSSA(LN y)."""
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        parts = [_Norm(dim, _Decode(dim)), _Norm(dim, _Attention(dim, heads, dim // heads))]
+        self.layers = nn.ModuleList([nn.ModuleList(parts)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        decode, attend = self.layers[0]
+        y = decode(x)
+        return y - attend(y)
+
+
+class _Projection(nn.Module):
+    def __init__(self, patch: int, channels: int, dim: int):
+        super().__init__()
+        self.proj = nn.Conv2d(channels, dim, patch, stride=patch)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.proj(images).flatten(2).transpose(1, 2)
+
+
+class ReleasedCRATEMAE(nn.Module):
+    """The released CRATE-MAE: all tokens encoded, mask tokens among them; square images and grids only.
+
+    Its random draw is an argument here: `noise` [B, N] decides which patches stay.
+
+    Args:
+        img_size, patch_size: Sides in pixels.
+        embed_dim, depth, num_heads: Of the encoder. decoder_depth: `depth` when None.
+        norm_pix_loss: Normalise the targets by patch.
+    """
+
+    def __init__(
+        self,
+        *,
+        img_size: int,
+        patch_size: int,
+        embed_dim: int,
+        depth: int,
+        num_heads: int,
+        decoder_depth: int | None = None,
+        norm_pix_loss: bool = False,
+    ):
+        super().__init__()
+        self.patch, self.side, self.norm_pix_loss = patch_size, img_size // patch_size, norm_pix_loss
+        table = torch.zeros(1, self.side**2 + 1, embed_dim)
+        self.patch_embed = _Projection(patch_size, 3, embed_dim)
+        self.cls_token = nn.Parameter(torch.randn(1, 1, embed_dim) * 0.02)
+        self.pos_embed = nn.Parameter(table.clone(), requires_grad=False)
+        self.blocks = nn.ModuleList(_Compress(embed_dim, num_heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
+        self.decoder_embed = nn.Linear(embed_dim, embed_dim)
+        self.mask_token = nn.Parameter(torch.randn(1, 1, embed_dim) * 0.02)
+        self.decoder_pos_embed = nn.Parameter(table.clone(), requires_grad=False)
+        n_decoders = depth if decoder_depth is None else decoder_depth
+        self.decoder_blocks = nn.ModuleList(_Expand(embed_dim, num_heads) for _ in range(n_decoders))
+        self.decoder_norm = nn.LayerNorm(embed_dim, eps=1e-6)
+        self.decoder_pred = nn.Linear(embed_dim, 3 * patch_size**2)
+
+    def patches(self, images: Tensor) -> Tensor:
+        """[B, 3, S, S] → [B, N, p·p·3], in (row, column, channel) order."""
+        columns = F.unfold(images, self.patch, stride=self.patch)
+        return columns.unflatten(1, (3, -1)).permute(0, 3, 2, 1).flatten(2)
+
+    def forward(self, images: Tensor, mask_ratio: float, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x = self.patch_embed(images)
+        batch, n_patches, _ = x.shape
+        kept = int(n_patches * (1 - mask_ratio))
+        shuffle = noise.argsort(dim=1)
+        restore = shuffle.argsort(dim=1)
+        mask = torch.ones(batch, n_patches, dtype=images.dtype, device=images.device)
+        mask[:, :kept] = 0
+        mask = mask.gather(1, restore)
+        rows = torch.arange(batch, device=images.device)[:, None]
+        hidden = self.mask_token.expand(batch, n_patches - kept, -1)
+        x = torch.cat([x[rows, shuffle[:, :kept]], hidden], dim=1)[rows, restore]
+        x = torch.cat([self.cls_token.expand(batch, -1, -1), x], dim=1) + self.decoder_pos_embed
+        for block in self.blocks:
+            x = block(x)
+        x = self.norm(x)
+        for block in self.decoder_blocks:
+            x = block(x)
+        pred = self.decoder_pred(self.decoder_norm(x))[:, 1:]
+        target = self.patches(images)
+        if self.norm_pix_loss:
+            target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()
+        error = (pred - target).square().mean(dim=-1)
+        return (error * mask).sum() / mask.sum(), pred, mask

@@ -19,6 +19,19 @@ if (_root / "setup.py").is_file() and (_root / "kernels" / "__init__.py").is_fil
 del _root
 
 from crate_fast import registry as _registry  # noqa: E402, F401  (registers the models with timm)
+from crate_fast.mae import CRATEMAE, CRATEMAE_base, CRATEMAE_large, CRATEMAE_small, CRATEMAE_tiny  # noqa: E402
 from crate_fast.model import CRATE, CRATE_base, CRATE_large, CRATE_small, CRATE_tiny  # noqa: E402
 
-__all__ = ["CRATE", "CRATE_base", "CRATE_large", "CRATE_small", "CRATE_tiny", "__version__"]
+__all__ = [
+    "CRATE",
+    "CRATEMAE",
+    "CRATEMAE_base",
+    "CRATEMAE_large",
+    "CRATEMAE_small",
+    "CRATEMAE_tiny",
+    "CRATE_base",
+    "CRATE_large",
+    "CRATE_small",
+    "CRATE_tiny",
+    "__version__",
+]

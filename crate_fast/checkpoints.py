@@ -12,7 +12,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from crate_fast.model import resample_positions
+from crate_fast.mae import CRATEMAE
+from crate_fast.model import CRATE, resample_positions
 
 __all__ = ["adapt_state_dict", "load_weights", "read_state_dict", "released_state_dict", "unwrap_state_dict"]
 
@@ -124,17 +125,32 @@ def load_weights(model: nn.Module, path: str | os.PathLike, *, resample: bool = 
     return model
 
 
+def _unreleased(model: CRATE) -> str:
+    """What the released CRATE does not have."""
+    layer = model.transformer.layers[0]
+    kinds = [type(part.fn).__name__ for part in layer]
+    if kinds != ["MSSA", "ISTA"] or layer.residual != "released" or layer[1].fn.threshold != "relu":
+        return f"layers {kinds}, residual={layer.residual!r}"
+    return "" if model.embed_norm else "embed_norm=False"
+
+
+def _unreleased_mae(model: CRATEMAE) -> str:
+    """What the released CRATE-MAE does not have."""
+    if model.visible_only:
+        return "visible_only=True"
+    return "" if model.grid_size[0] == model.grid_size[1] else f"grid {model.grid_size}"
+
+
 def released_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The model's weights under the released code's keys, detached, on the CPU: what its `load_state_dict` takes.
 
     Raises:
         ValueError: The model is one that the released code cannot build (an ablation or another residual form).
     """
-    layer = model.transformer.layers[0]
-    kinds = [type(part.fn).__name__ for part in layer]
-    if kinds != ["MSSA", "ISTA"] or layer.residual != "released" or layer[1].fn.threshold != "relu":
+    difference = _unreleased_mae(model) if isinstance(model, CRATEMAE) else _unreleased(model)
+    if difference:
         raise ValueError(
-            f"the released code has no such model (layers {kinds}, residual={layer.residual!r}): its weights would "
-            "load there and give other outputs. Save model.state_dict() for use with crate_fast."
+            f"the released code has no such model ({difference}): its weights would not load there, or would give "
+            "other outputs. Save model.state_dict() for use with crate_fast."
         )
     return {name: tensor.detach().cpu() for name, tensor in unwrap_state_dict(model.state_dict()).items()}

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from crate_fast import functional
 from crate_fast.backends import resolve_backend
 
-__all__ = ["ISTA", "MHSA", "MLP", "MSSA", "Layer", "Linear", "PreNorm", "Transformer"]
+__all__ = ["ISTA", "MHSA", "MLP", "MSSA", "DecoderLayer", "Dictionary", "Layer", "Linear", "PreNorm", "Transformer"]
 
 
 class Linear(nn.Linear):
@@ -156,6 +156,19 @@ class ISTA(nn.Module):
         return f"dim={self.weight.shape[0]}, step_size={self.step_size}, sparsity={self.lambd}, {self.threshold}"
 
 
+class Dictionary(nn.Module):
+    """x · Dᵀ with a square dictionary D, Kaiming-uniform: what a CRATE-MAE decoder layer begins with."""
+
+    def __init__(self, dim: int, *, device=None, dtype=None):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(dim, dim, device=device, dtype=dtype))
+        nn.init.kaiming_uniform_(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., C] → [..., C]."""
+        return functional.linear(x, self.weight)
+
+
 class MLP(nn.Sequential):
     """ViT's MLP (Linear, GELU, Linear): the ablation CRATE-MLP. The layer adds the skip connection."""
 
@@ -228,6 +241,24 @@ class Layer(nn.Sequential):
             normed = attention.norm(x)
             h = normed + attention.fn(normed)
         return h + sparsifier(h) if isinstance(sparsifier.fn, MLP) else sparsifier(h)
+
+
+class DecoderLayer(nn.Sequential):
+    """A layer of the CRATE-MAE decoder: y = LN(x) · Dᵀ, then y − MSSA(LN y), against the encoder's compression.
+
+    Args:
+        decode: `PreNorm` around `Dictionary`.
+        attention: `PreNorm` around `MSSA`.
+    """
+
+    def __init__(self, decode: PreNorm, attention: PreNorm):
+        super().__init__(decode, attention)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, N, C] → [B, N, C]."""
+        decode, attention = self
+        y = decode(x)
+        return y - attention(y)
 
 
 class Transformer(nn.Module):

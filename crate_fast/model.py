@@ -12,25 +12,49 @@ from crate_fast.backends import BACKENDS
 from crate_fast.functional import THRESHOLDS
 from crate_fast.layers import ISTA, MHSA, MLP, MSSA, Layer, Linear, PreNorm, Transformer
 
-__all__ = ["CRATE", "CRATE_base", "CRATE_large", "CRATE_small", "CRATE_tiny", "resample_positions"]
+__all__ = [
+    "CRATE",
+    "CRATE_base",
+    "CRATE_large",
+    "CRATE_small",
+    "CRATE_tiny",
+    "check_choice",
+    "check_positive",
+    "patch_grid",
+    "resample_positions",
+    "size_pair",
+]
 
 
-def _pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
+def size_pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
+    """The argument `name` as (height, width) in pixels; a ValueError if it is neither one number nor two."""
     pair = (value, value) if isinstance(value, int) else tuple(value)
     if len(pair) != 2 or not all(isinstance(side, int) and side > 0 for side in pair):
         raise ValueError(f"{name}={value!r}: give one positive integer, or two as (height, width), in pixels")
     return pair
 
 
-def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    """A ValueError unless the argument `name` is one of the choices."""
     if value not in choices:
         raise ValueError(f"{name}={value!r}: choose one of {', '.join(map(repr, choices))}")
 
 
-def _check_positive(**sizes: int) -> None:
+def check_positive(**sizes: int) -> None:
+    """A ValueError unless all are positive integers."""
     for name, size in sizes.items():
         if not isinstance(size, int) or size <= 0:
             raise ValueError(f"{name}={size!r}: give a positive integer")
+
+
+def patch_grid(image_size: tuple[int, int], patch_size: tuple[int, int]) -> tuple[int, int]:
+    """Rows and columns of patches; a ValueError if the patch size does not divide the image size."""
+    if image_size[0] % patch_size[0] or image_size[1] % patch_size[1]:
+        raise ValueError(
+            f"image size {image_size} is not a multiple of the patch size {patch_size}: "
+            "resize or pad the image, or choose another patch size"
+        )
+    return image_size[0] // patch_size[0], image_size[1] // patch_size[1]
 
 
 def resample_positions(positions: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
@@ -71,6 +95,8 @@ class CRATE(nn.Module):
         sparsifier: "ista", or "mlp" for the ablation CRATE-MLP. With both ablations the layer is ViT's.
         threshold: "relu", or "soft" for the variant with soft thresholding.
         head_hidden: A Linear(dim, dim) before the classifier, as the emergence paper's demo checkpoint has.
+        embed_norm: LayerNorms before and behind the patch projection; the encoders of CRATE-MAE have none.
+        norm_eps: ε of the head's LayerNorm; 1e-6 in the encoders of CRATE-MAE.
         dynamic_img_size: Accept any image that the patch size divides; else only `image_size`.
         backend: "auto", "triton" or "torch" for the fused operators (`crate_fast.backends`).
         device, dtype: Of the parameters.
@@ -107,23 +133,25 @@ class CRATE(nn.Module):
         sparsifier: str = "ista",
         threshold: str = "relu",
         head_hidden: bool = False,
+        embed_norm: bool = True,
+        norm_eps: float = 1e-5,
         dynamic_img_size: bool = False,
         backend: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        _check_positive(dim=dim, depth=depth, heads=heads, dim_head=dim_head, channels=channels)
-        _check_choice("pool", pool, ("cls", "mean"))
-        _check_choice("residual", residual, ("released", "paper"))
-        _check_choice("attention", attention, ("mssa", "mhsa"))
-        _check_choice("sparsifier", sparsifier, ("ista", "mlp"))
-        _check_choice("threshold", threshold, THRESHOLDS)
-        _check_choice("backend", backend, BACKENDS)
-        self.patch_size = _pair("patch_size", patch_size)
-        self.image_size = _pair("image_size", image_size)
+        check_positive(dim=dim, depth=depth, heads=heads, dim_head=dim_head, channels=channels)
+        check_choice("pool", pool, ("cls", "mean"))
+        check_choice("residual", residual, ("released", "paper"))
+        check_choice("attention", attention, ("mssa", "mhsa"))
+        check_choice("sparsifier", sparsifier, ("ista", "mlp"))
+        check_choice("threshold", threshold, THRESHOLDS)
+        check_choice("backend", backend, BACKENDS)
+        self.patch_size = size_pair("patch_size", patch_size)
+        self.image_size = size_pair("image_size", image_size)
         self.native_grid = self._grid_of(self.image_size)  # the grid that pos_embedding was made for
-        self.pool, self.channels, self.head_hidden = pool, channels, head_hidden
+        self.pool, self.channels, self.head_hidden, self.embed_norm = pool, channels, head_hidden, embed_norm
         self.dynamic_img_size = dynamic_img_size
         self.num_features = self.embed_dim = self.head_hidden_size = dim
         place = {"device": device, "dtype": dtype}
@@ -132,9 +160,9 @@ class CRATE(nn.Module):
         patch_dim = channels * patch_height * patch_width
         self.to_patch_embedding = nn.Sequential(
             Rearrange("b c (h p1) (w p2) -> b (h w) (p1 p2 c)", p1=patch_height, p2=patch_width),
-            nn.LayerNorm(patch_dim, **place),
+            nn.LayerNorm(patch_dim, **place) if embed_norm else nn.Identity(),
             Linear(patch_dim, dim, **place),
-            nn.LayerNorm(dim, **place),
+            nn.LayerNorm(dim, **place) if embed_norm else nn.Identity(),
         )
         n_patches = self.native_grid[0] * self.native_grid[1]
         self.pos_embedding = nn.Parameter(torch.randn(1, n_patches + 1, dim, **place))
@@ -153,7 +181,7 @@ class CRATE(nn.Module):
             return Layer(PreNorm(dim, attend, **place), PreNorm(dim, sparse, **place), residual)
 
         self.transformer = Transformer([layer() for _ in range(depth)], dim, heads)
-        self.mlp_head = nn.Sequential(nn.LayerNorm(dim, **place))
+        self.mlp_head = nn.Sequential(nn.LayerNorm(dim, eps=norm_eps, **place))
         self.reset_classifier(num_classes)
         self.feature_info = [
             {"module": f"transformer.layers.{i}", "num_chs": dim, "reduction": self.patch_size[0]}
@@ -163,12 +191,7 @@ class CRATE(nn.Module):
     # --- images and positions ---------------------------------------------------------------------------------
 
     def _grid_of(self, image_size: tuple[int, int]) -> tuple[int, int]:
-        if image_size[0] % self.patch_size[0] or image_size[1] % self.patch_size[1]:
-            raise ValueError(
-                f"image size {image_size} is not a multiple of the patch size {self.patch_size}: "
-                "resize or pad the image, or choose another patch size"
-            )
-        return image_size[0] // self.patch_size[0], image_size[1] // self.patch_size[1]
+        return patch_grid(image_size, self.patch_size)
 
     @property
     def grid_size(self) -> tuple[int, int]:
@@ -188,12 +211,12 @@ class CRATE(nn.Module):
         Raises:
             ValueError: The patch size does not divide the new size, or is to change.
         """
-        if patch_size is not None and _pair("patch_size", patch_size) != self.patch_size:
+        if patch_size is not None and size_pair("patch_size", patch_size) != self.patch_size:
             raise ValueError(
                 f"patch_size={patch_size}: this model's is {self.patch_size}; build a new model for another"
             )
         if img_size is not None:
-            size = _pair("img_size", img_size)
+            size = size_pair("img_size", img_size)
             self._grid_of(size)
             self.image_size = size
 
@@ -256,7 +279,7 @@ class CRATE(nn.Module):
         Returns:
             (last tokens run, list of intermediates), or the list alone.
         """
-        _check_choice("output_fmt", output_fmt, ("NCHW", "NLC"))
+        check_choice("output_fmt", output_fmt, ("NCHW", "NLC"))
         take, last = feature_take_indices(self.transformer.depth, indices)
         taps: dict[int, Tensor] = dict.fromkeys(take)
         tokens = self.transformer(self.embed(x), taps, last if stop_early else None)
@@ -314,7 +337,7 @@ class CRATE(nn.Module):
             raise ValueError(f"num_classes={num_classes!r}: give 0 for no head, or a positive integer")
         if global_pool is not None:
             pool = {"token": "cls", "avg": "mean"}.get(global_pool, global_pool)
-            _check_choice("global_pool", pool, ("cls", "mean"))
+            check_choice("global_pool", pool, ("cls", "mean"))
             self.pool = pool
         self.num_classes = num_classes
         place = {"device": self.cls_token.device, "dtype": self.cls_token.dtype}

@@ -1,4 +1,4 @@
-"""timm's registry: every size of both papers under `timm.create_model`.
+"""timm's registry: every size of both papers, and CRATE-MAE, under `timm.create_model`.
 
 Patch-16 names are the released repository's sizes (ImageNet-1k), patch-8 names the emergence paper's (ImageNet-21k,
 21,842 classes), whose T and S are ViT-wide. No weights can be downloaded: `pretrained=True` is timm's error.
@@ -6,24 +6,37 @@ Patch-16 names are the released repository's sizes (ImageNet-1k), patch-8 names 
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from torch import nn
 
 from crate_fast.checkpoints import adapt_state_dict
+from crate_fast.mae import CRATEMAE
 from crate_fast.model import CRATE
 
-__all__ = [
-    "crate_base_patch8_224",
-    "crate_base_patch16_224",
-    "crate_large_patch16_224",
-    "crate_small_patch8_224",
-    "crate_small_patch16_224",
-    "crate_tiny_patch8_224",
-    "crate_tiny_patch16_224",
-]
+_SIZES = {  # name: patch, width, layers, heads
+    "crate_tiny_patch16_224": (16, 384, 12, 6),
+    "crate_small_patch16_224": (16, 576, 12, 12),
+    "crate_base_patch16_224": (16, 768, 12, 12),
+    "crate_large_patch16_224": (16, 1024, 24, 16),
+    "crate_tiny_patch8_224": (8, 192, 12, 3),
+    "crate_small_patch8_224": (8, 384, 12, 6),
+    "crate_base_patch8_224": (8, 768, 12, 12),
+    "crate_mae_tiny_patch16_224": (16, 384, 12, 6),
+    "crate_mae_small_patch16_224": (16, 576, 12, 12),
+    "crate_mae_base_patch16_224": (16, 768, 12, 12),
+    "crate_mae_large_patch16_224": (16, 1024, 24, 16),
+}
+
+__all__ = list(_SIZES)
 
 
-def _cfg(num_classes: int) -> dict:
+def _is_mae(name: str) -> bool:
+    return name.startswith("crate_mae_")
+
+
+def _cfg(name: str) -> dict:
+    classes = 0 if _is_mae(name) else 21842 if "patch8" in name else 1000
     return {
-        "num_classes": num_classes,
+        "num_classes": classes,
         "input_size": (3, 224, 224),
         "pool_size": None,
         "crop_pct": 1.0,
@@ -31,14 +44,12 @@ def _cfg(num_classes: int) -> dict:
         "fixed_input_size": True,
         "mean": IMAGENET_DEFAULT_MEAN,
         "std": IMAGENET_DEFAULT_STD,
-        "classifier": "mlp_head.1",
+        "classifier": "decoder_pred" if _is_mae(name) else "mlp_head.1",
         "license": "mit",
     }
 
 
-default_cfgs = generate_default_cfgs(
-    {name: _cfg(21842 if "patch8" in name else 1000) for name in __all__},
-)
+default_cfgs = generate_default_cfgs({name: _cfg(name) for name in _SIZES})
 
 
 def _build(img_size, in_chans: int = 3, global_pool: str = "cls", drop_rate: float = 0.0, **kwargs) -> CRATE:
@@ -47,64 +58,43 @@ def _build(img_size, in_chans: int = 3, global_pool: str = "cls", drop_rate: flo
     return CRATE(image_size=img_size, channels=in_chans, pool=pool, dropout=drop_rate, **kwargs)
 
 
-def _create(variant: str, pretrained: bool, sizes: dict, kwargs: dict) -> CRATE:
-    if {"dim", "heads"} & kwargs.keys():
-        kwargs.setdefault("dim_head", kwargs.get("dim", sizes["dim"]) // kwargs.get("heads", sizes["heads"]))
-    out_indices = kwargs.pop("out_indices", 3)
+def _build_mae(num_classes: int = 0, drop_rate: float = 0.0, **kwargs) -> CRATEMAE:
+    """CRATEMAE under timm's argument names."""
+    if num_classes or drop_rate:
+        raise ValueError(
+            f"num_classes={num_classes}, drop_rate={drop_rate}: CRATE-MAE has neither classifier nor dropout; its "
+            "`encoder(num_classes, dropout=…)` may have both"
+        )
+    return CRATEMAE(**kwargs)
+
+
+def _create(name: str, pretrained: bool, kwargs: dict) -> nn.Module:
+    patch_size, dim, depth, heads = _SIZES[name]
+    if _is_mae(name):
+        sizes = {"patch_size": patch_size, "embed_dim": dim, "depth": depth, "num_heads": heads}
+        return build_model_with_cfg(_build_mae, name, pretrained, **(sizes | kwargs))
+    sizes = {"patch_size": patch_size, "dim": dim, "depth": depth, "heads": heads} | kwargs
+    sizes.setdefault("dim_head", sizes["dim"] // sizes["heads"])
+    out_indices = sizes.pop("out_indices", 3)
     return build_model_with_cfg(
         _build,
-        variant,
+        name,
         pretrained,
         pretrained_filter_fn=adapt_state_dict,
         feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
-        **(sizes | kwargs),
+        **sizes,
     )
 
 
-@register_model
-def crate_tiny_patch16_224(pretrained: bool = False, **kwargs) -> CRATE:
-    """Released CRATE-T: 384 wide, 12 layers, 6 heads."""
-    sizes = {"patch_size": 16, "dim": 384, "depth": 12, "heads": 6, "dim_head": 64}
-    return _create("crate_tiny_patch16_224", pretrained, sizes, kwargs)
+def _register(name: str):
+    patch_size, dim, depth, heads = _SIZES[name]
+
+    def create(pretrained: bool = False, **kwargs) -> nn.Module:
+        return _create(name, pretrained, kwargs)
+
+    create.__name__ = create.__qualname__ = name
+    create.__doc__ = f"Patch {patch_size}, {dim} wide, {depth} layers, {heads} heads."
+    return register_model(create)
 
 
-@register_model
-def crate_small_patch16_224(pretrained: bool = False, **kwargs) -> CRATE:
-    """Released CRATE-S: 576 wide, 12 layers, 12 heads of 48."""
-    sizes = {"patch_size": 16, "dim": 576, "depth": 12, "heads": 12, "dim_head": 48}
-    return _create("crate_small_patch16_224", pretrained, sizes, kwargs)
-
-
-@register_model
-def crate_base_patch16_224(pretrained: bool = False, **kwargs) -> CRATE:
-    """Released CRATE-B: 768 wide, 12 layers, 12 heads."""
-    sizes = {"patch_size": 16, "dim": 768, "depth": 12, "heads": 12, "dim_head": 64}
-    return _create("crate_base_patch16_224", pretrained, sizes, kwargs)
-
-
-@register_model
-def crate_large_patch16_224(pretrained: bool = False, **kwargs) -> CRATE:
-    """Released CRATE-L: 1024 wide, 24 layers, 16 heads."""
-    sizes = {"patch_size": 16, "dim": 1024, "depth": 24, "heads": 16, "dim_head": 64}
-    return _create("crate_large_patch16_224", pretrained, sizes, kwargs)
-
-
-@register_model
-def crate_tiny_patch8_224(pretrained: bool = False, **kwargs) -> CRATE:
-    """The emergence paper's T/8: 192 wide, 12 layers, 3 heads."""
-    sizes = {"patch_size": 8, "dim": 192, "depth": 12, "heads": 3, "dim_head": 64}
-    return _create("crate_tiny_patch8_224", pretrained, sizes, kwargs)
-
-
-@register_model
-def crate_small_patch8_224(pretrained: bool = False, **kwargs) -> CRATE:
-    """The emergence paper's S/8: 384 wide, 12 layers, 6 heads."""
-    sizes = {"patch_size": 8, "dim": 384, "depth": 12, "heads": 6, "dim_head": 64}
-    return _create("crate_small_patch8_224", pretrained, sizes, kwargs)
-
-
-@register_model
-def crate_base_patch8_224(pretrained: bool = False, **kwargs) -> CRATE:
-    """The emergence paper's B/8: 768 wide, 12 layers, 12 heads."""
-    sizes = {"patch_size": 8, "dim": 768, "depth": 12, "heads": 12, "dim_head": 64}
-    return _create("crate_base_patch8_224", pretrained, sizes, kwargs)
+globals().update({name: _register(name) for name in _SIZES})

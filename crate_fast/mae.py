@@ -1,0 +1,448 @@
+"""CRATE-MAE: a masked autoencoder whose decoder undoes what the encoder's layers do.
+
+    encoder layer   h = x + MSSA(LN x),   x ← ISTA(LN h)        CRATE's, with λ = 0.5
+    decoder layer   y = LN(x) · Dᵀ,       x ← y − MSSA(LN y)    `layers.DecoderLayer`
+
+Parameter names and values are those of the released code, so its state dicts load strictly and ours load there.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from crate_fast.backends import BACKENDS
+from crate_fast.layers import ISTA, MSSA, DecoderLayer, Dictionary, Layer, Linear, PreNorm
+from crate_fast.model import CRATE, check_choice, check_positive, patch_grid, size_pair
+
+__all__ = [
+    "CRATEMAE",
+    "CRATEMAE_base",
+    "CRATEMAE_large",
+    "CRATEMAE_small",
+    "CRATEMAE_tiny",
+    "encoder_state_dict",
+    "sincos_positions",
+]
+
+_NORM_EPS = 1e-6  # of the encoder's and the decoder's last LayerNorm
+_PIXEL_EPS = 1e-6  # added to a patch's variance
+
+
+def sincos_positions(dim: int, grid: tuple[int, int]) -> Tensor:
+    """Fixed positions of a grid of patches, CLS first: [1, 1 + rows·columns, dim], fp32.
+
+    The first half of a row encodes the patch's column, the second its row, each as sines and then cosines of
+    pos / 10000^(2k/half), k = 0 … dim/4 − 1; CLS has zeros (as MAE's, He et al., 2022).
+
+    Raises:
+        ValueError: `dim` is not a multiple of four.
+    """
+    if dim % 4:
+        raise ValueError(f"dim={dim}: sine-cosine positions in two dimensions need a multiple of 4")
+    frequencies = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
+    rows, columns = torch.meshgrid(*(torch.arange(side, dtype=torch.float64) for side in grid), indexing="ij")
+    angles = [place.reshape(-1, 1) * frequencies for place in (columns, rows)]
+    table = torch.cat([wave(angle) for angle in angles for wave in (torch.sin, torch.cos)], dim=1)
+    return torch.cat([table.new_zeros(1, dim), table]).float().unsqueeze(0)
+
+
+class _PatchEmbed(nn.Module):
+    """A linear map of each patch, as the convolution `proj` (timm's name)."""
+
+    def __init__(self, patch_size: tuple[int, int], in_chans: int, dim: int, *, device=None, dtype=None):
+        super().__init__()
+        self.proj = nn.Conv2d(in_chans, dim, patch_size, patch_size, device=device, dtype=dtype)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[B, channels, height, width] → [B, patches, C]."""
+        return self.proj(images).flatten(2).transpose(1, 2)
+
+
+class _Block(nn.Module):
+    """One layer, under the released code's name for it."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.layers = nn.ModuleList([layer])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, N, C] → [B, N, C]."""
+        return self.layers[0](x)
+
+
+class CRATEMAE(nn.Module):
+    """Images with most patches masked → the pixels of those patches.
+
+    As released, mask tokens take the masked patches' places before the encoder, which so sees all N + 1 tokens; the
+    positions added are `decoder_pos_embed`; `pos_embed` and `decoder_embed` exist and do nothing (here the latter is
+    frozen, so that DDP does not wait for its gradient). With `visible_only` both are used, as in MAE: the encoder
+    sees CLS and the visible patches, a quarter of the work at ratio 0.75, and mask tokens come before the decoder.
+
+    Args:
+        img_size: Height and width of the images in pixels, one number or two.
+        patch_size: Height and width of a patch in pixels, one number or two; divides `img_size`.
+        in_chans: Channels of the images.
+        embed_dim: Token width C; a multiple of 4 and of `num_heads`.
+        depth: Encoder layers.
+        num_heads: H.
+        decoder_embed_dim: Width of the decoder; `embed_dim` when None, and necessarily without `visible_only`.
+        decoder_depth: Decoder layers; `depth` when None.
+        decoder_num_heads: Of the decoder; `num_heads` when None.
+        norm_pix_loss: Predict each patch's pixels less their mean, over their standard deviation.
+        visible_only: See above.
+        ista: Step size η.
+        sparsity: λ; the released code fixes 0.5.
+        backend: "auto", "triton" or "torch" (`crate_fast.backends`).
+        device, dtype: Of the parameters.
+
+    Raises:
+        ValueError: An argument is out of range or does not fit the others.
+
+    >>> model = CRATEMAE(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3)
+    >>> loss, pred, mask = model(torch.zeros(2, 3, 32, 32))
+    >>> pred.shape, mask.sum(dim=1)  # 12 of 16 patches masked
+    (torch.Size([2, 16, 192]), tensor([12., 12.]))
+    """
+
+    def __init__(
+        self,
+        *,
+        img_size: int | Sequence[int] = 224,
+        patch_size: int | Sequence[int] = 16,
+        in_chans: int = 3,
+        embed_dim: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        decoder_embed_dim: int | None = None,
+        decoder_depth: int | None = None,
+        decoder_num_heads: int | None = None,
+        norm_pix_loss: bool = False,
+        visible_only: bool = False,
+        ista: float = 0.1,
+        sparsity: float = 0.5,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        decoder_embed_dim = embed_dim if decoder_embed_dim is None else decoder_embed_dim
+        decoder_depth = depth if decoder_depth is None else decoder_depth
+        decoder_num_heads = num_heads if decoder_num_heads is None else decoder_num_heads
+        check_positive(in_chans=in_chans, embed_dim=embed_dim, depth=depth, num_heads=num_heads)
+        check_positive(
+            decoder_embed_dim=decoder_embed_dim, decoder_depth=decoder_depth, decoder_num_heads=decoder_num_heads
+        )
+        check_choice("backend", backend, BACKENDS)
+        for width, heads, prefix in ((embed_dim, num_heads, ""), (decoder_embed_dim, decoder_num_heads, "decoder_")):
+            if width % heads:
+                raise ValueError(f"{prefix}embed_dim={width} is not a multiple of {prefix}num_heads={heads}")
+        if decoder_embed_dim != embed_dim and not visible_only:
+            raise ValueError(
+                f"decoder_embed_dim={decoder_embed_dim} and embed_dim={embed_dim}: mask tokens pass the encoder, so "
+                "the two are equal; pass visible_only=True for a decoder of its own width"
+            )
+        self.image_size, self.patch_size = size_pair("img_size", img_size), size_pair("patch_size", patch_size)
+        self.grid_size = patch_grid(self.image_size, self.patch_size)
+        self.channels, self.embed_dim, self.depth, self.heads = in_chans, embed_dim, depth, num_heads
+        self.norm_pix_loss, self.visible_only = norm_pix_loss, visible_only
+        self.grad_checkpointing = False
+        place = {"device": device, "dtype": dtype}
+
+        def attention(width: int, heads: int) -> PreNorm:
+            return PreNorm(width, MSSA(width, heads, width // heads, backend=backend, **place), **place)
+
+        def encoder_layer() -> Layer:
+            sparsify = ISTA(embed_dim, ista, sparsity, backend=backend, **place)
+            return Layer(attention(embed_dim, num_heads), PreNorm(embed_dim, sparsify, **place))
+
+        def decoder_layer() -> DecoderLayer:
+            width = decoder_embed_dim
+            decode = PreNorm(width, Dictionary(width, **place), **place)
+            return DecoderLayer(decode, attention(width, decoder_num_heads))
+
+        n_tokens = 1 + self.grid_size[0] * self.grid_size[1]
+        self.patch_embed = _PatchEmbed(self.patch_size, in_chans, embed_dim, **place)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim, **place))
+        self.pos_embed = nn.Parameter(torch.empty(1, n_tokens, embed_dim, **place), requires_grad=False)
+        self.blocks = nn.ModuleList([_Block(encoder_layer()) for _ in range(depth)])
+        self.norm = nn.LayerNorm(embed_dim, eps=_NORM_EPS, **place)
+        self.decoder_embed = Linear(embed_dim, decoder_embed_dim, **place).requires_grad_(visible_only)
+        self.mask_token = nn.Parameter(torch.empty(1, 1, decoder_embed_dim, **place))
+        self.decoder_pos_embed = nn.Parameter(
+            torch.empty(1, n_tokens, decoder_embed_dim, **place), requires_grad=False
+        )
+        self.decoder_blocks = nn.ModuleList([_Block(decoder_layer()) for _ in range(decoder_depth)])
+        self.decoder_norm = nn.LayerNorm(decoder_embed_dim, eps=_NORM_EPS, **place)
+        self.decoder_pred = Linear(decoder_embed_dim, in_chans * self.patch_size[0] * self.patch_size[1], **place)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw all parameters but the dictionaries: linear maps Xavier-uniform, both tokens normal with std 0.02."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.patch_embed.proj.weight.flatten(1))
+        for positions in (self.pos_embed, self.decoder_pos_embed):
+            positions.copy_(sincos_positions(positions.shape[-1], self.grid_size))
+        for token in (self.cls_token, self.mask_token):
+            nn.init.normal_(token, std=0.02)
+
+    # --- patches ------------------------------------------------------------------------------------------------
+
+    def patchify(self, imgs: Tensor) -> Tensor:
+        """Images [B, channels, height, width] → patches [B, N, p·p·channels], in (row, column, channel) order."""
+        height, width = self.patch_size
+        return rearrange(imgs, "b c (h p) (w q) -> b (h w) (p q c)", p=height, q=width)
+
+    def unpatchify(self, patches: Tensor) -> Tensor:
+        """The inverse of `patchify`."""
+        (rows, columns), (height, width) = self.grid_size, self.patch_size
+        return rearrange(
+            patches, "b (h w) (p q c) -> b c (h p) (w q)", h=rows, w=columns, p=height, q=width, c=self.channels
+        )
+
+    def kept(self, mask_ratio: float) -> int:
+        """How many patches stay visible: ⌊N·(1 − mask_ratio)⌋.
+
+        Raises:
+            ValueError: None would, or all.
+        """
+        n_patches = self.grid_size[0] * self.grid_size[1]
+        count = int(n_patches * (1 - mask_ratio))
+        if not 0 < count < n_patches:
+            raise ValueError(
+                f"mask_ratio={mask_ratio} leaves {count} of {n_patches} patches visible: at least one must be, "
+                "and one not; 0.75 is usual"
+            )
+        return count
+
+    def reconstruction(self, imgs: Tensor, pred: Tensor) -> Tensor:
+        """The predicted pixels as images [B, channels, height, width].
+
+        With `norm_pix_loss` each patch gets the mean and deviation of the true patch back, which a prediction does
+        not know: that is how MAE's authors draw theirs.
+
+        Args:
+            imgs: What `forward` was given.
+            pred: What it returned.
+        """
+        pred = pred.to(imgs.dtype)
+        if self.norm_pix_loss:
+            mean, deviation = _patch_statistics(self.patchify(imgs))
+            pred = pred * deviation + mean
+        return self.unpatchify(pred)
+
+    def mask_image(self, mask: Tensor) -> Tensor:
+        """mask [B, N] → [B, 1, height, width], constant on each patch."""
+        height, width = self.patch_size
+        grid = mask.unflatten(1, self.grid_size).unsqueeze(1)
+        return grid.repeat_interleave(height, dim=2).repeat_interleave(width, dim=3)
+
+    # --- encoder and decoder ------------------------------------------------------------------------------------
+
+    def _run(self, blocks: nn.ModuleList, x: Tensor) -> Tensor:
+        for block in blocks:
+            if self.grad_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x)
+        return x
+
+    def _check(self, imgs: Tensor, noise: Tensor | None) -> None:
+        expected = (self.channels, *self.image_size)
+        if imgs.dim() != 4 or tuple(imgs.shape[1:]) != expected:
+            raise ValueError(
+                f"images have shape {tuple(imgs.shape)} and the model expects [B, {', '.join(map(str, expected))}]: "
+                "resize them, or build the model with their img_size"
+            )
+        wanted = (len(imgs), self.grid_size[0] * self.grid_size[1])
+        if noise is not None and tuple(noise.shape) != wanted:
+            raise ValueError(f"noise has shape {tuple(noise.shape)}: give a number to each patch, {list(wanted)}")
+
+    def forward_encoder(self, imgs: Tensor, mask_ratio: float, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Mask and encode.
+
+        Args:
+            imgs, mask_ratio, noise: See `forward`.
+
+        Returns:
+            (tokens behind the last LayerNorm, CLS first: [B, N + 1, C], or with `visible_only` those of the visible
+            patches alone, in the order of `order`; order [B, N]: patch numbers, visible ones first).
+        """
+        self._check(imgs, noise)
+        kept = self.kept(mask_ratio)
+        if noise is None:
+            noise = torch.rand(len(imgs), self.grid_size[0] * self.grid_size[1], device=imgs.device)
+        order = noise.argsort(dim=1, stable=True)
+        patches, cls = self.patch_embed(imgs), self.cls_token.expand(len(imgs), -1, -1)
+        if self.visible_only:
+            patches, cls = patches + self.pos_embed[:, 1:], cls + self.pos_embed[:, :1]
+            visible = patches.gather(1, _rows(order[:, :kept], patches))
+            tokens = torch.cat([cls.to(visible.dtype), visible], dim=1)
+        else:
+            masked = _mask(order, kept).unsqueeze(-1)
+            patches = torch.where(masked, self.mask_token, patches)
+            tokens = torch.cat([cls.to(patches.dtype), patches], dim=1) + self.decoder_pos_embed
+        return self.norm(self._run(self.blocks, tokens)), order
+
+    def forward_decoder(self, tokens: Tensor, order: Tensor) -> Tensor:
+        """What `forward_encoder` returned → predictions for all patches [B, N, p·p·channels]."""
+        if self.visible_only:
+            tokens = self.decoder_embed(tokens)
+            cls, visible = tokens.split([1, tokens.shape[1] - 1], dim=1)
+            patches = self.mask_token.to(visible.dtype).expand(len(order), order.shape[1], -1)
+            patches = patches.scatter(1, _rows(order[:, : visible.shape[1]], visible), visible)
+            tokens = torch.cat([cls, patches], dim=1) + self.decoder_pos_embed
+        return self.decoder_pred(self.decoder_norm(self._run(self.decoder_blocks, tokens)))[:, 1:]
+
+    def forward_loss(self, imgs: Tensor, pred: Tensor, mask: Tensor) -> Tensor:
+        """Mean squared error per pixel over the masked patches, a scalar.
+
+        Args:
+            imgs: [B, channels, height, width].
+            pred: [B, N, p·p·channels].
+            mask: [B, N], 1 where masked.
+        """
+        target = self.patchify(imgs)
+        if self.norm_pix_loss:
+            mean, deviation = _patch_statistics(target)
+            target = (target - mean) / deviation
+        error = (pred.to(target.dtype) - target).square().mean(dim=-1)
+        return (error * mask).sum() / mask.sum()
+
+    def forward(
+        self, imgs: Tensor, mask_ratio: float = 0.75, *, noise: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Mask, encode, decode, compare.
+
+        Args:
+            imgs: [B, channels, height, width], of `img_size`.
+            mask_ratio: Share of the patches to mask, above 0 and below 1.
+            noise: [B, N]: the ⌊N·(1 − mask_ratio)⌋ patches with the smallest values stay visible (of equal ones the
+                first); drawn uniformly when None.
+
+        Returns:
+            (loss, a scalar; pred [B, N, p·p·channels], for all patches; mask [B, N], 1 where masked, else 0).
+
+        Raises:
+            ValueError: Images or noise have another shape, or the ratio leaves nothing to see or to predict.
+        """
+        tokens, order = self.forward_encoder(imgs, mask_ratio, noise)
+        pred = self.forward_decoder(tokens, order)
+        mask = _mask(order, self.kept(mask_ratio)).to(imgs.dtype)
+        return self.forward_loss(imgs, pred, mask), pred, mask
+
+    # --- the encoder apart, and what training asks of a model -------------------------------------------------------
+
+    def encoder(self, num_classes: int = 0, **options) -> CRATE:
+        """The encoder as a `CRATE` of its own: for fine-tuning, probing, segmentation and the white-box view.
+
+        Args:
+            num_classes: Of a new classifier, with random weights; none when 0.
+            **options: Of `CRATE`, such as `pool`, `dropout` or `dynamic_img_size`.
+
+        Returns:
+            A CRATE with copies of the weights, on their device, in the same mode.
+        """
+        first = self.blocks[0].layers[0]
+        sizes = {"image_size": self.image_size, "patch_size": self.patch_size, "channels": self.channels}
+        sizes |= {"dim": self.embed_dim, "depth": self.depth, "heads": self.heads}
+        sizes |= {"dim_head": self.embed_dim // self.heads, "embed_norm": False, "norm_eps": _NORM_EPS}
+        sizes |= {"ista": first[1].fn.step_size, "sparsity": first[1].fn.lambd, "backend": first[1].fn.backend}
+        place = {"device": self.cls_token.device, "dtype": self.cls_token.dtype}
+        model = CRATE(num_classes=num_classes, **(sizes | place | options))
+        weights = encoder_state_dict(self.state_dict(), self.visible_only)
+        head = {name: value for name, value in model.state_dict().items() if name not in weights}  # a new one
+        model.load_state_dict(weights | head)
+        return model.train(self.training)
+
+    def get_classifier(self) -> nn.Module:
+        """The last linear map, to pixels: what timm's tools take for the head."""
+        return self.decoder_pred
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each layer in the backward pass instead of keeping its activations."""
+        self.grad_checkpointing = enable
+
+    def no_weight_decay(self) -> set[str]:
+        """No parameter beside the one-dimensional ones is spared: MAE decays its tokens, and positions are fixed."""
+        return set()
+
+    def group_matcher(self, coarse: bool = False) -> dict:
+        """Regular expressions that group parameters by depth, for layer-wise learning rates (timm)."""
+        return {
+            "stem": r"^cls_token|^mask_token|^pos_embed|^decoder_pos_embed|^patch_embed",
+            "blocks": [(r"^blocks\.(\d+)", None), (r"^norm|^decoder_embed", (99998,)), (r"^decoder", (99999,))],
+        }
+
+
+def _rows(indices: Tensor, like: Tensor) -> Tensor:
+    """Token numbers [B, K] as `gather` and `scatter` want them for tokens [B, N, C]."""
+    return indices.unsqueeze(-1).expand(-1, -1, like.shape[-1])
+
+
+def _mask(order: Tensor, kept: int) -> Tensor:
+    """True [B, N] for patches that are not among the first `kept` of `order`."""
+    return torch.ones_like(order, dtype=torch.bool).scatter(1, order[:, :kept], False)
+
+
+def _patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each patch's values, [B, N, 1] each."""
+    return patches.mean(dim=-1, keepdim=True), (patches.var(dim=-1, keepdim=True) + _PIXEL_EPS).sqrt()
+
+
+def encoder_state_dict(state_dict: dict[str, Tensor], visible_only: bool = False) -> dict[str, Tensor]:
+    """The encoder's part of a CRATE-MAE state dict under `CRATE`'s names, for one with `embed_norm=False`.
+
+    Args:
+        state_dict: Of a `CRATEMAE`, or released.
+        visible_only: Which of the two position tables its encoder was trained with.
+
+    Raises:
+        ValueError: It is not such a state dict; the message names a key that is missing.
+    """
+    positions = "pos_embed" if visible_only else "decoder_pos_embed"
+    names = {"cls_token": "cls_token", positions: "pos_embedding"}
+    names |= {"patch_embed.proj.bias": "to_patch_embedding.2.bias"}
+    names |= {"norm.weight": "mlp_head.0.weight", "norm.bias": "mlp_head.0.bias"}
+    absent = sorted({*names, "patch_embed.proj.weight"} - state_dict.keys())
+    if absent:
+        raise ValueError(f"no state dict of a CRATE-MAE: {absent[0]} is missing")
+    kernel = state_dict["patch_embed.proj.weight"]
+    found = {"to_patch_embedding.2.weight": rearrange(kernel, "d c p q -> d (p q c)")}
+    for key, value in state_dict.items():
+        if key in names:
+            found[names[key]] = value
+        elif key.startswith("blocks."):
+            found["transformer.layers." + key.removeprefix("blocks.").replace(".layers.0.", ".", 1)] = value
+    return found
+
+
+def _released(embed_dim: int, depth: int, num_heads: int, **kwargs) -> CRATEMAE:
+    return CRATEMAE(**({"embed_dim": embed_dim, "depth": depth, "num_heads": num_heads} | kwargs))
+
+
+def CRATEMAE_tiny(**kwargs) -> CRATEMAE:
+    """The released CRATE-MAE-T: width 384, 12 + 12 layers, 6 heads, patch 16 at 224 px; 11.56 M parameters."""
+    return _released(384, 12, 6, **kwargs)
+
+
+def CRATEMAE_small(**kwargs) -> CRATEMAE:
+    """The released CRATE-MAE-S: width 576, 12 + 12 layers, 12 heads of 48, patch 16 at 224 px; 25.41 M parameters."""
+    return _released(576, 12, 12, **kwargs)
+
+
+def CRATEMAE_base(**kwargs) -> CRATEMAE:
+    """The released CRATE-MAE-B: width 768, 12 + 12 layers, 12 heads, patch 16 at 224 px; 44.64 M parameters."""
+    return _released(768, 12, 12, **kwargs)
+
+
+def CRATEMAE_large(**kwargs) -> CRATEMAE:
+    """The released CRATE-MAE-L: width 1024, 24 + 24 layers, 16 heads, patch 16 at 224 px; 154.27 M parameters."""
+    return _released(1024, 24, 16, **kwargs)

@@ -1,0 +1,338 @@
+"""CRATE-MAE against the released behaviour; masking, patches, the encoder apart, and bad arguments."""
+
+import math
+
+import pytest
+import timm
+import torch
+from released import ReleasedCRATEMAE
+from torch import nn
+
+from crate_fast import CRATE, CRATEMAE, CRATEMAE_base, CRATEMAE_large, CRATEMAE_small, CRATEMAE_tiny
+from crate_fast.checkpoints import load_weights, released_state_dict
+from crate_fast.mae import encoder_state_dict, sincos_positions
+
+SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
+
+
+def _forward_backward(model: nn.Module, *arguments, **options) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
+    model.zero_grad()
+    outputs = model(*arguments, **options)
+    outputs[0].backward()
+    return [output.detach() for output in outputs], {n: p.grad for n, p in model.named_parameters()}
+
+
+def _pair(**changes) -> tuple[ReleasedCRATEMAE, CRATEMAE]:
+    theirs, ours = ReleasedCRATEMAE(**(SMALL | changes)).double(), CRATEMAE(**(SMALL | changes)).double()
+    nn.init.normal_(theirs.decoder_pos_embed)
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    return theirs, ours
+
+
+# --- the released code ---
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"norm_pix_loss": True}, {"decoder_depth": 1}, {"num_heads": 1}, {"img_size": 64, "embed_dim": 12}],
+    ids=str,
+)
+@pytest.mark.parametrize("mask_ratio", [0.75, 0.3])
+def test_loss_prediction_and_all_gradients_equal_the_released_module_in_float64(changes, mask_ratio):
+    theirs, ours = _pair(**changes)
+    side = (SMALL | changes)["img_size"]
+    images = torch.randn(3, 3, side, side).double()
+    noise = torch.rand(3, (side // 8) ** 2)
+    outputs, gradients = _forward_backward(ours, images, mask_ratio, noise=noise)
+    released_outputs, released_gradients = _forward_backward(theirs, images, mask_ratio, noise)
+    for value, expected in zip(outputs, released_outputs, strict=True):
+        torch.testing.assert_close(value, expected, rtol=1e-10, atol=1e-10)
+    assert gradients.keys() == released_gradients.keys()
+    for name, gradient in gradients.items():
+        expected = released_gradients[name]
+        assert (gradient is None) == (expected is None), name
+        if gradient is not None:
+            torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-10, msg=name)
+    unused = {name for name, gradient in gradients.items() if gradient is None}
+    assert unused == {"pos_embed", "decoder_pos_embed", "decoder_embed.weight", "decoder_embed.bias"}
+
+
+def test_weights_go_both_ways_through_a_file(tmp_path):
+    theirs, ours = _pair()
+    torch.save({"model": {f"module.{k}": v for k, v in theirs.state_dict().items()}}, tmp_path / "released.pth")
+    loaded = load_weights(CRATEMAE(**SMALL).double(), tmp_path / "released.pth")
+    assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in ours.state_dict().items())
+    theirs.load_state_dict(released_state_dict(CRATEMAE(**SMALL).double()), strict=True)
+
+
+@pytest.mark.parametrize("changes", [{"visible_only": True}, {"img_size": (32, 16)}], ids=str)
+def test_what_the_released_code_cannot_load_is_not_exported(changes):
+    with pytest.raises(ValueError, match="released code has no such model"):
+        released_state_dict(CRATEMAE(**(SMALL | changes)))
+
+
+@pytest.mark.parametrize(
+    ("factory", "name", "millions"),
+    [
+        (CRATEMAE_tiny, "tiny", 11.56),
+        (CRATEMAE_small, "small", 25.406),
+        (CRATEMAE_base, "base", 44.638),
+        (CRATEMAE_large, "large", 154.27),
+    ],
+)
+def test_parameter_counts(factory, name, millions):
+    with torch.device("meta"):
+        ours, registered = factory(device="meta"), timm.create_model(f"crate_mae_{name}_patch16_224", device="meta")
+    count = sum(p.numel() for p in ours.parameters())
+    digits = 2 if millions in (11.56, 154.27) else 3
+    assert round(count / 1e6, digits) == millions
+    shapes = {key: value.shape for key, value in ours.state_dict().items()}
+    assert shapes == {key: value.shape for key, value in registered.state_dict().items()}
+
+
+def test_initial_distributions_are_the_released_ones():
+    model = CRATEMAE(embed_dim=384, depth=1, num_heads=6)
+    layer, decoder = model.blocks[0].layers[0], model.decoder_blocks[0].layers[0]
+    for weight in (layer[0].fn.qkv.weight, model.decoder_pred.weight, model.patch_embed.proj.weight.flatten(1)):
+        bound = math.sqrt(6 / sum(weight.shape))  # Xavier
+        assert bound * 0.99 < weight.abs().max() <= bound
+    for weight in (layer[1].fn.weight, decoder[0].fn.weight):
+        bound = math.sqrt(6 / 384)  # Kaiming
+        assert bound * 0.99 < weight.abs().max() <= bound
+    for token in (model.cls_token, model.mask_token):
+        assert token.std().item() == pytest.approx(0.02, rel=0.15)
+    assert model.decoder_pred.bias.abs().max() == 0
+    assert (layer[1].fn.lambd, layer[1].fn.step_size, model.norm.eps, layer[0].norm.eps) == (0.5, 0.1, 1e-6, 1e-5)
+
+
+# --- positions, patches, masks ---
+
+
+def test_positions_by_hand():
+    table = sincos_positions(8, (2, 3))[0]
+    assert table.shape == (7, 8)
+    assert table[0].abs().max() == 0
+    row, column = 1, 2
+    waves = (math.sin, math.cos)
+    expected = [wave(place / 10000 ** (k / 2)) for place in (column, row) for wave in waves for k in (0, 1)]
+    torch.testing.assert_close(table[1 + row * 3 + column], torch.tensor(expected))
+    with pytest.raises(ValueError, match=r"dim=10: .* multiple of 4"):
+        sincos_positions(10, (2, 2))
+
+
+@pytest.mark.parametrize("options", [{}, {"img_size": (24, 40)}, {"patch_size": (4, 16), "in_chans": 1}], ids=str)
+def test_patches_are_undone(options):
+    model = CRATEMAE(**(SMALL | options))
+    images = torch.randn(2, model.channels, *model.image_size)
+    patches = model.patchify(images)
+    assert torch.equal(model.unpatchify(patches), images)
+    height, width = model.patch_size
+    second = images[:, :, :height, width : 2 * width].permute(0, 2, 3, 1).flatten(1)  # (row, column, channel)
+    assert torch.equal(patches[:, 1], second)
+    mask = torch.zeros(2, patches.shape[1])
+    mask[:, 1] = 1
+    drawn = model.mask_image(mask)
+    assert drawn.shape == (2, 1, *model.image_size)
+    assert drawn.sum() == 2 * height * width
+    assert drawn[:, :, :height, width : 2 * width].min() == 1
+
+
+def test_the_smallest_noise_stays_visible():
+    model = CRATEMAE(**SMALL)
+    images, noise = torch.randn(5, 3, 32, 32), torch.rand(5, 16)
+    _, _, mask = model(images, 0.6, noise=noise)
+    assert mask.sum(dim=1).tolist() == [16 - int(16 * 0.4)] * 5
+    visible, hidden = noise.masked_fill(mask == 1, -1).amax(dim=1), noise.masked_fill(mask == 0, 2).amin(dim=1)
+    assert (visible < hidden).all()
+    _, _, mask = model(images, noise=torch.zeros(5, 16))
+    assert mask[0].tolist() == [0.0] * 4 + [1.0] * 12  # of equal ones the first
+
+
+def test_drawn_masks_are_uniform_and_differ_between_images():
+    model = CRATEMAE(**SMALL)
+    _, _, mask = model(torch.zeros(4000, 3, 32, 32)[:1].expand(4000, -1, -1, -1))
+    share = mask.mean(dim=0)
+    assert (share - 0.75).abs().max() < 5 * math.sqrt(0.75 * 0.25 / 4000)
+    assert len(mask.unique(dim=0)) > 1500  # of 1820 possible ones about 1620 are to be expected
+
+
+@pytest.mark.parametrize("visible_only", [False, True])
+def test_hidden_pixels_do_not_reach_the_prediction_and_visible_ones_do(visible_only):
+    model = CRATEMAE(**SMALL, visible_only=visible_only)
+    images, noise = torch.randn(1, 3, 32, 32), torch.rand(1, 16)
+    _, pred, mask = model(images, noise=noise)
+    hidden = model.mask_image(mask).expand_as(images).bool()
+    _, other, _ = model(torch.where(hidden, torch.randn_like(images), images), noise=noise)
+    assert torch.equal(pred, other)
+    _, other, _ = model(torch.where(hidden, images, images + 0.1), noise=noise)
+    assert not torch.allclose(pred, other)
+
+
+@pytest.mark.parametrize("visible_only", [False, True])
+def test_the_loss_counts_hidden_patches_alone(visible_only):
+    model = CRATEMAE(**SMALL, visible_only=visible_only)
+    images = torch.randn(2, 3, 32, 32)
+    loss, pred, mask = model(images)
+    error = (pred - model.patchify(images)).square().mean(dim=-1)
+    torch.testing.assert_close(loss, error[mask == 1].mean())
+
+
+def test_reconstructions_of_normalised_targets_are_undone():
+    model = CRATEMAE(**SMALL, norm_pix_loss=True)
+    images = torch.randn(2, 3, 32, 32) * 3 + 5
+    patches = model.patchify(images)
+    target = (patches - patches.mean(-1, keepdim=True)) / (patches.var(-1, keepdim=True) + 1e-6).sqrt()
+    torch.testing.assert_close(model.reconstruction(images, target), images, rtol=1e-5, atol=1e-5)
+    assert model.forward_loss(images, target, torch.ones(2, 16)) < 1e-10
+    plain = CRATEMAE(**SMALL)
+    assert torch.equal(plain.reconstruction(images, patches), images)
+
+
+# --- the encoder of visible tokens ---
+
+
+def test_visible_tokens_are_encoded_as_they_are_alone():
+    """MAE's form by its definition: encode CLS and the visible patches; decode with mask tokens in the gaps."""
+    model = CRATEMAE(**SMALL, visible_only=True, decoder_embed_dim=32, decoder_num_heads=2).double()
+    images, noise = torch.randn(2, 3, 32, 32).double(), torch.rand(2, 16)
+    _, pred, mask = model(images, noise=noise)
+    for image, hidden, expected in zip(images, mask.bool(), pred, strict=True):
+        patches = model.patch_embed(image[None])[0] + model.pos_embed[0, 1:]
+        x = torch.cat([model.cls_token[0] + model.pos_embed[0, :1], patches[~hidden]])[None]
+        for block in model.blocks:
+            x = block(x)
+        x = model.decoder_embed(model.norm(x))[0]
+        full = model.mask_token[0].expand(16, -1).clone()
+        full[~hidden] = x[1:]
+        y = (torch.cat([x[:1], full]) + model.decoder_pos_embed[0])[None]
+        for block in model.decoder_blocks:
+            y = block(y)
+        torch.testing.assert_close(model.decoder_pred(model.decoder_norm(y))[0, 1:], expected, rtol=1e-9, atol=1e-9)
+
+
+def test_every_trained_parameter_gets_a_gradient():
+    for visible_only in (False, True):
+        model = CRATEMAE(**SMALL, visible_only=visible_only)
+        model(torch.randn(2, 3, 32, 32))[0].backward()
+        for name, parameter in model.named_parameters():
+            assert (parameter.grad is not None) == parameter.requires_grad, name
+
+
+# --- the encoder apart ---
+
+
+@pytest.mark.parametrize("visible_only", [False, True])
+@pytest.mark.parametrize("patch", [8, (4, 8)])
+def test_the_encoder_as_a_crate_computes_the_same_tokens(visible_only, patch):
+    model = CRATEMAE(**(SMALL | {"patch_size": patch}), visible_only=visible_only).double().eval()
+    images = torch.randn(2, 3, 32, 32).double()
+    positions = model.pos_embed if visible_only else model.decoder_pos_embed
+    x = torch.cat([model.cls_token.expand(2, -1, -1), model.patch_embed(images)], dim=1) + positions
+    for block in model.blocks:
+        x = block(x)
+    encoder = model.encoder(num_classes=7)
+    assert isinstance(encoder, CRATE)
+    torch.testing.assert_close(encoder.forward_features(images), x, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(encoder.forward_head(x, pre_logits=True), model.norm(x)[:, 0], rtol=1e-9, atol=1e-9)
+    assert encoder(images).shape == (2, 7)
+    assert not encoder.training
+    encoder.cls_token.data.zero_()
+    assert model.cls_token.abs().max() > 0  # a copy
+    with pytest.raises(ValueError, match="embed_norm=False"):
+        released_state_dict(encoder)
+
+
+def test_only_a_crate_maes_state_dict_is_converted():
+    with pytest.raises(ValueError, match="no state dict of a CRATE-MAE: cls_token is missing"):
+        encoder_state_dict({"weight": torch.zeros(1)})
+
+
+# --- running it ---
+
+
+@pytest.mark.parametrize("visible_only", [False, True])
+def test_compiles_without_graph_breaks(visible_only):
+    model = CRATEMAE(**SMALL, visible_only=visible_only)
+    images, noise = torch.randn(2, 3, 32, 32), torch.rand(2, 16)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(images, noise=noise), model(images, noise=noise))
+
+
+@pytest.mark.parametrize("visible_only", [False, True])
+def test_gradient_checkpointing_gives_the_same_gradients(visible_only):
+    model = CRATEMAE(**SMALL, visible_only=visible_only)
+    images, noise = torch.randn(2, 3, 32, 32), torch.rand(2, 16)
+    _, plain = _forward_backward(model, images, noise=noise)
+    plain = {name: value for name, value in plain.items() if value is not None}
+    model.set_grad_checkpointing()
+    _, again = _forward_backward(model, images, noise=noise)
+    for name, value in plain.items():
+        torch.testing.assert_close(again[name], value, msg=name)
+
+
+@pytest.mark.parametrize("visible_only", [False, True])
+def test_autocast_stays_near_fp32(visible_only):
+    model = CRATEMAE(**SMALL, visible_only=visible_only)
+    images, noise = torch.randn(4, 3, 32, 32), torch.rand(4, 16)
+    exact = model(images, noise=noise)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(images, noise=noise)[0]
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(exact.item(), rel=0.02)
+
+
+def test_it_learns_to_fill_in():
+    """Of two constant colours it learns to paint the hidden patches in the image's own."""
+    torch.manual_seed(0)
+    model = CRATEMAE(**SMALL)
+    images = torch.tensor([-1.0, 1.0]).repeat(8)[:, None, None, None].expand(-1, 3, 32, 32)
+    optimizer = torch.optim.AdamW(model.parameters(), 2e-3)
+    for _ in range(60):
+        loss = model(images)[0]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.1  # 1 for a mean colour
+
+
+# --- bad input ---
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"img_size": 30}, r"image size \(30, 30\) is not a multiple of the patch size"),
+        ({"embed_dim": 50}, "embed_dim=50 is not a multiple of num_heads=3"),
+        ({"embed_dim": 6}, "dim=6: .* multiple of 4"),
+        ({"decoder_embed_dim": 24}, "decoder_embed_dim=24 and embed_dim=48: .* visible_only=True"),
+        ({"depth": 0}, "depth=0: give a positive integer"),
+        ({"backend": "cuda"}, "backend='cuda': choose one of"),
+    ],
+    ids=str,
+)
+def test_arguments_that_do_not_fit_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        CRATEMAE(**(SMALL | options))
+
+
+@pytest.mark.parametrize(
+    ("shape", "options", "message"),
+    [
+        ((2, 3, 64, 64), {}, r"\(2, 3, 64, 64\) and the model expects \[B, 3, 32, 32\]"),
+        ((2, 1, 32, 32), {}, r"expects \[B, 3, 32, 32\]"),
+        ((3, 32, 32), {}, r"expects \[B, 3, 32, 32\]"),
+        ((2, 3, 32, 32), {"mask_ratio": 1.0}, "mask_ratio=1.0 leaves 0 of 16"),
+        ((2, 3, 32, 32), {"mask_ratio": 0.0}, "mask_ratio=0.0 leaves 16 of 16"),
+        ((2, 3, 32, 32), {"noise": torch.zeros(2, 15)}, r"noise has shape \(2, 15\): .* \[2, 16\]"),
+    ],
+    ids=str,
+)
+def test_input_that_does_not_fit_is_named(shape, options, message):
+    with pytest.raises(ValueError, match=message):
+        CRATEMAE(**SMALL)(torch.zeros(shape), **options)
+
+
+def test_the_registered_model_has_no_classifier():
+    with pytest.raises(ValueError, match="num_classes=10.*neither classifier"):
+        timm.create_model("crate_mae_tiny_patch16_224", num_classes=10)
