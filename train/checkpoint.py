@@ -4,7 +4,7 @@
                                   ema.safetensors       their moving average, in runs that keep one
                                   training.pt           optimiser and progress (tensors and plain values only)
                                   manifest.json         step, configuration, environment, each file's size and SHA-256
-    RUN/checkpoints/best.json                           the step with the best validation accuracy
+    RUN/checkpoints/best.json                           the step with the best validation score
 
 A checkpoint is written into a hidden folder, flushed to disk, and renamed: whoever kills the process finds either the
 finished folder or none. Reading verifies every file against the manifest.
@@ -260,7 +260,7 @@ def _problem(folder: Path) -> str | None:
 
 
 def record_best(root: Path, best: dict) -> None:
-    """Note which checkpoint is the best so far: `best` holds its "step" and "val_accuracy"."""
+    """Note which checkpoint is the best so far: `best` holds its "step" and "score"."""
     write_text(root / BEST, json.dumps(best))
 
 

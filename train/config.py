@@ -23,7 +23,7 @@ _CHOICES = {
 _POSITIVE = (
     *("train_samples", "val_samples", "image_size", "repeats", "patch_size", "dim", "depth", "heads", "epochs"),
     *("batch_size", "accumulate", "lr_base_batch", "eval_every", "keep_checkpoints", "log_every"),
-    *("segmentation_samples", "nonfinite_limit"),
+    *("segmentation_samples", "nonfinite_limit", "decoder_depth"),
 )
 _NOT_NEGATIVE = (
     *("mixup", "cutmix", "workers", "weight_decay", "warmup_epochs", "min_lr", "clip_grad", "seed", "threads"),
@@ -112,6 +112,16 @@ class TrainConfig:
     dropout: float = 0.0
     """Dropout on attention weights and outputs."""
 
+    # --- masked autoencoding, with a model such as crate_mae_tiny_patch16_224
+    mask_ratio: float = 0.75
+    """Share of the patches that is hidden."""
+    norm_pix_loss: bool = False
+    """Predict each patch less its mean and over its standard deviation."""
+    visible_only: bool = False
+    """Encode the visible patches only, as MAE; else all, mask tokens among them, as the released CRATE-MAE."""
+    decoder_depth: int | None = None
+    """Layers of the decoder; as many as the encoder's when unset."""
+
     # --- optimisation
     epochs: int = 6
     """Passes over the training images."""
@@ -121,6 +131,8 @@ class TrainConfig:
     """Forward-backward passes per optimiser step."""
     optimizer: str = "adamw"
     """timm's name of the optimiser: adamw, lion, lars (as MAE's probe: biases without its scaling), …"""
+    beta2: float | None = None
+    """Decay of the second moments of adamw and its like, and of lion's update; the optimiser's own when unset."""
     lr: float = 1e-3
     """Peak learning rate, for the whole batch (but see lr_scaling)."""
     lr_scaling: str = "none"
@@ -214,6 +226,10 @@ class TrainConfig:
             raise ValueError(f"batch_size={self.batch_size} is not a multiple of repeats={self.repeats}")
         if self.frozen and (self.mixup or self.cutmix or self.layer_decay < 1):
             raise ValueError("frozen=True trains a linear classifier alone: leave out mixup, cutmix and layer_decay")
+        if not 0 < self.mask_ratio < 1:
+            raise ValueError(f"mask_ratio={self.mask_ratio}: it must be above 0, and below 1; 0.75 is usual")
+        if self.beta2 is not None and not 0 < self.beta2 < 1:
+            raise ValueError(f"beta2={self.beta2}: it must be above 0, and below 1")
         if self.head == "new" and not self.init:
             raise ValueError(
                 "head='new' replaces the classifier of loaded weights: say which with --init, or leave it out"

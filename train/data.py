@@ -57,6 +57,7 @@ class Batch(NamedTuple):
         labels: int64 [B].
         flips: bool [B]; the images that `mirrored` is to mirror on the device. Loaders always give it; None: none.
         problems: "path: error: what it says" for each image that could not be read while this batch was made.
+        keys: Names of the samples, (epoch, index) or (epoch, index, copy).
         masks: Of `DataSplits.masks`, bool [B, S, S]; else None.
     """
 
@@ -64,6 +65,7 @@ class Batch(NamedTuple):
     labels: Tensor
     flips: Tensor | None = None
     problems: Sequence[str] = ()
+    keys: Sequence[Key] = ()
     masks: Tensor | None = None
 
 
@@ -151,7 +153,8 @@ class _Pictures(_Split):
                     "Is the disk still there?"
                 )
         flips = self.flips(kept)
-        return Batch(torch.from_numpy(images[: len(kept)]), torch.tensor(labels, dtype=torch.int64), flips, problems)
+        labels = torch.tensor(labels, dtype=torch.int64)
+        return Batch(torch.from_numpy(images[: len(kept)]), labels, flips, problems, kept)
 
 
 class _Scenes(_Split):
@@ -167,7 +170,7 @@ class _Scenes(_Split):
         """See `_Split`; scenes are always readable."""
         images, labels, *masks = zip(*self.__getitems__(keys), strict=True)
         masks = torch.stack(masks[0]) if masks else None
-        return Batch(torch.stack(images), torch.tensor(labels), self.flips(keys), [], masks)
+        return Batch(torch.stack(images), torch.tensor(labels), self.flips(keys), [], keys, masks)
 
 
 class _Loading(Dataset):

@@ -1,25 +1,23 @@
 """The optimiser step: thin, and the same for one process or many."""
 
 from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
 from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from crate_fast.functional import cached_dictionaries
 from crate_fast.train import parallel
-from crate_fast.train.batch_augmentation import BatchAugmentation
 from crate_fast.train.config import TrainConfig
 from crate_fast.train.data import Batch, Normalize, mirrored
 from crate_fast.train.distributed import Processes
 from crate_fast.train.nonfinite import NonFinite, diagnosis
+from crate_fast.train.objective import objective_for
 from crate_fast.train.optimizer import build_optimizer, clip_gradients, gradient_norm, learning_rate
 
-__all__ = ["StepResult", "Trainer", "autocast", "autocast_dtype"]
+__all__ = ["StepResult", "Trainer"]
 
 _SMALLEST_SCALE = 1.0  # of fp16's gradient scaler: below it, overflow is no longer the scale's fault
 
@@ -28,28 +26,19 @@ class StepResult(NamedTuple):
     """What one optimiser step gave: means over the images of all processes.
 
     Attributes:
-        loss: In nats, as it was trained on.
-        accuracy: Of the training images, in [0, 1].
+        measures: The objective's, by name: "loss", as it was trained on, and for classes "accuracy" in [0, 1].
         taken: Whether the weights were updated.
         stop: Whether any process has been asked to stop.
     """
 
-    loss: float
-    accuracy: float
+    measures: dict[str, float]
     taken: bool
     stop: bool
 
-
-def autocast_dtype(config: TrainConfig, device: torch.device) -> torch.dtype | None:
-    """The dtype of autocast, or None for plain fp32."""
-    if config.precision == "auto":
-        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else None
-    return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.precision]
-
-
-def autocast(device: torch.device, dtype: torch.dtype | None):
-    """`torch.autocast` in `dtype`, or nothing."""
-    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+    @property
+    def loss(self) -> float:
+        """The first measure."""
+        return self.measures["loss"]
 
 
 class Trainer:
@@ -69,7 +58,8 @@ class Trainer:
         self.model, self.config, self.processes = model, config, processes
         self.steps_per_epoch = steps_per_epoch
         self.step = 0
-        self.device, self.dtype = processes.device, autocast_dtype(config, processes.device)
+        self.device = processes.device
+        self.objective = objective_for(model, config, processes)
         self.normalize = Normalize(config.mean).to(self.device)
         sharded = parallel.shares_out(config, processes)
         if sharded and config.clip_mode == "agc" and config.clip_grad:
@@ -86,10 +76,8 @@ class Trainer:
             if self.ema is not None:
                 parallel.shard(self.ema.module, config, processes)
         self.optimizer = build_optimizer(model, config)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype is torch.float16)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.objective.dtype is torch.float16)
         self.nonfinite = NonFinite(config.nonfinite_limit)
-        share = config.batch_size // (config.accumulate * processes.world_size)
-        self.augment = BatchAugmentation(config, model.num_classes, self.device, share)
         self.runner = parallel.distribute(model, config, processes)
         self.problems: list[str] = []  # images that could not be read; for the caller to take
 
@@ -111,7 +99,7 @@ class Trainer:
         batches = iter(batches)
         while self.step < self.total_steps:
             self._prepare()
-            totals = torch.zeros(2, device=self.device)
+            totals = torch.zeros(len(self.objective.measures), device=self.device)
             with cached_dictionaries():
                 for part in range(self.config.accumulate):
                     batch = next(batches)
@@ -143,18 +131,12 @@ class Trainer:
         return images.contiguous(memory_format=torch.channels_last) if self.config.channels_last else images
 
     def _forward_backward(self, batch: Batch, part: int) -> Tensor:
-        """Add one micro-batch's gradient; return its share of the step's loss and accuracy, [2]."""
+        """Add one micro-batch's gradient; return its share of the step's measures."""
         labels = batch.labels.to(self.device, non_blocking=True)
         images = self.prepare_images(batch.images, batch.flips)
-        part = part * self.processes.world_size + self.processes.rank
-        images, targets = self.augment(images, labels, self.step, part)
-        with autocast(self.device, self.dtype):
-            logits = self.runner(images)
-        smoothing = self.config.label_smoothing if targets.dim() == 1 else 0.0  # a mixture has it in it
-        loss = F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
-        self.scaler.scale(loss / self.config.accumulate).backward()
-        accuracy = (logits.detach().argmax(dim=1) == labels).float().mean()
-        return torch.stack([loss.detach(), accuracy]) / self.config.accumulate
+        measures = self.objective.training(self.runner, images, labels, self.step, part) / self.config.accumulate
+        self.scaler.scale(measures[0]).backward()
+        return measures.detach()
 
     def _update(self, totals: Tensor, stopping: bool, batch: Batch) -> StepResult:
         """Clip and step, unless loss or gradient is not finite on any process: then all of them skip."""
@@ -162,7 +144,7 @@ class Trainer:
         norm = gradient_norm(self.model)
         bad = torch.stack([~totals[0].isfinite(), ~norm.isfinite(), torch.tensor(stopping, device=self.device)])
         shared = self.processes.sum(torch.cat([totals.double() / self.processes.world_size, bad.double()]))
-        loss, accuracy, bad_loss, bad_gradient, stop = shared.tolist()  # the step's one wait for the device
+        *measures, bad_loss, bad_gradient, stop = shared.tolist()  # the step's one wait for the device
         taken, report = not (bad_loss or bad_gradient), None
         if taken:
             clip_gradients(self.model, self.config.clip_grad, self.config.clip_mode, norm)
@@ -171,7 +153,7 @@ class Trainer:
             self.nonfinite.passed()
         else:
             overflow = self._lower_scale() and not bad_loss
-            if self.nonfinite.failed(self.step, loss, float(norm), overflow):
+            if self.nonfinite.failed(self.step, measures[0], float(norm), overflow):
                 report = diagnosis(self.model, self.prepare_images(batch.images, batch.flips))
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
@@ -179,7 +161,7 @@ class Trainer:
             self.nonfinite.stop(report)
         if taken and self.ema is not None:
             self.ema.update(self.model, step=self.step)
-        return StepResult(loss, accuracy, taken, bool(stop))
+        return StepResult(dict(zip(self.objective.measures, measures, strict=True)), taken, bool(stop))
 
     def _lower_scale(self) -> bool:
         """Halve fp16's scale after an overflow; whether the scale could have been the cause."""

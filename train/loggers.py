@@ -6,6 +6,7 @@ import json
 import secrets
 from pathlib import Path
 
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from crate_fast.train.checkpoint import write_text, writing
@@ -49,12 +50,16 @@ class Loggers:
         if self.online is not None:
             self.online.log(values, step=step)
 
+    def add_image(self, step: int, name: str, image: Tensor) -> None:
+        """A picture for TensorBoard, uint8 [height, width, 3]."""
+        self.board.add_image(name, image, step, dataformats="HWC")
+
     def write_summary_csv(self, history: list[dict]) -> None:
         """summary.csv: a line an evaluation, with the last training measurements before it."""
         rows, training = [], {}
         for entry in history:
             training |= entry
-            if "val_accuracy" in entry:
+            if "val_loss" in entry:
                 rows.append(dict(training))
         columns = list(dict.fromkeys(name for row in rows for name in row))
         text = io.StringIO()

@@ -113,8 +113,8 @@ def diagnosis(model: nn.Module, images: Tensor) -> str:
             hook.remove()
     if found:
         return f"In fp32 the first output that is not finite is that of {found[0]}"
-    largest = output.abs().max().item()
-    return f"In fp32 every output is finite on the last images (the largest logit is {largest:g}); {names}"
+    largest = max(part.abs().max().item() for part in (output if isinstance(output, tuple) else (output,)))
+    return f"In fp32 every output is finite on the last images (the largest is {largest:g}); {names}"
 
 
 def _bad_output(output: object) -> bool:

@@ -3,7 +3,7 @@
 import math
 
 import torch
-from timm.optim import Lars, create_optimizer_v2, list_optimizers
+from timm.optim import Lars, create_optimizer_v2, get_optimizer_info, list_optimizers
 from timm.utils.agc import adaptive_clip_grad
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -46,6 +46,10 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
         others = [p for p in trained.parameters() if p.ndim <= 1]
         groups = [{"params": matrices, "always_adapt": True}, {"params": others, "weight_decay": 0.0}]
         return Lars(groups, lr=config.peak_lr, momentum=_MOMENTUM, weight_decay=config.weight_decay)
+    betas = {} if config.beta2 is None else {"betas": (0.9, config.beta2)}
+    info = get_optimizer_info(name)
+    if betas and not (info.has_betas and info.num_betas == 2):  # timm would leave them out
+        raise ValueError(f"beta2={config.beta2}: optimizer={name!r} has no such setting; leave it out")
     optimizer = create_optimizer_v2(
         trained,
         opt=config.optimizer,
@@ -53,6 +57,7 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
         weight_decay=config.weight_decay,
         filter_bias_and_bn=not config.decay_all,
         layer_decay=config.layer_decay if config.layer_decay < 1 else None,
+        **betas,
     )
     if config.decay_all:  # with layer_decay timm spares positions and CLS even so
         for group in optimizer.param_groups:

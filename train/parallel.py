@@ -36,11 +36,11 @@ __all__ = [
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
-def layers_of(model: nn.Module) -> nn.Module:
-    """The stack of layers of a CRATE or a timm model; empty if it has none that we know."""
+def layers_of(model: nn.Module) -> list[nn.Module]:
+    """The layers of a CRATE, a CRATE-MAE or a timm model; empty if it has none that we know."""
     if hasattr(model, "transformer"):
-        return model.transformer.layers
-    return getattr(model, "blocks", nn.ModuleList())
+        return list(model.transformer.layers)
+    return [*getattr(model, "blocks", ()), *getattr(model, "decoder_blocks", ())]
 
 
 def shares_out(config: TrainConfig, processes: Processes) -> bool:

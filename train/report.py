@@ -1,22 +1,25 @@
 """What a finished run leaves: attention maps, curves, summary.json, and a few printed lines."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
-from crate_fast import CRATE
+from crate_fast import CRATE, CRATEMAE
 from crate_fast.figures import Curve, Picture, curve_figure, image_grid
 from crate_fast.segmentation import score_attention, scores_table
 from crate_fast.train import checkpoint
 from crate_fast.train.cost import patch_size_of
 from crate_fast.train.data import DataSplits, Normalize, eval_loader, readable
 from crate_fast.train.engine import Trainer
+from crate_fast.train.reconstruction import RATIOS, reconstruction_figure
 from crate_fast.train.run_folder import RunFolder
 from crate_fast.whitebox import attention_layer, trace
 
-__all__ = ["attention_figure", "curves_figure", "print_summary", "write_report"]
+__all__ = ["attention_figure", "curves_figure", "print_summary", "scores_line", "write_report"]
 
 
 @torch.inference_mode()
@@ -57,7 +60,7 @@ def attention_figure(
 
 
 def curves_figure(history: list[dict], path: Path) -> None:
-    """Write a PNG of loss and accuracy against optimiser steps.
+    """Write a PNG of loss and, where there is one, accuracy against optimiser steps.
 
     Args:
         history: Entries of metrics.jsonl: "step" with "loss" and "accuracy" (training) or "val_loss", "val_accuracy".
@@ -69,7 +72,7 @@ def curves_figure(history: list[dict], path: Path) -> None:
         return [Curve(label, *zip(*points, strict=True))] if points else []
 
     panels = {name: curve(name, "training") + curve(f"val_{name}", "validation") for name in ("loss", "accuracy")}
-    curve_figure(panels, "optimiser step", [path])
+    curve_figure({name: curves for name, curves in panels.items() if curves}, "optimiser step", [path])
 
 
 def write_report(
@@ -90,11 +93,14 @@ def write_report(
     """
     folder = run.folder
     curves_figure(run.history, folder / "curves.png")
-    final = next(entry for entry in reversed(run.history) if "val_accuracy" in entry)
+    objective = trainer.objective
+    final = next(entry for entry in reversed(run.history) if "val_loss" in entry)
     summary = {name: value for name, value in final.items() if name.startswith(("val_", "ema_val_"))}
+    if "accuracy" in objective.scores:
+        summary["chance"] = 1 / len(data.classes)
+    best = run.best["score"] if objective.larger_is_better else -run.best["score"]
     summary |= {
-        "chance": 1 / len(data.classes),
-        "best_val_accuracy": run.best["val_accuracy"],
+        f"best_val_{objective.scores[0]}": best,
         "best_checkpoint": str(checkpoint.folder_of(run.checkpoints, run.best["step"])),
         "last_checkpoint": str(checkpoint.folder_of(run.checkpoints, trainer.step)),
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -107,7 +113,10 @@ def write_report(
         summary["throughput"] = _throughput(trainer, model, images_per_s)
     elif (folder / "summary.json").is_file():  # a finished run, resumed: nothing was trained, nothing measured anew
         summary |= {k: v for k, v in json.loads((folder / "summary.json").read_text()).items() if k == "throughput"}
-    if isinstance(model, CRATE):
+    if isinstance(model, CRATEMAE):
+        _draw_reconstructions(run, trainer, model, data)
+        summary |= _attention_report(run, trainer, model.encoder(), data)
+    elif isinstance(model, CRATE):
         summary |= _attention_report(run, trainer, model, data)
     with checkpoint.writing(folder):
         checkpoint.write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
@@ -125,18 +134,46 @@ def _throughput(trainer: Trainer, model: nn.Module, images_per_s: float) -> dict
         "model": config.model,
         "image_size": config.image_size,
         "patch_size": patch_size_of(model),
-        "precision": "fp32" if trainer.dtype is None else {torch.bfloat16: "bf16"}.get(trainer.dtype, "fp16"),
+        "precision": {None: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[trainer.objective.dtype],
         "parallel": config.parallel,
         "batch_size": config.batch_size // (config.accumulate * processes.world_size),
     }
+
+
+def _shown(split: Dataset) -> list[tuple]:
+    """Eight samples, evenly spaced: folders are sorted."""
+    shown = min(8, len(split))
+    return readable(split, [i * len(split) // shown for i in range(shown)])
+
+
+def _draw_reconstructions(run: RunFolder, trainer: Trainer, model: CRATEMAE, data: DataSplits) -> None:
+    samples = _shown(data.val)
+    images, titles = torch.stack([sample[0] for sample in samples]), [data.classes[sample[1]] for sample in samples]
+    ratios = sorted({*RATIOS, run.config.mask_ratio})
+    path = run.folder / "reconstruction.png"
+    reconstruction_figure(model, images, trainer.normalize, [path], ratios, titles)
+
+
+def scores_line(values: dict[str, float], scores: Sequence[str]) -> str:
+    """An evaluation in words.
+
+    Args:
+        values: As in metrics.jsonl: "val_loss", "ema_val_loss", …
+        scores: The objective's names.
+    """
+
+    def listed(prefix: str) -> str:
+        return ", ".join(f"{name} {values[prefix + name]:.4f}" for name in scores)
+
+    average = f"; of the moving average: {listed('ema_val_')}" if "ema_val_loss" in values else ""
+    return f"validation {listed('val_')}{average}"
 
 
 def _attention_report(run: RunFolder, trainer: Trainer, model: CRATE, data: DataSplits) -> dict:
     """attention.png, and the segmentation scores where masks are known."""
     config, layer = run.config, attention_layer(model)
     source = data.val if data.masks is None else data.masks
-    shown = min(8, len(source))
-    samples = readable(source, [i * len(source) // shown for i in range(shown)])  # evenly: folders are sorted
+    samples = _shown(source)
     masks = None if data.masks is None else torch.stack([sample[2] for sample in samples])
     images = torch.stack([sample[0] for sample in samples])
     titles = [data.classes[sample[1]] for sample in samples]
@@ -151,12 +188,9 @@ def _attention_report(run: RunFolder, trainer: Trainer, model: CRATE, data: Data
 
 def print_summary(summary: dict, folder: Path) -> None:
     """What a user sees at the end of a run."""
-    print(
-        f"\nvalidation accuracy {summary['val_accuracy']:.4f} (chance {summary['chance']:.4f}), "
-        f"best {summary['best_val_accuracy']:.4f}"
-    )
-    if "ema_val_accuracy" in summary:
-        print(f"of the moving average {summary['ema_val_accuracy']:.4f}")
+    scores = [name for name in ("accuracy", "loss", "top5") if f"val_{name}" in summary]
+    chance = f"; chance {summary['chance']:.4f}" if "chance" in summary else ""
+    print(f"\n{scores_line(summary, scores)}{chance}; best {scores[0]} {summary[f'best_val_{scores[0]}']:.4f}")
     if summary["skipped_steps"]:
         print(f"steps skipped because loss or gradient was not finite: {summary['skipped_steps']}")
     if summary["unreadable_images"]:
@@ -166,7 +200,7 @@ def print_summary(summary: dict, folder: Path) -> None:
         print("  (* the layer that the paper looks at)")
     print("written:")
     names = ("summary.json", "summary.csv", "config.yaml", "metrics.jsonl", "unreadable.txt")
-    for name in (*names, "curves.png", "attention.png", "tensorboard", "profile"):
+    for name in (*names, "curves.png", "reconstruction.png", "attention.png", "tensorboard", "profile"):
         if (folder / name).exists():
             print(f"  {folder / name}")
     print(f"  {summary['last_checkpoint']} (last)\n  {summary['best_checkpoint']} (best)")

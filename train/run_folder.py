@@ -38,7 +38,7 @@ class RunFolder:
         self.folder, self.config, self.data_facts, self.processes = folder, config, data_facts, processes
         self.checkpoints = folder / "checkpoints"
         self.history: list[dict] = []
-        self.best: dict = {"step": None, "val_accuracy": -1.0}
+        self.best: dict = {"step": None, "score": None}
         self.extra: dict = {}
         self.loggers: Loggers | None = None
         self.saved: int | None = None  # the step of the last checkpoint
@@ -105,7 +105,7 @@ class RunFolder:
 
     def evaluated(self, step: int) -> bool:
         """Whether the history has an evaluation of that step."""
-        return any(entry["step"] == step and "val_accuracy" in entry for entry in reversed(self.history))
+        return any(entry["step"] == step and "val_loss" in entry for entry in reversed(self.history))
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Append to the history and the logs."""
@@ -113,7 +113,7 @@ class RunFolder:
         self.history.append(entry)
         if self.loggers is not None:
             self.loggers.add(entry)
-            if "val_accuracy" in values:
+            if "val_loss" in values:
                 self.loggers.write_summary_csv(self.history)
 
     def log_layers(self, step: int, statistics: dict[str, Tensor]) -> None:
@@ -123,8 +123,13 @@ class RunFolder:
                 means = {f"{name}/layer_{layer:02d}": mean for layer, (mean, _) in enumerate(rows.tolist())}
                 self.loggers.add_scalars(step, means)
 
-    def save(self, trainer: Trainer, accuracy: float | None = None) -> None:
-        """Write a checkpoint; with an accuracy it may become the best. Older ones are rotated out.
+    def log_image(self, step: int, name: str, image: Tensor) -> None:
+        """A picture among the curves, uint8 [height, width, 3]."""
+        if self.loggers is not None:
+            self.loggers.add_image(step, name, image)
+
+    def save(self, trainer: Trainer, score: float | None = None) -> None:
+        """Write a checkpoint; with a score it may become the best, which has the largest. Older ones are rotated out.
 
         A collective call: when the first process cannot write, all raise.
 
@@ -133,8 +138,8 @@ class RunFolder:
             NonFiniteError: The weights are not finite, and are not saved.
         """
         weights, ema, rest = trainer.state()
-        better = accuracy is not None and accuracy > self.best["val_accuracy"]
-        best = {"step": trainer.step, "val_accuracy": accuracy} if better else self.best
+        better = score is not None and (self.best["score"] is None or score > self.best["score"])
+        best = {"step": trainer.step, "score": score} if better else self.best
         problem: Exception | None = None
         if self.processes.first:
             try:

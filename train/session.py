@@ -17,7 +17,7 @@ from torch import nn
 from tqdm import tqdm
 
 import crate_fast
-from crate_fast import CRATE
+from crate_fast import CRATE, CRATEMAE
 from crate_fast.train import checkpoint, parallel
 from crate_fast.train.config import TrainConfig
 from crate_fast.train.data import DataSplits, eval_loader, readable, train_loader
@@ -27,7 +27,8 @@ from crate_fast.train.evaluation import evaluate
 from crate_fast.train.initial_weights import load_initial
 from crate_fast.train.interruption import Interruption
 from crate_fast.train.profiling import profiler
-from crate_fast.train.report import print_summary, write_report
+from crate_fast.train.reconstruction import reconstructions, tiled
+from crate_fast.train.report import print_summary, scores_line, write_report
 from crate_fast.train.run_folder import RunFolder
 from crate_fast.train.runs import build_model
 from crate_fast.train.unreadable import UnreadableTally
@@ -36,6 +37,7 @@ from crate_fast.whitebox import layer_statistics
 __all__ = ["Session"]
 
 WHITEBOX_IMAGES = 64
+SHOWN_IMAGES = 8
 
 
 class Session:
@@ -178,26 +180,25 @@ class Session:
         if values is None:
             return False
         run.log(trainer.step, values)
-        self.save(values.get("ema_val_accuracy", values["val_accuracy"]))
-        self._log_layers()
+        objective = trainer.objective
+        score = values[f"{'' if trainer.ema is None else 'ema_'}val_{objective.scores[0]}"]
+        self.save(score if objective.larger_is_better else -score)
+        self._log_model()
         if self.processes.first:
-            average = f", EMA {values['ema_val_accuracy']:.4f}" if trainer.ema is not None else ""
-            bar.write(
-                f"epoch {trainer.step / trainer.steps_per_epoch:g}: validation accuracy "
-                f"{values['val_accuracy']:.4f}{average}, loss {values['val_loss']:.4f}"
-            )
+            found = scores_line(values, objective.scores)
+            bar.write(f"epoch {trainer.step / trainer.steps_per_epoch:g}: {found}")
         return True
 
     def scores(self, model: nn.Module, prefix: str) -> dict[str, float] | None:
-        """Loss and accuracies on the validation split, under names with `prefix`; None when asked to stop."""
+        """The objective's scores on the validation split, under names with `prefix`; None when asked to stop."""
         trainer, config = self.trainer, self.config
         found = evaluate(
             model,
+            trainer.objective,
             self.val_loader,
             trainer.prepare_images,
             self.processes,
             config.image_size,
-            trainer.dtype,
             self.interruption.requested,
         )
         if found is None:
@@ -205,16 +206,22 @@ class Session:
         scores, problems = found
         self._note_unreadable(problems, self.val_tally, epoch=0)  # each evaluation reads every image
         counted = scores | ({"unreadable": len(problems)} if problems else {})
-        return {prefix + name: value for name, value in counted.items() if name != "images"}
+        return {prefix + name: value for name, value in counted.items()}
 
-    def _log_layers(self) -> None:
+    def _log_model(self) -> None:
+        """R^c and sparsity of every layer, and reconstructions, into the curves."""
         model = parallel.unsharded_copy(self.trainer.model, self.build, self.processes)
-        if isinstance(model, CRATE):
-            samples = readable(self.data.val, range(min(WHITEBOX_IMAGES, len(self.data.val))))
-            if not samples:
-                return
-            images = self.trainer.prepare_images(torch.stack([sample[0] for sample in samples]))
-            self.run.log_layers(self.trainer.step, layer_statistics(model, images))
+        if not isinstance(model, CRATE | CRATEMAE):
+            return
+        samples = readable(self.data.val, range(min(WHITEBOX_IMAGES, len(self.data.val))))
+        if not samples:
+            return
+        images = torch.stack([sample[0] for sample in samples])
+        encoder = model.encoder() if isinstance(model, CRATEMAE) else model
+        self.run.log_layers(self.trainer.step, layer_statistics(encoder, self.trainer.prepare_images(images)))
+        if isinstance(model, CRATEMAE):
+            rows = reconstructions(model, images[:SHOWN_IMAGES], self.trainer.normalize, [self.config.mask_ratio])
+            self.run.log_image(self.trainer.step, "reconstruction", tiled(rows))
 
     def _log(self, bar: tqdm) -> None:
         """One entry of the history: means since the last; and the images that could not be read since then."""
@@ -247,12 +254,12 @@ class Session:
                 file.writelines(f"{line}\n" for line in new)
         tally.check(epoch)
 
-    def save(self, accuracy: float | None = None) -> None:
-        """Write a checkpoint; with an accuracy it may become the best."""
+    def save(self, score: float | None = None) -> None:
+        """Write a checkpoint; with a score it may become the best."""
         self._count_unreadable()
         self.run.extra = {"unreadable": self.tally.state(), "val_unreadable": self.val_tally.state()}
         self.run.extra["interval"] = self.interval.state()
-        self.run.save(self.trainer, accuracy)
+        self.run.save(self.trainer, score)
 
     def finish(self, seconds: float) -> None:
         """Score, draw, summarise and say so."""
@@ -275,7 +282,7 @@ class _Interval:
     apart."""
 
     def __init__(self):
-        self._taken, self._loss, self._accuracy = 0, 0.0, 0.0
+        self._taken, self._sums = 0, {}
         self._steps, self._seconds = 0, 0.0
         self._since: float | None = None
 
@@ -292,24 +299,22 @@ class _Interval:
         self._steps += 1
         if result.taken:
             self._taken += 1
-            self._loss += result.loss
-            self._accuracy += result.accuracy
+            for name, value in result.measures.items():
+                self._sums[name] = self._sums.get(name, 0.0) + value
 
     def steps_per_s(self) -> float:
         self.pause()
         return self._steps / self._seconds
 
     def means(self) -> dict[str, float]:
-        """Loss and accuracy of the steps taken; nothing if none was."""
-        if not self._taken:
-            return {}
-        return {"loss": self._loss / self._taken, "accuracy": self._accuracy / self._taken}
+        """Of the steps taken; nothing if none was."""
+        return {name: total / self._taken for name, total in self._sums.items()}
 
-    def state(self) -> dict[str, float]:
-        return {"taken": self._taken, "loss": self._loss, "accuracy": self._accuracy}
+    def state(self) -> dict:
+        return {"taken": self._taken, "sums": dict(self._sums)}
 
-    def restore(self, state: dict[str, float]) -> None:
-        self._taken, self._loss, self._accuracy = state["taken"], state["loss"], state["accuracy"]
+    def restore(self, state: dict) -> None:
+        self._taken, self._sums = state["taken"], dict(state["sums"])
 
 
 class _NoProfile:

@@ -48,6 +48,10 @@ class Normalize(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         return torch.addcmul(self.shift, images.float(), self.scale)
 
+    def undo(self, images: Tensor) -> Tensor:
+        """Normalised images back to uint8; values beyond black and white are cut."""
+        return ((images.float() - self.shift) / self.scale).round().clamp(0, 255).to(torch.uint8)
+
 
 def mirrored(images: Tensor, flips: Tensor | None) -> Tensor:
     """Mirror the images that `flips` names, left to right, on their device and without waiting for a GPU.

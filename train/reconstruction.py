@@ -1,0 +1,80 @@
+"""Pictures of what a CRATE-MAE sees and fills in: image, masked, reconstructed, by mask ratio."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from crate_fast import CRATEMAE
+from crate_fast.figures import Picture, image_grid
+from crate_fast.train.data import Normalize
+
+__all__ = ["RATIOS", "reconstruction_figure", "reconstructions", "tiled"]
+
+RATIOS = (0.5, 0.75, 0.9)
+_GREY = 128
+
+
+@torch.inference_mode()
+def reconstructions(
+    model: CRATEMAE, images: Tensor, normalize: Normalize, ratios: Sequence[float], seed: int = 0
+) -> list[list[Tensor]]:
+    """Each image, and for each ratio what the model saw of it and what it made of that.
+
+    Hidden patches are grey in the one and predicted in the other; visible ones are the image's in both. What a
+    smaller ratio hides a larger one hides too.
+
+    Args:
+        model: In any mode; left in evaluation mode.
+        images: uint8 [B, 3, S, S].
+        normalize: uint8 → the model's input.
+        ratios: Mask ratios.
+        seed: Of the masks.
+
+    Returns:
+        A row an image: uint8 [S, S, 3], first the image, then two for each ratio.
+    """
+    model.eval()
+    device, n_patches = next(model.parameters()).device, model.grid_size[0] * model.grid_size[1]
+    noise = torch.rand(len(images), n_patches, generator=torch.Generator().manual_seed(seed)).to(device)
+    pixels = normalize(images.to(device))
+    columns = [images]
+    for ratio in ratios:
+        _, pred, mask = model(pixels, ratio, noise=noise)
+        hidden = model.mask_image(mask).bool().cpu()
+        filled = normalize.undo(model.reconstruction(pixels, pred)).cpu()
+        columns += [torch.where(hidden, torch.tensor(_GREY, dtype=torch.uint8), images)]
+        columns += [torch.where(hidden, filled, images)]
+    return [[column[i].permute(1, 2, 0) for column in columns] for i in range(len(images))]
+
+
+def tiled(rows: Sequence[Sequence[Tensor]], gap: int = 2) -> Tensor:
+    """One picture [height, width, 3] of rows of equal pictures, white between them."""
+    padded = [[F.pad(cell, (0, 0, gap, gap, gap, gap), value=255) for cell in row] for row in rows]
+    return torch.cat([torch.cat(row, dim=1) for row in padded])
+
+
+def reconstruction_figure(
+    model: CRATEMAE,
+    images: Tensor,
+    normalize: Normalize,
+    paths: Sequence[Path],
+    ratios: Sequence[float] = RATIOS,
+    titles: Sequence[str] | None = None,
+    seed: int = 0,
+) -> None:
+    """Write `reconstructions` as a figure.
+
+    Args:
+        model, images, normalize, ratios, seed: See `reconstructions`.
+        paths: Files to write.
+        titles: One an image.
+    """
+    rows = reconstructions(model, images, normalize, ratios, seed)
+    names = ["image"]
+    for ratio in ratios:
+        names += [f"{ratio:.0%} hidden", "filled in"]
+    pictures = [[Picture(cell.numpy()) for cell in row] for row in rows]
+    image_grid(pictures, paths, row_titles=titles, column_titles=names)
