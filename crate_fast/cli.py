@@ -17,6 +17,7 @@ __all__ = ["main"]
 COMMANDS = {
     "env": ("crate_fast.env", "versions, devices and backends of this machine"),
     "pretrain": ("crate_fast.train.pretrain", "supervised pre-training"),
+    "pretrain_mae": ("crate_fast.train.pretrain_mae", "masked autoencoding"),
     "finetune": ("crate_fast.train.finetune", "fine-tuning on other data"),
     "linear_probe": ("crate_fast.train.linear_probe", "a linear classifier on a frozen model (MAE's protocol)"),
     "plan": ("crate_fast.train.plan", "what a run would cost: operations, memory, steps, hours"),
@@ -30,6 +31,7 @@ PROTOCOLS = {
     "by_epoch": "AP, mIoU and components at every checkpoint of a run (Fig. 10)",
     "comparison": "several models in one table beside the paper's numbers (Tables 1 and 2, Fig. 4)",
     "white_box": "R^c and sparsity of every layer",
+    "reconstruction": "hidden patches filled in by a CRATE-MAE, by mask ratio",
     "classify": "top-1 and top-5, k-NN, linear probe",
 }
 

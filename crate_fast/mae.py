@@ -19,6 +19,7 @@ from crate_fast.model import CRATE, check_choice, check_positive, patch_grid, si
 
 __all__ = [
     "CRATEMAE",
+    "ENCODER_OPTIONS",
     "CRATEMAE_base",
     "CRATEMAE_large",
     "CRATEMAE_small",
@@ -28,6 +29,7 @@ __all__ = [
 ]
 
 _NORM_EPS = 1e-6  # of the encoder's and the decoder's last LayerNorm
+ENCODER_OPTIONS = {"embed_norm": False, "norm_eps": _NORM_EPS, "sparsity": 0.5}  # of a CRATE that is such an encoder
 _PIXEL_EPS = 1e-6  # added to a patch's variance
 
 
@@ -353,7 +355,7 @@ class CRATEMAE(nn.Module):
         first = self.blocks[0].layers[0]
         sizes = {"image_size": self.image_size, "patch_size": self.patch_size, "channels": self.channels}
         sizes |= {"dim": self.embed_dim, "depth": self.depth, "heads": self.heads}
-        sizes |= {"dim_head": self.embed_dim // self.heads, "embed_norm": False, "norm_eps": _NORM_EPS}
+        sizes |= {"dim_head": self.embed_dim // self.heads, **ENCODER_OPTIONS}
         sizes |= {"ista": first[1].fn.step_size, "sparsity": first[1].fn.lambd, "backend": first[1].fn.backend}
         place = {"device": self.cls_token.device, "dtype": self.cls_token.dtype}
         model = CRATE(num_classes=num_classes, **(sizes | place | options))

@@ -1,4 +1,4 @@
-"""timm's registry: every size of both papers, and CRATE-MAE, under `timm.create_model`.
+"""timm's registry: every size of both papers, CRATE-MAE and its encoders, under `timm.create_model`.
 
 Patch-16 names are the released repository's sizes (ImageNet-1k), patch-8 names the emergence paper's (ImageNet-21k,
 21,842 classes), whose T and S are ViT-wide. No weights can be downloaded: `pretrained=True` is timm's error.
@@ -9,8 +9,10 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import nn
 
 from crate_fast.checkpoints import adapt_state_dict
-from crate_fast.mae import CRATEMAE
+from crate_fast.mae import CRATEMAE, ENCODER_OPTIONS
 from crate_fast.model import CRATE
+
+MAE, MAE_ENCODER = "crate_mae_", "crate_mae_encoder_"  # in front of a size: an autoencoder; its encoder as a CRATE
 
 _SIZES = {  # name: patch, width, layers, heads
     "crate_tiny_patch16_224": (16, 384, 12, 6),
@@ -20,21 +22,21 @@ _SIZES = {  # name: patch, width, layers, heads
     "crate_tiny_patch8_224": (8, 192, 12, 3),
     "crate_small_patch8_224": (8, 384, 12, 6),
     "crate_base_patch8_224": (8, 768, 12, 12),
-    "crate_mae_tiny_patch16_224": (16, 384, 12, 6),
-    "crate_mae_small_patch16_224": (16, 576, 12, 12),
-    "crate_mae_base_patch16_224": (16, 768, 12, 12),
-    "crate_mae_large_patch16_224": (16, 1024, 24, 16),
 }
+_RELEASED = {name.removeprefix("crate_"): sizes for name, sizes in _SIZES.items() if "patch16" in name}
+_SIZES |= {MAE + name: sizes for name, sizes in _RELEASED.items()}
+_SIZES |= {MAE_ENCODER + name: sizes for name, sizes in _RELEASED.items()}
 
-__all__ = list(_SIZES)
+__all__ = ["MAE", "MAE_ENCODER", "is_mae", *_SIZES]
 
 
-def _is_mae(name: str) -> bool:
-    return name.startswith("crate_mae_")
+def is_mae(name: str) -> bool:
+    """Whether a model's name is that of a masked autoencoder."""
+    return name.startswith(MAE) and not name.startswith(MAE_ENCODER)
 
 
 def _cfg(name: str) -> dict:
-    classes = 0 if _is_mae(name) else 21842 if "patch8" in name else 1000
+    classes = 0 if is_mae(name) else 21842 if "patch8" in name else 1000
     return {
         "num_classes": classes,
         "input_size": (3, 224, 224),
@@ -44,7 +46,7 @@ def _cfg(name: str) -> dict:
         "fixed_input_size": True,
         "mean": IMAGENET_DEFAULT_MEAN,
         "std": IMAGENET_DEFAULT_STD,
-        "classifier": "decoder_pred" if _is_mae(name) else "mlp_head.1",
+        "classifier": "decoder_pred" if is_mae(name) else "mlp_head.1",
         "license": "mit",
     }
 
@@ -70,11 +72,13 @@ def _build_mae(num_classes: int = 0, drop_rate: float = 0.0, **kwargs) -> CRATEM
 
 def _create(name: str, pretrained: bool, kwargs: dict) -> nn.Module:
     patch_size, dim, depth, heads = _SIZES[name]
-    if _is_mae(name):
+    if is_mae(name):
         sizes = {"patch_size": patch_size, "embed_dim": dim, "depth": depth, "num_heads": heads}
         return build_model_with_cfg(_build_mae, name, pretrained, **(sizes | kwargs))
     sizes = {"patch_size": patch_size, "dim": dim, "depth": depth, "heads": heads} | kwargs
     sizes.setdefault("dim_head", sizes["dim"] // sizes["heads"])
+    if name.startswith(MAE_ENCODER):
+        sizes = ENCODER_OPTIONS | sizes
     out_indices = sizes.pop("out_indices", 3)
     return build_model_with_cfg(
         _build,

@@ -4,7 +4,7 @@
     runs/NAME@12000      its checkpoint at a step       vit_small_patch8_224.dino@pretrained  through timm
     runs/NAME@untrained  its model before training      vit_small_patch8_224@untrained        drawn from --seed
 
-each perhaps with a name for tables in front, as in `CRATE-S/8=runs/NAME`.
+each perhaps with a name for tables in front, as in `CRATE-S/8=runs/NAME`. Of a CRATE-MAE the encoder is read.
 """
 
 import hashlib
@@ -16,8 +16,10 @@ import timm
 import torch
 from torch import nn
 
+from crate_fast import CRATEMAE
 from crate_fast.checkpoints import load_weights, read_state_dict
 from crate_fast.eval.features import FeatureExtractor, extractor_for
+from crate_fast.registry import is_mae
 from crate_fast.train.config import TrainConfig
 from crate_fast.train.data import Normalize
 from crate_fast.train.runs import build_model, load_model, num_classes_of, run_config
@@ -36,6 +38,7 @@ class Subject:
         extract: Reads its features.
         facts: Where it came from: specification, parameters, image size, hash of the weights.
         config: Of the run it came from, if it did.
+        autoencoder: The CRATE-MAE that `model` is the encoder of, if it is.
     """
 
     label: str
@@ -44,6 +47,7 @@ class Subject:
     extract: FeatureExtractor = field(repr=False)
     facts: dict
     config: TrainConfig | None = None
+    autoencoder: CRATEMAE | None = None
 
     def require_cls(self) -> None:
         """Refuse a model without CLS attention.
@@ -139,7 +143,7 @@ def _from_timm(name: str, which: str, arguments: dict, seed: int) -> nn.Module:
     if not which:
         raise ValueError(f"{name}: say whose weights: {name}@FILE, {name}@pretrained, or {name}@untrained for none")
     weights = read_state_dict(which)
-    model = _create(name, {"num_classes": num_classes_of(weights)} | arguments)
+    model = _create(name, ({} if is_mae(name) else {"num_classes": num_classes_of(weights)}) | arguments)
     try:
         return load_weights(model, which)
     except RuntimeError as error:
@@ -183,6 +187,8 @@ def open_model(
     else:
         model = _from_timm(place, which, arguments, seed)
         statistics = (model.pretrained_cfg["mean"], model.pretrained_cfg["std"])
+    autoencoder = model.to(device) if isinstance(model, CRATEMAE) else None
+    model = model.encoder() if autoencoder else model
     extract = extractor_for(model)
     if extract.channels != 3:
         raise ValueError(
@@ -206,4 +212,5 @@ def open_model(
         "model_args": arguments if config is None else {},
         "seed": seed,
     }
-    return Subject(label, model.to(device), Normalize(statistics).to(device), extract, facts, config)
+    normalize = Normalize(statistics).to(device)
+    return Subject(label, model.to(device), normalize, extract, facts, config, autoencoder)

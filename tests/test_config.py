@@ -15,6 +15,7 @@ def _config(*argv: str):
 
 def test_every_recipe_loads_and_needs_only_a_folder():
     pretraining = ["cifar10", "in1k_released", "in21k_paper", "shape_scenes"]
+    pretraining += ["cifar10_mae", "crate_mae_in1k", "mae_in1k", "shape_scenes_mae"]
     tuning = [f"finetune_{name}" for name in ("cifar10", "cifar100", "flowers102", "in1k", "pets")]
     assert recipe_names() == sorted([*pretraining, *tuning, "probe_in1k"])
     for name in recipe_names():

@@ -6,7 +6,7 @@ forward pass over fake tensors, which have a shape, a dtype and a device but no 
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -19,10 +19,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from crate_fast import CRATE
+from crate_fast import CRATE, CRATEMAE
 from crate_fast.kernels import assuming_gpu
 from crate_fast.layers import ISTA, MHSA
 from crate_fast.train.config import TrainConfig
+from crate_fast.train.parallel import layers_of
 from crate_fast.train.runs import build_model
 
 __all__ = [
@@ -54,8 +55,8 @@ def patch_size_of(model: nn.Module) -> int | None:
 
 def tokens_per_image(model: nn.Module) -> int | None:
     """Tokens of an image, CLS among them; None where a model has none."""
-    if isinstance(model, CRATE):
-        return math.prod(model.grid_size) + model.num_prefix_tokens
+    if isinstance(model, CRATE | CRATEMAE):
+        return math.prod(model.grid_size) + 1
     patches = getattr(getattr(model, "patch_embed", None), "num_patches", None)
     return None if patches is None else patches + getattr(model, "num_prefix_tokens", 0)
 
@@ -85,25 +86,48 @@ def _linear(rows: int, weight: Tensor) -> Flops:
     return Flops(forward, 3 * forward)
 
 
-def _crate_layer(layer: nn.Module, n_tokens: int, executed: bool) -> Flops:
-    """One layer, see `count_flops`."""
-    attention, sparsifier = layer[0].fn, layer[1].fn
+def _attention(attention: nn.Module, n_tokens: int, executed: bool) -> Flops:
+    """MSSA or MHSA, see `count_flops`."""
     width = attention.qkv.weight.shape[0] // (3 if isinstance(attention, MHSA) else 1)
     product = 2 * n_tokens**2 * width  # all heads' W Wᵀ
     total = _linear(n_tokens, attention.qkv.weight) + Flops(2 * product, (2 + (5 if executed else 4)) * product)
     if not isinstance(attention.to_out, nn.Identity):
         total += _linear(n_tokens, attention.to_out[0].weight)
+    return total
+
+
+def _crate_layer(layer: nn.Module, n_tokens: int, executed: bool) -> Flops:
+    """One layer, see `count_flops`."""
+    total, sparsifier = _attention(layer[0].fn, n_tokens, executed), layer[1].fn
     if isinstance(sparsifier, ISTA):
         product = 2 * n_tokens * sparsifier.weight.numel()
         return total + (Flops(product, 3 * product) if executed else Flops(3 * product, 9 * product))
     return total + _linear(n_tokens, sparsifier[0].weight) + _linear(n_tokens, sparsifier[3].weight)
 
 
+def _sum(parts: Iterable[Flops]) -> Flops:
+    return sum(parts, Flops(0, 0))
+
+
+def _mae_flops(model: CRATEMAE, mask_ratio: float, executed: bool) -> Flops:
+    n_tokens = tokens_per_image(model)
+    encoded = 1 + model.kept(mask_ratio) if model.visible_only else n_tokens
+    layers = _sum(_crate_layer(block.layers[0], encoded, executed) for block in model.blocks)
+    for block in model.decoder_blocks:
+        decode, attention = (part.fn for part in block.layers[0])
+        layers += _linear(n_tokens, decode.weight) + _attention(attention, n_tokens, executed)
+    if executed and model.grad_checkpointing:
+        layers = Flops(layers.forward, layers.forward + layers.step)
+    embed = _linear(n_tokens - 1, model.patch_embed.proj.weight).forward
+    ends = Flops(embed, 2 * embed) + _linear(n_tokens, model.decoder_pred.weight)  # pixels need no gradient
+    if model.visible_only:
+        ends += _linear(encoded, model.decoder_embed.weight)
+    return layers + ends
+
+
 def _crate_flops(model: CRATE, executed: bool) -> Flops:
     n_tokens = tokens_per_image(model)
-    layers = Flops(0, 0)
-    for layer in model.transformer.layers:
-        layers += _crate_layer(layer, n_tokens, executed)
+    layers = _sum(_crate_layer(layer, n_tokens, executed) for layer in model.transformer.layers)
     if executed and model.transformer.grad_checkpointing:
         layers = Flops(layers.forward, layers.forward + layers.step)
     total = _linear(n_tokens - 1, model.to_patch_embedding[2].weight) + layers
@@ -128,7 +152,7 @@ def _measured_flops(model: nn.Module, image_size: int) -> Flops:
     return Flops(forward // len(images), step // len(images))
 
 
-def count_flops(model: nn.Module, image_size: int, *, executed: bool = False) -> Flops:
+def count_flops(model: nn.Module, image_size: int, *, executed: bool = False, mask_ratio: float = 0.75) -> Flops:
     """Operations for one image.
 
     Nominal: what the formula needs, as the released code writes it: three products in ISTA and six in its backward
@@ -141,7 +165,10 @@ def count_flops(model: nn.Module, image_size: int, *, executed: bool = False) ->
         model: From `meta_model`.
         image_size: In pixels.
         executed: See above.
+        mask_ratio: Of a CRATE-MAE, whose loss is not counted.
     """
+    if isinstance(model, CRATEMAE):
+        return _mae_flops(model, mask_ratio, executed)
     if isinstance(model, CRATE):
         return _crate_flops(model, executed)
     with nullcontext() if executed else _without_checkpointing(model):
@@ -246,7 +273,7 @@ def kept_for_backward(
 
     once, twice = saved(images), saved(2 * images)
     per_image, constant = (twice - once) // images, 2 * once - twice
-    layers = len(model.transformer.layers if isinstance(model, CRATE) else getattr(model, "blocks", ()))
+    layers = len(layers_of(model))
     if not config.grad_checkpointing or not layers:
         return Kept(once, per_image, constant)
     with _without_checkpointing(model):
@@ -306,9 +333,11 @@ def _saved_bytes(
             labels = torch.empty(batch, num_classes, device=device_type)
         else:
             labels = torch.empty(batch, dtype=torch.long, device=device_type)
+        inputs = (images, config.mask_ratio) if isinstance(model, CRATEMAE) else (images,)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), attention:
             with _autocast(device_type, dtype):
-                logits = torch.func.functional_call(model, state, (images,))
-            smoothing = 0.0 if labels.dim() == 2 else config.label_smoothing
-            F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
+                output = torch.func.functional_call(model, state, inputs)
+            if not isinstance(model, CRATEMAE):  # whose output has the loss in it
+                smoothing = 0.0 if labels.dim() == 2 else config.label_smoothing
+                F.cross_entropy(output.float(), labels, label_smoothing=smoothing)
         return sum(storage.nbytes() for address, storage in saved.items() if address not in own)

@@ -1,13 +1,15 @@
 """Fine-tuning on other data: `torchrun train/finetune.py --init RUN --recipe finetune_cifar10 --data-dir DATA`.
 
 Starts from a run's best checkpoint, RUN@STEP, or a weights file. From a run come its architecture and pixel
-statistics too, unless the command line says otherwise. Its classifier is kept, and must fit, or with `--head new` (as
+statistics too, unless the command line says otherwise; from a CRATE-MAE its encoder (a file of one needs --model
+crate_mae_encoder_…). Its classifier is kept, and must fit, or with `--head new` (as
 the recipes have it) replaced; positions are resampled to the new image size. What was done is printed.
 """
 
 import sys
 from pathlib import Path
 
+from crate_fast.registry import MAE, MAE_ENCODER, is_mae
 from crate_fast.train.command_line import build_config
 from crate_fast.train.initial_weights import initial_run
 from crate_fast.train.launch import launch
@@ -37,7 +39,9 @@ def inheriting(values: dict, chosen: dict) -> dict:
         return values | chosen
     gone = not any(Path(place).exists() for place in (init, init.rpartition("@")[0] or init))
     run = None if gone else initial_run(init)  # a resumed run no longer needs it; another will be told
-    source = {} if run is None else vars(run_config(run[0]))
+    source = {} if run is None else dict(vars(run_config(run[0])))
+    if source and is_mae(source["model"]):
+        source["model"] = MAE_ENCODER + source["model"].removeprefix(MAE)
     return values | {name: source[name] for name in INHERITED if name in source} | chosen
 
 

@@ -6,10 +6,11 @@ from pathlib import Path
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
-from crate_fast import CRATE
+from crate_fast import CRATE, CRATEMAE
 from crate_fast.checkpoints import adapt_state_dict, read_state_dict
+from crate_fast.mae import encoder_state_dict
 from crate_fast.train.config import TrainConfig
-from crate_fast.train.runs import run_weights
+from crate_fast.train.runs import run_config, run_weights
 
 __all__ = ["initial_run", "load_initial"]
 
@@ -48,16 +49,19 @@ def load_initial(model: nn.Module, config: TrainConfig) -> str:
     Raises:
         ValueError: The file is damaged, or its weights do not fit; the message names what differs and the remedy.
     """
-    run = initial_run(config.init)
+    run, visible_only = initial_run(config.init), False
     if run is None:
         weights, source = read_state_dict(config.init), config.init
     else:
         weights, step = run_weights(*run)
-        source = f"{run[0]} at step {step}"
+        source, visible_only = f"{run[0]} at step {step}", run_config(run[0]).visible_only
     notes = []
-    name = _position_name(model)
-    own = model.state_dict()[name].shape
-    if name in weights and weights[name].shape != own and weights[name].shape[-1] == own[-1]:
+    if "decoder_pred.weight" in weights and isinstance(model, CRATE):
+        weights = encoder_state_dict(weights, visible_only)
+        notes.append("the encoder of an autoencoder")
+    if isinstance(model, CRATEMAE):
+        weights = _with_own_tables(weights, model, config, notes)
+    elif _other_grid(weights, model, name := _position_name(model)):
         weights = _resampled(weights, model, name)
         notes.append("positions resampled")
     if config.head == "new" or config.frozen:
@@ -71,6 +75,23 @@ def load_initial(model: nn.Module, config: TrainConfig) -> str:
 
 def _position_name(model: nn.Module) -> str:
     return "pos_embedding" if isinstance(model, CRATE) else "pos_embed"
+
+
+def _other_grid(weights: dict[str, Tensor], model: nn.Module, name: str) -> bool:
+    """Whether positions in the weights are of another number of patches."""
+    own = model.state_dict()[name].shape
+    return name in weights and weights[name].shape != own and weights[name].shape[-1] == own[-1]
+
+
+def _with_own_tables(weights: dict, model: CRATEMAE, config: TrainConfig, notes: list[str]) -> dict[str, Tensor]:
+    """An autoencoder's weights for another image size: its positions are computed, not learned."""
+    if config.head == "new":
+        raise ValueError("head='new': an autoencoder has no classifier to replace; leave it out")
+    tables = ("pos_embed", "decoder_pos_embed")
+    if not any(_other_grid(weights, model, name) for name in tables):
+        return weights
+    notes.append("positions of its own image size")
+    return weights | {name: model.state_dict()[name] for name in tables}
 
 
 def _resampled(weights: dict[str, Tensor], model: nn.Module, name: str) -> dict[str, Tensor]:

@@ -241,7 +241,7 @@ def _flops(model: nn.Module, config: TrainConfig, schedule: dict, gpus: int) -> 
     folding = {"nominal": 0, "executed": fold * schedule["steps"] * config.accumulate * gpus}
     rows = {}
     for name, folded in folding.items():
-        flops = cost.count_flops(model, config.image_size, executed=name == "executed")
+        flops = cost.count_flops(model, config.image_size, executed=name == "executed", mask_ratio=config.mask_ratio)
         rows[name] = {**dataclasses.asdict(flops), "run": flops.step * schedule["images_seen"] + folded}
     return rows | {"fold_per_micro_batch": fold}
 

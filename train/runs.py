@@ -5,6 +5,7 @@ from pathlib import Path
 import timm
 from torch import Tensor, nn
 
+from crate_fast.registry import is_mae
 from crate_fast.train import checkpoint
 from crate_fast.train.command_line import load_recipe
 from crate_fast.train.config import TrainConfig, nearest
@@ -22,21 +23,37 @@ __all__ = [
 ]
 
 
+def _model_arguments(config: TrainConfig, num_classes: int) -> dict:
+    """Arguments for timm's `create_model`: what the configuration sets, under the model's own names."""
+    arguments = {"img_size": config.image_size, "drop_rate": config.dropout}
+    names = {"patch_size": "patch_size", "dim": "dim", "depth": "depth", "heads": "heads"}
+    if is_mae(config.model):
+        arguments |= {"norm_pix_loss": config.norm_pix_loss, "visible_only": config.visible_only}
+        names |= {"dim": "embed_dim", "heads": "num_heads", "decoder_depth": "decoder_depth"}
+    else:
+        arguments["num_classes"] = num_classes
+    names |= {name: name for name in ("residual", "attention", "sparsifier", "threshold")}
+    chosen = {ours: getattr(config, name) for name, ours in names.items()}
+    return arguments | {name: value for name, value in chosen.items() if value is not None}
+
+
 def build_model(config: TrainConfig, num_classes: int) -> nn.Module:
-    """The model that the configuration names, for `num_classes` classes, on the CPU."""
-    ours = ("patch_size", "dim", "depth", "heads", "residual", "attention", "sparsifier", "threshold")
-    changes = {name: getattr(config, name) for name in ours if getattr(config, name) is not None}
+    """The model that the configuration names, on the CPU: for `num_classes` classes, unless it is an autoencoder.
+
+    Raises:
+        ValueError: timm has no such model, or it does not take the settings.
+    """
     if not timm.is_model(config.model):
         raise ValueError(
             f"model={config.model!r}{nearest(config.model, timm.list_models()) or ': timm has no such model'}"
         )
-    sizes = {"img_size": config.image_size, "drop_rate": config.dropout} | changes
+    arguments = _model_arguments(config, num_classes)
     try:
-        model = timm.create_model(config.model, num_classes=num_classes, **sizes)
+        model = timm.create_model(config.model, **arguments)
     except TypeError as error:
         raise ValueError(
-            f"model={config.model!r} does not take all of {', '.join(sizes)} ({error}): leave the settings out that "
-            "are not its own; models without img_size cannot be trained here"
+            f"model={config.model!r} does not take all of {', '.join(arguments)} ({error}): leave out those that are "
+            "not its own; models without img_size cannot be trained here"
         ) from error
     if config.frozen:
         _put_probe(model)
