@@ -1,0 +1,356 @@
+"""Masked autoencoding: a whole run, its masks, its encoder in fine-tuning, probing and evaluation."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from released import ReleasedCRATEMAE
+from runs import TINY, entries, losses, run, same, weights
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from crate_fast import CRATE, CRATEMAE
+from crate_fast.checkpoints import released_state_dict
+from crate_fast.eval import attention_maps, reconstruction
+from crate_fast.eval.images import batches, open_images
+from crate_fast.eval.models import open_model
+from crate_fast.mae import encoder_state_dict, sincos_positions
+from crate_fast.train import finetune, plan, pretrain, pretrain_mae
+from crate_fast.train.config import TrainConfig
+from crate_fast.train.cost import Flops, count_flops, fold_flops, kept_for_backward, meta_model
+from crate_fast.train.data import build_splits, eval_loader
+from crate_fast.train.distributed import Processes
+from crate_fast.train.objective import Reconstruction, objective_for
+from crate_fast.train.reconstruction import reconstructions, tiled
+from crate_fast.train.runs import build_model, load_model
+from crate_fast.train.transforms import Normalize
+
+ALONE = Processes(0, 0, 1, torch.device("cpu"))
+OPTIONS = ("--ema-decay", "0.9", "--hflip", "0.5")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("mae") / "run"
+    return folder, run("--output", str(folder), *OPTIONS, script="pretrain_mae")
+
+
+# --- a whole run ---
+
+
+def test_a_run_ends_in_a_figure_and_its_losses(finished):
+    folder, text = finished
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["best_val_loss"] == min(e["ema_val_loss"] for e in entries(folder) if "val_loss" in e)
+    assert "val_accuracy" not in summary
+    assert "chance" not in summary
+    assert f"validation loss {summary['val_loss']:.4f}; of the moving average: loss" in text
+    for name in ("reconstruction.png", "attention.png", "curves.png"):
+        assert (folder / name).read_bytes()[:4] == b"\x89PNG"
+        assert str(folder / name) in text
+    assert summary["attention_miou"]
+    assert sorted(losses(folder)) == list(range(1, 13))
+    assert losses(folder)[12] < losses(folder)[1]
+
+
+def test_the_best_checkpoint_has_the_smallest_loss(finished):
+    folder, _ = finished
+    found = {e["step"]: e["ema_val_loss"] for e in entries(folder) if "val_loss" in e}
+    assert load_model(folder)[2] == min(found, key=found.get)
+
+
+def test_tensorboard_has_reconstructions_and_layers(finished):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(finished[0] / "tensorboard"))
+    events.Reload()
+    assert "reconstruction" in events.Tags()["images"]
+    assert {"loss", "val_loss", "coding_rate/layer_00", "sparsity/layer_01"} <= set(events.Tags()["scalars"])
+
+
+def test_the_weights_are_a_released_state_dict(finished):
+    folder, _ = finished
+    model, config, step = load_model(folder)
+    assert isinstance(model, CRATEMAE)
+    assert model.mask_token.std() > 0
+    assert same(released_state_dict(model), weights(folder, step, "ema"))
+    assert config.mask_ratio == 0.75
+
+
+def test_a_resumed_run_has_the_same_weights(finished, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(finished[0], folder)
+    shutil.rmtree(folder / "checkpoints" / "step_00000012")
+    (folder / "checkpoints" / "best.json").unlink(missing_ok=True)
+    assert pretrain_mae.main([*TINY, *OPTIONS, "--output", str(folder), "--resume"]) == 0
+    assert same(weights(folder, 12), weights(finished[0], 12))
+    assert same(weights(folder, 12, "ema"), weights(finished[0], 12, "ema"))
+
+
+@pytest.mark.parametrize("visible_only", [False, True])
+@pytest.mark.parametrize("how", [("--parallel", "ddp"), ("--parallel", "fsdp"), ("--accumulate", "2")], ids=str)
+def test_processes_engines_and_accumulation_change_nothing(tmp_path, how, visible_only):
+    words = [*OPTIONS, "--epochs", "1", *(["--visible-only"] if visible_only else [])]
+    one, other = tmp_path / "one", tmp_path / "other"
+    assert pretrain_mae.main([*TINY, *words, "--output", str(one)]) == 0
+    processes = 1 if "--accumulate" in how else 2
+    run(*words, *how, "--output", str(other), processes=processes, script="pretrain_mae")
+    expected, found = losses(one), losses(other)
+    assert found.keys() == expected.keys()
+    assert all(found[step] == pytest.approx(loss, rel=2e-4) for step, loss in expected.items())
+    (first,), (second,) = ([e for e in entries(run) if "val_loss" in e] for run in (one, other))
+    assert second["val_loss"] == pytest.approx(first["val_loss"], rel=2e-4)
+
+
+def test_without_arguments_it_is_the_default_recipe(monkeypatch):
+    seen = []
+    monkeypatch.setattr(pretrain_mae, "launch", lambda config, options: seen.append((config, options)) or 0)
+    assert pretrain_mae.main([]) == 0
+    assert (seen[0][0].dataset, seen[0][1].recipe) == ("shape_scenes", "shape_scenes_mae")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--model", "crate_tiny_patch8_224"], "'crate_tiny_patch8_224' is no masked autoencoder"),
+        (["--mask-ratio", "1"], "mask_ratio=1.0: it must be above 0"),
+        (["--beta2", "1"], "beta2=1.0"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(words, message, capsys):
+    with pytest.raises(SystemExit):
+        pretrain_mae.main([*TINY, *words])
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--mixup", "0.5"], "mixup: masked autoencoding has no use"),
+        (["--dropout", "0.1"], "neither classifier nor dropout"),
+        (["--mask-ratio", "0.99"], "mask_ratio=0.99 leaves 0 of 16"),
+        (["--optimizer", "sgd", "--beta2", "0.9"], "optimizer='sgd' has no such setting"),
+        (["--attention", "mhsa"], "does not take all of"),
+    ],
+)
+def test_what_only_the_model_can_tell_is_refused_too(words, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        pretrain_mae.main([*TINY, *words, "--output", str(tmp_path / "run")])
+
+
+def test_pretrain_trains_an_autoencoder_too(tmp_path):
+    words = ["--model", "crate_mae_tiny_patch16_224", "--epochs", "1", "--output", str(tmp_path)]
+    assert pretrain.main([*TINY, *words, "--visible-only", "--decoder-depth", "1", "--norm-pix-loss"]) == 0
+    model, _, _ = load_model(tmp_path)
+    assert (len(model.decoder_blocks), model.visible_only, model.norm_pix_loss) == (1, True, True)
+
+
+# --- masks ---
+
+
+def _objective(**settings) -> Reconstruction:
+    sizes = {"image_size": 32, "patch_size": 8, "dim": 32, "depth": 1, "heads": 2, "batch_size": 8}
+    config = TrainConfig(model="crate_mae_tiny_patch16_224", val_samples=6, train_samples=8, **(sizes | settings))
+    return objective_for(build_model(config, 0), config, ALONE)
+
+
+def test_an_images_mask_is_the_same_in_every_evaluation_and_another_images_is_not():
+    objective = _objective()
+    split = build_splits(objective.config).val
+    (whole,) = eval_loader(objective.config, split)
+    shares = [next(iter(eval_loader(objective.config, split, rank=rank, world_size=2))) for rank in (0, 1)]
+    noise = objective.noise(whole)
+    assert torch.equal(objective.noise(shares[1]), noise[1::2])
+    assert torch.equal(objective.noise(shares[0]), noise[0::2])
+    assert len(noise.unique(dim=0)) == len(whole.images)
+
+
+def test_a_steps_masks_differ_from_anothers_and_between_images():
+    objective = _objective()
+    seen = []
+
+    def runner(images, ratio, noise):
+        seen.append(noise)
+        return torch.zeros(()), None, None
+
+    for step in (0, 0, 1):
+        objective.training(runner, torch.zeros(8, 3, 32, 32), None, step, 0)
+    assert torch.equal(seen[0], seen[1])
+    assert not torch.equal(seen[0], seen[2])
+    assert len(seen[0].unique(dim=0)) == 8
+
+
+# --- the encoder, afterwards ---
+
+
+def test_fine_tuning_starts_from_the_encoder(finished, tmp_path, capsys):
+    folder, _ = finished
+    words = ["--recipe", "finetune_cifar10", "--dataset", "shape_scenes", "--init", f"{folder}@12", "--lr", "1e-9"]
+    changed = ["--train-samples", "96", "--val-samples", "21", "--image-size", "32", "--batch-size", "16"]
+    changed += ["--segmentation-samples", "12", "--threads", "1", "--device", "cpu", "--epochs", "1"]
+    assert finetune.main([*words, *changed, "--output", str(tmp_path)]) == 0
+    assert "the encoder of an autoencoder, new classifier (no → 12 classes)" in capsys.readouterr().out
+    model, config, _ = load_model(tmp_path)
+    assert isinstance(model, CRATE)
+    assert config.model == "crate_mae_encoder_tiny_patch16_224"
+    expected = encoder_state_dict(weights(folder, 12, "ema"))
+    state = model.state_dict()
+    assert all(torch.allclose(state[name], value, atol=1e-5) for name, value in expected.items())
+
+
+def test_an_autoencoder_goes_on_at_another_image_size(finished, tmp_path, capsys):
+    words = [*TINY, "--init", f"{finished[0]}@12", "--image-size", "64", "--epochs", "1", "--lr", "1e-9"]
+    assert pretrain_mae.main([*words, "--output", str(tmp_path / "run")]) == 0
+    assert "(positions of its own image size)" in capsys.readouterr().out
+    model, _, _ = load_model(tmp_path / "run")
+    torch.testing.assert_close(model.decoder_pos_embed, sincos_positions(32, (8, 8)))
+    torch.testing.assert_close(model.mask_token, weights(finished[0], 12, "ema")["mask_token"], atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match="no classifier to replace"):
+        pretrain_mae.main([*words, "--head", "new", "--output", str(tmp_path / "other")])
+
+
+def test_a_linear_probe_reads_the_frozen_encoder(finished, tmp_path):
+    folder, _ = finished
+    words = ["--recipe", "probe_in1k", "--dataset", "shape_scenes", "--init", f"{folder}@12", "--warmup-epochs", "1"]
+    words += ["--lr", "1", "--lr-scaling", "none", "--workers", "0", "--output", str(tmp_path)]
+    run(*words, script="linear_probe")
+    expected, found = encoder_state_dict(weights(folder, 12, "ema")), weights(tmp_path, 12)
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_a_released_file_is_fine_tuned_and_evaluated_by_its_encoders_name(finished, tmp_path, capsys):
+    folder, _ = finished
+    model, _, _ = load_model(folder)
+    torch.save({"model": released_state_dict(model)}, tmp_path / "mae.pth")
+    words = [*TINY, "--dataset", "shape_scenes", "--init", str(tmp_path / "mae.pth"), "--epochs", "1"]
+    words += ["--recipe", "finetune_cifar10", "--model", "crate_mae_encoder_tiny_patch16_224"]
+    assert finetune.main([*words, "--dry-run", "--output", str(tmp_path / "run")]) == 0
+    assert "the encoder of an autoencoder" in capsys.readouterr().out
+    sizes = ["img_size=32", "patch_size=8", "embed_dim=32", "depth=2", "num_heads=2"]
+    subject = open_model(f"crate_mae_tiny_patch16_224@{tmp_path / 'mae.pth'}", model_args=sizes)
+    assert isinstance(subject.autoencoder, CRATEMAE)
+    images = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(subject.model(images), model.encoder()(images))
+
+
+def test_every_protocol_reads_the_encoder_at_the_last_layer_but_one(finished, tmp_path):
+    subject = open_model(str(finished[0]))
+    assert subject.extract.default_layer == 0  # of two; 10 of twelve
+    assert open_model("crate_mae_tiny_patch16_224@untrained").extract.default_layer == 10
+    words = ["--data", "shape_scenes", "--limit", "3", "--output", str(tmp_path)]
+    assert attention_maps.main([str(finished[0]), *words]) == 0
+
+
+# --- pictures and errors ---
+
+
+def _subject():
+    sizes = ["img_size=32", "patch_size=8", "embed_dim=32", "depth=1", "num_heads=2"]
+    return open_model("crate_mae_tiny_patch16_224@untrained", model_args=sizes)
+
+
+def test_pictures_hide_and_fill_the_same_patches():
+    subject = _subject()
+    images = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
+    rows = reconstructions(subject.autoencoder, images, subject.normalize, [0.5, 0.75])
+    for image, row in zip(images, rows, strict=True):
+        plain, half, half_filled, most, most_filled = row
+        assert torch.equal(plain, image.permute(1, 2, 0))
+        hidden = [(masked == 128).all(dim=-1) for masked in (half, most)]
+        assert [mask.sum().item() for mask in hidden] == [8 * 64, 12 * 64]
+        assert (hidden[1] | ~hidden[0]).all()
+        for mask, filled in zip(hidden, (half_filled, most_filled), strict=True):
+            assert torch.equal(filled[~mask], plain[~mask])
+            assert not torch.equal(filled[mask], plain[mask])
+    assert tiled(rows).shape == (2 * 36, 5 * 36, 3)
+
+
+def test_normalisation_is_undone():
+    images = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16).expand(1, 3, 16, 16)
+    for name in ("imagenet", "cifar10", "half"):
+        normalize = Normalize(name)
+        assert torch.equal(normalize.undo(normalize(images)), images)
+
+
+def test_errors_by_hand(monkeypatch):
+    subject = _subject()
+    image_batches = list(batches(open_images("shape_scenes", 32, 5), 2, []))
+    rows = reconstruction.evaluate(subject, image_batches, [0.75])
+    whole = reconstruction.evaluate(subject, list(batches(open_images("shape_scenes", 32, 5), 5, [])), [0.75])
+    assert rows[0] == pytest.approx(whole[0])
+    images = torch.cat([batch.images for batch in image_batches]).double() / 255
+    noise = np.stack([np.random.default_rng((0, i)).random(16, np.float32) for i in range(5)])
+    hidden = torch.from_numpy(noise.argsort(axis=1).argsort(axis=1) >= 4).reshape(5, 1, 4, 4)
+    hidden = hidden.repeat_interleave(8, 2).repeat_interleave(8, 3).expand_as(images)
+    errors = [
+        (image[:, mask[0]] - image[:, ~mask[0]].mean(1, keepdim=True)).flatten()
+        for image, mask in zip(images, hidden, strict=True)
+    ]
+    error = torch.cat(errors)
+    assert rows[0]["rmse_visible_mean"] == pytest.approx(error.square().mean().sqrt().item(), rel=1e-5)
+    monkeypatch.setattr(CRATEMAE, "reconstruction", lambda self, images, pred: images)
+    assert reconstruction.evaluate(subject, image_batches, [0.75])[0]["rmse"] == pytest.approx(0, abs=1e-6)
+
+
+def test_the_command_measures_and_draws(finished, tmp_path, capsys):
+    words = ["--data", "shape_scenes", "--limit", "4", "--ratios", "0.5,0.75", "--output", str(tmp_path)]
+    assert reconstruction.main([f"mae={finished[0]}", *words]) == 0
+    rows = json.loads((tmp_path / "results.json").read_text())["results"]["mae"]
+    assert [row["mask_ratio"] for row in rows] == [0.5, 0.75]
+    assert (tmp_path / "mae.png").read_bytes()[:4] == b"\x89PNG"
+    assert reconstruction.main(["crate_tiny_patch8_224@untrained", *words]) == 2
+    assert "is no CRATE-MAE, and fills nothing in" in capsys.readouterr().err
+    assert reconstruction.main([str(finished[0]), *words, "--image-size", "64"]) == 2
+    assert "decodes 32 px images only" in capsys.readouterr().err
+
+
+# --- what it costs ---
+
+
+def _counted(forward) -> Flops:
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        loss, _, _ = forward(torch.empty(1, 3, 64, 64, device="meta"), 0.75)
+        once = counter.get_total_flops()
+        loss.backward()
+    return Flops(once, counter.get_total_flops())
+
+
+def _meta_model(**settings) -> tuple[CRATEMAE, TrainConfig]:
+    sizes = {"image_size": 64, "patch_size": 8, "dim": 16, "depth": 2, "heads": 2, "decoder_depth": 1}
+    config = TrainConfig(model="crate_mae_tiny_patch16_224", **(sizes | settings))
+    return meta_model(config, 0), config
+
+
+def test_nominal_operations_are_those_of_the_released_form_as_pytorch_counts_them():
+    model, _ = _meta_model()
+    with torch.device("meta"):
+        theirs = ReleasedCRATEMAE(img_size=64, patch_size=8, embed_dim=16, depth=2, num_heads=2, decoder_depth=1)
+    noise = torch.empty(1, 64, device="meta")
+    assert count_flops(model, 64) == _counted(lambda images, ratio: theirs(images, ratio, noise))
+
+
+@pytest.mark.parametrize("visible_only", [False, True])
+def test_executed_operations_are_those_of_the_folded_form_as_pytorch_counts_them(visible_only):
+    model, _ = _meta_model(visible_only=visible_only)
+    executed, counted, fold = count_flops(model, 64, executed=True), _counted(model), fold_flops(model)
+    assert counted.forward == executed.forward + fold // 2
+    encoded = 17 if visible_only else 65
+    logits_again = 2 * 16 * (2 * encoded**2 + 65**2)  # the kernels compute them again, plain attention keeps them
+    assert counted.step == executed.step + fold - logits_again
+    model.set_grad_checkpointing()
+    assert count_flops(model, 64, executed=True).step > executed.step
+
+
+def test_what_autograd_keeps_is_counted():
+    model, config = _meta_model()
+    kept = kept_for_backward(model, config, 4, "cpu", None, 0)
+    assert kept.total == kept.constant + 4 * kept.per_image
+    model, config = _meta_model(visible_only=True)
+    assert kept_for_backward(model, config, 4, "cpu", None, 0).total < kept.total
+
+
+def test_a_plan_is_made(capsys):
+    assert plan.main(["--recipe", "mae_in1k", "--gpus", "8"]) == 0
+    assert "crate_mae_base_patch16_224" in capsys.readouterr().out
