@@ -41,7 +41,7 @@ setup(
         "crf": [*EVAL, "pydensecrf2"],
         "hf": ["datasets"],
         "wandb": ["wandb"],
-        "test": [*EVAL, "datasets", "webdataset", "pytest", "pytest-benchmark", "ruff"],
+        "test": [*EVAL, "datasets", "webdataset", "pytest", "pytest-benchmark", "pytest-xdist", "ruff"],
     },
     entry_points={"console_scripts": ["crate-fast = crate_fast.cli:main"]},
 )

@@ -13,6 +13,12 @@ import runs
 from crate_fast.settings import require_gpu
 
 
+def pytest_configure():
+    together = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))  # processes that test at once
+    if together > 1:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // together))
+
+
 def pytest_collection_modifyitems(items):
     if torch.cuda.is_available() or require_gpu():
         return
