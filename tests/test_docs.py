@@ -56,7 +56,7 @@ def test_the_readmes_python_runs():
 def test_the_documented_training_commands_are_valid(monkeypatch):
     pages = README + (ROOT / "docs" / "training.md").read_text().replace("\\\n", " ")
     commands = re.findall(r"^ *(?:srun )?torchrun .*train/(\w+)\.py(.*)$", pages, re.M)
-    assert {script for script, _ in commands} == {"pretrain", "finetune", "linear_probe"}
+    assert {script for script, _ in commands} == {"pretrain", "pretrain_mae", "finetune", "linear_probe"}
     assert len(commands) >= 10
     seen = []
     for script, words in commands:

@@ -1,6 +1,7 @@
 """On a GPU: kernels in every dtype against float64, determinism, compile, CUDA graphs, and training beside the eager
 released form. `benchmarks/gpu_check.sh` runs this file, the kernels' own tests and then the benchmarks."""
 
+import copy
 import itertools
 import json
 import math
@@ -15,12 +16,12 @@ from oracle import agrees, all_within_twice_eager, philox_uniform, token_scale, 
 from released import ReleasedCRATE
 from runs import losses
 
-from crate_fast import CRATE
+from crate_fast import CRATE, CRATEMAE
 from crate_fast.backends import explain_backend
 from crate_fast.functional import ista, norm_ista, subspace_attention
 from crate_fast.kernels import subspace_attention as attention_kernels
 from crate_fast.reference import ista_reference, subspace_attention_reference
-from crate_fast.train import pretrain
+from crate_fast.train import pretrain, pretrain_mae
 
 pytestmark = pytest.mark.gpu
 PRECISIONS = ["ieee", "tf32", "float16", "bfloat16"]
@@ -264,6 +265,32 @@ def test_a_training_run_with_everything_on_and_resumed(tmp_path, precision):
         assert losses(broken)[step] == pytest.approx(loss, rel=1e-2)
     summary = json.loads((whole / "summary.json").read_text())
     assert (summary["skipped_steps"], summary["throughput"]["precision"]) == (0, precision)
+
+
+@pytest.mark.parametrize("visible_only", [False, True])
+def test_the_autoencoder_agrees_with_the_cpu(visible_only):
+    model = CRATEMAE(img_size=64, patch_size=8, embed_dim=128, depth=2, num_heads=2, visible_only=visible_only)
+    images, noise = torch.randn(8, 3, 64, 64), torch.rand(8, 64)
+    loss, pred, mask = model(images, noise=noise)
+    on_gpu = copy.deepcopy(model).cuda()
+    found, found_pred, found_mask = on_gpu(images.cuda(), noise=noise.cuda())
+    assert torch.equal(found_mask.cpu(), mask)
+    assert found.item() == pytest.approx(loss.item(), rel=1e-3)
+    torch.testing.assert_close(found_pred.cpu(), pred, rtol=1e-2, atol=1e-2)
+    loss.backward()
+    with torch.autocast("cuda", torch.bfloat16):
+        lower, _, _ = on_gpu(images.cuda(), noise=noise.cuda())
+    lower.backward()
+    assert lower.item() == pytest.approx(loss.item(), rel=2e-2)
+    for (name, ours), expected in zip(on_gpu.named_parameters(), model.parameters(), strict=True):
+        if expected.grad is not None:
+            assert (ours.grad.cpu() - expected.grad).norm() < 0.1 * expected.grad.norm() + 1e-6, name
+
+
+def test_an_autoencoders_training_run(tmp_path):
+    words = "--train-samples 256 --val-samples 64 --epochs 1 --batch-size 64 --dim 64 --device cuda --compile"
+    assert pretrain_mae.main([*words.split(), "--output", str(tmp_path / "run")]) == 0
+    assert math.isfinite(json.loads((tmp_path / "run" / "summary.json").read_text())["val_loss"])
 
 
 def test_maskcut_gives_the_cpus_masks():
