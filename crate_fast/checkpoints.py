@@ -131,14 +131,18 @@ def _unreleased(model: CRATE) -> str:
     kinds = [type(part.fn).__name__ for part in layer]
     if kinds != ["MSSA", "ISTA"] or layer.residual != "released" or layer[1].fn.threshold != "relu":
         return f"layers {kinds}, residual={layer.residual!r}"
+    if layer[1].fn.lambd != 0.1:
+        return f"sparsity={layer[1].fn.lambd}"
     return "" if model.embed_norm else "embed_norm=False"
 
 
 def _unreleased_mae(model: CRATEMAE) -> str:
     """What the released CRATE-MAE does not have."""
-    if model.visible_only:
-        return "visible_only=True"
-    return "" if model.grid_size[0] == model.grid_size[1] else f"grid {model.grid_size}"
+    sparsify = model.blocks[0].layers[0][1].fn
+    if model.visible_only or sparsify.lambd != 0.5 or sparsify.step_size != 0.1:
+        return f"visible_only={model.visible_only}, sparsity={sparsify.lambd}, ista={sparsify.step_size}"
+    square = model.image_size[0] == model.image_size[1] and model.patch_size[0] == model.patch_size[1]
+    return "" if square and model.channels == 3 else f"images {model.image_size} of {model.channels} channels"
 
 
 def released_state_dict(model: nn.Module) -> dict[str, Tensor]:

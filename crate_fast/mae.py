@@ -149,6 +149,7 @@ class CRATEMAE(nn.Module):
         self.image_size, self.patch_size = size_pair("img_size", img_size), size_pair("patch_size", patch_size)
         self.grid_size = patch_grid(self.image_size, self.patch_size)
         self.channels, self.embed_dim, self.depth, self.heads = in_chans, embed_dim, depth, num_heads
+        self.num_classes, self.num_features = 0, embed_dim
         self.norm_pix_loss, self.visible_only = norm_pix_loss, visible_only
         self.grad_checkpointing = False
         place = {"device": device, "dtype": dtype}
@@ -189,7 +190,8 @@ class CRATEMAE(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        nn.init.xavier_uniform_(self.patch_embed.proj.weight.flatten(1))
+        kernel = self.patch_embed.proj.weight  # of any memory format
+        kernel.copy_(nn.init.xavier_uniform_(torch.empty_like(kernel.flatten(1))).view(kernel.shape))
         for positions in (self.pos_embed, self.decoder_pos_embed):
             positions.copy_(sincos_positions(positions.shape[-1], self.grid_size))
         for token in (self.cls_token, self.mask_token):
@@ -209,15 +211,22 @@ class CRATEMAE(nn.Module):
             patches, "b (h w) (p q c) -> b c (h p) (w q)", h=rows, w=columns, p=height, q=width, c=self.channels
         )
 
+    def can_mask(self, mask_ratio: float) -> bool:
+        """Whether the ratio leaves at least one patch visible, and one masked."""
+        n_patches = self.grid_size[0] * self.grid_size[1]
+        return 0 < mask_ratio < 1 and 0 < int(n_patches * (1 - mask_ratio)) < n_patches
+
     def kept(self, mask_ratio: float) -> int:
-        """How many patches stay visible: ⌊N·(1 − mask_ratio)⌋.
+        """How many patches stay visible: int(N·(1 − mask_ratio)), in floating point as released (0.9 of 100 is 9).
 
         Raises:
             ValueError: None would, or all.
         """
         n_patches = self.grid_size[0] * self.grid_size[1]
+        if not 0 < mask_ratio < 1:
+            raise ValueError(f"mask_ratio={mask_ratio}: it must be above 0, and below 1; 0.75 is usual")
         count = int(n_patches * (1 - mask_ratio))
-        if not 0 < count < n_patches:
+        if not self.can_mask(mask_ratio):
             raise ValueError(
                 f"mask_ratio={mask_ratio} leaves {count} of {n_patches} patches visible: at least one must be, "
                 "and one not; 0.75 is usual"
@@ -304,7 +313,7 @@ class CRATEMAE(nn.Module):
         return self.decoder_pred(self.decoder_norm(self._run(self.decoder_blocks, tokens)))[:, 1:]
 
     def forward_loss(self, imgs: Tensor, pred: Tensor, mask: Tensor) -> Tensor:
-        """Mean squared error per pixel over the masked patches, a scalar.
+        """Mean squared error per pixel over the masked patches, a scalar, in fp32 at least.
 
         Args:
             imgs: [B, channels, height, width].
@@ -312,10 +321,12 @@ class CRATEMAE(nn.Module):
             mask: [B, N], 1 where masked.
         """
         target = self.patchify(imgs)
+        target = target if target.dtype == torch.float64 else target.float()
         if self.norm_pix_loss:
             mean, deviation = _patch_statistics(target)
             target = (target - mean) / deviation
         error = (pred.to(target.dtype) - target).square().mean(dim=-1)
+        mask = mask.to(target.dtype)
         return (error * mask).sum() / mask.sum()
 
     def forward(
@@ -326,8 +337,8 @@ class CRATEMAE(nn.Module):
         Args:
             imgs: [B, channels, height, width], of `img_size`.
             mask_ratio: Share of the patches to mask, above 0 and below 1.
-            noise: [B, N]: the ⌊N·(1 − mask_ratio)⌋ patches with the smallest values stay visible (of equal ones the
-                first); drawn uniformly when None.
+            noise: [B, N]: the `kept` patches with the smallest values stay visible (of equal ones the first); drawn
+                uniformly when None.
 
         Returns:
             (loss, a scalar; pred [B, N, p·p·channels], for all patches; mask [B, N], 1 where masked, else 0).
@@ -347,11 +358,21 @@ class CRATEMAE(nn.Module):
 
         Args:
             num_classes: Of a new classifier, with random weights; none when 0.
-            **options: Of `CRATE`, such as `pool`, `dropout` or `dynamic_img_size`.
+            **options: Of `CRATE`: `pool`, `dropout`, `emb_dropout`, `head_hidden`, `dynamic_img_size` or `backend`;
+                for another image size call `set_input_size` on the result.
 
         Returns:
             A CRATE with copies of the weights, on their device, in the same mode.
+
+        Raises:
+            ValueError: An option would change the weights' architecture.
         """
+        unknown = options.keys() - {"pool", "dropout", "emb_dropout", "head_hidden", "dynamic_img_size", "backend"}
+        if unknown:
+            raise ValueError(
+                f"{', '.join(sorted(unknown))}: the encoder's architecture is this model's; leave it out, and for "
+                "another image size call set_input_size on the result"
+            )
         first = self.blocks[0].layers[0]
         sizes = {"image_size": self.image_size, "patch_size": self.patch_size, "channels": self.channels}
         sizes |= {"dim": self.embed_dim, "depth": self.depth, "heads": self.heads}

@@ -73,6 +73,9 @@ def _build_mae(num_classes: int = 0, drop_rate: float = 0.0, **kwargs) -> CRATEM
 def _create(name: str, pretrained: bool, kwargs: dict) -> nn.Module:
     patch_size, dim, depth, heads = _SIZES[name]
     if is_mae(name):
+        if kwargs.pop("features_only", False):
+            encoder = MAE_ENCODER + name.removeprefix(MAE)
+            raise ValueError(f"features_only: {name} gives pixels; its features are those of {encoder}")
         sizes = {"patch_size": patch_size, "embed_dim": dim, "depth": depth, "num_heads": heads}
         return build_model_with_cfg(_build_mae, name, pretrained, **(sizes | kwargs))
     sizes = {"patch_size": patch_size, "dim": dim, "depth": depth, "heads": heads} | kwargs

@@ -10,6 +10,7 @@ from crate_fast.whitebox import trace
 
 __all__ = [
     "AttentionScores",
+    "NoObjectsError",
     "attention_to_mask",
     "intersection_over_union",
     "mask_to_grid",
@@ -18,6 +19,10 @@ __all__ = [
 ]
 
 THRESHOLDS = ("topk", "mass")
+
+
+class NoObjectsError(ValueError):
+    """There is nothing to score attention maps by."""
 
 
 def attention_to_mask(attention: Tensor, threshold: str = "topk", fraction: float = 0.6) -> Tensor:
@@ -150,10 +155,10 @@ class AttentionScores:
         """The scores; see `score_attention`, and "by_class", class → the best-head score at each layer.
 
         Raises:
-            ValueError: No image had an object that covers a patch.
+            NoObjectsError: No image had an object that covers a patch.
         """
         if not self.images:
-            raise ValueError(
+            raise NoObjectsError(
                 f"none of the {self.without_objects} images has an object that covers a patch: use images with "
                 "objects, or a larger --image-size for a finer grid"
             )

@@ -12,7 +12,6 @@ import argparse
 import sys
 from collections.abc import Iterable, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,15 +19,9 @@ from crate_fast.eval.images import Batch, batches, open_images
 from crate_fast.eval.models import Subject
 from crate_fast.eval.options import evaluation_parser, open_models, output_folder, positive, run_command, settings_of
 from crate_fast.eval.results import file_name, say_written, write_results, write_table
-from crate_fast.train.reconstruction import RATIOS, reconstruction_figure
+from crate_fast.train.reconstruction import RATIOS, image_noise, reconstruction_figure
 
 __all__ = ["evaluate", "main"]
-
-
-def _noise(seed: int, first: int, count: int, n_patches: int) -> Tensor:
-    """What hides patches of images `first`, `first` + 1, …: [count, N], the same for any batch size."""
-    draws = [np.random.default_rng((seed, first + i)).random(n_patches, np.float32) for i in range(count)]
-    return torch.from_numpy(np.stack(draws))
 
 
 def _errors(images: Tensor, filled: Tensor, hidden: Tensor) -> Tensor:
@@ -65,11 +58,12 @@ def evaluate(
         ValueError: The model is no autoencoder.
     """
     model = _autoencoder(subject)
-    n_patches, unit = model.grid_size[0] * model.grid_size[1], 255 * subject.normalize.scale
+    unit = 255 * subject.normalize.scale
     sums, losses, count = torch.zeros(len(ratios), 4, dtype=torch.float64), [0.0] * len(ratios), 0
     for batch in image_batches:
         pixels = subject.normalize(batch.images.to(subject.device))
-        noise = _noise(seed, count, len(pixels), n_patches).to(pixels.device)
+        seeds = [(seed, count + number) for number in range(len(pixels))]
+        noise = image_noise(model, seeds).to(pixels.device)
         plain = (pixels - subject.normalize.shift) / unit
         for row, ratio in enumerate(ratios):
             loss, pred, mask = model(pixels, ratio, noise=noise)
@@ -133,7 +127,8 @@ def _run(options: argparse.Namespace) -> None:
         titles = [str(sample.key)[-24:] for batch in read for sample in batch.samples][: options.show]
         paths = [folder / f"{file_name(subject.label)}.{kind}" for kind in ("png", "pdf")]
         autoencoder, normalize = subject.autoencoder, subject.normalize
-        reconstruction_figure(autoencoder, shown, normalize, paths, options.ratios, titles, options.seed)
+        noise = image_noise(autoencoder, [(options.seed, number) for number in range(len(shown))])
+        reconstruction_figure(autoencoder, shown, normalize, paths, options.ratios, noise, titles)
         written += paths
     print(write_table(folder, "reconstruction", table), end="")
     config = settings_of(options) | {"models": [subject.facts for subject in subjects]}

@@ -8,22 +8,35 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
+from threading import Timer
 
 import pytest
 import torch
-from runs import TINY, entries, losses, run, same, start, torchrun, wait_until, weights
+from runs import ROOT, TINY, entries, losses, run, same, start, torchrun, wait_until, weights
 
 from crate_fast.train import checkpoint, engine, pretrain, run_folder
 from crate_fast.train.interruption import Interruption
 from crate_fast.train.nonfinite import NonFiniteError, diagnosis
+from crate_fast.train.run_lock import RunLock
 
 EVERYTHING = (  # whatever has a state: EMA, scaler, dropout, mixing, erasing, repeats
     *("--dropout", "0.1", "--ema-decay", "0.9", "--mixup", "0.5", "--cutmix", "1.0", "--random-erasing", "0.3"),
     *("--hflip", "0.5", "--repeats", "2", "--precision", "fp16", "--checkpoint-every", "1"),
     *("--keep-checkpoints", "3"),
 )
+
+
+HOLD = """
+import pathlib, sys
+from crate_fast.train.run_lock import RunLock
+lock = RunLock(pathlib.Path(sys.argv[1]))
+lock.acquire()
+print("held", flush=True)
+sys.stdin.read()
+"""
 
 
 @pytest.fixture(scope="module")
@@ -230,6 +243,33 @@ def test_a_restart_continues_only_what_its_torchrun_began(whole, tmp_path, monke
     assert pretrain.main(words) == 0
 
 
+def test_a_restart_waits_for_the_lock_of_a_host_that_is_gone(tmp_path):
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, stdin=subprocess.PIPE, cwd=ROOT
+    )
+    assert holder.stdout.readline() == b"held\n"
+    with pytest.raises(checkpoint.CheckpointError, match="being written by another run"):
+        RunLock(tmp_path).acquire()
+    Timer(1.5, holder.kill).start()
+    lock = RunLock(tmp_path)
+    lock.acquire(patience=60)
+    lock.release()
+    holder.communicate()
+
+
+@pytest.mark.parametrize(("hosts", "name", "same"), [("2", "job7", True), ("2", "none", False), ("1", "job7", False)])
+def test_a_restart_on_another_host_is_known_by_the_rendezvous(tmp_path, monkeypatch, hosts, name, same):
+    monkeypatch.setenv("GROUP_WORLD_SIZE", hosts)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", name)
+    lock = RunLock(tmp_path)
+    lock.acquire()
+    lock.sign()
+    assert lock.ours()
+    monkeypatch.setattr("socket.gethostname", lambda: "elsewhere")
+    assert lock.ours() == same
+    lock.release()
+
+
 def test_two_runs_never_write_one_folder(tmp_path):
     folder = tmp_path / "run"
     words = ("--output", str(folder), "--epochs", "40")
@@ -340,6 +380,10 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path, monkeypatch,
     assert [e["skipped_steps"] for e in entries(folder) if e["step"] == 9 and "lr" in e] == [3]
 
 
+def _logits(model, images):
+    return (model(images),)
+
+
 def test_too_many_in_a_row_stop_the_run_with_a_diagnosis(tmp_path, monkeypatch):
     _poisoning(monkeypatch, set(range(5, 12)))
     words = [*TINY, "--output", str(tmp_path / "run"), "--nonfinite-limit", "3", "--checkpoint-every", "1"]
@@ -361,11 +405,11 @@ def test_the_diagnosis_names_the_place(whole):
 
     model, config, _ = load_model(whole)
     images = torch.zeros(2, 3, config.image_size, config.image_size)
-    assert "every output is finite" in diagnosis(model, images)
+    assert "every output is finite" in diagnosis(model, images, _logits)
     model.transformer.layers[1][0].fn.to_out[0].weight.data.fill_(3e38)
-    assert "is that of transformer.layers.1.0.fn.to_out.0" in diagnosis(model, images)
+    assert "is that of transformer.layers.1.0.fn.to_out.0" in diagnosis(model, images, _logits)
     model.cls_token.data[0, 0, 0] = math.inf
-    assert "Weights are not finite: cls_token" in diagnosis(model, images)
+    assert "Weights are not finite: cls_token" in diagnosis(model, images, _logits)
 
 
 def test_poisoned_weights_are_never_saved(tmp_path, monkeypatch):
@@ -434,18 +478,14 @@ def test_free_settings_may_differ_in_a_resumed_run(tmp_path):
     assert checkpoint.steps(tmp_path / "checkpoints")[-2:] == [8, 12]
 
 
-def test_another_versions_checkpoint_is_refused(whole, tmp_path, monkeypatch):
+def test_another_versions_checkpoint_is_refused_in_words(whole, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(whole, folder)
-    load = checkpoint.load
-
-    def older(*where):
-        saved = load(*where)
-        del saved.training["extra"]["interval"]
-        return saved
-
-    monkeypatch.setattr(checkpoint, "load", older)
-    with pytest.raises(checkpoint.CheckpointError, match=r"holds no 'interval': another version of crate_fast"):
+    path = folder / "checkpoints" / "step_00000012" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["format"], manifest["config"]["mask_ratio"]
+    path.write_text(json.dumps(manifest | {"crate_fast": "0.0.9"}))
+    with pytest.raises(checkpoint.CheckpointError, match=r"written by another version of crate_fast \(0\.0\.9\)"):
         pretrain.main([*TINY, *EVERYTHING, "--output", str(folder), "--resume"])
 
 

@@ -65,7 +65,11 @@ def test_weights_go_both_ways_through_a_file(tmp_path):
     theirs.load_state_dict(released_state_dict(CRATEMAE(**SMALL).double()), strict=True)
 
 
-@pytest.mark.parametrize("changes", [{"visible_only": True}, {"img_size": (32, 16)}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [{"visible_only": True}, {"img_size": (32, 16)}, {"patch_size": (16, 4)}, {"sparsity": 0.1}, {"in_chans": 1}],
+    ids=str,
+)
 def test_what_the_released_code_cannot_load_is_not_exported(changes):
     with pytest.raises(ValueError, match="released code has no such model"):
         released_state_dict(CRATEMAE(**(SMALL | changes)))
@@ -238,8 +242,12 @@ def test_the_encoder_as_a_crate_computes_the_same_tokens(visible_only, patch):
     assert not encoder.training
     encoder.cls_token.data.zero_()
     assert model.cls_token.abs().max() > 0  # a copy
-    with pytest.raises(ValueError, match="embed_norm=False"):
+    with pytest.raises(ValueError, match="released code has no such model"):
         released_state_dict(encoder)
+    with pytest.raises(ValueError, match="image_size: the encoder's architecture is this model's"):
+        model.encoder(image_size=64)
+    encoder = model.encoder(pool="mean", dropout=0.5, dynamic_img_size=True)
+    assert encoder(torch.zeros(1, 3, 64, 64).double()).shape == (1, 48)
 
 
 def test_only_a_crate_maes_state_dict_is_converted():
@@ -282,6 +290,20 @@ def test_autocast_stays_near_fp32(visible_only):
     assert loss.item() == pytest.approx(exact.item(), rel=0.02)
 
 
+def test_the_loss_of_a_large_half_precision_batch_is_finite():
+    model = CRATEMAE(**SMALL)
+    images, mask = torch.zeros(5600, 3, 32, 32, dtype=torch.half), torch.ones(5600, 16, dtype=torch.half)
+    loss = model.forward_loss(images, torch.ones(5600, 16, 192, dtype=torch.half), mask)  # 89,600 > 65,504
+    assert (loss.item(), loss.dtype) == (1.0, torch.float32)
+
+
+def test_parameters_are_drawn_in_any_memory_format():
+    model = CRATEMAE(**SMALL).to(memory_format=torch.channels_last)
+    before = model.patch_embed.proj.weight.clone()
+    model.reset_parameters()
+    assert not torch.equal(model.patch_embed.proj.weight, before)
+
+
 def test_it_learns_to_fill_in():
     """Of two constant colours it learns to paint the hidden patches in the image's own."""
     torch.manual_seed(0)
@@ -322,8 +344,9 @@ def test_arguments_that_do_not_fit_are_named(options, message):
         ((2, 3, 64, 64), {}, r"\(2, 3, 64, 64\) and the model expects \[B, 3, 32, 32\]"),
         ((2, 1, 32, 32), {}, r"expects \[B, 3, 32, 32\]"),
         ((3, 32, 32), {}, r"expects \[B, 3, 32, 32\]"),
-        ((2, 3, 32, 32), {"mask_ratio": 1.0}, "mask_ratio=1.0 leaves 0 of 16"),
-        ((2, 3, 32, 32), {"mask_ratio": 0.0}, "mask_ratio=0.0 leaves 16 of 16"),
+        ((2, 3, 32, 32), {"mask_ratio": 1.0}, "mask_ratio=1.0: it must be above 0, and below 1"),
+        ((2, 3, 32, 32), {"mask_ratio": math.nan}, "mask_ratio=nan: it must be above 0"),
+        ((2, 3, 32, 32), {"mask_ratio": 0.95}, "mask_ratio=0.95 leaves 0 of 16"),
         ((2, 3, 32, 32), {"noise": torch.zeros(2, 15)}, r"noise has shape \(2, 15\): .* \[2, 16\]"),
     ],
     ids=str,
@@ -336,3 +359,7 @@ def test_input_that_does_not_fit_is_named(shape, options, message):
 def test_the_registered_model_has_no_classifier():
     with pytest.raises(ValueError, match="num_classes=10.*neither classifier"):
         timm.create_model("crate_mae_tiny_patch16_224", num_classes=10)
+    with pytest.raises(ValueError, match="its features are those of crate_mae_encoder_tiny_patch16_224"):
+        timm.create_model("crate_mae_tiny_patch16_224", features_only=True)
+    encoder = timm.create_model("crate_mae_encoder_tiny_patch16_224", features_only=True, depth=2, out_indices=[1])
+    assert encoder(torch.zeros(1, 3, 224, 224))[0].shape == (1, 384, 14, 14)

@@ -22,8 +22,9 @@ from crate_fast.train.config import TrainConfig
 from crate_fast.train.cost import Flops, count_flops, fold_flops, kept_for_backward, meta_model
 from crate_fast.train.data import build_splits, eval_loader
 from crate_fast.train.distributed import Processes
+from crate_fast.train.nonfinite import diagnosis
 from crate_fast.train.objective import Reconstruction, objective_for
-from crate_fast.train.reconstruction import reconstructions, tiled
+from crate_fast.train.reconstruction import image_noise, reconstructions, tiled
 from crate_fast.train.runs import build_model, load_model
 from crate_fast.train.transforms import Normalize
 
@@ -132,12 +133,39 @@ def test_settings_that_do_not_fit_are_refused(words, message, capsys):
         (["--dropout", "0.1"], "neither classifier nor dropout"),
         (["--mask-ratio", "0.99"], "mask_ratio=0.99 leaves 0 of 16"),
         (["--optimizer", "sgd", "--beta2", "0.9"], "optimizer='sgd' has no such setting"),
+        (["--optimizer", "lars"], "beta2=0.95: optimizer='lars' has no such setting"),
+        (["--frozen"], "probe its encoder, --model crate_mae_encoder_tiny_patch16_224"),
         (["--attention", "mhsa"], "does not take all of"),
     ],
 )
 def test_what_only_the_model_can_tell_is_refused_too(words, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         pretrain_mae.main([*TINY, *words, "--output", str(tmp_path / "run")])
+
+
+@pytest.mark.parametrize("words", [["--visible-only"], ["--mask-ratio", "0.5"], ["--decoder-depth", "1"]], ids=str)
+def test_a_classifier_refuses_an_autoencoders_settings(words, tmp_path):
+    with pytest.raises(ValueError, match=r"model='crate_tiny_patch8_224' is no autoencoder; leave them out"):
+        pretrain.main([*TINY, *words, "--output", str(tmp_path / "run")])
+
+
+def test_a_grid_of_four_patches_is_trained_and_drawn(tmp_path):
+    sizes = ["--image-size", "16", "--epochs", "1", "--mask-ratio", "0.5"]
+    with pytest.warns(UserWarning, match="attention maps are not scored: none of the 12 images has an object"):
+        assert pretrain_mae.main([*TINY, *sizes, "--output", str(tmp_path)]) == 0
+    assert (tmp_path / "reconstruction.png").exists()
+
+
+def test_a_loss_that_is_not_finite_is_explained(tmp_path):
+    objective = _objective(mask_ratio=0.5)
+    model = objective.model
+    with torch.no_grad():
+        model.decoder_pred.bias.fill_(1e25)
+    loss = model(torch.zeros(2, 3, 32, 32), 0.5)[0]
+    loss.backward()
+    model.zero_grad()
+    text = diagnosis(model, torch.zeros(2, 3, 32, 32), objective.outputs)
+    assert "the output of every layer is finite on the last images, and the model's is not" in text
 
 
 def test_pretrain_trains_an_autoencoder_too(tmp_path):
@@ -220,6 +248,12 @@ def test_a_linear_probe_reads_the_frozen_encoder(finished, tmp_path):
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
+def test_an_encoder_has_no_classifier_to_keep(finished, tmp_path):
+    words = ["--recipe", "finetune_cifar10", "--dataset", "shape_scenes", "--head", "keep", "--image-size", "32"]
+    with pytest.raises(ValueError, match="has no classifier: pass --head new"):
+        finetune.main([*words, "--init", str(finished[0]), "--output", str(tmp_path)])
+
+
 def test_a_released_file_is_fine_tuned_and_evaluated_by_its_encoders_name(finished, tmp_path, capsys):
     folder, _ = finished
     model, _, _ = load_model(folder)
@@ -254,7 +288,8 @@ def _subject():
 def test_pictures_hide_and_fill_the_same_patches():
     subject = _subject()
     images = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
-    rows = reconstructions(subject.autoencoder, images, subject.normalize, [0.5, 0.75])
+    noise = image_noise(subject.autoencoder, [(0, 0), (0, 1)])
+    rows = reconstructions(subject.autoencoder, images, subject.normalize, [0.5, 0.75], noise)
     for image, row in zip(images, rows, strict=True):
         plain, half, half_filled, most, most_filled = row
         assert torch.equal(plain, image.permute(1, 2, 0))
@@ -343,14 +378,35 @@ def test_executed_operations_are_those_of_the_folded_form_as_pytorch_counts_them
     assert count_flops(model, 64, executed=True).step > executed.step
 
 
-def test_what_autograd_keeps_is_counted():
-    model, config = _meta_model()
+@pytest.mark.parametrize("visible_only", [False, True])
+def test_what_autograd_keeps_is_counted(visible_only):
+    model, config = _meta_model(visible_only=visible_only)
     kept = kept_for_backward(model, config, 4, "cpu", None, 0)
-    assert kept.total == kept.constant + 4 * kept.per_image
-    model, config = _meta_model(visible_only=True)
-    assert kept_for_backward(model, config, 4, "cpu", None, 0).total < kept.total
+    real, saved = build_model(config, 0), {}
+
+    def keep(tensor):
+        saved[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+        return tensor
+
+    own = {parameter.untyped_storage()._cdata for parameter in real.parameters()}
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        real(torch.zeros(4, 3, 64, 64))
+    assert kept.total == sum(storage.nbytes() for address, storage in saved.items() if address not in own)
+
+
+def test_the_rate_of_another_autoencoder_is_refused(tmp_path, capsys):
+    words = ["--recipe", "mae_in1k", "--gpus", "8"]
+    rate = {"images_per_s_per_device": 100.0, "device": "x", "model": "crate_mae_base_patch16_224"}
+    rate |= {"image_size": 224, "patch_size": 16}
+    (tmp_path / "rate.json").write_text(json.dumps(rate | {"visible_only": True}))
+    assert plan.main([*words, "--throughput", str(tmp_path / "rate.json")]) != 0
+    assert "of another model (visible_only True measured, False planned)" in capsys.readouterr().err
+    (tmp_path / "rate.json").write_text(json.dumps(rate | {"visible_only": False}))
+    assert plan.main([*words, "--throughput", str(tmp_path / "rate.json")]) == 0
 
 
 def test_a_plan_is_made(capsys):
     assert plan.main(["--recipe", "mae_in1k", "--gpus", "8"]) == 0
-    assert "crate_mae_base_patch16_224" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "crate_mae_base_patch16_224, 224 px, patches of 16 px\n" in text
+    assert "as PyTorch counts them" not in text

@@ -14,7 +14,7 @@ from PIL import Image
 from runs import TINY, entries, losses, same, weights
 
 from crate_fast import cli
-from crate_fast.train import checkpoint, pretrain
+from crate_fast.train import checkpoint, pretrain, session
 from crate_fast.train.config import TrainConfig
 from crate_fast.train.data import Batch
 from crate_fast.train.distributed import Processes
@@ -219,6 +219,21 @@ def test_too_many_unreadable_images_stop_the_run(folder, tmp_path, share, split)
     assert (tmp_path / "run" / "unreadable.txt").read_text()
     if "20" in split:  # of validation: the epoch before it is saved
         assert checkpoint.newest(tmp_path / "run" / "checkpoints") == 5
+
+
+def test_the_limit_for_validation_is_an_evaluations(folder, tmp_path, monkeypatch):
+    """Another of twenty images in each of two evaluations, and a limit between one and two."""
+    numbers = iter(range(9))
+    evaluate = session.evaluate
+
+    def flaky(*arguments, **options):
+        scores, _ = evaluate(*arguments, **options)
+        return scores, [f"image {next(numbers)}: gone"]
+
+    monkeypatch.setattr(session, "evaluate", flaky)
+    words = _words(folder, "--max-unreadable", "0.07", "--output", str(tmp_path / "run"))
+    assert pretrain.main(words) == 0
+    assert next(numbers) == 2
 
 
 def test_the_count_goes_on_in_a_resumed_run(folder, tmp_path):

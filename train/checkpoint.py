@@ -49,6 +49,7 @@ __all__ = [
 
 WEIGHTS, EMA, TRAINING, MANIFEST = "model.safetensors", "ema.safetensors", "training.pt", "manifest.json"
 BEST = "best.json"
+FORMAT = 2  # of what a run keeps beside its weights; another number is another version's, and not resumed
 
 
 class CheckpointError(RuntimeError):
@@ -188,7 +189,7 @@ def _write(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], train
         save_file({key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}, folder / name)
     torch.save(training, folder / TRAINING)
     files = {name: _fingerprint(folder / name) for name in (*tensors, TRAINING)}
-    (folder / MANIFEST).write_text(json.dumps({"step": step, "files": files, **facts}, indent=2))
+    (folder / MANIFEST).write_text(json.dumps({"step": step, "format": FORMAT, "files": files, **facts}, indent=2))
     for name in (*files, MANIFEST):
         _flush(folder / name)
     _flush(folder)

@@ -91,7 +91,7 @@ class TrainConfig:
     frozen: bool = False
     """Train a linear classifier behind a BatchNorm and nothing else: MAE's linear probe."""
     model: str = "crate_tiny_patch8_224"
-    """A classification model that timm can create, ours or another that takes img_size, as its ViTs do; its size can
+    """A model that timm can create: ours, CRATE-MAE among them, or another that takes img_size, as ViTs; its size can
     be changed below."""
     patch_size: int | None = None
     """Side of a patch in pixels; the model's own when unset, as for the six below."""

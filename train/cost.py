@@ -49,7 +49,7 @@ def meta_model(config: TrainConfig, num_classes: int) -> nn.Module:
 
 def patch_size_of(model: nn.Module) -> int | None:
     """Side of a patch in pixels; None where a model has no patches."""
-    sizes = getattr(getattr(model, "patch_embed", model), "patch_size", None)
+    sizes = getattr(model, "patch_size", None) or getattr(getattr(model, "patch_embed", None), "patch_size", None)
     return sizes[0] if isinstance(sizes, tuple | list) else sizes
 
 
@@ -130,7 +130,8 @@ def _crate_flops(model: CRATE, executed: bool) -> Flops:
     layers = _sum(_crate_layer(layer, n_tokens, executed) for layer in model.transformer.layers)
     if executed and model.transformer.grad_checkpointing:
         layers = Flops(layers.forward, layers.forward + layers.step)
-    total = _linear(n_tokens - 1, model.to_patch_embedding[2].weight) + layers
+    embed = _linear(n_tokens - 1, model.to_patch_embedding[2].weight)
+    total = layers + (embed if model.embed_norm else Flops(embed.forward, 2 * embed.forward))  # pixels: no gradient
     for module in model.mlp_head.modules():
         if isinstance(module, nn.Linear):
             total += _linear(1, module.weight)

@@ -154,7 +154,8 @@ class Trainer:
         else:
             overflow = self._lower_scale() and not bad_loss
             if self.nonfinite.failed(self.step, measures[0], float(norm), overflow):
-                report = diagnosis(self.model, self.prepare_images(batch.images, batch.flips))
+                images = self.prepare_images(batch.images, batch.flips)
+                report = diagnosis(self.model, images, self.objective.outputs)
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         if report is not None:

@@ -140,6 +140,8 @@ def _check_fit(weights: dict[str, Tensor], model: nn.Module, config: TrainConfig
             f"init={where!r} classifies {_classes(weights, model)} classes and the data have {model.num_classes}: "
             "pass --head new to start with a new classifier"
         )
+    if not unknown and not shapes and all(_of_classifier(key, model) for key in missing):
+        raise ValueError(f"init={where!r} has no classifier: pass --head new to start with a new one")
     parts = [
         *([f"missing: {', '.join(missing[:4])}"] if missing else []),
         *([f"unknown: {', '.join(unknown[:4])}"] if unknown else []),

@@ -1,4 +1,4 @@
-"""From settings to a finished run: what pretrain, finetune and linear_probe share."""
+"""From settings to a finished run: what pretrain, pretrain_mae, finetune and linear_probe share."""
 
 import argparse
 import os

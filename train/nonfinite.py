@@ -1,5 +1,7 @@
 """Steps whose loss or gradient is not finite: skipped and counted; too many in a row end the run, explained."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -80,7 +82,7 @@ def _finite(tensor: Tensor) -> bool:
 
 
 @torch.no_grad()
-def diagnosis(model: nn.Module, images: Tensor) -> str:
+def diagnosis(model: nn.Module, images: Tensor, outputs: Callable[[nn.Module, Tensor], tuple[Tensor, ...]]) -> str:
     """Where values stop being finite, in words: images, weights, gradients, or the first module whose output does.
 
     Runs the model once more, in fp32, unless it is shared out over processes.
@@ -88,6 +90,7 @@ def diagnosis(model: nn.Module, images: Tensor) -> str:
     Args:
         model: After the backward pass of the step, gradients in place.
         images: Of the step's last micro-batch, normalised.
+        outputs: Runs the model on images.
     """
     if not images.isfinite().all():
         return "The images themselves are not finite"
@@ -107,13 +110,15 @@ def diagnosis(model: nn.Module, images: Tensor) -> str:
         if not list(module.children())
     ]
     try:
-        output = model(images)
+        found_outputs = outputs(model, images)
     finally:
         for hook in hooks:
             hook.remove()
     if found:
         return f"In fp32 the first output that is not finite is that of {found[0]}"
-    largest = max(part.abs().max().item() for part in (output if isinstance(output, tuple) else (output,)))
+    if any(_bad_output(output) for output in found_outputs):
+        return f"In fp32 the output of every layer is finite on the last images, and the model's is not; {names}"
+    largest = max(output.abs().max().item() for output in found_outputs)
     return f"In fp32 every output is finite on the last images (the largest is {largest:g}); {names}"
 
 

@@ -16,6 +16,7 @@ from crate_fast.train.batch_augmentation import BatchAugmentation
 from crate_fast.train.config import TrainConfig
 from crate_fast.train.data import Batch
 from crate_fast.train.distributed import Processes
+from crate_fast.train.reconstruction import image_noise
 
 __all__ = ["Classification", "Objective", "Reconstruction", "autocast", "autocast_dtype", "objective_for"]
 
@@ -72,8 +73,13 @@ class Objective(ABC):
         """
 
     @abstractmethod
-    def forward(self, model: nn.Module, images: Tensor) -> Tensor:
-        """The model's main output for any images, as in evaluation."""
+    def outputs(self, model: nn.Module, images: Tensor) -> tuple[Tensor, ...]:
+        """All that the model gives for any images."""
+
+    def forward(self, model: nn.Module, images: Tensor) -> tuple[Tensor, ...]:
+        """`outputs` under the run's autocast."""
+        with autocast(images.device, self.dtype):
+            return self.outputs(model, images)
 
 
 class Classification(Objective):
@@ -93,21 +99,20 @@ class Classification(Objective):
         part = part * self.processes.world_size + self.processes.rank
         images, targets = self.augment(images, labels, step, part)
         smoothing = self.config.label_smoothing if targets.dim() == 1 else 0.0  # a mixture has it in it
-        logits = self.forward(runner, images).float()
+        logits = self.forward(runner, images)[0].float()
         loss = F.cross_entropy(logits, targets, label_smoothing=smoothing)
         return torch.stack([loss, (logits.detach().argmax(dim=1) == labels).float().mean()])
 
     def evaluation(self, model, images, batch):
         """See `Objective`."""
-        logits, labels = self.forward(model, images).float(), batch.labels.to(images.device)
+        logits, labels = self.forward(model, images)[0].float(), batch.labels.to(images.device)
         ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
         loss = F.cross_entropy(logits, labels, reduction="sum")
         return torch.stack([value.double() for value in (ranked[:, 0].sum(), loss, ranked.sum())])
 
-    def forward(self, model, images):
+    def outputs(self, model, images):
         """See `Objective`."""
-        with autocast(images.device, self.dtype):
-            return model(images)
+        return (model(images),)
 
 
 class Reconstruction(Objective):
@@ -123,6 +128,7 @@ class Reconstruction(Objective):
     def __init__(self, model: CRATEMAE, config: TrainConfig, processes: Processes):
         super().__init__(config, processes)
         self.n_patches = model.grid_size[0] * model.grid_size[1]
+        self.model = model
         model.kept(config.mask_ratio)
         self._drawn: tuple[int, Tensor] = (-1, torch.empty(0))
 
@@ -146,16 +152,11 @@ class Reconstruction(Objective):
 
     def noise(self, batch: Batch) -> Tensor:
         """What hides the patches of a batch's images in evaluation, [B, N]: by seed and number of the image."""
-        draws = [
-            np.random.default_rng((self.config.seed, *key)).random(self.n_patches, np.float32) for key in batch.keys
-        ]
-        return torch.from_numpy(np.stack(draws))
+        return image_noise(self.model, [(self.config.seed, *key) for key in batch.keys])
 
-    def forward(self, model, images):
-        """See `Objective`; the predicted patches."""
-        noise = torch.rand(len(images), self.n_patches, device=images.device)
-        with autocast(images.device, self.dtype):
-            return model(images, self.config.mask_ratio, noise=noise)[1]
+    def outputs(self, model, images):
+        """See `Objective`: (loss, predicted patches)."""
+        return model(images, self.config.mask_ratio)[:2]
 
 
 def objective_for(model: nn.Module, config: TrainConfig, processes: Processes) -> Objective:
@@ -167,8 +168,6 @@ def objective_for(model: nn.Module, config: TrainConfig, processes: Processes) -
     if not isinstance(model, CRATEMAE):
         return Classification(model, config, processes)
     unused = [name for name in ("mixup", "cutmix", "random_erasing") if getattr(config, name)]
-    if config.frozen:
-        unused.append("frozen")
     if unused:
         raise ValueError(f"{', '.join(unused)}: masked autoencoding has no use for these; leave them out")
     return Reconstruction(model, config, processes)

@@ -40,16 +40,16 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
         raise ValueError(f"optimizer={name!r}{nearest(name, known) or ': timm has no such one'}")
     if name in _REFUSED:
         raise ValueError(f"optimizer={name!r} {_REFUSED[name]}: choose another, such as adamw")
+    betas = {} if config.beta2 is None else {"betas": (0.9, config.beta2)}
+    info = get_optimizer_info(name)
+    if betas and not (info.has_betas and info.num_betas == 2):  # timm would leave them out
+        raise ValueError(f"beta2={config.beta2}: optimizer={name!r} has no such setting; leave it out")
     trained = model.get_classifier() if config.frozen else model
     if config.optimizer == "lars":
         matrices = [p for p in trained.parameters() if p.ndim > 1]
         others = [p for p in trained.parameters() if p.ndim <= 1]
         groups = [{"params": matrices, "always_adapt": True}, {"params": others, "weight_decay": 0.0}]
         return Lars(groups, lr=config.peak_lr, momentum=_MOMENTUM, weight_decay=config.weight_decay)
-    betas = {} if config.beta2 is None else {"betas": (0.9, config.beta2)}
-    info = get_optimizer_info(name)
-    if betas and not (info.has_betas and info.num_betas == 2):  # timm would leave them out
-        raise ValueError(f"beta2={config.beta2}: optimizer={name!r} has no such setting; leave it out")
     optimizer = create_optimizer_v2(
         trained,
         opt=config.optimizer,

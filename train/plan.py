@@ -26,7 +26,7 @@ import torch
 from timm.data.readers.img_extensions import IMG_EXTENSIONS
 from torch import nn
 
-from crate_fast import CRATE
+from crate_fast import CRATE, CRATEMAE
 from crate_fast.train import cost
 from crate_fast.train.command_line import build_config, load_recipe
 from crate_fast.train.config import TrainConfig
@@ -44,7 +44,10 @@ KNOWN_SIZES = {  # training images, classes
     "flowers102": (1_020, 102),
     "pets": (3_680, 37),
 }
-ARCHITECTURE = ("dim", "depth", "heads", "residual", "attention", "sparsifier", "threshold")
+ARCHITECTURE = (
+    *("dim", "depth", "heads", "residual", "attention", "sparsifier", "threshold"),
+    *("decoder_depth", "visible_only", "mask_ratio"),
+)
 NO_FOLDER = "(not given)"
 NOT_IN_MEMORY = (
     "not in it: buffers of single operators, gradient buckets (ddp), gathered layers (fsdp, hsdp), batches of "
@@ -262,11 +265,11 @@ def _rates(images_seen: int, gpus: int, throughput: Throughput | None, hours: fl
 def _model_facts(model: nn.Module, config: TrainConfig, classes: int) -> dict:
     return {
         "name": config.model,
-        "crate": isinstance(model, CRATE),
+        "crate": isinstance(model, CRATE | CRATEMAE),
         "image_size": config.image_size,
         "patch_size": cost.patch_size_of(model),
         "tokens_per_image": cost.tokens_per_image(model),
-        "classes": classes,
+        "classes": None if isinstance(model, CRATEMAE) else classes,
         "parameters": sum(p.numel() for p in model.parameters()),
         "parameters_trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
     }
@@ -371,9 +374,10 @@ def _count(number: int, noun: str) -> str:
 def _model_rows(plan: dict) -> list[tuple[str, str]]:
     model, trained = plan["model"], plan["model"]["parameters_trained"]
     patch = f", patches of {model['patch_size']} px" if model["patch_size"] else ""
+    classes = f", {model['classes']:,} classes" if model["classes"] is not None else ""
     part = "all trained" if trained == model["parameters"] else f"{trained:,} of them trained"
     rows = [
-        ("model", f"{model['name']}, {model['image_size']} px{patch}, {model['classes']:,} classes"),
+        ("model", f"{model['name']}, {model['image_size']} px{patch}{classes}"),
         ("parameters", f"{model['parameters']:,} ({part})"),
     ]
     return rows + ([("tokens an image", f"{model['tokens_per_image']:,}")] if model["tokens_per_image"] else [])

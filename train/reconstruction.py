@@ -1,8 +1,9 @@
 """Pictures of what a CRATE-MAE sees and fills in: image, masked, reconstructed, by mask ratio."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -11,15 +12,21 @@ from crate_fast import CRATEMAE
 from crate_fast.figures import Picture, image_grid
 from crate_fast.train.data import Normalize
 
-__all__ = ["RATIOS", "reconstruction_figure", "reconstructions", "tiled"]
+__all__ = ["RATIOS", "image_noise", "reconstruction_figure", "reconstructions", "tiled"]
 
 RATIOS = (0.5, 0.75, 0.9)
 _GREY = 128
 
 
+def image_noise(model: CRATEMAE, seeds: Iterable[tuple[int, ...]]) -> Tensor:
+    """What hides the patches of images, each by its own seed, whatever the batch: [B, N]."""
+    n_patches = model.grid_size[0] * model.grid_size[1]
+    return torch.from_numpy(np.stack([np.random.default_rng(seed).random(n_patches, np.float32) for seed in seeds]))
+
+
 @torch.inference_mode()
 def reconstructions(
-    model: CRATEMAE, images: Tensor, normalize: Normalize, ratios: Sequence[float], seed: int = 0
+    model: CRATEMAE, images: Tensor, normalize: Normalize, ratios: Sequence[float], noise: Tensor
 ) -> list[list[Tensor]]:
     """Each image, and for each ratio what the model saw of it and what it made of that.
 
@@ -31,15 +38,14 @@ def reconstructions(
         images: uint8 [B, 3, S, S].
         normalize: uint8 → the model's input.
         ratios: Mask ratios.
-        seed: Of the masks.
+        noise: `image_noise` of the images.
 
     Returns:
         A row an image: uint8 [S, S, 3], first the image, then two for each ratio.
     """
     model.eval()
-    device, n_patches = next(model.parameters()).device, model.grid_size[0] * model.grid_size[1]
-    noise = torch.rand(len(images), n_patches, generator=torch.Generator().manual_seed(seed)).to(device)
-    pixels = normalize(images.to(device))
+    device = next(model.parameters()).device
+    pixels, noise = normalize(images.to(device)), noise.to(device)
     columns = [images]
     for ratio in ratios:
         _, pred, mask = model(pixels, ratio, noise=noise)
@@ -61,18 +67,18 @@ def reconstruction_figure(
     images: Tensor,
     normalize: Normalize,
     paths: Sequence[Path],
-    ratios: Sequence[float] = RATIOS,
+    ratios: Sequence[float],
+    noise: Tensor,
     titles: Sequence[str] | None = None,
-    seed: int = 0,
 ) -> None:
     """Write `reconstructions` as a figure.
 
     Args:
-        model, images, normalize, ratios, seed: See `reconstructions`.
+        model, images, normalize, ratios, noise: See `reconstructions`.
         paths: Files to write.
         titles: One an image.
     """
-    rows = reconstructions(model, images, normalize, ratios, seed)
+    rows = reconstructions(model, images, normalize, ratios, noise)
     names = ["image"]
     for ratio in ratios:
         names += [f"{ratio:.0%} hidden", "filled in"]

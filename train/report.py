@@ -1,6 +1,7 @@
 """What a finished run leaves: attention maps, curves, summary.json, and a few printed lines."""
 
 import json
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,12 +11,12 @@ from torch.utils.data import Dataset
 
 from crate_fast import CRATE, CRATEMAE
 from crate_fast.figures import Curve, Picture, curve_figure, image_grid
-from crate_fast.segmentation import score_attention, scores_table
+from crate_fast.segmentation import NoObjectsError, score_attention, scores_table
 from crate_fast.train import checkpoint
 from crate_fast.train.cost import patch_size_of
 from crate_fast.train.data import DataSplits, Normalize, eval_loader, readable
 from crate_fast.train.engine import Trainer
-from crate_fast.train.reconstruction import RATIOS, reconstruction_figure
+from crate_fast.train.reconstruction import RATIOS, image_noise, reconstruction_figure
 from crate_fast.train.run_folder import RunFolder
 from crate_fast.whitebox import attention_layer, trace
 
@@ -149,9 +150,10 @@ def _shown(split: Dataset) -> list[tuple]:
 def _draw_reconstructions(run: RunFolder, trainer: Trainer, model: CRATEMAE, data: DataSplits) -> None:
     samples = _shown(data.val)
     images, titles = torch.stack([sample[0] for sample in samples]), [data.classes[sample[1]] for sample in samples]
-    ratios = sorted({*RATIOS, run.config.mask_ratio})
+    ratios = sorted({run.config.mask_ratio, *(ratio for ratio in RATIOS if model.can_mask(ratio))})
+    noise = image_noise(model, [(run.config.seed, number) for number in range(len(images))])
     path = run.folder / "reconstruction.png"
-    reconstruction_figure(model, images, trainer.normalize, [path], ratios, titles)
+    reconstruction_figure(model, images, trainer.normalize, [path], ratios, noise, titles)
 
 
 def scores_line(values: dict[str, float], scores: Sequence[str]) -> str:
@@ -182,7 +184,11 @@ def _attention_report(run: RunFolder, trainer: Trainer, model: CRATE, data: Data
     if data.masks is None:
         return {}
     batches = ((batch.images, batch.labels, batch.masks) for batch in eval_loader(config, data.masks))
-    scores = score_attention(model, batches, trainer.normalize)
+    try:
+        scores = score_attention(model, batches, trainer.normalize)
+    except NoObjectsError as error:  # the training is done: it is not to end in an error
+        warnings.warn(f"attention maps are not scored: {error}", stacklevel=2)
+        return {}
     return {"attention_layer": layer, "attention_miou": scores}
 
 

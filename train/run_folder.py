@@ -24,6 +24,9 @@ FREE_SETTINGS = (
 )
 
 
+_LOCK_SECONDS = 120.0
+
+
 class RunFolder:
     """A run on disk.
 
@@ -59,7 +62,7 @@ class RunFolder:
             DiskError: The folder cannot be written.
         """
         if self.processes.first:
-            self.lock.acquire()
+            self.lock.acquire(patience=_LOCK_SECONDS if restarted else 0.0)
             resume = resume or (restarted and self.lock.ours())
             if resume:
                 with checkpoint.writing(self.folder):
@@ -91,6 +94,12 @@ class RunFolder:
         self.processes.wait()
 
     def _check_same_run(self, manifest: dict) -> None:
+        if manifest.get("format") != checkpoint.FORMAT:
+            raise checkpoint.CheckpointError(
+                f"the checkpoint in {self.folder} was written by another version of crate_fast "
+                f"({manifest.get('crate_fast', 'unknown')}): resume with that one, or start a new run in another "
+                "--output; --init takes its weights"
+            )
         saved, present = manifest["config"], vars(self.config)
         pairs = [(name, saved.get(name), present.get(name)) for name in sorted(saved.keys() | present.keys())]
         differing = [pair for pair in pairs if pair[0] not in FREE_SETTINGS and pair[1] != pair[2]]

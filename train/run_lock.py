@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import socket
+import time
 import warnings
 from pathlib import Path
 
@@ -11,11 +12,14 @@ from crate_fast.train.checkpoint import CheckpointError, writing
 
 __all__ = ["RunLock"]
 
+_TAKEN = (BlockingIOError, PermissionError)  # which of them, the system chooses
+
 
 class RunLock:
     """RUN/.lock, held from `acquire` to `release` or to the end of the process, however that comes.
 
-    It is a POSIX record lock: loading processes do not inherit it, and file systems shared by hosts know it.
+    It is a POSIX record lock: loading processes do not inherit it, and file systems shared by hosts know it. It is a
+    process's: two in one do not see each other.
 
     Args:
         folder: Of the run; made if it is not there.
@@ -25,8 +29,11 @@ class RunLock:
         self.path = folder / ".lock"
         self._file = None
 
-    def acquire(self) -> None:
+    def acquire(self, patience: float = 0.0) -> None:
         """Take the lock.
+
+        Args:
+            patience: Seconds to wait for it: a file server holds a dead host's lock for a while.
 
         Raises:
             CheckpointError: Another process has it; the message says which.
@@ -35,10 +42,17 @@ class RunLock:
         with writing(self.path.parent):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             file = self.path.open("a+")
-        self._file = file
+        self._file, deadline = file, time.monotonic() + patience
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as error:  # which of them, the system chooses
+            while True:
+                try:
+                    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    return
+                except _TAKEN:
+                    if time.monotonic() >= deadline:
+                        raise
+                time.sleep(1)
+        except _TAKEN as error:
             owner = self._read()
             self.release()
             raise CheckpointError(
@@ -78,5 +92,9 @@ class RunLock:
 
 
 def _launcher() -> str:
-    """Names the torchrun above this process: the same for its restarts."""
-    return f"{os.environ.get('TORCHELASTIC_RUN_ID', '')} {socket.gethostname()} {os.getppid()}"
+    """Names the torchrun above this process: the same for its restarts.
+
+    Of several hosts any may have the first process after a restart: then the name is `--rdzv-id` alone, if it is one.
+    """
+    name, hosts = os.environ.get("TORCHELASTIC_RUN_ID", "none"), int(os.environ.get("GROUP_WORLD_SIZE", 1))
+    return name if hosts > 1 and name != "none" else f"{name} {socket.gethostname()} {os.getppid()}"

@@ -5,7 +5,7 @@ from pathlib import Path
 import timm
 from torch import Tensor, nn
 
-from crate_fast.registry import is_mae
+from crate_fast.registry import MAE, MAE_ENCODER, is_mae
 from crate_fast.train import checkpoint
 from crate_fast.train.command_line import load_recipe
 from crate_fast.train.config import TrainConfig, nearest
@@ -23,14 +23,23 @@ __all__ = [
 ]
 
 
+_OF_AUTOENCODERS = ("mask_ratio", "norm_pix_loss", "visible_only", "decoder_depth")
+
+
 def _model_arguments(config: TrainConfig, num_classes: int) -> dict:
     """Arguments for timm's `create_model`: what the configuration sets, under the model's own names."""
     arguments = {"img_size": config.image_size, "drop_rate": config.dropout}
     names = {"patch_size": "patch_size", "dim": "dim", "depth": "depth", "heads": "heads"}
     if is_mae(config.model):
+        if config.frozen:
+            encoder = MAE_ENCODER + config.model.removeprefix(MAE)
+            raise ValueError(f"frozen=True: an autoencoder has no classifier; probe its encoder, --model {encoder}")
         arguments |= {"norm_pix_loss": config.norm_pix_loss, "visible_only": config.visible_only}
         names |= {"dim": "embed_dim", "heads": "num_heads", "decoder_depth": "decoder_depth"}
     else:
+        unused = [name for name in _OF_AUTOENCODERS if getattr(config, name) != getattr(TrainConfig, name)]
+        if unused:
+            raise ValueError(f"{', '.join(unused)}: model={config.model!r} is no autoencoder; leave them out")
         arguments["num_classes"] = num_classes
     names |= {name: name for name in ("residual", "attention", "sparsifier", "threshold")}
     chosen = {ours: getattr(config, name) for name, ours in names.items()}

@@ -2,7 +2,8 @@
 
 Everything of a run is in its folder:
 
-    config.yaml  metrics.jsonl  summary.csv  summary.json  attention.png  curves.png  unreadable.txt
+    config.yaml  metrics.jsonl  summary.csv  summary.json  attention.png  curves.png  reconstruction.png
+    unreadable.txt
     checkpoints/  tensorboard/  profile/
 """
 
@@ -27,7 +28,7 @@ from crate_fast.train.evaluation import evaluate
 from crate_fast.train.initial_weights import load_initial
 from crate_fast.train.interruption import Interruption
 from crate_fast.train.profiling import profiler
-from crate_fast.train.reconstruction import reconstructions, tiled
+from crate_fast.train.reconstruction import image_noise, reconstructions, tiled
 from crate_fast.train.report import print_summary, scores_line, write_report
 from crate_fast.train.run_folder import RunFolder
 from crate_fast.train.runs import build_model
@@ -80,15 +81,9 @@ class Session:
         """Start afresh, or continue from the newest checkpoint (see `RunFolder.begin`)."""
         self.run.begin(self.trainer, resume, restarted)
         if self.run.extra:
-            try:
-                self.tally.restore(self.run.extra["unreadable"])
-                self.val_tally.restore(self.run.extra["val_unreadable"])
-                self.interval.restore(self.run.extra["interval"])
-            except KeyError as error:
-                raise checkpoint.CheckpointError(
-                    f"the checkpoint in {self.run.folder} holds no {error}: another version of crate_fast wrote it; "
-                    "resume with that version, or start a new run in another --output"
-                ) from error
+            self.tally.restore(self.run.extra["unreadable"])
+            self.val_tally.restore(self.run.extra["val_unreadable"])
+            self.interval.restore(self.run.extra["interval"])
             note = self.run.folder / "unreadable.txt"
             if self.processes.first and note.exists():  # the interrupted session may have met more than it saved
                 lines = [*self.tally.state(), *self.val_tally.state()]
@@ -204,7 +199,8 @@ class Session:
         if found is None:
             return None
         scores, problems = found
-        self._note_unreadable(problems, self.val_tally, epoch=0)  # each evaluation reads every image
+        epoch = -(-trainer.step // trainer.steps_per_epoch)
+        self._note_unreadable(problems, self.val_tally, epoch)  # each evaluation reads every image
         counted = scores | ({"unreadable": len(problems)} if problems else {})
         return {prefix + name: value for name, value in counted.items()}
 
@@ -220,7 +216,9 @@ class Session:
         encoder = model.encoder() if isinstance(model, CRATEMAE) else model
         self.run.log_layers(self.trainer.step, layer_statistics(encoder, self.trainer.prepare_images(images)))
         if isinstance(model, CRATEMAE):
-            rows = reconstructions(model, images[:SHOWN_IMAGES], self.trainer.normalize, [self.config.mask_ratio])
+            shown = images[:SHOWN_IMAGES]
+            noise = image_noise(model, [(self.config.seed, number) for number in range(len(shown))])
+            rows = reconstructions(model, shown, self.trainer.normalize, [self.config.mask_ratio], noise)
             self.run.log_image(self.trainer.step, "reconstruction", tiled(rows))
 
     def _log(self, bar: tqdm) -> None:
