@@ -29,6 +29,7 @@ from harness import RESULTS, markdown_table, write_results
 from crate_fast.kernels.tiles import ARCHITECTURES, SHARED_MEMORY, TABLE, Tile
 
 HEAD_DIMS = {32: (32,), 64: (48, 64), 128: (80, 128)}  # by head width to the next power of two
+WHOLE_HEAD_TOKENS = (65, 128, 180, 192, 197, 208)  # one to three blocks, with and without a rest
 WIDTH = 768
 COLUMNS = [
     "kernel", "architecture", "precision", "size", "tile", "registers", "spilled_bytes", "shared_kib",
@@ -38,7 +39,7 @@ COLUMNS = [
 
 @dataclass(frozen=True)
 class Case:
-    """One compilation: a row of the tile table and a head width (or C)."""
+    """One compilation: a row of the tile table and a head width (or C, or the length of a sequence)."""
 
     kernel: str
     architecture: str
@@ -52,6 +53,13 @@ def cases(architectures: tuple[str, ...] = ARCHITECTURES) -> list[Case]:
     found = []
     for (kernel, architecture, precision, block_d), tile in TABLE.items():
         if architecture not in architectures:
+            continue
+        if kernel.startswith("whole_head"):
+            found += [
+                Case(name, architecture, precision, n_tokens, tile)
+                for n_tokens in WHOLE_HEAD_TOKENS
+                for name in (kernel, f"{kernel}_rest")
+            ]
             continue
         sizes = HEAD_DIMS.get(block_d, (WIDTH,))
         sizes = sizes[-1:] if kernel.endswith("dropout") or "delta" in kernel else sizes
@@ -68,7 +76,7 @@ def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 def plan(case: Case):
     """The launch a case compiles, on meta tensors: the functions the launchers themselves run."""
-    from crate_fast.kernels import ista, layer_norm, subspace_attention
+    from crate_fast.kernels import ista, layer_norm, row_blocks
 
     torch.set_float32_matmul_precision("high" if case.precision == "tf32" else "highest")
     low = torch.bfloat16 if case.precision in ("half", "mixed") else torch.float32
@@ -79,11 +87,13 @@ def plan(case: Case):
         dropout_p = 0.1 if case.kernel.endswith("dropout") else 0.0
         seed = _meta(dtype=torch.int64) if dropout_p else None
         if case.kernel.startswith("attention_forward"):
-            return subspace_attention.plan_forward(w, w, lse, 0.125, dropout_p, seed, case.tile)
+            return row_blocks.plan_forward(w, w, lse, 0.125, dropout_p, seed, case.tile)
         if case.kernel.startswith("attention_delta"):
-            return subspace_attention.plan_delta(w, w, lse, lse, lse, 0.125, dropout_p, seed, case.tile)
-        delta = lse if subspace_attention.needs_delta(low) else None
-        return subspace_attention.plan_backward(w, w, w, lse, w, delta, 0.125, dropout_p, seed, case.tile)
+            return row_blocks.plan_delta(w, w, lse, lse, lse, 0.125, dropout_p, seed, case.tile)
+        delta = lse if row_blocks.needs_delta(low) else None
+        return row_blocks.plan_backward(w, w, w, lse, w, delta, 0.125, dropout_p, seed, case.tile)
+    if case.kernel.startswith("whole_head"):
+        return _plan_whole_head(case, low)
     rows = 64 * 785
     x, folded = _meta(rows, WIDTH, dtype=stored), _meta(WIDTH, WIDTH, dtype=low)
     channel, row = _meta(WIDTH), _meta(rows)
@@ -100,11 +110,27 @@ def plan(case: Case):
     return ista.plan_backward_folded(x, x, x, _meta(4, WIDTH, WIDTH), 12608, low, norm, case.tile)
 
 
+def _plan_whole_head(case: Case, dtype: torch.dtype):
+    """Whole-head kernels at the case's length of a sequence, `case.size` tokens."""
+    from crate_fast.kernels import whole_head
+
+    batch, n_tokens, n_heads = 64, case.size, 12
+    w, lse = _meta(batch, n_tokens, n_heads, 64, dtype=dtype), _meta(batch, n_heads, n_tokens)
+    refused = _meta(batch * n_heads, dtype=torch.int32)
+    if case.kernel == "whole_head_forward":
+        return whole_head.plan_forward(w, w, lse, refused, 0.125, case.tile)
+    if case.kernel == "whole_head_backward":
+        return whole_head.plan_backward(w, w, w, lse, w, _meta(2, *lse.shape), refused, 0.125, case.tile)
+    grad = w if case.kernel == "whole_head_backward_rest" else None
+    return whole_head.plan_remainder(grad, w, w, lse, grad, refused, 0.125, case.tile)
+
+
 _POINTERS = {
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
     torch.float32: "*fp32",
     torch.int64: "*i64",
+    torch.int32: "*i32",
 }
 
 
@@ -260,7 +286,8 @@ def problems(rows: list[dict]) -> list[str]:
         if row["architecture"] == "sm_90" and row["precision"] in ("half", "mixed") and not rowwise:
             if "HGMMA" not in row["matrix_instructions"]:
                 found.append(f"{name}: no HGMMA, {row['matrix_instructions']}")
-            if not row["async_copies"]:
+            whole_head = row["kernel"].startswith("whole_head")  # loads once, in no loop to overlap them with
+            if not row["async_copies"] and not whole_head:
                 found.append(f"{name}: no asynchronous copies")
             if row["serialized"]:
                 found.append(f"{name}: ptxas serialises the asynchronous matrix instructions")

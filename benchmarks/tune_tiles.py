@@ -66,27 +66,25 @@ def problems(kernel: str, head_dim: int, device: torch.device, precision: str) -
 
 
 def _attention_problem(kernel: str, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Problem:
-    from crate_fast.kernels import subspace_attention
+    from crate_fast.kernels import row_blocks
 
     w, grad = (torch.randn(shape, device=device).mul(0.8).to(dtype) for _ in range(2))
     scale, dropout_p = shape[-1] ** -0.5, 0.1 if kernel.endswith("dropout") else 0.0
     seed = torch.tensor(1, device=device) if dropout_p else None
-    out, lse = subspace_attention.forward(w, scale, dropout_p, seed)
+    out, lse = row_blocks.forward(w, scale, dropout_p, seed)
     output = torch.empty_like(out)
     if kernel.startswith("attention_forward"):
-        return Problem(
-            lambda tile: subspace_attention.plan_forward(w, output, lse, scale, dropout_p, seed, tile), output
-        )
+        return Problem(lambda tile: row_blocks.plan_forward(w, output, lse, scale, dropout_p, seed, tile), output)
     if kernel.startswith("attention_delta"):
         delta, own_lse = torch.empty_like(lse), torch.empty_like(lse)
         return Problem(
-            lambda tile: subspace_attention.plan_delta(grad, w, lse, delta, own_lse, scale, dropout_p, seed, tile),
+            lambda tile: row_blocks.plan_delta(grad, w, lse, delta, own_lse, scale, dropout_p, seed, tile),
             delta,
         )
     delta = (grad.float() * out.float()).sum(-1).transpose(1, 2).contiguous()
-    delta = delta if subspace_attention.needs_delta(dtype) else None
+    delta = delta if row_blocks.needs_delta(dtype) else None
     return Problem(
-        lambda tile: subspace_attention.plan_backward(grad, w, out, lse, output, delta, scale, dropout_p, seed, tile),
+        lambda tile: row_blocks.plan_backward(grad, w, out, lse, output, delta, scale, dropout_p, seed, tile),
         output,
     )
 

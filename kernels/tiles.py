@@ -9,7 +9,7 @@ import torch
 
 from crate_fast.kernels.support import architecture
 
-__all__ = ["ARCHITECTURES", "SHARED_MEMORY", "TABLE", "Tile", "lookup"]
+__all__ = ["ARCHITECTURES", "SHARED_MEMORY", "TABLE", "Tile", "find", "lookup"]
 
 SHARED_MEMORY = {  # bytes a program may use
     "sm_80": 163 * 1024,
@@ -245,6 +245,10 @@ TABLE = {
     ("attention_delta_dropout", "gfx942", "ieee", 32): Tile(32, 32, 8, 1),
     ("attention_delta_dropout", "gfx942", "ieee", 64): Tile(32, 32, 8, 1),
     ("attention_delta_dropout", "gfx942", "ieee", 128): Tile(16, 16, 8, 1),
+    ("whole_head_forward", "sm_90", "half", 64): Tile(64, 16, 4, 1),
+    ("whole_head_backward", "sm_90", "half", 64): Tile(64, 16, 4, 1),
+    ("whole_head_forward", "sm_100", "half", 64): Tile(64, 16, 4, 1),
+    ("whole_head_backward", "sm_100", "half", 64): Tile(64, 16, 4, 1),
     ("ista_forward", "sm_80", "half", 0): Tile(128, 256, 8, 3, 64),
     ("ista_forward", "sm_80", "mixed", 0): Tile(128, 128, 8, 3, 64),
     ("ista_forward", "sm_80", "tf32", 0): Tile(128, 128, 8, 3, 32),
@@ -346,6 +350,11 @@ TABLE = {
     ("norm_ista_backward_folded", "gfx942", "tf32", 0): Tile(64, 64, 4, 2, 32),
     ("norm_ista_backward_folded", "gfx942", "ieee", 0): Tile(64, 64, 8, 2, 16),
 }
+
+
+def find(kernel: str, device: torch.device, precision: str, block_d: int = 0) -> Tile | None:
+    """`lookup` for a kernel that not every device has a row for: None where there is none."""
+    return TABLE.get((kernel, architecture(device), precision, block_d))
 
 
 def lookup(kernel: str, device: torch.device, precision: str, block_d: int = 0) -> Tile:

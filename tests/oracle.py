@@ -1,7 +1,9 @@
 """How close is close enough: STYLE's rule, against the float64 reference on the rounded inputs."""
 
+import importlib.util
 import math
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -84,3 +86,24 @@ def philox_uniform(seed: int, n_tokens: int, n_heads: int) -> Tensor:
         key0, key1 = (key0 + np.uint64(0x9E3779B9)) & low, (key1 + np.uint64(0xBB67AE85)) & low
     signed = torch.from_numpy(word0.astype(np.uint32).view(np.int32).copy())
     return torch.where(signed < 0, -signed - 1, signed).float() * 4.6566127342e-10
+
+
+def spread_tokens(shape: tuple[int, ...], spread: float, dtype: torch.dtype, device) -> tuple[Tensor, Tensor]:
+    """Subspace tokens [B, N, H, D] whose norms reach from 1/√spread to √spread times the usual, and a gradient."""
+    w = torch.randn(shape)
+    norm = token_scale(shape[1], shape[3]) * math.sqrt(shape[3])
+    lengths = torch.logspace(-0.5, 0.5, shape[1], base=spread)[torch.randperm(shape[1])]
+    w = w / w.norm(dim=-1, keepdim=True) * norm * lengths[:, None, None]
+    return w.to(dtype).to(device), torch.randn(shape).to(dtype).to(device)
+
+
+def mutant(module, mutation: Sequence[str], folder: Path):
+    """A copy of a module in which one passage says something else; an error where it is not there just once."""
+    source = Path(module.__file__).read_text()
+    assert source.count(mutation[0]) == 1, f"{mutation[0]!r} is not in {module.__file__} once"
+    path = folder / "mutant.py"
+    path.write_text(source.replace(*mutation))
+    spec = importlib.util.spec_from_file_location("mutant", path)
+    changed = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(changed)
+    return changed

@@ -4,22 +4,19 @@ Then, without a GPU too, what the compiler makes of every row of the tile table.
 computes wrongly, is checked on a GPU (test_gpu.py).
 """
 
-import importlib.util
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
-from pathlib import Path
 
 import compile_report
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import all_within_twice_eager, gradients, philox_uniform, token_scale
+from oracle import all_within_twice_eager, gradients, mutant, philox_uniform, spread_tokens, token_scale
 from torch import Tensor
 
-from crate_fast.kernels import ista, layer_norm, subspace_attention
+from crate_fast.kernels import ista, layer_norm, row_blocks, subspace_attention
 from crate_fast.kernels.tiles import TABLE, Tile
 from crate_fast.reference import ista_reference, subspace_attention_reference
 
@@ -51,7 +48,7 @@ def _double(tensors) -> list[Tensor]:
     return [tensor.double() for tensor in tensors]
 
 
-def _attention(w: Tensor, grad: Tensor, module=subspace_attention, scale: float | None = None, **options) -> list:
+def _attention(w: Tensor, grad: Tensor, module=row_blocks, scale: float | None = None, **options) -> list:
     scale = w.shape[-1] ** -0.5 if scale is None else scale
     out, lse = module.forward(w, scale, **options)
     return [out, module.backward(grad, w, out, lse, scale, **options)]
@@ -84,7 +81,7 @@ def test_every_tile_of_the_table(n_tokens, blocks, device, poisoned):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_log_sum_exp(dtype, device, poisoned):
     w, _ = _tokens((2, 197, 3, 64), dtype, device)
-    _, lse = subspace_attention.forward(w, 0.125)
+    _, lse = row_blocks.forward(w, 0.125)
     heads = w.double().transpose(1, 2)
     truth = (0.125 * heads @ heads.transpose(-1, -2)).logsumexp(-1) / torch.tensor(2.0).double().log()
     assert lse.dtype == torch.float32
@@ -205,9 +202,9 @@ def test_dropout_has_the_documented_mask(dropout_p, device, poisoned):
 ATTENTION_MUTANTS = {  # (what the kernel says, what the mutant says)
     "the last key dropped": ("offs_n[None, :] < n_tokens, weights", "offs_n[None, :] < n_tokens - 1, weights"),
     "a padding key counted": ("offs_n[None, :] < n_tokens, weights", "offs_n[None, :] < n_tokens + 1, weights"),
-    "the scale 2 % off": ("logits * scale_log2 - new_max", "logits * (scale_log2 * 1.02) - new_max"),
+    "the scale 2 % off": ("logits * scale_log2 - shift[:", "logits * (scale_log2 * 1.02) - shift[:"),
     "uniform weights": (
-        "weights = tl.exp2(logits * scale_log2 - new_max[:, None])",
+        "weights = tl.exp2(logits * scale_log2 - shift[:, None])",
         "weights = tl.exp2(logits * 0.0)",
     ),
     "the identity": ("out = acc / kept[:, None]", "out = w_rows.to(tl.float32)"),
@@ -217,19 +214,45 @@ ATTENTION_MUTANTS = {  # (what the kernel says, what the mutant says)
     "no gradient through the keys": ("grad_logits += weights_ji * (", "grad_logits += 0.0 * weights_ji * ("),
     "the gradient's scale 2 % off": ("(scale * grad_ij", "(1.02 * scale * grad_ij"),
     "the rows' normalisation for the columns": ("scale_log2 - lse_cols[None, :]", "scale_log2 - lse_rows[:, None]"),
-    "dO·W the wrong way round": ("grad_ji = _inner_products(w_rows, grad_cols, PRECISION)", "grad_ji = grad_ij"),
+    "dO·W the wrong way round": ("grad_ji = inner_products(w_rows, grad_cols, PRECISION)", "grad_ji = grad_ij"),
 }
 
 
-def _mutant(module, mutation: Sequence[str], folder: Path):
-    source = Path(module.__file__).read_text()
-    assert source.count(mutation[0]) == 1, f"{mutation[0]!r} is not in {module.__file__} once"
-    path = folder / "mutant.py"
-    path.write_text(source.replace(*mutation))
-    spec = importlib.util.spec_from_file_location("mutant", path)
-    mutant = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(mutant)
-    return mutant
+SWITCH_MUTANTS = {  # (largest norm over smallest, what the kernel says, what the mutant says), in float16
+    "never a running maximum": (100.0, "row_sum <= LARGEST_SUM)", "row_sum > -1.0)"),
+    "always one exponential": (100.0, "spread <= LARGEST_SPREAD", "spread >= 0.0"),
+    "P_ij with the columns' factor": (
+        1.0,
+        "both * factor_rows[:, None]",
+        "both * tl.exp2(shift - lse_cols)[None, :]",
+    ),
+    "P_ji with the rows' factor": (1.0, "both * tl.exp2(shift - lse_cols)[None, :]", "both * factor_rows[:, None]"),
+}
+
+
+@pytest.mark.parametrize("spread", [1.0, 30.0, 100.0, 300.0])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_norms_that_spread_across_the_switches(dtype, spread, device, poisoned):
+    """From rows whose own logit does for a maximum, and an exponential for two weights, to where neither does."""
+    w, grad = spread_tokens((1, 197, 2, 64), spread, dtype, device)
+    assert _attention_is_right(w, grad)
+
+
+def test_norms_a_factor_of_ten_thousand_apart(device, poisoned):
+    """Eager float16 overflows here, so its error is no measure: float64 rounded to float16 is."""
+    w, grad = spread_tokens((1, 197, 2, 64), 1e4, torch.float32, device)
+    assert _attention_is_right(w, grad)
+    out, dw = _attention(w.half(), grad.half())
+    truth = subspace_attention_reference(w.half().double())
+    assert (out.double() - truth).norm() <= 1e-3 * truth.norm()
+    assert dw.isfinite().all()
+
+
+@pytest.mark.parametrize("name", SWITCH_MUTANTS)
+def test_switch_mutants_fail(name, device, tmp_path):
+    spread, *mutation = SWITCH_MUTANTS[name]
+    w, grad = spread_tokens((1, 197, 2, 32), spread, torch.float16, device)
+    assert not _attention_is_right(w, grad, module=mutant(row_blocks, mutation, tmp_path))
 
 
 DELTA_MUTANTS = {  # δ comes from dO·O in half precision, from a pass of its own in fp32
@@ -249,14 +272,14 @@ DELTA_MUTANTS = {  # δ comes from dO·O in half precision, from a pass of its o
 @pytest.mark.parametrize("name", ATTENTION_MUTANTS)
 def test_attention_mutants_fail(name, device, tmp_path):
     w, grad = _tokens((1, 197, 2, 32), torch.float32, device)
-    assert not _attention_is_right(w, grad, module=_mutant(subspace_attention, ATTENTION_MUTANTS[name], tmp_path))
+    assert not _attention_is_right(w, grad, module=mutant(row_blocks, ATTENTION_MUTANTS[name], tmp_path))
 
 
 @pytest.mark.parametrize("name", DELTA_MUTANTS)
 def test_delta_mutants_fail(name, device, tmp_path):
     dtype, *mutation = DELTA_MUTANTS[name]
     w, grad = _tokens((1, 197, 2, 32), dtype, device)
-    assert not _attention_is_right(w, grad, module=_mutant(subspace_attention, mutation, tmp_path))
+    assert not _attention_is_right(w, grad, module=mutant(row_blocks, mutation, tmp_path))
 
 
 # --- ISTA --------------------------------------------------------------------------------------------------------
@@ -412,15 +435,15 @@ LAYER_NORM_MUTANTS = {
 
 @pytest.mark.parametrize("name", ISTA_MUTANTS)
 def test_ista_mutants_fail(name, device, tmp_path):
-    mutant = _mutant(ista, ISTA_MUTANTS[name], tmp_path)
-    assert not _ista_is_right(_ista_inputs((197, 96), torch.float32, device), with_norm=True, module=mutant)
+    changed = mutant(ista, ISTA_MUTANTS[name], tmp_path)
+    assert not _ista_is_right(_ista_inputs((197, 96), torch.float32, device), with_norm=True, module=changed)
 
 
 @pytest.mark.parametrize("name", LAYER_NORM_MUTANTS)
 def test_layer_norm_mutants_fail(name, device, tmp_path):
-    mutant = _mutant(layer_norm, LAYER_NORM_MUTANTS[name], tmp_path)
-    mutant.MAX_PROGRAMS = 2
-    assert not _ista_is_right(_ista_inputs((197, 96), torch.float32, device), with_norm=True, norms=mutant)
+    changed = mutant(layer_norm, LAYER_NORM_MUTANTS[name], tmp_path)
+    changed.MAX_PROGRAMS = 2
+    assert not _ista_is_right(_ista_inputs((197, 96), torch.float32, device), with_norm=True, norms=changed)
 
 
 def test_more_rows_than_programs(device, monkeypatch, poisoned):
@@ -446,9 +469,10 @@ def test_the_table_is_complete():
                        "norm_ista_backward_folded")
         for precision in ("half", "mixed", "tf32", "ieee")
     }  # fmt: skip
+    whole_heads = {("whole_head_forward", "half", 64), ("whole_head_backward", "half", 64)}
     for architecture in compile_report.ARCHITECTURES:
         rows = {(kernel, precision, d) for kernel, name, precision, d in TABLE if name == architecture}
-        assert rows == attention | products
+        assert rows == attention | products | (whole_heads if architecture in ("sm_90", "sm_100") else set())
 
 
 @pytest.mark.parametrize("architecture", compile_report.ARCHITECTURES)

@@ -1,0 +1,234 @@
+"""The whole-head kernels, which a sequence of up to 208 tokens goes to: on a GPU, or through Triton's interpreter.
+
+By the rule of two times eager PyTorch in float16. They do not run in float32; there the interpreter shows the
+algebra: what is wrong by a term is wrong by far more than 1e-4.
+"""
+
+import pytest
+import torch
+from oracle import all_within_twice_eager, gradients, mutant, spread_tokens, token_scale
+
+from crate_fast.kernels import row_blocks, subspace_attention, whole_head
+from crate_fast.kernels.tiles import Tile
+from crate_fast.reference import subspace_attention_reference
+
+TILE = Tile(64, 16, 4, 1)
+LENGTHS = [64, 65, 101, 128, 130, 180, 192, 196, 197, 208]
+
+
+def _tokens(shape, dtype, device):
+    w = torch.randn(shape) * token_scale(shape[1], shape[3])
+    return w.to(dtype).to(device), torch.randn(shape).to(dtype).to(device)
+
+
+def _attention(w, grad, module=whole_head, scale=None):
+    scale = w.shape[-1] ** -0.5 if scale is None else scale
+    out, lse = module.forward(w, scale, TILE)
+    return [out, module.backward(grad, w, out, lse, scale, TILE)]
+
+
+def _is_right(w, grad, **options) -> bool:
+    scale = options.get("scale")
+
+    def reference(tokens):
+        return subspace_attention_reference(tokens, scale)
+
+    truth = gradients(reference, [w.double()], grad.double())
+    return all_within_twice_eager(_attention(w, grad, **options), gradients(reference, [w], grad), truth, "O dW")
+
+
+def _algebra_is_right(w, grad, module=whole_head) -> bool:
+    truth = gradients(subspace_attention_reference, [w.double()], grad.double())
+    errors = [
+        ((mine - true).norm() / true.norm()).item()
+        for mine, true in zip(_attention(w, grad, module), truth, strict=True)
+    ]
+    print(errors)
+    return all(error < 1e-4 for error in errors)
+
+
+@pytest.mark.parametrize("head_dim", [48, 64])
+@pytest.mark.parametrize("n_tokens", LENGTHS)
+def test_whole_heads(n_tokens, head_dim, device, poisoned):
+    assert _is_right(*_tokens((2, n_tokens, 3, head_dim), torch.float16, device))
+    assert _algebra_is_right(*_tokens((1, n_tokens, 2, head_dim), torch.float32, device))
+
+
+@pytest.mark.parametrize("factor", [0.3, 1.5, 2.0, 3.0])
+def test_from_uniform_to_saturated_attention(factor, device, poisoned):
+    w, grad = _tokens((2, 197, 2, 64), torch.float16, device)
+    assert _is_right(factor * w, grad)
+
+
+def test_a_large_offset(device, poisoned):
+    w, grad = _tokens((2, 197, 2, 64), torch.float16, device)
+    assert _is_right(w + 1, grad)
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.02])
+def test_the_scale(scale, device, poisoned):
+    w, grad = _tokens((1, 197, 2, 64), torch.float16, device)
+    assert _is_right(w, grad, scale=scale)
+
+
+def test_log_sum_exp(device, poisoned):
+    w, _ = _tokens((2, 197, 3, 64), torch.float16, device)
+    _, lse = whole_head.forward(w, 0.125, TILE)
+    heads = w.double().transpose(1, 2)
+    truth = (0.125 * heads @ heads.transpose(-1, -2)).logsumexp(-1) / torch.tensor(2.0).double().log()
+    torch.testing.assert_close(lse.double(), truth, rtol=1e-5, atol=1e-5)
+
+
+# --- which heads are refused, and what becomes of them ------------------------------------------------------------
+
+
+def _refused(w, grad) -> tuple[int, int]:
+    """How many heads the first launches of forward and of backward leave to the second."""
+    out, lse = row_blocks.forward(w, 0.125)
+    dw, room = torch.empty_like(w), torch.empty(2, *lse.shape, device=w.device)
+    counts = []
+    for plan in (
+        lambda refused: whole_head.plan_forward(w, out, lse, refused, 0.125, TILE),
+        lambda refused: whole_head.plan_backward(grad, w, out, lse, dw, room, refused, 0.125, TILE),
+    ):
+        refused = torch.full((w.shape[0] * w.shape[2],), 9, dtype=torch.int32, device=w.device)
+        plan(refused).run()
+        assert set(refused.tolist()) <= {0, 1}
+        counts.append(int(refused.sum()))
+    return counts[0], counts[1]
+
+
+@pytest.mark.parametrize(
+    ("spread", "dtype", "heads"),
+    [
+        (1.0, torch.float16, (0, 0)),
+        (3.0, torch.float16, (0, 0)),
+        (30.0, torch.float16, (4, 4)),
+        (300.0, torch.float16, (4, 4)),
+        (17.0, torch.float32, (0, 4)),
+        (100.0, torch.float32, (4, 4)),
+        (1e4, torch.float32, (4, 4)),
+    ],
+)
+def test_the_spread_decides(spread, dtype, heads, device, poisoned):
+    w, grad = spread_tokens((2, 197, 2, 64), spread, dtype, device)
+    w = w * 0.8 if spread == 3.0 else w
+    assert _refused(w, grad) == heads
+    assert _is_right(w, grad) if dtype == torch.float16 else _algebra_is_right(w, grad)
+
+
+def test_one_head_of_several_is_refused(device, poisoned):
+    w, grad = _tokens((1, 197, 3, 64), torch.float16, device)
+    w[:, 5, 1] *= 8
+    assert _refused(w, grad) == (1, 1)
+    assert _is_right(w, grad)
+
+
+def test_a_nan_token_is_not_hidden(device):
+    w, grad = _tokens((1, 197, 2, 64), torch.float32, device)
+    w[0, 3, 0, 0] = torch.nan
+    out, dw = _attention(w, grad)
+    assert out[0, :, 0].isnan().any(-1).all()
+    assert dw[0, :, 0].isnan().any(-1).all()
+    assert out[0, :, 1].isfinite().all()
+    assert dw[0, :, 1].isfinite().all()
+
+
+# --- memory ------------------------------------------------------------------------------------------------------
+
+
+def test_bit_equal_on_a_rerun(device, poisoned):
+    w, grad = _tokens((2, 197, 3, 64), torch.float16, device)
+    for first, second in zip(_attention(w, grad), _attention(w, grad), strict=True):
+        assert torch.equal(first, second)
+
+
+def test_strided_tokens_and_gradients(device, poisoned):
+    base, grad = _tokens((2, 130, 6, 64), torch.float16, device)
+    views = (
+        base[:, :, ::2],
+        base.transpose(1, 2).contiguous().transpose(1, 2)[:, :, :3],
+        base[:1, :, :3].expand(2, -1, -1, -1),
+    )
+    for w in views:
+        assert _is_right(w, grad[:, :, ::2])
+    assert _is_right(base[:, :, :3], grad[:1, :, :3].expand(2, -1, -1, -1))
+
+
+def test_no_images(device):
+    w = torch.empty(0, 197, 2, 64, device=device)
+    assert [t.shape for t in _attention(w, w)] == [w.shape] * 2
+
+
+# --- when they are used ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "forward", "backward"),
+    [
+        ((1, 197, 1, 64), torch.bfloat16, True, True),
+        ((1, 208, 1, 64), torch.bfloat16, True, True),
+        ((1, 209, 1, 64), torch.bfloat16, False, False),
+        ((1, 180, 1, 64), torch.bfloat16, True, True),
+        ((1, 63, 1, 64), torch.bfloat16, False, False),
+        ((1, 785, 1, 64), torch.bfloat16, False, False),
+        ((1, 197, 1, 64), torch.float16, True, False),
+        ((1, 197, 1, 48), torch.bfloat16, True, False),
+        ((1, 197, 1, 32), torch.bfloat16, False, False),
+        ((1, 197, 1, 128), torch.bfloat16, False, False),
+        ((1, 197, 1, 64), torch.float32, False, False),
+    ],
+)
+def test_where_they_run(shape, dtype, forward, backward):
+    w = torch.empty(shape, dtype=dtype)
+    precision = "ieee" if dtype == torch.float32 else "half"
+    found = [whole_head.tile_for(f"whole_head_{way}", w, precision) is not None for way in ("forward", "backward")]
+    assert found == [forward, backward]
+
+
+def test_dispatch(device, monkeypatch):
+    called = []
+    for way in ("forward", "backward"):
+        monkeypatch.setattr(whole_head, way, lambda *args, way=way: called.append(way))
+    w = torch.zeros(1, 197, 1, 64, dtype=torch.float16, device=device)
+    subspace_attention.forward(w, 0.125)
+    assert called == ["forward"]
+    subspace_attention.forward(w, 0.125, 0.1, torch.tensor(1, device=device))
+    subspace_attention.backward(w, w, w, torch.zeros(1, 1, 197, device=device), 0.125)
+    assert called == ["forward"]
+
+
+# --- mutants -----------------------------------------------------------------------------------------------------
+
+MUTANTS = {
+    "a padding key counted": ("FIRST + tl.arange(0, BLOCK_R) < N_TOKENS", "FIRST + tl.arange(0, BLOCK_R) < 999"),
+    "the last key dropped": ("tl.arange(0, BLOCK_R) < N_TOKENS)[", "tl.arange(0, BLOCK_R) < N_TOKENS - 1)["),
+    "no transposed tile": ("tl.dot(tl.trans(w[i]), low, accs[j])", "tl.dot(tl.trans(w[i]), low * 0.0, accs[j])"),
+    "columns left out of the sums": ("sums[j] + tl.sum(e, 0)", "sums[j] + 0.0 * tl.sum(e, 0)"),
+    "the rest not attended to": ("acc = tl.dot(e.to(w[i].dtype), w_rest, acc)", "acc = acc * 1.0"),
+    "the transposed values dropped": ("tl.dot(tl.trans(g_i), low, acc_t)", "tl.dot(tl.trans(g_i), low * 0.0, acc_t)"),
+    "the columns' own δ twice": ("(e * (t - delta_i[:, None]))", "(e * (t - 2.0 * delta_i[:, None]))"),
+    "no δ of the columns": ("- (scale * delta)[:, None] * w", "- (0.0 * delta)[:, None] * w"),
+    "no δ of the rows": ("[:, None] * out.to(tl.float32)\n            _store", "[:, None] * 0.0\n            _store"),
+    "half of T": ("t = tl.dot(g_i, tl.trans(w_j), t)", "t = t + t"),
+    "the scale 2 % off": ("    e *= scale\n", "    e *= scale * 1.02\n"),
+    "λ of another token": ("tl.exp2(shift - lse)[:, None]).to", "tl.exp2(shift - lse * 1.01)[:, None]).to"),
+    "the rest's rows left out": (
+        "part == 0:\n        if BLOCK_R > 0:\n            back",
+        "part == 9:\n        if BLOCK_R > 0:\n            back",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_mutants_fail(name, device, tmp_path, poisoned):
+    w, grad = _tokens((1, 197, 2, 64), torch.float32, device)
+    assert not _algebra_is_right(w, grad, mutant(whole_head, MUTANTS[name], tmp_path))
+
+
+def test_a_refusal_that_is_ignored_fails(device, tmp_path, poisoned):
+    ignoring = mutant(
+        whole_head, ("fits = largest - smallest <= LARGEST_SPREAD", "fits = largest >= smallest"), tmp_path
+    )
+    w, grad = spread_tokens((1, 197, 2, 64), 300.0, torch.float32, device)
+    assert not _algebra_is_right(w, grad, ignoring)
