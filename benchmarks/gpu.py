@@ -42,7 +42,6 @@ __all__ = [
     "add_options",
     "measure",
     "open_run",
-    "padded",
     "passes_gate",
     "report",
     "rerun_interpreted",
@@ -57,11 +56,6 @@ SAME = 0.05  # how far a peer's output and gradients may be from ours, as relati
 
 
 # --- what there is to do ------------------------------------------------------------------------------------------
-
-
-def padded(size: int, block: int) -> int:
-    """`size` up to the next multiple of `block`."""
-    return -(-size // block) * block
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import gpu
 import gpu_timing
 import harness
 import pytest
+import tile_work
 import torch
 import torch.nn.functional as F
 import update_readme
@@ -187,7 +188,7 @@ def test_a_floor_is_the_longer_of_arithmetic_and_bytes():
     ceilings = gpu_timing.Ceilings(100.0, 1000.0)
     assert ceilings.floor_ms(1e12, 1e6) == pytest.approx(10.0)
     assert ceilings.floor_ms(1e9, 1e9) == pytest.approx(1.0)
-    assert [gpu.padded(size, 64) for size in (1, 64, 65)] == [64, 64, 128]
+    assert [tile_work.padded(size, 64) for size in (1, 64, 65)] == [64, 64, 128]
 
 
 def test_istas_gradient_is_zero_where_rounding_decides(run):
