@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import astuple, dataclass, field, replace
 from functools import partial
@@ -42,12 +42,15 @@ __all__ = [
     "Run",
     "Work",
     "add_options",
+    "error_in_a_line",
     "measure",
+    "missing_rows",
     "open_run",
     "passes_gate",
     "report",
     "rerun_interpreted",
     "token_scale",
+    "too_many_logits",
     "why_missing",
     "within_twice_eager",
 ]
@@ -236,8 +239,8 @@ class Run:
         """After the gate, so that a run that is red ends at once."""
         self.ceilings = measure_ceilings(self.timer, self.device, self.dtype, self.smoke)
         self.facts |= {
-            "matrix_tflops_per_s": round(self.ceilings.tflops_per_s, 1),
-            "copy_gb_per_s": round(self.ceilings.gb_per_s, 1),
+            "matrix_tflops_per_s": float(f"{self.ceilings.tflops_per_s:.4g}"),
+            "copy_gb_per_s": float(f"{self.ceilings.gb_per_s:.4g}"),
         }
         print(f"measured ceilings: {self.ceilings}", flush=True)
 
@@ -332,14 +335,15 @@ class _Ready:
     peak_mib: float | None
 
 
-def _reason(error: Exception, caught: list[warnings.WarningMessage]) -> str:
+def error_in_a_line(error: Exception, caught: Sequence[warnings.WarningMessage] = ()) -> str:
     """An error in a line, with the warnings that explain it (SDPA says there why a backend cannot run)."""
     hints = dict.fromkeys(str(warning.message).split("\n")[0].split(" (Triggered")[0] for warning in caught)
     text = " ".join([f"{type(error).__name__}: {str(error).strip()}", *hints])
     return " ".join(text.split())[:600]
 
 
-def _too_many_logits(logits_bytes: float, device: torch.device) -> str | None:
+def too_many_logits(logits_bytes: float, device: torch.device) -> str | None:
+    """Why logits of this size are not tried on a device, or None."""
     if device.type == "cuda":
         memory, limit = torch.cuda.get_device_properties(device).total_memory, MAX_LOGITS_FRACTION
     else:
@@ -355,7 +359,7 @@ def _unfit(peer: Peer, problem: Problem, run: Run, problems: int) -> str | None:
     """Why a peer is not tried, or None."""
     if run.smoke and not (peer.smoke or peer.ours):
         return "not part of a smoke run"
-    if peer.quadratic and (reason := _too_many_logits(problem.logits_bytes, run.device)):
+    if peer.quadratic and (reason := too_many_logits(problem.logits_bytes, run.device)):
         return reason
     if peer.compiles and not run.budget.may_compile(problems, peer.compile_seconds):
         return "not compiled: --budget was used up"
@@ -388,7 +392,7 @@ def _start(peers: list[Peer], problem: Problem, run: Run, problems: int) -> tupl
                 except Exception as error:  # a peer may fail as it likes; its rows say how
                     if peer.ours or isinstance(error, Red):
                         raise
-                    reason = _reason(error, caught)
+                    reason = error_in_a_line(error, caught)
         if reason is not None:
             missing[peer.name] = reason
             print(f"{problem.label}, {peer.name}: n/a, {reason}", flush=True)
@@ -410,9 +414,9 @@ def _interleaved(
         except Exception as error:  # out of memory, most likely
             if peer == ours:
                 raise
-            failed[peer] = _reason(error, [])
-            run.timer.free_memory()
-            return None
+            failed[peer] = error_in_a_line(error)
+        run.timer.free_memory()  # here, where the error no longer holds what it interrupted
+        return None
 
     plans = {key: attempt(key[1], partial(run.timer.plan, step, hides_host)) for key, step in steps.items()}
     round_seconds = sum(plan.seconds for plan in plans.values() if plan is not None)
@@ -461,6 +465,11 @@ def measure(problem: Problem, peers: list[Peer], run: Run, problems: int) -> lis
                     row["first_call_s"] = run.first_call_s.get(problem.label, row["first_call_s"])
             rows.append(row)
     return rows
+
+
+def missing_rows(problem: Problem, peers: list[Peer], run: Run, reason: str) -> list[dict]:
+    """The rows of a problem that could not be measured."""
+    return [_row(problem, what, peer, run) | {"reason": reason} for what in problem.work for peer in peers]
 
 
 def _row(problem: Problem, what: str, peer: Peer, run: Run) -> dict:
