@@ -2,12 +2,15 @@
 
 from torch import Tensor, cat
 
-__all__ = ["TIGHT", "differences"]
+__all__ = ["SLACK", "TIGHT", "WORST", "differences"]
 
 OUTPUT, GRADIENT, WORST = "output", "gradient", "a parameter's gradient"
 # Rounding that moves a ReLU's argument across zero changes one parameter's gradient by up to a few 1e-3 of its norm;
 # a scale that is off by 2 %, or a missing term, changes some parameter's by more than 1e-2.
 TIGHT = {OUTPUT: 1e-4, GRADIENT: 1e-3, WORST: 1e-2}  # in fp32
+# In bf16 such ReLUs are many: on a few images the gradient of either form was 1 to 6 % from fp32's, one parameter's 6
+# to 25 %, and which was nearer changed with the images. So these come on top of twice the other form's distance.
+SLACK = {OUTPUT: 0.01, GRADIENT: 0.1, WORST: 0.3}
 
 
 def _relative(found: Tensor, expected: Tensor) -> float:

@@ -24,7 +24,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 from gpu_timing import Ceilings, Plan, Step, Timer, measure_ceilings
-from harness import RESULTS, Timing, markdown_table, write_results
+from harness import RESULTS, Timing, markdown_table, number, write_results
 from torch import Tensor
 
 from crate_fast.kernels.support import INTERPRETED
@@ -179,6 +179,7 @@ class Budget:
     """Seconds for a run; without a limit when None. What is compiled comes first, rounds get what it leaves."""
 
     def __init__(self, seconds: float | None):
+        self.reserved_seconds = RESERVED_SECONDS
         self._end = math.inf if seconds is None else time.perf_counter() + seconds
 
     def left(self) -> float:
@@ -187,7 +188,7 @@ class Budget:
 
     def may_compile(self, problems: int, seconds: float = 0.0) -> bool:
         """Whether there is time for it, with `problems` still to measure."""
-        return self.left() > problems * RESERVED_SECONDS + seconds
+        return self.left() > problems * self.reserved_seconds + seconds
 
     def rounds(self, wanted: int, round_seconds: float, problems: int) -> int:
         """How many rounds fit into this problem's equal share, one at least."""
@@ -527,7 +528,7 @@ def table(rows: list[dict]) -> str:
                 "pass": row["pass"],
                 "peer": row["peer"],
                 "ms": row["latency_ms"] if measured else "n/a",
-                "20–80 %": f"{row['low_ms']:.3g}–{row['high_ms']:.3g}" if measured else "",
+                "20–80 %": f"{number(row['low_ms'])}–{number(row['high_ms'])}" if measured else "",
                 "TFLOP/s": row["tflops_per_s"] if measured else "",
                 "floor, ms": row["floor_ms"],
                 "of floor": f"{row['of_floor']:.0%}" if measured else "",

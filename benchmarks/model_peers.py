@@ -114,13 +114,11 @@ def build_model(peer: str, size: Size) -> nn.Module:
 
 def make_inputs(size: Size, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Images [B, 3, S, S], and labels [B] or, for an autoencoder, the noise [B, patches] that hides patches."""
-    generator = torch.Generator().manual_seed(1)
-    images = torch.randn(batch, 3, size.image, size.image, generator=generator)
+    options = {"generator": torch.Generator(device).manual_seed(1), "device": device}
+    images = torch.randn(batch, 3, size.image, size.image, **options)
     if size.masked:
-        targets = torch.rand(batch, size.n_patches, generator=generator)
-    else:
-        targets = torch.randint(size.classes, (batch,), generator=generator)
-    return images.to(device), targets.to(device)
+        return images, torch.rand(batch, size.n_patches, **options)
+    return images, torch.randint(size.classes, (batch,), **options)
 
 
 @dataclass
@@ -217,10 +215,11 @@ def build_trial(
         compiler: torch.compile's backend.
     """
     torch.manual_seed(0)
-    model = build_model(peer, size)
+    with device:
+        model = build_model(peer, size)
     if state is not None:
         model.load_state_dict(state)
-    model = model.to(device).train(what == TRAINING)
+    model.train(what == TRAINING)
     function = torch.compile(model, dynamic=False, backend=compiler) if peer.endswith(COMPILED) else model
     optimizer = None
     if what == TRAINING:

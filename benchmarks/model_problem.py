@@ -1,9 +1,10 @@
 """One pass of one model as a problem for `gpu.measure`: its peers, what they must agree on, what they take.
 
-The gate. In fp32 ours must be the released form within the limits of `agreement.TIGHT`. Under autocast every peer
-that computes the same, compiled or not, is compared on the whole batch with the released form in fp32 without
-autocast, and may be at most twice as far from it as the released form under autocast, and the dtype's eps more. Where
-the released form runs out of memory, ours with `backend="torch"` takes its place.
+The gate. In fp32 ours must be the released form within the limits of `agreement.TIGHT` (one parameter's gradient of
+an autoencoder within 5 %). Under autocast every peer that computes the same, compiled or not, is compared on the
+whole batch with the released form in fp32 without autocast, and may be at most twice as far from it as the released
+form under autocast, and `agreement.SLACK` more: that finds what is broken; rounding is the operators' tests' affair.
+Where the released form runs out of memory, ours with `backend="torch"` takes its place.
 """
 
 import math
@@ -14,7 +15,7 @@ from functools import partial
 from typing import ClassVar
 
 import torch
-from agreement import TIGHT, differences
+from agreement import SLACK, TIGHT, WORST, differences
 from gpu import Peer, Red, Run, Work, too_many_logits
 from gpu_timing import Step
 from harness import peak_mib
@@ -70,7 +71,10 @@ class ModelProblem:
     state: dict[str, Tensor] = field(repr=False)
     fields: dict[str, object]
     truth: dict[str, Tensor] = field(default_factory=dict, repr=False)
-    allowed: dict[str, float] = field(default_factory=lambda: dict(TIGHT))
+    allowed: dict[str, float] = field(init=False)
+
+    def __post_init__(self):
+        self.allowed = TIGHT | ({WORST: 0.05} if self.size.masked else {})
 
     @property
     def work(self) -> tuple[str]:
@@ -160,10 +164,9 @@ class ModelProblem:
         self.truth, self.fields["compared_with"] = truth, reference
         if self.cast is None:
             return  # ours is compared when it is built
-        self.judge(OURS, differences(self._outcome(OURS, None, run), self.truth), TIGHT)
+        self.judge(OURS, differences(self._outcome(OURS, None, run), self.truth), self.allowed)
         rounding = differences(self._outcome(reference, self.cast, run), self.truth)
-        eps = torch.finfo(self.cast).eps
-        self.allowed = {name: 2 * value + eps for name, value in rounding.items()}
+        self.allowed = {name: 2 * value + SLACK[name] for name, value in rounding.items()}
 
 
 def _fresh_step(peer: str, size: Size, batch: int, what: str, cast: torch.dtype | None) -> Callable[[], Tensor]:
@@ -171,15 +174,21 @@ def _fresh_step(peer: str, size: Size, batch: int, what: str, cast: torch.dtype 
     return build_trial(peer, size, batch, torch.device("cpu"), what, cast).step
 
 
+def _weights(size: Size, device: torch.device) -> dict[str, Tensor]:
+    """Drawn from a seed; with the fixed positions of an autoencoder, which are parameters."""
+    torch.manual_seed(0)
+    with device:
+        return build_model(OURS, size).state_dict()
+
+
 def make_problem(name: str, size: Size, what: str, run: Run, fields: dict[str, object]) -> ModelProblem:
     """The problem, its weights drawn from a seed; `fields` are added to those of its rows."""
     batch = size.batch(run.device)
     cast = None if run.dtype == torch.float32 else run.dtype
-    torch.manual_seed(0)
     dtype = str(run.dtype).removeprefix("torch.")
     sizes = {"model": name, "batch": batch, "n_tokens": size.n_tokens, "width": size.width, "depth": size.depth}
     sizes |= {"heads": size.heads, "dtype": dtype if cast is None else f"autocast {dtype}"}
-    state = build_model(OURS, size).state_dict()
+    state = _weights(size, run.device)
     return ModelProblem(f"{name}, {what}", name, size, batch, what, run.device, cast, state, sizes | fields)
 
 
