@@ -159,7 +159,8 @@ def table(rows: list[dict]) -> str:
         )
     meaning = (
         "\nreleased, ViT: how many times as fast as the released form, eager, and as timm's ViT, compiled. MFU: "
-        "nominal FLOPs, and executed ones, of the matrix rate measured in the run. Peak: above weights and moments.\n"
+        "nominal FLOPs, and executed ones, of the matrix rate measured in the run. Peak: above the weights; on a "
+        "CPU with the optimiser's moments.\n"
     )
     columns = [column for column in shown[0] if any(row[column] != "" for row in shown)]
     return markdown_table(shown, columns) + meaning + gpu.why_missing(rows)

@@ -59,7 +59,7 @@ class ModelProblem:
     """
 
     hides_host: ClassVar[bool] = False  # images per second count what the host takes longer than the device
-    training: ClassVar[bool] = False
+    training: ClassVar[bool] = False  # the gate's first call is not the timed pass's: each peer's own counts
 
     label: str
     name: str
@@ -113,7 +113,7 @@ class ModelProblem:
     def judge(self, peer: str, found: dict[str, float], allowed: dict[str, float]) -> None:
         """Print the differences of a peer; an exception where one is too large."""
         shown = ", ".join(f"{name} {value:.1e} (≤ {allowed[name]:.1e})" for name, value in found.items())
-        print(f"{self.label}, {peer}: differs from the released form by {shown}", flush=True)
+        print(f"{self.label}, {peer}: differs from {self.fields['compared_with']!r} in fp32 by {shown}", flush=True)
         wrong = [name for name, value in found.items() if not value <= allowed[name]]
         if wrong:
             message = f"{self.label}: the peers disagree: {', '.join(wrong)} of {peer!r}"
@@ -122,18 +122,16 @@ class ModelProblem:
     def peak_mib(self, peer: Peer, trial: Trial, run: Run) -> float | None:
         """How far a step raises what is allocated on a GPU; on a CPU two steps of a fresh process its memory.
 
-        Weights and the optimiser's moments count in neither; gradients do. None on a CPU for compiled peers, whose
-        compiling would count, and in a smoke run.
+        Gradients count, weights do not, the optimiser's moments on a CPU alone. None on a CPU for compiled peers,
+        whose compiling would count, and in a smoke run.
         """
         trial.step()  # the optimiser's moments are there from now on
         trial.model.zero_grad(set_to_none=True)
         if run.timer.on_gpu:
             return run.timer.peak_mib(trial.step)
-        return (
-            None
-            if peer.compiles or run.smoke
-            else peak_mib(partial(_fresh_step, peer.name, self.size, self.batch, self.what, self.cast))
-        )
+        if peer.compiles or run.smoke:
+            return None
+        return peak_mib(partial(_fresh_step, peer.name, self.size, self.batch, self.what, self.cast))
 
     def work_of(self, peer: Peer, what: str) -> Work:
         """Nominal and executed."""

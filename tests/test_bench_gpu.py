@@ -356,7 +356,7 @@ def test_the_gpu_check_of_models_appends_where_models_are_named(tmp_path):
         return calls.read_text()
 
     seen = check("models")
-    assert "pytest" not in seen
+    assert "test_gpu.py" not in seen
     assert f"--output {tmp_path} --growth" in seen
     assert seen.count("benchmarks/bench_model.py --rounds 3 --budget") == 2
     assert f"--output {tmp_path} --append --models B/16 B/8" in check("models", "B/16", "B/8")

@@ -213,6 +213,12 @@ def test_compiled_peers_are_the_first_to_go_when_the_time_is_short(run):
     assert "--budget" in _rows(run)[INFERENCE, OURS + COMPILED]["reason"]
 
 
+def test_the_vit_gets_the_attention_that_runs_here():
+    qkv = torch.randn(2, 17, 3, 2, 16, requires_grad=True)
+    assert model_peers.fastest_sdpa(qkv, gpu_timing.Timer(CPU)) == SDPBackend.FLASH_ATTENTION
+    assert model_peers.best_sdpa(TINY, 2, gpu_timing.Timer(CPU), CPU, torch.float32) is None
+
+
 # --- operations and bytes -----------------------------------------------------------------------------------------
 
 
