@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from agreement import TIGHT, differences
 from harness import RESULTS, interleaved, markdown_table, peak_mib, write_results
 from released import ReleasedCRATE
 from torch import nn
@@ -64,33 +65,18 @@ def _prepare(peer: str, what: str, settings: dict, batch: int):
 
 
 def _check_equal(built: dict[str, tuple]) -> None:
-    """The gate: logits and gradients of every peer against the first's, as relative norms.
-
-    Logits within 1e-4, the whole gradient within 1e-3, each parameter's within 1e-2. Rounding that moves a ReLU's
-    argument across zero changes one parameter's gradient by up to a few 1e-3 of its norm; a scale that is off by 2 %,
-    or a missing term, changes some parameter's by more than 1e-2.
-    """
-    outputs, gradients = {}, {}
+    """The gate: logits and gradients of every peer against the first's."""
+    found = {}
     for peer, arguments in built.items():
-        outputs[peer] = _infer(*arguments)
+        logits = _infer(*arguments)
         _train(*arguments)
-        gradients[peer] = [p.grad.flatten() for p in arguments[0].parameters()]
+        found[peer] = {"output": logits} | {name: p.grad for name, p in arguments[0].named_parameters()}
     first = next(iter(built))
-
-    def difference(a: torch.Tensor, b: torch.Tensor) -> float:
-        return ((a - b).norm() / b.norm()).item()
-
     for peer in built:
-        pairs = list(zip(gradients[peer], gradients[first], strict=True))
-        found = {
-            "logits": (difference(outputs[peer], outputs[first]), 1e-4),
-            "gradient": (difference(torch.cat(gradients[peer]), torch.cat(gradients[first])), 1e-3),
-            "a parameter's gradient": (max(difference(a, b) for a, b in pairs), 1e-2),
-        }
-        for name, (value, limit) in found.items():
-            if not value < limit:
+        for name, value in differences(found[peer], found[first]).items():
+            if not value < TIGHT[name]:
                 raise SystemExit(
-                    f"the peers disagree: {name} of {peer!r} by {value:.1e}, allowed {limit:.0e}: no numbers"
+                    f"the peers disagree: {name} of {peer!r} by {value:.1e}, allowed {TIGHT[name]:.0e}: no numbers"
                 )
 
 

@@ -19,7 +19,8 @@ from functools import partial
 import gpu
 import torch
 import torch.nn.functional as F
-from gpu import Peer, Problem, Run, Work, padded, within_twice_eager
+from gpu import Peer, Problem, Run, Work, within_twice_eager
+from tile_work import ista_executed
 from torch import Tensor
 
 from crate_fast.functional import cached_dictionaries, ista, norm_ista
@@ -167,34 +168,14 @@ def make_problem(name: str, shape: Shape, operator: str, run: Run, autocast: boo
     )  # fmt: skip
 
 
-def _executed(operator: str, x: Tensor, dtype: torch.dtype) -> dict[str, float]:
-    """FLOPs of our kernels' tiles by pass, from the tile table: whole blocks of rows, columns and summands."""
-    from crate_fast.kernels.launch import matmul_precision
-    from crate_fast.kernels.tiles import lookup
-
-    precision = matmul_precision(dtype, x.dtype).row
-    norm = "norm_" if operator == "norm_ista" else ""
-    rows, width = x.shape
-
-    def product(kernel: str, m: int, n: int, k: int) -> float:
-        tile = lookup(kernel, x.device, precision)
-        return 2.0 * padded(m, tile.block_m) * padded(n, tile.block_n) * padded(k, tile.block_k)
-
-    backward_input = product("ista_backward_input", rows, width, width)
-    return {
-        "forward": product(f"{norm}ista_forward", rows, width, width),
-        "backward": backward_input + product(f"{norm}ista_backward_folded", width, width, rows),
-    }
-
-
 def _work(shape: Shape, operator: str, inputs: tuple[Tensor, ...], dtype: torch.dtype) -> dict[str, Work]:
     """Products and bytes of each pass: forward reads x, D and writes y; backward reads x, y, dy, D, writes dx, dD."""
     x, dictionary = inputs[0], inputs[-1]
-    executed = _executed(operator, x, dtype)
+    executed = ista_executed(shape.rows, shape.width, x.device, dtype, x.dtype, operator == "norm_ista")
     product, fold = 2.0 * shape.rows * shape.width**2, 2.0 * shape.width**3
     tokens, square = x.numel() * x.element_size(), dictionary.numel() * dictionary.element_size()
-    forward = Work(product + fold, 2 * tokens + square, executed["forward"] + fold)
-    backward = Work(2 * product + fold, 4 * tokens + 2 * square, executed["backward"] + fold)
+    forward = Work(product + fold, 2 * tokens + square, executed["forward"].flops + fold)
+    backward = Work(2 * product + fold, 4 * tokens + 2 * square, executed["backward"].flops + fold)
     return {"forward": forward, "backward": backward, "forward + backward": forward + backward}
 
 

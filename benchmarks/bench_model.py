@@ -1,161 +1,223 @@
-"""A training step of CRATE-MAE (forward, backward, AdamW): the released form against ours, and visible-only apart.
+"""Whole models: a training step and inference of CRATE, a training step of CRATE-MAE, and growth with N.
 
-    python benchmarks/bench_model.py            # on a GPU if there is one: bf16 autocast; else fp32 on the CPU
-    python benchmarks/bench_model.py --smoke    # tiny, anywhere, writes nothing
+    python benchmarks/bench_model.py                      # all on a GPU, bf16 autocast; CRATE-T/16 on a CPU, fp32
+    python benchmarks/bench_model.py --models B/16 B/8    # these; CRATE-MAE-T, … are its autoencoders
+    python benchmarks/bench_model.py --growth             # CRATE-B on one image of 197 to 16,385 tokens
+    python benchmarks/bench_model.py --smoke              # all of it, tiny, anywhere; writes nothing
 
-Released form and ours have the same weights, images and masks; losses and gradients are compared first, and where
-they differ there are no numbers. `visible_only` computes something else, MAE's own form: its encoder sees a quarter
-of the patches. Memory: on a GPU how far a step raises what is allocated; on a CPU how far two steps raise a fresh
-process's resident memory.
+Peers have the same images, and but for the ViT the same weights: the released form eager and compiled, ours eager and
+compiled, and timm's ViT of the same width, depth, heads and patch, compiled, with the fastest of SDPA's backends on
+its tensors. A training step is forward, cross-entropy, backward, AdamW (fused on a GPU); inference is a forward in
+`inference_mode`, G folded in every call. First the gate (`model_problem.py`): where ours differs from the released
+form there are no numbers for that model, and the exit status is 1. One model is in memory at a time, its peers side
+by side, measured in turn; calls follow each other without a pause, so a host that is slower than the device is in
+the times. `model_work.py` says what FLOPs and bytes are counted.
 """
 
 import argparse
-import statistics
+import json
 import sys
-from functools import partial
-from pathlib import Path
+from dataclasses import dataclass, replace
 
-import numpy as np
-import torch
-from gpu_timing import Step, Timer
-from harness import RESULTS, Timing, interleaved, markdown_table, peak_mib, write_results
-from released import ReleasedCRATEMAE
-from torch import Tensor, nn
+import gpu
+from gpu import Run
+from harness import markdown_table, number
+from model_peers import COMPILED, INFERENCE, OURS, RELEASED, TRAINING, VISIBLE, VIT, Size
+from model_problem import make_problem, peers
 
-from crate_fast import CRATEMAE
+__all__ = ["CRATES", "GROWTH", "MAES", "Part", "main", "measure", "table"]
 
-SIZES = {  # width, layers of encoder and of decoder, heads; batch on a CPU and on a GPU
-    "CRATE-MAE-T": ({"embed_dim": 384, "depth": 12, "num_heads": 6}, 8, 256),
-    "CRATE-MAE-S": ({"embed_dim": 576, "depth": 12, "num_heads": 12}, 4, 256),
-    "CRATE-MAE-B": ({"embed_dim": 768, "depth": 12, "num_heads": 12}, 4, 256),
-    "CRATE-MAE-L": ({"embed_dim": 1024, "depth": 24, "num_heads": 16}, 2, 128),
+CRATES = {  # the goals' first, for a run whose time is short
+    "B/16": Size(768, 12, 12, 16, on_gpu=256, on_cpu=8),
+    "B/8": Size(768, 12, 12, 8, on_gpu=64, on_cpu=4),
+    "S/8": Size(384, 12, 6, 8, on_gpu=64, on_cpu=4),  # the emergence paper's
+    "T/16": Size(384, 12, 6, 16, on_gpu=256, on_cpu=8),
+    "S/16": Size(576, 12, 12, 16, on_gpu=256, on_cpu=8),
+    "L/16": Size(1024, 24, 16, 16, on_gpu=128, on_cpu=2),
 }
-COMMON = {"img_size": 224, "patch_size": 16, "norm_pix_loss": True}
-SMOKE = {"smoke": ({"embed_dim": 48, "depth": 2, "num_heads": 3, "img_size": 64}, 2, 2)}
-ON_A_CPU = ("CRATE-MAE-T", "CRATE-MAE-B")
-RATIO = 0.75
-RELEASED, OURS, VISIBLE = "released", "ours", "ours, visible only"
+MAES = {
+    "CRATE-MAE-T": Size(384, 12, 6, 16, on_gpu=256, on_cpu=8, masked=True),
+    "CRATE-MAE-S": Size(576, 12, 12, 16, on_gpu=256, on_cpu=4, masked=True),
+    "CRATE-MAE-B": Size(768, 12, 12, 16, on_gpu=256, on_cpu=4, masked=True),
+    "CRATE-MAE-L": Size(1024, 24, 16, 16, on_gpu=128, on_cpu=2, masked=True),
+}
+GROWTH = {  # CRATE-B on one image
+    "N = 197": Size(768, 12, 12, 16, 1, 1),
+    "N = 785": Size(768, 12, 12, 8, 1, 1),
+    "N = 3601": Size(768, 12, 12, 8, 1, 1, image=480),
+    "N = 16385": Size(768, 12, 12, 8, 1, 1, image=1024),
+}
+RESERVED_SECONDS = 12.0  # of a budget, for each pass to come: the gate, and the peers that need no compiling
+ON_A_CPU = ("T/16",)
+GROWTH_ON_A_CPU = ("N = 197", "N = 785", "N = 3601")
+_TINY = Size(48, 2, 3, 16, on_gpu=2, on_cpu=2, image=64, classes=10)
+SMOKE_CRATES, SMOKE_MAES = {"tiny": _TINY}, {"tiny MAE": replace(_TINY, masked=True)}
+SMOKE_GROWTH = {"N = 17": _TINY, "N = 65": replace(_TINY, patch=8)}
+
+CRATE_PEERS = [OURS, RELEASED, OURS + COMPILED, VIT + COMPILED, RELEASED + COMPILED]  # the first is our own, eager
+MAE_PEERS = [OURS, RELEASED, VISIBLE]
+GROWTH_PEERS = [OURS, RELEASED]
 
 
-class _Step:
-    """A peer with everything it needs for a step; the step size 0 keeps its weights.
+def _compared(rows: list[dict]) -> None:
+    """Add images per second, the factors over two peers and the shares of the matrix rate to one pass's rows."""
+    measured = {row["peer"]: row["latency_ms"] for row in rows if row["latency_ms"] is not None}
+    for row in rows:
+        latency_ms = row["latency_ms"]
+        row["images_per_s"] = row["of_released"] = row["of_vit"] = row["mfu"] = row["executed_mfu"] = None
+        if latency_ms is None:
+            continue
+        row["images_per_s"] = 1e3 * row["batch"] / latency_ms
+        for key, peer in (("of_released", RELEASED), ("of_vit", VIT + COMPILED)):
+            row[key] = measured[peer] / latency_ms if peer in measured else None
+        possible = row["matrix_tflops_per_s"] * latency_ms * 1e9
+        row["mfu"], row["executed_mfu"] = row["flops"] / possible, row["executed_flops"] / possible
+
+
+@dataclass(frozen=True)
+class Part:
+    """What goes into one file of results, `name`.{json,md}: each pass of each model; the first peer is ours."""
+
+    name: str
+    sizes: dict[str, Size]
+    passes: tuple[str, ...]
+    peers: list[str]
+
+    @property
+    def problems(self) -> int:
+        """Models times passes."""
+        return len(self.sizes) * len(self.passes)
+
+
+def measure(part: Part, run: Run, later: int) -> bool:
+    """Rows of every model and pass into the run, written after each; whether ours was right and ran.
 
     Args:
-        peer: Which.
-        settings: Of the model.
-        batch: Images.
-        device: Where.
-        state: Of the weights; drawn from a seed when None.
+        part: What to measure.
+        run: Where.
+        later: Problems of the parts behind it, for which the budget must last too.
     """
-
-    def __init__(self, peer: str, settings: dict, batch: int, device: str, state: dict | None = None):
-        torch.manual_seed(0)
-        self.peer, self.device = peer, torch.device(device)
-        arguments = COMMON | settings
-        if peer == RELEASED:
-            self.model: nn.Module = ReleasedCRATEMAE(**arguments)
-        else:
-            self.model = CRATEMAE(**arguments, visible_only=peer == VISIBLE)
-        if state is not None:
-            self.model.load_state_dict(state)
-        self.model.to(device)
-        side = arguments["img_size"]
-        generator = torch.Generator().manual_seed(1)
-        self.images = torch.randn(batch, 3, side, side, generator=generator).to(device)
-        n_patches = (side // arguments["patch_size"]) ** 2
-        self.noise = torch.rand(batch, n_patches, generator=generator).to(device)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.0, weight_decay=0.0)
-
-    def __call__(self, _argument: object = None) -> Tensor:
-        self.optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            loss, _, _ = self.model(self.images, RATIO, noise=self.noise)
-        loss.backward()
-        self.optimizer.step()
-        return loss.detach()
-
-    def gradient(self) -> Tensor:
-        """All gradients of the last step, in one vector."""
-        return torch.cat([p.grad.flatten() for p in self.model.parameters() if p.grad is not None])
+    good, left = True, part.problems + later
+    for model, size in part.sizes.items():
+        for what in part.passes:
+            rows, ok = _measure_one(model, size, what, part.peers, run, left)
+            _compared(rows)
+            run.rows += rows
+            good, left = good and ok, left - 1
+            run.timer.free_memory()
+            gpu.report(part.name, run, quiet=True, make_table=table)  # it stays, should the rest be cut short
+    return good
 
 
-def _check_equal(theirs: _Step, ours: _Step, limits: tuple[float, float]) -> None:
-    """The gate: relative differences of the losses and of the whole gradient."""
-    losses = theirs().item(), ours().item()
-    expected, found = theirs.gradient(), ours.gradient()
-    differences = {
-        "loss": abs(losses[0] - losses[1]) / losses[0],
-        "gradient": ((found - expected).norm() / expected.norm()).item(),
-    }
-    for (name, value), limit in zip(differences.items(), limits, strict=True):
-        if not value < limit:
-            raise SystemExit(f"the peers disagree: {name} by {value:.1e}, allowed {limit:.0e}: no numbers")
+def _measure_one(model: str, size: Size, what: str, names: list[str], run: Run, left: int) -> tuple[list[dict], bool]:
+    """The rows of a pass, and whether ours was right and ran."""
+    problem = make_problem(model, size, what, run, {"patch": size.patch, "image": size.image})
+    try:
+        problem.gate(run)
+        return gpu.measure(problem, peers(problem, names, run), run, left), True
+    except gpu.Red as error:
+        print(f"{error}: no numbers for {problem.label}", file=sys.stderr)
+        return [], False
+    except Exception as error:  # of ours: out of memory, say; the other models may run
+        reason = f"ours does not run: {gpu.error_in_a_line(error)}"
+    print(f"{problem.label}: {reason}", file=sys.stderr)
+    return gpu.missing_rows(problem, peers(problem, names, run), run, reason), False
 
 
-def _times_on_gpu(steps: dict[str, _Step], rounds: int, timer: Timer) -> dict[str, Timing]:
-    plans = {peer: timer.plan(Step(step)) for peer, step in steps.items()}
-    samples: dict[str, list[float]] = {peer: [] for peer in steps}
-    for _ in range(rounds):
-        for peer, step in steps.items():
-            times = timer.sample(Step(step), plans[peer].calls, plans[peer].flushes)
-            samples[peer].append(statistics.median(times) / 1e3)
-    return {peer: Timing(*np.quantile(values, (0.5, 0.2, 0.8)).tolist()) for peer, values in samples.items()}
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.3g} %"
 
 
-def measure(sizes: dict, rounds: int, device: str) -> list[dict]:
-    """A row a size and peer."""
-    on_gpu, rows = device == "cuda", []
-    timer = Timer(torch.device(device))
-    for name, (settings, on_cpu, on_device) in sizes.items():
-        batch = on_device if on_gpu else on_cpu
-        state = _Step(OURS, settings, 1, "cpu").model.state_dict()
-        steps = {peer: _Step(peer, settings, batch, device, state) for peer in (RELEASED, OURS, VISIBLE)}
-        _check_equal(steps[RELEASED], steps[OURS], (1e-2, 5e-2) if on_gpu else (1e-5, 1e-3))
-        if on_gpu:
-            timings = _times_on_gpu(steps, rounds, timer)
-            memory = {peer: timer.peak_mib(step) for peer, step in steps.items()}
-        else:
-            timings = interleaved(steps, rounds)
-            memory = {peer: peak_mib(partial(_Step, peer, settings, batch, device)) for peer in steps}
-        for peer, timing in timings.items():
-            rows.append(
-                {
-                    "model": name,
-                    "batch": batch,
-                    "peer": peer,
-                    "latency_ms": timing.median * 1e3,
-                    "20-80 %": f"{timing.low * 1e3:.0f}–{timing.high * 1e3:.0f}",
-                    "images_per_s": batch / timing.median,
-                    "speed": timings[RELEASED].median / timing.median,
-                    "peak_mib": memory[peer],
-                }
-            )
-            print(rows[-1], flush=True)
-        del steps
-        timer.free_memory()
-    return rows
+def _times(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}×"
+
+
+def table(rows: list[dict]) -> str:
+    """All rows as a Markdown table, and under it why some are missing."""
+    if not rows:
+        return "no rows\n"
+    shown = []
+    for row in rows:
+        measured = row["latency_ms"] is not None
+        shown.append(
+            {
+                "model": row["model"],
+                "batch": row["batch"],
+                "pass": row["pass"],
+                "peer": row["peer"],
+                "images/s": row["images_per_s"] if measured else "n/a",
+                "ms": row["latency_ms"] if measured else "n/a",
+                "20–80 %": f"{number(row['low_ms'])}–{number(row['high_ms'])}" if measured else "",
+                "released": _times(row["of_released"]),
+                "ViT": _times(row["of_vit"]),
+                "peak MiB": row["peak_mib"] if measured and row["peak_mib"] is not None else "",
+                "floor, ms": row["floor_ms"],
+                "MFU": _share(row["mfu"]),
+                "executed": _share(row["executed_mfu"]),
+                "first call, s": row["first_call_s"] if measured else "",
+            }
+        )
+    meaning = (
+        "\nreleased, ViT: how many times as fast as the released form, eager, and as timm's ViT, compiled. MFU: "
+        "nominal FLOPs, and executed ones, of the matrix rate measured in the run. Peak: above the weights; on a "
+        "CPU with the optimiser's moments.\n"
+    )
+    columns = [column for column in shown[0] if any(row[column] != "" for row in shown)]
+    return markdown_table(shown, columns) + meaning + gpu.why_missing(rows)
+
+
+def _kept(part: Part, run: Run) -> list[dict]:
+    """Rows of other models that an earlier run of the same commit on the same device has written."""
+    path = run.output / f"{part.name}.json"
+    if not path.exists():
+        return []
+    rows = json.loads(path.read_text())["rows"]
+    same = [row for row in rows if all(row.get(key) == run.facts[key] for key in ("commit", "device", "torch"))]
+    if len(same) < len(rows):
+        print(f"{path}: {len(rows) - len(same)} rows of another commit, device or torch are dropped")
+    return [row for row in same if row["model"] not in part.sizes]
+
+
+def _parts(options: argparse.Namespace, on_gpu: bool) -> list[Part]:
+    """What is asked for."""
+    both, kind = (TRAINING, INFERENCE), "gpu" if on_gpu else "cpu"
+    crates, maes, growth = (f"{name}_{kind}" for name in ("crate", "model", "growth"))
+    if options.smoke:
+        return [
+            Part(crates, SMOKE_CRATES, both, CRATE_PEERS),
+            Part(maes, SMOKE_MAES, (TRAINING,), MAE_PEERS),
+            Part(growth, SMOKE_GROWTH, both, GROWTH_PEERS),
+        ]
+    if options.growth:
+        chosen = GROWTH if on_gpu else GROWTH_ON_A_CPU
+        return [Part(growth, {name: GROWTH[name] for name in chosen}, both, GROWTH_PEERS)]
+    chosen = options.models or ([*CRATES, *MAES] if on_gpu else ON_A_CPU)
+    parts = [
+        Part(crates, {name: size for name, size in CRATES.items() if name in chosen}, both, CRATE_PEERS),
+        Part(maes, {name: size for name, size in MAES.items() if name in chosen}, (TRAINING,), MAE_PEERS),
+    ]
+    return [part for part in parts if part.sizes]
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure, and write benchmarks/results/model_{cpu,gpu}.{json,md}."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--smoke", action="store_true", help="a tiny model, to see that it runs; writes nothing")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--models", nargs="+", choices=SIZES, help="default: all on a GPU, T and B on a CPU")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
+    """Measure, and write benchmarks/results/{crate,model,growth}_{cpu,gpu}.{json,md}; 1 where a gate fails."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=[*CRATES, *MAES], help="default: all; T/16 on a CPU")
+    parser.add_argument("--growth", action="store_true", help="growth with N instead of the models")
+    parser.add_argument("--append", action="store_true", help="keep the rows of other models of the same commit")
+    gpu.add_options(parser, "that products multiply in, under autocast but for float32; bfloat16, float32 on a CPU")
     options = parser.parse_args(argv)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    names = options.models or (SIZES if device == "cuda" else ON_A_CPU)
-    rows = measure(SMOKE if options.smoke else {name: SIZES[name] for name in names}, options.rounds, device)
-    columns = ["model", "batch", "peer", "latency_ms", "20-80 %", "images_per_s", "speed", "peak_mib"]
-    table = markdown_table(rows, columns)
-    print("\n" + table)
-    if not options.smoke:
-        kind = "gpu" if device == "cuda" else "cpu"
-        precision = {"precision": "bf16 autocast" if device == "cuda" else "fp32", "mask_ratio": RATIO}
-        for path in write_results(f"model_{kind}", rows, table, options.output, precision):
-            print(f"written: {path}")
-    return 0
+    if options.models and options.growth:
+        parser.error("--growth has its own models: leave --models out")
+    run = gpu.open_run(options, on_cpu=True)
+    run.budget.reserved_seconds = RESERVED_SECONDS
+    run.measure_ceilings()
+    parts, good = _parts(options, run.timer.on_gpu), True
+    for index, part in enumerate(parts):
+        run.rows = _kept(part, run) if options.append else []
+        good &= measure(part, run, sum(later.problems for later in parts[index + 1 :]))
+        gpu.report(part.name, run, make_table=table)
+    return int(not good)
 
 
 if __name__ == "__main__":

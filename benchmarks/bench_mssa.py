@@ -18,7 +18,8 @@ from functools import partial
 import gpu
 import torch
 import torch.nn.functional as F
-from gpu import Peer, Problem, Run, Work, padded, token_scale, within_twice_eager
+from gpu import Peer, Problem, Run, Work, token_scale, within_twice_eager
+from tile_work import attention_executed
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -118,28 +119,21 @@ def make_problem(name: str, shape: Shape, run: Run) -> Problem:
 def _work(shape: Shape, w: Tensor) -> dict[str, Work]:
     """Products, exponentials and bytes of each pass; what is executed is counted from the tile table.
 
-    Forward reads W and writes O; backward reads W, O and dO and writes dW. Tiles cover whole blocks of rows, of
-    columns, and of channels. In fp32 without tf32 a pass of its own, two products, finds backward's δ.
+    Forward reads W and writes O; backward reads W, O and dO and writes dW.
     """
-    from crate_fast.kernels.launch import matmul_precision
-    from crate_fast.kernels.tiles import lookup
-
-    precision = matmul_precision(w.dtype).row
-    own_pass = int(precision == "ieee")
-    block_d = max(32, 1 << (shape.head_dim - 1).bit_length())  # the kernels' BLOCK_D
-    n_heads, n_tokens = shape.batch * shape.heads, shape.n_tokens
-    nominal = n_heads * n_tokens**2
-    work = {}
-    for name, products, exps, tensors, more in (("forward", 2, 1, 2, 0), ("backward", 5, 2, 4, own_pass)):
-        tile = lookup(f"attention_{name}", w.device, precision, block_d)
-        executed = n_heads * padded(n_tokens, tile.block_m) * padded(n_tokens, tile.block_n)
-        work[name] = Work(
+    n_heads = shape.batch * shape.heads
+    executed = attention_executed(n_heads, shape.n_tokens, shape.head_dim, w.device, w.dtype)
+    nominal = n_heads * shape.n_tokens**2
+    work = {
+        name: Work(
             flops=2 * products * nominal * shape.head_dim,
             moved_bytes=tensors * w.numel() * w.element_size(),
-            executed_flops=2 * (products + 2 * more) * executed * block_d,
+            executed_flops=executed[name].flops,
             exps=exps * nominal,
-            executed_exps=(exps + more) * executed,
+            executed_exps=executed[name].exps,
         )
+        for name, products, exps, tensors in (("forward", 2, 1, 2), ("backward", 5, 2, 4))
+    }
     return work | {"forward + backward": work["forward"] + work["backward"]}
 
 

@@ -13,17 +13,18 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import astuple, dataclass, field
+from dataclasses import astuple, dataclass, field, replace
 from functools import partial
 from importlib import metadata
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
 from gpu_timing import Ceilings, Plan, Step, Timer, measure_ceilings
-from harness import RESULTS, Timing, markdown_table, write_results
+from harness import RESULTS, Timing, markdown_table, number, write_results
 from torch import Tensor
 
 from crate_fast.kernels.support import INTERPRETED
@@ -37,31 +38,31 @@ __all__ = [
     "Budget",
     "Peer",
     "Problem",
+    "Red",
     "Run",
     "Work",
     "add_options",
+    "error_in_a_line",
     "measure",
+    "missing_rows",
     "open_run",
-    "padded",
     "passes_gate",
     "report",
     "rerun_interpreted",
     "token_scale",
+    "too_many_logits",
+    "why_missing",
     "within_twice_eager",
 ]
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 MAX_LOGITS_FRACTION = 0.1  # of the GPU's memory, beyond which a peer that writes all logits is not tried
 RESERVED_SECONDS = 8.0  # of a budget, for each problem to come: its peers that need no compiling
+MAX_LOGITS_FRACTION_CPU = 0.5  # of the machine's memory: beyond it the system ends a process without a word
 SAME = 0.05  # how far a peer's output and gradients may be from ours, as relative norms
 
 
 # --- what there is to do ------------------------------------------------------------------------------------------
-
-
-def padded(size: int, block: int) -> int:
-    """`size` up to the next multiple of `block`."""
-    return -(-size // block) * block
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class Work:
 
     flops: float
     moved_bytes: float
-    executed_flops: float
+    executed_flops: float | None  # None: not counted
     exps: float = 0.0
     executed_exps: float = 0.0
 
@@ -93,6 +94,8 @@ class Problem:
         autocast: The forward's dtype under autocast, or None.
         logits_bytes: What a peer writes that materialises all logits once.
     """
+
+    hides_host: ClassVar[bool] = True  # the host's part of a call is not in its time: that is the caller's affair
 
     label: str
     fields: dict[str, object]
@@ -126,16 +129,32 @@ class Problem:
             "forward + backward": Step(lambda _: torch.autograd.grad(self.forward(function), self.inputs, self.grad)),
         }
 
+    def check(self, peer: "Peer", results: list[Tensor], ours: list[Tensor]) -> None:
+        """A ValueError where a peer's results are not ours."""
+        for mine, expected in zip(results, ours, strict=True):
+            difference = ((mine.float() - expected.float()).norm() / expected.float().norm()).item()
+            if not difference <= SAME:
+                raise ValueError(f"its output or a gradient differs from ours by {difference:.0%} of the norm")
+
+    def peak_mib(self, peer: "Peer", function: Callable[..., Tensor], run: "Run") -> float | None:
+        """Memory of all passes together."""
+        return run.timer.peak_mib(lambda: self.results(function))
+
+    def work_of(self, peer: "Peer", what: str) -> Work:
+        """What a pass takes; of the peers it is not known what they execute."""
+        return self.work[what] if peer.ours else replace(self.work[what], executed_flops=None)
+
 
 @dataclass(frozen=True)
 class Peer:
-    """Something that computes a problem's output from its inputs.
+    """Something that computes what a problem asks for.
 
     Args:
         name: As tables name it.
         build: Makes the function; called once a problem, so that compiled code is the problem's own.
         ours: Whether it is this package: its errors end the run instead of becoming an "n/a".
         compiles: Whether its first call takes seconds: left out where the time is up.
+        compile_seconds: How many, more or less; of a whole model tens.
         quadratic: Whether it writes all logits to memory.
         smoke: Whether a smoke run includes it.
     """
@@ -144,8 +163,13 @@ class Peer:
     build: Callable[[], Callable[..., Tensor]]
     ours: bool = False
     compiles: bool = False
+    compile_seconds: float = 0.0
     quadratic: bool = False
     smoke: bool = False
+
+
+class Red(Exception):
+    """A result of ours is wrong: there are no numbers."""
 
 
 # --- a run --------------------------------------------------------------------------------------------------------
@@ -155,25 +179,28 @@ class Budget:
     """Seconds for a run; without a limit when None. What is compiled comes first, rounds get what it leaves."""
 
     def __init__(self, seconds: float | None):
+        self.reserved_seconds = RESERVED_SECONDS
         self._end = math.inf if seconds is None else time.perf_counter() + seconds
 
     def left(self) -> float:
         """Seconds left, at least 0."""
         return max(0.0, self._end - time.perf_counter())
 
-    def may_compile(self, problems: int) -> bool:
+    def may_compile(self, problems: int, seconds: float = 0.0) -> bool:
         """Whether there is time for it, with `problems` still to measure."""
-        return self.left() > problems * RESERVED_SECONDS
+        return self.left() > problems * self.reserved_seconds + seconds
 
     def rounds(self, wanted: int, round_seconds: float, problems: int) -> int:
         """How many rounds fit into this problem's equal share, one at least."""
         return int(min(wanted, max(1.0, self.left() / problems / max(round_seconds, 1e-9))))
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options that every GPU benchmark has."""
+def add_options(
+    parser: argparse.ArgumentParser, dtype: str = "of the tensors; bfloat16, or float16 in a smoke run"
+) -> None:
+    """The options that every GPU benchmark has; `dtype` explains the one of that name."""
     parser.add_argument("--smoke", action="store_true", help="tiny shapes, on a CPU too; writes nothing")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the tensors; bfloat16, or float16 in a smoke run")
+    parser.add_argument("--dtype", choices=DTYPES, help=dtype)
     parser.add_argument("--rounds", type=int, default=5, help="measurements of each call (default 5)")
     parser.add_argument(
         "--budget", type=float, metavar="SECONDS", help="fewer rounds, then fewer peers, to end in time"
@@ -213,28 +240,31 @@ class Run:
         """After the gate, so that a run that is red ends at once."""
         self.ceilings = measure_ceilings(self.timer, self.device, self.dtype, self.smoke)
         self.facts |= {
-            "matrix_tflops_per_s": round(self.ceilings.tflops_per_s, 1),
-            "copy_gb_per_s": round(self.ceilings.gb_per_s, 1),
+            "matrix_tflops_per_s": float(f"{self.ceilings.tflops_per_s:.4g}"),
+            "copy_gb_per_s": float(f"{self.ceilings.gb_per_s:.4g}"),
         }
         print(f"measured ceilings: {self.ceilings}", flush=True)
 
 
-def open_run(options: argparse.Namespace) -> Run:
-    """The device and everything a run needs to know about it.
+def open_run(options: argparse.Namespace, on_cpu: bool = False) -> Run:
+    """The device and everything a run needs to know about it; `on_cpu`: a CPU will do, in fp32 and PyTorch alone.
 
     Raises:
         SystemExit: No GPU and not a smoke run, or Triton's interpreter on a GPU.
     """
-    if not torch.cuda.is_available() and not options.smoke:
+    if not (torch.cuda.is_available() or options.smoke or on_cpu):
         raise SystemExit("a CUDA GPU is needed and PyTorch finds none; --smoke runs tiny shapes on a CPU instead")
     if torch.cuda.is_available() and INTERPRETED:
         raise SystemExit("TRITON_INTERPRET is set: unset it to measure the kernels on this GPU")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if options.smoke:
         print("smoke run: tiny shapes, to see that everything runs. The times below mean nothing.\n")
+    dtype = (
+        "float32" if on_cpu and device.type == "cpu" else "float16" if options.smoke and not on_cpu else "bfloat16"
+    )
     return Run(
         device=device,
-        dtype=DTYPES[options.dtype or ("float16" if options.smoke else "bfloat16")],
+        dtype=DTYPES[options.dtype or dtype],
         smoke=options.smoke,
         rounds=2 if options.smoke else options.rounds,
         output=options.output,
@@ -306,39 +336,46 @@ class _Ready:
     peak_mib: float | None
 
 
-def _reason(error: Exception, caught: list[warnings.WarningMessage]) -> str:
+def error_in_a_line(error: Exception, caught: Sequence[warnings.WarningMessage] = ()) -> str:
     """An error in a line, with the warnings that explain it (SDPA says there why a backend cannot run)."""
     hints = dict.fromkeys(str(warning.message).split("\n")[0].split(" (Triggered")[0] for warning in caught)
     text = " ".join([f"{type(error).__name__}: {str(error).strip()}", *hints])
     return " ".join(text.split())[:600]
 
 
+def too_many_logits(logits_bytes: float, device: torch.device) -> str | None:
+    """Why logits of this size are not tried on a device, or None."""
+    if device.type == "cuda":
+        memory, limit = torch.cuda.get_device_properties(device).total_memory, MAX_LOGITS_FRACTION
+    else:
+        memory, limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), MAX_LOGITS_FRACTION_CPU
+    if logits_bytes <= limit * memory:
+        return None
+    whose = "GPU" if device.type == "cuda" else "machine"
+    sizes = f"{logits_bytes / 2**30:.0f} of {memory / 2**30:.0f} GiB"
+    return f"its logits alone take {sizes}, more than {limit:.0%} of the {whose}'s memory"
+
+
 def _unfit(peer: Peer, problem: Problem, run: Run, problems: int) -> str | None:
     """Why a peer is not tried, or None."""
     if run.smoke and not (peer.smoke or peer.ours):
         return "not part of a smoke run"
-    if peer.quadratic and run.device.type == "cuda":
-        memory = torch.cuda.get_device_properties(run.device).total_memory
-        if problem.logits_bytes > MAX_LOGITS_FRACTION * memory:
-            sizes = f"{problem.logits_bytes / 2**30:.0f} of {memory / 2**30:.0f} GiB"
-            return f"its logits alone take {sizes}, more than {MAX_LOGITS_FRACTION:.0%} of the GPU's memory"
-    if peer.compiles and not run.budget.may_compile(problems):
+    if peer.quadratic and (reason := too_many_logits(problem.logits_bytes, run.device)):
+        return reason
+    if peer.compiles and not run.budget.may_compile(problems, peer.compile_seconds):
         return "not compiled: --budget was used up"
     return None
 
 
-def _first_call(peer: Peer, problem: Problem, run: Run, expected: list[Tensor] | None) -> tuple[_Ready, list[Tensor]]:
-    """Build a peer, time its first forward and backward, compare it with ours, measure its memory."""
+def _first_call(peer: Peer, problem: Problem, run: Run, ours: object) -> tuple[_Ready, object]:
+    """Build a peer, time its first call, compare what it gives with ours (None: it is ours), measure its memory."""
     start = time.perf_counter()
     function = peer.build()
     results = problem.results(function)
     run.timer.synchronize()
     first_call_s = time.perf_counter() - start
-    for mine, ours in zip(results, results if expected is None else expected, strict=True):
-        difference = ((mine.float() - ours.float()).norm() / ours.float().norm()).item()
-        if not difference <= SAME:
-            raise ValueError(f"its output or a gradient differs from ours by {difference:.0%} of the norm")
-    return _Ready(function, first_call_s, run.timer.peak_mib(lambda: problem.results(function))), results
+    problem.check(peer, results, results if ours is None else ours)
+    return _Ready(function, first_call_s, problem.peak_mib(peer, function, run)), results
 
 
 def _start(peers: list[Peer], problem: Problem, run: Run, problems: int) -> tuple[dict[str, _Ready], dict[str, str]]:
@@ -354,9 +391,9 @@ def _start(peers: list[Peer], problem: Problem, run: Run, problems: int) -> tupl
                     expected = results if expected is None else expected
                     del results
                 except Exception as error:  # a peer may fail as it likes; its rows say how
-                    if peer.ours:
+                    if peer.ours or isinstance(error, Red):
                         raise
-                    reason = _reason(error, caught)
+                    reason = error_in_a_line(error, caught)
         if reason is not None:
             missing[peer.name] = reason
             print(f"{problem.label}, {peer.name}: n/a, {reason}", flush=True)
@@ -365,7 +402,7 @@ def _start(peers: list[Peer], problem: Problem, run: Run, problems: int) -> tupl
 
 
 def _interleaved(
-    steps: dict[tuple[str, str], Step], run: Run, problems: int, ours: str
+    steps: dict[tuple[str, str], Step], run: Run, problems: int, ours: str, hides_host: bool
 ) -> tuple[dict[tuple[str, str], tuple[Plan, list[float]]], dict[str, str]]:
     """Milliseconds of every call of every (pass, peer), measured in turn; and the peers that failed on the way."""
     failed: dict[str, str] = {}
@@ -378,11 +415,11 @@ def _interleaved(
         except Exception as error:  # out of memory, most likely
             if peer == ours:
                 raise
-            failed[peer] = _reason(error, [])
-            run.timer.free_memory()
-            return None
+            failed[peer] = error_in_a_line(error)
+        run.timer.free_memory()  # here, where the error no longer holds what it interrupted
+        return None
 
-    plans = {key: attempt(key[1], partial(run.timer.plan, step)) for key, step in steps.items()}
+    plans = {key: attempt(key[1], partial(run.timer.plan, step, hides_host)) for key, step in steps.items()}
     round_seconds = sum(plan.seconds for plan in plans.values() if plan is not None)
     rounds = run.budget.rounds(run.rounds, round_seconds, problems)
     samples: dict[tuple[str, str], list[float]] = {key: [] for key in steps}
@@ -414,30 +451,35 @@ def measure(problem: Problem, peers: list[Peer], run: Run, problems: int) -> lis
         for what, step in problem.passes(peer.function).items():
             steps[what, name] = step
     steps = {key: steps[key] for key in sorted(steps, key=lambda key: list(problem.work).index(key[0]))}
-    measured, failed = _interleaved(steps, run, problems, ours)
+    measured, failed = _interleaved(steps, run, problems, ours, problem.hides_host)
     missing |= failed
     rows = []
     for what in problem.work:
         ours_ms = float(np.median(measured[what, ours][1]))
         for peer in peers:
-            row = _row(problem, what, peer.name, run)
+            row = _row(problem, what, peer, run)
             if peer.name in missing:
                 row["reason"] = missing[peer.name]
             else:
-                _fill(row, measured[what, peer.name], ours_ms, problem.work[what], ready[peer.name])
-                if peer.ours:
-                    _fill_ours(row, problem, what, run)
+                _fill(row, measured[what, peer.name], ours_ms, ready[peer.name])
+                if peer.ours and problem.training:
+                    row["first_call_s"] = run.first_call_s.get(problem.label, row["first_call_s"])
             rows.append(row)
     return rows
 
 
-def _row(problem: Problem, what: str, peer: str, run: Run) -> dict:
-    work = problem.work[what]
-    return {
+def missing_rows(problem: Problem, peers: list[Peer], run: Run, reason: str) -> list[dict]:
+    """The rows of a problem that could not be measured."""
+    return [_row(problem, what, peer, run) | {"reason": reason} for what in problem.work for peer in peers]
+
+
+def _row(problem: Problem, what: str, peer: Peer, run: Run) -> dict:
+    work = problem.work_of(peer, what)
+    row = {
         "problem": problem.label,
         **problem.fields,
         "pass": what,
-        "peer": peer,
+        "peer": peer.name,
         "latency_ms": None,
         "flops": work.flops,
         "bytes": work.moved_bytes,
@@ -446,9 +488,16 @@ def _row(problem: Problem, what: str, peer: str, run: Run) -> dict:
         "reason": None,
         **run.facts,
     }
+    if work.executed_flops is not None:
+        row |= {
+            "executed_flops": work.executed_flops,
+            "executed_exps": work.executed_exps,
+            "executed_floor_ms": run.ceilings.floor_ms(work.executed_flops, work.moved_bytes),
+        }
+    return row
 
 
-def _fill(row: dict, measured: tuple[Plan, list[float]], ours_ms: float, work: Work, ready: _Ready) -> None:
+def _fill(row: dict, measured: tuple[Plan, list[float]], ours_ms: float, ready: _Ready) -> None:
     plan, samples = measured
     timing = Timing(*np.quantile(samples, (0.5, 0.2, 0.8)).tolist())
     row |= {
@@ -457,23 +506,12 @@ def _fill(row: dict, measured: tuple[Plan, list[float]], ours_ms: float, work: W
         "high_ms": timing.high,
         "calls": len(samples),
         "host_us": plan.host_us,
-        "tflops_per_s": work.flops / timing.median / 1e9,
+        "tflops_per_s": row["flops"] / timing.median / 1e9,
         "of_floor": row["floor_ms"] / timing.median,
         "ours_faster": timing.median / ours_ms,
         "first_call_s": ready.first_call_s,
         "peak_mib": ready.peak_mib,
     }
-
-
-def _fill_ours(row: dict, problem: Problem, what: str, run: Run) -> None:
-    work = problem.work[what]
-    row |= {
-        "executed_flops": work.executed_flops,
-        "executed_exps": work.executed_exps,
-        "executed_floor_ms": run.ceilings.floor_ms(work.executed_flops, work.moved_bytes),
-    }
-    if problem.training:
-        row["first_call_s"] = run.first_call_s.get(problem.label, row["first_call_s"])
 
 
 # --- results ------------------------------------------------------------------------------------------------------
@@ -490,7 +528,7 @@ def table(rows: list[dict]) -> str:
                 "pass": row["pass"],
                 "peer": row["peer"],
                 "ms": row["latency_ms"] if measured else "n/a",
-                "20–80 %": f"{row['low_ms']:.3g}–{row['high_ms']:.3g}" if measured else "",
+                "20–80 %": f"{number(row['low_ms'])}–{number(row['high_ms'])}" if measured else "",
                 "TFLOP/s": row["tflops_per_s"] if measured else "",
                 "floor, ms": row["floor_ms"],
                 "of floor": f"{row['of_floor']:.0%}" if measured else "",
@@ -499,16 +537,20 @@ def table(rows: list[dict]) -> str:
                 "peak MiB": row["peak_mib"] if measured and row["peak_mib"] is not None else "",
             }
         )
+    return markdown_table(shown, list(shown[0])) + why_missing(rows)
+
+
+def why_missing(rows: list[dict]) -> str:
+    """A line for each peer that did not run."""
     reasons = dict.fromkeys(
         f"* n/a: {row['problem']}, {row['peer']}: {row['reason']}" for row in rows if row["reason"] is not None
     )
-    notes = "\n".join(["", *reasons, ""]) if reasons else ""
-    return markdown_table(shown, list(shown[0])) + notes
+    return "\n".join(["", *reasons, ""]) if reasons else ""
 
 
-def report(name: str, run: Run, quiet: bool = False) -> None:
+def report(name: str, run: Run, quiet: bool = False, make_table: Callable[[list[dict]], str] = table) -> None:
     """Write the rows so far to `name`.{json,md}, except in a smoke run; print the table unless quiet."""
-    text = table(run.rows)
+    text = make_table(run.rows)
     if not quiet:
         print("\n" + text)
     if run.smoke:

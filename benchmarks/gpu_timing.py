@@ -40,7 +40,7 @@ class Plan:
 
 
 class Timer:
-    """Milliseconds per call on a GPU; on a CPU by the wall clock, one call a measurement."""
+    """Milliseconds per call on a GPU; on a CPU by the wall clock."""
 
     def __init__(self, device: torch.device):
         self.on_gpu = device.type == "cuda"
@@ -84,12 +84,20 @@ class Timer:
         step.call(argument)
         return (time.perf_counter() - start) * 1e3
 
-    def plan(self, step: Step) -> Plan:
-        """How often to call a step, after calling it five to eight times."""
-        host_ms = statistics.median([self._wall_ms(step) for _ in range(5)][2:])
+    def plan(self, step: Step, hides_host: bool = True) -> Plan:
+        """How often to call a step, after calling it: five to eight times on a GPU, once on a CPU.
+
+        Args:
+            step: What to call.
+            hides_host: Overwrite the cache for long enough that a slow host is not in the time of a call. Without it
+                calls follow each other as in a program: what the host takes longer than the device is in their time.
+        """
         if not self.on_gpu:
-            return Plan(1, 0, host_ms * 1e3, host_ms / 1e3)
-        flushes = max(1, math.ceil(1.5 * host_ms / self.flush_ms))
+            host_ms = self._wall_ms(step)
+            calls = min(MAX_CALLS, max(1, math.ceil(MEASUREMENT_MS / host_ms)))
+            return Plan(calls, 0, host_ms * 1e3, calls * host_ms / 1e3)
+        host_ms = statistics.median([self._wall_ms(step) for _ in range(5)][2:])
+        flushes = max(1, math.ceil(1.5 * host_ms / self.flush_ms)) if hides_host else 0
         self.synchronize()
         start = time.perf_counter()
         call_ms = statistics.median(self.sample(step, 3, flushes))
@@ -126,14 +134,14 @@ class Ceilings:
 
 def measure_ceilings(timer: Timer, device: torch.device, dtype: torch.dtype, smoke: bool) -> Ceilings:
     """A large product of random matrices in `dtype`, a large copy of random numbers: the best medians of three."""
-    side = 256 if smoke else 4096 if dtype == torch.float32 else 8192
+    side = 256 if smoke else 2048 if not timer.on_gpu else 4096 if dtype == torch.float32 else 8192
     left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     product = torch.empty_like(left)
-    source = torch.randn(2**20 if smoke else 2**28, device=device)  # 4 MiB or 1 GiB
+    source = torch.randn(2**20 if smoke else 2**28 if timer.on_gpu else 2**26, device=device)  # 4, 1024 or 256 MiB
     target = torch.empty_like(source)
 
     def best_ms(step: Step) -> float:
-        calls = 3 if smoke else 30
+        calls = 30 if timer.on_gpu and not smoke else 3
         timer.sample(step, 3, 1)
         return min(statistics.median(timer.sample(step, calls, 1)) for _ in range(3))
 

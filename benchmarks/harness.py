@@ -12,7 +12,7 @@ import torch
 from crate_fast.eval import results
 from crate_fast.provenance import provenance
 
-__all__ = ["Timing", "interleaved", "markdown_table", "peak_mib", "write_results"]
+__all__ = ["Timing", "interleaved", "markdown_table", "number", "peak_mib", "write_results"]
 
 RESULTS = Path(__file__).parent / "results"
 MIN_SECONDS = 0.1  # of one measurement
@@ -80,19 +80,16 @@ def peak_mib(prepare: Callable[[], Callable[[], object]]) -> float:
         process.join()
 
 
+def number(value: float) -> str:
+    """Three significant digits; from 100 on all before the point."""
+    return f"{value:.3g}" if value < 100 else f"{value:,.0f}"
+
+
 def markdown_table(rows: list[dict], columns: list[str]) -> str:
-    """Rows as a Markdown table; floats with three significant digits, None as –."""
+    """Rows as a Markdown table; floats as `number`, None as –."""
 
     def cell(value) -> str | None:
-        if value is None:
-            return None
-        return (
-            f"{value:.3g}"
-            if isinstance(value, float) and value < 100
-            else f"{value:,.0f}"
-            if isinstance(value, float)
-            else str(value)
-        )
+        return number(value) if isinstance(value, float) else None if value is None else str(value)
 
     return results.markdown_table([{column: cell(row[column]) for column in columns} for row in rows])
 

@@ -118,6 +118,72 @@ def gpu_table(results: Path = RESULTS) -> str:
     return "\n".join(parts) or NOT_MEASURED
 
 
+def _model_rows(rows: list[dict]) -> list[dict]:
+    """A row for each pass of each CRATE: the faster of ours, and what the others are beside it."""
+    shown = []
+    for found in _by_problem(rows).values():
+        by_peer = {peer: row for (_, peer), row in found.items()}
+        ours = [by_peer[peer] for peer in ("ours", "ours, compiled") if by_peer[peer]["latency_ms"] is not None]
+        released = by_peer["released"]
+        if not ours:
+            continue
+        best = min(ours, key=lambda row: row["latency_ms"])
+        shown.append(
+            {
+                f"CRATE, {best['dtype']}": f"{best['model']}, {best['pass']}, batch {best['batch']}",
+                "images/s": best["images_per_s"],
+                "by": best["peer"],
+                "MFU": f"{best['mfu']:.0%}",
+                "released": _than(best, released),
+                "released, compiled": _than(best, by_peer["released, compiled"]),
+                "ViT, compiled": _than(best, by_peer["ViT (timm), compiled"]),
+                "peak MiB": best["peak_mib"],
+                "released, peak MiB": released.get("peak_mib") or "n/a",
+            }
+        )
+    return shown
+
+
+def _than(ours: dict, row: dict) -> str:
+    """How many times as fast ours is as another row."""
+    return "n/a" if row["latency_ms"] is None else f"{row['latency_ms'] / ours['latency_ms']:.2f}×"
+
+
+def _growth_rows(rows: list[dict]) -> list[dict]:
+    shown = []
+    for found in _by_problem(rows).values():
+        (_, ours), (_, released) = sorted((peer, row) for (_, peer), row in found.items())
+        ran = released["latency_ms"] is not None
+        shown.append(
+            {
+                "CRATE-B, one image": f"{ours['n_tokens']:,} tokens, {ours['pass']}",
+                "released, ms": released["latency_ms"] if ran else "n/a",
+                "ours, ms": ours["latency_ms"] if ours["latency_ms"] is not None else "n/a",
+                "released, peak MiB": released.get("peak_mib") or "n/a",
+                "ours, peak MiB": ours.get("peak_mib") or "n/a",
+            }
+        )
+    return shown
+
+
+def models_table(results: Path = RESULTS) -> str:
+    """Whole models on a GPU, from crate_gpu.json and growth_gpu.json; a sentence where neither is."""
+    parts = []
+    for name, rows_of, meaning in (
+        (
+            "crate_gpu",
+            _model_rows,
+            "How many times as fast as each peer; MFU: nominal FLOPs of the matrix rate measured in the run.",
+        ),
+        ("growth_gpu", _growth_rows, "Growth with N."),
+    ):
+        path = results / f"{name}.json"
+        if path.exists() and (rows := rows_of((content := json.loads(path.read_text()))["rows"])):
+            where = f" Every peer, and why one is n/a: [{name}.md](benchmarks/results/{name}.md)."
+            parts.append(f"{markdown_table(rows, list(rows[0]))}\n{meaning} {_run_note(content)}{where}\n")
+    return "\n".join(parts) or NOT_MEASURED
+
+
 def maskcut_table() -> str:
     """MaskCut against the dense eigenproblem, from maskcut.json."""
     content = json.loads((RESULTS / "maskcut.json").read_text())
@@ -187,7 +253,14 @@ def data_table() -> str:
 
 def updated(text: str) -> str:
     """The README with its tables made anew."""
-    for name, make in (("cpu", cpu_table), ("gpu", gpu_table), ("maskcut", maskcut_table), ("data", data_table)):
+    makers = {
+        "cpu": cpu_table,
+        "gpu": gpu_table,
+        "models": models_table,
+        "maskcut": maskcut_table,
+        "data": data_table,
+    }
+    for name, make in makers.items():
         pattern = rf"(<!-- {name}-table:begin -->\n).*(<!-- {name}-table:end -->)"
         text = re.sub(pattern, lambda match, make=make: match[1] + make() + match[2], text, flags=re.S)
     return text
@@ -199,7 +272,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--show", type=Path, metavar="FOLDER", help="print its GPU tables; leave README.md alone")
     options = parser.parse_args(argv)
     if options.show:
-        print(gpu_table(options.show))
+        print("\n".join(make(options.show) for make in (gpu_table, models_table)))
     else:
         README.write_text(updated(README.read_text()))
     return 0

@@ -17,6 +17,7 @@ from crate_fast.kernels.tiles import Tile, lookup
 __all__ = [
     "backward_folded",
     "backward_input",
+    "fitted",
     "forward",
     "plan_backward_folded",
     "plan_backward_input",
@@ -221,7 +222,7 @@ def _ista_bwd_folded_kernel(
     )
 
 
-def _fitted(tile: Tile, width: int) -> Tile:
+def fitted(tile: Tile, width: int) -> Tile:
     """The tile with column blocks halved until at most an eighth of them lies beyond `width`."""
     block_n = tile.block_n
     while block_n > 32 and triton.cdiv(width, block_n) * block_n * 8 > width * 9:
@@ -251,7 +252,7 @@ def plan_forward(
     n_rows, width = x.shape
     precision = matmul_precision(folded.dtype, x.dtype)
     name = "ista_forward" if norm is None else "norm_ista_forward"
-    tile = tile or _fitted(lookup(name, x.device, precision.row), width)
+    tile = tile or fitted(lookup(name, x.device, precision.row), width)
     return Launch(
         kernel=_ista_fwd_kernel,
         grid=(triton.cdiv(n_rows, tile.block_m) * triton.cdiv(width, tile.block_n),),
@@ -277,7 +278,7 @@ def plan_backward_input(grad: Tensor, y: Tensor, folded: Tensor, dx: Tensor, til
     """The launch for dx on these tensors; what `backward_input` runs and the compile report compiles."""
     n_rows, width = grad.shape
     precision = matmul_precision(folded.dtype, grad.dtype)
-    tile = tile or _fitted(lookup("ista_backward_input", grad.device, precision.row), width)
+    tile = tile or fitted(lookup("ista_backward_input", grad.device, precision.row), width)
     return Launch(
         kernel=_ista_bwd_input_kernel,
         grid=(triton.cdiv(n_rows, tile.block_m) * triton.cdiv(width, tile.block_n),),
@@ -365,7 +366,7 @@ def backward_folded(
     if x.numel() == 0:
         return torch.zeros(width, width, dtype=torch.float32, device=x.device)
     name = "ista_backward_folded" if norm is None else "norm_ista_backward_folded"
-    tile = tile or _fitted(lookup(name, x.device, matmul_precision(dtype, x.dtype).row), width)
+    tile = tile or fitted(lookup(name, x.device, matmul_precision(dtype, x.dtype).row), width)
     shares, rows_per_split = splits(n_rows, width, x.device, tile)
     partial = torch.empty(shares, width, width, dtype=torch.float32, device=x.device)
     plan_backward_folded(x, grad, y, partial, rows_per_split, dtype, norm, tile).run()

@@ -14,6 +14,7 @@ import gpu
 import gpu_timing
 import harness
 import pytest
+import tile_work
 import torch
 import torch.nn.functional as F
 import update_readme
@@ -187,7 +188,7 @@ def test_a_floor_is_the_longer_of_arithmetic_and_bytes():
     ceilings = gpu_timing.Ceilings(100.0, 1000.0)
     assert ceilings.floor_ms(1e12, 1e6) == pytest.approx(10.0)
     assert ceilings.floor_ms(1e9, 1e9) == pytest.approx(1.0)
-    assert [gpu.padded(size, 64) for size in (1, 64, 65)] == [64, 64, 128]
+    assert [tile_work.padded(size, 64) for size in (1, 64, 65)] == [64, 64, 128]
 
 
 def test_istas_gradient_is_zero_where_rounding_decides(run):
@@ -267,33 +268,6 @@ def test_a_budget_first_costs_rounds_then_compiled_peers():
     assert not gpu.Budget(10.0).may_compile(2)
 
 
-@pytest.fixture
-def pretended_gpu(monkeypatch) -> gpu_timing.Timer:
-    """A timer that takes the GPU's way through the code; an event stands for a millisecond since the one before."""
-    clock = iter(range(10**6))
-
-    class Event:
-        def __init__(self, enable_timing):
-            assert enable_timing
-
-        def record(self):
-            self.time = next(clock)
-
-        def elapsed_time(self, end):
-            return float(end.time - self.time)
-
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    wall_ms = gpu_timing.Timer._wall_ms
-    monkeypatch.setattr(gpu_timing.Timer, "_wall_ms", lambda timer, step: 0.0 * wall_ms(timer, step) + 0.1)
-    for name in ("synchronize", "empty_cache", "reset_peak_memory_stats"):
-        monkeypatch.setattr(torch.cuda, name, lambda: None)
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 2**20)
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 3 * 2**20)
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "empty", lambda size, dtype, device: torch.zeros(8, dtype=dtype))
-        return gpu_timing.Timer(torch.device("cuda"))
-
-
 def test_a_call_is_timed_between_events_with_its_argument_made_before(pretended_gpu):
     seen = []
     step = gpu_timing.Step(lambda argument: seen.append(f"call {argument}"), lambda: seen.append("prepare") or "it")
@@ -365,6 +339,31 @@ def test_the_gpu_check_stops_where_tests_fail(tmp_path, tests_pass):
         assert (f"benchmarks/{name} --rounds 3 --budget" in seen) == tests_pass
     assert (f"--output {tmp_path} --commit abc" in seen) == tests_pass
     assert (f"update_readme.py --show {tmp_path}" in seen) == tests_pass
+
+
+def test_the_gpu_check_of_models_appends_where_models_are_named(tmp_path):
+    calls = tmp_path / "calls"
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\necho "$@" >> {calls}\n')
+    python.chmod(0o755)
+    environment = {**os.environ, "PYTHON": str(python), "OUT": str(tmp_path)}
+
+    def check(*words: str) -> str:
+        calls.write_text("")
+        subprocess.run(
+            ["bash", BENCHMARKS / "gpu_check.sh", *words], env=environment, check=True, capture_output=True
+        )
+        return calls.read_text()
+
+    seen = check("models")
+    assert "test_gpu.py" not in seen
+    assert f"--output {tmp_path} --growth" in seen
+    assert seen.count("benchmarks/bench_model.py --rounds 3 --budget") == 2
+    assert f"--output {tmp_path} --append --models B/16 B/8" in check("models", "B/16", "B/8")
+    for words in (("kernels", "B/16"), ("model",)):
+        with pytest.raises(subprocess.CalledProcessError):
+            check(*words)
+        assert not calls.read_text()
 
 
 def test_layer_norm_is_in_front_of_every_peer():
