@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from crate_fast.functional import subspace_attention
+from crate_fast.kernels import row_blocks
 from crate_fast.reference import subspace_attention_reference
 
 __all__ = ["PEERS", "SHAPES", "attention_is_right", "main", "make_problem"]
@@ -60,6 +61,25 @@ def _ours() -> Callable:
     return partial(subspace_attention, backend="triton")
 
 
+class _ByRows(torch.autograd.Function):
+    """Ours without the whole-head kernels, to see what they are worth; the same as ours where they do not run."""
+
+    @staticmethod
+    def forward(ctx, w: Tensor) -> Tensor:
+        out, lse = row_blocks.forward(w, w.shape[-1] ** -0.5)
+        ctx.save_for_backward(w, out, lse)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        w, out, lse = ctx.saved_tensors
+        return row_blocks.backward(grad, w, out, lse, w.shape[-1] ** -0.5)
+
+
+def _by_rows() -> Callable:
+    return _ByRows.apply
+
+
 def _sdpa(backend: SDPBackend) -> Callable:
     def attend(w: Tensor) -> Tensor:
         tokens = w.transpose(1, 2)
@@ -81,6 +101,7 @@ def _flex() -> Callable:
 
 PEERS = [
     Peer("ours", _ours, ours=True),
+    Peer("ours, blocks of rows", _by_rows, smoke=True),
     Peer("SDPA, cuDNN", partial(_sdpa, SDPBackend.CUDNN_ATTENTION)),
     Peer("SDPA, flash", partial(_sdpa, SDPBackend.FLASH_ATTENTION), smoke=True),
     Peer("SDPA, efficient", partial(_sdpa, SDPBackend.EFFICIENT_ATTENTION)),

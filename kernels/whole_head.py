@@ -19,7 +19,7 @@ from crate_fast.kernels.launch import Launch
 from crate_fast.kernels.row_blocks import backward_rows, forward_rows
 from crate_fast.kernels.tiles import Tile, find
 
-__all__ = ["BLOCK", "backward", "forward", "plan_backward", "plan_forward", "plan_remainder", "tile_for"]
+__all__ = ["BLOCK", "backward", "forward", "plan_backward", "plan_forward", "plan_remainder", "split", "tile_for"]
 
 BLOCK = 64  # tokens of a block
 MOST_BLOCKS = 3  # whose accumulators fit in the registers
@@ -379,7 +379,7 @@ def _remainder_bwd_kernel(
 # --- launches ----------------------------------------------------------------------------------------------------
 
 
-def _split(n_tokens: int, tile: Tile) -> tuple[int, int] | None:
+def split(n_tokens: int, tile: Tile) -> tuple[int, int] | None:
     """(blocks, BLOCK_R) of a sequence; None where this file's kernels do not fit it."""
     blocks = min(n_tokens // BLOCK, MOST_BLOCKS)
     rest = n_tokens - blocks * BLOCK
@@ -401,7 +401,7 @@ def tile_for(name: str, w: Tensor, precision: str) -> Tile | None:
     """
     block_d = max(32, triton.next_power_of_2(w.shape[3]))
     tile = find(name, w.device, precision, block_d)
-    if tile is None or _split(w.shape[1], tile) is None:
+    if tile is None or split(w.shape[1], tile) is None:
         return None
     if name == "whole_head_backward" and (w.shape[3] != block_d or w.dtype == torch.float16):
         return None
@@ -409,7 +409,7 @@ def tile_for(name: str, w: Tensor, precision: str) -> Tile | None:
 
 
 def _sizes(w: Tensor, tile: Tile) -> dict:
-    blocks, rest = _split(w.shape[1], tile)
+    blocks, rest = split(w.shape[1], tile)
     return {
         "HEAD_DIM": w.shape[3],
         "BLOCK_D": max(32, triton.next_power_of_2(w.shape[3])),
