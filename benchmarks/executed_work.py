@@ -6,7 +6,7 @@ Matrix FLOPs, exponentials and device-memory bytes of one pass over a shape, in 
 table, and how long each would take alone at an H200's rates, which are assumed here, not measured: 800 TFLOP/s,
 16 exponentials a clock on each of 132 multiprocessors at 1.755 GHz, 4.2 TB/s. The largest of the three is a bound;
 their sum is what a schedule takes that overlaps nothing. SDPA on (w, w, w) reads W once (its three operands are one
-memory), and in backward writes dQ in fp32 by atomics and reads it again, writes dK and dV, and autograd adds the three.
+memory); its backward writes dQ in fp32 by atomics and reads it again, writes dK and dV, and autograd adds the three.
 """
 
 import sys

@@ -81,7 +81,7 @@ def attention_executed(
 
 
 def flash_executed(n_heads: int, n_tokens: int, head_dim: int) -> dict[str, Executed]:
-    """A FlashAttention-style schedule of 128×128 tiles: two products forward, five backward, an exponential a logit."""
+    """A FlashAttention-style schedule of 128×128 tiles: two products forward, five backward, an exp a logit."""
     logits = n_heads * padded(n_tokens, 128) ** 2
     block_d = max(32, 1 << (head_dim - 1).bit_length())
     return {

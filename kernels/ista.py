@@ -1,4 +1,4 @@
-"""The ISTA step y = shrink(x + xG, ηλ) as one product, and its gradients as two (kernels/README.md §3).
+"""The ISTA step y = shrink(x + xG, ηλ) as one product, and its gradients as two (kernels/README.md §4).
 
 Each kernel takes x as it is, or as LayerNorm(h) made from h's rows and their statistics where a tile is loaded.
 """

@@ -1,4 +1,4 @@
-"""The LayerNorm in front of ISTA: the statistics of its rows, and its gradient (kernels/README.md §4)."""
+"""The LayerNorm in front of ISTA: the statistics of its rows, and its gradient (kernels/README.md §5)."""
 
 from dataclasses import dataclass
 
