@@ -29,7 +29,7 @@ from harness import RESULTS, markdown_table, write_results
 from crate_fast.kernels.tiles import ARCHITECTURES, SHARED_MEMORY, TABLE, Tile
 
 HEAD_DIMS = {32: (32,), 64: (48, 64), 128: (80, 128)}  # by head width to the next power of two
-WHOLE_HEAD_TOKENS = (65, 128, 180, 192, 197, 208)  # one to three blocks, with and without a rest
+WHOLE_HEAD_TOKENS = (65, 180, 197)  # one to three blocks, each with a rest
 WIDTH = 768
 COLUMNS = [
     "kernel", "architecture", "precision", "size", "tile", "registers", "spilled_bytes", "shared_kib",

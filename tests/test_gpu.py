@@ -12,7 +12,14 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import agrees, all_within_twice_eager, philox_uniform, token_scale, within_twice_eager
+from oracle import (
+    agrees,
+    all_within_twice_eager,
+    philox_uniform,
+    spread_tokens,
+    token_scale,
+    within_twice_eager,
+)
 from released import ReleasedCRATE
 from runs import losses
 
@@ -61,9 +68,30 @@ def test_subspace_attention(shape, precision):
         assert agrees(subspace_attention, subspace_attention_reference, [w], "O dW")
 
 
+@pytest.mark.parametrize("n_tokens", [64, 65, 128, 180, 196, 208, 209])
+def test_whole_heads(n_tokens):
+    """One to three blocks with and without a rest, and the first length that is too long."""
+    w = (torch.randn(2, n_tokens, 6, 64, device="cuda") * token_scale(n_tokens, 64)).bfloat16()
+    assert agrees(subspace_attention, subspace_attention_reference, [w], "O dW")
+
+
+@pytest.mark.parametrize("n_tokens", [197, 785])
+@pytest.mark.parametrize("spread", [3.0, 17.0, 30.0, 100.0, 1e4])
+def test_norms_that_spread_across_the_switches(spread, n_tokens):
+    w, grad = spread_tokens((2, n_tokens, 3, 64), spread, torch.bfloat16, "cuda")
+    assert agrees(subspace_attention, subspace_attention_reference, [w], "O dW", grad)
+
+
+@pytest.mark.parametrize("factor", [0.3, 1.5, 3.0])
+def test_from_uniform_to_saturated_attention(factor):
+    w = (factor * torch.randn(2, 197, 3, 64, device="cuda") * token_scale(197, 64)).bfloat16()
+    assert agrees(subspace_attention, subspace_attention_reference, [w], "O dW")
+
+
+@pytest.mark.parametrize("offset", [1, 10])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_large_offsets(dtype):
-    w = (torch.randn(4, 197, 6, 64, device="cuda") * token_scale(197, 64) + 10).to(dtype)
+def test_large_offsets(dtype, offset):
+    w = (torch.randn(4, 197, 6, 64, device="cuda") * token_scale(197, 64) + offset).to(dtype)
     assert agrees(subspace_attention, subspace_attention_reference, [w], "O dW")
 
 
