@@ -1,28 +1,43 @@
-"""The CPU path: oneDNN's matrix products in fp32, and tied attention a block of logits at a time.
+"""fp32 products on the CPU: which library multiplies, and the operator with bias and ReLU behind the product.
 
-PyTorch sends fp32 products to MKL; oneDNN, in the same wheel, was twice as fast on the two-core AMD EPYC measured
-(470 against 220 GFLOP/s, docs/results/cpu.md). Both operators are opaque to `torch.compile`. The gradient of the
-attention's gradient is an error; SDPA, which has one, runs with `CRATE_FAST_ONEDNN=0` or in float64.
-
-That variable turns this file off.
+PyTorch has two libraries in one wheel and sends fp32 products to MKL. On AMD's processors oneDNN was twice as fast;
+on Intel's MKL is up to 1.7 times as fast, where the matrices have to be turned first (docs/results/cpu.md has both).
+So the processor decides, unless `CRATE_FAST_ONEDNN` does: `uses_onednn`.
 """
 
-import itertools
+import functools
+import platform
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from crate_fast.double_backward import refuse_double_backward
 from crate_fast.settings import onednn_wanted
 
-__all__ = ["cpu_linear", "cpu_subspace_attention", "linear", "serves", "serves_attention"]
+__all__ = ["cpu_linear", "linear", "onednn_product", "serves", "uses_onednn"]
 
 _ONEDNN_BUILT = torch.backends.mkldnn.is_available()
-ROW_BLOCK_ELEMENTS = 2**20  # logits of one head kept at once, 4 MiB: they stay in the last-level cache
-GROUP_ELEMENTS = 2**18  # logits of several heads kept at once, 1 MiB in fp32
-MIN_ROWWISE_TOKENS = 256  # below, batched products over several heads are faster
-MAX_HALF_TOKENS = 1024  # beyond, SDPA is as fast in bf16, and does not keep an image's logits whole
+
+
+@functools.cache
+def processor_vendor() -> str:
+    """What the processor calls its maker ("GenuineIntel", "AuthenticAMD"); "" where nothing says so."""
+    try:
+        with open("/proc/cpuinfo") as lines:
+            return next((line.split(":")[1].strip() for line in lines if line.startswith("vendor_id")), "")
+    except OSError:
+        return platform.processor().rpartition(", ")[2]  # Windows: "Intel64 Family 6 Model 85, GenuineIntel"
+
+
+@torch.compiler.assume_constant_result
+def _onednn_suits_processor() -> bool:
+    return not (processor_vendor() == "GenuineIntel" and torch.backends.mkl.is_available())
+
+
+def uses_onednn() -> bool:
+    """Whether fp32 products go to oneDNN: as `CRATE_FAST_ONEDNN` says; unset, on every processor but Intel's."""
+    wanted = onednn_wanted()
+    return _ONEDNN_BUILT and (_onednn_suits_processor() if wanted is None else wanted)
 
 
 def _serves_one(tensor: Tensor) -> bool:
@@ -32,17 +47,10 @@ def _serves_one(tensor: Tensor) -> bool:
 def serves(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     """Whether `cpu_linear` takes these: fp32 on the CPU, and no autocast under way."""
     suitable = _serves_one(x) and _serves_one(weight) and (bias is None or _serves_one(bias))
-    return suitable and onednn_wanted() and _ONEDNN_BUILT and not torch.is_autocast_enabled("cpu")
+    return suitable and not torch.is_autocast_enabled("cpu")
 
 
-def serves_attention(w: Tensor) -> bool:
-    """Whether `cpu_subspace_attention` takes w [B, N, H, D]: fp32, or bf16 of moderate length, on the CPU."""
-    if w.device.type != "cpu" or not onednn_wanted() or not _ONEDNN_BUILT:
-        return False
-    return w.dtype == torch.float32 or (w.dtype == torch.bfloat16 and w.shape[1] <= MAX_HALF_TOKENS)
-
-
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def onednn_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x @ weightᵀ + bias through oneDNN; x [M, K], weight [N, K], each dense or the transpose of a dense one."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
@@ -50,6 +58,15 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def _dense(matrix: Tensor) -> Tensor:
     """`matrix` itself where it or its transpose is contiguous, else a copy: other strides run a slow reference."""
     return matrix if matrix.is_contiguous() or matrix.t().is_contiguous() else matrix.contiguous()
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x @ weightᵀ + bias by the library of the processor."""
+    if uses_onednn() and x.numel() > 0 and weight.numel() > 0:
+        bias = None if bias is None else bias.contiguous()  # oneDNN reads it as if it were
+        return onednn_product(_dense(x), _dense(weight), bias)
+    y = torch.mm(x, weight.t())
+    return y if bias is None else y.add_(bias)  # addmm would write the bias to every row and read it again
 
 
 @torch.library.custom_op("crate_fast::cpu_linear", mutates_args=(), device_types="cpu")
@@ -65,11 +82,7 @@ def cpu_linear(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Te
     Returns:
         y [M, N], contiguous.
     """
-    if x.numel() == 0 or weight.numel() == 0:
-        y = F.linear(x, weight, bias)
-        return y.relu_() if relu else y
-    bias = None if bias is None else bias.contiguous()  # oneDNN reads it as if it were
-    y = _product(_dense(x), _dense(weight), bias)
+    y = _product(x, weight, bias)
     return y.relu_() if relu else y
 
 
@@ -99,7 +112,7 @@ cpu_linear.register_autograd(_linear_backward, setup_context=_linear_setup)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`torch.nn.functional.linear`, through oneDNN for fp32 on the CPU.
+    """`torch.nn.functional.linear`, through oneDNN for fp32 on the CPU where that is faster.
 
     Args:
         x: [..., K].
@@ -109,143 +122,6 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns:
         x weightᵀ + bias [..., N].
     """
-    if serves(x, weight, bias) and x.dim() >= 1:
+    if x.dim() >= 1 and serves(x, weight, bias) and uses_onednn():
         return cpu_linear(x.reshape(-1, x.shape[-1]), weight, bias, False).view(*x.shape[:-1], weight.shape[0])
     return F.linear(x, weight, bias)
-
-
-def _by_rows(w: Tensor) -> bool:
-    """Whether a head is large enough to be worth oneDNN's calls, which take one matrix at a time."""
-    return w.dtype == torch.float32 and w.shape[1] >= MIN_ROWWISE_TOKENS
-
-
-def _row_blocks(n_tokens: int) -> list[slice]:
-    rows = max(64, ROW_BLOCK_ELEMENTS // n_tokens)
-    return [slice(start, min(start + rows, n_tokens)) for start in range(0, n_tokens, rows)]
-
-
-def _image_groups(tokens: Tensor) -> tuple[Tensor, ...]:
-    """[B, N, H, D] → groups of images whose logits fit in a block."""
-    _, n_tokens, n_heads, _ = tokens.shape
-    return tokens.split(max(1, GROUP_ELEMENTS // (n_heads * n_tokens**2)))
-
-
-def _heads(images: Tensor) -> Tensor:
-    """[b, N, H, D] → [b·H, N, D], contiguous."""
-    return images.transpose(1, 2).flatten(0, 1)
-
-
-def _store(heads: Tensor, images: Tensor) -> None:
-    """[b·H, N, D] into [b, N, H, D]."""
-    images.transpose(1, 2).copy_(heads.unflatten(0, (images.shape[0], images.shape[2])))
-
-
-@torch.library.custom_op("crate_fast::cpu_subspace_attention", mutates_args=(), device_types="cpu")
-def cpu_subspace_attention(w: Tensor, scale: float) -> Tensor:
-    """O = softmax(s·W Wᵀ) W for w [B, N, H, D], a block of logits at a time; w is all that backward needs.
-
-    Short sequences: all heads of a few images at once, as batched products. Long ones: one head and a block of rows.
-    """
-    out = w.new_empty(w.shape)
-    with torch.autocast("cpu", enabled=False):
-        if _by_rows(w):
-            for image, head in itertools.product(range(w.shape[0]), range(w.shape[2])):
-                _rowwise_forward(w[image, :, head].contiguous(), scale, out[image, :, head])
-        else:
-            logits = _logits_buffer(w)
-            for images, out_images in zip(_image_groups(w), _image_groups(out), strict=True):
-                tokens = _heads(images)
-                attention = _attention(tokens, scale, logits[: len(tokens)])
-                _store(torch.bmm(attention, tokens), out_images)
-    return out
-
-
-@cpu_subspace_attention.register_fake
-def _(w: Tensor, scale: float) -> Tensor:
-    return w.new_empty(w.shape)
-
-
-@torch.library.custom_op("crate_fast::cpu_subspace_attention_backward", mutates_args=(), device_types="cpu")
-def cpu_subspace_attention_backward(grad: Tensor, w: Tensor, scale: float) -> Tensor:
-    """dW = Pᵀ dO + s·(dL + dLᵀ) W with dL = P∘(dO Wᵀ − rowsum(P∘dO Wᵀ)); shapes as w [B, N, H, D].
-
-    P is computed again, a block of logits at a time, so what is kept between the passes does not grow with N².
-    """
-    out = w.new_empty(w.shape)
-    with torch.autocast("cpu", enabled=False):
-        if _by_rows(w):
-            for image, head in itertools.product(range(w.shape[0]), range(w.shape[2])):
-                tokens, grads = w[image, :, head].contiguous(), grad[image, :, head].contiguous()
-                out[image, :, head] = _rowwise_backward(tokens, grads, scale)
-        else:
-            buffers = [_logits_buffer(w) for _ in range(3)]
-            for images, grad_images, out_images in zip(*map(_image_groups, (w, grad, out)), strict=True):
-                _store(_batched_backward(_heads(images), _heads(grad_images), scale, buffers), out_images)
-    return out
-
-
-def _rowwise_forward(tokens: Tensor, scale: float, out: Tensor) -> None:
-    """One head's O [N, D] into `out`."""
-    for rows in _row_blocks(len(tokens)):
-        attention = _product(tokens[rows] * scale, tokens).softmax(-1)
-        out[rows] = _product(attention, tokens.t())
-
-
-def _rowwise_backward(tokens: Tensor, grads: Tensor, scale: float) -> Tensor:
-    """One head's dW [N, D]. What a block of rows gives to all tokens is summed transposed, [D, N]: oneDNN takes the
-    blocks of P and dL as they lie that way."""
-    out = torch.empty_like(tokens)
-    from_rows = tokens.new_zeros(tokens.shape[1], tokens.shape[0])
-    for rows in _row_blocks(len(tokens)):
-        scaled, grad_rows = tokens[rows] * scale, grads[rows]
-        attention = _product(scaled, tokens).softmax(-1)
-        grad_attention = _product(grad_rows, tokens)
-        grad_logits = torch._softmax_backward_data(grad_attention, attention, -1, torch.float32)
-        from_rows += _product(scaled.t().contiguous(), grad_logits.t())
-        from_rows += _product(grad_rows.t().contiguous(), attention.t())
-        out[rows] = _product(grad_logits, tokens.t())
-    return out.mul_(scale).add_(from_rows.t())
-
-
-def _logits_buffer(w: Tensor) -> Tensor:
-    """Room for a group's logits, written again for every group: fresh memory would cost more than the arithmetic."""
-    largest = _image_groups(w)[0]
-    return w.new_empty(largest.shape[0] * w.shape[2], w.shape[1], w.shape[1])
-
-
-def _attention(tokens: Tensor, scale: float, buffer: Tensor) -> Tensor:
-    """P [b·H, N, N] of several heads, in `buffer`."""
-    torch.bmm(tokens * scale, tokens.transpose(1, 2), out=buffer)
-    return torch.softmax(buffer, -1, out=buffer)
-
-
-def _batched_backward(tokens: Tensor, grads: Tensor, scale: float, buffers: list[Tensor]) -> Tensor:
-    """Several heads' dW [b·H, N, D], in four products: dL and its transpose are added before they meet W."""
-    first, second, third = (buffer[: len(tokens)] for buffer in buffers)
-    attention = _attention(tokens, scale, first)
-    grad_attention = torch.bmm(grads, tokens.transpose(1, 2), out=second)
-    grad_logits = torch._softmax_backward_data(grad_attention, attention, -1, attention.dtype, grad_input=second)
-    symmetric = torch.add(grad_logits, grad_logits.transpose(1, 2), out=third)
-    through_values = torch.bmm(attention.transpose(1, 2), grads)
-    return torch.baddbmm(through_values, symmetric, tokens, alpha=scale)
-
-
-@cpu_subspace_attention_backward.register_fake
-def _(grad: Tensor, w: Tensor, scale: float) -> Tensor:
-    return w.new_empty(w.shape)
-
-
-def _attention_setup(ctx, inputs, output):
-    w, ctx.scale = inputs
-    ctx.save_for_backward(w)
-
-
-def _attention_backward(ctx, grad):
-    (w,) = ctx.saved_tensors
-    return cpu_subspace_attention_backward(grad, w, ctx.scale), None
-
-
-cpu_subspace_attention.register_autograd(_attention_backward, setup_context=_attention_setup)
-refuse_double_backward(
-    cpu_subspace_attention_backward, "use float64, or turn this path off (README, environment variables)"
-)

@@ -7,7 +7,7 @@ import sys
 import torch
 
 from crate_fast.backends import explain_backend
-from crate_fast.settings import onednn_wanted
+from crate_fast.cpu import uses_onednn
 
 __all__ = ["describe", "main"]
 
@@ -25,9 +25,9 @@ def describe() -> dict[str, str]:
     """Versions, devices and backends of this machine, as printed by `python -m crate_fast.env`."""
     facts = {"python": platform.python_version(), "platform": platform.platform()}
     facts |= {name: _version(name) for name in _PACKAGES}
-    onednn = "on" if onednn_wanted() and torch.backends.mkldnn.is_available() else "off"
+    products = "oneDNN" if uses_onednn() else "PyTorch's default"
     capability = torch.backends.cpu.get_cpu_capability()
-    facts["cpu"] = f"{torch.get_num_threads()} threads, {capability}, oneDNN {onednn}"
+    facts["cpu"] = f"{torch.get_num_threads()} threads, {capability}, fp32 products by {products}"
     devices = [torch.device("cpu")] + [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
     for device in devices:
         if device.type == "cuda":

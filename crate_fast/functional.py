@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from crate_fast import cpu, fused
+from crate_fast import cpu, cpu_attention, fused
 from crate_fast.autocast import autocast_enabled
 from crate_fast.backends import resolve_backend
 from crate_fast.cpu import linear
@@ -85,8 +85,8 @@ def subspace_attention(
         seed = torch.randint(2**62, (), device=w.device) if dropout_p > 0.0 else None
         out, _ = fused.subspace_attention_fwd(w.to(_compute_dtype(w)), scale, float(dropout_p), seed)
         return out
-    if dropout_p == 0.0 and cpu.serves_attention(w):
-        return cpu.cpu_subspace_attention(w, scale)
+    if dropout_p == 0.0 and cpu_attention.serves_attention(w):
+        return cpu_attention.cpu_subspace_attention(w, scale)
     tokens = w.transpose(1, 2)
     out = F.scaled_dot_product_attention(tokens, tokens, tokens, dropout_p=dropout_p, scale=scale)
     return out.transpose(1, 2)

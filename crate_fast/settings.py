@@ -5,20 +5,20 @@ import os
 __all__ = ["onednn_wanted", "require_gpu"]
 
 
-def _flag(name: str, default: bool) -> bool:
+def _flag(name: str) -> bool | None:
     value = os.environ.get(name)
     if value is None:
-        return default
+        return None
     if value not in ("0", "1"):
-        raise ValueError(f"{name}={value!r}: set it to 0 or 1, or unset it (default {int(default)})")
+        raise ValueError(f"{name}={value!r}: set it to 0 or 1, or unset it")
     return value == "1"
 
 
-def onednn_wanted() -> bool:
-    """`CRATE_FAST_ONEDNN` (default 1): fp32 products on the CPU through oneDNN instead of PyTorch's default."""
-    return _flag("CRATE_FAST_ONEDNN", True)
+def onednn_wanted() -> bool | None:
+    """`CRATE_FAST_ONEDNN`: fp32 products on the CPU through oneDNN (1) or MKL (0); None, by the processor."""
+    return _flag("CRATE_FAST_ONEDNN")
 
 
 def require_gpu() -> bool:
     """`CRATE_FAST_REQUIRE_GPU` (default 0): GPU tests fail instead of skipping where there is no GPU."""
-    return _flag("CRATE_FAST_REQUIRE_GPU", False)
+    return bool(_flag("CRATE_FAST_REQUIRE_GPU"))

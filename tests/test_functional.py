@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from oracle import token_scale, within_twice_eager
 from torch import Tensor
 
-from crate_fast import cpu
+from crate_fast import cpu, cpu_attention
 from crate_fast.backends import explain_backend
 from crate_fast.functional import fold_dictionary, ista, linear, subspace_attention
 from crate_fast.reference import ista_reference, subspace_attention_reference
@@ -23,6 +23,15 @@ SHAPES = [
     (4, 197, 12, 64),
 ]
 LONG_SHAPES = [(1, 256, 2, 48), (1, 785, 2, 64), (1, 1500, 1, 32)]  # the row-blocked path; the last in two blocks
+
+
+@pytest.fixture(params=["0", "1"], ids=["MKL", "oneDNN"])
+def either_library(request, monkeypatch):
+    """The test runs with both libraries' products, whatever processor this is."""
+    monkeypatch.setenv("CRATE_FAST_ONEDNN", request.param)
+
+
+with_either_library = pytest.mark.usefixtures("either_library")
 
 
 def _attention_gradients(function, w: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
@@ -43,6 +52,7 @@ def _check_attention(candidate, shape, dtype=torch.float32, scale=None) -> bool:
     return all(within_twice_eager(a, e, t, n) for a, e, t, n in zip(actual, eager, truth, names, strict=True))
 
 
+@with_either_library
 @pytest.mark.parametrize("shape", SHAPES + LONG_SHAPES, ids=str)
 def test_subspace_attention_matches_the_reference(shape):
     assert _check_attention(subspace_attention, shape)
@@ -64,6 +74,7 @@ def test_subspace_attention_in_float64():
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-13)
 
 
+@with_either_library
 @pytest.mark.parametrize("shape", [(3, 197, 3, 64), (1, 300, 2, 32)], ids=str)
 def test_no_result_is_left_unwritten(shape, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda t, *size, **kw: t.new_full(_size(size), float("nan"), **kw))
@@ -76,11 +87,13 @@ def _size(size: tuple) -> tuple:
     return size[0] if len(size) == 1 and not isinstance(size[0], int) else size
 
 
+@with_either_library
 @pytest.mark.parametrize("shape", [(2, 64, 2, 32), (1, 600, 2, 32)], ids=str)
 def test_subspace_attention_takes_a_scale(shape):
     assert _check_attention(lambda w: subspace_attention(w, 0.3), shape, scale=0.3)
 
 
+@with_either_library
 def test_long_attention_of_large_and_shifted_logits_stays_accurate():
     w = torch.randn(1, 600, 1, 32) + 5.0  # logits near 140 with large common part
     truth = subspace_attention_reference(w.double())
@@ -110,6 +123,7 @@ def test_the_attention_check_rejects_wrong_kernels(name):
     assert not _check_attention(MUTANTS[name], (2, 197, 3, 64))
 
 
+@with_either_library
 @pytest.mark.parametrize("n_tokens", [50, 600])
 def test_subspace_attention_takes_any_strides(n_tokens):
     base = torch.randn(2, 3, n_tokens, 64)
@@ -125,6 +139,7 @@ def test_subspace_attention_takes_any_strides(n_tokens):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
 
 
+@with_either_library
 def test_long_attention_is_deterministic():
     w, grad = torch.randn(1, 785, 2, 64), torch.randn(1, 785, 2, 64)
     first, second = (_attention_gradients(subspace_attention, w, grad) for _ in range(2))
@@ -167,6 +182,7 @@ def _check_ista(candidate, leading, width, dtype=torch.float32, threshold="relu"
     return all(checks)
 
 
+@with_either_library
 @pytest.mark.parametrize("threshold", ["relu", "soft"])
 @pytest.mark.parametrize(("leading", "width"), [((2, 197), 96), ((64,), 64), ((3, 5), 48), ((), 16)], ids=str)
 def test_ista_matches_the_reference(leading, width, threshold):
@@ -227,6 +243,7 @@ def test_gradients_agree_with_finite_differences():
 # --- PyTorch around it ---
 
 
+@with_either_library
 @pytest.mark.parametrize("n_tokens", [50, 600])
 def test_operators_compile_without_graph_breaks(n_tokens):
     def both(w, dictionary):
@@ -242,6 +259,7 @@ def test_operators_compile_without_graph_breaks(n_tokens):
     torch.testing.assert_close(compiled_gradients, gradients)
 
 
+@with_either_library
 def test_custom_operators_pass_opcheck():
     x, weight = torch.randn(6, 5, requires_grad=True), torch.randn(4, 5, requires_grad=True)
     bias = torch.randn(4, requires_grad=True)
@@ -249,10 +267,13 @@ def test_custom_operators_pass_opcheck():
         torch.library.opcheck(cpu.cpu_linear, (x, weight, bias, relu))
         torch.library.opcheck(cpu.cpu_linear, (x, weight, None, relu))
     w = torch.randn(1, 70, 2, 16, requires_grad=True)
-    torch.library.opcheck(cpu.cpu_subspace_attention, (w, 0.25))
-    torch.library.opcheck(cpu.cpu_subspace_attention_backward, (torch.randn(1, 70, 2, 16), w.detach(), 0.25))
+    torch.library.opcheck(cpu_attention.cpu_subspace_attention, (w, 0.25))
+    torch.library.opcheck(
+        cpu_attention.cpu_subspace_attention_backward, (torch.randn(1, 70, 2, 16), w.detach(), 0.25)
+    )
 
 
+@with_either_library
 @pytest.mark.parametrize("rows", [1, 3, 700, 5000])
 @pytest.mark.parametrize("relu", [False, True])
 def test_cpu_linear_and_its_gradients(rows, relu):
@@ -266,6 +287,7 @@ def test_cpu_linear_and_its_gradients(rows, relu):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
 
 
+@with_either_library
 def test_cpu_linear_takes_a_bias_of_any_strides():
     x, weight = torch.randn(3, 5), torch.randn(4, 5)
     for bias in (torch.randn(8)[::2], torch.randn(1).expand(4)):
@@ -298,6 +320,7 @@ def test_functional_transforms_differentiate_ista():
     torch.testing.assert_close(gradient, expected)
 
 
+@with_either_library
 def test_linear_keeps_leading_dimensions_and_takes_empty_batches():
     layer = torch.nn.Linear(5, 4)
     for shape in ((5,), (3, 5), (2, 3, 5), (0, 5), (2, 0, 5)):
@@ -305,14 +328,37 @@ def test_linear_keeps_leading_dimensions_and_takes_empty_batches():
         torch.testing.assert_close(linear(x, layer.weight, layer.bias), layer(x))
 
 
-def test_onednn_can_be_turned_off(monkeypatch):
-    x, weight = torch.randn(3, 4), torch.randn(5, 4)
-    monkeypatch.setenv("CRATE_FAST_ONEDNN", "0")
-    assert not cpu.serves(x, weight)
-    torch.testing.assert_close(linear(x, weight), F.linear(x, weight), rtol=0, atol=0)
+VENDORS = [("GenuineIntel", None, False), ("AuthenticAMD", None, True), ("", None, True)]
+VENDORS += [(vendor, choice, choice == "1") for vendor in ("GenuineIntel", "AuthenticAMD") for choice in "01"]
+
+
+@pytest.mark.parametrize(("vendor", "choice", "expected"), VENDORS)
+def test_the_processor_chooses_the_library_unless_the_variable_does(vendor, choice, expected, monkeypatch):
+    monkeypatch.setattr(cpu, "processor_vendor", lambda: vendor)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    monkeypatch.delenv("CRATE_FAST_ONEDNN", raising=False)
+    if choice is not None:
+        monkeypatch.setenv("CRATE_FAST_ONEDNN", choice)
+    assert cpu.uses_onednn() is expected
+
+
+def test_intel_without_mkl_takes_onednn(monkeypatch):
+    monkeypatch.setattr(cpu, "processor_vendor", lambda: "GenuineIntel")
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
+    monkeypatch.delenv("CRATE_FAST_ONEDNN", raising=False)
+    assert cpu.uses_onednn()
+
+
+def test_a_misspelt_choice_of_library_is_named(monkeypatch):
     monkeypatch.setenv("CRATE_FAST_ONEDNN", "yes")
     with pytest.raises(ValueError, match="CRATE_FAST_ONEDNN='yes'"):
-        cpu.serves(x, weight)
+        cpu.uses_onednn()
+
+
+def test_without_onednn_a_product_is_pytorchs(monkeypatch):
+    x, weight = torch.randn(3, 4), torch.randn(5, 4)
+    monkeypatch.setenv("CRATE_FAST_ONEDNN", "0")
+    torch.testing.assert_close(linear(x, weight), F.linear(x, weight), rtol=0, atol=0)
 
 
 def test_autocast_runs_the_product_low_and_the_residual_high():
@@ -360,6 +406,7 @@ def test_bad_input_is_named(call, error, message):
         call()
 
 
+@with_either_library
 @pytest.mark.parametrize("threshold", ["relu", "soft"])
 @pytest.mark.parametrize("n_tokens", [4, 300])
 def test_a_nan_is_not_hidden(n_tokens, threshold):

@@ -1,0 +1,210 @@
+"""Tied attention on the CPU, a block of logits at a time; what backward needs is w alone.
+
+Three ways, by length and by the library that multiplies (`cpu.uses_onednn`; docs/results/cpu.md has the times):
+
+* Up to 255 tokens, and in bf16: batched products over the heads of a few images.
+* Longer, with oneDNN: one head at a time, since its calls take one matrix.
+* Longer, with MKL: batched products over the heads of an image and a block of rows.
+
+With MKL the forward pass in fp32 is PyTorch's SDPA. Its backward pass is not: it takes rowsum(P∘dP) as rowsum(O∘dO),
+whose rounding does not cancel against dP's, so that its error was up to 2.9 times eager PyTorch's.
+"""
+
+import itertools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from crate_fast.cpu import onednn_product, uses_onednn
+from crate_fast.double_backward import refuse_double_backward
+
+__all__ = ["cpu_subspace_attention", "serves_attention"]
+
+ROW_BLOCK_ELEMENTS = 2**20  # logits of one head kept at once, 4 MiB: they stay in the last-level cache
+GROUP_ELEMENTS = 2**18  # logits of several heads kept at once, 1 MiB in fp32
+MIN_ROWWISE_TOKENS = 256  # below, batched products over several whole heads are faster
+MAX_HALF_TOKENS = 1024  # beyond, SDPA is as fast in bf16, and does not keep an image's logits whole
+
+
+def serves_attention(w: Tensor) -> bool:
+    """Whether `cpu_subspace_attention` takes w [B, N, H, D]: fp32, or bf16 of moderate length, on the CPU."""
+    if w.device.type != "cpu":
+        return False
+    return w.dtype == torch.float32 or (w.dtype == torch.bfloat16 and w.shape[1] <= MAX_HALF_TOKENS)
+
+
+def _by_rows(w: Tensor) -> bool:
+    """Whether a head is so large that its logits are taken a block of rows at a time."""
+    return w.dtype == torch.float32 and w.shape[1] >= MIN_ROWWISE_TOKENS
+
+
+@torch.library.custom_op("crate_fast::cpu_subspace_attention", mutates_args=(), device_types="cpu")
+def cpu_subspace_attention(w: Tensor, scale: float) -> Tensor:
+    """O = softmax(s·W Wᵀ) W for w [B, N, H, D]."""
+    with torch.autocast("cpu", enabled=False):
+        if w.dtype == torch.float32 and not uses_onednn():
+            tokens = w.transpose(1, 2)
+            out = F.scaled_dot_product_attention(tokens, tokens, tokens, scale=scale)
+            return out.transpose(1, 2).contiguous()
+        out = w.new_empty(w.shape)
+        if _by_rows(w):
+            for image, head in itertools.product(range(w.shape[0]), range(w.shape[2])):
+                _one_head_forward(w[image, :, head].contiguous(), scale, out[image, :, head])
+        else:
+            buffer = _group_buffer(w)
+            for images, out_images in zip(_image_groups(w), _image_groups(out), strict=True):
+                tokens = _heads(images)
+                attention = _attention(tokens, tokens, scale, buffer)
+                _store(torch.bmm(attention, tokens), out_images)
+    return out
+
+
+@cpu_subspace_attention.register_fake
+def _(w: Tensor, scale: float) -> Tensor:
+    return w.new_empty(w.shape)
+
+
+@torch.library.custom_op("crate_fast::cpu_subspace_attention_backward", mutates_args=(), device_types="cpu")
+def cpu_subspace_attention_backward(grad: Tensor, w: Tensor, scale: float) -> Tensor:
+    """dW = Pᵀ dO + s·(dL + dLᵀ) W with dL = P∘(dO Wᵀ − rowsum(P∘dO Wᵀ)); shapes as w [B, N, H, D].
+
+    P is computed again, a block of logits at a time, so what is kept between the passes does not grow with N².
+    """
+    out = w.new_empty(w.shape)
+    with torch.autocast("cpu", enabled=False):
+        if _by_rows(w) and uses_onednn():
+            for image, head in itertools.product(range(w.shape[0]), range(w.shape[2])):
+                tokens, grads = w[image, :, head].contiguous(), grad[image, :, head].contiguous()
+                out[image, :, head] = _one_head_backward(tokens, grads, scale)
+            return out
+        backward = _row_blocks_backward if _by_rows(w) else _whole_heads_backward
+        buffers = [_group_buffer(w) for _ in range(3)]
+        for images, grad_images, out_images in zip(*map(_image_groups, (w, grad, out)), strict=True):
+            _store(backward(_heads(images), _heads(grad_images), scale, buffers), out_images)
+    return out
+
+
+@cpu_subspace_attention_backward.register_fake
+def _(grad: Tensor, w: Tensor, scale: float) -> Tensor:
+    return w.new_empty(w.shape)
+
+
+def _attention_setup(ctx, inputs, output):
+    w, ctx.scale = inputs
+    ctx.save_for_backward(w)
+
+
+def _attention_backward(ctx, grad):
+    (w,) = ctx.saved_tensors
+    return cpu_subspace_attention_backward(grad, w, ctx.scale), None
+
+
+cpu_subspace_attention.register_autograd(_attention_backward, setup_context=_attention_setup)
+refuse_double_backward(cpu_subspace_attention_backward, "use float64")
+
+
+# --- several heads at a time --------------------------------------------------------------------------------------
+
+
+def _rows_at_once(w: Tensor) -> int:
+    """Rows of a group's logits in a block: all of them, unless the heads are large."""
+    _, n_tokens, n_heads, _ = w.shape
+    return max(64, GROUP_ELEMENTS // (n_heads * n_tokens)) if _by_rows(w) else n_tokens
+
+
+def _image_groups(tokens: Tensor) -> tuple[Tensor, ...]:
+    """[B, N, H, D] → groups of images whose logits fit in a block."""
+    _, n_tokens, n_heads, _ = tokens.shape
+    return tokens.split(max(1, GROUP_ELEMENTS // (n_heads * n_tokens**2)))
+
+
+def _group_buffer(w: Tensor) -> Tensor:
+    """Room for a block of logits, written again for every one: fresh memory would cost more than the arithmetic."""
+    n_heads = _image_groups(w)[0].shape[0] * w.shape[2]
+    return w.new_empty(n_heads * _rows_at_once(w) * w.shape[1])
+
+
+def _block(buffer: Tensor, rows: Tensor, tokens: Tensor) -> Tensor:
+    """The buffer's start as [b·H, rows, N], contiguous: softmax writes other strides wrongly where it may."""
+    shape = len(rows), rows.shape[1], tokens.shape[1]
+    return buffer[: shape[0] * shape[1] * shape[2]].view(shape)
+
+
+def _heads(images: Tensor) -> Tensor:
+    """[b, N, H, D] → [b·H, N, D], contiguous."""
+    return images.transpose(1, 2).flatten(0, 1)
+
+
+def _store(heads: Tensor, images: Tensor) -> None:
+    """[b·H, N, D] into [b, N, H, D]."""
+    images.transpose(1, 2).copy_(heads.unflatten(0, (images.shape[0], images.shape[2])))
+
+
+def _attention(rows: Tensor, tokens: Tensor, scale: float, buffer: Tensor) -> Tensor:
+    """Rows of P [b·H, rows, N] of several heads, in `buffer`."""
+    block = _block(buffer, rows, tokens)
+    block.baddbmm_(rows, tokens.transpose(1, 2), beta=0, alpha=scale)
+    return torch.softmax(block, -1, out=block)
+
+
+def _grad_logits(attention: Tensor, grads: Tensor, tokens: Tensor, buffer: Tensor) -> Tensor:
+    """dL [b·H, rows, N] of the same rows, in `buffer`."""
+    block = _block(buffer, grads, tokens)
+    torch.bmm(grads, tokens.transpose(1, 2), out=block)
+    return torch._softmax_backward_data(block, attention, -1, attention.dtype, grad_input=block)
+
+
+def _whole_heads_backward(tokens: Tensor, grads: Tensor, scale: float, buffers: list[Tensor]) -> Tensor:
+    """Several heads' dW [b·H, N, D], in four products: dL and its transpose are added before they meet W."""
+    attention = _attention(tokens, tokens, scale, buffers[0])
+    grad_logits = _grad_logits(attention, grads, tokens, buffers[1])
+    symmetric = _block(buffers[2], tokens, tokens)
+    torch.add(grad_logits, grad_logits.transpose(1, 2), out=symmetric)
+    through_values = torch.bmm(attention.transpose(1, 2), grads)
+    return through_values.baddbmm_(symmetric, tokens, alpha=scale)
+
+
+def _row_blocks_backward(tokens: Tensor, grads: Tensor, scale: float, buffers: list[Tensor]) -> Tensor:
+    """The same in five products, a block of rows at a time; each product adds to dW where it lies."""
+    out = torch.zeros_like(tokens)
+    n_rows = len(buffers[0]) // (len(tokens) * tokens.shape[1])
+    blocks = (heads.split(n_rows, dim=1) for heads in (tokens, grads, out))
+    for rows, grad_rows, out_rows in zip(*blocks, strict=True):
+        attention = _attention(rows, tokens, scale, buffers[0])
+        grad_logits = _grad_logits(attention, grad_rows, tokens, buffers[1])
+        out.baddbmm_(attention.transpose(1, 2), grad_rows)
+        out.baddbmm_(grad_logits.transpose(1, 2), rows, alpha=scale)
+        out_rows.baddbmm_(grad_logits, tokens, alpha=scale)
+    return out
+
+
+# --- one head at a time, by oneDNN --------------------------------------------------------------------------------
+
+
+def _row_blocks(n_tokens: int) -> list[slice]:
+    rows = max(64, ROW_BLOCK_ELEMENTS // n_tokens)
+    return [slice(start, min(start + rows, n_tokens)) for start in range(0, n_tokens, rows)]
+
+
+def _one_head_forward(tokens: Tensor, scale: float, out: Tensor) -> None:
+    """One head's O [N, D] into `out`."""
+    for rows in _row_blocks(len(tokens)):
+        attention = onednn_product(tokens[rows] * scale, tokens).softmax(-1)
+        out[rows] = onednn_product(attention, tokens.t())
+
+
+def _one_head_backward(tokens: Tensor, grads: Tensor, scale: float) -> Tensor:
+    """One head's dW [N, D]. What a block of rows gives to all tokens is summed transposed, [D, N]: oneDNN takes the
+    blocks of P and dL as they lie that way."""
+    out = torch.empty_like(tokens)
+    from_rows = tokens.new_zeros(tokens.shape[1], tokens.shape[0])
+    for rows in _row_blocks(len(tokens)):
+        scaled, grad_rows = tokens[rows] * scale, grads[rows]
+        attention = onednn_product(scaled, tokens).softmax(-1)
+        grad_attention = onednn_product(grad_rows, tokens)
+        grad_logits = torch._softmax_backward_data(grad_attention, attention, -1, torch.float32)
+        from_rows += onednn_product(scaled.t().contiguous(), grad_logits.t())
+        from_rows += onednn_product(grad_rows.t().contiguous(), attention.t())
+        out[rows] = onednn_product(grad_logits, tokens.t())
+    return out.mul_(scale).add_(from_rows.t())
