@@ -31,7 +31,7 @@ def row_blocks_executed(
 ) -> dict[str, Executed]:
     """Subspace attention by blocks of rows, without dropout: two products forward, five backward, of padded tiles.
 
-    Backward in half precision takes one exponential a logit and, since every thread has a quarter of a tile's
+    Backward with two loops takes one exponential a logit and, since every thread has a quarter of a tile's
     columns, 8·warps·BLOCK_N a tile for the columns' factors; elsewhere two a logit. In fp32 without tf32 a pass of
     its own, two products more, finds backward's δ. Arguments as `attention_executed`.
     """
@@ -41,7 +41,7 @@ def row_blocks_executed(
     for name, products, exps, more in (("forward", 2, 1, 0), ("backward", 5, 2, own_pass)):
         tile = lookup(f"attention_{name}", device, precision, block_d)
         logits = n_heads * padded(n_tokens, tile.block_m) * padded(n_tokens, tile.block_n)
-        if name == "backward" and precision == "half":
+        if name == "backward" and tile.two_loops:
             exps = 1 + 8 * tile.num_warps / tile.block_m
         found[name] = Executed(2.0 * (products + 2 * more) * logits * block_d, float((exps + more) * logits))
     return found

@@ -43,7 +43,11 @@ def candidates(kernel: str) -> list[Tile]:
     warps, stages = (4, 8), (1, 2, 3, 4)
     if kernel.startswith("attention"):
         blocks = itertools.product((32, 64, 128), (32, 64, 128))
-        return [Tile(m, n, w, s) for (m, n), w, s in itertools.product(blocks, warps, stages[:3])]
+        loops = (False, True) if kernel in ("attention_forward", "attention_backward") else (False,)
+        return [
+            Tile(m, n, w, s, two_loops=two)
+            for (m, n), w, s, two in itertools.product(blocks, warps, stages[:3], loops)
+        ]
     blocks = itertools.product((64, 128), BLOCKS[1:], (32, 64))
     return [Tile(m, n, w, s, k) for (m, n, k), w, s in itertools.product(blocks, warps, stages[1:])]
 
@@ -162,7 +166,8 @@ def row_source(key: tuple[str, str, str, int], tile: Tile) -> str:
     """A row of the table as it stands in kernels/tiles.py."""
     kernel, architecture, precision, block_d = key
     numbers = [tile.block_m, tile.block_n, tile.num_warps, tile.num_stages] + [tile.block_k] * (tile.block_k > 0)
-    return f'    ("{kernel}", "{architecture}", "{precision}", {block_d}): Tile({", ".join(map(str, numbers))}),'
+    words = [*map(str, numbers), *["two_loops=True"] * tile.two_loops]
+    return f'    ("{kernel}", "{architecture}", "{precision}", {block_d}): Tile({", ".join(words)}),'
 
 
 def write_row(key: tuple[str, str, str, int], tile: Tile, path: Path = Path(tiles.__file__)) -> None:

@@ -10,7 +10,17 @@ from torch import Tensor
 from crate_fast.kernels.launch import Launch, matmul_precision
 from crate_fast.kernels.tiles import Tile, lookup
 
-__all__ = ["LARGEST_SUMS", "LOG2_E", "addressable", "dropout_keep", "inner_products", "load_columns", "place", "plan"]
+__all__ = [
+    "LARGEST_SUMS",
+    "LOG2_E",
+    "addressable",
+    "dropout_keep",
+    "inner_products",
+    "load_columns",
+    "place",
+    "plan",
+    "tile_for",
+]
 
 LOG2_E = 1 / math.log(2)
 LARGEST_SUMS = {  # of a row's weights, up to which no running maximum is needed; fp32 always has one
@@ -67,6 +77,12 @@ def load_columns(pointers, mask, UNMASKED: tl.constexpr):
         return tl.load(pointers, mask=mask, other=0.0)
 
 
+def tile_for(name: str, w: Tensor, dropout_p: float) -> Tile:
+    """The table's tile of an attention kernel for w [B, N, H, D]."""
+    block_d = max(32, triton.next_power_of_2(w.shape[3]))
+    return lookup(name + "_dropout" * (dropout_p > 0), w.device, matmul_precision(w.dtype).row, block_d)
+
+
 def plan(
     kernel,
     name: str,
@@ -81,7 +97,7 @@ def plan(
     batch, n_tokens, n_heads, head_dim = w.shape
     precision = matmul_precision(w.dtype)
     block_d = max(32, triton.next_power_of_2(head_dim))
-    tile = tile or lookup(name + "_dropout" * (dropout_p > 0), w.device, precision.row, block_d)
+    tile = tile or tile_for(name, w, dropout_p)
     names = {
         "stride_wb": w.stride(0),
         "stride_wn": w.stride(1),

@@ -19,6 +19,7 @@ from crate_fast.kernels.attention_common import (
     load_columns,
     place,
     plan,
+    tile_for,
 )
 from crate_fast.kernels.launch import Launch, matmul_precision
 from crate_fast.kernels.tiles import Tile
@@ -481,7 +482,8 @@ def plan_forward(
 ) -> Launch:
     """The forward launch on these tensors; what `forward` runs and the compile report compiles."""
     tensors = {"w_ptr": w, "out_ptr": out, "lse_ptr": lse, "seed_ptr": seed}
-    more = {"LARGEST_SUM": LARGEST_SUMS.get(w.dtype, 0.0)}
+    tile = tile or tile_for("attention_forward", w, dropout_p)
+    more = {"LARGEST_SUM": LARGEST_SUMS.get(w.dtype, 0.0) if tile.two_loops else 0.0}
     return plan(_subspace_attention_fwd_kernel, "attention_forward", w, tensors, scale, dropout_p, tile, more)
 
 
@@ -530,7 +532,8 @@ def plan_backward(
         "delta_ptr": delta,
         "seed_ptr": seed,
     }
-    spread = LARGEST_SPREAD if w.dtype in LARGEST_SUMS else 0.0
+    tile = tile or tile_for("attention_backward", w, dropout_p)
+    spread = LARGEST_SPREAD if tile.two_loops and w.dtype in LARGEST_SUMS else 0.0
     more = {"scale": scale, "HAS_DELTA": delta is not None, "LARGEST_SPREAD": spread}
     return plan(_subspace_attention_bwd_kernel, "attention_backward", w, tensors, scale, dropout_p, tile, more)
 
