@@ -14,7 +14,7 @@ from torch import Tensor
 
 from crate_fast.settings import onednn_wanted
 
-__all__ = ["cpu_linear", "linear", "onednn_product", "serves", "uses_onednn"]
+__all__ = ["cpu_linear", "linear", "onednn_product", "onednn_suits_processor", "serves", "uses_onednn"]
 
 _ONEDNN_BUILT = torch.backends.mkldnn.is_available()
 
@@ -30,14 +30,15 @@ def processor_vendor() -> str:
 
 
 @torch.compiler.assume_constant_result
-def _onednn_suits_processor() -> bool:
+def onednn_suits_processor() -> bool:
+    """Whether this is the processor for oneDNN: any but Intel's, where PyTorch has MKL."""
     return not (processor_vendor() == "GenuineIntel" and torch.backends.mkl.is_available())
 
 
 def uses_onednn() -> bool:
     """Whether fp32 products go to oneDNN: as `CRATE_FAST_ONEDNN` says; unset, on every processor but Intel's."""
     wanted = onednn_wanted()
-    return _ONEDNN_BUILT and (_onednn_suits_processor() if wanted is None else wanted)
+    return _ONEDNN_BUILT and (onednn_suits_processor() if wanted is None else wanted)
 
 
 def _serves_one(tensor: Tensor) -> bool:

@@ -1,13 +1,14 @@
 """Tied attention on the CPU, a block of logits at a time; what backward needs is w alone.
 
-Three ways, by length and by the library that multiplies (`cpu.uses_onednn`; docs/results/cpu.md has the times):
+The library that multiplies (`cpu.uses_onednn`) and the length decide; docs/results/cpu.md has the times:
 
 * Up to 255 tokens, and in bf16: batched products over the heads of a few images.
 * Longer, with oneDNN: one head at a time, since its calls take one matrix.
 * Longer, with MKL: batched products over the heads of an image and a block of rows.
 
-With MKL the forward pass in fp32 is PyTorch's SDPA. Its backward pass is not: it takes rowsum(P∘dP) as rowsum(O∘dO),
-whose rounding does not cancel against dP's, so that its error was up to 2.9 times eager PyTorch's.
+With MKL the forward pass is PyTorch's SDPA, which is the fastest there. Its backward pass is not used: it takes
+rowsum(P∘dP) as rowsum(O∘dO), whose rounding does not cancel against dP's, and its error in fp32 was up to 2.9 times
+eager PyTorch's.
 """
 
 import itertools
@@ -43,7 +44,7 @@ def _by_rows(w: Tensor) -> bool:
 def cpu_subspace_attention(w: Tensor, scale: float) -> Tensor:
     """O = softmax(s·W Wᵀ) W for w [B, N, H, D]."""
     with torch.autocast("cpu", enabled=False):
-        if w.dtype == torch.float32 and not uses_onednn():
+        if not uses_onednn():
             tokens = w.transpose(1, 2)
             out = F.scaled_dot_product_attention(tokens, tokens, tokens, scale=scale)
             return out.transpose(1, 2).contiguous()

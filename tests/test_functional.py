@@ -58,6 +58,7 @@ def test_subspace_attention_matches_the_reference(shape):
     assert _check_attention(subspace_attention, shape)
 
 
+@with_either_library
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", [(2, 65, 3, 64), (3, 197, 3, 48)], ids=str)  # the second: a group and a remainder
 def test_subspace_attention_in_half_precision(dtype, shape):
