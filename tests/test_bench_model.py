@@ -272,13 +272,14 @@ def test_on_a_gpu_whole_tiles_and_the_folds_are_executed(monkeypatch):
     monkeypatch.setattr(model_work, "explain_backend", lambda *_, **__: ("triton", ""))
     size = replace(bench_model.CRATES["B/16"], on_cpu=2)
     found = _work(OURS, size, INFERENCE, torch.bfloat16)
-    tile = lookup("attention_forward", CPU, "half", 64)
-    attention = 4 * 64 * 24 * (padded(197, tile.block_m) * padded(197, tile.block_n) - 197**2)
+    once = 3 * 64 * 64 + 3 * 64 * 16 + 16 * 256  # three blocks, the rest of 5 as 16 keys, and as 16 rows of 256 keys
+    attention = 2 * 64 * 24 * (2 * once + 3 * 3 * 64 * 64 - 2 * 197**2)  # three pairs of blocks, three products each
     tile = lookup("norm_ista_forward", CPU, "mixed")
     ista = 2 * 768**2 * (padded(394, tile.block_m) - 394)  # 768 is whole blocks
     assert found.executed_flops - found.flops == 12 * (attention + ista + 2 * 768**3)
     training = _work(OURS, size, TRAINING, torch.bfloat16)
-    assert training.executed_flops - training.flops > 12 * (3 * attention + 2 * 2 * 768**3)
+    backward = 2 * 64 * 24 * (5 * once + 7 * 3 * 64 * 64 - 5 * 197**2)
+    assert training.executed_flops - training.flops > 12 * (attention + backward + 2 * 2 * 768**3)
 
 
 def test_an_autoencoders_operations_follow_its_tokens():

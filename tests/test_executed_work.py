@@ -1,0 +1,34 @@
+"""What a schedule executes: by hand at N = 197, and the committed table against the tile table."""
+
+import json
+
+import executed_work
+import torch
+from bench_mssa import SHAPES
+from tile_work import attention_executed, flash_executed, row_blocks_executed
+
+CPU = torch.device("cpu")
+
+
+def test_whole_heads_by_hand():
+    """Three blocks of 64, a rest of 5 in 16: diagonals, the rest as keys, its own rows; three pairs of blocks."""
+    once, pairs, rows = 3 * 64 * 64 + 3 * 64 * 16, 3 * 64 * 64, 16 * 256
+    found = attention_executed(2, 197, 64, CPU, torch.bfloat16)
+    assert found["forward"].flops == 2 * 2 * 64 * (2 * (once + rows) + 3 * pairs)
+    assert found["forward"].exps == 2 * (once + pairs + rows)
+    assert found["backward"].flops == 2 * 2 * 64 * (5 * (once + rows) + 7 * pairs)
+    assert found["backward"].exps == 2 * (once + pairs + 2 * rows)
+
+
+def test_other_schedules_by_hand():
+    rows = row_blocks_executed(1, 785, 64, CPU, torch.bfloat16)
+    assert rows["forward"].flops == 4 * 896 * 832 * 64
+    assert rows["backward"].exps == 1.5 * 896 * 832
+    assert attention_executed(1, 785, 64, CPU, torch.bfloat16) == rows
+    assert flash_executed(1, 785, 64)["backward"].flops == 10 * 896 * 896 * 64
+
+
+def test_the_committed_table_is_of_these_kernels():
+    committed = json.loads((executed_work.RESULTS / "executed.json").read_text())["rows"]
+    assert committed == executed_work.rows()
+    assert {row["shape"] for row in committed} == set(SHAPES)
