@@ -154,7 +154,7 @@ TABLE = {
     ("attention_backward", "sm_90", "ieee", 64): Tile(32, 32, 8, 1),
     ("attention_backward", "sm_90", "ieee", 128): Tile(32, 32, 8, 1),
     ("attention_backward", "sm_100", "half", 32): Tile(128, 32, 8, 2),
-    ("attention_backward", "sm_100", "half", 64): Tile(128, 32, 8, 2),
+    ("attention_backward", "sm_100", "half", 64): Tile(64, 64, 8, 2),
     ("attention_backward", "sm_100", "half", 128): Tile(128, 32, 8, 2),
     ("attention_backward", "sm_100", "tf32", 32): Tile(64, 64, 8, 2),
     ("attention_backward", "sm_100", "tf32", 64): Tile(64, 64, 8, 2),
