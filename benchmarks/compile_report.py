@@ -31,6 +31,7 @@ from crate_fast.kernels.tiles import ARCHITECTURES, SHARED_MEMORY, TABLE, Tile
 HEAD_DIMS = {32: (32,), 64: (48, 64), 128: (80, 128)}  # by head width to the next power of two
 WHOLE_HEAD_TOKENS = (65, 180, 197)  # one to three blocks, each with a rest
 WIDTH = 768
+ROWWISE = ("row_statistics", "normalize", "combine_statistics", "layer_norm_backward")  # of LayerNorm; no product
 COLUMNS = [
     "kernel", "architecture", "precision", "size", "tile", "registers", "spilled_bytes", "shared_kib",
     "matrix_instructions", "async_copies", "exp2", "serialized",
@@ -66,7 +67,7 @@ def cases(architectures: tuple[str, ...] = ARCHITECTURES) -> list[Case]:
         found += [Case(kernel, architecture, precision, size, tile) for size in sizes]
     rows = Tile(0, 0, 4, 1)  # the LayerNorm kernels choose their own
     for architecture in architectures:
-        found += [Case(k, architecture, "half", WIDTH, rows) for k in ("row_statistics", "layer_norm_backward")]
+        found += [Case(kernel, architecture, "half", WIDTH, rows) for kernel in ROWWISE]
     return found
 
 
@@ -76,7 +77,7 @@ def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 def plan(case: Case):
     """The launch a case compiles, on meta tensors: the functions the launchers themselves run."""
-    from crate_fast.kernels import ista, layer_norm, row_blocks
+    from crate_fast.kernels import ista, layer_norm, row_blocks, weight_gradient
 
     torch.set_float32_matmul_precision("high" if case.precision == "tf32" else "highest")
     low = torch.bfloat16 if case.precision in ("half", "mixed") else torch.float32
@@ -98,16 +99,43 @@ def plan(case: Case):
     x, folded = _meta(rows, WIDTH, dtype=stored), _meta(WIDTH, WIDTH, dtype=low)
     channel, row = _meta(WIDTH), _meta(rows)
     norm = layer_norm.Norm(row, row, channel, channel)
-    if case.kernel == "row_statistics":
-        return layer_norm.plan_row_statistics(x, row, row, 1e-5)
-    if case.kernel == "layer_norm_backward":
-        return layer_norm.plan_backward(x, x, norm, x, _meta(2, 1024, WIDTH))
+    if case.kernel in ROWWISE:
+        return _plan_rowwise(case.kernel, x, norm)
+    if "product" in case.kernel:
+        return _plan_projection(case, x, folded, norm)
     norm = norm if case.kernel.startswith("norm_") else None
     if case.kernel.endswith("ista_forward"):
         return ista.plan_forward(x, folded, x, 0.01, False, norm, case.tile)
     if case.kernel == "ista_backward_input":
         return ista.plan_backward_input(x, x, folded, x, case.tile)
-    return ista.plan_backward_folded(x, x, x, _meta(4, WIDTH, WIDTH), 12608, low, norm, case.tile)
+    return weight_gradient.plan(x, x, x, _meta(4, WIDTH, WIDTH), 12608, low, norm, case.tile)
+
+
+def _plan_rowwise(kernel: str, x: torch.Tensor, norm):
+    """LayerNorm's own kernels; what they write is in bf16, as under autocast."""
+    from crate_fast.kernels import layer_norm
+
+    if kernel == "row_statistics":
+        return layer_norm.plan_row_statistics(x, norm.mean, norm.rstd, 1e-5)
+    if kernel == "normalize":
+        return layer_norm.plan_row_statistics(x, norm.mean, norm.rstd, 1e-5, x, norm.gamma, norm.beta)
+    if kernel == "combine_statistics":
+        return layer_norm.plan_combine_statistics(_meta(2, 6, len(x)), norm.mean, norm.rstd, 1e-5, WIDTH, 128)
+    return layer_norm.plan_backward(x, x, norm, x, _meta(2, 1024, WIDTH), x)
+
+
+def _plan_projection(case: Case, x: torch.Tensor, weight: torch.Tensor, norm):
+    """The products around attention, as wide as the tokens; what attention sees is in the products' dtype."""
+    from crate_fast.kernels import projections, weight_gradient
+
+    tokens = _meta(len(x), WIDTH, dtype=weight.dtype)
+    if case.kernel == "norm_product":
+        return projections.plan_norm_product(x, norm, weight, tokens, case.tile)
+    if case.kernel == "product_residual":
+        partial = _meta(2, -(-WIDTH // case.tile.block_n), len(x))
+        return projections.plan_product_residual(tokens, weight, norm.gamma, x, x, partial, case.tile)
+    shares = _meta(4, WIDTH, WIDTH)
+    return weight_gradient.plan(x, tokens, None, shares, 12608, weight.dtype, norm, case.tile)
 
 
 def _plan_whole_head(case: Case, dtype: torch.dtype):
@@ -282,8 +310,7 @@ def problems(rows: list[dict]) -> list[str]:
             found.append(f"{name}: spills {row['spilled_bytes']} bytes a thread")
         if row["shared_kib"] > limit:
             found.append(f"{name}: {row['shared_kib']} KiB of shared memory of {limit:.0f}")
-        rowwise = row["kernel"] in ("row_statistics", "layer_norm_backward")
-        if row["architecture"] == "sm_90" and row["precision"] in ("half", "mixed") and not rowwise:
+        if row["architecture"] == "sm_90" and row["precision"] in ("half", "mixed") and row["kernel"] not in ROWWISE:
             if "HGMMA" not in row["matrix_instructions"]:
                 found.append(f"{name}: no HGMMA, {row['matrix_instructions']}")
             whole_head = row["kernel"].startswith("whole_head")  # loads once, in no loop to overlap them with

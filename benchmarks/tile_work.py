@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 
 from crate_fast.kernels import whole_head
-from crate_fast.kernels.ista import fitted
 from crate_fast.kernels.launch import matmul_precision
+from crate_fast.kernels.product_common import fitted
 from crate_fast.kernels.row_blocks import needs_delta
 from crate_fast.kernels.tiles import Tile, lookup
 

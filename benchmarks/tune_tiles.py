@@ -3,7 +3,8 @@
     python benchmarks/tune_tiles.py --kernels attention_forward attention_backward --head-dims 64
     python benchmarks/tune_tiles.py --kernels ista_forward --write        # replaces rows of kernels/tiles.py
 
-Each candidate must first agree with the present row's result. Without --write the rows are printed.
+Each candidate must first agree with the present row's result. Without --write the rows are printed. A product around
+attention is also timed as PyTorch does it, with LayerNorm and residual by themselves; the row says which is faster.
 """
 
 import argparse
@@ -12,7 +13,8 @@ import math
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,11 +33,16 @@ TOLERANCE = 2e-2  # of a candidate against the present row, relative to the larg
 
 @dataclass(frozen=True)
 class Problem:
-    """What a candidate is run on: `plan(tile)` makes the launch, which writes `output`; `result` is read off that."""
+    """What a candidate is run on: `plan(tile)` makes the launch, which writes `output`; `result` is read off that.
+
+    `alternative` does the same work without the kernel, `beside` what the kernel leaves to do and that does not.
+    """
 
     plan: Callable[[Tile], Launch]
     output: torch.Tensor
     result: Callable[[torch.Tensor], torch.Tensor] = torch.clone
+    beside: Callable[[], object] | None = None
+    alternative: Callable[[], object] | None = None
 
 
 def candidates(kernel: str) -> list[Tile]:
@@ -66,7 +73,8 @@ def problems(kernel: str, head_dim: int, device: torch.device, precision: str) -
     if kernel.startswith("attention"):
         shapes = [(*shape, head_dim) for shape in (SHORT_SHAPE, LONG_SHAPE)]
         return [_attention_problem(kernel, shape, device, stored) for shape in shapes]
-    return [_product_problem(kernel, device, stored, multiplied)]
+    make = _projection_problem if "product" in kernel else _ista_problem
+    return [make(kernel, device, stored, multiplied)]
 
 
 def _attention_problem(kernel: str, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Problem:
@@ -93,7 +101,7 @@ def _attention_problem(kernel: str, shape: tuple[int, ...], device: torch.device
     )
 
 
-def _product_problem(kernel: str, device: torch.device, stored: torch.dtype, multiplied: torch.dtype) -> Problem:
+def _ista_problem(kernel: str, device: torch.device, stored: torch.dtype, multiplied: torch.dtype) -> Problem:
     from crate_fast.kernels import ista, layer_norm
 
     x, grad = (torch.randn(ROWS, WIDTH, device=device).to(stored) for _ in range(2))
@@ -110,15 +118,58 @@ def _product_problem(kernel: str, device: torch.device, stored: torch.dtype, mul
         dx = torch.empty_like(x)
         return Problem(lambda tile: ista.plan_backward_input(grad, y, folded, dx, tile), dx)
 
-    most = ROWS // 64 + 1
-    shares = torch.zeros(min(most, 64), WIDTH, WIDTH, device=device)
+    return _gradient_problem(x, grad, y, multiplied, norm)
+
+
+def _gradient_problem(
+    x: torch.Tensor, grad: torch.Tensor, y: torch.Tensor | None, dtype: torch.dtype, norm, alternative=None
+) -> Problem:
+    """xᵀg, whose shares of the rows are added by the caller."""
+    from crate_fast.kernels import weight_gradient
+
+    shares = torch.zeros(min(ROWS // 64 + 1, 64), WIDTH, WIDTH, device=x.device)
 
     def plan(tile: Tile) -> Launch:
-        splits, rows = ista.splits(ROWS, WIDTH, device, tile)
+        splits, rows = weight_gradient.splits(ROWS, WIDTH, WIDTH, x.device, tile)
         shares[splits:].zero_()  # as many as this tile gets in training; the others add nothing
-        return ista.plan_backward_folded(x, grad, y, shares[:splits], rows, multiplied, norm, tile)
+        return weight_gradient.plan(x, grad, y, shares[:splits], rows, dtype, norm, tile)
 
-    return Problem(plan, shares, lambda written: written.sum(0))
+    return Problem(plan, shares, lambda written: written.sum(0), alternative=alternative)
+
+
+def _projection_problem(kernel: str, device: torch.device, stored: torch.dtype, multiplied: torch.dtype) -> Problem:
+    """The products around attention: with LayerNorm or residual in the kernel, and each by itself."""
+    from crate_fast.kernels import layer_norm, projections
+
+    x, tokens = (torch.randn(ROWS, WIDTH, device=device) for _ in range(2))
+    x, tokens = x.to(stored), tokens.to(multiplied)
+    weight = (torch.randn(WIDTH, WIDTH, device=device) / WIDTH**0.5).to(multiplied)
+    ones = torch.ones(WIDTH, device=device)
+    norm = layer_norm.Norm(*layer_norm.row_statistics(x, 1e-5), ones, ones)
+
+    def normed() -> torch.Tensor:
+        return layer_norm.normalize(x, ones, ones, 1e-5, multiplied)[0]
+
+    if kernel == "norm_product":
+        out = torch.empty_like(tokens)
+        return Problem(
+            lambda tile: projections.plan_norm_product(x, norm, weight, out, tile), out,
+            beside=lambda: layer_norm.row_statistics(x, 1e-5), alternative=lambda: normed() @ weight.t(),
+        )  # fmt: skip
+    if kernel == "norm_product_gradient":
+        return _gradient_problem(x, tokens, None, multiplied, norm, lambda: tokens.t() @ normed())
+    h, shares = torch.empty_like(x), torch.empty(2, WIDTH // 32, ROWS, device=device)
+
+    def plan(tile: Tile) -> Launch:
+        used = shares.view(-1)[: 2 * -(-WIDTH // tile.block_n) * ROWS].view(2, -1, ROWS)
+        return projections.plan_product_residual(tokens, weight, ones, x, h, used, tile)
+
+    def alone() -> tuple:
+        found = x + torch.addmm(ones.to(multiplied), tokens, weight.t())
+        return found, *layer_norm.row_statistics(found, 1e-5)
+
+    combine = partial(layer_norm.combine_statistics, shares[:, : WIDTH // 128 or 1], 1e-5, WIDTH, min(WIDTH, 128))
+    return Problem(plan, h, beside=combine, alternative=alone)
 
 
 def _gpu_milliseconds(call: Callable[[], None]) -> float:
@@ -133,13 +184,15 @@ def tune(
     """The candidate with the least geometric mean of its times on these problems.
 
     Returns:
-        The best tile and {tile: milliseconds, or the reason it was left out}.
+        The best tile, chosen unless the alternative is faster, and {tile: milliseconds, or the reason it was left
+        out}, with "alternative" where there is one.
     """
     truths = []
     for problem in wanted:
         problem.plan(present).run()
         truths.append(problem.result(problem.output))
-    measured: dict[Tile, float | str] = {}
+    measured: dict[Tile | str, float | str] = {}
+    present = replace(present, chosen=True)
     for tile in dict.fromkeys([present, *candidates(kernel)]):
         try:
             times = [_time(p, truth, tile, measure) for p, truth in zip(wanted, truths, strict=True)]
@@ -149,7 +202,12 @@ def tune(
     times = {tile: value for tile, value in measured.items() if isinstance(value, float)}
     if present not in times:
         raise RuntimeError(f"{kernel}: the present row {present} does not run: {measured[present]}")
-    return min(times, key=times.get), measured
+    best = min(times, key=times.get)
+    if all(problem.alternative for problem in wanted):
+        others = [measure(problem.alternative) for problem in wanted]
+        measured["alternative"] = math.prod(others) ** (1 / len(others))
+        best = replace(best, chosen=measured[best] < measured["alternative"])
+    return best, measured
 
 
 def _time(problem: Problem, truth: torch.Tensor, tile: Tile, measure: Callable) -> float:
@@ -159,14 +217,16 @@ def _time(problem: Problem, truth: torch.Tensor, tile: Tile, measure: Callable) 
     error = (problem.result(problem.output).float() - truth.float()).abs().max() / truth.float().abs().max()
     if not error <= TOLERANCE:
         raise ValueError(f"its result differs by {error.item():.2g} of the largest entry")
-    return measure(launch.run)
+    if problem.beside is None:
+        return measure(launch.run)
+    return measure(lambda: (launch.run(), problem.beside()))
 
 
 def row_source(key: tuple[str, str, str, int], tile: Tile) -> str:
     """A row of the table as it stands in kernels/tiles.py."""
     kernel, architecture, precision, block_d = key
     numbers = [tile.block_m, tile.block_n, tile.num_warps, tile.num_stages] + [tile.block_k] * (tile.block_k > 0)
-    words = [*map(str, numbers), *["two_loops=True"] * tile.two_loops]
+    words = [*map(str, numbers), *["two_loops=True"] * tile.two_loops, *["chosen=False"] * (not tile.chosen)]
     return f'    ("{kernel}", "{architecture}", "{precision}", {block_d}): Tile({", ".join(words)}),'
 
 
@@ -203,7 +263,8 @@ def main(argv: list[str] | None = None) -> int:
         best, measured = tune(kernel, TABLE[key], problems(kernel, head_dim, device, args.precision))
         for tile, value in sorted(measured.items(), key=lambda item: (isinstance(item[1], str), str(item[1]))):
             print(f"  {tile}: {value if isinstance(value, str) else f'{value:.4f} ms'}")
-        print(f"{row_source(key, best)}  # {measured[best]:.4f} ms, was {measured[TABLE[key]]:.4f}", flush=True)
+        now, before = (measured[replace(tile, chosen=True)] for tile in (best, TABLE[key]))
+        print(f"{row_source(key, best)}  # {now:.4f} ms, was {before:.4f}", flush=True)
         if args.write and best != TABLE[key]:
             write_row(key, best)
     return 0

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from crate_fast import cpu, cpu_attention, fused
+from crate_fast import cpu, cpu_attention, fused, fused_compression
 from crate_fast.autocast import autocast_enabled
 from crate_fast.backends import resolve_backend
 from crate_fast.cpu import linear
@@ -16,6 +16,7 @@ from crate_fast.folding import cached_dictionaries, fold_dictionary, fold_dictio
 __all__ = [
     "THRESHOLDS",
     "cached_dictionaries",
+    "compress",
     "fold_dictionary",
     "ista",
     "linear",
@@ -92,6 +93,77 @@ def subspace_attention(
     return out.transpose(1, 2)
 
 
+def compress(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    projection: Tensor,
+    output: Tensor,
+    output_bias: Tensor,
+    heads: int,
+    scale: float | None = None,
+    *,
+    eps: float = 1e-5,
+    next_eps: float | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    """The first half of a layer, h = x + MSSA(LayerNorm(x)) (paper, Eq. 5, with the released code's skip connection).
+
+    With the kernels, backward keeps x, the subspace tokens W, the attention's output and two numbers a row; nothing
+    normalised, no logits.
+
+    Args:
+        x: Tokens [B, N, C].
+        weight, bias: LayerNorm's γ and β [C].
+        projection: U [H·D, C], the subspaces of all heads: W = LayerNorm(x) Uᵀ.
+        output, output_bias: The output map [C, H·D] and its bias [C].
+        heads: H.
+        scale: As `subspace_attention`'s.
+        eps: LayerNorm's ε.
+        next_eps: ε of a LayerNorm that takes h, whose statistics are then found on the way.
+        backend: As `subspace_attention`'s.
+
+    Returns:
+        h [B, N, C] in x's dtype (in PyTorch's for a sum under autocast, where the kernels do not run); and the mean
+        and 1/√(variance + next_eps) of its rows for `norm_ista`, or None where they were not found.
+
+    Raises:
+        As `subspace_attention`; ValueError where a weight's shape does not fit.
+
+    >>> one, zero, eye = torch.ones(2), torch.zeros(2), torch.eye(2)
+    >>> h, _ = compress(torch.tensor([[[1.0, -1.0]]]), one, zero, eye, eye, zero, heads=1)
+    >>> h    # one token attends to itself
+    tensor([[[ 2.0000, -2.0000]]])
+    """
+    _check_tensor("x", x, "[B, N, C]", isinstance(x, Tensor) and x.dim() == 3)
+    width = x.shape[-1]
+    matrix = isinstance(projection, Tensor) and projection.dim() == 2
+    inner = projection.shape[0] if matrix else 0
+    fits = matrix and projection.shape[1] == width and heads > 0 and inner % heads == 0
+    _check_tensor("projection", projection, f"[H·D, C] = [{heads}·D, {width}]", fits)
+    for name, tensor, shape in (
+        ("weight", weight, (width,)),
+        ("bias", bias, (width,)),
+        ("output", output, (width, inner)),
+        ("output_bias", output_bias, (width,)),
+    ):
+        fits = isinstance(tensor, Tensor) and tuple(tensor.shape) == shape
+        _check_tensor(name, tensor, str(list(shape)), fits)
+    head_dim = inner // heads
+    if resolve_backend(x, backend, head_dim=head_dim) == "triton":
+        scale = head_dim**-0.5 if scale is None else float(scale)
+        _check_fraction("scale", scale, 0.0, None)
+        dtype = _compute_dtype(x)
+        next_eps = None if next_eps is None else float(next_eps)
+        h, mean, rstd, *_ = fused_compression.compression_fwd(
+            x, weight, bias, projection.to(dtype), output.to(dtype), output_bias, heads, scale, float(eps), next_eps
+        )
+        return h, None if next_eps is None else (mean, rstd)
+    w = linear(F.layer_norm(x, (width,), weight, bias, eps), projection).unflatten(-1, (heads, -1))
+    out = subspace_attention(w, scale, backend=backend)
+    return x + linear(out.flatten(-2), output, output_bias), None
+
+
 def ista(
     x: Tensor,
     dictionary: Tensor,
@@ -127,7 +199,7 @@ def ista(
     """
     _check_ista(x, dictionary, step_size, sparsity, threshold)
     if resolve_backend(x, backend) == "triton":
-        return _fused_ista(x, (None, None, 0.0), dictionary, step_size, sparsity, threshold)
+        return _fused_ista(x, (None, None, None, None), dictionary, step_size, sparsity, threshold)
     return _folded_ista(x, dictionary, step_size, sparsity, threshold)
 
 
@@ -142,6 +214,7 @@ def norm_ista(
     eps: float = 1e-5,
     threshold: str = "relu",
     backend: str = "auto",
+    statistics: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """`ista` with the LayerNorm in front: y = shrink(x̂ + η(x̂D − x̂DᵀD), ηλ) for x̂ = LayerNorm(x).
 
@@ -152,6 +225,7 @@ def norm_ista(
         weight, bias: LayerNorm's γ and β [C].
         dictionary, step_size, sparsity, threshold, backend: As `ista`'s.
         eps: LayerNorm's ε.
+        statistics: Mean and 1/√(variance + ε) of x's rows, where `compress` has found them; computed when None.
 
     Returns:
         The sparse tokens [..., C] in x's dtype; under autocast in fp32, since PyTorch's LayerNorm gives fp32 there.
@@ -168,7 +242,9 @@ def norm_ista(
         _check_tensor(name, channel, f"[C] = [{x.shape[-1]}]", fits)
     if resolve_backend(x, backend) == "triton":
         x = x.float() if autocast_enabled(x.device.type) else x
-        return _fused_ista(x, (weight, bias, float(eps)), dictionary, step_size, sparsity, threshold)
+        if statistics is None:
+            statistics = fused.row_statistics(x.detach().reshape(-1, x.shape[-1]), float(eps))
+        return _fused_ista(x, (*statistics, weight, bias), dictionary, step_size, sparsity, threshold)
     normed = F.layer_norm(x, x.shape[-1:], weight, bias, eps)
     return _folded_ista(normed, dictionary, step_size, sparsity, threshold)
 
@@ -190,7 +266,7 @@ def _check_ista(x: Tensor, dictionary: Tensor, step_size: float, sparsity: float
 
 def _fused_ista(
     x: Tensor,
-    norm: tuple[Tensor, Tensor, float],
+    norm: tuple[Tensor | None, ...],
     dictionary: Tensor,
     step_size: float,
     sparsity: float,
@@ -198,9 +274,7 @@ def _fused_ista(
 ) -> Tensor:
     folded = fold_dictionary_once(dictionary, step_size, _compute_dtype(x))
     rows = x.reshape(-1, x.shape[-1])
-    y, _, _ = fused.ista_fwd(
-        rows, norm[0], norm[1], dictionary, folded, float(step_size), float(sparsity), norm[2], threshold == "soft"
-    )
+    y = fused.ista_fwd(rows, *norm, dictionary, folded, float(step_size), float(sparsity), threshold == "soft")
     return y.view(x.shape)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from crate_fast.autocast import without_autocast
 from crate_fast.double_backward import refuse_double_backward
 
-__all__ = ["ista_fwd", "subspace_attention_fwd"]
+__all__ = ["ista_fwd", "layer_norm_bwd", "row_statistics", "subspace_attention_bwd", "subspace_attention_fwd"]
 
 _ATTENTION_REMEDY = "run backend='torch' under torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
 _ISTA_REMEDY = "run backend='torch'"
@@ -69,53 +69,61 @@ subspace_attention_fwd.register_autograd(_attention_backward, setup_context=_att
 refuse_double_backward(subspace_attention_bwd, _ATTENTION_REMEDY)
 
 
-def _norm(mean: Tensor, rstd: Tensor, gamma: Tensor | None, beta: Tensor | None):
+def _norm(mean: Tensor | None, rstd: Tensor | None, gamma: Tensor | None, beta: Tensor | None):
     from crate_fast.kernels.layer_norm import Norm
 
     return None if gamma is None else Norm(mean, rstd, gamma.contiguous(), beta.contiguous())
 
 
+@torch.library.custom_op("crate_fast::row_statistics", mutates_args=())
+def row_statistics(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Mean and 1/√(variance + eps) [M] of x's rows [M, C], in fp32: no gradient flows through them here."""
+    from crate_fast.kernels import layer_norm
+
+    return layer_norm.row_statistics(x, eps)
+
+
+@row_statistics.register_fake
+def _(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    mean, rstd = (x.new_empty(x.shape[0], dtype=torch.float32) for _ in range(2))
+    return mean, rstd
+
+
 @torch.library.custom_op("crate_fast::ista_fwd", mutates_args=())
 def ista_fwd(
     x: Tensor,
+    mean: Tensor | None,
+    rstd: Tensor | None,
     gamma: Tensor | None,
     beta: Tensor | None,
     dictionary: Tensor,
     folded: Tensor,
     step_size: float,
     sparsity: float,
-    eps: float,
     soft: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """y = shrink(x + xG, ηλ), with LayerNorm(x) in place of x where gamma and beta are given.
+) -> Tensor:
+    """y = shrink(x + xG, ηλ), with LayerNorm(x) in place of x where its statistics and weights are given.
 
     Args:
         x: [M, C].
-        gamma, beta: LayerNorm's weight and bias [C], both or neither.
+        mean, rstd: Of x's rows [M] in fp32 (`row_statistics`); backward takes them for functions of x.
+        gamma, beta: LayerNorm's weight and bias [C]; all four or none.
         dictionary: D [C, C]: what the gradient is for; forward reads `folded` alone.
         folded: G = η(D − DᵀD) [C, C] in the product's dtype; the caller vouches for it.
         step_size, sparsity: η and λ.
-        eps: LayerNorm's.
         soft: Soft threshold instead of ReLU.
 
     Returns:
-        y [M, C] in x's dtype; mean and rstd of x's rows [M] in fp32, empty without a LayerNorm.
+        y [M, C] in x's dtype.
     """
-    from crate_fast.kernels import ista, layer_norm
+    from crate_fast.kernels import ista
 
-    if gamma is None:
-        mean, rstd = (torch.empty(0, dtype=torch.float32, device=x.device) for _ in range(2))
-    else:
-        mean, rstd = layer_norm.row_statistics(x, eps)
-    y = ista.forward(x, folded, step_size * sparsity, soft, _norm(mean, rstd, gamma, beta))
-    return y, mean, rstd
+    return ista.forward(x, folded, step_size * sparsity, soft, _norm(mean, rstd, gamma, beta))
 
 
 @ista_fwd.register_fake
-def _(x, gamma, beta, dictionary, folded, step_size, sparsity, eps, soft):
-    rows = 0 if gamma is None else x.shape[0]
-    mean, rstd = (x.new_empty(rows, dtype=torch.float32) for _ in range(2))
-    return x.new_empty(x.shape), mean, rstd
+def _(x, mean, rstd, gamma, beta, dictionary, folded, step_size, sparsity, soft):
+    return x.new_empty(x.shape)
 
 
 @torch.library.custom_op("crate_fast::ista_bwd_input", mutates_args=())
@@ -136,8 +144,8 @@ def ista_bwd_dictionary(
     grad: Tensor,
     x: Tensor,
     y: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
+    mean: Tensor | None,
+    rstd: Tensor | None,
     gamma: Tensor | None,
     beta: Tensor | None,
     dictionary: Tensor,
@@ -160,43 +168,39 @@ def _(grad, x, y, mean, rstd, gamma, beta, dictionary, folded, step_size):
 
 @torch.library.custom_op("crate_fast::layer_norm_bwd", mutates_args=())
 def layer_norm_bwd(
-    grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, gamma: Tensor, beta: Tensor
+    grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, gamma: Tensor, beta: Tensor, skip: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """LayerNorm's dx [M, C], dγ and dβ [C], in the dtypes of x, γ and β; see `kernels.layer_norm.backward`."""
+    """LayerNorm's dx [M, C] (and `skip` added to it), dγ and dβ [C], in the dtypes of x, γ and β; see
+    `kernels.layer_norm.backward`."""
     from crate_fast.kernels import layer_norm
 
-    dx, dgamma, dbeta = layer_norm.backward(grad, x, _norm(mean, rstd, gamma, beta))
+    dx, dgamma, dbeta = layer_norm.backward(grad, x, _norm(mean, rstd, gamma, beta), skip)
     return dx, dgamma.to(gamma.dtype), dbeta.to(beta.dtype)
 
 
 @layer_norm_bwd.register_fake
-def _(grad, x, mean, rstd, gamma, beta):
+def _(grad, x, mean, rstd, gamma, beta, skip):
     return x.new_empty(x.shape), gamma.new_empty(gamma.shape), beta.new_empty(beta.shape)
 
 
 def _ista_setup(ctx, inputs, output):
-    x, gamma, beta, dictionary, folded, ctx.step_size, *_ = inputs
-    y, mean, rstd = output
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(mean, rstd)
-    ctx.save_for_backward(x, gamma, beta, dictionary, folded, y, mean, rstd)
+    x, mean, rstd, gamma, beta, dictionary, folded, ctx.step_size, *_ = inputs
+    ctx.save_for_backward(x, mean, rstd, gamma, beta, dictionary, folded, output)
 
 
-def _ista_backward(ctx, grad, *_):
-    x, gamma, beta, dictionary, folded, y, mean, rstd = ctx.saved_tensors
-    needs_x, needs_gamma, needs_beta, needs_dictionary, *_ = ctx.needs_input_grad
-    if grad is None:
-        needs_x = needs_gamma = needs_beta = needs_dictionary = False
+def _ista_backward(ctx, grad):
+    x, mean, rstd, gamma, beta, dictionary, folded, y = ctx.saved_tensors
+    needs_x, _, _, needs_gamma, needs_beta, needs_dictionary, *_ = ctx.needs_input_grad
     grad_x = grad_gamma = grad_beta = grad_dictionary = None
     if needs_x or needs_gamma or needs_beta:
         grad_x = ista_bwd_input(grad, y, folded)
         if gamma is not None:
-            grad_x, grad_gamma, grad_beta = layer_norm_bwd(grad_x, x, mean, rstd, gamma, beta)
+            grad_x, grad_gamma, grad_beta = layer_norm_bwd(grad_x, x, mean, rstd, gamma, beta, None)
     if needs_dictionary:
         grad_dictionary = ista_bwd_dictionary(grad, x, y, mean, rstd, gamma, beta, dictionary, folded, ctx.step_size)
-    return grad_x, grad_gamma, grad_beta, grad_dictionary, None, None, None, None, None
+    return grad_x, None, None, grad_gamma, grad_beta, grad_dictionary, None, None, None, None
 
 
 ista_fwd.register_autograd(_ista_backward, setup_context=_ista_setup)
-for _op in (ista_bwd_input, ista_bwd_dictionary, layer_norm_bwd):
+for _op in (row_statistics, ista_bwd_input, ista_bwd_dictionary, layer_norm_bwd):
     refuse_double_backward(_op, _ISTA_REMEDY)

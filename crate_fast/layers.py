@@ -49,6 +49,32 @@ class MSSA(nn.Module):
         self.qkv = Linear(dim, inner, bias=False, device=device, dtype=dtype)
         self.to_out = _output_map(inner, dim, heads, dropout, device, dtype)
 
+    def fuses(self, x: Tensor) -> bool:
+        """Whether `compress` runs on the kernels for x: nothing is dropped, and nobody waits for a part's call."""
+        if resolve_backend(x, self.backend, self.qkv.out_features // self.heads) != "triton":
+            return False
+        if (self.training and self.dropout_p > 0) or isinstance(self.to_out, nn.Identity):
+            return False
+        parts = (self.qkv, self.to_out, *self.to_out)
+        return type(self.qkv) is type(self.to_out[0]) is Linear and not any(map(_observed, parts))
+
+    def compress(self, x: Tensor, norm: nn.LayerNorm, next_eps: float | None) -> tuple[Tensor, tuple | None]:
+        """x + MSSA(norm(x)) [B, N, C], and its rows' statistics; see `functional.compress`."""
+        output = self.to_out[0]
+        return functional.compress(
+            x,
+            norm.weight,
+            norm.bias,
+            self.qkv.weight,
+            output.weight,
+            output.bias,
+            self.heads,
+            self.scale,
+            eps=norm.eps,
+            next_eps=next_eps,
+            backend=self.backend,
+        )
+
     def forward(self, x: Tensor) -> Tensor:
         """x [B, N, C], normalised → MSSA(x) [B, N, C]."""
         w = self.qkv(x).unflatten(-1, (self.heads, -1))
@@ -137,8 +163,8 @@ class ISTA(nn.Module):
         """Whether `after_norm` runs in one kernel on x."""
         return resolve_backend(x, self.backend) == "triton"
 
-    def after_norm(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
-        """The step on norm(x), x [..., C], without writing norm(x) to memory."""
+    def after_norm(self, x: Tensor, norm: nn.LayerNorm, statistics: tuple | None = None) -> Tensor:
+        """The step on norm(x), x [..., C], without writing norm(x) to memory; `statistics` as `norm_ista`'s."""
         return functional.norm_ista(
             x,
             norm.weight,
@@ -149,6 +175,7 @@ class ISTA(nn.Module):
             eps=norm.eps,
             threshold=self.threshold,
             backend=self.backend,
+            statistics=statistics,
         )
 
     def extra_repr(self) -> str:
@@ -188,11 +215,11 @@ def _observed(module: nn.Module) -> bool:
     return any(hooks) or "forward" in vars(module) or _has_any_global_hook()
 
 
-def _fusible(norm: nn.Module, fn: nn.Module) -> bool:
-    """Whether a LayerNorm and the ISTA behind it may run as one."""
-    if type(norm) is not nn.LayerNorm or type(fn) is not ISTA or norm.weight is None or norm.bias is None:
+def _fusible(norm: nn.Module, fn: nn.Module, x: Tensor) -> bool:
+    """Whether a LayerNorm and the MSSA or ISTA behind it run as one on x."""
+    if type(norm) is not nn.LayerNorm or type(fn) not in (MSSA, ISTA) or norm.weight is None or norm.bias is None:
         return False
-    return not _observed(norm) and not _observed(fn)
+    return not _observed(norm) and not _observed(fn) and fn.fuses(x)
 
 
 class PreNorm(nn.Module):
@@ -206,11 +233,11 @@ class PreNorm(nn.Module):
         self.norm = nn.LayerNorm(dim, device=device, dtype=dtype)
         self.fn = fn
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., C] → [..., C]."""
+    def forward(self, x: Tensor, statistics: tuple | None = None) -> Tensor:
+        """x [..., C] → [..., C]; `statistics` of x's rows where they are known, as `functional.norm_ista`'s."""
         norm, fn = self.norm, self.fn
-        if _fusible(norm, fn) and fn.fuses(x):
-            return fn.after_norm(x, norm)
+        if type(fn) is ISTA and _fusible(norm, fn, x):
+            return fn.after_norm(x, norm, statistics)
         return fn(norm(x))
 
 
@@ -235,7 +262,12 @@ class Layer(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         """x [B, N, C] → the next layer's tokens [B, N, C]."""
         attention, sparsifier = self
-        if self.residual == "released":
+        if self.residual == "released" and not _observed(attention) and _fusible(attention.norm, attention.fn, x):
+            fused = not _observed(sparsifier) and _fusible(sparsifier.norm, sparsifier.fn, x)
+            h, statistics = attention.fn.compress(x, attention.norm, sparsifier.norm.eps if fused else None)
+            if statistics is not None:
+                return sparsifier(h, statistics)
+        elif self.residual == "released":
             h = x + attention(x)
         else:
             normed = attention.norm(x)

@@ -2,7 +2,7 @@
 
 import os
 
-__all__ = ["onednn_wanted", "require_gpu"]
+__all__ = ["fused_products_wanted", "onednn_wanted", "require_gpu"]
 
 
 def _flag(name: str) -> bool | None:
@@ -17,6 +17,12 @@ def _flag(name: str) -> bool | None:
 def onednn_wanted() -> bool | None:
     """`CRATE_FAST_ONEDNN`: fp32 products on the CPU through oneDNN (1) or MKL (0); None, by the processor."""
     return _flag("CRATE_FAST_ONEDNN")
+
+
+def fused_products_wanted() -> bool | None:
+    """`CRATE_FAST_FUSED_PRODUCTS`: the products around attention with their neighbours in one kernel (1), or alone in
+    PyTorch (0); None, as the tile table says. For measurements and tests."""
+    return _flag("CRATE_FAST_FUSED_PRODUCTS")
 
 
 def require_gpu() -> bool:

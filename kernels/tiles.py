@@ -31,6 +31,7 @@ class Tile:
     num_stages: int
     block_k: int = 0  # of products only
     two_loops: bool = False  # attention: the cheaper loop first, which row_blocks.py's switches leave for the other
+    chosen: bool = True  # products around attention: False where PyTorch's product runs by itself instead
 
 
 # (kernel, architecture, precision, head width to the next power of two; 0 for products): the tile.
@@ -350,6 +351,36 @@ TABLE = {
     ("norm_ista_backward_folded", "gfx942", "mixed", 0): Tile(128, 128, 8, 2, 32),
     ("norm_ista_backward_folded", "gfx942", "tf32", 0): Tile(64, 64, 4, 2, 32),
     ("norm_ista_backward_folded", "gfx942", "ieee", 0): Tile(64, 64, 8, 2, 16),
+    ("norm_product", "sm_80", "half", 0): Tile(128, 128, 8, 3, 64, chosen=False),
+    ("norm_product", "sm_80", "mixed", 0): Tile(128, 128, 8, 3, 32, chosen=False),
+    ("norm_product", "sm_86", "half", 0): Tile(128, 128, 8, 3, 64, chosen=False),
+    ("norm_product", "sm_86", "mixed", 0): Tile(128, 128, 8, 3, 32, chosen=False),
+    ("norm_product", "sm_90", "half", 0): Tile(128, 128, 8, 3, 64, chosen=False),
+    ("norm_product", "sm_90", "mixed", 0): Tile(128, 128, 8, 3, 32, chosen=False),
+    ("norm_product", "sm_100", "half", 0): Tile(128, 128, 8, 3, 64, chosen=False),
+    ("norm_product", "sm_100", "mixed", 0): Tile(128, 128, 8, 3, 32, chosen=False),
+    ("norm_product", "gfx942", "half", 0): Tile(128, 128, 8, 2, 32, chosen=False),
+    ("norm_product", "gfx942", "mixed", 0): Tile(128, 128, 8, 2, 32, chosen=False),
+    ("norm_product_gradient", "sm_80", "half", 0): Tile(128, 128, 8, 3, 64, chosen=False),
+    ("norm_product_gradient", "sm_80", "mixed", 0): Tile(128, 128, 8, 3, 32, chosen=False),
+    ("norm_product_gradient", "sm_86", "half", 0): Tile(128, 128, 8, 3, 64, chosen=False),
+    ("norm_product_gradient", "sm_86", "mixed", 0): Tile(128, 128, 8, 3, 32, chosen=False),
+    ("norm_product_gradient", "sm_90", "half", 0): Tile(128, 128, 8, 3, 64, chosen=False),
+    ("norm_product_gradient", "sm_90", "mixed", 0): Tile(128, 128, 8, 3, 32, chosen=False),
+    ("norm_product_gradient", "sm_100", "half", 0): Tile(128, 128, 8, 3, 64, chosen=False),
+    ("norm_product_gradient", "sm_100", "mixed", 0): Tile(128, 128, 8, 3, 32, chosen=False),
+    ("norm_product_gradient", "gfx942", "half", 0): Tile(128, 128, 8, 2, 32, chosen=False),
+    ("norm_product_gradient", "gfx942", "mixed", 0): Tile(128, 128, 8, 2, 32, chosen=False),
+    ("product_residual", "sm_80", "half", 0): Tile(128, 128, 8, 3, 64),
+    ("product_residual", "sm_80", "mixed", 0): Tile(128, 128, 8, 3, 64),
+    ("product_residual", "sm_86", "half", 0): Tile(128, 128, 8, 3, 32),
+    ("product_residual", "sm_86", "mixed", 0): Tile(128, 128, 8, 3, 32),
+    ("product_residual", "sm_90", "half", 0): Tile(128, 128, 8, 3, 64),
+    ("product_residual", "sm_90", "mixed", 0): Tile(128, 128, 8, 3, 64),
+    ("product_residual", "sm_100", "half", 0): Tile(128, 128, 8, 3, 64),
+    ("product_residual", "sm_100", "mixed", 0): Tile(128, 128, 8, 3, 64),
+    ("product_residual", "gfx942", "half", 0): Tile(128, 128, 8, 2, 32),
+    ("product_residual", "gfx942", "mixed", 0): Tile(128, 128, 8, 2, 32),
 }
 
 

@@ -2,6 +2,8 @@
 
 import importlib.util
 import math
+import sys
+import unittest.mock
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -97,13 +99,26 @@ def spread_tokens(shape: tuple[int, ...], spread: float, dtype: torch.dtype, dev
     return w.to(dtype).to(device), torch.randn(shape).to(dtype).to(device)
 
 
-def mutant(module, mutation: Sequence[str], folder: Path):
-    """A copy of a module in which one passage says something else; an error where it is not there just once."""
+def mutant(module, mutation: Sequence[str], folder: Path, user=None):
+    """A copy of a module in which one passage says something else; an error where it is not there just once.
+
+    With `user`, a copy of that module which imports from the changed one instead.
+    """
     source = Path(module.__file__).read_text()
     assert source.count(mutation[0]) == 1, f"{mutation[0]!r} is not in {module.__file__} once"
     path = folder / "mutant.py"
     path.write_text(source.replace(*mutation))
-    spec = importlib.util.spec_from_file_location("mutant", path)
-    changed = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(changed)
-    return changed
+    changed = _load(path)
+    if user is None:
+        return changed
+    path = folder / "user.py"
+    path.write_text(Path(user.__file__).read_text())
+    with unittest.mock.patch.dict(sys.modules, {module.__name__: changed}):
+        return _load(path)
+
+
+def _load(path: Path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded

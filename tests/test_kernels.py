@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from oracle import all_within_twice_eager, gradients, mutant, philox_uniform, spread_tokens, token_scale
 from torch import Tensor
 
-from crate_fast.kernels import ista, layer_norm, row_blocks, subspace_attention
+from crate_fast.kernels import ista, layer_norm, product_common, row_blocks, subspace_attention, weight_gradient
 from crate_fast.kernels.tiles import TABLE, Tile
 from crate_fast.reference import ista_reference, subspace_attention_reference
 
@@ -412,17 +412,20 @@ ISTA_MUTANTS = {
     "the threshold doubled": (RELU, "y = tl.where(u <= shift, 0.0, u - 2 * shift)"),
     "no threshold": (RELU, "y = tl.where(u <= 0.0, 0.0, u)"),
     "no ReLU": (RELU, "y = u - shift"),
-    "the gradient not masked": ("return tl.where(y != 0.0, grad, 0.0)", "return grad"),
-    "no gradient through the residual": ("acc += _load_masked_grad", "acc += 0.0 * _load_masked_grad"),
+    "no gradient through the residual": ("acc += load_masked_grad", "acc += 0.0 * load_masked_grad"),
     "G not transposed in backward": (
-        "folded = _load_tile(folded_ptr, offs_n, offs_k, WIDTH, WIDTH, BLOCK_K)",
-        "folded = tl.trans(_load_tile(folded_ptr, offs_k, offs_n, WIDTH, WIDTH, BLOCK_N))",
+        "folded = load_tile(folded_ptr, offs_n, offs_k, WIDTH, WIDTH, BLOCK_K)",
+        "folded = tl.trans(load_tile(folded_ptr, offs_k, offs_n, WIDTH, WIDTH, BLOCK_N))",
     ),
+}
+SHARED_MUTANTS = {  # of the modules ista.py takes these from
+    "the gradient not masked": (product_common, "return tl.where(y != 0.0, grad, 0.0)", "return grad"),
+    "LayerNorm's bias dropped": (product_common, "gamma[None, :] + beta[None, :]", "gamma[None, :]"),
     "the last rows of a split dropped": (
+        weight_gradient,
         "start + rows_per_split, n_rows)",
         "start + rows_per_split, n_rows) - BLOCK_K",
     ),
-    "LayerNorm's bias dropped": ("gamma[None, :] + beta[None, :]", "gamma[None, :] + 0.0 * beta[None, :]"),
 }
 LAYER_NORM_MUTANTS = {
     "no ε": ("tl.sqrt(variance + eps)", "tl.sqrt(variance + 1000 * eps)"),
@@ -436,6 +439,13 @@ LAYER_NORM_MUTANTS = {
 @pytest.mark.parametrize("name", ISTA_MUTANTS)
 def test_ista_mutants_fail(name, device, tmp_path):
     changed = mutant(ista, ISTA_MUTANTS[name], tmp_path)
+    assert not _ista_is_right(_ista_inputs((197, 96), torch.float32, device), with_norm=True, module=changed)
+
+
+@pytest.mark.parametrize("name", SHARED_MUTANTS)
+def test_mutants_of_shared_modules_fail(name, device, tmp_path):
+    module, *mutation = SHARED_MUTANTS[name]
+    changed = mutant(module, mutation, tmp_path, user=ista)
     assert not _ista_is_right(_ista_inputs((197, 96), torch.float32, device), with_norm=True, module=changed)
 
 
@@ -470,6 +480,11 @@ def test_the_table_is_complete():
         for precision in ("half", "mixed", "tf32", "ieee")
     }  # fmt: skip
     whole_heads = {("whole_head_forward", "half", 64), ("whole_head_backward", "half", 64)}
+    products |= {
+        (kernel, precision, 0)
+        for kernel in ("norm_product", "norm_product_gradient", "product_residual")
+        for precision in ("half", "mixed")
+    }
     for architecture in compile_report.ARCHITECTURES:
         rows = {(kernel, precision, d) for kernel, name, precision, d in TABLE if name == architecture}
         assert rows == attention | products | (whole_heads if architecture in ("sm_90", "sm_100") else set())
