@@ -171,7 +171,7 @@ def make_problem(name: str, shape: Shape, operator: str, run: Run, autocast: boo
 def _work(shape: Shape, operator: str, inputs: tuple[Tensor, ...], dtype: torch.dtype) -> dict[str, Work]:
     """Products and bytes of each pass: forward reads x, D and writes y; backward reads x, y, dy, D, writes dx, dD."""
     x, dictionary = inputs[0], inputs[-1]
-    executed = ista_executed(shape.rows, shape.width, x.device, dtype, x.dtype, operator == "norm_ista")
+    executed = ista_executed(shape.rows, shape.width, x.device, dtype, x.dtype)
     product, fold = 2.0 * shape.rows * shape.width**2, 2.0 * shape.width**3
     tokens, square = x.numel() * x.element_size(), dictionary.numel() * dictionary.element_size()
     forward = Work(product + fold, 2 * tokens + square, executed["forward"].flops + fold)

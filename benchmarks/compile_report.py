@@ -31,7 +31,7 @@ from crate_fast.kernels.tiles import ARCHITECTURES, SHARED_MEMORY, TABLE, Tile
 HEAD_DIMS = {32: (32,), 64: (48, 64), 128: (80, 128)}  # by head width to the next power of two
 WHOLE_HEAD_TOKENS = (65, 180, 197)  # one to three blocks, each with a rest
 WIDTH = 768
-ROWWISE = ("row_statistics", "normalize", "combine_statistics", "layer_norm_backward")  # of LayerNorm; no product
+ROWWISE = ("normalize", "layer_norm_backward", "masked_gradient")  # no product, and no row of the table
 COLUMNS = [
     "kernel", "architecture", "precision", "size", "tile", "registers", "spilled_bytes", "shared_kib",
     "matrix_instructions", "async_copies", "exp2", "serialized",
@@ -65,7 +65,9 @@ def cases(architectures: tuple[str, ...] = ARCHITECTURES) -> list[Case]:
         sizes = HEAD_DIMS.get(block_d, (WIDTH,))
         sizes = sizes[-1:] if kernel.endswith("dropout") or "delta" in kernel else sizes
         found += [Case(kernel, architecture, precision, size, tile) for size in sizes]
-    rows = Tile(0, 0, 4, 1)  # the LayerNorm kernels choose their own
+        if kernel == "ista_forward" and precision in ("half", "mixed"):  # in fp32 it is the same without
+            found.append(Case(f"norm_{kernel}", architecture, precision, WIDTH, tile))
+    rows = Tile(0, 0, 4, 1)  # these kernels choose their own
     for architecture in architectures:
         found += [Case(kernel, architecture, "half", WIDTH, rows) for kernel in ROWWISE]
     return found
@@ -77,7 +79,7 @@ def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 def plan(case: Case):
     """The launch a case compiles, on meta tensors: the functions the launchers themselves run."""
-    from crate_fast.kernels import ista, layer_norm, row_blocks, weight_gradient
+    from crate_fast.kernels import row_blocks
 
     torch.set_float32_matmul_precision("high" if case.precision == "tf32" else "highest")
     low = torch.bfloat16 if case.precision in ("half", "mixed") else torch.float32
@@ -95,47 +97,42 @@ def plan(case: Case):
         return row_blocks.plan_backward(w, w, w, lse, w, delta, 0.125, dropout_p, seed, case.tile)
     if case.kernel.startswith("whole_head"):
         return _plan_whole_head(case, low)
-    rows = 64 * 785
-    x, folded = _meta(rows, WIDTH, dtype=stored), _meta(WIDTH, WIDTH, dtype=low)
-    channel, row = _meta(WIDTH), _meta(rows)
-    norm = layer_norm.Norm(row, row, channel, channel)
-    if case.kernel in ROWWISE:
-        return _plan_rowwise(case.kernel, x, norm)
-    if "product" in case.kernel:
-        return _plan_projection(case, x, folded, norm)
-    norm = norm if case.kernel.startswith("norm_") else None
-    if case.kernel.endswith("ista_forward"):
-        return ista.plan_forward(x, folded, x, 0.01, False, norm, case.tile)
-    if case.kernel == "ista_backward_input":
-        return ista.plan_backward_input(x, x, folded, x, case.tile)
-    return weight_gradient.plan(x, x, x, _meta(4, WIDTH, WIDTH), 12608, low, norm, case.tile)
+    x = _meta(64 * 785, WIDTH, dtype=stored)
+    return _plan_rowwise(case.kernel, x) if case.kernel in ROWWISE else _plan_product(case, x, low)
 
 
-def _plan_rowwise(kernel: str, x: torch.Tensor, norm):
-    """LayerNorm's own kernels; what they write is in bf16, as under autocast."""
-    from crate_fast.kernels import layer_norm
+def _norm():
+    from crate_fast.kernels.layer_norm import Norm
 
-    if kernel == "row_statistics":
-        return layer_norm.plan_row_statistics(x, norm.mean, norm.rstd, 1e-5)
+    row, channel = _meta(64 * 785), _meta(WIDTH)
+    return Norm(row, row, channel, channel)
+
+
+def _plan_rowwise(kernel: str, x: torch.Tensor):
+    """What is made of rows, or of elements, on the way to a product."""
+    from crate_fast.kernels import ista, layer_norm
+
     if kernel == "normalize":
-        return layer_norm.plan_row_statistics(x, norm.mean, norm.rstd, 1e-5, x, norm.gamma, norm.beta)
-    if kernel == "combine_statistics":
-        return layer_norm.plan_combine_statistics(_meta(2, 6, len(x)), norm.mean, norm.rstd, 1e-5, WIDTH, 128)
-    return layer_norm.plan_backward(x, x, norm, x, _meta(2, 1024, WIDTH), x)
+        return layer_norm.plan_normalize(x, x, _norm(), 1e-5)
+    if kernel == "masked_gradient":
+        return ista.plan_masked_gradient(x, x, x)
+    return layer_norm.plan_backward(x, x, _norm(), x, _meta(2, 1024, WIDTH), x)
 
 
-def _plan_projection(case: Case, x: torch.Tensor, weight: torch.Tensor, norm):
-    """The products around attention, as wide as the tokens; what attention sees is in the products' dtype."""
-    from crate_fast.kernels import projections, weight_gradient
+def _plan_product(case: Case, x: torch.Tensor, low: torch.dtype):
+    """A product as its users launch it; what is multiplied is in `low`."""
+    from crate_fast.kernels import product, weight_gradient
 
-    tokens = _meta(len(x), WIDTH, dtype=weight.dtype)
-    if case.kernel == "norm_product":
-        return projections.plan_norm_product(x, norm, weight, tokens, case.tile)
-    if case.kernel == "product_residual":
-        partial = _meta(2, -(-WIDTH // case.tile.block_n), len(x))
-        return projections.plan_product_residual(tokens, weight, norm.gamma, x, x, partial, case.tile)
-    shares = _meta(4, WIDTH, WIDTH)
-    return weight_gradient.plan(x, tokens, None, shares, 12608, weight.dtype, norm, case.tile)
+    operand, weight = _meta(*x.shape, dtype=low), _meta(WIDTH, WIDTH, dtype=low)
+    if case.kernel == "weight_gradient":
+        return weight_gradient.plan(operand, operand, _meta(4, WIDTH, WIDTH), 12608, case.tile)
+    options = {
+        "ista_forward": {"finish": "relu", "shift": 0.01},
+        "norm_ista_forward": {"finish": "relu", "shift": 0.01, "norm": _norm()},
+        "ista_backward_input": {"masked": low != x.dtype},
+        "output_map": {"bias": _meta(WIDTH)},
+    }[case.kernel]
+    return product.plan(operand, weight, x, x, case.tile, **options)
 
 
 def _plan_whole_head(case: Case, dtype: torch.dtype):

@@ -113,7 +113,7 @@ def _beyond_the_formula(model: nn.Module, batch: int, device: torch.device, dtyp
         more += Flops(int(forward), int(forward + backward))
     for site in _sites(model, ISTA):
         width, rows = site.module.weight.shape[0], batch * site.n_tokens
-        found = ista_executed(rows, width, device, dtype, stored, norm=True)
+        found = ista_executed(rows, width, device, dtype, stored)
         product = 2 * rows * width**2
         forward, backward = found["forward"].flops - product, found["backward"].flops - 2 * product
         more += Flops(int(forward), int(forward + backward))

@@ -6,7 +6,7 @@ import torch
 
 from crate_fast.kernels import whole_head
 from crate_fast.kernels.launch import matmul_precision
-from crate_fast.kernels.product_common import fitted
+from crate_fast.kernels.product import fitted
 from crate_fast.kernels.row_blocks import needs_delta
 from crate_fast.kernels.tiles import Tile, lookup
 
@@ -91,7 +91,7 @@ def flash_executed(n_heads: int, n_tokens: int, head_dim: int) -> dict[str, Exec
 
 
 def ista_executed(
-    rows: int, width: int, device: torch.device, dtype: torch.dtype, storage: torch.dtype, norm: bool
+    rows: int, width: int, device: torch.device, dtype: torch.dtype, storage: torch.dtype
 ) -> dict[str, Executed]:
     """ISTA's products with x by pass, without folding G: one forward, two backward, of padded tiles.
 
@@ -100,14 +100,12 @@ def ista_executed(
         device: Whose rows of the table count.
         dtype: That it multiplies in.
         storage: Of x.
-        norm: Whether the LayerNorm in front is in the kernels.
     """
-    precision, prefix = matmul_precision(dtype, storage).row, "norm_" * norm
 
-    def product(kernel: str, m: int, n: int, k: int) -> float:
-        tile = fitted(lookup(kernel, device, precision), width)
+    def product(kernel: str, m: int, n: int, k: int, stored: torch.dtype) -> float:
+        tile = fitted(lookup(kernel, device, matmul_precision(dtype, stored).row), width)
         return 2.0 * padded(m, tile.block_m) * padded(n, tile.block_n) * padded(k, tile.block_k)
 
-    backward = product("ista_backward_input", rows, width, width)
-    backward += product(f"{prefix}ista_backward_folded", width, width, rows)
-    return {"forward": Executed(product(f"{prefix}ista_forward", rows, width, width)), "backward": Executed(backward)}
+    backward = product("ista_backward_input", rows, width, width, storage)
+    backward += product("weight_gradient", width, width, rows, dtype)
+    return {"forward": Executed(product("ista_forward", rows, width, width, storage)), "backward": Executed(backward)}

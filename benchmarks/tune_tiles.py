@@ -3,8 +3,8 @@
     python benchmarks/tune_tiles.py --kernels attention_forward attention_backward --head-dims 64
     python benchmarks/tune_tiles.py --kernels ista_forward --write        # replaces rows of kernels/tiles.py
 
-Each candidate must first agree with the present row's result. Without --write the rows are printed. A product around
-attention is also timed as PyTorch does it, with LayerNorm and residual by themselves; the row says which is faster.
+Each candidate must first agree with the present row's result. Without --write the rows are printed. The output map is
+also timed as PyTorch does it, with bias and residual by themselves; the row says which is faster.
 """
 
 import argparse
@@ -14,7 +14,6 @@ import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -35,13 +34,12 @@ TOLERANCE = 2e-2  # of a candidate against the present row, relative to the larg
 class Problem:
     """What a candidate is run on: `plan(tile)` makes the launch, which writes `output`; `result` is read off that.
 
-    `alternative` does the same work without the kernel, `beside` what the kernel leaves to do and that does not.
+    `alternative` does the same work without the kernel.
     """
 
     plan: Callable[[Tile], Launch]
     output: torch.Tensor
     result: Callable[[torch.Tensor], torch.Tensor] = torch.clone
-    beside: Callable[[], object] | None = None
     alternative: Callable[[], object] | None = None
 
 
@@ -55,8 +53,12 @@ def candidates(kernel: str) -> list[Tile]:
             Tile(m, n, w, s, two_loops=two)
             for (m, n), w, s, two in itertools.product(blocks, warps, stages[:3], loops)
         ]
-    blocks = itertools.product((64, 128), BLOCKS[1:], (32, 64))
-    return [Tile(m, n, w, s, k) for (m, n, k), w, s in itertools.product(blocks, warps, stages[1:])]
+    blocks = itertools.product((64, 128, 256), BLOCKS[1:], (32, 64))
+    loops = (False,) if kernel == "weight_gradient" else (False, True)
+    return [
+        Tile(m, n, w, s, k, persistent=one)
+        for (m, n, k), w, s, one in itertools.product(blocks, warps, stages[1:], loops)
+    ]
 
 
 def problems(kernel: str, head_dim: int, device: torch.device, precision: str) -> list[Problem]:
@@ -73,8 +75,7 @@ def problems(kernel: str, head_dim: int, device: torch.device, precision: str) -
     if kernel.startswith("attention"):
         shapes = [(*shape, head_dim) for shape in (SHORT_SHAPE, LONG_SHAPE)]
         return [_attention_problem(kernel, shape, device, stored) for shape in shapes]
-    make = _projection_problem if "product" in kernel else _ista_problem
-    return [make(kernel, device, stored, multiplied)]
+    return [_product_problem(kernel, device, stored, multiplied)]
 
 
 def _attention_problem(kernel: str, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Problem:
@@ -101,75 +102,31 @@ def _attention_problem(kernel: str, shape: tuple[int, ...], device: torch.device
     )
 
 
-def _ista_problem(kernel: str, device: torch.device, stored: torch.dtype, multiplied: torch.dtype) -> Problem:
-    from crate_fast.kernels import ista, layer_norm
+def _product_problem(kernel: str, device: torch.device, stored: torch.dtype, multiplied: torch.dtype) -> Problem:
+    from crate_fast.kernels import layer_norm, product, weight_gradient
 
-    x, grad = (torch.randn(ROWS, WIDTH, device=device).to(stored) for _ in range(2))
-    folded = (torch.randn(WIDTH, WIDTH, device=device) / WIDTH**0.5 * 0.1).to(multiplied)
+    x, a = (torch.randn(ROWS, WIDTH, device=device) for _ in range(2))
+    x, a, out = x.to(stored), a.to(multiplied), torch.empty(ROWS, WIDTH, device=device, dtype=stored)
+    weight = (torch.randn(WIDTH, WIDTH, device=device) / WIDTH**0.5 * 0.1).to(multiplied)
     ones = torch.ones(WIDTH, device=device)
-    norm = None
-    if kernel.startswith("norm"):
-        norm = layer_norm.Norm(*layer_norm.row_statistics(x, 1e-5), ones, ones)
-    if kernel.endswith("ista_forward"):
-        y = torch.empty_like(x)
-        return Problem(lambda tile: ista.plan_forward(x, folded, y, 0.01, False, norm, tile), y)
-    y = ista.forward(x, folded, 0.01)
-    if kernel == "ista_backward_input":
-        dx = torch.empty_like(x)
-        return Problem(lambda tile: ista.plan_backward_input(grad, y, folded, dx, tile), dx)
+    if kernel == "weight_gradient":
+        shares = torch.zeros(min(ROWS // 64 + 1, 64), WIDTH, WIDTH, device=device)
 
-    return _gradient_problem(x, grad, y, multiplied, norm)
+        def plan(tile: Tile) -> Launch:
+            splits, rows = weight_gradient.splits(ROWS, WIDTH, WIDTH, device, tile)
+            shares[splits:].zero_()  # as many as this tile gets in training; the others add nothing
+            return weight_gradient.plan(a, a, shares[:splits], rows, tile)
 
-
-def _gradient_problem(
-    x: torch.Tensor, grad: torch.Tensor, y: torch.Tensor | None, dtype: torch.dtype, norm, alternative=None
-) -> Problem:
-    """xᵀg, whose shares of the rows are added by the caller."""
-    from crate_fast.kernels import weight_gradient
-
-    shares = torch.zeros(min(ROWS // 64 + 1, 64), WIDTH, WIDTH, device=x.device)
-
-    def plan(tile: Tile) -> Launch:
-        splits, rows = weight_gradient.splits(ROWS, WIDTH, WIDTH, x.device, tile)
-        shares[splits:].zero_()  # as many as this tile gets in training; the others add nothing
-        return weight_gradient.plan(x, grad, y, shares[:splits], rows, dtype, norm, tile)
-
-    return Problem(plan, shares, lambda written: written.sum(0), alternative=alternative)
-
-
-def _projection_problem(kernel: str, device: torch.device, stored: torch.dtype, multiplied: torch.dtype) -> Problem:
-    """The products around attention: with LayerNorm or residual in the kernel, and each by itself."""
-    from crate_fast.kernels import layer_norm, projections
-
-    x, tokens = (torch.randn(ROWS, WIDTH, device=device) for _ in range(2))
-    x, tokens = x.to(stored), tokens.to(multiplied)
-    weight = (torch.randn(WIDTH, WIDTH, device=device) / WIDTH**0.5).to(multiplied)
-    ones = torch.ones(WIDTH, device=device)
-    norm = layer_norm.Norm(*layer_norm.row_statistics(x, 1e-5), ones, ones)
-
-    def normed() -> torch.Tensor:
-        return layer_norm.normalize(x, ones, ones, 1e-5, multiplied)[0]
-
-    if kernel == "norm_product":
-        out = torch.empty_like(tokens)
-        return Problem(
-            lambda tile: projections.plan_norm_product(x, norm, weight, out, tile), out,
-            beside=lambda: layer_norm.row_statistics(x, 1e-5), alternative=lambda: normed() @ weight.t(),
-        )  # fmt: skip
-    if kernel == "norm_product_gradient":
-        return _gradient_problem(x, tokens, None, multiplied, norm, lambda: tokens.t() @ normed())
-    h, shares = torch.empty_like(x), torch.empty(2, WIDTH // 32, ROWS, device=device)
-
-    def plan(tile: Tile) -> Launch:
-        used = shares.view(-1)[: 2 * -(-WIDTH // tile.block_n) * ROWS].view(2, -1, ROWS)
-        return projections.plan_product_residual(tokens, weight, ones, x, h, used, tile)
-
-    def alone() -> tuple:
-        found = x + torch.addmm(ones.to(multiplied), tokens, weight.t())
-        return found, *layer_norm.row_statistics(found, 1e-5)
-
-    combine = partial(layer_norm.combine_statistics, shares[:, : WIDTH // 128 or 1], 1e-5, WIDTH, min(WIDTH, 128))
-    return Problem(plan, h, beside=combine, alternative=alone)
+        return Problem(plan, shares, lambda written: written.sum(0))
+    options, alternative = {"masked": multiplied != stored}, None
+    if kernel == "ista_forward":
+        options = {"finish": "relu", "shift": 0.01}
+        if multiplied != torch.float32:  # else LayerNorm(x) is what is multiplied, and nothing is normalised again
+            options["norm"] = layer_norm.normalize(x, ones, ones, 1e-5, multiplied)[1]
+    if kernel == "output_map":
+        options, bias = {"bias": ones}, ones.to(multiplied)
+        alternative = lambda: x + torch.addmm(bias, a, weight.t())  # noqa: E731
+    return Problem(lambda tile: product.plan(a, weight, x, out, tile, **options), out, alternative=alternative)
 
 
 def _gpu_milliseconds(call: Callable[[], None]) -> float:
@@ -217,16 +174,15 @@ def _time(problem: Problem, truth: torch.Tensor, tile: Tile, measure: Callable) 
     error = (problem.result(problem.output).float() - truth.float()).abs().max() / truth.float().abs().max()
     if not error <= TOLERANCE:
         raise ValueError(f"its result differs by {error.item():.2g} of the largest entry")
-    if problem.beside is None:
-        return measure(launch.run)
-    return measure(lambda: (launch.run(), problem.beside()))
+    return measure(launch.run)
 
 
 def row_source(key: tuple[str, str, str, int], tile: Tile) -> str:
     """A row of the table as it stands in kernels/tiles.py."""
     kernel, architecture, precision, block_d = key
     numbers = [tile.block_m, tile.block_n, tile.num_warps, tile.num_stages] + [tile.block_k] * (tile.block_k > 0)
-    words = [*map(str, numbers), *["two_loops=True"] * tile.two_loops, *["chosen=False"] * (not tile.chosen)]
+    words = [*map(str, numbers), *["two_loops=True"] * tile.two_loops, *["persistent=True"] * tile.persistent]
+    words += ["chosen=False"] * (not tile.chosen)
     return f'    ("{kernel}", "{architecture}", "{precision}", {block_d}): Tile({", ".join(words)}),'
 
 

@@ -104,9 +104,8 @@ def compress(
     scale: float | None = None,
     *,
     eps: float = 1e-5,
-    next_eps: float | None = None,
     backend: str = "auto",
-) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+) -> Tensor:
     """The first half of a layer, h = x + MSSA(LayerNorm(x)) (paper, Eq. 5, with the released code's skip connection).
 
     With the kernels, backward keeps x, the subspace tokens W, the attention's output and two numbers a row; nothing
@@ -120,19 +119,16 @@ def compress(
         heads: H.
         scale: As `subspace_attention`'s.
         eps: LayerNorm's ε.
-        next_eps: ε of a LayerNorm that takes h, whose statistics are then found on the way.
         backend: As `subspace_attention`'s.
 
     Returns:
-        h [B, N, C] in x's dtype (in PyTorch's for a sum under autocast, where the kernels do not run); and the mean
-        and 1/√(variance + next_eps) of its rows for `norm_ista`, or None where they were not found.
+        h [B, N, C] in x's dtype; under autocast where the kernels do not run, in PyTorch's for the sum.
 
     Raises:
         As `subspace_attention`; ValueError where a weight's shape does not fit.
 
     >>> one, zero, eye = torch.ones(2), torch.zeros(2), torch.eye(2)
-    >>> h, _ = compress(torch.tensor([[[1.0, -1.0]]]), one, zero, eye, eye, zero, heads=1)
-    >>> h    # one token attends to itself
+    >>> compress(torch.tensor([[[1.0, -1.0]]]), one, zero, eye, eye, zero, heads=1)    # one attends to itself
     tensor([[[ 2.0000, -2.0000]]])
     """
     _check_tensor("x", x, "[B, N, C]", isinstance(x, Tensor) and x.dim() == 3)
@@ -154,14 +150,13 @@ def compress(
         scale = head_dim**-0.5 if scale is None else float(scale)
         _check_fraction("scale", scale, 0.0, None)
         dtype = _compute_dtype(x)
-        next_eps = None if next_eps is None else float(next_eps)
-        h, mean, rstd, *_ = fused_compression.compression_fwd(
-            x, weight, bias, projection.to(dtype), output.to(dtype), output_bias, heads, scale, float(eps), next_eps
+        h, *_ = fused_compression.compression_fwd(
+            x, weight, bias, projection.to(dtype), output.to(dtype), output_bias, heads, scale, float(eps)
         )
-        return h, None if next_eps is None else (mean, rstd)
+        return h
     w = linear(F.layer_norm(x, (width,), weight, bias, eps), projection).unflatten(-1, (heads, -1))
     out = subspace_attention(w, scale, backend=backend)
-    return x + linear(out.flatten(-2), output, output_bias), None
+    return x + linear(out.flatten(-2), output, output_bias)
 
 
 def ista(
@@ -199,7 +194,7 @@ def ista(
     """
     _check_ista(x, dictionary, step_size, sparsity, threshold)
     if resolve_backend(x, backend) == "triton":
-        return _fused_ista(x, (None, None, None, None), dictionary, step_size, sparsity, threshold)
+        return _fused_ista(x, (None, None, 0.0), dictionary, step_size, sparsity, threshold)
     return _folded_ista(x, dictionary, step_size, sparsity, threshold)
 
 
@@ -214,18 +209,16 @@ def norm_ista(
     eps: float = 1e-5,
     threshold: str = "relu",
     backend: str = "auto",
-    statistics: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """`ista` with the LayerNorm in front: y = shrink(x̂ + η(x̂D − x̂DᵀD), ηλ) for x̂ = LayerNorm(x).
 
-    The kernels read x and write y: the normalised rows are never in memory, in training neither.
+    The kernels keep x and y for backward; the normalised rows are made again there.
 
     Args:
         x: Tokens [..., C].
         weight, bias: LayerNorm's γ and β [C].
         dictionary, step_size, sparsity, threshold, backend: As `ista`'s.
         eps: LayerNorm's ε.
-        statistics: Mean and 1/√(variance + ε) of x's rows, where `compress` has found them; computed when None.
 
     Returns:
         The sparse tokens [..., C] in x's dtype; under autocast in fp32, since PyTorch's LayerNorm gives fp32 there.
@@ -242,9 +235,7 @@ def norm_ista(
         _check_tensor(name, channel, f"[C] = [{x.shape[-1]}]", fits)
     if resolve_backend(x, backend) == "triton":
         x = x.float() if autocast_enabled(x.device.type) else x
-        if statistics is None:
-            statistics = fused.row_statistics(x.detach().reshape(-1, x.shape[-1]), float(eps))
-        return _fused_ista(x, (*statistics, weight, bias), dictionary, step_size, sparsity, threshold)
+        return _fused_ista(x, (weight, bias, float(eps)), dictionary, step_size, sparsity, threshold)
     normed = F.layer_norm(x, x.shape[-1:], weight, bias, eps)
     return _folded_ista(normed, dictionary, step_size, sparsity, threshold)
 
@@ -266,7 +257,7 @@ def _check_ista(x: Tensor, dictionary: Tensor, step_size: float, sparsity: float
 
 def _fused_ista(
     x: Tensor,
-    norm: tuple[Tensor | None, ...],
+    norm: tuple[Tensor | None, Tensor | None, float],
     dictionary: Tensor,
     step_size: float,
     sparsity: float,
@@ -274,7 +265,9 @@ def _fused_ista(
 ) -> Tensor:
     folded = fold_dictionary_once(dictionary, step_size, _compute_dtype(x))
     rows = x.reshape(-1, x.shape[-1])
-    y = fused.ista_fwd(rows, *norm, dictionary, folded, float(step_size), float(sparsity), threshold == "soft")
+    y, _, _ = fused.ista_fwd(
+        rows, norm[0], norm[1], dictionary, folded, float(step_size), float(sparsity), norm[2], threshold == "soft"
+    )
     return y.view(x.shape)
 
 

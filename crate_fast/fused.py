@@ -10,7 +10,7 @@ from torch import Tensor
 from crate_fast.autocast import without_autocast
 from crate_fast.double_backward import refuse_double_backward
 
-__all__ = ["ista_fwd", "layer_norm_bwd", "row_statistics", "subspace_attention_bwd", "subspace_attention_fwd"]
+__all__ = ["ista_fwd", "layer_norm_bwd", "subspace_attention_bwd", "subspace_attention_fwd"]
 
 _ATTENTION_REMEDY = "run backend='torch' under torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
 _ISTA_REMEDY = "run backend='torch'"
@@ -69,100 +69,105 @@ subspace_attention_fwd.register_autograd(_attention_backward, setup_context=_att
 refuse_double_backward(subspace_attention_bwd, _ATTENTION_REMEDY)
 
 
-def _norm(mean: Tensor | None, rstd: Tensor | None, gamma: Tensor | None, beta: Tensor | None):
-    from crate_fast.kernels.layer_norm import Norm
-
-    return None if gamma is None else Norm(mean, rstd, gamma.contiguous(), beta.contiguous())
-
-
-@torch.library.custom_op("crate_fast::row_statistics", mutates_args=())
-def row_statistics(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Mean and 1/√(variance + eps) [M] of x's rows [M, C], in fp32: no gradient flows through them here."""
+def _operand(x: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float, dtype: torch.dtype):
+    """What ISTA multiplies, x or LayerNorm(x) in the product's dtype, and the LayerNorm's statistics, or None."""
     from crate_fast.kernels import layer_norm
 
-    return layer_norm.row_statistics(x, eps)
-
-
-@row_statistics.register_fake
-def _(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    mean, rstd = (x.new_empty(x.shape[0], dtype=torch.float32) for _ in range(2))
-    return mean, rstd
+    if gamma is None:
+        return x.to(dtype), None
+    return layer_norm.normalize(x, gamma, beta, eps, dtype)
 
 
 @torch.library.custom_op("crate_fast::ista_fwd", mutates_args=())
 def ista_fwd(
     x: Tensor,
-    mean: Tensor | None,
-    rstd: Tensor | None,
     gamma: Tensor | None,
     beta: Tensor | None,
     dictionary: Tensor,
     folded: Tensor,
     step_size: float,
     sparsity: float,
+    eps: float,
     soft: bool,
-) -> Tensor:
-    """y = shrink(x + xG, ηλ), with LayerNorm(x) in place of x where its statistics and weights are given.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y = shrink(x + xG, ηλ), with LayerNorm(x) in place of x where gamma and beta are given.
 
     Args:
         x: [M, C].
-        mean, rstd: Of x's rows [M] in fp32 (`row_statistics`); backward takes them for functions of x.
-        gamma, beta: LayerNorm's weight and bias [C]; all four or none.
+        gamma, beta: LayerNorm's weight and bias [C], both or neither.
         dictionary: D [C, C]: what the gradient is for; forward reads `folded` alone.
         folded: G = η(D − DᵀD) [C, C] in the product's dtype; the caller vouches for it.
         step_size, sparsity: η and λ.
+        eps: LayerNorm's.
         soft: Soft threshold instead of ReLU.
 
     Returns:
-        y [M, C] in x's dtype.
+        y [M, C] in x's dtype; mean and rstd of x's rows [M] in fp32, empty without a LayerNorm.
     """
     from crate_fast.kernels import ista
 
-    return ista.forward(x, folded, step_size * sparsity, soft, _norm(mean, rstd, gamma, beta))
+    operand, norm = _operand(x, gamma, beta, eps, folded.dtype)
+    y = ista.forward(x, operand, folded, step_size * sparsity, soft, norm)
+    if norm is None:
+        return y, *(torch.empty(0, dtype=torch.float32, device=x.device) for _ in range(2))
+    return y, norm.mean, norm.rstd
 
 
 @ista_fwd.register_fake
-def _(x, mean, rstd, gamma, beta, dictionary, folded, step_size, sparsity, soft):
-    return x.new_empty(x.shape)
+def _(x, gamma, beta, dictionary, folded, step_size, sparsity, eps, soft):
+    rows = 0 if gamma is None else x.shape[0]
+    mean, rstd = (x.new_empty(rows, dtype=torch.float32) for _ in range(2))
+    return x.new_empty(x.shape), mean, rstd
+
+
+@torch.library.custom_op("crate_fast::ista_masked_gradient", mutates_args=())
+def ista_masked_gradient(grad: Tensor, y: Tensor, folded: Tensor) -> Tensor:
+    """g' = g·[y ≠ 0] [M, C] in G's dtype; see `kernels.ista.masked_gradient`."""
+    from crate_fast.kernels import ista
+
+    return ista.masked_gradient(grad, y, folded.dtype)
+
+
+@ista_masked_gradient.register_fake
+def _(grad: Tensor, y: Tensor, folded: Tensor) -> Tensor:
+    return grad.new_empty(grad.shape, dtype=folded.dtype)
 
 
 @torch.library.custom_op("crate_fast::ista_bwd_input", mutates_args=())
-def ista_bwd_input(grad: Tensor, y: Tensor, folded: Tensor) -> Tensor:
-    """dx = g' + g'Gᵀ [M, C] with g' = g·[y ≠ 0]; see `kernels.ista.backward_input`."""
+def ista_bwd_input(grad: Tensor, masked: Tensor, folded: Tensor) -> Tensor:
+    """dx = g' + g'Gᵀ [M, C] in g's dtype; see `kernels.ista.backward_input`."""
     from crate_fast.kernels import ista
 
-    return ista.backward_input(grad, y, folded)
+    return ista.backward_input(grad, masked, folded)
 
 
 @ista_bwd_input.register_fake
-def _(grad: Tensor, y: Tensor, folded: Tensor) -> Tensor:
+def _(grad: Tensor, masked: Tensor, folded: Tensor) -> Tensor:
     return grad.new_empty(grad.shape)
 
 
 @torch.library.custom_op("crate_fast::ista_bwd_dictionary", mutates_args=())
 def ista_bwd_dictionary(
-    grad: Tensor,
+    masked: Tensor,
     x: Tensor,
-    y: Tensor,
-    mean: Tensor | None,
-    rstd: Tensor | None,
     gamma: Tensor | None,
     beta: Tensor | None,
     dictionary: Tensor,
-    folded: Tensor,
     step_size: float,
+    eps: float,
 ) -> Tensor:
-    """dD = η(dG − D(dG + dGᵀ)) [C, C] with dG = xᵀg', in D's dtype; multiplied in G's dtype, then in fp32."""
-    from crate_fast.kernels import ista
+    """dD = η(dG − D(dG + dGᵀ)) [C, C] with dG = xᵀg', in D's dtype; multiplied in g''s dtype, then in fp32."""
+    from crate_fast.kernels.weight_gradient import weight_gradient
 
-    grad_folded = ista.backward_folded(x, grad, y, folded.dtype, _norm(mean, rstd, gamma, beta))
+    operand, _ = _operand(x, gamma, beta, eps, masked.dtype)
+    grad_folded = weight_gradient(operand, masked)
     with without_autocast(x.device.type):
         symmetric = grad_folded + grad_folded.t()
         return (step_size * (grad_folded - dictionary.float() @ symmetric)).to(dictionary.dtype)
 
 
 @ista_bwd_dictionary.register_fake
-def _(grad, x, y, mean, rstd, gamma, beta, dictionary, folded, step_size):
+def _(masked, x, gamma, beta, dictionary, step_size, eps):
     return dictionary.new_empty(dictionary.shape)
 
 
@@ -174,7 +179,8 @@ def layer_norm_bwd(
     `kernels.layer_norm.backward`."""
     from crate_fast.kernels import layer_norm
 
-    dx, dgamma, dbeta = layer_norm.backward(grad, x, _norm(mean, rstd, gamma, beta), skip)
+    norm = layer_norm.Norm(mean, rstd, gamma.contiguous(), beta.contiguous())
+    dx, dgamma, dbeta = layer_norm.backward(grad, x, norm, skip)
     return dx, dgamma.to(gamma.dtype), dbeta.to(beta.dtype)
 
 
@@ -184,23 +190,29 @@ def _(grad, x, mean, rstd, gamma, beta, skip):
 
 
 def _ista_setup(ctx, inputs, output):
-    x, mean, rstd, gamma, beta, dictionary, folded, ctx.step_size, *_ = inputs
-    ctx.save_for_backward(x, mean, rstd, gamma, beta, dictionary, folded, output)
+    x, gamma, beta, dictionary, folded, ctx.step_size, _, ctx.eps, _ = inputs
+    y, mean, rstd = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.save_for_backward(x, gamma, beta, dictionary, folded, y, mean, rstd)
 
 
-def _ista_backward(ctx, grad):
-    x, mean, rstd, gamma, beta, dictionary, folded, y = ctx.saved_tensors
-    needs_x, _, _, needs_gamma, needs_beta, needs_dictionary, *_ = ctx.needs_input_grad
-    grad_x = grad_gamma = grad_beta = grad_dictionary = None
+def _ista_backward(ctx, grad, *_):
+    x, gamma, beta, dictionary, folded, y, mean, rstd = ctx.saved_tensors
+    needs_x, needs_gamma, needs_beta, needs_dictionary, *_ = ctx.needs_input_grad
+    grads = [None] * 9
+    if grad is None:
+        return tuple(grads)
+    masked = ista_masked_gradient(grad, y, folded)
     if needs_x or needs_gamma or needs_beta:
-        grad_x = ista_bwd_input(grad, y, folded)
+        grads[0] = ista_bwd_input(grad, masked, folded)
         if gamma is not None:
-            grad_x, grad_gamma, grad_beta = layer_norm_bwd(grad_x, x, mean, rstd, gamma, beta, None)
+            grads[:3] = layer_norm_bwd(grads[0], x, mean, rstd, gamma, beta, None)
     if needs_dictionary:
-        grad_dictionary = ista_bwd_dictionary(grad, x, y, mean, rstd, gamma, beta, dictionary, folded, ctx.step_size)
-    return grad_x, None, None, grad_gamma, grad_beta, grad_dictionary, None, None, None, None
+        grads[3] = ista_bwd_dictionary(masked, x, gamma, beta, dictionary, ctx.step_size, ctx.eps)
+    return tuple(grads)
 
 
 ista_fwd.register_autograd(_ista_backward, setup_context=_ista_setup)
-for _op in (row_statistics, ista_bwd_input, ista_bwd_dictionary, layer_norm_bwd):
+for _op in (ista_masked_gradient, ista_bwd_input, ista_bwd_dictionary, layer_norm_bwd):
     refuse_double_backward(_op, _ISTA_REMEDY)

@@ -58,8 +58,8 @@ class MSSA(nn.Module):
         parts = (self.qkv, self.to_out, *self.to_out)
         return type(self.qkv) is type(self.to_out[0]) is Linear and not any(map(_observed, parts))
 
-    def compress(self, x: Tensor, norm: nn.LayerNorm, next_eps: float | None) -> tuple[Tensor, tuple | None]:
-        """x + MSSA(norm(x)) [B, N, C], and its rows' statistics; see `functional.compress`."""
+    def compress(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
+        """x + MSSA(norm(x)) [B, N, C] as one operator; see `functional.compress`."""
         output = self.to_out[0]
         return functional.compress(
             x,
@@ -71,7 +71,6 @@ class MSSA(nn.Module):
             self.heads,
             self.scale,
             eps=norm.eps,
-            next_eps=next_eps,
             backend=self.backend,
         )
 
@@ -160,11 +159,11 @@ class ISTA(nn.Module):
         )
 
     def fuses(self, x: Tensor) -> bool:
-        """Whether `after_norm` runs in one kernel on x."""
+        """Whether `after_norm` runs on the kernels for x."""
         return resolve_backend(x, self.backend) == "triton"
 
-    def after_norm(self, x: Tensor, norm: nn.LayerNorm, statistics: tuple | None = None) -> Tensor:
-        """The step on norm(x), x [..., C], without writing norm(x) to memory; `statistics` as `norm_ista`'s."""
+    def after_norm(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
+        """The step on norm(x), x [..., C], as one operator, which does not keep norm(x) for backward."""
         return functional.norm_ista(
             x,
             norm.weight,
@@ -175,7 +174,6 @@ class ISTA(nn.Module):
             eps=norm.eps,
             threshold=self.threshold,
             backend=self.backend,
-            statistics=statistics,
         )
 
     def extra_repr(self) -> str:
@@ -225,7 +223,7 @@ def _fusible(norm: nn.Module, fn: nn.Module, x: Tensor) -> bool:
 class PreNorm(nn.Module):
     """fn(LayerNorm(x)), with the released names `norm` and `fn`.
 
-    A LayerNorm in front of ISTA runs inside ISTA's kernel where the kernels run and no hook waits for either module.
+    A LayerNorm in front of ISTA is part of ISTA's operator where the kernels run and no hook waits for either module.
     """
 
     def __init__(self, dim: int, fn: nn.Module, *, device=None, dtype=None):
@@ -233,11 +231,11 @@ class PreNorm(nn.Module):
         self.norm = nn.LayerNorm(dim, device=device, dtype=dtype)
         self.fn = fn
 
-    def forward(self, x: Tensor, statistics: tuple | None = None) -> Tensor:
-        """x [..., C] → [..., C]; `statistics` of x's rows where they are known, as `functional.norm_ista`'s."""
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., C] → [..., C]."""
         norm, fn = self.norm, self.fn
         if type(fn) is ISTA and _fusible(norm, fn, x):
-            return fn.after_norm(x, norm, statistics)
+            return fn.after_norm(x, norm)
         return fn(norm(x))
 
 
@@ -263,10 +261,7 @@ class Layer(nn.Sequential):
         """x [B, N, C] → the next layer's tokens [B, N, C]."""
         attention, sparsifier = self
         if self.residual == "released" and not _observed(attention) and _fusible(attention.norm, attention.fn, x):
-            fused = not _observed(sparsifier) and _fusible(sparsifier.norm, sparsifier.fn, x)
-            h, statistics = attention.fn.compress(x, attention.norm, sparsifier.norm.eps if fused else None)
-            if statistics is not None:
-                return sparsifier(h, statistics)
+            h = attention.fn.compress(x, attention.norm)
         elif self.residual == "released":
             h = x + attention(x)
         else:

@@ -20,8 +20,8 @@ def onednn_wanted() -> bool | None:
 
 
 def fused_products_wanted() -> bool | None:
-    """`CRATE_FAST_FUSED_PRODUCTS`: the products around attention with their neighbours in one kernel (1), or alone in
-    PyTorch (0); None, as the tile table says. For measurements and tests."""
+    """`CRATE_FAST_FUSED_PRODUCTS`: attention's output map with bias and residual in one kernel (1), or PyTorch's
+    product by itself (0); None, as the tile table says. For measurements and tests."""
     return _flag("CRATE_FAST_FUSED_PRODUCTS")
 
 

@@ -1,6 +1,7 @@
-"""The ISTA step y = shrink(x + xG, ηλ) as one product, and its gradients as two (kernels/README.md §4).
+"""The ISTA step y = shrink(x + xG, ηλ) as one product, and its gradients as two (kernels/README.md §5).
 
-Each kernel takes x as it is, or as LayerNorm(h) made from h's rows and their statistics where a tile is loaded.
+Its operands are prepared first: `operand` is x, or LayerNorm(x), in the product's dtype; `masked_gradient` is the
+output's gradient where the shrinkage lets it through.
 """
 
 import torch
@@ -8,193 +9,94 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from crate_fast.kernels.launch import Launch, matmul_precision
+from crate_fast.kernels.launch import Launch
 from crate_fast.kernels.layer_norm import Norm
-from crate_fast.kernels.product_common import (
-    GROUP_M,
-    blocks,
-    fitted,
-    load_masked_grad,
-    load_tile,
-    load_tokens,
-    norm_arguments,
-    tile_start,
-)
-from crate_fast.kernels.tiles import Tile, lookup
-from crate_fast.kernels.weight_gradient import weight_gradient
+from crate_fast.kernels.product import product, tile_for
+from crate_fast.kernels.tiles import Tile
 
-__all__ = ["backward_folded", "backward_input", "forward", "plan_backward_input", "plan_forward"]
+__all__ = ["backward_input", "forward", "masked_gradient", "plan_masked_gradient"]
+
+MASK_BLOCK = 2048  # elements of a program
 
 
 @triton.jit
-def _ista_fwd_kernel(
-    x_ptr,  # x or, with HAS_NORM, h [M, C], contiguous
-    folded_ptr,  # G [C, C], contiguous, in the product's dtype
-    y_ptr,  # [M, C], contiguous, x's dtype
-    mean_ptr,  # of h's rows [M], fp32, or None
-    rstd_ptr,  # 1 / standard deviation of h's rows [M], fp32, or None
-    gamma_ptr,  # LayerNorm's weight [C], or None
-    beta_ptr,  # LayerNorm's bias [C], or None
-    n_rows,
-    shift,  # ηλ
-    WIDTH: tl.constexpr,
-    SOFT: tl.constexpr,
-    HAS_NORM: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP: tl.constexpr,
-    PRECISION: tl.constexpr,
+def _masked_gradient_kernel(
+    grad_ptr,  # g, contiguous
+    y_ptr,  # ISTA's output, contiguous
+    masked_ptr,  # contiguous, in the product's dtype
+    n_elements,
+    BLOCK: tl.constexpr,
 ):
-    """y = shrink(x + xG, ηλ), a BLOCK_M×BLOCK_N tile a program (paper, Eq. 7, with G = η(D − DᵀD)).
+    """g' = g·[y ≠ 0]: the shrinkage passes a gradient where its output is not zero, for relu and soft alike.
 
-    x (or LayerNorm(h)) is rounded to G's dtype for the product only: the residual, the sum and the shrinkage are
-    fp32. Grid: (⌈M/BLOCK_M⌉·⌈C/BLOCK_N⌉). Deterministic. 2·M·C² FLOPs.
-    """
-    start_m, start_n = tile_start(tl.program_id(0), n_rows, WIDTH, BLOCK_M, BLOCK_N, GROUP)
-    offs_m = start_m + tl.arange(0, BLOCK_M)
-    offs_n = start_n + tl.arange(0, BLOCK_N)
-    mask_m = offs_m < n_rows
-    mean, rstd = 0.0, 0.0
-    if HAS_NORM:
-        mean = tl.load(mean_ptr + offs_m, mask=mask_m, other=0.0)
-        rstd = tl.load(rstd_ptr + offs_m, mask=mask_m, other=0.0)
-
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for start_k in range(0, WIDTH, BLOCK_K):
-        offs_k = start_k + tl.arange(0, BLOCK_K)
-        x = load_tokens(x_ptr, mean, rstd, gamma_ptr, beta_ptr, offs_m, offs_k, n_rows, WIDTH, BLOCK_K, HAS_NORM)
-        folded = load_tile(folded_ptr, offs_k, offs_n, WIDTH, WIDTH, BLOCK_N)
-        acc = tl.dot(x.to(folded.dtype), folded, acc, input_precision=PRECISION)
-
-    tokens = load_tokens(x_ptr, mean, rstd, gamma_ptr, beta_ptr, offs_m, offs_n, n_rows, WIDTH, BLOCK_N, HAS_NORM)
-    u = tokens.to(tl.float32) + acc
-    if SOFT:
-        y = tl.where(u > shift, u - shift, tl.where(u < -shift, u + shift, u * 0.0))
-    else:
-        y = tl.where(u <= shift, 0.0, u - shift)  # NaN stays NaN
-    tl.store(
-        y_ptr + offs_m.to(tl.int64)[:, None] * WIDTH + offs_n[None, :],
-        y.to(y_ptr.dtype.element_ty),
-        mask=mask_m[:, None] & (offs_n < WIDTH)[None, :],
-    )
+    A NaN in y passes it on. Grid: (⌈elements/BLOCK⌉)."""
+    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < n_elements
+    grad = tl.load(grad_ptr + offs, mask=mask, other=0.0)
+    y = tl.load(y_ptr + offs, mask=mask, other=0.0)
+    tl.store(masked_ptr + offs, tl.where(y != 0.0, grad, 0.0).to(masked_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
-def _ista_bwd_input_kernel(
-    grad_ptr,  # g [M, C], contiguous
-    y_ptr,  # forward's output [M, C], contiguous
-    folded_ptr,  # G [C, C], contiguous, in the product's dtype
-    dx_ptr,  # [M, C], contiguous
-    n_rows,
-    WIDTH: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """dx = g' + g'Gᵀ with g' = g·[y ≠ 0], a BLOCK_M×BLOCK_N tile a program; g' is never written.
-
-    With a LayerNorm in front this is the gradient of its output. Grid as forward; deterministic; 2·M·C² FLOPs.
-    """
-    start_m, start_n = tile_start(tl.program_id(0), n_rows, WIDTH, BLOCK_M, BLOCK_N, GROUP)
-    offs_m = start_m + tl.arange(0, BLOCK_M)
-    offs_n = start_n + tl.arange(0, BLOCK_N)
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for start_k in range(0, WIDTH, BLOCK_K):
-        offs_k = start_k + tl.arange(0, BLOCK_K)
-        grad = load_masked_grad(grad_ptr, y_ptr, offs_m, offs_k, n_rows, WIDTH, BLOCK_K)
-        folded = load_tile(folded_ptr, offs_n, offs_k, WIDTH, WIDTH, BLOCK_K)  # rows of G, columns of Gᵀ
-        acc = tl.dot(grad.to(folded.dtype), tl.trans(folded), acc, input_precision=PRECISION)
-    acc += load_masked_grad(grad_ptr, y_ptr, offs_m, offs_n, n_rows, WIDTH, BLOCK_N).to(tl.float32)
-    tl.store(
-        dx_ptr + offs_m.to(tl.int64)[:, None] * WIDTH + offs_n[None, :],
-        acc.to(dx_ptr.dtype.element_ty),
-        mask=(offs_m < n_rows)[:, None] & (offs_n < WIDTH)[None, :],
-    )
-
-
-def plan_forward(
-    x: Tensor, folded: Tensor, y: Tensor, shift: float, soft: bool, norm: Norm | None, tile: Tile | None = None
-) -> Launch:
-    """The forward launch on these tensors; what `forward` runs and the compile report compiles."""
-    n_rows, width = x.shape
-    precision = matmul_precision(folded.dtype, x.dtype)
-    name = "ista_forward" if norm is None else "norm_ista_forward"
-    tile = tile or fitted(lookup(name, x.device, precision.row), width)
+def plan_masked_gradient(grad: Tensor, y: Tensor, masked: Tensor) -> Launch:
+    """The launch on these tensors; what `masked_gradient` runs and the compile report compiles."""
     return Launch(
-        kernel=_ista_fwd_kernel,
-        grid=(triton.cdiv(n_rows, tile.block_m) * triton.cdiv(width, tile.block_n),),
-        arguments={
-            "x_ptr": x,
-            "folded_ptr": folded,
-            "y_ptr": y,
-            **norm_arguments(norm),
-            "n_rows": n_rows,
-            "shift": shift,
-        },
-        constants={
-            **blocks(tile, precision.dot),
-            "WIDTH": width,
-            "GROUP": GROUP_M,
-            "SOFT": soft,
-            "HAS_NORM": norm is not None,
-        },
-        tile=tile,
+        kernel=_masked_gradient_kernel,
+        grid=(triton.cdiv(grad.numel(), MASK_BLOCK),),
+        arguments={"grad_ptr": grad, "y_ptr": y, "masked_ptr": masked, "n_elements": grad.numel()},
+        constants={"BLOCK": MASK_BLOCK},
+        tile=Tile(block_m=MASK_BLOCK, block_n=0, num_warps=4, num_stages=1),
     )
 
 
-def plan_backward_input(grad: Tensor, y: Tensor, folded: Tensor, dx: Tensor, tile: Tile | None = None) -> Launch:
-    """The launch for dx on these tensors; what `backward_input` runs and the compile report compiles."""
-    n_rows, width = grad.shape
-    precision = matmul_precision(folded.dtype, grad.dtype)
-    tile = tile or fitted(lookup("ista_backward_input", grad.device, precision.row), width)
-    return Launch(
-        kernel=_ista_bwd_input_kernel,
-        grid=(triton.cdiv(n_rows, tile.block_m) * triton.cdiv(width, tile.block_n),),
-        arguments={"grad_ptr": grad, "y_ptr": y, "folded_ptr": folded, "dx_ptr": dx, "n_rows": n_rows},
-        constants={**blocks(tile, precision.dot), "WIDTH": width, "GROUP": GROUP_M},
-        tile=tile,
-    )
+def masked_gradient(grad: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
+    """g' = g·[y ≠ 0] [M, C] in `dtype`, the product's, for g and y [M, C]."""
+    grad, y = grad.contiguous(), y.contiguous()
+    masked = torch.empty(grad.shape, dtype=dtype, device=grad.device)
+    if grad.numel():
+        plan_masked_gradient(grad, y, masked).run()
+    return masked
 
 
 def forward(
-    x: Tensor, folded: Tensor, shift: float, soft: bool = False, norm: Norm | None = None, tile: Tile | None = None
+    x: Tensor,
+    operand: Tensor,
+    folded: Tensor,
+    shift: float,
+    soft: bool = False,
+    norm: Norm | None = None,
+    tile: Tile | None = None,
 ) -> Tensor:
     """y = shrink(x + xG, ηλ), or of LayerNorm(x).
 
     Args:
         x: [M, C].
+        operand: What is multiplied, in G's dtype: x, or LayerNorm(x) as `layer_norm.normalize` gives it [M, C].
         folded: G [C, C]; its dtype is the product's.
         shift: ηλ, at least 0.
         soft: Soft threshold instead of ReLU.
-        norm: Statistics and weights of a LayerNorm in front; see `layer_norm.row_statistics`.
+        norm: Statistics and weights of the LayerNorm in front.
         tile: In place of the table's.
 
     Returns:
         y [M, C], contiguous, in x's dtype.
     """
-    x, folded = x.contiguous(), folded.contiguous()
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if x.numel():
-        plan_forward(x, folded, y, shift, soft, norm, tile).run()
-    return y
+    tile = tile or tile_for("ista_forward", operand, x, x.shape[1])
+    if norm is not None and operand.dtype == x.dtype == torch.float32:
+        x, norm = operand, None  # not rounded: no need to normalise again
+    return product(operand, folded.t(), x, tile, finish="soft" if soft else "relu", shift=shift, norm=norm)
 
 
-def backward_input(grad: Tensor, y: Tensor, folded: Tensor, tile: Tile | None = None) -> Tensor:
-    """dx = g' + g'Gᵀ [M, C] in g's dtype, with g' = g·[y ≠ 0]; g and y [M, C], G [C, C]."""
-    grad, y, folded = grad.contiguous(), y.contiguous(), folded.contiguous()
-    dx = torch.empty(grad.shape, dtype=grad.dtype, device=grad.device)
-    if grad.numel():
-        plan_backward_input(grad, y, folded, dx, tile).run()
-    return dx
+def backward_input(grad: Tensor, masked: Tensor, folded: Tensor, tile: Tile | None = None) -> Tensor:
+    """dx = g' + g'Gᵀ [M, C] in g's dtype; with a LayerNorm in front, the gradient of its output.
 
-
-def backward_folded(
-    x: Tensor, grad: Tensor, y: Tensor, dtype: torch.dtype, norm: Norm | None = None, tile: Tile | None = None
-) -> Tensor:
-    """dG = xᵀg' [C, C] in fp32, multiplied in `dtype`; x, g and y [M, C], x standing for LayerNorm(x) with a norm."""
-    name = "ista_backward_folded" if norm is None else "norm_ista_backward_folded"
-    tile = tile or fitted(lookup(name, x.device, matmul_precision(dtype, x.dtype).row), x.shape[1])
-    return weight_gradient(x, grad, y, dtype, norm, tile)
+    Args:
+        grad: g [M, C], the gradient of y.
+        masked: g' in G's dtype, from `masked_gradient`. Where that is lower than g's, g itself is added, where g' is
+            not zero.
+        folded: G [C, C].
+        tile: In place of the table's.
+    """
+    tile = tile or tile_for("ista_backward_input", masked, grad, grad.shape[1])
+    if masked.dtype == grad.dtype:
+        return product(masked, folded, masked, tile)
+    return product(masked, folded, grad, tile, masked=True)

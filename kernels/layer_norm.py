@@ -1,4 +1,4 @@
-"""LayerNorm around the products: its rows' statistics, its rows, and its gradient (kernels/README.md §6)."""
+"""LayerNorm in front of a product: its rows, their statistics, and its gradient (kernels/README.md §6)."""
 
 from dataclasses import dataclass
 
@@ -10,20 +10,10 @@ from torch import Tensor
 from crate_fast.kernels.launch import Launch
 from crate_fast.kernels.tiles import Tile
 
-__all__ = [
-    "Norm",
-    "backward",
-    "combine_statistics",
-    "normalize",
-    "plan_backward",
-    "plan_combine_statistics",
-    "plan_row_statistics",
-    "row_statistics",
-]
+__all__ = ["Norm", "backward", "normalize", "plan_backward", "plan_normalize"]
 
 ROW_ELEMENTS = 4096  # of a tile of whole rows
 MAX_PROGRAMS = 1024  # of backward: each writes one row of dγ's and dβ's shares
-SHARES_ROWS = 256  # rows of a program that puts shares of statistics together
 
 
 @dataclass(frozen=True)
@@ -37,21 +27,22 @@ class Norm:
 
 
 @triton.jit
-def _row_statistics_kernel(
+def _normalize_kernel(
     x_ptr,  # [M, C], contiguous
+    gamma_ptr,  # LayerNorm's weight [C]
+    beta_ptr,  # LayerNorm's bias [C]
+    normed_ptr,  # [M, C], contiguous
     mean_ptr,  # [M], fp32
     rstd_ptr,  # [M], fp32
-    normed_ptr,  # [M, C], contiguous, or None: only the statistics
-    gamma_ptr,  # LayerNorm's weight [C], or None
-    beta_ptr,  # LayerNorm's bias [C], or None
     n_rows,
     eps,
     WIDTH: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,  # WIDTH to the next power of two
 ):
-    """Mean and 1/√(variance + ε) of BLOCK_M rows, in fp32, the variance from centred values; and, where there is
-    room for them, the normalised rows. Grid: (⌈M/BLOCK_M⌉)."""
+    """LayerNorm of BLOCK_M rows in fp32, the variance from centred values; mean and 1/√(variance + ε) beside it.
+
+    Grid: (⌈M/BLOCK_M⌉)."""
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_c = tl.arange(0, BLOCK_C)
     mask_c = offs_c < WIDTH
@@ -60,46 +51,13 @@ def _row_statistics_kernel(
     x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     mean = tl.sum(x, 1) / WIDTH
     centred = tl.where(mask_c[None, :], x - mean[:, None], 0.0)
-    variance = tl.sum(centred * centred, 1) / WIDTH
-    rstd = 1.0 / tl.sqrt(variance + eps)
+    rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, 1) / WIDTH + eps)
+    gamma = tl.load(gamma_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
+    beta = tl.load(beta_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
+    normed = centred * rstd[:, None] * gamma[None, :] + beta[None, :]
+    tl.store(normed_ptr + offsets, normed.to(normed_ptr.dtype.element_ty), mask=mask)
     tl.store(mean_ptr + offs_m, mean, mask=offs_m < n_rows)
     tl.store(rstd_ptr + offs_m, rstd, mask=offs_m < n_rows)
-    if normed_ptr is not None:
-        gamma = tl.load(gamma_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
-        beta = tl.load(beta_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
-        normed = centred * rstd[:, None] * gamma[None, :] + beta[None, :]
-        tl.store(normed_ptr + offsets, normed.to(normed_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _combine_statistics_kernel(
-    partial_ptr,  # of each share of a row, mean and sum of squares about it [2, ⌈C/SHARE⌉, M], fp32
-    mean_ptr,  # [M], fp32
-    rstd_ptr,  # [M], fp32
-    n_rows,
-    eps,
-    WIDTH: tl.constexpr,
-    SHARE: tl.constexpr,  # columns of a share; the last may have fewer
-    BLOCK_M: tl.constexpr,
-):
-    """Mean and 1/√(variance + ε) of BLOCK_M rows from their shares' (Chan, Golub and LeVeque, 1979).
-
-    Grid: (⌈M/BLOCK_M⌉). Deterministic."""
-    shares: tl.constexpr = (WIDTH + SHARE - 1) // SHARE
-    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    mask = offs_m < n_rows
-    mean = tl.zeros([BLOCK_M], tl.float32)
-    for share in range(shares):
-        count = tl.minimum(SHARE, WIDTH - share * SHARE)
-        mean += tl.load(partial_ptr + share * n_rows + offs_m, mask=mask, other=0.0) * count / WIDTH
-    squares = tl.zeros([BLOCK_M], tl.float32)
-    for share in range(shares):
-        count = tl.minimum(SHARE, WIDTH - share * SHARE)
-        offset = tl.load(partial_ptr + share * n_rows + offs_m, mask=mask, other=0.0) - mean
-        squares += tl.load(partial_ptr + (shares + share) * n_rows + offs_m, mask=mask, other=0.0)
-        squares += offset * offset * count
-    tl.store(mean_ptr + offs_m, mean, mask=mask)
-    tl.store(rstd_ptr + offs_m, 1.0 / tl.sqrt(squares / WIDTH + eps), mask=mask)
 
 
 @triton.jit
@@ -161,46 +119,24 @@ def _constants(width: int, tile: Tile) -> dict:
     return {"WIDTH": width, "BLOCK_M": tile.block_m, "BLOCK_C": tile.block_n}
 
 
-def plan_row_statistics(
-    x: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    eps: float,
-    normed: Tensor | None = None,
-    gamma: Tensor | None = None,
-    beta: Tensor | None = None,
-) -> Launch:
-    """The launch on these tensors; what `row_statistics` and `normalize` run and the compile report compiles."""
+def plan_normalize(x: Tensor, normed: Tensor, norm: Norm, eps: float) -> Launch:
+    """The launch on these tensors; what `normalize` runs and the compile report compiles."""
     tile = _rows_tile(x.shape[1])
     return Launch(
-        kernel=_row_statistics_kernel,
+        kernel=_normalize_kernel,
         grid=(triton.cdiv(x.shape[0], tile.block_m),),
         arguments={
             "x_ptr": x,
-            "mean_ptr": mean,
-            "rstd_ptr": rstd,
+            "gamma_ptr": norm.gamma,
+            "beta_ptr": norm.beta,
             "normed_ptr": normed,
-            "gamma_ptr": gamma,
-            "beta_ptr": beta,
+            "mean_ptr": norm.mean,
+            "rstd_ptr": norm.rstd,
             "n_rows": x.shape[0],
             "eps": eps,
         },
         constants=_constants(x.shape[1], tile),
         tile=tile,
-    )
-
-
-def plan_combine_statistics(
-    partial: Tensor, mean: Tensor, rstd: Tensor, eps: float, width: int, share: int
-) -> Launch:
-    """The launch on these tensors; what `combine_statistics` runs and the compile report compiles."""
-    n_rows = mean.shape[0]
-    return Launch(
-        kernel=_combine_statistics_kernel,
-        grid=(triton.cdiv(n_rows, SHARES_ROWS),),
-        arguments={"partial_ptr": partial, "mean_ptr": mean, "rstd_ptr": rstd, "n_rows": n_rows, "eps": eps},
-        constants={"WIDTH": width, "SHARE": share, "BLOCK_M": SHARES_ROWS},
-        tile=Tile(block_m=SHARES_ROWS, block_n=0, num_warps=4, num_stages=1),
     )
 
 
@@ -228,41 +164,22 @@ def plan_backward(
     )
 
 
-def row_statistics(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Mean and 1/√(variance + eps) of each row of x [M, C]: two [M] tensors in fp32."""
-    x = x.contiguous()
-    mean, rstd = (torch.empty(x.shape[0], dtype=torch.float32, device=x.device) for _ in range(2))
-    if x.numel():
-        plan_row_statistics(x, mean, rstd, eps).run()
-    return mean, rstd
+def normalize(x: Tensor, gamma: Tensor, beta: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Norm]:
+    """LayerNorm(x) [M, C] in `dtype`, and what it was made with.
 
-
-def normalize(
-    x: Tensor, gamma: Tensor, beta: Tensor, eps: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    """LayerNorm(x) [M, C] in `dtype` for x [M, C], and its rows' mean and 1/√(variance + eps) [M] in fp32."""
+    Args:
+        x: [M, C].
+        gamma, beta: LayerNorm's weight and bias [C].
+        eps: LayerNorm's.
+        dtype: Of the result; all is computed in fp32.
+    """
     x = x.contiguous()
     normed = torch.empty(x.shape, dtype=dtype, device=x.device)
     mean, rstd = (torch.empty(x.shape[0], dtype=torch.float32, device=x.device) for _ in range(2))
+    norm = Norm(mean, rstd, gamma.contiguous(), beta.contiguous())
     if x.numel():
-        plan_row_statistics(x, mean, rstd, eps, normed, gamma.contiguous(), beta.contiguous()).run()
-    return normed, mean, rstd
-
-
-def combine_statistics(partial: Tensor, eps: float, width: int, share: int) -> tuple[Tensor, Tensor]:
-    """`row_statistics` of rows whose columns were summed in shares.
-
-    Args:
-        partial: Of each share, its mean and its sum of squares about it [2, ⌈C/share⌉, M], fp32.
-        eps: LayerNorm's.
-        width: C.
-        share: Columns of a share; the last has what is left.
-    """
-    n_rows = partial.shape[2]
-    mean, rstd = (torch.empty(n_rows, dtype=torch.float32, device=partial.device) for _ in range(2))
-    if n_rows:
-        plan_combine_statistics(partial, mean, rstd, eps, width, share).run()
-    return mean, rstd
+        plan_normalize(x, normed, norm, eps).run()
+    return normed, norm
 
 
 def backward(grad: Tensor, x: Tensor, norm: Norm, skip: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:

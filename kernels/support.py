@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-__all__ = ["INTERPRETED", "MAX_HEAD_DIM", "architecture", "assuming_gpu", "unavailable_reason"]
+__all__ = ["INTERPRETED", "MAX_HEAD_DIM", "architecture", "assuming_gpu", "processors", "unavailable_reason"]
 
 MAX_HEAD_DIM = 128
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -83,3 +83,8 @@ def unavailable_reason(
     if head_dim is not None and head_dim > MAX_HEAD_DIM:
         return f"the kernels take heads up to {MAX_HEAD_DIM} wide, and this one is {head_dim}"
     return None
+
+
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; 4 elsewhere, so that the interpreter too has more work than programs."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4

@@ -1,7 +1,4 @@
-"""xᵀg, summed over all rows: the gradient of ISTA's G and of the projections (kernels/README.md §4, §5).
-
-x is taken as it is or as LayerNorm(x), g as it is or where ISTA's output is not zero.
-"""
+"""aᵀg, summed over all rows: the gradient of ISTA's G (kernels/README.md §5)."""
 
 import torch
 import triton
@@ -9,37 +6,28 @@ import triton.language as tl
 from torch import Tensor
 
 from crate_fast.kernels.launch import Launch, matmul_precision
-from crate_fast.kernels.layer_norm import Norm
-from crate_fast.kernels.product_common import blocks, load_masked_grad, load_tokens, norm_arguments
-from crate_fast.kernels.tiles import Tile
+from crate_fast.kernels.product import fitted, load_tile
+from crate_fast.kernels.support import processors
+from crate_fast.kernels.tiles import Tile, lookup
 
 __all__ = ["plan", "splits", "weight_gradient"]
-
-_TRITON_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
 
 @triton.jit
 def _weight_gradient_kernel(
-    x_ptr,  # x or, with HAS_NORM, what LayerNorm takes [M, C], contiguous
-    grad_ptr,  # g [M, J], contiguous
-    y_ptr,  # ISTA's output [M, J], contiguous: g counts where it is not 0; or None
+    a_ptr,  # [M, C], contiguous
+    grad_ptr,  # g [M, J], contiguous, a's dtype
     partial_ptr,  # [splits, C, J], contiguous, fp32
-    mean_ptr,  # of x's rows [M], fp32, or None
-    rstd_ptr,  # 1 / standard deviation of x's rows [M], fp32, or None
-    gamma_ptr,  # LayerNorm's weight [C], or None
-    beta_ptr,  # LayerNorm's bias [C], or None
     n_rows,
     rows_per_split,  # a multiple of BLOCK_K
     WIDTH: tl.constexpr,  # C
     GRAD_WIDTH: tl.constexpr,  # J
-    HAS_NORM: tl.constexpr,
-    DTYPE: tl.constexpr,  # the product's
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """A BLOCK_M×BLOCK_N tile of one split's share of xᵀg, over rows_per_split rows of x and g.
+    """A BLOCK_M×BLOCK_N tile of one split's share of aᵀg, over rows_per_split rows of a and g.
 
     The shares are written apart and added by the caller in a fixed order: deterministic, no atomics.
     Grid: (⌈C/BLOCK_M⌉·⌈J/BLOCK_N⌉, splits). 2·M·C·J FLOPs in all.
@@ -55,13 +43,9 @@ def _weight_gradient_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start_k in range(start, end, BLOCK_K):
         offs_k = start_k + tl.arange(0, BLOCK_K)
-        mean, rstd = 0.0, 0.0
-        if HAS_NORM:
-            mean = tl.load(mean_ptr + offs_k, mask=offs_k < n_rows, other=0.0)
-            rstd = tl.load(rstd_ptr + offs_k, mask=offs_k < n_rows, other=0.0)
-        x = load_tokens(x_ptr, mean, rstd, gamma_ptr, beta_ptr, offs_k, offs_m, n_rows, WIDTH, BLOCK_M, HAS_NORM)
-        grad = load_masked_grad(grad_ptr, y_ptr, offs_k, offs_n, n_rows, GRAD_WIDTH, BLOCK_N)
-        acc = tl.dot(tl.trans(x.to(DTYPE)), grad.to(DTYPE), acc, input_precision=PRECISION)
+        a = load_tile(a_ptr, offs_k, offs_m, n_rows, WIDTH, BLOCK_M)
+        grad = load_tile(grad_ptr, offs_k, offs_n, n_rows, GRAD_WIDTH, BLOCK_N)
+        acc = tl.dot(tl.trans(a), grad, acc, input_precision=PRECISION)
     tl.store(
         partial_ptr + (split.to(tl.int64) * WIDTH + offs_m[:, None]) * GRAD_WIDTH + offs_n[None, :],
         acc,
@@ -69,69 +53,54 @@ def _weight_gradient_kernel(
     )
 
 
-def plan(
-    x: Tensor,
-    grad: Tensor,
-    y: Tensor | None,
-    partial: Tensor,
-    rows_per_split: int,
-    dtype: torch.dtype,
-    norm: Norm | None,
-    tile: Tile,
-) -> Launch:
+def plan(a: Tensor, grad: Tensor, partial: Tensor, rows_per_split: int, tile: Tile) -> Launch:
     """The launch for the shares on these tensors; what `weight_gradient` runs and the compile report compiles."""
-    (n_rows, width), grad_width = x.shape, grad.shape[1]
-    precision = matmul_precision(dtype, x.dtype)
+    (n_rows, width), grad_width = a.shape, grad.shape[1]
     return Launch(
         kernel=_weight_gradient_kernel,
         grid=(triton.cdiv(width, tile.block_m) * triton.cdiv(grad_width, tile.block_n), partial.shape[0]),
         arguments={
-            "x_ptr": x,
+            "a_ptr": a,
             "grad_ptr": grad,
-            "y_ptr": y,
             "partial_ptr": partial,
-            **norm_arguments(norm),
             "n_rows": n_rows,
             "rows_per_split": rows_per_split,
         },
         constants={
-            **blocks(tile, precision.dot),
             "WIDTH": width,
             "GRAD_WIDTH": grad_width,
-            "HAS_NORM": norm is not None,
-            "DTYPE": _TRITON_DTYPES[dtype],
+            "BLOCK_M": tile.block_m,
+            "BLOCK_N": tile.block_n,
+            "BLOCK_K": tile.block_k,
+            "PRECISION": matmul_precision(a.dtype).dot,
         },
         tile=tile,
     )
 
 
-def weight_gradient(
-    x: Tensor, grad: Tensor, y: Tensor | None, dtype: torch.dtype, norm: Norm | None, tile: Tile
-) -> Tensor:
-    """xᵀg' [C, J] in fp32, multiplied in `dtype`.
+def weight_gradient(a: Tensor, grad: Tensor, tile: Tile | None = None) -> Tensor:
+    """aᵀg [C, J] in fp32.
 
     Args:
-        x: [M, C], standing for LayerNorm(x) with a norm.
-        grad: g [M, J].
-        y: ISTA's output [M, J], g' = g·[y ≠ 0]; without it g' = g.
-        dtype: What is multiplied.
-        norm: Statistics and weights of a LayerNorm in front.
-        tile: The blocks of C, of J and of rows.
+        a: [M, C].
+        grad: g [M, J], a's dtype, which is the product's.
+        tile: The blocks of C, of J and of rows, in place of the table's.
     """
-    x, grad, y = x.contiguous(), grad.contiguous(), None if y is None else y.contiguous()
-    (n_rows, width), grad_width = x.shape, grad.shape[1]
-    if x.numel() == 0 or grad.numel() == 0:
-        return torch.zeros(width, grad_width, dtype=torch.float32, device=x.device)
-    shares, rows_per_split = splits(n_rows, width, grad_width, x.device, tile)
-    partial = torch.empty(shares, width, grad_width, dtype=torch.float32, device=x.device)
-    plan(x, grad, y, partial, rows_per_split, dtype, norm, tile).run()
+    a, grad = a.contiguous(), grad.contiguous()
+    (n_rows, width), grad_width = a.shape, grad.shape[1]
+    if a.numel() == 0 or grad.numel() == 0:
+        return torch.zeros(width, grad_width, dtype=torch.float32, device=a.device)
+    tile = tile or fitted(lookup("weight_gradient", a.device, matmul_precision(a.dtype).row), grad_width)
+    shares, rows_per_split = splits(n_rows, width, grad_width, a.device, tile)
+    partial = torch.empty(shares, width, grad_width, dtype=torch.float32, device=a.device)
+    plan(a, grad, partial, rows_per_split, tile).run()
     return partial.sum(0) if shares > 1 else partial[0]
 
 
 def splits(n_rows: int, width: int, grad_width: int, device: torch.device, tile: Tile) -> tuple[int, int]:
-    """How many shares, and rows in each, so that the tiles of xᵀg keep every multiprocessor busy; none is empty."""
-    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+    """How many shares, and rows in each, so that the tiles of aᵀg keep every multiprocessor busy; none is empty."""
+    at_once = processors(device) * (1 if tile.block_m * tile.block_n > 128 * 128 else 2)
     tiles = triton.cdiv(width, tile.block_m) * triton.cdiv(grad_width, tile.block_n)
-    wanted = max(1, min(2 * processors // tiles, triton.cdiv(n_rows, 4 * tile.block_k)))
+    wanted = max(1, min(at_once // tiles, triton.cdiv(n_rows, 4 * tile.block_k)))
     rows = triton.cdiv(triton.cdiv(n_rows, wanted), tile.block_k) * tile.block_k
     return triton.cdiv(n_rows, rows), rows

@@ -274,7 +274,7 @@ def test_on_a_gpu_whole_tiles_and_the_folds_are_executed(monkeypatch):
     found = _work(OURS, size, INFERENCE, torch.bfloat16)
     once = 3 * 64 * 64 + 3 * 64 * 16 + 16 * 256  # three blocks, the rest of 5 as 16 keys, and as 16 rows of 256 keys
     attention = 2 * 64 * 24 * (2 * once + 3 * 3 * 64 * 64 - 2 * 197**2)  # three pairs of blocks, three products each
-    tile = lookup("norm_ista_forward", CPU, "mixed")
+    tile = lookup("ista_forward", CPU, "mixed")
     ista = 2 * 768**2 * (padded(394, tile.block_m) - 394)  # 768 is whole blocks
     assert found.executed_flops - found.flops == 12 * (attention + ista + 2 * 768**3)
     training = _work(OURS, size, TRAINING, torch.bfloat16)

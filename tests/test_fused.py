@@ -61,15 +61,14 @@ def test_opcheck_of_ista(with_norm, device):
     x, weight, bias, dictionary = _ista_inputs(device, rows=(17,))
     folded = fold_dictionary(dictionary.detach())
     norm = (weight, bias) if with_norm else (None, None)
-    torch.library.opcheck(fused.row_statistics, (x.detach(), 1e-5))
-    mean, rstd = fused.row_statistics(x.detach(), 1e-5) if with_norm else (None, None)
-    torch.library.opcheck(fused.ista_fwd, (x, mean, rstd, *norm, dictionary, folded, 0.1, 0.1, False))
+    torch.library.opcheck(fused.ista_fwd, (x, *norm, dictionary, folded, 0.1, 0.1, 1e-5, False))
     with torch.no_grad():
-        y = fused.ista_fwd(x, mean, rstd, *norm, dictionary, folded, 0.1, 0.1, False)
+        y, mean, rstd = fused.ista_fwd(x, *norm, dictionary, folded, 0.1, 0.1, 1e-5, False)
         x, weight, bias, dictionary = (t.detach() for t in (x, weight, bias, dictionary))
         norm = (weight, bias) if with_norm else (None, None)
+        torch.library.opcheck(fused.ista_masked_gradient, (y, y, folded))
         torch.library.opcheck(fused.ista_bwd_input, (y, y, folded))
-        torch.library.opcheck(fused.ista_bwd_dictionary, (y, x, y, mean, rstd, *norm, dictionary, folded, 0.1))
+        torch.library.opcheck(fused.ista_bwd_dictionary, (y, x, *norm, dictionary, 0.1, 1e-5))
         if with_norm:
             for skip in (None, torch.ones_like(y)):
                 torch.library.opcheck(fused.layer_norm_bwd, (y, x, mean, rstd, weight, bias, skip))

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from oracle import all_within_twice_eager, gradients, mutant, philox_uniform, spread_tokens, token_scale
 from torch import Tensor
 
-from crate_fast.kernels import ista, layer_norm, product_common, row_blocks, subspace_attention, weight_gradient
+from crate_fast.kernels import ista, layer_norm, product, row_blocks, subspace_attention, weight_gradient
 from crate_fast.kernels.tiles import TABLE, Tile
 from crate_fast.reference import ista_reference, subspace_attention_reference
 
@@ -36,7 +36,7 @@ SHAPES = [  # [B, N, H, D]
 ATTENTION_TILES = sorted(
     {(t.block_m, t.block_n) for (kernel, *_), t in TABLE.items() if kernel.startswith("attention")}
 )
-PRODUCT_TILES = sorted({(t.block_m, t.block_n, t.block_k) for (kernel, *_), t in TABLE.items() if "ista" in kernel})
+PRODUCT_TILES = sorted({(t.block_m, t.block_n, t.block_k) for t in TABLE.values() if t.block_k})
 
 
 def _tokens(shape, dtype, device) -> tuple[Tensor, Tensor]:
@@ -297,14 +297,17 @@ def _ista_inputs(size, dtype, device) -> list[Tensor]:
     return [t.to(dtype).to(device) for t in (x, dictionary, gamma, beta, torch.randn(rows, width))]
 
 
-def _ista(inputs, threshold: str, with_norm: bool, module=ista, norms=layer_norm, **options) -> list:
+def _ista(
+    inputs, threshold: str, with_norm: bool, module=ista, norms=layer_norm, gradients=weight_gradient, **options
+) -> list:
     x, dictionary, gamma, beta, grad = inputs
     wide = dictionary.float()
     folded = (STEP * (wide - wide.t() @ wide)).to(dictionary.dtype)
-    norm = norms.Norm(*norms.row_statistics(x, EPS), gamma, beta) if with_norm else None
-    y = module.forward(x, folded, STEP * SPARSITY, threshold == "soft", norm, **options)
-    grad_x = module.backward_input(grad, y, folded, **options)
-    grad_folded = module.backward_folded(x, grad, y, folded.dtype, norm, **options)
+    operand, norm = norms.normalize(x, gamma, beta, EPS, folded.dtype) if with_norm else (x, None)
+    y = module.forward(x, operand, folded, STEP * SPARSITY, threshold == "soft", norm, **options)
+    masked = module.masked_gradient(grad, y, folded.dtype)
+    grad_x = module.backward_input(grad, masked, folded, **options)
+    grad_folded = gradients.weight_gradient(operand, masked, **options)
     symmetric = grad_folded + grad_folded.t()
     grad_dictionary = (STEP * (grad_folded - wide @ symmetric)).to(dictionary.dtype)
     if not with_norm:
@@ -336,28 +339,41 @@ def test_ista(size, dtype, threshold, with_norm, device, poisoned):
     assert _ista_is_right(_ista_inputs(size, dtype, device), threshold, with_norm)
 
 
+@pytest.mark.parametrize("persistent", [False, True], ids=["a tile a program", "persistent"])
 @pytest.mark.parametrize("blocks", PRODUCT_TILES, ids=str)
-def test_every_product_tile_of_the_table(blocks, device, poisoned):
-    tile = Tile(*blocks[:2], num_warps=8, num_stages=1, block_k=blocks[2])
+def test_every_product_tile_of_the_table(blocks, persistent, device, poisoned):
+    tile = Tile(*blocks[:2], num_warps=8, num_stages=1, block_k=blocks[2], persistent=persistent)
     for with_norm in (False, True):
-        assert _ista_is_right(_ista_inputs((197, 192), torch.float32, device), with_norm=with_norm, tile=tile)
+        assert _ista_is_right(_ista_inputs((389, 192), torch.float16, device), with_norm=with_norm, tile=tile)
+
+
+def _mixed_is_right(device, with_norm: bool, module=ista) -> bool:
+    """As under autocast: the product is fp16; the residual, the shrinkage and the gradient of x stay fp32."""
+    x, dictionary, gamma, beta, grad = _ista_inputs((197, 96), torch.float32, device)
+    folded = STEP * (dictionary - dictionary.t() @ dictionary)
+    operand, norm = layer_norm.normalize(x, gamma, beta, EPS, torch.float16) if with_norm else (x.half(), None)
+    y = module.forward(x, operand, folded.half(), STEP * SPARSITY, False, norm)
+    tokens = F.layer_norm(x, x.shape[-1:], gamma, beta, EPS) if with_norm else x
+    truth = (tokens.double() + tokens.double() @ folded.double() - STEP * SPARSITY).relu()
+    rounding = 2**-11 * (tokens.abs() @ folded.abs() * 2)  # of both operands
+    right = y.dtype == torch.float32 and bool(((y - truth).abs() <= rounding + 1e-5).all())
+    masked = module.masked_gradient(grad, y, torch.float16)
+    exact = (grad * (y != 0)).double()
+    grad_x = module.backward_input(grad, masked, folded.half())
+    rounding = 2**-11 * (exact.abs() @ folded.abs().double().t() * 2)
+    right &= bool(((grad_x - exact - exact @ folded.double().t()).abs() <= rounding + 1e-5).all())
+    truth = tokens.double().t() @ exact
+    return right and bool((weight_gradient.weight_gradient(operand, masked) - truth).norm() <= 1e-3 * truth.norm())
 
 
 @pytest.mark.parametrize("with_norm", [False, True], ids=["plain", "norm"])
 def test_half_precision_products_of_fp32_tokens(with_norm, device, poisoned):
-    """As under autocast: the product is fp16, the residual and the shrinkage stay fp32."""
-    x, dictionary, gamma, beta, grad = _ista_inputs((197, 96), torch.float32, device)
-    folded = STEP * (dictionary - dictionary.t() @ dictionary)
-    norm = layer_norm.Norm(*layer_norm.row_statistics(x, EPS), gamma, beta) if with_norm else None
-    y = ista.forward(x, folded.half(), STEP * SPARSITY, False, norm)
-    tokens = F.layer_norm(x, x.shape[-1:], gamma, beta, EPS) if with_norm else x
-    assert y.dtype == torch.float32
-    truth = (tokens.double() + tokens.double() @ folded.double() - STEP * SPARSITY).relu()
-    rounding = 2**-11 * (tokens.abs() @ folded.abs() * 2)  # of both operands
-    assert ((y - truth).abs() <= rounding + 1e-5).all()
-    grad_folded = ista.backward_folded(x, grad, y, torch.float16, norm)
-    truth = tokens.double().t() @ (grad * (y != 0)).double()
-    assert (grad_folded - truth).norm() <= 1e-3 * truth.norm()
+    assert _mixed_is_right(device, with_norm)
+
+
+def test_a_mutant_with_half_precision_products_of_fp32_tokens_fails(device, tmp_path):
+    changed = mutant(product, ("if MASKED:", "if False:"), tmp_path, user=ista)
+    assert not _mixed_is_right(device, True, changed)
 
 
 def test_ista_is_bit_equal_on_a_rerun(device, poisoned):
@@ -406,21 +422,25 @@ def test_no_rows(device):
     assert not grad_beta.any()
 
 
-RELU = "y = tl.where(u <= shift, 0.0, u - shift)"
-ISTA_MUTANTS = {
-    "no residual": ("u = tokens.to(tl.float32) + acc", "u = acc"),
-    "the threshold doubled": (RELU, "y = tl.where(u <= shift, 0.0, u - 2 * shift)"),
-    "no threshold": (RELU, "y = tl.where(u <= 0.0, 0.0, u)"),
-    "no ReLU": (RELU, "y = u - shift"),
-    "no gradient through the residual": ("acc += load_masked_grad", "acc += 0.0 * load_masked_grad"),
-    "G not transposed in backward": (
-        "folded = load_tile(folded_ptr, offs_n, offs_k, WIDTH, WIDTH, BLOCK_K)",
-        "folded = tl.trans(load_tile(folded_ptr, offs_k, offs_n, WIDTH, WIDTH, BLOCK_N))",
+RELU = "y = tl.where(y <= shift, 0.0, y - shift)"
+MASKED = "return product(masked, folded, masked, tile)"
+ISTA_MUTANTS = {  # the module, what the kernel says, what the mutant says
+    "no residual": (product, "y = x + acc", "y = acc"),
+    "the threshold doubled": (product, RELU, "y = tl.where(y <= shift, 0.0, y - 2 * shift)"),
+    "no threshold": (product, RELU, "y = tl.where(y <= 0.0, 0.0, y)"),
+    "no ReLU": (product, RELU, "y = y - shift"),
+    "the residual's mean left": (product, "x = (x - mean[:, None])", "x = (x - 0.0 * mean[:, None])"),
+    "LayerNorm's bias dropped": (product, "gamma[None, :] + beta[None, :]", "gamma[None, :] + 0.0 * beta[None, :]"),
+    "the left half finished twice": (
+        product,
+        "            right, start_n + half,",
+        "            left, start_n + half,",
     ),
-}
-SHARED_MUTANTS = {  # of the modules ista.py takes these from
-    "the gradient not masked": (product_common, "return tl.where(y != 0.0, grad, 0.0)", "return grad"),
-    "LayerNorm's bias dropped": (product_common, "gamma[None, :] + beta[None, :]", "gamma[None, :]"),
+    "one tile a program": (product, "tiles, tl.num_programs(0), flatten", "tiles, tiles, flatten"),
+    "the gradient not masked": (ista, "tl.where(y != 0.0, grad, 0.0)", "grad"),
+    "no gradient through the residual": (ista, MASKED, "return product(masked, folded, 0 * masked, tile)"),
+    "G not transposed in backward": (ista, MASKED, "return product(masked, folded.t(), masked, tile)"),
+    "G transposed in forward": (ista, "return product(operand, folded.t(), x", "return product(operand, folded, x"),
     "the last rows of a split dropped": (
         weight_gradient,
         "start + rows_per_split, n_rows)",
@@ -428,7 +448,7 @@ SHARED_MUTANTS = {  # of the modules ista.py takes these from
     ),
 }
 LAYER_NORM_MUTANTS = {
-    "no ε": ("tl.sqrt(variance + eps)", "tl.sqrt(variance + 1000 * eps)"),
+    "no ε": ("/ WIDTH + eps)", "/ WIDTH + 1000 * eps)"),
     "the mean's gradient dropped": ("scaled - average[:, None]", "scaled - 0.0 * average[:, None]"),
     "the deviation's gradient dropped": ("- normed * along[:, None]", "- 0.0 * normed * along[:, None]"),
     "dγ of raw rows": ("dgamma += tl.sum(grad * normed, 0)", "dgamma += tl.sum(grad * x, 0)"),
@@ -437,16 +457,14 @@ LAYER_NORM_MUTANTS = {
 
 
 @pytest.mark.parametrize("name", ISTA_MUTANTS)
-def test_ista_mutants_fail(name, device, tmp_path):
-    changed = mutant(ista, ISTA_MUTANTS[name], tmp_path)
-    assert not _ista_is_right(_ista_inputs((197, 96), torch.float32, device), with_norm=True, module=changed)
-
-
-@pytest.mark.parametrize("name", SHARED_MUTANTS)
-def test_mutants_of_shared_modules_fail(name, device, tmp_path):
-    module, *mutation = SHARED_MUTANTS[name]
-    changed = mutant(module, mutation, tmp_path, user=ista)
-    assert not _ista_is_right(_ista_inputs((197, 96), torch.float32, device), with_norm=True, module=changed)
+def test_ista_mutants_fail(name, device, tmp_path, poisoned):
+    """Columns in two halves, the last one ragged, and more tiles than programs."""
+    module, *mutation = ISTA_MUTANTS[name]
+    changed = mutant(module, mutation, tmp_path, user=ista if module is product else None)
+    options = {"gradients" if module is weight_gradient else "module": changed}
+    tile = Tile(32, 128, 4, 1, 32, persistent=True)
+    inputs = _ista_inputs((197, 96), torch.float16, device)
+    assert not _ista_is_right(inputs, with_norm=True, tile=tile, **options)
 
 
 @pytest.mark.parametrize("name", LAYER_NORM_MUTANTS)
@@ -475,16 +493,11 @@ def test_the_table_is_complete():
     attention |= {(f"attention_delta{dropout}", "ieee", d) for dropout in ("", "_dropout") for d in (32, 64, 128)}
     products = {
         (kernel, precision, 0)
-        for kernel in ("ista_forward", "norm_ista_forward", "ista_backward_input", "ista_backward_folded",
-                       "norm_ista_backward_folded")
+        for kernel in ("ista_forward", "ista_backward_input", "output_map", "weight_gradient")
         for precision in ("half", "mixed", "tf32", "ieee")
-    }  # fmt: skip
-    whole_heads = {("whole_head_forward", "half", 64), ("whole_head_backward", "half", 64)}
-    products |= {
-        (kernel, precision, 0)
-        for kernel in ("norm_product", "norm_product_gradient", "product_residual")
-        for precision in ("half", "mixed")
+        if (kernel, precision) not in {("output_map", "tf32"), ("output_map", "ieee"), ("weight_gradient", "mixed")}
     }
+    whole_heads = {("whole_head_forward", "half", 64), ("whole_head_backward", "half", 64)}
     for architecture in compile_report.ARCHITECTURES:
         rows = {(kernel, precision, d) for kernel, name, precision, d in TABLE if name == architecture}
         assert rows == attention | products | (whole_heads if architecture in ("sm_90", "sm_100") else set())

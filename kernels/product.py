@@ -1,0 +1,222 @@
+"""One product and what follows it: out = finish(a · weightᵀ), where finish adds, normalises, shrinks (README.md §4).
+
+Operands come from memory in the product's dtype and are read as often as there are blocks of the other one, so what
+has to be made of them (LayerNorm, the mask of a gradient) is made once, before. What is made once an element is made
+here, behind the product.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from crate_fast.kernels.launch import Launch, matmul_precision
+from crate_fast.kernels.layer_norm import Norm
+from crate_fast.kernels.support import processors
+from crate_fast.kernels.tiles import Tile, lookup
+
+__all__ = ["fitted", "load_tile", "plan", "product", "tile_for"]
+
+GROUP_M = 8  # row blocks that share a column block of the weights while it is in the L2 cache
+CHUNK = 64  # columns finished at a time: what is added needs registers beside the accumulators
+
+
+@triton.jit
+def _tile_start(tile, n_rows, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
+    """Where in [n_rows, WIDTH] a tile starts: groups of row blocks, column blocks inside."""
+    row_blocks = tl.cdiv(n_rows, BLOCK_M)
+    col_blocks: tl.constexpr = (WIDTH + BLOCK_N - 1) // BLOCK_N
+    group = tile // (GROUP * col_blocks)
+    first = group * GROUP
+    size = tl.minimum(row_blocks - first, GROUP)
+    inside = tile % (GROUP * col_blocks)
+    return (first + inside % size) * BLOCK_M, (inside // size) * BLOCK_N
+
+
+@triton.jit
+def load_tile(ptr, offs_m, offs_n, n_rows, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Rows offs_m and columns offs_n of a contiguous [n_rows, WIDTH] matrix, zero outside; BLOCK = len(offs_n)."""
+    pointers = ptr + offs_m.to(tl.int64)[:, None] * WIDTH + offs_n[None, :]
+    mask = (offs_m < n_rows)[:, None]
+    if WIDTH % BLOCK != 0:
+        mask = mask & (offs_n < WIDTH)[None, :]
+    return tl.load(pointers, mask=mask, other=0.0)
+
+
+@triton.jit
+def _load_channels(ptr, offs_n, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Entries offs_n of a [WIDTH] vector in fp32, zero outside."""
+    if WIDTH % BLOCK == 0:
+        return tl.load(ptr + offs_n).to(tl.float32)
+    else:
+        return tl.load(ptr + offs_n, mask=offs_n < WIDTH, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _finish(
+    acc, start_n, offs_m, a_ptr, x_ptr, out_ptr, mean, rstd, gamma_ptr, beta_ptr, bias_ptr, n_rows, shift,
+    WIDTH: tl.constexpr, FINISH: tl.constexpr, MASKED: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """What follows the product, on BLOCK_N columns of the accumulator, CHUNK at a time: the halves one by one."""
+    if BLOCK_N > CHUNK:
+        half: tl.constexpr = BLOCK_N // 2
+        pair = tl.permute(tl.reshape(acc, (acc.shape[0], 2, half)), (0, 2, 1))
+        left, right = tl.split(pair)
+        _finish(
+            left, start_n, offs_m, a_ptr, x_ptr, out_ptr, mean, rstd, gamma_ptr, beta_ptr, bias_ptr, n_rows, shift,
+            WIDTH, FINISH, MASKED, half, CHUNK,
+        )  # fmt: skip
+        _finish(
+            right, start_n + half, offs_m, a_ptr, x_ptr, out_ptr, mean, rstd, gamma_ptr, beta_ptr, bias_ptr, n_rows,
+            shift, WIDTH, FINISH, MASKED, half, CHUNK,
+        )  # fmt: skip
+    else:
+        offs_n = start_n + tl.arange(0, BLOCK_N)
+        x = load_tile(x_ptr, offs_m, offs_n, n_rows, WIDTH, BLOCK_N).to(tl.float32)
+        if gamma_ptr is not None:
+            gamma = _load_channels(gamma_ptr, offs_n, WIDTH, BLOCK_N)
+            beta = _load_channels(beta_ptr, offs_n, WIDTH, BLOCK_N)
+            x = (x - mean[:, None]) * rstd[:, None] * gamma[None, :] + beta[None, :]
+        if MASKED:
+            x = tl.where(load_tile(a_ptr, offs_m, offs_n, n_rows, WIDTH, BLOCK_N) != 0.0, x, 0.0)
+        y = x + acc
+        if bias_ptr is not None:
+            y += _load_channels(bias_ptr, offs_n, WIDTH, BLOCK_N)[None, :]
+        if FINISH == "relu":
+            y = tl.where(y <= shift, 0.0, y - shift)  # NaN stays NaN
+        if FINISH == "soft":
+            y = tl.where(y > shift, y - shift, tl.where(y < -shift, y + shift, y * 0.0))
+        tl.store(
+            out_ptr + offs_m.to(tl.int64)[:, None] * WIDTH + offs_n[None, :],
+            y.to(out_ptr.dtype.element_ty),
+            mask=(offs_m < n_rows)[:, None] & (offs_n < WIDTH)[None, :],
+        )
+
+
+@triton.jit
+def _product_kernel(
+    a_ptr,  # [M, K], contiguous, in the product's dtype
+    weight_ptr,  # [N, K], contiguous, in the product's dtype
+    x_ptr,  # what is added [M, N], contiguous
+    out_ptr,  # [M, N], contiguous, x's dtype
+    mean_ptr,  # of x's rows [M], fp32, where LayerNorm(x) is added; or None, as the next three
+    rstd_ptr,  # 1 / standard deviation of x's rows [M], fp32
+    gamma_ptr,  # LayerNorm's weight [N]
+    beta_ptr,  # LayerNorm's bias [N]
+    bias_ptr,  # [N], or None
+    n_rows,
+    shift,  # ηλ of "relu" and "soft"
+    INNER: tl.constexpr,  # K
+    WIDTH: tl.constexpr,  # N
+    FINISH: tl.constexpr,  # "add", or behind it "relu" or "soft"
+    MASKED: tl.constexpr,  # x counts only where a is not 0 (K = N)
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PERSISTENT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """finish(a weightᵀ), a BLOCK_M×BLOCK_N tile at a time; sum, LayerNorm, bias and shrinkage are fp32.
+
+    Grid: any number of programs; each takes every programs-th tile. PERSISTENT makes one loop of a program's tiles
+    and their blocks of K, so that the next tile's operands are on their way while this one is finished.
+    Deterministic. 2·M·N·K FLOPs.
+    """
+    tiles = tl.cdiv(n_rows, BLOCK_M) * ((WIDTH + BLOCK_N - 1) // BLOCK_N)
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=PERSISTENT):
+        start_m, start_n = _tile_start(tile, n_rows, WIDTH, BLOCK_M, BLOCK_N, GROUP)
+        offs_m = start_m + tl.arange(0, BLOCK_M)
+        offs_n = start_n + tl.arange(0, BLOCK_N)
+        acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        for start_k in range(0, INNER, BLOCK_K):
+            offs_k = start_k + tl.arange(0, BLOCK_K)
+            a = load_tile(a_ptr, offs_m, offs_k, n_rows, INNER, BLOCK_K)
+            weight = load_tile(weight_ptr, offs_n, offs_k, WIDTH, INNER, BLOCK_K)
+            acc = tl.dot(a, tl.trans(weight), acc, input_precision=PRECISION)
+        mean, rstd = 0.0, 0.0
+        if gamma_ptr is not None:
+            mean = tl.load(mean_ptr + offs_m, mask=offs_m < n_rows, other=0.0)
+            rstd = tl.load(rstd_ptr + offs_m, mask=offs_m < n_rows, other=0.0)
+        _finish(
+            acc, start_n, offs_m, a_ptr, x_ptr, out_ptr, mean, rstd, gamma_ptr, beta_ptr, bias_ptr, n_rows, shift,
+            WIDTH, FINISH, MASKED, BLOCK_N, CHUNK,
+        )  # fmt: skip
+
+
+def fitted(tile: Tile, width: int) -> Tile:
+    """The tile with column blocks halved until at most an eighth of them lies beyond `width`."""
+    block_n = tile.block_n
+    while block_n > 32 and triton.cdiv(width, block_n) * block_n * 8 > width * 9:
+        block_n //= 2
+    return Tile(**(vars(tile) | {"block_n": block_n}))
+
+
+def tile_for(kernel: str, a: Tensor, x: Tensor, width: int) -> Tile:
+    """The table's tile for a product of `a` that x is added to, fitted to its width."""
+    return fitted(lookup(kernel, a.device, matmul_precision(a.dtype, x.dtype).row), width)
+
+
+def plan(
+    a: Tensor,
+    weight: Tensor,
+    x: Tensor,
+    out: Tensor,
+    tile: Tile,
+    *,
+    finish: str = "add",
+    shift: float = 0.0,
+    norm: Norm | None = None,
+    bias: Tensor | None = None,
+    masked: bool = False,
+) -> Launch:
+    """The launch on these tensors; what `product` runs and the compile report compiles."""
+    (n_rows, inner), width = a.shape, weight.shape[0]
+    tiles = triton.cdiv(n_rows, tile.block_m) * triton.cdiv(width, tile.block_n)
+    return Launch(
+        kernel=_product_kernel,
+        grid=(min(tiles, processors(a.device)) if tile.persistent else tiles,),
+        arguments={
+            "a_ptr": a,
+            "weight_ptr": weight,
+            "x_ptr": x,
+            "out_ptr": out,
+            **{f"{name}_ptr": norm and getattr(norm, name) for name in ("mean", "rstd", "gamma", "beta")},
+            "bias_ptr": bias,
+            "n_rows": n_rows,
+            "shift": shift,
+        },
+        constants={
+            "INNER": inner,
+            "WIDTH": width,
+            "FINISH": finish,
+            "MASKED": masked,
+            "BLOCK_M": tile.block_m,
+            "BLOCK_N": tile.block_n,
+            "BLOCK_K": tile.block_k,
+            "GROUP": GROUP_M,
+            "CHUNK": CHUNK,
+            "PERSISTENT": tile.persistent,
+            "PRECISION": matmul_precision(a.dtype).dot,
+        },
+        tile=tile,
+    )
+
+
+def product(a: Tensor, weight: Tensor, x: Tensor, tile: Tile, **options) -> Tensor:
+    """finish(a weightᵀ) [M, N] in x's dtype.
+
+    Args:
+        a: [M, K].
+        weight: [N, K], a's dtype, which is the product's.
+        x: What is added [M, N].
+        tile: The blocks of rows, of N and of K.
+        **options: `plan`'s: `norm` (LayerNorm(x) is added instead), `bias` [N], `masked` (x is added only where a is
+            not 0), and `finish` with `shift`: max(· − shift, 0) ("relu") or the soft threshold ("soft") of the sum.
+    """
+    a, weight, x = a.contiguous(), weight.contiguous(), x.contiguous()
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if x.numel():
+        plan(a, weight, x, out, tile, **options).run()
+    return out
