@@ -30,7 +30,7 @@ from crate_fast.kernels.tiles import ARCHITECTURES, SHARED_MEMORY, TABLE, Tile
 
 HEAD_DIMS = {32: (32,), 64: (48, 64), 128: (80, 128)}  # by head width to the next power of two
 WHOLE_HEAD_TOKENS = (65, 180, 197)  # one to three blocks, each with a rest
-WIDTH = 768
+WIDTH, NARROW = 768, 384  # C; at the second a product's tile of 256 columns is turned
 ROWWISE = ("normalize", "layer_norm_backward", "masked_gradient")  # no product, and no row of the table
 COLUMNS = [
     "kernel", "architecture", "precision", "size", "tile", "registers", "spilled_bytes", "shared_kib",
@@ -62,11 +62,11 @@ def cases(architectures: tuple[str, ...] = ARCHITECTURES) -> list[Case]:
                 for name in (kernel, f"{kernel}_rest")
             ]
             continue
-        sizes = HEAD_DIMS.get(block_d, (WIDTH,))
+        sizes = HEAD_DIMS.get(block_d) or ((NARROW, WIDTH) if tile.block_n == 256 else (WIDTH,))
         sizes = sizes[-1:] if kernel.endswith("dropout") or "delta" in kernel else sizes
         found += [Case(kernel, architecture, precision, size, tile) for size in sizes]
         if kernel == "ista_forward" and precision in ("half", "mixed"):  # in fp32 it is the same without
-            found.append(Case(f"norm_{kernel}", architecture, precision, WIDTH, tile))
+            found += [Case(f"norm_{kernel}", architecture, precision, size, tile) for size in sizes]
     rows = Tile(0, 0, 4, 1)  # these kernels choose their own
     for architecture in architectures:
         found += [Case(kernel, architecture, "half", WIDTH, rows) for kernel in ROWWISE]
@@ -97,14 +97,14 @@ def plan(case: Case):
         return row_blocks.plan_backward(w, w, w, lse, w, delta, 0.125, dropout_p, seed, case.tile)
     if case.kernel.startswith("whole_head"):
         return _plan_whole_head(case, low)
-    x = _meta(64 * 785, WIDTH, dtype=stored)
+    x = _meta(64 * 785, case.size, dtype=stored)
     return _plan_rowwise(case.kernel, x) if case.kernel in ROWWISE else _plan_product(case, x, low)
 
 
-def _norm():
+def _norm(x: torch.Tensor):
     from crate_fast.kernels.layer_norm import Norm
 
-    row, channel = _meta(64 * 785), _meta(WIDTH)
+    row, channel = _meta(len(x)), _meta(x.shape[1])
     return Norm(row, row, channel, channel)
 
 
@@ -113,26 +113,27 @@ def _plan_rowwise(kernel: str, x: torch.Tensor):
     from crate_fast.kernels import ista, layer_norm
 
     if kernel == "normalize":
-        return layer_norm.plan_normalize(x, x, _norm(), 1e-5)
+        return layer_norm.plan_normalize(x, x, _norm(x), 1e-5)
     if kernel == "masked_gradient":
         return ista.plan_masked_gradient(x, x, x)
-    return layer_norm.plan_backward(x, x, _norm(), x, _meta(2, 1024, WIDTH), x)
+    return layer_norm.plan_backward(x, x, _norm(x), x, _meta(2, 1024, x.shape[1]), x)
 
 
 def _plan_product(case: Case, x: torch.Tensor, low: torch.dtype):
     """A product as its users launch it; what is multiplied is in `low`."""
     from crate_fast.kernels import product, weight_gradient
 
-    operand, weight = _meta(*x.shape, dtype=low), _meta(WIDTH, WIDTH, dtype=low)
+    width = case.size
+    operand, weight = _meta(*x.shape, dtype=low), _meta(width, width, dtype=low)
     if case.kernel == "weight_gradient":
-        return weight_gradient.plan(operand, operand, _meta(4, WIDTH, WIDTH), 12608, case.tile)
+        return weight_gradient.plan(operand, operand, _meta(4, width, width), 12608, product.fitted(case.tile, width))
     options = {
         "ista_forward": {"finish": "relu", "shift": 0.01},
-        "norm_ista_forward": {"finish": "relu", "shift": 0.01, "norm": _norm()},
+        "norm_ista_forward": {"finish": "relu", "shift": 0.01, "norm": _norm(x)},
         "ista_backward_input": {"masked": low != x.dtype},
-        "output_map": {"bias": _meta(WIDTH)},
+        "output_map": {"bias": _meta(width)},
     }[case.kernel]
-    return product.plan(operand, weight, x, x, case.tile, **options)
+    return product.plan(operand, weight, x, x, product.fitted_product(case.tile, width), **options)
 
 
 def _plan_whole_head(case: Case, dtype: torch.dtype):

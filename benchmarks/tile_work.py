@@ -6,7 +6,7 @@ import torch
 
 from crate_fast.kernels import whole_head
 from crate_fast.kernels.launch import matmul_precision
-from crate_fast.kernels.product import fitted
+from crate_fast.kernels.product import fitted, fitted_product
 from crate_fast.kernels.row_blocks import needs_delta
 from crate_fast.kernels.tiles import Tile, lookup
 
@@ -103,7 +103,8 @@ def ista_executed(
     """
 
     def product(kernel: str, m: int, n: int, k: int, stored: torch.dtype) -> float:
-        tile = fitted(lookup(kernel, device, matmul_precision(dtype, stored).row), width)
+        fit = fitted if kernel == "weight_gradient" else fitted_product
+        tile = fit(lookup(kernel, device, matmul_precision(dtype, stored).row), width)
         return 2.0 * padded(m, tile.block_m) * padded(n, tile.block_n) * padded(k, tile.block_k)
 
     backward = product("ista_backward_input", rows, width, width, storage)

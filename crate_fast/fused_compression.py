@@ -19,14 +19,14 @@ __all__ = ["compression_fwd"]
 def _tile(x: Tensor, weight: Tensor):
     """The output map's tile where it runs with its neighbours; None where it runs by itself."""
     from crate_fast.kernels.launch import matmul_precision
-    from crate_fast.kernels.product import fitted
+    from crate_fast.kernels.product import fitted_product
     from crate_fast.kernels.tiles import find
 
     tile = find("output_map", x.device, matmul_precision(weight.dtype, x.dtype).row)
     wanted = fused_products_wanted()
     if tile is None or not (tile.chosen if wanted is None else wanted):
         return None
-    return fitted(tile, weight.shape[0])
+    return fitted_product(tile, weight.shape[0])
 
 
 def _output_map(tokens: Tensor, weight: Tensor, bias: Tensor, x: Tensor) -> Tensor:

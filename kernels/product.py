@@ -5,6 +5,8 @@ has to be made of them (LayerNorm, the mask of a gradient) is made once, before.
 here, behind the product.
 """
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
@@ -15,10 +17,10 @@ from crate_fast.kernels.layer_norm import Norm
 from crate_fast.kernels.support import processors
 from crate_fast.kernels.tiles import Tile, lookup
 
-__all__ = ["fitted", "load_tile", "plan", "product", "tile_for"]
+__all__ = ["fitted", "fitted_product", "load_tile", "plan", "product", "tile_for"]
 
 GROUP_M = 8  # row blocks that share a column block of the weights while it is in the L2 cache
-CHUNK = 64  # columns finished at a time: what is added needs registers beside the accumulators
+CHUNK_ELEMENTS = 8192  # of a tile, finished at a time: what is added needs registers beside the accumulators
 
 
 @triton.jit
@@ -150,12 +152,18 @@ def fitted(tile: Tile, width: int) -> Tile:
     block_n = tile.block_n
     while block_n > 32 and triton.cdiv(width, block_n) * block_n * 8 > width * 9:
         block_n //= 2
-    return Tile(**(vars(tile) | {"block_n": block_n}))
+    return replace(tile, block_n=block_n)
+
+
+def fitted_product(tile: Tile, width: int) -> Tile:
+    """The same for `product`, where 128×256 turns into 256×128, which reads as little for as much."""
+    narrow = fitted(tile, width)
+    return replace(narrow, block_m=256) if (tile.block_n, narrow.block_n) == (256, 128) else narrow
 
 
 def tile_for(kernel: str, a: Tensor, x: Tensor, width: int) -> Tile:
     """The table's tile for a product of `a` that x is added to, fitted to its width."""
-    return fitted(lookup(kernel, a.device, matmul_precision(a.dtype, x.dtype).row), width)
+    return fitted_product(lookup(kernel, a.device, matmul_precision(a.dtype, x.dtype).row), width)
 
 
 def plan(
@@ -196,7 +204,7 @@ def plan(
             "BLOCK_N": tile.block_n,
             "BLOCK_K": tile.block_k,
             "GROUP": GROUP_M,
-            "CHUNK": CHUNK,
+            "CHUNK": CHUNK_ELEMENTS // tile.block_m,
             "PERSISTENT": tile.persistent,
             "PRECISION": matmul_precision(a.dtype).dot,
         },

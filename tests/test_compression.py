@@ -153,7 +153,7 @@ def test_the_table_chooses(device, monkeypatch):
     monkeypatch.delenv("CRATE_FAST_FUSED_PRODUCTS", raising=False)
     x, weight = torch.zeros(4, 48, device=device), torch.zeros(48, 64, dtype=torch.float16, device=device)
     key = ("output_map", support.architecture(x.device), "mixed", 0)
-    assert fused_compression._tile(x, weight) == product.fitted(TABLE[key], 48)
+    assert fused_compression._tile(x, weight) == product.fitted_product(TABLE[key], 48)
     monkeypatch.setitem(TABLE, key, replace(TABLE[key], chosen=False))
     assert fused_compression._tile(x, weight) is None
     monkeypatch.setenv("CRATE_FAST_FUSED_PRODUCTS", "1")
