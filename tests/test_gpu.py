@@ -25,9 +25,9 @@ from runs import losses
 
 from crate_fast import CRATE, CRATEMAE
 from crate_fast.backends import explain_backend
-from crate_fast.functional import ista, norm_ista, subspace_attention
+from crate_fast.functional import compress, ista, norm_ista, subspace_attention
 from crate_fast.kernels import subspace_attention as attention_kernels
-from crate_fast.reference import ista_reference, subspace_attention_reference
+from crate_fast.reference import ista_reference, mssa_reference, subspace_attention_reference
 from crate_fast.train import pretrain, pretrain_mae
 
 pytestmark = pytest.mark.gpu
@@ -139,6 +139,49 @@ def test_ista_behind_a_layer_norm(width, precision):
 
         cotangent = _clear_of_the_threshold(F.layer_norm(x, x.shape[-1:], weight, bias), dictionary, precision)
         assert agrees(norm_ista, reference, [x, weight, bias, dictionary], "y dx dγ dβ dD", cotangent)
+
+
+@pytest.mark.parametrize("fused_map", ["0", "1"], ids=["PyTorch's output map", "fused output map"])
+@pytest.mark.parametrize(("width", "precision"), [*itertools.product([384], PRECISIONS), (768, "bfloat16")])
+def test_the_first_half_of_a_layer(width, precision, fused_map, monkeypatch):
+    """197 tokens by whole heads; a second and third wave of persistent programs at 64 images."""
+    monkeypatch.setenv("CRATE_FAST_FUSED_PRODUCTS", fused_map)
+    heads = width // 64
+    with _precision(precision) as dtype:
+        shapes = [(64, 197, width), (width,), (width,), (width, width), (width, width), (width,)]
+        spreads = (2.0, 0.3, 0.3, 0.8 / width**0.5, width**-0.5, 0.3)
+        offsets = (1.0, 1.0, 0.0, 0.0, 0.0, 0.0)
+        inputs = [
+            (torch.randn(shape, device="cuda") * spread + offset).to(dtype)
+            for shape, spread, offset in zip(shapes, spreads, offsets, strict=True)
+        ]
+
+        def reference(x, weight, bias, projection, output, output_bias):
+            normed = F.layer_norm(x, x.shape[-1:], weight, bias)
+            return x + mssa_reference(normed, projection, output, output_bias, heads)
+
+        assert agrees(partial(compress, heads=heads), reference, inputs, "h dx dγ dβ dU dV db")
+
+
+def test_a_layer_under_autocast():
+    """fp32 tokens, bf16 products: output and gradients as close to float64 as the released form's, by their norms."""
+    sizes = {"image_size": 224, "patch_size": 16, "num_classes": 10, "dim": 384, "depth": 2, "heads": 6}
+    torch.manual_seed(0)
+    ours, eager = CRATE(**sizes).cuda(), ReleasedCRATE(**sizes).cuda()
+    eager.load_state_dict(ours.state_dict())
+    exact = ReleasedCRATE(**sizes).cuda().double()
+    exact.load_state_dict(ours.state_dict())
+    images = torch.randn(16, 3, 224, 224, device="cuda")
+    results = []
+    for model, autocast in ((ours, True), (eager, True), (exact, False)):
+        with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+            out = model(images.to(next(model.parameters()).dtype))
+        out.float().square().mean().backward()
+        results.append([out.detach(), *(p.grad for p in model.parameters())])
+    names = ["out", *(name for name, _ in ours.named_parameters())]
+    for name, actual, theirs, truth in zip(names, *results, strict=True):
+        error, allowed = ((found - truth).norm().item() for found in (actual, theirs))
+        assert error <= 2 * allowed + 1e-3 * truth.norm().item(), name
 
 
 def test_ista_under_autocast():
