@@ -2,6 +2,7 @@
 
     python benchmarks/compile_report.py            # all architectures, about four minutes on two cores
     python benchmarks/compile_report.py --architectures sm_90 --json out.json
+    python benchmarks/compile_report.py --unless-reported       # only what has changed since
 
 Ahead-of-time compilation through Triton's own wheel: registers, spilled bytes, shared memory, matrix and
 asynchronous-copy instructions, exponentials, and whether ptxas serialised the asynchronous matrix instructions.
@@ -10,6 +11,7 @@ Writes `results/compile.{json,md}`; exits with 1 where a kernel does not compile
 
 import argparse
 import contextlib
+import hashlib
 import importlib.metadata
 import io
 import json
@@ -186,6 +188,21 @@ def _target(architecture: str):
     return GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
 
 
+def _source(launch):
+    from triton.compiler import ASTSource
+
+    return ASTSource(launch.kernel, *_signature(launch))
+
+
+def fingerprint(case: Case) -> str:
+    """What decides the compiler's output: a kernel's source and all it calls, constants, options, target, version."""
+    import triton
+
+    launch = plan(case)
+    parts = (_source(launch).hash(), sorted(launch.options.items()), case.architecture, triton.__version__)
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
 def compile_launch(launch, architecture: str) -> dict:
     """Compile one launch and read what came out.
 
@@ -194,15 +211,12 @@ def compile_launch(launch, architecture: str) -> dict:
     """
     import triton
     from triton import knobs
-    from triton.compiler import ASTSource
 
     knobs.compilation.always_compile = True
     knobs.nvidia.dump_ptxas_log = True
     log = io.StringIO()
     with contextlib.redirect_stdout(log):
-        compiled = triton.compile(
-            ASTSource(launch.kernel, *_signature(launch)), target=_target(architecture), options=launch.options
-        )
+        compiled = triton.compile(_source(launch), target=_target(architecture), options=launch.options)
     shared = {"shared_kib": round(compiled.metadata.shared / 1024, 1)}
     if architecture.startswith("gfx"):
         return shared | _read_amdgcn(compiled.asm["amdgcn"])
@@ -257,7 +271,7 @@ def compile_case(case: Case) -> dict:
     row = asdict(case) | {"error": None}
     try:
         launch = plan(case)
-        row["tile"] = asdict(launch.tile)
+        row |= {"tile": asdict(launch.tile), "fingerprint": fingerprint(case)}
         return row | compile_launch(launch, case.architecture)
     except Exception as error:  # a compiler raises what it likes; the report shows it and exits with 1
         return row | {"error": f"{type(error).__name__}: {str(error)[:500]}"}
@@ -284,6 +298,18 @@ def compile_all(wanted: list[Case], processes: int = 2) -> list[dict]:
             except BrokenProcessPool:
                 rows[case] = asdict(case) | {"error": "the compiler killed its process"}
     return [rows[case] for case in wanted]
+
+
+def reported(wanted: list[Case]) -> dict[Case, dict]:
+    """The committed report's rows of what the compiler would be given again, but for each kernel's first."""
+    report = {row["fingerprint"]: row for row in json.loads((RESULTS / "compile.json").read_text())["rows"]}
+    found, seen = {}, set()
+    for case in wanted:
+        row = report.get(fingerprint(case))
+        if row is not None and case.kernel in seen:
+            found[case] = row
+        seen.add(case.kernel)
+    return found
 
 
 def _known(row: dict) -> bool:
@@ -337,13 +363,21 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--kernels", nargs="+", help="only kernels with these names")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--json", help="write the rows here and leave benchmarks/results/ alone")
+    parser.add_argument(
+        "--unless-reported",
+        action="store_true",
+        help="take what results/compile.json has with the same fingerprint from there, but for a row of each kernel",
+    )
     args = parser.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET", "0") != "0":
         raise SystemExit("TRITON_INTERPRET is set: unset it, the interpreter compiles nothing")
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # as Launch asks for; silences a warning of triton 3.9
 
     wanted = [c for c in cases(tuple(args.architectures)) if not args.kernels or c.kernel in args.kernels]
-    rows = compile_all(wanted, args.processes)
+    known = reported(wanted) if args.unless_reported else {}
+    unknown = [case for case in wanted if case not in known]
+    compiled = known | dict(zip(unknown, compile_all(unknown, args.processes), strict=True))
+    rows = [compiled[case] for case in wanted]
     table = markdown_table([_display(row) for row in rows], COLUMNS)
     print(table)
     if args.json:

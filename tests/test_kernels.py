@@ -505,10 +505,14 @@ def test_the_table_is_complete():
 
 @pytest.mark.parametrize("architecture", compile_report.ARCHITECTURES)
 def test_every_row_compiles_fits_and_does_not_spill(architecture, tmp_path):
-    """`compile_report.py` in a process of its own, since this one interprets; its exit code is the verdict."""
+    """`compile_report.py` in a process of its own, since this one interprets; its exit code is the verdict.
+
+    What the committed report was made of, by the compiler's own fingerprint, is compiled again only by samples.
+    """
     rows = tmp_path / "rows.json"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, compile_report.__file__, "--architectures", architecture, "--json", str(rows)]
+    command.append("--unless-reported")
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
     compiled = json.loads(rows.read_text())
