@@ -1,6 +1,6 @@
 """What the compiler makes of every kernel and every row of the tile table, without a GPU.
 
-    python benchmarks/compile_report.py            # all architectures, about four minutes on two cores
+    python benchmarks/compile_report.py            # all architectures, about twelve minutes on two cores
     python benchmarks/compile_report.py --architectures sm_90 --json out.json
     python benchmarks/compile_report.py --unless-reported       # only what has changed since
 

@@ -2,6 +2,8 @@
 
 import json
 
+import bench_ista
+import executed_products
 import executed_work
 import torch
 from bench_mssa import SHAPES
@@ -32,3 +34,23 @@ def test_the_committed_table_is_of_these_kernels():
     committed = json.loads((executed_work.RESULTS / "executed.json").read_text())["rows"]
     assert committed == executed_work.rows()
     assert {row["shape"] for row in committed} == set(SHAPES)
+
+
+def test_products_by_hand():
+    """One tile of 128 rows and 256 columns, 256 deep; autocast's fp32 tokens are read once, and the operand in bf16."""
+    kernels = executed_products.schedules(bench_ista.Shape(128, 256), 4)[executed_products.PREPARED]["forward"]
+    normalize, product = kernels
+    elements = 128 * 256
+    assert normalize.moved_bytes == (4 + 2) * elements
+    assert product.flops == 2 * 128 * 256 * 256
+    assert product.l2_bytes == 256 * (128 + 256) * 2
+    assert product.moved_bytes == (2 + 4 + 4) * elements
+
+
+def test_the_committed_table_of_products_is_of_this_tile_table():
+    committed = json.loads((executed_products.RESULTS / "executed_products.json").read_text())["rows"]
+    assert committed == executed_products.rows()
+    bounds = {(r["shape"], r["tokens"], r["pass"], r["schedule"]): r["bound µs"] for r in committed}
+    for (*case, schedule), bound in bounds.items():
+        if schedule == executed_products.PREPARED:
+            assert bound < bounds[(*case, executed_products.IN_THE_PRODUCT)]  # why it was taken
