@@ -37,7 +37,7 @@ def test_the_committed_table_is_of_these_kernels():
 
 
 def test_products_by_hand():
-    """One tile of 128 rows and 256 columns, 256 deep; autocast's fp32 tokens are read once, and the operand in bf16."""
+    """One tile of 128×256, 256 deep; autocast's fp32 tokens are read once, and the operand in bf16."""
     kernels = executed_products.schedules(bench_ista.Shape(128, 256), 4)[executed_products.PREPARED]["forward"]
     normalize, product = kernels
     elements = 128 * 256
