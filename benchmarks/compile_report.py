@@ -67,7 +67,7 @@ def cases(architectures: tuple[str, ...] = ARCHITECTURES) -> list[Case]:
         sizes = HEAD_DIMS.get(block_d) or ((NARROW, WIDTH) if tile.block_n == 256 else (WIDTH,))
         sizes = sizes[-1:] if kernel.endswith("dropout") or "delta" in kernel else sizes
         found += [Case(kernel, architecture, precision, size, tile) for size in sizes]
-        if kernel == "ista_forward" and precision in ("half", "mixed"):  # in fp32 it is the same without
+        if kernel == "ista_forward":
             found += [Case(f"norm_{kernel}", architecture, precision, size, tile) for size in sizes]
     rows = Tile(0, 0, 4, 1)  # these kernels choose their own
     for architecture in architectures:
@@ -114,11 +114,12 @@ def _plan_rowwise(kernel: str, x: torch.Tensor):
     """What is made of rows, or of elements, on the way to a product."""
     from crate_fast.kernels import ista, layer_norm
 
+    norm = _norm(x)
     if kernel == "normalize":
-        return layer_norm.plan_normalize(x, x, _norm(x), 1e-5)
+        return layer_norm.plan_normalize(x, x, norm.mean, norm.rstd, 1e-5)
     if kernel == "masked_gradient":
-        return ista.plan_masked_gradient(x, x, x)
-    return layer_norm.plan_backward(x, x, _norm(x), x, _meta(2, 1024, x.shape[1]), x)
+        return ista.plan_masked_gradient(x, _meta(*x.shape, dtype=torch.int8), x)
+    return layer_norm.plan_backward(x, x, norm.rstd, norm.gamma, x, x, _meta(2, 1024, x.shape[1]))
 
 
 def _plan_product(case: Case, x: torch.Tensor, low: torch.dtype):
@@ -129,9 +130,10 @@ def _plan_product(case: Case, x: torch.Tensor, low: torch.dtype):
     operand, weight = _meta(*x.shape, dtype=low), _meta(width, width, dtype=low)
     if case.kernel == "weight_gradient":
         return weight_gradient.plan(operand, operand, _meta(4, width, width), 12608, product.fitted(case.tile, width))
+    step = {"finish": "relu", "shift": 0.01, "nonzero": _meta(*x.shape, dtype=torch.int8)}
     options = {
-        "ista_forward": {"finish": "relu", "shift": 0.01},
-        "norm_ista_forward": {"finish": "relu", "shift": 0.01, "norm": _norm(x)},
+        "ista_forward": step,
+        "norm_ista_forward": step | {"norm": _norm(x), "bias": _meta(width)},
         "ista_backward_input": {"masked": low != x.dtype},
         "output_map": {"bias": _meta(width)},
     }[case.kernel]
@@ -159,6 +161,7 @@ _POINTERS = {
     torch.float32: "*fp32",
     torch.int64: "*i64",
     torch.int32: "*i32",
+    torch.int8: "*i8",
 }
 
 

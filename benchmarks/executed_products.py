@@ -60,18 +60,18 @@ def schedules(shape: Shape, stored: int) -> dict[str, dict[str, list[Kernel]]]:
     precision, device = "half" if stored == LOW else "mixed", torch.device("cpu")
     forward, backward = (lookup(f"ista_{way}", device, precision) for way in ("forward", "backward_input"))
     gradient = lookup("weight_gradient", device, "half")
+    signs = rows * width  # [y ≠ 0], a byte each
     added = 0 if stored == LOW else tokens  # else the masked gradient is what is added
     normalize = _pass_over(tokens + low)
     return {
         PREPARED: {
             "forward": [
                 normalize,
-                _product(rows, width, width, fitted_product(forward, width), LOW, LOW, low + 2 * tokens),
+                _product(rows, width, width, fitted_product(forward, width), LOW, LOW, low + 2 * tokens + signs),
             ],
             "backward": [
-                _pass_over(2 * tokens + low),
+                _pass_over(tokens + signs + low),
                 _product(rows, width, width, fitted_product(backward, width), LOW, LOW, low + added + tokens),
-                normalize,
                 _product(width, width, rows, fitted(gradient, width), LOW, LOW, 2 * low + square),
             ],
         },

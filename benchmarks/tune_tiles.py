@@ -120,9 +120,9 @@ def _product_problem(kernel: str, device: torch.device, stored: torch.dtype, mul
         return Problem(plan, shares, lambda written: written.sum(0))
     options, alternative = {"masked": multiplied != stored}, None
     if kernel == "ista_forward":
-        options = {"finish": "relu", "shift": 0.01}
-        if multiplied != torch.float32:  # else LayerNorm(x) is what is multiplied, and nothing is normalised again
-            options["norm"] = layer_norm.normalize(x, ones, ones, 1e-5, multiplied)[1]
+        norm = layer_norm.Norm(*layer_norm.normalize(x, 1e-5, multiplied)[1:], ones, ones)
+        nonzero = torch.empty(x.shape, dtype=torch.int8, device=device)
+        options = {"finish": "relu", "shift": 0.01, "norm": norm, "bias": ones, "nonzero": nonzero}
     if kernel == "output_map":
         options, bias = {"bias": ones}, ones.to(multiplied)
         alternative = lambda: x + torch.addmm(bias, a, weight.t())  # noqa: E731

@@ -108,8 +108,8 @@ def compress(
 ) -> Tensor:
     """The first half of a layer, h = x + MSSA(LayerNorm(x)) (paper, Eq. 5, with the released code's skip connection).
 
-    With the kernels, backward keeps x, the subspace tokens W, the attention's output and two numbers a row; nothing
-    normalised, no logits.
+    With the kernels, backward keeps the normalised rows, the subspace tokens W and the attention's output in the
+    products' dtype, and a few numbers a row.
 
     Args:
         x: Tokens [B, N, C].
@@ -151,7 +151,7 @@ def compress(
         _check_fraction("scale", scale, 0.0, None)
         dtype = _compute_dtype(x)
         h, *_ = fused_compression.compression_fwd(
-            x, weight, bias, projection.to(dtype), output.to(dtype), output_bias, heads, scale, float(eps)
+            x, weight, bias, projection, output, output_bias, heads, scale, float(eps), dtype
         )
         return h
     w = linear(F.layer_norm(x, (width,), weight, bias, eps), projection).unflatten(-1, (heads, -1))
@@ -212,7 +212,7 @@ def norm_ista(
 ) -> Tensor:
     """`ista` with the LayerNorm in front: y = shrink(x̂ + η(x̂D − x̂DᵀD), ηλ) for x̂ = LayerNorm(x).
 
-    The kernels keep x and y for backward; the normalised rows are made again there.
+    The kernels keep the normalised rows in the product's dtype, and a byte an element, for backward.
 
     Args:
         x: Tokens [..., C].
@@ -265,8 +265,9 @@ def _fused_ista(
 ) -> Tensor:
     folded = fold_dictionary_once(dictionary, step_size, _compute_dtype(x))
     rows = x.reshape(-1, x.shape[-1])
-    y, _, _ = fused.ista_fwd(
-        rows, norm[0], norm[1], dictionary, folded, float(step_size), float(sparsity), norm[2], threshold == "soft"
+    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, dictionary, *norm[:2]))
+    y, *_ = fused.ista_fwd(
+        rows, *norm[:2], dictionary, folded, float(step_size), float(sparsity), norm[2], threshold == "soft", keep
     )
     return y.view(x.shape)
 

@@ -69,15 +69,6 @@ subspace_attention_fwd.register_autograd(_attention_backward, setup_context=_att
 refuse_double_backward(subspace_attention_bwd, _ATTENTION_REMEDY)
 
 
-def _operand(x: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float, dtype: torch.dtype):
-    """What ISTA multiplies, x or LayerNorm(x) in the product's dtype, and the LayerNorm's statistics, or None."""
-    from crate_fast.kernels import layer_norm
-
-    if gamma is None:
-        return x.to(dtype), None
-    return layer_norm.normalize(x, gamma, beta, eps, dtype)
-
-
 @torch.library.custom_op("crate_fast::ista_fwd", mutates_args=())
 def ista_fwd(
     x: Tensor,
@@ -89,7 +80,8 @@ def ista_fwd(
     sparsity: float,
     eps: float,
     soft: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y = shrink(x + xG, ηλ), with LayerNorm(x) in place of x where gamma and beta are given.
 
     Args:
@@ -100,36 +92,44 @@ def ista_fwd(
         step_size, sparsity: η and λ.
         eps: LayerNorm's.
         soft: Soft threshold instead of ReLU.
+        keep: Whether backward will come.
 
     Returns:
-        y [M, C] in x's dtype; mean and rstd of x's rows [M] in fp32, empty without a LayerNorm.
+        y [M, C] in x's dtype; and what backward needs: [y ≠ 0] in int8 [M, C], empty unless kept; the normalised rows
+        in G's dtype [M, C] and their rstd in fp32 [M], empty without a LayerNorm.
     """
-    from crate_fast.kernels import ista
+    from crate_fast.kernels import ista, layer_norm
 
-    operand, norm = _operand(x, gamma, beta, eps, folded.dtype)
-    y = ista.forward(x, operand, folded, step_size * sparsity, soft, norm)
-    if norm is None:
-        return y, *(torch.empty(0, dtype=torch.float32, device=x.device) for _ in range(2))
-    return y, norm.mean, norm.rstd
+    if gamma is None:
+        operand, norm = x.to(folded.dtype), None
+        normed, rstd = (torch.empty(0, dtype=dtype, device=x.device) for dtype in (folded.dtype, torch.float32))
+    else:
+        normed, mean, rstd = layer_norm.normalize(x, eps, folded.dtype)
+        operand, norm = normed, layer_norm.Norm(mean, rstd, gamma.contiguous(), beta.contiguous())
+    y, nonzero = ista.forward(x, operand, folded, step_size * sparsity, soft, norm, keep)
+    if nonzero is None:
+        nonzero = torch.empty(0, dtype=torch.int8, device=x.device)
+    return y, nonzero, normed, rstd
 
 
 @ista_fwd.register_fake
-def _(x, gamma, beta, dictionary, folded, step_size, sparsity, eps, soft):
-    rows = 0 if gamma is None else x.shape[0]
-    mean, rstd = (x.new_empty(rows, dtype=torch.float32) for _ in range(2))
-    return x.new_empty(x.shape), mean, rstd
+def _(x, gamma, beta, dictionary, folded, step_size, sparsity, eps, soft, keep):
+    nonzero = x.new_empty(x.shape if keep else 0, dtype=torch.int8)
+    normed = x.new_empty(0 if gamma is None else x.shape, dtype=folded.dtype)
+    rstd = x.new_empty(0 if gamma is None else x.shape[0], dtype=torch.float32)
+    return x.new_empty(x.shape), nonzero, normed, rstd
 
 
 @torch.library.custom_op("crate_fast::ista_masked_gradient", mutates_args=())
-def ista_masked_gradient(grad: Tensor, y: Tensor, folded: Tensor) -> Tensor:
+def ista_masked_gradient(grad: Tensor, nonzero: Tensor, folded: Tensor) -> Tensor:
     """g' = g·[y ≠ 0] [M, C] in G's dtype; see `kernels.ista.masked_gradient`."""
     from crate_fast.kernels import ista
 
-    return ista.masked_gradient(grad, y, folded.dtype)
+    return ista.masked_gradient(grad, nonzero, folded.dtype)
 
 
 @ista_masked_gradient.register_fake
-def _(grad: Tensor, y: Tensor, folded: Tensor) -> Tensor:
+def _(grad: Tensor, nonzero: Tensor, folded: Tensor) -> Tensor:
     return grad.new_empty(grad.shape, dtype=folded.dtype)
 
 
@@ -148,68 +148,71 @@ def _(grad: Tensor, masked: Tensor, folded: Tensor) -> Tensor:
 
 @torch.library.custom_op("crate_fast::ista_bwd_dictionary", mutates_args=())
 def ista_bwd_dictionary(
-    masked: Tensor,
-    x: Tensor,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    dictionary: Tensor,
-    step_size: float,
-    eps: float,
+    masked: Tensor, operand: Tensor, gamma: Tensor | None, beta: Tensor | None, dictionary: Tensor, step_size: float
 ) -> Tensor:
-    """dD = η(dG − D(dG + dGᵀ)) [C, C] with dG = xᵀg', in D's dtype; multiplied in g''s dtype, then in fp32."""
+    """dD = η(dG − D(dG + dGᵀ)) [C, C] in D's dtype, with dG = xᵀg', or (nγ + β)ᵀg' for n as the operand.
+
+    Multiplied in g''s dtype, then in fp32.
+    """
     from crate_fast.kernels.weight_gradient import weight_gradient
 
-    operand, _ = _operand(x, gamma, beta, eps, masked.dtype)
     grad_folded = weight_gradient(operand, masked)
-    with without_autocast(x.device.type):
+    with without_autocast(masked.device.type):
+        if gamma is not None:
+            columns = masked.sum(0, dtype=torch.float32)
+            grad_folded = gamma.float()[:, None] * grad_folded + beta.float()[:, None] * columns
         symmetric = grad_folded + grad_folded.t()
         return (step_size * (grad_folded - dictionary.float() @ symmetric)).to(dictionary.dtype)
 
 
 @ista_bwd_dictionary.register_fake
-def _(masked, x, gamma, beta, dictionary, step_size, eps):
+def _(masked, operand, gamma, beta, dictionary, step_size):
     return dictionary.new_empty(dictionary.shape)
 
 
 @torch.library.custom_op("crate_fast::layer_norm_bwd", mutates_args=())
 def layer_norm_bwd(
-    grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, gamma: Tensor, beta: Tensor, skip: Tensor | None
+    grad: Tensor, normed: Tensor, rstd: Tensor, gamma: Tensor | None, skip: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """LayerNorm's dx [M, C] (and `skip` added to it), dγ and dβ [C], in the dtypes of x, γ and β; see
-    `kernels.layer_norm.backward`."""
+    """dx [M, C] in `dtype`; dγ and dβ [C] in γ's dtype, empty without γ; see `kernels.layer_norm.backward`."""
     from crate_fast.kernels import layer_norm
 
-    norm = layer_norm.Norm(mean, rstd, gamma.contiguous(), beta.contiguous())
-    dx, dgamma, dbeta = layer_norm.backward(grad, x, norm, skip)
-    return dx, dgamma.to(gamma.dtype), dbeta.to(beta.dtype)
+    dx, dgamma, dbeta = layer_norm.backward(grad, normed, rstd, dtype, gamma, skip)
+    if gamma is None:
+        return dx, grad.new_empty(0), grad.new_empty(0)
+    return dx, dgamma.to(gamma.dtype), dbeta.to(gamma.dtype)
 
 
 @layer_norm_bwd.register_fake
-def _(grad, x, mean, rstd, gamma, beta, skip):
-    return x.new_empty(x.shape), gamma.new_empty(gamma.shape), beta.new_empty(beta.shape)
+def _(grad, normed, rstd, gamma, skip, dtype):
+    like = grad.new_empty(0) if gamma is None else gamma
+    return grad.new_empty(grad.shape, dtype=dtype), like.new_empty(like.shape), like.new_empty(like.shape)
 
 
 def _ista_setup(ctx, inputs, output):
-    x, gamma, beta, dictionary, folded, ctx.step_size, _, ctx.eps, _ = inputs
-    y, mean, rstd = output
+    x, gamma, beta, dictionary, folded, ctx.step_size, _, _, _, ctx.keep = inputs
+    _, nonzero, normed, rstd = output
+    ctx.x_dtype = x.dtype
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(mean, rstd)
-    ctx.save_for_backward(x, gamma, beta, dictionary, folded, y, mean, rstd)
+    ctx.mark_non_differentiable(nonzero, normed, rstd)
+    ctx.save_for_backward(x if gamma is None else normed, gamma, beta, dictionary, folded, nonzero, rstd)
 
 
 def _ista_backward(ctx, grad, *_):
-    x, gamma, beta, dictionary, folded, y, mean, rstd = ctx.saved_tensors
+    operand, gamma, beta, dictionary, folded, nonzero, rstd = ctx.saved_tensors
     needs_x, needs_gamma, needs_beta, needs_dictionary, *_ = ctx.needs_input_grad
-    grads = [None] * 9
+    grads = [None] * 10
     if grad is None:
         return tuple(grads)
-    masked = ista_masked_gradient(grad, y, folded)
+    if not ctx.keep:
+        raise RuntimeError("ista_fwd was called with keep=False: it has kept nothing for a backward pass")
+    masked = ista_masked_gradient(grad, nonzero, folded)
     if needs_x or needs_gamma or needs_beta:
         grads[0] = ista_bwd_input(grad, masked, folded)
         if gamma is not None:
-            grads[:3] = layer_norm_bwd(grads[0], x, mean, rstd, gamma, beta, None)
+            grads[:3] = layer_norm_bwd(grads[0], operand, rstd, gamma, None, ctx.x_dtype)
     if needs_dictionary:
-        grads[3] = ista_bwd_dictionary(masked, x, gamma, beta, dictionary, ctx.step_size, ctx.eps)
+        grads[3] = ista_bwd_dictionary(masked, operand.to(folded.dtype), gamma, beta, dictionary, ctx.step_size)
     return tuple(grads)
 
 

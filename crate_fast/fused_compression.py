@@ -1,15 +1,15 @@
 """The first half of a layer on the Triton kernels, as one PyTorch operator: h = x + MSSA(LayerNorm(x)).
 
-Kept for backward: x, W, O, the log-sum-exp, and two numbers a row. LayerNorm(x) is made again, and the skip
-connection's gradient is added where LayerNorm's is written. The output map runs in one kernel with bias and residual,
-or by itself in PyTorch: `kernels/tiles.py` says which, `CRATE_FAST_FUSED_PRODUCTS` overrides it (kernels/README.md
-§6).
+LayerNorm(x) = nγ + β, and γ and β ride on the projection: W = n(U∘γ)ᵀ + Uβ. So the normalised rows n, in the dtype of
+the products, are what is multiplied and, with W, O and two numbers a row, all that is kept for backward. The output
+map runs in one kernel with bias and residual, or by itself in PyTorch: `kernels/tiles.py` says which,
+`CRATE_FAST_FUSED_PRODUCTS` overrides it (kernels/README.md §6).
 """
 
 import torch
 from torch import Tensor
 
-from crate_fast.double_backward import refuse_double_backward
+from crate_fast.autocast import without_autocast
 from crate_fast.fused import layer_norm_bwd, subspace_attention_bwd
 from crate_fast.settings import fused_products_wanted
 
@@ -39,6 +39,11 @@ def _output_map(tokens: Tensor, weight: Tensor, bias: Tensor, x: Tensor) -> Tens
     return product(tokens, weight, x, tile, bias=bias.contiguous())
 
 
+def _scaled(projection: Tensor, gamma: Tensor, dtype: torch.dtype) -> Tensor:
+    """U∘γ, rounded once."""
+    return (projection.float() * gamma.float()).to(dtype)
+
+
 @torch.library.custom_op("crate_fast::compression_fwd", mutates_args=())
 def compression_fwd(
     x: Tensor,
@@ -50,87 +55,83 @@ def compression_fwd(
     heads: int,
     scale: float,
     eps: float,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """h = x + MSSA(LayerNorm(x)) (paper, Eq. 5, with the skip connection).
 
     Args:
         x: [B, N, C].
         gamma, beta: LayerNorm's weight and bias [C].
-        projection: U [H·D, C] in the products' dtype.
-        output, bias: V [C, H·D] in the products' dtype, and b [C].
+        projection: U [H·D, C].
+        output, bias: V [C, H·D] and b [C].
         heads: H.
         scale: s.
         eps: LayerNorm's.
+        dtype: Of the products.
 
     Returns:
-        h [B, N, C] in x's dtype; and what backward needs: mean and rstd of x's rows [B·N] in fp32, W and O
+        h [B, N, C] in x's dtype; and what backward needs: n [B·N, C] and rstd [B·N] of x's rows, W and O
         [B, N, H, D], the log-sum-exp [B, H, N]. Only h can be differentiated.
     """
     from crate_fast.kernels import layer_norm, subspace_attention
 
     batch, n_tokens, width = x.shape
     rows = x.reshape(-1, width).contiguous()
-    normed, norm = layer_norm.normalize(rows, gamma, beta, eps, projection.dtype)
-    w = (normed @ projection.t()).view(batch, n_tokens, heads, -1)
-    del normed
+    normed, _, rstd = layer_norm.normalize(rows, eps, dtype)
+    offset = (projection.float() * beta.float()).sum(1).to(dtype)
+    w = torch.addmm(offset, normed, _scaled(projection, gamma, dtype).t()).view(batch, n_tokens, heads, -1)
     out, lse = subspace_attention.forward(w, scale, 0.0, None)
-    h = _output_map(out.view(len(rows), -1), output, bias, rows)
-    return h.view(x.shape), norm.mean, norm.rstd, w, out, lse
+    h = _output_map(out.view(len(rows), -1), output.to(dtype), bias, rows)
+    return h.view(x.shape), normed, rstd, w, out, lse
 
 
 @compression_fwd.register_fake
-def _(x, gamma, beta, projection, output, bias, heads, scale, eps):
-    batch, n_tokens, _ = x.shape
-    w, out = (projection.new_empty(batch, n_tokens, heads, projection.shape[0] // heads) for _ in range(2))
-    mean, rstd = (x.new_empty(batch * n_tokens, dtype=torch.float32) for _ in range(2))
+def _(x, gamma, beta, projection, output, bias, heads, scale, eps, dtype):
+    batch, n_tokens, width = x.shape
+    inner = projection.shape[0]
+    w, out = (x.new_empty(batch, n_tokens, heads, inner // heads, dtype=dtype) for _ in range(2))
+    normed = x.new_empty(batch * n_tokens, width, dtype=dtype)
+    rstd = x.new_empty(batch * n_tokens, dtype=torch.float32)
     lse = x.new_empty(batch, heads, n_tokens, dtype=torch.float32)
-    return x.new_empty(x.shape), mean, rstd, w, out, lse
-
-
-@torch.library.custom_op("crate_fast::projection_bwd", mutates_args=())
-def projection_bwd(grad: Tensor, x: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
-    """dU = gᵀ LayerNorm(x) [J, C] in g's dtype; g [M, J], x [M, C]."""
-    from crate_fast.kernels import layer_norm
-
-    return grad.t() @ layer_norm.normalize(x, gamma, beta, eps, grad.dtype)[0]
-
-
-@projection_bwd.register_fake
-def _(grad, x, gamma, beta, eps):
-    return grad.new_empty(grad.shape[1], x.shape[1])
+    return x.new_empty(x.shape), normed, rstd, w, out, lse
 
 
 def _setup(ctx, inputs, output):
-    x, gamma, beta, projection, output_map, bias, _, ctx.scale, ctx.eps = inputs
+    x, gamma, beta, projection, output_map, bias, _, ctx.scale, _, _ = inputs
     _, *others = output
-    ctx.bias_dtype = bias.dtype
+    ctx.x_dtype, ctx.bias_dtype = x.dtype, bias.dtype
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*others)
-    ctx.save_for_backward(x, gamma, beta, projection, output_map, *others)
+    ctx.save_for_backward(gamma, beta, projection, output_map, *others)
 
 
 def _backward(ctx, grad, *_):
-    x, gamma, beta, projection, output, mean, rstd, w, out, lse = ctx.saved_tensors
-    needs_x, needs_gamma, needs_beta, needs_projection, needs_output, needs_bias, *_ = ctx.needs_input_grad
-    grads = [None] * 9
+    grads = [None] * 10
     if grad is None:
         return tuple(grads)
-    rows, grad_h = x.reshape(-1, x.shape[-1]), grad.reshape(-1, x.shape[-1])
-    tokens, low = out.flatten(2).flatten(0, 1), grad_h.to(w.dtype)
-    if needs_output:
-        grads[4] = low.t() @ tokens
-    if needs_bias:
-        grads[5] = grad_h.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
-    if needs_x or needs_gamma or needs_beta or needs_projection:
-        grad_out = (low @ output).view(out.shape)
-        grad_w = subspace_attention_bwd(grad_out, w, out, lse, ctx.scale, 0.0, None).flatten(2).flatten(0, 1)
+    with without_autocast(grad.device.type):
+        gamma, beta, projection, output, normed, rstd, w, out, lse = ctx.saved_tensors
+        needs_x, needs_gamma, needs_beta, needs_projection, needs_output, needs_bias, *_ = ctx.needs_input_grad
+        grad_h = grad.reshape(-1, grad.shape[-1])
+        tokens, low = out.flatten(2).flatten(0, 1), grad_h.to(w.dtype)
+        if needs_output:
+            grads[4] = (low.t() @ tokens).to(output.dtype)
+        if needs_bias:
+            grads[5] = grad_h.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
+        needs_projection = needs_projection or needs_gamma or needs_beta
+        if needs_x or needs_projection:
+            grad_out = (low @ output.to(w.dtype)).view(out.shape)
+            grad_w = subspace_attention_bwd(grad_out, w, out, lse, ctx.scale, 0.0, None).flatten(2).flatten(0, 1)
         if needs_projection:
-            grads[3] = projection_bwd(grad_w, rows, gamma, beta, ctx.eps)
-        if needs_x or needs_gamma or needs_beta:
-            grad_x, grads[1], grads[2] = layer_norm_bwd(grad_w @ projection, rows, mean, rstd, gamma, beta, grad_h)
-            grads[0] = grad_x.view(x.shape)
+            scaled, offset = (grad_w.t() @ normed).float(), grad_w.sum(0, dtype=torch.float32)[:, None]
+            grads[1] = (scaled * projection).sum(0).to(gamma.dtype)
+            grads[2] = (offset * projection).sum(0).to(beta.dtype)
+            grads[3] = (scaled * gamma + offset * beta).to(projection.dtype)
+        if needs_x:
+            grad_normed = grad_w @ _scaled(projection, gamma, w.dtype)
+            grad_x, _, _ = layer_norm_bwd(grad_normed, normed, rstd, None, grad_h, ctx.x_dtype)
+            grads[0] = grad_x.view(grad.shape)
     return tuple(grads)
 
 
 compression_fwd.register_autograd(_backward, setup_context=_setup)
-refuse_double_backward(projection_bwd, "run backend='torch' under torch.nn.attention.sdpa_kernel(SDPBackend.MATH)")

@@ -1,7 +1,7 @@
 """The ISTA step y = shrink(x + xG, ηλ) as one product, and its gradients as two (kernels/README.md §5).
 
-Its operands are prepared first: `operand` is x, or LayerNorm(x), in the product's dtype; `masked_gradient` is the
-output's gradient where the shrinkage lets it through.
+Its operands are prepared first: x or its normalised rows in the product's dtype, and `masked_gradient`, the output's
+gradient where the shrinkage lets it through.
 """
 
 import torch
@@ -22,38 +22,38 @@ MASK_BLOCK = 2048  # elements of a program
 @triton.jit
 def _masked_gradient_kernel(
     grad_ptr,  # g, contiguous
-    y_ptr,  # ISTA's output, contiguous
+    nonzero_ptr,  # whether ISTA's output is not 0, contiguous, int8
     masked_ptr,  # contiguous, in the product's dtype
     n_elements,
     BLOCK: tl.constexpr,
 ):
     """g' = g·[y ≠ 0]: the shrinkage passes a gradient where its output is not zero, for relu and soft alike.
 
-    A NaN in y passes it on. Grid: (⌈elements/BLOCK⌉)."""
+    Grid: (⌈elements/BLOCK⌉)."""
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < n_elements
     grad = tl.load(grad_ptr + offs, mask=mask, other=0.0)
-    y = tl.load(y_ptr + offs, mask=mask, other=0.0)
-    tl.store(masked_ptr + offs, tl.where(y != 0.0, grad, 0.0).to(masked_ptr.dtype.element_ty), mask=mask)
+    nonzero = tl.load(nonzero_ptr + offs, mask=mask, other=0)
+    tl.store(masked_ptr + offs, tl.where(nonzero != 0, grad, 0.0).to(masked_ptr.dtype.element_ty), mask=mask)
 
 
-def plan_masked_gradient(grad: Tensor, y: Tensor, masked: Tensor) -> Launch:
+def plan_masked_gradient(grad: Tensor, nonzero: Tensor, masked: Tensor) -> Launch:
     """The launch on these tensors; what `masked_gradient` runs and the compile report compiles."""
     return Launch(
         kernel=_masked_gradient_kernel,
         grid=(triton.cdiv(grad.numel(), MASK_BLOCK),),
-        arguments={"grad_ptr": grad, "y_ptr": y, "masked_ptr": masked, "n_elements": grad.numel()},
+        arguments={"grad_ptr": grad, "nonzero_ptr": nonzero, "masked_ptr": masked, "n_elements": grad.numel()},
         constants={"BLOCK": MASK_BLOCK},
         tile=Tile(block_m=MASK_BLOCK, block_n=0, num_warps=4, num_stages=1),
     )
 
 
-def masked_gradient(grad: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
-    """g' = g·[y ≠ 0] [M, C] in `dtype`, the product's, for g and y [M, C]."""
-    grad, y = grad.contiguous(), y.contiguous()
+def masked_gradient(grad: Tensor, nonzero: Tensor, dtype: torch.dtype) -> Tensor:
+    """g' = g·[y ≠ 0] [M, C] in `dtype`, the product's, for g [M, C] and `forward`'s [y ≠ 0]."""
+    grad, nonzero = grad.contiguous(), nonzero.contiguous()
     masked = torch.empty(grad.shape, dtype=dtype, device=grad.device)
     if grad.numel():
-        plan_masked_gradient(grad, y, masked).run()
+        plan_masked_gradient(grad, nonzero, masked).run()
     return masked
 
 
@@ -64,26 +64,32 @@ def forward(
     shift: float,
     soft: bool = False,
     norm: Norm | None = None,
+    keep: bool = True,
     tile: Tile | None = None,
-) -> Tensor:
-    """y = shrink(x + xG, ηλ), or of LayerNorm(x).
+) -> tuple[Tensor, Tensor | None]:
+    """y = shrink(x + xG, ηλ), or of LayerNorm(x) = nγ + β: then γ and β ride on G, n(γ∘G) + βG.
 
     Args:
         x: [M, C].
-        operand: What is multiplied, in G's dtype: x, or LayerNorm(x) as `layer_norm.normalize` gives it [M, C].
+        operand: What is multiplied, in G's dtype: x, or its normalised rows n as `layer_norm.normalize` gives them.
         folded: G [C, C]; its dtype is the product's.
         shift: ηλ, at least 0.
         soft: Soft threshold instead of ReLU.
         norm: Statistics and weights of the LayerNorm in front.
+        keep: Whether backward will come, which needs [y ≠ 0].
         tile: In place of the table's.
 
     Returns:
-        y [M, C], contiguous, in x's dtype.
+        y [M, C], contiguous, in x's dtype; and [y ≠ 0] [M, C] in int8 (a NaN is not 0), None unless kept.
     """
     tile = tile or tile_for("ista_forward", operand, x, x.shape[1])
-    if norm is not None and operand.dtype == x.dtype == torch.float32:
-        x, norm = operand, None  # not rounded: no need to normalise again
-    return product(operand, folded.t(), x, tile, finish="soft" if soft else "relu", shift=shift, norm=norm)
+    nonzero = torch.empty(x.shape, dtype=torch.int8, device=x.device) if keep else None
+    bias = None
+    if norm is not None:
+        wide, gamma, beta = folded.float(), norm.gamma.float(), norm.beta.float()
+        folded, bias = (gamma[:, None] * wide).to(folded.dtype), (beta[:, None] * wide).sum(0)
+    options = {"finish": "soft" if soft else "relu", "shift": shift, "norm": norm, "bias": bias, "nonzero": nonzero}
+    return product(operand, folded.t(), x, tile, **options), nonzero
 
 
 def backward_input(grad: Tensor, masked: Tensor, folded: Tensor, tile: Tile | None = None) -> Tensor:

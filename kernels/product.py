@@ -56,7 +56,8 @@ def _load_channels(ptr, offs_n, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _finish(
-    acc, start_n, offs_m, a_ptr, x_ptr, out_ptr, mean, rstd, gamma_ptr, beta_ptr, bias_ptr, n_rows, shift,
+    acc, start_n, offs_m, a_ptr, x_ptr, out_ptr, nonzero_ptr, mean, rstd, gamma_ptr, beta_ptr, bias_ptr,
+    n_rows, shift,
     WIDTH: tl.constexpr, FINISH: tl.constexpr, MASKED: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """What follows the product, on BLOCK_N columns of the accumulator, CHUNK at a time: the halves one by one."""
@@ -65,12 +66,12 @@ def _finish(
         pair = tl.permute(tl.reshape(acc, (acc.shape[0], 2, half)), (0, 2, 1))
         left, right = tl.split(pair)
         _finish(
-            left, start_n, offs_m, a_ptr, x_ptr, out_ptr, mean, rstd, gamma_ptr, beta_ptr, bias_ptr, n_rows, shift,
-            WIDTH, FINISH, MASKED, half, CHUNK,
+            left, start_n, offs_m, a_ptr, x_ptr, out_ptr, nonzero_ptr, mean, rstd, gamma_ptr, beta_ptr, bias_ptr,
+            n_rows, shift, WIDTH, FINISH, MASKED, half, CHUNK,
         )  # fmt: skip
         _finish(
-            right, start_n + half, offs_m, a_ptr, x_ptr, out_ptr, mean, rstd, gamma_ptr, beta_ptr, bias_ptr, n_rows,
-            shift, WIDTH, FINISH, MASKED, half, CHUNK,
+            right, start_n + half, offs_m, a_ptr, x_ptr, out_ptr, nonzero_ptr, mean, rstd, gamma_ptr, beta_ptr,
+            bias_ptr, n_rows, shift, WIDTH, FINISH, MASKED, half, CHUNK,
         )  # fmt: skip
     else:
         offs_n = start_n + tl.arange(0, BLOCK_N)
@@ -88,11 +89,11 @@ def _finish(
             y = tl.where(y <= shift, 0.0, y - shift)  # NaN stays NaN
         if FINISH == "soft":
             y = tl.where(y > shift, y - shift, tl.where(y < -shift, y + shift, y * 0.0))
-        tl.store(
-            out_ptr + offs_m.to(tl.int64)[:, None] * WIDTH + offs_n[None, :],
-            y.to(out_ptr.dtype.element_ty),
-            mask=(offs_m < n_rows)[:, None] & (offs_n < WIDTH)[None, :],
-        )
+        offsets = offs_m.to(tl.int64)[:, None] * WIDTH + offs_n[None, :]
+        inside = (offs_m < n_rows)[:, None] & (offs_n < WIDTH)[None, :]
+        tl.store(out_ptr + offsets, y.to(out_ptr.dtype.element_ty), mask=inside)
+        if nonzero_ptr is not None:
+            tl.store(nonzero_ptr + offsets, (y != 0.0).to(tl.int8), mask=inside)
 
 
 @triton.jit
@@ -101,6 +102,7 @@ def _product_kernel(
     weight_ptr,  # [N, K], contiguous, in the product's dtype
     x_ptr,  # what is added [M, N], contiguous
     out_ptr,  # [M, N], contiguous, x's dtype
+    nonzero_ptr,  # 1 where out is not 0, NaN included [M, N], contiguous, int8; or None
     mean_ptr,  # of x's rows [M], fp32, where LayerNorm(x) is added; or None, as the next three
     rstd_ptr,  # 1 / standard deviation of x's rows [M], fp32
     gamma_ptr,  # LayerNorm's weight [N]
@@ -142,8 +144,8 @@ def _product_kernel(
             mean = tl.load(mean_ptr + offs_m, mask=offs_m < n_rows, other=0.0)
             rstd = tl.load(rstd_ptr + offs_m, mask=offs_m < n_rows, other=0.0)
         _finish(
-            acc, start_n, offs_m, a_ptr, x_ptr, out_ptr, mean, rstd, gamma_ptr, beta_ptr, bias_ptr, n_rows, shift,
-            WIDTH, FINISH, MASKED, BLOCK_N, CHUNK,
+            acc, start_n, offs_m, a_ptr, x_ptr, out_ptr, nonzero_ptr, mean, rstd, gamma_ptr, beta_ptr, bias_ptr,
+            n_rows, shift, WIDTH, FINISH, MASKED, BLOCK_N, CHUNK,
         )  # fmt: skip
 
 
@@ -178,6 +180,7 @@ def plan(
     norm: Norm | None = None,
     bias: Tensor | None = None,
     masked: bool = False,
+    nonzero: Tensor | None = None,
 ) -> Launch:
     """The launch on these tensors; what `product` runs and the compile report compiles."""
     (n_rows, inner), width = a.shape, weight.shape[0]
@@ -190,6 +193,7 @@ def plan(
             "weight_ptr": weight,
             "x_ptr": x,
             "out_ptr": out,
+            "nonzero_ptr": nonzero,
             **{f"{name}_ptr": norm and getattr(norm, name) for name in ("mean", "rstd", "gamma", "beta")},
             "bias_ptr": bias,
             "n_rows": n_rows,
@@ -221,7 +225,8 @@ def product(a: Tensor, weight: Tensor, x: Tensor, tile: Tile, **options) -> Tens
         x: What is added [M, N].
         tile: The blocks of rows, of N and of K.
         **options: `plan`'s: `norm` (LayerNorm(x) is added instead), `bias` [N], `masked` (x is added only where a is
-            not 0), and `finish` with `shift`: max(· − shift, 0) ("relu") or the soft threshold ("soft") of the sum.
+            not 0), `finish` with `shift`: max(· − shift, 0) ("relu") or the soft threshold ("soft") of the sum, and
+            `nonzero` [M, N], int8, which is set to whether the result is not 0.
     """
     a, weight, x = a.contiguous(), weight.contiguous(), x.contiguous()
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)

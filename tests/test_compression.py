@@ -88,22 +88,26 @@ def test_mutants_of_the_output_map_fail(mutation, device, tmp_path):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_normalize(size, dtype, device, poisoned):
-    p = _problem(size, dtype, device)
-    normed, norm = layer_norm.normalize(p["x"], p["gamma"], p["beta"], EPS, dtype)
-    exact = {name: tensor.double() for name, tensor in p.items()}
-    eager, truth = (F.layer_norm(q["x"], q["x"].shape[-1:], q["gamma"], q["beta"], EPS) for q in (p, exact))
-    assert all_within_twice_eager([normed], [eager], [truth], "LN")
-    torch.testing.assert_close(norm.mean.double(), exact["x"].mean(1), rtol=1e-5, atol=1e-5)
-    rstd = (exact["x"].var(1, correction=0) + EPS).rsqrt()
-    torch.testing.assert_close(norm.rstd.double(), rstd, rtol=1e-5, atol=1e-5)
+    x = _problem(size, dtype, device)["x"]
+    normed, mean, rstd = layer_norm.normalize(x, EPS, dtype)
+    eager, truth = (F.layer_norm(tokens, tokens.shape[-1:], eps=EPS) for tokens in (x, x.double()))
+    assert all_within_twice_eager([normed], [eager], [truth], "n")
+    torch.testing.assert_close(mean.double(), x.double().mean(1), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(rstd.double(), (x.double().var(1, correction=0) + EPS).rsqrt(), rtol=1e-5, atol=1e-5)
 
 
 def test_the_skip_connections_gradient(device):
     p = _problem((197, 96, 96), torch.float32, device)
-    _, norm = layer_norm.normalize(p["x"], p["gamma"], p["beta"], EPS, torch.float32)
-    alone, *_ = layer_norm.backward(p["grad"], p["x"], norm)
-    together, *_ = layer_norm.backward(p["grad"], p["x"], norm, p["tokens"])
+    normed, _, rstd = layer_norm.normalize(p["x"], EPS, torch.float32)
+    alone, *_ = layer_norm.backward(p["grad"], normed, rstd, torch.float32)
+    together, dgamma, dbeta = layer_norm.backward(p["grad"], normed, rstd, torch.float32, None, p["tokens"])
     torch.testing.assert_close(together, alone + p["tokens"])
+    assert dgamma is dbeta is None
+    ones = torch.ones(96, device=device)
+    scaled, dgamma, dbeta = layer_norm.backward(p["grad"], normed, rstd, torch.float32, ones)
+    torch.testing.assert_close(scaled, alone)
+    torch.testing.assert_close(dbeta, p["grad"].sum(0))
+    torch.testing.assert_close(dgamma, (p["grad"] * normed).sum(0))
 
 
 # --- the operator -------------------------------------------------------------------------------------------------
@@ -163,18 +167,14 @@ def test_the_table_chooses(device, monkeypatch):
 
 def test_opcheck(fused_map, device):
     inputs = _inputs(device, torch.float16)
-    torch.library.opcheck(fused_compression.compression_fwd, (*inputs, 3, 0.25, EPS))
-    x, gamma, beta, *_ = inputs = [tensor.detach() for tensor in inputs]
-    _, _, _, w, *_ = fused_compression.compression_fwd(*inputs, 3, 0.25, EPS)
-    rows, grad = x.flatten(0, 1), w.flatten(2).flatten(0, 1)
-    torch.library.opcheck(fused_compression.projection_bwd, (grad, rows, gamma, beta, EPS))
+    torch.library.opcheck(fused_compression.compression_fwd, (*inputs, 3, 0.25, EPS, torch.float16))
 
 
 def test_only_the_gradients_asked_for(device, monkeypatch):
     inputs = _inputs(device)
     refuse = lambda *_: pytest.fail("not asked for")  # noqa: E731
     frozen = [tensor.detach() for tensor in inputs]
-    for name in ("projection_bwd", "layer_norm_bwd", "subspace_attention_bwd"):
+    for name in ("layer_norm_bwd", "subspace_attention_bwd"):
         monkeypatch.setattr(fused_compression, name, refuse)
     for index in (4, 5):  # V and b need none of these
         wanted = [*frozen[:index], inputs[index], *frozen[index + 1 :]]
@@ -184,14 +184,15 @@ def test_only_the_gradients_asked_for(device, monkeypatch):
 
 
 def test_activations_that_backward_keeps(fused_map, device):
-    """x, W, O, the log-sum-exp, two numbers a row, and the weights: nothing normalised, no logits."""
+    """n, W, O, the log-sum-exp, a number a row, and the weights: no fp32 tokens, no logits."""
     inputs = _inputs(device, torch.float16)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         h = _ours(*inputs)
     tokens, inner, rows = inputs[0].numel(), 48 * 34, 34
     weights = sum(inputs[index].numel() for index in (1, 2, 3, 4))
-    assert sum(t.numel() for t in kept) == weights + tokens + 2 * inner + 3 * rows + 2 * rows
+    assert sum(t.numel() for t in kept) == weights + tokens + 2 * inner + 3 * rows + rows
+    assert {t.dtype for t in kept if t.numel() >= tokens} == {torch.float16}
     assert h.requires_grad
 
 

@@ -44,7 +44,7 @@ def test_products_by_hand():
     assert normalize.moved_bytes == (4 + 2) * elements
     assert product.flops == 2 * 128 * 256 * 256
     assert product.l2_bytes == 256 * (128 + 256) * 2
-    assert product.moved_bytes == (2 + 4 + 4) * elements
+    assert product.moved_bytes == (2 + 4 + 4 + 1) * elements
 
 
 def test_the_committed_table_of_products_is_of_this_tile_table():

@@ -61,17 +61,30 @@ def test_opcheck_of_ista(with_norm, device):
     x, weight, bias, dictionary = _ista_inputs(device, rows=(17,))
     folded = fold_dictionary(dictionary.detach())
     norm = (weight, bias) if with_norm else (None, None)
-    torch.library.opcheck(fused.ista_fwd, (x, *norm, dictionary, folded, 0.1, 0.1, 1e-5, False))
+    for keep in (False, True):
+        arguments = (x, *norm, dictionary, folded, 0.1, 0.1, 1e-5, False, keep)
+        if keep:
+            torch.library.opcheck(fused.ista_fwd, arguments)
+        with torch.no_grad():
+            y, nonzero, normed, rstd = fused.ista_fwd(*arguments)
+        assert nonzero.numel() == (y.numel() if keep else 0)
     with torch.no_grad():
-        y, mean, rstd = fused.ista_fwd(x, *norm, dictionary, folded, 0.1, 0.1, 1e-5, False)
         x, weight, bias, dictionary = (t.detach() for t in (x, weight, bias, dictionary))
         norm = (weight, bias) if with_norm else (None, None)
-        torch.library.opcheck(fused.ista_masked_gradient, (y, y, folded))
+        operand = normed if with_norm else x
+        torch.library.opcheck(fused.ista_masked_gradient, (y, nonzero, folded))
         torch.library.opcheck(fused.ista_bwd_input, (y, y, folded))
-        torch.library.opcheck(fused.ista_bwd_dictionary, (y, x, *norm, dictionary, 0.1, 1e-5))
+        torch.library.opcheck(fused.ista_bwd_dictionary, (y, operand, *norm, dictionary, 0.1))
         if with_norm:
-            for skip in (None, torch.ones_like(y)):
-                torch.library.opcheck(fused.layer_norm_bwd, (y, x, mean, rstd, weight, bias, skip))
+            for gamma, skip in ((weight, None), (None, torch.ones_like(y))):
+                torch.library.opcheck(fused.layer_norm_bwd, (y, normed, rstd, gamma, skip, x.dtype))
+
+
+def test_nothing_is_kept_where_no_backward_pass_will_come(device):
+    x, weight, bias, dictionary = _ista_inputs(device, rows=(17,))
+    arguments = (x, weight, bias, dictionary, fold_dictionary(dictionary.detach()), 0.1, 0.1, 1e-5, False, False)
+    with pytest.raises(RuntimeError, match="keep=False"):
+        fused.ista_fwd(*arguments)[0].sum().backward()
 
 
 # --- the public functions ----------------------------------------------------------------------------------------

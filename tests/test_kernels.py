@@ -303,17 +303,30 @@ def _ista(
     x, dictionary, gamma, beta, grad = inputs
     wide = dictionary.float()
     folded = (STEP * (wide - wide.t() @ wide)).to(dictionary.dtype)
-    operand, norm = norms.normalize(x, gamma, beta, EPS, folded.dtype) if with_norm else (x, None)
-    y = module.forward(x, operand, folded, STEP * SPARSITY, threshold == "soft", norm, **options)
-    masked = module.masked_gradient(grad, y, folded.dtype)
+    operand, norm = x, None
+    if with_norm:
+        operand, mean, rstd = norms.normalize(x, EPS, folded.dtype)
+        norm = norms.Norm(mean, rstd, gamma, beta)
+    y, nonzero = module.forward(x, operand, folded, STEP * SPARSITY, threshold == "soft", norm, **options)
+    masked = module.masked_gradient(grad, nonzero, folded.dtype)
     grad_x = module.backward_input(grad, masked, folded, **options)
     grad_folded = gradients.weight_gradient(operand, masked, **options)
+    if with_norm:
+        grad_folded = gamma.float()[:, None] * grad_folded + beta.float()[:, None] * masked.float().sum(0)
     symmetric = grad_folded + grad_folded.t()
     grad_dictionary = (STEP * (grad_folded - wide @ symmetric)).to(dictionary.dtype)
     if not with_norm:
         return [y, grad_x, grad_dictionary]
-    grad_x, grad_gamma, grad_beta = norms.backward(grad_x, x, norm)
+    grad_x, grad_gamma, grad_beta = norms.backward(grad_x, operand, rstd, x.dtype, gamma)
     return [y, grad_x, grad_dictionary, grad_gamma.to(gamma.dtype), grad_beta.to(beta.dtype)]
+
+
+def _clear_of_the_threshold(inputs: list[Tensor], with_norm: bool, dtype: torch.dtype) -> Tensor:
+    """Where rounding does not decide whether ISTA's output is zero: elsewhere no gradient is right or wrong."""
+    x, dictionary, gamma, beta, _ = inputs
+    tokens = F.layer_norm(x, x.shape[-1:], gamma, beta, EPS) if with_norm else x
+    u = ista_reference(tokens, dictionary, STEP, 0.0, "soft")
+    return ((u.abs() - STEP * SPARSITY).abs() > 16 * torch.finfo(dtype).eps).to(dtype)
 
 
 def _ista_is_right(inputs, threshold: str = "relu", with_norm: bool = False, **options) -> bool:
@@ -325,7 +338,8 @@ def _ista_is_right(inputs, threshold: str = "relu", with_norm: bool = False, **o
 
     *tensors, grad = inputs
     reference, tensors = (normed, tensors) if with_norm else (plain, tensors[:2])
-    actual = _ista(inputs, threshold, with_norm, **options)
+    grad = grad * _clear_of_the_threshold(_double(inputs), with_norm, grad.dtype)
+    actual = _ista([*inputs[:-1], grad], threshold, with_norm, **options)
     eager = gradients(reference, tensors, grad)
     truth = gradients(reference, _double(tensors), grad.double())
     return all_within_twice_eager(actual, eager, truth, "y dx dD dγ dβ" if with_norm else "y dx dD")
@@ -351,18 +365,21 @@ def _mixed_is_right(device, with_norm: bool, module=ista) -> bool:
     """As under autocast: the product is fp16; the residual, the shrinkage and the gradient of x stay fp32."""
     x, dictionary, gamma, beta, grad = _ista_inputs((197, 96), torch.float32, device)
     folded = STEP * (dictionary - dictionary.t() @ dictionary)
-    operand, norm = layer_norm.normalize(x, gamma, beta, EPS, torch.float16) if with_norm else (x.half(), None)
-    y = module.forward(x, operand, folded.half(), STEP * SPARSITY, False, norm)
+    operand, norm = x.half(), None
+    if with_norm:
+        operand, mean, rstd = layer_norm.normalize(x, EPS, torch.float16)
+        norm = layer_norm.Norm(mean, rstd, gamma, beta)
+    y, nonzero = module.forward(x, operand, folded.half(), STEP * SPARSITY, False, norm)
     tokens = F.layer_norm(x, x.shape[-1:], gamma, beta, EPS) if with_norm else x
     truth = (tokens.double() + tokens.double() @ folded.double() - STEP * SPARSITY).relu()
     rounding = 2**-11 * (tokens.abs() @ folded.abs() * 2)  # of both operands
     right = y.dtype == torch.float32 and bool(((y - truth).abs() <= rounding + 1e-5).all())
-    masked = module.masked_gradient(grad, y, torch.float16)
+    masked = module.masked_gradient(grad, nonzero, torch.float16)
     exact = (grad * (y != 0)).double()
     grad_x = module.backward_input(grad, masked, folded.half())
     rounding = 2**-11 * (exact.abs() @ folded.abs().double().t() * 2)
     right &= bool(((grad_x - exact - exact @ folded.double().t()).abs() <= rounding + 1e-5).all())
-    truth = tokens.double().t() @ exact
+    truth = operand.double().t() @ exact
     return right and bool((weight_gradient.weight_gradient(operand, masked) - truth).norm() <= 1e-3 * truth.norm())
 
 
@@ -437,7 +454,10 @@ ISTA_MUTANTS = {  # the module, what the kernel says, what the mutant says
         "            left, start_n + half,",
     ),
     "one tile a program": (product, "tiles, tl.num_programs(0), flatten", "tiles, tiles, flatten"),
-    "the gradient not masked": (ista, "tl.where(y != 0.0, grad, 0.0)", "grad"),
+    "the gradient not masked": (ista, "tl.where(nonzero != 0, grad, 0.0)", "grad"),
+    "all of y not zero": (product, "(y != 0.0).to(tl.int8)", "(y == y).to(tl.int8)"),
+    "γ not on G": (ista, "(gamma[:, None] * wide).to(folded.dtype)", "folded"),
+    "β not on G": (ista, "(beta[:, None] * wide).sum(0)", "None"),
     "no gradient through the residual": (ista, MASKED, "return product(masked, folded, 0 * masked, tile)"),
     "G not transposed in backward": (ista, MASKED, "return product(masked, folded.t(), masked, tile)"),
     "G transposed in forward": (ista, "return product(operand, folded.t(), x", "return product(operand, folded, x"),
@@ -451,19 +471,19 @@ LAYER_NORM_MUTANTS = {
     "no ε": ("/ WIDTH + eps)", "/ WIDTH + 1000 * eps)"),
     "the mean's gradient dropped": ("scaled - average[:, None]", "scaled - 0.0 * average[:, None]"),
     "the deviation's gradient dropped": ("- normed * along[:, None]", "- 0.0 * normed * along[:, None]"),
-    "dγ of raw rows": ("dgamma += tl.sum(grad * normed, 0)", "dgamma += tl.sum(grad * x, 0)"),
+    "dγ without the rows": ("dgamma += tl.sum(grad * normed, 0)", "dgamma += tl.sum(grad, 0)"),
     "only the first block of rows": ("step = tl.num_programs(0) * BLOCK_M", "step = n_rows"),
 }
 
 
 @pytest.mark.parametrize("name", ISTA_MUTANTS)
 def test_ista_mutants_fail(name, device, tmp_path, poisoned):
-    """Columns in two halves, the last one ragged, and more tiles than programs."""
+    """Columns finished in two halves, the last one ragged, and more tiles than the interpreter has programs."""
     module, *mutation = ISTA_MUTANTS[name]
     changed = mutant(module, mutation, tmp_path, user=ista if module is product else None)
     options = {"gradients" if module is weight_gradient else "module": changed}
-    tile = Tile(32, 128, 4, 1, 32, persistent=True)
-    inputs = _ista_inputs((197, 96), torch.float16, device)
+    tile = Tile(128, 128, 4, 1, 32, persistent=True)
+    inputs = _ista_inputs((600, 96), torch.float16, device)
     assert not _ista_is_right(inputs, with_norm=True, tile=tile, **options)
 
 

@@ -162,19 +162,18 @@ def test_bytes_kept_in_fp32_on_a_cpu_by_hand():
 def test_bytes_kept_in_bf16_by_the_kernels_by_hand():
     kept = _kept(TINY, "cuda", torch.bfloat16)
     embedding = (4 + 2) * PATCHES * PATCH_DIM + 4 * PATCHES * C + 4 * 4 * PATCHES
-    layer = (2 + 2 + 2 + 4 + 4) * N * C  # LN1's output, W, O in bf16; h and y in fp32
-    layer += 4 * (4 + HEADS) * N  # two LayerNorms' statistics, log-sum-exp
+    layer = (2 + 2 + 2 + 2 + 1) * N * C  # normalised rows twice, W and O in bf16; where y is not zero
+    layer += 4 * (2 + HEADS) * N  # two LayerNorms' rstd, log-sum-exp
     head = 4 * 2 + 2 * C + 4 * K
-    assert kept.per_image == embedding + 4 * N * C + DEPTH * layer + head + 8
-    weights = PATCH_DIM * C + DEPTH * 2 * C**2 + C * K
-    assert kept.constant == 2 * (weights + DEPTH * C**2) + 4  # copies in bf16, with G; the labels' weight
+    assert kept.per_image == embedding + DEPTH * layer + 4 * N * C + head + 8  # the last y in fp32
+    assert kept.constant == 2 * (PATCH_DIM * C + C * K + DEPTH * C**2) + 4  # copies in bf16, G; the labels' weight
 
 
 def test_ordinary_attention_is_kept_as_a_gpus_fused_kernels_keep_it():
     short = _kept(_changed(attention="mhsa"), "cuda", torch.bfloat16)
     tied = _kept(TINY, "cuda", torch.bfloat16)
-    more = short.per_image - tied.per_image  # key and value, and nothing of N²
-    assert more == DEPTH * 2 * 2 * N * C
+    more = short.per_image - tied.per_image  # key, value and the fp32 tokens LayerNorm takes, and nothing of N²
+    assert more == DEPTH * ((2 + 2 + 4) * N * C + 4 * N)
 
 
 def test_a_gpu_is_assumed_only_inside():
