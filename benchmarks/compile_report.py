@@ -133,7 +133,7 @@ def _plan_product(case: Case, x: torch.Tensor, low: torch.dtype):
     step = {"finish": "relu", "shift": 0.01, "nonzero": _meta(*x.shape, dtype=torch.int8)}
     options = {
         "ista_forward": step,
-        "norm_ista_forward": step | {"norm": _norm(x), "bias": _meta(width)},
+        "norm_ista_forward": step | {"norm": _norm(x)},
         "ista_backward_input": {"masked": low != x.dtype},
         "output_map": {"bias": _meta(width)},
     }[case.kernel]

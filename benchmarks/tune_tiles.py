@@ -122,7 +122,7 @@ def _product_problem(kernel: str, device: torch.device, stored: torch.dtype, mul
     if kernel == "ista_forward":
         norm = layer_norm.Norm(*layer_norm.normalize(x, 1e-5, multiplied)[1:], ones, ones)
         nonzero = torch.empty(x.shape, dtype=torch.int8, device=device)
-        options = {"finish": "relu", "shift": 0.01, "norm": norm, "bias": ones, "nonzero": nonzero}
+        options = {"finish": "relu", "shift": 0.01, "norm": norm, "nonzero": nonzero}
     if kernel == "output_map":
         options, bias = {"bias": ones}, ones.to(multiplied)
         alternative = lambda: x + torch.addmm(bias, a, weight.t())  # noqa: E731

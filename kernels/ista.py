@@ -4,6 +4,8 @@ Its operands are prepared first: x or its normalised rows in the product's dtype
 gradient where the shrinkage lets it through.
 """
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
@@ -84,12 +86,12 @@ def forward(
     """
     tile = tile or tile_for("ista_forward", operand, x, x.shape[1])
     nonzero = torch.empty(x.shape, dtype=torch.int8, device=x.device) if keep else None
-    bias = None
     if norm is not None:
         wide, gamma, beta = folded.float(), norm.gamma.float(), norm.beta.float()
-        folded, bias = (gamma[:, None] * wide).to(folded.dtype), (beta[:, None] * wide).sum(0)
-    options = {"finish": "soft" if soft else "relu", "shift": shift, "norm": norm, "bias": bias, "nonzero": nonzero}
-    return product(operand, folded.t(), x, tile, **options), nonzero
+        folded = (gamma[:, None] * wide).to(folded.dtype)
+        norm = replace(norm, beta=beta + (beta[:, None] * wide).sum(0))
+    finish = "soft" if soft else "relu"
+    return product(operand, folded.t(), x, tile, finish=finish, shift=shift, norm=norm, nonzero=nonzero), nonzero
 
 
 def backward_input(grad: Tensor, masked: Tensor, folded: Tensor, tile: Tile | None = None) -> Tensor:

@@ -20,7 +20,7 @@ from crate_fast.kernels.tiles import Tile, lookup
 __all__ = ["fitted", "fitted_product", "load_tile", "plan", "product", "tile_for"]
 
 GROUP_M = 8  # row blocks that share a column block of the weights while it is in the L2 cache
-CHUNK_ELEMENTS = 8192  # of a tile, finished at a time: what is added needs registers beside the accumulators
+CHUNK_ELEMENTS = 4096  # of a tile, finished at a time: what is added needs registers beside the accumulators
 
 
 @triton.jit

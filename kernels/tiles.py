@@ -263,7 +263,7 @@ TABLE = {
     ("ista_forward", "sm_90", "half", 0): Tile(128, 256, 8, 4, 64, persistent=True),
     ("ista_forward", "sm_90", "mixed", 0): Tile(128, 256, 8, 4, 64, persistent=True),
     ("ista_forward", "sm_90", "tf32", 0): Tile(128, 128, 8, 3, 32),
-    ("ista_forward", "sm_90", "ieee", 0): Tile(64, 64, 8, 2, 16),
+    ("ista_forward", "sm_90", "ieee", 0): Tile(64, 64, 8, 3, 16),
     ("ista_forward", "sm_100", "half", 0): Tile(128, 256, 8, 3, 64, persistent=True),
     ("ista_forward", "sm_100", "mixed", 0): Tile(128, 256, 8, 3, 64, persistent=True),
     ("ista_forward", "sm_100", "tf32", 0): Tile(128, 128, 8, 3, 32),

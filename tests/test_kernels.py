@@ -457,7 +457,7 @@ ISTA_MUTANTS = {  # the module, what the kernel says, what the mutant says
     "the gradient not masked": (ista, "tl.where(nonzero != 0, grad, 0.0)", "grad"),
     "all of y not zero": (product, "(y != 0.0).to(tl.int8)", "(y == y).to(tl.int8)"),
     "γ not on G": (ista, "(gamma[:, None] * wide).to(folded.dtype)", "folded"),
-    "β not on G": (ista, "(beta[:, None] * wide).sum(0)", "None"),
+    "β not on G": (ista, "beta + (beta[:, None] * wide).sum(0)", "beta"),
     "no gradient through the residual": (ista, MASKED, "return product(masked, folded, 0 * masked, tile)"),
     "G not transposed in backward": (ista, MASKED, "return product(masked, folded.t(), masked, tile)"),
     "G transposed in forward": (ista, "return product(operand, folded.t(), x", "return product(operand, folded, x"),
