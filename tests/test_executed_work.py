@@ -1,5 +1,6 @@
 """What a schedule executes: by hand at N = 197, and the committed table against the tile table."""
 
+import collections
 import json
 
 import bench_ista
@@ -50,7 +51,9 @@ def test_products_by_hand():
 def test_the_committed_table_of_products_is_of_this_tile_table():
     committed = json.loads((executed_products.RESULTS / "executed_products.json").read_text())["rows"]
     assert committed == executed_products.rows()
-    bounds = {(r["shape"], r["tokens"], r["pass"], r["schedule"]): r["bound µs"] for r in committed}
+    bounds = collections.Counter()
+    for row in committed:
+        bounds[row["shape"], row["tokens"], row["schedule"]] += row["bound µs"]
     for (*case, schedule), bound in bounds.items():
         if schedule == executed_products.PREPARED:
-            assert bound < bounds[(*case, executed_products.IN_THE_PRODUCT)]  # why it was taken
+            assert bound < bounds[(*case, executed_products.IN_THE_PRODUCT)]  # forward + backward: why it was taken
