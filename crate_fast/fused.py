@@ -172,11 +172,23 @@ def _(masked, operand, gamma, beta, dictionary, step_size):
 
 @torch.library.custom_op("crate_fast::layer_norm_bwd", mutates_args=())
 def layer_norm_bwd(
-    grad: Tensor, normed: Tensor, rstd: Tensor, gamma: Tensor | None, skip: Tensor | None, dtype: torch.dtype
+    grad: Tensor,
+    normed: Tensor,
+    rstd: Tensor,
+    gamma: Tensor | None,
+    skip: Tensor | None,
+    dtype: torch.dtype,
+    x: Tensor | None = None,
+    eps: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx [M, C] in `dtype`; dγ and dβ [C] in γ's dtype, empty without γ; see `kernels.layer_norm.backward`."""
+    """dx [M, C] in `dtype`; dγ and dβ [C] in γ's dtype, empty without γ; see `kernels.layer_norm.backward`.
+
+    With x the rows are normalised again, in fp32: dγ would show their rounding.
+    """
     from crate_fast.kernels import layer_norm
 
+    if x is not None:
+        normed, _, _ = layer_norm.normalize(x, eps, torch.float32)
     dx, dgamma, dbeta = layer_norm.backward(grad, normed, rstd, dtype, gamma, skip)
     if gamma is None:
         return dx, grad.new_empty(0), grad.new_empty(0)
@@ -184,22 +196,23 @@ def layer_norm_bwd(
 
 
 @layer_norm_bwd.register_fake
-def _(grad, normed, rstd, gamma, skip, dtype):
+def _(grad, normed, rstd, gamma, skip, dtype, x=None, eps=0.0):
     like = grad.new_empty(0) if gamma is None else gamma
     return grad.new_empty(grad.shape, dtype=dtype), like.new_empty(like.shape), like.new_empty(like.shape)
 
 
 def _ista_setup(ctx, inputs, output):
-    x, gamma, beta, dictionary, folded, ctx.step_size, _, _, _, ctx.keep = inputs
+    x, gamma, beta, dictionary, folded, ctx.step_size, _, ctx.eps, _, ctx.keep = inputs
     _, nonzero, normed, rstd = output
     ctx.x_dtype = x.dtype
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(nonzero, normed, rstd)
-    ctx.save_for_backward(x if gamma is None else normed, gamma, beta, dictionary, folded, nonzero, rstd)
+    exact = None if gamma is None or x.dtype == folded.dtype else x
+    ctx.save_for_backward(x if gamma is None else normed, exact, gamma, beta, dictionary, folded, nonzero, rstd)
 
 
 def _ista_backward(ctx, grad, *_):
-    operand, gamma, beta, dictionary, folded, nonzero, rstd = ctx.saved_tensors
+    operand, exact, gamma, beta, dictionary, folded, nonzero, rstd = ctx.saved_tensors
     needs_x, needs_gamma, needs_beta, needs_dictionary, *_ = ctx.needs_input_grad
     grads = [None] * 10
     if grad is None:
@@ -210,7 +223,7 @@ def _ista_backward(ctx, grad, *_):
     if needs_x or needs_gamma or needs_beta:
         grads[0] = ista_bwd_input(grad, masked, folded)
         if gamma is not None:
-            grads[:3] = layer_norm_bwd(grads[0], operand, rstd, gamma, None, ctx.x_dtype)
+            grads[:3] = layer_norm_bwd(grads[0], operand, rstd, gamma, None, ctx.x_dtype, exact, ctx.eps)
     if needs_dictionary:
         grads[3] = ista_bwd_dictionary(masked, operand.to(folded.dtype), gamma, beta, dictionary, ctx.step_size)
     return tuple(grads)

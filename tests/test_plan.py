@@ -162,7 +162,7 @@ def test_bytes_kept_in_fp32_on_a_cpu_by_hand():
 def test_bytes_kept_in_bf16_by_the_kernels_by_hand():
     kept = _kept(TINY, "cuda", torch.bfloat16)
     embedding = (4 + 2) * PATCHES * PATCH_DIM + 4 * PATCHES * C + 4 * 4 * PATCHES
-    layer = (2 + 2 + 2 + 2 + 1) * N * C  # normalised rows twice, W and O in bf16; where y is not zero
+    layer = (2 + 2 + 2 + 2 + 1 + 4) * N * C  # normalised rows twice, W and O in bf16; where y is not zero; h in fp32
     layer += 4 * (2 + HEADS) * N  # two LayerNorms' rstd, log-sum-exp
     head = 4 * 2 + 2 * C + 4 * K
     assert kept.per_image == embedding + DEPTH * layer + 4 * N * C + head + 8  # the last y in fp32
