@@ -212,7 +212,7 @@ def norm_ista(
 ) -> Tensor:
     """`ista` with the LayerNorm in front: y = shrink(x̂ + η(x̂D − x̂DᵀD), ηλ) for x̂ = LayerNorm(x).
 
-    The kernels keep the normalised rows in the product's dtype, and a byte an element, for backward.
+    For backward the kernels keep the normalised rows in the product's dtype, a byte an element, and x under autocast.
 
     Args:
         x: Tokens [..., C].

@@ -258,7 +258,7 @@ def kept_for_backward(
     tells the constant part apart. Nothing is scaled between dtypes: autocast is on as in the run, so what is kept in
     fp32 counts four bytes and what is kept in bf16 two. The path is that of the device asked for: on "cuda" the
     kernels' (each half of a layer keeps its normalised rows in the products' dtype; attention W, O and the rows'
-    log-sum-exp besides, ISTA a byte an element), on "cpu" the folded PyTorch path's.
+    log-sum-exp besides, ISTA a byte an element and its fp32 input), on "cpu" the folded PyTorch path's.
 
     Args:
         model: From `meta_model`.
