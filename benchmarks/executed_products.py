@@ -11,12 +11,11 @@ largest of its three times; "bound µs" is the sum over the pass's kernels. Laye
 both and not counted, nor is folding G.
 """
 
-import sys
 from dataclasses import dataclass
 
 import torch
 from bench_ista import SHAPES, Shape
-from harness import RESULTS, markdown_table, write_results
+from harness import publish
 from tile_work import padded
 
 from crate_fast.kernels.product import fitted, fitted_product
@@ -72,6 +71,7 @@ def schedules(shape: Shape, stored: int) -> dict[str, dict[str, list[Kernel]]]:
             "backward": [
                 _pass_over(tokens + signs + low),
                 _product(rows, width, width, fitted_product(backward, width), LOW, LOW, low + added + tokens),
+                *([] if stored == LOW else [normalize]),  # else n is kept
                 _product(width, width, rows, fitted(gradient, width), LOW, LOW, 2 * low + square),
             ],
         },
@@ -115,15 +115,5 @@ def _row(name: str, dtype: str, what: str, schedule: str, kernels: list[Kernel])
     }
 
 
-def main() -> int:
-    """Print and write the table."""
-    found = rows()
-    table = markdown_table(found, list(found[0]))
-    print(table)
-    for path in write_results("executed_products", found, table, RESULTS):
-        print(f"written: {path}")
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    publish("executed_products", rows())

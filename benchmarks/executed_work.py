@@ -9,11 +9,9 @@ their sum is what a schedule takes that overlaps nothing. SDPA on (w, w, w) read
 memory); its backward writes dQ in fp32 by atomics and reads it again, writes dK and dV, and autograd adds the three.
 """
 
-import sys
-
 import torch
 from bench_mssa import SHAPES, Shape
-from harness import RESULTS, markdown_table, write_results
+from harness import publish
 from tile_work import Executed, attention_executed, flash_executed, row_blocks_executed
 
 MATRIX_FLOPS_PER_S, EXPS_PER_S, BYTES_PER_S = 800e12, 16 * 132 * 1.755e9, 4.2e12
@@ -62,15 +60,5 @@ def rows() -> list[dict]:
     return found
 
 
-def main() -> int:
-    """Print and write the table."""
-    found = rows()
-    table = markdown_table(found, list(found[0]))
-    print(table)
-    for path in write_results("executed", found, table, RESULTS):
-        print(f"written: {path}")
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    publish("executed", rows())

@@ -12,7 +12,7 @@ import torch
 from crate_fast.eval import results
 from crate_fast.provenance import provenance
 
-__all__ = ["Timing", "interleaved", "markdown_table", "number", "peak_mib", "write_results"]
+__all__ = ["Timing", "interleaved", "markdown_table", "number", "peak_mib", "publish", "write_results"]
 
 RESULTS = Path(__file__).parent / "results"
 MIN_SECONDS = 0.1  # of one measurement
@@ -109,3 +109,11 @@ def write_results(
     made = ", ".join(f"{key} {facts[key]}" for key in keys)
     paths[1].write_text(f"{table}\nMade by `{facts['command']}`: {made}.\n")
     return paths
+
+
+def publish(name: str, rows: list[dict]) -> None:
+    """Print the rows as a table of all their columns, and write both to the results folder."""
+    table = markdown_table(rows, list(rows[0]))
+    print(table)
+    for path in write_results(name, rows, table):
+        print(f"written: {path}")

@@ -37,6 +37,15 @@ def _check_tensor(name: str, tensor: Tensor, rank: str, ok: bool) -> None:
         raise TypeError(f"{name} is {tensor.dtype}: cast it to float16, bfloat16, float32 or float64")
 
 
+def _check_beside(x: Tensor, *, any_dtype: bool = False, **tensors: Tensor) -> None:
+    """Whether all are on x's device and, unless autocast or any_dtype allows another, in x's dtype."""
+    for name, tensor in tensors.items():
+        if tensor.device != x.device:
+            raise ValueError(f"{name} is on {tensor.device} and x on {x.device}: move one to the other's device")
+        if tensor.dtype != x.dtype and not any_dtype and not autocast_enabled(x.device.type):
+            raise TypeError(f"{name} is {tensor.dtype} and x {x.dtype}: cast one to the other's dtype")
+
+
 def _compute_dtype(tensor: Tensor) -> torch.dtype:
     """What a product with `tensor` multiplies in: autocast's dtype where it is on, the tensor's elsewhere."""
     if autocast_enabled(tensor.device.type) and tensor.dtype != torch.float64:
@@ -125,7 +134,7 @@ def compress(
         h [B, N, C] in x's dtype; under autocast where the kernels do not run, in PyTorch's for the sum.
 
     Raises:
-        As `subspace_attention`; ValueError where a weight's shape does not fit.
+        As `subspace_attention`; ValueError, TypeError where a weight's shape, device or dtype does not fit.
 
     >>> one, zero, eye = torch.ones(2), torch.zeros(2), torch.eye(2)
     >>> compress(torch.tensor([[[1.0, -1.0]]]), one, zero, eye, eye, zero, heads=1)    # one attends to itself
@@ -145,6 +154,8 @@ def compress(
     ):
         fits = isinstance(tensor, Tensor) and tuple(tensor.shape) == shape
         _check_tensor(name, tensor, str(list(shape)), fits)
+    _check_beside(x, projection=projection, output=output, output_bias=output_bias)
+    _check_beside(x, any_dtype=True, weight=weight, bias=bias)  # LayerNorm's may stay in fp32
     head_dim = inner // heads
     if resolve_backend(x, backend, head_dim=head_dim) == "triton":
         scale = head_dim**-0.5 if scale is None else float(scale)
@@ -212,7 +223,7 @@ def norm_ista(
 ) -> Tensor:
     """`ista` with the LayerNorm in front: y = shrink(x̂ + η(x̂D − x̂DᵀD), ηλ) for x̂ = LayerNorm(x).
 
-    For backward the kernels keep the normalised rows in the product's dtype, a byte an element, and x under autocast.
+    For backward the kernels keep a byte an element beside the normalised rows; under autocast x in their place.
 
     Args:
         x: Tokens [..., C].
@@ -224,7 +235,7 @@ def norm_ista(
         The sparse tokens [..., C] in x's dtype; under autocast in fp32, since PyTorch's LayerNorm gives fp32 there.
 
     Raises:
-        As `ista`; ValueError where weight or bias is not [C].
+        As `ista`; ValueError where weight or bias is not [C] or on another device.
 
     >>> norm_ista(torch.tensor([[1.0, -1.0]]), torch.ones(2), torch.zeros(2), torch.eye(2))
     tensor([[0.9900, 0.0000]])
@@ -233,6 +244,7 @@ def norm_ista(
     for name, channel in (("weight", weight), ("bias", bias)):
         fits = isinstance(channel, Tensor) and channel.shape == x.shape[-1:]
         _check_tensor(name, channel, f"[C] = [{x.shape[-1]}]", fits)
+    _check_beside(x, any_dtype=True, weight=weight, bias=bias)  # LayerNorm's may stay in fp32
     if resolve_backend(x, backend) == "triton":
         x = x.float() if autocast_enabled(x.device.type) else x
         return _fused_ista(x, (weight, bias, float(eps)), dictionary, step_size, sparsity, threshold)
@@ -245,10 +257,7 @@ def _check_ista(x: Tensor, dictionary: Tensor, step_size: float, sparsity: float
     width = x.shape[-1]
     square = isinstance(dictionary, Tensor) and tuple(dictionary.shape) == (width, width)
     _check_tensor("dictionary", dictionary, f"[C, C] = [{width}, {width}] to match x's last dimension", square)
-    if dictionary.device != x.device:
-        raise ValueError(f"dictionary is on {dictionary.device} and x on {x.device}: move one to the other's device")
-    if dictionary.dtype != x.dtype and not autocast_enabled(x.device.type):
-        raise TypeError(f"dictionary is {dictionary.dtype} and x {x.dtype}: cast one to the other's dtype")
+    _check_beside(x, dictionary=dictionary)
     _check_fraction("step_size", step_size, 0.0, None)
     _check_fraction("sparsity", sparsity, 0.0, None)
     if threshold not in THRESHOLDS:

@@ -81,7 +81,7 @@ def ista_fwd(
     eps: float,
     soft: bool,
     keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """y = shrink(x + xG, ηλ), with LayerNorm(x) in place of x where gamma and beta are given.
 
     Args:
@@ -96,41 +96,41 @@ def ista_fwd(
 
     Returns:
         y [M, C] in x's dtype; and what backward needs: [y ≠ 0] in int8 [M, C], empty unless kept; the normalised rows
-        in G's dtype [M, C] and their rstd in fp32 [M], empty without a LayerNorm.
+        in G's dtype [M, C], their mean and rstd in fp32 [M], empty without a LayerNorm.
     """
     from crate_fast.kernels import ista, layer_norm
 
     if gamma is None:
         operand, norm = x.to(folded.dtype), None
-        normed, rstd = (torch.empty(0, dtype=dtype, device=x.device) for dtype in (folded.dtype, torch.float32))
+        normed, mean, rstd = (torch.empty(0, dtype=t, device=x.device) for t in (folded.dtype, *[torch.float32] * 2))
     else:
         normed, mean, rstd = layer_norm.normalize(x, eps, folded.dtype)
         operand, norm = normed, layer_norm.Norm(mean, rstd, gamma.contiguous(), beta.contiguous())
     y, nonzero = ista.forward(x, operand, folded, step_size * sparsity, soft, norm, keep)
     if nonzero is None:
         nonzero = torch.empty(0, dtype=torch.int8, device=x.device)
-    return y, nonzero, normed, rstd
+    return y, nonzero, normed, mean, rstd
 
 
 @ista_fwd.register_fake
 def _(x, gamma, beta, dictionary, folded, step_size, sparsity, eps, soft, keep):
     nonzero = x.new_empty(x.shape if keep else 0, dtype=torch.int8)
     normed = x.new_empty(0 if gamma is None else x.shape, dtype=folded.dtype)
-    rstd = x.new_empty(0 if gamma is None else x.shape[0], dtype=torch.float32)
-    return x.new_empty(x.shape), nonzero, normed, rstd
+    mean, rstd = (x.new_empty(0 if gamma is None else x.shape[0], dtype=torch.float32) for _ in range(2))
+    return x.new_empty(x.shape), nonzero, normed, mean, rstd
 
 
 @torch.library.custom_op("crate_fast::ista_masked_gradient", mutates_args=())
-def ista_masked_gradient(grad: Tensor, nonzero: Tensor, folded: Tensor) -> Tensor:
-    """g' = g·[y ≠ 0] [M, C] in G's dtype; see `kernels.ista.masked_gradient`."""
+def ista_masked_gradient(grad: Tensor, nonzero: Tensor, dtype: torch.dtype) -> Tensor:
+    """g' = g·[y ≠ 0] [M, C] in `dtype`; see `kernels.ista.masked_gradient`."""
     from crate_fast.kernels import ista
 
-    return ista.masked_gradient(grad, nonzero, folded.dtype)
+    return ista.masked_gradient(grad, nonzero, dtype)
 
 
 @ista_masked_gradient.register_fake
-def _(grad: Tensor, nonzero: Tensor, folded: Tensor) -> Tensor:
-    return grad.new_empty(grad.shape, dtype=folded.dtype)
+def _(grad: Tensor, nonzero: Tensor, dtype: torch.dtype) -> Tensor:
+    return grad.new_empty(grad.shape, dtype=dtype)
 
 
 @torch.library.custom_op("crate_fast::ista_bwd_input", mutates_args=())
@@ -148,14 +148,32 @@ def _(grad: Tensor, masked: Tensor, folded: Tensor) -> Tensor:
 
 @torch.library.custom_op("crate_fast::ista_bwd_dictionary", mutates_args=())
 def ista_bwd_dictionary(
-    masked: Tensor, operand: Tensor, gamma: Tensor | None, beta: Tensor | None, dictionary: Tensor, step_size: float
+    masked: Tensor,
+    rows: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    dictionary: Tensor,
+    step_size: float,
+    eps: float,
 ) -> Tensor:
-    """dD = η(dG − D(dG + dGᵀ)) [C, C] in D's dtype, with dG = xᵀg', or (nγ + β)ᵀg' for n as the operand.
+    """dD = η(dG − D(dG + dGᵀ)) [C, C] in D's dtype, with dG = xᵀg', or (nγ + β)ᵀg'.
 
     Multiplied in g''s dtype, then in fp32.
+
+    Args:
+        masked: g' [M, C].
+        rows: n [M, C] in g''s dtype, or x in another; without γ and β always x.
+        gamma, beta: LayerNorm's.
+        dictionary, step_size: D and η.
+        eps: LayerNorm's.
     """
+    from crate_fast.kernels import layer_norm
     from crate_fast.kernels.weight_gradient import weight_gradient
 
+    if gamma is None or rows.dtype == masked.dtype:
+        operand = rows.to(masked.dtype)
+    else:
+        operand, _, _ = layer_norm.normalize(rows, eps, masked.dtype)
     grad_folded = weight_gradient(operand, masked)
     with without_autocast(masked.device.type):
         if gamma is not None:
@@ -166,66 +184,61 @@ def ista_bwd_dictionary(
 
 
 @ista_bwd_dictionary.register_fake
-def _(masked, operand, gamma, beta, dictionary, step_size):
+def _(masked, rows, gamma, beta, dictionary, step_size, eps):
     return dictionary.new_empty(dictionary.shape)
 
 
 @torch.library.custom_op("crate_fast::layer_norm_bwd", mutates_args=())
 def layer_norm_bwd(
     grad: Tensor,
-    normed: Tensor,
+    rows: Tensor,
+    mean: Tensor | None,
     rstd: Tensor,
     gamma: Tensor | None,
     skip: Tensor | None,
     dtype: torch.dtype,
-    x: Tensor | None = None,
-    eps: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx [M, C] in `dtype`; dγ and dβ [C] in γ's dtype, empty without γ; see `kernels.layer_norm.backward`.
-
-    With x the rows are normalised again, in fp32: dγ would show their rounding.
-    """
+    """dx [M, C] in `dtype`; dγ and dβ [C] in γ's dtype, empty without γ; see `kernels.layer_norm.backward`."""
     from crate_fast.kernels import layer_norm
 
-    if x is not None:
-        normed, _, _ = layer_norm.normalize(x, eps, torch.float32)
-    dx, dgamma, dbeta = layer_norm.backward(grad, normed, rstd, dtype, gamma, skip)
+    dx, dgamma, dbeta = layer_norm.backward(grad, rows, mean, rstd, dtype, gamma, skip)
     if gamma is None:
         return dx, grad.new_empty(0), grad.new_empty(0)
     return dx, dgamma.to(gamma.dtype), dbeta.to(gamma.dtype)
 
 
 @layer_norm_bwd.register_fake
-def _(grad, normed, rstd, gamma, skip, dtype, x=None, eps=0.0):
+def _(grad, rows, mean, rstd, gamma, skip, dtype):
     like = grad.new_empty(0) if gamma is None else gamma
     return grad.new_empty(grad.shape, dtype=dtype), like.new_empty(like.shape), like.new_empty(like.shape)
 
 
 def _ista_setup(ctx, inputs, output):
     x, gamma, beta, dictionary, folded, ctx.step_size, _, ctx.eps, _, ctx.keep = inputs
-    _, nonzero, normed, rstd = output
+    _, nonzero, normed, mean, rstd = output
     ctx.x_dtype = x.dtype
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(nonzero, normed, rstd)
-    exact = None if gamma is None or x.dtype == folded.dtype else x
-    ctx.save_for_backward(x if gamma is None else normed, exact, gamma, beta, dictionary, folded, nonzero, rstd)
+    ctx.mark_non_differentiable(nonzero, normed, mean, rstd)
+    # n serves the dictionary's gradient and LayerNorm's unless it is rounded further than x is; then x makes both.
+    rows, mean = (normed, None) if gamma is not None and x.dtype == folded.dtype else (x, mean)
+    ctx.save_for_backward(rows, mean, rstd, gamma, beta, dictionary, folded, nonzero)
 
 
 def _ista_backward(ctx, grad, *_):
-    operand, exact, gamma, beta, dictionary, folded, nonzero, rstd = ctx.saved_tensors
+    rows, mean, rstd, gamma, beta, dictionary, folded, nonzero = ctx.saved_tensors
     needs_x, needs_gamma, needs_beta, needs_dictionary, *_ = ctx.needs_input_grad
     grads = [None] * 10
     if grad is None:
         return tuple(grads)
     if not ctx.keep:
         raise RuntimeError("ista_fwd was called with keep=False: it has kept nothing for a backward pass")
-    masked = ista_masked_gradient(grad, nonzero, folded)
+    masked = ista_masked_gradient(grad, nonzero, folded.dtype)
     if needs_x or needs_gamma or needs_beta:
         grads[0] = ista_bwd_input(grad, masked, folded)
         if gamma is not None:
-            grads[:3] = layer_norm_bwd(grads[0], operand, rstd, gamma, None, ctx.x_dtype, exact, ctx.eps)
+            grads[:3] = layer_norm_bwd(grads[0], rows, mean, rstd, gamma, None, ctx.x_dtype)
     if needs_dictionary:
-        grads[3] = ista_bwd_dictionary(masked, operand.to(folded.dtype), gamma, beta, dictionary, ctx.step_size)
+        grads[3] = ista_bwd_dictionary(masked, rows, gamma, beta, dictionary, ctx.step_size, ctx.eps)
     return tuple(grads)
 
 

@@ -1,7 +1,7 @@
 """The first half of a layer on the Triton kernels, as one PyTorch operator: h = x + MSSA(LayerNorm(x)).
 
 LayerNorm(x) = nγ + β, and γ and β ride on the projection: W = n(U∘γ)ᵀ + Uβ. So the normalised rows n, in the dtype of
-the products, are what is multiplied and, with W, O and two numbers a row, all that is kept for backward. The output
+the products, are what is multiplied and, with W, O and a few numbers a row, all that is kept for backward. The output
 map runs in one kernel with bias and residual, or by itself in PyTorch: `kernels/tiles.py` says which,
 `CRATE_FAST_FUSED_PRODUCTS` overrides it (kernels/README.md §6).
 """
@@ -129,7 +129,7 @@ def _backward(ctx, grad, *_):
             grads[3] = (scaled * gamma + offset * beta).to(projection.dtype)
         if needs_x:
             grad_normed = grad_w @ _scaled(projection, gamma, w.dtype)
-            grad_x, _, _ = layer_norm_bwd(grad_normed, normed, rstd, None, grad_h, ctx.x_dtype)
+            grad_x, _, _ = layer_norm_bwd(grad_normed, normed, None, rstd, None, grad_h, ctx.x_dtype)
             grads[0] = grad_x.view(grad.shape)
     return tuple(grads)
 

@@ -163,7 +163,7 @@ class ISTA(nn.Module):
         return resolve_backend(x, self.backend) == "triton"
 
     def after_norm(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
-        """The step on norm(x), x [..., C], as one operator, which does not keep norm(x) for backward."""
+        """The step on norm(x), x [..., C], as one operator; what it keeps for backward: `functional.norm_ista`."""
         return functional.norm_ista(
             x,
             norm.weight,

@@ -58,7 +58,8 @@ def _normalize_kernel(
 @triton.jit
 def _layer_norm_bwd_kernel(
     grad_ptr,  # gradient of LayerNorm's output, or of n [M, C], contiguous
-    normed_ptr,  # n [M, C], contiguous
+    rows_ptr,  # n or, with mean_ptr, what LayerNorm took [M, C], contiguous
+    mean_ptr,  # [M], fp32, or None
     rstd_ptr,  # [M], fp32
     gamma_ptr,  # [C], or None: the gradient is n's
     skip_ptr,  # gradient of x by another way [M, C], contiguous, or None
@@ -88,7 +89,10 @@ def _layer_norm_bwd_kernel(
         mask = mask_m[:, None] & mask_c[None, :]
         offsets = offs_m.to(tl.int64)[:, None] * WIDTH + offs_c[None, :]
         rstd = tl.load(rstd_ptr + offs_m, mask=mask_m, other=0.0)
-        normed = tl.load(normed_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        normed = tl.load(rows_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        if mean_ptr is not None:
+            mean = tl.load(mean_ptr + offs_m, mask=mask_m, other=0.0)
+            normed = tl.where(mask_c[None, :], (normed - mean[:, None]) * rstd[:, None], 0.0)
         grad = tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         scaled = grad * gamma
         along = tl.sum(scaled * normed, 1) / WIDTH
@@ -136,7 +140,8 @@ def plan_normalize(x: Tensor, normed: Tensor, mean: Tensor, rstd: Tensor, eps: f
 
 def plan_backward(
     grad: Tensor,
-    normed: Tensor,
+    rows: Tensor,
+    mean: Tensor | None,
     rstd: Tensor,
     gamma: Tensor | None,
     skip: Tensor | None,
@@ -151,7 +156,8 @@ def plan_backward(
         grid=(blocks if partial is None else partial.shape[1],),
         arguments={
             "grad_ptr": grad,
-            "normed_ptr": normed,
+            "rows_ptr": rows,
+            "mean_ptr": mean,
             "rstd_ptr": rstd,
             "gamma_ptr": gamma,
             "skip_ptr": skip,
@@ -176,7 +182,8 @@ def normalize(x: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor
 
 def backward(
     grad: Tensor,
-    normed: Tensor,
+    rows: Tensor,
+    mean: Tensor | None,
     rstd: Tensor,
     dtype: torch.dtype,
     gamma: Tensor | None = None,
@@ -186,12 +193,13 @@ def backward(
 
     Args:
         grad: Of nγ + β [M, C]; without `gamma`, of n.
-        normed, rstd: From `normalize`.
+        rows: n [M, C] as `normalize` gives it, or with `mean` x itself: dγ shows the rounding of a rounded n.
+        mean, rstd: From `normalize`.
         dtype: x's.
         gamma: γ [C].
         skip: What reaches x by a skip connection [M, C], added to dx.
     """
-    grad, normed, skip = grad.contiguous(), normed.contiguous(), None if skip is None else skip.contiguous()
+    grad, rows, skip = grad.contiguous(), rows.contiguous(), None if skip is None else skip.contiguous()
     n_rows, width = grad.shape
     dx = torch.empty(grad.shape, dtype=dtype, device=grad.device)
     partial = None
@@ -200,5 +208,5 @@ def backward(
         partial = torch.empty(2, programs, width, dtype=torch.float32, device=grad.device)
         gamma = gamma.contiguous()
     if grad.numel():
-        plan_backward(grad, normed, rstd, gamma, skip, dx, partial).run()
+        plan_backward(grad, rows, mean, rstd, gamma, skip, dx, partial).run()
     return dx, *((None, None) if partial is None else (partial[0].sum(0), partial[1].sum(0)))

@@ -8,14 +8,14 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import agrees, all_within_twice_eager, mutant, token_scale
+from oracle import agrees, all_within_twice_eager, gradients, mutant, token_scale
 from torch import Tensor
 
 from crate_fast import CRATE, functional, fused_compression
 from crate_fast.functional import compress
 from crate_fast.kernels import layer_norm, product, support
 from crate_fast.kernels.tiles import TABLE, Tile
-from crate_fast.reference import mssa_reference
+from crate_fast.reference import mssa_reference, subspace_attention_reference
 
 EPS = 1e-5
 SMALL = Tile(32, 128, 4, 1, 32, persistent=True)
@@ -98,16 +98,18 @@ def test_normalize(size, dtype, device, poisoned):
 
 def test_the_skip_connections_gradient(device):
     p = _problem((197, 96, 96), torch.float32, device)
-    normed, _, rstd = layer_norm.normalize(p["x"], EPS, torch.float32)
-    alone, *_ = layer_norm.backward(p["grad"], normed, rstd, torch.float32)
-    together, dgamma, dbeta = layer_norm.backward(p["grad"], normed, rstd, torch.float32, None, p["tokens"])
+    normed, mean, rstd = layer_norm.normalize(p["x"], EPS, torch.float32)
+    alone, *_ = layer_norm.backward(p["grad"], normed, None, rstd, torch.float32)
+    together, dgamma, dbeta = layer_norm.backward(p["grad"], normed, None, rstd, torch.float32, None, p["tokens"])
     torch.testing.assert_close(together, alone + p["tokens"])
     assert dgamma is dbeta is None
     ones = torch.ones(96, device=device)
-    scaled, dgamma, dbeta = layer_norm.backward(p["grad"], normed, rstd, torch.float32, ones)
+    scaled, dgamma, dbeta = layer_norm.backward(p["grad"], normed, None, rstd, torch.float32, ones)
     torch.testing.assert_close(scaled, alone)
     torch.testing.assert_close(dbeta, p["grad"].sum(0))
     torch.testing.assert_close(dgamma, (p["grad"] * normed).sum(0))
+    from_x = layer_norm.backward(p["grad"], p["x"], mean, rstd, torch.float32, ones)
+    torch.testing.assert_close(from_x, (scaled, dgamma, dbeta), rtol=1e-5, atol=1e-4)
 
 
 # --- the operator -------------------------------------------------------------------------------------------------
@@ -144,6 +146,31 @@ def _ours(*inputs, heads=3) -> Tensor:
 @pytest.mark.parametrize("shape", [(2, 17), (1, 1), (3, 65)], ids=str)
 def test_the_function_is_the_reference(shape, dtype, fused_map, device, poisoned):
     assert agrees(_ours, _reference, _inputs(device, dtype, shape), "h dx dγ dβ dU dV db")
+
+
+def _under_autocast(function):
+    def call(*inputs):
+        with torch.autocast(inputs[0].device.type, torch.float16):
+            return function(*inputs)
+
+    return call
+
+
+def _released_under_autocast(x, weight, bias, projection, output, output_bias):
+    """As on a GPU: LayerNorm and the residual in fp32, products in half precision."""
+    low = [tensor.half() for tensor in (F.layer_norm(x, x.shape[-1:], weight, bias, EPS), projection)]
+    out = subspace_attention_reference(F.linear(*low).unflatten(-1, (3, -1))).flatten(-2)
+    return x + F.linear(out, output.half(), output_bias.half())
+
+
+@pytest.mark.parametrize("shape", [(2, 65), (8, 33)], ids=str)
+def test_under_autocast_by_the_rule_of_two(shape, fused_map, device, poisoned):
+    inputs = _inputs(device, shape=shape)
+    grad = torch.randn_like(inputs[0])
+    actual = gradients(_under_autocast(_ours), inputs, grad)
+    eager = gradients(_released_under_autocast, inputs, grad)
+    truth = gradients(_reference, [tensor.double() for tensor in inputs], grad.double())
+    assert all_within_twice_eager(actual, eager, truth, "h dx dγ dβ dU dV db")
 
 
 def test_the_output_map_is_fused_where_it_is_asked_for(fused_map, device, monkeypatch):
@@ -212,6 +239,9 @@ def test_second_derivatives_are_refused(device):
         (3, lambda t: t[1:], ValueError, "projection has shape"),
         (4, lambda t: t.t()[1:], ValueError, "output has shape"),
         (5, lambda t: t[1:], ValueError, "output_bias has shape"),
+        (1, lambda t: t.to("meta"), ValueError, "weight is on meta and x on"),
+        (3, lambda t: t.half(), TypeError, "projection is torch.float16 and x torch.float32"),
+        (5, lambda t: t.half(), TypeError, "output_bias is torch.float16 and x torch.float32"),
     ],
 )
 def test_clear_errors(index, change, error, message, device):

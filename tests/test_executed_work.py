@@ -8,6 +8,7 @@ import executed_products
 import executed_work
 import torch
 from bench_mssa import SHAPES
+from harness import RESULTS
 from tile_work import attention_executed, flash_executed, row_blocks_executed
 
 CPU = torch.device("cpu")
@@ -32,7 +33,7 @@ def test_other_schedules_by_hand():
 
 
 def test_the_committed_table_is_of_these_kernels():
-    committed = json.loads((executed_work.RESULTS / "executed.json").read_text())["rows"]
+    committed = json.loads((RESULTS / "executed.json").read_text())["rows"]
     assert committed == executed_work.rows()
     assert {row["shape"] for row in committed} == set(SHAPES)
 
@@ -49,7 +50,7 @@ def test_products_by_hand():
 
 
 def test_the_committed_table_of_products_is_of_this_tile_table():
-    committed = json.loads((executed_products.RESULTS / "executed_products.json").read_text())["rows"]
+    committed = json.loads((RESULTS / "executed_products.json").read_text())["rows"]
     assert committed == executed_products.rows()
     bounds = collections.Counter()
     for row in committed:

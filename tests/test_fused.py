@@ -66,18 +66,18 @@ def test_opcheck_of_ista(with_norm, device):
         if keep:
             torch.library.opcheck(fused.ista_fwd, arguments)
         with torch.no_grad():
-            y, nonzero, normed, rstd = fused.ista_fwd(*arguments)
+            y, nonzero, normed, mean, rstd = fused.ista_fwd(*arguments)
         assert nonzero.numel() == (y.numel() if keep else 0)
     with torch.no_grad():
         x, weight, bias, dictionary = (t.detach() for t in (x, weight, bias, dictionary))
         norm = (weight, bias) if with_norm else (None, None)
-        operand = normed if with_norm else x
-        torch.library.opcheck(fused.ista_masked_gradient, (y, nonzero, folded))
+        torch.library.opcheck(fused.ista_masked_gradient, (y, nonzero, torch.float16))
         torch.library.opcheck(fused.ista_bwd_input, (y, y, folded))
-        torch.library.opcheck(fused.ista_bwd_dictionary, (y, operand, *norm, dictionary, 0.1))
+        for rows in (normed, x.half()) if with_norm else (x,):
+            torch.library.opcheck(fused.ista_bwd_dictionary, (y, rows, *norm, dictionary, 0.1, 1e-5))
         if with_norm:
-            for gamma, skip in ((weight, None), (None, torch.ones_like(y))):
-                torch.library.opcheck(fused.layer_norm_bwd, (y, normed, rstd, gamma, skip, x.dtype))
+            for rows, center, gamma, skip in ((normed, None, None, torch.ones_like(y)), (x, mean, weight, None)):
+                torch.library.opcheck(fused.layer_norm_bwd, (y, rows, center, rstd, gamma, skip, x.dtype))
 
 
 def test_nothing_is_kept_where_no_backward_pass_will_come(device):

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from oracle import all_within_twice_eager, gradients, mutant, philox_uniform, spread_tokens, token_scale
 from torch import Tensor
 
+from crate_fast.functional import norm_ista
 from crate_fast.kernels import ista, layer_norm, product, row_blocks, subspace_attention, weight_gradient
 from crate_fast.kernels.tiles import TABLE, Tile
 from crate_fast.reference import ista_reference, subspace_attention_reference
@@ -317,7 +318,7 @@ def _ista(
     grad_dictionary = (STEP * (grad_folded - wide @ symmetric)).to(dictionary.dtype)
     if not with_norm:
         return [y, grad_x, grad_dictionary]
-    grad_x, grad_gamma, grad_beta = norms.backward(grad_x, operand, rstd, x.dtype, gamma)
+    grad_x, grad_gamma, grad_beta = norms.backward(grad_x, operand, None, rstd, x.dtype, gamma)
     return [y, grad_x, grad_dictionary, grad_gamma.to(gamma.dtype), grad_beta.to(beta.dtype)]
 
 
@@ -391,6 +392,27 @@ def test_half_precision_products_of_fp32_tokens(with_norm, device, poisoned):
 def test_a_mutant_with_half_precision_products_of_fp32_tokens_fails(device, tmp_path):
     changed = mutant(product, ("if MASKED:", "if False:"), tmp_path, user=ista)
     assert not _mixed_is_right(device, True, changed)
+
+
+@pytest.mark.parametrize("threshold", ["relu", "soft"])
+@pytest.mark.parametrize("size", [(197, 96), (300, 192)], ids=str)
+def test_norm_ista_under_autocast(size, threshold, device, poisoned):
+    """Eager there: LayerNorm, residual and shrinkage in fp32, the products in float16."""
+    *tensors, grad = _ista_inputs(size, torch.float32, device)
+    grad = grad * _clear_of_the_threshold(_double([*tensors, grad]), True, torch.float16)
+
+    def eager(x, dictionary, gamma, beta):
+        return ista_reference(F.layer_norm(x, x.shape[-1:], gamma, beta, EPS), dictionary, STEP, SPARSITY, threshold)
+
+    def ours(x, dictionary, gamma, beta):
+        options = {"eps": EPS, "threshold": threshold, "backend": "triton"}
+        return norm_ista(x, gamma, beta, dictionary, STEP, SPARSITY, **options)
+
+    truth = gradients(eager, _double(tensors), grad.double())
+    with torch.autocast(device.type, torch.float16):
+        assert all_within_twice_eager(
+            gradients(ours, tensors, grad), gradients(eager, tensors, grad), truth, "y dx dD dγ dβ"
+        )
 
 
 def test_ista_is_bit_equal_on_a_rerun(device, poisoned):
@@ -527,7 +549,8 @@ def test_the_table_is_complete():
 def test_every_row_compiles_fits_and_does_not_spill(architecture, tmp_path):
     """`compile_report.py` in a process of its own, since this one interprets; its exit code is the verdict.
 
-    What the committed report was made of, by the compiler's own fingerprint, is compiled again only by samples.
+    What the committed report was made of, by the compiler's own fingerprint, is compiled again only by samples:
+    every kernel on one architecture.
     """
     rows = tmp_path / "rows.json"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -547,6 +570,12 @@ def test_the_committed_report_is_of_this_table():
     for row, case in zip(report, cases, strict=True):
         assert Tile(**row["tile"]) == compile_report.plan(case).tile
     torch.set_float32_matmul_precision("highest")  # which plan sets
+
+
+def test_samples_are_every_kernel_once_on_all_architectures():
+    found = compile_report.samples()
+    assert sorted(case.kernel for case in found) == sorted({case.kernel for case in compile_report.cases()})
+    assert {case.architecture for case in found} == set(compile_report.ARCHITECTURES)
 
 
 def test_the_report_finds_what_is_wrong():

@@ -162,8 +162,8 @@ def test_bytes_kept_in_fp32_on_a_cpu_by_hand():
 def test_bytes_kept_in_bf16_by_the_kernels_by_hand():
     kept = _kept(TINY, "cuda", torch.bfloat16)
     embedding = (4 + 2) * PATCHES * PATCH_DIM + 4 * PATCHES * C + 4 * 4 * PATCHES
-    layer = (2 + 2 + 2 + 2 + 1 + 4) * N * C  # normalised rows twice, W and O in bf16; where y is not zero; h in fp32
-    layer += 4 * (2 + HEADS) * N  # two LayerNorms' rstd, log-sum-exp
+    layer = (2 + 2 + 2 + 4 + 1) * N * C  # normalised rows, W, O in bf16; h in fp32; where y is not zero
+    layer += 4 * (3 + HEADS) * N  # LN1's rstd, LN2's mean and rstd, log-sum-exp
     head = 4 * 2 + 2 * C + 4 * K
     assert kept.per_image == embedding + DEPTH * layer + 4 * N * C + head + 8  # the last y in fp32
     assert kept.constant == 2 * (PATCH_DIM * C + C * K + DEPTH * C**2) + 4  # copies in bf16, G; the labels' weight

@@ -257,8 +257,8 @@ def kept_for_backward(
     Read off the forward pass and loss that training runs, over fake tensors; a second one of twice as many images
     tells the constant part apart. Nothing is scaled between dtypes: autocast is on as in the run, so what is kept in
     fp32 counts four bytes and what is kept in bf16 two. The path is that of the device asked for: on "cuda" the
-    kernels' (each half of a layer keeps its normalised rows in the products' dtype; attention W, O and the rows'
-    log-sum-exp besides, ISTA a byte an element and its fp32 input), on "cpu" the folded PyTorch path's.
+    kernels' (attention keeps its normalised rows, W and O in the products' dtype and the rows' log-sum-exp; ISTA its
+    normalised rows, or its input where that is wider, and a byte an element), on "cpu" the folded PyTorch path's.
 
     Args:
         model: From `meta_model`.
