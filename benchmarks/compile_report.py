@@ -31,7 +31,7 @@ from harness import RESULTS, markdown_table, write_results
 from crate_fast.kernels.tiles import ARCHITECTURES, SHARED_MEMORY, TABLE, Tile
 
 HEAD_DIMS = {32: (32,), 64: (48, 64), 128: (80, 128)}  # by head width to the next power of two
-WHOLE_HEAD_TOKENS = (65, 180, 197)  # one to three blocks, each with a rest
+WHOLE_HEAD_TOKENS = (65, 180, 197, 226, 256)  # one to three blocks, each with a rest; then of more keys
 WIDTH, NARROW = 768, 384  # C; at the second a product's tile of 256 columns is turned
 ROWWISE = ("normalize", "layer_norm_backward", "normalized_backward", "masked_gradient")  # not in the table
 COLUMNS = [

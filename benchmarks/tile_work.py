@@ -49,10 +49,10 @@ def row_blocks_executed(
 
 def _whole_head_executed(name: str, n_heads: int, n_tokens: int, head_dim: int, tile: Tile) -> Executed:
     """Each unordered pair of blocks once, the rest as keys, and the rest's own rows by the second launch."""
-    blocks, rest = whole_head.split(n_tokens, tile)
-    once = blocks * whole_head.BLOCK * (whole_head.BLOCK + rest)  # logits of the diagonal and of the rest as keys
-    pairs = blocks * (blocks - 1) // 2 * whole_head.BLOCK**2
-    rows = rest * padded(n_tokens, whole_head.BLOCK)
+    block, (blocks, rest, keys) = whole_head.BLOCK, whole_head.split(n_tokens, tile)
+    once = blocks * block * (block + padded(n_tokens - blocks * block, keys))  # the diagonal, and the rest as keys
+    pairs = blocks * (blocks - 1) // 2 * block**2
+    rows = rest * padded(n_tokens, block)
     alone, shared, exps = (2, 3, 1) if name == "whole_head_forward" else (5, 7, 2)
     block_d = max(32, 1 << (head_dim - 1).bit_length())
     products = alone * (once + rows) + shared * pairs

@@ -1,6 +1,6 @@
 """Tied attention and its gradient for short sequences: a program keeps a whole head on chip (kernels/README.md §3).
 
-The head's first FULL·64 tokens are FULL blocks; with the rest, at most BLOCK_R tokens, as further keys. E_ij =
+The head's first FULL·64 tokens are FULL blocks; the rest, at most 64 tokens, are further keys, KEYS at a time. E_ij =
 2^(log2(e)·S_ij − shift) is symmetric, so an unordered pair of blocks needs one tile of it: the tile times W_j goes to
 block i, and W_iᵀ times the tile, transposed, to block j. One shift serves the whole head, so there is no running
 maximum and no rescaling.
@@ -8,6 +8,8 @@ maximum and no rescaling.
 Heads for which one shift does not do (the spread of their logits is too large), and the rest's own rows, are left to
 a second launch, of the code in `row_blocks.py`.
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -90,7 +92,7 @@ def _whole_head_fwd_kernel(
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     FULL: tl.constexpr,  # blocks of BLOCK tokens
-    BLOCK_R: tl.constexpr,  # the rest's tokens to the next power of two, at least 16; 0 without a rest
+    KEYS: tl.constexpr,  # of the rest, taken at once
     BLOCK: tl.constexpr,
     HEADROOM: tl.constexpr,
     LARGEST_SPREAD: tl.constexpr,
@@ -118,9 +120,11 @@ def _whole_head_fwd_kernel(
         w = w + (tokens,)
         sums = sums + (tl.zeros([BLOCK], tl.float32),)
         accs = accs + (tl.zeros([BLOCK_D, BLOCK], tl.float32),)
-    if BLOCK_R > 0:
-        w_rest = _block(w_ptr, FIRST, BLOCK_R, N_TOKENS, STRIDE_WN, HEAD_DIM, BLOCK_D)
-        largest = tl.maximum(largest, tl.max(_own_logits(w_rest), 0))
+    w_rest = ()
+    for start in tl.static_range(FIRST, N_TOKENS, KEYS):
+        tokens = _block(w_ptr, start, KEYS, N_TOKENS, STRIDE_WN, HEAD_DIM, BLOCK_D)
+        largest = tl.maximum(largest, tl.max(_own_logits(tokens), 0))
+        w_rest = w_rest + (tokens,)
     fits = (largest - smallest) * scale_log2 <= LARGEST_SPREAD  # not where one is NaN
     tl.store(refused_ptr + index, 1 - fits.to(tl.int32))
     shift = largest * scale_log2 - HEADROOM
@@ -138,11 +142,12 @@ def _whole_head_fwd_kernel(
                 new_sum = sums[j] + tl.sum(e, 0)
                 accs = accs[:j] + (new_acc,) + accs[j + 1 :]
                 sums = sums[:j] + (new_sum,) + sums[j + 1 :]
-            if BLOCK_R > 0:
-                e = tl.exp2(tl.dot(w[i], tl.trans(w_rest)) * scale_log2 - shift)
-                e = tl.where((FIRST + tl.arange(0, BLOCK_R) < N_TOKENS)[None, :], e, 0.0)
+            for r in tl.static_range(len(w_rest)):
+                e = tl.exp2(tl.dot(w[i], tl.trans(w_rest[r])) * scale_log2 - shift)
+                if FIRST + (r + 1) * KEYS > N_TOKENS:
+                    e = tl.where((FIRST + r * KEYS + tl.arange(0, KEYS) < N_TOKENS)[None, :], e, 0.0)
                 row_sum += tl.sum(e, 1)
-                acc = tl.dot(e.to(w[i].dtype), w_rest, acc)
+                acc = tl.dot(e.to(w[i].dtype), w_rest[r], acc)
             _store_block(out_ptr, acc / row_sum[:, None], i * BLOCK, N_HEADS * HEAD_DIM, HEAD_DIM)
             tl.store(lse_ptr + i * BLOCK + tl.arange(0, BLOCK), shift + tl.log2(row_sum))
 
@@ -188,6 +193,21 @@ def _operands(
 
 
 @triton.jit
+def _rest_keys(
+    w_i, g_i, delta_i, w_ptr, g_ptr, delta_ptr, shift, scale, scale_log2, acc, FIRST: tl.constexpr,
+    KEYS: tl.constexpr, N_TOKENS: tl.constexpr, STRIDE_WN: tl.constexpr, STRIDE: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """What the rest's tokens, from FIRST on, give to dW_i, KEYS of them at a time. Their own rows come later."""
+    for start in tl.static_range(FIRST, N_TOKENS, KEYS):
+        w_j, g_j, v_j = _operands(
+            w_ptr, g_ptr, delta_ptr, scale, start, KEYS, N_TOKENS, STRIDE_WN, STRIDE, HEAD_DIM, BLOCK_D
+        )
+        acc, _ = _pair(w_i, g_i, delta_i, w_j, g_j, v_j, shift, scale, scale_log2, acc, acc, False)
+    return acc
+
+
+@triton.jit
 def _whole_head_bwd_kernel(
     grad_ptr,  # dO [B, N, H, D], contiguous
     w_ptr,  # subspace tokens [B, N, H, D], D contiguous
@@ -208,7 +228,7 @@ def _whole_head_bwd_kernel(
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     FULL: tl.constexpr,
-    BLOCK_R: tl.constexpr,
+    KEYS: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_A: tl.constexpr,  # N_TOKENS to the next power of two
     LARGEST_SPREAD: tl.constexpr,
@@ -274,15 +294,19 @@ def _whole_head_bwd_kernel(
             acc, _ = _pair(
                 w[i], g[i], delta, w[i], g[i], v[i], shift, scale, scale_log2, tl.trans(accs[i]), accs[i], False
             )
-            if BLOCK_R > 0:
-                w_rest, g_rest, v_rest = _operands(
-                    w_ptr, g_ptr, delta_ptr, scale,
-                    FULL * BLOCK, BLOCK_R, N_TOKENS, STRIDE_WN, STRIDE, HEAD_DIM, BLOCK_D,
+            if i == 0:  # while the other accumulators are zero
+                acc = _rest_keys(
+                    w[i], g[i], delta, w_ptr, g_ptr, delta_ptr, shift, scale, scale_log2, acc,
+                    FULL * BLOCK, KEYS, N_TOKENS, STRIDE_WN, STRIDE, HEAD_DIM, BLOCK_D,
                 )  # fmt: skip
-                acc, _ = _pair(w[i], g[i], delta, w_rest, g_rest, v_rest, shift, scale, scale_log2, acc, acc, False)
             for j in tl.static_range(i + 1, FULL):
                 acc, acc_t = _pair(w[i], g[i], delta, w[j], g[j], v[j], shift, scale, scale_log2, acc, accs[j], True)
                 accs = accs[:j] + (acc_t,) + accs[j + 1 :]
+            if i > 0:
+                acc = _rest_keys(
+                    w[i], g[i], delta, w_ptr, g_ptr, delta_ptr, shift, scale, scale_log2, acc,
+                    FULL * BLOCK, KEYS, N_TOKENS, STRIDE_WN, STRIDE, HEAD_DIM, BLOCK_D,
+                )  # fmt: skip
             out = _block(out_ptr, i * BLOCK, BLOCK, N_TOKENS, STRIDE, HEAD_DIM, BLOCK_D)
             acc -= tl.load(factor_ptr + i * BLOCK + tl.arange(0, BLOCK))[:, None] * out.to(tl.float32)
             _store_block(dw_ptr, acc, i * BLOCK, STRIDE, HEAD_DIM)
@@ -379,13 +403,23 @@ def _remainder_bwd_kernel(
 # --- launches ----------------------------------------------------------------------------------------------------
 
 
-def split(n_tokens: int, tile: Tile) -> tuple[int, int] | None:
-    """(blocks, BLOCK_R) of a sequence; None where this file's kernels do not fit it."""
+class Split(NamedTuple):
+    """How a head's tokens are divided."""
+
+    blocks: int  # of BLOCK tokens
+    rest: int  # to the next power of two and at least 16, or 0
+    keys: int  # of the rest, taken at once
+
+
+def split(n_tokens: int, tile: Tile) -> Split | None:
+    """Of a sequence; None where this file's kernels do not fit it."""
     blocks = min(n_tokens // BLOCK, MOST_BLOCKS)
     rest = n_tokens - blocks * BLOCK
-    if blocks == 0 or rest > (tile.block_n if blocks == MOST_BLOCKS else BLOCK):
+    if blocks == 0 or rest > BLOCK:
         return None
-    return blocks, 0 if rest == 0 else max(16, triton.next_power_of_2(rest))
+    padded = 0 if rest == 0 else max(16, triton.next_power_of_2(rest))
+    most = tile.block_n if blocks == MOST_BLOCKS else BLOCK
+    return Split(blocks, padded, min(max(16, padded), most))
 
 
 def tile_for(name: str, w: Tensor, precision: str) -> Tile | None:
@@ -409,18 +443,17 @@ def tile_for(name: str, w: Tensor, precision: str) -> Tile | None:
 
 
 def _sizes(w: Tensor, tile: Tile) -> dict:
-    blocks, rest = split(w.shape[1], tile)
     return {
         "HEAD_DIM": w.shape[3],
         "BLOCK_D": max(32, triton.next_power_of_2(w.shape[3])),
-        "FULL": blocks,
-        "BLOCK_R": rest,
+        "FULL": split(w.shape[1], tile).blocks,
         "BLOCK": BLOCK,
     }
 
 
 def _constants(w: Tensor, tile: Tile) -> dict:
-    return {"N_TOKENS": w.shape[1], "N_HEADS": w.shape[2], "STRIDE_WN": w.stride(1), **_sizes(w, tile)}
+    own = {"N_TOKENS": w.shape[1], "N_HEADS": w.shape[2], "STRIDE_WN": w.stride(1)}
+    return own | _sizes(w, tile) | {"KEYS": split(w.shape[1], tile).keys}
 
 
 def plan_forward(w: Tensor, out: Tensor, lse: Tensor, refused: Tensor, scale: float, tile: Tile) -> Launch:
@@ -496,7 +529,7 @@ def plan_remainder(
         "n_heads": n_heads,
         "scale_log2": scale * LOG2_E,
     }
-    constants = _sizes(w, tile)
+    constants = _sizes(w, tile) | {"BLOCK_R": split(w.shape[1], tile).rest}
     if grad is None:
         kernel = _remainder_fwd_kernel
         constants["LARGEST_SUM"] = LARGEST_SUMS.get(w.dtype, 0.0)

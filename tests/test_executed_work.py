@@ -24,6 +24,14 @@ def test_whole_heads_by_hand():
     assert found["backward"].exps == 2 * (once + pairs + 2 * rows)
 
 
+def test_a_long_rest_by_hand():
+    """Three blocks of 64, a rest of 34: as keys 64 forward, by 32, and 48 backward, by 16; as rows 64."""
+    found = attention_executed(1, 226, 64, CPU, torch.bfloat16)
+    pairs, rows = 3 * 64 * 64, 64 * 256
+    assert found["forward"].exps == 3 * 64 * (64 + 64) + pairs + rows
+    assert found["backward"].exps == 3 * 64 * (64 + 48) + pairs + 2 * rows
+
+
 def test_other_schedules_by_hand():
     rows = row_blocks_executed(1, 785, 64, CPU, torch.bfloat16)
     assert rows["forward"].flops == 4 * 896 * 832 * 64

@@ -1,4 +1,4 @@
-"""The whole-head kernels, which a sequence of up to 208 tokens goes to: on a GPU, or through Triton's interpreter.
+"""The whole-head kernels, which a sequence of up to 256 tokens goes to: on a GPU, or through Triton's interpreter.
 
 By the rule of two times eager PyTorch in float16. They do not run in float32; there the interpreter shows the
 algebra: what is wrong by a term is wrong by far more than 1e-4.
@@ -12,8 +12,8 @@ from crate_fast.kernels import row_blocks, subspace_attention, whole_head
 from crate_fast.kernels.tiles import Tile
 from crate_fast.reference import subspace_attention_reference
 
-TILE = Tile(64, 16, 4, 1)
-LENGTHS = [64, 65, 101, 128, 130, 180, 192, 196, 197, 208]
+FORWARD, BACKWARD = Tile(64, 32, 4, 1), Tile(64, 16, 4, 1)
+LENGTHS = [64, 65, 101, 128, 130, 180, 192, 196, 197, 209, 226, 256]
 
 
 def _tokens(shape, dtype, device):
@@ -23,8 +23,8 @@ def _tokens(shape, dtype, device):
 
 def _attention(w, grad, module=whole_head, scale=None):
     scale = w.shape[-1] ** -0.5 if scale is None else scale
-    out, lse = module.forward(w, scale, TILE)
-    return [out, module.backward(grad, w, out, lse, scale, TILE)]
+    out, lse = module.forward(w, scale, FORWARD)
+    return [out, module.backward(grad, w, out, lse, scale, BACKWARD)]
 
 
 def _is_right(w, grad, **options) -> bool:
@@ -73,7 +73,7 @@ def test_the_scale(scale, device, poisoned):
 
 def test_log_sum_exp(device, poisoned):
     w, _ = _tokens((2, 197, 3, 64), torch.float16, device)
-    _, lse = whole_head.forward(w, 0.125, TILE)
+    _, lse = whole_head.forward(w, 0.125, FORWARD)
     heads = w.double().transpose(1, 2)
     truth = (0.125 * heads @ heads.transpose(-1, -2)).logsumexp(-1) / torch.tensor(2.0).double().log()
     torch.testing.assert_close(lse.double(), truth, rtol=1e-5, atol=1e-5)
@@ -88,8 +88,8 @@ def _refused(w, grad) -> tuple[int, int]:
     dw, room = torch.empty_like(w), torch.empty(2, *lse.shape, device=w.device)
     counts = []
     for plan in (
-        lambda refused: whole_head.plan_forward(w, out, lse, refused, 0.125, TILE),
-        lambda refused: whole_head.plan_backward(grad, w, out, lse, dw, room, refused, 0.125, TILE),
+        lambda refused: whole_head.plan_forward(w, out, lse, refused, 0.125, FORWARD),
+        lambda refused: whole_head.plan_backward(grad, w, out, lse, dw, room, refused, 0.125, BACKWARD),
     ):
         refused = torch.full((w.shape[0] * w.shape[2],), 9, dtype=torch.int32, device=w.device)
         plan(refused).run()
@@ -167,8 +167,8 @@ def test_no_images(device):
     ("shape", "dtype", "forward", "backward"),
     [
         ((1, 197, 1, 64), torch.bfloat16, True, True),
-        ((1, 208, 1, 64), torch.bfloat16, True, True),
-        ((1, 209, 1, 64), torch.bfloat16, False, False),
+        ((1, 256, 1, 64), torch.bfloat16, True, True),
+        ((1, 257, 1, 64), torch.bfloat16, False, False),
         ((1, 180, 1, 64), torch.bfloat16, True, True),
         ((1, 63, 1, 64), torch.bfloat16, False, False),
         ((1, 785, 1, 64), torch.bfloat16, False, False),
@@ -201,11 +201,11 @@ def test_dispatch(device, monkeypatch):
 # --- mutants -----------------------------------------------------------------------------------------------------
 
 MUTANTS = {
-    "a padding key counted": ("FIRST + tl.arange(0, BLOCK_R) < N_TOKENS", "FIRST + tl.arange(0, BLOCK_R) < 999"),
-    "the last key dropped": ("tl.arange(0, BLOCK_R) < N_TOKENS)[", "tl.arange(0, BLOCK_R) < N_TOKENS - 1)["),
+    "a padding key counted": ("tl.arange(0, KEYS) < N_TOKENS)[", "tl.arange(0, KEYS) < 999)["),
+    "the last key dropped": ("tl.arange(0, KEYS) < N_TOKENS)[", "tl.arange(0, KEYS) < N_TOKENS - 1)["),
     "no transposed tile": ("tl.dot(tl.trans(w[i]), low, accs[j])", "tl.dot(tl.trans(w[i]), low * 0.0, accs[j])"),
     "columns left out of the sums": ("sums[j] + tl.sum(e, 0)", "sums[j] + 0.0 * tl.sum(e, 0)"),
-    "the rest not attended to": ("acc = tl.dot(e.to(w[i].dtype), w_rest, acc)", "acc = acc * 1.0"),
+    "the rest not attended to": ("acc = tl.dot(e.to(w[i].dtype), w_rest[r], acc)", "acc = acc * 1.0"),
     "the transposed values dropped": ("tl.dot(tl.trans(g_i), low, acc_t)", "tl.dot(tl.trans(g_i), low * 0.0, acc_t)"),
     "the columns' own δ twice": ("(e * (t - delta_i[:, None]))", "(e * (t - 2.0 * delta_i[:, None]))"),
     "no δ of the columns": ("- (scale * delta)[:, None] * w", "- (0.0 * delta)[:, None] * w"),
@@ -224,6 +224,22 @@ MUTANTS = {
 def test_mutants_fail(name, device, tmp_path, poisoned):
     w, grad = _tokens((1, 197, 2, 64), torch.float32, device)
     assert not _algebra_is_right(w, grad, mutant(whole_head, MUTANTS[name], tmp_path))
+
+
+PIECES_MUTANTS = {
+    "only the first keys of the rest, forward": ("range(len(w_rest))", "range(1)"),
+    "always the first keys of the rest, forward": ("tl.trans(w_rest[r])", "tl.trans(w_rest[0])"),
+    "only the first keys of the rest, backward": (
+        "range(FIRST, N_TOKENS, KEYS):\n        w_j",
+        "range(FIRST, FIRST + KEYS, KEYS):\n        w_j",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PIECES_MUTANTS)
+def test_mutants_of_a_long_rest_fail(name, device, tmp_path, poisoned):
+    w, grad = _tokens((1, 226, 2, 64), torch.float32, device)
+    assert not _algebra_is_right(w, grad, mutant(whole_head, PIECES_MUTANTS[name], tmp_path))
 
 
 def test_a_refusal_that_is_ignored_fails(device, tmp_path, poisoned):
