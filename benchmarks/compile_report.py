@@ -118,10 +118,11 @@ def _plan_rowwise(kernel: str, x: torch.Tensor):
     if kernel == "normalize":
         return layer_norm.plan_normalize(x, x, norm.mean, norm.rstd, 1e-5)
     if kernel == "masked_gradient":
-        return ista.plan_masked_gradient(x, _meta(*x.shape, dtype=torch.int8), x)
+        return ista.plan_masked_gradient(x, _meta(*x.shape, dtype=torch.int8), x, _meta(1, 1024, x.shape[1]))
     if kernel == "layer_norm_backward":  # behind ISTA under autocast
-        return layer_norm.plan_backward(x, x, norm.mean, norm.rstd, norm.gamma, None, x, _meta(2, 1024, x.shape[1]))
-    return layer_norm.plan_backward(x, x, None, norm.rstd, None, x, x, None)
+        shares = _meta(2, 1024, x.shape[1])
+        return layer_norm.plan_backward(x, x, norm.mean, norm.rstd, norm.gamma, None, x, x, shares)
+    return layer_norm.plan_backward(x, x, None, norm.rstd, None, x, x, None, None)
 
 
 def _plan_product(case: Case, x: torch.Tensor, low: torch.dtype):

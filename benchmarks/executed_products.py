@@ -71,7 +71,7 @@ def schedules(shape: Shape, stored: int) -> dict[str, dict[str, list[Kernel]]]:
             "backward": [
                 _pass_over(tokens + signs + low),
                 _product(rows, width, width, fitted_product(backward, width), LOW, LOW, low + added + tokens),
-                *([] if stored == LOW else [normalize]),  # else n is kept
+                *([] if stored == LOW else [_pass_over(low)]),  # n, written beside LayerNorm's gradient; else kept
                 _product(width, width, rows, fitted(gradient, width), LOW, LOW, 2 * low + square),
             ],
         },

@@ -121,16 +121,18 @@ def _(x, gamma, beta, dictionary, folded, step_size, sparsity, eps, soft, keep):
 
 
 @torch.library.custom_op("crate_fast::ista_masked_gradient", mutates_args=())
-def ista_masked_gradient(grad: Tensor, nonzero: Tensor, dtype: torch.dtype) -> Tensor:
-    """g' = g·[y ≠ 0] [M, C] in `dtype`; see `kernels.ista.masked_gradient`."""
+def ista_masked_gradient(grad: Tensor, nonzero: Tensor, dtype: torch.dtype, summed: bool) -> tuple[Tensor, Tensor]:
+    """g' = g·[y ≠ 0] [M, C] in `dtype`; Σ g' [C] in fp32, empty unless summed. See `kernels.ista.masked_gradient`."""
     from crate_fast.kernels import ista
 
-    return ista.masked_gradient(grad, nonzero, dtype)
+    masked, total = ista.masked_gradient(grad, nonzero, dtype, summed)
+    return masked, grad.new_empty(0, dtype=torch.float32) if total is None else total
 
 
 @ista_masked_gradient.register_fake
-def _(grad: Tensor, nonzero: Tensor, dtype: torch.dtype) -> Tensor:
-    return grad.new_empty(grad.shape, dtype=dtype)
+def _(grad: Tensor, nonzero: Tensor, dtype: torch.dtype, summed: bool) -> tuple[Tensor, Tensor]:
+    total = grad.new_empty(grad.shape[1] if summed else 0, dtype=torch.float32)
+    return grad.new_empty(grad.shape, dtype=dtype), total
 
 
 @torch.library.custom_op("crate_fast::ista_bwd_input", mutates_args=())
@@ -149,6 +151,7 @@ def _(grad: Tensor, masked: Tensor, folded: Tensor) -> Tensor:
 @torch.library.custom_op("crate_fast::ista_bwd_dictionary", mutates_args=())
 def ista_bwd_dictionary(
     masked: Tensor,
+    total: Tensor,
     rows: Tensor,
     gamma: Tensor | None,
     beta: Tensor | None,
@@ -161,7 +164,7 @@ def ista_bwd_dictionary(
     Multiplied in g''s dtype, then in fp32.
 
     Args:
-        masked: g' [M, C].
+        masked, total: g' [M, C]; with γ and β, Σ g' [C].
         rows: n [M, C] in g''s dtype, or x in another; without γ and β always x.
         gamma, beta: LayerNorm's.
         dictionary, step_size: D and η.
@@ -177,14 +180,13 @@ def ista_bwd_dictionary(
     grad_folded = weight_gradient(operand, masked)
     with without_autocast(masked.device.type):
         if gamma is not None:
-            columns = masked.sum(0, dtype=torch.float32)
-            grad_folded = gamma.float()[:, None] * grad_folded + beta.float()[:, None] * columns
+            grad_folded = gamma.float()[:, None] * grad_folded + beta.float()[:, None] * total
         symmetric = grad_folded + grad_folded.t()
         return (step_size * (grad_folded - dictionary.float() @ symmetric)).to(dictionary.dtype)
 
 
 @ista_bwd_dictionary.register_fake
-def _(masked, rows, gamma, beta, dictionary, step_size, eps):
+def _(masked, total, rows, gamma, beta, dictionary, step_size, eps):
     return dictionary.new_empty(dictionary.shape)
 
 
@@ -197,20 +199,26 @@ def layer_norm_bwd(
     gamma: Tensor | None,
     skip: Tensor | None,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dx [M, C] in `dtype`; dγ and dβ [C] in γ's dtype, empty without γ; see `kernels.layer_norm.backward`."""
+    normed_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dx [M, C] in `dtype`; dγ and dβ [C] in γ's dtype, empty without γ; n [M, C] in `normed_dtype`, empty without.
+
+    See `kernels.layer_norm.backward`.
+    """
     from crate_fast.kernels import layer_norm
 
-    dx, dgamma, dbeta = layer_norm.backward(grad, rows, mean, rstd, dtype, gamma, skip)
+    dx, dgamma, dbeta, normed = layer_norm.backward(grad, rows, mean, rstd, dtype, gamma, skip, normed_dtype)
+    normed = grad.new_empty(0) if normed is None else normed
     if gamma is None:
-        return dx, grad.new_empty(0), grad.new_empty(0)
-    return dx, dgamma.to(gamma.dtype), dbeta.to(gamma.dtype)
+        return dx, grad.new_empty(0), grad.new_empty(0), normed
+    return dx, dgamma.to(gamma.dtype), dbeta.to(gamma.dtype), normed
 
 
 @layer_norm_bwd.register_fake
-def _(grad, rows, mean, rstd, gamma, skip, dtype):
+def _(grad, rows, mean, rstd, gamma, skip, dtype, normed_dtype=None):
     like = grad.new_empty(0) if gamma is None else gamma
-    return grad.new_empty(grad.shape, dtype=dtype), like.new_empty(like.shape), like.new_empty(like.shape)
+    normed = grad.new_empty(0) if normed_dtype is None else grad.new_empty(grad.shape, dtype=normed_dtype)
+    return grad.new_empty(grad.shape, dtype=dtype), like.new_empty(like.shape), like.new_empty(like.shape), normed
 
 
 def _ista_setup(ctx, inputs, output):
@@ -232,13 +240,15 @@ def _ista_backward(ctx, grad, *_):
         return tuple(grads)
     if not ctx.keep:
         raise RuntimeError("ista_fwd was called with keep=False: it has kept nothing for a backward pass")
-    masked = ista_masked_gradient(grad, nonzero, folded.dtype)
+    masked, total = ista_masked_gradient(grad, nonzero, folded.dtype, gamma is not None and needs_dictionary)
     if needs_x or needs_gamma or needs_beta:
         grads[0] = ista_bwd_input(grad, masked, folded)
         if gamma is not None:
-            grads[:3] = layer_norm_bwd(grads[0], rows, mean, rstd, gamma, None, ctx.x_dtype)
+            wanted = folded.dtype if mean is not None and needs_dictionary else None
+            *grads[:3], normed = layer_norm_bwd(grads[0], rows, mean, rstd, gamma, None, ctx.x_dtype, wanted)
+            rows = rows if wanted is None else normed
     if needs_dictionary:
-        grads[3] = ista_bwd_dictionary(masked, rows, gamma, beta, dictionary, ctx.step_size, ctx.eps)
+        grads[3] = ista_bwd_dictionary(masked, total, rows, gamma, beta, dictionary, ctx.step_size, ctx.eps)
     return tuple(grads)
 
 

@@ -129,7 +129,7 @@ def _backward(ctx, grad, *_):
             grads[3] = (scaled * gamma + offset * beta).to(projection.dtype)
         if needs_x:
             grad_normed = grad_w @ _scaled(projection, gamma, w.dtype)
-            grad_x, _, _ = layer_norm_bwd(grad_normed, normed, None, rstd, None, grad_h, ctx.x_dtype)
+            grad_x, *_ = layer_norm_bwd(grad_normed, normed, None, rstd, None, grad_h, ctx.x_dtype)
             grads[0] = grad_x.view(grad.shape)
     return tuple(grads)
 

@@ -14,49 +14,74 @@ from torch import Tensor
 from crate_fast.kernels.launch import Launch
 from crate_fast.kernels.layer_norm import Norm
 from crate_fast.kernels.product import product, tile_for
+from crate_fast.kernels.rows import row_constants, row_programs, rows_tile, shares
 from crate_fast.kernels.tiles import Tile
 
 __all__ = ["backward_input", "forward", "masked_gradient", "plan_masked_gradient"]
 
-MASK_BLOCK = 2048  # elements of a program
-
 
 @triton.jit
 def _masked_gradient_kernel(
-    grad_ptr,  # g, contiguous
-    nonzero_ptr,  # whether ISTA's output is not 0, contiguous, int8
-    masked_ptr,  # contiguous, in the product's dtype
-    n_elements,
-    BLOCK: tl.constexpr,
+    grad_ptr,  # g [M, C], contiguous
+    nonzero_ptr,  # whether ISTA's output is not 0 [M, C], contiguous, int8
+    masked_ptr,  # [M, C], contiguous, in the product's dtype
+    partial_ptr,  # shares of Σ g' [1, programs, C], fp32, or None
+    n_rows,
+    WIDTH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,  # WIDTH to the next power of two
 ):
-    """g' = g·[y ≠ 0]: the shrinkage passes a gradient where its output is not zero, for relu and soft alike.
+    """g' = g·[y ≠ 0]: the shrinkage passes a gradient where its output is not zero, for relu and soft alike; and one
+    program's share of Σ g' over the rows.
 
-    Grid: (⌈elements/BLOCK⌉)."""
-    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = offs < n_elements
-    grad = tl.load(grad_ptr + offs, mask=mask, other=0.0)
-    nonzero = tl.load(nonzero_ptr + offs, mask=mask, other=0)
-    tl.store(masked_ptr + offs, tl.where(nonzero != 0, grad, 0.0).to(masked_ptr.dtype.element_ty), mask=mask)
+    A program takes every programs-th block of BLOCK_M rows, in order; the caller adds the shares: deterministic.
+    """
+    offs_c = tl.arange(0, BLOCK_C)
+    mask_c = offs_c < WIDTH
+    total = tl.zeros([BLOCK_C], tl.float32)
+    step = tl.num_programs(0) * BLOCK_M
+    for start in range(tl.program_id(0) * BLOCK_M, n_rows, step):
+        offs_m = start + tl.arange(0, BLOCK_M)
+        mask = (offs_m < n_rows)[:, None] & mask_c[None, :]
+        offsets = offs_m.to(tl.int64)[:, None] * WIDTH + offs_c[None, :]
+        grad = tl.load(grad_ptr + offsets, mask=mask, other=0.0)
+        nonzero = tl.load(nonzero_ptr + offsets, mask=mask, other=0)
+        masked = tl.where(nonzero != 0, grad, 0.0).to(masked_ptr.dtype.element_ty)
+        tl.store(masked_ptr + offsets, masked, mask=mask)
+        if partial_ptr is not None:
+            total += tl.sum(masked.to(tl.float32), 0)
+    if partial_ptr is not None:
+        tl.store(partial_ptr + tl.program_id(0) * WIDTH + offs_c, total, mask=mask_c)
 
 
-def plan_masked_gradient(grad: Tensor, nonzero: Tensor, masked: Tensor) -> Launch:
+def plan_masked_gradient(grad: Tensor, nonzero: Tensor, masked: Tensor, partial: Tensor | None) -> Launch:
     """The launch on these tensors; what `masked_gradient` runs and the compile report compiles."""
+    tensors = {"grad_ptr": grad, "nonzero_ptr": nonzero, "masked_ptr": masked, "partial_ptr": partial}
     return Launch(
         kernel=_masked_gradient_kernel,
-        grid=(triton.cdiv(grad.numel(), MASK_BLOCK),),
-        arguments={"grad_ptr": grad, "nonzero_ptr": nonzero, "masked_ptr": masked, "n_elements": grad.numel()},
-        constants={"BLOCK": MASK_BLOCK},
-        tile=Tile(block_m=MASK_BLOCK, block_n=0, num_warps=4, num_stages=1),
+        grid=(row_programs(*grad.shape, partial),),
+        arguments=tensors | {"n_rows": grad.shape[0]},
+        constants=row_constants(grad.shape[1]),
+        tile=rows_tile(grad.shape[1]),
     )
 
 
-def masked_gradient(grad: Tensor, nonzero: Tensor, dtype: torch.dtype) -> Tensor:
-    """g' = g·[y ≠ 0] [M, C] in `dtype`, the product's, for g [M, C] and `forward`'s [y ≠ 0]."""
+def masked_gradient(
+    grad: Tensor, nonzero: Tensor, dtype: torch.dtype, summed: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """g' = g·[y ≠ 0] [M, C] in `dtype`, the product's; and, if `summed`, Σ g' over the rows [C] in fp32.
+
+    Args:
+        grad, nonzero: g [M, C], and [y ≠ 0] from `forward`.
+        dtype: G's.
+        summed: As backward needs it behind a LayerNorm.
+    """
     grad, nonzero = grad.contiguous(), nonzero.contiguous()
     masked = torch.empty(grad.shape, dtype=dtype, device=grad.device)
+    partial = shares(1, grad) if summed else None
     if grad.numel():
-        plan_masked_gradient(grad, nonzero, masked).run()
-    return masked
+        plan_masked_gradient(grad, nonzero, masked, partial).run()
+    return masked, None if partial is None else partial[0].sum(0)
 
 
 def forward(

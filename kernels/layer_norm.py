@@ -8,12 +8,9 @@ import triton.language as tl
 from torch import Tensor
 
 from crate_fast.kernels.launch import Launch
-from crate_fast.kernels.tiles import Tile
+from crate_fast.kernels.rows import row_constants, row_programs, rows_tile, shares
 
 __all__ = ["Norm", "backward", "normalize", "plan_backward", "plan_normalize"]
-
-ROW_ELEMENTS = 4096  # of a tile of whole rows
-MAX_PROGRAMS = 1024  # of backward: each writes one row of dγ's and dβ's shares
 
 
 @dataclass(frozen=True)
@@ -64,6 +61,7 @@ def _layer_norm_bwd_kernel(
     gamma_ptr,  # [C], or None: the gradient is n's
     skip_ptr,  # gradient of x by another way [M, C], contiguous, or None
     dx_ptr,  # [M, C], contiguous, x's dtype
+    normed_ptr,  # n for a product [M, C], contiguous, or None
     partial_ptr,  # shares of dγ and dβ [2, programs, C], fp32, or None
     n_rows,
     WIDTH: tl.constexpr,
@@ -71,7 +69,7 @@ def _layer_norm_bwd_kernel(
     BLOCK_C: tl.constexpr,
 ):
     """dx = rstd·(dn − mean_c(dn) − n·mean_c(dn·n)) with dn = gγ, plus what reaches x by the skip connection, and one
-    program's share of dγ = Σ g·n and dβ = Σ g.
+    program's share of dγ = Σ g·n and dβ = Σ g. With normed_ptr, n as well, in its dtype.
 
     A program takes every programs-th block of BLOCK_M rows, in order; the caller adds the shares: deterministic.
     """
@@ -93,6 +91,8 @@ def _layer_norm_bwd_kernel(
         if mean_ptr is not None:
             mean = tl.load(mean_ptr + offs_m, mask=mask_m, other=0.0)
             normed = tl.where(mask_c[None, :], (normed - mean[:, None]) * rstd[:, None], 0.0)
+        if normed_ptr is not None:
+            tl.store(normed_ptr + offsets, normed.to(normed_ptr.dtype.element_ty), mask=mask)
         grad = tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         scaled = grad * gamma
         along = tl.sum(scaled * normed, 1) / WIDTH
@@ -110,21 +110,11 @@ def _layer_norm_bwd_kernel(
         tl.store(partial_ptr + tl.num_programs(0) * WIDTH + share, dbeta, mask=mask_c)
 
 
-def _rows_tile(width: int) -> Tile:
-    block_c = triton.next_power_of_2(width)
-    return Tile(block_m=max(1, ROW_ELEMENTS // block_c), block_n=block_c, num_warps=4, num_stages=1)
-
-
-def _constants(width: int, tile: Tile) -> dict:
-    return {"WIDTH": width, "BLOCK_M": tile.block_m, "BLOCK_C": tile.block_n}
-
-
 def plan_normalize(x: Tensor, normed: Tensor, mean: Tensor, rstd: Tensor, eps: float) -> Launch:
     """The launch on these tensors; what `normalize` runs and the compile report compiles."""
-    tile = _rows_tile(x.shape[1])
     return Launch(
         kernel=_normalize_kernel,
-        grid=(triton.cdiv(x.shape[0], tile.block_m),),
+        grid=(row_programs(*x.shape, None),),
         arguments={
             "x_ptr": x,
             "normed_ptr": normed,
@@ -133,8 +123,8 @@ def plan_normalize(x: Tensor, normed: Tensor, mean: Tensor, rstd: Tensor, eps: f
             "n_rows": x.shape[0],
             "eps": eps,
         },
-        constants=_constants(x.shape[1], tile),
-        tile=tile,
+        constants=row_constants(x.shape[1]),
+        tile=rows_tile(x.shape[1]),
     )
 
 
@@ -146,14 +136,13 @@ def plan_backward(
     gamma: Tensor | None,
     skip: Tensor | None,
     dx: Tensor,
+    normed: Tensor | None,
     partial: Tensor | None,
 ) -> Launch:
     """The launch on these tensors; what `backward` runs and the compile report compiles."""
-    tile = _rows_tile(grad.shape[1])
-    blocks = triton.cdiv(grad.shape[0], tile.block_m)
     return Launch(
         kernel=_layer_norm_bwd_kernel,
-        grid=(blocks if partial is None else partial.shape[1],),
+        grid=(row_programs(*grad.shape, partial),),
         arguments={
             "grad_ptr": grad,
             "rows_ptr": rows,
@@ -162,11 +151,12 @@ def plan_backward(
             "gamma_ptr": gamma,
             "skip_ptr": skip,
             "dx_ptr": dx,
+            "normed_ptr": normed,
             "partial_ptr": partial,
             "n_rows": grad.shape[0],
         },
-        constants=_constants(grad.shape[1], tile),
-        tile=tile,
+        constants=row_constants(grad.shape[1]),
+        tile=rows_tile(grad.shape[1]),
     )
 
 
@@ -188,8 +178,9 @@ def backward(
     dtype: torch.dtype,
     gamma: Tensor | None = None,
     skip: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """LayerNorm's gradient: dx [M, C] in `dtype`; with `gamma`, dγ and dβ [C] in fp32 too.
+    normed_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """LayerNorm's gradient: dx [M, C] in `dtype`; with `gamma`, dγ and dβ [C] in fp32; with `normed_dtype`, n.
 
     Args:
         grad: Of nγ + β [M, C]; without `gamma`, of n.
@@ -198,15 +189,13 @@ def backward(
         dtype: x's.
         gamma: γ [C].
         skip: What reaches x by a skip connection [M, C], added to dx.
+        normed_dtype: Of n [M, C], where a product is to take it too.
     """
     grad, rows, skip = grad.contiguous(), rows.contiguous(), None if skip is None else skip.contiguous()
-    n_rows, width = grad.shape
     dx = torch.empty(grad.shape, dtype=dtype, device=grad.device)
-    partial = None
-    if gamma is not None:
-        programs = min(MAX_PROGRAMS, triton.cdiv(n_rows, _rows_tile(width).block_m))
-        partial = torch.empty(2, programs, width, dtype=torch.float32, device=grad.device)
-        gamma = gamma.contiguous()
+    normed = None if normed_dtype is None else torch.empty(grad.shape, dtype=normed_dtype, device=grad.device)
+    partial = None if gamma is None else shares(2, grad)
+    gamma = None if gamma is None else gamma.contiguous()
     if grad.numel():
-        plan_backward(grad, rows, mean, rstd, gamma, skip, dx, partial).run()
-    return dx, *((None, None) if partial is None else (partial[0].sum(0), partial[1].sum(0)))
+        plan_backward(grad, rows, mean, rstd, gamma, skip, dx, normed, partial).run()
+    return dx, *((None, None) if partial is None else (partial[0].sum(0), partial[1].sum(0))), normed

@@ -71,13 +71,16 @@ def test_opcheck_of_ista(with_norm, device):
     with torch.no_grad():
         x, weight, bias, dictionary = (t.detach() for t in (x, weight, bias, dictionary))
         norm = (weight, bias) if with_norm else (None, None)
-        torch.library.opcheck(fused.ista_masked_gradient, (y, nonzero, torch.float16))
+        for summed in (False, True):
+            torch.library.opcheck(fused.ista_masked_gradient, (y, nonzero, torch.float16, summed))
         torch.library.opcheck(fused.ista_bwd_input, (y, y, folded))
         for rows in (normed, x.half()) if with_norm else (x,):
-            torch.library.opcheck(fused.ista_bwd_dictionary, (y, rows, *norm, dictionary, 0.1, 1e-5))
+            torch.library.opcheck(fused.ista_bwd_dictionary, (y, y.sum(0), rows, *norm, dictionary, 0.1, 1e-5))
         if with_norm:
-            for rows, center, gamma, skip in ((normed, None, None, torch.ones_like(y)), (x, mean, weight, None)):
-                torch.library.opcheck(fused.layer_norm_bwd, (y, rows, center, rstd, gamma, skip, x.dtype))
+            by_normed = (normed, None, rstd, None, torch.ones_like(y), x.dtype, None)
+            by_x = (x, mean, rstd, weight, None, x.dtype, torch.float16)
+            for others in (by_normed, by_x):
+                torch.library.opcheck(fused.layer_norm_bwd, (y, *others))
 
 
 def test_nothing_is_kept_where_no_backward_pass_will_come(device):

@@ -17,7 +17,7 @@ from oracle import all_within_twice_eager, gradients, mutant, philox_uniform, sp
 from torch import Tensor
 
 from crate_fast.functional import norm_ista
-from crate_fast.kernels import ista, layer_norm, product, row_blocks, subspace_attention, weight_gradient
+from crate_fast.kernels import ista, layer_norm, product, row_blocks, rows, subspace_attention, weight_gradient
 from crate_fast.kernels.tiles import TABLE, Tile
 from crate_fast.reference import ista_reference, subspace_attention_reference
 
@@ -309,16 +309,16 @@ def _ista(
         operand, mean, rstd = norms.normalize(x, EPS, folded.dtype)
         norm = norms.Norm(mean, rstd, gamma, beta)
     y, nonzero = module.forward(x, operand, folded, STEP * SPARSITY, threshold == "soft", norm, **options)
-    masked = module.masked_gradient(grad, nonzero, folded.dtype)
+    masked, total = module.masked_gradient(grad, nonzero, folded.dtype, with_norm)
     grad_x = module.backward_input(grad, masked, folded, **options)
     grad_folded = gradients.weight_gradient(operand, masked, **options)
     if with_norm:
-        grad_folded = gamma.float()[:, None] * grad_folded + beta.float()[:, None] * masked.float().sum(0)
+        grad_folded = gamma.float()[:, None] * grad_folded + beta.float()[:, None] * total
     symmetric = grad_folded + grad_folded.t()
     grad_dictionary = (STEP * (grad_folded - wide @ symmetric)).to(dictionary.dtype)
     if not with_norm:
         return [y, grad_x, grad_dictionary]
-    grad_x, grad_gamma, grad_beta = norms.backward(grad_x, operand, None, rstd, x.dtype, gamma)
+    grad_x, grad_gamma, grad_beta, _ = norms.backward(grad_x, operand, None, rstd, x.dtype, gamma)
     return [y, grad_x, grad_dictionary, grad_gamma.to(gamma.dtype), grad_beta.to(beta.dtype)]
 
 
@@ -375,7 +375,7 @@ def _mixed_is_right(device, with_norm: bool, module=ista) -> bool:
     truth = (tokens.double() + tokens.double() @ folded.double() - STEP * SPARSITY).relu()
     rounding = 2**-11 * (tokens.abs() @ folded.abs() * 2)  # of both operands
     right = y.dtype == torch.float32 and bool(((y - truth).abs() <= rounding + 1e-5).all())
-    masked = module.masked_gradient(grad, nonzero, torch.float16)
+    masked, _ = module.masked_gradient(grad, nonzero, torch.float16)
     exact = (grad * (y != 0)).double()
     grad_x = module.backward_input(grad, masked, folded.half())
     rounding = 2**-11 * (exact.abs() @ folded.abs().double().t() * 2)
@@ -477,6 +477,7 @@ ISTA_MUTANTS = {  # the module, what the kernel says, what the mutant says
     ),
     "one tile a program": (product, "tiles, tl.num_programs(0), flatten", "tiles, tiles, flatten"),
     "the gradient not masked": (ista, "tl.where(nonzero != 0, grad, 0.0)", "grad"),
+    "a block's sums alone": (ista, "total += tl.sum(", "total = tl.sum("),
     "all of y not zero": (product, "(y != 0.0).to(tl.int8)", "(y == y).to(tl.int8)"),
     "γ not on G": (ista, "(gamma[:, None] * wide).to(folded.dtype)", "folded"),
     "β not on G": (ista, "beta + (beta[:, None] * wide).sum(0)", "beta"),
@@ -499,8 +500,9 @@ LAYER_NORM_MUTANTS = {
 
 
 @pytest.mark.parametrize("name", ISTA_MUTANTS)
-def test_ista_mutants_fail(name, device, tmp_path, poisoned):
-    """Columns finished in two halves, the last one ragged, and more tiles than the interpreter has programs."""
+def test_ista_mutants_fail(name, device, tmp_path, monkeypatch, poisoned):
+    """Columns finished in two halves, the last one ragged, and more tiles or rows than there are programs."""
+    monkeypatch.setattr(rows, "MAX_PROGRAMS", 2)
     module, *mutation = ISTA_MUTANTS[name]
     changed = mutant(module, mutation, tmp_path, user=ista if module is product else None)
     options = {"gradients" if module is weight_gradient else "module": changed}
@@ -510,14 +512,14 @@ def test_ista_mutants_fail(name, device, tmp_path, poisoned):
 
 
 @pytest.mark.parametrize("name", LAYER_NORM_MUTANTS)
-def test_layer_norm_mutants_fail(name, device, tmp_path):
+def test_layer_norm_mutants_fail(name, device, tmp_path, monkeypatch):
     changed = mutant(layer_norm, LAYER_NORM_MUTANTS[name], tmp_path)
-    changed.MAX_PROGRAMS = 2
+    monkeypatch.setattr(rows, "MAX_PROGRAMS", 2)
     assert not _ista_is_right(_ista_inputs((197, 96), torch.float32, device), with_norm=True, norms=changed)
 
 
 def test_more_rows_than_programs(device, monkeypatch, poisoned):
-    monkeypatch.setattr(layer_norm, "MAX_PROGRAMS", 2)
+    monkeypatch.setattr(rows, "MAX_PROGRAMS", 2)
     assert _ista_is_right(_ista_inputs((197, 96), torch.float32, device), with_norm=True)
 
 
