@@ -61,7 +61,8 @@ def cases(architectures: tuple[str, ...] = ARCHITECTURES) -> list[Case]:
             found += [
                 Case(name, architecture, precision, n_tokens, tile)
                 for n_tokens in WHOLE_HEAD_TOKENS
-                for name in (kernel, f"{kernel}_rest")
+                for name in (kernel, f"{kernel}_rest", f"{kernel}_48")
+                if n_tokens <= 240 or not name.endswith("_48")  # heads 48 wide: see whole_head.LONGEST
             ]
             continue
         sizes = HEAD_DIMS.get(block_d) or ((NARROW, WIDTH) if tile.block_n == 256 else (WIDTH,))
@@ -147,12 +148,12 @@ def _plan_whole_head(case: Case, dtype: torch.dtype):
     """Whole-head kernels at the case's length of a sequence, `case.size` tokens."""
     from crate_fast.kernels import whole_head
 
-    batch, n_tokens, n_heads = 64, case.size, 12
-    w, lse = _meta(batch, n_tokens, n_heads, 64, dtype=dtype), _meta(batch, n_heads, n_tokens)
-    refused = _meta(batch * n_heads, dtype=torch.int32)
-    if case.kernel == "whole_head_forward":
+    batch, n_tokens, n_heads, kernel = 64, case.size, 12, case.kernel.removesuffix("_48")
+    w = _meta(batch, n_tokens, n_heads, 48 if case.kernel.endswith("_48") else 64, dtype=dtype)
+    lse, refused = _meta(batch, n_heads, n_tokens), _meta(batch * n_heads, dtype=torch.int32)
+    if kernel == "whole_head_forward":
         return whole_head.plan_forward(w, w, lse, refused, 0.125, case.tile)
-    if case.kernel == "whole_head_backward":
+    if kernel == "whole_head_backward":
         return whole_head.plan_backward(w, w, w, lse, w, _meta(2, *lse.shape), refused, 0.125, case.tile)
     grad = w if case.kernel == "whole_head_backward_rest" else None
     return whole_head.plan_remainder(grad, w, w, lse, grad, refused, 0.125, case.tile)
