@@ -28,7 +28,7 @@ from multiprocessing import get_context
 import torch
 from harness import RESULTS, markdown_table, write_results
 
-from crate_fast.kernels.tiles import ARCHITECTURES, SHARED_MEMORY, TABLE, Tile
+from crate_fast.kernels.tiles import ARCHITECTURES, LONGEST, SHARED_MEMORY, TABLE, Tile
 
 HEAD_DIMS = {32: (32,), 64: (48, 64), 128: (80, 128)}  # by head width to the next power of two
 WHOLE_HEAD_TOKENS = (65, 180, 197, 226, 256)  # one to three blocks, each with a rest; then of more keys
@@ -59,10 +59,11 @@ def cases(architectures: tuple[str, ...] = ARCHITECTURES) -> list[Case]:
             continue
         if kernel.startswith("whole_head"):
             found += [
-                Case(name, architecture, precision, n_tokens, tile)
+                Case(f"{kernel}{part}{width}", architecture, precision, n_tokens, tile)
                 for n_tokens in WHOLE_HEAD_TOKENS
-                for name in (kernel, f"{kernel}_rest", f"{kernel}_48")
-                if n_tokens <= 240 or not name.endswith("_48")  # heads 48 wide: see whole_head.LONGEST
+                for part in ("", "_rest")
+                for width, head_dim in (("", 64), ("_48", 48))
+                if kernel == "whole_head_forward" or n_tokens <= LONGEST[head_dim]
             ]
             continue
         sizes = HEAD_DIMS.get(block_d) or ((NARROW, WIDTH) if tile.block_n == 256 else (WIDTH,))
@@ -155,7 +156,7 @@ def _plan_whole_head(case: Case, dtype: torch.dtype):
         return whole_head.plan_forward(w, w, lse, refused, 0.125, case.tile)
     if kernel == "whole_head_backward":
         return whole_head.plan_backward(w, w, w, lse, w, _meta(2, *lse.shape), refused, 0.125, case.tile)
-    grad = w if case.kernel == "whole_head_backward_rest" else None
+    grad = w if kernel == "whole_head_backward_rest" else None
     return whole_head.plan_remainder(grad, w, w, lse, grad, refused, 0.125, case.tile)
 
 

@@ -9,7 +9,7 @@ import torch
 
 from crate_fast.kernels.support import architecture
 
-__all__ = ["ARCHITECTURES", "SHARED_MEMORY", "TABLE", "Tile", "find", "lookup"]
+__all__ = ["ARCHITECTURES", "LONGEST", "SHARED_MEMORY", "TABLE", "Tile", "find", "lookup"]
 
 SHARED_MEMORY = {  # bytes a program may use
     "sm_80": 163 * 1024,
@@ -19,6 +19,7 @@ SHARED_MEMORY = {  # bytes a program may use
     "gfx942": 64 * 1024,
 }
 ARCHITECTURES = tuple(SHARED_MEMORY)
+LONGEST = {64: 256, 48: 240}  # by head width: tokens up to which the whole-head gradient fits in the registers
 
 
 @dataclass(frozen=True)

@@ -68,10 +68,11 @@ def test_subspace_attention(shape, precision):
         assert agrees(subspace_attention, subspace_attention_reference, [w], "O dW")
 
 
+@pytest.mark.parametrize("head_dim", [48, 64])
 @pytest.mark.parametrize("n_tokens", [64, 65, 128, 180, 196, 209, 226, 256, 257])
-def test_whole_heads(n_tokens):
+def test_whole_heads(n_tokens, head_dim):
     """One to three blocks with and without a rest, and the first length that is too long."""
-    w = (torch.randn(2, n_tokens, 6, 64, device="cuda") * token_scale(n_tokens, 64)).bfloat16()
+    w = (torch.randn(2, n_tokens, 6, head_dim, device="cuda") * token_scale(n_tokens, head_dim)).bfloat16()
     assert agrees(subspace_attention, subspace_attention_reference, [w], "O dW")
 
 
