@@ -21,7 +21,7 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.10",
-    packages=["crate_fast", "crate_fast.kernels", "crate_fast.train", "crate_fast.eval"],
+    packages=["crate_fast", "crate_fast.kernels", "crate_fast.train", "crate_fast.eval", "crate_fast.eval.emergence"],
     package_dir={"crate_fast.kernels": "kernels", "crate_fast.train": "train", "crate_fast.eval": "eval"},
     package_data={"crate_fast.train": ["recipes/*.yaml"]},
     install_requires=[

@@ -4,6 +4,7 @@
     crate-fast pretrain …                 train/pretrain.py
     crate-fast plan …                     what a run would cost
     crate-fast eval PROTOCOL …            eval/PROTOCOL.py; `crate-fast eval` lists them
+    crate-fast reproduce emergence …      a whole experiment
 
 Commands are modules with `main(argv) -> int`, imported when they are asked for.
 """
@@ -35,6 +36,15 @@ PROTOCOLS = {
     "classify": "top-1 and top-5, k-NN, linear probe",
 }
 
+EXPERIMENTS = {
+    "emergence": "does segmentation appear in CRATE and not in a ViT? (Fig. 4, 6, 7, 9, 10; Table 2)",
+}
+# Word → (what is behind it, its entries, package of modules, what follows the entry's name)
+GROUPS = {
+    "eval": ("protocol", PROTOCOLS, "crate_fast.eval", ""),
+    "reproduce": ("experiment", EXPERIMENTS, "crate_fast.eval", ".command"),
+}
+
 
 def _listing(title: str, entries: dict[str, str]) -> str:
     width = max(map(len, entries))
@@ -51,18 +61,21 @@ def _choose(kind: str, name: str, entries: dict[str, str]) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Run a command; returns its exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
-    commands = {name: text for name, (_, text) in COMMANDS.items()} | {"eval": "an evaluation protocol"}
+    commands = {name: text for name, (_, text) in COMMANDS.items()}
+    commands |= {"eval": "an evaluation protocol", "reproduce": "an experiment, from training to its report"}
     if not words or words[0] in ("-h", "--help"):
         print(_listing("usage: crate-fast COMMAND …\n", commands))
         return 0
     _choose("command", words[0], commands)
-    if words[0] != "eval":
+    if words[0] not in GROUPS:
         return importlib.import_module(COMMANDS[words[0]][0]).main(words[1:])
+    kind, entries, package, module = GROUPS[words[0]]
     if len(words) == 1 or words[1] in ("-h", "--help"):
-        print(_listing("usage: crate-fast eval PROTOCOL … (each explains itself with --help)\n", PROTOCOLS))
+        usage = f"usage: crate-fast {words[0]} {kind.upper()} … (each explains itself with --help)\n"
+        print(_listing(usage, entries))
         return 0
-    _choose("protocol", words[1], PROTOCOLS)
-    return importlib.import_module(f"crate_fast.eval.{words[1]}").main(words[2:])
+    _choose(kind, words[1], entries)
+    return importlib.import_module(f"{package}.{words[1]}{module}").main(words[2:])
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     crate-fast eval by_layer CRATE=runs/A ViT=runs/B --data coco:PATH
 
-One pass of the model serves all layers. AP needs COCO's annotations, mIoU any masks.
+One pass of the model serves all layers. AP needs instances (COCO's, or the scenes' objects), mIoU any masks.
 """
 
 import argparse
@@ -31,14 +31,14 @@ def check_measures(measures: Sequence[str] | None, images: Dataset, specificatio
     Raises:
         ValueError: It has none for them.
     """
-    annotated = {"maskcut": hasattr(images, "coco"), "coarse": images.labelled}
+    annotated = {"maskcut": images.has_instances, "coarse": images.labelled}
     possible = [name for name in MEASURES if annotated[name]]
     wanted = possible if measures is None else list(measures)
     missing = [name for name in wanted if name not in possible]
     if missing or not wanted:
         raise ValueError(
             f"--data {specification} has no annotations for {', '.join(missing or MEASURES)}: MaskCut's AP needs "
-            "coco:PATH, coarse segmentation voc:PATH, coco:PATH or shape_scenes"
+            "coco:PATH or shape_scenes, coarse segmentation voc:PATH too"
         )
     return wanted
 

@@ -3,11 +3,12 @@
     folder:PATH          every image below PATH
     voc:PATH             PASCAL VOC in its own layout (VOCdevkit/VOC2012), segmentation val split
     coco:PATH[:SPLIT]    COCO: PATH/SPLIT/*.jpg, instances_SPLIT.json in PATH or PATH/annotations; SPLIT is val2017
-    shape_scenes[:SEED]  scenes made on the fly (validation split), 500 of them if no limit is given
+    shape_scenes[:SEED]  scenes made on the fly (validation split), 500 of them if no limit is given; one object each
 
 An image that cannot be read becomes a `Sample` with a `problem`, never a gap: the protocols count and name them.
 """
 
+import functools
 import io
 import sys
 from collections.abc import Iterator
@@ -116,7 +117,7 @@ class ImageFiles(Dataset):
         FileNotFoundError: There is no folder, or no image in it.
     """
 
-    labelled = False
+    labelled, has_instances = False, False
 
     def __init__(self, root: Path, size: int):
         self.root, self.size = root, size
@@ -212,7 +213,7 @@ class CocoImages(ImageFiles):
         coco: pycocotools' index of the annotations.
     """
 
-    labelled = True
+    labelled, has_instances = True, True
 
     def __init__(self, root: Path, size: int, split: str = "val2017"):
         from pycocotools.coco import COCO
@@ -263,11 +264,37 @@ class SceneImages(Dataset):
         seed: Of the data set.
     """
 
-    labelled = True
+    labelled, has_instances = True, True
 
     def __init__(self, size: int, count: int = 500, seed: int = 0):
         self.scenes = ShapeScenes(count, image_size=size, seed=seed, split="val", with_mask=True)
         self.size = size
+
+    @functools.cached_property
+    def coco(self):
+        """pycocotools' index of the objects, one an image, drawn when it is first asked for.
+
+        Distractors are no objects here: a detector that finds them pays for it in AP.
+        """
+        from pycocotools import mask as rle
+        from pycocotools.coco import COCO
+
+        annotations = []
+        for number in self.keys():
+            _, label, mask = self.scenes[number]
+            code = rle.encode(np.asfortranarray(mask.numpy().astype(np.uint8)))
+            annotation = {"id": number + 1, "image_id": number, "category_id": label, "iscrowd": 0}
+            annotation |= {"segmentation": code, "area": float(rle.area(code)), "bbox": rle.toBbox(code).tolist()}
+            annotations.append(annotation)
+        index = COCO()
+        index.dataset = {
+            "images": [{"id": number, "height": self.size, "width": self.size} for number in self.keys()],
+            "categories": [{"id": number, "name": name} for number, name in self.class_names().items()],
+            "annotations": annotations,
+        }
+        with redirect_stdout(io.StringIO()):
+            index.createIndex()
+        return index
 
     def __len__(self) -> int:
         return len(self.scenes)

@@ -302,7 +302,7 @@ def summarise(images: Dataset, records: Sequence[dict], layer: int, evaluated: S
         "largest_residual": max((r for part in parts for r in part["residuals"]), default=0.0),
         "solvers": {name: solvers.count(i) for i, name in enumerate(("Lanczos", "block Lanczos in fp64", "dense"))},
     }
-    if hasattr(images, "coco"):
+    if images.has_instances:
         numbers |= class_agnostic_scores(images.coco, detections, evaluated)
     return numbers
 

@@ -11,18 +11,22 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 class Interruption:
     """While open, the two signals only leave a note; the loop reads it after each step.
 
+    Args:
+        *more: Further signals to be treated so.
+
     >>> with Interruption() as interruption:
     ...     signal.raise_signal(signal.SIGTERM)
     ...     interruption.requested()
     True
     """
 
-    def __init__(self):
+    def __init__(self, *more: signal.Signals):
+        self.signals = SIGNALS + more
         self.name: str | None = None
         self._before: dict = {}
 
     def __enter__(self) -> "Interruption":
-        self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        self._before = {number: signal.signal(number, self._note) for number in self.signals}
         return self
 
     def __exit__(self, *_) -> None:

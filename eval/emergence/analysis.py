@@ -1,0 +1,231 @@
+"""Models compared over seeds: which learning rate, head and layer, how large a difference, which claim holds."""
+
+import itertools
+import json
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from crate_fast.eval.emergence.protocol import MODELS, Protocol
+
+__all__ = [
+    "MEASURES",
+    "ORDER",
+    "PRIMARY",
+    "Claim",
+    "Paired",
+    "baselines",
+    "by_model",
+    "chosen_lr",
+    "claims",
+    "load_results",
+    "paired",
+]
+
+PRIMARY = "mIoU mass, best head"
+ORDER = ("CRATE", "CRATE-MLP", "CRATE-MHSA", "ViT")  # of the paper's Table 2, best first
+Results = dict[str, dict]
+
+
+def load_results(report: Path) -> Results:
+    """Every result in a report's folder: name of the run → result."""
+    return {path.stem: json.loads(path.read_text()) for path in sorted((report / "results").glob("*.json"))}
+
+
+def chosen_lr(results: Results, protocol: Protocol, model: str) -> float | None:
+    """The learning rate whose sweep ended with the best accuracy on its held-out scenes, the smaller of two equal
+    ones; None while a sweep is missing."""
+    scores = {}
+    for lr in protocol.lrs:
+        sweep = results.get(f"sweep-{model}-lr{lr:g}")
+        if sweep is None:
+            return None
+        scores[lr] = sweep["validation"][-1]["val_accuracy"]
+    return max(scores, key=lambda lr: (scores[lr], -lr))
+
+
+def _row(checkpoint: dict, split: str, threshold: str, layer: int) -> dict:
+    return next(row for row in checkpoint[split][threshold]["layers"] if row["layer"] == layer)
+
+
+def _head(checkpoint: dict, threshold: str, layer: int) -> int:
+    """The best head for all images of the selection scenes."""
+    heads = _row(checkpoint, "selection", threshold, layer)["per_head"]
+    return heads.index(max(heads))
+
+
+def _miou(checkpoint: dict, threshold: str, reading: str, layer: int, split: str = "test") -> float:
+    row = _row(checkpoint, split, threshold, layer)
+    return 100 * (
+        row["best_head"] if reading == "best head" else row["per_head"][_head(checkpoint, threshold, layer)]
+    )
+
+
+def _chosen_layer(checkpoint: dict, threshold: str, reading: str) -> int:
+    layers = [row["layer"] for row in checkpoint["selection"][threshold]["layers"]]
+    return max(layers, key=lambda layer: _miou(checkpoint, threshold, reading, layer, "selection"))
+
+
+def _coarse(threshold: str, reading: str) -> Callable[[dict, int | None], float]:
+    def at(checkpoint: dict, layer: int | None) -> float:
+        chosen = _chosen_layer(checkpoint, threshold, reading) if layer is None else layer
+        return _miou(checkpoint, threshold, reading, chosen)
+
+    return at
+
+
+def _detected(name: str) -> Callable[[dict, int | None], float]:
+    return lambda checkpoint, layer: checkpoint["maskcut"][str(layer)][name]
+
+
+# Name → (checkpoint, layer) → percent. With layer None mIoU is taken at the layer best on the selection scenes.
+MEASURES: dict[str, Callable[[dict, int | None], float]] = {
+    f"mIoU {threshold}, {reading}": _coarse(threshold, reading)
+    for threshold in ("mass", "topk")
+    for reading in ("best head", "fixed head")
+} | {name: _detected(name) for name in ("box AP50", "box AP", "mask AP50", "mask AP", "mask AR100")}
+
+
+def by_model(
+    results: Results, protocol: Protocol, value: Callable[[dict], float], kind: str = "scenes"
+) -> dict[str, list[float]]:
+    """A value of every model's runs, in the order of seeds; only models and seeds that all runs of are there.
+
+    Args:
+        results: See `load_results`.
+        protocol: The experiment.
+        value: Of a result.
+        kind: Of runs.
+    """
+    complete = [s for s in protocol.seeds if all(f"{kind}-{model}-seed{s}" in results for model in MODELS)]
+    if not complete:
+        return {}
+    return {model: [value(results[f"{kind}-{model}-seed{seed}"]) for seed in complete] for model in MODELS}
+
+
+def last(measure: str, layer: str = "paper") -> Callable[[dict], float]:
+    """A measure of a result's last checkpoint, at the paper's layer or the chosen one."""
+    return at_checkpoint(measure, -1, layer)
+
+
+def at_checkpoint(measure: str, index: int, layer: str = "paper") -> Callable[[dict], float]:
+    """A measure of a result's checkpoint; 0 is the untrained twin."""
+
+    def value(result: dict) -> float:
+        checkpoint = result["checkpoints"][index]
+        return MEASURES[measure](checkpoint, checkpoint["default_layer"] if layer == "paper" else None)
+
+    return value
+
+
+def baselines(results: Results, threshold: str) -> dict[str, float]:
+    """What maps that know nothing, or everything, score on the test scenes: name → percent."""
+    scored = next(result for result in results.values() if result["kind"] == "scenes")["checkpoints"][-1]
+    names = ("constant", "random", "mean_mask", "true_mask")
+    return {name: 100 * scored["test"][threshold][name] for name in names}
+
+
+@dataclass(frozen=True)
+class Paired:
+    """A paired comparison over seeds.
+
+    Attributes:
+        differences: Of each seed.
+        mean, std: Of them.
+        low, high: 95 % interval of the mean by Student's t; with one seed there is none, and both are None.
+        p: Two-sided, of the paired t-test; None with one seed.
+    """
+
+    differences: list[float]
+    mean: float
+    std: float | None
+    low: float | None
+    high: float | None
+    p: float | None
+
+
+def paired(first: Sequence[float], second: Sequence[float]) -> Paired:
+    """first − second, seed by seed.
+
+    >>> found = paired([3.0, 4.0, 5.0], [1.0, 1.0, 1.0])
+    >>> found.mean, round(found.low, 3), round(found.high, 3), round(found.p, 4)
+    (3.0, 0.516, 5.484, 0.0351)
+    """
+    from scipy import stats
+
+    differences = [a - b for a, b in zip(first, second, strict=True)]
+    mean, count = statistics.fmean(differences), len(differences)
+    if count < 2:
+        return Paired(differences, mean, None, None, None, None)
+    std = statistics.stdev(differences)
+    if std == 0:
+        return Paired(differences, mean, std, mean, mean, float(mean == 0))
+    error = std / count**0.5
+    reach = float(stats.t.ppf(0.975, count - 1)) * error
+    p = 2 * float(stats.t.sf(abs(mean) / error, count - 1))
+    return Paired(differences, mean, std, mean - reach, mean + reach, p)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A statement of the protocol, and whether the results bear it out.
+
+    Attributes:
+        text: The statement.
+        holds: Whether it does.
+        evidence: The numbers.
+    """
+
+    text: str
+    holds: bool
+    evidence: str
+
+
+def _listed(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:.1f}" for value in values)
+
+
+def claims(results: Results, protocol: Protocol, measure: str = PRIMARY) -> list[Claim]:
+    """The protocol's statements, decided by its rules.
+
+    Args:
+        results: With every seed of at least one round of models.
+        protocol: The experiment.
+        measure: A mIoU of `MEASURES`.
+    """
+    scores = by_model(results, protocol, last(measure))
+    untrained = by_model(results, protocol, at_checkpoint(measure, 0))
+    fixed_map = baselines(results, measure.split(",")[0].split()[1])["mean_mask"]
+    crate, vit = scores["CRATE"], scores["ViT"]
+    gap = paired(crate, vit)
+    interval = "" if gap.low is None else f", 95 % interval {gap.low:.1f} to {gap.high:.1f}, p = {gap.p:.3f}"
+    means = [statistics.fmean(scores[model]) for model in ORDER]
+    seeds = [all(a > b for a, b in itertools.pairwise(row)) for row in zip(*(scores[m] for m in ORDER), strict=True)]
+    return [
+        Claim(
+            "Training makes it: every CRATE scores above its untrained twin",
+            all(a > b for a, b in zip(crate, untrained["CRATE"], strict=True)),
+            f"{_listed(crate)} against {_listed(untrained['CRATE'])}",
+        ),
+        Claim(
+            "It is about the image: every CRATE scores above the objects' mean mask, a map that is the same for all",
+            all(value > fixed_map for value in crate),
+            f"{_listed(crate)} against {fixed_map:.1f}",
+        ),
+        Claim(
+            "It is CRATE's: CRATE scores above ViT, the 95 % interval of the paired difference above 0",
+            gap.low is not None and gap.low > 0,
+            f"{_listed(crate)} against {_listed(vit)}: {gap.mean:+.1f}{interval}",
+        ),
+        Claim(
+            "It does not appear in a ViT: no ViT scores above the mean mask",
+            all(value <= fixed_map for value in vit),
+            f"{_listed(vit)} against {fixed_map:.1f}",
+        ),
+        Claim(
+            f"The order of Table 2, in the means: {' > '.join(ORDER)}",
+            all(a > b for a, b in itertools.pairwise(means)),
+            f"{' / '.join(f'{mean:.1f}' for mean in means)}; in {sum(seeds)} of {len(seeds)} seeds",
+        ),
+    ]

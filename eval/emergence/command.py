@@ -1,0 +1,87 @@
+"""The command `crate-fast reproduce emergence`; see the package's text."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from crate_fast.eval.emergence.job import Places
+from crate_fast.eval.emergence.protocol import SIZES, Protocol
+from crate_fast.eval.emergence.report import write_report
+from crate_fast.eval.emergence.schedule import Machine, conduct
+from crate_fast.eval.options import positive, run_command
+from crate_fast.train.checkpoint import write_text
+from crate_fast.train.distributed import choose_device
+
+__all__ = ["main"]
+
+
+def _claim_folder(report: Path, size: str, protocol: Protocol) -> None:
+    """Write protocol.json, or make sure that the one there is this protocol's.
+
+    Raises:
+        ValueError: It is of another.
+    """
+    path, ours = report / "protocol.json", {"size": size} | protocol.settings()
+    if path.is_file():
+        theirs = json.loads(path.read_text())
+        differing = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
+        if differing:
+            told = "; ".join(f"{name}: {theirs.get(name)!r} there, {ours.get(name)!r} now" for name in differing)
+            raise ValueError(f"{report} holds results of another protocol ({told}): give another --report")
+    else:
+        report.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps(ours, indent=2) + "\n")
+
+
+def _check_cifar10(folder: Path | None) -> None:
+    if folder is None:
+        return
+    if not (folder / "train").is_dir() and not (folder / "cifar-10-batches-py").is_dir():
+        raise ValueError(
+            f"--cifar10 {folder} holds neither train/ and test/ with a folder of images a class, nor "
+            "cifar-10-batches-py as torchvision keeps it: name the folder that does, or leave it out"
+        )
+
+
+def _command(options: argparse.Namespace) -> None:
+    protocol = SIZES[options.size]
+    output = options.output or Path("runs/emergence") / options.size
+    places = Places(output, options.report or output / "report", options.cifar10)
+    _check_cifar10(places.cifar10)
+    _claim_folder(places.report, options.size, protocol)
+    if not options.report_only:
+        machine = Machine(choose_device(options.device), options.jobs)
+        if not conduct(protocol, places, machine, options.minutes):
+            print("stopped; the same command continues")
+            return
+    print(f"written:\n  {write_report(places.report, protocol, options.size)}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run, continue or report the experiment; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="crate-fast reproduce emergence",
+        description="Does segmentation appear in CRATE and not in a ViT? docs/emergence/protocol.md says how it is "
+        "asked. Started again, the command continues where it was stopped or killed.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add(
+        "--size",
+        choices=list(SIZES),
+        required=True,
+        help="smoke: minutes; small: two CPU cores, a night; full: a GPU",
+    )
+    add("--output", type=Path, help="folder of the runs; default runs/emergence/SIZE")
+    add("--report", type=Path, help="folder of results, pictures and report; default OUTPUT/report")
+    add("--report-only", action="store_true", help="write the report again from its folder, and run nothing")
+    add("--cifar10", type=Path, metavar="DIR", help="CIFAR-10, for accuracy; left out when absent")
+    add("--jobs", type=positive, help="runs at once; default a CPU core each, or four a GPU")
+    add("--minutes", type=float, help="stop politely after so many")
+    add("--device", default="auto", help="auto, cpu or cuda; default auto")
+    return run_command(_command, parser.parse_args(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

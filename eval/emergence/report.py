@@ -1,0 +1,238 @@
+"""report.md, written from saved results and pictures alone."""
+
+import itertools
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from crate_fast.eval import paper
+from crate_fast.eval.emergence.analysis import (
+    MEASURES,
+    ORDER,
+    PRIMARY,
+    Paired,
+    at_checkpoint,
+    baselines,
+    by_model,
+    chosen_lr,
+    claims,
+    last,
+    load_results,
+    paired,
+)
+from crate_fast.eval.emergence.figures import draw, load_pictures
+from crate_fast.eval.emergence.protocol import MODELS, Protocol, planned_runs
+from crate_fast.eval.results import markdown_table
+from crate_fast.eval.white_box import trend
+from crate_fast.train.checkpoint import write_text
+
+__all__ = ["write_report"]
+
+_CAPTIONS = {
+    "figure4_masks": "Each model's best mask by mass at the paper's layer, as scored (Fig. 4).",
+    "figure6_by_layer": "Scores by layer, means and standard deviations over seeds (Fig. 6).",
+    "figure6_components": "Principal components 2 to 4 of the patches' features by layer, as colours (Fig. 6).",
+    "figure7_heads": "Attention of CLS, every head of CRATE's layer that the paper looks at (Fig. 7).",
+    "figure9_parts": "The first three components of the foreground by layer, as colours (Fig. 9).",
+    "figure10_by_epoch": "Scores over training at the paper's layer (Fig. 10); at 0 stand the untrained twins.",
+    "figure10_components": "Components 2 to 4 over training, CRATE (Fig. 10).",
+    "white_box": "R^c and sparsity by layer; dashed: before training.",
+}
+_BASELINES = {
+    "mean_mask": "mean mask",
+    "random": "random maps",
+    "constant": "constant mask",
+    "true_mask": "true mask",
+}
+
+
+def write_report(report: Path, protocol: Protocol, size: str) -> Path:
+    """Write report.md and its figures.
+
+    Args:
+        report: The folder that holds results/ and pictures/.
+        protocol: The experiment.
+        size: Its name.
+
+    Raises:
+        ValueError: There is no result of a compared run, for any seed, of all models.
+    """
+    results = load_results(report)
+    if not by_model(results, protocol, last(PRIMARY)):
+        raise ValueError(
+            f"{report / 'results'} does not hold a run of every model with one seed yet: run on, then report"
+        )
+    figures = draw(results, load_pictures(report), protocol, report / "figures")
+    parts = [
+        f"# Emergence: what came out ({size})",
+        "Written by `crate-fast reproduce emergence` from the files in `results/` and `pictures/`; the rules were "
+        "fixed before the runs, in [protocol.md](protocol.md). Scores are percent on test scenes that nothing was "
+        "chosen on, at the last checkpoint; ± is the standard deviation over seeds.",
+        "## Does the claim hold?",
+        _claims(results, protocol),
+        "## Coarse segmentation (Fig. 4, Table 2)",
+        _coarse(results, protocol),
+        "## MaskCut (Table 2)",
+        _detection(results, protocol),
+        "## Differences between models",
+        _differences(results, protocol),
+        "## Accuracy",
+        _accuracy(results, protocol),
+        "## White box",
+        _white_box(results, protocol),
+        "## Figures",
+        *(f"![{_CAPTIONS[name]}](figures/{path.name})\n\n*{_CAPTIONS[name]}*" for name, path in figures.items()),
+        *_discussion(report),
+        "## How it was run",
+        _origin(results, protocol, size),
+    ]
+    path = report / "report.md"
+    write_text(path, "\n\n".join(part.strip() for part in parts) + "\n")
+    return path
+
+
+def _with_spread(values: Sequence[float]) -> str:
+    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.1f}{spread}"
+
+
+def _claims(results: dict, protocol: Protocol) -> str:
+    found = claims(results, protocol)
+    rows = [
+        {"statement": claim.text, "": "**holds**" if claim.holds else "**does not hold**", PRIMARY: claim.evidence}
+        for claim in found
+    ]
+    return markdown_table(rows) + f"\n{sum(claim.holds for claim in found)} of {len(found)} statements hold."
+
+
+def _table(
+    columns: dict[str, Callable[[dict], float]], results: dict, protocol: Protocol, kind: str = "scenes"
+) -> list[dict]:
+    found = {name: by_model(results, protocol, value, kind) for name, value in columns.items()}
+    return [
+        {"model": model} | {name: _with_spread(values[model]) for name, values in found.items()} for model in MODELS
+    ]
+
+
+def _coarse(results: dict, protocol: Protocol) -> str:
+    measures = [name for name in MEASURES if name.startswith("mIoU")]
+    rows = _table({name: last(name) for name in measures}, results, protocol)
+    for row in rows:
+        row["paper, VOC"] = paper.find("table2", row["model"]).get("VOC mIoU")
+    twins = _table({name: at_checkpoint(name, 0) for name in measures}, results, protocol)
+    rows += [{**row, "model": f"{row['model']}, untrained"} for row in twins]
+    known = {threshold: baselines(results, threshold) for threshold in ("mass", "topk")}
+    for name, text in _BASELINES.items():
+        row = {"model": text}
+        for measure in measures:
+            row[measure] = f"{known[measure.split(',')[0].split()[1]][name]:.1f}"
+        rows.append(row)
+    chosen = _table({name: last(name, "chosen") for name in measures}, results, protocol)
+    return (
+        "At the layer that the paper looks at: the last but one of models with MSSA, the last of those with MHSA. "
+        "The best head is the best of each image; the fixed head is one for all images, chosen on other scenes.\n\n"
+        + markdown_table(rows, digits=1)
+        + "\nAt the layer that is best on other scenes, chosen for each run and score:\n\n"
+        + markdown_table(chosen, digits=1)
+    )
+
+
+def _detection(results: dict, protocol: Protocol) -> str:
+    measures = [name for name in MEASURES if not name.startswith("mIoU")]
+    rows = _table({name: last(name) for name in measures}, results, protocol)
+    for row in rows:
+        numbers = paper.find("table2", row["model"])
+        row["paper, COCO: box AP50 / AP"] = f"{numbers['box AP50']} / {numbers['box AP']}" if numbers else None
+    twins = _table({name: at_checkpoint(name, 0) for name in measures}, results, protocol)
+    rows += [{**row, "model": f"{row['model']}, untrained"} for row in twins]
+    return "At the paper's layer; distractors found count as errors.\n\n" + markdown_table(rows, digits=1)
+
+
+def _interval(found: Paired) -> str:
+    if found.low is None:
+        return f"{found.mean:+.1f}"
+    return f"{found.mean:+.1f} ({found.low:.1f} to {found.high:.1f}; p = {found.p:.3f})"
+
+
+def _differences(results: dict, protocol: Protocol) -> str:
+    pairs = [*itertools.pairwise(ORDER), ("CRATE", "ViT"), ("CRATE", "CRATE-sth")]
+    columns = [name for name in MEASURES if name.startswith("mIoU") or name in ("box AP50", "mask AP")]
+    rows = []
+    for first, second in pairs:
+        row = {"": f"{first} − {second}"}
+        for name in columns:
+            scores = by_model(results, protocol, last(name))
+            row[name] = _interval(paired(scores[first], scores[second]))
+        rows.append(row)
+    count = len(by_model(results, protocol, last(PRIMARY))["CRATE"])
+    return (
+        f"Paired over {count} seeds: mean, 95 % interval by Student's t, p of the paired t-test.\n\n"
+        + markdown_table(rows)
+    )
+
+
+def _accuracy(results: dict, protocol: Protocol) -> str:
+    scenes = _table({"shape_scenes": lambda r: 100 * r["checkpoints"][-1]["accuracy"]}, results, protocol)
+    cifar = by_model(results, protocol, lambda r: 100 * r["validation"][-1]["val_accuracy"], "cifar10")
+    for row in scenes:
+        row["CIFAR-10"] = _with_spread(cifar[row["model"]]) if cifar else None
+        lr = chosen_lr(results, protocol, row["model"])
+        row["learning rate"] = None if lr is None else f"{lr:g}"
+        row |= {
+            f"sweep at {lr:g}": 100 * results[f"sweep-{row['model']}-lr{lr:g}"]["validation"][-1]["val_accuracy"]
+            for lr in protocol.lrs
+            if f"sweep-{row['model']}-lr{lr:g}" in results
+        }
+        row["parameters"] = results[f"scenes-{row['model']}-seed{protocol.seeds[0]}"]["parameters"]
+    missing = "" if cifar else "\nCIFAR-10 was not at hand, or is not done.\n"
+    return f"Chance is {100 / 12:.1f} on scenes and 10 on CIFAR-10.\n\n" + markdown_table(scenes, digits=1) + missing
+
+
+def _white_box(results: dict, protocol: Protocol) -> str:
+    rows = []
+    for model in MODELS:
+        for index, when in ((0, "untrained"), (-1, "trained")):
+            row = {"model": model, "": when}
+            for name, title in (("coding_rate", "R^c"), ("sparsity", "non-zeros")):
+                trends = _trends(results, protocol, model, index, name)
+                row[f"{title}, first layer → last"] = trends and " · ".join(
+                    f"{found['first']:.3g} → {found['last']:.3g}" for found in trends
+                )
+                row[f"{title} falls with depth"] = trends and " · ".join(found["falls"] for found in trends)
+            if any(value for name, value in row.items() if name not in ("model", "")):
+                rows.append(row)
+    return "One entry a seed.\n\n" + markdown_table(rows)
+
+
+def _trends(results: dict, protocol: Protocol, model: str, index: int, name: str) -> list[dict] | None:
+    runs = [results.get(f"scenes-{model}-seed{seed}") for seed in protocol.seeds]
+    curves = [run["checkpoints"][index]["white_box"] for run in runs if run]
+    if not curves or not curves[0] or name not in curves[0][0]:
+        return None
+    return [trend([row[name] for row in curve]) for curve in curves]
+
+
+def _discussion(report: Path) -> list[str]:
+    """What did not reproduce and why that may be: written by hand, beside the results."""
+    path = report / "discussion.md"
+    return [path.read_text()] if path.is_file() else []
+
+
+def _origin(results: dict, protocol: Protocol, size: str) -> str:
+    runs = list(results.values())
+    planned = planned_runs(protocol)
+    hours = sum(run["training_seconds"] + run["scoring_seconds"] for run in runs) / 3600
+    facts = {
+        "command": f"`crate-fast reproduce emergence --size {size}`",
+        "runs": f"{len(runs)} of {len(planned)}",
+        "hours of a job": f"{hours:.1f}; several go at once",
+        "device of a job": _all(runs, "device"),
+        "commits": _all(runs, "commit"),
+        "torch": _all(runs, "torch"),
+    }
+    facts |= {name.replace("_", " "): value for name, value in vars(protocol).items()}
+    return markdown_table([{"": name, " ": str(value)} for name, value in facts.items()])
+
+
+def _all(runs: Sequence[dict], name: str) -> str:
+    return ", ".join(dict.fromkeys(run["provenance"][name] for run in runs))

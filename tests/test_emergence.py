@@ -1,0 +1,240 @@
+"""The experiment: its protocol, its arithmetic, and the smoke size from its runs to its report, killed in between."""
+
+import dataclasses
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from PIL import Image
+from runs import ROOT
+
+from crate_fast.eval.detections import class_agnostic_scores, detections_of
+from crate_fast.eval.emergence.analysis import by_model, chosen_lr, claims, last
+from crate_fast.eval.emergence.command import main
+from crate_fast.eval.emergence.job import Places, result_file
+from crate_fast.eval.emergence.protocol import (
+    MODELS,
+    SELECTION_SEED,
+    SIZES,
+    TEST_SEED,
+    Run,
+    planned_runs,
+    settings_table,
+    training_config,
+)
+from crate_fast.eval.images import SceneImages
+from crate_fast.eval.results import markdown_table
+
+SMOKE = SIZES["smoke"]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_models_differ_in_nothing_but_the_ablation(size):
+    protocol = SIZES[size]
+    for number, stage in enumerate(protocol.stages):
+        assert stage.steps % stage.checkpoints == 0
+        configs = {m: vars(training_config(protocol, Run("scenes", m, 0), number, 1e-3)) for m in MODELS}
+        for model, config in configs.items():
+            differing = {name: value for name, value in config.items() if value != configs["CRATE"][name]}
+            assert differing == MODELS[model]
+    points = protocol.points
+    assert points[0].step == points[0].images == 0
+    assert points[-1].images == sum(stage.steps * stage.batch_size for stage in protocol.stages)
+    assert [p.images for p in points] == sorted({p.images for p in points})
+
+
+@pytest.mark.parametrize("size", ["small", "full"])
+def test_a_mask_means_something(size):
+    protocol = SIZES[size]
+    assert protocol.image_size // protocol.patch_size >= 16
+    assert len(protocol.seeds) >= 3
+
+
+def test_the_protocol_says_what_is_done():
+    text = (ROOT / "docs" / "emergence" / "protocol.md").read_text()
+    assert markdown_table(settings_table()) in text
+    assert f"{SELECTION_SEED:,}" in text
+    assert f"{TEST_SEED:,}" in text
+    for claim in claims(results_with({model: [40.0, 41.0] for model in MODELS}), SMOKE):
+        assert claim.text in " ".join(text.split())
+
+
+def test_runs_have_different_names_and_seeds_come_one_by_one():
+    runs = planned_runs(SIZES["small"])
+    assert len({run.name for run in runs}) == len(runs) == 15 + 15 + 15
+    assert [run.seed for run in runs if run.kind == "scenes"] == [0] * 5 + [1] * 5 + [2] * 5
+
+
+def test_masks_of_the_scenes_are_perfect_detections():
+    images = SceneImages(32, 12, seed=5)
+    found = [d for n in images.keys() for d in detections_of(images[n].target.masks.numpy(), n)]  # noqa: SIM118
+    scores = class_agnostic_scores(images.coco, found, images.keys())
+    assert scores["segm"]["AP"] == scores["bbox"]["AP"] == scores["segm"]["AR100"] == 1.0
+    assert class_agnostic_scores(images.coco, found[:6], images.keys())["segm"]["AR100"] == pytest.approx(
+        0.5, abs=0.01
+    )
+
+
+def checkpoint(best: float, heads: list[float], selected: list[float], layers: int = 2) -> dict:
+    """One at whose layer 0 heads score `heads` on test and `selected` on selection scenes; at layer 1 half."""
+
+    def rows(values: list[float]) -> dict:
+        found = [
+            {"layer": i, "best_head": best / (i + 1), "per_head": [v / (i + 1) for v in values]}
+            for i in range(layers)
+        ]
+        baselines = {"constant": 0.1, "random": 0.12, "mean_mask": 0.3, "true_mask": 0.6}
+        return {threshold: {"layers": found, **baselines} for threshold in ("mass", "topk")}
+
+    return {"default_layer": 1, "test": rows(heads), "selection": rows(selected), "accuracy": 0.5}
+
+
+def results_with(scores: dict[str, list[float]]) -> dict[str, dict]:
+    """Results whose primary score at the default layer is that of each model and seed, in percent."""
+    results = {}
+    for model, values in scores.items():
+        for seed, value in zip(SMOKE.seeds, values, strict=False):
+            untrained = checkpoint(0.3, [0.1, 0.2], [0.2, 0.1])
+            trained = checkpoint(2 * value / 100, [0.1, 0.2], [0.2, 0.1])
+            result = {"kind": "scenes", "checkpoints": [untrained, trained]}
+            results[f"scenes-{model}-seed{seed}"] = result
+    return results
+
+
+def test_the_fixed_head_is_chosen_on_other_scenes():
+    results = results_with({model: [40.0, 40.0] for model in MODELS})
+    score = last("mIoU mass, fixed head")(results["scenes-CRATE-seed0"])
+    assert score == pytest.approx(100 * 0.1 / 2)  # head 0, the best there; head 1 is the best here
+    assert last("mIoU mass, best head")(results["scenes-CRATE-seed0"]) == pytest.approx(40.0)
+    assert last("mIoU mass, best head", "chosen")(results["scenes-CRATE-seed0"]) == pytest.approx(80.0)  # layer 0
+
+
+def test_the_claims_hold_where_they_should():
+    good = results_with(
+        {"CRATE": [50, 51], "CRATE-MLP": [45, 46], "CRATE-MHSA": [40, 41], "ViT": [20, 21.1], "CRATE-sth": [9, 9]}
+    )
+    assert [claim.holds for claim in claims(good, SMOKE)] == [True] * 5
+    bad = results_with(
+        {"CRATE": [20, 10], "CRATE-MLP": [45, 46], "CRATE-MHSA": [40, 41], "ViT": [32, 33], "CRATE-sth": [9, 9]}
+    )
+    assert [claim.holds for claim in claims(bad, SMOKE)] == [False] * 5
+    noisy = results_with(
+        {"CRATE": [60, 31], "CRATE-MLP": [45, 30], "CRATE-MHSA": [40, 29], "ViT": [20, 28], "CRATE-sth": [9, 9]}
+    )
+    assert [claim.holds for claim in claims(noisy, SMOKE)] == [True, True, False, True, True]
+
+
+def test_a_seed_that_a_model_lacks_is_not_compared():
+    results = results_with({model: [40.0, 41.0] for model in MODELS})
+    del results["scenes-ViT-seed1"]
+    assert by_model(results, SMOKE, last("mIoU mass, best head"))["CRATE"] == pytest.approx([40.0])
+
+
+def test_the_learning_rate_of_the_best_sweep():
+    def sweep(accuracy: float) -> dict:
+        return {"validation": [{"val_accuracy": 0.9}, {"val_accuracy": accuracy}]}
+
+    results = {"sweep-ViT-lr0.001": sweep(0.3)}
+    assert chosen_lr(results, SMOKE, "ViT") is None
+    assert chosen_lr(results | {"sweep-ViT-lr0.002": sweep(0.4)}, SMOKE, "ViT") == 2e-3
+    assert chosen_lr(results | {"sweep-ViT-lr0.002": sweep(0.3)}, SMOKE, "ViT") == 1e-3
+
+
+@pytest.fixture(scope="module")
+def cifar10(tmp_path_factory):
+    """A folder like CIFAR-10's, of one colour a class."""
+    folder = tmp_path_factory.mktemp("cifar10")
+    for split, count in (("train", 13), ("test", 2)):
+        for label in range(10):
+            place = folder / split / f"class{label}"
+            place.mkdir(parents=True)
+            for number in range(count):
+                Image.new("RGB", (32, 32), (25 * label, 10 * number, 99)).save(place / f"{number}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, cifar10):
+    """The smoke size, killed once in the middle; (its folder, when it was killed what was done)."""
+    output = tmp_path_factory.mktemp("emergence")
+    words = ["--size", "smoke", "--output", str(output), "--cifar10", str(cifar10), "--device", "cpu", "--jobs", "2"]
+    command = [sys.executable, "-m", "crate_fast.cli", "reproduce", "emergence", *words]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    results, deadline = output / "report" / "results", time.time() + 300
+    started = output / "runs" / "scenes-CRATE-seed0" / "stage0" / "checkpoints"
+    while not (started.is_dir() and any(started.iterdir())):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.time() < deadline, "waited too long"
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    before = {path.name: path.stat().st_mtime_ns for path in results.glob("*.json")}
+    found = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert found.returncode == 0, found.stdout + found.stderr
+    return output, before
+
+
+def test_smoke_goes_on_after_a_kill_and_does_nothing_twice(finished):
+    output, before = finished
+    results = {path.name: path.stat().st_mtime_ns for path in (output / "report" / "results").glob("*.json")}
+    assert len(before) >= 10  # the sweeps
+    assert before.items() <= results.items()
+    places = Places(output, output / "report")
+    assert set(results) == {result_file(places, run).name for run in planned_runs(SMOKE)}
+    scored = json.loads((output / "report" / "results" / "scenes-CRATE-seed0.json").read_text())
+    assert [(row["stage"], row["step"], row["images"]) for row in scored["checkpoints"]] == [
+        (0, 0, 0),
+        (0, 8, 128),
+        (1, 2, 160),
+    ]
+    assert [(entry["stage"], entry["step"]) for entry in scored["validation"]] == [(0, 4), (0, 8), (1, 2)]
+    assert not list(output.glob("**/*.partial*"))
+
+
+def test_the_report_comes_from_results_alone(finished, tmp_path):
+    output, _ = finished
+    report = tmp_path / "elsewhere"
+    shutil.copytree(output / "report", report)
+    text = (report / "report.md").read_text()
+    (report / "report.md").unlink()
+    shutil.rmtree(report / "figures")
+    arguments = ["--size", "smoke", "--report-only", "--report", str(report), "--output", str(tmp_path / "none")]
+    assert main(arguments) == 0
+    assert (report / "report.md").read_text() == text
+    assert text.count("](figures/") == len(list((report / "figures").glob("*.png"))) == 8
+    assert "30 of 30" in text
+    assert str(output) not in text
+    (report / "discussion.md").write_text("## What did not reproduce\n\nIt is a smoke test.\n")
+    assert main(arguments) == 0
+    assert "It is a smoke test." in (report / "report.md").read_text()
+
+
+def test_the_untrained_twin_is_the_run_before_training(finished):
+    """Its scores are those of the weights that the seed draws."""
+    output, _ = finished
+    from crate_fast.eval.emergence.scores import checkpoint_scores
+    from crate_fast.eval.models import open_model
+
+    subject = open_model(f"{output}/runs/scenes-ViT-seed1/stage0@untrained", image_size=SMOKE.image_size, seed=1)
+    saved = json.loads((output / "report" / "results" / "scenes-ViT-seed1.json").read_text())["checkpoints"][0]
+    scores = checkpoint_scores(subject, SMOKE)
+    assert {name: saved[name] for name in scores} == scores
+
+
+def test_results_of_another_protocol_are_not_mixed_in(finished, monkeypatch, capsys):
+    output, _ = finished
+    other = dataclasses.replace(SMOKE, weight_decay=0.1)
+    monkeypatch.setitem(SIZES, "smoke", other)
+    assert main(["--size", "smoke", "--output", str(output)]) == 2
+    assert "weight_decay: 0.05 there, 0.1 now" in capsys.readouterr().err
+
+
+def test_a_report_without_results_and_cifar10_that_is_none(tmp_path, capsys):
+    assert main(["--size", "smoke", "--report-only", "--output", str(tmp_path)]) == 2
+    assert "does not hold a run of every model" in capsys.readouterr().err
+    assert main(["--size", "smoke", "--cifar10", str(tmp_path), "--output", str(tmp_path)]) == 2
+    assert "holds neither train/" in capsys.readouterr().err
