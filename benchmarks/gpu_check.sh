@@ -5,6 +5,8 @@
 #                                                # ISTA against their peers
 #   bash benchmarks/gpu_check.sh models          # growth with N, then whole models: CRATE, CRATE-MAE
 #   bash benchmarks/gpu_check.sh models L/16 S/8 # these models alone; rows of others from the same commit stay
+#   bash benchmarks/gpu_check.sh emergence       # the experiment of docs/emergence/protocol.md at its full size, or as
+#                                                # much of it as fits; the next call continues. Needs pycocotools too
 #
 # The models have a gate of their own instead of the tests. Compiling takes most of their time: B/16 and B/8 come
 # first, and where the time is up peers are left out, which a second call with the models' names makes good.
@@ -20,8 +22,8 @@ limit=520 # seconds for all of it
 status=0
 part=${1:-kernels}
 models=("${@:2}")
-if [[ $part != kernels && $part != models ]] || [[ $part == kernels && ${#models[@]} -gt 0 ]]; then
-    echo "usage: gpu_check.sh [kernels | models [MODEL ...]]" >&2
+if [[ ! $part =~ ^(kernels|models|emergence)$ ]] || [[ $part != models && ${#models[@]} -gt 0 ]]; then
+    echo "usage: gpu_check.sh [kernels | models [MODEL ...] | emergence]" >&2
     exit 2
 fi
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
@@ -58,7 +60,16 @@ if version < (3, 9) and not os.environ.get("TRITON_PTXAS_PATH"):
     )
 PYTHON
 
-if [[ $part == models ]]; then
+if [[ $part == emergence ]]; then
+    report=docs/emergence/full # with the results of earlier calls
+    "$python" -m crate_fast.cli reproduce emergence --size full --output runs/emergence/full --report "$report" \
+        --minutes $((limit / 60)) || status=1
+    if [[ -n ${OUT:-} && -d $report ]]; then
+        tar -czf "$OUT/emergence_full.tar.gz" "$report"
+    fi
+    echo "== after $SECONDS s; results in ${OUT:+$OUT/emergence_full.tar.gz, as }$report"
+    exit "$status"
+elif [[ $part == models ]]; then
     if [[ ${#models[@]} -gt 0 ]]; then
         measure 85 100 bench_model.py --append --models "${models[@]}"
     else

@@ -23,13 +23,14 @@ class Records:
         settings: What decides a record.
         rank: Of this process; the first writes settings.json, and must have made this object before others make
             theirs.
+        key: What a record is of, and is called in it.
 
     Raises:
         ValueError: The folder holds records made with other settings, or cannot be written.
     """
 
-    def __init__(self, folder: Path, settings: dict, rank: int = 0):
-        self.folder, self.rank = folder, rank
+    def __init__(self, folder: Path, settings: dict, rank: int = 0, key: str = "image_id"):
+        self.folder, self.rank, self.key = folder, rank, key
         make_folder(folder)
         path = folder / "settings.json"
         settings = json.loads(json.dumps(settings))
@@ -47,14 +48,14 @@ class Records:
             write_text(path, json.dumps(settings, indent=2) + "\n")
 
     def read(self) -> dict[str | int, dict]:
-        """Image → its record, over all processes; of two records of one image either, since they are equal."""
+        """Key → its record, over all processes; of two records of one image either, since they are equal."""
         records = {}
         for path in sorted(self.folder.glob("records-*.jsonl")):
             with path.open() as file:
                 for line in file:
                     if line.endswith("\n"):
                         record = json.loads(line)
-                        records[record["image_id"]] = record
+                        records[record[self.key]] = record
         return records
 
     def append(self, records: Iterable[dict]) -> None:

@@ -360,7 +360,8 @@ def test_the_gpu_check_of_models_appends_where_models_are_named(tmp_path):
     assert f"--output {tmp_path} --growth" in seen
     assert seen.count("benchmarks/bench_model.py --rounds 3 --budget") == 2
     assert f"--output {tmp_path} --append --models B/16 B/8" in check("models", "B/16", "B/8")
-    for words in (("kernels", "B/16"), ("model",)):
+    assert "-m crate_fast.cli reproduce emergence --size full" in check("emergence")
+    for words in (("kernels", "B/16"), ("emergence", "B/16"), ("model",)):
         with pytest.raises(subprocess.CalledProcessError):
             check(*words)
         assert not calls.read_text()

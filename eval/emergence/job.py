@@ -186,19 +186,19 @@ def _score_checkpoints(job: Job, interruption: Interruption) -> list[dict] | Non
     """The scores of every checkpoint, in order; None when asked to stop."""
     points = job.protocol.points
     decides = {"protocol": job.protocol.settings(), "lr": job.lr}
-    records = Records(job.places.output / "scores" / job.run.name, decides)
+    records = Records(job.places.output / "scores" / job.run.name, decides, key="checkpoint")
     for number, point in enumerate(points):
         if interruption.requested():
             return None
         if number not in records.read():
             subject = _subject(job, point)
             where = {**dataclasses.asdict(point), "default_layer": subject.extract.default_layer}
-            records.append([{"image_id": number, **where, **checkpoint_scores(subject, job.protocol)}])
+            records.append([{"checkpoint": number, **where, **checkpoint_scores(subject, job.protocol)}])
             print(f"scored checkpoint {number} of {len(points) - 1}", flush=True)
     if job.run.seed == job.protocol.seeds[0]:
         _draw(job)
     found = records.read()
-    return [{k: v for k, v in found[number].items() if k != "image_id"} for number in range(len(points))]
+    return [found[number] for number in range(len(points))]
 
 
 def _subject(job: Job, point: Point) -> Subject:
