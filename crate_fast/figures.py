@@ -109,6 +109,7 @@ class Curve:
         x, y: Its points.
         spread: Half the height of a band around it, or None.
         dashed: For what the others are compared with.
+        like: The label whose colour it takes; its own when None.
     """
 
     label: str
@@ -116,6 +117,7 @@ class Curve:
     y: Sequence[float]
     spread: Sequence[float] | None = None
     dashed: bool = False
+    like: str | None = None
 
 
 def curve_figure(
@@ -124,6 +126,7 @@ def curve_figure(
     paths: Sequence[Path],
     title: str | None = None,
     from_zero: bool = False,
+    columns: int | None = None,
 ) -> None:
     """Write charts side by side; a label has one colour in all of them.
 
@@ -133,15 +136,24 @@ def curve_figure(
         paths: Files to write; the suffix (.png, .pdf) decides the format.
         title: Above everything.
         from_zero: Start every y-axis at 0, for scores whose differences should not look larger than they are.
+        columns: Charts in a row; all when None.
     """
-    labels = list(dict.fromkeys(curve.label for curves in panels.values() for curve in curves))
+    labels = list(dict.fromkeys(curve.like or curve.label for curves in panels.values() for curve in curves))
     colours = {label: f"C{i % 10}" for i, label in enumerate(labels)}
     with plt.rc_context(_STYLE):
-        size = (3.6 * len(panels), 2.9)
-        figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, layout="constrained")
-        for axis, (name, curves) in zip(axes[0], panels.items(), strict=True):
+        columns = min(columns or len(panels), len(panels))
+        shape = (-(-len(panels) // columns), columns)
+        size = (3.6 * columns, 2.9 * shape[0])
+        figure, axes = plt.subplots(*shape, figsize=size, squeeze=False, layout="constrained")
+        for axis in axes.flat[len(panels) :]:
+            axis.set_visible(False)
+        for axis, (name, curves) in zip(axes.flat, panels.items(), strict=False):
             for curve in curves:
-                x, y, colour = np.asarray(curve.x, float), np.asarray(curve.y, float), colours[curve.label]
+                x, y, colour = (
+                    np.asarray(curve.x, float),
+                    np.asarray(curve.y, float),
+                    colours[curve.like or curve.label],
+                )
                 marker = {"ls": "--"} if curve.dashed else {"marker": "o" if len(x) <= 32 else "", "ms": 3}
                 axis.plot(x, y, color=colour, lw=1.4, label=curve.label, **marker)
                 if curve.spread is not None:

@@ -15,10 +15,15 @@ __all__ = [
     "PRIMARY",
     "Claim",
     "Paired",
+    "at_checkpoint",
     "baselines",
     "by_model",
+    "by_seed",
     "chosen_lr",
     "claims",
+    "complete_seeds",
+    "has_measure",
+    "last",
     "load_results",
     "paired",
 ]
@@ -87,21 +92,31 @@ MEASURES: dict[str, Callable[[dict, int | None], float]] = {
 } | {name: _detected(name) for name in ("box AP50", "box AP", "mask AP50", "mask AP", "mask AR100")}
 
 
-def by_model(
-    results: Results, protocol: Protocol, value: Callable[[dict], float], kind: str = "scenes"
-) -> dict[str, list[float]]:
-    """A value of every model's runs, in the order of seeds; only models and seeds that all runs of are there.
+def complete_seeds(results: Results, protocol: Protocol, kind: str = "scenes") -> list[int]:
+    """The seeds that runs of all models are there of."""
+    return [s for s in protocol.seeds if all(f"{kind}-{model}-seed{s}" in results for model in MODELS)]
+
+
+def by_seed(
+    results: Results, protocol: Protocol, model: str, value: Callable[[dict], float], kind: str = "scenes"
+) -> list[float]:
+    """A value of one model's runs, in the order of the complete seeds.
 
     Args:
         results: See `load_results`.
         protocol: The experiment.
+        model: Of `MODELS`.
         value: Of a result.
         kind: Of runs.
     """
-    complete = [s for s in protocol.seeds if all(f"{kind}-{model}-seed{s}" in results for model in MODELS)]
-    if not complete:
-        return {}
-    return {model: [value(results[f"{kind}-{model}-seed{seed}"]) for seed in complete] for model in MODELS}
+    return [value(results[f"{kind}-{model}-seed{seed}"]) for seed in complete_seeds(results, protocol, kind)]
+
+
+def by_model(
+    results: Results, protocol: Protocol, value: Callable[[dict], float], kind: str = "scenes"
+) -> dict[str, list[float]]:
+    """`by_seed` of every model."""
+    return {model: by_seed(results, protocol, model, value, kind) for model in MODELS}
 
 
 def last(measure: str, layer: str = "paper") -> Callable[[dict], float]:
@@ -124,6 +139,12 @@ def baselines(results: Results, threshold: str) -> dict[str, float]:
     scored = next(result for result in results.values() if result["kind"] == "scenes")["checkpoints"][-1]
     names = ("constant", "random", "mean_mask", "true_mask")
     return {name: 100 * scored["test"][threshold][name] for name in names}
+
+
+def has_measure(result: dict, name: str) -> bool:
+    """Whether R^c ("coding_rate") or sparsity means something for a result's model."""
+    rows = result["checkpoints"][-1]["white_box"]
+    return bool(rows) and name in rows[0]
 
 
 @dataclass(frozen=True)

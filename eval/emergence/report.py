@@ -14,8 +14,11 @@ from crate_fast.eval.emergence.analysis import (
     at_checkpoint,
     baselines,
     by_model,
+    by_seed,
     chosen_lr,
     claims,
+    complete_seeds,
+    has_measure,
     last,
     load_results,
     paired,
@@ -58,7 +61,7 @@ def write_report(report: Path, protocol: Protocol, size: str) -> Path:
         ValueError: There is no result of a compared run, for any seed, of all models.
     """
     results = load_results(report)
-    if not by_model(results, protocol, last(PRIMARY)):
+    if not complete_seeds(results, protocol):
         raise ValueError(
             f"{report / 'results'} does not hold a run of every model with one seed yet: run on, then report"
         )
@@ -164,7 +167,7 @@ def _differences(results: dict, protocol: Protocol) -> str:
             scores = by_model(results, protocol, last(name))
             row[name] = _interval(paired(scores[first], scores[second]))
         rows.append(row)
-    count = len(by_model(results, protocol, last(PRIMARY))["CRATE"])
+    count = len(complete_seeds(results, protocol))
     return (
         f"Paired over {count} seeds: mean, 95 % interval by Student's t, p of the paired t-test.\n\n"
         + markdown_table(rows)
@@ -174,8 +177,9 @@ def _differences(results: dict, protocol: Protocol) -> str:
 def _accuracy(results: dict, protocol: Protocol) -> str:
     scenes = _table({"shape_scenes": lambda r: 100 * r["checkpoints"][-1]["accuracy"]}, results, protocol)
     cifar = by_model(results, protocol, lambda r: 100 * r["validation"][-1]["val_accuracy"], "cifar10")
+    with_cifar = bool(complete_seeds(results, protocol, "cifar10"))
     for row in scenes:
-        row["CIFAR-10"] = _with_spread(cifar[row["model"]]) if cifar else None
+        row["CIFAR-10"] = _with_spread(cifar[row["model"]]) if with_cifar else None
         lr = chosen_lr(results, protocol, row["model"])
         row["learning rate"] = None if lr is None else f"{lr:g}"
         row |= {
@@ -184,7 +188,7 @@ def _accuracy(results: dict, protocol: Protocol) -> str:
             if f"sweep-{row['model']}-lr{lr:g}" in results
         }
         row["parameters"] = results[f"scenes-{row['model']}-seed{protocol.seeds[0]}"]["parameters"]
-    missing = "" if cifar else "\nCIFAR-10 was not at hand, or is not done.\n"
+    missing = "" if with_cifar else "\nCIFAR-10 was not at hand, or is not done.\n"
     return f"Chance is {100 / 12:.1f} on scenes and 10 on CIFAR-10.\n\n" + markdown_table(scenes, digits=1) + missing
 
 
@@ -205,11 +209,10 @@ def _white_box(results: dict, protocol: Protocol) -> str:
 
 
 def _trends(results: dict, protocol: Protocol, model: str, index: int, name: str) -> list[dict] | None:
-    runs = [results.get(f"scenes-{model}-seed{seed}") for seed in protocol.seeds]
-    curves = [run["checkpoints"][index]["white_box"] for run in runs if run]
-    if not curves or not curves[0] or name not in curves[0][0]:
+    if not all(by_seed(results, protocol, model, lambda result: has_measure(result, name))):
         return None
-    return [trend([row[name] for row in curve]) for curve in curves]
+    curves = by_seed(results, protocol, model, lambda r: [row[name] for row in r["checkpoints"][index]["white_box"]])
+    return [trend(curve) for curve in curves]
 
 
 def _discussion(report: Path) -> list[str]:
@@ -225,6 +228,7 @@ def _origin(results: dict, protocol: Protocol, size: str) -> str:
     facts = {
         "command": f"`crate-fast reproduce emergence --size {size}`",
         "runs": f"{len(runs)} of {len(planned)}",
+        "seeds with all models": ", ".join(map(str, complete_seeds(results, protocol))),
         "hours of a job": f"{hours:.1f}; several go at once",
         "device of a job": _all(runs, "device"),
         "commits": _all(runs, "commit"),
