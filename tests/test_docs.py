@@ -14,6 +14,7 @@ import pytest
 
 import crate_fast
 import crate_fast.eval
+import crate_fast.eval.emergence
 import crate_fast.train
 from crate_fast import cli, settings
 from crate_fast.train import plan
@@ -24,7 +25,7 @@ README = (ROOT / "README.md").read_text()
 
 def _modules() -> list[str]:
     names = ["crate_fast"]
-    for package in (crate_fast, crate_fast.train, crate_fast.eval):
+    for package in (crate_fast, crate_fast.train, crate_fast.eval, crate_fast.eval.emergence):
         folder = [str(Path(package.__file__).parent)]
         names += [f"{package.__name__}.{m.name}" for m in pkgutil.iter_modules(folder) if not m.ispkg]
     return names
@@ -84,6 +85,19 @@ def test_the_readmes_evaluation_commands_are_valid(monkeypatch):
         assert module.main(shlex.split(words, comments=True)) == 0
     assert len(seen) == len(commands)
     assert {protocol for protocol, _ in commands} == set(cli.PROTOCOLS)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/emergence/protocol.md"])
+def test_the_documented_experiments_are_valid(page, monkeypatch):
+    text = (ROOT / page).read_text()
+    commands = re.findall(r"^ *crate-fast reproduce (\S+)(.*)$", text, re.M)
+    assert {name for name, _ in commands} == set(cli.EXPERIMENTS)
+    for name, words in commands:
+        module = importlib.import_module(f"crate_fast.eval.{name}.command")
+        seen = []
+        monkeypatch.setattr(module, "run_command", lambda _command, parsed, seen=seen: seen.append(parsed) or 0)
+        assert module.main(shlex.split(words, comments=True)) == 0
+        assert seen
 
 
 def test_files_named_in_the_readme_exist():
