@@ -6,7 +6,8 @@
 #   bash benchmarks/gpu_check.sh models          # growth with N, then whole models: CRATE, CRATE-MAE
 #   bash benchmarks/gpu_check.sh models L/16 S/8 # these models alone; rows of others from the same commit stay
 #   bash benchmarks/gpu_check.sh emergence       # the experiment of docs/emergence/protocol.md at its full size, or as
-#                                                # much of it as fits; the next call continues. Needs pycocotools too
+#                                                # much of it as fits. The next call continues: on another machine with the
+#                                                # runs that were not finished from their start. Needs pycocotools
 #
 # The models have a gate of their own instead of the tests. Compiling takes most of their time: B/16 and B/8 come
 # first, and where the time is up peers are left out, which a second call with the models' names makes good.

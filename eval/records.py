@@ -1,4 +1,4 @@
-"""One line an image, kept as it is made: a long evaluation can be stopped, killed, and taken up by more processes."""
+"""One line an image (or a checkpoint), kept as it is made: an evaluation can be stopped, killed, and continued."""
 
 import json
 from collections.abc import Iterable
@@ -48,7 +48,7 @@ class Records:
             write_text(path, json.dumps(settings, indent=2) + "\n")
 
     def read(self) -> dict[str | int, dict]:
-        """Key → its record, over all processes; of two records of one image either, since they are equal."""
+        """Key → its record, over all processes; of two records with one key either, since they are equal."""
         records = {}
         for path in sorted(self.folder.glob("records-*.jsonl")):
             with path.open() as file:

@@ -1,16 +1,19 @@
 """The experiment: its protocol, its arithmetic, and the smoke size from its runs to its report, killed in between."""
 
 import dataclasses
+import fcntl
 import json
+import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from PIL import Image
-from runs import ROOT
+from runs import ROOT, same
 
 from crate_fast.eval.detections import class_agnostic_scores, detections_of
 from crate_fast.eval.emergence.analysis import by_model, chosen_lr, claims, last
@@ -18,16 +21,20 @@ from crate_fast.eval.emergence.command import main
 from crate_fast.eval.emergence.job import Places, result_file
 from crate_fast.eval.emergence.protocol import (
     MODELS,
-    SELECTION_SEED,
     SIZES,
-    TEST_SEED,
+    Protocol,
     Run,
     planned_runs,
     settings_table,
     training_config,
 )
 from crate_fast.eval.images import SceneImages
+from crate_fast.eval.models import open_model
 from crate_fast.eval.results import markdown_table
+from crate_fast.train.data import build_splits
+from crate_fast.train.distributed import process_group
+from crate_fast.train.interruption import Interruption
+from crate_fast.train.session import Session
 
 SMOKE = SIZES["smoke"]
 
@@ -37,11 +44,13 @@ def test_models_differ_in_nothing_but_the_ablation(size):
     protocol = SIZES[size]
     for number, stage in enumerate(protocol.stages):
         assert stage.steps % stage.checkpoints == 0
+        assert training_config(protocol, Run("scenes", "ViT", 0), number, 1e-3).keep_checkpoints >= stage.steps
         configs = {m: vars(training_config(protocol, Run("scenes", m, 0), number, 1e-3)) for m in MODELS}
         for model, config in configs.items():
             differing = {name: value for name, value in config.items() if value != configs["CRATE"][name]}
             assert differing == MODELS[model]
     points = protocol.points
+    assert Protocol.of_settings(json.loads(json.dumps(protocol.settings()))) == protocol
     assert points[0].step == points[0].images == 0
     assert points[-1].images == sum(stage.steps * stage.batch_size for stage in protocol.stages)
     assert [p.images for p in points] == sorted({p.images for p in points})
@@ -57,8 +66,6 @@ def test_a_mask_means_something(size):
 def test_the_protocol_says_what_is_done():
     text = (ROOT / "docs" / "emergence" / "protocol.md").read_text()
     assert markdown_table(settings_table()) in text
-    assert f"{SELECTION_SEED:,}" in text
-    assert f"{TEST_SEED:,}" in text
     for claim in claims(results_with({model: [40.0, 41.0] for model in MODELS}), SMOKE):
         assert claim.text in " ".join(text.split())
 
@@ -157,24 +164,55 @@ def cifar10(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory, cifar10):
-    """The smoke size, killed once in the middle; (its folder, when it was killed what was done)."""
-    output = tmp_path_factory.mktemp("emergence")
-    words = ["--size", "smoke", "--output", str(output), "--cifar10", str(cifar10), "--device", "cpu", "--jobs", "2"]
-    command = [sys.executable, "-m", "crate_fast.cli", "reproduce", "emergence", *words]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    results, deadline = output / "report" / "results", time.time() + 300
-    started = output / "runs" / "scenes-CRATE-seed0" / "stage0" / "checkpoints"
-    while not (started.is_dir() and any(started.iterdir())):
-        assert process.poll() is None, process.communicate()[0]
+def command(output: Path, cifar10: Path, *words: str) -> list[str]:
+    """The experiment at its smoke size, as a user starts it."""
+    places = ["--output", str(output), "--cifar10", str(cifar10)]
+    start = [sys.executable, "-m", "crate_fast.cli", "reproduce", "emergence", "--size", "smoke"]
+    return [*start, *places, "--device", "cpu", "--jobs", "2", *words]
+
+
+def wait_for(condition, process: subprocess.Popen | None = None, seconds: float = 300) -> None:
+    deadline = time.time() + seconds
+    while not condition():
+        assert process is None or process.poll() is None, process.communicate()[0]
         assert time.time() < deadline, "waited too long"
         time.sleep(0.05)
+
+
+def jobs_of(output: Path) -> list[int]:
+    """Processes that hold a job's lock."""
+    found = []
+    for path in (output / "locks").glob("*/.lock"):
+        with path.open("r+") as file:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                found.append(path.parent.name)
+    return found
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, cifar10):
+    """The smoke size, stopped once and killed once in the middle; (its folder, results when it was killed)."""
+    output = tmp_path_factory.mktemp("emergence")
+    results = output / "report" / "results"
+    popen = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
+    process = subprocess.Popen(command(output, cifar10), **popen)
+    wait_for(lambda: len(list(results.glob("*.json"))) >= 2, process)
+    os.killpg(process.pid, signal.SIGTERM)  # as a job scheduler does: the runs get it too
+    text, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, text
+    assert "the same command continues" in text
+    process = subprocess.Popen(command(output, cifar10), **popen)
+    started = output / "runs" / "scenes-CRATE-seed0" / "stage0" / "checkpoints"
+    wait_for(lambda: started.is_dir() and any(started.iterdir()), process)
+    assert jobs_of(output)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     before = {path.name: path.stat().st_mtime_ns for path in results.glob("*.json")}
-    found = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    assert found.returncode == 0, found.stdout + found.stderr
+    wait_for(lambda: not jobs_of(output), seconds=60)  # nobody goes on without the one that started it
+    done = subprocess.run(command(output, cifar10), capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
     return output, before
 
 
@@ -213,16 +251,60 @@ def test_the_report_comes_from_results_alone(finished, tmp_path):
     assert "It is a smoke test." in (report / "report.md").read_text()
 
 
-def test_the_untrained_twin_is_the_run_before_training(finished):
-    """Its scores are those of the weights that the seed draws."""
+def test_the_untrained_twin_is_the_run_before_training(finished, tmp_path):
     output, _ = finished
-    from crate_fast.eval.emergence.scores import checkpoint_scores
-    from crate_fast.eval.models import open_model
+    config = training_config(SMOKE, Run("scenes", "ViT", 1), 0, 1e-3, device="cpu")
+    with process_group("cpu") as processes, Interruption() as interruption:
+        session = Session(config, tmp_path / "run", build_splits(config), processes, interruption)
+    twin = open_model(f"{output}/runs/scenes-ViT-seed1/stage0@untrained", seed=1)
+    assert same(twin.model.state_dict(), session.trainer.model.state_dict())
 
-    subject = open_model(f"{output}/runs/scenes-ViT-seed1/stage0@untrained", image_size=SMOKE.image_size, seed=1)
-    saved = json.loads((output / "report" / "results" / "scenes-ViT-seed1.json").read_text())["checkpoints"][0]
-    scores = checkpoint_scores(subject, SMOKE)
-    assert {name: saved[name] for name in scores} == scores
+
+def test_later_stages_go_on_from_the_last_weights(finished):
+    output, _ = finished
+    run = output / "runs" / "scenes-CRATE-seed0"
+    config = (run / "stage1" / "config.yaml").read_text()
+    assert f"init: {run / 'stage0'}@8" in config
+    assert "image_size: 64" in config
+
+
+def test_a_run_that_fails_is_named_and_the_others_are_kept(finished, tmp_path, capsys):
+    output, _ = finished
+    shutil.copytree(output, tmp_path / "copy")
+    copy = tmp_path / "copy"
+    (copy / "report" / "results" / "scenes-ViT-seed1.json").unlink()
+    shutil.rmtree(copy / "scores" / "scenes-ViT-seed1")
+    for weights in (copy / "runs" / "scenes-ViT-seed1" / "stage1").glob("checkpoints/*/model.safetensors"):
+        weights.write_bytes(b"damaged")
+    assert main(["--size", "smoke", "--output", str(copy), "--device", "cpu"]) == 2
+    message = capsys.readouterr().err
+    assert "scenes-ViT-seed1 ended with status 1" in message
+    assert "scenes-ViT-seed1.txt" in message
+    assert len(list((copy / "report" / "results").glob("*.json"))) == 29
+
+
+def test_a_report_of_the_seeds_that_are_complete(finished, tmp_path):
+    report = tmp_path / "report"
+    shutil.copytree(finished[0] / "report", report)
+    (report / "results" / "scenes-ViT-seed0.json").unlink()
+    assert main(["--size", "smoke", "--report-only", "--report", str(report)]) == 0
+    text = (report / "report.md").read_text()
+    assert "29 of 30" in text
+    assert "so far**" in text
+    assert "| seeds with all models | 1 |" in text
+
+
+def test_an_earlier_protocol_stays_in_the_report(finished, tmp_path):
+    report = tmp_path / "report"
+    shutil.copytree(finished[0] / "report", report)
+    shutil.copytree(finished[0] / "report", report / "earlier" / "first")
+    changed = report / "earlier" / "first" / "protocol.json"
+    changed.write_text(changed.read_text().replace('"weight_decay": 0.05', '"weight_decay": 0.5'))
+    assert main(["--size", "smoke", "--report-only", "--report", str(report / "earlier" / "first")]) == 0
+    assert "| weight decay | 0.5 |" in (report / "earlier" / "first" / "report.md").read_text()
+    assert main(["--size", "smoke", "--report-only", "--report", str(report)]) == 0
+    assert "## Earlier protocols" in (report / "report.md").read_text()
+    assert "](earlier/first/report.md)" in (report / "report.md").read_text()
 
 
 def test_results_of_another_protocol_are_not_mixed_in(finished, monkeypatch, capsys):
@@ -233,8 +315,14 @@ def test_results_of_another_protocol_are_not_mixed_in(finished, monkeypatch, cap
     assert "weight_decay: 0.05 there, 0.1 now" in capsys.readouterr().err
 
 
-def test_a_report_without_results_and_cifar10_that_is_none(tmp_path, capsys):
-    assert main(["--size", "smoke", "--report-only", "--output", str(tmp_path)]) == 2
+def test_a_report_without_results_and_cifar10_that_is_none(finished, tmp_path, capsys):
+    assert main(["--size", "smoke", "--report-only", "--report", str(tmp_path / "none")]) == 2
+    assert "holds no protocol.json" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+    shutil.copy(finished[0] / "report" / "protocol.json", tmp_path)
+    assert main(["--size", "smoke", "--report-only", "--report", str(tmp_path)]) == 2
     assert "does not hold a run of every model" in capsys.readouterr().err
+    assert main(["--size", "small", "--report-only", "--report", str(tmp_path)]) == 2
+    assert "another --size than small" in capsys.readouterr().err
     assert main(["--size", "smoke", "--cifar10", str(tmp_path), "--output", str(tmp_path)]) == 2
     assert "holds neither train/" in capsys.readouterr().err

@@ -3,7 +3,7 @@ experiment that fits a machine:
 
     crate-fast reproduce emergence --size small
 
-`protocol` fixes every choice before a run; `schedule` starts runs and continues them; `job` is one run, trained and
-then scored by `scores`; `analysis` compares models over seeds; `report` and `pictures` write what came out, from
-saved results alone.
+`protocol` fixes every choice before a run; `command` reads the command line; `schedule` starts runs and continues
+them; `job` is one run, trained and then scored by `scores`; `analysis` compares models over seeds; `report` and
+`figures` write what came out, from saved results alone.
 """

@@ -89,7 +89,7 @@ MEASURES: dict[str, Callable[[dict, int | None], float]] = {
     f"mIoU {threshold}, {reading}": _coarse(threshold, reading)
     for threshold in ("mass", "topk")
     for reading in ("best head", "fixed head")
-} | {name: _detected(name) for name in ("box AP50", "box AP", "mask AP50", "mask AP", "mask AR100")}
+} | {name: _detected(name) for name in ("box AP50", "box AP", "box AR100", "mask AP50", "mask AP", "mask AR100")}
 
 
 def complete_seeds(results: Results, protocol: Protocol, kind: str = "scenes") -> list[int]:

@@ -10,28 +10,43 @@ from crate_fast.eval.emergence.protocol import SIZES, Protocol
 from crate_fast.eval.emergence.report import write_report
 from crate_fast.eval.emergence.schedule import Machine, conduct
 from crate_fast.eval.options import positive, run_command
+from crate_fast.eval.results import make_folder
 from crate_fast.train.checkpoint import write_text
-from crate_fast.train.distributed import choose_device
 
 __all__ = ["main"]
 
 
-def _claim_folder(report: Path, size: str, protocol: Protocol) -> None:
+def _claim_folder(folder: Path, size: str, protocol: Protocol, option: str) -> None:
     """Write protocol.json, or make sure that the one there is this protocol's.
 
     Raises:
         ValueError: It is of another.
     """
-    path, ours = report / "protocol.json", {"size": size} | protocol.settings()
+    path, ours = folder / "protocol.json", {"size": size} | protocol.settings()
     if path.is_file():
         theirs = json.loads(path.read_text())
         differing = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
         if differing:
             told = "; ".join(f"{name}: {theirs.get(name)!r} there, {ours.get(name)!r} now" for name in differing)
-            raise ValueError(f"{report} holds results of another protocol ({told}): give another --report")
+            raise ValueError(f"{folder} is of another protocol ({told}): give another {option}")
     else:
-        report.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         write_text(path, json.dumps(ours, indent=2) + "\n")
+
+
+def _report_again(report: Path, size: str) -> None:
+    """From the results of a folder, by the protocol that they were made with.
+
+    Raises:
+        ValueError: The folder holds no experiment, or one of another size.
+    """
+    path = report / "protocol.json"
+    if not path.is_file():
+        raise ValueError(f"{report} holds no protocol.json, so no results: name the folder that does with --report")
+    settings = json.loads(path.read_text())
+    if settings.pop("size") != size:
+        raise ValueError(f"{report} holds results of another --size than {size}: name theirs")
+    print(f"written:\n  {write_report(report, Protocol.of_settings(settings), size)}")
 
 
 def _check_cifar10(folder: Path | None) -> None:
@@ -48,13 +63,16 @@ def _command(options: argparse.Namespace) -> None:
     protocol = SIZES[options.size]
     output = options.output or Path("runs/emergence") / options.size
     places = Places(output, options.report or output / "report", options.cifar10)
+    if options.report_only:
+        _report_again(places.report, options.size)
+        return
     _check_cifar10(places.cifar10)
-    _claim_folder(places.report, options.size, protocol)
-    if not options.report_only:
-        machine = Machine(choose_device(options.device), options.jobs)
-        if not conduct(protocol, places, machine, options.minutes):
-            print("stopped; the same command continues")
-            return
+    machine = Machine(options.device, options.jobs)
+    _claim_folder(places.report, options.size, protocol, "--report")
+    _claim_folder(places.output, options.size, protocol, "--output")
+    if not conduct(protocol, places, machine, options.minutes):
+        print("stopped; the same command continues")
+        return
     print(f"written:\n  {write_report(places.report, protocol, options.size)}")
 
 
@@ -79,7 +97,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--cifar10", type=Path, metavar="DIR", help="CIFAR-10, for accuracy; left out when absent")
     add("--jobs", type=positive, help="runs at once; default a CPU core each, or four a GPU")
     add("--minutes", type=float, help="stop politely after so many")
-    add("--device", default="auto", help="auto, cpu or cuda; default auto")
+    add("--device", default="auto", help="auto, cpu, cuda (all GPUs) or cuda:N; default auto")
     return run_command(_command, parser.parse_args(argv))
 
 

@@ -1,6 +1,6 @@
 """The figures of the report, drawn from saved results and pictures alone; numbered as the paper's that they resemble.
 
-Every grid shows the first eight test scenes: nobody chose them.
+Every grid shows the first eight test scenes, or the first four of them: nobody chose them.
 """
 
 import statistics
@@ -56,7 +56,7 @@ def draw(results: dict[str, dict], pictures: Pictures, protocol: Protocol, folde
     Returns:
         Name → file.
     """
-    first = protocol.seeds[0]
+    first = protocol.seeds[0]  # the seed that pictures are of
     pictures = {model: p for model, p in pictures.items() if f"scenes-{model}-seed{first}" in results}
     layers = {m: results[f"scenes-{m}-seed{first}"]["checkpoints"][-1]["default_layer"] for m in pictures}
     figures: dict[str, Callable[[Path], None]] = {}
@@ -116,30 +116,38 @@ def _masks(pictures: Pictures, layers: dict[str, int], protocol: Protocol, path:
 
 
 def _components(pictures: Pictures, name: str, protocol: Protocol, path: Path) -> None:
-    """Colours of every layer, CRATE's and ViT's; half of the scenes, one a row."""
-    colours = {}
-    for model in ("CRATE", "ViT"):
-        if model in pictures:
-            colours |= {f"{model}\nlayer {layer}": found for layer, found in enumerate(pictures[model][name])}
-    _colour_grid(next(iter(pictures.values())), colours, protocol, path)
+    """Colours of every layer, CRATE's and ViT's."""
+    columns = [
+        (f"{model}\nlayer {layer}", colours)
+        for model in ("CRATE", "ViT")
+        if model in pictures
+        for layer, colours in enumerate(pictures[model][name])
+    ]
+    _colour_grid(next(iter(pictures.values())), columns, protocol, path)
 
 
 def _by_checkpoint(arrays: dict[str, np.ndarray], protocol: Protocol, path: Path) -> None:
     """CRATE's components at its default layer over training (Fig. 10, right)."""
     titles = [f"{point.images / 1000:.0f} k images" for point in protocol.points]
-    _colour_grid(arrays, dict(zip(titles, arrays["components_by_checkpoint"], strict=True)), protocol, path)
+    _colour_grid(arrays, list(zip(titles, arrays["components_by_checkpoint"], strict=True)), protocol, path)
 
 
 def _colour_grid(
-    scenes: dict[str, np.ndarray], colours: dict[str, np.ndarray], protocol: Protocol, path: Path, shown: int = 4
+    scenes: dict[str, np.ndarray],
+    columns: list[tuple[str, np.ndarray]],
+    protocol: Protocol,
+    path: Path,
+    shown: int = 4,
 ) -> None:
+    """Colours [8, P, 3] of the first scenes: a column for each title, a scene a row."""
     side = _side(protocol)
     images, _, classes = _scenes(scenes)
     rows = [[image] for image in images[:shown]]
-    for found in colours.values():
+    for _, found in columns:
         for row, picture in zip(rows, found, strict=False):
             row.append(Picture(picture.reshape(side, side, 3)))
-    image_grid(rows, [path], row_titles=classes[:shown], column_titles=["image", *colours])
+    titles = ["image", *(title for title, _ in columns)]
+    image_grid(rows, [path], row_titles=classes[:shown], column_titles=titles)
 
 
 class _Charts:
@@ -197,6 +205,7 @@ class _Charts:
         curves = [self._curve(model, x, values, model) for model in MODELS]
         if measure.startswith("mIoU"):
             known = baselines(self.results, measure.split(",")[0].split()[1])
-            for name, text in (("mean_mask", "mean mask"), ("random", "random maps")):
+            names = {"mean_mask": "mean mask"} | ({"random": "random maps"} if measure.endswith("best head") else {})
+            for name, text in names.items():
                 curves.append(Curve(text, [x[0], x[-1]], [known[name]] * 2, dashed=True))
         return curves

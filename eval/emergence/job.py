@@ -11,6 +11,7 @@ A job killed anywhere is continued by the next.
 import argparse
 import dataclasses
 import json
+import multiprocessing
 import os
 import signal
 import sys
@@ -26,11 +27,12 @@ from crate_fast.eval.emergence.protocol import Point, Protocol, Run, Stage, stag
 from crate_fast.eval.emergence.scores import checkpoint_scores, pictures, shown_scenes
 from crate_fast.eval.models import Subject, open_model
 from crate_fast.eval.records import Records
-from crate_fast.provenance import provenance
 from crate_fast.train.checkpoint import write_text
 from crate_fast.train.interruption import Interruption
 from crate_fast.train.launch import launch
+from crate_fast.train.nonfinite import NonFiniteError
 from crate_fast.train.run_lock import RunLock
+from crate_fast.train.runs import run_config
 
 __all__ = ["Job", "Places", "do", "result_file"]
 
@@ -63,6 +65,7 @@ class Job:
         places: Where things are.
         device: As of `TrainConfig`.
         threads, workers: For this process.
+        origin: Of the code that runs, for the result.
     """
 
     run: Run
@@ -72,6 +75,7 @@ class Job:
     device: str
     threads: int
     workers: int
+    origin: dict[str, str]
 
     def stage_folder(self, number: int) -> Path:
         """Of a stage's training run."""
@@ -95,50 +99,61 @@ def do(job: Job, log: Path) -> None:
     os.dup2(stream, 2)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the one who started this process decides
     _stop_with_parent()
-    RunLock(job.places.output / "locks" / job.run.name).acquire(_ORPHAN_SECONDS)
+    lock = RunLock(job.places.output / "locks" / job.run.name)
+    lock.acquire(_ORPHAN_SECONDS)
+    lock.sign()
     torch.set_num_threads(job.threads)
-    if _trained(job):
-        _score(job)
+    try:
+        if _trained(job):
+            _score(job)
+    except NonFiniteError as error:
+        if job.run.kind != "sweep":
+            raise
+        print(f"a learning rate that cannot be chosen: {error}", flush=True)
+        _write(job, _facts(job) | {"validation": [{"val_accuracy": 0.0}], "diverged": str(error)})
+    finally:
+        lock.release()
     sys.exit(0)
 
 
 def _stop_with_parent() -> None:
     """Ask this process to stop politely when the one that started it is gone, however that went."""
-    parent = os.getppid()
 
     def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
+        multiprocessing.parent_process().join()  # getppid() is the fork server's, which lives as long as a job does
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=watch, daemon=True).start()
 
 
 def _trained(job: Job) -> bool:
-    """Train to the end, or until asked to stop; whether it is done."""
+    """Train to the end, or until asked to stop; whether it is done.
+
+    Raises:
+        ValueError: A finished stage in the folder was trained at another learning rate.
+    """
     init = ""
     for number, stage in enumerate(stages_of(job.protocol, job.run)):
         folder = job.stage_folder(number)
+        further = {"device": job.device, "threads": job.threads, "workers": job.workers, "init": init}
+        config = training_config(job.protocol, job.run, number, job.lr, job.places.cifar10, **further)
         if not (folder / "summary.json").is_file():
-            further = {"device": job.device, "threads": job.threads, "workers": job.workers, "init": init}
-            config = training_config(job.protocol, job.run, number, job.lr, job.places.cifar10, **further)
             launch(config, argparse.Namespace(recipe="emergence", output=str(folder), resume=True, dry_run=False))
             if not (folder / "summary.json").is_file():
                 return False
+        elif run_config(folder).lr != config.lr:
+            raise ValueError(
+                f"{folder} was trained at lr {run_config(folder).lr:g}, and the sweeps now say {config.lr:g}: remove "
+                "it, or bring back the sweeps' results that it was trained with"
+            )
         init = f"{folder}@{stage.steps}"
     return True
 
 
 def _score(job: Job) -> None:
-    began = time.perf_counter()
     run, stages = job.run, stages_of(job.protocol, job.run)
     histories = [_history(job.stage_folder(number)) for number in range(len(stages))]
-    result = {
-        "kind": run.kind,
-        "model": run.model,
-        "seed": run.seed,
-        "lr": job.lr,
-        "protocol": job.protocol.settings(),
+    result = _facts(job) | {
         "parameters": json.loads((job.stage_folder(0) / "summary.json").read_text())["parameters"],
         "training_seconds": round(sum(map(_seconds, histories, stages))),
         "validation": _listed(histories, "val_loss", "val_accuracy"),
@@ -150,10 +165,17 @@ def _score(job: Job) -> None:
         if checkpoints is None:
             return
         result["checkpoints"] = checkpoints
-    origin = provenance()
-    del origin["command"]  # a worker's has nothing to tell
-    result |= {"scoring_seconds": round(time.perf_counter() - began), "provenance": origin}
-    path = result_file(job.places, run)
+    _write(job, result)
+
+
+def _facts(job: Job) -> dict:
+    run = job.run
+    facts = {"kind": run.kind, "model": run.model, "seed": run.seed, "lr": job.lr, "training_seconds": 0}
+    return facts | {"protocol": job.protocol.settings(), "provenance": job.origin}
+
+
+def _write(job: Job, result: dict) -> None:
+    path = result_file(job.places, job.run)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(result) + "\n")
 
@@ -191,9 +213,11 @@ def _score_checkpoints(job: Job, interruption: Interruption) -> list[dict] | Non
         if interruption.requested():
             return None
         if number not in records.read():
-            subject = _subject(job, point)
+            began, subject = time.perf_counter(), _subject(job, point)
             where = {**dataclasses.asdict(point), "default_layer": subject.extract.default_layer}
-            records.append([{"checkpoint": number, **where, **checkpoint_scores(subject, job.protocol)}])
+            scores = checkpoint_scores(subject, job.protocol)
+            seconds = {"seconds": round(time.perf_counter() - began, 1)}
+            records.append([{"checkpoint": number, **where, **scores, **seconds}])
             print(f"scored checkpoint {number} of {len(points) - 1}", flush=True)
     if job.run.seed == job.protocol.seeds[0]:
         _draw(job)

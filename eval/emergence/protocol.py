@@ -9,9 +9,7 @@ from crate_fast.train.config import TrainConfig
 
 __all__ = [
     "MODELS",
-    "SELECTION_SEED",
     "SIZES",
-    "TEST_SEED",
     "Point",
     "Protocol",
     "Run",
@@ -29,9 +27,6 @@ MODELS: dict[str, dict[str, str]] = {  # what differs from CRATE
     "ViT": {"attention": "mhsa", "sparsifier": "mlp"},
     "CRATE-sth": {"threshold": "soft"},
 }
-# Seeds of two sets of scenes that no model is trained on: on the first heads and layers are chosen, the second is
-# only scored.
-SELECTION_SEED, TEST_SEED = 900_001, 900_002
 _CIFAR_SIZE, _CIFAR_IMAGES = 32, 50_000
 
 
@@ -93,6 +88,7 @@ class Protocol:
         cifar_epochs: Passes over CIFAR-10's training images.
         selection_images, test_images: Scenes that heads and layers are chosen on, and scenes scored.
         maskcut_images: The first of the test scenes that MaskCut is run on.
+        selection_seed, test_seed: Of those scenes; no model is trained on either.
         optimizer, weight_decay, label_smoothing: As `TrainConfig`'s.
         warmup_share: Of a stage's steps.
     """
@@ -109,6 +105,8 @@ class Protocol:
     selection_images: int
     test_images: int
     maskcut_images: int
+    selection_seed: int = 900_001
+    test_seed: int = 900_002
     sweep_seed: int = 100
     optimizer: str = "adamw"
     weight_decay: float = 0.05
@@ -134,6 +132,12 @@ class Protocol:
     def settings(self) -> dict:
         """Plain values, as saved beside results."""
         return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    @classmethod
+    def of_settings(cls, settings: dict) -> "Protocol":
+        """The protocol that `settings` came from."""
+        values = {name: tuple(v) if isinstance(v, list) else v for name, v in settings.items()}
+        return cls(**values | {"stages": tuple(Stage(**stage) for stage in settings["stages"])})
 
 
 SIZES = {
@@ -268,7 +272,7 @@ def training_config(
     kept = {}
     if run.kind == "scenes":
         kept["checkpoint_every"] = stage.steps // stage.checkpoints
-        kept["keep_checkpoints"] = stage.checkpoints + stage.epochs
+        kept["keep_checkpoints"] = stage.steps  # all: every polite stop saves one too
     return TrainConfig(
         model="crate_tiny_patch8_224",
         dim=protocol.dim,

@@ -1,8 +1,10 @@
 """Starts the runs of an experiment, several at a time, and continues those that were interrupted."""
 
 import json
+import math
 import multiprocessing
 import os
+import platform
 import signal
 import sys
 import time
@@ -15,12 +17,14 @@ from tqdm import tqdm
 from crate_fast.eval.emergence.analysis import chosen_lr, load_results
 from crate_fast.eval.emergence.job import Job, Places, do, result_file
 from crate_fast.eval.emergence.protocol import Protocol, Run, planned_runs, stages_of, training_config
+from crate_fast.provenance import provenance
 from crate_fast.train.cost import count_flops, meta_model
+from crate_fast.train.distributed import choose_device
 from crate_fast.train.interruption import Interruption
 from crate_fast.train.run_lock import RunLock
 from crate_fast.train.shape_scenes import CLASSES
 
-__all__ = ["Machine", "conduct"]
+__all__ = ["Machine", "RunFailedError", "conduct"]
 
 _POLL_SECONDS = 0.5
 _CLASSES = {"cifar10": 10}  # else those of shape_scenes
@@ -28,22 +32,38 @@ _FORK = multiprocessing.get_context("forkserver")  # jobs start at once, and CUD
 _FORK.set_forkserver_preload(["crate_fast.eval.emergence.job"])
 
 
+class RunFailedError(ValueError):
+    """A run ended without a result."""
+
+
 class Machine:
     """How many runs go at once, and on what.
 
     Args:
-        device: "cpu", "cuda" or "cuda:N".
+        device: "auto", "cpu", "cuda" for all GPUs, or "cuda:N".
         jobs: Runs at once; None: a CPU core each, or four a GPU, which one of so small models does not fill.
     """
 
-    def __init__(self, device: torch.device, jobs: int | None = None):
-        cores = len(os.sched_getaffinity(0))
-        self.on_gpu = device.type == "cuda"
-        gpus = torch.cuda.device_count() if self.on_gpu else 0
-        self.devices = ["cpu"] if not gpus else [f"cuda:{i}" for i in range(gpus)]
-        self.jobs = jobs or (4 * gpus if self.on_gpu else cores)
-        self.threads = max(1, cores // self.jobs)
+    def __init__(self, device: str, jobs: int | None = None):
+        self.cores = len(os.sched_getaffinity(0))
+        chosen = choose_device(device)
+        self.on_gpu = chosen.type == "cuda"
+        every = self.on_gpu and ":" not in device
+        self.devices = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if every else [str(chosen)]
+        self.jobs = jobs or (4 * len(self.devices) if self.on_gpu else self.cores)
+        self.threads = max(1, self.cores // self.jobs)
         self.workers = max(1, self.threads - 1) if self.on_gpu else 0
+
+    def __str__(self) -> str:
+        names = [torch.cuda.get_device_name(device) for device in self.devices] if self.on_gpu else []
+        return f"{', '.join([*names, _processor()])}, {self.cores} cores, {self.jobs} runs at once"
+
+
+def _processor() -> str:
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.is_file() else []
+    found = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return found[0] if found else platform.machine()
 
 
 def conduct(protocol: Protocol, places: Places, machine: Machine, minutes: float | None = None) -> bool:
@@ -60,16 +80,16 @@ def conduct(protocol: Protocol, places: Places, machine: Machine, minutes: float
 
     Raises:
         CheckpointError: Another process is conducting an experiment there.
-        RuntimeError: A run failed; the message says which, and where its log is. What is done is kept.
+        RunFailedError: The message says which run, and where its log is. What is done is kept.
     """
     lock = RunLock(places.output)
     lock.acquire()
     lock.sign()
     try:
         with Interruption(signal.SIGINT) as interruption:
-            conductor = _Conductor(protocol, places, machine)
-            deadline = None if minutes is None else time.monotonic() + 60 * minutes
-            return conductor.run(lambda: interruption.requested() or (deadline and time.monotonic() > deadline))
+            deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
+            with _Conductor(protocol, places, machine) as conductor:
+                return conductor.run(lambda: interruption.requested() or time.monotonic() > deadline)
     finally:
         lock.release()
 
@@ -82,22 +102,35 @@ class _Conductor:
         self.waiting = [run for run in runs if not result_file(places, run).is_file()]
         self.running: dict[Run, multiprocessing.Process] = {}
         self.devices: dict[Run, str] = {}
+        self.origin = provenance() | {"device": str(machine)}  # of the code that the jobs have: they are forked of it
+        del self.origin["command"]  # it names this machine's folders
         self.logs = places.output / "logs"
         self.logs.mkdir(parents=True, exist_ok=True)
+
+    def __enter__(self) -> "_Conductor":
+        return self
+
+    def __exit__(self, *_) -> None:
+        """No job stays behind, whatever happened."""
+        for process in self.running.values():
+            process.terminate()
+        for process in self.running.values():
+            process.join()
 
     def run(self, stop: Callable[[], object]) -> bool:
         total = sum(map(sum, self.costs.values()))
         bar_format = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
         interval = 0.5 if sys.stderr.isatty() else 60
-        with tqdm(total=total, initial=self.done(), bar_format=bar_format, smoothing=0, mininterval=interval) as bar:
+        often = {"mininterval": interval, "maxinterval": interval}
+        with tqdm(total=total, initial=self.done(), bar_format=bar_format, smoothing=0, **often) as bar:
             stopping = False
             while self.waiting or self.running:
-                self._reap(bar, stopping)
-                if stop() and not stopping:
+                if stop() and not stopping:  # before the jobs are looked at: the signal may have reached them too
                     stopping = True
                     bar.write("stopping: the runs save what they have")
                     for process in self.running.values():
                         process.terminate()
+                self._reap(bar, stopping)
                 if stopping and not self.running:
                     return False
                 while not stopping and self._start_next():
@@ -130,23 +163,21 @@ class _Conductor:
         return spent
 
     def _start_next(self) -> bool:
-        if len(self.running) == self.machine.jobs:
+        """Start the first run that can be; whether there was one."""
+        if len(self.running) == self.machine.jobs or not self.waiting:
             return False
+        results = load_results(self.places.report)
         for run in self.waiting:
-            lr = (
-                run.lr
-                if run.lr is not None
-                else chosen_lr(load_results(self.places.report), self.protocol, run.model)
-            )
+            lr = chosen_lr(results, self.protocol, run.model) if run.lr is None else run.lr
             if lr is not None:
                 self._start(run, lr)
                 return True
         return False
 
     def _start(self, run: Run, lr: float) -> None:
-        used = list(self.devices.values())
-        device = min(self.machine.devices, key=used.count)
-        job = Job(run, lr, self.protocol, self.places, device, self.machine.threads, self.machine.workers)
+        machine, used = self.machine, list(self.devices.values())
+        device = min(machine.devices, key=used.count)
+        job = Job(run, lr, self.protocol, self.places, device, machine.threads, machine.workers, self.origin)
         process = _FORK.Process(target=do, args=(job, self.logs / f"{run.name}.txt"))
         process.start()
         self.waiting.remove(run)
@@ -162,15 +193,10 @@ class _Conductor:
             elif stopping:
                 self.waiting.append(run)
             else:
-                self._fail(run, process.exitcode)
-
-    def _fail(self, run: Run, status: int) -> None:
-        for process in self.running.values():
-            process.terminate()
-        for process in self.running.values():
-            process.join()
-        log = self.logs / f"{run.name}.txt"
-        raise RuntimeError(f"{run.name} ended with status {status} and no result:\n{_tail(log)}\nIts log: {log}")
+                log = self.logs / f"{run.name}.txt"
+                raise RunFailedError(
+                    f"{run.name} ended with status {process.exitcode} and no result:\n{_tail(log)}\nIts log: {log}"
+                )
 
 
 def _tail(log: Path, lines: int = 8) -> str:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from crate_fast.eval import coarse_segmentation, maskcut, white_box
-from crate_fast.eval.emergence.protocol import SELECTION_SEED, TEST_SEED, Protocol
+from crate_fast.eval.emergence.protocol import Protocol
 from crate_fast.eval.images import SceneImages, batches
 from crate_fast.eval.models import Subject
 from crate_fast.eval.principal_components import TooFewPatchesError, foreground, pca_rgb
@@ -32,9 +32,9 @@ def checkpoint_scores(subject: Subject, protocol: Protocol) -> dict:
         AP, AR100 and "detections"; "white_box", of each layer R^c and sparsity where they mean something.
     """
     size = protocol.image_size
-    test = SceneImages(size, protocol.test_images, TEST_SEED)
-    selection = SceneImages(size, protocol.selection_images, SELECTION_SEED)
-    few = SceneImages(size, protocol.maskcut_images, TEST_SEED)
+    test = SceneImages(size, protocol.test_images, protocol.test_seed)
+    selection = SceneImages(size, protocol.selection_images, protocol.selection_seed)
+    few = SceneImages(size, protocol.maskcut_images, protocol.test_seed)
     layers = list(range(subject.extract.depth))
     scores = {
         "accuracy": _accuracy(subject, test),
@@ -87,7 +87,7 @@ def _rounded(value):
 
 def shown_scenes(protocol: Protocol) -> dict[str, np.ndarray]:
     """The first test scenes: "images" uint8 [8, S, S, 3], "masks" bool [8, S, S], "labels" [8]."""
-    images = SceneImages(protocol.image_size, SHOWN, TEST_SEED)
+    images = SceneImages(protocol.image_size, SHOWN, protocol.test_seed)
     samples = [images[number] for number in range(SHOWN)]
     return {
         "images": torch.stack([sample.image.permute(1, 2, 0) for sample in samples]).numpy(),
@@ -106,14 +106,14 @@ def pictures(subject: Subject, protocol: Protocol, layers: Sequence[int]) -> dic
         layers: Whose.
 
     Returns:
-        "attention" float16 [layers, 8, heads, P]; "components" uint8 [layers, 8, P, 3], components 2 to 4 of all
+        "attention" float32 [layers, 8, heads, P]; "components" uint8 [layers, 8, P, 3], components 2 to 4 of all
         patches; "parts" uint8 [layers, 8, P, 3], the first three of the foreground, black elsewhere.
     """
     images = torch.from_numpy(shown_scenes(protocol)["images"]).permute(0, 3, 1, 2).to(subject.device)
     features = subject.extract(subject.normalize(images), list(layers))
     tokens = [features.keys(layer).cpu() for layer in layers]
     return {
-        "attention": torch.stack([features.cls_attention(layer) for layer in layers]).half().cpu().numpy(),
+        "attention": torch.stack([features.cls_attention(layer) for layer in layers]).float().cpu().numpy(),
         "components": np.stack([_bytes(pca_rgb(t, first=2)[0]) for t in tokens]),
         "parts": np.stack([_bytes(_parts(t, features.grid)) for t in tokens]),
     }
