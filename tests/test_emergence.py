@@ -230,7 +230,7 @@ def test_smoke_goes_on_after_a_kill_and_does_nothing_twice(finished):
         (1, 2, 160),
     ]
     assert [(entry["stage"], entry["step"]) for entry in scored["validation"]] == [(0, 4), (0, 8), (1, 2)]
-    assert not list(output.glob("**/*.partial*"))
+    assert not list((output / "report").glob("**/.*"))
 
 
 def test_the_report_comes_from_results_alone(finished, tmp_path):

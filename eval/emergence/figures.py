@@ -34,14 +34,17 @@ _SHOWN_SCORES = ("mIoU mass, best head", "mIoU mass, fixed head", "box AP", "mas
 
 
 def load_pictures(report: Path) -> Pictures:
-    """Model → arrays, see `scores.pictures`; only the models that are there."""
+    """Model → arrays of `scores.pictures` and `scores.shown_scenes`; only the models that are there."""
     found: Pictures = {}
     for model in MODELS:
-        path = report / "pictures" / f"{model}.npz"
-        if path.is_file():
-            with np.load(path, allow_pickle=False) as arrays:
-                found[model] = {name: arrays[name] for name in arrays.files}
+        if (report / "pictures" / f"{model}.npz").is_file():
+            found[model] = _load(report / "pictures" / "scenes.npz") | _load(report / "pictures" / f"{model}.npz")
     return found
+
+
+def _load(path: Path) -> dict[str, np.ndarray]:
+    with np.load(path, allow_pickle=False) as arrays:
+        return {name: arrays[name] for name in arrays.files}
 
 
 def draw(results: dict[str, dict], pictures: Pictures, protocol: Protocol, folder: Path) -> dict[str, Path]:

@@ -3,7 +3,7 @@
     OUTPUT/runs/RUN/stage0/    a training run, as of `train/pretrain.py`
     OUTPUT/scores/RUN/         a record for each checkpoint scored so far
     REPORT/results/RUN.json    the result, when all is done
-    REPORT/pictures/MODEL.npz  what the figures show, of the first seed
+    REPORT/pictures/           what the figures show of the first seed's models, and the scenes
 
 A job killed anywhere is continued by the next.
 """
@@ -231,14 +231,19 @@ def _subject(job: Job, point: Point) -> Subject:
 
 
 def _draw(job: Job) -> None:
-    """All layers of the last checkpoint, and the default layer of all checkpoints."""
+    """All layers of the last checkpoint, and components at the default layer of all checkpoints; the scenes shown."""
     points = job.protocol.points
     last = _subject(job, points[-1])
-    arrays = shown_scenes(job.protocol) | pictures(last, job.protocol, range(last.extract.depth))
+    arrays = pictures(last, job.protocol, range(last.extract.depth))
     by_point = [pictures(_subject(job, point), job.protocol, [last.extract.default_layer]) for point in points]
-    arrays |= {f"{name}_by_checkpoint": np.concatenate([found[name] for found in by_point]) for name in by_point[0]}
-    path = job.places.report / "pictures" / f"{job.run.model}.npz"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial.npz")
+    arrays["components_by_checkpoint"] = np.concatenate([found["components"] for found in by_point])
+    folder = job.places.report / "pictures"
+    folder.mkdir(parents=True, exist_ok=True)
+    _save(folder / f"{job.run.model}.npz", arrays)
+    _save(folder / "scenes.npz", shown_scenes(job.protocol))  # the same of every model
+
+
+def _save(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    partial = path.with_name(f".{path.stem}.{os.getpid()}.npz")
     np.savez_compressed(partial, **arrays)
     partial.replace(path)
