@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from PIL import Image
 from test_maskcut import _coco as make_coco_boxes
 
 from crate_fast import cli
@@ -51,8 +52,18 @@ def test_the_commands_by_layer_and_by_epoch(tmp_path, tiny_run, capsys):
     assert "--steps 5" in capsys.readouterr().err
     assert by_epoch.main([str(tmp_path), *common]) == 2
     assert "holds no checkpoints" in capsys.readouterr().err
-    assert by_layer.main([str(tiny_run), "--data", "shape_scenes", "--measures", "maskcut"]) == 2
-    assert "MaskCut's AP needs coco:PATH" in capsys.readouterr().err
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "photos" / "a.png")
+    assert by_layer.main([str(tiny_run), "--data", f"folder:{tmp_path / 'photos'}"]) == 2
+    assert "MaskCut's AP needs coco:PATH or shape_scenes" in capsys.readouterr().err
+
+
+def test_the_scenes_have_instances_too(tiny_run, tmp_path):
+    words = ["--data", "shape_scenes", "--limit", "4", "--image-size", "32", "--output", str(tmp_path)]
+    assert by_layer.main([str(tiny_run), *words]) == 0
+    numbers = json.loads((tmp_path / "results.json").read_text())["results"]["tiny"]["0"]
+    assert 0 <= numbers["mask AR100"] <= 100
+    assert 0 <= numbers["mIoU mass"] <= 100
 
 
 def test_the_comparison_has_the_papers_numbers_and_the_gap(tmp_path, capsys):
