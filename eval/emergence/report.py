@@ -87,6 +87,7 @@ def write_report(report: Path, protocol: Protocol, size: str) -> Path:
         "## White box",
         _white_box(results, protocol),
         "## Figures",
+        _stages_note(protocol),
         *(f"![{_CAPTIONS[name]}](figures/{path.name})\n\n*{_CAPTIONS[name]}*" for name, path in figures.items()),
         *_discussion(report),
         *_earlier(report),
@@ -96,6 +97,17 @@ def write_report(report: Path, protocol: Protocol, size: str) -> Path:
     path = report / "report.md"
     write_text(path, "\n\n".join(part.strip() for part in parts) + "\n")
     return path
+
+
+def _stages_note(protocol: Protocol) -> str:
+    text = "Grids show the first test scenes, and the models of the first seed."
+    sizes = [stage.image_size for stage in protocol.stages]
+    if len(set(sizes)) == 1:
+        return text
+    return (
+        f"{text} All checkpoints are scored at {sizes[-1]} px; those of the first stage had seen {sizes[0]} px "
+        "alone, so that objects are larger than they know them, and their accuracy here says little."
+    )
 
 
 def _with_spread(values: Sequence[float]) -> str:
@@ -200,6 +212,9 @@ def _accuracy(results: dict, protocol: Protocol) -> str:
     cifar = by_model(results, protocol, lambda r: 100 * r["validation"][-1]["val_accuracy"], "cifar10")
     with_cifar = bool(complete_seeds(results, protocol, "cifar10"))
     for row in scenes:
+        for number, stage in enumerate(protocol.stages[:-1]):
+            ends = by_seed(results, protocol, row["model"], lambda r, n=number: _accuracy_after(r, n))
+            row[f"after stage {number + 1}, at {stage.image_size} px"] = _with_spread(ends)
         row["CIFAR-10"] = _with_spread(cifar[row["model"]]) if with_cifar else None
         lr = chosen_lr(results, protocol, row["model"])
         row["learning rate"] = None if lr is None else f"{lr:g}"
@@ -217,6 +232,11 @@ def _accuracy(results: dict, protocol: Protocol) -> str:
         + markdown_table(scenes, digits=1)
         + missing
     )
+
+
+def _accuracy_after(result: dict, stage: int) -> float:
+    """On the run's own held-out scenes, at the stage's image size."""
+    return 100 * [entry["val_accuracy"] for entry in result["validation"] if entry["stage"] == stage][-1]
 
 
 def _white_box(results: dict, protocol: Protocol) -> str:
