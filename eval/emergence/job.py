@@ -34,7 +34,7 @@ from crate_fast.train.nonfinite import NonFiniteError
 from crate_fast.train.run_lock import RunLock
 from crate_fast.train.runs import run_config
 
-__all__ = ["Job", "Places", "do", "result_file"]
+__all__ = ["Job", "Places", "do", "result_file", "train_and_score"]
 
 _ORPHAN_SECONDS = 120.0  # for a job that lost its parent to stop
 
@@ -104,6 +104,15 @@ def do(job: Job, log: Path) -> None:
     lock.sign()
     torch.set_num_threads(job.threads)
     try:
+        train_and_score(job)
+    finally:
+        lock.release()
+    sys.exit(0)
+
+
+def train_and_score(job: Job) -> None:
+    """Write the result of a job, unless asked to stop before; a sweep that diverges has the accuracy 0."""
+    try:
         if _trained(job):
             _score(job)
     except NonFiniteError as error:
@@ -111,9 +120,6 @@ def do(job: Job, log: Path) -> None:
             raise
         print(f"a learning rate that cannot be chosen: {error}", flush=True)
         _write(job, _facts(job) | {"validation": [{"val_accuracy": 0.0}], "diverged": str(error)})
-    finally:
-        lock.release()
-    sys.exit(0)
 
 
 def _stop_with_parent() -> None:
