@@ -14,7 +14,16 @@ from torch import Tensor
 
 from crate_fast.settings import onednn_wanted
 
-__all__ = ["cpu_linear", "linear", "onednn_product", "onednn_suits_processor", "serves", "uses_onednn"]
+__all__ = [
+    "cpu_linear",
+    "linear",
+    "onednn_product",
+    "onednn_suits_processor",
+    "processor_name",
+    "processor_vendor",
+    "serves",
+    "uses_onednn",
+]
 
 _ONEDNN_BUILT = torch.backends.mkldnn.is_available()
 
@@ -23,10 +32,22 @@ _ONEDNN_BUILT = torch.backends.mkldnn.is_available()
 def processor_vendor() -> str:
     """What the processor calls its maker ("GenuineIntel", "AuthenticAMD"); "" where nothing says so."""
     try:
-        with open("/proc/cpuinfo") as lines:
-            return next((line.split(":")[1].strip() for line in lines if line.startswith("vendor_id")), "")
+        return _cpuinfo("vendor_id")
     except OSError:
         return platform.processor().rpartition(", ")[2]  # Windows: "Intel64 Family 6 Model 85, GenuineIntel"
+
+
+def processor_name() -> str:
+    """The processor's name as far as the system tells it, such as "AMD EPYC 9654"; else its architecture."""
+    try:
+        return _cpuinfo("model name") or platform.machine()
+    except OSError:
+        return platform.processor() or platform.machine()
+
+
+def _cpuinfo(field: str) -> str:
+    with open("/proc/cpuinfo") as lines:
+        return next((line.split(":")[1].strip() for line in lines if line.startswith(field)), "")
 
 
 @torch.compiler.assume_constant_result

@@ -10,6 +10,7 @@ import timm
 import torch
 
 import crate_fast
+from crate_fast.cpu import processor_name
 
 __all__ = ["provenance"]
 
@@ -31,7 +32,7 @@ def _commit() -> str:
 
 def provenance() -> dict[str, str]:
     """Commit, versions, processor or GPU, command line and time, as plain strings."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else processor_name()
     return {
         "commit": _commit(),
         "crate_fast": crate_fast.__version__,

@@ -4,7 +4,6 @@ import json
 import math
 import multiprocessing
 import os
-import platform
 import signal
 import sys
 import time
@@ -14,6 +13,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from crate_fast.cpu import processor_name
 from crate_fast.eval.emergence.analysis import chosen_lr, load_results
 from crate_fast.eval.emergence.job import Job, Places, do, result_file
 from crate_fast.eval.emergence.protocol import Protocol, Run, planned_runs, stages_of, training_config
@@ -45,7 +45,7 @@ class Machine:
     """
 
     def __init__(self, device: str, jobs: int | None = None):
-        self.cores = len(os.sched_getaffinity(0))
+        self.cores = os.cpu_count() or 1
         chosen = choose_device(device)
         self.on_gpu = chosen.type == "cuda"
         every = self.on_gpu and ":" not in device
@@ -56,14 +56,7 @@ class Machine:
 
     def __str__(self) -> str:
         names = [torch.cuda.get_device_name(device) for device in self.devices] if self.on_gpu else []
-        return f"{', '.join([*names, _processor()])}, {self.cores} cores, {self.jobs} runs at once"
-
-
-def _processor() -> str:
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.is_file() else []
-    found = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return found[0] if found else platform.machine()
+        return f"{', '.join([*names, processor_name()])}, {self.cores} cores, {self.jobs} runs at once"
 
 
 def conduct(protocol: Protocol, places: Places, machine: Machine, minutes: float | None = None) -> bool:
