@@ -16,9 +16,10 @@ from PIL import Image
 from runs import ROOT, same
 
 from crate_fast.eval.detections import class_agnostic_scores, detections_of
-from crate_fast.eval.emergence.analysis import by_model, chosen_lr, claims, last
+from crate_fast.eval.emergence import job as job_module
+from crate_fast.eval.emergence.analysis import by_model, chosen_lr, claims, last, load_results
 from crate_fast.eval.emergence.command import main
-from crate_fast.eval.emergence.job import Places, result_file
+from crate_fast.eval.emergence.job import Job, Places, result_file, train_and_score
 from crate_fast.eval.emergence.protocol import (
     MODELS,
     SIZES,
@@ -34,6 +35,7 @@ from crate_fast.eval.results import markdown_table
 from crate_fast.train.data import build_splits
 from crate_fast.train.distributed import process_group
 from crate_fast.train.interruption import Interruption
+from crate_fast.train.nonfinite import NonFiniteError
 from crate_fast.train.session import Session
 
 SMOKE = SIZES["smoke"]
@@ -139,6 +141,7 @@ def test_a_seed_that_a_model_lacks_is_not_compared():
     results = results_with({model: [40.0, 41.0] for model in MODELS})
     del results["scenes-ViT-seed1"]
     assert by_model(results, SMOKE, last("mIoU mass, best head"))["CRATE"] == pytest.approx([40.0])
+    assert claims(results, SMOKE)[2].holds is None  # one seed has no interval
 
 
 def test_the_learning_rate_of_the_best_sweep():
@@ -149,6 +152,22 @@ def test_the_learning_rate_of_the_best_sweep():
     assert chosen_lr(results, SMOKE, "ViT") is None
     assert chosen_lr(results | {"sweep-ViT-lr0.002": sweep(0.4)}, SMOKE, "ViT") == 2e-3
     assert chosen_lr(results | {"sweep-ViT-lr0.002": sweep(0.3)}, SMOKE, "ViT") == 1e-3
+
+
+def test_a_sweep_that_diverges_is_not_chosen_and_another_run_fails(tmp_path, monkeypatch):
+    def diverges(_config, _options):
+        raise NonFiniteError("the loss is not finite")
+
+    monkeypatch.setattr(job_module, "launch", diverges)
+    places = Places(tmp_path / "runs", tmp_path / "report")
+    sweep = Job(Run("sweep", "ViT", 100, 2e-3), 2e-3, SMOKE, places, "cpu", 1, 0, {"commit": "abc"})
+    train_and_score(sweep)
+    results = load_results(places.report)
+    assert results["sweep-ViT-lr0.002"]["diverged"] == "the loss is not finite"
+    good = {"validation": [{"val_accuracy": 0.1}]}
+    assert chosen_lr(results | {"sweep-ViT-lr0.001": good}, SMOKE, "ViT") == 1e-3
+    with pytest.raises(NonFiniteError):
+        train_and_score(dataclasses.replace(sweep, run=Run("scenes", "ViT", 0)))
 
 
 @pytest.fixture(scope="module")

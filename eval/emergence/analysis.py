@@ -194,12 +194,12 @@ class Claim:
 
     Attributes:
         text: The statement.
-        holds: Whether it does.
+        holds: Whether it does; None where one seed cannot tell.
         evidence: The numbers.
     """
 
     text: str
-    holds: bool
+    holds: bool | None
     evidence: str
 
 
@@ -236,7 +236,7 @@ def claims(results: Results, protocol: Protocol, measure: str = PRIMARY) -> list
         ),
         Claim(
             "It is CRATE's: CRATE scores above ViT, the 95 % interval of the paired difference above 0",
-            gap.low is not None and gap.low > 0,
+            None if gap.low is None else gap.low > 0,
             f"{_listed(crate)} against {_listed(vit)}: {gap.mean:+.1f}{interval}",
         ),
         Claim(

@@ -118,15 +118,19 @@ def _with_spread(values: Sequence[float]) -> str:
 def _claims(results: dict, protocol: Protocol, measure: str = PRIMARY) -> str:
     found = claims(results, protocol, measure)
     so_far = "" if len(complete_seeds(results, protocol)) == len(protocol.seeds) else " so far"
+    words = {True: "holds", False: "does not hold", None: "undecided"}
     rows = [
         {
             "statement": claim.text,
-            "": f"**{'holds' if claim.holds else 'does not hold'}{so_far}**",
+            "": f"**{words[claim.holds]}{so_far}**",
             measure: claim.evidence,
         }
         for claim in found
     ]
-    return markdown_table(rows) + f"\n{sum(claim.holds for claim in found)} of {len(found)} statements hold{so_far}."
+    return (
+        markdown_table(rows)
+        + f"\n{sum(claim.holds is True for claim in found)} of {len(found)} statements hold{so_far}."
+    )
 
 
 def _verdicts(results: dict, protocol: Protocol) -> str:
@@ -199,9 +203,9 @@ def _differences(results: dict, protocol: Protocol) -> str:
             scores = by_model(results, protocol, last(name))
             row[name] = _interval(paired(scores[first], scores[second]))
         rows.append(row)
-    count = len(complete_seeds(results, protocol))
+    seeds = ", ".join(map(str, complete_seeds(results, protocol)))
     return (
-        f"Paired over {count} seeds: mean, 95 % interval by Student's t, p of the paired t-test. Nothing is "
+        f"Paired over seeds ({seeds}): mean, 95 % interval by Student's t, p of the paired t-test. Nothing is "
         "corrected for the number of comparisons: of twenty without a difference one is expected at p < 0.05.\n\n"
         + markdown_table(rows)
     )
@@ -226,9 +230,9 @@ def _accuracy(results: dict, protocol: Protocol) -> str:
         row["parameters"] = by_seed(results, protocol, row["model"], lambda r: r["parameters"])[0]
     missing = "" if with_cifar else "\nCIFAR-10 was not at hand, or is not done.\n"
     error = 100 * (0.15 * 0.85 / protocol.selection_images) ** 0.5
-    noise = f"An accuracy of 15 % on {protocol.selection_images} scenes has a standard error of {error:.1f}."
+    noise = f"on {protocol.selection_images} scenes an accuracy of 15 % has a standard error of {error:.1f}."
     return (
-        f"Chance is {100 / 12:.1f} on scenes and 10 on CIFAR-10. Of a sweep: {noise}\n\n"
+        f"Chance is {100 / 12:.1f} on scenes and 10 on CIFAR-10. In a sweep, {noise}\n\n"
         + markdown_table(scenes, digits=1)
         + missing
     )
