@@ -3,6 +3,7 @@
     runs/NAME            a run's best checkpoint        crate_small_patch8_224@weights.pth    a file, strictly
     runs/NAME@12000      its checkpoint at a step       vit_small_patch8_224.dino@pretrained  through timm
     runs/NAME@untrained  its model before training      vit_small_patch8_224@untrained        drawn from --seed
+    shipped:CRATE        small, with the package        shipped:ViT@untrained
 
 each perhaps with a name for tables in front, as in `CRATE-S/8=runs/NAME`. Of a CRATE-MAE the encoder is read.
 """
@@ -19,12 +20,15 @@ from torch import nn
 from crate_fast import CRATEMAE
 from crate_fast.checkpoints import load_weights, read_state_dict
 from crate_fast.eval.features import FeatureExtractor, extractor_for
+from crate_fast.eval.shipped import open_shipped
 from crate_fast.registry import is_mae
 from crate_fast.train.config import TrainConfig
 from crate_fast.train.data import Normalize
 from crate_fast.train.runs import build_model, load_model, num_classes_of, run_config
 
 __all__ = ["Subject", "open_model", "split_label"]
+
+_SHIPPED = "shipped:"
 
 
 @dataclass(frozen=True)
@@ -119,6 +123,15 @@ def _from_run(folder: Path, which: str, seed: int) -> tuple[nn.Module, TrainConf
     return model, config
 
 
+def _from_shipped(name: str, which: str, seed: int) -> tuple[nn.Module, str]:
+    if which not in ("", "untrained"):
+        raise ValueError(f"{_SHIPPED}{name}@{which}: write {_SHIPPED}{name} or {_SHIPPED}{name}@untrained")
+    model, facts = open_shipped(name)
+    if which:
+        model = _seeded(lambda: timm.create_model(facts["name"], **facts["arguments"]), seed)
+    return model, facts["mean"]
+
+
 def _create(name: str, arguments: dict) -> nn.Module:
     try:
         return timm.create_model(name, **arguments)
@@ -184,6 +197,8 @@ def open_model(
     if Path(place).is_dir():
         model, config = _from_run(Path(place), which, seed)
         statistics = config.mean
+    elif place.startswith(_SHIPPED):
+        model, statistics = _from_shipped(place.removeprefix(_SHIPPED), which, seed)
     else:
         model = _from_timm(place, which, arguments, seed)
         statistics = (model.pretrained_cfg["mean"], model.pretrained_cfg["std"])

@@ -17,6 +17,7 @@ __all__ = [
     "checkpoint_steps",
     "load_model",
     "load_run",
+    "model_arguments",
     "num_classes_of",
     "run_config",
     "run_weights",
@@ -26,7 +27,7 @@ __all__ = [
 _OF_AUTOENCODERS = ("mask_ratio", "norm_pix_loss", "visible_only", "decoder_depth")
 
 
-def _model_arguments(config: TrainConfig, num_classes: int) -> dict:
+def model_arguments(config: TrainConfig, num_classes: int) -> dict:
     """Arguments for timm's `create_model`: what the configuration sets, under the model's own names."""
     arguments = {"img_size": config.image_size, "drop_rate": config.dropout}
     names = {"patch_size": "patch_size", "dim": "dim", "depth": "depth", "heads": "heads"}
@@ -56,7 +57,7 @@ def build_model(config: TrainConfig, num_classes: int) -> nn.Module:
         raise ValueError(
             f"model={config.model!r}{nearest(config.model, timm.list_models()) or ': timm has no such model'}"
         )
-    arguments = _model_arguments(config, num_classes)
+    arguments = model_arguments(config, num_classes)
     try:
         model = timm.create_model(config.model, **arguments)
     except TypeError as error:

@@ -1,0 +1,55 @@
+"""The models that come with the package: what they are, that they see objects, and how such a file is made."""
+
+import pytest
+import torch
+
+from crate_fast.eval import shipped
+from crate_fast.eval.images import SceneImages, batches
+from crate_fast.eval.models import open_model
+from crate_fast.segmentation import attention_to_mask, intersection_over_union
+from crate_fast.train.runs import load_model
+from crate_fast.train.shape_scenes import CLASSES
+
+
+@torch.no_grad()
+def best_head_miou(name: str) -> float:
+    """mIoU by mass of the best head at the default layer, on 48 scenes that no model was trained on."""
+    subject = open_model(name)
+    scores = []
+    for batch in batches(SceneImages(128, 48, seed=900_002), 48, []):
+        attention = subject.extract(subject.normalize(batch.images)).cls_attention(subject.extract.default_layer)
+        objects = torch.stack([sample.target.on_grid((16, 16))[0][0] for sample in batch.samples])
+        scores = intersection_over_union(attention_to_mask(attention, "mass"), objects[:, None]).amax(dim=1)
+    return scores.mean().item()
+
+
+def test_segmentation_shows_in_the_crate_that_comes_along():
+    assert best_head_miou("shipped:CRATE") > 0.45  # 0.515 on 500 scenes, docs/emergence/report.md
+    assert best_head_miou("shipped:ViT") < 0.4  # 0.306
+    assert best_head_miou("shipped:CRATE@untrained") < 0.2  # 0.130
+
+
+def test_they_are_what_they_say():
+    for name in shipped.shipped_names():
+        model, facts = shipped.open_shipped(name)
+        assert facts["classes"] == list(CLASSES)
+        assert "commit" in facts["source"]
+        assert model.num_classes == 12
+        assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["shipped:crate", "shipped:", "shipped:../CRATE", "shipped:CRATE@4"])
+def test_others_are_refused(name):
+    with pytest.raises(ValueError, match="shipped:CRATE"):
+        open_model(name)
+
+
+def test_a_run_can_be_shipped(tiny_run, tmp_path, monkeypatch):
+    assert shipped.main([str(tiny_run), str(tmp_path / "mine.safetensors")]) == 0
+    monkeypatch.setattr(shipped, "FOLDER", tmp_path)
+    subject = open_model("shipped:mine")
+    images = torch.rand(2, 3, 32, 32)
+    trained = load_model(tiny_run)[0]
+    with torch.no_grad():
+        assert subject.model(images) == pytest.approx(trained(images), abs=5e-3)
+    assert not torch.equal(open_model("shipped:mine@untrained").model(images), subject.model(images))
