@@ -12,6 +12,8 @@ from setuptools import setup
 HERE = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "crate_fast/__init__.py").read_text(), re.M)[1]
 EVAL = ["pycocotools", "scikit-learn", "scipy"]
+EXPLORE = [*EVAL, "starlette", "uvicorn"]
+SUBPACKAGES = ["kernels", "train", "eval", "eval.emergence", "eval.explore"]
 
 setup(
     name="crate_fast",
@@ -21,9 +23,13 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.10",
-    packages=["crate_fast", "crate_fast.kernels", "crate_fast.train", "crate_fast.eval", "crate_fast.eval.emergence"],
+    packages=["crate_fast", *(f"crate_fast.{name}" for name in SUBPACKAGES)],
     package_dir={"crate_fast.kernels": "kernels", "crate_fast.train": "train", "crate_fast.eval": "eval"},
-    package_data={"crate_fast.train": ["recipes/*.yaml"]},
+    package_data={
+        "crate_fast.train": ["recipes/*.yaml"],
+        "crate_fast.eval": ["weights/*.safetensors"],
+        "crate_fast.eval.explore": ["page/*"],
+    },
     install_requires=[
         "torch>=2.11",
         "torchvision",
@@ -39,9 +45,13 @@ setup(
     extras_require={
         "eval": EVAL,
         "crf": [*EVAL, "pydensecrf2"],
+        "explore": EXPLORE,
         "hf": ["datasets"],
         "wandb": ["wandb"],
-        "test": [*EVAL, "datasets", "webdataset", "pytest", "pytest-benchmark", "pytest-xdist", "ruff"],
+        "test": [
+            *(*EXPLORE, "datasets", "webdataset", "httpx", "playwright"),
+            *("pytest", "pytest-benchmark", "pytest-xdist", "ruff"),
+        ],
     },
     entry_points={"console_scripts": ["crate-fast = crate_fast.cli:main"]},
 )

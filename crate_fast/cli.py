@@ -5,6 +5,7 @@
     crate-fast plan …                     what a run would cost
     crate-fast eval PROTOCOL …            eval/PROTOCOL.py; `crate-fast eval` lists them
     crate-fast reproduce emergence …      a whole experiment
+    crate-fast explore …                  a local page to look inside models
 
 Commands are modules with `main(argv) -> int`, imported when they are asked for.
 """
@@ -21,6 +22,7 @@ COMMANDS = {
     "pretrain_mae": ("crate_fast.train.pretrain_mae", "masked autoencoding"),
     "finetune": ("crate_fast.train.finetune", "fine-tuning on other data"),
     "linear_probe": ("crate_fast.train.linear_probe", "a linear classifier on a frozen model (MAE's protocol)"),
+    "explore": ("crate_fast.eval.explore.command", "a local page to look inside models"),
     "plan": ("crate_fast.train.plan", "what a run would cost: operations, memory, steps, hours"),
 }
 PROTOCOLS = {

@@ -2,7 +2,7 @@
 
 import os
 
-__all__ = ["fused_products_wanted", "onednn_wanted", "require_gpu"]
+__all__ = ["fused_products_wanted", "onednn_wanted", "require_browser", "require_gpu"]
 
 
 def _flag(name: str) -> bool | None:
@@ -28,3 +28,8 @@ def fused_products_wanted() -> bool | None:
 def require_gpu() -> bool:
     """`CRATE_FAST_REQUIRE_GPU` (default 0): GPU tests fail instead of skipping where there is no GPU."""
     return bool(_flag("CRATE_FAST_REQUIRE_GPU"))
+
+
+def require_browser() -> bool:
+    """`CRATE_FAST_REQUIRE_BROWSER` (default 0): tests of the explorer's page fail where there is no Chromium."""
+    return bool(_flag("CRATE_FAST_REQUIRE_BROWSER"))

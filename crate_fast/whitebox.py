@@ -71,7 +71,7 @@ def nonzero_fraction(tokens: Tensor) -> Tensor:
 
 
 def cls_attention(query: Tensor, keys: Tensor, scale: float) -> Tensor:
-    """softmax over patches of s·⟨CLS query, patch key⟩: query [B, H, D], keys [B, P, H, D] → [B, H, P] (Eq. 10)."""
+    """softmax over patches of s·⟨query, patch key⟩: CLS query [B, H, D], keys [B, P, H, D] → [B, H, P] (Eq. 10)."""
     return (scale * torch.einsum("bhd,bmhd->bhm", query, keys)).softmax(dim=-1)
 
 
@@ -136,7 +136,7 @@ class LayerTrace:
 
 def visit_layers(
     model: nn.Module, images: Tensor, visit: Callable[[LayerTrace], None], layers: Iterable[int] | None = None
-) -> None:
+) -> Tensor:
     """Run `model` on `images` and hand each chosen layer's trace to `visit` as soon as the layer is done.
 
     What `visit` does not keep is freed before the next layer runs. Eager only: call it on the model itself, not on a
@@ -147,6 +147,9 @@ def visit_layers(
         images: [B, channels, height, width].
         visit: Called once per chosen layer, in the order of the model.
         layers: Indices, negative ones from the end; all when None.
+
+    Returns:
+        What `model.forward_features(images)` returns: [B, N, C], for `model.forward_head`.
 
     Raises:
         IndexError: There is no such layer.
@@ -179,7 +182,7 @@ def visit_layers(
             hooks.callback(attention.fn.qkv.register_forward_hook(keep_projected).remove)
             hooks.callback(sparsifier.register_forward_pre_hook(keep_input).remove)
             hooks.callback(stack[index].register_forward_hook(hand_over(index)).remove)
-        model.forward_features(images)
+        return model.forward_features(images)
 
 
 def trace(model: nn.Module, images: Tensor, layers: Iterable[int] | None = None) -> list[LayerTrace]:

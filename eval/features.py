@@ -4,6 +4,7 @@
     features = extract(images, [extract.default_layer])
     features.keys(layer)                        # [B, P, H·D]: subspace tokens (CRATE) or keys (ViT), CLS dropped
     features.cls_attention(layer)               # [B, H, P]
+    features.patch_attention(layer, patch)      # [B, H, P], of a patch instead of CLS
 
 Maps and keys of every kind of model are computed by the same lines from queries and keys.
 """
@@ -83,7 +84,26 @@ class Features:
         tokens = self._tokens(layer)
         if not tokens.has_cls:
             raise ValueError("this model has no CLS token, so no CLS attention: choose one with class_token=True")
-        query, keys = tokens.queries[:, 0].float(), tokens.keys[:, tokens.prefix :].float()
+        return self._attention(tokens, 0)
+
+    def patch_attention(self, layer: int, patch: int) -> Tensor:
+        """Attention of one patch on the patches, itself among them, softmax over patches only: [B, H, P].
+
+        Args:
+            layer: One that was extracted.
+            patch: Its number, row by row.
+
+        Raises:
+            IndexError: There is no such patch.
+        """
+        tokens, count = self._tokens(layer), self.grid[0] * self.grid[1]
+        if not 0 <= patch < count:
+            raise IndexError(f"patch {patch}: the image has patches 0 to {count - 1}, row by row")
+        return self._attention(tokens, tokens.prefix + patch)
+
+    @staticmethod
+    def _attention(tokens: LayerTokens, index: int) -> Tensor:
+        query, keys = tokens.queries[:, index].float(), tokens.keys[:, tokens.prefix :].float()
         return cls_attention(query, keys, tokens.scale)
 
 

@@ -15,6 +15,7 @@ import pytest
 import crate_fast
 import crate_fast.eval
 import crate_fast.eval.emergence
+import crate_fast.eval.explore
 import crate_fast.train
 from crate_fast import cli, settings
 from crate_fast.train import plan
@@ -25,7 +26,7 @@ README = (ROOT / "README.md").read_text()
 
 def _modules() -> list[str]:
     names = ["crate_fast"]
-    for package in (crate_fast, crate_fast.train, crate_fast.eval, crate_fast.eval.emergence):
+    for package in (crate_fast, crate_fast.train, crate_fast.eval, crate_fast.eval.emergence, crate_fast.eval.explore):
         folder = [str(Path(package.__file__).parent)]
         names += [f"{package.__name__}.{m.name}" for m in pkgutil.iter_modules(folder) if not m.ispkg]
     return names

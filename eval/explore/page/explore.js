@@ -1,0 +1,144 @@
+// The page: which picture, which query, one panel or two. Panels ask the server; this file tells them when.
+
+import { ask, pictureAddress, upload } from "./api.js";
+import { Panel } from "./panel.js";
+
+const byId = (id) => document.getElementById(id);
+
+class Page {
+  constructor(setup) {
+    this.setup = setup;
+    this.state = { picture: null, query: null };
+    this.options = { over: true, scale: "head" };
+    this.panels = [];
+    byId("picture-note").textContent = setup.picture_note;
+    byId("model-note").textContent = setup.model_note;
+    setup.pictures.forEach((picture) => this.#offer(picture));
+    this.#addPanel();
+    this.#wire();
+  }
+
+  say(words) {
+    byId("status").textContent = words;
+  }
+
+  complain(words) {
+    byId("problem").textContent = words;
+    byId("problem").hidden = !words;
+  }
+
+  #offer({ id, name }, first = false) {
+    const label = document.createElement("label");
+    const radio = Object.assign(document.createElement("input"), { type: "radio", name: "picture", value: id });
+    const image = Object.assign(document.createElement("img"), { src: pictureAddress(id, 128), alt: "", loading: "lazy" });
+    label.title = name;
+    label.append(radio, image, name);
+    radio.addEventListener("change", () => this.choose({ id, name }));
+    byId("pictures")[first ? "prepend" : "append"](label);
+    return radio;
+  }
+
+  async choose({ id, name }) {
+    const image = new Image();
+    image.src = pictureAddress(id, 640);
+    this.choosing = image;
+    try {
+      await image.decode();
+    } catch {
+      // The image element does not say what is wrong; the server does.
+      const reason = await ask("summary", { model: 0, picture: id }).then(() => "", (error) => error.message);
+      this.complain(reason || `${name} cannot be shown: choose another`);
+      return;
+    }
+    if (this.choosing !== image) return; // another was chosen meanwhile
+    this.complain("");
+    this.state.picture = { id, name, image, width: image.naturalWidth, height: image.naturalHeight };
+    this.state.query = null;
+    this.#showQuery();
+    await Promise.all(this.panels.map((panel) => panel.load()));
+  }
+
+  async take(file) {
+    this.say(`uploading ${file.name}`);
+    try {
+      const limit = this.setup.largest_upload;
+      if (file.size > limit) throw new Error(`${file.name} has more than ${limit / 2 ** 20} MiB: make it smaller`);
+      const picture = await upload(file);
+      const radio = this.#offer(picture, true);
+      radio.checked = true;
+      await this.choose(picture);
+    } catch (error) {
+      this.complain(error.message);
+      this.say("");
+    }
+  }
+
+  queryChosen(query) {
+    this.state.query = query;
+    this.#showQuery();
+    for (const panel of this.panels) if (panel.view) panel.showQuery();
+  }
+
+  layerChosen(from, layer) {
+    const together = byId("together").checked;
+    for (const panel of this.panels) {
+      if (panel.view && (panel === from || (together && layer < panel.view.summary.depth))) panel.showLayer(layer);
+    }
+  }
+
+  #showQuery() {
+    const { query } = this.state;
+    byId("query").textContent = query ? `patch at ${Math.round(100 * query.x)} %, ${Math.round(100 * query.y)} %` : "CLS";
+  }
+
+  #addPanel() {
+    const panel = new Panel(this, this.panels.length);
+    this.panels.push(panel);
+    byId("panels").append(panel.root);
+    if (this.state.picture) panel.load();
+  }
+
+  #wire() {
+    byId("compare").addEventListener("change", (event) => {
+      if (event.target.checked) this.#addPanel();
+      else this.panels.pop().root.remove();
+    });
+    byId("over").addEventListener("change", (event) => this.#option("over", event.target.checked));
+    byId("scale").addEventListener("change", (event) => this.#option("scale", event.target.value));
+    byId("cls").addEventListener("click", () => this.queryChosen(null));
+    byId("file").addEventListener("change", (event) => {
+      if (event.target.files[0]) this.take(event.target.files[0]);
+      event.target.value = "";
+    });
+    addEventListener("dragover", (event) => {
+      event.preventDefault();
+      document.body.classList.add("dropping");
+    });
+    addEventListener("dragleave", () => document.body.classList.remove("dropping"));
+    addEventListener("drop", (event) => {
+      event.preventDefault();
+      document.body.classList.remove("dropping");
+      if (event.dataTransfer.files[0]) this.take(event.dataTransfer.files[0]);
+    });
+    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => this.redraw());
+  }
+
+  #option(name, value) {
+    this.options[name] = value;
+    this.redraw();
+  }
+
+  redraw() {
+    this.panels.forEach((panel) => panel.redraw());
+  }
+}
+
+try {
+  const page = new Page(await ask("setup"));
+  const first = document.querySelector("#pictures input");
+  first.checked = true;
+  await page.choose(page.setup.pictures[0]);
+} catch (error) {
+  byId("problem").textContent = error.message;
+  byId("problem").hidden = false;
+}

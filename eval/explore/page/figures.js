@@ -1,0 +1,250 @@
+// What a panel shows. A figure has a name, a title, a caption, a drawing and a table, all made from one view:
+// { picture, summary, layer, query, attention, components, masks, options } of a panel, parts of it null until known.
+
+import * as draw from "./draw.js";
+
+const GAP = 10, TITLE = 22;
+
+// Boxes of `count` pictures under titles, in rows.
+function cells(view, count, columns, width, gap = GAP, title = TITLE) {
+  const cell = (width - gap * (columns - 1)) / columns;
+  const height = (cell * view.picture.height) / view.picture.width;
+  const rows = Math.ceil(count / columns);
+  const boxes = Array.from({ length: count }, (_, index) => [
+    (index % columns) * (cell + gap),
+    Math.floor(index / columns) * (height + title + gap) + title,
+    cell,
+    height,
+  ]);
+  return { boxes, height: rows * (height + title + gap) };
+}
+
+// As many columns as a width has room for, in rows of one length if that is possible.
+function columnsFor(count, width, smallest = 130) {
+  const most = Math.max(2, Math.floor((width + GAP) / (smallest + GAP)));
+  for (let rows = 1; rows < count; rows++) {
+    const columns = Math.ceil(count / rows);
+    if (columns <= most) return columns;
+  }
+  return 1;
+}
+
+function csv(header, rows) {
+  const cell = (value) => (/[",\n]/.test(String(value)) ? `"${String(value).replaceAll('"', '""')}"` : String(value));
+  return [header, ...rows].map((row) => row.map(cell).join(",")).join("\n") + "\n";
+}
+
+function byPatch([rows, columns], rowOf) {
+  return Array.from({ length: rows * columns }, (_, patch) => rowOf(patch, Math.floor(patch / columns), patch % columns));
+}
+
+export function queryName(view) {
+  if (view.patch === null) return "CLS";
+  return `patch ${Math.floor(view.patch / view.summary.grid[1])}, ${view.patch % view.summary.grid[1]}`;
+}
+
+function queryFrame(view, context, box) {
+  if (view.patch === null) return;
+  const [rows, columns] = view.summary.grid;
+  const [width, height] = [box[2] / columns, box[3] / rows];
+  const corner = [box[0] + (view.patch % columns) * width, box[1] + Math.floor(view.patch / columns) * height];
+  draw.frame(context, [corner[0] - 3, corner[1] - 3, width + 6, height + 6], "#000000", 4);
+  draw.frame(context, [corner[0] - 2, corner[1] - 2, width + 4, height + 4], "#ffffff", 2);
+}
+
+const picture = {
+  name: "picture",
+  title: "Picture",
+  ready: () => true,
+  caption: () => "Click a patch to see what it attends to: or arrow keys here; Escape for CLS.",
+  draw(view, canvas, colours, width) {
+    const height = (width * view.picture.height) / view.picture.width;
+    const context = draw.prepare(canvas, width, height, colours);
+    const box = [0, 0, width, height];
+    context.drawImage(view.picture.image, ...box);
+    queryFrame(view, context, box);
+  },
+};
+
+const attention = {
+  name: "attention",
+  title: "Attention, every head",
+  wide: true,
+  ready: (view) => view.attention,
+  caption: (view) =>
+    `Softmax over patches, in layer ${view.layer}, of ${queryName(view)}` +
+    (view.layer === view.summary.layer ? "; the layer that the paper looks at." : "."),
+  draw(view, canvas, colours, width) {
+    const heads = view.attention;
+    const { boxes, height } = cells(view, heads.length, columnsFor(heads.length, width), width);
+    const shared = view.options.scale === "layer" ? draw.limits(heads.flat()) : null;
+    const context = draw.prepare(canvas, width, height + (shared ? 28 : 0), colours);
+    heads.forEach((values, head) => {
+      const range = shared || draw.limits(values);
+      const [x, y, side] = boxes[head];
+      draw.text(context, `head ${head}`, x, y - 10, colours.ink, { size: 13, weight: 600 });
+      if (!shared) draw.text(context, `to ${draw.short(range[1])}`, x + side, y - 10, colours.soft, { align: "right" });
+      if (view.options.over) context.drawImage(view.picture.image, ...boxes[head]);
+      draw.heat(context, values, view.summary.grid, boxes[head], range, view.table, view.options.over);
+      queryFrame(view, context, boxes[head]);
+    });
+    if (shared) draw.scale(context, 0, height, 300, shared, view.table, colours);
+  },
+  csv: (view) =>
+    csv(
+      ["layer", "query", "head", "row", "column", "attention"],
+      view.attention.flatMap((values, head) =>
+        byPatch(view.summary.grid, (patch, row, column) => [view.layer, queryName(view), head, row, column, values[patch]]),
+      ),
+    ),
+};
+
+function components(which, title, caption) {
+  return {
+    name: `components-${which}`,
+    title,
+    wide: true,
+    ready: (view) => view.components[which],
+    caption: () => caption,
+    pick(view, x, y, width) {
+      const { boxes } = this.layout(view, width);
+      return boxes.findIndex((box) => x >= box[0] && x <= box[0] + box[2] && y >= box[1] && y <= box[1] + box[3]);
+    },
+    layout: (view, width) => cells(view, view.summary.depth, columnsFor(view.summary.depth, width, 110), width),
+    draw(view, canvas, colours, width) {
+      const { boxes, height } = this.layout(view, width);
+      const context = draw.prepare(canvas, width, height, colours);
+      view.components[which].forEach((values, layer) => {
+        const [x, y] = boxes[layer];
+        const marked = layer === view.layer;
+        draw.text(context, `layer ${layer}`, x, y - 10, marked ? colours.ink : colours.soft, { size: 13, weight: marked ? 700 : 400 });
+        if (values) draw.colourTiles(context, values, view.summary.grid, boxes[layer]);
+        else draw.text(context, "too few patches", x + 4, y + 14, colours.soft, { size: 13 });
+        if (marked) draw.frame(context, boxes[layer], colours.series[1], 4);
+      });
+    },
+    csv: (view) =>
+      csv(
+        ["layer", "row", "column", "red", "green", "blue"],
+        view.components[which].flatMap((values, layer) =>
+          values === null
+            ? []
+            : byPatch(view.summary.grid, (p, row, column) => [layer, row, column, ...values.slice(3 * p, 3 * p + 3)]),
+        ),
+      ),
+  };
+}
+
+const masks = {
+  name: "masks",
+  title: "MaskCut",
+  ready: (view) => view.masks,
+  caption: (view) => {
+    const count = view.masks.masks.length;
+    return `${count} ${count === 1 ? "object" : "objects"} by normalised cuts of layer ${view.layer}'s patches.`;
+  },
+  draw(view, canvas, colours, width) {
+    const height = (width * view.picture.height) / view.picture.width;
+    const context = draw.prepare(canvas, width, height, colours);
+    context.drawImage(view.picture.image, 0, 0, width, height);
+    const [rows, columns] = view.summary.grid;
+    view.masks.masks.forEach((mask, object) => draw.maskTiles(context, mask, view.summary.grid, [0, 0, width, height], draw.OBJECTS[object]));
+    view.masks.boxes.forEach(([left, top, right, bottom], object) => {
+      const [x, y] = [(left * width) / columns, (top * height) / rows];
+      const box = [x, y, ((right - left) * width) / columns, ((bottom - top) * height) / rows];
+      draw.frame(context, box, "#000000", 4);
+      draw.frame(context, box, draw.OBJECTS[object], 2);
+      context.fillStyle = "#000000";
+      context.fillRect(x, y, 18, 18);
+      draw.text(context, String(object + 1), x + 9, y + 10, draw.OBJECTS[object], { size: 13, weight: 700, align: "center" });
+    });
+  },
+  csv: (view) =>
+    csv(
+      ["layer", "row", "column", "object"],
+      byPatch(view.summary.grid, (patch, row, column) => [
+        view.layer,
+        row,
+        column,
+        1 + view.masks.masks.findIndex((mask) => mask[patch]),
+      ]),
+    ),
+};
+
+const sparsity = {
+  name: "sparsity",
+  title: "Non-zeros",
+  ready: (view) => view.summary.patch_sparsity,
+  missing: "No ISTA in this model: its tokens are dense.",
+  caption: (view) => `Share of a token's entries that are not zero, after layer ${view.layer}; small is sparse.`,
+  draw(view, canvas, colours, width) {
+    const height = (width * view.picture.height) / view.picture.width;
+    const context = draw.prepare(canvas, width, height + 28, colours);
+    const values = view.summary.patch_sparsity[view.layer];
+    const range = draw.limits(values);
+    if (view.options.over) context.drawImage(view.picture.image, 0, 0, width, height);
+    draw.heat(context, values, view.summary.grid, [0, 0, width, height], range, view.table, view.options.over);
+    draw.scale(context, 0, height + 4, Math.min(300, width), range, view.table, colours);
+  },
+  csv: (view) =>
+    csv(
+      ["layer", "row", "column", "nonzero_share"],
+      view.summary.patch_sparsity.flatMap((values, layer) =>
+        byPatch(view.summary.grid, (patch, row, column) => [layer, row, column, values[patch]]),
+      ),
+    ),
+};
+
+const curves = {
+  name: "curves",
+  title: "Compression and sparsity",
+  ready: (view) => view.summary.coding_rate || view.summary.sparsity,
+  missing: "Query and key are separate in this model, so that there are no subspaces; and it has no ISTA.",
+  caption: () => "R^c of the subspace tokens, in nats; share of non-zeros after ISTA. The dashed line is the layer shown.",
+  draw(view, canvas, colours, width) {
+    const charts = [
+      ["R^c, nats", view.summary.coding_rate, 0],
+      ["non-zeros", view.summary.sparsity, 1],
+    ].filter(([, values]) => values);
+    const context = draw.prepare(canvas, width, 170 * charts.length, colours);
+    charts.forEach(([title, values, number], index) =>
+      draw.curve(context, [4, 170 * index, width - 8, 164], title, values, view.layer, colours, number),
+    );
+  },
+  csv: (view) =>
+    csv(
+      ["layer", "coding_rate", "nonzero_share"],
+      Array.from({ length: view.summary.depth }, (_, layer) => [
+        layer,
+        view.summary.coding_rate?.[layer] ?? "",
+        view.summary.sparsity?.[layer] ?? "",
+      ]),
+    ),
+};
+
+const classes = {
+  name: "classes",
+  title: "Most probable classes",
+  ready: (view) => view.summary.top,
+  missing: "This model has no classifier.",
+  caption: () => "",
+  draw(view, canvas, colours, width) {
+    const rows = view.summary.top.map(({ name, probability }) => ({ name, share: probability }));
+    const context = draw.prepare(canvas, width, 26 * rows.length + 6, colours);
+    draw.bars(context, [2, 2, width - 4], rows, colours);
+  },
+  csv: (view) =>
+    csv(
+      ["rank", "class", "name", "probability"],
+      view.summary.top.map((entry, index) => [index + 1, entry.class, entry.name, entry.probability]),
+    ),
+};
+
+// Row by row.
+export const FIGURES = [
+  [picture, masks, sparsity],
+  [attention],
+  [components("all", "Components 2 to 4", "Of all patches, as red, green and blue. Click a layer to look at it.")],
+  [components("parts", "Parts", "Components 1 to 3 of the foreground; the rest is black. Click a layer to look at it.")],
+  [curves, classes],
+];
