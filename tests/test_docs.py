@@ -26,7 +26,8 @@ README = (ROOT / "README.md").read_text()
 
 def _modules() -> list[str]:
     names = ["crate_fast"]
-    for package in (crate_fast, crate_fast.train, crate_fast.eval, crate_fast.eval.emergence, crate_fast.eval.explore):
+    evaluation = (crate_fast.eval, crate_fast.eval.emergence, crate_fast.eval.explore)
+    for package in (crate_fast, crate_fast.train, *evaluation):
         folder = [str(Path(package.__file__).parent)]
         names += [f"{package.__name__}.{m.name}" for m in pkgutil.iter_modules(folder) if not m.ispkg]
     return names
