@@ -13,6 +13,7 @@ HERE = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "crate_fast/__init__.py").read_text(), re.M)[1]
 EVAL = ["pycocotools", "scikit-learn", "scipy"]
 EXPLORE = [*EVAL, "starlette", "uvicorn"]
+NOTEBOOK = ["ipykernel", "ipywidgets", "nbclient"]
 SUBPACKAGES = ["kernels", "train", "eval", "eval.emergence", "eval.explore"]
 
 setup(
@@ -47,9 +48,10 @@ setup(
         "crf": [*EVAL, "pydensecrf2"],
         "explore": EXPLORE,
         "hf": ["datasets"],
+        "notebook": [*EVAL, *NOTEBOOK],
         "wandb": ["wandb"],
         "test": [
-            *(*EXPLORE, "datasets", "webdataset", "httpx", "playwright"),
+            *(*EXPLORE, *NOTEBOOK, "datasets", "webdataset", "httpx", "playwright"),
             *("pytest", "pytest-benchmark", "pytest-xdist", "ruff"),
         ],
     },
