@@ -1,0 +1,98 @@
+"""docs/mathematics.md: the code it quotes is the code there is, its claims hold, and its formulas are well-formed."""
+
+import re
+import textwrap
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGE = (ROOT / "docs" / "mathematics.md").read_text()
+QUOTES = re.findall(r"^\[(\S+)\]\(\.\./\1\) <!-- from \1 -->\n```python\n(.*?)```", PAGE, re.S | re.M)
+CHECKS = re.findall(r"^## (.*?)$|```python run\n(.*?)```", PAGE, re.S | re.M)
+
+
+def _stands_in(quoted: str, source: str) -> bool:
+    """Whether the quoted lines follow each other in the source, whatever they are indented by; `…` stands for any
+    number of lines in between."""
+    patterns = []
+    for part in re.split(r"^\s*…\s*\n", quoted, flags=re.M):
+        lines = textwrap.dedent(part).splitlines()
+        patterns.append("".join("\n" if not line else rf"(?P=indent){re.escape(line)}\n" for line in lines))
+    first = patterns[0].replace("(?P=indent)", r"(?P<indent>[ ]*)", 1)
+    return re.search("^" + "(?:.*\n)*?".join([first, *patterns[1:]]), source, re.M) is not None
+
+
+def test_a_quotation_must_be_exact():
+    source = "def f(x):\n    if x:\n        y = 1\n\n        z = 2\n    return x\n"
+    assert _stands_in("if x:\n    y = 1\n\n    z = 2\n", source)
+    assert _stands_in("if x:\n    …\nreturn x\n", source)
+    assert not _stands_in("if x:\n    z = 2\n", source)
+    assert not _stands_in("if x:\ny = 1\n", source)  # another indentation
+    assert not _stands_in("return x\n…\nif x:\n", source)  # another order
+    assert not _stands_in("return\n", source)  # half a line
+
+
+@pytest.mark.parametrize(("path", "quoted"), QUOTES, ids=[f"{i}-{path}" for i, (path, _) in enumerate(QUOTES)])
+def test_quoted_lines_are_those_of_the_file(path, quoted):
+    assert _stands_in(quoted, (ROOT / path).read_text()), f"{path} has other lines now; quote those:\n{quoted}"
+
+
+def test_every_block_is_a_quotation_or_runs():
+    fences = re.findall(r"^```(.*)$", PAGE, re.M)
+    opened = fences[::2]
+    assert opened.count("python run") == sum(bool(code) for _, code in CHECKS) >= 12
+    assert opened.count("python") == len(QUOTES) >= 20
+    assert len(opened) == opened.count("python run") + opened.count("python")
+    assert set(fences[1::2]) == {""}
+
+
+def _checks() -> list:
+    title, found = "", []
+    for heading, code in CHECKS:
+        title = heading or title
+        if code:
+            found.append(pytest.param(code, id=title.replace(" ", "-")))
+    return found
+
+
+@pytest.mark.parametrize("code", _checks())
+def test_the_claims_hold(code):
+    assert "float64" in code
+    assert "assert " in code
+    exec(compile(code, "mathematics.md", "exec"), {})
+
+
+def _formulas() -> list[str]:
+    prose = re.sub(r"^```.*?^```$", "", PAGE, flags=re.S | re.M)
+    prose = re.sub(r"`[^`\n]*`", "", prose)
+    displays = re.findall(r"\$\$(.*?)\$\$", prose, re.S)
+    inline = re.sub(r"\$\$.*?\$\$", "", prose, flags=re.S)
+    for line in inline.splitlines():
+        assert line.count("$") % 2 == 0, f"a formula ends on another line: {line}"
+    # GitHub: a formula begins behind a space or a bracket, and ends before a space or a mark
+    pieces = re.findall(r"(?:(?<=^)|(?<=[\s(\[]))\$(?! )([^$\n]+)(?<! )\$(?=$|[\s.,;:)\]])", inline, re.M)
+    assert 2 * len(pieces) == inline.count("$"), "a formula touches a letter"
+    return displays + pieces
+
+
+def test_formulas_are_well_formed():
+    formulas = _formulas()
+    assert len(formulas) > 100
+    for formula in formulas:
+        bare = re.sub(r"\\(?:left|right)(?=\W)", "", formula)
+        assert bare.count("{") == bare.count("}"), formula
+        assert bare.count("(") == bare.count(")"), formula
+        assert formula.count(r"\left") - formula.count(r"\leftarrow") == formula.count(r"\right"), formula
+        # Markdown takes a backslash before a mark for itself, and * for emphasis
+        assert not re.search(r"\\[^A-Za-z]", formula), formula
+        assert "*" not in formula, formula
+        assert "|" not in formula, formula  # \lVert, \lvert: tables end a cell at |
+        for line in formula.strip().splitlines():
+            assert not re.match(r"\s*([-+=#>]|\d+\.)", line), line
+
+
+def test_equation_numbers_are_the_papers():
+    numbers = [int(number) for number in re.findall(r"\\tag\{(\d+)\}", PAGE)]
+    assert len(set(numbers)) == len(numbers)
+    assert set(numbers) <= set(range(1, 15))
