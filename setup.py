@@ -12,6 +12,7 @@ from setuptools import setup
 HERE = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "crate_fast/__init__.py").read_text(), re.M)[1]
 EVAL = ["pycocotools", "scikit-learn", "scipy"]
+DOCS = ["pdoc"]
 EXPLORE = [*EVAL, "starlette", "uvicorn"]
 NOTEBOOK = ["ipykernel", "ipywidgets", "nbclient"]
 SUBPACKAGES = ["kernels", "train", "eval", "eval.emergence", "eval.explore"]
@@ -44,6 +45,7 @@ setup(
         "safetensors",
     ],
     extras_require={
+        "docs": DOCS,
         "eval": EVAL,
         "crf": [*EVAL, "pydensecrf2"],
         "explore": EXPLORE,
@@ -51,7 +53,7 @@ setup(
         "notebook": [*EVAL, *NOTEBOOK],
         "wandb": ["wandb"],
         "test": [
-            *(*EXPLORE, *NOTEBOOK, "datasets", "webdataset", "httpx", "playwright"),
+            *(*DOCS, *EXPLORE, *NOTEBOOK, "datasets", "webdataset", "httpx", "playwright"),
             *("pytest", "pytest-benchmark", "pytest-xdist", "ruff"),
         ],
     },

@@ -1,0 +1,49 @@
+"""The reference is built from the docstrings, needs no network, and has every public name and every kernel."""
+
+import importlib
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+pytest.importorskip("pdoc")
+pytest.importorskip("triton")
+
+
+@pytest.fixture
+def build_reference(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    return importlib.import_module("build_reference")
+
+
+def test_all_packages_are_documented(build_reference):
+    listed = re.search(r"packages=\[(.*?)\]", (ROOT / "setup.py").read_text(), re.S)[1]
+    assert list(build_reference.PACKAGES) == re.findall(r'"(.+?)"', listed)
+    names = [module.__name__ for module in build_reference.modules()]
+    assert len(set(names)) == len(names)
+    files = [path for folder in ("crate_fast", "kernels", "train", "eval") for path in (ROOT / folder).rglob("*.py")]
+    assert len(names) == len(files)
+
+
+def test_the_reference_has_every_public_name_and_every_kernel(build_reference, tmp_path, monkeypatch):
+    modules = build_reference.modules()
+    before = {module.__name__: dict(vars(module)) for module in modules}
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    assert build_reference.main([str(tmp_path)]) == 0
+    for module in modules:
+        assert all(vars(module).get(name) is value for name, value in before[module.__name__].items()), module
+    assert (tmp_path / "index.html").is_file()
+    assert "crate_fast.kernels.row_blocks" in (tmp_path / "search.js").read_text()
+    for name, content in before.items():
+        page = (tmp_path / f"{name.replace('.', '/')}.html").read_text()
+        anchors = set(re.findall(r'<section id="([^"]+)"', page))
+        kernels = set(re.findall(r"^def (\w+_kernel)\(", Path(content["__file__"]).read_text(), re.M))
+        assert anchors >= {*content.get("__all__", ()), *kernels}, name
+        assert not re.search(r'<(?:script|img|link)[^>]*(?:src|href)="https?:', page), f"{name} needs a network"
+        assert "JITFunction" not in page
+        assert "InterpretedFunction" not in page
+    page = (tmp_path / "crate_fast" / "kernels" / "row_blocks.html").read_text()
+    assert page.count("and their log-sum-exp (paper, Eq. 5)") >= 2  # in the kernel's source, and as its text
