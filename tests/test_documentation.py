@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import uvicorn
 from PIL import Image
 
 from crate_fast import cli
@@ -22,6 +23,7 @@ from crate_fast import cli
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 HOW_TO = sorted((DOCS / "how-to").glob("*.md"))
+RUN = [DOCS / "tutorial.md", *HOW_TO]  # pages whose commands run here
 PAGES = sorted(DOCS.glob("*.md")) + HOW_TO
 
 _TRAINING = "--image-size 32 --batch-size 4 --epochs 1 --threads 1 --device cpu"
@@ -30,6 +32,10 @@ _MODEL = "--patch-size 8 --dim 32 --depth 2 --heads 2"
 SMALL = {  # a command's beginning → what is written behind it here, so that seconds do; a later option wins
     "torchrun train/pretrain.py": f"{_TRAINING} {_SCENES} {_MODEL}",
     "torchrun train/finetune.py": f"{_TRAINING}",
+    "crate-fast pretrain": f"{_TRAINING} {_SCENES} {_MODEL}",
+    "crate-fast explore": "--no-browser",  # its server is told to stop at once
+    "crate-fast export": "",
+    "crate-fast eval coarse_segmentation": "--limit 8 --device cpu",
     "python -m crate_fast.train.write_shards": "--workers 1",
     "python -m crate_fast.env": "",
     "crate-fast eval classify": "--limit 8 --train-limit 24 --k 1 --device cpu",
@@ -94,12 +100,13 @@ def scratch(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize("page", HOW_TO, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", RUN, ids=lambda page: page.stem)
 def test_a_pages_commands_and_python_run_small(page, scratch, tiny_run, monkeypatch, capsys):
     text = page.read_text()
     if not re.search(r"--output RUN\b", text):  # the page does not make it
         (scratch / "RUN").symlink_to(tiny_run)
     monkeypatch.setattr("multiprocessing.get_context", lambda kind: SimpleNamespace(Pool=ThreadPool))  # of shards
+    monkeypatch.setattr(uvicorn.Server, "run", lambda server, sockets: [socket.close() for socket in sockets])
     for command in _commands(page):
         start = None if _begins(command, PARSED) else _begins(command, SMALL)
         if start is None:
@@ -115,7 +122,7 @@ class _Parsed(Exception):
     pass
 
 
-@pytest.mark.parametrize("page", [DOCS / "README.md", *HOW_TO], ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", [DOCS / "README.md", *RUN], ids=lambda page: page.stem)
 def test_options_of_commands_for_gpus_several_devices_and_tools_are_valid(page, monkeypatch):
     parse = argparse.ArgumentParser.parse_args
 
@@ -164,7 +171,7 @@ def _check_pytest(words: list[str]) -> None:
 
 
 def test_the_tables_have_no_command_that_no_page_has():
-    commands = [command for page in [DOCS / "README.md", *HOW_TO] for command in _commands(page)]
+    commands = [command for page in [DOCS / "README.md", *RUN] for command in _commands(page)]
     for start in (*SMALL, *PARSED):
         assert any(command.startswith(start) for command in commands), start
 
