@@ -13,6 +13,7 @@ HERE = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "crate_fast/__init__.py").read_text(), re.M)[1]
 EVAL = ["pycocotools", "scikit-learn", "scipy"]
 DOCS = ["pdoc"]
+EXPORT = ["onnx", "onnxscript", "onnxruntime"]
 EXPLORE = [*EVAL, "starlette", "uvicorn"]
 NOTEBOOK = ["ipykernel", "ipywidgets", "nbclient"]
 SUBPACKAGES = ["kernels", "train", "eval", "eval.emergence", "eval.explore"]
@@ -49,11 +50,12 @@ setup(
         "eval": EVAL,
         "crf": [*EVAL, "pydensecrf2"],
         "explore": EXPLORE,
+        "export": EXPORT,
         "hf": ["datasets"],
         "notebook": [*EVAL, *NOTEBOOK],
         "wandb": ["wandb"],
         "test": [
-            *(*DOCS, *EXPLORE, *NOTEBOOK, "datasets", "webdataset", "httpx", "playwright"),
+            *(*DOCS, *EXPLORE, *EXPORT, *NOTEBOOK, "datasets", "webdataset", "httpx", "playwright"),
             *("pytest", "pytest-benchmark", "pytest-xdist", "ruff"),
         ],
     },
