@@ -18,6 +18,9 @@ import crate_fast.eval.emergence
 import crate_fast.eval.explore
 import crate_fast.train
 from crate_fast import cli, settings
+from crate_fast.eval import export_command
+from crate_fast.export import FORMATS
+from crate_fast.portable import OUTPUTS
 from crate_fast.train import plan
 
 ROOT = Path(__file__).parent.parent
@@ -87,6 +90,17 @@ def test_the_readmes_evaluation_commands_are_valid(monkeypatch):
         assert module.main(shlex.split(words, comments=True)) == 0
     assert len(seen) == len(commands)
     assert {protocol for protocol, _ in commands} == set(cli.PROTOCOLS)
+
+
+def test_the_documented_exports_are_valid(monkeypatch):
+    commands = re.findall(r"^ *crate-fast export (.*)$", README, re.M)
+    assert len(commands) >= 3
+    seen = []
+    monkeypatch.setattr(export_command, "run_command", lambda _command, parsed: seen.append(parsed) or 0)
+    for words in commands:
+        assert cli.main(["export", *shlex.split(words, comments=True)]) == 0
+    assert {name for parsed in seen for name in parsed.format} == set(FORMATS)
+    assert {name for parsed in seen for name in parsed.outputs or []} <= set(OUTPUTS)
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/emergence/protocol.md"])

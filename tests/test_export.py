@@ -1,0 +1,282 @@
+"""Exported models give the model's numbers at sizes they never saw, without crate_fast, or are not written."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from timm import create_model
+
+from crate_fast import CRATE, CRATEMAE, cli, portable
+from crate_fast.eval.models import open_model
+from crate_fast.export import MismatchError, export_model
+from crate_fast.exported import compare, eager_outputs, open_exported
+from crate_fast.portable import OUTPUTS, PortableCRATE, choose_outputs, resampling_matrix
+from crate_fast.train.shape_scenes import CLASSES
+from crate_fast.train.transforms import Normalize
+from crate_fast.whitebox import trace
+
+SIZES = [(4, 16, 16), (1, 8, 8), (2, 44, 20), (3, 8, 28), (1, 64, 64)]
+IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+SMALL = ["--model-args", "depth=2", "dim=32", "heads=2", "img_size=32"]
+
+
+def _model(**options) -> CRATE:
+    sizes = {"image_size": 16, "patch_size": 4, "num_classes": 5, "dim": 32, "depth": 2, "heads": 2, "dim_head": 12}
+    return CRATE(**(sizes | options)).eval()
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory) -> tuple[CRATE, Path]:
+    """A model, and the folder of its files with every output, of the first and the last layer."""
+    pytest.importorskip("onnxruntime")
+    torch.manual_seed(0)
+    model, folder = _model(), tmp_path_factory.mktemp("exported")
+    written = export_model(model, folder, outputs=OUTPUTS, layers=[0, -1], statistics=IMAGENET, facts={"model": "x"})
+    assert sorted(path.name for path in folder.iterdir()) == sorted(path.name for path in written)
+    return model, folder
+
+
+@pytest.mark.parametrize("file", ["model.onnx", "model.pt2"])
+def test_every_output_at_unseen_batches_and_sizes(exported, file):
+    model, folder = exported
+    run = open_exported(folder / file)
+    for shape in SIZES:
+        images = torch.randn(shape[0], 3, *shape[1:])
+        found = run(images)
+        model.set_input_size(shape[1:])
+        with torch.no_grad():
+            first, last = trace(model, images, [0, 1])
+            wanted = {"logits": model(images), "features": model.mlp_head[0](model.forward_features(images)[:, 0])}
+        wanted["attention"] = torch.stack([first.cls_attention(), last.cls_attention()], dim=1)
+        wanted["subspace_tokens"] = torch.stack([first.subspace_tokens, last.subspace_tokens], dim=1)
+        assert found.keys() == wanted.keys()
+        for name, values in wanted.items():
+            torch.testing.assert_close(found[name], values, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+    model.set_input_size(16)
+
+
+def test_files_are_read_without_crate_fast(exported, tmp_path):
+    model, folder = exported
+    images = torch.randn(2, 3, 24, 12)
+    torch.save(images, tmp_path / "images.pt")
+    code = (
+        "import sys; sys.modules['crate_fast'] = None\n"
+        "import torch, onnxruntime\n"
+        "folder, images = sys.argv[1], torch.load('images.pt')\n"
+        "facts = {'crate_fast.json': ''}\n"
+        "program = torch.export.load(folder + '/model.pt2', extra_files=facts)\n"
+        "assert '\"patch_size\": [4, 4]' in facts['crate_fast.json'], facts\n"
+        "session = onnxruntime.InferenceSession(folder + '/model.onnx')\n"
+        "found = [program.module()(images)['logits'].detach()]\n"
+        "found.append(torch.from_numpy(session.run(['logits'], {'images': images.numpy()})[0]))\n"
+        "torch.save(found, 'found.pt')"
+    )
+    subprocess.run([sys.executable, "-c", code, str(folder)], cwd=tmp_path, check=True)
+    model.set_input_size((24, 12))
+    with torch.no_grad():
+        wanted = model(images)
+    model.set_input_size(16)
+    for found in torch.load(tmp_path / "found.pt"):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_files_say_what_they_are(exported):
+    onnx = pytest.importorskip("onnx")
+    _, folder = exported
+    written = onnx.load(folder / "model.onnx")
+    assert {node.domain for node in written.graph.node} <= {"", "ai.onnx"}
+    assert [(o.domain, o.version) for o in written.opset_import] == [("", 18)]
+    metadata = {entry.key: entry.value for entry in written.metadata_props}
+    facts = json.loads((folder / "model.json").read_text())
+    assert metadata["model"] == facts["model"] == "x"
+    assert json.loads(metadata["mean"]) == facts["mean"] == IMAGENET[0]
+    assert facts["layers"] == [0, 1]
+    assert {(d["output"], *d["images"][2:]) for d in facts["differences"]["model.onnx"]} >= {("attention", 28, 20)}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"attention": "mhsa", "sparsifier": "mlp"},
+        {"attention": "mhsa", "residual": "paper", "pool": "mean"},
+        {"threshold": "soft", "head_hidden": True, "patch_size": (2, 4), "channels": 1},
+        {"sparsifier": "mlp", "embed_norm": False, "num_classes": 0, "heads": 1, "dim_head": 32},
+    ],
+)
+def test_portable_ablations(options):
+    model = _model(**options)
+    outputs = [name for name in OUTPUTS if name != "subspace_tokens" or "attention" not in options]
+    outputs = [name for name in outputs if name != "logits" or model.num_classes]
+    plain = PortableCRATE(model, outputs, range(2))
+    differences = compare(torch.no_grad()(plain), model, plain)
+    assert {d.output for d in differences} == set(outputs)
+    assert max(d.relative for d in differences) < 1e-5
+
+
+def test_portable_models_of_timm_and_encoders_of_autoencoders():
+    sizes = {"img_size": 32, "depth": 2, "dim": 32, "heads": 2, "num_classes": 3}
+    mae = CRATEMAE(
+        img_size=16, patch_size=4, embed_dim=16, depth=2, num_heads=2, decoder_depth=1, decoder_num_heads=2
+    )
+    for model in (create_model("crate_small_patch8_224", **sizes), mae.encoder()):
+        plain = PortableCRATE(model)
+        assert plain.outputs == (("logits",) if model.num_classes else ("features",))
+        assert max(d.relative for d in compare(torch.no_grad()(plain), model, plain)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("options", "form"),
+    [
+        ({"attention": "mhsa", "threshold": "soft", "residual": "paper", "pool": "mean"}, "onnx"),
+        ({"sparsifier": "mlp", "num_classes": 0}, "torch"),
+    ],
+)
+def test_ablations_as_files(options, form, tmp_path):
+    if form == "onnx":
+        pytest.importorskip("onnxruntime")
+    model = _model(depth=1, **options)
+    model.set_input_size((20, 12))
+    path, _ = export_model(model, tmp_path, formats=[form], statistics=IMAGENET, raw=True, tolerance=1e-5)
+    assert model.image_size == (20, 12)
+    images = torch.randint(256, (2, 3, 20, 12), dtype=torch.uint8)
+    with torch.no_grad():
+        wanted = model(Normalize("imagenet")(images))
+    (found,) = open_exported(path)(images).values()
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_resampling_matrices_are_those_of_pytorch():
+    for old, new in [(1, 5), (4, 1), (7, 3), (14, 13), (14, 30), (28, 60), (60, 28)]:
+        points = torch.randn(1, 1, old, 6, dtype=torch.float64)
+        wanted = F.interpolate(points, size=(new, 6), mode="bicubic", antialias=True)
+        torch.testing.assert_close(resampling_matrix(new, old, points) @ points, wanted, rtol=0, atol=1e-12)
+    for side in range(1, 64):
+        assert torch.equal(resampling_matrix(side, side, torch.zeros(())), torch.eye(side))
+
+
+class _Wrong(PortableCRATE):
+    """A portable model with a fault."""
+
+    def __init__(self, *arguments, mutant="threshold"):
+        super().__init__(*arguments)
+        if mutant == "positions":
+            self.pos_embedding = torch.nn.Parameter(self.pos_embedding.flip(1), requires_grad=False)
+        if mutant == "threshold":
+            self.transformer.layers[0][1].fn.shift *= 1.1
+        if mutant == "scale":
+            self.transformer.layers[1][0].fn.scale *= 1.02
+        if mutant == "nan":
+            self.cls_token = torch.nn.Parameter(self.cls_token * float("nan"), requires_grad=False)
+
+
+@pytest.mark.parametrize("mutant", ["none", "cubic", "positions", "threshold", "scale", "nan"])
+def test_comparisons_find_a_wrong_model(mutant, monkeypatch):
+    if mutant == "cubic":  # PyTorch's without antialiasing: right at the size of training alone
+        monkeypatch.setattr(portable, "_CUBIC", -0.75)
+    model = _model(depth=2)
+    wrong = _Wrong(model, mutant=mutant)
+    differences = compare(torch.no_grad()(wrong), model, wrong)
+    within = [d.relative <= 1e-4 for d in differences]
+    assert within == ([True] * 3 if mutant == "none" else [mutant == "cubic", False, False])
+
+
+def test_a_wrong_model_is_not_written(monkeypatch, tmp_path):
+    (tmp_path / "model.pt2").write_text("an earlier one")
+    monkeypatch.setattr("crate_fast.export.PortableCRATE", _Wrong)
+    with pytest.raises(MismatchError, match=r"differs from the model's by .* Nothing was written"):
+        export_model(_model(depth=1), tmp_path, formats=["torch"])
+    assert [path.name for path in tmp_path.iterdir()] == ["model.pt2"]
+    assert (tmp_path / "model.pt2").read_text() == "an earlier one"
+
+
+def test_files_refuse_sizes_that_patches_do_not_fill(exported):
+    _, folder = exported
+    with pytest.raises(AssertionError, match="Guard failed"):
+        open_exported(folder / "model.pt2")(torch.randn(1, 3, 16, 18))
+    with pytest.raises(Exception, match="running Reshape"):  # onnxruntime's own kind
+        open_exported(folder / "model.onnx")(torch.randn(1, 3, 16, 18))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"formats": ["tflite"]}, r"formats=\['tflite'\]: choose from onnx, torch"),
+        ({"formats": []}, r"formats=\[\]"),
+        ({"outputs": ["maps"]}, "choose from logits, features, attention, subspace_tokens"),
+        ({"layers": [3]}, "layer 3: the model has layers 0 to 1"),
+        ({"layers": []}, r"layers=\[\]"),
+        ({"raw": True}, "give the statistics"),
+        ({"raw": True, "statistics": ([0.5], [0.5])}, "of 3 channels"),
+        ({"tolerance": 0.0}, r"tolerance=0\.0"),
+        ({"opset": 17}, "opset=17: give one from 18 to"),
+        ({"opset": 99}, "opset=99"),
+    ],
+)
+def test_wrong_options_are_named_and_nothing_is_made(options, message, tmp_path):
+    if "opset" in options:
+        pytest.importorskip("onnxruntime")
+    with pytest.raises(ValueError, match=message):
+        export_model(_model(), tmp_path / "new", **({"formats": ["torch"]} | options | _for_onnx(options)))
+    assert not (tmp_path / "new").exists()
+
+
+def _for_onnx(options: dict) -> dict:
+    return {"formats": ["onnx"]} if "opset" in options else {}
+
+
+def test_models_without_what_is_asked_for():
+    with pytest.raises(ValueError, match="separate query, key and value"):
+        choose_outputs(_model(attention="mhsa"), ["subspace_tokens"])
+    with pytest.raises(ValueError, match="no classifier, so no logits; ask for features"):
+        choose_outputs(_model(num_classes=0), ["logits"])
+    with pytest.raises(TypeError, match="a Linear cannot be exported"):
+        PortableCRATE(torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match=r"ends in \.onnx or \.pt2"):
+        open_exported("model.tflite")
+
+
+def test_a_missing_package_is_named_first(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(ModuleNotFoundError, match=r"the package onnxruntime: pip install -e \"\.\[export\]\""):
+        export_model(_model(), tmp_path / "new", formats=["onnx"])
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_command_on_a_run(tiny_run, tmp_path, capfd):
+    pytest.importorskip("onnxruntime")
+    words = ["--format", "onnx", "--outputs", "logits,attention", "--layers", "all", "--input", "uint8"]
+    assert cli.main(["export", str(tiny_run), *words, "--output", str(tmp_path)]) == 0
+    printed = capfd.readouterr()
+    assert "model.onnx  attention, images 1×3×32×32: largest difference" in printed.out
+    assert printed.err == ""  # the exporter's own remarks are not the user's
+    facts = json.loads((tmp_path / "model.json").read_text())
+    assert facts["classes"] == list(CLASSES)
+    assert (facts["mean"], facts["std"]) == ([0.5] * 3, [0.5] * 3)
+    subject = open_model(str(tiny_run), image_size=48)
+    images = torch.randint(256, (3, 3, 48, 48), dtype=torch.uint8)
+    wanted = eager_outputs(subject.model, subject.normalize(images), ["logits", "attention"], [0, 1])
+    found = open_exported(tmp_path / "model.onnx")(images)
+    for name, values in wanted.items():
+        torch.testing.assert_close(found[name], values, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["crate_tiny_patch8_224@untrained", *SMALL, "--tolerance", "1e-30"], "Nothing was written"),
+        (
+            ["vit_tiny_patch16_224@untrained", "--model-args", "depth=1", "img_size=32"],
+            "exports CRATE, its ablations",
+        ),
+        (["crate_tiny_patch8_224@untrained", *SMALL, "--layers", "7"], "layer 7: the model has layers 0 to 1"),
+        (["runs/absent"], "neither the folder of a run"),
+    ],
+)
+def test_the_command_says_what_is_wrong(words, message, tmp_path, capsys):
+    assert cli.main(["export", *words, "--format", "torch", "--output", str(tmp_path)]) == 2
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
