@@ -17,13 +17,11 @@ from pathlib import Path
 
 from crate_fast import CRATE
 from crate_fast.eval import models as models_module
-from crate_fast.eval.models import Subject, open_model
+from crate_fast.eval.models import class_names, open_model
 from crate_fast.eval.options import positive, run_command
 from crate_fast.eval.results import file_name, make_folder
 from crate_fast.export import FORMATS, MIN_OPSET, export_model
 from crate_fast.portable import OUTPUTS
-from crate_fast.train import checkpoint
-from crate_fast.train.runs import checkpoint_steps
 from crate_fast.train.transforms import Normalize
 
 __all__ = ["main"]
@@ -67,16 +65,6 @@ def _statistics(normalize: Normalize) -> tuple[list[float], list[float]]:
     return [round(value, 6) for value in mean.tolist()], [round(value, 6) for value in deviation.tolist()]
 
 
-def _class_names(subject: Subject) -> list[str] | None:
-    """Names of the classes that a run was trained on; None where nobody recorded them."""
-    if subject.config is None or not subject.model.num_classes:
-        return None
-    source = subject.facts["model"]
-    folder = Path(source.rpartition("@")[0] if "@" in source else source)
-    recorded = checkpoint.manifest(folder / "checkpoints", checkpoint_steps(folder)[-1])
-    return recorded.get("data", {}).get("classes")
-
-
 def _export(options: argparse.Namespace) -> None:
     subject = open_model(options.model, "cpu", options.image_size, options.model_args, options.seed)
     if options.model_args and subject.config is not None:
@@ -89,7 +77,7 @@ def _export(options: argparse.Namespace) -> None:
     depth = subject.extract.depth
     names = ("model", "weights_sha256", "parameters")
     facts = {name: subject.facts[name] for name in names}
-    classes = _class_names(subject)
+    classes = class_names(options.model) if subject.model.num_classes else None
     written = export_model(
         subject.model,
         make_folder(options.output or Path("runs/export") / file_name(subject.label)),

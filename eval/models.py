@@ -22,11 +22,12 @@ from crate_fast.checkpoints import load_weights, read_state_dict
 from crate_fast.eval.features import FeatureExtractor, extractor_for
 from crate_fast.eval.shipped import open_shipped
 from crate_fast.registry import is_mae
+from crate_fast.train import checkpoint
 from crate_fast.train.config import TrainConfig
 from crate_fast.train.data import Normalize
-from crate_fast.train.runs import build_model, load_model, num_classes_of, run_config
+from crate_fast.train.runs import build_model, checkpoint_steps, load_model, num_classes_of, run_config
 
-__all__ = ["Subject", "open_model", "split_label"]
+__all__ = ["Subject", "class_names", "open_model", "split_label"]
 
 _SHIPPED = "shipped:"
 
@@ -229,3 +230,19 @@ def open_model(
     }
     normalize = Normalize(statistics).to(device)
     return Subject(label, model.to(device), normalize, extract, facts, config, autoencoder)
+
+
+def class_names(specification: str) -> list[str] | None:
+    """Names of the classes of a model's logits, in order; None where nobody recorded them.
+
+    Args:
+        specification: As for `open_model`; runs and the models of the package know their classes.
+    """
+    _, source = split_label(specification)
+    place, _, which = source.rpartition("@") if "@" in source else (source, "", "")
+    if place.startswith(_SHIPPED):
+        return open_shipped(place.removeprefix(_SHIPPED))[1]["classes"]
+    if not Path(place).is_dir():
+        return None
+    step = int(which) if which.isdigit() else checkpoint_steps(Path(place))[-1]
+    return checkpoint.manifest(Path(place) / "checkpoints", step).get("data", {}).get("classes")

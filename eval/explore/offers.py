@@ -5,8 +5,8 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 
-from crate_fast.eval.models import Subject, open_model, split_label
-from crate_fast.eval.shipped import open_shipped, shipped_names
+from crate_fast.eval.models import Subject, class_names, open_model, split_label
+from crate_fast.eval.shipped import shipped_names
 from crate_fast.train import checkpoint
 from crate_fast.train.runs import checkpoint_steps
 
@@ -124,18 +124,4 @@ class Shelf:
 
     def _load(self, specification: str) -> OpenModel:
         subject = open_model(specification, **self._opening)
-        return OpenModel(subject, _class_names(specification), threading.Lock())
-
-
-def _class_names(specification: str) -> list[str] | None:
-    _, source = split_label(specification)
-    kind, _, name = source.partition(":")
-    if kind == "shipped":
-        return open_shipped(name.partition("@")[0])[1]["classes"]
-    place, _, which = source.rpartition("@") if "@" in source else (source, "", "")
-    root = Path(place) / "checkpoints"
-    steps = checkpoint.steps(root) if root.is_dir() else []
-    if not steps:
-        return None
-    step = int(which) if which.isdigit() else steps[-1]
-    return checkpoint.manifest(root, step).get("data", {}).get("classes")
+        return OpenModel(subject, class_names(specification), threading.Lock())
