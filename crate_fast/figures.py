@@ -22,6 +22,8 @@ _STYLE = {
     "pdf.fonttype": 42,  # text stays text
 }
 _CELL_INCHES = 1.3
+# Okabe and Ito's colours, which most colour-blind people tell apart; yellow is too faint on white
+_COLOURS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#000000", "#999999")
 
 
 @dataclass(frozen=True)
@@ -127,8 +129,9 @@ def curve_figure(
     title: str | None = None,
     from_zero: bool = False,
     columns: int | None = None,
+    labels: Sequence[str] = (),
 ) -> None:
-    """Write charts side by side; a label has one colour in all of them.
+    """Write charts side by side; a label has one colour in all of them, and charts that share labels one legend.
 
     Args:
         panels: What the y-axis shows → its curves.
@@ -137,9 +140,12 @@ def curve_figure(
         title: Above everything.
         from_zero: Start every y-axis at 0, for scores whose differences should not look larger than they are.
         columns: Charts in a row; all when None.
+        labels: Those that have the same colours in other figures too, in the same order.
     """
-    labels = list(dict.fromkeys(curve.like or curve.label for curves in panels.values() for curve in curves))
-    colours = {label: f"C{i % 10}" for i, label in enumerate(labels)}
+    drawn = [curve for curves in panels.values() for curve in curves]
+    distinct = dict.fromkeys([*labels, *(curve.like or curve.label for curve in drawn)])
+    colours = {label: _COLOURS[i % len(_COLOURS)] for i, label in enumerate(distinct)}
+    shared = len({curve.label for curve in drawn}) < len(drawn)
     with plt.rc_context(_STYLE):
         columns = min(columns or len(panels), len(panels))
         shape = (-(-len(panels) // columns), columns)
@@ -164,8 +170,14 @@ def curve_figure(
                 axis.set_ylim(bottom=0)
             if all(float(x).is_integer() for curve in curves for x in curve.x):
                 axis.xaxis.get_major_locator().set_params(integer=True)  # there is no layer 0.5
-            if any(not curve.label.startswith("_") for curve in curves):
+            if not shared and any(not curve.label.startswith("_") for curve in curves):
                 axis.legend(fontsize=7)
+        if shared:
+            lines = {line.get_label(): line for axis in axes.flat for line in axis.get_lines()}
+            named = {label: line for label, line in lines.items() if not label.startswith("_")}
+            figure.legend(
+                named.values(), named.keys(), loc="outside lower center", ncols=min(5, len(named)), fontsize=7
+            )
         if title:
             figure.suptitle(title, fontsize=9)
         save_figure(figure, paths)

@@ -167,7 +167,7 @@ class _Charts:
             return [lambda r, at=layer: MEASURES[measure](r["checkpoints"][-1], at) for layer in self.layers]
 
         panels = {f"{m}, %": self._models(m, self.layers, values(m)) for m in _SHOWN_SCORES}
-        curve_figure(panels, "layer", [path], from_zero=True, columns=2)
+        curve_figure(panels, "layer", [path], from_zero=True, columns=2, labels=MODELS)
 
     def by_epoch(self, path: Path) -> None:
         """Accuracy, and scores at the paper's layer, over training."""
@@ -179,7 +179,7 @@ class _Charts:
             return [at_checkpoint(measure, index) for index in range(len(images))]
 
         panels = {f"{m}, %": self._models(m, images, values(m)) for m in ("accuracy", *_SHOWN_SCORES)}
-        curve_figure(panels, "training images, thousands", [path], from_zero=True, columns=2)
+        curve_figure(panels, "training images, thousands", [path], from_zero=True, columns=2, labels=MODELS)
 
     def white_box(self, path: Path) -> None:
         """R^c and sparsity by layer, trained and untrained, of the models that have them."""
@@ -196,7 +196,7 @@ class _Charts:
                     ]
                     label = model if index else f"{model}, untrained"
                     panels.setdefault(title, []).append(self._curve(model, self.layers, values, label, **style))
-        curve_figure(panels, "layer", [path])
+        curve_figure(panels, "layer", [path], labels=MODELS)
 
     def _curve(self, model: str, x: Sequence[float], values: Sequence[Callable], label: str, **style) -> Curve:
         found = [by_seed(self.results, self.protocol, model, value) for value in values]
