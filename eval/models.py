@@ -20,7 +20,7 @@ from torch import nn
 from crate_fast import CRATEMAE
 from crate_fast.checkpoints import load_weights, read_state_dict
 from crate_fast.eval.features import FeatureExtractor, extractor_for
-from crate_fast.eval.shipped import open_shipped
+from crate_fast.eval.shipped import open_shipped, shipped_facts
 from crate_fast.registry import is_mae
 from crate_fast.train import checkpoint
 from crate_fast.train.config import TrainConfig
@@ -241,7 +241,7 @@ def class_names(specification: str) -> list[str] | None:
     _, source = split_label(specification)
     place, _, which = source.rpartition("@") if "@" in source else (source, "", "")
     if place.startswith(_SHIPPED):
-        return open_shipped(place.removeprefix(_SHIPPED))[1]["classes"]
+        return shipped_facts(place.removeprefix(_SHIPPED))["classes"]
     if not Path(place).is_dir():
         return None
     step = int(which) if which.isdigit() else checkpoint_steps(Path(place))[-1]

@@ -14,7 +14,7 @@ from crate_fast.eval.results import file_name, make_folder
 from crate_fast.train.checkpoint import CheckpointError
 from crate_fast.train.distributed import choose_device
 
-__all__ = ["evaluation_parser", "open_models", "output_folder", "positive", "run_command", "settings_of"]
+__all__ = ["evaluation_parser", "open_models", "ours", "output_folder", "positive", "run_command", "settings_of"]
 
 
 def positive(text: str) -> int:
@@ -132,14 +132,14 @@ def run_command(command: Callable[[argparse.Namespace], None], options: argparse
         CheckpointError,
         ModuleNotFoundError,
     ) as e:
-        if not _ours(e):
+        if not ours(e):
             raise
         print(f"error: {e.args[0] if isinstance(e, KeyError) and e.args else e}", file=sys.stderr)
         return 2
     return 0
 
 
-def _ours(error: BaseException) -> bool:
+def ours(error: BaseException) -> bool:
     """Whether a `raise` of this package made the error, rather than a library called in a wrong way."""
     trace = error.__traceback__
     while trace.tb_next is not None:

@@ -7,6 +7,7 @@ They are what `crate-fast reproduce emergence --size small` trains (docs/emergen
 look inside, not to compare. The file is safetensors; what the model is stands in its header.
 """
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -20,7 +21,7 @@ from torch import nn
 from crate_fast.train import checkpoint
 from crate_fast.train.runs import load_model, model_arguments
 
-__all__ = ["FOLDER", "main", "open_shipped", "shipped_names", "write_shipped"]
+__all__ = ["FOLDER", "main", "open_shipped", "shipped_facts", "shipped_names", "write_shipped"]
 
 FOLDER = Path(__file__).parent / "weights"
 
@@ -34,14 +35,11 @@ def shipped_names() -> list[str]:
     return sorted(path.stem for path in FOLDER.glob("*.safetensors"))
 
 
-def open_shipped(name: str) -> tuple[nn.Module, dict]:
-    """A model that comes with the package.
+def shipped_facts(name: str) -> dict:
+    """What a model of the package is: "name" and "arguments" for timm, "mean" of its images, "classes", "source".
 
     Args:
         name: Of `shipped_names`.
-
-    Returns:
-        (the model in fp32; "name" and "arguments" for timm, "mean" of its images, "classes", "source").
 
     Raises:
         ValueError: There is no such model.
@@ -49,7 +47,17 @@ def open_shipped(name: str) -> tuple[nn.Module, dict]:
     if name not in shipped_names():
         raise ValueError(f"shipped:{name}: there are shipped:{', shipped:'.join(shipped_names())}")
     with safe_open(FOLDER / f"{name}.safetensors", "pt") as file:
-        facts = json.loads(file.metadata()["crate_fast"])
+        return json.loads(file.metadata()["crate_fast"])
+
+
+def open_shipped(name: str) -> tuple[nn.Module, dict]:
+    """A model of the package in fp32, and its `shipped_facts`.
+
+    Raises:
+        ValueError: There is no such model.
+    """
+    facts = shipped_facts(name)
+    with safe_open(FOLDER / f"{name}.safetensors", "pt") as file:
         weights = {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118  (no dictionary)
     model = timm.create_model(facts["name"], **facts["arguments"])
     model.load_state_dict(weights, strict=True)
@@ -65,10 +73,13 @@ def write_shipped(run: Path, path: Path) -> None:
 
     Raises:
         FileNotFoundError: There is no run.
+        ValueError: An older version wrote it, without the names of the classes.
     """
     model, config, step = load_model(run)
     manifest = checkpoint.manifest(run / "checkpoints", step)
-    classes = manifest["data"]["classes"]
+    classes = manifest.get("data", {}).get("classes")
+    if not classes:
+        raise ValueError(f"{run} does not name its classes: train it again, or ship another run")
     facts = {"name": config.model, "arguments": model_arguments(config, len(classes)), "mean": config.mean}
     facts |= {"classes": classes, "source": f"step {step} of a run with commit {manifest['commit']}"}
     weights = {name: tensor.to(torch.float16).contiguous() for name, tensor in model.state_dict().items()}
@@ -78,8 +89,11 @@ def write_shipped(run: Path, path: Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """`RUN FILE`."""
-    run, path = map(Path, sys.argv[1:] if argv is None else argv)
-    write_shipped(run, path)
+    parser = argparse.ArgumentParser(description="Write the best model of a run as a file to ship.")
+    parser.add_argument("run", type=Path, help="folder of the run")
+    parser.add_argument("file", type=Path, help="ending in .safetensors")
+    options = parser.parse_args(argv)
+    write_shipped(options.run, options.file)
     return 0
 
 

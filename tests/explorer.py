@@ -23,7 +23,7 @@ def shelf_of(offers) -> Shelf:
 
 def desk_with(offers, folder=None) -> Desk:
     """A desk with offers, and the pictures of a folder or scenes."""
-    return Desk(shelf_of(offers), Pictures(folder))
+    return Desk(shelf_of(offers), "", Pictures(folder))
 
 
 @contextmanager

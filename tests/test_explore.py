@@ -5,7 +5,10 @@ import json
 import os
 import pickle
 import shutil
+import signal
 import socket
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -17,12 +20,19 @@ from explorer import desk_with, huge_file, picture_file, served, shelf_of
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from crate_fast.eval.explore import command, desk, pictures
+from crate_fast.eval.explore import command, desk, offers, pictures
 from crate_fast.eval.explore.offers import default_offers, offers_of
-from crate_fast.eval.explore.pictures import LARGEST_UPLOAD, Pictures, UnknownPictureError, decode
+from crate_fast.eval.explore.pictures import (
+    LARGEST_UPLOAD,
+    Pictures,
+    UnknownPictureError,
+    UnreadablePictureError,
+    decode,
+)
 from crate_fast.eval.maskcut import maskcut
 from crate_fast.eval.models import open_model
 from crate_fast.eval.principal_components import pca_rgb
+from crate_fast.train.checkpoint import best_step
 from crate_fast.train.shape_scenes import CLASSES
 from crate_fast.whitebox import layer_measures, trace
 
@@ -276,9 +286,9 @@ def test_memory_is_bounded(monkeypatch):
     for number in range(5):
         found.summary(0, f"s{number}")
     assert [key[1] for key in found._kept] == ["s3", "s4"]
-    offers = [offer for name in SHIPPED for offer in offers_of(name)] * 2
-    shelf = shelf_of(offers)
-    for number in range(len(offers)):
+    offered = [offer for name in SHIPPED for offer in offers_of(name)] * 2
+    shelf = shelf_of(offered)
+    for number in range(len(offered)):
         shelf.get(number)
     assert len(shelf._open) == 4
 
@@ -296,6 +306,79 @@ def _turned() -> Image.Exif:
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by 90°
     return exif
+
+
+def test_sixteen_bits_and_transparency_look_as_they_should():
+    ramp = np.linspace(0, 65535, 64 * 64).astype(np.uint16).reshape(64, 64)
+    assert np.abs(np.asarray(decode(_png(Image.fromarray(ramp)), "a"))[..., 0] - ramp / 257).max() < 1.5
+    clear = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
+    assert decode(_png(clear), "a").getpixel((4, 4)) == (255, 255, 255)
+    out = io.BytesIO()
+    Image.fromarray(np.zeros((8, 8), np.float32)).save(out, "TIFF")
+    with pytest.raises(UnreadablePictureError, match="32 bits"):
+        decode(out.getvalue(), "a.tif")
+
+
+def _png(picture: Image.Image) -> bytes:
+    out = io.BytesIO()
+    picture.save(out, "PNG")
+    return out.getvalue()
+
+
+def test_large_pictures_are_kept_small():
+    assert decode(picture_file(1, (5000, 2500), "JPEG"), "a.jpg").size == (2048, 1024)
+
+
+def test_a_name_that_is_not_text_is_shown_somehow(tmp_path):
+    (tmp_path / os.fsdecode(b"\xff\xe9.png")).write_bytes(picture_file())
+    with served(desk_with(offers_of("shipped:CRATE"), tmp_path)) as address:
+        assert [entry["name"] for entry in ask(address, "setup")["pictures"]] == ["??.png"]
+        assert ask(address, "summary", model=0, picture="f0")["depth"] == 4
+
+
+def test_a_model_being_opened_keeps_nobody_waiting(monkeypatch):
+    found = desk_with([offer for name in SHIPPED for offer in offers_of(name)])
+    found.summary(0, "s0")
+    begun, go_on = threading.Event(), threading.Event()
+    opened = offers.open_model
+
+    def slow(specification, **opening):
+        begun.set()
+        assert go_on.wait(60)
+        return opened(specification, **opening)
+
+    monkeypatch.setattr(offers, "open_model", slow)
+    other = threading.Thread(target=found.summary, args=(1, "s0"))
+    other.start()
+    assert begun.wait(60)
+    found.attention(0, "s0", 2, None)  # known
+    found.summary(0, "s1")  # of an open model
+    assert other.is_alive()
+    go_on.set()
+    other.join(60)
+    assert not other.is_alive()
+
+
+def test_a_model_of_another_kind_is_a_sentence():
+    with served(desk_with(offers_of("resnet18@untrained"))) as address:
+        answer = httpx.get(f"{address}/api/summary", params={"model": 0, "picture": "s0"}, timeout=60)
+    assert answer.status_code == 400
+    assert "no patch features" in answer.json()["error"]
+
+
+def test_a_fault_of_ours_is_not_passed_off_as_the_visitors(monkeypatch):
+    found = desk_with(offers_of("shipped:CRATE"))
+    monkeypatch.setattr(found, "setup", lambda: int("nonsense"))  # a ValueError, but none of ours
+    with served(found) as address:
+        assert httpx.get(f"{address}/api/setup").status_code == 500
+        assert ask(address, "summary", model=0, picture="s0")["depth"] == 4
+
+
+def test_an_upload_that_breaks_off_leaves_no_traceback(address, capfd):
+    with socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2]))) as raw:
+        raw.sendall(b"POST /api/pictures?name=a HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9999\r\n\r\nabc")
+    assert send(address, picture_file()).status_code == 200
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_scenes_are_drawn_at_the_models_size():
@@ -317,16 +400,16 @@ def test_a_run_offers_its_checkpoints_and_the_newest_run_comes_first(tiny_run, t
     for age, name in ((200, "new"), (100, "old")):
         shutil.copytree(tiny_run, runs / name)
         os.utime(runs / name / "checkpoints", (age, age))
-    offers, said = default_offers(runs)
+    offered, said = default_offers(runs)
     assert "newest run" in said
-    assert [offer.specification for offer in offers[:4]] == [
-        str(runs / "new"),
+    assert [offer.specification for offer in offered[:4]] == [
+        f"{runs / 'new'}@{best_step(runs / 'new' / 'checkpoints')}",
         f"{runs / 'new'}@untrained",
         f"{runs / 'new'}@4",
         f"{runs / 'new'}@8",
     ]
-    assert [offer.untrained for offer in offers[:4]] == [False, True, False, False]
-    found = desk_with(offers[:4])
+    assert [offer.untrained for offer in offered[:4]] == [False, True, False, False]
+    found = desk_with(offered[:4])
     heads = [found.attention(number, "s0", 0, None)["heads"] for number in range(4)]
     assert heads[0] in heads[2:]
     assert heads[1] != heads[2] != heads[3]
@@ -353,22 +436,53 @@ def test_weights_that_are_not_finite_are_a_message(tmp_path):
     model.mlp_head[1].weight.data.fill_(float("nan"))
     save_file(model.state_dict(), tmp_path / "w.safetensors")
     assert load_file(tmp_path / "w.safetensors")
-    offers = offers_of(f"crate_tiny_patch16_224@{tmp_path / 'w.safetensors'}")
-    with served(desk_with_depth(offers)) as address:
+    offered = offers_of(f"crate_tiny_patch16_224@{tmp_path / 'w.safetensors'}")
+    with served(desk_with_depth(offered)) as address:
         answer = httpx.get(f"{address}/api/summary", params={"model": 0, "picture": "s0"}, timeout=60)
         assert answer.status_code == 400
         assert "NaN" in answer.json()["error"]
 
 
-def desk_with_depth(offers):
-    found = desk_with(offers)
+def desk_with_depth(offered):
+    found = desk_with(offered)
     found.shelf._opening["model_args"] = ["depth=1"]
     return found
+
+
+def test_a_newest_run_that_is_damaged_is_left_out_with_a_reason(tiny_run, tmp_path, monkeypatch):
+    shutil.copytree(tiny_run, tmp_path / "runs" / "new")
+    for weights in (tmp_path / "runs" / "new" / "checkpoints").glob("*/model.safetensors"):
+        weights.write_bytes(b"nothing")
+    monkeypatch.chdir(tmp_path)
+    found = command.desk_of(command._parser().parse_args(["--device", "cpu"]))
+    assert "left out" in found.note
+    assert "model.safetensors" in found.note
+    assert found.summary(0, "s0")["depth"] == 4
+
+
+@pytest.mark.parametrize(
+    ("host", "alone"),
+    [("127.0.0.1", True), ("127.0.0.2", True), ("::1", True), ("localhost", True), ("0.0.0.0", False), ("pc", False)],
+)
+def test_which_addresses_are_this_computers_alone(host, alone):
+    assert command._is_loopback(host) == alone
+
+
+def test_the_command_serves_until_it_is_interrupted(tmp_path):
+    words = [sys.executable, "-m", "crate_fast.cli", "explore", "--checkpoint", "shipped:CRATE", "--no-browser"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        address = process.stdout.readline().split()[0]
+        assert ask(address, "setup")["models"][0]["label"] == "shipped:CRATE"
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 0
+        assert "Traceback" not in process.stderr.read()
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["--checkpoint", "shipped:CRATE", "shipped:CRATE"], "two models are called"),
+        (["--checkpoint", "shipped:CRATE", "--port", "99999"], "--port 99999"),
         (["--images", "nowhere"], "no such folder"),
         (["--checkpoint", "nowhere"], "neither the folder of a run nor a model"),
         (["--checkpoint", "shipped:CRATE", "--image-size", "100"], "not a multiple"),

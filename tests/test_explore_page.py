@@ -7,14 +7,20 @@ import csv
 import io
 import re
 import shutil
+import threading
 
 import numpy as np
 import pytest
+import timm
 from explorer import desk_with, picture_file, served
 from PIL import Image
 
-from crate_fast.eval.explore.offers import Offer, offers_of
+from crate_fast.eval.explore import offers
+from crate_fast.eval.explore.offers import Offer, OpenModel, offers_of
+from crate_fast.eval.features import extractor_for
+from crate_fast.eval.models import Subject
 from crate_fast.settings import require_browser
+from crate_fast.train.data import Normalize
 
 if not require_browser():
     pytest.importorskip("playwright")
@@ -41,8 +47,17 @@ def browser():
 @pytest.fixture(scope="module")
 def desk():
     names = ("shipped:CRATE", "shipped:ViT", "shipped:CRATE@untrained")
-    wrong = Offer("crate_tiny_patch16_224@nowhere.pth", "gone", "gone")
-    return desk_with([offer for name in names for offer in offers_of(name)] + [wrong])
+    more = [Offer("nocls", "nocls", "nocls"), Offer("crate_tiny_patch16_224@nowhere.pth", "gone", "gone")]
+    found = desk_with([offer for name in names for offer in offers_of(name)] + more)
+    model = timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, depth=2, class_token=False, global_pool="avg", num_classes=0
+    )
+    subject = Subject("nocls", model.eval(), Normalize("half"), extractor_for(model), {"parameters": 1})
+    found.shelf._open[3] = OpenModel(subject, None, threading.Lock())
+    monkeypatch = pytest.MonkeyPatch()
+    monkeypatch.setattr(offers, "_OPEN_AT_ONCE", 9)
+    yield found
+    monkeypatch.undo()
 
 
 @pytest.fixture(scope="module")
@@ -66,9 +81,18 @@ class Visit:
         self.page.wait_for_selector(SHOWN.format(panel=panel, shown=shown))
 
     def ready(self, figure: str, panel: int = 1):
-        return self.page.wait_for_selector(f"#panels > :nth-child({panel}) [data-figure={figure}]:not([hidden])")
+        card = f"#panels > :nth-child({panel}) [data-figure={figure}]"
+        self.page.wait_for_selector(f"{card}:not([hidden]) .png:not([disabled])")
+        return self.page.query_selector(card)
+
+    def missing(self, figure: str, panel: int = 1) -> str:
+        card = self.page.locator(f"#panels > :nth-child({panel}) [data-figure={figure}]")
+        assert card.locator(".png").is_disabled()
+        assert not card.locator("canvas").is_visible()
+        return card.locator(".caption").inner_text()
 
     def saved(self, figure: str, kind: str) -> tuple[str, bytes]:
+        self.ready(figure)
         with self.page.expect_download() as download:
             self.page.click(f"[data-figure={figure}] .{kind}")
         return download.value.suggested_filename, download.value.path().read_bytes()
@@ -163,9 +187,9 @@ def test_two_models_side_by_side(visit, desk):
     page = visit.page
     page.check("#compare")
     visit.wait("1/s0/3/cls", panel=2)
-    assert "No ISTA" in visit.ready("sparsity", panel=2).inner_text()
+    assert "No ISTA" in visit.missing("sparsity", panel=2)
     page.locator(".model").nth(1).select_option(label="shipped:CRATE@untrained")
-    visit.wait("2/s0/3/cls", panel=2)
+    visit.wait("2/s0/2/cls", panel=2)  # nobody has chosen a layer: the paper's
     assert page.locator(".untrained").nth(1).is_visible()
     assert not page.locator(".untrained").nth(0).is_visible()
     visit.ready("components-all").query_selector("canvas").click(position={"x": 10, "y": 60})  # the first layer's
@@ -186,17 +210,70 @@ def test_two_models_side_by_side(visit, desk):
     assert [float(row["attention"]) for row in rows] == pytest.approx(expected, rel=1e-6)
 
 
-def test_quick_hands_see_the_last_choice(visit):
+def test_quick_hands_see_the_last_choice(visit, desk):
     labels = visit.page.locator("#pictures label")
     for number in (3, 5, 1, 7, 4):
         labels.nth(number).click()
     visit.wait("0/s4/2/cls")
     slider = visit.page.locator(".layer")
-    for layer in "01230312":
+    for layer in "0123031":
         slider.fill(layer)
-    visit.wait("0/s4/2/cls")
-    assert "layer 2" in visit.page.inner_text("#status")
+    visit.wait("0/s4/1/cls")
+    assert "layer 1" in visit.page.inner_text("#status")
+    rows = visit.table("attention")
+    assert {row["layer"] for row in rows} == {"1"}
+    expected = np.ravel(desk.attention(0, "s4", 1, None)["heads"]).tolist()
+    assert [float(row["attention"]) for row in rows] == pytest.approx(expected, rel=1e-6)
     assert not visit.said
+
+
+def test_what_has_not_been_answered_is_not_labelled_as_if(visit, desk):
+    visit.ready("attention")
+    visit.page.route("**/api/attention*", lambda route: route.abort())
+    visit.page.locator(".layer").fill("1")
+    visit.page.wait_for_selector(".fault:not([hidden])")
+    visit.page.uncheck("#over")  # draws everything again
+    assert "in layer 2" in visit.page.inner_text("[data-figure=attention] .caption")
+    name, data = visit.saved("attention", "csv")
+    assert "layer2" in name
+    rows = list(csv.DictReader(io.StringIO(data.decode())))
+    assert {row["layer"] for row in rows} == {"2"}
+    expected = np.ravel(desk.attention(0, "s0", 2, None)["heads"]).tolist()
+    assert [float(row["attention"]) for row in rows] == pytest.approx(expected, rel=1e-6)
+    visit.page.unroute("**/api/attention*")
+    visit.page.locator(".layer").fill("0")
+    visit.wait("0/s0/0/cls")
+    assert not visit.page.is_visible(".fault")
+
+
+def test_a_model_without_cls_says_so_and_shows_patches(visit):
+    visit.page.select_option(".model", label="nocls")
+    visit.page.wait_for_selector("#status >> text=no CLS token")
+    assert "click a patch" in visit.missing("attention")
+    visit.ready("picture").query_selector("canvas").click(position={"x": 3, "y": 3})
+    visit.wait("3/s0/1/0")
+    assert {row["query"] for row in visit.table("attention")} == {"patch 0, 0"}
+
+
+@pytest.mark.parametrize("size", [(12, 1200), (1200, 12)])
+def test_a_strip_of_a_picture_can_be_seen(visit, tmp_path, size):
+    (tmp_path / "strip.png").write_bytes(picture_file(5, size))
+    visit.page.set_input_files("#file", tmp_path / "strip.png")
+    visit.page.wait_for_selector("#status >> text=attention of CLS")
+    box = visit.ready("picture").query_selector("canvas").bounding_box()
+    assert 0.3 < box["width"] / box["height"] < 3.1
+    with Image.open(io.BytesIO(visit.saved("attention", "png")[1])) as file:
+        assert max(file.size) < 10000
+
+
+def test_a_panel_that_is_closed_asks_and_says_nothing_more(visit):
+    visit.page.route("**/api/summary?model=1*", lambda route: route.abort())
+    visit.page.check("#compare")
+    visit.page.uncheck("#compare")
+    visit.page.locator(".layer").fill("1")
+    visit.wait("0/s0/1/cls")
+    assert visit.page.inner_text("#status").startswith("shipped:CRATE: layer 1")
+    assert not [line for line in visit.said if "ERR_FAILED" not in line]
 
 
 @pytest.mark.parametrize(
@@ -222,8 +299,12 @@ def test_a_picture_that_is_too_large_is_not_sent(visit, tmp_path):
 def test_a_model_that_cannot_be_opened_is_a_message(visit):
     visit.page.select_option(".model", label="gone")
     visit.page.wait_for_selector(".fault:not([hidden]) >> text=nowhere.pth")
+    assert visit.page.locator("figure:visible").count() == 0
+    assert visit.page.inner_text(".facts") == ""
+    visit.page.locator("#pictures label").nth(1).click()
+    visit.page.wait_for_selector(".fault:not([hidden]) >> text=nowhere.pth")
     visit.page.select_option(".model", label="shipped:ViT")
-    visit.wait("1/s0/2/cls")
+    visit.wait("1/s1/3/cls")
     assert not visit.page.is_visible(".fault")
 
 
@@ -257,4 +338,8 @@ def test_a_server_that_has_gone_is_said(browser, desk):
         found.page.route("**/api/attention*", lambda route: route.abort())
         found.page.locator(".layer").fill("1")
         found.page.wait_for_selector(".fault:not([hidden]) >> text=is `crate-fast explore` still running")
+        found.page.unroute("**/api/attention*")
+        found.page.locator(".layer").fill("3")
+        found.wait("0/s0/3/cls")
+        assert not found.page.is_visible(".fault")
         context.close()

@@ -9,6 +9,8 @@ written: what a visitor uploads stays in memory.
 """
 
 import argparse
+import contextlib
+import ipaddress
 import socket
 import sys
 import threading
@@ -20,12 +22,14 @@ from crate_fast.eval.explore.desk import Desk
 from crate_fast.eval.explore.offers import Shelf, default_offers, offers_of
 from crate_fast.eval.explore.pictures import Pictures
 from crate_fast.eval.options import positive, run_command
+from crate_fast.train.checkpoint import CheckpointError
 from crate_fast.train.distributed import choose_device
 
 __all__ = ["desk_of", "main"]
 
 _PORT = 7470
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
+_ANY = ("0.0.0.0", "::")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -56,14 +60,35 @@ def desk_of(options: argparse.Namespace) -> Desk:
     Raises:
         ValueError, FileNotFoundError, CheckpointError: A model or the images cannot be opened.
     """
-    if options.checkpoint:
-        offers, note = [offer for name in options.checkpoint for offer in offers_of(name)], ""
-    else:
-        offers, note = default_offers()
     opening = {"device": choose_device(options.device), "image_size": options.image_size}
-    shelf = Shelf(offers, **opening, model_args=options.model_args, seed=options.seed)
+    opening |= {"model_args": options.model_args, "seed": options.seed}
+    pictures = Pictures(options.images)
+    if not options.checkpoint:
+        return Desk(*_default_shelf(opening), pictures)
+    offered = {name: offers_of(name) for name in options.checkpoint}
+    groups = [offers[0].group for offers in offered.values()]
+    twice = {group for group in groups if groups.count(group) > 1}
+    if twice or len(offered) < len(options.checkpoint):
+        name = sorted(twice)[0] if twice else options.checkpoint[0]
+        raise ValueError(f"--checkpoint: two models are called {name!r}; give each a name, as in NAME=MODEL")
+    shelf = Shelf([offer for offers in offered.values() for offer in offers], **opening)
     shelf.get(0)
-    return Desk(shelf, Pictures(options.images), note)
+    return Desk(shelf, "", pictures)
+
+
+def _default_shelf(opening: dict) -> tuple[Shelf, str]:
+    """The newest run and the models of the package; without the run if it cannot be opened."""
+    offers, note = default_offers()
+    shelf = Shelf(offers, **opening)
+    try:
+        shelf.get(0)
+    except (ValueError, CheckpointError) as error:
+        others = [offer for offer in offers if offer.group != offers[0].group]
+        if not others:
+            raise
+        shelf, note = Shelf(others, **opening), f"The newest run was left out: {error}"
+        shelf.get(0)
+    return shelf, note
 
 
 def _listen(host: str, port: int | None) -> socket.socket:
@@ -87,6 +112,13 @@ def _listen(host: str, port: int | None) -> socket.socket:
     raise ValueError(f"--host {host} --port {port or _PORT}: {last}; give another --port or --host") from last
 
 
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
 def _serve(options: argparse.Namespace) -> None:
     try:
         import uvicorn
@@ -99,13 +131,14 @@ def _serve(options: argparse.Namespace) -> None:
     port = listener.getsockname()[1]
     address = f"http://[{options.host}]:{port}" if ":" in options.host else f"http://{options.host}:{port}"
     print(f"{address} (stop with Ctrl-C)", flush=True)
-    if options.host not in _LOOPBACK:
+    if not _is_loopback(options.host):
         print(f"--host {options.host}: everyone who reaches this computer can use the page", file=sys.stderr)
     elif not options.no_browser:
         threading.Timer(1.0, webbrowser.open, [address]).start()
-    hosts = _LOOPBACK if options.host in _LOOPBACK else None
+    hosts = None if options.host in _ANY else (options.host, *_LOOPBACK)
     server = uvicorn.Server(uvicorn.Config(application(desk, hosts), log_level="warning"))
-    server.run(sockets=[listener])
+    with contextlib.suppress(KeyboardInterrupt):  # which uvicorn raises again when it has stopped
+        server.run(sockets=[listener])
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -2,6 +2,7 @@
 
 import threading
 from collections import OrderedDict
+from dataclasses import dataclass
 
 import matplotlib
 import numpy as np
@@ -21,13 +22,13 @@ class Desk:
 
     Args:
         shelf: The models.
+        note: What the page says of them.
         pictures: The pictures.
-        note: What the page says of the models.
     """
 
-    def __init__(self, shelf: Shelf, pictures: Pictures, note: str = ""):
-        self.shelf, self.pictures, self.note = shelf, pictures, note
-        self._kept: OrderedDict[tuple[int, str], Inspection] = OrderedDict()
+    def __init__(self, shelf: Shelf, note: str, pictures: Pictures):
+        self.shelf, self.note, self.pictures = shelf, note, pictures
+        self._kept: OrderedDict[tuple[int, str], _Kept] = OrderedDict()
         self._lock = threading.Lock()
 
     def setup(self) -> dict:
@@ -57,63 +58,77 @@ class Desk:
             "tied"; "coding_rate" and "sparsity", of each layer or None; "patch_sparsity" [L][P] or None; "top",
             classes with "class", "name" and "probability", or None.
         """
-        opened, found = self._inspected(model, picture)
-        extract = opened.subject.extract
-        return {
-            "grid": list(found.grid),
-            "depth": extract.depth,
-            "heads": extract.heads,
-            "layer": extract.default_layer,
-            "has_cls": extract.has_cls,
-            "image_size": extract.image_size[0],
-            "parameters": opened.subject.facts["parameters"],
-            "tied": found.features.layers[0].tied,
-            "coding_rate": found.coding_rate,
-            "sparsity": found.mean_sparsity,
-            "patch_sparsity": None if found.sparsity is None else _numbers(found.sparsity),
-            "top": _named(found.top, opened.classes),
-        }
+        return self._about(model, picture).summary
 
     def attention(self, model: int, picture: str, layer: int, patch: int | None) -> dict:
         """Attention of a patch, or of CLS when it is None, in all heads of a layer: "heads" [H][P]."""
-        _, found = self._inspected(model, picture)
+        found = self._about(model, picture).found
         return {"heads": _numbers(found.attention(layer, patch))}
 
     def components(self, model: int, picture: str, which: str) -> dict:
         """Principal components as colours: "layers" [L][3·P] of 0 to 255, None where there are none."""
-        _, found = self._inspected(model, picture)
+        found = self._about(model, picture).found
         return {
             "layers": [None if colours is None else colours.ravel().tolist() for colours in found.components(which)]
         }
 
     def masks(self, model: int, picture: str, layer: int) -> dict:
         """MaskCut's objects: "masks" [n][P] of 0 and 1; "boxes" [n] as [left, top, right, bottom] in patches."""
-        _, found = self._inspected(model, picture)
+        found = self._about(model, picture).found
         masks = found.masks(layer)
         return {"masks": masks.reshape(len(masks), -1).astype(int).tolist(), "boxes": [_box(mask) for mask in masks]}
 
-    def _inspected(self, model: int, picture: str) -> tuple[OpenModel, Inspection]:
-        opened = self.shelf.get(model)
+    def _about(self, model: int, picture: str) -> "_Kept":
+        """What was computed, without waiting for a model that is at work, or opened, for somebody else."""
         key = (model, picture)
-        found = self._recall(key)
-        if found is not None:  # without waiting for a model that is at work for somebody else
-            return opened, found
+        kept = self._recall(key)
+        if kept is not None:
+            return kept
+        opened = self.shelf.get(model)
         with opened.lock:
-            found = self._recall(key)
-            if found is not None:
-                return opened, found
-            found = inspect(opened.subject, self.pictures.pixels(picture, opened.subject.extract.image_size[0]))
+            kept = self._recall(key)
+            if kept is not None:
+                return kept
+            size = opened.subject.extract.image_size[0]
+            found = inspect(opened.subject, self.pictures.pixels(picture, size))
+            kept = _Kept(found, _summary(opened, found))
             with self._lock:
-                self._kept[key] = found
-                while sum(kept.bytes for kept in self._kept.values()) > _KEPT_BYTES and len(self._kept) > 1:
+                self._kept[key] = kept
+                while sum(each.found.bytes for each in self._kept.values()) > _KEPT_BYTES and len(self._kept) > 1:
                     self._kept.popitem(last=False)
-        return opened, found
+        return kept
 
-    def _recall(self, key: tuple[int, str]) -> Inspection | None:
+    def _recall(self, key: tuple[int, str]) -> "_Kept | None":
         with self._lock:
             if key in self._kept:
                 self._kept.move_to_end(key)
             return self._kept.get(key)
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """Of one model and one picture."""
+
+    found: Inspection
+    summary: dict
+
+
+def _summary(opened: OpenModel, found: Inspection) -> dict:
+    extract = opened.subject.extract
+    return {
+        "grid": list(found.grid),
+        "depth": extract.depth,
+        "heads": extract.heads,
+        "layer": extract.default_layer,
+        "has_cls": extract.has_cls,
+        "image_size": extract.image_size[0],
+        "parameters": opened.subject.facts["parameters"],
+        "tied": found.features.layers[0].tied,
+        "coding_rate": found.coding_rate,
+        "sparsity": found.mean_sparsity,
+        "patch_sparsity": None if found.sparsity is None else _numbers(found.sparsity),
+        "top": _named(found.top, opened.classes),
+    }
 
 
 def _numbers(array: np.ndarray) -> list:

@@ -41,14 +41,16 @@ class Inspection:
     top: list[tuple[int, float]] | None
 
     def __post_init__(self):
-        self._lock = threading.Lock()
+        self._colouring, self._cutting = threading.Lock(), threading.Lock()
         self._components: dict[str, list[np.ndarray | None]] = {}
         self._masks: dict[int, np.ndarray] = {}
 
     @property
     def bytes(self) -> int:
         """Memory of the tokens it keeps."""
-        return sum(t.queries.nbytes + (0 if t.tied else t.keys.nbytes) for t in self.features.layers.values())
+        tensors = [tensor for layer in self.features.layers.values() for tensor in (layer.queries, layer.keys)]
+        storages = [tensor.untyped_storage() for tensor in tensors]  # several may be views of one
+        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
     def attention(self, layer: int, patch: int | None) -> np.ndarray:
         """Attention of a patch, or of CLS, on the patches: [H, P].
@@ -70,7 +72,7 @@ class Inspection:
         """
         if which not in COMPONENTS:
             raise ValueError(f"components {which!r}: choose one of {', '.join(COMPONENTS)}")
-        with self._lock:
+        with self._colouring:
             if which not in self._components:
                 self._components[which] = [self._colours(layer, which) for layer in sorted(self.features.layers)]
             return self._components[which]
@@ -90,7 +92,7 @@ class Inspection:
         Raises:
             KeyError, ValueError: There is no such layer, or the features are not finite.
         """
-        with self._lock:
+        with self._cutting:
             if layer not in self._masks:
                 found = maskcut(self.features.keys(layer).float().cpu(), grid=self.grid).masks[0]
                 self._masks[layer] = found[found.flatten(1).any(dim=1)].numpy()

@@ -8,6 +8,7 @@ from pathlib import Path
 from crate_fast.eval.models import Subject, class_names, open_model, split_label
 from crate_fast.eval.shipped import shipped_names
 from crate_fast.train import checkpoint
+from crate_fast.train.checkpoint import CheckpointError
 from crate_fast.train.runs import checkpoint_steps
 
 __all__ = ["Offer", "OpenModel", "Shelf", "default_offers", "offers_of"]
@@ -61,7 +62,7 @@ def offers_of(specification: str) -> list[Offer]:
     best = checkpoint.best_step(Path(place) / "checkpoints") or steps[-1]
     later = [Offer(f"{place}@{step}", f"{label}, step {step:,}", label) for step in steps]
     return [
-        Offer(place, f"{label}, best (step {best:,})", label),
+        Offer(f"{place}@{best}", f"{label}, best (step {best:,})", label),
         Offer(f"{place}@untrained", f"{label}, untrained", label, True),
         *later,
     ]
@@ -103,25 +104,39 @@ class Shelf:
         self.offers = offers
         self._opening = opening
         self._open: OrderedDict[int, OpenModel] = OrderedDict()
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # of the dictionary
+        self._opening_one = [threading.Lock() for _ in offers]  # so that two visitors do not open a model twice
 
     def get(self, number: int) -> OpenModel:
         """The model of an offer.
 
         Raises:
             IndexError: There is no such offer.
-            ValueError, FileNotFoundError, CheckpointError: It cannot be opened; the message says what to do.
+            ValueError, CheckpointError: It cannot be opened; the message says what to do.
         """
         if not 0 <= number < len(self.offers):
             raise IndexError(f"model {number}: there are {len(self.offers)}, counted from 0")
-        with self._lock:  # held while one is opened: two visitors do not open it twice
-            if number not in self._open:
-                self._open[number] = self._load(self.offers[number].specification)
-                if len(self._open) > _OPEN_AT_ONCE:
-                    self._open.popitem(last=False)
-            self._open.move_to_end(number)
-            return self._open[number]
+        with self._opening_one[number]:
+            opened = self._recall(number)
+            if opened is None:
+                opened = self._load(self.offers[number].specification)
+                with self._lock:
+                    self._open[number] = opened
+                    if len(self._open) > _OPEN_AT_ONCE:
+                        self._open.popitem(last=False)
+            return opened
+
+    def _recall(self, number: int) -> OpenModel | None:
+        with self._lock:
+            if number in self._open:
+                self._open.move_to_end(number)
+            return self._open.get(number)
 
     def _load(self, specification: str) -> OpenModel:
-        subject = open_model(specification, **self._opening)
-        return OpenModel(subject, class_names(specification), threading.Lock())
+        try:
+            subject = open_model(specification, **self._opening)
+            return OpenModel(subject, class_names(specification), threading.Lock())
+        except (TypeError, OSError, RuntimeError) as error:
+            if isinstance(error, CheckpointError):
+                raise
+            raise ValueError(f"{specification} cannot be opened: {error}") from error

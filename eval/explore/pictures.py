@@ -22,6 +22,8 @@ __all__ = ["LARGEST_UPLOAD", "Pictures", "UnknownPictureError", "UnreadablePictu
 
 LARGEST_UPLOAD = 20 * 2**20  # bytes
 _LARGEST_PIXELS = 50_000_000
+_LARGEST_SIDE = 2048  # of what is kept of a picture
+_DECODING = threading.BoundedSemaphore(2)  # at once, as each may take some 350 MiB
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM")
 _UPLOADS_BYTES = 256 * 2**20
 _MOST_LISTED = 200
@@ -37,31 +39,50 @@ class UnknownPictureError(LookupError):
 
 
 def decode(data: bytes, name: str) -> Image.Image:
-    """An image file's pixels as RGB, upright as its camera says; the first frame of several.
+    """An image file's pixels as RGB, upright as its camera says, at most 2,048 a side; the first frame of several.
 
     Args:
         data: The whole file: JPEG, PNG, WebP, BMP, TIFF or PPM.
         name: For messages.
 
     Raises:
-        UnreadablePictureError: It is none of these, is damaged, or has more than 50 megapixels.
+        UnreadablePictureError: It is none of these, is damaged, has more than 50 megapixels, or 32 bits a channel.
     """
     if len(data) > LARGEST_UPLOAD:
         raise UnreadablePictureError(f"{name} has {len(data) / 2**20:.0f} MiB: at most 20 are read; make it smaller")
     try:
-        with Image.open(io.BytesIO(data), formats=_FORMATS) as file:
+        with _DECODING, Image.open(io.BytesIO(data), formats=_FORMATS) as file:
             width, height = file.size
             if width * height > _LARGEST_PIXELS:
                 raise UnreadablePictureError(
                     f"{name} is {width}×{height}, {width * height / 1e6:.0f} megapixels: at most "
                     f"{_LARGEST_PIXELS / 1e6:.0f} are read; make it smaller"
                 )
-            return ImageOps.exif_transpose(file).convert("RGB")
+            if file.mode in ("I", "F"):
+                raise UnreadablePictureError(
+                    f"{name} has pixels of 32 bits, whose range is not known: save it with 8 or 16 bits"
+                )
+            file.draft("RGB", (_LARGEST_SIDE, _LARGEST_SIDE))  # a JPEG is decoded no larger than needed
+            picture = _as_rgb(ImageOps.exif_transpose(file))
+            picture.thumbnail((_LARGEST_SIDE, _LARGEST_SIDE))
+            return picture
+    except UnreadablePictureError:
+        raise
     except Image.UnidentifiedImageError as error:
         known = ", ".join(_FORMATS)
         raise UnreadablePictureError(f"{name} is no image that can be read here ({known}); choose another") from error
     except (*UNREADABLE, Image.DecompressionBombError) as error:
         raise UnreadablePictureError(f"{name} cannot be read: {error}; choose another") from error
+
+
+def _as_rgb(picture: Image.Image) -> Image.Image:
+    """Any mode as RGB: 16 bits by their upper half, what is transparent on white."""
+    if picture.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8)).convert("RGB")
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+    return picture.convert("RGB")
 
 
 def _squash(picture: Image.Image, size: int) -> Tensor:
@@ -109,7 +130,7 @@ class Pictures:
         """ "id" and "name" of every picture but the uploads."""
         if self._root is None:
             return [{"id": f"s{number}", "name": f"scene {number}"} for number in range(_SCENES)]
-        names = [str(path.resolve().relative_to(self._root)) for path in self._files]
+        names = [_printable(str(path.resolve().relative_to(self._root))) for path in self._files]
         return [{"id": f"f{number}", "name": name} for number, name in enumerate(names)]
 
     def add(self, data: bytes, name: str) -> str:
@@ -170,4 +191,9 @@ class Pictures:
             raise UnknownPictureError(f"{path.name} is no longer in the folder: start the explorer again")
         if path.stat().st_size > LARGEST_UPLOAD:
             raise UnreadablePictureError(f"{path.name} has more than 20 MiB: make it smaller")
-        return decode(path.read_bytes(), path.name)
+        return decode(path.read_bytes(), _printable(path.name))
+
+
+def _printable(name: str) -> str:
+    """A file's name for the page, which takes UTF-8 only."""
+    return name.encode("utf-8", "replace").decode()

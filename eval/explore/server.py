@@ -12,6 +12,7 @@
 What goes wrong is {"error": a sentence} with a status of 4xx; a fault of ours is 500, its traceback in the log.
 """
 
+import asyncio
 import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,13 +22,14 @@ from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware import Middleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from crate_fast.eval.explore.desk import Desk
 from crate_fast.eval.explore.pictures import LARGEST_UPLOAD, UnknownPictureError, UnreadablePictureError
+from crate_fast.eval.options import ours
 from crate_fast.train.checkpoint import CheckpointError
 
 __all__ = ["application"]
@@ -47,7 +49,6 @@ _FAULTS: dict[type[Exception], int] = {
     UnknownPictureError: 404,
     UnreadablePictureError: 422,
     CheckpointError: 422,
-    FileNotFoundError: 422,
     IndexError: 400,
     KeyError: 400,
     ValueError: 400,
@@ -113,6 +114,8 @@ async def _answer(compute: Callable, *arguments) -> Response:
     try:
         found = await run_in_threadpool(compute, *arguments)
     except tuple(_FAULTS) as error:
+        if not ours(error):
+            raise
         status = next(status for kind, status in _FAULTS.items() if isinstance(error, kind))
         return _problem(status, _text(error))
     return found if isinstance(found, Response) else JSONResponse(found)
@@ -140,6 +143,7 @@ def _jpeg(desk: Desk, key: str, size: int) -> Response:
 class _Routes:
     def __init__(self, desk: Desk):
         self.desk = desk
+        self.uploading = asyncio.Semaphore(4)  # bodies held at once
 
     async def page(self, request: Request) -> Response:
         name = request.path_params.get("name", "index.html")
@@ -157,7 +161,11 @@ class _Routes:
 
     async def upload(self, request: Request) -> Response:
         name = Path(request.query_params.get("name", "")).name[:120] or "the picture"
-        data = await _body(request)
+        try:
+            async with self.uploading:
+                data = await _body(request)
+        except ClientDisconnect:
+            return _problem(400, f"the upload of {name} broke off")
         if data is None:
             limit = LARGEST_UPLOAD // 2**20
             return _problem(413, f"{name} has more than {limit} MiB: make it smaller", Connection="close")

@@ -14,6 +14,12 @@ export function pictureAddress(id, size) {
   return `/api/picture?${new URLSearchParams({ picture: id, size })}`;
 }
 
+// Why a picture cannot be shown; "" if it can.
+export async function reasonAgainst(address) {
+  const response = await reach(address, {});
+  return response.ok ? "" : (await response.json()).error;
+}
+
 async function reach(address, options) {
   try {
     return await fetch(address, options);

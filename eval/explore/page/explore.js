@@ -1,6 +1,6 @@
 // The page: which picture, which query, one panel or two. Panels ask the server; this file tells them when.
 
-import { ask, pictureAddress, upload } from "./api.js";
+import { ask, pictureAddress, reasonAgainst, upload } from "./api.js";
 import { Panel } from "./panel.js";
 
 const byId = (id) => document.getElementById(id);
@@ -31,6 +31,7 @@ class Page {
     const label = document.createElement("label");
     const radio = Object.assign(document.createElement("input"), { type: "radio", name: "picture", value: id });
     const image = Object.assign(document.createElement("img"), { src: pictureAddress(id, 128), alt: "", loading: "lazy" });
+    image.addEventListener("error", () => label.classList.add("unreadable"));
     label.title = name;
     label.append(radio, image, name);
     radio.addEventListener("change", () => this.choose({ id, name }));
@@ -38,6 +39,7 @@ class Page {
     return radio;
   }
 
+  // Show a picture; false if it cannot be shown.
   async choose({ id, name }) {
     const image = new Image();
     image.src = pictureAddress(id, 640);
@@ -45,17 +47,20 @@ class Page {
     try {
       await image.decode();
     } catch {
-      // The image element does not say what is wrong; the server does.
-      const reason = await ask("summary", { model: 0, picture: id }).then(() => "", (error) => error.message);
+      const reason = await reasonAgainst(image.src).catch((error) => error.message); // the image does not say it
+      if (this.choosing !== image) return true; // another was chosen meanwhile
       this.complain(reason || `${name} cannot be shown: choose another`);
-      return;
+      this.say("");
+      return false;
     }
-    if (this.choosing !== image) return; // another was chosen meanwhile
+    if (this.choosing !== image) return true;
     this.complain("");
-    this.state.picture = { id, name, image, width: image.naturalWidth, height: image.naturalHeight };
+    const tall = Math.min(3, Math.max(1 / 3, image.naturalHeight / image.naturalWidth)); // strips are shown less so
+    this.state.picture = { id, name, image, width: 100, height: 100 * tall };
     this.state.query = null;
     this.#showQuery();
     await Promise.all(this.panels.map((panel) => panel.load()));
+    return true;
   }
 
   async take(file) {
@@ -76,13 +81,13 @@ class Page {
   queryChosen(query) {
     this.state.query = query;
     this.#showQuery();
-    for (const panel of this.panels) if (panel.view) panel.showQuery();
+    this.panels.forEach((panel) => panel.showQuery());
   }
 
   layerChosen(from, layer) {
     const together = byId("together").checked;
     for (const panel of this.panels) {
-      if (panel.view && (panel === from || (together && layer < panel.view.summary.depth))) panel.showLayer(layer);
+      if (panel === from || (together && (!panel.view || layer < panel.view.summary.depth))) panel.chooseLayer(layer);
     }
   }
 
@@ -101,7 +106,7 @@ class Page {
   #wire() {
     byId("compare").addEventListener("change", (event) => {
       if (event.target.checked) this.#addPanel();
-      else this.panels.pop().root.remove();
+      else this.panels.pop().close();
     });
     byId("over").addEventListener("change", (event) => this.#option("over", event.target.checked));
     byId("scale").addEventListener("change", (event) => this.#option("scale", event.target.value));
@@ -135,9 +140,10 @@ class Page {
 
 try {
   const page = new Page(await ask("setup"));
-  const first = document.querySelector("#pictures input");
-  first.checked = true;
-  await page.choose(page.setup.pictures[0]);
+  for (const [index, picture] of page.setup.pictures.entries()) {
+    document.querySelectorAll("#pictures input")[index].checked = true;
+    if (await page.choose(picture)) break;
+  }
 } catch (error) {
   byId("problem").textContent = error.message;
   byId("problem").hidden = false;

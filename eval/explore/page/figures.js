@@ -1,5 +1,6 @@
-// What a panel shows. A figure has a name, a title, a caption, a drawing and a table, all made from one view:
-// { picture, summary, layer, query, attention, components, masks, options } of a panel, parts of it null until known.
+// What a panel shows. A figure has a name, a title, a caption, a drawing, a table and words for the names of its files,
+// all made from a panel's view: { model, label, picture, summary, layer, patch, attention, masks, components, table,
+// options }. Attention and masks say which layer they are of, and are null until known.
 
 import * as draw from "./draw.js";
 
@@ -38,16 +39,16 @@ function byPatch([rows, columns], rowOf) {
   return Array.from({ length: rows * columns }, (_, patch) => rowOf(patch, Math.floor(patch / columns), patch % columns));
 }
 
-export function queryName(view) {
-  if (view.patch === null) return "CLS";
-  return `patch ${Math.floor(view.patch / view.summary.grid[1])}, ${view.patch % view.summary.grid[1]}`;
+export function queryName(view, patch) {
+  if (patch === null) return "CLS";
+  return `patch ${Math.floor(patch / view.summary.grid[1])}, ${patch % view.summary.grid[1]}`;
 }
 
-function queryFrame(view, context, box) {
-  if (view.patch === null) return;
+function queryFrame(view, patch, context, box) {
+  if (patch === null) return;
   const [rows, columns] = view.summary.grid;
   const [width, height] = [box[2] / columns, box[3] / rows];
-  const corner = [box[0] + (view.patch % columns) * width, box[1] + Math.floor(view.patch / columns) * height];
+  const corner = [box[0] + (patch % columns) * width, box[1] + Math.floor(patch / columns) * height];
   draw.frame(context, [corner[0] - 3, corner[1] - 3, width + 6, height + 6], "#000000", 4);
   draw.frame(context, [corner[0] - 2, corner[1] - 2, width + 4, height + 4], "#ffffff", 2);
 }
@@ -57,12 +58,13 @@ const picture = {
   title: "Picture",
   ready: () => true,
   caption: () => "Click a patch to see what it attends to: or arrow keys here; Escape for CLS.",
+  about: () => "",
   draw(view, canvas, colours, width) {
     const height = (width * view.picture.height) / view.picture.width;
     const context = draw.prepare(canvas, width, height, colours);
     const box = [0, 0, width, height];
     context.drawImage(view.picture.image, ...box);
-    queryFrame(view, context, box);
+    queryFrame(view, view.patch, context, box);
   },
 };
 
@@ -71,11 +73,13 @@ const attention = {
   title: "Attention, every head",
   wide: true,
   ready: (view) => view.attention,
+  missing: (view) => (view.summary.has_cls || view.patch !== null ? "" : "This model has no CLS token: click a patch of the picture."),
   caption: (view) =>
-    `Softmax over patches, in layer ${view.layer}, of ${queryName(view)}` +
-    (view.layer === view.summary.layer ? "; the layer that the paper looks at." : "."),
+    `Softmax over patches, in layer ${view.attention.layer}, of ${queryName(view, view.attention.patch)}` +
+    (view.attention.layer === view.summary.layer ? "; the layer that the paper looks at." : "."),
+  about: (view) => `layer${view.attention.layer}_${queryName(view, view.attention.patch)}`,
   draw(view, canvas, colours, width) {
-    const heads = view.attention;
+    const { heads, patch } = view.attention;
     const { boxes, height } = cells(view, heads.length, columnsFor(heads.length, width), width);
     const shared = view.options.scale === "layer" ? draw.limits(heads.flat()) : null;
     const context = draw.prepare(canvas, width, height + (shared ? 28 : 0), colours);
@@ -86,16 +90,17 @@ const attention = {
       if (!shared) draw.text(context, `to ${draw.short(range[1])}`, x + side, y - 10, colours.soft, { align: "right" });
       if (view.options.over) context.drawImage(view.picture.image, ...boxes[head]);
       draw.heat(context, values, view.summary.grid, boxes[head], range, view.table, view.options.over);
-      queryFrame(view, context, boxes[head]);
+      queryFrame(view, patch, context, boxes[head]);
     });
     if (shared) draw.scale(context, 0, height, 300, shared, view.table, colours);
   },
   csv: (view) =>
     csv(
       ["layer", "query", "head", "row", "column", "attention"],
-      view.attention.flatMap((values, head) =>
-        byPatch(view.summary.grid, (patch, row, column) => [view.layer, queryName(view), head, row, column, values[patch]]),
-      ),
+      view.attention.heads.flatMap((values, head) => {
+        const about = [view.attention.layer, queryName(view, view.attention.patch), head];
+        return byPatch(view.summary.grid, (patch, row, column) => [...about, row, column, values[patch]]);
+      }),
     ),
 };
 
@@ -106,6 +111,7 @@ function components(which, title, caption) {
     wide: true,
     ready: (view) => view.components[which],
     caption: () => caption,
+    about: () => "layers",
     pick(view, x, y, width) {
       const { boxes } = this.layout(view, width);
       return boxes.findIndex((box) => x >= box[0] && x <= box[0] + box[2] && y >= box[1] && y <= box[1] + box[3]);
@@ -138,15 +144,19 @@ function components(which, title, caption) {
 const masks = {
   name: "masks",
   title: "MaskCut",
+  early: true, // the picture alone, so that nothing moves when the objects come
   ready: (view) => view.masks,
-  caption: (view) => {
+  caption(view) {
+    if (!view.masks) return "…";
     const count = view.masks.masks.length;
-    return `${count} ${count === 1 ? "object" : "objects"} by normalised cuts of layer ${view.layer}'s patches.`;
+    return `${count} ${count === 1 ? "object" : "objects"} by normalised cuts of layer ${view.masks.layer}'s patches.`;
   },
+  about: (view) => `layer${view.masks.layer}`,
   draw(view, canvas, colours, width) {
     const height = (width * view.picture.height) / view.picture.width;
     const context = draw.prepare(canvas, width, height, colours);
     context.drawImage(view.picture.image, 0, 0, width, height);
+    if (!view.masks) return;
     const [rows, columns] = view.summary.grid;
     view.masks.masks.forEach((mask, object) => draw.maskTiles(context, mask, view.summary.grid, [0, 0, width, height], draw.OBJECTS[object]));
     view.masks.boxes.forEach(([left, top, right, bottom], object) => {
@@ -154,20 +164,20 @@ const masks = {
       const box = [x, y, ((right - left) * width) / columns, ((bottom - top) * height) / rows];
       draw.frame(context, box, "#000000", 4);
       draw.frame(context, box, draw.OBJECTS[object], 2);
+      const label = x + 20 * object; // boxes may share a corner
       context.fillStyle = "#000000";
-      context.fillRect(x, y, 18, 18);
-      draw.text(context, String(object + 1), x + 9, y + 10, draw.OBJECTS[object], { size: 13, weight: 700, align: "center" });
+      context.fillRect(label, y, 18, 18);
+      draw.text(context, String(object + 1), label + 9, y + 10, draw.OBJECTS[object], { size: 13, weight: 700, align: "center" });
     });
   },
+  // A patch belongs to object 1 to 3, or to none (0); boxes are in patches, right and bottom exclusive.
   csv: (view) =>
     csv(
-      ["layer", "row", "column", "object"],
-      byPatch(view.summary.grid, (patch, row, column) => [
-        view.layer,
-        row,
-        column,
-        1 + view.masks.masks.findIndex((mask) => mask[patch]),
-      ]),
+      ["layer", "row", "column", "object", "left", "top", "right", "bottom"],
+      byPatch(view.summary.grid, (patch, row, column) => {
+        const object = view.masks.masks.findIndex((mask) => mask[patch]);
+        return [view.masks.layer, row, column, 1 + object, ...(view.masks.boxes[object] || ["", "", "", ""])];
+      }),
     ),
 };
 
@@ -175,7 +185,8 @@ const sparsity = {
   name: "sparsity",
   title: "Non-zeros",
   ready: (view) => view.summary.patch_sparsity,
-  missing: "No ISTA in this model: its tokens are dense.",
+  missing: (view) => (view.summary.patch_sparsity ? "" : "No ISTA in this model: its tokens are dense."),
+  about: (view) => `layer${view.layer}`,
   caption: (view) => `Share of a token's entries that are not zero, after layer ${view.layer}; small is sparse.`,
   draw(view, canvas, colours, width) {
     const height = (width * view.picture.height) / view.picture.width;
@@ -199,7 +210,11 @@ const curves = {
   name: "curves",
   title: "Compression and sparsity",
   ready: (view) => view.summary.coding_rate || view.summary.sparsity,
-  missing: "Query and key are separate in this model, so that there are no subspaces; and it has no ISTA.",
+  missing(view) {
+    const some = view.summary.coding_rate || view.summary.sparsity;
+    return some ? "" : "Query and key are separate in this model, so that there are no subspaces; and it has no ISTA.";
+  },
+  about: () => "layers",
   caption: () => "R^c of the subspace tokens, in nats; share of non-zeros after ISTA. The dashed line is the layer shown.",
   draw(view, canvas, colours, width) {
     const charts = [
@@ -226,7 +241,8 @@ const classes = {
   name: "classes",
   title: "Most probable classes",
   ready: (view) => view.summary.top,
-  missing: "This model has no classifier.",
+  missing: (view) => (view.summary.top ? "" : "This model has no classifier."),
+  about: () => "",
   caption: () => "",
   draw(view, canvas, colours, width) {
     const rows = view.summary.top.map(({ name, probability }) => ({ name, share: probability }));

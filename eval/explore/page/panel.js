@@ -1,18 +1,23 @@
-// One model: its choice, its layer, its figures. A new question cancels the one before it.
+// One model: its choice, its layer, its figures. A new question cancels the one before it; figures show what has been
+// answered, with the layer and the query that the answer is about.
 
 import { ask } from "./api.js";
 import { PAPER, palette } from "./draw.js";
 import { FIGURES, queryName } from "./figures.js";
 
 const FILE_WIDTH = 1000; // of saved pictures, in units of 1/2 pixel
+const PAUSE = 150; // milliseconds without another choice of layer before objects are cut
 
 export class Panel {
   constructor(page, number) {
     this.page = page;
     this.number = number;
     this.root = document.getElementById("panel").content.firstElementChild.cloneNode(true);
+    this.root.setAttribute("aria-label", `Model ${number + 1}`);
     this.view = null;
+    this.layer = null; // as chosen; the view's may lag behind
     this.asked = {};
+    this.faults = {};
     this.find = (selector) => this.root.querySelector(selector);
     this.select = this.find(".model");
     this.slider = this.find(".layer");
@@ -21,11 +26,18 @@ export class Panel {
     this.slider.addEventListener("input", () => this.page.layerChosen(this, Number(this.slider.value)));
     this.cards = FIGURES.flatMap((row) => this.#row(row));
     let width = 0;
-    new ResizeObserver(([entry]) => {
+    this.observer = new ResizeObserver(([entry]) => {
       if (Math.abs(entry.contentRect.width - width) < 1) return; // the height follows from what is drawn
       width = entry.contentRect.width;
       this.redraw();
-    }).observe(this.root);
+    });
+    this.observer.observe(this.root);
+  }
+
+  close() {
+    this.#cancel("load", "attention", "masks", "components");
+    this.observer.disconnect();
+    this.root.remove();
   }
 
   #fillModels() {
@@ -57,11 +69,13 @@ export class Panel {
     root.dataset.figure = figure.name;
     root.hidden = true;
     root.querySelector("h2").textContent = figure.title;
-    const card = { figure, root, canvas: root.querySelector("canvas") };
-    root.querySelector(".png").addEventListener("click", () => this.#savePicture(card));
-    const table = root.querySelector(".csv");
-    if (figure.csv) table.addEventListener("click", () => this.#save(card, "csv", new Blob([figure.csv(this.view)], { type: "text/csv" })));
-    else table.remove();
+    const card = { figure, root, canvas: root.querySelector("canvas"), buttons: root.querySelectorAll("button") };
+    const [png, csv] = card.buttons;
+    png.setAttribute("aria-label", `Save ${figure.title} as PNG`);
+    csv.setAttribute("aria-label", `Save ${figure.title} as CSV`);
+    png.addEventListener("click", () => this.#savePicture(figure));
+    if (figure.csv) csv.addEventListener("click", () => this.#save(figure, "csv", new Blob([figure.csv(this.view)], { type: "text/csv" })));
+    else csv.remove();
     if (figure.name === "picture") this.#pickPatches(card.canvas);
     if (figure.pick) card.canvas.addEventListener("click", (event) => this.#pickLayer(card, event));
     return card;
@@ -74,6 +88,7 @@ export class Panel {
 
   #pickPatches(canvas) {
     canvas.tabIndex = 0;
+    canvas.setAttribute("role", "application");
     canvas.addEventListener("click", (event) => {
       this.page.queryChosen({ x: event.offsetX / canvas.clientWidth, y: event.offsetY / canvas.clientHeight });
     });
@@ -89,74 +104,102 @@ export class Panel {
     });
   }
 
-  #begin(kind) {
-    this.asked[kind]?.abort();
-    this.asked[kind] = new AbortController();
-    return this.asked[kind].signal;
+  #cancel(...kinds) {
+    for (const kind of kinds) this.asked[kind]?.abort();
   }
 
-  async #try(work) {
+  // Ask and take in; a complaint stays on the panel until the same kind of question is answered.
+  async #ask(kind, work) {
+    this.#cancel(kind);
+    const { signal } = (this.asked[kind] = new AbortController());
     try {
-      await work();
+      await work(signal);
+      this.#fault(kind, "");
+      return true;
     } catch (error) {
-      if (error.name === "AbortError") return;
-      const fault = this.find(".fault");
-      fault.textContent = error.message;
-      fault.hidden = false;
-      this.root.removeAttribute("aria-busy");
+      if (error.name !== "AbortError") this.#fault(kind, error.message);
+      return error.name === "AbortError";
     }
   }
 
-  get about() {
-    return { model: this.select.value, picture: this.page.state.picture.id };
+  #fault(kind, words) {
+    this.faults[kind] = words;
+    const said = [...new Set(Object.values(this.faults).filter(Boolean))];
+    this.find(".fault").textContent = said.join(" ");
+    this.find(".fault").hidden = !said.length;
   }
 
-  // Another model or picture.
-  load() {
-    const signal = this.#begin("load");
-    for (const kind of ["attention", "masks", "components"]) this.asked[kind]?.abort();
-    return this.#try(async () => {
-      this.root.setAttribute("aria-busy", "true");
-      const picture = this.page.state.picture;
-      const summary = await ask("summary", this.about, signal);
-      this.find(".fault").hidden = true;
-      const layer = this.view ? Math.min(this.view.layer, summary.depth - 1) : summary.layer;
-      this.view = { picture, summary, layer, table: this.page.setup.colours, options: this.page.options, components: {} };
-      this.view.attention = this.view.masks = null;
-      this.#describe();
-      await this.showLayer(this.view.layer);
+  get loading() {
+    return this.root.hasAttribute("aria-busy");
+  }
+
+  // Another model or picture. Until it is there the old figures stay, dimmed, and cannot be saved.
+  async load() {
+    const { picture } = this.page.state;
+    if (!picture) return;
+    const model = this.select.value;
+    this.#cancel("attention", "masks", "components");
+    for (const kind of ["attention", "masks", "components"]) this.#fault(kind, "");
+    this.root.setAttribute("aria-busy", "true");
+    delete this.root.dataset.shown;
+    this.#allowSaving();
+    const fine = await this.#ask("load", async (signal) => {
+      const summary = await ask("summary", { model, picture: picture.id }, signal);
+      const layer = Math.min(this.layer ?? summary.layer, summary.depth - 1);
+      const { label, untrained } = this.page.setup.models[model];
+      this.view = { model, label, untrained, picture, summary, layer, patch: null, components: {} };
+      Object.assign(this.view, { attention: null, masks: null, table: this.page.setup.colours, options: this.page.options });
       this.root.removeAttribute("aria-busy");
+      this.#describe();
+      this.showLayer(layer);
       this.#components();
     });
+    if (!fine) this.#empty();
+  }
+
+  #empty() {
+    this.view = null;
+    this.root.removeAttribute("aria-busy");
+    this.cards.forEach(({ root }) => (root.hidden = true));
+    this.find(".facts").textContent = "";
+    this.find(".untrained").hidden = true;
   }
 
   #describe() {
-    const { summary } = this.view;
+    const { summary, untrained } = this.view;
     const size = `${summary.depth} layers, ${summary.heads} heads, ${summary.parameters.toLocaleString("en")} parameters`;
     this.find(".facts").textContent = `${size}, ${summary.image_size} px`;
-    this.find(".untrained").hidden = !this.page.setup.models[this.select.value].untrained;
+    this.find(".untrained").hidden = !untrained;
     this.slider.max = summary.depth - 1;
   }
 
-  async showLayer(layer) {
+  chooseLayer(layer) {
+    this.layer = layer;
+    if (!this.loading && this.view) this.showLayer(layer);
+  }
+
+  showLayer(layer) {
     this.view.layer = layer;
     this.view.masks = null;
     this.slider.value = layer;
     this.find(".layer-number").textContent = `${layer} of 0 to ${this.view.summary.depth - 1}`;
-    await this.showQuery();
+    this.showQuery();
     this.#masks();
   }
 
   showQuery() {
-    const signal = this.#begin("attention");
-    return this.#try(async () => {
-      const { view } = this;
-      view.patch = this.#patch();
-      const lacks = view.patch === null && !view.summary.has_cls;
-      view.attention = lacks ? null : (await ask("attention", { ...this.about, layer: view.layer, patch: view.patch }, signal)).heads;
+    if (this.loading || !this.view) return;
+    const { view } = this;
+    const { layer } = view;
+    const patch = (view.patch = this.#patch());
+    this.redraw();
+    this.#ask("attention", async (signal) => {
+      const about = { model: view.model, picture: view.picture.id };
+      const lacks = patch === null && !view.summary.has_cls;
+      view.attention = lacks ? null : { ...(await ask("attention", { ...about, layer, patch }, signal)), layer, patch };
       this.redraw();
-      this.root.dataset.shown = [this.select.value, view.picture.id, view.layer, view.patch ?? "cls"].join("/");
-      this.page.say(`${this.select.selectedOptions[0].label}: layer ${view.layer}, attention of ${queryName(view)}`);
+      this.root.dataset.shown = [view.model, view.picture.id, layer, patch ?? "cls"].join("/");
+      this.page.say(lacks ? `${view.label} has no CLS token` : `${view.label}: layer ${layer}, attention of ${queryName(view, patch)}`);
     });
   }
 
@@ -169,55 +212,59 @@ export class Panel {
   }
 
   #masks() {
-    const signal = this.#begin("masks");
-    return this.#try(async () => {
-      const { view } = this;
-      const found = await ask("masks", { ...this.about, layer: view.layer }, signal);
-      view.masks = found;
+    const { view } = this;
+    const { layer } = view;
+    this.#ask("masks", async (signal) => {
+      await new Promise((done) => setTimeout(done, PAUSE));
+      signal.throwIfAborted();
+      const found = await ask("masks", { model: view.model, picture: view.picture.id, layer }, signal);
+      view.masks = { ...found, layer };
       this.redraw();
     });
   }
 
   #components() {
-    const signal = this.#begin("components");
-    return this.#try(async () => {
-      const { view } = this;
+    const { view } = this;
+    this.#ask("components", async (signal) => {
       for (const which of ["all", "parts"]) {
-        view.components[which] = (await ask("components", { ...this.about, which }, signal)).layers;
+        view.components[which] = (await ask("components", { model: view.model, picture: view.picture.id, which }, signal)).layers;
         this.redraw();
       }
     });
   }
 
-  redraw() {
-    if (!this.view) return;
-    for (const { figure, root, canvas } of this.cards) {
-      const ready = figure.ready(this.view);
-      if (!ready && !figure.missing && root.hidden) continue;
-      root.hidden = false;
-      const buttons = root.querySelectorAll("button");
-      buttons.forEach((button) => (button.disabled = !ready));
-      canvas.hidden = !ready && Boolean(figure.missing);
-      root.querySelector(".caption").textContent = ready ? figure.caption(this.view) : figure.missing || "…";
-      if (!ready) continue;
-      figure.draw(this.view, canvas, palette(), Math.max(200, root.clientWidth));
-      canvas.setAttribute("aria-label", `${figure.title}. ${figure.caption(this.view)}`);
+  #allowSaving() {
+    for (const { figure, buttons } of this.cards) {
+      buttons.forEach((button) => (button.disabled = this.loading || !this.view || !figure.ready(this.view)));
     }
   }
 
-  #savePicture({ figure, root }) {
-    const canvas = document.createElement("canvas");
-    figure.draw(this.view, canvas, PAPER, figure.wide ? FILE_WIDTH : FILE_WIDTH / 2);
-    canvas.toBlob((blob) => this.#save({ figure, root }, "png", blob), "image/png");
+  redraw() {
+    if (!this.view) return;
+    for (const { figure, root, canvas } of this.cards) {
+      const missing = figure.missing?.(this.view) || "";
+      const drawn = !missing && (figure.ready(this.view) || Boolean(figure.early));
+      root.hidden = !missing && !drawn;
+      canvas.hidden = !drawn;
+      root.querySelector(".caption").textContent = missing || (drawn ? figure.caption(this.view) : "");
+      if (!drawn) continue;
+      figure.draw(this.view, canvas, palette(), Math.max(200, root.clientWidth));
+      canvas.setAttribute("aria-label", `${figure.title}. ${figure.caption(this.view)}`);
+    }
+    this.#allowSaving();
   }
 
-  #save({ figure }, kind, blob) {
-    const model = this.select.selectedOptions[0].label;
-    const where = figure.name === "attention" ? `layer${this.view.layer}_${queryName(this.view)}` : `layer${this.view.layer}`;
-    const name = [figure.name, model, this.view.picture.name, where].join("_").replace(/[^\w.-]+/g, "-");
+  #savePicture(figure) {
+    const canvas = document.createElement("canvas");
+    figure.draw(this.view, canvas, PAPER, figure.wide ? FILE_WIDTH : FILE_WIDTH / 2);
+    canvas.toBlob((blob) => (blob ? this.#save(figure, "png", blob) : this.#fault("save", "the browser cannot draw a picture this large")));
+  }
+
+  #save(figure, kind, blob) {
+    const words = [figure.name, this.view.label, this.view.picture.name, figure.about(this.view)];
     const link = document.createElement("a");
     link.href = URL.createObjectURL(blob);
-    link.download = `${name}.${kind}`;
+    link.download = `${words.filter(Boolean).join("_").replace(/[^\w.-]+/g, "-")}.${kind}`;
     link.click();
     setTimeout(() => URL.revokeObjectURL(link.href), 10000);
   }
