@@ -13,7 +13,8 @@ from pathlib import Path
 from types import ModuleType
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("crate_fast", "crate_fast.kernels", "crate_fast.train", "crate_fast.eval", "crate_fast.eval.emergence")
+_SUBPACKAGES = ("kernels", "train", "eval", "eval.emergence", "eval.explore")
+PACKAGES = ("crate_fast", *(f"crate_fast.{name}" for name in _SUBPACKAGES))
 
 
 def modules() -> list[ModuleType]:
