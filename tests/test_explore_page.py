@@ -12,7 +12,7 @@ import threading
 import numpy as np
 import pytest
 import timm
-from explorer import desk_with, picture_file, served
+from explorer import desk_with, huge_file, picture_file, served
 from PIL import Image
 
 from crate_fast.eval.explore import offers
@@ -278,7 +278,11 @@ def test_a_panel_that_is_closed_asks_and_says_nothing_more(visit):
 
 @pytest.mark.parametrize(
     ("name", "data", "reason"),
-    [("broken.png", picture_file()[:-50], "cannot be read"), ("notes.png", b"a text", "no image that can be read")],
+    [
+        ("broken.png", picture_file()[:-50], "cannot be read"),
+        ("notes.png", b"a text", "no image that can be read"),
+        ("huge.png", huge_file(), "100 megapixels"),
+    ],
 )
 def test_a_bad_picture_is_a_message_and_the_page_goes_on(visit, tmp_path, name, data, reason):
     (tmp_path / name).write_bytes(data)
