@@ -6,6 +6,7 @@ not the launcher.
 
 import argparse
 import importlib
+import json
 import re
 import shlex
 import sys
@@ -116,6 +117,19 @@ def test_a_pages_commands_and_python_run_small(page, scratch, tiny_run, monkeypa
         assert main([*arguments, *shlex.split(SMALL[start])]) == 0, f"{command}\n{capsys.readouterr()}"
     for block in re.findall(r"```python\n(.*?)```", text, re.S):
         exec(compile(block, page.name, "exec"), {"__name__": page.stem})
+
+
+def test_the_plan_of_a_large_run_is_made(scratch, tiny_run, capsys):
+    plans = [command for command in _commands(DOCS / "training.md") if command.startswith("crate-fast plan")]
+    assert plans
+    summary = json.loads((tiny_run / "summary.json").read_text())
+    planned = {"model": "crate_small_patch8_224", "image_size": 224, "dim": None, "depth": None, "heads": None}
+    summary["throughput"] |= planned  # as if it were a short run of the planned model
+    (scratch / "runs" / "PILOT").mkdir(parents=True)
+    (scratch / "runs" / "PILOT" / "summary.json").write_text(json.dumps(summary))
+    for command in plans:
+        assert cli.main(shlex.split(command)[1:]) == 0, capsys.readouterr().err
+        assert "hours" in capsys.readouterr().out
 
 
 class _Parsed(Exception):
