@@ -37,6 +37,7 @@ __all__ = [
     "VocImages",
     "batches",
     "open_images",
+    "squash",
 ]
 
 VOC_CLASSES = (
@@ -106,6 +107,12 @@ class Batch:
     samples: list[Sample]
 
 
+def squash(picture: Image.Image, size: int) -> Tensor:
+    """An RGB picture as a square (bicubic): uint8 [3, size, size]."""
+    squashed = picture.resize((size, size), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(squashed)).permute(2, 0, 1).contiguous()
+
+
 class ImageFiles(Dataset):
     """Images of a folder, sorted by path; the base of the sets that have files.
 
@@ -140,9 +147,7 @@ class ImageFiles(Dataset):
         except _UNREADABLE as error:
             problem = f"{path}: {type(error).__name__}: {error}"
             return Sample(key, torch.zeros(3, self.size, self.size, dtype=torch.uint8), (0, 0), None, problem)
-        squashed = picture.resize((self.size, self.size), Image.Resampling.BICUBIC)
-        image = torch.from_numpy(np.array(squashed)).permute(2, 0, 1).contiguous()
-        return Sample(key, image, (picture.height, picture.width), target)
+        return Sample(key, squash(picture, self.size), (picture.height, picture.width), target)
 
     def keys(self) -> list[str | int]:
         """Names or numbers of the images, in order."""

@@ -27,7 +27,7 @@ from crate_fast.train.config import TrainConfig
 from crate_fast.train.data import Normalize
 from crate_fast.train.runs import build_model, checkpoint_steps, load_model, num_classes_of, run_config
 
-__all__ = ["Subject", "class_names", "open_model", "split_label"]
+__all__ = ["Subject", "class_names", "open_model", "split_label", "split_source"]
 
 _SHIPPED = "shipped:"
 
@@ -69,6 +69,16 @@ class Subject:
     def device(self) -> torch.device:
         """Where the model is."""
         return next(self.model.parameters()).device
+
+
+def split_source(source: str) -> tuple[str, str]:
+    """`PLACE@WHICH` → (PLACE, WHICH), the second "" where there is none.
+
+    >>> split_source("runs/a@1200"), split_source("runs/a")
+    (('runs/a', '1200'), ('runs/a', ''))
+    """
+    place, _, which = source.rpartition("@") if "@" in source else (source, "", "")
+    return place, which
 
 
 def split_label(specification: str) -> tuple[str, str]:
@@ -193,7 +203,7 @@ def open_model(
         FileNotFoundError: There is no such run, checkpoint or file.
     """
     label, source = split_label(specification)
-    place, _, which = source.rpartition("@") if "@" in source else (source, "", "")
+    place, which = split_source(source)
     arguments, config = _parse_arguments(model_args), None
     if Path(place).is_dir():
         model, config = _from_run(Path(place), which, seed)
@@ -239,7 +249,7 @@ def class_names(specification: str) -> list[str] | None:
         specification: As for `open_model`; runs and the models of the package know their classes.
     """
     _, source = split_label(specification)
-    place, _, which = source.rpartition("@") if "@" in source else (source, "", "")
+    place, which = split_source(source)
     if place.startswith(_SHIPPED):
         return shipped_facts(place.removeprefix(_SHIPPED))["classes"]
     if not Path(place).is_dir():

@@ -66,7 +66,7 @@ def test_files_are_read_without_crate_fast(exported, tmp_path):
     code = (
         "import sys; sys.modules['crate_fast'] = None\n"
         "import torch, onnxruntime\n"
-        "folder, images = sys.argv[1], torch.load('images.pt')\n"
+        "folder, images = sys.argv[1], torch.load('images.pt', weights_only=True)\n"
         "facts = {'crate_fast.json': ''}\n"
         "program = torch.export.load(folder + '/model.pt2', extra_files=facts)\n"
         "assert '\"patch_size\": [4, 4]' in facts['crate_fast.json'], facts\n"
@@ -80,7 +80,7 @@ def test_files_are_read_without_crate_fast(exported, tmp_path):
     with torch.no_grad():
         wanted = model(images)
     model.set_input_size(16)
-    for found in torch.load(tmp_path / "found.pt"):
+    for found in torch.load(tmp_path / "found.pt", weights_only=True):
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 

@@ -55,7 +55,7 @@ class Desk:
 
         Returns:
             "grid", "depth", "heads", "layer" (that the paper looks at), "has_cls", "image_size", "parameters",
-            "tied"; "coding_rate" and "sparsity", of each layer or None; "patch_sparsity" [L][P] or None; "top",
+            "coding_rate" and "sparsity", of each layer or None; "patch_sparsity" [L][P] or None; "top",
             classes with "class", "name" and "probability", or None.
         """
         return self._about(model, picture).summary
@@ -116,14 +116,13 @@ class _Kept:
 def _summary(opened: OpenModel, found: Inspection) -> dict:
     extract = opened.subject.extract
     return {
-        "grid": list(found.grid),
+        "grid": list(found.features.grid),
         "depth": extract.depth,
         "heads": extract.heads,
         "layer": extract.default_layer,
         "has_cls": extract.has_cls,
         "image_size": extract.image_size[0],
         "parameters": opened.subject.facts["parameters"],
-        "tied": found.features.layers[0].tied,
         "coding_rate": found.coding_rate,
         "sparsity": found.mean_sparsity,
         "patch_sparsity": None if found.sparsity is None else _numbers(found.sparsity),

@@ -25,7 +25,6 @@ class Inspection:
     """What a model did with a picture.
 
     Attributes:
-        grid: Rows and columns of patches.
         features: Queries and keys of every layer.
         coding_rate: R^c of every layer; None without subspaces.
         sparsity: Share of non-zeros after ISTA of every layer and patch, [L, P]; None without ISTA.
@@ -33,7 +32,6 @@ class Inspection:
         top: The five most probable classes, (number, probability); None without a classifier.
     """
 
-    grid: tuple[int, int]
     features: Features
     coding_rate: list[float] | None
     sparsity: np.ndarray | None
@@ -80,7 +78,7 @@ class Inspection:
     def _colours(self, layer: int, which: str) -> np.ndarray | None:
         tokens = self.features.keys(layer).float().cpu()
         try:
-            mask = foreground(tokens, grid=self.grid).mask if which == "parts" else None
+            mask = foreground(tokens, grid=self.features.grid).mask if which == "parts" else None
             colours, _ = pca_rgb(tokens, mask, first=1 if which == "parts" else 2)
         except TooFewPatchesError:
             return None
@@ -94,7 +92,7 @@ class Inspection:
         """
         with self._cutting:
             if layer not in self._masks:
-                found = maskcut(self.features.keys(layer).float().cpu(), grid=self.grid).masks[0]
+                found = maskcut(self.features.keys(layer).float().cpu(), grid=self.features.grid).masks[0]
                 self._masks[layer] = found[found.flatten(1).any(dim=1)].numpy()
             return self._masks[layer]
 
@@ -114,7 +112,7 @@ def inspect(subject: Subject, image: Tensor) -> Inspection:
     if isinstance(subject.model, CRATE):
         return _inspect_crate(subject, pixels)
     features = subject.extract(pixels, range(subject.extract.depth))
-    return Inspection(features.grid, features, None, None, None, _top(subject, subject.model(pixels)))
+    return Inspection(features, None, None, None, _top(subject, subject.model(pixels)))
 
 
 def _inspect_crate(subject: Subject, pixels: Tensor) -> Inspection:
@@ -133,10 +131,10 @@ def _inspect_crate(subject: Subject, pixels: Tensor) -> Inspection:
     top = _top(subject, subject.model.forward_head(final))
     features = Features(subject.extract.grid, tokens)
     if not shares:
-        return Inspection(features.grid, features, rates or None, None, None, top)
+        return Inspection(features, rates or None, None, None, top)
     by_token = torch.stack(shares)
     mean = by_token.mean(dim=1).tolist()
-    return Inspection(features.grid, features, rates or None, by_token[:, 1:].numpy(), mean, top)
+    return Inspection(features, rates or None, by_token[:, 1:].numpy(), mean, top)
 
 
 def _top(subject: Subject, logits: Tensor) -> list[tuple[int, float]] | None:

@@ -5,7 +5,7 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 
-from crate_fast.eval.models import Subject, class_names, open_model, split_label
+from crate_fast.eval.models import Subject, class_names, open_model, split_label, split_source
 from crate_fast.eval.shipped import shipped_names
 from crate_fast.train import checkpoint
 from crate_fast.train.checkpoint import CheckpointError
@@ -55,7 +55,7 @@ def offers_of(specification: str) -> list[Offer]:
         FileNotFoundError: The folder holds no checkpoints.
     """
     label, source = split_label(specification)
-    place, _, which = source.rpartition("@") if "@" in source else (source, "", "")
+    place, which = split_source(source)
     if not Path(place).is_dir() or which:
         return [Offer(specification, label, label, which == "untrained")]
     steps = checkpoint_steps(Path(place))

@@ -11,11 +11,10 @@ from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from crate_fast.eval.images import EXTENSIONS, SceneImages
+from crate_fast.eval.images import EXTENSIONS, SceneImages, squash
 from crate_fast.train.data import UNREADABLE
 
 __all__ = ["LARGEST_UPLOAD", "Pictures", "UnknownPictureError", "UnreadablePictureError", "decode"]
@@ -83,11 +82,6 @@ def _as_rgb(picture: Image.Image) -> Image.Image:
         picture = picture.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
     return picture.convert("RGB")
-
-
-def _squash(picture: Image.Image, size: int) -> Tensor:
-    squashed = picture.resize((size, size), Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.array(squashed)).permute(2, 0, 1).contiguous()
 
 
 class Pictures:
@@ -180,7 +174,7 @@ class Pictures:
         number = self._number(key)
         if key.startswith("s") and self._root is None and number in range(_SCENES):
             return SceneImages(size, _SCENES)[number].image
-        return _squash(self.view(key), size)
+        return squash(self.view(key), size)
 
     @staticmethod
     def _number(key: str) -> int:
