@@ -21,7 +21,8 @@ _STYLE = {
     "legend.frameon": False,
     "pdf.fonttype": 42,  # text stays text
 }
-_CELL_INCHES = 1.3
+_CELL_INCHES, _EDGE_INCHES = 1.3, 0.02
+_MARGIN = 0.015  # in cells
 # Okabe and Ito's colours, which most colour-blind people tell apart; yellow is too faint on white
 _COLOURS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#000000", "#999999")
 
@@ -66,40 +67,47 @@ def image_grid(
     columns = max(map(len, rows), default=0)
     if not columns:
         raise ValueError("there is nothing to draw: pass at least one row with a picture")
-    left = 0.9 if row_titles else 0.05
-    size = (
-        _CELL_INCHES * columns + left,
-        (_CELL_INCHES + 0.02) * len(rows) + (0.3 if title or column_titles else 0.05),
-    )
     with plt.rc_context(_STYLE | {"axes.grid": False}):
-        figure, axes = plt.subplots(len(rows), columns, figsize=size, squeeze=False, layout="constrained")
-        figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0.01, hspace=0.01)
-        for axis in axes.flat:
-            axis.set(xticks=[], yticks=[])
-            axis.spines[:].set_visible(False)
+        size = np.array([columns, len(rows)]) * _CELL_INCHES
+        figure = plt.figure(figsize=size)
+        axis = figure.add_axes((0, 0, 1, 1))  # one for all cells: one each takes seconds to draw
         for row, pictures in enumerate(rows):
-            for axis, picture in zip(axes[row], pictures, strict=False):
+            for column, picture in enumerate(pictures):
                 if picture is not None:
-                    _draw(axis, picture)
-            if row_titles:
-                axes[row, 0].set_ylabel(row_titles[row], rotation=0, ha="right", va="center", fontsize=7)
-        for axis, name in zip(axes[0], column_titles or (), strict=False):
-            axis.set_title(name, fontsize=7, pad=3)
+                    _draw(axis, picture, column, row)
+        axis.set(xlim=(0, columns), ylim=(len(rows), 0))
+        axis.spines[:].set_visible(False)
+        axis.set_xticks([column + 0.5 for column in range(columns)], column_titles or [""] * columns)
+        axis.set_yticks([row + 0.5 for row in range(len(rows))], row_titles or [""] * len(rows))
+        axis.tick_params(length=0, pad=2, labelsize=7, labeltop=True, labelbottom=False)
         if title:
-            figure.suptitle(title, fontsize=9)
+            axis.set_title(title, fontsize=9, pad=4)
+        _make_room(figure, axis, size)
         save_figure(figure, paths)
 
 
-def _draw(axis, picture: Picture) -> None:
-    low, high = picture.limits or (None, None)
-    height, width = picture.pixels.shape[:2]
+def _make_room(figure, axis, size: np.ndarray) -> None:
+    """Enlarge a figure, all of which is `axis`, for the text around it."""
+    box = axis.get_tightbbox(figure.canvas.get_renderer()).get_points() / figure.dpi
+    before, after = _EDGE_INCHES - box[0], box[1] - size + _EDGE_INCHES
+    whole = before + size + after
+    figure.set_size_inches(whole)
+    axis.set_position((*(before / whole), *(size / whole)))
+
+
+def _draw(axis, picture: Picture, column: int, row: int) -> None:
+    """In the middle of a cell of side 1, with a margin."""
+    height, width = (picture.pixels if picture.over is None else picture.over).shape[:2]
+    half = [(0.5 - _MARGIN) * side / max(height, width) for side in (width, height)]
+    extent = (column + 0.5 - half[0], column + 0.5 + half[0], row + 0.5 + half[1], row + 0.5 - half[1])
+    how = {"interpolation": "nearest", "extent": extent}
     if picture.over is not None:
-        height, width = picture.over.shape[:2]
-        axis.imshow(picture.over, interpolation="nearest")
-    colours = {"cmap": picture.colours, "vmin": low, "vmax": high} if picture.pixels.ndim == 2 else {}
-    extent = (-0.5, width - 0.5, height - 0.5, -0.5)
-    alpha = None if picture.over is None else 0.55
-    axis.imshow(picture.pixels, interpolation="nearest", extent=extent, alpha=alpha, **colours)
+        axis.imshow(picture.over, **how)
+        how["alpha"] = 0.55
+    if picture.pixels.ndim == 2:
+        low, high = picture.limits or (None, None)
+        how |= {"cmap": picture.colours, "vmin": low, "vmax": high}
+    axis.imshow(picture.pixels, **how)
 
 
 @dataclass(frozen=True)
