@@ -149,10 +149,12 @@ def test_dropout_is_drawn_from_the_devices_generator(device):
         drawn.append(subspace_attention(w, dropout_p=0.3, backend="triton"))
     assert torch.equal(drawn[0], drawn[1])
     assert not torch.equal(drawn[0], drawn[2])
-    many = torch.stack([subspace_attention(w, dropout_p=0.3, backend="triton") for _ in range(200)])
+    w = w[:1]
     expected = subspace_attention(w, backend="triton")
-    spread = many.std(0) / 200**0.5
-    assert ((many.mean(0) - expected).abs() < 5 * spread + 1e-6).all()
+    errors = torch.stack([subspace_attention(w, dropout_p=0.3, backend="triton") for _ in range(100)]) - expected
+    assert (errors.mean(0).abs() < 5 * errors.std(0) / 100**0.5 + 1e-6).all()
+    along = (errors * expected).sum(-1).flatten()  # of all rows together: a scale 6 % off would show
+    assert along.mean().abs() < 5 * along.std() / len(along) ** 0.5 < 0.06 * expected.square().sum(-1).mean()
 
 
 def test_autocast_runs_the_kernels_in_half_precision(device):
@@ -225,7 +227,7 @@ def test_the_white_box_stays_open(device):
 
 
 def test_training_follows_the_torch_backend(device):
-    images, labels = torch.randn(16, 3, 16, 16, device=device), torch.arange(16, device=device) % 5
+    images, labels = torch.randn(8, 3, 16, 16, device=device), torch.arange(8, device=device) % 5
     curves = []
     for backend in ("triton", "torch"):
         model = _model(device, backend)
