@@ -133,6 +133,10 @@ class Protocol:
         """Plain values, as saved beside results."""
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
+    def in_words(self) -> dict[str, str]:
+        """Every setting, for a table."""
+        return {field.name: _in_words(getattr(self, field.name)) for field in dataclasses.fields(self)}
+
     @classmethod
     def of_settings(cls, settings: dict) -> "Protocol":
         """The protocol that `settings` came from."""
@@ -188,11 +192,9 @@ SIZES = {
 
 def settings_table() -> list[dict]:
     """The sizes side by side: a row a setting, for docs/emergence/protocol.md."""
-    rows = []
-    for field in dataclasses.fields(Protocol):
-        values = {size: _in_words(getattr(protocol, field.name)) for size, protocol in SIZES.items()}
-        rows.append({"setting": f"`{field.name}`", **values})
-    return rows
+    words = {size: protocol.in_words() for size, protocol in SIZES.items()}
+    names = [field.name for field in dataclasses.fields(Protocol)]
+    return [{"setting": f"`{name}`", **{size: settings[name] for size, settings in words.items()}} for name in names]
 
 
 def _in_words(value: object) -> str:

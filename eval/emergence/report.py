@@ -299,7 +299,7 @@ def _origin(results: dict, protocol: Protocol, size: str) -> str:
         "commits": _all(runs, "commit"),
         "torch": _all(runs, "torch"),
     }
-    facts |= {name.replace("_", " "): value for name, value in vars(protocol).items()}
+    facts |= {name.replace("_", " "): value for name, value in protocol.in_words().items()}
     return markdown_table([{"": name, " ": str(value)} for name, value in facts.items()])
 
 
