@@ -12,6 +12,7 @@ __all__ = [
     "AttentionScores",
     "NoObjectsError",
     "attention_to_mask",
+    "average_precision",
     "intersection_over_union",
     "mask_to_grid",
     "score_attention",
@@ -19,6 +20,7 @@ __all__ = [
 ]
 
 THRESHOLDS = ("topk", "mass")
+READINGS = (*THRESHOLDS, "ap")  # of attention maps: the IoU of their masks, and without a threshold
 
 
 class NoObjectsError(ValueError):
@@ -79,11 +81,43 @@ def intersection_over_union(predicted: Tensor, target: Tensor, valid: Tensor | N
     return intersection / union.clamp(min=1)
 
 
+def average_precision(weights: Tensor, target: Tensor, valid: Tensor | None = None) -> Tensor:
+    """How well weights rank an object's patches before all others.
+
+    Over the object's patches, the mean of the object's share of the patches that weigh at least as much.
+
+    No threshold is needed, and the weights' order alone counts, so that maps that spread over an object and maps that
+    keep to a part of it can be compared: the reason for which Choe et al. (*Evaluating Weakly Supervised Object
+    Localization Methods Right*, 2020) rank pixels.
+
+    Args:
+        weights: [..., P].
+        target: Boolean [..., P], broadcast against the weights.
+        valid: Boolean [..., P]; entries to count, all when None.
+
+    Returns:
+        In [0, 1], [...], float64; 0 without an object.
+
+    >>> average_precision(torch.tensor([0.5, 0.3, 0.1, 0.1]), torch.tensor([True, False, True, False]))
+    tensor(0.7500, dtype=torch.float64)
+    """
+    weights, target = torch.broadcast_tensors(weights.double(), target)
+    if valid is not None:
+        weights, target = weights.where(valid, -torch.inf), target & valid
+    values, order = weights.sort(dim=-1, descending=True)
+    hits = target.gather(-1, order)
+    ranks = torch.arange(1, values.shape[-1] + 1, device=values.device)
+    ends = torch.cat([values[..., 1:] != values[..., :-1], torch.ones_like(target[..., :1])], dim=-1)
+    end = ranks.where(ends, len(ranks)).flip(-1).cummin(-1).values.flip(-1)  # the last rank of equal weights
+    precision = hits.cumsum(-1).gather(-1, end - 1) / end
+    return (precision * hits).sum(-1).double() / hits.sum(-1).clamp(min=1)
+
+
 class AttentionScores:
     """Adds up how well attention maps cover objects, batch by batch, beside what they must beat.
 
     A score is the IoU of a map's mask with an object's, of the best head for each object (paper, Eq. 13), averaged
-    over the objects of an image and then over images (Eq. 14).
+    over the objects of an image and then over images (Eq. 14); and the same of the average precision.
 
     Args:
         fraction: See `attention_to_mask`.
@@ -93,7 +127,7 @@ class AttentionScores:
     def __init__(self, fraction: float = 0.6, seed: int = 0):
         self.fraction = fraction
         self._generator = torch.Generator().manual_seed(seed)
-        self._per_head: dict[tuple[str, int], list[Tensor]] = {}  # (threshold, layer) → IoU [T, H] a batch
+        self._per_head: dict[tuple[str, int], list[Tensor]] = {}  # (reading, layer) → scores [T, H] a batch
         self._baselines: dict[tuple[str, str], list[Tensor]] = {}
         self._targets: list[Tensor] = []
         self._valid: list[Tensor] = []
@@ -137,19 +171,20 @@ class AttentionScores:
         labels = [[0] * len(keep) for keep in kept] if labels is None else labels
         for image, keep in zip(labels, kept, strict=True):
             self._labels += [label for label, k in zip(image, keep.tolist(), strict=True) if k]
-        for threshold in THRESHOLDS:
+        one = target.unsqueeze(1), usable.unsqueeze(1)
+        for reading in READINGS:
             for layer, attention in maps.items():
-                iou = self._iou(attention.float().cpu(), owner, target, usable, threshold)
-                self._per_head.setdefault((threshold, layer), []).append(iou)
-            best_random = self._iou(noise, owner, target, usable, threshold).amax(dim=1)
-            self._baselines.setdefault((threshold, "random"), []).append(best_random)
-            mask = attention_to_mask(target.float(), threshold, self.fraction)
-            true = intersection_over_union(mask, target, usable)
-            self._baselines.setdefault((threshold, "true_mask"), []).append(true)
+                scores = self._score(reading, attention.float().cpu()[owner], *one)
+                self._per_head.setdefault((reading, layer), []).append(scores)
+            best_random = self._score(reading, noise[owner], *one).amax(dim=1)
+            self._baselines.setdefault((reading, "random"), []).append(best_random)
+            true = self._score(reading, target.float(), target, usable)
+            self._baselines.setdefault((reading, "true_mask"), []).append(true)
 
-    def _iou(self, attention: Tensor, owner: Tensor, target: Tensor, valid: Tensor, threshold: str) -> Tensor:
-        masks = attention_to_mask(attention, threshold, self.fraction)[owner]
-        return intersection_over_union(masks, target.unsqueeze(1), valid.unsqueeze(1))
+    def _score(self, reading: str, maps: Tensor, target: Tensor, valid: Tensor) -> Tensor:
+        if reading == "ap":
+            return average_precision(maps, target, valid)
+        return intersection_over_union(attention_to_mask(maps, reading, self.fraction), target, valid)
 
     def result(self) -> dict[str, dict]:
         """The scores; see `score_attention`, and "by_class", class → the best-head score at each layer.
@@ -169,32 +204,29 @@ class AttentionScores:
         def mean(values: Tensor) -> float:
             return float((values.double() * weights).sum() / weights.sum())
 
-        def row(threshold: str, layer: int) -> dict:
-            per_head = torch.cat(self._per_head[threshold, layer])
+        def row(reading: str, layer: int) -> dict:
+            per_head = torch.cat(self._per_head[reading, layer])
             heads = [mean(head) for head in per_head.T]
             best = per_head.amax(dim=1)
             by_class = {int(c): float(best[labels == c].mean()) for c in labels.unique()}
             scores = {"best_head": mean(best), "fixed_head": max(heads), "per_head": heads}
             return {"layer": layer, **scores, "by_class": by_class}
 
-        def of_mean_mask(threshold: str) -> float:
-            mask = attention_to_mask(mean_mask, threshold, self.fraction)
-            return mean(intersection_over_union(mask.expand_as(target), target, valid))
-
+        covered = intersection_over_union(torch.ones_like(target), target, valid)  # equal weights' precision, too
         return {
-            threshold: {
-                "layers": [row(threshold, layer) for name, layer in self._per_head if name == threshold],
-                "constant": mean(intersection_over_union(torch.ones_like(target), target, valid)),
-                "random": mean(torch.cat(self._baselines[threshold, "random"])),
-                "mean_mask": of_mean_mask(threshold),
-                "true_mask": mean(torch.cat(self._baselines[threshold, "true_mask"])),
-                "fraction": self.fraction,
+            reading: {
+                "layers": [row(reading, layer) for name, layer in self._per_head if name == reading],
+                "constant": mean(covered),
+                "random": mean(torch.cat(self._baselines[reading, "random"])),
+                "mean_mask": mean(self._score(reading, mean_mask.expand(target.shape), target, valid)),
+                "true_mask": mean(torch.cat(self._baselines[reading, "true_mask"])),
+                "fraction": self.fraction if reading in THRESHOLDS else None,
                 "images": self.images,
                 "objects": len(target),
                 "without_objects": self.without_objects,
                 "objects_without_patch": self.objects_without_patch,
             }
-            for threshold in THRESHOLDS
+            for reading in READINGS
         }
 
 
@@ -206,7 +238,7 @@ def score_attention(
     layers: Sequence[int] | None = None,
     fraction: float = 0.6,
 ) -> dict[str, dict]:
-    """Mean IoU of CLS attention with known object masks, on the patch grid, beside what it must beat.
+    """Mean IoU and average precision of CLS attention with known object masks, on the patch grid, and of baselines.
 
     Args:
         model: A CRATE or an ablation; left in evaluation mode.
@@ -216,12 +248,12 @@ def score_attention(
         fraction: See `attention_to_mask`.
 
     Returns:
-        For each threshold ("topk" and "mass") a dictionary with
+        For each reading of the maps, IoU with "topk" and "mass" masks and "ap", which needs none, a dictionary with
         "layers": of each layer "layer"; "best_head", the best head of each image (the paper's reading); "per_head",
             each head for all images; "fixed_head", the best of those;
         "constant": the mask that holds every patch; "random": the best of as many maps of noise; "mean_mask": the
             objects' mean mask as every image's attention map; "true_mask": the true mask as attention map,
-            evenly spread over the object; "fraction"; "images" and "objects": how many were scored;
+            evenly spread over the object; "fraction", None of "ap"; "images" and "objects": how many were scored;
             "without_objects": images that could not be; "objects_without_patch": objects left out.
     """
     model.eval()
@@ -243,9 +275,10 @@ def scores_table(scores: dict[str, dict], marked: int | None = None) -> str:
         marked: A layer's index.
     """
     lines = []
-    for threshold, result in scores.items():
+    for reading, result in scores.items():
+        name = "AP, patches by weight" if reading == "ap" else f"mIoU, {reading} {result['fraction']:.0%}"
         lines.append(
-            f"attention mIoU, {threshold} {result['fraction']:.0%}, {result['images']} images | "
+            f"attention {name}, {result['images']} images | "
             f"constant mask {result['constant']:.3f} · random maps {result['random']:.3f} · "
             f"mean mask {result['mean_mask']:.3f} · true mask {result['true_mask']:.3f}"
         )

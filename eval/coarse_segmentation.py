@@ -1,4 +1,4 @@
-"""Coarse segmentation: do thresholded CLS attention maps cover the objects (paper, §3.2, B.3; Fig. 4)?
+"""Coarse segmentation: do CLS attention maps cover the objects (paper, §3.2, B.3; Fig. 4)?
 
     crate-fast eval coarse_segmentation runs/NAME                              # shape_scenes
     crate-fast eval coarse_segmentation CRATE=runs/A ViT=runs/B --data voc:PATH
@@ -6,7 +6,8 @@
 On the patch grid, for each semantic class of an image the head whose mask has the largest IoU; mean over the classes
 of an image, then over images. Void patches do not count; the background is not a class; an object that has no patch
 of the grid for itself is not scored. Both readings of "the top 60 %" are given: of the entries (`topk`, the paper's
-words) and of the mass (`mass`, DINO's code). Beside every score stand those of maps that know nothing.
+words) and of the mass (`mass`, DINO's code). Both depend on how far a map spreads; the average precision of patches
+ranked by attention does not. Beside every score stand those of maps that know nothing.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from crate_fast.eval.options import evaluation_parser, open_models, output_folde
 from crate_fast.eval.results import say_written, write_results, write_table
 from crate_fast.figures import Picture
 from crate_fast.segmentation import (
+    READINGS,
     THRESHOLDS,
     AttentionScores,
     attention_to_mask,
@@ -34,6 +36,7 @@ from crate_fast.segmentation import (
 __all__ = ["evaluate", "main", "require_targets"]
 
 BASELINES = ("constant", "random", "mean_mask", "true_mask")
+_NAMES = {"topk": "mIoU topk", "mass": "mIoU mass", "ap": "AP"}  # of readings, in tables
 
 
 def require_targets(images: Dataset, specification: str) -> None:
@@ -55,7 +58,7 @@ def evaluate(
     seed: int = 0,
     **reading,
 ) -> dict[str, dict]:
-    """Score the attention of layers under both thresholds.
+    """Score the attention of layers, under both thresholds and without one.
 
     Args:
         subject: The model.
@@ -84,12 +87,12 @@ def evaluate(
     return scores.result()
 
 
-def _row(label: str, threshold: str, scores: dict, row: dict, marked: int) -> dict:
+def _row(label: str, reading: str, scores: dict, row: dict, marked: int) -> dict:
     return {
         "model": label,
-        "threshold": threshold,
+        "score": _NAMES[reading],
         "layer": f"{row['layer']}{' *' if row['layer'] == marked else ''}",
-        "mIoU": row["best_head"],
+        "best head": row["best_head"],
         "one head for all": row["fixed_head"],
         **{name.replace("_", " "): scores[name] for name in BASELINES},
         "images": scores["images"],
@@ -99,12 +102,12 @@ def _row(label: str, threshold: str, scores: dict, row: dict, marked: int) -> di
 
 
 def _head_rows(label: str, scores: dict) -> list[dict]:
-    """The breakdown by head: a row a layer and threshold, a column a head (for all images the same)."""
+    """The breakdown by head: a row a layer and score, a column a head (for all images the same)."""
     return [
-        {"model": label, "threshold": threshold, "layer": row["layer"]}
+        {"model": label, "score": _NAMES[reading], "layer": row["layer"]}
         | {f"head {head}": score for head, score in enumerate(row["per_head"])}
-        for threshold in THRESHOLDS
-        for row in scores[threshold]["layers"]
+        for reading in READINGS
+        for row in scores[reading]["layers"]
     ]
 
 
@@ -154,7 +157,7 @@ def _command(options: argparse.Namespace) -> None:
         marked.append(default if layers is None or default in layers else layers[0])
         results[subject.label] = scores
         print(f"{subject.label}\n{scores_table(scores, default)}")
-        rows += [_row(subject.label, t, scores[t], row, default) for t in THRESHOLDS for row in scores[t]["layers"]]
+        rows += [_row(subject.label, r, scores[r], row, default) for r in READINGS for row in scores[r]["layers"]]
     if len({(result["topk"]["images"], result["topk"]["objects"]) for result in results.values()}) > 1:
         print("The models' grids differ, and so do the objects that have a patch: scores are not of the same ones.")
     config = settings_of(options) | {"class_names": data[0].class_names()}

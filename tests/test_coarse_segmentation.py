@@ -9,7 +9,7 @@ from test_images import make_coco, make_voc
 from crate_fast.eval import coarse_segmentation
 from crate_fast.eval.images import open_images
 from crate_fast.eval.models import open_model
-from crate_fast.segmentation import AttentionScores
+from crate_fast.segmentation import READINGS, AttentionScores
 
 MODEL = "crate_tiny_patch8_224@untrained"
 SMALL = ["depth=2", "dim=32", "heads=2", "img_size=32"]
@@ -73,10 +73,10 @@ def test_batches_do_not_change_the_scores(tmp_path):
 
 def _same_in_batches(subject, images):
     whole, parts = (coarse_segmentation.evaluate(subject, images, batch_size=size) for size in (10, 1))
-    for threshold in ("topk", "mass"):
-        for a, b in zip(whole[threshold]["layers"], parts[threshold]["layers"], strict=True):
+    for reading in READINGS:
+        for a, b in zip(whole[reading]["layers"], parts[reading]["layers"], strict=True):
             assert a["per_head"] == pytest.approx(b["per_head"], abs=1e-6)
-        assert whole[threshold]["random"] == pytest.approx(parts[threshold]["random"])
+        assert whole[reading]["random"] == pytest.approx(parts[reading]["random"])
 
 
 def test_objects_without_a_patch_are_counted(tmp_path):
@@ -116,9 +116,13 @@ def test_the_command(kind, tmp_path, capsys):
     assert first["config"]["models"][0]["image_size"] == [32, 32]
     assert {"commit", "torch", "command"} <= first["provenance"].keys()
     table = (tmp_path / "out" / "table.md").read_text()
-    assert "| A | topk | 0 * |" in table
+    assert "| A | mIoU topk | 0 * |" in table
+    assert "| B | AP | 1 |" in table
     per_head = first["results"]["B"]["mass"]["layers"][1]["per_head"]
-    assert f"| B | mass | 1 | {per_head[0]:.3f} | {per_head[1]:.3f} |" in (tmp_path / "out" / "heads.md").read_text()
+    assert (
+        f"| B | mIoU mass | 1 | {per_head[0]:.3f} | {per_head[1]:.3f} |"
+        in (tmp_path / "out" / "heads.md").read_text()
+    )
     assert (tmp_path / "out" / "masks_mass_01.png").stat().st_size > 1000
     assert "random maps" in capsys.readouterr().out
     if kind == "voc":

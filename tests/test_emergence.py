@@ -97,7 +97,7 @@ def checkpoint(best: float, heads: list[float], selected: list[float], layers: i
             for i in range(layers)
         ]
         baselines = {"constant": 0.1, "random": 0.12, "mean_mask": 0.3, "true_mask": 0.6}
-        return {threshold: {"layers": found, **baselines} for threshold in ("mass", "topk")}
+        return {threshold: {"layers": found, **baselines} for threshold in ("ap", "mass", "topk")}
 
     return {"default_layer": 1, "test": rows(heads), "selection": rows(selected), "accuracy": 0.5}
 
@@ -116,7 +116,7 @@ def results_with(scores: dict[str, list[float]]) -> dict[str, dict]:
 
 def test_the_fixed_head_is_chosen_on_other_scenes():
     results = results_with({model: [40.0, 40.0] for model in MODELS})
-    score = last("mIoU mass, fixed head")(results["scenes-CRATE-seed0"])
+    score = last("AP, fixed head")(results["scenes-CRATE-seed0"])
     assert score == pytest.approx(100 * 0.1 / 2)  # head 0, the best there; head 1 is the best here
     assert last("mIoU mass, best head")(results["scenes-CRATE-seed0"]) == pytest.approx(40.0)
     assert last("mIoU mass, best head", "chosen")(results["scenes-CRATE-seed0"]) == pytest.approx(80.0)  # layer 0
@@ -318,12 +318,25 @@ def test_an_earlier_protocol_stays_in_the_report(finished, tmp_path):
     shutil.copytree(finished[0] / "report", report)
     shutil.copytree(finished[0] / "report", report / "earlier" / "first")
     changed = report / "earlier" / "first" / "protocol.json"
-    changed.write_text(changed.read_text().replace('"weight_decay": 0.05', '"weight_decay": 0.5'))
+    settings = json.loads(changed.read_text()) | {"weight_decay": 0.5}
+    del settings["primary"]  # as of the first protocol, whose results have no AP
+    changed.write_text(json.dumps(settings))
+    for path in (report / "earlier" / "first" / "results").glob("scenes-*.json"):
+        result = json.loads(path.read_text())
+        for scores in (checkpoint[split] for checkpoint in result["checkpoints"] for split in ("test", "selection")):
+            del scores["ap"]
+        path.write_text(json.dumps(result))
     assert main(["--size", "smoke", "--report-only", "--report", str(report / "earlier" / "first")]) == 0
-    assert "| weight decay | 0.5 |" in (report / "earlier" / "first" / "report.md").read_text()
+    before = (report / "earlier" / "first" / "report.md").read_text()
+    assert "| weight decay | 0.5 |" in before
+    assert "On the primary score, mIoU mass, best head," in before
+    assert "| AP, " not in before
     assert main(["--size", "smoke", "--report-only", "--report", str(report)]) == 0
     assert "## Earlier protocols" in (report / "report.md").read_text()
-    assert "](earlier/first/report.md)" in (report / "report.md").read_text()
+    text = (report / "report.md").read_text()
+    assert "](earlier/first/report.md)" in text
+    assert "On the primary score, AP, best head," in text
+    assert text.count("statements hold") == 3 + 1
 
 
 def test_results_of_another_protocol_are_not_mixed_in(finished, monkeypatch, capsys):

@@ -7,6 +7,7 @@ from crate_fast import CRATE
 from crate_fast.segmentation import (
     AttentionScores,
     attention_to_mask,
+    average_precision,
     intersection_over_union,
     mask_to_grid,
     score_attention,
@@ -39,6 +40,43 @@ def test_iou_by_hand():
     empty = torch.zeros(4, dtype=torch.bool)
     assert intersection_over_union(empty, empty).item() == 0
     assert intersection_over_union(predicted, predicted).item() == 1
+
+
+def _area(weights: torch.Tensor, target: torch.Tensor) -> float:
+    """Under the curve of precision over recall, threshold by threshold."""
+    area, recall = 0.0, 0.0
+    for threshold in weights.unique().flip(0):
+        chosen = weights >= threshold
+        precision, reached = target[chosen].float().mean(), target[chosen].sum() / target.sum()
+        area += float(precision * (reached - recall))
+        recall = reached
+    return area
+
+
+@pytest.mark.parametrize("levels", [3, 1000])
+def test_average_precision_is_the_area_under_its_curve(levels):
+    weights = torch.randint(levels, (5, 7, 40)) / levels  # of few levels many are equal
+    target, valid = torch.rand(5, 1, 40) < 0.3, torch.rand(5, 1, 40) < 0.8
+    found = average_precision(weights, target, valid)
+    assert found.shape == (5, 7)
+    for i in range(5):
+        for j in range(7):
+            kept = valid[i, 0]
+            assert found[i, j].item() == pytest.approx(_area(weights[i, j][kept], target[i, 0][kept]), abs=1e-6)
+    assert torch.equal(average_precision(weights**3, target, valid), found)  # the order alone counts
+    assert average_precision(weights, torch.zeros_like(target)).eq(0).all()
+
+
+def test_average_precision_does_not_see_how_far_a_map_spreads():
+    target = torch.tensor([[True, True, True, False, False]])
+    maps = torch.tensor([[[0.4, 0.3, 0.3, 0.0, 0.0], [0.9, 0.08, 0.02, 0.0, 0.0]]])
+    scores = AttentionScores()
+    scores.add({0: maps}, [target])
+    result = scores.result()
+    assert result["ap"]["layers"][0]["per_head"] == [1.0, 1.0]
+    assert result["mass"]["layers"][0]["per_head"] == pytest.approx([2 / 3, 1 / 3])
+    assert result["ap"]["constant"] == pytest.approx(3 / 5)
+    assert result["ap"]["true_mask"] == result["ap"]["mean_mask"] == 1.0
 
 
 def test_the_best_head_is_chosen_per_image():
@@ -86,7 +124,9 @@ def test_scores_of_a_model_that_looks_where_the_object_is():
     assert mass["constant"] == pytest.approx(0.25)
     assert mass["images"] == 3
     assert scores["topk"]["true_mask"] == pytest.approx(4 / 10)  # ten of sixteen patches are kept
+    assert scores["ap"]["layers"][0]["per_head"] == pytest.approx([1.0, 0.25])
     assert "one head for all images 0.750" in scores_table(scores, marked=0)
+    assert "attention AP, patches by weight, 3 images" in scores_table(scores)
 
 
 def test_bad_options_are_named():

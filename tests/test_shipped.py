@@ -24,7 +24,7 @@ def best_head_miou(name: str) -> float:
 
 
 def test_segmentation_shows_in_the_crate_that_comes_along():
-    assert best_head_miou("shipped:CRATE") > 0.45  # 0.515 on 500 scenes, docs/emergence/report.md
+    assert best_head_miou("shipped:CRATE") > 0.45  # 0.515 on 500 scenes, docs/emergence/earlier/first/report.md
     assert best_head_miou("shipped:ViT") < 0.4  # 0.306
     assert best_head_miou("shipped:CRATE@untrained") < 0.2  # 0.130
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from crate_fast.eval.emergence.protocol import MODELS, Protocol
 
 __all__ = [
+    "COARSE",
     "MEASURES",
     "ORDER",
-    "PRIMARY",
     "Claim",
     "Paired",
     "at_checkpoint",
@@ -21,6 +21,7 @@ __all__ = [
     "by_seed",
     "chosen_lr",
     "claims",
+    "coarse_measures",
     "complete_seeds",
     "has_measure",
     "last",
@@ -28,7 +29,6 @@ __all__ = [
     "paired",
 ]
 
-PRIMARY = "mIoU mass, best head"
 ORDER = ("CRATE", "CRATE-MLP", "CRATE-MHSA", "ViT")  # of the paper's Table 2, best first
 Results = dict[str, dict]
 
@@ -60,22 +60,20 @@ def _head(checkpoint: dict, threshold: str, layer: int) -> int:
     return heads.index(max(heads))
 
 
-def _miou(checkpoint: dict, threshold: str, reading: str, layer: int, split: str = "test") -> float:
-    row = _row(checkpoint, split, threshold, layer)
-    return 100 * (
-        row["best_head"] if reading == "best head" else row["per_head"][_head(checkpoint, threshold, layer)]
-    )
+def _score(checkpoint: dict, reading: str, heads: str, layer: int, split: str = "test") -> float:
+    row = _row(checkpoint, split, reading, layer)
+    return 100 * (row["best_head"] if heads == "best head" else row["per_head"][_head(checkpoint, reading, layer)])
 
 
-def _chosen_layer(checkpoint: dict, threshold: str, reading: str) -> int:
-    layers = [row["layer"] for row in checkpoint["selection"][threshold]["layers"]]
-    return max(layers, key=lambda layer: _miou(checkpoint, threshold, reading, layer, "selection"))
+def _chosen_layer(checkpoint: dict, reading: str, heads: str) -> int:
+    layers = [row["layer"] for row in checkpoint["selection"][reading]["layers"]]
+    return max(layers, key=lambda layer: _score(checkpoint, reading, heads, layer, "selection"))
 
 
-def _coarse(threshold: str, reading: str) -> Callable[[dict, int | None], float]:
+def _coarse(reading: str, heads: str) -> Callable[[dict, int | None], float]:
     def at(checkpoint: dict, layer: int | None) -> float:
-        chosen = _chosen_layer(checkpoint, threshold, reading) if layer is None else layer
-        return _miou(checkpoint, threshold, reading, chosen)
+        chosen = _chosen_layer(checkpoint, reading, heads) if layer is None else layer
+        return _score(checkpoint, reading, heads, chosen)
 
     return at
 
@@ -84,12 +82,22 @@ def _detected(name: str) -> Callable[[dict, int | None], float]:
     return lambda checkpoint, layer: checkpoint["maskcut"][str(layer)][name]
 
 
-# Name → (checkpoint, layer) → percent. With layer None mIoU is taken at the layer best on the selection scenes.
+# Of attention: name → (reading of `segmentation.AttentionScores`, whose)
+COARSE: dict[str, tuple[str, str]] = {
+    f"{name}, {heads}": (reading, heads)
+    for reading, name in (("ap", "AP"), ("mass", "mIoU mass"), ("topk", "mIoU topk"))
+    for heads in ("best head", "fixed head")
+}
+# Name → (checkpoint, layer) → percent. With layer None attention is scored at the layer best on the selection scenes.
 MEASURES: dict[str, Callable[[dict, int | None], float]] = {
-    f"mIoU {threshold}, {reading}": _coarse(threshold, reading)
-    for threshold in ("mass", "topk")
-    for reading in ("best head", "fixed head")
+    name: _coarse(*reading_and_heads) for name, reading_and_heads in COARSE.items()
 } | {name: _detected(name) for name in ("box AP50", "box AP", "box AR100", "mask AP50", "mask AP", "mask AR100")}
+
+
+def coarse_measures(results: Results) -> list[str]:
+    """Those of `COARSE` that the results have: AP came with the second protocol."""
+    scored = [result["checkpoints"] for result in results.values() if result["kind"] == "scenes"]
+    return [name for name, (reading, _) in COARSE.items() if all(reading in c["test"] for cs in scored for c in cs)]
 
 
 def complete_seeds(results: Results, protocol: Protocol, kind: str = "scenes") -> list[int]:
@@ -134,11 +142,11 @@ def at_checkpoint(measure: str, index: int, layer: str = "paper") -> Callable[[d
     return value
 
 
-def baselines(results: Results, threshold: str) -> dict[str, float]:
-    """What maps that know nothing, or everything, score on the test scenes: name → percent."""
+def baselines(results: Results, measure: str) -> dict[str, float]:
+    """What maps that know nothing, or everything, score on the test scenes by a measure of `COARSE`, in percent."""
     scored = next(result for result in results.values() if result["kind"] == "scenes")["checkpoints"][-1]
     names = ("constant", "random", "mean_mask", "true_mask")
-    return {name: 100 * scored["test"][threshold][name] for name in names}
+    return {name: 100 * scored["test"][COARSE[measure][0]][name] for name in names}
 
 
 def has_measure(result: dict, name: str) -> bool:
@@ -207,17 +215,18 @@ def _listed(values: Sequence[float]) -> str:
     return ", ".join(f"{value:.1f}" for value in values)
 
 
-def claims(results: Results, protocol: Protocol, measure: str = PRIMARY) -> list[Claim]:
+def claims(results: Results, protocol: Protocol, measure: str = "") -> list[Claim]:
     """The protocol's statements, decided by its rules.
 
     Args:
         results: With every seed of at least one round of models.
         protocol: The experiment.
-        measure: A mIoU of `MEASURES`.
+        measure: Of `COARSE`; the protocol's primary one when empty.
     """
+    measure = measure or protocol.primary
     scores = by_model(results, protocol, last(measure))
     untrained = by_model(results, protocol, at_checkpoint(measure, 0))
-    fixed_map = baselines(results, measure.split(",")[0].split()[1])["mean_mask"]
+    fixed_map = baselines(results, measure)["mean_mask"]
     crate, vit = scores["CRATE"], scores["ViT"]
     gap = paired(crate, vit)
     interval = "" if gap.low is None else f", 95 % interval {gap.low:.1f} to {gap.high:.1f}, p = {gap.p:.3f}"

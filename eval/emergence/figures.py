@@ -11,10 +11,12 @@ import numpy as np
 import torch
 
 from crate_fast.eval.emergence.analysis import (
+    COARSE,
     MEASURES,
     at_checkpoint,
     baselines,
     by_seed,
+    coarse_measures,
     complete_seeds,
     has_measure,
 )
@@ -30,7 +32,14 @@ _ORDER = (
     *("figure4_masks", "figure6_by_layer", "figure6_components", "figure7_heads", "figure9_parts"),
     *("figure10_by_epoch", "figure10_components", "white_box"),
 )
-_SHOWN_SCORES = ("mIoU mass, best head", "mIoU mass, fixed head", "box AP", "mask AP")
+_SHOWN_SCORES = (
+    "AP, best head",
+    "AP, fixed head",
+    "mIoU mass, best head",
+    "mIoU mass, fixed head",
+    "box AP",
+    "mask AP",
+)
 
 
 def load_pictures(report: Path) -> Pictures:
@@ -159,6 +168,8 @@ class _Charts:
     def __init__(self, results: dict[str, dict], protocol: Protocol):
         self.results, self.protocol = results, protocol
         self.layers = range(protocol.depth)
+        known = coarse_measures(results)
+        self.shown = [name for name in _SHOWN_SCORES if name not in COARSE or name in known]
 
     def by_layer(self, path: Path) -> None:
         """Scores of the last checkpoint at every layer."""
@@ -166,7 +177,7 @@ class _Charts:
         def values(measure: str) -> list[Callable]:
             return [lambda r, at=layer: MEASURES[measure](r["checkpoints"][-1], at) for layer in self.layers]
 
-        panels = {f"{m}, %": self._models(m, self.layers, values(m)) for m in _SHOWN_SCORES}
+        panels = {f"{m}, %": self._models(m, self.layers, values(m)) for m in self.shown}
         curve_figure(panels, "layer", [path], from_zero=True, columns=2, labels=MODELS)
 
     def by_epoch(self, path: Path) -> None:
@@ -178,7 +189,7 @@ class _Charts:
                 return [lambda r, i=index: 100 * r["checkpoints"][i]["accuracy"] for index in range(len(images))]
             return [at_checkpoint(measure, index) for index in range(len(images))]
 
-        panels = {f"{m}, %": self._models(m, images, values(m)) for m in ("accuracy", *_SHOWN_SCORES)}
+        panels = {f"{m}, %": self._models(m, images, values(m)) for m in ("accuracy", *self.shown)}
         curve_figure(panels, "training images, thousands", [path], from_zero=True, columns=2, labels=MODELS)
 
     def white_box(self, path: Path) -> None:
@@ -204,10 +215,10 @@ class _Charts:
         return Curve(label, x, [statistics.fmean(seeds) for seeds in found], spread, **style)
 
     def _models(self, measure: str, x: Sequence[float], values: Sequence[Callable]) -> list[Curve]:
-        """A curve a model; beside mIoU what maps that know nothing score."""
+        """A curve a model; beside those of attention what maps that know nothing score."""
         curves = [self._curve(model, x, values, model) for model in MODELS]
-        if measure.startswith("mIoU"):
-            known = baselines(self.results, measure.split(",")[0].split()[1])
+        if measure in COARSE:
+            known = baselines(self.results, measure)
             names = {"mean_mask": "mean mask"} | ({"random": "random maps"} if measure.endswith("best head") else {})
             for name, text in names.items():
                 curves.append(Curve(text, [x[0], x[-1]], [known[name]] * 2, dashed=True))

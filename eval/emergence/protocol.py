@@ -91,6 +91,7 @@ class Protocol:
         selection_seed, test_seed: Of those scenes; no model is trained on either.
         optimizer, weight_decay, label_smoothing: As `TrainConfig`'s.
         warmup_share: Of a stage's steps.
+        primary: The measure of `analysis.COARSE` that decides; the default is that of the first protocol.
     """
 
     patch_size: int
@@ -112,6 +113,7 @@ class Protocol:
     weight_decay: float = 0.05
     label_smoothing: float = 0.1
     warmup_share: float = 0.05
+    primary: str = "mIoU mass, best head"
 
     @property
     def image_size(self) -> int:
@@ -158,6 +160,7 @@ SIZES = {
         selection_images=12,
         test_images=16,
         maskcut_images=8,
+        primary="AP, best head",
     ),
     "small": Protocol(
         patch_size=8,
@@ -172,6 +175,7 @@ SIZES = {
         selection_images=500,
         test_images=500,
         maskcut_images=200,
+        primary="AP, best head",
     ),
     "full": Protocol(
         patch_size=8,
@@ -186,6 +190,7 @@ SIZES = {
         selection_images=1000,
         test_images=1000,
         maskcut_images=500,
+        primary="AP, best head",
     ),
 }
 

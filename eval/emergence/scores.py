@@ -27,7 +27,7 @@ def checkpoint_scores(subject: Subject, protocol: Protocol) -> dict:
         protocol: Says how many scenes.
 
     Returns:
-        "accuracy" on the test scenes; "selection" and "test", threshold → "layers" (of each "best_head" and
+        "accuracy" on the test scenes; "selection" and "test", reading → "layers" (of each "best_head" and
         "per_head") and baselines, as in `segmentation.score_attention`; "maskcut", layer → box and mask AP50, AP75,
         AP, AR100 and "detections"; "white_box", of each layer R^c and sparsity where they mean something.
     """
