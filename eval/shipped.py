@@ -3,8 +3,8 @@
     subject = open_model("shipped:CRATE")            # 158 k parameters, 128 px, twelve classes of shape_scenes
     python -m crate_fast.eval.shipped RUN FILE       # write such a file from a run of one's own
 
-They are what `crate-fast reproduce emergence --size small` trains (docs/emergence/earlier/first/report.md), in half precision: to
-look inside, not to compare. The file is safetensors; what the model is stands in its header.
+They are what `crate-fast reproduce emergence --size small` trains (docs/emergence/earlier/first/report.md), in half
+precision: to look inside, not to compare. The file is safetensors; what the model is stands in its header.
 """
 
 import argparse
