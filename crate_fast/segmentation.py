@@ -113,6 +113,9 @@ def average_precision(weights: Tensor, target: Tensor, valid: Tensor | None = No
     return (precision * hits).sum(-1).double() / hits.sum(-1).clamp(min=1)
 
 
+_SCORES = {"topk": intersection_over_union, "mass": intersection_over_union, "ap": average_precision}
+
+
 class AttentionScores:
     """Adds up how well attention maps cover objects, batch by batch, beside what they must beat.
 
@@ -171,20 +174,19 @@ class AttentionScores:
         labels = [[0] * len(keep) for keep in kept] if labels is None else labels
         for image, keep in zip(labels, kept, strict=True):
             self._labels += [label for label, k in zip(image, keep.tolist(), strict=True) if k]
-        one = target.unsqueeze(1), usable.unsqueeze(1)
         for reading in READINGS:
+
+            def per_head(attention: Tensor, read=reading) -> Tensor:
+                return _SCORES[read](self._read(read, attention)[owner], target.unsqueeze(1), usable.unsqueeze(1))
+
             for layer, attention in maps.items():
-                scores = self._score(reading, attention.float().cpu()[owner], *one)
-                self._per_head.setdefault((reading, layer), []).append(scores)
-            best_random = self._score(reading, noise[owner], *one).amax(dim=1)
-            self._baselines.setdefault((reading, "random"), []).append(best_random)
-            true = self._score(reading, target.float(), target, usable)
+                self._per_head.setdefault((reading, layer), []).append(per_head(attention.float().cpu()))
+            self._baselines.setdefault((reading, "random"), []).append(per_head(noise).amax(dim=1))
+            true = _SCORES[reading](self._read(reading, target.float()), target, usable)
             self._baselines.setdefault((reading, "true_mask"), []).append(true)
 
-    def _score(self, reading: str, maps: Tensor, target: Tensor, valid: Tensor) -> Tensor:
-        if reading == "ap":
-            return average_precision(maps, target, valid)
-        return intersection_over_union(attention_to_mask(maps, reading, self.fraction), target, valid)
+    def _read(self, reading: str, maps: Tensor) -> Tensor:
+        return attention_to_mask(maps, reading, self.fraction) if reading in THRESHOLDS else maps
 
     def result(self) -> dict[str, dict]:
         """The scores; see `score_attention`, and "by_class", class → the best-head score at each layer.
@@ -218,7 +220,7 @@ class AttentionScores:
                 "layers": [row(reading, layer) for name, layer in self._per_head if name == reading],
                 "constant": mean(covered),
                 "random": mean(torch.cat(self._baselines[reading, "random"])),
-                "mean_mask": mean(self._score(reading, mean_mask.expand(target.shape), target, valid)),
+                "mean_mask": mean(_SCORES[reading](self._read(reading, mean_mask), target, valid)),
                 "true_mask": mean(torch.cat(self._baselines[reading, "true_mask"])),
                 "fraction": self.fraction if reading in THRESHOLDS else None,
                 "images": self.images,

@@ -50,13 +50,13 @@ def chosen_lr(results: Results, protocol: Protocol, model: str) -> float | None:
     return max(scores, key=lambda lr: (scores[lr], -lr))
 
 
-def _row(checkpoint: dict, split: str, threshold: str, layer: int) -> dict:
-    return next(row for row in checkpoint[split][threshold]["layers"] if row["layer"] == layer)
+def _row(checkpoint: dict, split: str, reading: str, layer: int) -> dict:
+    return next(row for row in checkpoint[split][reading]["layers"] if row["layer"] == layer)
 
 
-def _head(checkpoint: dict, threshold: str, layer: int) -> int:
+def _head(checkpoint: dict, reading: str, layer: int) -> int:
     """The best head for all images of the selection scenes."""
-    heads = _row(checkpoint, "selection", threshold, layer)["per_head"]
+    heads = _row(checkpoint, "selection", reading, layer)["per_head"]
     return heads.index(max(heads))
 
 

@@ -116,8 +116,7 @@ def _with_spread(values: Sequence[float]) -> str:
     return f"{statistics.fmean(values):.1f}{spread}"
 
 
-def _claims(results: dict, protocol: Protocol, measure: str = "") -> str:
-    measure = measure or protocol.primary
+def _claims(results: dict, protocol: Protocol, measure: str) -> str:
     found = claims(results, protocol, measure)
     so_far = "" if len(complete_seeds(results, protocol)) == len(protocol.seeds) else " so far"
     words = {True: "holds", False: "does not hold", None: "undecided"}
@@ -136,9 +135,10 @@ def _claims(results: dict, protocol: Protocol, measure: str = "") -> str:
 
 
 def _verdicts(results: dict, protocol: Protocol) -> str:
-    fixed = protocol.primary.replace("best", "fixed")
+    fixed = protocol.primary.replace("best head", "fixed head")
     text = (
-        f"On the primary score, {protocol.primary}, as the protocol has it:\n\n{_claims(results, protocol)}\n\nThe "
+        f"On the primary score, {protocol.primary}, as the protocol has it:\n\n"
+        f"{_claims(results, protocol, protocol.primary)}\n\nThe "
         f"best of {protocol.heads} heads is chosen with the object in view, and {protocol.heads} maps that are the "
         "same for all images would gain from that too, while the mean mask is one map. So the same statements on one "
         "head for all images, chosen on other scenes; not what the protocol decides by:\n\n"
@@ -288,7 +288,7 @@ def _earlier(report: Path) -> list[str]:
         settings = json.loads(folder.read_text())
         settings.pop("size")
         before, name = Protocol.of_settings(settings), folder.parent.name
-        verdicts = _claims(load_results(folder.parent), before)
+        verdicts = _claims(load_results(folder.parent), before, before.primary)
         parts.append(f"### {name}\n\n[Its report](earlier/{name}/report.md).\n\n{verdicts}")
     return ["## Earlier protocols, and what came out", *parts] if parts else []
 
