@@ -124,7 +124,8 @@ def _command(options: argparse.Namespace) -> None:
     paths = [write_results(output, "by_epoch", config, {"rows": rows}, problems), output / "table.md"]
     charts = [output / "by_epoch.png", output / "by_epoch.pdf"]
     along = {epochs[step] if known else step: numbers for step, numbers in results.items()}
-    curve_figure(curves({label: along}), "epoch" if known else "optimiser step", charts, from_zero=True)
+    xlabel = "epoch" if known else "optimiser step"
+    curve_figure(curves({label: along}), xlabel, charts, from_zero=True, columns=3)
     pictures = [output / "components.png", output / "components.pdf"]
     titles = [f"epoch {epochs[step]:g}" if known else f"step {step}" for step in names]
     _figure(subjects(), titles, images, layer, pictures)

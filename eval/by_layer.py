@@ -1,8 +1,8 @@
-"""Segmentation at every layer: MaskCut's AP and attention's mIoU over depth (paper, Fig. 6).
+"""Segmentation at every layer: MaskCut's AP, attention's mIoU and AP over depth (paper, Fig. 6).
 
     crate-fast eval by_layer CRATE=runs/A ViT=runs/B --data coco:PATH
 
-One pass of the model serves all layers. AP needs instances (COCO's, or the scenes' objects), mIoU any masks.
+One pass of the model serves all layers. MaskCut needs instances (COCO's or the scenes'), attention any masks.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from crate_fast.figures import Curve, curve_figure
 __all__ = ["MEASURES", "check_measures", "evaluate", "main", "measure_options"]
 
 MEASURES = ("maskcut", "coarse")
-PLOTTED = ("box AP", "mask AP", "mIoU topk", "mIoU mass")
+PLOTTED = ("box AP", "mask AP", *coarse_segmentation.NAMES.values())
 
 
 def check_measures(measures: Sequence[str] | None, images: Dataset, specification: str) -> list[str]:
@@ -66,9 +66,10 @@ def evaluate(
         **reading: `batch_size`, `workers`, `progress` of `images.batches`.
 
     Returns:
-        Layer → "box AP50", "box AP75", "box AP", "box AR100", the same of "mask", "mIoU topk", "mIoU mass" and, the
-        same for all layers, "random topk", "random mass" and "constant" (the mIoU of random maps and of the mask that
-        holds every patch), "images" read and "objects" scored.
+        Layer → "box AP50", "box AP75", "box AP", "box AR100", the same of "mask", "mIoU topk", "mIoU mass",
+        "attention AP" and, the same for all layers, "random mIoU topk", "random mIoU mass", "random attention AP" and
+        "constant" (what random maps score, and the map that is the same for every patch), "images" read and "objects"
+        scored.
     """
     layers = list(range(subject.extract.depth)) if layers is None else list(layers)
     rows: dict[int, dict[str, float]] = {layer: {} for layer in layers}
@@ -82,10 +83,11 @@ def evaluate(
     if "coarse" in measures:
         found.clear()  # the same images again
         scores = coarse_segmentation.evaluate(subject, images, layers, problems=found, seed=seed, **reading)
-        for threshold, result in scores.items():
+        for reading, result in scores.items():
             for row in result["layers"]:
-                rows[row["layer"]][f"mIoU {threshold}"] = 100 * row["best_head"]
-                rows[row["layer"]][f"random {threshold}"] = 100 * result["random"]
+                name = coarse_segmentation.NAMES[reading]
+                rows[row["layer"]][name] = 100 * row["best_head"]
+                rows[row["layer"]][f"random {name}"] = 100 * result["random"]
                 counts = {"images": result["images"] + result["without_objects"], "objects": result["objects"]}
                 rows[row["layer"]] |= {"constant": 100 * result["constant"]} | counts
     if problems is not None:
@@ -101,15 +103,15 @@ def measure_options(parser: argparse.ArgumentParser) -> None:
 
 
 def curves(labelled: dict[str, dict[float, dict[str, float]]]) -> dict[str, list[Curve]]:
-    """Label → {x → numbers} as panels of curves; beside each mIoU what random maps and the constant mask score.
+    """Label → {x → numbers} as panels of curves; beside attention's what random and constant maps score.
 
     A baseline is drawn once for all models that have the same (it depends on heads and grid).
     """
     panels: dict[str, list[Curve]] = {}
     for name in PLOTTED:
         shown = {name: ""}
-        if name.startswith("mIoU"):
-            shown |= {f"random {name.split()[-1]}": "random maps", "constant": "constant mask"}
+        if name in coarse_segmentation.NAMES.values():
+            shown |= {f"random {name}": "random maps", "constant": "constant mask"}
         for column, baseline in shown.items():
             drawn: list[list] = []
             for label, rows in labelled.items():
@@ -153,14 +155,14 @@ def _command(options: argparse.Namespace) -> None:
     config = settings_of(options) | {"models": [subject.facts for subject in subjects]}
     paths = [write_results(folder, "by_layer", config, results, problems), folder / "table.md"]
     figures = [folder / "by_layer.png", folder / "by_layer.pdf"]
-    curve_figure(curves(results), "layer", figures, from_zero=True)
+    curve_figure(curves(results), "layer", figures, from_zero=True, columns=3)
     print("* the layer that the paper looks at; all numbers but counts in %")
     say_written(paths + figures, problems)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run as the command line says; returns the exit status."""
-    parser = evaluation_parser("by_layer", "AP of MaskCut and mIoU of attention, layer by layer.", image_size=480)
+    parser = evaluation_parser("by_layer", "AP of MaskCut, mIoU and AP of attention, layer by layer.", image_size=480)
     measure_options(parser)
     return run_command(_command, parser.parse_args(argv))
 

@@ -36,7 +36,7 @@ from crate_fast.segmentation import (
 __all__ = ["evaluate", "main", "require_targets"]
 
 BASELINES = ("constant", "random", "mean_mask", "true_mask")
-_NAMES = {"topk": "mIoU topk", "mass": "mIoU mass", "ap": "AP"}  # of readings, in tables
+NAMES = {"topk": "mIoU topk", "mass": "mIoU mass", "ap": "attention AP"}  # of readings, in tables
 
 
 def require_targets(images: Dataset, specification: str) -> None:
@@ -90,7 +90,7 @@ def evaluate(
 def _row(label: str, reading: str, scores: dict, row: dict, marked: int) -> dict:
     return {
         "model": label,
-        "score": _NAMES[reading],
+        "score": NAMES[reading],
         "layer": f"{row['layer']}{' *' if row['layer'] == marked else ''}",
         "best head": row["best_head"],
         "one head for all": row["fixed_head"],
@@ -104,7 +104,7 @@ def _row(label: str, reading: str, scores: dict, row: dict, marked: int) -> dict
 def _head_rows(label: str, scores: dict) -> list[dict]:
     """The breakdown by head: a row a layer and score, a column a head (for all images the same)."""
     return [
-        {"model": label, "score": _NAMES[reading], "layer": row["layer"]}
+        {"model": label, "score": NAMES[reading], "layer": row["layer"]}
         | {f"head {head}": score for head, score in enumerate(row["per_head"])}
         for reading in READINGS
         for row in scores[reading]["layers"]

@@ -13,7 +13,7 @@ import sys
 
 from torch.utils.data import Dataset
 
-from crate_fast.eval import by_layer, paper
+from crate_fast.eval import by_layer, coarse_segmentation, paper
 from crate_fast.eval.by_layer import check_measures
 from crate_fast.eval.images import open_images
 from crate_fast.eval.maskcut import PAPER, MaskCutSettings
@@ -50,14 +50,17 @@ def evaluate(
 
     Returns:
         "box AP50", "box AP75", "box AP", the same of "mask", "box AR100", "mask AR100" and "COCO images"; or "VOC
-        mIoU", "random maps" and "constant mask", what those score, and "VOC images".
+        mIoU", "random maps" and "constant mask", what those score, "attention AP", which needs no threshold, and "VOC
+        images".
     """
     layer = subject.extract.resolve_layer(layer)
     numbers = by_layer.evaluate(subject, images, [layer], [measure], settings, problems, **reading)[layer]
     if measure == "maskcut":
         return {"COCO images" if name == "images" else name: value for name, value in numbers.items()}
-    scores = {"VOC mIoU": numbers[f"mIoU {threshold}"], "random maps": numbers[f"random {threshold}"]}
-    return scores | {"constant mask": numbers["constant"], "VOC images": numbers["images"]}
+    name = coarse_segmentation.NAMES[threshold]
+    scores = {"VOC mIoU": numbers[name], "random maps": numbers[f"random {name}"]}
+    others = {"constant mask": numbers["constant"], "attention AP": numbers["attention AP"]}
+    return scores | others | {"VOC images": numbers["images"]}
 
 
 def compare(table: str, ours: dict[str, dict[str, float]]) -> list[dict]:

@@ -117,7 +117,7 @@ def test_the_command(kind, tmp_path, capsys):
     assert {"commit", "torch", "command"} <= first["provenance"].keys()
     table = (tmp_path / "out" / "table.md").read_text()
     assert "| A | mIoU topk | 0 * |" in table
-    assert "| B | AP | 1 |" in table
+    assert "| B | attention AP | 1 |" in table
     per_head = first["results"]["B"]["mass"]["layers"][1]["per_head"]
     assert (
         f"| B | mIoU mass | 1 | {per_head[0]:.3f} | {per_head[1]:.3f} |"

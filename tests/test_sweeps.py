@@ -9,7 +9,7 @@ from PIL import Image
 from test_maskcut import _coco as make_coco_boxes
 
 from crate_fast import cli
-from crate_fast.eval import by_epoch, by_layer, comparison, maskcut, paper
+from crate_fast.eval import by_epoch, by_layer, coarse_segmentation, comparison, maskcut, paper
 from crate_fast.eval.images import open_images
 from crate_fast.eval.models import open_model
 from crate_fast.eval.records import Records
@@ -24,10 +24,15 @@ def test_layers_are_what_each_gives_alone(tmp_path):
     images = open_images(f"coco:{make_coco_boxes(tmp_path)}", 64)
     rows = by_layer.evaluate(subject, images, batch_size=4)
     assert list(rows) == [0, 1, 2]
+    coarse = coarse_segmentation.evaluate(subject, images, batch_size=4)
     for layer in rows:
         alone = maskcut.evaluate(subject, images, [layer])[layer]
         assert rows[layer]["mask AP"] == pytest.approx(100 * alone["segm"]["AP"])
         assert rows[layer]["box AR100"] == pytest.approx(100 * alone["bbox"]["AR100"])
+        for reading, name in (("topk", "mIoU topk"), ("mass", "mIoU mass"), ("ap", "attention AP")):
+            scores = coarse[reading]
+            assert rows[layer][name] == pytest.approx(100 * scores["layers"][layer]["best_head"])
+            assert rows[layer][f"random {name}"] == pytest.approx(100 * scores["random"])
     assert len({row["mIoU mass"] for row in rows.values()}) == 3
 
 
