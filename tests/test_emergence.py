@@ -262,7 +262,7 @@ def test_the_report_comes_from_results_alone(finished, tmp_path):
     arguments = ["--size", "smoke", "--report-only", "--report", str(report), "--output", str(tmp_path / "none")]
     assert main(arguments) == 0
     assert (report / "report.md").read_text() == text
-    assert text.count("](figures/") == len(list((report / "figures").glob("*.png"))) == 8
+    assert text.count("](figures/") == len(list((report / "figures").glob("*.png"))) == 9
     assert "30 of 30" in text
     assert str(output) not in text
     (report / "discussion.md").write_text("## What did not reproduce\n\nIt is a smoke test.\n")

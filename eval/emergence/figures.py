@@ -22,15 +22,15 @@ from crate_fast.eval.emergence.analysis import (
 )
 from crate_fast.eval.emergence.protocol import MODELS, Protocol
 from crate_fast.figures import Curve, Picture, curve_figure, image_grid
-from crate_fast.segmentation import attention_to_mask, intersection_over_union, mask_to_grid
+from crate_fast.segmentation import attention_to_mask, average_precision, intersection_over_union, mask_to_grid
 from crate_fast.train.shape_scenes import CLASSES
 
 __all__ = ["draw", "load_pictures", "readme_picture"]
 
 Pictures = dict[str, dict[str, np.ndarray]]
 _ORDER = (
-    *("figure4_masks", "figure6_by_layer", "figure6_components", "figure7_heads", "figure9_parts"),
-    *("figure10_by_epoch", "figure10_components", "white_box"),
+    *("figure4_masks", "figure4_maps", "figure6_by_layer", "figure6_components", "figure7_heads"),
+    *("figure9_parts", "figure10_by_epoch", "figure10_components", "white_box"),
 )
 _SHOWN_SCORES = (
     "AP, best head",
@@ -76,7 +76,8 @@ def draw(results: dict[str, dict], pictures: Pictures, protocol: Protocol, folde
         figures["figure7_heads"] = lambda path: readme_picture(pictures["CRATE"], layers["CRATE"], protocol, path)
         figures["figure10_components"] = lambda path: _by_checkpoint(pictures["CRATE"], protocol, path)
     if pictures:
-        figures["figure4_masks"] = lambda path: _masks(pictures, layers, protocol, path)
+        figures["figure4_masks"] = lambda path: _best_heads(pictures, layers, protocol, "mass", path)
+        figures["figure4_maps"] = lambda path: _best_heads(pictures, layers, protocol, "ap", path)
         figures["figure9_parts"] = lambda path: _components(pictures, "parts", protocol, path)
         figures["figure6_components"] = lambda path: _components(pictures, "components", protocol, path)
     if complete_seeds(results, protocol):
@@ -112,17 +113,22 @@ def readme_picture(arrays: dict[str, np.ndarray], layer: int, protocol: Protocol
     image_grid(rows, [path], row_titles=titles, column_titles=classes)
 
 
-def _masks(pictures: Pictures, layers: dict[str, int], protocol: Protocol, path: Path) -> None:
-    """Each model's best mask by mass, as scored (Fig. 4a): a scene a column."""
+def _best_heads(pictures: Pictures, layers: dict[str, int], protocol: Protocol, reading: str, path: Path) -> None:
+    """The mask ("mass") or the map ("ap") of each model's best head, as scored (Fig. 4a): a scene a column.
+
+    A map's largest weight is white.
+    """
     side = _side(protocol)
     images, masks, classes = _scenes(next(iter(pictures.values())))
     rows, titles = [images, masks], ["image", "object"]
     for model, arrays in pictures.items():
-        objects = mask_to_grid(torch.from_numpy(arrays["masks"]), (side, side))
-        found = attention_to_mask(torch.from_numpy(arrays["attention"][layers[model]]).float(), "mass")
-        best = intersection_over_union(found, objects.unsqueeze(1)).argmax(dim=1)
-        chosen = found[torch.arange(len(best)), best].view(-1, side, side).float().numpy()
-        rows.append([Picture(mask, "gray", (0, 1)) for mask in chosen])
+        objects = mask_to_grid(torch.from_numpy(arrays["masks"]), (side, side)).unsqueeze(1)
+        maps = torch.from_numpy(arrays["attention"][layers[model]]).float()
+        shown = attention_to_mask(maps, "mass") if reading == "mass" else maps
+        score = intersection_over_union if reading == "mass" else average_precision
+        best = score(shown, objects).argmax(dim=1)
+        chosen = shown[torch.arange(len(best)), best].view(-1, side, side).float()
+        rows.append([Picture(each.numpy(), "gray", (0, float(each.max()))) for each in chosen])
         titles.append(f"{model},\nlayer {layers[model]}")
     image_grid(rows, [path], row_titles=titles, column_titles=classes)
 

@@ -35,6 +35,7 @@ __all__ = ["write_report"]
 
 _CAPTIONS = {
     "figure4_masks": "Each model's best mask by mass at the paper's layer, as scored (Fig. 4).",
+    "figure4_maps": "The attention map of each model's best head by AP; black is 0, white its largest weight.",
     "figure6_by_layer": "Scores by layer, means and standard deviations over seeds (Fig. 6).",
     "figure6_components": "Principal components 2 to 4 of patch features by layer, as colours; four scenes (Fig. 6).",
     "figure7_heads": "Attention of CLS, every head of CRATE's layer that the paper looks at (Fig. 7).",
