@@ -17,7 +17,15 @@ from runs import ROOT, same
 
 from crate_fast.eval.detections import class_agnostic_scores, detections_of
 from crate_fast.eval.emergence import job as job_module
-from crate_fast.eval.emergence.analysis import by_model, chosen_lr, claims, last, load_results
+from crate_fast.eval.emergence.analysis import (
+    by_model,
+    chosen_lr,
+    claims,
+    held_out_accuracy,
+    last,
+    load_results,
+    validated,
+)
 from crate_fast.eval.emergence.command import main
 from crate_fast.eval.emergence.job import Job, Places, result_file, train_and_score
 from crate_fast.eval.emergence.protocol import (
@@ -262,7 +270,7 @@ def test_the_report_comes_from_results_alone(finished, tmp_path):
     arguments = ["--size", "smoke", "--report-only", "--report", str(report), "--output", str(tmp_path / "none")]
     assert main(arguments) == 0
     assert (report / "report.md").read_text() == text
-    assert text.count("](figures/") == len(list((report / "figures").glob("*.png"))) == 9
+    assert text.count("](figures/") == len(list((report / "figures").glob("*.png"))) == 10
     assert "30 of 30" in text
     assert str(output) not in text
     (report / "discussion.md").write_text("## What did not reproduce\n\nIt is a smoke test.\n")
@@ -311,6 +319,15 @@ def test_a_report_of_the_seeds_that_are_complete(finished, tmp_path):
     assert "29 of 30" in text
     assert "so far**" in text
     assert "| seeds with all models | 1 |" in text
+
+
+def test_checkpoints_are_compared_with_the_accuracy_of_their_own_step():
+    checkpoints = [{"stage": 0, "step": 0}, {"stage": 0, "step": 4}, {"stage": 1, "step": 4}, {"stage": 1, "step": 8}]
+    entries = [(0, 4, 0.25), (0, 8, 0.5), (1, 8, 0.75)]
+    validation = [{"stage": stage, "step": step, "val_accuracy": value} for stage, step, value in entries]
+    result = {"checkpoints": checkpoints, "validation": validation}
+    assert validated(result) == [1, 3]
+    assert [held_out_accuracy(index)(result) for index in (1, 3)] == [25.0, 75.0]
 
 
 def test_an_earlier_protocol_stays_in_the_report(finished, tmp_path):

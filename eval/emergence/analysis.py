@@ -24,9 +24,11 @@ __all__ = [
     "coarse_measures",
     "complete_seeds",
     "has_measure",
+    "held_out_accuracy",
     "last",
     "load_results",
     "paired",
+    "validated",
 ]
 
 ORDER = ("CRATE", "CRATE-MLP", "CRATE-MHSA", "ViT")  # of the paper's Table 2, best first
@@ -138,6 +140,22 @@ def at_checkpoint(measure: str, index: int, layer: str = "paper") -> Callable[[d
     def value(result: dict) -> float:
         checkpoint = result["checkpoints"][index]
         return MEASURES[measure](checkpoint, checkpoint["default_layer"] if layer == "paper" else None)
+
+    return value
+
+
+def validated(result: dict) -> list[int]:
+    """The checkpoints at which a run's own held-out scenes were classified too."""
+    known = {(entry["stage"], entry["step"]) for entry in result["validation"]}
+    return [i for i, c in enumerate(result["checkpoints"]) if (c["stage"], c["step"]) in known]
+
+
+def held_out_accuracy(index: int) -> Callable[[dict], float]:
+    """Accuracy on a run's own held-out scenes, of the size that it trained at, at a checkpoint of `validated`."""
+
+    def value(result: dict) -> float:
+        when = [result["checkpoints"][index][name] for name in ("stage", "step")]
+        return next(100 * e["val_accuracy"] for e in result["validation"] if [e["stage"], e["step"]] == when)
 
     return value
 

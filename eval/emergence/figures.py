@@ -19,6 +19,8 @@ from crate_fast.eval.emergence.analysis import (
     coarse_measures,
     complete_seeds,
     has_measure,
+    held_out_accuracy,
+    validated,
 )
 from crate_fast.eval.emergence.protocol import MODELS, Protocol
 from crate_fast.figures import Curve, Picture, curve_figure, image_grid
@@ -30,7 +32,7 @@ __all__ = ["draw", "load_pictures", "readme_picture"]
 Pictures = dict[str, dict[str, np.ndarray]]
 _ORDER = (
     *("figure4_masks", "figure4_maps", "figure6_by_layer", "figure6_components", "figure7_heads"),
-    *("figure9_parts", "figure10_by_epoch", "figure10_components", "white_box"),
+    *("figure9_parts", "figure10_by_epoch", "figure10_components", "by_accuracy", "white_box"),
 )
 _SHOWN_SCORES = (
     "AP, best head",
@@ -84,6 +86,7 @@ def draw(results: dict[str, dict], pictures: Pictures, protocol: Protocol, folde
         charts = _Charts(results, protocol)
         figures["figure6_by_layer"] = charts.by_layer
         figures["figure10_by_epoch"] = charts.by_epoch
+        figures["by_accuracy"] = charts.by_accuracy
         figures["white_box"] = charts.white_box
     paths = {name: folder / f"{name}.png" for name in sorted(figures, key=_ORDER.index)}
     for name, path in paths.items():
@@ -197,6 +200,22 @@ class _Charts:
 
         panels = {f"{m}, %": self._models(m, images, values(m)) for m in ("accuracy", *self.shown)}
         curve_figure(panels, "training images, thousands", [path], from_zero=True, columns=2, labels=MODELS)
+
+    def by_accuracy(self, path: Path) -> None:
+        """Attention's scores at the paper's layer against accuracy: points are checkpoints, joined left to right."""
+        known = validated(by_seed(self.results, self.protocol, "CRATE", lambda result: result)[0])
+
+        def accuracy(model: str, index: int) -> float:
+            return statistics.fmean(by_seed(self.results, self.protocol, model, held_out_accuracy(index)))
+
+        along = {model: sorted((accuracy(model, index), index) for index in known) for model in MODELS}
+
+        def curve(model: str, measure: str) -> Curve:
+            values = [at_checkpoint(measure, index) for _, index in along[model]]
+            return self._curve(model, [x for x, _ in along[model]], values, model)
+
+        panels = {f"{m}, %": [curve(model, m) for model in MODELS] for m in self.shown if m in COARSE}
+        curve_figure(panels, "accuracy on held-out scenes, %", [path], from_zero=True, columns=2, labels=MODELS)
 
     def white_box(self, path: Path) -> None:
         """R^c and sparsity by layer, trained and untrained, of the models that have them."""

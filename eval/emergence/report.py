@@ -42,6 +42,8 @@ _CAPTIONS = {
     "figure9_parts": "The first three components of the foreground by layer, as colours; four scenes (Fig. 9).",
     "figure10_by_epoch": "Scores over training at the paper's layer (Fig. 10); at 0 stand the untrained twins.",
     "figure10_components": "Components 2 to 4 over training, CRATE; four scenes (Fig. 10).",
+    "by_accuracy": "Attention's scores at the paper's layer against accuracy on a run's held-out scenes, a point a "
+    "checkpoint. Added after the results were known; nothing is decided by it.",
     "white_box": "R^c and sparsity by layer; dashed: before training.",
 }
 _BASELINES = {
