@@ -4,6 +4,7 @@ import dataclasses
 import fcntl
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -17,10 +18,13 @@ from runs import ROOT, same
 
 from crate_fast.eval.detections import class_agnostic_scores, detections_of
 from crate_fast.eval.emergence import job as job_module
+from crate_fast.eval.emergence import report as report_module
 from crate_fast.eval.emergence.analysis import (
+    at_accuracy,
     by_model,
     chosen_lr,
     claims,
+    common_accuracy,
     held_out_accuracy,
     last,
     load_results,
@@ -37,6 +41,7 @@ from crate_fast.eval.emergence.protocol import (
     settings_table,
     training_config,
 )
+from crate_fast.eval.emergence.report import write_report
 from crate_fast.eval.images import SceneImages
 from crate_fast.eval.models import open_model
 from crate_fast.eval.results import markdown_table
@@ -321,13 +326,49 @@ def test_a_report_of_the_seeds_that_are_complete(finished, tmp_path):
     assert "| seeds with all models | 1 |" in text
 
 
-def test_checkpoints_are_compared_with_the_accuracy_of_their_own_step():
-    checkpoints = [{"stage": 0, "step": 0}, {"stage": 0, "step": 4}, {"stage": 1, "step": 4}, {"stage": 1, "step": 8}]
-    entries = [(0, 4, 0.25), (0, 8, 0.5), (1, 8, 0.75)]
-    validation = [{"stage": stage, "step": step, "val_accuracy": value} for stage, step, value in entries]
-    result = {"checkpoints": checkpoints, "validation": validation}
-    assert validated(result) == [1, 3]
-    assert [held_out_accuracy(index)(result) for index in (1, 3)] == [25.0, 75.0]
+def learning(accuracies: list[float], scores: list[float]) -> dict:
+    """A result whose primary score and accuracy on held-out scenes, in percent, are these at steps 4, 8, …"""
+    steps = [4 * number for number in range(len(scores) + 1)]
+    found = [checkpoint(score / 100, [0.5], [0.5], 1) for score in (0.0, *scores, 99.0)]
+    places = [{"stage": 0, "step": step, "default_layer": 0} for step in steps] + [{"stage": 1, "step": 4}]
+    entries = [(0, step, accuracy / 100) for step, accuracy in zip(steps[1:], accuracies, strict=True)]
+    validation = [
+        {"stage": stage, "step": step, "val_accuracy": value} for stage, step, value in (*entries, (1, 4, 1.0))
+    ]
+    return {"checkpoints": [a | b for a, b in zip(found, places, strict=True)], "validation": validation}
+
+
+def test_scores_at_an_accuracy_lie_between_checkpoints_of_the_first_stage():
+    result = learning([10.0, 20.0, 18.0, 30.0], [40.0, 60.0, 70.0, 80.0])
+    assert validated(result) == [1, 2, 3, 4]
+    assert [held_out_accuracy(index)(result) for index in (1, 4)] == pytest.approx([10.0, 30.0])
+    score = {accuracy: at_accuracy("AP, best head", accuracy)(result) for accuracy in (15.0, 20.0, 24.0, 5.0, 31.0)}
+    assert score == {
+        15.0: pytest.approx(50.0),
+        20.0: pytest.approx(60.0),
+        24.0: pytest.approx(75.0),
+        5.0: None,
+        31.0: None,
+    }
+    runs = {f"scenes-{model}-seed{seed}": result for model in MODELS for seed in SMOKE.seeds}
+    assert common_accuracy(runs, SMOKE) == pytest.approx(30.0)
+    runs["scenes-ViT-seed1"] = learning([10.0, 25.0], [10.0, 20.0])
+    assert common_accuracy(runs, SMOKE) == pytest.approx(25.0)
+    runs["scenes-CRATE-sth-seed0"] = learning([10.0, 12.0], [10.0, 20.0])
+    assert common_accuracy(runs, SMOKE) == pytest.approx(25.0)
+
+
+@pytest.mark.parametrize("folder", ["docs/emergence", "docs/emergence/earlier/first"])
+def test_the_committed_reports_are_what_their_results_say(folder, tmp_path, monkeypatch):
+    report = tmp_path / "report"
+    shutil.copytree(ROOT / folder, report)
+    text = (report / "report.md").read_text()
+    settings = json.loads((report / "protocol.json").read_text())
+    assert settings.pop("size") == "small"
+    figures = [Path(name) for name in re.findall(r"\]\((figures/.*?)\)", text)]
+    monkeypatch.setattr(report_module, "draw", lambda *_: {path.stem: path for path in figures})
+    assert write_report(report, Protocol.of_settings(settings), "small").read_text() == text
+    assert all((ROOT / folder / path).is_file() for path in figures)
 
 
 def test_an_earlier_protocol_stays_in_the_report(finished, tmp_path):

@@ -15,6 +15,7 @@ __all__ = [
     "ORDER",
     "Claim",
     "Paired",
+    "at_accuracy",
     "at_checkpoint",
     "baselines",
     "by_model",
@@ -22,6 +23,7 @@ __all__ = [
     "chosen_lr",
     "claims",
     "coarse_measures",
+    "common_accuracy",
     "complete_seeds",
     "has_measure",
     "held_out_accuracy",
@@ -145,17 +147,43 @@ def at_checkpoint(measure: str, index: int, layer: str = "paper") -> Callable[[d
 
 
 def validated(result: dict) -> list[int]:
-    """The checkpoints at which a run's own held-out scenes were classified too."""
-    known = {(entry["stage"], entry["step"]) for entry in result["validation"]}
-    return [i for i, c in enumerate(result["checkpoints"]) if (c["stage"], c["step"]) in known]
+    """The checkpoints of the first stage at which the run's own held-out scenes were classified too."""
+    known = {entry["step"] for entry in result["validation"] if entry["stage"] == 0}
+    return [i for i, c in enumerate(result["checkpoints"]) if c["stage"] == 0 and c["step"] in known]
 
 
 def held_out_accuracy(index: int) -> Callable[[dict], float]:
-    """Accuracy on a run's own held-out scenes, of the size that it trained at, at a checkpoint of `validated`."""
+    """Accuracy on a run's own held-out scenes at a checkpoint of `validated`, in percent."""
 
     def value(result: dict) -> float:
-        when = [result["checkpoints"][index][name] for name in ("stage", "step")]
-        return next(100 * e["val_accuracy"] for e in result["validation"] if [e["stage"], e["step"]] == when)
+        step = result["checkpoints"][index]["step"]
+        return next(100 * e["val_accuracy"] for e in result["validation"] if (e["stage"], e["step"]) == (0, step))
+
+    return value
+
+
+def common_accuracy(results: Results, protocol: Protocol) -> float:
+    """The highest accuracy that every run of the models of `ORDER` reached in the first stage, in percent."""
+
+    def best(result: dict) -> float:
+        return max(held_out_accuracy(index)(result) for index in validated(result))
+
+    return min(value for model in ORDER for value in by_seed(results, protocol, model, best))
+
+
+def at_accuracy(measure: str, accuracy: float, layer: str = "paper") -> Callable[[dict], float | None]:
+    """A measure when a run first reached an accuracy, on the line between the checkpoints before and after.
+
+    None where it did not in the first stage, or had when it was first looked at.
+    """
+
+    def value(result: dict) -> float | None:
+        for before, after in itertools.pairwise(validated(result)):
+            low, high = (held_out_accuracy(index)(result) for index in (before, after))
+            if low < accuracy <= high:
+                first, second = (at_checkpoint(measure, index, layer)(result) for index in (before, after))
+                return first + (second - first) * (accuracy - low) / (high - low)
+        return None
 
     return value
 

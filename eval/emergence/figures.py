@@ -202,7 +202,7 @@ class _Charts:
         curve_figure(panels, "training images, thousands", [path], from_zero=True, columns=2, labels=MODELS)
 
     def by_accuracy(self, path: Path) -> None:
-        """Attention's scores at the paper's layer against accuracy: points are checkpoints, joined left to right."""
+        """Attention's scores at the paper's layer against accuracy, a point a checkpoint of the first stage."""
         known = validated(by_seed(self.results, self.protocol, "CRATE", lambda result: result)[0])
 
         def accuracy(model: str, index: int) -> float:
