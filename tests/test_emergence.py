@@ -327,10 +327,11 @@ def test_a_report_of_the_seeds_that_are_complete(finished, tmp_path):
 
 
 def learning(accuracies: list[float], scores: list[float]) -> dict:
-    """A result whose primary score and accuracy on held-out scenes, in percent, are these at steps 4, 8, …"""
+    """A result with primary score and accuracy on held-out scenes, in percent, at steps 4, 8, …; before, 0 and 5."""
     steps = [4 * number for number in range(len(scores) + 1)]
     found = [checkpoint(score / 100, [0.5], [0.5], 1) for score in (0.0, *scores, 99.0)]
-    places = [{"stage": 0, "step": step, "default_layer": 0} for step in steps] + [{"stage": 1, "step": 4}]
+    places = [{"stage": 0, "step": step, "default_layer": 0, "accuracy": 0.05} for step in steps]
+    places += [{"stage": 1, "step": 4}]
     entries = [(0, step, accuracy / 100) for step, accuracy in zip(steps[1:], accuracies, strict=True)]
     validation = [
         {"stage": stage, "step": step, "val_accuracy": value} for stage, step, value in (*entries, (1, 4, 1.0))
@@ -340,10 +341,13 @@ def learning(accuracies: list[float], scores: list[float]) -> dict:
 
 def test_scores_at_an_accuracy_lie_between_checkpoints_of_the_first_stage():
     result = learning([10.0, 20.0, 18.0, 30.0], [40.0, 60.0, 70.0, 80.0])
-    assert validated(result) == [1, 2, 3, 4]
-    assert [held_out_accuracy(index)(result) for index in (1, 4)] == pytest.approx([10.0, 30.0])
-    score = {accuracy: at_accuracy("AP, best head", accuracy)(result) for accuracy in (15.0, 20.0, 24.0, 5.0, 31.0)}
+    assert validated(result) == [0, 1, 2, 3, 4]
+    assert [held_out_accuracy(index)(result) for index in (0, 1, 4)] == pytest.approx([5.0, 10.0, 30.0])
+    score = {
+        accuracy: at_accuracy("AP, best head", accuracy)(result) for accuracy in (7.5, 15.0, 20.0, 24.0, 5.0, 31.0)
+    }
     assert score == {
+        7.5: pytest.approx(20.0),
         15.0: pytest.approx(50.0),
         20.0: pytest.approx(60.0),
         24.0: pytest.approx(75.0),

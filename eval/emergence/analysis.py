@@ -147,16 +147,18 @@ def at_checkpoint(measure: str, index: int, layer: str = "paper") -> Callable[[d
 
 
 def validated(result: dict) -> list[int]:
-    """The checkpoints of the first stage at which the run's own held-out scenes were classified too."""
+    """The untrained twin, and the first stage's checkpoints at which the run classified its held-out scenes."""
     known = {entry["step"] for entry in result["validation"] if entry["stage"] == 0}
-    return [i for i, c in enumerate(result["checkpoints"]) if c["stage"] == 0 and c["step"] in known]
+    return [i for i, c in enumerate(result["checkpoints"]) if c["stage"] == 0 and c["step"] in {0, *known}]
 
 
 def held_out_accuracy(index: int) -> Callable[[dict], float]:
-    """Accuracy on a run's own held-out scenes at a checkpoint of `validated`, in percent."""
+    """Accuracy on a run's held-out scenes at a checkpoint of `validated`, in percent; the twin's on test scenes."""
 
     def value(result: dict) -> float:
         step = result["checkpoints"][index]["step"]
+        if step == 0:
+            return 100 * result["checkpoints"][index]["accuracy"]
         return next(100 * e["val_accuracy"] for e in result["validation"] if (e["stage"], e["step"]) == (0, step))
 
     return value
@@ -174,7 +176,7 @@ def common_accuracy(results: Results, protocol: Protocol) -> float:
 def at_accuracy(measure: str, accuracy: float, layer: str = "paper") -> Callable[[dict], float | None]:
     """A measure when a run first reached an accuracy, on the line between the checkpoints before and after.
 
-    None where it did not in the first stage, or had when it was first looked at.
+    None where it did not in the first stage.
     """
 
     def value(result: dict) -> float | None:
