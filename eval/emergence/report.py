@@ -274,9 +274,9 @@ def _at_equal_accuracy(results: dict, protocol: Protocol) -> str:
         parts.append(f"{where}:\n\n{markdown_table(rows).strip()}")
     text = (
         f"Each model when, in the first stage, it first classified {accuracy:.1f} % of its held-out scenes rightly, "
-        "the most that every run of Table 2's models did; on the line between two checkpoints, of which the untrained "
-        "twin is the first. This was added after the results were known, and nothing is decided by it. A dash: not "
-        "every run reached it."
+        "the most that every run of Table 2's models did; on the line between two checkpoints, of which the "
+        "untrained twin is the first. This was added after the results were known, and nothing is decided by it. "
+        "A dash: not every run reached it."
     )
     return "\n\n".join([text, *parts])
 
