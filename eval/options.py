@@ -2,6 +2,7 @@
 
 import argparse
 import dis
+import importlib.util
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,18 @@ from crate_fast.eval.results import file_name, make_folder
 from crate_fast.train.checkpoint import CheckpointError
 from crate_fast.train.distributed import choose_device
 
-__all__ = ["evaluation_parser", "open_models", "ours", "output_folder", "positive", "run_command", "settings_of"]
+__all__ = [
+    "evaluation_parser",
+    "open_models",
+    "ours",
+    "output_folder",
+    "positive",
+    "require_packages",
+    "run_command",
+    "settings_of",
+]
+
+_EVAL_PACKAGES = ("pycocotools", "scipy", "sklearn")  # what the extra "eval" installs, as they are imported
 
 
 def positive(text: str) -> int:
@@ -115,6 +127,21 @@ def settings_of(options: argparse.Namespace) -> dict:
     return {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
 
 
+def require_packages(*names: str) -> None:
+    """Refuse to begin what would fail later for want of a package of the extra "eval".
+
+    Raises:
+        ModuleNotFoundError: One is not installed.
+    """
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise ModuleNotFoundError(_missing(name), name=name)
+
+
+def _missing(package: str) -> str:
+    return f'this needs the package {package}: pip install -e ".[eval]"'
+
+
 def run_command(command: Callable[[argparse.Namespace], None], options: argparse.Namespace) -> int:
     """Run a protocol; what a user can put right is printed as one message, without a traceback.
 
@@ -132,9 +159,14 @@ def run_command(command: Callable[[argparse.Namespace], None], options: argparse
         CheckpointError,
         ModuleNotFoundError,
     ) as e:
-        if not ours(e):
+        package = (e.name or "").partition(".")[0] if isinstance(e, ModuleNotFoundError) else ""
+        if package in _EVAL_PACKAGES:
+            message = _missing(package)
+        elif ours(e):
+            message = e.args[0] if isinstance(e, KeyError) and e.args else e
+        else:
             raise
-        print(f"error: {e.args[0] if isinstance(e, KeyError) and e.args else e}", file=sys.stderr)
+        print(f"error: {message}", file=sys.stderr)
         return 2
     return 0
 

@@ -369,7 +369,7 @@ def test_the_committed_reports_are_what_their_results_say(folder, tmp_path, monk
     text = (report / "report.md").read_text()
     settings = json.loads((report / "protocol.json").read_text())
     assert settings.pop("size") == "small"
-    figures = [Path(name) for name in re.findall(r"\]\((figures/.*?)\)", text)]
+    figures = [Path(name) for name in re.findall(r"!\[[^]]*\]\((figures/.*?)\)", text)]
     monkeypatch.setattr(report_module, "draw", lambda *_: {path.stem: path for path in figures})
     assert write_report(report, Protocol.of_settings(settings), "small").read_text() == text
     assert all((ROOT / folder / path).is_file() for path in figures)

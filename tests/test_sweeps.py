@@ -10,8 +10,10 @@ from test_maskcut import _coco as make_coco_boxes
 
 from crate_fast import cli
 from crate_fast.eval import by_epoch, by_layer, coarse_segmentation, comparison, maskcut, paper
+from crate_fast.eval.emergence.command import main as emergence
 from crate_fast.eval.images import open_images
 from crate_fast.eval.models import open_model
+from crate_fast.eval.options import run_command
 from crate_fast.eval.records import Records
 from crate_fast.eval.results import csv_table, latex_table, markdown_table, write_results
 from crate_fast.eval.white_box import main as white_box
@@ -185,3 +187,20 @@ def test_a_bug_is_no_message(tmp_path, monkeypatch):
     monkeypatch.setattr("crate_fast.eval.white_box.evaluate", broken)
     with pytest.raises(RuntimeError, match="size of tensor"):
         white_box(["crate_tiny_patch8_224@untrained", *SMALL, "--limit", "1", "--output", str(tmp_path)])
+
+
+def test_a_package_of_an_extra_is_named_with_the_command_that_installs_it(monkeypatch, capsys):
+    def evaluate(_options):
+        raise ModuleNotFoundError("No module named 'scipy.stats'", name="scipy.stats")
+
+    assert run_command(evaluate, None) == 2
+    assert 'needs the package scipy: pip install -e ".[eval]"' in capsys.readouterr().err
+    monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
+    assert emergence(["--size", "smoke", "--output", "none"]) == 2
+    assert 'needs the package pycocotools: pip install -e ".[eval]"' in capsys.readouterr().err
+
+    def broken(_options):
+        raise ModuleNotFoundError("No module named 'numqy'", name="numqy")
+
+    with pytest.raises(ModuleNotFoundError, match="numqy"):
+        run_command(broken, None)
