@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 from torch.export import Dim, ExportedProgram
 
-from crate_fast.exported import Difference, compare, open_exported, require
+from crate_fast.exported import Difference, compare, open_exported
+from crate_fast.extras import require
 from crate_fast.model import CRATE
 from crate_fast.portable import PortableCRATE
 from crate_fast.provenance import provenance
@@ -74,7 +75,7 @@ def write_onnx(
         ModuleNotFoundError: onnx or onnxscript is missing.
         ValueError: The opset is too old, or newer than the installed onnx.
     """
-    require("onnx", "onnxscript")
+    require("export", "onnx", "onnxscript")
     _check_opset(opset)
     written = torch.onnx.export(
         program,
@@ -174,7 +175,7 @@ def _check_formats(formats: list[str], opset: int) -> None:
     if unknown or not formats:
         raise ValueError(f"formats={formats!r}: choose from {', '.join(FORMATS)}")
     if "onnx" in formats:
-        require("onnx", "onnxscript", "onnxruntime")
+        require("export", "onnx", "onnxscript", "onnxruntime")
         _check_opset(opset)
 
 

@@ -6,7 +6,6 @@ compare(run, model, portable)                  # the largest differences, at siz
 """
 
 import copy
-import importlib.util
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -15,24 +14,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from crate_fast.extras import require
 from crate_fast.model import CRATE
 from crate_fast.portable import PortableCRATE
 from crate_fast.whitebox import trace
 
-__all__ = ["Difference", "compare", "eager_outputs", "open_exported", "require"]
+__all__ = ["Difference", "compare", "eager_outputs", "open_exported"]
 
 Exported = Callable[[Tensor], dict[str, Tensor]]
-
-
-def require(*packages: str) -> None:
-    """Refuse to begin what would fail later for want of a package.
-
-    Raises:
-        ModuleNotFoundError: One is not installed.
-    """
-    for name in packages:
-        if importlib.util.find_spec(name) is None:
-            raise ModuleNotFoundError(f'ONNX needs the package {name}: pip install -e ".[export]"', name=name)
 
 
 def open_exported(path: str | Path) -> Exported:
@@ -54,7 +43,7 @@ def open_exported(path: str | Path) -> Exported:
         return torch.no_grad()(module)
     if path.suffix != ".onnx":
         raise ValueError(f"{path}: give a file that ends in .onnx or .pt2")
-    require("onnxruntime")
+    require("export", "onnxruntime")
     import onnxruntime
 
     settings = onnxruntime.SessionOptions()

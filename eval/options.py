@@ -2,7 +2,6 @@
 
 import argparse
 import dis
-import importlib.util
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,19 +11,11 @@ from crate_fast.eval import images as images_module
 from crate_fast.eval import models as models_module
 from crate_fast.eval.models import Subject, open_model, split_label
 from crate_fast.eval.results import file_name, make_folder
+from crate_fast.extras import missing
 from crate_fast.train.checkpoint import CheckpointError
 from crate_fast.train.distributed import choose_device
 
-__all__ = [
-    "evaluation_parser",
-    "open_models",
-    "ours",
-    "output_folder",
-    "positive",
-    "require_packages",
-    "run_command",
-    "settings_of",
-]
+__all__ = ["evaluation_parser", "open_models", "ours", "output_folder", "positive", "run_command", "settings_of"]
 
 _EVAL_PACKAGES = ("pycocotools", "scipy", "sklearn")  # what the extra "eval" installs, as they are imported
 
@@ -127,21 +118,6 @@ def settings_of(options: argparse.Namespace) -> dict:
     return {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
 
 
-def require_packages(*names: str) -> None:
-    """Refuse to begin what would fail later for want of a package of the extra "eval".
-
-    Raises:
-        ModuleNotFoundError: One is not installed.
-    """
-    for name in names:
-        if importlib.util.find_spec(name) is None:
-            raise ModuleNotFoundError(_missing(name), name=name)
-
-
-def _missing(package: str) -> str:
-    return f'this needs the package {package}: pip install -e ".[eval]"'
-
-
 def run_command(command: Callable[[argparse.Namespace], None], options: argparse.Namespace) -> int:
     """Run a protocol; what a user can put right is printed as one message, without a traceback.
 
@@ -161,7 +137,7 @@ def run_command(command: Callable[[argparse.Namespace], None], options: argparse
     ) as e:
         package = (e.name or "").partition(".")[0] if isinstance(e, ModuleNotFoundError) else ""
         if package in _EVAL_PACKAGES:
-            message = _missing(package)
+            message = missing("eval", package)
         elif ours(e):
             message = e.args[0] if isinstance(e, KeyError) and e.args else e
         else:

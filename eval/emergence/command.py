@@ -9,8 +9,9 @@ from crate_fast.eval.emergence.job import Places
 from crate_fast.eval.emergence.protocol import SIZES, Protocol
 from crate_fast.eval.emergence.report import write_report
 from crate_fast.eval.emergence.schedule import Machine, conduct
-from crate_fast.eval.options import positive, require_packages, run_command
+from crate_fast.eval.options import positive, run_command
 from crate_fast.eval.results import make_folder
+from crate_fast.extras import require
 from crate_fast.train.checkpoint import write_text
 
 __all__ = ["main"]
@@ -60,7 +61,7 @@ def _check_cifar10(folder: Path | None) -> None:
 
 
 def _command(options: argparse.Namespace) -> None:
-    require_packages("pycocotools", "scipy")
+    require("eval", "pycocotools", "scipy")
     protocol = SIZES[options.size]
     output = options.output or Path("runs/emergence") / options.size
     places = Places(output, options.report or output / "report", options.cifar10)

@@ -261,16 +261,17 @@ def _at_equal_accuracy(results: dict, protocol: Protocol) -> str:
         ("paper", "At the layer that the paper looks at"),
         ("chosen", "At the layer best on other scenes"),
     ):
-        rows = [{"": model} for model in MODELS] + [{"": f"{a} − {b}"} for a, b in _PAIRS if b in ORDER]
+        compared = [(model, None) for model in MODELS] + [pair for pair in _PAIRS if pair[1] in ORDER]
+        rows = [{"": first if second is None else f"{first} − {second}"} for first, second in compared]
         for measure in (name for name in coarse_measures(results) if COARSE[name][0] != "topk"):
             scores = by_model(results, protocol, at_accuracy(measure, accuracy, layer))
-            for row in rows:
-                first, _, second = row[""].partition(" − ")
-                known = None not in scores[first] and (not second or None not in scores[second])
-                if known and second:
+            for row, (first, second) in zip(rows, compared, strict=True):
+                if None in scores[first] or (second and None in scores[second]):
+                    row[measure] = None
+                elif second:
                     row[measure] = _interval(paired(scores[first], scores[second]))
                 else:
-                    row[measure] = _with_spread(scores[first]) if known else None
+                    row[measure] = _with_spread(scores[first])
         parts.append(f"{where}:\n\n{markdown_table(rows).strip()}")
     text = (
         f"Each model when, in the first stage, it first classified {accuracy:.1f} % of its held-out scenes rightly, "
