@@ -3,8 +3,9 @@
 from contextlib import nullcontext
 
 import torch
+from torch import Tensor
 
-__all__ = ["autocast_enabled", "without_autocast"]
+__all__ = ["autocast_enabled", "compute_dtype", "without_autocast"]
 
 
 @torch.compiler.assume_constant_result  # torch 2.11 cannot trace the question
@@ -20,3 +21,10 @@ def autocast_enabled(device_type: str) -> bool:
 def without_autocast(device_type: str):
     """A context in which autocast is off for this kind of device."""
     return torch.autocast(device_type, enabled=False) if autocast_enabled(device_type) else nullcontext()
+
+
+def compute_dtype(tensor: Tensor) -> torch.dtype:
+    """What a product with `tensor` multiplies in: autocast's dtype where it is on, the tensor's elsewhere."""
+    if autocast_enabled(tensor.device.type) and tensor.dtype != torch.float64:
+        return torch.get_autocast_dtype(tensor.device.type)
+    return tensor.dtype

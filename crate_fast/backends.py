@@ -4,10 +4,12 @@ import torch
 from torch import Tensor
 
 from crate_fast import kernels
+from crate_fast.autocast import compute_dtype
 
 __all__ = ["BACKENDS", "explain_backend", "resolve_backend"]
 
 BACKENDS = ("auto", "triton", "torch")
+_PROVEN = "the device runs the fused kernels; none has run on a GPU here yet, so each first launch is checked"
 
 
 def explain_backend(
@@ -22,7 +24,7 @@ def explain_backend(
     Args:
         device: Where the tensors are.
         backend: What the caller asked for: "auto", "triton" or "torch".
-        dtype: Of the tensors; any that the kernels take when None.
+        dtype: What products multiply in, autocast's or the tensors'; any that the kernels take when None.
         head_dim: D of subspace attention; any that the kernels take when None.
 
     Returns:
@@ -47,9 +49,9 @@ def explain_backend(
         return "triton", "asked for"
     if why_not is None and device.type == "cpu":
         why_not = "Triton's interpreter runs only where backend='triton' asks for it"
-    return ("triton", "the device runs the fused kernels") if why_not is None else ("torch", why_not)
+    return ("triton", _PROVEN) if why_not is None else ("torch", why_not)
 
 
 def resolve_backend(tensor: Tensor, backend: str, head_dim: int | None = None) -> str:
     """`explain_backend` for a tensor, without the reason."""
-    return explain_backend(tensor.device, backend, dtype=tensor.dtype, head_dim=head_dim)[0]
+    return explain_backend(tensor.device, backend, dtype=compute_dtype(tensor), head_dim=head_dim)[0]

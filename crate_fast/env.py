@@ -2,6 +2,8 @@
 
 import importlib.metadata
 import platform
+import re
+import subprocess
 import sys
 
 import torch
@@ -9,7 +11,7 @@ import torch
 from crate_fast.backends import explain_backend
 from crate_fast.cpu import uses_onednn
 
-__all__ = ["describe", "main"]
+__all__ = ["compiler_versions", "describe", "driver_version", "main"]
 
 _PACKAGES = ("crate_fast", "torch", "triton", "torchvision", "timm", "numpy", "einops", "safetensors")
 
@@ -32,6 +34,7 @@ def describe() -> dict[str, str]:
     for device in devices:
         if device.type == "cuda":
             facts[str(device)] = torch.cuda.get_device_name(device)
+            facts["driver"] = driver_version()
         name, reason = explain_backend(device)
         facts[f"backend on {device}"] = f"{name} ({reason})"
         if name == "triton" and not torch.version.hip:
@@ -41,13 +44,38 @@ def describe() -> dict[str, str]:
 
 def _ptxas(device: torch.device) -> str:
     """The assembler Triton would use, and a warning where it is known to miscompile (triton issue 9433)."""
-    from triton.backends.nvidia.compiler import get_ptxas
+    version = _ptxas_version(device)
+    numbers = tuple(map(int, re.findall(r"\d+", version)[:2]))
+    if torch.cuda.get_device_capability(device)[0] == 9 and numbers < (13, 3):
+        return f"{version}, which can miscompile on Hopper: set TRITON_PTXAS_PATH to 13.3 or newer (README)"
+    return version
 
-    major, minor = torch.cuda.get_device_capability(device)
-    tool = get_ptxas(10 * major + minor)
-    if major == 9 and tuple(map(int, tool.version.split(".")[:2])) < (13, 3):
-        return f"{tool.version}, which can miscompile on Hopper: set TRITON_PTXAS_PATH to 13.3 or newer (README)"
-    return tool.version
+
+def _ptxas_version(device: torch.device) -> str:
+    try:
+        from triton.backends.nvidia.compiler import get_ptxas
+
+        major, minor = torch.cuda.get_device_capability(device)
+        return get_ptxas(10 * major + minor).version
+    except (ImportError, RuntimeError) as error:  # another Triton's, or none is found; the rest is still to be told
+        return f"unknown ({type(error).__name__})"
+
+
+def compiler_versions(device: torch.device) -> str:
+    """What made the kernels that run on a device: "torch …, triton …, ptxas …"."""
+    versions = f"torch {torch.__version__}, triton {_version('triton')}"
+    if device.type != "cuda":
+        return f"{versions}, interpreted"
+    return versions if torch.version.hip else f"{versions}, ptxas {_ptxas_version(device)}"
+
+
+def driver_version() -> str:
+    """NVIDIA's driver, as nvidia-smi has it."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError) as error:
+        return f"unknown ({type(error).__name__})"
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,6 +1,7 @@
 """G = η(D − DᵀD), the one matrix of an ISTA step: computed once a call, or once for many calls in a scope."""
 
 import threading
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -51,7 +52,7 @@ class _Cache:
 
     lock: threading.RLock = field(default_factory=threading.RLock)
     scopes: int = 0
-    entries: dict = field(default_factory=dict)  # (id of D, η, dtype, stream) → (D, its version, G)
+    entries: dict = field(default_factory=dict)  # (id of D, η, dtype, who folds, stream) → (D, its version, G)
     hook: object = None
 
 
@@ -102,20 +103,29 @@ def _cacheable(dictionary: Tensor) -> bool:
     return dictionary.device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
 
 
-def fold_dictionary_once(dictionary: Tensor, step_size: float, dtype: torch.dtype) -> Tensor:
-    """`fold_dictionary` in `dtype` and without a gradient, from the scopes' cache where one is open.
+def _fold(dictionary: Tensor, step_size: float, dtype: torch.dtype) -> Tensor:
+    return fold_dictionary(dictionary, step_size).to(dtype)
+
+
+def fold_dictionary_once(
+    dictionary: Tensor,
+    step_size: float,
+    dtype: torch.dtype,
+    fold: Callable[[Tensor, float, torch.dtype], Tensor] = _fold,
+) -> Tensor:
+    """G in `dtype` and without a gradient, from the scopes' cache where one is open; `fold` computes it.
 
     Raises:
         RuntimeError: The dictionary has changed since a scope folded it.
     """
     if not _cacheable(dictionary):
         with torch.no_grad():
-            return fold_dictionary(dictionary, step_size).to(dtype)
-    key = (id(dictionary), step_size, dtype, _stream(dictionary.device))
+            return fold(dictionary, step_size, dtype)
+    key = (id(dictionary), step_size, dtype, fold, _stream(dictionary.device))
     with _cache.lock:
         if key not in _cache.entries:
             with torch.inference_mode(False), torch.no_grad():  # so that a training step can use it too
-                folded = fold_dictionary(dictionary, step_size).to(dtype)
+                folded = fold(dictionary, step_size, dtype)
             _cache.entries[key] = (dictionary, _version(dictionary), folded)
         _, version, folded = _cache.entries[key]
     if version != _version(dictionary):

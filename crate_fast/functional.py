@@ -7,13 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from crate_fast import cpu, cpu_attention, fused, fused_compression
-from crate_fast.autocast import autocast_enabled
+from crate_fast import cpu, cpu_attention, triton_ops
+from crate_fast.autocast import autocast_enabled, compute_dtype
 from crate_fast.backends import resolve_backend
 from crate_fast.cpu import linear
 from crate_fast.folding import cached_dictionaries, fold_dictionary, fold_dictionary_once
 
 __all__ = [
+    "RESIDUALS",
     "THRESHOLDS",
     "cached_dictionaries",
     "compress",
@@ -24,7 +25,9 @@ __all__ = [
     "subspace_attention",
 ]
 
+RESIDUALS = ("released", "paper")
 THRESHOLDS = ("relu", "soft")
+_AUTO = "Use backend='auto' or backend='torch'."
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -46,13 +49,6 @@ def _check_beside(x: Tensor, *, any_dtype: bool = False, **tensors: Tensor) -> N
             raise TypeError(f"{name} is {tensor.dtype} and x {x.dtype}: cast one to the other's dtype")
 
 
-def _compute_dtype(tensor: Tensor) -> torch.dtype:
-    """What a product with `tensor` multiplies in: autocast's dtype where it is on, the tensor's elsewhere."""
-    if autocast_enabled(tensor.device.type) and tensor.dtype != torch.float64:
-        return torch.get_autocast_dtype(tensor.device.type)
-    return tensor.dtype
-
-
 def _check_fraction(name: str, value: float, low: float, high: float | None) -> None:
     if not value >= low or (high is not None and not value < high):
         limits = f"at least {low}" if high is None else f"in [{low}, {high})"
@@ -67,8 +63,8 @@ def subspace_attention(
     Args:
         w: Subspace tokens [B, N, H, D], any strides; float16, bfloat16, float32 or float64.
         scale: s, at least 0; D^-1/2 when None. The paper's Eq. 5 has s = 1, its code D^-1/2.
-        dropout_p: Probability of dropping an attention weight, in [0, 1); for training. The kernels draw the mask
-            anew in backward from a seed that PyTorch's generator of w's device gives, so nothing N×N is kept.
+        dropout_p: Probability of dropping an attention weight, in [0, 1); for training. The kernels have none: above
+            0 PyTorch's attention runs.
         backend: "auto", "triton" or "torch"; see `crate_fast.backends.explain_backend`.
 
     Returns:
@@ -91,10 +87,12 @@ def subspace_attention(
     _check_fraction("dropout_p", dropout_p, 0.0, 1.0)
     scale = w.shape[-1] ** -0.5 if scale is None else float(scale)
     _check_fraction("scale", scale, 0.0, None)
-    if resolve_backend(w, backend, head_dim=w.shape[-1]) == "triton":
-        seed = torch.randint(2**62, (), device=w.device) if dropout_p > 0.0 else None
-        out, _ = fused.subspace_attention_fwd(w.to(_compute_dtype(w)), scale, float(dropout_p), seed)
-        return out
+    if dropout_p > 0.0 and backend == "triton":
+        raise RuntimeError(
+            f"backend='triton' cannot run: the kernels drop no weights, dropout_p={dropout_p}. {_AUTO}"
+        )
+    if dropout_p == 0.0 and resolve_backend(w, backend, head_dim=w.shape[-1]) == "triton":
+        return triton_ops.subspace_attention_fwd(w.to(compute_dtype(w)), scale)[0]
     if dropout_p == 0.0 and cpu_attention.serves_attention(w):
         return cpu_attention.cpu_subspace_attention(w, scale)
     tokens = w.transpose(1, 2)
@@ -113,6 +111,7 @@ def compress(
     scale: float | None = None,
     *,
     eps: float = 1e-5,
+    residual: str = "released",
     backend: str = "auto",
 ) -> Tensor:
     """The first half of a layer, h = x + MSSA(LayerNorm(x)) (paper, Eq. 5, with the released code's skip connection).
@@ -128,6 +127,7 @@ def compress(
         heads: H.
         scale: As `subspace_attention`'s.
         eps: LayerNorm's ε.
+        residual: "released", as above; "paper", LayerNorm(x) + MSSA(LayerNorm(x)) (Algorithms 1 and 3).
         backend: As `subspace_attention`'s.
 
     Returns:
@@ -156,18 +156,21 @@ def compress(
         _check_tensor(name, tensor, str(list(shape)), fits)
     _check_beside(x, projection=projection, output=output, output_bias=output_bias)
     _check_beside(x, any_dtype=True, weight=weight, bias=bias)  # LayerNorm's may stay in fp32
+    if residual not in RESIDUALS:
+        raise ValueError(f"residual={residual!r}: choose one of {', '.join(map(repr, RESIDUALS))}")
     head_dim = inner // heads
     if resolve_backend(x, backend, head_dim=head_dim) == "triton":
         scale = head_dim**-0.5 if scale is None else float(scale)
         _check_fraction("scale", scale, 0.0, None)
-        dtype = _compute_dtype(x)
-        h, *_ = fused_compression.compression_fwd(
-            x, weight, bias, projection, output, output_bias, heads, scale, float(eps), dtype
+        dtype = compute_dtype(x)
+        h, *_ = triton_ops.compression_fwd(
+            x, weight, bias, projection, output, output_bias, heads, scale, float(eps), dtype, residual == "paper"
         )
         return h
-    w = linear(F.layer_norm(x, (width,), weight, bias, eps), projection).unflatten(-1, (heads, -1))
+    normed = F.layer_norm(x, (width,), weight, bias, eps)
+    w = linear(normed, projection).unflatten(-1, (heads, head_dim))
     out = subspace_attention(w, scale, backend=backend)
-    return x + linear(out.flatten(-2), output, output_bias)
+    return (x if residual == "released" else normed) + linear(out.flatten(-2), output, output_bias)
 
 
 def ista(
@@ -272,10 +275,10 @@ def _fused_ista(
     sparsity: float,
     threshold: str,
 ) -> Tensor:
-    folded = fold_dictionary_once(dictionary, step_size, _compute_dtype(x))
-    rows = x.reshape(-1, x.shape[-1])
+    folded = fold_dictionary_once(dictionary, step_size, compute_dtype(x), triton_ops.fold)
+    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, dictionary, *norm[:2]))
-    y, *_ = fused.ista_fwd(
+    y, *_ = triton_ops.ista_fwd(
         rows, *norm[:2], dictionary, folded, float(step_size), float(sparsity), norm[2], threshold == "soft", keep
     )
     return y.view(x.shape)
@@ -302,6 +305,6 @@ def _folded_ista(x: Tensor, dictionary: Tensor, step_size: float, sparsity: floa
         u = cpu.cpu_linear(x.reshape(n_tokens, width), folded.t(), bias, threshold == "relu").view(x.shape)
         return u if threshold == "relu" else F.softshrink(u, shift)
     else:
-        dtype = _compute_dtype(x)
+        dtype = compute_dtype(x)
         u = x + torch.matmul(x.to(dtype), _folded(dictionary, step_size).to(dtype)).to(x.dtype)
     return F.relu(u - shift) if threshold == "relu" else F.softshrink(u, shift)

@@ -58,19 +58,22 @@ class MSSA(nn.Module):
         parts = (self.qkv, self.to_out, *self.to_out)
         return type(self.qkv) is type(self.to_out[0]) is Linear and not any(map(_observed, parts))
 
-    def compress(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
-        """x + MSSA(norm(x)) [B, N, C] as one operator; see `functional.compress`."""
-        output = self.to_out[0]
+    def compress(self, x: Tensor, norm: nn.LayerNorm, residual: str = "released", sign: int = 1) -> Tensor:
+        """x ± MSSA(norm(x)) [B, N, C] as one operator; see `functional.compress`."""
+        output, bias = self.to_out[0].weight, self.to_out[0].bias
+        if sign < 0:
+            output, bias = -output, -bias
         return functional.compress(
             x,
             norm.weight,
             norm.bias,
             self.qkv.weight,
-            output.weight,
-            output.bias,
+            output,
+            bias,
             self.heads,
             self.scale,
             eps=norm.eps,
+            residual=residual,
             backend=self.backend,
         )
 
@@ -260,8 +263,8 @@ class Layer(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         """x [B, N, C] → the next layer's tokens [B, N, C]."""
         attention, sparsifier = self
-        if self.residual == "released" and not _observed(attention) and _fusible(attention.norm, attention.fn, x):
-            h = attention.fn.compress(x, attention.norm)
+        if not _observed(attention) and _fusible(attention.norm, attention.fn, x):
+            h = attention.fn.compress(x, attention.norm, self.residual)
         elif self.residual == "released":
             h = x + attention(x)
         else:
@@ -285,6 +288,8 @@ class DecoderLayer(nn.Sequential):
         """x [B, N, C] → [B, N, C]."""
         decode, attention = self
         y = decode(x)
+        if not _observed(attention) and _fusible(attention.norm, attention.fn, y):
+            return attention.fn.compress(y, attention.norm, sign=-1)
         return y - attention(y)
 
 

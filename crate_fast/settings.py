@@ -2,7 +2,19 @@
 
 import os
 
-__all__ = ["fused_products_wanted", "onednn_wanted", "require_browser", "require_gpu"]
+__all__ = [
+    "FUSED_PRODUCTS",
+    "SELF_CHECK",
+    "fused_products_wanted",
+    "onednn_wanted",
+    "require_browser",
+    "require_gpu",
+    "self_check_wanted",
+    "tiles_file",
+]
+
+FUSED_PRODUCTS = "CRATE_FAST_FUSED_PRODUCTS"
+SELF_CHECK = "CRATE_FAST_SELF_CHECK"
 
 
 def _flag(name: str) -> bool | None:
@@ -22,7 +34,18 @@ def onednn_wanted() -> bool | None:
 def fused_products_wanted() -> bool | None:
     """`CRATE_FAST_FUSED_PRODUCTS`: attention's output map with bias and residual in one kernel (1), or PyTorch's
     product by itself (0); None, as the tile table says. For measurements and tests."""
-    return _flag("CRATE_FAST_FUSED_PRODUCTS")
+    return _flag(FUSED_PRODUCTS)
+
+
+def self_check_wanted() -> bool | None:
+    """`CRATE_FAST_SELF_CHECK`: whether the first launch of each kernel variant is checked against PyTorch (1) or not
+    (0); None: on a GPU, and not in Triton's interpreter."""
+    return _flag(SELF_CHECK)
+
+
+def tiles_file() -> str | None:
+    """`CRATE_FAST_TILES`: a JSON file of measured tiles that take precedence over kernels/tiles.py, or None."""
+    return os.environ.get("CRATE_FAST_TILES")
 
 
 def require_gpu() -> bool:

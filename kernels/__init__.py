@@ -1,7 +1,4 @@
-"""The Triton kernels of subspace attention, ISTA and the LayerNorm in front of it, and their launchers.
-
-README.md has the mathematics and each kernel's schedule. Importing this package imports no Triton; its modules do.
-"""
+"""The Triton kernels and their launchers; README.md explains them. Importing this package imports no Triton."""
 
 from crate_fast.kernels.support import assuming_gpu, unavailable_reason
 

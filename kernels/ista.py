@@ -11,13 +11,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from crate_fast.kernels.launch import Launch
-from crate_fast.kernels.layer_norm import Norm
+from crate_fast.kernels.folding import scale
+from crate_fast.kernels.layer_norm import Norm, plan_rows, shares
 from crate_fast.kernels.product import product, tile_for
-from crate_fast.kernels.rows import row_constants, row_programs, rows_tile, shares
 from crate_fast.kernels.tiles import Tile
 
-__all__ = ["backward_input", "forward", "masked_gradient", "plan_masked_gradient"]
+__all__ = ["backward_input", "forward", "masked_gradient"]
 
 
 @triton.jit
@@ -26,11 +25,9 @@ def _masked_gradient_kernel(
     nonzero_ptr,  # whether ISTA's output is not 0 [M, C], contiguous, int8
     masked_ptr,  # [M, C], contiguous, in the product's dtype
     partial_ptr,  # shares of Σ g' [1, programs, C], fp32, or None
-    n_rows,
-    WIDTH: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    n_rows, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,  # WIDTH to the next power of two
-):
+):  # fmt: skip
     """g' = g·[y ≠ 0]: the shrinkage passes a gradient where its output is not zero, for relu and soft alike; and one
     program's share of Σ g' over the rows.
 
@@ -54,33 +51,16 @@ def _masked_gradient_kernel(
         tl.store(partial_ptr + tl.program_id(0) * WIDTH + offs_c, total, mask=mask_c)
 
 
-def plan_masked_gradient(grad: Tensor, nonzero: Tensor, masked: Tensor, partial: Tensor | None) -> Launch:
-    """The launch on these tensors; what `masked_gradient` runs and the compile report compiles."""
-    tensors = {"grad_ptr": grad, "nonzero_ptr": nonzero, "masked_ptr": masked, "partial_ptr": partial}
-    return Launch(
-        kernel=_masked_gradient_kernel,
-        grid=(row_programs(*grad.shape, partial),),
-        arguments=tensors | {"n_rows": grad.shape[0]},
-        constants=row_constants(grad.shape[1]),
-        tile=rows_tile(grad.shape[1]),
-    )
-
-
 def masked_gradient(
     grad: Tensor, nonzero: Tensor, dtype: torch.dtype, summed: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """g' = g·[y ≠ 0] [M, C] in `dtype`, the product's; and, if `summed`, Σ g' over the rows [C] in fp32.
-
-    Args:
-        grad, nonzero: g [M, C], and [y ≠ 0] from `forward`.
-        dtype: G's.
-        summed: As backward needs it behind a LayerNorm.
-    """
+    """g' = g·[y ≠ 0] [M, C] in `dtype`, G's, for g [M, C] and [y ≠ 0] from `forward`; and, if `summed`, as behind a
+    LayerNorm, Σ g' over the rows [C] in fp32."""
     grad, nonzero = grad.contiguous(), nonzero.contiguous()
     masked = torch.empty(grad.shape, dtype=dtype, device=grad.device)
     partial = shares(1, grad) if summed else None
-    if grad.numel():
-        plan_masked_gradient(grad, nonzero, masked, partial).run()
+    tensors = {"grad_ptr": grad, "nonzero_ptr": nonzero, "masked_ptr": masked, "partial_ptr": partial}
+    plan_rows(_masked_gradient_kernel, grad, tensors, partial).run()
     return masked, None if partial is None else partial[0].sum(0)
 
 
@@ -94,7 +74,7 @@ def forward(
     keep: bool = True,
     tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """y = shrink(x + xG, ηλ), or of LayerNorm(x) = nγ + β: then γ and β ride on G, n(γ∘G) + βG.
+    """y = shrink(x + xG, ηλ), or of LayerNorm(x) = nγ + β: γ and β are folded into G, n(γ∘G) + βG.
 
     Args:
         x: [M, C].
@@ -109,27 +89,22 @@ def forward(
     Returns:
         y [M, C], contiguous, in x's dtype; and [y ≠ 0] [M, C] in int8 (a NaN is not 0), None unless kept.
     """
-    tile = tile or tile_for("ista_forward", operand, x, x.shape[1])
+    tile = tile or tile_for("ista_forward", operand, x.shape[1])
     nonzero = torch.empty(x.shape, dtype=torch.int8, device=x.device) if keep else None
+    weight = folded.t()
     if norm is not None:
-        wide, gamma, beta = folded.float(), norm.gamma.float(), norm.beta.float()
-        folded = (gamma[:, None] * wide).to(folded.dtype)
-        norm = replace(norm, beta=beta + (beta[:, None] * wide).sum(0))
+        weight, offset = scale(weight, norm.gamma, norm.beta, folded.dtype, base=norm.beta)
+        norm = replace(norm, beta=offset)
     finish = "soft" if soft else "relu"
-    return product(operand, folded.t(), x, tile, finish=finish, shift=shift, norm=norm, nonzero=nonzero), nonzero
+    return product(operand, weight, x, tile, finish=finish, shift=shift, norm=norm, nonzero=nonzero), nonzero
 
 
 def backward_input(grad: Tensor, masked: Tensor, folded: Tensor, tile: Tile | None = None) -> Tensor:
     """dx = g' + g'Gᵀ [M, C] in g's dtype; with a LayerNorm in front, the gradient of its output.
 
-    Args:
-        grad: g [M, C], the gradient of y.
-        masked: g' in G's dtype, from `masked_gradient`. Where that is lower than g's, g itself is added, where g' is
-            not zero.
-        folded: G [C, C].
-        tile: In place of the table's.
+    `masked` is g' in G's dtype. Where that is lower than g's, g itself is added where g' is not zero.
     """
-    tile = tile or tile_for("ista_backward_input", masked, grad, grad.shape[1])
+    tile = tile or tile_for("ista_backward_input", masked, grad.shape[1])
     if masked.dtype == grad.dtype:
         return product(masked, folded, masked, tile)
     return product(masked, folded, grad, tile, masked=True)

@@ -1,7 +1,7 @@
-"""A kernel launch as data, so that what runs and what the compile report compiles are the same thing."""
+"""A kernel launch as data, so that what runs and what the tests compile are the same thing."""
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,28 +10,25 @@ from torch import Tensor
 
 from crate_fast.kernels.tiles import Tile
 
-__all__ = ["Launch", "Precision", "matmul_precision"]
+__all__ = ["Launch", "precision", "recorded"]
+
+_record: "list[Launch] | None" = None
 
 
-@dataclass(frozen=True)
-class Precision:
-    """How a kernel multiplies: `row` names the tile table's rows, `dot` is `tl.dot`'s `input_precision`."""
+@contextmanager
+def recorded():
+    """Inside, launches are collected in a list instead of run, for tests that compile them; in one thread."""
+    global _record
+    before, _record = _record, []
+    try:
+        yield _record
+    finally:
+        _record = before
 
-    row: str
-    dot: str
 
-
-def matmul_precision(dtype: torch.dtype, storage: torch.dtype | None = None) -> Precision:
-    """How operands of `dtype` are multiplied; `storage` is what they are converted from.
-
-    float16 and bfloat16 multiply as they are ("half", or "mixed" when read from fp32). float32 follows PyTorch's
-    setting: "tf32" where `torch.backends.cuda.matmul.fp32_precision` says so, which
-    `torch.set_float32_matmul_precision("high")` and `allow_tf32` also set; "ieee" elsewhere.
-    """
-    if dtype in (torch.float16, torch.bfloat16):
-        return Precision("half" if storage in (None, dtype) else "mixed", "ieee")
-    name = "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
-    return Precision(name, name)
+def precision(dtype: torch.dtype) -> str:
+    """The tile table's word for how operands of `dtype` are multiplied: "half", or "tf32" for float32."""
+    return "tf32" if dtype == torch.float32 else "half"
 
 
 @dataclass(frozen=True)
@@ -51,6 +48,11 @@ class Launch:
 
     def run(self) -> None:
         """Launch on the device of the tensors."""
+        if _record is not None:
+            _record.append(self)
+            return
+        if 0 in self.grid:  # nothing to do
+            return
         device = next(value.device for value in self.arguments.values() if isinstance(value, Tensor))
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             self.kernel[self.grid](**self.arguments, **self.constants, **self.options)

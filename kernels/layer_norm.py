@@ -8,9 +8,12 @@ import triton.language as tl
 from torch import Tensor
 
 from crate_fast.kernels.launch import Launch
-from crate_fast.kernels.rows import row_constants, row_programs, rows_tile, shares
+from crate_fast.kernels.tiles import Tile
 
-__all__ = ["Norm", "backward", "normalize", "plan_backward", "plan_normalize"]
+__all__ = ["Norm", "backward", "normalize", "plan_rows", "shares"]
+
+ROW_ELEMENTS = 4096  # of a tile of whole rows
+MAX_PROGRAMS = 1024  # of a kernel that sums over rows: each writes one row of shares
 
 
 @dataclass(frozen=True)
@@ -29,12 +32,9 @@ def _normalize_kernel(
     normed_ptr,  # [M, C], contiguous
     mean_ptr,  # [M], fp32
     rstd_ptr,  # [M], fp32
-    n_rows,
-    eps,
-    WIDTH: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    n_rows, eps, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,  # WIDTH to the next power of two
-):
+):  # fmt: skip
     """n = (x − mean)/√(variance + ε) of BLOCK_M rows in fp32, the variance from centred values; statistics beside it.
 
     Grid: (⌈M/BLOCK_M⌉)."""
@@ -62,14 +62,11 @@ def _layer_norm_bwd_kernel(
     skip_ptr,  # gradient of x by another way [M, C], contiguous, or None
     dx_ptr,  # [M, C], contiguous, x's dtype
     normed_ptr,  # n for a product [M, C], contiguous, or None
-    partial_ptr,  # shares of dγ and dβ [2, programs, C], fp32, or None
-    n_rows,
-    WIDTH: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    partial_ptr,  # shares of dγ and dβ [2, programs, C], without gamma of Σ skip [1, …], fp32; or None
+    n_rows, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     """dx = rstd·(dn − mean_c(dn) − n·mean_c(dn·n)) with dn = gγ, plus what reaches x by the skip connection, and one
-    program's share of dγ = Σ g·n and dβ = Σ g. With normed_ptr, n as well, in its dtype.
+    program's share of dγ = Σ g·n and dβ = Σ g, or of Σ skip. With normed_ptr, n as well, in its dtype.
 
     A program takes every programs-th block of BLOCK_M rows, in order; the caller adds the shares: deterministic.
     """
@@ -78,8 +75,8 @@ def _layer_norm_bwd_kernel(
     gamma = 1.0
     if gamma_ptr is not None:
         gamma = tl.load(gamma_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)[None, :]
-    dgamma = tl.zeros([BLOCK_C], tl.float32)
-    dbeta = tl.zeros([BLOCK_C], tl.float32)
+    first = tl.zeros([BLOCK_C], tl.float32)
+    second = tl.zeros([BLOCK_C], tl.float32)
     step = tl.num_programs(0) * BLOCK_M
     for start in range(tl.program_id(0) * BLOCK_M, n_rows, step):
         offs_m = start + tl.arange(0, BLOCK_M)
@@ -99,65 +96,41 @@ def _layer_norm_bwd_kernel(
         average = tl.sum(scaled, 1) / WIDTH
         dx = (scaled - average[:, None] - normed * along[:, None]) * rstd[:, None]
         if skip_ptr is not None:
-            dx += tl.load(skip_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+            skip = tl.load(skip_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+            dx += skip
+            if gamma_ptr is None:
+                first += tl.sum(skip, 0)
         tl.store(dx_ptr + offsets, dx.to(dx_ptr.dtype.element_ty), mask=mask)
-        if partial_ptr is not None:
-            dgamma += tl.sum(grad * normed, 0)
-            dbeta += tl.sum(grad, 0)
+        if gamma_ptr is not None:
+            first += tl.sum(grad * normed, 0)
+            second += tl.sum(grad, 0)
     if partial_ptr is not None:
         share = tl.program_id(0) * WIDTH + offs_c
-        tl.store(partial_ptr + share, dgamma, mask=mask_c)
-        tl.store(partial_ptr + tl.num_programs(0) * WIDTH + share, dbeta, mask=mask_c)
+        tl.store(partial_ptr + share, first, mask=mask_c)
+        if gamma_ptr is not None:
+            tl.store(partial_ptr + tl.num_programs(0) * WIDTH + share, second, mask=mask_c)
 
 
-def plan_normalize(x: Tensor, normed: Tensor, mean: Tensor, rstd: Tensor, eps: float) -> Launch:
-    """The launch on these tensors; what `normalize` runs and the compile report compiles."""
-    return Launch(
-        kernel=_normalize_kernel,
-        grid=(row_programs(*x.shape, None),),
-        arguments={
-            "x_ptr": x,
-            "normed_ptr": normed,
-            "mean_ptr": mean,
-            "rstd_ptr": rstd,
-            "n_rows": x.shape[0],
-            "eps": eps,
-        },
-        constants=row_constants(x.shape[1]),
-        tile=rows_tile(x.shape[1]),
-    )
+def _rows_tile(width: int) -> Tile:
+    """Whole rows of `width` columns, padded to a power of two."""
+    block_c = triton.next_power_of_2(width)
+    return Tile(block_m=max(1, ROW_ELEMENTS // block_c), block_n=block_c, num_warps=4, num_stages=1)
 
 
-def plan_backward(
-    grad: Tensor,
-    rows: Tensor,
-    mean: Tensor | None,
-    rstd: Tensor,
-    gamma: Tensor | None,
-    skip: Tensor | None,
-    dx: Tensor,
-    normed: Tensor | None,
-    partial: Tensor | None,
-) -> Launch:
-    """The launch on these tensors; what `backward` runs and the compile report compiles."""
-    return Launch(
-        kernel=_layer_norm_bwd_kernel,
-        grid=(row_programs(*grad.shape, partial),),
-        arguments={
-            "grad_ptr": grad,
-            "rows_ptr": rows,
-            "mean_ptr": mean,
-            "rstd_ptr": rstd,
-            "gamma_ptr": gamma,
-            "skip_ptr": skip,
-            "dx_ptr": dx,
-            "normed_ptr": normed,
-            "partial_ptr": partial,
-            "n_rows": grad.shape[0],
-        },
-        constants=row_constants(grad.shape[1]),
-        tile=rows_tile(grad.shape[1]),
-    )
+def plan_rows(kernel, rows: Tensor, arguments: dict, partial: Tensor | None = None) -> Launch:
+    """A launch over rows [M, C]: a block of them a program, or as many programs as `partial` has shares [_, P, C]."""
+    n_rows, width = rows.shape
+    tile = _rows_tile(width)
+    programs = triton.cdiv(n_rows, tile.block_m) if partial is None else partial.shape[1]
+    constants = {"WIDTH": width, "BLOCK_M": tile.block_m, "BLOCK_C": tile.block_n}
+    return Launch(kernel, (programs,), arguments | {"n_rows": n_rows}, constants, tile)
+
+
+def shares(count: int, rows: Tensor) -> Tensor:
+    """Room for each program's share of `count` sums over rows [M, C]: [count, programs, C] in fp32."""
+    n_rows, width = rows.shape
+    programs = min(MAX_PROGRAMS, triton.cdiv(n_rows, _rows_tile(width).block_m))
+    return torch.empty(count, programs, width, dtype=torch.float32, device=rows.device)
 
 
 def normalize(x: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -165,8 +138,8 @@ def normalize(x: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor
     x = x.contiguous()
     normed = torch.empty(x.shape, dtype=dtype, device=x.device)
     mean, rstd = (torch.empty(x.shape[0], dtype=torch.float32, device=x.device) for _ in range(2))
-    if x.numel():
-        plan_normalize(x, normed, mean, rstd, eps).run()
+    tensors = {"x_ptr": x, "normed_ptr": normed, "mean_ptr": mean, "rstd_ptr": rstd}
+    plan_rows(_normalize_kernel, x, tensors | {"eps": eps}).run()
     return normed, mean, rstd
 
 
@@ -179,8 +152,8 @@ def backward(
     gamma: Tensor | None = None,
     skip: Tensor | None = None,
     normed_dtype: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """LayerNorm's gradient: dx [M, C] in `dtype`; with `gamma`, dγ and dβ [C] in fp32; with `normed_dtype`, n.
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """LayerNorm's gradient: dx [M, C] in `dtype`; sums over the rows in fp32; with `normed_dtype`, n.
 
     Args:
         grad: Of nγ + β [M, C]; without `gamma`, of n.
@@ -190,12 +163,18 @@ def backward(
         gamma: γ [C].
         skip: What reaches x by a skip connection [M, C], added to dx.
         normed_dtype: Of n [M, C], where a product is to take it too.
+
+    Returns:
+        dx; the sums: dγ and dβ [2, C] with `gamma`, else Σ skip [1, C], else [0, C]; n or None.
     """
     grad, rows, skip = grad.contiguous(), rows.contiguous(), None if skip is None else skip.contiguous()
     dx = torch.empty(grad.shape, dtype=dtype, device=grad.device)
     normed = None if normed_dtype is None else torch.empty(grad.shape, dtype=normed_dtype, device=grad.device)
-    partial = None if gamma is None else shares(2, grad)
+    count = 2 if gamma is not None else int(skip is not None)
+    partial = shares(count, grad) if count else None
     gamma = None if gamma is None else gamma.contiguous()
-    if grad.numel():
-        plan_backward(grad, rows, mean, rstd, gamma, skip, dx, normed, partial).run()
-    return dx, *((None, None) if partial is None else (partial[0].sum(0), partial[1].sum(0))), normed
+    tensors = {"grad_ptr": grad, "rows_ptr": rows, "mean_ptr": mean, "rstd_ptr": rstd, "gamma_ptr": gamma}
+    tensors |= {"skip_ptr": skip, "dx_ptr": dx, "normed_ptr": normed, "partial_ptr": partial}
+    plan_rows(_layer_norm_bwd_kernel, grad, tensors, partial).run()
+    sums = partial.sum(1) if count else grad.new_empty(0, grad.shape[1], dtype=torch.float32)
+    return dx, sums, normed

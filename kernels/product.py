@@ -1,4 +1,5 @@
-"""One product and what follows it: out = finish(a · weightᵀ), where finish adds, normalises, shrinks (README.md §4).
+"""The products with tokens (kernels/README.md §4): out = finish(a · weightᵀ), where finish adds, normalises, shrinks;
+and aᵀg, summed over all rows, the gradient of a weight.
 
 Operands come from memory in the product's dtype and are read as often as there are blocks of the other one, so what
 has to be made of them (LayerNorm, the mask of a gradient) is made once, before. What is made once an element is made
@@ -12,12 +13,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from crate_fast.kernels.launch import Launch, matmul_precision
+from crate_fast.kernels.launch import Launch, precision
 from crate_fast.kernels.layer_norm import Norm
 from crate_fast.kernels.support import processors
 from crate_fast.kernels.tiles import Tile, lookup
 
-__all__ = ["fitted", "fitted_product", "load_tile", "plan", "product", "tile_for"]
+__all__ = [
+    "fitted",
+    "fitted_product",
+    "plan",
+    "plan_weight_gradient",
+    "product",
+    "splits",
+    "tile_for",
+    "weight_gradient",
+]
 
 GROUP_M = 8  # row blocks that share a column block of the weights while it is in the L2 cache
 CHUNK_ELEMENTS = 4096  # of a tile, finished at a time: what is added needs registers beside the accumulators
@@ -36,7 +46,7 @@ def _tile_start(tile, n_rows, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_
 
 
 @triton.jit
-def load_tile(ptr, offs_m, offs_n, n_rows, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+def _load_tile(ptr, offs_m, offs_n, n_rows, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     """Rows offs_m and columns offs_n of a contiguous [n_rows, WIDTH] matrix, zero outside; BLOCK = len(offs_n)."""
     pointers = ptr + offs_m.to(tl.int64)[:, None] * WIDTH + offs_n[None, :]
     mask = (offs_m < n_rows)[:, None]
@@ -75,13 +85,13 @@ def _finish(
         )  # fmt: skip
     else:
         offs_n = start_n + tl.arange(0, BLOCK_N)
-        x = load_tile(x_ptr, offs_m, offs_n, n_rows, WIDTH, BLOCK_N).to(tl.float32)
+        x = _load_tile(x_ptr, offs_m, offs_n, n_rows, WIDTH, BLOCK_N).to(tl.float32)
         if gamma_ptr is not None:
             gamma = _load_channels(gamma_ptr, offs_n, WIDTH, BLOCK_N)
             beta = _load_channels(beta_ptr, offs_n, WIDTH, BLOCK_N)
             x = (x - mean[:, None]) * rstd[:, None] * gamma[None, :] + beta[None, :]
         if MASKED:
-            x = tl.where(load_tile(a_ptr, offs_m, offs_n, n_rows, WIDTH, BLOCK_N) != 0.0, x, 0.0)
+            x = tl.where(_load_tile(a_ptr, offs_m, offs_n, n_rows, WIDTH, BLOCK_N) != 0.0, x, 0.0)
         y = x + acc
         if bias_ptr is not None:
             y += _load_channels(bias_ptr, offs_n, WIDTH, BLOCK_N)[None, :]
@@ -93,7 +103,9 @@ def _finish(
         inside = (offs_m < n_rows)[:, None] & (offs_n < WIDTH)[None, :]
         tl.store(out_ptr + offsets, y.to(out_ptr.dtype.element_ty), mask=inside)
         if nonzero_ptr is not None:
-            tl.store(nonzero_ptr + offsets, (y != 0.0).to(tl.int8), mask=inside)
+            # In out's layout: one of its own, for stores of 16 bytes, would move the tile through shared memory.
+            ALONG: tl.constexpr = 128 // out_ptr.dtype.element_ty.primitive_bitwidth
+            tl.store(nonzero_ptr + tl.max_contiguous(offsets, [1, ALONG]), (y != 0.0).to(tl.int8), mask=inside)
 
 
 @triton.jit
@@ -114,14 +126,9 @@ def _product_kernel(
     WIDTH: tl.constexpr,  # N
     FINISH: tl.constexpr,  # "add", or behind it "relu" or "soft"
     MASKED: tl.constexpr,  # x counts only where a is not 0 (K = N)
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP: tl.constexpr,
-    CHUNK: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, CHUNK: tl.constexpr,
     PERSISTENT: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+):  # fmt: skip
     """finish(a weightᵀ), a BLOCK_M×BLOCK_N tile at a time; sum, LayerNorm, bias and shrinkage are fp32.
 
     Grid: any number of programs; each takes every programs-th tile. PERSISTENT makes one loop of a program's tiles
@@ -136,9 +143,9 @@ def _product_kernel(
         acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for start_k in range(0, INNER, BLOCK_K):
             offs_k = start_k + tl.arange(0, BLOCK_K)
-            a = load_tile(a_ptr, offs_m, offs_k, n_rows, INNER, BLOCK_K)
-            weight = load_tile(weight_ptr, offs_n, offs_k, WIDTH, INNER, BLOCK_K)
-            acc = tl.dot(a, tl.trans(weight), acc, input_precision=PRECISION)
+            a = _load_tile(a_ptr, offs_m, offs_k, n_rows, INNER, BLOCK_K)
+            weight = _load_tile(weight_ptr, offs_n, offs_k, WIDTH, INNER, BLOCK_K)
+            acc = tl.dot(a, tl.trans(weight), acc, input_precision="tf32")
         mean, rstd = 0.0, 0.0
         if gamma_ptr is not None:
             mean = tl.load(mean_ptr + offs_m, mask=offs_m < n_rows, other=0.0)
@@ -163,9 +170,9 @@ def fitted_product(tile: Tile, width: int) -> Tile:
     return replace(narrow, block_m=256) if (tile.block_n, narrow.block_n) == (256, 128) else narrow
 
 
-def tile_for(kernel: str, a: Tensor, x: Tensor, width: int) -> Tile:
-    """The table's tile for a product of `a` that x is added to, fitted to its width."""
-    return fitted_product(lookup(kernel, a.device, matmul_precision(a.dtype, x.dtype).row), width)
+def tile_for(kernel: str, a: Tensor, width: int) -> Tile:
+    """The table's tile for a product of `a`, fitted to its width."""
+    return fitted_product(lookup(kernel, a.device, precision(a.dtype)), width)
 
 
 def plan(
@@ -182,54 +189,96 @@ def plan(
     masked: bool = False,
     nonzero: Tensor | None = None,
 ) -> Launch:
-    """The launch on these tensors; what `product` runs and the compile report compiles."""
+    """The launch on these tensors; what `product` runs and the tests compile."""
     (n_rows, inner), width = a.shape, weight.shape[0]
     tiles = triton.cdiv(n_rows, tile.block_m) * triton.cdiv(width, tile.block_n)
-    return Launch(
-        kernel=_product_kernel,
-        grid=(min(tiles, processors(a.device)) if tile.persistent else tiles,),
-        arguments={
-            "a_ptr": a,
-            "weight_ptr": weight,
-            "x_ptr": x,
-            "out_ptr": out,
-            "nonzero_ptr": nonzero,
-            **{f"{name}_ptr": norm and getattr(norm, name) for name in ("mean", "rstd", "gamma", "beta")},
-            "bias_ptr": bias,
-            "n_rows": n_rows,
-            "shift": shift,
-        },
-        constants={
-            "INNER": inner,
-            "WIDTH": width,
-            "FINISH": finish,
-            "MASKED": masked,
-            "BLOCK_M": tile.block_m,
-            "BLOCK_N": tile.block_n,
-            "BLOCK_K": tile.block_k,
-            "GROUP": GROUP_M,
-            "CHUNK": CHUNK_ELEMENTS // tile.block_m,
-            "PERSISTENT": tile.persistent,
-            "PRECISION": matmul_precision(a.dtype).dot,
-        },
-        tile=tile,
-    )
+    tensors = {"a_ptr": a, "weight_ptr": weight, "x_ptr": x, "out_ptr": out, "nonzero_ptr": nonzero, "bias_ptr": bias}
+    tensors |= {f"{name}_ptr": norm and getattr(norm, name) for name in ("mean", "rstd", "gamma", "beta")}
+    blocks = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "GROUP": GROUP_M}
+    blocks |= {"CHUNK": CHUNK_ELEMENTS // tile.block_m, "PERSISTENT": tile.persistent}
+    constants = {"INNER": inner, "WIDTH": width, "FINISH": finish, "MASKED": masked} | blocks
+    grid = (min(tiles, processors(a.device)) if tile.persistent else tiles,)
+    return Launch(_product_kernel, grid, tensors | {"n_rows": n_rows, "shift": shift}, constants, tile)
 
 
 def product(a: Tensor, weight: Tensor, x: Tensor, tile: Tile, **options) -> Tensor:
-    """finish(a weightᵀ) [M, N] in x's dtype.
+    """finish(a weightᵀ) [M, N] in x's dtype, for a [M, K] and weight [N, K] in the product's dtype, and x [M, N].
 
-    Args:
-        a: [M, K].
-        weight: [N, K], a's dtype, which is the product's.
-        x: What is added [M, N].
-        tile: The blocks of rows, of N and of K.
-        **options: `plan`'s: `norm` (LayerNorm(x) is added instead), `bias` [N], `masked` (x is added only where a is
-            not 0), `finish` with `shift`: max(· − shift, 0) ("relu") or the soft threshold ("soft") of the sum, and
-            `nonzero` [M, N], int8, which is set to whether the result is not 0.
+    `options` are `plan`'s. `finish` is "add", or behind it max(· − shift, 0) ("relu") or the soft threshold ("soft").
+    `norm`: LayerNorm(x) is added instead of x. `bias` [N] is added too. `masked`: x is added only where a is not 0.
+    `nonzero` [M, N], int8, is set to whether the result is not 0.
     """
     a, weight, x = a.contiguous(), weight.contiguous(), x.contiguous()
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if x.numel():
-        plan(a, weight, x, out, tile, **options).run()
+    plan(a, weight, x, out, tile, **options).run()
     return out
+
+
+@triton.jit
+def _weight_gradient_kernel(
+    a_ptr,  # [M, C], contiguous
+    grad_ptr,  # g [M, J], contiguous, a's dtype
+    partial_ptr,  # [splits, C, J], contiguous, fp32
+    n_rows,
+    rows_per_split,  # a multiple of BLOCK_K
+    WIDTH: tl.constexpr,  # C
+    GRAD_WIDTH: tl.constexpr,  # J
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """A BLOCK_M×BLOCK_N tile of one split's share of aᵀg, over rows_per_split rows of a and g.
+
+    The shares are written apart and added by the caller in a fixed order: deterministic, no atomics.
+    Grid: (⌈C/BLOCK_M⌉·⌈J/BLOCK_N⌉, splits). 2·M·C·J FLOPs in all.
+    """
+    col_blocks: tl.constexpr = (GRAD_WIDTH + BLOCK_N - 1) // BLOCK_N
+    offs_m = (tl.program_id(0) // col_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = (tl.program_id(0) % col_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+    split = tl.program_id(1)
+    start = split * rows_per_split
+    end = tl.minimum(start + rows_per_split, n_rows)
+    tl.assume(end > start)  # no split is empty; as in attention.py's backward
+
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for start_k in range(start, end, BLOCK_K):
+        offs_k = start_k + tl.arange(0, BLOCK_K)
+        a = _load_tile(a_ptr, offs_k, offs_m, n_rows, WIDTH, BLOCK_M)
+        grad = _load_tile(grad_ptr, offs_k, offs_n, n_rows, GRAD_WIDTH, BLOCK_N)
+        acc = tl.dot(tl.trans(a), grad, acc, input_precision="tf32")
+    tl.store(
+        partial_ptr + (split.to(tl.int64) * WIDTH + offs_m[:, None]) * GRAD_WIDTH + offs_n[None, :],
+        acc,
+        mask=(offs_m < WIDTH)[:, None] & (offs_n < GRAD_WIDTH)[None, :],
+    )
+
+
+def plan_weight_gradient(a: Tensor, grad: Tensor, partial: Tensor, rows_per_split: int, tile: Tile) -> Launch:
+    """The launch for the shares on these tensors; what `weight_gradient` runs and the tests compile."""
+    (n_rows, width), grad_width = a.shape, grad.shape[1]
+    tensors = {"a_ptr": a, "grad_ptr": grad, "partial_ptr": partial}
+    blocks = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k}
+    arguments, constants = tensors | {"n_rows": n_rows, "rows_per_split": rows_per_split}, blocks
+    constants |= {"WIDTH": width, "GRAD_WIDTH": grad_width}
+    grid = (triton.cdiv(width, tile.block_m) * triton.cdiv(grad_width, tile.block_n), partial.shape[0])
+    return Launch(_weight_gradient_kernel, grid, arguments, constants, tile)
+
+
+def weight_gradient(a: Tensor, grad: Tensor, tile: Tile | None = None) -> Tensor:
+    """aᵀg [C, J] in fp32, for a [M, C] and g [M, J] in the product's dtype; `tile` in place of the table's."""
+    a, grad = a.contiguous(), grad.contiguous()
+    (n_rows, width), grad_width = a.shape, grad.shape[1]
+    if a.numel() == 0 or grad.numel() == 0:
+        return torch.zeros(width, grad_width, dtype=torch.float32, device=a.device)
+    tile = tile or fitted(lookup("weight_gradient", a.device, precision(a.dtype)), grad_width)
+    shares, rows_per_split = splits(n_rows, width, grad_width, a.device, tile)
+    partial = torch.empty(shares, width, grad_width, dtype=torch.float32, device=a.device)
+    plan_weight_gradient(a, grad, partial, rows_per_split, tile).run()
+    return partial.sum(0) if shares > 1 else partial[0]
+
+
+def splits(n_rows: int, width: int, grad_width: int, device: torch.device, tile: Tile) -> tuple[int, int]:
+    """How many shares, and rows in each, so that the tiles of aᵀg keep every multiprocessor busy; none is empty."""
+    at_once = processors(device) * (1 if tile.block_m * tile.block_n > 128 * 128 else 2)
+    tiles = triton.cdiv(width, tile.block_m) * triton.cdiv(grad_width, tile.block_n)
+    wanted = max(1, min(at_once // tiles, triton.cdiv(n_rows, 4 * tile.block_k)))
+    rows = triton.cdiv(triton.cdiv(n_rows, wanted), tile.block_k) * tile.block_k
+    return triton.cdiv(n_rows, rows), rows

@@ -1,25 +1,28 @@
 """The static tile table: which block sizes, warps and pipeline stages each kernel runs with. Never tuned at run time.
 
-A row is one line, so that `benchmarks/tune_tiles.py` can replace it with what it measured.
+Ranks agree and the first step does not stall. `benchmarks/gpu_check.py` measures candidates on a GPU and writes rows
+to a file; `settings.tiles_file` names one whose rows take precedence over these.
 """
 
+import functools
+import json
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from crate_fast.kernels.support import architecture
+from crate_fast.settings import tiles_file
 
-__all__ = ["ARCHITECTURES", "LONGEST", "SHARED_MEMORY", "TABLE", "Tile", "find", "lookup"]
+__all__ = ["ARCHITECTURES", "SHARED_MEMORY", "TABLE", "Tile", "find", "lookup"]
 
 SHARED_MEMORY = {  # bytes a program may use
     "sm_80": 163 * 1024,
     "sm_86": 99 * 1024,
     "sm_90": 227 * 1024,
     "sm_100": 227 * 1024,
-    "gfx942": 64 * 1024,
 }
 ARCHITECTURES = tuple(SHARED_MEMORY)
-LONGEST = {64: 256, 48: 240}  # by head width: tokens up to which the whole-head gradient fits in the registers
 
 
 @dataclass(frozen=True)
@@ -31,308 +34,77 @@ class Tile:
     num_warps: int
     num_stages: int
     block_k: int = 0  # of products only
-    two_loops: bool = False  # attention: the cheaper loop first, which row_blocks.py's switches leave for the other
+    one_exp: bool = False  # attention's gradient: one exponential for two weights first
     persistent: bool = False  # products: one program a multiprocessor, which prefetches its next tile
     chosen: bool = True  # the output map: False where PyTorch's product runs by itself instead
 
 
-# (kernel, architecture, precision, head width to the next power of two; 0 for products): the tile.
-# Precisions: "half" (float16, bfloat16), "mixed" (the same, read from fp32), "tf32", "ieee" (fp32, not rounded).
-TABLE = {
-    ("attention_forward", "sm_80", "half", 32): Tile(128, 64, 8, 3, two_loops=True),
-    ("attention_forward", "sm_80", "half", 64): Tile(128, 64, 8, 3, two_loops=True),
-    ("attention_forward", "sm_80", "half", 128): Tile(64, 32, 8, 2, two_loops=True),
-    ("attention_forward", "sm_80", "tf32", 32): Tile(128, 64, 8, 2),
-    ("attention_forward", "sm_80", "tf32", 64): Tile(128, 32, 8, 2),
-    ("attention_forward", "sm_80", "tf32", 128): Tile(32, 32, 8, 2),
-    ("attention_forward", "sm_80", "ieee", 32): Tile(64, 32, 8, 2),
-    ("attention_forward", "sm_80", "ieee", 64): Tile(32, 32, 8, 2),
-    ("attention_forward", "sm_80", "ieee", 128): Tile(16, 16, 8, 1),
-    ("attention_forward", "sm_86", "half", 32): Tile(128, 64, 8, 2, two_loops=True),
-    ("attention_forward", "sm_86", "half", 64): Tile(128, 64, 8, 3, two_loops=True),
-    ("attention_forward", "sm_86", "half", 128): Tile(64, 32, 8, 2, two_loops=True),
-    ("attention_forward", "sm_86", "tf32", 32): Tile(128, 64, 8, 2),
-    ("attention_forward", "sm_86", "tf32", 64): Tile(128, 64, 8, 2),
-    ("attention_forward", "sm_86", "tf32", 128): Tile(32, 32, 8, 2),
-    ("attention_forward", "sm_86", "ieee", 32): Tile(64, 32, 8, 2),
-    ("attention_forward", "sm_86", "ieee", 64): Tile(32, 32, 8, 2),
-    ("attention_forward", "sm_86", "ieee", 128): Tile(16, 16, 8, 1),
-    ("attention_forward", "sm_90", "half", 32): Tile(128, 64, 8, 3, two_loops=True),
-    ("attention_forward", "sm_90", "half", 64): Tile(128, 64, 8, 3, two_loops=True),
-    ("attention_forward", "sm_90", "half", 128): Tile(128, 64, 8, 3, two_loops=True),
-    ("attention_forward", "sm_90", "tf32", 32): Tile(128, 64, 8, 2),
-    ("attention_forward", "sm_90", "tf32", 64): Tile(128, 64, 8, 2),
-    ("attention_forward", "sm_90", "tf32", 128): Tile(128, 64, 8, 2),
-    ("attention_forward", "sm_90", "ieee", 32): Tile(64, 32, 8, 2),
-    ("attention_forward", "sm_90", "ieee", 64): Tile(16, 32, 8, 1),
-    ("attention_forward", "sm_90", "ieee", 128): Tile(16, 16, 8, 1),
-    ("attention_forward", "sm_100", "half", 32): Tile(128, 64, 8, 3, two_loops=True),
-    ("attention_forward", "sm_100", "half", 64): Tile(128, 64, 8, 3, two_loops=True),
-    ("attention_forward", "sm_100", "half", 128): Tile(128, 64, 8, 3, two_loops=True),
-    ("attention_forward", "sm_100", "tf32", 32): Tile(128, 64, 8, 2),
-    ("attention_forward", "sm_100", "tf32", 64): Tile(128, 64, 8, 2),
-    ("attention_forward", "sm_100", "tf32", 128): Tile(128, 64, 8, 2),
-    ("attention_forward", "sm_100", "ieee", 32): Tile(64, 32, 8, 2),
-    ("attention_forward", "sm_100", "ieee", 64): Tile(16, 32, 8, 1),
-    ("attention_forward", "sm_100", "ieee", 128): Tile(16, 16, 8, 1),
-    ("attention_forward", "gfx942", "half", 32): Tile(128, 64, 8, 2),
-    ("attention_forward", "gfx942", "half", 64): Tile(128, 64, 8, 2),
-    ("attention_forward", "gfx942", "half", 128): Tile(128, 64, 8, 2),
-    ("attention_forward", "gfx942", "tf32", 32): Tile(128, 64, 8, 2),
-    ("attention_forward", "gfx942", "tf32", 64): Tile(128, 64, 8, 2),
-    ("attention_forward", "gfx942", "tf32", 128): Tile(128, 32, 8, 2),
-    ("attention_forward", "gfx942", "ieee", 32): Tile(64, 32, 8, 2),
-    ("attention_forward", "gfx942", "ieee", 64): Tile(64, 32, 8, 2),
-    ("attention_forward", "gfx942", "ieee", 128): Tile(32, 16, 8, 1),
-    ("attention_forward_dropout", "sm_80", "half", 32): Tile(128, 64, 8, 3),
-    ("attention_forward_dropout", "sm_80", "half", 64): Tile(128, 64, 8, 3),
-    ("attention_forward_dropout", "sm_80", "half", 128): Tile(32, 32, 8, 2),
-    ("attention_forward_dropout", "sm_80", "tf32", 32): Tile(128, 64, 8, 2),
-    ("attention_forward_dropout", "sm_80", "tf32", 64): Tile(128, 64, 8, 2),
-    ("attention_forward_dropout", "sm_80", "tf32", 128): Tile(32, 16, 8, 1),
-    ("attention_forward_dropout", "sm_80", "ieee", 32): Tile(64, 32, 8, 2),
-    ("attention_forward_dropout", "sm_80", "ieee", 64): Tile(32, 32, 8, 2),
-    ("attention_forward_dropout", "sm_80", "ieee", 128): Tile(16, 16, 8, 1),
-    ("attention_forward_dropout", "sm_86", "half", 32): Tile(128, 64, 8, 3),
-    ("attention_forward_dropout", "sm_86", "half", 64): Tile(128, 64, 8, 3),
-    ("attention_forward_dropout", "sm_86", "half", 128): Tile(128, 64, 8, 2),
-    ("attention_forward_dropout", "sm_86", "tf32", 32): Tile(128, 64, 8, 2),
-    ("attention_forward_dropout", "sm_86", "tf32", 64): Tile(128, 32, 8, 2),
-    ("attention_forward_dropout", "sm_86", "tf32", 128): Tile(32, 16, 8, 1),
-    ("attention_forward_dropout", "sm_86", "ieee", 32): Tile(64, 32, 8, 2),
-    ("attention_forward_dropout", "sm_86", "ieee", 64): Tile(32, 32, 8, 2),
-    ("attention_forward_dropout", "sm_86", "ieee", 128): Tile(16, 16, 8, 1),
-    ("attention_forward_dropout", "sm_90", "half", 32): Tile(128, 64, 8, 3),
-    ("attention_forward_dropout", "sm_90", "half", 64): Tile(128, 64, 8, 3),
-    ("attention_forward_dropout", "sm_90", "half", 128): Tile(128, 64, 8, 3),
-    ("attention_forward_dropout", "sm_90", "tf32", 32): Tile(128, 64, 8, 2),
-    ("attention_forward_dropout", "sm_90", "tf32", 64): Tile(128, 64, 8, 2),
-    ("attention_forward_dropout", "sm_90", "tf32", 128): Tile(128, 32, 8, 2),
-    ("attention_forward_dropout", "sm_90", "ieee", 32): Tile(64, 32, 8, 2),
-    ("attention_forward_dropout", "sm_90", "ieee", 64): Tile(32, 32, 8, 2),
-    ("attention_forward_dropout", "sm_90", "ieee", 128): Tile(16, 16, 8, 1),
-    ("attention_forward_dropout", "sm_100", "half", 32): Tile(128, 64, 8, 3),
-    ("attention_forward_dropout", "sm_100", "half", 64): Tile(128, 64, 8, 3),
-    ("attention_forward_dropout", "sm_100", "half", 128): Tile(128, 64, 8, 3),
-    ("attention_forward_dropout", "sm_100", "tf32", 32): Tile(128, 64, 8, 2),
-    ("attention_forward_dropout", "sm_100", "tf32", 64): Tile(128, 64, 8, 2),
-    ("attention_forward_dropout", "sm_100", "tf32", 128): Tile(128, 32, 8, 2),
-    ("attention_forward_dropout", "sm_100", "ieee", 32): Tile(64, 32, 8, 2),
-    ("attention_forward_dropout", "sm_100", "ieee", 64): Tile(32, 32, 8, 2),
-    ("attention_forward_dropout", "sm_100", "ieee", 128): Tile(16, 16, 8, 1),
-    ("attention_forward_dropout", "gfx942", "half", 32): Tile(64, 32, 4, 2),
-    ("attention_forward_dropout", "gfx942", "half", 64): Tile(64, 32, 4, 2),
-    ("attention_forward_dropout", "gfx942", "half", 128): Tile(64, 32, 4, 2),
-    ("attention_forward_dropout", "gfx942", "tf32", 32): Tile(128, 32, 8, 2),
-    ("attention_forward_dropout", "gfx942", "tf32", 64): Tile(128, 32, 8, 2),
-    ("attention_forward_dropout", "gfx942", "tf32", 128): Tile(64, 32, 4, 2),
-    ("attention_forward_dropout", "gfx942", "ieee", 32): Tile(64, 32, 8, 2),
-    ("attention_forward_dropout", "gfx942", "ieee", 64): Tile(64, 32, 8, 2),
-    ("attention_forward_dropout", "gfx942", "ieee", 128): Tile(32, 16, 8, 1),
-    ("attention_backward", "sm_80", "half", 32): Tile(128, 64, 8, 2),
-    ("attention_backward", "sm_80", "half", 64): Tile(128, 32, 8, 2),
-    ("attention_backward", "sm_80", "half", 128): Tile(64, 64, 8, 2),
-    ("attention_backward", "sm_80", "tf32", 32): Tile(128, 32, 8, 2),
-    ("attention_backward", "sm_80", "tf32", 64): Tile(64, 32, 8, 1),
-    ("attention_backward", "sm_80", "tf32", 128): Tile(64, 32, 8, 2),
-    ("attention_backward", "sm_80", "ieee", 32): Tile(32, 32, 8, 1),
-    ("attention_backward", "sm_80", "ieee", 64): Tile(32, 32, 8, 1),
-    ("attention_backward", "sm_80", "ieee", 128): Tile(32, 32, 8, 1),
-    ("attention_backward", "sm_86", "half", 32): Tile(128, 64, 8, 2),
-    ("attention_backward", "sm_86", "half", 64): Tile(128, 32, 8, 2),
-    ("attention_backward", "sm_86", "half", 128): Tile(128, 32, 8, 2),
-    ("attention_backward", "sm_86", "tf32", 32): Tile(64, 32, 8, 2),
-    ("attention_backward", "sm_86", "tf32", 64): Tile(64, 16, 8, 2),
-    ("attention_backward", "sm_86", "tf32", 128): Tile(32, 32, 8, 2),
-    ("attention_backward", "sm_86", "ieee", 32): Tile(32, 32, 8, 1),
-    ("attention_backward", "sm_86", "ieee", 64): Tile(32, 32, 8, 1),
-    ("attention_backward", "sm_86", "ieee", 128): Tile(32, 32, 8, 1),
-    ("attention_backward", "sm_90", "half", 32): Tile(128, 64, 8, 2, two_loops=True),
-    ("attention_backward", "sm_90", "half", 64): Tile(128, 64, 8, 2, two_loops=True),
-    ("attention_backward", "sm_90", "half", 128): Tile(128, 32, 8, 2, two_loops=True),
-    ("attention_backward", "sm_90", "tf32", 32): Tile(128, 32, 8, 2),
-    ("attention_backward", "sm_90", "tf32", 64): Tile(64, 32, 8, 1),
-    ("attention_backward", "sm_90", "tf32", 128): Tile(32, 32, 8, 2),
-    ("attention_backward", "sm_90", "ieee", 32): Tile(32, 32, 8, 2),
-    ("attention_backward", "sm_90", "ieee", 64): Tile(32, 32, 8, 1),
-    ("attention_backward", "sm_90", "ieee", 128): Tile(32, 32, 8, 1),
-    ("attention_backward", "sm_100", "half", 32): Tile(128, 32, 8, 2),
-    ("attention_backward", "sm_100", "half", 64): Tile(64, 64, 8, 2),
-    ("attention_backward", "sm_100", "half", 128): Tile(128, 32, 8, 2),
-    ("attention_backward", "sm_100", "tf32", 32): Tile(64, 64, 8, 2),
-    ("attention_backward", "sm_100", "tf32", 64): Tile(64, 64, 8, 2),
-    ("attention_backward", "sm_100", "tf32", 128): Tile(64, 32, 8, 2),
-    ("attention_backward", "sm_100", "ieee", 32): Tile(32, 32, 8, 2),
-    ("attention_backward", "sm_100", "ieee", 64): Tile(32, 32, 8, 1),
-    ("attention_backward", "sm_100", "ieee", 128): Tile(32, 32, 8, 1),
-    ("attention_backward", "gfx942", "half", 32): Tile(128, 32, 8, 2),
-    ("attention_backward", "gfx942", "half", 64): Tile(128, 32, 8, 2),
-    ("attention_backward", "gfx942", "half", 128): Tile(64, 32, 4, 2),
-    ("attention_backward", "gfx942", "tf32", 32): Tile(64, 32, 8, 1),
-    ("attention_backward", "gfx942", "tf32", 64): Tile(64, 32, 8, 1),
-    ("attention_backward", "gfx942", "tf32", 128): Tile(64, 16, 8, 1),
-    ("attention_backward", "gfx942", "ieee", 32): Tile(32, 32, 8, 1),
-    ("attention_backward", "gfx942", "ieee", 64): Tile(32, 32, 8, 1),
-    ("attention_backward", "gfx942", "ieee", 128): Tile(32, 16, 8, 1),
-    ("attention_backward_dropout", "sm_80", "half", 32): Tile(128, 32, 8, 2),
-    ("attention_backward_dropout", "sm_80", "half", 64): Tile(128, 32, 8, 2),
-    ("attention_backward_dropout", "sm_80", "half", 128): Tile(64, 32, 8, 1),
-    ("attention_backward_dropout", "sm_80", "tf32", 32): Tile(64, 32, 8, 2),
-    ("attention_backward_dropout", "sm_80", "tf32", 64): Tile(32, 32, 8, 2),
-    ("attention_backward_dropout", "sm_80", "tf32", 128): Tile(32, 32, 8, 2),
-    ("attention_backward_dropout", "sm_80", "ieee", 32): Tile(32, 32, 8, 1),
-    ("attention_backward_dropout", "sm_80", "ieee", 64): Tile(32, 32, 8, 1),
-    ("attention_backward_dropout", "sm_80", "ieee", 128): Tile(16, 16, 8, 1),
-    ("attention_backward_dropout", "sm_86", "half", 32): Tile(128, 32, 8, 2),
-    ("attention_backward_dropout", "sm_86", "half", 64): Tile(128, 32, 8, 2),
-    ("attention_backward_dropout", "sm_86", "half", 128): Tile(64, 32, 8, 2),
-    ("attention_backward_dropout", "sm_86", "tf32", 32): Tile(64, 32, 8, 2),
-    ("attention_backward_dropout", "sm_86", "tf32", 64): Tile(32, 32, 8, 1),
-    ("attention_backward_dropout", "sm_86", "tf32", 128): Tile(32, 32, 8, 2),
-    ("attention_backward_dropout", "sm_86", "ieee", 32): Tile(32, 32, 8, 1),
-    ("attention_backward_dropout", "sm_86", "ieee", 64): Tile(32, 32, 8, 1),
-    ("attention_backward_dropout", "sm_86", "ieee", 128): Tile(16, 16, 8, 1),
-    ("attention_backward_dropout", "sm_90", "half", 32): Tile(128, 32, 8, 2),
-    ("attention_backward_dropout", "sm_90", "half", 64): Tile(128, 32, 8, 2),
-    ("attention_backward_dropout", "sm_90", "half", 128): Tile(128, 32, 8, 3),
-    ("attention_backward_dropout", "sm_90", "tf32", 32): Tile(128, 32, 8, 2),
-    ("attention_backward_dropout", "sm_90", "tf32", 64): Tile(32, 32, 8, 2),
-    ("attention_backward_dropout", "sm_90", "tf32", 128): Tile(32, 32, 8, 2),
-    ("attention_backward_dropout", "sm_90", "ieee", 32): Tile(32, 32, 8, 1),
-    ("attention_backward_dropout", "sm_90", "ieee", 64): Tile(32, 32, 8, 1),
-    ("attention_backward_dropout", "sm_90", "ieee", 128): Tile(8, 32, 8, 1),
-    ("attention_backward_dropout", "sm_100", "half", 32): Tile(128, 32, 8, 2),
-    ("attention_backward_dropout", "sm_100", "half", 64): Tile(128, 32, 8, 2),
-    ("attention_backward_dropout", "sm_100", "half", 128): Tile(128, 32, 8, 2),
-    ("attention_backward_dropout", "sm_100", "tf32", 32): Tile(64, 64, 8, 2),
-    ("attention_backward_dropout", "sm_100", "tf32", 64): Tile(64, 32, 8, 2),
-    ("attention_backward_dropout", "sm_100", "tf32", 128): Tile(64, 16, 8, 2),
-    ("attention_backward_dropout", "sm_100", "ieee", 32): Tile(32, 32, 8, 1),
-    ("attention_backward_dropout", "sm_100", "ieee", 64): Tile(32, 32, 8, 1),
-    ("attention_backward_dropout", "sm_100", "ieee", 128): Tile(32, 32, 8, 1),
-    ("attention_backward_dropout", "gfx942", "half", 32): Tile(64, 32, 8, 1),
-    ("attention_backward_dropout", "gfx942", "half", 64): Tile(64, 16, 4, 1),
-    ("attention_backward_dropout", "gfx942", "half", 128): Tile(64, 16, 4, 1),
-    ("attention_backward_dropout", "gfx942", "tf32", 32): Tile(64, 32, 8, 1),
-    ("attention_backward_dropout", "gfx942", "tf32", 64): Tile(64, 16, 8, 1),
-    ("attention_backward_dropout", "gfx942", "tf32", 128): Tile(32, 16, 4, 1),
-    ("attention_backward_dropout", "gfx942", "ieee", 32): Tile(32, 16, 8, 1),
-    ("attention_backward_dropout", "gfx942", "ieee", 64): Tile(32, 16, 8, 1),
-    ("attention_backward_dropout", "gfx942", "ieee", 128): Tile(32, 16, 8, 1),
-    ("attention_delta", "sm_80", "ieee", 32): Tile(32, 32, 8, 1),
-    ("attention_delta", "sm_80", "ieee", 64): Tile(32, 32, 8, 1),
-    ("attention_delta", "sm_80", "ieee", 128): Tile(16, 16, 8, 1),
-    ("attention_delta", "sm_86", "ieee", 32): Tile(32, 32, 8, 1),
-    ("attention_delta", "sm_86", "ieee", 64): Tile(32, 32, 8, 1),
-    ("attention_delta", "sm_86", "ieee", 128): Tile(16, 16, 8, 1),
-    ("attention_delta", "sm_90", "ieee", 32): Tile(32, 32, 8, 1),
-    ("attention_delta", "sm_90", "ieee", 64): Tile(32, 32, 8, 1),
-    ("attention_delta", "sm_90", "ieee", 128): Tile(16, 16, 8, 1),
-    ("attention_delta", "sm_100", "ieee", 32): Tile(32, 32, 8, 1),
-    ("attention_delta", "sm_100", "ieee", 64): Tile(32, 32, 8, 1),
-    ("attention_delta", "sm_100", "ieee", 128): Tile(16, 16, 8, 1),
-    ("attention_delta", "gfx942", "ieee", 32): Tile(32, 32, 8, 1),
-    ("attention_delta", "gfx942", "ieee", 64): Tile(32, 32, 8, 1),
-    ("attention_delta", "gfx942", "ieee", 128): Tile(16, 16, 8, 1),
-    ("attention_delta_dropout", "sm_80", "ieee", 32): Tile(32, 32, 8, 1),
-    ("attention_delta_dropout", "sm_80", "ieee", 64): Tile(32, 32, 8, 1),
-    ("attention_delta_dropout", "sm_80", "ieee", 128): Tile(16, 16, 8, 1),
-    ("attention_delta_dropout", "sm_86", "ieee", 32): Tile(32, 32, 8, 1),
-    ("attention_delta_dropout", "sm_86", "ieee", 64): Tile(32, 32, 8, 1),
-    ("attention_delta_dropout", "sm_86", "ieee", 128): Tile(16, 16, 8, 1),
-    ("attention_delta_dropout", "sm_90", "ieee", 32): Tile(32, 32, 8, 1),
-    ("attention_delta_dropout", "sm_90", "ieee", 64): Tile(32, 32, 8, 1),
-    ("attention_delta_dropout", "sm_90", "ieee", 128): Tile(16, 16, 8, 1),
-    ("attention_delta_dropout", "sm_100", "ieee", 32): Tile(32, 32, 8, 1),
-    ("attention_delta_dropout", "sm_100", "ieee", 64): Tile(32, 32, 8, 1),
-    ("attention_delta_dropout", "sm_100", "ieee", 128): Tile(16, 16, 8, 1),
-    ("attention_delta_dropout", "gfx942", "ieee", 32): Tile(32, 32, 8, 1),
-    ("attention_delta_dropout", "gfx942", "ieee", 64): Tile(32, 32, 8, 1),
-    ("attention_delta_dropout", "gfx942", "ieee", 128): Tile(16, 16, 8, 1),
-    ("whole_head_forward", "sm_90", "half", 64): Tile(64, 32, 4, 1),
-    ("whole_head_backward", "sm_90", "half", 64): Tile(64, 16, 4, 1),
-    ("whole_head_forward", "sm_100", "half", 64): Tile(64, 32, 4, 1),
-    ("whole_head_backward", "sm_100", "half", 64): Tile(64, 16, 4, 1),
-    ("ista_forward", "sm_80", "half", 0): Tile(128, 128, 8, 3, 64),
-    ("ista_forward", "sm_80", "mixed", 0): Tile(128, 128, 8, 3, 64),
-    ("ista_forward", "sm_80", "tf32", 0): Tile(128, 128, 8, 3, 32),
-    ("ista_forward", "sm_80", "ieee", 0): Tile(64, 64, 8, 2, 16),
-    ("ista_forward", "sm_86", "half", 0): Tile(128, 128, 8, 3, 32),
-    ("ista_forward", "sm_86", "mixed", 0): Tile(128, 128, 8, 3, 32),
-    ("ista_forward", "sm_86", "tf32", 0): Tile(128, 64, 8, 3, 32),
-    ("ista_forward", "sm_86", "ieee", 0): Tile(64, 64, 8, 2, 16),
-    ("ista_forward", "sm_90", "half", 0): Tile(128, 256, 8, 4, 64, persistent=True),
-    ("ista_forward", "sm_90", "mixed", 0): Tile(128, 256, 8, 4, 64, persistent=True),
-    ("ista_forward", "sm_90", "tf32", 0): Tile(128, 128, 8, 3, 32),
-    ("ista_forward", "sm_90", "ieee", 0): Tile(64, 64, 8, 3, 16),
-    ("ista_forward", "sm_100", "half", 0): Tile(128, 256, 8, 3, 64, persistent=True),
-    ("ista_forward", "sm_100", "mixed", 0): Tile(128, 256, 8, 3, 64, persistent=True),
-    ("ista_forward", "sm_100", "tf32", 0): Tile(128, 128, 8, 3, 32),
-    ("ista_forward", "sm_100", "ieee", 0): Tile(64, 64, 8, 2, 16),
-    ("ista_forward", "gfx942", "half", 0): Tile(128, 128, 8, 2, 32),
-    ("ista_forward", "gfx942", "mixed", 0): Tile(128, 128, 8, 2, 32),
-    ("ista_forward", "gfx942", "tf32", 0): Tile(64, 64, 4, 2, 32),
-    ("ista_forward", "gfx942", "ieee", 0): Tile(64, 64, 8, 2, 16),
-    ("ista_backward_input", "sm_80", "half", 0): Tile(128, 128, 8, 3, 64),
-    ("ista_backward_input", "sm_80", "mixed", 0): Tile(128, 128, 8, 3, 64),
-    ("ista_backward_input", "sm_80", "tf32", 0): Tile(128, 128, 8, 3, 32),
-    ("ista_backward_input", "sm_80", "ieee", 0): Tile(64, 64, 8, 2, 16),
-    ("ista_backward_input", "sm_86", "half", 0): Tile(128, 128, 8, 3, 32),
-    ("ista_backward_input", "sm_86", "mixed", 0): Tile(128, 128, 8, 3, 32),
-    ("ista_backward_input", "sm_86", "tf32", 0): Tile(128, 64, 8, 3, 32),
-    ("ista_backward_input", "sm_86", "ieee", 0): Tile(64, 64, 8, 2, 16),
-    ("ista_backward_input", "sm_90", "half", 0): Tile(128, 256, 8, 4, 64, persistent=True),
-    ("ista_backward_input", "sm_90", "mixed", 0): Tile(128, 256, 8, 4, 64, persistent=True),
-    ("ista_backward_input", "sm_90", "tf32", 0): Tile(128, 128, 8, 3, 32),
-    ("ista_backward_input", "sm_90", "ieee", 0): Tile(64, 64, 8, 2, 16),
-    ("ista_backward_input", "sm_100", "half", 0): Tile(128, 256, 8, 3, 64, persistent=True),
-    ("ista_backward_input", "sm_100", "mixed", 0): Tile(128, 256, 8, 3, 64, persistent=True),
-    ("ista_backward_input", "sm_100", "tf32", 0): Tile(128, 128, 8, 3, 32),
-    ("ista_backward_input", "sm_100", "ieee", 0): Tile(64, 64, 8, 2, 16),
-    ("ista_backward_input", "gfx942", "half", 0): Tile(128, 128, 8, 2, 32),
-    ("ista_backward_input", "gfx942", "mixed", 0): Tile(128, 128, 8, 2, 32),
-    ("ista_backward_input", "gfx942", "tf32", 0): Tile(64, 64, 4, 2, 32),
-    ("ista_backward_input", "gfx942", "ieee", 0): Tile(64, 64, 8, 2, 16),
-    ("output_map", "sm_80", "half", 0): Tile(128, 128, 8, 3, 64),
-    ("output_map", "sm_80", "mixed", 0): Tile(128, 128, 8, 3, 64),
-    ("output_map", "sm_86", "half", 0): Tile(128, 128, 8, 3, 32),
-    ("output_map", "sm_86", "mixed", 0): Tile(128, 128, 8, 3, 32),
-    ("output_map", "sm_90", "half", 0): Tile(128, 256, 8, 4, 64, persistent=True),
-    ("output_map", "sm_90", "mixed", 0): Tile(128, 256, 8, 4, 64, persistent=True),
-    ("output_map", "sm_100", "half", 0): Tile(128, 256, 8, 3, 64, persistent=True),
-    ("output_map", "sm_100", "mixed", 0): Tile(128, 256, 8, 3, 64, persistent=True),
-    ("output_map", "gfx942", "half", 0): Tile(128, 128, 8, 2, 32),
-    ("output_map", "gfx942", "mixed", 0): Tile(128, 128, 8, 2, 32),
-    ("weight_gradient", "sm_80", "half", 0): Tile(128, 128, 8, 3, 64),
-    ("weight_gradient", "sm_80", "tf32", 0): Tile(128, 64, 8, 3, 32),
-    ("weight_gradient", "sm_80", "ieee", 0): Tile(64, 64, 8, 2, 16),
-    ("weight_gradient", "sm_86", "half", 0): Tile(128, 128, 8, 3, 32),
-    ("weight_gradient", "sm_86", "tf32", 0): Tile(128, 64, 8, 3, 32),
-    ("weight_gradient", "sm_86", "ieee", 0): Tile(64, 64, 8, 2, 16),
-    ("weight_gradient", "sm_90", "half", 0): Tile(128, 256, 8, 3, 64),
-    ("weight_gradient", "sm_90", "tf32", 0): Tile(128, 64, 8, 3, 32),
-    ("weight_gradient", "sm_90", "ieee", 0): Tile(64, 64, 8, 2, 16),
-    ("weight_gradient", "sm_100", "half", 0): Tile(128, 256, 8, 3, 64),
-    ("weight_gradient", "sm_100", "tf32", 0): Tile(128, 64, 8, 3, 32),
-    ("weight_gradient", "sm_100", "ieee", 0): Tile(64, 64, 8, 2, 16),
-    ("weight_gradient", "gfx942", "half", 0): Tile(128, 128, 8, 2, 32),
-    ("weight_gradient", "gfx942", "tf32", 0): Tile(64, 64, 4, 2, 32),
-    ("weight_gradient", "gfx942", "ieee", 0): Tile(64, 64, 8, 2, 16),
+# (kernel, precision), and where they differ an architecture, and a head width to the next power of two: the tile.
+# Precisions: "half" (float16, bfloat16), "tf32" (float32). The row with the most words counts.
+TABLE: dict[tuple[str | int, ...], Tile] = {
+    ("attention_forward", "half"): Tile(128, 64, 8, 3),
+    ("attention_forward", "half", "sm_80", 128): Tile(32, 32, 4, 2),
+    ("attention_forward", "half", "sm_86", 128): Tile(32, 32, 4, 2),
+    ("attention_forward", "tf32"): Tile(64, 32, 4, 2),
+    ("attention_forward", "tf32", 128): Tile(32, 32, 8, 2),
+    ("attention_backward", "half"): Tile(128, 32, 8, 2),
+    ("attention_backward", "half", "sm_90"): Tile(128, 64, 8, 2, one_exp=True),
+    ("attention_backward", "half", "sm_90", 128): Tile(128, 32, 8, 2, one_exp=True),
+    ("attention_backward", "half", 128): Tile(64, 32, 8, 2),
+    ("attention_backward", "tf32"): Tile(32, 16, 8, 1),
+    ("attention_backward", "tf32", 32): Tile(32, 32, 8, 1),
+    ("attention_backward", "tf32", 128): Tile(32, 32, 8, 1),
+    ("whole_head_forward", "half", "sm_90", 64): Tile(64, 32, 4, 1),
+    ("whole_head_forward", "half", "sm_100", 64): Tile(64, 32, 4, 1),
+    ("whole_head_backward", "half", "sm_90", 64): Tile(64, 16, 4, 1),
+    ("whole_head_backward", "half", "sm_100", 64): Tile(64, 16, 4, 1),
+    ("ista_forward", "half"): Tile(128, 128, 8, 3, 64),
+    ("ista_forward", "half", "sm_86"): Tile(128, 128, 8, 3, 32),
+    ("ista_forward", "half", "sm_90"): Tile(128, 256, 8, 4, 64, persistent=True),
+    ("ista_forward", "half", "sm_100"): Tile(128, 256, 8, 3, 64, persistent=True),
+    ("ista_forward", "tf32"): Tile(128, 64, 8, 3, 32),
+    ("ista_backward_input", "half"): Tile(128, 128, 8, 3, 64),
+    ("ista_backward_input", "half", "sm_86"): Tile(128, 128, 8, 3, 32),
+    ("ista_backward_input", "half", "sm_90"): Tile(128, 256, 8, 4, 64, persistent=True),
+    ("ista_backward_input", "half", "sm_100"): Tile(128, 256, 8, 3, 64, persistent=True),
+    ("ista_backward_input", "tf32"): Tile(128, 64, 8, 3, 32),
+    ("output_map", "half"): Tile(128, 128, 8, 3, 64),
+    ("output_map", "half", "sm_86"): Tile(128, 128, 8, 3, 32),
+    ("output_map", "half", "sm_90"): Tile(128, 256, 8, 4, 64, persistent=True),
+    ("output_map", "half", "sm_100"): Tile(128, 256, 8, 3, 64, persistent=True),
+    ("weight_gradient", "half"): Tile(128, 128, 8, 3, 64),
+    ("weight_gradient", "half", "sm_86"): Tile(128, 128, 8, 3, 32),
+    ("weight_gradient", "half", "sm_90"): Tile(128, 256, 8, 3, 64),
+    ("weight_gradient", "half", "sm_100"): Tile(128, 256, 8, 3, 64),
+    ("weight_gradient", "tf32"): Tile(128, 64, 8, 3, 32),
 }
 
 
+@functools.cache
+def _measured() -> dict[tuple[str, str, str, int], Tile]:
+    """The rows of `settings.tiles_file`: kernel, architecture, precision, block_d, tile."""
+    path = tiles_file()
+    rows = [] if path is None else json.loads(Path(path).read_text())
+    keys = ("kernel", "precision", "architecture", "block_d")
+    return {tuple(row[key] for key in keys): Tile(**row["tile"]) for row in rows}
+
+
 def find(kernel: str, device: torch.device, precision: str, block_d: int = 0) -> Tile | None:
-    """`lookup` for a kernel that not every device has a row for: None where there is none."""
-    return TABLE.get((kernel, architecture(device), precision, block_d))
+    """`lookup` for a kernel that not every device and precision has a row for: None where there is none."""
+    name = architecture(device)
+    measured = _measured().get((kernel, precision, name, block_d))
+    if measured is not None:
+        return measured
+    keys = [(kernel, precision, name, block_d), (kernel, precision, name), (kernel, precision, block_d)]
+    return next((TABLE[key] for key in [*keys, (kernel, precision)] if key in TABLE), None)
 
 
 def lookup(kernel: str, device: torch.device, precision: str, block_d: int = 0) -> Tile:
-    """The table's tile for a kernel on a device.
+    """The tile of a kernel on a CUDA device; on the CPU, where only the interpreter runs, Hopper's.
 
-    Args:
-        kernel: As in the table's keys.
-        device: CUDA or ROCm; on the CPU, where only the interpreter runs, Hopper's rows are used.
-        precision: A `launch.Precision`'s row.
-        block_d: Head width to the next power of two, at least 32; 0 for products.
+    `precision` as `launch.precision` gives it; `block_d` is the head width to the next power of two, 0 for products.
     """
-    return TABLE[kernel, architecture(device), precision, block_d]
+    tile = find(kernel, device, precision, block_d)
+    if tile is None:
+        raise KeyError(f"the tile table has no row for {kernel}, {precision}, on {architecture(device)}")
+    return tile

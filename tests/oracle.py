@@ -1,7 +1,6 @@
-"""How close is close enough: STYLE's rule, against the float64 reference on the rounded inputs."""
+"""Judges kernels by the rule of `crate_fast.accuracy`, against the float64 reference on the rounded inputs."""
 
 import importlib.util
-import math
 import sys
 import unittest.mock
 from collections.abc import Callable, Iterable, Sequence
@@ -11,31 +10,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from crate_fast.accuracy import gradients, judge, spread_tokens, token_scale
 
-def token_scale(n_tokens: int, dim: int, scale: float | None = None) -> float:
-    """Standard deviation at which tied attention is neither uniform nor the identity: sqrt(ln N / (s·D)).
-
-    With s = D^-1/2, the default, that is sqrt(ln N / sqrt(D)).
-    """
-    scale = dim**-0.5 if scale is None else scale
-    return math.sqrt(max(math.log(n_tokens), 0.5) / (scale * dim))
-
-
-def _errors(actual: Tensor, truth: Tensor) -> tuple[float, float]:
-    difference = (actual.double() - truth.double()).abs()
-    return difference.square().mean().sqrt().item(), difference.max().item()
+__all__ = [
+    "agrees",
+    "all_within_twice_eager",
+    "gradients",
+    "mutant",
+    "philox_uniform",
+    "spread_tokens",
+    "token_scale",
+    "within_twice_eager",
+]
 
 
 def within_twice_eager(actual: Tensor, eager: Tensor, truth: Tensor, label: str) -> bool:
-    """Whether rms and max error are at most twice those of same-dtype eager PyTorch, plus a few eps; prints both."""
-    eps = torch.finfo(actual.dtype).eps
-    slack = 4 * eps * truth.abs().double().square().mean().sqrt().item()
-    max_slack = 4 * eps * truth.abs().max().item()
-    rms, worst = _errors(actual, truth)
-    eager_rms, eager_worst = _errors(eager, truth)
-    print(f"{label}: rms {rms:.2e} (eager {eager_rms:.2e}), max {worst:.2e} (eager {eager_worst:.2e})")
-    finite = bool(torch.isfinite(actual).all())
-    return finite and rms <= 2 * eager_rms + slack and worst <= 2 * eager_worst + max_slack
+    """Whether rms and max error are within the rule of `crate_fast.accuracy`; prints both."""
+    found = judge(actual, eager, truth)
+    print(f"{label}: rms {found.rms:.2e} of {found.allowed_rms:.2e}, max {found.max:.2e} of {found.allowed_max:.2e}")
+    return found.right
 
 
 def all_within_twice_eager(actual: Iterable, eager: Iterable, truth: Iterable, names: str) -> bool:
@@ -43,13 +36,6 @@ def all_within_twice_eager(actual: Iterable, eager: Iterable, truth: Iterable, n
     rows = zip(actual, eager, truth, names.split(), strict=True)
     verdicts = [within_twice_eager(*row) for row in rows]
     return all(verdicts)
-
-
-def gradients(function: Callable[..., Tensor], inputs: Iterable[Tensor], grad: Tensor) -> list[Tensor]:
-    """The function's output and its gradient with respect to every input."""
-    inputs = [tensor.detach().requires_grad_() for tensor in inputs]
-    out = function(*inputs)
-    return [out.detach(), *torch.autograd.grad(out, inputs, grad.to(out.dtype))]
 
 
 def agrees(
@@ -88,15 +74,6 @@ def philox_uniform(seed: int, n_tokens: int, n_heads: int) -> Tensor:
         key0, key1 = (key0 + np.uint64(0x9E3779B9)) & low, (key1 + np.uint64(0xBB67AE85)) & low
     signed = torch.from_numpy(word0.astype(np.uint32).view(np.int32).copy())
     return torch.where(signed < 0, -signed - 1, signed).float() * 4.6566127342e-10
-
-
-def spread_tokens(shape: tuple[int, ...], spread: float, dtype: torch.dtype, device) -> tuple[Tensor, Tensor]:
-    """Subspace tokens [B, N, H, D] whose norms reach from 1/√spread to √spread times the usual, and a gradient."""
-    w = torch.randn(shape)
-    norm = token_scale(shape[1], shape[3]) * math.sqrt(shape[3])
-    lengths = torch.logspace(-0.5, 0.5, shape[1], base=spread)[torch.randperm(shape[1])]
-    w = w / w.norm(dim=-1, keepdim=True) * norm * lengths[:, None, None]
-    return w.to(dtype).to(device), torch.randn(shape).to(dtype).to(device)
 
 
 def mutant(module, mutation: Sequence[str], folder: Path, user=None):

@@ -4,6 +4,7 @@ On a GPU, or on the CPU through Triton's interpreter, where half precision means
 """
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -11,9 +12,10 @@ import torch.nn.functional as F
 from oracle import agrees, all_within_twice_eager, gradients, mutant, token_scale
 from torch import Tensor
 
-from crate_fast import CRATE, functional, fused_compression
+from crate_fast import CRATE, CRATEMAE, functional, triton_ops
 from crate_fast.functional import compress
-from crate_fast.kernels import layer_norm, product, support
+from crate_fast.kernels import attention, layer_norm, product
+from crate_fast.kernels.support import architecture
 from crate_fast.kernels.tiles import TABLE, Tile
 from crate_fast.reference import mssa_reference, subspace_attention_reference
 
@@ -100,17 +102,17 @@ def test_the_skip_connections_gradient(device):
     p = _problem((197, 96, 96), torch.float32, device)
     normed, mean, rstd = layer_norm.normalize(p["x"], EPS, torch.float32)
     alone, *_ = layer_norm.backward(p["grad"], normed, None, rstd, torch.float32)
-    together, *others = layer_norm.backward(p["grad"], normed, None, rstd, torch.float32, None, p["tokens"])
+    together, sums, again = layer_norm.backward(p["grad"], normed, None, rstd, torch.float32, None, p["tokens"])
     torch.testing.assert_close(together, alone + p["tokens"])
-    assert others == [None] * 3
+    torch.testing.assert_close(sums, p["tokens"].sum(0)[None])
+    assert again is None
     ones = torch.ones(96, device=device)
-    scaled, dgamma, dbeta, _ = layer_norm.backward(p["grad"], normed, None, rstd, torch.float32, ones)
+    scaled, sums, _ = layer_norm.backward(p["grad"], normed, None, rstd, torch.float32, ones)
     torch.testing.assert_close(scaled, alone)
-    torch.testing.assert_close(dbeta, p["grad"].sum(0))
-    torch.testing.assert_close(dgamma, (p["grad"] * normed).sum(0))
+    torch.testing.assert_close(sums, torch.stack([(p["grad"] * normed).sum(0), p["grad"].sum(0)]))
     from_x = layer_norm.backward(p["grad"], p["x"], mean, rstd, torch.float32, ones, None, torch.float16)
-    torch.testing.assert_close(from_x[:3], (scaled, dgamma, dbeta), rtol=1e-5, atol=1e-4)
-    assert torch.equal(from_x[3], normed.half())
+    torch.testing.assert_close(from_x[:2], (scaled, sums), rtol=1e-5, atol=1e-4)
+    assert torch.equal(from_x[2], normed.half())
 
 
 # --- the operator -------------------------------------------------------------------------------------------------
@@ -134,19 +136,30 @@ def _inputs(device, dtype=torch.float32, shape=(2, 17), width=48, heads=3, head_
     return [tensor.to(dtype).to(device).requires_grad_() for tensor in drawn]
 
 
-def _reference(x, weight, bias, projection, output, output_bias, heads=3) -> Tensor:
+def _reference(x, weight, bias, projection, output, output_bias, heads=3, residual="released") -> Tensor:
     normed = F.layer_norm(x, x.shape[-1:], weight, bias, EPS)
-    return x + mssa_reference(normed, projection, output, output_bias, heads)
+    return (x if residual == "released" else normed) + mssa_reference(normed, projection, output, output_bias, heads)
 
 
-def _ours(*inputs, heads=3) -> Tensor:
-    return compress(*inputs, heads, backend="triton")
+def _ours(*inputs, heads=3, residual="released") -> Tensor:
+    return compress(*inputs, heads, residual=residual, backend="triton")
 
 
+@pytest.mark.parametrize("residual", ["released", "paper"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(2, 17), (1, 1), (3, 65)], ids=str)
-def test_the_function_is_the_reference(shape, dtype, fused_map, device, poisoned):
-    assert agrees(_ours, _reference, _inputs(device, dtype, shape), "h dx dγ dβ dU dV db")
+def test_the_function_is_the_reference(shape, dtype, residual, fused_map, device, poisoned):
+    functions = (partial(function, residual=residual) for function in (_ours, _reference))
+    assert agrees(*functions, _inputs(device, dtype, shape), "h dx dγ dβ dU dV db")
+
+
+@pytest.mark.parametrize("residual", ["released", "paper"])
+def test_an_empty_batch(residual, fused_map, device):
+    x, *weights = _inputs(device, torch.float16)
+    h = _ours(x[:0], *weights, residual=residual)
+    assert h.shape == (0, 17, 48)
+    h.sum().backward()
+    assert all(torch.equal(weight.grad, torch.zeros_like(weight)) for weight in weights)
 
 
 def _under_autocast(function):
@@ -157,20 +170,21 @@ def _under_autocast(function):
     return call
 
 
-def _released_under_autocast(x, weight, bias, projection, output, output_bias):
+def _released_under_autocast(x, weight, bias, projection, output, output_bias, residual):
     """As on a GPU: LayerNorm and the residual in fp32, products in half precision."""
-    low = [tensor.half() for tensor in (F.layer_norm(x, x.shape[-1:], weight, bias, EPS), projection)]
-    out = subspace_attention_reference(F.linear(*low).unflatten(-1, (3, -1))).flatten(-2)
-    return x + F.linear(out, output.half(), output_bias.half())
+    normed = F.layer_norm(x, x.shape[-1:], weight, bias, EPS)
+    out = subspace_attention_reference(F.linear(normed.half(), projection.half()).unflatten(-1, (3, -1))).flatten(-2)
+    return (x if residual == "released" else normed) + F.linear(out, output.half(), output_bias.half())
 
 
+@pytest.mark.parametrize("residual", ["released", "paper"])
 @pytest.mark.parametrize("shape", [(2, 65), (8, 33)], ids=str)
-def test_under_autocast_by_the_rule_of_two(shape, fused_map, device, poisoned):
+def test_under_autocast_by_the_rule_of_two(shape, residual, fused_map, device, poisoned):
     inputs = _inputs(device, shape=shape)
     grad = torch.randn_like(inputs[0])
-    actual = gradients(_under_autocast(_ours), inputs, grad)
-    eager = gradients(_released_under_autocast, inputs, grad)
-    truth = gradients(_reference, [tensor.double() for tensor in inputs], grad.double())
+    actual = gradients(_under_autocast(partial(_ours, residual=residual)), inputs, grad)
+    eager = gradients(partial(_released_under_autocast, residual=residual), inputs, grad)
+    truth = gradients(partial(_reference, residual=residual), [tensor.double() for tensor in inputs], grad.double())
     assert all_within_twice_eager(actual, eager, truth, "h dx dγ dβ dU dV db")
 
 
@@ -184,26 +198,42 @@ def test_the_output_map_is_fused_where_it_is_asked_for(fused_map, device, monkey
 def test_the_table_chooses(device, monkeypatch):
     monkeypatch.delenv("CRATE_FAST_FUSED_PRODUCTS", raising=False)
     x, weight = torch.zeros(4, 48, device=device), torch.zeros(48, 64, dtype=torch.float16, device=device)
-    key = ("output_map", support.architecture(x.device), "mixed", 0)
-    assert fused_compression._tile(x, weight) == product.fitted_product(TABLE[key], 48)
+    key = ("output_map", "half", architecture(x.device))
+    assert triton_ops._output_tile(x, weight) == product.fitted_product(TABLE[key], 48)
     monkeypatch.setitem(TABLE, key, replace(TABLE[key], chosen=False))
-    assert fused_compression._tile(x, weight) is None
+    assert triton_ops._output_tile(x, weight) is None
     monkeypatch.setenv("CRATE_FAST_FUSED_PRODUCTS", "1")
-    assert fused_compression._tile(x, weight) is not None
-    assert fused_compression._tile(x, weight.float()) is None  # fp32 has no row
+    assert triton_ops._output_tile(x, weight) is not None
+    assert triton_ops._output_tile(x, weight.float()) is None  # fp32 has no row
 
 
-def test_opcheck(fused_map, device):
+@pytest.mark.parametrize("skip_normed", [False, True])
+def test_opcheck(skip_normed, fused_map, device):
     inputs = _inputs(device, torch.float16)
-    torch.library.opcheck(fused_compression.compression_fwd, (*inputs, 3, 0.25, EPS, torch.float16))
+    torch.library.opcheck(triton_ops.compression_fwd, (*inputs, 3, 0.25, EPS, torch.float16, skip_normed))
+
+
+WANTED = [[True] * 6, [True, *[False] * 5], [False, True, *[False] * 4], [*[False] * 3, True, False, True]]
+
+
+@pytest.mark.parametrize("wanted", WANTED, ids=str)
+@pytest.mark.parametrize("skip_normed", [False, True])
+def test_opcheck_of_backward(skip_normed, wanted, device):
+    x, gamma, beta, projection, output, bias = (t.detach() for t in _inputs(device, torch.float16))
+    h, *kept = triton_ops.compression_fwd(
+        x, gamma, beta, projection, output, bias, 3, 0.25, EPS, torch.float16, skip_normed
+    )
+    normed, _, *kept = kept
+    arguments = (h, gamma, beta, projection, output, normed, *kept, None, None, 0.25, skip_normed)
+    torch.library.opcheck(triton_ops.compression_bwd, (*arguments, torch.float16, torch.float16, wanted))
 
 
 def test_only_the_gradients_asked_for(device, monkeypatch):
     inputs = _inputs(device)
     refuse = lambda *_: pytest.fail("not asked for")  # noqa: E731
     frozen = [tensor.detach() for tensor in inputs]
-    for name in ("layer_norm_bwd", "subspace_attention_bwd"):
-        monkeypatch.setattr(fused_compression, name, refuse)
+    for module in (layer_norm, attention):
+        monkeypatch.setattr(module, "backward", refuse)
     for index in (4, 5):  # V and b need none of these
         wanted = [*frozen[:index], inputs[index], *frozen[index + 1 :]]
         _ours(*wanted).sum().backward()
@@ -291,7 +321,7 @@ def test_a_layer_runs_as_one_until_somebody_hooks(device, monkeypatch):
     [
         ({}, 2),
         ({"dropout": 0.1}, 0),
-        ({"residual": "paper"}, 0),
+        ({"residual": "paper"}, 2),
         ({"attention": "mhsa"}, 0),
         ({"sparsifier": "mlp"}, 2),
         ({"heads": 1, "dim_head": 48}, 0),  # no output map
@@ -302,15 +332,36 @@ def test_which_layers_run_as_one(options, calls, device, monkeypatch):
     found = _count(monkeypatch, "compress")
     torch.manual_seed(1)
     model = CRATE(**(MODEL | options), backend="triton").to(device)
-    model(torch.randn(1, 3, 16, 16, device=device))
+    if "dropout" in options:
+        with pytest.raises(RuntimeError, match="the kernels drop no weights, dropout_p=0.1"):
+            model(torch.randn(1, 3, 16, 16, device=device))
+    else:
+        model(torch.randn(1, 3, 16, 16, device=device))
     assert len(found) == calls
     found.clear()
     model.eval()(torch.randn(1, 3, 16, 16, device=device))
     assert len(found) == (2 if "dropout" in options else calls)
 
 
-def test_a_layer_under_autocast(fused_map, device):
-    model, plain = _model(device), _model(device, "torch")
+def test_a_decoders_layer_runs_as_one(device, monkeypatch):
+    sizes = {"img_size": 16, "patch_size": 4, "embed_dim": 48, "depth": 1, "num_heads": 3}
+    images, noise, found = torch.randn(2, 3, 16, 16, device=device), torch.rand(2, 16, device=device), []
+    calls = _count(monkeypatch, "compress")
+    for backend in ("torch", "triton"):
+        torch.manual_seed(1)
+        model = CRATEMAE(**sizes, decoder_embed_dim=48, decoder_depth=2, decoder_num_heads=3, backend=backend)
+        model = model.to(device)
+        loss, pred, _ = model(images, noise=noise)
+        loss.backward()
+        found.append([pred.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+        assert len(calls) == (0 if backend == "torch" else 3)
+    for ours, plain in zip(found[1], found[0], strict=True):
+        assert (ours - plain).norm() <= 1e-3 * plain.norm() + 1e-6
+
+
+@pytest.mark.parametrize("residual", ["released", "paper"])
+def test_a_layer_under_autocast(residual, fused_map, device):
+    model, plain = _model(device, residual=residual), _model(device, "torch", residual=residual)
     images = torch.randn(2, 3, 16, 16, device=device)
     with torch.autocast(device.type, torch.float16):
         out = model(images)

@@ -1,0 +1,127 @@
+"""How close to float64 a kernel must be, and the inputs on which that tells right from wrong.
+
+The rule: rms and max error are at most twice those of eager PyTorch in the same dtype, plus 4 eps of the products.
+Tests, probes, the self-check and the benchmarks' gates all judge by it.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "Judgement",
+    "clear_of_threshold",
+    "error_numbers",
+    "gradients",
+    "judge",
+    "product_eps",
+    "spread_tokens",
+    "token_scale",
+]
+
+
+def token_scale(n_tokens: int, dim: int, scale: float | None = None) -> float:
+    """Standard deviation at which tied attention is neither uniform nor the identity: sqrt(ln N / (s·D)).
+
+    With s = D^-1/2, the default, that is sqrt(ln N / sqrt(D)).
+    """
+    scale = dim**-0.5 if scale is None else scale
+    return math.sqrt(max(math.log(n_tokens), 0.5) / (scale * dim))
+
+
+def spread_tokens(
+    shape: tuple[int, ...], spread: float, dtype: torch.dtype, device, generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor]:
+    """Subspace tokens [B, N, H, D] whose norms reach from 1/√spread to √spread times the usual, and a gradient."""
+    w = torch.randn(shape, generator=generator)
+    norm = token_scale(shape[1], shape[3]) * math.sqrt(shape[3])
+    order = torch.randperm(shape[1], generator=generator)
+    lengths = torch.logspace(-0.5, 0.5, shape[1], base=spread)[order]
+    w = w / w.norm(dim=-1, keepdim=True) * norm * lengths[:, None, None]
+    grad = torch.randn(shape, generator=generator)
+    return w.to(dtype).to(device), grad.to(dtype).to(device)
+
+
+def product_eps(dtype: torch.dtype) -> float:
+    """eps of products in a dtype: of fp32 it is TF32's, 2^-10, where `torch.backends.cuda.matmul` allows that."""
+    if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
+        return 2.0**-10
+    return torch.finfo(dtype).eps
+
+
+def clear_of_threshold(
+    grad: Tensor,
+    x: Tensor,
+    dictionary: Tensor,
+    product: torch.dtype | None = None,
+    step_size: float = 0.1,
+    shift: float = 0.01,
+) -> Tensor:
+    """`grad` where rounding cannot decide whether ISTA's output at x is zero, and 0 elsewhere; in x's dtype.
+
+    `product` is the dtype that D is multiplied in; x's when None.
+    """
+    tokens, wide = x.double(), dictionary.double()
+    u = tokens + step_size * (tokens @ wide - tokens @ wide.t() @ wide)
+    margin = 32 * product_eps(product or x.dtype)
+    return torch.where((u.abs() - shift).abs() > margin, grad.double(), 0.0).to(x.dtype)
+
+
+def gradients(function: Callable[..., Tensor], inputs: Iterable[Tensor], grad: Tensor) -> list[Tensor]:
+    """The function's output and its gradient with respect to every input."""
+    inputs = [tensor.detach().requires_grad_() for tensor in inputs]
+    out = function(*inputs)
+    return [out.detach(), *torch.autograd.grad(out, inputs, grad.to(out.dtype))]
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """Errors against float64 and what the rule allows of each."""
+
+    rms: float
+    max: float
+    allowed_rms: float
+    allowed_max: float
+
+    @property
+    def share(self) -> float:
+        """The larger of both errors in units of what is allowed; infinite where a result is not finite."""
+        shares = [_share(self.rms, self.allowed_rms), _share(self.max, self.allowed_max)]
+        return math.inf if any(math.isnan(share) for share in shares) else max(shares)
+
+    @property
+    def right(self) -> bool:
+        """Whether both errors are allowed."""
+        return self.share <= 1.0
+
+
+def _share(error: float, allowed: float) -> float:
+    if error == 0.0:
+        return 0.0
+    return error / allowed if allowed else math.inf
+
+
+def error_numbers(actual: Tensor, eager: Tensor, truth: Tensor, eps: float | None = None) -> Tensor:
+    """A `Judgement`'s four numbers, in float64 on the tensors' device, without waiting for it.
+
+    `eps` is of the products; `product_eps` of the result's dtype when None.
+    """
+    slack = 4 * (product_eps(actual.dtype) if eps is None else eps)
+    truth = truth.double()
+
+    def errors(result: Tensor) -> Tensor:
+        return _rms_and_max(result.double() - truth)
+
+    return torch.cat([errors(actual), 2 * errors(eager) + slack * _rms_and_max(truth)])
+
+
+def _rms_and_max(values: Tensor) -> Tensor:
+    return torch.stack([values.square().mean().sqrt(), values.abs().max()])
+
+
+def judge(actual: Tensor, eager: Tensor, truth: Tensor) -> Judgement:
+    """Errors of a result beside those of eager PyTorch in the same dtype, both against float64."""
+    return Judgement(*error_numbers(actual, eager, truth).tolist())
