@@ -7,6 +7,7 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported, which timm does
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # `poisoned` needs it on a GPU before torch 2.10
 
 import runs
 
@@ -19,12 +20,9 @@ def pytest_configure():
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // together))
 
 
-def pytest_collection_modifyitems(items):
-    if torch.cuda.is_available() or require_gpu():
-        return
-    for item in items:
-        if item.get_closest_marker("gpu"):
-            item.add_marker(pytest.mark.skip(reason="no GPU here"))
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        (pytest.fail if require_gpu() else pytest.skip)("no GPU here")
 
 
 def pytest_terminal_summary(terminalreporter):
@@ -41,6 +39,18 @@ def _seed():
 def device() -> torch.device:
     """Where the kernels run: a GPU, or the CPU through Triton's interpreter."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def bfloat16(device):
+    """On a CPU, the kernels take bf16 and Triton's interpreter rounds as a GPU; a GPU needs nothing for it."""
+    if device.type == "cuda":
+        yield
+        return
+    from interpreter_bfloat16 import interpreted_bfloat16
+
+    with interpreted_bfloat16():
+        yield
 
 
 @pytest.fixture

@@ -1,0 +1,294 @@
+"""bf16 in the interpreter against PyTorch's bf16: bit for bit where one rounding is defined, else within one."""
+
+import numpy as np
+import pytest
+import torch
+import triton
+import triton.language as tl
+from interpreter_bfloat16 import interpreted_bfloat16, round_to_bfloat16
+from triton.runtime import interpreter
+
+from crate_fast import kernels
+from crate_fast.backends import explain_backend
+
+pytestmark = [
+    pytest.mark.usefixtures("bfloat16"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="about Triton's interpreter"),
+]
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+SPECIAL = [
+    0.0,
+    -0.0,
+    1.0,
+    -1.0,
+    torch.inf,
+    -torch.inf,
+    torch.nan,
+    3.4e38,
+    -3.4e38,
+    65504.0,
+    1e-38,
+    1e-40,
+    -9.2e-41,
+    1e-45,
+]
+
+
+@triton.jit
+def _kernel(a_ptr, b_ptr, out_ptr, FUNCTION: tl.constexpr, SIZE: tl.constexpr, OUT_SIZE: tl.constexpr):
+    a = tl.load(a_ptr + tl.arange(0, SIZE))
+    b = tl.load(b_ptr + tl.arange(0, SIZE))
+    out = tl.reshape(FUNCTION(a, b), [OUT_SIZE])
+    tl.store(out_ptr + tl.arange(0, OUT_SIZE), out)
+
+
+def _run(function, a, b=None, *, size=None, dtype=BF16):
+    """function(a, b) in the interpreter, of flat blocks, stored as `dtype`."""
+    out = torch.empty(size or a.numel(), dtype=dtype)
+    _kernel[(1,)](a, a if b is None else b, out, function, a.numel(), out.numel())
+    return out
+
+
+def _equal(actual, expected):
+    """Whether the bits are equal; any NaN is as good as another."""
+    integers = {2: torch.int16, 4: torch.int32}[actual.element_size()]
+    nan = expected.isnan()
+    same = actual.view(integers) == expected.view(integers)
+    return actual.dtype == expected.dtype and bool((torch.where(nan, actual.isnan(), same)).all())
+
+
+def _values(seed=0, size=4096):
+    """fp32 numbers of every exponent, half of them ties or next to one, then the special ones."""
+    generator = np.random.default_rng(seed)
+    bits = generator.integers(0, 2**32, size, dtype=np.uint32)
+    low = np.array([0x8000, 0x7FFF, 0x8001, 0x0000], np.uint32)
+    bits[::2] = (bits[::2] & np.uint32(0xFFFF0000)) | low[np.arange(size // 2) % 4]
+    values = torch.from_numpy(bits.view(np.float32))
+    values[-len(SPECIAL) :] = torch.tensor(SPECIAL)
+    return values
+
+
+def _moderate(size=1024, seed=0):
+    return torch.randn(size, generator=torch.Generator().manual_seed(seed)).to(BF16)
+
+
+def test_rounding():
+    values = _values(size=2**18)
+    assert _equal(torch.from_numpy(round_to_bfloat16(values.numpy())), values.to(BF16).float())
+
+
+def test_every_bf16_number_is_loaded_and_stored():
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(BF16)
+    assert _equal(_run(lambda a, b: a, every), every)
+    assert _equal(_run(lambda a, b: a, every, dtype=FP32), every.float())
+
+
+def test_masked_loads_and_stores():
+    @triton.jit
+    def masked(x_ptr, out_ptr, OTHER: tl.constexpr):
+        offsets = tl.arange(0, 8)
+        values = tl.load(x_ptr + offsets, mask=offsets < 3, other=OTHER)
+        tl.store(out_ptr + offsets, values, mask=offsets < 6)
+
+    for other in (0.0, 1.5):
+        out = torch.full((8,), 9.0, dtype=BF16)
+        masked[(1,)](torch.full((8,), torch.nan, dtype=BF16).index_fill(0, torch.arange(3), -2.0), out, other)
+        assert out.tolist() == [-2.0] * 3 + [other] * 3 + [9.0] * 2
+
+
+@pytest.mark.parametrize("dtype", [FP32, FP16, torch.float64, torch.int32], ids=str)
+def test_casts_to_bf16(dtype):
+    values = torch.randint(-(2**31), 2**31 - 1, (4096,)).to(dtype) if dtype == torch.int32 else _values().to(dtype)
+    assert _equal(_run(lambda a, b: a.to(tl.bfloat16), values), values.to(BF16))
+    assert _equal(_run(lambda a, b: a, values), values.to(BF16))  # at a store
+
+
+@pytest.mark.parametrize("dtype", [FP32, FP16, torch.int32], ids=str)
+def test_casts_from_bf16(dtype):
+    values = (_moderate() * 300).to(BF16) if dtype == torch.int32 else _values().to(BF16)
+    to = {FP32: tl.float32, FP16: tl.float16, torch.int32: tl.int32}[dtype]
+    actual = _run(lambda a, b: a.to(to), values, dtype=dtype)
+    assert torch.equal(actual, values.to(dtype)) if dtype == torch.int32 else _equal(actual, values.to(dtype))
+
+
+def test_casts_towards_zero_and_of_bits():
+    values = _values()
+    truncated = (values.view(torch.int32) & -65536).view(FP32).to(BF16)
+    assert _equal(_run(lambda a, b: a.to(tl.bfloat16, fp_downcast_rounding="rtz"), values), truncated)
+    low = values.to(BF16)
+    assert torch.equal(_run(lambda a, b: a.to(tl.int16, bitcast=True), low, dtype=torch.int16), low.view(torch.int16))
+    assert _equal(_run(lambda a, b: a.to(tl.bfloat16, bitcast=True), low.view(torch.int16)), low)
+
+
+def _bf16(value):
+    return torch.tensor(value, dtype=BF16)
+
+
+ELEMENTWISE = {
+    "sum": (lambda a, b: a + b, torch.add),
+    "difference": (lambda a, b: a - b, torch.sub),
+    "product": (lambda a, b: a * b, torch.mul),
+    "quotient": (lambda a, b: a / b, torch.div),
+    "negative": (lambda a, b: -a + b, lambda a, b: -a + b),
+    "absolute": (lambda a, b: tl.abs(a), lambda a, b: a.abs()),
+    "a constant": (lambda a, b: a * 1.7 + 0.3, lambda a, b: a * _bf16(1.7) + _bf16(0.3)),
+    "larger": (lambda a, b: tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL), torch.maximum),
+    "where": (lambda a, b: tl.where(a > b, a, 0.1), lambda a, b: torch.where(a > b, a, _bf16(0.1))),
+    "zeros": (lambda a, b: b + tl.zeros([a.shape[0]], tl.bfloat16), lambda a, b: b + 0),
+    "full": (lambda a, b: tl.full([a.shape[0]], 0.1, tl.bfloat16) * b, lambda a, b: _bf16(0.1) * b),
+    "two roundings": (lambda a, b: a * b + a, lambda a, b: (a * b) + a),
+    "in fp32": (lambda a, b: a.to(tl.float32) * b + a, lambda a, b: a.float() * b.float() + a.float()),
+    "exp2": (lambda a, b: tl.exp2(a.to(tl.float32)).to(tl.bfloat16), lambda a, b: a.float().exp2().to(BF16)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ELEMENTWISE)
+def test_elementwise(name):
+    ours, theirs = ELEMENTWISE[name]
+    a, b = _values(1).to(BF16), _values(2).to(BF16).roll(1000)
+    a[:2048], b[:2048] = _moderate(2048, 1), _moderate(2048, 2)
+    assert _equal(_run(ours, a, b), theirs(a, b).to(BF16))
+
+
+COMPARISONS = {
+    "<": lambda a, b: a < b,
+    "<=": lambda a, b: a <= b,
+    "==": lambda a, b: a == b,
+    "!=": lambda a, b: a != b,
+}
+
+
+@pytest.mark.parametrize("name", COMPARISONS)
+def test_comparisons(name):
+    compare = COMPARISONS[name]
+    a, b = _values(1).to(BF16), _values(2).to(BF16)
+    a[::3] = b[::3]
+    expected = compare(a, b)
+    assert torch.equal(_run(lambda a, b: compare(a, b).to(tl.int32), a, b, dtype=torch.int32), expected.int())
+    assert torch.equal(
+        _run(lambda a, b: compare(a, b) & (a > 0.5), a, b, dtype=torch.int8), (expected & (a > 0.5)).char()
+    )
+
+
+def _halving_sum(values):
+    while values.shape[-1] > 1:
+        half = values.shape[-1] // 2
+        values = values[..., :half] + values[..., half:]
+    return values[..., 0]
+
+
+def test_sums_round_at_each_addition():
+    values = _moderate(8 * 32)
+    table = values.view(8, 32)
+    rows = _run(lambda a, b: tl.sum(tl.reshape(a, [8, 32]), 1), values, size=8)
+    columns = _run(lambda a, b: tl.sum(tl.reshape(a, [8, 32]), 0, keep_dims=True), values, size=32)
+    whole = _run(lambda a, b: tl.sum(tl.reshape(a, [8, 32]), keep_dims=True), values, size=1)
+    assert _equal(rows, _halving_sum(table))
+    assert _equal(columns, _halving_sum(table.t()))
+    assert _equal(whole, _halving_sum(_halving_sum(table.t()))[None])
+    assert not _equal(rows, table.double().sum(1).to(BF16))
+    wide = _run(lambda a, b: tl.sum(tl.reshape(a, [8, 32]).to(tl.float32), 1), values, size=8)
+    assert _equal(wide, table.double().sum(1).to(BF16))
+
+
+def test_other_reductions():
+    values = _values().to(BF16).nan_to_num()
+    assert _run(lambda a, b: tl.max(a, keep_dims=True), values, size=1).item() == values.max().item()
+    assert _run(lambda a, b: tl.min(a, keep_dims=True), values, size=1).item() == values.min().item()
+
+    @triton.jit
+    def product(a, b):
+        return a * b
+
+    factors = _moderate(16)
+    expected = factors[0]
+    for factor in factors[1:]:
+        expected = expected * factor
+    assert _run(lambda a, b: tl.reduce(a, 0, product, keep_dims=True), factors, size=1).item() == expected.item()
+
+
+SHAPES = {
+    "transposed": (lambda a, b: tl.trans(tl.reshape(a, [16, 64])), lambda a, b: a.view(16, 64).t()),
+    "split": (lambda a, b: tl.split(tl.reshape(a, [512, 2]))[1], lambda a, b: a[1::2]),
+    "joined": (lambda a, b: tl.join(a, b), lambda a, b: torch.stack((a, b), -1)),
+    "broadcast": (
+        lambda a, b: tl.broadcast_to(tl.reshape(a, [1024, 1]), [1024, 2]),
+        lambda a, b: torch.stack((a, a), -1),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_shapes(name):
+    ours, theirs = SHAPES[name]
+    a, b = _values(1, 1024).to(BF16), _values(2, 1024).to(BF16)
+    expected = theirs(a, b).flatten()
+    assert _equal(_run(ours, a, b, size=expected.numel()), expected)
+
+
+def test_products_add_up_in_fp32():
+    a, b = _moderate(64 * 64, 1), _moderate(64 * 64, 2)
+
+    def ours(a, b):
+        first, second = tl.reshape(a, [64, 64]), tl.reshape(b, [64, 64])
+        return tl.dot(first, second, tl.zeros([64, 64], tl.float32))
+
+    product = a.view(64, 64).double() @ b.view(64, 64).double()
+    torch.testing.assert_close(_run(ours, a, b, dtype=FP32).view(64, 64).double(), product, rtol=0, atol=1e-5)
+
+    def of_rounded(a, b):  # an operand made in the kernel
+        weights = tl.exp2(tl.reshape(a, [64, 64]).to(tl.float32))
+        return tl.dot(weights.to(tl.bfloat16), tl.reshape(b, [64, 64]))
+
+    rounded = a.view(64, 64).float().exp2().to(BF16).double() @ b.view(64, 64).double()
+    torch.testing.assert_close(_run(of_rounded, a, b, dtype=FP32).view(64, 64).double(), rounded, rtol=0, atol=1e-4)
+
+
+def test_without_rounding_only_memory_rounds():
+    values = _values().nan_to_num()
+    with interpreted_bfloat16(rounding=False):
+        assert _equal(_run(lambda a, b: a.to(tl.bfloat16).to(tl.float32), values, dtype=FP32), values)
+        assert _equal(_run(lambda a, b: a.to(tl.bfloat16), values), values.to(BF16))
+    assert _equal(_run(lambda a, b: a.to(tl.bfloat16).to(tl.float32), values, dtype=FP32), values.to(BF16).float())
+
+
+@triton.jit
+def _atomic(out_ptr):
+    tl.atomic_add(out_ptr, tl.full([], 1.0, tl.bfloat16))
+
+
+@triton.jit
+def _plus(a, b):
+    return a + b
+
+
+def test_what_is_not_modelled_is_refused():
+    out = torch.zeros(8, dtype=BF16)
+    with pytest.raises(interpreter.InterpreterError, match="atomics on bf16"):
+        _atomic[(1,)](out)
+    with pytest.raises(interpreter.InterpreterError, match="scans of bf16"):
+        _run(lambda a, b: tl.associative_scan(a, 0, tl.standard._sum_combine), out)
+    with pytest.raises(interpreter.InterpreterError, match="bf16 to fp8e5"):
+        _run(lambda a, b: a.to(tl.float8e5).to(tl.bfloat16), out)
+
+
+def test_the_backend_takes_bf16():
+    assert explain_backend("cpu", "triton", dtype=BF16) == ("triton", "asked for")
+    with pytest.raises(RuntimeError, match="heads up to 128 wide"):
+        explain_backend("cpu", "triton", dtype=BF16, head_dim=256)
+    with pytest.raises(RuntimeError, match="on 'meta'"):
+        explain_backend("meta", "triton", dtype=BF16)
+
+
+def test_it_ends_with_its_context():
+    owners = (interpreter, interpreter.TensorHandle, interpreter.InterpreterBuilder, interpreter.ReduceOps, kernels)
+    before = [dict(vars(owner)) for owner in owners]
+    with interpreted_bfloat16():
+        assert all(dict(vars(owner)) != names for owner, names in zip(owners, before, strict=True))
+    assert [dict(vars(owner)) for owner in owners] == before
+
+
+def test_a_missing_name_is_an_error(monkeypatch):
+    monkeypatch.delattr(interpreter, "_convert_float")
+    with pytest.raises(AttributeError, match="_convert_float"), interpreted_bfloat16():
+        pass
