@@ -1,6 +1,7 @@
 """The command `crate-fast`: one door to everything that is run from a shell.
 
     crate-fast env                        versions, devices, backends
+    crate-fast check                      are the kernels right on this GPU?
     crate-fast pretrain …                 train/pretrain.py
     crate-fast export MODEL …             ONNX and torch.export files
     crate-fast plan …                     what a run would cost
@@ -19,6 +20,7 @@ __all__ = ["main"]
 
 COMMANDS = {
     "env": ("crate_fast.env", "versions, devices and backends of this machine"),
+    "check": ("crate_fast.check", "are the kernels right on this GPU? A table, and a JSON for a report"),
     "pretrain": ("crate_fast.train.pretrain", "supervised pre-training"),
     "pretrain_mae": ("crate_fast.train.pretrain_mae", "masked autoencoding"),
     "finetune": ("crate_fast.train.finetune", "fine-tuning on other data"),

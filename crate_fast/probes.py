@@ -1,0 +1,448 @@
+"""Probes: each runs our kernels once on a small real problem and says whether they are right.
+
+    python -m crate_fast.probes --list
+    python -m crate_fast.probes --probe attention-bfloat16-2x197x6x64 --json FILE
+    TRITON_INTERPRET=1 python -m crate_fast.probes --probe … --device cpu --reruns 2  # in Triton's interpreter
+
+Output and every gradient come from the public operators, with uninitialised memory filled with NaN. They are compared
+with float64 by the rule of `crate_fast.accuracy`, and must have the same bits on every rerun. A fault on a GPU can
+poison its process, so `crate-fast check` and `benchmarks/gpu_check.py` run each probe in a process of its own.
+"""
+
+import argparse
+import json
+import math
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from crate_fast import functional
+from crate_fast.accuracy import clear_of_threshold, gradients, judge, spread_tokens, token_scale
+from crate_fast.reference import ista_reference, mssa_reference, subspace_attention_reference
+from crate_fast.settings import FUSED_PRODUCTS, SELF_CHECK
+
+__all__ = ["CHECKED", "PROBES", "Probe", "Problem", "find_probe", "main", "run_probe", "time_probe"]
+
+PRECISIONS = ("bfloat16", "float16", "tf32", "autocast")  # autocast: fp32 tokens, bf16 products
+TINY_TOKENS = {
+    197: 70,
+    196: 64,
+    256: 128,
+    272: 272,
+    785: 261,
+}  # in the interpreter: as many kinds of blocks, less work
+
+TIMED_IMAGES = 128  # for attention: what a GPU takes its time for
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A function of ours, PyTorch's form of it, and what both are given."""
+
+    ours: Callable[..., Tensor]
+    reference: Callable[..., Tensor]
+    inputs: list[Tensor]
+    grad: Tensor  # of the output
+    names: str  # of the output and the inputs' gradients
+    autocast: torch.dtype | None = None
+
+    def results(self, function: Callable[..., Tensor]) -> list[Tensor]:
+        """Output and the gradient of every input."""
+
+        def forward(*inputs: Tensor) -> Tensor:
+            with self._autocast():
+                return function(*inputs)
+
+        return gradients(forward, self.inputs, self.grad)
+
+    def truth(self) -> list[Tensor]:
+        """The same of the reference in float64."""
+        return gradients(self.reference, [tensor.double() for tensor in self.inputs], self.grad.double())
+
+    def _autocast(self):
+        device = self.grad.device.type
+        return nullcontext() if self.autocast is None else torch.autocast(device, self.autocast)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A problem to build, by name."""
+
+    name: str
+    kernel: str  # family
+    precision: str  # one of PRECISIONS
+    sizes: tuple[int, ...]  # [B, N, H, D] of attention, [B, N, C] of the others
+    build: Callable[..., Problem]  # (sizes, dtype, autocast, device, generator) → the problem
+    environment: dict[str, str] = field(default_factory=dict)  # while it runs
+    interpreted: str | None = None  # precision in the interpreter, where it is not as of the others
+
+
+# --- problems -----------------------------------------------------------------------------------------------------
+
+
+def _attention(
+    sizes, dtype, autocast, device, generator, factor: float = 1.0, spread: float | None = None
+) -> Problem:
+    if spread is None:
+        w = _normal(sizes, generator, device, dtype, factor * token_scale(sizes[1], sizes[3]))
+        grad = _normal(sizes, generator, device, dtype)
+    else:
+        w, grad = spread_tokens(sizes, spread, dtype, device, generator)
+    ours = partial(functional.subspace_attention, backend="triton")
+    return Problem(ours, subspace_attention_reference, [w], grad, "O dW", autocast)
+
+
+def _ista(sizes, dtype, autocast, device, generator, threshold: str = "relu") -> Problem:
+    x = _normal(sizes, generator, device, dtype)
+    dictionary = _normal((sizes[-1],) * 2, generator, device, dtype, sizes[-1] ** -0.5)
+    grad = clear_of_threshold(_normal(sizes, generator, device, dtype), x, dictionary, autocast)
+    ours = partial(functional.ista, threshold=threshold, backend="triton")
+    return Problem(ours, partial(ista_reference, threshold=threshold), [x, dictionary], grad, "y dx dD", autocast)
+
+
+def _norm_ista(sizes, dtype, autocast, device, generator) -> Problem:
+    width = sizes[-1]
+    x = _normal(sizes, generator, device, dtype, 2.0, 1.0)
+    gamma = _normal((width,), generator, device, dtype, 0.3, 1.0)
+    beta = _normal((width,), generator, device, dtype, 0.3)
+    dictionary = _normal((width, width), generator, device, dtype, width**-0.5)
+
+    def reference(x, gamma, beta, dictionary):
+        return ista_reference(F.layer_norm(x, (width,), gamma, beta), dictionary)
+
+    normed = F.layer_norm(x, (width,), gamma, beta)
+    grad = clear_of_threshold(_normal(sizes, generator, device, dtype), normed, dictionary, autocast)
+    ours = partial(functional.norm_ista, backend="triton")
+    return Problem(ours, reference, [x, gamma, beta, dictionary], grad, "y dx dγ dβ dD", autocast)
+
+
+def _compress(sizes, dtype, autocast, device, generator, residual: str = "released") -> Problem:
+    width = sizes[-1]
+    heads = width // 64
+    shapes = [sizes, (width,), (width,), (width, width), (width, width), (width,)]
+    spreads = (2.0, 0.3, 0.3, 0.8 / width**0.5, width**-0.5, 0.3)
+    means = (1.0, 1.0, 0.0, 0.0, 0.0, 0.0)
+    rows = zip(shapes, spreads, means, strict=True)
+    inputs = [_normal(shape, generator, device, dtype, spread, mean) for shape, spread, mean in rows]
+
+    def reference(x, gamma, beta, projection, output, bias):
+        normed = F.layer_norm(x, (width,), gamma, beta)
+        return (x if residual == "released" else normed) + mssa_reference(normed, projection, output, bias, heads)
+
+    ours = partial(functional.compress, heads=heads, residual=residual, backend="triton")
+    grad = _normal(sizes, generator, device, dtype)
+    return Problem(ours, reference, inputs, grad, "h dx dγ dβ dU dV db", autocast)
+
+
+def _normal(shape, generator, device, dtype, spread: float = 1.0, mean: float = 0.0) -> Tensor:
+    values = torch.randn(shape, generator=generator) * spread + mean
+    return values.to(device).to(dtype)
+
+
+def _probe(kernel: str, precision: str, sizes: tuple[int, ...], build, suffix: str = "", **options) -> Probe:
+    name = "-".join([kernel, precision, "x".join(map(str, sizes))]) + suffix
+    return Probe(name, kernel, precision, sizes, build, **options)
+
+
+def _all_probes() -> Iterator[Probe]:
+    for precision, sizes in (
+        ("bfloat16", (2, 197, 12, 64)),
+        ("bfloat16", (2, 197, 12, 48)),
+        ("bfloat16", (2, 196, 6, 64)),
+        ("bfloat16", (2, 256, 6, 64)),
+        ("bfloat16", (2, 272, 6, 64)),
+        ("bfloat16", (2, 785, 6, 64)),
+        ("bfloat16", (2, 785, 6, 48)),
+        ("bfloat16", (2, 197, 3, 80)),
+        ("bfloat16", (2, 197, 2, 128)),
+        ("bfloat16", (2, 785, 2, 128)),
+        ("float16", (2, 197, 6, 64)),
+        ("float16", (2, 785, 6, 64)),
+        ("float16", (2, 197, 2, 128)),
+        ("tf32", (2, 197, 6, 64)),
+        ("tf32", (2, 785, 6, 64)),
+        ("tf32", (2, 197, 2, 128)),
+    ):
+        yield _probe("attention", precision, sizes, _attention)
+    for factor in (0.3, 1.5, 3.0):
+        build = partial(_attention, factor=factor)
+        yield _probe("attention", "bfloat16", (2, 197, 6, 64), build, f"-factor{factor:g}")
+    for n_tokens in (197, 785):
+        for spread in (30.0, 1e4):
+            build = partial(_attention, spread=spread)
+            wide = {"interpreted": "tf32"} if spread == 1e4 else {}  # beyond float16's range
+            yield _probe("attention", "bfloat16", (2, n_tokens, 3, 64), build, f"-spread{spread:g}", **wide)
+    for width, images in ((384, 64), (768, 32)):  # rows for a second tile of persistent programs
+        sizes = (images, 197, width)
+        for precision in PRECISIONS:
+            yield _probe("ista", precision, sizes, _ista)
+            yield _probe("norm_ista", precision, sizes, _norm_ista)
+            yield _probe("compress", precision, sizes, _compress, "-torch-map", environment={FUSED_PRODUCTS: "0"})
+            yield _probe("compress", precision, sizes, _compress, "-fused-map", environment={FUSED_PRODUCTS: "1"})
+    yield _probe("ista", "bfloat16", (64, 197, 384), partial(_ista, threshold="soft"), "-soft")
+    for precision in ("bfloat16", "autocast"):
+        yield _probe("compress", precision, (64, 197, 384), partial(_compress, residual="paper"), "-paper")
+
+
+PROBES = {probe.name: probe for probe in _all_probes()}
+CHECKED = (  # by `crate-fast check`
+    "attention-bfloat16-2x197x12x64",
+    "attention-bfloat16-2x197x6x64-factor3",
+    "attention-bfloat16-2x197x12x48",
+    "attention-bfloat16-2x197x2x128",
+    "attention-bfloat16-2x785x6x64",
+    "attention-float16-2x197x6x64",
+    "attention-tf32-2x197x6x64",
+    "ista-bfloat16-64x197x384",
+    "norm_ista-bfloat16-32x197x768",
+    "norm_ista-float16-64x197x384",
+    "norm_ista-autocast-64x197x384",
+    "compress-bfloat16-64x197x384-fused-map",
+    "compress-autocast-64x197x384-torch-map",
+)
+
+
+# --- faults, for tests of what runs probes ------------------------------------------------------------------------
+
+
+def _crash(*_) -> Problem:
+    os.abort()
+
+
+def _hang(*_) -> Problem:
+    while True:
+        time.sleep(60)
+
+
+def _wrong(sizes, dtype, autocast, device, generator) -> Problem:
+    right = _attention(sizes, dtype, autocast, device, generator)
+    return Problem(lambda w: 1.1 * right.reference(w), right.reference, right.inputs, right.grad, right.names)
+
+
+FAULTS = {
+    f"fault:{name}": Probe(f"fault:{name}", "fault", "float16", (1, 17, 1, 32), build)
+    for name, build in (("crash", _crash), ("hang", _hang), ("wrong", _wrong))
+}
+
+
+def find_probe(name: str) -> Probe:
+    """The probe of this name, one of the unlisted "fault:crash", "fault:hang" and "fault:wrong" included."""
+    known = PROBES | FAULTS
+    if name not in known:
+        raise ValueError(f"no probe {name!r}: choose one of {', '.join(PROBES)}")
+    return known[name]
+
+
+# --- running ------------------------------------------------------------------------------------------------------
+
+
+def run_probe(probe: Probe, device: torch.device | str, reruns: int = 20) -> dict[str, object]:
+    """Run a probe in this process.
+
+    Args:
+        probe: From `find_probe`.
+        device: A GPU; or the CPU under Triton's interpreter, where sizes are tiny, float16 (fp32 where its range is
+            too small) stands for bfloat16, and products of fp32 are exact.
+        reruns: How often the kernels run again, for equal bits.
+
+    Returns:
+        name, kernel, launched (names of the kernels), dtype, shape; outputs (by name: rms, max, allowed_rms,
+        allowed_max, share); rms_error, max_error, allowed_rms, allowed_max and share of the worst of them; reruns and
+        reruns_equal; first_call_s and seconds; status, "right", "wrong", or "failed: " and the error in a line.
+    """
+    device = torch.device(device)
+    start = time.perf_counter()
+    precision, sizes = (probe.precision, probe.sizes) if device.type == "cuda" else _tiny(probe)
+    row: dict[str, object] = {
+        "name": probe.name,
+        "kernel": probe.kernel,
+        "dtype": precision,
+        "shape": list(sizes),
+        "reruns": reruns,
+        "status": "right",
+    }
+    try:
+        with _built(probe, precision, sizes, device) as problem, _poisoned(device):
+            row |= _judged(problem, reruns)
+        if row["share"] is None or row["share"] > 1.0 or not row["reruns_equal"]:
+            row["status"] = "wrong"
+    except Exception as error:  # the row tells it; whoever runs probes goes on with the next
+        traceback.print_exc()
+        row["status"] = f"failed: {type(error).__name__}: {' '.join(str(error).split())[:500]}"
+    return row | {"seconds": round(time.perf_counter() - start, 3)}
+
+
+@contextmanager
+def _built(probe: Probe, precision: str, sizes: tuple[int, ...], device: torch.device) -> Iterator[Problem]:
+    """The problem, under the settings that it is to run with."""
+    environment = {SELF_CHECK: "0"} | probe.environment  # else a wrong kernel is an error before it is judged
+    with mock.patch.dict(os.environ, environment), _precision(precision, device) as (dtype, autocast):
+        yield probe.build(sizes, dtype, autocast, device, torch.Generator().manual_seed(0))
+
+
+def _judged(problem: Problem, reruns: int) -> dict[str, object]:
+    """What the kernels' results are worth."""
+    start = time.perf_counter()
+    with _recorded_launches() as launched:
+        actual = problem.results(problem.ours)
+    if problem.grad.device.type == "cuda":
+        torch.cuda.synchronize(problem.grad.device)
+    first_call_s = time.perf_counter() - start
+    same = torch.ones((), dtype=torch.bool, device=problem.grad.device)
+    for _ in range(reruns):
+        again = problem.results(problem.ours)
+        for first, second in zip(actual, again, strict=True):
+            same &= (_bits(first) == _bits(second)).all()
+    eager, truth = problem.results(problem.reference), problem.truth()
+    rows = zip(problem.names.split(), actual, eager, truth, strict=True)
+    judged = {name: judge(*tensors) for name, *tensors in rows}
+    worst = max(judged.values(), key=lambda judgement: judgement.share)
+    outputs = {name: _numbers(judgement) for name, judgement in judged.items()}
+    whole = _numbers(worst)
+    return {
+        "launched": sorted(launched),
+        "outputs": outputs,
+        "rms_error": whole["rms"],
+        "max_error": whole["max"],
+        **{key: whole[key] for key in ("allowed_rms", "allowed_max", "share")},
+        "reruns_equal": bool(same),
+        "first_call_s": round(first_call_s, 3),
+    }
+
+
+def _numbers(judgement) -> dict[str, float | None]:
+    """For JSON, which has no NaN: None where a number is not finite."""
+    keys = ("rms", "max", "allowed_rms", "allowed_max", "share")
+    return {key: value if math.isfinite(value := getattr(judgement, key)) else None for key in keys}
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.itemsize])
+
+
+def _tiny(probe: Probe) -> tuple[str, tuple[int, ...]]:
+    """Precision and sizes for the interpreter."""
+    precision = probe.interpreted or {"bfloat16": "float16"}.get(probe.precision, probe.precision)
+    if len(probe.sizes) == 4:
+        _, n_tokens, heads, dim = probe.sizes
+        return precision, (1, TINY_TOKENS.get(n_tokens, n_tokens), 2 if heads > 1 and n_tokens < 256 else 1, dim)
+    return precision, (2, 70, probe.sizes[-1] // 6)
+
+
+@contextmanager
+def _precision(name: str, device: torch.device) -> Iterator[tuple[torch.dtype, torch.dtype | None]]:
+    """The tensors' dtype and autocast's, with fp32 products as named while the context lasts."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
+    try:
+        if name == "autocast":
+            yield torch.float32, torch.bfloat16 if device.type == "cuda" else torch.float16
+        else:
+            yield torch.float32 if name == "tf32" else getattr(torch, name), None
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@contextmanager
+def _poisoned(device: torch.device) -> Iterator[None]:
+    """Uninitialised memory is NaN, so that an element a kernel forgets shows."""
+    if device.type == "cuda":  # else PyTorch warns of every product
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        if not torch.empty(64, device=device).isnan().all():
+            raise RuntimeError("PyTorch does not fill uninitialised memory: a forgotten element would not show")
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@contextmanager
+def _recorded_launches() -> Iterator[set[str]]:
+    """The names of the kernels that are launched inside."""
+    from crate_fast.kernels.launch import Launch
+
+    names: set[str] = set()
+    run = Launch.run
+
+    def recorded(launch) -> None:
+        names.add(launch.kernel.__name__)
+        run(launch)
+
+    with mock.patch.object(Launch, "run", recorded):
+        yield names
+
+
+def time_probe(probe: Probe, device: torch.device | str) -> dict[str, object]:
+    """Milliseconds of forward and backward on a GPU, in a CUDA graph, of ours and of what PyTorch has for it.
+
+    Returns:
+        timed_shape (more images for attention), ours_ms, peer ("SDPA" or "eager"), peer_ms.
+    """
+    from triton.testing import do_bench_cudagraph
+
+    device = torch.device(device)
+    sizes = (TIMED_IMAGES, *probe.sizes[1:]) if len(probe.sizes) == 4 else probe.sizes
+    with _built(probe, probe.precision, sizes, device) as problem:
+        peer = _sdpa if probe.kernel == "attention" else problem.reference
+        times = [
+            do_bench_cudagraph(partial(problem.results, function), rep=50, return_mode="median")
+            for function in (problem.ours, peer)
+        ]
+    name = "SDPA" if peer is _sdpa else "eager"
+    return {"timed_shape": list(sizes), "ours_ms": times[0], "peer": name, "peer_ms": times[1]}
+
+
+def _sdpa(w: Tensor) -> Tensor:
+    tokens = w.transpose(1, 2)
+    return F.scaled_dot_product_attention(tokens, tokens, tokens).transpose(1, 2)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a probe and write its row, or time probes; the exit status does not depend on what a row says."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--list", action="store_true", help="print the names")
+    what.add_argument("--probe", metavar="NAME")
+    what.add_argument("--time", nargs="+", metavar="NAME", help="times by name, on a GPU")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="where the result goes as well")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--reruns", type=int, default=20, help="for equal bits (default 20)")
+    options = parser.parse_args(argv)
+    if options.list:
+        print("\n".join(PROBES))
+        return 0
+    try:
+        probes = [find_probe(name) for name in options.time or [options.probe]]
+    except ValueError as error:
+        parser.error(str(error))
+    if options.probe:
+        _write(run_probe(probes[0], options.device, options.reruns), options.json)
+    times = {}
+    for probe in probes if options.time else ():
+        times[probe.name] = time_probe(probe, options.device)
+        _write(times, options.json)  # after each, should the next not end
+    return 0
+
+
+def _write(result: dict, file: Path | None) -> None:
+    text = json.dumps(result, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+    print(text, end="", flush=True)
+    if file is not None:
+        file.write_text(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

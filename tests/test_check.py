@@ -1,0 +1,267 @@
+"""Probes and `crate-fast check`: right kernels pass, wrong ones and processes that crash or hang are told apart."""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from crate_fast import check, cli, env, probes
+from crate_fast.check import isolated_probe, run_isolated
+from crate_fast.kernels.launch import Launch
+from crate_fast.probes import CHECKED, PROBES, find_probe, run_probe
+
+NORM_ISTA = "norm_ista-float16-64x197x384"
+MORE = (
+    "attention-bfloat16-2x256x6x64",
+    "attention-bfloat16-2x272x6x64",
+    "attention-bfloat16-2x197x3x64-spread30",
+    "attention-bfloat16-2x197x3x64-spread10000",
+    "ista-autocast-64x197x384",
+    "ista-bfloat16-64x197x384-soft",
+    "compress-autocast-64x197x384-fused-map",
+    "compress-autocast-64x197x384-paper",
+    "compress-tf32-64x197x384-torch-map",
+)
+
+
+@pytest.fixture
+def after_launches(monkeypatch):
+    """A function that adds what happens after each kernel launch: a fault in `change(name, arguments)`."""
+
+    def add(change):
+        run = Launch.run
+
+        def faulty(launch):
+            run(launch)
+            change(launch.kernel.__name__, launch.arguments)
+
+        monkeypatch.setattr(Launch, "run", faulty)
+
+    return add
+
+
+# --- probes -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [*CHECKED, *MORE])
+def test_a_probe_finds_the_kernels_right(name, device):
+    row = run_probe(find_probe(name), device, reruns=1)
+    assert (row["status"], row["reruns_equal"], row["launched"] != []) == ("right", True, True)
+    assert 0.0 < row["share"] <= 1.0
+    assert row["share"] == max(output["share"] for output in row["outputs"].values())
+    assert not torch.are_deterministic_algorithms_enabled()
+    json.dumps(row, allow_nan=False)
+
+
+def test_probes_cover_the_kernels():
+    launched = set()
+    for name in ("attention-bfloat16-2x256x6x64", "attention-tf32-2x197x2x128", NORM_ISTA):
+        launched |= set(run_probe(find_probe(name), "cpu", reruns=0)["launched"])
+    for part in (
+        "whole_head",
+        "fwd",
+        "bwd",
+        "product",
+        "weight_gradient",
+        "masked_gradient",
+        "normalize",
+        "layer_norm",
+    ):
+        assert any(part in name for name in launched), part
+
+
+@pytest.mark.parametrize(("argument", "output"), [("dx_ptr", "dx"), ("partial_ptr", "dD"), ("out_ptr", "y")])
+def test_an_error_of_a_tenth_is_wrong(argument, output, after_launches, device):
+    def change(name, arguments):
+        if isinstance(arguments.get(argument), torch.Tensor):
+            arguments[argument].mul_(1.1)
+
+    after_launches(change)
+    row = run_probe(find_probe(NORM_ISTA), device, reruns=1)
+    assert row["status"] == "wrong"
+    assert row["reruns_equal"]
+    assert row["outputs"][output]["share"] > 1.0
+
+
+def test_a_forgotten_element_is_wrong(monkeypatch, device):
+    monkeypatch.setattr(Launch, "run", lambda launch: None)
+    row = run_probe(find_probe(NORM_ISTA), device, reruns=1)
+    assert (row["status"], row["share"], row["outputs"]["y"]["max"]) == ("wrong", None, None)
+    json.dumps(row, allow_nan=False)
+
+
+def test_other_bits_on_a_rerun_are_wrong(after_launches, device):
+    count = itertools.count()
+
+    def change(name, arguments):
+        if "normalize" in name and next(count) == 2:  # the second rerun
+            arguments["normed_ptr"][0, 0] *= 1.001
+
+    after_launches(change)
+    row = run_probe(find_probe(NORM_ISTA), device, reruns=3)
+    assert (row["status"], row["reruns_equal"]) == ("wrong", False)
+    assert row["share"] <= 1.0
+
+
+def test_a_kernel_that_does_not_run_is_a_row_too(monkeypatch, device, capsys):
+    def broken(launch):
+        raise ValueError("out of\nshared memory")
+
+    monkeypatch.setattr(Launch, "run", broken)
+    row = run_probe(find_probe(NORM_ISTA), device, reruns=1)
+    assert row["status"] == "failed: ValueError: out of shared memory"
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_timing_names_the_peer_and_fits_the_table(monkeypatch):
+    import triton.testing
+
+    def once(call, rep, return_mode):
+        assert len(call()) >= 2  # output and gradients
+        return 0.5
+
+    monkeypatch.setattr(triton.testing, "do_bench_cudagraph", once)
+    monkeypatch.setattr(probes, "TIMED_IMAGES", 1)
+    attention = replace(find_probe("fault:wrong"), kernel="attention")
+    assert probes.time_probe(attention, "cpu") == {
+        "timed_shape": [1, 17, 1, 32],
+        "ours_ms": 0.5,
+        "peer": "SDPA",
+        "peer_ms": 0.5,
+    }
+    ista = replace(find_probe("ista-float16-64x197x384"), sizes=(2, 8, 32))
+    found = probes.time_probe(ista, "cpu")
+    assert (found["peer"], found["timed_shape"]) == ("eager", [2, 8, 32])
+    row = run_probe(find_probe("ista-float16-64x197x384"), "cpu", 1) | found
+    assert check._cells(row)["forward + backward"] == "0.5 ms (eager: 0.5 ms)"
+
+
+def test_the_module_lists_and_refuses(capsys):
+    assert probes.main(["--list"]) == 0
+    assert capsys.readouterr().out.split() == list(PROBES)
+    with pytest.raises(SystemExit):
+        probes.main(["--probe", "attention"])
+    assert "no probe 'attention': choose one of attention-bfloat16-" in capsys.readouterr().err
+
+
+# --- processes of their own ---------------------------------------------------------------------------------------
+
+
+def test_run_isolated_keeps_the_end_of_the_output():
+    outcome = run_isolated([sys.executable, "-c", "import sys; print('x' * 9000); sys.exit('the end')"], 60)
+    assert (outcome.returncode, outcome.timed_out) == (1, False)
+    assert outcome.tail.endswith("x\nthe end\n")
+    assert len(outcome.tail) == check.TAIL
+    assert outcome.failure == "exit status 1: the end"
+    assert run_isolated(["true"], 60).failure is None
+
+
+def test_a_time_limit_ends_the_whole_group(tmp_path):
+    file = tmp_path / "pid"
+    outcome = run_isolated(["bash", "-c", f"sleep 600 & echo $! > {file}; echo begun; wait"], 1.0)
+    assert outcome.timed_out
+    assert (outcome.tail, outcome.failure) == ("begun\n", "over its limit of 1 s")
+    state = subprocess.run(["ps", "-o", "stat=", "-p", file.read_text()], capture_output=True, text=True, check=False)
+    assert state.stdout.strip() in ("", "Z")  # gone, or waiting to be reaped
+
+
+def test_a_hanging_probe_costs_its_own_row_only():
+    row = isolated_probe("fault:hang", 1.0, device="cpu")
+    assert (row["name"], row["status"]) == ("fault:hang", "failed: over its limit of 1 s")
+
+
+def test_the_command_tells_right_wrong_and_crashed_apart(tmp_path, capsys):
+    file = tmp_path / "check.json"
+    names = ["ista-autocast-64x197x384", "fault:wrong", "fault:crash"]
+    assert cli.main(["check", "--interpreter", "--json", str(file), "--probes", *names]) == 1
+    report = json.loads(file.read_text())
+    right, wrong, crashed = report["rows"]
+    assert [row["name"] for row in report["rows"]] == names
+    assert (right["status"], right["reruns"]) == ("right", 2)
+    assert "output" not in right
+    assert wrong["status"] == "wrong"
+    assert wrong["share"] > 1.0
+    assert crashed["status"] == "failed: ended by SIGABRT"
+    assert "probes.py" in crashed["output"]  # where it was
+    assert report["environment"]["torch"] == torch.__version__
+    assert {"triton", "commit", "time", "backend on cpu"} <= report["environment"].keys()
+    out = capsys.readouterr().out
+    assert f"| ista | autocast | 2×70×64 | {right['share']:.2f} | 2 of 2 | – | right |" in out
+    assert out.endswith(f"1 of 3 right; written to {file}\n")
+
+
+def test_all_right_is_exit_status_0(tmp_path, monkeypatch):
+    monkeypatch.setattr(check, "isolated_probe", lambda name, limit, **_: run_probe(find_probe(name), "cpu", 1))
+    words = ["--interpreter", "--json", str(tmp_path / "check.json"), "--probes", "ista-autocast-64x197x384"]
+    assert check.main(words) == 0
+
+
+def test_without_a_gpu_there_is_one_line_and_exit_status_2(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(check, "explain_backend", lambda device: ("torch", "PyTorch finds no CUDA device"))
+    assert check.main([]) == 2
+    captured = capsys.readouterr()
+    assert captured.err == "nothing to check: PyTorch finds no CUDA device (--interpreter checks without a GPU)\n"
+    assert captured.out == ""
+    assert os.listdir() == []
+
+
+def test_only_what_is_right_is_timed_and_a_crash_keeps_earlier_times(monkeypatch, capsys):
+    def crashed(command, timeout_s, env):
+        assert env["TRITON_INTERPRET"] == "0"
+        names = command[command.index("--time") + 1 : command.index("--json")]
+        assert names == ["a", "c"]
+        file = command[command.index("--json") + 1]
+        with open(file, "w") as opened:
+            json.dump({"a": {"ours_ms": 1.0}}, opened)
+        return SimpleNamespace(failure="ended by SIGSEGV", tail="the end")
+
+    monkeypatch.setattr(check, "run_isolated", crashed)
+    rows = [{"name": name, "status": status} for name, status in (("a", "right"), ("b", "wrong"), ("c", "right"))]
+    check._add_times(rows)
+    assert [row.get("ours_ms") for row in rows] == [1.0, None, None]
+    assert "timing: ended by SIGSEGV" in capsys.readouterr().err
+
+
+def test_probes_at_once_fit_the_memory(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    for free_gib, jobs in ((2, 1), (7, 2), (80, 4)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda free=free_gib: (free * 2**30, 0))
+        assert check._jobs(interpreter=False) == jobs
+    assert check._jobs(interpreter=True) == 4
+
+
+@pytest.mark.parametrize(("version", "text"), [("12.8", "12.8, which can miscompile on Hopper"), ("13.3", "13.3")])
+def test_the_assembler_is_named(version, text, monkeypatch):
+    from triton.backends.nvidia import compiler
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(compiler, "get_ptxas", lambda architecture: SimpleNamespace(version=version))
+    assert env._ptxas(torch.device("cuda")).startswith(text)
+    assert env.compiler_versions(torch.device("cuda")).endswith(f", ptxas {version}")
+
+    def missing(architecture):
+        raise RuntimeError("Cannot find ptxas")
+
+    monkeypatch.setattr(compiler, "get_ptxas", missing)
+    assert "unknown (RuntimeError)" in env.compiler_versions(torch.device("cuda"))
+
+
+def test_a_missing_driver_is_told(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert env.driver_version() == "unknown (FileNotFoundError)"
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_probe_runs_and_is_timed():
+    name = "attention-bfloat16-2x197x12x64"
+    rows = [isolated_probe(name, 120.0)]
+    check._add_times(rows)
+    assert rows[0]["status"] == "right", rows[0]
+    assert rows[0]["ours_ms"] > 0.0
