@@ -11,7 +11,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from crate_fast import cli
 from crate_fast.kernels import assuming_gpu, unavailable_reason
-from crate_fast.reference import layer_reference
 from crate_fast.train import cost, plan
 from crate_fast.train.command_line import recipe_names
 from crate_fast.train.config import TrainConfig
@@ -61,41 +60,17 @@ def _counted(forward, parameters) -> cost.Flops:
 
 
 @pytest.mark.parametrize("heads", [1, 2])
-def test_nominal_operations_are_those_of_the_released_form_as_pytorch_counts_them(heads):
+def test_operations_are_those_that_pytorch_counts(heads):
     model = cost.meta_model(_changed(heads=heads), K)
-
-    def released(images):
-        x = model.embed(images)
-        for layer in model.transformer.layers:
-            x = layer_reference(x, dict(layer.named_parameters()), heads)
-        return model.forward_head(x)
-
-    assert cost.count_flops(model, 32) == _counted(released, model.parameters())
-
-
-def test_executed_operations_are_those_of_the_folded_form_as_pytorch_counts_them():
-    model = cost.meta_model(TINY, K)
-    executed = cost.count_flops(model, 32, executed=True)
-    counted = _counted(model, model.parameters())
-    fold = cost.fold_flops(model)
-    assert fold == DEPTH * 2 * 2 * C**3
-    assert counted.forward == executed.forward + fold // 2
-    logits_again = DEPTH * 2 * N**2 * C  # the kernels' backward pass computes them, plain attention keeps them
-    assert counted.step == executed.step + fold - logits_again
+    counted, folds = _counted(model, model.parameters()), DEPTH * 2 * C**3  # of G, which are not nominal
+    assert cost.count_flops(model, 32) == cost.Flops(counted.forward - folds, counted.step - 2 * folds)
 
 
 def test_operations_by_hand():
-    model = cost.meta_model(TINY, K)
     embed, head, product, attention = 2 * PATCHES * PATCH_DIM * C, 2 * C * K, 2 * N * C**2, 2 * N**2 * C
-    forward = embed + head + DEPTH * ((2 + 3) * product + 2 * attention)
-    assert cost.count_flops(model, 32) == cost.Flops(forward, 3 * forward)
-    forward = embed + head + DEPTH * ((2 + 1) * product + 2 * attention)
-    step = 3 * (embed + head) + DEPTH * (9 * product + (2 + 5) * attention)
-    assert cost.count_flops(model, 32, executed=True) == cost.Flops(forward, step)
-    again = cost.meta_model(_changed(grad_checkpointing=True), K)
-    layers = DEPTH * (3 * product + 2 * attention)
-    assert cost.count_flops(again, 32, executed=True) == cost.Flops(forward, step + layers)
-    assert cost.count_flops(again, 32) == cost.count_flops(model, 32)
+    forward = embed + head + DEPTH * (3 * product + 2 * attention)
+    for config in (TINY, _changed(grad_checkpointing=True)):
+        assert cost.count_flops(cost.meta_model(config, K), 32) == cost.Flops(forward, 3 * forward)
 
 
 def test_operations_of_the_ablations_and_of_a_frozen_model_are_as_pytorch_counts_them():
@@ -229,8 +204,7 @@ def test_numbers_by_hand(tmp_path):
     assert rate == {"images_per_s": 20.8, "hours": 2, "gpu_hours": 8, "mb_per_s": pytest.approx(0.0832)}
     assert result["data"]["gb_per_epoch"] == pytest.approx(0.19968)
     flops = result["flops"]
-    assert flops["nominal"]["run"] == flops["nominal"]["step"] * 149_760
-    assert flops["executed"]["run"] == flops["executed"]["step"] * 149_760 + flops["fold_per_micro_batch"] * 1_170 * 8
+    assert flops["run"] == flops["step"] * 149_760
     assert result["settings"]["epochs"] == 3
 
 

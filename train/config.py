@@ -5,7 +5,7 @@ import math
 import typing
 from dataclasses import dataclass
 
-__all__ = ["TrainConfig", "nearest"]
+__all__ = ["MODES_WITH_GRAPHS", "TrainConfig", "nearest"]
 
 DATASETS = ("shape_scenes", "folder", "tar", "shards", "hf", "cifar10", "cifar100", "flowers102", "pets")
 _CHOICES = {
@@ -17,9 +17,10 @@ _CHOICES = {
     "schedule": ("cosine", "released"),
     "clip_mode": ("norm", "value", "agc"),
     "precision": ("auto", "fp32", "bf16", "fp16"),
-    "compile_mode": ("default", "reduce-overhead", "max-autotune"),
+    "compile_mode": ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
     "parallel": ("ddp", "fsdp", "hsdp"),
 }
+MODES_WITH_GRAPHS = ("reduce-overhead", "max-autotune")  # of torch.compile
 _POSITIVE = (
     *("train_samples", "val_samples", "image_size", "repeats", "patch_size", "dim", "depth", "heads", "epochs"),
     *("batch_size", "accumulate", "lr_base_batch", "eval_every", "keep_checkpoints", "log_every"),
@@ -174,7 +175,11 @@ class TrainConfig:
     compile: bool = False
     """Run the model through torch.compile."""
     compile_mode: str = "default"
-    """torch.compile's: default, reduce-overhead (CUDA graphs: for small models and batches), max-autotune."""
+    """torch.compile's: default; reduce-overhead and max-autotune, with CUDA graphs of its own;
+    max-autotune-no-cudagraphs."""
+    cuda_graphs: bool = False
+    """Replay the forward and backward pass of a micro-batch from a CUDA graph: on one GPU, for models and batches so
+    small that launching kernels takes longer than running them."""
     channels_last: bool = False
     """Images with channels innermost in memory, which suits patch embedding by convolution."""
     parallel: str = "ddp"
@@ -236,6 +241,25 @@ class TrainConfig:
             )
         if self.dataset != "shape_scenes" and not self.data_dir:
             raise ValueError(f"dataset={self.dataset!r} needs data_dir: pass --data-dir FOLDER")
+        self._check_graphs()
+
+    def _check_graphs(self) -> None:
+        mode = f"compile_mode={self.compile_mode!r}"
+        if self.compile_mode != "default" and not self.compile:
+            raise ValueError(f"{mode} needs compile=True: pass --compile too")
+        graphs = self.compile_mode in MODES_WITH_GRAPHS
+        if graphs and self.cuda_graphs:
+            raise ValueError(f"{mode} has CUDA graphs of its own: leave out cuda_graphs, or the mode")
+        if graphs and self.accumulate > 1:  # pytorch/pytorch#169545
+            raise ValueError(
+                f"{mode}: PyTorch's CUDA graphs overwrite gradients with accumulate={self.accumulate}; use "
+                "cuda_graphs with compile_mode='default' or 'max-autotune-no-cudagraphs'"
+            )
+        if self.cuda_graphs and self.grad_checkpointing:  # pytorch/pytorch#162504
+            raise ValueError(
+                "cuda_graphs=True: PyTorch cannot record grad_checkpointing=True, which saves the generator's state; "
+                "leave one of them out"
+            )
 
     @property
     def peak_lr(self) -> float:

@@ -30,7 +30,6 @@ __all__ = [
     "Flops",
     "Kept",
     "count_flops",
-    "fold_flops",
     "kept_for_backward",
     "meta_model",
     "optimizer_bytes",
@@ -66,7 +65,7 @@ def tokens_per_image(model: nn.Module) -> int | None:
 
 @dataclass(frozen=True)
 class Flops:
-    """Floating-point operations for one image, two a multiplication with its addition, of matrix products alone.
+    """Nominal floating-point operations for one image; see `count_flops`.
 
     Attributes:
         forward: Of the forward pass.
@@ -86,22 +85,20 @@ def _linear(rows: int, weight: Tensor) -> Flops:
     return Flops(forward, 3 * forward)
 
 
-def _attention(attention: nn.Module, n_tokens: int, executed: bool) -> Flops:
-    """MSSA or MHSA, see `count_flops`."""
+def _attention(attention: nn.Module, n_tokens: int) -> Flops:
+    """MSSA or MHSA."""
     width = attention.qkv.weight.shape[0] // (3 if isinstance(attention, MHSA) else 1)
     product = 2 * n_tokens**2 * width  # all heads' W Wᵀ
-    total = _linear(n_tokens, attention.qkv.weight) + Flops(2 * product, (2 + (5 if executed else 4)) * product)
+    total = _linear(n_tokens, attention.qkv.weight) + Flops(2 * product, 6 * product)
     if not isinstance(attention.to_out, nn.Identity):
         total += _linear(n_tokens, attention.to_out[0].weight)
     return total
 
 
-def _crate_layer(layer: nn.Module, n_tokens: int, executed: bool) -> Flops:
-    """One layer, see `count_flops`."""
-    total, sparsifier = _attention(layer[0].fn, n_tokens, executed), layer[1].fn
+def _crate_layer(layer: nn.Module, n_tokens: int) -> Flops:
+    total, sparsifier = _attention(layer[0].fn, n_tokens), layer[1].fn
     if isinstance(sparsifier, ISTA):
-        product = 2 * n_tokens * sparsifier.weight.numel()
-        return total + (Flops(product, 3 * product) if executed else Flops(3 * product, 9 * product))
+        return total + _linear(n_tokens, sparsifier.weight)
     return total + _linear(n_tokens, sparsifier[0].weight) + _linear(n_tokens, sparsifier[3].weight)
 
 
@@ -109,15 +106,13 @@ def _sum(parts: Iterable[Flops]) -> Flops:
     return sum(parts, Flops(0, 0))
 
 
-def _mae_flops(model: CRATEMAE, mask_ratio: float, executed: bool) -> Flops:
+def _mae_flops(model: CRATEMAE, mask_ratio: float) -> Flops:
     n_tokens = tokens_per_image(model)
     encoded = 1 + model.kept(mask_ratio) if model.visible_only else n_tokens
-    layers = _sum(_crate_layer(block.layers[0], encoded, executed) for block in model.blocks)
+    layers = _sum(_crate_layer(block.layers[0], encoded) for block in model.blocks)
     for block in model.decoder_blocks:
         decode, attention = (part.fn for part in block.layers[0])
-        layers += _linear(n_tokens, decode.weight) + _attention(attention, n_tokens, executed)
-    if executed and model.grad_checkpointing:
-        layers = Flops(layers.forward, layers.forward + layers.step)
+        layers += _linear(n_tokens, decode.weight) + _attention(attention, n_tokens)
     embed = _linear(n_tokens - 1, model.patch_embed.proj.weight).forward
     ends = Flops(embed, 2 * embed) + _linear(n_tokens, model.decoder_pred.weight)  # pixels need no gradient
     if model.visible_only:
@@ -125,11 +120,9 @@ def _mae_flops(model: CRATEMAE, mask_ratio: float, executed: bool) -> Flops:
     return layers + ends
 
 
-def _crate_flops(model: CRATE, executed: bool) -> Flops:
+def _crate_flops(model: CRATE) -> Flops:
     n_tokens = tokens_per_image(model)
-    layers = _sum(_crate_layer(layer, n_tokens, executed) for layer in model.transformer.layers)
-    if executed and model.transformer.grad_checkpointing:
-        layers = Flops(layers.forward, layers.forward + layers.step)
+    layers = _sum(_crate_layer(layer, n_tokens) for layer in model.transformer.layers)
     embed = _linear(n_tokens - 1, model.to_patch_embedding[2].weight)
     total = layers + (embed if model.embed_norm else Flops(embed.forward, 2 * embed.forward))  # pixels: no gradient
     for module in model.mlp_head.modules():
@@ -153,34 +146,24 @@ def _measured_flops(model: nn.Module, image_size: int) -> Flops:
     return Flops(forward // len(images), step // len(images))
 
 
-def count_flops(model: nn.Module, image_size: int, *, executed: bool = False, mask_ratio: float = 0.75) -> Flops:
-    """Operations for one image.
+def count_flops(model: nn.Module, image_size: int, mask_ratio: float = 0.75) -> Flops:
+    """Count the nominal operations for one image: the matrix products that the formula needs, and nothing else.
 
-    Nominal: what the formula needs, as the released code writes it: three products in ISTA and six in its backward
-    pass, two in attention and four in its backward pass, twice the forward pass's for every other product.
-    Executed, of a CRATE: what the kernels do: one product in ISTA and two in its backward pass (and `fold_flops`
-    apart); five in attention's backward pass, which computes the logits again; with gradient checkpointing the
-    layers' forward pass once more. Executed, of another model: nominal, and what checkpointing recomputes.
+    Two FLOPs a multiplication with its addition; backward has two products for each of the forward pass, but one for
+    the map of the pixels. ISTA has one product, y = relu(x + xG − ηλ); folding G and what a backward pass or gradient
+    checkpointing computes again are not counted.
 
     Args:
         model: From `meta_model`.
         image_size: In pixels.
-        executed: See above.
         mask_ratio: Of a CRATE-MAE, whose loss is not counted.
     """
     if isinstance(model, CRATEMAE):
-        return _mae_flops(model, mask_ratio, executed)
+        return _mae_flops(model, mask_ratio)
     if isinstance(model, CRATE):
-        return _crate_flops(model, executed)
-    with nullcontext() if executed else _without_checkpointing(model):
+        return _crate_flops(model)
+    with _without_checkpointing(model):
         return _measured_flops(model, image_size)
-
-
-def fold_flops(model: nn.Module) -> int:
-    """Operations for G = η(D − DᵀD) and its gradient, all layers: once a micro-batch on each device, at most."""
-    dictionaries = [module.weight for module in model.modules() if isinstance(module, ISTA)]
-    products = 2 if any(d.requires_grad for d in dictionaries) else 1
-    return sum(products * 2 * d.shape[0] ** 3 for d in dictionaries)
 
 
 @contextmanager

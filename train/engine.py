@@ -1,6 +1,7 @@
 """The optimiser step: thin, and the same for one process or many."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -10,14 +11,15 @@ from torch import Tensor, nn
 
 from crate_fast.functional import cached_dictionaries
 from crate_fast.train import parallel
-from crate_fast.train.config import TrainConfig
+from crate_fast.train.config import MODES_WITH_GRAPHS, TrainConfig
+from crate_fast.train.cuda_graphs import GraphedCall
 from crate_fast.train.data import Batch, Normalize, mirrored
 from crate_fast.train.distributed import Processes
 from crate_fast.train.nonfinite import NonFinite, diagnosis
 from crate_fast.train.objective import objective_for
 from crate_fast.train.optimizer import build_optimizer, clip_gradients, gradient_norm, learning_rate
 
-__all__ = ["StepResult", "Trainer"]
+__all__ = ["StepResult", "Trainer", "check_settings"]
 
 _SMALLEST_SCALE = 1.0  # of fp16's gradient scaler: below it, overflow is no longer the scale's fault
 
@@ -41,6 +43,29 @@ class StepResult(NamedTuple):
         return self.measures["loss"]
 
 
+def check_settings(config: TrainConfig, processes: Processes) -> None:
+    """Refuse settings that do not go together on these processes.
+
+    Raises:
+        ValueError: Says which, and what to change.
+    """
+    sharded = parallel.shares_out(config, processes)
+    if sharded and config.clip_mode == "agc" and config.clip_grad:
+        raise ValueError(
+            f"clip_mode='agc' needs whole weights, and parallel={config.parallel!r} shares them out: clip by "
+            "norm or value, or use parallel='ddp'"
+        )
+    if sharded and config.compile and config.compile_mode in MODES_WITH_GRAPHS:
+        raise ValueError(
+            f"compile_mode={config.compile_mode!r} records the addresses of weights, and parallel="
+            f"{config.parallel!r} moves them: use compile_mode='default', or parallel='ddp'"
+        )
+    if config.cuda_graphs and processes.device.type != "cuda":
+        raise ValueError(f"cuda_graphs=True needs a CUDA GPU, and this run is on {processes.device}: leave it out")
+    if config.cuda_graphs and processes.world_size > 1:
+        raise ValueError(f"cuda_graphs=True is for one process, and there are {processes.world_size}: leave it out")
+
+
 class Trainer:
     """A model, its moving average, its optimiser, and the optimiser steps done.
 
@@ -55,6 +80,7 @@ class Trainer:
     """
 
     def __init__(self, model: nn.Module, config: TrainConfig, processes: Processes, steps_per_epoch: int):
+        check_settings(config, processes)
         self.model, self.config, self.processes = model, config, processes
         self.steps_per_epoch = steps_per_epoch
         self.step = 0
@@ -62,11 +88,6 @@ class Trainer:
         self.objective = objective_for(model, config, processes)
         self.normalize = Normalize(config.mean).to(self.device)
         sharded = parallel.shares_out(config, processes)
-        if sharded and config.clip_mode == "agc" and config.clip_grad:
-            raise ValueError(
-                f"clip_mode='agc' needs whole weights, and parallel={config.parallel!r} shares them out: clip by "
-                "norm or value, or use parallel='ddp'"
-            )
         self.ema: ModelEmaV3 | None = None
         if config.ema_decay:
             warmup = {"use_warmup": config.ema_warmup}
@@ -79,6 +100,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.objective.dtype is torch.float16)
         self.nonfinite = NonFinite(config.nonfinite_limit)
         self.runner = parallel.distribute(model, config, processes)
+        self.backward = self._make_backward()
         self.problems: list[str] = []  # images that could not be read; for the caller to take
 
     @property
@@ -105,7 +127,9 @@ class Trainer:
                     batch = next(batches)
                     self.problems += batch.problems
                     with parallel.holding_gradients(self.runner, part < self.config.accumulate - 1):
-                        totals += self._forward_backward(batch, part)
+                        labels = batch.labels.to(self.device, non_blocking=True)
+                        images = self.prepare_images(batch.images, batch.flips)
+                        totals += self.backward(*self.objective.inputs(images, labels, self.step, part))
             yield self._update(totals, stopping(), batch)
 
     def _prepare(self) -> None:
@@ -130,13 +154,24 @@ class Trainer:
         images = self.normalize(images)
         return images.contiguous(memory_format=torch.channels_last) if self.config.channels_last else images
 
-    def _forward_backward(self, batch: Batch, part: int) -> Tensor:
+    def _make_backward(self) -> Callable[..., Tensor]:
+        return GraphedCall(self._backward, self._recording) if self.config.cuda_graphs else self._backward
+
+    def _backward(self, *inputs: Tensor) -> Tensor:
         """Add one micro-batch's gradient; return its share of the step's measures."""
-        labels = batch.labels.to(self.device, non_blocking=True)
-        images = self.prepare_images(batch.images, batch.flips)
-        measures = self.objective.training(self.runner, images, labels, self.step, part) / self.config.accumulate
+        measures = self.objective.training(self.runner, *inputs) / self.config.accumulate
         self.scaler.scale(measures[0]).backward()
         return measures.detach()
+
+    @contextmanager
+    def _recording(self) -> Iterator[None]:
+        """Undo what recording a graph does to generators, BatchNorm's statistics and gradients."""
+        before = [buffer.clone() for buffer in self.model.buffers()]
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            yield
+        self.optimizer.zero_grad(set_to_none=False)
+        for buffer, value in zip(self.model.buffers(), before, strict=True):
+            buffer.copy_(value)
 
     def _update(self, totals: Tensor, stopping: bool, batch: Batch) -> StepResult:
         """Clip and step, unless loss or gradient is not finite on any process: then all of them skip."""
@@ -156,7 +191,7 @@ class Trainer:
             if self.nonfinite.failed(self.step, measures[0], float(norm), overflow):
                 images = self.prepare_images(batch.images, batch.flips)
                 report = diagnosis(self.model, images, self.objective.outputs)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=not self.config.cuda_graphs)  # a graph adds to them where they are
         self.step += 1
         if report is not None:
             self.nonfinite.stop(report)
@@ -198,3 +233,4 @@ class Trainer:
             self.scaler.load_state_dict(rest["scaler"])
         self.nonfinite.restore(rest["nonfinite"])
         self.step = rest["step"]
+        self.backward = self._make_backward()  # loading an optimiser's state drops the gradients that a graph adds to

@@ -10,6 +10,7 @@ from crate_fast.train.config import TrainConfig
 from crate_fast.train.data import DataSplits, build_splits
 from crate_fast.train.distributed import Processes, process_group
 from crate_fast.train.dry_run import dry_run
+from crate_fast.train.engine import check_settings
 from crate_fast.train.interruption import Interruption
 from crate_fast.train.session import Session
 
@@ -32,6 +33,7 @@ def launch(config: TrainConfig, options: argparse.Namespace) -> int:
     with process_group(config.device, config.threads) as processes, Interruption() as interruption:
         name = f"runs/{Path(options.recipe).stem}-{datetime.now():%Y%m%d-%H%M%S}"
         folder = Path(options.output or processes.agree(name))
+        check_settings(config, processes)  # before the data, whose files may take minutes to list
         data = _open_data(config, processes)
         if options.dry_run:
             dry_run(config, folder, data, processes)

@@ -51,15 +51,23 @@ class Objective(ABC):
         self.dtype = autocast_dtype(config, processes.device)
 
     @abstractmethod
-    def training(self, runner: nn.Module, images: Tensor, labels: Tensor, step: int, part: int) -> Tensor:
-        """A micro-batch's measures, [len(measures)]; the first, the loss, has a gradient.
+    def inputs(self, images: Tensor, labels: Tensor, step: int, part: int) -> tuple[Tensor, ...]:
+        """What `training` takes of a micro-batch, on the device: all that the host draws is drawn here.
 
         Args:
-            runner: The model, as it runs a training step.
             images: Normalised, [B, 3, S, S].
             labels: Classes [B].
             step: Optimiser step, from 0.
             part: Number of the micro-batch in this process's step, from 0.
+        """
+
+    @abstractmethod
+    def training(self, runner: nn.Module, *inputs: Tensor) -> Tensor:
+        """A micro-batch's measures, [len(measures)]; the first, the loss, has a gradient.
+
+        Args:
+            runner: The model, as it runs a training step.
+            *inputs: From `inputs`.
         """
 
     @abstractmethod
@@ -94,10 +102,13 @@ class Classification(Objective):
         share = config.batch_size // (config.accumulate * processes.world_size)
         self.augment = BatchAugmentation(config, model.num_classes, processes.device, share)
 
-    def training(self, runner, images, labels, step, part):
-        """See `Objective`."""
+    def inputs(self, images, labels, step, part):
+        """See `Objective`: images, targets and labels."""
         part = part * self.processes.world_size + self.processes.rank
-        images, targets = self.augment(images, labels, step, part)
+        return *self.augment(images, labels, step, part), labels
+
+    def training(self, runner, images, targets, labels):
+        """See `Objective`."""
         smoothing = self.config.label_smoothing if targets.dim() == 1 else 0.0  # a mixture has it in it
         logits = self.forward(runner, images)[0].float()
         loss = F.cross_entropy(logits, targets, label_smoothing=smoothing)
@@ -132,16 +143,20 @@ class Reconstruction(Objective):
         model.kept(config.mask_ratio)
         self._drawn: tuple[int, Tensor] = (-1, torch.empty(0))
 
-    def training(self, runner, images, labels, step, part):
-        """See `Objective`."""
+    def inputs(self, images, labels, step, part):
+        """See `Objective`: images, and the noise that hides their patches."""
         if self._drawn[0] != step:
             seed = np.random.SeedSequence((self.config.seed, step)).generate_state(1, np.uint64)[0]
             generator = torch.Generator().manual_seed(int(seed))
             self._drawn = (step, torch.rand(self.config.batch_size, self.n_patches, generator=generator))
         size = self.config.batch_size // self.config.accumulate
         mine = self._drawn[1][part * size : (part + 1) * size][self.processes.rank :: self.processes.world_size]
+        return images, mine.to(images.device, non_blocking=True)
+
+    def training(self, runner, images, noise):
+        """See `Objective`."""
         with autocast(images.device, self.dtype):
-            loss, _, _ = runner(images, self.config.mask_ratio, noise=mine.to(images.device, non_blocking=True))
+            loss, _, _ = runner(images, self.config.mask_ratio, noise=noise)
         return loss.float().unsqueeze(0)
 
     def evaluation(self, model, images, batch):

@@ -238,15 +238,10 @@ def _memory(model: nn.Module, config: TrainConfig, classes: int, shards: int, mi
     }
 
 
-def _flops(model: nn.Module, config: TrainConfig, schedule: dict, gpus: int) -> dict:
-    """By form: operations of an image's forward pass and training step, and of the run, folding included."""
-    fold = cost.fold_flops(model)
-    folding = {"nominal": 0, "executed": fold * schedule["steps"] * config.accumulate * gpus}
-    rows = {}
-    for name, folded in folding.items():
-        flops = cost.count_flops(model, config.image_size, executed=name == "executed", mask_ratio=config.mask_ratio)
-        rows[name] = {**dataclasses.asdict(flops), "run": flops.step * schedule["images_seen"] + folded}
-    return rows | {"fold_per_micro_batch": fold}
+def _flops(model: nn.Module, config: TrainConfig, schedule: dict) -> dict:
+    """Nominal operations of an image's forward pass and training step, and of the run."""
+    flops = cost.count_flops(model, config.image_size, config.mask_ratio)
+    return dataclasses.asdict(flops) | {"run": flops.step * schedule["images_seen"]}
 
 
 def _rates(images_seen: int, gpus: int, throughput: Throughput | None, hours: float | None) -> dict:
@@ -333,7 +328,7 @@ def make_plan(config: TrainConfig, options: argparse.Namespace) -> dict:
         **planned,
         "model": facts,
         "schedule": schedule,
-        "flops": _flops(model, config, schedule, gpus),
+        "flops": _flops(model, config, schedule),
         "memory_bytes": _memory(model, config, size.classes, shards, schedule["micro_batch"]),
         "data": {
             "dataset": config.dataset,
@@ -399,21 +394,8 @@ def _schedule_rows(plan: dict) -> list[tuple[str, str]]:
 
 
 def _flop_rows(plan: dict) -> list[tuple[str, str]]:
-    def row(name: str) -> tuple[str, str]:
-        f = plan["flops"][name]
-        step, run = _number(f["step"], "FLOP"), _number(f["run"], "FLOP")
-        return name, f"{_number(f['forward'], 'FLOP'):>10} {step:>22} {run:>14}"
-
-    rows = [("", f"{'forward':>10} {'forward and backward':>22} {'whole run':>14}"), row("nominal"), row("executed")]
-    if not plan["model"]["crate"]:
-        return [*rows, ("", "both as PyTorch counts them; executed has what checkpointing recomputes")]
-    fold = _number(plan["flops"]["fold_per_micro_batch"], "FLOP")
-    return [
-        *rows,
-        ("", "nominal: the released form, ISTA in 3 products (6 backward), attention in 2 (4 backward)"),
-        ("", "executed: the kernels' form, ISTA in 1 product (2 backward), attention in 2 (5 backward),"),
-        ("", f"and in the whole run {fold} a micro-batch for G = η(D − DᵀD) and its gradient"),
-    ]
+    names = {"forward pass": "forward", "training step": "step", "whole run": "run"}
+    return [(name, _number(plan["flops"][key], "FLOP")) for name, key in names.items()]
 
 
 def _memory_rows(plan: dict) -> list[tuple[str, str]]:
@@ -474,7 +456,7 @@ def _print_plan(plan: dict) -> None:
     sections = {
         "model": _model_rows,
         "schedule": _schedule_rows,
-        "operations of an image, in matrix products": _flop_rows,
+        "operations of an image, the matrix products of the formula": _flop_rows,
         "memory, a device (an estimate)": _memory_rows,
         "time": _time_rows,
         "data": _data_rows,

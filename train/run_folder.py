@@ -20,7 +20,8 @@ __all__ = ["FREE_SETTINGS", "RunFolder"]
 # number of processes, rounding and what is drawn by micro-batch may differ.
 FREE_SETTINGS = (
     *("data_dir", "download", "workers", "threads", "checkpoint_every", "keep_checkpoints", "log_every", "profile"),
-    *("wandb", "parallel", "accumulate", "device", "grad_checkpointing", "max_unreadable", "nonfinite_limit"),
+    *("wandb", "parallel", "accumulate", "device", "cuda_graphs", "grad_checkpointing", "max_unreadable"),
+    "nonfinite_limit",
 )
 
 

@@ -1,0 +1,76 @@
+"""CUDA graphs: the kernels of a call, recorded once and launched together, so that the host does not hold them up."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+__all__ = ["GraphedCall", "record"]
+
+_WARM_UPS = 3
+_Result = TypeVar("_Result")
+
+
+def record(function: Callable[[], _Result]) -> tuple[_Result, Callable[[], None]]:
+    """Call `function` three times on a side stream, to load and tune what it uses, and record its next call.
+
+    Returns:
+        (what the recorded call returned: tensors whose values only a replay writes; the replay).
+
+    Raises:
+        RuntimeError: There is no CUDA GPU, or the function waits for the device or does something else that cannot
+            be recorded.
+    """
+    if not torch.cuda.is_available():
+        raise RuntimeError("CUDA graphs need a CUDA GPU, and PyTorch finds none")
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(_WARM_UPS):
+            function()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    # thread_local: loading threads, which pin memory meanwhile, must not end the recording
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        result = function()
+    return result, graph.replay
+
+
+class GraphedCall:
+    """A function of tensors that every call replays from a CUDA graph, recorded at the first call.
+
+    Shapes and dtypes stay those of the first call, and so do the addresses of all else that the function reads and
+    writes. The result's memory is the graph's: the next call overwrites it.
+
+    Args:
+        function: Of tensors on the GPU; it must not wait for the device, nor take decisions by its values.
+        recording: Makes a context that undoes what the function does beside its result: recording calls it too.
+    """
+
+    def __init__(
+        self, function: Callable[..., _Result], recording: Callable[[], AbstractContextManager] = nullcontext
+    ):
+        self.function, self.recording = function, recording
+        self._replay: Callable[[], None] | None = None
+
+    def __call__(self, *inputs: Tensor) -> _Result:
+        """Copy the inputs to where the graph reads them, and replay it.
+
+        Raises:
+            ValueError: An input has another shape or dtype than at the first call.
+        """
+        if self._replay is None:
+            self._inputs = [tensor.clone() for tensor in inputs]
+            with self.recording():
+                self._result, self._replay = record(lambda: self.function(*self._inputs))
+        for place, tensor in zip(self._inputs, inputs, strict=True):
+            if (place.shape, place.dtype) != (tensor.shape, tensor.dtype):
+                raise ValueError(
+                    f"the graph was recorded with {list(place.shape)} in {place.dtype}, and this is "
+                    f"{list(tensor.shape)} in {tensor.dtype}: give it the same"
+                )
+            place.copy_(tensor)
+        self._replay()
+        return self._result
