@@ -5,13 +5,13 @@
     python benchmarks/bench_model.py --growth             # CRATE-B on one image of 197 to 16,385 tokens
     python benchmarks/bench_model.py --smoke              # all of it, tiny, anywhere; writes nothing
 
-Peers have the same images, and but for the ViT the same weights: the released form eager and compiled, ours eager and
-compiled, and timm's ViT of the same width, depth, heads and patch, compiled, with the fastest of SDPA's backends on
-its tensors. A training step is forward, cross-entropy, backward, AdamW (fused on a GPU); inference is a forward in
-`inference_mode`, G folded in every call. First the gate (`model_problem.py`): where ours differs from the released
-form there are no numbers for that model, and the exit status is 1. One model is in memory at a time, its peers side
-by side, measured in turn; calls follow each other without a pause, so a host that is slower than the device is in
-the times. `model_work.py` says what FLOPs and bytes are counted.
+Peers have the same images, and but for the ViT the same weights: the released form eager and compiled, ours eager,
+compiled and from a CUDA graph, and timm's ViT of the same width, depth, heads and patch, compiled, with the fastest
+of SDPA's backends on its tensors. A training step is forward, cross-entropy, backward, AdamW (fused on a GPU);
+inference is a forward in `inference_mode`, G folded in every call. First the gate (`model_problem.py`): what differs
+from the released form has no numbers, and where that is ours, eager, compiled or graphed, the exit status is 1.
+One model is in memory at a time, its peers side by side, measured in turn; calls follow each other without a pause,
+so a host that is slower than the device is in the times. `model_problem.work` says what FLOPs and bytes are counted.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 import gpu
 from gpu import Run
 from harness import markdown_table, number
-from model_peers import COMPILED, INFERENCE, OURS, RELEASED, TRAINING, VISIBLE, VIT, Size
+from model_peers import COMPILED, GRAPHED, INFERENCE, OURS, RELEASED, TRAINING, VISIBLE, VIT, Size
 from model_problem import make_problem, peers
 
 __all__ = ["CRATES", "GROWTH", "MAES", "Part", "main", "measure", "table"]
@@ -47,16 +47,22 @@ GROWTH = {  # CRATE-B on one image
     "N = 3601": Size(768, 12, 12, 8, 1, 1, image=480),
     "N = 16385": Size(768, 12, 12, 8, 1, 1, image=1024),
 }
-RESERVED_SECONDS = 12.0  # of a budget, for each pass to come: the gate, and the peers that need no compiling
 ON_A_CPU = ("T/16",)
 GROWTH_ON_A_CPU = ("N = 197", "N = 785", "N = 3601")
 _TINY = Size(48, 2, 3, 16, on_gpu=2, on_cpu=2, image=64, classes=10)
 SMOKE_CRATES, SMOKE_MAES = {"tiny": _TINY}, {"tiny MAE": replace(_TINY, masked=True)}
 SMOKE_GROWTH = {"N = 17": _TINY, "N = 65": replace(_TINY, patch=8)}
 
-CRATE_PEERS = [OURS, RELEASED, OURS + COMPILED, VIT + COMPILED, RELEASED + COMPILED]  # the first is our own, eager
+CRATE_PEERS = [
+    OURS,
+    RELEASED,
+    OURS + GRAPHED,
+    OURS + COMPILED,
+    VIT + COMPILED,
+    RELEASED + COMPILED,
+]  # the first is our own, eager
 MAE_PEERS = [OURS, RELEASED, VISIBLE]
-GROWTH_PEERS = [OURS, RELEASED]
+GROWTH_PEERS = [OURS, RELEASED, OURS + GRAPHED]
 
 
 def _compared(rows: list[dict]) -> None:
@@ -64,14 +70,13 @@ def _compared(rows: list[dict]) -> None:
     measured = {row["peer"]: row["latency_ms"] for row in rows if row["latency_ms"] is not None}
     for row in rows:
         latency_ms = row["latency_ms"]
-        row["images_per_s"] = row["of_released"] = row["of_vit"] = row["mfu"] = row["executed_mfu"] = None
+        row["images_per_s"] = row["of_released"] = row["of_vit"] = row["mfu"] = None
         if latency_ms is None:
             continue
         row["images_per_s"] = 1e3 * row["batch"] / latency_ms
         for key, peer in (("of_released", RELEASED), ("of_vit", VIT + COMPILED)):
             row[key] = measured[peer] / latency_ms if peer in measured else None
-        possible = row["matrix_tflops_per_s"] * latency_ms * 1e9
-        row["mfu"], row["executed_mfu"] = row["flops"] / possible, row["executed_flops"] / possible
+        row["mfu"] = row["flops"] / (row["matrix_tflops_per_s"] * latency_ms * 1e9)
 
 
 @dataclass(frozen=True)
@@ -83,45 +88,23 @@ class Part:
     passes: tuple[str, ...]
     peers: list[str]
 
-    @property
-    def problems(self) -> int:
-        """Models times passes."""
-        return len(self.sizes) * len(self.passes)
 
-
-def measure(part: Part, run: Run, later: int) -> bool:
-    """Rows of every model and pass into the run, written after each; whether ours was right and ran.
-
-    Args:
-        part: What to measure.
-        run: Where.
-        later: Problems of the parts behind it, for which the budget must last too.
-    """
-    good, left = True, part.problems + later
+def measure(part: Part, run: Run) -> bool:
+    """Rows of every model and pass into the run, written after each; whether ours was right and ran."""
     for model, size in part.sizes.items():
         for what in part.passes:
-            rows, ok = _measure_one(model, size, what, part.peers, run, left)
-            _compared(rows)
-            run.rows += rows
-            good, left = good and ok, left - 1
+            run.rows += measure_one(model, size, what, part.peers, run)
             run.timer.free_memory()
             gpu.report(part.name, run, quiet=True, make_table=table)  # it stays, should the rest be cut short
-    return good
+    return not any(row.get("red") for row in run.rows)
 
 
-def _measure_one(model: str, size: Size, what: str, names: list[str], run: Run, left: int) -> tuple[list[dict], bool]:
-    """The rows of a pass, and whether ours was right and ran."""
+def measure_one(model: str, size: Size, what: str, names: list[str], run: Run) -> list[dict]:
+    """The rows of one pass of a model, by its peers' names."""
     problem = make_problem(model, size, what, run, {"patch": size.patch, "image": size.image})
-    try:
-        problem.gate(run)
-        return gpu.measure(problem, peers(problem, names, run), run, left), True
-    except gpu.Red as error:
-        print(f"{error}: no numbers for {problem.label}", file=sys.stderr)
-        return [], False
-    except Exception as error:  # of ours: out of memory, say; the other models may run
-        reason = f"ours does not run: {gpu.error_in_a_line(error)}"
-    print(f"{problem.label}: {reason}", file=sys.stderr)
-    return gpu.missing_rows(problem, peers(problem, names, run), run, reason), False
+    rows = gpu.measure(problem, peers(problem, names, run), run)
+    _compared(rows)
+    return rows
 
 
 def _share(value: float | None) -> str:
@@ -145,22 +128,21 @@ def table(rows: list[dict]) -> str:
                 "batch": row["batch"],
                 "pass": row["pass"],
                 "peer": row["peer"],
-                "images/s": row["images_per_s"] if measured else "n/a",
-                "ms": row["latency_ms"] if measured else "n/a",
+                "images/s": row["images_per_s"] if measured else "**red**" if row.get("red") else "n/a",
+                "ms": row["latency_ms"] if measured else "**red**" if row.get("red") else "n/a",
                 "20–80 %": f"{number(row['low_ms'])}–{number(row['high_ms'])}" if measured else "",
                 "released": _times(row["of_released"]),
                 "ViT": _times(row["of_vit"]),
                 "peak MiB": row["peak_mib"] if measured and row["peak_mib"] is not None else "",
                 "floor, ms": row["floor_ms"],
                 "MFU": _share(row["mfu"]),
-                "executed": _share(row["executed_mfu"]),
                 "first call, s": row["first_call_s"] if measured else "",
             }
         )
     meaning = (
         "\nreleased, ViT: how many times as fast as the released form, eager, and as timm's ViT, compiled. MFU: "
-        "nominal FLOPs, and executed ones, of the matrix rate measured in the run. Peak: above the weights; on a "
-        "CPU with the optimiser's moments.\n"
+        "nominal FLOPs, of the matrix rate measured in the run. Peak: above the weights; on a CPU with the "
+        "optimiser's moments.\n"
     )
     columns = [column for column in shown[0] if any(row[column] != "" for row in shown)]
     return markdown_table(shown, columns) + meaning + gpu.why_missing(rows)
@@ -200,7 +182,7 @@ def _parts(options: argparse.Namespace, on_gpu: bool) -> list[Part]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure, and write benchmarks/results/{crate,model,growth}_{cpu,gpu}.{json,md}; 1 where a gate fails."""
+    """Measure, and write benchmarks/results/{crate,model,growth}_{cpu,gpu}.{json,md}; 1 where something is red."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=[*CRATES, *MAES], help="default: all; T/16 on a CPU")
     parser.add_argument("--growth", action="store_true", help="growth with N instead of the models")
@@ -210,12 +192,11 @@ def main(argv: list[str] | None = None) -> int:
     if options.models and options.growth:
         parser.error("--growth has its own models: leave --models out")
     run = gpu.open_run(options, on_cpu=True)
-    run.budget.reserved_seconds = RESERVED_SECONDS
     run.measure_ceilings()
-    parts, good = _parts(options, run.timer.on_gpu), True
-    for index, part in enumerate(parts):
+    good = True
+    for part in _parts(options, run.timer.on_gpu):
         run.rows = _kept(part, run) if options.append else []
-        good &= measure(part, run, sum(later.problems for later in parts[index + 1 :]))
+        good &= measure(part, run)
         gpu.report(part.name, run, make_table=table)
     return int(not good)
 

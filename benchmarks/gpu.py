@@ -6,7 +6,6 @@ saved tensors' memory). A smoke run goes the same way on a CPU, with Triton's in
 """
 
 import argparse
-import math
 import os
 import re
 import subprocess
@@ -15,49 +14,42 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import astuple, dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from importlib import metadata
 from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 import torch
+from gpu_report import times, why_missing
 from gpu_timing import Ceilings, Plan, Step, Timer, measure_ceilings
-from harness import RESULTS, Timing, markdown_table, number, write_results
+from harness import RESULTS, Timing, write_results
 from torch import Tensor
 
+from crate_fast.accuracy import judge
 from crate_fast.kernels.support import INTERPRETED
 from crate_fast.provenance import provenance
 
-sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
-from oracle import token_scale, within_twice_eager  # the tests' rule is the benchmarks' gate
-
 __all__ = [
     "DTYPES",
-    "Budget",
     "Peer",
     "Problem",
-    "Red",
     "Run",
     "Work",
+    "Wrong",
     "add_options",
     "error_in_a_line",
     "measure",
-    "missing_rows",
     "open_run",
-    "passes_gate",
     "report",
     "rerun_interpreted",
-    "token_scale",
     "too_many_logits",
     "why_missing",
-    "within_twice_eager",
 ]
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 MAX_LOGITS_FRACTION = 0.1  # of the GPU's memory, beyond which a peer that writes all logits is not tried
-RESERVED_SECONDS = 8.0  # of a budget, for each problem to come: its peers that need no compiling
 MAX_LOGITS_FRACTION_CPU = 0.5  # of the machine's memory: beyond it the system ends a process without a word
 SAME = 0.05  # how far a peer's output and gradients may be from ours, as relative norms
 
@@ -67,16 +59,13 @@ SAME = 0.05  # how far a peer's output and gradients may be from ours, as relati
 
 @dataclass(frozen=True)
 class Work:
-    """What one pass must do at least (each tensor moved once), and what our kernels' tiles do."""
+    """What one pass must do at least: each tensor is moved once."""
 
     flops: float
     moved_bytes: float
-    executed_flops: float | None  # None: not counted
-    exps: float = 0.0
-    executed_exps: float = 0.0
 
     def __add__(self, other: "Work") -> "Work":
-        return Work(*(mine + theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True)))
+        return Work(self.flops + other.flops, self.moved_bytes + other.moved_bytes)
 
 
 @dataclass(frozen=True)
@@ -89,6 +78,9 @@ class Problem:
         inputs: Leaves of the graph, in the peers' order.
         grad: Of the output.
         work: By pass.
+        reference: Eager PyTorch, for `check`; None: nothing is checked.
+        names: Of the output and the gradients.
+        part: What is checked of a tensor with a batch in front (of the inputs, the output, their gradients).
         training: Passes "forward" (with a graph, as in training), "backward", "forward + backward"; else
             "inference" alone, for a caller who has turned gradients off.
         autocast: The forward's dtype under autocast, or None.
@@ -102,6 +94,9 @@ class Problem:
     inputs: tuple[Tensor, ...]
     grad: Tensor
     work: dict[str, Work]
+    reference: Callable[..., Tensor] | None = None
+    names: str = ""
+    part: Callable[[Tensor], Tensor] = lambda tensor: tensor
     training: bool = True
     autocast: torch.dtype | None = None
     logits_bytes: float = 0.0
@@ -129,20 +124,53 @@ class Problem:
             "forward + backward": Step(lambda _: torch.autograd.grad(self.forward(function), self.inputs, self.grad)),
         }
 
-    def check(self, peer: "Peer", results: list[Tensor], ours: list[Tensor]) -> None:
-        """A ValueError where a peer's results are not ours."""
-        for mine, expected in zip(results, ours, strict=True):
-            difference = ((mine.float() - expected.float()).norm() / expected.float().norm()).item()
-            if not difference <= SAME:
-                raise ValueError(f"its output or a gradient differs from ours by {difference:.0%} of the norm")
+    @cached_property
+    def expected(self) -> tuple[list[Tensor], list[Tensor]]:
+        """The reference's results on the checked part: in the problem's dtype, and in float64."""
+        inputs = tuple(self.part(tensor.detach()).requires_grad_() for tensor in self.inputs)
+        grad = self.part(self.grad)
+        eager = replace(self, inputs=inputs, grad=grad).results(self.reference)
+        exact = tuple(tensor.detach().double().requires_grad_() for tensor in inputs)
+        return eager, replace(self, inputs=exact, grad=grad.double(), autocast=None).results(self.reference)
+
+    def gate(self, run: "Run") -> None:
+        """Prepare `check`; an error here is ours'."""
+
+    def check(self, peer: "Peer", results: list[Tensor], again: Callable[[], list[Tensor]]) -> float | None:
+        """The largest difference from float64, as a relative norm.
+
+        Raises:
+            Wrong: Ours breaks the tests' rule, or a second run gives other bits; a peer computes something else.
+        """
+        if self.reference is None:
+            return None
+        eager, truth = self.expected
+        names = self.names.split()
+        found = [self.part(tensor.detach()) for tensor in results]
+        differences = [
+            ((mine.double() - true).norm() / true.norm()).item() for mine, true in zip(found, truth, strict=True)
+        ]
+        if not peer.ours:
+            for name, difference in zip(names, differences, strict=False):
+                if not difference <= SAME:
+                    raise Wrong(f"its {name} differs from float64 by {difference:.0%} of the norm")
+            return max(differences)
+        for name, *tensors in zip(names, found, eager, truth, strict=False):
+            judged = judge(*tensors)
+            print(f"{self.label}, {name}: {judged.share:.2f} of the error that is allowed")
+            if not judged.right:
+                raise Wrong(f"the error of {name} is {judged.share:.2g}× what is allowed")
+        if not all(torch.equal(*pair) for pair in zip(results, again(), strict=True)):
+            raise Wrong("a second run gave other bits")
+        return max(differences)
 
     def peak_mib(self, peer: "Peer", function: Callable[..., Tensor], run: "Run") -> float | None:
         """Memory of all passes together."""
         return run.timer.peak_mib(lambda: self.results(function))
 
     def work_of(self, peer: "Peer", what: str) -> Work:
-        """What a pass takes; of the peers it is not known what they execute."""
-        return self.work[what] if peer.ours else replace(self.work[what], executed_flops=None)
+        """What a pass takes: for every peer the same."""
+        return self.work[what]
 
 
 @dataclass(frozen=True)
@@ -152,9 +180,8 @@ class Peer:
     Args:
         name: As tables name it.
         build: Makes the function; called once a problem, so that compiled code is the problem's own.
-        ours: Whether it is this package: its errors end the run instead of becoming an "n/a".
-        compiles: Whether its first call takes seconds: left out where the time is up.
-        compile_seconds: How many, more or less; of a whole model tens.
+        ours: Whether it is this package's default: what `check` is strict with.
+        compiles: Whether its first call takes seconds.
         quadratic: Whether it writes all logits to memory.
         smoke: Whether a smoke run includes it.
     """
@@ -163,36 +190,15 @@ class Peer:
     build: Callable[[], Callable[..., Tensor]]
     ours: bool = False
     compiles: bool = False
-    compile_seconds: float = 0.0
     quadratic: bool = False
     smoke: bool = False
 
 
-class Red(Exception):
-    """A result of ours is wrong: there are no numbers."""
+class Wrong(ValueError):
+    """A peer computes something else: it has no time."""
 
 
 # --- a run --------------------------------------------------------------------------------------------------------
-
-
-class Budget:
-    """Seconds for a run; without a limit when None. What is compiled comes first, rounds get what it leaves."""
-
-    def __init__(self, seconds: float | None):
-        self.reserved_seconds = RESERVED_SECONDS
-        self._end = math.inf if seconds is None else time.perf_counter() + seconds
-
-    def left(self) -> float:
-        """Seconds left, at least 0."""
-        return max(0.0, self._end - time.perf_counter())
-
-    def may_compile(self, problems: int, seconds: float = 0.0) -> bool:
-        """Whether there is time for it, with `problems` still to measure."""
-        return self.left() > problems * self.reserved_seconds + seconds
-
-    def rounds(self, wanted: int, round_seconds: float, problems: int) -> int:
-        """How many rounds fit into this problem's equal share, one at least."""
-        return int(min(wanted, max(1.0, self.left() / problems / max(round_seconds, 1e-9))))
 
 
 def add_options(
@@ -202,9 +208,6 @@ def add_options(
     parser.add_argument("--smoke", action="store_true", help="tiny shapes, on a CPU too; writes nothing")
     parser.add_argument("--dtype", choices=DTYPES, help=dtype)
     parser.add_argument("--rounds", type=int, default=5, help="measurements of each call (default 5)")
-    parser.add_argument(
-        "--budget", type=float, metavar="SECONDS", help="fewer rounds, then fewer peers, to end in time"
-    )
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument("--commit", help="the commit, where a copy of the tree is not a git checkout")
 
@@ -231,13 +234,11 @@ class Run:
     output: Path
     facts: dict[str, object]
     timer: Timer = field(repr=False)
-    budget: Budget
     ceilings: Ceilings | None = None
     rows: list[dict] = field(default_factory=list)
-    first_call_s: dict[str, float] = field(default_factory=dict)  # of ours by problem: the gate makes it
 
     def measure_ceilings(self) -> None:
-        """After the gate, so that a run that is red ends at once."""
+        """What every row's floor and facts take from this GPU."""
         self.ceilings = measure_ceilings(self.timer, self.device, self.dtype, self.smoke)
         self.facts |= {
             "matrix_tflops_per_s": float(f"{self.ceilings.tflops_per_s:.4g}"),
@@ -270,7 +271,6 @@ def open_run(options: argparse.Namespace, on_cpu: bool = False) -> Run:
         output=options.output,
         facts=_facts(device, options.commit),
         timer=Timer(device),
-        budget=Budget(options.budget),
     )
 
 
@@ -308,22 +308,6 @@ def _ptxas(device: torch.device) -> str:
         return f"unknown ({type(error).__name__})"
 
 
-def passes_gate(
-    problem: Problem, function: Callable[..., Tensor], judge: Callable[[Problem, list[Tensor]], bool], run: Run
-) -> bool:
-    """Whether `judge` accepts output and gradients, and a second run gives the same bits."""
-    start = time.perf_counter()
-    actual = problem.results(function)
-    run.timer.synchronize()
-    run.first_call_s[problem.label] = time.perf_counter() - start
-    again = problem.results(function)
-    same = all(torch.equal(first, second) for first, second in zip(actual, again, strict=True))
-    if not same:
-        print(f"{problem.label}: a second run gave other bits")
-    del again
-    return judge(problem, actual) and same
-
-
 # --- measuring ----------------------------------------------------------------------------------------------------
 
 
@@ -334,6 +318,7 @@ class _Ready:
     function: Callable[..., Tensor]
     first_call_s: float
     peak_mib: float | None
+    error: float | None  # against float64
 
 
 def error_in_a_line(error: Exception, caught: Sequence[warnings.WarningMessage] = ()) -> str:
@@ -356,126 +341,134 @@ def too_many_logits(logits_bytes: float, device: torch.device) -> str | None:
     return f"its logits alone take {sizes}, more than {limit:.0%} of the {whose}'s memory"
 
 
-def _unfit(peer: Peer, problem: Problem, run: Run, problems: int) -> str | None:
+def _unfit(peer: Peer, problem: Problem, run: Run) -> str | None:
     """Why a peer is not tried, or None."""
     if run.smoke and not (peer.smoke or peer.ours):
         return "not part of a smoke run"
-    if peer.quadratic and (reason := too_many_logits(problem.logits_bytes, run.device)):
-        return reason
-    if peer.compiles and not run.budget.may_compile(problems, peer.compile_seconds):
-        return "not compiled: --budget was used up"
-    return None
+    return too_many_logits(problem.logits_bytes, run.device) if peer.quadratic else None
 
 
-def _first_call(peer: Peer, problem: Problem, run: Run, ours: object) -> tuple[_Ready, object]:
-    """Build a peer, time its first call, compare what it gives with ours (None: it is ours), measure its memory."""
+def _first_call(peer: Peer, problem: Problem, run: Run) -> _Ready:
+    """Build a peer, time its first call, check what it gives, measure its memory."""
     start = time.perf_counter()
     function = peer.build()
     results = problem.results(function)
     run.timer.synchronize()
     first_call_s = time.perf_counter() - start
-    problem.check(peer, results, results if ours is None else ours)
-    return _Ready(function, first_call_s, problem.peak_mib(peer, function, run)), results
+    error = problem.check(peer, results, partial(problem.results, function))
+    del results
+    return _Ready(function, first_call_s, problem.peak_mib(peer, function, run), error)
 
 
-def _start(peers: list[Peer], problem: Problem, run: Run, problems: int) -> tuple[dict[str, _Ready], dict[str, str]]:
+@dataclass
+class _Missing:
+    """Why peers have no times; those that are red are forms of ours, and wrong or failed."""
+
+    problem: Problem
+    run: Run
+    reasons: dict[str, str] = field(default_factory=dict)
+    red: set[str] = field(default_factory=set)
+
+    def leave_out(self, peer: Peer, reason: str) -> None:
+        """Note the reason, and say it."""
+        self.reasons[peer.name] = reason
+        word = "red" if peer.name in self.red else "n/a"
+        print(f"{self.problem.label}, {peer.name}: {word}, {reason}", file=sys.stderr, flush=True)
+
+    def attempt(self, peer: Peer, action: Callable[[], object]) -> object:
+        """What an action returns; where it fails None, and the peer is out.
+
+        Raises:
+            RuntimeError: The GPU no longer answers this process, in which nothing more can be measured.
+        """
+        if peer.name in self.reasons:
+            return None
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            try:
+                return action()
+            except Exception as error:  # a peer may fail as it likes; its rows say how
+                reason, wrong = error_in_a_line(error, caught), isinstance(error, Wrong)
+        if peer.ours or (peer.name.startswith("ours") and (wrong or self.run.timer.on_gpu)):
+            self.red.add(peer.name)
+        self.leave_out(peer, reason)
+        self.run.timer.free_memory()  # here, where the error no longer holds what it interrupted
+        self.run.timer.synchronize()
+        return None
+
+
+def _start(peers: list[Peer], problem: Problem, run: Run) -> tuple[dict[str, _Ready], _Missing]:
     """The peers that run, and why the others do not."""
-    ready, missing, expected = {}, {}, None
+    ready, missing = {}, _Missing(problem, run)
+    missing.attempt(peers[0], partial(problem.gate, run))
     for peer in peers:
-        reason = _unfit(peer, problem, run, problems)
-        if reason is None:
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always")
-                try:
-                    ready[peer.name], results = _first_call(peer, problem, run, expected)
-                    expected = results if expected is None else expected
-                    del results
-                except Exception as error:  # a peer may fail as it likes; its rows say how
-                    if peer.ours or isinstance(error, Red):
-                        raise
-                    reason = error_in_a_line(error, caught)
-        if reason is not None:
-            missing[peer.name] = reason
-            print(f"{problem.label}, {peer.name}: n/a, {reason}", flush=True)
-            run.timer.free_memory()
+        if reason := _unfit(peer, problem, run):
+            missing.leave_out(peer, reason)
+        first = missing.attempt(peer, partial(_first_call, peer, problem, run))
+        if first is not None:
+            ready[peer.name] = first
     return ready, missing
 
 
 def _interleaved(
-    steps: dict[tuple[str, str], Step], run: Run, problems: int, ours: str, hides_host: bool
-) -> tuple[dict[tuple[str, str], tuple[Plan, list[float]]], dict[str, str]]:
-    """Milliseconds of every call of every (pass, peer), measured in turn; and the peers that failed on the way."""
-    failed: dict[str, str] = {}
-
-    def attempt(peer: str, action: Callable[[], object]) -> object:
-        if peer in failed:
-            return None
-        try:
-            return action()
-        except Exception as error:  # out of memory, most likely
-            if peer == ours:
-                raise
-            failed[peer] = error_in_a_line(error)
-        run.timer.free_memory()  # here, where the error no longer holds what it interrupted
-        return None
-
-    plans = {key: attempt(key[1], partial(run.timer.plan, step, hides_host)) for key, step in steps.items()}
-    round_seconds = sum(plan.seconds for plan in plans.values() if plan is not None)
-    rounds = run.budget.rounds(run.rounds, round_seconds, problems)
-    samples: dict[tuple[str, str], list[float]] = {key: [] for key in steps}
-    for _ in range(rounds):
-        for key, step in steps.items():
-            plan = plans[key]
+    steps: dict[tuple[str, Peer], Step], run: Run, missing: _Missing, hides_host: bool
+) -> dict[tuple[str, str], tuple[Plan, list[float]]]:
+    """Milliseconds of every call of every (pass, peer), measured in turn."""
+    plans = {
+        (what, peer): missing.attempt(peer, partial(run.timer.plan, step, hides_host))
+        for (what, peer), step in steps.items()
+    }
+    samples: dict[tuple[str, Peer], list[float]] = {key: [] for key in steps}
+    for _ in range(run.rounds):
+        for (what, peer), step in steps.items():
+            plan = plans[what, peer]
             if plan is not None:
-                samples[key] += attempt(key[1], partial(run.timer.sample, step, plan.calls, plan.flushes)) or []
-    return {key: (plans[key], samples[key]) for key in steps if key[1] not in failed}, failed
+                sample = partial(run.timer.sample, step, plan.calls, plan.flushes)
+                samples[what, peer] += missing.attempt(peer, sample) or []
+    return {(what, peer.name): (plans[what, peer], samples[what, peer]) for what, peer in steps}
 
 
-def measure(problem: Problem, peers: list[Peer], run: Run, problems: int) -> list[dict]:
+def measure(problem: Problem, peers: list[Peer], run: Run) -> list[dict]:
     """One row for every pass and peer of a problem.
 
     Args:
         problem: What to compute.
-        peers: The first is ours: what the others are compared with.
+        peers: If the first is ours, the others' times are compared with it.
         run: Where.
-        problems: How many are still to be measured, this one included: the budget is for all of them.
 
     Returns:
-        Rows; those of a peer that did not run have "latency_ms" None and a "reason".
+        Rows; those of a peer that did not run have "latency_ms" None and a "reason", and where a form of ours was
+        wrong or failed "red".
+
+    Raises:
+        RuntimeError: The GPU no longer answers this process.
     """
     torch.compiler.reset()  # what other problems compiled would count against the limit of recompilations
-    ours = peers[0].name
-    ready, missing = _start(peers, problem, run, problems)
+    ready, missing = _start(peers, problem, run)
     steps = {}
-    for name, peer in ready.items():
-        for what, step in problem.passes(peer.function).items():
-            steps[what, name] = step
+    for peer in peers:
+        if peer.name in ready:
+            for what, step in problem.passes(ready[peer.name].function).items():
+                steps[what, peer] = step
     steps = {key: steps[key] for key in sorted(steps, key=lambda key: list(problem.work).index(key[0]))}
-    measured, failed = _interleaved(steps, run, problems, ours, problem.hides_host)
-    missing |= failed
+    measured = _interleaved(steps, run, missing, problem.hides_host)
     rows = []
     for what in problem.work:
-        ours_ms = float(np.median(measured[what, ours][1]))
+        ours = peers[0].name if peers[0].ours and peers[0].name not in missing.reasons else None
+        ours_ms = None if ours is None else float(np.median(measured[what, ours][1]))
         for peer in peers:
             row = _row(problem, what, peer, run)
-            if peer.name in missing:
-                row["reason"] = missing[peer.name]
+            if peer.name in missing.reasons:
+                row |= {"reason": missing.reasons[peer.name], "red": peer.name in missing.red}
             else:
                 _fill(row, measured[what, peer.name], ours_ms, ready[peer.name])
-                if peer.ours and problem.training:
-                    row["first_call_s"] = run.first_call_s.get(problem.label, row["first_call_s"])
             rows.append(row)
     return rows
 
 
-def missing_rows(problem: Problem, peers: list[Peer], run: Run, reason: str) -> list[dict]:
-    """The rows of a problem that could not be measured."""
-    return [_row(problem, what, peer, run) | {"reason": reason} for what in problem.work for peer in peers]
-
-
 def _row(problem: Problem, what: str, peer: Peer, run: Run) -> dict:
     work = problem.work_of(peer, what)
-    row = {
+    return {
         "problem": problem.label,
         **problem.fields,
         "pass": what,
@@ -483,21 +476,13 @@ def _row(problem: Problem, what: str, peer: Peer, run: Run) -> dict:
         "latency_ms": None,
         "flops": work.flops,
         "bytes": work.moved_bytes,
-        "exps": work.exps,
         "floor_ms": run.ceilings.floor_ms(work.flops, work.moved_bytes),
         "reason": None,
         **run.facts,
     }
-    if work.executed_flops is not None:
-        row |= {
-            "executed_flops": work.executed_flops,
-            "executed_exps": work.executed_exps,
-            "executed_floor_ms": run.ceilings.floor_ms(work.executed_flops, work.moved_bytes),
-        }
-    return row
 
 
-def _fill(row: dict, measured: tuple[Plan, list[float]], ours_ms: float, ready: _Ready) -> None:
+def _fill(row: dict, measured: tuple[Plan, list[float]], ours_ms: float | None, ready: _Ready) -> None:
     plan, samples = measured
     timing = Timing(*np.quantile(samples, (0.5, 0.2, 0.8)).tolist())
     row |= {
@@ -508,47 +493,17 @@ def _fill(row: dict, measured: tuple[Plan, list[float]], ours_ms: float, ready: 
         "host_us": plan.host_us,
         "tflops_per_s": row["flops"] / timing.median / 1e9,
         "of_floor": row["floor_ms"] / timing.median,
-        "ours_faster": timing.median / ours_ms,
+        "ours_faster": None if ours_ms is None else timing.median / ours_ms,
         "first_call_s": ready.first_call_s,
         "peak_mib": ready.peak_mib,
+        "error": ready.error,
     }
 
 
 # --- results ------------------------------------------------------------------------------------------------------
 
 
-def table(rows: list[dict]) -> str:
-    """All rows as a Markdown table, and under it why some are missing."""
-    shown = []
-    for row in rows:
-        measured = row["latency_ms"] is not None
-        shown.append(
-            {
-                "problem": row["problem"],
-                "pass": row["pass"],
-                "peer": row["peer"],
-                "ms": row["latency_ms"] if measured else "n/a",
-                "20–80 %": f"{number(row['low_ms'])}–{number(row['high_ms'])}" if measured else "",
-                "TFLOP/s": row["tflops_per_s"] if measured else "",
-                "floor, ms": row["floor_ms"],
-                "of floor": f"{row['of_floor']:.0%}" if measured else "",
-                "ours": f"{row['ours_faster']:.2f}×" if measured else "",
-                "first call, s": row["first_call_s"] if measured else "",
-                "peak MiB": row["peak_mib"] if measured and row["peak_mib"] is not None else "",
-            }
-        )
-    return markdown_table(shown, list(shown[0])) + why_missing(rows)
-
-
-def why_missing(rows: list[dict]) -> str:
-    """A line for each peer that did not run."""
-    reasons = dict.fromkeys(
-        f"* n/a: {row['problem']}, {row['peer']}: {row['reason']}" for row in rows if row["reason"] is not None
-    )
-    return "\n".join(["", *reasons, ""]) if reasons else ""
-
-
-def report(name: str, run: Run, quiet: bool = False, make_table: Callable[[list[dict]], str] = table) -> None:
+def report(name: str, run: Run, quiet: bool = False, make_table: Callable[[list[dict]], str] = times) -> None:
     """Write the rows so far to `name`.{json,md}, except in a smoke run; print the table unless quiet."""
     text = make_table(run.rows)
     if not quiet:

@@ -1,10 +1,10 @@
 """Whole models as peers: the released form, ours, and a ViT of the same sizes, each with all that a step needs.
 
 Compiled peers are `torch.compile(model, dynamic=False)` in its default mode; loss and optimiser stay outside. In a
-smoke run the backend is "aot_eager", which traces as they do and generates no code.
+smoke run the backend is "aot_eager", which traces as they do and generates no code. A graphed peer is eager, and a
+CUDA graph replays all of its step; copying the batch to where the graph reads it is part of its time.
 """
 
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from crate_fast import CRATE, CRATEMAE
+from crate_fast.train.cuda_graphs import GraphedCall
 
 __all__ = [
     "COMPILED",
+    "GRAPHED",
     "INFERENCE",
     "MASK_RATIO",
     "OURS",
@@ -30,18 +32,15 @@ __all__ = [
     "VIT",
     "Size",
     "Trial",
-    "best_sdpa",
     "build_model",
-    "build_trial",
     "fastest_sdpa",
-    "make_inputs",
-    "of_ours",
+    "kind_of",
 ]
 
 RELEASED, OURS, VIT = "released", "ours", "ViT (timm)"
 VISIBLE = "ours, visible only"  # MAE's own form, whose encoder sees a quarter of the patches: something else
 UNFUSED = "ours, PyTorch"  # `backend="torch"`: stands in for the released form where that runs out of memory
-COMPILED = ", compiled"  # behind a peer's name
+COMPILED, GRAPHED = ", compiled", ", CUDA graph"  # behind a peer's name
 TRAINING, INFERENCE = "training step", "inference"
 MASK_RATIO = 0.75
 
@@ -88,14 +87,14 @@ class Size:
         return self.on_gpu if device.type == "cuda" else self.on_cpu
 
 
-def of_ours(peer: str) -> bool:
-    """Whether a peer is this package computing what the released code does."""
-    return peer.removesuffix(COMPILED) in (OURS, UNFUSED)
+def kind_of(peer: str) -> str:
+    """The model behind a peer's name, compiled or graphed or not."""
+    return peer.removesuffix(COMPILED).removesuffix(GRAPHED)
 
 
 def build_model(peer: str, size: Size) -> nn.Module:
     """A peer's model, weights drawn by PyTorch's generator; compiling is the caller's."""
-    kind = peer.removesuffix(COMPILED)
+    kind = kind_of(peer)
     backend = {"backend": "torch"} if kind == UNFUSED else {}
     if size.masked:
         options = {"img_size": size.image, "patch_size": size.patch, "embed_dim": size.width, "depth": size.depth}
@@ -113,7 +112,7 @@ def build_model(peer: str, size: Size) -> nn.Module:
     return ReleasedCRATE(**options) if kind == RELEASED else CRATE(**options, **backend)
 
 
-def make_inputs(size: Size, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def _make_inputs(size: Size, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Images [B, 3, S, S], and labels [B] or, for an autoencoder, the noise [B, patches] that hides patches."""
     options = {"generator": torch.Generator(device).manual_seed(1), "device": device}
     images = torch.randn(batch, 3, size.image, size.image, **options)
@@ -122,50 +121,70 @@ def make_inputs(size: Size, batch: int, device: torch.device) -> tuple[Tensor, T
     return images, torch.randint(size.classes, (batch,), **options)
 
 
-@dataclass
 class Trial:
-    """A model with its batch and optimiser, whose step size 0 keeps the weights.
+    """A peer with its batch and optimiser, whose step size 0 keeps the weights.
 
     Args:
-        model: Whose parameters and mode count.
-        function: What is called: the model, or its compiled form.
-        inputs: From `make_inputs`.
-        what: TRAINING or INFERENCE.
+        peer: Its name.
+        size, batch: The model and its images.
+        device: Where.
+        what: TRAINING (forward, loss, backward, optimiser) or INFERENCE (forward alone).
         cast: Autocast's dtype, or None.
+        state: Weights, for peers that share them; drawn from a seed when None.
         sdpa: The backend for scaled_dot_product_attention, or None for PyTorch's choice.
-        optimizer: In training.
+        compiler: torch.compile's backend.
     """
 
-    model: nn.Module
-    function: Callable
-    inputs: tuple[Tensor, Tensor]
-    what: str
-    cast: torch.dtype | None
-    sdpa: SDPBackend | None
-    optimizer: torch.optim.Optimizer | None
+    def __init__(
+        self,
+        peer: str,
+        size: Size,
+        batch: int,
+        device: torch.device,
+        what: str,
+        cast: torch.dtype | None,
+        state: dict[str, Tensor] | None = None,
+        sdpa: SDPBackend | None = None,
+        compiler: str = "inductor",
+    ):
+        self.cast, self.sdpa, self.graphed = cast, sdpa, peer.endswith(GRAPHED)
+        torch.manual_seed(0)
+        with device:
+            self.model = build_model(peer, size)
+        if state is not None:
+            self.model.load_state_dict(state)
+        self.model.train(what == TRAINING)
+        compiled = peer.endswith(COMPILED)
+        self.function = torch.compile(self.model, dynamic=False, backend=compiler) if compiled else self.model
+        self.inputs, self.optimizer = _make_inputs(size, batch, device), None
+        if what == TRAINING:
+            on_gpu = {"fused": True, "capturable": self.graphed} if device.type == "cuda" else {}
+            self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.0, weight_decay=0.0, **on_gpu)
+        call = self._infer if self.optimizer is None else self._train
+        self._call = GraphedCall(call) if self.graphed else call
+
+    def step(self) -> Tensor:
+        """What is timed; returns the output."""
+        return self._call(*self.inputs)
 
     def _forward(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """(loss, logits [B, classes]), or an autoencoder's (loss, pixels [B, patches, p·p·3])."""
         cast = nullcontext() if self.cast is None else torch.autocast(images.device.type, self.cast)
         with cast, nullcontext() if self.sdpa is None else sdpa_kernel(self.sdpa):
             if isinstance(self.model, CRATEMAE | ReleasedCRATEMAE):
-                loss, pixels, _ = self.function(images, MASK_RATIO, noise=targets)
-                return loss, pixels
+                return self.function(images, MASK_RATIO, noise=targets)[:2]
             logits = self.function(images)
             return F.cross_entropy(logits, targets), logits
 
-    def step(self) -> Tensor:
-        """What is timed: forward, loss, backward, optimiser, or forward alone; returns the output."""
-        if self.what == INFERENCE:
-            return self._infer(self.inputs[0])
+    def _train(self, images: Tensor, targets: Tensor) -> Tensor:
         self.optimizer.zero_grad(set_to_none=True)
-        loss, output = self._forward(*self.inputs)
+        loss, output = self._forward(images, targets)
         loss.backward()
         self.optimizer.step()
         return output.detach()
 
     @torch.inference_mode()
-    def _infer(self, images: Tensor) -> Tensor:
+    def _infer(self, images: Tensor, _targets: Tensor) -> Tensor:
         cast = nullcontext() if self.cast is None else torch.autocast(images.device.type, self.cast)
         with cast, nullcontext() if self.sdpa is None else sdpa_kernel(self.sdpa):
             return self.function(images)
@@ -174,72 +193,30 @@ class Trial:
         """The whole batch's output, and each parameter's gradient after a training step, by name.
 
         Args:
-            chunk: Images computed at once: what a batch of them keeps is all that must fit.
+            chunk: Images computed at once: what a batch of them keeps is all that must fit. A graph has its own.
         """
-        batch = len(self.inputs[0])
-        outputs = []
-        self.model.zero_grad(set_to_none=True)
-        for images, targets in zip(*(tensor.split(chunk) for tensor in self.inputs), strict=True):
-            if self.what == INFERENCE:
-                outputs.append(self._infer(images))
-                continue
-            loss, output = self._forward(images, targets)
-            (loss * (len(images) / batch)).backward()
-            outputs.append(output.detach())
+        outputs = [self.step()] if self.graphed else self._in_chunks(chunk)
         found = {"output": torch.cat(outputs).float()}
         named = self.model.named_parameters()
         return found | {name: p.grad.clone() for name, p in named if p.grad is not None}
 
-    def timed(self) -> Step:
-        """The step as a timer takes it."""
-        return Step(lambda _: self.step())
+    def _in_chunks(self, chunk: int) -> list[Tensor]:
+        outputs, batch = [], len(self.inputs[0])
+        self.model.zero_grad(set_to_none=True)
+        for images, targets in zip(*(tensor.split(chunk) for tensor in self.inputs), strict=True):
+            if self.optimizer is None:
+                outputs.append(self._infer(images, targets))
+                continue
+            loss, output = self._forward(images, targets)
+            (loss * (len(images) / batch)).backward()
+            outputs.append(output.detach())
+        return outputs
 
 
-def build_trial(
-    peer: str,
-    size: Size,
-    batch: int,
-    device: torch.device,
-    what: str,
-    cast: torch.dtype | None,
-    state: dict[str, Tensor] | None = None,
-    sdpa: SDPBackend | None = None,
-    compiler: str = "inductor",
-) -> Trial:
-    """A peer ready for its steps.
-
-    Args:
-        peer: Its name; behind it COMPILED or not.
-        size, batch: The model and its images.
-        device, what, cast, sdpa: As the trial's.
-        state: Weights, for peers that share them; drawn from a seed when None.
-        compiler: torch.compile's backend.
-    """
-    torch.manual_seed(0)
-    with device:
-        model = build_model(peer, size)
-    if state is not None:
-        model.load_state_dict(state)
-    model.train(what == TRAINING)
-    function = torch.compile(model, dynamic=False, backend=compiler) if peer.endswith(COMPILED) else model
-    optimizer = None
-    if what == TRAINING:
-        trained = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=0.0, weight_decay=0.0, fused=device.type == "cuda")
-    return Trial(model, function, make_inputs(size, batch, device), what, cast, sdpa, optimizer)
-
-
-def best_sdpa(size: Size, batch: int, timer: Timer, device: torch.device, dtype: torch.dtype) -> SDPBackend | None:
-    """The backend whose attention is fastest on a ViT's query, key and value, forward and backward; None on a CPU."""
-    if device.type != "cuda":
-        return None
+def fastest_sdpa(size: Size, batch: int, timer: Timer, device: torch.device, dtype: torch.dtype) -> SDPBackend | None:
+    """The backend whose attention is fastest on a ViT's tensors, forward and backward; None where none runs."""
     shape = (batch, size.n_tokens, 3, size.heads, size.width // size.heads)
-    return fastest_sdpa(torch.randn(shape, device=device).to(dtype).requires_grad_(), timer)
-
-
-def fastest_sdpa(qkv: Tensor, timer: Timer) -> SDPBackend | None:
-    """The fastest backend for query, key and value in one tensor [B, N, 3, H, D]; None where none runs."""
-    times = {}
+    qkv, times = torch.randn(shape, device=device).to(dtype).requires_grad_(), {}
     for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
 
         def attend(_: object, backend: SDPBackend = backend) -> object:

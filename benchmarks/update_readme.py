@@ -1,17 +1,24 @@
-"""Put the measured tables into README.md, between their markers: `python benchmarks/update_readme.py`."""
+"""Put the measured tables into README.md, between their markers: `python benchmarks/update_readme.py`.
+
+python benchmarks/update_readme.py --from FOLDER      # after a GPU check: copy its results first
+"""
 
 import argparse
 import json
 import re
 import statistics
 import sys
+import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
-from harness import RESULTS, markdown_table
+from gpu_report import facts_of, summary, times
+from harness import RESULTS, markdown_table, write_results
 
 README = Path(__file__).parent.parent / "README.md"
 NOT_MEASURED = "Not yet measured: no GPU run has been committed.\n"
 BOTH = "forward + backward"
+OURS, GRAPHED, COMPILED = "ours", "ours, CUDA graph", "ours, compiled"
 
 
 def cpu_table() -> str:
@@ -47,29 +54,43 @@ def _by_problem(rows: list[dict]) -> dict[str, dict[tuple[str, str], dict]]:
     return found
 
 
-def _faster(row: dict | None) -> str:
-    """How many times faster ours is than a peer's row."""
-    return "n/a" if row is None or row["latency_ms"] is None else f"{row['ours_faster']:.2f}×"
+def _cell(row: dict | None, show: Callable[[dict], object]) -> object:
+    """What a measured row shows; "**red**" where ours was wrong or failed, "n/a" where nothing was measured."""
+    if row is None or row["latency_ms"] is None:
+        return "**red**" if row is not None and row.get("red") else "n/a"
+    return show(row)
+
+
+def _latency(row: dict | None) -> object:
+    return _cell(row, lambda found: found["latency_ms"])
+
+
+def _than(row: dict | None, peer: dict | None) -> object:
+    """How many times as fast a row is as a peer's."""
+    ours_ms = None if row is None else row["latency_ms"]
+    return _cell(row if ours_ms is None else peer, lambda found: f"{found['latency_ms'] / ours_ms:.2f}×")
 
 
 def _attention_rows(rows: list[dict]) -> list[dict]:
     shown = []
     for name, found in _by_problem(rows).items():
-        forward, both = found["forward", "ours"], found[BOTH, "ours"]
-        peers = [row for (what, peer), row in found.items() if what == BOTH and peer != "ours"]
+        forward, both = found.get(("forward", OURS)), found.get((BOTH, OURS))
+        peers = [row for (what, peer), row in found.items() if what == BOTH and not peer.startswith(OURS)]
         ran = [row for row in peers if row["latency_ms"] is not None]
         fastest = min(ran, key=lambda row: row["latency_ms"], default=None)
-        sizes = f"{both['batch']}×{both['n_tokens']}×{both['heads']}×{both['head_dim']}"
+        size = next(iter(found.values()))
+        sizes = "×".join(str(size[key]) for key in ("batch", "n_tokens", "heads", "head_dim"))
         shown.append(
             {
-                f"subspace attention, {both['dtype']}": f"{name}, {sizes}",
-                "forward, ms": forward["latency_ms"],
-                "TFLOP/s": forward["tflops_per_s"],
-                "forward + backward, ms": both["latency_ms"],
-                "of the floor": f"{both['of_floor']:.0%}",
-                "fastest peer": f"{fastest['peer']}, {fastest['latency_ms']:.3g} ms" if fastest else "n/a",
-                "ours": f"**{_faster(fastest)}**",
-                "eager": _faster(found.get((BOTH, "eager, as released"))),
+                f"subspace attention, {size['dtype']}": f"{name}, {sizes}",
+                "forward, ms": _latency(forward),
+                "TFLOP/s": _cell(forward, lambda row: row["tflops_per_s"]),
+                "forward + backward, ms": _latency(both),
+                "of the floor": _cell(both, lambda row: f"{row['of_floor']:.0%}"),
+                "blocks of rows, ms": _latency(found.get((BOTH, "ours, blocks of rows"))),
+                "fastest peer": _cell(fastest, lambda row: f"{row['peer']}, {row['latency_ms']:.3g} ms"),
+                "ours": f"**{str(_than(both, fastest)).strip('*')}**",
+                "eager": _than(both, found.get((BOTH, "eager, as released"))),
             }
         )
     return shown
@@ -78,20 +99,77 @@ def _attention_rows(rows: list[dict]) -> list[dict]:
 def _ista_rows(rows: list[dict]) -> list[dict]:
     shown = []
     for name, found in _by_problem(rows).items():
-        both = found[BOTH, "ours"]
-        matrix_ms = both["flops"] / both["matrix_tflops_per_s"] / 1e9
+        both, size = found.get((BOTH, OURS)), next(iter(found.values()))
+        peers = ("three products, compiled", "one product, compiled", "one product, cuBLAS")
         shown.append(
             {
-                f"ISTA, {both['dtype']}": f"{name}, {both['rows']:,}×{both['width']}",
-                "forward + backward, ms": both["latency_ms"],
-                "of the matrix rate": f"{matrix_ms / both['latency_ms']:.0%}",
-                "three products, compiled": _faster(found.get((BOTH, "three products, compiled"))),
-                "one product, compiled": _faster(found.get((BOTH, "one product, compiled"))),
-                "one product, cuBLAS": _faster(found.get((BOTH, "one product, cuBLAS"))),
-                "as released": _faster(found.get((BOTH, "three products, as released"))),
+                f"ISTA, {size['dtype']}": f"{name}, {size['rows']:,}×{size['width']}",
+                "forward + backward, ms": _latency(both),
+                "of the matrix rate": _cell(
+                    both, lambda row: f"{row['tflops_per_s'] / row['matrix_tflops_per_s']:.0%}"
+                ),
+                **{peer: _than(both, found.get((BOTH, peer))) for peer in peers},
+                "as released": _than(both, found.get((BOTH, "three products, as released"))),
             }
         )
     return shown
+
+
+def _model_rows(rows: list[dict]) -> list[dict]:
+    """A row for each pass of each CRATE: the fastest of ours, and what the others are beside it."""
+    shown = []
+    for found in _by_problem(rows).values():
+        by_peer = {peer: row for (_, peer), row in found.items()}
+        size, released = next(iter(by_peer.values())), by_peer.get("released")
+        ours = [row for peer, row in by_peer.items() if peer in (OURS, GRAPHED, COMPILED)]
+        ran = [row for row in ours if row["latency_ms"] is not None]
+        best = min(ran, key=lambda row: row["latency_ms"]) if ran else next(iter(ours), None)
+        red = [row["peer"] for row in ours if row.get("red")]
+        shown.append(
+            {
+                f"CRATE, {size['dtype']}": f"{size['model']}, {size['pass']}, batch {size['batch']}",
+                "images/s": _cell(best, lambda row: row["images_per_s"]),
+                "by": _cell(best, lambda row: row["peer"]),
+                "red": ", ".join(f"**{peer}**" for peer in red),
+                "MFU": _cell(best, lambda row: f"{row['mfu']:.0%}"),
+                "released": _than(best, released),
+                **{peer: _than(best, by_peer.get(peer)) for peer in ("released, compiled", "ViT (timm), compiled")},
+                "peak MiB": _cell(by_peer.get(OURS), lambda row: row.get("peak_mib") or "n/a"),
+                "released, peak MiB": _cell(released, lambda row: row.get("peak_mib") or "n/a"),
+            }
+        )
+    return [
+        row if any(other["red"] for other in shown) else {k: v for k, v in row.items() if k != "red"} for row in shown
+    ]
+
+
+def _growth_rows(rows: list[dict]) -> list[dict]:
+    shown = []
+    for found in _by_problem(rows).values():
+        by_peer = {peer: row for (_, peer), row in found.items()}
+        size = next(iter(by_peer.values()))
+        shown.append(
+            {
+                "CRATE-B, one image": f"{size['n_tokens']:,} tokens, {size['pass']}",
+                **{f"{peer}, ms": _latency(by_peer.get(peer)) for peer in ("released", OURS, GRAPHED)},
+                **{
+                    f"{peer}, peak MiB": _cell(by_peer.get(peer), lambda row: row.get("peak_mib") or "n/a")
+                    for peer in ("released", OURS)
+                },
+            }
+        )
+    return shown
+
+
+GPU_TABLES = {  # by file: how its rows are shown, and what they mean
+    "mssa": (_attention_rows, "B×N×H×D; ours against the fastest peer that ran, forward + backward."),
+    "ista": (_ista_rows, "Rows × width, folding G in every call; how many times faster ours is than each peer."),
+    "crate_gpu": (
+        _model_rows,
+        "How many times as fast as each peer; MFU: nominal FLOPs of the matrix rate measured in the run.",
+    ),
+    "growth_gpu": (_growth_rows, "Growth with N."),
+}
 
 
 def _run_note(content: dict) -> str:
@@ -102,86 +180,98 @@ def _run_note(content: dict) -> str:
     )
 
 
-def gpu_table(results: Path = RESULTS) -> str:
-    """Subspace attention and ISTA against their peers, from mssa.json and ista.json; a sentence where neither is."""
+def _gpu_tables(results: Path, names: tuple[str, ...]) -> list[str]:
     parts = []
-    for name, rows_of, meaning in (
-        ("mssa", _attention_rows, "B×N×H×D; ours against the fastest peer that ran, forward + backward."),
-        ("ista", _ista_rows, "Rows × width, folding G in every call; how many times faster ours is than each peer."),
-    ):
-        path = results / f"{name}.json"
-        if path.exists():
-            content = json.loads(path.read_text())
-            rows = rows_of(content["rows"])
-            where = f" Every pass and peer, and why a peer is n/a: [{name}.md](benchmarks/results/{name}.md)."
+    for name in names:
+        path, (rows_of, meaning) = results / f"{name}.json", GPU_TABLES[name]
+        if path.exists() and (rows := rows_of((content := json.loads(path.read_text()))["rows"])):
+            where = f" Every pass and peer, and why one is n/a or red: [{name}.md](benchmarks/results/{name}.md)."
             parts.append(f"{markdown_table(rows, list(rows[0]))}\n{meaning} {_run_note(content)}{where}\n")
-    return "\n".join(parts) or NOT_MEASURED
+    return parts
 
 
-def _model_rows(rows: list[dict]) -> list[dict]:
-    """A row for each pass of each CRATE: the faster of ours, and what the others are beside it."""
-    shown = []
-    for found in _by_problem(rows).values():
-        by_peer = {peer: row for (_, peer), row in found.items()}
-        ours = [by_peer[peer] for peer in ("ours", "ours, compiled") if by_peer[peer]["latency_ms"] is not None]
-        released = by_peer["released"]
-        if not ours:
-            continue
-        best = min(ours, key=lambda row: row["latency_ms"])
-        shown.append(
-            {
-                f"CRATE, {best['dtype']}": f"{best['model']}, {best['pass']}, batch {best['batch']}",
-                "images/s": best["images_per_s"],
-                "by": best["peer"],
-                "MFU": f"{best['mfu']:.0%}",
-                "released": _than(best, released),
-                "released, compiled": _than(best, by_peer["released, compiled"]),
-                "ViT, compiled": _than(best, by_peer["ViT (timm), compiled"]),
-                "peak MiB": best["peak_mib"],
-                "released, peak MiB": released.get("peak_mib") or "n/a",
-            }
-        )
-    return shown
-
-
-def _than(ours: dict, row: dict) -> str:
-    """How many times as fast ours is as another row."""
-    return "n/a" if row["latency_ms"] is None else f"{row['latency_ms'] / ours['latency_ms']:.2f}×"
-
-
-def _growth_rows(rows: list[dict]) -> list[dict]:
-    shown = []
-    for found in _by_problem(rows).values():
-        (_, ours), (_, released) = sorted((peer, row) for (_, peer), row in found.items())
-        ran = released["latency_ms"] is not None
-        shown.append(
-            {
-                "CRATE-B, one image": f"{ours['n_tokens']:,} tokens, {ours['pass']}",
-                "released, ms": released["latency_ms"] if ran else "n/a",
-                "ours, ms": ours["latency_ms"] if ours["latency_ms"] is not None else "n/a",
-                "released, peak MiB": released.get("peak_mib") or "n/a",
-                "ours, peak MiB": ours.get("peak_mib") or "n/a",
-            }
-        )
-    return shown
+def gpu_table(results: Path = RESULTS) -> str:
+    """What the checks on a GPU found, subspace attention and ISTA beside their peers; a sentence without results."""
+    return "\n".join(_checks(results) + _gpu_tables(results, ("mssa", "ista"))) or NOT_MEASURED
 
 
 def models_table(results: Path = RESULTS) -> str:
     """Whole models on a GPU, from crate_gpu.json and growth_gpu.json; a sentence where neither is."""
-    parts = []
-    for name, rows_of, meaning in (
-        (
-            "crate_gpu",
-            _model_rows,
-            "How many times as fast as each peer; MFU: nominal FLOPs of the matrix rate measured in the run.",
-        ),
-        ("growth_gpu", _growth_rows, "Growth with N."),
-    ):
-        path = results / f"{name}.json"
-        if path.exists() and (rows := rows_of((content := json.loads(path.read_text()))["rows"])):
-            where = f" Every peer, and why one is n/a: [{name}.md](benchmarks/results/{name}.md)."
-            parts.append(f"{markdown_table(rows, list(rows[0]))}\n{meaning} {_run_note(content)}{where}\n")
-    return "\n".join(parts) or NOT_MEASURED
+    return "\n".join(_gpu_tables(results, ("crate_gpu", "growth_gpu"))) or NOT_MEASURED
+
+
+# --- what a GPU check has brought back ----------------------------------------------------------------------------
+
+
+def _checks(results: Path) -> list[str]:
+    """How many probes and GPU tests passed, and which did not, from gpu_check.json."""
+    path = results / "gpu_check.json"
+    if not path.exists():
+        return []
+    rows, lines = json.loads(path.read_text())["rows"], []
+    for stage, what in (("probes", "kernel probes are right"), ("tests", "GPU tests pass")):
+        ran = [row for row in rows if row["stage"] == stage and row["status"] != "n/a"]
+        red = [row["item"] for row in ran if row["status"] == "red"]
+        if ran:
+            named = ": **red**: " + ", ".join(f"`{item.rpartition('::')[2]}`" for item in red[:10]) if red else ""
+            lines.append(f"{len(ran) - len(red)} of {len(ran)} {what}{named}{', …' if len(red) > 10 else ''}.")
+    page = "[gpu_check.md](benchmarks/results/gpu_check.md)"
+    return ["\n".join([*lines, f"Everything that was found red, and the tiles: {page}."]) + "\n"] if lines else []
+
+
+def take(source: Path, results: Path = RESULTS) -> None:
+    """Copy what is worth keeping of a GPU check into the results.
+
+    Measured rows go to the file of their benchmark, in place of those of the same problem, pass and peer; the other
+    rows, without output, to gpu_check.json, in place of those of the same stages.
+
+    Args:
+        source: A gpu_check_….tar.gz, or a folder with some.
+        results: The folder of results.
+    """
+    import bench_model
+
+    archives = sorted(source.glob("gpu_check_*.tar.gz")) if source.is_dir() else [source]
+    if not archives:
+        raise SystemExit(f"{source} holds no gpu_check_*.tar.gz")
+    rows = []
+    for archive in archives:
+        with tarfile.open(archive) as tar:
+            rows += [json.loads(line) for line in tar.extractfile("rows.jsonl").read().decode().splitlines()]
+    names = {"mssa": "mssa", "ista": "ista", "crate": "crate_gpu", "model": "model_gpu", "growth": "growth_gpu"}
+    facts = facts_of(rows)
+    for bench, name in names.items():
+        measured = [row["row"] for row in rows if row.get("bench") == bench]
+        if measured:
+            merged = _merged(results / f"{name}.json", measured, ("problem", "pass", "peer"))
+            table = times(merged) if bench in ("mssa", "ista") else bench_model.table(merged)
+            write_results(name, merged, table, results, _facts(measured[0]))
+    kept = [{key: value for key, value in row.items() if key != "row"} for row in rows if "bench" not in row]
+    for row in kept:
+        row["reason"] = row["reason"] and str(row["reason"])[:300]
+    stages = {row["stage"] for row in kept}
+    old = [row for row in _rows(results / "gpu_check.json") if row["stage"] not in stages]
+    write_results("gpu_check", old + kept, summary(old + kept, "all"), results, _facts(facts))
+
+
+def _facts(row: dict) -> dict:
+    keys = ("commit", "torch", "device", "driver", "triton", "ptxas", "matrix_tflops_per_s", "copy_gb_per_s")
+    return {key: row[key] for key in keys if key in row}
+
+
+def _rows(path: Path) -> list[dict]:
+    return json.loads(path.read_text())["rows"] if path.exists() else []
+
+
+def _merged(path: Path, measured: list[dict], keys: tuple[str, ...]) -> list[dict]:
+    """The rows of a file, with these in place of their like; of several alike the first that was measured."""
+    found: dict[tuple, dict] = {}
+    for row in measured:
+        key = tuple(row[name] for name in keys)
+        if key not in found or (found[key]["latency_ms"] is None and row["latency_ms"] is not None):
+            found[key] = row
+    old = [row for row in _rows(path) if tuple(row[name] for name in keys) not in found]
+    return old + list(found.values())
 
 
 def maskcut_table() -> str:
@@ -267,10 +357,13 @@ def updated(text: str) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Rewrite README.md, or print the GPU tables of a folder of results."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Rewrite README.md, with the results of a GPU check if there are some, or print a folder's GPU tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--from", type=Path, dest="source", metavar="TAR_OR_FOLDER", help="of gpu_check.py")
     parser.add_argument("--show", type=Path, metavar="FOLDER", help="print its GPU tables; leave README.md alone")
     options = parser.parse_args(argv)
+    if options.source:
+        take(options.source)
     if options.show:
         print("\n".join(make(options.show) for make in (gpu_table, models_table)))
     else:

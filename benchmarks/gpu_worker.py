@@ -1,0 +1,524 @@
+"""What `gpu_check.py` runs in processes of its own; each writes its rows as it finds them.
+
+    python benchmarks/gpu_worker.py environment --rows FILE       # where this is, does anything run, the ceilings
+    python benchmarks/gpu_worker.py assembler --rows FILE --ptxas FILE.xz --into FOLDER
+    python benchmarks/gpu_worker.py list first --rows FILE --into FILE        # the items that there are
+    python benchmarks/gpu_worker.py items --mode time --items FILE --rows FILE --until 1700000000
+    python benchmarks/gpu_worker.py kernels                       # six launches, for ncu
+
+A worker announces each item ("begin", "end"), so that whoever reads its rows knows in which one it ended.
+"""
+
+import argparse
+import faulthandler
+import json
+import lzma
+import os
+import sys
+import time
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+
+MODES = ("warm", "time")
+REHEARSED = bool(os.environ.get("GPU_CHECK_REHEARSE"))
+ROUNDS = 1 if REHEARSED else 3
+ATTENTION = ["tiny"] if REHEARSED else ["B16", "S16", "B8", "S8", "B8-480"]
+ISTA = ["tiny"] if REHEARSED else ["B16", "B8"]
+COMPILED_FIRST = [
+    "FlexAttention",
+    "three products, compiled",
+    "one product, compiled",
+    "torch.compile of the eager form",
+]
+PROFILED = 30  # kernels in the table of a profile
+COUNTED = (
+    *("attention_forward", "attention_backward", "whole_head_forward"),
+    *("whole_head_backward", "ista_forward", "weight_gradient"),
+)
+
+
+class Rows:
+    """Lines of JSON in a file, written at once."""
+
+    def __init__(self, path: Path):
+        self.file = open(path, "a", buffering=1)  # noqa: SIM115  (for as long as the worker lives)
+
+    def mark(self, what: str, name: str) -> None:
+        """Announce the "begin" or "end" of an item."""
+        self.file.write(json.dumps({what: name}) + "\n")
+
+    def add(self, item: str, status: str, reason: str | None = None, **more: object) -> None:
+        """A result: "ok", "red" (ours is wrong or fails) or "n/a"."""
+        line = {"item": item, "status": status, "reason": reason, **more}
+        self.file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
+
+    def measured(self, item: str, bench: str, rows: list[dict]) -> None:
+        """Rows of a benchmark; they go into its results as they are."""
+        for row in rows:
+            status = "red" if row.get("red") else "n/a" if row["latency_ms"] is None else "ok"
+            self.add(f"{item}: {row['pass']}, {row['peer']}", status, row["reason"], bench=bench, row=row)
+
+
+# --- where this is ------------------------------------------------------------------------------------------------
+
+
+def environment(rows: Rows) -> None:
+    """Versions and card; a product, a kernel; the ceilings."""
+    import gpu
+    import torch
+
+    run = _open_run(dtype=None)
+    facts = dict(run.facts) | {"python": sys.version.split()[0], "cores": os.cpu_count()}
+    for package in ("numpy", "timm", "pytest", "xdist", "pytest_timeout", "scipy"):
+        facts[package] = _version(package)
+    if run.timer.on_gpu:
+        properties = torch.cuda.get_device_properties(0)
+        facts |= {
+            "memory_gib": round(properties.total_memory / 2**30, 1),
+            "multiprocessors": properties.multi_processor_count,
+        }
+        facts["capability"] = f"{properties.major}.{properties.minor}"
+    facts["tools"] = _tools()
+    rows.add("facts", "ok", facts=facts)
+    checks = {"a product": _product_runs, "a Triton kernel": _kernel_runs, "tile table": _tiles_are_read}
+    for name, smoke in checks.items():
+        try:
+            rows.add(name, "ok", error=smoke(run.device))
+        except Exception as error:
+            rows.add(name, "red", gpu.error_in_a_line(error))
+    run.measure_ceilings()
+    rows.add("ceilings", "ok", facts={key: run.facts[key] for key in ("matrix_tflops_per_s", "copy_gb_per_s")})
+
+
+def _version(package: str) -> str:
+    from importlib import import_module, metadata
+
+    try:
+        import_module(package)
+    except Exception as error:
+        return f"no: {type(error).__name__}"
+    try:
+        return metadata.version({"xdist": "pytest-xdist", "pytest_timeout": "pytest-timeout"}.get(package, package))
+    except metadata.PackageNotFoundError:
+        return "version unknown"
+
+
+def _tools() -> dict[str, str | None]:
+    """Where programs are that somebody may want: in Triton's package where they are not on the path."""
+    import shutil
+
+    import triton
+
+    folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    found = {name: shutil.which(name) for name in ("ncu", "cuobjdump", "nvdisasm", "compute-sanitizer", "nvidia-smi")}
+    return {name: path or (str(folder / name) if (folder / name).exists() else None) for name, path in found.items()}
+
+
+def _product_runs(device) -> float:
+    import torch
+
+    left, right = (torch.randn(512, 512, device=device) for _ in range(2))
+    expected = left.double() @ right.double()
+    error = ((left @ right).double() - expected).norm() / expected.norm()
+    if not error < 1e-2:
+        raise ValueError(f"torch.matmul is wrong: {error.item():.1%} of the norm")
+    return error.item()
+
+
+def _kernel_runs(device) -> float:
+    import torch
+    from wgmma_trial import double
+
+    values = torch.randn(1000, device=device)
+    out = torch.full_like(values, torch.nan)
+    double[(8,)](values, out, 1000, BLOCK=128)
+    if not torch.equal(out, 2 * values):
+        raise ValueError("a Triton kernel that doubles numbers does not")
+    return 0.0
+
+
+def _tiles_are_read(device) -> float:
+    """Whether the file that CRATE_FAST_TILES may name can be used."""
+    from crate_fast.kernels.tiles import find
+
+    find("attention_forward", device, "half", 64)
+    return 0.0
+
+
+def assembler(rows: Rows, ptxas: Path | None, into: Path) -> None:
+    """Unpack an assembler, if one is given, and try it (or Triton's own) on products of tensor cores."""
+    name = "Triton's own assembler" if ptxas is None else "carried assembler"
+    path = None
+    if ptxas is not None:
+        path = into / "ptxas"
+        path.write_bytes(lzma.decompress(ptxas.read_bytes()) if ptxas.suffix == ".xz" else ptxas.read_bytes())
+        path.chmod(0o755)
+        for tool in ("PTXAS", "PTXAS_BLACKWELL"):  # before Triton reads them
+            os.environ[f"TRITON_{tool}_PATH"] = str(path)
+    import gpu
+    import torch
+    from wgmma_trial import trial
+
+    try:
+        error = trial(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        version = gpu._ptxas(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        rows.add(name, "ok", error=error, version=version, path=str(path) if path else None)
+    except Exception as error:
+        rows.add(name, "n/a" if path else "red", gpu.error_in_a_line(error))
+
+
+# --- items --------------------------------------------------------------------------------------------------------
+
+
+def list_items(part: str, rows: Rows) -> dict[str, list[dict]]:
+    """Items by kind, the most important first; a kind whose list cannot be made costs itself.
+
+    Returns:
+        "operators" and "compiled" (their peers that torch.compile makes), "tiles", "probes", "models" and "more".
+    """
+    import gpu
+
+    found = {}
+    for kinds, make in (
+        (("operators", "compiled"), _operator_items),
+        (("tiles",), partial(_tile_items, part)),
+        (("probes",), _probe_items),
+        (("models", "more"), _model_items),
+    ):
+        try:
+            found |= dict(zip(kinds, make(), strict=True))
+        except Exception as error:
+            rows.add(f"list of {' and '.join(kinds)}", "red", gpu.error_in_a_line(error))
+    return found
+
+
+def _operator_items() -> tuple[list[dict], list[dict]]:
+    """Ours with all peers that need no compiling, by shape; and with each of the others."""
+    import bench_ista
+    import bench_mssa
+
+    plain, compiled = [], []
+    cases = [("mssa", shape, None, bench_mssa.PEERS) for shape in ATTENTION]
+    for operator in bench_ista.OPERATORS:
+        cases += [("ista", shape, operator, bench_ista.training_peers(operator)) for shape in ISTA]
+    for kind, shape, operator, peers in cases:
+        peers = [peer for peer in peers if not REHEARSED or peer.smoke or peer.ours]
+        item = {"kind": kind, "shape": shape, "operator": operator}
+        label = " ".join(filter(None, (kind, shape, operator)))
+        plain.append(item | {"name": label, "peers": [peer.name for peer in peers if not peer.compiles]})
+        for peer in peers:
+            if peer.compiles:
+                compiled.append(item | {"name": f"{label}: {peer.name}", "peers": ["ours", peer.name]})
+    compiled.sort(key=lambda item: COMPILED_FIRST.index(item["peers"][1]))
+    return plain, compiled
+
+
+def _tile_items(part: str) -> tuple[list[dict]]:
+    import tile_search
+
+    items = tile_search.items() if part != "second" else []
+    return (items[:3] if REHEARSED else items,)
+
+
+def _probe_items() -> tuple[list[dict]]:
+    """For the compilers' cache; `probes` runs them in processes of their own."""
+    from crate_fast.probes import PROBES
+
+    return ([{"name": f"probe {name}", "kind": "probe", "probe": name} for name in PROBES],)
+
+
+def _model_items() -> tuple[list[dict], list[dict]]:
+    """CRATE-B/16's step, B/8's memory; then inference, growth, autoencoders, other models."""
+    import bench_model
+    from model_peers import COMPILED, INFERENCE, OURS, RELEASED, TRAINING, VIT
+
+    def item(table: str, model: str, what: str, peers: list[str]) -> dict:
+        name = f"{model}, {what}" + (f": {peers[-1]}" if peers[-1].endswith(COMPILED) else "")
+        return {"name": name, "kind": "model", "table": table, "shape": model, "what": what, "peers": peers}
+
+    profiled = {"name": "profile", "kind": "profile", "shape": "B/16"}
+    if REHEARSED:
+        return (
+            [item("crate", "tiny", TRAINING, [OURS, RELEASED]), profiled | {"shape": "tiny"}],
+            [item("growth", "N = 17", INFERENCE, [OURS]), item("model", "tiny MAE", TRAINING, [OURS])],
+        )
+    plain = [name for name in bench_model.CRATE_PEERS if not name.endswith(COMPILED)]
+    compiled = [name for name in bench_model.CRATE_PEERS if name.endswith(COMPILED)]
+    compiled.sort(key=lambda name: not name.startswith(VIT))  # the goal's peer first
+    beside = [item("crate", "B/16", TRAINING, [OURS, name]) for name in compiled]
+    models = [item("crate", "B/16", TRAINING, plain), *beside[:1], item("crate", "B/8", TRAINING, plain), profiled]
+    models += beside[1:]
+    more = [item("crate", "B/16", INFERENCE, plain)]
+    more += [item("growth", n, INFERENCE, bench_model.GROWTH_PEERS) for n in bench_model.GROWTH]
+    more += [item("growth", n, TRAINING, bench_model.GROWTH_PEERS) for n in bench_model.GROWTH]
+    more += [item("model", "CRATE-MAE-B", TRAINING, bench_model.MAE_PEERS)]
+    more += [item("crate", model, TRAINING, plain) for model in ("S/8", "T/16", "L/16")]
+    return models, more
+
+
+def _models() -> dict[str, dict]:
+    """Sizes by table and name."""
+    import bench_model
+
+    if REHEARSED:
+        tables = bench_model.SMOKE_CRATES, bench_model.SMOKE_MAES, bench_model.SMOKE_GROWTH
+    else:
+        tables = bench_model.CRATES, bench_model.MAES, bench_model.GROWTH
+    return dict(zip(("crate", "model", "growth"), tables, strict=True))
+
+
+def _open_run(dtype: str | None, on_cpu: bool = False):
+    """A `gpu.Run` for measurements of a lease."""
+    import gpu
+    import gpu_timing
+
+    gpu_timing.MEASUREMENT_MS = 1.0 if REHEARSED else 50.0
+    options = argparse.Namespace(
+        smoke=REHEARSED, dtype=dtype, rounds=ROUNDS, output=Path("."), commit=os.environ.get("GPU_CHECK_COMMIT")
+    )  # fmt: skip
+    run = gpu.open_run(options, on_cpu=on_cpu)
+    run.rounds = ROUNDS
+    return run
+
+
+class Bench:
+    """What a worker's items share; the ceilings are measured with the first that needs them."""
+
+    def __init__(self, mode: str, rows: Rows):
+        self.mode, self.rows, self.runs = mode, rows, {}
+
+    def run(self, on_cpu: bool = False):
+        """Of the operators, or (on a CPU in fp32) of whole models."""
+        if on_cpu not in self.runs:
+            self.runs[on_cpu] = run = _open_run(None, on_cpu)
+            if self.mode == "time":
+                run.measure_ceilings()
+        return self.runs[on_cpu]
+
+    def do(self, item: dict) -> None:
+        """One item; its rows, or an exception."""
+        getattr(self, item["kind"])(item)
+
+    def mssa(self, item: dict) -> None:
+        """Subspace attention and its peers."""
+        import bench_mssa
+
+        shapes = bench_mssa.SMOKE if REHEARSED else bench_mssa.SHAPES
+        problem = bench_mssa.make_problem(item["shape"], shapes[item["shape"]], self.run())
+        self._operator(item, problem, [peer for peer in bench_mssa.PEERS if peer.name in item["peers"]])
+
+    def ista(self, item: dict) -> None:
+        """The ISTA step, alone or behind a LayerNorm, and its peers."""
+        import bench_ista
+
+        shapes = bench_ista.SMOKE if REHEARSED else bench_ista.SHAPES
+        shape = shapes[item["shape"]]
+        problem = bench_ista.make_problem(item["shape"], shape, item["operator"], self.run(), autocast=False)
+        peers = bench_ista.training_peers(item["operator"])
+        self._operator(item, problem, [peer for peer in peers if peer.name in item["peers"]])
+
+    def _operator(self, item: dict, problem, peers: list) -> None:
+        import gpu
+
+        if self.mode == "time":
+            self.rows.measured(item["name"], item["kind"], gpu.measure(problem, peers, self.run()))
+            return
+        for peer in peers:
+            if peer.quadratic and problem.logits_bytes > 2**30:
+                continue  # other processes need memory too
+            try:
+                problem.results(peer.build())
+                self.run().timer.synchronize()
+            except Exception as error:
+                self.rows.add(
+                    f"{item['name']}, {peer.name}", "red" if peer.ours else "n/a", gpu.error_in_a_line(error)
+                )
+                self.run().timer.synchronize()
+
+    def tile(self, item: dict) -> None:
+        """A candidate of the tile search."""
+        import gpu
+        import tile_search
+
+        kept = {key: item[key] for key in ("kernel", "architecture", "precision", "block_d", "tile", "present")}
+        try:
+            found = tile_search.warm(item) if self.mode == "warm" else tile_search.time_tile(item, self.run().timer)
+        except Exception as error:  # it does not compile, does not fit, or is wrong: one candidate fewer
+            self.run().timer.synchronize()
+            self.rows.add(item["name"], "red" if item["present"] else "n/a", gpu.error_in_a_line(error), **kept)
+        else:
+            self.rows.add(item["name"], "ok", **kept, **found)
+
+    def probe(self, item: dict) -> None:
+        """A probe's kernels, for the cache alone: what it finds is the probes' own stage's to say."""
+        from crate_fast.probes import find_probe, run_probe
+
+        run_probe(find_probe(item["probe"]), self.run().device, reruns=0)
+
+    def model(self, item: dict) -> None:
+        """A pass of a whole model and its peers."""
+        import bench_model
+        from model_problem import make_problem, peers
+
+        run, size = self.run(on_cpu=True), _models()[item["table"]][item["shape"]]
+        if self.mode == "warm":
+            problem = make_problem(item["shape"], size, item["what"], run, {})
+            for peer in peers(problem, item["peers"], run):
+                peer.build().step()
+            run.timer.synchronize()
+            return
+        rows = bench_model.measure_one(item["shape"], size, item["what"], item["peers"], run)
+        self.rows.measured(item["name"], item["table"], rows)
+
+    def profile(self, item: dict) -> None:
+        """The kernels of one training step by their time, and how long the GPU waits."""
+        from model_peers import OURS, TRAINING
+        from model_problem import make_problem
+        from torch.autograd import DeviceType
+        from torch.profiler import ProfilerActivity, profile
+
+        run = self.run(on_cpu=True)
+        problem = make_problem(item["shape"], _models()["crate"][item["shape"]], TRAINING, run, {})
+        trial = problem.trial(OURS, problem.cast)
+        for _ in range(1 if REHEARSED else 5):
+            trial.step()
+        on_gpu = run.timer.on_gpu
+        run.timer.synchronize()
+        with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]) as trace:
+            trial.step()
+            run.timer.synchronize()
+        where = DeviceType.CUDA if on_gpu else DeviceType.CPU
+        kernels = [
+            (event.name, event.time_range.start, event.time_range.end)
+            for event in trace.events()
+            if event.device_type == where and not getattr(event, "is_user_annotation", False)
+        ]
+        self.rows.add(item["name"], "ok", **reduced(kernels))
+
+    def crash(self, item: dict) -> None:
+        """For rehearsals: what a fault does that nothing can catch."""
+        os.abort()
+
+
+def work_through(items: list[dict], bench: Bench, until: float, stall_s: float) -> None:
+    """Do items in turn until the time is up; SystemExit where the GPU no longer answers this process."""
+    import gpu
+
+    for item in items:
+        if time.time() >= until:
+            return
+        bench.rows.mark("begin", item["name"])
+        start = time.perf_counter()
+        faulthandler.dump_traceback_later(max(1.0, stall_s - 1))  # where it hangs, before somebody kills it
+        try:
+            bench.do(item)
+            if bench.mode == "warm" and item["kind"] != "tile":  # which has its own row
+                bench.rows.add(f"compiled: {item['name']}", "ok", seconds=round(time.perf_counter() - start, 2))
+            if item["kind"] != "tile":  # whose problems stay
+                bench.run(item["kind"] == "model").timer.free_memory()
+        except Exception as error:
+            reason = gpu.error_in_a_line(error)
+            print(f"{item['name']}: {reason}", file=sys.stderr, flush=True)
+            if not _alive(bench):
+                raise SystemExit(f"{item['name']} has poisoned this process: {reason}") from error
+            bench.rows.add(item["name"], "red" if bench.mode == "time" else "n/a", reason)
+        bench.rows.mark("end", item["name"])
+    faulthandler.cancel_dump_traceback_later()
+
+
+def _alive(bench: Bench) -> bool:
+    """Whether the GPU still answers this process."""
+    try:
+        for run in bench.runs.values():
+            run.timer.synchronize()
+    except Exception:
+        return False
+    return True
+
+
+# --- one launch of each -----------------------------------------------------------------------------------------
+
+
+def reduced(events) -> dict[str, object]:
+    """(name, start, end) of kernels in microseconds → span, busy and idle time, and the kernels by their time."""
+    events = sorted(events, key=lambda event: event[1])
+    totals: dict[str, list[float]] = {}
+    busy, gaps, reached = 0.0, [], events[0][1]
+    for name, start, end in events:
+        total = totals.setdefault(name, [0, 0.0])
+        total[0] += 1
+        total[1] += end - start
+        if start > reached:
+            gaps.append(start - reached)
+        busy += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    ranked = sorted(totals.items(), key=lambda item: -item[1][1])[:PROFILED]
+    kernels = [{"kernel": name[:120], "calls": calls, "us": round(us, 1)} for name, (calls, us) in ranked]
+    return {
+        "span_us": round(reached - events[0][1], 1),
+        "busy_us": round(busy, 1),
+        "gaps_us": [round(gap, 1) for gap in sorted(gaps, reverse=True)[:10]],
+        "launches": len(events),
+        "kernels": kernels,
+    }
+
+
+def kernels(only: str | None) -> None:
+    """One launch of each kernel that counters are read of (or of one of them), with the table's tiles, between
+    cudaProfilerStart and -Stop."""
+    import tile_search
+    import torch
+
+    from crate_fast.kernels.tiles import find
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    on_gpu = device.type == "cuda"
+    for kernel in COUNTED if only is None else [only]:
+        tile = find(kernel, device, "half", 64 if kernel.startswith(("attention", "whole_head")) else 0)
+        if tile is None or REHEARSED:
+            print(f"{kernel}: not launched", flush=True)
+            continue
+        launches = tile_search.problems(kernel)[0].plan(tile)
+        for launch in launches:
+            launch.run()
+        torch.cuda.synchronize()
+        with torch.cuda.profiler.profile() if on_gpu else nullcontext():
+            launches[0].run()
+            torch.cuda.synchronize()
+        print(f"{kernel}: launched", flush=True)
+        tile_search.problems.cache_clear()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """One job of `gpu_check.py`."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("job", choices=("environment", "assembler", "list", "items", "kernels"))
+    parser.add_argument("what", nargs="?", help="of list: the part; of kernels: one of them")
+    parser.add_argument("--rows", type=Path)
+    parser.add_argument("--into", type=Path)
+    parser.add_argument("--ptxas", type=Path)
+    parser.add_argument("--items", type=Path)
+    parser.add_argument("--mode", choices=MODES)
+    parser.add_argument("--until", type=float, default=float("inf"))
+    parser.add_argument("--stall", type=float, default=60.0)
+    parser.add_argument("--nice", type=int, default=0)
+    options = parser.parse_args(argv)
+    faulthandler.enable()
+    os.nice(options.nice)
+    if options.job == "list":
+        options.into.write_text(json.dumps(list_items(options.what, Rows(options.rows))))
+    elif options.job == "kernels":
+        kernels(options.what)
+    elif options.job == "items":
+        bench = Bench(options.mode, Rows(options.rows))
+        work_through(json.loads(options.items.read_text()), bench, options.until, options.stall)
+    elif options.job == "assembler":
+        assembler(Rows(options.rows), options.ptxas, options.into)
+    else:
+        environment(Rows(options.rows))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,306 @@
+"""Tiles worth measuring for each kernel, the problems they are measured on, and one measurement.
+
+`gpu_check.py` compiles every candidate first, leaves out what spills or does not fit, and times the rest. What is
+best goes to found_tiles.json; as rows of kernels/tiles.py:
+
+    python benchmarks/tile_search.py found_tiles.json
+"""
+
+import argparse
+import json
+import math
+import os
+import statistics
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from functools import cache
+from pathlib import Path
+
+import torch
+from gpu_timing import Step, Timer
+from torch import Tensor
+
+from crate_fast.accuracy import token_scale
+from crate_fast.kernels.launch import Launch
+from crate_fast.kernels.support import architecture
+from crate_fast.kernels.tiles import Tile, find
+from crate_fast.reference import subspace_attention_reference
+
+__all__ = ["CANDIDATES", "Problem", "items", "main", "problems", "row_source", "time_tile", "warm"]
+
+TOLERANCE = 2e-2  # relative norm of the difference from float64; bf16 rounds to 4e-3
+CALLS = 30  # of a measurement
+CHECKED_ROWS = 512  # of a product, at both ends
+REHEARSED = bool(os.environ.get("GPU_CHECK_REHEARSE"))
+TIMED = {"short": (256, 197, 12), "long": (64, 785, 12), "rows": 256 * 197}  # B, N, H: B16 and B8
+WARMED = {"short": (2, 197, 12), "long": (2, 785, 12), "rows": 16 * 197}  # compile to the same, in little memory
+WIDTH = 768
+if REHEARSED:
+    TIMED = WARMED = {"short": (1, 70, 2), "long": (1, 130, 1), "rows": 96}
+    WIDTH = 64
+
+
+def _grid(*rows: tuple, **options) -> list[Tile]:
+    return [Tile(*row, **options) for row in rows]
+
+
+_PRODUCT = [
+    *_grid((128, 256, 8, 4, 64), (128, 256, 8, 3, 64), (128, 128, 8, 4, 64), (128, 128, 8, 3, 64), persistent=True),
+    *_grid((128, 128, 4, 4, 64), (128, 128, 4, 3, 64), (256, 128, 8, 3, 64), (128, 256, 8, 4, 32), persistent=True),
+    *_grid((128, 256, 8, 3, 64), (128, 128, 8, 4, 64), (128, 128, 8, 3, 64), (128, 128, 4, 3, 64)),
+]
+_GRADIENT = [
+    *((128, 64, 8, 2), (128, 64, 8, 3), (128, 32, 8, 2), (64, 64, 4, 2), (64, 64, 4, 3)),
+    *((64, 32, 4, 2), (64, 64, 8, 2)),
+]
+# The likeliest first: time may end before the rest. Compiled for sm_90 by Triton 3.6 all fit; what spilled is left
+# out. At 197 tokens whole heads differ by warps and, in their second launch, by stages alone.
+CANDIDATES: dict[str, list[Tile]] = {
+    "attention_forward": [
+        *_grid((128, 64, 8, 3), (64, 64, 4, 3), (128, 128, 8, 3), (128, 64, 4, 3), (128, 64, 8, 2), (128, 64, 4, 2)),
+        *_grid((64, 128, 4, 3), (128, 32, 8, 3), (128, 128, 8, 2), (64, 64, 4, 2), (256, 64, 8, 3), (64, 32, 4, 3)),
+    ],
+    "attention_backward": [*_grid(*_GRADIENT, one_exp=True), *_grid(*_GRADIENT)],
+    "whole_head_forward": _grid((64, 64, 4, 3), (64, 32, 4, 1), (64, 64, 4, 2), (64, 32, 8, 1), (64, 64, 8, 2)),
+    "whole_head_backward": _grid((64, 32, 4, 2), (64, 32, 4, 3), (64, 16, 4, 1)),
+    "ista_forward": _PRODUCT,
+    "ista_backward_input": _PRODUCT,
+    "output_map": _PRODUCT,
+    "weight_gradient": [
+        *_grid((128, 256, 8, 3, 64), (128, 128, 8, 4, 64), (128, 128, 4, 3, 64), (128, 256, 8, 4, 64)),
+        *_grid((256, 128, 8, 3, 64), (128, 128, 8, 3, 64), (128, 128, 4, 4, 64), (128, 128, 8, 3, 128)),
+    ],
+}
+SMALL = {"attention": Tile(32, 32, 4, 1), "whole_head": Tile(64, 32, 4, 1), "other": Tile(32, 32, 4, 1, 32)}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a candidate is run on.
+
+    Args:
+        name: Of the shape.
+        plan: A tile's launches, one after the other.
+        output: What they write; filled with NaN before.
+        found: What is compared, read off that.
+        expected: The same in float64.
+        alternative: PyTorch's own way, or None.
+    """
+
+    name: str
+    plan: Callable[[Tile], list[Launch]]
+    output: Tensor
+    found: Callable[[], Tensor]
+    expected: Tensor
+    alternative: Callable[[], object] | None = None
+
+
+def items() -> list[dict]:
+    """Every candidate of each kernel, the table's own tile first; kernels in turn: a short run has some of each."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    lists = []
+    for kernel, tiles in CANDIDATES.items():
+        block_d = 64 if kernel.startswith(("attention", "whole_head")) else 0
+        present = find(kernel, device, "half", block_d)
+        if present is None and kernel.startswith("whole_head"):
+            continue
+        if REHEARSED:
+            tiles = present, *tiles = [SMALL[next((start for start in SMALL if kernel.startswith(start)), "other")]]
+        key = {"kernel": kernel, "architecture": architecture(device), "precision": "half", "block_d": block_d}
+        lists.append(
+            [
+                {"name": f"{kernel} {_words(tile)}", "kind": "tile", **key}
+                | {"tile": asdict(tile), "present": tile == present}
+                for tile in dict.fromkeys([present, *tiles])
+            ]
+        )
+    return [one[i] for i in range(max(map(len, lists))) for one in lists if i < len(one)]
+
+
+def _words(tile: Tile) -> str:
+    sizes = [tile.block_m, tile.block_n] + [tile.block_k] * bool(tile.block_k)
+    words = [f"{tile.num_warps} warps", f"{tile.num_stages} stages"]
+    words += [name.replace("_", " ") for name in ("one_exp", "persistent") if getattr(tile, name)]
+    return f"{'×'.join(map(str, sizes))}, {', '.join(words)}"
+
+
+# --- problems -----------------------------------------------------------------------------------------------------
+
+
+@cache
+def problems(kernel: str, timed: bool = True) -> tuple[Problem, ...]:
+    """The kernel's launches on tensors like those of training, bf16 on a GPU; smaller unless they are timed."""
+    sizes = TIMED if timed else WARMED
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    generator = torch.Generator(device).manual_seed(0)
+
+    def random(*shape: int, std: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
+        low = torch.bfloat16 if device.type == "cuda" else torch.float16
+        return (torch.randn(shape, generator=generator, device=device) * std).to(dtype or low)
+
+    if kernel.startswith("attention"):
+        return tuple(_attention(kernel, (*sizes[name], 64), random) for name in ("long", "short"))
+    if kernel.startswith("whole_head"):
+        return tuple(_attention(kernel, (*sizes["short"], head_dim), random) for head_dim in (64, 48))
+    if kernel == "weight_gradient":
+        return (_weight_gradient(sizes["rows"], random),)
+    return tuple(_product(kernel, sizes["rows"], stored, random) for stored in (torch.float32, None))
+
+
+def _attention(kernel: str, shape: tuple[int, ...], random: Callable) -> Problem:
+    from crate_fast.kernels import attention, whole_head
+
+    batch, n_tokens, heads, head_dim = shape
+    w, grad = random(*shape, std=token_scale(n_tokens, head_dim)), random(*shape)
+    scale, ends = head_dim**-0.5, sorted({0, batch - 1})
+    tokens = w[ends].double().requires_grad_()
+    truth = subspace_attention_reference(tokens)
+    backward = kernel.endswith("backward")
+    output, lse = torch.empty_like(w), torch.empty(batch, heads, n_tokens, device=w.device)
+    out, refused = torch.empty_like(w), torch.empty(batch * heads, dtype=torch.int32, device=w.device)
+    if backward:
+        attention.plan_forward(w, out, lse, scale, None if not REHEARSED else SMALL["attention"]).run()
+        (truth,) = torch.autograd.grad(truth, tokens, grad[ends].double())
+
+    def plan(tile: Tile) -> list[Launch]:
+        if kernel == "attention_forward":
+            return [attention.plan_forward(w, output, lse, scale, tile)]
+        if kernel == "attention_backward":
+            return [attention.plan_backward(grad, w, out, lse, output, scale, tile)]
+        if kernel == "whole_head_forward":
+            first = whole_head.plan_forward(w, output, lse, refused, scale, tile)
+            return [first, whole_head.plan_rest(None, w, output, lse, None, refused, scale, tile)]
+        room = torch.empty_like(lse)
+        first = whole_head.plan_backward(grad, w, out, lse, output, room, refused, scale, tile)
+        return [first, whole_head.plan_rest(grad, w, out, lse, output, refused, scale, tile)]
+
+    return Problem("×".join(map(str, shape)), plan, output, lambda: output[ends], truth.detach())
+
+
+def _product(kernel: str, rows: int, stored: torch.dtype | None, random: Callable) -> Problem:
+    """x + aWᵀ as autocast has it (`stored` fp32, LayerNorm in front of ISTA), or all in half precision."""
+    from crate_fast.kernels import product
+    from crate_fast.kernels.layer_norm import Norm, normalize
+
+    x, a = random(rows, WIDTH, dtype=stored), random(rows, WIDTH)
+    weight = random(WIDTH, WIDTH, std=0.1 / WIDTH**0.5)
+    ends = sorted({row % rows for row in range(-CHECKED_ROWS, CHECKED_ROWS)})
+    ones, output = torch.ones(WIDTH, device=x.device), torch.empty_like(x)
+    options, added, alternative = {}, x[ends].double(), None
+    if kernel == "ista_forward":
+        nonzero = torch.empty(x.shape, dtype=torch.int8, device=x.device)
+        options = {"finish": "relu", "shift": 0.01, "nonzero": nonzero}
+        if stored is not None:
+            a, mean, rstd = normalize(x, 1e-5, a.dtype)
+            options["norm"] = Norm(mean, rstd, ones, torch.zeros_like(ones))
+            added = torch.nn.functional.layer_norm(added, (WIDTH,))
+    if kernel == "ista_backward_input" and stored is not None:
+        options["masked"] = True
+    if kernel == "output_map":
+        options, bias = {"bias": ones}, ones.to(a.dtype)
+        added = added + 1
+        alternative = lambda: x + torch.addmm(bias, a, weight.t())  # noqa: E731
+    expected = added + a[ends].double() @ weight.double().t()
+    if kernel == "ista_forward":
+        expected = (expected - 0.01).relu()
+
+    def plan(tile: Tile) -> list[Launch]:
+        return [product.plan(a, weight, x, output, product.fitted_product(tile, WIDTH), **options)]
+
+    name = "autocast" if stored is not None else "half precision"
+    return Problem(f"{rows}×{WIDTH}, {name}", plan, output, lambda: output[ends], expected, alternative)
+
+
+def _weight_gradient(n_rows: int, random: Callable) -> Problem:
+    from crate_fast.kernels import product
+
+    a, grad = random(n_rows, WIDTH), random(n_rows, WIDTH)
+    output = torch.empty(64, WIDTH, WIDTH, device=a.device)
+    used = []
+
+    def plan(tile: Tile) -> list[Launch]:
+        shares, rows = product.splits(n_rows, WIDTH, WIDTH, a.device, tile)
+        used[:] = [shares]
+        return [product.plan_weight_gradient(a, grad, output[:shares], rows, tile)]
+
+    expected = a.double().t() @ grad.double()
+    return Problem(f"{n_rows}×{WIDTH}", plan, output, lambda: output[: used[0]].double().sum(0), expected)
+
+
+# --- a candidate --------------------------------------------------------------------------------------------------
+
+
+def warm(item: dict) -> dict:
+    """Compile a candidate, run it once on each problem, check it: registers, spills, shared memory, error."""
+    compiled, error = [], 0.0
+    for problem in problems(item["kernel"], timed=False):
+        one, difference = _run_once(problem, Tile(**item["tile"]))
+        compiled += one
+        error = max(error, difference)
+    found = {"error": error}
+    for name, read in (
+        ("registers", lambda kernel: kernel.n_regs),
+        ("spills", lambda kernel: kernel.n_spills),
+        ("shared_bytes", lambda kernel: kernel.metadata.shared),
+    ):
+        found[name] = max((read(kernel) for kernel in compiled), default=0)
+    return found
+
+
+def _run_once(problem: Problem, tile: Tile) -> tuple[list, float]:
+    """The compiled kernels of a tile, and the relative norm of its error; ValueError where it is wrong."""
+    problem.output.fill_(torch.nan)
+    compiled = [
+        launch.kernel[launch.grid](**launch.arguments, **launch.constants, **launch.options)
+        for launch in problem.plan(tile)
+    ]
+    found = problem.found().double()
+    error = ((found - problem.expected).norm() / problem.expected.norm()).item()
+    if not error <= TOLERANCE:
+        raise ValueError(f"wrong at {problem.name}: differs from float64 by {error:.1%} of the norm")
+    return [kernel for kernel in compiled if kernel is not None], error  # the interpreter returns none
+
+
+def time_tile(item: dict, timer: Timer) -> dict:
+    """Milliseconds of a candidate on each problem, their geometric mean, and those of PyTorch's own way."""
+    shapes, others = {}, {}
+    for problem in problems(item["kernel"]):
+        _run_once(problem, Tile(**item["tile"]))
+        launches = problem.plan(Tile(**item["tile"]))
+        shapes[problem.name] = _milliseconds(timer, lambda launches=launches: [launch.run() for launch in launches])
+        if problem.alternative is not None and item["present"]:
+            others[problem.name] = _milliseconds(timer, problem.alternative)
+    mean = math.prod(shapes.values()) ** (1 / len(shapes))
+    return {"latency_ms": mean, "shapes": shapes, "alternative": others or None}
+
+
+def _milliseconds(timer: Timer, call: Callable[[], object]) -> float:
+    calls = CALLS if timer.on_gpu else 1
+    return statistics.median(timer.sample(Step(lambda _: call()), calls, 1))
+
+
+# --- rows of the table --------------------------------------------------------------------------------------------
+
+
+def row_source(row: dict) -> str:
+    """A row of found_tiles.json as kernels/tiles.py has it."""
+    values = {field.name: field.default for field in fields(Tile)} | row["tile"]
+    words = [str(values[name]) for name in ("block_m", "block_n", "num_warps", "num_stages")]
+    words += [str(values["block_k"])] * bool(values["block_k"])
+    words += [f"{name}={values[name]}" for name in ("one_exp", "persistent") if values[name]]
+    words += ["chosen=False"] * (not values["chosen"])
+    width = f", {row['block_d']}" if row["block_d"] else ""
+    return f'    ("{row["kernel"]}", "{row["precision"]}", "{row["architecture"]}"{width}): Tile({", ".join(words)}),'
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the rows of a found_tiles.json."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", type=Path, help="found_tiles.json")
+    print("\n".join(row_source(row) for row in json.loads(parser.parse_args(argv).file.read_text())))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,490 @@
+"""The GPU check: what ends a process, how stages share the time, what a fault costs, what comes back; and a rehearsal
+of all of it on a CPU, with a probe that crashes, one that hangs and one that is wrong."""
+
+import json
+import lzma
+import os
+import re
+import subprocess
+import sys
+import tarfile
+import time
+import zipfile
+from argparse import Namespace
+from pathlib import Path
+
+import gpu_check
+import gpu_report
+import gpu_session
+import gpu_stages
+import gpu_worker
+import isolation
+import pytest
+import update_readme
+from gpu_session import Check, Stage
+from isolation import Job, Process
+
+BENCHMARKS = Path(gpu_check.__file__).parent
+PYTHON = [sys.executable, "-c"]
+
+
+def _process(tmp_path, code: str, limit_s: float = 30.0, hard_s: float = 30.0, **options) -> Process:
+    """A process of this code, when it has ended."""
+    job = Job("job", [*PYTHON, code], limit_s, **options)
+    process = Process(job, tmp_path, tmp_path, dict(os.environ), time.monotonic() + hard_s)
+    while not process.check():
+        time.sleep(0.01)
+    return process
+
+
+def _gone(pid: int) -> bool:
+    """Whether a process is no more, or a corpse that nobody waits for."""
+    stat = Path(f"/proc/{pid}/stat")
+    for _ in range(200):
+        try:
+            if stat.read_text().rpartition(")")[2].split()[0] == "Z":
+                return True
+        except OSError:
+            return True
+        time.sleep(0.01)
+    return False
+
+
+# --- one process ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        ("print(1)", None),
+        ("raise SystemExit(3)", "exit status 3"),
+        ("import os; os.abort()", "killed by SIGABRT"),
+        ("import time; time.sleep(60)", "timed out"),
+        ("import signal, time; signal.signal(15, signal.SIG_IGN); time.sleep(60)", "timed out"),
+    ],
+)
+def test_how_a_process_ended(tmp_path, code, reason):
+    limit_s = 0.5 if "sleep" in code else 30.0
+    for limits in ({"limit_s": limit_s}, {"hard_s": limit_s}):
+        found = _process(tmp_path, code, **limits).reason
+        assert found is reason or found.startswith(reason)
+
+
+def test_what_cannot_be_started_says_so(tmp_path):
+    process = Process(Job("job", ["/no/such/program"], 1.0), tmp_path, tmp_path, {}, time.monotonic() + 9)
+    assert process.check()
+    assert "does not start" in process.reason
+
+
+@pytest.mark.parametrize("session", [True, False])
+def test_a_process_is_killed_with_all_it_has_started(tmp_path, session):
+    """Also with what has a session of its own, as the compilers' workers have."""
+    code = f"""
+import pathlib, subprocess, time
+child = subprocess.Popen(["sleep", "60"], start_new_session={session})
+pathlib.Path("child").write_text(str(child.pid))
+time.sleep(60)
+"""
+    process = _process(tmp_path, code, 1.5)
+    assert "timed out" in process.reason
+    assert _gone(int((tmp_path / "child").read_text()))
+    assert _gone(process.popen.pid)
+
+
+def test_a_process_without_progress_is_ended(tmp_path):
+    beat = tmp_path / "beat"
+    code = "import pathlib, time\nfor _ in range(4): time.sleep(0.3); pathlib.Path('beat').touch()\ntime.sleep(60)"
+    process = _process(tmp_path, code, beat=beat, stall_s=1.0)
+    assert process.reason == "timed out: no progress for 1 s"
+    assert process.seconds > 1.5
+    beat.unlink()
+    assert "no progress for 0 s" in _process(tmp_path, code, beat=beat, stall_s=9.0, start_s=0.2).reason
+
+
+def test_a_process_is_asked_before_it_is_killed(tmp_path):
+    code = "import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('asked'); raise SystemExit(2)"
+    process = _process(tmp_path, code, 20.0, polite_s=18.0)
+    assert (process.reason, process.asked) == ("exit status 2", True)
+    assert isolation.tail(process.log) == "asked"
+
+
+# --- stages --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def check(tmp_path, monkeypatch):
+    """A check of three seconds and no reserve, of a worker that needs nothing: see STUB."""
+    monkeypatch.setattr(gpu_session, "PACK_SECONDS", 0.0)
+    stub = tmp_path / "stub.py"
+    stub.write_text(STUB)
+    monkeypatch.setattr(
+        Check,
+        "worker",
+        lambda _, *words, name, limit_s, **options: Job(
+            name, [sys.executable, str(stub), *words], limit_s, **options
+        ),
+    )
+    return _check(tmp_path, 3.0)
+
+
+def _check(tmp_path: Path, limit: float, **options) -> Check:
+    given = {"part": "first", "rehearse": True, "limit": limit, "output": tmp_path / "out", "work": tmp_path / "work"}
+    given |= {"commit": "abc", "ptxas": tmp_path / "none", "tiles": None}
+    return Check(Namespace(**given | options))
+
+
+STUB = """
+import json, os, sys, time
+words = dict(zip(sys.argv[2::2], sys.argv[3::2]))
+with open(words["--rows"], "a", buffering=1) as rows:
+    for item in json.load(open(words["--items"])):
+        if time.time() >= float(words["--until"]):
+            break
+        rows.write(json.dumps({"begin": item["name"]}) + "\\n")
+        for what in item.get("peers", [item["name"]]):
+            if "crash" in what: os.abort()
+            if "hang" in what: time.sleep(60)
+            time.sleep(item.get("seconds", 0))
+            rows.write(json.dumps({"item": f"{item['name']} {what}", "status": "ok", "reason": None}) + "\\n")
+        rows.write(json.dumps({"end": item["name"]}) + "\\n")
+"""
+
+
+def _rows(check: Check) -> dict[str, tuple[str, str]]:
+    rows = gpu_report.read_rows(check.rows_file)
+    assert len({row["item"] for row in rows}) == len(rows)
+    return {row["item"]: (row["status"], row["reason"]) for row in rows}
+
+
+def _items(*names: str, **more) -> list[dict]:
+    return [{"name": name, **more} for name in names]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_item_that_ends_its_worker_costs_itself(check, workers):
+    check.end += 30
+    items = _items("a", "crash", "b", "hang", "c", "d")
+    stage = Stage("timings", 30, 1, lambda check: check.work_through(items, "time", workers, 1.0))
+    check.go([stage])
+    rows = _rows(check)
+    assert [rows[f"{name} {name}"][0] for name in "abcd"] == ["ok"] * 4
+    assert rows["crash"][0] == rows["hang"][0] == "red"
+    assert "SIGABRT" in rows["crash"][1]
+    assert "no progress for 1 s" in rows["hang"][1]
+
+
+def test_of_several_peers_the_one_that_ends_the_worker_is_found(check):
+    check.end += 30
+    items = [*_items("both", peers=["ours", "crash", "theirs"]), *_items("next")]
+    check.go([Stage("timings", 30, 1, lambda check: check.work_through(items, "time", 1, 5.0))])
+    rows = _rows(check)
+    assert rows["both"][0] == "n/a"
+    assert rows["both: ours ours"][0] == rows["both: theirs theirs"][0] == rows["next next"][0] == "ok"
+    assert rows["both: crash"][0] == "red"
+
+
+def test_a_worker_that_does_not_start_is_not_tried_for_ever(check):
+    check.environment["PATH"] = ""
+    check.worker = lambda *words, name, limit_s, **options: Job(
+        name, [*PYTHON, "raise SystemExit(7)"], limit_s, **options
+    )
+    check.go([Stage("timings", 30, 1, lambda check: check.work_through(_items("a", "b"), "time", 1, 5.0))])
+    assert all(status == "n/a" and "exit status 7" in reason for status, reason in _rows(check).values())
+
+
+def test_a_stage_that_overruns_is_cut_and_the_rest_still_runs(check):
+    """By its hard limit; one that raises costs itself; none runs after the end, and what there is comes back."""
+    check.end = time.monotonic() + 8
+    slow = _items("slow", "never", seconds=60)
+
+    def raises(check):
+        raise ValueError("a stage's own fault")
+
+    check.go(
+        [
+            Stage("first", 1, 1, lambda check: check.work_through(slow, "time", 1, 60.0)),
+            Stage("second", 1, 0, raises),
+            Stage("third", 2, 1, lambda check: check.work_through(_items("a"), "time", 1, 5.0)),
+        ]
+    )
+    rows = _rows(check)
+    assert rows["slow"][0] == "red"
+    assert "timed out" in rows["slow"][1]
+    assert rows["never"] == ("n/a", gpu_session.NO_TIME)
+    assert "a stage's own fault" in rows["second"][1]
+    assert rows["a a"][0] == "ok"
+    assert (check.output / "gpu_check_first.tar.gz").exists()
+
+
+def test_late_stages_shrink(check, monkeypatch):
+    """Shares, with a second that stands still: half of the time is left for what wants three times that."""
+    monkeypatch.setattr(time, "monotonic", lambda: 100.0)
+    check.end, seen = 130.0, []
+    stages = [
+        Stage(str(index), 30, 5, lambda check: seen.append((check.soft - 100, check.hard - 100)))
+        for index in range(3)
+    ]
+    check.started = 100.0
+    check.go(stages)
+    assert seen == [(10.0, 15.0), (15.0, 20.0), (25.0, 30.0)]
+
+
+def test_what_was_found_comes_back_when_the_time_is_up_in_the_middle(check):
+    check.end = time.monotonic() + 60
+
+    def interrupted(check):
+        job = check.items_job(_items("a", "hang"), "time", 60.0)
+        process = check.start(job)
+        while "begin" not in (job.beat.read_text().splitlines() or [""])[-1] or "hang" not in job.beat.read_text():
+            time.sleep(0.02)
+        process.end("by the test")
+        raise gpu_session.TimeUp
+
+    with pytest.raises(gpu_session.TimeUp):
+        check.go([Stage("timings", 30, 1, interrupted)])
+    check.pack()
+    with tarfile.open(check.output / "gpu_check_first.tar.gz") as tar:
+        rows = [json.loads(line) for line in tar.extractfile("rows.jsonl").read().splitlines()]
+    assert [row["item"] for row in rows] == ["a a"]
+
+
+def test_long_logs_and_evidence_stay_within_what_is_brought_back(check, monkeypatch):
+    monkeypatch.setattr(gpu_session, "MOST_BYTES", 2**20)
+    (check.logs / "long.log").write_bytes(os.urandom(2**20))
+    for name in ("a.ptx", "b.cubin", "c.txt"):
+        (check.failures / name).write_bytes(os.urandom(2**20))
+    check.row("facts", "ok", facts={"device": "card", "commit": "abc"})
+    check.row("x", "red", "no")
+    check.pack()
+    archive = check.output / "gpu_check_first.tar.gz"
+    assert archive.stat().st_size < 2**20
+    with tarfile.open(archive) as tar:
+        names = tar.getnames()
+        rows = [json.loads(line) for line in tar.extractfile("rows.jsonl").read().splitlines()]
+    assert "logs/long.log" in names
+    assert not any(name.startswith("failures/") for name in names)
+    assert all(row["device"] == "card" for row in rows)
+
+
+# --- probes and tiles ----------------------------------------------------------------------------------------------
+
+
+def test_a_red_probe_runs_again_with_the_other_assembler_and_leaves_its_code(check, monkeypatch):
+    """The code is asked for once more in a cache of its own; a right one runs once."""
+    check.rehearse, check.end = False, time.monotonic() + 60
+    check.work = {"probes": [{"name": f"probe {name}", "probe": name} for name in ("wrong", "right")]}
+    check.other_assembler = {"TRITON_PTXAS_PATH": ""}
+    check.environment["TRITON_PTXAS_PATH"] = "/carried"
+    code = """
+import json, os, pathlib, sys
+name, path = sys.argv[1:]
+cache = os.environ["TRITON_CACHE_DIR"]
+if "failures" in cache:
+    pathlib.Path(cache).mkdir(parents=True)
+    (pathlib.Path(cache) / "kernel.ptx").write_text("code")
+row = {"status": name, "share": 3.0, "reruns_equal": True, "ptxas": os.environ["TRITON_PTXAS_PATH"]}
+pathlib.Path(path).write_text(json.dumps(row))
+"""
+    start = Check.start
+
+    def started(check, job):
+        name, path = job.command[4], job.command[6]
+        return start(check, Job(job.name, [*PYTHON, code, name, path], job.limit_s, job.environment))
+
+    monkeypatch.setattr(Check, "start", started)
+    check.go([Stage("probes", 30, 1, gpu_stages.probes)])
+    rows = {row["item"]: row for row in gpu_report.read_rows(check.rows_file)}
+    assert {item: row["status"] for item, row in rows.items()} == {
+        "wrong": "red", "right": "ok", "wrong, other assembler": "red", "wrong, for its PTX": "red",
+    }  # fmt: skip
+    assert rows["wrong"]["probe"]["ptxas"] == "/carried"
+    assert rows["wrong, other assembler"]["probe"]["ptxas"] == ""
+    assert "3 of the error that is allowed" in rows["wrong"]["reason"]
+    check.pack()
+    with tarfile.open(check.output / "gpu_check_first.tar.gz") as tar:
+        assert "failures/wrong/kernel.ptx" in tar.getnames()
+
+
+def test_the_carried_assembler_is_used_where_it_has_passed_its_trial(check):
+    check.row("carried assembler", "n/a", "wrong")
+    gpu_stages._choose_assembler(check)
+    assert check.other_assembler is None
+    assert "TRITON_PTXAS_PATH" not in check.environment
+    check.row("carried assembler", "ok", version="13.4.59", path="/elsewhere/ptxas")
+    gpu_stages._choose_assembler(check)
+    assert check.environment["TRITON_PTXAS_PATH"] == "/elsewhere/ptxas"
+    assert check.other_assembler == {"TRITON_PTXAS_PATH": "", "TRITON_PTXAS_BLACKWELL_PATH": ""}
+
+
+def _tile(kernel: str, block: int, ms: float | None, present: bool = False, **more) -> dict:
+    key = {"kernel": kernel, "architecture": "sm_90", "precision": "half", "block_d": 64}
+    tile = {"block_m": block, "block_n": 64, "num_warps": 8, "num_stages": 2}
+    row = {"item": f"{kernel} {block}", "stage": "tiles", "status": "ok" if ms else "red", "reason": None, **key}
+    return row | {"tile": tile, "present": present, "latency_ms": ms, "shapes": {"s": ms}} | more
+
+
+def test_the_best_tile_is_found_and_the_present_one_kept_where_little_is_gained():
+    def best(*rows):
+        return {row["kernel"]: row["tile"] and row["tile"]["block_m"] for row in gpu_report.found_tiles(rows)}
+
+    present = _tile("attention_forward", 128, 1.0, present=True)
+    assert best(present, _tile("attention_forward", 64, 0.9), _tile("attention_forward", 32, None)) == {
+        "attention_forward": 64
+    }
+    assert best(present, _tile("attention_forward", 64, 0.99)) == {"attention_forward": 128}
+    assert best(_tile("attention_forward", 64, 2.0)) == {"attention_forward": 64}
+    for alternative, chosen in ((2.0, True), (0.5, False)):
+        others = {"alternative": {"s": alternative, "t": alternative}}
+        rows = [_tile("output_map", 128, 9.0, present=True, **others), _tile("output_map", 64, 1.0)]
+        (row,) = gpu_report.found_tiles(rows)
+        assert (row["tile"]["block_m"], row["tile"]["chosen"]) == (64, chosen)
+    page = gpu_report.summary([present, _tile("whole_head_forward", 64, 0.5)], "first")
+    assert "* whole_head_forward at s: 0.5 ms, by blocks of rows 1 ms: 2.00×" in page
+    assert "| attention_forward 128 | 1 | in the table |" in page
+
+
+def test_tiles_that_do_not_compile_or_spill_are_not_timed(check, monkeypatch):
+    check.stage, timed = "warm", []
+    names = ("fits", "spills", "present spills", "fails", "cold")
+    check.work = {"tiles": [{"name": name, "present": "present" in name} for name in names]}
+    check.row("fits", "ok", spills=0)
+    check.row("spills", "ok", spills=4)
+    check.row("present spills", "ok", spills=4)
+    check.row("fails", "n/a", "out of shared memory")
+    check.row("cold", "n/a", gpu_session.NO_TIME)
+    monkeypatch.setattr(Check, "work_through", lambda _, items, *rest: timed.extend(item["name"] for item in items))
+    check.stage = "tiles"
+    gpu_stages.tiles(check)
+    assert timed == ["fits", "present spills", "cold"]
+    reasons = {row["item"]: row["reason"] for row in gpu_report.read_rows(check.rows_file) if row["stage"] == "tiles"}
+    assert reasons == {"spills": "left out: it spills registers", "fails": "left out: out of shared memory"}
+
+
+def test_a_profile_is_reduced_to_busy_time_gaps_and_kernels():
+    events = [("a", 0, 10), ("b", 5, 12), ("a", 20, 30), ("c", 31, 32)]
+    found = gpu_worker.reduced(events)
+    assert (found["span_us"], found["busy_us"], found["gaps_us"], found["launches"]) == (32, 23, [8, 1], 4)
+    assert found["kernels"][:2] == [
+        {"kernel": "a", "calls": 2, "us": 20},
+        {"kernel": "b", "calls": 1, "us": 7},
+    ]
+
+
+def test_counters_are_read_from_ncus_table(tmp_path):
+    log = tmp_path / "ncu.log"
+    log.write_text(
+        '==PROF== Connected\n"ID","Kernel Name","Section Name","Metric Name","Metric Unit","Metric Value"\n'
+        '"0","_fwd","SpeedOfLight","DRAM Throughput","%","41.2"\n'
+        '"0","_fwd","SpeedOfLight","Elapsed Cycles","cycle","9"\n'
+    )
+    assert gpu_stages._counters(log) == {"_fwd": {"DRAM Throughput": "41.2 %"}}
+
+
+def test_every_kind_of_work_is_listed_by_names_of_its_own(monkeypatch, tmp_path):
+    """As for a GPU; a kind whose list cannot be made costs itself."""
+    rows = gpu_worker.Rows(tmp_path / "rows.jsonl")
+    listed = gpu_worker.list_items("first", rows)
+    assert listed.keys() == {"operators", "compiled", "tiles", "probes", "models", "more"}
+    for items in listed.values():
+        assert len({item["name"] for item in items}) == len(items) > 0
+    assert [item["name"] for item in listed["operators"]][:5] == [f"mssa {name}" for name in gpu_worker.ATTENTION]
+    assert {"ista B16 ista", "ista B8 norm_ista"} <= {item["name"] for item in listed["operators"]}
+    assert listed["compiled"][0]["peers"] == ["ours", "FlexAttention"]
+    assert listed["models"][1]["peers"] == ["ours", "ViT (timm), compiled"]
+    assert "ours, CUDA graph" in listed["models"][0]["peers"]
+    assert "tiles" not in {kind for kind, items in gpu_worker.list_items("second", rows).items() if items}
+    monkeypatch.setattr(gpu_worker, "_probe_items", lambda: 1 / 0)
+    assert gpu_worker.list_items("first", rows).keys() == listed.keys() - {"probes"}
+    (red,) = gpu_report.read_rows(tmp_path / "rows.jsonl")
+    assert (red["item"], red["status"]) == ("list of probes", "red")
+
+
+# --- what is carried -----------------------------------------------------------------------------------------------
+
+
+def test_prepare_carries_the_newest_assembler_of_the_wheel_and_the_commit(tmp_path, monkeypatch, capsys):
+    def pip(command, **options):
+        if "pip" not in command:
+            return run(command, **options)
+        with zipfile.ZipFile(Path(command[command.index("--dest") + 1]) / "triton.whl", "w") as wheel:
+            for name, version in (("ptxas", "12.9.86"), ("ptxas-blackwell", "13.4.59"), ("nvdisasm", "99.9")):
+                text = f"#!/bin/sh\necho Cuda compilation tools, release 1, V{version}\n"
+                wheel.writestr(f"triton/backends/nvidia/bin/{name}", text)
+
+    run = subprocess.run
+    monkeypatch.setattr(gpu_check.subprocess, "run", pip)
+    monkeypatch.setattr(gpu_check, "CARRIED", tmp_path / ".gpu")
+    monkeypatch.setenv("COMMIT", "abc123")
+    assert gpu_check.main(["prepare"]) == 0
+    assert b"V13.4.59" in lzma.decompress((tmp_path / ".gpu" / "ptxas.xz").read_bytes())
+    assert (tmp_path / ".gpu" / "commit").read_text() == "abc123\n"
+    assert "commit abc123" in capsys.readouterr().out
+    assert "/.gpu/" in (BENCHMARKS.parent / ".gitignore").read_text().splitlines()
+
+
+def test_second_takes_the_tiles_that_first_has_found(tmp_path):
+    (tmp_path / "work").mkdir()
+    found = tmp_path / "work" / gpu_session.TILES
+    found.write_text("[]")
+    assert _check(tmp_path, 9.0, part="second").environment["CRATE_FAST_TILES"] == str(found)
+    assert "CRATE_FAST_TILES" not in _check(tmp_path, 9.0).environment
+
+
+# --- all of it -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def rehearsal(tmp_path_factory):
+    """The output of the whole program on a CPU, and the folder of what it brings back."""
+    folder = tmp_path_factory.mktemp("rehearsal")
+    command = ["bash", str(BENCHMARKS / "gpu_check.sh"), "all", "--rehearse", "--work", str(folder / "work")]
+    environment = {**os.environ, "PYTHON": sys.executable, "OUT": str(folder / "out"), "COMMIT": "abc123"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=700, check=True)
+    return done.stdout, folder / "out"
+
+
+def test_the_rehearsal_runs_every_stage_and_faults_cost_their_own_rows(rehearsal):
+    text, folder = rehearsal
+    files = sorted(folder.iterdir())
+    assert [file.name for file in files] == ["found_tiles.json", "gpu_check_all.tar.gz", "summary_all.md"]
+    assert all(re.fullmatch(r"[\w.-]+", file.name) and file.stat().st_size < 16 * 2**20 for file in files)
+    with tarfile.open(files[1]) as tar:
+        rows = [json.loads(line) for line in tar.extractfile("rows.jsonl").read().splitlines()]
+        assert "junit.xml" in tar.getnames()
+        assert "logs/fault:crash.log" in tar.getnames()
+    red = {row["item"]: row["reason"] for row in rows if row["status"] == "red"}
+    assert red.keys() == {"fault:crash", "fault:hang", "fault:wrong", "a fault"}, red
+    assert "SIGABRT" in red["fault:crash"]
+    assert "timed out" in red["fault:hang"]
+    assert "of the error that is allowed" in red["fault:wrong"]
+    stages = {row["stage"] for row in rows if row["status"] == "ok"}
+    assert stages == {"environment", "warm", "probes", "timings", "tiles", "models", "more"}
+    assert {stage.name for stage in gpu_stages.PARTS["all"]} == stages | {"tests", "counters"}  # no GPU: all skipped
+    assert len({row["commit"] for row in rows}) == len({row["device"] for row in rows}) == 1
+    assert all(row["matrix_tflops_per_s"] > 0 for row in rows)
+    measured = {(row["bench"], row["row"]["peer"]) for row in rows if row.get("bench")}
+    assert {("mssa", "ours"), ("ista", "ours"), ("crate", "ours"), ("growth", "ours"), ("model", "ours")} <= measured
+    assert "brought back after" in text
+    assert json.loads(files[0].read_text())[0]["tile"]
+
+
+def test_the_readmes_tables_are_made_of_what_was_brought_back(rehearsal, tmp_path):
+    _, folder = rehearsal
+    update_readme.take(folder, tmp_path)
+    table = update_readme.gpu_table(tmp_path)
+    named = re.search(r"1 of 4 kernel probes are right: \*\*red\*\*: (.*)\.", table)[1]
+    assert {*named.split(", ")} == {"`fault:crash`", "`fault:hang`", "`fault:wrong`"}
+    assert re.search(r"\| tiny, 2×70×2×32 \| [\d.]+ \|", table)
+    assert "| tiny ista, 74×64 |" in table
+    assert "| tiny, training step, batch 2 |" in update_readme.models_table(tmp_path)
+    assert "SIGABRT" in (tmp_path / "gpu_check.md").read_text()
+
+    rows = json.loads((tmp_path / "mssa.json").read_text())
+    for row in rows["rows"]:
+        if row["peer"] == "ours":
+            row |= {"latency_ms": None, "red": True, "reason": "wrong"}
+    (tmp_path / "mssa.json").write_text(json.dumps(rows))
+    assert re.search(r"\| tiny, 2×70×2×32 \| \*\*red\*\* \| \*\*red\*\* \|", update_readme.gpu_table(tmp_path))
+    update_readme.take(folder / "gpu_check_all.tar.gz", tmp_path)  # once more: rows take the place of their like
+    assert len(json.loads((tmp_path / "mssa.json").read_text())["rows"]) == len(rows["rows"])
+    assert "1 of 4 kernel probes" in update_readme.gpu_table(tmp_path)

@@ -1,0 +1,98 @@
+"""The tile search as far as a CPU can tell: its problems know right from wrong, its candidates are all there."""
+
+import json
+from dataclasses import asdict, replace
+
+import gpu_timing
+import pytest
+import tile_search
+import torch
+
+from crate_fast.kernels.tiles import TABLE, Tile
+
+KERNELS = list(tile_search.CANDIDATES)
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch):
+    for name in ("TIMED", "WARMED"):
+        monkeypatch.setattr(tile_search, name, {"short": (2, 70, 2), "long": (1, 130, 1), "rows": 96})
+    monkeypatch.setattr(tile_search, "WIDTH", 64)
+    monkeypatch.setattr(tile_search, "CHECKED_ROWS", 20)
+    cached = tile_search.problems
+    cached.cache_clear()
+    yield
+    cached.cache_clear()
+
+
+def _item(kernel: str, **more) -> dict:
+    tile = tile_search.SMALL[next((start for start in tile_search.SMALL if kernel.startswith(start)), "other")]
+    return {"kernel": kernel, "tile": asdict(replace(tile, **more)), "present": True}
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_candidate_is_right_on_every_problem_and_timed(kernel):
+    found = tile_search.warm(_item(kernel))
+    assert 0 < found["error"] < 5e-3
+    timed = tile_search.time_tile(_item(kernel), gpu_timing.Timer(torch.device("cpu")))
+    assert timed["shapes"].keys() == {problem.name for problem in tile_search.problems(kernel)}
+    assert min(timed["shapes"].values()) <= timed["latency_ms"] <= max(timed["shapes"].values())
+    assert (timed["alternative"] is not None) == (kernel == "output_map")
+    assert timed["alternative"] is None or timed["alternative"].keys() == timed["shapes"].keys()
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("fault", ["scaled", "unwritten"])
+def test_a_wrong_or_unwritten_result_rules_a_candidate_out(kernel, fault, monkeypatch):
+    """Of the launches, which write the output when they are all over, the last is spoilt."""
+    problem = tile_search.problems(kernel)[0]
+
+    class Spoilt:
+        kernel = None
+        arguments, constants, options, grid = {}, {}, {}, ()
+
+    def spoil(**_):
+        problem.output.mul_(1.05) if fault == "scaled" else problem.output[0].fill_(torch.nan)
+
+    Spoilt.kernel = {(): spoil}
+    wrong = replace(problem, plan=lambda tile: [*problem.plan(tile), Spoilt])
+    monkeypatch.setattr(tile_search, "problems", lambda _, timed: (wrong,))
+    with pytest.raises(ValueError, match="differs from float64"):
+        tile_search.warm(_item(kernel))
+
+
+def test_what_is_compiled_is_what_is_timed(monkeypatch):
+    """Small problems ask for the same code: integers that 16 divides stay so."""
+    monkeypatch.undo()
+    for name, size in tile_search.TIMED.items():
+        small = tile_search.WARMED[name]
+        assert size % 16 == small % 16 == 0 if name == "rows" else size[1:] == small[1:]
+
+
+def test_the_candidates_hold_what_must_be_tried_and_the_tables_tile_comes_first():
+    assert Tile(64, 64, 4, 3) in tile_search.CANDIDATES["whole_head_forward"]
+    assert {Tile(64, 32, 4, 2), Tile(64, 32, 4, 3)} <= {*tile_search.CANDIDATES["whole_head_backward"]}
+    for kernel in ("ista_forward", "ista_backward_input", "output_map", "weight_gradient"):
+        assert {(128, 128, 8), (128, 128, 4)} <= {
+            (tile.block_m, tile.block_n, tile.num_warps) for tile in tile_search.CANDIDATES[kernel]
+        }
+    items = tile_search.items()
+    assert len({item["name"] for item in items}) == len(items)
+    assert [item["kernel"] for item in items[: len(KERNELS)]] == KERNELS
+    assert all(item["present"] == (index < len(KERNELS)) for index, item in enumerate(items))
+    assert {kernel for kernel, *_ in TABLE} == {*KERNELS}
+
+
+def test_found_rows_are_printed_as_the_table_has_them(tmp_path, capsys):
+    tile = Tile(128, 64, 8, 2, one_exp=True)
+    key = {"architecture": "sm_90", "precision": "half"}
+    rows = [key | {"kernel": "attention_backward", "block_d": 64, "tile": asdict(tile)}]
+    product = Tile(128, 256, 4, 3, 64, persistent=True, chosen=False)
+    rows.append(key | {"kernel": "output_map", "block_d": 0, "tile": asdict(product)})
+    path = tmp_path / "found_tiles.json"
+    path.write_text(json.dumps(rows))
+    assert tile_search.main([str(path)]) == 0
+    assert eval("{" + capsys.readouterr().out + "}", {"Tile": Tile}) == {
+        ("attention_backward", "half", "sm_90", 64): tile,
+        ("output_map", "half", "sm_90"): product,
+    }
