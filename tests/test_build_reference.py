@@ -37,7 +37,7 @@ def test_the_reference_has_every_public_name_and_every_kernel(build_reference, t
     for module in modules:
         assert all(vars(module).get(name) is value for name, value in before[module.__name__].items()), module
     assert (tmp_path / "index.html").is_file()
-    assert "crate_fast.kernels.row_blocks" in (tmp_path / "search.js").read_text()
+    assert "crate_fast.kernels.attention" in (tmp_path / "search.js").read_text()
     for name, content in before.items():
         page = (tmp_path / f"{name.replace('.', '/')}.html").read_text()
         anchors = set(re.findall(r'<section id="([^"]+)"', page))
@@ -46,5 +46,5 @@ def test_the_reference_has_every_public_name_and_every_kernel(build_reference, t
         assert not re.search(r'<(?:script|img|link)[^>]*(?:src|href)="https?:', page), f"{name} needs a network"
         assert "JITFunction" not in page
         assert "InterpretedFunction" not in page
-    page = (tmp_path / "crate_fast" / "kernels" / "row_blocks.html").read_text()
+    page = (tmp_path / "crate_fast" / "kernels" / "attention.html").read_text()
     assert page.count("and their log-sum-exp (paper, Eq. 5)") >= 2  # in the kernel's source, and as its text
