@@ -277,13 +277,13 @@ def _rest_kernel(
         index, w_ptr, out_ptr, lse_ptr, stride_wb, stride_wn, stride_wh, n_tokens, n_heads, scale_log2, HEAD_DIM
     )
     refused = tl.load(refused_ptr + index)
+    KEYS: tl.constexpr = BLOCK // 2  # more do not fit in the registers
     if grad_ptr is None:
         if REST > 0:
-            forward_rows(head, FULL * BLOCK + tl.arange(0, REST), HEAD_DIM, BLOCK_D, BLOCK, LARGEST_SUM)
+            forward_rows(head, FULL * BLOCK + tl.arange(0, REST), HEAD_DIM, BLOCK_D, KEYS, LARGEST_SUM)
         for start in range(0, refused * FULL * BLOCK, BLOCK):
-            forward_rows(head, start + tl.arange(0, BLOCK), HEAD_DIM, BLOCK_D, BLOCK, 0.0)
+            forward_rows(head, start + tl.arange(0, BLOCK), HEAD_DIM, BLOCK_D, KEYS, 0.0)
     else:
-        KEYS: tl.constexpr = BLOCK // 2  # more do not fit in the registers
         if REST > 0:
             rest = FULL * BLOCK + tl.arange(0, REST)
             backward_rows(head, grad_ptr + dense, dw_ptr + dense, rest, HEAD_DIM, BLOCK_D, KEYS, False)
