@@ -5,6 +5,7 @@ from torch import Tensor
 
 from crate_fast import kernels
 from crate_fast.autocast import compute_dtype
+from crate_fast.errors import UserError
 
 __all__ = ["BACKENDS", "explain_backend", "resolve_backend"]
 
@@ -31,21 +32,21 @@ def explain_backend(
         ("triton" | "torch", reason in a sentence).
 
     Raises:
-        ValueError: `backend` is none of the three.
-        RuntimeError: "triton" was asked for where it cannot run; the message says why.
+        UserError: `backend` is none of the three.
+        UserError: "triton" was asked for where it cannot run; the message says why.
 
     >>> explain_backend("cpu")[0]
     'torch'
     """
     if backend not in BACKENDS:
-        raise ValueError(f"backend={backend!r}: choose one of {', '.join(map(repr, BACKENDS))}")
+        raise UserError(f"backend={backend!r}: choose one of {', '.join(map(repr, BACKENDS))}")
     if backend == "torch":
         return "torch", "asked for"
     device = torch.device(device)
     why_not = kernels.unavailable_reason(device, dtype, head_dim)
     if backend == "triton":
         if why_not is not None:
-            raise RuntimeError(f"backend='triton' cannot run: {why_not}. Use backend='auto' or backend='torch'.")
+            raise UserError(f"backend='triton' cannot run: {why_not}. Use backend='auto' or backend='torch'.")
         return "triton", "asked for"
     if why_not is None and device.type == "cpu":
         why_not = "Triton's interpreter runs only where backend='triton' asks for it"

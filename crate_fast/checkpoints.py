@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from crate_fast.errors import UserError
 from crate_fast.mae import CRATEMAE
 from crate_fast.model import CRATE, resample_positions
 
@@ -34,13 +35,13 @@ def unwrap_state_dict(content: dict) -> dict[str, Tensor]:
         Parameter name → tensor.
 
     Raises:
-        ValueError: There is no state dict in it, or two keys become one without their prefixes.
+        UserError: There is no state dict in it, or two keys become one without their prefixes.
 
     >>> unwrap_state_dict({"state_dict": {"module.cls_token": torch.zeros(1)}})
     {'cls_token': tensor([0.])}
     """
     if not isinstance(content, dict):
-        raise ValueError(f"no state dict found: the file holds a {type(content).__name__}")
+        raise UserError(f"no state dict found: the file holds a {type(content).__name__}")
     while True:
         inner = next((content[name] for name in _WRAPPERS if isinstance(content.get(name), dict)), None)
         if inner is None:
@@ -48,14 +49,14 @@ def unwrap_state_dict(content: dict) -> dict[str, Tensor]:
         content = inner
     tensors = {key: value for key, value in content.items() if isinstance(value, Tensor)}
     if not tensors:
-        raise ValueError(f"no state dict found: the file holds the keys {sorted(map(str, content))[:8]}")
+        raise UserError(f"no state dict found: the file holds the keys {sorted(map(str, content))[:8]}")
     stripped = {}
     for key, value in tensors.items():
         name = key
         while name.startswith(_PREFIXES):
             name = name[len(next(p for p in _PREFIXES if name.startswith(p))) :]
         if name in stripped:
-            raise ValueError(f"the keys {name!r} and {key!r} name one parameter: keep one of the two")
+            raise UserError(f"the keys {name!r} and {key!r} name one parameter: keep one of the two")
         stripped[name] = value
     return stripped
 
@@ -71,7 +72,7 @@ def adapt_state_dict(state_dict: dict, model: nn.Module) -> dict[str, Tensor]:
     if positions is not None and positions.shape != model.pos_embedding.shape:
         side = round((positions.shape[1] - 1) ** 0.5)
         if side * side != positions.shape[1] - 1 or positions.shape[2] != model.embed_dim:
-            raise ValueError(
+            raise UserError(
                 f"pos_embedding {tuple(positions.shape)} cannot be resampled to {tuple(model.pos_embedding.shape)}: "
                 "it must be of a square grid and of the model's width"
             )
@@ -83,21 +84,21 @@ def read_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
     """The state dict in a `.safetensors` or a `torch.save` file, unwrapped, on the CPU. Never runs pickled code.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: The file is damaged, or holds something other than tensors; the message says what to do.
+        UserError: There is no such file.
+        UserError: The file is damaged, or holds something other than tensors; the message says what to do.
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such checkpoint file")
+        raise UserError(f"{path}: no such checkpoint file")
     try:
         if path.suffix == ".safetensors":
             return unwrap_state_dict(load_file(path))
         return unwrap_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     except (SafetensorError, RuntimeError, EOFError, OSError) as error:
         what = str(error) or type(error).__name__
-        raise ValueError(f"{path} is damaged or cut short ({what}): fetch it again, or use another one") from error
+        raise UserError(f"{path} is damaged or cut short ({what}): fetch it again, or use another one") from error
     except pickle.UnpicklingError as error:
-        raise ValueError(
+        raise UserError(
             f"{path} holds more than tensors and plain values, and is not loaded, since that could run code. If you "
             "trust it, load it yourself, save its state dict alone with torch.save, and use that file."
         ) from error
@@ -115,7 +116,7 @@ def load_weights(model: nn.Module, path: str | os.PathLike, *, resample: bool = 
         The model.
 
     Raises:
-        FileNotFoundError, ValueError: See `read_state_dict`.
+        UserError: See `read_state_dict`.
         RuntimeError: Keys or shapes differ; the message lists them.
     """
     state_dict = read_state_dict(path)
@@ -149,11 +150,11 @@ def released_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The model's weights under the released code's keys, detached, on the CPU: what its `load_state_dict` takes.
 
     Raises:
-        ValueError: The model is one that the released code cannot build (an ablation or another residual form).
+        UserError: The model is one that the released code cannot build (an ablation or another residual form).
     """
     difference = _unreleased_mae(model) if isinstance(model, CRATEMAE) else _unreleased(model)
     if difference:
-        raise ValueError(
+        raise UserError(
             f"the released code has no such model ({difference}): its weights would not load there, or would give "
             "other outputs. Save model.state_dict() for use with crate_fast."
         )

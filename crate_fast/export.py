@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 from torch.export import Dim, ExportedProgram
 
+from crate_fast.errors import UserError, require
 from crate_fast.exported import Difference, compare, open_exported
-from crate_fast.extras import require
 from crate_fast.model import CRATE
 from crate_fast.portable import PortableCRATE
 from crate_fast.provenance import provenance
@@ -29,7 +29,7 @@ MIN_OPSET = 18  # the first that PyTorch's exporter writes without converting
 FACTS_FILE = "crate_fast.json"  # inside a .pt2
 
 
-class MismatchError(ValueError):
+class MismatchError(UserError):
     """What was written does not compute what the model computes."""
 
 
@@ -72,10 +72,10 @@ def write_onnx(
         opset: Version of ONNX's operators, 18 or newer.
 
     Raises:
-        ModuleNotFoundError: onnx or onnxscript is missing.
-        ValueError: The opset is too old, or newer than the installed onnx.
+        UserError: onnx or onnxscript is missing.
+        UserError: The opset is too old, or newer than the installed onnx.
     """
-    require("export", "onnx", "onnxscript")
+    require("onnx", "onnxscript")
     _check_opset(opset)
     written = torch.onnx.export(
         program,
@@ -96,7 +96,7 @@ def _check_opset(opset: int) -> None:
 
     newest = onnx.defs.onnx_opset_version()
     if not MIN_OPSET <= opset <= newest:
-        raise ValueError(
+        raise UserError(
             f"opset={opset}: give one from {MIN_OPSET} to {newest}, the newest that the installed onnx has"
         )
 
@@ -138,16 +138,16 @@ def export_model(
 
     Raises:
         TypeError: The model is no CRATE.
-        ValueError: An option is wrong; the message names it.
+        UserError: An option is wrong; the message names it.
         MismatchError: An exported model differs from the model by more than the tolerance.
-        ModuleNotFoundError: A package that ONNX needs is missing.
+        UserError: A package that ONNX needs is missing.
     """
     folder, formats = Path(folder), list(formats)
     _check_formats(formats, opset)
     if not tolerance > 0:
-        raise ValueError(f"tolerance={tolerance}: give a positive number, such as 1e-4")
+        raise UserError(f"tolerance={tolerance}: give a positive number, such as 1e-4")
     if raw and statistics is None:
-        raise ValueError("raw=True: give the statistics, (mean, deviation) of each channel")
+        raise UserError("raw=True: give the statistics, (mean, deviation) of each channel")
     portable = PortableCRATE(model, outputs, layers, statistics if raw else None)
     facts = {**(facts or {}), **_facts(model, portable, statistics)}
     program = capture(portable)
@@ -173,9 +173,9 @@ def _check_formats(formats: list[str], opset: int) -> None:
     """Refuse what cannot be written, before anything is computed."""
     unknown = [name for name in formats if name not in FORMATS]
     if unknown or not formats:
-        raise ValueError(f"formats={formats!r}: choose from {', '.join(FORMATS)}")
+        raise UserError(f"formats={formats!r}: choose from {', '.join(FORMATS)}")
     if "onnx" in formats:
-        require("export", "onnx", "onnxscript", "onnxruntime")
+        require("onnx", "onnxscript", "onnxruntime")
         _check_opset(opset)
 
 

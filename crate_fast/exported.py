@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from crate_fast.extras import require
+from crate_fast.errors import UserError, require
 from crate_fast.model import CRATE
 from crate_fast.portable import PortableCRATE
 from crate_fast.whitebox import trace
@@ -34,16 +34,16 @@ def open_exported(path: str | Path) -> Exported:
         Images → outputs by name; the names are the file's.
 
     Raises:
-        ValueError: The file is of another kind.
-        ModuleNotFoundError: onnxruntime is missing.
+        UserError: The file is of another kind.
+        UserError: onnxruntime is missing.
     """
     path = Path(path)
     if path.suffix == ".pt2":
         module = torch.export.load(path).module()
         return torch.no_grad()(module)
     if path.suffix != ".onnx":
-        raise ValueError(f"{path}: give a file that ends in .onnx or .pt2")
-    require("export", "onnxruntime")
+        raise UserError(f"{path}: give a file that ends in .onnx or .pt2")
+    require("onnxruntime")
     import onnxruntime
 
     settings = onnxruntime.SessionOptions()
@@ -129,7 +129,7 @@ def compare(run: Exported, model: CRATE, portable: PortableCRATE) -> list[Differ
         A `Difference` for each output and size.
 
     Raises:
-        ValueError: The exported model gives other outputs, or outputs of another shape.
+        UserError: The exported model gives other outputs, or outputs of another shape.
     """
     model = copy.deepcopy(model).cpu().float().eval()
     height, width = model.patch_size
@@ -142,7 +142,7 @@ def compare(run: Exported, model: CRATE, portable: PortableCRATE) -> list[Differ
         found = run(images)
         sizes, expected = ({name: tuple(v.shape) for name, v in values.items()} for values in (found, wanted))
         if sizes != expected:
-            raise ValueError(f"for images {list(shape)} the exported model gives {sizes}, and the model {expected}")
+            raise UserError(f"for images {list(shape)} the exported model gives {sizes}, and the model {expected}")
         for name, values in wanted.items():
             absolute = (found[name] - values).abs().max().item()
             differences.append(Difference(name, shape, absolute, values.abs().max().item()))

@@ -10,6 +10,8 @@ import numpy as np
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from crate_fast.errors import UserError
+
 __all__ = ["Curve", "Picture", "curve_figure", "image_grid", "save_figure"]
 
 _STYLE = {
@@ -62,11 +64,11 @@ def image_grid(
         title: Above everything.
 
     Raises:
-        ValueError: There is nothing to draw.
+        UserError: There is nothing to draw.
     """
     columns = max(map(len, rows), default=0)
     if not columns:
-        raise ValueError("there is nothing to draw: pass at least one row with a picture")
+        raise UserError("there is nothing to draw: pass at least one row with a picture")
     with plt.rc_context(_STYLE | {"axes.grid": False}):
         size = np.array([columns, len(rows)]) * _CELL_INCHES
         figure = plt.figure(figsize=size)

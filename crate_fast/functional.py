@@ -11,6 +11,7 @@ from crate_fast import cpu, cpu_attention, triton_ops
 from crate_fast.autocast import autocast_enabled, compute_dtype
 from crate_fast.backends import resolve_backend
 from crate_fast.cpu import linear
+from crate_fast.errors import UserError
 from crate_fast.folding import cached_dictionaries, fold_dictionary, fold_dictionary_once
 
 __all__ = [
@@ -35,7 +36,7 @@ def _check_tensor(name: str, tensor: Tensor, rank: str, ok: bool) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} is a {type(tensor).__name__}: pass a torch.Tensor {rank}")
     if not ok:
-        raise ValueError(f"{name} has shape {tuple(tensor.shape)}: pass {rank}")
+        raise UserError(f"{name} has shape {tuple(tensor.shape)}: pass {rank}")
     if tensor.dtype not in _DTYPES:
         raise TypeError(f"{name} is {tensor.dtype}: cast it to float16, bfloat16, float32 or float64")
 
@@ -44,7 +45,7 @@ def _check_beside(x: Tensor, *, any_dtype: bool = False, **tensors: Tensor) -> N
     """Whether all are on x's device and, unless autocast or any_dtype allows another, in x's dtype."""
     for name, tensor in tensors.items():
         if tensor.device != x.device:
-            raise ValueError(f"{name} is on {tensor.device} and x on {x.device}: move one to the other's device")
+            raise UserError(f"{name} is on {tensor.device} and x on {x.device}: move one to the other's device")
         if tensor.dtype != x.dtype and not any_dtype and not autocast_enabled(x.device.type):
             raise TypeError(f"{name} is {tensor.dtype} and x {x.dtype}: cast one to the other's dtype")
 
@@ -52,7 +53,7 @@ def _check_beside(x: Tensor, *, any_dtype: bool = False, **tensors: Tensor) -> N
 def _check_fraction(name: str, value: float, low: float, high: float | None) -> None:
     if not value >= low or (high is not None and not value < high):
         limits = f"at least {low}" if high is None else f"in [{low}, {high})"
-        raise ValueError(f"{name}={value}: it must be {limits}")
+        raise UserError(f"{name}={value}: it must be {limits}")
 
 
 def subspace_attention(
@@ -72,7 +73,7 @@ def subspace_attention(
 
     Raises:
         ValueError, TypeError: A shape, dtype or option is wrong; the message names it.
-        RuntimeError: backend="triton" cannot run here; the message says why.
+        UserError: backend="triton" cannot run here; the message says why.
 
     >>> w = torch.eye(2).reshape(1, 2, 1, 2)          # two orthogonal tokens
     >>> subspace_attention(w, scale=0.0).flatten()    # no preference: both become the mean
@@ -88,9 +89,7 @@ def subspace_attention(
     scale = w.shape[-1] ** -0.5 if scale is None else float(scale)
     _check_fraction("scale", scale, 0.0, None)
     if dropout_p > 0.0 and backend == "triton":
-        raise RuntimeError(
-            f"backend='triton' cannot run: the kernels drop no weights, dropout_p={dropout_p}. {_AUTO}"
-        )
+        raise UserError(f"backend='triton' cannot run: the kernels drop no weights, dropout_p={dropout_p}. {_AUTO}")
     if dropout_p == 0.0 and resolve_backend(w, backend, head_dim=w.shape[-1]) == "triton":
         return triton_ops.subspace_attention_fwd(w.to(compute_dtype(w)), scale)[0]
     if dropout_p == 0.0 and cpu_attention.serves_attention(w):
@@ -157,7 +156,7 @@ def compress(
     _check_beside(x, projection=projection, output=output, output_bias=output_bias)
     _check_beside(x, any_dtype=True, weight=weight, bias=bias)  # LayerNorm's may stay in fp32
     if residual not in RESIDUALS:
-        raise ValueError(f"residual={residual!r}: choose one of {', '.join(map(repr, RESIDUALS))}")
+        raise UserError(f"residual={residual!r}: choose one of {', '.join(map(repr, RESIDUALS))}")
     head_dim = inner // heads
     if resolve_backend(x, backend, head_dim=head_dim) == "triton":
         scale = head_dim**-0.5 if scale is None else float(scale)
@@ -201,7 +200,7 @@ def ista(
 
     Raises:
         ValueError, TypeError: A shape, dtype, device or option is wrong; the message names it.
-        RuntimeError: backend="triton" cannot run here; the message says why.
+        UserError: backend="triton" cannot run here; the message says why.
 
     >>> ista(torch.tensor([[1.0, -1.0]]), torch.eye(2))
     tensor([[0.9900, 0.0000]])
@@ -264,7 +263,7 @@ def _check_ista(x: Tensor, dictionary: Tensor, step_size: float, sparsity: float
     _check_fraction("step_size", step_size, 0.0, None)
     _check_fraction("sparsity", sparsity, 0.0, None)
     if threshold not in THRESHOLDS:
-        raise ValueError(f"threshold={threshold!r}: choose one of {', '.join(map(repr, THRESHOLDS))}")
+        raise UserError(f"threshold={threshold!r}: choose one of {', '.join(map(repr, THRESHOLDS))}")
 
 
 def _fused_ista(

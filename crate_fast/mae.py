@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from crate_fast.backends import BACKENDS
+from crate_fast.errors import UserError
 from crate_fast.layers import ISTA, MSSA, DecoderLayer, Dictionary, Layer, Linear, PreNorm
 from crate_fast.model import CRATE, check_choice, check_positive, patch_grid, size_pair
 
@@ -40,10 +41,10 @@ def sincos_positions(dim: int, grid: tuple[int, int]) -> Tensor:
     pos / 10000^(2k/half), k = 0 … dim/4 − 1; CLS has zeros (as MAE's, He et al., 2022).
 
     Raises:
-        ValueError: `dim` is not a multiple of four.
+        UserError: `dim` is not a multiple of four.
     """
     if dim % 4:
-        raise ValueError(f"dim={dim}: sine-cosine positions in two dimensions need a multiple of 4")
+        raise UserError(f"dim={dim}: sine-cosine positions in two dimensions need a multiple of 4")
     frequencies = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
     rows, columns = torch.meshgrid(*(torch.arange(side, dtype=torch.float64) for side in grid), indexing="ij")
     angles = [place.reshape(-1, 1) * frequencies for place in (columns, rows)]
@@ -101,7 +102,7 @@ class CRATEMAE(nn.Module):
         device, dtype: Of the parameters.
 
     Raises:
-        ValueError: An argument is out of range or does not fit the others.
+        UserError: An argument is out of range or does not fit the others.
 
     >>> model = CRATEMAE(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3)
     >>> loss, pred, mask = model(torch.zeros(2, 3, 32, 32))
@@ -140,9 +141,9 @@ class CRATEMAE(nn.Module):
         check_choice("backend", backend, BACKENDS)
         for width, heads, prefix in ((embed_dim, num_heads, ""), (decoder_embed_dim, decoder_num_heads, "decoder_")):
             if width % heads:
-                raise ValueError(f"{prefix}embed_dim={width} is not a multiple of {prefix}num_heads={heads}")
+                raise UserError(f"{prefix}embed_dim={width} is not a multiple of {prefix}num_heads={heads}")
         if decoder_embed_dim != embed_dim and not visible_only:
-            raise ValueError(
+            raise UserError(
                 f"decoder_embed_dim={decoder_embed_dim} and embed_dim={embed_dim}: mask tokens pass the encoder, so "
                 "the two are equal; pass visible_only=True for a decoder of its own width"
             )
@@ -220,14 +221,14 @@ class CRATEMAE(nn.Module):
         """How many patches stay visible: int(N·(1 − mask_ratio)), in floating point as released (0.9 of 100 is 9).
 
         Raises:
-            ValueError: None would, or all.
+            UserError: None would, or all.
         """
         n_patches = self.grid_size[0] * self.grid_size[1]
         if not 0 < mask_ratio < 1:
-            raise ValueError(f"mask_ratio={mask_ratio}: it must be above 0, and below 1; 0.75 is usual")
+            raise UserError(f"mask_ratio={mask_ratio}: it must be above 0, and below 1; 0.75 is usual")
         count = int(n_patches * (1 - mask_ratio))
         if not self.can_mask(mask_ratio):
-            raise ValueError(
+            raise UserError(
                 f"mask_ratio={mask_ratio} leaves {count} of {n_patches} patches visible: at least one must be, "
                 "and one not; 0.75 is usual"
             )
@@ -268,13 +269,13 @@ class CRATEMAE(nn.Module):
     def _check(self, imgs: Tensor, noise: Tensor | None) -> None:
         expected = (self.channels, *self.image_size)
         if imgs.dim() != 4 or tuple(imgs.shape[1:]) != expected:
-            raise ValueError(
+            raise UserError(
                 f"images have shape {tuple(imgs.shape)} and the model expects [B, {', '.join(map(str, expected))}]: "
                 "resize them, or build the model with their img_size"
             )
         wanted = (len(imgs), self.grid_size[0] * self.grid_size[1])
         if noise is not None and tuple(noise.shape) != wanted:
-            raise ValueError(f"noise has shape {tuple(noise.shape)}: give a number to each patch, {list(wanted)}")
+            raise UserError(f"noise has shape {tuple(noise.shape)}: give a number to each patch, {list(wanted)}")
 
     def forward_encoder(self, imgs: Tensor, mask_ratio: float, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Mask and encode.
@@ -344,7 +345,7 @@ class CRATEMAE(nn.Module):
             (loss, a scalar; pred [B, N, p·p·channels], for all patches; mask [B, N], 1 where masked, else 0).
 
         Raises:
-            ValueError: Images or noise have another shape, or the ratio leaves nothing to see or to predict.
+            UserError: Images or noise have another shape, or the ratio leaves nothing to see or to predict.
         """
         tokens, order = self.forward_encoder(imgs, mask_ratio, noise)
         pred = self.forward_decoder(tokens, order)
@@ -365,11 +366,11 @@ class CRATEMAE(nn.Module):
             A CRATE with copies of the weights, on their device, in the same mode.
 
         Raises:
-            ValueError: An option would change the weights' architecture.
+            UserError: An option would change the weights' architecture.
         """
         unknown = options.keys() - {"pool", "dropout", "emb_dropout", "head_hidden", "dynamic_img_size", "backend"}
         if unknown:
-            raise ValueError(
+            raise UserError(
                 f"{', '.join(sorted(unknown))}: the encoder's architecture is this model's; leave it out, and for "
                 "another image size call set_input_size on the result"
             )
@@ -428,7 +429,7 @@ def encoder_state_dict(state_dict: dict[str, Tensor], visible_only: bool = False
         visible_only: Which of the two position tables its encoder was trained with.
 
     Raises:
-        ValueError: It is not such a state dict; the message names a key that is missing.
+        UserError: It is not such a state dict; the message names a key that is missing.
     """
     positions = "pos_embed" if visible_only else "decoder_pos_embed"
     names = {"cls_token": "cls_token", positions: "pos_embedding"}
@@ -436,7 +437,7 @@ def encoder_state_dict(state_dict: dict[str, Tensor], visible_only: bool = False
     names |= {"norm.weight": "mlp_head.0.weight", "norm.bias": "mlp_head.0.bias"}
     absent = sorted({*names, "patch_embed.proj.weight"} - state_dict.keys())
     if absent:
-        raise ValueError(f"no state dict of a CRATE-MAE: {absent[0]} is missing")
+        raise UserError(f"no state dict of a CRATE-MAE: {absent[0]} is missing")
     kernel = state_dict["patch_embed.proj.weight"]
     found = {"to_patch_embedding.2.weight": rearrange(kernel, "d c p q -> d (p q c)")}
     for key, value in state_dict.items():

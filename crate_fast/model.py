@@ -9,6 +9,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from crate_fast.backends import BACKENDS
+from crate_fast.errors import UserError
 from crate_fast.functional import THRESHOLDS
 from crate_fast.layers import ISTA, MHSA, MLP, MSSA, Layer, Linear, PreNorm, Transformer
 
@@ -30,27 +31,27 @@ def size_pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
     """The argument `name` as (height, width) in pixels; a ValueError if it is neither one number nor two."""
     pair = (value, value) if isinstance(value, int) else tuple(value)
     if len(pair) != 2 or not all(isinstance(side, int) and side > 0 for side in pair):
-        raise ValueError(f"{name}={value!r}: give one positive integer, or two as (height, width), in pixels")
+        raise UserError(f"{name}={value!r}: give one positive integer, or two as (height, width), in pixels")
     return pair
 
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
     """A ValueError unless the argument `name` is one of the choices."""
     if value not in choices:
-        raise ValueError(f"{name}={value!r}: choose one of {', '.join(map(repr, choices))}")
+        raise UserError(f"{name}={value!r}: choose one of {', '.join(map(repr, choices))}")
 
 
 def check_positive(**sizes: int) -> None:
     """A ValueError unless all are positive integers."""
     for name, size in sizes.items():
         if not isinstance(size, int) or size <= 0:
-            raise ValueError(f"{name}={size!r}: give a positive integer")
+            raise UserError(f"{name}={size!r}: give a positive integer")
 
 
 def patch_grid(image_size: tuple[int, int], patch_size: tuple[int, int]) -> tuple[int, int]:
     """Rows and columns of patches; a ValueError if the patch size does not divide the image size."""
     if image_size[0] % patch_size[0] or image_size[1] % patch_size[1]:
-        raise ValueError(
+        raise UserError(
             f"image size {image_size} is not a multiple of the patch size {patch_size}: "
             "resize or pad the image, or choose another patch size"
         )
@@ -102,7 +103,7 @@ class CRATE(nn.Module):
         device, dtype: Of the parameters.
 
     Raises:
-        ValueError: An argument is out of range or misspelt; the message names it and the choices.
+        UserError: An argument is out of range or misspelt; the message names it and the choices.
 
     >>> model = CRATE(image_size=32, patch_size=4, num_classes=10, dim=48, depth=2, heads=3, dim_head=16)
     >>> model(torch.zeros(2, 3, 32, 32)).shape
@@ -209,10 +210,10 @@ class CRATE(nn.Module):
             patch_size: Only the present one (or None): the patch embedding cannot be resampled.
 
         Raises:
-            ValueError: The patch size does not divide the new size, or is to change.
+            UserError: The patch size does not divide the new size, or is to change.
         """
         if patch_size is not None and size_pair("patch_size", patch_size) != self.patch_size:
-            raise ValueError(
+            raise UserError(
                 f"patch_size={patch_size}: this model's is {self.patch_size}; build a new model for another"
             )
         if img_size is not None:
@@ -229,10 +230,10 @@ class CRATE(nn.Module):
     def embed(self, images: Tensor) -> Tensor:
         """Images [B, channels, height, width] → the first layer's tokens [B, 1 + patches, C], CLS first."""
         if images.dim() != 4 or images.shape[1] != self.channels:
-            raise ValueError(f"images have shape {tuple(images.shape)}: pass [B, {self.channels}, height, width]")
+            raise UserError(f"images have shape {tuple(images.shape)}: pass [B, {self.channels}, height, width]")
         size = (images.shape[2], images.shape[3])
         if size != self.image_size and not self.dynamic_img_size:
-            raise ValueError(
+            raise UserError(
                 f"images are {size[0]}×{size[1]} and the model expects {self.image_size[0]}×{self.image_size[1]}: "
                 f"resize them, call set_input_size({size}), or build the model with dynamic_img_size=True"
             )
@@ -334,7 +335,7 @@ class CRATE(nn.Module):
             global_pool: "cls" (timm's "token") or "mean" (timm's "avg"); unchanged when None.
         """
         if not isinstance(num_classes, int) or num_classes < 0:
-            raise ValueError(f"num_classes={num_classes!r}: give 0 for no head, or a positive integer")
+            raise UserError(f"num_classes={num_classes!r}: give 0 for no head, or a positive integer")
         if global_pool is not None:
             pool = {"token": "cls", "avg": "mean"}.get(global_pool, global_pool)
             check_choice("global_pool", pool, ("cls", "mean"))

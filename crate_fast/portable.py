@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from crate_fast.errors import UserError
 from crate_fast.folding import fold_dictionary
 from crate_fast.layers import ISTA, MHSA, MSSA, Linear
 from crate_fast.model import CRATE
@@ -110,7 +111,7 @@ def choose_outputs(
 
     Raises:
         TypeError: The model is no CRATE.
-        ValueError: There is no such output, no such layer, or the model has no such thing.
+        UserError: There is no such output, no such layer, or the model has no such thing.
     """
     if not isinstance(model, CRATE):
         raise TypeError(
@@ -120,18 +121,18 @@ def choose_outputs(
         outputs = ["logits" if model.num_classes else "features"]
     unknown = [name for name in outputs if name not in OUTPUTS]
     if unknown or not outputs:
-        raise ValueError(f"outputs={list(outputs)!r}: choose from {', '.join(OUTPUTS)}")
+        raise UserError(f"outputs={list(outputs)!r}: choose from {', '.join(OUTPUTS)}")
     if "logits" in outputs and not model.num_classes:
-        raise ValueError("outputs: this model has no classifier, so no logits; ask for features [B, C] instead")
+        raise UserError("outputs: this model has no classifier, so no logits; ask for features [B, C] instead")
     stack = model.transformer.layers
     layers = [attention_layer(model)] if layers is None else list(layers)
     absent = [layer for layer in layers if not -len(stack) <= layer < len(stack)]
     if absent or not layers:
         wrong = f"layer {absent[0]}" if absent else "layers=[]"
-        raise ValueError(f"{wrong}: the model has layers 0 to {len(stack) - 1} (or -{len(stack)} to -1)")
+        raise UserError(f"{wrong}: the model has layers 0 to {len(stack) - 1} (or -{len(stack)} to -1)")
     layers = sorted({layer % len(stack) for layer in layers})
     if "subspace_tokens" in outputs and any(isinstance(stack[layer][0].fn, MHSA) for layer in layers):
-        raise ValueError(
+        raise UserError(
             "outputs: this model's layers have separate query, key and value, so no subspace_tokens; leave them out"
         )
     return tuple(name for name in OUTPUTS if name in outputs), tuple(layers)
@@ -178,7 +179,7 @@ class PortableCRATE(nn.Module):
         if self.raw:
             mean, deviation = (torch.tensor(values, dtype=torch.float32).flatten() for values in statistics)
             if not len(mean) == len(deviation) == model.channels or not (deviation > 0).all():
-                raise ValueError(
+                raise UserError(
                     f"statistics={statistics}: give mean and positive deviation of {model.channels} channels"
                 )
             self.register_buffer("shift", (-mean / deviation).view(1, -1, 1, 1))

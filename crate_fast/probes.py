@@ -29,6 +29,7 @@ from torch import Tensor
 
 from crate_fast import functional
 from crate_fast.accuracy import clear_of_threshold, gradients, judge, spread_tokens, token_scale
+from crate_fast.errors import UserError
 from crate_fast.reference import ista_reference, mssa_reference, subspace_attention_reference
 from crate_fast.settings import FUSED_PRODUCTS, SELF_CHECK
 
@@ -240,7 +241,7 @@ def find_probe(name: str) -> Probe:
     """The probe of this name, one of the unlisted "fault:crash", "fault:hang" and "fault:wrong" included."""
     known = PROBES | FAULTS
     if name not in known:
-        raise ValueError(f"no probe {name!r}: choose one of {', '.join(PROBES)}")
+        raise UserError(f"no probe {name!r}: choose one of {', '.join(PROBES)}")
     return known[name]
 
 

@@ -9,6 +9,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import nn
 
 from crate_fast.checkpoints import adapt_state_dict
+from crate_fast.errors import UserError
 from crate_fast.mae import CRATEMAE, ENCODER_OPTIONS
 from crate_fast.model import CRATE
 
@@ -63,7 +64,7 @@ def _build(img_size, in_chans: int = 3, global_pool: str = "cls", drop_rate: flo
 def _build_mae(num_classes: int = 0, drop_rate: float = 0.0, **kwargs) -> CRATEMAE:
     """CRATEMAE under timm's argument names."""
     if num_classes or drop_rate:
-        raise ValueError(
+        raise UserError(
             f"num_classes={num_classes}, drop_rate={drop_rate}: CRATE-MAE has neither classifier nor dropout; its "
             "`encoder(num_classes, dropout=…)` may have both"
         )
@@ -75,7 +76,7 @@ def _create(name: str, pretrained: bool, kwargs: dict) -> nn.Module:
     if is_mae(name):
         if kwargs.pop("features_only", False):
             encoder = MAE_ENCODER + name.removeprefix(MAE)
-            raise ValueError(f"features_only: {name} gives pixels; its features are those of {encoder}")
+            raise UserError(f"features_only: {name} gives pixels; its features are those of {encoder}")
         sizes = {"patch_size": patch_size, "embed_dim": dim, "depth": depth, "num_heads": heads}
         return build_model_with_cfg(_build_mae, name, pretrained, **(sizes | kwargs))
     sizes = {"patch_size": patch_size, "dim": dim, "depth": depth, "heads": heads} | kwargs

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from crate_fast.errors import UserError
 from crate_fast.whitebox import trace
 
 __all__ = [
@@ -23,7 +24,7 @@ THRESHOLDS = ("topk", "mass")
 READINGS = (*THRESHOLDS, "ap")  # of attention maps: the IoU of their masks, and without a threshold
 
 
-class NoObjectsError(ValueError):
+class NoObjectsError(UserError):
     """There is nothing to score attention maps by."""
 
 
@@ -40,15 +41,15 @@ def attention_to_mask(attention: Tensor, threshold: str = "topk", fraction: floa
         Boolean masks [..., P].
 
     Raises:
-        ValueError: The threshold is misspelt or the fraction out of range.
+        UserError: The threshold is misspelt or the fraction out of range.
 
     >>> attention_to_mask(torch.tensor([0.7, 0.1, 0.2]), "mass", 0.8)
     tensor([ True, False,  True])
     """
     if threshold not in THRESHOLDS:
-        raise ValueError(f"threshold={threshold!r}: choose one of {', '.join(map(repr, THRESHOLDS))}")
+        raise UserError(f"threshold={threshold!r}: choose one of {', '.join(map(repr, THRESHOLDS))}")
     if not 0 < fraction <= 1:
-        raise ValueError(f"fraction={fraction}: it must be in (0, 1]")
+        raise UserError(f"fraction={fraction}: it must be in (0, 1]")
     values, order = attention.double().sort(dim=-1, descending=True, stable=True)
     if threshold == "topk":
         kept = torch.arange(values.shape[-1], device=values.device) < fraction * values.shape[-1] - 1e-9

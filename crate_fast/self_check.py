@@ -20,6 +20,7 @@ from torch import Tensor
 
 from crate_fast.accuracy import Judgement, error_numbers, product_eps, token_scale
 from crate_fast.autocast import without_autocast
+from crate_fast.errors import UserError
 from crate_fast.settings import SELF_CHECK, fused_products_wanted, self_check_wanted
 
 __all__ = ["self_checked"]
@@ -321,7 +322,7 @@ def self_checked(body: Callable) -> Callable:
     """Decorate an operator's body, so that its first launch of each variant on a device is checked.
 
     Raises:
-        RuntimeError: From the operator, in one line: which kernel is wrong or does not run, with which versions of
+        UserError: From the operator, in one line: which kernel is wrong or does not run, with which versions of
             PyTorch, Triton and ptxas, and what to do.
     """
     reference = _REFERENCES[body.__name__]
@@ -381,13 +382,13 @@ def _is_right(body: Callable, reference: _Reference, arguments: tuple, device: t
                 raise
             except Exception as error:
                 cause = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-                raise RuntimeError(_complaint(body, device, f"does not run: {cause}")) from error
+                raise UserError(_complaint(body, device, f"does not run: {cause}")) from error
     except torch.OutOfMemoryError:
         return False
     name, share = max(worst.items(), key=lambda item: item[1])
     if share > 1.0:
         off = f"is wrong: {name} is {share:.3g} times as far from float64 as it may be"
-        raise RuntimeError(_complaint(body, device, off))
+        raise UserError(_complaint(body, device, off))
     return True
 
 

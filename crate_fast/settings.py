@@ -2,6 +2,8 @@
 
 import os
 
+from crate_fast.errors import UserError
+
 __all__ = [
     "FUSED_PRODUCTS",
     "SELF_CHECK",
@@ -22,7 +24,7 @@ def _flag(name: str) -> bool | None:
     if value is None:
         return None
     if value not in ("0", "1"):
-        raise ValueError(f"{name}={value!r}: set it to 0 or 1, or unset it")
+        raise UserError(f"{name}={value!r}: set it to 0 or 1, or unset it")
     return value == "1"
 
 

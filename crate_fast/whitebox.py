@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from crate_fast.errors import UserError
 from crate_fast.layers import ISTA, MHSA, MSSA
 
 __all__ = [
@@ -44,15 +45,15 @@ def coding_rate(w: Tensor, epsilon: float = 0.01) -> Tensor:
         R^c per image [B], in nats; ≥ 0, falling as the tokens gather on fewer directions.
 
     Raises:
-        ValueError: w is not four-dimensional, or epsilon is not positive.
+        UserError: w is not four-dimensional, or epsilon is not positive.
 
     >>> coding_rate(torch.ones(1, 4, 2, 3)).item() < coding_rate(torch.randn(1, 4, 2, 3)).item()
     True
     """
     if w.dim() != 4:
-        raise ValueError(f"w has shape {tuple(w.shape)}: pass subspace tokens [B, N, H, D]")
+        raise UserError(f"w has shape {tuple(w.shape)}: pass subspace tokens [B, N, H, D]")
     if not epsilon > 0:
-        raise ValueError(f"epsilon={epsilon}: give a positive precision, such as the default 0.01")
+        raise UserError(f"epsilon={epsilon}: give a positive precision, such as the default 0.01")
     n_tokens, dim = w.shape[1], w.shape[-1]
     with torch.autocast(w.device.type, enabled=False):
         unit = F.normalize(w if w.dtype == torch.float64 else w.float(), dim=-1).permute(0, 2, 3, 1)
@@ -107,9 +108,7 @@ class LayerTrace:
     def subspace_tokens(self) -> Tensor:
         """W [B, N, H, D], CLS first; the layer must have MSSA."""
         if not self.tied:
-            raise ValueError(
-                f"layer {self.index} has separate query, key and value: it has no subspaces; use `.keys`"
-            )
+            raise UserError(f"layer {self.index} has separate query, key and value: it has no subspaces; use `.keys`")
         return self.queries
 
     def attention(self) -> Tensor:
@@ -152,14 +151,14 @@ def visit_layers(
         What `model.forward_features(images)` returns: [B, N, C], for `model.forward_head`.
 
     Raises:
-        IndexError: There is no such layer.
+        UserError: There is no such layer.
     """
     stack = model.transformer.layers
     depth = len(stack)
     wanted = range(depth) if layers is None else list(layers)
     for index in wanted:
         if not -depth <= index < depth:
-            raise IndexError(f"layer {index}: the model has layers 0 to {depth - 1} (or -{depth} to -1)")
+            raise UserError(f"layer {index}: the model has layers 0 to {depth - 1} (or -{depth} to -1)")
     seen: dict[str, Tensor] = {}
 
     def keep_projected(_module, _inputs, output):
@@ -198,7 +197,7 @@ def trace(model: nn.Module, images: Tensor, layers: Iterable[int] | None = None)
         One `LayerTrace` per chosen layer, in the order of the model.
 
     Raises:
-        IndexError: There is no such layer.
+        UserError: There is no such layer.
     """
     traces: list[LayerTrace] = []
     visit_layers(model, images, traces.append, layers)

@@ -23,11 +23,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from crate_fast.errors import UserError, run_command
 from crate_fast.eval.gallery import first_columns, model_folders, read_images, short_name, write_pages
 from crate_fast.eval.images import Batch, Sample
 from crate_fast.eval.models import Subject
 from crate_fast.eval.noise import add_noise, map_correlation
-from crate_fast.eval.options import evaluation_parser, open_models, output_folder, run_command, settings_of
+from crate_fast.eval.options import evaluation_parser, open_models, output_folder, settings_of
 from crate_fast.eval.results import say_written, write_results, write_table
 from crate_fast.figures import Picture
 from crate_fast.segmentation import attention_to_mask, intersection_over_union
@@ -67,8 +68,8 @@ def evaluate(
         "noisy_maps", an array [levels, images, heads, rows, columns], or None without noise.
 
     Raises:
-        ValueError: The model has no CLS token.
-        IndexError: There is no such layer.
+        UserError: The model has no CLS token.
+        UserError: There is no such layer.
     """
     layer = subject.extract.resolve_layer(layer)
 
@@ -224,7 +225,7 @@ def _noise_levels(options: argparse.Namespace) -> list[tuple[float, float]]:
     if options.figure == "noise_share":
         return [(options.sigma, share) for share in options.levels or SHARES]
     if options.levels:
-        raise ValueError(f"--levels are of noise: they mean nothing to --figure {options.figure}")
+        raise UserError(f"--levels are of noise: they mean nothing to --figure {options.figure}")
     return []
 
 
@@ -232,11 +233,11 @@ def _check_heads(heads: Sequence[int | str], noise: bool, labelled: bool, subjec
     for subject in subjects:
         for head in heads:
             if isinstance(head, int) and head >= subject.extract.heads:
-                raise IndexError(f"--heads {head}: {subject.label} has heads 0 to {subject.extract.heads - 1}")
+                raise UserError(f"--heads {head}: {subject.label} has heads 0 to {subject.extract.heads - 1}")
     if "best" in heads and noise:
-        raise ValueError("--heads best would change heads between noise levels: choose heads by number")
+        raise UserError("--heads best would change heads between noise levels: choose heads by number")
     if "best" in heads and not labelled:
-        raise ValueError("--heads best needs object masks to choose by: use coco, voc or shape_scenes as --data")
+        raise UserError("--heads best needs object masks to choose by: use coco, voc or shape_scenes as --data")
 
 
 def _table(label: str, outcome: dict) -> list[dict]:

@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from crate_fast.errors import UserError, run_command
 from crate_fast.eval.by_layer import MEASURES, check_measures, curves, measure_options
 from crate_fast.eval.by_layer import evaluate as measure
 from crate_fast.eval.images import open_images
 from crate_fast.eval.maskcut import PAPER, MaskCutSettings
 from crate_fast.eval.models import Subject, open_model, split_label
-from crate_fast.eval.options import evaluation_parser, output_folder, run_command, settings_of
+from crate_fast.eval.options import evaluation_parser, output_folder, settings_of
 from crate_fast.eval.principal_components import pca_rgb
 from crate_fast.eval.results import say_written, write_results, write_table
 from crate_fast.figures import Picture, curve_figure, image_grid
@@ -86,14 +87,14 @@ def _colours(tokens: Tensor, grid: tuple[int, int]):
 
 def _command(options: argparse.Namespace) -> None:
     if options.model_args:
-        raise ValueError(f"--model-args {' '.join(options.model_args)}: a run knows its own model; leave them out")
+        raise UserError(f"--model-args {' '.join(options.model_args)}: a run knows its own model; leave them out")
     label, source = split_label(options.model)
     folder = Path(source)
     steps = checkpoint_steps(folder)
     chosen = steps if options.steps is None else options.steps
     absent = sorted(set(chosen) - set(steps))
     if absent:
-        raise ValueError(f"--steps {absent[0]}: {folder} has no such checkpoint; choose from {steps}")
+        raise UserError(f"--steps {absent[0]}: {folder} has no such checkpoint; choose from {steps}")
     device = choose_device(options.device)
     options.device = str(device)
     names = {step: f"{label}={folder}@{step or 'untrained'}" for step in [0, *chosen]}

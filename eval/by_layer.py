@@ -11,11 +11,12 @@ from collections.abc import Sequence
 
 from torch.utils.data import Dataset
 
+from crate_fast.errors import UserError, run_command
 from crate_fast.eval import coarse_segmentation, maskcut
 from crate_fast.eval.images import open_images
 from crate_fast.eval.maskcut import PAPER, MaskCutSettings
 from crate_fast.eval.models import Subject
-from crate_fast.eval.options import evaluation_parser, open_models, output_folder, run_command, settings_of
+from crate_fast.eval.options import evaluation_parser, open_models, output_folder, settings_of
 from crate_fast.eval.results import say_written, write_results, write_table
 from crate_fast.figures import Curve, curve_figure
 
@@ -29,14 +30,14 @@ def check_measures(measures: Sequence[str] | None, images: Dataset, specificatio
     """The measures asked for, or all that the data set has annotations for.
 
     Raises:
-        ValueError: It has none for them.
+        UserError: It has none for them.
     """
     annotated = {"maskcut": images.has_instances, "coarse": images.labelled}
     possible = [name for name in MEASURES if annotated[name]]
     wanted = possible if measures is None else list(measures)
     missing = [name for name in wanted if name not in possible]
     if missing or not wanted:
-        raise ValueError(
+        raise UserError(
             f"--data {specification} has no annotations for {', '.join(missing or MEASURES)}: MaskCut's AP needs "
             "coco:PATH or shape_scenes, coarse segmentation voc:PATH too"
         )

@@ -18,10 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from crate_fast.errors import UserError, run_command
 from crate_fast.eval import paper
 from crate_fast.eval.images import batches
 from crate_fast.eval.models import Subject
-from crate_fast.eval.options import evaluation_parser, open_models, output_folder, positive, run_command, settings_of
+from crate_fast.eval.options import evaluation_parser, open_models, output_folder, positive, settings_of
 from crate_fast.eval.probes import LabelledImages, knn_predictions, linear_probe, pooled
 from crate_fast.eval.results import say_written, write_results, write_table
 from crate_fast.train.config import TrainConfig
@@ -48,14 +49,14 @@ def check(subject: Subject, data: DataSplits, protocols: Sequence[str]) -> None:
     """Refuse what cannot be scored.
 
     Raises:
-        ValueError: A protocol is misspelt, or the model's head does not fit the data set.
+        UserError: A protocol is misspelt, or the model's head does not fit the data set.
     """
     for protocol in protocols:
         if protocol not in PROTOCOLS:
-            raise ValueError(f"--protocol {protocol!r}: choose among {', '.join(PROTOCOLS)}, separated by commas")
+            raise UserError(f"--protocol {protocol!r}: choose among {', '.join(PROTOCOLS)}, separated by commas")
     outputs, classes = subject.model.num_classes, len(data.classes)
     if "head" in protocols and outputs != classes:
-        raise ValueError(
+        raise UserError(
             f"the head of {subject.label} has {outputs} classes and the data set {classes}, so its outputs cannot be "
             "scored: look at its features, with --protocol knn,linear"
         )
@@ -143,7 +144,7 @@ def evaluate(
         where there is no image of it (k-NN: of the first k); "raw_pixels": knn, linear and per_class of those.
 
     Raises:
-        ValueError: See `check`; or there are fewer training images than neighbours, or than two classes in them.
+        UserError: See `check`; or there are fewer training images than neighbours, or than two classes in them.
     """
     check(subject, data, protocols)
     loading = {"problems": [] if problems is None else problems, "batch_size": batch_size, "workers": workers}
@@ -176,10 +177,10 @@ def evaluate(
 def _data_config(subject: Subject, options: argparse.Namespace) -> TrainConfig:
     """The data of the run, or of the options, which come first."""
     if subject.config is None and options.dataset is None:
-        raise ValueError(f"{subject.label} is not a run with a data set of its own: pass --dataset, and --data-dir")
+        raise UserError(f"{subject.label} is not a run with a data set of its own: pass --dataset, and --data-dir")
     height, width = subject.extract.image_size
     if height != width:
-        raise ValueError(f"{subject.label} expects images of {height}×{width} pixels: pass --image-size for a square")
+        raise UserError(f"{subject.label} expects images of {height}×{width} pixels: pass --image-size for a square")
     named = ("dataset", "data_dir", "train_split", "val_split", "train_samples", "val_samples")
     changes = {name: getattr(options, name) for name in named if getattr(options, name) is not None}
     if subject.config is None:

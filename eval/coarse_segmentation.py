@@ -18,10 +18,11 @@ from pathlib import Path
 
 from torch.utils.data import Dataset
 
+from crate_fast.errors import UserError, run_command
 from crate_fast.eval.gallery import first_columns, write_pages
 from crate_fast.eval.images import Sample, batches, open_images
 from crate_fast.eval.models import Subject
-from crate_fast.eval.options import evaluation_parser, open_models, output_folder, positive, run_command, settings_of
+from crate_fast.eval.options import evaluation_parser, open_models, output_folder, positive, settings_of
 from crate_fast.eval.results import say_written, write_results, write_table
 from crate_fast.figures import Picture
 from crate_fast.segmentation import (
@@ -43,10 +44,10 @@ def require_targets(images: Dataset, specification: str) -> None:
     """Refuse a data set without masks.
 
     Raises:
-        ValueError: It has none.
+        UserError: It has none.
     """
     if not images.labelled:
-        raise ValueError(f"--data {specification} has no object masks: use voc:PATH, coco:PATH or shape_scenes")
+        raise UserError(f"--data {specification} has no object masks: use voc:PATH, coco:PATH or shape_scenes")
 
 
 def evaluate(
@@ -73,7 +74,7 @@ def evaluate(
         See `segmentation.score_attention`; "by_class" has class numbers.
 
     Raises:
-        ValueError: No image could be scored.
+        UserError: No image could be scored.
     """
     layers = range(subject.extract.depth) if layers is None else layers
     scores = AttentionScores(fraction, seed)

@@ -13,12 +13,13 @@ import sys
 
 from torch.utils.data import Dataset
 
+from crate_fast.errors import UserError, run_command
 from crate_fast.eval import by_layer, coarse_segmentation, paper
 from crate_fast.eval.by_layer import check_measures
 from crate_fast.eval.images import open_images
 from crate_fast.eval.maskcut import PAPER, MaskCutSettings
 from crate_fast.eval.models import Subject
-from crate_fast.eval.options import evaluation_parser, open_models, output_folder, positive, run_command, settings_of
+from crate_fast.eval.options import evaluation_parser, open_models, output_folder, positive, settings_of
 from crate_fast.eval.results import say_written, write_results, write_table
 
 __all__ = ["compare", "evaluate", "main"]
@@ -116,7 +117,7 @@ def _command(options: argparse.Namespace) -> None:
     for measure in NEEDS[options.table]:
         if given[measure][0] is None:
             option = given[measure][1]
-            raise ValueError(f"--table {options.table} needs the images of {measure}: pass {option} KIND:PATH")
+            raise UserError(f"--table {options.table} needs the images of {measure}: pass {option} KIND:PATH")
     problems: list[str] = []
     ours: dict[str, dict[str, float]] = {}
     output = output_folder(options, f"comparison_{options.table}")

@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from crate_fast.errors import UserError
+
 __all__ = ["refine", "require_crf"]
 
 _ITERATIONS = 10
@@ -14,12 +16,12 @@ def require_crf():
     """The library's module `pydensecrf.densecrf`.
 
     Raises:
-        ModuleNotFoundError: It is not installed; the message says how.
+        UserError: It is not installed; the message says how.
     """
     try:
         from pydensecrf import densecrf
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
+        raise UserError(
             "the CRF needs pydensecrf: pip install 'crate_fast[crf]' (it is compiled: a C++ compiler must be there), "
             "or leave --crf out"
         ) from error

@@ -13,6 +13,8 @@ from contextlib import redirect_stdout
 import numpy as np
 from PIL import Image
 
+from crate_fast.errors import UserError
+
 __all__ = ["class_agnostic_scores", "detections_of", "enlarge", "paint_detections"]
 
 _COLOURS = ((230, 60, 50), (60, 130, 230), (60, 180, 80), (240, 180, 40), (160, 90, 210), (40, 190, 200))
@@ -71,13 +73,13 @@ def class_agnostic_scores(coco, detections: Sequence[dict], image_ids: Sequence[
         −1, as pycocotools says, where there is no object of that size.
 
     Raises:
-        ValueError: None of the images has an annotated object.
+        UserError: None of the images has an annotated object.
     """
     from pycocotools.cocoeval import COCOeval
 
     image_ids = sorted(image_ids)
     if not any(not annotation.get("iscrowd") for i in image_ids for annotation in coco.imgToAnns[i]):
-        raise ValueError(f"none of the {len(image_ids)} images has an annotated object: AP would have no meaning")
+        raise UserError(f"none of the {len(image_ids)} images has an annotated object: AP would have no meaning")
     known = set(image_ids)
     ordered = sorted((d for d in detections if d["image_id"] in known), key=lambda d: d["image_id"])
     names = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")

@@ -16,9 +16,10 @@ import sys
 from pathlib import Path
 
 from crate_fast import CRATE
+from crate_fast.errors import UserError, run_command
 from crate_fast.eval import models as models_module
 from crate_fast.eval.models import class_names, open_model
-from crate_fast.eval.options import positive, run_command
+from crate_fast.eval.options import positive
 from crate_fast.eval.results import file_name, make_folder
 from crate_fast.export import FORMATS, MIN_OPSET, export_model
 from crate_fast.portable import OUTPUTS
@@ -68,9 +69,9 @@ def _statistics(normalize: Normalize) -> tuple[list[float], list[float]]:
 def _export(options: argparse.Namespace) -> None:
     subject = open_model(options.model, "cpu", options.image_size, options.model_args, options.seed)
     if options.model_args and subject.config is not None:
-        raise ValueError(f"--model-args {' '.join(options.model_args)}: a run knows its own model; leave them out")
+        raise UserError(f"--model-args {' '.join(options.model_args)}: a run knows its own model; leave them out")
     if not isinstance(subject.model, CRATE):
-        raise ValueError(
+        raise UserError(
             f"{subject.facts['model']} is a {type(subject.model).__name__} of timm: crate-fast exports CRATE, its "
             "ablations and the encoders of CRATE-MAE; name one of those"
         )

@@ -18,6 +18,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from crate_fast.errors import UserError
 from crate_fast.model import CRATE
 from crate_fast.whitebox import attention_layer, cls_attention, trace
 
@@ -57,7 +58,9 @@ class Features:
 
     def _tokens(self, layer: int) -> LayerTokens:
         if layer not in self.layers:
-            raise KeyError(f"layer {layer} was not extracted: ask for it in the call (there are {list(self.layers)})")
+            raise UserError(
+                f"layer {layer} was not extracted: ask for it in the call (there are {list(self.layers)})"
+            )
         return self.layers[layer]
 
     def keys(self, layer: int) -> Tensor:
@@ -69,21 +72,21 @@ class Features:
         """`keys`, of a layer that has subspaces.
 
         Raises:
-            ValueError: It has separate queries and keys.
+            UserError: It has separate queries and keys.
         """
         if not self._tokens(layer).tied:
-            raise ValueError(f"layer {layer} has separate query and key: it has no subspaces; use keys({layer})")
+            raise UserError(f"layer {layer} has separate query and key: it has no subspaces; use keys({layer})")
         return self.keys(layer)
 
     def cls_attention(self, layer: int) -> Tensor:
         """Attention of CLS on the patches, softmax over patches only: [B, H, P] (paper, Eq. 10 and 11).
 
         Raises:
-            ValueError: The model has no CLS token.
+            UserError: The model has no CLS token.
         """
         tokens = self._tokens(layer)
         if not tokens.has_cls:
-            raise ValueError("this model has no CLS token, so no CLS attention: choose one with class_token=True")
+            raise UserError("this model has no CLS token, so no CLS attention: choose one with class_token=True")
         return self._attention(tokens, 0)
 
     def patch_attention(self, layer: int, patch: int) -> Tensor:
@@ -94,11 +97,11 @@ class Features:
             patch: Its number, row by row.
 
         Raises:
-            IndexError: There is no such patch.
+            UserError: There is no such patch.
         """
         tokens, count = self._tokens(layer), self.grid[0] * self.grid[1]
         if not 0 <= patch < count:
-            raise IndexError(f"patch {patch}: the image has patches 0 to {count - 1}, row by row")
+            raise UserError(f"patch {patch}: the image has patches 0 to {count - 1}, row by row")
         return self._attention(tokens, tokens.prefix + patch)
 
     @staticmethod
@@ -140,12 +143,12 @@ class FeatureExtractor(ABC):
         """Expect square images of `size` pixels; the positions are interpolated.
 
         Raises:
-            ValueError: The patch size does not divide it.
+            UserError: The patch size does not divide it.
         """
         if size <= 0 or any(size % side for side in self.patch_size):
             side = max(self.patch_size)
             near = max(side, round(size / side) * side)
-            raise ValueError(
+            raise UserError(
                 f"image size {size} is not a multiple of this model's patch size {self.patch_size[0]}×"
                 f"{self.patch_size[1]}: pass --image-size {near}"
             )
@@ -156,12 +159,12 @@ class FeatureExtractor(ABC):
         """`layer` counted from 0 (negative ones from the end), the default when None.
 
         Raises:
-            IndexError: There is no such layer.
+            UserError: There is no such layer.
         """
         if layer is None:
             return self.default_layer
         if not -self.depth <= layer < self.depth:
-            raise IndexError(f"layer {layer}: this model has layers 0 to {self.depth - 1}; pass one with --layer")
+            raise UserError(f"layer {layer}: this model has layers 0 to {self.depth - 1}; pass one with --layer")
         return layer % self.depth
 
     @torch.no_grad()

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch.nn.functional as F
 
+from crate_fast.errors import UserError
 from crate_fast.eval.images import Batch, Sample, batches, open_images
 from crate_fast.eval.models import Subject
 from crate_fast.eval.results import file_name
@@ -33,7 +34,7 @@ def read_images(
         containing: Take only images in which a class of this name occurs; `--limit` counts these.
 
     Raises:
-        ValueError: No class has that name, or none of the images contains it.
+        UserError: No class has that name, or none of the images contains it.
     """
     images = open_images(options.data, subject.extract.image_size[0], None if containing else options.limit)
     number = None if containing is None else _class_number(images.class_names(), containing)
@@ -50,14 +51,14 @@ def read_images(
         if number is not None and len(kept) == options.limit:
             break
     if not kept:
-        raise ValueError(f"--class {containing}: none of the {len(images)} images contains it; choose another")
+        raise UserError(f"--class {containing}: none of the {len(images)} images contains it; choose another")
 
 
 def _class_number(names: dict[int, str], wanted: str) -> int:
     found = [number for number, name in names.items() if name == wanted]
     if not found:
         known = f"it has {', '.join(names.values())}" if names else "it has no object masks"
-        raise ValueError(f"--class {wanted!r}: the data set has no such class; {known}")
+        raise UserError(f"--class {wanted!r}: the data set has no such class; {known}")
     return found[0]
 
 

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from crate_fast.errors import UserError
 from crate_fast.train.data import UNREADABLE
 from crate_fast.train.shape_scenes import ShapeScenes
 
@@ -121,7 +122,7 @@ class ImageFiles(Dataset):
         size: Side to which images are squashed (bicubic), in pixels.
 
     Raises:
-        FileNotFoundError: There is no folder, or no image in it.
+        UserError: There is no folder, or no image in it.
     """
 
     labelled, has_instances = False, False
@@ -129,10 +130,10 @@ class ImageFiles(Dataset):
     def __init__(self, root: Path, size: int):
         self.root, self.size = root, size
         if not root.is_dir():
-            raise FileNotFoundError(f"{root}: no such folder; pass --data folder:PATH with the folder of your images")
+            raise UserError(f"{root}: no such folder; pass --data folder:PATH with the folder of your images")
         files = sorted(path for path in root.rglob("*") if path.suffix.lower() in EXTENSIONS)
         if not files:
-            raise FileNotFoundError(f"{root} holds no images ({', '.join(EXTENSIONS)})")
+            raise UserError(f"{root} holds no images ({', '.join(EXTENSIONS)})")
         self.items: list[tuple[str | int, Path]] = [(str(path.relative_to(root)), path) for path in files]
 
     def __len__(self) -> int:
@@ -177,27 +178,25 @@ class VocImages(ImageFiles):
         places = [root, root / "VOC2012", root / "VOCdevkit" / "VOC2012"]
         found = next((place for place in places if (place / "SegmentationClass").is_dir()), None)
         if found is None:
-            raise FileNotFoundError(
+            raise UserError(
                 f"{root} has no SegmentationClass folder: pass --data voc:PATH with the folder VOC2012 of VOCdevkit"
             )
         self.root, self.size = found, size
         names = found / "ImageSets" / "Segmentation" / f"{split}.txt"
         if not names.is_file():
-            raise FileNotFoundError(
-                f"{names} is not there: it lists the images of the split {split!r}. Unpack VOC again"
-            )
+            raise UserError(f"{names} is not there: it lists the images of the split {split!r}. Unpack VOC again")
         keys = names.read_text().split()
         if not keys:
-            raise FileNotFoundError(f"{names} lists no images")
+            raise UserError(f"{names} lists no images")
         self.items = [(key, found / "JPEGImages" / f"{key}.jpg") for key in keys]
 
     def target(self, key: str | int, size: tuple[int, int]) -> Target:
         with Image.open(self.root / "SegmentationClass" / f"{key}.png") as file:
             if file.mode not in ("P", "L"):
-                raise ValueError(f"annotation {key}.png has mode {file.mode}, not a palette of class numbers")
+                raise UserError(f"annotation {key}.png has mode {file.mode}, not a palette of class numbers")
             labels = torch.from_numpy(np.array(file))
         if tuple(labels.shape) != size:
-            raise ValueError(f"annotation {key}.png is {tuple(labels.shape)}, its image {size}")
+            raise UserError(f"annotation {key}.png is {tuple(labels.shape)}, its image {size}")
         classes = [c for c in labels.unique().tolist() if c not in (0, VOID)]
         masks = torch.stack([labels == c for c in classes]) if classes else torch.zeros(0, *size, dtype=torch.bool)
         return Target(classes, masks, labels != VOID)
@@ -227,19 +226,19 @@ class CocoImages(ImageFiles):
         names = [root / f"instances_{split}.json", root / "annotations" / f"instances_{split}.json"]
         found = next((name for name in names if name.is_file()), None)
         if found is None:
-            raise FileNotFoundError(f"{names[0]} is not there, nor {names[1]}: pass --data coco:PATH[:SPLIT]")
+            raise UserError(f"{names[0]} is not there, nor {names[1]}: pass --data coco:PATH[:SPLIT]")
         if not (root / split).is_dir():
-            raise FileNotFoundError(f"{root / split} is not there: the images belong there")
+            raise UserError(f"{root / split} is not there: the images belong there")
         try:
             with redirect_stdout(io.StringIO()):  # it prints how it gets on
                 self.coco = COCO(found)
         except (ValueError, AssertionError, KeyError, TypeError) as error:
-            raise ValueError(
+            raise UserError(
                 f"{found} does not hold COCO's annotations ({type(error).__name__}: {error}): fetch it again"
             ) from error
         self.items = [(i, root / split / self.coco.imgs[i]["file_name"]) for i in sorted(self.coco.imgs)]
         if not self.items:
-            raise FileNotFoundError(f"{found} lists no images")
+            raise UserError(f"{found} lists no images")
 
     def target(self, key: str | int, size: tuple[int, int]) -> Target:
         masks: dict[int, np.ndarray] = {}
@@ -247,7 +246,7 @@ class CocoImages(ImageFiles):
         for annotation in self.coco.imgToAnns[key]:
             pixels = self.coco.annToMask(annotation).astype(bool)
             if pixels.shape != size:
-                raise ValueError(f"the annotations say {pixels.shape}, the image is {size}")
+                raise UserError(f"the annotations say {pixels.shape}, the image is {size}")
             if annotation.get("iscrowd"):
                 void |= pixels
             else:
@@ -329,18 +328,18 @@ def open_images(specification: str, size: int, limit: int | None = None) -> Data
         A data set of `Sample`s.
 
     Raises:
-        FileNotFoundError: Images or annotations are not where they should be.
-        ValueError: The specification is misspelt, or the limit is not positive.
+        UserError: Images or annotations are not where they should be.
+        UserError: The specification is misspelt, or the limit is not positive.
     """
     if limit is not None and limit < 1:
-        raise ValueError(f"--limit {limit}: give a positive number, or leave it out for all images")
+        raise UserError(f"--limit {limit}: give a positive number, or leave it out for all images")
     kind, _, rest = specification.partition(":")
     if kind == "shape_scenes":
         if rest and not rest.isdigit():
-            raise ValueError(f"--data {specification}: write shape_scenes or shape_scenes:SEED")
+            raise UserError(f"--data {specification}: write shape_scenes or shape_scenes:SEED")
         return SceneImages(size, limit or 500, int(rest or 0))
     if kind not in ("folder", "voc", "coco") or not rest:
-        raise ValueError(
+        raise UserError(
             f"--data {specification!r}: write folder:PATH, voc:PATH, coco:PATH[:SPLIT] or shape_scenes[:SEED]"
         )
     path, _, split = rest.rpartition(":") if kind == "coco" and not Path(rest).exists() else (rest, "", "")
@@ -374,7 +373,7 @@ def batches(
         allow_none: Whether it is all right if not one image can be read, as in a part of a set.
 
     Raises:
-        ValueError: Not one image could be read.
+        UserError: Not one image could be read.
     """
     loader = DataLoader(images, batch_size=batch_size, num_workers=workers, collate_fn=list)
     readable, before = 0, len(problems)
@@ -390,4 +389,4 @@ def batches(
                 yield Batch(torch.stack([sample.image for sample in good]), good)
             bar.update(len(samples))
     if not readable and not allow_none:
-        raise ValueError(f"none of the {len(images)} images could be read; the first: {problems[before]}")
+        raise UserError(f"none of the {len(images)} images could be read; the first: {problems[before]}")

@@ -23,6 +23,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
+from crate_fast.errors import UserError, run_command
 from crate_fast.eval.crf import refine, require_crf
 from crate_fast.eval.detections import class_agnostic_scores, detections_of, enlarge, paint_detections
 from crate_fast.eval.images import batches, open_images
@@ -33,7 +34,6 @@ from crate_fast.eval.options import (
     open_models,
     output_folder,
     positive,
-    run_command,
     settings_of,
 )
 from crate_fast.eval.precision import exact_fp32
@@ -96,15 +96,15 @@ def object_of(vector: Tensor, grid: tuple[int, int]) -> Tensor:
 
 def _check(num_objects: int, tau: float) -> None:
     if num_objects < 1:
-        raise ValueError(f"num_objects={num_objects}: ask for at least one")
+        raise UserError(f"num_objects={num_objects}: ask for at least one")
     if not -1 <= tau <= 1:
-        raise ValueError(f"tau={tau}: a cosine lies from -1 to 1")
+        raise UserError(f"tau={tau}: a cosine lies from -1 to 1")
 
 
 def _square(n_patches: int) -> tuple[int, int]:
     side = round(n_patches**0.5)
     if side * side != n_patches:
-        raise ValueError(f"{n_patches} patches are no square grid: pass grid=(rows, columns)")
+        raise UserError(f"{n_patches} patches are no square grid: pass grid=(rows, columns)")
     return side, side
 
 
@@ -146,7 +146,7 @@ def maskcut(
         `MaskCut`, with a batch dimension even for one image.
 
     Raises:
-        ValueError: Shapes or settings do not fit, or the features are not finite.
+        UserError: Shapes or settings do not fit, or the features are not finite.
 
     Differs from CutLER's code, on purpose: the eigenvector's sign is fixed (there it is the solver's, and changes
     masks); a dropped mask ends the search (there nothing is painted, so the same mask comes back in the next round
@@ -162,18 +162,18 @@ def maskcut(
     """
     features = features.unsqueeze(0) if features.dim() == 2 else features
     if features.dim() != 3 or not features.is_floating_point():
-        raise ValueError(f"features are {tuple(features.shape)} of {features.dtype}: pass floats [P, C] or [B, P, C]")
+        raise UserError(f"features are {tuple(features.shape)} of {features.dtype}: pass floats [P, C] or [B, P, C]")
     n_patches = features.shape[1]
     grid = _square(n_patches) if grid is None else grid
     if n_patches < 2:
-        raise ValueError("one patch cannot be cut: use larger images (--image-size) for a finer grid")
+        raise UserError("one patch cannot be cut: use larger images (--image-size) for a finer grid")
     if grid[0] * grid[1] != n_patches:
-        raise ValueError(f"grid={grid} does not hold the {n_patches} patches: rows·columns must be P")
+        raise UserError(f"grid={grid} does not hold the {n_patches} patches: rows·columns must be P")
     _check(num_objects, tau)
     if not 0 < epsilon < 1:
-        raise ValueError(f"epsilon={epsilon}: it must be between 0 and 1")
+        raise UserError(f"epsilon={epsilon}: it must be between 0 and 1")
     if not features.isfinite().all():
-        raise ValueError("the features hold NaN or infinity: look at the model and its input's normalisation")
+        raise UserError("the features hold NaN or infinity: look at the model and its input's normalisation")
     on_cpu = features.device.type == "cpu"  # where a batch shares nothing but its slowest image's steps
     chunk = 1 if on_cpu else max(1, int(_LINK_BYTES // (8 * n_patches**2)))
     parts = [_cut_batch(part, num_objects, tau, grid, epsilon) for part in features.split(chunk)]
@@ -394,7 +394,7 @@ def _open_records(folder: Path, decides: dict, processes: Processes) -> Records:
             refusal = str(error)
     refusal = processes.agree(refusal)
     if refusal:
-        raise ValueError(refusal)
+        raise UserError(refusal)
     return Records(folder, decides, processes.rank) if records is None else records
 
 
@@ -410,7 +410,7 @@ def _finish(
     """Gather, score, draw and print."""
     keys = [key for key in images.keys() if key in records]  # noqa: SIM118
     if not keys:
-        raise ValueError(f"none of the {len(images)} images could be read; the first: {problems[0]}")
+        raise UserError(f"none of the {len(images)} images could be read; the first: {problems[0]}")
     for key in keys:
         records[key]["layers"] = {int(name): part for name, part in records[key]["layers"].items()}
     numbers = summarise(images, [records[key] for key in keys], layer, images.keys())

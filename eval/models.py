@@ -19,6 +19,7 @@ from torch import nn
 
 from crate_fast import CRATEMAE
 from crate_fast.checkpoints import load_weights, read_state_dict
+from crate_fast.errors import UserError
 from crate_fast.eval.features import FeatureExtractor, extractor_for
 from crate_fast.eval.shipped import open_shipped, shipped_facts
 from crate_fast.registry import is_mae
@@ -58,10 +59,10 @@ class Subject:
         """Refuse a model without CLS attention.
 
         Raises:
-            ValueError: It has no CLS token.
+            UserError: It has no CLS token.
         """
         if not self.extract.has_cls:
-            raise ValueError(
+            raise UserError(
                 f"{self.label} has no CLS token, so no CLS attention: leave it out, or use maskcut or pca"
             )
 
@@ -100,7 +101,7 @@ def _parse_arguments(words: list[str] | None) -> dict:
     for word in words or []:
         name, separator, value = word.partition("=")
         if not separator or not name:
-            raise ValueError(f"--model-args {word!r}: write KEY=VALUE, such as heads=6")
+            raise UserError(f"--model-args {word!r}: write KEY=VALUE, such as heads=6")
         try:
             arguments[name] = json.loads(value.lower() if value in ("True", "False") else value)
         except json.JSONDecodeError:
@@ -129,14 +130,14 @@ def _from_run(folder: Path, which: str, seed: int) -> tuple[nn.Module, TrainConf
         trained, _, _ = load_model(folder)  # for its number of classes
         return _seeded(lambda: build_model(config, num_classes_of(trained.state_dict())), seed), config
     if which and not which.isdigit():
-        raise ValueError(f"{folder}@{which}: after a run's folder write @STEP or @untrained, or nothing for its best")
+        raise UserError(f"{folder}@{which}: after a run's folder write @STEP or @untrained, or nothing for its best")
     model, config, _ = load_model(folder, int(which) if which else None)
     return model, config
 
 
 def _from_shipped(name: str, which: str, seed: int) -> tuple[nn.Module, str]:
     if which not in ("", "untrained"):
-        raise ValueError(f"{_SHIPPED}{name}@{which}: write {_SHIPPED}{name} or {_SHIPPED}{name}@untrained")
+        raise UserError(f"{_SHIPPED}{name}@{which}: write {_SHIPPED}{name} or {_SHIPPED}{name}@untrained")
     model, facts = open_shipped(name)
     if which:
         model = _seeded(lambda: timm.create_model(facts["name"], **facts["arguments"]), seed)
@@ -147,13 +148,13 @@ def _create(name: str, arguments: dict) -> nn.Module:
     try:
         return timm.create_model(name, **arguments)
     except TypeError as error:
-        raise ValueError(f"{name} does not take --model-args {arguments}: {error}") from error
+        raise UserError(f"{name} does not take --model-args {arguments}: {error}") from error
 
 
 def _from_timm(name: str, which: str, arguments: dict, seed: int) -> nn.Module:
     if not timm.is_model(name):
         near = timm.list_models(f"*{name.split('_')[0]}*")[:4]
-        raise ValueError(
+        raise UserError(
             f"{name!r} is neither the folder of a run nor a model that timm knows"
             + (f" (there are {', '.join(near)}, …)" if near else "")
         )
@@ -163,15 +164,15 @@ def _from_timm(name: str, which: str, arguments: dict, seed: int) -> nn.Module:
         try:
             return _create(name, {"pretrained": True, **arguments})
         except (RuntimeError, OSError) as error:
-            raise ValueError(f"{name}@pretrained: {error}. Give a file of its weights, as in {name}@FILE") from error
+            raise UserError(f"{name}@pretrained: {error}. Give a file of its weights, as in {name}@FILE") from error
     if not which:
-        raise ValueError(f"{name}: say whose weights: {name}@FILE, {name}@pretrained, or {name}@untrained for none")
+        raise UserError(f"{name}: say whose weights: {name}@FILE, {name}@pretrained, or {name}@untrained for none")
     weights = read_state_dict(which)
     model = _create(name, ({} if is_mae(name) else {"num_classes": num_classes_of(weights)}) | arguments)
     try:
         return load_weights(model, which)
     except RuntimeError as error:
-        raise ValueError(
+        raise UserError(
             f"{which} does not hold the weights of {name}: {_first_lines(error)}\nName the model it was saved from, "
             "or give its sizes with --model-args, such as heads=6 img_size=480"
         ) from error
@@ -199,8 +200,8 @@ def open_model(
         seed: Of untrained weights.
 
     Raises:
-        ValueError: The name, the file or the image size does not fit; the message says what to do.
-        FileNotFoundError: There is no such run, checkpoint or file.
+        UserError: The name, the file or the image size does not fit; the message says what to do.
+        UserError: There is no such run, checkpoint or file.
     """
     label, source = split_label(specification)
     place, which = split_source(source)
@@ -217,15 +218,13 @@ def open_model(
     model = model.encoder() if autoencoder else model
     extract = extractor_for(model)
     if extract.channels != 3:
-        raise ValueError(
-            f"{source} takes images of {extract.channels} channels; the protocols read RGB: name another"
-        )
+        raise UserError(f"{source} takes images of {extract.channels} channels; the protocols read RGB: name another")
     weights = _weights_hash(model)
     if image_size is not None:
         extract.set_image_size(image_size)
     if extract.image_size[0] != extract.image_size[1]:
         height, width = extract.image_size
-        raise ValueError(
+        raise UserError(
             f"{source} expects {height}×{width} images, and images are squashed to squares: --image-size N"
         )
     facts = {

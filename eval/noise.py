@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from crate_fast.errors import UserError
+
 __all__ = ["add_noise", "map_correlation"]
 
 
@@ -26,19 +28,19 @@ def add_noise(images: Tensor, sigma: float, share: float, seed: int, first: int 
         Noisy copies, uint8 [B, C, H, W].
 
     Raises:
-        ValueError: The images are not uint8, or sigma, share or seed is out of range.
+        UserError: The images are not uint8, or sigma, share or seed is out of range.
 
     >>> add_noise(torch.full((1, 3, 4, 4), 100, dtype=torch.uint8), 20, 0.5, seed=0).ne(100).any(dim=1).sum().item()
     8
     """
     if images.dtype != torch.uint8 or images.dim() != 4:
-        raise ValueError(f"images are {images.dtype} {tuple(images.shape)}: pass uint8 [B, C, H, W]")
+        raise UserError(f"images are {images.dtype} {tuple(images.shape)}: pass uint8 [B, C, H, W]")
     if not 0 <= sigma < math.inf or not 0 <= share <= 1:
-        raise ValueError(
+        raise UserError(
             f"noise of sigma={sigma} on a share={share} of the pixels: give sigma ≥ 0 and a share in 0..1"
         )
     if seed < 0:
-        raise ValueError(f"seed={seed}: noise needs a seed of at least 0")
+        raise UserError(f"seed={seed}: noise needs a seed of at least 0")
     flat = images.flatten(2).cpu().numpy()
     noisy = flat.copy()
     for number in range(len(flat)):

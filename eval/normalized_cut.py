@@ -20,6 +20,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from crate_fast.errors import UserError
+
 __all__ = ["SAME", "Cut", "second_eigenvector"]
 
 MAX_STEPS = 160  # of Lanczos
@@ -145,7 +147,7 @@ def second_eigenvector(
         one vector of its space; then no answer is the right one, and which comes out is decided by rounding.
 
     Raises:
-        ValueError: Shapes do not fit, or there are fewer than two patches.
+        UserError: Shapes do not fit, or there are fewer than two patches.
 
     Source: Shi and Malik, 2000; Parlett, *The Symmetric Eigenvalue Problem*, ch. 13 (Lanczos, full
         orthogonalisation).
@@ -156,12 +158,12 @@ def second_eigenvector(
     [[True, True, True, False, False, False]]
     """
     if links.dim() != 3 or links.shape[1] != links.shape[2]:
-        raise ValueError(f"links have shape {tuple(links.shape)}: pass [batch, P, P]")
+        raise UserError(f"links have shape {tuple(links.shape)}: pass [batch, P, P]")
     if links.shape[1] < 2:
-        raise ValueError(f"a graph of {links.shape[1]} patch cannot be cut: pass at least two")
+        raise UserError(f"a graph of {links.shape[1]} patch cannot be cut: pass at least two")
     present = torch.ones(links.shape[:2], dtype=torch.bool, device=links.device) if present is None else present
     if present.shape != links.shape[:2]:
-        raise ValueError(f"present has shape {tuple(present.shape)} and links {tuple(links.shape)}: pass [batch, P]")
+        raise UserError(f"present has shape {tuple(present.shape)} and links {tuple(links.shape)}: pass [batch, P]")
     graphs = _Graphs(links, present, epsilon)
     y, theta, gap = _lanczos(graphs, max_steps)
     residual = (graphs.product(y) - theta.unsqueeze(-1) * y).norm(dim=-1)

@@ -1,23 +1,17 @@
 """The command line that the protocols share."""
 
 import argparse
-import dis
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
+from crate_fast.errors import UserError
 from crate_fast.eval import images as images_module
 from crate_fast.eval import models as models_module
 from crate_fast.eval.models import Subject, open_model, split_label
 from crate_fast.eval.results import file_name, make_folder
-from crate_fast.extras import missing
-from crate_fast.train.checkpoint import CheckpointError
 from crate_fast.train.distributed import choose_device
 
-__all__ = ["evaluation_parser", "open_models", "ours", "output_folder", "positive", "run_command", "settings_of"]
-
-_EVAL_PACKAGES = ("pycocotools", "scipy", "sklearn")  # what the extra "eval" installs, as they are imported
+__all__ = ["evaluation_parser", "open_models", "output_folder", "positive", "settings_of"]
 
 
 def positive(text: str) -> int:
@@ -87,18 +81,18 @@ def open_models(options: argparse.Namespace) -> list[Subject]:
     """Every model that the command names.
 
     Raises:
-        ValueError: Two have the same label, or one cannot be opened; see `models.open_model`.
+        UserError: Two have the same label, or one cannot be opened; see `models.open_model`.
     """
     names = options.models if hasattr(options, "models") else [options.model]
     device = choose_device(options.device)
     options.device = str(device)
     subjects = [open_model(name, device, options.image_size, options.model_args, options.seed) for name in names]
     if options.model_args and all(subject.config is not None for subject in subjects):
-        raise ValueError(f"--model-args {' '.join(options.model_args)}: a run knows its own model; leave them out")
+        raise UserError(f"--model-args {' '.join(options.model_args)}: a run knows its own model; leave them out")
     labels = [subject.label for subject in subjects]
     twice = {label for label in labels if labels.count(label) > 1}
     if twice:
-        raise ValueError(f"two models are called {sorted(twice)[0]!r}: give each a name, as in NAME=MODEL")
+        raise UserError(f"two models are called {sorted(twice)[0]!r}: give each a name, as in NAME=MODEL")
     return subjects
 
 
@@ -106,7 +100,7 @@ def output_folder(options: argparse.Namespace, protocol: str) -> Path:
     """`--output`, or a folder named after the protocol and the models; made at once, before anything is computed.
 
     Raises:
-        ValueError: It cannot be made.
+        UserError: It cannot be made.
     """
     names = options.models if hasattr(options, "models") else [options.model]
     words = [file_name(split_label(name)[0]) for name in names]
@@ -116,42 +110,3 @@ def output_folder(options: argparse.Namespace, protocol: str) -> Path:
 def settings_of(options: argparse.Namespace) -> dict:
     """Every setting of a command line, for results.json."""
     return {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
-
-
-def run_command(command: Callable[[argparse.Namespace], None], options: argparse.Namespace) -> int:
-    """Run a protocol; what a user can put right is printed as one message, without a traceback.
-
-    Returns:
-        The exit status: 0, or 2 after such a message.
-    """
-    try:
-        command(options)
-    except (
-        ValueError,
-        IndexError,
-        KeyError,
-        TypeError,
-        FileNotFoundError,
-        CheckpointError,
-        ModuleNotFoundError,
-    ) as e:
-        package = (e.name or "").partition(".")[0] if isinstance(e, ModuleNotFoundError) else ""
-        if package in _EVAL_PACKAGES:
-            message = missing("eval", package)
-        elif ours(e):
-            message = e.args[0] if isinstance(e, KeyError) and e.args else e
-        else:
-            raise
-        print(f"error: {message}", file=sys.stderr)
-        return 2
-    return 0
-
-
-def ours(error: BaseException) -> bool:
-    """Whether a `raise` of this package made the error, rather than a library called in a wrong way."""
-    trace = error.__traceback__
-    while trace.tb_next is not None:
-        trace = trace.tb_next
-    frame = trace.tb_frame
-    ours = frame.f_globals.get("__name__", "").startswith(("crate_fast", "__main__"))
-    return ours and frame.f_code.co_code[trace.tb_lasti] == dis.opmap["RAISE_VARARGS"]

@@ -20,10 +20,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from crate_fast.errors import run_command
 from crate_fast.eval.gallery import first_columns, model_folders, read_images, short_name, write_pages
 from crate_fast.eval.images import Batch, Sample
 from crate_fast.eval.models import Subject
-from crate_fast.eval.options import evaluation_parser, open_models, output_folder, positive, run_command, settings_of
+from crate_fast.eval.options import evaluation_parser, open_models, output_folder, positive, settings_of
 from crate_fast.eval.principal_components import SCALINGS, TooFewPatchesError, foreground, pca_rgb
 from crate_fast.eval.results import say_written, write_results, write_table
 from crate_fast.figures import Picture

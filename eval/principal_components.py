@@ -5,13 +5,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from crate_fast.errors import UserError
+
 __all__ = ["SCALINGS", "Foreground", "TooFewPatchesError", "foreground", "pca_rgb", "principal_components"]
 
 SCALINGS = ("raw", "minmax")
 _PERCENTILES = (0.02, 0.98)  # of a colour channel, mapped to 0 and 1
 
 
-class TooFewPatchesError(ValueError):
+class TooFewPatchesError(UserError):
     """Too few patches are foreground to take components of."""
 
 
@@ -27,12 +29,12 @@ def principal_components(tokens: Tensor, count: int, centred: bool = False) -> t
         (components [C, count], each with its entry of the largest magnitude positive; their shares of ‖Z‖², [count]).
 
     Raises:
-        ValueError: Tokens have fewer than `count` entries, or are not finite.
+        UserError: Tokens have fewer than `count` entries, or are not finite.
     """
     if tokens.shape[-1] < count:
-        raise ValueError(f"features of {tokens.shape[-1]} entries have no {count} components: use a wider model")
+        raise UserError(f"features of {tokens.shape[-1]} entries have no {count} components: use a wider model")
     if not tokens.isfinite().all():
-        raise ValueError("the features hold NaN or infinity: look at the model and its input's normalisation")
+        raise UserError("the features hold NaN or infinity: look at the model and its input's normalisation")
     tokens = tokens.double()
     tokens = tokens - tokens.mean(dim=0) if centred else tokens
     values, vectors = torch.linalg.eigh(tokens.T @ tokens)
@@ -78,7 +80,7 @@ def foreground(
         grid: Rows and columns of patches, at least 3 each; a square when None.
 
     Raises:
-        ValueError: Shapes or settings do not fit.
+        UserError: Shapes or settings do not fit.
 
     >>> features = torch.full((1, 16, 2), -1.0)
     >>> features[0, [5, 6, 9]] = 2.0
@@ -86,13 +88,13 @@ def foreground(
     [5, 6, 9]
     """
     if scaling not in SCALINGS:
-        raise ValueError(f"scaling={scaling!r}: choose one of {', '.join(map(repr, SCALINGS))}")
+        raise UserError(f"scaling={scaling!r}: choose one of {', '.join(map(repr, SCALINGS))}")
     if not threshold >= 0:
-        raise ValueError(f"threshold={threshold}: it must be at least 0")
+        raise UserError(f"threshold={threshold}: it must be at least 0")
     images, patches, width = features.shape
     grid = (round(patches**0.5),) * 2 if grid is None else grid
     if grid[0] * grid[1] != patches or min(grid) < 3:
-        raise ValueError(f"grid={grid} does not fit {patches} patches: rows·columns must be P, and each at least 3")
+        raise UserError(f"grid={grid} does not fit {patches} patches: rows·columns must be P, and each at least 3")
     tokens = features.flatten(0, 1)
     components, explained = principal_components(tokens, min(4, width), scaling == "minmax")
     projection = (tokens.double() @ components[:, 0]).view(images, *grid)
@@ -122,7 +124,7 @@ def pca_rgb(
 
     Raises:
         TooFewPatchesError: Fewer patches are chosen than components and one.
-        ValueError: The features are too short or not finite.
+        UserError: The features are too short or not finite.
     """
     mask = torch.ones(features.shape[:2], dtype=torch.bool, device=features.device) if mask is None else mask
     tokens = features[mask].double()

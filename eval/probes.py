@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from crate_fast.errors import UserError
 from crate_fast.eval.images import Sample
 from crate_fast.train.data import UNREADABLE
 
@@ -74,11 +75,11 @@ def pooled(model: nn.Module, tokens: Tensor, pool: str = "cls") -> Tensor:
         pool: "cls", or "mean" over the patches.
 
     Raises:
-        ValueError: The model has no CLS token.
+        UserError: The model has no CLS token.
     """
     prefix = model.num_prefix_tokens
     if pool == "cls" and getattr(model, "cls_token", None) is None:
-        raise ValueError("this model has no CLS token: pass --pool mean")
+        raise UserError("this model has no CLS token: pass --pool mean")
     token = tokens[:, :1] if pool == "cls" else tokens[:, prefix:].mean(dim=1, keepdim=True)
     return model.forward_head(token.expand(-1, prefix + 1, -1), pre_logits=True)  # of equal tokens any pooling is one
 
@@ -99,14 +100,14 @@ def knn_predictions(
         k → classes [m].
 
     Raises:
-        ValueError: k is not from 1 to n.
+        UserError: k is not from 1 to n.
 
     >>> knn_predictions(torch.eye(2), torch.tensor([4, 7]), torch.tensor([[0.1, 0.9]]), [1])
     {1: tensor([7])}
     """
     for k in ks:
         if not 1 <= k <= len(train):
-            raise ValueError(f"--k {k}: there are {len(train)} training images; ask for at most so many neighbours")
+            raise UserError(f"--k {k}: there are {len(train)} training images; ask for at most so many neighbours")
     unit = F.normalize(train.float(), dim=1)
     n_classes = int(labels.max()) + 1
     found: dict[int, list[Tensor]] = {k: [] for k in ks}
@@ -152,8 +153,8 @@ def linear_probe(
         strengths: Candidates for C.
 
     Raises:
-        ValueError: There are fewer than two classes, or than ten training images.
-        ModuleNotFoundError: scikit-learn is missing.
+        UserError: There are fewer than two classes, or than ten training images.
+        UserError: scikit-learn is missing.
     """
     try:
         from sklearn.exceptions import ConvergenceWarning
@@ -161,10 +162,10 @@ def linear_probe(
         from sklearn.pipeline import make_pipeline
         from sklearn.preprocessing import StandardScaler
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("the linear probe needs scikit-learn: pip install scikit-learn") from error
+        raise UserError("the linear probe needs scikit-learn: pip install scikit-learn") from error
     n_classes = len(labels.unique())
     if n_classes < 2 or len(train) < 10:
-        raise ValueError(
+        raise UserError(
             f"a linear probe of {len(train)} training images of {n_classes} classes says nothing: raise --train-limit"
         )
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))

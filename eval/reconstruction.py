@@ -15,9 +15,10 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from crate_fast.errors import UserError, run_command
 from crate_fast.eval.images import Batch, batches, open_images
 from crate_fast.eval.models import Subject
-from crate_fast.eval.options import evaluation_parser, open_models, output_folder, positive, run_command, settings_of
+from crate_fast.eval.options import evaluation_parser, open_models, output_folder, positive, settings_of
 from crate_fast.eval.results import file_name, say_written, write_results, write_table
 from crate_fast.train.reconstruction import RATIOS, image_noise, reconstruction_figure
 
@@ -55,7 +56,7 @@ def evaluate(
         "images".
 
     Raises:
-        ValueError: The model is no autoencoder.
+        UserError: The model is no autoencoder.
     """
     model = _autoencoder(subject)
     unit = 255 * subject.normalize.scale
@@ -81,7 +82,7 @@ def evaluate(
 
 def _autoencoder(subject: Subject):
     if subject.autoencoder is None:
-        raise ValueError(f"{subject.label} is no CRATE-MAE, and fills nothing in: name a run of pretrain_mae")
+        raise UserError(f"{subject.label} is no CRATE-MAE, and fills nothing in: name a run of pretrain_mae")
     return subject.autoencoder.eval()
 
 
@@ -112,7 +113,7 @@ def _run(options: argparse.Namespace) -> None:
     for subject in subjects:
         _autoencoder(subject)
         if options.image_size not in (None, *subject.autoencoder.image_size):
-            raise ValueError(
+            raise UserError(
                 f"--image-size {options.image_size}: {subject.label} decodes {subject.autoencoder.image_size[0]} px "
                 "images only; leave it out"
             )

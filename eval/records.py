@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
+from crate_fast.errors import UserError
 from crate_fast.eval.results import make_folder
 from crate_fast.train.checkpoint import write_text
 
@@ -26,7 +27,7 @@ class Records:
         key: What a record is of, and is called in it.
 
     Raises:
-        ValueError: The folder holds records made with other settings, or cannot be written.
+        UserError: The folder holds records made with other settings, or cannot be written.
     """
 
     def __init__(self, folder: Path, settings: dict, rank: int = 0, key: str = "image_id"):
@@ -41,7 +42,7 @@ class Records:
                 told = "; ".join(
                     f"{name}: {before.get(name)!r} there, {settings.get(name)!r} now" for name in differing
                 )
-                raise ValueError(
+                raise UserError(
                     f"{folder} holds records of other settings ({told}): give another --output, or remove it"
                 )
         elif rank == 0:

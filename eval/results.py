@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from crate_fast.errors import UserError
 from crate_fast.provenance import provenance
 from crate_fast.train.checkpoint import write_text
 
@@ -85,12 +86,12 @@ def make_folder(folder: Path) -> Path:
     """A folder to write into, made if it is not there.
 
     Raises:
-        ValueError: It cannot be.
+        UserError: It cannot be.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"--output {folder}: no such folder can be made ({error.strerror}); name another") from error
+        raise UserError(f"--output {folder}: no such folder can be made ({error.strerror}); name another") from error
     return folder
 
 

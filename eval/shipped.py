@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from crate_fast.errors import UserError, run_command
 from crate_fast.train import checkpoint
 from crate_fast.train.runs import load_model, model_arguments
 
@@ -42,10 +43,10 @@ def shipped_facts(name: str) -> dict:
         name: Of `shipped_names`.
 
     Raises:
-        ValueError: There is no such model.
+        UserError: There is no such model.
     """
     if name not in shipped_names():
-        raise ValueError(f"shipped:{name}: there are shipped:{', shipped:'.join(shipped_names())}")
+        raise UserError(f"shipped:{name}: there are shipped:{', shipped:'.join(shipped_names())}")
     with safe_open(FOLDER / f"{name}.safetensors", "pt") as file:
         return json.loads(file.metadata()["crate_fast"])
 
@@ -54,7 +55,7 @@ def open_shipped(name: str) -> tuple[nn.Module, dict]:
     """A model of the package in fp32, and its `shipped_facts`.
 
     Raises:
-        ValueError: There is no such model.
+        UserError: There is no such model.
     """
     facts = shipped_facts(name)
     with safe_open(FOLDER / f"{name}.safetensors", "pt") as file:
@@ -72,14 +73,14 @@ def write_shipped(run: Path, path: Path) -> None:
         path: The file, ending in .safetensors.
 
     Raises:
-        FileNotFoundError: There is no run.
-        ValueError: An older version wrote it, without the names of the classes.
+        UserError: There is no run.
+        UserError: An older version wrote it, without the names of the classes.
     """
     model, config, step = load_model(run)
     manifest = checkpoint.manifest(run / "checkpoints", step)
     classes = manifest.get("data", {}).get("classes")
     if not classes:
-        raise ValueError(f"{run} does not name its classes: train it again, or ship another run")
+        raise UserError(f"{run} does not name its classes: train it again, or ship another run")
     facts = {"name": config.model, "arguments": model_arguments(config, len(classes)), "mean": config.mean}
     facts |= {"classes": classes, "source": f"step {step} of a run with commit {manifest['commit']}"}
     weights = {name: tensor.to(torch.float16).contiguous() for name, tensor in model.state_dict().items()}
@@ -93,8 +94,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("run", type=Path, help="folder of the run")
     parser.add_argument("file", type=Path, help="ending in .safetensors")
     options = parser.parse_args(argv)
-    write_shipped(options.run, options.file)
-    return 0
+    return run_command(write_shipped, options.run, options.file)
 
 
 if __name__ == "__main__":

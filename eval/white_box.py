@@ -14,9 +14,10 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
+from crate_fast.errors import UserError, run_command
 from crate_fast.eval.images import Batch, batches, open_images
 from crate_fast.eval.models import Subject
-from crate_fast.eval.options import evaluation_parser, open_models, output_folder, run_command, settings_of
+from crate_fast.eval.options import evaluation_parser, open_models, output_folder, settings_of
 from crate_fast.eval.results import say_written, write_results, write_table
 from crate_fast.figures import Curve, curve_figure
 from crate_fast.layers import ISTA, MSSA
@@ -86,11 +87,11 @@ def evaluate(subject: Subject, image_batches: Iterable[Batch], epsilon: float = 
         measure → reason.
 
     Raises:
-        ValueError: No measure means anything for this model, or ε is not positive.
+        UserError: No measure means anything for this model, or ε is not positive.
     """
     reasons = left_out(subject.model)
     if "coding_rate" in reasons and "sparsity" in reasons:
-        raise ValueError(f"{subject.label} has neither subspaces nor ISTA: there is nothing to measure in it")
+        raise UserError(f"{subject.label} has neither subspaces nor ISTA: there is nothing to measure in it")
     parts: dict[str, list[Tensor]] = {}
     for batch in image_batches:
         pixels = subject.normalize(batch.images.to(subject.device))
@@ -150,7 +151,7 @@ def _run(options: argparse.Namespace) -> None:
     subjects = open_models(options)
     measurable = [s.label for s in subjects if len(left_out(s.model)) < len(MEASURES)]
     if not measurable:
-        raise ValueError("none of these models has subspaces or ISTA: name a CRATE among them")
+        raise UserError("none of these models has subspaces or ISTA: name a CRATE among them")
     folder = output_folder(options, "white_box")
     problems: list[str] = []
     results = {}

@@ -1,6 +1,7 @@
 """What every test file shares: GPU skipping that can be forbidden, one seed, and where kernels run."""
 
 import os
+import re
 
 import pytest
 import torch
@@ -60,6 +61,19 @@ def poisoned():
     assert torch.empty(64).isnan().all(), "PyTorch no longer fills empty tensors: poison them some other way"
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def refuses(capsys):
+    """Check that a command ends with status 2 and an error that matches: `refuses(message, main, words)`."""
+
+    def check(message: str, main, words: list[str]) -> None:
+        capsys.readouterr()
+        assert main(words) == 2
+        error = capsys.readouterr().err
+        assert re.search(rf"(?m)^error: .*{message}", error), error
+
+    return check
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from crate_fast.checkpoints import (
     released_state_dict,
     unwrap_state_dict,
 )
+from crate_fast.errors import UserError
 
 SMALL = {"image_size": 32, "patch_size": 8, "num_classes": 7, "dim": 48, "depth": 2, "heads": 3, "dim_head": 16}
 
@@ -111,7 +112,7 @@ def test_damaged_files_are_named(released, name, tmp_path):
 
 
 def test_absent_and_empty_files_are_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no such checkpoint"):
+    with pytest.raises(UserError, match="no such checkpoint"):
         read_state_dict(tmp_path / "none.pth")
     with pytest.raises(ValueError, match=r"no state dict found.*epoch"):
         unwrap_state_dict({"epoch": 3})

@@ -13,6 +13,7 @@ from oracle import agrees, all_within_twice_eager, gradients, mutant, token_scal
 from torch import Tensor
 
 from crate_fast import CRATE, CRATEMAE, functional, triton_ops
+from crate_fast.errors import UserError
 from crate_fast.functional import compress
 from crate_fast.kernels import attention, layer_norm, product
 from crate_fast.kernels.support import architecture
@@ -333,7 +334,7 @@ def test_which_layers_run_as_one(options, calls, device, monkeypatch):
     torch.manual_seed(1)
     model = CRATE(**(MODEL | options), backend="triton").to(device)
     if "dropout" in options:
-        with pytest.raises(RuntimeError, match="the kernels drop no weights, dropout_p=0.1"):
+        with pytest.raises(UserError, match="the kernels drop no weights, dropout_p=0.1"):
             model(torch.randn(1, 3, 16, 16, device=device))
     else:
         model(torch.randn(1, 3, 16, 16, device=device))

@@ -4,7 +4,9 @@ import dataclasses
 
 import pytest
 import yaml
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
+from crate_fast.train import pretrain
 from crate_fast.train.command_line import build_config, dump_config, field_help, load_recipe, recipe_names
 from crate_fast.train.config import TrainConfig
 
@@ -86,10 +88,11 @@ def test_help_lists_every_option(capsys):
     ],
 )
 def test_command_line_errors(arguments, message, capsys):
-    with pytest.raises(SystemExit) as stop:
-        _config(*arguments)
-    assert stop.value.code == 2
-    assert message in capsys.readouterr().err
+    assert pretrain.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error
+    assert error.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -110,3 +113,14 @@ def test_recipe_errors(text, message, tmp_path):
     with pytest.raises(ValueError, match="bad.yaml") as error:
         load_recipe(str(path))
     assert message in str(error.value)
+
+
+def test_torchruns_own_report_ends_with_the_error(tmp_path, monkeypatch, capsys):
+    """torch.distributed.elastic shows what the first failed process wrote into its error file."""
+    file = tmp_path / "error.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
+    monkeypatch.setenv("RANK", "1")
+    assert pretrain.main(["--lr", "-1"]) == 2
+    assert capsys.readouterr().err == ""
+    failure = ProcessFailure(local_rank=1, pid=1, exitcode=2, error_file=str(file))
+    assert "error: lr=-1.0: it must be positive" in ChildFailedError("pretrain.py", {1: failure}).format_msg()

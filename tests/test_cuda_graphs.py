@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+from crate_fast.errors import UserError
 from crate_fast.train import cuda_graphs, engine
 from crate_fast.train.config import TrainConfig
 from crate_fast.train.cuda_graphs import GraphedCall, record
@@ -162,7 +163,7 @@ def test_what_is_recorded_was_warmed_up_on_a_side_stream(monkeypatch):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_without_a_gpu_nothing_is_recorded():
-    with pytest.raises(RuntimeError, match="CUDA graphs need a CUDA GPU"):
+    with pytest.raises(UserError, match="CUDA graphs need a CUDA GPU"):
         record(lambda: None)
 
 

@@ -11,6 +11,7 @@ import torch
 import torchvision
 from PIL import Image
 
+from crate_fast.errors import UserError
 from crate_fast.train.config import TrainConfig
 from crate_fast.train.data import Batch, Normalize, build_splits, eval_loader, mirrored, train_loader
 
@@ -229,12 +230,12 @@ def test_torchvision_sets_are_opened_by_split_and_download_only_when_asked(
 
 def test_missing_data_is_named(folder, tmp_path):
     with pytest.raises(
-        FileNotFoundError, match=r"val is not there \(data_dir holds: \['train', 'validation'\]\).*--val-split"
+        UserError, match=r"val is not there \(data_dir holds: \['train', 'validation'\]\).*--val-split"
     ):
         build_splits(_folder_config(folder, val_split="val"))
-    with pytest.raises(FileNotFoundError, match="no such folder"):
+    with pytest.raises(UserError, match="no such folder"):
         build_splits(_folder_config(tmp_path / "nowhere"))
-    with pytest.raises(FileNotFoundError, match=r"cifar10 is not in data_dir.*--download"):
+    with pytest.raises(UserError, match=r"cifar10 is not in data_dir.*--download"):
         build_splits(_folder_config(tmp_path, dataset="cifar10"))
 
 

@@ -5,6 +5,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 
+from crate_fast.errors import UserError
 from crate_fast.eval.models import open_model, split_label
 from crate_fast.eval.white_box import main as white_box
 
@@ -32,11 +33,11 @@ def test_a_run_its_steps_and_its_untrained_twin(tiny_run):
     hashes = [twin.facts["weights_sha256"] for twin in twins]
     assert hashes[0] == hashes[1] != hashes[2]
     assert twins[0].facts["parameters"] == best.facts["parameters"]
-    with pytest.raises(FileNotFoundError, match=r"no checkpoint at step 5: choose one of \[4, 8\]"):
+    with pytest.raises(UserError, match=r"no checkpoint at step 5: choose one of \[4, 8\]"):
         open_model(f"{tiny_run}@5")
     with pytest.raises(ValueError, match="write @STEP or @untrained"):
         open_model(f"{tiny_run}@latest")
-    with pytest.raises(FileNotFoundError, match="is no run"):
+    with pytest.raises(UserError, match="is no run"):
         open_model(str(tiny_run.parent) + "@untrained")
 
 
@@ -53,7 +54,7 @@ def test_files_are_loaded_strictly(tmp_path):
         open_model(f"{NAME}@{tmp_path / 'w.pth'}", model_args=["depth=3", *SMALL[1:]])
     with pytest.raises(ValueError, match="does not hold the weights of vit_tiny_patch16_224"):
         open_model(f"vit_tiny_patch16_224@{tmp_path / 'w.pth'}")
-    with pytest.raises(FileNotFoundError, match="no such checkpoint file"):
+    with pytest.raises(UserError, match="no such checkpoint file"):
         open_model(f"{NAME}@{tmp_path / 'absent.pth'}")
 
 

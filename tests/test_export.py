@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from timm import create_model
 
 from crate_fast import CRATE, CRATEMAE, cli, portable
+from crate_fast.errors import UserError
 from crate_fast.eval.models import open_model
 from crate_fast.export import MismatchError, export_model
 from crate_fast.exported import compare, eager_outputs, open_exported
@@ -241,7 +242,7 @@ def test_models_without_what_is_asked_for():
 
 def test_a_missing_package_is_named_first(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(ModuleNotFoundError, match=r"the package onnxruntime: pip install -e \"\.\[export\]\""):
+    with pytest.raises(UserError, match=r"the package onnxruntime: pip install -e \"\.\[export\]\""):
         export_model(_model(), tmp_path / "new", formats=["onnx"])
     assert not (tmp_path / "new").exists()
 

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from crate_fast import CRATE
+from crate_fast.errors import UserError
 from crate_fast.eval.features import Features, LayerTokens, extractor_for
 
 SIZES = {"image_size": 32, "patch_size": 8, "num_classes": 3, "dim": 32, "depth": 3, "heads": 2, "dim_head": 16}
@@ -86,7 +87,7 @@ def test_larger_images_from_the_same_weights(model):
     assert features.keys(extract.default_layer).shape == (1, 36, 32)
     with pytest.raises(ValueError, match="image size 50 is not a multiple.*--image-size 48"):
         extract.set_image_size(50)
-    with pytest.raises(IndexError, match="layer 3: this model has layers 0 to 2"):
+    with pytest.raises(UserError, match="layer 3: this model has layers 0 to 2"):
         extract(torch.randn(1, 3, 48, 48), [3])
     assert extract.resolve_layer(-1) == 2
 
@@ -109,5 +110,5 @@ def test_other_models_and_absent_layers_are_refused():
     with pytest.raises(TypeError, match="no patch features can be read from a Linear"):
         extractor_for(nn.Linear(2, 2))
     tokens = LayerTokens(torch.zeros(1, 5, 1, 2), torch.zeros(1, 5, 1, 2), True, 1.0)
-    with pytest.raises(KeyError, match="layer 2 was not extracted"):
+    with pytest.raises(UserError, match="layer 2 was not extracted"):
         Features((2, 2), {0: tokens}).keys(2)

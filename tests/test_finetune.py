@@ -75,9 +75,8 @@ def test_without_a_checkpoint_to_start_from_it_says_so(capsys, tmp_path, source)
         (["--init", f"{source}@best"], "write @STEP, or nothing"),
         (["--init", str(tmp_path)], "has no config.yaml"),
     ):
-        with pytest.raises((SystemExit, ValueError)) as stop:
-            finetune.main([*SCENES, *words, "--output", str(tmp_path / "run")])
-        assert message in capsys.readouterr().err + str(stop.value)
+        assert finetune.main([*SCENES, *words, "--output", str(tmp_path / "run")]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_a_run_is_opened_with_its_moving_average(source):
@@ -202,8 +201,7 @@ def test_lars_by_hand():
 
 
 def test_linear_probe_refuses_to_train_the_model(source, capsys):
-    with pytest.raises(SystemExit):
-        linear_probe.main(["--init", str(source), "--data-dir", "x", "--no-frozen"])
+    assert linear_probe.main(["--init", str(source), "--data-dir", "x", "--no-frozen"]) == 2
     assert "a linear probe trains a classifier alone" in capsys.readouterr().err
 
 

@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from crate_fast import CRATE, env, folding, functional, kernels, triton_ops, whitebox
 from crate_fast.backends import explain_backend
+from crate_fast.errors import UserError
 from crate_fast.folding import fold_dictionary
 from crate_fast.functional import cached_dictionaries, ista, norm_ista, subspace_attention
 from crate_fast.kernels import folding as folding_kernels
@@ -143,7 +144,7 @@ def test_dropout_runs_in_pytorch(device):
     torch.manual_seed(3)
     expected = F.scaled_dot_product_attention(heads, heads, heads, dropout_p=0.3, scale=0.25).transpose(1, 2)
     torch.testing.assert_close(dropped, expected)
-    with pytest.raises(RuntimeError, match=r"the kernels drop no weights, dropout_p=0.3. Use backend='auto'"):
+    with pytest.raises(UserError, match=r"the kernels drop no weights, dropout_p=0.3. Use backend='auto'"):
         subspace_attention(w, dropout_p=0.3, backend="triton")
 
 
@@ -463,10 +464,10 @@ def _zeros(*shape: int, dtype=torch.float32) -> Tensor:
 
 
 CLEAR_ERRORS = [
-    (lambda: subspace_attention(_zeros(1, 2, 1, 129), backend="triton"), RuntimeError, "heads up to 128 wide.*129"),
-    (lambda: subspace_attention(_zeros(1, 2, 1, 8, dtype=torch.float64), backend="triton"), RuntimeError, "float64"),
+    (lambda: subspace_attention(_zeros(1, 2, 1, 129), backend="triton"), UserError, "heads up to 128 wide.*129"),
+    (lambda: subspace_attention(_zeros(1, 2, 1, 8, dtype=torch.float64), backend="triton"), UserError, "float64"),
     (lambda: subspace_attention(_zeros(1, 2, 1, 8), -1.0), ValueError, "scale=-1.0"),
-    (lambda: ista(*2 * [_zeros(8, 8, dtype=torch.float64)], backend="triton"), RuntimeError, "float64"),
+    (lambda: ista(*2 * [_zeros(8, 8, dtype=torch.float64)], backend="triton"), UserError, "float64"),
     (lambda: norm_ista(_zeros(2, 8), _zeros(7), _zeros(8), _zeros(8, 8)), ValueError, "weight"),
     (lambda: norm_ista(_zeros(2, 8), _zeros(8), None, _zeros(8, 8)), TypeError, "bias"),
 ]
@@ -491,12 +492,12 @@ def test_without_a_gpu():
     assert explain_backend("cuda") == ("torch", "PyTorch finds no CUDA device on this machine")
     assert explain_backend("cpu") == ("torch", "Triton's interpreter runs only where backend='triton' asks for it")
     assert explain_backend("cpu", "triton") == ("triton", "asked for")
-    with pytest.raises(RuntimeError, match="interpreter computes bfloat16 wrongly"):
+    with pytest.raises(UserError, match="interpreter computes bfloat16 wrongly"):
         explain_backend("cpu", "triton", dtype=torch.bfloat16)
     code = (
         "import torch; from crate_fast.functional import ista\n"
         "try: ista(torch.ones(2, 4), torch.eye(4), backend='triton')\n"
-        "except RuntimeError as error: print(error)"
+        "except ValueError as error: print(error)"
     )
     environment = os.environ | {"TRITON_INTERPRET": "0"}
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)

@@ -13,6 +13,7 @@ import torch
 from maskcut_oracle import affinity, maskcut_oracle, second_eigenvector
 from PIL import Image
 
+from crate_fast.errors import UserError
 from crate_fast.eval import crf, normalized_cut
 from crate_fast.eval import maskcut as protocol
 from crate_fast.eval.detections import class_agnostic_scores, detections_of, enlarge
@@ -442,7 +443,7 @@ def test_the_crf_draws_edges_and_is_optional(monkeypatch):
     coarse = np.kron(disc[4::8, 4::8], np.ones((8, 8), bool))
     coarse[46:50, 46:50] = False  # a hole
     monkeypatch.setitem(sys.modules, "pydensecrf", None)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'crate_fast\[crf\]'"):
+    with pytest.raises(UserError, match=r"pip install 'crate_fast\[crf\]'"):
         crf.refine(coarse, picture)
     monkeypatch.undo()
     pytest.importorskip("pydensecrf", reason="the crf extra is not installed")

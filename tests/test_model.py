@@ -12,6 +12,7 @@ from torch import nn
 
 import crate_fast
 from crate_fast import CRATE, CRATE_base, CRATE_large, CRATE_small, CRATE_tiny
+from crate_fast.errors import UserError
 from crate_fast.reference import layer_reference
 
 SMALL = {"image_size": 32, "patch_size": 8, "num_classes": 7, "dim": 48, "depth": 3, "heads": 3, "dim_head": 16}
@@ -421,7 +422,7 @@ def test_bad_images_are_named():
 
 
 def test_forcing_triton_where_it_cannot_run_is_an_error():
-    with pytest.raises(RuntimeError, match="backend='triton' cannot run"):
+    with pytest.raises(UserError, match="backend='triton' cannot run"):
         CRATE(**SMALL, backend="triton").double()(torch.zeros(1, 3, 32, 32).double())
 
 

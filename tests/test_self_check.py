@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from crate_fast import self_check, triton_ops
+from crate_fast.errors import UserError
 from crate_fast.kernels.launch import Launch
 from crate_fast.self_check import alike, self_checked
 
@@ -143,14 +144,14 @@ def _flip(tensor):
 def test_a_wrong_kernel_is_an_error_at_its_first_launch(name, kernel, argument, fault, launches, device):
     arguments = _arguments(name, device)
     launches.faults = [(kernel, argument, fault)]
-    with pytest.raises(RuntimeError) as error:
+    with pytest.raises(UserError) as error:
         self_checked(_body(name))(*arguments)
     message = str(error.value)
     assert message.startswith(f"the kernel crate_fast::{name} is wrong: ")
     for word in ("torch ", "triton ", "TRITON_PTXAS_PATH", "backend='torch'", "CRATE_FAST_SELF_CHECK=0"):
         assert word in message
     assert "\n" not in message
-    with pytest.raises(RuntimeError, match="is wrong"):  # and at every later one
+    with pytest.raises(UserError, match="is wrong"):  # and at every later one
         self_checked(_body(name))(*arguments)
 
 
@@ -181,7 +182,7 @@ def test_of_many_rows_the_first_and_the_last_are_compared(name, fault, launches,
     if name == "compression_fwd":
         arguments = (torch.randn(5, 8, 64, device=device).half(), *arguments[1:])
     launches.faults = [] if fault is None else [("product", "out_ptr", fault)]
-    with nullcontext() if fault is None else pytest.raises(RuntimeError, match="is wrong"):
+    with nullcontext() if fault is None else pytest.raises(UserError, match="is wrong"):
         self_checked(_body(name))(*arguments)
 
 
@@ -230,7 +231,7 @@ def test_a_launch_that_fails_is_an_error_with_a_remedy(monkeypatch, device):
     monkeypatch.setattr(Launch, "run", broken)
     arguments = _arguments("fold", device)
     message = "fold does not run: ValueError: out of resource: shared memory, Required: 300000 .*torch='?"
-    with pytest.raises(RuntimeError, match=message.removesuffix(".*torch='?")) as error:
+    with pytest.raises(UserError, match=message.removesuffix(".*torch='?")) as error:
         self_checked(_body("fold"))(*arguments)
     assert isinstance(error.value.__cause__, ValueError)
     assert "backend='torch'" in str(error.value)
@@ -417,7 +418,7 @@ def test_every_operator_is_self_checked(name, launches, device):
     """Through PyTorch's dispatcher, as a model calls it."""
     written = ("out_ptr", "dw_ptr", "folded_ptr", "partial_ptr", "dx_ptr")
     launches.faults = [("", argument, _scale) for argument in written]
-    with pytest.raises(RuntimeError, match=f"the kernel crate_fast::{name} is wrong"):
+    with pytest.raises(UserError, match=f"the kernel crate_fast::{name} is wrong"):
         OPERATORS[name](*_arguments(name, device))
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from crate_fast.errors import UserError
 from crate_fast.train.config import TrainConfig
 from crate_fast.train.data import build_splits, eval_loader, train_loader
 from crate_fast.train.shards import ShardIndex, find_shards
@@ -109,9 +110,9 @@ def test_a_split_is_beside_or_in_a_folder_and_names_end_where_they_end(tmp_path)
     assert [path.name for path in find_shards(tmp_path, "val")] == ["val-0.tar", "val-1.tar"]
     assert [path.name for path in find_shards(tmp_path, "train")] == ["a.tar", "b.tar"]
     assert [path.name for path in find_shards(tmp_path, "x")] == ["x.tar"]
-    with pytest.raises(FileNotFoundError, match=r"no shards test\*.tar.*val-0.tar.*--val-split"):
+    with pytest.raises(UserError, match=r"no shards test\*.tar.*val-0.tar.*--val-split"):
         find_shards(tmp_path, "test", "--val-split")
-    with pytest.raises(FileNotFoundError, match="no such folder"):
+    with pytest.raises(UserError, match="no such folder"):
         find_shards(tmp_path / "nowhere", "val")
     _plain(tmp_path / "val" / "0.tar", [1])
     with pytest.raises(ValueError, match="both beside.*move one kind away"):

@@ -10,6 +10,7 @@ import torch
 import torchvision
 from PIL import Image
 
+from crate_fast.errors import UserError
 from crate_fast.train.config import TrainConfig
 from crate_fast.train.data import build_splits, eval_loader, plain_splits, readable, train_loader
 from crate_fast.train.sources import Source, nothing_outside
@@ -151,7 +152,7 @@ def test_nothing_readable_at_all_is_an_error(tmp_path):
     data = build_splits(config)
     for path in (tmp_path / "train").rglob("*.jpg"):
         path.unlink()
-    with pytest.raises(RuntimeError, match=r"30 images in a row could not be read.*FileNotFoundError"):
+    with pytest.raises(UserError, match=r"30 images in a row could not be read.*FileNotFoundError"):
         next(iter(train_loader(config, data.train)))
 
 
@@ -217,12 +218,12 @@ def test_empty_folders_and_damaged_archives_say_so(tmp_path):
 class TestHuggingFace:
     def test_a_missing_package_is_named(self, tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, "datasets", None)
-        with pytest.raises(ModuleNotFoundError, match=r"needs the package datasets: pip install crate_fast\[hf\]"):
+        with pytest.raises(UserError, match=r"needs the package datasets: pip install crate_fast\[hf\]"):
             build_splits(TrainConfig(dataset="hf", data_dir=str(tmp_path)))
 
     def test_nothing_is_fetched_unasked(self):
         pytest.importorskip("datasets")
-        with pytest.raises(FileNotFoundError, match=r"'some/name' is no folder.*--download"):
+        with pytest.raises(UserError, match=r"'some/name' is no folder.*--download"):
             build_splits(TrainConfig(dataset="hf", data_dir="some/name"))
 
     def test_unusable_data_is_refused(self, tmp_path, monkeypatch):

@@ -9,11 +9,11 @@ from PIL import Image
 from test_maskcut import _coco as make_coco_boxes
 
 from crate_fast import cli
+from crate_fast.errors import run_command
 from crate_fast.eval import by_epoch, by_layer, coarse_segmentation, comparison, maskcut, paper
 from crate_fast.eval.emergence.command import main as emergence
 from crate_fast.eval.images import open_images
 from crate_fast.eval.models import open_model
-from crate_fast.eval.options import run_command
 from crate_fast.eval.records import Records
 from crate_fast.eval.results import csv_table, latex_table, markdown_table, write_results
 from crate_fast.eval.white_box import main as white_box

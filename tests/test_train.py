@@ -218,14 +218,16 @@ def test_a_finished_run_resumes_to_its_summary(finished):
     assert "validation accuracy" in text
 
 
-def test_an_existing_run_is_not_overwritten(finished):
-    with pytest.raises(FileExistsError, match="pass --resume to continue it"):
-        pretrain.main([*TINY, "--output", str(finished[0]), "--dropout", "0.1"])
+def test_an_existing_run_is_not_overwritten(finished, refuses):
+    refuses("pass --resume to continue it", pretrain.main, [*TINY, "--output", str(finished[0]), "--dropout", "0.1"])
 
 
-def test_another_runs_checkpoint_is_refused_with_the_differing_settings(finished):
-    with pytest.raises(checkpoint.CheckpointError, match=r"lr: 0\.\d+ → 0\.5.*--recipe .*config\.yaml"):
-        pretrain.main([*TINY, "--output", str(finished[0]), "--dropout", "0.1", "--lr", "0.5", "--resume"])
+def test_another_runs_checkpoint_is_refused_with_the_differing_settings(finished, refuses):
+    refuses(
+        r"lr: 0\.\d+ → 0\.5.*--recipe .*config\.yaml",
+        pretrain.main,
+        [*TINY, "--output", str(finished[0]), "--dropout", "0.1", "--lr", "0.5", "--resume"],
+    )
 
 
 # --- checkpoints ---
@@ -282,7 +284,7 @@ def test_a_run_with_a_cut_checkpoint_stops_with_the_remedy_and_goes_on_after_it(
 def test_an_interrupted_save_leaves_no_checkpoint(tmp_path, monkeypatch):
     _save(tmp_path, 1, 1.0)
     monkeypatch.setattr(checkpoint.torch, "save", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(checkpoint.DiskError, match="No space left"):
         _save(tmp_path, 2, 2.0)
     assert checkpoint.steps(tmp_path) == [1]
     checkpoint.load(tmp_path, 1)

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from crate_fast.errors import UserError
 from crate_fast.train.config import TrainConfig
 from crate_fast.train.unreadable import UnreadableTally
 
@@ -18,9 +19,7 @@ def test_too_many_are_an_error_that_says_how_many_and_which():
     assert tally.add([], 0) == []
     tally.check(0)
     tally.add(_lines(7), 0)
-    with pytest.raises(
-        RuntimeError, match=r"(?s)3 of 100 images \(3\.00%\).*epoch 0.*--max-unreadable.*1\.jpg.*7\.jpg"
-    ):
+    with pytest.raises(UserError, match=r"(?s)3 of 100 images \(3\.00%\).*epoch 0.*--max-unreadable.*1\.jpg.*7\.jpg"):
         tally.check(0)
 
 
@@ -36,7 +35,7 @@ def test_none_is_allowed_when_so_set():
     tally = UnreadableTally(TrainConfig(max_unreadable=0.0), 10**6)
     assert tally.add([], 0) == []
     tally.add(_lines(4), 0)
-    with pytest.raises(RuntimeError, match="1 of 1000000"):
+    with pytest.raises(UserError, match="1 of 1000000"):
         tally.check(0)
 
 
@@ -47,5 +46,5 @@ def test_a_restored_tally_counts_on():
     again.restore(json.loads(json.dumps(tally.state())))
     assert again.add(_lines(1), 3) == []
     again.add(_lines(5), 3)
-    with pytest.raises(RuntimeError, match="3 of 100"):
+    with pytest.raises(UserError, match="3 of 100"):
         again.check(3)

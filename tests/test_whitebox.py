@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from crate_fast import CRATE
+from crate_fast.errors import UserError
 from crate_fast.functional import ista
 from crate_fast.reference import coding_rate_reference, subspace_attention_reference
 from crate_fast.whitebox import coding_rate, layer_statistics, nonzero_fraction, trace
@@ -51,7 +52,7 @@ def test_layers_can_be_chosen_from_the_end_and_hooks_are_gone_after():
     model = CRATE(**SMALL)
     images = torch.zeros(1, 3, 32, 32)
     assert [t.index for t in trace(model, images, [-1, 0])] == [0, 2]
-    with pytest.raises(IndexError, match="layer 3: the model has layers 0 to 2"):
+    with pytest.raises(UserError, match="layer 3: the model has layers 0 to 2"):
         trace(model, images, [3])
     for module in model.modules():
         assert not module._forward_hooks

@@ -9,6 +9,7 @@ from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 
+from crate_fast.errors import UserError
 from crate_fast.train.config import TrainConfig
 from crate_fast.train.data import drawing_from
 
@@ -27,7 +28,7 @@ class BatchAugmentation:
         share: Images of a micro-batch.
 
     Raises:
-        ValueError: Images are to be mixed and a micro-batch has an odd number of them.
+        UserError: Images are to be mixed and a micro-batch has an odd number of them.
     """
 
     def __init__(self, config: TrainConfig, num_classes: int, device: torch.device, share: int):
@@ -37,7 +38,7 @@ class BatchAugmentation:
             self.erase = RandomErasing(config.random_erasing, mode="pixel", device=device)
         if config.mixup or config.cutmix:
             if share % 2:
-                raise ValueError(
+                raise UserError(
                     f"mixup and cutmix mix pairs, and a process has {share} images in a micro-batch: make batch_size "
                     "an even multiple of processes × accumulate"
                 )

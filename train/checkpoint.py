@@ -29,6 +29,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from crate_fast.errors import UserError
+
 __all__ = [
     "Checkpoint",
     "CheckpointError",
@@ -52,11 +54,11 @@ BEST = "best.json"
 FORMAT = 2  # of what a run keeps beside its weights; another number is another version's, and not resumed
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(UserError):
     """A checkpoint is damaged, missing or of another run."""
 
 
-class DiskError(OSError):
+class DiskError(UserError):
     """A file of a run could not be written."""
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import yaml
 
+from crate_fast.errors import UserError
 from crate_fast.train.config import TrainConfig, nearest
 
 __all__ = ["build_config", "dump_config", "field_help", "load_recipe", "recipe_names"]
@@ -45,16 +46,16 @@ def _checked(config_class: type, values: dict, source: str) -> dict:
     checked = {}
     for name, value in values.items():
         if name not in fields:
-            raise ValueError(f"{source}: unknown key {name!r}{nearest(str(name), fields)}")
+            raise UserError(f"{source}: unknown key {name!r}{nearest(str(name), fields)}")
         kind = _value_type(fields[name].type)
         optional = kind is not fields[name].type
         if kind is float and isinstance(value, int | str) and not isinstance(value, bool):
             try:  # YAML reads 1e-3 as a string
                 value = float(value)
             except ValueError as error:
-                raise ValueError(f"{source}: {name}={value!r} is not a number") from error
+                raise UserError(f"{source}: {name}={value!r} is not a number") from error
         if not (value is None and optional) and (type(value) is not kind):
-            raise ValueError(f"{source}: {name}={value!r} must be {kind.__name__}")
+            raise UserError(f"{source}: {name}={value!r} must be {kind.__name__}")
         checked[name] = value
     return checked
 
@@ -68,25 +69,28 @@ def load_recipe(name: str, config_class: type = TrainConfig) -> dict:
     """A recipe's settings: a name from `recipe_names()` or the path of a YAML file.
 
     Raises:
-        ValueError: No such recipe, or it holds an unknown key or a value of the wrong type.
+        UserError: No such recipe, or it holds an unknown key or a value of the wrong type.
     """
     path = RECIPES / f"{name}.yaml" if name in recipe_names() else Path(name)
     if not path.is_file():
-        raise ValueError(
+        raise UserError(
             f"no recipe {name!r}{nearest(name, recipe_names())}; "
             f"choose {', '.join(recipe_names())} or a YAML file's path"
         )
     try:
         values = yaml.safe_load(path.read_text()) or {}
     except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from error
+        raise UserError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(values, dict):
-        raise ValueError(f"{path}: a recipe is a mapping of settings, not {type(values).__name__}")
+        raise UserError(f"{path}: a recipe is a mapping of settings, not {type(values).__name__}")
     return _checked(config_class, values, str(path))
 
 
 class _Parser(argparse.ArgumentParser):
-    """An unknown option's error suggests the nearest."""
+    """Raises `UserError` without the usage of some hundred options; an unknown option suggests the nearest."""
+
+    def error(self, message):
+        raise UserError(f"{message}; --help lists the options")
 
     def parse_args(self, args=None, namespace=None):
         parsed, unknown = self.parse_known_args(args, namespace)
@@ -125,6 +129,9 @@ def build_config(
 
     Returns:
         (config, options), options holding `recipe` and the command's own.
+
+    Raises:
+        UserError: An option, a recipe or a setting is wrong.
     """
     parser = _Parser(description=description, allow_abbrev=False)
     parser.add_argument(
@@ -142,17 +149,16 @@ def build_config(
             parser.add_argument(option, type=kind, default=None, metavar=kind.__name__.upper(), help=help_text)
     options = parser.parse_args(argv)
     chosen = {f.name: getattr(options, f.name) for f in dataclasses.fields(config_class)}
-    try:
-        given = {name: value for name, value in chosen.items() if value is not None}
-        config = config_class(**adjust(load_recipe(options.recipe, config_class), given))
-    except (ValueError, FileNotFoundError) as error:
-        parser.error(str(error))
+    given = {name: value for name, value in chosen.items() if value is not None}
+    config = config_class(**adjust(load_recipe(options.recipe, config_class), given))
     if getattr(options, "output", "") is not None:  # named, or not an option of this command
         return config, options
     if options.resume:
-        parser.error("--resume continues the run in --output: name its folder with --output")
+        raise UserError("--resume continues the run in --output: name its folder with --output")
     if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
-        parser.error("torchrun --max-restarts: restarted processes look for their run in --output; name its folder")
+        raise UserError(
+            "torchrun --max-restarts: restarted processes look for their run in --output; name its folder"
+        )
     return config, options
 
 

@@ -5,6 +5,8 @@ import math
 import typing
 from dataclasses import dataclass
 
+from crate_fast.errors import UserError
+
 __all__ = ["MODES_WITH_GRAPHS", "TrainConfig", "nearest"]
 
 DATASETS = ("shape_scenes", "folder", "tar", "shards", "hf", "cifar10", "cifar100", "flowers102", "pets")
@@ -210,53 +212,53 @@ class TrainConfig:
         for name, choices in _CHOICES.items():
             value = getattr(self, name)
             if value not in choices:
-                raise ValueError(f"{name}={value!r}{nearest(value, choices)}; choose one of {', '.join(choices)}")
+                raise UserError(f"{name}={value!r}{nearest(value, choices)}; choose one of {', '.join(choices)}")
         for low, names in ((1, _POSITIVE), (0, _NOT_NEGATIVE)):
             for name in names:
                 value = getattr(self, name)
                 if value is not None and not low <= value < math.inf:
-                    raise ValueError(f"{name}={value}: it must be at least {low}, and finite")
+                    raise UserError(f"{name}={value}: it must be at least {low}, and finite")
         for name in _SHARES:
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}={getattr(self, name)}: it must be between 0 and 1")
+                raise UserError(f"{name}={getattr(self, name)}: it must be between 0 and 1")
         if not 0 < self.layer_decay <= 1:
-            raise ValueError(f"layer_decay={self.layer_decay}: it must be above 0, and at most 1")
+            raise UserError(f"layer_decay={self.layer_decay}: it must be above 0, and at most 1")
         if not 0 < self.lr < math.inf:
-            raise ValueError(f"lr={self.lr}: it must be positive and finite")
+            raise UserError(f"lr={self.lr}: it must be positive and finite")
         if self.batch_size % self.accumulate:
-            raise ValueError(f"batch_size={self.batch_size} is not a multiple of accumulate={self.accumulate}")
+            raise UserError(f"batch_size={self.batch_size} is not a multiple of accumulate={self.accumulate}")
         if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"ema_decay={self.ema_decay}: it must be at least 0, and below 1")
+            raise UserError(f"ema_decay={self.ema_decay}: it must be at least 0, and below 1")
         if self.batch_size % self.repeats:
-            raise ValueError(f"batch_size={self.batch_size} is not a multiple of repeats={self.repeats}")
+            raise UserError(f"batch_size={self.batch_size} is not a multiple of repeats={self.repeats}")
         if self.frozen and (self.mixup or self.cutmix or self.layer_decay < 1):
-            raise ValueError("frozen=True trains a linear classifier alone: leave out mixup, cutmix and layer_decay")
+            raise UserError("frozen=True trains a linear classifier alone: leave out mixup, cutmix and layer_decay")
         if not 0 < self.mask_ratio < 1:
-            raise ValueError(f"mask_ratio={self.mask_ratio}: it must be above 0, and below 1; 0.75 is usual")
+            raise UserError(f"mask_ratio={self.mask_ratio}: it must be above 0, and below 1; 0.75 is usual")
         if self.beta2 is not None and not 0 < self.beta2 < 1:
-            raise ValueError(f"beta2={self.beta2}: it must be above 0, and below 1")
+            raise UserError(f"beta2={self.beta2}: it must be above 0, and below 1")
         if self.head == "new" and not self.init:
-            raise ValueError(
+            raise UserError(
                 "head='new' replaces the classifier of loaded weights: say which with --init, or leave it out"
             )
         if self.dataset != "shape_scenes" and not self.data_dir:
-            raise ValueError(f"dataset={self.dataset!r} needs data_dir: pass --data-dir FOLDER")
+            raise UserError(f"dataset={self.dataset!r} needs data_dir: pass --data-dir FOLDER")
         self._check_graphs()
 
     def _check_graphs(self) -> None:
         mode = f"compile_mode={self.compile_mode!r}"
         if self.compile_mode != "default" and not self.compile:
-            raise ValueError(f"{mode} needs compile=True: pass --compile too")
+            raise UserError(f"{mode} needs compile=True: pass --compile too")
         graphs = self.compile_mode in MODES_WITH_GRAPHS
         if graphs and self.cuda_graphs:
-            raise ValueError(f"{mode} has CUDA graphs of its own: leave out cuda_graphs, or the mode")
+            raise UserError(f"{mode} has CUDA graphs of its own: leave out cuda_graphs, or the mode")
         if graphs and self.accumulate > 1:  # pytorch/pytorch#169545
-            raise ValueError(
+            raise UserError(
                 f"{mode}: PyTorch's CUDA graphs overwrite gradients with accumulate={self.accumulate}; use "
                 "cuda_graphs with compile_mode='default' or 'max-autotune-no-cudagraphs'"
             )
         if self.cuda_graphs and self.grad_checkpointing:  # pytorch/pytorch#162504
-            raise ValueError(
+            raise UserError(
                 "cuda_graphs=True: PyTorch cannot record grad_checkpointing=True, which saves the generator's state; "
                 "leave one of them out"
             )

@@ -23,6 +23,7 @@ from crate_fast import CRATE, CRATEMAE
 from crate_fast.kernels import assuming_gpu
 from crate_fast.layers import ISTA, MHSA
 from crate_fast.train.config import TrainConfig
+from crate_fast.train.optimizer import check_optimizer
 from crate_fast.train.parallel import layers_of
 from crate_fast.train.runs import build_model
 
@@ -201,6 +202,7 @@ def optimizer_bytes(model: nn.Module, config: TrainConfig, shards: int = 1) -> i
     for (shape, share), times in count.items():
         parameter = nn.Parameter(torch.zeros(shape))
         parameter.grad = torch.ones(shape)
+        check_optimizer(config.optimizer)
         optimizer = create_optimizer_v2([parameter], opt=config.optimizer, lr=1e-3, weight_decay=config.weight_decay)
         optimizer.step()
         states = optimizer.state_dict()["state"].values()

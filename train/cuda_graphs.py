@@ -7,6 +7,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from crate_fast.errors import UserError
+
 __all__ = ["GraphedCall", "record"]
 
 _WARM_UPS = 3
@@ -24,7 +26,7 @@ def record(function: Callable[[], _Result]) -> tuple[_Result, Callable[[], None]
             be recorded.
     """
     if not torch.cuda.is_available():
-        raise RuntimeError("CUDA graphs need a CUDA GPU, and PyTorch finds none")
+        raise UserError("CUDA graphs need a CUDA GPU, and PyTorch finds none")
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -59,7 +61,7 @@ class GraphedCall:
         """Copy the inputs to where the graph reads them, and replay it.
 
         Raises:
-            ValueError: An input has another shape or dtype than at the first call.
+            UserError: An input has another shape or dtype than at the first call.
         """
         if self._replay is None:
             self._inputs = [tensor.clone() for tensor in inputs]
@@ -67,7 +69,7 @@ class GraphedCall:
                 self._result, self._replay = record(lambda: self.function(*self._inputs))
         for place, tensor in zip(self._inputs, inputs, strict=True):
             if (place.shape, place.dtype) != (tensor.shape, tensor.dtype):
-                raise ValueError(
+                raise UserError(
                     f"the graph was recorded with {list(place.shape)} in {place.dtype}, and this is "
                     f"{list(tensor.shape)} in {tensor.dtype}: give it the same"
                 )

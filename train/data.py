@@ -25,6 +25,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from crate_fast.errors import UserError
 from crate_fast.train.config import TrainConfig
 from crate_fast.train.shape_scenes import ShapeScenes
 from crate_fast.train.sources import UNREADABLE, Source, common_classes, open_source
@@ -137,7 +138,7 @@ class _Pictures(_Split):
         """See `_Split`.
 
         Raises:
-            RuntimeError: In place of an unreadable image 29 others were tried, all unreadable.
+            UserError: In place of an unreadable image 29 others were tried, all unreadable.
         """
         images = np.empty((len(keys), 3, self.size, self.size), np.uint8)
         labels, kept, problems = [], [], []
@@ -148,7 +149,7 @@ class _Pictures(_Split):
                 labels.append(sample[1])
                 kept.append(key)
             elif replace:
-                raise RuntimeError(
+                raise UserError(
                     f"{_ATTEMPTS} images in a row could not be read, the last: {problems[-1]}. "
                     "Is the disk still there?"
                 )
@@ -207,9 +208,9 @@ def build_splits(config: TrainConfig) -> DataSplits:
     """Open the data set that the configuration names.
 
     Raises:
-        FileNotFoundError: It is not where the configuration says.
-        ValueError: It cannot be used, the two splits have different classes, or `auto_augment` is no policy.
-        ModuleNotFoundError: A package is missing.
+        UserError: It is not where the configuration says.
+        UserError: It cannot be used, the two splits have different classes, or `auto_augment` is no policy.
+        UserError: A package is missing.
     """
     if config.dataset == "shape_scenes":
         common = {"image_size": config.image_size, "seed": config.seed}
@@ -296,17 +297,17 @@ def train_loader(
     """Micro-batches (`Batch`) of this process for every step from `first_step` to the end of the run, always full.
 
     Raises:
-        ValueError: The data set is smaller than a batch, or the batch cannot be dealt out evenly.
-        RuntimeError: While loading, nothing can be read any more.
+        UserError: The data set is smaller than a batch, or the batch cannot be dealt out evenly.
+        UserError: While loading, nothing can be read any more.
     """
     share = config.accumulate * world_size
     if config.batch_size % share:
-        raise ValueError(
+        raise UserError(
             f"batch_size={config.batch_size} cannot be dealt out to {world_size} processes × {config.accumulate} "
             f"accumulation steps: make it a multiple of {share}"
         )
     if len(data) < config.batch_size:
-        raise ValueError(f"the training split has {len(data)} images, fewer than batch_size={config.batch_size}")
+        raise UserError(f"the training split has {len(data)} images, fewer than batch_size={config.batch_size}")
     batches = _TrainBatches(config, len(data), rank, world_size, first_step)
     return _loader(config, _Loading(data, replace=True), batches)
 

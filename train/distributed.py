@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from crate_fast.errors import UserError
+
 __all__ = ["Processes", "choose_device", "process_group"]
 
 
@@ -75,16 +77,16 @@ def choose_device(asked: str, local_rank: int = 0) -> torch.device:
     """The device that `--device` names, made the current one; "auto" is a GPU where there is one.
 
     Raises:
-        ValueError: PyTorch does not see it.
+        UserError: PyTorch does not see it.
     """
     kind = ("cuda" if torch.cuda.is_available() else "cpu") if asked == "auto" else asked
     try:
         device = torch.device(kind)
     except RuntimeError as error:
-        raise ValueError(f"device={asked!r}: choose auto, cpu, cuda or cuda:N") from error
+        raise UserError(f"device={asked!r}: choose auto, cpu, cuda or cuda:N") from error
     if device.type == "cuda":
         if not torch.cuda.is_available():
-            raise ValueError(f"device={asked!r}: PyTorch sees no GPU here; pass --device cpu or install a CUDA build")
+            raise UserError(f"device={asked!r}: PyTorch sees no GPU here; pass --device cpu or install a CUDA build")
         if device.index is None:
             device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
@@ -120,7 +122,7 @@ def process_group(device: str, threads: int = 0):
     world_size, local_size = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     place = choose_device(device, local_rank)
     if torch.device(place).type == "cuda" and ":" in device and local_size > 1:
-        raise ValueError(f"device={device!r} would be shared by {local_size} processes: pass --device cuda")
+        raise UserError(f"device={device!r} would be shared by {local_size} processes: pass --device cuda")
     if threads or local_size > 1:
         torch.set_num_threads(threads or max(1, os.cpu_count() // local_size))
     if world_size > 1:

@@ -9,6 +9,7 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
+from crate_fast.errors import UserError
 from crate_fast.functional import cached_dictionaries
 from crate_fast.train import parallel
 from crate_fast.train.config import MODES_WITH_GRAPHS, TrainConfig
@@ -47,23 +48,23 @@ def check_settings(config: TrainConfig, processes: Processes) -> None:
     """Refuse settings that do not go together on these processes.
 
     Raises:
-        ValueError: Says which, and what to change.
+        UserError: Says which, and what to change.
     """
     sharded = parallel.shares_out(config, processes)
     if sharded and config.clip_mode == "agc" and config.clip_grad:
-        raise ValueError(
+        raise UserError(
             f"clip_mode='agc' needs whole weights, and parallel={config.parallel!r} shares them out: clip by "
             "norm or value, or use parallel='ddp'"
         )
     if sharded and config.compile and config.compile_mode in MODES_WITH_GRAPHS:
-        raise ValueError(
+        raise UserError(
             f"compile_mode={config.compile_mode!r} records the addresses of weights, and parallel="
             f"{config.parallel!r} moves them: use compile_mode='default', or parallel='ddp'"
         )
     if config.cuda_graphs and processes.device.type != "cuda":
-        raise ValueError(f"cuda_graphs=True needs a CUDA GPU, and this run is on {processes.device}: leave it out")
+        raise UserError(f"cuda_graphs=True needs a CUDA GPU, and this run is on {processes.device}: leave it out")
     if config.cuda_graphs and processes.world_size > 1:
-        raise ValueError(f"cuda_graphs=True is for one process, and there are {processes.world_size}: leave it out")
+        raise UserError(f"cuda_graphs=True is for one process, and there are {processes.world_size}: leave it out")
 
 
 class Trainer:
@@ -76,7 +77,7 @@ class Trainer:
         steps_per_epoch: Optimiser steps in an epoch.
 
     Raises:
-        ValueError: The configuration cannot be carried out on these processes.
+        UserError: The configuration cannot be carried out on these processes.
     """
 
     def __init__(self, model: nn.Module, config: TrainConfig, processes: Processes, steps_per_epoch: int):

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from crate_fast.errors import UserError
 from crate_fast.functional import cached_dictionaries
 from crate_fast.train.distributed import Processes
 from crate_fast.train.objective import Objective
@@ -44,7 +45,7 @@ def evaluate(
         stopped.
 
     Raises:
-        ValueError: No image could be read.
+        UserError: No image could be read.
     """
     model.eval()
     together = is_sharded(model)
@@ -68,5 +69,5 @@ def evaluate(
     if stopped:
         return None
     if not count:
-        raise ValueError(f"no image of the validation split could be read: {problems[:3]}")
+        raise UserError(f"no image of the validation split could be read: {problems[:3]}")
     return {name: total / count for name, total in zip(objective.scores, sums, strict=True)}, problems

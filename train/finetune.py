@@ -9,10 +9,10 @@ the recipes have it) replaced; positions are resampled to the new image size. Wh
 import sys
 from pathlib import Path
 
+from crate_fast.errors import UserError
 from crate_fast.registry import MAE, MAE_ENCODER, is_mae
-from crate_fast.train.command_line import build_config
 from crate_fast.train.initial_weights import initial_run
-from crate_fast.train.launch import launch
+from crate_fast.train.launch import train_command
 from crate_fast.train.runs import run_config
 
 __all__ = ["inheriting", "main"]
@@ -30,11 +30,11 @@ def inheriting(values: dict, chosen: dict) -> dict:
         chosen: The command line's.
 
     Raises:
-        ValueError: There is nothing to start from.
+        UserError: There is nothing to start from.
     """
     init = (values | chosen).get("init", "")
     if not init:
-        raise ValueError("there is nothing to start from: pass --init with a run's folder or a weights file")
+        raise UserError("there is nothing to start from: pass --init with a run's folder or a weights file")
     if "init" in values:  # the settings of such a run, resumed: nothing is to be added
         return values | chosen
     gone = not any(Path(place).exists() for place in (init, init.rpartition("@")[0] or init))
@@ -47,9 +47,7 @@ def inheriting(values: dict, chosen: dict) -> dict:
 
 def main(argv: list[str] | None = None) -> int:
     """Fine-tune as the command line says; returns the exit status."""
-    text = "Fine-tuning of a CRATE (or a timm ViT)."
-    config, options = build_config(argv, text, "finetune_cifar10", adjust=inheriting)
-    return launch(config, options)
+    return train_command(argv, "Fine-tuning of a CRATE (or a timm ViT).", "finetune_cifar10", inheriting)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from crate_fast import CRATE, CRATEMAE
 from crate_fast.checkpoints import adapt_state_dict, read_state_dict
+from crate_fast.errors import UserError
 from crate_fast.mae import encoder_state_dict
 from crate_fast.train.config import TrainConfig
 from crate_fast.train.runs import run_config, run_weights
@@ -19,17 +20,17 @@ def initial_run(init: str) -> tuple[Path, int | None] | None:
     """The run and step that `--init` names, or None if it names a file.
 
     Raises:
-        ValueError: It names neither.
+        UserError: It names neither.
     """
     place, _, step = init.rpartition("@")
     if Path(init).is_dir():
         return Path(init), None
     if place and Path(place).is_dir():
         if not step.isdigit():
-            raise ValueError(f"init={init!r}: after a run's folder write @STEP, or nothing for its best checkpoint")
+            raise UserError(f"init={init!r}: after a run's folder write @STEP, or nothing for its best checkpoint")
         return Path(place), int(step)
     if not Path(init).is_file():
-        raise ValueError(f"init={init!r} is neither a file nor the folder of a run: check the path")
+        raise UserError(f"init={init!r} is neither a file nor the folder of a run: check the path")
     return None
 
 
@@ -47,7 +48,7 @@ def load_initial(model: nn.Module, config: TrainConfig) -> str:
         What was loaded and what was changed, in words.
 
     Raises:
-        ValueError: The file is damaged, or its weights do not fit; the message names what differs and the remedy.
+        UserError: The file is damaged, or its weights do not fit; the message names what differs and the remedy.
     """
     run, visible_only = initial_run(config.init), False
     if run is None:
@@ -86,7 +87,7 @@ def _other_grid(weights: dict[str, Tensor], model: nn.Module, name: str) -> bool
 def _with_own_tables(weights: dict, model: CRATEMAE, config: TrainConfig, notes: list[str]) -> dict[str, Tensor]:
     """An autoencoder's weights for another image size: its positions are computed, not learned."""
     if config.head == "new":
-        raise ValueError("head='new': an autoencoder has no classifier to replace; leave it out")
+        raise UserError("head='new': an autoencoder has no classifier to replace; leave it out")
     tables = ("pos_embed", "decoder_pos_embed")
     if not any(_other_grid(weights, model, name) for name in tables):
         return weights
@@ -108,7 +109,7 @@ def _classifier_name(model: nn.Module) -> str:
     for name, module in model.named_modules():
         if module is target:
             return name
-    raise ValueError(f"the classifier of {type(model).__name__} is not one of its modules: no new one can be put in")
+    raise UserError(f"the classifier of {type(model).__name__} is not one of its modules: no new one can be put in")
 
 
 def _of_classifier(key: str, model: nn.Module) -> bool:
@@ -136,18 +137,18 @@ def _check_fit(weights: dict[str, Tensor], model: nn.Module, config: TrainConfig
         return
     where = os.fspath(config.init)
     if not missing and not unknown and all(_of_classifier(line.split(":")[0], model) for line in shapes):
-        raise ValueError(
+        raise UserError(
             f"init={where!r} classifies {_classes(weights, model)} classes and the data have {model.num_classes}: "
             "pass --head new to start with a new classifier"
         )
     if not unknown and not shapes and all(_of_classifier(key, model) for key in missing):
-        raise ValueError(f"init={where!r} has no classifier: pass --head new to start with a new one")
+        raise UserError(f"init={where!r} has no classifier: pass --head new to start with a new one")
     parts = [
         *([f"missing: {', '.join(missing[:4])}"] if missing else []),
         *([f"unknown: {', '.join(unknown[:4])}"] if unknown else []),
         *shapes[:4],
     ]
-    raise ValueError(
+    raise UserError(
         f"the weights of init={where!r} are not of this model ({'; '.join(parts)}): set model, patch_size, dim, "
         "depth and heads as they were"
     )

@@ -3,9 +3,12 @@
 import argparse
 import os
 import time
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 
+from crate_fast.errors import run_command
+from crate_fast.train.command_line import build_config
 from crate_fast.train.config import TrainConfig
 from crate_fast.train.data import DataSplits, build_splits
 from crate_fast.train.distributed import Processes, process_group
@@ -14,7 +17,27 @@ from crate_fast.train.engine import check_settings
 from crate_fast.train.interruption import Interruption
 from crate_fast.train.session import Session
 
-__all__ = ["launch"]
+__all__ = ["launch", "train_command"]
+
+
+def train_command(
+    argv: list[str] | None,
+    description: str,
+    recipe: str,
+    adjust: Callable[[dict, dict], dict] = lambda values, chosen: values | chosen,
+) -> int:
+    """Read a command line and train; what the user can correct is one line.
+
+    Args:
+        argv: Arguments; those of the process when None.
+        description: For `--help`.
+        recipe: The default recipe.
+        adjust: See `build_config`.
+
+    Returns:
+        The exit status.
+    """
+    return run_command(lambda: launch(*build_config(argv, description, recipe, adjust=adjust)))
 
 
 def launch(config: TrainConfig, options: argparse.Namespace) -> int:

@@ -7,9 +7,9 @@ augmentation.
 
 import sys
 
-from crate_fast.train.command_line import build_config
+from crate_fast.errors import UserError
 from crate_fast.train.finetune import inheriting
-from crate_fast.train.launch import launch
+from crate_fast.train.launch import train_command
 
 __all__ = ["main"]
 
@@ -17,15 +17,15 @@ __all__ = ["main"]
 def _frozen(values: dict, chosen: dict) -> dict:
     settings = inheriting(values, chosen)
     if not settings.get("frozen"):
-        raise ValueError("frozen=False: a linear probe trains a classifier alone; for the whole model use finetune")
+        raise UserError("frozen=False: a linear probe trains a classifier alone; for the whole model use finetune")
     return settings
 
 
 def main(argv: list[str] | None = None) -> int:
     """Probe as the command line says; returns the exit status."""
-    text = "Linear probe of a frozen CRATE (or a timm ViT), by MAE's protocol."
-    config, options = build_config(argv, text, "probe_in1k", adjust=_frozen)
-    return launch(config, options)
+    return train_command(
+        argv, "Linear probe of a frozen CRATE (or a timm ViT), by MAE's protocol.", "probe_in1k", _frozen
+    )
 
 
 if __name__ == "__main__":

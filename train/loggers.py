@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from crate_fast.errors import UserError
 from crate_fast.train.checkpoint import write_text, writing
 
 __all__ = ["Loggers"]
@@ -25,7 +26,7 @@ class Loggers:
         config: Of the run, for Weights & Biases.
 
     Raises:
-        ModuleNotFoundError: Weights & Biases is asked for and not installed.
+        UserError: Weights & Biases is asked for and not installed.
         DiskError: A file could not be written.
     """
 
@@ -82,7 +83,7 @@ def _wandb_run(folder: Path, project: str, config: dict):
     try:
         import wandb
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
+        raise UserError(
             f"wandb={project!r} needs Weights & Biases: pip install wandb, or leave --wandb out"
         ) from error
     note = folder / "wandb_id"

@@ -6,12 +6,13 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from crate_fast.errors import UserError
 from crate_fast.train.parallel import is_sharded
 
 __all__ = ["NonFinite", "NonFiniteError", "diagnosis", "poisoned"]
 
 
-class NonFiniteError(RuntimeError):
+class NonFiniteError(UserError):
     """Loss, gradients or weights are no longer finite."""
 
 

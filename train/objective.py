@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from crate_fast import CRATEMAE
+from crate_fast.errors import UserError
 from crate_fast.train.batch_augmentation import BatchAugmentation
 from crate_fast.train.config import TrainConfig
 from crate_fast.train.data import Batch
@@ -178,11 +179,11 @@ def objective_for(model: nn.Module, config: TrainConfig, processes: Processes) -
     """What the model is for.
 
     Raises:
-        ValueError: The settings do not fit it.
+        UserError: The settings do not fit it.
     """
     if not isinstance(model, CRATEMAE):
         return Classification(model, config, processes)
     unused = [name for name in ("mixup", "cutmix", "random_erasing") if getattr(config, name)]
     if unused:
-        raise ValueError(f"{', '.join(unused)}: masked autoencoding has no use for these; leave them out")
+        raise UserError(f"{', '.join(unused)}: masked autoencoding has no use for these; leave them out")
     return Reconstruction(model, config, processes)

@@ -8,9 +8,17 @@ from timm.utils.agc import adaptive_clip_grad
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from crate_fast.errors import UserError
 from crate_fast.train.config import TrainConfig, nearest
 
-__all__ = ["build_optimizer", "clip_gradients", "clipped_parameters", "gradient_norm", "learning_rate"]
+__all__ = [
+    "build_optimizer",
+    "check_optimizer",
+    "clip_gradients",
+    "clipped_parameters",
+    "gradient_norm",
+    "learning_rate",
+]
 
 _MOMENTUM = 0.9  # of LARS, as in MAE's linear probe
 _REFUSED = {
@@ -20,6 +28,17 @@ _REFUSED = {
         "keeps state that a checkpoint cannot hold, so that a run could not be resumed",
     ),
 }
+
+
+def check_optimizer(name: str) -> None:
+    """Refuse an optimiser that timm does not have.
+
+    Raises:
+        UserError: The message suggests the nearest name.
+    """
+    known = list_optimizers()
+    if name not in known:
+        raise UserError(f"optimizer={name!r}{nearest(name, known) or ': timm has no such one'}")
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
@@ -33,17 +52,16 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
         config: The run's.
 
     Raises:
-        ValueError: timm has no such optimiser, or it cannot be used here.
+        UserError: timm has no such optimiser, or it cannot be used here.
     """
-    name, known = config.optimizer, list_optimizers()
-    if name not in known:
-        raise ValueError(f"optimizer={name!r}{nearest(name, known) or ': timm has no such one'}")
+    name = config.optimizer
+    check_optimizer(name)
     if name in _REFUSED:
-        raise ValueError(f"optimizer={name!r} {_REFUSED[name]}: choose another, such as adamw")
+        raise UserError(f"optimizer={name!r} {_REFUSED[name]}: choose another, such as adamw")
     betas = {} if config.beta2 is None else {"betas": (0.9, config.beta2)}
     info = get_optimizer_info(name)
     if betas and not (info.has_betas and info.num_betas == 2):  # timm would leave them out
-        raise ValueError(f"beta2={config.beta2}: optimizer={name!r} has no such setting; leave it out")
+        raise UserError(f"beta2={config.beta2}: optimizer={name!r} has no such setting; leave it out")
     trained = model.get_classifier() if config.frozen else model
     if config.optimizer == "lars":
         matrices = [p for p in trained.parameters() if p.ndim > 1]

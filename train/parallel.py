@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from crate_fast.errors import UserError
 from crate_fast.train.config import TrainConfig
 from crate_fast.train.distributed import Processes
 
@@ -67,13 +68,13 @@ def shard(model: nn.Module, config: TrainConfig, processes: Processes) -> nn.Mod
     the precision.
 
     Raises:
-        ValueError: "hsdp" where hosts have different numbers of processes.
+        UserError: "hsdp" where hosts have different numbers of processes.
     """
     kind = processes.device.type
     if config.parallel == "hsdp":
         hosts, rest = divmod(processes.world_size, processes.local_world_size)
         if rest:
-            raise ValueError(
+            raise UserError(
                 f"parallel='hsdp': {processes.world_size} processes cannot be {processes.local_world_size} on every "
                 "host; start as many on each"
             )

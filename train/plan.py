@@ -27,6 +27,7 @@ from timm.data.readers.img_extensions import IMG_EXTENSIONS
 from torch import nn
 
 from crate_fast import CRATE, CRATEMAE
+from crate_fast.errors import UserError, run_command
 from crate_fast.train import cost
 from crate_fast.train.command_line import build_config, load_recipe
 from crate_fast.train.config import TrainConfig
@@ -87,7 +88,7 @@ def find_data_size(config: TrainConfig, recipe: str, images: int | None, classes
         images, classes: What the command line says, or None.
 
     Raises:
-        ValueError: One of them is not known.
+        UserError: One of them is not known.
     """
     split = Path(config.data_dir) / config.train_split
     known = next((word for word in Path(recipe).stem.split("_") if word in KNOWN_SIZES), "")
@@ -106,7 +107,7 @@ def find_data_size(config: TrainConfig, recipe: str, images: int | None, classes
     for option, value in zip(("--images", "--classes"), size, strict=True):
         if not value:
             counted = f", and {source.removeprefix('counted in ')} holds none" if value == 0 else ""
-            raise ValueError(
+            raise UserError(
                 f"how many {option[2:]} dataset={config.dataset!r} has is not known{counted}: pass {option} N, or, "
                 "for a folder on this machine, --data-dir and --train-split"
             )
@@ -140,23 +141,23 @@ def read_throughput(path: Path, config: TrainConfig, patch_size: int | None) -> 
         patch_size: Of the planned model.
 
     Raises:
-        ValueError: There is no such file, it holds no rate, or the rate is of another model.
+        UserError: There is no such file, it holds no rate, or the rate is of another model.
     """
     file = path / "summary.json" if path.is_dir() else path
     if not file.is_file():
-        raise ValueError(f"--throughput {path}: no such file; give a finished run's folder or a JSON file")
+        raise UserError(f"--throughput {path}: no such file; give a finished run's folder or a JSON file")
     try:
         values = json.loads(file.read_text())
     except json.JSONDecodeError as error:
-        raise ValueError(f"--throughput {file} is not JSON: {error}") from error
+        raise UserError(f"--throughput {file} is not JSON: {error}") from error
     values = values.get("throughput", values) if isinstance(values, dict) else {}
     fields = {field.name: field for field in dataclasses.fields(Throughput)}
     missing = [f for f, field in fields.items() if field.default is dataclasses.MISSING and f not in values]
     if missing:
-        raise ValueError(f"--throughput {file} lacks {', '.join(missing)}: {Throughput.__doc__}")
+        raise UserError(f"--throughput {file} lacks {', '.join(missing)}: {Throughput.__doc__}")
     rate = values["images_per_s_per_device"]
     if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate < math.inf:
-        raise ValueError(f"--throughput {file}: images_per_s_per_device={rate!r} is not a positive number")
+        raise UserError(f"--throughput {file}: images_per_s_per_device={rate!r} is not a positive number")
     settings = file.parent / "config.yaml"
     defaults = {name: getattr(TrainConfig, name) for name in ARCHITECTURE}
     measured = (defaults | load_recipe(str(settings)) if settings.is_file() else {}) | values
@@ -170,7 +171,7 @@ def read_throughput(path: Path, config: TrainConfig, patch_size: int | None) -> 
         if measured[name] != value
     ]
     if differing:
-        raise ValueError(f"--throughput {file} is of another model ({'; '.join(differing)}): measure this one")
+        raise UserError(f"--throughput {file} is of another model ({'; '.join(differing)}): measure this one")
     return Throughput(**{name: values[name] for name in fields if name in values})
 
 
@@ -203,7 +204,7 @@ class _Sized(torch.utils.data.Dataset):
 def _shards(config: TrainConfig, gpus: int, hosts: int) -> int:
     """Processes that hold one copy of the weights between them."""
     if gpus % hosts:
-        raise ValueError(f"--gpus {gpus} cannot be shared out to --hosts {hosts}: make it a multiple")
+        raise UserError(f"--gpus {gpus} cannot be shared out to --hosts {hosts}: make it a multiple")
     return {"ddp": 1, "fsdp": gpus, "hsdp": gpus // hosts}[config.parallel]
 
 
@@ -274,7 +275,7 @@ def _schedule(config: TrainConfig, size: DataSize, gpus: int) -> dict:
     """Steps and images, as the trainer has them.
 
     Raises:
-        ValueError: The batch cannot be dealt out, or is larger than the data set.
+        UserError: The batch cannot be dealt out, or is larger than the data set.
     """
     train_loader(dataclasses.replace(config, workers=0), _Sized(size.images), world_size=gpus)  # for its errors
     steps_per_epoch = size.images // config.batch_size
@@ -302,12 +303,12 @@ def make_plan(config: TrainConfig, options: argparse.Namespace) -> dict:
         options: recipe, gpus, hosts, images, classes, throughput, hours and image_kb, as the command line has them.
 
     Raises:
-        ValueError: The run is impossible, or something about it is not known; the message says what to pass.
+        UserError: The run is impossible, or something about it is not known; the message says what to pass.
     """
     for name in ("gpus", "hosts", "images", "classes", "hours", "image_kb"):
         value = getattr(options, name)
         if value is not None and not 0 < value < math.inf:
-            raise ValueError(f"--{name.replace('_', '-')} {value}: it must be above 0")
+            raise UserError(f"--{name.replace('_', '-')} {value}: it must be above 0")
     gpus, shards = options.gpus, _shards(config, options.gpus, options.hosts)
     size = find_data_size(config, options.recipe, options.images, options.classes)
     schedule = _schedule(config, size, gpus)
@@ -490,8 +491,7 @@ def _without_files(values: dict, chosen: dict) -> dict:
     return settings | ({"init": NO_FOLDER} if settings.get("head") == "new" else {})
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Print what a run would cost; returns the exit status."""
+def _print_cost(argv: list[str] | None) -> None:
     config, options = build_config(
         argv,
         "Parameters, operations, steps, memory, reads and hours of a training run, without starting it.",
@@ -499,20 +499,19 @@ def main(argv: list[str] | None = None) -> int:
         add_options=_add_options,
         adjust=_without_files,
     )
-    try:
-        plan = make_plan(config, options)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    plan = make_plan(config, options)
     _print_plan(plan)
     if options.json is not None:
         try:
             options.json.write_text(json.dumps(plan, indent=2) + "\n")
         except OSError as error:
-            print(f"error: --json {options.json} cannot be written: {error.strerror}", file=sys.stderr)
-            return 2
+            raise UserError(f"--json {options.json} cannot be written: {error.strerror}") from error
         print(f"\nwritten: {options.json}")
-    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print what a run would cost; returns the exit status."""
+    return run_command(_print_cost, argv)
 
 
 if __name__ == "__main__":

@@ -6,16 +6,14 @@ and the segmentation score of its attention maps. `session` says what a run's fo
 
 import sys
 
-from crate_fast.train.command_line import build_config
-from crate_fast.train.launch import launch
+from crate_fast.train.launch import train_command
 
 __all__ = ["main"]
 
 
 def main(argv: list[str] | None = None) -> int:
     """Train as the command line says; returns the exit status."""
-    config, options = build_config(argv, "Supervised pre-training of CRATE (or a timm ViT).", "shape_scenes")
-    return launch(config, options)
+    return train_command(argv, "Supervised pre-training of CRATE (or a timm ViT).", "shape_scenes")
 
 
 if __name__ == "__main__":

@@ -7,9 +7,9 @@ images that it fills in. Labels are not used. Its encoder is then fine-tuned by 
 
 import sys
 
+from crate_fast.errors import UserError
 from crate_fast.registry import is_mae
-from crate_fast.train.command_line import build_config
-from crate_fast.train.launch import launch
+from crate_fast.train.launch import train_command
 
 __all__ = ["main"]
 
@@ -17,7 +17,7 @@ __all__ = ["main"]
 def _autoencoder(values: dict, chosen: dict) -> dict:
     settings = values | chosen
     if not is_mae(settings.get("model", "")):
-        raise ValueError(
+        raise UserError(
             f"model={settings.get('model')!r} is no masked autoencoder: choose one such as "
             "crate_mae_tiny_patch16_224, or train it with pretrain"
         )
@@ -26,9 +26,7 @@ def _autoencoder(values: dict, chosen: dict) -> dict:
 
 def main(argv: list[str] | None = None) -> int:
     """Train as the command line says; returns the exit status."""
-    text = "Masked autoencoding with CRATE-MAE."
-    config, options = build_config(argv, text, "shape_scenes_mae", adjust=_autoencoder)
-    return launch(config, options)
+    return train_command(argv, "Masked autoencoding with CRATE-MAE.", "shape_scenes_mae", _autoencoder)
 
 
 if __name__ == "__main__":

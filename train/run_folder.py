@@ -4,6 +4,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from crate_fast.errors import UserError
 from crate_fast.provenance import provenance
 from crate_fast.train import checkpoint
 from crate_fast.train.command_line import dump_config
@@ -57,7 +58,7 @@ class RunFolder:
             restarted: torchrun has started this process again: continue a run that it had begun, and no other.
 
         Raises:
-            FileExistsError: There is a run in the folder that is not to be continued.
+            UserError: There is a run in the folder that is not to be continued.
             CheckpointError: The checkpoint is damaged or of another run; the message names what differs. Or another
                 process is writing the folder.
             DiskError: The folder cannot be written.
@@ -76,7 +77,7 @@ class RunFolder:
                 "first process at another: give --output a folder that all hosts share"
             )
         if step is not None and not resume:
-            raise FileExistsError(
+            raise UserError(
                 f"{self.folder} holds a run at step {step}: pass --resume to continue it, or another --output"
             )
         if step is not None:
@@ -154,7 +155,7 @@ class RunFolder:
         if self.processes.first:
             try:
                 self._write(trainer, weights, ema, rest, best)
-            except (OSError, NonFiniteError) as error:
+            except (OSError, UserError) as error:
                 problem = error
         if self.processes.agree(str(problem or "")):
             raise problem or checkpoint.DiskError("the first process could not write a checkpoint; it says why")

@@ -5,6 +5,7 @@ from pathlib import Path
 import timm
 from torch import Tensor, nn
 
+from crate_fast.errors import UserError
 from crate_fast.registry import MAE, MAE_ENCODER, is_mae
 from crate_fast.train import checkpoint
 from crate_fast.train.command_line import load_recipe
@@ -34,13 +35,13 @@ def model_arguments(config: TrainConfig, num_classes: int) -> dict:
     if is_mae(config.model):
         if config.frozen:
             encoder = MAE_ENCODER + config.model.removeprefix(MAE)
-            raise ValueError(f"frozen=True: an autoencoder has no classifier; probe its encoder, --model {encoder}")
+            raise UserError(f"frozen=True: an autoencoder has no classifier; probe its encoder, --model {encoder}")
         arguments |= {"norm_pix_loss": config.norm_pix_loss, "visible_only": config.visible_only}
         names |= {"dim": "embed_dim", "heads": "num_heads", "decoder_depth": "decoder_depth"}
     else:
         unused = [name for name in _OF_AUTOENCODERS if getattr(config, name) != getattr(TrainConfig, name)]
         if unused:
-            raise ValueError(f"{', '.join(unused)}: model={config.model!r} is no autoencoder; leave them out")
+            raise UserError(f"{', '.join(unused)}: model={config.model!r} is no autoencoder; leave them out")
         arguments["num_classes"] = num_classes
     names |= {name: name for name in ("residual", "attention", "sparsifier", "threshold")}
     chosen = {ours: getattr(config, name) for name, ours in names.items()}
@@ -51,17 +52,17 @@ def build_model(config: TrainConfig, num_classes: int) -> nn.Module:
     """The model that the configuration names, on the CPU: for `num_classes` classes, unless it is an autoencoder.
 
     Raises:
-        ValueError: timm has no such model, or it does not take the settings.
+        UserError: timm has no such model, or it does not take the settings.
     """
     if not timm.is_model(config.model):
-        raise ValueError(
+        raise UserError(
             f"model={config.model!r}{nearest(config.model, timm.list_models()) or ': timm has no such model'}"
         )
     arguments = model_arguments(config, num_classes)
     try:
         model = timm.create_model(config.model, **arguments)
     except TypeError as error:
-        raise ValueError(
+        raise UserError(
             f"model={config.model!r} does not take all of {', '.join(arguments)} ({error}): leave out those that are "
             "not its own; models without img_size cannot be trained here"
         ) from error
@@ -76,7 +77,7 @@ def _put_probe(model: nn.Module) -> None:
     """Put MAE's linear probe in the classifier's place, BatchNorm without affine and Linear; freeze all but it."""
     classifier = model.get_classifier()
     if not isinstance(classifier, nn.Linear):
-        raise ValueError(f"frozen=True: the classifier of {type(model).__name__} is no nn.Linear to be replaced")
+        raise UserError(f"frozen=True: the classifier of {type(model).__name__} is no nn.Linear to be replaced")
     name = next(name for name, module in model.named_modules() if module is classifier)
     linear = nn.Linear(classifier.in_features, classifier.out_features)
     nn.init.trunc_normal_(linear.weight, std=0.01)
@@ -91,12 +92,10 @@ def run_config(folder: Path, **changes) -> TrainConfig:
     """The configuration of a run, with `changes`.
 
     Raises:
-        FileNotFoundError: There is no run in the folder.
+        UserError: There is no run in the folder.
     """
     if not (folder / "config.yaml").is_file():
-        raise FileNotFoundError(
-            f"{folder} is no run (it has no config.yaml): give the folder of one, such as runs/NAME"
-        )
+        raise UserError(f"{folder} is no run (it has no config.yaml): give the folder of one, such as runs/NAME")
     return TrainConfig(**(load_recipe(str(folder / "config.yaml")) | changes))
 
 
@@ -104,12 +103,12 @@ def checkpoint_steps(folder: Path) -> list[int]:
     """The steps at which a run has checkpoints, ascending.
 
     Raises:
-        FileNotFoundError: There are none.
+        UserError: There are none.
     """
     root = folder / "checkpoints"
     steps = checkpoint.steps(root) if root.is_dir() else []
     if not steps:
-        raise FileNotFoundError(f"{folder} holds no checkpoints: give the folder of a run, such as runs/NAME")
+        raise UserError(f"{folder} holds no checkpoints: give the folder of a run, such as runs/NAME")
     return sorted(steps)
 
 
@@ -129,7 +128,7 @@ def load_model(folder: Path, step: int | None = None) -> tuple[nn.Module, TrainC
         (model on the CPU in evaluation mode, configuration, step).
 
     Raises:
-        FileNotFoundError: There is no run in the folder, or no such checkpoint.
+        UserError: There is no run in the folder, or no such checkpoint.
         CheckpointError: The checkpoint is damaged.
     """
     weights, step = run_weights(folder, step)
@@ -146,7 +145,7 @@ def run_weights(folder: Path, step: int | None = None) -> tuple[dict[str, Tensor
         folder, step: See `load_model`.
 
     Raises:
-        FileNotFoundError: There is no such checkpoint.
+        UserError: There is no such checkpoint.
         CheckpointError: It is damaged.
     """
     steps = checkpoint_steps(folder)
@@ -154,7 +153,7 @@ def run_weights(folder: Path, step: int | None = None) -> tuple[dict[str, Tensor
     if step is None:
         step = checkpoint.best_step(root) or steps[-1]
     if step not in steps:
-        raise FileNotFoundError(f"{folder} has no checkpoint at step {step}: choose one of {steps}")
+        raise UserError(f"{folder} has no checkpoint at step {step}: choose one of {steps}")
     saved = checkpoint.load(root, step)
     return (saved.weights if saved.ema is None else saved.ema), step
 

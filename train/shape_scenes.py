@@ -22,6 +22,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from crate_fast.errors import UserError
+
 SPLITS: tuple[str, ...] = ("train", "val")
 MIN_IMAGE_SIZE, MAX_IMAGE_SIZE = 16, 512
 
@@ -536,7 +538,7 @@ class ShapeScenes(torch.utils.data.Dataset):
         with_mask: also return the mask of the visible object.
 
     Raises:
-        ValueError: an argument is no integer or out of its range, or the split is unknown.
+        UserError: an argument is no integer or out of its range, or the split is unknown.
         IndexError: on access, the index is negative or not below num_samples.
 
     Example:
@@ -561,7 +563,7 @@ class ShapeScenes(torch.utils.data.Dataset):
         self.image_size = _checked("image_size", image_size, MIN_IMAGE_SIZE, MAX_IMAGE_SIZE)
         self.seed = _checked("seed", seed, 0, 2**64 - 1)
         if split not in SPLITS:
-            raise ValueError(f"split is {split!r}; pass one of {', '.join(map(repr, SPLITS))}")
+            raise UserError(f"split is {split!r}; pass one of {', '.join(map(repr, SPLITS))}")
         self.split, self.with_mask = split, bool(with_mask)
         _tables(self.image_size)  # built (and cached) here so that forked DataLoader workers share them
 
@@ -593,5 +595,5 @@ class ShapeScenes(torch.utils.data.Dataset):
 
 def _checked(name: str, value: int, low: int, high: int) -> int:
     if not isinstance(value, int | np.integer) or not low <= value <= high:
-        raise ValueError(f"{name} is {value!r}; pass an integer from {low} to {high}")
+        raise UserError(f"{name} is {value!r}; pass an integer from {low} to {high}")
     return int(value)

@@ -29,6 +29,8 @@ from pathlib import Path
 
 import numpy as np
 
+from crate_fast.errors import UserError
+
 __all__ = ["Archives", "ShardIndex", "find_shards"]
 
 _IMAGE = {"jpg", "jpeg", "png", "webp", "bmp", "ppm", "tif", "tiff"}
@@ -48,19 +50,19 @@ def find_shards(root: Path, split: str, option: str = "--train-split") -> list[P
         option: That names the split, for messages.
 
     Raises:
-        FileNotFoundError: There are none.
-        ValueError: There are both kinds.
+        UserError: There are none.
+        UserError: There are both kinds.
     """
     own = re.compile(re.escape(split) + r"(?![A-Za-z0-9]).*\.tar")
     beside = sorted(path for path in root.glob("*.tar") if own.fullmatch(path.name))
     inside = sorted((root / split).glob("*.tar"))
     if beside and inside:
-        raise ValueError(
+        raise UserError(
             f"{root} holds shards of {split!r} both beside ({beside[0].name}, …) and in {split}/: move one kind away"
         )
     if not beside and not inside:
         present = sorted(path.name for path in root.iterdir())[:8] if root.is_dir() else "no such folder"
-        raise FileNotFoundError(
+        raise UserError(
             f"no shards {split}*.tar or {split}/*.tar in {root} (it holds: {present}): pass --data-dir, or {option}"
         )
     return beside or inside
@@ -70,7 +72,7 @@ def _label(shard: Path, key: str, suffix: str, content: bytes) -> int:
     """The label in the content of a cls or json member.
 
     Raises:
-        ValueError: There is none.
+        UserError: There is none.
     """
     try:
         label = json.loads(content)["label"] if suffix == "json" else int(content)
@@ -79,7 +81,7 @@ def _label(shard: Path, key: str, suffix: str, content: bytes) -> int:
     except (ValueError, KeyError, TypeError):
         pass
     wanted = '{"label": 3}' if suffix == "json" else "3"
-    raise ValueError(
+    raise UserError(
         f"{shard}: {key}.{suffix} holds {content[:40]!r}: write an integer from 0 into it, such as {wanted}"
     )
 
@@ -88,7 +90,7 @@ def _samples(shard: Path) -> list[tuple[int, int, int]]:
     """(offset, size, label) of a shard's samples.
 
     Raises:
-        ValueError: It is no whole tar archive, or an image has no label.
+        UserError: It is no whole tar archive, or an image has no label.
     """
     found: list[tuple[int, int, int]] = []
 
@@ -98,7 +100,7 @@ def _samples(shard: Path) -> list[tuple[int, int, int]]:
             return
         suffix = next((suffix for suffix in ("cls", "json") if suffix in parts), None)
         if suffix is None:
-            raise ValueError(f"{shard}: the image {key} has no label: put {key}.cls or {key}.json beside it")
+            raise UserError(f"{shard}: the image {key} has no label: put {key}.cls or {key}.json beside it")
         offset, size = parts[suffix]
         found.append((*image, _label(shard, key, suffix, os.pread(file.fileno(), size, offset))))
 
@@ -117,7 +119,7 @@ def _samples(shard: Path) -> list[tuple[int, int, int]]:
                 parts[suffix.lower()] = (member.offset_data, member.size)
             finish(key and "/".join(filter(None, key)), parts)
     except (tarfile.TarError, EOFError) as error:
-        raise ValueError(
+        raise UserError(
             f"{shard} is no whole, uncompressed tar archive ({error}): copy it again, or unpack its compression"
         ) from error
     return found
@@ -183,7 +185,7 @@ class ShardIndex:
         n_labels: Labels are below this.
 
     Raises:
-        ValueError: A shard is damaged or compressed, an image has no label, there are no images, or fewer class names
+        UserError: A shard is damaged or compressed, an image has no label, there are no images, or fewer class names
             than labels.
     """
 
@@ -194,11 +196,11 @@ class ShardIndex:
         # int64 [n, 4]: shard, offset, size, label
         self.samples = self._load(folder / f".{self.shards[0].stem}.index.npz")
         if not len(self.samples):
-            raise ValueError(f"{folder}: the {len(self.shards)} shards from {self.shards[0].name} hold no images")
+            raise UserError(f"{folder}: the {len(self.shards)} shards from {self.shards[0].name} hold no images")
         self.n_labels = int(self.samples[:, 3].max()) + 1
         self.classes = _class_names(root)
         if self.classes is not None and len(self.classes) < self.n_labels:
-            raise ValueError(
+            raise UserError(
                 f"{root} has {len(self.classes)} class names and a label {self.n_labels - 1}: complete classes.txt"
             )
 

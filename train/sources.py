@@ -17,6 +17,7 @@ from timm.data import create_dataset
 from torch.utils.data import Dataset
 from torchvision import datasets as torchvision_datasets
 
+from crate_fast.errors import UserError
 from crate_fast.train.config import TrainConfig
 from crate_fast.train.shards import Archives, ShardIndex, find_shards
 from crate_fast.train.unreadable import Unreadable
@@ -139,7 +140,7 @@ class _HubSource(FileSource):
         try:
             return self.reader[index]
         except AssertionError as error:
-            raise ValueError("it has neither bytes nor a path") from error
+            raise UserError("it has neither bytes nor a path") from error
 
 
 class ShardSource(EncodedSource):
@@ -184,11 +185,11 @@ def nothing_outside():
     Archives of images are never unpacked here; torchvision unpacks what it downloads, older releases of it blindly.
 
     Raises:
-        RuntimeError: This Python's tarfile has no filters.
+        UserError: This Python's tarfile has no filters.
         tarfile.FilterError: While it lasts, when an archive tries.
     """
     if not hasattr(tarfile, "data_filter"):
-        raise RuntimeError(
+        raise UserError(
             "this Python unpacks archives unchecked: download with Python 3.10.12, 3.11.4 or later, or unpack the "
             "data yourself and leave out --download"
         )
@@ -213,12 +214,12 @@ def _open_torchvision(config: TrainConfig, train: bool) -> Source:
         else:
             images = _TORCHVISION[config.dataset](Path(config.data_dir), train, False)
     except RuntimeError as error:
-        raise FileNotFoundError(
+        raise UserError(
             f"{config.dataset} is not in data_dir={config.data_dir!r} ({error}): pass the right folder, or "
             "--download to fetch it there"
         ) from error
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"{config.dataset} needs {error.name}: pip install {error.name}") from error
+        raise UserError(f"{config.dataset} needs {error.name}: pip install {error.name}") from error
     return _Torchvision(images, config.dataset)
 
 
@@ -228,13 +229,13 @@ def _open_files(config: TrainConfig, train: bool) -> Source:
     place = root / f"{split}.tar" if config.dataset == "tar" else root / split
     if not place.exists():
         present = sorted(path.name for path in root.iterdir())[:8] if root.is_dir() else "no such folder"
-        raise FileNotFoundError(f"{place} is not there (data_dir holds: {present}): pass --data-dir, or {option}")
+        raise UserError(f"{place} is not there (data_dir holds: {present}): pass --data-dir, or {option}")
     # A kept archive handle would be shared by forked workers, position included: they would read each other's bytes.
     kind, settings = (_TarSource, {"cache_tarfiles": False}) if config.dataset == "tar" else (FileSource, {})
     try:
         images = create_dataset("", root=str(place), split=split, search_split=False, **settings)
     except (RuntimeError, ValueError, tarfile.TarError) as error:
-        raise ValueError(
+        raise UserError(
             f"{place} cannot be used ({error}): it must hold images, each in a folder named after its class"
         ) from error
     return kind(images.reader, str(place))
@@ -247,9 +248,9 @@ def _open_hf(config: TrainConfig, train: bool) -> Source:
     """
     split, option = _split(config, train)
     if importlib.util.find_spec("datasets") is None:
-        raise ModuleNotFoundError("dataset='hf' needs the package datasets: pip install crate_fast[hf]")
+        raise UserError("dataset='hf' needs the package datasets: pip install crate_fast[hf]")
     if not Path(config.data_dir).is_dir() and not config.download:
-        raise FileNotFoundError(
+        raise UserError(
             f"data_dir={config.data_dir!r} is no folder: pass --data-dir FOLDER, or --download to let datasets fetch "
             "what the Hugging Face Hub has by this name, or take it from its cache"
         )
@@ -257,7 +258,7 @@ def _open_hf(config: TrainConfig, train: bool) -> Source:
     try:
         reader = create_dataset(f"hfds/{config.data_dir}", split=split).reader
     except (OSError, ValueError) as error:
-        raise ValueError(
+        raise UserError(
             f"datasets cannot open {where} ({type(error).__name__}: {error}): it must be of parquet, arrow or image "
             f"files; pass --data-dir, or {option}"
         ) from error
@@ -265,10 +266,10 @@ def _open_hf(config: TrainConfig, train: bool) -> Source:
     if reader.dataset.data.column("image").null_count == len(reader):  # timm's cast has made one of nothing
         columns.remove("image")
     if not {"image", "label"} <= columns:
-        raise ValueError(f"{where} has the columns {sorted(columns)}: rename two to image and label")
+        raise UserError(f"{where} has the columns {sorted(columns)}: rename two to image and label")
     labels = reader.dataset.unique("label")
     if not labels or not all(isinstance(label, int) and label >= 0 for label in labels):
-        raise ValueError(f"{where}: labels must be integers from 0, and are {labels[:8]}: pass a labelled split")
+        raise UserError(f"{where}: labels must be integers from 0, and are {labels[:8]}: pass a labelled split")
     source = _HubSource(reader, where)
     source.n_labels = max(source.n_labels, max(labels) + 1)
     return source
@@ -278,9 +279,9 @@ def open_source(config: TrainConfig, train: bool) -> Source:
     """The training or the validation split that the configuration names (all data sets but shape_scenes).
 
     Raises:
-        FileNotFoundError: It is not where the configuration says.
-        ValueError: It is there, and cannot be used.
-        ModuleNotFoundError: A package is missing.
+        UserError: It is not where the configuration says.
+        UserError: It is there, and cannot be used.
+        UserError: A package is missing.
     """
     if config.dataset in _TORCHVISION:
         return _open_torchvision(config, train)
@@ -296,11 +297,11 @@ def common_classes(train: Source, val: Source) -> tuple[str, ...]:
     """Names of the classes of both splits; numbers where neither has names.
 
     Raises:
-        ValueError: The splits have different classes.
+        UserError: The splits have different classes.
     """
     if train.classes is None and val.classes is None:
         return tuple(map(str, range(max(train.n_labels, val.n_labels))))
     if train.classes != val.classes:
         differing = sorted(set(train.classes or ()) ^ set(val.classes or ()))[:8]
-        raise ValueError(f"the training and validation splits have different classes, such as {differing}")
+        raise UserError(f"the training and validation splits have different classes, such as {differing}")
     return train.classes

@@ -17,6 +17,7 @@ from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch import Tensor, nn
 from torchvision import transforms
 
+from crate_fast.errors import UserError
 from crate_fast.train.config import TrainConfig
 
 __all__ = ["Normalize", "drawing_from", "eval_transform", "mirrored", "pixels", "policy_transform", "train_transform"]
@@ -97,7 +98,7 @@ def policy_transform(policy: str) -> Callable[[Image.Image], Image.Image]:
             magnitude M of 0 to 30.
 
     Raises:
-        ValueError: It is neither.
+        UserError: It is neither.
     """
     found = _TORCHVISION_POLICY.fullmatch(policy)
     if found and int(found[1]) >= 1 and int(found[2]) < _TORCHVISION_BINS:
@@ -108,7 +109,7 @@ def policy_transform(policy: str) -> Callable[[Image.Image], Image.Image]:
             return rand_augment_transform(policy, {})
         except (AssertionError, KeyError, ValueError) as error:
             reason = f" ({error})" if str(error) else ""
-    raise ValueError(
+    raise UserError(
         f"auto_augment={policy!r} is no policy{reason}: pass timm's, such as rand-m9-n2-mstd0.5, or torchvision's, "
         f"as in randaugment-n2-m14 (n at least 1, m at most {_TORCHVISION_BINS - 1})"
     )

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from crate_fast.errors import UserError
 from crate_fast.train.config import TrainConfig
 
 __all__ = ["Unreadable", "UnreadableTally"]
@@ -44,13 +45,13 @@ class UnreadableTally:
         """Stop a run that misses too much.
 
         Raises:
-            RuntimeError: More than `max_unreadable` of the split's images could not be read in this epoch.
+            UserError: More than `max_unreadable` of the split's images could not be read in this epoch.
         """
         count = self.count(epoch)
         if count > self.share * self.n_images:
             present = [line for line, last in self._epoch_of.items() if last == epoch]
             listed = "".join(f"\n  {line}" for line in present[:_SHOWN])
-            raise RuntimeError(
+            raise UserError(
                 f"{count} of {self.n_images} images ({count / self.n_images:.2%}) could not be read in epoch {epoch},"
                 f" more than max_unreadable={self.share} allows: repair or remove them, or raise --max-unreadable. "
                 f"The first:{listed}"

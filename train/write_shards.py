@@ -19,6 +19,7 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
+from crate_fast.errors import UserError, run_command
 from crate_fast.train.config import TrainConfig
 from crate_fast.train.sources import EncodedSource, common_classes, decoded, open_source
 
@@ -100,24 +101,12 @@ def _write_split(plan: _Plan, workers: int) -> list[str]:
         return [line for problems in done for line in problems]
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Write both splits as the command line says; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--dataset", choices=("folder", "tar", "shards", "hf"), default="folder", help="its form now")
-    parser.add_argument("--data-dir", required=True, help="its folder")
-    parser.add_argument("--train-split", default="train", help="name of the training split")
-    parser.add_argument("--val-split", default="validation", help="name of the validation split")
-    parser.add_argument("--output", type=Path, required=True, help="folder for the shards, which holds none yet")
-    parser.add_argument("--shorter-side", type=int, default=256, help="in pixels; larger images are made smaller")
-    parser.add_argument("--quality", type=int, default=95, help="of the JPEGs written anew")
-    parser.add_argument("--per-shard", type=int, default=5_000, help="images in a shard")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
-    options = parser.parse_args(argv)
+def _write(options: argparse.Namespace) -> None:
     for name in ("shorter_side", "quality", "per_shard", "workers"):
         if getattr(options, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} {getattr(options, name)}: it must be at least 1")
+            raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: it must be at least 1")
     if options.output.is_dir() and any(options.output.glob("*.tar")):
-        parser.error(f"--output {options.output} holds archives already: name another folder, or empty it")
+        raise UserError(f"--output {options.output} holds archives already: name another folder, or empty it")
     names = ("dataset", "data_dir", "train_split", "val_split")
     config = TrainConfig(**{name: getattr(options, name) for name in names})
     sources = {
@@ -133,7 +122,22 @@ def main(argv: list[str] | None = None) -> int:
     (options.output / "classes.txt").write_text("".join(f"{name}\n" for name in classes))
     print(f"written: {options.output}; unreadable images left out: {len(problems)}")
     print("".join(f"  {line}\n" for line in problems), end="")
-    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Write both splits as the command line says; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--dataset", choices=("folder", "tar", "shards", "hf"), default="folder", help="its form now")
+    parser.add_argument("--data-dir", required=True, help="its folder")
+    parser.add_argument("--train-split", default="train", help="name of the training split")
+    parser.add_argument("--val-split", default="validation", help="name of the validation split")
+    parser.add_argument("--output", type=Path, required=True, help="folder for the shards, which holds none yet")
+    parser.add_argument("--shorter-side", type=int, default=256, help="in pixels; larger images are made smaller")
+    parser.add_argument("--quality", type=int, default=95, help="of the JPEGs written anew")
+    parser.add_argument("--per-shard", type=int, default=5_000, help="images in a shard")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
+    options = parser.parse_args(argv)
+    return run_command(_write, options)
 
 
 if __name__ == "__main__":

@@ -5,13 +5,13 @@ import json
 import sys
 from pathlib import Path
 
+from crate_fast.errors import UserError, require, run_command
 from crate_fast.eval.emergence.job import Places
 from crate_fast.eval.emergence.protocol import SIZES, Protocol
 from crate_fast.eval.emergence.report import write_report
 from crate_fast.eval.emergence.schedule import Machine, conduct
-from crate_fast.eval.options import positive, run_command
+from crate_fast.eval.options import positive
 from crate_fast.eval.results import make_folder
-from crate_fast.extras import require
 from crate_fast.train.checkpoint import write_text
 
 __all__ = ["main"]
@@ -21,7 +21,7 @@ def _claim_folder(folder: Path, size: str, protocol: Protocol, option: str) -> N
     """Write protocol.json, or make sure that the one there is this protocol's.
 
     Raises:
-        ValueError: It is of another.
+        UserError: It is of another.
     """
     path, ours = folder / "protocol.json", {"size": size} | protocol.settings()
     if path.is_file():
@@ -29,7 +29,7 @@ def _claim_folder(folder: Path, size: str, protocol: Protocol, option: str) -> N
         differing = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
         if differing:
             told = "; ".join(f"{name}: {theirs.get(name)!r} there, {ours.get(name)!r} now" for name in differing)
-            raise ValueError(f"{folder} is of another protocol ({told}): give another {option}")
+            raise UserError(f"{folder} is of another protocol ({told}): give another {option}")
     else:
         make_folder(folder)
         write_text(path, json.dumps(ours, indent=2) + "\n")
@@ -39,14 +39,14 @@ def _report_again(report: Path, size: str) -> None:
     """From the results of a folder, by the protocol that they were made with.
 
     Raises:
-        ValueError: The folder holds no experiment, or one of another size.
+        UserError: The folder holds no experiment, or one of another size.
     """
     path = report / "protocol.json"
     if not path.is_file():
-        raise ValueError(f"{report} holds no protocol.json, so no results: name the folder that does with --report")
+        raise UserError(f"{report} holds no protocol.json, so no results: name the folder that does with --report")
     settings = json.loads(path.read_text())
     if settings.pop("size") != size:
-        raise ValueError(f"{report} holds results of another --size than {size}: name theirs")
+        raise UserError(f"{report} holds results of another --size than {size}: name theirs")
     print(f"written:\n  {write_report(report, Protocol.of_settings(settings), size)}")
 
 
@@ -54,14 +54,14 @@ def _check_cifar10(folder: Path | None) -> None:
     if folder is None:
         return
     if not (folder / "train").is_dir() and not (folder / "cifar-10-batches-py").is_dir():
-        raise ValueError(
+        raise UserError(
             f"--cifar10 {folder} holds neither train/ and test/ with a folder of images a class, nor "
             "cifar-10-batches-py as torchvision keeps it: name the folder that does, or leave it out"
         )
 
 
 def _command(options: argparse.Namespace) -> None:
-    require("eval", "pycocotools", "scipy")
+    require("pycocotools", "scipy")
     protocol = SIZES[options.size]
     output = options.output or Path("runs/emergence") / options.size
     places = Places(output, options.report or output / "report", options.cifar10)

@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from crate_fast.errors import UserError
 from crate_fast.eval.emergence.protocol import Point, Protocol, Run, Stage, stages_of, training_config
 from crate_fast.eval.emergence.scores import checkpoint_scores, pictures, shown_scenes
 from crate_fast.eval.models import Subject, open_model
@@ -136,7 +137,7 @@ def _trained(job: Job) -> bool:
     """Train to the end, or until asked to stop; whether it is done.
 
     Raises:
-        ValueError: A finished stage in the folder was trained at another learning rate.
+        UserError: A finished stage in the folder was trained at another learning rate.
     """
     init = ""
     for number, stage in enumerate(stages_of(job.protocol, job.run)):
@@ -148,7 +149,7 @@ def _trained(job: Job) -> bool:
             if not (folder / "summary.json").is_file():
                 return False
         elif run_config(folder).lr != config.lr:
-            raise ValueError(
+            raise UserError(
                 f"{folder} was trained at lr {run_config(folder).lr:g}, and the sweeps now say {config.lr:g}: remove "
                 "it, or bring back the sweeps' results that it was trained with"
             )

@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from crate_fast.errors import UserError
 from crate_fast.eval import paper
 from crate_fast.eval.emergence.analysis import (
     COARSE,
@@ -66,11 +67,11 @@ def write_report(report: Path, protocol: Protocol, size: str) -> Path:
         size: Its name.
 
     Raises:
-        ValueError: There is no result of a compared run, for any seed, of all models.
+        UserError: There is no result of a compared run, for any seed, of all models.
     """
     results = load_results(report)
     if not complete_seeds(results, protocol):
-        raise ValueError(
+        raise UserError(
             f"{report / 'results'} does not hold a run of every model with one seed yet: run on, then report"
         )
     figures = draw(results, load_pictures(report), protocol, report / "figures")

@@ -14,6 +14,7 @@ import torch
 from tqdm import tqdm
 
 from crate_fast.cpu import processor_name
+from crate_fast.errors import UserError
 from crate_fast.eval.emergence.analysis import chosen_lr, load_results
 from crate_fast.eval.emergence.job import Job, Places, do, result_file
 from crate_fast.eval.emergence.protocol import Protocol, Run, planned_runs, stages_of, training_config
@@ -32,7 +33,7 @@ _FORK = multiprocessing.get_context("forkserver")  # jobs start at once, and CUD
 _FORK.set_forkserver_preload(["crate_fast.eval.emergence.job"])
 
 
-class RunFailedError(ValueError):
+class RunFailedError(UserError):
     """A run ended without a result."""
 
 

@@ -17,12 +17,12 @@ import threading
 import webbrowser
 from pathlib import Path
 
+from crate_fast.errors import UserError, run_command
 from crate_fast.eval import models as models_module
 from crate_fast.eval.explore.desk import Desk
 from crate_fast.eval.explore.offers import Shelf, default_offers, offers_of
 from crate_fast.eval.explore.pictures import Pictures
-from crate_fast.eval.options import positive, run_command
-from crate_fast.train.checkpoint import CheckpointError
+from crate_fast.eval.options import positive
 from crate_fast.train.distributed import choose_device
 
 __all__ = ["desk_of", "main"]
@@ -58,7 +58,7 @@ def desk_of(options: argparse.Namespace) -> Desk:
     """What a command line wants to look at; its first model is opened.
 
     Raises:
-        ValueError, FileNotFoundError, CheckpointError: A model or the images cannot be opened.
+        UserError: A model or the images cannot be opened.
     """
     opening = {"device": choose_device(options.device), "image_size": options.image_size}
     opening |= {"model_args": options.model_args, "seed": options.seed}
@@ -70,7 +70,7 @@ def desk_of(options: argparse.Namespace) -> Desk:
     twice = {group for group in groups if groups.count(group) > 1}
     if twice or len(offered) < len(options.checkpoint):
         name = sorted(twice)[0] if twice else options.checkpoint[0]
-        raise ValueError(f"--checkpoint: two models are called {name!r}; give each a name, as in NAME=MODEL")
+        raise UserError(f"--checkpoint: two models are called {name!r}; give each a name, as in NAME=MODEL")
     shelf = Shelf([offer for offers in offered.values() for offer in offers], **opening)
     shelf.get(0)
     return Desk(shelf, "", pictures)
@@ -82,7 +82,7 @@ def _default_shelf(opening: dict) -> tuple[Shelf, str]:
     shelf = Shelf(offers, **opening)
     try:
         shelf.get(0)
-    except (ValueError, CheckpointError) as error:
+    except UserError as error:
         others = [offer for offer in offers if offer.group != offers[0].group]
         if not others:
             raise
@@ -95,7 +95,7 @@ def _listen(host: str, port: int | None) -> socket.socket:
     """A socket at the port, or at the first free one from the default on.
 
     Raises:
-        ValueError: The port is taken, or the address is not this computer's.
+        UserError: The port is taken, or the address is not this computer's.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     for candidate in [port] if port else range(_PORT, _PORT + 50):
@@ -109,7 +109,7 @@ def _listen(host: str, port: int | None) -> socket.socket:
         else:
             listener.listen()  # so that whoever comes before the server is ready waits
             return listener
-    raise ValueError(f"--host {host} --port {port or _PORT}: {last}; give another --port or --host") from last
+    raise UserError(f"--host {host} --port {port or _PORT}: {last}; give another --port or --host") from last
 
 
 def _is_loopback(host: str) -> bool:
@@ -125,7 +125,7 @@ def _serve(options: argparse.Namespace) -> None:
 
         from crate_fast.eval.explore.server import application
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f'{error.name} is missing: pip install -e ".[explore]"') from error
+        raise UserError(f'{error.name} is missing: pip install -e ".[explore]"') from error
     desk = desk_of(options)
     listener = _listen(options.host, options.port)
     port = listener.getsockname()[1]

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from crate_fast.errors import UserError
 from crate_fast.eval.features import Features, LayerTokens
 from crate_fast.eval.maskcut import maskcut
 from crate_fast.eval.models import Subject
@@ -54,7 +55,7 @@ class Inspection:
         """Attention of a patch, or of CLS, on the patches: [H, P].
 
         Raises:
-            KeyError, IndexError, ValueError: There is no such layer or patch, or no CLS token.
+            UserError: There is no such layer or patch, or no CLS token.
         """
         found = self.features.cls_attention(layer) if patch is None else self.features.patch_attention(layer, patch)
         return found[0].cpu().numpy()
@@ -66,10 +67,10 @@ class Inspection:
             which: Of `COMPONENTS`.
 
         Raises:
-            ValueError: It is none of them, or the features are not finite.
+            UserError: It is none of them, or the features are not finite.
         """
         if which not in COMPONENTS:
-            raise ValueError(f"components {which!r}: choose one of {', '.join(COMPONENTS)}")
+            raise UserError(f"components {which!r}: choose one of {', '.join(COMPONENTS)}")
         with self._colouring:
             if which not in self._components:
                 self._components[which] = [self._colours(layer, which) for layer in sorted(self.features.layers)]
@@ -88,7 +89,7 @@ class Inspection:
         """MaskCut's objects, at most three: boolean [n, rows, columns].
 
         Raises:
-            KeyError, ValueError: There is no such layer, or the features are not finite.
+            UserError: There is no such layer, or the features are not finite.
         """
         with self._cutting:
             if layer not in self._masks:
@@ -106,7 +107,7 @@ def inspect(subject: Subject, image: Tensor) -> Inspection:
         image: uint8 [3, S, S], of the size that it expects.
 
     Raises:
-        ValueError: Its output is not finite.
+        UserError: Its output is not finite.
     """
     pixels = subject.normalize(image.unsqueeze(0).to(subject.device))
     if isinstance(subject.model, CRATE):
@@ -139,7 +140,7 @@ def _inspect_crate(subject: Subject, pixels: Tensor) -> Inspection:
 
 def _top(subject: Subject, logits: Tensor) -> list[tuple[int, float]] | None:
     if not logits.isfinite().all():
-        raise ValueError(f"the output of {subject.label} holds NaN or infinity: its checkpoint is damaged")
+        raise UserError(f"the output of {subject.label} holds NaN or infinity: its checkpoint is damaged")
     if logits.dim() != 2 or not getattr(subject.model, "num_classes", 0):
         return None
     values, classes = logits.float().softmax(dim=-1)[0].topk(min(5, logits.shape[-1]))

@@ -5,10 +5,10 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 
+from crate_fast.errors import UserError
 from crate_fast.eval.models import Subject, class_names, open_model, split_label, split_source
 from crate_fast.eval.shipped import shipped_names
 from crate_fast.train import checkpoint
-from crate_fast.train.checkpoint import CheckpointError
 from crate_fast.train.runs import checkpoint_steps
 
 __all__ = ["Offer", "OpenModel", "Shelf", "default_offers", "offers_of"]
@@ -52,7 +52,7 @@ def offers_of(specification: str) -> list[Offer]:
     """What one model named on the command line offers: of a run, its checkpoints and the untrained model too.
 
     Raises:
-        FileNotFoundError: The folder holds no checkpoints.
+        UserError: The folder holds no checkpoints.
     """
     label, source = split_label(specification)
     place, which = split_source(source)
@@ -111,11 +111,11 @@ class Shelf:
         """The model of an offer.
 
         Raises:
-            IndexError: There is no such offer.
-            ValueError, CheckpointError: It cannot be opened; the message says what to do.
+            UserError: There is no such offer.
+            UserError: It cannot be opened; the message says what to do.
         """
         if not 0 <= number < len(self.offers):
-            raise IndexError(f"model {number}: there are {len(self.offers)}, counted from 0")
+            raise UserError(f"model {number}: there are {len(self.offers)}, counted from 0")
         with self._opening_one[number]:
             opened = self._recall(number)
             if opened is None:
@@ -137,6 +137,4 @@ class Shelf:
             subject = open_model(specification, **self._opening)
             return OpenModel(subject, class_names(specification), threading.Lock())
         except (TypeError, OSError, RuntimeError) as error:
-            if isinstance(error, CheckpointError):
-                raise
-            raise ValueError(f"{specification} cannot be opened: {error}") from error
+            raise UserError(f"{specification} cannot be opened: {error}") from error

@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from crate_fast.errors import UserError
 from crate_fast.eval.images import EXTENSIONS, SceneImages, squash
 from crate_fast.train.data import UNREADABLE
 
@@ -29,11 +30,11 @@ _MOST_LISTED = 200
 _SCENES, _SCENE_SIZE = 12, 256
 
 
-class UnreadablePictureError(ValueError):
+class UnreadablePictureError(UserError):
     """A picture that cannot be decoded, or is too large."""
 
 
-class UnknownPictureError(LookupError):
+class UnknownPictureError(UserError):
     """There is no picture with this id, or no longer."""
 
 
@@ -94,7 +95,7 @@ class Pictures:
         note: What the page says above the list; "" where there is nothing to say.
 
     Raises:
-        FileNotFoundError: There is no such folder, or no image in it.
+        UserError: There is no such folder, or no image in it.
     """
 
     def __init__(self, folder: Path | None):
@@ -108,10 +109,10 @@ class Pictures:
 
     def _find(self, folder: Path) -> None:
         if not folder.is_dir():
-            raise FileNotFoundError(f"--images {folder}: no such folder; pass one with images")
+            raise UserError(f"--images {folder}: no such folder; pass one with images")
         found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS and self._inside(path))
         if not found:
-            raise FileNotFoundError(f"--images {folder} holds no images ({', '.join(EXTENSIONS)}); pass another")
+            raise UserError(f"--images {folder} holds no images ({', '.join(EXTENSIONS)}); pass another")
         self._files = found[:_MOST_LISTED]
         if len(found) > _MOST_LISTED:
             self.note = f"The first {_MOST_LISTED} of {len(found):,} images of the folder."

@@ -27,9 +27,9 @@ from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from crate_fast.errors import UserError
 from crate_fast.eval.explore.desk import Desk
 from crate_fast.eval.explore.pictures import LARGEST_UPLOAD, UnknownPictureError, UnreadablePictureError
-from crate_fast.eval.options import ours
 from crate_fast.train.checkpoint import CheckpointError
 
 __all__ = ["application"]
@@ -45,13 +45,11 @@ _HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
     "Cache-Control": "no-store",
 }
-_FAULTS: dict[type[Exception], int] = {
+_FAULTS: dict[type[UserError], int] = {
     UnknownPictureError: 404,
     UnreadablePictureError: 422,
     CheckpointError: 422,
-    IndexError: 400,
-    KeyError: 400,
-    ValueError: 400,
+    UserError: 400,
 }
 
 
@@ -94,18 +92,14 @@ def _problem(status: int, text: str, **headers: str) -> JSONResponse:
     return JSONResponse({"error": text}, status, headers)
 
 
-def _text(error: Exception) -> str:
-    return str(error.args[0] if isinstance(error, KeyError) and error.args else error)
-
-
 def _number(request: Request, name: str, default: int | None = None) -> int | None:
     word = request.query_params.get(name)
     if word is None or word == "":
         if default is None and name not in ("patch",):
-            raise ValueError(f"the request lacks {name}=…, a whole number")
+            raise UserError(f"the request lacks {name}=…, a whole number")
         return default
     if not (word.isascii() and word.isdecimal()) or len(word) > 9:
-        raise ValueError(f"{name}={word[:40]!r}: a whole number, from 0")
+        raise UserError(f"{name}={word[:40]!r}: a whole number, from 0")
     return int(word)
 
 
@@ -113,11 +107,9 @@ async def _answer(compute: Callable, *arguments) -> Response:
     """What a function of a worker thread returns, as JSON, or its complaint."""
     try:
         found = await run_in_threadpool(compute, *arguments)
-    except tuple(_FAULTS) as error:
-        if not ours(error):
-            raise
+    except UserError as error:
         status = next(status for kind, status in _FAULTS.items() if isinstance(error, kind))
-        return _problem(status, _text(error))
+        return _problem(status, str(error))
     return found if isinstance(found, Response) else JSONResponse(found)
 
 
