@@ -7,9 +7,17 @@
 torch.Size([1, 10])
 """
 
+import os
+import sys
 from pathlib import Path
 
 __version__ = "0.1.0"
+SPIN_COUNT = 1000
+
+# OpenMP's threads spin at every barrier, which stalls all beside another process (benchmarks/results/busy_cpu.md).
+# OpenMP reads this when PyTorch is imported; a choice of the user's stands.
+if "torch" not in sys.modules and not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
+    os.environ["GOMP_SPINCOUNT"] = str(SPIN_COUNT)
 
 # In an uninstalled source tree `kernels/`, `train/` and `eval/` lie beside this folder; once installed, setup.py's
 # mapping has put them inside it and there is no setup.py beside it.

@@ -1,6 +1,9 @@
 """The public operators against the reference: values, gradients, dtypes, strides, compile, autocast, and errors."""
 
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -8,7 +11,7 @@ import torch.nn.functional as F
 from oracle import token_scale, within_twice_eager
 from torch import Tensor
 
-from crate_fast import cpu, cpu_attention
+from crate_fast import SPIN_COUNT, cpu, cpu_attention
 from crate_fast.backends import explain_backend
 from crate_fast.functional import fold_dictionary, ista, linear, subspace_attention
 from crate_fast.reference import ista_reference, subspace_attention_reference
@@ -417,3 +420,16 @@ def test_a_nan_is_not_hidden(n_tokens, threshold):
     y = ista(x, torch.randn(64, 64) / 8, threshold=threshold)
     assert y[1].isnan().all()
     assert y.isnan().sum() == 64
+
+
+@pytest.mark.parametrize(
+    ("chosen", "expected"),
+    [({}, str(SPIN_COUNT)), ({"GOMP_SPINCOUNT": "9"}, "9"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "None")],
+)
+def test_openmp_spins_for_a_bounded_time_unless_the_user_chose(chosen, expected):
+    code = "import crate_fast, os; print(os.environ.get('GOMP_SPINCOUNT'))"
+    kept = {key: value for key, value in os.environ.items() if key not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    result = subprocess.run(
+        [sys.executable, "-c", code], env=kept | chosen, capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == expected
