@@ -34,12 +34,18 @@ def facts_of(rows: Iterable[dict]) -> dict[str, object]:
 
 
 def found_tiles(rows: Iterable[dict]) -> list[dict]:
-    """The best measured tiles as `CRATE_FAST_TILES` takes them; the present one unless 2 % are gained."""
-    found = []
-    for key, (row, alternative_ms) in _best(rows).items():
+    """Return the best measured tiles as `CRATE_FAST_TILES` takes them; the present one unless 2 % are gained.
+
+    A kernel of whole heads that loses to blocks of rows gets null, so that blocks of rows run.
+    """
+    best, found = _best(rows), []
+    for key, (row, alternative_ms) in best.items():
         tile = dict(row["tile"])
         if alternative_ms is not None:
             tile["chosen"] = row["latency_ms"] < alternative_ms
+        times = _beside_blocks_of_rows(best, key)
+        if times and math.prod(rows_ms / whole_ms for whole_ms, rows_ms in times.values()) < 1:
+            tile = None
         found.append(dict(zip(_KEY, key, strict=True)) | {"tile": tile})
     return found
 
@@ -64,16 +70,22 @@ def _best(rows: Iterable[dict]) -> dict[tuple, tuple[dict, float | None]]:
     return best
 
 
+def _beside_blocks_of_rows(best: dict[tuple, tuple], key: tuple) -> dict[str, tuple[float, float]]:
+    """For a kernel of whole heads: shape → its milliseconds and those of blocks of rows, at the shapes of both."""
+    kernel, *rest = key
+    by_rows = best.get((kernel.replace("whole_head", "attention"), *rest))
+    if not kernel.startswith("whole_head") or by_rows is None:
+        return {}
+    whole, rows = best[key][0]["shapes"], by_rows[0]["shapes"]
+    return {shape: (whole[shape], rows[shape]) for shape in whole.keys() & rows.keys()}
+
+
 def _whole_heads(rows: Iterable[dict]) -> list[str]:
-    """What whole heads are worth beside blocks of rows, at the shapes of both."""
     best, lines = _best(rows), []
-    for (kernel, *rest), (row, _) in best.items():
-        by_rows = best.get((kernel.replace("whole_head", "attention"), *rest))
-        if kernel.startswith("whole_head") and by_rows is not None:
-            for shape in row["shapes"].keys() & by_rows[0]["shapes"].keys():
-                whole_ms, rows_ms = row["shapes"][shape], by_rows[0]["shapes"][shape]
-                text = f"* {kernel} at {shape}: {_number(whole_ms)} ms, by blocks of rows {_number(rows_ms)} ms"
-                lines.append(f"{text}: {rows_ms / whole_ms:.2f}×")
+    for key in best:
+        for shape, (whole_ms, rows_ms) in _beside_blocks_of_rows(best, key).items():
+            text = f"* {key[0]} at {shape}: {_number(whole_ms)} ms, by blocks of rows {_number(rows_ms)} ms"
+            lines.append(f"{text}: {rows_ms / whole_ms:.2f}×")
     return [*lines, ""] if lines else []
 
 

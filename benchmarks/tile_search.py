@@ -285,6 +285,8 @@ def _milliseconds(timer: Timer, call: Callable[[], object]) -> float:
 
 def row_source(row: dict) -> str:
     """A row of found_tiles.json as kernels/tiles.py has it."""
+    if row["tile"] is None:
+        return f"    # {row['kernel']}, {row['precision']}, {row['architecture']}: slower than blocks of rows, no row"
     values = {field.name: field.default for field in fields(Tile)} | row["tile"]
     words = [str(values[name]) for name in ("block_m", "block_n", "num_warps", "num_stages")]
     words += [str(values["block_k"])] * bool(values["block_k"])

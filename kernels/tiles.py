@@ -81,20 +81,19 @@ TABLE: dict[tuple[str | int, ...], Tile] = {
 
 
 @functools.cache
-def _measured() -> dict[tuple[str, str, str, int], Tile]:
-    """The rows of `settings.tiles_file`: kernel, architecture, precision, block_d, tile."""
+def _measured() -> dict[tuple[str, str, str, int], Tile | None]:
+    """The rows of `settings.tiles_file`: kernel, architecture, precision, block_d, tile (null: not this kernel)."""
     path = tiles_file()
     rows = [] if path is None else json.loads(Path(path).read_text())
     keys = ("kernel", "precision", "architecture", "block_d")
-    return {tuple(row[key] for key in keys): Tile(**row["tile"]) for row in rows}
+    return {tuple(row[key] for key in keys): Tile(**row["tile"]) if row["tile"] else None for row in rows}
 
 
 def find(kernel: str, device: torch.device, precision: str, block_d: int = 0) -> Tile | None:
     """`lookup` for a kernel that not every device and precision has a row for: None where there is none."""
     name = architecture(device)
-    measured = _measured().get((kernel, precision, name, block_d))
-    if measured is not None:
-        return measured
+    if (kernel, precision, name, block_d) in _measured():
+        return _measured()[kernel, precision, name, block_d]
     keys = [(kernel, precision, name, block_d), (kernel, precision, name), (kernel, precision, block_d)]
     return next((TABLE[key] for key in [*keys, (kernel, precision)] if key in TABLE), None)
 

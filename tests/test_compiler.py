@@ -49,14 +49,18 @@ def test_the_most_particular_row_counts(monkeypatch):
 def test_measured_tiles_take_precedence(tmp_path):
     tile = {"block_m": 64, "block_n": 64, "num_warps": 4, "num_stages": 3}
     row = {"kernel": "attention_forward", "architecture": "sm_90", "precision": "half", "block_d": 64, "tile": tile}
-    (tmp_path / "tiles.json").write_text(json.dumps([row]))
+    rows = [row, row | {"kernel": "whole_head_forward", "tile": None}]
+    (tmp_path / "tiles.json").write_text(json.dumps(rows))
     code = (
-        "import torch; from crate_fast.kernels.tiles import lookup\n"
-        "print([lookup('attention_forward', torch.device('cpu'), 'half', d).num_warps for d in (64, 128)])"
+        "import torch; from crate_fast.kernels.tiles import find, lookup\n"
+        "print([lookup('attention_forward', torch.device('cpu'), 'half', d).num_warps for d in (64, 128)],"
+        " find('whole_head_forward', torch.device('cpu'), 'half', 64))"
     )
     environment = os.environ | {"CRATE_FAST_TILES": str(tmp_path / "tiles.json")}
     command = [sys.executable, "-c", code]
-    assert subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout == "[4, 8]\n"
+    assert (
+        subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout == "[4, 8] None\n"
+    )
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

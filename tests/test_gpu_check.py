@@ -338,6 +338,8 @@ def test_the_best_tile_is_found_and_the_present_one_kept_where_little_is_gained(
         rows = [_tile("output_map", 128, 9.0, present=True, **others), _tile("output_map", 64, 1.0)]
         (row,) = gpu_report.found_tiles(rows)
         assert (row["tile"]["block_m"], row["tile"]["chosen"]) == (64, chosen)
+    for ms, kept in ((0.5, 64), (1.5, None)):
+        assert best(present, _tile("whole_head_forward", 64, ms))["whole_head_forward"] == kept
     page = gpu_report.summary([present, _tile("whole_head_forward", 64, 0.5)], "first")
     assert "* whole_head_forward at s: 0.5 ms, by blocks of rows 1 ms: 2.00×" in page
     assert "| attention_forward 128 | 1 | in the table |" in page

@@ -89,6 +89,7 @@ def test_found_rows_are_printed_as_the_table_has_them(tmp_path, capsys):
     rows = [key | {"kernel": "attention_backward", "block_d": 64, "tile": asdict(tile)}]
     product = Tile(128, 256, 4, 3, 64, persistent=True, chosen=False)
     rows.append(key | {"kernel": "output_map", "block_d": 0, "tile": asdict(product)})
+    rows.append(key | {"kernel": "whole_head_forward", "block_d": 64, "tile": None})
     path = tmp_path / "found_tiles.json"
     path.write_text(json.dumps(rows))
     assert tile_search.main([str(path)]) == 0
