@@ -9,7 +9,6 @@ torch.Size([1, 10])
 
 import os
 import sys
-from pathlib import Path
 
 __version__ = "0.1.0"
 SPIN_COUNT = 1000
@@ -18,13 +17,6 @@ SPIN_COUNT = 1000
 # OpenMP reads this when PyTorch is imported; a choice of the user's stands.
 if "torch" not in sys.modules and not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
     os.environ["GOMP_SPINCOUNT"] = str(SPIN_COUNT)
-
-# In an uninstalled source tree `kernels/`, `train/` and `eval/` lie beside this folder; once installed, setup.py's
-# mapping has put them inside it and there is no setup.py beside it.
-_root = Path(__file__).resolve().parent.parent
-if (_root / "setup.py").is_file() and (_root / "kernels" / "__init__.py").is_file():
-    __path__.append(str(_root))
-del _root
 
 from crate_fast import registry as _registry  # noqa: E402, F401  (registers the models with timm)
 from crate_fast.mae import CRATEMAE, CRATEMAE_base, CRATEMAE_large, CRATEMAE_small, CRATEMAE_tiny  # noqa: E402

@@ -11,7 +11,7 @@ from typing import Any
 
 __all__ = ["UserError", "missing_package", "require", "run_command"]
 
-_EXTRA_OF = {  # package, as it is imported: the extra of setup.py that installs it
+_EXTRA_OF = {  # package, as it is imported: the extra that installs it
     **dict.fromkeys(("pycocotools", "scipy", "sklearn"), "eval"),
     **dict.fromkeys(("onnx", "onnxscript", "onnxruntime"), "export"),
     **dict.fromkeys(("starlette", "uvicorn"), "explore"),

@@ -22,8 +22,7 @@ def modules() -> list[ModuleType]:
     found = []
     for name in PACKAGES:
         package = importlib.import_module(name)
-        folder = [str(Path(package.__file__).parent)]  # not `__path__`: in a source tree it has more
-        names = [module.name for module in pkgutil.iter_modules(folder) if not module.ispkg]
+        names = [module.name for module in pkgutil.iter_modules(package.__path__) if not module.ispkg]
         found += [package, *(importlib.import_module(f"{name}.{module}") for module in names)]
     return found
 

@@ -169,4 +169,13 @@ def test_an_uninstalled_tree_imports_its_folders(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", code]
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
-    assert Path(result.stdout.strip()) == ROOT / "kernels" / "__init__.py"
+    assert Path(result.stdout.strip()) == ROOT / "crate_fast" / "kernels" / "__init__.py"
+
+
+def test_static_tools_find_every_module_inside_the_package():
+    """Editors follow paths, not import hooks."""
+    for name in ("kernels", "train", "eval"):
+        assert (ROOT / "crate_fast" / name).resolve() == ROOT / name
+    found = [module.name for module in pkgutil.walk_packages(crate_fast.__path__, "crate_fast.")]
+    assert len(found) == len(set(found))
+    assert {"crate_fast.kernels.attention", "crate_fast.train.pretrain", "crate_fast.eval.explore.server"} <= {*found}
