@@ -1,4 +1,4 @@
-"""Put the measured tables into README.md, between their markers: `python benchmarks/update_readme.py`.
+"""Put the measured tables into README.md and docs/, between their markers: `python benchmarks/update_readme.py`.
 
 python benchmarks/update_readme.py --from FOLDER      # after a GPU check: copy its results first
 """
@@ -15,7 +15,8 @@ from pathlib import Path
 from gpu_report import facts_of, summary, times
 from harness import RESULTS, markdown_table, write_results
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+PAGES = ("README.md", "docs/evaluation.md", "docs/training.md", "docs/results/gpu.md")  # which have tables
 NOT_MEASURED = "Not yet measured: no GPU run has been committed.\n"
 BOTH = "forward + backward"
 OURS, GRAPHED, COMPILED = "ours", "ours, CUDA graph", "ours, compiled"
@@ -301,7 +302,7 @@ def maskcut_table() -> str:
         f"`scipy.linalg.eigh(D − A, D, subset_by_index=[1, 2])`. {content['device']}, torch {content['torch']}, "
         f"commit {content['commit']}. At {largest['image at patch 8, px']} px ({largest['patches']:,} patches) ours "
         f"takes {largest['ours s']:.1f} s and {largest['ours peak MiB']:,.0f} MiB; "
-        "[more](benchmarks/results/maskcut.md)."
+        "[more](../benchmarks/results/maskcut.md)."
     )
     return f"{markdown_table(rows, list(rows[0]))}\n{note}\n"
 
@@ -336,13 +337,13 @@ def data_table() -> str:
     ]
     note = (
         f"CPU time, medians; {content['device']}, PIL {content['pil']}, commit {content['commit']}; reading and "
-        "evaluation: [data.md](benchmarks/results/data.md)."
+        "evaluation: [data.md](../benchmarks/results/data.md)."
     )
     return f"{markdown_table(rows, list(rows[0]))}\n{note}\n"
 
 
 def updated(text: str) -> str:
-    """The README with its tables made anew."""
+    """Return a page with its tables made anew."""
     makers = {
         "cpu": cpu_table,
         "gpu": gpu_table,
@@ -357,17 +358,18 @@ def updated(text: str) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Rewrite README.md, with the results of a GPU check if there are some, or print a folder's GPU tables."""
+    """Rewrite the pages, with the results of a GPU check if there are some, or print a folder's GPU tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--from", type=Path, dest="source", metavar="TAR_OR_FOLDER", help="of gpu_check.py")
-    parser.add_argument("--show", type=Path, metavar="FOLDER", help="print its GPU tables; leave README.md alone")
+    parser.add_argument("--show", type=Path, metavar="FOLDER", help="print its GPU tables; leave the pages alone")
     options = parser.parse_args(argv)
     if options.source:
         take(options.source)
     if options.show:
         print("\n".join(make(options.show) for make in (gpu_table, models_table)))
     else:
-        README.write_text(updated(README.read_text()))
+        for page in PAGES:
+            (ROOT / page).write_text(updated((ROOT / page).read_text()))
     return 0
 
 
