@@ -30,8 +30,9 @@ from torch.utils.data import Dataset
 
 from crate_fast.train.config import TrainConfig
 from crate_fast.train.data import Batch, Normalize, build_splits, eval_loader, mirrored, train_loader
+from crate_fast.train.image_files import read_image
 from crate_fast.train.shape_scenes import ShapeScenes
-from crate_fast.train.sources import decoded, open_source
+from crate_fast.train.sources import open_source
 from crate_fast.train.transforms import drawing_from, eval_transform, pixels, train_transform
 from crate_fast.train.write_shards import encoded
 
@@ -145,7 +146,7 @@ def stages(configs: dict[str, TrainConfig], count: int) -> dict[str, tuple[Calla
     sources = {kind: open_source(configs[kind], train=True) for kind in configs if kind != "small"}
     folder = sources["folder"]
     files = [folder.open(i)[0].read() for i in range(min(count, 64))]
-    pictures = [decoded(io.BytesIO(content)) for content in files]
+    pictures = [read_image(io.BytesIO(content)) for content in files]
     crop, middle = train_transform(config), eval_transform(config)
     cropped = [crop(picture) for picture in pictures]
     batch = config.batch_size
@@ -174,7 +175,7 @@ def stages(configs: dict[str, TrainConfig], count: int) -> dict[str, tuple[Calla
 
     order = np.random.default_rng(0).permutation(count).tolist()
     found = {f"read the file: {kind}": each(read(source), order) for kind, source in sources.items()}
-    found["decode"] = each(lambda content: decoded(io.BytesIO(content)), files)
+    found["decode"] = each(lambda content: read_image(io.BytesIO(content)), files)
     found["random crop and resize"] = each(crop, pictures)
     found["resize and middle crop (evaluation)"] = each(middle, pictures)
     for policy in POLICIES:

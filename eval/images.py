@@ -6,6 +6,11 @@
     shape_scenes[:SEED]  scenes made on the fly (validation split), 500 of them if no limit is given; one object each
 
 An image that cannot be read becomes a `Sample` with a `problem`, never a gap: the protocols count and name them.
+
+Images are read as in training (`crate_fast.train.image_files`), upright as their EXIF orientation says. Annotations
+are taken to be drawn on the upright picture: labelling tools show it, and detectron2 holds its size against the height
+and width in COCO's JSON. Where only the stored pixels have the size of the annotations, picture and masks stay as
+stored. Sizes cannot tell for orientations 2 to 4 and for squares: those are upright.
 """
 
 import functools
@@ -25,7 +30,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from crate_fast.errors import UserError
-from crate_fast.train.data import UNREADABLE
+from crate_fast.train.image_files import EXTENSIONS, UNREADABLE, as_stored, find_images, open_image, read_image
 from crate_fast.train.shape_scenes import ShapeScenes
 
 __all__ = [
@@ -45,7 +50,6 @@ VOC_CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",
     "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
 )  # fmt: skip
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
 VOID = 255
 _UNREADABLE = (*UNREADABLE, KeyError, TypeError, IndexError, AssertionError)  # the last four: a damaged annotation
 
@@ -131,10 +135,13 @@ class ImageFiles(Dataset):
         self.root, self.size = root, size
         if not root.is_dir():
             raise UserError(f"{root}: no such folder; pass --data folder:PATH with the folder of your images")
-        files = sorted(path for path in root.rglob("*") if path.suffix.lower() in EXTENSIONS)
-        if not files:
-            raise UserError(f"{root} holds no images ({', '.join(EXTENSIONS)})")
-        self.items: list[tuple[str | int, Path]] = [(str(path.relative_to(root)), path) for path in files]
+        tree = find_images(root)
+        if tree.note:
+            print(f"{root}: {tree.note}", file=sys.stderr)
+        if not tree.names:
+            raise UserError(f"{root} holds no images ({', '.join(EXTENSIONS)}): pass a folder that does")
+        paths = sorted(map(Path, tree.names))
+        self.items: list[tuple[str | int, Path]] = [(str(path), root / path) for path in paths]
 
     def __len__(self) -> int:
         return len(self.items)
@@ -142,8 +149,7 @@ class ImageFiles(Dataset):
     def __getitem__(self, index: int) -> Sample:
         key, path = self.items[index]
         try:
-            with Image.open(path) as file:
-                picture = file.convert("RGB")
+            picture = self._as_annotated(key, read_image(path))
             target = self.target(key, (picture.height, picture.width))
         except _UNREADABLE as error:
             problem = f"{path}: {type(error).__name__}: {error}"
@@ -153,6 +159,18 @@ class ImageFiles(Dataset):
     def keys(self) -> list[str | int]:
         """Names or numbers of the images, in order."""
         return [key for key, _ in self.items]
+
+    def _as_annotated(self, key: str | int, picture: Image.Image) -> Image.Image:
+        """Return a picture upright, or as it is stored if only so it has the size of its annotations."""
+        wanted = self.annotated_size(key)
+        if wanted in (None, (picture.height, picture.width)):
+            return picture
+        stored = as_stored(picture)
+        return stored if wanted == (stored.height, stored.width) else picture
+
+    def annotated_size(self, key: str | int) -> tuple[int, int] | None:
+        """Return the height and width that an image has by its annotations; None where they do not say."""
+        return None
 
     def target(self, key: str | int, size: tuple[int, int]) -> Target | None:
         """What is known of an image's objects: nothing, in a folder."""
@@ -190,8 +208,15 @@ class VocImages(ImageFiles):
             raise UserError(f"{names} lists no images")
         self.items = [(key, found / "JPEGImages" / f"{key}.jpg") for key in keys]
 
+    def annotated_size(self, key: str | int) -> tuple[int, int]:
+        with open_image(self._annotation(key)) as file:
+            return file.height, file.width
+
+    def _annotation(self, key: str | int) -> Path:
+        return self.root / "SegmentationClass" / f"{key}.png"
+
     def target(self, key: str | int, size: tuple[int, int]) -> Target:
-        with Image.open(self.root / "SegmentationClass" / f"{key}.png") as file:
+        with open_image(self._annotation(key)) as file:
             if file.mode not in ("P", "L"):
                 raise UserError(f"annotation {key}.png has mode {file.mode}, not a palette of class numbers")
             labels = torch.from_numpy(np.array(file))
@@ -239,6 +264,10 @@ class CocoImages(ImageFiles):
         self.items = [(i, root / split / self.coco.imgs[i]["file_name"]) for i in sorted(self.coco.imgs)]
         if not self.items:
             raise UserError(f"{found} lists no images")
+
+    def annotated_size(self, key: str | int) -> tuple[int, int] | None:
+        image = self.coco.imgs[key]
+        return (image["height"], image["width"]) if {"height", "width"} <= image.keys() else None
 
     def target(self, key: str | int, size: tuple[int, int]) -> Target:
         masks: dict[int, np.ndarray] = {}

@@ -207,7 +207,7 @@ def test_empty_folders_and_damaged_archives_say_so(tmp_path):
     with pytest.raises(ValueError, match=r"train cannot be used.*folder named after its class"):
         build_splits(config)
     (tmp_path / "train.tar").write_bytes(b"no archive")
-    with pytest.raises(ValueError, match=r"train\.tar cannot be used"):
+    with pytest.raises(ValueError, match=r"train\.tar is no whole, uncompressed tar archive"):
         build_splits(TrainConfig(dataset="tar", data_dir=str(tmp_path)))
     with tarfile.open(tmp_path / "train.tar", "w") as archive:
         _add(archive, "notes.txt", b"words")

@@ -16,14 +16,12 @@ import argparse
 import dataclasses
 import json
 import math
-import os
 import sys
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from timm.data.readers.img_extensions import IMG_EXTENSIONS
 from torch import nn
 
 from crate_fast import CRATE, CRATEMAE
@@ -33,6 +31,7 @@ from crate_fast.train.command_line import build_config, load_recipe
 from crate_fast.train.config import TrainConfig
 from crate_fast.train.data import train_loader
 from crate_fast.train.finetune import inheriting
+from crate_fast.train.image_files import find_images
 from crate_fast.train.shape_scenes import CLASSES
 
 __all__ = ["DataSize", "Throughput", "find_data_size", "main", "make_plan", "read_throughput"]
@@ -69,14 +68,9 @@ class DataSize:
 
 
 def _count_folder(split: Path) -> tuple[int, int]:
-    """Images under a folder, and the folders they lie in, which are their classes as timm reads them."""
-    images, classes = 0, set()
-    for folder, _, names in os.walk(split, followlinks=True):
-        here = sum(name.lower().endswith(IMG_EXTENSIONS) for name in names)
-        if here:
-            images += here
-            classes.add(Path(folder).name)
-    return images, len(classes)
+    """Return the images and classes of a folder, as training reads them."""
+    tree = find_images(split)
+    return (len(tree.names), len(tree.labelled(str(split))[0])) if tree.names else (0, 0)
 
 
 def find_data_size(config: TrainConfig, recipe: str, images: int | None, classes: int | None) -> DataSize:
@@ -88,7 +82,7 @@ def find_data_size(config: TrainConfig, recipe: str, images: int | None, classes
         images, classes: What the command line says, or None.
 
     Raises:
-        UserError: One of them is not known.
+        UserError: One of them is not known, or the folder is no data set.
     """
     split = Path(config.data_dir) / config.train_split
     known = next((word for word in Path(recipe).stem.split("_") if word in KNOWN_SIZES), "")

@@ -1,9 +1,9 @@
-"""WebDataset shards by number: tar archives of images and labels, read at any place in any order.
+"""Tar archives of images, WebDataset shards or class folders, read at any place in any order.
 
 A shard is an uncompressed tar archive. Its members that follow one another and are alike up to the first dot of
-their file's name are one sample: `n01/a.jpg` and `n01/a.cls`. The image is the member called jpg, jpeg, png, webp,
-bmp, ppm, tif or tiff behind that dot, the label the number in `cls`, or "label" in `json`. A member called anything
-else is left alone, and so is a sample without an image.
+their file's name are one sample: `n01/a.jpg` and `n01/a.cls`. The image is the member with one of `EXTENSIONS` behind
+that dot, the label the number in `cls`, or "label" in `json`. Other members are left alone, as is a sample without an
+image; image files among those are counted. A `FolderArchive` holds class folders instead of samples.
 
 timm has a reader of shards, and it is not used: it deals shards out to processes and shuffles what passes by in each,
 so which images a step sees depends on how many processes there are, and a run cannot continue at a step without
@@ -22,20 +22,23 @@ import sys
 import tarfile
 import time
 import zipfile
+from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
 from crate_fast.errors import UserError
+from crate_fast.train.image_files import EXTENSIONS, ImageTree, is_hidden, is_image, looks_like_image
 
-__all__ = ["Archives", "ShardIndex", "find_shards"]
+__all__ = ["Archives", "FolderArchive", "ShardIndex", "TarIndex", "find_shards"]
 
-_IMAGE = {"jpg", "jpeg", "png", "webp", "bmp", "ppm", "tif", "tiff"}
-_VERSION = 1
+_VERSION = 2
 _OPEN_SHARDS = 128  # per process, well below the usual limit of 1,024 files
+_FIRST_DOT = "WebDataset ends the name of a sample at its first dot: write it without others, as in a_1.jpg"
 _HEADER = 512  # bytes of a tar header; a member's last one is right in front of its data
 
 
@@ -68,8 +71,8 @@ def find_shards(root: Path, split: str, option: str = "--train-split") -> list[P
     return beside or inside
 
 
-def _label(shard: Path, key: str, suffix: str, content: bytes) -> int:
-    """The label in the content of a cls or json member.
+def _label(where: str, suffix: str, content: bytes) -> int:
+    """Return the label in the content of a cls or json member.
 
     Raises:
         UserError: There is none.
@@ -81,58 +84,68 @@ def _label(shard: Path, key: str, suffix: str, content: bytes) -> int:
     except (ValueError, KeyError, TypeError):
         pass
     wanted = '{"label": 3}' if suffix == "json" else "3"
-    raise UserError(
-        f"{shard}: {key}.{suffix} holds {content[:40]!r}: write an integer from 0 into it, such as {wanted}"
-    )
+    raise UserError(f"{where}.{suffix} holds {content[:40]!r}: write an integer from 0 into it, such as {wanted}")
 
 
-def _samples(shard: Path) -> list[tuple[int, int, int]]:
-    """(offset, size, label) of a shard's samples.
+def _members(archive: Path, nested: bool = False) -> Iterator[tuple[str, int, int]]:
+    """Yield (name, offset, size) of an archive's files, hidden ones left out; a folder's name ends in a slash.
+
+    Args:
+        archive: Its path.
+        nested: Whether an archive in the archive counts as a folder of its name, without .tar.
 
     Raises:
-        UserError: It is no whole tar archive, or an image has no label.
+        UserError: It is no whole tar archive, or cannot be read.
     """
-    found: list[tuple[int, int, int]] = []
-
-    def finish(key: str | None, parts: dict[str, tuple[int, int]]) -> None:
-        image = next((parts[suffix] for suffix in parts if suffix in _IMAGE), None)
-        if image is None:
-            return
-        suffix = next((suffix for suffix in ("cls", "json") if suffix in parts), None)
-        if suffix is None:
-            raise UserError(f"{shard}: the image {key} has no label: put {key}.cls or {key}.json beside it")
-        offset, size = parts[suffix]
-        found.append((*image, _label(shard, key, suffix, os.pread(file.fileno(), size, offset))))
-
     try:
-        with shard.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
-            key, parts = None, {}
-            for member in archive:
-                archive.members = []  # which would else hold every header
-                folder, _, name = member.name.rpartition("/")
-                stem, dot, suffix = name.partition(".")
-                if not member.isreg() or not stem or not dot:
-                    continue
-                if (folder, stem) != key:
-                    finish(key and "/".join(filter(None, key)), parts)
-                    key, parts = (folder, stem), {}
-                parts[suffix.lower()] = (member.offset_data, member.size)
-            finish(key and "/".join(filter(None, key)), parts)
+        with archive.open("rb") as file:
+            yield from _members_of(file, 0, "", nested)
     except (tarfile.TarError, EOFError) as error:
         raise UserError(
-            f"{shard} is no whole, uncompressed tar archive ({error}): copy it again, or unpack its compression"
+            f"{archive} is no whole, uncompressed tar archive ({error}): copy it again, or unpack its compression"
         ) from error
-    return found
+    except OSError as error:
+        raise UserError(f"{archive} cannot be used ({error}): make it readable, or copy it again") from error
+
+
+def _members_of(file: BinaryIO, start: int, prefix: str, nested: bool) -> Iterator[tuple[str, int, int]]:
+    with tarfile.open(fileobj=file, mode="r:") as opened:
+        for member in opened:
+            opened.members = []  # which would else hold every header
+            name = prefix + "/".join(part for part in member.name.split("/") if part not in ("", "."))
+            if is_hidden(name):
+                continue
+            if member.isdir():
+                yield name + "/", start, 0
+            elif member.isreg() and nested and name.lower().endswith(".tar"):
+                with opened.extractfile(member) as inner:
+                    yield from _members_of(inner, start + member.offset_data, f"{name[:-4]}/", nested)
+            elif member.isreg():
+                yield name, start + member.offset_data, member.size
 
 
 def _class_names(root: Path) -> tuple[str, ...] | None:
-    """From classes.txt, a name a line, or the list "classes" of _info.json; None where there is neither."""
-    if (root / "classes.txt").exists():
-        return tuple((root / "classes.txt").read_text().splitlines())
-    if (root / "_info.json").exists():
-        names = json.loads((root / "_info.json").read_text()).get("classes")
-        return None if names is None else tuple(map(str, names))
-    return None
+    """Return the names in classes.txt, one a line, or in the list "classes" of _info.json; None without either.
+
+    Raises:
+        UserError: The file cannot be understood, or a name is empty.
+    """
+    file = next((root / name for name in ("classes.txt", "_info.json") if (root / name).exists()), None)
+    if file is None:
+        return None
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+        names = text.rstrip().split("\n") if file.suffix == ".txt" else json.loads(text).get("classes")
+        if names is not None and not isinstance(names, list):
+            raise ValueError('"classes" is no list')
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{file} does not hold the names of the classes ({error}): correct or remove it") from error
+    if names is None:
+        return None
+    names = tuple(str(name).strip() for name in names)
+    if "" in names:
+        raise UserError(f"{file}: the name of class {names.index('')} is empty: write it, or remove its line")
+    return names
 
 
 class Archives:
@@ -170,87 +183,197 @@ class Archives:
         return content
 
 
-class ShardIndex:
-    """Samples of shards by number, in the order of the shards and of their members.
+class TarIndex(ABC):
+    """Images in tar archives by number.
 
-    The index is kept beside the shards, in `.<first shard's name>.index.npz`, and made anew when a shard's name, size
-    or time of change differs; where that folder cannot be written it is kept in memory. Which, is said on stderr.
+    The index is kept beside the archives, in a hidden file, and made anew when an archive's name, size or time of
+    change differs; where that folder cannot be written it is kept in memory. Which, is said on stderr.
 
     Args:
-        shards: Paths, in one folder.
-        root: Folder with the class names: a name a line in classes.txt, or the list "classes" in _info.json.
+        paths: Of the archives, in one folder.
+        kept: Name of the file that keeps the index.
 
     Attributes:
+        archives: What reads them.
+        samples: int64 [n, 4]: archive, offset, size, label.
         classes: Names of the classes, or None.
         n_labels: Labels are below this.
 
     Raises:
-        UserError: A shard is damaged or compressed, an image has no label, there are no images, or fewer class names
-            than labels.
+        UserError: An archive is damaged or compressed.
     """
 
-    def __init__(self, shards: Sequence[Path], root: Path):
-        self.shards = [Path(shard) for shard in shards]
-        self.archives = Archives(self.shards)
-        folder = self.shards[0].parent
-        # int64 [n, 4]: shard, offset, size, label
-        self.samples = self._load(folder / f".{self.shards[0].stem}.index.npz")
-        if not len(self.samples):
-            raise UserError(f"{folder}: the {len(self.shards)} shards from {self.shards[0].name} hold no images")
-        self.n_labels = int(self.samples[:, 3].max()) + 1
-        self.classes = _class_names(root)
-        if self.classes is not None and len(self.classes) < self.n_labels:
-            raise UserError(
-                f"{root} has {len(self.classes)} class names and a label {self.n_labels - 1}: complete classes.txt"
-            )
+    classes: tuple[str, ...] | None
+    n_labels: int
 
-    def _load(self, cache: Path) -> np.ndarray:
-        """The samples from the cache, or from the shards' headers if it is absent, damaged or out of date."""
-        stats = [shard.stat() for shard in self.shards]
+    def __init__(self, paths: Sequence[Path], kept: str):
+        self.paths = [Path(path) for path in paths]
+        self.archives = Archives(self.paths)
+        contents = self._load(self.paths[0].parent / kept)
+        self.samples = contents["samples"]
+        self._remarks: list[str] = contents["remarks"].tolist()
+        self._take(contents)
+        for remark in self._remarks:
+            print(remark, file=sys.stderr)
+
+    @abstractmethod
+    def _scan(self) -> dict[str, np.ndarray]:
+        """Return what the headers say: at least "samples", and "remarks" about what they lack."""
+
+    @abstractmethod
+    def _take(self, contents: dict[str, np.ndarray]) -> None:
+        """Set the classes from what `_scan` has returned, this time or an earlier one."""
+
+    def _load(self, cache: Path) -> dict[str, np.ndarray]:
+        """Return what the cache holds, or `_scan` finds if it is absent, damaged or out of date."""
+        try:
+            stats = [path.stat() for path in self.paths]
+        except OSError as error:
+            raise UserError(f"{error.filename} cannot be read ({error.strerror}): copy it again") from error
         state = np.array([[stat.st_size, stat.st_mtime_ns] for stat in stats], np.int64)
-        names = np.array([shard.name for shard in self.shards])
+        names = np.array([path.name for path in self.paths])
         try:
             with np.load(cache, allow_pickle=False) as kept:
                 same = [kept["version"] == _VERSION, np.array_equal(kept["names"], names)]
                 if all(same) and np.array_equal(kept["state"], state):
-                    return kept["samples"]
+                    return dict(kept)
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
             pass
         began = time.perf_counter()
-        rows = [(number, *sample) for number, shard in enumerate(self.shards) for sample in _samples(shard)]
-        samples = np.array(rows, np.int64).reshape(-1, 4)
+        contents = self._scan()
         where = str(cache)
         partial = cache.with_name(f"{cache.name}.{os.getpid()}")
         try:
             with partial.open("wb") as file:
-                np.savez(file, version=_VERSION, names=names, state=state, samples=samples)
+                np.savez(file, version=_VERSION, names=names, state=state, **contents)
             os.replace(partial, cache)
         except OSError as error:
             with suppress(OSError):
                 partial.unlink()
             where = f"memory only ({error})"
-        took = f"in {time.perf_counter() - began:.1f} s"
-        print(f"indexed {len(samples)} images of {len(self.shards)} shards {took}; kept in {where}", file=sys.stderr)
-        return samples
+        count, took = len(contents["samples"]), f"in {time.perf_counter() - began:.1f} s"
+        print(f"indexed {count} images of {len(names)} shards {took}; kept in {where}", file=sys.stderr)
+        return contents
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def open(self, index: int) -> tuple[io.BytesIO, int]:
-        """The file of image `index`, not decoded, and its label.
+        """Return the file of image `index`, not decoded, and its label.
 
         Raises:
-            OSError: The shard is gone, or shorter than when it was indexed.
+            OSError: The archive is gone, or shorter than when it was indexed.
         """
-        shard, offset, size, label = self.samples[index].tolist()
-        return io.BytesIO(self.archives.read(shard, offset, size)), label
+        number, offset, size, label = self.samples[index].tolist()
+        return io.BytesIO(self.archives.read(number, offset, size)), label
 
     def name(self, index: int) -> str:
-        """ "shard/member" of image `index`, from the header in front of it (which cuts names of over 100 bytes)."""
-        shard, offset, _, _ = self.samples[index].tolist()
+        """Return "archive/member" of image `index`, from its header, which cuts names of over 100 bytes."""
+        number, offset, _, _ = self.samples[index].tolist()
         try:
-            header = self.archives.read(shard, offset - _HEADER, _HEADER)
+            header = self.archives.read(number, offset - _HEADER, _HEADER)
             member = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").name
         except (OSError, tarfile.TarError):
             member = f"byte {offset}"
-        return f"{self.shards[shard]}/{member}"
+        return f"{self.paths[number]}/{member}"
+
+
+class ShardIndex(TarIndex):
+    """Samples of WebDataset shards by number, in the order of the shards and of their members.
+
+    Args:
+        shards: Paths, in one folder.
+        root: Folder with the class names: a name a line in classes.txt, or the list "classes" in _info.json.
+
+    Raises:
+        UserError: A shard is damaged or compressed, an image has no label, there are no images, a class has no name,
+            or there are fewer class names than labels.
+    """
+
+    def __init__(self, shards: Sequence[Path], root: Path):
+        self.root = root
+        super().__init__(shards, f".{Path(shards[0]).stem}.index.npz")
+
+    def _scan(self) -> dict[str, np.ndarray]:
+        rows, passed_over = [], []
+        for number in range(len(self.paths)):
+            self._scan_shard(number, rows, passed_over)
+        remarks = []
+        if passed_over:
+            dotted = "." in passed_over[0].rpartition("/")[2].partition(".")[2]
+            why = _FIRST_DOT if dotted else f"images are {' '.join(EXTENSIONS)}"
+            remarks.append(f"{len(passed_over)} image files are passed over, such as {passed_over[0]} ({why})")
+        return {"samples": np.array(rows, np.int64).reshape(-1, 4), "remarks": np.array(remarks, str)}
+
+    def _scan_shard(self, number: int, rows: list[tuple[int, int, int, int]], passed_over: list[str]) -> None:
+        """Add the samples of a shard to `rows`, and image files that are in none of them to `passed_over`."""
+
+        def finish(key: str, parts: dict[str, tuple[int, int]]) -> None:
+            where = f"{self.paths[number]}: {key}"
+            image = next((parts[suffix] for suffix in parts if f".{suffix}" in EXTENSIONS), None)
+            if image is None:
+                passed_over.extend(f"{where}.{suffix}" for suffix in parts if looks_like_image(f"_.{suffix}"))
+                return
+            suffix = next((suffix for suffix in ("cls", "json") if suffix in parts), None)
+            if suffix is None:
+                raise UserError(
+                    f"{self.paths[number]}: the image {key} has no label: put {key}.cls or {key}.json beside it"
+                )
+            rows.append((number, *image, _label(where, suffix, self.archives.read(number, *parts[suffix]))))
+
+        key, parts = "", {}
+        for name, *place in _members(self.paths[number]):
+            folder, slash, file = name.rpartition("/")
+            stem, dot, suffix = file.partition(".")
+            if not dot:
+                continue
+            if folder + slash + stem != key:
+                finish(key, parts)
+                key, parts = folder + slash + stem, {}
+            parts[suffix.lower()] = tuple(place)
+        finish(key, parts)
+
+    def _take(self, contents: dict[str, np.ndarray]) -> None:
+        if not len(self.samples):
+            first = self.paths[0]
+            more = f": {self._remarks[0]}" if self._remarks else ""
+            raise UserError(f"{first.parent}: the {len(self.paths)} shards from {first.name} hold no images{more}")
+        self.n_labels = int(self.samples[:, 3].max()) + 1
+        self.classes = _class_names(self.root)
+        if self.classes is not None and len(self.classes) < self.n_labels:
+            names, label = len(self.classes), self.n_labels - 1
+            raise UserError(f"{self.root} has {names} class names and a label {label}: complete classes.txt")
+
+
+class FolderArchive(TarIndex):
+    """Images of one tar archive by number, in the order and of the classes that the unpacked folder would have.
+
+    The archive holds the class folders, or one folder with the archive's name that holds them. Archives in it count
+    as folders.
+
+    Args:
+        path: Of the archive.
+
+    Raises:
+        UserError: See `TarIndex` and `ImageTree.labelled`.
+    """
+
+    def __init__(self, path: Path):
+        super().__init__([path], f".{path.stem}.folders.npz")
+
+    def _scan(self) -> dict[str, np.ndarray]:
+        path = self.paths[0]
+        places = {name: place for name, *place in _members(path, nested=True)}  # of two of a name, the later
+        top, images = f"{path.stem}/", [name for name in places if is_image(name)]
+        if images and all(name.startswith(top) for name in images):
+            places = {name.removeprefix(top): place for name, place in places.items() if name.startswith(top)}
+        folders = {name.partition("/")[0] for name in places if "/" in name}
+        tree = ImageTree.of((name for name in places if not name.endswith("/")), folders)
+        classes, labels = tree.labelled(str(path))
+        rows = [(0, *places[name], label) for name, label in zip(tree.names, labels.tolist(), strict=True)]
+        remarks = [f"{path}: {remark}" for remark in tree.remarks()]
+        return {"samples": np.array(rows, np.int64), "classes": np.array(classes), "remarks": np.array(remarks, str)}
+
+    def _take(self, contents: dict[str, np.ndarray]) -> None:
+        self.classes = tuple(contents["classes"].tolist())
+        self.n_labels = len(self.classes)

@@ -6,25 +6,24 @@ resumed at any step.
 
 import importlib.util
 import io
+import sys
 import tarfile
 from abc import ABC, abstractmethod
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from PIL import Image, UnidentifiedImageError
-from timm.data import create_dataset
+from PIL import Image
 from torch.utils.data import Dataset
 from torchvision import datasets as torchvision_datasets
 
 from crate_fast.errors import UserError
 from crate_fast.train.config import TrainConfig
-from crate_fast.train.shards import Archives, ShardIndex, find_shards
+from crate_fast.train.image_files import find_images, read_image, to_rgb
+from crate_fast.train.shards import FolderArchive, ShardIndex, TarIndex, find_shards
 from crate_fast.train.unreadable import Unreadable
 
-__all__ = ["UNREADABLE", "EncodedSource", "Source", "common_classes", "decoded", "nothing_outside", "open_source"]
-
-UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what PIL raises on a damaged file
+__all__ = ["EncodedSource", "Source", "common_classes", "nothing_outside", "open_source"]
 
 _TORCHVISION = {
     "cifar10": lambda root, train, download: torchvision_datasets.CIFAR10(root, train=train, download=download),
@@ -36,19 +35,6 @@ _TORCHVISION = {
         root, split="trainval" if train else "test", download=download
     ),
 }
-
-
-def decoded(file: BinaryIO) -> Image.Image:
-    """The picture in a file, whole, in RGB."""
-    try:
-        opened = Image.open(file)
-    except UnidentifiedImageError:  # whose message has the file's address in memory
-        raise UnidentifiedImageError("no kind of image that PIL knows") from None
-    with opened as picture:
-        if picture.mode != "RGB":
-            return picture.convert("RGB")
-        picture.load()  # `convert` would copy it
-        return picture
 
 
 class Source(Dataset, ABC):
@@ -91,62 +77,62 @@ class EncodedSource(Source):
         """See `Source`."""
         file, label = self.open(index)
         with file:
-            return decoded(file), int(label)
+            return read_image(file), label
 
 
-class FileSource(EncodedSource):
-    """Through timm's readers of folders and tar archives.
+class FolderSource(EncodedSource):
+    """The images below a folder, of the classes that its folders name."""
 
-    timm's own data set puts the next image in the place of one that cannot be read; only its reader is used here.
-    """
-
-    def __init__(self, reader, where: str):
-        self.reader, self.where = reader, where
-        numbers = reader.class_name_to_idx if hasattr(reader, "class_name_to_idx") else reader.class_to_idx
-        self.classes = tuple(sorted(numbers, key=numbers.get)) or None
-        self.n_labels = len(numbers)
+    def __init__(self, root: Path):
+        self.root, tree = root, find_images(root)
+        self.classes, self.labels = tree.labelled(str(root))
+        self.names, self.n_labels = tree.names, len(self.classes)
+        for remark in tree.remarks():
+            print(f"{root}: {remark}", file=sys.stderr)
 
     def __len__(self) -> int:
-        return len(self.reader)
+        return len(self.names)
 
     def name(self, index: int) -> str:
-        return str(Path(self.where, self.reader.filename(index, absolute=True)))
+        return str(self.root / self.names[index])
 
     def open(self, index: int) -> tuple[BinaryIO, int]:
-        return self.reader[index]
+        return (self.root / self.names[index]).open("rb"), int(self.labels[index])
 
 
-class _TarSource(FileSource):
-    """A tar archive. timm's reader makes the index; it would open the archive anew for each image, in 0.4 ms."""
-
-    def __init__(self, reader, where: str):
-        super().__init__(reader, where)
-        self.archives = Archives([Path(where)])
-
-    def open(self, index: int) -> tuple[BinaryIO, int]:
-        member, _, inner = self.reader.samples[index]
-        if inner is not None:  # an archive in the archive
-            return self.reader[index]
-        return io.BytesIO(self.archives.read(0, member.offset_data, member.size)), self.reader.targets[index]
-
-
-class _HubSource(FileSource):
+class _HubSource(EncodedSource):
     """A data set of `datasets`, whose images may have no path, or one of long ago and elsewhere."""
 
+    def __init__(self, images, where: str):
+        self.images, self.where = images, where
+        labels = images.unique("label")
+        wrong = [label for label in labels if not isinstance(label, int) or label < 0]
+        if wrong or not labels:
+            raise UserError(f"{where}: labels must be integers from 0, not {wrong[:8]}: pass a labelled split")
+        self.classes = tuple(getattr(images.features["label"], "names", ())) or None
+        self.n_labels = max(len(self.classes or ()), max(labels) + 1)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
     def name(self, index: int) -> str:
-        return f"{self.where}, image {index} ({self.reader.filename(index)})"
+        image = self.images[index]["image"]
+        return f"{self.where}, image {index} ({image and image['path']})"
 
     def open(self, index: int) -> tuple[BinaryIO, int]:
-        try:
-            return self.reader[index]
-        except AssertionError as error:
-            raise UserError("it has neither bytes nor a path") from error
+        row = self.images[index]
+        image = row["image"] or {}  # null in some rows of some data sets
+        if image.get("bytes"):
+            return io.BytesIO(image["bytes"]), row["label"]
+        if not image.get("path"):
+            raise UserError("it has neither bytes nor a path")
+        return Path(image["path"]).open("rb"), row["label"]
 
 
-class ShardSource(EncodedSource):
-    """Through an index of WebDataset shards."""
+class ArchiveSource(EncodedSource):
+    """The images of tar archives, through an index of them."""
 
-    def __init__(self, index: ShardIndex):
+    def __init__(self, index: TarIndex):
         self.index, self.classes, self.n_labels = index, index.classes, index.n_labels
 
     def __len__(self) -> int:
@@ -160,22 +146,25 @@ class ShardSource(EncodedSource):
 
 
 class _Torchvision(Source):
-    """A data set of torchvision's, which decodes by itself."""
+    """A data set of torchvision's; image files are read here, for torchvision does not turn them upright."""
 
     def __init__(self, images: Dataset, where: str):
         self.images, self.where = images, where
         self.classes = tuple(images.classes)
         self.n_labels = len(self.classes)
+        self.paths = getattr(images, "_images", getattr(images, "_image_files", None))  # of pets, of flowers102
 
     def __len__(self) -> int:
         return len(self.images)
 
     def name(self, index: int) -> str:
-        return f"{self.where}, image {index}"
+        return f"{self.where}, image {index}" if self.paths is None else str(self.paths[index])
 
     def picture(self, index: int) -> tuple[Image.Image, int]:
+        if self.paths is not None:
+            return read_image(self.paths[index]), self.images._labels[index]
         image, label = self.images[index]
-        return image if image.mode == "RGB" else image.convert("RGB"), label
+        return to_rgb(image), label
 
 
 @contextmanager
@@ -230,25 +219,19 @@ def _open_files(config: TrainConfig, train: bool) -> Source:
     if not place.exists():
         present = sorted(path.name for path in root.iterdir())[:8] if root.is_dir() else "no such folder"
         raise UserError(f"{place} is not there (data_dir holds: {present}): pass --data-dir, or {option}")
-    # A kept archive handle would be shared by forked workers, position included: they would read each other's bytes.
-    kind, settings = (_TarSource, {"cache_tarfiles": False}) if config.dataset == "tar" else (FileSource, {})
-    try:
-        images = create_dataset("", root=str(place), split=split, search_split=False, **settings)
-    except (RuntimeError, ValueError, tarfile.TarError) as error:
-        raise UserError(
-            f"{place} cannot be used ({error}): it must hold images, each in a folder named after its class"
-        ) from error
-    return kind(images.reader, str(place))
+    return ArchiveSource(FolderArchive(place)) if config.dataset == "tar" else FolderSource(place)
 
 
 def _open_hf(config: TrainConfig, train: bool) -> Source:
-    """A data set of `datasets`, by timm's reader: a local folder of parquet, arrow or image files, or a name.
+    """Open a data set of `datasets`: a local folder of parquet, arrow or image files, or a name.
 
     `datasets` writes parquet anew as arrow into its cache (HF_DATASETS_CACHE) the first time.
     """
     split, option = _split(config, train)
     if importlib.util.find_spec("datasets") is None:
         raise UserError("dataset='hf' needs the package datasets: pip install crate_fast[hf]")
+    import datasets
+
     if not Path(config.data_dir).is_dir() and not config.download:
         raise UserError(
             f"data_dir={config.data_dir!r} is no folder: pass --data-dir FOLDER, or --download to let datasets fetch "
@@ -256,23 +239,21 @@ def _open_hf(config: TrainConfig, train: bool) -> Source:
         )
     where = f"{config.data_dir}, split {split}"
     try:
-        reader = create_dataset(f"hfds/{config.data_dir}", split=split).reader
+        images = datasets.load_dataset(config.data_dir, split=split)
     except (OSError, ValueError) as error:
         raise UserError(
             f"datasets cannot open {where} ({type(error).__name__}: {error}): it must be of parquet, arrow or image "
             f"files; pass --data-dir, or {option}"
         ) from error
-    columns = set(reader.dataset.column_names)
-    if reader.dataset.data.column("image").null_count == len(reader):  # timm's cast has made one of nothing
-        columns.remove("image")
-    if not {"image", "label"} <= columns:
-        raise UserError(f"{where} has the columns {sorted(columns)}: rename two to image and label")
-    labels = reader.dataset.unique("label")
-    if not labels or not all(isinstance(label, int) and label >= 0 for label in labels):
-        raise UserError(f"{where}: labels must be integers from 0, and are {labels[:8]}: pass a labelled split")
-    source = _HubSource(reader, where)
-    source.n_labels = max(source.n_labels, max(labels) + 1)
-    return source
+    if not {"image", "label"} <= set(images.column_names):
+        raise UserError(f"{where} has the columns {sorted(images.column_names)}: rename two to image and label")
+    try:
+        images = images.cast_column("image", datasets.Image(decode=False))
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise UserError(
+            f"{where}: the column image holds no images ({error}): store them as datasets.Image"
+        ) from error
+    return _HubSource(images, where)
 
 
 def open_source(config: TrainConfig, train: bool) -> Source:
@@ -289,7 +270,7 @@ def open_source(config: TrainConfig, train: bool) -> Source:
         return _open_hf(config, train)
     if config.dataset == "shards":
         root = Path(config.data_dir)
-        return ShardSource(ShardIndex(find_shards(root, *_split(config, train)), root))
+        return ArchiveSource(ShardIndex(find_shards(root, *_split(config, train)), root))
     return _open_files(config, train)
 
 
@@ -303,5 +284,6 @@ def common_classes(train: Source, val: Source) -> tuple[str, ...]:
         return tuple(map(str, range(max(train.n_labels, val.n_labels))))
     if train.classes != val.classes:
         differing = sorted(set(train.classes or ()) ^ set(val.classes or ()))[:8]
-        raise UserError(f"the training and validation splits have different classes, such as {differing}")
+        how = f"different classes, such as {differing}" if differing else "their classes in different orders"
+        raise UserError(f"the training and validation splits have {how}: give both the same classes")
     return train.classes

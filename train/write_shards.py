@@ -21,7 +21,8 @@ from tqdm import tqdm
 
 from crate_fast.errors import UserError, run_command
 from crate_fast.train.config import TrainConfig
-from crate_fast.train.sources import EncodedSource, common_classes, decoded, open_source
+from crate_fast.train.image_files import open_image, to_rgb
+from crate_fast.train.sources import EncodedSource, common_classes, open_source
 
 __all__ = ["encoded", "main"]
 
@@ -41,14 +42,14 @@ class _Plan:
 
 
 def encoded(content: bytes, shorter_side: int, quality: int) -> tuple[str, bytes]:
-    """(suffix, bytes) of an image that is small enough.
+    """Return (suffix, bytes) of an image that is small enough, read as training reads it.
 
     Raises:
-        Exception: It is damaged; PIL raises a dozen kinds.
+        UNREADABLE: See `read_image`.
     """
-    with Image.open(io.BytesIO(content)) as opened:
-        kind, size = opened.format, opened.size
-    picture = decoded(io.BytesIO(content))  # so that no damaged image is written
+    with open_image(io.BytesIO(content)) as image:
+        kind, picture = image.format, to_rgb(image)  # so that no damaged image is written
+    size = picture.size
     if min(size) <= shorter_side and kind in _SUFFIX:
         return _SUFFIX[kind], content
     if min(size) > shorter_side:

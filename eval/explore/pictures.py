@@ -10,13 +10,12 @@ import threading
 from collections import OrderedDict
 from pathlib import Path
 
-import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from crate_fast.errors import UserError
-from crate_fast.eval.images import EXTENSIONS, SceneImages, squash
-from crate_fast.train.data import UNREADABLE
+from crate_fast.eval.images import SceneImages, squash
+from crate_fast.train.image_files import EXTENSIONS, UNREADABLE, find_images, open_image, to_rgb
 
 __all__ = ["LARGEST_UPLOAD", "Pictures", "UnknownPictureError", "UnreadablePictureError", "decode"]
 
@@ -24,7 +23,7 @@ LARGEST_UPLOAD = 20 * 2**20  # bytes
 _LARGEST_PIXELS = 50_000_000
 _LARGEST_SIDE = 2048  # of what is kept of a picture
 _DECODING = threading.BoundedSemaphore(2)  # at once, as each may take some 350 MiB
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM")
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 _UPLOADS_BYTES = 256 * 2**20
 _MOST_LISTED = 200
 _SCENES, _SCENE_SIZE = 12, 256
@@ -39,10 +38,10 @@ class UnknownPictureError(UserError):
 
 
 def decode(data: bytes, name: str) -> Image.Image:
-    """An image file's pixels as RGB, upright as its camera says, at most 2,048 a side; the first frame of several.
+    """Return an image file's picture as `read_image` does, but at most 2,048 pixels a side.
 
     Args:
-        data: The whole file: JPEG, PNG, WebP, BMP, TIFF or PPM.
+        data: The whole file: JPEG, PNG, WebP, BMP, GIF, TIFF or PPM.
         name: For messages.
 
     Raises:
@@ -51,38 +50,26 @@ def decode(data: bytes, name: str) -> Image.Image:
     if len(data) > LARGEST_UPLOAD:
         raise UnreadablePictureError(f"{name} has {len(data) / 2**20:.0f} MiB: at most 20 are read; make it smaller")
     try:
-        with _DECODING, Image.open(io.BytesIO(data), formats=_FORMATS) as file:
+        with _DECODING, open_image(io.BytesIO(data), _FORMATS) as file:
             width, height = file.size
             if width * height > _LARGEST_PIXELS:
                 raise UnreadablePictureError(
                     f"{name} is {width}×{height}, {width * height / 1e6:.0f} megapixels: at most "
                     f"{_LARGEST_PIXELS / 1e6:.0f} are read; make it smaller"
                 )
-            if file.mode in ("I", "F"):
-                raise UnreadablePictureError(
-                    f"{name} has pixels of 32 bits, whose range is not known: save it with 8 or 16 bits"
-                )
             file.draft("RGB", (_LARGEST_SIDE, _LARGEST_SIDE))  # a JPEG is decoded no larger than needed
-            picture = _as_rgb(ImageOps.exif_transpose(file))
+            picture = to_rgb(file)
             picture.thumbnail((_LARGEST_SIDE, _LARGEST_SIDE))
             return picture
     except UnreadablePictureError:
         raise
+    except UserError as error:
+        raise UnreadablePictureError(f"{name} has {error}") from error
     except Image.UnidentifiedImageError as error:
         known = ", ".join(_FORMATS)
         raise UnreadablePictureError(f"{name} is no image that can be read here ({known}); choose another") from error
-    except (*UNREADABLE, Image.DecompressionBombError) as error:
+    except UNREADABLE as error:
         raise UnreadablePictureError(f"{name} cannot be read: {error}; choose another") from error
-
-
-def _as_rgb(picture: Image.Image) -> Image.Image:
-    """Any mode as RGB: 16 bits by their upper half, what is transparent on white."""
-    if picture.mode.startswith("I;16"):
-        return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8)).convert("RGB")
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
-    return picture.convert("RGB")
 
 
 class Pictures:
@@ -110,12 +97,15 @@ class Pictures:
     def _find(self, folder: Path) -> None:
         if not folder.is_dir():
             raise UserError(f"--images {folder}: no such folder; pass one with images")
-        found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS and self._inside(path))
+        tree = find_images(folder, follow_links=False)
+        found = [path for path in sorted(folder / name for name in tree.names) if self._inside(path)]
         if not found:
             raise UserError(f"--images {folder} holds no images ({', '.join(EXTENSIONS)}); pass another")
         self._files = found[:_MOST_LISTED]
         if len(found) > _MOST_LISTED:
             self.note = f"The first {_MOST_LISTED} of {len(found):,} images of the folder."
+        if tree.note:
+            self.note = f"{self.note} {tree.note.capitalize()}.".strip()
 
     def _inside(self, path: Path) -> bool:
         """Whether a file is in the folder itself: a link to somewhere else is not."""

@@ -1,0 +1,279 @@
+"""Image files: which there are below a folder, in which classes, and what a picture is as RGB.
+
+Training, evaluation and the explorer all read through this module, so that a file means the same to all of them:
+
+* One list of extensions, `EXTENSIONS`. Other image files are counted and named; hidden files and folders are skipped.
+* The class of an image is the first folder below its split, in torchvision's order (`ImageFolder`).
+* `read_image` gives 8-bit RGB, upright as the EXIF orientation says, with white behind what is transparent. The full
+  range of 16-bit grey becomes that of 8 bits. 32-bit integers and floats have no known range and are refused.
+"""
+
+import os
+import struct
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from PIL import ExifTags, Image, UnidentifiedImageError
+
+from crate_fast.errors import UserError
+
+__all__ = [
+    "EXTENSIONS",
+    "UNREADABLE",
+    "ImageTree",
+    "as_stored",
+    "find_images",
+    "is_hidden",
+    "is_image",
+    "looks_like_image",
+    "open_image",
+    "read_image",
+    "to_rgb",
+]
+
+EXTENSIONS = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
+    *(".ppm", ".pgm", ".pbm", ".pnm"),
+)
+_PASSED_OVER = (  # image formats that not every Pillow reads, if any does
+    *(".avif", ".heic", ".heif", ".j2k", ".jp2", ".jpx", ".jxl", ".svg", ".psd", ".tga", ".ico", ".pcx", ".dds"),
+    *(".dib", ".qoi", ".exr", ".hdr", ".pfm", ".dcm", ".dng", ".raw", ".arw", ".cr2", ".cr3", ".nef", ".orf", ".rw2"),
+)
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what is raised on a damaged file
+_EXIF_FAULTS = (*UNREADABLE, AssertionError, EOFError, KeyError, TypeError, ZeroDivisionError, struct.error)
+
+_ORIENTATION = ExifTags.Base.Orientation
+_UPRIGHT = {  # orientation: what turns the stored pixels upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0  # of TIFF
+
+
+# --- which files there are
+
+
+def is_image(name: str) -> bool:
+    """Return whether a file is read as an image, by its name."""
+    return name.lower().endswith(EXTENSIONS)
+
+
+def looks_like_image(name: str) -> bool:
+    """Return whether a file is an image by its name, of a format that is read or of another."""
+    return is_image(name) or os.path.splitext(name)[1].lower() in _PASSED_OVER
+
+
+def is_hidden(name: str) -> bool:
+    """Return whether a relative path has a part that begins with a dot, such as .ipynb_checkpoints or ._x.png."""
+    return name.startswith(".") or "/." in name
+
+
+@dataclass
+class ImageTree:
+    """The images below a folder, or in an archive of one.
+
+    Attributes:
+        names: Paths relative to the folder, parts separated by "/", in the order of torchvision's `ImageFolder`.
+        folders: The folders directly below, with and without images.
+        passed_over: How many image files have each extension that is not among `EXTENSIONS`.
+    """
+
+    names: list[str]
+    folders: set[str] = field(default_factory=set)
+    passed_over: Counter[str] = field(default_factory=Counter)
+
+    @classmethod
+    def of(cls, paths: Iterable[str], folders: set[str]) -> "ImageTree":
+        """Sort files, none of them hidden, into images, image files that are passed over, and others."""
+        tree = cls([], folders)
+        for path in paths:
+            if is_image(path):
+                tree.names.append(path)
+            elif looks_like_image(path):
+                tree.passed_over[os.path.splitext(path)[1].lower()] += 1
+        tree.names.sort(key=_order)
+        return tree
+
+    @property
+    def note(self) -> str:
+        """Say in a few words which image files are passed over; "" if there are none."""
+        listed = ", ".join(f"{count} {extension}" for extension, count in sorted(self.passed_over.items()))
+        return f"image files of other formats are passed over: {listed}" if listed else ""
+
+    def labelled(self, where: str) -> tuple[tuple[str, ...], np.ndarray]:
+        """Return the names of the classes, sorted, and the class number of every image.
+
+        Args:
+            where: The folder or archive, for messages.
+
+        Raises:
+            UserError: There are no images, an image is in no class folder, or a class folder has no images.
+        """
+        loose = [name for name in self.names if "/" not in name]
+        of_images = [name.partition("/")[0] for name in self.names]
+        empty = sorted(self.folders.difference(of_images))
+        fault = ""
+        if not self.names:
+            fault = f"it holds no images ({' '.join(EXTENSIONS)})"
+        elif loose:
+            fault = f"{len(loose)} of its images are in no class folder, such as {loose[0]}"
+        elif empty:
+            fault = f"{len(empty)} class folders hold no images, such as {empty[:8]}: fill or remove them"
+        if fault:
+            note = f"; {self.note}" if self.note else ""
+            raise UserError(
+                f"{where} cannot be used ({fault}{note}): it must hold images, each in a folder named after its class"
+            )
+        classes = tuple(sorted(set(of_images)))
+        numbers = {name: number for number, name in enumerate(classes)}
+        return classes, np.array([numbers[name] for name in of_images], np.int64)
+
+    def remarks(self) -> list[str]:
+        """Say what may not be meant: image files passed over, and a single class that holds folders."""
+        found = [self.note] if self.note else []
+        tops = {name.partition("/")[0] for name in self.names}
+        below = sorted({name.split("/")[1] for name in self.names if name.count("/") > 1})
+        if len(tops) == 1 and len(below) > 1:
+            found.append(
+                f"all images are of one class, {tops.pop()!r}: the first folder is the class, none below it, such as "
+                f"{below[0]!r}"
+            )
+        return found
+
+
+def _order(name: str) -> tuple[str, str, str]:
+    folder, _, file = name.rpartition("/")
+    return folder.partition("/")[0], folder, file
+
+
+def _walk(root: str, follow_links: bool) -> Iterator[tuple[str, list[str], list[str]]]:
+    """Yield (path relative to root with a slash at its end, folders, files) of every folder, hidden ones left out."""
+
+    def refuse(error: OSError) -> None:  # os.walk would leave the folder out without a word
+        raise UserError(f"{error.filename} cannot be listed ({error.strerror}): make it readable, or remove it")
+
+    for folder, folders, files in os.walk(root, onerror=refuse, followlinks=follow_links):
+        folders[:] = [name for name in folders if name[0] != "." and not _leads_back(folder, name)]
+        inner = os.path.relpath(folder, root).replace(os.sep, "/") + "/" if folder != root else ""
+        yield inner, folders, [name for name in files if name[0] != "."]
+
+
+def _leads_back(folder: str, name: str) -> bool:
+    """Return whether a link leads to a folder that holds it, which would have no end."""
+    path = os.path.join(folder, name)
+    return os.path.islink(path) and Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(path))
+
+
+def find_images(root: Path, follow_links: bool = True) -> ImageTree:
+    """Return the images below a folder.
+
+    Args:
+        root: The folder.
+        follow_links: Whether links to folders are followed.
+
+    Raises:
+        UserError: The folder, or one below it, cannot be listed.
+    """
+    tops: set[str] = set()
+    paths = []
+    for inner, folders, files in _walk(str(root), follow_links):
+        tops.update(() if inner else folders)
+        paths += [inner + name for name in files]
+    return ImageTree.of(paths, tops)
+
+
+# --- what a picture is
+
+
+@contextmanager
+def open_image(file: BinaryIO | str | Path, formats: tuple[str, ...] | None = None) -> Iterator[Image.Image]:
+    """Open an image file, not decoded yet; whatever damage is found while it is open is one of `UNREADABLE`.
+
+    Args:
+        file: Its path, or the open file.
+        formats: Pillow's names of the formats that are allowed; all when None.
+    """
+    try:
+        with Image.open(file, formats=formats) as image:
+            yield image
+    except UnidentifiedImageError:  # whose message has the file's address in memory
+        raise UnidentifiedImageError("no kind of image that Pillow knows") from None
+    except UNREADABLE:
+        raise
+    except Exception as error:  # of damaged files Pillow raises a dozen kinds
+        raise OSError(f"damaged ({type(error).__name__}: {error})") from error
+
+
+def read_image(file: BinaryIO | str | Path) -> Image.Image:
+    """Return the picture in a file as 8-bit RGB, upright, on white; of several the first.
+
+    Raises:
+        UserError: Its pixels have 32 bits, whose range is not known.
+        UNREADABLE: It is damaged.
+    """
+    with open_image(file) as image:
+        return to_rgb(image)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Return an opened image as `read_image` does; `info["orientation"]` says how its pixels were stored."""
+    stored = _orientation(image)  # asked for before a TIFF is loaded, which Pillow turns upright while it loads
+    image.load()
+    left = _orientation(image)
+    picture = _eight_bit_rgb(image)
+    if left in _UPRIGHT:
+        picture = picture.transpose(_UPRIGHT[left])
+    picture.info = {"orientation": stored}  # EXIF that is saved with the picture would have it turned once more
+    return picture
+
+
+def as_stored(picture: Image.Image) -> Image.Image:
+    """Return a picture of `to_rgb` with its pixels as the file has them, not turned upright."""
+    orientation = picture.info.get("orientation", 1)
+    inverse = {6: 8, 8: 6}.get(orientation, orientation)
+    return picture.transpose(_UPRIGHT[inverse]) if inverse in _UPRIGHT else picture
+
+
+def _orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation, 1 where there is none or EXIF itself is damaged."""
+    try:
+        found = image.getexif().get(_ORIENTATION, 1)
+    except _EXIF_FAULTS:
+        return 1
+    return found if isinstance(found, int) else 1
+
+
+def _eight_bit_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image  # `convert` would copy it
+    sixteen = image.mode == "I" and image.format in ("PNG", "PPM")  # which have no more
+    if image.mode.startswith("I;16") or sixteen:
+        return _from_sixteen_bits(image).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise UserError("pixels of 32 bits, whose range is not known: save it with 8 or 16 bits")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _from_sixteen_bits(image: Image.Image) -> Image.Image:
+    """Return the upper 8 bits of a grey image, as Pillow itself reads 16-bit colours."""
+    levels, tags = np.asarray(image), getattr(image, "tag_v2", {})
+    bits = int(np.max(tags.get(_BITS_PER_SAMPLE, 16)))  # a TIFF may have 12
+    grey = (levels >> (bits - 8)).astype(np.uint8)
+    if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:  # which Pillow heeds in 8 bits, but not in 16
+        grey = 255 - grey
+    if isinstance(image.info.get("transparency"), int):
+        grey[levels == image.info["transparency"]] = 255
+    return Image.fromarray(grey)
