@@ -1,11 +1,12 @@
 """Sets of images: VOC's and COCO's own formats, made by the tests, and what goes wrong with them."""
 
+import io
 import json
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from crate_fast.errors import UserError
 from crate_fast.eval.images import Target, batches, open_images
@@ -88,6 +89,77 @@ def test_coco_unions_and_crowds(tmp_path, capsys):
     assert (~sample.target.valid).sum() == 100
     assert images.class_names() == {2: "cat", 7: "dog"}
     assert capsys.readouterr().out == ""
+
+
+_CORNER = np.zeros((40, 60), bool)
+_CORNER[:10, :15] = True
+
+
+def _orient(path, upright: np.ndarray, orientation: int):
+    """Write a picture that a viewer shows as `upright`, its pixels stored otherwise."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored = next(
+        turned
+        for how in (None, *Image.Transpose)
+        for turned in [Image.fromarray(upright) if how is None else Image.fromarray(upright).transpose(how)]
+        if _shown(turned, exif, upright)
+    )
+    stored.save(path, exif=exif, quality=95)
+
+
+def _shown(stored: Image.Image, exif: Image.Exif, upright: np.ndarray) -> bool:
+    file = io.BytesIO()
+    stored.save(file, "PNG", exif=exif)
+    return np.array_equal(np.asarray(ImageOps.exif_transpose(Image.open(file))), upright)
+
+
+def _white_object(mask: np.ndarray) -> np.ndarray:
+    return np.repeat(mask[..., None] * np.uint8(255), 3, axis=2)
+
+
+def _on_object(sample) -> bool:
+    """Whether the pixels of the mask are the white ones."""
+    (mask,) = sample.target.masks.float()
+    grid = torch.nn.functional.interpolate(mask[None, None], sample.image.shape[1:], mode="area")[0, 0]
+    white = sample.image.float().mean(0)
+    return bool(white[grid > 0.99].mean() > 240 and white[grid < 0.01].mean() < 15)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_masks_are_on_the_object_however_its_pixels_are_stored(tmp_path, orientation):
+    base = make_voc(tmp_path) / "VOC2012"
+    make_coco(tmp_path / "coco", crowd=False)
+    annotations = tmp_path / "coco" / "annotations" / "instances_val2017.json"
+    content = json.loads(annotations.read_text())
+    content["annotations"] = content["annotations"][:1]
+    content["annotations"][0]["segmentation"] = [[0, 0, 15, 0, 15, 10, 0, 10]]
+    annotations.write_text(json.dumps(content))
+    _orient(tmp_path / "coco" / "val2017" / "x.jpg", _white_object(_CORNER), orientation)
+    _orient(base / "JPEGImages" / "a.jpg", _white_object(_CORNER), orientation)
+    Image.fromarray(_CORNER.astype(np.uint8), mode="P").save(base / "SegmentationClass" / "a.png")
+    for name in (f"coco:{tmp_path}/coco", f"voc:{tmp_path}"):
+        sample = open_images(name, 32)[0]
+        assert sample.problem is None
+        assert sample.size == (40, 60)
+        assert _on_object(sample), name
+
+
+@pytest.mark.parametrize("orientation", range(5, 9))
+def test_masks_drawn_on_the_stored_pixels_stay_on_them(tmp_path, orientation):
+    base = make_voc(tmp_path) / "VOC2012"
+    picture = Image.fromarray(_white_object(_CORNER))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    picture.save(base / "JPEGImages" / "a.jpg", exif=exif, quality=95)
+    Image.fromarray(_CORNER.astype(np.uint8), mode="P").save(base / "SegmentationClass" / "a.png")
+    sample = open_images(f"voc:{tmp_path}", 32)[0]
+    assert sample.size == (40, 60)
+    assert _on_object(sample)
+    make_coco(tmp_path / "coco", crowd=False)
+    picture.save(tmp_path / "coco" / "val2017" / "x.jpg", exif=exif, quality=95)
+    sample = open_images(f"coco:{tmp_path}/coco", 32)[0]
+    assert (sample.problem, sample.size) == (None, (40, 60))
 
 
 def test_scenes_are_the_same_at_every_size():

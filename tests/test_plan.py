@@ -236,7 +236,7 @@ def test_the_command_is_one_of_crate_fasts(capsys):
 
 
 def test_images_are_counted_in_a_folder_that_is_there(tmp_path):
-    for name in ("a/1.jpg", "a/2.PNG", "b/3.jpeg", "b/notes.txt"):
+    for name in ("a/inside/1.jpg", "a/2.PNG", "b/3.webp", "b/notes.txt", ".ipynb_checkpoints/1.jpg"):
         file = tmp_path / "train" / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.touch()

@@ -14,6 +14,7 @@ from PIL import Image
 from crate_fast.errors import UserError
 from crate_fast.train.config import TrainConfig
 from crate_fast.train.data import build_splits, eval_loader, train_loader
+from crate_fast.train.image_files import EXTENSIONS
 from crate_fast.train.shards import ShardIndex, find_shards
 
 
@@ -178,6 +179,8 @@ def test_damage_is_named(tmp_path):
             _index(_tar(shard, [("0001.png", _png(1)), (f"0001.{suffix}", content)]))
     with pytest.raises(ValueError, match="hold no images"):
         _index(_tar(shard, [("0001.cls", b"1")]))
+    with pytest.raises(UserError, match=r"train-0\.tar: a\.png is there twice"):  # webdataset refuses it too
+        _index(_tar(shard, [("a.png", _png(1)), ("a.cls", b"1"), ("a.png", _png(2)), ("a.cls", b"0")]))
 
 
 def test_a_shard_that_shrinks_under_a_run_is_named(tmp_path):
@@ -204,6 +207,41 @@ def test_class_names_are_those_written_down(tmp_path):
     (tmp_path / "classes.txt").write_text("ant\nbee\n")
     with pytest.raises(ValueError, match="2 class names and a label 2: complete classes.txt"):
         build_splits(_config(tmp_path))
+
+
+def test_blank_lines_and_unreadable_names_of_classes(tmp_path):
+    for split in ("train", "validation"):
+        _plain(tmp_path / f"{split}-0.tar", [1, 2])
+    for content in ("ant\nbee\n\n", "ant\r\nbee\r\n  \r\n", "\ufeffant \nbee"):
+        (tmp_path / "classes.txt").write_text(content, encoding="utf-8", newline="")
+        assert build_splits(_config(tmp_path)).classes == ("ant", "bee")
+    for content in (b"ant\n\nbee\n", b"\xff\xfe"):
+        (tmp_path / "classes.txt").write_bytes(content)
+        with pytest.raises(UserError, match=r"classes\.txt"):
+            build_splits(_config(tmp_path))
+    (tmp_path / "classes.txt").unlink()
+    for content in ("{", "[]", '{"classes": "ab"}', '{"classes": ["ant", ""]}'):
+        (tmp_path / "_info.json").write_text(content)
+        with pytest.raises(UserError, match=r"_info\.json"):
+            build_splits(_config(tmp_path))
+
+
+def test_image_files_that_are_no_samples_are_counted_with_the_reason(tmp_path, capsys):
+    dotted = [("img.0001.png", _png(1)), ("img.0001.cls", b"1"), ("img.0002.png", _png(2)), ("img.0002.cls", b"0")]
+    shard = tmp_path / "train-0.tar"
+    with pytest.raises(UserError, match=r"hold no images: 2 .* img\.0001\.png \(WebDataset ends .* its first dot"):
+        _index(_tar(shard, dotted))
+    others = [("2.heic", b"a"), ("2.cls", b"1"), ("._3.png", _png(3)), (".cache/3.png", _png(3)), ("3.txt", b"a")]
+    for _ in range(2):  # scanned, then from the kept index
+        capsys.readouterr()
+        index = _index(_tar(shard, [("1.png", _png(1)), ("1.seg.png", _png(9)), ("1.cls", b"1"), *others, *dotted]))
+        assert _values(index) == [(1, 1)]
+        assert f"3 image files are passed over, such as {shard}: 2.heic (images are .jpg" in capsys.readouterr().err
+
+
+def test_every_readers_extensions_are_images_here_too(tmp_path):
+    members = [part for end in EXTENSIONS for part in ((f"{end[1:]}{end}", _png(1)), (f"{end[1:]}.cls", b"1"))]
+    assert len(_index(_tar(tmp_path / "train-0.tar", members))) == len(EXTENSIONS)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -13,7 +13,7 @@ from PIL import Image
 from crate_fast.errors import UserError
 from crate_fast.train.config import TrainConfig
 from crate_fast.train.data import build_splits, eval_loader, plain_splits, readable, train_loader
-from crate_fast.train.sources import Source, nothing_outside
+from crate_fast.train.sources import Source, common_classes, nothing_outside, open_source
 from crate_fast.train.unreadable import Unreadable
 
 BROKEN = {1: "truncated", 4: "text", 9: "empty"}  # of twelve images a split
@@ -191,6 +191,70 @@ def test_archives_in_an_archive_are_read(tmp_path):
     }
 
 
+LAYOUTS = {
+    "class folders": ["cat/indoor/x.jpg", "cat/b.jpg", "dog/indoor/y.jpg", "dog/c.jpg"],
+    "the folder of the split": ["train/cat/indoor/x.jpg", "train/cat/b.jpg", "./train/dog/y.jpg"],
+    "hidden files": [
+        "./cat/x.jpg",
+        "./cat/._x.jpg",
+        "./._cat/x.jpg",
+        ".git/x.jpg",
+        "dog/.ipynb_checkpoints/x.jpg",
+        "dog/y.jpg",
+    ],
+    "names that sort otherwise": ["a-b/10.jpg", "a-b/9.jpg", "a/z.jpg", "a/b/c.jpg", "B/1.jpg", "a/b-c/d.jpg"],
+}
+
+
+@pytest.mark.parametrize("names", LAYOUTS.values(), ids=LAYOUTS)
+def test_an_archive_has_the_classes_and_order_of_its_folder(tmp_path, names):
+    root = tmp_path if any("train/" in name for name in names) else tmp_path / "train"
+    with tarfile.open(tmp_path / "train.tar", "w") as archive:
+        for i, name in enumerate(names):
+            _add(archive, name, _jpeg(i))
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            (root / name).write_bytes(_jpeg(i))
+    configs = [TrainConfig(dataset=kind, data_dir=str(tmp_path)) for kind in ("folder", "tar")]
+    folder, archive = (open_source(config, train=True) for config in configs)
+    assert archive.classes == folder.classes
+    read = [[(file.read(), label) for file, label in map(s.open, range(len(s)))] for s in (folder, archive)]
+    assert read[0] == read[1]
+    again = open_source(configs[1], train=True)  # from the kept index
+    assert (again.classes, len(again)) == (archive.classes, len(archive))
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["x.jpg", "y.jpg"], "2 of its images are in no class folder, such as x.jpg"),
+        (["train/x.jpg"], "1 of its images are in no class folder"),
+        (["ant/x.jpg", "y.jpg"], "1 of its images are in no class folder"),
+        (["ant/x.jpg", "bee/x.heic"], "1 class folders hold no images.*1 .heic"),
+        (["ant/x.heic"], "it holds no images.*1 .heic"),
+    ],
+)
+def test_archives_that_name_no_classes_are_refused(tmp_path, names, message):
+    with tarfile.open(tmp_path / "train.tar", "w") as archive:
+        for name in names:
+            _add(archive, name, _jpeg(0))
+    with pytest.raises(UserError, match=rf"train\.tar cannot be used .*{message}"):
+        open_source(TrainConfig(dataset="tar", data_dir=str(tmp_path)), True)
+
+
+def test_classes_in_different_orders_are_refused(tmp_path):
+    class Named:
+        n_labels = 2
+
+        def __init__(self, *classes):
+            self.classes = classes
+
+    assert common_classes(Named("a", "b"), Named("a", "b")) == ("a", "b")
+    with pytest.raises(UserError, match="classes in different orders"):
+        common_classes(Named("a", "b"), Named("b", "a"))
+    with pytest.raises(UserError, match=r"different classes, such as \['b'\]"):
+        common_classes(Named("a", "b"), Named("a"))
+
+
 def test_pictures_of_any_mode_become_rgb(tmp_path):
     modes = ("L", "RGBA", "P", "CMYK", "1", "LA")
     for split in ("train", "validation"):
@@ -238,6 +302,31 @@ class TestHuggingFace:
             build_splits(TrainConfig(dataset="hf", data_dir=str(tmp_path / "plain"), val_split="val"))
         with pytest.raises(ValueError, match="datasets cannot open.*--train-split"):
             build_splits(TrainConfig(dataset="hf", data_dir=str(tmp_path / "cache")))
+
+    def test_a_null_image_is_one_that_cannot_be_read(self, tmp_path, monkeypatch):
+        datasets = pytest.importorskip("datasets")
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+        images = [None if i == 2 else {"bytes": b"" if i == 3 else _jpeg(i), "path": None} for i in range(5)]
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+        for split in ("train", "validation"):
+            data = datasets.Dataset.from_dict({"image": images, "label": [0, 1, 0, 1, 0]}, features=features)
+            data.to_parquet(str(tmp_path / "data" / f"{split}.parquet"))
+        config = TrainConfig(dataset="hf", data_dir=str(tmp_path / "data"), image_size=16, batch_size=5, workers=0)
+        data = build_splits(config)
+        (batch,) = eval_loader(config, data.val)
+        assert batch.labels.tolist() == [0, 1, 0]
+        assert [line.split("image ")[1][0] for line in batch.problems] == ["2", "3"]
+        assert "neither bytes nor a path" in batch.problems[0]
+        assert len(next(iter(train_loader(config, data.train))).images) == 5
+
+    def test_a_column_of_no_images_is_refused(self, tmp_path, monkeypatch):
+        datasets = pytest.importorskip("datasets")
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+        datasets.Dataset.from_dict({"image": [1, 2], "label": [0, 1]}).to_parquet(
+            str(tmp_path / "data" / "train.parquet")
+        )
+        with pytest.raises(UserError, match="the column image holds no images"):
+            open_source(TrainConfig(dataset="hf", data_dir=str(tmp_path / "data")), True)
 
     def test_unlabelled_images_are_refused(self, tmp_path, monkeypatch):
         datasets = pytest.importorskip("datasets")

@@ -41,7 +41,7 @@ class TrainConfig:
 
     # --- data
     dataset: str = "shape_scenes"
-    """shape_scenes (made on the fly); folder or tar (timm); shards (WebDataset); hf (Hugging Face datasets);
+    """shape_scenes (made on the fly); folder or tar (class folders); shards (WebDataset); hf (Hugging Face datasets);
     cifar10, cifar100, flowers102 or pets (torchvision)."""
     data_dir: str = ""
     """Folder of the data set. folder: it holds one folder per split; tar: <split>.tar; shards: <split>*.tar or

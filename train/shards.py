@@ -300,19 +300,21 @@ class ShardIndex(TarIndex):
             self._scan_shard(number, rows, passed_over)
         remarks = []
         if passed_over:
-            dotted = "." in passed_over[0].rpartition("/")[2].partition(".")[2]
-            why = _FIRST_DOT if dotted else f"images are {' '.join(EXTENSIONS)}"
-            remarks.append(f"{len(passed_over)} image files are passed over, such as {passed_over[0]} ({why})")
+            where, suffix = passed_over[0]
+            why = _FIRST_DOT if "." in suffix else f"images are {' '.join(EXTENSIONS)}"
+            remarks.append(f"{len(passed_over)} image files are passed over, such as {where}.{suffix} ({why})")
         return {"samples": np.array(rows, np.int64).reshape(-1, 4), "remarks": np.array(remarks, str)}
 
-    def _scan_shard(self, number: int, rows: list[tuple[int, int, int, int]], passed_over: list[str]) -> None:
+    def _scan_shard(
+        self, number: int, rows: list[tuple[int, int, int, int]], passed_over: list[tuple[str, str]]
+    ) -> None:
         """Add the samples of a shard to `rows`, and image files that are in none of them to `passed_over`."""
 
         def finish(key: str, parts: dict[str, tuple[int, int]]) -> None:
             where = f"{self.paths[number]}: {key}"
             image = next((parts[suffix] for suffix in parts if f".{suffix}" in EXTENSIONS), None)
             if image is None:
-                passed_over.extend(f"{where}.{suffix}" for suffix in parts if looks_like_image(f"_.{suffix}"))
+                passed_over.extend((where, suffix) for suffix in parts if looks_like_image(f"_.{suffix}"))
                 return
             suffix = next((suffix for suffix in ("cls", "json") if suffix in parts), None)
             if suffix is None:
@@ -330,6 +332,10 @@ class ShardIndex(TarIndex):
             if folder + slash + stem != key:
                 finish(key, parts)
                 key, parts = folder + slash + stem, {}
+            if suffix.lower() in parts:
+                raise UserError(
+                    f"{self.paths[number]}: {name} is there twice in a sample: give each sample its own name"
+                )
             parts[suffix.lower()] = tuple(place)
         finish(key, parts)
 
