@@ -208,6 +208,8 @@ def _png_of(chunk: bytes, content: bytes) -> bytes:
 def test_damage_is_always_one_of_the_errors_that_readers_expect(tmp_path):
     wholes = [_file(Image.fromarray(BLOCKS), kind) for kind in ("JPEG", "PNG", "GIF", "TIFF", "BMP", "WEBP", "PPM")]
     wholes += [_png_of(b"tRNS", b"\0" * 3), _png_of(b"iCCP", b"\xff" * 9), _png_of(b"zTXt", b"a\0\0\xff")]
+    dds = _file(Image.fromarray(BLOCKS), "DDS")
+    (tmp_path / "dds.png").write_bytes(dds[:80] + b"\x91" + dds[81:])  # Pillow: NotImplementedError
     draw = np.random.default_rng(0)
     for number, whole in enumerate(wholes):
         for turn in range(12):
@@ -220,6 +222,7 @@ def test_damage_is_always_one_of_the_errors_that_readers_expect(tmp_path):
         warnings.simplefilter("ignore")
         problems = [images[i].problem for i in range(len(images))]
     assert sum(problem is not None for problem in problems) > 60
+    assert "NotImplementedError" in problems[images.keys().index("dds.png")]
 
 
 # --- which files there are

@@ -106,7 +106,15 @@ def test_webdatasets_writer_is_read_and_timms_reader_agrees(tmp_path):
 
 
 def test_a_split_is_beside_or_in_a_folder_and_names_end_where_they_end(tmp_path):
-    for name in ("val-0.tar", "val-1.tar", "validation-0.tar", "train/b.tar", "train/a.tar", "x.tar"):
+    for name in (
+        "val-0.tar",
+        "val-1.tar",
+        "validation-0.tar",
+        "train/b.tar",
+        "train/a.tar",
+        "train/._a.tar",
+        "x.tar",
+    ):
         _plain(tmp_path / name, [1])
     assert [path.name for path in find_shards(tmp_path, "val")] == ["val-0.tar", "val-1.tar"]
     assert [path.name for path in find_shards(tmp_path, "train")] == ["a.tar", "b.tar"]

@@ -36,7 +36,7 @@ from crate_fast.train.image_files import EXTENSIONS, ImageTree, is_hidden, is_im
 
 __all__ = ["Archives", "FolderArchive", "ShardIndex", "TarIndex", "find_shards"]
 
-_VERSION = 2
+_VERSION = 2  # of a kept index: another one for other EXTENSIONS
 _OPEN_SHARDS = 128  # per process, well below the usual limit of 1,024 files
 _FIRST_DOT = "WebDataset ends the name of a sample at its first dot: write it without others, as in a_1.jpg"
 _HEADER = 512  # bytes of a tar header; a member's last one is right in front of its data
@@ -58,7 +58,7 @@ def find_shards(root: Path, split: str, option: str = "--train-split") -> list[P
     """
     own = re.compile(re.escape(split) + r"(?![A-Za-z0-9]).*\.tar")
     beside = sorted(path for path in root.glob("*.tar") if own.fullmatch(path.name))
-    inside = sorted((root / split).glob("*.tar"))
+    inside = sorted(path for path in (root / split).glob("*.tar") if not is_hidden(path.name))
     if beside and inside:
         raise UserError(
             f"{root} holds shards of {split!r} both beside ({beside[0].name}, …) and in {split}/: move one kind away"
