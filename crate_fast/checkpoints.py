@@ -1,133 +1,219 @@
-"""State dicts of the released code, in and out; weights as safetensors or as a `torch.save` file.
+"""State dicts of the released code, in and out, and loading them into a model.
 
-The model's own parameter names are the released ones, so there is nothing to rename: only wrappers to take off.
+The model's own parameter names are the released ones, so there is nothing to rename: only wrappers to take off
+(`crate_fast.weight_files`), and positions of another grid of patches to resample.
 """
 
 import os
-import pickle
-from pathlib import Path
+import textwrap
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from crate_fast.errors import UserError
-from crate_fast.mae import CRATEMAE
+from crate_fast.mae import CRATEMAE, sincos_positions
 from crate_fast.model import CRATE, resample_positions
+from crate_fast.weight_files import read_state_dict, unwrap_state_dict
 
-__all__ = ["adapt_state_dict", "load_weights", "read_state_dict", "released_state_dict", "unwrap_state_dict"]
+__all__ = [
+    "MismatchError",
+    "adapt_state_dict",
+    "is_demo",
+    "load_strictly",
+    "load_weights",
+    "read_state_dict",
+    "released_state_dict",
+    "resample_weights",
+    "table_grid",
+    "unwrap_state_dict",
+]
 
-_WRAPPERS = ("state_dict", "model")
-_PREFIXES = ("module.", "_orig_mod.")
+_TABLES = ("pos_embed", "decoder_pos_embed")  # of a CRATE-MAE: computed, not learned
 
 
-def unwrap_state_dict(content: dict) -> dict[str, Tensor]:
-    """The state dict inside what a checkpoint file held.
+class MismatchError(UserError, RuntimeError):
+    """Weights of another architecture than the model's; a RuntimeError too, as that of `load_state_dict`."""
 
-    Takes it from under `state_dict` or `model`, and takes `module.` (DataParallel, DDP) and `_orig_mod.`
-    (`torch.compile`) off the keys.
+
+def _square_or_stated(patches: int, stated: tuple[int, int] | None, argument: str) -> tuple[int, int]:
+    """Return the grid that so many positions were made for: as stated, else square."""
+    if stated is not None:
+        rows, columns = stated
+        if rows * columns != patches or rows < 1:
+            raise UserError(
+                f"{argument}={rows}×{columns} has {rows * columns} patches and the weights have {patches} positions: "
+                "give the rows and columns of patches that they were made for"
+            )
+        return rows, columns
+    side = round(patches**0.5)
+    if side * side != patches or not patches:
+        raise UserError(
+            f"positions cannot be resampled: {patches} patches are no square grid, and the weights do not say "
+            f"which: pass {argument}, its rows and columns"
+        )
+    return side, side
+
+
+def _recorded_grid(state_dict: dict, patches: int) -> tuple[int, int] | None:
+    """Return the grid that the weights themselves tell, None if they do not."""
+    grid = getattr(state_dict, "_metadata", {}).get("", {}).get("grid")
+    return tuple(grid) if grid is not None and grid[0] * grid[1] == patches else None
+
+
+def _configured_grid(model: CRATE, patches: int) -> tuple[int, int] | None:
+    """Return the grid of timm's `pretrained_cfg`, whose `input_size` is that of the weights."""
+    _, *size = getattr(model, "pretrained_cfg", {}).get("input_size") or (0, 0, 0)
+    rows, columns = (side // patch for side, patch in zip(size, model.patch_size, strict=True))
+    return (rows, columns) if rows * columns == patches else None
+
+
+def table_grid(table: Tensor) -> tuple[int, int] | None:
+    """Return the grid whose sine-cosine positions a CRATE-MAE's table [1, 1 + N, C] holds, None if none fits."""
+    patches, dim = table.shape[1] - 1, table.shape[2]
+    for rows in (rows for rows in range(1, patches + 1) if patches % rows == 0 and dim % 4 == 0):
+        grid = (rows, patches // rows)
+        if torch.allclose(sincos_positions(dim, grid), table.float(), atol=0.02):  # bf16 rounds by up to 0.004
+            return grid
+    return None
+
+
+def adapt_state_dict(
+    state_dict: dict, model: nn.Module, source_grid: tuple[int, int] | None = None
+) -> dict[str, Tensor]:
+    """Unwrap a state dict, and resample its positions to the model's own grid of patches (timm's pretrained filter).
+
+    Grids are compared, not shapes: 4×4 positions are resampled for a 2×8 model. The grid of the weights is the first
+    known of: `source_grid`; the one that `CRATE.state_dict()` and `torch.save` record; the `input_size` of timm's
+    `pretrained_cfg`, if it has as many patches; a square. A CRATE-MAE computes its positions, and keeps its own.
+
+    Heads are never touched: another number of classes stays an error of `load_state_dict`.
 
     Args:
-        content: What `torch.load` returned.
+        state_dict: What a file held, or a model's `state_dict()`.
+        model: A CRATE or a CRATEMAE.
+        source_grid: Rows and columns of patches that the positions were made for.
+
+    Raises:
+        UserError: The grid is unknown and not square, or does not fit the number of positions, or the width differs.
+    """
+    return resample_weights(unwrap_state_dict(state_dict), model, source_grid)
+
+
+def resample_weights(
+    state_dict: dict, model: nn.Module, source_grid: tuple[int, int] | None, argument: str = "source_grid"
+) -> dict[str, Tensor]:
+    """Resample positions as `adapt_state_dict`, for a ViT of timm too.
+
+    Args:
+        state_dict: Without wrappers.
+        model: A CRATE, a CRATEMAE, or a ViT of timm.
+        source_grid: See `adapt_state_dict`.
+        argument: What the user calls `source_grid`, for messages.
 
     Returns:
-        Parameter name → tensor.
-
-    Raises:
-        UserError: There is no state dict in it, or two keys become one without their prefixes.
-
-    >>> unwrap_state_dict({"state_dict": {"module.cls_token": torch.zeros(1)}})
-    {'cls_token': tensor([0.])}
+        The state dict itself if its grid is the model's, else a new one.
     """
-    if not isinstance(content, dict):
-        raise UserError(f"no state dict found: the file holds a {type(content).__name__}")
-    while True:
-        inner = next((content[name] for name in _WRAPPERS if isinstance(content.get(name), dict)), None)
-        if inner is None:
-            break
-        content = inner
-    tensors = {key: value for key, value in content.items() if isinstance(value, Tensor)}
-    if not tensors:
-        raise UserError(f"no state dict found: the file holds the keys {sorted(map(str, content))[:8]}")
-    stripped = {}
-    for key, value in tensors.items():
-        name = key
-        while name.startswith(_PREFIXES):
-            name = name[len(next(p for p in _PREFIXES if name.startswith(p))) :]
-        if name in stripped:
-            raise UserError(f"the keys {name!r} and {key!r} name one parameter: keep one of the two")
-        stripped[name] = value
-    return stripped
-
-
-def adapt_state_dict(state_dict: dict, model: nn.Module) -> dict[str, Tensor]:
-    """`unwrap_state_dict`, and positions of another (square) grid resampled to the model's own.
-
-    The filter that timm applies to pretrained weights. Heads are never touched: another number of classes stays an
-    error of `load_state_dict`.
-    """
-    state_dict = unwrap_state_dict(state_dict)
-    positions = state_dict.get("pos_embedding")
-    if positions is not None and positions.shape != model.pos_embedding.shape:
-        side = round((positions.shape[1] - 1) ** 0.5)
-        if side * side != positions.shape[1] - 1 or positions.shape[2] != model.embed_dim:
-            raise UserError(
-                f"pos_embedding {tuple(positions.shape)} cannot be resampled to {tuple(model.pos_embedding.shape)}: "
-                "it must be of a square grid and of the model's width"
-            )
-        state_dict = state_dict | {"pos_embedding": resample_positions(positions, (side, side), model.native_grid)}
-    return state_dict
-
-
-def read_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
-    """The state dict in a `.safetensors` or a `torch.save` file, unwrapped, on the CPU. Never runs pickled code.
-
-    Raises:
-        UserError: There is no such file.
-        UserError: The file is damaged, or holds something other than tensors; the message says what to do.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such checkpoint file")
-    try:
-        if path.suffix == ".safetensors":
-            return unwrap_state_dict(load_file(path))
-        return unwrap_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    except (SafetensorError, RuntimeError, EOFError, OSError) as error:
-        what = str(error) or type(error).__name__
-        raise UserError(f"{path} is damaged or cut short ({what}): fetch it again, or use another one") from error
-    except pickle.UnpicklingError as error:
+    if isinstance(model, CRATEMAE):
+        return _with_own_tables(state_dict, model)
+    name = "pos_embedding" if isinstance(model, CRATE) else "pos_embed"
+    positions, own = state_dict.get(name), getattr(model, name, None)
+    if positions is None or own is None:
+        return state_dict
+    if positions.dim() != 3 or len(positions) != 1 or positions.shape[2] != own.shape[2]:
         raise UserError(
-            f"{path} holds more than tensors and plain values, and is not loaded, since that could run code. If you "
-            "trust it, load it yourself, save its state dict alone with torch.save, and use that file."
-        ) from error
+            f"{name} {tuple(positions.shape)} cannot be resampled to {tuple(own.shape)}: it must be "
+            f"[1, 1 + patches, {own.shape[2]}]; build the model with the width of the weights"
+        )
+    if isinstance(model, CRATE):
+        patches, target = positions.shape[1] - 1, model.native_grid
+        source_grid = source_grid or _recorded_grid(state_dict, patches) or _configured_grid(model, patches)
+        grid = _square_or_stated(patches, source_grid, argument)
+        resampled = positions if grid == target else resample_positions(positions, grid, target)
+    else:
+        prefix = 0 if getattr(model, "no_embed_class", False) else getattr(model, "num_prefix_tokens", 1)
+        grid = _square_or_stated(positions.shape[1] - prefix, source_grid, argument)
+        resampled = resample_abs_pos_embed(positions, list(model.patch_embed.grid_size), list(grid), prefix)
+    return state_dict if resampled is positions else dict(state_dict) | {name: resampled}
 
 
-def load_weights(model: nn.Module, path: str | os.PathLike, *, resample: bool = False) -> nn.Module:
+def _with_own_tables(state_dict: dict[str, Tensor], model: CRATEMAE) -> dict[str, Tensor]:
+    """Replace the position tables of another grid by the model's; a table of another width is left to fail."""
+    own = model.state_dict()
+    tables = {}
+    for name in _TABLES:
+        table = state_dict.get(name)
+        if table is None or table.dim() != 3 or table.shape[-1] != own[name].shape[-1]:
+            continue
+        if table.shape != own[name].shape or table_grid(table) not in (None, model.grid_size):
+            tables[name] = own[name]
+    return dict(state_dict) | tables if tables else state_dict
+
+
+def is_demo(state_dict: dict) -> bool:
+    """Return whether weights look like the emergence paper's demo checkpoint, whose 6 heads no file tells."""
+    hidden = state_dict.get("mlp_head.1.weight")
+    return "mlp_head.2.weight" in state_dict and hidden is not None and hidden.shape == (768, 768)
+
+
+def load_strictly(
+    model: nn.Module, state_dict: dict, source: str, remedy: str, name: str = "this model"
+) -> nn.Module:
+    """Load a state dict into `model`, all keys and shapes equal.
+
+    Args:
+        model: The model.
+        state_dict: Its weights.
+        source: Where they come from, for the message.
+        remedy: What to do if they do not fit, for the message.
+        name: What the user calls the model.
+
+    Raises:
+        MismatchError: They do not fit; one line names some of what differs.
+    """
+    try:
+        model.load_state_dict(state_dict, strict=True)
+    except RuntimeError as error:
+        lines = [textwrap.shorten(line, 160, placeholder=" …") for line in str(error).splitlines()[1:]]
+        found = "; ".join(line.rstrip(".") for line in lines[:4]) + ("; …" if len(lines) > 4 else "")
+        raise MismatchError(f"{source} does not hold the weights of {name} ({found}): {remedy}") from error
+    return model
+
+
+def load_weights(
+    model: nn.Module,
+    path: str | os.PathLike,
+    *,
+    resample: bool = False,
+    source_grid: tuple[int, int] | None = None,
+) -> nn.Module:
     """Load a file's weights into `model`, strictly.
 
     Args:
         model: A CRATE of the file's architecture.
-        path: A released checkpoint, one of ours, or any file `read_state_dict` takes.
+        path: A released checkpoint, one of ours, or any file `read_state_dict` takes, with `#ENTRY` too.
         resample: Resample the positions of another image size to the model's.
+        source_grid: Rows and columns of patches in the file, where the file does not tell and they are no square.
 
     Returns:
         The model.
 
     Raises:
-        UserError: See `read_state_dict`.
-        RuntimeError: Keys or shapes differ; the message lists them.
+        UserError: See `read_state_dict` and `adapt_state_dict`.
+        MismatchError: Keys or shapes differ; the message lists some.
     """
     state_dict = read_state_dict(path)
-    if resample:
-        state_dict = adapt_state_dict(state_dict, model)
-    model.load_state_dict(state_dict, strict=True)
-    return model
+    if resample or source_grid is not None:
+        try:
+            state_dict = adapt_state_dict(state_dict, model, source_grid)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+    remedy = "build the model it was saved from, or for another image size alone pass resample=True"
+    return load_strictly(model, state_dict, os.fspath(path), remedy)
 
 
 def _unreleased(model: CRATE) -> str:
-    """What the released CRATE does not have."""
+    """Return what the released CRATE does not have, in words; "" if nothing."""
     layer = model.transformer.layers[0]
     kinds = [type(part.fn).__name__ for part in layer]
     if kinds != ["MSSA", "ISTA"] or layer.residual != "released" or layer[1].fn.threshold != "relu":
@@ -138,7 +224,7 @@ def _unreleased(model: CRATE) -> str:
 
 
 def _unreleased_mae(model: CRATEMAE) -> str:
-    """What the released CRATE-MAE does not have."""
+    """Return what the released CRATE-MAE does not have, in words; "" if nothing."""
     sparsify = model.blocks[0].layers[0][1].fn
     if model.visible_only or sparsify.lambd != 0.5 or sparsify.step_size != 0.1:
         return f"visible_only={model.visible_only}, sparsity={sparsify.lambd}, ista={sparsify.step_size}"
@@ -147,7 +233,9 @@ def _unreleased_mae(model: CRATEMAE) -> str:
 
 
 def released_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The model's weights under the released code's keys, detached, on the CPU: what its `load_state_dict` takes.
+    """Return the model's weights under the released code's keys, detached, on the CPU, for its `load_state_dict`.
+
+    A classifier with a hidden layer is named as in the emergence paper's demo checkpoint.
 
     Raises:
         UserError: The model is one that the released code cannot build (an ablation or another residual form).
@@ -158,4 +246,7 @@ def released_state_dict(model: nn.Module) -> dict[str, Tensor]:
             f"the released code has no such model ({difference}): its weights would not load there, or would give "
             "other outputs. Save model.state_dict() for use with crate_fast."
         )
-    return {name: tensor.detach().cpu() for name, tensor in unwrap_state_dict(model.state_dict()).items()}
+    state_dict = unwrap_state_dict(model.state_dict())
+    for name in list(state_dict):
+        state_dict[name.replace("mlp_head.2.", "head.")] = state_dict.pop(name).detach().cpu()
+    return state_dict

@@ -12,6 +12,7 @@ from crate_fast.backends import BACKENDS
 from crate_fast.errors import UserError
 from crate_fast.functional import THRESHOLDS
 from crate_fast.layers import ISTA, MHSA, MLP, MSSA, Layer, Linear, PreNorm, Transformer
+from crate_fast.weight_files import is_wrapped, unwrap_state_dict
 
 __all__ = [
     "CRATE",
@@ -240,6 +241,36 @@ class CRATE(nn.Module):
         patches = self.to_patch_embedding(images)
         tokens = torch.cat([self.cls_token.expand(len(images), -1, -1).to(patches.dtype), patches], dim=1)
         return self.dropout(tokens + self.position_embedding(self._grid_of(size)))
+
+    # --- state dicts ------------------------------------------------------------------------------------------
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if hasattr(destination, "_metadata"):  # torch.save keeps it: 4×4 and 2×8 positions have one shape
+            destination._metadata[prefix[:-1]]["grid"] = self.native_grid
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
+        # timm's checkpoint_path calls load_state_dict with what the file held, without any filter
+        mine = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
+        if is_wrapped(mine):
+            for key in mine:
+                del state_dict[prefix + key]
+            mine = unwrap_state_dict(mine)
+            state_dict.update({prefix + key: value for key, value in mine.items()})
+            local_metadata = mine._metadata.get("", local_metadata)
+        positions, grid = mine.get("pos_embedding"), local_metadata.get("grid", self.native_grid)
+        if positions is not None and positions.shape == self.pos_embedding.shape and tuple(grid) != self.native_grid:
+            own = self.native_grid
+            errors.append(
+                f"{prefix}pos_embedding is of a {grid[0]}×{grid[1]} grid and the model's of {own[0]}×{own[1]}: "
+                "resample it with crate_fast.checkpoints.adapt_state_dict"
+            )
+        if not self.head_hidden and {"mlp_head.1.weight", "mlp_head.2.weight"} <= mine.keys():
+            errors.append(
+                "the classifier of these weights has a hidden layer: build the model with head_hidden=True, and for "
+                "the emergence paper's demo checkpoint with heads=6 too"
+            )
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
 
     # --- timm's model contract --------------------------------------------------------------------------------
 

@@ -78,11 +78,18 @@ def _create(name: str, pretrained: bool, kwargs: dict) -> nn.Module:
             encoder = MAE_ENCODER + name.removeprefix(MAE)
             raise UserError(f"features_only: {name} gives pixels; its features are those of {encoder}")
         sizes = {"patch_size": patch_size, "embed_dim": dim, "depth": depth, "num_heads": heads}
-        return build_model_with_cfg(_build_mae, name, pretrained, **(sizes | kwargs))
+        return build_model_with_cfg(
+            _build_mae, name, pretrained, pretrained_filter_fn=adapt_state_dict, **(sizes | kwargs)
+        )
     sizes = {"patch_size": patch_size, "dim": dim, "depth": depth, "heads": heads} | kwargs
     sizes.setdefault("dim_head", sizes["dim"] // sizes["heads"])
     if name.startswith(MAE_ENCODER):
         sizes = ENCODER_OPTIONS | sizes
+    if sizes.get("head_hidden"):  # what timm drops for another number of classes
+        sizes["pretrained_cfg_overlay"] = {
+            "classifier": ("mlp_head.1", "mlp_head.2"),
+            **(sizes.get("pretrained_cfg_overlay") or {}),
+        }
     out_indices = sizes.pop("out_indices", 3)
     return build_model_with_cfg(
         _build,

@@ -6,6 +6,8 @@
     shipped:CRATE        small, with the package        shipped:ViT@untrained
 
 each perhaps with a name for tables in front, as in `CRATE-S/8=runs/NAME`. Of a CRATE-MAE the encoder is read.
+Of a file with several state dicts the moving average is read, or the one named in FILE#ENTRY, as in
+weights.pth#state_dict.
 """
 
 import hashlib
@@ -18,7 +20,7 @@ import torch
 from torch import nn
 
 from crate_fast import CRATEMAE
-from crate_fast.checkpoints import load_weights, read_state_dict
+from crate_fast.checkpoints import is_demo, load_strictly, read_state_dict
 from crate_fast.errors import UserError
 from crate_fast.eval.features import FeatureExtractor, extractor_for
 from crate_fast.eval.shipped import open_shipped, shipped_facts
@@ -164,23 +166,21 @@ def _from_timm(name: str, which: str, arguments: dict, seed: int) -> nn.Module:
         try:
             return _create(name, {"pretrained": True, **arguments})
         except (RuntimeError, OSError) as error:
-            raise UserError(f"{name}@pretrained: {error}. Give a file of its weights, as in {name}@FILE") from error
+            reason = " ".join(str(error).split()).removesuffix(".")
+            raise UserError(f"{name}@pretrained: {reason}. Give a file of its weights, as in {name}@FILE") from error
     if not which:
         raise UserError(f"{name}: say whose weights: {name}@FILE, {name}@pretrained, or {name}@untrained for none")
     weights = read_state_dict(which)
-    model = _create(name, ({} if is_mae(name) else {"num_classes": num_classes_of(weights)}) | arguments)
-    try:
-        return load_weights(model, which)
-    except RuntimeError as error:
-        raise UserError(
-            f"{which} does not hold the weights of {name}: {_first_lines(error)}\nName the model it was saved from, "
-            "or give its sizes with --model-args, such as heads=6 img_size=480"
-        ) from error
-
-
-def _first_lines(error: Exception, count: int = 6) -> str:
-    lines = str(error).splitlines()
-    return "\n".join(lines[:count] + (["  …"] if len(lines) > count else []))
+    known = {} if is_mae(name) else {"num_classes": num_classes_of(weights)}
+    if name.startswith("crate_") and "mlp_head.2.weight" in weights:
+        known["head_hidden"] = True
+        if is_demo(weights) and "heads" not in arguments:
+            raise UserError(
+                f"{which} looks like the emergence paper's demo checkpoint, which has 6 heads, and a file does not "
+                "tell them: pass --model-args heads=6, or the number that yours has"
+            )
+    remedy = "name the model it was saved from, or give its sizes with --model-args, such as heads=6 img_size=480"
+    return load_strictly(_create(name, known | arguments), weights, which, remedy, name)
 
 
 def open_model(

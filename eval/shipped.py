@@ -16,8 +16,9 @@ import timm
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
+from crate_fast.checkpoints import load_strictly, read_state_dict
 from crate_fast.errors import UserError, run_command
 from crate_fast.train import checkpoint
 from crate_fast.train.runs import load_model, model_arguments
@@ -28,7 +29,7 @@ FOLDER = Path(__file__).parent / "weights"
 
 
 def shipped_names() -> list[str]:
-    """Of the models that come with the package.
+    """Return the names of the models that come with the package.
 
     >>> shipped_names()
     ['CRATE', 'ViT']
@@ -37,7 +38,7 @@ def shipped_names() -> list[str]:
 
 
 def shipped_facts(name: str) -> dict:
-    """What a model of the package is: "name" and "arguments" for timm, "mean" of its images, "classes", "source".
+    """Return what a model of the package is: "name" and "arguments" for timm, "mean", "classes" and "source".
 
     Args:
         name: Of `shipped_names`.
@@ -45,24 +46,37 @@ def shipped_facts(name: str) -> dict:
     Raises:
         UserError: There is no such model.
     """
+    _check_name(name)
+    return _read(name)[1]
+
+
+def _check_name(name: str) -> None:
     if name not in shipped_names():
         raise UserError(f"shipped:{name}: there are shipped:{', shipped:'.join(shipped_names())}")
-    with safe_open(FOLDER / f"{name}.safetensors", "pt") as file:
-        return json.loads(file.metadata()["crate_fast"])
+
+
+def _read(name: str) -> tuple[dict[str, Tensor], dict]:
+    """Read the weights and the facts in the file of a model of the package."""
+    path = FOLDER / f"{name}.safetensors"
+    weights = read_state_dict(path)
+    with safe_open(path, "pt") as file:
+        facts = (file.metadata() or {}).get("crate_fast")
+    if facts is None:
+        raise UserError(f"{path} does not say what model it holds: install the package again")
+    return weights, json.loads(facts)
 
 
 def open_shipped(name: str) -> tuple[nn.Module, dict]:
-    """A model of the package in fp32, and its `shipped_facts`.
+    """Return a model of the package in fp32, and its `shipped_facts`.
 
     Raises:
-        UserError: There is no such model.
+        UserError: There is no such model, or its file is damaged.
     """
-    facts = shipped_facts(name)
-    with safe_open(FOLDER / f"{name}.safetensors", "pt") as file:
-        weights = {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118  (no dictionary)
+    _check_name(name)
+    weights, facts = _read(name)
     model = timm.create_model(facts["name"], **facts["arguments"])
-    model.load_state_dict(weights, strict=True)
-    return model, facts
+    weights = {key: value.float() for key, value in weights.items()}
+    return load_strictly(model, weights, f"shipped:{name}", "install the package again"), facts
 
 
 def write_shipped(run: Path, path: Path) -> None:

@@ -30,6 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from crate_fast.errors import UserError
+from crate_fast.weight_files import describe_file
 
 __all__ = [
     "Checkpoint",
@@ -198,8 +199,22 @@ def _write(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], train
 
 
 def manifest(root: Path, step: int) -> dict:
-    """What is recorded with a checkpoint: step, configuration, history, environment."""
-    return json.loads((folder_of(root, step) / MANIFEST).read_text())
+    """Return what is recorded with a checkpoint: step, configuration, history, environment.
+
+    Raises:
+        CheckpointError: It cannot be read.
+    """
+    return _read_json(folder_of(root, step) / MANIFEST, "restore it, or delete its folder")
+
+
+def _read_json(path: Path, remedy: str) -> dict:
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}): {remedy}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} cannot be read (it holds no JSON object): {remedy}")
+    return content
 
 
 class Checkpoint(NamedTuple):
@@ -239,7 +254,8 @@ def load(root: Path, step: int) -> Checkpoint:
         training = torch.load(folder / TRAINING, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{folder / TRAINING} holds more than tensors and plain values and is not read, since that could run code"
+            f"{folder / TRAINING} holds more than tensors and plain values and is not read, since that could run "
+            f"code: restore it from a copy, or delete {folder}"
         ) from error
     ema = load_file(folder / EMA) if (folder / EMA).is_file() else None
     return Checkpoint(load_file(folder / WEIGHTS), ema, training, manifest(root, step))
@@ -248,13 +264,16 @@ def load(root: Path, step: int) -> Checkpoint:
 def _problem(folder: Path) -> str | None:
     """What is wrong with a checkpoint, or None."""
     try:
-        files = json.loads((folder / MANIFEST).read_text())["files"]
-    except (OSError, ValueError, KeyError) as error:
+        files = dict(json.loads((folder / MANIFEST).read_text())["files"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{folder / MANIFEST} cannot be read ({error})"
     for name, expected in files.items():
         path = folder / name
         if not path.is_file():
             return f"{path} is missing"
+        found = describe_file(path) if path.suffix == ".safetensors" else None
+        if found and "damaged" not in found[0]:  # a git-lfs pointer in a clone, say
+            return f"{path} is {found[0]}: {found[1]}"
         if path.stat().st_size != expected["bytes"]:
             return f"{path} is damaged: {path.stat().st_size} bytes, {expected['bytes']} were written"
         if _fingerprint(path) != expected:
@@ -268,9 +287,13 @@ def record_best(root: Path, best: dict) -> None:
 
 
 def best_step(root: Path) -> int | None:
-    """The step that `record_best` noted, or None if it noted none or that checkpoint is gone."""
+    """Return the step that `record_best` noted, or None if it noted none or that checkpoint is gone.
+
+    Raises:
+        CheckpointError: The note cannot be read.
+    """
     path = root / BEST
-    step = json.loads(path.read_text())["step"] if path.is_file() else None
+    step = _read_json(path, "delete it to use the newest checkpoint").get("step") if path.is_file() else None
     return step if step in steps(root) else None
 
 

@@ -2,6 +2,7 @@
 
 import difflib
 import math
+import re
 import typing
 from dataclasses import dataclass
 
@@ -88,7 +89,11 @@ class TrainConfig:
 
     # --- model
     init: str = ""
-    """Weights to start from: a run's folder (its best checkpoint), RUN@STEP, or a weights file; random when empty."""
+    """Weights to start from: a run's folder (its best checkpoint), RUN@STEP, or a weights file; random when empty.
+    FILE#ENTRY takes that dictionary from a file that holds several, such as state_dict beside state_dict_ema."""
+    init_grid: str = ""
+    """ROWSxCOLUMNS of patches that the positions in an init file were made for, such as 2x8; what the file tells, or
+    a square, when empty."""
     head: str = "keep"
     """With init. keep: its classifier, which must have as many classes as the data; new: a random one."""
     frozen: bool = False
@@ -240,6 +245,10 @@ class TrainConfig:
         if self.head == "new" and not self.init:
             raise UserError(
                 "head='new' replaces the classifier of loaded weights: say which with --init, or leave it out"
+            )
+        if self.init_grid and not (self.init and re.fullmatch(r"[1-9]\d*x[1-9]\d*", self.init_grid)):
+            raise UserError(
+                f"init_grid={self.init_grid!r}: give the rows and columns of patches of the file in init, such as 2x8"
             )
         if self.dataset != "shape_scenes" and not self.data_dir:
             raise UserError(f"dataset={self.dataset!r} needs data_dir: pass --data-dir FOLDER")

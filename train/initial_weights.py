@@ -3,21 +3,21 @@
 import os
 from pathlib import Path
 
-from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from crate_fast import CRATE, CRATEMAE
-from crate_fast.checkpoints import adapt_state_dict, read_state_dict
+from crate_fast.checkpoints import is_demo, read_state_dict, resample_weights, table_grid
 from crate_fast.errors import UserError
 from crate_fast.mae import encoder_state_dict
 from crate_fast.train.config import TrainConfig
 from crate_fast.train.runs import run_config, run_weights
+from crate_fast.weight_files import split_entry
 
 __all__ = ["initial_run", "load_initial"]
 
 
 def initial_run(init: str) -> tuple[Path, int | None] | None:
-    """The run and step that `--init` names, or None if it names a file.
+    """Return the run and step that `--init` names, or None if it names a file.
 
     Raises:
         UserError: It names neither.
@@ -29,7 +29,7 @@ def initial_run(init: str) -> tuple[Path, int | None] | None:
         if not step.isdigit():
             raise UserError(f"init={init!r}: after a run's folder write @STEP, or nothing for its best checkpoint")
         return Path(place), int(step)
-    if not Path(init).is_file():
+    if not split_entry(init)[0].is_file():
         raise UserError(f"init={init!r} is neither a file nor the folder of a run: check the path")
     return None
 
@@ -38,11 +38,11 @@ def load_initial(model: nn.Module, config: TrainConfig) -> str:
     """Load `config.init` into a model built for the data at hand.
 
     The classifier is the weights' own, and then must fit, or with `head="new"` (and in a frozen run) stays random.
-    Positions of another image size are resampled.
+    Positions of another grid of patches are resampled.
 
     Args:
         model: On the CPU.
-        config: `init`, `head` and `frozen` decide.
+        config: `init`, `init_grid`, `head` and `frozen` decide.
 
     Returns:
         What was loaded and what was changed, in words.
@@ -51,56 +51,52 @@ def load_initial(model: nn.Module, config: TrainConfig) -> str:
         UserError: The file is damaged, or its weights do not fit; the message names what differs and the remedy.
     """
     run, visible_only = initial_run(config.init), False
+    stated = tuple(map(int, config.init_grid.split("x"))) if config.init_grid else None
     if run is None:
         weights, source = read_state_dict(config.init), config.init
+    elif stated:
+        raise UserError(f"init_grid={config.init_grid!r}: the run init={config.init!r} knows its grid; leave it out")
     else:
         weights, step = run_weights(*run)
         source, visible_only = f"{run[0]} at step {step}", run_config(run[0]).visible_only
     notes = []
     if "decoder_pred.weight" in weights and isinstance(model, CRATE):
         weights = encoder_state_dict(weights, visible_only)
+        stated = stated or table_grid(weights["pos_embedding"])
         notes.append("the encoder of an autoencoder")
-    if isinstance(model, CRATEMAE):
-        weights = _with_own_tables(weights, model, config, notes)
-    elif _other_grid(weights, model, name := _position_name(model)):
-        weights = _resampled(weights, model, name)
-        notes.append("positions resampled")
+    if isinstance(model, CRATEMAE) and config.head == "new":
+        raise UserError("head='new': an autoencoder has no classifier to replace; leave it out")
+    adapted = weights if _other_width(weights, model) else resample_weights(weights, model, stated, "init_grid")
+    if adapted is not weights:
+        notes.append("positions of its own image size" if isinstance(model, CRATEMAE) else "positions resampled")
+        weights = adapted
+    if isinstance(model, CRATE):
+        _check_demo(weights, model, config)
     if config.head == "new" or config.frozen:
         classes = _classes(weights, model)
         weights = {key: value for key, value in weights.items() if not _of_classifier(key, model)}
         notes.append(f"new classifier ({classes} → {model.num_classes} classes)")
     _check_fit(weights, model, config)
-    model.load_state_dict(weights, strict=False)  # what may be missing has been checked
+    model.load_state_dict(dict(weights), strict=False)  # what may be missing has been checked
     return source + (f" ({', '.join(notes)})" if notes else "")
 
 
-def _position_name(model: nn.Module) -> str:
-    return "pos_embedding" if isinstance(model, CRATE) else "pos_embed"
+def _other_width(weights: dict[str, Tensor], model: nn.Module) -> bool:
+    """Return whether the weights are of another width, which `_check_fit` reports with the rest."""
+    own = model.state_dict()
+    return any(key in weights and weights[key].shape != own[key].shape for key in ("cls_token",) if key in own)
 
 
-def _other_grid(weights: dict[str, Tensor], model: nn.Module, name: str) -> bool:
-    """Whether positions in the weights are of another number of patches."""
-    own = model.state_dict()[name].shape
-    return name in weights and weights[name].shape != own and weights[name].shape[-1] == own[-1]
-
-
-def _with_own_tables(weights: dict, model: CRATEMAE, config: TrainConfig, notes: list[str]) -> dict[str, Tensor]:
-    """An autoencoder's weights for another image size: its positions are computed, not learned."""
-    if config.head == "new":
-        raise UserError("head='new': an autoencoder has no classifier to replace; leave it out")
-    tables = ("pos_embed", "decoder_pos_embed")
-    if not any(_other_grid(weights, model, name) for name in tables):
-        return weights
-    notes.append("positions of its own image size")
-    return weights | {name: model.state_dict()[name] for name in tables}
-
-
-def _resampled(weights: dict[str, Tensor], model: nn.Module, name: str) -> dict[str, Tensor]:
-    if isinstance(model, CRATE):
-        return adapt_state_dict(weights, model)
-    prefix = getattr(model, "num_prefix_tokens", 1)
-    positions = resample_abs_pos_embed(weights[name], list(model.patch_embed.grid_size), num_prefix_tokens=prefix)
-    return weights | {name: positions}
+def _check_demo(weights: dict[str, Tensor], model: CRATE, config: TrainConfig) -> None:
+    """Refuse what the emergence paper's demo checkpoint would be loaded wrongly by, or not at all."""
+    where = f"init={os.fspath(config.init)!r}"
+    if is_demo(weights) and model.embed_dim == 768 and config.heads is None:
+        raise UserError(
+            f"{where} looks like the emergence paper's demo checkpoint, which has 6 heads, and a file does not tell "
+            "them: pass --heads 6, or the number that yours has"
+        )
+    if "mlp_head.2.weight" in weights and not (model.head_hidden or config.head == "new" or config.frozen):
+        raise UserError(f"{where} has a classifier with a hidden layer: pass --head new to start with a new one")
 
 
 def _classifier_name(model: nn.Module) -> str:

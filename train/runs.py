@@ -5,6 +5,7 @@ from pathlib import Path
 import timm
 from torch import Tensor, nn
 
+from crate_fast.checkpoints import load_strictly, unwrap_state_dict
 from crate_fast.errors import UserError
 from crate_fast.registry import MAE, MAE_ENCODER, is_mae
 from crate_fast.train import checkpoint
@@ -134,7 +135,8 @@ def load_model(folder: Path, step: int | None = None) -> tuple[nn.Module, TrainC
     weights, step = run_weights(folder, step)
     config = run_config(folder)
     model = build_model(config, num_classes_of(weights))
-    model.load_state_dict(weights, strict=True)
+    remedy = "its config.yaml is another run's or another version's: restore it, or use another checkpoint"
+    load_strictly(model, weights, f"{folder} at step {step}", remedy)
     return model.eval(), config, step
 
 
@@ -159,7 +161,8 @@ def run_weights(folder: Path, step: int | None = None) -> tuple[dict[str, Tensor
 
 
 def num_classes_of(weights: dict) -> int:
-    """Outputs of the classifier in a state dict of a CRATE or a timm model; 0 if it has none."""
+    """Return the outputs of the classifier in a state dict of a CRATE or a timm model; 0 if it has none."""
+    weights = unwrap_state_dict(weights)  # the demo checkpoint's `head` is behind mlp_head
     heads = [name for name in weights if name.startswith(("mlp_head.", "head.", "fc.")) and name.endswith("weight")]
     matrices = [weights[name] for name in sorted(heads) if weights[name].dim() == 2]
     return matrices[-1].shape[0] if matrices else 0

@@ -1,0 +1,318 @@
+"""Files of weights: what a file holds, its state dict without wrappers, and one line of advice where it holds none.
+
+Nothing here runs pickled code: `torch.load` is called with `weights_only=True` alone.
+"""
+
+import argparse
+import json
+import os
+import pickle
+import re
+import warnings
+import zipfile
+from collections import OrderedDict
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from crate_fast.errors import UserError
+
+__all__ = ["describe_file", "is_wrapped", "read_state_dict", "split_entry", "unreadable", "unwrap_state_dict"]
+
+_AVERAGES = ("state_dict_ema", "model_ema", "ema")  # taken first, as timm does; then the weights themselves
+_ENTRIES = (*_AVERAGES, "state_dict", "model")
+_PREFIXES = ("module.", "_orig_mod.")  # of DataParallel and DDP, and of torch.compile
+_TORCH_MAGIC = b"\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"  # torch.save's number in front of its older format
+_FETCH = "fetch it again, or use another one"
+_STATE_DICT = "have it saved where it was made as its state dict alone, with torch.save or as safetensors"
+_KINDS = (  # first bytes, what such a file is, what to do
+    (b"version https://git-lfs", "a git-lfs pointer instead of the weights", "fetch them with `git lfs pull`"),
+    (b"\x1f\x8b", "a gzip archive", "unpack it with `tar -xzf` or `gunzip`, and name the file inside"),
+    (b"BZh", "a bzip2 archive", "unpack it with `tar -xjf` or `bunzip2`, and name the file inside"),
+    (b"\xfd7zXZ\x00", "an xz archive", "unpack it with `tar -xJf` or `unxz`, and name the file inside"),
+    (b"\x28\xb5\x2f\xfd", "a zstd archive", "unpack it with `unzstd`, and name the file inside"),
+    (b"7z\xbc\xaf\x27\x1c", "a 7z archive", "unpack it, and name the file inside"),
+    (b"Rar!", "a RAR archive", "unpack it, and name the file inside"),
+    (b"\x93NUMPY", "a NumPy array", "save the arrays as a dictionary of tensors, with torch.save or as safetensors"),
+    (b"\x89HDF\r\n", "an HDF5 file, as Keras writes", "convert it to a PyTorch state dict"),
+    (b"GGUF", "a GGUF file", "convert it to a PyTorch state dict"),
+    (b"%PDF", "a PDF document", "name the file of weights"),
+    (b"\x89PNG", "a PNG image", "name the file of weights"),
+    (b"\xff\xd8\xff", "a JPEG image", "name the file of weights"),
+)
+
+
+# --- the state dict in what a file held ---------------------------------------------------------------------------
+
+
+def split_entry(path: str | os.PathLike) -> tuple[Path, str | None]:
+    """Split `FILE#ENTRY` into the file and the entry to take from it, None where none is named.
+
+    >>> split_entry("weights.pth#state_dict"), split_entry("weights.pth")
+    ((PosixPath('weights.pth'), 'state_dict'), (PosixPath('weights.pth'), None))
+    """
+    file, separator, entry = os.fspath(path).rpartition("#")
+    if not separator or not entry or "/" in entry or Path(path).is_file():
+        return Path(path), None
+    return Path(file), entry
+
+
+def _inner(content: Mapping, entry: str | None) -> tuple[Mapping, str | None, list[str]]:
+    """Find the innermost dictionary: (it, the name it was under, the names of others beside it)."""
+    taken, others = None, []
+    while True:
+        found = [name for name in _ENTRIES if isinstance(content.get(name), Mapping)]
+        if entry is not None and isinstance(content.get(entry), Mapping):
+            found, entry = [entry], None
+        if not found:
+            break
+        content, taken, others = content[found[0]], found[0], others or found[1:]
+    if entry is not None:
+        raise UserError(f"there is no dictionary {entry!r} in it: choose among {_names(content)}, or leave it out")
+    return content, taken, others
+
+
+def _names(content: Mapping) -> str:
+    names = sorted(map(str, content))
+    return ", ".join(names[:8]) + (", …" if len(names) > 8 else "")
+
+
+def _strip(name: str) -> str:
+    while prefix := next((prefix for prefix in _PREFIXES if name.startswith(prefix)), ""):
+        name = name.removeprefix(prefix)
+    return name
+
+
+def is_wrapped(state_dict: Mapping) -> bool:
+    """Return whether `unwrap_state_dict` has a wrapper, a prefix or another layout to take off."""
+    return (
+        any(isinstance(state_dict.get(name), Mapping) for name in _ENTRIES)
+        or any(str(key).startswith(_PREFIXES) for key in state_dict)
+        or _has_demo_head(state_dict)
+    )
+
+
+def _has_demo_head(state_dict: Mapping) -> bool:
+    return "mlp_head.0.weight" in state_dict and "head.weight" in state_dict
+
+
+def unwrap_state_dict(content: Mapping, entry: str | None = None) -> dict[str, Tensor]:
+    """Return the state dict inside what a checkpoint file held.
+
+    Takes it from under `state_dict_ema`, `model_ema`, `ema`, `state_dict` or `model` (the first of them that is
+    there, at every level), and takes `module.` (DataParallel, DDP) and `_orig_mod.` (`torch.compile`) off the keys.
+    The classifier `head` behind `mlp_head` in the emergence paper's demo checkpoint becomes `mlp_head.2`.
+
+    Args:
+        content: What `torch.load` returned.
+        entry: The name of the dictionary to take instead.
+
+    Returns:
+        Parameter name → tensor; PyTorch's `_metadata`, which records the grid of positions, is kept.
+
+    Raises:
+        UserError: There is no state dict in it, or two keys become one without their prefixes.
+
+    >>> dict(unwrap_state_dict({"state_dict": {"module.cls_token": torch.zeros(1)}}))
+    {'cls_token': tensor([0.])}
+    """
+    if not isinstance(content, Mapping):
+        raise UserError(f"no state dict found: it holds a {type(content).__name__}; {_STATE_DICT}")
+    content, _, _ = _inner(content, entry)
+    tensors = {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor)}
+    if not tensors:
+        raise UserError(f"no state dict found: it holds the keys {_names(content) or 'of none'}; {_STATE_DICT}")
+    stripped = OrderedDict()
+    for key, value in tensors.items():
+        name = _strip(key)
+        if name in stripped:
+            raise UserError(f"the keys {name!r} and {key!r} name one parameter: keep one of the two")
+        stripped[name] = value
+    if _has_demo_head(stripped):
+        for kind in ("weight", "bias"):
+            if f"head.{kind}" in stripped:
+                stripped[f"mlp_head.2.{kind}"] = stripped.pop(f"head.{kind}")
+    metadata = getattr(content, "_metadata", {})
+    stripped._metadata = OrderedDict((_strip(f"{key}.")[:-1], value) for key, value in metadata.items())
+    return stripped
+
+
+# --- files ----------------------------------------------------------------------------------------------------------
+
+
+def read_state_dict(path: str | os.PathLike, entry: str | None = None) -> dict[str, Tensor]:
+    """Read the state dict in a `.safetensors` or a `torch.save` file, unwrapped, on the CPU; never run pickled code.
+
+    A file that holds weights and their moving average gives the average, as timm does and as runs are opened here; a
+    warning says so.
+
+    Args:
+        path: The file, or `FILE#ENTRY`.
+        entry: The dictionary to take from the file, such as "state_dict" beside "state_dict_ema".
+
+    Raises:
+        UserError: There is no such file, it is damaged, or it holds something else; the message says what to do.
+    """
+    path, named = split_entry(path)
+    entry = entry or named
+    _refuse_others(path)
+    try:
+        if path.suffix == ".safetensors":
+            content = load_file(path)
+        else:  # many a published checkpoint keeps its training arguments in a Namespace, which is harmless (as timm)
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                content = torch.load(path, map_location="cpu", weights_only=True)
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever the readers raise on such bytes
+        raise unreadable(path, error) from error
+    try:
+        if entry is None and isinstance(content, Mapping):
+            _, taken, others = _inner(content, None)
+            if others:
+                warnings.warn(
+                    f"{path} holds {' and '.join((taken, *others))}: {taken} is taken; for the other name "
+                    f"{path}#{others[0]}",
+                    stacklevel=2,
+                )
+        return unwrap_state_dict(content, entry)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def _refuse_others(path: Path) -> None:
+    """Raise a `UserError` unless the file begins as one that its name says it is."""
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: name the file of weights in it")
+    if not path.is_file():
+        raise UserError(f"{path}: no such checkpoint file; check the path")
+    found = describe_file(path)
+    if found:
+        raise UserError(f"{path} is {found[0]}: {found[1]}")
+
+
+def describe_file(path: Path) -> tuple[str, str] | None:
+    """Return what a file is that holds no weights as its name says, and what to do; None if it may hold them.
+
+    Judges by the file's first bytes, and for a zip archive by the names in it.
+
+    Raises:
+        UserError: It cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            head = file.read(4096)
+        size = path.stat().st_size
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): see to its permissions and its disk") from error
+    if not head.strip(b"\x00"):
+        return ("empty", _FETCH) if size == 0 else ("filled with zeros", _FETCH)
+    for magic, what, remedy in _KINDS:
+        if head.startswith(magic):
+            return what, remedy
+    if head[257:262] == b"ustar":
+        return "a tar archive", "unpack it with `tar -xf`, and name the file inside"
+    of_safetensors = path.suffix == ".safetensors"
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 10**8:
+        cut = _safetensors_cut(path, size)
+        if cut:
+            return f"damaged or cut short ({cut})", _FETCH
+        return None if of_safetensors else ("a safetensors file", "rename it to end in .safetensors")
+    kind = _describe_zip(path) if head.startswith(b"PK\x03\x04") else _describe_pickle_or_text(head)
+    if kind is None and of_safetensors:
+        return "a torch.save file, not safetensors", "rename it to end in .pth"
+    return kind
+
+
+def _safetensors_cut(path: Path, size: int) -> str:
+    """Say how many bytes a safetensors file lacks by its own header; nothing if none, or if the header is no JSON."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 + length:
+            return f"{size} bytes, and its header alone has {8 + length}"
+        try:
+            header = json.loads(file.read(length))
+            end = max(
+                (tensor["data_offsets"][1] for key, tensor in header.items() if key != "__metadata__"), default=0
+            )
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError):
+            return ""
+    return f"{size} of {8 + length + end} bytes" if size < 8 + length + end else ""
+
+
+def _describe_zip(path: Path) -> tuple[str, str] | None:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except (zipfile.BadZipFile, NotImplementedError, OSError, ValueError, EOFError) as error:
+        return f"damaged or cut short ({error})", f"its download may be incomplete: {_FETCH}"
+    last = {name.rpartition("/")[2] for name in names}
+    if "constants.pkl" in last:
+        return "a TorchScript program, not a state dict", (
+            f"have its state dict saved where it was made: torch.save(torch.jit.load({path.name!r}).state_dict(), "
+            "'weights.pth')"
+        )
+    if "data.pkl" in last:
+        return None
+    if "archive_format" in last or "archive_version" in last:
+        return "a program of torch.export, not a state dict", "name the weights that it was exported from"
+    if names and all(name.endswith(".npy") for name in names):
+        return "an archive of NumPy arrays (.npz)", "save them as a dictionary of tensors, with torch.save"
+    return "a zip archive that torch.save did not write", "unpack it, and name the file inside"
+
+
+def _describe_pickle_or_text(head: bytes) -> tuple[str, str] | None:
+    if head.startswith(b"\x80"):
+        if _TORCH_MAGIC in head[:64]:
+            return None
+        return (
+            "a Python pickle that torch.save did not write, and is not read, since that could run code",
+            _STATE_DICT,
+        )
+    begins = head.removeprefix(b"\xef\xbb\xbf").lstrip()
+    if re.search(rb"<(!doctype html|html|head|body|title|script)\b", begins[:1024], re.IGNORECASE):
+        return "an HTML page", "download the file itself (its raw or `resolve` link, perhaps after logging in)"
+    text = _as_text(head)
+    if text is None:
+        first = " ".join(f"{byte:02x}" for byte in head[:8])
+        return f"neither a safetensors nor a torch.save file (it begins with the bytes {first})", _FETCH
+    what = "an XML" if text.startswith("<") else "a JSON" if text.startswith(("{", "[")) else "a text"
+    shown = text.splitlines()[0][:40] if text else ""
+    return f"{what} file (it begins with {shown!r})", "download the file of weights itself, or name it"
+
+
+def _as_text(head: bytes) -> str | None:
+    try:
+        text = head.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        if error.start < len(head) - 3:  # else the first 4096 bytes end within a character
+            return None
+        text = head[: error.start].decode("utf-8-sig")
+    text = text.strip()
+    return text if all(letter.isprintable() or letter in "\t\r\n\f" for letter in text) else None
+
+
+def unreadable(path: Path, error: Exception) -> UserError:
+    """Return the one line for a file of weights that `torch.load` or safetensors could not read."""
+    found = describe_file(path)
+    if found:
+        return UserError(f"{path} is {found[0]}: {found[1]}")
+    if isinstance(error, OSError) and error.strerror:
+        return UserError(f"{path} cannot be read ({error.strerror}): see to its permissions and its disk")
+    # PyTorch's own text advises weights_only=False: only its reason is passed on
+    reason = str(error).partition("WeightsUnpickler error:")[2] or str(error)
+    reason = " ".join(reason.strip().partition("\n")[0].split())[:200]
+    reason = type(error).__name__ if not reason or "weights_only" in reason else reason
+    if isinstance(error, pickle.UnpicklingError) and re.search(r"GLOBAL|unsupported class|only build|reduce", reason):
+        name = re.search(r"GLOBAL ([\w.]+)", reason)
+        what = f" ({name[1]})" if name else ""
+        return UserError(
+            f"{path} holds more than tensors and plain values{what}, and is not read, since that could run code: "
+            f"{_STATE_DICT}"
+        )
+    if reason == "Unsupported operand 149":
+        return UserError(f"{path} is pickled with protocol 4 or later, which is not read: {_STATE_DICT}")
+    return UserError(f"{path} is damaged or cut short ({reason}): {_FETCH}")
