@@ -116,25 +116,35 @@ def resample_weights(
     """
     if isinstance(model, CRATEMAE):
         return _with_own_tables(state_dict, model)
-    name = "pos_embedding" if isinstance(model, CRATE) else "pos_embed"
+    name, target = _positions_of(model)
     positions, own = state_dict.get(name), getattr(model, name, None)
-    if positions is None or own is None:
+    if positions is None or target is None:
         return state_dict
     if positions.dim() != 3 or len(positions) != 1 or positions.shape[2] != own.shape[2]:
         raise UserError(
             f"{name} {tuple(positions.shape)} cannot be resampled to {tuple(own.shape)}: it must be "
             f"[1, 1 + patches, {own.shape[2]}]; build the model with the width of the weights"
         )
+    prefix = own.shape[1] - target[0] * target[1]
+    patches = positions.shape[1] - prefix
     if isinstance(model, CRATE):
-        patches, target = positions.shape[1] - 1, model.native_grid
         source_grid = source_grid or _recorded_grid(state_dict, patches) or _configured_grid(model, patches)
-        grid = _square_or_stated(patches, source_grid, argument)
-        resampled = positions if grid == target else resample_positions(positions, grid, target)
-    else:
-        prefix = 0 if getattr(model, "no_embed_class", False) else getattr(model, "num_prefix_tokens", 1)
-        grid = _square_or_stated(positions.shape[1] - prefix, source_grid, argument)
-        resampled = resample_abs_pos_embed(positions, list(model.patch_embed.grid_size), list(grid), prefix)
-    return state_dict if resampled is positions else dict(state_dict) | {name: resampled}
+    grid = _square_or_stated(patches, source_grid, argument)
+    if grid == target:
+        return state_dict
+    if isinstance(model, CRATE):
+        return dict(state_dict) | {name: resample_positions(positions, grid, target)}
+    return dict(state_dict) | {name: resample_abs_pos_embed(positions, list(target), list(grid), prefix)}
+
+
+def _positions_of(model: nn.Module) -> tuple[str, tuple[int, int] | None]:
+    """Return the name of a model's learned positions and their grid, None unless each patch has one."""
+    if isinstance(model, CRATE):
+        return "pos_embedding", model.native_grid
+    positions = getattr(model, "pos_embed", None)
+    grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
+    of_patches = grid is not None and isinstance(positions, Tensor) and positions.dim() == 3
+    return "pos_embed", tuple(grid) if of_patches and positions.shape[1] >= grid[0] * grid[1] else None
 
 
 def _with_own_tables(state_dict: dict[str, Tensor], model: CRATEMAE) -> dict[str, Tensor]:

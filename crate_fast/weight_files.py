@@ -11,7 +11,7 @@ import re
 import warnings
 import zipfile
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -62,8 +62,9 @@ def split_entry(path: str | os.PathLike) -> tuple[Path, str | None]:
 
 def _inner(content: Mapping, entry: str | None) -> tuple[Mapping, str | None, list[str]]:
     """Find the innermost dictionary: (it, the name it was under, the names of others beside it)."""
-    taken, others = None, []
+    taken, others, choices = None, [], []
     while True:
+        choices += [name for name, value in content.items() if isinstance(value, Mapping)]
         found = [name for name in _ENTRIES if isinstance(content.get(name), Mapping)]
         if entry is not None and isinstance(content.get(entry), Mapping):
             found, entry = [entry], None
@@ -71,11 +72,12 @@ def _inner(content: Mapping, entry: str | None) -> tuple[Mapping, str | None, li
             break
         content, taken, others = content[found[0]], found[0], others or found[1:]
     if entry is not None:
-        raise UserError(f"there is no dictionary {entry!r} in it: choose among {_names(content)}, or leave it out")
+        choose = f"choose among {_names(choices)}" if choices else "name the file alone"
+        raise UserError(f"there is no dictionary {entry!r} in it: {choose}")
     return content, taken, others
 
 
-def _names(content: Mapping) -> str:
+def _names(content: Iterable) -> str:
     names = sorted(map(str, content))
     return ", ".join(names[:8]) + (", …" if len(names) > 8 else "")
 

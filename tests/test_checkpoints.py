@@ -1,13 +1,22 @@
 """Released checkpoint files in and out: wrappers, prefixes, positions, damage, and code that must not run."""
 
+import argparse
+import gzip
+import io
 import pickle
+import tarfile
+import zipfile
 
+import numpy as np
 import pytest
+import timm
 import torch
-from released import ReleasedCRATE
+from released import ReleasedCRATE, ReleasedCRATEMAE
 from safetensors.torch import save_file
+from timm.layers import resample_abs_pos_embed
+from torch import nn
 
-from crate_fast import CRATE
+from crate_fast import CRATE, CRATEMAE
 from crate_fast.checkpoints import (
     adapt_state_dict,
     load_weights,
@@ -121,3 +130,290 @@ def test_absent_and_empty_files_are_named(tmp_path):
         read_state_dict(tmp_path / "list.pth")
     with pytest.raises(ValueError, match="name one parameter"):
         unwrap_state_dict({"cls_token": torch.zeros(1), "module.cls_token": torch.zeros(1)})
+
+
+# --- positions are resampled by grid, not by shape ---
+
+GRIDS = [((4, 4), (2, 8)), ((2, 8), (4, 4)), ((2, 8), (8, 8)), ((4, 4), (8, 8)), ((3, 5), (5, 3)), ((2, 8), (2, 8))]
+
+
+def _of_grid(grid: tuple[int, int], **changes) -> CRATE:
+    return CRATE(**(SMALL | {"image_size": (8 * grid[0], 8 * grid[1])} | changes))
+
+
+@pytest.mark.parametrize(("old", "new"), GRIDS, ids=str)
+@pytest.mark.parametrize("how", ["state dict", "file", "argument", "timm"])
+def test_positions_become_timms_for_the_other_grid(old, new, how, tmp_path):
+    source, target = _of_grid(old), _of_grid(new)
+    path = tmp_path / "weights.pth"
+    if how == "state dict":
+        target.load_state_dict(adapt_state_dict(source.state_dict(), target))
+    elif how == "file":
+        torch.save({"model": nn.DataParallel(source).state_dict()}, path)
+        load_weights(target, path, resample=True)
+    elif how == "argument":
+        target.load_state_dict(adapt_state_dict(dict(source.state_dict()), target, source_grid=old))
+    else:
+        torch.save(source.state_dict(), path)
+        overlay = {"file": str(path), "num_classes": 7, "input_size": (3, 8 * old[0], 8 * old[1])}
+        sizes = {"dim": 48, "depth": 2, "heads": 3, "num_classes": 7, "img_size": (8 * new[0], 8 * new[1])}
+        target = timm.create_model("crate_tiny_patch8_224", pretrained=True, pretrained_cfg_overlay=overlay, **sizes)
+    expected = resample_abs_pos_embed(source.pos_embedding.detach(), list(new), list(old))
+    torch.testing.assert_close(target.pos_embedding.detach(), expected, rtol=0, atol=0)
+    assert torch.equal(target.cls_token, source.cls_token)
+
+
+def test_unknown_grids_are_square_and_never_guessed_otherwise(tmp_path):
+    plain, wide = dict(_of_grid((4, 4)).state_dict()), _of_grid((2, 8))
+    expected = resample_abs_pos_embed(plain["pos_embedding"], [2, 8])  # timm takes them for square, too
+    torch.testing.assert_close(adapt_state_dict(plain, wide)["pos_embedding"], expected, rtol=0, atol=0)
+    torch.save(plain, tmp_path / "plain.pth")
+    sizes = {"dim": 48, "depth": 2, "heads": 3, "num_classes": 7, "img_size": (16, 64), "pretrained": True}
+    overlay = {"file": str(tmp_path / "plain.pth"), "num_classes": 7}
+    through_timm = timm.create_model("crate_tiny_patch8_224", pretrained_cfg_overlay=overlay, **sizes)
+    torch.testing.assert_close(through_timm.pos_embedding.detach(), expected, rtol=0, atol=0)
+    for grid in ((3, 5), (5, 3)):
+        plain = dict(_of_grid(grid).state_dict())
+        with pytest.raises(UserError, match="15 patches are no square grid.*pass source_grid"):
+            adapt_state_dict(plain, _of_grid((3, 5)))
+        with pytest.raises(UserError, match="source_grid=2×8 has 16 patches and the weights have 15"):
+            adapt_state_dict(plain, _of_grid((3, 5)), source_grid=(2, 8))
+    with pytest.raises(UserError, match="width"):
+        adapt_state_dict({"pos_embedding": torch.zeros(1, 17, 32)}, wide)
+
+
+def test_loading_strictly_takes_no_positions_of_another_grid(tmp_path):
+    source, wide = _of_grid((4, 4)), _of_grid((2, 8))
+    torch.save(source.state_dict(), tmp_path / "weights.pth")
+    for load in (
+        lambda: wide.load_state_dict(source.state_dict()),
+        lambda: load_weights(wide, tmp_path / "weights.pth"),
+        lambda: nn.DataParallel(wide).load_state_dict(nn.DataParallel(source).state_dict()),
+    ):
+        with pytest.raises(RuntimeError, match="pos_embedding is of a 4×4 grid and the model's of 2×8"):
+            load()
+    wide.load_state_dict(_of_grid((2, 8)).state_dict())
+    wide.set_input_size((32, 32))  # an image size is no grid of the parameter
+    wide.load_state_dict(wide.state_dict())
+
+
+def test_an_autoencoders_positions_are_those_of_its_grid(tmp_path):
+    sizes = {"patch_size": 8, "embed_dim": 48, "depth": 1, "num_heads": 3}
+    square, wide = (CRATEMAE(img_size=size, **sizes) for size in (32, (16, 64)))
+    adapted = adapt_state_dict(square.state_dict(), wide)
+    assert torch.equal(adapted["decoder_pos_embed"], wide.decoder_pos_embed)
+    assert torch.equal(adapted["cls_token"], square.cls_token)
+    half = {name: value.bfloat16() for name, value in wide.state_dict().items()}
+    assert torch.equal(adapt_state_dict(half, wide)["pos_embed"], half["pos_embed"])
+    released = ReleasedCRATEMAE(img_size=32, **sizes).state_dict()
+    assert adapt_state_dict(released, square).keys() == square.state_dict().keys()
+
+
+# --- the emergence paper's demo checkpoint: mlp_head of two, and `head` behind it ---
+
+
+class Demo(nn.Module):
+    """The released model with the demo's classifier, by its description: LayerNorm, Linear, then another Linear."""
+
+    def __init__(self, classes: int = 5):
+        super().__init__()
+        self.body = ReleasedCRATE(**(SMALL | {"num_classes": SMALL["dim"]}))
+        self.head = nn.Linear(SMALL["dim"], classes)
+
+    def forward(self, images):
+        return self.head(self.body(images))
+
+    def released(self) -> dict:
+        return {name.removeprefix("body."): value for name, value in self.state_dict().items()}
+
+
+HIDDEN = SMALL | {"num_classes": 5, "head_hidden": True}
+OF_TIMM = {"dim": 48, "depth": 2, "heads": 3, "img_size": 32, "head_hidden": True}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_the_demo_checkpoint_loads_on_every_way(wrapper, tmp_path):
+    demo, images = Demo(), torch.randn(2, 3, 32, 32)
+    path = tmp_path / "demo.pth"
+    torch.save(WRAPPERS[wrapper](demo.released()), path)
+    overlay = {"pretrained": True, "pretrained_cfg_overlay": {"file": str(path), "num_classes": 5}}
+    by_hand = CRATE(**HIDDEN)
+    by_hand.load_state_dict(torch.load(path, weights_only=True))
+    models = {
+        "load_weights": load_weights(CRATE(**HIDDEN), path),
+        "load_state_dict": by_hand,
+        "checkpoint_path": timm.create_model(
+            "crate_tiny_patch8_224", num_classes=5, checkpoint_path=str(path), **OF_TIMM
+        ),
+        "pretrained": timm.create_model("crate_tiny_patch8_224", num_classes=5, **OF_TIMM, **overlay),
+    }
+    for name, model in models.items():
+        torch.testing.assert_close(model(images), demo(images), rtol=1e-4, atol=1e-5, msg=name)
+    other = timm.create_model("crate_tiny_patch8_224", num_classes=3, **OF_TIMM, **overlay)  # timm drops classifiers
+    assert other.get_classifier()[-1].out_features == 3
+    assert torch.equal(other.pos_embedding, demo.body.pos_embedding)
+
+
+def test_the_demo_layout_is_written_again_and_needs_a_hidden_layer(tmp_path):
+    demo = Demo()
+    model = CRATE(**HIDDEN)
+    model.load_state_dict(demo.released())
+    written = released_state_dict(model)
+    assert written.keys() == demo.released().keys()
+    assert all(torch.equal(value, demo.released()[name]) for name, value in written.items())
+    torch.save(demo.released(), tmp_path / "demo.pth")
+    with pytest.raises(UserError, match=r"demo\.pth does not hold.*head_hidden=True"):
+        load_weights(CRATE(**(HIDDEN | {"head_hidden": False})), tmp_path / "demo.pth")
+
+
+# --- files that hold several state dicts, and files that hold none ---
+
+
+@pytest.mark.parametrize("names", [("state_dict", "state_dict_ema"), ("model", "model_ema"), ("model", "ema")])
+def test_of_weights_and_their_average_the_average_is_taken_and_said(names, released, tmp_path):
+    average = {name: value + 1 for name, value in released.state_dict().items()}
+    path = tmp_path / "both.pth"
+    torch.save({names[0]: released.state_dict(), names[1]: average, "epoch": 3}, path)
+    with pytest.warns(UserWarning, match=f"{names[1]} is taken.*both.pth#{names[0]}"):
+        found = read_state_dict(path)
+    assert torch.equal(found["cls_token"], average["cls_token"])
+    if names[1] != "ema":  # which timm does not know
+        sizes = {"num_classes": 7, "dim": 48, "depth": 2, "heads": 3, "img_size": 32}
+        through_timm = timm.create_model("crate_tiny_patch8_224", checkpoint_path=str(path), **sizes)
+        assert torch.equal(through_timm.cls_token, found["cls_token"])
+    for chosen in (read_state_dict(f"{path}#{names[0]}"), read_state_dict(path, entry=names[0])):
+        assert torch.equal(chosen["cls_token"], released.cls_token)
+    assert torch.equal(read_state_dict(f"{path}#{names[1]}")["cls_token"], average["cls_token"])
+    with pytest.raises(UserError, match=f"no dictionary 'teacher' in it: choose among {', '.join(sorted(names))}$"):
+        read_state_dict(f"{path}#teacher")
+
+
+def test_a_namespace_of_arguments_is_harmless(released, tmp_path):
+    torch.save({"model": released.state_dict(), "args": argparse.Namespace(lr=1)}, tmp_path / "w.pth")
+    assert read_state_dict(tmp_path / "w.pth").keys() == released.state_dict().keys()
+
+
+def _bytes(write) -> bytes:
+    buffer = io.BytesIO()
+    write(buffer)
+    return buffer.getvalue()
+
+
+def _zip(buffer) -> None:
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("weights.pth", b"1")
+
+
+def _tar(buffer) -> None:
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        archive.addfile(tarfile.TarInfo("weights.pth"))
+
+
+def _safetensors() -> bytes:
+    from safetensors.torch import save
+
+    return save({"cls_token": torch.zeros(1, 1, 4)})
+
+
+def _saved(content, **options) -> bytes:
+    return _bytes(lambda buffer: torch.save(content, buffer, **options))
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 91267000\n"
+TENSORS = {"cls_token": torch.zeros(1, 1, 4)}
+FILES = {  # what it is: name, content, what is said, the remedy
+    "lfs": ("w.pth", lambda: LFS, "a git-lfs pointer", "git lfs pull"),
+    "lfs safetensors": ("w.safetensors", lambda: LFS, "a git-lfs pointer", "git lfs pull"),
+    "html": ("w.pth", lambda: b"\n<!DOCTYPE html>\n<html><head>", "an HTML page", "download the file itself"),
+    "html 2": ("w.safetensors", lambda: b'<html lang="en">', "an HTML page", "download the file itself"),
+    "xml": ("w.pth", lambda: b"<?xml version='1.0'?><Error/>", "an XML file", "download the file"),
+    "json": ("w.pth", lambda: b'{"error": "not found"}', "a JSON file", "download the file"),
+    "text": ("w.pth", lambda: "Entry not found: é\n".encode(), "a text file.*'Entry not found: é'", "download"),
+    "gzip": ("w.pth", lambda: gzip.compress(b"1"), "a gzip archive", "unpack it"),
+    "zip": ("w.pth", lambda: _bytes(_zip), "a zip archive that torch.save did not write", "unpack it"),
+    "tar": ("w.pth", lambda: _bytes(_tar), "a tar archive", "unpack it"),
+    "npy": ("w.pth", lambda: _bytes(lambda b: np.save(b, np.zeros(3))), "a NumPy array", "as safetensors"),
+    "npz": ("w.pth", lambda: _bytes(lambda b: np.savez(b, a=np.zeros(3))), "NumPy arrays", "torch.save"),
+    "empty": ("w.pth", lambda: b"", "is empty", "fetch it again"),
+    "empty safetensors": ("w.safetensors", lambda: b"", "is empty", "fetch it again"),
+    "zeros": ("w.pth", lambda: bytes(6000), "filled with zeros", "fetch it again"),
+    "binary": ("w.pth", lambda: bytes(range(3, 200)), "neither.*begins with the bytes 03 04", "fetch it again"),
+    "cut zip": ("w.pth", lambda: _saved(TENSORS)[:-40], "damaged or cut short", "incomplete: fetch it again"),
+    "cut safetensors": ("w.safetensors", lambda: _safetensors()[:-4], r"cut short \(\d+ of \d+ bytes\)", "fetch"),
+    "cut header": ("w.safetensors", lambda: _safetensors()[:20], "its header alone has", "fetch it again"),
+    "safetensors as pth": ("w.pth", _safetensors, "a safetensors file", "rename it to end in .safetensors"),
+    "pth as safetensors": ("w.safetensors", lambda: _saved(TENSORS), "a torch.save file", "rename it to end in .pth"),
+    "old pth as safetensors": (
+        "w.safetensors",
+        lambda: _saved(TENSORS, _use_new_zipfile_serialization=False),
+        "a torch.save file",
+        "rename it to end in .pth",
+    ),
+    "torchscript": (
+        "w.pt",
+        lambda: _bytes(lambda b: torch.jit.save(torch.jit.trace(nn.Linear(2, 2), torch.zeros(1, 2)), b)),
+        "a TorchScript program",
+        r"saved where it was made: torch\.save\(torch\.jit\.load\('w\.pt'\)\.state_dict\(\)",
+    ),
+    "pickle": ("w.pth", lambda: pickle.dumps(TENSORS), "a Python pickle", "state dict alone"),
+    "model": ("w.pth", lambda: _saved(nn.Linear(2, 2)), r"more than tensors.*nn\.modules\.linear\.Linear", "alone"),
+    "old model": (
+        "w.pth",
+        lambda: _saved(nn.Linear(2, 2), _use_new_zipfile_serialization=False),
+        r"more than tensors.*linear\.Linear",
+        "have it saved where it was made as its state dict alone",
+    ),
+    "list": ("w.pth", lambda: _saved([torch.zeros(1)]), "it holds a list", "state dict alone"),
+    "no tensors": ("w.pth", lambda: _saved({"epoch": 3}), "it holds the keys epoch", "state dict alone"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+@pytest.mark.parametrize("kind", FILES)
+def test_a_file_without_weights_is_named_with_a_safe_remedy(kind, tmp_path):
+    name, content, what, remedy = FILES[kind]
+    (tmp_path / name).write_bytes(content())
+    with pytest.raises(UserError, match=f"(?s){name}.*{what}.*{remedy}") as refused:
+        read_state_dict(tmp_path / name)
+    text = str(refused.value)
+    assert "\n" not in text
+    assert "trust" not in text
+    assert "weights_only" not in text
+
+
+def test_a_folder_and_an_unreadable_file_are_named(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="is a folder: name the file of weights in it"):
+        read_state_dict(tmp_path)
+    with pytest.raises(UserError, match=r"none\.pth: no such checkpoint file"):
+        read_state_dict(f"{tmp_path / 'none.pth'}#model")
+    (tmp_path / "w.pth").write_bytes(_saved(TENSORS))
+    monkeypatch.setattr("pathlib.Path.open", _denied)
+    with pytest.raises(UserError, match=r"w\.pth cannot be read \(Permission denied\): see to its permissions"):
+        read_state_dict(tmp_path / "w.pth")
+
+
+def _denied(*arguments, **options):
+    raise PermissionError(13, "Permission denied")
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_no_damage_ends_in_a_traceback(tmp_path):
+    """Cut and flipped anywhere, a file is read or refused in one line."""
+    refusals = []
+    random = np.random.default_rng(0)
+    for name, data in (
+        ("w.pth", _saved(TENSORS)),
+        ("old.pth", _saved(TENSORS, _use_new_zipfile_serialization=False)),
+        ("w.safetensors", _safetensors()),
+    ):
+        for trial in range(60):
+            changed = bytearray(data)
+            for place in random.integers(0, len(data), 3):
+                changed[place] = random.integers(256)
+            (tmp_path / name).write_bytes(changed if trial % 2 else data[: random.integers(len(data))])
+            try:
+                read_state_dict(tmp_path / name)
+            except UserError as error:
+                refusals.append(str(error))
+    assert len(refusals) > 90
+    assert not [text for text in refusals if "\n" in text or "weights_only" in text or str(tmp_path) not in text]

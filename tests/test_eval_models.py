@@ -1,12 +1,15 @@
 """Which model a command gets for which words, and what it says to the wrong ones."""
 
+import shutil
+
 import pytest
 import timm
 import torch
 from safetensors.torch import save_file
 
 from crate_fast.errors import UserError
-from crate_fast.eval.models import open_model, split_label
+from crate_fast.eval.explore.offers import Shelf, offers_of
+from crate_fast.eval.models import class_names, open_model, split_label
 from crate_fast.eval.white_box import main as white_box
 
 SMALL = ["depth=2", "dim=32", "heads=2", "img_size=32"]
@@ -58,6 +61,66 @@ def test_files_are_loaded_strictly(tmp_path):
         open_model(f"{NAME}@{tmp_path / 'absent.pth'}")
 
 
+PREFIXES = {"plain": "", "DataParallel": "module.", "compiled DDP": "module._orig_mod."}
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+@pytest.mark.parametrize("hidden", [False, True])
+def test_the_demo_checkpoint_is_named_like_any_file(tmp_path, prefix, hidden):
+    """Its layout, `head` behind `mlp_head`, is read; what a user says wins over what the file tells."""
+    source = timm.create_model(NAME, num_classes=7, head_hidden=True, depth=2, dim=32, heads=2, img_size=32)
+    state = {k.replace("mlp_head.2.", "head."): v for k, v in source.state_dict().items()}
+    assert {"head.weight", "head.bias", "mlp_head.1.weight"} < state.keys()
+    torch.save({"model": {PREFIXES[prefix] + k: v for k, v in state.items()}}, tmp_path / "demo.pth")
+    words = SMALL + ["head_hidden=true"] * hidden
+    subject = open_model(f"{NAME}@{tmp_path / 'demo.pth'}", model_args=words)
+    images = torch.randn(2, 3, 32, 32)
+    assert subject.model.num_classes == 7
+    assert torch.equal(subject.model(images), source.eval()(images))
+    with pytest.raises(UserError, match="does not hold the weights of crate_tiny_patch8_224 .*head_hidden=True"):
+        open_model(f"{NAME}@{tmp_path / 'demo.pth'}", model_args=[*SMALL, "head_hidden=false"])
+
+
+def test_the_demos_heads_are_to_be_said(tmp_path):
+    """A file does not tell them, and the 12 of crate_base_patch8_224 would compute something else in silence."""
+    sizes = {"depth": 1, "img_size": 32, "num_classes": 3}
+    model = timm.create_model("crate_base_patch8_224", heads=6, head_hidden=True, **sizes)
+    torch.save(model.state_dict(), tmp_path / "demo.pth")
+    words = ["depth=1", "img_size=32"]
+    with pytest.raises(UserError, match="has 6 heads, and a file does not tell them: pass --model-args heads=6"):
+        open_model(f"crate_base_patch8_224@{tmp_path / 'demo.pth'}", model_args=words)
+    subject = open_model(f"crate_base_patch8_224@{tmp_path / 'demo.pth'}", model_args=[*words, "heads=6"])
+    assert subject.model.transformer.heads == 6
+
+
+def test_one_of_several_state_dicts_is_named_with_the_file(tmp_path):
+    models = [timm.create_model(NAME, num_classes=7, depth=2, dim=32, heads=2, img_size=32) for _ in range(2)]
+    names = ("state_dict", "state_dict_ema")
+    torch.save({name: model.state_dict() for name, model in zip(names, models, strict=True)}, tmp_path / "both.pth")
+    with pytest.warns(UserWarning, match="state_dict_ema is taken"):
+        subject = open_model(f"{NAME}@{tmp_path / 'both.pth'}", model_args=SMALL)
+    assert torch.equal(subject.model.cls_token, models[1].cls_token)
+    for name, model in zip(names, models, strict=True):
+        subject = open_model(f"{NAME}@{tmp_path / 'both.pth'}#{name}", model_args=SMALL)
+        assert torch.equal(subject.model.cls_token, model.cls_token)
+    with pytest.raises(UserError, match="no dictionary 'teacher' in it: choose among state_dict, state_dict_ema"):
+        open_model(f"{NAME}@{tmp_path / 'both.pth'}#teacher", model_args=SMALL)
+
+
+def test_files_without_these_weights_are_one_line(tmp_path, capsys):
+    (tmp_path / "w.pth").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d\nsize 9\n")
+    assert white_box([f"{NAME}@{tmp_path / 'w.pth'}", "--output", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.endswith(
+        "w.pth is a git-lfs pointer instead of the weights: fetch them with `git lfs pull`\n"
+    )
+    with pytest.raises(UserError, match="git lfs pull"):  # the explorer's --checkpoint
+        Shelf(offers_of(f"{NAME}@{tmp_path / 'w.pth'}")).get(0)
+    torch.save(timm.create_model(NAME, num_classes=7, depth=2, dim=32, heads=2).state_dict(), tmp_path / "w.pth")
+    with pytest.raises(UserError, match="does not hold the weights of.*pos_embedding.*--model-args") as refused:
+        open_model(f"{NAME}@{tmp_path / 'w.pth'}", model_args=SMALL)
+    assert "\n" not in str(refused.value)
+
+
 def test_timm_vits_from_a_file(tmp_path):
     source = timm.create_model("vit_small_patch8_224.dino", depth=1, img_size=32)
     torch.save(source.state_dict(), tmp_path / "dino.pth")
@@ -95,3 +158,23 @@ def test_wrong_arguments():
         open_model(f"{NAME}@untrained", model_args=["depth"])
     with pytest.raises(ValueError, match="image size 30 is not a multiple"):
         open_model(f"{NAME}@untrained", image_size=30, model_args=SMALL)
+
+
+def test_a_runs_damaged_files_are_one_line(tiny_run, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(tiny_run, folder)
+    weights = folder / "checkpoints" / "step_00000008" / "model.safetensors"
+    weights.write_text("version https://git-lfs.github.com/spec/v1\nsize 9\n")
+    with pytest.raises(UserError, match="is a git-lfs pointer.*git lfs pull`. .*step_00000004 is whole"):
+        open_model(f"{folder}@8")
+    (folder / "checkpoints" / "best.json").write_text("")
+    with pytest.raises(UserError, match=r"best\.json cannot be read.*delete it to use the newest"):
+        open_model(str(folder))
+    (weights.parent / "manifest.json").write_text("[]")
+    with pytest.raises(UserError, match=r"manifest\.json cannot be read"):
+        class_names(f"{folder}@8")
+    config = folder / "config.yaml"
+    config.write_text(config.read_text().replace("depth: 2", "depth: 3"))
+    with pytest.raises(UserError, match="step 4 does not hold the weights of this model.*config.yaml") as refused:
+        open_model(f"{folder}@4")
+    assert "\n" not in str(refused.value)

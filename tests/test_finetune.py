@@ -7,14 +7,17 @@ import timm
 import torch
 from runs import TINY, entries, run, same, weights
 from safetensors.torch import save_file
+from timm.layers import resample_abs_pos_embed
 
+from crate_fast import CRATE, CRATEMAE
+from crate_fast.errors import UserError
 from crate_fast.eval.models import open_model
 from crate_fast.train import finetune, linear_probe, pretrain
 from crate_fast.train.command_line import build_config, load_recipe, recipe_names
 from crate_fast.train.config import TrainConfig
 from crate_fast.train.initial_weights import load_initial
 from crate_fast.train.optimizer import build_optimizer
-from crate_fast.train.runs import build_model, load_model, run_config
+from crate_fast.train.runs import build_model, load_model, num_classes_of, run_config
 
 SCENES = ["--recipe", "shape_scenes", *TINY[:4], *TINY[10:]]  # the architecture comes from the run
 HEAD = ("mlp_head.1.weight", "mlp_head.1.bias")
@@ -111,12 +114,134 @@ def test_another_number_of_classes_is_never_silent(tmp_path):
 
 
 def test_the_demo_checkpoints_hidden_head_is_replaced_when_asked(tmp_path):
-    from crate_fast import CRATE
-
     sizes = {"image_size": 32, "patch_size": 8, "dim": 32, "depth": 2, "heads": 2, "dim_head": 16}
     path = _file(tmp_path, CRATE(num_classes=7, head_hidden=True, **sizes))
     model = build_model(_small(), 12)
     assert "new classifier (7 → 12 classes)" in load_initial(model, _small(init=path, head="new"))
+
+
+def _demo_file(path, wrap=lambda state: {"model": state}, **sizes) -> dict:
+    """The emergence paper's layout: `mlp_head.{0,1}`, and the classifier `head` behind them."""
+    arguments = {"image_size": 32, "patch_size": 8, "dim": 32, "depth": 2, "heads": 2, "dim_head": 16} | sizes
+    state = CRATE(num_classes=7, head_hidden=True, **arguments).state_dict()
+    state = {name.replace("mlp_head.2.", "head."): value for name, value in state.items()}
+    torch.save(wrap(state), path)
+    return state
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_the_demo_checkpoint_is_a_start(tmp_path, frozen):
+    path = tmp_path / "demo.pth"
+    state = _demo_file(path, lambda state: {"state_dict": {f"module.{name}": value for name, value in state.items()}})
+    assert num_classes_of(state) == 7
+    config = _small(init=str(path), frozen=frozen, head="keep" if frozen else "new")
+    model = build_model(config, 12)
+    assert "new classifier (7 → 12 classes)" in load_initial(model, config)
+    for name in state.keys() & model.state_dict().keys() - {"mlp_head.1.weight", "mlp_head.1.bias"}:
+        assert torch.equal(model.state_dict()[name], state[name]), name
+    if not frozen:
+        with pytest.raises(UserError, match="has a classifier with a hidden layer: pass --head new"):
+            load_initial(build_model(config, 7), _small(init=str(path)))
+
+
+def test_the_demos_six_heads_are_to_be_said(tmp_path):
+    path = str(tmp_path / "demo.pth")
+    _demo_file(path, dim=768, heads=6, dim_head=128, depth=1)
+    sizes = {"init": path, "head": "new", "model": "crate_base_patch8_224", "dim": None, "depth": 1}
+    with pytest.raises(UserError, match="has 6 heads, and a file does not tell them: pass --heads 6"):
+        load_initial(build_model(config := _small(**sizes, heads=None), 3), config)
+    load_initial(build_model(config := _small(**sizes, heads=6), 3), config)
+
+
+def test_a_finetuning_run_starts_from_the_demo_checkpoint(tmp_path, capsys):
+    _demo_file(tmp_path / "demo.pth")
+    words = [*TINY, "--recipe", "shape_scenes", "--head", "new", "--epochs", "1", "--output", str(tmp_path / "run")]
+    assert finetune.main([*words, "--init", str(tmp_path / "demo.pth")]) == 0
+    assert "demo.pth (new classifier (7 → 12 classes))" in capsys.readouterr().out
+    assert load_model(tmp_path / "run")[0].num_classes == 12
+
+
+# --- positions and files ---
+
+
+@pytest.mark.parametrize("size", [32, 64])
+@pytest.mark.parametrize("kind", ["crate", "vit"])
+def test_a_files_grid_is_stated_where_it_is_no_square(tmp_path, kind, size):
+    wide = build_model(_small(), 12)
+    target = build_model(_small(image_size=size), 12)
+    name = "pos_embedding"
+    if kind == "crate":
+        wide = CRATE(image_size=(16, 64), patch_size=8, num_classes=12, dim=32, depth=2, heads=2, dim_head=16)
+    else:
+        sizes = {"patch_size": 8, "embed_dim": 48, "depth": 1, "num_heads": 3, "num_classes": 12}
+        wide, target = (
+            timm.create_model("vit_tiny_patch16_224", img_size=side, **sizes) for side in ((16, 64), size)
+        )
+        name = "pos_embed"
+    path, side = _file(tmp_path, wide), size // 8
+    positions = wide.state_dict()[name]
+    for stated, grid in (("2x8", [2, 8]), ("", [4, 4])):  # a file of 16 positions that tells no grid is square
+        load_initial(target, _small(init=path, init_grid=stated, image_size=size))
+        expected = resample_abs_pos_embed(positions, [side, side], grid)
+        torch.testing.assert_close(target.state_dict()[name], expected, rtol=0, atol=0)
+    with pytest.raises(UserError, match="init_grid=3×5 has 15 patches and the weights have 16"):
+        load_initial(target, _small(init=path, init_grid="3x5", image_size=size))
+    save_file(wide.state_dict() | {name: positions[:, :16].contiguous()}, path)
+    with pytest.raises(UserError, match="15 patches are no square grid.*pass init_grid"):
+        load_initial(target, _small(init=path, image_size=size))
+
+
+def test_a_stated_grid_is_checked(source):
+    for words in ({"init": "w.pth", "init_grid": "2 by 8"}, {"init_grid": "2x8"}):
+        with pytest.raises(UserError, match="give the rows and columns of patches of the file in init, such as 2x8"):
+            _small(**words)
+    with pytest.raises(UserError, match="knows its grid; leave it out"):
+        load_initial(build_model(_small(), 12), _small(init=str(source), init_grid="2x8"))
+
+
+def test_an_autoencoders_table_tells_its_grid(tmp_path):
+    sizes = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+    wide = CRATEMAE(img_size=(16, 64), **sizes)
+    path = _file(tmp_path, wide)
+    square = CRATEMAE(img_size=32, **sizes)
+    table = square.decoder_pos_embed.clone()
+    config = _small(init=path, model="crate_mae_tiny_patch16_224")
+    assert "positions of its own image size" in load_initial(square, config)
+    assert torch.equal(square.decoder_pos_embed, table)
+    config = _small(init=path, model="crate_mae_encoder_tiny_patch16_224", head="new")
+    load_initial(encoder := build_model(config, 12), config)
+    expected = resample_abs_pos_embed(wide.decoder_pos_embed, [4, 4], [2, 8])
+    torch.testing.assert_close(encoder.pos_embedding.detach(), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["test_convnext", "cait_xxs24_224", "hiera_tiny_224"])
+def test_other_positions_than_a_vits_are_left_alone(tmp_path, name):
+    """None at all, without CLS, and in another layout."""
+    sizes = {} if name.startswith("test") else {"depth": 1} if name.startswith("cait") else {"embed_dim": 8}
+    models = [timm.create_model(name, num_classes=12, **sizes) for _ in range(2)]
+    assert load_initial(models[0], _small(init=(path := _file(tmp_path, models[1])))) == path
+    assert same(dict(models[0].state_dict()), dict(models[1].state_dict()))
+
+
+def test_the_moving_average_in_a_file_is_a_start_and_the_other_can_be_named(tmp_path):
+    model, average = (build_model(_small(), 12) for _ in range(2))
+    path = tmp_path / "both.pth"
+    torch.save({"state_dict": model.state_dict(), "state_dict_ema": average.state_dict()}, path)
+    loaded = build_model(_small(), 12)
+    with pytest.warns(UserWarning, match="state_dict_ema is taken; for the other name .*#state_dict"):
+        load_initial(loaded, _small(init=str(path)))
+    assert torch.equal(loaded.cls_token, average.cls_token)
+    load_initial(loaded, _small(init=f"{path}#state_dict"))
+    assert torch.equal(loaded.cls_token, model.cls_token)
+    with pytest.raises(UserError, match="neither a file nor the folder of a run"):
+        load_initial(loaded, _small(init=f"{path}2#state_dict"))
+
+
+def test_a_page_saved_as_weights_is_named_before_training(tmp_path, capsys):
+    (tmp_path / "w.pth").write_text("<!doctype html><title>Sign in</title>")
+    words = [*TINY, "--recipe", "shape_scenes", "--init", str(tmp_path / "w.pth"), "--output", str(tmp_path / "run")]
+    assert finetune.main(words) == 2
+    assert "w.pth is an HTML page: download the file itself" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("change", [{"depth": 3}, {"dim": 48, "heads": 3}, {"sparsifier": "mlp"}])

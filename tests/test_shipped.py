@@ -1,8 +1,12 @@
 """The models that come with the package: what they are, that they see objects, and how such a file is made."""
 
+import json
+
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from crate_fast.errors import UserError
 from crate_fast.eval import shipped
 from crate_fast.eval.images import SceneImages, batches
 from crate_fast.eval.models import open_model
@@ -42,6 +46,21 @@ def test_they_are_what_they_say():
 def test_others_are_refused(name):
     with pytest.raises(ValueError, match="shipped:CRATE"):
         open_model(name)
+
+
+def test_a_damaged_file_of_the_package_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(shipped, "FOLDER", tmp_path)
+    (tmp_path / "mine.safetensors").write_text("version https://git-lfs.github.com/spec/v1\nsize 9\n")
+    for read in (shipped.open_shipped, shipped.shipped_facts):
+        with pytest.raises(UserError, match="mine.safetensors is a git-lfs pointer"):
+            read("mine")
+    save_file({"cls_token": torch.zeros(1)}, tmp_path / "mine.safetensors")
+    with pytest.raises(UserError, match="does not say what model it holds: install the package again"):
+        open_model("shipped:mine")
+    facts = {"name": "crate_tiny_patch8_224", "arguments": {"depth": 1, "img_size": 32}}
+    save_file({"cls_token": torch.zeros(1)}, tmp_path / "mine.safetensors", {"crate_fast": json.dumps(facts)})
+    with pytest.raises(UserError, match="shipped:mine does not hold the weights.*install the package again"):
+        open_model("shipped:mine")
 
 
 def test_a_run_can_be_shipped(tiny_run, tmp_path, monkeypatch):
