@@ -83,12 +83,12 @@ def load_initial(model: nn.Module, config: TrainConfig) -> str:
 
 def _other_width(weights: dict[str, Tensor], model: nn.Module) -> bool:
     """Return whether the weights are of another width, which `_check_fit` reports with the rest."""
-    own = model.state_dict()
-    return any(key in weights and weights[key].shape != own[key].shape for key in ("cls_token",) if key in own)
+    token, own = weights.get("cls_token"), getattr(model, "cls_token", None)
+    return token is not None and own is not None and token.shape != own.shape
 
 
 def _check_demo(weights: dict[str, Tensor], model: CRATE, config: TrainConfig) -> None:
-    """Refuse what the emergence paper's demo checkpoint would be loaded wrongly by, or not at all."""
+    """Refuse a model that would compute something else with the emergence paper's demo checkpoint."""
     where = f"init={os.fspath(config.init)!r}"
     if is_demo(weights) and model.embed_dim == 768 and config.heads is None:
         raise UserError(
