@@ -126,7 +126,7 @@ def test_absent_and_empty_files_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"no state dict found.*epoch"):
         unwrap_state_dict({"epoch": 3})
     torch.save([torch.zeros(1)], tmp_path / "list.pth")
-    with pytest.raises(ValueError, match="the file holds a list"):
+    with pytest.raises(ValueError, match="it holds a list"):
         read_state_dict(tmp_path / "list.pth")
     with pytest.raises(ValueError, match="name one parameter"):
         unwrap_state_dict({"cls_token": torch.zeros(1), "module.cls_token": torch.zeros(1)})
