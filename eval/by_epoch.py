@@ -23,9 +23,10 @@ from crate_fast.eval.images import open_images
 from crate_fast.eval.maskcut import PAPER, MaskCutSettings
 from crate_fast.eval.models import Subject, open_model, split_label
 from crate_fast.eval.options import evaluation_parser, output_folder, settings_of
-from crate_fast.eval.principal_components import pca_rgb
+from crate_fast.eval.principal_components import TooFewPatchesError, pca_rgb
 from crate_fast.eval.results import say_written, write_results, write_table
 from crate_fast.figures import Picture, curve_figure, image_grid
+from crate_fast.train.checkpoint import CheckpointError
 from crate_fast.train.distributed import choose_device
 from crate_fast.train.runs import checkpoint_epoch, checkpoint_steps
 
@@ -76,13 +77,16 @@ def _figure(
     for _, subject in subjects:
         features = subject.extract(subject.normalize(pixels.to(subject.device)), [layer])
         for row, tokens in zip(rows, features.keys(layer).cpu(), strict=True):
-            row.append(Picture(_colours(tokens, features.grid)))
+            row.append(_colours(tokens, features.grid))
     image_grid(rows, paths, column_titles=["image", *names])
 
 
-def _colours(tokens: Tensor, grid: tuple[int, int]):
-    colours, _ = pca_rgb(tokens.unsqueeze(0), first=2)
-    return colours.view(*grid, 3).numpy()
+def _colours(tokens: Tensor, grid: tuple[int, int]) -> Picture | None:
+    try:
+        colours, _ = pca_rgb(tokens.unsqueeze(0), first=2)
+    except TooFewPatchesError:
+        return None
+    return Picture(colours.view(*grid, 3).numpy())
 
 
 def _command(options: argparse.Namespace) -> None:
@@ -99,36 +103,48 @@ def _command(options: argparse.Namespace) -> None:
     options.device = str(device)
     names = {step: f"{label}={folder}@{step or 'untrained'}" for step in [0, *chosen]}
     facts: dict[int, dict] = {}
+    left_out: dict[int, str] = {}
 
     def subjects() -> Iterator[tuple[int, Subject]]:
         for step, name in names.items():
-            subject = open_model(name, device, options.image_size, seed=options.seed)
+            try:
+                subject = open_model(name, device, options.image_size, seed=options.seed)
+            except CheckpointError as error:  # one that is damaged does not lose the others' numbers
+                if step not in left_out:
+                    print(f"left out: step {step}: {error}", file=sys.stderr)
+                left_out[step] = str(error)
+                continue
             facts[step] = subject.facts
             yield step, subject
 
-    _, first = next(subjects())
+    first = next((subject for _, subject in subjects()), None)
+    if first is None:
+        raise UserError(f"{folder} has no checkpoint that can be read; the first: {next(iter(left_out.values()))}")
     layer = first.extract.resolve_layer(options.layer)
     images = open_images(options.data, first.extract.image_size[0], options.limit)
-    measures = check_measures(options.measures, images, options.data)
-    if "coarse" in measures:
-        first.require_cls()
+    measures = check_measures(options.measures, first, images, options.data)
     output = output_folder(options, "by_epoch")
     settings, problems = MaskCutSettings(options.num_objects, options.tau), []
     reading = {"batch_size": options.batch_size, "workers": options.workers, "progress": "step"}
     results = evaluate(subjects(), images, layer, measures, settings, problems, options.seed, **reading)
 
-    epochs = {0: 0.0} | {step: checkpoint_epoch(folder, step) for step in chosen}
+    if not results.keys() - {0}:
+        raise UserError(f"{folder}: none of the steps {chosen} can be read; the first: {left_out[chosen[0]]}")
+    epochs = {0: 0.0} | {step: checkpoint_epoch(folder, step) for step in chosen if step in results}
     known = None not in epochs.values()
     rows = [{"step": step, "epoch": epochs[step], **numbers} for step, numbers in results.items()]
     print(write_table(output, "table", rows, digits=2))
     config = settings_of(options) | {"layer": layer, "models": list(facts.values())}
-    paths = [write_results(output, "by_epoch", config, {"rows": rows}, problems), output / "table.md"]
+    paths = [
+        write_results(output, "by_epoch", config, {"rows": rows, "left_out": left_out}, problems),
+        output / "table.md",
+    ]
     charts = [output / "by_epoch.png", output / "by_epoch.pdf"]
     along = {epochs[step] if known else step: numbers for step, numbers in results.items()}
     xlabel = "epoch" if known else "optimiser step"
     curve_figure(curves({label: along}), xlabel, charts, from_zero=True, columns=3)
     pictures = [output / "components.png", output / "components.pdf"]
-    titles = [f"epoch {epochs[step]:g}" if known else f"step {step}" for step in names]
+    titles = [f"epoch {epochs[step]:g}" if known else f"step {step}" for step in results]
     _figure(subjects(), titles, images, layer, pictures)
     print("numbers but counts in %")
     say_written(paths + charts + pictures, problems)

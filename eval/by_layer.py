@@ -26,11 +26,13 @@ MEASURES = ("maskcut", "coarse")
 PLOTTED = ("box AP", "mask AP", *coarse_segmentation.NAMES.values())
 
 
-def check_measures(measures: Sequence[str] | None, images: Dataset, specification: str) -> list[str]:
-    """The measures asked for, or all that the data set has annotations for.
+def check_measures(
+    measures: Sequence[str] | None, subject: Subject, images: Dataset, specification: str
+) -> list[str]:
+    """Return the measures asked for, or all that the data set has annotations for.
 
     Raises:
-        UserError: It has none for them.
+        UserError: It has none for them, or the model or the images do not fit a measure.
     """
     annotated = {"maskcut": images.has_instances, "coarse": images.labelled}
     possible = [name for name in MEASURES if annotated[name]]
@@ -41,6 +43,10 @@ def check_measures(measures: Sequence[str] | None, images: Dataset, specificatio
             f"--data {specification} has no annotations for {', '.join(missing or MEASURES)}: MaskCut's AP needs "
             "coco:PATH or shape_scenes, coarse segmentation voc:PATH too"
         )
+    if "maskcut" in wanted:
+        maskcut.check(subject, images)
+    if "coarse" in wanted:
+        subject.require_cls()
     return wanted
 
 
@@ -75,22 +81,23 @@ def evaluate(
     layers = list(range(subject.extract.depth)) if layers is None else list(layers)
     rows: dict[int, dict[str, float]] = {layer: {} for layer in layers}
     found: list[str] = []
+    coarse = {}
+    if "coarse" in measures:  # first, since it is the quicker one to find that there is nothing to score
+        coarse = coarse_segmentation.evaluate(subject, images, layers, problems=found, seed=seed, **reading)
     if "maskcut" in measures:
+        found.clear()  # the same images again
         for layer, numbers in maskcut.evaluate(subject, images, layers, settings, found, **reading).items():
             rows[layer]["images"] = numbers["images"]
             for kind, name in (("bbox", "box"), ("segm", "mask")):
                 for score in ("AP50", "AP75", "AP", "AR100"):
                     rows[layer][f"{name} {score}"] = 100 * numbers[kind][score]
-    if "coarse" in measures:
-        found.clear()  # the same images again
-        scores = coarse_segmentation.evaluate(subject, images, layers, problems=found, seed=seed, **reading)
-        for reading, result in scores.items():
-            for row in result["layers"]:
-                name = coarse_segmentation.NAMES[reading]
-                rows[row["layer"]][name] = 100 * row["best_head"]
-                rows[row["layer"]][f"random {name}"] = 100 * result["random"]
-                counts = {"images": result["images"] + result["without_objects"], "objects": result["objects"]}
-                rows[row["layer"]] |= {"constant": 100 * result["constant"]} | counts
+    for name, result in coarse.items():
+        title = coarse_segmentation.NAMES[name]
+        for row in result["layers"]:
+            rows[row["layer"]][title] = 100 * row["best_head"]
+            rows[row["layer"]][f"random {title}"] = 100 * result["random"]
+            counts = {"images": result["images"] + result["without_objects"], "objects": result["objects"]}
+            rows[row["layer"]] |= {"constant": 100 * result["constant"]} | counts
     if problems is not None:
         problems.extend(found)
     return rows
@@ -131,10 +138,8 @@ def _command(options: argparse.Namespace) -> None:
     settings = MaskCutSettings(options.num_objects, options.tau)
     subjects = open_models(options)
     data = [open_images(options.data, subject.extract.image_size[0], options.limit) for subject in subjects]
-    measures = check_measures(options.measures, data[0], options.data)
-    if "coarse" in measures:
-        for subject in subjects:
-            subject.require_cls()
+    for subject, images in zip(subjects, data, strict=True):
+        measures = check_measures(options.measures, subject, images, options.data)
     folder = output_folder(options, "by_layer")
     results: dict[str, dict] = {}
     problems: list[str] = []

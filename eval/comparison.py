@@ -86,27 +86,30 @@ def compare(table: str, ours: dict[str, dict[str, float]]) -> list[dict]:
     return rows
 
 
-def _one_measure(
-    options: argparse.Namespace, measure: str, data: str, size: int | None, problems: list[str]
-) -> tuple[dict[str, dict[str, float]], list[dict]]:
-    """({label: numbers}, the models' facts) for one data set; the models are opened afresh at its image size."""
-    numbers, facts = {}, []
-    subjects = open_models(argparse.Namespace(**(vars(options) | {"image_size": size})))
-    for subject in subjects:  # before anything is computed
+def _opened(options: argparse.Namespace, measure: str, data: str, size: int | None) -> list[tuple[Subject, Dataset]]:
+    """The models at the measure's image size, each with the images, and checked."""
+    opened = []
+    for subject in open_models(argparse.Namespace(**(vars(options) | {"image_size": size}))):
         subject.extract.resolve_layer(options.layer)
-        if measure == "coarse":
-            subject.require_cls()
-    for subject in subjects:
         images = open_images(data, subject.extract.image_size[0], options.limit)
-        check_measures([measure], images, data)
+        check_measures([measure], subject, images, data)
+        opened.append((subject, images))
+    return opened
+
+
+def _one_measure(
+    options: argparse.Namespace, measure: str, opened: list[tuple[Subject, Dataset]], problems: list[str]
+) -> dict[str, dict[str, float]]:
+    """Label → numbers."""
+    numbers = {}
+    for subject, images in opened:
         found: list[str] = []
         reading = {"batch_size": options.batch_size, "workers": options.workers, "seed": options.seed}
         reading["progress"] = f"{measure}, {subject.label}"
         layer, threshold = options.layer, options.threshold
         numbers[subject.label] = evaluate(subject, images, measure, layer, threshold, problems=found, **reading)
-        facts.append(subject.facts)
         problems += [line for line in found if line not in problems]
-    return numbers, facts
+    return numbers
 
 
 def _command(options: argparse.Namespace) -> None:
@@ -120,12 +123,12 @@ def _command(options: argparse.Namespace) -> None:
             raise UserError(f"--table {options.table} needs the images of {measure}: pass {option} KIND:PATH")
     problems: list[str] = []
     ours: dict[str, dict[str, float]] = {}
+    plan = {measure: _opened(options, measure, *given[measure][::2]) for measure in NEEDS[options.table]}
     output = output_folder(options, f"comparison_{options.table}")
     config = settings_of(options)
-    for measure in NEEDS[options.table]:
-        data, _, size = given[measure]
-        numbers, config[f"models for {measure}"] = _one_measure(options, measure, data, size, problems)
-        for label, row in numbers.items():
+    for measure, opened in sorted(plan.items()):  # "coarse" first, which takes minutes where "maskcut" takes hours
+        config[f"models for {measure}"] = [subject.facts for subject, _ in opened]
+        for label, row in _one_measure(options, measure, opened, problems).items():
             ours.setdefault(label, {}).update(row)
     rows = compare(options.table, ours)
     print(write_table(output, options.table, rows, digits=1))

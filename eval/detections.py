@@ -13,7 +13,7 @@ from contextlib import redirect_stdout
 import numpy as np
 from PIL import Image
 
-from crate_fast.errors import UserError
+from crate_fast.eval.coco import as_one_category, index_of, require_objects
 
 __all__ = ["class_agnostic_scores", "detections_of", "enlarge", "paint_detections"]
 
@@ -64,8 +64,8 @@ def class_agnostic_scores(coco, detections: Sequence[dict], image_ids: Sequence[
     """AP and AR of boxes and of masks, with all categories of the ground truth taken as one.
 
     Args:
-        coco: pycocotools' `COCO` with the ground truth.
-        detections: COCO results.
+        coco: pycocotools' `COCO` with the ground truth; ids and categories may be any.
+        detections: COCO results; their categories do not count.
         image_ids: Images evaluated; those without detections count as missed.
 
     Returns:
@@ -73,27 +73,26 @@ def class_agnostic_scores(coco, detections: Sequence[dict], image_ids: Sequence[
         −1, as pycocotools says, where there is no object of that size.
 
     Raises:
-        UserError: None of the images has an annotated object.
+        UserError: None of the images has an annotated object, or an annotation lacks what it needs.
     """
     from pycocotools.cocoeval import COCOeval
 
-    image_ids = sorted(image_ids)
-    if not any(not annotation.get("iscrowd") for i in image_ids for annotation in coco.imgToAnns[i]):
-        raise UserError(f"none of the {len(image_ids)} images has an annotated object: AP would have no meaning")
-    known = set(image_ids)
-    ordered = sorted((d for d in detections if d["image_id"] in known), key=lambda d: d["image_id"])
+    image_ids = sorted(set(image_ids))
+    require_objects(coco, image_ids)
+    truth = as_one_category(coco, image_ids)
+    numbers = {image_id: number for number, image_id in enumerate(image_ids, start=1)}
+    ordered = sorted((d for d in detections if d["image_id"] in numbers), key=lambda d: numbers[d["image_id"]])
     names = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
     scores = {}
     with redirect_stdout(io.StringIO()):  # pycocotools prints what is returned here
         for kind in ("bbox", "segm"):
-            if not ordered:  # pycocotools takes no empty list of results
-                scores[kind] = dict.fromkeys(names, 0.0)
-                continue
             field = "bbox" if kind == "bbox" else "segmentation"
-            entries = [{k: d[k] for k in ("image_id", "category_id", "score", field)} for d in ordered]
-            evaluation = COCOeval(coco, coco.loadRes(entries), kind)
-            evaluation.params.useCats = 0
-            evaluation.params.imgIds = list(image_ids)
+            entries = [
+                {"image_id": numbers[d["image_id"]], "category_id": 1, "score": d["score"], field: d[field]}
+                for d in ordered
+            ]
+            found = truth.loadRes(entries) if entries else index_of(truth.dataset["images"], [], [])
+            evaluation = COCOeval(truth, found, kind)
             evaluation.evaluate()
             evaluation.accumulate()
             evaluation.summarize()

@@ -2,7 +2,8 @@
 
     folder:PATH          every image below PATH
     voc:PATH             PASCAL VOC in its own layout (VOCdevkit/VOC2012), segmentation val split
-    coco:PATH[:SPLIT]    COCO: PATH/SPLIT/*.jpg, instances_SPLIT.json in PATH or PATH/annotations; SPLIT is val2017
+    coco:PATH[:SPLIT]    COCO: PATH/SPLIT/*.jpg, instances_SPLIT.json in PATH or PATH/annotations; SPLIT is val2017.
+                         LVIS's annotations may take the file's place
     shape_scenes[:SEED]  scenes made on the fly (validation split), 500 of them if no limit is given; one object each
 
 An image that cannot be read becomes a `Sample` with a `problem`, never a gap: the protocols count and name them.
@@ -14,10 +15,8 @@ Sizes cannot tell for orientations 2 to 4 and for squares: those are upright.
 """
 
 import functools
-import io
 import sys
 from collections.abc import Iterator
-from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +29,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from crate_fast.errors import UserError
+from crate_fast.eval.coco import index_of, read_annotations
 from crate_fast.train.image_files import EXTENSIONS, UNREADABLE, as_stored, find_images, open_image, read_image
 from crate_fast.train.shape_scenes import ShapeScenes
 
@@ -239,14 +239,15 @@ class CocoImages(ImageFiles):
         split: Such as "val2017".
 
     Attributes:
-        coco: pycocotools' index of the annotations.
+        coco: pycocotools' index of the annotations, complete as `coco.read_annotations` makes them.
+
+    Raises:
+        UserError: The folder or the file is not there, or an annotation lacks what it needs.
     """
 
     labelled, has_instances = True, True
 
     def __init__(self, root: Path, size: int, split: str = "val2017"):
-        from pycocotools.coco import COCO
-
         self.root, self.size = root, size
         names = [root / f"instances_{split}.json", root / "annotations" / f"instances_{split}.json"]
         found = next((name for name in names if name.is_file()), None)
@@ -254,16 +255,14 @@ class CocoImages(ImageFiles):
             raise UserError(f"{names[0]} is not there, nor {names[1]}: pass --data coco:PATH[:SPLIT]")
         if not (root / split).is_dir():
             raise UserError(f"{root / split} is not there: the images belong there")
-        try:
-            with redirect_stdout(io.StringIO()):  # it prints how it gets on
-                self.coco = COCO(found)
-        except (ValueError, AssertionError, KeyError, TypeError) as error:
-            raise UserError(
-                f"{found} does not hold COCO's annotations ({type(error).__name__}: {error}): fetch it again"
-            ) from error
-        self.items = [(i, root / split / self.coco.imgs[i]["file_name"]) for i in sorted(self.coco.imgs)]
-        if not self.items:
-            raise UserError(f"{found} lists no images")
+        self.coco = read_annotations(found)
+        self.items = [(key, self._path(image, split)) for key, image in sorted(self.coco.imgs.items())]
+
+    def _path(self, image: dict, split: str) -> Path:
+        path = self.root / split / image["file_name"]
+        folder = str(image.get("coco_url", "")).split("/")[-2:-1]
+        elsewhere = self.root.joinpath(*folder, path.name)  # LVIS's validation images are in COCO's train2017, too
+        return elsewhere if folder and not path.exists() and elsewhere.exists() else path
 
     def annotated_size(self, key: str | int) -> tuple[int, int] | None:
         image = self.coco.imgs[key]
@@ -310,7 +309,6 @@ class SceneImages(Dataset):
         Distractors are no objects here: a detector that finds them pays for it in AP.
         """
         from pycocotools import mask as rle
-        from pycocotools.coco import COCO
 
         annotations = []
         for number in self.keys():
@@ -319,15 +317,9 @@ class SceneImages(Dataset):
             annotation = {"id": number + 1, "image_id": number, "category_id": label, "iscrowd": 0}
             annotation |= {"segmentation": code, "area": float(rle.area(code)), "bbox": rle.toBbox(code).tolist()}
             annotations.append(annotation)
-        index = COCO()
-        index.dataset = {
-            "images": [{"id": number, "height": self.size, "width": self.size} for number in self.keys()],
-            "categories": [{"id": number, "name": name} for number, name in self.class_names().items()],
-            "annotations": annotations,
-        }
-        with redirect_stdout(io.StringIO()):
-            index.createIndex()
-        return index
+        images = [{"id": number, "height": self.size, "width": self.size} for number in self.keys()]
+        categories = [{"id": number, "name": name} for number, name in self.class_names().items()]
+        return index_of(images, annotations, categories)
 
     def __len__(self) -> int:
         return len(self.scenes)

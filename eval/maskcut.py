@@ -10,6 +10,7 @@ many processes as it is given.
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -23,10 +24,11 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
-from crate_fast.errors import UserError, run_command
+from crate_fast.errors import UserError, require, run_command
+from crate_fast.eval.coco import require_objects
 from crate_fast.eval.crf import refine, require_crf
 from crate_fast.eval.detections import class_agnostic_scores, detections_of, enlarge, paint_detections
-from crate_fast.eval.images import batches, open_images
+from crate_fast.eval.images import CocoImages, batches, open_images
 from crate_fast.eval.models import Subject
 from crate_fast.eval.normalized_cut import SAME, second_eigenvector
 from crate_fast.eval.options import (
@@ -44,7 +46,7 @@ from crate_fast.functional import linear
 from crate_fast.train.checkpoint import write_text
 from crate_fast.train.distributed import Processes, process_group
 
-__all__ = ["MaskCut", "MaskCutSettings", "detect", "evaluate", "main", "maskcut", "object_of"]
+__all__ = ["MaskCut", "MaskCutSettings", "check", "detect", "evaluate", "main", "maskcut", "object_of"]
 
 EPSILON = 1e-5
 _LARGEST_OVERLAP, _SMALLEST_SHARE = 0.5, 0.01
@@ -99,6 +101,11 @@ def _check(num_objects: int, tau: float) -> None:
         raise UserError(f"num_objects={num_objects}: ask for at least one")
     if not -1 <= tau <= 1:
         raise UserError(f"tau={tau}: a cosine lies from -1 to 1")
+
+
+def _check_patches(n_patches: int) -> None:
+    if n_patches < 2:
+        raise UserError("one patch cannot be cut: use larger images (--image-size) for a finer grid")
 
 
 def _square(n_patches: int) -> tuple[int, int]:
@@ -165,8 +172,7 @@ def maskcut(
         raise UserError(f"features are {tuple(features.shape)} of {features.dtype}: pass floats [P, C] or [B, P, C]")
     n_patches = features.shape[1]
     grid = _square(n_patches) if grid is None else grid
-    if n_patches < 2:
-        raise UserError("one patch cannot be cut: use larger images (--image-size) for a finer grid")
+    _check_patches(n_patches)
     if grid[0] * grid[1] != n_patches:
         raise UserError(f"grid={grid} does not hold the {n_patches} patches: rows·columns must be P")
     _check(num_objects, tau)
@@ -235,6 +241,23 @@ class MaskCutSettings:
 
 
 PAPER = MaskCutSettings()
+
+
+def check(subject: Subject, images: Dataset) -> None:
+    """Refuse what could only fail, before anything is computed.
+
+    Args:
+        subject: The model, at its image size.
+        images: The data set.
+
+    Raises:
+        UserError: The model has a single patch, or the data set has annotations, but none of an object.
+        UserError: A package is missing.
+    """
+    require("pycocotools", "scipy")
+    _check_patches(math.prod(subject.extract.grid))
+    if isinstance(images, CocoImages):  # a scene always has an object
+        require_objects(images.coco, images.keys())
 
 
 def detect(
@@ -325,9 +348,13 @@ def evaluate(
 
     Returns:
         Layer → numbers.
+
+    Raises:
+        UserError: See `check`.
     """
     layers = [subject.extract.default_layer] if layers is None else list(layers)
     problems = [] if problems is None else problems
+    check(subject, images)
     records = list(detect(subject, images, layers, settings, problems, **({"batch_size": 8} | reading)))
     return {layer: summarise(images, records, layer, images.keys()) for layer in layers}
 
@@ -365,6 +392,7 @@ def _command(options: argparse.Namespace) -> None:
         (subject,) = open_models(options)
         layer = subject.extract.resolve_layer(options.layer)
         images = open_images(options.data, subject.extract.image_size[0], options.limit)
+        check(subject, images)
         folder = output_folder(options, "maskcut")
         decides = {**subject.facts, "data": options.data, "layer": layer, **asdict(settings), "format": _FORMAT}
         records = _open_records(folder / "records", decides, processes)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
+from pycocotools import mask as rle
 
 from crate_fast.errors import UserError
 from crate_fast.eval.images import Target, batches, open_images
@@ -227,13 +228,174 @@ def test_damaged_annotations(tmp_path):
         open_images("shape_scenes", 32, 0)
 
 
-def test_damaged_coco_annotations(tmp_path):
-    file = make_coco(tmp_path) / "annotations" / "instances_val2017.json"
+# --- annotations: each case changes image x.jpg, or annotation 2: a box of 20×20 pixels at x = 10 ------------------
+
+
+def changed_coco(root, change, image=None):
+    """`make_coco`'s folder after a change of its annotations, or of its image, given (content, annotation 2)."""
+    file = make_coco(root) / "annotations" / "instances_val2017.json"
     content = json.loads(file.read_text())
-    del content["annotations"][0]["segmentation"]
+    content |= change(content, content["annotations"][1]) or {}
     file.write_text(json.dumps(content))
-    assert "KeyError: 'segmentation'" in open_images(f"coco:{tmp_path}", 32)[0].problem
-    for text in (file.read_text()[:100], "[1, 2]"):
-        file.write_text(text)
-        with pytest.raises(ValueError, match="does not hold COCO's annotations"):
+    return f"coco:{root}"
+
+
+def without(*names):
+    """A change that takes fields from every annotation."""
+    return lambda content, _: [content["annotations"][i].pop(n) for i in range(3) for n in names] and None
+
+
+def as_lvis(content, annotation):
+    """LVIS v1: coco_url instead of file_name, no iscrowd, lists of categories an image."""
+    image = content["images"][0]
+    image |= {"coco_url": f"http://images.cocodataset.org/val2017/{image.pop('file_name')}"}
+    image |= {"neg_category_ids": [3], "not_exhaustive_category_ids": []}
+    for entry in content["annotations"][:3]:
+        del entry["iscrowd"]
+
+
+def as_run_lengths(content, annotation):
+    """Masks as RLE, compressed by pycocotools or not, and no size of the image but theirs."""
+    for number, entry in enumerate(content["annotations"]):
+        x, y, width, height = entry["bbox"]
+        pixels = np.zeros((40, 60), np.uint8, order="F")
+        pixels[y : y + height, x : x + width] = 1
+        runs = np.diff(np.flatnonzero(np.diff(pixels.ravel("F"), prepend=2, append=2)))
+        runs = runs.tolist() if not pixels[0, 0] else [0, *runs.tolist()]
+        code = rle.encode(pixels)["counts"].decode()
+        entry["segmentation"] = {"size": [40, 60], "counts": code if number % 2 else runs}
+    del content["images"][0]["height"], content["images"][0]["width"]
+
+
+def with_images_nobody_has(content, annotation):
+    content["annotations"].append({"id": 9, "image_id": 77})
+
+
+def with_a_polygon_of_two_points(content, annotation):
+    annotation["segmentation"].insert(0, [30, 30, 40, 40])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        without("iscrowd"),
+        without("area"),
+        without("bbox"),
+        without("area", "bbox", "iscrowd"),
+        as_lvis,
+        as_run_lengths,
+        with_images_nobody_has,
+        with_a_polygon_of_two_points,
+        lambda content, annotation: annotation.update(bbox=[10, 0, 20, 0]),
+        lambda content, annotation: annotation.update(bbox=[], area=None),
+    ],
+)
+def test_what_follows_is_filled_in(tmp_path, change):
+    images = open_images(changed_coco(tmp_path, change), 32)
+    sample = images[0]
+    assert sample.target.classes == [2, 7]
+    assert sample.target.masks.sum(dim=(1, 2)).tolist() == [400, 600]
+    assert (~sample.target.valid).sum() == 100
+    entries = images.coco.loadAnns([1, 2, 3, 4])
+    assert [entry["bbox"] for entry in entries] == [
+        [0, 0, 20, 20],
+        [10, 0, 20, 20],
+        [40, 20, 20, 20],
+        [0, 30, 10, 10],
+    ]
+    assert [entry["area"] for entry in entries] == [400, 400, 400, 100]
+    assert [entry["iscrowd"] for entry in entries] == [0, 0, 0, 1]
+
+
+def test_names_follow_from_numbers_and_lvis_finds_images_of_the_other_split(tmp_path):
+    def change(content, annotation):
+        del content["categories"]
+        as_lvis(content, annotation)
+        content["images"][0]["coco_url"] = "http://images.cocodataset.org/train2017/x.jpg"
+
+    specification = changed_coco(tmp_path, change)
+    (tmp_path / "train2017").mkdir()
+    (tmp_path / "val2017" / "x.jpg").rename(tmp_path / "train2017" / "x.jpg")
+    images = open_images(specification, 32)
+    assert images[0].target.classes == [2, 7]
+    assert images.class_names() == {}
+    content = json.loads((tmp_path / "annotations" / "instances_val2017.json").read_text())
+    content["categories"] = [{"id": 2}, {"id": 7, "name": "dog"}]
+    (tmp_path / "annotations" / "instances_val2017.json").write_text(json.dumps(content))
+    assert open_images(specification, 32).class_names() == {2: "2", 7: "dog"}
+
+
+def _sets(name, **values):
+    """(a change of annotation 2, what the message names)."""
+    return lambda _, annotation: annotation.update(values), rf"annotation 2: '{name}'"
+
+
+def _drops(name):
+    return lambda _, annotation: annotation.pop(name) and None
+
+
+def _image(**values):
+    return lambda content, _: content["images"][0].update(values)
+
+
+RUNS = {"size": [40, 60], "counts": [0, 2400]}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_drops("segmentation"), "annotation 2: 'segmentation' is missing"),
+        _sets("segmentation", segmentation=[]),
+        _sets("segmentation", segmentation=None),
+        _sets("segmentation", segmentation={}),
+        _sets("segmentation", segmentation="RLE"),
+        _sets("segmentation", segmentation=[1, 2, 3, 4, 5, 6]),
+        _sets("segmentation", segmentation=[[1, 2, 3, 4]]),
+        _sets("segmentation", segmentation=[[1, 2, 3, 4, 5, 6, 7]]),
+        _sets("segmentation", segmentation=[[1, 2, 3, 4, 5, float("nan")]]),
+        _sets("segmentation", segmentation=[[1, 2, 3, 4, 5, "6"]]),
+        _sets("segmentation", segmentation=RUNS | {"size": [60, 40]}),
+        _sets("segmentation", segmentation=RUNS | {"size": 2400}),
+        _sets("segmentation", segmentation=RUNS | {"counts": [0, 2399]}),
+        _sets("segmentation", segmentation=RUNS | {"counts": [-1, 2401]}),
+        _sets("segmentation", segmentation=RUNS | {"counts": "0"}),
+        _sets("segmentation", segmentation=RUNS | {"counts": "\x7f"}),
+        _sets("segmentation", segmentation={"size": [40, 60]}),
+        _sets("iscrowd", iscrowd="0"),
+        _sets("area", area=-1),
+        _sets("area", area=float("inf")),
+        _sets("bbox", bbox=[1, 2, 3]),
+        _sets("bbox", bbox=[1, 2, -3, 4]),
+        _sets("bbox", bbox=[1, 2, 3, None]),
+        _sets("category_id", category_id=None),
+        (_drops("category_id"), "annotation 2: 'category_id' is missing"),
+        (_drops("image_id"), r"annotations\[1\]: 'image_id' is missing"),
+        (_drops("id"), r"annotations\[1\]: 'id' is missing"),
+        (_image(height=None), "annotation 1: .*image 5 needs 'height' and 'width'"),
+        (_image(width=0), "annotation 1: .*image 5 needs 'height' and 'width'"),
+        (_image(file_name=""), "image 5: 'file_name' is empty"),
+        (lambda content, _: content["images"][0].pop("file_name") and None, "image 5: 'file_name' is missing"),
+        (lambda content, _: content["images"][0].pop("id") and None, r"images\[0\]: 'id' is missing"),
+        (lambda content, _: content["images"].append(content["images"][0]), "image 5 stands twice"),
+        (lambda content, _: content["images"].append({"id": "6", "file_name": "y"}), "image '6': the ids .* texts"),
+        (lambda content, _: {"images": []}, "lists no images"),
+        (lambda content, _: {"images": {}}, "does not hold COCO's annotations .*'images' is no list"),
+        (lambda content, _: content.pop("annotations") and None, "COCO's annotations .*'annotations' is missing"),
+        (lambda content, _: {"annotations": [7]}, "does not hold COCO's annotations .*'annotations'"),
+        (lambda content, _: {"categories": [{"name": "cat"}]}, r"categories\[0\]: 'id' is missing"),
+    ],
+)
+def test_what_does_not_follow_is_refused_when_the_file_is_opened(tmp_path, change, message):
+    specification = changed_coco(tmp_path, change)
+    with pytest.raises(UserError, match=message) as caught:
+        open_images(specification, 32)
+    assert "instances_val2017.json" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_files_that_are_no_annotations_are_named(tmp_path):
+    file = make_coco(tmp_path) / "annotations" / "instances_val2017.json"
+    for content in (file.read_bytes()[:100], b"[1, 2]", b"", b"\xff\xfe", b"7"):
+        file.write_bytes(content)
+        with pytest.raises(UserError, match="instances_val2017.json does not hold COCO's annotations"):
             open_images(f"coco:{tmp_path}", 32)

@@ -345,6 +345,79 @@ def test_ap_is_pycocotools_on_relabelled_ground_truth(tmp_path, capsys):
         class_agnostic_scores(coco, [], ids[-1:])
 
 
+@pytest.mark.parametrize(
+    ("name", "of_annotation"),
+    [
+        ("category_id", lambda number: 2),
+        ("category_id", lambda number: 50 + number % 3),
+        ("category_id", lambda number: "thing"),
+        ("id", lambda number: number),  # from 0, which pycocotools takes for "no match"
+        ("id", lambda number: 7),  # of a repeated id it reads the annotations twice
+        ("id", lambda number: f"a{number}"),
+        ("image_id", None),
+    ],
+)
+def test_ids_do_not_change_scores(tmp_path, name, of_annotation):
+    from pycocotools.coco import COCO
+
+    original = COCO(_coco(tmp_path) / "instances_val2017.json")
+    content = json.loads((tmp_path / "instances_val2017.json").read_text())
+    keys = {i: i for i in original.imgs}
+    if name == "image_id":
+        keys = {i: f"image {i}" for i in keys}
+        for image in content["images"]:
+            image["id"] = keys[image["id"]]
+    for number, annotation in enumerate(content["annotations"]):
+        annotation[name] = keys[annotation["image_id"]] if name == "image_id" else of_annotation(number)
+    changed = COCO()
+    changed.dataset = content
+    changed.createIndex()
+    before = json.dumps(content)
+    masks = [(a["image_id"], original.annToMask(a)[None] > 0) for a in original.dataset["annotations"]]
+    perfect = [d for key, mask in masks for d in detections_of(mask, keys[key])]
+    shifted = [d for key, mask in masks for d in detections_of(np.roll(mask, 4, axis=2), keys[key])]
+    scores = class_agnostic_scores(changed, perfect, list(changed.imgs))
+    assert [scores[kind]["AP"] for kind in ("bbox", "segm")] == pytest.approx([1.0, 1.0])
+    theirs = [d | {"image_id": key} for d, (key, _) in zip(shifted, masks, strict=True)]
+    expected = class_agnostic_scores(original, theirs, list(original.imgs))
+    assert class_agnostic_scores(changed, shifted, list(changed.imgs)) == expected
+    assert 0 < expected["segm"]["AP"] < 1
+    assert json.dumps(content) == before  # the caller's annotations stay as they are
+
+
+def test_sizes_without_objects_have_no_score_even_without_detections(tmp_path):
+    from pycocotools.coco import COCO
+
+    coco = COCO(_coco(tmp_path) / "instances_val2017.json")
+    scores = class_agnostic_scores(coco, [], list(coco.imgs))
+    assert scores["bbox"]["AP"] == scores["segm"]["AR100"] == 0
+    assert scores["bbox"]["APl"] == -1  # pycocotools' word for it: no object is that large
+
+
+@pytest.mark.parametrize("spoil", ["segmentation", "objects"])
+def test_annotations_are_refused_before_an_image_is_cut(tmp_path, capsys, monkeypatch, spoil):
+    monkeypatch.setattr(protocol, "maskcut", lambda *_args, **_more: pytest.fail("MaskCut ran"))
+    file = _coco(tmp_path / "coco") / "instances_val2017.json"
+    content = json.loads(file.read_text())
+    if spoil == "segmentation":
+        del content["annotations"][-1]["segmentation"]
+    else:
+        content["annotations"] = [a | {"iscrowd": 1} for a in content["annotations"]]
+    file.write_text(json.dumps(content))
+    arguments = [
+        *MODEL,
+        "--data",
+        f"coco:{tmp_path / 'coco'}",
+        "--image-size",
+        "64",
+        "--output",
+        str(tmp_path / "out"),
+    ]
+    assert protocol.main(arguments) == 2
+    said = capsys.readouterr().err
+    assert ("annotation 10: 'segmentation'" if spoil == "segmentation" else "no meaning") in said
+
+
 MODEL = ["crate_tiny_patch8_224@untrained", "--model-args", "depth=2", "dim=32", "heads=2", "img_size=64"]
 
 
