@@ -116,6 +116,22 @@ def test_the_numbers_are_the_librarys(address):
         assert all(edge.any() for edge in edges)
 
 
+@pytest.mark.parametrize("size", [(64, 64), (1, 1)])
+@pytest.mark.parametrize("model", [0, 1])
+def test_a_picture_without_objects_has_no_masks(address, size, model):
+    out = io.BytesIO()
+    Image.new("RGB", size, "white").save(out, "PNG")
+    about = {"model": model, "picture": send(address, out.getvalue()).json()["id"]}
+    counts = []
+    for layer in range(ask(address, "summary", **about)["depth"]):
+        masks = ask(address, "masks", layer=layer, **about)
+        assert len(masks["masks"]) == len(masks["boxes"])
+        counts.append(len(masks["masks"]))
+    assert 0 in counts
+    for which in ("all", "parts"):
+        ask(address, "components", which=which, **about)
+
+
 def test_a_vit_has_attention_but_no_subspaces(address):
     about = {"model": 1, "picture": "f0"}
     summary = ask(address, "summary", **about)

@@ -76,7 +76,7 @@ class Desk:
         """MaskCut's objects: "masks" [n][P] of 0 and 1; "boxes" [n] as [left, top, right, bottom] in patches."""
         found = self._about(model, picture).found
         masks = found.masks(layer)
-        return {"masks": masks.reshape(len(masks), -1).astype(int).tolist(), "boxes": [_box(mask) for mask in masks]}
+        return {"masks": [mask.ravel().astype(int).tolist() for mask in masks], "boxes": [_box(m) for m in masks]}
 
     def _about(self, model: int, picture: str) -> "_Kept":
         """What was computed, without waiting for a model that is at work, or opened, for somebody else."""
