@@ -18,12 +18,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from crate_fast.errors import UserError, run_command
+from crate_fast.errors import UserError, require, run_command
 from crate_fast.eval import paper
 from crate_fast.eval.images import batches
 from crate_fast.eval.models import Subject
 from crate_fast.eval.options import evaluation_parser, open_models, output_folder, positive, settings_of
-from crate_fast.eval.probes import LabelledImages, knn_predictions, linear_probe, pooled
+from crate_fast.eval.probes import (
+    LabelledImages,
+    check_linear,
+    check_pool,
+    knn_predictions,
+    linear_probe,
+    pooled,
+)
 from crate_fast.eval.results import say_written, write_results, write_table
 from crate_fast.train.config import TrainConfig
 from crate_fast.train.data import DataSplits, plain_splits
@@ -45,11 +52,23 @@ _DATA_SETTINGS = (
 )
 
 
-def check(subject: Subject, data: DataSplits, protocols: Sequence[str]) -> None:
-    """Refuse what cannot be scored.
+def check(
+    subject: Subject,
+    data: DataSplits,
+    protocols: Sequence[str],
+    *,
+    ks: Sequence[int] | None = None,
+    pool: str = "cls",
+    train_limit: int | None = None,
+) -> None:
+    """Refuse what cannot be scored, before anything is computed.
+
+    Args:
+        subject, data, protocols, ks, pool, train_limit: See `evaluate`.
 
     Raises:
-        UserError: A protocol is misspelt, or the model's head does not fit the data set.
+        UserError: A protocol is misspelt, the model's head does not fit the data set, the model lacks the token that
+            is pooled, or there are fewer training images than neighbours, or too few for the linear probe.
     """
     for protocol in protocols:
         if protocol not in PROTOCOLS:
@@ -60,6 +79,14 @@ def check(subject: Subject, data: DataSplits, protocols: Sequence[str]) -> None:
             f"the head of {subject.label} has {outputs} classes and the data set {classes}, so its outputs cannot be "
             "scored: look at its features, with --protocol knn,linear"
         )
+    check_pool(subject.model, pool)
+    n_images = min(train_limit or len(data.train), len(data.train))
+    for k in ks or ():
+        if "knn" in protocols and not 1 <= k <= n_images:
+            raise UserError(f"--k {k}: there are {n_images} training images; ask for at most as many neighbours")
+    if "linear" in protocols:
+        require("sklearn")
+        check_linear(n_images, classes)
 
 
 @torch.inference_mode()
@@ -78,6 +105,8 @@ def _read(
             found["loss"] = F.cross_entropy(logits, labels, reduction="none")
         if raw_pixels:
             found["pixels"] = F.adaptive_avg_pool2d(batch.images.float(), RAW_SIDE).flatten(1) / 255
+        if not found["features"].isfinite().all():
+            raise UserError(f"the features of {subject.label} hold NaN or infinity: its checkpoint is damaged")
         for name, values in found.items():
             parts.setdefault(name, []).append(values)
     return {name: torch.cat(tensors) for name, tensors in parts.items()}
@@ -92,15 +121,24 @@ def _per_class(correct: Tensor, labels: Tensor, classes: Sequence[str]) -> dict[
 def _probe(
     train: dict, val: dict, name: str, classes: Sequence[str], protocols: Sequence[str], ks: Sequence[int], seed: int
 ) -> dict:
-    """k-NN and the linear probe on train[name] and val[name]."""
-    found: dict = {"per_class": {}}
+    """k-NN and the linear probe on train[name] and val[name]; what the images read are too few for is left out."""
+    found: dict = {"per_class": {}, "left_out": {}}
     if "knn" in protocols:
+        n_images = len(train["labels"])
+        for k in ks:
+            if k > n_images:
+                found["left_out"][f"{k}-NN"] = f"there are {n_images} training images"
+        ks = [k for k in ks if k <= n_images] or [n_images]
         predictions = knn_predictions(train[name], train["labels"], val[name], ks)
         correct = {k: predicted == val["labels"] for k, predicted in predictions.items()}
         found["knn"] = {k: right.float().mean().item() for k, right in correct.items()}
         found["per_class"][f"knn, k = {ks[0]}"] = _per_class(correct[ks[0]], val["labels"], classes)
     if "linear" in protocols:
-        probe = linear_probe(train[name], train["labels"], val[name], seed=seed)
+        try:
+            probe = linear_probe(train[name], train["labels"], val[name], seed=seed)
+        except UserError as error:  # the other results stand
+            found["left_out"]["linear"] = str(error)
+            return found
         right = probe.predictions == val["labels"]
         found["linear"] = {"top1": right.float().mean().item(), "C": probe.C}
         found["linear"] |= {"held_out": probe.held_out, "converged": probe.converged}
@@ -113,7 +151,7 @@ def evaluate(
     data: DataSplits,
     protocols: Sequence[str] = ("head", "knn"),
     *,
-    ks: Sequence[int] = KS,
+    ks: Sequence[int] | None = None,
     pool: str = "cls",
     limit: int | None = None,
     train_limit: int | None = None,
@@ -129,7 +167,7 @@ def evaluate(
         subject: The model, expecting images of the data's size.
         data: Of `plain_splits`; the training split is read only for "knn" and "linear".
         protocols: Among "head", "knn", "linear".
-        ks: Numbers of neighbours.
+        ks: Numbers of neighbours; when None those of `KS` that there are training images for.
         pool: See `pooled`.
         limit, train_limit: Validation and training images, evenly spaced; all when None.
         raw_pixels: Also score k-NN and the linear probe on images of 16×16 pixels.
@@ -141,12 +179,14 @@ def evaluate(
         "images" (and "train_images"): those read; "classes"; "chance": share of the most frequent class among the
         validation images; "head": top1, top5 (None with at most five classes), loss in nats; "knn": k → top1;
         "linear": top1, C, "held_out" accuracy of each C, "converged"; "per_class": protocol → class → top1, None
-        where there is no image of it (k-NN: of the first k); "raw_pixels": knn, linear and per_class of those.
+        where there is no image of it (k-NN: of the first k); "left_out": what could not be scored → why;
+        "raw_pixels": knn, linear, per_class and left_out of those.
 
     Raises:
-        UserError: See `check`; or there are fewer training images than neighbours, or than two classes in them.
+        UserError: See `check`; or nothing could be scored.
     """
-    check(subject, data, protocols)
+    check(subject, data, protocols, ks=ks, pool=pool, train_limit=train_limit)
+    ks = KS if ks is None else ks
     loading = {"problems": [] if problems is None else problems, "batch_size": batch_size, "workers": workers}
     probing = "knn" in protocols or "linear" in protocols
     raw_pixels = raw_pixels and probing
@@ -161,16 +201,24 @@ def evaluate(
         top5 = right.any(dim=1).float().mean().item() if len(classes) > 5 else None
         found["head"] = {"top1": right[:, 0].float().mean().item(), "top5": top5, "loss": val["loss"].mean().item()}
         found["per_class"]["head"] = _per_class(right[:, 0], labels, classes)
-    if probing:
+    if not probing:
+        return found
+    try:
         train = _read(
             subject, LabelledImages(data.train, "training", train_limit), pool, False, raw_pixels, **loading
         )
-        found["train_images"] = len(train["labels"])
-        probed = _probe(train, val, "features", classes, protocols, ks, seed)
-        found["per_class"] |= probed.pop("per_class")
-        found |= probed
-        if raw_pixels:
-            found["raw_pixels"] = _probe(train, val, "pixels", classes, protocols, ks, seed)
+    except UserError as error:
+        if "head" not in found:
+            raise
+        return found | {"left_out": dict.fromkeys((p for p in protocols if p != "head"), str(error))}
+    found["train_images"] = len(train["labels"])
+    probed = _probe(train, val, "features", classes, protocols, ks, seed)
+    found["per_class"] |= probed.pop("per_class")
+    found |= probed
+    if not found.keys() & set(PROTOCOLS):
+        raise UserError("; ".join(found["left_out"].values()))
+    if raw_pixels:
+        found["raw_pixels"] = _probe(train, val, "pixels", classes, protocols, ks, seed)
     return found
 
 
@@ -209,11 +257,13 @@ def _row(label: str, result: dict, scores: dict) -> dict:
 
 
 def _doubts(label: str, scores: dict) -> list[str]:
-    """What speaks against a linear probe's score."""
+    """Return what was left out, and what speaks against a linear probe's score."""
+    doubts = [f"{label}: {what} left out: {why}" for what, why in scores.get("left_out", {}).items()]
     if "linear" not in scores:
-        return []
+        return doubts
     chosen, tried = scores["linear"]["C"], list(scores["linear"]["held_out"])
-    doubts = [] if scores["linear"]["converged"] else [f"{label}: the linear probe's fit did not converge"]
+    if not scores["linear"]["converged"]:
+        doubts.append(f"{label}: the linear probe's fit did not converge")
     if chosen in (min(tried), max(tried)):
         doubts.append(f"{label}: C = {chosen:g} is at the end of those tried ({min(tried):g} to {max(tried):g})")
     return doubts
@@ -227,18 +277,23 @@ def _run(options: argparse.Namespace) -> None:
         default = ("head", "knn") if subject.model.num_classes else ("knn",)
         protocols = tuple(options.protocol.split(",")) if options.protocol else default
         data = plain_splits(config)
-        check(subject, data, protocols)  # of all models, before the first is run
+        known = {"ks": options.k, "pool": options.pool, "train_limit": options.train_limit}
+        check(subject, data, protocols, **known)  # of all models, before the first is run
         plan.append((subject, config, data, protocols))
     folder = output_folder(options, "classify")
     settings = ("pool", "limit", "train_limit", "batch_size", "workers", "seed")
     chosen = {name: getattr(options, name) for name in settings} | {"ks": options.k}
     problems: list[str] = []
-    results, rows, doubts, seen = {}, [], [], set()
+    results, rows, doubts, seen, failures = {}, [], [], set(), []
     for subject, config, data, protocols in plan:
         source = {name: getattr(config, name) for name in _DATA_SETTINGS}
         raw = options.raw_pixels and tuple(source.values()) not in seen
+        try:
+            found = evaluate(subject, data, protocols, raw_pixels=raw, problems=problems, **chosen)
+        except UserError as error:
+            failures.append(f"{subject.label}: {error}")
+            continue
         seen.add(tuple(source.values()))
-        found = evaluate(subject, data, protocols, raw_pixels=raw, problems=problems, **chosen)
         reported = _paper_score(subject.label, config, len(data.classes))
         results[subject.label] = found | {"data": source, "paper_fine_tuned": reported}
         rows.append(_row(subject.label, results[subject.label], results[subject.label]))
@@ -247,6 +302,8 @@ def _run(options: argparse.Namespace) -> None:
             label = f"raw pixels {RAW_SIDE}×{RAW_SIDE} ({config.dataset})"
             rows.append(_row(label, found, found["raw_pixels"]))
             doubts += _doubts(label, found["raw_pixels"])
+    if not results:
+        raise UserError(failures[0])
     problems = list(dict.fromkeys(problems))  # two models may have met the same image
     print(write_table(folder, "classify", rows))
     if any("paper, fine-tuned" in row for row in rows):
@@ -255,6 +312,8 @@ def _run(options: argparse.Namespace) -> None:
     config = settings_of(options) | {"models": [subject.facts for subject in subjects]}
     written = write_results(folder, "classify", config, results, problems)
     say_written([written, folder / "classify.md"], problems)
+    if failures:
+        raise UserError(f"{'; '.join(failures)}; the other models' results are in {folder}")
 
 
 def _numbers(text: str) -> tuple[int, ...]:
@@ -276,7 +335,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--val-samples", type=positive, help="of shape_scenes: validation images")
     parser.add_argument("--limit", type=positive, help="validation images, evenly spaced; all when absent")
     parser.add_argument("--train-limit", type=positive, help="training images, evenly spaced; all when absent")
-    parser.add_argument("--k", type=_numbers, default=KS, help="neighbours; default 10,20,100,200")
+    parser.add_argument("--k", type=_numbers, help="neighbours; default those of 10,20,100,200 there are images for")
     parser.add_argument("--pool", choices=("cls", "mean"), default="cls", help="features: CLS or the patches' mean")
     parser.add_argument("--raw-pixels", action="store_true", help="score images of 16×16 pixels in the same way")
     return run_command(_run, parser.parse_args(argv))

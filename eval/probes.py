@@ -9,11 +9,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from crate_fast.errors import UserError
+from crate_fast.errors import UserError, require
 from crate_fast.eval.images import Sample
 from crate_fast.train.data import UNREADABLE
 
-__all__ = ["LabelledImages", "LabelledSample", "LinearProbe", "knn_predictions", "linear_probe", "pooled"]
+__all__ = [
+    "LabelledImages",
+    "LabelledSample",
+    "LinearProbe",
+    "check_pool",
+    "knn_predictions",
+    "linear_probe",
+    "pooled",
+]
 
 TEMPERATURE = 0.07
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # C of scikit-learn, the inverse of the regularisation
@@ -66,6 +74,16 @@ class LabelledImages(Dataset):
         ]
 
 
+def check_pool(model: nn.Module, pool: str) -> None:
+    """Refuse a way of pooling that a model does not have.
+
+    Raises:
+        UserError: It has no CLS token to take.
+    """
+    if pool == "cls" and getattr(model, "cls_token", None) is None:
+        raise UserError("this model has no CLS token: pass --pool mean")
+
+
 def pooled(model: nn.Module, tokens: Tensor, pool: str = "cls") -> Tensor:
     """One feature vector an image, behind the final LayerNorm: tokens [B, N, C] of `forward_features` → [B, C].
 
@@ -78,8 +96,7 @@ def pooled(model: nn.Module, tokens: Tensor, pool: str = "cls") -> Tensor:
         UserError: The model has no CLS token.
     """
     prefix = model.num_prefix_tokens
-    if pool == "cls" and getattr(model, "cls_token", None) is None:
-        raise UserError("this model has no CLS token: pass --pool mean")
+    check_pool(model, pool)
     token = tokens[:, :1] if pool == "cls" else tokens[:, prefix:].mean(dim=1, keepdim=True)
     return model.forward_head(token.expand(-1, prefix + 1, -1), pre_logits=True)  # of equal tokens any pooling is one
 
@@ -120,6 +137,18 @@ def knn_predictions(
     return {k: torch.cat(parts) for k, parts in found.items()}
 
 
+def check_linear(n_images: int, n_classes: int) -> None:
+    """Refuse a linear probe that would say nothing.
+
+    Raises:
+        UserError: There are fewer than ten training images, or than two classes.
+    """
+    if n_classes < 2 or n_images < 10:
+        raise UserError(
+            f"a linear probe of {n_images} training images of {n_classes} classes says nothing: raise --train-limit"
+        )
+
+
 @dataclass(frozen=True)
 class LinearProbe:
     """What `linear_probe` found.
@@ -153,23 +182,18 @@ def linear_probe(
         strengths: Candidates for C.
 
     Raises:
-        UserError: There are fewer than two classes, or than ten training images.
+        UserError: There are fewer than ten training images, or than two classes in those that are not held out.
         UserError: scikit-learn is missing.
     """
-    try:
-        from sklearn.exceptions import ConvergenceWarning
-        from sklearn.linear_model import LogisticRegression
-        from sklearn.pipeline import make_pipeline
-        from sklearn.preprocessing import StandardScaler
-    except ModuleNotFoundError as error:
-        raise UserError("the linear probe needs scikit-learn: pip install scikit-learn") from error
-    n_classes = len(labels.unique())
-    if n_classes < 2 or len(train) < 10:
-        raise UserError(
-            f"a linear probe of {len(train)} training images of {n_classes} classes says nothing: raise --train-limit"
-        )
+    require("sklearn")
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
     apart, rest = order.split([int(_HELD_OUT * len(train)), len(train) - int(_HELD_OUT * len(train))])
+    check_linear(len(train), len(labels[rest].unique()))
     x, y = train.double().numpy(), labels.numpy()
 
     def fit(rows: Tensor, strength: float):

@@ -10,6 +10,7 @@ import timm
 import torch
 from PIL import Image
 
+from crate_fast.errors import UserError
 from crate_fast.eval import classify, probes
 from crate_fast.eval.models import open_model
 from crate_fast.eval.probes import LabelledImages, knn_predictions, linear_probe, pooled
@@ -134,6 +135,67 @@ def test_the_command_on_a_folder(tmp_path, capsys):
     assert json.loads((tmp_path / "again" / "results.json").read_text())["results"] == content["results"]
 
 
+def test_default_neighbours_are_those_there_are_images_for(tmp_path, capsys):
+    folder = _folder(tmp_path / "data")
+    arguments = [f"ours={MODEL}", "--model-args", *SMALL, "--dataset", "folder", "--data-dir", str(folder)]
+    arguments += ["--val-split", "val", "--protocol", "head,knn,linear"]
+    assert classify.main([*arguments, "--output", str(tmp_path / "out")]) == 0
+    result = json.loads((tmp_path / "out" / "results.json").read_text())["results"]["ours"]
+    assert set(result["knn"]) == {"10"}
+    assert result["head"]
+    assert result["linear"]
+    assert "ours: 20-NN left out: there are 18 training images" in capsys.readouterr().out
+    assert (
+        classify.main([*arguments, "--train-limit", "6", "--protocol", "knn", "--output", str(tmp_path / "few")]) == 0
+    )
+    result = json.loads((tmp_path / "few" / "results.json").read_text())["results"]["ours"]
+    assert set(result["knn"]) == {"6"}
+    assert set(result["left_out"]) == {"10-NN", "20-NN", "100-NN", "200-NN"}
+
+
+@pytest.mark.parametrize("broken", ["all", "two classes", "most"])
+def test_what_only_reading_shows_does_not_lose_the_other_results(tmp_path, capsys, broken):
+    folder = _folder(tmp_path / "data")
+    for path in (folder / "train").rglob("*.png"):
+        kept = {"all": False, "two classes": path.parent.name == "red", "most": path.name == "0.png"}[broken]
+        if not kept:
+            path.write_bytes(b"broken")
+    arguments = [f"ours={MODEL}", "--model-args", *SMALL, "--dataset", "folder", "--data-dir", str(folder)]
+    arguments += [
+        "--val-split",
+        "val",
+        "--protocol",
+        "head,knn,linear",
+        "--k",
+        "2,5",
+        "--output",
+        str(tmp_path / "out"),
+    ]
+    assert classify.main(arguments) == 0
+    result = json.loads((tmp_path / "out" / "results.json").read_text())["results"]["ours"]
+    assert result["head"]["top1"] >= 0
+    expected = {"all": {"knn", "linear"}, "two classes": {"linear"}, "most": {"5-NN", "linear"}}[broken]
+    assert set(result["left_out"]) == expected
+    assert set(result.get("knn", {})) == {"all": set(), "two classes": {"2", "5"}, "most": {"2"}}[broken]
+    assert "linear left out" in capsys.readouterr().out
+
+
+def test_a_model_that_fails_does_not_lose_the_others(tmp_path, capsys, monkeypatch):
+    evaluate = classify.evaluate
+
+    def not_b(subject, *args, **more):
+        if subject.label == "b":
+            raise UserError("its features hold NaN")
+        return evaluate(subject, *args, **more)
+
+    monkeypatch.setattr(classify, "evaluate", not_b)
+    folder = _folder(tmp_path / "data")
+    arguments = [f"a={MODEL}", f"b={MODEL}", "--model-args", *SMALL, "--dataset", "folder", "--data-dir", str(folder)]
+    assert classify.main([*arguments, "--val-split", "val", "--output", str(tmp_path / "out")]) == 2
+    assert list(json.loads((tmp_path / "out" / "results.json").read_text())["results"]) == ["a"]
+    assert "b: its features hold NaN" in capsys.readouterr().err
+
+
 def test_a_run_brings_its_own_data(tiny_run, tmp_path):
     arguments = [str(tiny_run), "--protocol", "head,knn", "--k", "5", "--output", str(tmp_path)]
     assert classify.main(arguments) == 0
@@ -151,13 +213,36 @@ def test_a_run_brings_its_own_data(tiny_run, tmp_path):
         (["--dataset", "shape_scenes"], "has 3 classes and the data set 12.*--protocol knn,linear"),
         (["--dataset", "shape_scenes", "--protocol", "svm"], "--protocol 'svm'"),
         (["--dataset", "folder", "--data-dir", "absent"], "is not there"),
-        (["--dataset", "shape_scenes", "--protocol", "knn", "--val-samples", "8", "--train-limit", "5"], "--k 10"),
+        (
+            [
+                "--dataset",
+                "shape_scenes",
+                "--protocol",
+                "knn",
+                "--val-samples",
+                "8",
+                "--train-limit",
+                "5",
+                "--k",
+                "10",
+            ],
+            "--k 10",
+        ),
+        (["--dataset", "shape_scenes", "--protocol", "knn", "--train-samples", "30", "--k", "5,31"], "--k 31"),
+        (["--dataset", "shape_scenes", "--protocol", "knn,linear", "--train-limit", "9"], "9 training images"),
     ],
 )
-def test_errors_name_the_remedy(words, message, tmp_path, capsys):
+def test_errors_name_the_remedy(words, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(classify, "_read", lambda *_args, **_more: pytest.fail("images were read"))
     status = classify.main([MODEL, "--model-args", *SMALL, *words, "--output", str(tmp_path)])
     assert status == 2
     assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_missing_token_is_said_before_images_are_read():
+    subject = open_model("vit_tiny_patch16_224@untrained", "cpu", 32, ["class_token=false", "global_pool=avg"])
+    with pytest.raises(UserError, match="pass --pool mean"):
+        classify.check(subject, plain_splits(TrainConfig(dataset="shape_scenes", image_size=32)), ["knn"])
 
 
 def test_the_papers_number_stands_beside_a_model_of_its_name():
