@@ -48,8 +48,7 @@ def attention_to_mask(attention: Tensor, threshold: str = "topk", fraction: floa
     """
     if threshold not in THRESHOLDS:
         raise UserError(f"threshold={threshold!r}: choose one of {', '.join(map(repr, THRESHOLDS))}")
-    if not 0 < fraction <= 1:
-        raise UserError(f"fraction={fraction}: it must be in (0, 1]")
+    _check_fraction(fraction)
     values, order = attention.double().sort(dim=-1, descending=True, stable=True)
     if threshold == "topk":
         kept = torch.arange(values.shape[-1], device=values.device) < fraction * values.shape[-1] - 1e-9
@@ -58,6 +57,11 @@ def attention_to_mask(attention: Tensor, threshold: str = "topk", fraction: floa
         before = values.cumsum(dim=-1) - values
         kept = before < fraction * values.sum(dim=-1, keepdim=True) - 1e-12
     return torch.zeros_like(kept).scatter(-1, order, kept)
+
+
+def _check_fraction(fraction: float) -> None:
+    if not 0 < fraction <= 1:
+        raise UserError(f"fraction={fraction}: it must be in (0, 1]")
 
 
 def mask_to_grid(masks: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -126,9 +130,13 @@ class AttentionScores:
     Args:
         fraction: See `attention_to_mask`.
         seed: Of the random maps.
+
+    Raises:
+        UserError: The fraction is out of range.
     """
 
     def __init__(self, fraction: float = 0.6, seed: int = 0):
+        _check_fraction(fraction)
         self.fraction = fraction
         self._generator = torch.Generator().manual_seed(seed)
         self._per_head: dict[tuple[str, int], list[Tensor]] = {}  # (reading, layer) → scores [T, H] a batch

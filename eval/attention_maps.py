@@ -27,7 +27,7 @@ from crate_fast.errors import UserError, run_command
 from crate_fast.eval.gallery import first_columns, model_folders, read_images, short_name, write_pages
 from crate_fast.eval.images import Batch, Sample
 from crate_fast.eval.models import Subject
-from crate_fast.eval.noise import add_noise, map_correlation
+from crate_fast.eval.noise import add_noise, check_noise, map_correlation
 from crate_fast.eval.options import evaluation_parser, open_models, output_folder, settings_of
 from crate_fast.eval.results import say_written, write_results, write_table
 from crate_fast.figures import Picture
@@ -253,6 +253,8 @@ def _table(label: str, outcome: dict) -> list[dict]:
 
 def _command(options: argparse.Namespace) -> None:
     noise = _noise_levels(options)
+    for level in noise:
+        check_noise(*level, options.seed)
     subjects = open_models(options)
     labelled = not options.data.startswith("folder")
     default = {"heads": ["all", "mean"], "models": ["mean", "best"] if labelled else ["mean"]}

@@ -26,6 +26,7 @@ from crate_fast.eval.features import FeatureExtractor, extractor_for
 from crate_fast.eval.shipped import open_shipped, shipped_facts
 from crate_fast.registry import is_mae
 from crate_fast.train import checkpoint
+from crate_fast.train.checkpoint import CheckpointError
 from crate_fast.train.config import TrainConfig
 from crate_fast.train.data import Normalize
 from crate_fast.train.runs import build_model, checkpoint_steps, load_model, num_classes_of, run_config
@@ -219,6 +220,9 @@ def open_model(
     extract = extractor_for(model)
     if extract.channels != 3:
         raise UserError(f"{source} takes images of {extract.channels} channels; the protocols read RGB: name another")
+    if not all(parameter.isfinite().all() for parameter in model.parameters()):
+        damaged = UserError if config is None else CheckpointError
+        raise damaged(f"the weights of {source} hold NaN or infinity: the checkpoint is damaged; name another")
     weights = _weights_hash(model)
     if image_size is not None:
         extract.set_image_size(image_size)

@@ -8,7 +8,21 @@ from torch import Tensor
 
 from crate_fast.errors import UserError
 
-__all__ = ["add_noise", "map_correlation"]
+__all__ = ["add_noise", "check_noise", "map_correlation"]
+
+
+def check_noise(sigma: float, share: float, seed: int) -> None:
+    """Refuse noise that `add_noise` cannot add.
+
+    Raises:
+        UserError: Sigma, share or seed is out of range.
+    """
+    if not 0 <= sigma < math.inf or not 0 <= share <= 1:
+        raise UserError(
+            f"noise of sigma={sigma} on a share={share} of the pixels: give sigma ≥ 0 and a share in 0..1"
+        )
+    if seed < 0:
+        raise UserError(f"seed={seed}: noise needs a seed of at least 0")
 
 
 def add_noise(images: Tensor, sigma: float, share: float, seed: int, first: int = 0) -> Tensor:
@@ -35,12 +49,7 @@ def add_noise(images: Tensor, sigma: float, share: float, seed: int, first: int 
     """
     if images.dtype != torch.uint8 or images.dim() != 4:
         raise UserError(f"images are {images.dtype} {tuple(images.shape)}: pass uint8 [B, C, H, W]")
-    if not 0 <= sigma < math.inf or not 0 <= share <= 1:
-        raise UserError(
-            f"noise of sigma={sigma} on a share={share} of the pixels: give sigma ≥ 0 and a share in 0..1"
-        )
-    if seed < 0:
-        raise UserError(f"seed={seed}: noise needs a seed of at least 0")
+    check_noise(sigma, share, seed)
     flat = images.flatten(2).cpu().numpy()
     noisy = flat.copy()
     for number in range(len(flat)):

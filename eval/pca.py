@@ -20,12 +20,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from crate_fast.errors import run_command
+from crate_fast.errors import UserError, run_command
 from crate_fast.eval.gallery import first_columns, model_folders, read_images, short_name, write_pages
 from crate_fast.eval.images import Batch, Sample
 from crate_fast.eval.models import Subject
 from crate_fast.eval.options import evaluation_parser, open_models, output_folder, positive, settings_of
-from crate_fast.eval.principal_components import SCALINGS, TooFewPatchesError, foreground, pca_rgb
+from crate_fast.eval.principal_components import (
+    SCALINGS,
+    TooFewPatchesError,
+    check_foreground,
+    foreground,
+    pca_rgb,
+)
 from crate_fast.eval.results import say_written, write_results, write_table
 from crate_fast.figures import Picture
 from crate_fast.segmentation import intersection_over_union
@@ -72,6 +78,9 @@ def evaluate(
         features = subject.extract(subject.normalize(batch.images.to(subject.device)), layers)
         for layer in tokens:
             tokens[layer].append(features.keys(layer).cpu())
+            if tokens[layer][-1].shape[-1] < first + 2:
+                width = tokens[layer][-1].shape[-1]
+                raise UserError(f"features of {width} entries have no {first + 2} components: use a wider model")
         samples += batch.samples
     settings = {"threshold": threshold, "scaling": scaling, "first": first, "grid": subject.extract.grid}
     results = []
@@ -173,6 +182,10 @@ def _row(label: str, result: dict) -> dict:
 
 def _command(options: argparse.Namespace) -> None:
     subjects = open_models(options)
+    for subject in subjects:
+        check_foreground(subject.extract.grid, options.threshold, options.scaling)
+        for layer in () if options.layers in (None, "all") else options.layers:
+            subject.extract.resolve_layer(layer)
     folder = output_folder(options, PROTOCOL)
     first = int(options.components[0])
     settings = {"threshold": options.threshold, "scaling": options.scaling, "first": first, "group": options.group}

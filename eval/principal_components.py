@@ -7,7 +7,15 @@ from torch import Tensor
 
 from crate_fast.errors import UserError
 
-__all__ = ["SCALINGS", "Foreground", "TooFewPatchesError", "foreground", "pca_rgb", "principal_components"]
+__all__ = [
+    "SCALINGS",
+    "Foreground",
+    "TooFewPatchesError",
+    "check_foreground",
+    "foreground",
+    "pca_rgb",
+    "principal_components",
+]
 
 SCALINGS = ("raw", "minmax")
 _PERCENTILES = (0.02, 0.98)  # of a colour channel, mapped to 0 and 1
@@ -59,6 +67,22 @@ class Foreground:
     explained: list[float]
 
 
+def check_foreground(grid: tuple[int, int], threshold: float, scaling: str) -> None:
+    """Refuse settings that `foreground` cannot work with.
+
+    Raises:
+        UserError: The grid is too small, or a setting out of range.
+    """
+    if scaling not in SCALINGS:
+        raise UserError(f"scaling={scaling!r}: choose one of {', '.join(map(repr, SCALINGS))}")
+    if not threshold >= 0:
+        raise UserError(f"threshold={threshold}: it must be at least 0")
+    if min(grid) < 3:
+        raise UserError(
+            f"grid={grid} does not fit: an image needs at least 3×3 patches; use larger images (--image-size)"
+        )
+
+
 def foreground(
     features: Tensor, threshold: float = 0.5, scaling: str = "raw", grid: tuple[int, int] | None = None
 ) -> Foreground:
@@ -87,13 +111,10 @@ def foreground(
     >>> foreground(features).mask.nonzero()[:, 1].tolist()
     [5, 6, 9]
     """
-    if scaling not in SCALINGS:
-        raise UserError(f"scaling={scaling!r}: choose one of {', '.join(map(repr, SCALINGS))}")
-    if not threshold >= 0:
-        raise UserError(f"threshold={threshold}: it must be at least 0")
     images, patches, width = features.shape
     grid = (round(patches**0.5),) * 2 if grid is None else grid
-    if grid[0] * grid[1] != patches or min(grid) < 3:
+    check_foreground(grid, threshold, scaling)
+    if grid[0] * grid[1] != patches:
         raise UserError(f"grid={grid} does not fit {patches} patches: rows·columns must be P, and each at least 3")
     tokens = features.flatten(0, 1)
     components, explained = principal_components(tokens, min(4, width), scaling == "minmax")

@@ -111,7 +111,8 @@ def _table(label: str, rows: Sequence[dict], normalised: bool) -> list[dict]:
 def _run(options: argparse.Namespace) -> None:
     subjects = open_models(options)
     for subject in subjects:
-        _autoencoder(subject)
+        for ratio in options.ratios:
+            _autoencoder(subject).kept(ratio)  # refuses a ratio that leaves no patch
         if options.image_size not in (None, *subject.autoencoder.image_size):
             raise UserError(
                 f"--image-size {options.image_size}: {subject.label} decodes {subject.autoencoder.image_size[0]} px "

@@ -4,6 +4,7 @@ images named."""
 import csv
 import io
 import json
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -83,15 +84,17 @@ def latex_table(rows: Sequence[dict], digits: int = 3) -> str:
 
 
 def make_folder(folder: Path) -> Path:
-    """A folder to write into, made if it is not there.
+    """Return a folder to write into, made if it is not there.
 
     Raises:
-        UserError: It cannot be.
+        UserError: It cannot be made or written to.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--output {folder}: no such folder can be made ({error.strerror}); name another") from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"--output {folder}: nothing can be written there; name another folder")
     return folder
 
 

@@ -148,6 +148,8 @@ def _without_measures(subject: Subject) -> dict:
 
 
 def _run(options: argparse.Namespace) -> None:
+    if not options.epsilon > 0:
+        raise UserError(f"--epsilon {options.epsilon}: give a positive precision, such as the default 0.01")
     subjects = open_models(options)
     measurable = [s.label for s in subjects if len(left_out(s.model)) < len(MEASURES)]
     if not measurable:

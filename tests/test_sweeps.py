@@ -2,14 +2,17 @@
 
 import csv
 import json
+import shutil
+from types import SimpleNamespace
 
 import pytest
+import timm
 import torch
 from PIL import Image
 from test_maskcut import _coco as make_coco_boxes
 
 from crate_fast import cli
-from crate_fast.errors import run_command
+from crate_fast.errors import UserError, run_command
 from crate_fast.eval import by_epoch, by_layer, coarse_segmentation, comparison, maskcut, paper
 from crate_fast.eval.emergence.command import main as emergence
 from crate_fast.eval.images import open_images
@@ -63,6 +66,68 @@ def test_the_commands_by_layer_and_by_epoch(tmp_path, tiny_run, capsys):
     Image.new("RGB", (8, 8)).save(tmp_path / "photos" / "a.png")
     assert by_layer.main([str(tiny_run), "--data", f"folder:{tmp_path / 'photos'}"]) == 2
     assert "MaskCut's AP needs coco:PATH or shape_scenes" in capsys.readouterr().err
+
+
+def test_a_damaged_checkpoint_does_not_lose_the_others(tmp_path, tiny_run, capsys):
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    arguments = [str(run), "--data", "shape_scenes", "--limit", "2", "--image-size", "32", "--measures", "coarse"]
+    weights = next((run / "checkpoints").glob("*8/model.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-8])
+    assert by_epoch.main([*arguments, "--output", str(tmp_path / "out")]) == 0
+    results = json.loads((tmp_path / "out" / "results.json").read_text())["results"]
+    assert [row["step"] for row in results["rows"]] == [0, 4]
+    assert "model.safetensors" in results["left_out"]["8"]
+    assert capsys.readouterr().err.count("left out: step 8") == 1
+    assert by_epoch.main([*arguments, "--steps", "8", "--output", str(tmp_path / "none")]) == 2
+    assert "none of the steps [8] can be read" in capsys.readouterr().err
+
+
+def _objectless(root):
+    """COCO images whose annotations are all of crowds."""
+    file = make_coco_boxes(root) / "instances_val2017.json"
+    content = json.loads(file.read_text())
+    content["annotations"] = [entry | {"iscrowd": 1} for entry in content["annotations"]]
+    file.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("protocol", "words", "message"),
+    [
+        ("pca", ["--data", "shape_scenes", "--threshold", "-1"], "threshold=-1"),
+        ("pca", ["--data", "shape_scenes", "--image-size", "16"], "at least 3×3 patches"),
+        ("pca", ["--data", "shape_scenes", "--layers", "0,3"], "layer 3"),
+        ("attention_maps", ["--data", "shape_scenes", "--figure", "noise_share", "--levels", "0,2"], "share=2.0"),
+        ("attention_maps", ["--data", "shape_scenes", "--figure", "noise_sigma", "--seed", "-1"], "seed=-1"),
+        ("white_box", ["--epsilon", "0"], "--epsilon 0.0"),
+        ("comparison", ["--table", "table2", "--coco", "coco:{}", "--voc", "voc:{}"], "no SegmentationClass folder"),
+        ("comparison", ["--table", "table2", "--coco", "coco:{}", "--voc", "coco:{}", "--voc-size", "9"], "size 9"),
+        ("by_layer", ["--data", "coco:{}/none"], "no meaning"),
+        ("by_layer", ["--data", "coco:{}", "--image-size", "8"], "one patch cannot be cut"),
+    ],
+)
+def test_options_are_checked_before_a_model_is_scored(tmp_path, monkeypatch, capsys, protocol, words, message):
+    module = __import__(f"crate_fast.eval.{protocol}", fromlist=["main"])
+    monkeypatch.setattr(module, "evaluate", lambda *_args, **_more: pytest.fail("a model was scored"))
+    make_coco_boxes(tmp_path)
+    _objectless(tmp_path / "none")
+    words = [word.format(tmp_path) for word in words]
+    models = ["crate_tiny_patch8_224@untrained", *SMALL[:-1], "img_size=32"]
+    assert cli.main(["eval", protocol, *models, *words, "--output", str(tmp_path / "out")]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_weights_that_are_not_finite_are_refused_when_they_are_opened(tmp_path):
+    model = timm.create_model("crate_tiny_patch8_224", num_classes=3, depth=1)
+    model.transformer.layers[0][0].fn.qkv.weight.data[0, 0] = float("inf")
+    torch.save(model.state_dict(), tmp_path / "w.pth")
+    with pytest.raises(UserError, match=r"w\.pth hold NaN or infinity"):
+        open_model(f"crate_tiny_patch8_224@{tmp_path / 'w.pth'}", model_args=["depth=1"])
+
+
+def test_the_fraction_is_checked_before_a_model_runs(monkeypatch):
+    monkeypatch.setattr(coarse_segmentation, "batches", lambda *_args, **_more: pytest.fail("images were read"))
+    with pytest.raises(UserError, match="fraction=2"):
+        coarse_segmentation.evaluate(SimpleNamespace(extract=SimpleNamespace(depth=1)), None, fraction=2)
 
 
 def test_the_scenes_have_instances_too(tiny_run, tmp_path):
