@@ -48,8 +48,10 @@ def object_of(vector: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
     return found
 
 
-def maskcut_oracle(features: np.ndarray, grid: tuple[int, int], num_objects: int, tau: float) -> np.ndarray:
-    """Masks [n, rows, columns] of one image's features [P, C]."""
+def maskcut_oracle(
+    features: np.ndarray, grid: tuple[int, int], num_objects: int, tau: float, solve=second_eigenvector
+) -> np.ndarray:
+    """Masks [n, rows, columns] of one image's features [P, C]; `solve` stands in for `second_eigenvector`."""
     features = features.astype(np.float64).copy()
     masks = np.zeros((num_objects, *grid), bool)
     painted = np.zeros(grid, bool)
@@ -59,7 +61,7 @@ def maskcut_oracle(features: np.ndarray, grid: tuple[int, int], num_objects: int
         matrix = affinity(features, tau, 1e-5)
         if (matrix == 1).sum() == (~painted).sum() ** 2:  # all that are left are linked to each other: no cut
             break
-        _, vector = second_eigenvector(matrix)
+        _, vector = solve(matrix)
         mask = object_of(vector, grid)
         if turn > 0:
             overlap = (mask & previous).sum() / (mask | previous).sum()

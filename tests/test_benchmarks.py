@@ -1,5 +1,6 @@
 """Benchmarks: they run, their peers agree, and the README's table is the one that was measured."""
 
+import json
 import re
 from itertools import groupby
 from time import process_time, sleep
@@ -9,6 +10,7 @@ import bench_cpu
 import bench_data
 import bench_maskcut
 import harness
+import numpy as np
 import pytest
 import torch
 import update_readme
@@ -61,11 +63,30 @@ def test_the_pages_tables_are_the_measured_ones():
 def test_the_maskcut_benchmark_compares_masks_before_times(capsys, monkeypatch):
     assert bench_maskcut.main(["--smoke"]) == 0
     out = capsys.readouterr().out
-    assert "Median ratio: eigenproblem" in out
+    assert "Median ratio to dense: eigenproblem" in out
+    assert "; to eigsh: eigenproblem" in out
+    assert "| eigsh s | dense s | eigsh ratio |" in out
     assert "dense peak MiB" in out
+    with monkeypatch.context() as patched:
+        noise = np.random.default_rng(0)
+        patched.setattr(bench_maskcut, "eigsh", lambda m, k, which: (np.ones(k), noise.normal(size=(len(m), k))))
+        with pytest.raises(SystemExit, match="ours and eigsh cut the graph differently: no numbers"):
+            bench_maskcut.main(["--smoke"])
     monkeypatch.setattr(bench_maskcut.maskcut_oracle, "object_of", lambda vector, grid: (vector > 0).reshape(grid))
     with pytest.raises(SystemExit, match="different masks: no numbers"):
         bench_maskcut.main(["--smoke"])
+
+
+def test_the_maskcut_table_compares_with_eigsh_where_it_was_measured(tmp_path, monkeypatch):
+    content = json.loads((update_readme.RESULTS / "maskcut.json").read_text())
+    for row in content["rows"]:
+        row |= {"eigsh s": 0.25, "image, eigsh s": 1.5, "eigsh ratio": 9.51, "image eigsh ratio": 12.34}
+    (tmp_path / "maskcut.json").write_text(json.dumps(content))
+    monkeypatch.setattr(update_readme, "RESULTS", tmp_path)
+    table = update_readme.maskcut_table().splitlines()
+    assert table[0].split(" | ")[1:] == ["dense, s", "eigsh, s", "ours, s", "ours", "ours to eigsh |"]
+    assert table[2].split(" | ")[2] == "0.25"
+    assert table[3].endswith("| **12.3×** |")
 
 
 def test_the_data_benchmark_compares_batches_before_times(capsys, monkeypatch):
