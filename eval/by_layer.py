@@ -17,7 +17,7 @@ from crate_fast.eval.images import open_images
 from crate_fast.eval.maskcut import PAPER, MaskCutSettings
 from crate_fast.eval.models import Subject
 from crate_fast.eval.options import evaluation_parser, open_models, output_folder, settings_of
-from crate_fast.eval.results import say_written, write_results, write_table
+from crate_fast.eval.results import raise_failures, say_written, write_results, write_table
 from crate_fast.figures import Curve, curve_figure
 
 __all__ = ["MEASURES", "check_measures", "evaluate", "main", "measure_options"]
@@ -143,11 +143,19 @@ def _command(options: argparse.Namespace) -> None:
     folder = output_folder(options, "by_layer")
     results: dict[str, dict] = {}
     problems: list[str] = []
+    failures: list[str] = []
     for subject, images in zip(subjects, data, strict=True):
         reading = {"batch_size": options.batch_size, "workers": options.workers, "progress": subject.label}
         found: list[str] = []
-        results[subject.label] = evaluate(subject, images, None, measures, settings, found, options.seed, **reading)
+        try:
+            scores = evaluate(subject, images, None, measures, settings, found, options.seed, **reading)
+        except UserError as error:
+            failures.append(f"{subject.label}: {error}")
+            continue
+        results[subject.label] = scores
         problems = found  # the same images for every model
+    if not results:
+        raise_failures(failures)
     rows = [
         {
             "model": subject.label,
@@ -155,7 +163,7 @@ def _command(options: argparse.Namespace) -> None:
             **numbers,
         }
         for subject in subjects
-        for layer, numbers in results[subject.label].items()
+        for layer, numbers in results.get(subject.label, {}).items()
     ]
     print(write_table(folder, "table", rows, digits=2))
     config = settings_of(options) | {"models": [subject.facts for subject in subjects]}
@@ -164,6 +172,7 @@ def _command(options: argparse.Namespace) -> None:
     curve_figure(curves(results), "layer", figures, from_zero=True, columns=3)
     print("* the layer that the paper looks at; all numbers but counts in %")
     say_written(paths + figures, problems)
+    raise_failures(failures, folder)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -31,7 +31,7 @@ from crate_fast.eval.probes import (
     linear_probe,
     pooled,
 )
-from crate_fast.eval.results import say_written, write_results, write_table
+from crate_fast.eval.results import raise_failures, say_written, write_results, write_table
 from crate_fast.train.config import TrainConfig
 from crate_fast.train.data import DataSplits, plain_splits
 
@@ -303,7 +303,7 @@ def _run(options: argparse.Namespace) -> None:
             rows.append(_row(label, found, found["raw_pixels"]))
             doubts += _doubts(label, found["raw_pixels"])
     if not results:
-        raise UserError(failures[0])
+        raise_failures(failures)
     problems = list(dict.fromkeys(problems))  # two models may have met the same image
     print(write_table(folder, "classify", rows))
     if any("paper, fine-tuned" in row for row in rows):
@@ -312,8 +312,7 @@ def _run(options: argparse.Namespace) -> None:
     config = settings_of(options) | {"models": [subject.facts for subject in subjects]}
     written = write_results(folder, "classify", config, results, problems)
     say_written([written, folder / "classify.md"], problems)
-    if failures:
-        raise UserError(f"{'; '.join(failures)}; the other models' results are in {folder}")
+    raise_failures(failures, folder)
 
 
 def _numbers(text: str) -> tuple[int, ...]:

@@ -23,7 +23,7 @@ from crate_fast.eval.gallery import first_columns, write_pages
 from crate_fast.eval.images import Sample, batches, open_images
 from crate_fast.eval.models import Subject
 from crate_fast.eval.options import evaluation_parser, open_models, output_folder, positive, settings_of
-from crate_fast.eval.results import say_written, write_results, write_table
+from crate_fast.eval.results import raise_failures, say_written, write_results, write_table
 from crate_fast.figures import Picture
 from crate_fast.segmentation import (
     READINGS,
@@ -148,17 +148,24 @@ def _command(options: argparse.Namespace) -> None:
     require_targets(data[0], options.data)
     folder = output_folder(options, "coarse_segmentation")
     problems: list[str] = []
-    results, rows, marked = {}, [], []
+    results, rows, marked, failures = {}, [], [], []
     for subject, images, layers in zip(subjects, data, wanted, strict=True):
         reading = {"batch_size": options.batch_size, "workers": options.workers, "progress": subject.label}
         found: list[str] = []
-        scores = evaluate(subject, images, layers, options.fraction, found, options.seed, **reading)
+        try:
+            scores = evaluate(subject, images, layers, options.fraction, found, options.seed, **reading)
+        except UserError as error:  # such as a grid so coarse that no object has a patch
+            failures.append(f"{subject.label}: {error}")
+            continue
         problems = found  # the same images for every model
         default = subject.extract.default_layer
         marked.append(default if layers is None or default in layers else layers[0])
         results[subject.label] = scores
         print(f"{subject.label}\n{scores_table(scores, default)}")
         rows += [_row(subject.label, r, scores[r], row, default) for r in READINGS for row in scores[r]["layers"]]
+    if not results:
+        raise_failures(failures)
+    scored = [(subject, images) for subject, images in zip(subjects, data, strict=True) if subject.label in results]
     if len({(result["topk"]["images"], result["topk"]["objects"]) for result in results.values()}) > 1:
         print("The models' grids differ, and so do the objects that have a patch: scores are not of the same ones.")
     config = settings_of(options) | {"class_names": data[0].class_names()}
@@ -170,9 +177,10 @@ def _command(options: argparse.Namespace) -> None:
         folder / "table.md",
         folder / "heads.md",
     ]
-    paths += [path for t in THRESHOLDS for path in _figure(subjects, data, marked, t, options, folder)]
+    paths += [path for t in THRESHOLDS for path in _figure(*zip(*scored, strict=True), marked, t, options, folder)]
     print("* the layer that the paper looks at")
     say_written(paths, problems)
+    raise_failures(failures, folder)
 
 
 def main(argv: list[str] | None = None) -> int:

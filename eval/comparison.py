@@ -20,7 +20,7 @@ from crate_fast.eval.images import open_images
 from crate_fast.eval.maskcut import PAPER, MaskCutSettings
 from crate_fast.eval.models import Subject
 from crate_fast.eval.options import evaluation_parser, open_models, output_folder, positive, settings_of
-from crate_fast.eval.results import say_written, write_results, write_table
+from crate_fast.eval.results import raise_failures, say_written, write_results, write_table
 
 __all__ = ["compare", "evaluate", "main"]
 
@@ -98,16 +98,23 @@ def _opened(options: argparse.Namespace, measure: str, data: str, size: int | No
 
 
 def _one_measure(
-    options: argparse.Namespace, measure: str, opened: list[tuple[Subject, Dataset]], problems: list[str]
+    options: argparse.Namespace,
+    measure: str,
+    opened: list[tuple[Subject, Dataset]],
+    problems: list[str],
+    failures: list[str],
 ) -> dict[str, dict[str, float]]:
-    """Label → numbers."""
+    """Label → numbers; why a model has none is added to `failures`."""
     numbers = {}
     for subject, images in opened:
         found: list[str] = []
         reading = {"batch_size": options.batch_size, "workers": options.workers, "seed": options.seed}
         reading["progress"] = f"{measure}, {subject.label}"
         layer, threshold = options.layer, options.threshold
-        numbers[subject.label] = evaluate(subject, images, measure, layer, threshold, problems=found, **reading)
+        try:
+            numbers[subject.label] = evaluate(subject, images, measure, layer, threshold, problems=found, **reading)
+        except UserError as error:
+            failures.append(f"{subject.label}, {measure}: {error}")
         problems += [line for line in found if line not in problems]
     return numbers
 
@@ -122,14 +129,17 @@ def _command(options: argparse.Namespace) -> None:
             option = given[measure][1]
             raise UserError(f"--table {options.table} needs the images of {measure}: pass {option} KIND:PATH")
     problems: list[str] = []
+    failures: list[str] = []
     ours: dict[str, dict[str, float]] = {}
     plan = {measure: _opened(options, measure, *given[measure][::2]) for measure in NEEDS[options.table]}
     output = output_folder(options, f"comparison_{options.table}")
     config = settings_of(options)
     for measure, opened in sorted(plan.items()):  # "coarse" first, which takes minutes where "maskcut" takes hours
         config[f"models for {measure}"] = [subject.facts for subject, _ in opened]
-        for label, row in _one_measure(options, measure, opened, problems).items():
+        for label, row in _one_measure(options, measure, opened, problems, failures).items():
             ours.setdefault(label, {}).update(row)
+    if not ours:
+        raise_failures(failures)
     rows = compare(options.table, ours)
     print(write_table(output, options.table, rows, digits=1))
     path = write_results(output, "comparison", config, {"rows": rows}, problems)
@@ -138,6 +148,7 @@ def _command(options: argparse.Namespace) -> None:
         "Numbers in %; gap: ours − the paper's, which are of 5,000 images of COCO val2017 and 1,449 of VOC2012 val."
     )
     say_written([path, *tables], problems)
+    raise_failures(failures, output)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -19,6 +19,7 @@ __all__ = [
     "latex_table",
     "make_folder",
     "markdown_table",
+    "raise_failures",
     "say_written",
     "write_results",
     "write_table",
@@ -101,6 +102,21 @@ def make_folder(folder: Path) -> Path:
 def file_name(label: str) -> str:
     """A model's label as part of a path: CRATE-S/8 → CRATE-S_8."""
     return re.sub(r"[^\w.@-]+", "_", label)
+
+
+def raise_failures(failures: Sequence[str], folder: Path | None = None) -> None:
+    """End a command some of whose models could not be scored; does nothing if all were.
+
+    Args:
+        failures: One line a model.
+        folder: Where the results of the others are; None if there are none.
+
+    Raises:
+        UserError: There is a failure.
+    """
+    if failures:
+        others = "" if folder is None else f"; the other models' results are in {folder}"
+        raise UserError("; ".join(failures) + others)
 
 
 def say_written(paths: Sequence[Path], problems: Sequence[str]) -> None:

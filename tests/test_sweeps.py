@@ -116,6 +116,31 @@ def test_options_are_checked_before_a_model_is_scored(tmp_path, monkeypatch, cap
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("protocol", ["coarse_segmentation", "by_layer", "comparison"])
+def test_a_model_that_cannot_be_scored_does_not_lose_the_others(tmp_path, capsys, monkeypatch, protocol):
+    module = __import__(f"crate_fast.eval.{protocol}", fromlist=["main"])
+    evaluate = module.evaluate
+
+    def not_b(subject, *arguments, **more):
+        if subject.label == "b":
+            raise UserError("none of its objects covers a patch")
+        return evaluate(subject, *arguments, **more)
+
+    monkeypatch.setattr(module, "evaluate", not_b)
+    models = [f"{name}=crate_tiny_patch8_224@untrained" for name in "abc"] + SMALL
+    data = ["--table", "figure4", "--voc", "shape_scenes"] if protocol == "comparison" else ["--data", "shape_scenes"]
+    words = [*models, *data, "--limit", "2", "--output", str(tmp_path)]
+    words += ["--measures", "coarse"] if protocol == "by_layer" else []
+    assert module.main(words) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("error: b")
+    assert f"none of its objects covers a patch; the other models' results are in {tmp_path}" in said
+    text = (tmp_path / "results.json").read_text()
+    results = json.loads(text)["results"]
+    scored = [row["model"] for row in results["rows"]] if protocol == "comparison" else list(results)
+    assert scored == ["a", "c"]
+
+
 def test_weights_that_are_not_finite_are_refused_when_they_are_opened(tmp_path):
     model = timm.create_model("crate_tiny_patch8_224", num_classes=3, depth=1)
     model.transformer.layers[0][0].fn.qkv.weight.data[0, 0] = float("inf")
