@@ -18,9 +18,9 @@ SPIN_COUNT = 1000
 if "torch" not in sys.modules and not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
     os.environ["GOMP_SPINCOUNT"] = str(SPIN_COUNT)
 
-from crate_fast import registry as _registry  # noqa: E402, F401  (registers the models with timm)
 from crate_fast.mae import CRATEMAE, CRATEMAE_base, CRATEMAE_large, CRATEMAE_small, CRATEMAE_tiny  # noqa: E402
 from crate_fast.model import CRATE, CRATE_base, CRATE_large, CRATE_small, CRATE_tiny  # noqa: E402
+from crate_fast.registry import create_mae  # noqa: E402  (the import registers the models with timm)
 
 __all__ = [
     "CRATE",
@@ -34,4 +34,5 @@ __all__ = [
     "CRATE_small",
     "CRATE_tiny",
     "__version__",
+    "create_mae",
 ]

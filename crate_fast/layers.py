@@ -2,6 +2,7 @@
 
 import torch
 import torch.nn.functional as F
+from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.checkpoint import checkpoint
@@ -26,8 +27,9 @@ class MSSA(nn.Module):
         dim: Token width C.
         heads: H.
         dim_head: Subspace dimension D.
-        dropout: Probability of dropping attention weights and outputs in training.
+        dropout: Probability of dropping attention weights in training.
         backend: See `functional.subspace_attention`.
+        proj_dropout: Probability of dropping outputs in training; `dropout` when None, as in the released code.
         device, dtype: Of the parameters.
     """
 
@@ -39,6 +41,7 @@ class MSSA(nn.Module):
         dropout: float = 0.0,
         backend: str = "auto",
         *,
+        proj_dropout: float | None = None,
         device=None,
         dtype=None,
     ):
@@ -47,13 +50,15 @@ class MSSA(nn.Module):
         self.scale = dim_head**-0.5
         inner = heads * dim_head
         self.qkv = Linear(dim, inner, bias=False, device=device, dtype=dtype)
-        self.to_out = _output_map(inner, dim, heads, dropout, device, dtype)
+        self.to_out = _output_map(inner, dim, heads, dropout, proj_dropout, device, dtype)
 
     def fuses(self, x: Tensor) -> bool:
         """Whether `compress` runs on the kernels for x: nothing is dropped, and nobody waits for a part's call."""
         if resolve_backend(x, self.backend, self.qkv.out_features // self.heads) != "triton":
             return False
-        if (self.training and self.dropout_p > 0) or isinstance(self.to_out, nn.Identity):
+        if not isinstance(self.to_out, nn.Sequential):
+            return False
+        if self.training and (self.dropout_p > 0 or self.to_out[1].p > 0):
             return False
         parts = (self.qkv, self.to_out, *self.to_out)
         return type(self.qkv) is type(self.to_out[0]) is Linear and not any(map(_observed, parts))
@@ -99,6 +104,7 @@ class MHSA(nn.Module):
         dropout: float = 0.0,
         backend: str = "auto",
         *,
+        proj_dropout: float | None = None,
         device=None,
         dtype=None,
     ):
@@ -107,7 +113,7 @@ class MHSA(nn.Module):
         self.scale = dim_head**-0.5
         inner = heads * dim_head
         self.qkv = Linear(dim, 3 * inner, bias=True, device=device, dtype=dtype)
-        self.to_out = _output_map(inner, dim, heads, dropout, device, dtype)
+        self.to_out = _output_map(inner, dim, heads, dropout, proj_dropout, device, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, N, C], normalised → MHSA(x) [B, N, C]."""
@@ -117,9 +123,12 @@ class MHSA(nn.Module):
         return self.to_out(out.transpose(1, 2).flatten(-2))
 
 
-def _output_map(inner: int, dim: int, heads: int, dropout: float, device, dtype) -> nn.Module:
-    if heads == 1 and inner == dim:
-        return nn.Identity()
+def _output_map(
+    inner: int, dim: int, heads: int, dropout: float, proj_dropout: float | None, device, dtype
+) -> nn.Module:
+    if heads == 1 and inner == dim:  # the released code has no map here, and no dropout
+        return nn.Dropout(proj_dropout) if proj_dropout else nn.Identity()
+    dropout = dropout if proj_dropout is None else proj_dropout
     return nn.Sequential(Linear(inner, dim, device=device, dtype=dtype), nn.Dropout(dropout))
 
 
@@ -227,12 +236,14 @@ class PreNorm(nn.Module):
     """fn(LayerNorm(x)), with the released names `norm` and `fn`.
 
     A LayerNorm in front of ISTA is part of ISTA's operator where the kernels run and no hook waits for either module.
+    `drop_path` holds the rate of stochastic depth; `Layer` applies it, since it knows what a dropped step leaves.
     """
 
-    def __init__(self, dim: int, fn: nn.Module, *, device=None, dtype=None):
+    def __init__(self, dim: int, fn: nn.Module, drop_path: float = 0.0, *, device=None, dtype=None):
         super().__init__()
         self.norm = nn.LayerNorm(dim, device=device, dtype=dtype)
         self.fn = fn
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., C] → [..., C]."""
@@ -242,6 +253,16 @@ class PreNorm(nn.Module):
         return fn(norm(x))
 
 
+def _where_kept(drop_path: nn.Module, new: Tensor, old: Tensor) -> Tensor:
+    """Return `new` for the samples whose path is kept, `old` for the others.
+
+    A step that replaces its input has no residual update to scale by 1 / (1 − rate): scaled, ISTA's zeros would not
+    stay zeros.
+    """
+    kept = drop_path(torch.ones_like(old[:, :1, :1])) > 0
+    return torch.where(kept, new, old)
+
+
 class Layer(nn.Sequential):
     """One step of the optimisation: compress (`layer[0]`), then sparsify (`layer[1]`).
 
@@ -249,6 +270,10 @@ class Layer(nn.Sequential):
     residual="paper":    h = LN₁ x + attention(LN₁ x), as the paper's Algorithms 1 and 3; here `layer[0].norm` and
     `layer[0].fn` are called one by one, so a hook on `layer[0]` itself does not fire.
     Then ISTA(LN₂ h), or h + MLP(LN₂ h) in the ablation.
+
+    Stochastic depth (`drop_path` of the two parts) skips a step for a sample: its tokens pass unchanged. As in timm,
+    each step draws for itself, and a residual update that is kept (attention in the released form, MLP) is scaled by
+    1 / (1 − rate). ISTA, and attention in the paper's form, replace the tokens and are not scaled.
 
     Args:
         attention: `PreNorm` around `MSSA` or `MHSA`.
@@ -263,6 +288,8 @@ class Layer(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         """x [B, N, C] → the next layer's tokens [B, N, C]."""
         attention, sparsifier = self
+        if self.training and isinstance(attention.drop_path, DropPath):
+            return self._with_dropped_paths(x)
         if not _observed(attention) and _fusible(attention.norm, attention.fn, x):
             h = attention.fn.compress(x, attention.norm, self.residual)
         elif self.residual == "released":
@@ -271,6 +298,17 @@ class Layer(nn.Sequential):
             normed = attention.norm(x)
             h = normed + attention.fn(normed)
         return h + sparsifier(h) if isinstance(sparsifier.fn, MLP) else sparsifier(h)
+
+    def _with_dropped_paths(self, x: Tensor) -> Tensor:
+        attention, sparsifier = self
+        if self.residual == "released":
+            h = x + attention.drop_path(attention(x))
+        else:
+            normed = attention.norm(x)
+            h = _where_kept(attention.drop_path, normed + attention.fn(normed), x)
+        if isinstance(sparsifier.fn, MLP):
+            return h + sparsifier.drop_path(sparsifier(h))
+        return _where_kept(sparsifier.drop_path, sparsifier(h), h)
 
 
 class DecoderLayer(nn.Sequential):

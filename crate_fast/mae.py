@@ -16,7 +16,16 @@ from torch.utils.checkpoint import checkpoint
 from crate_fast.backends import BACKENDS
 from crate_fast.errors import UserError
 from crate_fast.layers import ISTA, MSSA, DecoderLayer, Dictionary, Layer, Linear, PreNorm
-from crate_fast.model import CRATE, check_choice, check_positive, patch_grid, size_pair
+from crate_fast.model import (
+    CRATE,
+    TIMM_NAMES,
+    check_choice,
+    check_positive,
+    patch_grid,
+    rename_arguments,
+    size_pair,
+    takes_names,
+)
 
 __all__ = [
     "CRATEMAE",
@@ -29,8 +38,18 @@ __all__ = [
     "sincos_positions",
 ]
 
+_NAMES = {
+    "image_size": "img_size",
+    "channels": "in_chans",
+    "dim": "embed_dim",
+    "heads": "num_heads",
+}  # the name in CRATE: the name here
 _NORM_EPS = 1e-6  # of the encoder's and the decoder's last LayerNorm
 ENCODER_OPTIONS = {"embed_norm": False, "norm_eps": _NORM_EPS, "sparsity": 0.5}  # of a CRATE that is such an encoder
+_ENCODER_CHOICES = {
+    *("pool", "dropout", "emb_dropout", "drop_rate", "attn_drop_rate", "proj_drop_rate", "drop_path_rate"),
+    *("head_hidden", "dynamic_img_size", "backend"),
+}
 _PIXEL_EPS = 1e-6  # added to a patch's variance
 
 
@@ -84,6 +103,8 @@ class CRATEMAE(nn.Module):
     frozen, so that DDP does not wait for its gradient). With `visible_only` both are used, as in MAE: the encoder
     sees CLS and the visible patches, a quarter of the work at ratio 0.75, and mask tokens come before the decoder.
 
+    `CRATE`'s names `image_size`, `channels`, `dim` and `heads` are accepted too.
+
     Args:
         img_size: Height and width of the images in pixels, one number or two.
         patch_size: Height and width of a patch in pixels, one number or two; divides `img_size`.
@@ -110,6 +131,7 @@ class CRATEMAE(nn.Module):
     (torch.Size([2, 16, 192]), tensor([12., 12.]))
     """
 
+    @takes_names(_NAMES)
     def __init__(
         self,
         *,
@@ -149,7 +171,8 @@ class CRATEMAE(nn.Module):
             )
         self.image_size, self.patch_size = size_pair("img_size", img_size), size_pair("patch_size", patch_size)
         self.grid_size = patch_grid(self.image_size, self.patch_size)
-        self.channels, self.embed_dim, self.depth, self.heads = in_chans, embed_dim, depth, num_heads
+        self.channels = self.in_chans = in_chans
+        self.embed_dim, self.depth, self.heads = embed_dim, depth, num_heads
         self.num_classes, self.num_features = 0, embed_dim
         self.norm_pix_loss, self.visible_only = norm_pix_loss, visible_only
         self.grad_checkpointing = False
@@ -359,8 +382,9 @@ class CRATEMAE(nn.Module):
 
         Args:
             num_classes: Of a new classifier, with random weights; none when 0.
-            **options: Of `CRATE`: `pool`, `dropout`, `emb_dropout`, `head_hidden`, `dynamic_img_size` or `backend`;
-                for another image size call `set_input_size` on the result.
+            **options: Of `CRATE`, under either name: `pool`, `dropout`, `emb_dropout`, timm's drop rates,
+                `head_hidden`, `dynamic_img_size` or `backend`; for another image size call `set_input_size` on the
+                result.
 
         Returns:
             A CRATE with copies of the weights, on their device, in the same mode.
@@ -368,7 +392,8 @@ class CRATEMAE(nn.Module):
         Raises:
             UserError: An option would change the weights' architecture.
         """
-        unknown = options.keys() - {"pool", "dropout", "emb_dropout", "head_hidden", "dynamic_img_size", "backend"}
+        options = rename_arguments(options, TIMM_NAMES)
+        unknown = options.keys() - _ENCODER_CHOICES
         if unknown:
             raise UserError(
                 f"{', '.join(sorted(unknown))}: the encoder's architecture is this model's; leave it out, and for "
@@ -448,25 +473,26 @@ def encoder_state_dict(state_dict: dict[str, Tensor], visible_only: bool = False
     return found
 
 
-def _released(embed_dim: int, depth: int, num_heads: int, **kwargs) -> CRATEMAE:
-    return CRATEMAE(**({"embed_dim": embed_dim, "depth": depth, "num_heads": num_heads} | kwargs))
+def _released(embed_dim: int, depth: int, num_heads: int, arguments: dict) -> CRATEMAE:
+    sizes = {"embed_dim": embed_dim, "depth": depth, "num_heads": num_heads}
+    return CRATEMAE(**(sizes | rename_arguments(arguments, _NAMES)))
 
 
 def CRATEMAE_tiny(**kwargs) -> CRATEMAE:
     """The released CRATE-MAE-T: width 384, 12 + 12 layers, 6 heads, patch 16 at 224 px; 11.56 M parameters."""
-    return _released(384, 12, 6, **kwargs)
+    return _released(384, 12, 6, kwargs)
 
 
 def CRATEMAE_small(**kwargs) -> CRATEMAE:
     """The released CRATE-MAE-S: width 576, 12 + 12 layers, 12 heads of 48, patch 16 at 224 px; 25.41 M parameters."""
-    return _released(576, 12, 12, **kwargs)
+    return _released(576, 12, 12, kwargs)
 
 
 def CRATEMAE_base(**kwargs) -> CRATEMAE:
     """The released CRATE-MAE-B: width 768, 12 + 12 layers, 12 heads, patch 16 at 224 px; 44.64 M parameters."""
-    return _released(768, 12, 12, **kwargs)
+    return _released(768, 12, 12, kwargs)
 
 
 def CRATEMAE_large(**kwargs) -> CRATEMAE:
     """The released CRATE-MAE-L: width 1024, 24 + 24 layers, 16 heads, patch 16 at 224 px; 154.27 M parameters."""
-    return _released(1024, 24, 16, **kwargs)
+    return _released(1024, 24, 16, kwargs)

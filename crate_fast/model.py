@@ -1,6 +1,8 @@
 """CRATE: the released constructor, timm's model contract, and the sizes of both papers."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +18,7 @@ from crate_fast.weight_files import is_wrapped, unwrap_state_dict
 
 __all__ = [
     "CRATE",
+    "TIMM_NAMES",
     "CRATE_base",
     "CRATE_large",
     "CRATE_small",
@@ -23,9 +26,23 @@ __all__ = [
     "check_choice",
     "check_positive",
     "patch_grid",
+    "pool_tokens",
+    "rename_arguments",
     "resample_positions",
     "size_pair",
+    "takes_names",
 ]
+
+TIMM_NAMES = {  # timm's name of an argument: the released CRATE's
+    "img_size": "image_size",
+    "in_chans": "channels",
+    "embed_dim": "dim",
+    "num_heads": "heads",
+    "global_pool": "pool",
+    "pos_drop_rate": "emb_dropout",
+}
+_POOLS = ("cls", "mean", "avg", "")
+_TIMM_POOLS = {"token": "cls"}  # timm's word: ours; "avg" and "" are the same word
 
 
 def size_pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
@@ -40,6 +57,64 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
     """A ValueError unless the argument `name` is one of the choices."""
     if value not in choices:
         raise UserError(f"{name}={value!r}: choose one of {', '.join(map(repr, choices))}")
+
+
+def rename_arguments(arguments: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
+    """Return keyword arguments under one set of names.
+
+    Args:
+        arguments: Under either name; a renamed argument that is None counts as absent.
+        names: The other name → the name in the result.
+
+    Raises:
+        UserError: An argument is given under both names, with different values.
+    """
+    renamed, both = {}, {*names, *names.values()}
+    for given, value in arguments.items():
+        name = names.get(given, given)
+        if given in both and value is None:
+            continue
+        if name in renamed and _plain(renamed[name]) != _plain(value):
+            other = next(other for other, own in names.items() if own == name)
+            raise UserError(
+                f"{name}={arguments[name]!r} and {other}={arguments[other]!r} name one argument: give one of the two"
+            )
+        renamed[name] = value
+    return renamed
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, int):
+        return (value, value)  # as a size in pixels
+    return tuple(value) if isinstance(value, list) else _TIMM_POOLS.get(value, value)
+
+
+def takes_names(names: dict[str, str]) -> Callable:
+    """Decorate a constructor: it accepts its arguments under other names too (see `rename_arguments`)."""
+
+    def decorate(init: Callable) -> Callable:
+        @functools.wraps(init)
+        def renaming(self, *args, **arguments):
+            init(self, *args, **rename_arguments(arguments, names))
+
+        return renaming
+
+    return decorate
+
+
+def _check_rates(**rates: float) -> None:
+    for name, rate in rates.items():
+        if not isinstance(rate, int | float) or not 0 <= rate < 1:
+            raise UserError(f"{name}={rate!r}: give a probability of at least 0, and below 1")
+
+
+def _specific_rate(name: str, rate: float | None, dropout: float) -> float:
+    """Return a rate that `dropout` sets too."""
+    if rate is not None and dropout and rate != dropout:
+        raise UserError(
+            f"dropout={dropout} and {name}={rate}: dropout sets attn_drop_rate and proj_drop_rate; give those alone"
+        )
+    return dropout if rate is None else rate
 
 
 def check_positive(**sizes: int) -> None:
@@ -68,6 +143,20 @@ def resample_positions(positions: Tensor, old: tuple[int, int], new: tuple[int, 
     return torch.cat([prefix, patches.to(prefix.dtype).flatten(2).transpose(1, 2)], dim=1)
 
 
+def pool_tokens(tokens: Tensor, pool: str) -> Tensor:
+    """Return what a head reads of tokens [B, N, C], CLS first: [B, C], or the tokens themselves for pool="".
+
+    Args:
+        tokens: Of the last layer.
+        pool: "cls"; "mean" of all tokens, CLS included; "avg" of the patches, as timm's; "" for no pooling.
+    """
+    if pool == "cls":
+        return tokens[:, 0]
+    if pool == "mean":
+        return tokens.mean(dim=1)
+    return tokens[:, 1:].mean(dim=1) if pool == "avg" else tokens
+
+
 class CRATE(nn.Module):
     """The white-box vision transformer: a layer compresses the tokens against subspaces, then sparsifies them.
 
@@ -75,7 +164,9 @@ class CRATE(nn.Module):
 
     Keywords, parameter names and values are those of the released code, so released state dicts load strictly
     (`crate_fast.checkpoints` unwraps files). Different from it: `mlp_dim` may be left out, positions are interpolated
-    for other image sizes without touching the parameter, and everything below `ista` is new.
+    for other image sizes without touching the parameter, and everything below `ista` is new. timm's names are
+    accepted too: `img_size`, `in_chans`, `embed_dim`, `num_heads`, `global_pool` ("token", "avg" or "") and
+    `pos_drop_rate`.
 
     Args:
         image_size: Height and width of the input in pixels, one number or two.
@@ -85,10 +176,11 @@ class CRATE(nn.Module):
         depth: Number of layers.
         heads: H.
         mlp_dim: Hidden width of the MLP, 4·dim when None; only `sparsifier="mlp"` has one.
-        pool: "cls" or "mean" (over all tokens, CLS included).
+        pool: "cls", "mean" (over all tokens, CLS included), "avg" (over the patches, as timm's) or "" (no pooling:
+            the head reads each token).
         channels: Of the image.
         dim_head: Subspace dimension D of a head.
-        dropout: On attention weights, attention outputs and inside the MLP.
+        dropout: On attention weights, attention outputs and inside the MLP: `attn_drop_rate` and `proj_drop_rate`.
         emb_dropout: On the embedded tokens.
         ista: Step size η.
         sparsity: λ; the released code fixes 0.1.
@@ -100,6 +192,11 @@ class CRATE(nn.Module):
         embed_norm: LayerNorms before and behind the patch projection; the encoders of CRATE-MAE have none.
         norm_eps: ε of the head's LayerNorm; 1e-6 in the encoders of CRATE-MAE.
         dynamic_img_size: Accept any image that the patch size divides; else only `image_size`.
+        drop_rate: Dropout in front of the classifier.
+        attn_drop_rate: Dropout on attention weights.
+        proj_drop_rate: Dropout on attention outputs and inside the MLP; ISTA has none.
+        drop_path_rate: Stochastic depth of the last layer; the rates of the layers grow linearly from 0. A dropped
+            step leaves a sample's tokens unchanged (see `layers.Layer`).
         backend: "auto", "triton" or "torch" for the fused operators (`crate_fast.backends`).
         device, dtype: Of the parameters.
 
@@ -113,6 +210,7 @@ class CRATE(nn.Module):
 
     num_prefix_tokens = 1
 
+    @takes_names(TIMM_NAMES)
     def __init__(
         self,
         *,
@@ -138,22 +236,30 @@ class CRATE(nn.Module):
         embed_norm: bool = True,
         norm_eps: float = 1e-5,
         dynamic_img_size: bool = False,
+        drop_rate: float = 0.0,
+        attn_drop_rate: float | None = None,
+        proj_drop_rate: float | None = None,
+        drop_path_rate: float = 0.0,
         backend: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
         check_positive(dim=dim, depth=depth, heads=heads, dim_head=dim_head, channels=channels)
-        check_choice("pool", pool, ("cls", "mean"))
         check_choice("residual", residual, ("released", "paper"))
         check_choice("attention", attention, ("mssa", "mhsa"))
         check_choice("sparsifier", sparsifier, ("ista", "mlp"))
         check_choice("threshold", threshold, THRESHOLDS)
         check_choice("backend", backend, BACKENDS)
+        attn_drop_rate = _specific_rate("attn_drop_rate", attn_drop_rate, dropout)
+        mlp_drop_rate = _specific_rate("proj_drop_rate", proj_drop_rate, dropout)
+        _check_rates(dropout=dropout, emb_dropout=emb_dropout, drop_rate=drop_rate, drop_path_rate=drop_path_rate)
+        _check_rates(attn_drop_rate=attn_drop_rate, proj_drop_rate=mlp_drop_rate)
         self.patch_size = size_pair("patch_size", patch_size)
         self.image_size = size_pair("image_size", image_size)
         self.native_grid = self._grid_of(self.image_size)  # the grid that pos_embedding was made for
-        self.pool, self.channels, self.head_hidden, self.embed_norm = pool, channels, head_hidden, embed_norm
+        self.channels = self.in_chans = channels
+        self.head_hidden, self.embed_norm = head_hidden, embed_norm
         self.dynamic_img_size = dynamic_img_size
         self.num_features = self.embed_dim = self.head_hidden_size = dim
         place = {"device": device, "dtype": dtype}
@@ -173,18 +279,23 @@ class CRATE(nn.Module):
 
         attention_class = MSSA if attention == "mssa" else MHSA
 
-        def layer() -> Layer:
+        def layer(index: int) -> Layer:
             sparse = (
                 ISTA(dim, ista, sparsity, threshold, backend, **place)
                 if sparsifier == "ista"
-                else MLP(dim, 4 * dim if mlp_dim is None else mlp_dim, dropout, **place)
+                else MLP(dim, 4 * dim if mlp_dim is None else mlp_dim, mlp_drop_rate, **place)
             )
-            attend = attention_class(dim, heads, dim_head, dropout, backend, **place)
-            return Layer(PreNorm(dim, attend, **place), PreNorm(dim, sparse, **place), residual)
+            attend = attention_class(
+                dim, heads, dim_head, attn_drop_rate, backend, proj_dropout=proj_drop_rate, **place
+            )
+            drop_path = drop_path_rate * index / max(1, depth - 1)
+            return Layer(PreNorm(dim, attend, drop_path, **place), PreNorm(dim, sparse, drop_path, **place), residual)
 
-        self.transformer = Transformer([layer() for _ in range(depth)], dim, heads)
-        self.mlp_head = nn.Sequential(nn.LayerNorm(dim, eps=norm_eps, **place))
-        self.reset_classifier(num_classes)
+        self.transformer = Transformer([layer(index) for index in range(depth)], dim, heads)
+        hidden = [Linear(dim, dim, **place)] if head_hidden else []
+        self.mlp_head = nn.Sequential(nn.LayerNorm(dim, eps=norm_eps, **place), *hidden, nn.Identity())
+        self.head_drop = nn.Dropout(drop_rate)
+        self.reset_classifier(num_classes, pool)
         self.feature_info = [
             {"module": f"transformer.layers.{i}", "num_chs": dim, "reduction": self.patch_size[0]}
             for i in range(depth)
@@ -275,7 +386,10 @@ class CRATE(nn.Module):
     # --- timm's model contract --------------------------------------------------------------------------------
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images [B, channels, height, width] → logits [B, num_classes] (pooled features [B, C] without a head)."""
+        """Images [B, channels, height, width] → logits [B, num_classes]; features [B, C] without a classifier.
+
+        Without pooling these are [B, 1 + patches, num_classes] and [B, 1 + patches, C].
+        """
         return self.forward_head(self.forward_features(images))
 
     def forward_features(self, images: Tensor) -> Tensor:
@@ -283,9 +397,12 @@ class CRATE(nn.Module):
         return self.transformer(self.embed(images))
 
     def forward_head(self, tokens: Tensor, pre_logits: bool = False) -> Tensor:
-        """Tokens [B, N, C] → logits, or with `pre_logits` the pooled, normalised features [B, C]."""
-        pooled = tokens.mean(dim=1) if self.pool == "mean" else tokens[:, 0]
-        return self.mlp_head[0](pooled) if pre_logits else self.mlp_head(pooled)
+        """Tokens [B, N, C] → logits, or with `pre_logits` the features that the classifier reads."""
+        features = self.mlp_head[0](pool_tokens(tokens, self.pool))
+        if self.head_hidden:
+            features = self.mlp_head[1](features)
+        features = self.head_drop(features)
+        return features if pre_logits else self.mlp_head[-1](features)
 
     def forward_intermediates(
         self,
@@ -349,33 +466,32 @@ class CRATE(nn.Module):
         take, last = feature_take_indices(self.transformer.depth, indices)
         self.transformer.layers = self.transformer.layers[: last + 1]
         if prune_head:
-            self.reset_classifier(0)
+            self.reset_classifier(0, "")
         if prune_norm:
             self.mlp_head[0] = nn.Identity()
         return take
 
     def get_classifier(self) -> nn.Module:
-        """The classifier behind the head's LayerNorm."""
-        return self.mlp_head[1:] if self.head_hidden else self.mlp_head[1]
+        """Return the classifier, the last part of the head."""
+        return self.mlp_head[-1]
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Put a new classifier behind the head's LayerNorm, which stays.
+        """Put a new classifier behind the head's LayerNorm (and hidden layer), which stay.
 
         Args:
             num_classes: Its outputs; 0 for none.
-            global_pool: "cls" (timm's "token") or "mean" (timm's "avg"); unchanged when None.
+            global_pool: "cls" (timm's "token"), "mean", "avg" or "" (see `CRATE`'s `pool`); unchanged when None.
         """
         if not isinstance(num_classes, int) or num_classes < 0:
             raise UserError(f"num_classes={num_classes!r}: give 0 for no head, or a positive integer")
         if global_pool is not None:
-            pool = {"token": "cls", "avg": "mean"}.get(global_pool, global_pool)
-            check_choice("global_pool", pool, ("cls", "mean"))
-            self.pool = pool
+            pool = _TIMM_POOLS.get(global_pool, global_pool)
+            check_choice("pool", pool, _POOLS)
+            self.pool, self.global_pool = pool, "token" if pool == "cls" else pool
         self.num_classes = num_classes
         place = {"device": self.cls_token.device, "dtype": self.cls_token.dtype}
-        hidden = [Linear(self.embed_dim, self.embed_dim, **place)] if self.head_hidden and num_classes else []
-        last = Linear(self.embed_dim, num_classes, **place) if num_classes else nn.Identity()
-        self.mlp_head = nn.Sequential(self.mlp_head[0], *hidden, last)
+        classifier = Linear(self.embed_dim, num_classes, **place) if num_classes else nn.Identity()
+        self.mlp_head[-1] = classifier.train(self.training)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each layer in the backward pass instead of keeping its activations."""
@@ -393,33 +509,26 @@ class CRATE(nn.Module):
         }
 
 
-def _released(num_classes: int, dim: int, depth: int, heads: int, **kwargs) -> CRATE:
-    sizes = {
-        "image_size": 224,
-        "patch_size": 16,
-        "dim": dim,
-        "depth": depth,
-        "heads": heads,
-        "dim_head": dim // heads,
-    }
-    return CRATE(num_classes=num_classes, **(sizes | kwargs))
+def _released(num_classes: int, sizes: dict[str, int], arguments: dict[str, Any]) -> CRATE:
+    sizes = {"image_size": 224, "patch_size": 16} | sizes | rename_arguments(arguments, TIMM_NAMES)
+    return CRATE(num_classes=num_classes, **({"dim_head": sizes["dim"] // sizes["heads"]} | sizes))
 
 
 def CRATE_tiny(num_classes: int = 1000, **kwargs) -> CRATE:
     """The released CRATE-T: width 384, 12 layers, 6 heads of 64, patch 16 at 224 px; 6.09 M parameters."""
-    return _released(num_classes, 384, 12, 6, **kwargs)
+    return _released(num_classes, {"dim": 384, "depth": 12, "heads": 6}, kwargs)
 
 
 def CRATE_small(num_classes: int = 1000, **kwargs) -> CRATE:
     """The released CRATE-S: width 576, 12 layers, 12 heads of 48, patch 16 at 224 px; 13.12 M parameters."""
-    return _released(num_classes, 576, 12, 12, **kwargs)
+    return _released(num_classes, {"dim": 576, "depth": 12, "heads": 12}, kwargs)
 
 
 def CRATE_base(num_classes: int = 1000, **kwargs) -> CRATE:
     """The released CRATE-B: width 768, 12 layers, 12 heads of 64, patch 16 at 224 px; 22.80 M parameters."""
-    return _released(num_classes, 768, 12, 12, **kwargs)
+    return _released(num_classes, {"dim": 768, "depth": 12, "heads": 12}, kwargs)
 
 
 def CRATE_large(num_classes: int = 1000, **kwargs) -> CRATE:
     """The released CRATE-L: width 1024, 24 layers, 16 heads of 64, patch 16 at 224 px; 77.64 M parameters."""
-    return _released(num_classes, 1024, 24, 16, **kwargs)
+    return _released(num_classes, {"dim": 1024, "depth": 24, "heads": 16}, kwargs)

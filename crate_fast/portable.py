@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from crate_fast.errors import UserError
 from crate_fast.folding import fold_dictionary
 from crate_fast.layers import ISTA, MHSA, MSSA, Linear
-from crate_fast.model import CRATE
+from crate_fast.model import CRATE, pool_tokens
 from crate_fast.whitebox import attention_layer, trace
 
 __all__ = ["OUTPUTS", "PortableCRATE", "choose_outputs", "resampling_matrix"]
@@ -216,9 +216,9 @@ class PortableCRATE(nn.Module):
         traces = {layer.index: layer for layer in trace(self, images, {*self.layers, last})}
         chosen = [traces[layer] for layer in self.layers]
         tokens = traces[last].after_ista
-        features = self.head[0](tokens.mean(dim=1) if self.pool == "mean" else tokens[:, 0])
+        features = self.head[:-1](pool_tokens(tokens, self.pool))
         read = {
-            "logits": lambda: self.head[1:](features),
+            "logits": lambda: self.head[-1](features),
             "features": lambda: features,
             "attention": lambda: torch.stack([layer.cls_attention() for layer in chosen], dim=1),
             "subspace_tokens": lambda: torch.stack([layer.subspace_tokens for layer in chosen], dim=1),

@@ -1,115 +1,238 @@
-"""timm's registry: every size of both papers, CRATE-MAE and its encoders, under `timm.create_model`.
+"""timm's registry: every size of both papers, and the encoders of CRATE-MAE, under `timm.create_model`.
 
 Patch-16 names are the released repository's sizes (ImageNet-1k), patch-8 names the emergence paper's (ImageNet-21k,
-21,842 classes), whose T and S are ViT-wide. No weights can be downloaded: `pretrained=True` is timm's error.
+21,842 classes), whose T and S are ViT-wide. No weights can be downloaded: `pretrained=True` is timm's error. An
+autoencoder is no classifier and stays out of timm's registry: `create_mae` builds it by name.
 """
 
+import timm
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-from torch import nn
+from torch import Tensor, nn
 
 from crate_fast.checkpoints import adapt_state_dict
 from crate_fast.errors import UserError
-from crate_fast.mae import CRATEMAE, ENCODER_OPTIONS
-from crate_fast.model import CRATE
+from crate_fast.mae import (
+    CRATEMAE,
+    ENCODER_OPTIONS,
+    CRATEMAE_base,
+    CRATEMAE_large,
+    CRATEMAE_small,
+    CRATEMAE_tiny,
+)
+from crate_fast.model import CRATE, TIMM_NAMES, rename_arguments
+
+__all__ = ["MAE", "MAE_ENCODER", "create_mae", "create_model", "is_mae", "is_model", "model_names"]
 
 MAE, MAE_ENCODER = "crate_mae_", "crate_mae_encoder_"  # in front of a size: an autoencoder; its encoder as a CRATE
 
-_SIZES = {  # name: patch, width, layers, heads
-    "crate_tiny_patch16_224": (16, 384, 12, 6),
-    "crate_small_patch16_224": (16, 576, 12, 12),
-    "crate_base_patch16_224": (16, 768, 12, 12),
-    "crate_large_patch16_224": (16, 1024, 24, 16),
-    "crate_tiny_patch8_224": (8, 192, 12, 3),
-    "crate_small_patch8_224": (8, 384, 12, 6),
-    "crate_base_patch8_224": (8, 768, 12, 12),
+_AUTOENCODERS = {
+    "crate_mae_tiny_patch16_224": CRATEMAE_tiny,
+    "crate_mae_small_patch16_224": CRATEMAE_small,
+    "crate_mae_base_patch16_224": CRATEMAE_base,
+    "crate_mae_large_patch16_224": CRATEMAE_large,
 }
-_RELEASED = {name.removeprefix("crate_"): sizes for name, sizes in _SIZES.items() if "patch16" in name}
-_SIZES |= {MAE + name: sizes for name, sizes in _RELEASED.items()}
-_SIZES |= {MAE_ENCODER + name: sizes for name, sizes in _RELEASED.items()}
-
-__all__ = ["MAE", "MAE_ENCODER", "is_mae", *_SIZES]
+_TO_TIMM = {ours: timms for timms, ours in TIMM_NAMES.items()}
+_DROP_RATES = ("drop_rate", "attn_drop_rate", "proj_drop_rate", "pos_drop_rate", "drop_path_rate")
 
 
-def is_mae(name: str) -> bool:
-    """Whether a model's name is that of a masked autoencoder."""
-    return name.startswith(MAE) and not name.startswith(MAE_ENCODER)
+# --- timm's registry ---
 
 
-def _cfg(name: str) -> dict:
-    classes = 0 if is_mae(name) else 21842 if "patch8" in name else 1000
+def _cfg(patch_size: int, num_classes: int = 1000) -> dict:
     return {
-        "num_classes": classes,
+        "num_classes": num_classes,
         "input_size": (3, 224, 224),
-        "pool_size": None,
+        "pool_size": (224 // patch_size, 224 // patch_size),
         "crop_pct": 1.0,
         "interpolation": "bicubic",
         "fixed_input_size": True,
         "mean": IMAGENET_DEFAULT_MEAN,
         "std": IMAGENET_DEFAULT_STD,
-        "classifier": "decoder_pred" if is_mae(name) else "mlp_head.1",
+        "first_conv": "to_patch_embedding.2",
+        "classifier": "mlp_head.1",
         "license": "mit",
     }
 
 
-default_cfgs = generate_default_cfgs({name: _cfg(name) for name in _SIZES})
+default_cfgs = generate_default_cfgs(
+    {
+        "crate_tiny_patch16_224": _cfg(16),
+        "crate_small_patch16_224": _cfg(16),
+        "crate_base_patch16_224": _cfg(16),
+        "crate_large_patch16_224": _cfg(16),
+        "crate_tiny_patch8_224": _cfg(8, num_classes=21842),
+        "crate_small_patch8_224": _cfg(8, num_classes=21842),
+        "crate_base_patch8_224": _cfg(8, num_classes=21842),
+        "crate_mae_encoder_tiny_patch16_224": _cfg(16),
+        "crate_mae_encoder_small_patch16_224": _cfg(16),
+        "crate_mae_encoder_base_patch16_224": _cfg(16),
+        "crate_mae_encoder_large_patch16_224": _cfg(16),
+    }
+)
 
 
-def _build(img_size, in_chans: int = 3, global_pool: str = "cls", drop_rate: float = 0.0, **kwargs) -> CRATE:
-    """CRATE under timm's argument names."""
-    pool = {"token": "cls", "avg": "mean"}.get(global_pool, global_pool)
-    return CRATE(image_size=img_size, channels=in_chans, pool=pool, dropout=drop_rate, **kwargs)
-
-
-def _build_mae(num_classes: int = 0, drop_rate: float = 0.0, **kwargs) -> CRATEMAE:
-    """CRATEMAE under timm's argument names."""
-    if num_classes or drop_rate:
+def _weights_for(state_dict: dict, model: CRATE) -> dict[str, Tensor]:
+    """Adapt a file's weights to the model, as timm asks of a registered model."""
+    state_dict = adapt_state_dict(state_dict, model)
+    kernel = state_dict.get("to_patch_embedding.2.weight")
+    own = model.to_patch_embedding[2].in_features
+    if kernel is not None and kernel.shape[1] != own:  # timm would take it for the kernel of a convolution
         raise UserError(
-            f"num_classes={num_classes}, drop_rate={drop_rate}: CRATE-MAE has neither classifier nor dropout; its "
-            "`encoder(num_classes, dropout=…)` may have both"
+            f"the weights are for patches of {kernel.shape[1]} values and the model has {own}: build the model with "
+            "their in_chans and patch_size"
         )
-    return CRATEMAE(**kwargs)
+    return state_dict
 
 
-def _create(name: str, pretrained: bool, kwargs: dict) -> nn.Module:
-    patch_size, dim, depth, heads = _SIZES[name]
-    if is_mae(name):
-        if kwargs.pop("features_only", False):
-            encoder = MAE_ENCODER + name.removeprefix(MAE)
-            raise UserError(f"features_only: {name} gives pixels; its features are those of {encoder}")
-        sizes = {"patch_size": patch_size, "embed_dim": dim, "depth": depth, "num_heads": heads}
-        return build_model_with_cfg(
-            _build_mae, name, pretrained, pretrained_filter_fn=adapt_state_dict, **(sizes | kwargs)
-        )
-    sizes = {"patch_size": patch_size, "dim": dim, "depth": depth, "heads": heads} | kwargs
-    sizes.setdefault("dim_head", sizes["dim"] // sizes["heads"])
-    if name.startswith(MAE_ENCODER):
-        sizes = ENCODER_OPTIONS | sizes
-    if sizes.get("head_hidden"):  # what timm drops for another number of classes
-        sizes["pretrained_cfg_overlay"] = {
-            "classifier": ("mlp_head.1", "mlp_head.2"),
-            **(sizes.get("pretrained_cfg_overlay") or {}),
-        }
-    out_indices = sizes.pop("out_indices", 3)
+def _create(name: str, pretrained: bool, sizes: dict, kwargs: dict) -> CRATE:
+    arguments = sizes | rename_arguments(kwargs, _TO_TIMM)
+    arguments.setdefault("dim_head", arguments["embed_dim"] // arguments["num_heads"])
+    if arguments.get("head_hidden"):
+        overlay = arguments.get("pretrained_cfg_overlay") or {}
+        arguments["pretrained_cfg_overlay"] = {"classifier": "mlp_head.2"} | overlay
     return build_model_with_cfg(
-        _build,
+        CRATE,
         name,
         pretrained,
-        pretrained_filter_fn=adapt_state_dict,
-        feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
-        **sizes,
+        pretrained_filter_fn=_weights_for,
+        feature_cfg={"out_indices": arguments.pop("out_indices", 3), "feature_cls": "getter"},
+        **arguments,
     )
 
 
-def _register(name: str):
-    patch_size, dim, depth, heads = _SIZES[name]
-
-    def create(pretrained: bool = False, **kwargs) -> nn.Module:
-        return _create(name, pretrained, kwargs)
-
-    create.__name__ = create.__qualname__ = name
-    create.__doc__ = f"Patch {patch_size}, {dim} wide, {depth} layers, {heads} heads."
-    return register_model(create)
+@register_model
+def crate_tiny_patch16_224(pretrained: bool = False, **kwargs) -> CRATE:
+    """CRATE-T/16 of the released code: 384 wide, 12 layers, 6 heads."""
+    sizes = {"patch_size": 16, "embed_dim": 384, "depth": 12, "num_heads": 6}
+    return _create("crate_tiny_patch16_224", pretrained, sizes, kwargs)
 
 
-globals().update({name: _register(name) for name in _SIZES})
+@register_model
+def crate_small_patch16_224(pretrained: bool = False, **kwargs) -> CRATE:
+    """CRATE-S/16 of the released code: 576 wide, 12 layers, 12 heads."""
+    sizes = {"patch_size": 16, "embed_dim": 576, "depth": 12, "num_heads": 12}
+    return _create("crate_small_patch16_224", pretrained, sizes, kwargs)
+
+
+@register_model
+def crate_base_patch16_224(pretrained: bool = False, **kwargs) -> CRATE:
+    """CRATE-B/16 of the released code: 768 wide, 12 layers, 12 heads."""
+    sizes = {"patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 12}
+    return _create("crate_base_patch16_224", pretrained, sizes, kwargs)
+
+
+@register_model
+def crate_large_patch16_224(pretrained: bool = False, **kwargs) -> CRATE:
+    """CRATE-L/16 of the released code: 1024 wide, 24 layers, 16 heads."""
+    sizes = {"patch_size": 16, "embed_dim": 1024, "depth": 24, "num_heads": 16}
+    return _create("crate_large_patch16_224", pretrained, sizes, kwargs)
+
+
+@register_model
+def crate_tiny_patch8_224(pretrained: bool = False, **kwargs) -> CRATE:
+    """CRATE-T/8 of the emergence paper: 192 wide, 12 layers, 3 heads."""
+    sizes = {"patch_size": 8, "embed_dim": 192, "depth": 12, "num_heads": 3}
+    return _create("crate_tiny_patch8_224", pretrained, sizes, kwargs)
+
+
+@register_model
+def crate_small_patch8_224(pretrained: bool = False, **kwargs) -> CRATE:
+    """CRATE-S/8 of the emergence paper: 384 wide, 12 layers, 6 heads."""
+    sizes = {"patch_size": 8, "embed_dim": 384, "depth": 12, "num_heads": 6}
+    return _create("crate_small_patch8_224", pretrained, sizes, kwargs)
+
+
+@register_model
+def crate_base_patch8_224(pretrained: bool = False, **kwargs) -> CRATE:
+    """CRATE-B/8 of the emergence paper: 768 wide, 12 layers, 12 heads."""
+    sizes = {"patch_size": 8, "embed_dim": 768, "depth": 12, "num_heads": 12}
+    return _create("crate_base_patch8_224", pretrained, sizes, kwargs)
+
+
+@register_model
+def crate_mae_encoder_tiny_patch16_224(pretrained: bool = False, **kwargs) -> CRATE:
+    """The encoder of CRATE-MAE-T: 384 wide, 12 layers, 6 heads."""
+    sizes = {"patch_size": 16, "embed_dim": 384, "depth": 12, "num_heads": 6} | ENCODER_OPTIONS
+    return _create("crate_mae_encoder_tiny_patch16_224", pretrained, sizes, kwargs)
+
+
+@register_model
+def crate_mae_encoder_small_patch16_224(pretrained: bool = False, **kwargs) -> CRATE:
+    """The encoder of CRATE-MAE-S: 576 wide, 12 layers, 12 heads."""
+    sizes = {"patch_size": 16, "embed_dim": 576, "depth": 12, "num_heads": 12} | ENCODER_OPTIONS
+    return _create("crate_mae_encoder_small_patch16_224", pretrained, sizes, kwargs)
+
+
+@register_model
+def crate_mae_encoder_base_patch16_224(pretrained: bool = False, **kwargs) -> CRATE:
+    """The encoder of CRATE-MAE-B: 768 wide, 12 layers, 12 heads."""
+    sizes = {"patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 12} | ENCODER_OPTIONS
+    return _create("crate_mae_encoder_base_patch16_224", pretrained, sizes, kwargs)
+
+
+@register_model
+def crate_mae_encoder_large_patch16_224(pretrained: bool = False, **kwargs) -> CRATE:
+    """The encoder of CRATE-MAE-L: 1024 wide, 24 layers, 16 heads."""
+    sizes = {"patch_size": 16, "embed_dim": 1024, "depth": 24, "num_heads": 16} | ENCODER_OPTIONS
+    return _create("crate_mae_encoder_large_patch16_224", pretrained, sizes, kwargs)
+
+
+# --- the autoencoders, and every name in one place ---
+
+
+def is_mae(name: str) -> bool:
+    """Return whether a model's name is that of a masked autoencoder."""
+    return name.startswith(MAE) and not name.startswith(MAE_ENCODER)
+
+
+def create_mae(name: str, pretrained: bool = False, **kwargs) -> CRATEMAE:
+    """Build a CRATE-MAE by name.
+
+    Args:
+        name: "crate_mae_tiny_patch16_224", or small, base or large.
+        pretrained: Only False: no weights can be downloaded.
+        **kwargs: Arguments of `CRATEMAE` that replace the size's.
+
+    Raises:
+        UserError: There is no such autoencoder, or it has no such argument.
+
+    >>> create_mae("crate_mae_tiny_patch16_224", depth=1, decoder_depth=1).embed_dim
+    384
+    """
+    if name not in _AUTOENCODERS:
+        raise UserError(f"{name!r} is no CRATE-MAE: choose one of {', '.join(_AUTOENCODERS)}")
+    if pretrained:
+        raise UserError(
+            f"pretrained=True: no weights of {name} can be downloaded; load a file with checkpoints.load_weights"
+        )
+    if kwargs.pop("features_only", False):
+        encoder = MAE_ENCODER + name.removeprefix(MAE)
+        raise UserError(f"features_only=True: {name} gives pixels; its features are those of {encoder}")
+    absent = {name: kwargs.pop(name) for name in ("num_classes", *_DROP_RATES) if name in kwargs}
+    if any(absent.values()):
+        raise UserError(
+            f"{', '.join(f'{name}={value}' for name, value in absent.items() if value)}: CRATE-MAE has neither "
+            "classifier nor dropout; its `encoder(num_classes, drop_rate=…)` may have both"
+        )
+    return _AUTOENCODERS[name](**kwargs)
+
+
+def model_names() -> list[str]:
+    """Return the names that `create_model` takes: timm's, ours among them, and those of the autoencoders."""
+    return [*timm.list_models(), *_AUTOENCODERS]
+
+
+def is_model(name: str) -> bool:
+    """Return whether `create_model` takes the name."""
+    return name in _AUTOENCODERS or timm.is_model(name)
+
+
+def create_model(name: str, **kwargs) -> nn.Module:
+    """Build an autoencoder with `create_mae`, any other model with `timm.create_model`.
+
+    Args:
+        name: One of `model_names()`, or one of timm's with a tag.
+        **kwargs: The model's arguments.
+    """
+    return create_mae(name, **kwargs) if is_mae(name) else timm.create_model(name, **kwargs)

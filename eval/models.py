@@ -15,7 +15,6 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import timm
 import torch
 from torch import nn
 
@@ -24,7 +23,7 @@ from crate_fast.checkpoints import is_demo, load_strictly, read_state_dict
 from crate_fast.errors import UserError
 from crate_fast.eval.features import FeatureExtractor, extractor_for
 from crate_fast.eval.shipped import open_shipped, shipped_facts
-from crate_fast.registry import is_mae
+from crate_fast.registry import create_model, is_mae, is_model, model_names
 from crate_fast.train import checkpoint
 from crate_fast.train.checkpoint import CheckpointError
 from crate_fast.train.config import TrainConfig
@@ -143,20 +142,20 @@ def _from_shipped(name: str, which: str, seed: int) -> tuple[nn.Module, str]:
         raise UserError(f"{_SHIPPED}{name}@{which}: write {_SHIPPED}{name} or {_SHIPPED}{name}@untrained")
     model, facts = open_shipped(name)
     if which:
-        model = _seeded(lambda: timm.create_model(facts["name"], **facts["arguments"]), seed)
+        model = _seeded(lambda: create_model(facts["name"], **facts["arguments"]), seed)
     return model, facts["mean"]
 
 
 def _create(name: str, arguments: dict) -> nn.Module:
     try:
-        return timm.create_model(name, **arguments)
+        return create_model(name, **arguments)
     except TypeError as error:
         raise UserError(f"{name} does not take --model-args {arguments}: {error}") from error
 
 
 def _from_timm(name: str, which: str, arguments: dict, seed: int) -> nn.Module:
-    if not timm.is_model(name):
-        near = timm.list_models(f"*{name.split('_')[0]}*")[:4]
+    if not is_model(name):
+        near = [known for known in model_names() if name.split("_")[0] in known][:4]
         raise UserError(
             f"{name!r} is neither the folder of a run nor a model that timm knows"
             + (f" (there are {', '.join(near)}, …)" if near else "")
@@ -197,7 +196,7 @@ def open_model(
         specification: What `--model` says.
         device: Where to put it.
         image_size: Height and width it is to expect, in pixels; its own when None.
-        model_args: `KEY=VALUE` words for timm's `create_model`; a run knows its own.
+        model_args: `KEY=VALUE` words for `registry.create_model`; a run knows its own.
         seed: Of untrained weights.
 
     Raises:
@@ -214,7 +213,8 @@ def open_model(
         model, statistics = _from_shipped(place.removeprefix(_SHIPPED), which, seed)
     else:
         model = _from_timm(place, which, arguments, seed)
-        statistics = (model.pretrained_cfg["mean"], model.pretrained_cfg["std"])
+        of_timm = getattr(model, "pretrained_cfg", None)  # an autoencoder is not in timm's registry
+        statistics = (of_timm["mean"], of_timm["std"]) if of_timm else "imagenet"
     autoencoder = model.to(device) if isinstance(model, CRATEMAE) else None
     model = model.encoder() if autoencoder else model
     extract = extractor_for(model)

@@ -12,7 +12,6 @@ import json
 import sys
 from pathlib import Path
 
-import timm
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 from crate_fast.checkpoints import load_strictly, read_state_dict
 from crate_fast.errors import UserError, run_command
+from crate_fast.registry import create_model
 from crate_fast.train import checkpoint
 from crate_fast.train.runs import load_model, model_arguments
 
@@ -74,7 +74,7 @@ def open_shipped(name: str) -> tuple[nn.Module, dict]:
     """
     _check_name(name)
     weights, facts = _read(name)
-    model = timm.create_model(facts["name"], **facts["arguments"])
+    model = create_model(facts["name"], **facts["arguments"])
     weights = {key: value.float() for key, value in weights.items()}
     return load_strictly(model, weights, f"shipped:{name}", "install the package again"), facts
 

@@ -23,7 +23,22 @@ from crate_fast.train.nonfinite import diagnosis
 from crate_fast.train.run_lock import RunLock
 
 EVERYTHING = (  # whatever has a state: EMA, scaler, dropout, mixing, erasing, repeats
-    *("--dropout", "0.1", "--ema-decay", "0.9", "--mixup", "0.5", "--cutmix", "1.0", "--random-erasing", "0.3"),
+    *(
+        "--attn-drop-rate",
+        "0.1",
+        "--drop-rate",
+        "0.1",
+        "--drop-path-rate",
+        "0.2",
+        "--ema-decay",
+        "0.9",
+        "--mixup",
+        "0.5",
+        "--cutmix",
+        "1.0",
+        "--random-erasing",
+        "0.3",
+    ),
     *("--hflip", "0.5", "--repeats", "2", "--precision", "fp16", "--checkpoint-every", "1"),
     *("--keep-checkpoints", "3"),
 )
@@ -445,9 +460,9 @@ def test_fp16_overflow_lowers_the_scale_and_is_not_held_against_the_run(tmp_path
 
 def test_a_checkpoint_of_other_settings_or_data_is_refused_by_name(whole, tmp_path, refuses):
     refuses(
-        r"dropout: 0\.1 → 0\.2, .*lr: 0\.\d+ → 0\.5",
+        r"attn_drop_rate: 0\.1 → 0\.2, .*lr: 0\.\d+ → 0\.5",
         pretrain.main,
-        [*TINY, "--output", str(whole), *EVERYTHING, "--dropout", "0.2", "--lr", "0.5", "--resume"],
+        [*TINY, "--output", str(whole), *EVERYTHING, "--attn-drop-rate", "0.2", "--lr", "0.5", "--resume"],
     )
     folder = tmp_path / "run"
     shutil.copytree(whole, folder)

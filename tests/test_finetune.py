@@ -279,7 +279,7 @@ def test_head_new_needs_weights_and_a_frozen_run_does_not_mix():
 def test_a_probe_trains_its_classifier_alone(source, tmp_path, processes):
     folder = tmp_path / "probe"
     words = ["--recipe", "probe_in1k", "--dataset", "shape_scenes", "--init", f"{source}@12", "--warmup-epochs", "1"]
-    words += ["--lr", "10", "--lr-scaling", "none", "--optimizer", "lars", "--dropout", "0.3"]
+    words += ["--lr", "10", "--lr-scaling", "none", "--optimizer", "lars", "--attn-drop-rate", "0.3"]
     words += ["--output", str(folder)]
     text = run(*words, "--workers", "0", script="linear_probe", processes=processes)
     assert "new classifier (12 → 12 classes)" in text

@@ -8,9 +8,11 @@ import torch
 from released import ReleasedCRATEMAE
 from torch import nn
 
-from crate_fast import CRATE, CRATEMAE, CRATEMAE_base, CRATEMAE_large, CRATEMAE_small, CRATEMAE_tiny
+from crate_fast import CRATE, CRATEMAE, CRATEMAE_base, CRATEMAE_large, CRATEMAE_small, CRATEMAE_tiny, create_mae
 from crate_fast.checkpoints import load_weights, released_state_dict
+from crate_fast.errors import UserError
 from crate_fast.mae import encoder_state_dict, sincos_positions
+from crate_fast.registry import is_mae, is_model, model_names
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
 
@@ -86,7 +88,7 @@ def test_what_the_released_code_cannot_load_is_not_exported(changes):
 )
 def test_parameter_counts(factory, name, millions):
     with torch.device("meta"):
-        ours, registered = factory(device="meta"), timm.create_model(f"crate_mae_{name}_patch16_224", device="meta")
+        ours, registered = factory(device="meta"), create_mae(f"crate_mae_{name}_patch16_224", device="meta")
     count = sum(p.numel() for p in ours.parameters())
     digits = 2 if millions in (11.56, 154.27) else 3
     assert round(count / 1e6, digits) == millions
@@ -356,10 +358,27 @@ def test_input_that_does_not_fit_is_named(shape, options, message):
         CRATEMAE(**SMALL)(torch.zeros(shape), **options)
 
 
-def test_the_registered_model_has_no_classifier():
-    with pytest.raises(ValueError, match="num_classes=10.*neither classifier"):
-        timm.create_model("crate_mae_tiny_patch16_224", num_classes=10)
-    with pytest.raises(ValueError, match="its features are those of crate_mae_encoder_tiny_patch16_224"):
-        timm.create_model("crate_mae_tiny_patch16_224", features_only=True)
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("tiny", {"num_classes": 10}, "num_classes=10: CRATE-MAE has neither classifier nor dropout"),
+        ("tiny", {"drop_path_rate": 0.1}, "drop_path_rate=0.1: CRATE-MAE has neither classifier nor dropout"),
+        ("tiny", {"features_only": True}, "its features are those of crate_mae_encoder_tiny_patch16_224"),
+        ("tiny", {"pretrained": True}, "no weights of crate_mae_tiny_patch16_224 can be downloaded"),
+        ("huge", {}, "crate_mae_huge_patch16_224.* choose one of crate_mae_tiny_patch16_224, "),
+    ],
+    ids=str,
+)
+def test_what_an_autoencoder_does_not_have_is_refused(name, options, message):
+    with pytest.raises(UserError, match=message):
+        create_mae(f"crate_mae_{name}_patch16_224", **options)
+
+
+def test_timms_registry_has_the_encoders_and_not_the_autoencoders():
+    assert not any(map(is_mae, timm.list_models("crate_*")))
+    model = create_mae("crate_mae_tiny_patch16_224", image_size=32, dim=96, heads=2, depth=1, num_classes=0)
+    assert (model.image_size, model.embed_dim, model.heads, model.depth) == ((32, 32), 96, 2, 1)
+    assert is_model("crate_mae_tiny_patch16_224")
+    assert "crate_mae_tiny_patch16_224" in model_names()
     encoder = timm.create_model("crate_mae_encoder_tiny_patch16_224", features_only=True, depth=2, out_indices=[1])
     assert encoder(torch.zeros(1, 3, 224, 224))[0].shape == (1, 384, 14, 14)

@@ -257,7 +257,7 @@ def test_reset_classifier(head_hidden):
     norm = model.mlp_head[0]
     model.reset_classifier(3, global_pool="avg")
     assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 3)
-    assert model.pool == "mean"
+    assert model.pool == "avg"
     assert model.mlp_head[0] is norm
     model.reset_classifier(0)
     assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 48)
@@ -379,7 +379,7 @@ def test_timm_options():
         "crate_small_patch8_224", num_classes=5, img_size=32, in_chans=1, global_pool="avg", depth=2
     )
     assert model(torch.zeros(1, 1, 32, 32)).shape == (1, 5)
-    assert model.pool == "mean"
+    assert model.pool == "avg"
     model = timm.create_model("crate_base_patch16_224", img_size=32, dim=96, heads=2, depth=1, attention="mhsa")
     assert model.transformer.layers[0][0].fn.qkv.weight.shape == (288, 96)
     with pytest.raises(RuntimeError, match="No pretrained weights"):

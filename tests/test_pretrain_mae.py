@@ -128,7 +128,7 @@ def test_settings_that_do_not_fit_are_refused(words, message, capsys):
     ("words", "message"),
     [
         (["--mixup", "0.5"], "mixup: masked autoencoding has no use"),
-        (["--dropout", "0.1"], "neither classifier nor dropout"),
+        (["--attn-drop-rate", "0.1"], "neither classifier nor dropout"),
         (["--mask-ratio", "0.99"], "mask_ratio=0.99 leaves 0 of 16"),
         (["--optimizer", "sgd", "--beta2", "0.9"], "optimizer='sgd' has no such setting"),
         (["--optimizer", "lars"], "beta2=0.95: optimizer='lars' has no such setting"),

@@ -27,7 +27,7 @@ from crate_fast.train.runs import build_model
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "whole"
-    return folder, run("--output", str(folder), "--dropout", "0.1")
+    return folder, run("--output", str(folder), "--attn-drop-rate", "0.1")
 
 
 # --- a whole run ---
@@ -213,20 +213,24 @@ def test_coarse_segmentation_gives_a_finished_run_its_own_scores(finished, tmp_p
 def test_a_finished_run_resumes_to_its_summary(finished):
     folder, _ = finished
     before = weights(folder, 12)
-    text = run("--output", str(folder), "--dropout", "0.1", "--resume")
+    text = run("--output", str(folder), "--attn-drop-rate", "0.1", "--resume")
     assert all(torch.equal(before[name], tensor) for name, tensor in weights(folder, 12).items())
     assert "validation accuracy" in text
 
 
 def test_an_existing_run_is_not_overwritten(finished, refuses):
-    refuses("pass --resume to continue it", pretrain.main, [*TINY, "--output", str(finished[0]), "--dropout", "0.1"])
+    refuses(
+        "pass --resume to continue it",
+        pretrain.main,
+        [*TINY, "--output", str(finished[0]), "--attn-drop-rate", "0.1"],
+    )
 
 
 def test_another_runs_checkpoint_is_refused_with_the_differing_settings(finished, refuses):
     refuses(
         r"lr: 0\.\d+ → 0\.5.*--recipe .*config\.yaml",
         pretrain.main,
-        [*TINY, "--output", str(finished[0]), "--dropout", "0.1", "--lr", "0.5", "--resume"],
+        [*TINY, "--output", str(finished[0]), "--attn-drop-rate", "0.1", "--lr", "0.5", "--resume"],
     )
 
 
@@ -264,7 +268,7 @@ def test_a_damaged_checkpoint_is_rejected_and_the_previous_one_still_loads(tmp_p
 
 def test_a_run_with_a_cut_checkpoint_stops_with_the_remedy_and_goes_on_after_it(finished, tmp_path):
     folder = tmp_path / "damaged"
-    options = ("--output", str(folder), "--dropout", "0.1")
+    options = ("--output", str(folder), "--attn-drop-rate", "0.1")
     run(*options)
     path = folder / "checkpoints" / "step_00000012" / "model.safetensors"
     path.write_bytes(path.read_bytes()[:1000])

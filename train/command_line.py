@@ -17,7 +17,7 @@ from pathlib import Path
 import yaml
 
 from crate_fast.errors import UserError
-from crate_fast.train.config import TrainConfig, nearest
+from crate_fast.train.config import TrainConfig, nearest, renamed_settings
 
 __all__ = ["build_config", "dump_config", "field_help", "load_recipe", "recipe_names"]
 
@@ -83,7 +83,7 @@ def load_recipe(name: str, config_class: type = TrainConfig) -> dict:
         raise UserError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise UserError(f"{path}: a recipe is a mapping of settings, not {type(values).__name__}")
-    return _checked(config_class, values, str(path))
+    return _checked(config_class, renamed_settings(values), str(path))
 
 
 class _Parser(argparse.ArgumentParser):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from crate_fast.errors import UserError
 
-__all__ = ["MODES_WITH_GRAPHS", "TrainConfig", "nearest"]
+__all__ = ["DROP_RATES", "MODES_WITH_GRAPHS", "TrainConfig", "nearest", "renamed_settings"]
 
 DATASETS = ("shape_scenes", "folder", "tar", "shards", "hf", "cifar10", "cifar100", "flowers102", "pets")
 _CHOICES = {
@@ -33,7 +33,8 @@ _NOT_NEGATIVE = (
     *("mixup", "cutmix", "workers", "weight_decay", "warmup_epochs", "min_lr", "clip_grad", "seed", "threads"),
     *("checkpoint_every", "profile"),
 )
-_SHARES = (*("crop_scale", "hflip", "random_erasing", "mixup_prob", "max_unreadable", "dropout", "label_smoothing"),)
+_SHARES = ("crop_scale", "hflip", "random_erasing", "mixup_prob", "max_unreadable", "label_smoothing")
+DROP_RATES = ("drop_rate", "attn_drop_rate", "proj_drop_rate", "pos_drop_rate", "drop_path_rate")  # timm's names
 
 
 @dataclass(frozen=True)
@@ -117,8 +118,17 @@ class TrainConfig:
     """ista, or mlp for the ablation."""
     threshold: str | None = None
     """relu or soft."""
-    dropout: float = 0.0
-    """Dropout on attention weights and outputs."""
+    drop_rate: float = 0.0
+    """Dropout in front of the classifier. This rate and the next four are timm's, the same for a CRATE and a ViT."""
+    attn_drop_rate: float = 0.0
+    """Dropout on attention weights."""
+    proj_drop_rate: float = 0.0
+    """Dropout on attention outputs and inside the MLP."""
+    pos_drop_rate: float = 0.0
+    """Dropout on the embedded tokens."""
+    drop_path_rate: float = 0.0
+    """Stochastic depth: probability that a sample skips a step of the last layer; it grows linearly from 0 at the
+    first layer."""
 
     # --- masked autoencoding, with a model such as crate_mae_tiny_patch16_224
     mask_ratio: float = 0.75
@@ -226,6 +236,9 @@ class TrainConfig:
         for name in _SHARES:
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name}={getattr(self, name)}: it must be between 0 and 1")
+        for name in DROP_RATES:
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)}: it must be at least 0, and below 1")
         if not 0 < self.layer_decay <= 1:
             raise UserError(f"layer_decay={self.layer_decay}: it must be above 0, and at most 1")
         if not 0 < self.lr < math.inf:
@@ -277,6 +290,20 @@ class TrainConfig:
         """The learning rate at its peak, scaled to the batch as `lr_scaling` says."""
         ratio = self.batch_size / self.lr_base_batch
         return self.lr * {"none": 1.0, "linear": ratio, "sqrt": math.sqrt(ratio)}[self.lr_scaling]
+
+
+def renamed_settings(values: dict) -> dict:
+    """Return settings of an older version under today's names, with the same meaning.
+
+    Until 0.1.0 `dropout` was dropout on attention weights and outputs in a CRATE, and in front of the classifier in a
+    model of timm's.
+    """
+    if "dropout" not in values:
+        return values
+    ours = str(values.get("model", TrainConfig.model)).startswith("crate_")
+    affected = ("attn_drop_rate", "proj_drop_rate") if ours else ("drop_rate",)
+    rates = {name: values["dropout"] if name in affected else 0.0 for name in DROP_RATES}
+    return rates | {name: value for name, value in values.items() if name != "dropout"}
 
 
 def nearest(word: str, choices: typing.Iterable[str]) -> str:

@@ -91,7 +91,7 @@ def _attention(attention: nn.Module, n_tokens: int) -> Flops:
     width = attention.qkv.weight.shape[0] // (3 if isinstance(attention, MHSA) else 1)
     product = 2 * n_tokens**2 * width  # all heads' W Wᵀ
     total = _linear(n_tokens, attention.qkv.weight) + Flops(2 * product, 6 * product)
-    if not isinstance(attention.to_out, nn.Identity):
+    if isinstance(attention.to_out, nn.Sequential):
         total += _linear(n_tokens, attention.to_out[0].weight)
     return total
 

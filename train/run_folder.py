@@ -8,7 +8,7 @@ from crate_fast.errors import UserError
 from crate_fast.provenance import provenance
 from crate_fast.train import checkpoint
 from crate_fast.train.command_line import dump_config
-from crate_fast.train.config import TrainConfig
+from crate_fast.train.config import TrainConfig, renamed_settings
 from crate_fast.train.distributed import Processes
 from crate_fast.train.engine import Trainer
 from crate_fast.train.loggers import Loggers
@@ -102,7 +102,7 @@ class RunFolder:
                 f"({manifest.get('crate_fast', 'unknown')}): resume with that one, or start a new run in another "
                 "--output; --init takes its weights"
             )
-        saved, present = manifest["config"], vars(self.config)
+        saved, present = renamed_settings(manifest["config"]), vars(self.config)
         pairs = [(name, saved.get(name), present.get(name)) for name in sorted(saved.keys() | present.keys())]
         differing = [pair for pair in pairs if pair[0] not in FREE_SETTINGS and pair[1] != pair[2]]
         facts = manifest["data"]

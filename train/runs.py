@@ -2,15 +2,14 @@
 
 from pathlib import Path
 
-import timm
 from torch import Tensor, nn
 
 from crate_fast.checkpoints import load_strictly, unwrap_state_dict
 from crate_fast.errors import UserError
-from crate_fast.registry import MAE, MAE_ENCODER, is_mae
+from crate_fast.registry import MAE, MAE_ENCODER, create_model, is_mae, is_model, model_names
 from crate_fast.train import checkpoint
 from crate_fast.train.command_line import load_recipe
-from crate_fast.train.config import TrainConfig, nearest
+from crate_fast.train.config import DROP_RATES, TrainConfig, nearest
 from crate_fast.train.data import DataSplits, build_splits
 
 __all__ = [
@@ -30,15 +29,16 @@ _OF_AUTOENCODERS = ("mask_ratio", "norm_pix_loss", "visible_only", "decoder_dept
 
 
 def model_arguments(config: TrainConfig, num_classes: int) -> dict:
-    """Arguments for timm's `create_model`: what the configuration sets, under the model's own names."""
-    arguments = {"img_size": config.image_size, "drop_rate": config.dropout}
-    names = {"patch_size": "patch_size", "dim": "dim", "depth": "depth", "heads": "heads"}
+    """Return the arguments for `registry.create_model`: what the configuration sets, under timm's names."""
+    arguments = {"img_size": config.image_size}
+    arguments |= {name: getattr(config, name) for name in DROP_RATES if getattr(config, name)}
+    names = {"patch_size": "patch_size", "dim": "embed_dim", "depth": "depth", "heads": "num_heads"}
     if is_mae(config.model):
         if config.frozen:
             encoder = MAE_ENCODER + config.model.removeprefix(MAE)
             raise UserError(f"frozen=True: an autoencoder has no classifier; probe its encoder, --model {encoder}")
         arguments |= {"norm_pix_loss": config.norm_pix_loss, "visible_only": config.visible_only}
-        names |= {"dim": "embed_dim", "heads": "num_heads", "decoder_depth": "decoder_depth"}
+        names |= {"decoder_depth": "decoder_depth"}
     else:
         unused = [name for name in _OF_AUTOENCODERS if getattr(config, name) != getattr(TrainConfig, name)]
         if unused:
@@ -55,13 +55,11 @@ def build_model(config: TrainConfig, num_classes: int) -> nn.Module:
     Raises:
         UserError: timm has no such model, or it does not take the settings.
     """
-    if not timm.is_model(config.model):
-        raise UserError(
-            f"model={config.model!r}{nearest(config.model, timm.list_models()) or ': timm has no such model'}"
-        )
+    if not is_model(config.model):
+        raise UserError(f"model={config.model!r}{nearest(config.model, model_names()) or ': timm has no such model'}")
     arguments = model_arguments(config, num_classes)
     try:
-        model = timm.create_model(config.model, **arguments)
+        model = create_model(config.model, **arguments)
     except TypeError as error:
         raise UserError(
             f"model={config.model!r} does not take all of {', '.join(arguments)} ({error}): leave out those that are "
