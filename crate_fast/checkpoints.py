@@ -228,6 +228,8 @@ def _unreleased(model: CRATE) -> str:
     kinds = [type(part.fn).__name__ for part in layer]
     if kinds != ["MSSA", "ISTA"] or layer.residual != "released" or layer[1].fn.threshold != "relu":
         return f"layers {kinds}, residual={layer.residual!r}"
+    if model.pool not in ("cls", "mean"):
+        return f"pool={model.pool!r}"
     if layer[1].fn.lambd != 0.1:
         return f"sparsity={layer[1].fn.lambd}"
     return "" if model.embed_norm else "embed_norm=False"

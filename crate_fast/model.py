@@ -413,7 +413,8 @@ class CRATE(nn.Module):
         stop_early: bool = False,
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
-    ) -> list | tuple[Tensor, list]:
+        output_dict: bool = False,
+    ) -> list | tuple[Tensor, list] | dict:
         """Outputs of chosen layers (timm's interface).
 
         Args:
@@ -424,9 +425,11 @@ class CRATE(nn.Module):
             stop_early: Do not run the layers after the last one asked for.
             output_fmt: "NCHW" for [B, C, rows, columns] or "NLC" for [B, patches, C].
             intermediates_only: Return only the list.
+            output_dict: Return a dictionary with "image_intermediates", and where asked for
+                "image_intermediates_prefix" and "image_features".
 
         Returns:
-            (last tokens run, list of intermediates), or the list alone.
+            (last tokens run, list of intermediates), the list alone, or the dictionary.
         """
         check_choice("output_fmt", output_fmt, ("NCHW", "NLC"))
         take, last = feature_take_indices(self.transformer.depth, indices)
@@ -437,6 +440,11 @@ class CRATE(nn.Module):
         if output_fmt == "NCHW":
             grid = self._grid_of((x.shape[2], x.shape[3]))
             intermediates = [y.transpose(1, 2).unflatten(-1, grid).contiguous() for y in intermediates]
+        if output_dict:
+            found = {"image_intermediates": intermediates}
+            if return_prefix_tokens:
+                found["image_intermediates_prefix"] = [feature[:, :1] for feature in features]
+            return found if intermediates_only else found | {"image_features": tokens}
         if return_prefix_tokens:
             intermediates = list(zip(intermediates, [feature[:, :1] for feature in features], strict=True))
         return intermediates if intermediates_only else (tokens, intermediates)

@@ -23,22 +23,8 @@ from crate_fast.train.nonfinite import diagnosis
 from crate_fast.train.run_lock import RunLock
 
 EVERYTHING = (  # whatever has a state: EMA, scaler, dropout, mixing, erasing, repeats
-    *(
-        "--attn-drop-rate",
-        "0.1",
-        "--drop-rate",
-        "0.1",
-        "--drop-path-rate",
-        "0.2",
-        "--ema-decay",
-        "0.9",
-        "--mixup",
-        "0.5",
-        "--cutmix",
-        "1.0",
-        "--random-erasing",
-        "0.3",
-    ),
+    *("--attn-drop-rate", "0.1", "--drop-rate", "0.1", "--drop-path-rate", "0.2", "--ema-decay", "0.9"),
+    *("--mixup", "0.5", "--cutmix", "1.0", "--random-erasing", "0.3"),
     *("--hflip", "0.5", "--repeats", "2", "--precision", "fp16", "--checkpoint-every", "1"),
     *("--keep-checkpoints", "3"),
 )

@@ -1,0 +1,447 @@
+"""timm's model contract for every registered name, beside timm's VisionTransformer; names and drop rates of both."""
+
+import inspect
+import math
+
+import pytest
+import timm
+import torch
+from timm.layers import DropPath
+from timm.models import group_parameters
+from timm.models.vision_transformer import Block, VisionTransformer
+from timm.optim import param_groups_layer_decay
+from torch import nn
+
+from crate_fast import CRATE, CRATEMAE, CRATE_tiny, CRATEMAE_tiny, create_mae, registry
+from crate_fast.checkpoints import released_state_dict
+from crate_fast.errors import UserError
+from crate_fast.layers import ISTA, MHSA, MLP, MSSA, Layer, PreNorm
+from crate_fast.portable import PortableCRATE
+from crate_fast.train.command_line import build_config, load_recipe
+from crate_fast.train.config import DROP_RATES, TrainConfig, renamed_settings
+from crate_fast.train.runs import build_model
+
+NAMES = timm.list_models("crate_*")
+SMALL = {"patch_size": 8, "num_classes": 7, "embed_dim": 48, "depth": 3, "num_heads": 3}
+
+
+def _pair(name: str = "crate_tiny_patch16_224", **options) -> tuple[CRATE, VisionTransformer, torch.Tensor]:
+    """A registered model and a ViT, small, and images: four patches, two layers, width 48."""
+    small = {"depth": 2, "embed_dim": 48, "num_heads": 3, "img_size": 2 * int(name.split("patch")[1].split("_")[0])}
+    ours = timm.create_model(name, **small, **options)
+    theirs = VisionTransformer(**small, patch_size=ours.patch_size, **options)
+    return ours.eval(), theirs.eval(), torch.randn(2, 3, *ours.image_size)
+
+
+# --- every registered name ---
+
+
+def test_the_registered_names_are_functions_of_the_module():
+    assert len(NAMES) == 11
+    source = inspect.getsource(registry)
+    assert all(f"\ndef {name}(" in source and name in registry.__all__ for name in NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_default_cfg_is_that_of_the_model(name):
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    cfg, state = model.default_cfg, model.state_dict()
+    assert cfg["input_size"] == (3, *model.image_size) == (model.in_chans, 224, 224)
+    maps = model.forward_intermediates(torch.zeros(1, *cfg["input_size"], device="meta"), 1, intermediates_only=True)
+    assert maps[0].shape[2:] == cfg["pool_size"] == model.grid_size
+    assert f"{cfg['first_conv']}.weight" in state
+    assert model.get_submodule(cfg["classifier"]) is model.get_classifier()
+    assert model.get_classifier().out_features == model.num_classes == cfg["num_classes"]
+    assert len(model.feature_info) == model.transformer.depth
+    for info in model.feature_info:
+        assert isinstance(model.get_submodule(info["module"]), Layer)
+        assert (info["num_chs"], info["reduction"]) == (model.num_features, model.patch_size[0])
+
+
+@pytest.mark.parametrize("pool", ["token", "avg", ""])
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_outputs_and_resets_have_the_shapes_of_a_vit(name, pool):
+    ours, theirs, images = _pair(name, num_classes=42, global_pool=pool)
+    assert ours.global_pool == theirs.global_pool
+    for attribute in (
+        "num_features",
+        "head_hidden_size",
+        "embed_dim",
+        "num_classes",
+        "in_chans",
+        "num_prefix_tokens",
+    ):
+        assert getattr(ours, attribute) == getattr(theirs, attribute), attribute
+    for reset in (None, (0,), (0, ""), (5, "avg"), (5, "token"), (0, None), (3, "")):
+        if reset is not None:
+            ours.reset_classifier(*reset)
+            theirs.reset_classifier(*reset)
+        tokens = ours.forward_features(images)
+        assert tokens.shape == theirs.forward_features(images).shape
+        logits, features = ours(images), ours.forward_head(tokens, pre_logits=True)
+        assert logits.shape == theirs(images).shape, reset
+        assert features.shape == theirs.forward_head(tokens, pre_logits=True).shape, reset
+        assert isinstance(theirs.get_classifier(), nn.Linear) == isinstance(ours.get_classifier(), nn.Linear)
+        torch.testing.assert_close(ours.get_classifier()(features), logits)
+        assert (ours.num_classes, ours.global_pool) == (theirs.num_classes, theirs.global_pool)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_parameter_has_a_gradient_and_checkpointing_changes_nothing(name):
+    model, _, images = _pair(name, num_classes=42)
+    logits = model.train()(images)
+    logits.mean().backward()
+    assert not [name for name, p in model.named_parameters() if p.grad is None]
+    model.set_grad_checkpointing()
+    torch.testing.assert_close(model(images), logits, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_feature_maps_have_the_shapes_of_a_vit(name):
+    ours, theirs, images = _pair(name, num_classes=0)
+    words = {"features_only": True, "out_indices": (0, 1), "embed_dim": 48, "num_heads": 3, "depth": 2}
+    wrapped = timm.create_model(name, img_size=ours.image_size, **words)
+    maps = wrapped(images)
+    assert [m.shape for m in maps] == [m.shape for m in theirs.forward_intermediates(images)[1]]
+    assert wrapped.feature_info.channels() == [m.shape[1] for m in maps]
+    assert wrapped.feature_info.reduction() == [ours.image_size[0] // m.shape[2] for m in maps]
+    torch.testing.assert_close(ours.forward_intermediates(images)[0], ours.forward_features(images))
+    for options in ({}, {"return_prefix_tokens": True}, {"intermediates_only": True, "output_fmt": "NLC"}):
+        found = ours.forward_intermediates(images, output_dict=True, norm=True, **options)
+        wanted = theirs.forward_intermediates(images, output_dict=True, norm=True, **options)
+        assert found.keys() == wanted.keys()
+        for key, values in wanted.items():
+            assert [v.shape for v in found[key]] == [v.shape for v in values]
+    for model in (ours, theirs):
+        assert model.prune_intermediate_layers([0], prune_norm=True) == [0]
+    assert ours(images).shape == theirs(images).shape
+    assert ours.transformer.depth == 1
+
+
+def test_parameter_groups_are_those_of_a_vit():
+    ours, theirs, _ = _pair(num_classes=5)
+    for model in (ours, theirs):
+        groups = group_parameters(model, model.group_matcher(), reverse=True)
+        assert set(groups) == set(dict(model.named_parameters()))
+    assert ours.no_weight_decay() <= set(dict(ours.named_parameters()))
+    scales = [{g["lr_scale"] for g in param_groups_layer_decay(m, 0.05, layer_decay=0.5)} for m in (ours, theirs)]
+    assert scales[0] == scales[1]
+
+
+# --- pooling, the hidden layer of the head, weights through timm ---
+
+
+@pytest.mark.parametrize("head_hidden", [False, True])
+@torch.no_grad()
+def test_what_each_pool_reads(head_hidden):
+    model = CRATE(**SMALL, img_size=32, head_hidden=head_hidden).eval()
+    tokens = torch.randn(2, 17, 48)
+    read = {"token": tokens[:, 0], "cls": tokens[:, 0], "mean": tokens.mean(1), "avg": tokens[:, 1:].mean(1)}
+    for pool, value in (read | {"": tokens}).items():
+        model.reset_classifier(7, pool)
+        features = model.mlp_head[0](value)
+        torch.testing.assert_close(model.forward_head(tokens), model.mlp_head[1:](features))
+    images = torch.randn(2, 3, 32, 32)
+    for pool in ("avg", "mean", "cls"):
+        model.reset_classifier(7, pool)
+        exported = PortableCRATE(model, ["logits", "features"])(images)
+        torch.testing.assert_close(exported["logits"], model(images), rtol=1e-4, atol=1e-5)
+        features = model.forward_head(model.forward_features(images), pre_logits=True)
+        torch.testing.assert_close(exported["features"], features, rtol=1e-4, atol=1e-5)
+    with pytest.raises(UserError, match="pool='max': choose one of 'cls', 'mean', 'avg', ''"):
+        model.reset_classifier(7, "max")
+    assert model.pool == "cls"
+
+
+def test_the_released_code_has_no_pool_of_patches():
+    assert released_state_dict(CRATE(**SMALL, img_size=32, pool="mean"))
+    with pytest.raises(UserError, match="pool='avg'"):
+        released_state_dict(CRATE(**SMALL, img_size=32, pool="avg"))
+
+
+@pytest.mark.parametrize("head_hidden", [False, True])
+def test_a_file_of_other_classes_loads_through_timm_but_for_its_classifier(head_hidden, tmp_path):
+    sizes = {"depth": 1, "img_size": 32, "head_hidden": head_hidden}
+    source = timm.create_model("crate_tiny_patch8_224", **sizes)
+    torch.save(source.state_dict(), tmp_path / "weights.pth")
+    here = {"pretrained": True, "pretrained_cfg_overlay": {"file": str(tmp_path / "weights.pth")}}
+    model = timm.create_model("crate_tiny_patch8_224", **sizes, **here, num_classes=5)
+    classifier = model.default_cfg["classifier"]
+    assert model.get_submodule(classifier) is model.get_classifier()
+    assert model.get_classifier().out_features == 5
+    loaded, original = model.state_dict(), source.state_dict()
+    for key in loaded:
+        assert key.startswith(classifier) or torch.equal(loaded[key], original[key]), key
+    with pytest.raises(UserError, match="patches of 192 values and the model has 64: .* in_chans"):
+        timm.create_model("crate_tiny_patch8_224", **sizes, **here, in_chans=1)
+
+
+def test_the_hidden_layer_of_a_head_stays():
+    model = CRATE(**SMALL, img_size=32, head_hidden=True).eval()
+    hidden, images = model.mlp_head[1], torch.randn(2, 3, 32, 32)
+    features = model.forward_head(model.forward_features(images), pre_logits=True)
+    for classes in (3, 0):
+        model.reset_classifier(classes)
+        assert model.mlp_head[1] is hidden
+    torch.testing.assert_close(model(images), features)
+
+
+# --- one set of words ---
+
+SAME = {"image_size": 32, "channels": 1, "dim": 48, "heads": 3}
+TIMMS = {"img_size": 32, "in_chans": 1, "embed_dim": 48, "num_heads": 3}
+
+
+def _shapes(model: nn.Module) -> dict:
+    return {name: value.shape for name, value in model.state_dict().items()}
+
+
+def test_both_sets_of_names_build_the_same_models():
+    rest = {"patch_size": 8, "depth": 2}
+    classifier = {"num_classes": 7, "dim_head": 16, **rest}
+    one = CRATE(**SAME, **classifier, pool="mean", emb_dropout=0.1)
+    for names in (TIMMS, SAME | TIMMS):
+        other = CRATE(**names, **classifier, global_pool="mean", pos_drop_rate=0.1)
+        assert _shapes(other) == _shapes(one)
+        assert (other.pool, other.dropout.p) == ("mean", 0.1)
+    for build in (CRATEMAE, CRATEMAE_tiny, lambda **words: create_mae("crate_mae_tiny_patch16_224", **words)):
+        autoencoders = [build(**names, **rest) for names in (SAME, TIMMS, SAME | TIMMS)]
+        assert _shapes(autoencoders[0]) == _shapes(autoencoders[1]) == _shapes(autoencoders[2])
+        assert autoencoders[0].image_size == (32, 32)
+    create = [timm.create_model("crate_tiny_patch16_224", **names, **rest, num_classes=7) for names in (SAME, TIMMS)]
+    released = [CRATE_tiny(7, **names, **rest) for names in (SAME, TIMMS)]
+    assert _shapes(create[0]) == _shapes(create[1]) == _shapes(released[0]) == _shapes(released[1]) == _shapes(one)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        ({"image_size": 32}, {"img_size": 64}),
+        ({"image_size": (32, 64)}, {"img_size": 32}),
+        ({"dim": 48}, {"embed_dim": 96}),
+        ({"heads": 3}, {"num_heads": 6}),
+        ({"channels": 1}, {"in_chans": 3}),
+        ({"pool": "mean"}, {"global_pool": "avg"}),
+        ({"emb_dropout": 0.1}, {"pos_drop_rate": 0.2}),
+    ],
+    ids=str,
+)
+def test_two_values_of_one_argument_are_refused(ours, theirs):
+    (name, value), (other, different) = *ours.items(), *theirs.items()
+    message = f"{name}={value!r} and {other}={different!r}|{other}={different!r} and {name}={value!r}"
+    message = message.replace("(", r"\(").replace(")", r"\)")
+    common = {"img_size": 32} | SMALL
+    builders = [CRATE, CRATE_tiny, lambda **words: timm.create_model("crate_tiny_patch16_224", **words)]
+    if name in ("image_size", "dim", "heads", "channels"):
+        builders += [CRATEMAE, CRATEMAE_tiny]
+    for build in builders:
+        words = {key: value for key, value in common.items() if key != other and "MAE" not in build.__name__}
+        with pytest.raises(UserError, match=message):
+            build(**words, **ours, **theirs)
+
+
+def test_equal_values_and_none_are_accepted():
+    model = CRATE(**SMALL, image_size=(32, 32), img_size=32, pool="cls", global_pool="token", heads=None)
+    assert (model.image_size, model.pool, model.transformer.heads) == ((32, 32), "cls", 3)
+    with pytest.raises(TypeError, match="image_size"):
+        CRATE(**SMALL)
+
+
+# --- drop rates ---
+
+
+def _zeros(values: torch.Tensor) -> float:
+    return (values == 0).float().mean().item()
+
+
+def test_drop_rate_is_the_classifiers_in_a_crate_as_in_a_vit():
+    ours, theirs, images = _pair(num_classes=5, drop_rate=0.4)
+    for model in (ours.train(), theirs.train()):
+        with torch.no_grad():
+            assert torch.equal(model.forward_features(images), model.forward_features(images))
+            tokens = torch.randn(64, 5, 48)
+            features = model.forward_head(tokens, pre_logits=True)
+            assert _zeros(features) == pytest.approx(0.4, abs=0.05)
+            kept = features != 0
+            whole = model.eval().forward_head(tokens, pre_logits=True)
+            torch.testing.assert_close(features[kept], whole[kept] / 0.6)
+            assert torch.equal(model(images), model(images))
+
+
+@pytest.mark.parametrize("attention", ["mssa", "mhsa"])
+def test_the_other_rates_are_where_a_vit_has_them(attention):
+    options = {"attn_drop_rate": 0.1, "proj_drop_rate": 0.2, "pos_drop_rate": 0.3, "drop_path_rate": 0.4}
+    model = CRATE(**SMALL, img_size=32, attention=attention, sparsifier="mlp", **options)
+    vit = VisionTransformer(img_size=32, **SMALL, **options)
+    assert model.dropout.p == vit.pos_drop.p == 0.3
+    assert model.head_drop.p == vit.head_drop.p == 0.0
+    for (step, sparsifier), block in zip(model.transformer.layers, vit.blocks, strict=True):
+        assert step.fn.dropout_p == block.attn.attn_drop.p == 0.1
+        assert step.fn.to_out[1].p == block.attn.proj_drop.p == 0.2
+        assert sparsifier.fn[2].p == sparsifier.fn[4].p == block.mlp.drop1.p == block.mlp.drop2.p == 0.2
+        for ours, theirs in ((step.drop_path, block.drop_path1), (sparsifier.drop_path, block.drop_path2)):
+            assert type(ours) is type(theirs)
+            assert getattr(ours, "drop_prob", 0) == pytest.approx(getattr(theirs, "drop_prob", 0))
+
+
+def test_released_dropout_keeps_its_meaning():
+    model = CRATE(**SMALL, img_size=32, sparsifier="mlp", dropout=0.1, emb_dropout=0.2)
+    attention, sparsifier = model.transformer.layers[0]
+    rates = (attention.fn.dropout_p, attention.fn.to_out[1].p, sparsifier.fn[2].p, sparsifier.fn[4].p)
+    assert rates == (0.1, 0.1, 0.1, 0.1)
+    assert (model.dropout.p, model.head_drop.p) == (0.2, 0.0)
+
+
+def test_dropping_everything_in_training_equals_a_vits_block_with_the_same_draws():
+    rates = {"proj_drop": 0.2, "drop_path": 0.5}
+    block = Block(48, 3, qkv_bias=True, **rates).double()
+    attention = MHSA(48, 3, 16, 0.0, proj_dropout=0.2)
+    ours = Layer(PreNorm(48, attention, 0.5), PreNorm(48, MLP(48, 192, 0.2), 0.5)).double()
+    parts = {"norm1": ours[0].norm, "attn.qkv": ours[0].fn.qkv, "attn.proj": ours[0].fn.to_out[0]}
+    parts |= {"norm2": ours[1].norm, "mlp.fc1": ours[1].fn[0], "mlp.fc2": ours[1].fn[3]}
+    for name, part in parts.items():
+        part.load_state_dict(block.get_submodule(name).state_dict())
+    for norm in (block.norm1, block.norm2):
+        norm.eps = ours[0].norm.eps
+    x = torch.randn(16, 5, 48, dtype=torch.float64)
+    torch.manual_seed(5)
+    expected = block(x)
+    torch.manual_seed(5)
+    torch.testing.assert_close(ours(x), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("residual", ["released", "paper"])
+def test_a_dropped_step_leaves_a_samples_tokens_as_they_are(residual):
+    layer = Layer(PreNorm(48, MSSA(48, 3, 16), 0.5), PreNorm(48, ISTA(48), 0.5), residual).double()
+    x = torch.randn(32, 5, 48, dtype=torch.float64)
+    torch.manual_seed(1)
+    found = layer(x)
+    torch.manual_seed(1)
+    first, second = (DropPath(0.5)(torch.ones_like(x[:, :1, :1])) for _ in range(2))  # 0, or 1 / (1 − rate)
+    attention, sparsify = layer
+    if residual == "released":
+        h = x + first * attention(x)
+    else:
+        h = x.where(first == 0, attention.norm(x) + attention.fn(attention.norm(x)))
+    expected = h.where(second == 0, sparsify(h))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    neither = (first + second == 0).flatten()
+    assert 0 < neither.sum() < 32
+    assert torch.equal(found[neither], x[neither])
+    assert (found[(second > 0).flatten()] == 0).any()  # ISTA's zeros stay zeros
+    plain = Layer(PreNorm(48, MSSA(48, 3, 16)), PreNorm(48, ISTA(48)), residual).double()
+    plain.load_state_dict(layer.state_dict())
+    assert torch.equal(layer.eval()(x), plain.train()(x))
+
+
+@pytest.mark.parametrize("options", [{}, {"residual": "paper"}, {"attention": "mhsa", "sparsifier": "mlp"}], ids=str)
+def test_stochastic_depth_trains_checkpointed_or_not(options):
+    model = CRATE(**SMALL, img_size=32, drop_path_rate=0.5, **options)
+    images, gradients = torch.randn(4, 3, 32, 32), []
+    for checkpointing in (False, True):
+        model.set_grad_checkpointing(checkpointing)
+        torch.manual_seed(2)
+        model.zero_grad()
+        model(images).square().sum().backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    torch.testing.assert_close(gradients[0], gradients[1])
+
+
+def test_stochastic_depth_compiles_without_graph_breaks():
+    model = CRATE(**(SMALL | {"depth": 2}), img_size=32, drop_path_rate=0.5, drop_rate=0.1)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    assert compiled(torch.randn(4, 3, 32, 32)).shape == (4, 7)
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+def test_proj_drop_rate_drops_attention_outputs_with_or_without_an_output_map(heads):
+    fn = MSSA(48, heads, 48 // heads, proj_dropout=0.5)
+    assert _zeros(fn(torch.randn(4, 17, 48))) == pytest.approx(0.5, abs=0.05)
+    assert _zeros(fn.eval()(torch.randn(4, 17, 48))) == 0
+
+
+def test_timms_training_script_builds_every_model():
+    words = {"in_chans": 3, "num_classes": 5, "drop_rate": 0.1, "drop_path_rate": 0.2, "drop_block_rate": None}
+    words |= {"global_pool": None, "bn_momentum": None, "bn_eps": None, "scriptable": False, "checkpoint_path": ""}
+    for name in NAMES:
+        with torch.device("meta"):
+            model = timm.create_model(name, pretrained=False, **words)
+        assert model.head_drop.p == 0.1
+        rates = [m.drop_prob for m in model.modules() if isinstance(m, DropPath)]
+        assert len(rates) == 2 * (model.transformer.depth - 1)
+        assert max(rates) == rates[-1] == 0.2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"drop_rate": 1.0}, "drop_rate=1.0: give a probability"),
+        ({"drop_path_rate": -0.1}, "drop_path_rate=-0.1: give a probability"),
+        ({"attn_drop_rate": math.nan}, "attn_drop_rate=nan: give a probability"),
+        ({"proj_drop_rate": "0.1"}, "proj_drop_rate='0.1': give a probability"),
+        ({"pos_drop_rate": 2}, "emb_dropout=2: give a probability"),
+        ({"dropout": 0.1, "attn_drop_rate": 0.2}, "dropout=0.1 and attn_drop_rate=0.2"),
+        ({"dropout": 0.1, "proj_drop_rate": 0.0}, "dropout=0.1 and proj_drop_rate=0.0"),
+    ],
+    ids=str,
+)
+def test_rates_that_do_not_fit_are_refused(options, message):
+    with pytest.raises(UserError, match=message):
+        CRATE(**SMALL, img_size=32, **options)
+
+
+# --- the trainer's settings ---
+
+RATES = dict(zip(DROP_RATES, (0.1, 0.2, 0.3, 0.4, 0.5), strict=True))
+
+
+@pytest.mark.parametrize(
+    "model", ["crate_tiny_patch8_224", "crate_mae_encoder_tiny_patch16_224", "vit_tiny_patch16_224"]
+)
+def test_the_settings_mean_the_same_in_a_crate_and_a_vit(model):
+    built = build_model(TrainConfig(model=model, image_size=32, dim=48, depth=3, heads=3, **RATES), 7)
+    crate = isinstance(built, CRATE)
+    blocks = built.transformer.layers if crate else built.blocks
+    assert (built.embed_dim, len(blocks), built.num_classes) == (48, 3, 7)
+    first, last = blocks[0], blocks[-1]
+    attention = (
+        (first[0].fn.dropout_p, first[0].fn.to_out[1].p)
+        if crate
+        else (first.attn.attn_drop.p, first.attn.proj_drop.p)
+    )
+    positions = built.dropout if crate else built.pos_drop
+    path = last[0].drop_path if crate else last.drop_path1
+    assert (built.head_drop.p, *attention, positions.p, path.drop_prob) == (0.1, 0.2, 0.3, 0.4, 0.5)
+
+
+def test_the_command_line_has_timms_words_and_suggests_them(tmp_path):
+    words = [word for name, rate in RATES.items() for word in ("--" + name.replace("_", "-"), str(rate))]
+    config = build_config(words, "test", "shape_scenes")[0]
+    assert {name: getattr(config, name) for name in DROP_RATES} == RATES
+    with pytest.raises(UserError, match="--dropout.*did you mean '--drop-rate'"):
+        build_config(["--dropout", "0.1"], "test", "shape_scenes")
+    with pytest.raises(UserError, match="attn_drop_rate=1.0: it must be at least 0, and below 1"):
+        TrainConfig(attn_drop_rate=1.0)
+
+
+@pytest.mark.parametrize(
+    ("model", "names"),
+    [("crate_tiny_patch8_224", {"attn_drop_rate", "proj_drop_rate"}), ("vit_tiny_patch16_224", {"drop_rate"})],
+)
+def test_an_older_runs_dropout_keeps_its_meaning(model, names, tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(f"model: {model}\ndropout: 0.1\nepochs: 3\n")
+    config = TrainConfig(**load_recipe(str(path)))
+    assert config.epochs == 3
+    assert {name: getattr(config, name) for name in DROP_RATES} == {n: 0.1 if n in names else 0.0 for n in DROP_RATES}
+    today = {"model": model, "epochs": 3}
+    assert renamed_settings(today) == today
+
+
+def test_without_drop_rates_models_that_have_none_can_be_trained():
+    assert build_model(TrainConfig(model="vit_tiny_patch16_224", image_size=32, depth=1), 3).num_classes == 3
+    with pytest.raises(UserError, match="drop_rate=0.1: CRATE-MAE has neither"):
+        build_model(TrainConfig(model="crate_mae_tiny_patch16_224", image_size=32, drop_rate=0.1), 0)
