@@ -10,7 +10,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from crate_fast.checkpoints import adapt_state_dict
+from crate_fast.checkpoints import adapt_state_dict, load_weights
 from crate_fast.errors import UserError
 from crate_fast.mae import (
     CRATEMAE,
@@ -186,12 +186,13 @@ def is_mae(name: str) -> bool:
     return name.startswith(MAE) and not name.startswith(MAE_ENCODER)
 
 
-def create_mae(name: str, pretrained: bool = False, **kwargs) -> CRATEMAE:
+def create_mae(name: str, pretrained: bool = False, checkpoint_path: str = "", **kwargs) -> CRATEMAE:
     """Build a CRATE-MAE by name.
 
     Args:
         name: "crate_mae_tiny_patch16_224", or small, base or large.
         pretrained: Only False: no weights can be downloaded.
+        checkpoint_path: File of weights to load, strictly; none when empty.
         **kwargs: Arguments of `CRATEMAE` that replace the size's.
 
     Raises:
@@ -203,9 +204,7 @@ def create_mae(name: str, pretrained: bool = False, **kwargs) -> CRATEMAE:
     if name not in _AUTOENCODERS:
         raise UserError(f"{name!r} is no CRATE-MAE: choose one of {', '.join(_AUTOENCODERS)}")
     if pretrained:
-        raise UserError(
-            f"pretrained=True: no weights of {name} can be downloaded; load a file with checkpoints.load_weights"
-        )
+        raise UserError(f"pretrained=True: no weights of {name} can be downloaded; name a file with checkpoint_path")
     if kwargs.pop("features_only", False):
         encoder = MAE_ENCODER + name.removeprefix(MAE)
         raise UserError(f"features_only=True: {name} gives pixels; its features are those of {encoder}")
@@ -215,7 +214,8 @@ def create_mae(name: str, pretrained: bool = False, **kwargs) -> CRATEMAE:
             f"{', '.join(f'{name}={value}' for name, value in absent.items() if value)}: CRATE-MAE has neither "
             "classifier nor dropout; its `encoder(num_classes, drop_rate=…)` may have both"
         )
-    return _AUTOENCODERS[name](**kwargs)
+    model = _AUTOENCODERS[name](**kwargs)
+    return load_weights(model, checkpoint_path) if checkpoint_path else model
 
 
 def model_names() -> list[str]:

@@ -325,6 +325,8 @@ def test_a_layer_runs_as_one_until_somebody_hooks(device, monkeypatch):
         ({"residual": "paper"}, 2),
         ({"attention": "mhsa"}, 0),
         ({"sparsifier": "mlp"}, 2),
+        ({"proj_drop_rate": 0.1}, 0),
+        ({"drop_path_rate": 0.5}, 1),  # the first layer's rate is 0
         ({"heads": 1, "dim_head": 48}, 0),  # no output map
     ],
     ids=str,
@@ -341,7 +343,7 @@ def test_which_layers_run_as_one(options, calls, device, monkeypatch):
     assert len(found) == calls
     found.clear()
     model.eval()(torch.randn(1, 3, 16, 16, device=device))
-    assert len(found) == (2 if "dropout" in options else calls)
+    assert len(found) == (2 if {"dropout", "proj_drop_rate", "drop_path_rate"} & options.keys() else calls)
 
 
 def test_a_decoders_layer_runs_as_one(device, monkeypatch):

@@ -374,11 +374,15 @@ def test_what_an_autoencoder_does_not_have_is_refused(name, options, message):
         create_mae(f"crate_mae_{name}_patch16_224", **options)
 
 
-def test_timms_registry_has_the_encoders_and_not_the_autoencoders():
+def test_timms_registry_has_the_encoders_and_not_the_autoencoders(tmp_path):
     assert not any(map(is_mae, timm.list_models("crate_*")))
     model = create_mae("crate_mae_tiny_patch16_224", image_size=32, dim=96, heads=2, depth=1, num_classes=0)
     assert (model.image_size, model.embed_dim, model.heads, model.depth) == ((32, 32), 96, 2, 1)
     assert is_model("crate_mae_tiny_patch16_224")
     assert "crate_mae_tiny_patch16_224" in model_names()
+    torch.save(model.state_dict(), tmp_path / "weights.pth")
+    words = {"image_size": 32, "dim": 96, "heads": 2, "depth": 1, "checkpoint_path": tmp_path / "weights.pth"}
+    again = create_mae("crate_mae_tiny_patch16_224", **words)
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
     encoder = timm.create_model("crate_mae_encoder_tiny_patch16_224", features_only=True, depth=2, out_indices=[1])
     assert encoder(torch.zeros(1, 3, 224, 224))[0].shape == (1, 384, 14, 14)

@@ -17,8 +17,10 @@ from crate_fast.checkpoints import released_state_dict
 from crate_fast.errors import UserError
 from crate_fast.layers import ISTA, MHSA, MLP, MSSA, Layer, PreNorm
 from crate_fast.portable import PortableCRATE
+from crate_fast.train import checkpoint
 from crate_fast.train.command_line import build_config, load_recipe
 from crate_fast.train.config import DROP_RATES, TrainConfig, renamed_settings
+from crate_fast.train.run_folder import RunFolder
 from crate_fast.train.runs import build_model
 
 NAMES = timm.list_models("crate_*")
@@ -439,6 +441,18 @@ def test_an_older_runs_dropout_keeps_its_meaning(model, names, tmp_path):
     assert {name: getattr(config, name) for name in DROP_RATES} == {n: 0.1 if n in names else 0.0 for n in DROP_RATES}
     today = {"model": model, "epochs": 3}
     assert renamed_settings(today) == today
+
+
+def test_an_older_run_can_be_resumed(tmp_path):
+    config = TrainConfig(attn_drop_rate=0.1, proj_drop_rate=0.1)
+    run = object.__new__(RunFolder)
+    run.config, run.folder, run.data_facts = config, tmp_path, {}
+    before = {name: value for name, value in vars(config).items() if name not in DROP_RATES}
+    manifest = {"format": checkpoint.FORMAT, "data": {}, "config": before | {"dropout": 0.1}}
+    run._check_same_run(manifest)
+    manifest["config"]["dropout"] = 0.2
+    with pytest.raises(checkpoint.CheckpointError, match="attn_drop_rate: 0.2 → 0.1, proj_drop_rate: 0.2 → 0.1"):
+        run._check_same_run(manifest)
 
 
 def test_without_drop_rates_models_that_have_none_can_be_trained():

@@ -100,8 +100,8 @@ class TrainConfig:
     frozen: bool = False
     """Train a linear classifier behind a BatchNorm and nothing else: MAE's linear probe."""
     model: str = "crate_tiny_patch8_224"
-    """A model that timm can create: ours, CRATE-MAE among them, or another that takes img_size, as ViTs; its size can
-    be changed below."""
+    """One of our models, CRATE-MAE among them, or another of timm's that takes img_size, as ViTs; its size can be
+    changed below."""
     patch_size: int | None = None
     """Side of a patch in pixels; the model's own when unset, as for the six below."""
     dim: int | None = None
