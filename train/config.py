@@ -295,7 +295,7 @@ class TrainConfig:
 def renamed_settings(values: dict) -> dict:
     """Return settings of an older version under today's names, with the same meaning.
 
-    Until 0.1.0 `dropout` was dropout on attention weights and outputs in a CRATE, and in front of the classifier in a
+    Earlier, `dropout` was dropout on attention weights and outputs in a CRATE, and in front of the classifier in a
     model of timm's.
     """
     if "dropout" not in values:
