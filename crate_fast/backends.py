@@ -6,6 +6,7 @@ from torch import Tensor
 from crate_fast import kernels
 from crate_fast.autocast import compute_dtype
 from crate_fast.errors import UserError
+from crate_fast.tracing import being_transformed, own_operators_fit
 
 __all__ = ["BACKENDS", "explain_backend", "resolve_backend"]
 
@@ -45,11 +46,15 @@ def explain_backend(
     device = torch.device(device)
     why_not = kernels.unavailable_reason(device, dtype, head_dim)
     if backend == "triton":
+        if why_not is None and being_transformed():
+            why_not = "the kernels have no rules for torch.func and forward-mode differentiation"
         if why_not is not None:
             raise UserError(f"backend='triton' cannot run: {why_not}. Use backend='auto' or backend='torch'.")
         return "triton", "asked for"
     if why_not is None and device.type == "cpu":
         why_not = "Triton's interpreter runs only where backend='triton' asks for it"
+    if why_not is None and not own_operators_fit():
+        why_not = "torch.func, tracing and export take PyTorch's own operators"
     return ("triton", _PROVEN) if why_not is None else ("torch", why_not)
 
 

@@ -9,10 +9,12 @@ import functools
 import platform
 
 import torch
+import torch.fx
 import torch.nn.functional as F
 from torch import Tensor
 
 from crate_fast.settings import onednn_wanted
+from crate_fast.tracing import own_operators_fit
 
 __all__ = [
     "cpu_linear",
@@ -67,9 +69,9 @@ def _serves_one(tensor: Tensor) -> bool:
 
 
 def serves(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
-    """Whether `cpu_linear` takes these: fp32 on the CPU, and no autocast under way."""
+    """Whether `cpu_linear` takes these: fp32 on the CPU, and neither autocast nor a transform under way."""
     suitable = _serves_one(x) and _serves_one(weight) and (bias is None or _serves_one(bias))
-    return suitable and not torch.is_autocast_enabled("cpu")
+    return suitable and not torch.is_autocast_enabled("cpu") and own_operators_fit()
 
 
 def onednn_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -133,8 +135,11 @@ def _linear_backward(ctx, grad):
 cpu_linear.register_autograd(_linear_backward, setup_context=_linear_setup)
 
 
+@torch.fx.wrap
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`torch.nn.functional.linear`, through oneDNN for fp32 on the CPU where that is faster.
+
+    A leaf of `torch.fx`'s graphs; in TorchScript PyTorch's.
 
     Args:
         x: [..., K].
@@ -144,6 +149,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns:
         x weightᵀ + bias [..., N].
     """
-    if x.dim() >= 1 and serves(x, weight, bias) and uses_onednn():
-        return cpu_linear(x.reshape(-1, x.shape[-1]), weight, bias, False).view(*x.shape[:-1], weight.shape[0])
-    return F.linear(x, weight, bias)
+    if torch.jit.is_scripting():
+        return F.linear(x, weight, bias)
+    else:
+        if x.dim() >= 1 and serves(x, weight, bias) and uses_onednn():
+            return cpu_linear(x.reshape(-1, x.shape[-1]), weight, bias, False).view(*x.shape[:-1], weight.shape[0])
+        return F.linear(x, weight, bias)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from crate_fast.cpu import onednn_product, uses_onednn
-from crate_fast.double_backward import refuse_double_backward
+from crate_fast.tracing import own_operators_fit, refuse_double_backward
 
 __all__ = ["cpu_subspace_attention", "serves_attention"]
 
@@ -30,7 +30,7 @@ MAX_HALF_TOKENS = 1024  # beyond, SDPA is as fast in bf16, and does not keep an 
 
 def serves_attention(w: Tensor) -> bool:
     """Whether `cpu_subspace_attention` takes w [B, N, H, D]: fp32, or bf16 of moderate length, on the CPU."""
-    if w.device.type != "cpu":
+    if w.device.type != "cpu" or not own_operators_fit():
         return False
     return w.dtype == torch.float32 or (w.dtype == torch.bfloat16 and w.shape[1] <= MAX_HALF_TOKENS)
 
@@ -102,7 +102,9 @@ def _attention_backward(ctx, grad):
 
 
 cpu_subspace_attention.register_autograd(_attention_backward, setup_context=_attention_setup)
-refuse_double_backward(cpu_subspace_attention_backward, "use float64")
+refuse_double_backward(
+    cpu_subspace_attention_backward, "take it by torch.func.grad or torch.func.hessian, which run PyTorch's operators"
+)
 
 
 # --- several heads at a time --------------------------------------------------------------------------------------

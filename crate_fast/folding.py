@@ -11,6 +11,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from crate_fast.autocast import without_autocast
 from crate_fast.cpu import linear
+from crate_fast.tracing import own_operators_fit
 
 __all__ = ["cached_dictionaries", "fold_dictionary", "fold_dictionary_once"]
 
@@ -43,7 +44,9 @@ def fold_dictionary(dictionary: Tensor, step_size: float = 0.1) -> Tensor:
         G [C, C] in the dictionary's dtype, computed without autocast.
     """
     with without_autocast(dictionary.device.type):
-        return step_size * _FoldDictionary.apply(dictionary)
+        if own_operators_fit():
+            return step_size * _FoldDictionary.apply(dictionary)
+        return step_size * (dictionary - dictionary.t() @ dictionary)
 
 
 @dataclass

@@ -4,6 +4,7 @@
 """
 
 import torch
+import torch.fx
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -13,6 +14,7 @@ from crate_fast.backends import resolve_backend
 from crate_fast.cpu import linear
 from crate_fast.errors import UserError
 from crate_fast.folding import cached_dictionaries, fold_dictionary, fold_dictionary_once
+from crate_fast.tracing import being_transformed, being_written
 
 __all__ = [
     "RESIDUALS",
@@ -28,6 +30,7 @@ __all__ = [
 
 RESIDUALS = ("released", "paper")
 THRESHOLDS = ("relu", "soft")
+torch.fx.wrap("linear")  # as it is called from here: `torch.fx` wraps a name of a module
 _AUTO = "Use backend='auto' or backend='torch'."
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -95,8 +98,19 @@ def subspace_attention(
     if dropout_p == 0.0 and cpu_attention.serves_attention(w):
         return cpu_attention.cpu_subspace_attention(w, scale)
     tokens = w.transpose(1, 2)
-    out = F.scaled_dot_product_attention(tokens, tokens, tokens, dropout_p=dropout_p, scale=scale)
-    return out.transpose(1, 2)
+    return pytorch_attention(tokens, tokens, tokens, dropout_p, scale).transpose(1, 2)
+
+
+@torch.fx.wrap
+def pytorch_attention(query: Tensor, key: Tensor, value: Tensor, dropout_p: float, scale: float) -> Tensor:
+    """PyTorch's attention on [B, H, N, D], which under a transform of `torch.func` is made of single operators.
+
+    PyTorch's fused ones have neither a forward-mode derivative nor a second one.
+    """
+    if being_transformed():
+        attention = (scale * query @ key.transpose(-2, -1)).softmax(-1)
+        return F.dropout(attention, dropout_p) @ value
+    return F.scaled_dot_product_attention(query, key, value, None, dropout_p, scale=scale)
 
 
 def compress(
@@ -284,7 +298,8 @@ def _fused_ista(
 
 
 def _folded(dictionary: Tensor, step_size: float) -> Tensor:
-    if torch.is_grad_enabled() and dictionary.requires_grad:
+    # what a transform differentiates need not have requires_grad
+    if being_transformed() or (torch.is_grad_enabled() and dictionary.requires_grad):
         return fold_dictionary(dictionary, step_size)
     return fold_dictionary_once(dictionary, step_size, dictionary.dtype)
 
@@ -293,8 +308,9 @@ def _folded_ista(x: Tensor, dictionary: Tensor, step_size: float, sparsity: floa
     """The same in PyTorch, on any device."""
     shift = step_size * sparsity
     width = x.shape[-1]
-    n_tokens = x.shape[:-1].numel()
-    if n_tokens < width:  # too few tokens to pay for a C×C×C product: (x − xDᵀ)D is two products with x
+    # Too few tokens to pay for a C×C×C product: (x − xDᵀ)D is two products with x. A graph that is written takes them
+    # for any number of tokens.
+    if being_written() or (n_tokens := x.shape[:-1].numel()) < width:
         residual = x - linear(x, dictionary).to(x.dtype)
         u = x + step_size * linear(residual, dictionary.t()).to(x.dtype)
     elif cpu.serves(x, dictionary):

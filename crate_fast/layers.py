@@ -1,6 +1,7 @@
 """The layers of CRATE and of its ablations, with the released code's module tree, names and hook points."""
 
 import torch
+import torch.fx
 import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
@@ -9,8 +10,69 @@ from torch.utils.checkpoint import checkpoint
 
 from crate_fast import functional
 from crate_fast.backends import resolve_backend
+from crate_fast.errors import UserError
 
-__all__ = ["ISTA", "MHSA", "MLP", "MSSA", "DecoderLayer", "Dictionary", "Layer", "Linear", "PreNorm", "Transformer"]
+__all__ = [
+    "ISTA",
+    "MHSA",
+    "MLP",
+    "MSSA",
+    "DecoderLayer",
+    "Dictionary",
+    "Layer",
+    "Linear",
+    "Patches",
+    "PreNorm",
+    "Transformer",
+]
+
+# What chooses among implementations by the values of its arguments is a function here: `torch.fx` records its call as
+# one node (`torch.fx.wrap`), and TorchScript compiles the branch that is PyTorch's own operators.
+
+
+@torch.fx.wrap
+def attend(w: Tensor, scale: float, dropout_p: float, backend: str) -> Tensor:
+    """`functional.subspace_attention` as one node of `torch.fx`'s graphs."""
+    if torch.jit.is_scripting():
+        tokens = w.transpose(1, 2)
+        return F.scaled_dot_product_attention(tokens, tokens, tokens, None, dropout_p, scale=scale).transpose(1, 2)
+    else:
+        return functional.subspace_attention(w, scale, dropout_p=dropout_p, backend=backend)
+
+
+@torch.fx.wrap
+def sparsify(
+    x: Tensor, dictionary: Tensor, step_size: float, sparsity: float, threshold: str, backend: str
+) -> Tensor:
+    """`functional.ista` as one node of `torch.fx`'s graphs."""
+    if torch.jit.is_scripting():
+        u = x + step_size * F.linear(x - F.linear(x, dictionary), dictionary.t())
+        shift = step_size * sparsity
+        return F.relu(u - shift) if threshold == "relu" else F.softshrink(u, shift)
+    else:
+        return functional.ista(x, dictionary, step_size, sparsity, threshold=threshold, backend=backend)
+
+
+def patches_of(images: Tensor, patch_size: tuple[int, int]) -> Tensor:
+    """Images [B, channels, height, width] → patches [B, N, p·p·channels], in (row, column, channel) order."""
+    patches = images.unflatten(3, (-1, patch_size[1])).unflatten(2, (-1, patch_size[0]))
+    return patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+
+
+class Patches(nn.Module):
+    """`patches_of` as a module."""
+
+    def __init__(self, patch_size: tuple[int, int]):
+        super().__init__()
+        self.patch_size = patch_size
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Cut images whose sides the patch size divides."""
+        return patches_of(images, self.patch_size)
+
+    def extra_repr(self) -> str:
+        """Return the patch's height and width, for `print(model)`."""
+        return f"{self.patch_size[0]}×{self.patch_size[1]}"
 
 
 class Linear(nn.Linear):
@@ -46,7 +108,7 @@ class MSSA(nn.Module):
         dtype=None,
     ):
         super().__init__()
-        self.heads, self.dropout_p, self.backend = heads, dropout, backend
+        self.heads, self.dropout_p, self.backend = heads, float(dropout), backend
         self.scale = dim_head**-0.5
         inner = heads * dim_head
         self.qkv = Linear(dim, inner, bias=False, device=device, dtype=dtype)
@@ -86,8 +148,7 @@ class MSSA(nn.Module):
         """x [B, N, C], normalised → MSSA(x) [B, N, C]."""
         w = self.qkv(x).unflatten(-1, (self.heads, -1))
         dropout_p = self.dropout_p if self.training else 0.0
-        out = functional.subspace_attention(w, self.scale, dropout_p=dropout_p, backend=self.backend)
-        return self.to_out(out.flatten(-2))
+        return self.to_out(attend(w, self.scale, dropout_p, self.backend).flatten(-2))
 
 
 class MHSA(nn.Module):
@@ -109,7 +170,7 @@ class MHSA(nn.Module):
         dtype=None,
     ):
         super().__init__()
-        self.heads, self.dropout_p = heads, dropout
+        self.heads, self.dropout_p = heads, float(dropout)
         self.scale = dim_head**-0.5
         inner = heads * dim_head
         self.qkv = Linear(dim, 3 * inner, bias=True, device=device, dtype=dtype)
@@ -117,9 +178,9 @@ class MHSA(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, N, C], normalised → MHSA(x) [B, N, C]."""
-        query, key, value = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        query, key, value = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         dropout_p = self.dropout_p if self.training else 0.0
-        out = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout_p, scale=self.scale)
+        out = functional.pytorch_attention(query, key, value, dropout_p, self.scale)
         return self.to_out(out.transpose(1, 2).flatten(-2))
 
 
@@ -157,7 +218,8 @@ class ISTA(nn.Module):
     ):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(dim, dim, device=device, dtype=dtype))
-        self.step_size, self.lambd, self.threshold, self.backend = step_size, sparsity, threshold, backend
+        self.step_size, self.lambd = float(step_size), float(sparsity)
+        self.threshold, self.backend = threshold, backend
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -166,9 +228,7 @@ class ISTA(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., C], normalised → sparse tokens [..., C]."""
-        return functional.ista(
-            x, self.weight, self.step_size, self.lambd, threshold=self.threshold, backend=self.backend
-        )
+        return sparsify(x, self.weight, self.step_size, self.lambd, self.threshold, self.backend)
 
     def fuses(self, x: Tensor) -> bool:
         """Whether `after_norm` runs on the kernels for x."""
@@ -226,7 +286,9 @@ def _observed(module: nn.Module) -> bool:
 
 
 def _fusible(norm: nn.Module, fn: nn.Module, x: Tensor) -> bool:
-    """Whether a LayerNorm and the MSSA or ISTA behind it run as one on x."""
+    """Whether a LayerNorm and the MSSA or ISTA behind it run as one on x; in `torch.fx`'s graphs they do not."""
+    if isinstance(x, torch.fx.Proxy):
+        return False
     if type(norm) is not nn.LayerNorm or type(fn) not in (MSSA, ISTA) or norm.weight is None or norm.bias is None:
         return False
     return not _observed(norm) and not _observed(fn) and fn.fuses(x)
@@ -247,10 +309,11 @@ class PreNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., C] → [..., C]."""
-        norm, fn = self.norm, self.fn
-        if type(fn) is ISTA and _fusible(norm, fn, x):
-            return fn.after_norm(x, norm)
-        return fn(norm(x))
+        if not torch.jit.is_scripting():
+            norm, fn = self.norm, self.fn
+            if type(fn) is ISTA and _fusible(norm, fn, x):
+                return fn.after_norm(x, norm)
+        return self.fn(self.norm(x))
 
 
 def _where_kept(drop_path: nn.Module, new: Tensor, old: Tensor) -> Tensor:
@@ -284,20 +347,32 @@ class Layer(nn.Sequential):
     def __init__(self, attention: PreNorm, sparsifier: PreNorm, residual: str = "released"):
         super().__init__(attention, sparsifier)
         self.residual = residual
+        self.skips_sparsifier = isinstance(sparsifier.fn, MLP)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, N, C] → the next layer's tokens [B, N, C]."""
-        attention, sparsifier = self
-        if self.training and isinstance(attention.drop_path, DropPath):
-            return self._with_dropped_paths(x)
-        if not _observed(attention) and _fusible(attention.norm, attention.fn, x):
-            h = attention.fn.compress(x, attention.norm, self.residual)
-        elif self.residual == "released":
-            h = x + attention(x)
-        else:
-            normed = attention.norm(x)
-            h = normed + attention.fn(normed)
-        return h + sparsifier(h) if isinstance(sparsifier.fn, MLP) else sparsifier(h)
+        if not torch.jit.is_scripting():  # noqa: SIM102  (what TorchScript does not compile)
+            if self.training and isinstance(self[0].drop_path, DropPath):
+                return self._with_dropped_paths(x)
+        h = self._compress(x)
+        return h + self[1](h) if self.skips_sparsifier else self[1](h)
+
+    def _compress(self, x: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():
+            attention = self[0]
+            if not _observed(attention) and _fusible(attention.norm, attention.fn, x):
+                return attention.fn.compress(x, attention.norm, self.residual)
+        if self.residual == "released":
+            return x + self[0](x)
+        normed = self[0].norm(x)
+        return normed + self[0].fn(normed)
+
+    def __prepare_scriptable__(self) -> "Layer":
+        if isinstance(self[0].drop_path, DropPath):
+            raise UserError(
+                "TorchScript takes no stochastic depth: build the model with drop_path_rate=0, or use torch.export"
+            )
+        return self
 
     def _with_dropped_paths(self, x: Tensor) -> Tensor:
         attention, sparsifier = self
@@ -324,11 +399,12 @@ class DecoderLayer(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, N, C] → [B, N, C]."""
-        decode, attention = self
-        y = decode(x)
-        if not _observed(attention) and _fusible(attention.norm, attention.fn, y):
-            return attention.fn.compress(y, attention.norm, sign=-1)
-        return y - attention(y)
+        y = self[0](x)
+        if not torch.jit.is_scripting():
+            attention = self[1]
+            if not _observed(attention) and _fusible(attention.norm, attention.fn, y):
+                return attention.fn.compress(y, attention.norm, sign=-1)
+        return y - self[1](y)
 
 
 class Transformer(nn.Module):
@@ -356,6 +432,14 @@ class Transformer(nn.Module):
         Returns:
             Tokens [B, N, C] after the last layer run.
         """
+        if torch.jit.is_scripting():
+            for layer in self.layers:
+                x = layer(x)
+            return x
+        else:
+            return self._run(x, taps, last)
+
+    def _run(self, x: Tensor, taps: dict[int, Tensor] | None, last: int | None) -> Tensor:
         for index, layer in enumerate(self.layers):
             if self.grad_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(layer, x, use_reentrant=False)

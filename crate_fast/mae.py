@@ -9,23 +9,26 @@ Parameter names and values are those of the released code, so its state dicts lo
 from collections.abc import Sequence
 
 import torch
+import torch.fx
 from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from crate_fast.backends import BACKENDS
 from crate_fast.errors import UserError
-from crate_fast.layers import ISTA, MSSA, DecoderLayer, Dictionary, Layer, Linear, PreNorm
+from crate_fast.layers import ISTA, MSSA, DecoderLayer, Dictionary, Layer, Linear, PreNorm, patches_of
 from crate_fast.model import (
     CRATE,
     TIMM_NAMES,
     check_choice,
+    check_images,
     check_positive,
     patch_grid,
     rename_arguments,
     size_pair,
     takes_names,
 )
+from crate_fast.tracing import without_tracer_warnings
 
 __all__ = [
     "CRATEMAE",
@@ -93,6 +96,26 @@ class _Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [B, N, C] → [B, N, C]."""
         return self.layers[0](x)
+
+
+@torch.fx.wrap
+def check_inputs(imgs: Tensor, noise: Tensor | None, shape: tuple[int, int, int], n_patches: int) -> None:
+    """A ValueError unless images have this shape, and the noise a number for each patch."""
+    with without_tracer_warnings():
+        if imgs.dim() != 4 or tuple(imgs.shape[1:]) != shape:
+            raise UserError(
+                f"images have shape {tuple(imgs.shape)} and the model expects [B, {', '.join(map(str, shape))}]: "
+                "resize them, or build the model with their img_size"
+            )
+        wanted = (imgs.shape[0], n_patches)
+        if noise is not None and tuple(noise.shape) != wanted:
+            raise UserError(f"noise has shape {tuple(noise.shape)}: give a number to each patch, {list(wanted)}")
+
+
+@torch.fx.wrap
+def at_least_float(values: Tensor) -> Tensor:
+    """`values` in fp32, unless they are in float64."""
+    return values if values.dtype == torch.float64 else values.float()
 
 
 class CRATEMAE(nn.Module):
@@ -225,8 +248,8 @@ class CRATEMAE(nn.Module):
 
     def patchify(self, imgs: Tensor) -> Tensor:
         """Images [B, channels, height, width] → patches [B, N, p·p·channels], in (row, column, channel) order."""
-        height, width = self.patch_size
-        return rearrange(imgs, "b c (h p) (w q) -> b (h w) (p q c)", p=height, q=width)
+        check_images(imgs, self.channels, self.patch_size, self.image_size, any_size=True)
+        return patches_of(imgs, self.patch_size)
 
     def unpatchify(self, patches: Tensor) -> Tensor:
         """The inverse of `patchify`."""
@@ -289,17 +312,6 @@ class CRATEMAE(nn.Module):
                 x = block(x)
         return x
 
-    def _check(self, imgs: Tensor, noise: Tensor | None) -> None:
-        expected = (self.channels, *self.image_size)
-        if imgs.dim() != 4 or tuple(imgs.shape[1:]) != expected:
-            raise UserError(
-                f"images have shape {tuple(imgs.shape)} and the model expects [B, {', '.join(map(str, expected))}]: "
-                "resize them, or build the model with their img_size"
-            )
-        wanted = (len(imgs), self.grid_size[0] * self.grid_size[1])
-        if noise is not None and tuple(noise.shape) != wanted:
-            raise UserError(f"noise has shape {tuple(noise.shape)}: give a number to each patch, {list(wanted)}")
-
     def forward_encoder(self, imgs: Tensor, mask_ratio: float, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Mask and encode.
 
@@ -310,12 +322,13 @@ class CRATEMAE(nn.Module):
             (tokens behind the last LayerNorm, CLS first: [B, N + 1, C], or with `visible_only` those of the visible
             patches alone, in the order of `order`; order [B, N]: patch numbers, visible ones first).
         """
-        self._check(imgs, noise)
+        n_patches = self.grid_size[0] * self.grid_size[1]
+        check_inputs(imgs, noise, (self.channels, *self.image_size), n_patches)
         kept = self.kept(mask_ratio)
         if noise is None:
-            noise = torch.rand(len(imgs), self.grid_size[0] * self.grid_size[1], device=imgs.device)
+            noise = imgs.new_empty((imgs.shape[0], n_patches), dtype=torch.get_default_dtype()).uniform_()
         order = noise.argsort(dim=1, stable=True)
-        patches, cls = self.patch_embed(imgs), self.cls_token.expand(len(imgs), -1, -1)
+        patches, cls = self.patch_embed(imgs), self.cls_token.expand(imgs.shape[0], -1, -1)
         if self.visible_only:
             patches, cls = patches + self.pos_embed[:, 1:], cls + self.pos_embed[:, :1]
             visible = patches.gather(1, _rows(order[:, :kept], patches))
@@ -331,7 +344,7 @@ class CRATEMAE(nn.Module):
         if self.visible_only:
             tokens = self.decoder_embed(tokens)
             cls, visible = tokens.split([1, tokens.shape[1] - 1], dim=1)
-            patches = self.mask_token.to(visible.dtype).expand(len(order), order.shape[1], -1)
+            patches = self.mask_token.to(visible.dtype).expand(order.shape[0], order.shape[1], -1)
             patches = patches.scatter(1, _rows(order[:, : visible.shape[1]], visible), visible)
             tokens = torch.cat([cls, patches], dim=1) + self.decoder_pos_embed
         return self.decoder_pred(self.decoder_norm(self._run(self.decoder_blocks, tokens)))[:, 1:]
@@ -345,7 +358,7 @@ class CRATEMAE(nn.Module):
             mask: [B, N], 1 where masked.
         """
         target = self.patchify(imgs)
-        target = target if target.dtype == torch.float64 else target.float()
+        target = at_least_float(target)
         if self.norm_pix_loss:
             mean, deviation = _patch_statistics(target)
             target = (target - mean) / deviation

@@ -1,19 +1,21 @@
 """CRATE: the released constructor, timm's model contract, and the sizes of both papers."""
 
 import functools
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.fx
 import torch.nn.functional as F
-from einops.layers.torch import Rearrange
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from crate_fast.backends import BACKENDS
 from crate_fast.errors import UserError
 from crate_fast.functional import THRESHOLDS
-from crate_fast.layers import ISTA, MHSA, MLP, MSSA, Layer, Linear, PreNorm, Transformer
+from crate_fast.layers import ISTA, MHSA, MLP, MSSA, Layer, Linear, Patches, PreNorm, Transformer
+from crate_fast.tracing import being_written, without_tracer_warnings
 from crate_fast.weight_files import is_wrapped, unwrap_state_dict
 
 __all__ = [
@@ -134,12 +136,20 @@ def patch_grid(image_size: tuple[int, int], patch_size: tuple[int, int]) -> tupl
     return image_size[0] // patch_size[0], image_size[1] // patch_size[1]
 
 
+def _plain_size(size: tuple[int, int]) -> list[int]:
+    # torch.compile cannot differentiate a bicubic resampling of symbolic size: `index` makes it a plain number there
+    if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript leaves out what stands behind this alone
+        if torch.is_grad_enabled() and not being_written():
+            return [operator.index(side) for side in size]
+    return [size[0], size[1]]
+
+
 def resample_positions(positions: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
     """Positions [1, 1 + rows·columns, C] of one grid for another, bicubically; CLS keeps its own."""
-    prefix, patches = positions.split([1, positions.shape[1] - 1], dim=1)
+    prefix, patches = positions[:, :1], positions[:, 1:]
     patches = patches if patches.dtype == torch.float64 else patches.float()
     patches = patches.transpose(1, 2).unflatten(-1, old)
-    patches = F.interpolate(patches, size=new, mode="bicubic", antialias=True)
+    patches = F.interpolate(patches, size=_plain_size(new), mode="bicubic", antialias=True)
     return torch.cat([prefix, patches.to(prefix.dtype).flatten(2).transpose(1, 2)], dim=1)
 
 
@@ -155,6 +165,48 @@ def pool_tokens(tokens: Tensor, pool: str) -> Tensor:
     if pool == "mean":
         return tokens.mean(dim=1)
     return tokens[:, 1:].mean(dim=1) if pool == "avg" else tokens
+
+
+# What depends on the size of the images is a function here: one node of `torch.fx`'s graphs, which knows the size.
+
+
+@torch.fx.wrap
+def check_images(
+    images: Tensor, channels: int, patch_size: tuple[int, int], image_size: tuple[int, int], any_size: bool
+) -> None:
+    """A ValueError unless the model takes these images; unchecked in TorchScript."""
+    if not torch.jit.is_scripting():
+        with without_tracer_warnings():
+            _check_images(images, channels, patch_size, None if any_size else image_size)
+
+
+def _check_images(
+    images: Tensor, channels: int, patch_size: tuple[int, int], image_size: tuple[int, int] | None
+) -> None:
+    if images.dim() != 4 or images.shape[1] != channels:
+        raise UserError(f"images have shape {tuple(images.shape)}: pass [B, {channels}, height, width]")
+    size = (images.shape[2], images.shape[3])
+    if image_size is None:
+        patch_grid(size, patch_size)
+    elif size != image_size:
+        raise UserError(
+            f"images are {size[0]}×{size[1]} and the model expects {image_size[0]}×{image_size[1]}: "
+            f"resize them, call set_input_size({size}), or build the model with dynamic_img_size=True"
+        )
+
+
+@torch.fx.wrap
+def positions_for(
+    images: Tensor, positions: Tensor, patch_size: tuple[int, int], native_grid: tuple[int, int]
+) -> Tensor:
+    """Positions [1, 1 + rows·columns, C] for images of any size, from those of `native_grid`.
+
+    A graph that is written resamples them at every size: it cannot ask whether this one is the native.
+    """
+    grid = (images.shape[2] // patch_size[0], images.shape[3] // patch_size[1])
+    if being_written():
+        return resample_positions(positions, native_grid, grid)
+    return positions if grid == native_grid else resample_positions(positions, native_grid, grid)
 
 
 class CRATE(nn.Module):
@@ -209,6 +261,7 @@ class CRATE(nn.Module):
     """
 
     num_prefix_tokens = 1
+    __jit_unused_properties__ = ("grid_size",)  # TorchScript would compile it
 
     @takes_names(TIMM_NAMES)
     def __init__(
@@ -267,7 +320,7 @@ class CRATE(nn.Module):
         patch_height, patch_width = self.patch_size
         patch_dim = channels * patch_height * patch_width
         self.to_patch_embedding = nn.Sequential(
-            Rearrange("b c (h p1) (w p2) -> b (h w) (p1 p2 c)", p1=patch_height, p2=patch_width),
+            Patches(self.patch_size),
             nn.LayerNorm(patch_dim, **place) if embed_norm else nn.Identity(),
             Linear(patch_dim, dim, **place),
             nn.LayerNorm(dim, **place) if embed_norm else nn.Identity(),
@@ -341,17 +394,15 @@ class CRATE(nn.Module):
 
     def embed(self, images: Tensor) -> Tensor:
         """Images [B, channels, height, width] → the first layer's tokens [B, 1 + patches, C], CLS first."""
-        if images.dim() != 4 or images.shape[1] != self.channels:
-            raise UserError(f"images have shape {tuple(images.shape)}: pass [B, {self.channels}, height, width]")
-        size = (images.shape[2], images.shape[3])
-        if size != self.image_size and not self.dynamic_img_size:
-            raise UserError(
-                f"images are {size[0]}×{size[1]} and the model expects {self.image_size[0]}×{self.image_size[1]}: "
-                f"resize them, call set_input_size({size}), or build the model with dynamic_img_size=True"
-            )
+        check_images(images, self.channels, self.patch_size, self.image_size, self.dynamic_img_size)
         patches = self.to_patch_embedding(images)
-        tokens = torch.cat([self.cls_token.expand(len(images), -1, -1).to(patches.dtype), patches], dim=1)
-        return self.dropout(tokens + self.position_embedding(self._grid_of(size)))
+        tokens = torch.cat([self.cls_token.expand(images.shape[0], -1, -1).to(patches.dtype), patches], dim=1)
+        if self.dynamic_img_size:
+            positions = positions_for(images, self.pos_embedding, self.patch_size, self.native_grid)
+        else:
+            (height, width), (rows, columns) = self.image_size, self.patch_size
+            positions = self.position_embedding((height // rows, width // columns))
+        return self.dropout(tokens + positions)
 
     # --- state dicts ------------------------------------------------------------------------------------------
 

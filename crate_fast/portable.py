@@ -1,7 +1,6 @@
-"""A CRATE in PyTorch's own operators, for images of any size: what `export.py` writes to a file.
+"""A CRATE for inference on images of any size, with other outputs than logits too: what `export.py` writes to a file.
 
-The same weights and the same layers, but nothing that a process without crate_fast lacks: no kernels, no operators
-registered by this package, no branch on the size of the images. Two things are written differently:
+The same weights and the same layers, without a branch on the size of the images. Two things are written differently:
 
 * ISTA is y = shrink(x + xG − ηλ) with G = η(D − DᵀD) stored in place of D.
 * Positions are resampled by two matrices, R P Cᵀ, whose entries depend on the number of rows and columns: what
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 from crate_fast.errors import UserError
 from crate_fast.folding import fold_dictionary
-from crate_fast.layers import ISTA, MHSA, MSSA, Linear
+from crate_fast.layers import ISTA, MHSA, MSSA
 from crate_fast.model import CRATE, pool_tokens
 from crate_fast.whitebox import attention_layer, trace
 
@@ -55,20 +54,6 @@ def resampling_matrix(new: int, old: int, like: Tensor) -> Tensor:
     return weights / weights.sum(dim=1, keepdim=True)
 
 
-class _PortableMSSA(nn.Module):
-    """`MSSA` in inference."""
-
-    def __init__(self, attention: MSSA):
-        super().__init__()
-        self.heads, self.scale = attention.heads, attention.scale
-        self.qkv, self.to_out = attention.qkv, attention.to_out
-
-    def forward(self, x: Tensor) -> Tensor:
-        tokens = self.qkv(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        out = F.scaled_dot_product_attention(tokens, tokens, tokens, scale=self.scale)
-        return self.to_out(out.transpose(1, 2).flatten(-2))
-
-
 class _PortableISTA(nn.Module):
     """`ISTA` with its folded dictionary."""
 
@@ -84,17 +69,13 @@ class _PortableISTA(nn.Module):
 
 
 def _portable(module: nn.Module) -> nn.Module:
-    """`module` with every part of ours that may call an operator of ours replaced; changes it."""
+    """`module` with every ISTA replaced, and no attention that asks for the kernels; changes it."""
     for name, child in list(module.named_children()):
         _portable(child)
         if isinstance(child, MSSA):
-            setattr(module, name, _PortableMSSA(child))
+            child.backend = "torch"
         elif isinstance(child, ISTA):
             setattr(module, name, _PortableISTA(child))
-        elif isinstance(child, Linear):
-            linear = nn.Linear(child.in_features, child.out_features, child.bias is not None, device="meta")
-            linear.weight, linear.bias = child.weight, child.bias
-            setattr(module, name, linear)
     return module
 
 
@@ -139,7 +120,7 @@ def choose_outputs(
 
 
 class PortableCRATE(nn.Module):
-    """A copy of a CRATE, in fp32 on the CPU and in evaluation mode, made of PyTorch's own operators.
+    """A copy of a CRATE, in fp32 on the CPU and in evaluation mode, with one graph for all sizes of images.
 
     `forward` takes images [B, channels, height, width] whose sides are multiples of the patch size, and returns a
     dict with the chosen entries, of P patches and the L chosen layers:
@@ -186,7 +167,7 @@ class PortableCRATE(nn.Module):
             self.register_buffer("scale", (1 / (255 * deviation)).view(1, -1, 1, 1))
         copied = _portable(copy.deepcopy(model).cpu().float().eval()).requires_grad_(False)
         self.pos_embedding, self.cls_token = copied.pos_embedding, copied.cls_token
-        self.patch_embedding = copied.to_patch_embedding[1:]
+        self.patch_embedding = copied.to_patch_embedding
         self.transformer, self.head = copied.transformer, copied.mlp_head
 
     def normalize(self, images: Tensor) -> Tensor:
@@ -196,15 +177,13 @@ class PortableCRATE(nn.Module):
     def embed(self, images: Tensor) -> Tensor:
         """Images → the first layer's tokens [B, 1 + P, C], CLS first."""
         images = self.normalize(images)
-        height, width = self.patch_size
-        patches = images.unflatten(3, (-1, width)).unflatten(2, (-1, height)).permute(0, 2, 4, 3, 5, 1)
-        rows, columns = patches.shape[1], patches.shape[2]
-        patches = self.patch_embedding(patches.flatten(3))
+        patches = self.patch_embedding(images)
+        rows, columns = (side // patch for side, patch in zip(images.shape[2:], self.patch_size, strict=True))
         positions = self.pos_embedding[0, 1:].unflatten(0, self.native_grid)
         positions = torch.tensordot(resampling_matrix(rows, self.native_grid[0], patches), positions, 1)
         positions = resampling_matrix(columns, self.native_grid[1], patches) @ positions
         cls = self.cls_token + self.pos_embedding[:, :1]
-        return torch.cat([cls.expand(images.shape[0], -1, -1), (patches + positions).flatten(1, 2)], dim=1)
+        return torch.cat([cls.expand(images.shape[0], -1, -1), patches + positions.flatten(0, 1)], dim=1)
 
     def forward_features(self, images: Tensor) -> Tensor:
         """Images → the last layer's tokens [B, 1 + P, C]."""

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from crate_fast.autocast import without_autocast
-from crate_fast.double_backward import refuse_double_backward
 from crate_fast.self_check import self_checked
 from crate_fast.settings import fused_products_wanted
+from crate_fast.tracing import refuse_double_backward
 
 __all__ = ["compression_fwd", "fold", "ista_fwd", "subspace_attention_fwd"]
 
