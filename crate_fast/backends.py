@@ -43,6 +43,8 @@ def explain_backend(
         raise UserError(f"backend={backend!r}: choose one of {', '.join(map(repr, BACKENDS))}")
     if backend == "torch":
         return "torch", "asked for"
+    if backend == "auto" and not own_operators_fit():
+        return "torch", "torch.func, tracing and export take PyTorch's own operators"
     device = torch.device(device)
     why_not = kernels.unavailable_reason(device, dtype, head_dim)
     if backend == "triton":
@@ -53,8 +55,6 @@ def explain_backend(
         return "triton", "asked for"
     if why_not is None and device.type == "cpu":
         why_not = "Triton's interpreter runs only where backend='triton' asks for it"
-    if why_not is None and not own_operators_fit():
-        why_not = "torch.func, tracing and export take PyTorch's own operators"
     return ("triton", _PROVEN) if why_not is None else ("torch", why_not)
 
 

@@ -14,7 +14,7 @@ from crate_fast.backends import resolve_backend
 from crate_fast.cpu import linear
 from crate_fast.errors import UserError
 from crate_fast.folding import cached_dictionaries, fold_dictionary, fold_dictionary_once
-from crate_fast.tracing import being_transformed, being_written
+from crate_fast.tracing import being_transformed, being_written, without_tracer_warnings
 
 __all__ = [
     "RESIDUALS",
@@ -82,12 +82,9 @@ def subspace_attention(
     >>> subspace_attention(w, scale=0.0).flatten()    # no preference: both become the mean
     tensor([0.5000, 0.5000, 0.5000, 0.5000])
     """
-    _check_tensor(
-        "w",
-        w,
-        "[B, N, H, D] with N and D at least 1",
-        isinstance(w, Tensor) and w.dim() == 4 and w.shape[1] * w.shape[3] > 0,
-    )
+    with without_tracer_warnings():
+        fits = isinstance(w, Tensor) and w.dim() == 4 and w.shape[1] * w.shape[3] > 0
+        _check_tensor("w", w, "[B, N, H, D] with N and D at least 1", fits)
     _check_fraction("dropout_p", dropout_p, 0.0, 1.0)
     scale = w.shape[-1] ** -0.5 if scale is None else float(scale)
     _check_fraction("scale", scale, 0.0, None)
@@ -270,9 +267,10 @@ def norm_ista(
 
 def _check_ista(x: Tensor, dictionary: Tensor, step_size: float, sparsity: float, threshold: str) -> None:
     _check_tensor("x", x, "[..., C]", isinstance(x, Tensor) and x.dim() >= 1)
-    width = x.shape[-1]
-    square = isinstance(dictionary, Tensor) and tuple(dictionary.shape) == (width, width)
-    _check_tensor("dictionary", dictionary, f"[C, C] = [{width}, {width}] to match x's last dimension", square)
+    with without_tracer_warnings():
+        width = x.shape[-1]
+        square = isinstance(dictionary, Tensor) and tuple(dictionary.shape) == (width, width)
+        _check_tensor("dictionary", dictionary, f"[C, C] = [{width}, {width}] to match x's last dimension", square)
     _check_beside(x, dictionary=dictionary)
     _check_fraction("step_size", step_size, 0.0, None)
     _check_fraction("sparsity", sparsity, 0.0, None)

@@ -190,7 +190,7 @@ def _output_map(
     if heads == 1 and inner == dim:  # the released code has no map here, and no dropout
         return nn.Dropout(proj_dropout) if proj_dropout else nn.Identity()
     dropout = dropout if proj_dropout is None else proj_dropout
-    return nn.Sequential(Linear(inner, dim, device=device, dtype=dtype), nn.Dropout(dropout))
+    return nn.Sequential(Linear(inner, dim, device=device, dtype=dtype), nn.Dropout(float(dropout)))
 
 
 class ISTA(nn.Module):
@@ -273,9 +273,9 @@ class MLP(nn.Sequential):
         super().__init__(
             Linear(dim, hidden_dim, device=device, dtype=dtype),
             nn.GELU(),
-            nn.Dropout(dropout),
+            nn.Dropout(float(dropout)),
             Linear(hidden_dim, dim, device=device, dtype=dtype),
-            nn.Dropout(dropout),
+            nn.Dropout(float(dropout)),
         )
 
 

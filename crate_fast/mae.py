@@ -53,6 +53,7 @@ _ENCODER_CHOICES = {
     *("pool", "dropout", "emb_dropout", "drop_rate", "attn_drop_rate", "proj_drop_rate", "drop_path_rate"),
     *("head_hidden", "dynamic_img_size", "backend"),
 }
+torch.fx.wrap("check_images")  # as it is called from here
 _PIXEL_EPS = 1e-6  # added to a patch's variance
 
 
@@ -110,6 +111,28 @@ def check_inputs(imgs: Tensor, noise: Tensor | None, shape: tuple[int, int, int]
         wanted = (imgs.shape[0], n_patches)
         if noise is not None and tuple(noise.shape) != wanted:
             raise UserError(f"noise has shape {tuple(noise.shape)}: give a number to each patch, {list(wanted)}")
+
+
+@torch.fx.wrap
+def kept_patches(n_patches: int, mask_ratio: float) -> int:
+    """See `CRATEMAE.kept`."""
+    if not 0 < mask_ratio < 1:
+        raise UserError(f"mask_ratio={mask_ratio}: it must be above 0, and below 1; 0.75 is usual")
+    count = int(n_patches * (1 - mask_ratio))
+    if not 0 < count < n_patches:
+        raise UserError(
+            f"mask_ratio={mask_ratio} leaves {count} of {n_patches} patches visible: at least one must be, "
+            "and one not; 0.75 is usual"
+        )
+    return count
+
+
+@torch.fx.wrap
+def noise_for(imgs: Tensor, noise: Tensor | None, n_patches: int) -> Tensor:
+    """`noise`, or a number for each patch of each image, drawn uniformly."""
+    if noise is not None:
+        return noise
+    return imgs.new_empty((imgs.shape[0], n_patches), dtype=torch.get_default_dtype()).uniform_()
 
 
 @torch.fx.wrap
@@ -244,6 +267,11 @@ class CRATEMAE(nn.Module):
         for token in (self.cls_token, self.mask_token):
             nn.init.normal_(token, std=0.02)
 
+    def __prepare_scriptable__(self):
+        raise UserError(
+            "torch.jit.script takes no CRATEMAE: take torch.jit.trace or torch.export, or script its encoder()"
+        )
+
     # --- patches ------------------------------------------------------------------------------------------------
 
     def patchify(self, imgs: Tensor) -> Tensor:
@@ -269,16 +297,7 @@ class CRATEMAE(nn.Module):
         Raises:
             UserError: None would, or all.
         """
-        n_patches = self.grid_size[0] * self.grid_size[1]
-        if not 0 < mask_ratio < 1:
-            raise UserError(f"mask_ratio={mask_ratio}: it must be above 0, and below 1; 0.75 is usual")
-        count = int(n_patches * (1 - mask_ratio))
-        if not self.can_mask(mask_ratio):
-            raise UserError(
-                f"mask_ratio={mask_ratio} leaves {count} of {n_patches} patches visible: at least one must be, "
-                "and one not; 0.75 is usual"
-            )
-        return count
+        return kept_patches(self.grid_size[0] * self.grid_size[1], mask_ratio)
 
     def reconstruction(self, imgs: Tensor, pred: Tensor) -> Tensor:
         """The predicted pixels as images [B, channels, height, width].
@@ -325,9 +344,7 @@ class CRATEMAE(nn.Module):
         n_patches = self.grid_size[0] * self.grid_size[1]
         check_inputs(imgs, noise, (self.channels, *self.image_size), n_patches)
         kept = self.kept(mask_ratio)
-        if noise is None:
-            noise = imgs.new_empty((imgs.shape[0], n_patches), dtype=torch.get_default_dtype()).uniform_()
-        order = noise.argsort(dim=1, stable=True)
+        order = noise_for(imgs, noise, n_patches).argsort(dim=1, stable=True)
         patches, cls = self.patch_embed(imgs), self.cls_token.expand(imgs.shape[0], -1, -1)
         if self.visible_only:
             patches, cls = patches + self.pos_embed[:, 1:], cls + self.pos_embed[:, :1]
@@ -451,7 +468,7 @@ def _rows(indices: Tensor, like: Tensor) -> Tensor:
 
 def _mask(order: Tensor, kept: int) -> Tensor:
     """True [B, N] for patches that are not among the first `kept` of `order`."""
-    return torch.ones_like(order, dtype=torch.bool).scatter(1, order[:, :kept], False)
+    return torch.ones_like(order, dtype=torch.bool).scatter(1, order[:, :kept], 0)  # torch.jit.trace takes no False
 
 
 def _patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:

@@ -328,7 +328,7 @@ class CRATE(nn.Module):
         n_patches = self.native_grid[0] * self.native_grid[1]
         self.pos_embedding = nn.Parameter(torch.randn(1, n_patches + 1, dim, **place))
         self.cls_token = nn.Parameter(torch.randn(1, 1, dim, **place))
-        self.dropout = nn.Dropout(emb_dropout)
+        self.dropout = nn.Dropout(float(emb_dropout))
 
         attention_class = MSSA if attention == "mssa" else MHSA
 

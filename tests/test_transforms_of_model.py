@@ -1,0 +1,286 @@
+"""Models under torch.fx, TorchScript, torch.export, torch.func and torch.compile, all of which timm's ViT allows."""
+
+import copy
+import io
+import pickle
+import warnings
+
+import pytest
+import timm
+import torch
+from timm.models import create_feature_extractor, get_graph_node_names
+from torch import Tensor, nn
+from torch.export import Dim
+from torch.func import functional_call, grad, hessian, jvp, stack_module_state, vmap
+
+from crate_fast import CRATE, CRATEMAE, registry
+from crate_fast.errors import UserError
+from crate_fast.functional import ista, subspace_attention
+
+SMALL = {"image_size": 32, "patch_size": 8, "num_classes": 10, "dim": 64, "depth": 2, "heads": 2, "dim_head": 32}
+MAE = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 1, "num_heads": 3}
+OPTIONS = [
+    {},
+    {"dim": 16, "dim_head": 8},  # more tokens than width: ISTA by one product
+    {"attention": "mhsa", "residual": "paper", "pool": "mean"},
+    {"sparsifier": "mlp", "heads": 1, "dim_head": 64},
+    {"attention": "mhsa", "sparsifier": "mlp", "num_classes": 0},
+    {"threshold": "soft", "head_hidden": True, "ista": 1, "dropout": 0, "emb_dropout": 0},
+    {"embed_norm": False, "norm_eps": 1e-6, "sparsity": 0.5},  # an encoder of CRATE-MAE
+]
+every_kind = pytest.mark.parametrize("options", OPTIONS, ids=str)
+
+
+@pytest.fixture(autouse=True, params=["0", "1"], ids=["MKL", "oneDNN"])
+def _either_library(request, monkeypatch):
+    """Every test with the operators for both of the CPU's libraries, except where the library makes no difference."""
+    if request.param == "0" and "compile" in request.node.name:
+        pytest.skip("one library is enough for what takes seconds")
+    monkeypatch.setenv("CRATE_FAST_ONEDNN", request.param)
+
+
+def _model(**options) -> CRATE:
+    return CRATE(**(SMALL | options)).eval()
+
+
+def _images(batch: int = 5, height: int = 32, width: int = 32, **options) -> Tensor:
+    return torch.randn(batch, 3, height, width, **options)
+
+
+def _close(actual, expected, rtol: float = 1e-4, atol: float = 1e-5) -> None:
+    torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol)
+
+
+# --- torch.fx ----------------------------------------------------------------------------------------------------
+
+
+@every_kind
+def test_symbolic_traces_compute_what_the_model_does(options):
+    model = _model(**options)
+    traced = torch.fx.symbolic_trace(model)
+    for copied in (traced, copy.deepcopy(traced), pickle.loads(pickle.dumps(traced)), torch.jit.script(traced)):
+        images = _images()
+        _close(copied(images), model(images))
+    with torch.autocast("cpu", torch.bfloat16):
+        _close(traced(images), model(images))
+    _close(traced.half()(images.half()), model.half()(images.half()))
+
+
+@every_kind
+def test_feature_extractors_of_timm_train_every_parameter(options):
+    model = _model(**options).train()
+    names, _ = get_graph_node_names(model)
+    extractor = create_feature_extractor(model, {"transformer.layers.0": "first", names[-1]: "last"})
+    images = _images()
+    found = extractor(images)
+    _close(found["last"], model(images))
+    first = model.forward_intermediates(images, indices=[0], output_fmt="NLC", intermediates_only=True)[0]
+    _close(found["first"][:, 1:], first)
+    found["last"].square().sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", [name for name in registry.default_cfgs if not registry.is_mae(name)])
+def test_registered_models_pass_timms_tests_of_tracing(name):
+    model = timm.create_model(name, depth=1, img_size=32, num_classes=4).eval()
+    _, names = get_graph_node_names(model)
+    extractor = create_feature_extractor(model, names[-1:])
+    images = _images(1)
+    expected = model(images)
+    for traced in (extractor, torch.jit.script(extractor)):
+        _close(next(iter(traced(images).values())), expected)
+    _close(torch.jit.script(model)(images), expected)
+
+
+def test_traces_check_images_and_take_any_size_where_the_model_does():
+    model = _model(dynamic_img_size=True)
+    traced = torch.fx.symbolic_trace(model)
+    for size in ((32, 32), (48, 40)):
+        images = _images(2, *size)
+        _close(traced(images), model(images))
+    with pytest.raises(UserError, match=r"image size \(36, 32\) is not a multiple of the patch size \(8, 8\)"):
+        traced(_images(2, 36, 32))
+    with pytest.raises(UserError, match="images are 48×48 and the model expects 32×32"):
+        torch.fx.symbolic_trace(_model())(_images(2, 48, 48))
+
+
+# --- TorchScript -------------------------------------------------------------------------------------------------
+
+
+@every_kind
+def test_torchscript_by_compiling_and_by_tracing(options):
+    model = _model(**options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", torch.jit.TracerWarning)
+        traced = torch.jit.trace(model, _images(2))
+    for module in (torch.jit.script(model), traced):
+        file = io.BytesIO()
+        torch.jit.save(module, file)
+        file.seek(0)
+        loaded = torch.jit.load(file)
+        assert "crate_fast::" not in str(loaded.inlined_graph)  # it runs without this package
+        for batch in (1, 5, 40):
+            images = _images(batch)
+            _close(loaded(images), model(images))
+
+
+def test_torchscript_of_a_training_model_drops_and_differentiates():
+    model = _model(dropout=0.5).train()
+    scripted = torch.jit.script(model)
+    images = _images()
+    assert not torch.equal(scripted(images), scripted(images))
+    scripted(images).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+    _close(scripted.eval()(images), model.eval()(images))
+
+
+# --- export ------------------------------------------------------------------------------------------------------
+
+
+@every_kind
+def test_a_users_own_export_has_a_dynamic_batch_and_no_operator_of_ours(options):
+    model = _model(**options)
+    program = torch.export.export(model, (_images(2),), dynamic_shapes=({0: Dim("batch")},))
+    assert not [node for node in program.graph.nodes if "crate_fast" in str(node.target)]
+    for batch in (1, 5, 40):
+        images = _images(batch)
+        _close(program.module()(images), model(images))
+
+
+SIZES = ({0: Dim("batch"), 2: 8 * Dim("rows", min=2, max=64), 3: 8 * Dim("columns", min=2, max=64)},)
+
+
+def test_a_users_own_export_takes_any_size_of_images():
+    model = _model(dynamic_img_size=True)
+    program = torch.export.export(model, (_images(2, 48, 64),), dynamic_shapes=SIZES)
+    for shape in ((3, 40, 56), (1, 32, 32), (2, 24, 16)):  # the second is the native one
+        images = _images(*shape)
+        _close(program.module()(images), model(images))
+
+
+def test_a_users_own_onnx_export_has_a_dynamic_batch(tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model = _model(depth=1)
+    sizes = ({0: Dim("batch")},)
+    torch.onnx.export(
+        model, (_images(2),), tmp_path / "x.onnx", dynamo=True, dynamic_shapes=sizes, input_names=["x"], verbose=False
+    )
+    session = onnxruntime.InferenceSession(tmp_path / "x.onnx")
+    for batch in (1, 5, 40):
+        images = _images(batch)
+        (found,) = session.run(None, {"x": images.numpy()})
+        _close(torch.from_numpy(found), model(images))
+
+
+def _same_gradients(found: list[Tensor], expected: tuple[Tensor, ...], dtype: torch.dtype) -> None:
+    largest = max(value.abs().max() for value in expected)  # that of a key's bias is zero
+    tolerance = 1e-4 if dtype == torch.float32 else 1e-11
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours / largest, theirs / largest, rtol=0, atol=tolerance)
+
+
+# --- torch.func --------------------------------------------------------------------------------------------------
+
+
+@every_kind
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_gradients_of_single_images_are_those_of_a_loop(options, dtype):
+    model = _model(**options).to(dtype).train()
+    parameters = dict(model.named_parameters())
+    images = _images(3, dtype=dtype)
+
+    def loss(parameters: dict[str, Tensor], image: Tensor) -> Tensor:
+        return functional_call(model, parameters, (image[None],)).square().sum()
+
+    gradients = vmap(grad(loss), in_dims=(None, 0))(parameters, images)
+    for index, image in enumerate(images):
+        expected = torch.autograd.grad(loss(parameters, image), list(parameters.values()))
+        _same_gradients([values[index] for values in gradients.values()], expected, dtype)
+
+
+@every_kind
+def test_an_ensemble_and_its_gradients_are_those_of_its_members(options):
+    model = _model(**options)
+    members = [model, _model(**options)]
+    images = _images(12)  # enough tokens for the folded dictionary
+    parameters, _ = stack_module_state(members)
+
+    def loss(parameters: dict[str, Tensor]) -> Tensor:
+        return vmap(lambda p: functional_call(model, p, (images,)))(parameters).square().sum()
+
+    gradients = grad(loss)({name: value.detach() for name, value in parameters.items()})
+    for index, member in enumerate(members):
+        wanted = torch.autograd.grad(member(images).square().sum(), list(member.parameters()))
+        _same_gradients([values[index] for values in gradients.values()], wanted, torch.float32)
+
+
+@every_kind
+def test_forward_mode_and_second_derivatives(options):
+    """jvp was silently zero behind the operators of the CPU."""
+    model = _model(**options).double()
+    images, direction, step = _images(2).double(), _images(2).double(), 1e-6
+    difference = (model(images + step * direction) - model(images - step * direction)) / (2 * step)
+    model.float()
+    images, direction = images.float(), direction.float()
+    _, tangent = jvp(model, (images,), (direction,))
+    _close(tangent.double(), difference, rtol=1e-3, atol=1e-3)
+    with torch.no_grad(), torch.autograd.forward_ad.dual_level():
+        dual = model(torch.autograd.forward_ad.make_dual(images, direction))
+        _close(torch.autograd.forward_ad.unpack_dual(dual).tangent, tangent)
+    pixel = images[:1, :, :1, :1]
+    curvature = hessian(lambda x: model(x + images[:1]).square().sum())(pixel)
+    assert curvature.shape == (*pixel.shape, *pixel.shape)
+    _close(curvature.flatten().view(3, 3), curvature.flatten().view(3, 3).t(), rtol=1e-3, atol=1e-3)
+
+
+def test_kernels_say_that_they_have_no_rules_for_transforms():
+    w, x = torch.randn(1, 5, 1, 16), torch.randn(5, 16)
+    with pytest.raises(UserError, match="no rules for torch.func"):
+        grad(lambda t: subspace_attention(t, backend="triton").sum())(w)
+    with pytest.raises(UserError, match="no rules for torch.func"):
+        jvp(lambda t: ista(t, x.t() @ x, backend="triton"), (x,), (x,))
+
+
+# --- compilation, and all together of an autoencoder -------------------------------------------------------------
+
+
+def test_compiles_for_any_batch_and_trains_at_any_size():
+    model = _model(depth=1, dynamic_img_size=True)
+    compiled = torch.compile(model, dynamic=True, fullgraph=True, backend="aot_eager")
+    for shape in ((2, 32, 32), (3, 48, 64), (4, 40, 56)):
+        images = _images(*shape)
+        out = compiled(images)
+        _close(out, model(images))
+        out.sum().backward()
+
+
+@pytest.mark.parametrize("visible_only", [False, True])
+def test_autoencoders_are_traced_exported_and_differentiated(visible_only):
+    model = CRATEMAE(**MAE, visible_only=visible_only).eval()
+    images, noise = _images(4), torch.rand(4, 16)
+    expected = model(images, noise=noise)
+
+    class Fixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            return self.model(images, noise=noise)
+
+    example, batch = (images[:2], noise[:2]), {0: Dim("batch")}
+    exported = torch.export.export(Fixed(), example, dynamic_shapes=(batch, batch)).module()
+    for module in (torch.fx.symbolic_trace(Fixed()), torch.jit.trace(Fixed(), example), exported):
+        _close(module(images, noise), expected)
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+    def loss(parameters: dict[str, Tensor], image: Tensor, noise: Tensor) -> Tensor:
+        return functional_call(model, parameters, (image[None],), {"noise": noise[None]})[0]
+
+    gradients = vmap(grad(loss), in_dims=(None, 0, 0))(parameters, images, noise)
+    wanted = torch.autograd.grad(loss(parameters, images[1], noise[1]), list(parameters.values()))
+    _close([values[1] for values in gradients.values()], list(wanted), rtol=1e-3)
+    with pytest.raises(UserError, match=r"torch\.jit\.trace or torch\.export"):
+        torch.jit.script(model)
+    with pytest.raises(UserError, match=r"image size \(36, 36\) is not a multiple of the patch size \(8, 8\)"):
+        model.patchify(_images(1, 36, 36))
