@@ -11,7 +11,7 @@ import os
 import sys
 
 __version__ = "0.1.0"
-SPIN_COUNT = 1000
+SPIN_COUNT = 10000
 
 # OpenMP's threads spin at every barrier, which stalls all beside another process (benchmarks/results/busy_cpu.md).
 # OpenMP reads this when PyTorch is imported; a choice of the user's stands.
