@@ -1,7 +1,9 @@
-"""The ISTA step y = relu(x + xG − ηλ), G = η(D − DᵀD), on a GPU, forward and backward, alone and after a LayerNorm.
+"""The ISTA step y = relu(x + xG − ηλ), G = η(D − DᵀD), forward and backward, alone and after a LayerNorm.
 
-    python benchmarks/bench_ista.py                       # every shape; --smoke runs a tiny one on a CPU
+    python benchmarks/bench_ista.py                       # every shape; --smoke interprets the kernels on a tiny one
     python benchmarks/bench_ista.py --autocast            # fp32 tensors, products under autocast
+
+On a machine without a GPU it measures the CPU path in fp32, at sizes for a CPU, in about two minutes.
 
 Every call folds G from D, as a training step does, and gives the gradients of x and D (and of γ and β); "inference"
 is one forward with G kept. What is timed is checked on the same tensors: output and gradients of ours against the
@@ -45,6 +47,7 @@ SHAPES = {
     "B8": Shape(64 * 785, 768),
     "L16": Shape(128 * 197, 1024),
 }
+CPU_SHAPES = {"T16": Shape(8 * 197, 384), "S8": Shape(4 * 785, 384), "B16": Shape(8 * 197, 768)}
 SMOKE = {"tiny": Shape(2 * 37, 64)}
 OPERATORS = ("ista", "norm_ista")
 
@@ -91,20 +94,21 @@ def _one_product_eager(x: Tensor, dictionary: Tensor) -> Tensor:
 
 
 def _compiled(function: Callable) -> Callable:
-    return torch.compile(function, fullgraph=True, dynamic=False, mode="max-autotune-no-cudagraphs")
+    mode = "max-autotune-no-cudagraphs" if torch.cuda.is_available() else "default"
+    return torch.compile(function, fullgraph=True, dynamic=False, mode=mode)
 
 
-def _ours(operator: str) -> Callable:
+def _ours(operator: str, backend: str) -> Callable:
     function = ista if operator == "ista" else norm_ista
-    return partial(function, step_size=STEP_SIZE, sparsity=SPARSITY, backend="triton")
+    return partial(function, step_size=STEP_SIZE, sparsity=SPARSITY, backend=backend)
 
 
-def training_peers(operator: str) -> list[Peer]:
+def training_peers(operator: str, backend: str = "triton") -> list[Peer]:
     """Ours, and the forms with three products and with one, eager and compiled; each folds G where it needs it."""
     released = _with_norm(_released, operator)
     one = _with_norm(_one_product, operator)
     return [
-        Peer("ours", partial(_ours, operator), ours=True),
+        Peer("ours", partial(_ours, operator, backend), ours=True),
         Peer("three products, compiled", partial(_compiled, released), compiles=True),
         Peer("one product, compiled", partial(_compiled, one), compiles=True),
         Peer("one product, cuBLAS", lambda: _with_norm(_one_product_eager, operator), smoke=True),
@@ -112,7 +116,7 @@ def training_peers(operator: str) -> list[Peer]:
     ]
 
 
-def inference_peers(operator: str, dictionary: Tensor) -> list[Peer]:
+def inference_peers(operator: str, dictionary: Tensor, backend: str = "triton") -> list[Peer]:
     """The same for a forward with G kept: ours inside `cached_dictionaries`, the others given G."""
     folded = _fold(dictionary.detach().float()).to(dictionary.dtype)
     released = _with_norm(_released, operator)
@@ -121,7 +125,7 @@ def inference_peers(operator: str, dictionary: Tensor) -> list[Peer]:
         return _with_norm(lambda x, _: apply(x, folded), operator)
 
     return [
-        Peer("ours", partial(_ours, operator), ours=True),
+        Peer("ours", partial(_ours, operator, backend), ours=True),
         Peer("one product, compiled", lambda: _compiled(given(_apply)), compiles=True),
         Peer("one product, cuBLAS", lambda: given(_apply_added), smoke=True),
         Peer("three products, as released", lambda: released, smoke=True),
@@ -187,26 +191,26 @@ def _inference(problem: Problem) -> Problem:
 def measure(problem: Problem, run: Run) -> list[dict]:
     """Training and inference rows of one shape and operator."""
     operator = str(problem.fields["operator"])
-    rows = gpu.measure(problem, training_peers(operator), run)
+    backend = "triton" if run.smoke or run.timer.on_gpu else "auto"
+    rows = gpu.measure(problem, training_peers(operator, backend), run)
     with torch.no_grad(), cached_dictionaries():
-        return rows + gpu.measure(_inference(problem), inference_peers(operator, problem.inputs[-1]), run)
+        return rows + gpu.measure(_inference(problem), inference_peers(operator, problem.inputs[-1], backend), run)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure every shape and write benchmarks/results/ista.{json,md}; 1 where something is red."""
+    """Measure every shape and write benchmarks/results/ista.{json,md} or ista_cpu; 1 where something is red."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    gpu.add_shapes(parser, SHAPES, CPU_SHAPES)
     parser.add_argument("--autocast", action="store_true", help="fp32 x and D, products in --dtype under autocast")
     gpu.add_options(parser)
     options = parser.parse_args(argv)
     if options.smoke and (status := gpu.rerun_interpreted(__file__, argv)) is not None:
         return status
-    run = gpu.open_run(options)
-    shapes = SMOKE if options.smoke else {name: SHAPES[name] for name in options.shapes}
+    run = gpu.open_run(options, on_cpu=not options.smoke)
+    shapes = SMOKE if options.smoke else gpu.chosen_shapes(parser, options, run, SHAPES, CPU_SHAPES)
     cases = [(name, shape, operator) for name, shape in shapes.items() for operator in OPERATORS]
     run.measure_ceilings()
-    name = "ista_autocast" if options.autocast else "ista"
-    name += "" if run.dtype == torch.bfloat16 else f"_{str(run.dtype).removeprefix('torch.')}"
+    name = run.name("ista_autocast" if options.autocast else "ista")
     for case in cases:
         run.rows += measure(make_problem(*case, run, options.autocast), run)
         gpu.report(name, run, quiet=True)  # what is measured stays, should the rest be cut short

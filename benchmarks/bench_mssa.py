@@ -1,7 +1,9 @@
-"""Subspace attention O = softmax(s·W Wᵀ) W on a GPU, forward and backward, against what PyTorch has for it.
+"""Subspace attention O = softmax(s·W Wᵀ) W, forward and backward, against what PyTorch has for it.
 
-    python benchmarks/bench_mssa.py                       # every shape; --smoke runs tiny ones on a CPU
+    python benchmarks/bench_mssa.py                       # every shape; --smoke interprets the kernels on tiny ones
     python benchmarks/bench_mssa.py --shapes B16 S8
+
+On a machine without a GPU it measures the CPU path in fp32, at sizes for a CPU, in about two minutes.
 
 What is timed is checked on the same tensors: O and dW of ours against the float64 reference by the tests' rule, and
 twice bit for bit. A peer that is wrong, ours too, has no times, and its rows say why; with ours the exit status is 1.
@@ -53,6 +55,11 @@ SHAPES = {
     "B8-480": Shape(8, 12, 3601, 64),  # MaskCut at 480 pixels
     "long": Shape(1, 12, 16385, 64),  # growth with N
 }
+CPU_SHAPES = {
+    "T16": Shape(8, 6, 197, 64),
+    "S8": Shape(4, 6, 785, 64),
+    "S8-480": Shape(1, 6, 3601, 64),
+}
 SMOKE = {"tiny": Shape(2, 2, 70, 32), "padded": Shape(1, 3, 33, 48)}
 CHECKED_LOGITS = 2**20  # of one head, beyond which the first and the last head are checked only
 
@@ -97,6 +104,14 @@ def _sdpa(backend: SDPBackend) -> Callable:
     return attend
 
 
+def _default_sdpa() -> Callable:
+    def attend(w: Tensor) -> Tensor:
+        tokens = w.transpose(1, 2)
+        return F.scaled_dot_product_attention(tokens, tokens, tokens).transpose(1, 2)
+
+    return attend
+
+
 def _flex() -> Callable:
     from torch.nn.attention.flex_attention import flex_attention
 
@@ -107,6 +122,13 @@ def _flex() -> Callable:
     return torch.compile(attend, fullgraph=True, dynamic=False)  # fullgraph: an error rather than the unfused form
 
 
+_COMPILED = Peer(
+    "torch.compile of the eager form",
+    partial(torch.compile, subspace_attention_reference, fullgraph=True, dynamic=False),
+    compiles=True,
+    quadratic=True,
+)
+_EAGER = Peer("eager, as released", lambda: subspace_attention_reference, quadratic=True, smoke=True)
 PEERS = [
     Peer("ours", _ours, ours=True),
     Peer("ours, blocks of rows", _by_rows, smoke=True),
@@ -114,14 +136,10 @@ PEERS = [
     Peer("SDPA, flash", partial(_sdpa, SDPBackend.FLASH_ATTENTION), smoke=True),
     Peer("SDPA, efficient", partial(_sdpa, SDPBackend.EFFICIENT_ATTENTION)),
     Peer("FlexAttention", _flex, compiles=True),
-    Peer(
-        "torch.compile of the eager form",
-        partial(torch.compile, subspace_attention_reference, fullgraph=True, dynamic=False),
-        compiles=True,
-        quadratic=True,
-    ),
-    Peer("eager, as released", lambda: subspace_attention_reference, quadratic=True, smoke=True),
+    _COMPILED,
+    _EAGER,
 ]
+CPU_PEERS = [Peer("ours", lambda: subspace_attention, ours=True), Peer("SDPA", _default_sdpa), _COMPILED, _EAGER]
 
 
 # --- the problem --------------------------------------------------------------------------------------------------
@@ -164,19 +182,20 @@ def _checked(shape: Shape, tensor: Tensor) -> Tensor:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure every shape and write benchmarks/results/mssa.{json,md}; 1 where something is red."""
+    """Measure every shape and write benchmarks/results/mssa.{json,md} or mssa_cpu; 1 where something is red."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    gpu.add_shapes(parser, SHAPES, CPU_SHAPES)
     gpu.add_options(parser)
     options = parser.parse_args(argv)
     if options.smoke and (status := gpu.rerun_interpreted(__file__, argv)) is not None:
         return status
-    run = gpu.open_run(options)
-    shapes = SMOKE if options.smoke else {name: SHAPES[name] for name in options.shapes}
+    run = gpu.open_run(options, on_cpu=not options.smoke)
+    peers = PEERS if options.smoke or run.timer.on_gpu else CPU_PEERS
+    shapes = SMOKE if options.smoke else gpu.chosen_shapes(parser, options, run, SHAPES, CPU_SHAPES)
     run.measure_ceilings()
-    name = "mssa" if run.dtype == torch.bfloat16 else f"mssa_{str(run.dtype).removeprefix('torch.')}"
+    name = run.name("mssa")
     for label, shape in shapes.items():
-        run.rows += gpu.measure(make_problem(label, shape, run), PEERS, run)
+        run.rows += gpu.measure(make_problem(label, shape, run), peers, run)
         gpu.report(name, run, quiet=True)  # what is measured stays, should the rest be cut short
     gpu.report(name, run)
     return int(any(row.get("red") for row in run.rows))

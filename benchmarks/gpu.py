@@ -39,6 +39,8 @@ __all__ = [
     "Work",
     "Wrong",
     "add_options",
+    "add_shapes",
+    "chosen_shapes",
     "error_in_a_line",
     "measure",
     "open_run",
@@ -212,6 +214,24 @@ def add_options(
     parser.add_argument("--commit", help="the commit, where a copy of the tree is not a git checkout")
 
 
+def add_shapes(parser: argparse.ArgumentParser, on_gpu: dict, on_cpu: dict) -> None:
+    """Add --shapes, whose names depend on where the benchmark runs."""
+    names = f"{', '.join(on_gpu)}; on a CPU {', '.join(on_cpu)}"
+    parser.add_argument("--shapes", nargs="+", metavar="SHAPE", help=f"default: all of {names}")
+
+
+def chosen_shapes(
+    parser: argparse.ArgumentParser, options: argparse.Namespace, run: "Run", on_gpu: dict, on_cpu: dict
+) -> dict:
+    """Return the shapes that --shapes names, all of this device by default; another name ends the program."""
+    shapes = on_gpu if run.timer.on_gpu else on_cpu
+    names = options.shapes or list(shapes)
+    unknown = [name for name in names if name not in shapes]
+    if unknown:
+        parser.error(f"--shapes {unknown[0]}: on this device there are {', '.join(shapes)}")
+    return {name: shapes[name] for name in names}
+
+
 def rerun_interpreted(script: str, argv: list[str] | None) -> int | None:
     """Where a smoke run needs Triton's interpreter, run it in a process that has it, and return its exit status.
 
@@ -236,6 +256,12 @@ class Run:
     timer: Timer = field(repr=False)
     ceilings: Ceilings | None = None
     rows: list[dict] = field(default_factory=list)
+
+    def name(self, stem: str) -> str:
+        """Return the name of the results: with _cpu where there is no GPU, and with an unusual dtype."""
+        default = torch.bfloat16 if self.timer.on_gpu else torch.float32
+        dtype = "" if self.dtype == default else f"_{str(self.dtype).removeprefix('torch.')}"
+        return stem + ("" if self.timer.on_gpu else "_cpu") + dtype
 
     def measure_ceilings(self) -> None:
         """What every row's floor and facts take from this GPU."""

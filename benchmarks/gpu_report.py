@@ -135,7 +135,8 @@ def summary(rows: list[dict], part: str) -> str:
 
 def times(rows: list[dict]) -> str:
     """A benchmark's rows as a Markdown table, and under it why some have no times."""
-    columns = ["problem", "pass", "peer", "ms", "20–80 %", "TFLOP/s", "floor, ms", "of floor", "ours"]
+    unit, scale = ("GFLOP/s", 1000) if all(row.get("driver") == "none" for row in rows) else ("TFLOP/s", 1)
+    columns = ["problem", "pass", "peer", "ms", "20–80 %", unit, "floor, ms", "of floor", "ours"]
     shown = []
     for row in rows:
         line = [row["problem"], row["pass"], row["peer"]]
@@ -143,7 +144,7 @@ def times(rows: list[dict]) -> str:
             line += ["**red**" if row.get("red") else "n/a", "", "", _number(row["floor_ms"]), "", "", "", ""]
         else:
             line += [_number(row["latency_ms"]), f"{_number(row['low_ms'])}–{_number(row['high_ms'])}"]
-            line += [_number(row["tflops_per_s"]), _number(row["floor_ms"]), f"{row['of_floor']:.0%}"]
+            line += [_number(scale * row["tflops_per_s"]), _number(row["floor_ms"]), f"{row['of_floor']:.0%}"]
             line += ["" if row["ours_faster"] is None else f"{row['ours_faster']:.2f}×"]
             line += [_number(row["first_call_s"]), _number(row["peak_mib"])]
         shown.append(line)

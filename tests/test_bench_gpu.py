@@ -75,9 +75,20 @@ def test_a_smoke_run_of_ista(capsys, autocast):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("benchmark_module", [bench_mssa, bench_ista])
-def test_without_a_gpu_the_error_says_what_to_do(benchmark_module):
-    with pytest.raises(SystemExit, match="CUDA GPU is needed.*--smoke"):
-        benchmark_module.main([])
+def test_without_a_gpu_the_cpu_path_is_measured_under_a_name_of_its_own(
+    benchmark_module, monkeypatch, tmp_path, capsys
+):
+    tiny = bench_mssa.Shape(1, 2, 33, 32) if benchmark_module is bench_mssa else bench_ista.Shape(70, 32)
+    monkeypatch.setattr(benchmark_module, "CPU_SHAPES", {"tiny": tiny})
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    assert benchmark_module.main(["--rounds", "1", "--output", str(tmp_path)]) == 0
+    (file,) = tmp_path.glob("*_cpu.json")
+    rows = json.loads(file.read_text())["rows"]
+    assert all(row["latency_ms"] > 0 and row["dtype"] == "float32" for row in rows)
+    assert "GFLOP/s" in file.with_suffix(".md").read_text()
+    with pytest.raises(SystemExit):
+        benchmark_module.main(["--shapes", "B8"])
+    assert "--shapes B8: on this device there are tiny" in capsys.readouterr().err
 
 
 # --- ours is judged ------------------------------------------------------------------------------------------------
