@@ -107,7 +107,7 @@ def pytorch_attention(query: Tensor, key: Tensor, value: Tensor, dropout_p: floa
     if being_transformed():
         attention = (scale * query @ key.transpose(-2, -1)).softmax(-1)
         return F.dropout(attention, dropout_p) @ value
-    return F.scaled_dot_product_attention(query, key, value, None, dropout_p, scale=scale)
+    return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout_p, scale=scale)
 
 
 def compress(

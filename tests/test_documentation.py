@@ -9,7 +9,6 @@ import importlib
 import json
 import re
 import shlex
-import sys
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +19,7 @@ import uvicorn
 from PIL import Image
 
 from crate_fast import cli
+from crate_fast.train import launch
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -170,7 +170,7 @@ def test_options_of_commands_for_gpus_several_devices_and_tools_are_valid(page, 
             main, arguments = _main(words)
             with monkeypatch.context() as patch:
                 if start.startswith("torchrun"):  # further than its parser: its settings must fit each other
-                    patch.setattr(sys.modules[main.__module__], "launch", stop)
+                    patch.setattr(launch, "launch", stop)
                 else:
                     patch.setattr(argparse.ArgumentParser, "parse_args", stop)
                 with pytest.raises(_Parsed):

@@ -10,6 +10,7 @@ from triton.runtime import interpreter
 
 from crate_fast import kernels
 from crate_fast.backends import explain_backend
+from crate_fast.errors import UserError
 
 pytestmark = [
     pytest.mark.usefixtures("bfloat16"),
@@ -274,9 +275,9 @@ def test_what_is_not_modelled_is_refused():
 
 def test_the_backend_takes_bf16():
     assert explain_backend("cpu", "triton", dtype=BF16) == ("triton", "asked for")
-    with pytest.raises(RuntimeError, match="heads up to 128 wide"):
+    with pytest.raises(UserError, match="heads up to 128 wide"):
         explain_backend("cpu", "triton", dtype=BF16, head_dim=256)
-    with pytest.raises(RuntimeError, match="on 'meta'"):
+    with pytest.raises(UserError, match="on 'meta'"):
         explain_backend("meta", "triton", dtype=BF16)
 
 
