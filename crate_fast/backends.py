@@ -60,4 +60,6 @@ def explain_backend(
 
 def resolve_backend(tensor: Tensor, backend: str, head_dim: int | None = None) -> str:
     """`explain_backend` for a tensor, without the reason."""
+    if backend == "auto" and tensor.device.type == "cpu":
+        return "torch"  # always, and small models feel the cost of asking for each operator
     return explain_backend(tensor.device, backend, dtype=compute_dtype(tensor), head_dim=head_dim)[0]

@@ -1,7 +1,7 @@
 """Where PyTorch has to see its own operators instead of ours, and what ours say to a second derivative."""
 
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch.autograd import forward_ad
@@ -45,14 +45,15 @@ def own_operators_fit() -> bool:
     return not (being_written() or being_transformed())
 
 
-@contextmanager
 def without_tracer_warnings():
     """A context for checks of shapes, which a trace is to be without: `torch.jit.trace` does not warn of them."""
-    if torch.jit.is_tracing():
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", torch.jit.TracerWarning)
-            yield
-    else:
+    return _ignoring_tracer_warnings() if torch.jit.is_tracing() else nullcontext()
+
+
+@contextmanager
+def _ignoring_tracer_warnings():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)
         yield
 
 
