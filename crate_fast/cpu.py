@@ -12,6 +12,7 @@ import torch
 import torch.fx
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from crate_fast.settings import onednn_wanted
 from crate_fast.tracing import own_operators_fit
@@ -113,6 +114,11 @@ def cpu_linear(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Te
 @cpu_linear.register_fake
 def _(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0])
+
+
+@register_flop_formula(torch.ops.crate_fast.cpu_linear)
+def _linear_flops(x: torch.Size, weight: torch.Size, *_, **__) -> int:
+    return 2 * x[0] * x[1] * weight[0]
 
 
 def _linear_setup(ctx, inputs, output):

@@ -16,6 +16,7 @@ import itertools
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from crate_fast.cpu import onednn_product, uses_onednn
 from crate_fast.tracing import own_operators_fit, refuse_double_backward
@@ -89,6 +90,17 @@ def cpu_subspace_attention_backward(grad: Tensor, w: Tensor, scale: float) -> Te
 @cpu_subspace_attention_backward.register_fake
 def _(grad: Tensor, w: Tensor, scale: float) -> Tensor:
     return w.new_empty(w.shape)
+
+
+@register_flop_formula(torch.ops.crate_fast.cpu_subspace_attention)
+def _attention_flops(w: torch.Size, *_, **__) -> int:
+    batch, n_tokens, n_heads, width = w
+    return 4 * batch * n_heads * n_tokens**2 * width  # two products
+
+
+@register_flop_formula(torch.ops.crate_fast.cpu_subspace_attention_backward)
+def _attention_backward_flops(grad: torch.Size, w: torch.Size, *_, **__) -> int:
+    return 5 * _attention_flops(w) // 2  # five, one of them again, as PyTorch counts its attention's backward pass
 
 
 def _attention_setup(ctx, inputs, output):
