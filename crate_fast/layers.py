@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from crate_fast import functional
 from crate_fast.backends import resolve_backend
-from crate_fast.errors import UserError
+from crate_fast.tracing import being_transformed
 
 __all__ = [
     "ISTA",
@@ -19,6 +19,7 @@ __all__ = [
     "MSSA",
     "DecoderLayer",
     "Dictionary",
+    "EmbeddingNorm",
     "Layer",
     "Linear",
     "Patches",
@@ -82,6 +83,26 @@ class Linear(nn.Linear):
         return functional.linear(x, self.weight, self.bias)
 
 
+@torch.fx.wrap
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """Return LayerNorm(x) over the last dimension, under `torch.func` computed in the weight's dtype.
+
+    There PyTorch differentiates no LayerNorm whose input autocast has made a half and whose weight it has not.
+    """
+    if not torch.jit.is_scripting():  # noqa: SIM102  (what TorchScript does not compile)
+        if being_transformed():
+            x = x.to(weight.dtype)
+    return F.layer_norm(x, weight.shape, weight, bias, eps)
+
+
+class EmbeddingNorm(nn.LayerNorm):
+    """The LayerNorm behind the patch projection, the one that reads a half under autocast: see `layer_norm`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., C] → [..., C]."""
+        return layer_norm(x, self.weight, self.bias, self.eps)
+
+
 class MSSA(nn.Module):
     """Multi-head subspace self-attention (paper, Eq. 5): one projection per head is query, key and value.
 
@@ -116,14 +137,14 @@ class MSSA(nn.Module):
 
     def fuses(self, x: Tensor) -> bool:
         """Whether `compress` runs on the kernels for x: nothing is dropped, and nobody waits for a part's call."""
+        if type(self.qkv) is not Linear or not isinstance(self.to_out, nn.Sequential):
+            return False  # another module in its place need not have a weight or a width
         if resolve_backend(x, self.backend, self.qkv.out_features // self.heads) != "triton":
-            return False
-        if not isinstance(self.to_out, nn.Sequential):
             return False
         if self.training and (self.dropout_p > 0 or self.to_out[1].p > 0):
             return False
         parts = (self.qkv, self.to_out, *self.to_out)
-        return type(self.qkv) is type(self.to_out[0]) is Linear and not any(map(_observed, parts))
+        return type(self.to_out[0]) is Linear and not any(map(_observed, parts))
 
     def compress(self, x: Tensor, norm: nn.LayerNorm, residual: str = "released", sign: int = 1) -> Tensor:
         """x ± MSSA(norm(x)) [B, N, C] as one operator; see `functional.compress`."""
@@ -316,16 +337,6 @@ class PreNorm(nn.Module):
         return self.fn(self.norm(x))
 
 
-def _where_kept(drop_path: nn.Module, new: Tensor, old: Tensor) -> Tensor:
-    """Return `new` for the samples whose path is kept, `old` for the others.
-
-    A step that replaces its input has no residual update to scale by 1 / (1 − rate): scaled, ISTA's zeros would not
-    stay zeros.
-    """
-    kept = drop_path(torch.ones_like(old[:, :1, :1])) > 0
-    return torch.where(kept, new, old)
-
-
 class Layer(nn.Sequential):
     """One step of the optimisation: compress (`layer[0]`), then sparsify (`layer[1]`).
 
@@ -348,12 +359,12 @@ class Layer(nn.Sequential):
         super().__init__(attention, sparsifier)
         self.residual = residual
         self.skips_sparsifier = isinstance(sparsifier.fn, MLP)
+        self.drops_paths = isinstance(attention.drop_path, DropPath)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, N, C] → the next layer's tokens [B, N, C]."""
-        if not torch.jit.is_scripting():  # noqa: SIM102  (what TorchScript does not compile)
-            if self.training and isinstance(self[0].drop_path, DropPath):
-                return self._with_dropped_paths(x)
+        if self.training and self.drops_paths:
+            return self._with_dropped_paths(x)
         h = self._compress(x)
         return h + self[1](h) if self.skips_sparsifier else self[1](h)
 
@@ -367,23 +378,19 @@ class Layer(nn.Sequential):
         normed = self[0].norm(x)
         return normed + self[0].fn(normed)
 
-    def __prepare_scriptable__(self) -> "Layer":
-        if isinstance(self[0].drop_path, DropPath):
-            raise UserError(
-                "TorchScript takes no stochastic depth: build the model with drop_path_rate=0, or use torch.export"
-            )
-        return self
-
     def _with_dropped_paths(self, x: Tensor) -> Tensor:
-        attention, sparsifier = self
+        # A step that replaces its input has no residual update to scale by 1 / (1 − rate): scaled, ISTA's zeros would
+        # not stay zeros. So the draw only chooses between the new tokens and the old.
         if self.residual == "released":
-            h = x + attention.drop_path(attention(x))
+            h = x + self[0].drop_path(self[0](x))
         else:
-            normed = attention.norm(x)
-            h = _where_kept(attention.drop_path, normed + attention.fn(normed), x)
-        if isinstance(sparsifier.fn, MLP):
-            return h + sparsifier.drop_path(sparsifier(h))
-        return _where_kept(sparsifier.drop_path, sparsifier(h), h)
+            normed = self[0].norm(x)
+            new = normed + self[0].fn(normed)
+            h = torch.where(self[0].drop_path(torch.ones_like(x[:, :1, :1])) > 0, new, x)
+        if self.skips_sparsifier:
+            return h + self[1].drop_path(self[1](h))
+        sparse = self[1](h)
+        return torch.where(self[1].drop_path(torch.ones_like(h[:, :1, :1])) > 0, sparse, h)
 
 
 class DecoderLayer(nn.Sequential):

@@ -21,6 +21,7 @@ from crate_fast.model import (
     CRATE,
     TIMM_NAMES,
     check_choice,
+    check_floating,
     check_images,
     check_positive,
     patch_grid,
@@ -103,6 +104,7 @@ class _Block(nn.Module):
 def check_inputs(imgs: Tensor, noise: Tensor | None, shape: tuple[int, int, int], n_patches: int) -> None:
     """A ValueError unless images have this shape, and the noise a number for each patch."""
     with without_tracer_warnings():
+        check_floating(imgs)
         if imgs.dim() != 4 or tuple(imgs.shape[1:]) != shape:
             raise UserError(
                 f"images have shape {tuple(imgs.shape)} and the model expects [B, {', '.join(map(str, shape))}]: "

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from crate_fast.backends import BACKENDS
 from crate_fast.errors import UserError
 from crate_fast.functional import THRESHOLDS
-from crate_fast.layers import ISTA, MHSA, MLP, MSSA, Layer, Linear, Patches, PreNorm, Transformer
+from crate_fast.layers import ISTA, MHSA, MLP, MSSA, EmbeddingNorm, Layer, Linear, Patches, PreNorm, Transformer
 from crate_fast.tracing import being_written, without_tracer_warnings
 from crate_fast.weight_files import is_wrapped, unwrap_state_dict
 
@@ -26,6 +26,7 @@ __all__ = [
     "CRATE_small",
     "CRATE_tiny",
     "check_choice",
+    "check_floating",
     "check_positive",
     "patch_grid",
     "pool_tokens",
@@ -167,6 +168,13 @@ def pool_tokens(tokens: Tensor, pool: str) -> Tensor:
     return tokens[:, 1:].mean(dim=1) if pool == "avg" else tokens
 
 
+def check_floating(images: Tensor) -> None:
+    """A UserError unless images are a floating-point tensor."""
+    if not isinstance(images, Tensor) or not images.is_floating_point():
+        kind = images.dtype if isinstance(images, Tensor) else f"a {type(images).__name__}"
+        raise UserError(f"images are {kind}: pass a floating-point tensor; scale bytes by images.float() / 255 first")
+
+
 # What depends on the size of the images is a function here: one node of `torch.fx`'s graphs, which knows the size.
 
 
@@ -183,6 +191,7 @@ def check_images(
 def _check_images(
     images: Tensor, channels: int, patch_size: tuple[int, int], image_size: tuple[int, int] | None
 ) -> None:
+    check_floating(images)
     if images.dim() != 4 or images.shape[1] != channels:
         raise UserError(f"images have shape {tuple(images.shape)}: pass [B, {channels}, height, width]")
     size = (images.shape[2], images.shape[3])
@@ -323,7 +332,7 @@ class CRATE(nn.Module):
             Patches(self.patch_size),
             nn.LayerNorm(patch_dim, **place) if embed_norm else nn.Identity(),
             Linear(patch_dim, dim, **place),
-            nn.LayerNorm(dim, **place) if embed_norm else nn.Identity(),
+            EmbeddingNorm(dim, **place) if embed_norm else nn.Identity(),
         )
         n_patches = self.native_grid[0] * self.native_grid[1]
         self.pos_embedding = nn.Parameter(torch.randn(1, n_patches + 1, dim, **place))
@@ -470,7 +479,7 @@ class CRATE(nn.Module):
 
         Args:
             x: Images [B, channels, height, width].
-            indices: The last n layers if an integer, these layers if a sequence, all if None.
+            indices: The last n layers if an integer, these layers if a sequence, all if None; in the model's order.
             return_prefix_tokens: Pair each intermediate with its CLS token [B, 1, C].
             norm: Apply the head's LayerNorm to each intermediate.
             stop_early: Do not run the layers after the last one asked for.
@@ -484,6 +493,7 @@ class CRATE(nn.Module):
         """
         check_choice("output_fmt", output_fmt, ("NCHW", "NLC"))
         take, last = feature_take_indices(self.transformer.depth, indices)
+        take = sorted(set(take))  # as timm's models and DINO return them
         taps: dict[int, Tensor] = dict.fromkeys(take)
         tokens = self.transformer(self.embed(x), taps, last if stop_early else None)
         features = [self.mlp_head[0](taps[i]) if norm else taps[i] for i in take]

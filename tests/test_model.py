@@ -9,9 +9,11 @@ from released import ReleasedCRATE
 from timm.models.vision_transformer import Block
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import crate_fast
-from crate_fast import CRATE, CRATE_base, CRATE_large, CRATE_small, CRATE_tiny
+from crate_fast import CRATE, CRATEMAE, CRATE_base, CRATE_large, CRATE_small, CRATE_tiny
 from crate_fast.errors import UserError
 from crate_fast.reference import layer_reference
 
@@ -419,6 +421,44 @@ def test_bad_images_are_named():
         model.set_input_size(32, patch_size=4)
     with pytest.raises(ValueError, match="output_fmt='NHWC'"):
         model.forward_intermediates(torch.zeros(1, 3, 32, 32), output_fmt="NHWC")
+    images = torch.zeros(1, 3, 32, 32)
+    autoencoder = CRATEMAE(img_size=32, patch_size=8, embed_dim=8, depth=1, num_heads=2)
+    for network in (model, CRATE(**SMALL, dynamic_img_size=True), autoencoder):
+        for wrong in (images.byte(), images.bool(), images.numpy()):
+            with pytest.raises(UserError, match=r"images are .*: pass a floating-point tensor; .*float\(\) / 255"):
+                network(wrong)
+
+
+@pytest.mark.parametrize("onednn", ["0", "1"])
+def test_pytorch_counts_the_operations_of_the_cpus_operators(onednn, monkeypatch):
+    monkeypatch.setenv("CRATE_FAST_ONEDNN", onednn)
+    images = torch.zeros(8, 3, 32, 32)
+    model = CRATE(**SMALL, sparsifier="mlp")  # ISTA's cheaper form, chosen by the batch, is not that of meta tensors
+    with FlopCounterMode(display=False) as counter:
+        logits = model(images)
+        forward = counter.get_total_flops()
+        logits.sum().backward()
+    with FlopCounterMode(display=False) as plain, sdpa_kernel(SDPBackend.MATH):
+        model.to("meta")(images.to("meta"))
+    assert forward == plain.get_total_flops() > 0
+    assert 3 * forward <= counter.get_total_flops() < 3.1 * forward  # attention computes its weights again
+
+
+def test_a_projection_wrapped_for_adaptation_trains():
+    class Adapted(nn.Module):
+        def __init__(self, linear: nn.Linear):
+            super().__init__()
+            self.linear = linear.requires_grad_(False)
+            self.down, self.up = nn.Linear(linear.in_features, 2), nn.Linear(2, linear.out_features)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.linear(x) + self.up(self.down(x))
+
+    model = CRATE(**SMALL)
+    for attention, _ in model.transformer.layers:
+        attention.fn.qkv, attention.fn.to_out[0] = Adapted(attention.fn.qkv), Adapted(attention.fn.to_out[0])
+    model(torch.randn(2, 3, 32, 32)).sum().backward()
+    assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
 
 
 def test_forcing_triton_where_it_cannot_run_is_an_error():

@@ -117,6 +117,11 @@ def test_feature_maps_have_the_shapes_of_a_vit(name):
         assert found.keys() == wanted.keys()
         for key, values in wanted.items():
             assert [v.shape for v in found[key]] == [v.shape for v in values]
+    for indices in ([1, 0], [-1, 0, 0], [1]):
+        found = ours.forward_intermediates(images, indices, intermediates_only=True)
+        assert len(found) == len(theirs.forward_intermediates(images, indices, intermediates_only=True))
+        in_order = ours.forward_intermediates(images, sorted({i % 2 for i in indices}), intermediates_only=True)
+        torch.testing.assert_close(found, in_order)
     for model in (ours, theirs):
         assert model.prune_intermediate_layers([0], prune_norm=True) == [0]
     assert ours(images).shape == theirs(images).shape

@@ -134,6 +134,21 @@ def test_torchscript_of_a_training_model_drops_and_differentiates():
     _close(scripted.eval()(images), model.eval()(images))
 
 
+@pytest.mark.parametrize("options", [{}, {"residual": "paper"}, {"attention": "mhsa", "sparsifier": "mlp"}], ids=str)
+def test_torchscript_takes_stochastic_depth_as_it_does_of_a_vit(options):
+    model = _model(drop_path_rate=0.5, **options).train()
+    scripted, images = torch.jit.script(model), _images(16)
+    scripted(images).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+    assert not torch.equal(scripted(images), scripted(images))
+    tokens, layer = torch.randn(2000, 2, 64), torch.jit.script(model.transformer.layers[1])
+    with torch.no_grad():
+        layer(tokens)  # from the second call on TorchScript optimises
+        skipped = (layer(tokens) == tokens).flatten(1).all(1).float().mean()
+    assert skipped.item() == pytest.approx(0.25, abs=0.05)  # both steps, each with a draw of its own
+    _close(scripted.eval()(images), model.eval()(images))
+
+
 # --- export ------------------------------------------------------------------------------------------------------
 
 
@@ -196,6 +211,22 @@ def test_gradients_of_single_images_are_those_of_a_loop(options, dtype):
     for index, image in enumerate(images):
         expected = torch.autograd.grad(loss(parameters, image), list(parameters.values()))
         _same_gradients([values[index] for values in gradients.values()], expected, dtype)
+
+
+@every_kind
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_gradients_of_single_images_under_autocast(options, dtype):
+    model = _model(**options)
+    parameters, images = dict(model.named_parameters()), _images(3)
+
+    def loss(parameters: dict[str, Tensor], image: Tensor) -> Tensor:
+        return functional_call(model, parameters, (image[None],)).float().square().sum()
+
+    with torch.autocast("cpu", dtype):
+        gradients = vmap(grad(loss), in_dims=(None, 0))(parameters, images)
+    expected = torch.autograd.grad(loss(parameters, images[1]), list(parameters.values()))
+    for values, wanted in zip(gradients.values(), expected, strict=True):
+        assert (values[1] - wanted).norm() <= 0.2 * wanted.norm() + 1e-3
 
 
 @every_kind
