@@ -69,7 +69,7 @@ def image_grid(
     columns = max(map(len, rows), default=0)
     if not columns:
         raise UserError("there is nothing to draw: pass at least one row with a picture")
-    with plt.rc_context(_STYLE | {"axes.grid": False}):
+    with plt.rc_context(_STYLE | {"axes.grid": False, "text.parse_math": False}):  # a file may be called $_^$.png
         size = np.array([columns, len(rows)]) * _CELL_INCHES
         figure = plt.figure(figsize=size)
         axis = figure.add_axes((0, 0, 1, 1))  # one for all cells: one each takes seconds to draw
@@ -171,7 +171,7 @@ def curve_figure(
                     colours[curve.like or curve.label],
                 )
                 marker = {"ls": "--"} if curve.dashed else {"marker": "o" if len(x) <= 32 else "", "ms": 3}
-                axis.plot(x, y, color=colour, lw=1.4, label=curve.label, **marker)
+                axis.plot(x, y, color=colour, lw=1.4, label=curve.label.replace("$", r"\$"), **marker)
                 if curve.spread is not None:
                     band = np.asarray(curve.spread, float)
                     axis.fill_between(x, y - band, y + band, color=colour, alpha=0.15, lw=0)

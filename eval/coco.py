@@ -11,6 +11,8 @@ from crate_fast.errors import UserError
 
 __all__ = ["as_one_category", "index_of", "read_annotations", "require_objects"]
 
+_FARTHEST = 1_000_000  # pixels; pycocotools takes memory and time for each, and at 10⁸ it crashes
+
 
 def read_annotations(path: Path):
     """Open a file of COCO's or LVIS's instance annotations.
@@ -46,7 +48,7 @@ def read_annotations(path: Path):
     annotations = []
     for number, annotation in enumerate(content["annotations"]):
         where = f"{path}: annotations[{number}]"
-        _require(annotation, "image_id", (int, str), where)
+        _require(annotation, "image_id", (type(content["images"][0]["id"]),), where)  # 7 and "7" are different images
         if annotation["image_id"] not in images:
             continue
         _require(annotation, "id", (int, str), where)
@@ -132,20 +134,25 @@ def _images(entries: list[dict], path: Path) -> dict[int | str, dict]:
         _require(image, "file_name", (str,), where)
         if not image["file_name"]:
             raise UserError(f"{where}: 'file_name' is empty; correct the file")
+        for side in ("height", "width"):
+            if isinstance(image.get(side), float) and image[side].is_integer():
+                image[side] = int(image[side])
         images[image["id"]] = image
     return images
 
 
 def _category(number: int, category: dict, path: Path) -> dict:
     _require(category, "id", (int,), f"{path}: categories[{number}]")
-    return {"name": str(category["id"])} | category
+    return category | {"name": str(category.get("name") or category["id"])}
 
 
 def _complete(annotation: dict, image: dict, where: str) -> None:
     """Check an annotation's values and fill in those that follow; an image without a size takes that of an RLE."""
     from pycocotools import mask as rle
 
-    if annotation.setdefault("iscrowd", 0) not in (0, 1):
+    if annotation.get("iscrowd") is None:
+        annotation["iscrowd"] = 0
+    if annotation["iscrowd"] not in (0, 1):
         raise UserError(f"{where}: 'iscrowd' is {annotation['iscrowd']!r}, and must be 0 or 1; correct the file")
     segmentation = annotation["segmentation"] = _segmentation(annotation, image, where)
     mask = None
@@ -184,12 +191,15 @@ def _segmentation(annotation: dict, image: dict, where: str) -> list | dict:
     for polygon in found:
         if len(polygon) % 2 or not _numbers(polygon):
             raise UserError(f"{where}: 'segmentation' has a polygon that is no list x, y, x, y, …; correct the file")
+        if max(map(abs, polygon), default=0) > _FARTHEST:
+            raise UserError(f"{where}: 'segmentation' has a point over {_FARTHEST:,} pixels away; correct the file")
     polygons = [polygon for polygon in found if len(polygon) >= 6]
     if not polygons:
         raise UserError(f"{where}: 'segmentation' has no polygon of three points; remove the annotation")
     if _size(image) is None:
         raise UserError(
-            f"{where}: 'segmentation' has polygons, so image {image.get('id')!r} needs 'height' and 'width'; add them"
+            f"{where}: 'segmentation' has polygons, so image {image.get('id')!r} needs 'height' and 'width', whole "
+            f"numbers above 0, not {image.get('height')!r} and {image.get('width')!r}; correct the file"
         )
     return polygons
 

@@ -141,7 +141,10 @@ class ImageFiles(Dataset):
         if not tree.names:
             raise UserError(f"{root} holds no images ({', '.join(EXTENSIONS)}): pass a folder that does")
         paths = sorted(map(Path, tree.names))
-        self.items: list[tuple[str | int, Path]] = [(str(path), root / path) for path in paths]
+        names = [str(path).encode("utf-8", "backslashreplace").decode() for path in paths]  # results are UTF-8
+        self.items: list[tuple[str | int, Path]] = [
+            (name, root / path) for name, path in zip(names, paths, strict=True)
+        ]
 
     def __len__(self) -> int:
         return len(self.items)
@@ -260,9 +263,11 @@ class CocoImages(ImageFiles):
 
     def _path(self, image: dict, split: str) -> Path:
         path = self.root / split / image["file_name"]
-        folder = str(image.get("coco_url", "")).split("/")[-2:-1]
-        elsewhere = self.root.joinpath(*folder, path.name)  # LVIS's validation images are in COCO's train2017, too
-        return elsewhere if folder and not path.exists() and elsewhere.exists() else path
+        name = image["file_name"].replace("\\", "/")  # of tools on Windows
+        elsewhere = [self.root / split / name, self.root / name]
+        if folder := str(image.get("coco_url", "")).split("/")[-2:-1]:
+            elsewhere.append(self.root.joinpath(*folder, path.name))  # LVIS's validation images are in train2017, too
+        return next((place for place in [path, *elsewhere] if place.exists()), path)
 
     def annotated_size(self, key: str | int) -> tuple[int, int] | None:
         image = self.coco.imgs[key]
@@ -271,10 +276,10 @@ class CocoImages(ImageFiles):
     def target(self, key: str | int, size: tuple[int, int]) -> Target:
         masks: dict[int, np.ndarray] = {}
         void = np.zeros(size, bool)
+        if self.coco.imgToAnns[key] and self.annotated_size(key) != size:
+            raise UserError(f"the annotations say {self.annotated_size(key)}, the image is {size}")
         for annotation in self.coco.imgToAnns[key]:
             pixels = self.coco.annToMask(annotation).astype(bool)
-            if pixels.shape != size:
-                raise UserError(f"the annotations say {pixels.shape}, the image is {size}")
             if annotation.get("iscrowd"):
                 void |= pixels
             else:

@@ -93,6 +93,10 @@ def test_thirty_two_bits_are_refused_everywhere(dtype, tmp_path):
         decode(content, "a.tif")
 
 
+def _chunk(name: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+
 def _on_white(rgba: np.ndarray) -> np.ndarray:
     alpha = rgba[..., 3:] / 255
     return rgba[..., :3] * alpha + 255 * (1 - alpha)
@@ -111,7 +115,15 @@ def _transparent() -> dict[str, tuple[bytes, np.ndarray]]:
     key = tuple(BLOCKS[0, 0].tolist())
     keyed = np.dstack([BLOCKS, np.where((key == BLOCKS).all(-1), 0, 255)])
     sixteen = np.dstack([RAMP[..., None].repeat(3, 2) / 257, np.where(RAMP[9, 9] == RAMP, 0, 255)])
+    deep = np.array([[[0x1234, 0x5678, 0x9ABC], [0x3434, 0x7878, 0xBCBC]]], ">u2")
+    header = struct.pack(">IIBBBBB", 2, 1, 16, 2, 0, 0, 0)
+    pixels = zlib.compress(b"\0" + deep.tobytes())
+    parts = [(b"IHDR", header), (b"tRNS", deep[0, 0].tobytes()), (b"IDAT", pixels), (b"IEND", b"")]
     return {
+        "RGB of 16 bits and a key": (
+            b"\x89PNG\r\n\x1a\n" + b"".join(_chunk(*part) for part in parts),
+            np.array([[[255, 255, 255], [0x34, 0x78, 0xBC]]]),
+        ),
         "RGBA": (_file(Image.fromarray(rgba), "PNG"), _on_white(rgba)),
         "RGBA webp": (_file(Image.fromarray(rgba), "WEBP", lossless=True, exact=True), _on_white(rgba)),
         "LA": (_file(Image.fromarray(grey, mode="LA"), "PNG"), _on_white(grey[..., [0, 0, 0, 1]])),
@@ -256,6 +268,16 @@ def test_links_are_followed_and_circles_are_not(tmp_path):
     (tmp_path / "train" / "ant" / "top").symlink_to(tmp_path / "train")
     assert find_images(tmp_path / "train").names == ["ant/c.png", "bee/a.png", "bee/deep/b.png"]
     assert find_images(tmp_path / "train", follow_links=False).names == ["ant/c.png"]
+
+
+def test_folders_that_link_to_each_other_are_read_once_a_way(tmp_path):
+    for name, others in {"a": "bc", "b": "ca", "c": "ab"}.items():
+        _tree(tmp_path, f"{name}/{name}.png")
+        for other in others:
+            (tmp_path / name / f"to_{other}").symlink_to(tmp_path / other)
+    found = [name for name in find_images(tmp_path).names if name.startswith("a/")]
+    ways = ["a", "a/to_b", "a/to_b/to_c", "a/to_c", "a/to_c/to_b"]
+    assert found == [f"{way}/{way[-1]}.png" for way in ways]
 
 
 def test_hidden_files_and_folders_are_no_images(tmp_path):

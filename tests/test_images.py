@@ -267,6 +267,10 @@ def as_run_lengths(content, annotation):
     del content["images"][0]["height"], content["images"][0]["width"]
 
 
+def with_floats_as_sizes(content, annotation):
+    content["images"][0] |= {"height": 40.0, "width": 60.0}
+
+
 def with_images_nobody_has(content, annotation):
     content["annotations"].append({"id": 9, "image_id": 77})
 
@@ -284,10 +288,11 @@ def with_a_polygon_of_two_points(content, annotation):
         without("area", "bbox", "iscrowd"),
         as_lvis,
         as_run_lengths,
+        with_floats_as_sizes,
         with_images_nobody_has,
         with_a_polygon_of_two_points,
         lambda content, annotation: annotation.update(bbox=[10, 0, 20, 0]),
-        lambda content, annotation: annotation.update(bbox=[], area=None),
+        lambda content, annotation: annotation.update(bbox=[], area=None, iscrowd=None),
     ],
 )
 def test_what_follows_is_filled_in(tmp_path, change):
@@ -354,6 +359,7 @@ RUNS = {"size": [40, 60], "counts": [0, 2400]}
         _sets("segmentation", segmentation=[[1, 2, 3, 4, 5, 6, 7]]),
         _sets("segmentation", segmentation=[[1, 2, 3, 4, 5, float("nan")]]),
         _sets("segmentation", segmentation=[[1, 2, 3, 4, 5, "6"]]),
+        _sets("segmentation", segmentation=[[1e9, 1, 2e9, 1, 2e9, 9]]),
         _sets("segmentation", segmentation=RUNS | {"size": [60, 40]}),
         _sets("segmentation", segmentation=RUNS | {"size": 2400}),
         _sets("segmentation", segmentation=RUNS | {"counts": [0, 2399]}),
@@ -370,6 +376,7 @@ RUNS = {"size": [40, 60], "counts": [0, 2400]}
         _sets("category_id", category_id=None),
         (_drops("category_id"), "annotation 2: 'category_id' is missing"),
         (_drops("image_id"), r"annotations\[1\]: 'image_id' is missing"),
+        (lambda _, annotation: annotation.update(image_id="5"), r"annotations\[1\]: 'image_id' is '5'"),
         (_drops("id"), r"annotations\[1\]: 'id' is missing"),
         (_image(height=None), "annotation 1: .*image 5 needs 'height' and 'width'"),
         (_image(width=0), "annotation 1: .*image 5 needs 'height' and 'width'"),
@@ -391,6 +398,27 @@ def test_what_does_not_follow_is_refused_when_the_file_is_opened(tmp_path, chang
         open_images(specification, 32)
     assert "instances_val2017.json" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["val2017/x.jpg", "./x.jpg", "val2017\\x.jpg", "photos/x.jpg"])
+def test_files_named_with_their_folder_are_found(tmp_path, name):
+    specification = changed_coco(tmp_path, lambda content, _: content["images"][0].update(file_name=name))
+    if name.startswith("photos"):
+        (tmp_path / "val2017" / "x.jpg").rename((tmp_path / "photos").mkdir() or tmp_path / "photos" / "x.jpg")
+    assert open_images(specification, 32)[0].target.classes == [2, 7]
+
+
+def test_sizes_that_are_wrong_cost_no_memory(tmp_path):
+    specification = changed_coco(tmp_path, _image(height=10**6, width=10**6))
+    assert "annotations say (1000000, 1000000), the image is (40, 60)" in open_images(specification, 32)[0].problem
+
+
+def test_names_that_are_not_utf8_can_be_written(tmp_path):
+    Image.new("RGB", (8, 8)).save((tmp_path / "caf\udce9.png").open("wb"), "PNG")
+    images = open_images(f"folder:{tmp_path}", 8)
+    assert images.keys() == [r"caf\udce9.png"]
+    assert images.keys()[0].encode()
+    assert images[0].problem is None
 
 
 def test_files_that_are_no_annotations_are_named(tmp_path):

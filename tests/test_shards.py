@@ -123,6 +123,9 @@ def test_a_split_is_beside_or_in_a_folder_and_names_end_where_they_end(tmp_path)
         find_shards(tmp_path, "test", "--val-split")
     with pytest.raises(UserError, match="no such folder"):
         find_shards(tmp_path / "nowhere", "val")
+    _plain(tmp_path / "val-small-0.tar", [1])
+    assert [path.name for path in find_shards(tmp_path, "val", other="val-small")] == ["val-0.tar", "val-1.tar"]
+    assert [path.name for path in find_shards(tmp_path, "val-small", other="val")] == ["val-small-0.tar"]
     _plain(tmp_path / "val" / "0.tar", [1])
     with pytest.raises(ValueError, match="both beside.*move one kind away"):
         find_shards(tmp_path, "val")
@@ -182,6 +185,9 @@ def test_damage_is_named(tmp_path):
         ("json", b"{}"),
         ("json", b'{"label": "3"}'),
         ("json", b"[]"),
+        ("json", b"[" * 100_000),
+        ("cls", b"3000000000"),
+        ("cls", b"1" + b"0" * 30),
     ):
         with pytest.raises(ValueError, match=rf"0001.{suffix} holds .*integer from 0"):
             _index(_tar(shard, [("0001.png", _png(1)), (f"0001.{suffix}", content)]))
@@ -189,6 +195,41 @@ def test_damage_is_named(tmp_path):
         _index(_tar(shard, [("0001.cls", b"1")]))
     with pytest.raises(UserError, match=r"train-0\.tar: a\.png is there twice"):  # webdataset refuses it too
         _index(_tar(shard, [("a.png", _png(1)), ("a.cls", b"1"), ("a.png", _png(2)), ("a.cls", b"0")]))
+
+
+def test_an_archive_is_read_to_its_end_or_refused(tmp_path):
+    shard = _plain(tmp_path / "train-0.tar", range(4))
+    whole = shard.read_bytes()
+    with tarfile.open(shard) as opened:
+        header = [member.offset for member in opened][4]
+    damaged = {  # tarfile takes each for the end of the archive
+        "header": whole[:header] + b"x" * 512 + whole[header + 512 :],
+        "zeros": whole[:header] + bytes(512) + whole[header + 512 :],
+        "cut between members": whole[:header],
+        "cut in a header": whole[: header + 100],
+        "joined by cat": whole + whole,
+    }
+    for content in damaged.values():
+        shard.write_bytes(content)
+        with pytest.raises(UserError, match=r"train-0\.tar is no whole.*at byte \d+.*copy it again"):
+            _index(shard)
+    shard.write_bytes(whole.rstrip(b"\0").ljust(len(whole) // 512 * 512 + 512 * 40, b"\0"))
+    assert len(_index(shard)) == 4
+
+
+def test_links_in_an_archive_have_the_content_of_what_they_lead_to(tmp_path, capsys):
+    shard = _plain(tmp_path / "train-0.tar", [1, 2])
+    with tarfile.open(shard, "a") as archive:
+        for name, kind, target in (
+            ("d/a.png", tarfile.LNKTYPE, "./0001.png"),
+            ("d/a.cls", tarfile.SYMTYPE, "../0002.cls"),
+            ("d/b.png", tarfile.SYMTYPE, "/nowhere.png"),
+        ):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, target
+            archive.addfile(info)
+    assert _values(_index(shard)) == [(1, 1), (2, 0), (1, 0)]
+    assert "1 links are passed over, such as" in capsys.readouterr().err
 
 
 def test_a_shard_that_shrinks_under_a_run_is_named(tmp_path):

@@ -328,6 +328,32 @@ class TestHuggingFace:
         with pytest.raises(UserError, match="the column image holds no images"):
             open_source(TrainConfig(dataset="hf", data_dir=str(tmp_path / "data")), True)
 
+    @pytest.mark.parametrize(
+        ("labels", "message"),
+        [
+            (["cat", "dog"], "not .'cat', 'dog'.*class_encode_column"),
+            ([[0], [1]], r"not \[\[0\]"),
+            ([0, 2**62], "not"),
+        ],
+    )
+    def test_labels_that_are_no_class_numbers_are_refused(self, tmp_path, monkeypatch, labels, message):
+        datasets = pytest.importorskip("datasets")
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+        data = datasets.Dataset.from_dict({"image": [_jpeg(0)] * 2, "label": labels})
+        data.to_parquet(str(tmp_path / "data" / "train.parquet"))
+        with pytest.raises(UserError, match=f"labels must be integers from 0, below 10,000,000, {message}"):
+            open_source(TrainConfig(dataset="hf", data_dir=str(tmp_path / "data")), True)
+
+    def test_files_with_other_columns_are_refused(self, tmp_path, monkeypatch):
+        datasets = pytest.importorskip("datasets")
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+        for number, name in enumerate(("label", "fine_label")):
+            data = datasets.Dataset.from_dict({"image": [_jpeg(0)], name: [0]})
+            data.to_parquet(str(tmp_path / "data" / f"train-{number}.parquet"))
+        with pytest.raises(UserError, match="datasets cannot open .*column names don't match") as caught:
+            open_source(TrainConfig(dataset="hf", data_dir=str(tmp_path / "data")), True)
+        assert "\n" not in str(caught.value)
+
     def test_unlabelled_images_are_refused(self, tmp_path, monkeypatch):
         datasets = pytest.importorskip("datasets")
         monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
@@ -399,6 +425,13 @@ def test_downloads_are_unpacked_under_that_guard(tmp_path, monkeypatch):
     with pytest.raises(tarfile.FilterError, match="outside the destination"):
         build_splits(TrainConfig(dataset="cifar10", data_dir=str(tmp_path / "data"), download=True))
     assert not (tmp_path / "evil.txt").exists()
+
+
+def test_torchvisions_folders_without_their_lists_are_named(tmp_path):
+    for name in ("images", "annotations"):
+        (tmp_path / "oxford-iiit-pet" / name).mkdir(parents=True)
+    with pytest.raises(UserError, match="pets is not in data_dir=.*trainval.txt.*--download"):
+        open_source(TrainConfig(dataset="pets", data_dir=str(tmp_path)), True)
 
 
 def test_torchvisions_unreadable_images_are_named(tmp_path):

@@ -60,6 +60,9 @@ def test_what_is_there_is_not_mixed_with(folder, capsys):
     (folder / "shards" / "old.tar").write_bytes(b"")
     assert write_shards.main(words.split()) == 2
     assert "holds archives already" in capsys.readouterr().err
+    assert write_shards.main([*words.split(), "--train-split", "a/b"]) == 2
+    assert write_shards.main([*words.split(), "--output", __file__]) == 2
+    assert "is a file: name a folder" in capsys.readouterr().err
     assert write_shards.main([*words.split(), "--quality", "0"]) == 2
     assert "--quality 0: it must be at least 1" in capsys.readouterr().err
 

@@ -163,15 +163,19 @@ def _walk(root: str, follow_links: bool) -> Iterator[tuple[str, list[str], list[
         raise UserError(f"{error.filename} cannot be listed ({error.strerror}): make it readable, or remove it")
 
     for folder, folders, files in os.walk(root, onerror=refuse, followlinks=follow_links):
-        folders[:] = [name for name in folders if name[0] != "." and not _leads_back(folder, name)]
+        folders[:] = [name for name in folders if name[0] != "." and not _leads_back(root, folder, name)]
         inner = os.path.relpath(folder, root).replace(os.sep, "/") + "/" if folder != root else ""
         yield inner, folders, [name for name in files if name[0] != "."]
 
 
-def _leads_back(folder: str, name: str) -> bool:
-    """Return whether a link leads to a folder that holds it, which would have no end."""
+def _leads_back(root: str, folder: str, name: str) -> bool:
+    """Return whether a link leads to a folder that holds it or was passed on the way, which would have no end."""
     path = os.path.join(folder, name)
-    return os.path.islink(path) and Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(path))
+    if not os.path.islink(path):
+        return False
+    target, parts = os.path.realpath(path), Path(os.path.relpath(folder, root)).parts
+    passed = (os.path.realpath(os.path.join(root, *parts[:count])) for count in range(len(parts) + 1))
+    return any(Path(place).is_relative_to(target) for place in passed)
 
 
 def find_images(root: Path, follow_links: bool = True) -> ImageTree:
@@ -227,9 +231,13 @@ def read_image(file: BinaryIO | str | Path) -> Image.Image:
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Return an opened image as `read_image` does; `info["orientation"]` says how its pixels were stored."""
+    deep = any(";16" in str(part[3]) for part in getattr(image, "tile", ()))  # is empty as soon as it is loaded
     stored = _orientation(image)  # asked for before a TIFF is loaded, which Pillow turns upright while it loads
     image.load()
     left = _orientation(image)
+    colour = image.info.get("transparency")
+    if deep and image.mode == "RGB" and isinstance(colour, tuple):  # Pillow reads the pixels' upper bytes alone
+        image.info["transparency"] = tuple(level >> 8 for level in colour)
     picture = _eight_bit_rgb(image)
     if left in _UPRIGHT:
         picture = picture.transpose(_UPRIGHT[left])

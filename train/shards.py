@@ -17,6 +17,7 @@ shards should be copied to an SSD first.
 import io
 import json
 import os
+import posixpath
 import re
 import sys
 import tarfile
@@ -34,15 +35,17 @@ import numpy as np
 from crate_fast.errors import UserError
 from crate_fast.train.image_files import EXTENSIONS, ImageTree, is_hidden, is_image, looks_like_image
 
-__all__ = ["Archives", "FolderArchive", "ShardIndex", "TarIndex", "find_shards"]
+__all__ = ["MOST_CLASSES", "Archives", "FolderArchive", "ShardIndex", "TarIndex", "find_shards"]
 
-_VERSION = 2  # of a kept index: another one for other EXTENSIONS
+MOST_CLASSES = 10_000_000  # a label above is a fault of the data, and a head of so many classes fits no memory
+_VERSION = 3  # of a kept index: another one for other EXTENSIONS
 _OPEN_SHARDS = 128  # per process, well below the usual limit of 1,024 files
 _FIRST_DOT = "WebDataset ends the name of a sample at its first dot: write it without others, as in a_1.jpg"
+_PADDING = 16 * 2**20  # bytes at most behind the end of an archive; tar writes up to 10 KiB of zeros
 _HEADER = 512  # bytes of a tar header; a member's last one is right in front of its data
 
 
-def find_shards(root: Path, split: str, option: str = "--train-split") -> list[Path]:
+def find_shards(root: Path, split: str, option: str = "--train-split", other: str = "") -> list[Path]:
     """The shards of a split, sorted: <split>*.tar in `root`, or *.tar in its folder <split>.
 
     What follows the split's name in a file's name is no letter or digit: val does not take validation-000.tar.
@@ -51,13 +54,16 @@ def find_shards(root: Path, split: str, option: str = "--train-split") -> list[P
         root: Folder of the data set.
         split: Name of the split.
         option: That names the split, for messages.
+        other: Another split, whose shards are not taken where its name begins with this one's, as val-small with val.
 
     Raises:
         UserError: There are none.
         UserError: There are both kinds.
     """
-    own = re.compile(re.escape(split) + r"(?![A-Za-z0-9]).*\.tar")
-    beside = sorted(path for path in root.glob("*.tar") if own.fullmatch(path.name))
+    own, others = (re.compile(re.escape(name) + r"(?![A-Za-z0-9]).*\.tar") for name in (split, other))
+    beside = [path for path in sorted(root.glob("*.tar")) if own.fullmatch(path.name)]
+    if other.startswith(split) and other != split:
+        beside = [path for path in beside if not others.fullmatch(path.name)]
     inside = sorted(path for path in (root / split).glob("*.tar") if not is_hidden(path.name))
     if beside and inside:
         raise UserError(
@@ -79,16 +85,21 @@ def _label(where: str, suffix: str, content: bytes) -> int:
     """
     try:
         label = json.loads(content)["label"] if suffix == "json" else int(content)
-        if isinstance(label, int) and not isinstance(label, bool) and label >= 0:
+        if isinstance(label, int) and not isinstance(label, bool) and 0 <= label < MOST_CLASSES:
             return label
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         pass
     wanted = '{"label": 3}' if suffix == "json" else "3"
-    raise UserError(f"{where}.{suffix} holds {content[:40]!r}: write an integer from 0 into it, such as {wanted}")
+    raise UserError(
+        f"{where}.{suffix} holds {content[:40]!r}: write an integer from 0, below {MOST_CLASSES:,}, into it, such as "
+        f"{wanted}"
+    )
 
 
-def _members(archive: Path, nested: bool = False) -> Iterator[tuple[str, int, int]]:
+def _members(archive: Path, nested: bool = False) -> Iterator[tuple[str, int | str, int]]:
     """Yield (name, offset, size) of an archive's files, hidden ones left out; a folder's name ends in a slash.
+
+    Of a link, which has no content, it yields (name, name of the file, 0).
 
     Args:
         archive: Its path.
@@ -108,13 +119,15 @@ def _members(archive: Path, nested: bool = False) -> Iterator[tuple[str, int, in
         raise UserError(f"{archive} cannot be used ({error}): make it readable, or copy it again") from error
 
 
-def _members_of(file: BinaryIO, start: int, prefix: str, nested: bool) -> Iterator[tuple[str, int, int]]:
+def _members_of(file: BinaryIO, start: int, prefix: str, nested: bool) -> Iterator[tuple[str, int | str, int]]:
     with tarfile.open(fileobj=file, mode="r:") as opened:
         for member in opened:
             opened.members = []  # which would else hold every header
-            name = prefix + "/".join(part for part in member.name.split("/") if part not in ("", "."))
+            name = prefix + _plain(member.name)
             if is_hidden(name):
                 continue
+            if member.issparse():
+                raise tarfile.ReadError(f"{name} has holes, written by tar --sparse")
             if member.isdir():
                 yield name + "/", start, 0
             elif member.isreg() and nested and name.lower().endswith(".tar"):
@@ -122,6 +135,35 @@ def _members_of(file: BinaryIO, start: int, prefix: str, nested: bool) -> Iterat
                     yield from _members_of(inner, start + member.offset_data, f"{name[:-4]}/", nested)
             elif member.isreg():
                 yield name, start + member.offset_data, member.size
+            elif member.islnk():
+                yield name, prefix + _plain(member.linkname), 0
+            elif member.issym():
+                yield name, posixpath.normpath(posixpath.join(posixpath.dirname(name), member.linkname)), 0
+        _check_end(file, opened.offset)
+
+
+def _plain(name: str) -> str:
+    return "/".join(part for part in name.split("/") if part not in ("", ".", ".."))
+
+
+def _check_end(file: BinaryIO, end: int) -> None:
+    """Refuse an archive whose headers do not stop at its end, for `tarfile` takes a damaged one for the end.
+
+    Raises:
+        tarfile.ReadError: There is more behind the last header that it has read, or the mark of the end is missing.
+    """
+    file.seek(end)
+    rest = file.read(_PADDING + 1)
+    if len(rest) < _HEADER:
+        raise tarfile.ReadError(f"it ends at byte {end} without a mark of its end")
+    if len(rest) > _PADDING or rest.strip(b"\0"):
+        raise tarfile.ReadError(f"at byte {end} is neither a member nor its end: damage, or archives joined by cat")
+
+
+def _about_links(links: list[str]) -> list[str]:
+    if not links:
+        return []
+    return [f"{len(links)} links are passed over, such as {links[0]}: archive what they lead to (tar --dereference)"]
 
 
 def _class_names(root: Path) -> tuple[str, ...] | None:
@@ -295,10 +337,10 @@ class ShardIndex(TarIndex):
         super().__init__(shards, f".{Path(shards[0]).stem}.index.npz")
 
     def _scan(self) -> dict[str, np.ndarray]:
-        rows, passed_over = [], []
+        rows, passed_over, links = [], [], []
         for number in range(len(self.paths)):
-            self._scan_shard(number, rows, passed_over)
-        remarks = []
+            self._scan_shard(number, rows, passed_over, links)
+        remarks = _about_links(links)
         if passed_over:
             where, suffix = passed_over[0]
             why = _FIRST_DOT if "." in suffix else f"images are {' '.join(EXTENSIONS)}"
@@ -306,9 +348,16 @@ class ShardIndex(TarIndex):
         return {"samples": np.array(rows, np.int64).reshape(-1, 4), "remarks": np.array(remarks, str)}
 
     def _scan_shard(
-        self, number: int, rows: list[tuple[int, int, int, int]], passed_over: list[tuple[str, str]]
+        self,
+        number: int,
+        rows: list[tuple[int, int, int, int]],
+        passed_over: list[tuple[str, str]],
+        links: list[str],
     ) -> None:
-        """Add the samples of a shard to `rows`, and image files that are in none of them to `passed_over`."""
+        """Add the samples of a shard to `rows`; image files in none of them to `passed_over`, or to `links`.
+
+        A link to a member that comes before it has its content.
+        """
 
         def finish(key: str, parts: dict[str, tuple[int, int]]) -> None:
             where = f"{self.paths[number]}: {key}"
@@ -323,8 +372,13 @@ class ShardIndex(TarIndex):
                 )
             rows.append((number, *image, _label(where, suffix, self.archives.read(number, *parts[suffix]))))
 
-        key, parts = "", {}
+        key, parts, places = "", {}, {}
         for name, *place in _members(self.paths[number]):
+            place = places.get(place[0], place)
+            if isinstance(place[0], str):
+                links.append(f"{self.paths[number]}/{name}")
+                continue
+            places[name] = place
             folder, slash, file = name.rpartition("/")
             stem, dot, suffix = file.partition(".")
             if not dot:
@@ -370,6 +424,10 @@ class FolderArchive(TarIndex):
     def _scan(self) -> dict[str, np.ndarray]:
         path = self.paths[0]
         places = {name: place for name, *place in _members(path, nested=True)}  # of two of a name, the later
+        links = {name: place[0] for name, place in places.items() if isinstance(place[0], str)}
+        places |= {name: places[target] for name, target in links.items() if target in places}
+        lost = [name for name in links if isinstance(places[name][0], str)]
+        places = {name: place for name, place in places.items() if isinstance(place[0], int)}
         top, images = f"{path.stem}/", [name for name in places if is_image(name)]
         if images and all(name.startswith(top) for name in images):
             places = {name.removeprefix(top): place for name, place in places.items() if name.startswith(top)}
@@ -377,7 +435,8 @@ class FolderArchive(TarIndex):
         tree = ImageTree.of((name for name in places if not name.endswith("/")), folders)
         classes, labels = tree.labelled(str(path))
         rows = [(0, *places[name], label) for name, label in zip(tree.names, labels.tolist(), strict=True)]
-        remarks = [f"{path}: {remark}" for remark in tree.remarks()]
+        remarks = _about_links([f"{path}/{name}" for name in lost])
+        remarks += [f"{path}: {remark}" for remark in tree.remarks()]
         return {"samples": np.array(rows, np.int64), "classes": np.array(classes), "remarks": np.array(remarks, str)}
 
     def _take(self, contents: dict[str, np.ndarray]) -> None:

@@ -20,7 +20,7 @@ from torchvision import datasets as torchvision_datasets
 from crate_fast.errors import UserError
 from crate_fast.train.config import TrainConfig
 from crate_fast.train.image_files import find_images, read_image, to_rgb
-from crate_fast.train.shards import FolderArchive, ShardIndex, TarIndex, find_shards
+from crate_fast.train.shards import MOST_CLASSES, FolderArchive, ShardIndex, TarIndex, find_shards
 from crate_fast.train.unreadable import Unreadable
 
 __all__ = ["EncodedSource", "Source", "common_classes", "nothing_outside", "open_source"]
@@ -105,10 +105,16 @@ class _HubSource(EncodedSource):
 
     def __init__(self, images, where: str):
         self.images, self.where = images, where
-        labels = images.unique("label")
-        wrong = [label for label in labels if not isinstance(label, int) or label < 0]
+        try:
+            labels = images.unique("label")
+        except NotImplementedError:  # of lists
+            labels = images[:8]["label"]
+        wrong = [label for label in labels if not isinstance(label, int) or not 0 <= label < MOST_CLASSES]
         if wrong or not labels:
-            raise UserError(f"{where}: labels must be integers from 0, not {wrong[:8]}: pass a labelled split")
+            raise UserError(
+                f"{where}: labels must be integers from 0, below {MOST_CLASSES:,}, not {wrong[:8]}: pass a labelled "
+                "split, or make texts numbers with class_encode_column of datasets"
+            )
         self.classes = tuple(getattr(images.features["label"], "names", ())) or None
         self.n_labels = max(len(self.classes or ()), max(labels) + 1)
 
@@ -123,10 +129,10 @@ class _HubSource(EncodedSource):
         row = self.images[index]
         image = row["image"] or {}  # null in some rows of some data sets
         if image.get("bytes"):
-            return io.BytesIO(image["bytes"]), row["label"]
+            return io.BytesIO(image["bytes"]), int(row["label"])
         if not image.get("path"):
             raise UserError("it has neither bytes nor a path")
-        return Path(image["path"]).open("rb"), row["label"]
+        return Path(image["path"]).open("rb"), int(row["label"])
 
 
 class ArchiveSource(EncodedSource):
@@ -202,7 +208,7 @@ def _open_torchvision(config: TrainConfig, train: bool) -> Source:
                 images = _TORCHVISION[config.dataset](Path(config.data_dir), train, True)
         else:
             images = _TORCHVISION[config.dataset](Path(config.data_dir), train, False)
-    except RuntimeError as error:
+    except (RuntimeError, OSError, ValueError) as error:
         raise UserError(
             f"{config.dataset} is not in data_dir={config.data_dir!r} ({error}): pass the right folder, or "
             "--download to fetch it there"
@@ -240,9 +246,11 @@ def _open_hf(config: TrainConfig, train: bool) -> Source:
     where = f"{config.data_dir}, split {split}"
     try:
         images = datasets.load_dataset(config.data_dir, split=split)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        cause = error.__cause__ or error  # of files that disagree: its own message does not say why
+        reason = " ".join(f"{type(cause).__name__}: {cause}".split())
         raise UserError(
-            f"datasets cannot open {where} ({type(error).__name__}: {error}): it must be of parquet, arrow or image "
+            f"datasets cannot open {where} ({reason}): it must be of parquet, arrow or image "
             f"files; pass --data-dir, or {option}"
         ) from error
     if not {"image", "label"} <= set(images.column_names):
@@ -270,7 +278,8 @@ def open_source(config: TrainConfig, train: bool) -> Source:
         return _open_hf(config, train)
     if config.dataset == "shards":
         root = Path(config.data_dir)
-        return ArchiveSource(ShardIndex(find_shards(root, *_split(config, train)), root))
+        shards = find_shards(root, *_split(config, train), other=_split(config, not train)[0])
+        return ArchiveSource(ShardIndex(shards, root))
     return _open_files(config, train)
 
 

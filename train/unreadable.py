@@ -50,11 +50,11 @@ class UnreadableTally:
         count = self.count(epoch)
         if count > self.share * self.n_images:
             present = [line for line, last in self._epoch_of.items() if last == epoch]
-            listed = "".join(f"\n  {line}" for line in present[:_SHOWN])
+            listed = "; ".join(present[:_SHOWN])
             raise UserError(
                 f"{count} of {self.n_images} images ({count / self.n_images:.2%}) could not be read in epoch {epoch},"
                 f" more than max_unreadable={self.share} allows: repair or remove them, or raise --max-unreadable. "
-                f"The first:{listed}"
+                f"The first: {listed}"
             )
 
     def count(self, epoch: int) -> int:

@@ -26,7 +26,7 @@ from crate_fast.train.sources import EncodedSource, common_classes, open_source
 
 __all__ = ["encoded", "main"]
 
-_SUFFIX = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}  # formats that keep their bytes
+_SUFFIX = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # formats that keep their bytes
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,10 @@ def _write_split(plan: _Plan, workers: int) -> list[str]:
     numbers = range(-(-len(plan.source) // plan.per_shard))
     with multiprocessing.get_context("spawn").Pool(min(workers, len(numbers)), _begin, (plan,)) as pool:
         done = tqdm(pool.imap(_write_shard, numbers), total=len(numbers), unit="shard", desc=plan.split)
-        return [line for problems in done for line in problems]
+        problems = [line for problems in done for line in problems]
+    if len(problems) == len(plan.source):
+        raise UserError(f"not one of {plan.split}'s {len(problems)} images can be read; the first: {problems[0]}")
+    return problems
 
 
 def _write(options: argparse.Namespace) -> None:
@@ -108,6 +111,11 @@ def _write(options: argparse.Namespace) -> None:
             raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: it must be at least 1")
     if options.output.is_dir() and any(options.output.glob("*.tar")):
         raise UserError(f"--output {options.output} holds archives already: name another folder, or empty it")
+    if options.output.exists() and not options.output.is_dir():
+        raise UserError(f"--output {options.output} is a file: name a folder")
+    for split in (options.train_split, options.val_split):
+        if "/" in split:
+            raise UserError(f"split {split!r}: shards are named after it, so it may hold no /; move it to --data-dir")
     names = ("dataset", "data_dir", "train_split", "val_split")
     config = TrainConfig(**{name: getattr(options, name) for name in names})
     sources = {
@@ -120,7 +128,7 @@ def _write(options: argparse.Namespace) -> None:
     for split, source in sources.items():
         plan = _Plan(source, split, options.output, options.shorter_side, options.quality, options.per_shard)
         problems += _write_split(plan, options.workers)
-    (options.output / "classes.txt").write_text("".join(f"{name}\n" for name in classes))
+    (options.output / "classes.txt").write_bytes("".join(f"{name}\n" for name in classes).encode("utf-8", "replace"))
     print(f"written: {options.output}; unreadable images left out: {len(problems)}")
     print("".join(f"  {line}\n" for line in problems), end="")
 

@@ -100,7 +100,8 @@ class Pictures:
         tree = find_images(folder, follow_links=False)
         found = [path for path in sorted(folder / name for name in tree.names) if self._inside(path)]
         if not found:
-            raise UserError(f"--images {folder} holds no images ({', '.join(EXTENSIONS)}); pass another")
+            note = f"; {tree.note}" if tree.note else ""
+            raise UserError(f"--images {folder} holds no images ({', '.join(EXTENSIONS)}{note}); pass another")
         self._files = found[:_MOST_LISTED]
         if len(found) > _MOST_LISTED:
             self.note = f"The first {_MOST_LISTED} of {len(found):,} images of the folder."
