@@ -44,6 +44,10 @@ class Job:
     items: list[dict] = field(default_factory=list)
 
 
+def _heed_interrupts() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # which a shell that starts a program with & has it ignore
+
+
 class Process:
     """A job that runs, in a session of its own, its output in a file.
 
@@ -65,6 +69,7 @@ class Process:
                 self.popen = subprocess.Popen(
                     job.command, cwd=cwd, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
                     env=environment | job.environment, start_new_session=True,
+                    preexec_fn=_heed_interrupts,
                 )  # fmt: skip
         except OSError as error:
             self.popen, self.finished, self.reason = None, True, f"does not start: {error}"
