@@ -6,6 +6,7 @@ The model's own parameter names are the released ones, so there is nothing to re
 
 import os
 import textwrap
+import warnings
 
 import torch
 from timm.layers import resample_abs_pos_embed
@@ -19,6 +20,7 @@ from crate_fast.weight_files import read_state_dict, unwrap_state_dict
 __all__ = [
     "MismatchError",
     "adapt_state_dict",
+    "check_numbers",
     "is_demo",
     "load_strictly",
     "load_weights",
@@ -132,6 +134,13 @@ def resample_weights(
     grid = _square_or_stated(patches, source_grid, argument)
     if grid == target:
         return state_dict
+    if source_grid is None and patches == target[0] * target[1]:
+        rows, columns = grid
+        warnings.warn(
+            f"the weights do not say which grid their {patches} positions are of: taken for {rows}×{columns}, and "
+            f"resampled to {target[0]}×{target[1]}; if they are of another one, pass {argument}",
+            stacklevel=2,
+        )
     if isinstance(model, CRATE):
         return dict(state_dict) | {name: resample_positions(positions, grid, target)}
     return dict(state_dict) | {name: resample_abs_pos_embed(positions, list(target), list(grid), prefix)}
@@ -166,6 +175,21 @@ def is_demo(state_dict: dict) -> bool:
     return "mlp_head.2.weight" in state_dict and hidden is not None and hidden.shape == (768, 768)
 
 
+def check_numbers(state_dict: dict, model: nn.Module, source: str) -> None:
+    """Refuse integers where the model has real numbers, which PyTorch would convert silently.
+
+    Raises:
+        UserError: `state_dict` is of a quantized model, whose integers lack their scales.
+    """
+    for name, own in model.state_dict().items():
+        found = state_dict.get(name)
+        if found is not None and own.is_floating_point() and not found.is_floating_point():
+            raise UserError(
+                f"{source} holds {name} as {found.dtype}, as quantized models do, not as {own.dtype}: use the "
+                "weights from before the quantization"
+            )
+
+
 def load_strictly(
     model: nn.Module, state_dict: dict, source: str, remedy: str, name: str = "this model"
 ) -> nn.Module:
@@ -181,6 +205,7 @@ def load_strictly(
     Raises:
         MismatchError: They do not fit; one line names some of what differs.
     """
+    check_numbers(state_dict, model, source)
     try:
         model.load_state_dict(state_dict, strict=True)
     except RuntimeError as error:

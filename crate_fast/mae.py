@@ -24,6 +24,7 @@ from crate_fast.model import (
     check_floating,
     check_images,
     check_positive,
+    head_width,
     patch_grid,
     rename_arguments,
     size_pair,
@@ -227,7 +228,7 @@ class CRATEMAE(nn.Module):
         place = {"device": device, "dtype": dtype}
 
         def attention(width: int, heads: int) -> PreNorm:
-            return PreNorm(width, MSSA(width, heads, width // heads, backend=backend, **place), **place)
+            return PreNorm(width, MSSA(width, heads, head_width(width, heads), backend=backend, **place), **place)
 
         def encoder_layer() -> Layer:
             sparsify = ISTA(embed_dim, ista, sparsity, backend=backend, **place)

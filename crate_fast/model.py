@@ -28,6 +28,7 @@ __all__ = [
     "check_choice",
     "check_floating",
     "check_positive",
+    "head_width",
     "patch_grid",
     "pool_tokens",
     "rename_arguments",
@@ -103,6 +104,18 @@ def takes_names(names: dict[str, str]) -> Callable:
         return renaming
 
     return decorate
+
+
+def head_width(dim: int, heads: int) -> int:
+    """Return dim / heads.
+
+    Raises:
+        UserError: It is no integer.
+    """
+    check_positive(dim=dim, heads=heads)
+    if dim % heads:
+        raise UserError(f"heads={heads} does not divide dim={dim}: choose another number of heads, or give dim_head")
+    return dim // heads
 
 
 def _check_rates(**rates: float) -> None:
@@ -580,7 +593,9 @@ class CRATE(nn.Module):
 
 def _released(num_classes: int, sizes: dict[str, int], arguments: dict[str, Any]) -> CRATE:
     sizes = {"image_size": 224, "patch_size": 16} | sizes | rename_arguments(arguments, TIMM_NAMES)
-    return CRATE(num_classes=num_classes, **({"dim_head": sizes["dim"] // sizes["heads"]} | sizes))
+    if "dim_head" not in sizes:
+        sizes["dim_head"] = head_width(sizes["dim"], sizes["heads"])
+    return CRATE(num_classes=num_classes, **sizes)
 
 
 def CRATE_tiny(num_classes: int = 1000, **kwargs) -> CRATE:

@@ -20,7 +20,7 @@ from crate_fast.mae import (
     CRATEMAE_small,
     CRATEMAE_tiny,
 )
-from crate_fast.model import CRATE, TIMM_NAMES, rename_arguments
+from crate_fast.model import CRATE, TIMM_NAMES, head_width, rename_arguments
 
 __all__ = ["MAE", "MAE_ENCODER", "create_mae", "create_model", "is_mae", "is_model", "model_names"]
 
@@ -87,7 +87,8 @@ def _weights_for(state_dict: dict, model: CRATE) -> dict[str, Tensor]:
 
 def _create(name: str, pretrained: bool, sizes: dict, kwargs: dict) -> CRATE:
     arguments = sizes | rename_arguments(kwargs, _TO_TIMM)
-    arguments.setdefault("dim_head", arguments["embed_dim"] // arguments["num_heads"])
+    if "dim_head" not in arguments:
+        arguments["dim_head"] = head_width(arguments["embed_dim"], arguments["num_heads"])
     if arguments.get("head_hidden"):
         overlay = arguments.get("pretrained_cfg_overlay") or {}
         arguments["pretrained_cfg_overlay"] = {"classifier": "mlp_head.2"} | overlay
@@ -224,8 +225,14 @@ def model_names() -> list[str]:
 
 
 def is_model(name: str) -> bool:
-    """Return whether `create_model` takes the name."""
-    return name in _AUTOENCODERS or timm.is_model(name)
+    """Return whether `create_model` takes the name, with its tag if it has one."""
+    if name in _AUTOENCODERS:
+        return True
+    try:
+        timm.models.get_pretrained_cfg(name)
+    except RuntimeError:  # there is no such tag
+        return False
+    return timm.is_model(name)
 
 
 def create_model(name: str, **kwargs) -> nn.Module:
@@ -234,5 +241,13 @@ def create_model(name: str, **kwargs) -> nn.Module:
     Args:
         name: One of `model_names()`, or one of timm's with a tag.
         **kwargs: The model's arguments.
+
+    Raises:
+        UserError: timm's model cannot be built with them.
     """
-    return create_mae(name, **kwargs) if is_mae(name) else timm.create_model(name, **kwargs)
+    if is_mae(name):
+        return create_mae(name, **kwargs)
+    try:
+        return timm.create_model(name, **kwargs)
+    except AssertionError as error:  # which timm raises for sizes that do not fit
+        raise UserError(f"model={name!r} cannot be built with {kwargs} ({error}): choose sizes that fit") from error

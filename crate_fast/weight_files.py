@@ -126,7 +126,14 @@ def unwrap_state_dict(content: Mapping, entry: str | None = None) -> dict[str, T
     content, _, _ = _inner(content, entry)
     tensors = {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor)}
     if not tensors:
-        raise UserError(f"no state dict found: it holds the keys {_names(content) or 'of none'}; {_STATE_DICT}")
+        inner = [name for name, value in content.items() if isinstance(value, Mapping) and value]
+        remedy = f"name the one to take, as in FILE#{inner[0]}" if inner else _STATE_DICT
+        held = f"the keys {_names(content)}" if content else "nothing"
+        raise UserError(f"no state dict found: it holds {held}; {remedy}")
+    for key, value in tensors.items():
+        kind = _no_plain_kind(value)
+        if kind:
+            raise UserError(f"{key} is {kind}, not a plain tensor of numbers: {_STATE_DICT}, of the plain model")
     stripped = OrderedDict()
     for key, value in tensors.items():
         name = _strip(key)
@@ -140,6 +147,15 @@ def unwrap_state_dict(content: Mapping, entry: str | None = None) -> dict[str, T
     metadata = getattr(content, "_metadata", {})
     stripped._metadata = OrderedDict((_strip(f"{key}.")[:-1], value) for key, value in metadata.items())
     return stripped
+
+
+def _no_plain_kind(tensor: Tensor) -> str:
+    """Return the kind of a tensor that is no array of real numbers; "" if it is one."""
+    if tensor.is_meta:
+        return "a meta tensor without values"
+    if tensor.layout != torch.strided:
+        return "sparse"
+    return "quantized" if tensor.is_quantized else "complex" if tensor.is_complex() else ""
 
 
 # --- files ----------------------------------------------------------------------------------------------------------
@@ -305,11 +321,13 @@ def unreadable(path: Path, error: Exception) -> UserError:
     if isinstance(error, OSError) and error.strerror:
         return UserError(f"{path} cannot be read ({error.strerror}): see to its permissions and its disk")
     # PyTorch's own text advises weights_only=False: only its reason is passed on
-    reason = str(error).partition("WeightsUnpickler error:")[2] or str(error)
+    text = str(error)
+    reason = text.partition("WeightsUnpickler error:")[2] or text
     reason = " ".join(reason.strip().partition("\n")[0].split())[:200]
     reason = type(error).__name__ if not reason or "weights_only" in reason else reason
-    if isinstance(error, pickle.UnpicklingError) and re.search(r"GLOBAL|unsupported class|only build|reduce", reason):
-        name = re.search(r"GLOBAL ([\w.]+)", reason)
+    name = re.search(r"GLOBAL ([\w.]+)", text)
+    code = name or re.search(r"GLOBAL|unsupported class|only build|reduce", reason)
+    if isinstance(error, pickle.UnpicklingError) and code:
         what = f" ({name[1]})" if name else ""
         return UserError(
             f"{path} holds more than tensors and plain values{what}, and is not read, since that could run code: "

@@ -246,7 +246,7 @@ def extractor_for(model: nn.Module) -> FeatureExtractor:
         model: `crate_fast.CRATE` (ablations and exported CRATE-MAE encoders are such) or timm's `VisionTransformer`.
 
     Raises:
-        TypeError: It is another kind of model.
+        UserError: It is another kind of model.
 
     >>> import timm
     >>> extract = extractor_for(timm.create_model("crate_tiny_patch16_224", num_classes=0, depth=3))
@@ -258,7 +258,7 @@ def extractor_for(model: nn.Module) -> FeatureExtractor:
         return _OfCRATE(model)
     if isinstance(model, VisionTransformer) and hasattr(model.blocks[0].attn, "q_norm"):
         return _OfTimmViT(model)
-    raise TypeError(
+    raise UserError(
         f"no patch features can be read from a {type(model).__name__}: pass a crate_fast.CRATE or one of timm's "
         "VisionTransformer models, such as vit_small_patch8_224.dino"
     )

@@ -3,6 +3,7 @@
 import argparse
 import gzip
 import io
+import os
 import pickle
 import tarfile
 import zipfile
@@ -100,6 +101,11 @@ class _Bomb:
         return (print, ("code ran",))
 
 
+class _Shell:
+    def __reduce__(self):
+        return (os.system, ("false",))
+
+
 def test_pickled_code_is_refused_and_does_not_run(released, tmp_path, capsys):
     torch.save({"model": released.state_dict(), "extra": _Bomb()}, tmp_path / "bomb.pth")
     with pytest.raises(ValueError, match="holds more than tensors"):
@@ -166,7 +172,8 @@ def test_positions_become_timms_for_the_other_grid(old, new, how, tmp_path):
 def test_unknown_grids_are_square_and_never_guessed_otherwise(tmp_path):
     plain, wide = dict(_of_grid((4, 4)).state_dict()), _of_grid((2, 8))
     expected = resample_abs_pos_embed(plain["pos_embedding"], [2, 8])  # timm takes them for square, too
-    torch.testing.assert_close(adapt_state_dict(plain, wide)["pos_embedding"], expected, rtol=0, atol=0)
+    with pytest.warns(UserWarning, match="taken for 4×4, and resampled to 2×8; if .* another one, pass source_grid"):
+        torch.testing.assert_close(adapt_state_dict(plain, wide)["pos_embedding"], expected, rtol=0, atol=0)
     torch.save(plain, tmp_path / "plain.pth")
     sizes = {"dim": 48, "depth": 2, "heads": 3, "num_classes": 7, "img_size": (16, 64), "pretrained": True}
     overlay = {"file": str(tmp_path / "plain.pth"), "num_classes": 7}
@@ -364,6 +371,10 @@ FILES = {  # what it is: name, content, what is said, the remedy
         "have it saved where it was made as its state dict alone",
     ),
     "list": ("w.pth", lambda: _saved([torch.zeros(1)]), "it holds a list", "state dict alone"),
+    "code": ("w.pth", lambda: _saved({"w": _Shell()}), r"more than tensors.*\(\w+\.system\)", "state dict alone"),
+    "complex": ("w.pth", lambda: _saved({"w": torch.zeros(2) * 1j}), "w is complex", "of the plain model"),
+    "meta": ("w.pth", lambda: _saved({"w": torch.zeros(2, device="meta")}), "w is a meta tensor", "plain model"),
+    "two models": ("w.pth", lambda: _saved({"student": TENSORS}), "it holds the keys student", "as in FILE#student"),
     "no tensors": ("w.pth", lambda: _saved({"epoch": 3}), "it holds the keys epoch", "state dict alone"),
 }
 
@@ -379,6 +390,13 @@ def test_a_file_without_weights_is_named_with_a_safe_remedy(kind, tmp_path):
     assert "\n" not in text
     assert "trust" not in text
     assert "weights_only" not in text
+
+
+def test_quantized_weights_are_not_taken_for_numbers(released, tmp_path):
+    integers = {name: (100 * value).to(torch.int8) for name, value in released.state_dict().items()}
+    torch.save(integers, tmp_path / "int8.pth")
+    with pytest.raises(UserError, match=r"int8\.pth holds \S+ as torch\.int8, as quantized models do"):
+        load_weights(CRATE(**SMALL), tmp_path / "int8.pth")
 
 
 def test_a_folder_and_an_unreadable_file_are_named(tmp_path, monkeypatch):

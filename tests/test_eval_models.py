@@ -139,11 +139,12 @@ def test_timm_vits_from_a_file(tmp_path):
         ("runs/absent", "neither the folder of a run nor a model that timm knows"),
         (NAME, f"say whose weights: {NAME}@FILE"),
         (f"{NAME}@pretrained", f"Give a file of its weights, as in {NAME}@FILE"),
+        (f"{NAME}.nope@untrained", "nor a model that timm knows"),
         ("resnet18@untrained", "no patch features can be read from a ResNet"),
     ],
 )
 def test_wrong_words(name, message):
-    with pytest.raises((ValueError, TypeError), match=message):
+    with pytest.raises(UserError, match=message):
         open_model(name)
 
 

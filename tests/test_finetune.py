@@ -191,6 +191,13 @@ def test_a_files_grid_is_stated_where_it_is_no_square(tmp_path, kind, size):
         load_initial(target, _small(init=path, image_size=size))
 
 
+def test_weights_that_are_not_finite_are_refused(tmp_path):
+    model = build_model(_small(), 12)
+    model.state_dict()["cls_token"][0, 0, 3] = torch.nan
+    with pytest.raises(UserError, match=r"holds NaN or infinity in cls_token: the file is damaged"):
+        load_initial(build_model(_small(), 12), _small(init=_file(tmp_path, model)))
+
+
 def test_a_stated_grid_is_checked(source):
     for words in ({"init": "w.pth", "init_grid": "2 by 8"}, {"init_grid": "2x8"}):
         with pytest.raises(UserError, match="give the rows and columns of patches of the file in init, such as 2x8"):

@@ -89,7 +89,17 @@ def choose_device(asked: str, local_rank: int = 0) -> torch.device:
             raise UserError(f"device={asked!r}: PyTorch sees no GPU here; pass --device cpu or install a CUDA build")
         if device.index is None:
             device = torch.device("cuda", local_rank)
+        if device.index >= torch.cuda.device_count():
+            raise UserError(
+                f"device={asked!r}: {device} is not there, PyTorch sees {torch.cuda.device_count()} GPUs; pass a "
+                "lower number, or start fewer processes a host"
+            )
         torch.cuda.set_device(device)
+    elif device.type != "cpu":
+        try:
+            torch.zeros((), device=device).item()
+        except (RuntimeError, AssertionError, ImportError) as error:
+            raise UserError(f"device={asked!r} computes nothing here: choose auto, cpu, cuda or cuda:N") from error
     return device
 
 

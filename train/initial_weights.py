@@ -6,7 +6,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from crate_fast import CRATE, CRATEMAE
-from crate_fast.checkpoints import is_demo, read_state_dict, resample_weights, table_grid
+from crate_fast.checkpoints import check_numbers, is_demo, read_state_dict, resample_weights, table_grid
 from crate_fast.errors import UserError
 from crate_fast.mae import encoder_state_dict
 from crate_fast.train.config import TrainConfig
@@ -77,6 +77,12 @@ def load_initial(model: nn.Module, config: TrainConfig) -> str:
         weights = {key: value for key, value in weights.items() if not _of_classifier(key, model)}
         notes.append(f"new classifier ({classes} → {model.num_classes} classes)")
     _check_fit(weights, model, config)
+    check_numbers(weights, model, f"init={config.init!r}")
+    bad = sorted(name for name, value in weights.items() if not value.isfinite().all())
+    if bad:
+        raise UserError(
+            f"init={config.init!r} holds NaN or infinity in {', '.join(bad[:4])}: the file is damaged; use another"
+        )
     model.load_state_dict(dict(weights), strict=False)  # what may be missing has been checked
     return source + (f" ({', '.join(notes)})" if notes else "")
 
@@ -146,5 +152,5 @@ def _check_fit(weights: dict[str, Tensor], model: nn.Module, config: TrainConfig
     ]
     raise UserError(
         f"the weights of init={where!r} are not of this model ({'; '.join(parts)}): set model, patch_size, dim, "
-        "depth and heads as they were"
+        "depth, heads and, where a model does not resample, image_size as they were"
     )

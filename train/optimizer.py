@@ -8,8 +8,8 @@ from timm.utils.agc import adaptive_clip_grad
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from crate_fast.errors import UserError
-from crate_fast.train.config import TrainConfig, nearest
+from crate_fast.errors import UserError, nearest
+from crate_fast.train.config import TrainConfig
 
 __all__ = [
     "build_optimizer",
@@ -68,15 +68,18 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
         others = [p for p in trained.parameters() if p.ndim <= 1]
         groups = [{"params": matrices, "always_adapt": True}, {"params": others, "weight_decay": 0.0}]
         return Lars(groups, lr=config.peak_lr, momentum=_MOMENTUM, weight_decay=config.weight_decay)
-    optimizer = create_optimizer_v2(
-        trained,
-        opt=config.optimizer,
-        lr=config.peak_lr,
-        weight_decay=config.weight_decay,
-        filter_bias_and_bn=not config.decay_all,
-        layer_decay=config.layer_decay if config.layer_decay < 1 else None,
-        **betas,
-    )
+    try:
+        optimizer = create_optimizer_v2(
+            trained,
+            opt=config.optimizer,
+            lr=config.peak_lr,
+            weight_decay=config.weight_decay,
+            filter_bias_and_bn=not config.decay_all,
+            layer_decay=config.layer_decay if config.layer_decay < 1 else None,
+            **betas,
+        )
+    except (AssertionError, ImportError) as error:  # of APEX and bitsandbytes
+        raise UserError(f"optimizer={name!r} cannot be used here ({error}): choose another, such as adamw") from error
     if config.decay_all:  # with layer_decay timm spares positions and CLS even so
         for group in optimizer.param_groups:
             group["weight_decay"] = config.weight_decay

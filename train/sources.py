@@ -208,10 +208,15 @@ def _open_torchvision(config: TrainConfig, train: bool) -> Source:
                 images = _TORCHVISION[config.dataset](Path(config.data_dir), train, True)
         else:
             images = _TORCHVISION[config.dataset](Path(config.data_dir), train, False)
-    except (RuntimeError, OSError, ValueError) as error:
+    except (RuntimeError, FileNotFoundError, ValueError) as error:
         raise UserError(
             f"{config.dataset} is not in data_dir={config.data_dir!r} ({error}): pass the right folder, or "
             "--download to fetch it there"
+        ) from error
+    except OSError as error:  # no network (URLError), a full disk
+        raise UserError(
+            f"{config.dataset} cannot be read from or downloaded to data_dir={config.data_dir!r} ({error}): see to "
+            "the network and the disk, or put it there yourself"
         ) from error
     except ModuleNotFoundError as error:
         raise UserError(f"{config.dataset} needs {error.name}: pip install {error.name}") from error
