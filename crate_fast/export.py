@@ -7,6 +7,7 @@ Both take any batch, and images of any size from two by two patches on that the 
 crate_fast: the `.pt2` holds PyTorch's operators alone (`portable.py`), the ONNX file standard ones.
 """
 
+import io
 import json
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
@@ -52,7 +53,9 @@ def write_torch(program: ExportedProgram, path: str | Path, facts: dict | None =
         path: Ends in .pt2.
         facts: Plain values, kept inside as crate_fast.json (`torch.export.load(path, extra_files=…)`).
     """
-    torch.export.save(program, path, extra_files={FACTS_FILE: json.dumps(facts or {}, ensure_ascii=False)})
+    content = io.BytesIO()  # PyTorch's own writing to a full disk ends the process
+    torch.export.save(program, content, extra_files={FACTS_FILE: json.dumps(facts or {}, ensure_ascii=False)})
+    Path(path).write_bytes(content.getbuffer())
 
 
 def write_onnx(

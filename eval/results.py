@@ -124,13 +124,25 @@ def say_written(paths: Sequence[Path], problems: Sequence[str]) -> None:
     print(f"unreadable images: {len(problems)}\nwritten:", *map(str, paths), sep="\n  ")
 
 
+def _write(path: Path, text: str) -> None:
+    """Write a file; where that fails, print what it was to hold, for it may have taken hours."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, text)
+    except OSError as error:
+        print(text)
+        raise UserError(
+            f"{path} cannot be written ({error.strerror}), and its content is printed instead: free some space, or "
+            "see to its permissions"
+        ) from error
+
+
 def write_table(folder: Path, name: str, rows: Sequence[dict], digits: int = 3) -> str:
     """Write `name`.md, `name`.csv and `name`.tex into a folder; returns the Markdown."""
-    folder.mkdir(parents=True, exist_ok=True)
     text = markdown_table(rows, digits)
-    write_text(folder / f"{name}.md", text)
-    write_text(folder / f"{name}.csv", csv_table(rows))
-    write_text(folder / f"{name}.tex", latex_table(rows, digits))
+    _write(folder / f"{name}.md", text)
+    _write(folder / f"{name}.csv", csv_table(rows))
+    _write(folder / f"{name}.tex", latex_table(rows, digits))
     return text
 
 
@@ -147,7 +159,6 @@ def write_results(folder: Path, protocol: str, config: dict, results: dict, prob
     Returns:
         The file.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     content = {
         "protocol": protocol,
         "config": config,
@@ -156,5 +167,5 @@ def write_results(folder: Path, protocol: str, config: dict, results: dict, prob
         "provenance": provenance(),
     }
     path = folder / "results.json"
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    _write(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     return path

@@ -1,5 +1,6 @@
 """One writer a folder: the first process of a run holds its lock while it lives."""
 
+import contextlib
 import fcntl
 import json
 import os
@@ -80,7 +81,8 @@ class RunLock:
     def release(self) -> None:
         """Give the lock back; nothing if it is not held."""
         if self._file is not None:
-            self._file.close()
+            with contextlib.suppress(OSError):  # on a full disk, which has been reported
+                self._file.close()
             self._file = None
 
     def _read(self) -> dict:
