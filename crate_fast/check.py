@@ -22,6 +22,7 @@ import torch
 
 from crate_fast import env
 from crate_fast.backends import explain_backend
+from crate_fast.errors import CommandParser, UserError, run_command
 from crate_fast.probes import CHECKED, PROBES, find_probe
 from crate_fast.provenance import provenance
 
@@ -196,10 +197,34 @@ def _cells(row: dict) -> dict[str, str | None]:
     }
 
 
+def _check(options: argparse.Namespace) -> int:
+    names = options.probes or (list(PROBES) if options.all else list(CHECKED))
+    for name in names:
+        find_probe(name)
+    if not options.interpreter:
+        backend, reason = explain_backend("cuda")
+        if backend != "triton":
+            raise UserError(f"nothing to check: {reason} (--interpreter checks without a GPU)")
+    rows = _run(names, options.interpreter)
+    if not options.interpreter:
+        _add_times(rows)
+    bad = [row["name"] for row in rows if row["status"] != "right"]
+    report = {"environment": env.describe() | provenance(), "interpreter": options.interpreter, "rows": rows}
+    print(_table(rows), end="")
+    try:
+        options.json.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise UserError(f"--json {options.json} cannot be written ({error.strerror}): name another file") from error
+    print(f"{len(rows) - len(bad)} of {len(rows)} right; written to {options.json}")
+    return 1 if bad else 0
+
+
 def main(argv: list[str] | None = None) -> int:
     """Check, print the table, write the JSON."""
-    parser = argparse.ArgumentParser(
-        prog="crate-fast check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = CommandParser(
+        prog="crate-fast check",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--json", type=Path, default=Path("crate_fast_check.json"), metavar="FILE")
     parser.add_argument(
@@ -209,27 +234,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--probes", nargs="+", metavar="NAME", help="these alone (python -m crate_fast.probes --list)"
     )
-    options = parser.parse_args(argv)
-    names = options.probes or (list(PROBES) if options.all else list(CHECKED))
-    try:
-        for name in names:
-            find_probe(name)
-    except ValueError as error:
-        parser.error(str(error))
-    if not options.interpreter:
-        backend, reason = explain_backend("cuda")
-        if backend != "triton":
-            print(f"nothing to check: {reason} (--interpreter checks without a GPU)", file=sys.stderr)
-            return 2
-    rows = _run(names, options.interpreter)
-    if not options.interpreter:
-        _add_times(rows)
-    bad = [row["name"] for row in rows if row["status"] != "right"]
-    report = {"environment": env.describe() | provenance(), "interpreter": options.interpreter, "rows": rows}
-    options.json.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
-    print(_table(rows), end="")
-    print(f"{len(rows) - len(bad)} of {len(rows)} right; written to {options.json}")
-    return 1 if bad else 0
+    return run_command(lambda: _check(parser.parse_args(argv)))
 
 
 if __name__ == "__main__":

@@ -12,9 +12,10 @@
 Commands are modules with `main(argv) -> int`, imported when they are asked for.
 """
 
-import difflib
 import importlib
 import sys
+
+from crate_fast.errors import UserError, nearest, run_command
 
 __all__ = ["main"]
 
@@ -59,14 +60,15 @@ def _listing(title: str, entries: dict[str, str]) -> str:
 
 def _choose(kind: str, name: str, entries: dict[str, str]) -> None:
     if name not in entries:
-        near = difflib.get_close_matches(name, entries, n=1)
-        hint = f": did you mean {near[0]!r}?" if near else ""
-        raise SystemExit(f"no {kind} {name!r}{hint}\n" + _listing("choose one of", entries))
+        raise UserError(f"no {kind} {name!r}{nearest(name, entries)}; choose one of {', '.join(entries)}")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; returns its exit status."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    return run_command(_dispatch, list(sys.argv[1:] if argv is None else argv))
+
+
+def _dispatch(words: list[str]) -> int:
     commands = {name: text for name, (_, text) in COMMANDS.items()}
     commands |= {"eval": "an evaluation protocol", "reproduce": "an experiment, from training to its report"}
     if not words or words[0] in ("-h", "--help"):

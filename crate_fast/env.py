@@ -1,5 +1,6 @@
 """What this machine has, which backend would run and why: `python -m crate_fast.env`."""
 
+import argparse
 import importlib.metadata
 import platform
 import re
@@ -10,6 +11,7 @@ import torch
 
 from crate_fast.backends import explain_backend
 from crate_fast.cpu import uses_onednn
+from crate_fast.errors import CommandParser, run_command
 
 __all__ = ["compiler_versions", "describe", "driver_version", "main"]
 
@@ -78,16 +80,17 @@ def driver_version() -> str:
         return f"unknown ({type(error).__name__})"
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Print `describe()`."""
-    arguments = sys.argv[1:] if argv is None else argv
-    if arguments:
-        raise SystemExit(f"python -m crate_fast.env takes no arguments, got {arguments}")
+def _print_facts(_options: argparse.Namespace) -> None:
     facts = describe()
     width = max(map(len, facts))
     for name, value in facts.items():
         print(f"{name:<{width}}  {value}")
-    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print `describe()`."""
+    parser = CommandParser(prog="crate-fast env", description="Versions, devices and backends of this machine.")
+    return run_command(lambda: _print_facts(parser.parse_args(argv)))
 
 
 if __name__ == "__main__":

@@ -1,15 +1,19 @@
 """Errors that a user can correct, and the one place where commands report them."""
 
+import argparse
+import difflib
+import errno
 import importlib.util
 import json
 import os
+import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-__all__ = ["UserError", "missing_package", "require", "run_command"]
+__all__ = ["CommandParser", "UserError", "missing_package", "nearest", "require", "run_command"]
 
 _EXTRA_OF = {  # package, as it is imported: the extra that installs it
     **dict.fromkeys(("pycocotools", "scipy", "sklearn"), "eval"),
@@ -21,11 +25,41 @@ _EXTRA_OF = {  # package, as it is imported: the extra that installs it
 }
 
 
+_OF_THE_SYSTEM = {  # errors of any file that is read or written: none is a fault of a program
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space, or name another folder"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "see to its permissions, or name another folder"),
+    errno.EIO: "see to its disk",
+    errno.EMFILE: "raise the limit of open files with ulimit -n",
+}
+
+
 class UserError(ValueError):
     """An argument, a file or a setting that the user can correct.
 
     The message is one line: what is wrong, with its value, then what to do.
     """
+
+
+def nearest(word: str, choices: Iterable[str]) -> str:
+    """Return ": did you mean …?" with the choice most like `word`; "" when none is."""
+    match = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
+    return f": did you mean {match[0]!r}?" if match else ""
+
+
+class CommandParser(argparse.ArgumentParser):
+    """Raises `UserError` without the usage of many options; an unknown option suggests the nearest."""
+
+    def __init__(self, **options: Any):
+        super().__init__(**({"allow_abbrev": False} | options))
+
+    def error(self, message):
+        """Report a fault of the command line as argparse found it."""
+        _, unknown, words = message.partition("unrecognized arguments: ")
+        if unknown:
+            word = words.split()[0]
+            options = [option for action in self._actions for option in action.option_strings]
+            message = f"unknown argument {word!r}{nearest(word.split('=')[0], options)}"
+        raise UserError(f"{message}; --help lists the options")
 
 
 def missing_package(name: str) -> UserError:
@@ -50,8 +84,9 @@ def require(*packages: str) -> None:
 def run_command(command: Callable[..., int | None], *arguments: Any) -> int:
     """Run a command; print a `UserError` as one line on stderr, without a traceback.
 
-    Every other exception is a fault of ours and passes through. Under torchrun, rank 0 prints and each rank writes
-    the message into the error file of its process, so that torchrun's own report ends with it.
+    What the system refuses is printed likewise: a full disk, a file without permissions. Every other exception is a
+    fault of ours and passes through. Under torchrun, rank 0 prints and each rank writes the message into the error
+    file of its process, so that torchrun's own report ends with it.
 
     Args:
         command: A function that returns an exit status, or None for 0.
@@ -65,14 +100,18 @@ def run_command(command: Callable[..., int | None], *arguments: Any) -> int:
     except UserError as error:
         message = str(error)
         if message.startswith("Caught "):  # DataLoader puts a worker's traceback into the message
-            message = message.rpartition("Error: ")[2].strip()
+            message = re.split(r"\n[\w.]*Error: ", message)[-1]
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if package not in _EXTRA_OF:
             raise
         message = str(missing_package(package))
+    except OSError as error:
+        if error.errno not in _OF_THE_SYSTEM:
+            raise
+        message = f"{error.filename or 'a file'}: {error.strerror}: {_OF_THE_SYSTEM[error.errno]}"
     error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    message = f"error: {message}"
+    message = f"error: {' '.join(message.split())}"
     if error_file:  # torch.distributed.elastic prints py_callstack
         facts = {"message": message, "extraInfo": {"py_callstack": message, "timestamp": str(int(time.time()))}}
         Path(error_file).write_text(json.dumps({"message": facts}))

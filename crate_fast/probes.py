@@ -29,7 +29,7 @@ from torch import Tensor
 
 from crate_fast import functional
 from crate_fast.accuracy import clear_of_threshold, gradients, judge, spread_tokens, token_scale
-from crate_fast.errors import UserError
+from crate_fast.errors import CommandParser, UserError, run_command
 from crate_fast.reference import ista_reference, mssa_reference, subspace_attention_reference
 from crate_fast.settings import FUSED_PRODUCTS, SELF_CHECK
 
@@ -411,9 +411,22 @@ def _sdpa(w: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(tokens, tokens, tokens).transpose(1, 2)
 
 
+def _command(options: argparse.Namespace) -> None:
+    if options.list:
+        print("\n".join(PROBES))
+        return
+    probes = [find_probe(name) for name in options.time or [options.probe]]
+    if options.probe:
+        _write(run_probe(probes[0], options.device, options.reruns), options.json)
+    times = {}
+    for probe in probes if options.time else ():
+        times[probe.name] = time_probe(probe, options.device)
+        _write(times, options.json)  # after each, should the next not end
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run a probe and write its row, or time probes; the exit status does not depend on what a row says."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--list", action="store_true", help="print the names")
     what.add_argument("--probe", metavar="NAME")
@@ -421,21 +434,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="where the result goes as well")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--reruns", type=int, default=20, help="for equal bits (default 20)")
-    options = parser.parse_args(argv)
-    if options.list:
-        print("\n".join(PROBES))
-        return 0
-    try:
-        probes = [find_probe(name) for name in options.time or [options.probe]]
-    except ValueError as error:
-        parser.error(str(error))
-    if options.probe:
-        _write(run_probe(probes[0], options.device, options.reruns), options.json)
-    times = {}
-    for probe in probes if options.time else ():
-        times[probe.name] = time_probe(probe, options.device)
-        _write(times, options.json)  # after each, should the next not end
-    return 0
+    return run_command(lambda: _command(parser.parse_args(argv)))
 
 
 def _write(result: dict, file: Path | None) -> None:

@@ -297,7 +297,7 @@ def _write_maps(path: Path, model: _Shown) -> Path:
 
 def main(argv: list[str] | None = None) -> int:
     """Draw and describe CLS attention; see the module's text."""
-    return run_command(_command, _parser().parse_args(argv))
+    return run_command(lambda: _command(_parser().parse_args(argv)))
 
 
 if __name__ == "__main__":

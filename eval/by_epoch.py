@@ -156,7 +156,7 @@ def main(argv: list[str] | None = None) -> int:
     measure_options(parser)
     parser.add_argument("--layer", type=int, help="whose features; the last but one of CRATE, the last of a ViT")
     parser.add_argument("--steps", type=int, nargs="+", help="checkpoints; all when absent")
-    return run_command(_command, parser.parse_args(argv))
+    return run_command(lambda: _command(parser.parse_args(argv)))
 
 
 if __name__ == "__main__":

@@ -179,7 +179,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run as the command line says; returns the exit status."""
     parser = evaluation_parser("by_layer", "AP of MaskCut, mIoU and AP of attention, layer by layer.", image_size=480)
     measure_options(parser)
-    return run_command(_command, parser.parse_args(argv))
+    return run_command(lambda: _command(parser.parse_args(argv)))
 
 
 if __name__ == "__main__":

@@ -337,7 +337,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--k", type=_numbers, help="neighbours; default those of 10,20,100,200 there are images for")
     parser.add_argument("--pool", choices=("cls", "mean"), default="cls", help="features: CLS or the patches' mean")
     parser.add_argument("--raw-pixels", action="store_true", help="score images of 16×16 pixels in the same way")
-    return run_command(_run, parser.parse_args(argv))
+    return run_command(lambda: _run(parser.parse_args(argv)))
 
 
 if __name__ == "__main__":

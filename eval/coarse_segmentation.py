@@ -189,7 +189,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--layers", type=int, nargs="+", help="whose attention; all when absent")
     parser.add_argument("--fraction", type=float, default=0.6, help="of entries or mass kept; default 0.6")
     parser.add_argument("--figure-images", type=positive, default=6, help="images in the figures; default 6")
-    return run_command(_command, parser.parse_args(argv))
+    return run_command(lambda: _command(parser.parse_args(argv)))
 
 
 if __name__ == "__main__":

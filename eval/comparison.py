@@ -163,7 +163,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--voc-size", type=positive, help="their side in pixels; default the model's own")
     parser.add_argument("--layer", type=int, help="of every model; each one's own default when absent")
     parser.add_argument("--threshold", choices=("topk", "mass"), default="topk", help="of coarse segmentation")
-    return run_command(_command, parser.parse_args(argv))
+    return run_command(lambda: _command(parser.parse_args(argv)))
 
 
 if __name__ == "__main__":

@@ -16,10 +16,10 @@ import sys
 from pathlib import Path
 
 from crate_fast import CRATE
-from crate_fast.errors import UserError, run_command
+from crate_fast.errors import CommandParser, UserError, run_command
 from crate_fast.eval import models as models_module
 from crate_fast.eval.models import class_names, open_model
-from crate_fast.eval.options import positive
+from crate_fast.eval.options import positive, seed
 from crate_fast.eval.results import file_name, make_folder
 from crate_fast.export import FORMATS, MIN_OPSET, export_model
 from crate_fast.portable import OUTPUTS
@@ -37,7 +37,7 @@ def _layers(text: str) -> list[int] | str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="crate-fast export",
         description=__doc__.rpartition("\n\n")[0],
         epilog="How to name models:\n\n" + models_module.__doc__.split("\n\n", 1)[1],
@@ -54,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--image-size", type=positive, help="size that is recorded and compared first; default the model's own")
     add("--opset", type=int, default=MIN_OPSET, help="version of ONNX's operators; default %(default)s")
     add("--tolerance", type=float, default=1e-4, help="largest difference, of the largest value; default %(default)s")
-    add("--seed", type=int, default=0, help="of untrained weights; default 0")
+    add("--seed", type=seed, default=0, help="of untrained weights; default 0")
     add("--model-args", nargs="+", metavar="KEY=VALUE", help="for models that timm builds")
     return parser
 
@@ -97,7 +97,7 @@ def _export(options: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Export a model; the exit status is 2 where it cannot be, or differs."""
-    return run_command(_export, _parser().parse_args(argv))
+    return run_command(lambda: _export(_parser().parse_args(argv)))
 
 
 if __name__ == "__main__":

@@ -460,7 +460,7 @@ def _finish(
 
 def main(argv: list[str] | None = None) -> int:
     """Run as the command line says; returns the exit status."""
-    return run_command(_command, _parser().parse_args(argv))
+    return run_command(lambda: _command(_parser().parse_args(argv)))
 
 
 if __name__ == "__main__":

@@ -4,14 +4,14 @@ import argparse
 from pathlib import Path
 from typing import Literal
 
-from crate_fast.errors import UserError
+from crate_fast.errors import CommandParser, UserError
 from crate_fast.eval import images as images_module
 from crate_fast.eval import models as models_module
 from crate_fast.eval.models import Subject, open_model, split_label
 from crate_fast.eval.results import file_name, make_folder
 from crate_fast.train.distributed import choose_device
 
-__all__ = ["evaluation_parser", "open_models", "output_folder", "positive", "settings_of"]
+__all__ = ["evaluation_parser", "open_models", "output_folder", "positive", "seed", "settings_of"]
 
 
 def positive(text: str) -> int:
@@ -26,6 +26,14 @@ def _not_negative(text: str) -> int:
     value = int(text)
     if value < 0:
         raise argparse.ArgumentTypeError(f"{value}: give 0 or a positive integer")
+    return value
+
+
+def seed(text: str) -> int:
+    """argparse's type of a seed."""
+    value = int(text)
+    if not 0 <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"{value}: give an integer from 0 to {2**63 - 1}")
     return value
 
 
@@ -49,7 +57,7 @@ def evaluation_parser(
         image_size: Default of `--image-size`; None is the model's own.
         limit: Default of `--limit`; None is all images.
     """
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog=f"crate-fast eval {protocol}",
         description=description,
         epilog="How to name models:\n\n"
@@ -71,7 +79,7 @@ def evaluation_parser(
         "--workers", type=_not_negative, default=0, help="processes that read images; default 0: none"
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N; default auto")
-    parser.add_argument("--seed", type=int, default=0, help="of everything drawn; default 0")
+    parser.add_argument("--seed", type=seed, default=0, help="of everything drawn; default 0")
     parser.add_argument("--model-args", nargs="+", metavar="KEY=VALUE", help="for models that timm builds")
     parser.add_argument("--output", type=Path, help=f"folder of the results; default runs/eval/{protocol}/MODELS")
     return parser

@@ -226,7 +226,7 @@ def _warn(label: str, outcome: Sequence[dict]) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Draw and describe principal components; see the module's text."""
-    return run_command(_command, _parser().parse_args(argv))
+    return run_command(lambda: _command(_parser().parse_args(argv)))
 
 
 if __name__ == "__main__":

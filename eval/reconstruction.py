@@ -145,7 +145,7 @@ def main(argv: list[str] | None = None) -> int:
     ratios = ",".join(map(str, RATIOS))
     parser.add_argument("--ratios", type=_ratios, default=list(RATIOS), help=f"mask ratios; default {ratios}")
     parser.add_argument("--show", type=positive, default=8, help="images in the figure; default %(default)s")
-    return run_command(_run, parser.parse_args(argv))
+    return run_command(lambda: _run(parser.parse_args(argv)))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ They are what `crate-fast reproduce emergence --size small` trains (docs/emergen
 precision: to look inside, not to compare. The file is safetensors; what the model is stands in its header.
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -18,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from crate_fast.checkpoints import load_strictly, read_state_dict
-from crate_fast.errors import UserError, run_command
+from crate_fast.errors import CommandParser, UserError, run_command
 from crate_fast.registry import create_model
 from crate_fast.train import checkpoint
 from crate_fast.train.runs import load_model, model_arguments
@@ -104,11 +103,10 @@ def write_shipped(run: Path, path: Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """`RUN FILE`."""
-    parser = argparse.ArgumentParser(description="Write the best model of a run as a file to ship.")
+    parser = CommandParser(description="Write the best model of a run as a file to ship.")
     parser.add_argument("run", type=Path, help="folder of the run")
     parser.add_argument("file", type=Path, help="ending in .safetensors")
-    options = parser.parse_args(argv)
-    return run_command(write_shipped, options.run, options.file)
+    return run_command(lambda: write_shipped(**vars(parser.parse_args(argv))))
 
 
 if __name__ == "__main__":

@@ -182,8 +182,7 @@ def main(argv: list[str] | None = None) -> int:
     """Measure models and write tables, curves and results.json."""
     parser = evaluation_parser("white_box", __doc__.splitlines()[0], data="shape_scenes")
     parser.add_argument("--epsilon", type=float, default=0.01, help="quantisation precision ε of R^c; default 0.01")
-    options = parser.parse_args(argv)
-    return run_command(_run, options)
+    return run_command(lambda: _run(parser.parse_args(argv)))
 
 
 if __name__ == "__main__":

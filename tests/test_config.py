@@ -82,12 +82,23 @@ def test_help_lists_every_option(capsys):
         (["--workers", "-2"], "workers=-2: it must be at least 0"),
         (["--label-smoothing", "1.5"], "label_smoothing=1.5: it must be between 0 and 1"),
         (["--batch-size", "10", "--accumulate", "3"], "not a multiple of accumulate=3"),
+        (["--min-lr", "0.1"], "min_lr=0.1 is above the peak 0.001 of lr=0.001: lower it"),
+        (["--threads", "100000"], "threads=100000: it must be at most 1024"),
+        (["--device", "meta"], "device='meta' computes nothing here: choose auto, cpu"),
+        (["--optimizer", "fusedadam", "--train-samples", "128"], "optimizer='fusedadam' cannot be used here"),
+        (["--model", "vit_tiny_patch16_224.nope"], "did you mean 'vit_tiny_patch16_224'?"),
+        (["--model", "vit_tiny_patch16_224", "--heads", "7"], "cannot be built with {'img_size'"),
+        (["--heads", "7"], "heads=7 does not divide dim=128: choose another number of heads"),
+        (["--recipe", "RECIPE"], "is not valid YAML: while parsing"),
         (["--schedule", "linear"], "choose one of cosine, released"),
         (["--epochs", "many"], "argument --epochs: invalid int value: 'many'"),
         (["--resume"], "--resume continues the run in --output"),
     ],
 )
-def test_command_line_errors(arguments, message, capsys):
+def test_command_line_errors(arguments, message, capsys, tmp_path):
+    (tmp_path / "bad.yaml").write_text("lr: [1\nb: }")
+    arguments = [str(tmp_path / "bad.yaml") if word == "RECIPE" else word for word in arguments]
+    arguments = arguments if "--resume" in arguments else [*arguments, "--output", str(tmp_path / "run")]
     assert pretrain.main(arguments) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")

@@ -1,5 +1,6 @@
 """What the README and the docstrings say is true: examples run, named files and settings exist."""
 
+import argparse
 import doctest
 import importlib
 import os
@@ -18,7 +19,7 @@ import crate_fast.eval.emergence
 import crate_fast.eval.explore
 import crate_fast.train
 from crate_fast import cli, settings
-from crate_fast.eval import export_command
+from crate_fast.errors import CommandParser, UserError
 from crate_fast.export import FORMATS
 from crate_fast.portable import OUTPUTS
 from crate_fast.train import launch, plan
@@ -84,14 +85,25 @@ def test_the_documented_plans_can_be_made(capsys):
         assert "training images" in capsys.readouterr().out
 
 
+def _only_parsed(monkeypatch) -> list[argparse.Namespace]:
+    """The command lines that are read from now on; their commands end there, with the status of a user's error."""
+    seen, parse = [], CommandParser.parse_args
+
+    def stop(self, words=None):
+        seen.append(parse(self, words))
+        raise UserError("only read")
+
+    monkeypatch.setattr(CommandParser, "parse_args", stop)
+    return seen
+
+
 def test_the_documented_evaluation_commands_are_valid(monkeypatch):
-    seen = []
+    seen = _only_parsed(monkeypatch)
     commands = re.findall(r"^crate-fast eval (\S+)(.*)$", EVALUATION, re.M)
     commands += re.findall(r"^torchrun .*crate_fast\.eval\.(\S+)(.*)$", EVALUATION, re.M)
     for protocol, words in commands:
         module = importlib.import_module(f"crate_fast.eval.{protocol}")
-        monkeypatch.setattr(module, "run_command", lambda _command, parsed: seen.append(parsed) or 0)
-        assert module.main(shlex.split(words, comments=True)) == 0
+        assert module.main(shlex.split(words, comments=True)) == 2
     assert len(seen) == len(commands)
     assert {protocol for protocol, _ in commands} == set(cli.PROTOCOLS)
 
@@ -99,10 +111,10 @@ def test_the_documented_evaluation_commands_are_valid(monkeypatch):
 def test_the_documented_exports_are_valid(monkeypatch):
     commands = re.findall(r"^ *crate-fast export (.*)$", PAGES, re.M)
     assert commands
-    seen = []
-    monkeypatch.setattr(export_command, "run_command", lambda _command, parsed: seen.append(parsed) or 0)
+    seen = _only_parsed(monkeypatch)
     for words in commands:
-        assert cli.main(["export", *shlex.split(words, comments=True)]) == 0
+        assert cli.main(["export", *shlex.split(words, comments=True)]) == 2
+    assert len(seen) == len(commands)
     assert {name for parsed in seen for name in parsed.format} <= set(FORMATS)
     assert {name for parsed in seen for name in parsed.outputs or []} <= set(OUTPUTS)
 
@@ -112,12 +124,11 @@ def test_the_documented_experiments_are_valid(page, monkeypatch):
     text = (ROOT / page).read_text()
     commands = re.findall(r"^ *crate-fast reproduce (\S+)(.*)$", text, re.M)
     assert {name for name, _ in commands} == set(cli.EXPERIMENTS)
+    seen = _only_parsed(monkeypatch)
     for name, words in commands:
         module = importlib.import_module(f"crate_fast.eval.{name}.command")
-        seen = []
-        monkeypatch.setattr(module, "run_command", lambda _command, parsed, seen=seen: seen.append(parsed) or 0)
-        assert module.main(shlex.split(words, comments=True)) == 0
-        assert seen
+        assert module.main(shlex.split(words, comments=True)) == 2
+    assert len(seen) == len(commands)
 
 
 def test_files_named_in_the_readme_exist():

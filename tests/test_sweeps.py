@@ -1,6 +1,7 @@
 """Sweeps over layers, checkpoints and models; tables; the command line in front of them."""
 
 import csv
+import errno
 import json
 import shutil
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ import timm
 import torch
 from PIL import Image
 from test_maskcut import _coco as make_coco_boxes
+from torch.utils.data import DataLoader, Dataset
 
 from crate_fast import cli
 from crate_fast.errors import UserError, run_command
@@ -97,7 +99,7 @@ def _objectless(root):
         ("pca", ["--data", "shape_scenes", "--image-size", "16"], "at least 3×3 patches"),
         ("pca", ["--data", "shape_scenes", "--layers", "0,3"], "layer 3"),
         ("attention_maps", ["--data", "shape_scenes", "--figure", "noise_share", "--levels", "0,2"], "share=2.0"),
-        ("attention_maps", ["--data", "shape_scenes", "--figure", "noise_sigma", "--seed", "-1"], "seed=-1"),
+        ("attention_maps", ["--data", "shape_scenes", "--figure", "noise_sigma", "--seed", "-1"], "--seed: -1"),
         ("white_box", ["--epsilon", "0"], "--epsilon 0.0"),
         ("comparison", ["--table", "table2", "--coco", "coco:{}", "--voc", "voc:{}"], "no SegmentationClass folder"),
         ("comparison", ["--table", "table2", "--coco", "coco:{}", "--voc", "coco:{}", "--voc-size", "9"], "size 9"),
@@ -245,10 +247,24 @@ def test_the_command_line_lists_and_dispatches(capsys):
         assert f"\n  {protocol} " in out
     assert cli.main(["env"]) == 0
     assert "backend on cpu" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="did you mean 'maskcut'"):
-        cli.main(["eval", "maskcat"])
-    with pytest.raises(SystemExit, match="no command 'evla': did you mean 'eval'"):
-        cli.main(["evla"])
+    for words, message in (
+        (
+            ["eval", "maskcat"],
+            "error: no protocol 'maskcat': did you mean 'maskcut'?; choose one of attention",
+        ),
+        (["evla"], "error: no command 'evla': did you mean 'eval'?; choose one of env, "),
+        (["eval", "pca", "run", "--limit", "0"], "error: argument --limit: 0: give a positive integer; "),
+        (["eval", "pca", "run", "--data", "d", "--limt", "3"], "unknown argument '--limt': did you mean '--limit'?"),
+        (["export", "run", "--seed", "-1"], "error: argument --seed: -1: give an integer from 0 to "),
+        (["explore", "--port", "x"], "error: argument --port: "),
+        (["reproduce", "emergence"], "error: the following arguments are required: --size; "),
+        (["env", "x"], "error: unknown argument 'x'"),
+        (["check", "--al"], "error: unknown argument '--al': did you mean '--all'?"),
+    ):
+        assert cli.main(words) == 2
+        captured = capsys.readouterr()
+        assert message in captured.err
+        assert (captured.err.count("\n"), captured.out) == (1, "")
 
 
 @pytest.mark.parametrize("protocol", cli.PROTOCOLS)
@@ -277,6 +293,40 @@ def test_a_bug_is_no_message(tmp_path, monkeypatch):
     monkeypatch.setattr("crate_fast.eval.white_box.evaluate", broken)
     with pytest.raises(RuntimeError, match="size of tensor"):
         white_box(["crate_tiny_patch8_224@untrained", *SMALL, "--limit", "1", "--output", str(tmp_path)])
+
+
+def test_what_the_system_refuses_is_a_message_and_the_results_are_printed(tmp_path, monkeypatch, capsys):
+    def full(_path, _text):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("crate_fast.eval.results.write_text", full)
+    assert white_box(["crate_tiny_patch8_224@untrained", *SMALL, "--limit", "1", "--output", str(tmp_path)]) == 2
+    captured = capsys.readouterr()
+    assert "white_box.md cannot be written (No space left on device), and its content is printed" in captured.err
+    assert "| model |" in captured.out
+
+    for number, remedy in ((errno.ENOSPC, "free some space"), (errno.EACCES, "see to its permissions")):
+        assert run_command(_raise, OSError(number, "the reason", "figure.png")) == 2
+        assert capsys.readouterr().err.startswith(f"error: figure.png: the reason: {remedy}")
+    with pytest.raises(FileNotFoundError):
+        run_command(_raise, FileNotFoundError(errno.ENOENT, "not there"))
+
+
+def _raise(error):
+    raise error
+
+
+def test_an_error_of_a_loading_process_is_one_whole_line(capsys):
+    class Broken(Dataset):
+        def __len__(self):
+            return 1
+
+        def __getitem__(self, _index):
+            raise UserError("8 images in a row, the last: a.jpg: OSError: cut short. Is the disk there?")
+
+    assert run_command(lambda: next(iter(DataLoader(Broken(), num_workers=1)))) == 2
+    expected = "error: 8 images in a row, the last: a.jpg: OSError: cut short. Is the disk there?\n"
+    assert capsys.readouterr().err == expected
 
 
 def test_a_package_of_an_extra_is_named_with_the_command_that_installs_it(monkeypatch, capsys):

@@ -67,6 +67,16 @@ def test_what_is_there_is_not_mixed_with(folder, capsys):
     assert "--quality 0: it must be at least 1" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("words", [["--output", "file"], ["--output", "new", "--quality", "101"], ["--bad"]])
+def test_what_cannot_be_written_is_one_line(folder, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("")
+    assert (
+        write_shards.main(["--data-dir", str(folder / "data"), "--val-split", "val", "--workers", "1", *words]) == 2
+    )
+    assert capsys.readouterr().err.count("\n") == 1
+
+
 def test_formats_that_no_shard_has_become_jpegs():
     file = io.BytesIO()
     Image.new("P", (20, 20)).save(file, "GIF")

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import yaml
 
-from crate_fast.errors import UserError
-from crate_fast.train.config import TrainConfig, nearest, renamed_settings
+from crate_fast.errors import CommandParser, UserError, nearest
+from crate_fast.train.config import TrainConfig, renamed_settings
 
 __all__ = ["build_config", "dump_config", "field_help", "load_recipe", "recipe_names"]
 
@@ -86,20 +86,6 @@ def load_recipe(name: str, config_class: type = TrainConfig) -> dict:
     return _checked(config_class, renamed_settings(values), str(path))
 
 
-class _Parser(argparse.ArgumentParser):
-    """Raises `UserError` without the usage of some hundred options; an unknown option suggests the nearest."""
-
-    def error(self, message):
-        raise UserError(f"{message}; --help lists the options")
-
-    def parse_args(self, args=None, namespace=None):
-        parsed, unknown = self.parse_known_args(args, namespace)
-        if unknown:
-            options = [option for action in self._actions for option in action.option_strings]
-            self.error(f"unknown argument {unknown[0]!r}{nearest(unknown[0].split('=')[0], options)}")
-        return parsed
-
-
 def _add_run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", default=None, help="folder of the run; runs/<recipe>-<date> when absent")
     parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in --output")
@@ -133,7 +119,7 @@ def build_config(
     Raises:
         UserError: An option, a recipe or a setting is wrong.
     """
-    parser = _Parser(description=description, allow_abbrev=False)
+    parser = CommandParser(description=description, allow_abbrev=False)
     parser.add_argument(
         "--recipe", default=default_recipe, help=f"{', '.join(recipe_names())}, or a YAML file's path"
     )

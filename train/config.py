@@ -1,14 +1,12 @@
 """The settings of a run, and what makes sense of them. `command_line` fills them in."""
 
-import difflib
 import math
 import re
-import typing
 from dataclasses import dataclass
 
-from crate_fast.errors import UserError
+from crate_fast.errors import UserError, nearest
 
-__all__ = ["DROP_RATES", "MODES_WITH_GRAPHS", "TrainConfig", "nearest", "renamed_settings"]
+__all__ = ["DROP_RATES", "MODES_WITH_GRAPHS", "TrainConfig", "renamed_settings"]
 
 DATASETS = ("shape_scenes", "folder", "tar", "shards", "hf", "cifar10", "cifar100", "flowers102", "pets")
 _CHOICES = {
@@ -33,6 +31,7 @@ _NOT_NEGATIVE = (
     *("mixup", "cutmix", "workers", "weight_decay", "warmup_epochs", "min_lr", "clip_grad", "seed", "threads"),
     *("checkpoint_every", "profile"),
 )
+_AT_MOST_1024 = ("workers", "threads")  # the system refuses many more, and PyTorch then crashes
 _SHARES = ("crop_scale", "hflip", "random_erasing", "mixup_prob", "max_unreadable", "label_smoothing")
 DROP_RATES = ("drop_rate", "attn_drop_rate", "proj_drop_rate", "pos_drop_rate", "drop_path_rate")  # timm's names
 
@@ -233,6 +232,9 @@ class TrainConfig:
                 value = getattr(self, name)
                 if value is not None and not low <= value < math.inf:
                     raise UserError(f"{name}={value}: it must be at least {low}, and finite")
+        for name in _AT_MOST_1024:
+            if (getattr(self, name) or 0) > 1024:
+                raise UserError(f"{name}={getattr(self, name)}: it must be at most 1024; a number of cores is usual")
         for name in _SHARES:
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name}={getattr(self, name)}: it must be between 0 and 1")
@@ -243,6 +245,8 @@ class TrainConfig:
             raise UserError(f"layer_decay={self.layer_decay}: it must be above 0, and at most 1")
         if not 0 < self.lr < math.inf:
             raise UserError(f"lr={self.lr}: it must be positive and finite")
+        if self.min_lr > self.peak_lr:
+            raise UserError(f"min_lr={self.min_lr} is above the peak {self.peak_lr:g} of lr={self.lr}: lower it")
         if self.batch_size % self.accumulate:
             raise UserError(f"batch_size={self.batch_size} is not a multiple of accumulate={self.accumulate}")
         if not 0 <= self.ema_decay < 1:
@@ -304,9 +308,3 @@ def renamed_settings(values: dict) -> dict:
     affected = ("attn_drop_rate", "proj_drop_rate") if ours else ("drop_rate",)
     rates = {name: values["dropout"] if name in affected else 0.0 for name in DROP_RATES}
     return rates | {name: value for name, value in values.items() if name != "dropout"}
-
-
-def nearest(word: str, choices: typing.Iterable[str]) -> str:
-    """ ": did you mean …?" with the choice most like `word`; nothing when none is."""
-    match = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
-    return f": did you mean {match[0]!r}?" if match else ""

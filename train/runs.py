@@ -5,11 +5,11 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from crate_fast.checkpoints import load_strictly, unwrap_state_dict
-from crate_fast.errors import UserError
+from crate_fast.errors import UserError, nearest
 from crate_fast.registry import MAE, MAE_ENCODER, create_model, is_mae, is_model, model_names
 from crate_fast.train import checkpoint
 from crate_fast.train.command_line import load_recipe
-from crate_fast.train.config import DROP_RATES, TrainConfig, nearest
+from crate_fast.train.config import DROP_RATES, TrainConfig
 from crate_fast.train.data import DataSplits, build_splits
 
 __all__ = [

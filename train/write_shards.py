@@ -19,7 +19,7 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from crate_fast.errors import UserError, run_command
+from crate_fast.errors import CommandParser, UserError, run_command
 from crate_fast.train.config import TrainConfig
 from crate_fast.train.image_files import open_image, to_rgb
 from crate_fast.train.sources import EncodedSource, common_classes, open_source
@@ -109,6 +109,8 @@ def _write(options: argparse.Namespace) -> None:
     for name in ("shorter_side", "quality", "per_shard", "workers"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: it must be at least 1")
+    if options.quality > 100:
+        raise UserError(f"--quality {options.quality}: it must be at most 100; the default is 95")
     if options.output.is_dir() and any(options.output.glob("*.tar")):
         raise UserError(f"--output {options.output} holds archives already: name another folder, or empty it")
     if options.output.exists() and not options.output.is_dir():
@@ -123,19 +125,26 @@ def _write(options: argparse.Namespace) -> None:
         config.val_split: open_source(config, train=False),
     }
     classes = common_classes(sources[config.train_split], sources[config.val_split])
-    options.output.mkdir(parents=True, exist_ok=True)
     problems = []
-    for split, source in sources.items():
-        plan = _Plan(source, split, options.output, options.shorter_side, options.quality, options.per_shard)
-        problems += _write_split(plan, options.workers)
-    (options.output / "classes.txt").write_bytes("".join(f"{name}\n" for name in classes).encode("utf-8", "replace"))
+    try:
+        options.output.mkdir(parents=True, exist_ok=True)
+        for split, source in sources.items():
+            plan = _Plan(source, split, options.output, options.shorter_side, options.quality, options.per_shard)
+            problems += _write_split(plan, options.workers)
+        names_of_classes = "".join(f"{name}\n" for name in classes)
+        (options.output / "classes.txt").write_bytes(names_of_classes.encode("utf-8", "replace"))
+    except OSError as error:  # what cannot be read is a problem of its image
+        raise UserError(
+            f"--output {options.output} cannot be written ({error}): free some space or see to its permissions, "
+            "empty it, and start again"
+        ) from error
     print(f"written: {options.output}; unreadable images left out: {len(problems)}")
     print("".join(f"  {line}\n" for line in problems), end="")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Write both splits as the command line says; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = CommandParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dataset", choices=("folder", "tar", "shards", "hf"), default="folder", help="its form now")
     parser.add_argument("--data-dir", required=True, help="its folder")
     parser.add_argument("--train-split", default="train", help="name of the training split")
@@ -145,8 +154,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--quality", type=int, default=95, help="of the JPEGs written anew")
     parser.add_argument("--per-shard", type=int, default=5_000, help="images in a shard")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
-    options = parser.parse_args(argv)
-    return run_command(_write, options)
+    return run_command(lambda: _write(parser.parse_args(argv)))
 
 
 if __name__ == "__main__":

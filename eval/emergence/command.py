@@ -2,10 +2,11 @@
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 
-from crate_fast.errors import UserError, require, run_command
+from crate_fast.errors import CommandParser, UserError, require, run_command
 from crate_fast.eval.emergence.job import Places
 from crate_fast.eval.emergence.protocol import SIZES, Protocol
 from crate_fast.eval.emergence.report import write_report
@@ -62,6 +63,8 @@ def _check_cifar10(folder: Path | None) -> None:
 
 def _command(options: argparse.Namespace) -> None:
     require("pycocotools", "scipy")
+    if options.minutes is not None and not 0 < options.minutes < math.inf:
+        raise UserError(f"--minutes {options.minutes}: it must be above 0, and finite; leave it out for no limit")
     protocol = SIZES[options.size]
     output = options.output or Path("runs/emergence") / options.size
     places = Places(output, options.report or output / "report", options.cifar10)
@@ -80,7 +83,7 @@ def _command(options: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run, continue or report the experiment; returns the exit status."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="crate-fast reproduce emergence",
         description="Does segmentation appear in CRATE and not in a ViT? docs/emergence/protocol.md says how it is "
         "asked. Started again, the command continues where it was stopped or killed.",
@@ -100,7 +103,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--jobs", type=positive, help="runs at once; default a CPU core each, or four a GPU")
     add("--minutes", type=float, help="stop politely after so many")
     add("--device", default="auto", help="auto, cpu, cuda (all GPUs) or cuda:N; default auto")
-    return run_command(_command, parser.parse_args(argv))
+    return run_command(lambda: _command(parser.parse_args(argv)))
 
 
 if __name__ == "__main__":

@@ -17,12 +17,12 @@ import threading
 import webbrowser
 from pathlib import Path
 
-from crate_fast.errors import UserError, run_command
+from crate_fast.errors import CommandParser, UserError, run_command
 from crate_fast.eval import models as models_module
 from crate_fast.eval.explore.desk import Desk
 from crate_fast.eval.explore.offers import Shelf, default_offers, offers_of
 from crate_fast.eval.explore.pictures import Pictures
-from crate_fast.eval.options import positive
+from crate_fast.eval.options import positive, seed
 from crate_fast.train.distributed import choose_device
 
 __all__ = ["desk_of", "main"]
@@ -33,7 +33,7 @@ _ANY = ("0.0.0.0", "::")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="crate-fast explore",
         description=__doc__.split("\n\n")[0],
         epilog="How to name models:\n\n" + models_module.__doc__.split("\n\n", 1)[1],
@@ -46,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--images", type=Path, metavar="DIR", help="a folder of images; default: shape_scenes")
     parser.add_argument("--image-size", type=positive, help="side to which images are squashed; default: the model's")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N; default auto")
-    parser.add_argument("--seed", type=int, default=0, help="of untrained models; default 0")
+    parser.add_argument("--seed", type=seed, default=0, help="of untrained models; default 0")
     parser.add_argument("--model-args", nargs="+", metavar="KEY=VALUE", help="for models that timm builds")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at; default 127.0.0.1, this computer")
     parser.add_argument("--port", type=positive, help=f"default {_PORT}, or the next that is free")
@@ -143,7 +143,7 @@ def _serve(options: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Serve the page until it is stopped; returns the exit status."""
-    return run_command(_serve, _parser().parse_args(argv))
+    return run_command(lambda: _serve(_parser().parse_args(argv)))
 
 
 if __name__ == "__main__":
