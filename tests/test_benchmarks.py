@@ -16,7 +16,7 @@ import torch
 import update_readme
 from released import ReleasedCRATE
 
-from crate_fast.train import shards
+from crate_fast.train.data import shards
 
 
 def test_the_smoke_run_measures_every_peer(capsys):

@@ -149,7 +149,7 @@ def test_environment_variables_are_read_in_one_place_and_documented():
     page = (ROOT / "docs" / "settings.md").read_text()
     assert set(re.findall(r"CRATE_FAST_\w+", source)) == set(re.findall(r"CRATE_FAST_\w+", page))
     for path in [
-        path for folder in ("crate_fast", "kernels", "train", "eval") for path in ROOT.glob(f"{folder}/*.py")
+        path for folder in ("crate_fast", "kernels", "train", "eval") for path in ROOT.glob(f"{folder}/**/*.py")
     ]:
         if path.name != "settings.py":
             assert "CRATE_FAST_" not in re.sub(r'"""(.|\n)*?"""', "", path.read_text()), path

@@ -14,8 +14,8 @@ from crate_fast.errors import UserError
 from crate_fast.eval.explore.pictures import decode
 from crate_fast.eval.images import open_images
 from crate_fast.train.config import TrainConfig
-from crate_fast.train.image_files import EXTENSIONS, as_stored, find_images, read_image
-from crate_fast.train.sources import FolderSource, _Torchvision, open_source
+from crate_fast.train.data.image_files import EXTENSIONS, as_stored, find_images, read_image
+from crate_fast.train.data.sources import FolderSource, _Torchvision, open_source
 from crate_fast.train.write_shards import encoded
 
 RAMP = np.linspace(0, 65535, 64 * 64).astype(np.uint16).reshape(64, 64)

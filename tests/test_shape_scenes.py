@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from crate_fast.train import shape_scenes
-from crate_fast.train.shape_scenes import CLASSES, ShapeScenes
+from crate_fast.train.data import shape_scenes
+from crate_fast.train.data.shape_scenes import CLASSES, ShapeScenes
 
 CHANCE = 1.0 / len(CLASSES)
 

@@ -14,8 +14,8 @@ from PIL import Image
 from crate_fast.errors import UserError
 from crate_fast.train.config import TrainConfig
 from crate_fast.train.data import build_splits, eval_loader, train_loader
-from crate_fast.train.image_files import EXTENSIONS
-from crate_fast.train.shards import ShardIndex, find_shards
+from crate_fast.train.data.image_files import EXTENSIONS
+from crate_fast.train.data.shards import ShardIndex, find_shards
 
 
 def _png(value: int) -> bytes:
@@ -151,7 +151,7 @@ def test_the_index_is_kept_and_made_anew_when_a_shard_changes(tmp_path, capsys, 
     assert _values(_index(shard, second.rename(tmp_path / "train-2.tar")))[2] == (8, 0)
     assert "indexed 3 images" in capsys.readouterr().err
     with monkeypatch.context() as patch:
-        patch.setattr("crate_fast.train.shards._VERSION", 0)
+        patch.setattr("crate_fast.train.data.shards._VERSION", 0)
         _index(shard, tmp_path / "train-2.tar")
     assert "indexed 3 images" in capsys.readouterr().err
     for damage in (b"", b"text", cache.read_bytes()[:100]):
@@ -295,7 +295,7 @@ def test_every_readers_extensions_are_images_here_too(tmp_path):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_loaders_read_shards_from_any_process(tmp_path, workers, monkeypatch):
-    monkeypatch.setattr("crate_fast.train.shards._OPEN_SHARDS", 2)  # of five: descriptors come and go
+    monkeypatch.setattr("crate_fast.train.data.shards._OPEN_SHARDS", 2)  # of five: descriptors come and go
     for number in range(5):
         _plain(tmp_path / "train" / f"{number}.tar", range(number * 4, number * 4 + 4))
     _plain(tmp_path / "validation" / "0.tar", range(9))

@@ -10,7 +10,7 @@ from timm.data import auto_augment
 from torchvision import transforms
 
 from crate_fast.train.config import TrainConfig
-from crate_fast.train.transforms import (
+from crate_fast.train.data.transforms import (
     drawing_from,
     eval_transform,
     mirrored,

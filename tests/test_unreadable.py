@@ -6,7 +6,7 @@ import pytest
 
 from crate_fast.errors import UserError
 from crate_fast.train.config import TrainConfig
-from crate_fast.train.unreadable import UnreadableTally
+from crate_fast.train.data.unreadable import UnreadableTally
 
 
 def _lines(*numbers: int) -> list[str]:

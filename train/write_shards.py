@@ -21,8 +21,8 @@ from tqdm import tqdm
 
 from crate_fast.errors import CommandParser, UserError, run_command
 from crate_fast.train.config import TrainConfig
-from crate_fast.train.image_files import open_image, to_rgb
-from crate_fast.train.sources import EncodedSource, common_classes, open_source
+from crate_fast.train.data.image_files import open_image, to_rgb
+from crate_fast.train.data.sources import EncodedSource, common_classes, open_source
 
 __all__ = ["encoded", "main"]
 

@@ -27,11 +27,18 @@ from torch.utils.data import DataLoader, Dataset
 
 from crate_fast.errors import UserError
 from crate_fast.train.config import TrainConfig
-from crate_fast.train.image_files import UNREADABLE
-from crate_fast.train.shape_scenes import ShapeScenes
-from crate_fast.train.sources import Source, common_classes, open_source
-from crate_fast.train.transforms import Normalize, drawing_from, eval_transform, mirrored, pixels, train_transform
-from crate_fast.train.unreadable import Unreadable
+from crate_fast.train.data.image_files import UNREADABLE
+from crate_fast.train.data.shape_scenes import ShapeScenes
+from crate_fast.train.data.sources import Source, common_classes, open_source
+from crate_fast.train.data.transforms import (
+    Normalize,
+    drawing_from,
+    eval_transform,
+    mirrored,
+    pixels,
+    train_transform,
+)
+from crate_fast.train.data.unreadable import Unreadable
 
 __all__ = [
     "UNREADABLE",

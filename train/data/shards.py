@@ -33,7 +33,7 @@ from typing import BinaryIO
 import numpy as np
 
 from crate_fast.errors import UserError
-from crate_fast.train.image_files import EXTENSIONS, ImageTree, is_hidden, is_image, looks_like_image
+from crate_fast.train.data.image_files import EXTENSIONS, ImageTree, is_hidden, is_image, looks_like_image
 
 __all__ = ["MOST_CLASSES", "Archives", "FolderArchive", "ShardIndex", "TarIndex", "find_shards"]
 

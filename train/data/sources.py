@@ -19,9 +19,9 @@ from torchvision import datasets as torchvision_datasets
 
 from crate_fast.errors import UserError
 from crate_fast.train.config import TrainConfig
-from crate_fast.train.image_files import find_images, read_image, to_rgb
-from crate_fast.train.shards import MOST_CLASSES, FolderArchive, ShardIndex, TarIndex, find_shards
-from crate_fast.train.unreadable import Unreadable
+from crate_fast.train.data.image_files import find_images, read_image, to_rgb
+from crate_fast.train.data.shards import MOST_CLASSES, FolderArchive, ShardIndex, TarIndex, find_shards
+from crate_fast.train.data.unreadable import Unreadable
 
 __all__ = ["EncodedSource", "Source", "common_classes", "nothing_outside", "open_source"]
 
