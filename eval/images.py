@@ -10,7 +10,7 @@ An image that cannot be read becomes a `Sample` with a `problem`, never a gap: t
 
 Images are read as in training (`crate_fast.train.data.image_files`), upright as their EXIF orientation says.
 Annotations are taken to be drawn on the upright picture: labelling tools show it, and detectron2 compares its size
-with that in COCO's JSON. Where only the stored pixels have the size of the annotations, picture and masks stay as they are stored.
+with that in COCO's JSON. Where only the stored pixels have the size of the annotations, nothing is turned.
 Sizes cannot tell for orientations 2 to 4 and for squares: those are upright.
 """
 

@@ -102,8 +102,8 @@ def test_the_data_benchmark_compares_batches_before_times(capsys, monkeypatch):
     ):
         assert f"\n| {row} |" in out
     monkeypatch.setattr(bench_data, "drawing_from", None)  # not reached
-    right = shards.FolderArchive.open
-    monkeypatch.setattr(shards.FolderArchive, "open", lambda self, index: right(self, (index + 1) % len(self)))
+    right = shards.TarSource.open
+    monkeypatch.setattr(shards.TarSource, "open", lambda self, index: right(self, (index + 1) % len(self)))
     with pytest.raises(SystemExit, match="tar and folder give different batches: no numbers"):
         bench_data.main(["--smoke"])
 

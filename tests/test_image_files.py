@@ -14,8 +14,9 @@ from crate_fast.errors import UserError
 from crate_fast.eval.explore.pictures import decode
 from crate_fast.eval.images import open_images
 from crate_fast.train.config import TrainConfig
+from crate_fast.train.data import open_source
 from crate_fast.train.data.image_files import EXTENSIONS, as_stored, find_images, read_image
-from crate_fast.train.data.sources import FolderSource, _Torchvision, open_source
+from crate_fast.train.data.sources import FolderSource, TorchvisionSource
 from crate_fast.train.write_shards import encoded
 
 RAMP = np.linspace(0, 65535, 64 * 64).astype(np.uint16).reshape(64, 64)
@@ -194,7 +195,7 @@ def test_torchvisions_files_are_read_like_others(tmp_path):
         def __init__(self):
             self._images, self._labels = [tmp_path / "a.jpg"], [0]
 
-    picture, label = _Torchvision(Pets(), "pets")[0]
+    picture, label = TorchvisionSource(Pets(), "pets")[0]
     assert (picture.size, label) == ((24, 32), 0)
 
 

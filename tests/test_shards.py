@@ -15,7 +15,7 @@ from crate_fast.errors import UserError
 from crate_fast.train.config import TrainConfig
 from crate_fast.train.data import build_splits, eval_loader, train_loader
 from crate_fast.train.data.image_files import EXTENSIONS
-from crate_fast.train.data.shards import ShardIndex, find_shards
+from crate_fast.train.data.shards import ShardSource, find_shards
 
 
 def _png(value: int) -> bytes:
@@ -40,7 +40,7 @@ def _plain(path, values, label=lambda value: value % 2):
     )
 
 
-def _values(index: ShardIndex) -> list[tuple[int, int]]:
+def _values(index: ShardSource) -> list[tuple[int, int]]:
     """(grey value, label) of every image."""
     found = []
     for i in range(len(index)):
@@ -49,8 +49,8 @@ def _values(index: ShardIndex) -> list[tuple[int, int]]:
     return found
 
 
-def _index(*shards) -> ShardIndex:
-    return ShardIndex(shards, shards[0].parent)
+def _index(*shards) -> ShardSource:
+    return ShardSource(shards, shards[0].parent)
 
 
 def _config(root, **changes) -> TrainConfig:
@@ -237,7 +237,7 @@ def test_a_shard_that_shrinks_under_a_run_is_named(tmp_path):
         shard = _plain(tmp_path / f"{split}-0.tar", range(4))
     data = build_splits(_config(tmp_path))
     whole = shard.read_bytes()
-    offset, size = data.val.images.index.samples[3, 1:3]
+    offset, size = data.val.images.samples[3, 1:3]
     shard.write_bytes(whole[: offset + size - 1])
     (batch,) = eval_loader(_config(tmp_path), data.val)
     assert len(batch.images) == 3
@@ -295,7 +295,7 @@ def test_every_readers_extensions_are_images_here_too(tmp_path):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_loaders_read_shards_from_any_process(tmp_path, workers, monkeypatch):
-    monkeypatch.setattr("crate_fast.train.data.shards._OPEN_SHARDS", 2)  # of five: descriptors come and go
+    monkeypatch.setattr("crate_fast.train.data.shards._OPEN_ARCHIVES", 2)  # of five: descriptors come and go
     for number in range(5):
         _plain(tmp_path / "train" / f"{number}.tar", range(number * 4, number * 4 + 4))
     _plain(tmp_path / "validation" / "0.tar", range(9))

@@ -12,8 +12,8 @@ from PIL import Image
 
 from crate_fast.errors import UserError
 from crate_fast.train.config import TrainConfig
-from crate_fast.train.data import build_splits, eval_loader, plain_splits, readable, train_loader
-from crate_fast.train.data.sources import Source, common_classes, nothing_outside, open_source
+from crate_fast.train.data import build_splits, eval_loader, open_source, plain_splits, readable, train_loader
+from crate_fast.train.data.sources import Source, TorchvisionSource, common_classes, nothing_outside
 from crate_fast.train.data.unreadable import Unreadable
 
 BROKEN = {1: "truncated", 4: "text", 9: "empty"}  # of twelve images a split
@@ -441,8 +441,6 @@ def test_torchvisions_unreadable_images_are_named(tmp_path):
         def __getitem__(self, index):
             return Image.open(io.BytesIO(b"text")), 0
 
-    from crate_fast.train.data.sources import _Torchvision
-
-    source: Source = _Torchvision(Broken(), "pets")
+    source: Source = TorchvisionSource(Broken(), "pets")
     with pytest.raises(Unreadable, match="pets, image 3: UnidentifiedImageError"):
         source[3]

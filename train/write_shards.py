@@ -21,8 +21,9 @@ from tqdm import tqdm
 
 from crate_fast.errors import CommandParser, UserError, run_command
 from crate_fast.train.config import TrainConfig
+from crate_fast.train.data import open_source
 from crate_fast.train.data.image_files import open_image, to_rgb
-from crate_fast.train.data.sources import EncodedSource, common_classes, open_source
+from crate_fast.train.data.sources import ImageFileSource, common_classes
 
 __all__ = ["encoded", "main"]
 
@@ -33,7 +34,7 @@ _SUFFIX = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # formats
 class _Plan:
     """What is written where."""
 
-    source: EncodedSource
+    source: ImageFileSource
     split: str
     output: Path
     shorter_side: int

@@ -1,20 +1,18 @@
 """Tar archives of images, WebDataset shards or class folders, read at any place in any order.
 
-A shard is an uncompressed tar archive. Its members that follow one another and are alike up to the first dot of
-their file's name are one sample: `n01/a.jpg` and `n01/a.cls`. The image is the member with one of `EXTENSIONS` behind
-that dot, the label the number in `cls`, or "label" in `json`. Other members are left alone, as is a sample without an
-image; image files among those are counted. A `FolderArchive` holds class folders instead of samples.
+A shard is an uncompressed tar archive. Neighbouring members whose file names are alike up to the first dot are one
+sample: `n01/a.jpg` and `n01/a.cls`. The image is the member with one of `EXTENSIONS` behind that dot, the label the
+number in `cls`, or "label" in `json`. Other members are ignored; image files outside a sample are counted.
 
-timm has a reader of shards, and it is not used: it deals shards out to processes and shuffles what passes by in each,
-so which images a step sees depends on how many processes there are, and a run cannot continue at a step without
-reading everything before it. Here the headers are read once, to an index of (shard, offset, size, label), and each
-image by one `pread`. An epoch's order is then a permutation of all images, as of a folder; shards are not shuffled as
-wholes with a window inside them, which would make the order depend on how the data was cut up. The price is one
-random read an image: no matter to memory or an SSD, too slow for a spinning disk or a network share, from which
-shards should be copied to an SSD first.
+The headers are read once, into an index of (archive, offset, size, label); each image is then one `pread`. So an
+epoch's order is a permutation of all images, as for a folder. timm's reader deals whole shards out to processes and
+shuffles in a window: which images a step sees depends on the number of processes, and a run cannot resume at a step
+without reading everything before it. The price is one random read an image, too slow for a spinning disk or a network
+share: copy shards from there to an SSD first.
 """
 
 import io
+import itertools
 import json
 import os
 import posixpath
@@ -23,8 +21,7 @@ import sys
 import tarfile
 import time
 import zipfile
-from abc import ABC, abstractmethod
-from collections import OrderedDict
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -34,31 +31,30 @@ import numpy as np
 
 from crate_fast.errors import UserError
 from crate_fast.train.data.image_files import EXTENSIONS, ImageTree, is_hidden, is_image, looks_like_image
+from crate_fast.train.data.sources import MOST_CLASSES, ImageFileSource
 
-__all__ = ["MOST_CLASSES", "Archives", "FolderArchive", "ShardIndex", "TarIndex", "find_shards"]
+__all__ = ["ArchiveSource", "Archives", "ShardSource", "TarSource", "find_shards"]
 
-MOST_CLASSES = 10_000_000  # a label above is a fault of the data, and a head of so many classes fits no memory
-_VERSION = 3  # of a kept index: another one for other EXTENSIONS
-_OPEN_SHARDS = 128  # per process, well below the usual limit of 1,024 files
+_VERSION = 3  # of a cached index; EXTENSIONS that change need another
+_OPEN_ARCHIVES = 128  # per process, well below the usual limit of 1,024 files
 _FIRST_DOT = "WebDataset ends the name of a sample at its first dot: write it without others, as in a_1.jpg"
 _PADDING = 16 * 2**20  # bytes at most behind the end of an archive; tar writes up to 10 KiB of zeros
 _HEADER = 512  # bytes of a tar header; a member's last one is right in front of its data
 
 
 def find_shards(root: Path, split: str, option: str = "--train-split", other: str = "") -> list[Path]:
-    """The shards of a split, sorted: <split>*.tar in `root`, or *.tar in its folder <split>.
+    """Return the shards of a split, sorted: <split>*.tar in `root`, or *.tar in its folder <split>.
 
-    What follows the split's name in a file's name is no letter or digit: val does not take validation-000.tar.
+    No letter or digit follows the split's name in a file's name: validation-000.tar is no shard of val.
 
     Args:
         root: Folder of the data set.
         split: Name of the split.
-        option: That names the split, for messages.
-        other: Another split, whose shards are not taken where its name begins with this one's, as val-small with val.
+        option: The option that names the split, for messages.
+        other: Another split. If its name begins with this one's, as val-small with val, its shards are left out.
 
     Raises:
-        UserError: There are none.
-        UserError: There are both kinds.
+        UserError: There are none, or there are both kinds.
     """
     own, others = (re.compile(re.escape(name) + r"(?![A-Za-z0-9]).*\.tar") for name in (split, other))
     beside = [path for path in sorted(root.glob("*.tar")) if own.fullmatch(path.name)]
@@ -77,68 +73,58 @@ def find_shards(root: Path, split: str, option: str = "--train-split", other: st
     return beside or inside
 
 
-def _label(where: str, suffix: str, content: bytes) -> int:
-    """Return the label in the content of a cls or json member.
-
-    Raises:
-        UserError: There is none.
-    """
-    try:
-        label = json.loads(content)["label"] if suffix == "json" else int(content)
-        if isinstance(label, int) and not isinstance(label, bool) and 0 <= label < MOST_CLASSES:
-            return label
-    except (ValueError, KeyError, TypeError, RecursionError):
-        pass
-    wanted = '{"label": 3}' if suffix == "json" else "3"
-    raise UserError(
-        f"{where}.{suffix} holds {content[:40]!r}: write an integer from 0, below {MOST_CLASSES:,}, into it, such as "
-        f"{wanted}"
-    )
+# --- the members of an archive
 
 
-def _members(archive: Path, nested: bool = False) -> Iterator[tuple[str, int | str, int]]:
-    """Yield (name, offset, size) of an archive's files, hidden ones left out; a folder's name ends in a slash.
+def _members(archive: Path, nested: bool = False) -> tuple[list[tuple[str, int, int]], list[str]]:
+    """Return (name, offset, size) of an archive's files, and the links that lead to none of them.
 
-    Of a link, which has no content, it yields (name, name of the file, 0).
+    Hidden files are left out. The name of a folder ends in a slash. A link has the offset and size of its file.
 
     Args:
         archive: Its path.
-        nested: Whether an archive in the archive counts as a folder of its name, without .tar.
+        nested: True if an archive in the archive counts as a folder of its name, without .tar.
 
     Raises:
         UserError: It is no whole tar archive, or cannot be read.
     """
     try:
         with archive.open("rb") as file:
-            yield from _members_of(file, 0, "", nested)
+            found = list(_headers(file, 0, "", nested))
     except (tarfile.TarError, EOFError) as error:
         raise UserError(
             f"{archive} is no whole, uncompressed tar archive ({error}): copy it again, or unpack its compression"
         ) from error
     except OSError as error:
         raise UserError(f"{archive} cannot be used ({error}): make it readable, or copy it again") from error
+    places = {name: place for name, *place, target in found if not target}
+    links = {name: target for name, *_, target in found if target}
+    places.update((name, places[target]) for name, target in links.items() if target in places)
+    members = [(name, *(places[name] if target else place)) for name, *place, target in found if name in places]
+    return members, [f"{archive}/{name}" for name in links if name not in places]
 
 
-def _members_of(file: BinaryIO, start: int, prefix: str, nested: bool) -> Iterator[tuple[str, int | str, int]]:
+def _headers(file: BinaryIO, start: int, prefix: str, nested: bool) -> Iterator[tuple[str, int, int, str]]:
+    """Yield (name, offset, size, "") of files and folders, and (name, 0, 0, name of its file) of links."""
     with tarfile.open(fileobj=file, mode="r:") as opened:
         for member in opened:
-            opened.members = []  # which would else hold every header
-            name = prefix + _plain(member.name)
+            opened.members = []  # tarfile would keep every header
+            name, offset = prefix + _plain(member.name), start + member.offset_data
             if is_hidden(name):
                 continue
             if member.issparse():
                 raise tarfile.ReadError(f"{name} has holes, written by tar --sparse")
             if member.isdir():
-                yield name + "/", start, 0
+                yield f"{name}/", offset, 0, ""
             elif member.isreg() and nested and name.lower().endswith(".tar"):
                 with opened.extractfile(member) as inner:
-                    yield from _members_of(inner, start + member.offset_data, f"{name[:-4]}/", nested)
+                    yield from _headers(inner, offset, f"{name[:-4]}/", nested)
             elif member.isreg():
-                yield name, start + member.offset_data, member.size
+                yield name, offset, member.size, ""
             elif member.islnk():
-                yield name, prefix + _plain(member.linkname), 0
+                yield name, 0, 0, prefix + _plain(member.linkname)
             elif member.issym():
-                yield name, posixpath.normpath(posixpath.join(posixpath.dirname(name), member.linkname)), 0
+                yield name, 0, 0, posixpath.normpath(posixpath.join(posixpath.dirname(name), member.linkname))
         _check_end(file, opened.offset)
 
 
@@ -147,10 +133,12 @@ def _plain(name: str) -> str:
 
 
 def _check_end(file: BinaryIO, end: int) -> None:
-    """Refuse an archive whose headers do not stop at its end, for `tarfile` takes a damaged one for the end.
+    """Refuse an archive with more behind the last header, or without the mark of its end.
+
+    `tarfile` takes a damaged header for the end of the archive.
 
     Raises:
-        tarfile.ReadError: There is more behind the last header that it has read, or the mark of the end is missing.
+        tarfile.ReadError: It is so damaged, or two archives are joined.
     """
     file.seek(end)
     rest = file.read(_PADDING + 1)
@@ -166,8 +154,246 @@ def _about_links(links: list[str]) -> list[str]:
     return [f"{len(links)} links are passed over, such as {links[0]}: archive what they lead to (tar --dereference)"]
 
 
+# --- their images
+
+
+class Archives:
+    """Random access to files that stay open, at most `_OPEN_ARCHIVES` of them in a process.
+
+    Forked processes may share descriptors, since `pread` does not move their position; spawned ones open their own.
+    """
+
+    def __init__(self, paths: Sequence[Path]):
+        self.paths = paths
+        self._open: dict[int, int] = {}
+
+    def __getstate__(self) -> dict:
+        return {"paths": self.paths, "_open": {}}
+
+    def __del__(self):
+        for descriptor in self._open.values():
+            os.close(descriptor)
+
+    def read(self, number: int, offset: int, size: int) -> bytes:
+        """Return `size` bytes of file `number` from `offset` on.
+
+        Raises:
+            OSError: It is gone, or ends before.
+        """
+        if number not in self._open:
+            if len(self._open) >= _OPEN_ARCHIVES:
+                os.close(self._open.pop(next(iter(self._open))))
+            self._open[number] = os.open(self.paths[number], os.O_RDONLY)
+        content = os.pread(self._open[number], size, offset)
+        if len(content) < size:
+            raise OSError(f"the archive ends {size - len(content)} bytes early")
+        return content
+
+
+class ArchiveSource(ImageFileSource):
+    """The images of tar archives, through an index that is cached in a hidden file beside them.
+
+    A cached index is replaced when an archive's name, size or modification time differs. Where the folder is
+    read-only, the index stays in memory; a line on stderr says so.
+
+    Args:
+        paths: The archives, in one folder.
+        cache_name: Name of the hidden file.
+
+    Attributes:
+        archives: Reader of the archives.
+        samples: int64 [n, 4]: archive, offset, size, label.
+
+    Raises:
+        UserError: An archive is damaged or compressed, or there are no images.
+    """
+
+    def __init__(self, paths: Sequence[Path], cache_name: str):
+        self.paths = [Path(path) for path in paths]
+        self.archives = Archives(self.paths)
+        index = self._load(self.paths[0].parent / cache_name)
+        self.samples, remarks = index["samples"], index["remarks"].tolist()
+        if not len(self.samples):
+            first, reason = self.paths[0], f": {remarks[0]}" if remarks else ""
+            raise UserError(f"{first.parent}: the {len(self.paths)} shards from {first.name} hold no images{reason}")
+        self.classes = tuple(index["classes"].tolist()) if "classes" in index else None
+        self.n_labels = int(self.samples[:, 3].max()) + 1
+        for remark in remarks:
+            print(remark, file=sys.stderr)
+
+    @abstractmethod
+    def _scan(self) -> dict[str, np.ndarray]:
+        """Return the index: "samples", "remarks" to print, and the names of the "classes" if members have them."""
+
+    def _load(self, cache: Path) -> dict[str, np.ndarray]:
+        """Return the cached index; scan the archives if it is absent, damaged or out of date."""
+        try:
+            stats = [path.stat() for path in self.paths]
+        except OSError as error:
+            raise UserError(f"{error.filename} cannot be read ({error.strerror}): copy it again") from error
+        state = np.array([[stat.st_size, stat.st_mtime_ns] for stat in stats], np.int64)
+        names = np.array([path.name for path in self.paths])
+        damage = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)
+        with suppress(*damage), np.load(cache, allow_pickle=False) as cached:
+            same = cached["version"] == _VERSION and np.array_equal(cached["names"], names)
+            if same and np.array_equal(cached["state"], state):
+                return dict(cached)
+        began = time.perf_counter()
+        index = self._scan()
+        where = str(cache)
+        partial = cache.with_name(f"{cache.name}.{os.getpid()}")
+        try:
+            with partial.open("wb") as file:
+                np.savez(file, version=_VERSION, names=names, state=state, **index)
+            os.replace(partial, cache)
+        except OSError as error:
+            with suppress(OSError):
+                partial.unlink()
+            where = f"memory only ({error})"
+        count, took = len(index["samples"]), f"in {time.perf_counter() - began:.1f} s"
+        print(f"indexed {count} images of {len(names)} shards {took}; kept in {where}", file=sys.stderr)
+        return index
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def open(self, index: int) -> tuple[io.BytesIO, int]:
+        number, offset, size, label = self.samples[index].tolist()
+        return io.BytesIO(self.archives.read(number, offset, size)), label
+
+    def name(self, index: int) -> str:
+        """Return "archive/member" of an image, from its header, which cuts names of over 100 bytes."""
+        number, offset, _, _ = self.samples[index].tolist()
+        try:
+            header = self.archives.read(number, offset - _HEADER, _HEADER)
+            member = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").name
+        except (OSError, tarfile.TarError):
+            member = f"byte {offset}"
+        return f"{self.paths[number]}/{member}"
+
+
+def _index(rows: list[tuple[int, int, int, int]], remarks: list[str], **more: np.ndarray) -> dict[str, np.ndarray]:
+    return {"samples": np.array(rows, np.int64).reshape(-1, 4), "remarks": np.array(remarks, str), **more}
+
+
+class TarSource(ArchiveSource):
+    """The images of one tar archive, in the order and of the classes that the unpacked folder would have.
+
+    The archive holds the class folders, or one folder with the archive's name that holds them. Archives in it count
+    as folders.
+
+    Args:
+        path: The archive.
+
+    Raises:
+        UserError: See `ArchiveSource` and `ImageTree.labelled`.
+    """
+
+    def __init__(self, path: Path):
+        super().__init__([path], f".{path.stem}.folders.npz")
+
+    def _scan(self) -> dict[str, np.ndarray]:
+        path = self.paths[0]
+        members, links = _members(path, nested=True)
+        places = {name: place for name, *place in members}  # the later of two with one name
+        top, images = f"{path.stem}/", [name for name in places if is_image(name)]
+        if images and all(name.startswith(top) for name in images):
+            places = {name.removeprefix(top): place for name, place in places.items() if name.startswith(top)}
+        folders = {name.partition("/")[0] for name in places if "/" in name}
+        tree = ImageTree.of((name for name in places if not name.endswith("/")), folders)
+        classes, labels = tree.labelled(str(path))
+        rows = [(0, *places[name], label) for name, label in zip(tree.names, labels.tolist(), strict=True)]
+        remarks = _about_links(links) + [f"{path}: {remark}" for remark in tree.remarks()]
+        return _index(rows, remarks, classes=np.array(classes))
+
+
+class ShardSource(ArchiveSource):
+    """The samples of WebDataset shards, in the order of the shards and of their members.
+
+    Args:
+        shards: Paths, in one folder.
+        root: Folder with the class names: a name a line in classes.txt, or the list "classes" in _info.json.
+
+    Raises:
+        UserError: See `ArchiveSource`; or an image has no label, a sample has a file twice, a class has no name, or
+            there are fewer class names than labels.
+    """
+
+    def __init__(self, shards: Sequence[Path], root: Path):
+        super().__init__(shards, f".{Path(shards[0]).stem}.index.npz")
+        self.classes = _class_names(root)
+        if self.classes is not None and len(self.classes) < self.n_labels:
+            names, label = len(self.classes), self.n_labels - 1
+            raise UserError(f"{root} has {names} class names and a label {label}: complete classes.txt")
+
+    def _scan(self) -> dict[str, np.ndarray]:
+        rows, passed_over, links = [], [], []
+        for number, path in enumerate(self.paths):
+            members, dangling = _members(path)
+            links += dangling
+            for key, parts in _samples(path, members):
+                row = self._row(number, key, parts)
+                if row is not None:
+                    rows.append(row)
+                else:
+                    passed_over += [(f"{path}: {key}", end) for end in parts if looks_like_image(f"_.{end}")]
+        remarks = _about_links(links)
+        if passed_over:
+            where, suffix = passed_over[0]
+            why = _FIRST_DOT if "." in suffix else f"images are {' '.join(EXTENSIONS)}"
+            remarks.append(f"{len(passed_over)} image files are passed over, such as {where}.{suffix} ({why})")
+        return _index(rows, remarks)
+
+    def _row(self, number: int, key: str, parts: dict[str, tuple[int, int]]) -> tuple[int, int, int, int] | None:
+        """Return the index's row for a sample, None if it has no image."""
+        image = next((place for suffix, place in parts.items() if f".{suffix}" in EXTENSIONS), None)
+        if image is None:
+            return None
+        suffix = next((suffix for suffix in ("cls", "json") if suffix in parts), None)
+        if suffix is None:
+            raise UserError(
+                f"{self.paths[number]}: the image {key} has no label: put {key}.cls or {key}.json beside it"
+            )
+        content = self.archives.read(number, *parts[suffix])
+        return (number, *image, _label(f"{self.paths[number]}: {key}", suffix, content))
+
+
+def _samples(shard: Path, members: list[tuple[str, int, int]]) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
+    """Yield each sample's name and its files: suffix → (offset, size)."""
+    files = []
+    for name, *place in members:
+        folder, slash, file = name.rpartition("/")
+        stem, dot, suffix = file.partition(".")
+        if dot:
+            files.append((folder + slash + stem, suffix.lower(), tuple(place), name))
+    for key, group in itertools.groupby(files, key=lambda file: file[0]):
+        parts = {}
+        for _, suffix, place, name in group:
+            if suffix in parts:
+                raise UserError(f"{shard}: {name} is there twice in a sample: give each sample its own name")
+            parts[suffix] = place
+        yield key, parts
+
+
+def _label(where: str, suffix: str, content: bytes) -> int:
+    """Return the label in the content of a cls or json member.
+
+    Raises:
+        UserError: There is none.
+    """
+    with suppress(ValueError, KeyError, TypeError, RecursionError):
+        label = json.loads(content)["label"] if suffix == "json" else int(content)
+        if isinstance(label, int) and not isinstance(label, bool) and 0 <= label < MOST_CLASSES:
+            return label
+    wanted = '{"label": 3}' if suffix == "json" else "3"
+    raise UserError(
+        f"{where}.{suffix} holds {content[:40]!r}: write an integer from 0, below {MOST_CLASSES:,}, into it, such as "
+        f"{wanted}"
+    )
+
+
 def _class_names(root: Path) -> tuple[str, ...] | None:
-    """Return the names in classes.txt, one a line, or in the list "classes" of _info.json; None without either.
+    """Return the names in classes.txt or _info.json; None without either.
 
     Raises:
         UserError: The file cannot be understood, or a name is empty.
@@ -188,257 +414,3 @@ def _class_names(root: Path) -> tuple[str, ...] | None:
     if "" in names:
         raise UserError(f"{file}: the name of class {names.index('')} is empty: write it, or remove its line")
     return names
-
-
-class Archives:
-    """Files read at any place, kept open: so many of them that a process may open, the longest unused closed first.
-
-    Forked processes may share the descriptors, for `pread` leaves their position alone; spawned ones open their own.
-    """
-
-    def __init__(self, paths: Sequence[Path]):
-        self.paths = paths
-        self._open: OrderedDict[int, int] = OrderedDict()
-
-    def __getstate__(self) -> dict:
-        return {"paths": self.paths, "_open": OrderedDict()}
-
-    def __del__(self):
-        for descriptor in self._open.values():
-            os.close(descriptor)
-
-    def read(self, number: int, offset: int, size: int) -> bytes:
-        """`size` bytes of file `number` from `offset` on.
-
-        Raises:
-            OSError: It is gone, or ends before.
-        """
-        if number in self._open:
-            self._open.move_to_end(number)
-        else:
-            if len(self._open) >= _OPEN_SHARDS:
-                os.close(self._open.popitem(last=False)[1])
-            self._open[number] = os.open(self.paths[number], os.O_RDONLY)
-        content = os.pread(self._open[number], size, offset)
-        if len(content) < size:
-            raise OSError(f"the archive ends {size - len(content)} bytes early")
-        return content
-
-
-class TarIndex(ABC):
-    """Images in tar archives by number.
-
-    The index is kept beside the archives, in a hidden file, and made anew when an archive's name, size or time of
-    change differs; where that folder cannot be written it is kept in memory. Which, is said on stderr.
-
-    Args:
-        paths: Of the archives, in one folder.
-        kept: Name of the file that keeps the index.
-
-    Attributes:
-        archives: What reads them.
-        samples: int64 [n, 4]: archive, offset, size, label.
-        classes: Names of the classes, or None.
-        n_labels: Labels are below this.
-
-    Raises:
-        UserError: An archive is damaged or compressed.
-    """
-
-    classes: tuple[str, ...] | None
-    n_labels: int
-
-    def __init__(self, paths: Sequence[Path], kept: str):
-        self.paths = [Path(path) for path in paths]
-        self.archives = Archives(self.paths)
-        contents = self._load(self.paths[0].parent / kept)
-        self.samples = contents["samples"]
-        self._remarks: list[str] = contents["remarks"].tolist()
-        self._take(contents)
-        for remark in self._remarks:
-            print(remark, file=sys.stderr)
-
-    @abstractmethod
-    def _scan(self) -> dict[str, np.ndarray]:
-        """Return what the headers say: at least "samples", and "remarks" about what they lack."""
-
-    @abstractmethod
-    def _take(self, contents: dict[str, np.ndarray]) -> None:
-        """Set the classes from what `_scan` has returned, this time or an earlier one."""
-
-    def _load(self, cache: Path) -> dict[str, np.ndarray]:
-        """Return what the cache holds, or `_scan` finds if it is absent, damaged or out of date."""
-        try:
-            stats = [path.stat() for path in self.paths]
-        except OSError as error:
-            raise UserError(f"{error.filename} cannot be read ({error.strerror}): copy it again") from error
-        state = np.array([[stat.st_size, stat.st_mtime_ns] for stat in stats], np.int64)
-        names = np.array([path.name for path in self.paths])
-        try:
-            with np.load(cache, allow_pickle=False) as kept:
-                same = [kept["version"] == _VERSION, np.array_equal(kept["names"], names)]
-                if all(same) and np.array_equal(kept["state"], state):
-                    return dict(kept)
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-            pass
-        began = time.perf_counter()
-        contents = self._scan()
-        where = str(cache)
-        partial = cache.with_name(f"{cache.name}.{os.getpid()}")
-        try:
-            with partial.open("wb") as file:
-                np.savez(file, version=_VERSION, names=names, state=state, **contents)
-            os.replace(partial, cache)
-        except OSError as error:
-            with suppress(OSError):
-                partial.unlink()
-            where = f"memory only ({error})"
-        count, took = len(contents["samples"]), f"in {time.perf_counter() - began:.1f} s"
-        print(f"indexed {count} images of {len(names)} shards {took}; kept in {where}", file=sys.stderr)
-        return contents
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def open(self, index: int) -> tuple[io.BytesIO, int]:
-        """Return the file of image `index`, not decoded, and its label.
-
-        Raises:
-            OSError: The archive is gone, or shorter than when it was indexed.
-        """
-        number, offset, size, label = self.samples[index].tolist()
-        return io.BytesIO(self.archives.read(number, offset, size)), label
-
-    def name(self, index: int) -> str:
-        """Return "archive/member" of image `index`, from its header, which cuts names of over 100 bytes."""
-        number, offset, _, _ = self.samples[index].tolist()
-        try:
-            header = self.archives.read(number, offset - _HEADER, _HEADER)
-            member = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").name
-        except (OSError, tarfile.TarError):
-            member = f"byte {offset}"
-        return f"{self.paths[number]}/{member}"
-
-
-class ShardIndex(TarIndex):
-    """Samples of WebDataset shards by number, in the order of the shards and of their members.
-
-    Args:
-        shards: Paths, in one folder.
-        root: Folder with the class names: a name a line in classes.txt, or the list "classes" in _info.json.
-
-    Raises:
-        UserError: A shard is damaged or compressed, an image has no label, there are no images, a class has no name,
-            or there are fewer class names than labels.
-    """
-
-    def __init__(self, shards: Sequence[Path], root: Path):
-        self.root = root
-        super().__init__(shards, f".{Path(shards[0]).stem}.index.npz")
-
-    def _scan(self) -> dict[str, np.ndarray]:
-        rows, passed_over, links = [], [], []
-        for number in range(len(self.paths)):
-            self._scan_shard(number, rows, passed_over, links)
-        remarks = _about_links(links)
-        if passed_over:
-            where, suffix = passed_over[0]
-            why = _FIRST_DOT if "." in suffix else f"images are {' '.join(EXTENSIONS)}"
-            remarks.append(f"{len(passed_over)} image files are passed over, such as {where}.{suffix} ({why})")
-        return {"samples": np.array(rows, np.int64).reshape(-1, 4), "remarks": np.array(remarks, str)}
-
-    def _scan_shard(
-        self,
-        number: int,
-        rows: list[tuple[int, int, int, int]],
-        passed_over: list[tuple[str, str]],
-        links: list[str],
-    ) -> None:
-        """Add the samples of a shard to `rows`; image files in none of them to `passed_over`, or to `links`.
-
-        A link to a member that comes before it has its content.
-        """
-
-        def finish(key: str, parts: dict[str, tuple[int, int]]) -> None:
-            where = f"{self.paths[number]}: {key}"
-            image = next((parts[suffix] for suffix in parts if f".{suffix}" in EXTENSIONS), None)
-            if image is None:
-                passed_over.extend((where, suffix) for suffix in parts if looks_like_image(f"_.{suffix}"))
-                return
-            suffix = next((suffix for suffix in ("cls", "json") if suffix in parts), None)
-            if suffix is None:
-                raise UserError(
-                    f"{self.paths[number]}: the image {key} has no label: put {key}.cls or {key}.json beside it"
-                )
-            rows.append((number, *image, _label(where, suffix, self.archives.read(number, *parts[suffix]))))
-
-        key, parts, places = "", {}, {}
-        for name, *place in _members(self.paths[number]):
-            place = places.get(place[0], place)
-            if isinstance(place[0], str):
-                links.append(f"{self.paths[number]}/{name}")
-                continue
-            places[name] = place
-            folder, slash, file = name.rpartition("/")
-            stem, dot, suffix = file.partition(".")
-            if not dot:
-                continue
-            if folder + slash + stem != key:
-                finish(key, parts)
-                key, parts = folder + slash + stem, {}
-            if suffix.lower() in parts:
-                raise UserError(
-                    f"{self.paths[number]}: {name} is there twice in a sample: give each sample its own name"
-                )
-            parts[suffix.lower()] = tuple(place)
-        finish(key, parts)
-
-    def _take(self, contents: dict[str, np.ndarray]) -> None:
-        if not len(self.samples):
-            first = self.paths[0]
-            more = f": {self._remarks[0]}" if self._remarks else ""
-            raise UserError(f"{first.parent}: the {len(self.paths)} shards from {first.name} hold no images{more}")
-        self.n_labels = int(self.samples[:, 3].max()) + 1
-        self.classes = _class_names(self.root)
-        if self.classes is not None and len(self.classes) < self.n_labels:
-            names, label = len(self.classes), self.n_labels - 1
-            raise UserError(f"{self.root} has {names} class names and a label {label}: complete classes.txt")
-
-
-class FolderArchive(TarIndex):
-    """Images of one tar archive by number, in the order and of the classes that the unpacked folder would have.
-
-    The archive holds the class folders, or one folder with the archive's name that holds them. Archives in it count
-    as folders.
-
-    Args:
-        path: Of the archive.
-
-    Raises:
-        UserError: See `TarIndex` and `ImageTree.labelled`.
-    """
-
-    def __init__(self, path: Path):
-        super().__init__([path], f".{path.stem}.folders.npz")
-
-    def _scan(self) -> dict[str, np.ndarray]:
-        path = self.paths[0]
-        places = {name: place for name, *place in _members(path, nested=True)}  # of two of a name, the later
-        links = {name: place[0] for name, place in places.items() if isinstance(place[0], str)}
-        places |= {name: places[target] for name, target in links.items() if target in places}
-        lost = [name for name in links if isinstance(places[name][0], str)]
-        places = {name: place for name, place in places.items() if isinstance(place[0], int)}
-        top, images = f"{path.stem}/", [name for name in places if is_image(name)]
-        if images and all(name.startswith(top) for name in images):
-            places = {name.removeprefix(top): place for name, place in places.items() if name.startswith(top)}
-        folders = {name.partition("/")[0] for name in places if "/" in name}
-        tree = ImageTree.of((name for name in places if not name.endswith("/")), folders)
-        classes, labels = tree.labelled(str(path))
-        rows = [(0, *places[name], label) for name, label in zip(tree.names, labels.tolist(), strict=True)]
-        remarks = _about_links([f"{path}/{name}" for name in lost])
-        remarks += [f"{path}: {remark}" for remark in tree.remarks()]
-        return {"samples": np.array(rows, np.int64), "classes": np.array(classes), "remarks": np.array(remarks, str)}
-
-    def _take(self, contents: dict[str, np.ndarray]) -> None:
-        self.classes = tuple(contents["classes"].tolist())
-        self.n_labels = len(self.classes)

@@ -1,7 +1,6 @@
-"""Where images come from: folders, tar archives, WebDataset shards, Hugging Face datasets, torchvision.
+"""Data sources: folders of images, Hugging Face datasets and torchvision's data sets; `shards` adds tar archives.
 
-Each is a `Source`: image and label by number. So the order of a run is the loader's business alone, and a run can be
-resumed at any step.
+A `Source` gives image and label by number. The loader alone decides the order, so a run can resume at any step.
 """
 
 import importlib.util
@@ -9,7 +8,7 @@ import io
 import sys
 import tarfile
 from abc import ABC, abstractmethod
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import BinaryIO
 
@@ -18,27 +17,33 @@ from torch.utils.data import Dataset
 from torchvision import datasets as torchvision_datasets
 
 from crate_fast.errors import UserError
-from crate_fast.train.config import TrainConfig
 from crate_fast.train.data.image_files import find_images, read_image, to_rgb
-from crate_fast.train.data.shards import MOST_CLASSES, FolderArchive, ShardIndex, TarIndex, find_shards
-from crate_fast.train.data.unreadable import Unreadable
+from crate_fast.train.data.unreadable import Unreadable, describe
 
-__all__ = ["EncodedSource", "Source", "common_classes", "nothing_outside", "open_source"]
+__all__ = [
+    "MOST_CLASSES",
+    "TORCHVISION",
+    "FolderSource",
+    "ImageFileSource",
+    "Source",
+    "TorchvisionSource",
+    "common_classes",
+    "nothing_outside",
+    "open_hub",
+    "open_torchvision",
+]
 
-_TORCHVISION = {
-    "cifar10": lambda root, train, download: torchvision_datasets.CIFAR10(root, train=train, download=download),
-    "cifar100": lambda root, train, download: torchvision_datasets.CIFAR100(root, train=train, download=download),
-    "flowers102": lambda root, train, download: torchvision_datasets.Flowers102(
-        root, split="train" if train else "test", download=download
-    ),
-    "pets": lambda root, train, download: torchvision_datasets.OxfordIIITPet(
-        root, split="trainval" if train else "test", download=download
-    ),
+MOST_CLASSES = 10_000_000  # a larger label is a fault of the data: a head for it fits no memory
+TORCHVISION = {  # name → (class, argument that names the split, its value for training, for validation)
+    "cifar10": ("CIFAR10", "train", True, False),
+    "cifar100": ("CIFAR100", "train", True, False),
+    "flowers102": ("Flowers102", "split", "train", "test"),
+    "pets": ("OxfordIIITPet", "split", "trainval", "test"),
 }
 
 
 class Source(Dataset, ABC):
-    """(PIL image in RGB, label) by index; what cannot be read is `Unreadable` and says its name.
+    """A data set of (RGB image, label) by number; a corrupt image raises `Unreadable`, which names it.
 
     Attributes:
         classes: Names in the order of the labels, or None where the data has numbers only.
@@ -53,35 +58,34 @@ class Source(Dataset, ABC):
 
     @abstractmethod
     def name(self, index: int) -> str:
-        """Where the image is, for messages."""
+        """Return the image's place, for messages."""
 
     @abstractmethod
     def picture(self, index: int) -> tuple[Image.Image, int]:
-        """What `__getitem__` returns, raising what it likes."""
+        """Return image and label; any exception means that the image is corrupt."""
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         try:
             return self.picture(index)
-        except Exception as error:  # of damaged files PIL and the readers raise a dozen kinds
-            raise Unreadable(f"{self.name(index)}: {type(error).__name__}: {error}") from error
+        except Exception as error:  # PIL and the readers raise a dozen kinds on damaged files
+            raise Unreadable(describe(self.name(index), error)) from error
 
 
-class EncodedSource(Source):
-    """A source of image files."""
+class ImageFileSource(Source):
+    """A source whose images are files, on disk or in memory."""
 
     @abstractmethod
     def open(self, index: int) -> tuple[BinaryIO, int]:
-        """The image's file, not decoded, and its label."""
+        """Return the image's file, not decoded, and its label."""
 
     def picture(self, index: int) -> tuple[Image.Image, int]:
-        """See `Source`."""
         file, label = self.open(index)
         with file:
             return read_image(file), label
 
 
-class FolderSource(EncodedSource):
-    """The images below a folder, of the classes that its folders name."""
+class FolderSource(ImageFileSource):
+    """The images below a folder; the folders directly in it are the classes."""
 
     def __init__(self, root: Path):
         self.root, tree = root, find_images(root)
@@ -100,14 +104,14 @@ class FolderSource(EncodedSource):
         return (self.root / self.names[index]).open("rb"), int(self.labels[index])
 
 
-class _HubSource(EncodedSource):
-    """A data set of `datasets`, whose images may have no path, or one of long ago and elsewhere."""
+class _HubSource(ImageFileSource):
+    """A data set of the package `datasets`."""
 
     def __init__(self, images, where: str):
         self.images, self.where = images, where
         try:
             labels = images.unique("label")
-        except NotImplementedError:  # of lists
+        except NotImplementedError:  # labels are lists
             labels = images[:8]["label"]
         wrong = [label for label in labels if not isinstance(label, int) or not 0 <= label < MOST_CLASSES]
         if wrong or not labels:
@@ -127,132 +131,42 @@ class _HubSource(EncodedSource):
 
     def open(self, index: int) -> tuple[BinaryIO, int]:
         row = self.images[index]
-        image = row["image"] or {}  # null in some rows of some data sets
-        if image.get("bytes"):
+        image = row["image"] or {}  # some data sets have rows with null
+        if image.get("bytes"):  # the path, if any, may be of another machine
             return io.BytesIO(image["bytes"]), int(row["label"])
         if not image.get("path"):
             raise UserError("it has neither bytes nor a path")
         return Path(image["path"]).open("rb"), int(row["label"])
 
 
-class ArchiveSource(EncodedSource):
-    """The images of tar archives, through an index of them."""
+def open_hub(data_dir: str, split: str, option: str, download: bool) -> Source:
+    """Open a data set of the package `datasets`: a local folder of parquet, arrow or image files, or a name.
 
-    def __init__(self, index: TarIndex):
-        self.index, self.classes, self.n_labels = index, index.classes, index.n_labels
+    `datasets` converts parquet to arrow in its cache (HF_DATASETS_CACHE) the first time.
 
-    def __len__(self) -> int:
-        return len(self.index)
-
-    def name(self, index: int) -> str:
-        return self.index.name(index)
-
-    def open(self, index: int) -> tuple[BinaryIO, int]:
-        return self.index.open(index)
-
-
-class _Torchvision(Source):
-    """A data set of torchvision's; image files are read here, for torchvision does not turn them upright."""
-
-    def __init__(self, images: Dataset, where: str):
-        self.images, self.where = images, where
-        self.classes = tuple(images.classes)
-        self.n_labels = len(self.classes)
-        self.paths = getattr(images, "_images", getattr(images, "_image_files", None))  # of pets, of flowers102
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def name(self, index: int) -> str:
-        return f"{self.where}, image {index}" if self.paths is None else str(self.paths[index])
-
-    def picture(self, index: int) -> tuple[Image.Image, int]:
-        if self.paths is not None:
-            return read_image(self.paths[index]), self.images._labels[index]
-        image, label = self.images[index]
-        return to_rgb(image), label
-
-
-@contextmanager
-def nothing_outside():
-    """While this lasts `tarfile` unpacks nothing outside the folder it was given: no .., absolute path, or link out.
-
-    Archives of images are never unpacked here; torchvision unpacks what it downloads, older releases of it blindly.
+    Args:
+        data_dir: The folder or name.
+        split: Name of the split.
+        option: The option that names the split, for messages.
+        download: Let `datasets` fetch what is not in its cache.
 
     Raises:
-        UserError: This Python's tarfile has no filters.
-        tarfile.FilterError: While it lasts, when an archive tries.
+        UserError: The package is missing, or the data set is not there or cannot be used.
     """
-    if not hasattr(tarfile, "data_filter"):
-        raise UserError(
-            "this Python unpacks archives unchecked: download with Python 3.10.12, 3.11.4 or later, or unpack the "
-            "data yourself and leave out --download"
-        )
-    before = vars(tarfile.TarFile)["extraction_filter"]
-    tarfile.TarFile.extraction_filter = staticmethod(tarfile.data_filter)
-    try:
-        yield
-    finally:
-        tarfile.TarFile.extraction_filter = before
-
-
-def _split(config: TrainConfig, train: bool) -> tuple[str, str]:
-    """The split's name, and the option that gives it."""
-    return (config.train_split, "--train-split") if train else (config.val_split, "--val-split")
-
-
-def _open_torchvision(config: TrainConfig, train: bool) -> Source:
-    try:
-        if config.download:
-            with nothing_outside():
-                images = _TORCHVISION[config.dataset](Path(config.data_dir), train, True)
-        else:
-            images = _TORCHVISION[config.dataset](Path(config.data_dir), train, False)
-    except (RuntimeError, FileNotFoundError, ValueError) as error:
-        raise UserError(
-            f"{config.dataset} is not in data_dir={config.data_dir!r} ({error}): pass the right folder, or "
-            "--download to fetch it there"
-        ) from error
-    except OSError as error:  # no network (URLError), a full disk
-        raise UserError(
-            f"{config.dataset} cannot be read from or downloaded to data_dir={config.data_dir!r} ({error}): see to "
-            "the network and the disk, or put it there yourself"
-        ) from error
-    except ModuleNotFoundError as error:
-        raise UserError(f"{config.dataset} needs {error.name}: pip install {error.name}") from error
-    return _Torchvision(images, config.dataset)
-
-
-def _open_files(config: TrainConfig, train: bool) -> Source:
-    split, option = _split(config, train)
-    root = Path(config.data_dir)
-    place = root / f"{split}.tar" if config.dataset == "tar" else root / split
-    if not place.exists():
-        present = sorted(path.name for path in root.iterdir())[:8] if root.is_dir() else "no such folder"
-        raise UserError(f"{place} is not there (data_dir holds: {present}): pass --data-dir, or {option}")
-    return ArchiveSource(FolderArchive(place)) if config.dataset == "tar" else FolderSource(place)
-
-
-def _open_hf(config: TrainConfig, train: bool) -> Source:
-    """Open a data set of `datasets`: a local folder of parquet, arrow or image files, or a name.
-
-    `datasets` writes parquet anew as arrow into its cache (HF_DATASETS_CACHE) the first time.
-    """
-    split, option = _split(config, train)
     if importlib.util.find_spec("datasets") is None:
         raise UserError("dataset='hf' needs the package datasets: pip install crate_fast[hf]")
     import datasets
 
-    if not Path(config.data_dir).is_dir() and not config.download:
+    if not Path(data_dir).is_dir() and not download:
         raise UserError(
-            f"data_dir={config.data_dir!r} is no folder: pass --data-dir FOLDER, or --download to let datasets fetch "
+            f"data_dir={data_dir!r} is no folder: pass --data-dir FOLDER, or --download to let datasets fetch "
             "what the Hugging Face Hub has by this name, or take it from its cache"
         )
-    where = f"{config.data_dir}, split {split}"
+    where = f"{data_dir}, split {split}"
     try:
-        images = datasets.load_dataset(config.data_dir, split=split)
+        images = datasets.load_dataset(data_dir, split=split)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        cause = error.__cause__ or error  # of files that disagree: its own message does not say why
+        cause = error.__cause__ or error  # where files disagree, only the cause says why
         reason = " ".join(f"{type(cause).__name__}: {cause}".split())
         raise UserError(
             f"datasets cannot open {where} ({reason}): it must be of parquet, arrow or image "
@@ -269,27 +183,79 @@ def _open_hf(config: TrainConfig, train: bool) -> Source:
     return _HubSource(images, where)
 
 
-def open_source(config: TrainConfig, train: bool) -> Source:
-    """The training or the validation split that the configuration names (all data sets but shape_scenes).
+class TorchvisionSource(Source):
+    """A data set of torchvision; its image files are read here, since torchvision does not turn them upright."""
+
+    def __init__(self, images: Dataset, where: str):
+        self.images, self.where = images, where
+        self.classes = tuple(images.classes)
+        self.n_labels = len(self.classes)
+        self.paths = getattr(images, "_images", getattr(images, "_image_files", None))  # pets, flowers102
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def name(self, index: int) -> str:
+        return f"{self.where}, image {index}" if self.paths is None else str(self.paths[index])
+
+    def picture(self, index: int) -> tuple[Image.Image, int]:
+        if self.paths is not None:
+            return read_image(self.paths[index]), self.images._labels[index]
+        image, label = self.images[index]
+        return to_rgb(image), label
+
+
+def open_torchvision(dataset: str, data_dir: str, train: bool, download: bool) -> Source:
+    """Open a data set that torchvision knows, and download it only if asked to.
 
     Raises:
-        UserError: It is not where the configuration says.
-        UserError: It is there, and cannot be used.
-        UserError: A package is missing.
+        UserError: It is not there, cannot be read or downloaded, or needs another package.
     """
-    if config.dataset in _TORCHVISION:
-        return _open_torchvision(config, train)
-    if config.dataset == "hf":
-        return _open_hf(config, train)
-    if config.dataset == "shards":
-        root = Path(config.data_dir)
-        shards = find_shards(root, *_split(config, train), other=_split(config, not train)[0])
-        return ArchiveSource(ShardIndex(shards, root))
-    return _open_files(config, train)
+    name, argument, for_training, for_validation = TORCHVISION[dataset]
+    split = {argument: for_training if train else for_validation}
+    try:
+        with nothing_outside() if download else nullcontext():
+            images = getattr(torchvision_datasets, name)(Path(data_dir), **split, download=download)
+    except (RuntimeError, FileNotFoundError, ValueError) as error:
+        raise UserError(
+            f"{dataset} is not in data_dir={data_dir!r} ({error}): pass the right folder, or "
+            "--download to fetch it there"
+        ) from error
+    except OSError as error:  # no network (URLError), a full disk
+        raise UserError(
+            f"{dataset} cannot be read from or downloaded to data_dir={data_dir!r} ({error}): see to "
+            "the network and the disk, or put it there yourself"
+        ) from error
+    except ModuleNotFoundError as error:
+        raise UserError(f"{dataset} needs {error.name}: pip install {error.name}") from error
+    return TorchvisionSource(images, dataset)
+
+
+@contextmanager
+def nothing_outside():
+    """Make `tarfile` refuse members outside the folder it unpacks to: "..", absolute paths, links that lead out.
+
+    torchvision unpacks what it downloads, older releases without a check. Archives of images are never unpacked.
+
+    Raises:
+        UserError: This Python's tarfile has no filters.
+        tarfile.FilterError: An archive tries to write outside.
+    """
+    if not hasattr(tarfile, "data_filter"):
+        raise UserError(
+            "this Python unpacks archives unchecked: download with Python 3.10.12, 3.11.4 or later, or unpack the "
+            "data yourself and leave out --download"
+        )
+    before = vars(tarfile.TarFile)["extraction_filter"]
+    tarfile.TarFile.extraction_filter = staticmethod(tarfile.data_filter)
+    try:
+        yield
+    finally:
+        tarfile.TarFile.extraction_filter = before
 
 
 def common_classes(train: Source, val: Source) -> tuple[str, ...]:
-    """Names of the classes of both splits; numbers where neither has names.
+    """Return the class names of both splits; numbers where neither has names.
 
     Raises:
         UserError: The splits have different classes.
