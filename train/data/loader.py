@@ -1,7 +1,7 @@
 """Splits and loaders: uint8 batches in an order that depends on seed and epoch alone, not on processes or workers.
 
-A training sample's name is (epoch, index, copy); name and seed decide its random numbers. So a resumed run, or one with
-more processes, sees the same pixels. Images stay uint8 until they are on the device, which mirrors and normalises them:
+A training sample's name is (epoch, index, copy); name and seed decide its random numbers. So a resumed run, or one
+with more processes, sees the same pixels. Images stay uint8 until the device mirrors and normalises them:
 
     images = normalize(mirrored(batch.images.to(device), batch.flips.to(device)))
 
