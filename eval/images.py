@@ -32,6 +32,7 @@ from crate_fast.errors import UserError
 from crate_fast.eval.coco import index_of, read_annotations
 from crate_fast.train.data.image_files import EXTENSIONS, UNREADABLE, as_stored, find_images, open_image, read_image
 from crate_fast.train.data.shape_scenes import ShapeScenes
+from crate_fast.train.data.unreadable import describe
 
 __all__ = [
     "Batch",
@@ -155,8 +156,8 @@ class ImageFiles(Dataset):
             picture = self._as_annotated(key, read_image(path))
             target = self.target(key, (picture.height, picture.width))
         except _UNREADABLE as error:
-            problem = f"{path}: {type(error).__name__}: {error}"
-            return Sample(key, torch.zeros(3, self.size, self.size, dtype=torch.uint8), (0, 0), None, problem)
+            blank = torch.zeros(3, self.size, self.size, dtype=torch.uint8)
+            return Sample(key, blank, (0, 0), problem=describe(str(path), error))
         return Sample(key, squash(picture, self.size), (picture.height, picture.width), target)
 
     def keys(self) -> list[str | int]:

@@ -203,8 +203,8 @@ def test_an_index_travels_without_its_descriptors(tmp_path):
     source = _open(_write(tmp_path / "train-0.tar", [1, 2]))
     source.open(0)
     copy = pickle.loads(pickle.dumps(source))
-    assert source.archives._open
-    assert not copy.archives._open
+    assert source._descriptors
+    assert not copy._descriptors
     assert _values(copy) == _values(source)
 
 

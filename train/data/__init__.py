@@ -7,20 +7,18 @@
 A corrupt image is `unreadable`: training replaces it, evaluation skips it, the batch names it, a tally counts it.
 """
 
+from crate_fast.train.data.image_files import UNREADABLE
 from crate_fast.train.data.loader import (
-    UNREADABLE,
     Batch,
     DataSplits,
-    Normalize,
     build_splits,
-    drawing_from,
     eval_loader,
-    mirrored,
     open_source,
     plain_splits,
     readable,
     train_loader,
 )
+from crate_fast.train.data.transforms import Normalize, drawing_from, mirrored
 
 __all__ = [
     "UNREADABLE",

@@ -28,7 +28,6 @@ from torch.utils.data import DataLoader, Dataset
 
 from crate_fast.errors import UserError
 from crate_fast.train.config import TrainConfig
-from crate_fast.train.data.image_files import UNREADABLE
 from crate_fast.train.data.shape_scenes import ShapeScenes
 from crate_fast.train.data.shards import ShardSource, TarSource, find_shards
 from crate_fast.train.data.sources import (
@@ -39,25 +38,14 @@ from crate_fast.train.data.sources import (
     open_hub,
     open_torchvision,
 )
-from crate_fast.train.data.transforms import (
-    Normalize,
-    drawing_from,
-    eval_transform,
-    mirrored,
-    pixels,
-    train_transform,
-)
+from crate_fast.train.data.transforms import drawing_from, eval_transform, pixels, train_transform
 from crate_fast.train.data.unreadable import Unreadable
 
 __all__ = [
-    "UNREADABLE",
     "Batch",
     "DataSplits",
-    "Normalize",
     "build_splits",
-    "drawing_from",
     "eval_loader",
-    "mirrored",
     "open_source",
     "plain_splits",
     "readable",
@@ -201,7 +189,7 @@ class DataSplits:
 
     Attributes:
         train, val: (uint8 image, label) by (epoch, index) or (epoch, index, copy), not mirrored; a corrupt image
-            raises one of `UNREADABLE`. The loaders make batches of them.
+            raises `Unreadable`. The loaders make batches of them.
         classes: Class names, in the order of the labels.
         masks: Validation data with object masks, (image, label, mask) by (epoch, index), or None.
     """

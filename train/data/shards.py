@@ -33,7 +33,7 @@ from crate_fast.errors import UserError
 from crate_fast.train.data.image_files import EXTENSIONS, ImageTree, is_hidden, is_image, looks_like_image
 from crate_fast.train.data.sources import MOST_CLASSES, ImageFileSource
 
-__all__ = ["ArchiveSource", "Archives", "ShardSource", "TarSource", "find_shards"]
+__all__ = ["ArchiveSource", "ShardSource", "TarSource", "find_shards"]
 
 _VERSION = 3  # of a cached index; EXTENSIONS that change need another
 _OPEN_ARCHIVES = 128  # per process, well below the usual limit of 1,024 files
@@ -157,39 +157,6 @@ def _about_links(links: list[str]) -> list[str]:
 # --- their images
 
 
-class Archives:
-    """Random access to files that stay open, at most `_OPEN_ARCHIVES` of them in a process.
-
-    Forked processes may share descriptors, since `pread` does not move their position; spawned ones open their own.
-    """
-
-    def __init__(self, paths: Sequence[Path]):
-        self.paths = paths
-        self._open: dict[int, int] = {}
-
-    def __getstate__(self) -> dict:
-        return {"paths": self.paths, "_open": {}}
-
-    def __del__(self):
-        for descriptor in self._open.values():
-            os.close(descriptor)
-
-    def read(self, number: int, offset: int, size: int) -> bytes:
-        """Return `size` bytes of file `number` from `offset` on.
-
-        Raises:
-            OSError: It is gone, or ends before.
-        """
-        if number not in self._open:
-            if len(self._open) >= _OPEN_ARCHIVES:
-                os.close(self._open.pop(next(iter(self._open))))
-            self._open[number] = os.open(self.paths[number], os.O_RDONLY)
-        content = os.pread(self._open[number], size, offset)
-        if len(content) < size:
-            raise OSError(f"the archive ends {size - len(content)} bytes early")
-        return content
-
-
 class ArchiveSource(ImageFileSource):
     """The images of tar archives, through an index that is cached in a hidden file beside them.
 
@@ -201,7 +168,6 @@ class ArchiveSource(ImageFileSource):
         cache_name: Name of the hidden file.
 
     Attributes:
-        archives: Reader of the archives.
         samples: int64 [n, 4]: archive, offset, size, label.
 
     Raises:
@@ -210,7 +176,7 @@ class ArchiveSource(ImageFileSource):
 
     def __init__(self, paths: Sequence[Path], cache_name: str):
         self.paths = [Path(path) for path in paths]
-        self.archives = Archives(self.paths)
+        self._descriptors: dict[int, int] = {}  # open files, by the number of their path
         index = self._load(self.paths[0].parent / cache_name)
         self.samples, remarks = index["samples"], index["remarks"].tolist()
         if not len(self.samples):
@@ -254,18 +220,42 @@ class ArchiveSource(ImageFileSource):
         print(f"indexed {count} images of {len(names)} shards {took}; kept in {where}", file=sys.stderr)
         return index
 
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_descriptors": {}}
+
+    def __del__(self):
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+
+    def _read(self, number: int, offset: int, size: int) -> bytes:
+        """Return `size` bytes of archive `number` from `offset` on.
+
+        Forked processes may share the descriptors, since `pread` does not move their position.
+
+        Raises:
+            OSError: It is gone, or ends before.
+        """
+        if number not in self._descriptors:
+            if len(self._descriptors) >= _OPEN_ARCHIVES:
+                os.close(self._descriptors.pop(next(iter(self._descriptors))))
+            self._descriptors[number] = os.open(self.paths[number], os.O_RDONLY)
+        content = os.pread(self._descriptors[number], size, offset)
+        if len(content) < size:
+            raise OSError(f"the archive ends {size - len(content)} bytes early")
+        return content
+
     def __len__(self) -> int:
         return len(self.samples)
 
     def open(self, index: int) -> tuple[io.BytesIO, int]:
         number, offset, size, label = self.samples[index].tolist()
-        return io.BytesIO(self.archives.read(number, offset, size)), label
+        return io.BytesIO(self._read(number, offset, size)), label
 
     def name(self, index: int) -> str:
         """Return "archive/member" of an image, from its header, which cuts names of over 100 bytes."""
         number, offset, _, _ = self.samples[index].tolist()
         try:
-            header = self.archives.read(number, offset - _HEADER, _HEADER)
+            header = self._read(number, offset - _HEADER, _HEADER)
             member = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").name
         except (OSError, tarfile.TarError):
             member = f"byte {offset}"
@@ -354,7 +344,7 @@ class ShardSource(ArchiveSource):
             raise UserError(
                 f"{self.paths[number]}: the image {key} has no label: put {key}.cls or {key}.json beside it"
             )
-        content = self.archives.read(number, *parts[suffix])
+        content = self._read(number, *parts[suffix])
         return (number, *image, _label(f"{self.paths[number]}: {key}", suffix, content))
 
 
