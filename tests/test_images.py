@@ -91,73 +91,38 @@ def test_coco_unions_and_crowds(tmp_path, capsys):
     assert capsys.readouterr().out == ""
 
 
-_CORNER = np.zeros((40, 60), bool)
-_CORNER[:10, :15] = True
+_TURNS = ("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_90", "TRANSVERSE", "ROTATE_270")
+_STORED_AS = dict(enumerate(_TURNS, start=2))  # EXIF orientation → how the upright picture is stored
 
 
-_STORED = dict(
-    enumerate(  # how a picture is stored, by its EXIF orientation
-        [*("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_90", "TRANSVERSE", "ROTATE_270")],
-        2,
-    )
+@pytest.mark.parametrize(
+    ("orientation", "drawn_on"), [*((i, "upright") for i in range(1, 9)), *((i, "stored") for i in range(5, 9))]
 )
-
-
-def _orient(path, upright: np.ndarray, orientation: int):
-    """Write a picture that a viewer shows as `upright`, its pixels stored otherwise."""
-    exif, stored = Image.Exif(), Image.fromarray(upright)
+def test_masks_are_on_the_object_in_every_orientation(tmp_path, orientation, drawn_on):
+    """Masks are drawn on the upright picture, or on the stored pixels where only these have the masks' size."""
+    corner = np.zeros((40, 60), np.uint8)
+    corner[:10, :15] = 1
+    picture, exif = Image.fromarray(corner * 255).convert("RGB"), Image.Exif()
     exif[0x0112] = orientation
-    if orientation > 1:
-        stored = stored.transpose(Image.Transpose[_STORED[orientation]])
-    stored.save(path, exif=exif, quality=95)
-
-
-def _white_object(mask: np.ndarray) -> np.ndarray:
-    return np.repeat(mask[..., None] * np.uint8(255), 3, axis=2)
-
-
-def _on_object(sample) -> bool:
-    """Return True if the pixels of the mask are the white ones."""
-    (mask,) = sample.target.masks.float()
-    grid = torch.nn.functional.interpolate(mask[None, None], sample.image.shape[1:], mode="area")[0, 0]
-    white = sample.image.float().mean(0)
-    return bool(white[grid > 0.99].mean() > 240 and white[grid < 0.01].mean() < 15)
-
-
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_masks_are_on_the_object_however_its_pixels_are_stored(tmp_path, orientation):
-    base = make_voc(tmp_path) / "VOC2012"
-    make_coco(tmp_path / "coco", crowd=False)
-    annotations = tmp_path / "coco" / "annotations" / "instances_val2017.json"
+    if drawn_on == "upright" and orientation > 1:
+        picture = picture.transpose(Image.Transpose[_STORED_AS[orientation]])
+    voc, coco = make_voc(tmp_path) / "VOC2012", make_coco(tmp_path / "coco", crowd=False)
+    Image.fromarray(corner, mode="P").save(voc / "SegmentationClass" / "a.png")
+    annotations = coco / "annotations" / "instances_val2017.json"
     content = json.loads(annotations.read_text())
     content["annotations"] = content["annotations"][:1]
     content["annotations"][0]["segmentation"] = [[0, 0, 15, 0, 15, 10, 0, 10]]
     annotations.write_text(json.dumps(content))
-    _orient(tmp_path / "coco" / "val2017" / "x.jpg", _white_object(_CORNER), orientation)
-    _orient(base / "JPEGImages" / "a.jpg", _white_object(_CORNER), orientation)
-    Image.fromarray(_CORNER.astype(np.uint8), mode="P").save(base / "SegmentationClass" / "a.png")
-    for name in (f"coco:{tmp_path}/coco", f"voc:{tmp_path}"):
+    for path in (voc / "JPEGImages" / "a.jpg", coco / "val2017" / "x.jpg"):
+        picture.save(path, exif=exif, quality=95)
+    for name in (f"coco:{coco}", f"voc:{tmp_path}"):
         sample = open_images(name, 32)[0]
-        assert sample.problem is None
-        assert sample.size == (40, 60)
-        assert _on_object(sample), name
-
-
-@pytest.mark.parametrize("orientation", range(5, 9))
-def test_masks_drawn_on_the_stored_pixels_stay_on_them(tmp_path, orientation):
-    base = make_voc(tmp_path) / "VOC2012"
-    picture = Image.fromarray(_white_object(_CORNER))
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    picture.save(base / "JPEGImages" / "a.jpg", exif=exif, quality=95)
-    Image.fromarray(_CORNER.astype(np.uint8), mode="P").save(base / "SegmentationClass" / "a.png")
-    sample = open_images(f"voc:{tmp_path}", 32)[0]
-    assert sample.size == (40, 60)
-    assert _on_object(sample)
-    make_coco(tmp_path / "coco", crowd=False)
-    picture.save(tmp_path / "coco" / "val2017" / "x.jpg", exif=exif, quality=95)
-    sample = open_images(f"coco:{tmp_path}/coco", 32)[0]
-    assert (sample.problem, sample.size) == (None, (40, 60))
+        assert (sample.problem, sample.size) == (None, (40, 60))
+        (mask,) = sample.target.masks.float()
+        grid = torch.nn.functional.interpolate(mask[None, None], (32, 32), mode="area")[0, 0]
+        white = sample.image.float().mean(0)
+        assert white[grid > 0.99].mean() > 240, name
+        assert white[grid < 0.01].mean() < 15, name
 
 
 def test_scenes_are_the_same_at_every_size():
