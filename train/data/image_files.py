@@ -13,7 +13,6 @@ import struct
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
@@ -78,37 +77,26 @@ def is_hidden(name: str) -> bool:
     return name.startswith(".") or "/." in name
 
 
-@dataclass
 class ImageTree:
     """The images below a folder, or in an archive of one.
 
-    Attributes:
-        names: Paths relative to the folder, parts separated by "/", in the order of torchvision's `ImageFolder`.
+    Args:
+        files: Paths relative to the folder, parts separated by "/".
         folders: The folders directly below, with and without images.
-        passed_over: Image files with other extensions than `EXTENSIONS`, counted by extension.
+
+    Attributes:
+        names: The images among the files, in the order of torchvision's `ImageFolder`.
+        note: A few words on image files of other formats, which are passed over; "" if there are none.
     """
 
-    names: list[str]
-    folders: set[str] = field(default_factory=set)
-    passed_over: Counter[str] = field(default_factory=Counter)
-
-    @classmethod
-    def of(cls, paths: Iterable[str], folders: set[str]) -> "ImageTree":
-        """Select the images among files, and count the image files that are passed over."""
-        tree = cls([], folders)
-        for path in paths:
-            if is_image(path):
-                tree.names.append(path)
-            elif looks_like_image(path):
-                tree.passed_over[os.path.splitext(path)[1].lower()] += 1
-        tree.names.sort(key=_order)
-        return tree
-
-    @property
-    def note(self) -> str:
-        """A few words on the image files that are passed over; "" if there are none."""
-        listed = ", ".join(f"{count} {extension}" for extension, count in sorted(self.passed_over.items()))
-        return f"image files of other formats are passed over: {listed}" if listed else ""
+    def __init__(self, files: Iterable[str], folders: set[str]):
+        files = list(files)
+        self.names, self.folders = sorted(filter(is_image, files), key=_order), folders
+        extensions = Counter(os.path.splitext(name)[1].lower() for name in files)
+        found = [
+            f"{extensions[extension]} {extension}" for extension in sorted(extensions.keys() & set(_PASSED_OVER))
+        ]
+        self.note = f"image files of other formats are passed over: {', '.join(found)}" if found else ""
 
     def labelled(self, where: str) -> tuple[tuple[str, ...], np.ndarray]:
         """Return the names of the classes, sorted, and the class number of every image.
@@ -177,7 +165,7 @@ def find_images(root: Path, follow_links: bool = True) -> ImageTree:
             tops.update(folders)
         inner = "" if folder == top else os.path.relpath(folder, top).replace(os.sep, "/") + "/"
         paths += [inner + name for name in files if name[0] != "."]
-    return ImageTree.of(paths, tops)
+    return ImageTree(paths, tops)
 
 
 def _leads_back(root: str, folder: str, name: str) -> bool:

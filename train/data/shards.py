@@ -290,7 +290,7 @@ class TarSource(ArchiveSource):
         if images and all(name.startswith(top) for name in images):
             places = {name.removeprefix(top): place for name, place in places.items() if name.startswith(top)}
         folders = {name.partition("/")[0] for name in places if "/" in name}
-        tree = ImageTree.of((name for name in places if not name.endswith("/")), folders)
+        tree = ImageTree((name for name in places if not name.endswith("/")), folders)
         classes, labels = tree.labelled(str(path))
         rows = [(0, *places[name], label) for name, label in zip(tree.names, labels.tolist(), strict=True)]
         remarks = _about_links(links) + [f"{path}: {remark}" for remark in tree.remarks()]
