@@ -189,8 +189,8 @@ def test_damaged_annotations(tmp_path):
 # --- annotations: each case changes image x.jpg, or annotation 2: a box of 20×20 pixels at x = 10 ------------------
 
 
-def changed_coco(root, change, image=None):
-    """`make_coco`'s folder after a change of its annotations, or of its image, given (content, annotation 2)."""
+def changed_coco(root, change):
+    """Write `make_coco`'s folder with a change of its annotations, given (content, annotation 2)."""
     file = make_coco(root) / "annotations" / "instances_val2017.json"
     content = json.loads(file.read_text())
     content |= change(content, content["annotations"][1]) or {}
@@ -199,12 +199,12 @@ def changed_coco(root, change, image=None):
 
 
 def without(*names):
-    """A change that takes fields from every annotation."""
+    """Return a change that removes fields from every annotation."""
     return lambda content, _: [content["annotations"][i].pop(n) for i in range(3) for n in names] and None
 
 
 def as_lvis(content, annotation):
-    """LVIS v1: coco_url instead of file_name, no iscrowd, lists of categories an image."""
+    """Change to LVIS v1: coco_url instead of file_name, no iscrowd, lists of categories an image."""
     image = content["images"][0]
     image |= {"coco_url": f"http://images.cocodataset.org/val2017/{image.pop('file_name')}"}
     image |= {"neg_category_ids": [3], "not_exhaustive_category_ids": []}
@@ -213,7 +213,7 @@ def as_lvis(content, annotation):
 
 
 def as_run_lengths(content, annotation):
-    """Masks as RLE, compressed by pycocotools or not, and no size of the image but theirs."""
+    """Change masks to RLE, compressed by pycocotools or not; the image has no size of its own."""
     for number, entry in enumerate(content["annotations"]):
         x, y, width, height = entry["bbox"]
         pixels = np.zeros((40, 60), np.uint8, order="F")
@@ -289,7 +289,7 @@ def test_names_follow_from_numbers_and_lvis_finds_images_of_the_other_split(tmp_
 
 
 def _sets(name, **values):
-    """(a change of annotation 2, what the message names)."""
+    """Return a change of annotation 2, and the field that the message names."""
     return lambda _, annotation: annotation.update(values), rf"annotation 2: '{name}'"
 
 
