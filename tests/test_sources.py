@@ -176,7 +176,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_folders_and_archives_have_the_same_classes_and_order(tmp_path, layout):
     files = {name: _jpeg(i) for i, name in enumerate(LAYOUTS[layout])}
-    write_tar(tmp_path / "train.tar", files.items())
+    write_tar(tmp_path / "train.tar", [("./", tarfile.DIRTYPE, ""), *files.items()])  # as of `tar -C folder .`
     root = tmp_path if any(name.startswith("train/") for name in files) else tmp_path / "train"
     write_tree(root, files)
     folder, archive = (open_source(config_of(tmp_path, kind), train=True) for kind in ("folder", "tar"))

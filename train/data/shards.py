@@ -97,30 +97,31 @@ def _members(archive: Path, nested: bool = False) -> tuple[list[tuple[str, int, 
         ) from error
     except OSError as error:
         raise UserError(f"{archive} cannot be used ({error}): make it readable, or copy it again") from error
-    places = {name: place for name, *place, target in found if not target}
-    links = {name: target for name, *_, target in found if target}
+    places = {name: place for name, *place, target in found if target is None}
+    links = {name: target for name, *_, target in found if target is not None}
     places.update((name, places[target]) for name, target in links.items() if target in places)
-    members = [(name, *(places[name] if target else place)) for name, *place, target in found if name in places]
+    members = [(name, *(places[name] if name in links else place)) for name, *place, _ in found if name in places]
     return members, [f"{archive}/{name}" for name in links if name not in places]
 
 
-def _headers(file: BinaryIO, start: int, prefix: str, nested: bool) -> Iterator[tuple[str, int, int, str]]:
-    """Yield (name, offset, size, "") of files and folders, and (name, 0, 0, name of its file) of links."""
+def _headers(file: BinaryIO, start: int, prefix: str, nested: bool) -> Iterator[tuple[str, int, int, str | None]]:
+    """Yield (name, offset, size, None) of files and folders, and (name, 0, 0, name of its file) of links."""
     with tarfile.open(fileobj=file, mode="r:") as opened:
         for member in opened:
             opened.members = []  # tarfile would keep every header
-            name, offset = prefix + _plain(member.name), start + member.offset_data
-            if is_hidden(name):
+            name, offset = _plain(member.name), start + member.offset_data
+            if not name or is_hidden(name):  # no name: the folder itself, of `tar -C folder .`
                 continue
+            name = prefix + name
             if member.issparse():
                 raise tarfile.ReadError(f"{name} has holes, written by tar --sparse")
             if member.isdir():
-                yield f"{name}/", offset, 0, ""
+                yield f"{name}/", offset, 0, None
             elif member.isreg() and nested and name.lower().endswith(".tar"):
                 with opened.extractfile(member) as inner:
                     yield from _headers(inner, offset, f"{name[:-4]}/", nested)
             elif member.isreg():
-                yield name, offset, member.size, ""
+                yield name, offset, member.size, None
             elif member.islnk():
                 yield name, 0, 0, prefix + _plain(member.linkname)
             elif member.issym():
