@@ -33,7 +33,7 @@ PAGES = README + "".join(path.read_text() for path in sorted((ROOT / "docs").rgl
 def _modules() -> list[str]:
     names = ["crate_fast"]
     evaluation = (crate_fast.eval, crate_fast.eval.emergence, crate_fast.eval.explore)
-    for package in (crate_fast, crate_fast.train, *evaluation):
+    for package in (crate_fast, crate_fast.train, crate_fast.train.data, *evaluation):
         folder = [str(Path(package.__file__).parent)]
         names += [f"{package.__name__}.{m.name}" for m in pkgutil.iter_modules(folder) if not m.ispkg]
     return names
