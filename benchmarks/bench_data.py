@@ -29,11 +29,10 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from crate_fast.train.config import TrainConfig
-from crate_fast.train.data import Batch, Normalize, build_splits, eval_loader, mirrored, train_loader
-from crate_fast.train.image_files import read_image
-from crate_fast.train.shape_scenes import ShapeScenes
-from crate_fast.train.sources import open_source
-from crate_fast.train.transforms import drawing_from, eval_transform, pixels, train_transform
+from crate_fast.train.data import Batch, Normalize, build_splits, eval_loader, mirrored, open_source, train_loader
+from crate_fast.train.data.image_files import read_image
+from crate_fast.train.data.shape_scenes import ShapeScenes
+from crate_fast.train.data.transforms import drawing_from, eval_transform, pixels, train_transform
 from crate_fast.train.write_shards import encoded
 
 GOAL = 12_000  # images/s that one H200 is to take

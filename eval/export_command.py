@@ -23,7 +23,7 @@ from crate_fast.eval.options import positive, seed
 from crate_fast.eval.results import file_name, make_folder
 from crate_fast.export import FORMATS, MIN_OPSET, export_model
 from crate_fast.portable import OUTPUTS
-from crate_fast.train.transforms import Normalize
+from crate_fast.train.data.transforms import Normalize
 
 __all__ = ["main"]
 

@@ -8,9 +8,9 @@
 
 An image that cannot be read becomes a `Sample` with a `problem`, never a gap: the protocols count and name them.
 
-Images are read as in training (`crate_fast.train.image_files`), upright as their EXIF orientation says. Annotations
-are taken to be drawn on the upright picture: labelling tools show it, and detectron2 compares its size with that in
-COCO's JSON. Where only the stored pixels have the size of the annotations, picture and masks stay as they are stored.
+Images are read as in training (`crate_fast.train.data.image_files`), upright as their EXIF orientation says.
+Annotations are taken to be drawn on the upright picture: labelling tools show it, and detectron2 compares its size
+with that in COCO's JSON. Where only the stored pixels have the size of the annotations, nothing is turned.
 Sizes cannot tell for orientations 2 to 4 and for squares: those are upright.
 """
 
@@ -30,8 +30,9 @@ from tqdm import tqdm
 
 from crate_fast.errors import UserError
 from crate_fast.eval.coco import index_of, read_annotations
-from crate_fast.train.image_files import EXTENSIONS, UNREADABLE, as_stored, find_images, open_image, read_image
-from crate_fast.train.shape_scenes import ShapeScenes
+from crate_fast.train.data.image_files import EXTENSIONS, UNREADABLE, as_stored, find_images, open_image, read_image
+from crate_fast.train.data.shape_scenes import ShapeScenes
+from crate_fast.train.data.unreadable import describe
 
 __all__ = [
     "Batch",
@@ -155,8 +156,8 @@ class ImageFiles(Dataset):
             picture = self._as_annotated(key, read_image(path))
             target = self.target(key, (picture.height, picture.width))
         except _UNREADABLE as error:
-            problem = f"{path}: {type(error).__name__}: {error}"
-            return Sample(key, torch.zeros(3, self.size, self.size, dtype=torch.uint8), (0, 0), None, problem)
+            blank = torch.zeros(3, self.size, self.size, dtype=torch.uint8)
+            return Sample(key, blank, (0, 0), problem=describe(str(path), error))
         return Sample(key, squash(picture, self.size), (picture.height, picture.width), target)
 
     def keys(self) -> list[str | int]:

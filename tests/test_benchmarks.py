@@ -16,7 +16,7 @@ import torch
 import update_readme
 from released import ReleasedCRATE
 
-from crate_fast.train import shards
+from crate_fast.train.data import shards
 
 
 def test_the_smoke_run_measures_every_peer(capsys):
@@ -102,8 +102,8 @@ def test_the_data_benchmark_compares_batches_before_times(capsys, monkeypatch):
     ):
         assert f"\n| {row} |" in out
     monkeypatch.setattr(bench_data, "drawing_from", None)  # not reached
-    right = shards.FolderArchive.open
-    monkeypatch.setattr(shards.FolderArchive, "open", lambda self, index: right(self, (index + 1) % len(self)))
+    right = shards.TarSource.open
+    monkeypatch.setattr(shards.TarSource, "open", lambda self, index: right(self, (index + 1) % len(self)))
     with pytest.raises(SystemExit, match="tar and folder give different batches: no numbers"):
         bench_data.main(["--smoke"])
 

@@ -1,34 +1,43 @@
-"""Data: order and augmentation depend on seed and epoch alone; every validation image counts once."""
+"""Loaders and transforms: order and augmentation depend on seed and epoch alone; corrupt images are counted."""
 
 import dataclasses
 import itertools
-import tarfile
+import json
+import random
 from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
 import torchvision
+from image_data import config_of, encoded, write_tree
 from PIL import Image
+from timm.data import auto_augment
+from torchvision import transforms
 
 from crate_fast.errors import UserError
 from crate_fast.train.config import TrainConfig
-from crate_fast.train.data import Batch, Normalize, build_splits, eval_loader, mirrored, train_loader
+from crate_fast.train.data import Batch, Normalize, build_splits, drawing_from, eval_loader, mirrored, train_loader
+from crate_fast.train.data.transforms import eval_transform, pixels, policy_transform, train_transform
+from crate_fast.train.data.unreadable import UnreadableTally
 
 SCENES = TrainConfig(train_samples=40, val_samples=11, batch_size=8, epochs=2, image_size=32, workers=0, hflip=0.5)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    root = tmp_path_factory.mktemp("images")
+    """Six training and three validation images of two classes."""
     draw = np.random.default_rng(0)
-    for split, count in (("train", 6), ("validation", 3)):
-        for name in ("ant", "bee"):
-            (root / split / name).mkdir(parents=True)
-            for i in range(count):
-                pixels = draw.integers(0, 256, (40, 52, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(root / split / name / f"{i}.png")
-    return root
+    names = [f"train/{name}/{i}.png" for name in ("ant", "bee") for i in range(6)]
+    names += [f"validation/{name}/{i}.png" for name in ("ant", "bee") for i in range(3)]
+    noise = [encoded(Image.fromarray(draw.integers(0, 256, (40, 52, 3), dtype=np.uint8))) for _ in names]
+    return write_tree(tmp_path_factory.mktemp("images"), dict(zip(names, noise, strict=True)))
+
+
+@pytest.fixture
+def picture() -> Image.Image:
+    noise = np.random.default_rng(0).integers(0, 256, (40, 52, 3), dtype=np.uint8)
+    return Image.fromarray(noise).resize((208, 160))
 
 
 def _images(config, **shares) -> list[torch.Tensor]:
@@ -36,10 +45,12 @@ def _images(config, **shares) -> list[torch.Tensor]:
     return [mirrored(batch.images, batch.flips) for batch in train_loader(config, data.train, **shares)]
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_step_sees_the_same_images_however_it_is_dealt_out(folder, workers):
-    for config in (SCENES, _folder_config(folder, batch_size=8, crop="random", auto_augment="rand-m9-n2")):
-        config = dataclasses.replace(config, workers=workers)
+# --- order
+
+
+def test_neither_processes_nor_accumulation_nor_workers_change_a_step(folder):
+    augmented = config_of(folder, batch_size=8, crop="random", auto_augment="rand-m9-n2", hflip=0.5)
+    for config in (SCENES, augmented):
         whole = _images(config)
         assert len(whole) == config.epochs * (len(build_splits(config).train) // 8)
         halves = [_images(config, rank=rank, world_size=2) for rank in range(2)]
@@ -49,28 +60,29 @@ def test_a_step_sees_the_same_images_however_it_is_dealt_out(folder, workers):
         parts = _images(dataclasses.replace(config, accumulate=2))
         for i, batch in enumerate(whole):
             assert torch.equal(batch, torch.cat(parts[2 * i : 2 * i + 2]))
+        in_workers = _images(dataclasses.replace(config, workers=2))
+        assert all(map(torch.equal, whole, in_workers))
 
 
 def test_a_resumed_loader_continues_where_it_stopped(folder):
-    for config in (SCENES, _folder_config(folder, batch_size=4, crop="pad")):
+    for config in (SCENES, config_of(folder, crop="pad")):
         whole = _images(config)
         for step in (1, 5):
             rest = _images(config, first_step=step)
             assert len(rest) == len(whole) - step
-            assert all(torch.equal(a, b) for a, b in zip(whole[step:], rest, strict=True))
+            assert all(map(torch.equal, whole[step:], rest))
 
 
 def test_epochs_and_seeds_differ():
     first = _images(SCENES)
     epochs = [{image.numpy().tobytes() for image in torch.cat(part)} for part in (first[:5], first[5:])]
     assert all(len(images) == 40 for images in epochs)  # each epoch shows every scene once
-    assert not any(torch.equal(a, b) for a, b in zip(first[:5], first[5:], strict=True))
-    other = _images(dataclasses.replace(SCENES, seed=1))
-    assert not torch.equal(first[0], other[0])
+    assert not any(map(torch.equal, first[:5], first[5:]))
+    assert not torch.equal(first[0], _images(dataclasses.replace(SCENES, seed=1))[0])
 
 
-def test_flips_are_drawn_by_the_samples_name_and_left_to_the_device(folder):
-    for config in (SCENES, _folder_config(folder, hflip=0.5, crop="random")):
+def test_flips_depend_on_the_samples_name_and_are_left_to_the_device(folder):
+    for config in (SCENES, config_of(folder, hflip=0.5, crop="random")):
         data = build_splits(config)
         plain = build_splits(dataclasses.replace(config, hflip=0.0))
         keys = [(epoch, index, 0) for epoch in range(8) for index in range(12)]
@@ -103,12 +115,11 @@ def test_repeated_augmentation_shows_fewer_images_in_more_ways(accumulate):
         for rank in range(2):
             for keys in train_loader(config, split, rank=rank, world_size=2).batch_sampler:
                 assert len({index for _, index, _ in keys}) == 4
-    rest = list(train_loader(config, split, first_step=7).batch_sampler)
-    assert rest == parts[7 * accumulate :]
+    assert list(train_loader(config, split, first_step=7).batch_sampler) == parts[7 * accumulate :]
 
 
 def test_copies_of_an_image_are_augmented_anew(folder):
-    config = _folder_config(folder, crop="random", repeats=4, hflip=0.5, epochs=4)
+    config = config_of(folder, crop="random", repeats=4, hflip=0.5, epochs=4)
     for batch in train_loader(config, build_splits(config).train):
         assert len({image.numpy().tobytes() for image in batch.images}) == 4
         assert len(set(batch.labels.tolist())) == 1
@@ -116,82 +127,51 @@ def test_copies_of_an_image_are_augmented_anew(folder):
 
 @pytest.mark.gpu
 def test_batches_wait_in_pinned_memory(folder):
-    batch = next(iter(train_loader(_folder_config(folder, workers=1), build_splits(_folder_config(folder)).train)))
+    batch = next(iter(train_loader(config_of(folder, workers=1), build_splits(config_of(folder)).train)))
     assert isinstance(batch, Batch)
     assert all(values.is_pinned() for values in batch[:3])
     assert batch.problems == []
 
 
-def test_augmentation_leaves_the_global_generator_alone(folder):
-    data = build_splits(_folder_config(folder, crop="random"))
-    torch.manual_seed(5)
-    expected = torch.rand(3)
-    torch.manual_seed(5)
-    data.train[0, 0]
-    assert torch.equal(torch.rand(3), expected)
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_every_validation_image_is_seen_once(world_size):
+def test_processes_see_every_validation_scene_once():
     data = build_splits(SCENES)
-    seen = [
-        image
-        for rank in range(world_size)
-        for batch in eval_loader(SCENES, data.val, rank=rank, world_size=world_size)
-        for image in batch.images
-    ]
-    assert len(seen) == 11
-    expected = {data.val[0, i][0].numpy().tobytes() for i in range(11)}
-    assert {image.numpy().tobytes() for image in seen} == expected
+    loaders = [eval_loader(SCENES, data.val, rank=rank, world_size=3) for rank in range(3)]
+    seen = [image.numpy().tobytes() for loader in loaders for batch in loader for image in batch.images]
+    assert sorted(seen) == sorted(data.val[0, i][0].numpy().tobytes() for i in range(11))
 
 
 def test_masks_come_with_their_images():
     data = build_splits(dataclasses.replace(SCENES, segmentation_samples=5))
     (batch,) = eval_loader(SCENES, data.masks)
-    images, labels, masks = batch.images, batch.labels, batch.masks
-    assert (images.shape, labels.shape, masks.shape) == ((5, 3, 32, 32), (5,), (5, 32, 32))
-    assert torch.equal(images[3], data.val[0, 3][0])
-    assert masks.dtype == torch.bool
-    assert torch.equal(masks[3], data.masks[0, 3][2])
+    assert (batch.images.shape, batch.labels.shape, batch.masks.shape) == ((5, 3, 32, 32), (5,), (5, 32, 32))
+    assert torch.equal(batch.images[3], data.val[0, 3][0])
+    assert batch.masks.dtype == torch.bool
+    assert torch.equal(batch.masks[3], data.masks[0, 3][2])
 
 
-def _folder_config(root, **changes) -> TrainConfig:
-    settings = {
-        "dataset": "folder",
-        "data_dir": str(root),
-        "image_size": 24,
-        "batch_size": 4,
-        "epochs": 2,
-        "workers": 0,
-    }
-    return TrainConfig(**(settings | changes))
+def test_batches_without_equal_shares_are_refused():
+    data = build_splits(SCENES)
+    with pytest.raises(UserError, match="batch_size=8 cannot be dealt out to 3 processes"):
+        train_loader(SCENES, data.train, world_size=3)
+    with pytest.raises(UserError, match="40 images, fewer than batch_size=64"):
+        train_loader(dataclasses.replace(SCENES, batch_size=64), data.train)
 
 
-@pytest.mark.parametrize("crop", ["none", "pad", "random", "center"])
-def test_image_folders(folder, crop):
-    data = build_splits(_folder_config(folder, crop=crop, hflip=0.5))
-    assert data.classes == ("ant", "bee")
-    assert (len(data.train), len(data.val), data.masks) == (12, 6, None)
-    image, label = data.train[0, 0]
-    assert (image.shape, image.dtype, label) == ((3, 24, 24), torch.uint8, 0)
-    assert data.val[0, 5][1] == 1
+# --- splits
 
 
-def test_tar_archives_give_the_folders_images(folder, tmp_path):
-    for split in ("train", "validation"):
-        with tarfile.open(tmp_path / f"{split}.tar", "w") as archive:
-            for name in ("ant", "bee"):
-                archive.add(folder / split / name, arcname=name)
-    from_tar = build_splits(_folder_config(tmp_path, dataset="tar"))
-    from_folder = build_splits(_folder_config(folder))
-    assert from_tar.classes == from_folder.classes
-    key = lambda sample: sample[0].numpy().tobytes()  # noqa: E731
-    pictures = [sorted(key(data.val[0, i]) for i in range(6)) for data in (from_tar, from_folder)]
-    assert pictures[0] == pictures[1]
+def test_image_folders(folder):
+    for crop in ("none", "pad", "random", "center"):
+        data = build_splits(config_of(folder, crop=crop))
+        assert data.classes == ("ant", "bee")
+        assert (len(data.train), len(data.val), data.masks) == (12, 6, None)
+        image, label = data.train[0, 0]
+        assert (image.shape, image.dtype, label) == ((3, 16, 16), torch.uint8, 0)
+        assert data.val[0, 5][1] == 1
 
 
 class _Torchvision(torch.utils.data.Dataset):
-    """Stands for a torchvision data set: remembers how it was opened."""
+    """A torchvision data set that remembers how it was opened."""
 
     opened: ClassVar[list] = []
     classes = ("a", "b")
@@ -215,44 +195,106 @@ class _Torchvision(torch.utils.data.Dataset):
         ("pets", "OxfordIIITPet", {"split": "trainval"}, {"split": "test"}),
     ],
 )
-@pytest.mark.parametrize("download", [False, True])
-def test_torchvision_sets_are_opened_by_split_and_download_only_when_asked(
-    name, class_name, train, val, download, monkeypatch
-):
+def test_torchvision_sets_are_opened_by_split_and_download_only_when_asked(name, class_name, train, val, monkeypatch):
     monkeypatch.setattr(torchvision.datasets, class_name, _Torchvision)
-    _Torchvision.opened.clear()
-    data = build_splits(_folder_config("root", dataset=name, download=download))
-    assert _Torchvision.opened == [("root", {**split, "download": download}) for split in (train, val)]
-    image, label = data.val[0, 3]
-    assert (image.shape, image.dtype, label) == ((3, 24, 24), torch.uint8, 1)
-    assert data.classes == ("a", "b")
+    for download in (False, True):
+        _Torchvision.opened.clear()
+        data = build_splits(config_of("root", name, download=download))
+        assert _Torchvision.opened == [("root", {**split, "download": download}) for split in (train, val)]
+        image, label = data.val[0, 3]
+        assert (image.shape, image.dtype, label) == ((3, 16, 16), torch.uint8, 1)
+        assert data.classes == ("a", "b")
 
 
 def test_missing_data_is_named(folder, tmp_path):
     with pytest.raises(
         UserError, match=r"val is not there \(data_dir holds: \['train', 'validation'\]\).*--val-split"
     ):
-        build_splits(_folder_config(folder, val_split="val"))
+        build_splits(config_of(folder, val_split="val"))
     with pytest.raises(UserError, match="no such folder"):
-        build_splits(_folder_config(tmp_path / "nowhere"))
+        build_splits(config_of(tmp_path / "nowhere"))
     with pytest.raises(UserError, match=r"cifar10 is not in data_dir.*--download"):
-        build_splits(_folder_config(tmp_path, dataset="cifar10"))
+        build_splits(config_of(tmp_path, "cifar10"))
 
 
 def test_splits_with_different_classes_are_refused(folder, tmp_path):
     (tmp_path / "train").symlink_to(folder / "train")
     (tmp_path / "validation").mkdir()
     (tmp_path / "validation" / "ant").symlink_to(folder / "validation" / "ant")
-    with pytest.raises(ValueError, match=r"different classes, such as \['bee'\]"):
-        build_splits(_folder_config(tmp_path))
+    with pytest.raises(UserError, match=r"different classes, such as \['bee'\]"):
+        build_splits(config_of(tmp_path))
 
 
-def test_batches_that_cannot_be_dealt_out_are_refused():
-    data = build_splits(SCENES)
-    with pytest.raises(ValueError, match="batch_size=8 cannot be dealt out to 3 processes"):
-        train_loader(SCENES, data.train, world_size=3)
-    with pytest.raises(ValueError, match="40 images, fewer than batch_size=64"):
-        train_loader(dataclasses.replace(SCENES, batch_size=64), data.train)
+# --- transforms
+
+
+def test_policies_are_timms_or_torchvisions():
+    theirs = policy_transform("randaugment-n2-m14")
+    assert isinstance(theirs, transforms.RandAugment)
+    assert (theirs.num_ops, theirs.magnitude, theirs.num_magnitude_bins) == (2, 14, 31)
+    timms = policy_transform("rand-m9-n3-mstd0.5-inc1")
+    assert isinstance(timms, auto_augment.RandAugment)
+    assert timms.num_layers == 3
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        *("randaugment", "randaugment-n0-m14", "randaugment-n2-m31", "randaugment-m14-n2", "rand-x9", "rand-m"),
+        *("rand-tnothing", "random", "augmix", "rand-m9-"),
+    ],
+)
+def test_other_policies_are_refused_with_two_examples(policy):
+    with pytest.raises(
+        UserError, match=rf"auto_augment='{policy}' is no policy.*rand-m9-n2-mstd0.5.*randaugment-n2-m14"
+    ):
+        train_transform(TrainConfig(auto_augment=policy))
+
+
+@pytest.mark.parametrize("policy", ["randaugment-n2-m14", "rand-m9-n2-mstd0.5"])
+def test_a_samples_name_decides_its_augmentation(picture, policy):
+    transform = train_transform(TrainConfig(image_size=32, crop="random", auto_augment=policy))
+
+    def augmented(*name: int) -> bytes:
+        torch.rand(7), random.random()  # the global generators are in any state
+        with drawing_from(*name):
+            return transform(picture).tobytes()
+
+    names = [(0, 0, 3, copy) for copy in range(8)] + [(0, 1, 3, 0), (1, 0, 3, 0), (0, 0, 4, 0)]
+    first = [augmented(*name) for name in names]
+    assert first == [augmented(*name) for name in names]
+    assert len(set(first)) == len(names)
+
+
+def test_drawing_restores_pytorchs_generator_and_seeds_it_alike_everywhere():
+    expected = torch.get_rng_state()
+    with drawing_from(0, 1, 2):
+        here = torch.rand(3)
+    with drawing_from(0, 1, 2, on_devices=True):
+        assert torch.equal(torch.rand(3), here)
+    assert torch.equal(torch.get_rng_state(), expected)
+
+
+def test_images_are_mirrored_where_the_flips_say():
+    images = torch.arange(2 * 3 * 2 * 3, dtype=torch.uint8).view(2, 3, 2, 3)
+    out = mirrored(images, torch.tensor([True, False]))
+    assert out.dtype == torch.uint8
+    assert torch.equal(out[0], images[0].flip(-1))
+    assert torch.equal(out[1], images[1])
+    assert torch.equal(mirrored(images, None), images)
+    assert mirrored(images[:0], torch.zeros(0, dtype=torch.bool)).shape == (0, 3, 2, 3)
+
+
+def test_pixels_are_torchvisions(picture):
+    assert np.array_equal(pixels(picture), transforms.PILToTensor()(picture).numpy())
+
+
+def test_evaluation_looks_at_the_middle():
+    wide = Image.new("RGB", (300, 100), "red")
+    wide.paste("blue", (100, 0, 200, 100))
+    image = eval_transform(TrainConfig(image_size=50))(wide)
+    assert image.size == (50, 50)
+    assert np.unique(np.asarray(image)[:, 2:-2].reshape(-1, 3), axis=0).tolist() == [[0, 0, 255]]
 
 
 def test_normalize():
@@ -261,3 +303,41 @@ def test_normalize():
     mean, std = torch.tensor((0.485, 0.456, 0.406)), torch.tensor((0.229, 0.224, 0.225))
     torch.testing.assert_close(out[0, :, 0, 0], -mean / std)
     torch.testing.assert_close(out[1, :, 0, 0], (1 - mean) / std)
+
+
+# --- corrupt images
+
+
+def _problems(*numbers: int) -> list[str]:
+    return [f"{i}.jpg: OSError: broken" for i in numbers]
+
+
+def test_a_corrupt_image_counts_once_an_epoch_and_too_many_are_an_error():
+    tally = UnreadableTally(TrainConfig(max_unreadable=0.02), 100)
+    assert tally.add(_problems(1, 1, 2), 0) == _problems(1, 2)
+    assert tally.add(_problems(2, 1), 0) == []
+    tally.check(0)
+    assert tally.add(_problems(2, 3), 1) == _problems(3)
+    tally.check(1)
+    assert tally.total == 3
+    tally.add(_problems(7), 1)
+    with pytest.raises(UserError, match=r"3 of 100 images \(3\.00%\).*epoch 1.*--max-unreadable.*2\.jpg.*7\.jpg"):
+        tally.check(1)
+
+
+def test_none_is_allowed_when_so_set():
+    tally = UnreadableTally(TrainConfig(max_unreadable=0.0), 10**6)
+    tally.check(0)
+    tally.add(_problems(4), 0)
+    with pytest.raises(UserError, match="1 of 1000000"):
+        tally.check(0)
+
+
+def test_a_restored_tally_counts_on():
+    tally, again = (UnreadableTally(TrainConfig(max_unreadable=0.02), 100) for _ in range(2))
+    tally.add(_problems(1, 2), 3)
+    again.restore(json.loads(json.dumps(tally.state())))
+    assert again.add(_problems(1), 3) == []
+    again.add(_problems(5), 3)
+    with pytest.raises(UserError, match="3 of 100"):
+        again.check(3)

@@ -33,7 +33,7 @@ PAGES = README + "".join(path.read_text() for path in sorted((ROOT / "docs").rgl
 def _modules() -> list[str]:
     names = ["crate_fast"]
     evaluation = (crate_fast.eval, crate_fast.eval.emergence, crate_fast.eval.explore)
-    for package in (crate_fast, crate_fast.train, *evaluation):
+    for package in (crate_fast, crate_fast.train, crate_fast.train.data, *evaluation):
         folder = [str(Path(package.__file__).parent)]
         names += [f"{package.__name__}.{m.name}" for m in pkgutil.iter_modules(folder) if not m.ispkg]
     return names
@@ -149,7 +149,7 @@ def test_environment_variables_are_read_in_one_place_and_documented():
     page = (ROOT / "docs" / "settings.md").read_text()
     assert set(re.findall(r"CRATE_FAST_\w+", source)) == set(re.findall(r"CRATE_FAST_\w+", page))
     for path in [
-        path for folder in ("crate_fast", "kernels", "train", "eval") for path in ROOT.glob(f"{folder}/*.py")
+        path for folder in ("crate_fast", "kernels", "train", "eval") for path in ROOT.glob(f"{folder}/**/*.py")
     ]:
         if path.name != "settings.py":
             assert "CRATE_FAST_" not in re.sub(r'"""(.|\n)*?"""', "", path.read_text()), path

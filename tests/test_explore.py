@@ -33,7 +33,7 @@ from crate_fast.eval.maskcut import maskcut
 from crate_fast.eval.models import open_model
 from crate_fast.eval.principal_components import pca_rgb
 from crate_fast.train.checkpoint import best_step
-from crate_fast.train.shape_scenes import CLASSES
+from crate_fast.train.data.shape_scenes import CLASSES
 from crate_fast.whitebox import layer_measures, trace
 
 SHIPPED = ("shipped:CRATE", "shipped:ViT", "shipped:CRATE@untrained")

@@ -16,8 +16,8 @@ from crate_fast.eval.models import open_model
 from crate_fast.export import MismatchError, export_model
 from crate_fast.exported import compare, eager_outputs, open_exported
 from crate_fast.portable import OUTPUTS, PortableCRATE, choose_outputs, resampling_matrix
-from crate_fast.train.shape_scenes import CLASSES
-from crate_fast.train.transforms import Normalize
+from crate_fast.train.data.shape_scenes import CLASSES
+from crate_fast.train.data.transforms import Normalize
 from crate_fast.whitebox import trace
 
 SIZES = [(4, 16, 16), (1, 8, 8), (2, 44, 20), (3, 8, 28), (1, 64, 64)]

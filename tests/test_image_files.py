@@ -8,24 +8,18 @@ import zlib
 import numpy as np
 import pytest
 import torchvision
+from image_data import encoded, write_tree
 from PIL import Image, ImageOps
 
 from crate_fast.errors import UserError
 from crate_fast.eval.explore.pictures import decode
 from crate_fast.eval.images import open_images
-from crate_fast.train.config import TrainConfig
-from crate_fast.train.image_files import EXTENSIONS, as_stored, find_images, read_image
-from crate_fast.train.sources import FolderSource, _Torchvision, open_source
-from crate_fast.train.write_shards import encoded
+from crate_fast.train import write_shards
+from crate_fast.train.data.image_files import as_stored, find_images, read_image
+from crate_fast.train.data.sources import FolderSource, TorchvisionSource
 
 RAMP = np.linspace(0, 65535, 64 * 64).astype(np.uint16).reshape(64, 64)
 BLOCKS = np.random.default_rng(0).integers(0, 256, (3, 4, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
-
-
-def _file(picture: Image.Image, kind: str, **options) -> bytes:
-    out = io.BytesIO()
-    picture.save(out, kind, **options)
-    return out.getvalue()
 
 
 def _read(content: bytes) -> np.ndarray:
@@ -35,32 +29,25 @@ def _read(content: bytes) -> np.ndarray:
 
 
 def _tiff(bits: int, content: bytes, width: int, height: int, white_is_zero: bool = False) -> bytes:
-    """An uncompressed grey TIFF, which Pillow does not write with 12 bits or with white as zero."""
-    tags = [
-        (256, width),
-        (257, height),
-        (258, bits),
-        (259, 1),
-        (262, int(not white_is_zero)),
-        (273, 8 + 2 + 9 * 12 + 4),
-    ]
-    tags += [(277, 1), (278, height), (279, len(content))]
-    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    """Return an uncompressed grey TIFF; Pillow writes none with 12 bits or with white as zero."""
+    tags = {256: width, 257: height, 258: bits, 259: 1, 262: int(not white_is_zero), 273: 8 + 2 + 9 * 12 + 4}
+    tags |= {277: 1, 278: height, 279: len(content)}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
     return struct.pack("<2sHIH", b"II", 42, 8, len(tags)) + entries + bytes(4) + content
 
 
 def _oriented(orientation: int, kind: str, picture: Image.Image | None = None) -> bytes:
     exif = Image.Exif()
     exif[0x0112] = orientation
-    return _file(picture or Image.fromarray(BLOCKS), kind, exif=exif, **({"quality": 95} if kind == "JPEG" else {}))
+    return encoded(picture or Image.fromarray(BLOCKS), kind, exif=exif, **({"quality": 95} if kind == "JPEG" else {}))
 
 
 SIXTEEN_BITS = {
-    "png": _file(Image.fromarray(RAMP), "PNG"),
-    "tif": _file(Image.fromarray(RAMP), "TIFF"),
-    "big-endian tif": _file(Image.frombytes("I;16B", (64, 64), RAMP.astype(">u2").tobytes()), "TIFF"),
+    "png": encoded(Image.fromarray(RAMP)),
+    "tif": encoded(Image.fromarray(RAMP), "TIFF"),
+    "big-endian tif": encoded(Image.frombytes("I;16B", (64, 64), RAMP.astype(">u2").tobytes()), "TIFF"),
     "pgm": b"P5 64 64 65535\n" + RAMP.astype(">u2").tobytes(),
-    "jp2": _file(Image.fromarray(RAMP), "JPEG2000"),
+    "jp2": encoded(Image.fromarray(RAMP), "JPEG2000"),
 }
 
 
@@ -81,7 +68,7 @@ def test_twelve_bits_and_white_as_zero():
 
 @pytest.mark.parametrize("dtype", [np.int32, np.float32])
 def test_thirty_two_bits_are_refused_everywhere(dtype, tmp_path):
-    content = _file(Image.fromarray(np.zeros((8, 8), dtype)), "TIFF")
+    content = encoded(Image.fromarray(np.zeros((8, 8), dtype)), "TIFF")
     (tmp_path / "train" / "ant").mkdir(parents=True)
     (tmp_path / "train" / "ant" / "a.tif").write_bytes(content)
     with pytest.raises(UserError, match="32 bits, whose range is not known: save it with 8 or 16"):
@@ -124,14 +111,14 @@ def _transparent() -> dict[str, tuple[bytes, np.ndarray]]:
             b"\x89PNG\r\n\x1a\n" + b"".join(_chunk(*part) for part in parts),
             np.array([[[255, 255, 255], [0x34, 0x78, 0xBC]]]),
         ),
-        "RGBA": (_file(Image.fromarray(rgba), "PNG"), _on_white(rgba)),
-        "RGBA webp": (_file(Image.fromarray(rgba), "WEBP", lossless=True, exact=True), _on_white(rgba)),
-        "LA": (_file(Image.fromarray(grey, mode="LA"), "PNG"), _on_white(grey[..., [0, 0, 0, 1]])),
-        "P": (_file(palette, "PNG", transparency=bytes([255, 0, 128])), _on_white(colours[numbers])),
-        "gif": (_file(palette, "GIF", transparency=1), _on_white(one_clear[numbers])),
-        "RGB and a key": (_file(Image.fromarray(BLOCKS), "PNG", transparency=key), _on_white(keyed)),
+        "RGBA": (encoded(Image.fromarray(rgba)), _on_white(rgba)),
+        "RGBA webp": (encoded(Image.fromarray(rgba), "WEBP", lossless=True, exact=True), _on_white(rgba)),
+        "LA": (encoded(Image.fromarray(grey, mode="LA")), _on_white(grey[..., [0, 0, 0, 1]])),
+        "P": (encoded(palette, transparency=bytes([255, 0, 128])), _on_white(colours[numbers])),
+        "gif": (encoded(palette, "GIF", transparency=1), _on_white(one_clear[numbers])),
+        "RGB and a key": (encoded(Image.fromarray(BLOCKS), transparency=key), _on_white(keyed)),
         "16 bits and a key": (
-            _file(Image.fromarray(RAMP), "PNG", transparency=int(RAMP[9, 9])),
+            encoded(Image.fromarray(RAMP), transparency=int(RAMP[9, 9])),
             _on_white(sixteen),
         ),
     }
@@ -146,14 +133,14 @@ def test_transparent_parts_are_white(kind):
 @pytest.mark.parametrize("mode", ["1", "L", "P", "CMYK", "YCbCr"])
 def test_opaque_modes_are_pillows_own_rgb(mode):
     picture = Image.fromarray(BLOCKS).convert(mode)
-    content = _file(picture, "TIFF")
+    content = encoded(picture, "TIFF")
     assert np.array_equal(_read(content), np.asarray(Image.open(io.BytesIO(content)).convert("RGB")))
 
 
 def test_of_several_pictures_the_first_is_read():
     pictures = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
     for kind in ("GIF", "WEBP", "TIFF"):
-        content = _file(pictures[0], kind, save_all=True, append_images=pictures[1:])
+        content = encoded(pictures[0], kind, save_all=True, append_images=pictures[1:])
         assert np.abs(_read(content) - (255, 0, 0)).max() < 6, kind
 
 
@@ -176,7 +163,7 @@ def test_pictures_are_upright_for_all_readers(orientation, kind, tmp_path):
 @pytest.mark.parametrize("shorter_side", [12, 256])
 def test_written_shards_have_the_upright_picture_once(shorter_side):
     content = _oriented(6, "JPEG")
-    _, written = encoded(content, shorter_side, 95)
+    _, written = write_shards.encoded(content, shorter_side, 95)
     assert (written == content) == (shorter_side == 256)
     upright = read_image(io.BytesIO(content))
     again = read_image(io.BytesIO(written))
@@ -194,7 +181,7 @@ def test_torchvisions_files_are_read_like_others(tmp_path):
         def __init__(self):
             self._images, self._labels = [tmp_path / "a.jpg"], [0]
 
-    picture, label = _Torchvision(Pets(), "pets")[0]
+    picture, label = TorchvisionSource(Pets(), "pets")[0]
     assert (picture.size, label) == ((24, 32), 0)
 
 
@@ -210,17 +197,16 @@ def test_damaged_exif_costs_nothing_but_the_orientation():
             assert read_image(io.BytesIO(damaged)).size == (32, 24)
 
 
-def _png_of(chunk: bytes, content: bytes) -> bytes:
-    """A PNG with a chunk in front of its pixels."""
-    whole = _file(Image.fromarray(BLOCKS), "PNG")
-    added = struct.pack(">I", len(content)) + chunk + content + struct.pack(">I", zlib.crc32(chunk + content))
-    return whole[:33] + added + whole[33:]
+def _png_with(chunk: bytes, content: bytes) -> bytes:
+    """Return a PNG with one more chunk in front of its pixels."""
+    whole = encoded(Image.fromarray(BLOCKS))
+    return whole[:33] + _chunk(chunk, content) + whole[33:]
 
 
 def test_damage_is_always_one_of_the_errors_that_readers_expect(tmp_path):
-    wholes = [_file(Image.fromarray(BLOCKS), kind) for kind in ("JPEG", "PNG", "GIF", "TIFF", "BMP", "WEBP", "PPM")]
-    wholes += [_png_of(b"tRNS", b"\0" * 3), _png_of(b"iCCP", b"\xff" * 9), _png_of(b"zTXt", b"a\0\0\xff")]
-    dds = _file(Image.fromarray(BLOCKS), "DDS")
+    wholes = [encoded(Image.fromarray(BLOCKS), kind) for kind in ("JPEG", "PNG", "GIF", "TIFF", "BMP", "WEBP", "PPM")]
+    wholes += [_png_with(b"tRNS", b"\0" * 3), _png_with(b"iCCP", b"\xff" * 9), _png_with(b"zTXt", b"a\0\0\xff")]
+    dds = encoded(Image.fromarray(BLOCKS), "DDS")
     (tmp_path / "dds.png").write_bytes(dds[:80] + b"\x91" + dds[81:])  # Pillow: NotImplementedError
     draw = np.random.default_rng(0)
     for number, whole in enumerate(wholes):
@@ -237,32 +223,11 @@ def test_damage_is_always_one_of_the_errors_that_readers_expect(tmp_path):
     assert "NotImplementedError" in problems[images.keys().index("dds.png")]
 
 
-# --- which files there are
-
-
-def _tree(root, *names):
-    for name in names:
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(_file(Image.new("RGB", (8, 8)), "PNG"))
-
-
-def _config(root, kind: str = "folder") -> TrainConfig:
-    return TrainConfig(dataset=kind, data_dir=str(root), image_size=8)
-
-
-def test_classes_and_order_are_torchvisions(tmp_path):
-    names = ["cat/indoor/x.png", "cat/b.jpg", "cat/indoor-2/a.png", "cat/indoor/z/a.png", "dog/indoor/y.png"]
-    names += ["Dog/1.png", "class10/a.png", "class2/b.png", "class2/img_10.png", "class2/img_2.png", "a-b/c.png"]
-    names += ["a/z/c.PNG", "a/z/c.webp", "a/c.TIFF", "a/c.bmp", "a/c.pgm"]
-    _tree(tmp_path / "train", *names)
-    theirs = torchvision.datasets.ImageFolder(tmp_path / "train")
-    ours = open_source(_config(tmp_path), train=True)
-    assert list(ours.classes) == theirs.classes
-    assert [(ours.name(i), ours.open(i)[1]) for i in range(len(ours))] == theirs.samples
+# --- finding files
 
 
 def test_links_are_followed_and_circles_are_not(tmp_path):
-    _tree(tmp_path, "elsewhere/a.png", "elsewhere/deep/b.png", "train/ant/c.png")
+    write_tree(tmp_path, dict.fromkeys(["elsewhere/a.png", "elsewhere/deep/b.png", "train/ant/c.png"], b""))
     (tmp_path / "train" / "bee").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "elsewhere" / "deep" / "up").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "train" / "ant" / "top").symlink_to(tmp_path / "train")
@@ -272,60 +237,12 @@ def test_links_are_followed_and_circles_are_not(tmp_path):
 
 def test_folders_that_link_to_each_other_are_read_once_a_way(tmp_path):
     for name, others in {"a": "bc", "b": "ca", "c": "ab"}.items():
-        _tree(tmp_path, f"{name}/{name}.png")
+        write_tree(tmp_path, {f"{name}/{name}.png": b""})
         for other in others:
             (tmp_path / name / f"to_{other}").symlink_to(tmp_path / other)
     found = [name for name in find_images(tmp_path).names if name.startswith("a/")]
     ways = ["a", "a/to_b", "a/to_b/to_c", "a/to_c", "a/to_c/to_b"]
     assert found == [f"{way}/{way[-1]}.png" for way in ways]
-
-
-def test_hidden_files_and_folders_are_no_images(tmp_path):
-    hidden = [".ipynb_checkpoints/x.png", "ant/.ipynb_checkpoints/x.png", "ant/._x.png", ".x.png", "ant/.jpg"]
-    _tree(tmp_path / "train", "ant/x.png", *hidden)
-    source = open_source(_config(tmp_path), train=True)
-    assert (source.classes, len(source)) == (("ant",), 1)
-    assert open_images(f"folder:{tmp_path}", 8).keys() == ["train/ant/x.png"]
-
-
-@pytest.mark.parametrize(
-    ("names", "message"),
-    [
-        (["x.png", "y.png"], "2 of its images are in no class folder, such as x.png"),
-        (["x.png", "ant/y.png"], "1 of its images are in no class folder, such as x.png"),
-        (["ant/y.png", "bee/notes.txt"], r"1 class folders hold no images, such as \['bee'\]"),
-        (["ant/y.png", "bee/.hidden.png"], r"1 class folders hold no images, such as \['bee'\]"),
-        (["ant/y.png", "bee/y.heic"], r"hold no images, such as \['bee'\].*passed over: 1 \.heic"),
-        (["ant/notes.txt"], "it holds no images"),
-        ([], "it holds no images"),
-    ],
-)
-def test_folders_that_name_no_classes_are_refused(tmp_path, names, message):
-    (tmp_path / "train").mkdir()
-    _tree(tmp_path / "train", *names)
-    with pytest.raises(UserError, match=rf"train cannot be used .*{message}.*folder named after its class"):
-        open_source(_config(tmp_path), train=True)
-
-
-def test_every_extension_is_read_and_the_others_are_counted(tmp_path, capsys):
-    _tree(
-        tmp_path / "train",
-        *[f"ant/a{extension}" for extension in EXTENSIONS],
-        "ant/b.heic",
-        "ant/c.AVIF",
-        "ant/d.txt",
-    )
-    said = f"{tmp_path}/train: image files of other formats are passed over: 1 .avif, 1 .heic\n"
-    assert len(open_source(_config(tmp_path), train=True)) == len(EXTENSIONS)
-    assert capsys.readouterr().err == said
-    assert len(open_images(f"folder:{tmp_path}/train", 8)) == len(EXTENSIONS)
-    assert capsys.readouterr().err == said
-
-
-def test_a_single_class_that_holds_folders_is_remarked_on(tmp_path, capsys):
-    _tree(tmp_path / "train", "train/ant/x.png", "train/bee/x.png")
-    assert open_source(_config(tmp_path), train=True).classes == ("train",)
-    assert "all images are of one class, 'train'" in capsys.readouterr().err
 
 
 def test_a_folder_that_cannot_be_listed_is_named(tmp_path):

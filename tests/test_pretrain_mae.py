@@ -20,12 +20,12 @@ from crate_fast.train import finetune, launch, plan, pretrain, pretrain_mae
 from crate_fast.train.config import TrainConfig
 from crate_fast.train.cost import Flops, count_flops, kept_for_backward, meta_model
 from crate_fast.train.data import build_splits, eval_loader
+from crate_fast.train.data.transforms import Normalize
 from crate_fast.train.distributed import Processes
 from crate_fast.train.nonfinite import diagnosis
 from crate_fast.train.objective import Reconstruction, objective_for
 from crate_fast.train.reconstruction import image_noise, reconstructions, tiled
 from crate_fast.train.runs import build_model, load_model
-from crate_fast.train.transforms import Normalize
 
 ALONE = Processes(0, 0, 1, torch.device("cpu"))
 OPTIONS = ("--ema-decay", "0.9", "--hflip", "0.5")

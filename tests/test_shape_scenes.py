@@ -1,15 +1,14 @@
-"""The embedded dataset: same bits everywhere, honest masks, and no cue for the class but the silhouette."""
+"""shape_scenes: the same bits everywhere, masks of what shows, and only the silhouette tells the class."""
 
 import dataclasses
-import doctest
 import hashlib
 
 import numpy as np
 import pytest
 import torch
 
-from crate_fast.train import shape_scenes
-from crate_fast.train.shape_scenes import CLASSES, ShapeScenes
+from crate_fast.train.data import shape_scenes
+from crate_fast.train.data.shape_scenes import CLASSES, ShapeScenes
 
 CHANCE = 1.0 / len(CLASSES)
 
@@ -44,7 +43,7 @@ def same(a: tuple, b: tuple) -> bool:
 
 
 def probe_accuracy(features: np.ndarray, labels: np.ndarray) -> float:
-    """Held-out accuracy (second half) of least squares on features, their squares and products."""
+    """Return the accuracy on the second half of least squares on features, their squares and products."""
     z = (features - features.mean(0)) / (features.std(0) + 1e-9)
     rows, columns = np.triu_indices(z.shape[1])
     z = np.concatenate([np.ones((len(z), 1)), z, z[:, rows] * z[:, columns]], axis=1)
@@ -54,35 +53,24 @@ def probe_accuracy(features: np.ndarray, labels: np.ndarray) -> float:
 
 
 def mask_moments(masks: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Area and centroid (x, y) of masks, as fractions of the image."""
+    """Return area and centroid (x, y) of masks, as fractions of the image."""
     place = (np.arange(masks.shape[-1]) + 0.5) / masks.shape[-1]
     area = masks.mean((1, 2))
     return area, (masks * place).mean((1, 2)) / area, (masks * place[:, None]).mean((1, 2)) / area
 
 
-# ---- what comes out
+# ---- items
 
 
-@pytest.mark.parametrize("size", [16, 32, 64, 96, 224])
+@pytest.mark.parametrize("size", [16, 96, 224])
 def test_shapes_and_dtypes(size):
-    image, label, mask = ShapeScenes(3, image_size=size, with_mask=True)[2]
-    assert image.shape == (3, size, size)
-    assert image.dtype == torch.uint8
-    assert mask.shape == (size, size)
-    assert mask.dtype == torch.bool
+    dataset = ShapeScenes(3, image_size=size, with_mask=True)
+    image, label, mask = dataset[2]
+    assert (image.shape, image.dtype) == ((3, size, size), torch.uint8)
+    assert (mask.shape, mask.dtype) == ((size, size), torch.bool)
     assert type(label) is int
     assert len(ShapeScenes(3, image_size=size)[2]) == 2
-
-
-def test_documented_example():
-    results = doctest.testmod(shape_scenes)
-    assert results.attempted > 0
-    assert results.failed == 0
-
-
-def test_classes():
-    dataset = ShapeScenes(5)
-    assert len(dataset) == 5
+    assert len(dataset) == 3
     assert dataset.classes == CLASSES
     assert len(set(CLASSES)) == len(CLASSES) >= 10
 
@@ -137,19 +125,11 @@ def test_golden(size, seed, split):
     )
 
 
-def test_data_loader_with_workers():
-    dataset = ShapeScenes(50, image_size=32, with_mask=True)
-    loader = torch.utils.data.DataLoader(dataset, batch_size=16, num_workers=2)
-    images, labels, masks = (torch.cat(parts) for parts in zip(*loader, strict=True))
-    for i, item in enumerate(dataset.__getitems__(range(50))):
-        assert same(item, (images[i], int(labels[i]), masks[i]))
-
-
 # ---- the mask is the visible object
 
 
 def recoloured(scene, value: float):
-    """The scene in flat light with the object painted in one grey."""
+    """Return the scene in flat light with the object painted in one grey."""
     colour, tone = np.full_like(scene.item.colour, value), 0.0 * scene.item.tone
     item = dataclasses.replace(scene.item, colour=colour, tone=tone)
     return dataclasses.replace(scene, item=item, light=0.0 * scene.light)
@@ -199,6 +179,7 @@ def test_area_and_place(sample):
 
 
 def test_object_stands_out(sample):
+    sample = Sample(sample.images[:2000], sample.labels[:2000], sample.masks[:2000])
     masks = torch.from_numpy(sample.masks).float()[:, None]
     grown, touching = (torch.nn.functional.max_pool2d(masks, k, 1, k // 2) for k in (7, 3))
     around = (grown - touching).numpy()
@@ -223,7 +204,7 @@ def test_labels_are_balanced_and_random(sample):
 
 
 def test_probe_reads_the_silhouette(sample):
-    """The same probe that must fail below succeeds on a silhouette aligned by its moments."""
+    """The probe that must fail below succeeds on a silhouette aligned by its moments."""
     size = sample.masks.shape[-1]
     area, cx, cy = mask_moments(sample.masks)
     place = (np.arange(size) + 0.5) / size
@@ -235,8 +216,7 @@ def test_probe_reads_the_silhouette(sample):
     assert accuracy > 0.45
 
 
-@pytest.mark.parametrize("cue", ["mean colour", "object colour", "area", "position", "all of them"])
-def test_nothing_else_tells_the_label(sample, cue):
+def test_nothing_else_tells_the_label(sample):
     """Held-out accuracy stays within 4 sigma of chance: 0.101 for 4000 images."""
     area, cx, cy = mask_moments(sample.masks)
     inside = (sample.images * sample.masks[:, None]).mean((2, 3)) / area[:, None]
@@ -247,11 +227,12 @@ def test_nothing_else_tells_the_label(sample, cue):
         "position": np.stack([cx, cy], axis=1),
     }
     features["all of them"] = np.concatenate(list(features.values())[1:], axis=1)
-    accuracy = probe_accuracy(features[cue], sample.labels)
     n_held_out = len(sample.labels) // 2
     bound = CHANCE + 4.0 * (CHANCE * (1.0 - CHANCE) / n_held_out) ** 0.5
-    print(f"probe on {cue}: {accuracy:.3f} (chance {CHANCE:.3f}, bound {bound:.3f})")
-    assert accuracy < bound
+    for cue, values in features.items():
+        accuracy = probe_accuracy(values, sample.labels)
+        print(f"probe on {cue}: {accuracy:.3f} (chance {CHANCE:.3f}, bound {bound:.3f})")
+        assert accuracy < bound, cue
 
 
 def test_only_the_stamp_depends_on_the_label(monkeypatch):

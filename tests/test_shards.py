@@ -1,339 +1,360 @@
-"""WebDataset shards: read as webdataset writes and reads them, whatever lies in between; damage is named."""
+"""WebDataset shards: read as webdataset writes and reads them; damage is named; written shards keep the images."""
 
 import io
 import json
 import os
 import pickle
 import tarfile
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from image_data import config_of, encoded, grey, write_tar
 from PIL import Image
 
 from crate_fast.errors import UserError
-from crate_fast.train.config import TrainConfig
+from crate_fast.train import write_shards
 from crate_fast.train.data import build_splits, eval_loader, train_loader
-from crate_fast.train.image_files import EXTENSIONS
-from crate_fast.train.shards import ShardIndex, find_shards
+from crate_fast.train.data.image_files import EXTENSIONS
+from crate_fast.train.data.shards import ShardSource, find_shards
 
 
-def _png(value: int) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(np.full((20, 30, 3), value, np.uint8)).save(file, "PNG")
-    return file.getvalue()
+def _write(path, values, label=lambda value: value % 2):
+    """Write a shard of grey images and their labels."""
+    members = [((f"{v:04d}.png", grey(v)), (f"{v:04d}.cls", b"%d" % label(v))) for v in values]
+    return write_tar(path, [part for pair in members for part in pair])
 
 
-def _tar(path, members: list[tuple[str, bytes]], format=tarfile.PAX_FORMAT):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w", format=format) as archive:
-        for name, content in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            archive.addfile(info, io.BytesIO(content))
-    return path
+def _open(*shards) -> ShardSource:
+    return ShardSource(shards, shards[0].parent)
 
 
-def _plain(path, values, label=lambda value: value % 2):
-    return _tar(
-        path, [part for v in values for part in ((f"{v:04d}.png", _png(v)), (f"{v:04d}.cls", b"%d" % label(v)))]
-    )
+def _values(source: ShardSource) -> list[tuple[int, int]]:
+    """Return (grey value, label) of every image."""
+    files = map(source.open, range(len(source)))
+    return [(int(np.asarray(Image.open(file))[0, 0, 0]), label) for file, label in files]
 
 
-def _values(index: ShardIndex) -> list[tuple[int, int]]:
-    """(grey value, label) of every image."""
-    found = []
-    for i in range(len(index)):
-        file, label = index.open(i)
-        found.append((int(np.asarray(Image.open(file))[0, 0, 0]), label))
-    return found
-
-
-def _index(*shards) -> ShardIndex:
-    return ShardIndex(shards, shards[0].parent)
-
-
-def _config(root, **changes) -> TrainConfig:
-    settings = {
-        "dataset": "shards",
-        "data_dir": str(root),
-        "image_size": 16,
-        "batch_size": 4,
-        "epochs": 2,
-        "workers": 0,
-    }
-    return TrainConfig(**(settings | changes))
+# --- samples
 
 
 @pytest.mark.parametrize("format", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT])
-def test_samples_are_neighbours_alike_up_to_the_first_dot_of_the_files_name(tmp_path, format):
+def test_a_sample_is_neighbours_alike_up_to_the_first_dot_of_the_files_name(tmp_path, format):
     long = "f" * 90 + "/" + "x" * 60
     members = [
         ("README", b"no dot"),
-        ("a.v1/0001.seg.png", _png(99)),  # another picture of the sample
+        ("a.v1/0001.seg.png", grey(99)),  # another picture of the sample
         ("a.v1/0001.json", json.dumps({"label": 3, "caption": "é"}).encode()),
-        ("a.v1/0001.PNG", _png(1)),
-        ("b/0001.png", _png(2)),
+        ("a.v1/0001.PNG", grey(1)),
+        ("b/0001.png", grey(2)),
         ("b/0001.cls", b" 4\n"),
         ("b/0001.txt", b"words"),
         ("b/0002.cls", b"7"),  # without an image
-        (f"{long}.png", _png(3)),
+        (f"{long}.png", grey(3)),
         (f"{long}.json", b'{"label": 1}'),
         (f"{long}.cls", b"5"),
     ]
-    index = _index(_tar(tmp_path / "train-0.tar", members, format))
-    assert _values(index) == [(1, 3), (2, 4), (3, 5)]
-    assert index.n_labels == 6
-    assert index.name(1) == f"{tmp_path}/train-0.tar/b/0001.png"
-    assert index.name(2).startswith(f"{tmp_path}/train-0.tar/")
+    source = _open(write_tar(tmp_path / "train-0.tar", members, format))
+    assert _values(source) == [(1, 3), (2, 4), (3, 5)]
+    assert source.n_labels == 6
+    assert source.name(1) == f"{tmp_path}/train-0.tar/b/0001.png"
+    assert source.name(2).startswith(f"{tmp_path}/train-0.tar/")
 
 
 def test_webdatasets_writer_is_read_and_timms_reader_agrees(tmp_path):
     wds = pytest.importorskip("webdataset")
     from timm.data import create_dataset
 
-    count = 13
     with wds.ShardWriter(str(tmp_path / "train-%04d.tar"), maxcount=5, verbose=0) as writer:
-        for value in range(count):
+        for value in range(13):
             picture = np.full((20, 30, 3), value, np.uint8)
             writer.write({"__key__": f"n{value % 3}/im{value:03d}", "png": picture, "cls": value % 3})
     shards = find_shards(tmp_path, "train")
     assert len(shards) == 3
-    ours = _values(_index(*shards))
-    assert ours == [(value, value % 3) for value in range(count)]
+    ours = _values(_open(*shards))
+    assert ours == [(value, value % 3) for value in range(13)]
     theirs = create_dataset("wds/", root=str(tmp_path), split="train-{0000..0002}.tar|13", num_samples=13)
     assert sorted((np.asarray(image)[0, 0, 0], label) for image, label in theirs) == sorted(ours)
 
 
 def test_a_split_is_beside_or_in_a_folder_and_names_end_where_they_end(tmp_path):
-    for name in (
-        "val-0.tar",
-        "val-1.tar",
-        "validation-0.tar",
-        "train/b.tar",
-        "train/a.tar",
-        "train/._a.tar",
-        "x.tar",
-    ):
-        _plain(tmp_path / name, [1])
-    assert [path.name for path in find_shards(tmp_path, "val")] == ["val-0.tar", "val-1.tar"]
-    assert [path.name for path in find_shards(tmp_path, "train")] == ["a.tar", "b.tar"]
-    assert [path.name for path in find_shards(tmp_path, "x")] == ["x.tar"]
+    names = ["val-0.tar", "val-1.tar", "validation-0.tar", "train/b.tar", "train/a.tar", "train/._a.tar", "x.tar"]
+    for name in [*names, "val-small-0.tar"]:
+        _write(tmp_path / name, [1])
+
+    def found(split: str, other: str = "") -> list[str]:
+        return [path.name for path in find_shards(tmp_path, split, "--val-split", other)]
+
+    assert found("val", "val-small") == ["val-0.tar", "val-1.tar"]
+    assert found("val") == ["val-0.tar", "val-1.tar", "val-small-0.tar"]
+    assert found("val-small", "val") == ["val-small-0.tar"]
+    assert found("train") == ["a.tar", "b.tar"]
+    assert found("x") == ["x.tar"]
     with pytest.raises(UserError, match=r"no shards test\*.tar.*val-0.tar.*--val-split"):
-        find_shards(tmp_path, "test", "--val-split")
+        found("test")
     with pytest.raises(UserError, match="no such folder"):
         find_shards(tmp_path / "nowhere", "val")
-    _plain(tmp_path / "val-small-0.tar", [1])
-    assert [path.name for path in find_shards(tmp_path, "val", other="val-small")] == ["val-0.tar", "val-1.tar"]
-    assert [path.name for path in find_shards(tmp_path, "val-small", other="val")] == ["val-small-0.tar"]
-    _plain(tmp_path / "val" / "0.tar", [1])
-    with pytest.raises(ValueError, match="both beside.*move one kind away"):
-        find_shards(tmp_path, "val")
+    _write(tmp_path / "val" / "0.tar", [1])
+    with pytest.raises(UserError, match="both beside.*move one kind away"):
+        found("val")
 
 
-def test_the_index_is_kept_and_made_anew_when_a_shard_changes(tmp_path, capsys, monkeypatch):
-    shard = _plain(tmp_path / "train-0.tar", [1, 2])
-    assert len(_index(shard)) == 2
+def test_links_have_the_content_of_their_files(tmp_path, capsys):
+    links = [
+        ("d/a.png", tarfile.LNKTYPE, "./1.png"),
+        ("d/a.cls", tarfile.SYMTYPE, "../2.cls"),
+        ("d/b.png", tarfile.SYMTYPE, "/nowhere.png"),
+    ]
+    files = [("1.png", grey(1)), ("1.cls", b"1"), ("2.png", grey(2)), ("2.cls", b"0")]
+    assert _values(_open(write_tar(tmp_path / "train-0.tar", [*files, *links]))) == [(1, 1), (2, 0), (1, 0)]
+    assert "1 links are passed over, such as" in capsys.readouterr().err
+
+
+def test_image_files_outside_samples_are_counted_with_the_reason(tmp_path, capsys):
+    dotted = [("img.0001.png", grey(1)), ("img.0001.cls", b"1"), ("img.0002.png", grey(2)), ("img.0002.cls", b"0")]
+    shard = tmp_path / "train-0.tar"
+    with pytest.raises(UserError, match=r"hold no images: 2 .* img\.0001\.png \(WebDataset ends .* its first dot"):
+        _open(write_tar(shard, dotted))
+    others = [("2.heic", b"a"), ("2.cls", b"1"), ("._3.png", grey(3)), (".cache/3.png", grey(3)), ("3.txt", b"a")]
+    write_tar(shard, [("1.png", grey(1)), ("1.seg.png", grey(9)), ("1.cls", b"1"), *others, *dotted])
+    for _ in range(2):  # scanned, then from the cached index
+        capsys.readouterr()
+        assert _values(_open(shard)) == [(1, 1)]
+        assert f"3 image files are passed over, such as {shard}: 2.heic (images are .jpg" in capsys.readouterr().err
+
+
+def test_every_extension_is_an_image_here_too(tmp_path):
+    members = [part for end in EXTENSIONS for part in ((f"{end[1:]}{end}", b""), (f"{end[1:]}.cls", b"1"))]
+    assert len(_open(write_tar(tmp_path / "train-0.tar", members))) == len(EXTENSIONS)
+
+
+def test_class_names_are_those_written_down(tmp_path):
+    shard = _write(tmp_path / "train-0.tar", [1, 2, 3, 4], lambda value: value % 3)
+    _write(tmp_path / "validation-0.tar", [1, 2], lambda value: 0)
+    assert build_splits(config_of(tmp_path, "shards")).classes == ("0", "1", "2")  # validation shows one of them
+    (tmp_path / "_info.json").write_text('{"classes": ["x", "y", "z"]}')
+    assert _open(shard).classes == ("x", "y", "z")
+    for content in ("ant\nbee\ncat\n", "ant\r\nbee\r\ncat\r\n  \r\n", "\ufeffant \nbee\ncat\n\n"):
+        (tmp_path / "classes.txt").write_text(content, encoding="utf-8", newline="")
+        assert _open(shard).classes == ("ant", "bee", "cat")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("classes.txt", b"ant\nbee\n", "2 class names and a label 2: complete classes.txt"),
+        ("classes.txt", b"ant\n\nbee\n", r"classes\.txt: the name of class 1 is empty"),
+        ("classes.txt", b"\xff\xfe", r"classes\.txt does not hold the names"),
+        ("_info.json", b"{", r"_info\.json does not hold the names"),
+        ("_info.json", b"[]", r"_info\.json does not hold the names"),
+        ("_info.json", b'{"classes": "ab"}', r"_info\.json does not hold the names"),
+        ("_info.json", b'{"classes": ["ant", ""]}', r"_info\.json: the name of class 1 is empty"),
+    ],
+)
+def test_bad_class_names_are_refused(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        _open(_write(tmp_path / "train-0.tar", [1, 2, 3], lambda value: value - 1))
+
+
+# --- the index
+
+
+def test_the_index_is_cached_and_replaced_when_a_shard_changes(tmp_path, capsys, monkeypatch):
+    shard = _write(tmp_path / "train-0.tar", [1, 2])
+    assert len(_open(shard)) == 2
     cache = tmp_path / ".train-0.index.npz"
     assert f"indexed 2 images of 1 shards in 0.0 s; kept in {cache}" in capsys.readouterr().err
     with monkeypatch.context() as patch:
         patch.setattr(tarfile, "open", None)  # the headers are not read again
-        assert _values(_index(shard)) == [(1, 1), (2, 0)]
+        assert _values(_open(shard)) == [(1, 1), (2, 0)]
     assert capsys.readouterr().err == ""
     stat = shard.stat()
-    _plain(shard, [4, 6])  # of the same size
+    _write(shard, [4, 6])  # of the same size
     os.utime(shard, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
     assert shard.stat().st_size == stat.st_size
-    assert _values(_index(shard)) == [(4, 0), (6, 0)]
-    second = _plain(tmp_path / "train-1.tar", [8])
-    assert len(_index(shard, second)) == 3
+    assert _values(_open(shard)) == [(4, 0), (6, 0)]
+    second = _write(tmp_path / "train-1.tar", [8])
+    assert len(_open(shard, second)) == 3
     capsys.readouterr()
-    assert _values(_index(shard, second.rename(tmp_path / "train-2.tar")))[2] == (8, 0)
+    assert _values(_open(shard, second.rename(tmp_path / "train-2.tar")))[2] == (8, 0)
     assert "indexed 3 images" in capsys.readouterr().err
     with monkeypatch.context() as patch:
-        patch.setattr("crate_fast.train.shards._VERSION", 0)
-        _index(shard, tmp_path / "train-2.tar")
+        patch.setattr("crate_fast.train.data.shards._VERSION", 0)
+        _open(shard, tmp_path / "train-2.tar")
     assert "indexed 3 images" in capsys.readouterr().err
     for damage in (b"", b"text", cache.read_bytes()[:100]):
         cache.write_bytes(damage)
-        assert len(_index(shard)) == 2
+        assert len(_open(shard)) == 2
     assert not list(tmp_path.glob("*.npz.*"))  # nothing half-written
 
 
-def test_an_index_that_cannot_be_kept_is_in_memory(tmp_path, capsys):
-    shard = _plain(tmp_path / "train-0.tar", [1, 2])
+def test_an_index_that_cannot_be_cached_is_in_memory(tmp_path, capsys):
+    shard = _write(tmp_path / "train-0.tar", [1, 2])
     (tmp_path / ".train-0.index.npz").mkdir()
-    assert len(_index(shard)) == 2
+    assert len(_open(shard)) == 2
     assert "kept in memory only" in capsys.readouterr().err
 
 
-def test_damage_is_named(tmp_path):
-    shard = _plain(tmp_path / "train-0.tar", range(8))
-    whole = shard.read_bytes()
-    shard.write_bytes(whole[: len(whole) // 2 + 700])
-    with pytest.raises(ValueError, match=r"train-0.tar is no whole, uncompressed tar archive"):
-        _index(shard)
-    with tarfile.open(shard, "w:gz") as archive:
-        archive.add(__file__, "a.png")
-    with pytest.raises(ValueError, match=r"uncompressed tar archive.*unpack its compression"):
-        _index(shard)
-    with pytest.raises(ValueError, match=r"image b/0001 has no label: put b/0001.cls or b/0001.json"):
-        _index(_tar(shard, [("b/0001.png", _png(1)), ("b/0001.txt", b"3")]))
-    for suffix, content in (
-        ("cls", b"cat"),
-        ("cls", b"-1"),
-        ("json", b"{}"),
-        ("json", b'{"label": "3"}'),
-        ("json", b"[]"),
-        ("json", b"[" * 100_000),
-        ("cls", b"3000000000"),
-        ("cls", b"1" + b"0" * 30),
-    ):
-        with pytest.raises(ValueError, match=rf"0001.{suffix} holds .*integer from 0"):
-            _index(_tar(shard, [("0001.png", _png(1)), (f"0001.{suffix}", content)]))
-    with pytest.raises(ValueError, match="hold no images"):
-        _index(_tar(shard, [("0001.cls", b"1")]))
-    with pytest.raises(UserError, match=r"train-0\.tar: a\.png is there twice"):  # webdataset refuses it too
-        _index(_tar(shard, [("a.png", _png(1)), ("a.cls", b"1"), ("a.png", _png(2)), ("a.cls", b"0")]))
-
-
-def test_an_archive_is_read_to_its_end_or_refused(tmp_path):
-    shard = _plain(tmp_path / "train-0.tar", range(4))
-    whole = shard.read_bytes()
-    with tarfile.open(shard) as opened:
-        header = [member.offset for member in opened][4]
-    damaged = {  # tarfile takes each for the end of the archive
-        "header": whole[:header] + b"x" * 512 + whole[header + 512 :],
-        "zeros": whole[:header] + bytes(512) + whole[header + 512 :],
-        "cut between members": whole[:header],
-        "cut in a header": whole[: header + 100],
-        "joined by cat": whole + whole,
-    }
-    for content in damaged.values():
-        shard.write_bytes(content)
-        with pytest.raises(UserError, match=r"train-0\.tar is no whole.*at byte \d+.*copy it again"):
-            _index(shard)
-    shard.write_bytes(whole.rstrip(b"\0").ljust(len(whole) // 512 * 512 + 512 * 40, b"\0"))
-    assert len(_index(shard)) == 4
-
-
-def test_links_in_an_archive_have_the_content_of_what_they_lead_to(tmp_path, capsys):
-    shard = _plain(tmp_path / "train-0.tar", [1, 2])
-    with tarfile.open(shard, "a") as archive:
-        for name, kind, target in (
-            ("d/a.png", tarfile.LNKTYPE, "./0001.png"),
-            ("d/a.cls", tarfile.SYMTYPE, "../0002.cls"),
-            ("d/b.png", tarfile.SYMTYPE, "/nowhere.png"),
-        ):
-            info = tarfile.TarInfo(name)
-            info.type, info.linkname = kind, target
-            archive.addfile(info)
-    assert _values(_index(shard)) == [(1, 1), (2, 0), (1, 0)]
-    assert "1 links are passed over, such as" in capsys.readouterr().err
-
-
-def test_a_shard_that_shrinks_under_a_run_is_named(tmp_path):
-    for split in ("train", "validation"):
-        shard = _plain(tmp_path / f"{split}-0.tar", range(4))
-    data = build_splits(_config(tmp_path))
-    whole = shard.read_bytes()
-    offset, size = data.val.images.index.samples[3, 1:3]
-    shard.write_bytes(whole[: offset + size - 1])
-    (batch,) = eval_loader(_config(tmp_path), data.val)
-    assert len(batch.images) == 3
-    assert batch.problems == [f"{shard}/0003.png: OSError: the archive ends 1 bytes early"]
-
-
-def test_class_names_are_those_written_down(tmp_path):
-    for split in ("train", "validation"):
-        n_classes = 3 if split == "train" else 1
-        _plain(tmp_path / f"{split}-0.tar", [1, 2, 3, 4], lambda v, n=n_classes: v % n)
-    assert build_splits(_config(tmp_path)).classes == ("0", "1", "2")  # validation shows one of them
-    (tmp_path / "_info.json").write_text('{"classes": ["x", "y", "z"]}')
-    assert build_splits(_config(tmp_path)).classes == ("x", "y", "z")
-    (tmp_path / "classes.txt").write_text("ant\nbee\ncat\n")
-    assert build_splits(_config(tmp_path)).classes == ("ant", "bee", "cat")
-    (tmp_path / "classes.txt").write_text("ant\nbee\n")
-    with pytest.raises(ValueError, match="2 class names and a label 2: complete classes.txt"):
-        build_splits(_config(tmp_path))
-
-
-def test_blank_lines_and_unreadable_names_of_classes(tmp_path):
-    for split in ("train", "validation"):
-        _plain(tmp_path / f"{split}-0.tar", [1, 2])
-    for content in ("ant\nbee\n\n", "ant\r\nbee\r\n  \r\n", "\ufeffant \nbee"):
-        (tmp_path / "classes.txt").write_text(content, encoding="utf-8", newline="")
-        assert build_splits(_config(tmp_path)).classes == ("ant", "bee")
-    for content in (b"ant\n\nbee\n", b"\xff\xfe"):
-        (tmp_path / "classes.txt").write_bytes(content)
-        with pytest.raises(UserError, match=r"classes\.txt"):
-            build_splits(_config(tmp_path))
-    (tmp_path / "classes.txt").unlink()
-    for content in ("{", "[]", '{"classes": "ab"}', '{"classes": ["ant", ""]}'):
-        (tmp_path / "_info.json").write_text(content)
-        with pytest.raises(UserError, match=r"_info\.json"):
-            build_splits(_config(tmp_path))
-
-
-def test_image_files_that_are_no_samples_are_counted_with_the_reason(tmp_path, capsys):
-    dotted = [("img.0001.png", _png(1)), ("img.0001.cls", b"1"), ("img.0002.png", _png(2)), ("img.0002.cls", b"0")]
-    shard = tmp_path / "train-0.tar"
-    with pytest.raises(UserError, match=r"hold no images: 2 .* img\.0001\.png \(WebDataset ends .* its first dot"):
-        _index(_tar(shard, dotted))
-    others = [("2.heic", b"a"), ("2.cls", b"1"), ("._3.png", _png(3)), (".cache/3.png", _png(3)), ("3.txt", b"a")]
-    for _ in range(2):  # scanned, then from the kept index
-        capsys.readouterr()
-        index = _index(_tar(shard, [("1.png", _png(1)), ("1.seg.png", _png(9)), ("1.cls", b"1"), *others, *dotted]))
-        assert _values(index) == [(1, 1)]
-        assert f"3 image files are passed over, such as {shard}: 2.heic (images are .jpg" in capsys.readouterr().err
-
-
-def test_every_readers_extensions_are_images_here_too(tmp_path):
-    members = [part for end in EXTENSIONS for part in ((f"{end[1:]}{end}", _png(1)), (f"{end[1:]}.cls", b"1"))]
-    assert len(_index(_tar(tmp_path / "train-0.tar", members))) == len(EXTENSIONS)
+def test_an_index_travels_without_its_descriptors(tmp_path):
+    source = _open(_write(tmp_path / "train-0.tar", [1, 2]))
+    source.open(0)
+    copy = pickle.loads(pickle.dumps(source))
+    assert source._descriptors
+    assert not copy._descriptors
+    assert _values(copy) == _values(source)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_loaders_read_shards_from_any_process(tmp_path, workers, monkeypatch):
-    monkeypatch.setattr("crate_fast.train.shards._OPEN_SHARDS", 2)  # of five: descriptors come and go
+    monkeypatch.setattr("crate_fast.train.data.shards._OPEN_ARCHIVES", 2)  # of five: descriptors come and go
     for number in range(5):
-        _plain(tmp_path / "train" / f"{number}.tar", range(number * 4, number * 4 + 4))
-    _plain(tmp_path / "validation" / "0.tar", range(9))
-    config = _config(tmp_path, workers=workers)
+        _write(tmp_path / "train" / f"{number}.tar", range(number * 4, number * 4 + 4))
+    _write(tmp_path / "validation" / "0.tar", range(9))
+    config = config_of(tmp_path, "shards", workers=workers)
     data = build_splits(config)
     data.train[0, 0]  # leaves a descriptor open for the workers to inherit
-    for epoch in range(2):
-        loader = train_loader(config, data.train, first_step=5 * epoch)
-        shown = [
-            (int(i[0, 0, 0]), int(k))
-            for b, _ in zip(loader, range(5), strict=False)
-            for i, k in zip(b.images, b.labels, strict=True)
-        ]
-        assert sorted(shown) == [(value, value % 2) for value in range(20)]
+    batches = list(train_loader(config, data.train))
+    for epoch in (batches[:5], batches[5:]):
+        values = torch.cat([batch.images[:, 0, 0, 0] for batch in epoch]).tolist()
+        labels = torch.cat([batch.labels for batch in epoch]).tolist()
+        assert sorted(zip(values, labels, strict=True)) == [(value, value % 2) for value in range(20)]
     seen = [int(image[0, 0, 0]) for batch in eval_loader(config, data.val) for image in batch.images]
     assert seen == list(range(9))
 
 
-def test_a_folder_and_shards_of_its_images_give_the_same_batches(tmp_path):
+# --- damage
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ([("b/1.png", grey(1)), ("b/1.txt", b"3")], r"image b/1 has no label: put b/1.cls or b/1.json"),
+        ([("1.cls", b"1")], "hold no images"),
+        ([("a.png", b""), ("a.cls", b"1"), ("a.png", b""), ("a.cls", b"0")], r"train-0\.tar: a\.png is there twice"),
+        *(
+            ([("1.png", b""), (f"1.{suffix}", content)], rf"1.{suffix} holds .*integer from 0")
+            for suffix, content in [
+                *(("cls", b"cat"), ("cls", b"-1"), ("cls", b"3000000000"), ("cls", b"1" + b"0" * 30)),
+                *(("json", b"{}"), ("json", b'{"label": "3"}'), ("json", b"[]"), ("json", b"[" * 100_000)),
+            ]
+        ),
+    ],
+)
+def test_samples_without_image_or_label_are_named(tmp_path, members, message):
+    with pytest.raises(UserError, match=message):
+        _open(write_tar(tmp_path / "train-0.tar", members))
+
+
+def test_an_archive_is_read_to_its_end_or_refused(tmp_path):
+    shard = _write(tmp_path / "train-0.tar", range(4))
+    whole = shard.read_bytes()
+    with tarfile.open(shard) as opened:
+        header = [member.offset for member in opened][4]
+    damaged = [  # tarfile takes each, except the last two, for the end of the archive
+        whole[:header] + b"x" * 512 + whole[header + 512 :],
+        whole[:header] + bytes(512) + whole[header + 512 :],
+        whole[:header],  # cut between members
+        whole[: header + 100],  # cut in a header
+        whole + whole,  # joined by cat
+        whole[: header + 700],  # cut in a file
+        b"\x1f\x8b" + whole,  # compressed
+    ]
+    for content in damaged:
+        shard.write_bytes(content)
+        with pytest.raises(UserError, match=r"train-0\.tar is no whole, uncompressed.*copy it again, or unpack"):
+            _open(shard)
+    shard.write_bytes(whole.rstrip(b"\0").ljust(len(whole) // 512 * 512 + 512 * 40, b"\0"))
+    assert len(_open(shard)) == 4
+
+
+def test_a_shard_that_shrinks_during_a_run_is_named(tmp_path):
     for split in ("train", "validation"):
-        for label, name in enumerate(("ant", "bee")):
-            (tmp_path / "folder" / split / name).mkdir(parents=True)
-            for i in range(6):
-                (tmp_path / "folder" / split / name / f"{i}.png").write_bytes(_png(20 * label + i))
-        _plain(tmp_path / f"{split}-0.tar", [*range(6), *range(20, 26)], lambda v: v // 20)
-    config = _config(tmp_path, crop="random", hflip=0.5, auto_augment="randaugment-n2-m14")
-    ours = train_loader(config, build_splits(config).train)
-    config = _config(tmp_path / "folder", crop="random", hflip=0.5, auto_augment="randaugment-n2-m14")
-    config = TrainConfig(**(vars(config) | {"dataset": "folder"}))
-    for batch, other in zip(ours, train_loader(config, build_splits(config).train), strict=True):
-        for a, b in zip(batch[:3], other[:3], strict=True):
-            assert torch.equal(a, b)
+        shard = _write(tmp_path / f"{split}-0.tar", range(4))
+    data = build_splits(config_of(tmp_path, "shards"))
+    offset, size = data.val.images.samples[3, 1:3]
+    shard.write_bytes(shard.read_bytes()[: offset + size - 1])
+    (batch,) = eval_loader(config_of(tmp_path, "shards"), data.val)
+    assert len(batch.images) == 3
+    assert batch.problems == [f"{shard}/0003.png: OSError: the archive ends 1 bytes early"]
 
 
-def test_an_index_travels_without_its_descriptors(tmp_path):
-    index = _index(_plain(tmp_path / "train-0.tar", [1, 2]))
-    index.open(0)
-    copy = pickle.loads(pickle.dumps(index))
-    assert index.archives._open
-    assert not copy.archives._open
-    assert _values(copy) == _values(index)
+# --- writing
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """The arguments of write_shards for four images a class, large and small, one corrupt; workers are threads."""
+    monkeypatch.setattr("multiprocessing.get_context", lambda kind: SimpleNamespace(Pool=ThreadPool))
+    draw = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for k, name in enumerate(("ant", "bee")):
+            (tmp_path / "data" / split / name).mkdir(parents=True)
+            for i in range(4):
+                size = (64, 48) if i % 2 else (20, 24)
+                noise = Image.fromarray(draw.integers(0, 256, (4, 4, 3), dtype=np.uint8))
+                path = tmp_path / "data" / split / name / f"{k}{i}.{'jpg' if i < 2 else 'png'}"
+                noise.resize(size, Image.Resampling.BICUBIC).save(path, quality=95)
+    (tmp_path / "data" / "train" / "bee" / "13.png").write_bytes(b"text")
+    monkeypatch.chdir(tmp_path)
+    return ["--data-dir", "data", "--val-split", "val", "--output", "shards", "--workers", "2"]
+
+
+def test_written_shards_hold_the_readable_images_made_smaller(folder, capsys):
+    assert write_shards.main([*folder, "--shorter-side", "24", "--per-shard", "3"]) == 0
+    said = capsys.readouterr().out
+    assert "unreadable images left out: 1" in said
+    assert "bee/13.png: UnidentifiedImageError" in said
+    written = sorted(path.name for path in Path("shards").glob("*.tar*"))
+    assert written == [f"{split}-0000{i}.tar" for split in ("train", "val") for i in range(3)]
+    before = build_splits(config_of("data", val_split="val"))
+    after = build_splits(config_of("shards", "shards", val_split="val"))
+    assert after.classes == before.classes == ("ant", "bee")
+    assert (len(after.train), len(after.val)) == (7, 8)
+    for i in range(8):
+        (old, label), (new, new_label) = before.val.images[i], after.val.images[i]
+        assert label == new_label
+        if old.size == (64, 48):
+            assert new.size == (32, 24)
+            smaller = np.asarray(old.resize((32, 24), Image.Resampling.BICUBIC)).astype(float)
+            assert np.abs(smaller - np.asarray(new)).mean() < 6  # of 255: what JPEG loses of loud colours
+        else:
+            assert np.array_equal(np.asarray(old), np.asarray(new))
+            assert after.val.images.open(i)[0].read() == Path(before.val.images.name(i)).read_bytes()
+
+
+def test_a_writing_process_gets_its_job_by_pickle(folder, tmp_path):
+    source = build_splits(config_of("data", val_split="val")).train.images
+    job = pickle.loads(pickle.dumps(write_shards._Job(source, "train", tmp_path, 24, 95, 8)))
+    write_shards._begin(job)
+    assert len(write_shards._write_shard(0)) == 1
+    assert len(_open(tmp_path / "train-00000.tar")) == 7
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--output", "old"], "holds archives already"),
+        (["--output", "old/a.tar"], "is a file: name a folder"),
+        (["--train-split", "a/b"], "it may hold no /"),
+        (["--quality", "0"], "--quality 0: it must be at least 1"),
+        (["--quality", "101"], "--quality 101: it must be at most 100"),
+        (["--bad"], "--bad"),
+    ],
+)
+def test_bad_arguments_of_the_writer_are_one_line(folder, words, message, capsys):
+    Path("old").mkdir()
+    Path("old/a.tar").write_bytes(b"")
+    assert write_shards.main([*folder, *words]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_formats_that_no_shard_has_become_jpegs():
+    suffix, content = write_shards.encoded(encoded(Image.new("P", (20, 20)), "GIF"), 256, 95)
+    assert suffix == "jpg"
+    assert Image.open(io.BytesIO(content)).size == (20, 20)

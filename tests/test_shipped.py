@@ -11,8 +11,8 @@ from crate_fast.eval import shipped
 from crate_fast.eval.images import SceneImages, batches
 from crate_fast.eval.models import open_model
 from crate_fast.segmentation import attention_to_mask, intersection_over_union
+from crate_fast.train.data.shape_scenes import CLASSES
 from crate_fast.train.runs import load_model
-from crate_fast.train.shape_scenes import CLASSES
 
 
 @torch.no_grad()

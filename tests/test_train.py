@@ -82,7 +82,7 @@ def test_the_weights_are_a_released_state_dict(finished):
 
 def test_training_learns():
     """On eight scenes the loss falls to nearly nothing."""
-    from crate_fast.train.shape_scenes import ShapeScenes
+    from crate_fast.train.data.shape_scenes import ShapeScenes
 
     model = build_model(TrainConfig(image_size=32, patch_size=8, dim=64, depth=2, heads=2), num_classes=12)
     batch = ShapeScenes(8, image_size=32).__getitems__(range(8))

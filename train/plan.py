@@ -30,9 +30,9 @@ from crate_fast.train import cost
 from crate_fast.train.command_line import build_config, load_recipe
 from crate_fast.train.config import TrainConfig
 from crate_fast.train.data import train_loader
+from crate_fast.train.data.image_files import find_images
+from crate_fast.train.data.shape_scenes import CLASSES
 from crate_fast.train.finetune import inheriting
-from crate_fast.train.image_files import find_images
-from crate_fast.train.shape_scenes import CLASSES
 
 __all__ = ["DataSize", "Throughput", "find_data_size", "main", "make_plan", "read_throughput"]
 

@@ -22,6 +22,7 @@ from crate_fast import CRATE, CRATEMAE
 from crate_fast.train import checkpoint, parallel
 from crate_fast.train.config import TrainConfig
 from crate_fast.train.data import DataSplits, eval_loader, readable, train_loader
+from crate_fast.train.data.unreadable import UnreadableTally
 from crate_fast.train.distributed import Processes
 from crate_fast.train.engine import StepResult, Trainer
 from crate_fast.train.evaluation import evaluate
@@ -32,7 +33,6 @@ from crate_fast.train.reconstruction import image_noise, reconstructions, tiled
 from crate_fast.train.report import print_summary, scores_line, write_report
 from crate_fast.train.run_folder import RunFolder
 from crate_fast.train.runs import build_model
-from crate_fast.train.unreadable import UnreadableTally
 from crate_fast.whitebox import layer_statistics
 
 __all__ = ["Session"]

@@ -1,10 +1,10 @@
-"""Write a data set as WebDataset shards, its images no larger than training needs: decoded in a fraction of the time.
+"""Write a data set as WebDataset shards of smaller images, which decode in a fraction of the time.
 
     python -m crate_fast.train.write_shards --dataset folder --data-dir IMAGENET --val-split val --output SHARDS
     torchrun train/pretrain.py --dataset shards --data-dir SHARDS --val-split val …
 
 Images whose shorter side is longer than `--shorter-side` are made smaller and written as JPEG; the others keep their
-bytes. What cannot be read is left out and named at the end.
+bytes. Corrupt images are left out and named at the end.
 """
 
 import argparse
@@ -21,8 +21,10 @@ from tqdm import tqdm
 
 from crate_fast.errors import CommandParser, UserError, run_command
 from crate_fast.train.config import TrainConfig
-from crate_fast.train.image_files import open_image, to_rgb
-from crate_fast.train.sources import EncodedSource, common_classes, open_source
+from crate_fast.train.data import open_source
+from crate_fast.train.data.image_files import open_image, to_rgb
+from crate_fast.train.data.sources import ImageFileSource, common_classes
+from crate_fast.train.data.unreadable import describe
 
 __all__ = ["encoded", "main"]
 
@@ -30,10 +32,10 @@ _SUFFIX = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # formats
 
 
 @dataclass(frozen=True)
-class _Plan:
-    """What is written where."""
+class _Job:
+    """One split to write."""
 
-    source: EncodedSource
+    source: ImageFileSource
     split: str
     output: Path
     shorter_side: int
@@ -42,13 +44,13 @@ class _Plan:
 
 
 def encoded(content: bytes, shorter_side: int, quality: int) -> tuple[str, bytes]:
-    """Return (suffix, bytes) of an image that is small enough, read as training reads it.
+    """Return (suffix, bytes) of an image as a shard holds it, read as training reads it.
 
     Raises:
         UNREADABLE: See `read_image`.
     """
     with open_image(io.BytesIO(content)) as image:
-        kind, picture = image.format, to_rgb(image)  # so that no damaged image is written
+        kind, picture = image.format, to_rgb(image)  # always decoded, so that no damaged image is written
     size = picture.size
     if min(size) <= shorter_side and kind in _SUFFIX:
         return _SUFFIX[kind], content
@@ -66,28 +68,28 @@ def _add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
     archive.addfile(member, io.BytesIO(content))
 
 
-_plan: _Plan | None = None  # of a writing process, which gets it once: indices of large data sets are large
+_job: _Job | None = None  # sent to a worker once, for the index of a large data set is large
 
 
-def _begin(plan: _Plan) -> None:
-    global _plan
-    _plan = plan
+def _begin(job: _Job) -> None:
+    global _job
+    _job = job
 
 
 def _write_shard(number: int) -> list[str]:
-    """Write a shard under another name, then give it its own; returns what could not be read."""
-    plan, source = _plan, _plan.source
-    path = plan.output / f"{plan.split}-{number:05d}.tar"
+    """Write a shard, under its own name once it is whole; return a line for each corrupt image."""
+    job, source = _job, _job.source
+    path = job.output / f"{job.split}-{number:05d}.tar"
     partial_path = path.with_suffix(".tar.partial")
     problems = []
     with tarfile.open(partial_path, "w") as archive:
-        for index in range(number * plan.per_shard, min((number + 1) * plan.per_shard, len(source))):
+        for index in range(number * job.per_shard, min((number + 1) * job.per_shard, len(source))):
             try:
                 file, label = source.open(index)
                 with file:
-                    suffix, content = encoded(file.read(), plan.shorter_side, plan.quality)
+                    suffix, content = encoded(file.read(), job.shorter_side, job.quality)
             except Exception as error:  # as in `Source`
-                problems.append(f"{source.name(index)}: {type(error).__name__}: {error}")
+                problems.append(describe(source.name(index), error))
                 continue
             _add(archive, f"{index:09d}.{suffix}", content)
             _add(archive, f"{index:09d}.cls", str(label).encode())
@@ -95,13 +97,13 @@ def _write_shard(number: int) -> list[str]:
     return problems
 
 
-def _write_split(plan: _Plan, workers: int) -> list[str]:
-    numbers = range(-(-len(plan.source) // plan.per_shard))
-    with multiprocessing.get_context("spawn").Pool(min(workers, len(numbers)), _begin, (plan,)) as pool:
-        done = tqdm(pool.imap(_write_shard, numbers), total=len(numbers), unit="shard", desc=plan.split)
+def _write_split(job: _Job, workers: int) -> list[str]:
+    numbers = range(-(-len(job.source) // job.per_shard))
+    with multiprocessing.get_context("spawn").Pool(min(workers, len(numbers)), _begin, (job,)) as pool:
+        done = tqdm(pool.imap(_write_shard, numbers), total=len(numbers), unit="shard", desc=job.split)
         problems = [line for problems in done for line in problems]
-    if len(problems) == len(plan.source):
-        raise UserError(f"not one of {plan.split}'s {len(problems)} images can be read; the first: {problems[0]}")
+    if len(problems) == len(job.source):
+        raise UserError(f"not one of {job.split}'s {len(problems)} images can be read; the first: {problems[0]}")
     return problems
 
 
@@ -120,20 +122,16 @@ def _write(options: argparse.Namespace) -> None:
             raise UserError(f"split {split!r}: shards are named after it, so it may hold no /; move it to --data-dir")
     names = ("dataset", "data_dir", "train_split", "val_split")
     config = TrainConfig(**{name: getattr(options, name) for name in names})
-    sources = {
-        config.train_split: open_source(config, train=True),
-        config.val_split: open_source(config, train=False),
-    }
-    classes = common_classes(sources[config.train_split], sources[config.val_split])
+    train, val = open_source(config, train=True), open_source(config, train=False)
+    class_lines = "".join(f"{name}\n" for name in common_classes(train, val))
     problems = []
     try:
         options.output.mkdir(parents=True, exist_ok=True)
-        for split, source in sources.items():
-            plan = _Plan(source, split, options.output, options.shorter_side, options.quality, options.per_shard)
-            problems += _write_split(plan, options.workers)
-        names_of_classes = "".join(f"{name}\n" for name in classes)
-        (options.output / "classes.txt").write_bytes(names_of_classes.encode("utf-8", "replace"))
-    except OSError as error:  # what cannot be read is a problem of its image
+        for split, source in {config.train_split: train, config.val_split: val}.items():
+            job = _Job(source, split, options.output, options.shorter_side, options.quality, options.per_shard)
+            problems += _write_split(job, options.workers)
+        (options.output / "classes.txt").write_bytes(class_lines.encode("utf-8", "replace"))
+    except OSError as error:  # from writing: a failure to read is a line in `problems`
         raise UserError(
             f"--output {options.output} cannot be written ({error}): free some space or see to its permissions, "
             "empty it, and start again"
@@ -143,7 +141,7 @@ def _write(options: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Write both splits as the command line says; returns the exit status."""
+    """Write both splits as the command line says; return the exit status."""
     parser = CommandParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dataset", choices=("folder", "tar", "shards", "hf"), default="folder", help="its form now")
     parser.add_argument("--data-dir", required=True, help="its folder")

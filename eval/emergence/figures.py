@@ -25,7 +25,7 @@ from crate_fast.eval.emergence.analysis import (
 from crate_fast.eval.emergence.protocol import MODELS, Protocol
 from crate_fast.figures import Curve, Picture, curve_figure, image_grid
 from crate_fast.segmentation import attention_to_mask, average_precision, intersection_over_union, mask_to_grid
-from crate_fast.train.shape_scenes import CLASSES
+from crate_fast.train.data.shape_scenes import CLASSES
 
 __all__ = ["draw", "load_pictures", "readme_picture"]
 

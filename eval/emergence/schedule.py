@@ -20,10 +20,10 @@ from crate_fast.eval.emergence.job import Job, Places, do, result_file
 from crate_fast.eval.emergence.protocol import Protocol, Run, planned_runs, stages_of, training_config
 from crate_fast.provenance import provenance
 from crate_fast.train.cost import count_flops, meta_model
+from crate_fast.train.data.shape_scenes import CLASSES
 from crate_fast.train.distributed import choose_device
 from crate_fast.train.interruption import Interruption
 from crate_fast.train.run_lock import RunLock
-from crate_fast.train.shape_scenes import CLASSES
 
 __all__ = ["Machine", "RunFailedError", "conduct"]
 

@@ -1,17 +1,17 @@
-"""`shape_scenes`: the embedded dataset, drawn on the fly from a counter, with labels *and* object masks.
+"""`shape_scenes`: a data set of drawn scenes, with labels and object masks, computed from a counter without files.
 
-An image is a stack of layers, each looked up in small tables through a random affine map, blended in order:
+An image is a stack of layers, each read from small tables through a random affine map and blended in order:
 
     image += a * (texture - image),   a = opacity * clip(1/2 - d, 0, 1),   d = pixels to the silhouette
 
-The layers are two background regions, distractors, the one object whose silhouette is the class, and at times
-small distractors in front of it. All but the silhouette is drawn independently of the label, and silhouettes
-have unit area and their centroid at the origin before they are posed: neither mean colour nor object area nor
-object position says anything about the class.
+The layers are two background regions, distractors, the one object whose silhouette is the class, and sometimes
+small distractors in front of it. Only the silhouette depends on the label. Silhouettes have unit area and their
+centroid at the origin before they are posed, so mean colour, object area and object position tell nothing about the
+class.
 
-Every random number is a hash of (seed, split, index, slot): no generator state, no files. All arithmetic is
-integer or correctly rounded elementwise floating point (+, -, *, /, sqrt, floor, clip; no libm, BLAS or float
-reductions): bytes depend neither on the batch an image was drawn in nor on threads, CPU or numpy's version.
+Every random number is a hash of (seed, split, index, slot). All arithmetic is integer or correctly rounded
+elementwise floating point (+, -, *, /, sqrt, floor, clip; no libm, BLAS or float reductions). So an image's bytes
+depend neither on its batch nor on threads, CPU or numpy's version.
 """
 
 import functools
@@ -29,13 +29,13 @@ MIN_IMAGE_SIZE, MAX_IMAGE_SIZE = 16, 512
 
 # The composition. Lengths and areas are fractions of the image's side and area.
 _AREA = (0.05, 0.15)  # object area before occlusion
-_TURNS = 0.08  # the object is turned by up to this either way, in full turns (29°); all else by any angle
+_TURNS = 0.08  # the object is turned by up to this either way, in full turns (29°); other layers by any angle
 _REACH = 0.945  # bound on the distance from centroid to tip of a unit-area class silhouette
 _ASPECT, _SHEAR = 1.08, 0.10  # layers are stretched by up to this, keeping their area, and sheared
 _STRETCH = 1.10  # bound on how much the two together lengthen anything
-_N_BEHIND, _BEHIND_SHARE = 6, 0.8  # distractors behind the object at most, and how often each is there
+_N_BEHIND, _BEHIND_SHARE = 6, 0.8  # most distractors behind the object, and the probability of each
 _BEHIND_RADIUS = (0.07, 0.23)
-_N_FRONT, _FRONT_SHARE = 2, 0.4  # distractors in front of it, likewise
+_N_FRONT, _FRONT_SHARE = 2, 0.4  # the same in front of it
 _FRONT_AREA = (0.03, 0.075)  # of each, as a fraction of the object's area
 _FRONT_RADIUS = 0.16  # bound
 _N_TEXTURES, _TEXTURE_REPEATS = 12, (0.6, 1.6)  # tiles across one image
@@ -48,14 +48,14 @@ Sdf = Callable[[Array, Array], Array]  # signed distance of points (x, y), negat
 
 
 def _mix(z: Array) -> Array:
-    """The finaliser of splitmix64: uint64 in, uint64 out, a bijection that avalanches."""
+    """Apply the finaliser of splitmix64, a bijection of uint64."""
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return z ^ (z >> np.uint64(31))
 
 
 def _uniforms(seed: int, stream: int, indices: Array, slots: int) -> Array:
-    """Float64 uniforms in [0, 1), [n, slots]: entry (i, s) is a hash of (seed, stream, indices[i], s)."""
+    """Return float64 uniforms in [0, 1), [n, slots]: entry (i, s) is a hash of (seed, stream, indices[i], s)."""
     golden = np.uint64(0x9E3779B97F4A7C15)
     key = _mix(_mix(np.array([seed], np.uint64) + golden) + np.array([stream], np.uint64) * golden)
     state = _mix(key + (indices.astype(np.uint64) + np.uint64(1)) * golden)
@@ -64,14 +64,14 @@ def _uniforms(seed: int, stream: int, indices: Array, slots: int) -> Array:
 
 
 class _Draws:
-    """Hands out a batch's uniforms in call order: `count` a call and image, as [n_images * count]."""
+    """The uniforms of a batch, in call order: `count` for each image a call, as [n_images * count]."""
 
     def __init__(self, seed: int, stream: int, indices: Array):
         self._block = _uniforms(seed, stream, indices, _SLOTS)
         self.n_images, self._next = len(indices), 0
 
     def __call__(self, low: float, high: float, count: int = 1) -> Array:
-        """Float64 in [low, high)."""
+        """Return float64 in [low, high)."""
         block = self._block[:, self._next : self._next + count]
         if block.shape[1] != count:
             raise AssertionError(f"an image needs more than {_SLOTS} random numbers: raise _SLOTS")
@@ -79,12 +79,12 @@ class _Draws:
         return (low + (high - low) * block).ravel()
 
     def choice(self, n: int, count: int = 1) -> Array:
-        """Int64 in [0, n)."""
+        """Return int64 in [0, n)."""
         return np.floor(self(0.0, float(n), count)).astype(np.int64)
 
 
 def _cos_sin(turns: Array) -> tuple[Array, Array]:
-    """cos and sin of 2 pi turns to about 1e-8, without libm (it differs between machines)."""
+    """Return cos and sin of 2 pi turns to about 1e-8, without libm (it differs between machines)."""
     x = (turns - np.floor(turns + 0.5)) * 1.5707963267948966  # a quarter of the angle, in [-pi/4, pi/4]
     xx = x * x
     sin = x * (1.0 - xx / 6.0 * (1.0 - xx / 20.0 * (1.0 - xx / 42.0 * (1.0 - xx / 72.0))))
@@ -107,7 +107,7 @@ def _box(half_x: float, half_y: float) -> Sdf:
 
 
 def _path(points: Sequence[tuple[float, float]], half_width: float | None = None) -> Sdf:
-    """An open stroke of some half width; without one, the closed polygon (sign by parity of crossings)."""
+    """Return an open stroke of a half width; without one, the closed polygon (sign by parity of crossings)."""
     ends = points[1:] if half_width else [*points[1:], points[0]]
 
     def sdf(x: Array, y: Array) -> Array:
@@ -125,13 +125,13 @@ def _path(points: Sequence[tuple[float, float]], half_width: float | None = None
 
 
 def _around(turns: Array, radii: Array, flatten: float = 1.0) -> list[tuple[float, float]]:
-    """Points at angles `turns` and distances `radii`, with y scaled by `flatten`."""
+    """Return points at angles `turns` and distances `radii`, with y scaled by `flatten`."""
     cos, sin = _cos_sin(turns)
     return list(zip((radii * cos).tolist(), (flatten * radii * sin).tolist(), strict=True))
 
 
 _HEART = [(-0.9, 0.06), (0.0, -1.0), (0.9, 0.06), (0.0, 0.5)]  # without its lobes
-# One silhouette a class, within [-1.2, 1.2]^2; size and place do not matter, the tables normalise both.
+# One silhouette a class, within [-1.2, 1.2]^2; the tables normalise size and position.
 _SILHOUETTES: dict[str, Sdf] = {
     "disc": _disc(0.9),
     "ring": lambda x, y: np.maximum(_disc(1.0)(x, y), -_disc(0.56)(x, y)),
@@ -197,7 +197,7 @@ _CLUTTER = (_blob, _rock, _stroke, _blob, _stroke, _dashes) * 5
 
 @dataclass(frozen=True)
 class _Bank:
-    """Square lookup tables: stamps hold distances in units of sqrt(area), textures hold tones."""
+    """Square lookup tables: stamps (silhouettes) hold distances in units of sqrt(area), textures hold tones."""
 
     values: Array  # float32 [n_tables * cells * cells]
     cells: int  # side of a table
@@ -205,13 +205,13 @@ class _Bank:
 
 
 def _grid(cells: int, half: float) -> tuple[Array, Array]:
-    """x and y of the cells of a [-half, half]^2 table, float64 [cells, cells]."""
+    """Return x and y of the cells of a [-half, half]^2 table, float64 [cells, cells]."""
     centres = (np.arange(cells) + 0.5) * (2.0 * half / cells) - half
     return np.broadcast_to(centres, (cells, cells)), np.broadcast_to(centres[:, None], (cells, cells))
 
 
 def _stamp_bank(silhouettes: Sequence[Sdf], cells: int) -> _Bank:
-    """Distance tables of silhouettes moved to their centroid and scaled to unit area."""
+    """Return distance tables of silhouettes moved to their centroid and scaled to unit area."""
     half, cell, tables, reach = 1.25, 2.5 / 256, [], []  # a rough grid finds area and centroid
     x, y = _grid(256, half)
 
@@ -234,7 +234,7 @@ def _stamp_bank(silhouettes: Sequence[Sdf], cells: int) -> _Bank:
 
 
 def _lattice_noise(cells: int, frequency: int, stream: int) -> Array:
-    """Periodic value noise in [-1, 1], `frequency` knots a tile, float64 [cells, cells]."""
+    """Return periodic value noise in [-1, 1], `frequency` knots a tile, float64 [cells, cells]."""
     knots = 2.0 * _uniforms(0, stream, np.arange(frequency), frequency) - 1.0
     low = np.arange(cells) * frequency // cells
     t = np.arange(cells) * (frequency / cells) - low
@@ -245,7 +245,7 @@ def _lattice_noise(cells: int, frequency: int, stream: int) -> Array:
 
 
 def _mosaic(cells: int, n_points: int, stream: int) -> tuple[Array, Array]:
-    """Periodic tiles around random points: the distance to the gaps between them, and one tone a tile."""
+    """Return periodic tiles around random points: distance to the gaps between them, and one tone a tile."""
     points = _uniforms(0, stream, np.arange(n_points), 3)
     dx, dy = (np.abs(z + 0.5 - points[:, k, None, None]) for k, z in enumerate(_grid(cells, 0.5)))
     dx, dy = np.minimum(dx, 1.0 - dx), np.minimum(dy, 1.0 - dy)
@@ -255,7 +255,7 @@ def _mosaic(cells: int, n_points: int, stream: int) -> tuple[Array, Array]:
 
 
 def _texture_bank(cells: int) -> _Bank:
-    """Periodic textures of about [-1, 1]; the first two also outline background regions."""
+    """Return periodic textures of about [-1, 1]; the first two also outline background regions."""
     x, y = _grid(cells, 0.5)
     noise = functools.partial(_lattice_noise, cells)
     cloud = noise(4, 201) + 0.5 * noise(8, 202) + 0.3 * noise(20, 203)
@@ -277,7 +277,7 @@ def _texture_bank(cells: int) -> _Bank:
 
 @dataclass(frozen=True)
 class _Tables:
-    """All that does not depend on seed, split or index."""
+    """The tables for one image size, the same for every seed, split and index."""
 
     objects: _Bank
     clutter: _Bank
@@ -287,7 +287,7 @@ class _Tables:
 
 @functools.cache
 def _tables(size: int) -> _Tables:
-    """The tables for one image size: fine enough that the nearest cell is within a fraction of a pixel."""
+    """Compute the tables, so fine that the nearest cell is within a fraction of a pixel."""
     objects = _stamp_bank(list(_SILHOUETTES.values()), min(max(3 * size, 96), 384))
     draws = _uniforms(0, 110, np.arange(len(_CLUTTER)), 32)
     clutter = [make(draw) for make, draw in zip(_CLUTTER, draws, strict=True)]
@@ -298,7 +298,7 @@ def _tables(size: int) -> _Tables:
 
 @dataclass(frozen=True)
 class _Layers:
-    """Silhouettes filled with a texture of two colours; one row a layer.
+    """Layers, one a row: silhouettes filled with a texture of two colours.
 
     A frame (cx, cy, a, b, c, d) maps image points to table cells, counted from the table's centre:
     u = a (x - cx) + b (y - cy), v = c (x - cx) + d (y - cy).
@@ -330,14 +330,14 @@ class _Scene:
 
 
 def _rgb(luma: Array, chroma: Array, hue: Array) -> Array:
-    """Colours 0..255 (not clipped), float64 [n, 3], from brightness, distance to grey and hue in turns."""
+    """Return colours 0..255 (not clipped), float64 [n, 3], from brightness, distance to grey and hue in turns."""
     cos, sin = _cos_sin(hue)
     red, cross = 0.8165 * chroma * cos, 0.7071 * chroma * sin
     return 255.0 * np.stack([luma + red, luma - 0.5 * red + cross, luma - 0.5 * red - cross], axis=-1)
 
 
 def _frames(draw: _Draws, count: int, scale: Array, cx: Array, cy: Array, turns: float = 0.5) -> Array:
-    """Random rotation R by up to `turns` either way, area-preserving stretch and shear K, reflection F.
+    """Draw frames: rotation R by up to `turns` either way, area-preserving stretch and shear K, reflection F.
 
     cells = scale (RKF)^-1 offset.
     """
@@ -354,14 +354,14 @@ def _texture_frames(draw: _Draws, count: int, bank: _Bank) -> Array:
 
 
 def _layers(draw, tables, stamp, frame, unit, colour, tone, edge=MAX_IMAGE_SIZE, opacity=1.0) -> _Layers:
-    """The layers described, with random textures."""
+    """Return the layers described, with random textures."""
     count, like = len(stamp) // max(1, draw.n_images), np.ones_like(unit)
     texture, texture_frame = draw.choice(_N_TEXTURES, count), _texture_frames(draw, count, tables.textures)
     return _Layers(stamp, frame, unit, like * edge, like * opacity, texture, texture_frame, colour, tone)
 
 
 def _draw_ground(draw: _Draws, tables: _Tables, luma: Array, hue: Array) -> _Layers:
-    """Two textured regions with colours around (luma, hue)."""
+    """Draw two textured regions with colours around (luma, hue)."""
     luma, hue = np.repeat(luma, 2), np.repeat(hue, 2)
     stamp, frame, slope = draw.choice(2, 2), _texture_frames(draw, 2, tables.textures), draw(1.0, 12.0, 2)
     colour = _rgb(luma + draw(-0.1, 0.1, 2), draw(0.0, 0.12, 2), hue + draw(-0.12, 0.12, 2))
@@ -370,7 +370,7 @@ def _draw_ground(draw: _Draws, tables: _Tables, luma: Array, hue: Array) -> _Lay
 
 
 def _draw_item(draw: _Draws, tables: _Tables, label: Array, luma: Array, hue: Array) -> _Layers:
-    """The object: inside the image, and unlike the background in brightness and hue; `stamp` is the label."""
+    """Draw the object, inside the image and unlike the background in brightness and hue; `stamp` is the label."""
     bank = tables.objects
     unit = np.sqrt(draw(*_AREA))
     margin = _REACH * _STRETCH * unit
@@ -383,7 +383,7 @@ def _draw_item(draw: _Draws, tables: _Tables, label: Array, luma: Array, hue: Ar
 
 
 def _draw_clutter(draw: _Draws, tables: _Tables, item: _Layers, count: int, in_front: bool) -> _Layers:
-    """`count` distractors an image, behind the object or in front of it.
+    """Draw `count` distractors an image, behind the object or in front of it.
 
     Those in front hide at most _N_FRONT * _FRONT_AREA[1] of the object, and their offsets fill a disc that
     holds every class silhouette: the area they hide has the same expectation for every class.
@@ -421,7 +421,7 @@ def _draw_scene(seed: int, split: str, indices: Array, tables: _Tables) -> _Scen
 
 
 def _look_up(bank: _Bank, which: Array, frames: Array, size: int, side: int, corner: Array | int) -> Array:
-    """One table a row, read through its frame at the pixels of a window: float32 [n, side, side].
+    """Read one table a row, through its frame, at the pixels of a window: float32 [n, side, side].
 
     The window is side x side pixels of a size x size image from `corner` ([n, 2], left and top). Addresses
     are exact 16.16 fixed point. Textures (no reach) repeat; stamps are clamped to their rim.
@@ -449,12 +449,12 @@ def _look_up(bank: _Bank, which: Array, frames: Array, size: int, side: int, cor
 
 
 def _per_layer(values: Array) -> Array:
-    """float32 [n, ..., 1, 1], to broadcast over pixels."""
+    """Return float32 [n, ..., 1, 1], to broadcast over pixels."""
     return values.astype(np.float32)[..., None, None]
 
 
 def _coverage(bank: _Bank, layers: _Layers, size: int, side: int, corner: Array | int = 0) -> Array:
-    """opacity * clip(1/2 - distance in pixels, 0, 1), float32 [n, side, side]."""
+    """Return opacity * clip(1/2 - distance in pixels, 0, 1), float32 [n, side, side]."""
     alpha = _look_up(bank, layers.stamp, layers.stamp_frame, size, side, corner)
     alpha *= _per_layer(-layers.unit * np.minimum(layers.edge, size))
     alpha += np.float32(0.5)
@@ -464,7 +464,7 @@ def _coverage(bank: _Bank, layers: _Layers, size: int, side: int, corner: Array 
 
 
 def _filling(bank: _Bank, layers: _Layers, size: int, side: int, corner: Array | int = 0) -> Array:
-    """colour + tone * texture, float32 [n, 3, side, side]."""
+    """Return colour + tone * texture, float32 [n, 3, side, side]."""
     texture = _look_up(bank, layers.texture, layers.texture_frame, size, side, corner)
     filling = texture[:, None] * _per_layer(layers.tone)
     filling += _per_layer(layers.colour)
@@ -472,7 +472,7 @@ def _filling(bank: _Bank, layers: _Layers, size: int, side: int, corner: Array |
 
 
 def _blend(image: Array, alpha: Array, over: Array) -> None:
-    """image += alpha (over - image) in place, [..., 3, side, side]; uses `over` up."""
+    """Compute image += alpha (over - image) in place, [..., 3, side, side]; overwrites `over`."""
     over -= image
     over *= alpha
     image += over
@@ -495,7 +495,7 @@ def _render_clutter(image: Array, visible: Array, layers: _Layers, radius: float
 
 
 def _render(scene: _Scene, rows: range, size: int, tables: _Tables) -> tuple[Array, Array]:
-    """Rows of a scene: images uint8 [n, 3, size, size], masks of the visible object bool [n, size, size]."""
+    """Render rows of a scene: images uint8 [n, 3, S, S], masks of the visible object bool [n, S, S]."""
 
     def part(layers: _Layers) -> _Layers:
         count = len(layers.stamp) // len(scene.item.stamp)
@@ -531,15 +531,15 @@ class ShapeScenes(torch.utils.data.Dataset):
     Scenes have relative coordinates: one index at two image sizes is one scene at two resolutions.
 
     Args:
-        num_samples: length of the dataset, at least 1.
-        image_size: side of the images in pixels, 16 to 512; silhouettes are told apart from 32 on.
+        num_samples: Length of the dataset, at least 1.
+        image_size: Side of the images in pixels, 16 to 512; from 32 on the silhouettes can be distinguished.
         seed: 0 to 2**64 - 1; another seed is another dataset.
-        split: "train" or "val": disjoint random streams of one seed.
-        with_mask: also return the mask of the visible object.
+        split: "train" or "val", disjoint random streams of one seed.
+        with_mask: True to return the mask of the visible object too.
 
     Raises:
-        UserError: an argument is no integer or out of its range, or the split is unknown.
-        IndexError: on access, the index is negative or not below num_samples.
+        UserError: An argument is no integer or out of its range, or the split is unknown.
+        IndexError: On access, the index is negative or not below num_samples.
 
     Example:
         >>> dataset = ShapeScenes(100, image_size=32, with_mask=True)
@@ -571,11 +571,11 @@ class ShapeScenes(torch.utils.data.Dataset):
         return self.num_samples
 
     def __getitem__(self, index: int) -> tuple:
-        """(image uint8 [3, S, S], label), or with the mask of the visible object, bool [S, S], as a third."""
+        """Return (image uint8 [3, S, S], label), and the object's mask, bool [S, S], if `with_mask`."""
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[tuple]:
-        """The items of several indices, drawn together: the bits of `[self[i] for i in indices]`, faster."""
+        """Return `[self[i] for i in indices]`, drawn together and faster."""
         checked = [operator.index(index) for index in indices]
         for index in checked:
             if not 0 <= index < self.num_samples:

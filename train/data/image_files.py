@@ -1,10 +1,10 @@
-"""Image files: which there are below a folder, in which classes, and what a picture is as RGB.
+"""Image files: found below a folder with their classes, and decoded to RGB.
 
 Training, evaluation and the explorer all read through this module, so that a file means the same to all of them:
 
-* One list of extensions, `EXTENSIONS`. Other image files are counted and named; hidden files and folders are skipped.
+* `EXTENSIONS` is the one list of extensions. Other image files are counted and named; hidden files are skipped.
 * The class of an image is the first folder below its split, in torchvision's order (`ImageFolder`).
-* `read_image` gives 8-bit RGB, upright as the EXIF orientation says, with white behind what is transparent. The full
+* `read_image` returns 8-bit RGB, upright as the EXIF orientation says, on white where it is transparent. The full
   range of 16-bit grey becomes that of 8 bits. 32-bit integers and floats have no known range and are refused.
 """
 
@@ -13,7 +13,6 @@ import struct
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
@@ -40,15 +39,15 @@ EXTENSIONS = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
     *(".ppm", ".pgm", ".pbm", ".pnm"),
 )
-_PASSED_OVER = (  # image formats that not every Pillow reads, if any does
+_PASSED_OVER = (  # image formats that some or all releases of Pillow cannot read
     *(".avif", ".heic", ".heif", ".j2k", ".jp2", ".jpx", ".jxl", ".svg", ".psd", ".tga", ".ico", ".pcx", ".dds"),
     *(".dib", ".qoi", ".exr", ".hdr", ".pfm", ".dcm", ".dng", ".raw", ".arw", ".cr2", ".cr3", ".nef", ".orf", ".rw2"),
 )
-UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what is raised on a damaged file
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # raised on damaged files
 _EXIF_FAULTS = (*UNREADABLE, AssertionError, EOFError, KeyError, TypeError, ZeroDivisionError, struct.error)
 
 _ORIENTATION = ExifTags.Base.Orientation
-_UPRIGHT = {  # orientation: what turns the stored pixels upright
+_UPRIGHT = {  # orientation → operation that turns the stored pixels upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -57,58 +56,47 @@ _UPRIGHT = {  # orientation: what turns the stored pixels upright
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0  # of TIFF
+_BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0  # TIFF tags and a value
 
 
-# --- which files there are
+# --- finding files
 
 
 def is_image(name: str) -> bool:
-    """Return whether a file is read as an image, by its name."""
+    """Return True if a file of this name is read as an image."""
     return name.lower().endswith(EXTENSIONS)
 
 
 def looks_like_image(name: str) -> bool:
-    """Return whether a file is an image by its name, of a format that is read or of another."""
+    """Return True if a file of this name is an image, of a format that is read or of another."""
     return is_image(name) or os.path.splitext(name)[1].lower() in _PASSED_OVER
 
 
 def is_hidden(name: str) -> bool:
-    """Return whether a relative path has a part that begins with a dot, such as .ipynb_checkpoints or ._x.png."""
+    """Return True if a part of a relative path begins with a dot, such as .ipynb_checkpoints or ._x.png."""
     return name.startswith(".") or "/." in name
 
 
-@dataclass
 class ImageTree:
     """The images below a folder, or in an archive of one.
 
-    Attributes:
-        names: Paths relative to the folder, parts separated by "/", in the order of torchvision's `ImageFolder`.
+    Args:
+        files: Paths relative to the folder, parts separated by "/".
         folders: The folders directly below, with and without images.
-        passed_over: How many image files have each extension that is not among `EXTENSIONS`.
+
+    Attributes:
+        names: The images among the files, in the order of torchvision's `ImageFolder`.
+        note: A few words on image files of other formats, which are passed over; "" if there are none.
     """
 
-    names: list[str]
-    folders: set[str] = field(default_factory=set)
-    passed_over: Counter[str] = field(default_factory=Counter)
-
-    @classmethod
-    def of(cls, paths: Iterable[str], folders: set[str]) -> "ImageTree":
-        """Sort files, none of them hidden, into images, image files that are passed over, and others."""
-        tree = cls([], folders)
-        for path in paths:
-            if is_image(path):
-                tree.names.append(path)
-            elif looks_like_image(path):
-                tree.passed_over[os.path.splitext(path)[1].lower()] += 1
-        tree.names.sort(key=_order)
-        return tree
-
-    @property
-    def note(self) -> str:
-        """Say in a few words which image files are passed over; "" if there are none."""
-        listed = ", ".join(f"{count} {extension}" for extension, count in sorted(self.passed_over.items()))
-        return f"image files of other formats are passed over: {listed}" if listed else ""
+    def __init__(self, files: Iterable[str], folders: set[str]):
+        files = list(files)
+        self.names, self.folders = sorted(filter(is_image, files), key=_order), folders
+        extensions = Counter(os.path.splitext(name)[1].lower() for name in files)
+        found = [
+            f"{extensions[extension]} {extension}" for extension in sorted(extensions.keys() & set(_PASSED_OVER))
+        ]
+        self.note = f"image files of other formats are passed over: {', '.join(found)}" if found else ""
 
     def labelled(self, where: str) -> tuple[tuple[str, ...], np.ndarray]:
         """Return the names of the classes, sorted, and the class number of every image.
@@ -139,7 +127,7 @@ class ImageTree:
         return classes, np.array([numbers[name] for name in of_images], np.int64)
 
     def remarks(self) -> list[str]:
-        """Say what may not be meant: image files passed over, and a single class that holds folders."""
+        """Return warnings: image files that are passed over, and a single class that holds folders."""
         found = [self.note] if self.note else []
         tops = {name.partition("/")[0] for name in self.names}
         below = sorted({name.split("/")[1] for name in self.names if name.count("/") > 1})
@@ -156,20 +144,32 @@ def _order(name: str) -> tuple[str, str, str]:
     return folder.partition("/")[0], folder, file
 
 
-def _walk(root: str, follow_links: bool) -> Iterator[tuple[str, list[str], list[str]]]:
-    """Yield (path relative to root with a slash at its end, folders, files) of every folder, hidden ones left out."""
+def find_images(root: Path, follow_links: bool = True) -> ImageTree:
+    """Return the images below a folder, without hidden files and folders.
 
-    def refuse(error: OSError) -> None:  # os.walk would leave the folder out without a word
+    Args:
+        root: The folder.
+        follow_links: True if links to folders are followed.
+
+    Raises:
+        UserError: The folder, or one below it, cannot be listed.
+    """
+
+    def refuse(error: OSError) -> None:  # os.walk would skip the folder in silence
         raise UserError(f"{error.filename} cannot be listed ({error.strerror}): make it readable, or remove it")
 
-    for folder, folders, files in os.walk(root, onerror=refuse, followlinks=follow_links):
-        folders[:] = [name for name in folders if name[0] != "." and not _leads_back(root, folder, name)]
-        inner = os.path.relpath(folder, root).replace(os.sep, "/") + "/" if folder != root else ""
-        yield inner, folders, [name for name in files if name[0] != "."]
+    top, tops, paths = str(root), set(), []
+    for folder, folders, files in os.walk(top, onerror=refuse, followlinks=follow_links):
+        folders[:] = [name for name in folders if name[0] != "." and not _leads_back(top, folder, name)]
+        if folder == top:
+            tops.update(folders)
+        inner = "" if folder == top else os.path.relpath(folder, top).replace(os.sep, "/") + "/"
+        paths += [inner + name for name in files if name[0] != "."]
+    return ImageTree(paths, tops)
 
 
 def _leads_back(root: str, folder: str, name: str) -> bool:
-    """Return whether a link leads to a folder that holds it or was passed on the way, which would have no end."""
+    """Return True if a link leads to a folder on its own path, which would have no end."""
     path = os.path.join(folder, name)
     if not os.path.islink(path):
         return False
@@ -178,51 +178,33 @@ def _leads_back(root: str, folder: str, name: str) -> bool:
     return any(Path(place).is_relative_to(target) for place in passed)
 
 
-def find_images(root: Path, follow_links: bool = True) -> ImageTree:
-    """Return the images below a folder.
-
-    Args:
-        root: The folder.
-        follow_links: Whether links to folders are followed.
-
-    Raises:
-        UserError: The folder, or one below it, cannot be listed.
-    """
-    tops: set[str] = set()
-    paths = []
-    for inner, folders, files in _walk(str(root), follow_links):
-        tops.update(() if inner else folders)
-        paths += [inner + name for name in files]
-    return ImageTree.of(paths, tops)
-
-
-# --- what a picture is
+# --- decoding
 
 
 @contextmanager
 def open_image(file: BinaryIO | str | Path, formats: tuple[str, ...] | None = None) -> Iterator[Image.Image]:
-    """Open an image file, not decoded yet; whatever damage is found while it is open is one of `UNREADABLE`.
+    """Open an image file, not decoded yet; damage found while it is open raises one of `UNREADABLE`.
 
     Args:
         file: Its path, or the open file.
-        formats: Pillow's names of the formats that are allowed; all when None.
+        formats: Pillow's names of the allowed formats; all when None.
     """
     try:
         with Image.open(file, formats=formats) as image:
             yield image
-    except UnidentifiedImageError:  # whose message has the file's address in memory
+    except UnidentifiedImageError:  # its message has the file's address in memory
         raise UnidentifiedImageError("no kind of image that Pillow knows") from None
     except UNREADABLE:
         raise
-    except Exception as error:  # of damaged files Pillow raises a dozen kinds
+    except Exception as error:  # Pillow raises a dozen kinds on damaged files
         raise OSError(f"damaged ({type(error).__name__}: {error})") from error
 
 
 def read_image(file: BinaryIO | str | Path) -> Image.Image:
-    """Return the picture in a file as 8-bit RGB, upright, on white; of several the first.
+    """Return the first picture of a file as 8-bit RGB, upright, on white.
 
     Raises:
-        UserError: Its pixels have 32 bits, whose range is not known.
+        UserError: Its pixels have 32 bits, with no known range.
         UNREADABLE: It is damaged.
     """
     with open_image(file) as image:
@@ -230,23 +212,23 @@ def read_image(file: BinaryIO | str | Path) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Return an opened image as `read_image` does; `info["orientation"]` says how its pixels were stored."""
-    deep = any(";16" in str(part[3]) for part in getattr(image, "tile", ()))  # is empty as soon as it is loaded
-    stored = _orientation(image)  # asked for before a TIFF is loaded, which Pillow turns upright while it loads
+    """Decode an opened image as `read_image` does; `info["orientation"]` tells how its pixels are stored."""
+    deep = any(";16" in str(part[3]) for part in getattr(image, "tile", ()))  # empty once it is loaded
+    stored = _orientation(image)  # before loading: Pillow turns a TIFF upright while it loads
     image.load()
     left = _orientation(image)
     colour = image.info.get("transparency")
-    if deep and image.mode == "RGB" and isinstance(colour, tuple):  # Pillow reads the pixels' upper bytes alone
+    if deep and image.mode == "RGB" and isinstance(colour, tuple):  # Pillow reads only the pixels' upper bytes
         image.info["transparency"] = tuple(level >> 8 for level in colour)
     picture = _eight_bit_rgb(image)
     if left in _UPRIGHT:
         picture = picture.transpose(_UPRIGHT[left])
-    picture.info = {"orientation": stored}  # EXIF that is saved with the picture would have it turned once more
+    picture.info = {"orientation": stored}  # EXIF saved with the picture would turn it again
     return picture
 
 
 def as_stored(picture: Image.Image) -> Image.Image:
-    """Return a picture of `to_rgb` with its pixels as the file has them, not turned upright."""
+    """Return a picture of `to_rgb` as the file stores it, not turned upright."""
     orientation = picture.info.get("orientation", 1)
     inverse = {6: 8, 8: 6}.get(orientation, orientation)
     return picture.transpose(_UPRIGHT[inverse]) if inverse in _UPRIGHT else picture
@@ -264,7 +246,7 @@ def _orientation(image: Image.Image) -> int:
 def _eight_bit_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB" and "transparency" not in image.info:
         return image  # `convert` would copy it
-    sixteen = image.mode == "I" and image.format in ("PNG", "PPM")  # which have no more
+    sixteen = image.mode == "I" and image.format in ("PNG", "PPM")  # these have no more
     if image.mode.startswith("I;16") or sixteen:
         return _from_sixteen_bits(image).convert("RGB")
     if image.mode in ("I", "F"):
@@ -280,7 +262,7 @@ def _from_sixteen_bits(image: Image.Image) -> Image.Image:
     levels, tags = np.asarray(image), getattr(image, "tag_v2", {})
     bits = int(np.max(tags.get(_BITS_PER_SAMPLE, 16)))  # a TIFF may have 12
     grey = (levels >> (bits - 8)).astype(np.uint8)
-    if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:  # which Pillow heeds in 8 bits, but not in 16
+    if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:  # Pillow heeds it in 8 bits, but not in 16
         grey = 255 - grey
     if isinstance(image.info.get("transparency"), int):
         grey[levels == image.info["transparency"]] = 255

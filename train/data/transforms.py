@@ -1,7 +1,6 @@
-"""What happens to an image: cropped and augmented as PIL in a loading process, mirrored and normalised on the device.
+"""Transforms: crop and augmentation of a PIL image in a worker, mirroring and normalisation of a batch on the device.
 
-All randomness of a sample comes from a generator seeded with its name, (seed, epoch, index, copy): the same pixels
-however images are dealt out.
+A sample's random numbers depend on its name alone, (seed, epoch, index, copy), not on processes or workers.
 """
 
 import random
@@ -29,11 +28,11 @@ _STATISTICS = {
 }
 _TIMM_POLICY = re.compile(r"rand(-((m|n|mmax|inc)\d+|(p|mstd)\d+(\.\d+)?|t(weights|3aw?)))*")
 _TORCHVISION_POLICY = re.compile(r"randaugment-n(\d+)-m(\d+)")
-_TORCHVISION_BINS = 31  # of magnitudes: 0 to 30
+_TORCHVISION_BINS = 31  # magnitudes 0 to 30
 
 
 class Normalize(nn.Module):
-    """uint8 images [B, 3, S, S] → (x/255 − mean)/std in fp32, on the images' device.
+    """Normalisation of uint8 images [B, 3, S, S] on their device: (x/255 − mean)/std in fp32.
 
     Args:
         statistics: "imagenet", "cifar10" or "half", or (mean, deviation) of the three channels.
@@ -50,19 +49,16 @@ class Normalize(nn.Module):
         return torch.addcmul(self.shift, images.float(), self.scale)
 
     def undo(self, images: Tensor) -> Tensor:
-        """Normalised images back to uint8; values beyond black and white are cut."""
+        """Return normalised images as uint8; values beyond black and white are cut."""
         return ((images.float() - self.shift) / self.scale).round().clamp(0, 255).to(torch.uint8)
 
 
 def mirrored(images: Tensor, flips: Tensor | None) -> Tensor:
-    """Mirror the images that `flips` names, left to right, on their device and without waiting for a GPU.
+    """Return a copy of `images` with some mirrored left to right, without waiting for a GPU.
 
     Args:
         images: [B, 3, S, S], of any dtype.
-        flips: bool [B], on the same device; None: no image.
-
-    Returns:
-        Like `images`, which stay as they are.
+        flips: bool [B], on the same device, the images to mirror; None mirrors none.
     """
     if flips is None:
         return images
@@ -71,13 +67,13 @@ def mirrored(images: Tensor, flips: Tensor | None) -> Tensor:
 
 @contextmanager
 def drawing_from(seed: int, *name: int, on_devices: bool = False):
-    """Python's, NumPy's and PyTorch's global generators seeded by a name; PyTorch's is put back after.
+    """Seed the global generators of Python, NumPy and PyTorch by a name; restore PyTorch's state at the end.
 
     Args:
-        seed: Of the run.
-        name: Integers from 0: (epoch, index), then the copy's number, … A zero at the end of three says nothing:
-            (3, 7) and (3, 7, 0) draw alike.
-        on_devices: Seed the generators of GPUs too, and leave them so. Before CUDA is used that takes 0.2 ms.
+        seed: The run's seed.
+        name: Integers from 0: (epoch, index), then the copy's number, … A last 0 changes nothing: (3, 7) and
+            (3, 7, 0) draw alike.
+        on_devices: Seed the generators of GPUs too, and leave them so. Before CUDA is used this takes 0.2 ms.
     """
     state = torch.get_rng_state()
     mixed = int(np.random.SeedSequence((seed, *name)).generate_state(1, np.uint64)[0])
@@ -91,11 +87,11 @@ def drawing_from(seed: int, *name: int, on_devices: bool = False):
 
 
 def policy_transform(policy: str) -> Callable[[Image.Image], Image.Image]:
-    """The augmentation that a policy string names.
+    """Return the augmentation that a policy string names.
 
     Args:
-        policy: timm's, such as rand-m9-n2-mstd0.5, or randaugment-nN-mM: torchvision's RandAugment of N operations at
-            magnitude M of 0 to 30.
+        policy: timm's, such as rand-m9-n2-mstd0.5, or randaugment-nN-mM: torchvision's RandAugment of N operations
+            at magnitude M from 0 to 30.
 
     Raises:
         UserError: It is neither.
@@ -116,10 +112,10 @@ def policy_transform(policy: str) -> Callable[[Image.Image], Image.Image]:
 
 
 def train_transform(config: TrainConfig) -> transforms.Compose:
-    """PIL image → PIL image of `image_size`, cropped and augmented at random; flips are left to `mirrored`.
+    """Return the random crop and augmentation, PIL image → PIL image of `image_size`; `mirrored` does the flips.
 
     Mirroring last instead of between crop and augmentation changes no probability: crops, shears, shifts and
-    rotations go either way alike, and the rest is blind to sides.
+    rotations are symmetric, and the rest ignores sides.
     """
     size = config.image_size
     crop = {
@@ -133,12 +129,12 @@ def train_transform(config: TrainConfig) -> transforms.Compose:
 
 
 def eval_transform(config: TrainConfig) -> transforms.Compose:
-    """PIL image → the middle of it, `image_size` square, its shorter side resized to fit. Nothing is drawn."""
+    """Return the transform to the central square of an image, its shorter side resized to `image_size`."""
     size = config.image_size
     resize = transforms.Resize(size, interpolation=transforms.InterpolationMode.BICUBIC)
     return transforms.Compose([resize, transforms.CenterCrop(size)])
 
 
 def pixels(picture: Image.Image) -> np.ndarray:
-    """An RGB picture as uint8 [3, H, W], not contiguous: channels are innermost in memory."""
+    """Return an RGB picture as uint8 [3, H, W], not contiguous: channels are innermost in memory."""
     return np.asarray(picture).transpose(2, 0, 1)

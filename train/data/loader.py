@@ -1,13 +1,12 @@
 """Splits and loaders: uint8 batches in an order that depends on seed and epoch alone, not on processes or workers.
 
-A training sample is named by (epoch, index, copy) and draws from a generator seeded with (seed, epoch, index, copy):
-a resumed run, or one with more processes, sees the same pixels. Images stay uint8 until they are on the device, where
-they are mirrored and normalised:
+A training sample's name is (epoch, index, copy); name and seed decide its random numbers. So a resumed run, or one
+with more processes, sees the same pixels. Images stay uint8 until the device mirrors and normalises them:
 
     images = normalize(mirrored(batch.images.to(device), batch.flips.to(device)))
 
-An image that cannot be read is named in its batch's `problems`. In training another takes its place, drawn by the
-sample's name too; in evaluation it is left out.
+A batch's `problems` name its corrupt images. In training another image replaces each, chosen by the sample's name; in
+evaluation they are skipped.
 """
 
 import dataclasses
@@ -16,7 +15,9 @@ import random
 import signal
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -27,40 +28,44 @@ from torch.utils.data import DataLoader, Dataset
 
 from crate_fast.errors import UserError
 from crate_fast.train.config import TrainConfig
-from crate_fast.train.image_files import UNREADABLE
-from crate_fast.train.shape_scenes import ShapeScenes
-from crate_fast.train.sources import Source, common_classes, open_source
-from crate_fast.train.transforms import Normalize, drawing_from, eval_transform, mirrored, pixels, train_transform
-from crate_fast.train.unreadable import Unreadable
+from crate_fast.train.data.shape_scenes import ShapeScenes
+from crate_fast.train.data.shards import ShardSource, TarSource, find_shards
+from crate_fast.train.data.sources import (
+    TORCHVISION,
+    FolderSource,
+    Source,
+    common_classes,
+    open_hub,
+    open_torchvision,
+)
+from crate_fast.train.data.transforms import drawing_from, eval_transform, pixels, train_transform
+from crate_fast.train.data.unreadable import Unreadable
 
 __all__ = [
-    "UNREADABLE",
     "Batch",
     "DataSplits",
-    "Normalize",
     "build_splits",
-    "drawing_from",
     "eval_loader",
-    "mirrored",
+    "open_source",
     "plain_splits",
     "readable",
     "train_loader",
 ]
 
 Key = tuple[int, int] | tuple[int, int, int]
-_ATTEMPTS = 30  # at finding a readable image for a sample
+_ATTEMPTS = 30  # to find a readable image for a sample
 
 
 class Batch(NamedTuple):
-    """Images as a loader gives them.
+    """A batch of images as a loader returns it.
 
     Attributes:
-        images: uint8 [B, 3, S, S], not mirrored yet. B may be 0 in evaluation, if none of a batch could be read.
+        images: uint8 [B, 3, S, S], not mirrored yet. In evaluation B is 0 if the whole batch is corrupt.
         labels: int64 [B].
-        flips: bool [B]; the images that `mirrored` is to mirror on the device. Loaders always give it; None: none.
-        problems: "path: error: what it says" for each image that could not be read while this batch was made.
+        flips: bool [B], the images for `mirrored`; None mirrors none. Loaders always set it.
+        problems: "path: error: reason" of each corrupt image met while this batch was made.
         keys: Names of the samples, (epoch, index) or (epoch, index, copy).
-        masks: Of `DataSplits.masks`, bool [B, S, S]; else None.
+        masks: bool [B, S, S] for `DataSplits.masks`, else None.
     """
 
     images: Tensor
@@ -72,10 +77,7 @@ class Batch(NamedTuple):
 
 
 class _Split(Dataset, ABC):
-    """What the splits of every data set share.
-
-    `split[epoch, index]` and `split[epoch, index, copy]` are (image uint8 [3, S, S], label, …), not mirrored.
-    """
+    """The samples of a split by name: (image uint8 [3, S, S], label, …), not mirrored."""
 
     def __init__(self, images: Dataset, config: TrainConfig, hflip: float = 0.0):
         self.images, self.seed, self.size, self.hflip = images, config.seed, config.image_size, hflip
@@ -85,17 +87,17 @@ class _Split(Dataset, ABC):
 
     @abstractmethod
     def batch(self, keys: Sequence[Key], replace: bool) -> Batch:
-        """The samples of these names; unreadable ones replaced or left out."""
+        """Load the samples of these names; corrupt ones are replaced or skipped."""
 
     def flips(self, keys: Sequence[Key]) -> Tensor:
-        """Which of the samples are to be mirrored, bool [B]."""
+        """Return which samples to mirror, bool [B]."""
         if not self.hflip:
             return torch.zeros(len(keys), dtype=torch.bool)
         return torch.tensor([np.random.default_rng((self.seed, *key)).random() < self.hflip for key in keys])
 
 
-class _Pictures(_Split):
-    """Images of a source behind a transform, PIL to PIL. With `augmented` it draws from the sample's generator."""
+class _SourceSplit(_Split):
+    """A source behind a transform, PIL to PIL; with `augmented` the transform draws random numbers."""
 
     def __init__(
         self,
@@ -113,53 +115,47 @@ class _Pictures(_Split):
         return torch.from_numpy(pixels(picture).copy()), label
 
     def _sample(self, key: Key, attempt: int = 0) -> tuple[Image.Image, int]:
-        """The sample of this name; from the first attempt on of an image drawn by its name.
+        """Load a sample; from attempt 1 on, of another image, chosen by the sample's name and the attempt.
 
         Raises:
-            Unreadable: It cannot be read.
+            Unreadable: It is corrupt.
         """
         epoch, index, *copy = key
-        if not self.augmented and not attempt:
-            picture, label = self.images[index]
-            return self.transform(picture), label
-        name = (*copy, attempt) if attempt else copy
-        with drawing_from(self.seed, epoch, index, *name):
+        name = (epoch, index, *copy, attempt) if attempt else key
+        with drawing_from(self.seed, *name) if self.augmented or attempt else nullcontext():
             picture, label = self.images[random.randrange(len(self)) if attempt else index]
             return self.transform(picture), label
 
-    def _readable_sample(self, key: Key, attempts: int, problems: list[str]) -> tuple[Image.Image, int] | None:
-        for attempt in range(attempts):
-            try:
-                return self._sample(key, attempt)
-            except Unreadable as error:
-                problems.append(str(error))
-        return None
-
     def batch(self, keys: Sequence[Key], replace: bool) -> Batch:
-        """See `_Split`.
+        """Load the samples of these names; corrupt ones are replaced or skipped.
 
         Raises:
-            UserError: In place of an unreadable image 29 others were tried, all unreadable.
+            UserError: A corrupt image and the 29 chosen in its place are all corrupt.
         """
         images = np.empty((len(keys), 3, self.size, self.size), np.uint8)
-        labels, kept, problems = [], [], []
+        labels, loaded, problems = [], [], []
         for key in keys:
-            sample = self._readable_sample(key, _ATTEMPTS if replace else 1, problems)
-            if sample is not None:
-                images[len(kept)] = pixels(sample[0])
-                labels.append(sample[1])
-                kept.append(key)
-            elif replace:
-                raise UserError(
-                    f"{_ATTEMPTS} images in a row could not be read, the last: {problems[-1]}. "
-                    "Is the disk still there?"
-                )
-        flips = self.flips(kept)
+            for attempt in range(_ATTEMPTS if replace else 1):
+                try:
+                    picture, label = self._sample(key, attempt)
+                except Unreadable as error:
+                    problems.append(str(error))
+                    continue
+                images[len(loaded)] = pixels(picture)
+                labels.append(label)
+                loaded.append(key)
+                break
+            else:
+                if replace:
+                    raise UserError(
+                        f"{_ATTEMPTS} images in a row could not be read, the last: {problems[-1]}. "
+                        "Is the disk still there?"
+                    )
         labels = torch.tensor(labels, dtype=torch.int64)
-        return Batch(torch.from_numpy(images[: len(kept)]), labels, flips, problems, kept)
+        return Batch(torch.from_numpy(images[: len(loaded)]), labels, self.flips(loaded), problems, loaded)
 
 
-class _Scenes(_Split):
+class _SceneSplit(_Split):
     """Scenes of `ShapeScenes`, the same in every epoch, drawn a batch at a time."""
 
     def __getitem__(self, key: Key) -> tuple:
@@ -169,14 +165,13 @@ class _Scenes(_Split):
         return self.images.__getitems__([key[1] for key in keys])
 
     def batch(self, keys: Sequence[Key], replace: bool) -> Batch:
-        """See `_Split`; scenes are always readable."""
         images, labels, *masks = zip(*self.__getitems__(keys), strict=True)
         masks = torch.stack(masks[0]) if masks else None
         return Batch(torch.stack(images), torch.tensor(labels), self.flips(keys), [], keys, masks)
 
 
-class _Loading(Dataset):
-    """A split as a loader asks for it: names in, a `Batch` out."""
+class _Batches(Dataset):
+    """A split as `DataLoader` reads it: the names of a batch in, a `Batch` out."""
 
     def __init__(self, split: _Split, replace: bool):
         self.split, self.replace = split, replace
@@ -190,11 +185,11 @@ class _Loading(Dataset):
 
 @dataclass(frozen=True)
 class DataSplits:
-    """The two splits and what the rest of the run must know of them.
+    """The splits of a data set.
 
     Attributes:
-        train, val: (uint8 image, label) by (epoch, index) or (epoch, index, copy), not mirrored; an image that cannot
-            be read raises one of `UNREADABLE`. The loaders make batches of them.
+        train, val: (uint8 image, label) by (epoch, index) or (epoch, index, copy), not mirrored; a corrupt image
+            raises `Unreadable`. The loaders make batches of them.
         classes: Class names, in the order of the labels.
         masks: Validation data with object masks, (image, label, mask) by (epoch, index), or None.
     """
@@ -205,62 +200,78 @@ class DataSplits:
     masks: Dataset | None
 
 
-def build_splits(config: TrainConfig) -> DataSplits:
-    """Open the data set that the configuration names.
+def open_source(config: TrainConfig, train: bool) -> Source:
+    """Open the training or the validation split of the configuration's data set (any but shape_scenes).
 
     Raises:
-        UserError: It is not where the configuration says.
-        UserError: It cannot be used, the two splits have different classes, or `auto_augment` is no policy.
-        UserError: A package is missing.
+        UserError: It is not where the configuration says, cannot be used, or needs another package.
+    """
+    if config.dataset in TORCHVISION:
+        return open_torchvision(config.dataset, config.data_dir, train, config.download)
+    splits = [(config.train_split, "--train-split"), (config.val_split, "--val-split")]
+    (split, option), (other, _) = splits if train else splits[::-1]
+    root = Path(config.data_dir)
+    if config.dataset == "hf":
+        return open_hub(config.data_dir, split, option, config.download)
+    if config.dataset == "shards":
+        return ShardSource(find_shards(root, split, option, other), root)
+    place = root / f"{split}.tar" if config.dataset == "tar" else root / split
+    if not place.exists():
+        present = sorted(path.name for path in root.iterdir())[:8] if root.is_dir() else "no such folder"
+        raise UserError(f"{place} is not there (data_dir holds: {present}): pass --data-dir, or {option}")
+    return TarSource(place) if config.dataset == "tar" else FolderSource(place)
+
+
+def build_splits(config: TrainConfig) -> DataSplits:
+    """Open both splits of the configuration's data set.
+
+    Raises:
+        UserError: See `open_source`; or the splits have different classes, or `auto_augment` is no policy.
     """
     if config.dataset == "shape_scenes":
         common = {"image_size": config.image_size, "seed": config.seed}
         train = ShapeScenes(config.train_samples, split="train", **common)
         val = ShapeScenes(config.val_samples, split="val", **common)
-        masks = ShapeScenes(
-            min(config.segmentation_samples, config.val_samples), split="val", with_mask=True, **common
-        )
-        return DataSplits(
-            _Scenes(train, config, config.hflip), _Scenes(val, config), tuple(train.classes), _Scenes(masks, config)
-        )
+        n_masks = min(config.segmentation_samples, config.val_samples)
+        masks = ShapeScenes(n_masks, split="val", with_mask=True, **common)
+        splits = _SceneSplit(train, config, config.hflip), _SceneSplit(val, config)
+        return DataSplits(*splits, tuple(train.classes), _SceneSplit(masks, config))
     transform = train_transform(config)
     train, val = open_source(config, train=True), open_source(config, train=False)
     return DataSplits(
-        _Pictures(train, config, transform, config.hflip, augmented=True),
-        _Pictures(val, config, eval_transform(config)),
+        _SourceSplit(train, config, transform, config.hflip, augmented=True),
+        _SourceSplit(val, config, eval_transform(config)),
         common_classes(train, val),
         None,
     )
 
 
 def plain_splits(config: TrainConfig) -> DataSplits:
-    """`build_splits` as a frozen model is probed: both splits under the validation transform, nothing augmented."""
+    """Open both splits under the validation transform, as probes of a frozen model need them."""
     data = build_splits(dataclasses.replace(config, hflip=0.0))
     if config.dataset == "shape_scenes":
         return data
-    return dataclasses.replace(data, train=_Pictures(data.train.images, config, eval_transform(config)))
+    return dataclasses.replace(data, train=_SourceSplit(data.train.images, config, eval_transform(config)))
 
 
 def readable(split: Dataset, indices: Sequence[int]) -> list[tuple]:
-    """The samples of a split at `indices`, in evaluation, without those that cannot be read."""
+    """Return a split's evaluation samples at `indices`, without the corrupt ones."""
     found = []
     for index in indices:
-        try:
+        with suppress(Unreadable):
             found.append(split[0, index])
-        except Unreadable:
-            continue
     return found
 
 
-class _TrainBatches:
-    """Batches of (epoch, index, copy) for one process, epoch after epoch, from any optimiser step on.
+class _TrainKeys:
+    """Batches of (epoch, index, copy) for one process, from any optimiser step on.
 
-    A step's global batch is cut into `accumulate` micro-batches, each dealt out to the processes: which images a step
-    sees depends neither on the number of processes nor on accumulation.
+    A step's global batch is cut into `accumulate` micro-batches, and each micro-batch into equal shares of the
+    processes. So neither the number of processes nor accumulation changes which images a step sees.
 
-    With r = `repeats` an epoch shows an r-th of the images, and r epochs share a permutation: together they show all,
-    but for a remainder smaller than a batch each. The copies of an image are neighbours in the global batch, and so
-    go to different processes.
+    With r = `repeats` an epoch shows an r-th of the images, and r epochs share a permutation. Together they show all
+    images, except a remainder smaller than a batch each. The copies of an image are neighbours in the global batch,
+    and so go to different processes.
     """
 
     def __init__(self, config: TrainConfig, n_images: int, rank: int, world_size: int, first_step: int):
@@ -272,7 +283,7 @@ class _TrainBatches:
         return (self.config.epochs * self.steps_per_epoch - self.first_step) * self.config.accumulate
 
     def _order(self, epoch: int) -> np.ndarray:
-        """Indices of an epoch's images, each once, at least as many as it shows."""
+        """Return the indices of an epoch's images, each once, at least as many as it shows."""
         turn, share = divmod(epoch, self.config.repeats)
         order = np.random.default_rng((self.config.seed, turn)).permutation(self.n_images)
         length = self.n_images // self.config.repeats
@@ -295,10 +306,10 @@ class _TrainBatches:
 def train_loader(
     config: TrainConfig, data: Dataset, *, rank: int = 0, world_size: int = 1, first_step: int = 0
 ) -> DataLoader:
-    """Micro-batches (`Batch`) of this process for every step from `first_step` to the end of the run, always full.
+    """Load this process's micro-batches, always full, for every step from `first_step` to the end of the run.
 
     Raises:
-        UserError: The data set is smaller than a batch, or the batch cannot be dealt out evenly.
+        UserError: The data set is smaller than a batch, or the batch cannot be cut into equal shares.
         UserError: While loading, nothing can be read any more.
     """
     share = config.accumulate * world_size
@@ -309,21 +320,21 @@ def train_loader(
         )
     if len(data) < config.batch_size:
         raise UserError(f"the training split has {len(data)} images, fewer than batch_size={config.batch_size}")
-    batches = _TrainBatches(config, len(data), rank, world_size, first_step)
-    return _loader(config, _Loading(data, replace=True), batches)
+    batches = _TrainKeys(config, len(data), rank, world_size, first_step)
+    return _loader(config, _Batches(data, replace=True), batches)
 
 
 def eval_loader(config: TrainConfig, data: Dataset, *, rank: int = 0, world_size: int = 1) -> DataLoader:
-    """This process's share of a split as `Batch`es, every readable image once over all processes."""
+    """Load this process's share of a split; all processes together see every readable image once."""
     mine = range(rank, len(data), world_size)
     size = max(1, min(256, config.batch_size))
     batches = [[(0, index) for index in mine[start : start + size]] for start in range(0, len(mine), size)]
-    return _loader(config, _Loading(data, replace=False), batches, persistent=True)
+    return _loader(config, _Batches(data, replace=False), batches, persistent=True)
 
 
-def _loader(config: TrainConfig, data: _Loading, batches, persistent: bool = False) -> DataLoader:
+def _loader(config: TrainConfig, data: _Batches, batches, persistent: bool = False) -> DataLoader:
     workers = config.workers
-    if workers is None:  # on a CPU a loading process takes a core from the training threads and slows them far more
+    if workers is None:  # on a CPU, a worker takes a core from the training threads and slows them far more
         share = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         workers = min(8, share) if _on_gpu(config) else 0
     parallel = {"persistent_workers": persistent, "prefetch_factor": 4} if workers else {}
@@ -332,13 +343,13 @@ def _loader(config: TrainConfig, data: _Loading, batches, persistent: bool = Fal
         batch_sampler=batches,
         num_workers=workers,
         pin_memory=_on_gpu(config),
-        worker_init_fn=_one_thread,
-        collate_fn=_as_it_is,
+        worker_init_fn=_init_worker,
+        collate_fn=_unchanged,
         **parallel,
     )
 
 
-def _as_it_is(batch: Batch) -> Batch:
+def _unchanged(batch: Batch) -> Batch:
     return batch
 
 
@@ -346,8 +357,8 @@ def _on_gpu(config: TrainConfig) -> bool:
     return config.device != "cpu" and torch.cuda.is_available()
 
 
-def _one_thread(_worker: int) -> None:
+def _init_worker(_worker: int) -> None:
     torch.set_num_threads(1)
-    # torchrun sends a signal to its processes' whole groups: the loop needs its workers to save and leave
+    # torchrun signals whole process groups, and the loop needs its workers until it has saved and stopped
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
