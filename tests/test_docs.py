@@ -20,8 +20,7 @@ import crate_fast.eval.explore
 import crate_fast.train
 from crate_fast import cli, settings
 from crate_fast.errors import CommandParser, UserError
-from crate_fast.export import FORMATS
-from crate_fast.portable import OUTPUTS
+from crate_fast.export import FORMATS, OUTPUTS
 from crate_fast.train import launch, plan
 
 ROOT = Path(__file__).parent.parent

@@ -305,7 +305,7 @@ def test_it_fits_every_width(visit):
     visit.wait("1/s0/3/cls", panel=2)
     for width in (2200, 1366, 1024, 380):
         visit.page.set_viewport_size({"width": width, "height": 768})
-        assert visit.page.evaluate("document.documentElement.scrollWidth") <= width
+        visit.page.wait_for_function(f"document.documentElement.scrollWidth <= {width}")  # canvases are redrawn
     for scheme in ("light", "dark"):
         visit.page.emulate_media(color_scheme=scheme)
         ground = visit.page.evaluate("getComputedStyle(document.body).backgroundColor")

@@ -58,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def model_choices(specification: str) -> list[ModelChoice]:
-    """Return the choices of a model named on the command line: for a run, its checkpoints and the untrained model too.
+    """Return the choices of a model named on the command line: of a run, its checkpoints and the untrained model.
 
     Raises:
         UserError: The folder holds no checkpoints.
