@@ -29,7 +29,7 @@ from crate_fast.train import launch
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 HOW_TO = sorted((DOCS / "how-to").glob("*.md"))
-PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md")), *sorted((DOCS / "results").glob("*.md")), *HOW_TO]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted(DOCS.glob("*.md")), *sorted((DOCS / "results").glob("*.md")), *HOW_TO]
 RUN = [DOCS / "tutorial.md", *HOW_TO]  # pages whose commands run here; those of other pages are only parsed
 PARSED_PAGES = [page for page in PAGES if page not in RUN] + [DOCS / "emergence" / "protocol.md"]
 PROTOCOLS = {f"{package}.{name}{module}" for _, table, package, module in cli.GROUPS.values() for name in table}
@@ -56,12 +56,13 @@ SMALL = {  # a command's beginning → options that make it small; a later optio
 }
 PARSED = (  # beginnings of commands that need GPUs or minutes; their options are parsed
     "torchrun --n",
-    "python benchmarks/bench_",
+    "python benchmarks/",
+    "bash benchmarks/",
     "crate-fast check",
     "crate-fast reproduce",
     "python docs/build_reference.py",
 )
-IGNORED = ("pip ", "pytest ", "CRATE_FAST_REQUIRE_GPU=1 pytest", "ruff ", "bash ")
+IGNORED = ("pip ", "pytest ", "CRATE_FAST_REQUIRE_GPU=1 pytest", "ruff ")
 
 
 def _commands(page: Path) -> list[str]:
@@ -80,9 +81,9 @@ def _main(command: str):
     if "-m" in words:
         at = words.index("-m") + 1
         return importlib.import_module(words[at]).main, words[at + 1 :]
-    at = next(i for i, word in enumerate(words) if word.endswith(".py"))
-    folder, name = words[at].split("/")
-    module = importlib.import_module(f"crate_fast.train.{name[:-3]}" if folder == "train" else name[:-3])
+    at = next(i for i, word in enumerate(words) if word.endswith((".py", ".sh")))
+    script = Path(words[at])
+    module = importlib.import_module(f"crate_fast.train.{script.stem}" if script.parts[0] == "train" else script.stem)
     return module.main, words[at + 1 :]
 
 
@@ -139,6 +140,7 @@ def test_options_of_commands_that_do_not_run_here_are_valid(page, monkeypatch):
     monkeypatch.syspath_prepend(DOCS)
     monkeypatch.setattr(launch, "launch", stop)  # a training command: its settings must fit each other
     for command in _commands(page):
+        assert all((ROOT / word).is_file() for word in re.findall(r"\btests/\S+\.py\b", command)), command
         training = re.search(r"\btorchrun .*train/\w+\.py", command)
         known = training or command.startswith(("crate-fast ", "python -m crate_fast", "torchrun ", *PARSED))
         if not known or (page in RUN and not command.startswith(PARSED)):
