@@ -165,23 +165,10 @@ def test_a_sweep_that_diverges_is_not_chosen_and_another_run_fails(tmp_path, mon
         train_and_score(dataclasses.replace(sweep, run=Run("scenes", "ViT", 0)))
 
 
-@pytest.fixture(scope="module")
-def cifar10(tmp_path_factory):
-    """A folder like CIFAR-10's, of one colour a class."""
-    root = tmp_path_factory.mktemp("cifar10")
-    for split, count in (("train", 13), ("test", 2)):
-        for label in range(10):
-            folder = root / split / f"class{label}"
-            folder.mkdir(parents=True)
-            for number in range(count):
-                Image.new("RGB", (32, 32), (25 * label, 10 * number, 99)).save(folder / f"{number}.png")
-    return root
-
-
-def command(output: Path, cifar10: Path) -> list[str]:
+def command(output: Path) -> list[str]:
     """The experiment at its smoke size, as a user starts it."""
     start = [sys.executable, "-m", "crate_fast.cli", "reproduce", "emergence", "--size", "smoke"]
-    return [*start, "--output", str(output), "--cifar10", str(cifar10), "--device", "cpu", "--jobs", "2"]
+    return [*start, "--output", str(output), "--device", "cpu", "--jobs", "2"]
 
 
 def report_again(report: Path, size: str = "smoke") -> str:
@@ -222,18 +209,18 @@ def jobs_of(output: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, cifar10):
+def finished(tmp_path_factory):
     """The smoke size, stopped once and killed once: its folder, and its results when it was killed."""
     output = tmp_path_factory.mktemp("emergence")
     results = output / "report" / "results"
     popen = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
-    process = subprocess.Popen(command(output, cifar10), **popen)
+    process = subprocess.Popen(command(output), **popen)
     wait_for(lambda: len(list(results.glob("*.json"))) >= 2, process)
     os.killpg(process.pid, signal.SIGTERM)  # as a job scheduler does: the runs get it too
     text, _ = process.communicate(timeout=60)
     assert process.returncode == 0, text
     assert "the same command continues" in text
-    process = subprocess.Popen(command(output, cifar10), **popen)
+    process = subprocess.Popen(command(output), **popen)
     started = output / "runs" / "scenes-CRATE-seed0" / "stage0" / "checkpoints"
     wait_for(lambda: started.is_dir() and any(started.iterdir()), process)
     assert jobs_of(output)
@@ -241,7 +228,7 @@ def finished(tmp_path_factory, cifar10):
     process.communicate()
     before = {path.name: path.stat().st_mtime_ns for path in results.glob("*.json")}
     wait_for(lambda: not jobs_of(output), seconds=60)  # no job outlives its parent
-    done = subprocess.run(command(output, cifar10), capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command(output), capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     return output, before
 
@@ -251,7 +238,7 @@ def test_smoke_goes_on_after_a_kill_and_does_nothing_twice(finished):
     results = {path.name: path.stat().st_mtime_ns for path in (output / "report" / "results").glob("*.json")}
     assert len(before) >= 10  # the sweeps
     assert before.items() <= results.items()
-    assert set(results) == {f"{run.name}.json" for run in planned_runs(SMOKE)}
+    assert set(results) == {f"{run.name}.json" for run in planned_runs(SMOKE, cifar10=False)}
     scored = json.loads((output / "report" / "results" / "scenes-CRATE-seed0.json").read_text())
     assert [(row["stage"], row["step"], row["images"]) for row in scored["checkpoints"]] == [
         (0, 0, 0),
@@ -271,7 +258,7 @@ def test_the_report_comes_from_results_alone(finished, copied):
     shutil.rmtree(copied / "figures")
     assert report_again(copied) == text
     assert text.count("](figures/") == len(list((copied / "figures").glob("*.png"))) == 10
-    assert "30 of 30" in text
+    assert "20 of 20, CIFAR-10's left out" in text
     assert str(finished[0]) not in text
 
 
@@ -279,10 +266,29 @@ def test_a_report_with_a_discussion_and_of_complete_seeds_alone(copied, without_
     (copied / "results" / "scenes-ViT-seed0.json").unlink()
     (copied / "discussion.md").write_text("## What did not reproduce\n\nIt is a smoke test.\n")
     text = report_again(copied)
-    assert "29 of 30" in text
+    assert "19 of 20" in text
     assert "so far**" in text
     assert "| seeds with all models | 1 |" in text
     assert "It is a smoke test." in text
+
+
+def test_cifar10_is_trained_on_and_in_the_report(copied, tmp_path, without_figures):
+    for split, count in (("train", 13), ("test", 2)):
+        for label in range(10):
+            folder = tmp_path / "cifar10" / split / f"class{label}"
+            folder.mkdir(parents=True)
+            for number in range(count):
+                Image.new("RGB", (32, 32), (25 * label, 10 * number, 99)).save(folder / f"{number}.png")
+    run, origin = Run("cifar10", "CRATE", 0), {"device": "cpu", "commit": "abc", "torch": "2"}
+    folders = Folders(tmp_path / "runs", copied, tmp_path / "cifar10")
+    train_and_score(Job(run, 1e-3, SMOKE, folders, "cpu", 1, 0, origin))
+    result = load_results(copied)[run.name]
+    assert [entry["step"] for entry in result["validation"]] == [1]
+    for other in planned_runs(SMOKE)[20:]:
+        folders.result(other).write_text(json.dumps(result | {"model": other.model, "seed": other.seed}))
+    text = report_again(copied)
+    assert "30 of 30" in text
+    assert "CIFAR-10 was not at hand" not in text
 
 
 def test_the_untrained_twin_is_the_run_before_training(finished, tmp_path):
@@ -305,7 +311,7 @@ def test_a_run_that_fails_is_named_and_the_others_are_kept(finished, tmp_path, c
     message = capsys.readouterr().err
     assert "scenes-ViT-seed1 ended with status 1" in message
     assert "scenes-ViT-seed1.txt" in message
-    assert len(list((copy / "report" / "results").glob("*.json"))) == 29
+    assert len(list((copy / "report" / "results").glob("*.json"))) == 19
 
 
 def learning(accuracies: list[float], scores: list[float]) -> dict:
