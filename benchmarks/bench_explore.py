@@ -22,8 +22,8 @@ from harness import markdown_table, write_results
 from PIL import Image
 from playwright.sync_api import Page, sync_playwright
 
-from crate_fast.eval.explore.desk import Desk
-from crate_fast.eval.explore.offers import Shelf, offers_of
+from crate_fast.eval.explore.command import model_choices
+from crate_fast.eval.explore.inspection import Explorer, ModelCache
 from crate_fast.eval.explore.pictures import Pictures
 from crate_fast.eval.explore.server import application
 from crate_fast.eval.models import open_model
@@ -112,11 +112,11 @@ def main(argv: list[str] | None = None) -> int:
         raise SystemExit(f"--browser {options.browser}: no such program; install Chromium or name another like it")
     with tempfile.TemporaryDirectory() as folder:
         _photos(Path(folder), options.pictures + 1)
-        shelf = Shelf(offers_of(options.model), device="cpu", image_size=None, model_args=None, seed=0)
+        models = ModelCache(model_choices(options.model), device="cpu", image_size=None, model_args=None, seed=0)
         extract = open_model(options.model).extract
-        shelf.get(0)  # as the command does before it gives the address
+        models.get(0)  # as the command does before it gives the address
         server = uvicorn.Server(
-            uvicorn.Config(application(Desk(shelf, "", Pictures(Path(folder)))), port=0, log_level="warning")
+            uvicorn.Config(application(Explorer(models, "", Pictures(Path(folder)))), port=0, log_level="warning")
         )
         thread = threading.Thread(target=server.run, daemon=True)
         thread.start()

@@ -27,7 +27,7 @@ COMMANDS = {
     "finetune": ("crate_fast.train.finetune", "fine-tuning on other data"),
     "linear_probe": ("crate_fast.train.linear_probe", "a linear classifier on a frozen model (MAE's protocol)"),
     "explore": ("crate_fast.eval.explore.command", "a local page to look inside models"),
-    "export": ("crate_fast.eval.export_command", "ONNX and torch.export files of a model, checked against it"),
+    "export": ("crate_fast.export", "ONNX and torch.export files of a model, checked against it"),
     "plan": ("crate_fast.train.plan", "what a run would cost: operations, memory, steps, hours"),
 }
 PROTOCOLS = {

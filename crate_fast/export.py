@@ -1,41 +1,246 @@
-"""Write a CRATE as a torch.export program (`.pt2`) and as ONNX; what is written is compared with the model first.
+"""Export a CRATE as ONNX and as a torch.export program, compared with PyTorch before the files are put in place.
+
+    crate-fast export runs/NAME                                             runs/export/NAME/model.onnx, .pt2, .json
+    crate-fast export runs/NAME --outputs logits,attention --layers 9,10    with CLS attention of two layers
+    crate-fast export runs/NAME --input uint8                               images 0 to 255, normalised in the graph
+
+Outputs: logits [B, classes]; features [B, C], the classifier's input; attention [B, L, H, P] of CLS on patches and
+subspace_tokens [B, L, 1 + P, H, D], of the chosen layers. Batch and image size are free: sides are multiples of the
+patch size, at least two patches.
 
     from crate_fast.export import export_model
     export_model(model, "exported", outputs=["logits", "attention"])    # exported/model.onnx, .pt2 and .json
 
-Both take any batch, and images of any size from two by two patches on that the patch size divides. Both run without
-crate_fast: the `.pt2` holds PyTorch's operators alone (`portable.py`), the ONNX file standard ones.
+The files run without crate_fast: they hold PyTorch's or ONNX's standard operators alone.
 """
 
+import argparse
+import copy
 import io
 import json
+import sys
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from crate_fast.errors import UserError, require
+from crate_fast.errors import CommandParser, UserError, require, run_command
 from crate_fast.exported import Difference, compare, open_exported
-from crate_fast.model import CRATE
-from crate_fast.portable import PortableCRATE
+from crate_fast.folding import fold_dictionary
+from crate_fast.layers import ISTA, MHSA, MSSA
+from crate_fast.model import CRATE, pool_tokens
 from crate_fast.provenance import provenance
+from crate_fast.whitebox import attention_layer, trace
 
-__all__ = ["FORMATS", "MismatchError", "capture", "export_model", "write_onnx", "write_torch"]
+__all__ = [
+    "FORMATS",
+    "OUTPUTS",
+    "MismatchError",
+    "PortableCRATE",
+    "capture",
+    "choose_outputs",
+    "export_model",
+    "main",
+    "resampling_matrix",
+    "write_onnx",
+    "write_torch",
+]
 
 FORMATS = {"onnx": "model.onnx", "torch": "model.pt2"}
+OUTPUTS = ("logits", "features", "attention", "subspace_tokens")
 MIN_OPSET = 18  # the first that PyTorch's exporter writes without converting
 FACTS_FILE = "crate_fast.json"  # inside a .pt2
+_CUBIC = -0.5  # the cubic's parameter a, as in Pillow and PyTorch's antialiased bicubic
 
 
 class MismatchError(UserError):
-    """What was written does not compute what the model computes."""
+    """An exported model that differs from its source."""
+
+
+def resampling_matrix(new: int, old: int, like: Tensor) -> Tensor:
+    """Return the matrix [new, old] that resamples `old` points to `new`, as `F.interpolate` (bicubic, antialiased).
+
+    Row i holds k((j + ½ − s(i + ½)) / max(s, 1)) for every j, divided by its sum, with s = old / new and k the cubic
+    convolution kernel for a = −½.
+
+    Args:
+        new: Number of points to make; may be symbolic.
+        old: Number of points given.
+        like: Tensor with the matrix's dtype and device.
+
+    >>> resampling_matrix(2, 2, torch.zeros(()))
+    tensor([[1., 0.],
+            [0., 1.]])
+    """
+    index = torch.arange(new, dtype=like.dtype, device=like.device)
+    count = torch.ones_like(index).sum()
+    scale = torch.full_like(count, old) / count  # a plain number over a tensor would be rounded twice
+    centers = (index + 0.5) * scale
+    points = torch.arange(old, dtype=like.dtype, device=like.device) + 0.5
+    distance = ((points - centers[:, None]) / scale.clamp(min=1.0)).abs()
+    near = ((_CUBIC + 2) * distance - (_CUBIC + 3)) * distance * distance + 1
+    far = ((distance - 5) * distance + 8) * distance * _CUBIC - 4 * _CUBIC
+    weights = torch.where(distance < 1, near, torch.where(distance < 2, far, torch.zeros_like(far)))
+    return weights / weights.sum(dim=1, keepdim=True)
+
+
+class _PortableISTA(nn.Module):
+    """`ISTA` with its folded dictionary: y = shrink(x + xG − ηλ) with G = η(D − DᵀD)."""
+
+    def __init__(self, ista: ISTA):
+        super().__init__()
+        with torch.no_grad():
+            self.register_buffer("folded", fold_dictionary(ista.weight, ista.step_size))
+        self.shift, self.threshold = ista.step_size * ista.lambd, ista.threshold
+
+    def forward(self, x: Tensor) -> Tensor:
+        u = x + x @ self.folded
+        return F.relu(u - self.shift) if self.threshold == "relu" else F.softshrink(u, self.shift)
+
+
+def _portable(module: nn.Module) -> nn.Module:
+    """Replace every ISTA, and let attention run without kernels, in place."""
+    for name, child in list(module.named_children()):
+        _portable(child)
+        if isinstance(child, MSSA):
+            child.backend = "torch"
+        elif isinstance(child, ISTA):
+            setattr(module, name, _PortableISTA(child))
+    return module
+
+
+def choose_outputs(
+    model: CRATE, outputs: Sequence[str] | None = None, layers: Iterable[int] | None = None
+) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """Check and sort the outputs of an exported model.
+
+    Args:
+        model: The CRATE.
+        outputs: Names from `OUTPUTS`; None means "logits", or "features" without a classifier.
+        layers: Layers of "attention" and "subspace_tokens", negative ones from the end; None means the one that the
+            paper looks at (`whitebox.attention_layer`).
+
+    Returns:
+        Names in the order of `OUTPUTS`, and layers in ascending order.
+
+    Raises:
+        TypeError: The model is no CRATE.
+        UserError: The model has no such output or layer.
+    """
+    if not isinstance(model, CRATE):
+        raise TypeError(
+            f"a {type(model).__name__} cannot be exported: pass a crate_fast.CRATE, or of a CRATE-MAE its encoder()"
+        )
+    if outputs is None:
+        outputs = ["logits" if model.num_classes else "features"]
+    unknown = [name for name in outputs if name not in OUTPUTS]
+    if unknown or not outputs:
+        raise UserError(f"outputs={list(outputs)!r}: choose from {', '.join(OUTPUTS)}")
+    if "logits" in outputs and not model.num_classes:
+        raise UserError("outputs: this model has no classifier, so no logits; ask for features [B, C] instead")
+    stack = model.transformer.layers
+    layers = [attention_layer(model)] if layers is None else list(layers)
+    absent = [layer for layer in layers if not -len(stack) <= layer < len(stack)]
+    if absent or not layers:
+        wrong = f"layer {absent[0]}" if absent else "layers=[]"
+        raise UserError(f"{wrong}: the model has layers 0 to {len(stack) - 1} (or -{len(stack)} to -1)")
+    layers = sorted({layer % len(stack) for layer in layers})
+    if "subspace_tokens" in outputs and any(isinstance(stack[layer][0].fn, MHSA) for layer in layers):
+        raise UserError(
+            "outputs: this model's layers have separate query, key and value, so no subspace_tokens; leave them out"
+        )
+    return tuple(name for name in OUTPUTS if name in outputs), tuple(layers)
+
+
+class PortableCRATE(nn.Module):
+    """Copy of a CRATE in fp32 on the CPU, in evaluation mode, with one graph for all image sizes.
+
+    `forward` takes images [B, channels, height, width] and returns a dict of the chosen outputs, with the shapes in
+    the module's text. Positions are resampled by two matrices, R P Cᵀ, whose entries depend on the image size: this
+    equals `resample_positions` for a size that is known when the graph runs.
+
+    Args:
+        model: The CRATE; it is not changed.
+        outputs, layers: See `choose_outputs`.
+        statistics: (mean, deviation) of each channel. With them `forward` takes uint8 images and normalises them;
+            without, normalised fp32 images.
+
+    Raises:
+        TypeError, UserError: See `choose_outputs`; or the statistics have another number of channels.
+
+    >>> model = CRATE(image_size=16, patch_size=4, num_classes=5, dim=8, depth=2, heads=2, dim_head=4)
+    >>> portable = PortableCRATE(model, ["logits", "attention"])
+    >>> {name: tuple(values.shape) for name, values in portable(torch.zeros(3, 3, 8, 24)).items()}
+    {'logits': (3, 5), 'attention': (3, 1, 2, 12)}
+    """
+
+    def __init__(
+        self,
+        model: CRATE,
+        outputs: Sequence[str] | None = None,
+        layers: Iterable[int] | None = None,
+        statistics: tuple[Sequence[float], Sequence[float]] | None = None,
+    ):
+        super().__init__()
+        self.outputs, self.layers = choose_outputs(model, outputs, layers)
+        self.patch_size, self.native_grid, self.pool = model.patch_size, model.native_grid, model.pool
+        self.channels = model.channels
+        self.raw = statistics is not None
+        if self.raw:
+            mean, deviation = (torch.tensor(values, dtype=torch.float32).flatten() for values in statistics)
+            if not len(mean) == len(deviation) == model.channels or not (deviation > 0).all():
+                raise UserError(
+                    f"statistics={statistics}: give mean and positive deviation of {model.channels} channels"
+                )
+            self.register_buffer("shift", (-mean / deviation).view(1, -1, 1, 1))
+            self.register_buffer("scale", (1 / (255 * deviation)).view(1, -1, 1, 1))
+        copied = _portable(copy.deepcopy(model).cpu().float().eval()).requires_grad_(False)
+        self.pos_embedding, self.cls_token = copied.pos_embedding, copied.cls_token
+        self.patch_embedding = copied.to_patch_embedding
+        self.transformer, self.head = copied.transformer, copied.mlp_head
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """Return (x/255 − mean)/deviation of uint8 images, others unchanged."""
+        return torch.addcmul(self.shift, images.float(), self.scale) if self.raw else images
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Return the first layer's tokens [B, 1 + P, C], CLS first."""
+        images = self.normalize(images)
+        patches = self.patch_embedding(images)
+        rows, columns = (side // patch for side, patch in zip(images.shape[2:], self.patch_size, strict=True))
+        positions = self.pos_embedding[0, 1:].unflatten(0, self.native_grid)
+        positions = torch.tensordot(resampling_matrix(rows, self.native_grid[0], patches), positions, 1)
+        positions = resampling_matrix(columns, self.native_grid[1], patches) @ positions
+        cls = self.cls_token + self.pos_embedding[:, :1]
+        return torch.cat([cls.expand(images.shape[0], -1, -1), patches + positions.flatten(0, 1)], dim=1)
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """Return the last layer's tokens [B, 1 + P, C]."""
+        return self.transformer(self.embed(images))
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """Return the chosen outputs by name."""
+        last = self.transformer.depth - 1
+        traces = {layer.index: layer for layer in trace(self, images, {*self.layers, last})}
+        chosen = [traces[layer] for layer in self.layers]
+        tokens = traces[last].after_ista
+        features = self.head[:-1](pool_tokens(tokens, self.pool))
+        read = {
+            "logits": lambda: self.head[-1](features),
+            "features": lambda: features,
+            "attention": lambda: torch.stack([layer.cls_attention() for layer in chosen], dim=1),
+            "subspace_tokens": lambda: torch.stack([layer.subspace_tokens for layer in chosen], dim=1),
+        }
+        return {name: read[name]() for name in self.outputs}
 
 
 def capture(portable: PortableCRATE) -> ExportedProgram:
-    """The graph of a portable model, for every batch and every image from two by two patches on."""
+    """Return the graph of a portable model for every batch size and image size."""
     height, width = portable.patch_size
     rows, columns = Dim("rows", min=2), Dim("columns", min=2)
     sizes = {0: Dim("batch", min=1), 2: height * rows, 3: width * columns}
@@ -49,11 +254,11 @@ def write_torch(program: ExportedProgram, path: str | Path, facts: dict | None =
     """Save a program for `torch.export.load`, which needs no crate_fast.
 
     Args:
-        program: From `capture`.
-        path: Ends in .pt2.
-        facts: Plain values, kept inside as crate_fast.json (`torch.export.load(path, extra_files=…)`).
+        program: Result of `capture`.
+        path: File name that ends in .pt2.
+        facts: Plain values, stored inside as crate_fast.json (`torch.export.load(path, extra_files=…)`).
     """
-    content = io.BytesIO()  # PyTorch's own writing to a full disk ends the process
+    content = io.BytesIO()  # on a full disk PyTorch's own writing ends the process
     torch.export.save(program, content, extra_files={FACTS_FILE: json.dumps(facts or {}, ensure_ascii=False)})
     Path(path).write_bytes(content.getbuffer())
 
@@ -68,15 +273,14 @@ def write_onnx(
     """Save a program as ONNX, in one file.
 
     Args:
-        program: From `capture`.
+        program: Result of `capture`.
         outputs: Names of its outputs.
-        path: Of the file.
-        facts: Plain values, kept as the file's metadata; those that are no strings as JSON.
+        path: File name.
+        facts: Plain values, stored as metadata; other values than strings as JSON.
         opset: Version of ONNX's operators, 18 or newer.
 
     Raises:
-        UserError: onnx or onnxscript is missing.
-        UserError: The opset is too old, or newer than the installed onnx.
+        UserError: onnx or onnxscript is missing, or does not support the opset.
     """
     require("onnx", "onnxscript")
     _check_opset(opset)
@@ -118,32 +322,30 @@ def export_model(
     facts: dict | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> list[Path]:
-    """Write model.onnx and model.pt2 into a folder, with model.json beside them, once each equals the model.
+    """Write model.onnx, model.pt2 and model.json into a folder.
 
-    Each file is written under another name, run (by onnxruntime, or by PyTorch after loading it) on random images
-    of three batch and image sizes that the export did not see, and compared with the model. Files come to their
-    places together, after all comparisons; before, the folder is as it was.
+    Each file is first written to a hidden folder, run on random images of three batch and image sizes that the export
+    did not see, and compared with the model. The files are moved to the folder after all comparisons.
 
     Args:
-        model: The CRATE; it stays as it is.
-        folder: Made if it is not there.
+        model: The CRATE; it is not changed.
+        folder: Output folder; created if missing.
         formats: "onnx", "torch", or both.
-        outputs, layers: See `portable.choose_outputs`.
-        statistics: (mean, deviation) of each channel, which the images are to be normalised by.
-        raw: Take uint8 images and normalise them inside, by `statistics`.
+        outputs, layers: See `choose_outputs`.
+        statistics: (mean, deviation) of each channel for normalised images.
+        raw: True for a graph that takes uint8 images and normalises them by `statistics`.
         opset: See `write_onnx`.
-        tolerance: The largest difference allowed, over the largest absolute value of the output.
-        facts: Plain values that are recorded with the files, such as the model's name.
-        say: Told of every comparison, in a line.
+        tolerance: Largest difference allowed, relative to the largest absolute value of the output.
+        facts: Plain values to store with the files, such as the model's name.
+        say: Called with a line for each comparison.
 
     Returns:
         The files.
 
     Raises:
         TypeError: The model is no CRATE.
-        UserError: An option is wrong; the message names it.
+        UserError: An option is wrong, or a package that ONNX needs is missing.
         MismatchError: An exported model differs from the model by more than the tolerance.
-        UserError: A package that ONNX needs is missing.
     """
     folder, formats = Path(folder), list(formats)
     _check_formats(formats, opset)
@@ -173,7 +375,6 @@ def export_model(
 
 
 def _check_formats(formats: list[str], opset: int) -> None:
-    """Refuse what cannot be written, before anything is computed."""
     unknown = [name for name in formats if name not in FORMATS]
     if unknown or not formats:
         raise UserError(f"formats={formats!r}: choose from {', '.join(FORMATS)}")
@@ -183,7 +384,7 @@ def _check_formats(formats: list[str], opset: int) -> None:
 
 
 def _facts(model: CRATE, portable: PortableCRATE, statistics: tuple | None) -> dict:
-    """What somebody who has the files alone must know to use them."""
+    """Return what a user needs to know who has only the files."""
     facts = {
         "input": "images, uint8 0 to 255" if portable.raw else "images, float32, normalised",
         "outputs": list(portable.outputs),
@@ -195,12 +396,12 @@ def _facts(model: CRATE, portable: PortableCRATE, statistics: tuple | None) -> d
         facts["layers"] = list(portable.layers)
     if statistics is not None:
         facts["mean"], facts["std"] = ([float(value) for value in values] for values in statistics)
-    origin = provenance()  # without command line and machine: these files are given away
+    origin = provenance()  # without command line and machine: these files are shared
     return facts | {name: origin[name] for name in ("crate_fast", "commit", "torch", "time")}
 
 
 def _check(name: str, differences: list[Difference], tolerance: float, say: Callable[[str], None]) -> list[dict]:
-    """Report comparisons, and return them as plain values; a MismatchError if one is beyond the tolerance, or NaN."""
+    """Print comparisons and return them as plain values; raise a MismatchError above the tolerance or for NaN."""
     for d in differences:
         images = "×".join(map(str, d.images))
         values = f"{d.absolute:.1e}, of values up to {d.largest:.3g}"
@@ -211,3 +412,85 @@ def _check(name: str, differences: list[Difference], tolerance: float, say: Call
                 "is allowed (tolerance). Nothing was written"
             )
     return [asdict(d) for d in differences]
+
+
+def _words(text: str) -> list[str]:
+    return text.split(",")
+
+
+def _layers(text: str) -> list[int] | str:
+    return text if text == "all" else [int(word) for word in text.split(",")]
+
+
+def _parser() -> argparse.ArgumentParser:
+    from crate_fast.eval import models as models_module
+    from crate_fast.eval.options import positive, seed
+
+    parser = CommandParser(
+        prog="crate-fast export",
+        description=__doc__.partition("\n\n    from")[0],
+        epilog="How to name models:\n\n" + models_module.__doc__.split("\n\n", 1)[1],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="see below")
+    add("--output", type=Path, help="folder of the files; default runs/export/MODEL")
+    add("--format", type=_words, default=list(FORMATS), help="onnx, torch, or onnx,torch (default)")
+    add("--outputs", type=_words, help=f"of {', '.join(OUTPUTS)}; default logits (features without a classifier)")
+    add("--layers", type=_layers, help="all, or numbers such as 9,10; default the one that the paper looks at")
+    add("--input", choices=("float", "uint8"), default="float", help="normalised (default), or 0 to 255")
+    add("--image-size", type=positive, help="size that is recorded and compared first; default the model's own")
+    add("--opset", type=int, default=MIN_OPSET, help="version of ONNX's operators; default %(default)s")
+    add("--tolerance", type=float, default=1e-4, help="largest difference, of the largest value; default %(default)s")
+    add("--seed", type=seed, default=0, help="of untrained weights; default 0")
+    add("--model-args", nargs="+", metavar="KEY=VALUE", help="for models that timm builds")
+    return parser
+
+
+def _statistics(normalize: nn.Module) -> tuple[list[float], list[float]]:
+    """Return mean and deviation of a `transforms.Normalize`."""
+    deviation = 1 / (255 * normalize.scale.double().flatten())
+    mean = -normalize.shift.double().flatten() * deviation
+    return [round(value, 6) for value in mean.tolist()], [round(value, 6) for value in deviation.tolist()]
+
+
+def _export(options: argparse.Namespace) -> None:
+    from crate_fast.eval.models import class_names, open_model
+    from crate_fast.eval.results import file_name, make_folder
+
+    subject = open_model(options.model, "cpu", options.image_size, options.model_args, options.seed)
+    if options.model_args and subject.config is not None:
+        raise UserError(f"--model-args {' '.join(options.model_args)}: a run knows its own model; leave them out")
+    if not isinstance(subject.model, CRATE):
+        raise UserError(
+            f"{subject.facts['model']} is a {type(subject.model).__name__} of timm: crate-fast exports CRATE, its "
+            "ablations and the encoders of CRATE-MAE; name one of those"
+        )
+    depth = subject.extract.depth
+    names = ("model", "weights_sha256", "parameters")
+    facts = {name: subject.facts[name] for name in names}
+    classes = class_names(options.model) if subject.model.num_classes else None
+    written = export_model(
+        subject.model,
+        make_folder(options.output or Path("runs/export") / file_name(subject.label)),
+        formats=options.format,
+        outputs=options.outputs,
+        layers=range(depth) if options.layers == "all" else options.layers,
+        statistics=_statistics(subject.normalize),
+        raw=options.input == "uint8",
+        opset=options.opset,
+        tolerance=options.tolerance,
+        facts=facts if classes is None else facts | {"classes": classes},
+        say=print,
+    )
+    print("written:", *map(str, written), sep="\n  ")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run `crate-fast export`; return the exit status, 2 after an error or a mismatch."""
+    return run_command(lambda: _export(_parser().parse_args(argv)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

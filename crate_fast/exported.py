@@ -1,8 +1,8 @@
-"""Run an exported CRATE, and compare it with the model that it was written from.
+"""Run an exported CRATE, and compare it with its source.
 
 run = open_exported("crate.onnx")              # or crate.pt2
 run(images)["logits"]
-compare(run, model, portable)                  # the largest differences, at sizes the export never saw
+compare(run, model, portable)                  # the largest differences, at sizes that the export did not see
 """
 
 import copy
@@ -10,14 +10,17 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from crate_fast.errors import UserError, require
 from crate_fast.model import CRATE
-from crate_fast.portable import PortableCRATE
 from crate_fast.whitebox import trace
+
+if TYPE_CHECKING:
+    from crate_fast.export import PortableCRATE
 
 __all__ = ["Difference", "compare", "eager_outputs", "open_exported"]
 
@@ -25,17 +28,13 @@ Exported = Callable[[Tensor], dict[str, Tensor]]
 
 
 def open_exported(path: str | Path) -> Exported:
-    """A file that `export` wrote, as a function of images [B, channels, height, width] on the CPU.
+    """Open an exported file as a function from images [B, channels, height, width] to outputs by name, on the CPU.
 
     Args:
-        path: Of a `.onnx` file, run by onnxruntime, or of a `.pt2` file, run by PyTorch.
-
-    Returns:
-        Images → outputs by name; the names are the file's.
+        path: A `.onnx` file, run by onnxruntime, or a `.pt2` file, run by PyTorch.
 
     Raises:
-        UserError: The file is of another kind.
-        UserError: onnxruntime is missing.
+        UserError: The file name has another ending, or onnxruntime is missing.
     """
     path = Path(path)
     if path.suffix == ".pt2":
@@ -62,12 +61,12 @@ def open_exported(path: str | Path) -> Exported:
 def eager_outputs(
     model: CRATE, images: Tensor, outputs: Sequence[str], layers: Iterable[int] | None = None
 ) -> dict[str, Tensor]:
-    """What a `PortableCRATE` with these outputs must return, from the model itself and `whitebox.trace`.
+    """Compute the outputs of a `PortableCRATE` from the model itself and `whitebox.trace`.
 
     Args:
-        model: The CRATE, which expects images of this size.
-        images: Normalised, [B, channels, height, width].
-        outputs, layers: As `portable.choose_outputs` gives them.
+        model: The CRATE, set to the size of these images.
+        images: Normalised images [B, channels, height, width].
+        outputs, layers: Result of `export.choose_outputs`.
     """
     traces = trace(model, images, layers) if {"attention", "subspace_tokens"} & set(outputs) else []
     values = {}
@@ -84,13 +83,13 @@ def eager_outputs(
 
 @dataclass(frozen=True)
 class Difference:
-    """How far an exported model is from its source, in one output on one batch.
+    """Difference between an exported model and its source, in one output on one batch.
 
     Attributes:
-        output: Its name.
+        output: Name of the output.
         images: Shape of the images.
-        absolute: The largest absolute difference; NaN where either has one.
-        largest: The largest absolute value of the source.
+        absolute: Largest absolute difference; NaN if either output has one.
+        largest: Largest absolute value of the source.
     """
 
     output: str
@@ -100,43 +99,35 @@ class Difference:
 
     @property
     def relative(self) -> float:
-        """`absolute` over `largest`; 0 where there is no difference."""
+        """Return `absolute` over `largest`; 0 without a difference."""
         return self.absolute / self.largest if self.largest else (math.inf if self.absolute else 0.0)
 
 
-def _shapes(model: CRATE) -> list[tuple[int, int, int]]:
-    """Batches that the export did not see, (B, rows, columns): the model's own size, larger, and smaller."""
-    rows, columns = model.grid_size
-    return [(1, rows, columns), (2, rows + 3, columns + 1), (3, max(2, rows // 2), max(2, 2 * columns // 3))]
-
-
-def _random_images(portable: PortableCRATE, shape: Sequence[int], seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    if portable.raw:
-        return torch.randint(256, tuple(shape), generator=generator, dtype=torch.uint8)
-    return torch.randn(*shape, generator=generator)
-
-
-def compare(run: Exported, model: CRATE, portable: PortableCRATE) -> list[Difference]:
-    """Run an exported model beside its source, on random images of three batch and image sizes.
+def compare(run: Exported, model: CRATE, portable: "PortableCRATE") -> list[Difference]:
+    """Compare an exported model with its source on random images of three batch and image sizes.
 
     Args:
-        run: The exported model, as `open_exported` opens it.
-        model: The CRATE it was written from.
-        portable: What was written.
+        run: Result of `open_exported`.
+        model: The CRATE.
+        portable: The `export.PortableCRATE` that was written.
 
     Returns:
         A `Difference` for each output and size.
 
     Raises:
-        UserError: The exported model gives other outputs, or outputs of another shape.
+        UserError: The exported model's outputs have other names or shapes.
     """
     model = copy.deepcopy(model).cpu().float().eval()
-    height, width = model.patch_size
+    (height, width), (h, w) = model.patch_size, model.grid_size
+    batches = [(1, h, w), (2, h + 3, w + 1), (3, max(2, h // 2), max(2, 2 * w // 3))]
+    generator = torch.Generator().manual_seed(0)
     differences = []
-    for seed, (batch, rows, columns) in enumerate(_shapes(model)):
+    for batch, rows, columns in batches:
         shape = (batch, model.channels, rows * height, columns * width)
-        images = _random_images(portable, shape, seed)
+        if portable.raw:
+            images = torch.randint(256, shape, generator=generator, dtype=torch.uint8)
+        else:
+            images = torch.randn(shape, generator=generator)
         model.set_input_size(shape[2:])
         wanted = eager_outputs(model, portable.normalize(images), portable.outputs, portable.layers)
         found = run(images)

@@ -1,14 +1,18 @@
-"""The pages of docs/: their commands and Python run, small, in a scratch folder, and links lead somewhere.
+"""The documentation: its commands and Python run, its links lead somewhere, and every public name has a docstring.
 
-Commands run in this process, torchrun's and python's scripts by their `main`: the words behind the script are tested,
-not the launcher.
+Commands run small, in this process and a scratch folder, by their `main`; torchrun itself is not tested.
 """
 
 import argparse
+import doctest
 import importlib
 import json
+import os
+import pkgutil
 import re
 import shlex
+import subprocess
+import sys
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,23 +22,27 @@ import pytest
 import uvicorn
 from PIL import Image
 
+import crate_fast
 from crate_fast import cli
 from crate_fast.train import launch
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 HOW_TO = sorted((DOCS / "how-to").glob("*.md"))
-RUN = [DOCS / "tutorial.md", *HOW_TO]  # pages whose commands run here
-PAGES = sorted(DOCS.glob("*.md")) + sorted((DOCS / "results").glob("*.md")) + HOW_TO
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted(DOCS.glob("*.md")), *sorted((DOCS / "results").glob("*.md")), *HOW_TO]
+RUN = [DOCS / "tutorial.md", *HOW_TO]  # pages whose commands run here; those of other pages are only parsed
+PARSED_PAGES = [page for page in PAGES if page not in RUN] + [DOCS / "emergence" / "protocol.md"]
+PROTOCOLS = {f"{package}.{name}{module}" for _, table, package, module in cli.GROUPS.values() for name in table}
+COMMAND_MODULES = {module for module, _ in cli.COMMANDS.values()} | PROTOCOLS
 
 _TRAINING = "--image-size 32 --batch-size 4 --epochs 1 --threads 1 --device cpu"
 _SCENES = "--train-samples 8 --val-samples 4 --segmentation-samples 4"
 _MODEL = "--patch-size 8 --dim 32 --depth 2 --heads 2"
-SMALL = {  # a command's beginning → what is written behind it here, so that seconds do; a later option wins
+SMALL = {  # a command's beginning → options that make it small; a later option wins
     "torchrun train/pretrain.py": f"{_TRAINING} {_SCENES} {_MODEL}",
     "torchrun train/finetune.py": f"{_TRAINING}",
     "crate-fast pretrain": f"{_TRAINING} {_SCENES} {_MODEL}",
-    "crate-fast explore": "--no-browser",  # its server is told to stop at once
+    "crate-fast explore": "--no-browser",  # the server is replaced
     "crate-fast export": "",
     "crate-fast eval coarse_segmentation": "--limit 8 --device cpu",
     "python -m crate_fast.train.write_shards": "--workers 1",
@@ -46,40 +54,37 @@ SMALL = {  # a command's beginning → what is written behind it here, so that s
     "crate-fast eval by_layer": "--limit 4 --image-size 32 --device cpu",
     "crate-fast eval white_box": "--limit 4 --device cpu",
 }
-PARSED = {  # commands whose options are only parsed, and why
-    "torchrun --nproc_per_node": "several GPUs",
-    "bash benchmarks/gpu_check.sh": "a GPU",
-    "python benchmarks/": "a GPU, or minutes",
-    "pytest": "minutes, and these are tests",
-    "CRATE_FAST_REQUIRE_GPU=1 pytest": "a GPU",
-    "crate-fast check": "a GPU",
-    "crate-fast reproduce": "a minute; test_emergence runs it",
-    "pip install": "a network",
-    "ruff": "it is no part of the package",
-    "python docs/build_reference.py": "test_build_reference runs it",
-}
+PARSED = (  # beginnings of commands that need GPUs or minutes; their options are parsed
+    "torchrun --n",
+    "python benchmarks/",
+    "bash benchmarks/",
+    "crate-fast check",
+    "crate-fast reproduce",
+    "python docs/build_reference.py",
+)
+IGNORED = ("pip ", "pytest ", "CRATE_FAST_REQUIRE_GPU=1 pytest", "ruff ")
 
 
 def _commands(page: Path) -> list[str]:
-    blocks = re.findall(r"```bash\n(.*?)```", page.read_text().replace("\\\n", " "), re.S)
-    lines = [line for block in blocks for line in re.split(r"\n| && ", block) if line.strip()]
+    """The commands of a page's bash blocks and indented lines."""
+    text = page.read_text().replace("\\\n", " ")
+    blocks = re.findall(r"```bash\n(.*?)```|^ {4}((?:crate-fast|torchrun) [^\n]*)$", text, re.S | re.M)
+    lines = [line for block in blocks for line in re.split(r"\n| && ", "".join(block)) if line.strip()]
     return [shlex.join(words) for words in (shlex.split(line, comments=True) for line in lines) if words]
 
 
-def _begins(command: str, table: dict[str, str]) -> str | None:
-    return next((start for start in table if command.startswith(start)), None)
-
-
-def _main(words: list[str]):
+def _main(command: str):
     """(a command's `main`, its arguments)."""
+    words = shlex.split(command)
     if words[0] == "crate-fast":
         return cli.main, words[1:]
-    if words[:2] == ["python", "-m"]:
-        return importlib.import_module(words[2]).main, words[3:]
-    script = next(i for i, word in enumerate(words) if word.endswith(".py"))
-    folder, name = words[script].split("/")
-    module = importlib.import_module(f"crate_fast.train.{name[:-3]}" if folder == "train" else name[:-3])
-    return module.main, words[script + 1 :]
+    if "-m" in words:
+        at = words.index("-m") + 1
+        return importlib.import_module(words[at]).main, words[at + 1 :]
+    at = next(i for i, word in enumerate(words) if word.endswith((".py", ".sh")))
+    script = Path(words[at])
+    module = importlib.import_module(f"crate_fast.train.{script.stem}" if script.parts[0] == "train" else script.stem)
+    return module.main, words[at + 1 :]
 
 
 def _picture(number: int, path: Path) -> None:
@@ -110,18 +115,56 @@ def test_a_pages_commands_and_python_run_small(page, scratch, tiny_run, monkeypa
     monkeypatch.setattr("multiprocessing.get_context", lambda kind: SimpleNamespace(Pool=ThreadPool))  # of shards
     monkeypatch.setattr(uvicorn.Server, "run", lambda server, sockets: [socket.close() for socket in sockets])
     for command in _commands(page):
-        start = None if _begins(command, PARSED) else _begins(command, SMALL)
-        if start is None:
-            assert _begins(command, PARSED), f"say in SMALL how to run this small: {command}"
+        if command.startswith((*PARSED, *IGNORED)):
             continue
-        main, arguments = _main(shlex.split(command))
+        start = next((start for start in SMALL if command.startswith(start)), None)
+        assert start, f"say in SMALL how to run this small: {command}"
+        main, arguments = _main(command)
         assert main([*arguments, *shlex.split(SMALL[start])]) == 0, f"{command}\n{capsys.readouterr()}"
     for block in re.findall(r"```python\n(.*?)```", text, re.S):
         exec(compile(block, page.name, "exec"), {"__name__": page.stem})
 
 
-def test_the_plan_of_a_large_run_is_made(scratch, tiny_run, capsys):
-    plans = [command for command in _commands(DOCS / "training.md") if command.startswith("crate-fast plan")]
+@pytest.mark.parametrize("page", [*PARSED_PAGES, *RUN], ids=lambda page: page.stem)
+def test_options_of_commands_that_do_not_run_here_are_valid(page, monkeypatch):
+    class Parsed(Exception):
+        pass
+
+    parse = argparse.ArgumentParser.parse_args
+
+    def stop(*arguments):
+        if isinstance(arguments[0], argparse.ArgumentParser):
+            parse(*arguments)
+        raise Parsed
+
+    monkeypatch.syspath_prepend(DOCS)
+    monkeypatch.setattr(launch, "launch", stop)  # a training command: its settings must fit each other
+    for command in _commands(page):
+        assert all((ROOT / word).is_file() for word in re.findall(r"\btests/\S+\.py\b", command)), command
+        training = re.search(r"\btorchrun .*train/\w+\.py", command)
+        known = training or command.startswith(("crate-fast ", "python -m crate_fast", "torchrun ", *PARSED))
+        if not known or (page in RUN and not command.startswith(PARSED)):
+            continue
+        if re.search(r"\.py .*\$", command):  # options in a shell variable
+            continue
+        main, arguments = _main(command)
+        with monkeypatch.context() as patch:
+            if not training:
+                patch.setattr(argparse.ArgumentParser, "parse_args", stop)
+            with pytest.raises(Parsed):
+                main(arguments)
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/evaluation.md", "docs/models.md"])
+def test_documented_python_runs(name):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(), re.S)
+    assert blocks
+    for block in blocks:
+        exec(compile(block, name, "exec"), {})
+
+
+def test_documented_plans_are_made(scratch, tiny_run, capsys):
+    plans = [command for page in PAGES for command in _commands(page) if command.startswith("crate-fast plan")]
     assert plans
     summary = json.loads((tiny_run / "summary.json").read_text())
     planned = {"model": "crate_small_patch8_224", "image_size": 224, "dim": None, "depth": None, "heads": None}
@@ -133,71 +176,12 @@ def test_the_plan_of_a_large_run_is_made(scratch, tiny_run, capsys):
         assert "hours" in capsys.readouterr().out
 
 
-class _Parsed(Exception):
-    pass
-
-
-@pytest.mark.parametrize("page", [DOCS / "README.md", *RUN], ids=lambda page: page.stem)
-def test_options_of_commands_for_gpus_several_devices_and_tools_are_valid(page, monkeypatch):
-    parse = argparse.ArgumentParser.parse_args
-
-    def stop(*arguments):
-        if isinstance(arguments[0], argparse.ArgumentParser):
-            parse(*arguments)
-        raise _Parsed
-
-    for command in _commands(page):
-        start, words = _begins(command, PARSED), shlex.split(command)
-        if start is None:
-            continue
-        if start == "pip install":
-            extras = re.findall(r"\w+", words[-1].partition("[")[2])
-            assert all(f"\n{extra} = [" in (ROOT / "pyproject.toml").read_text() for extra in extras)
-        elif start == "bash benchmarks/gpu_check.sh":
-            import gpu_check
-
-            with monkeypatch.context() as patch:
-                patch.setattr(argparse.ArgumentParser, "parse_args", stop)
-                with pytest.raises(_Parsed):
-                    gpu_check.main(words[2:])
-        elif "pytest" in start:
-            _check_pytest(words[words.index("pytest") + 1 :])
-        elif start == "ruff":
-            assert words[1] in ("check", "format")
-        else:
-            if start == "python docs/build_reference.py":
-                monkeypatch.syspath_prepend(DOCS)
-            main, arguments = _main(words)
-            with monkeypatch.context() as patch:
-                if start.startswith("torchrun"):  # further than its parser: its settings must fit each other
-                    patch.setattr(launch, "launch", stop)
-                else:
-                    patch.setattr(argparse.ArgumentParser, "parse_args", stop)
-                with pytest.raises(_Parsed):
-                    main(arguments)
-
-
-def _check_pytest(words: list[str]) -> None:
-    files = [ROOT / word for word in words if word.endswith(".py")]
-    assert files
-    assert all(file.is_file() for file in files)
-    if "-k" in words:
-        wanted = words[words.index("-k") + 1]
-        assert all(re.search(rf"def test_\w*{wanted}", file.read_text()) for file in files)
-
-
-def test_the_tables_have_no_command_that_no_page_has():
-    commands = [command for page in [DOCS / "README.md", *RUN] for command in _commands(page)]
-    for start in (*SMALL, *PARSED):
-        assert any(command.startswith(start) for command in commands), start
-
-
 def _anchors(page: Path) -> set[str]:
     titles = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```", "", page.read_text(), flags=re.S | re.M), re.M)
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
-@pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md"], ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_links_lead_somewhere(page):
     text = re.sub(r"<!--.*?-->|^```.*?^```", "", page.read_text(), flags=re.S | re.M)  # code has no links
     for target in re.findall(r"\]\((?!https?:)([^)\s]+)\)", text):
@@ -207,14 +191,45 @@ def test_links_lead_somewhere(page):
         assert not anchor or anchor in _anchors(other), f"{page.name}: {target}"
 
 
-def test_the_index_lists_every_page():
-    text = re.sub(r"<!--.*?-->", "", (DOCS / "README.md").read_text(), flags=re.S)
-    for page in PAGES:
-        index = text if page.parent != DOCS / "results" else text + (DOCS / "results" / "README.md").read_text()
-        names = (f"]({page.relative_to(DOCS)})", f"]({page.name})")
-        assert page == DOCS / "README.md" or any(name in index for name in names), page
+def _modules() -> list[str]:
+    found = pkgutil.walk_packages(crate_fast.__path__, "crate_fast.", onerror=lambda name: None)
+    return ["crate_fast", *(module.name for module in found if not module.name.startswith("crate_fast.kernels."))]
 
 
-@pytest.mark.parametrize("page", HOW_TO, ids=lambda page: page.stem)
-def test_a_how_to_page_is_short(page):
-    assert len(page.read_text().splitlines()) <= 60
+@pytest.mark.parametrize("name", _modules())
+def test_docstrings_are_there_and_their_examples_run(name):
+    module = importlib.import_module(name)
+    assert module.__doc__
+    for symbol in getattr(module, "__all__", []):
+        value = getattr(module, symbol)
+        assert not callable(value) or value.__doc__, f"{name}.{symbol}"
+    assert doctest.testmod(module).failed == 0
+
+
+def test_commands_import_without_triton_and_device_in_an_uninstalled_tree(tmp_path):
+    code = f"""if True:
+        import importlib, pathlib, sys
+        sys.modules["triton"] = None
+        import torch
+        def touched(): raise AssertionError("a device was touched")
+        torch.cuda._lazy_init = touched
+        import crate_fast, crate_fast.kernels, crate_fast.train, crate_fast.eval
+        early = {COMMAND_MODULES} & set(sys.modules)
+        assert not early, f"python -m warns of {{early}}, which their packages import"
+        for name in {COMMAND_MODULES}:
+            importlib.import_module(name)
+        model = crate_fast.CRATE(image_size=8, patch_size=4, num_classes=2, dim=8, depth=1, heads=1)
+        model(torch.zeros(1, 3, 8, 8)).sum().backward()
+        print(crate_fast.kernels.__file__)
+    """
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-W", "error::RuntimeWarning", "-c", code]
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert Path(result.stdout.strip()) == ROOT / "crate_fast" / "kernels" / "__init__.py"
+
+
+def test_every_module_is_inside_the_package():
+    """Editors follow paths, not import hooks."""
+    for name in ("kernels", "train", "eval"):
+        assert (ROOT / "crate_fast" / name).resolve() == ROOT / name

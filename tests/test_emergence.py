@@ -1,4 +1,4 @@
-"""The experiment: its protocol, its arithmetic, and the smoke size from its runs to its report, killed in between."""
+"""The experiment: its protocol, its statistics, and its smoke size from runs to report, stopped and killed once."""
 
 import dataclasses
 import fcntl
@@ -16,22 +16,9 @@ import pytest
 from PIL import Image
 from runs import ROOT, same
 
-from crate_fast.eval.detections import class_agnostic_scores, detections_of
-from crate_fast.eval.emergence import job as job_module
 from crate_fast.eval.emergence import report as report_module
-from crate_fast.eval.emergence.analysis import (
-    at_accuracy,
-    by_model,
-    chosen_lr,
-    claims,
-    common_accuracy,
-    held_out_accuracy,
-    last,
-    load_results,
-    validated,
-)
+from crate_fast.eval.emergence import runs as runs_module
 from crate_fast.eval.emergence.command import main
-from crate_fast.eval.emergence.job import Job, Places, result_file, train_and_score
 from crate_fast.eval.emergence.protocol import (
     MODELS,
     SIZES,
@@ -41,8 +28,18 @@ from crate_fast.eval.emergence.protocol import (
     settings_table,
     training_config,
 )
-from crate_fast.eval.emergence.report import write_report
-from crate_fast.eval.images import SceneImages
+from crate_fast.eval.emergence.runs import Folders, Job, train_and_score
+from crate_fast.eval.emergence.scores import (
+    at_accuracy,
+    at_checkpoint,
+    by_model,
+    chosen_lr,
+    claims,
+    common_accuracy,
+    held_out_accuracy,
+    load_results,
+    validated,
+)
 from crate_fast.eval.models import open_model
 from crate_fast.eval.results import markdown_table
 from crate_fast.train.data import build_splits
@@ -69,20 +66,13 @@ def test_models_differ_in_nothing_but_the_ablation(size):
     assert points[0].step == points[0].images == 0
     assert points[-1].images == sum(stage.steps * stage.batch_size for stage in protocol.stages)
     assert [p.images for p in points] == sorted({p.images for p in points})
+    if size != "smoke":  # a mask has enough patches, a comparison enough seeds
+        assert protocol.image_size // protocol.patch_size >= 16
+        assert len(protocol.seeds) >= 3
 
 
-@pytest.mark.parametrize("size", ["small", "full"])
-def test_a_mask_means_something(size):
-    protocol = SIZES[size]
-    assert protocol.image_size // protocol.patch_size >= 16
-    assert len(protocol.seeds) >= 3
-
-
-def test_the_protocol_says_what_is_done():
-    text = (ROOT / "docs" / "emergence" / "protocol.md").read_text()
-    assert markdown_table(settings_table()) in text
-    for claim in claims(results_with({model: [40.0, 41.0] for model in MODELS}), SMOKE):
-        assert claim.text in " ".join(text.split())
+def test_the_protocols_page_has_its_settings():
+    assert markdown_table(settings_table()) in (ROOT / "docs" / "emergence" / "protocol.md").read_text()
 
 
 def test_runs_have_different_names_and_seeds_come_one_by_one():
@@ -91,18 +81,8 @@ def test_runs_have_different_names_and_seeds_come_one_by_one():
     assert [run.seed for run in runs if run.kind == "scenes"] == [0] * 5 + [1] * 5 + [2] * 5
 
 
-def test_masks_of_the_scenes_are_perfect_detections():
-    images = SceneImages(32, 12, seed=5)
-    found = [d for n in images.keys() for d in detections_of(images[n].target.masks.numpy(), n)]  # noqa: SIM118
-    scores = class_agnostic_scores(images.coco, found, images.keys())
-    assert scores["segm"]["AP"] == scores["bbox"]["AP"] == scores["segm"]["AR100"] == 1.0
-    assert class_agnostic_scores(images.coco, found[:6], images.keys())["segm"]["AR100"] == pytest.approx(
-        0.5, abs=0.01
-    )
-
-
 def checkpoint(best: float, heads: list[float], selected: list[float], layers: int = 2) -> dict:
-    """One at whose layer 0 heads score `heads` on test and `selected` on selection scenes; at layer 1 half."""
+    """A checkpoint whose heads score `heads` on test and `selected` on selection scenes; at layer 1 half of it."""
 
     def rows(values: list[float]) -> dict:
         found = [
@@ -116,7 +96,7 @@ def checkpoint(best: float, heads: list[float], selected: list[float], layers: i
 
 
 def results_with(scores: dict[str, list[float]]) -> dict[str, dict]:
-    """Results whose primary score at the default layer is that of each model and seed, in percent."""
+    """Results with a primary score of each model and seed at the default layer, in percent."""
     results = {}
     for model, values in scores.items():
         for seed, value in zip(SMOKE.seeds, values, strict=False):
@@ -129,10 +109,12 @@ def results_with(scores: dict[str, list[float]]) -> dict[str, dict]:
 
 def test_the_fixed_head_is_chosen_on_other_scenes():
     results = results_with({model: [40.0, 40.0] for model in MODELS})
-    score = last("AP, fixed head")(results["scenes-CRATE-seed0"])
+    score = at_checkpoint("AP, fixed head")(results["scenes-CRATE-seed0"])
     assert score == pytest.approx(100 * 0.1 / 2)  # head 0, the best there; head 1 is the best here
-    assert last("mIoU mass, best head")(results["scenes-CRATE-seed0"]) == pytest.approx(40.0)
-    assert last("mIoU mass, best head", "chosen")(results["scenes-CRATE-seed0"]) == pytest.approx(80.0)  # layer 0
+    assert at_checkpoint("mIoU mass, best head")(results["scenes-CRATE-seed0"]) == pytest.approx(40.0)
+    assert at_checkpoint("mIoU mass, best head", layer="chosen")(results["scenes-CRATE-seed0"]) == pytest.approx(
+        80.0
+    )  # layer 0
 
 
 def test_the_claims_hold_where_they_should():
@@ -153,7 +135,7 @@ def test_the_claims_hold_where_they_should():
 def test_a_seed_that_a_model_lacks_is_not_compared():
     results = results_with({model: [40.0, 41.0] for model in MODELS})
     del results["scenes-ViT-seed1"]
-    assert by_model(results, SMOKE, last("mIoU mass, best head"))["CRATE"] == pytest.approx([40.0])
+    assert by_model(results, SMOKE, at_checkpoint("mIoU mass, best head"))["CRATE"] == pytest.approx([40.0])
     assert claims(results, SMOKE)[2].holds is None  # one seed has no interval
 
 
@@ -171,11 +153,11 @@ def test_a_sweep_that_diverges_is_not_chosen_and_another_run_fails(tmp_path, mon
     def diverges(_config, _options):
         raise NonFiniteError("the loss is not finite")
 
-    monkeypatch.setattr(job_module, "launch", diverges)
-    places = Places(tmp_path / "runs", tmp_path / "report")
-    sweep = Job(Run("sweep", "ViT", 100, 2e-3), 2e-3, SMOKE, places, "cpu", 1, 0, {"commit": "abc"})
+    monkeypatch.setattr(runs_module, "launch", diverges)
+    folders = Folders(tmp_path / "runs", tmp_path / "report")
+    sweep = Job(Run("sweep", "ViT", 100, 2e-3), 2e-3, SMOKE, folders, "cpu", 1, 0, {"commit": "abc"})
     train_and_score(sweep)
-    results = load_results(places.report)
+    results = load_results(folders.report)
     assert results["sweep-ViT-lr0.002"]["diverged"] == "the loss is not finite"
     good = {"validation": [{"val_accuracy": 0.1}]}
     assert chosen_lr(results | {"sweep-ViT-lr0.001": good}, SMOKE, "ViT") == 1e-3
@@ -183,24 +165,27 @@ def test_a_sweep_that_diverges_is_not_chosen_and_another_run_fails(tmp_path, mon
         train_and_score(dataclasses.replace(sweep, run=Run("scenes", "ViT", 0)))
 
 
-@pytest.fixture(scope="module")
-def cifar10(tmp_path_factory):
-    """A folder like CIFAR-10's, of one colour a class."""
-    folder = tmp_path_factory.mktemp("cifar10")
-    for split, count in (("train", 13), ("test", 2)):
-        for label in range(10):
-            place = folder / split / f"class{label}"
-            place.mkdir(parents=True)
-            for number in range(count):
-                Image.new("RGB", (32, 32), (25 * label, 10 * number, 99)).save(place / f"{number}.png")
-    return folder
-
-
-def command(output: Path, cifar10: Path, *words: str) -> list[str]:
+def command(output: Path) -> list[str]:
     """The experiment at its smoke size, as a user starts it."""
-    places = ["--output", str(output), "--cifar10", str(cifar10)]
     start = [sys.executable, "-m", "crate_fast.cli", "reproduce", "emergence", "--size", "smoke"]
-    return [*start, *places, "--device", "cpu", "--jobs", "2", *words]
+    return [*start, "--output", str(output), "--device", "cpu", "--jobs", "2"]
+
+
+def report_again(report: Path, size: str = "smoke") -> str:
+    """The report written from its folder."""
+    assert main(["--size", size, "--report-only", "--report", str(report)]) == 0
+    return (report / "report.md").read_text()
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    """A copy of the finished report's folder."""
+    return shutil.copytree(finished[0] / "report", tmp_path / "report")
+
+
+@pytest.fixture
+def without_figures(monkeypatch):
+    monkeypatch.setattr(report_module, "draw", lambda *_: {})
 
 
 def wait_for(condition, process: subprocess.Popen | None = None, seconds: float = 300) -> None:
@@ -211,8 +196,8 @@ def wait_for(condition, process: subprocess.Popen | None = None, seconds: float 
         time.sleep(0.05)
 
 
-def jobs_of(output: Path) -> list[int]:
-    """Processes that hold a job's lock."""
+def jobs_of(output: Path) -> list[str]:
+    """Names of the runs whose job holds its lock."""
     found = []
     for path in (output / "locks").glob("*/.lock"):
         with path.open("r+") as file:
@@ -224,26 +209,26 @@ def jobs_of(output: Path) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, cifar10):
-    """The smoke size, stopped once and killed once in the middle; (its folder, results when it was killed)."""
+def finished(tmp_path_factory):
+    """The smoke size, stopped once and killed once: its folder, and its results when it was killed."""
     output = tmp_path_factory.mktemp("emergence")
     results = output / "report" / "results"
     popen = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
-    process = subprocess.Popen(command(output, cifar10), **popen)
+    process = subprocess.Popen(command(output), **popen)
     wait_for(lambda: len(list(results.glob("*.json"))) >= 2, process)
     os.killpg(process.pid, signal.SIGTERM)  # as a job scheduler does: the runs get it too
     text, _ = process.communicate(timeout=60)
     assert process.returncode == 0, text
     assert "the same command continues" in text
-    process = subprocess.Popen(command(output, cifar10), **popen)
+    process = subprocess.Popen(command(output), **popen)
     started = output / "runs" / "scenes-CRATE-seed0" / "stage0" / "checkpoints"
     wait_for(lambda: started.is_dir() and any(started.iterdir()), process)
     assert jobs_of(output)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     before = {path.name: path.stat().st_mtime_ns for path in results.glob("*.json")}
-    wait_for(lambda: not jobs_of(output), seconds=60)  # nobody goes on without the one that started it
-    done = subprocess.run(command(output, cifar10), capture_output=True, text=True, timeout=600)
+    wait_for(lambda: not jobs_of(output), seconds=60)  # no job outlives its parent
+    done = subprocess.run(command(output), capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     return output, before
 
@@ -253,8 +238,7 @@ def test_smoke_goes_on_after_a_kill_and_does_nothing_twice(finished):
     results = {path.name: path.stat().st_mtime_ns for path in (output / "report" / "results").glob("*.json")}
     assert len(before) >= 10  # the sweeps
     assert before.items() <= results.items()
-    places = Places(output, output / "report")
-    assert set(results) == {result_file(places, run).name for run in planned_runs(SMOKE)}
+    assert set(results) == {f"{run.name}.json" for run in planned_runs(SMOKE, cifar10=False)}
     scored = json.loads((output / "report" / "results" / "scenes-CRATE-seed0.json").read_text())
     assert [(row["stage"], row["step"], row["images"]) for row in scored["checkpoints"]] == [
         (0, 0, 0),
@@ -263,24 +247,48 @@ def test_smoke_goes_on_after_a_kill_and_does_nothing_twice(finished):
     ]
     assert [(entry["stage"], entry["step"]) for entry in scored["validation"]] == [(0, 4), (0, 8), (1, 2)]
     assert not list((output / "report").glob("**/.*"))
+    later = (output / "runs" / "scenes-CRATE-seed0" / "stage1" / "config.yaml").read_text()
+    assert f"init: {output / 'runs' / 'scenes-CRATE-seed0' / 'stage0'}@8" in later
+    assert "image_size: 64" in later
 
 
-def test_the_report_comes_from_results_alone(finished, tmp_path):
-    output, _ = finished
-    report = tmp_path / "elsewhere"
-    shutil.copytree(output / "report", report)
-    text = (report / "report.md").read_text()
-    (report / "report.md").unlink()
-    shutil.rmtree(report / "figures")
-    arguments = ["--size", "smoke", "--report-only", "--report", str(report), "--output", str(tmp_path / "none")]
-    assert main(arguments) == 0
-    assert (report / "report.md").read_text() == text
-    assert text.count("](figures/") == len(list((report / "figures").glob("*.png"))) == 10
+def test_the_report_comes_from_results_alone(finished, copied):
+    text = (copied / "report.md").read_text()
+    (copied / "report.md").unlink()
+    shutil.rmtree(copied / "figures")
+    assert report_again(copied) == text
+    assert text.count("](figures/") == len(list((copied / "figures").glob("*.png"))) == 10
+    assert "20 of 20, CIFAR-10's left out" in text
+    assert str(finished[0]) not in text
+
+
+def test_a_report_with_a_discussion_and_of_complete_seeds_alone(copied, without_figures):
+    (copied / "results" / "scenes-ViT-seed0.json").unlink()
+    (copied / "discussion.md").write_text("## What did not reproduce\n\nIt is a smoke test.\n")
+    text = report_again(copied)
+    assert "19 of 20" in text
+    assert "so far**" in text
+    assert "| seeds with all models | 1 |" in text
+    assert "It is a smoke test." in text
+
+
+def test_cifar10_is_trained_on_and_in_the_report(copied, tmp_path, without_figures):
+    for split, count in (("train", 13), ("test", 2)):
+        for label in range(10):
+            folder = tmp_path / "cifar10" / split / f"class{label}"
+            folder.mkdir(parents=True)
+            for number in range(count):
+                Image.new("RGB", (32, 32), (25 * label, 10 * number, 99)).save(folder / f"{number}.png")
+    run, origin = Run("cifar10", "CRATE", 0), {"device": "cpu", "commit": "abc", "torch": "2"}
+    folders = Folders(tmp_path / "runs", copied, tmp_path / "cifar10")
+    train_and_score(Job(run, 1e-3, SMOKE, folders, "cpu", 1, 0, origin))
+    result = load_results(copied)[run.name]
+    assert [entry["step"] for entry in result["validation"]] == [1]
+    for other in planned_runs(SMOKE)[20:]:
+        folders.result(other).write_text(json.dumps(result | {"model": other.model, "seed": other.seed}))
+    text = report_again(copied)
     assert "30 of 30" in text
-    assert str(output) not in text
-    (report / "discussion.md").write_text("## What did not reproduce\n\nIt is a smoke test.\n")
-    assert main(arguments) == 0
-    assert "It is a smoke test." in (report / "report.md").read_text()
+    assert "CIFAR-10 was not at hand" not in text
 
 
 def test_the_untrained_twin_is_the_run_before_training(finished, tmp_path):
@@ -292,18 +300,9 @@ def test_the_untrained_twin_is_the_run_before_training(finished, tmp_path):
     assert same(twin.model.state_dict(), session.trainer.model.state_dict())
 
 
-def test_later_stages_go_on_from_the_last_weights(finished):
-    output, _ = finished
-    run = output / "runs" / "scenes-CRATE-seed0"
-    config = (run / "stage1" / "config.yaml").read_text()
-    assert f"init: {run / 'stage0'}@8" in config
-    assert "image_size: 64" in config
-
-
 def test_a_run_that_fails_is_named_and_the_others_are_kept(finished, tmp_path, capsys):
     output, _ = finished
-    shutil.copytree(output, tmp_path / "copy")
-    copy = tmp_path / "copy"
+    copy = shutil.copytree(output, tmp_path / "copy")
     (copy / "report" / "results" / "scenes-ViT-seed1.json").unlink()
     shutil.rmtree(copy / "scores" / "scenes-ViT-seed1")
     for weights in (copy / "runs" / "scenes-ViT-seed1" / "stage1").glob("checkpoints/*/model.safetensors"):
@@ -312,31 +311,20 @@ def test_a_run_that_fails_is_named_and_the_others_are_kept(finished, tmp_path, c
     message = capsys.readouterr().err
     assert "scenes-ViT-seed1 ended with status 1" in message
     assert "scenes-ViT-seed1.txt" in message
-    assert len(list((copy / "report" / "results").glob("*.json"))) == 29
-
-
-def test_a_report_of_the_seeds_that_are_complete(finished, tmp_path):
-    report = tmp_path / "report"
-    shutil.copytree(finished[0] / "report", report)
-    (report / "results" / "scenes-ViT-seed0.json").unlink()
-    assert main(["--size", "smoke", "--report-only", "--report", str(report)]) == 0
-    text = (report / "report.md").read_text()
-    assert "29 of 30" in text
-    assert "so far**" in text
-    assert "| seeds with all models | 1 |" in text
+    assert len(list((copy / "report" / "results").glob("*.json"))) == 19
 
 
 def learning(accuracies: list[float], scores: list[float]) -> dict:
-    """A result with primary score and accuracy on held-out scenes, in percent, at steps 4, 8, …; before, 0 and 5."""
+    """A result with primary scores and held-out accuracies at steps 4, 8, …, in percent; 0 and 5 at step 0."""
     steps = [4 * number for number in range(len(scores) + 1)]
     found = [checkpoint(score / 100, [0.5], [0.5], 1) for score in (0.0, *scores, 99.0)]
-    places = [{"stage": 0, "step": step, "default_layer": 0, "accuracy": 0.05} for step in steps]
-    places += [{"stage": 1, "step": 4}]
+    wheres = [{"stage": 0, "step": step, "default_layer": 0, "accuracy": 0.05} for step in steps]
+    wheres += [{"stage": 1, "step": 4}]
     entries = [(0, step, accuracy / 100) for step, accuracy in zip(steps[1:], accuracies, strict=True)]
     validation = [
         {"stage": stage, "step": step, "val_accuracy": value} for stage, step, value in (*entries, (1, 4, 1.0))
     ]
-    return {"checkpoints": [a | b for a, b in zip(found, places, strict=True)], "validation": validation}
+    return {"checkpoints": [a | b for a, b in zip(found, wheres, strict=True)], "validation": validation}
 
 
 def test_scores_at_an_accuracy_lie_between_checkpoints_of_the_first_stage():
@@ -364,38 +352,32 @@ def test_scores_at_an_accuracy_lie_between_checkpoints_of_the_first_stage():
 
 @pytest.mark.parametrize("folder", ["docs/emergence", "docs/emergence/earlier/first"])
 def test_the_committed_reports_are_what_their_results_say(folder, tmp_path, monkeypatch):
-    report = tmp_path / "report"
-    shutil.copytree(ROOT / folder, report)
+    report = shutil.copytree(ROOT / folder, tmp_path / "report")
     text = (report / "report.md").read_text()
-    settings = json.loads((report / "protocol.json").read_text())
-    assert settings.pop("size") == "small"
     figures = [Path(name) for name in re.findall(r"!\[[^]]*\]\((figures/.*?)\)", text)]
     monkeypatch.setattr(report_module, "draw", lambda *_: {path.stem: path for path in figures})
-    assert write_report(report, Protocol.of_settings(settings), "small").read_text() == text
-    assert all((ROOT / folder / path).is_file() for path in figures)
+    assert report_again(report, "small") == text
+    assert all((report / path).is_file() for path in figures)
 
 
-def test_an_earlier_protocol_stays_in_the_report(finished, tmp_path):
-    report = tmp_path / "report"
-    shutil.copytree(finished[0] / "report", report)
-    shutil.copytree(finished[0] / "report", report / "earlier" / "first")
-    changed = report / "earlier" / "first" / "protocol.json"
-    settings = json.loads(changed.read_text()) | {"weight_decay": 0.5}
-    del settings["primary"]  # as of the first protocol, whose results have no AP
-    changed.write_text(json.dumps(settings))
-    for path in (report / "earlier" / "first" / "results").glob("scenes-*.json"):
+def test_an_earlier_protocol_stays_in_the_report(copied, without_figures):
+    earlier = copied / "earlier" / "first"
+    for name in ("results", "pictures"):
+        shutil.copytree(copied / name, earlier / name)
+    settings = json.loads((copied / "protocol.json").read_text()) | {"weight_decay": 0.5}
+    del settings["primary"]  # as in the first protocol, whose results have no AP
+    (earlier / "protocol.json").write_text(json.dumps(settings))
+    for path in (earlier / "results").glob("scenes-*.json"):
         result = json.loads(path.read_text())
         for scores in (checkpoint[split] for checkpoint in result["checkpoints"] for split in ("test", "selection")):
             del scores["ap"]
         path.write_text(json.dumps(result))
-    assert main(["--size", "smoke", "--report-only", "--report", str(report / "earlier" / "first")]) == 0
-    before = (report / "earlier" / "first" / "report.md").read_text()
+    before = report_again(earlier)
     assert "| weight decay | 0.5 |" in before
     assert "On the primary score, mIoU mass, best head," in before
     assert "| AP, " not in before
-    assert main(["--size", "smoke", "--report-only", "--report", str(report)]) == 0
-    assert "## Earlier protocols" in (report / "report.md").read_text()
-    text = (report / "report.md").read_text()
+    text = report_again(copied)
+    assert "## Earlier protocols" in text
     assert "](earlier/first/report.md)" in text
     assert "On the primary score, AP, best head," in text
     assert text.count("statements hold") == 3 + 1

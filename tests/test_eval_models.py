@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import save_file
 
 from crate_fast.errors import UserError
-from crate_fast.eval.explore.offers import Shelf, offers_of
+from crate_fast.eval.explore.command import model_choices
+from crate_fast.eval.explore.inspection import ModelCache
 from crate_fast.eval.models import class_names, open_model, split_label
 from crate_fast.eval.white_box import main as white_box
 
@@ -114,7 +115,7 @@ def test_files_without_these_weights_are_one_line(tmp_path, capsys):
         "w.pth is a git-lfs pointer instead of the weights: fetch them with `git lfs pull`\n"
     )
     with pytest.raises(UserError, match="git lfs pull"):  # the explorer's --checkpoint
-        Shelf(offers_of(f"{NAME}@{tmp_path / 'w.pth'}")).get(0)
+        ModelCache(model_choices(f"{NAME}@{tmp_path / 'w.pth'}")).get(0)
     torch.save(timm.create_model(NAME, num_classes=7, depth=2, dim=32, heads=2).state_dict(), tmp_path / "w.pth")
     with pytest.raises(UserError, match="does not hold the weights of.*pos_embedding.*--model-args") as refused:
         open_model(f"{NAME}@{tmp_path / 'w.pth'}", model_args=SMALL)

@@ -1,4 +1,4 @@
-"""The explorer's server: its numbers are the library's, its visitors do not meet, it shows only what it should."""
+"""The explorer's server: its numbers are the library's, requests do not mix, and only what it should is readable."""
 
 import io
 import json
@@ -15,20 +15,24 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import numpy as np
 import pytest
+import timm
 import torch
-from explorer import desk_with, huge_file, picture_file, served, shelf_of
+from explorer import SHIPPED, encoded, explorer_with, huge_file, picture_file, served
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from crate_fast.eval.explore import command, desk, offers, pictures
-from crate_fast.eval.explore.offers import default_offers, offers_of
+from crate_fast.errors import UserError
+from crate_fast.eval.explore import command, inspection
+from crate_fast.eval.explore.command import default_choices
 from crate_fast.eval.explore.pictures import (
-    LARGEST_UPLOAD,
+    MAX_UPLOAD_BYTES,
+    LRUCache,
     Pictures,
     UnknownPictureError,
     UnreadablePictureError,
     decode,
 )
+from crate_fast.eval.images import SceneImages
 from crate_fast.eval.maskcut import maskcut
 from crate_fast.eval.models import open_model
 from crate_fast.eval.principal_components import pca_rgb
@@ -36,12 +40,10 @@ from crate_fast.train.checkpoint import best_step
 from crate_fast.train.data.shape_scenes import CLASSES
 from crate_fast.whitebox import layer_measures, trace
 
-SHIPPED = ("shipped:CRATE", "shipped:ViT", "shipped:CRATE@untrained")
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Six pictures, one of them in a folder of its own, beside a file that is none of our business."""
+    """Six pictures, one of them in a sub-folder, and a link to a picture outside."""
     root = tmp_path_factory.mktemp("explorer")
     (root / "photos" / "more").mkdir(parents=True)
     for number in range(5):
@@ -54,7 +56,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def address(folder):
-    with served(desk_with([offer for name in SHIPPED for offer in offers_of(name)], folder)) as found:
+    with served(explorer_with(*SHIPPED, folder=folder)) as found:
         yield found
 
 
@@ -68,10 +70,11 @@ def send(address: str, data: bytes, name: str = "a.png") -> httpx.Response:
     return httpx.post(f"{address}/api/pictures", params={"name": name}, content=data, timeout=60)
 
 
-def pixels_of(data: bytes, size: int = 128) -> torch.Tensor:
-    with Image.open(io.BytesIO(data)) as file:
-        squashed = file.convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.array(squashed)).permute(2, 0, 1)[None]
+def raw_answer(address: str, request: str) -> bytes:
+    """The status line of a request that a client would not send."""
+    with socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2]))) as raw:
+        raw.sendall(request.encode())
+        return b"" if "Content-Length" in request else raw.makefile("rb").readline()
 
 
 @torch.no_grad()
@@ -79,7 +82,9 @@ def test_the_numbers_are_the_librarys(address):
     data = picture_file(17)
     about = {"model": 0, "picture": send(address, data).json()["id"]}
     subject = open_model("shipped:CRATE")
-    images = subject.normalize(pixels_of(data))
+    with Image.open(io.BytesIO(data)) as file:
+        squashed = np.array(file.convert("RGB").resize((128, 128), Image.Resampling.BICUBIC))
+    images = subject.normalize(torch.from_numpy(squashed).permute(2, 0, 1)[None])
     layer = trace(subject.model, images, [2])[0]
     summary, measures = ask(address, "summary", **about), layer_measures(subject.model, images)
     assert summary["grid"] == [16, 16]
@@ -116,12 +121,9 @@ def test_the_numbers_are_the_librarys(address):
         assert all(edge.any() for edge in edges)
 
 
-@pytest.mark.parametrize("size", [(64, 64), (1, 1)])
-@pytest.mark.parametrize("model", [0, 1])
+@pytest.mark.parametrize(("size", "model"), [((64, 64), 0), ((1, 1), 1)])
 def test_a_picture_without_objects_has_no_masks(address, size, model):
-    out = io.BytesIO()
-    Image.new("RGB", size, "white").save(out, "PNG")
-    about = {"model": model, "picture": send(address, out.getvalue()).json()["id"]}
+    about = {"model": model, "picture": send(address, encoded(Image.new("RGB", size, "white"))).json()["id"]}
     counts = []
     for layer in range(ask(address, "summary", **about)["depth"]):
         masks = ask(address, "masks", layer=layer, **about)
@@ -140,39 +142,40 @@ def test_a_vit_has_attention_but_no_subspaces(address):
     assert np.sum(ask(address, "attention", layer=3, patch=0, **about)["heads"], axis=1) == pytest.approx(1, abs=1e-5)
 
 
-@pytest.mark.parametrize("name", ["vit_tiny_patch16_224@untrained", "crate_tiny_patch16_224@untrained"])
-def test_a_timm_model_can_be_looked_at(name):
-    found = desk_with(offers_of(name))
-    summary = found.summary(0, "s0")
+def test_models_of_timm():
+    explorer = explorer_with("vit_tiny_patch16_224@untrained", "resnet18@untrained")
+    assert explorer.setup()["models"][0]["untrained"]
+    summary = explorer.summary(0, "s0")
     assert len(summary["top"]) == 5
     assert summary["top"][0]["name"].startswith("class ")
-    assert np.shape(found.attention(0, "s0", 11, None)["heads"])[1] == 196
-    assert found.setup()["models"][0]["untrained"]
+    assert np.shape(explorer.attention(0, "s0", 11, None)["heads"])[1] == 196
+    with pytest.raises(UserError, match="no patch features"):
+        explorer.summary(1, "s0")
 
 
-def test_twenty_visitors_at_once_get_what_is_theirs(address):
-    files = [picture_file(100 + number) for number in range(20)]
-    alone = desk_with([offer for name in SHIPPED for offer in offers_of(name)])
-    start = threading.Barrier(20)  # all at the same moment
+def test_simultaneous_requests_do_not_mix(address):
+    visitors = 9
+    files = [picture_file(100 + number) for number in range(visitors)]
+    start = threading.Barrier(visitors)
+
+    def questions(number: int) -> list[tuple[str, dict]]:
+        layer = number % 4
+        attention = [("attention", {"layer": layer, "patch": 7 * number + step}) for step in range(3)]
+        return [("summary", {}), *attention, ("masks", {"layer": layer})]
 
     def visit(number: int) -> list[dict]:
-        model, layer, patch = number % 3, number % 4, 7 * number
         start.wait()
-        picture = send(address, files[number], f"{number}.png").json()["id"]
-        about = {"model": model, "picture": picture}
-        found = [ask(address, "summary", **about)]
-        found += [ask(address, "attention", layer=layer, patch=patch + step, **about) for step in range(3)]
-        return [*found, ask(address, "masks", layer=layer, **about)]
+        about = {"model": number % 3, "picture": send(address, files[number], f"{number}.png").json()["id"]}
+        return [ask(address, name, **about, **parameters) for name, parameters in questions(number)]
 
-    with ThreadPoolExecutor(20) as visitors:
-        answers = list(visitors.map(visit, range(20)))
+    with ThreadPoolExecutor(visitors) as pool:
+        answers = list(pool.map(visit, range(visitors)))
+    alone = explorer_with(*SHIPPED)
     for number, found in enumerate(answers):
-        model, layer, patch = number % 3, number % 4, 7 * number
         picture = alone.pictures.add(files[number], "a.png")
-        expected = [alone.summary(model, picture)]
-        expected += [alone.attention(model, picture, layer, patch + step) for step in range(3)]
-        for one, other in zip(found, [*expected, alone.masks(model, picture, layer)], strict=True):
-            assert json.dumps(one) == json.dumps(other), number
+        for answer, (name, parameters) in zip(found, questions(number), strict=True):
+            expected = getattr(alone, name)(number % 3, picture, **parameters)
+            assert json.dumps(answer) == json.dumps(expected), (number, name)
 
 
 BAD = {
@@ -192,7 +195,6 @@ def test_a_bad_upload_is_refused_with_a_reason(address, name):
     assert answer.status_code == 422
     assert reason in answer.json()["error"]
     assert name in answer.json()["error"]
-    assert send(address, picture_file()).status_code == 200
 
 
 def test_an_upload_is_limited_in_size_before_it_is_held(address):
@@ -200,7 +202,7 @@ def test_an_upload_is_limited_in_size_before_it_is_held(address):
 
     def endless():
         nonlocal sent
-        while sent < 20 * LARGEST_UPLOAD:
+        while sent < 20 * MAX_UPLOAD_BYTES:
             sent += 2**20
             yield bytes(2**20)
 
@@ -209,8 +211,8 @@ def test_an_upload_is_limited_in_size_before_it_is_held(address):
         assert answer.status_code == 413
         assert "20 MiB" in answer.json()["error"]
     except (httpx.WriteError, httpx.RemoteProtocolError, httpx.ReadError):
-        pass  # the server hung up on it
-    assert sent < 10 * LARGEST_UPLOAD
+        pass  # the server hung up
+    assert sent < 10 * MAX_UPLOAD_BYTES
     assert send(address, picture_file()).status_code == 200
 
 
@@ -219,18 +221,20 @@ def test_an_upload_is_never_unpickled(address, tmp_path):
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "caught"),)
 
-    for data in (pickle.dumps(Trap()), _torch_file(Trap())):
+    torch_file = io.BytesIO()
+    torch.save(Trap(), torch_file)
+    for data in (pickle.dumps(Trap()), torch_file.getvalue()):
         assert send(address, data, "model.pt").status_code == 422
     assert not (tmp_path / "caught").exists()
 
 
-def _torch_file(value) -> bytes:
-    out = io.BytesIO()
-    torch.save(value, out)
-    return out.getvalue()
+def test_an_upload_that_breaks_off_leaves_no_traceback(address, capfd):
+    raw_answer(address, "POST /api/pictures?name=a HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9999\r\n\r\nabc")
+    assert send(address, picture_file()).status_code == 200
+    assert "Traceback" not in capfd.readouterr().err
 
 
-def test_nothing_outside_the_folder_can_be_read(address, folder):
+def test_nothing_outside_the_folder_can_be_read(address, folder, tmp_path):
     names = [entry["name"] for entry in ask(address, "setup")["pictures"]]
     assert names == ["0.png", "1.png", "2.png", "3.png", "4.png", "more/5.jpg"]  # and not the link out of it
     outside = ("../secret.png", str(folder / "0.png"), "f../secret.png")
@@ -240,19 +244,14 @@ def test_nothing_outside_the_folder_can_be_read(address, folder):
             assert answer.status_code == 404, (path, picture)
     paths = ("/../setup.py", "/%2e%2e/setup.py", "/..%2fserver.py", "/server.py", "//etc/passwd", "/page/", "/.git")
     for path in paths:
-        with socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2]))) as raw:
-            raw.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
-            assert b"404" in raw.makefile("rb").readline(), path
-
-
-def test_a_file_that_becomes_a_link_is_not_followed(folder, tmp_path):
-    place = tmp_path / "photos"
-    shutil.copytree(folder, place, symlinks=True)
-    found = Pictures(place)
-    (place / "0.png").unlink()
-    (place / "0.png").symlink_to(folder.parent / "secret.png")
+        request = f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+        assert b"404" in raw_answer(address, request), path
+    (tmp_path / "0.png").write_bytes(picture_file())
+    later = Pictures(tmp_path)
+    (tmp_path / "0.png").unlink()
+    (tmp_path / "0.png").symlink_to(folder.parent / "secret.png")
     with pytest.raises(UnknownPictureError, match="no longer in the folder"):
-        found.view("f0")
+        later.view("f0")
 
 
 def test_other_sites_and_other_names_are_refused(address):
@@ -286,194 +285,130 @@ def test_a_wrong_question_is_answered_with_a_sentence(address, path, parameters,
     assert reason in answer.json()["error"]
 
 
-def test_an_old_upload_is_dropped_and_said_to_be(monkeypatch):
-    files = [picture_file(number) for number in range(3)]
-    monkeypatch.setattr(pictures, "_UPLOADS_BYTES", sum(map(len, files[1:])))
-    found = Pictures(None)
-    keys = [found.add(data, "a.png") for data in files]
-    with pytest.raises(UnknownPictureError, match="upload it again"):
-        found.view(keys[0])
-    assert found.view(keys[2]).size == (96, 64)
-
-
-def test_memory_is_bounded(monkeypatch):
-    monkeypatch.setattr(desk, "_KEPT_BYTES", 900_000)  # two pictures of the shipped CRATE
-    found = desk_with(offers_of("shipped:CRATE"))
+def test_memory_is_bounded():
+    explorer = explorer_with(*SHIPPED)
+    explorer.inspections.limit = 900_000  # two pictures of the shipped CRATE
     for number in range(5):
-        found.summary(0, f"s{number}")
-    assert [key[1] for key in found._kept] == ["s3", "s4"]
-    offered = [offer for name in SHIPPED for offer in offers_of(name)] * 2
-    shelf = shelf_of(offered)
-    for number in range(len(offered)):
-        shelf.get(number)
-    assert len(shelf._open) == 4
+        explorer.summary(0, f"s{number}")
+    assert list(explorer.inspections.values) == [(0, "s3"), (0, "s4")]
+    explorer.models.open.limit = 2
+    for number in range(3):
+        explorer.models.get(number)
+    assert list(explorer.models.open.values) == [1, 2]
+    files = [picture_file(number) for number in range(3)]
+    explorer.pictures._uploads.limit = sum(map(len, files[1:]))
+    keys = [explorer.pictures.add(data, "a.png") for data in files]
+    with pytest.raises(UnknownPictureError, match="upload it again"):
+        explorer.pictures.view(keys[0])
+    assert explorer.pictures.view(keys[2]).size == (96, 64)
+    cache = LRUCache(2)
+    for key in "abac":
+        cache.get(key) or cache.put(key, key)
+    assert list(cache.values) == ["a", "c"]
 
 
-def test_photos_stand_upright_and_keep_their_colours():
-    turned = picture_file(3, size=(90, 60), kind="JPEG", exif=_turned(), quality=95)
-    assert decode(turned, "a.jpg").size == (60, 90)
-    clear = Image.new("RGBA", (8, 8), (10, 200, 30, 255))
-    out = io.BytesIO()
-    clear.save(out, "PNG")
-    assert decode(out.getvalue(), "a.png").getpixel((4, 4)) == (10, 200, 30)
-
-
-def _turned() -> Image.Exif:
+def test_pictures_look_as_they_should():
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by 90°
-    return exif
-
-
-def test_sixteen_bits_and_transparency_look_as_they_should():
-    ramp = np.linspace(0, 65535, 64 * 64).astype(np.uint16).reshape(64, 64)
-    assert np.abs(np.asarray(decode(_png(Image.fromarray(ramp)), "a"))[..., 0] - ramp / 257).max() < 1.5
-    clear = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
-    assert decode(_png(clear), "a").getpixel((4, 4)) == (255, 255, 255)
-    out = io.BytesIO()
-    Image.fromarray(np.zeros((8, 8), np.float32)).save(out, "TIFF")
-    with pytest.raises(UnreadablePictureError, match="32 bits"):
-        decode(out.getvalue(), "a.tif")
-
-
-def _png(picture: Image.Image) -> bytes:
-    out = io.BytesIO()
-    picture.save(out, "PNG")
-    return out.getvalue()
-
-
-def test_large_pictures_are_kept_small():
+    assert decode(picture_file(3, size=(90, 60), kind="JPEG", exif=exif, quality=95), "a.jpg").size == (60, 90)
     assert decode(picture_file(1, (5000, 2500), "JPEG"), "a.jpg").size == (2048, 1024)
+    for alpha, seen in ((255, (10, 200, 30)), (0, (255, 255, 255))):
+        assert decode(encoded(Image.new("RGBA", (8, 8), (10, 200, 30, alpha))), "a").getpixel((4, 4)) == seen
+    ramp = np.linspace(0, 65535, 64 * 64).astype(np.uint16).reshape(64, 64)
+    assert np.abs(np.asarray(decode(encoded(Image.fromarray(ramp)), "a"))[..., 0] - ramp / 257).max() < 1.5
+    with pytest.raises(UnreadablePictureError, match="32 bits"):
+        decode(encoded(Image.fromarray(np.zeros((8, 8), np.float32)), "TIFF"), "a.tif")
+
+
+def test_scenes_are_drawn_at_the_models_size():
+    pictures = Pictures(None)
+    assert torch.equal(pictures.pixels("s3", 64), SceneImages(64, 12)[3].image)
+    assert "shape_scenes" in pictures.note
+    assert pictures.view("s3").size == (256, 256)
 
 
 def test_a_name_that_is_not_text_is_shown_somehow(tmp_path):
     (tmp_path / os.fsdecode(b"\xff\xe9.png")).write_bytes(picture_file())
-    with served(desk_with(offers_of("shipped:CRATE"), tmp_path)) as address:
-        assert [entry["name"] for entry in ask(address, "setup")["pictures"]] == ["??.png"]
-        assert ask(address, "summary", model=0, picture="f0")["depth"] == 4
+    pictures = Pictures(tmp_path)
+    assert [entry["name"] for entry in pictures.listing()] == ["??.png"]
+    assert pictures.view("f0").size == (96, 64)
 
 
 def test_a_model_being_opened_keeps_nobody_waiting(monkeypatch):
-    found = desk_with([offer for name in SHIPPED for offer in offers_of(name)])
-    found.summary(0, "s0")
+    explorer = explorer_with(*SHIPPED)
+    explorer.summary(0, "s0")
     begun, go_on = threading.Event(), threading.Event()
-    opened = offers.open_model
 
     def slow(specification, **opening):
         begun.set()
         assert go_on.wait(60)
-        return opened(specification, **opening)
+        return open_model(specification, **opening)
 
-    monkeypatch.setattr(offers, "open_model", slow)
-    other = threading.Thread(target=found.summary, args=(1, "s0"))
+    monkeypatch.setattr(inspection, "open_model", slow)
+    other = threading.Thread(target=explorer.summary, args=(1, "s0"))
     other.start()
     assert begun.wait(60)
-    found.attention(0, "s0", 2, None)  # known
-    found.summary(0, "s1")  # of an open model
+    explorer.attention(0, "s0", 2, None)  # a stored inspection
+    explorer.summary(0, "s1")  # an open model
     assert other.is_alive()
     go_on.set()
     other.join(60)
     assert not other.is_alive()
 
 
-def test_a_model_of_another_kind_is_a_sentence():
-    with served(desk_with(offers_of("resnet18@untrained"))) as address:
-        answer = httpx.get(f"{address}/api/summary", params={"model": 0, "picture": "s0"}, timeout=60)
-    assert answer.status_code == 400
-    assert "no patch features" in answer.json()["error"]
-
-
-def test_a_fault_of_ours_is_not_passed_off_as_the_visitors(monkeypatch):
-    found = desk_with(offers_of("shipped:CRATE"))
-    monkeypatch.setattr(found, "setup", lambda: int("nonsense"))  # a ValueError, but none of ours
-    with served(found) as address:
-        assert httpx.get(f"{address}/api/setup").status_code == 500
-        assert ask(address, "summary", model=0, picture="s0")["depth"] == 4
-
-
-def test_an_upload_that_breaks_off_leaves_no_traceback(address, capfd):
-    with socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2]))) as raw:
-        raw.sendall(b"POST /api/pictures?name=a HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9999\r\n\r\nabc")
-    assert send(address, picture_file()).status_code == 200
-    assert "Traceback" not in capfd.readouterr().err
-
-
-def test_scenes_are_drawn_at_the_models_size():
-    from crate_fast.eval.images import SceneImages
-
-    found = Pictures(None)
-    assert torch.equal(found.pixels("s3", 64), SceneImages(64, 12)[3].image)
-    assert "shape_scenes" in found.note
-    assert found.view("s3").size == (256, 256)
-
-
-def test_a_run_offers_its_checkpoints_and_the_newest_run_comes_first(tiny_run, tmp_path):
+def test_a_run_offers_its_checkpoints_and_a_damaged_one_is_a_message(tiny_run, tmp_path, monkeypatch):
     runs = tmp_path / "runs"
-    assert [offer.label for offer in default_offers(runs)[0]][:2] == [
+    choices, note = default_choices(runs)
+    assert [choice.label for choice in choices][:2] == [
         "CRATE, trained on shape_scenes",
         "ViT, trained on shape_scenes",
     ]
-    assert "no run below" in default_offers(runs)[1]
+    assert "no run below" in note
     for age, name in ((200, "new"), (100, "old")):
         shutil.copytree(tiny_run, runs / name)
         os.utime(runs / name / "checkpoints", (age, age))
-    offered, said = default_offers(runs)
-    assert "newest run" in said
-    assert [offer.specification for offer in offered[:4]] == [
-        f"{runs / 'new'}@{best_step(runs / 'new' / 'checkpoints')}",
-        f"{runs / 'new'}@untrained",
-        f"{runs / 'new'}@4",
-        f"{runs / 'new'}@8",
+    choices, note = default_choices(runs)
+    new = runs / "new"
+    assert "newest run" in note
+    assert [choice.specification for choice in choices[:4]] == [
+        f"{new}@{best_step(new / 'checkpoints')}",
+        f"{new}@untrained",
+        f"{new}@4",
+        f"{new}@8",
     ]
-    assert [offer.untrained for offer in offered[:4]] == [False, True, False, False]
-    found = desk_with(offered[:4])
-    heads = [found.attention(number, "s0", 0, None)["heads"] for number in range(4)]
+    assert [choice.untrained for choice in choices[:4]] == [False, True, False, False]
+    explorer = explorer_with(str(new))
+    heads = [explorer.attention(number, "s0", 0, None)["heads"] for number in range(4)]
     assert heads[0] in heads[2:]
     assert heads[1] != heads[2] != heads[3]
-    assert found.summary(2, "s0")["top"][0]["name"] in CLASSES
+    assert explorer.summary(2, "s0")["top"][0]["name"] in CLASSES
 
-
-def test_a_damaged_checkpoint_is_a_message_and_the_others_go_on(tiny_run, tmp_path):
-    run = tmp_path / "run"
-    shutil.copytree(tiny_run, run)
-    (run / "checkpoints" / "step_00000004" / "model.safetensors").write_bytes(b"nothing")
-    found = desk_with(offers_of(str(run)))
-    with served(found) as address:
-        steps = [offer.label for offer in found.shelf.offers]
-        answer = httpx.get(f"{address}/api/summary", params={"model": steps.index("run, step 4"), "picture": "s0"})
+    (new / "checkpoints" / "step_00000004" / "model.safetensors").write_bytes(b"nothing")
+    explorer = explorer_with(f"{new}@4", f"{new}@8")
+    monkeypatch.setattr(explorer, "setup", lambda: int("nonsense"))  # a ValueError that is a bug
+    with served(explorer) as address:
+        answer = httpx.get(f"{address}/api/summary", params={"model": 0, "picture": "s0"})
         assert answer.status_code == 422
         assert "model.safetensors" in answer.json()["error"]
-        assert ask(address, "summary", model=steps.index("run, step 8"), picture="s0")["depth"] == 2
+        assert httpx.get(f"{address}/api/setup").status_code == 500
+        assert ask(address, "summary", model=1, picture="s0")["depth"] == 2
+
+    (new / "checkpoints" / "step_00000008" / "model.safetensors").write_bytes(b"nothing")
+    shutil.rmtree(runs / "old")
+    monkeypatch.chdir(tmp_path)
+    explorer = command.open_explorer(command._parser().parse_args(["--device", "cpu"]))
+    assert "left out" in explorer.note
+    assert "model.safetensors" in explorer.note
+    assert explorer.summary(0, "s0")["depth"] == 4
 
 
 def test_weights_that_are_not_finite_are_a_message(tmp_path):
-    import timm
-
     model = timm.create_model("crate_tiny_patch16_224", num_classes=3, depth=1)
     model.mlp_head[1].weight.data.fill_(float("nan"))
     save_file(model.state_dict(), tmp_path / "w.safetensors")
-    assert load_file(tmp_path / "w.safetensors")
-    offered = offers_of(f"crate_tiny_patch16_224@{tmp_path / 'w.safetensors'}")
-    with served(desk_with_depth(offered)) as address:
-        answer = httpx.get(f"{address}/api/summary", params={"model": 0, "picture": "s0"}, timeout=60)
-        assert answer.status_code == 400
-        assert "NaN" in answer.json()["error"]
-
-
-def desk_with_depth(offered):
-    found = desk_with(offered)
-    found.shelf._opening["model_args"] = ["depth=1"]
-    return found
-
-
-def test_a_newest_run_that_is_damaged_is_left_out_with_a_reason(tiny_run, tmp_path, monkeypatch):
-    shutil.copytree(tiny_run, tmp_path / "runs" / "new")
-    for weights in (tmp_path / "runs" / "new" / "checkpoints").glob("*/model.safetensors"):
-        weights.write_bytes(b"nothing")
-    monkeypatch.chdir(tmp_path)
-    found = command.desk_of(command._parser().parse_args(["--device", "cpu"]))
-    assert "left out" in found.note
-    assert "model.safetensors" in found.note
-    assert found.summary(0, "s0")["depth"] == 4
+    explorer = explorer_with(f"crate_tiny_patch16_224@{tmp_path / 'w.safetensors'}", model_args=["depth=1"])
+    with pytest.raises(UserError, match="NaN"):
+        explorer.summary(0, "s0")
 
 
 @pytest.mark.parametrize(
@@ -484,7 +419,7 @@ def test_which_addresses_are_this_computers_alone(host, alone):
     assert command._is_loopback(host) == alone
 
 
-def test_the_command_serves_until_it_is_interrupted(tmp_path):
+def test_the_command_serves_until_it_is_interrupted():
     words = [sys.executable, "-m", "crate_fast.cli", "explore", "--checkpoint", "shipped:CRATE", "--no-browser"]
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         address = process.stdout.readline().split()[0]
@@ -510,15 +445,9 @@ def test_the_command_says_what_is_wrong(words, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_a_taken_port_is_said(capsys):
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        assert command.main(["--checkpoint", "shipped:CRATE", "--no-browser", "--port", str(port)]) == 2
-    assert f"--port {port}" in capsys.readouterr().err
-
-
-def test_the_next_port_is_taken_when_none_is_named():
-    first = command._listen("127.0.0.1", None)
-    second = command._listen("127.0.0.1", None)
-    with first, second:
-        assert first.getsockname()[1] != second.getsockname()[1]
+def test_a_taken_port_is_an_error_or_the_next_is_used(capsys):
+    with command._listen("127.0.0.1", None) as first, command._listen("127.0.0.1", None) as second:
+        taken = first.getsockname()[1]
+        assert taken != second.getsockname()[1]
+        assert command.main(["--checkpoint", "shipped:CRATE", "--no-browser", "--port", str(taken)]) == 2
+    assert f"--port {taken}" in capsys.readouterr().err

@@ -15,8 +15,8 @@ from torch import nn
 from crate_fast import CRATE, CRATEMAE, CRATE_tiny, CRATEMAE_tiny, create_mae, registry
 from crate_fast.checkpoints import released_state_dict
 from crate_fast.errors import UserError
+from crate_fast.export import PortableCRATE
 from crate_fast.layers import ISTA, MHSA, MLP, MSSA, Layer, PreNorm
-from crate_fast.portable import PortableCRATE
 from crate_fast.train import checkpoint
 from crate_fast.train.command_line import build_config, load_recipe
 from crate_fast.train.config import DROP_RATES, TrainConfig, renamed_settings

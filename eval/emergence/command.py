@@ -1,4 +1,4 @@
-"""The command `crate-fast reproduce emergence`; see the package's text."""
+"""The command `crate-fast reproduce emergence`."""
 
 import argparse
 import json
@@ -7,10 +7,9 @@ import sys
 from pathlib import Path
 
 from crate_fast.errors import CommandParser, UserError, require, run_command
-from crate_fast.eval.emergence.job import Places
 from crate_fast.eval.emergence.protocol import SIZES, Protocol
 from crate_fast.eval.emergence.report import write_report
-from crate_fast.eval.emergence.schedule import Machine, conduct
+from crate_fast.eval.emergence.runs import Folders, Resources, run_experiment
 from crate_fast.eval.options import positive
 from crate_fast.eval.results import make_folder
 from crate_fast.train.checkpoint import write_text
@@ -19,29 +18,21 @@ __all__ = ["main"]
 
 
 def _claim_folder(folder: Path, size: str, protocol: Protocol, option: str) -> None:
-    """Write protocol.json, or make sure that the one there is this protocol's.
-
-    Raises:
-        UserError: It is of another.
-    """
+    """Write protocol.json; refuse a folder with another protocol's."""
     path, ours = folder / "protocol.json", {"size": size} | protocol.settings()
     if path.is_file():
         theirs = json.loads(path.read_text())
         differing = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
         if differing:
-            told = "; ".join(f"{name}: {theirs.get(name)!r} there, {ours.get(name)!r} now" for name in differing)
-            raise UserError(f"{folder} is of another protocol ({told}): give another {option}")
+            details = "; ".join(f"{name}: {theirs.get(name)!r} there, {ours.get(name)!r} now" for name in differing)
+            raise UserError(f"{folder} is of another protocol ({details}): give another {option}")
     else:
         make_folder(folder)
         write_text(path, json.dumps(ours, indent=2) + "\n")
 
 
 def _report_again(report: Path, size: str) -> None:
-    """From the results of a folder, by the protocol that they were made with.
-
-    Raises:
-        UserError: The folder holds no experiment, or one of another size.
-    """
+    """Write the report from the results and the protocol of a folder."""
     path = report / "protocol.json"
     if not path.is_file():
         raise UserError(f"{report} holds no protocol.json, so no results: name the folder that does with --report")
@@ -67,22 +58,22 @@ def _command(options: argparse.Namespace) -> None:
         raise UserError(f"--minutes {options.minutes}: it must be above 0, and finite; leave it out for no limit")
     protocol = SIZES[options.size]
     output = options.output or Path("runs/emergence") / options.size
-    places = Places(output, options.report or output / "report", options.cifar10)
+    folders = Folders(output, options.report or output / "report", options.cifar10)
     if options.report_only:
-        _report_again(places.report, options.size)
+        _report_again(folders.report, options.size)
         return
-    _check_cifar10(places.cifar10)
-    machine = Machine(options.device, options.jobs)
-    _claim_folder(places.report, options.size, protocol, "--report")
-    _claim_folder(places.output, options.size, protocol, "--output")
-    if not conduct(protocol, places, machine, options.minutes):
+    _check_cifar10(folders.cifar10)
+    resources = Resources(options.device, options.jobs)
+    _claim_folder(folders.report, options.size, protocol, "--report")
+    _claim_folder(folders.output, options.size, protocol, "--output")
+    if not run_experiment(protocol, folders, resources, options.minutes):
         print("stopped; the same command continues")
         return
-    print(f"written:\n  {write_report(places.report, protocol, options.size)}")
+    print(f"written:\n  {write_report(folders.report, protocol, options.size)}")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run, continue or report the experiment; returns the exit status."""
+    """Run, continue or report the experiment; return the exit status."""
     parser = CommandParser(
         prog="crate-fast reproduce emergence",
         description="Does segmentation appear in CRATE and not in a ViT? docs/emergence/protocol.md says how it is "
@@ -90,18 +81,14 @@ def main(argv: list[str] | None = None) -> int:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add(
-        "--size",
-        choices=list(SIZES),
-        required=True,
-        help="smoke: minutes; small: two CPU cores, a night; full: a GPU",
-    )
+    sizes = "smoke: minutes; small: two CPU cores, a night; full: a GPU"
+    add("--size", choices=list(SIZES), required=True, help=sizes)
     add("--output", type=Path, help="folder of the runs; default runs/emergence/SIZE")
     add("--report", type=Path, help="folder of results, pictures and report; default OUTPUT/report")
     add("--report-only", action="store_true", help="write the report again from its folder, and run nothing")
     add("--cifar10", type=Path, metavar="DIR", help="CIFAR-10, for accuracy; left out when absent")
     add("--jobs", type=positive, help="runs at once; default a CPU core each, or four a GPU")
-    add("--minutes", type=float, help="stop politely after so many")
+    add("--minutes", type=float, help="save and stop after this time")
     add("--device", default="auto", help="auto, cpu, cuda (all GPUs) or cuda:N; default auto")
     return run_command(lambda: _command(parser.parse_args(argv)))
 

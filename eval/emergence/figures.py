@@ -1,6 +1,6 @@
-"""The figures of the report, drawn from saved results and pictures alone; numbered as the paper's that they resemble.
+"""The report's figures, drawn from saved results and pictures alone; numbers are those of similar paper figures.
 
-Every grid shows the first eight test scenes, or the first four of them: nobody chose them.
+Grids show the first eight or four test scenes; nobody chose them.
 """
 
 import statistics
@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from crate_fast.eval.emergence.analysis import (
+from crate_fast.eval.emergence.protocol import MODELS, Protocol
+from crate_fast.eval.emergence.scores import (
     COARSE,
     MEASURES,
     at_checkpoint,
@@ -22,30 +23,34 @@ from crate_fast.eval.emergence.analysis import (
     held_out_accuracy,
     validated,
 )
-from crate_fast.eval.emergence.protocol import MODELS, Protocol
 from crate_fast.figures import Curve, Picture, curve_figure, image_grid
 from crate_fast.segmentation import attention_to_mask, average_precision, intersection_over_union, mask_to_grid
 from crate_fast.train.data.shape_scenes import CLASSES
 
-__all__ = ["draw", "load_pictures", "readme_picture"]
+__all__ = ["CAPTIONS", "draw", "load_pictures"]
 
 Pictures = dict[str, dict[str, np.ndarray]]
-_ORDER = (
-    *("figure4_masks", "figure4_maps", "figure6_by_layer", "figure6_components", "figure7_heads"),
-    *("figure9_parts", "figure10_by_epoch", "figure10_components", "by_accuracy", "white_box"),
-)
+CAPTIONS = {  # name → caption, in the report's order
+    "figure4_masks": "Each model's best mask by mass at the paper's layer, as scored (Fig. 4).",
+    "figure4_maps": "The attention map of each model's best head by AP; black is 0, white its largest weight.",
+    "figure6_by_layer": "Scores by layer, means and standard deviations over seeds (Fig. 6).",
+    "figure6_components": "Principal components 2 to 4 of patch features by layer, as colours; four scenes (Fig. 6).",
+    "figure7_heads": "Attention of CLS, every head of CRATE's layer that the paper looks at (Fig. 7).",
+    "figure9_parts": "The first three components of the foreground by layer, as colours; four scenes (Fig. 9).",
+    "figure10_by_epoch": "Scores over training at the paper's layer (Fig. 10); at 0 stand the untrained twins.",
+    "figure10_components": "Components 2 to 4 over training, CRATE; four scenes (Fig. 10).",
+    "by_accuracy": "Attention's scores at the paper's layer against accuracy on a run's held-out scenes, a point a "
+    "checkpoint of the first stage. Added after the results were known; nothing is decided by it.",
+    "white_box": "R^c and sparsity by layer; dashed: before training.",
+}
 _SHOWN_SCORES = (
-    "AP, best head",
-    "AP, fixed head",
-    "mIoU mass, best head",
-    "mIoU mass, fixed head",
-    "box AP",
-    "mask AP",
+    *("AP, best head", "AP, fixed head", "mIoU mass, best head", "mIoU mass, fixed head"),
+    *("box AP", "mask AP"),
 )
 
 
 def load_pictures(report: Path) -> Pictures:
-    """Model → arrays of `scores.pictures` and `scores.shown_scenes`; only the models that are there."""
+    """Load the arrays of `scores.pictures` and `scores.shown_scenes`, by model."""
     found: Pictures = {}
     for model in MODELS:
         if (report / "pictures" / f"{model}.npz").is_file():
@@ -59,23 +64,23 @@ def _load(path: Path) -> dict[str, np.ndarray]:
 
 
 def draw(results: dict[str, dict], pictures: Pictures, protocol: Protocol, folder: Path) -> dict[str, Path]:
-    """Every figure that there are results for.
+    """Draw every figure that has results.
 
     Args:
-        results: See `analysis.load_results`.
-        pictures: See `load_pictures`.
+        results: Result of `scores.load_results`.
+        pictures: Result of `load_pictures`.
         protocol: The experiment.
-        folder: Where PNGs go.
+        folder: Output folder for PNGs.
 
     Returns:
-        Name → file.
+        Files by name, in the order of `CAPTIONS`.
     """
-    first = protocol.seeds[0]  # the seed that pictures are of
+    first = protocol.seeds[0]  # the seed of the pictures
     pictures = {model: p for model, p in pictures.items() if f"scenes-{model}-seed{first}" in results}
     layers = {m: results[f"scenes-{m}-seed{first}"]["checkpoints"][-1]["default_layer"] for m in pictures}
     figures: dict[str, Callable[[Path], None]] = {}
     if "CRATE" in pictures:
-        figures["figure7_heads"] = lambda path: readme_picture(pictures["CRATE"], layers["CRATE"], protocol, path)
+        figures["figure7_heads"] = lambda path: _all_heads(pictures["CRATE"], layers["CRATE"], protocol, path)
         figures["figure10_components"] = lambda path: _by_checkpoint(pictures["CRATE"], protocol, path)
     if pictures:
         figures["figure4_masks"] = lambda path: _best_heads(pictures, layers, protocol, "mass", path)
@@ -88,27 +93,23 @@ def draw(results: dict[str, dict], pictures: Pictures, protocol: Protocol, folde
         figures["figure10_by_epoch"] = charts.by_epoch
         figures["by_accuracy"] = charts.by_accuracy
         figures["white_box"] = charts.white_box
-    paths = {name: folder / f"{name}.png" for name in sorted(figures, key=_ORDER.index)}
+    paths = {name: folder / f"{name}.png" for name in CAPTIONS if name in figures}
     for name, path in paths.items():
         figures[name](path)
     return paths
 
 
-def _side(protocol: Protocol) -> int:
-    return protocol.image_size // protocol.patch_size
-
-
 def _scenes(arrays: dict[str, np.ndarray]) -> tuple[list[Picture], list[Picture], list[str]]:
-    """Images, objects and classes of the shown scenes."""
+    """Return images, object masks and class names of the shown scenes."""
     images = [Picture(image) for image in arrays["images"]]
     masks = [Picture(mask.astype(np.float32), "gray", (0, 1)) for mask in arrays["masks"]]
     return images, masks, [CLASSES[label] for label in arrays["labels"]]
 
 
-def readme_picture(arrays: dict[str, np.ndarray], layer: int, protocol: Protocol, path: Path) -> None:
-    """Attention maps of all heads of one layer on the shown scenes: a scene a column."""
+def _all_heads(arrays: dict[str, np.ndarray], layer: int, protocol: Protocol, path: Path) -> None:
+    """Draw attention maps of all heads of one layer, a scene a column."""
     images, masks, classes = _scenes(arrays)
-    side = _side(protocol)
+    side = protocol.image_size // protocol.patch_size
     rows, titles = [images, masks], ["image", "object"]
     for head, maps in enumerate(arrays["attention"][layer].swapaxes(0, 1)):
         rows.append([Picture(each.astype(np.float32).reshape(side, side)) for each in maps])
@@ -117,11 +118,8 @@ def readme_picture(arrays: dict[str, np.ndarray], layer: int, protocol: Protocol
 
 
 def _best_heads(pictures: Pictures, layers: dict[str, int], protocol: Protocol, reading: str, path: Path) -> None:
-    """The mask ("mass") or the map ("ap") of each model's best head, as scored (Fig. 4a): a scene a column.
-
-    A map's largest weight is white.
-    """
-    side = _side(protocol)
+    """Draw the mask ("mass") or the map ("ap") of each model's best head, as scored (Fig. 4a), a scene a column."""
+    side = protocol.image_size // protocol.patch_size
     images, masks, classes = _scenes(next(iter(pictures.values())))
     rows, titles = [images, masks], ["image", "object"]
     for model, arrays in pictures.items():
@@ -137,7 +135,7 @@ def _best_heads(pictures: Pictures, layers: dict[str, int], protocol: Protocol, 
 
 
 def _components(pictures: Pictures, name: str, protocol: Protocol, path: Path) -> None:
-    """Colours of every layer, CRATE's and ViT's."""
+    """Draw the components of every layer of CRATE and ViT."""
     columns = [
         (f"{model}\nlayer {layer}", colours)
         for model in ("CRATE", "ViT")
@@ -148,20 +146,17 @@ def _components(pictures: Pictures, name: str, protocol: Protocol, path: Path) -
 
 
 def _by_checkpoint(arrays: dict[str, np.ndarray], protocol: Protocol, path: Path) -> None:
-    """CRATE's components at its default layer over training (Fig. 10, right)."""
+    """Draw CRATE's components at its default layer over training (Fig. 10, right)."""
     titles = [f"{point.images / 1000:.0f} k images" for point in protocol.points]
     _colour_grid(arrays, list(zip(titles, arrays["components_by_checkpoint"], strict=True)), protocol, path)
 
 
 def _colour_grid(
-    scenes: dict[str, np.ndarray],
-    columns: list[tuple[str, np.ndarray]],
-    protocol: Protocol,
-    path: Path,
-    shown: int = 4,
+    scenes: dict[str, np.ndarray], columns: list[tuple[str, np.ndarray]], protocol: Protocol, path: Path
 ) -> None:
-    """Colours [8, P, 3] of the first scenes: a column for each title, a scene a row."""
-    side = _side(protocol)
+    """Draw (title, colours [8, P, 3]) of the first four scenes, a scene a row."""
+    shown = 4
+    side = protocol.image_size // protocol.patch_size
     images, _, classes = _scenes(scenes)
     rows = [[image] for image in images[:shown]]
     for _, found in columns:
@@ -172,7 +167,7 @@ def _colour_grid(
 
 
 class _Charts:
-    """Means over seeds, in bands of a standard deviation."""
+    """Charts of means over seeds, with bands of one standard deviation."""
 
     def __init__(self, results: dict[str, dict], protocol: Protocol):
         self.results, self.protocol = results, protocol
@@ -181,7 +176,7 @@ class _Charts:
         self.shown = [name for name in _SHOWN_SCORES if name not in COARSE or name in known]
 
     def by_layer(self, path: Path) -> None:
-        """Scores of the last checkpoint at every layer."""
+        """Draw scores of the last checkpoint at every layer."""
 
         def values(measure: str) -> list[Callable]:
             return [lambda r, at=layer: MEASURES[measure](r["checkpoints"][-1], at) for layer in self.layers]
@@ -190,7 +185,7 @@ class _Charts:
         curve_figure(panels, "layer", [path], from_zero=True, columns=2, labels=MODELS)
 
     def by_epoch(self, path: Path) -> None:
-        """Accuracy, and scores at the paper's layer, over training."""
+        """Draw accuracy, and scores at the paper's layer, over training."""
         images = [point.images / 1000 for point in self.protocol.points]
 
         def values(measure: str) -> list[Callable]:
@@ -202,7 +197,7 @@ class _Charts:
         curve_figure(panels, "training images, thousands", [path], from_zero=True, columns=2, labels=MODELS)
 
     def by_accuracy(self, path: Path) -> None:
-        """Attention's scores at the paper's layer against accuracy, a point a checkpoint of the first stage."""
+        """Draw attention's scores at the paper's layer against accuracy, a point a checkpoint of the first stage."""
         known = validated(by_seed(self.results, self.protocol, "CRATE", lambda result: result)[0])
 
         def accuracy(model: str, index: int) -> float:
@@ -218,7 +213,7 @@ class _Charts:
         curve_figure(panels, "accuracy on held-out scenes, %", [path], from_zero=True, columns=2, labels=MODELS)
 
     def white_box(self, path: Path) -> None:
-        """R^c and sparsity by layer, trained and untrained, of the models that have them."""
+        """Draw R^c and sparsity by layer, trained and untrained, for the models that have them."""
         titles = {"coding_rate": "R$^c$ of the subspace tokens (nats)", "sparsity": "share of non-zeros after ISTA"}
         panels: dict[str, list[Curve]] = {}
         for name, title in titles.items():
@@ -240,7 +235,7 @@ class _Charts:
         return Curve(label, x, [statistics.fmean(seeds) for seeds in found], spread, **style)
 
     def _models(self, measure: str, x: Sequence[float], values: Sequence[Callable]) -> list[Curve]:
-        """A curve a model; beside those of attention what maps that know nothing score."""
+        """Return a curve a model, and for attention the baselines."""
         curves = [self._curve(model, x, values, model) for model in MODELS]
         if measure in COARSE:
             known = baselines(self.results, measure)

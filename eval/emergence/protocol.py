@@ -1,4 +1,4 @@
-"""Every choice of the experiment, made before its runs; docs/emergence/protocol.md says why."""
+"""All settings of the experiment, fixed before its runs; docs/emergence/protocol.md gives the reasons."""
 
 import dataclasses
 import json
@@ -35,11 +35,11 @@ class Stage:
     """A part of a training run.
 
     Attributes:
-        image_size: In pixels.
-        scenes: Training images.
-        epochs: Passes over them.
-        lr_share: Its peak learning rate over the run's.
-        checkpoints: Scored of it, evenly spaced, the last at its end.
+        image_size: Side of the images in pixels.
+        scenes: Number of training images.
+        epochs: Number of passes over them.
+        lr_share: Peak learning rate as a share of the run's.
+        checkpoints: Number of scored checkpoints, evenly spaced, the last at the end.
         batch_size: Images a step.
     """
 
@@ -52,18 +52,18 @@ class Stage:
 
     @property
     def steps(self) -> int:
-        """Optimiser steps."""
+        """Number of optimiser steps."""
         return self.scenes // self.batch_size * self.epochs
 
 
 @dataclass(frozen=True)
 class Point:
-    """When a run is scored.
+    """A checkpoint that is scored.
 
     Attributes:
         stage: Number of the stage.
-        step: Of it; 0, of the first stage alone, is the untrained twin.
-        images: Seen in training until then.
+        step: Step of that stage; 0 is the untrained twin.
+        images: Number of training images seen so far.
     """
 
     stage: int
@@ -76,22 +76,22 @@ class Protocol:
     """The experiment at one size.
 
     Attributes:
-        patch_size: In pixels.
-        dim, depth, heads: Of every model; the head width is dim / heads.
-        stages: Of a compared run; each starts from the weights the one before ends with. Scores are taken at the last
-            one's image size, of all checkpoints.
-        sweep_scenes: Training images, seen once, of a run that only chooses a learning rate; it is the first stage
-            otherwise.
-        lrs: Learning rates tried, ascending.
-        sweep_seed: Of those runs.
-        seeds: Of the runs that are compared: of weights, scenes and their order.
+        patch_size: Side of a patch in pixels.
+        dim, depth, heads: Size of every model; the head width is dim / heads.
+        stages: Stages of a compared run; each starts from the weights of the one before. All checkpoints are scored
+            at the last stage's image size.
+        sweep_scenes: Training images of a learning-rate run, which is otherwise the first stage; each is seen once.
+        lrs: Learning rates to try, ascending.
+        seeds: Seeds of the compared runs, for weights, scenes and their order.
         cifar_epochs: Passes over CIFAR-10's training images.
-        selection_images, test_images: Scenes that heads and layers are chosen on, and scenes scored.
-        maskcut_images: The first of the test scenes that MaskCut is run on.
-        selection_seed, test_seed: Of those scenes; no model is trained on either.
-        optimizer, weight_decay, label_smoothing: As `TrainConfig`'s.
-        warmup_share: Of a stage's steps.
-        primary: The measure of `analysis.COARSE` that decides; the default is that of the first protocol.
+        selection_images: Number of scenes for choosing heads and layers.
+        test_images: Number of scored scenes.
+        maskcut_images: Number of scenes for MaskCut, the first of the test scenes.
+        selection_seed, test_seed: Seeds of those scenes; no model is trained on them.
+        sweep_seed: Seed of the learning-rate runs.
+        optimizer, weight_decay, label_smoothing: Settings of `TrainConfig`.
+        warmup_share: Share of a stage's steps.
+        primary: Measure of `scores.COARSE` that decides; the default is the first protocol's.
     """
 
     patch_size: int
@@ -117,12 +117,12 @@ class Protocol:
 
     @property
     def image_size(self) -> int:
-        """At which scores are taken, in pixels."""
+        """Image size of all scores, in pixels."""
         return self.stages[-1].image_size
 
     @property
     def points(self) -> list[Point]:
-        """When a compared run is scored, in order."""
+        """Scored checkpoints of a compared run, in order."""
         found, seen = [Point(0, 0, 0)], 0
         for number, stage in enumerate(self.stages):
             for count in range(1, stage.checkpoints + 1):
@@ -132,16 +132,16 @@ class Protocol:
         return found
 
     def settings(self) -> dict:
-        """Plain values, as saved beside results."""
+        """Return plain values, as saved with results."""
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
     def in_words(self) -> dict[str, str]:
-        """Every setting, for a table."""
+        """Return every setting as text, for a table."""
         return {field.name: _in_words(getattr(self, field.name)) for field in dataclasses.fields(self)}
 
     @classmethod
     def of_settings(cls, settings: dict) -> "Protocol":
-        """The protocol that `settings` came from."""
+        """Return the protocol of saved `settings`."""
         values = {name: tuple(v) if isinstance(v, list) else v for name, v in settings.items()}
         return cls(**values | {"stages": tuple(Stage(**stage) for stage in settings["stages"])})
 
@@ -196,7 +196,7 @@ SIZES = {
 
 
 def settings_table() -> list[dict]:
-    """The sizes side by side: a row a setting, for docs/emergence/protocol.md."""
+    """Return the table of docs/emergence/protocol.md: a row a setting, a column a size."""
     words = {size: protocol.in_words() for size, protocol in SIZES.items()}
     names = [field.name for field in dataclasses.fields(Protocol)]
     return [{"setting": f"`{name}`", **{size: settings[name] for size, settings in words.items()}} for name in names]
@@ -216,10 +216,10 @@ class Run:
     """One training run of the experiment.
 
     Attributes:
-        kind: "sweep", to choose a learning rate; "scenes", compared; "cifar10", compared in accuracy.
-        model: Of `MODELS`.
-        seed: Of weights, data and order.
-        lr: Of a sweep; None where the sweep decides.
+        kind: "sweep" chooses a learning rate; "scenes" is compared; "cifar10" is compared in accuracy.
+        model: A key of `MODELS`.
+        seed: Seed of weights, data and order.
+        lr: Learning rate of a sweep; None for other runs, whose rate the sweeps decide.
     """
 
     kind: str
@@ -229,17 +229,16 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Of its files."""
+        """Name of its files."""
         return f"{self.kind}-{self.model}-" + (f"lr{self.lr:g}" if self.kind == "sweep" else f"seed{self.seed}")
 
 
 def planned_runs(protocol: Protocol, cifar10: bool = True) -> list[Run]:
-    """All runs in the order in which they are started: the sweeps; then seed by seed, so that an experiment cut short
-    still compares like with like.
+    """Return all runs in starting order: sweeps, then seed by seed, so that an early stop leaves complete seeds.
 
     Args:
         protocol: The experiment.
-        cifar10: Whether CIFAR-10 is at hand.
+        cifar10: True if CIFAR-10 is available.
     """
     sweeps = [Run("sweep", model, protocol.sweep_seed, lr) for model in MODELS for lr in protocol.lrs]
     kinds = ("scenes", "cifar10") if cifar10 else ("scenes",)
@@ -247,7 +246,7 @@ def planned_runs(protocol: Protocol, cifar10: bool = True) -> list[Run]:
 
 
 def stages_of(protocol: Protocol, run: Run) -> tuple[Stage, ...]:
-    """The stages of a run; a sweep has a shorter first one, CIFAR-10's images are of one size."""
+    """Return the stages of a run; sweeps and CIFAR-10 have one."""
     if run.kind == "scenes":
         return protocol.stages
     if run.kind == "sweep":
@@ -258,15 +257,15 @@ def stages_of(protocol: Protocol, run: Run) -> tuple[Stage, ...]:
 def training_config(
     protocol: Protocol, run: Run, number: int, lr: float, cifar10: Path | None = None, **further
 ) -> TrainConfig:
-    """The settings of a stage of a run.
+    """Return the training settings of a stage of a run.
 
     Args:
         protocol: The experiment.
-        run: Which.
-        number: Of the stage.
+        run: The run.
+        number: Number of the stage.
         lr: The run's peak learning rate.
         cifar10: Folder with train/<class>/ and test/<class>/, or with CIFAR-10 as torchvision keeps it.
-        **further: Settings that decide where it is computed, such as `device`; and `init` of a later stage.
+        **further: Other settings, such as `device`, and `init` of a later stage.
     """
     stage = stages_of(protocol, run)[number]
     if run.kind == "cifar10":
@@ -279,7 +278,7 @@ def training_config(
     kept = {}
     if run.kind == "scenes":
         kept["checkpoint_every"] = stage.steps // stage.checkpoints
-        kept["keep_checkpoints"] = stage.steps  # all: every polite stop saves one too
+        kept["keep_checkpoints"] = stage.steps  # keep all: every stop saves one too
     return TrainConfig(
         model="crate_tiny_patch8_224",
         dim=protocol.dim,
@@ -298,6 +297,6 @@ def training_config(
         label_smoothing=protocol.label_smoothing,
         seed=run.seed,
         log_every=50,
-        segmentation_samples=8,  # for the run's own figure; `scores` scores it
+        segmentation_samples=8,  # for the run's own figure; the experiment scores more
         **further,
     )

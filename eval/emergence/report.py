@@ -1,4 +1,4 @@
-"""report.md, written from saved results and pictures alone."""
+"""The report of the experiment, written from saved results and pictures alone."""
 
 import itertools
 import json
@@ -8,7 +8,9 @@ from pathlib import Path
 
 from crate_fast.errors import UserError
 from crate_fast.eval import paper
-from crate_fast.eval.emergence.analysis import (
+from crate_fast.eval.emergence.figures import CAPTIONS, draw, load_pictures
+from crate_fast.eval.emergence.protocol import MODELS, Protocol, planned_runs
+from crate_fast.eval.emergence.scores import (
     COARSE,
     MEASURES,
     ORDER,
@@ -24,31 +26,15 @@ from crate_fast.eval.emergence.analysis import (
     common_accuracy,
     complete_seeds,
     has_measure,
-    last,
     load_results,
     paired,
 )
-from crate_fast.eval.emergence.figures import draw, load_pictures
-from crate_fast.eval.emergence.protocol import MODELS, Protocol, planned_runs
 from crate_fast.eval.results import markdown_table
 from crate_fast.eval.white_box import trend
 from crate_fast.train.checkpoint import write_text
 
 __all__ = ["write_report"]
 
-_CAPTIONS = {
-    "figure4_masks": "Each model's best mask by mass at the paper's layer, as scored (Fig. 4).",
-    "figure4_maps": "The attention map of each model's best head by AP; black is 0, white its largest weight.",
-    "figure6_by_layer": "Scores by layer, means and standard deviations over seeds (Fig. 6).",
-    "figure6_components": "Principal components 2 to 4 of patch features by layer, as colours; four scenes (Fig. 6).",
-    "figure7_heads": "Attention of CLS, every head of CRATE's layer that the paper looks at (Fig. 7).",
-    "figure9_parts": "The first three components of the foreground by layer, as colours; four scenes (Fig. 9).",
-    "figure10_by_epoch": "Scores over training at the paper's layer (Fig. 10); at 0 stand the untrained twins.",
-    "figure10_components": "Components 2 to 4 over training, CRATE; four scenes (Fig. 10).",
-    "by_accuracy": "Attention's scores at the paper's layer against accuracy on a run's held-out scenes, a point a "
-    "checkpoint of the first stage. Added after the results were known; nothing is decided by it.",
-    "white_box": "R^c and sparsity by layer; dashed: before training.",
-}
 _PAIRS = (*itertools.pairwise(ORDER), ("CRATE", "ViT"), ("CRATE", "CRATE-sth"))
 _BASELINES = {
     "mean_mask": "mean mask",
@@ -62,12 +48,12 @@ def write_report(report: Path, protocol: Protocol, size: str) -> Path:
     """Write report.md and its figures.
 
     Args:
-        report: The folder that holds results/ and pictures/.
+        report: Folder with results/ and pictures/.
         protocol: The experiment.
-        size: Its name.
+        size: A key of `SIZES`.
 
     Raises:
-        UserError: There is no result of a compared run, for any seed, of all models.
+        UserError: No seed has results of all models.
     """
     results = load_results(report)
     if not complete_seeds(results, protocol):
@@ -98,7 +84,7 @@ def write_report(report: Path, protocol: Protocol, size: str) -> Path:
         "## White box",
         _white_box(results, protocol),
         *(["## Figures", _stages_note(protocol)] if figures else []),
-        *(f"![{_CAPTIONS[name]}](figures/{path.name})\n\n*{_CAPTIONS[name]}*" for name, path in figures.items()),
+        *(f"![{CAPTIONS[name]}](figures/{path.name})\n\n*{CAPTIONS[name]}*" for name, path in figures.items()),
         *_earlier(report),
         "## How it was run",
         _origin(results, protocol, size),
@@ -128,18 +114,9 @@ def _claims(results: dict, protocol: Protocol, measure: str) -> str:
     found = claims(results, protocol, measure)
     so_far = "" if len(complete_seeds(results, protocol)) == len(protocol.seeds) else " so far"
     words = {True: "holds", False: "does not hold", None: "undecided"}
-    rows = [
-        {
-            "statement": claim.text,
-            "": f"**{words[claim.holds]}{so_far}**",
-            measure: claim.evidence,
-        }
-        for claim in found
-    ]
-    return (
-        markdown_table(rows)
-        + f"\n{sum(claim.holds is True for claim in found)} of {len(found)} statements hold{so_far}."
-    )
+    rows = [{"statement": c.text, "": f"**{words[c.holds]}{so_far}**", measure: c.evidence} for c in found]
+    holding = sum(claim.holds is True for claim in found)
+    return f"{markdown_table(rows)}\n{holding} of {len(found)} statements hold{so_far}."
 
 
 def _verdicts(results: dict, protocol: Protocol) -> str:
@@ -155,10 +132,10 @@ def _verdicts(results: dict, protocol: Protocol) -> str:
     before = Protocol.primary
     if protocol.primary == before:
         return text
-    told = (
-        "And by the paper's way of scoring, which the first protocol decided by; it depends on how far maps spread:"
+    return (
+        f"{text}\n\nAnd by the paper's way of scoring, which the first protocol decided by; it depends on how far "
+        f"maps spread:\n\n{_claims(results, protocol, before)}"
     )
-    return f"{text}\n\n{told}\n\n{_claims(results, protocol, before)}"
 
 
 def _table(
@@ -172,7 +149,7 @@ def _table(
 
 def _coarse(results: dict, protocol: Protocol) -> str:
     measures = coarse_measures(results)
-    rows = _table({name: last(name) for name in measures}, results, protocol)
+    rows = _table({name: at_checkpoint(name) for name in measures}, results, protocol)
     for row in rows:
         row["paper, VOC"] = paper.find("table2", row["model"]).get("VOC mIoU")
     twins = _table({name: at_checkpoint(name, 0) for name in measures}, results, protocol)
@@ -180,10 +157,10 @@ def _coarse(results: dict, protocol: Protocol) -> str:
     for name, text in _BASELINES.items():
         row = {"model": text}
         for measure in measures:
-            if name != "random" or measure.endswith("best head"):  # it is the best of as many maps as heads
+            if name != "random" or measure.endswith("best head"):  # the best of as many maps as heads
                 row[measure] = f"{baselines(results, measure)[name]:.1f}"
         rows.append(row)
-    chosen = _table({name: last(name, "chosen") for name in measures}, results, protocol)
+    chosen = _table({name: at_checkpoint(name, layer="chosen") for name in measures}, results, protocol)
     return (
         "At the layer that the paper looks at: the last but one of models with MSSA, the last of those with MHSA. "
         "The best head is the best of each image; the fixed head is one for all images, chosen on other scenes.\n\n"
@@ -195,7 +172,7 @@ def _coarse(results: dict, protocol: Protocol) -> str:
 
 def _detection(results: dict, protocol: Protocol) -> str:
     measures = [name for name in MEASURES if name not in COARSE]
-    rows = _table({name: last(name) for name in measures}, results, protocol)
+    rows = _table({name: at_checkpoint(name) for name in measures}, results, protocol)
     for row in rows:
         numbers = paper.find("table2", row["model"])
         row["paper, COCO: box AP50 / AP"] = f"{numbers['box AP50']} / {numbers['box AP']}" if numbers else None
@@ -216,7 +193,7 @@ def _differences(results: dict, protocol: Protocol) -> str:
     for first, second in _PAIRS:
         row = {"": f"{first} − {second}"}
         for name in columns:
-            scores = by_model(results, protocol, last(name))
+            scores = by_model(results, protocol, at_checkpoint(name))
             row[name] = _interval(paired(scores[first], scores[second]))
         rows.append(row)
     seeds = ", ".join(map(str, complete_seeds(results, protocol)))
@@ -255,7 +232,6 @@ def _accuracy(results: dict, protocol: Protocol) -> str:
 
 
 def _at_equal_accuracy(results: dict, protocol: Protocol) -> str:
-    """Attention's scores where models classify alike."""
     accuracy, parts = common_accuracy(results, protocol), []
     for layer, where in (
         ("paper", "At the layer that the paper looks at"),
@@ -283,7 +259,7 @@ def _at_equal_accuracy(results: dict, protocol: Protocol) -> str:
 
 
 def _accuracy_after(result: dict, stage: int) -> float:
-    """On the run's own held-out scenes, at the stage's image size."""
+    """Return a run's held-out accuracy after a stage, at the stage's image size."""
     return 100 * [entry["val_accuracy"] for entry in result["validation"] if entry["stage"] == stage][-1]
 
 
@@ -304,6 +280,7 @@ def _white_box(results: dict, protocol: Protocol) -> str:
 
 
 def _trends(results: dict, protocol: Protocol, model: str, index: int, name: str) -> list[dict] | None:
+    """Return the trend of R^c or sparsity over layers, a seed each; None for models without it."""
     if not all(by_seed(results, protocol, model, lambda result: has_measure(result, name))):
         return None
     curves = by_seed(results, protocol, model, lambda r: [row[name] for row in r["checkpoints"][index]["white_box"]])
@@ -311,13 +288,13 @@ def _trends(results: dict, protocol: Protocol, model: str, index: int, name: str
 
 
 def _discussion(report: Path) -> list[str]:
-    """What did not reproduce and why that may be: written by hand, beside the results."""
+    """Return the hand-written discussion, if the folder has one."""
     path = report / "discussion.md"
     return [path.read_text()] if path.is_file() else []
 
 
 def _earlier(report: Path) -> list[str]:
-    """The verdicts of earlier protocols, each kept whole in a folder earlier/NAME."""
+    """Return the verdicts of earlier protocols, from the folders earlier/NAME."""
     parts = []
     for folder in sorted((report / "earlier").glob("*/protocol.json")):
         settings = json.loads(folder.read_text())
@@ -339,13 +316,8 @@ def _origin(results: dict, protocol: Protocol, size: str) -> str:
         "runs": f"{len(runs)} of {len(planned)}" + ("" if with_cifar else ", CIFAR-10's left out"),
         "seeds with all models": ", ".join(map(str, complete_seeds(results, protocol))),
         "hours of all runs together": f"{hours:.1f}, {scoring / 3600:.1f} of them scoring",
-        "hardware": _all(runs, "device"),
-        "commits": _all(runs, "commit"),
-        "torch": _all(runs, "torch"),
     }
+    for title, name in (("hardware", "device"), ("commits", "commit"), ("torch", "torch")):
+        facts[title] = ", ".join(dict.fromkeys(run["provenance"][name] for run in runs))
     facts |= {name.replace("_", " "): value for name, value in protocol.in_words().items()}
     return markdown_table([{"": name, " ": str(value)} for name, value in facts.items()])
-
-
-def _all(runs: Sequence[dict], name: str) -> str:
-    return ", ".join(dict.fromkeys(run["provenance"][name] for run in runs))

@@ -1,1 +1,1 @@
-"""The explorer: a local page on which one looks inside models; `crate-fast explore`."""
+"""The explorer, `crate-fast explore`: a local page that shows the inside of models."""

@@ -4,8 +4,8 @@
     crate-fast explore --checkpoint runs/NAME CRATE=runs/A        one model or several
     crate-fast explore --checkpoint runs/NAME --images PHOTOS     with the images of a folder
 
-Only this computer can open the page, unless --host says otherwise. Nothing is fetched from elsewhere, and nothing is
-written: what a visitor uploads stays in memory.
+Only this computer can open the page, unless --host says otherwise. The page fetches nothing from other hosts and
+writes nothing to disk; uploads stay in memory.
 """
 
 import argparse
@@ -19,13 +19,16 @@ from pathlib import Path
 
 from crate_fast.errors import CommandParser, UserError, run_command
 from crate_fast.eval import models as models_module
-from crate_fast.eval.explore.desk import Desk
-from crate_fast.eval.explore.offers import Shelf, default_offers, offers_of
+from crate_fast.eval.explore.inspection import Explorer, ModelCache, ModelChoice
 from crate_fast.eval.explore.pictures import Pictures
+from crate_fast.eval.models import split_label, split_source
 from crate_fast.eval.options import positive, seed
+from crate_fast.eval.shipped import shipped_names
+from crate_fast.train import checkpoint
 from crate_fast.train.distributed import choose_device
+from crate_fast.train.runs import checkpoint_steps
 
-__all__ = ["desk_of", "main"]
+__all__ = ["default_choices", "main", "model_choices", "open_explorer"]
 
 _PORT = 7470
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -54,8 +57,48 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def desk_of(options: argparse.Namespace) -> Desk:
-    """What a command line wants to look at; its first model is opened.
+def model_choices(specification: str) -> list[ModelChoice]:
+    """Return the choices of a model named on the command line: of a run, its checkpoints and the untrained model.
+
+    Raises:
+        UserError: The folder holds no checkpoints.
+    """
+    label, source = split_label(specification)
+    place, which = split_source(source)
+    if not Path(place).is_dir() or which:
+        return [ModelChoice(specification, label, label, which == "untrained")]
+    steps = checkpoint_steps(Path(place))
+    best = checkpoint.best_step(Path(place) / "checkpoints") or steps[-1]
+    return [
+        ModelChoice(f"{place}@{best}", f"{label}, best (step {best:,})", label),
+        ModelChoice(f"{place}@untrained", f"{label}, untrained", label, True),
+        *(ModelChoice(f"{place}@{step}", f"{label}, step {step:,}", label) for step in steps),
+    ]
+
+
+def default_choices(runs: Path = Path("runs")) -> tuple[list[ModelChoice], str]:
+    """Return the choices without --checkpoint, and a sentence about them for the page.
+
+    The newest run below `runs` comes first, then the models of the package and their untrained twins.
+    """
+    found = [path.parent for path in runs.glob("**/config.yaml") if checkpoint.newest(path.parent / "checkpoints")]
+    choices, note = [], f"The newest run below {runs}/ comes first; --checkpoint names others."
+    if found:
+        newest = max(found, key=lambda run: (run / "checkpoints").stat().st_mtime)
+        choices += model_choices(str(newest))
+    else:
+        note = (
+            f"There is no run below {runs}/: these small models come with the package. Train one of your own "
+            "(crate-fast pretrain), or name one with --checkpoint."
+        )
+    names, group = shipped_names(), "with the package"
+    choices += [ModelChoice(f"shipped:{name}", f"{name}, trained on shape_scenes", group) for name in names]
+    choices += [ModelChoice(f"shipped:{name}@untrained", f"{name}, untrained", group, True) for name in names]
+    return choices, note
+
+
+def open_explorer(options: argparse.Namespace) -> Explorer:
+    """Build the explorer of a command line and open its first model.
 
     Raises:
         UserError: A model or the images cannot be opened.
@@ -64,35 +107,35 @@ def desk_of(options: argparse.Namespace) -> Desk:
     opening |= {"model_args": options.model_args, "seed": options.seed}
     pictures = Pictures(options.images)
     if not options.checkpoint:
-        return Desk(*_default_shelf(opening), pictures)
-    offered = {name: offers_of(name) for name in options.checkpoint}
-    groups = [offers[0].group for offers in offered.values()]
-    twice = {group for group in groups if groups.count(group) > 1}
-    if twice or len(offered) < len(options.checkpoint):
-        name = sorted(twice)[0] if twice else options.checkpoint[0]
+        return Explorer(*_default_models(opening), pictures)
+    by_name = {name: model_choices(name) for name in options.checkpoint}
+    groups = [choices[0].group for choices in by_name.values()]
+    duplicates = {group for group in groups if groups.count(group) > 1}
+    if duplicates or len(by_name) < len(options.checkpoint):
+        name = sorted(duplicates)[0] if duplicates else options.checkpoint[0]
         raise UserError(f"--checkpoint: two models are called {name!r}; give each a name, as in NAME=MODEL")
-    shelf = Shelf([offer for offers in offered.values() for offer in offers], **opening)
-    shelf.get(0)
-    return Desk(shelf, "", pictures)
+    models = ModelCache([choice for choices in by_name.values() for choice in choices], **opening)
+    models.get(0)
+    return Explorer(models, "", pictures)
 
 
-def _default_shelf(opening: dict) -> tuple[Shelf, str]:
-    """The newest run and the models of the package; without the run if it cannot be opened."""
-    offers, note = default_offers()
-    shelf = Shelf(offers, **opening)
+def _default_models(opening: dict) -> tuple[ModelCache, str]:
+    """Open the newest run; leave it out, with a reason, if it is damaged."""
+    choices, note = default_choices()
+    models = ModelCache(choices, **opening)
     try:
-        shelf.get(0)
+        models.get(0)
     except UserError as error:
-        others = [offer for offer in offers if offer.group != offers[0].group]
+        others = [choice for choice in choices if choice.group != choices[0].group]
         if not others:
             raise
-        shelf, note = Shelf(others, **opening), f"The newest run was left out: {error}"
-        shelf.get(0)
-    return shelf, note
+        models, note = ModelCache(others, **opening), f"The newest run was left out: {error}"
+        models.get(0)
+    return models, note
 
 
 def _listen(host: str, port: int | None) -> socket.socket:
-    """A socket at the port, or at the first free one from the default on.
+    """Return a socket at the port, or at the first free one from the default on.
 
     Raises:
         UserError: The port is taken, or the address is not this computer's.
@@ -107,7 +150,7 @@ def _listen(host: str, port: int | None) -> socket.socket:
             listener.close()
             last = error
         else:
-            listener.listen()  # so that whoever comes before the server is ready waits
+            listener.listen()  # early requests wait for the server
             return listener
     raise UserError(f"--host {host} --port {port or _PORT}: {last}; give another --port or --host") from last
 
@@ -126,7 +169,7 @@ def _serve(options: argparse.Namespace) -> None:
         from crate_fast.eval.explore.server import application
     except ModuleNotFoundError as error:
         raise UserError(f'{error.name} is missing: pip install -e ".[explore]"') from error
-    desk = desk_of(options)
+    explorer = open_explorer(options)
     listener = _listen(options.host, options.port)
     port = listener.getsockname()[1]
     address = f"http://[{options.host}]:{port}" if ":" in options.host else f"http://{options.host}:{port}"
@@ -136,13 +179,13 @@ def _serve(options: argparse.Namespace) -> None:
     elif not options.no_browser:
         threading.Timer(1.0, webbrowser.open, [address]).start()
     hosts = None if options.host in _ANY else (options.host, *_LOOPBACK)
-    server = uvicorn.Server(uvicorn.Config(application(desk, hosts), log_level="warning"))
-    with contextlib.suppress(KeyboardInterrupt):  # which uvicorn raises again when it has stopped
+    server = uvicorn.Server(uvicorn.Config(application(explorer, hosts), log_level="warning"))
+    with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises it again after its shutdown
         server.run(sockets=[listener])
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Serve the page until it is stopped; returns the exit status."""
+    """Serve the page until it is stopped; return the exit status."""
     return run_command(lambda: _serve(_parser().parse_args(argv)))
 
 

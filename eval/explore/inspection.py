@@ -1,147 +1,296 @@
-"""What one model did with one picture, computed once: every map, curve and mask that the page shows."""
+"""The explorer's answers as plain JSON values: models opened on demand, and everything computed of a picture."""
 
 import threading
 from dataclasses import dataclass
 
+import matplotlib
 import numpy as np
 import torch
 from torch import Tensor
 
 from crate_fast.errors import UserError
+from crate_fast.eval.explore.pictures import MAX_UPLOAD_BYTES, LRUCache, Pictures
 from crate_fast.eval.features import Features, LayerTokens
 from crate_fast.eval.maskcut import maskcut
-from crate_fast.eval.models import Subject
+from crate_fast.eval.models import Subject, class_names, open_model
 from crate_fast.eval.principal_components import TooFewPatchesError, foreground, pca_rgb
 from crate_fast.layers import ISTA
 from crate_fast.model import CRATE
 from crate_fast.whitebox import LayerTrace, visit_layers
 
-__all__ = ["COMPONENTS", "Inspection", "inspect"]
+__all__ = ["Explorer", "Inspection", "ModelCache", "ModelChoice", "OpenModel", "inspect"]
 
 COMPONENTS = ("all", "parts")  # components 2 to 4 of all patches (Fig. 6); 1 to 3 of the foreground (Fig. 9)
+_OPEN_MODELS = 4
+_INSPECTIONS_BYTES = 512 * 2**20
+_COLOURS = "viridis"  # even in lightness, and for the colour-blind
 
 
-@dataclass
-class Inspection:
-    """What a model did with a picture.
+@dataclass(frozen=True)
+class ModelChoice:
+    """A model in the page's menu.
 
     Attributes:
-        features: Queries and keys of every layer.
-        coding_rate: R^c of every layer; None without subspaces.
-        sparsity: Share of non-zeros after ISTA of every layer and patch, [L, P]; None without ISTA.
-        mean_sparsity: Of every layer, CLS included, as `whitebox.nonzero_fraction`; None without ISTA.
-        top: The five most probable classes, (number, probability); None without a classifier.
+        specification: Argument of `models.open_model`.
+        label: Text in the menu.
+        group: Heading in the menu; checkpoints of one run share it.
+        untrained: True if its weights are random.
     """
 
-    features: Features
-    coding_rate: list[float] | None
-    sparsity: np.ndarray | None
-    mean_sparsity: list[float] | None
-    top: list[tuple[int, float]] | None
+    specification: str
+    label: str
+    group: str
+    untrained: bool = False
 
-    def __post_init__(self):
-        self._colouring, self._cutting = threading.Lock(), threading.Lock()
-        self._components: dict[str, list[np.ndarray | None]] = {}
-        self._masks: dict[int, np.ndarray] = {}
+
+@dataclass(frozen=True)
+class OpenModel:
+    """A model in memory.
+
+    Attributes:
+        subject: See `models.Subject`.
+        classes: Names of its classes, in order; None where they are unknown.
+        lock: Held while the model runs.
+    """
+
+    subject: Subject
+    classes: list[str] | None
+    lock: threading.Lock
+
+
+class ModelCache:
+    """The models to choose from, opened on first use; the last few stay open.
+
+    Args:
+        choices: The models.
+        **opening: `device`, `image_size`, `model_args` and `seed` of `models.open_model`.
+    """
+
+    def __init__(self, choices: list[ModelChoice], **opening):
+        self.choices, self.opening = choices, opening
+        self.open = LRUCache(_OPEN_MODELS)
+        self._locks = [threading.Lock() for _ in choices]  # two requests do not open one model twice
+
+    def get(self, number: int) -> OpenModel:
+        """Return the model of a choice.
+
+        Raises:
+            UserError: No such choice, or the model cannot be opened; the message says what to do.
+        """
+        if not 0 <= number < len(self.choices):
+            raise UserError(f"model {number}: there are {len(self.choices)}, counted from 0")
+        with self._locks[number]:
+            opened = self.open.get(number)
+            if opened is None:
+                opened = self._load(self.choices[number].specification)
+                self.open.put(number, opened)
+            return opened
+
+    def _load(self, specification: str) -> OpenModel:
+        try:
+            subject = open_model(specification, **self.opening)
+            return OpenModel(subject, class_names(specification), threading.Lock())
+        except (TypeError, OSError, RuntimeError) as error:
+            raise UserError(f"{specification} cannot be opened: {error}") from error
+
+
+class Inspection:
+    """Maps, curves and masks of one model on one picture, each computed once.
+
+    Args:
+        features: Queries and keys of every layer.
+        summary: See `Explorer.summary`.
+    """
+
+    def __init__(self, features: Features, summary: dict):
+        self.features, self.summary = features, summary
+        self._components: dict[str, list[list[int] | None]] = {}
+        self._masks: dict[int, dict] = {}
+        self._components_lock, self._masks_lock = threading.Lock(), threading.Lock()
 
     @property
     def bytes(self) -> int:
-        """Memory of the tokens it keeps."""
+        """Memory of the tokens."""
         tensors = [tensor for layer in self.features.layers.values() for tensor in (layer.queries, layer.keys)]
         storages = [tensor.untyped_storage() for tensor in tensors]  # several may be views of one
         return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
-    def attention(self, layer: int, patch: int | None) -> np.ndarray:
-        """Attention of a patch, or of CLS, on the patches: [H, P].
-
-        Raises:
-            UserError: There is no such layer or patch, or no CLS token.
-        """
+    def attention(self, layer: int, patch: int | None) -> dict:
+        """See `Explorer.attention`."""
         found = self.features.cls_attention(layer) if patch is None else self.features.patch_attention(layer, patch)
-        return found[0].cpu().numpy()
+        return {"heads": _rounded(found[0].cpu().numpy())}
 
-    def components(self, which: str) -> list[np.ndarray | None]:
-        """Principal components as colours, a layer each: uint8 [P, 3]; None where too few patches are foreground.
-
-        Args:
-            which: Of `COMPONENTS`.
-
-        Raises:
-            UserError: It is none of them, or the features are not finite.
-        """
+    def components(self, which: str) -> dict:
+        """See `Explorer.components`."""
         if which not in COMPONENTS:
             raise UserError(f"components {which!r}: choose one of {', '.join(COMPONENTS)}")
-        with self._colouring:
+        with self._components_lock:
             if which not in self._components:
                 self._components[which] = [self._colours(layer, which) for layer in sorted(self.features.layers)]
-            return self._components[which]
+            return {"layers": self._components[which]}
 
-    def _colours(self, layer: int, which: str) -> np.ndarray | None:
+    def _colours(self, layer: int, which: str) -> list[int] | None:
         tokens = self.features.keys(layer).float().cpu()
         try:
             mask = foreground(tokens, grid=self.features.grid).mask if which == "parts" else None
             colours, _ = pca_rgb(tokens, mask, first=1 if which == "parts" else 2)
         except TooFewPatchesError:
             return None
-        return (255 * colours[0]).round().byte().numpy()
+        return (255 * colours[0]).round().byte().flatten().tolist()
 
-    def masks(self, layer: int) -> np.ndarray:
-        """MaskCut's objects, at most three: boolean [n, rows, columns].
-
-        Raises:
-            UserError: There is no such layer, or the features are not finite.
-        """
-        with self._cutting:
+    def masks(self, layer: int) -> dict:
+        """See `Explorer.masks`."""
+        with self._masks_lock:
             if layer not in self._masks:
                 found = maskcut(self.features.keys(layer).float().cpu(), grid=self.features.grid).masks[0]
-                self._masks[layer] = found[found.flatten(1).any(dim=1)].numpy()
+                masks = found[found.flatten(1).any(dim=1)]
+                boxes = [_box(mask.numpy()) for mask in masks]
+                self._masks[layer] = {"masks": masks.flatten(1).int().tolist(), "boxes": boxes}
             return self._masks[layer]
 
 
 @torch.inference_mode()
-def inspect(subject: Subject, image: Tensor) -> Inspection:
-    """Run a model on one picture. One thread at a time may do so with one model: it is read through hooks.
+def inspect(opened: OpenModel, image: Tensor) -> Inspection:
+    """Run a model on one picture. Hold the model's lock: hooks read its layers.
 
     Args:
-        subject: The model.
-        image: uint8 [3, S, S], of the size that it expects.
+        opened: The model.
+        image: uint8 [3, S, S], of the model's image size.
 
     Raises:
-        UserError: Its output is not finite.
+        UserError: The model's output is not finite.
     """
+    subject = opened.subject
+    model, extract = subject.model, subject.extract
     pixels = subject.normalize(image.unsqueeze(0).to(subject.device))
-    if isinstance(subject.model, CRATE):
-        return _inspect_crate(subject, pixels)
-    features = subject.extract(pixels, range(subject.extract.depth))
-    return Inspection(features, None, None, None, _top(subject, subject.model(pixels)))
+    if isinstance(model, CRATE):
+        features, logits, measures = _inspect_crate(subject, pixels)
+    else:
+        features, logits, measures = extract(pixels, range(extract.depth)), model(pixels), {}
+    summary = {
+        "grid": list(features.grid),
+        "depth": extract.depth,
+        "heads": extract.heads,
+        "layer": extract.default_layer,
+        "has_cls": extract.has_cls,
+        "image_size": extract.image_size[0],
+        "parameters": subject.facts["parameters"],
+        **{name: measures.get(name) for name in ("coding_rate", "sparsity", "patch_sparsity")},
+        "top": _top_classes(opened, logits),
+    }
+    return Inspection(features, summary)
 
 
-def _inspect_crate(subject: Subject, pixels: Tensor) -> Inspection:
+def _inspect_crate(subject: Subject, pixels: Tensor) -> tuple[Features, Tensor, dict]:
+    """Return features, logits, and the measures of layers that have subspaces or ISTA."""
     tokens: dict[int, LayerTokens] = {}
     rates: list[float] = []
-    shares: list[Tensor] = []
+    nonzeros: list[Tensor] = []
 
     def visit(trace: LayerTrace) -> None:
         tokens[trace.index] = LayerTokens(trace.queries, trace.keys, trace.tied, trace.scale)
         if trace.tied:
             rates.append(trace.coding_rate().item())
         if isinstance(subject.model.transformer.layers[trace.index][1].fn, ISTA):
-            shares.append((trace.after_ista[0] != 0).float().mean(dim=1).cpu())
+            nonzeros.append((trace.after_ista[0] != 0).float().mean(dim=1).cpu())
 
     final = visit_layers(subject.model, pixels, visit)
-    top = _top(subject, subject.model.forward_head(final))
-    features = Features(subject.extract.grid, tokens)
-    if not shares:
-        return Inspection(features, rates or None, None, None, top)
-    by_token = torch.stack(shares)
-    mean = by_token.mean(dim=1).tolist()
-    return Inspection(features, rates or None, by_token[:, 1:].numpy(), mean, top)
+    measures: dict = {"coding_rate": rates} if rates else {}
+    if nonzeros:
+        by_token = torch.stack(nonzeros)  # [L, 1 + P]
+        measures["sparsity"] = by_token.mean(dim=1).tolist()
+        measures["patch_sparsity"] = _rounded(by_token[:, 1:].numpy())
+    return Features(subject.extract.grid, tokens), subject.model.forward_head(final), measures
 
 
-def _top(subject: Subject, logits: Tensor) -> list[tuple[int, float]] | None:
+def _top_classes(opened: OpenModel, logits: Tensor, count: int = 5) -> list[dict] | None:
+    """Return the most probable classes; None without a classifier."""
     if not logits.isfinite().all():
-        raise UserError(f"the output of {subject.label} holds NaN or infinity: its checkpoint is damaged")
-    if logits.dim() != 2 or not getattr(subject.model, "num_classes", 0):
+        raise UserError(f"the output of {opened.subject.label} holds NaN or infinity: its checkpoint is damaged")
+    if logits.dim() != 2 or not getattr(opened.subject.model, "num_classes", 0):
         return None
-    values, classes = logits.float().softmax(dim=-1)[0].topk(min(5, logits.shape[-1]))
-    return list(zip(classes.tolist(), values.tolist(), strict=True))
+    names = opened.classes or []
+    values, classes = logits.float().softmax(dim=-1)[0].topk(min(count, logits.shape[-1]))
+    return [
+        {"class": number, "name": names[number] if number < len(names) else f"class {number}", "probability": value}
+        for number, value in zip(classes.tolist(), values.tolist(), strict=True)
+    ]
+
+
+def _rounded(array: np.ndarray) -> list:
+    return array.astype(np.float64).round(9).tolist()
+
+
+def _box(mask: np.ndarray) -> list[int]:
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    return [int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1]
+
+
+class Explorer:
+    """Models, pictures, and recent inspections. It keeps no visitor's state and is safe to use from many threads.
+
+    Args:
+        models: The models.
+        note: Text of the page above the models.
+        pictures: The pictures.
+    """
+
+    def __init__(self, models: ModelCache, note: str, pictures: Pictures):
+        self.models, self.note, self.pictures = models, note, pictures
+        self.inspections = LRUCache(_INSPECTIONS_BYTES, size=lambda inspection: inspection.bytes)
+
+    def setup(self) -> dict:
+        """Return the page's start values: models, pictures, notes, the maps' colours, the largest upload in bytes."""
+        models = [
+            {"label": choice.label, "group": choice.group, "untrained": choice.untrained}
+            for choice in self.models.choices
+        ]
+        colours = (255 * matplotlib.colormaps[_COLOURS](range(256))[:, :3]).round().astype(int)
+        return {
+            "models": models,
+            "model_note": self.note,
+            "pictures": self.pictures.listing(),
+            "picture_note": self.pictures.note,
+            "colours": colours.tolist(),
+            "largest_upload": MAX_UPLOAD_BYTES,
+        }
+
+    def summary(self, model: int, picture: str) -> dict:
+        """Describe a model and its output on a picture.
+
+        Args:
+            model: Number of the choice.
+            picture: Id of the picture.
+
+        Returns:
+            "grid", "depth", "heads", "layer" (that the paper looks at), "has_cls", "image_size", "parameters";
+            "coding_rate" and "sparsity" of each layer or None; "patch_sparsity" [L][P] or None; "top", classes with
+            "class", "name" and "probability", or None.
+        """
+        return self._inspection(model, picture).summary
+
+    def attention(self, model: int, picture: str, layer: int, patch: int | None) -> dict:
+        """Return the attention of a patch, or of CLS when it is None, in all heads of a layer: "heads" [H][P]."""
+        return self._inspection(model, picture).attention(layer, patch)
+
+    def components(self, model: int, picture: str, which: str) -> dict:
+        """Return principal components as colours: "layers" [L][3·P] of 0 to 255, None with too few patches."""
+        return self._inspection(model, picture).components(which)
+
+    def masks(self, model: int, picture: str, layer: int) -> dict:
+        """Run MaskCut: "masks" [n][P] of 0 and 1, "boxes" [n] as [left, top, right, bottom] in patches; n ≤ 3."""
+        return self._inspection(model, picture).masks(layer)
+
+    def _inspection(self, model: int, picture: str) -> Inspection:
+        """Return a stored inspection without waiting for a busy model, or make one."""
+        key = (model, picture)
+        found = self.inspections.get(key)
+        if found is None:
+            opened = self.models.get(model)
+            with opened.lock:
+                found = self.inspections.get(key)
+                if found is None:
+                    size = opened.subject.extract.image_size[0]
+                    found = inspect(opened, self.pictures.pixels(picture, size))
+                    self.inspections.put(key, found)
+        return found

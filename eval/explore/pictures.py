@@ -1,14 +1,16 @@
-"""The pictures that visitors look at: files of one folder or scenes, and what they upload, decoded with care.
+"""The explorer's pictures: files of one folder or scenes, and uploads.
 
-A visitor names pictures by ids that were given out, never by paths. Uploads are held in memory, the oldest dropped
-first; they are decoded by Pillow from a short list of formats, and nothing is written to disk.
+Requests name pictures by ids from `Pictures.listing` and `Pictures.add`, never by paths. Uploads stay in memory, the
+oldest dropped first; Pillow decodes them from a short list of formats. Nothing is written to disk.
 """
 
 import hashlib
 import io
 import threading
 from collections import OrderedDict
+from collections.abc import Callable, Hashable
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 from torch import Tensor
@@ -17,16 +19,45 @@ from crate_fast.errors import UserError
 from crate_fast.eval.images import SceneImages, squash
 from crate_fast.train.data.image_files import EXTENSIONS, UNREADABLE, find_images, open_image, to_rgb
 
-__all__ = ["LARGEST_UPLOAD", "Pictures", "UnknownPictureError", "UnreadablePictureError", "decode"]
+__all__ = ["MAX_UPLOAD_BYTES", "LRUCache", "Pictures", "UnknownPictureError", "UnreadablePictureError", "decode"]
 
-LARGEST_UPLOAD = 20 * 2**20  # bytes
-_LARGEST_PIXELS = 50_000_000
-_LARGEST_SIDE = 2048  # of what is kept of a picture
-_DECODING = threading.BoundedSemaphore(2)  # at once, as each may take some 350 MiB
+MAX_UPLOAD_BYTES = 20 * 2**20
+_MAX_PIXELS = 50_000_000
+_MAX_SIDE = 2048  # larger pictures are scaled down
+_DECODING = threading.BoundedSemaphore(2)  # one picture may take 350 MiB
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 _UPLOADS_BYTES = 256 * 2**20
-_MOST_LISTED = 200
+_MAX_LISTED = 200
 _SCENES, _SCENE_SIZE = 12, 256
+
+
+class LRUCache:
+    """Mapping that drops the least recently used values above a total size. Safe to use from many threads.
+
+    Args:
+        limit: Largest total size; one value is kept whatever its size.
+        size: Size of a value; every value counts 1 by default.
+    """
+
+    def __init__(self, limit: int, size: Callable[[Any], int] = lambda _: 1):
+        self.limit, self.size = limit, size
+        self.values: OrderedDict[Hashable, Any] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, key: Hashable) -> Any:
+        """Return the value of a key, or None."""
+        with self._lock:
+            if key in self.values:
+                self.values.move_to_end(key)
+            return self.values.get(key)
+
+    def put(self, key: Hashable, value: Any) -> None:
+        """Store a value and drop old ones above the limit."""
+        with self._lock:
+            self.values[key] = value
+            self.values.move_to_end(key)
+            while len(self.values) > 1 and sum(map(self.size, self.values.values())) > self.limit:
+                self.values.popitem(last=False)
 
 
 class UnreadablePictureError(UserError):
@@ -34,11 +65,11 @@ class UnreadablePictureError(UserError):
 
 
 class UnknownPictureError(UserError):
-    """There is no picture with this id, or no longer."""
+    """An id without a picture, or of a picture that was dropped."""
 
 
 def decode(data: bytes, name: str) -> Image.Image:
-    """Return an image file's picture as `read_image` does, but at most 2,048 pixels a side.
+    """Decode an image file as `read_image` does, to at most 2,048 pixels a side.
 
     Args:
         data: The whole file: JPEG, PNG, WebP, BMP, GIF, TIFF or PPM.
@@ -47,19 +78,19 @@ def decode(data: bytes, name: str) -> Image.Image:
     Raises:
         UnreadablePictureError: It is none of these, is damaged, has more than 50 megapixels, or 32 bits a channel.
     """
-    if len(data) > LARGEST_UPLOAD:
+    if len(data) > MAX_UPLOAD_BYTES:
         raise UnreadablePictureError(f"{name} has {len(data) / 2**20:.0f} MiB: at most 20 are read; make it smaller")
     try:
         with _DECODING, open_image(io.BytesIO(data), _FORMATS) as file:
             width, height = file.size
-            if width * height > _LARGEST_PIXELS:
+            if width * height > _MAX_PIXELS:
                 raise UnreadablePictureError(
                     f"{name} is {width}×{height}, {width * height / 1e6:.0f} megapixels: at most "
-                    f"{_LARGEST_PIXELS / 1e6:.0f} are read; make it smaller"
+                    f"{_MAX_PIXELS / 1e6:.0f} are read; make it smaller"
                 )
-            file.draft("RGB", (_LARGEST_SIDE, _LARGEST_SIDE))  # a JPEG is decoded no larger than needed
+            file.draft("RGB", (_MAX_SIDE, _MAX_SIDE))  # a JPEG is decoded no larger than needed
             picture = to_rgb(file)
-            picture.thumbnail((_LARGEST_SIDE, _LARGEST_SIDE))
+            picture.thumbnail((_MAX_SIDE, _MAX_SIDE))
             return picture
     except UnreadablePictureError:
         raise
@@ -73,13 +104,13 @@ def decode(data: bytes, name: str) -> Image.Image:
 
 
 class Pictures:
-    """What can be looked at.
+    """The pictures to choose from: a folder's or scenes, and uploads.
 
     Args:
-        folder: Of the images that are offered; scenes of `shape_scenes` are when None.
+        folder: Folder of images; scenes of `shape_scenes` when None.
 
     Attributes:
-        note: What the page says above the list; "" where there is nothing to say.
+        note: Text of the page above the list, or "".
 
     Raises:
         UserError: There is no such folder, or no image in it.
@@ -88,8 +119,7 @@ class Pictures:
     def __init__(self, folder: Path | None):
         self._root = None if folder is None else folder.resolve()
         self._files: list[Path] = []
-        self._uploads: OrderedDict[str, tuple[str, bytes]] = OrderedDict()
-        self._lock = threading.Lock()
+        self._uploads = LRUCache(_UPLOADS_BYTES, size=lambda upload: len(upload[1]))  # id → (name, data)
         self.note = "" if folder else "Scenes drawn by shape_scenes (validation split)."
         if folder is not None:
             self._find(folder)
@@ -102,71 +132,65 @@ class Pictures:
         if not found:
             note = f"; {tree.note}" if tree.note else ""
             raise UserError(f"--images {folder} holds no images ({', '.join(EXTENSIONS)}{note}); pass another")
-        self._files = found[:_MOST_LISTED]
-        if len(found) > _MOST_LISTED:
-            self.note = f"The first {_MOST_LISTED} of {len(found):,} images of the folder."
+        self._files = found[:_MAX_LISTED]
+        if len(found) > _MAX_LISTED:
+            self.note = f"The first {_MAX_LISTED} of {len(found):,} images of the folder."
         if tree.note:
             self.note = f"{self.note} {tree.note.capitalize()}.".strip()
 
     def _inside(self, path: Path) -> bool:
-        """Whether a file is in the folder itself: a link to somewhere else is not."""
+        """Return True for a file in the folder itself; a link to somewhere else is refused."""
         return path.is_file() and path.resolve().is_relative_to(self._root)
 
     def listing(self) -> list[dict[str, str]]:
-        """ "id" and "name" of every picture but the uploads."""
+        """Return "id" and "name" of every picture except uploads."""
         if self._root is None:
             return [{"id": f"s{number}", "name": f"scene {number}"} for number in range(_SCENES)]
         names = [_printable(str(path.resolve().relative_to(self._root))) for path in self._files]
         return [{"id": f"f{number}", "name": name} for number, name in enumerate(names)]
 
     def add(self, data: bytes, name: str) -> str:
-        """Keep an upload; its id, which only its content determines.
+        """Keep an upload and return its id, a hash of its content.
 
         Raises:
             UnreadablePictureError: See `decode`.
         """
         decode(data, name)
         key = "u" + hashlib.sha256(data).hexdigest()
-        with self._lock:
-            self._uploads[key] = (name, data)
-            self._uploads.move_to_end(key)
-            while sum(len(kept) for _, kept in self._uploads.values()) > _UPLOADS_BYTES:
-                self._uploads.popitem(last=False)
+        self._uploads.put(key, (name, data))
         return key
 
     def view(self, key: str) -> Image.Image:
-        """A picture in its own shape.
+        """Return a picture in its own shape.
 
         Raises:
-            UnknownPictureError: There is none with this id.
+            UnknownPictureError: No picture has this id.
             UnreadablePictureError: See `decode`.
         """
-        number = self._number(key)
-        if key.startswith("s") and self._root is None and number in range(_SCENES):
-            pixels = SceneImages(_SCENE_SIZE, _SCENES)[number].image
-            return Image.fromarray(pixels.permute(1, 2, 0).numpy())
-        if key.startswith("f") and number in range(len(self._files)):
-            return self._read(self._files[number])
-        with self._lock:
-            found = self._uploads.get(key)
-        if found is None:
+        scene = self._scene(key, _SCENE_SIZE)
+        if scene is not None:
+            return Image.fromarray(scene.permute(1, 2, 0).numpy())
+        if key.startswith("f") and self._number(key) in range(len(self._files)):
+            return self._read(self._files[self._number(key)])
+        upload = self._uploads.get(key)
+        if upload is None:
             raise UnknownPictureError("this picture is not here, or no longer: choose or upload it again")
-        return decode(found[1], found[0])
+        name, data = upload
+        return decode(data, name)
 
     def pixels(self, key: str, size: int) -> Tensor:
-        """A picture as a model sees it: squashed to a square, or drawn at this size; uint8 [3, size, size].
-
-        Args:
-            key: Its id.
-            size: Height and width in pixels.
+        """Return a picture as a model's input, uint8 [3, size, size]: scenes drawn at this size, others squashed.
 
         Raises:
             UnknownPictureError, UnreadablePictureError: See `view`.
         """
-        number = self._number(key)
-        if key.startswith("s") and self._root is None and number in range(_SCENES):
-            return SceneImages(size, _SCENES)[number].image
-        return squash(self.view(key), size)
+        scene = self._scene(key, size)
+        return squash(self.view(key), size) if scene is None else scene
+
+    def _scene(self, key: str, size: int) -> Tensor | None:
+        if self._root is not None or not key.startswith("s") or self._number(key) not in range(_SCENES):
+            return None
+        return SceneImages(size, _SCENES)[self._number(key)].image
 
     @staticmethod
     def _number(key: str) -> int:
@@ -175,11 +199,11 @@ class Pictures:
     def _read(self, path: Path) -> Image.Image:
         if not self._inside(path):
             raise UnknownPictureError(f"{path.name} is no longer in the folder: start the explorer again")
-        if path.stat().st_size > LARGEST_UPLOAD:
+        if path.stat().st_size > MAX_UPLOAD_BYTES:
             raise UnreadablePictureError(f"{path.name} has more than 20 MiB: make it smaller")
         return decode(path.read_bytes(), _printable(path.name))
 
 
 def _printable(name: str) -> str:
-    """A file's name for the page, which takes UTF-8 only."""
+    """Replace what is no UTF-8 in a file's name."""
     return name.encode("utf-8", "replace").decode()

@@ -1,26 +1,26 @@
-// Questions to the server. A complaint of the server becomes an Error with its sentence.
+// Requests to the server. An error answer becomes an Error with the server's message.
 
 export async function ask(path, parameters = {}, signal = undefined) {
   const words = Object.entries(parameters).filter(([, value]) => value !== null);
-  return answerOf(await reach(`/api/${path}?${new URLSearchParams(words)}`, { signal }));
+  return answerOf(await request(`/api/${path}?${new URLSearchParams(words)}`, { signal }));
 }
 
 export async function upload(file) {
   const name = new URLSearchParams({ name: file.name });
-  return answerOf(await reach(`/api/pictures?${name}`, { method: "POST", body: file }));
+  return answerOf(await request(`/api/pictures?${name}`, { method: "POST", body: file }));
 }
 
 export function pictureAddress(id, size) {
   return `/api/picture?${new URLSearchParams({ picture: id, size })}`;
 }
 
-// Why a picture cannot be shown; "" if it can.
-export async function reasonAgainst(address) {
-  const response = await reach(address, {});
+// Return the error message of a picture; "" without an error.
+export async function pictureError(address) {
+  const response = await request(address, {});
   return response.ok ? "" : (await response.json()).error;
 }
 
-async function reach(address, options) {
+async function request(address, options) {
   try {
     return await fetch(address, options);
   } catch (error) {

@@ -1,8 +1,8 @@
-// Drawing on canvases: maps of patches, colours, curves, bars. Nothing here knows models or the page.
+// Drawing on canvases: maps of patches, colours, curves, bars; independent of models and of the page.
 
 const FONT = "system-ui, sans-serif";
 
-// On the page the ground is a panel's (style.css); files have a white one.
+// The ground on the page is a panel's colour (style.css); files have a white ground.
 export const LIGHT = { ground: "#f6f7f9", ink: "#16202b", soft: "#566270", line: "#d5dae0", series: ["#0072b2", "#d55e00"] };
 export const DARK = { ground: "#1b222a", ink: "#e7ebef", soft: "#a3afba", line: "#37424d", series: ["#56b4e9", "#e69f00"] };
 export const PAPER = { ...LIGHT, ground: "#ffffff" };
@@ -12,7 +12,7 @@ export function palette() {
   return matchMedia("(prefers-color-scheme: dark)").matches ? DARK : LIGHT;
 }
 
-// Prepare a canvas of width × height in units of 1/2 pixel, so that it stays sharp, and fill it.
+// Size and fill a canvas; two pixels a unit keep it sharp on dense screens.
 export function prepare(canvas, width, height, colours) {
   canvas.width = Math.round(2 * width);
   canvas.height = Math.round(2 * height);
@@ -58,7 +58,7 @@ function place(context, small, box) {
   context.imageSmoothingEnabled = true;
 }
 
-// Over a picture, small values let more of it through.
+// Draw a map; over a picture small values are more transparent.
 export function heat(context, values, grid, box, [low, high], table, over) {
   const colourOf = (patch) => {
     const share = Math.min(1, Math.max(0, (values[patch] - low) / (high - low || 1)));
@@ -83,7 +83,7 @@ export function frame(context, [x, y, width, height], colour, thickness = 2) {
   context.strokeRect(x + half, y + half, width - thickness, height - thickness); // within the box
 }
 
-// A scale of colours with its ends.
+// Draw the colour scale with its limits.
 export function scale(context, x, y, width, [low, high], table, colours) {
   for (let step = 0; step < width; step++) {
     context.fillStyle = `rgb(${table[Math.round((255 * step) / (width - 1))].join()})`;
@@ -98,7 +98,7 @@ export function short(value) {
   return Math.abs(value) >= 1000 || Math.abs(value) < 0.001 ? value.toExponential(1) : String(Number(value.toPrecision(3)));
 }
 
-// One chart: points by layer, the current layer marked.
+// Draw a chart: values by layer, the current layer marked.
 export function curve(context, [x, y, width, height], title, values, marked, colours, number) {
   const colour = colours.series[number];
   const [low, high] = limits(values);

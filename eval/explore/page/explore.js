@@ -1,6 +1,6 @@
-// The page: which picture, which query, one panel or two. Panels ask the server; this file tells them when.
+// The page: the picture, the query, and one panel or two. Panels send the requests; this file starts them.
 
-import { ask, pictureAddress, reasonAgainst, upload } from "./api.js";
+import { ask, pictureAddress, pictureError, upload } from "./api.js";
 import { Panel } from "./panel.js";
 
 const byId = (id) => document.getElementById(id);
@@ -13,21 +13,21 @@ class Page {
     this.panels = [];
     byId("picture-note").textContent = setup.picture_note;
     byId("model-note").textContent = setup.model_note;
-    setup.pictures.forEach((picture) => this.#offer(picture));
+    setup.pictures.forEach((picture) => this.#addPicture(picture));
     this.#addPanel();
     this.#wire();
   }
 
-  say(words) {
+  showStatus(words) {
     byId("status").textContent = words;
   }
 
-  complain(words) {
+  showProblem(words) {
     byId("problem").textContent = words;
     byId("problem").hidden = !words;
   }
 
-  #offer({ id, name }, first = false) {
+  #addPicture({ id, name }, first = false) {
     const label = document.createElement("label");
     const radio = Object.assign(document.createElement("input"), { type: "radio", name: "picture", value: id });
     const image = Object.assign(document.createElement("img"), { src: pictureAddress(id, 128), alt: "", loading: "lazy" });
@@ -39,7 +39,7 @@ class Page {
     return radio;
   }
 
-  // Show a picture; false if it cannot be shown.
+  // Show a picture; return false if it cannot be shown.
   async choose({ id, name }) {
     const image = new Image();
     image.src = pictureAddress(id, 640);
@@ -47,15 +47,15 @@ class Page {
     try {
       await image.decode();
     } catch {
-      const reason = await reasonAgainst(image.src).catch((error) => error.message); // the image does not say it
+      const reason = await pictureError(image.src).catch((error) => error.message); // the image element has no message
       if (this.choosing !== image) return true; // another was chosen meanwhile
-      this.complain(reason || `${name} cannot be shown: choose another`);
-      this.say("");
+      this.showProblem(reason || `${name} cannot be shown: choose another`);
+      this.showStatus("");
       return false;
     }
     if (this.choosing !== image) return true;
-    this.complain("");
-    const tall = Math.min(3, Math.max(1 / 3, image.naturalHeight / image.naturalWidth)); // strips are shown less so
+    this.showProblem("");
+    const tall = Math.min(3, Math.max(1 / 3, image.naturalHeight / image.naturalWidth)); // at most 3:1 on the page
     this.state.picture = { id, name, image, width: 100, height: 100 * tall };
     this.state.query = null;
     this.#showQuery();
@@ -63,18 +63,18 @@ class Page {
     return true;
   }
 
-  async take(file) {
-    this.say(`uploading ${file.name}`);
+  async uploadFile(file) {
+    this.showStatus(`uploading ${file.name}`);
     try {
       const limit = this.setup.largest_upload;
       if (file.size > limit) throw new Error(`${file.name} has more than ${limit / 2 ** 20} MiB: make it smaller`);
       const picture = await upload(file);
-      const radio = this.#offer(picture, true);
+      const radio = this.#addPicture(picture, true);
       radio.checked = true;
       await this.choose(picture);
     } catch (error) {
-      this.complain(error.message);
-      this.say("");
+      this.showProblem(error.message);
+      this.showStatus("");
     }
   }
 
@@ -112,7 +112,7 @@ class Page {
     byId("scale").addEventListener("change", (event) => this.#option("scale", event.target.value));
     byId("cls").addEventListener("click", () => this.queryChosen(null));
     byId("file").addEventListener("change", (event) => {
-      if (event.target.files[0]) this.take(event.target.files[0]);
+      if (event.target.files[0]) this.uploadFile(event.target.files[0]);
       event.target.value = "";
     });
     addEventListener("dragover", (event) => {
@@ -123,7 +123,7 @@ class Page {
     addEventListener("drop", (event) => {
       event.preventDefault();
       document.body.classList.remove("dropping");
-      if (event.dataTransfer.files[0]) this.take(event.dataTransfer.files[0]);
+      if (event.dataTransfer.files[0]) this.uploadFile(event.dataTransfer.files[0]);
     });
     matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => this.redraw());
   }

@@ -1,12 +1,12 @@
-// What a panel shows. A figure has a name, a title, a caption, a drawing, a table and words for the names of its files,
-// all made from a panel's view: { model, label, picture, summary, layer, patch, attention, masks, components, table,
-// options }. Attention and masks say which layer they are of, and are null until known.
+// The figures of a panel. A figure has a name, a title, a caption, a drawing, a table and words for its file names, all
+// made from a panel's view: { model, label, picture, summary, layer, patch, attention, masks, components, table,
+// options }. Attention and masks name their layer, and are null before the answer.
 
 import * as draw from "./draw.js";
 
 const GAP = 10, TITLE = 22;
 
-// Boxes of `count` pictures under titles, in rows.
+// Return boxes of `count` pictures with titles, in rows.
 function cells(view, count, columns, width, gap = GAP, title = TITLE) {
   const cell = (width - gap * (columns - 1)) / columns;
   const height = (cell * view.picture.height) / view.picture.width;
@@ -20,7 +20,7 @@ function cells(view, count, columns, width, gap = GAP, title = TITLE) {
   return { boxes, height: rows * (height + title + gap) };
 }
 
-// As many columns as a width has room for, in rows of one length if that is possible.
+// Return the number of columns that fits a width, with rows of one length if possible.
 function columnsFor(count, width, smallest = 130) {
   const most = Math.max(2, Math.floor((width + GAP) / (smallest + GAP)));
   for (let rows = 1; rows < count; rows++) {
@@ -144,7 +144,7 @@ function components(which, title, caption) {
 const masks = {
   name: "masks",
   title: "MaskCut",
-  early: true, // the picture alone, so that nothing moves when the objects come
+  early: true, // draw the picture first, so that nothing moves later
   ready: (view) => view.masks,
   caption(view) {
     if (!view.masks) return "…";
@@ -170,7 +170,7 @@ const masks = {
       draw.text(context, String(object + 1), label + 9, y + 10, draw.OBJECTS[object], { size: 13, weight: 700, align: "center" });
     });
   },
-  // A patch belongs to object 1 to 3, or to none (0); boxes are in patches, right and bottom exclusive.
+  // Objects are numbered 1 to 3, 0 is none; boxes are in patches, right and bottom exclusive.
   csv: (view) =>
     csv(
       ["layer", "row", "column", "object", "left", "top", "right", "bottom"],
@@ -256,7 +256,7 @@ const classes = {
     ),
 };
 
-// Row by row.
+// The figures in rows.
 export const FIGURES = [
   [picture, masks, sparsity],
   [attention],

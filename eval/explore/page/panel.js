@@ -1,12 +1,12 @@
-// One model: its choice, its layer, its figures. A new question cancels the one before it; figures show what has been
-// answered, with the layer and the query that the answer is about.
+// A panel: one model with its menu, layer and figures. A new request cancels the one before it; figures are labelled
+// with the layer and the query of the answer that they show.
 
 import { ask } from "./api.js";
 import { PAPER, palette } from "./draw.js";
 import { FIGURES, queryName } from "./figures.js";
 
 const FILE_WIDTH = 1000; // of saved pictures, in units of 1/2 pixel
-const PAUSE = 150; // milliseconds without another choice of layer before objects are cut
+const PAUSE = 150; // milliseconds of rest before MaskCut is requested
 
 export class Panel {
   constructor(page, number) {
@@ -15,9 +15,9 @@ export class Panel {
     this.root = document.getElementById("panel").content.firstElementChild.cloneNode(true);
     this.root.setAttribute("aria-label", `Model ${number + 1}`);
     this.view = null;
-    this.layer = null; // as chosen; the view's may lag behind
-    this.asked = {};
-    this.faults = {};
+    this.layer = null; // the chosen layer; the view's may lag behind
+    this.requests = {};
+    this.errors = {};
     this.find = (selector) => this.root.querySelector(selector);
     this.select = this.find(".model");
     this.slider = this.find(".layer");
@@ -27,7 +27,7 @@ export class Panel {
     this.cards = FIGURES.flatMap((row) => this.#row(row));
     let width = 0;
     this.observer = new ResizeObserver(([entry]) => {
-      if (Math.abs(entry.contentRect.width - width) < 1) return; // the height follows from what is drawn
+      if (Math.abs(entry.contentRect.width - width) < 1) return; // only the width matters: drawing changes the height
       width = entry.contentRect.width;
       this.redraw();
     });
@@ -105,45 +105,45 @@ export class Panel {
   }
 
   #cancel(...kinds) {
-    for (const kind of kinds) this.asked[kind]?.abort();
+    for (const kind of kinds) this.requests[kind]?.abort();
   }
 
-  // Ask and take in; a complaint stays on the panel until the same kind of question is answered.
-  async #ask(kind, work) {
+  // Send a request; its error stays on the panel until a request of the same kind succeeds.
+  async #request(kind, work) {
     this.#cancel(kind);
-    const { signal } = (this.asked[kind] = new AbortController());
+    const { signal } = (this.requests[kind] = new AbortController());
     try {
       await work(signal);
-      this.#fault(kind, "");
+      this.#showError(kind, "");
       return true;
     } catch (error) {
-      if (error.name !== "AbortError") this.#fault(kind, error.message);
+      if (error.name !== "AbortError") this.#showError(kind, error.message);
       return error.name === "AbortError";
     }
   }
 
-  #fault(kind, words) {
-    this.faults[kind] = words;
-    const said = [...new Set(Object.values(this.faults).filter(Boolean))];
-    this.find(".fault").textContent = said.join(" ");
-    this.find(".fault").hidden = !said.length;
+  #showError(kind, words) {
+    this.errors[kind] = words;
+    const messages = [...new Set(Object.values(this.errors).filter(Boolean))];
+    this.find(".fault").textContent = messages.join(" ");
+    this.find(".fault").hidden = !messages.length;
   }
 
   get loading() {
     return this.root.hasAttribute("aria-busy");
   }
 
-  // Another model or picture. Until it is there the old figures stay, dimmed, and cannot be saved.
+  // Load another model or picture. Until then the old figures stay, dimmed, and cannot be saved.
   async load() {
     const { picture } = this.page.state;
     if (!picture) return;
     const model = this.select.value;
     this.#cancel("attention", "masks", "components");
-    for (const kind of ["attention", "masks", "components"]) this.#fault(kind, "");
+    for (const kind of ["attention", "masks", "components"]) this.#showError(kind, "");
     this.root.setAttribute("aria-busy", "true");
     delete this.root.dataset.shown;
     this.#allowSaving();
-    const fine = await this.#ask("load", async (signal) => {
+    const loaded = await this.#request("load", async (signal) => {
       const summary = await ask("summary", { model, picture: picture.id }, signal);
       const layer = Math.min(this.layer ?? summary.layer, summary.depth - 1);
       const { label, untrained } = this.page.setup.models[model];
@@ -154,7 +154,7 @@ export class Panel {
       this.showLayer(layer);
       this.#components();
     });
-    if (!fine) this.#empty();
+    if (!loaded) this.#empty();
   }
 
   #empty() {
@@ -193,13 +193,13 @@ export class Panel {
     const { layer } = view;
     const patch = (view.patch = this.#patch());
     this.redraw();
-    this.#ask("attention", async (signal) => {
+    this.#request("attention", async (signal) => {
       const about = { model: view.model, picture: view.picture.id };
       const lacks = patch === null && !view.summary.has_cls;
       view.attention = lacks ? null : { ...(await ask("attention", { ...about, layer, patch }, signal)), layer, patch };
       this.redraw();
       this.root.dataset.shown = [view.model, view.picture.id, layer, patch ?? "cls"].join("/");
-      this.page.say(lacks ? `${view.label} has no CLS token` : `${view.label}: layer ${layer}, attention of ${queryName(view, patch)}`);
+      this.page.showStatus(lacks ? `${view.label} has no CLS token` : `${view.label}: layer ${layer}, attention of ${queryName(view, patch)}`);
     });
   }
 
@@ -214,7 +214,7 @@ export class Panel {
   #masks() {
     const { view } = this;
     const { layer } = view;
-    this.#ask("masks", async (signal) => {
+    this.#request("masks", async (signal) => {
       await new Promise((done) => setTimeout(done, PAUSE));
       signal.throwIfAborted();
       const found = await ask("masks", { model: view.model, picture: view.picture.id, layer }, signal);
@@ -225,7 +225,7 @@ export class Panel {
 
   #components() {
     const { view } = this;
-    this.#ask("components", async (signal) => {
+    this.#request("components", async (signal) => {
       for (const which of ["all", "parts"]) {
         view.components[which] = (await ask("components", { model: view.model, picture: view.picture.id, which }, signal)).layers;
         this.redraw();
@@ -257,7 +257,7 @@ export class Panel {
   #savePicture(figure) {
     const canvas = document.createElement("canvas");
     figure.draw(this.view, canvas, PAPER, figure.wide ? FILE_WIDTH : FILE_WIDTH / 2);
-    canvas.toBlob((blob) => (blob ? this.#save(figure, "png", blob) : this.#fault("save", "the browser cannot draw a picture this large")));
+    canvas.toBlob((blob) => (blob ? this.#save(figure, "png", blob) : this.#showError("save", "the browser cannot draw a picture this large")));
   }
 
   #save(figure, kind, blob) {

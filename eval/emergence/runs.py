@@ -1,0 +1,442 @@
+"""Run the experiment: several training runs at a time, each trained, scored at its checkpoints, and continued.
+
+    OUTPUT/runs/RUN/stage0/    a training run, as of `train/pretrain.py`
+    OUTPUT/scores/RUN/         a record for each checkpoint scored so far
+    OUTPUT/logs/RUN.txt        output of the run's process
+    REPORT/results/RUN.json    the result of a finished run
+    REPORT/pictures/           arrays for the figures: models of the first seed, and the scenes
+
+`run_experiment` starts a process for each `Job`. A job that was stopped or killed is continued by the next call.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from crate_fast.cpu import processor_name
+from crate_fast.errors import UserError
+from crate_fast.eval.emergence.protocol import Point, Protocol, Run, planned_runs, stages_of, training_config
+from crate_fast.eval.emergence.scores import checkpoint_scores, chosen_lr, load_results, pictures, shown_scenes
+from crate_fast.eval.models import Subject, open_model
+from crate_fast.eval.records import Records
+from crate_fast.provenance import provenance
+from crate_fast.train.checkpoint import write_text
+from crate_fast.train.cost import count_flops, meta_model
+from crate_fast.train.data.shape_scenes import CLASSES
+from crate_fast.train.distributed import choose_device
+from crate_fast.train.interruption import Interruption
+from crate_fast.train.launch import launch
+from crate_fast.train.nonfinite import NonFiniteError
+from crate_fast.train.run_lock import RunLock
+from crate_fast.train.runs import run_config
+
+__all__ = ["Folders", "Job", "Resources", "RunFailedError", "run_experiment", "train_and_score"]
+
+_POLL_SECONDS = 0.5
+_LOCK_SECONDS = 120.0  # time for an orphaned job to save and stop
+_NUM_CLASSES = {"cifar10": 10}  # other runs train on shape_scenes
+_FORKSERVER = multiprocessing.get_context("forkserver")  # jobs start at once, and may use CUDA
+_FORKSERVER.set_forkserver_preload(["crate_fast.eval.emergence.runs"])
+
+
+class RunFailedError(UserError):
+    """A run that ended without a result."""
+
+
+@dataclass(frozen=True)
+class Folders:
+    """Folders of an experiment.
+
+    Attributes:
+        output: Runs and unfinished scores; large, and unnecessary once a run has its result.
+        report: Results, pictures and the report; small, and enough to write the report again.
+        cifar10: CIFAR-10, or None.
+    """
+
+    output: Path
+    report: Path
+    cifar10: Path | None = None
+
+    def result(self, run: Run) -> Path:
+        """Return the result file of a run."""
+        return self.report / "results" / f"{run.name}.json"
+
+    def stage(self, run: Run, number: int) -> Path:
+        """Return the training folder of a run's stage."""
+        return self.output / "runs" / run.name / f"stage{number}"
+
+    def log(self, run: Run) -> Path:
+        """Return the log of a run."""
+        return self.output / "logs" / f"{run.name}.txt"
+
+
+class Resources:
+    """Devices, and the number of simultaneous runs.
+
+    Args:
+        device: "auto", "cpu", "cuda" for all GPUs, or "cuda:N".
+        jobs: Number of simultaneous runs; None means one a CPU core, or four a GPU.
+    """
+
+    def __init__(self, device: str, jobs: int | None = None):
+        self.cores = os.cpu_count() or 1
+        chosen = choose_device(device)
+        self.on_gpu = chosen.type == "cuda"
+        every = self.on_gpu and ":" not in device
+        self.devices = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if every else [str(chosen)]
+        self.jobs = jobs or (4 * len(self.devices) if self.on_gpu else self.cores)
+        self.threads = max(1, self.cores // self.jobs)
+        self.workers = max(1, self.threads - 1) if self.on_gpu else 0
+
+    def __str__(self) -> str:
+        names = [torch.cuda.get_device_name(device) for device in self.devices] if self.on_gpu else []
+        return f"{', '.join([*names, processor_name()])}, {self.cores} cores, {self.jobs} runs at once"
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run with everything that its process needs.
+
+    Attributes:
+        run: The run.
+        lr: Its learning rate.
+        protocol: The experiment.
+        folders: Its folders.
+        device: A setting of `TrainConfig`.
+        threads, workers: Settings of `TrainConfig`.
+        origin: Provenance for the result.
+    """
+
+    run: Run
+    lr: float
+    protocol: Protocol
+    folders: Folders
+    device: str
+    threads: int
+    workers: int
+    origin: dict[str, str]
+
+
+# --- several runs at a time ---
+
+
+def run_experiment(protocol: Protocol, folders: Folders, resources: Resources, minutes: float | None = None) -> bool:
+    """Do all unfinished runs of an experiment.
+
+    Args:
+        protocol: The experiment.
+        folders: Its folders, without runs of another protocol.
+        resources: Devices and number of simultaneous runs.
+        minutes: Time limit; None means no limit.
+
+    Returns:
+        True when all runs are done; False after the time limit or a signal. The same call continues.
+
+    Raises:
+        CheckpointError: Another process runs an experiment in these folders.
+        RunFailedError: A run failed; the message names it and its log. Finished runs are kept.
+    """
+    lock = RunLock(folders.output)
+    lock.acquire()
+    lock.sign()
+    try:
+        with Interruption(signal.SIGINT) as interruption:
+            deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
+            with _Scheduler(protocol, folders, resources) as scheduler:
+                return scheduler.run(lambda: interruption.requested() or time.monotonic() > deadline)
+    finally:
+        lock.release()
+
+
+class _Scheduler:
+    """Starts jobs, watches them, and shows progress in operations."""
+
+    def __init__(self, protocol: Protocol, folders: Folders, resources: Resources):
+        self.protocol, self.folders, self.resources = protocol, folders, resources
+        runs = planned_runs(protocol, folders.cifar10 is not None)
+        self.costs = {run: _costs(protocol, run, folders) for run in runs}
+        self.waiting = [run for run in runs if not folders.result(run).is_file()]
+        self.running: dict[Run, multiprocessing.Process] = {}
+        self.devices: dict[Run, str] = {}
+        self.origin = provenance() | {"device": str(resources)}  # of the code that the jobs are forked from
+        del self.origin["command"]  # it names this machine's folders
+        (folders.output / "logs").mkdir(parents=True, exist_ok=True)
+
+    def __enter__(self) -> "_Scheduler":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._terminate()
+        for process in self.running.values():
+            process.join()
+
+    def _terminate(self) -> None:
+        for process in self.running.values():
+            process.terminate()
+
+    def run(self, stop: Callable[[], object]) -> bool:
+        total = sum(map(sum, self.costs.values()))
+        bar_format = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
+        interval = 0.5 if sys.stderr.isatty() else 60
+        intervals = {"mininterval": interval, "maxinterval": interval}
+        with tqdm(total=total, initial=self._done(), bar_format=bar_format, smoothing=0, **intervals) as bar:
+            stopping = False
+            while self.waiting or self.running:
+                if stop() and not stopping:  # before the jobs are checked: the signal may have reached them too
+                    stopping = True
+                    bar.write("stopping: the runs save what they have")
+                    self._terminate()
+                self._reap(bar, stopping)
+                if stopping and not self.running:
+                    return False
+                while not stopping and self._start_next():
+                    pass
+                finished = len(self.costs) - len(self.waiting) - len(self.running)
+                bar.set_description_str(f"{finished}/{len(self.costs)} runs", refresh=False)
+                bar.set_postfix_str(", ".join(run.name for run in self.running), refresh=False)
+                bar.update(max(0.0, self._done() - bar.n))
+                time.sleep(_POLL_SECONDS)
+        return True
+
+    def _done(self) -> float:
+        """Return the operations of finished runs and of finished parts of the others."""
+        unfinished = {*self.running, *self.waiting}
+        return sum(self._spent(run) if run in unfinished else sum(costs) for run, costs in self.costs.items())
+
+    def _spent(self, run: Run) -> float:
+        spent = 0.0
+        for number, (stage, cost) in enumerate(zip(stages_of(self.protocol, run), self.costs[run], strict=False)):
+            path = self.folders.stage(run, number) / "metrics.jsonl"
+            if not path.is_file():
+                break
+            lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+            step = max((json.loads(line)["step"] for line in lines[-2:]), default=0)
+            spent += cost * min(1.0, step / stage.steps)
+        return spent
+
+    def _start_next(self) -> bool:
+        """Start the first run whose learning rate is known; return False if none was started."""
+        if len(self.running) == self.resources.jobs or not self.waiting:
+            return False
+        results = load_results(self.folders.report)
+        for run in self.waiting:
+            lr = chosen_lr(results, self.protocol, run.model) if run.lr is None else run.lr
+            if lr is not None:
+                self._start(run, lr)
+                return True
+        return False
+
+    def _start(self, run: Run, lr: float) -> None:
+        resources, used = self.resources, list(self.devices.values())
+        device = min(resources.devices, key=used.count)
+        job = Job(run, lr, self.protocol, self.folders, device, resources.threads, resources.workers, self.origin)
+        process = _FORKSERVER.Process(target=_run_job, args=(job,))
+        process.start()
+        self.waiting.remove(run)
+        self.running[run], self.devices[run] = process, device
+
+    def _reap(self, bar: tqdm, stopping: bool) -> None:
+        for run, process in list(self.running.items()):
+            if process.exitcode is None:
+                continue
+            del self.running[run], self.devices[run]
+            if self.folders.result(run).is_file():
+                bar.write(f"{run.name}: done")
+            elif stopping:
+                self.waiting.append(run)
+            else:
+                log = self.folders.log(run)
+                raise RunFailedError(
+                    f"{run.name} ended with status {process.exitcode} and no result:\n{_tail(log)}\nIts log: {log}"
+                )
+
+
+def _tail(log: Path, lines: int = 8) -> str:
+    text = log.read_text(errors="replace") if log.is_file() else ""
+    return "\n".join(text.replace("\r", "\n").splitlines()[-lines:])
+
+
+def _costs(protocol: Protocol, run: Run, folders: Folders) -> list[float]:
+    """Return the operations of each stage's training and, last, of scoring."""
+    costs, flops = [], None
+    for number, stage in enumerate(stages_of(protocol, run)):
+        config = training_config(protocol, run, number, 1e-3, folders.cifar10)
+        flops = count_flops(meta_model(config, _NUM_CLASSES.get(run.kind, len(CLASSES))), stage.image_size)
+        costs.append(stage.steps * stage.batch_size * flops.step)
+    scored = protocol.selection_images + 2 * protocol.test_images + 2 * protocol.maskcut_images
+    return [*costs, len(protocol.points) * scored * flops.forward if run.kind == "scenes" else 0]
+
+
+# --- one run ---
+
+
+def _run_job(job: Job) -> None:
+    """Do a job in this process; exit status 0 also after a polite stop."""
+    stream = os.open(job.folders.log(job.run), os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    os.dup2(stream, 1)
+    os.dup2(stream, 2)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops its jobs with SIGTERM
+    _stop_with_parent()
+    lock = RunLock(job.folders.output / "locks" / job.run.name)
+    lock.acquire(_LOCK_SECONDS)
+    lock.sign()
+    torch.set_num_threads(job.threads)
+    try:
+        train_and_score(job)
+    finally:
+        lock.release()
+    sys.exit(0)
+
+
+def _stop_with_parent() -> None:
+    """Send SIGTERM to this process when its parent is gone, even after SIGKILL."""
+
+    def watch() -> None:
+        multiprocessing.parent_process().join()  # getppid() is the fork server's, which lives as long as a job
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def train_and_score(job: Job) -> None:
+    """Write the result of a job, unless it is stopped before; a sweep that diverges gets accuracy 0."""
+    try:
+        if _train(job):
+            _score(job)
+    except NonFiniteError as error:
+        if job.run.kind != "sweep":
+            raise
+        print(f"a learning rate that cannot be chosen: {error}", flush=True)
+        _write(job, {"validation": [{"val_accuracy": 0.0}], "diverged": str(error)})
+
+
+def _train(job: Job) -> bool:
+    """Train all stages; return False if stopped before the end.
+
+    Raises:
+        UserError: A finished stage in the folder was trained at another learning rate.
+    """
+    init = ""
+    for number, stage in enumerate(stages_of(job.protocol, job.run)):
+        folder = job.folders.stage(job.run, number)
+        further = {"device": job.device, "threads": job.threads, "workers": job.workers, "init": init}
+        config = training_config(job.protocol, job.run, number, job.lr, job.folders.cifar10, **further)
+        summary = folder / "summary.json"
+        if not summary.is_file():
+            launch(config, argparse.Namespace(recipe="emergence", output=str(folder), resume=True, dry_run=False))
+            if not summary.is_file():
+                return False
+        elif run_config(folder).lr != config.lr:
+            raise UserError(
+                f"{folder} was trained at lr {run_config(folder).lr:g}, and the sweeps now say {config.lr:g}: remove "
+                "it, or bring back the sweeps' results that it was trained with"
+            )
+        init = f"{folder}@{stage.steps}"
+    return True
+
+
+def _score(job: Job) -> None:
+    stages = stages_of(job.protocol, job.run)
+    folders = [job.folders.stage(job.run, number) for number in range(len(stages))]
+    logs = [[json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in folders]
+    seconds = sum(_seconds(log, stage.batch_size) for log, stage in zip(logs, stages, strict=True))
+    result = {
+        "training_seconds": round(seconds),
+        "parameters": json.loads((folders[0] / "summary.json").read_text())["parameters"],
+        "validation": _entries(logs, "val_loss", "val_accuracy"),
+        "training": _entries(logs, "loss", "accuracy"),
+    }
+    if job.run.kind == "scenes":
+        with Interruption() as interruption:
+            checkpoints = _score_checkpoints(job, interruption)
+        if checkpoints is None:
+            return
+        result["checkpoints"] = checkpoints
+    _write(job, result)
+
+
+def _write(job: Job, result: dict) -> None:
+    run, path = job.run, job.folders.result(job.run)
+    facts = {"kind": run.kind, "model": run.model, "seed": run.seed, "lr": job.lr, "training_seconds": 0}
+    facts |= {"protocol": job.protocol.settings(), "provenance": job.origin}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(facts | result) + "\n")
+
+
+def _entries(logs: list[list[dict]], *names: str) -> list[dict]:
+    """Return these values of every log entry that has them, with stage and step."""
+    return [
+        {"stage": number, **{name: entry[name] for name in ("step", *names)}}
+        for number, log in enumerate(logs)
+        for entry in log
+        if names[0] in entry
+    ]
+
+
+def _seconds(log: list[dict], batch_size: int) -> float:
+    """Return the seconds of training in all sessions, from the speed of each log interval."""
+    seconds, before = 0.0, 0
+    for entry in log:
+        if "images_per_s" in entry:
+            seconds += (entry["step"] - before) * batch_size / entry["images_per_s"]
+            before = entry["step"]
+    return seconds
+
+
+def _score_checkpoints(job: Job, interruption: Interruption) -> list[dict] | None:
+    """Return the scores of every checkpoint in order; None when stopped."""
+    points = job.protocol.points
+    settings = {"protocol": job.protocol.settings(), "lr": job.lr}
+    records = Records(job.folders.output / "scores" / job.run.name, settings, key="checkpoint")
+    for number, point in enumerate(points):
+        if interruption.requested():
+            return None
+        if number not in records.read():
+            began, subject = time.perf_counter(), _open(job, point)
+            record = {"checkpoint": number, **dataclasses.asdict(point)}
+            record |= {"default_layer": subject.extract.default_layer, **checkpoint_scores(subject, job.protocol)}
+            records.append([record | {"seconds": round(time.perf_counter() - began, 1)}])
+            print(f"scored checkpoint {number} of {len(points) - 1}", flush=True)
+    if job.run.seed == job.protocol.seeds[0]:
+        _save_pictures(job)
+    found = records.read()
+    return [found[number] for number in range(len(points))]
+
+
+def _open(job: Job, point: Point) -> Subject:
+    folder = job.folders.stage(job.run, point.stage)
+    source = f"{job.run.model}={folder}@{point.step or 'untrained'}"
+    return open_model(source, job.device, job.protocol.image_size, seed=job.run.seed)
+
+
+def _save_pictures(job: Job) -> None:
+    """Save all layers of the last checkpoint, components at the default layer of every checkpoint, and the scenes."""
+    points = job.protocol.points
+    last = _open(job, points[-1])
+    arrays = pictures(last, job.protocol, range(last.extract.depth))
+    by_point = [pictures(_open(job, point), job.protocol, [last.extract.default_layer]) for point in points]
+    arrays["components_by_checkpoint"] = np.concatenate([found["components"] for found in by_point])
+    folder = job.folders.report / "pictures"
+    folder.mkdir(parents=True, exist_ok=True)
+    _save(folder / f"{job.run.model}.npz", arrays)
+    _save(folder / "scenes.npz", shown_scenes(job.protocol))  # equal for every model
+
+
+def _save(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    partial = path.with_name(f".{path.stem}.{os.getpid()}.npz")
+    np.savez_compressed(partial, **arrays)
+    partial.replace(path)
