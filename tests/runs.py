@@ -10,11 +10,17 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+
+from crate_fast.train.config import TrainConfig
+from crate_fast.train.data import Batch, DataSplits
+from crate_fast.train.distributed import Processes
+from crate_fast.train.faults import Interruption
+from crate_fast.train.trainer import StepResult, Trainer
 
 ROOT = Path(__file__).parent.parent
 TINY = [
@@ -22,6 +28,37 @@ TINY = [
     *("--depth", "2", "--heads", "2", "--batch-size", "16", "--epochs", "2", "--log-every", "1"),
     *("--segmentation-samples", "12", "--threads", "1", "--seed", "3", "--device", "cpu"),
 ]
+
+
+CPU = torch.device("cpu")
+ALONE = Processes(0, 0, 1, CPU)
+SIZES = {"image_size": 32, "patch_size": 8, "dim": 32, "depth": 2, "heads": 2, "batch_size": 8, "epochs": 1}
+
+
+def trainer(processes: Processes = ALONE, **settings) -> Trainer:
+    """A trainer of a tiny model for single steps, four an epoch, on `batches`: it reads and writes nothing."""
+    config = TrainConfig(**(SIZES | settings))
+    data = DataSplits(range(4 * config.batch_size), range(8), tuple("abcdefghijkl"), None)
+    return Trainer(config, Path("unused"), data, processes, Interruption())
+
+
+def batches(trainer: Trainer) -> list[Batch]:
+    """Micro-batches of noise for all steps of a trainer."""
+    generator, size = torch.Generator().manual_seed(1), trainer.config.batch_size // trainer.config.accumulate
+    return [
+        Batch(
+            torch.randint(256, (size, 3, 32, 32), dtype=torch.uint8, generator=generator),
+            torch.randint(12, (size,), generator=generator),
+            torch.arange(size) % 2 == 0,
+        )
+        for _ in range(trainer.total_steps * trainer.config.accumulate)
+    ]
+
+
+def steps(trainer: Trainer, count: int = 4) -> Iterator[StepResult]:
+    """Take steps on `batches`."""
+    loader = iter(batches(trainer))
+    return (trainer.train_step(loader) for _ in range(count))
 
 
 class Forked:

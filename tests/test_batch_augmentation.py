@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from crate_fast.train.batch_augmentation import BatchAugmentation
 from crate_fast.train.config import TrainConfig
+from crate_fast.train.objective import BatchAugmentation
 
 CPU = torch.device("cpu")
 

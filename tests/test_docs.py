@@ -22,7 +22,7 @@ from crate_fast import cli, settings
 from crate_fast.errors import CommandParser, UserError
 from crate_fast.export import FORMATS
 from crate_fast.portable import OUTPUTS
-from crate_fast.train import launch, plan
+from crate_fast.train import plan, trainer
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -72,7 +72,7 @@ def test_the_documented_training_commands_are_valid(monkeypatch):
     seen = []
     for script, words in commands:
         module = importlib.import_module(f"crate_fast.train.{script}")
-        monkeypatch.setattr(launch, "launch", lambda config, options: seen.append(config) or 0)
+        monkeypatch.setattr(trainer, "launch", lambda config, options: seen.append(config) or 0)
         assert module.main(shlex.split(words, comments=True)) == 0
     assert len(seen) == len(commands)
 

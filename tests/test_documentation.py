@@ -19,7 +19,7 @@ import uvicorn
 from PIL import Image
 
 from crate_fast import cli
-from crate_fast.train import launch
+from crate_fast.train import trainer
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -170,7 +170,7 @@ def test_options_of_commands_for_gpus_several_devices_and_tools_are_valid(page, 
             main, arguments = _main(words)
             with monkeypatch.context() as patch:
                 if start.startswith("torchrun"):  # further than its parser: its settings must fit each other
-                    patch.setattr(launch, "launch", stop)
+                    patch.setattr(trainer, "launch", stop)
                 else:
                     patch.setattr(argparse.ArgumentParser, "parse_args", stop)
                 with pytest.raises(_Parsed):

@@ -17,9 +17,8 @@ import pytest
 import torch
 from runs import ROOT, TINY, entries, losses, run, same, start, torchrun, wait_until, weights
 
-from crate_fast.train import checkpoint, engine, pretrain, run_folder
-from crate_fast.train.interruption import Interruption
-from crate_fast.train.nonfinite import diagnosis
+from crate_fast.train import checkpoint, pretrain, run_folder, trainer
+from crate_fast.train.faults import Interruption, diagnosis
 from crate_fast.train.run_lock import RunLock
 
 EVERYTHING = (  # whatever has a state: EMA, scaler, dropout, mixing, erasing, repeats
@@ -194,14 +193,14 @@ def test_sigterm_under_torchrun_with_two_processes(tmp_path):
 def test_a_signal_in_evaluation_postpones_it(whole, tmp_path, monkeypatch, capsys):
     folder = tmp_path / "run"
     words = [*TINY, "--output", str(folder), *EVERYTHING[:-4]]
-    prepare, calls = engine.Trainer.prepare_images, []
+    prepare, calls = trainer.Trainer.prepare_images, []
 
     def interrupted(self, images, flips=None):
         if flips is None:  # in evaluation
             calls.append(os.kill(os.getpid(), signal.SIGTERM))
         return prepare(self, images, flips)
 
-    monkeypatch.setattr(engine.Trainer, "prepare_images", interrupted)
+    monkeypatch.setattr(trainer.Trainer, "prepare_images", interrupted)
     assert pretrain.main(words) == 0
     assert "SIGTERM: saved step 6 of 12" in capsys.readouterr().out
     assert calls
@@ -346,13 +345,13 @@ def test_a_read_only_folder_is_a_clear_error(tmp_path):
 
 def _poisoning(monkeypatch, steps: set[int], value: float = math.nan) -> None:
     """The images of these steps are not finite."""
-    prepare = engine.Trainer.prepare_images
+    prepare = trainer.Trainer.prepare_images
 
     def poisoned(self, images, flips=None):
         images = prepare(self, images, flips)
         return images * value if flips is not None and self.step in steps else images
 
-    monkeypatch.setattr(engine.Trainer, "prepare_images", poisoned)
+    monkeypatch.setattr(trainer.Trainer, "prepare_images", poisoned)
 
 
 def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path, monkeypatch, capsys):
@@ -413,15 +412,15 @@ def test_the_diagnosis_names_the_place(whole):
 
 
 def test_poisoned_weights_are_never_saved(tmp_path, monkeypatch, refuses):
-    update = engine.Trainer._update
+    train_step = trainer.Trainer.train_step
 
     def poisoning(self, *arguments):
-        result = update(self, *arguments)
+        result = train_step(self, *arguments)
         if self.step == 3:
             self.model.cls_token.data[0, 0, 0] = math.nan
         return result
 
-    monkeypatch.setattr(engine.Trainer, "_update", poisoning)
+    monkeypatch.setattr(trainer.Trainer, "train_step", poisoning)
     refuses(
         "after step 3 the weights cls_token are not finite, and are not saved",
         pretrain.main,

@@ -12,9 +12,7 @@ from runs import ROOT, TINY, entries, free_port, losses, run, same, start, torch
 
 from crate_fast.train import checkpoint, pretrain
 from crate_fast.train.config import TrainConfig
-from crate_fast.train.distributed import Processes
-from crate_fast.train.engine import Trainer
-from crate_fast.train.parallel import shard
+from crate_fast.train.distributed import Processes, check_settings, shard
 from crate_fast.train.runs import build_model
 
 WORDS = ("--ema-decay", "0.9", "--hflip", "0.5", "--batch-size", "24", "--epochs", "3", "--clip-grad", "0.5")
@@ -117,12 +115,12 @@ def test_fp16_and_a_step_that_is_not_finite_in_a_shared_out_model(tmp_path):
     """The scaler and the skipping agree over the processes."""
     code = (
         "import sys, math\n"
-        "from crate_fast.train import engine, pretrain\n"
-        "prepare = engine.Trainer.prepare_images\n"
+        "from crate_fast.train import pretrain, trainer\n"
+        "prepare = trainer.Trainer.prepare_images\n"
         "def poisoned(self, images, flips=None):\n"
         "    bad = self.step == 4 and self.processes.rank == 1 and flips is not None\n"
         "    return prepare(self, images, flips) * (math.inf if bad else 1)\n"
-        "engine.Trainer.prepare_images = poisoned\n"
+        "trainer.Trainer.prepare_images = poisoned\n"
         "sys.exit(pretrain.main(sys.argv[1:]))\n"
     )
     script = tmp_path / "poisoned.py"
@@ -141,7 +139,7 @@ def test_what_cannot_be_shared_out_is_refused():
     pair = Processes(0, 0, 2, torch.device("cpu"), 2)
     config = TrainConfig(dim=32, depth=1, heads=2, image_size=32, parallel="fsdp", clip_mode="agc", clip_grad=0.01)
     with pytest.raises(ValueError, match="clip_mode='agc' needs whole weights"):
-        Trainer(build_model(config, 12), config, pair, 4)
+        check_settings(config, pair)
     config = TrainConfig(dim=32, depth=1, heads=2, image_size=32, parallel="hsdp")
     with pytest.raises(ValueError, match="3 processes cannot be 2 on every host"):
         shard(build_model(config, 12), config, Processes(0, 0, 3, torch.device("cpu"), 2))

@@ -16,12 +16,12 @@ from crate_fast.eval import attention_maps, reconstruction
 from crate_fast.eval.images import batches, open_images
 from crate_fast.eval.models import open_model
 from crate_fast.mae import encoder_state_dict, sincos_positions
-from crate_fast.train import finetune, launch, plan, pretrain, pretrain_mae
+from crate_fast.train import finetune, plan, pretrain, pretrain_mae, trainer
 from crate_fast.train.config import TrainConfig
 from crate_fast.train.cost import Flops, count_flops, kept_for_backward, meta_model
 from crate_fast.train.data import build_splits, eval_loader
 from crate_fast.train.distributed import Processes
-from crate_fast.train.nonfinite import diagnosis
+from crate_fast.train.faults import diagnosis
 from crate_fast.train.objective import Reconstruction, objective_for
 from crate_fast.train.reconstruction import image_noise, reconstructions, tiled
 from crate_fast.train.runs import build_model, load_model
@@ -106,7 +106,7 @@ def test_processes_engines_and_accumulation_change_nothing(tmp_path, how, visibl
 
 def test_without_arguments_it_is_the_default_recipe(monkeypatch):
     seen = []
-    monkeypatch.setattr(launch, "launch", lambda config, options: seen.append((config, options)) or 0)
+    monkeypatch.setattr(trainer, "launch", lambda config, options: seen.append((config, options)) or 0)
     assert pretrain_mae.main([]) == 0
     assert (seen[0][0].dataset, seen[0][1].recipe) == ("shape_scenes", "shape_scenes_mae")
 

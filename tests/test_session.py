@@ -1,7 +1,6 @@
 """What a run does beside its steps: EMA, logs, profiles, dry runs, unreadable images, settings of the engine."""
 
 import csv
-import itertools
 import json
 import re
 import shutil
@@ -12,18 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from runs import TINY, entries, losses, same, weights
+from runs import TINY, batches, entries, losses, same, steps, trainer, weights
 
 from crate_fast import cli
-from crate_fast.train import checkpoint, pretrain, session
+from crate_fast.train import checkpoint, pretrain
+from crate_fast.train import trainer as trainer_module
 from crate_fast.train.config import TrainConfig
-from crate_fast.train.data import Batch
-from crate_fast.train.distributed import Processes
-from crate_fast.train.engine import Trainer
 from crate_fast.train.optimizer import learning_rate
-from crate_fast.train.runs import build_model
-
-ALONE = Processes(0, 0, 1, torch.device("cpu"))
+from crate_fast.train.trainer import Trainer
 
 
 def _train(tmp_path, name: str, *words: str) -> Path:
@@ -35,23 +30,15 @@ def _train(tmp_path, name: str, *words: str) -> Path:
 # --- the engine's settings ---
 
 
-def _trainer(**settings) -> tuple[Trainer, list[Batch]]:
-    config = TrainConfig(image_size=32, patch_size=8, dim=32, depth=2, heads=2, batch_size=8, **settings)
-    torch.manual_seed(0)
-    trainer = Trainer(build_model(config, 12), config, ALONE, 4)
-    images = torch.randint(256, (8, 3, 32, 32), dtype=torch.uint8)
-    return trainer, [Batch(images, torch.arange(8), torch.arange(8) % 2 == 0, [])] * 4 * config.epochs
-
-
 @pytest.mark.parametrize("warmup", [False, True])
 def test_the_moving_average_by_hand(warmup):
-    trainer, batches = _trainer(ema_decay=0.9, ema_warmup=warmup, epochs=2)
+    averaged = trainer(ema_decay=0.9, ema_warmup=warmup, epochs=2)
     expected = {}
-    for step, _ in enumerate(trainer.train_steps(batches), start=1):
+    for step, _ in enumerate(steps(averaged, 8), start=1):
         decay = 0.0 if step == 1 else min(0.9, 1 - step ** (-2 / 3)) if warmup else 0.9
-        for name, value in trainer.model.state_dict().items():
+        for name, value in averaged.model.state_dict().items():
             expected[name] = decay * expected.get(name, 0) + (1 - decay) * value.clone()
-    for name, value in trainer.ema.module.state_dict().items():
+    for name, value in averaged.ema.module.state_dict().items():
         torch.testing.assert_close(value, expected[name], msg=lambda text, name=name: f"{name}: {text}")
 
 
@@ -65,27 +52,27 @@ def test_learning_rates_for_a_batch(rule, factor):
 
 @pytest.mark.parametrize("settings", [{"channels_last": True}, {"grad_checkpointing": True}])
 def test_how_it_is_computed_changes_nothing(settings):
-    plain, batches = _trainer()
-    other, _ = _trainer(**settings)
+    plain, other = trainer(), trainer(**settings)
     if settings == {"channels_last": True}:
-        assert other.prepare_images(batches[0].images).is_contiguous(memory_format=torch.channels_last)
-    pairs = zip(plain.train_steps(batches), other.train_steps(batches), strict=True)
-    for first, second in itertools.islice(pairs, 3):
-        assert first.loss == pytest.approx(second.loss, rel=1e-5)
+        images = other.prepare_images(batches(other)[0].images)
+        assert images.is_contiguous(memory_format=torch.channels_last)
+    for first, second in zip(steps(plain, 3), steps(other, 3), strict=True):
+        assert first.measures["loss"] == pytest.approx(second.measures["loss"], rel=1e-5)
 
 
 def test_a_run_compiles_with_the_mode_it_is_told(monkeypatch):
     """That compiled models compute the same is tests/test_fused.py's."""
     seen = []
     monkeypatch.setattr(torch, "compile", lambda model, mode: seen.append(mode) or model)
-    _trainer(compile=True, compile_mode="max-autotune")
+    trainer(compile=True, compile_mode="max-autotune")
     assert seen == ["max-autotune"]
 
 
 def test_images_are_mirrored_on_the_device():
-    trainer, batches = _trainer()
-    images = trainer.prepare_images(batches[0].images, batches[0].flips)
-    plain = trainer.normalize(batches[0].images)
+    ours = trainer()
+    batch = batches(ours)[0]
+    images = ours.prepare_images(batch.images, batch.flips)
+    plain = ours.normalize(batch.images)
     assert torch.equal(images[0::2], plain[0::2].flip(-1))
     assert torch.equal(images[1::2], plain[1::2])
 
@@ -158,8 +145,8 @@ def test_a_profile_of_the_steps_asked_for(tmp_path):
 
 def test_a_dry_run_trains_two_steps_and_leaves_nothing(tmp_path, capsys, monkeypatch):
     taken = []
-    update = Trainer._update
-    monkeypatch.setattr(Trainer, "_update", lambda self, *a: taken.append(self.step) or update(self, *a))
+    train_step = Trainer.train_step
+    monkeypatch.setattr(Trainer, "train_step", lambda self, *a: taken.append(self.step) or train_step(self, *a))
     words = [*TINY, "--output", str(tmp_path / "run"), "--dry-run", "--ema-decay", "0.9"]
     assert pretrain.main(words) == 0
     assert taken == [0, 1]
@@ -224,14 +211,13 @@ def test_too_many_unreadable_images_stop_the_run(folder, tmp_path, share, split,
 
 def test_the_limit_for_validation_is_an_evaluations(folder, tmp_path, monkeypatch):
     """Another of twenty images in each of two evaluations, and a limit between one and two."""
-    numbers = iter(range(9))
-    evaluate = session.evaluate
+    numbers, eval_loader = iter(range(9)), trainer_module.eval_loader
 
-    def flaky(*arguments, **options):
-        scores, _ = evaluate(*arguments, **options)
-        return scores, [f"image {next(numbers)}: gone"]
+    class Flaky(list):
+        def __iter__(self):
+            yield from (batch._replace(problems=[f"image {next(numbers)}: gone"]) for batch in super().__iter__())
 
-    monkeypatch.setattr(session, "evaluate", flaky)
+    monkeypatch.setattr(trainer_module, "eval_loader", lambda *a, **o: Flaky(eval_loader(*a, **o)))
     words = _words(folder, "--max-unreadable", "0.07", "--output", str(tmp_path / "run"))
     assert pretrain.main(words) == 0
     assert next(numbers) == 2

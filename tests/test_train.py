@@ -12,14 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from runs import TINY, losses, run, start, weights
+from runs import TINY, losses, run, start, steps, trainer, weights
 
 from crate_fast.eval import coarse_segmentation
 from crate_fast.train import checkpoint, pretrain
 from crate_fast.train.config import TrainConfig
-from crate_fast.train.data import Batch
-from crate_fast.train.distributed import Processes
-from crate_fast.train.engine import Trainer
 from crate_fast.train.optimizer import clip_gradients, gradient_norm, learning_rate
 from crate_fast.train.runs import build_model
 
@@ -97,19 +94,12 @@ def test_training_learns():
     assert loss.item() < 0.1
 
 
-def _trainer(**settings) -> Trainer:
-    config = TrainConfig(dim=32, depth=3, heads=2, image_size=32, **settings)
-    return Trainer(build_model(config, 12), config, Processes(0, 0, 1, torch.device("cpu")), 4)
-
-
 @pytest.mark.parametrize("decay_all", [False, True])
 def test_layer_decay_by_hand(decay_all):
-    trainer = _trainer(layer_decay=0.5, decay_all=decay_all, lr=1e-3, warmup_epochs=0.0, batch_size=2, epochs=1)
-    names = {id(parameter): name for name, parameter in trainer.model.named_parameters()}
-    images = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
-    batches = [Batch(images, torch.tensor([0, 1]), torch.zeros(2, dtype=torch.bool), [])] * 4
-    next(trainer.train_steps(batches))
-    seen = {names[id(p)]: group for group in trainer.optimizer.param_groups for p in group["params"]}
+    decayed = trainer(depth=3, layer_decay=0.5, decay_all=decay_all, lr=1e-3, warmup_epochs=0.0)
+    names = {id(parameter): name for name, parameter in decayed.model.named_parameters()}
+    next(steps(decayed))
+    seen = {names[id(p)]: group for group in decayed.optimizer.param_groups for p in group["params"]}
     assert seen.keys() == set(names.values())
     for name, power in (("mlp_head.1.weight", 0), ("transformer.layers.2.1.fn.weight", 1), ("pos_embedding", 4)):
         assert seen[name]["lr"] == pytest.approx(1e-3 * 0.5**power)
@@ -130,7 +120,7 @@ def test_layer_decay_by_hand(decay_all):
 )
 def test_optimizers_that_cannot_be_used_are_refused_at_once(name, message):
     with pytest.raises(ValueError, match=f"optimizer='{name}'.*{message}"):
-        _trainer(optimizer=name)
+        trainer(optimizer=name)
 
 
 @pytest.mark.parametrize("name", ["resnet18", "crate_tinny_patch8_224"])
@@ -140,7 +130,7 @@ def test_models_that_cannot_be_built_are_refused_with_the_remedy(name):
 
 
 def test_without_layer_decay_all_layers_learn_alike():
-    assert {group.get("lr_scale", 1.0) for group in _trainer().optimizer.param_groups} == {1.0}
+    assert {group.get("lr_scale", 1.0) for group in trainer().optimizer.param_groups} == {1.0}
     with pytest.raises(ValueError, match=r"layer_decay=1\.5"):
         TrainConfig(layer_decay=1.5)
 

@@ -6,7 +6,7 @@ and the segmentation score of its attention maps. `session` says what a run's fo
 
 import sys
 
-from crate_fast.train.launch import train_command
+from crate_fast.train.trainer import train_command
 
 __all__ = ["main"]
 

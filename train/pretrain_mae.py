@@ -9,7 +9,7 @@ import sys
 
 from crate_fast.errors import UserError
 from crate_fast.registry import is_mae
-from crate_fast.train.launch import train_command
+from crate_fast.train.trainer import train_command
 
 __all__ = ["main"]
 

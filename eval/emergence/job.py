@@ -29,11 +29,10 @@ from crate_fast.eval.emergence.scores import checkpoint_scores, pictures, shown_
 from crate_fast.eval.models import Subject, open_model
 from crate_fast.eval.records import Records
 from crate_fast.train.checkpoint import write_text
-from crate_fast.train.interruption import Interruption
-from crate_fast.train.launch import launch
-from crate_fast.train.nonfinite import NonFiniteError
+from crate_fast.train.faults import Interruption, NonFiniteError
 from crate_fast.train.run_lock import RunLock
 from crate_fast.train.runs import run_config
+from crate_fast.train.trainer import launch
 
 __all__ = ["Job", "Places", "do", "result_file", "train_and_score"]
 

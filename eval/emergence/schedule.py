@@ -21,7 +21,7 @@ from crate_fast.eval.emergence.protocol import Protocol, Run, planned_runs, stag
 from crate_fast.provenance import provenance
 from crate_fast.train.cost import count_flops, meta_model
 from crate_fast.train.distributed import choose_device
-from crate_fast.train.interruption import Interruption
+from crate_fast.train.faults import Interruption
 from crate_fast.train.run_lock import RunLock
 from crate_fast.train.shape_scenes import CLASSES
 
