@@ -82,6 +82,20 @@ def free_port() -> int:
     return free_port()
 
 
+@pytest.fixture(scope="module")
+def no_figures():
+    """Runs of the module draw nothing: see `runs.without_figures`."""
+    from runs import without_figures
+
+    from crate_fast.train import report
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("curve_figure", "image_grid"):
+            patch.setattr(report, name, getattr(report, name))  # put back afterwards
+        without_figures()
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory):
     """The folder of a finished run on shape_scenes, 32 px, with checkpoints at steps 4 and 8."""

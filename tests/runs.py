@@ -1,9 +1,10 @@
-"""What the tests of training share: tiny runs as a user starts them, in processes of their own."""
+"""Tiny runs as a user starts them, here or in further processes, and single steps: for the tests of training."""
 
 import importlib
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -16,6 +17,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from crate_fast.train import report
 from crate_fast.train.config import TrainConfig
 from crate_fast.train.data import Batch, DataSplits
 from crate_fast.train.distributed import Processes
@@ -61,24 +63,33 @@ def steps(trainer: Trainer, count: int = 4) -> Iterator[StepResult]:
     return (trainer.train_step(loader) for _ in range(count))
 
 
+def without_figures() -> None:
+    """Let runs of this process draw nothing, which is most of a tiny run's time."""
+    for name in ("curve_figure", "image_grid"):
+        setattr(report, name, lambda *arguments, **options: None)
+
+
 class Forked:
     """A run in processes forked from one that has imported everything: they start at once. Looks like a `Popen`.
 
     Args:
         argv: Command line of the script.
         script: Its module in crate_fast.train.
-        processes: How many, as torchrun would set them up.
+        processes: Number of processes, set up as by torchrun.
+        hosts: Number of hosts that they seem to be on.
+        before: Python code that each process runs first.
     """
 
-    def __init__(self, argv: list[str], script: str, processes: int):
+    def __init__(self, argv: list[str], script: str, processes: int, hosts: int, before: str):
         port = str(free_port())
         self.log = tempfile.NamedTemporaryFile("r", suffix=".log")  # noqa: SIM115  (open as long as this object)
         self.processes = []
         for rank in range(processes):
-            environment = {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_PORT": port}
-            environment |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
-            environment |= {"MASTER_ADDR": "127.0.0.1"}
-            arguments = (script, argv, environment if processes > 1 else {}, self.log.name)
+            local = processes // hosts
+            numbers = {"RANK": rank, "LOCAL_RANK": rank % local, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": local}
+            numbers |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            environment = {name: str(value) for name, value in numbers.items()} if processes > 1 else {}
+            arguments = (script, argv, environment, self.log.name, before)
             self.processes.append(_FORKED.Process(target=_main, args=arguments))
         for process in self.processes:
             process.start()
@@ -112,27 +123,35 @@ _FORKED = multiprocessing.get_context("forkserver")
 _FORKED.set_forkserver_preload(["crate_fast.train.pretrain", "crate_fast.train.linear_probe"])
 
 
-def _main(script: str, argv: list[str], environment: dict[str, str], log: str) -> None:
+def _main(script: str, argv: list[str], environment: dict[str, str], log: str, before: str) -> None:
     os.environ.update(environment)
     os.chdir(ROOT)
     stream = os.open(log, os.O_WRONLY | os.O_APPEND)
     os.dup2(stream, 1)
     os.dup2(stream, 2)
+    multiprocessing.set_start_method("fork", force=True)  # of loading processes, as for a user
+    without_figures()
+    exec(before, {})
     sys.exit(importlib.import_module(f"crate_fast.train.{script}").main(argv))
 
 
 def start(
-    *arguments: str, processes: int = 1, script: str = "pretrain", launcher: tuple[str, ...] = ()
+    *arguments: str,
+    processes: int = 1,
+    hosts: int = 1,
+    script: str = "pretrain",
+    before: str = "",
+    launcher: tuple[str, ...] = (),
 ) -> subprocess.Popen | Forked:
     """Start a tiny run; with a launcher, such as `torchrun(2)`, as a user does, else forked, which is quicker."""
     if not launcher:
-        return Forked([*TINY, *arguments], script, processes)
+        return Forked([*TINY, *arguments], script, processes, hosts, before)
     command = [sys.executable, *launcher, str(ROOT / "train" / f"{script}.py"), *TINY, *arguments]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
 
 
 def run(*arguments: str, status: int = 0, **how) -> str:
-    """`start`, and wait for the end; what it printed."""
+    """Start a run, wait for its end, and return what it printed."""
     process = start(*arguments, **how)
     text, _ = process.communicate(timeout=300)
     assert process.returncode == status, text
@@ -169,6 +188,16 @@ def weights(folder: Path, step: int, name: str = "model") -> dict[str, torch.Ten
 def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
     """Whether two state dicts are equal, bit by bit."""
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def back_to(folder: Path, step: int, copy: Path) -> Path:
+    """Copy a run as it was when it had saved a step, and return the copy's folder."""
+    shutil.copytree(folder, copy)
+    for later in (copy / "checkpoints").glob("step_*"):
+        if int(later.name[5:]) > step:
+            shutil.rmtree(later)
+    (copy / "checkpoints" / "best.json").unlink()
+    return copy
 
 
 def losses(folder: Path) -> dict[int, float]:

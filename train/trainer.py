@@ -526,7 +526,8 @@ class Trainer:
         self.processes.wait()
 
     def close(self) -> None:
-        """Close the logs, and let others write the folder."""
+        """End loading processes, close the logs, and let others write the folder."""
+        self.val_loader = None  # its processes ignore SIGTERM: Python would wait for them forever when it exits
         self.run.close()
 
 
