@@ -1,6 +1,8 @@
 """Tiny runs as a user starts them, here or in further processes, and single steps: for the tests of training."""
 
+import contextlib
 import importlib
+import io
 import json
 import multiprocessing
 import os
@@ -156,6 +158,13 @@ def run(*arguments: str, status: int = 0, **how) -> str:
     text, _ = process.communicate(timeout=300)
     assert process.returncode == status, text
     return text
+
+
+def printed(main: Callable[[list[str]], int], *arguments: str) -> str:
+    """Run a command in this process to its end, and return what it printed."""
+    with contextlib.redirect_stdout(io.StringIO()) as text:
+        assert main([*TINY, *arguments]) == 0
+    return text.getvalue()
 
 
 def free_port() -> int:

@@ -1,8 +1,6 @@
 """Training: a whole run, optimisers, schedules, checkpoints (faults: test_faults.py; processes: test_parallel.py)."""
 
-import contextlib
 import dataclasses
-import io
 import itertools
 import json
 import math
@@ -11,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from runs import TINY, back_to, batches, losses, same, steps, trainer, weights
+from runs import TINY, back_to, batches, losses, printed, same, steps, trainer, weights
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from crate_fast import CRATE
@@ -28,10 +26,8 @@ OPTIONS = ("--attn-drop-rate", "0.1")
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A run's folder and what it printed."""
-    folder, printed = tmp_path_factory.mktemp("runs") / "whole", io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        assert pretrain.main([*TINY, *OPTIONS, "--output", str(folder)]) == 0
-    return folder, printed.getvalue()
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    return folder, printed(pretrain.main, *OPTIONS, "--output", str(folder))
 
 
 # --- a whole run ---

@@ -2,6 +2,7 @@
 
 import signal
 from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from types import FrameType
 
 import torch
@@ -51,17 +52,22 @@ class NonFiniteError(UserError):
     """Loss, gradients or weights that are not finite."""
 
 
+@dataclass
 class NonFinite:
     """The count of steps skipped because loss or gradient was not finite.
 
-    Args:
+    Attributes:
         limit: Number of such steps in a row that ends the run.
+        total, in_a_row: Steps skipped so far.
+        overflows: Steps in which fp16's scale was too large, which is no fault.
+        last: (step, loss, gradient norm) of those in a row.
     """
 
-    def __init__(self, limit: int):
-        self.limit = limit
-        self.total = self.in_a_row = self.overflows = 0
-        self.last: list[tuple[int, float, float]] = []  # (step, loss, gradient norm)
+    limit: int
+    total: int = 0
+    in_a_row: int = 0
+    overflows: int = 0
+    last: list[tuple[int, float, float]] = field(default_factory=list)
 
     def passed(self) -> None:
         """Note a finite step."""
@@ -92,13 +98,8 @@ class NonFinite:
         )
 
     def state(self) -> dict:
-        """Return what `restore` takes."""
-        return {"total": self.total, "in_a_row": self.in_a_row, "overflows": self.overflows, "last": list(self.last)}
-
-    def restore(self, state: dict) -> None:
-        """Continue the count of a checkpoint."""
-        self.total, self.in_a_row, self.overflows = state["total"], state["in_a_row"], state["overflows"]
-        self.last = [tuple(entry) for entry in state["last"]]
+        """Return the count as plain values; `replace(nonfinite, **state)` continues it."""
+        return {name: value for name, value in asdict(self).items() if name != "limit"}
 
 
 def poisoned(weights: dict[str, Tensor]) -> list[str]:

@@ -20,58 +20,9 @@ from crate_fast.train.data import Batch, drawing_from
 from crate_fast.train.distributed import Processes
 from crate_fast.train.reconstruction import image_noise
 
-__all__ = ["BatchAugmentation", "Classification", "Objective", "Reconstruction", "objective_for"]
+__all__ = ["Classification", "Objective", "Reconstruction", "objective_for"]
 
-_BATCH_KEY = 2**40  # above any sample's number: samples too are augmented by generators of (seed, epoch, number)
-
-
-class BatchAugmentation:
-    """Random erasing, then mixup or cutmix (timm's), of a micro-batch on its device.
-
-    Step and part seed the generator, so that a resumed run draws the same.
-
-    Args:
-        config: `random_erasing`, `mixup`, `cutmix`, `mixup_prob` and `label_smoothing` decide.
-        num_classes: Outputs of the model.
-        device: Where the images are.
-        share: Images of a micro-batch.
-
-    Raises:
-        UserError: Images are to be mixed and a micro-batch has an odd number of them.
-    """
-
-    def __init__(self, config: TrainConfig, num_classes: int, device: torch.device, share: int):
-        self.seed = config.seed
-        self.erase = self.mix = None
-        if config.random_erasing:
-            self.erase = RandomErasing(config.random_erasing, mode="pixel", device=device)
-        if config.mixup or config.cutmix:
-            if share % 2:
-                raise UserError(
-                    f"mixup and cutmix mix pairs, and a process has {share} images in a micro-batch: make batch_size "
-                    "an even multiple of processes × accumulate"
-                )
-            smoothing = {"label_smoothing": config.label_smoothing, "num_classes": num_classes}
-            self.mix = Mixup(config.mixup, config.cutmix, prob=config.mixup_prob, **smoothing)
-
-    def __call__(self, images: Tensor, labels: Tensor, step: int, part: int) -> tuple[Tensor, Tensor]:
-        """Augment a micro-batch in place.
-
-        Args:
-            images: Normalised, [B, 3, S, S].
-            labels: Classes [B].
-            step: Optimiser step, from 0.
-            part: Number of the micro-batch among those of all processes in this step.
-
-        Returns:
-            (images, targets): labels [B] unchanged, or their mixture [B, classes] with label smoothing in it.
-        """
-        if self.erase is None and self.mix is None:
-            return images, labels
-        with drawing_from(self.seed, step, _BATCH_KEY + part, on_devices=True):
-            if self.erase is not None:
-                images = self.erase(images)
-            return (images, labels) if self.mix is None else self.mix(images, labels)
+_BATCH_KEY = 2**40  # apart from the numbers of samples, which are augmented by generators of (seed, epoch, number)
 
 
 class Objective(ABC):
@@ -128,7 +79,11 @@ class Objective(ABC):
 
 
 class Classification(Objective):
-    """Classes, by cross-entropy, on images erased and mixed as the settings say."""
+    """Classes, by cross-entropy, on batches that timm's random erasing, mixup and cutmix augment on the device.
+
+    Raises:
+        UserError: Images are to be mixed and a micro-batch has an odd number of them.
+    """
 
     measures = ("loss", "accuracy")
     scores = ("accuracy", "loss", "top5")
@@ -136,13 +91,30 @@ class Classification(Objective):
 
     def __init__(self, model: nn.Module, config: TrainConfig, processes: Processes):
         super().__init__(config, processes)
-        share = config.batch_size // (config.accumulate * processes.world_size)
-        self.augment = BatchAugmentation(config, model.num_classes, processes.device, share)
+        self.erase = self.mix = None
+        if config.random_erasing:
+            self.erase = RandomErasing(config.random_erasing, mode="pixel", device=processes.device)
+        if config.mixup or config.cutmix:
+            share = config.batch_size // (config.accumulate * processes.world_size)
+            if share % 2:
+                raise UserError(
+                    f"mixup and cutmix mix pairs, and a process has {share} images in a micro-batch: make batch_size "
+                    "an even multiple of processes × accumulate"
+                )
+            smoothing = {"label_smoothing": config.label_smoothing, "num_classes": model.num_classes}
+            self.mix = Mixup(config.mixup, config.cutmix, prob=config.mixup_prob, **smoothing)
 
     def inputs(self, images, labels, step, part):
-        """Return images, targets and labels."""
-        part = part * self.processes.world_size + self.processes.rank
-        return *self.augment(images, labels, step, part), labels
+        """Return images, targets (labels, or their smoothed mixture [B, classes]) and labels."""
+        targets = labels
+        if self.erase is not None or self.mix is not None:
+            part = part * self.processes.world_size + self.processes.rank
+            with drawing_from(self.config.seed, step, _BATCH_KEY + part, on_devices=True):  # the same after a resume
+                if self.erase is not None:
+                    images = self.erase(images)
+                if self.mix is not None:
+                    images, targets = self.mix(images, labels)
+        return images, targets, labels
 
     def training(self, runner, images, targets, labels):
         """Return loss and accuracy."""

@@ -493,7 +493,7 @@ class Trainer:
             distributed.load_full_state(self.ema.module, ema)
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(rest["scaler"])
-        self.nonfinite.restore(rest["nonfinite"])
+        self.nonfinite = dataclasses.replace(self.nonfinite, **rest["nonfinite"])
         self.step = rest["step"]
         self._graph_backward()  # loading an optimiser's state drops the gradients that a graph adds to
 
