@@ -168,20 +168,20 @@ def printed(main: Callable[[list[str]], int], *arguments: str) -> str:
 
 
 def free_port() -> int:
-    """A TCP port that nobody listens on."""
+    """Return a TCP port that nobody listens on."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
 
 
 def torchrun(processes: int, *words: str) -> tuple[str, ...]:
-    """`torchrun` on this host, on a free port."""
+    """Return the words that start `torchrun` on this host, on a free port."""
     start = ("-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", str(free_port()))
     return (*start, *words)
 
 
 def wait_until(condition: Callable[[], object], process: subprocess.Popen | Forked, seconds: float = 120) -> None:
-    """Until the condition holds; the process must not end before."""
+    """Wait until the condition holds; the process must not end before."""
     deadline = time.time() + seconds
     while not condition():
         assert process.poll() is None, process.communicate()[0]
@@ -190,12 +190,12 @@ def wait_until(condition: Callable[[], object], process: subprocess.Popen | Fork
 
 
 def weights(folder: Path, step: int, name: str = "model") -> dict[str, torch.Tensor]:
-    """A checkpoint's weights ("model") or their moving average ("ema")."""
+    """Load a checkpoint's weights ("model") or their moving average ("ema")."""
     return load_file(folder / "checkpoints" / f"step_{step:08d}" / f"{name}.safetensors")
 
 
 def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
-    """Whether two state dicts are equal, bit by bit."""
+    """Return True if two state dicts are equal, bit by bit."""
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
@@ -210,11 +210,11 @@ def back_to(folder: Path, step: int, copy: Path) -> Path:
 
 
 def losses(folder: Path) -> dict[int, float]:
-    """Training loss by step."""
+    """Return the training loss by step."""
     entries = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     return {entry["step"]: entry["loss"] for entry in entries if "loss" in entry}
 
 
 def entries(folder: Path) -> list[dict]:
-    """All of metrics.jsonl."""
+    """Return all entries of metrics.jsonl."""
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

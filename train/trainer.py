@@ -243,6 +243,7 @@ class Trainer:
                 if self.step == self.total_steps:
                     return True
 
+                # batch, forward, loss, backward, clip, step
                 began = time.perf_counter()
                 result = self.train_step(batches)
                 self.interval.add(result.measures, result.taken, time.perf_counter() - began)
@@ -250,13 +251,14 @@ class Trainer:
                 if config.profile:
                     profile.step()
 
+                # log, and save between evaluations, which save too
                 if self.step % config.log_every == 0 or self.evaluation_due():
                     bar.set_postfix(self.log())
                 if result.stop:
                     self.save()
                     return False
                 if config.checkpoint_every and self.step % config.checkpoint_every == 0 and not self.evaluation_due():
-                    self.save()  # an evaluation saves too
+                    self.save()
 
     def train_step(self, batches: Iterator[Batch]) -> StepResult:
         """Take one optimiser step, or skip it on all processes if loss or gradient is not finite on any.
@@ -266,6 +268,8 @@ class Trainer:
         """
         config = self.config
         self._prepare_step()
+
+        # forward, loss and backward, micro-batch by micro-batch
         totals = torch.zeros(len(self.objective.measures), device=self.device)
         with cached_dictionaries():
             for part in range(config.accumulate):
@@ -277,6 +281,7 @@ class Trainer:
                 with distributed.gradient_sync(self.runner, part == config.accumulate - 1):
                     totals += self.forward_backward(*inputs)
 
+        # means over all processes, and whether any has a value that is not finite or was asked to stop
         self.scaler.unscale_(self.optimizer)
         norm = gradient_norm(self.model)
         stopping = torch.tensor(self.interruption.requested(), device=self.device)
@@ -284,6 +289,7 @@ class Trainer:
         shared = self.processes.sum(torch.cat([totals.double() / self.processes.world_size, flags.double()]))
         *means, bad_loss, bad_gradient, stop = shared.tolist()  # the step's one wait for the device
 
+        # clip and step
         taken = not (bad_loss or bad_gradient)
         if taken:
             clip_gradients(self.model, config.clip_grad, config.clip_mode, norm)
