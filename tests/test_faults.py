@@ -91,9 +91,7 @@ def test_killed_again_and_again_it_ends_with_the_same_weights(whole, tmp_path):
     _equal_runs(whole, folder)
 
 
-@pytest.mark.parametrize(
-    ("target", "newest"), [("save_file", 10), ("_put_in_place", 10), ("rotate", 11)], ids=lambda value: str(value)
-)
+@pytest.mark.parametrize(("target", "newest"), [("save_file", 10), ("_put_in_place", 10), ("rotate", 11)])
 def test_killed_while_saving_it_loses_nothing(whole, tmp_path, target, newest):
     """Killed at exact points of a save: the previous or the new checkpoint is whole."""
     folder = back_to(whole, 10, tmp_path / "run")
@@ -334,18 +332,8 @@ def _poisoning(monkeypatch, steps: set[int], value: float = math.nan) -> None:
 def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path, monkeypatch, capsys):
     _poisoning(monkeypatch, {2, 3, 7})
     folder = tmp_path / "run"
-    words = [
-        *TINY,
-        "--output",
-        str(folder),
-        "--ema-decay",
-        "0.9",
-        "--checkpoint-every",
-        "1",
-        "--keep-checkpoints",
-        "99",
-    ]
-    assert pretrain.main(words) == 0
+    words = [*TINY, "--ema-decay", "0.9", "--checkpoint-every", "1", "--keep-checkpoints", "99"]
+    assert pretrain.main([*words, "--output", str(folder)]) == 0
     assert same(weights(folder, 2), weights(folder, 4))
     assert same(weights(folder, 2, "ema"), weights(folder, 4, "ema"))
     assert not same(weights(folder, 4), weights(folder, 5))
