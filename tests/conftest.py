@@ -10,8 +10,6 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported, which timm does
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # `poisoned` needs it on a GPU before torch 2.10
 
-import runs
-
 from crate_fast.settings import require_gpu
 
 
@@ -79,7 +77,23 @@ def refuses(capsys):
 @pytest.fixture
 def free_port() -> int:
     """A TCP port nobody listens on."""
-    return runs.free_port()
+    from runs import free_port
+
+    return free_port()
+
+
+@pytest.fixture(scope="module")
+def no_figures():
+    """Runs of the module draw nothing: see `runs.without_figures`."""
+    from runs import without_figures
+
+    from crate_fast.train import report
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("curve_figure", "image_grid"):
+            patch.setattr(report, name, getattr(report, name))  # put back afterwards
+        without_figures()
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -1,20 +1,30 @@
-"""What the tests of training share: tiny runs as a user starts them, in processes of their own."""
+"""Tiny runs as a user starts them, here or in further processes, and single steps: for the tests of training."""
 
+import contextlib
 import importlib
+import io
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+
+from crate_fast.train import report
+from crate_fast.train.config import TrainConfig
+from crate_fast.train.data import Batch, DataSplits
+from crate_fast.train.distributed import Processes
+from crate_fast.train.faults import Interruption
+from crate_fast.train.trainer import StepResult, Trainer
 
 ROOT = Path(__file__).parent.parent
 TINY = [
@@ -24,24 +34,64 @@ TINY = [
 ]
 
 
+CPU = torch.device("cpu")
+ALONE = Processes(0, 0, 1, CPU)
+SIZES = {"image_size": 32, "patch_size": 8, "dim": 32, "depth": 2, "heads": 2, "batch_size": 8, "epochs": 1}
+
+
+def trainer(processes: Processes = ALONE, **settings) -> Trainer:
+    """A trainer of a tiny model for single steps, four an epoch, on `batches`: it reads and writes nothing."""
+    config = TrainConfig(**(SIZES | settings))
+    data = DataSplits(range(4 * config.batch_size), range(8), tuple("abcdefghijkl"), None)
+    return Trainer(config, Path("unused"), data, processes, Interruption())
+
+
+def batches(trainer: Trainer) -> list[Batch]:
+    """Micro-batches of noise for all steps of a trainer."""
+    generator, size = torch.Generator().manual_seed(1), trainer.config.batch_size // trainer.config.accumulate
+    return [
+        Batch(
+            torch.randint(256, (size, 3, 32, 32), dtype=torch.uint8, generator=generator),
+            torch.randint(12, (size,), generator=generator),
+            torch.arange(size) % 2 == 0,
+        )
+        for _ in range(trainer.total_steps * trainer.config.accumulate)
+    ]
+
+
+def steps(trainer: Trainer, count: int = 4) -> Iterator[StepResult]:
+    """Take steps on `batches`."""
+    loader = iter(batches(trainer))
+    return (trainer.train_step(loader) for _ in range(count))
+
+
+def without_figures() -> None:
+    """Let runs of this process draw nothing, which is most of a tiny run's time."""
+    for name in ("curve_figure", "image_grid"):
+        setattr(report, name, lambda *arguments, **options: None)
+
+
 class Forked:
     """A run in processes forked from one that has imported everything: they start at once. Looks like a `Popen`.
 
     Args:
         argv: Command line of the script.
         script: Its module in crate_fast.train.
-        processes: How many, as torchrun would set them up.
+        processes: Number of processes, set up as by torchrun.
+        hosts: Number of hosts that they seem to be on.
+        before: Python code that each process runs first.
     """
 
-    def __init__(self, argv: list[str], script: str, processes: int):
+    def __init__(self, argv: list[str], script: str, processes: int, hosts: int, before: str):
         port = str(free_port())
         self.log = tempfile.NamedTemporaryFile("r", suffix=".log")  # noqa: SIM115  (open as long as this object)
         self.processes = []
         for rank in range(processes):
-            environment = {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_PORT": port}
-            environment |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
-            environment |= {"MASTER_ADDR": "127.0.0.1"}
-            arguments = (script, argv, environment if processes > 1 else {}, self.log.name)
+            local = processes // hosts
+            numbers = {"RANK": rank, "LOCAL_RANK": rank % local, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": local}
+            numbers |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            environment = {name: str(value) for name, value in numbers.items()} if processes > 1 else {}
+            arguments = (script, argv, environment, self.log.name, before)
             self.processes.append(_FORKED.Process(target=_main, args=arguments))
         for process in self.processes:
             process.start()
@@ -75,48 +125,63 @@ _FORKED = multiprocessing.get_context("forkserver")
 _FORKED.set_forkserver_preload(["crate_fast.train.pretrain", "crate_fast.train.linear_probe"])
 
 
-def _main(script: str, argv: list[str], environment: dict[str, str], log: str) -> None:
+def _main(script: str, argv: list[str], environment: dict[str, str], log: str, before: str) -> None:
     os.environ.update(environment)
     os.chdir(ROOT)
     stream = os.open(log, os.O_WRONLY | os.O_APPEND)
     os.dup2(stream, 1)
     os.dup2(stream, 2)
+    multiprocessing.set_start_method("fork", force=True)  # of loading processes, as for a user
+    without_figures()
+    exec(before, {})
     sys.exit(importlib.import_module(f"crate_fast.train.{script}").main(argv))
 
 
 def start(
-    *arguments: str, processes: int = 1, script: str = "pretrain", launcher: tuple[str, ...] = ()
+    *arguments: str,
+    processes: int = 1,
+    hosts: int = 1,
+    script: str = "pretrain",
+    before: str = "",
+    launcher: tuple[str, ...] = (),
 ) -> subprocess.Popen | Forked:
     """Start a tiny run; with a launcher, such as `torchrun(2)`, as a user does, else forked, which is quicker."""
     if not launcher:
-        return Forked([*TINY, *arguments], script, processes)
+        return Forked([*TINY, *arguments], script, processes, hosts, before)
     command = [sys.executable, *launcher, str(ROOT / "train" / f"{script}.py"), *TINY, *arguments]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
 
 
 def run(*arguments: str, status: int = 0, **how) -> str:
-    """`start`, and wait for the end; what it printed."""
+    """Start a run, wait for its end, and return what it printed."""
     process = start(*arguments, **how)
     text, _ = process.communicate(timeout=300)
     assert process.returncode == status, text
     return text
 
 
+def printed(main: Callable[[list[str]], int], *arguments: str) -> str:
+    """Run a command in this process to its end, and return what it printed."""
+    with contextlib.redirect_stdout(io.StringIO()) as text:
+        assert main([*TINY, *arguments]) == 0
+    return text.getvalue()
+
+
 def free_port() -> int:
-    """A TCP port that nobody listens on."""
+    """Return a TCP port that nobody listens on."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
 
 
 def torchrun(processes: int, *words: str) -> tuple[str, ...]:
-    """`torchrun` on this host, on a free port."""
+    """Return the words that start `torchrun` on this host, on a free port."""
     start = ("-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", str(free_port()))
     return (*start, *words)
 
 
 def wait_until(condition: Callable[[], object], process: subprocess.Popen | Forked, seconds: float = 120) -> None:
-    """Until the condition holds; the process must not end before."""
+    """Wait until the condition holds; the process must not end before."""
     deadline = time.time() + seconds
     while not condition():
         assert process.poll() is None, process.communicate()[0]
@@ -125,21 +190,31 @@ def wait_until(condition: Callable[[], object], process: subprocess.Popen | Fork
 
 
 def weights(folder: Path, step: int, name: str = "model") -> dict[str, torch.Tensor]:
-    """A checkpoint's weights ("model") or their moving average ("ema")."""
+    """Load a checkpoint's weights ("model") or their moving average ("ema")."""
     return load_file(folder / "checkpoints" / f"step_{step:08d}" / f"{name}.safetensors")
 
 
 def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
-    """Whether two state dicts are equal, bit by bit."""
+    """Return True if two state dicts are equal, bit by bit."""
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
+def back_to(folder: Path, step: int, copy: Path) -> Path:
+    """Copy a run as it was when it had saved a step, and return the copy's folder."""
+    shutil.copytree(folder, copy)
+    for later in (copy / "checkpoints").glob("step_*"):
+        if int(later.name[5:]) > step:
+            shutil.rmtree(later)
+    (copy / "checkpoints" / "best.json").unlink()
+    return copy
+
+
 def losses(folder: Path) -> dict[int, float]:
-    """Training loss by step."""
+    """Return the training loss by step."""
     entries = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     return {entry["step"]: entry["loss"] for entry in entries if "loss" in entry}
 
 
 def entries(folder: Path) -> list[dict]:
-    """All of metrics.jsonl."""
+    """Return all entries of metrics.jsonl."""
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

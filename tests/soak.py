@@ -2,9 +2,9 @@
 
     python tests/soak.py --output SOAK --every 25 -- --dataset folder --data-dir DATA --val-split test …
 
-What stands behind `--` is train/pretrain.py's. Two processes, gloo, CPU. Three kinds of kill, at random moments: kill
--9 of one process (torchrun restarts all), of everything, torchrun too (started again with --resume), and SIGTERM
-to torchrun. Not collected by pytest; docs/results/soak.md has a run of an hour.
+The words after `--` are options of train/pretrain.py. Two processes train on a CPU, with gloo. Three kinds of kill
+come at random moments: kill -9 of one process (torchrun restarts all); kill -9 of all, torchrun too (started again
+with --resume); SIGTERM to torchrun. Not collected by pytest; docs/results/soak.md has a run of an hour.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def _children(process: subprocess.Popen) -> list[int]:
 
 
 def _kill(kind: str, process: subprocess.Popen, draw: random.Random) -> None:
-    """Do it; torchrun ends, but for the first kind."""
+    """Kill; torchrun survives the first kind only."""
     children = _children(process)
     if kind == KINDS[0] and children:
         os.kill(draw.choice(children), signal.SIGKILL)
@@ -59,13 +59,13 @@ def disturb(folder: Path, words: list[str], every: float, seed: int) -> dict:
     """Run to the end through kills.
 
     Args:
-        folder: Of the run.
+        folder: Folder of the run.
         words: Its command line.
         every: Mean seconds between kills, exponentially distributed.
-        seed: Of moments and kinds.
+        seed: Seed of moments and kinds.
 
     Returns:
-        Counts and times, for the report.
+        Counts and times for the report.
     """
     draw, kinds, saving, lost = random.Random(seed), Counter(), 0, []
     began, log = time.time(), folder.with_suffix(".log")
@@ -104,7 +104,7 @@ def _step(folder: Path) -> int:
 
 
 def compare(first: Path, second: Path) -> dict[str, bool]:
-    """What is equal, bit by bit, in the last checkpoints of two runs."""
+    """Return which parts of the last checkpoints of two runs are equal, bit by bit."""
     step = checkpoint.newest(first / "checkpoints")
     states = [
         checkpoint.load(run / "checkpoints", step).training["trainer"]["optimizer"]["state"]
@@ -125,7 +125,7 @@ def compare(first: Path, second: Path) -> dict[str, bool]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Soak; 0 if the two runs end alike."""
+    """Soak; return 0 if the two runs end alike."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output", type=Path, required=True, help="folder for both runs and report.json")
     parser.add_argument("--every", type=float, default=25.0, help="mean seconds between kills")

@@ -1,12 +1,13 @@
 """Erasing, mixup and cutmix of batches: what they do, that the step decides, and that a run trains with them."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from runs import ALONE
 
-from crate_fast.train.batch_augmentation import BatchAugmentation
 from crate_fast.train.config import TrainConfig
-
-CPU = torch.device("cpu")
+from crate_fast.train.objective import Classification
 
 
 def _batch() -> tuple[torch.Tensor, torch.Tensor]:
@@ -14,8 +15,10 @@ def _batch() -> tuple[torch.Tensor, torch.Tensor]:
     return labels.float().view(8, 1, 1, 1).expand(8, 3, 16, 16).clone(), labels
 
 
-def _augment(**settings) -> BatchAugmentation:
-    return BatchAugmentation(TrainConfig(**({"label_smoothing": 0.0} | settings)), 4, CPU, 8)
+def _augment(batch_size: int = 8, **settings):
+    config = TrainConfig(**({"label_smoothing": 0.0, "batch_size": batch_size} | settings))
+    objective = Classification(SimpleNamespace(num_classes=4), config, ALONE)
+    return lambda *arguments: objective.inputs(*arguments)[:2]
 
 
 def test_nothing_asked_for_nothing_done():
@@ -77,7 +80,7 @@ def test_step_and_part_decide_and_the_generators_are_left_alone():
 
 def test_bad_settings_are_named():
     with pytest.raises(ValueError, match="has 5 images in a micro-batch"):
-        BatchAugmentation(TrainConfig(mixup=0.5), 4, CPU, 5)
+        _augment(batch_size=5, mixup=0.5)
     with pytest.raises(ValueError, match="random_erasing=1.5"):
         TrainConfig(random_erasing=1.5)
     with pytest.raises(ValueError, match="mixup=-1"):

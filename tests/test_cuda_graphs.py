@@ -5,18 +5,14 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from runs import CPU, steps, trainer
 
 from crate_fast.errors import UserError
-from crate_fast.train import cuda_graphs, engine
+from crate_fast.train import cuda_graphs, distributed
 from crate_fast.train.config import TrainConfig
 from crate_fast.train.cuda_graphs import GraphedCall, record
-from crate_fast.train.data import Batch
-from crate_fast.train.distributed import Processes
-from crate_fast.train.engine import Trainer, check_settings
-from crate_fast.train.runs import build_model
+from crate_fast.train.distributed import Processes, check_settings
 
-CPU = torch.device("cpu")
-SIZES = {"image_size": 32, "patch_size": 8, "dim": 32, "depth": 2, "heads": 2, "batch_size": 8, "epochs": 1}
 MAE = {"model": "crate_mae_tiny_patch16_224", "clip_grad": 0.0}
 
 
@@ -33,26 +29,7 @@ def _replaying(function):
 def pretended_graphs(monkeypatch):
     """Graphs on a CPU, which the trainer does not refuse."""
     monkeypatch.setattr(cuda_graphs, "record", _replaying)
-    monkeypatch.setattr(engine, "check_settings", lambda *_: None)
-
-
-def _trainer(device: torch.device = CPU, **settings) -> Trainer:
-    config = TrainConfig(**(SIZES | settings))
-    torch.manual_seed(0)
-    return Trainer(build_model(config, 12).to(device), config, Processes(0, 0, 1, device), 4)
-
-
-def _batches(count: int, size: int) -> list[Batch]:
-    generator = torch.Generator().manual_seed(1)
-    return [
-        Batch(
-            torch.randint(256, (size, 3, 32, 32), dtype=torch.uint8, generator=generator),
-            torch.randint(12, (size,), generator=generator),
-            torch.arange(size) % 2 == 0,
-            [],
-        )
-        for _ in range(count)
-    ]
+    monkeypatch.setattr(distributed, "check_settings", lambda *_: None)
 
 
 SETTINGS = [
@@ -68,12 +45,10 @@ SETTINGS = [
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=lambda settings: ", ".join(settings) or "as they are")
 def test_replayed_steps_are_the_eager_ones(settings, pretended_graphs):
-    eager, graphed = _trainer(**settings), _trainer(**settings, cuda_graphs=True)
-    assert isinstance(graphed.backward, GraphedCall)
-    parts = eager.config.accumulate
-    batches = _batches(4 * parts, 8 // parts)
+    eager, graphed = trainer(**settings), trainer(**settings, cuda_graphs=True)
+    assert isinstance(graphed.forward_backward, GraphedCall)
     places = set()
-    for expected, found in zip(eager.train_steps(batches), graphed.train_steps(batches), strict=True):
+    for expected, found in zip(steps(eager), steps(graphed), strict=True):
         assert found == expected
         places.add(tuple(p.grad.data_ptr() for p in graphed.model.parameters() if p.requires_grad))
     assert len(places) == 1  # gradients stay where the graph writes
@@ -85,30 +60,30 @@ def test_replayed_steps_are_the_eager_ones(settings, pretended_graphs):
 
 
 def test_a_step_that_is_not_finite_leaves_nothing_behind(pretended_graphs):
-    trainers = [_trainer(), _trainer(cuda_graphs=True)]
-    for trainer in trainers:
-        steps = trainer.train_steps(_batches(4, 8))
-        next(steps)
-        right, trainer.normalize = trainer.normalize, lambda images: images * float("nan")
-        assert not next(steps).taken
-        trainer.normalize = right
-        assert next(steps).taken
-    for one, other in zip(*(trainer.model.parameters() for trainer in trainers), strict=True):
+    trainers = [trainer(), trainer(cuda_graphs=True)]
+    for each in trainers:
+        taken = steps(each)
+        next(taken)
+        right, each.normalize = each.normalize, lambda images: images * float("nan")
+        assert not next(taken).taken
+        each.normalize = right
+        assert next(taken).taken
+    for one, other in zip(*(each.model.parameters() for each in trainers), strict=True):
         assert torch.equal(one, other)
 
 
 def test_a_restored_trainer_records_anew(pretended_graphs):
-    trainers = [_trainer(), _trainer(cuda_graphs=True)]
-    for trainer in trainers:
-        steps = trainer.train_steps(_batches(4, 8))
-        next(steps)
-        saved = trainer.state()
-        next(steps)
-        recorded = trainer.backward
-        trainer.restore(*saved)  # which drops the gradients that the graph writes
-        assert (trainer.backward is not recorded) or not trainer.config.cuda_graphs
-        next(steps)
-    for one, other in zip(*(trainer.model.parameters() for trainer in trainers), strict=True):
+    trainers = [trainer(), trainer(cuda_graphs=True)]
+    for each in trainers:
+        taken = steps(each)
+        next(taken)
+        saved = each.state()
+        next(taken)
+        recorded = each.forward_backward
+        each.restore(*saved)  # which drops the gradients that the graph writes
+        assert (each.forward_backward is not recorded) or not each.config.cuda_graphs
+        next(taken)
+    for one, other in zip(*(each.model.parameters() for each in trainers), strict=True):
         assert torch.equal(one, other)
 
 
@@ -222,9 +197,7 @@ def test_settings_that_go_together():
 @pytest.mark.gpu
 @pytest.mark.parametrize("settings", [*SETTINGS, {"compile": True}], ids=str)
 def test_on_a_gpu_replayed_steps_are_the_eager_ones(settings):
-    device = torch.device("cuda")
-    trainers = [_trainer(device, **settings), _trainer(device, **settings, cuda_graphs=True)]
-    parts = trainers[0].config.accumulate
-    batches = _batches(4 * parts, 8 // parts)
-    expected, found = ([step.loss for step in trainer.train_steps(batches)] for trainer in trainers)
+    alone = Processes(0, 0, 1, torch.device("cuda", 0))
+    trainers = [trainer(alone, **settings), trainer(alone, **settings, cuda_graphs=True)]
+    expected, found = ([step.measures["loss"] for step in steps(each)] for each in trainers)
     assert found == pytest.approx(expected, rel=0.1 if "attn_drop_rate" in settings else 0.01)

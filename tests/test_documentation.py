@@ -24,7 +24,6 @@ from PIL import Image
 
 import crate_fast
 from crate_fast import cli
-from crate_fast.train import launch
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -138,7 +137,7 @@ def test_options_of_commands_that_do_not_run_here_are_valid(page, monkeypatch):
         raise Parsed
 
     monkeypatch.syspath_prepend(DOCS)
-    monkeypatch.setattr(launch, "launch", stop)  # a training command: its settings must fit each other
+    monkeypatch.setattr(trainer, "launch", stop)  # a training command: its settings must fit each other
     for command in _commands(page):
         assert all((ROOT / word).is_file() for word in re.findall(r"\btests/\S+\.py\b", command)), command
         training = re.search(r"\btorchrun .*train/\w+\.py", command)

@@ -44,9 +44,8 @@ from crate_fast.eval.models import open_model
 from crate_fast.eval.results import markdown_table
 from crate_fast.train.data import build_splits
 from crate_fast.train.distributed import process_group
-from crate_fast.train.interruption import Interruption
-from crate_fast.train.nonfinite import NonFiniteError
-from crate_fast.train.session import Session
+from crate_fast.train.faults import Interruption, NonFiniteError
+from crate_fast.train.trainer import Trainer
 
 SMOKE = SIZES["smoke"]
 
@@ -295,9 +294,9 @@ def test_the_untrained_twin_is_the_run_before_training(finished, tmp_path):
     output, _ = finished
     config = training_config(SMOKE, Run("scenes", "ViT", 1), 0, 1e-3, device="cpu")
     with process_group("cpu") as processes, Interruption() as interruption:
-        session = Session(config, tmp_path / "run", build_splits(config), processes, interruption)
+        trainer = Trainer(config, tmp_path / "run", build_splits(config), processes, interruption)
     twin = open_model(f"{output}/runs/scenes-ViT-seed1/stage0@untrained", seed=1)
-    assert same(twin.model.state_dict(), session.trainer.model.state_dict())
+    assert same(twin.model.state_dict(), trainer.model.state_dict())
 
 
 def test_a_run_that_fails_is_named_and_the_others_are_kept(finished, tmp_path, capsys):

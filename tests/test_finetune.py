@@ -19,6 +19,7 @@ from crate_fast.train.initial_weights import load_initial
 from crate_fast.train.optimizer import build_optimizer
 from crate_fast.train.runs import build_model, load_model, num_classes_of, run_config
 
+pytestmark = pytest.mark.usefixtures("no_figures")
 SCENES = ["--recipe", "shape_scenes", *TINY[:4], *TINY[10:]]  # the architecture comes from the run
 HEAD = ("mlp_head.1.weight", "mlp_head.1.bias")
 

@@ -2,21 +2,17 @@
 
 import json
 import math
-import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
-from runs import ROOT, TINY, entries, free_port, losses, run, same, start, torchrun, wait_until, weights
+from runs import TINY, back_to, entries, losses, run, same, start, wait_until, weights
 
 from crate_fast.train import checkpoint, pretrain
 from crate_fast.train.config import TrainConfig
-from crate_fast.train.distributed import Processes
-from crate_fast.train.engine import Trainer
-from crate_fast.train.parallel import shard
+from crate_fast.train.distributed import Processes, check_settings, shard
 from crate_fast.train.runs import build_model
 
+pytestmark = pytest.mark.usefixtures("no_figures")
 WORDS = ("--ema-decay", "0.9", "--hflip", "0.5", "--batch-size", "24", "--epochs", "3", "--clip-grad", "0.5")
 LAST = 12
 
@@ -43,9 +39,9 @@ def _agrees(folder, alone) -> None:
         assert all(torch.allclose(first[key], second[key], rtol=1e-3, atol=2e-4) for key in first)
 
 
-@pytest.mark.parametrize(("parallel", "accumulate"), [("ddp", 1), ("ddp", 3), ("fsdp", 1), ("fsdp", 3)])
+@pytest.mark.parametrize(("parallel", "accumulate"), [("ddp", 3), ("fsdp", 3)])
 def test_two_processes_train_as_one(alone, tmp_path, parallel, accumulate):
-    """Also the 21 validation images, an odd number: each counts once."""
+    """Also the 21 validation images, an odd number: each counts once. The pairs below do not accumulate."""
     folder = tmp_path / "pair"
     words = (*WORDS, "--parallel", parallel, "--accumulate", str(accumulate), "--output", str(folder))
     text = run(*words, processes=2)
@@ -54,94 +50,74 @@ def test_two_processes_train_as_one(alone, tmp_path, parallel, accumulate):
 
 
 def test_hybrid_sharding_over_two_hosts(alone, tmp_path):
-    """Two torchrun agents of two processes each: what two hosts would start."""
-    folder, port = tmp_path / "hosts", free_port()
-    script = [str(ROOT / "train" / "pretrain.py"), *TINY, *WORDS, "--parallel", "hsdp", "--output", str(folder)]
-    agents = []
-    for host in range(2):
-        where = ["--nnodes", "2", "--node_rank", str(host), "--nproc_per_node", "2"]
-        where += ["--master_addr", "127.0.0.1", "--master_port", str(port)]
-        command = [sys.executable, "-m", "torch.distributed.run", *where, *script]
-        agents.append(
-            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
-        )
-    texts = [agent.communicate(timeout=300)[0] for agent in agents]
-    assert [agent.returncode for agent in agents] == [0, 0], texts
-    assert "on 4 × cpu (hsdp)" in texts[0]
+    folder = tmp_path / "hosts"
+    text = run(*WORDS, "--parallel", "hsdp", "--output", str(folder), processes=4, hosts=2)
+    assert "on 4 × cpu (hsdp)" in text
     _agrees(folder, alone)
+
+
+@pytest.fixture(scope="module")
+def pair(alone, tmp_path_factory):
+    """Finished runs of two processes, by engine; they train as one does."""
+    made = {}
+
+    def finished(parallel: str):
+        if parallel not in made:
+            made[parallel] = tmp_path_factory.mktemp("pairs") / parallel
+            words = (*WORDS, "--output", str(made[parallel]), "--parallel", parallel, "--keep-checkpoints", "9")
+            run(*words, processes=2)
+            _agrees(made[parallel], alone)
+        return made[parallel]
+
+    return finished
 
 
 @pytest.mark.parametrize(
     ("saved_by", "count", "loaded_by"),
     [("ddp", 1, "ddp"), ("ddp", 3, "fsdp"), ("fsdp", 1, "ddp"), ("fsdp", 3, "ddp")],
 )
-def test_saved_by_two_loaded_by_one_and_by_three(alone, interrupted, tmp_path, saved_by, count, loaded_by):
-    folder = tmp_path / "run"
-    interrupted(saved_by, folder)
-    words = (*WORDS, "--output", str(folder), "--resume", "--keep-checkpoints", "9", "--parallel", loaded_by)
-    text = run(*words, processes=count)
+def test_saved_by_two_loaded_by_one_and_by_three(alone, pair, tmp_path, saved_by, count, loaded_by):
+    folder = back_to(pair(saved_by), 8, tmp_path / "run")
+    text = run(*WORDS, "--output", str(folder), "--resume", "--parallel", loaded_by, processes=count)
     assert "from step 8 on" in text
     _agrees(folder, alone)
 
 
-@pytest.fixture(scope="module")
-def interrupted(tmp_path_factory):
-    """Copies of a run of two processes whose newest checkpoint is that of step 8."""
-    made = {}
-
-    def copy(parallel: str, folder) -> None:
-        if parallel not in made:
-            made[parallel] = tmp_path_factory.mktemp("pairs") / parallel
-            words = (*WORDS, "--output", str(made[parallel]), "--parallel", parallel, "--keep-checkpoints", "9")
-            run(*words, processes=2)
-            shutil.rmtree(checkpoint.folder_of(made[parallel] / "checkpoints", LAST))
-        shutil.copytree(made[parallel], folder)
-
-    return copy
-
-
-def test_a_resumed_pair_is_bit_identical(tmp_path):
-    whole, folder = tmp_path / "whole", tmp_path / "run"
-    words = (*WORDS, "--parallel", "fsdp", "--checkpoint-every", "1")
-    run("--output", str(whole), *words, processes=2)
-    process = start("--output", str(folder), *words, processes=2)
+def test_a_resumed_pair_is_bit_identical(pair, tmp_path):
+    folder, whole = tmp_path / "run", pair("fsdp")
+    words = ("--output", str(folder), *WORDS, "--parallel", "fsdp")
+    process = start(*words, processes=2)
     wait_until(lambda: checkpoint.newest(folder / "checkpoints"), process)
     process.kill()
     process.communicate()
-    run("--output", str(folder), *words, "--resume", processes=2)
+    run(*words, "--resume", processes=2)
     assert same(weights(whole, LAST), weights(folder, LAST))
     assert losses(whole) == losses(folder)
 
 
-def test_fp16_and_a_step_that_is_not_finite_in_a_shared_out_model(tmp_path):
+def test_fp16_and_a_step_that_is_not_finite_in_a_sharded_model(tmp_path):
     """The scaler and the skipping agree over the processes."""
     code = (
-        "import sys, math\n"
-        "from crate_fast.train import engine, pretrain\n"
-        "prepare = engine.Trainer.prepare_images\n"
+        "import math\n"
+        "from crate_fast.train.trainer import Trainer\n"
+        "prepare = Trainer.prepare_images\n"
         "def poisoned(self, images, flips=None):\n"
         "    bad = self.step == 4 and self.processes.rank == 1 and flips is not None\n"
         "    return prepare(self, images, flips) * (math.inf if bad else 1)\n"
-        "engine.Trainer.prepare_images = poisoned\n"
-        "sys.exit(pretrain.main(sys.argv[1:]))\n"
+        "Trainer.prepare_images = poisoned\n"
     )
-    script = tmp_path / "poisoned.py"
-    script.write_text(code)
-    folder = tmp_path / "run"
-    words = [*TINY, *WORDS, "--parallel", "fsdp", "--precision", "fp16", "--output", str(folder)]
-    command = [sys.executable, *torchrun(2), str(script), *words]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert json.loads((folder / "summary.json").read_text())["skipped_steps"] == 1
-    assert 5 not in losses(folder)
-    assert all(math.isfinite(loss) for loss in losses(folder).values())
+    words = (*WORDS, "--parallel", "fsdp", "--precision", "fp16", "--output", str(tmp_path))
+    run(*words, before=code, processes=2)
+    assert json.loads((tmp_path / "summary.json").read_text())["skipped_steps"] == 1
+    assert 5 not in losses(tmp_path)
+    assert all(math.isfinite(loss) for loss in losses(tmp_path).values())
 
 
-def test_what_cannot_be_shared_out_is_refused():
+def test_what_cannot_be_sharded_is_refused():
     pair = Processes(0, 0, 2, torch.device("cpu"), 2)
     config = TrainConfig(dim=32, depth=1, heads=2, image_size=32, parallel="fsdp", clip_mode="agc", clip_grad=0.01)
     with pytest.raises(ValueError, match="clip_mode='agc' needs whole weights"):
-        Trainer(build_model(config, 12), config, pair, 4)
+        check_settings(config, pair)
     config = TrainConfig(dim=32, depth=1, heads=2, image_size=32, parallel="hsdp")
     with pytest.raises(ValueError, match="3 processes cannot be 2 on every host"):
         shard(build_model(config, 12), config, Processes(0, 0, 3, torch.device("cpu"), 2))

@@ -1,10 +1,9 @@
 """What a run does beside its steps: EMA, logs, profiles, dry runs, unreadable images, settings of the engine."""
 
 import csv
-import itertools
 import json
+import multiprocessing
 import re
-import shutil
 import sys
 import types
 from pathlib import Path
@@ -12,18 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from runs import TINY, entries, losses, same, weights
+from runs import TINY, back_to, batches, entries, losses, same, steps, trainer, weights
 
 from crate_fast import cli
-from crate_fast.train import checkpoint, pretrain, session
+from crate_fast.train import checkpoint, pretrain
+from crate_fast.train import trainer as trainer_module
 from crate_fast.train.config import TrainConfig
-from crate_fast.train.data import Batch
-from crate_fast.train.distributed import Processes
-from crate_fast.train.engine import Trainer
 from crate_fast.train.optimizer import learning_rate
-from crate_fast.train.runs import build_model
+from crate_fast.train.trainer import Trainer
 
-ALONE = Processes(0, 0, 1, torch.device("cpu"))
+pytestmark = pytest.mark.usefixtures("no_figures")
 
 
 def _train(tmp_path, name: str, *words: str) -> Path:
@@ -35,23 +32,15 @@ def _train(tmp_path, name: str, *words: str) -> Path:
 # --- the engine's settings ---
 
 
-def _trainer(**settings) -> tuple[Trainer, list[Batch]]:
-    config = TrainConfig(image_size=32, patch_size=8, dim=32, depth=2, heads=2, batch_size=8, **settings)
-    torch.manual_seed(0)
-    trainer = Trainer(build_model(config, 12), config, ALONE, 4)
-    images = torch.randint(256, (8, 3, 32, 32), dtype=torch.uint8)
-    return trainer, [Batch(images, torch.arange(8), torch.arange(8) % 2 == 0, [])] * 4 * config.epochs
-
-
 @pytest.mark.parametrize("warmup", [False, True])
 def test_the_moving_average_by_hand(warmup):
-    trainer, batches = _trainer(ema_decay=0.9, ema_warmup=warmup, epochs=2)
+    averaged = trainer(ema_decay=0.9, ema_warmup=warmup, epochs=2)
     expected = {}
-    for step, _ in enumerate(trainer.train_steps(batches), start=1):
+    for step, _ in enumerate(steps(averaged, 8), start=1):
         decay = 0.0 if step == 1 else min(0.9, 1 - step ** (-2 / 3)) if warmup else 0.9
-        for name, value in trainer.model.state_dict().items():
+        for name, value in averaged.model.state_dict().items():
             expected[name] = decay * expected.get(name, 0) + (1 - decay) * value.clone()
-    for name, value in trainer.ema.module.state_dict().items():
+    for name, value in averaged.ema.module.state_dict().items():
         torch.testing.assert_close(value, expected[name], msg=lambda text, name=name: f"{name}: {text}")
 
 
@@ -65,36 +54,35 @@ def test_learning_rates_for_a_batch(rule, factor):
 
 @pytest.mark.parametrize("settings", [{"channels_last": True}, {"grad_checkpointing": True}])
 def test_how_it_is_computed_changes_nothing(settings):
-    plain, batches = _trainer()
-    other, _ = _trainer(**settings)
+    plain, other = trainer(), trainer(**settings)
     if settings == {"channels_last": True}:
-        assert other.prepare_images(batches[0].images).is_contiguous(memory_format=torch.channels_last)
-    pairs = zip(plain.train_steps(batches), other.train_steps(batches), strict=True)
-    for first, second in itertools.islice(pairs, 3):
-        assert first.loss == pytest.approx(second.loss, rel=1e-5)
+        images = other.prepare_images(batches(other)[0].images)
+        assert images.is_contiguous(memory_format=torch.channels_last)
+    for first, second in zip(steps(plain, 3), steps(other, 3), strict=True):
+        assert first.measures["loss"] == pytest.approx(second.measures["loss"], rel=1e-5)
 
 
 def test_a_run_compiles_with_the_mode_it_is_told(monkeypatch):
     """That compiled models compute the same is tests/test_fused.py's."""
     seen = []
     monkeypatch.setattr(torch, "compile", lambda model, mode: seen.append(mode) or model)
-    _trainer(compile=True, compile_mode="max-autotune")
+    trainer(compile=True, compile_mode="max-autotune")
     assert seen == ["max-autotune"]
 
 
 def test_images_are_mirrored_on_the_device():
-    trainer, batches = _trainer()
-    images = trainer.prepare_images(batches[0].images, batches[0].flips)
-    plain = trainer.normalize(batches[0].images)
+    ours = trainer()
+    batch = batches(ours)[0]
+    images = ours.prepare_images(batch.images, batch.flips)
+    plain = ours.normalize(batch.images)
     assert torch.equal(images[0::2], plain[0::2].flip(-1))
     assert torch.equal(images[1::2], plain[1::2])
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_autocast_stays_near_fp32(tmp_path, precision):
-    ours = losses(_train(tmp_path, precision, "--precision", precision))
-    exact = losses(_train(tmp_path, "fp32"))
-    assert all(ours[step] == pytest.approx(exact[step], rel=0.02) for step in exact)
+def test_autocast_stays_near_fp32(precision):
+    ours, exact = ([step.measures["loss"] for step in steps(trainer(precision=each))] for each in (precision, "fp32"))
+    assert ours == pytest.approx(exact, rel=0.02)
     assert ours != exact
 
 
@@ -147,7 +135,7 @@ def test_without_weights_and_biases_it_says_what_to_install(tmp_path, monkeypatc
 
 
 def test_a_profile_of_the_steps_asked_for(tmp_path):
-    folder = _train(tmp_path, "run", "--epochs", "3", "--profile", "2")
+    folder = _train(tmp_path, "run", "--epochs", "2", "--profile", "2")
     events = json.loads((folder / "profile" / "rank0.json").read_text())["traceEvents"]
     steps = {event["name"] for event in events if str(event.get("name", "")).startswith("ProfilerStep")}
     assert steps == {"ProfilerStep#10", "ProfilerStep#11"}
@@ -158,8 +146,8 @@ def test_a_profile_of_the_steps_asked_for(tmp_path):
 
 def test_a_dry_run_trains_two_steps_and_leaves_nothing(tmp_path, capsys, monkeypatch):
     taken = []
-    update = Trainer._update
-    monkeypatch.setattr(Trainer, "_update", lambda self, *a: taken.append(self.step) or update(self, *a))
+    train_step = Trainer.train_step
+    monkeypatch.setattr(Trainer, "train_step", lambda self, *a: taken.append(self.step) or train_step(self, *a))
     words = [*TINY, "--output", str(tmp_path / "run"), "--dry-run", "--ema-decay", "0.9"]
     assert pretrain.main(words) == 0
     assert taken == [0, 1]
@@ -204,6 +192,7 @@ def test_unreadable_images_are_named_counted_and_replaced(folder, tmp_path, work
     run = tmp_path / "run"
     words = _words(folder, "--max-unreadable", "0.06", "--workers", workers, "--output", str(run))
     assert pretrain.main(words) == 0
+    assert not multiprocessing.active_children()  # they ignore SIGTERM: Python would wait for them
     lines = (run / "unreadable.txt").read_text().splitlines()
     names = [line.split(": ")[0].split("/")[-2:] for line in lines]
     assert sorted(map("/".join, names)) == ["ant/07.jpg", "bee/03.jpg", "bee/31.jpg"]
@@ -224,28 +213,24 @@ def test_too_many_unreadable_images_stop_the_run(folder, tmp_path, share, split,
 
 def test_the_limit_for_validation_is_an_evaluations(folder, tmp_path, monkeypatch):
     """Another of twenty images in each of two evaluations, and a limit between one and two."""
-    numbers = iter(range(9))
-    evaluate = session.evaluate
+    numbers, eval_loader = iter(range(9)), trainer_module.eval_loader
 
-    def flaky(*arguments, **options):
-        scores, _ = evaluate(*arguments, **options)
-        return scores, [f"image {next(numbers)}: gone"]
+    class Flaky(list):
+        def __iter__(self):
+            yield from (batch._replace(problems=[f"image {next(numbers)}: gone"]) for batch in super().__iter__())
 
-    monkeypatch.setattr(session, "evaluate", flaky)
+    monkeypatch.setattr(trainer_module, "eval_loader", lambda *a, **o: Flaky(eval_loader(*a, **o)))
     words = _words(folder, "--max-unreadable", "0.07", "--output", str(tmp_path / "run"))
     assert pretrain.main(words) == 0
     assert next(numbers) == 2
 
 
 def test_the_count_goes_on_in_a_resumed_run(folder, tmp_path):
-    whole, run = tmp_path / "whole", tmp_path / "run"
-    for path in (whole, run):
-        words = _words(folder, "--max-unreadable", "0.06", "--workers", "0", "--output", str(path))
-        assert pretrain.main(words) == 0
-    shutil.rmtree(run / "checkpoints" / "step_00000010")
-    (run / "checkpoints" / "best.json").unlink()
-    assert pretrain.main([*words, "--resume"]) == 0
-    assert same(weights(whole, 10), weights(run, 10))
+    words = _words(folder, "--max-unreadable", "0.06", "--workers", "0", "--output")
+    assert pretrain.main([*words, str(tmp_path / "whole")]) == 0
+    run = back_to(tmp_path / "whole", 5, tmp_path / "run")
+    assert pretrain.main([*words, str(run), "--resume"]) == 0
+    assert same(weights(tmp_path / "whole", 10), weights(run, 10))
     assert json.loads((run / "summary.json").read_text())["unreadable_images"] == 2
     assert (run / "unreadable.txt").read_text().count("\n") == 3  # each once, over resumes too
 

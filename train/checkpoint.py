@@ -10,7 +10,7 @@ A checkpoint is written into a hidden folder, flushed to disk, and renamed: whoe
 finished folder or none. Reading verifies every file against the manifest.
 
 Weights and optimiser state are whole in their files, whatever the number of processes and their engine
-(`parallel.gather`), so every checkpoint loads into any other number; PyTorch's sharded format would not do, since its
+(`full_state`), so every checkpoint loads into any other number; PyTorch's sharded format would not do, since its
 reader unpickles.
 """
 

@@ -23,8 +23,8 @@ from crate_fast import CRATE, CRATEMAE
 from crate_fast.kernels import assuming_gpu
 from crate_fast.layers import ISTA, MHSA
 from crate_fast.train.config import TrainConfig
+from crate_fast.train.distributed import layers_of
 from crate_fast.train.optimizer import check_optimizer
-from crate_fast.train.parallel import layers_of
 from crate_fast.train.runs import build_model
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""CUDA graphs: the kernels of a call, recorded once and launched together, so that the host does not hold them up."""
+"""CUDA graphs: the kernels of a call are recorded once and launched together, which saves the host's time."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -19,11 +19,11 @@ def record(function: Callable[[], _Result]) -> tuple[_Result, Callable[[], None]
     """Call `function` three times on a side stream, to load and tune what it uses, and record its next call.
 
     Returns:
-        (what the recorded call returned: tensors whose values only a replay writes; the replay).
+        (result of the recorded call: tensors that only a replay fills; the replay).
 
     Raises:
-        RuntimeError: There is no CUDA GPU, or the function waits for the device or does something else that cannot
-            be recorded.
+        UserError: There is no CUDA GPU.
+        RuntimeError: The function waits for the device, or does something else that cannot be recorded.
     """
     if not torch.cuda.is_available():
         raise UserError("CUDA graphs need a CUDA GPU, and PyTorch finds none")
@@ -41,14 +41,14 @@ def record(function: Callable[[], _Result]) -> tuple[_Result, Callable[[], None]
 
 
 class GraphedCall:
-    """A function of tensors that every call replays from a CUDA graph, recorded at the first call.
+    """A function of tensors that is recorded as a CUDA graph at its first call and replayed at every call.
 
-    Shapes and dtypes stay those of the first call, and so do the addresses of all else that the function reads and
-    writes. The result's memory is the graph's: the next call overwrites it.
+    Shapes and dtypes must stay those of the first call, and so must the addresses of all else that the function reads
+    and writes. The next call overwrites the result.
 
     Args:
-        function: Of tensors on the GPU; it must not wait for the device, nor take decisions by its values.
-        recording: Makes a context that undoes what the function does beside its result: recording calls it too.
+        function: Takes tensors on the GPU; it neither waits for the device nor decides by values.
+        recording: Makes a context that undoes the side effects of recording.
     """
 
     def __init__(
@@ -67,12 +67,12 @@ class GraphedCall:
             self._inputs = [tensor.clone() for tensor in inputs]
             with self.recording():
                 self._result, self._replay = record(lambda: self.function(*self._inputs))
-        for place, tensor in zip(self._inputs, inputs, strict=True):
-            if (place.shape, place.dtype) != (tensor.shape, tensor.dtype):
+        for recorded, tensor in zip(self._inputs, inputs, strict=True):
+            if (recorded.shape, recorded.dtype) != (tensor.shape, tensor.dtype):
                 raise UserError(
-                    f"the graph was recorded with {list(place.shape)} in {place.dtype}, and this is "
+                    f"the graph was recorded with {list(recorded.shape)} in {recorded.dtype}, and this is "
                     f"{list(tensor.shape)} in {tensor.dtype}: give it the same"
                 )
-            place.copy_(tensor)
+            recorded.copy_(tensor)
         self._replay()
         return self._result

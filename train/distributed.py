@@ -1,26 +1,53 @@
-"""One process or many: what `torchrun` set up, behind a few words."""
+"""One process or many: the group that `torchrun` starts, a model over it (DDP, FSDP2, hybrid), and its full state."""
 
 import os
+import warnings
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
 from crate_fast.errors import UserError
+from crate_fast.train.config import MODES_WITH_GRAPHS, TrainConfig
 
-__all__ = ["Processes", "choose_device", "process_group"]
+__all__ = [
+    "Processes",
+    "check_settings",
+    "choose_device",
+    "full_state",
+    "gradient_sync",
+    "is_sharded",
+    "layers_of",
+    "load_full_state",
+    "parallelize",
+    "process_group",
+    "shard",
+    "shards_model",
+    "share_buffers",
+    "unsharded",
+]
 
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among its fellows.
+    """Rank and world size of this process.
 
     Attributes:
-        rank: Of this process, over all hosts.
-        local_rank: On this host.
+        rank: Rank over all hosts.
+        local_rank: Rank on this host.
         world_size: Number of processes; 1 without `torchrun`.
         device: Where this process computes.
         local_world_size: Number of processes on this host.
@@ -34,25 +61,17 @@ class Processes:
 
     @property
     def first(self) -> bool:
-        """Whether this is the process that writes files and prints."""
+        """True on the process that writes files and prints."""
         return self.rank == 0
 
     def sum(self, values: Tensor) -> Tensor:
-        """`values` added up over all processes, on every one of them."""
+        """Add `values` up over all processes, in place; return the sum on every one."""
         if self.world_size > 1:
             dist.all_reduce(values)
         return values
 
-    def largest(self, number: int) -> int:
-        """The largest `number` of any process, on every one of them."""
-        if self.world_size == 1:
-            return number
-        box = torch.tensor(number, device=self.device)
-        dist.all_reduce(box, op=dist.ReduceOp.MAX)
-        return int(box)
-
     def agree(self, value: str) -> str:
-        """The first process's `value`, on every process."""
+        """Return the first process's `value`."""
         if self.world_size == 1:
             return value
         box = [value]
@@ -60,7 +79,7 @@ class Processes:
         return box[0]
 
     def gather(self, value: object) -> list:
-        """Every process's picklable `value`, in the order of ranks, on every process."""
+        """Return every process's picklable `value`, in the order of ranks."""
         if self.world_size == 1:
             return [value]
         values: list = [None] * self.world_size
@@ -68,13 +87,16 @@ class Processes:
         return values
 
     def wait(self) -> None:
-        """Until every process is here."""
+        """Wait until every process is here."""
         if self.world_size > 1:
             dist.barrier()
 
 
+# --- the process group
+
+
 def choose_device(asked: str, local_rank: int = 0) -> torch.device:
-    """The device that `--device` names, made the current one; "auto" is a GPU where there is one.
+    """Return the device that `--device` names, made the current one; "auto" is a GPU where there is one.
 
     Raises:
         UserError: PyTorch does not see it.
@@ -104,11 +126,10 @@ def choose_device(asked: str, local_rank: int = 0) -> torch.device:
 
 
 def _fresh_store(rank: int, world_size: int) -> dict:
-    """Where restarted processes meet, apart from where those before them met.
+    """Return arguments that make restarted processes meet apart from the addresses of dead ones.
 
-    torchrun's default rendezvous keeps its store over restarts, and dead processes' addresses in it (PyTorch issue
-    135712). On one host its count of restarts tells the attempts apart; across hosts that count may differ, and
-    `--rdzv-backend c10d`, which makes a new store each time, is needed.
+    torchrun's default rendezvous keeps its store over restarts (PyTorch issue 135712). On one host its count of
+    restarts tells the attempts apart. Across hosts that count may differ: there `--rdzv-backend c10d` is needed.
     """
     restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
     if not restarts or int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1:
@@ -130,19 +151,180 @@ def process_group(device: str, threads: int = 0):
     """
     rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
     world_size, local_size = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    place = choose_device(device, local_rank)
-    if torch.device(place).type == "cuda" and ":" in device and local_size > 1:
+    chosen = choose_device(device, local_rank)
+    if chosen.type == "cuda" and ":" in device and local_size > 1:
         raise UserError(f"device={device!r} would be shared by {local_size} processes: pass --device cuda")
     if threads or local_size > 1:
         torch.set_num_threads(threads or max(1, os.cpu_count() // local_size))
     if world_size > 1:
         dist.init_process_group(
-            "nccl" if place.type == "cuda" else "gloo",
+            "nccl" if chosen.type == "cuda" else "gloo",
             timeout=timedelta(hours=2),  # one process downloads, scores and draws while the others wait
             **_fresh_store(rank, world_size),
         )
     try:
-        yield Processes(rank, local_rank, world_size, place, local_size)
+        yield Processes(rank, local_rank, world_size, chosen, local_size)
     finally:
         if world_size > 1:
             dist.destroy_process_group()
+
+
+# --- a model over the processes
+
+
+def layers_of(model: nn.Module) -> list[nn.Module]:
+    """Return the layers of a CRATE, a CRATE-MAE or a timm model; none if it names them otherwise."""
+    if hasattr(model, "transformer"):
+        return list(model.transformer.layers)
+    return [*getattr(model, "blocks", ()), *getattr(model, "decoder_blocks", ())]
+
+
+def shards_model(config: TrainConfig, processes: Processes) -> bool:
+    """Return True if each process of the run holds a shard of the model (fsdp, hsdp)."""
+    return processes.world_size > 1 and config.parallel != "ddp"
+
+
+def check_settings(config: TrainConfig, processes: Processes) -> None:
+    """Refuse settings that these processes cannot carry out.
+
+    Raises:
+        UserError: The message says which, and what to change.
+    """
+    sharded = shards_model(config, processes)
+    if sharded and config.clip_mode == "agc" and config.clip_grad:
+        raise UserError(
+            f"clip_mode='agc' needs whole weights, and parallel={config.parallel!r} shares them out: clip by "
+            "norm or value, or use parallel='ddp'"
+        )
+    if sharded and config.compile and config.compile_mode in MODES_WITH_GRAPHS:
+        raise UserError(
+            f"compile_mode={config.compile_mode!r} records the addresses of weights, and parallel="
+            f"{config.parallel!r} moves them: use compile_mode='default', or parallel='ddp'"
+        )
+    if config.cuda_graphs and processes.device.type != "cuda":
+        raise UserError(f"cuda_graphs=True needs a CUDA GPU, and this run is on {processes.device}: leave it out")
+    if config.cuda_graphs and processes.world_size > 1:
+        raise UserError(f"cuda_graphs=True is for one process, and there are {processes.world_size}: leave it out")
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Return True if `shard` was applied."""
+    return isinstance(model, FSDPModule)
+
+
+def share_buffers(model: nn.Module, processes: Processes) -> None:
+    """Broadcast the first process's buffers, such as BatchNorm's statistics: those are in the checkpoints."""
+    if processes.world_size > 1:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, src=0)
+
+
+def shard(model: nn.Module, config: TrainConfig, processes: Processes) -> nn.Module:
+    """Shard a model's parameters by FSDP2, in place: each layer a unit, the rest another.
+
+    Parameters are gathered and gradients reduced in fp32, so that losses equal DDP's; only autocast lowers precision.
+
+    Raises:
+        UserError: "hsdp" where hosts have different numbers of processes.
+    """
+    kind = processes.device.type
+    if config.parallel == "hsdp":
+        hosts, rest = divmod(processes.world_size, processes.local_world_size)
+        if rest:
+            raise UserError(
+                f"parallel='hsdp': {processes.world_size} processes cannot be {processes.local_world_size} on every "
+                "host; start as many on each"
+            )
+        shape = (hosts, processes.local_world_size)
+        mesh = dist.init_device_mesh(kind, shape, mesh_dim_names=("replicate", "shard"))
+    else:
+        mesh = dist.init_device_mesh(kind, (processes.world_size,))
+    # The warning is about work in place on a layer's output, and there is none.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
+    for layer in layers_of(model):
+        fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def parallelize(model: nn.Module, config: TrainConfig, processes: Processes) -> nn.Module:
+    """Return the module that runs training steps: the model, compiled if asked for, in DDP over many processes.
+
+    Args:
+        model: On its device, and sharded for fsdp and hsdp.
+        config: Settings of the run.
+        processes: Rank and world size.
+    """
+    runner = model
+    if config.compile and is_sharded(model):  # layer by layer: FSDP's gathering stays outside of the graphs
+        for layer in layers_of(model):
+            layer.compile(mode=config.compile_mode)
+    elif config.compile:
+        runner = torch.compile(model, mode=config.compile_mode)
+    if processes.world_size > 1 and not is_sharded(model):
+        runner = DistributedDataParallel(runner)
+    return runner
+
+
+@contextmanager
+def gradient_sync(runner: nn.Module, sync: bool):
+    """Add gradients up over the processes in backward passes inside if `sync`: once per accumulation, at its end."""
+    if not sync and isinstance(runner, FSDPModule):
+        runner.set_requires_gradient_sync(False)
+        yield
+        runner.set_requires_gradient_sync(True)
+    elif not sync and isinstance(runner, DistributedDataParallel):
+        with runner.no_sync():
+            yield
+    else:
+        yield
+
+
+# --- a model's state, whatever the number of processes
+
+
+def full_state(
+    model: nn.Module, optimizer: torch.optim.Optimizer | None = None
+) -> tuple[dict[str, Tensor], dict[str, object]]:
+    """Gather weights and optimiser state on the CPU: a collective call.
+
+    Returns:
+        (state dict, optimiser state by parameter names), the latter empty without an optimiser. Only the first
+        process has them if the model is sharded; the others get empty dicts.
+    """
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights = get_model_state_dict(model, options=options)
+    return weights, {} if optimizer is None else get_optimizer_state_dict(model, optimizer, options=options)
+
+
+def load_full_state(
+    model: nn.Module,
+    weights: dict[str, Tensor],
+    optimizer: torch.optim.Optimizer | None = None,
+    state: dict[str, object] | None = None,
+) -> None:
+    """Load what `full_state` returned, strictly, into any number of processes: a collective call."""
+    options = StateDictOptions(full_state_dict=True, strict=True)
+    if is_sharded(model):  # each process has read the file, and takes its shard
+        set_model_state_dict(model, weights, options=options)
+    else:
+        model.load_state_dict(weights, strict=True)
+    if optimizer is not None:
+        set_optimizer_state_dict(model, optimizer, state, options=StateDictOptions(full_state_dict=True))
+
+
+def unsharded(model: nn.Module, build: Callable[[], nn.Module], processes: Processes) -> nn.Module | None:
+    """Return the whole model on the first process, None on the others: a collective call.
+
+    Args:
+        model: Sharded, copied by `build`; or whole, returned itself.
+        build: Makes a model of the same architecture.
+        processes: Rank and world size.
+    """
+    if not is_sharded(model):
+        return model if processes.first else None
+    weights, _ = full_state(model)
+    if not processes.first:
+        return None
+    whole = build().to(processes.device)
+    whole.load_state_dict(weights, strict=True)
+    return whole

@@ -1,9 +1,9 @@
 """Fine-tuning on other data: `torchrun train/finetune.py --init RUN --recipe finetune_cifar10 --data-dir DATA`.
 
-Starts from a run's best checkpoint, RUN@STEP, or a weights file. From a run come its architecture and pixel
-statistics too, unless the command line says otherwise; from a CRATE-MAE its encoder (a file of one needs --model
-crate_mae_encoder_…). Its classifier is kept, and must fit, or with `--head new` (as
-the recipes have it) replaced; positions are resampled to the new image size. What was done is printed.
+Starts from a run's best checkpoint, RUN@STEP, or a weights file. A run also gives its architecture and pixel
+statistics, unless the command line names others. A CRATE-MAE gives its encoder (its file needs --model
+crate_mae_encoder_…). The classifier is kept, and must fit, or is new with `--head new`, as in the recipes.
+Positions are resampled to the new image size. All this is printed.
 """
 
 import sys
@@ -12,8 +12,8 @@ from pathlib import Path
 from crate_fast.errors import UserError
 from crate_fast.registry import MAE, MAE_ENCODER, is_mae
 from crate_fast.train.initial_weights import initial_run
-from crate_fast.train.launch import train_command
 from crate_fast.train.runs import run_config
+from crate_fast.train.trainer import train_command
 
 __all__ = ["inheriting", "main"]
 
@@ -23,11 +23,11 @@ INHERITED = (
 
 
 def inheriting(values: dict, chosen: dict) -> dict:
-    """A recipe's settings under those of the run it starts from, under the command line's.
+    """Return settings: the command line's, then those of the run that it starts from, then the recipe's.
 
     Args:
-        values: The recipe's.
-        chosen: The command line's.
+        values: Settings of the recipe.
+        chosen: Settings of the command line.
 
     Raises:
         UserError: There is nothing to start from.
@@ -35,10 +35,10 @@ def inheriting(values: dict, chosen: dict) -> dict:
     init = (values | chosen).get("init", "")
     if not init:
         raise UserError("there is nothing to start from: pass --init with a run's folder or a weights file")
-    if "init" in values:  # the settings of such a run, resumed: nothing is to be added
+    if "init" in values:  # a resumed run's own settings are complete
         return values | chosen
-    gone = not any(Path(place).exists() for place in (init, init.rpartition("@")[0] or init))
-    run = None if gone else initial_run(init)  # a resumed run no longer needs it; another will be told
+    gone = not any(Path(path).exists() for path in (init, init.rpartition("@")[0] or init))
+    run = None if gone else initial_run(init)  # a resumed run no longer needs it; a new one reports it later
     source = {} if run is None else dict(vars(run_config(run[0])))
     if source and is_mae(source["model"]):
         source["model"] = MAE_ENCODER + source["model"].removeprefix(MAE)
@@ -46,7 +46,7 @@ def inheriting(values: dict, chosen: dict) -> dict:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Fine-tune as the command line says; returns the exit status."""
+    """Fine-tune as the command line says; return the exit status."""
     return train_command(argv, "Fine-tuning of a CRATE (or a timm ViT).", "finetune_cifar10", inheriting)
 
 

@@ -9,7 +9,7 @@ import sys
 
 from crate_fast.errors import UserError
 from crate_fast.train.finetune import inheriting
-from crate_fast.train.launch import train_command
+from crate_fast.train.trainer import train_command
 
 __all__ = ["main"]
 
@@ -22,7 +22,7 @@ def _frozen(values: dict, chosen: dict) -> dict:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Probe as the command line says; returns the exit status."""
+    """Probe as the command line says; return the exit status."""
     return train_command(
         argv, "Linear probe of a frozen CRATE (or a timm ViT), by MAE's protocol.", "probe_in1k", _frozen
     )

@@ -1,29 +1,59 @@
-"""Where measurements go: metrics.jsonl, summary.csv, TensorBoard, and Weights & Biases if asked."""
+"""Means between log entries, the logs (metrics.jsonl, summary.csv, TensorBoard, Weights & Biases), and profiles."""
 
 import csv
 import io
 import json
 import secrets
+import warnings
+from contextlib import nullcontext
 from pathlib import Path
 
+import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile, schedule
 from torch.utils.tensorboard import SummaryWriter
 
 from crate_fast.errors import UserError
 from crate_fast.train.checkpoint import write_text, writing
+from crate_fast.train.distributed import Processes
 
-__all__ = ["Loggers"]
+__all__ = ["Interval", "Loggers", "profiler"]
+
+_BEFORE_PROFILE = 10  # steps: compilation, caches and clocks settle
+
+
+class Interval:
+    """Means over the steps since the last log entry, which a resume continues, and this session's speed in it."""
+
+    def __init__(self, taken: int = 0, sums: dict[str, float] | None = None):
+        self.taken, self.sums = taken, dict(sums or {})
+        self.steps, self.seconds = 0, 0.0
+
+    def add(self, measures: dict[str, float], taken: bool, seconds: float) -> None:
+        """Add a step; its measures count if it was taken."""
+        self.steps, self.seconds = self.steps + 1, self.seconds + seconds
+        if taken:
+            self.taken += 1
+            self.sums = {name: self.sums.get(name, 0.0) + value for name, value in measures.items()}
+
+    def means(self) -> dict[str, float]:
+        """Return the means over the steps taken; nothing if none was."""
+        return {name: total / self.taken for name, total in self.sums.items()}
+
+    def state(self) -> dict:
+        """Return the arguments of an `Interval` that continues this one."""
+        return {"taken": self.taken, "sums": self.sums}
 
 
 class Loggers:
     """The open logs of a run, on its first process.
 
     Args:
-        folder: Of the run.
+        folder: The run's.
         history: Entries up to here: metrics.jsonl is rewritten to hold them and no others.
         step: Optimiser steps done; later points of an interrupted session are dropped from TensorBoard.
-        project: Of Weights & Biases; none when empty.
-        config: Of the run, for Weights & Biases.
+        project: Weights & Biases project; none when empty.
+        config: Settings of the run, for Weights & Biases.
 
     Raises:
         UserError: Weights & Biases is asked for and not installed.
@@ -38,25 +68,25 @@ class Loggers:
         self.online = _wandb_run(folder, project, config) if project else None
 
     def add(self, entry: dict) -> None:
-        """One entry of the history: "step" and numbers."""
+        """Append an entry of the history: "step" and numbers."""
         with writing(self.folder):
             with (self.folder / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps(entry) + "\n")
             self.add_scalars(entry["step"], {name: value for name, value in entry.items() if name != "step"})
 
     def add_scalars(self, step: int, values: dict[str, float]) -> None:
-        """Numbers for the curves alone."""
+        """Add numbers to the curves alone."""
         for name, value in values.items():
             self.board.add_scalar(name, value, step)
         if self.online is not None:
             self.online.log(values, step=step)
 
     def add_image(self, step: int, name: str, image: Tensor) -> None:
-        """A picture for TensorBoard, uint8 [height, width, 3]."""
+        """Add a picture to TensorBoard, uint8 [height, width, 3]."""
         self.board.add_image(name, image, step, dataformats="HWC")
 
     def write_summary_csv(self, history: list[dict]) -> None:
-        """summary.csv: a line an evaluation, with the last training measurements before it."""
+        """Write summary.csv: a line for each evaluation, with the last training measurements before it."""
         rows, training = [], {}
         for entry in history:
             training |= entry
@@ -79,16 +109,44 @@ class Loggers:
 
 
 def _wandb_run(folder: Path, project: str, config: dict):
-    """The run's page; a resumed run goes on with its own."""
     try:
         import wandb
     except ModuleNotFoundError as error:
         raise UserError(
             f"wandb={project!r} needs Weights & Biases: pip install wandb, or leave --wandb out"
         ) from error
-    note = folder / "wandb_id"
+    note = folder / "wandb_id"  # a resumed run goes on with its page
     if not note.is_file():
         write_text(note, secrets.token_hex(8))
     return wandb.init(
         project=project, name=folder.name, id=note.read_text(), resume="allow", dir=str(folder), config=config
     )
+
+
+def profiler(folder: Path, steps: int, left: int, processes: Processes):
+    """Return a context whose `step()` is to be called after each step: PyTorch's profiler after the first ten.
+
+    Args:
+        folder: Gets rank0.json, rank1.json, …, for chrome://tracing or Perfetto.
+        steps: Number of steps to record; 0 for none: the context is then None.
+        left: Steps that the run still has; a warning if they are too few.
+        processes: Rank and world size.
+    """
+    if not steps:
+        return nullcontext()
+    if left < _BEFORE_PROFILE + steps:
+        warnings.warn(
+            f"profile={steps} records steps {_BEFORE_PROFILE + 1} to {_BEFORE_PROFILE + steps} of a session, and "
+            f"{left} are left to run: the trace will be {'short' if left > _BEFORE_PROFILE else 'missing'}",
+            stacklevel=2,
+        )
+
+    def write(finished: profile) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        finished.export_chrome_trace(str(folder / f"rank{processes.rank}.json"))
+
+    activities = [ProfilerActivity.CPU]
+    if processes.device.type == "cuda" and torch.cuda.is_available():
+        activities.append(ProfilerActivity.CUDA)
+    window = schedule(wait=_BEFORE_PROFILE - 2, warmup=2, active=steps, repeat=1)
+    return profile(activities=activities, schedule=window, on_trace_ready=write)

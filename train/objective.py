@@ -1,6 +1,6 @@
-"""What a model is trained for, and how well it does it: classes of images, or their hidden patches.
+"""What a model is trained for: classes of images, or their hidden patches; and the augmentation of whole batches.
 
-The loop knows neither: it asks the model's objective for a loss to go down, and for the sums of an evaluation.
+The training loop asks its objective for a loss, and in evaluation for sums of scores.
 """
 
 from abc import ABC, abstractmethod
@@ -9,38 +9,30 @@ from contextlib import nullcontext
 import numpy as np
 import torch
 import torch.nn.functional as F
+from timm.data import Mixup
+from timm.data.random_erasing import RandomErasing
 from torch import Tensor, nn
 
 from crate_fast import CRATEMAE
 from crate_fast.errors import UserError
-from crate_fast.train.batch_augmentation import BatchAugmentation
 from crate_fast.train.config import TrainConfig
-from crate_fast.train.data import Batch
+from crate_fast.train.data import Batch, drawing_from
 from crate_fast.train.distributed import Processes
 from crate_fast.train.reconstruction import image_noise
 
-__all__ = ["Classification", "Objective", "Reconstruction", "autocast", "autocast_dtype", "objective_for"]
+__all__ = ["Classification", "Objective", "Reconstruction", "objective_for"]
 
-
-def autocast_dtype(config: TrainConfig, device: torch.device) -> torch.dtype | None:
-    """The dtype of autocast, or None for plain fp32."""
-    if config.precision == "auto":
-        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else None
-    return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.precision]
-
-
-def autocast(device: torch.device, dtype: torch.dtype | None):
-    """`torch.autocast` in `dtype`, or nothing."""
-    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+_BATCH_KEY = 2**40  # apart from the numbers of samples, which are augmented by generators of (seed, epoch, number)
 
 
 class Objective(ABC):
-    """See `objective_for`.
+    """Loss and scores of a model; `objective_for` chooses one.
 
     Attributes:
-        measures: Names of what a training step gives beside its gradient, the loss first.
-        scores: Names of what an evaluation gives, the one that chooses the best checkpoint first.
-        larger_is_better: Of that one.
+        measures: Names of what `training` returns, the loss first.
+        scores: Names of what `evaluation` returns, the one that chooses the best checkpoint first.
+        larger_is_better: Direction of the first score.
+        dtype: Dtype of autocast; None for plain fp32.
     """
 
     measures: tuple[str, ...]
@@ -49,50 +41,49 @@ class Objective(ABC):
 
     def __init__(self, config: TrainConfig, processes: Processes):
         self.config, self.processes = config, processes
-        self.dtype = autocast_dtype(config, processes.device)
+        self.dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision)
+        if config.precision == "auto" and processes.device.type == "cuda" and torch.cuda.is_bf16_supported():
+            self.dtype = torch.bfloat16
 
     @abstractmethod
     def inputs(self, images: Tensor, labels: Tensor, step: int, part: int) -> tuple[Tensor, ...]:
-        """What `training` takes of a micro-batch, on the device: all that the host draws is drawn here.
+        """Draw what is random in a micro-batch, and return what `training` takes of it, on the device.
 
         Args:
             images: Normalised, [B, 3, S, S].
             labels: Classes [B].
             step: Optimiser step, from 0.
-            part: Number of the micro-batch in this process's step, from 0.
+            part: Number of the micro-batch among this process's in the step, from 0.
         """
 
     @abstractmethod
     def training(self, runner: nn.Module, *inputs: Tensor) -> Tensor:
-        """A micro-batch's measures, [len(measures)]; the first, the loss, has a gradient.
-
-        Args:
-            runner: The model, as it runs a training step.
-            *inputs: From `inputs`.
-        """
+        """Return a micro-batch's measures, [len(measures)]; the loss has a gradient."""
 
     @abstractmethod
     def evaluation(self, model: nn.Module, images: Tensor, batch: Batch) -> Tensor:
-        """Sums of the scores over a batch's images, fp64 [len(scores)].
-
-        Args:
-            model: In evaluation mode.
-            images: The batch's, normalised, on the device.
-            batch: As loaded.
-        """
+        """Return the scores summed over a batch, fp64 [len(scores)]; `images` are its normalised ones."""
 
     @abstractmethod
     def outputs(self, model: nn.Module, images: Tensor) -> tuple[Tensor, ...]:
-        """All that the model gives for any images."""
+        """Return all outputs of the model for any images."""
+
+    def autocast(self, device: torch.device):
+        """Return the run's autocast as a context."""
+        return nullcontext() if self.dtype is None else torch.autocast(device.type, self.dtype)
 
     def forward(self, model: nn.Module, images: Tensor) -> tuple[Tensor, ...]:
-        """`outputs` under the run's autocast."""
-        with autocast(images.device, self.dtype):
+        """Return `outputs` under the run's autocast."""
+        with self.autocast(images.device):
             return self.outputs(model, images)
 
 
 class Classification(Objective):
-    """Classes, by cross-entropy, on images erased and mixed as the settings say."""
+    """Classes, by cross-entropy, on batches that timm's random erasing, mixup and cutmix augment on the device.
+
+    Raises:
+        UserError: Images are to be mixed and a micro-batch has an odd number of them.
+    """
 
     measures = ("loss", "accuracy")
     scores = ("accuracy", "loss", "top5")
@@ -100,38 +91,55 @@ class Classification(Objective):
 
     def __init__(self, model: nn.Module, config: TrainConfig, processes: Processes):
         super().__init__(config, processes)
-        share = config.batch_size // (config.accumulate * processes.world_size)
-        self.augment = BatchAugmentation(config, model.num_classes, processes.device, share)
+        self.erase = self.mix = None
+        if config.random_erasing:
+            self.erase = RandomErasing(config.random_erasing, mode="pixel", device=processes.device)
+        if config.mixup or config.cutmix:
+            share = config.batch_size // (config.accumulate * processes.world_size)
+            if share % 2:
+                raise UserError(
+                    f"mixup and cutmix mix pairs, and a process has {share} images in a micro-batch: make batch_size "
+                    "an even multiple of processes × accumulate"
+                )
+            smoothing = {"label_smoothing": config.label_smoothing, "num_classes": model.num_classes}
+            self.mix = Mixup(config.mixup, config.cutmix, prob=config.mixup_prob, **smoothing)
 
     def inputs(self, images, labels, step, part):
-        """See `Objective`: images, targets and labels."""
-        part = part * self.processes.world_size + self.processes.rank
-        return *self.augment(images, labels, step, part), labels
+        """Return images, targets (labels, or their smoothed mixture [B, classes]) and labels."""
+        targets = labels
+        if self.erase is not None or self.mix is not None:
+            part = part * self.processes.world_size + self.processes.rank
+            with drawing_from(self.config.seed, step, _BATCH_KEY + part, on_devices=True):  # the same after a resume
+                if self.erase is not None:
+                    images = self.erase(images)
+                if self.mix is not None:
+                    images, targets = self.mix(images, labels)
+        return images, targets, labels
 
     def training(self, runner, images, targets, labels):
-        """See `Objective`."""
+        """Return loss and accuracy."""
         smoothing = self.config.label_smoothing if targets.dim() == 1 else 0.0  # a mixture has it in it
         logits = self.forward(runner, images)[0].float()
         loss = F.cross_entropy(logits, targets, label_smoothing=smoothing)
         return torch.stack([loss, (logits.detach().argmax(dim=1) == labels).float().mean()])
 
     def evaluation(self, model, images, batch):
-        """See `Objective`."""
+        """Return sums of accuracy, loss and top-5 accuracy."""
         logits, labels = self.forward(model, images)[0].float(), batch.labels.to(images.device)
         ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
         loss = F.cross_entropy(logits, labels, reduction="sum")
         return torch.stack([value.double() for value in (ranked[:, 0].sum(), loss, ranked.sum())])
 
     def outputs(self, model, images):
-        """See `Objective`."""
+        """Return the logits."""
         return (model(images),)
 
 
 class Reconstruction(Objective):
     """Hidden patches, by squared error.
 
-    What is hidden is drawn by the step and an image's place in its batch, the same for any number of processes and
-    accumulation steps; in evaluation by the image, the same in every evaluation.
+    In training the step and an image's number in its batch seed the masks, for any number of processes and
+    accumulation steps; in evaluation the image does, so that every evaluation hides the same.
     """
 
     measures = scores = ("loss",)
@@ -141,11 +149,11 @@ class Reconstruction(Objective):
         super().__init__(config, processes)
         self.n_patches = model.grid_size[0] * model.grid_size[1]
         self.model = model
-        model.kept(config.mask_ratio)
+        model.kept(config.mask_ratio)  # refuses a ratio that this grid cannot have
         self._drawn: tuple[int, Tensor] = (-1, torch.empty(0))
 
     def inputs(self, images, labels, step, part):
-        """See `Objective`: images, and the noise that hides their patches."""
+        """Return images, and the noise that hides their patches."""
         if self._drawn[0] != step:
             seed = np.random.SeedSequence((self.config.seed, step)).generate_state(1, np.uint64)[0]
             generator = torch.Generator().manual_seed(int(seed))
@@ -155,28 +163,28 @@ class Reconstruction(Objective):
         return images, mine.to(images.device, non_blocking=True)
 
     def training(self, runner, images, noise):
-        """See `Objective`."""
-        with autocast(images.device, self.dtype):
+        """Return the loss."""
+        with self.autocast(images.device):
             loss, _, _ = runner(images, self.config.mask_ratio, noise=noise)
         return loss.float().unsqueeze(0)
 
     def evaluation(self, model, images, batch):
-        """See `Objective`."""
-        with autocast(images.device, self.dtype):
+        """Return the sum of the losses."""
+        with self.autocast(images.device):
             loss, _, _ = model(images, self.config.mask_ratio, noise=self.noise(batch).to(images.device))
         return loss.double().unsqueeze(0) * len(images)
 
     def noise(self, batch: Batch) -> Tensor:
-        """What hides the patches of a batch's images in evaluation, [B, N]: by seed and number of the image."""
+        """Return what hides the patches in evaluation, [B, N]: drawn by the seed and the image's number."""
         return image_noise(self.model, [(self.config.seed, *key) for key in batch.keys])
 
     def outputs(self, model, images):
-        """See `Objective`: (loss, predicted patches)."""
+        """Return the loss and the predicted patches."""
         return model(images, self.config.mask_ratio)[:2]
 
 
 def objective_for(model: nn.Module, config: TrainConfig, processes: Processes) -> Objective:
-    """What the model is for.
+    """Return the objective that a model is made for.
 
     Raises:
         UserError: The settings do not fit it.

@@ -1,4 +1,4 @@
-"""What updates the weights: timm's optimisers, the learning rate of each step, gradient clipping."""
+"""timm's optimisers, the learning rate of each step, and gradient clipping."""
 
 import math
 
@@ -11,14 +11,7 @@ from torch.distributed.tensor import DTensor
 from crate_fast.errors import UserError, nearest
 from crate_fast.train.config import TrainConfig
 
-__all__ = [
-    "build_optimizer",
-    "check_optimizer",
-    "clip_gradients",
-    "clipped_parameters",
-    "gradient_norm",
-    "learning_rate",
-]
+__all__ = ["build_optimizer", "check_optimizer", "clip_gradients", "gradient_norm", "learning_rate"]
 
 _MOMENTUM = 0.9  # of LARS, as in MAE's linear probe
 _REFUSED = {
@@ -42,14 +35,14 @@ def check_optimizer(name: str) -> None:
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """The optimiser that the configuration names, over the parameters that are trained.
+    """Return the optimiser that the configuration names, over the parameters that are trained.
 
-    "lars" is MAE's: matrices with LARS's trust ratio, whatever the decay, biases without (timm's own choice goes by
-    the weight decay, which a probe has none of). All others are timm's by name.
+    "lars" is MAE's: matrices have LARS's trust ratio, biases do not. (timm chooses by the weight decay, which a probe
+    does not have.) All others are timm's by name.
 
     Args:
         model: With timm's `no_weight_decay` and `get_classifier`; in a frozen run only its classifier is trained.
-        config: The run's.
+        config: Settings of the run.
 
     Raises:
         UserError: timm has no such optimiser, or it cannot be used here.
@@ -78,19 +71,19 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
             layer_decay=config.layer_decay if config.layer_decay < 1 else None,
             **betas,
         )
-    except (AssertionError, ImportError) as error:  # of APEX and bitsandbytes
+    except (AssertionError, ImportError) as error:  # from APEX and bitsandbytes
         raise UserError(f"optimizer={name!r} cannot be used here ({error}): choose another, such as adamw") from error
-    if config.decay_all:  # with layer_decay timm spares positions and CLS even so
+    if config.decay_all:  # with layer_decay timm still spares positions and CLS
         for group in optimizer.param_groups:
             group["weight_decay"] = config.weight_decay
     return optimizer
 
 
 def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int) -> float:
-    """Learning rate of optimiser step `step` (from 0).
+    """Return the learning rate of an optimiser step, counted from 0.
 
     "cosine": linear warm-up, then half a cosine to `min_lr`, both by the step. "released": the smaller of warm-up and
-    cosine, both by the epoch, as the released recipe steps them.
+    cosine, both by the epoch, as in the released recipe.
     """
     total = config.epochs * steps_per_epoch
     warmup = config.warmup_epochs * steps_per_epoch
@@ -105,35 +98,25 @@ def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int) -> float
     return config.min_lr + (config.peak_lr - config.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def clipped_parameters(model: nn.Module, mode: str) -> list[nn.Parameter]:
-    """The parameters whose gradients are clipped: all that are trained, but with "agc" not the classifier's.
-
-    Args:
-        model: With timm's `get_classifier`.
-        mode: "norm", "value" or "agc".
-    """
-    spared = {id(p) for p in model.get_classifier().parameters()} if mode == "agc" else set()
-    return [p for p in model.parameters() if p.requires_grad and id(p) not in spared]
-
-
 def gradient_norm(model: nn.Module) -> Tensor:
-    """The Euclidean norm of the whole gradient, over all processes where it is shared out; a scalar on the device."""
+    """Return the Euclidean norm of the whole gradient, over all shards; a scalar on the device."""
     norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def clip_gradients(model: nn.Module, limit: float, mode: str, norm: Tensor) -> None:
-    """Clip the gradients in place.
+    """Clip the gradients in place, with "agc" all but the classifier's.
 
     Args:
-        model: Its parameters hold them.
+        model: With timm's `get_classifier`.
         limit: See `TrainConfig.clip_grad`; nothing is clipped at 0.
         mode: "norm", "value" or "agc".
         norm: `gradient_norm(model)`.
     """
-    parameters = clipped_parameters(model, mode)
     if not limit:
         return
+    spared = {id(p) for p in model.get_classifier().parameters()} if mode == "agc" else set()
+    parameters = [p for p in model.parameters() if p.requires_grad and id(p) not in spared]
     if mode == "norm":
         torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
     elif mode == "value":

@@ -1,18 +1,18 @@
 """Supervised pre-training: `torchrun train/pretrain.py`, or plain `python train/pretrain.py`.
 
 Without arguments it trains a small CRATE on `shape_scenes`, a data set made on the fly, and ends with its accuracy
-and the segmentation score of its attention maps. `session` says what a run's folder holds.
+and the segmentation score of its attention maps. The loop is `Trainer.train` in trainer.py.
 """
 
 import sys
 
-from crate_fast.train.launch import train_command
+from crate_fast.train.trainer import train_command
 
 __all__ = ["main"]
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Train as the command line says; returns the exit status."""
+    """Train as the command line says; return the exit status."""
     return train_command(argv, "Supervised pre-training of CRATE (or a timm ViT).", "shape_scenes")
 
 

@@ -9,7 +9,7 @@ import sys
 
 from crate_fast.errors import UserError
 from crate_fast.registry import is_mae
-from crate_fast.train.launch import train_command
+from crate_fast.train.trainer import train_command
 
 __all__ = ["main"]
 
@@ -25,7 +25,7 @@ def _autoencoder(values: dict, chosen: dict) -> dict:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Train as the command line says; returns the exit status."""
+    """Train as the command line says; return the exit status."""
     return train_command(argv, "Masked autoencoding with CRATE-MAE.", "shape_scenes_mae", _autoencoder)
 
 

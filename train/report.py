@@ -1,9 +1,12 @@
 """What a finished run leaves: attention maps, curves, summary.json, and a few printed lines."""
 
+from __future__ import annotations
+
 import json
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +18,12 @@ from crate_fast.segmentation import NoObjectsError, score_attention, scores_tabl
 from crate_fast.train import checkpoint
 from crate_fast.train.cost import patch_size_of
 from crate_fast.train.data import DataSplits, Normalize, eval_loader, readable
-from crate_fast.train.engine import Trainer
 from crate_fast.train.reconstruction import RATIOS, image_noise, reconstruction_figure
 from crate_fast.train.run_folder import RunFolder
 from crate_fast.whitebox import attention_layer, trace
+
+if TYPE_CHECKING:
+    from crate_fast.train.trainer import Trainer
 
 __all__ = ["attention_figure", "curves_figure", "print_summary", "scores_line", "write_report"]
 

@@ -1,6 +1,9 @@
 """The folder of a run: where it stands, what was measured, its checkpoints. Only the first process writes."""
 
+from __future__ import annotations
+
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -10,10 +13,12 @@ from crate_fast.train import checkpoint
 from crate_fast.train.command_line import dump_config
 from crate_fast.train.config import TrainConfig, renamed_settings
 from crate_fast.train.distributed import Processes
-from crate_fast.train.engine import Trainer
+from crate_fast.train.faults import NonFiniteError, poisoned
 from crate_fast.train.loggers import Loggers
-from crate_fast.train.nonfinite import NonFiniteError, poisoned
 from crate_fast.train.run_lock import RunLock
+
+if TYPE_CHECKING:
+    from crate_fast.train.trainer import Trainer
 
 __all__ = ["FREE_SETTINGS", "RunFolder"]
 

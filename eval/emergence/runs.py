@@ -38,11 +38,10 @@ from crate_fast.train.checkpoint import write_text
 from crate_fast.train.cost import count_flops, meta_model
 from crate_fast.train.data.shape_scenes import CLASSES
 from crate_fast.train.distributed import choose_device
-from crate_fast.train.interruption import Interruption
-from crate_fast.train.launch import launch
-from crate_fast.train.nonfinite import NonFiniteError
+from crate_fast.train.faults import Interruption, NonFiniteError
 from crate_fast.train.run_lock import RunLock
 from crate_fast.train.runs import run_config
+from crate_fast.train.trainer import launch
 
 __all__ = ["Folders", "Job", "Resources", "RunFailedError", "run_experiment", "train_and_score"]
 

@@ -1,0 +1,155 @@
+"""Two faults that a run survives: a signal that asks it to stop, and steps with values that are not finite."""
+
+import signal
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from types import FrameType
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from crate_fast.errors import UserError
+from crate_fast.train.distributed import is_sharded
+
+__all__ = ["Interruption", "NonFinite", "NonFiniteError", "diagnosis", "poisoned"]
+
+
+class Interruption:
+    """A note of SIGTERM or SIGUSR1 (preemption, a job's end); the loop reads it after each step, saves and leaves.
+
+    Args:
+        *more: Further signals to note.
+
+    >>> with Interruption() as interruption:
+    ...     signal.raise_signal(signal.SIGTERM)
+    ...     interruption.requested()
+    True
+    """
+
+    def __init__(self, *more: signal.Signals):
+        self.signals = (signal.SIGTERM, signal.SIGUSR1, *more)
+        self.name: str | None = None
+        self._before: dict = {}
+
+    def __enter__(self) -> "Interruption":
+        self._before = {number: signal.signal(number, self._note) for number in self.signals}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        self.name = signal.Signals(number).name
+
+    def requested(self) -> bool:
+        """Return True once a signal has come."""
+        return self.name is not None
+
+
+class NonFiniteError(UserError):
+    """Loss, gradients or weights that are not finite."""
+
+
+@dataclass
+class NonFinite:
+    """The count of steps skipped because loss or gradient was not finite.
+
+    Attributes:
+        limit: Number of such steps in a row that ends the run.
+        total, in_a_row: Steps skipped so far.
+        overflows: Steps in which fp16's scale was too large, which is no fault.
+        last: (step, loss, gradient norm) of those in a row.
+    """
+
+    limit: int
+    total: int = 0
+    in_a_row: int = 0
+    overflows: int = 0
+    last: list[tuple[int, float, float]] = field(default_factory=list)
+
+    def passed(self) -> None:
+        """Note a finite step."""
+        self.in_a_row, self.last = 0, []
+
+    def failed(self, step: int, loss: float, norm: float, explain: Callable[[], str]) -> None:
+        """Count a skipped step.
+
+        Args:
+            step: Its number, from 0.
+            loss: Mean over all processes.
+            norm: Of the gradient.
+            explain: Says where values stop being finite.
+
+        Raises:
+            NonFiniteError: `limit` steps in a row were skipped.
+        """
+        self.total += 1
+        self.in_a_row += 1
+        self.last.append((step, loss, norm))
+        if self.in_a_row < self.limit:
+            return
+        lines = [f"step {step}: loss {loss:g}, gradient norm {norm:g}" for step, loss, norm in self.last[-5:]]
+        raise NonFiniteError(
+            f"{self.in_a_row} steps in a row were not finite, and none was taken ({'; '.join(lines)}). {explain()}. "
+            "Checkpoints are from before: start a new run from one (--init) with a lower lr or clip_grad, a longer "
+            "warm-up or --precision fp32; or raise nonfinite_limit if single batches are known to be bad"
+        )
+
+    def state(self) -> dict:
+        """Return the count as plain values; `replace(nonfinite, **state)` continues it."""
+        return {name: value for name, value in asdict(self).items() if name != "limit"}
+
+
+def poisoned(weights: dict[str, Tensor]) -> list[str]:
+    """Return the names of the tensors in a state dict that hold a NaN or an infinity."""
+
+    def finite(tensor: Tensor) -> bool:
+        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        return bool(local.isfinite().all())
+
+    return [name for name, tensor in weights.items() if tensor.is_floating_point() and not finite(tensor)]
+
+
+@torch.no_grad()
+def diagnosis(model: nn.Module, images: Tensor, outputs: Callable[[nn.Module, Tensor], tuple[Tensor, ...]]) -> str:
+    """Say where values stop being finite: images, weights, gradients, or the first module whose output does.
+
+    Runs the model once more, in fp32, unless it is sharded.
+
+    Args:
+        model: After the backward pass of the step, gradients in place.
+        images: The step's last micro-batch, normalised.
+        outputs: Runs the model on images.
+    """
+    if not images.isfinite().all():
+        return "The images themselves are not finite"
+    bad = poisoned(dict(model.named_parameters()))
+    if bad:
+        return f"Weights are not finite: {', '.join(bad[:5])}"
+    gradients = poisoned({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    names = f"the gradients of {', '.join(gradients[:5])} are not" if gradients else "so are this process's gradients"
+    if is_sharded(model):  # a process cannot run it alone
+        return f"This process's weights are finite; {names}"
+
+    def bad_output(output: object) -> bool:
+        return isinstance(output, Tensor) and not bool(output.isfinite().all())
+
+    found: list[str] = []
+    hooks = [
+        module.register_forward_hook(lambda _m, _i, output, name=name: found.extend([name] * bad_output(output)))
+        for name, module in model.named_modules()
+        if not list(module.children())
+    ]
+    try:
+        found_outputs = outputs(model, images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if found:
+        return f"In fp32 the first output that is not finite is that of {found[0]}"
+    if any(map(bad_output, found_outputs)):
+        return f"In fp32 the output of every layer is finite on the last images, and the model's is not; {names}"
+    largest = max(output.abs().max().item() for output in found_outputs)
+    return f"In fp32 every output is finite on the last images (the largest is {largest:g}); {names}"

@@ -1,0 +1,583 @@
+"""The training loop, from a command line to a finished run. `Trainer.train` is the loop.
+
+A run's folder holds
+
+    config.yaml  metrics.jsonl  summary.csv  summary.json  attention.png  curves.png  reconstruction.png
+    unreadable.txt
+    checkpoints/  tensorboard/  profile/
+"""
+
+import argparse
+import dataclasses
+import itertools
+import os
+import resource
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import crate_fast
+from crate_fast import CRATE, CRATEMAE
+from crate_fast.errors import UserError, run_command
+from crate_fast.functional import cached_dictionaries
+from crate_fast.train import checkpoint, distributed
+from crate_fast.train.command_line import build_config
+from crate_fast.train.config import TrainConfig
+from crate_fast.train.cuda_graphs import GraphedCall
+from crate_fast.train.data import (
+    Batch,
+    DataSplits,
+    Normalize,
+    build_splits,
+    eval_loader,
+    mirrored,
+    readable,
+    train_loader,
+)
+from crate_fast.train.data.unreadable import UnreadableTally
+from crate_fast.train.distributed import Processes, process_group
+from crate_fast.train.faults import Interruption, NonFinite, diagnosis
+from crate_fast.train.initial_weights import load_initial
+from crate_fast.train.loggers import Interval, profiler
+from crate_fast.train.objective import objective_for
+from crate_fast.train.optimizer import build_optimizer, clip_gradients, gradient_norm, learning_rate
+from crate_fast.train.reconstruction import image_noise, reconstructions, tiled
+from crate_fast.train.report import print_summary, scores_line, write_report
+from crate_fast.train.run_folder import RunFolder
+from crate_fast.train.runs import build_model
+from crate_fast.whitebox import layer_statistics
+
+__all__ = ["StepResult", "Trainer", "launch", "train_command"]
+
+WHITEBOX_IMAGES = 64
+SHOWN_IMAGES = 8
+DRY_RUN_STEPS = 2
+_SMALLEST_SCALE = 1.0  # of fp16's gradient scaler: below it, an overflow is no longer the scale's fault
+
+
+# --- from a command line to a run
+
+
+def train_command(
+    argv: list[str] | None,
+    description: str,
+    recipe: str,
+    adjust: Callable[[dict, dict], dict] = lambda values, chosen: values | chosen,
+) -> int:
+    """Read a command line and train; a user's error is printed in one line.
+
+    Args:
+        argv: Arguments; those of the process when None.
+        description: Text for `--help`.
+        recipe: The default recipe.
+        adjust: See `build_config`.
+
+    Returns:
+        The exit status.
+    """
+    return run_command(lambda: launch(*build_config(argv, description, recipe, adjust=adjust)))
+
+
+def launch(config: TrainConfig, options: argparse.Namespace) -> int:
+    """Train from the start or from the newest checkpoint, to the end or to a signal.
+
+    Args:
+        config: Settings of the run.
+        options: `recipe`, `output`, `resume` and `dry_run` of the command line.
+
+    Returns:
+        The exit status.
+    """
+    began = time.perf_counter()
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    # Before the processes have met there is nothing to save: a signal then ends them, as torchrun expects.
+    with process_group(config.device, config.threads) as processes, Interruption() as interruption:
+        name = f"runs/{Path(options.recipe).stem}-{datetime.now():%Y%m%d-%H%M%S}"
+        folder = Path(options.output or processes.agree(name))
+        distributed.check_settings(config, processes)  # before the data, whose files may take minutes to list
+        data = _open_data(config, processes)
+        if options.dry_run:
+            dry_run(config, folder, data, processes)
+            return 0
+        with closing(Trainer(config, folder, data, processes, interruption)) as trainer:
+            trainer.begin(options.resume, restarted)
+            if trainer.train():
+                trainer.finish(time.perf_counter() - began)
+            elif processes.first:
+                print(
+                    f"\n{interruption.name or 'a signal to another process'}: saved step {trainer.step} of "
+                    f"{trainer.total_steps}; the same command with --output {folder} --resume continues"
+                )
+        processes.wait()
+    return 0
+
+
+def _open_data(config: TrainConfig, processes: Processes) -> DataSplits:
+    """Open the splits; a host's first process downloads them, if asked for, while the others wait."""
+    if config.download and processes.local_rank != 0:
+        processes.wait()
+    data = build_splits(config)
+    if config.download and processes.local_rank == 0:
+        processes.wait()
+    return data
+
+
+# --- the loop
+
+
+class StepResult(NamedTuple):
+    """The outcome of one optimiser step.
+
+    Attributes:
+        measures: The objective's, by name: means over the images of all processes.
+        taken: True if the weights were updated.
+        stop: True if any process was asked to stop.
+    """
+
+    measures: dict[str, float]
+    taken: bool
+    stop: bool
+
+
+class Trainer:
+    """A run in this process: model, moving average, optimiser, data, folder.
+
+    Args:
+        config: Settings of the run.
+        folder: The run's; nothing is written before `begin`.
+        data: Training and validation split.
+        processes: Rank and world size.
+        interruption: Says when to stop early.
+
+    Raises:
+        UserError: The settings cannot be carried out here.
+    """
+
+    def __init__(
+        self, config: TrainConfig, folder: Path, data: DataSplits, processes: Processes, interruption: Interruption
+    ):
+        distributed.check_settings(config, processes)
+        self.config, self.data, self.processes, self.interruption = config, data, processes, interruption
+        self.device = processes.device
+        self.step, self.steps_per_epoch = 0, len(data.train) // config.batch_size
+        self.total_steps = config.epochs * self.steps_per_epoch
+
+        torch.manual_seed(config.seed)
+        model = self._build()
+        self.started_from = "random weights"
+        if config.init and checkpoint.newest(folder / "checkpoints") is None:
+            self.started_from = load_initial(model, config)
+        self.n_parameters = sum(p.numel() for p in model.parameters())
+        sharded = distributed.shards_model(config, processes)
+        if config.channels_last and not sharded:  # FSDP wants its weights contiguous
+            model = model.to(memory_format=torch.channels_last)
+        self.model = model.to(self.device)
+        self.objective = objective_for(self.model, config, processes)
+        self.normalize = Normalize(config.mean).to(self.device)
+        self.ema: ModelEmaV3 | None = None
+        if config.ema_decay:
+            average = {"decay": config.ema_decay, "use_warmup": config.ema_warmup, "foreach": not sharded}
+            self.ema = ModelEmaV3(self.model, **average)
+        for whole in self._models() if sharded else ():
+            distributed.shard(whole, config, processes)
+        self.optimizer = build_optimizer(self.model, config)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.objective.dtype is torch.float16)
+        self.runner = distributed.parallelize(self.model, config, processes)
+        self._graph_backward()
+
+        facts = {"train_images": len(data.train), "val_images": len(data.val), "classes": list(data.classes)}
+        self.run = RunFolder(folder, config, facts, processes)
+        self.shares = {"rank": processes.rank, "world_size": processes.world_size}
+        self.val_loader = eval_loader(config, data.val, **self.shares)
+        self.nonfinite = NonFinite(config.nonfinite_limit)
+        self.problems: list[str] = []  # images that this process could not read since the last log entry
+        self.tally, self.val_tally = (UnreadableTally(config, len(split)) for split in (data.train, data.val))
+        self.interval = Interval()
+        self.speeds: list[float] = []  # images/s of all processes, one a log interval
+
+    def begin(self, resume: bool, restarted: bool = False) -> None:
+        """Start afresh, or continue from the newest checkpoint (see `RunFolder.begin`); print which."""
+        self.run.begin(self, resume, restarted)
+        if self.run.extra:
+            self.tally.restore(self.run.extra["unreadable"])
+            self.val_tally.restore(self.run.extra["val_unreadable"])
+            self.interval = Interval(**self.run.extra["interval"])
+            note = self.run.folder / "unreadable.txt"
+            if self.processes.first and note.exists():  # the interrupted session may have met more than it saved
+                lines = [*self.tally.state(), *self.val_tally.state()]
+                with checkpoint.writing(self.run.folder):
+                    checkpoint.write_text(note, "".join(f"{line}\n" for line in lines))
+        if self.processes.first:
+            how = f" ({self.config.parallel})" if self.processes.world_size > 1 else ""
+            where = f"from step {self.step}" if self.step else f"from {self.started_from}"
+            print(
+                f"crate_fast {crate_fast.__version__}: {self.config.model}, {self.n_parameters / 1e6:.2f} M "
+                f"parameters, {len(self.data.train)} images, {self.total_steps} steps {where} on "
+                f"{self.processes.world_size} × {self.device}{how} → {self.run.folder}"
+            )
+
+    def train(self) -> bool:
+        """Train to the last step; return False if a signal stopped the run, which is then saved."""
+        config, left = self.config, self.total_steps - self.step
+        loader = train_loader(config, self.data.train, first_step=self.step, **self.shares)
+        batches = iter(loader if left else ())  # before the steps: it draws from the generator that they seed
+        profile = profiler(self.run.folder / "profile", config.profile, left, self.processes)
+        with self._progress_bar() as bar, profile:
+            while True:
+                # evaluate at an epoch's end; a resumed run may owe an evaluation
+                if self.evaluation_due() and not self.run.evaluated(self.step) and not self.evaluate():
+                    return False
+                if self.step == self.total_steps:
+                    return True
+
+                # batch, forward, loss, backward, clip, step
+                began = time.perf_counter()
+                result = self.train_step(batches)
+                self.interval.add(result.measures, result.taken, time.perf_counter() - began)
+                bar.update(config.batch_size)
+                if config.profile:
+                    profile.step()
+
+                # log, and save between evaluations, which save too
+                if self.step % config.log_every == 0 or self.evaluation_due():
+                    bar.set_postfix(self.log())
+                if result.stop:
+                    self.save()
+                    return False
+                if config.checkpoint_every and self.step % config.checkpoint_every == 0 and not self.evaluation_due():
+                    self.save()
+
+    def train_step(self, batches: Iterator[Batch]) -> StepResult:
+        """Take one optimiser step, or skip it on all processes if loss or gradient is not finite on any.
+
+        Raises:
+            NonFiniteError: Too many steps in a row were skipped.
+        """
+        config = self.config
+        self._prepare_step()
+
+        # forward, loss and backward, micro-batch by micro-batch
+        totals = torch.zeros(len(self.objective.measures), device=self.device)
+        with cached_dictionaries():
+            for part in range(config.accumulate):
+                batch = next(batches)
+                self.problems += batch.problems
+                images = self.prepare_images(batch.images, batch.flips)
+                labels = batch.labels.to(self.device, non_blocking=True)
+                inputs = self.objective.inputs(images, labels, self.step, part)
+                with distributed.gradient_sync(self.runner, part == config.accumulate - 1):
+                    totals += self.forward_backward(*inputs)
+
+        # means over all processes, and whether any has a value that is not finite or was asked to stop
+        self.scaler.unscale_(self.optimizer)
+        norm = gradient_norm(self.model)
+        stopping = torch.tensor(self.interruption.requested(), device=self.device)
+        flags = torch.stack([~totals[0].isfinite(), ~norm.isfinite(), stopping])
+        shared = self.processes.sum(torch.cat([totals.double() / self.processes.world_size, flags.double()]))
+        *means, bad_loss, bad_gradient, stop = shared.tolist()  # the step's one wait for the device
+
+        # clip and step
+        taken = not (bad_loss or bad_gradient)
+        if taken:
+            clip_gradients(self.model, config.clip_grad, config.clip_mode, norm)
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            self.nonfinite.passed()
+        else:
+            self._skip_step(means[0], float(norm), bool(bad_loss), batch)
+        self.optimizer.zero_grad(set_to_none=not config.cuda_graphs)  # a graph adds to gradients where they are
+        self.step += 1
+        if taken and self.ema is not None:
+            self.ema.update(self.model, step=self.step)
+        return StepResult(dict(zip(self.objective.measures, means, strict=True)), taken, bool(stop))
+
+    # --- parts of a step
+
+    def _prepare_step(self) -> None:
+        """Set modes, learning rates and the seed."""
+        self.runner.train()
+        if distributed.is_sharded(self.model):  # DDP does so by itself
+            distributed.share_buffers(self.model, self.processes)
+        if self.config.frozen:
+            self.model.eval()
+            self.model.get_classifier().train()
+        for group in self.optimizer.param_groups:
+            scale = group.get("lr_scale", 1.0)  # of layer_decay
+            group["lr"] = scale * learning_rate(self.config, self.step, self.steps_per_epoch)
+        seed = np.random.SeedSequence((self.config.seed, self.step, self.processes.rank))
+        torch.manual_seed(int(seed.generate_state(1, np.uint64)[0]))  # dropout's: nothing to save for a resume
+
+    def prepare_images(self, images: Tensor, flips: Tensor | None = None) -> Tensor:
+        """Move uint8 images to the device, mirror those of `flips`, and normalise them."""
+        images = images.to(self.device, non_blocking=True)
+        if flips is not None:
+            images = mirrored(images, flips.to(self.device, non_blocking=True))
+        images = self.normalize(images)
+        return images.contiguous(memory_format=torch.channels_last) if self.config.channels_last else images
+
+    def _forward_backward(self, *inputs: Tensor) -> Tensor:
+        """Add a micro-batch's gradient; return its share of the step's measures."""
+        measures = self.objective.training(self.runner, *inputs) / self.config.accumulate
+        self.scaler.scale(measures[0]).backward()
+        return measures.detach()
+
+    def _graph_backward(self) -> None:
+        """Let `forward_backward` record a CUDA graph at its next call, where graphs are on."""
+        self.forward_backward = self._forward_backward
+        if self.config.cuda_graphs:
+            self.forward_backward = GraphedCall(self._forward_backward, self._recording)
+
+    @contextmanager
+    def _recording(self) -> Iterator[None]:
+        """Undo what recording a graph does to generators, BatchNorm's statistics and gradients."""
+        before = [buffer.clone() for buffer in self.model.buffers()]
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            yield
+        self.optimizer.zero_grad(set_to_none=False)
+        for buffer, value in zip(self.model.buffers(), before, strict=True):
+            buffer.copy_(value)
+
+    def _skip_step(self, loss: float, norm: float, bad_loss: bool, batch: Batch) -> None:
+        """Count a step that is not finite; an overflow in fp16 only lowers the scale, and is no fault."""
+        if self.scaler.is_enabled():
+            scale = self.scaler.get_scale()
+            self.scaler.update(scale * self.scaler.get_backoff_factor())
+            self.scaler.load_state_dict(self.scaler.state_dict() | {"_growth_tracker": 0})  # as its own backoff
+            if scale > _SMALLEST_SCALE and not bad_loss:
+                self.nonfinite.overflows += 1
+                return
+
+        def explain() -> str:
+            images = self.prepare_images(batch.images, batch.flips)
+            return diagnosis(self.model, images, self.objective.outputs)
+
+        self.nonfinite.failed(self.step, loss, norm, explain)
+
+    # --- log, evaluate, save
+
+    def log(self) -> dict[str, str]:
+        """Log the means since the last entry, with rates and counts; return them for the progress bar."""
+        interval, self.interval = self.interval, Interval()
+        self.speeds.append(interval.steps * self.config.batch_size / interval.seconds)
+        lr = max(group["lr"] for group in self.optimizer.param_groups)  # the top layer's
+        values = interval.means() | {"lr": lr, "images_per_s": self.speeds[-1]}
+        if self.nonfinite.total:
+            values["skipped_steps"] = self.nonfinite.total
+        if self.scaler.is_enabled():
+            values |= {"loss_scale": self.scaler.get_scale(), "overflows": self.nonfinite.overflows}
+        self._count_unreadable()
+        if self.tally.total:
+            values["unreadable"] = self.tally.total
+        self.run.log(self.step, values)
+        return {name: f"{value:.3f}" for name, value in interval.means().items()}
+
+    def evaluation_due(self) -> bool:
+        """Return True at the end of every `eval_every` epochs and of the run."""
+        last = self.step == self.total_steps
+        return self.step > 0 and (last or self.step % (self.config.eval_every * self.steps_per_epoch) == 0)
+
+    def evaluate(self) -> bool:
+        """Score the model and its moving average, log and save; return False if a signal stopped it."""
+        if self.run.saved != self.step:  # an evaluation may fail
+            self.save()
+        values: dict[str, float] = {}
+        for model, prefix in zip(self._models(), ("val_", "ema_val_"), strict=False):
+            distributed.share_buffers(model, self.processes)  # to evaluate what a checkpoint holds
+            scores = self.scores(model)
+            if scores is None:
+                return False
+            values |= {prefix + name: value for name, value in scores.items()}
+        self.run.log(self.step, values)
+        first = values[f"{'' if self.ema is None else 'ema_'}val_{self.objective.scores[0]}"]
+        self.save(first if self.objective.larger_is_better else -first)
+        self._log_layers()
+        if self.processes.first:
+            found = scores_line(values, self.objective.scores)
+            tqdm.write(f"epoch {self.step / self.steps_per_epoch:g}: {found}")
+        return True
+
+    @torch.no_grad()
+    @cached_dictionaries()
+    def scores(self, model: nn.Module) -> dict[str, float] | None:
+        """Return the objective's scores on the validation split, each image counted once; None if a signal came.
+
+        A sharded model computes on all processes together: one that has no more images goes on with an empty one
+        that is not counted.
+
+        Raises:
+            UserError: No image could be read, or more than `max_unreadable` could not.
+        """
+        model.eval()
+        sharded = distributed.is_sharded(model)
+        totals = torch.zeros(len(self.objective.scores) + 2, dtype=torch.float64, device=self.device)
+        problems: list[str] = []
+        batches, rounds = iter(self.val_loader), len(self.val_loader)
+        for _ in range(max(self.processes.gather(rounds)) if sharded else rounds):
+            if self.interruption.requested():
+                totals[-1] = 1
+                if not sharded:  # else the others wait for this one's shard
+                    break
+            batch = next(batches, None)
+            problems += batch.problems if batch is not None else []
+            if batch is not None and len(batch.labels):
+                totals[:-2] += self.objective.evaluation(model, self.prepare_images(batch.images), batch)
+                totals[-2] += len(batch.labels)
+            elif sharded:
+                empty = torch.zeros(1, 3, self.config.image_size, self.config.image_size, dtype=torch.uint8)
+                self.objective.forward(model, self.prepare_images(empty))
+        *sums, count, stopped = self.processes.sum(totals).tolist()
+        problems = list(itertools.chain(*self.processes.gather(problems)))
+        if stopped:
+            return None
+        if not count:
+            raise UserError(f"no image of the validation split could be read: {problems[:3]}")
+        self._note_unreadable(problems, self.val_tally, -(-self.step // self.steps_per_epoch))
+        means = {name: total / count for name, total in zip(self.objective.scores, sums, strict=True)}
+        return means | ({"unreadable": len(problems)} if problems else {})
+
+    def _log_layers(self) -> None:
+        """Add R^c and sparsity of every layer, and reconstructions, to the curves."""
+        model = distributed.unsharded(self.model, self._build, self.processes)
+        if not isinstance(model, CRATE | CRATEMAE):
+            return
+        samples = readable(self.data.val, range(min(WHITEBOX_IMAGES, len(self.data.val))))
+        if not samples:
+            return
+        images = torch.stack([sample[0] for sample in samples])
+        encoder = model.encoder() if isinstance(model, CRATEMAE) else model
+        self.run.log_layers(self.step, layer_statistics(encoder, self.prepare_images(images)))
+        if isinstance(model, CRATEMAE):
+            shown = images[:SHOWN_IMAGES]
+            noise = image_noise(model, [(self.config.seed, number) for number in range(len(shown))])
+            rows = reconstructions(model, shown, self.normalize, [self.config.mask_ratio], noise)
+            self.run.log_image(self.step, "reconstruction", tiled(rows))
+
+    def save(self, score: float | None = None) -> None:
+        """Write a checkpoint; with a score it may become the best."""
+        self._count_unreadable()
+        self.run.extra = {"unreadable": self.tally.state(), "val_unreadable": self.val_tally.state()}
+        self.run.extra["interval"] = self.interval.state()
+        self.run.save(self, score)
+
+    def _count_unreadable(self) -> None:
+        problems = list(itertools.chain(*self.processes.gather(self.problems)))
+        self.problems.clear()
+        self._note_unreadable(problems, self.tally, max(0, self.step - 1) // self.steps_per_epoch)
+
+    def _note_unreadable(self, problems: list[str], tally: UnreadableTally, epoch: int) -> None:
+        """Count corrupt images, name new ones in unreadable.txt, and stop the run if there are too many."""
+        new = tally.add(problems, epoch)
+        if new and self.processes.first:
+            with checkpoint.writing(self.run.folder), (self.run.folder / "unreadable.txt").open("a") as file:
+                file.writelines(f"{line}\n" for line in new)
+        tally.check(epoch)
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Tensor] | None, dict]:
+        """Return weights, moving average and the rest, for `restore`; on the first process of a collective call."""
+        weights, optimizer = distributed.full_state(self.model, self.optimizer)
+        ema = None if self.ema is None else distributed.full_state(self.ema.module)[0]
+        rest = {"step": self.step, "optimizer": optimizer, "scaler": self.scaler.state_dict()}
+        return weights, ema, rest | {"nonfinite": self.nonfinite.state()}
+
+    def restore(self, weights: dict[str, Tensor], ema: dict[str, Tensor] | None, rest: dict) -> None:
+        """Continue exactly where `state` was taken, by any number of processes: a collective call."""
+        distributed.load_full_state(self.model, weights, self.optimizer, rest["optimizer"])
+        if self.ema is not None:
+            distributed.load_full_state(self.ema.module, ema)
+        if self.scaler.is_enabled():
+            self.scaler.load_state_dict(rest["scaler"])
+        self.nonfinite = dataclasses.replace(self.nonfinite, **rest["nonfinite"])
+        self.step = rest["step"]
+        self._graph_backward()  # loading an optimiser's state drops the gradients that a graph adds to
+
+    # --- the rest
+
+    def _build(self) -> nn.Module:
+        return build_model(self.config, len(self.data.classes))
+
+    def _models(self) -> list[nn.Module]:
+        return [self.model, *([] if self.ema is None else [self.ema.module])]
+
+    def _progress_bar(self) -> tqdm:
+        size = self.config.batch_size
+        return tqdm(
+            total=self.total_steps * size,
+            initial=self.step * size,
+            unit="img",
+            unit_scale=True,
+            disable=not self.processes.first,
+            mininterval=0.2 if sys.stderr.isatty() else 10,
+            desc="training",
+        )
+
+    def finish(self, seconds: float) -> None:
+        """Score, draw and print the summary of a finished run; `seconds` are this session's."""
+        whole = distributed.unsharded(self._models()[-1], self._build, self.processes)
+        if self.processes.first:
+            speed = statistics.median(self.speeds) if self.speeds else None
+            print_summary(write_report(self.run, self, whole, self.data, seconds, speed), self.run.folder)
+        self.processes.wait()
+
+    def close(self) -> None:
+        """End loading processes, close the logs, and let others write the folder."""
+        self.val_loader = None  # its processes ignore SIGTERM: Python would wait for them forever when it exits
+        self.run.close()
+
+
+def dry_run(config: TrainConfig, output: Path, data: DataSplits, processes: Processes) -> None:
+    """Train two steps, evaluate two batches, save and load, in a temporary folder beside `output`; print the cost.
+
+    Raises:
+        CheckpointError: The weights read back differ from those saved.
+    """
+    parent = next(path for path in output.absolute().parents if path.exists())  # the same disk
+    folder = Path(processes.agree(tempfile.mkdtemp(prefix=".dry-run-", dir=parent) if processes.first else ""))
+    try:
+        config = dataclasses.replace(config, wandb="")
+        with closing(Trainer(config, folder / "run", data, processes, Interruption())) as trainer:
+            trainer.begin(resume=False)
+            batches, seconds = iter(train_loader(config, data.train, **trainer.shares)), 0.0
+            for _ in range(min(DRY_RUN_STEPS, trainer.total_steps)):
+                began = time.perf_counter()
+                result = trainer.train_step(batches)
+                seconds = time.perf_counter() - began
+            trainer.val_loader = list(itertools.islice(trainer.val_loader, 2))
+            scores = trainer.scores(trainer.model)
+            trainer.save()
+            saved = checkpoint.load(trainer.run.checkpoints, trainer.step)
+            weights, *_ = trainer.state()
+            if any(not torch.equal(weights[name].cpu(), saved.weights[name]) for name in weights):
+                raise checkpoint.CheckpointError(
+                    "the weights read back are not those saved: see to the disk of --output"
+                )
+            trainer.restore(saved.weights, saved.ema, saved.training["trainer"])
+            files = checkpoint.folder_of(trainer.run.checkpoints, trainer.step).iterdir()
+            size = sum(path.stat().st_size for path in files)
+        processes.wait()
+    finally:
+        if processes.first:
+            shutil.rmtree(folder)
+    if processes.first:
+        on_gpu = processes.device.type == "cuda"
+        rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        peak = torch.cuda.max_memory_allocated() / 2**20 if on_gpu else rss
+        print(
+            f"dry run: {trainer.step} steps, the last in {seconds:.3f} s, loss {result.measures['loss']:.4f}; "
+            f"validation loss {scores['loss']:.4f} on two batches a process\n"
+            f"peak memory of this process {peak:,.0f} MiB{' on the GPU' if on_gpu else ''}; a checkpoint is "
+            f"{size / 2**20:,.1f} MiB, and up to {config.keep_checkpoints + 2} are on the disk at once\n"
+            "saved, read back, and deleted: the same command without --dry-run trains"
+        )
