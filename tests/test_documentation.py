@@ -24,6 +24,7 @@ from PIL import Image
 
 import crate_fast
 from crate_fast import cli
+from crate_fast.train import trainer
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
