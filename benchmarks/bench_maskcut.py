@@ -25,10 +25,10 @@ from harness import interleaved, markdown_table, peak_mib, write_results
 from scipy.sparse.linalg import eigsh
 from torch import Tensor
 
-from crate_fast.eval.images import batches, open_images
+from crate_fast.eval.common.images import batches, open_images
+from crate_fast.eval.common.models import open_model
+from crate_fast.eval.common.normalized_cut import second_eigenvector
 from crate_fast.eval.maskcut import maskcut
-from crate_fast.eval.models import open_model
-from crate_fast.eval.normalized_cut import second_eigenvector
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 import maskcut_oracle

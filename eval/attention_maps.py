@@ -24,20 +24,97 @@ import torch
 from torch import Tensor
 
 from crate_fast.errors import UserError, run_command
-from crate_fast.eval.gallery import first_columns, model_folders, read_images, short_name, write_pages
-from crate_fast.eval.images import Batch, Sample
-from crate_fast.eval.models import Subject
-from crate_fast.eval.noise import add_noise, check_noise, map_correlation
-from crate_fast.eval.options import evaluation_parser, open_models, output_folder, settings_of
-from crate_fast.eval.results import say_written, write_results, write_table
-from crate_fast.figures import Picture
-from crate_fast.segmentation import attention_to_mask, intersection_over_union
+from crate_fast.eval.common.command import (
+    evaluation_parser,
+    first_columns,
+    model_folders,
+    open_models,
+    output_folder,
+    read_images,
+    settings_of,
+    short_name,
+)
+from crate_fast.eval.common.figures import Picture, write_pages
+from crate_fast.eval.common.images import Batch, Sample
+from crate_fast.eval.common.models import Subject
+from crate_fast.eval.common.results import say_written, write_results, write_table
+from crate_fast.eval.common.segmentation import attention_to_mask, intersection_over_union
 
 __all__ = ["add_noise", "evaluate", "main", "map_correlation"]
 
 PROTOCOL = "attention_maps"
 SIGMAS = (0.0, 25.0, 50.0, 75.0, 100.0, 125.0)
 SHARES = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
+
+
+def check_noise(sigma: float, share: float, seed: int) -> None:
+    """Refuse noise that `add_noise` cannot add.
+
+    Raises:
+        UserError: Sigma, share or seed is out of range.
+    """
+    if not 0 <= sigma < math.inf or not 0 <= share <= 1:
+        raise UserError(
+            f"noise of sigma={sigma} on a share={share} of the pixels: give sigma ≥ 0 and a share in 0..1"
+        )
+    if seed < 0:
+        raise UserError(f"seed={seed}: noise needs a seed of at least 0")
+
+
+def add_noise(images: Tensor, sigma: float, share: float, seed: int, first: int = 0) -> Tensor:
+    """Add Gaussian noise to all channels of randomly chosen pixels; round, and clip to 0..255.
+
+    Pixels and noise depend on the seed and the image's number alone: a stronger sigma scales the same noise, a larger
+    share adds pixels to those of a smaller one.
+
+    Args:
+        images: uint8 [B, C, H, W].
+        sigma: Standard deviation, on the scale of 0..255.
+        share: Of the pixels, 0 to 1.
+        seed: Not negative.
+        first: Number of the first image in its set.
+
+    Returns:
+        Noisy copies, uint8 [B, C, H, W].
+
+    Raises:
+        UserError: The images are not uint8, or sigma, share or seed is out of range.
+
+    >>> add_noise(torch.full((1, 3, 4, 4), 100, dtype=torch.uint8), 20, 0.5, seed=0).ne(100).any(dim=1).sum().item()
+    8
+    """
+    if images.dtype != torch.uint8 or images.dim() != 4:
+        raise UserError(f"images are {images.dtype} {tuple(images.shape)}: pass uint8 [B, C, H, W]")
+    check_noise(sigma, share, seed)
+    flat = images.flatten(2).cpu().numpy()
+    noisy = flat.copy()
+    for number in range(len(flat)):
+        generator = np.random.default_rng((seed, first + number))
+        chosen = generator.permutation(flat.shape[2])[: round(share * flat.shape[2])]
+        noise = generator.standard_normal(flat.shape[1:])
+        noisy[number][:, chosen] = np.rint(flat[number][:, chosen] + sigma * noise[:, chosen]).clip(0, 255)
+    return torch.from_numpy(noisy).view_as(images).to(images.device)
+
+
+def map_correlation(a: Tensor, b: Tensor) -> Tensor:
+    """Pearson's correlation of maps over their patches; NaN where one of the two is constant.
+
+    Unlike the IoU of thresholded maps it is 0 by chance whatever area a head covers, and it needs no threshold.
+
+    Args:
+        a, b: [..., P].
+
+    Returns:
+        float64 [...], from −1 to 1.
+    """
+
+    def deviation(x: Tensor) -> Tensor:
+        centred = x.double() - x.double().mean(dim=-1, keepdim=True)
+        size = centred.norm(dim=-1, keepdim=True)
+        constant = size <= torch.finfo(torch.float32).eps * x.double().norm(dim=-1, keepdim=True)  # but for rounding
+        return (centred / size).masked_fill(constant, math.nan)
+
+    return (deviation(a) * deviation(b)).sum(dim=-1)
 
 
 @torch.no_grad()

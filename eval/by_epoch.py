@@ -19,13 +19,13 @@ from torch.utils.data import Dataset
 from crate_fast.errors import UserError, run_command
 from crate_fast.eval.by_layer import MEASURES, check_measures, curves, measure_options
 from crate_fast.eval.by_layer import evaluate as measure
-from crate_fast.eval.images import open_images
+from crate_fast.eval.common.command import evaluation_parser, output_folder, settings_of
+from crate_fast.eval.common.figures import Picture, curve_figure, image_grid
+from crate_fast.eval.common.images import open_images
+from crate_fast.eval.common.models import Subject, open_model, split_label
+from crate_fast.eval.common.principal_components import TooFewPatchesError, pca_rgb
+from crate_fast.eval.common.results import say_written, write_results, write_table
 from crate_fast.eval.maskcut import PAPER, MaskCutSettings
-from crate_fast.eval.models import Subject, open_model, split_label
-from crate_fast.eval.options import evaluation_parser, output_folder, settings_of
-from crate_fast.eval.principal_components import TooFewPatchesError, pca_rgb
-from crate_fast.eval.results import say_written, write_results, write_table
-from crate_fast.figures import Picture, curve_figure, image_grid
 from crate_fast.train.checkpoint import CheckpointError
 from crate_fast.train.distributed import choose_device
 from crate_fast.train.runs import checkpoint_epoch, checkpoint_steps

@@ -13,12 +13,12 @@ from torch.utils.data import Dataset
 
 from crate_fast.errors import UserError, run_command
 from crate_fast.eval import coarse_segmentation, maskcut
-from crate_fast.eval.images import open_images
+from crate_fast.eval.common.command import evaluation_parser, open_models, output_folder, settings_of
+from crate_fast.eval.common.figures import Curve, curve_figure
+from crate_fast.eval.common.images import open_images
+from crate_fast.eval.common.models import Subject
+from crate_fast.eval.common.results import raise_failures, say_written, write_results, write_table
 from crate_fast.eval.maskcut import PAPER, MaskCutSettings
-from crate_fast.eval.models import Subject
-from crate_fast.eval.options import evaluation_parser, open_models, output_folder, settings_of
-from crate_fast.eval.results import raise_failures, say_written, write_results, write_table
-from crate_fast.figures import Curve, curve_figure
 
 __all__ = ["MEASURES", "check_measures", "evaluate", "main", "measure_options"]
 

@@ -19,11 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from crate_fast.errors import UserError, require, run_command
-from crate_fast.eval import paper
-from crate_fast.eval.images import batches
-from crate_fast.eval.models import Subject
-from crate_fast.eval.options import evaluation_parser, open_models, output_folder, positive, settings_of
-from crate_fast.eval.probes import (
+from crate_fast.eval.common import paper
+from crate_fast.eval.common.command import evaluation_parser, open_models, output_folder, positive, settings_of
+from crate_fast.eval.common.images import batches
+from crate_fast.eval.common.models import Subject
+from crate_fast.eval.common.probes import (
     LabelledImages,
     check_linear,
     check_pool,
@@ -31,7 +31,7 @@ from crate_fast.eval.probes import (
     linear_probe,
     pooled,
 )
-from crate_fast.eval.results import raise_failures, say_written, write_results, write_table
+from crate_fast.eval.common.results import raise_failures, say_written, write_results, write_table
 from crate_fast.train.config import TrainConfig
 from crate_fast.train.data import DataSplits, plain_splits
 

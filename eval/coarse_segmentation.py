@@ -19,13 +19,19 @@ from pathlib import Path
 from torch.utils.data import Dataset
 
 from crate_fast.errors import UserError, run_command
-from crate_fast.eval.gallery import first_columns, write_pages
-from crate_fast.eval.images import Sample, batches, open_images
-from crate_fast.eval.models import Subject
-from crate_fast.eval.options import evaluation_parser, open_models, output_folder, positive, settings_of
-from crate_fast.eval.results import raise_failures, say_written, write_results, write_table
-from crate_fast.figures import Picture
-from crate_fast.segmentation import (
+from crate_fast.eval.common.command import (
+    evaluation_parser,
+    first_columns,
+    open_models,
+    output_folder,
+    positive,
+    settings_of,
+)
+from crate_fast.eval.common.figures import Picture, write_pages
+from crate_fast.eval.common.images import Sample, batches, open_images
+from crate_fast.eval.common.models import Subject
+from crate_fast.eval.common.results import raise_failures, say_written, write_results, write_table
+from crate_fast.eval.common.segmentation import (
     READINGS,
     THRESHOLDS,
     AttentionScores,

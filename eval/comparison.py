@@ -14,13 +14,14 @@ import sys
 from torch.utils.data import Dataset
 
 from crate_fast.errors import UserError, run_command
-from crate_fast.eval import by_layer, coarse_segmentation, paper
+from crate_fast.eval import by_layer, coarse_segmentation
 from crate_fast.eval.by_layer import check_measures
-from crate_fast.eval.images import open_images
+from crate_fast.eval.common import paper
+from crate_fast.eval.common.command import evaluation_parser, open_models, output_folder, positive, settings_of
+from crate_fast.eval.common.images import open_images
+from crate_fast.eval.common.models import Subject
+from crate_fast.eval.common.results import raise_failures, say_written, write_results, write_table
 from crate_fast.eval.maskcut import PAPER, MaskCutSettings
-from crate_fast.eval.models import Subject
-from crate_fast.eval.options import evaluation_parser, open_models, output_folder, positive, settings_of
-from crate_fast.eval.results import raise_failures, say_written, write_results, write_table
 
 __all__ = ["compare", "evaluate", "main"]
 

@@ -17,10 +17,10 @@ from pathlib import Path
 
 from crate_fast import CRATE
 from crate_fast.errors import CommandParser, UserError, run_command
-from crate_fast.eval import models as models_module
-from crate_fast.eval.models import class_names, open_model
-from crate_fast.eval.options import positive, seed
-from crate_fast.eval.results import file_name, make_folder
+from crate_fast.eval.common import models as models_module
+from crate_fast.eval.common.command import positive, seed
+from crate_fast.eval.common.models import class_names, open_model
+from crate_fast.eval.common.results import file_name, make_folder
 from crate_fast.export import FORMATS, MIN_OPSET, export_model
 from crate_fast.portable import OUTPUTS
 from crate_fast.train.transforms import Normalize

@@ -25,23 +25,27 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
 from crate_fast.errors import UserError, require, run_command
-from crate_fast.eval.coco import require_objects
-from crate_fast.eval.crf import refine, require_crf
-from crate_fast.eval.detections import class_agnostic_scores, detections_of, enlarge, paint_detections
-from crate_fast.eval.images import CocoImages, batches, open_images
-from crate_fast.eval.models import Subject
-from crate_fast.eval.normalized_cut import SAME, second_eigenvector
-from crate_fast.eval.options import (
+from crate_fast.eval.common.coco import (
+    class_agnostic_scores,
+    detections_of,
+    enlarge,
+    paint_detections,
+    refine,
+    require_crf,
+    require_objects,
+)
+from crate_fast.eval.common.command import (
     evaluation_parser,
     open_models,
     output_folder,
     positive,
     settings_of,
 )
-from crate_fast.eval.precision import exact_fp32
-from crate_fast.eval.records import Records
-from crate_fast.eval.results import say_written, write_results, write_table
-from crate_fast.figures import Picture, image_grid
+from crate_fast.eval.common.figures import Picture, image_grid
+from crate_fast.eval.common.images import CocoImages, batches, open_images
+from crate_fast.eval.common.models import Subject
+from crate_fast.eval.common.normalized_cut import SAME, exact_fp32, second_eigenvector
+from crate_fast.eval.common.results import Records, say_written, write_results, write_table
 from crate_fast.functional import linear
 from crate_fast.train.checkpoint import write_text
 from crate_fast.train.distributed import Processes, process_group

@@ -21,20 +21,29 @@ import torch
 from torch import Tensor
 
 from crate_fast.errors import UserError, run_command
-from crate_fast.eval.gallery import first_columns, model_folders, read_images, short_name, write_pages
-from crate_fast.eval.images import Batch, Sample
-from crate_fast.eval.models import Subject
-from crate_fast.eval.options import evaluation_parser, open_models, output_folder, positive, settings_of
-from crate_fast.eval.principal_components import (
+from crate_fast.eval.common.command import (
+    evaluation_parser,
+    first_columns,
+    model_folders,
+    open_models,
+    output_folder,
+    positive,
+    read_images,
+    settings_of,
+    short_name,
+)
+from crate_fast.eval.common.figures import Picture, write_pages
+from crate_fast.eval.common.images import Batch, Sample
+from crate_fast.eval.common.models import Subject
+from crate_fast.eval.common.principal_components import (
     SCALINGS,
     TooFewPatchesError,
     check_foreground,
     foreground,
     pca_rgb,
 )
-from crate_fast.eval.results import say_written, write_results, write_table
-from crate_fast.figures import Picture
-from crate_fast.segmentation import intersection_over_union
+from crate_fast.eval.common.results import say_written, write_results, write_table
+from crate_fast.eval.common.segmentation import intersection_over_union
 
 __all__ = ["TooFewPatchesError", "evaluate", "foreground", "main", "pca_rgb"]
 

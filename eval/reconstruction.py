@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from crate_fast.errors import UserError, run_command
-from crate_fast.eval.images import Batch, batches, open_images
-from crate_fast.eval.models import Subject
-from crate_fast.eval.options import evaluation_parser, open_models, output_folder, positive, settings_of
-from crate_fast.eval.results import file_name, say_written, write_results, write_table
+from crate_fast.eval.common.command import evaluation_parser, open_models, output_folder, positive, settings_of
+from crate_fast.eval.common.images import Batch, batches, open_images
+from crate_fast.eval.common.models import Subject
+from crate_fast.eval.common.results import file_name, say_written, write_results, write_table
 from crate_fast.train.reconstruction import RATIOS, image_noise, reconstruction_figure
 
 __all__ = ["evaluate", "main"]

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from crate_fast.errors import UserError, run_command
-from crate_fast.eval.images import Batch, batches, open_images
-from crate_fast.eval.models import Subject
-from crate_fast.eval.options import evaluation_parser, open_models, output_folder, settings_of
-from crate_fast.eval.results import say_written, write_results, write_table
-from crate_fast.figures import Curve, curve_figure
+from crate_fast.eval.common.command import evaluation_parser, open_models, output_folder, settings_of
+from crate_fast.eval.common.figures import Curve, curve_figure
+from crate_fast.eval.common.images import Batch, batches, open_images
+from crate_fast.eval.common.models import Subject
+from crate_fast.eval.common.results import say_written, write_results, write_table
 from crate_fast.layers import ISTA, MSSA
 from crate_fast.model import CRATE
 from crate_fast.whitebox import layer_measures

@@ -9,10 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from crate_fast.eval import gallery
 from crate_fast.eval.attention_maps import add_noise, evaluate, main, map_correlation
-from crate_fast.eval.features import Features, LayerTokens
-from crate_fast.eval.images import Batch, Sample
+from crate_fast.eval.common.features import Features, LayerTokens
+from crate_fast.eval.common.figures import image_grid
+from crate_fast.eval.common.images import Batch, Sample
 
 CRATE = ["A=crate_tiny_patch8_224@untrained", "--model-args", "depth=2", "dim=32", "heads=2", "img_size=32"]
 
@@ -140,7 +140,8 @@ def drawn(monkeypatch):
     """The figures' contents: a list of (rows, column titles), in place of the files."""
     figures = []
     monkeypatch.setattr(
-        gallery, "image_grid", lambda rows, paths, **titles: figures.append((rows, titles["column_titles"]))
+        "crate_fast.eval.common.figures.image_grid",
+        lambda rows, paths, **titles: figures.append((rows, titles["column_titles"])),
     )
     return figures
 
@@ -200,8 +201,11 @@ def test_noise_figures_have_a_row_a_level(tmp_path, drawn):
 
 def test_models_of_different_grids_stand_side_by_side(tmp_path, monkeypatch):
     seen = []
-    draw = gallery.image_grid
-    monkeypatch.setattr(gallery, "image_grid", lambda rows, *a, **k: (seen.append((rows, k)), draw(rows, *a, **k)))
+    draw = image_grid
+    monkeypatch.setattr(
+        "crate_fast.eval.common.figures.image_grid",
+        lambda rows, *a, **k: (seen.append((rows, k)), draw(rows, *a, **k)),
+    )
     models = ["A=crate_tiny_patch8_224@untrained", "B=vit_tiny_patch16_224@untrained"]
     words = ["--data", "shape_scenes", "--limit", "2", "--figure", "models", "--output", str(tmp_path)]
     assert main([*models, "--model-args", "depth=2", "img_size=64", *words]) == 0
@@ -216,7 +220,7 @@ def test_models_of_different_grids_stand_side_by_side(tmp_path, monkeypatch):
 
 def test_the_best_head_is_the_one_on_the_object():
     from crate_fast.eval.attention_maps import _best_heads
-    from crate_fast.eval.images import Target
+    from crate_fast.eval.common.images import Target
 
     mask = torch.zeros(1, 4, 4, dtype=torch.bool)
     mask[0, :2] = True

@@ -11,9 +11,10 @@ import torch
 from PIL import Image
 
 from crate_fast.errors import UserError
-from crate_fast.eval import classify, probes
-from crate_fast.eval.models import open_model
-from crate_fast.eval.probes import LabelledImages, knn_predictions, linear_probe, pooled
+from crate_fast.eval import classify
+from crate_fast.eval.common import probes
+from crate_fast.eval.common.models import open_model
+from crate_fast.eval.common.probes import LabelledImages, knn_predictions, linear_probe, pooled
 from crate_fast.train.config import TrainConfig
 from crate_fast.train.data import plain_splits
 

@@ -7,9 +7,9 @@ import torch
 from test_images import make_coco, make_voc
 
 from crate_fast.eval import coarse_segmentation
-from crate_fast.eval.images import open_images
-from crate_fast.eval.models import open_model
-from crate_fast.segmentation import READINGS, AttentionScores
+from crate_fast.eval.common.images import open_images
+from crate_fast.eval.common.models import open_model
+from crate_fast.eval.common.segmentation import READINGS, AttentionScores
 
 MODEL = "crate_tiny_patch8_224@untrained"
 SMALL = ["depth=2", "dim=32", "heads=2", "img_size=32"]

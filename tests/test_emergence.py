@@ -16,7 +16,10 @@ import pytest
 from PIL import Image
 from runs import ROOT, same
 
-from crate_fast.eval.detections import class_agnostic_scores, detections_of
+from crate_fast.eval.common.coco import class_agnostic_scores, detections_of
+from crate_fast.eval.common.images import SceneImages
+from crate_fast.eval.common.models import open_model
+from crate_fast.eval.common.results import markdown_table
 from crate_fast.eval.emergence import job as job_module
 from crate_fast.eval.emergence import report as report_module
 from crate_fast.eval.emergence.analysis import (
@@ -42,9 +45,6 @@ from crate_fast.eval.emergence.protocol import (
     training_config,
 )
 from crate_fast.eval.emergence.report import write_report
-from crate_fast.eval.images import SceneImages
-from crate_fast.eval.models import open_model
-from crate_fast.eval.results import markdown_table
 from crate_fast.train.data import build_splits
 from crate_fast.train.distributed import process_group
 from crate_fast.train.interruption import Interruption

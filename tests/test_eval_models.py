@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import save_file
 
 from crate_fast.errors import UserError
+from crate_fast.eval.common.models import class_names, open_model, split_label
 from crate_fast.eval.explore.offers import Shelf, offers_of
-from crate_fast.eval.models import class_names, open_model, split_label
 from crate_fast.eval.white_box import main as white_box
 
 SMALL = ["depth=2", "dim=32", "heads=2", "img_size=32"]

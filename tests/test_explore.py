@@ -20,6 +20,8 @@ from explorer import desk_with, huge_file, picture_file, served, shelf_of
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from crate_fast.eval.common.models import open_model
+from crate_fast.eval.common.principal_components import pca_rgb
 from crate_fast.eval.explore import command, desk, offers, pictures
 from crate_fast.eval.explore.offers import default_offers, offers_of
 from crate_fast.eval.explore.pictures import (
@@ -30,8 +32,6 @@ from crate_fast.eval.explore.pictures import (
     decode,
 )
 from crate_fast.eval.maskcut import maskcut
-from crate_fast.eval.models import open_model
-from crate_fast.eval.principal_components import pca_rgb
 from crate_fast.train.checkpoint import best_step
 from crate_fast.train.shape_scenes import CLASSES
 from crate_fast.whitebox import layer_measures, trace
@@ -398,7 +398,7 @@ def test_an_upload_that_breaks_off_leaves_no_traceback(address, capfd):
 
 
 def test_scenes_are_drawn_at_the_models_size():
-    from crate_fast.eval.images import SceneImages
+    from crate_fast.eval.common.images import SceneImages
 
     found = Pictures(None)
     assert torch.equal(found.pixels("s3", 64), SceneImages(64, 12)[3].image)

@@ -15,10 +15,10 @@ import timm
 from explorer import desk_with, huge_file, picture_file, served
 from PIL import Image
 
+from crate_fast.eval.common.features import extractor_for
+from crate_fast.eval.common.models import Subject
 from crate_fast.eval.explore import offers
 from crate_fast.eval.explore.offers import Offer, OpenModel, offers_of
-from crate_fast.eval.features import extractor_for
-from crate_fast.eval.models import Subject
 from crate_fast.settings import require_browser
 from crate_fast.train.data import Normalize
 

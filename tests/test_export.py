@@ -12,7 +12,7 @@ from timm import create_model
 
 from crate_fast import CRATE, CRATEMAE, cli, portable
 from crate_fast.errors import UserError
-from crate_fast.eval.models import open_model
+from crate_fast.eval.common.models import open_model
 from crate_fast.export import MismatchError, export_model
 from crate_fast.exported import compare, eager_outputs, open_exported
 from crate_fast.portable import OUTPUTS, PortableCRATE, choose_outputs, resampling_matrix

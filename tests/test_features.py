@@ -7,7 +7,7 @@ from torch import nn
 
 from crate_fast import CRATE
 from crate_fast.errors import UserError
-from crate_fast.eval.features import Features, LayerTokens, extractor_for
+from crate_fast.eval.common.features import Features, LayerTokens, extractor_for
 
 SIZES = {"image_size": 32, "patch_size": 8, "num_classes": 3, "dim": 32, "depth": 3, "heads": 2, "dim_head": 16}
 VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2, "num_classes": 3}

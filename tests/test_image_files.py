@@ -11,8 +11,8 @@ import torchvision
 from PIL import Image, ImageOps
 
 from crate_fast.errors import UserError
+from crate_fast.eval.common.images import open_images
 from crate_fast.eval.explore.pictures import decode
-from crate_fast.eval.images import open_images
 from crate_fast.train.config import TrainConfig
 from crate_fast.train.image_files import EXTENSIONS, as_stored, find_images, read_image
 from crate_fast.train.sources import FolderSource, _Torchvision, open_source

@@ -14,11 +14,12 @@ from maskcut_oracle import affinity, maskcut_oracle, second_eigenvector
 from PIL import Image
 
 from crate_fast.errors import UserError
-from crate_fast.eval import crf, normalized_cut
 from crate_fast.eval import maskcut as protocol
-from crate_fast.eval.detections import class_agnostic_scores, detections_of, enlarge
+from crate_fast.eval.common import coco as crf
+from crate_fast.eval.common import normalized_cut
+from crate_fast.eval.common.coco import class_agnostic_scores, detections_of, enlarge
+from crate_fast.eval.common.normalized_cut import exact_fp32
 from crate_fast.eval.maskcut import maskcut
-from crate_fast.eval.precision import exact_fp32
 
 GRIDS = [(8, 8), (12, 12), (7, 13), (15, 10)]
 

@@ -7,11 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from crate_fast.eval import gallery
-from crate_fast.eval.features import Features, LayerTokens
-from crate_fast.eval.images import Batch, Sample, Target
+from crate_fast.eval.common.features import Features, LayerTokens
+from crate_fast.eval.common.images import Batch, Sample, Target
+from crate_fast.eval.common.principal_components import TooFewPatchesError, foreground, pca_rgb, principal_components
 from crate_fast.eval.pca import evaluate, main
-from crate_fast.eval.principal_components import TooFewPatchesError, foreground, pca_rgb, principal_components
 
 CRATE = ["A=crate_tiny_patch8_224@untrained", "--model-args", "depth=3", "dim=32", "heads=2", "img_size=32"]
 
@@ -186,7 +185,9 @@ def _run(tmp_path, *words, models=CRATE):
 def drawn(monkeypatch):
     """The figures' contents: (rows, titles), in place of the files."""
     figures = []
-    monkeypatch.setattr(gallery, "image_grid", lambda rows, paths, **titles: figures.append((rows, titles)))
+    monkeypatch.setattr(
+        "crate_fast.eval.common.figures.image_grid", lambda rows, paths, **titles: figures.append((rows, titles))
+    )
     return figures
 
 
@@ -234,7 +235,7 @@ def test_a_panel_without_foreground_is_reported_and_left_empty(tmp_path, capsys,
 
 
 def test_only_images_of_a_class(tmp_path, drawn):
-    from crate_fast.eval.images import SceneImages
+    from crate_fast.eval.common.images import SceneImages
 
     scenes = SceneImages(32, 100)
     star = {name: number for number, name in scenes.class_names().items()}["star"]

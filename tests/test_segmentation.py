@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from crate_fast import CRATE
-from crate_fast.segmentation import (
+from crate_fast.eval.common.segmentation import (
     AttentionScores,
     attention_to_mask,
     average_precision,

@@ -7,10 +7,10 @@ import torch
 from safetensors.torch import save_file
 
 from crate_fast.errors import UserError
-from crate_fast.eval import shipped
-from crate_fast.eval.images import SceneImages, batches
-from crate_fast.eval.models import open_model
-from crate_fast.segmentation import attention_to_mask, intersection_over_union
+from crate_fast.eval.common import shipped
+from crate_fast.eval.common.images import SceneImages, batches
+from crate_fast.eval.common.models import open_model
+from crate_fast.eval.common.segmentation import attention_to_mask, intersection_over_union
 from crate_fast.train.runs import load_model
 from crate_fast.train.shape_scenes import CLASSES
 

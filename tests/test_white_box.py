@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from crate_fast.eval import white_box
-from crate_fast.eval.images import batches, open_images
-from crate_fast.eval.models import open_model
+from crate_fast.eval.common.images import batches, open_images
+from crate_fast.eval.common.models import open_model
 from crate_fast.eval.white_box import trend
 from crate_fast.whitebox import coding_rate, layer_measures, layer_statistics, trace
 

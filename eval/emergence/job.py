@@ -24,10 +24,10 @@ import numpy as np
 import torch
 
 from crate_fast.errors import UserError
+from crate_fast.eval.common.models import Subject, open_model
+from crate_fast.eval.common.results import Records
 from crate_fast.eval.emergence.protocol import Point, Protocol, Run, Stage, stages_of, training_config
 from crate_fast.eval.emergence.scores import checkpoint_scores, pictures, shown_scenes
-from crate_fast.eval.models import Subject, open_model
-from crate_fast.eval.records import Records
 from crate_fast.train.checkpoint import write_text
 from crate_fast.train.interruption import Interruption
 from crate_fast.train.launch import launch

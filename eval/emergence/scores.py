@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from crate_fast.eval import coarse_segmentation, maskcut, white_box
+from crate_fast.eval.common.images import SceneImages, batches
+from crate_fast.eval.common.models import Subject
+from crate_fast.eval.common.principal_components import TooFewPatchesError, foreground, pca_rgb
 from crate_fast.eval.emergence.protocol import Protocol
-from crate_fast.eval.images import SceneImages, batches
-from crate_fast.eval.models import Subject
-from crate_fast.eval.principal_components import TooFewPatchesError, foreground, pca_rgb
 
 __all__ = ["SHOWN", "checkpoint_scores", "pictures", "shown_scenes"]
 

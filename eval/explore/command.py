@@ -18,11 +18,11 @@ import webbrowser
 from pathlib import Path
 
 from crate_fast.errors import CommandParser, UserError, run_command
-from crate_fast.eval import models as models_module
+from crate_fast.eval.common import models as models_module
+from crate_fast.eval.common.command import positive, seed
 from crate_fast.eval.explore.desk import Desk
 from crate_fast.eval.explore.offers import Shelf, default_offers, offers_of
 from crate_fast.eval.explore.pictures import Pictures
-from crate_fast.eval.options import positive, seed
 from crate_fast.train.distributed import choose_device
 
 __all__ = ["desk_of", "main"]

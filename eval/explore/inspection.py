@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from crate_fast.errors import UserError
-from crate_fast.eval.features import Features, LayerTokens
+from crate_fast.eval.common.features import Features, LayerTokens
+from crate_fast.eval.common.models import Subject
+from crate_fast.eval.common.principal_components import TooFewPatchesError, foreground, pca_rgb
 from crate_fast.eval.maskcut import maskcut
-from crate_fast.eval.models import Subject
-from crate_fast.eval.principal_components import TooFewPatchesError, foreground, pca_rgb
 from crate_fast.layers import ISTA
 from crate_fast.model import CRATE
 from crate_fast.whitebox import LayerTrace, visit_layers

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from crate_fast.errors import UserError
-from crate_fast.eval.models import Subject, class_names, open_model, split_label, split_source
-from crate_fast.eval.shipped import shipped_names
+from crate_fast.eval.common.models import Subject, class_names, open_model, split_label, split_source
+from crate_fast.eval.common.shipped import shipped_names
 from crate_fast.train import checkpoint
 from crate_fast.train.runs import checkpoint_steps
 

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from crate_fast.errors import UserError
-from crate_fast.eval.images import SceneImages, squash
+from crate_fast.eval.common.images import SceneImages, squash
 from crate_fast.train.image_files import EXTENSIONS, UNREADABLE, find_images, open_image, to_rgb
 
 __all__ = ["LARGEST_UPLOAD", "Pictures", "UnknownPictureError", "UnreadablePictureError", "decode"]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from crate_fast.errors import UserError, require
-from crate_fast.eval.images import Sample
+from crate_fast.eval.common.images import Sample
 from crate_fast.train.data import UNREADABLE
 
 __all__ = [

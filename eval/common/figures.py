@@ -12,7 +12,9 @@ import matplotlib.pyplot as plt
 
 from crate_fast.errors import UserError
 
-__all__ = ["Curve", "Picture", "curve_figure", "image_grid", "save_figure"]
+__all__ = ["ROWS_A_PAGE", "Curve", "Picture", "curve_figure", "image_grid", "save_figure", "write_pages"]
+
+ROWS_A_PAGE = 8
 
 _STYLE = {
     "font.size": 8,
@@ -199,3 +201,23 @@ def save_figure(figure, paths: Sequence[Path]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=200, metadata={"CreationDate": None} if path.suffix == ".pdf" else None)
     plt.close(figure)
+
+
+def write_pages(
+    rows: Sequence[Sequence[Picture | None]],
+    folder: Path,
+    name: str,
+    row_titles: Sequence[str] | None,
+    column_titles: Sequence[str],
+    title: str | None = None,
+) -> list[Path]:
+    """Write rows of pictures as `name`_01.png, `name`_01.pdf, `name`_02.png, …, `ROWS_A_PAGE` rows a page."""
+    written = []
+    for page, start in enumerate(range(0, len(rows), ROWS_A_PAGE), start=1):
+        part = slice(start, start + ROWS_A_PAGE)
+        paths = [folder / f"{name}_{page:02d}.{suffix}" for suffix in ("png", "pdf")]
+        image_grid(
+            rows[part], paths, row_titles=row_titles and row_titles[part], column_titles=column_titles, title=title
+        )
+        written += paths
+    return written

@@ -21,8 +21,8 @@ from torch import nn
 from crate_fast import CRATEMAE
 from crate_fast.checkpoints import is_demo, load_strictly, read_state_dict
 from crate_fast.errors import UserError
-from crate_fast.eval.features import FeatureExtractor, extractor_for
-from crate_fast.eval.shipped import open_shipped, shipped_facts
+from crate_fast.eval.common.features import FeatureExtractor, extractor_for
+from crate_fast.eval.common.shipped import open_shipped, shipped_facts
 from crate_fast.registry import create_model, is_mae, is_model, model_names
 from crate_fast.train import checkpoint
 from crate_fast.train.checkpoint import CheckpointError

@@ -1,15 +1,30 @@
 """COCO annotation files: checked and completed when they are opened, before anything is computed from them."""
 
 import io
+import itertools
 import json
 import math
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 
+import numpy as np
+from PIL import Image
+
 from crate_fast.errors import UserError
 
-__all__ = ["as_one_category", "index_of", "read_annotations", "require_objects"]
+__all__ = [
+    "as_one_category",
+    "class_agnostic_scores",
+    "detections_of",
+    "enlarge",
+    "index_of",
+    "paint_detections",
+    "read_annotations",
+    "refine",
+    "require_crf",
+    "require_objects",
+]
 
 _FARTHEST = 1_000_000  # pixels; pycocotools takes memory and time for each, and at 10⁸ it crashes
 
@@ -250,3 +265,156 @@ def _encoded(segmentation: list | dict, image: dict):
         return segmentation
     codes = rle.frPyObjects(segmentation, image["height"], image["width"])
     return rle.merge(codes) if isinstance(codes, list) else codes
+
+
+_COLOURS = ((230, 60, 50), (60, 130, 230), (60, 180, 80), (240, 180, 40), (160, 90, 210), (40, 190, 200))
+
+
+def enlarge(masks: np.ndarray, size: tuple[int, int], resample: Image.Resampling) -> np.ndarray:
+    """Masks at another resolution: boolean [n, rows, columns] → [n, height, width], at least one half where blended.
+
+    Args:
+        masks: Of patches or pixels.
+        size: Height and width.
+        resample: NEAREST from patches to the squashed image, BICUBIC from there to the image's own size.
+    """
+    height, width = size
+    full = np.zeros((len(masks), height, width), bool)
+    for out, mask in zip(full, masks, strict=True):
+        picture = Image.fromarray(mask.astype(np.uint8) * 255)
+        out[:] = np.asarray(picture.resize((width, height), resample)) >= 128
+    return full
+
+
+def detections_of(masks: np.ndarray, image_id: int | str) -> list[dict]:
+    """COCO results of one image: boolean masks [n, H, W] → an entry for each that is not empty.
+
+    An entry has "image_id", "category_id" 1, "segmentation" (compressed RLE), "bbox" [x, y, width, height] in pixels,
+    tight around the mask, and "score" 1.
+    """
+    from pycocotools import mask as rle
+
+    entries = []
+    for mask in masks:
+        if mask.any():
+            code = rle.encode(np.asfortranarray(mask.astype(np.uint8)))
+            entries.append(
+                {
+                    "image_id": image_id,
+                    "category_id": 1,
+                    "segmentation": {"size": list(map(int, code["size"])), "counts": code["counts"].decode()},
+                    "bbox": [float(side) for side in rle.toBbox(code)],
+                    "score": 1.0,
+                }
+            )
+    return entries
+
+
+def class_agnostic_scores(coco, detections: Sequence[dict], image_ids: Sequence[int]) -> dict[str, dict[str, float]]:
+    """AP and AR of boxes and of masks, with all categories of the ground truth taken as one.
+
+    Args:
+        coco: pycocotools' `COCO` with the ground truth; ids and categories may be any.
+        detections: COCO results; their categories do not count.
+        image_ids: Images evaluated; those without detections count as missed.
+
+    Returns:
+        "bbox" and "segm", each with AP, AP50, AP75, APs, APm, APl, AR1, AR10, AR100, ARs, ARm and ARl from 0 to 1;
+        −1, as pycocotools says, where there is no object of that size.
+
+    Raises:
+        UserError: None of the images has an annotated object, or an annotation lacks what it needs.
+    """
+    from pycocotools.cocoeval import COCOeval
+
+    image_ids = sorted(set(image_ids))
+    require_objects(coco, image_ids)
+    truth = as_one_category(coco, image_ids)
+    numbers = {image_id: number for number, image_id in enumerate(image_ids, start=1)}
+    ordered = sorted((d for d in detections if d["image_id"] in numbers), key=lambda d: numbers[d["image_id"]])
+    names = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+    scores = {}
+    with redirect_stdout(io.StringIO()):  # pycocotools prints what is returned here
+        for kind in ("bbox", "segm"):
+            field = "bbox" if kind == "bbox" else "segmentation"
+            entries = [
+                {"image_id": numbers[d["image_id"]], "category_id": 1, "score": d["score"], field: d[field]}
+                for d in ordered
+            ]
+            found = truth.loadRes(entries) if entries else index_of(truth.dataset["images"], [], [])
+            evaluation = COCOeval(truth, found, kind)
+            evaluation.evaluate()
+            evaluation.accumulate()
+            evaluation.summarize()
+            scores[kind] = dict(zip(names, map(float, evaluation.stats), strict=True))
+    return scores
+
+
+def paint_detections(picture: np.ndarray, detections: Sequence[dict]) -> np.ndarray:
+    """An image with its detections over it, a colour each: uint8 [H, W, 3] → a new one."""
+    from pycocotools import mask as rle
+
+    painted = picture.astype(np.float32)
+    line = max(1, min(picture.shape[:2]) // 150)
+    for entry, colour in zip(detections, itertools.cycle(_COLOURS), strict=False):
+        mask = rle.decode(entry["segmentation"]).astype(bool)
+        painted[mask] = 0.45 * painted[mask] + 0.55 * np.float32(colour)
+        x, y, width, height = map(int, entry["bbox"])
+        for rows, columns in (
+            (slice(y, y + line), slice(x, x + width)),
+            (slice(y + height - line, y + height), slice(x, x + width)),
+            (slice(y, y + height), slice(x, x + line)),
+            (slice(y, y + height), slice(x + width - line, x + width)),
+        ):
+            painted[rows, columns] = colour
+    return painted.round().astype(np.uint8)
+
+
+_ITERATIONS = 10
+_GAUSSIAN = {"sxy": 3, "compat": 7}
+_BILATERAL = {"sxy": 50, "srgb": 5, "compat": 10}
+_SMALLEST_IOU = 0.5
+
+
+def require_crf():
+    """The library's module `pydensecrf.densecrf`.
+
+    Raises:
+        UserError: It is not installed; the message says how.
+    """
+    try:
+        from pydensecrf import densecrf
+    except ModuleNotFoundError as error:
+        raise UserError(
+            "the CRF needs pydensecrf: pip install 'crate_fast[crf]' (it is compiled: a C++ compiler must be there), "
+            "or leave --crf out"
+        ) from error
+    return densecrf
+
+
+def refine(mask: np.ndarray, image: np.ndarray) -> np.ndarray | None:
+    """A mask's edges drawn to the image's, and its holes filled.
+
+    Krähenbühl and Koltun's mean-field inference, with CutLER's constants: 10 iterations; a Gaussian of 3 pixels,
+    weight 7; a bilateral one of 50 pixels and 5 grey levels, weight 10; the mask's label has probability e/(1 + e).
+
+    Args:
+        mask: Boolean [H, W].
+        image: uint8 [H, W, 3].
+
+    Returns:
+        Boolean [H, W]; None if the field turned the mask into another one (IoU below ½).
+    """
+    from scipy.ndimage import binary_fill_holes
+
+    densecrf = require_crf()
+    logits = np.stack([~mask, mask]).astype(np.float32)
+    log_probability = logits - np.log(np.exp(logits).sum(axis=0))
+    field = densecrf.DenseCRF2D(mask.shape[1], mask.shape[0], 2)
+    field.setUnaryEnergy(np.ascontiguousarray(-log_probability.reshape(2, -1)))
+    field.addPairwiseGaussian(**_GAUSSIAN)
+    field.addPairwiseBilateral(rgbim=np.ascontiguousarray(image), **_BILATERAL)
+    refined = np.argmax(field.inference(_ITERATIONS), axis=0).reshape(mask.shape).astype(bool)
+    refined = binary_fill_holes(refined)
+    union = (refined | mask).sum()
+    return refined if union and (refined & mask).sum() / union >= _SMALLEST_IOU else None

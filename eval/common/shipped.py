@@ -1,7 +1,7 @@
 """The two small models that come with the package: a CRATE and a ViT of the experiment's first seed.
 
     subject = open_model("shipped:CRATE")            # 158 k parameters, 128 px, twelve classes of shape_scenes
-    python -m crate_fast.eval.shipped RUN FILE       # write such a file from a run of one's own
+    python -m crate_fast.eval.common.shipped RUN FILE       # write such a file from a run of one's own
 
 They are what `crate-fast reproduce emergence --size small` trains (docs/emergence/earlier/first/report.md), in half
 precision: to look inside, not to compare. The file is safetensors; what the model is stands in its header.
@@ -24,7 +24,7 @@ from crate_fast.train.runs import load_model, model_arguments
 
 __all__ = ["FOLDER", "main", "open_shipped", "shipped_facts", "shipped_names", "write_shipped"]
 
-FOLDER = Path(__file__).parent / "weights"
+FOLDER = Path(__file__).parents[1] / "weights"
 
 
 def shipped_names() -> list[str]:
@@ -78,12 +78,12 @@ def open_shipped(name: str) -> tuple[nn.Module, dict]:
     return load_strictly(model, weights, f"shipped:{name}", "install the package again"), facts
 
 
-def write_shipped(run: Path, path: Path) -> None:
+def write_shipped(run: Path, file: Path) -> None:
     """Write the best model of a run in half precision.
 
     Args:
         run: Its folder.
-        path: The file, ending in .safetensors.
+        file: Where to, ending in .safetensors.
 
     Raises:
         UserError: There is no run.
@@ -97,8 +97,8 @@ def write_shipped(run: Path, path: Path) -> None:
     facts = {"name": config.model, "arguments": model_arguments(config, len(classes)), "mean": config.mean}
     facts |= {"classes": classes, "source": f"step {step} of a run with commit {manifest['commit']}"}
     weights = {name: tensor.to(torch.float16).contiguous() for name, tensor in model.state_dict().items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(weights, path, {"crate_fast": json.dumps(facts)})
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_file(weights, file, {"crate_fast": json.dumps(facts)})
 
 
 def main(argv: list[str] | None = None) -> int:

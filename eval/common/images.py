@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from crate_fast.errors import UserError
-from crate_fast.eval.coco import index_of, read_annotations
+from crate_fast.eval.common.coco import index_of, read_annotations
 from crate_fast.train.image_files import EXTENSIONS, UNREADABLE, as_stored, find_images, open_image, read_image
 from crate_fast.train.shape_scenes import ShapeScenes
 

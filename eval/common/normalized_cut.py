@@ -15,6 +15,8 @@ Three solvers, each for what the one before could not do:
 3. A dense decomposition in fp64.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +24,12 @@ from torch import Tensor
 
 from crate_fast.errors import UserError
 
-__all__ = ["SAME", "Cut", "second_eigenvector"]
+__all__ = [
+    "SAME",
+    "Cut",
+    "exact_fp32",
+    "second_eigenvector",
+]
 
 MAX_STEPS = 160  # of Lanczos
 _BLOCK, _MAX_BLOCKS = 8, 60
@@ -233,3 +240,17 @@ def _signed(vector: Tensor) -> Tensor:
     places = torch.arange(vector.shape[-1], device=vector.device).expand_as(vector)
     first = torch.where(near, places, vector.shape[-1] - 1).amin(dim=-1, keepdim=True)
     return vector / size.amax(dim=-1, keepdim=True) * vector.gather(-1, first).sign()
+
+
+@contextmanager
+def exact_fp32() -> Iterator[None]:
+    """No tf32 or bf16 inside fp32 matrix products, on GPUs and CPUs; what was set before is put back."""
+    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    before = [backend.fp32_precision for backend in backends]
+    for backend in backends:
+        backend.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision
