@@ -87,7 +87,7 @@ def _brightness_subject() -> SimpleNamespace:
 
     extract.grid = (2, 3)
     extract.resolve_layer = lambda layer: 7 if layer is None else layer
-    return SimpleNamespace(extract=extract, normalize=lambda images: images.float(), device=torch.device("cpu"))
+    return SimpleNamespace(extract=extract, features=lambda images, layers: extract(images.float(), layers))
 
 
 def _batch(patches: list[list[float]], name: str) -> Batch:

@@ -16,7 +16,7 @@ from explorer import desk_with, huge_file, picture_file, served
 from PIL import Image
 
 from crate_fast.eval.common.features import extractor_for
-from crate_fast.eval.common.models import Subject
+from crate_fast.eval.common.models import LoadedModel
 from crate_fast.eval.explore import offers
 from crate_fast.eval.explore.offers import Offer, OpenModel, offers_of
 from crate_fast.settings import require_browser
@@ -52,7 +52,7 @@ def desk():
     model = timm.create_model(
         "vit_tiny_patch16_224", img_size=32, depth=2, class_token=False, global_pool="avg", num_classes=0
     )
-    subject = Subject("nocls", model.eval(), Normalize("half"), extractor_for(model), {"parameters": 1})
+    subject = LoadedModel("nocls", model.eval(), Normalize("half"), extractor_for(model), {"parameters": 1})
     found.shelf._open[3] = OpenModel(subject, None, threading.Lock())
     monkeypatch = pytest.MonkeyPatch()
     monkeypatch.setattr(offers, "_OPEN_AT_ONCE", 9)

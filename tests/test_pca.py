@@ -132,7 +132,7 @@ def _subject(features: torch.Tensor) -> SimpleNamespace:
 
     extract.grid = (4, 4)
     extract.resolve_layer = lambda layer: 5 if layer is None else layer
-    return SimpleNamespace(extract=extract, normalize=lambda images: images, device=torch.device("cpu"))
+    return SimpleNamespace(extract=extract, features=extract)
 
 
 def _batch(number: int, mask: torch.Tensor | None) -> Batch:

@@ -402,12 +402,14 @@ def batches(
         UserError: Not one image could be read.
     """
     loader = DataLoader(images, batch_size=batch_size, num_workers=workers, collate_fn=list)
-    readable, before = 0, len(problems)
+    readable, first_problem = 0, ""
     with tqdm(total=len(images), desc=progress, unit="img", disable=progress is None) as bar:
         for samples in loader:
             for sample in samples:
                 if sample.problem is not None:
-                    problems.append(sample.problem)
+                    first_problem = first_problem or sample.problem
+                    if sample.problem not in problems:  # several models read the same images
+                        problems.append(sample.problem)
                     bar.write(f"unreadable: {sample.problem}", file=sys.stderr)
             good = [sample for sample in samples if sample.problem is None]
             readable += len(good)
@@ -415,4 +417,4 @@ def batches(
                 yield Batch(torch.stack([sample.image for sample in good]), good)
             bar.update(len(samples))
     if not readable and not allow_none:
-        raise UserError(f"none of the {len(images)} images could be read; the first: {problems[before]}")
+        raise UserError(f"none of the {len(images)} images could be read; the first: {first_problem}")

@@ -12,16 +12,17 @@ weights.pth#state_dict.
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from crate_fast import CRATEMAE
 from crate_fast.checkpoints import is_demo, load_strictly, read_state_dict
 from crate_fast.errors import UserError
-from crate_fast.eval.common.features import FeatureExtractor, extractor_for
+from crate_fast.eval.common.features import FeatureExtractor, Features, extractor_for
 from crate_fast.eval.common.shipped import open_shipped, shipped_facts
 from crate_fast.registry import create_model, is_mae, is_model, model_names
 from crate_fast.train import checkpoint
@@ -30,13 +31,13 @@ from crate_fast.train.config import TrainConfig
 from crate_fast.train.data import Normalize
 from crate_fast.train.runs import build_model, checkpoint_steps, load_model, num_classes_of, run_config
 
-__all__ = ["Subject", "class_names", "open_model", "split_label", "split_source"]
+__all__ = ["LoadedModel", "class_names", "open_model", "split_label", "split_source"]
 
 _SHIPPED = "shipped:"
 
 
 @dataclass(frozen=True)
-class Subject:
+class LoadedModel:
     """A model under evaluation.
 
     Attributes:
@@ -72,6 +73,10 @@ class Subject:
     def device(self) -> torch.device:
         """Where the model is."""
         return next(self.model.parameters()).device
+
+    def features(self, images: Tensor, layers: Sequence[int]) -> Features:
+        """Read the features of some layers from uint8 images [B, 3, H, W] on any device."""
+        return self.extract(self.normalize(images.to(self.device)), layers)
 
 
 def split_source(source: str) -> tuple[str, str]:
@@ -189,7 +194,7 @@ def open_model(
     image_size: int | None = None,
     model_args: list[str] | None = None,
     seed: int = 0,
-) -> Subject:
+) -> LoadedModel:
     """Open one model (see the module's text for how to name it).
 
     Args:
@@ -242,7 +247,7 @@ def open_model(
         "seed": seed,
     }
     normalize = Normalize(statistics).to(device)
-    return Subject(label, model.to(device), normalize, extract, facts, config, autoencoder)
+    return LoadedModel(label, model.to(device), normalize, extract, facts, config, autoencoder)
 
 
 def class_names(specification: str) -> list[str] | None:

@@ -1,5 +1,4 @@
-"""What every evaluation leaves behind: results.json with its origin, tables in three formats, unreadable
-images named."""
+"""Files of an evaluation: results.json with its origin, tables in three formats, and records to resume from."""
 
 import csv
 import io
@@ -20,25 +19,33 @@ __all__ = [
     "latex_table",
     "make_folder",
     "markdown_table",
-    "raise_failures",
-    "say_written",
     "write_results",
     "write_table",
 ]
 
-
-def _cell(value: object, digits: int) -> str:
-    if value is None:
-        return "–"
-    return f"{value:.{digits}f}" if isinstance(value, float) else str(value)
+_LATEX = str.maketrans(
+    {sign: "\\" + sign for sign in "&%_#${}"}
+    | {"–": "--", "−": "$-$", "…": r"\dots", "\\": r"\textbackslash{}"}
+    | {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+)
 
 
 def _columns(rows: Sequence[dict]) -> list[str]:
     return list(dict.fromkeys(name for row in rows for name in row))
 
 
+def _cells(rows: Sequence[dict], digits: int) -> list[list[str]]:
+    """Return the header and the rows as text; a missing value is –."""
+
+    def cell(value: object) -> str:
+        return "–" if value is None else f"{value:.{digits}f}" if isinstance(value, float) else str(value)
+
+    columns = _columns(rows)
+    return [columns, *([cell(row.get(name)) for name in columns] for row in rows)]
+
+
 def markdown_table(rows: Sequence[dict], digits: int = 3) -> str:
-    """Rows as a Markdown table; columns in order of appearance, a missing value as –.
+    """Format rows as a Markdown table; columns in order of appearance, a missing value as –.
 
     >>> print(markdown_table([{"model": "A", "AP": 0.5}, {"model": "B"}]), end="")
     | model | AP |
@@ -46,14 +53,13 @@ def markdown_table(rows: Sequence[dict], digits: int = 3) -> str:
     | A | 0.500 |
     | B | – |
     """
-    columns = _columns(rows)
-    lines = [columns, ["---"] * len(columns)]
-    lines += [[_cell(row.get(name), digits).replace("|", "\\|") for name in columns] for row in rows]
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+    columns, *lines = _cells(rows, digits)
+    lines = [[cell.replace("|", "\\|") for cell in line] for line in lines]
+    return "".join("| " + " | ".join(line) + " |\n" for line in [columns, ["---"] * len(columns), *lines])
 
 
 def csv_table(rows: Sequence[dict]) -> str:
-    """Rows as CSV, numbers in full; a missing value is empty."""
+    """Format rows as CSV, numbers in full; a missing value is empty."""
     text = io.StringIO()
     writer = csv.DictWriter(text, _columns(rows), restval="", lineterminator="\n")
     writer.writeheader()
@@ -62,31 +68,15 @@ def csv_table(rows: Sequence[dict]) -> str:
 
 
 def latex_table(rows: Sequence[dict], digits: int = 3) -> str:
-    """Rows as a LaTeX `tabular` for the booktabs package."""
-    special = {"&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "$": r"\$", "–": "--", "−": "$-$", "…": r"\dots"}
-    special |= {
-        "{": r"\{",
-        "}": r"\}",
-        "~": r"\textasciitilde{}",
-        "^": r"\textasciicircum{}",
-        "\\": r"\textbackslash{}",
-    }
-
-    def escape(text: str) -> str:
-        return "".join(special.get(letter, letter) for letter in text)
-
-    columns = _columns(rows)
-    lines = [" & ".join(escape(_cell(row.get(name), digits)) for name in columns) + r" \\" for row in rows]
-    head = " & ".join(escape(name) for name in columns) + r" \\"
-    body = "\n".join(lines)
-    return (
-        f"\\begin{{tabular}}{{l{'r' * (len(columns) - 1)}}}\n\\toprule\n{head}\n\\midrule\n{body}\n\\bottomrule\n"
-        "\\end{tabular}\n"
-    )
+    """Format rows as a LaTeX `tabular` for the booktabs package."""
+    head, *body = (" & ".join(c.translate(_LATEX) for c in line) + r" \\" for line in _cells(rows, digits))
+    alignment = "l" + "r" * (len(_columns(rows)) - 1)
+    lines = [rf"\begin{{tabular}}{{{alignment}}}", r"\toprule", head, r"\midrule", *body, r"\bottomrule"]
+    return "\n".join([*lines, r"\end{tabular}", ""])
 
 
 def make_folder(folder: Path) -> Path:
-    """Return a folder to write into, made if it is not there.
+    """Make a folder to write into, if it is not there, and return it.
 
     Raises:
         UserError: It cannot be made or written to.
@@ -101,32 +91,12 @@ def make_folder(folder: Path) -> Path:
 
 
 def file_name(label: str) -> str:
-    """A model's label as part of a path: CRATE-S/8 → CRATE-S_8."""
+    """Return a model's label as part of a path: CRATE-S/8 → CRATE-S_8."""
     return re.sub(r"[^\w.@-]+", "_", label)
 
 
-def raise_failures(failures: Sequence[str], folder: Path | None = None) -> None:
-    """End a command some of whose models could not be scored; does nothing if all were.
-
-    Args:
-        failures: One line a model.
-        folder: Where the results of the others are; None if there are none.
-
-    Raises:
-        UserError: There is a failure.
-    """
-    if failures:
-        others = "" if folder is None else f"; the other models' results are in {folder}"
-        raise UserError("; ".join(failures) + others)
-
-
-def say_written(paths: Sequence[Path], problems: Sequence[str]) -> None:
-    """The last lines of every command: how many images could not be read, and which files there are."""
-    print(f"unreadable images: {len(problems)}\nwritten:", *map(str, paths), sep="\n  ")
-
-
 def _write(path: Path, text: str) -> None:
-    """Write a file; where that fails, print what it was to hold, for it may have taken hours."""
+    """Write a file; where that fails, print its content, which may have taken hours."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, text)
@@ -148,14 +118,14 @@ def write_table(folder: Path, name: str, rows: Sequence[dict], digits: int = 3) 
 
 
 def write_results(folder: Path, protocol: str, config: dict, results: dict, problems: Sequence[str] = ()) -> Path:
-    """Write results.json: what was asked, what came out, where it comes from, which images could not be read.
+    """Write results.json: settings, results, unreadable images and provenance.
 
     Args:
         folder: Made if it is not there.
         protocol: Such as "maskcut".
         config: Every setting that decides the result.
         results: Plain values.
-        problems: One line an unreadable image.
+        problems: One line for each unreadable image.
 
     Returns:
         The file.
@@ -173,19 +143,18 @@ def write_results(folder: Path, protocol: str, config: dict, results: dict, prob
 
 
 class Records:
-    """The records of an evaluation in a folder.
+    """Records of an evaluation in a folder, one line for each image or checkpoint, from which it is resumed.
 
-        settings.json         what decides a record; another setting may not be mixed in
+        settings.json         the settings that decide a record; records of other settings are refused
         records-RANK.jsonl    one record a line, appended and flushed by the process of that rank
 
-    A process killed while it writes leaves half a line, which is not read, and its image is done again.
+    A killed process leaves half a line, which is not read: its image is done again.
 
     Args:
         folder: Made if it is not there.
-        settings: What decides a record.
-        rank: Of this process; the first writes settings.json, and must have made this object before others make
-            theirs.
-        key: What a record is of, and is called in it.
+        settings: Settings that decide a record.
+        rank: Rank of this process. Rank 0 writes settings.json; make its object before the others.
+        key: Name of the field that identifies a record.
 
     Raises:
         UserError: The folder holds records made with other settings, or cannot be written.
@@ -200,17 +169,15 @@ class Records:
             before = json.loads(path.read_text())
             differing = sorted(k for k in before.keys() | settings.keys() if before.get(k) != settings.get(k))
             if differing:
-                told = "; ".join(
-                    f"{name}: {before.get(name)!r} there, {settings.get(name)!r} now" for name in differing
-                )
+                pairs = "; ".join(f"{k}: {before.get(k)!r} there, {settings.get(k)!r} now" for k in differing)
                 raise UserError(
-                    f"{folder} holds records of other settings ({told}): give another --output, or remove it"
+                    f"{folder} holds records of other settings ({pairs}): give another --output, or remove it"
                 )
         elif rank == 0:
             write_text(path, json.dumps(settings, indent=2) + "\n")
 
     def read(self) -> dict[str | int, dict]:
-        """Key → its record, over all processes; of two records with one key either, since they are equal."""
+        """Return key → record of all processes; records with one key are equal."""
         records = {}
         for path in sorted(self.folder.glob("records-*.jsonl")):
             with path.open() as file:
@@ -221,7 +188,7 @@ class Records:
         return records
 
     def append(self, records: Iterable[dict]) -> None:
-        """Write records as they come; each is on disk, in the operating system's eyes, before the next is made."""
+        """Write records as they come; each is flushed to the operating system before the next is made."""
         path = self.folder / f"records-{self.rank}.jsonl"
         _cut_half_line(path)
         with path.open("a") as file:

@@ -1,6 +1,6 @@
 """The two small models that come with the package: a CRATE and a ViT of the experiment's first seed.
 
-    subject = open_model("shipped:CRATE")            # 158 k parameters, 128 px, twelve classes of shape_scenes
+    loaded = open_model("shipped:CRATE")            # 158 k parameters, 128 px, twelve classes of shape_scenes
     python -m crate_fast.eval.common.shipped RUN FILE       # write such a file from a run of one's own
 
 They are what `crate-fast reproduce emergence --size small` trains (docs/emergence/earlier/first/report.md), in half

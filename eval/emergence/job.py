@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from crate_fast.errors import UserError
-from crate_fast.eval.common.models import Subject, open_model
+from crate_fast.eval.common.models import LoadedModel, open_model
 from crate_fast.eval.common.results import Records
 from crate_fast.eval.emergence.protocol import Point, Protocol, Run, Stage, stages_of, training_config
 from crate_fast.eval.emergence.scores import checkpoint_scores, pictures, shown_scenes
@@ -232,7 +232,7 @@ def _score_checkpoints(job: Job, interruption: Interruption) -> list[dict] | Non
     return [found[number] for number in range(len(points))]
 
 
-def _subject(job: Job, point: Point) -> Subject:
+def _subject(job: Job, point: Point) -> LoadedModel:
     source = f"{job.run.model}={job.stage_folder(point.stage)}@{point.step or 'untrained'}"
     return open_model(source, job.device, job.protocol.image_size, seed=job.run.seed)
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from crate_fast.eval import coarse_segmentation, maskcut, white_box
 from crate_fast.eval.common.images import SceneImages, batches
-from crate_fast.eval.common.models import Subject
+from crate_fast.eval.common.models import LoadedModel
 from crate_fast.eval.common.principal_components import TooFewPatchesError, foreground, pca_rgb
 from crate_fast.eval.emergence.protocol import Protocol
 
@@ -19,7 +19,7 @@ _BATCH = 50
 _DIGITS = 6
 
 
-def checkpoint_scores(subject: Subject, protocol: Protocol) -> dict:
+def checkpoint_scores(subject: LoadedModel, protocol: Protocol) -> dict:
     """Every score of a model.
 
     Args:
@@ -47,7 +47,7 @@ def checkpoint_scores(subject: Subject, protocol: Protocol) -> dict:
 
 
 @torch.inference_mode()
-def _accuracy(subject: Subject, images: SceneImages) -> float:
+def _accuracy(subject: LoadedModel, images: SceneImages) -> float:
     right = 0
     for batch in batches(images, _BATCH, []):
         found = subject.model(subject.normalize(batch.images.to(subject.device))).argmax(dim=1).cpu()
@@ -55,7 +55,7 @@ def _accuracy(subject: Subject, images: SceneImages) -> float:
     return right / len(images)
 
 
-def _coarse(subject: Subject, images: SceneImages) -> dict:
+def _coarse(subject: LoadedModel, images: SceneImages) -> dict:
     scores = coarse_segmentation.evaluate(subject, images, batch_size=_BATCH)
     left_out = ("by_class", "fixed_head")  # the best head of these very images: the head is chosen elsewhere
     for result in scores.values():
@@ -70,7 +70,7 @@ def _detection(numbers: dict) -> dict:
     return found | {"detections": numbers["detections"]}
 
 
-def _white_box(subject: Subject, images: SceneImages) -> list[dict]:
+def _white_box(subject: LoadedModel, images: SceneImages) -> list[dict]:
     if len(white_box.left_out(subject.model)) == len(white_box.MEASURES):
         return []
     return white_box.evaluate(subject, batches(images, _BATCH, []))["layers"]
@@ -97,7 +97,7 @@ def shown_scenes(protocol: Protocol) -> dict[str, np.ndarray]:
 
 
 @torch.inference_mode()
-def pictures(subject: Subject, protocol: Protocol, layers: Sequence[int]) -> dict[str, np.ndarray]:
+def pictures(subject: LoadedModel, protocol: Protocol, layers: Sequence[int]) -> dict[str, np.ndarray]:
     """What the figures show of a model on the first test scenes, which share one analysis of components.
 
     Args:

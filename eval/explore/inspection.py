@@ -9,7 +9,7 @@ from torch import Tensor
 
 from crate_fast.errors import UserError
 from crate_fast.eval.common.features import Features, LayerTokens
-from crate_fast.eval.common.models import Subject
+from crate_fast.eval.common.models import LoadedModel
 from crate_fast.eval.common.principal_components import TooFewPatchesError, foreground, pca_rgb
 from crate_fast.eval.maskcut import maskcut
 from crate_fast.layers import ISTA
@@ -99,7 +99,7 @@ class Inspection:
 
 
 @torch.inference_mode()
-def inspect(subject: Subject, image: Tensor) -> Inspection:
+def inspect(subject: LoadedModel, image: Tensor) -> Inspection:
     """Run a model on one picture. One thread at a time may do so with one model: it is read through hooks.
 
     Args:
@@ -116,7 +116,7 @@ def inspect(subject: Subject, image: Tensor) -> Inspection:
     return Inspection(features, None, None, None, _top(subject, subject.model(pixels)))
 
 
-def _inspect_crate(subject: Subject, pixels: Tensor) -> Inspection:
+def _inspect_crate(subject: LoadedModel, pixels: Tensor) -> Inspection:
     tokens: dict[int, LayerTokens] = {}
     rates: list[float] = []
     shares: list[Tensor] = []
@@ -138,7 +138,7 @@ def _inspect_crate(subject: Subject, pixels: Tensor) -> Inspection:
     return Inspection(features, rates or None, by_token[:, 1:].numpy(), mean, top)
 
 
-def _top(subject: Subject, logits: Tensor) -> list[tuple[int, float]] | None:
+def _top(subject: LoadedModel, logits: Tensor) -> list[tuple[int, float]] | None:
     if not logits.isfinite().all():
         raise UserError(f"the output of {subject.label} holds NaN or infinity: its checkpoint is damaged")
     if logits.dim() != 2 or not getattr(subject.model, "num_classes", 0):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from crate_fast.errors import UserError
-from crate_fast.eval.common.models import Subject, class_names, open_model, split_label, split_source
+from crate_fast.eval.common.models import LoadedModel, class_names, open_model, split_label, split_source
 from crate_fast.eval.common.shipped import shipped_names
 from crate_fast.train import checkpoint
 from crate_fast.train.runs import checkpoint_steps
@@ -38,12 +38,12 @@ class OpenModel:
     """A model in memory.
 
     Attributes:
-        subject: See `models.Subject`.
+        subject: See `models.LoadedModel`.
         classes: Names of its classes, in order; None where nobody wrote them down.
         lock: To hold while the model runs.
     """
 
-    subject: Subject
+    subject: LoadedModel
     classes: list[str] | None
     lock: threading.Lock
 
