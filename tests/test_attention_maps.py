@@ -146,23 +146,24 @@ def drawn(monkeypatch):
     return figures
 
 
-def test_heads_figure_pages_and_files(tmp_path, capsys):
-    results = _run(tmp_path / "one", "--limit", "9")
+def test_heads_figure_pages_and_files(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("crate_fast.eval.common.figures.ROWS_A_PAGE", 2)
+    results = _run(tmp_path / "one", "--limit", "3")
     names = {path.name for path in (tmp_path / "one").iterdir()}
     figures = {f"attention_0{page}.{suffix}" for page in (1, 2) for suffix in ("png", "pdf")}
     assert names == figures | {"attention.npz", "attention.md", "attention.csv", "attention.tex", "results.json"}
     assert results["protocol"] == "attention_maps"
     assert results["config"]["heads"] == ["all", "mean"]
     with np.load(tmp_path / "one" / "attention.npz") as maps:
-        assert sorted(maps) == sorted(map(str, range(9)))
-        assert maps["3"].shape == (2, 4, 4)
-        assert maps["3"].sum(axis=(1, 2)) == pytest.approx([1, 1])
-        peak = np.unravel_index(maps["3"][1].argmax(), (4, 4))
-    assert results["results"]["A"]["images"][3]["heads"][1]["peak"] == list(peak)
+        assert sorted(maps) == ["0", "1", "2"]
+        assert maps["2"].shape == (2, 4, 4)
+        assert maps["2"].sum(axis=(1, 2)) == pytest.approx([1, 1])
+        peak = np.unravel_index(maps["2"][1].argmax(), (4, 4))
+    assert results["results"]["A"]["images"][2]["heads"][1]["peak"] == list(peak)
     out = capsys.readouterr().out
     assert "| A | 0 | 1 |" in out
     assert "attention_02.pdf" in out
-    _run(tmp_path / "two", "--limit", "9")
+    _run(tmp_path / "two", "--limit", "3")
     for path in (tmp_path / "one").glob("attention*"):
         assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes(), path.name
 
@@ -250,22 +251,16 @@ def test_unreadable_images_are_named(tmp_path):
         (["--levels", "1,2"], "--levels are of noise"),
         (["--figure", "noise_sigma", "--heads", "best"], "by number"),
         (["--figure", "noise_share", "--levels", "0,2"], "share=2.0"),
+        (["--data", "folder:{}", "--heads", "best"], "needs object masks"),
     ],
 )
-def test_mistakes_are_one_message(tmp_path, capsys, words, message):
-    assert main([*CRATE, "--data", "shape_scenes", "--limit", "1", "--output", str(tmp_path), *words]) == 2
-    assert message in capsys.readouterr().err
+def test_mistakes_are_one_message(tmp_path, refuses, words, message):
+    words = [word.format(tmp_path) for word in words]
+    output = ["--limit", "1", "--output", str(tmp_path / "out")]
+    refuses(message, main, [*CRATE, "--data", "shape_scenes", *output, *words])
 
 
-def test_the_best_head_needs_masks(tmp_path, capsys):
-    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    words = ["--data", f"folder:{tmp_path}", "--heads", "best", "--output", str(tmp_path / "out")]
-    assert main([*CRATE, *words]) == 2
-    assert "needs object masks" in capsys.readouterr().err
-
-
-def test_a_model_without_cls_is_refused(tmp_path, capsys):
+def test_a_model_without_cls_is_refused(tmp_path, refuses):
     words = ["--model-args", "depth=1", "img_size=32", "class_token=false", "global_pool=avg"]
-    where = ["--data", "shape_scenes", "--limit", "1", "--output", str(tmp_path)]
-    assert main(["vit_tiny_patch16_224@untrained", *words, *where]) == 2
-    assert "no CLS token" in capsys.readouterr().err
+    output = ["--data", "shape_scenes", "--limit", "1", "--output", str(tmp_path)]
+    refuses("no CLS token", main, ["vit_tiny_patch16_224@untrained", *words, *output])
