@@ -402,6 +402,12 @@ def _run(folder, output, *more) -> dict:
     return json.loads((output / "results.json").read_text())
 
 
+@pytest.fixture(autouse=True)
+def _no_figures(monkeypatch):
+    """Only the shared run draws."""
+    monkeypatch.setattr(protocol, "image_grid", lambda *_args, **_more: None)
+
+
 @pytest.fixture(scope="module")
 def whole(folder, tmp_path_factory):
     """(output folder, results.json) of a complete run."""
@@ -466,12 +472,12 @@ def test_two_processes_give_what_one_gives(folder, whole, tmp_path, free_port):
 def test_unreadable_images_are_counted_once_and_again_when_resumed(tmp_path, capsys, refuses):
     folder, output = _coco(tmp_path / "coco"), tmp_path / "out"
     (folder / "val2017" / f"{1:012d}.jpg").write_bytes(b"not an image")
-    first = _run(folder, output, "--figure-images", "1")
+    first = _run(folder, output)
     assert first["unreadable"]["count"] == 1
     assert "000000000001.jpg" in first["unreadable"]["images"][0]
     assert first["results"]["images"] == 5
     assert "unreadable images: 1" in capsys.readouterr().out
-    again = _run(folder, output, "--figure-images", "1")
+    again = _run(folder, output)
     assert again == first | {"provenance": again["provenance"]}
     for path in (folder / "val2017").iterdir():
         path.write_bytes(b"not an image")
@@ -479,14 +485,14 @@ def test_unreadable_images_are_counted_once_and_again_when_resumed(tmp_path, cap
 
 
 def test_a_refused_setting_does_not_stand_in_the_way_of_the_right_one(folder, tmp_path, refuses):
-    words = _words(folder, tmp_path, "--limit", "2", "--figure-images", "1")
+    words = _words(folder, tmp_path, "--limit", "2")
     refuses("tau=3.0: a cosine lies from -1 to 1", protocol.main, [*words, "--tau", "3"])
     refuses("layer 9", protocol.main, [*words, "--layer", "9"])
     assert protocol.main(words) == 0
 
 
 def test_images_without_annotations_get_detections_but_no_ap(folder, tmp_path):
-    results = _run(folder, tmp_path, "--data", f"folder:{folder / 'val2017'}", "--figure-images", "1")["results"]
+    results = _run(folder, tmp_path, "--data", f"folder:{folder / 'val2017'}")["results"]
     assert results["images"] == 6
     assert "bbox" not in results
 

@@ -65,9 +65,9 @@ def test_a_damaged_file_of_the_package_is_one_line(tmp_path, monkeypatch):
 def test_a_run_can_be_shipped(tiny_run, tmp_path, monkeypatch):
     assert shipped.main([str(tiny_run), str(tmp_path / "mine.safetensors")]) == 0
     monkeypatch.setattr(shipped, "FOLDER", tmp_path)
-    subject = open_model("shipped:mine")
+    loaded = open_model("shipped:mine")
     images = torch.rand(2, 3, 32, 32)
     trained = load_model(tiny_run)[0]
     with torch.no_grad():
-        assert subject.model(images) == pytest.approx(trained(images), abs=5e-3)
-    assert not torch.equal(open_model("shipped:mine@untrained").model(images), subject.model(images))
+        assert loaded.model(images) == pytest.approx(trained(images), abs=5e-3)
+    assert not torch.equal(open_model("shipped:mine@untrained").model(images), loaded.model(images))
