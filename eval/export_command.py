@@ -1,7 +1,7 @@
-"""Write a model as ONNX and as a torch.export program, compared with PyTorch before the files are put in place.
+"""Write a model as ONNX and as a torch.export program, after a comparison with PyTorch.
 
     crate-fast export runs/NAME                                             runs/export/NAME/model.onnx, .pt2, .json
-    crate-fast export runs/NAME --outputs logits,attention --layers 9,10    attention of CLS in two layers beside
+    crate-fast export runs/NAME --outputs logits,attention --layers 9,10    also attention of CLS in two layers
     crate-fast export runs/NAME --input uint8                               images 0 to 255, normalised in the graph
 
 Outputs: logits [B, classes]; features [B, C], what the classifier reads; attention [B, L, H, P], of CLS on patches,
@@ -60,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _statistics(normalize: Normalize) -> tuple[list[float], list[float]]:
-    """Mean and deviation of the three channels."""
+    """Return mean and deviation of the three channels."""
     deviation = 1 / (255 * normalize.scale.double().flatten())
     mean = -normalize.shift.double().flatten() * deviation
     return [round(value, 6) for value in mean.tolist()], [round(value, 6) for value in deviation.tolist()]
@@ -75,16 +75,14 @@ def _export(options: argparse.Namespace) -> None:
             f"{loaded.facts['model']} is a {type(loaded.model).__name__} of timm: crate-fast exports CRATE, its "
             "ablations and the encoders of CRATE-MAE; name one of those"
         )
-    depth = loaded.extract.depth
-    names = ("model", "weights_sha256", "parameters")
-    facts = {name: loaded.facts[name] for name in names}
+    facts = {name: loaded.facts[name] for name in ("model", "weights_sha256", "parameters")}
     classes = class_names(options.model) if loaded.model.num_classes else None
     written = export_model(
         loaded.model,
         make_folder(options.output or Path("runs/export") / file_name(loaded.label)),
         formats=options.format,
         outputs=options.outputs,
-        layers=range(depth) if options.layers == "all" else options.layers,
+        layers=range(loaded.extract.depth) if options.layers == "all" else options.layers,
         statistics=_statistics(loaded.normalize),
         raw=options.input == "uint8",
         opset=options.opset,
@@ -96,7 +94,7 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Export a model; the exit status is 2 where it cannot be, or differs."""
+    """Export a model; the exit status is 2 if it cannot be exported or differs."""
     return run_command(lambda: _export(_parser().parse_args(argv)))
 
 

@@ -1,4 +1,8 @@
-"""COCO annotation files: checked and completed when they are opened, before anything is computed from them."""
+"""COCO annotations and detections: checked annotation files, masks as detections, class-agnostic AP and AR, CRF.
+
+All detections have category 1 and score 1. pycocotools ranks equal scores by image id and then as listed; both orders
+are fixed here, so AP is reproducible, but another order would give another AP (AR would stay). Report AR@100 too.
+"""
 
 import io
 import itertools
@@ -32,9 +36,9 @@ _FARTHEST = 1_000_000  # pixels; pycocotools takes memory and time for each, and
 def read_annotations(path: Path):
     """Open a file of COCO's or LVIS's instance annotations.
 
-    What the format has a default for, or the mask determines, is filled in: iscrowd (0), area and bbox (of the mask),
-    file_name (the end of coco_url), a category's name (its number), and the size of an image (of its RLE masks).
-    Annotations of images that the file does not list are left out, as pycocotools leaves them out.
+    Missing values with a default are filled in: iscrowd (0), area and bbox (from the mask), file_name (the end of
+    coco_url), a category's name (its number), and an image's size (from its RLE masks). Annotations of unlisted
+    images are left out, as in pycocotools.
 
     Args:
         path: The file.
@@ -43,8 +47,7 @@ def read_annotations(path: Path):
         pycocotools' index `COCO`.
 
     Raises:
-        UserError: Something else is missing or wrong; the message names the file, the annotation or image, and the
-            field.
+        UserError: Another field is missing or wrong; the message names file, annotation or image, and field.
     """
     try:
         content = json.loads(path.read_bytes())
@@ -80,13 +83,13 @@ def index_of(images: list[dict], annotations: list[dict], categories: list[dict]
 
     index = COCO()
     index.dataset = {"images": images, "annotations": annotations, "categories": categories}
-    with redirect_stdout(io.StringIO()):  # it prints how it gets on
+    with redirect_stdout(io.StringIO()):  # it prints its progress
         index.createIndex()
     return index
 
 
 def require_objects(coco, image_ids: Sequence) -> None:
-    """Refuse images without an object: AP of them would have no meaning.
+    """Refuse images without an object, whose AP has no meaning.
 
     Raises:
         UserError: None has one.
@@ -105,10 +108,10 @@ def as_one_category(coco, image_ids: Sequence):
 
     Args:
         coco: pycocotools' index of the annotations.
-        image_ids: Of the images; image n of the copy is image_ids[n − 1].
+        image_ids: Image n of the copy is image_ids[n − 1].
 
     Returns:
-        The copy's index; `coco` stays as it is.
+        The copy's index; `coco` is unchanged.
     """
     images, annotations = [], []
     for number, image_id in enumerate(image_ids, start=1):
@@ -271,10 +274,10 @@ _COLOURS = ((230, 60, 50), (60, 130, 230), (60, 180, 80), (240, 180, 40), (160, 
 
 
 def enlarge(masks: np.ndarray, size: tuple[int, int], resample: Image.Resampling) -> np.ndarray:
-    """Masks at another resolution: boolean [n, rows, columns] → [n, height, width], at least one half where blended.
+    """Resize boolean masks [n, rows, columns] to [n, height, width]; blended pixels count from one half on.
 
     Args:
-        masks: Of patches or pixels.
+        masks: Masks on patches or pixels.
         size: Height and width.
         resample: NEAREST from patches to the squashed image, BICUBIC from there to the image's own size.
     """
@@ -287,10 +290,10 @@ def enlarge(masks: np.ndarray, size: tuple[int, int], resample: Image.Resampling
 
 
 def detections_of(masks: np.ndarray, image_id: int | str) -> list[dict]:
-    """COCO results of one image: boolean masks [n, H, W] → an entry for each that is not empty.
+    """Return COCO results of one image: an entry for each boolean mask [n, H, W] that is not empty.
 
-    An entry has "image_id", "category_id" 1, "segmentation" (compressed RLE), "bbox" [x, y, width, height] in pixels,
-    tight around the mask, and "score" 1.
+    An entry has "image_id", "category_id" 1, "segmentation" (compressed RLE), a tight "bbox" [x, y, width, height] in
+    pixels, and "score" 1.
     """
     from pycocotools import mask as rle
 
@@ -311,16 +314,16 @@ def detections_of(masks: np.ndarray, image_id: int | str) -> list[dict]:
 
 
 def class_agnostic_scores(coco, detections: Sequence[dict], image_ids: Sequence[int]) -> dict[str, dict[str, float]]:
-    """AP and AR of boxes and of masks, with all categories of the ground truth taken as one.
+    """Score boxes and masks by AP and AR, with all categories taken as one.
 
     Args:
-        coco: pycocotools' `COCO` with the ground truth; ids and categories may be any.
-        detections: COCO results; their categories do not count.
+        coco: pycocotools' `COCO` with the ground truth; any ids and categories.
+        detections: COCO results; their categories are ignored.
         image_ids: Images evaluated; those without detections count as missed.
 
     Returns:
         "bbox" and "segm", each with AP, AP50, AP75, APs, APm, APl, AR1, AR10, AR100, ARs, ARm and ARl from 0 to 1;
-        −1, as pycocotools says, where there is no object of that size.
+        pycocotools' −1 where there is no object of that size.
 
     Raises:
         UserError: None of the images has an annotated object, or an annotation lacks what it needs.
@@ -351,7 +354,7 @@ def class_agnostic_scores(coco, detections: Sequence[dict], image_ids: Sequence[
 
 
 def paint_detections(picture: np.ndarray, detections: Sequence[dict]) -> np.ndarray:
-    """An image with its detections over it, a colour each: uint8 [H, W, 3] → a new one."""
+    """Draw detections over a copy of an image, uint8 [H, W, 3], each in its own colour."""
     from pycocotools import mask as rle
 
     painted = picture.astype(np.float32)
@@ -377,7 +380,7 @@ _SMALLEST_IOU = 0.5
 
 
 def require_crf():
-    """The library's module `pydensecrf.densecrf`.
+    """Import and return `pydensecrf.densecrf`.
 
     Raises:
         UserError: It is not installed; the message says how.
@@ -393,7 +396,7 @@ def require_crf():
 
 
 def refine(mask: np.ndarray, image: np.ndarray) -> np.ndarray | None:
-    """A mask's edges drawn to the image's, and its holes filled.
+    """Fit a mask's edges to the image's and fill its holes (paper, B.4; its Table 1 does without).
 
     Krähenbühl and Koltun's mean-field inference, with CutLER's constants: 10 iterations; a Gaussian of 3 pixels,
     weight 7; a bilateral one of 50 pixels and 5 grey levels, weight 10; the mask's label has probability e/(1 + e).
@@ -403,7 +406,7 @@ def refine(mask: np.ndarray, image: np.ndarray) -> np.ndarray | None:
         image: uint8 [H, W, 3].
 
     Returns:
-        Boolean [H, W]; None if the field turned the mask into another one (IoU below ½).
+        Boolean [H, W]; None if the result is another mask (IoU below ½).
     """
     from scipy.ndimage import binary_fill_holes
 

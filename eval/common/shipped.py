@@ -1,10 +1,10 @@
 """The two small models that come with the package: a CRATE and a ViT of the experiment's first seed.
 
     loaded = open_model("shipped:CRATE")            # 158 k parameters, 128 px, twelve classes of shape_scenes
-    python -m crate_fast.eval.common.shipped RUN FILE       # write such a file from a run of one's own
+    python -m crate_fast.eval.common.shipped RUN FILE       # write such a file from a run
 
-They are what `crate-fast reproduce emergence --size small` trains (docs/emergence/earlier/first/report.md), in half
-precision: to look inside, not to compare. The file is safetensors; what the model is stands in its header.
+`crate-fast reproduce emergence --size small` trained them (docs/emergence/earlier/first/report.md). They are in half
+precision, for a look inside, not for comparisons. The file is safetensors; its header describes the model.
 """
 
 import json
@@ -37,10 +37,10 @@ def shipped_names() -> list[str]:
 
 
 def shipped_facts(name: str) -> dict:
-    """Return what a model of the package is: "name" and "arguments" for timm, "mean", "classes" and "source".
+    """Return "name" and "arguments" for timm, "mean", "classes" and "source" of a model of the package.
 
     Args:
-        name: Of `shipped_names`.
+        name: One of `shipped_names`.
 
     Raises:
         UserError: There is no such model.
@@ -83,11 +83,10 @@ def write_shipped(run: Path, file: Path) -> None:
 
     Args:
         run: Its folder.
-        file: Where to, ending in .safetensors.
+        file: Name of the file, ending in .safetensors.
 
     Raises:
-        UserError: There is no run.
-        UserError: An older version wrote it, without the names of the classes.
+        UserError: There is no run, or an older version wrote it without the names of the classes.
     """
     model, config, step = load_model(run)
     manifest = checkpoint.manifest(run / "checkpoints", step)
@@ -102,7 +101,7 @@ def write_shipped(run: Path, file: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """`RUN FILE`."""
+    """Write the best model of a run into a file; see the module's text."""
     parser = CommandParser(description="Write the best model of a run as a file to ship.")
     parser.add_argument("run", type=Path, help="folder of the run")
     parser.add_argument("file", type=Path, help="ending in .safetensors")
