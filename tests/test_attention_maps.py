@@ -9,10 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from crate_fast.eval.attention_maps import add_noise, evaluate, main, map_correlation
+from crate_fast.eval.attention_maps import _best_heads, add_noise, evaluate, main, map_correlation
 from crate_fast.eval.common.features import Features, LayerTokens
 from crate_fast.eval.common.figures import image_grid
-from crate_fast.eval.common.images import Batch, Sample
+from crate_fast.eval.common.images import Batch, Sample, Target
 
 CRATE = ["A=crate_tiny_patch8_224@untrained", "--model-args", "depth=2", "dim=32", "heads=2", "img_size=32"]
 
@@ -43,11 +43,11 @@ def test_noise_is_nested_and_scaled():
     assert torch.equal(add_noise(images, 0.09, 1, seed=3), images)  # rounded to the nearest
 
 
-def test_noise_is_clipped_not_wrapped():
-    black, white = torch.zeros(1, 3, 32, 32, dtype=torch.uint8), torch.full((1, 3, 32, 32), 255, dtype=torch.uint8)
-    assert add_noise(black, 40, 1, seed=0).eq(0).double().mean().item() == pytest.approx(0.5, abs=0.03)
-    assert add_noise(white, 40, 1, seed=0).eq(255).double().mean().item() == pytest.approx(0.5, abs=0.03)
-    assert add_noise(black, 40, 1, seed=0).max() < 40 * 5
+@pytest.mark.parametrize("value", [0, 255])
+def test_noise_is_clipped_not_wrapped(value):
+    noisy = add_noise(torch.full((1, 3, 32, 32), value, dtype=torch.uint8), 40, 1, seed=0)
+    assert noisy.eq(value).double().mean().item() == pytest.approx(0.5, abs=0.03)
+    assert (noisy.int() - value).abs().max() < 40 * 5
 
 
 def test_noise_depends_on_seed_and_image_number_alone():
@@ -220,9 +220,6 @@ def test_models_of_different_grids_stand_side_by_side(tmp_path, monkeypatch):
 
 
 def test_the_best_head_is_the_one_on_the_object():
-    from crate_fast.eval.attention_maps import _best_heads
-    from crate_fast.eval.common.images import Target
-
     mask = torch.zeros(1, 4, 4, dtype=torch.bool)
     mask[0, :2] = True
     sample = Sample(0, torch.zeros(3, 4, 4, dtype=torch.uint8), (4, 4), Target([1], mask, torch.ones_like(mask[0])))

@@ -82,35 +82,10 @@ def test_a_batch_is_its_images():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_every_dtype_and_repeats(dtype):
-    features = torch.from_numpy(_structured(4)[0]).to(dtype)
-    grid = GRIDS[0]
-    first = maskcut(features, grid=grid)
-    assert torch.equal(first.masks, maskcut(features, grid=grid).masks)
-    expected = maskcut_oracle(features.double().numpy(), grid, 3, 0.15)
-    assert np.array_equal(first.masks[0].numpy(), expected)
-
-
-def _planted(size: int = 24) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """An image with three objects of their own directions on a background, as features with a little noise."""
-    generator = torch.Generator().manual_seed(3)
-    features = torch.zeros(size, size, 8)
-    features[..., 0] = 1.0
-    objects = []
-    for k, (rows, columns) in enumerate([((3, 13), (3, 12)), ((14, 21), (12, 21)), ((4, 10), (15, 21))], start=1):
-        mask = torch.zeros(size, size, dtype=torch.bool)
-        mask[slice(*rows), slice(*columns)] = True
-        features[mask] = 0.0
-        features[..., k][mask] = 1.0
-        objects.append(mask)
-    return (features + 0.05 * torch.randn(features.shape, generator=generator)).flatten(0, 1), objects
-
-
-def test_planted_objects_are_found():
-    features, objects = _planted()
-    masks = maskcut(features).masks[0]
-    for wanted in objects:
-        iou = [float((mask & wanted).sum() / (mask | wanted).sum()) for mask in masks]
-        assert max(iou) >= 0.95
+    features, grid = torch.from_numpy(_structured(4)[0]).to(dtype), GRIDS[0]
+    first, again = (maskcut(features, grid=grid).masks for _ in range(2))
+    assert torch.equal(first, again)
+    assert np.array_equal(first[0].numpy(), maskcut_oracle(features.double().numpy(), grid, 3, 0.15))
 
 
 def test_objects_planted_in_an_image_are_found_at_its_own_size():
@@ -137,13 +112,13 @@ def test_objects_planted_in_an_image_are_found_at_its_own_size():
 
 
 def _component(vector: torch.Tensor, grid: tuple[int, int], corners: int = 5) -> torch.Tensor:
-    """`object_of`, changing sides only from so many corners on."""
+    """`object_of` that swaps the sides only from so many corners on."""
     values = vector.double().numpy().reshape(grid)
     foreground, seed = values > values.mean(), values.argmax()
     if foreground[[0, 0, -1, -1], [0, -1, 0, -1]].sum() >= corners:
         foreground, seed = ~foreground, values.argmin()
     labels, _ = scipy.ndimage.label(foreground)
-    return torch.from_numpy(labels == labels.flat[seed]) & torch.from_numpy(foreground)
+    return torch.from_numpy((labels == labels.flat[seed]) & foreground)
 
 
 MUTANTS = {

@@ -68,16 +68,6 @@ class Features:
         tokens = self._tokens(layer)
         return tokens.keys[:, tokens.prefix :].flatten(2)
 
-    def subspace(self, layer: int) -> Tensor:
-        """Return `keys` of a layer that has subspaces.
-
-        Raises:
-            UserError: It has separate queries and keys.
-        """
-        if not self._tokens(layer).tied:
-            raise UserError(f"layer {layer} has separate query and key: it has no subspaces; use keys({layer})")
-        return self.keys(layer)
-
     def cls_attention(self, layer: int) -> Tensor:
         """Return attention of CLS on the patches, softmax over patches only: [B, H, P] (paper, Eq. 10 and 11).
 

@@ -36,26 +36,10 @@ def shipped_names() -> list[str]:
     return sorted(path.stem for path in FOLDER.glob("*.safetensors"))
 
 
-def shipped_facts(name: str) -> dict:
-    """Return "name" and "arguments" for timm, "mean", "classes" and "source" of a model of the package.
-
-    Args:
-        name: One of `shipped_names`.
-
-    Raises:
-        UserError: There is no such model.
-    """
-    _check_name(name)
-    return _read(name)[1]
-
-
-def _check_name(name: str) -> None:
+def _read(name: str) -> tuple[dict[str, Tensor], dict]:
+    """Return the weights and the facts in the file of a model of the package."""
     if name not in shipped_names():
         raise UserError(f"shipped:{name}: there are shipped:{', shipped:'.join(shipped_names())}")
-
-
-def _read(name: str) -> tuple[dict[str, Tensor], dict]:
-    """Read the weights and the facts in the file of a model of the package."""
     path = FOLDER / f"{name}.safetensors"
     weights = read_state_dict(path)
     with safe_open(path, "pt") as file:
@@ -65,13 +49,21 @@ def _read(name: str) -> tuple[dict[str, Tensor], dict]:
     return weights, json.loads(facts)
 
 
+def shipped_facts(name: str) -> dict:
+    """Return "name" and "arguments" for timm, "mean", "classes" and "source" of a model of the package.
+
+    Raises:
+        UserError: There is no such model, or its file is damaged.
+    """
+    return _read(name)[1]
+
+
 def open_shipped(name: str) -> tuple[nn.Module, dict]:
     """Return a model of the package in fp32, and its `shipped_facts`.
 
     Raises:
         UserError: There is no such model, or its file is damaged.
     """
-    _check_name(name)
     weights, facts = _read(name)
     model = create_model(facts["name"], **facts["arguments"])
     weights = {key: value.float() for key, value in weights.items()}
