@@ -231,7 +231,7 @@ class Evaluation:
 
         Args:
             results: Plain values.
-            config: Settings beside those of the command line.
+            config: More settings than those of the command line.
             notes: Lines to print.
 
         Raises:
