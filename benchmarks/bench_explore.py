@@ -22,11 +22,11 @@ from harness import markdown_table, write_results
 from PIL import Image
 from playwright.sync_api import Page, sync_playwright
 
+from crate_fast.eval.common.models import open_model
 from crate_fast.eval.explore.command import model_choices
 from crate_fast.eval.explore.inspection import Explorer, ModelCache
 from crate_fast.eval.explore.pictures import Pictures
 from crate_fast.eval.explore.server import application
-from crate_fast.eval.models import open_model
 
 GOALS_MS = {"first page opened": 2000, "another picture": 2000, "a patch clicked": 300, "another layer": 300}
 

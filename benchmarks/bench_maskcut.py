@@ -25,10 +25,10 @@ from harness import interleaved, markdown_table, peak_mib, write_results
 from scipy.sparse.linalg import eigsh
 from torch import Tensor
 
-from crate_fast.eval.images import batches, open_images
+from crate_fast.eval.common.images import batches, open_images
+from crate_fast.eval.common.models import open_model
+from crate_fast.eval.common.normalized_cut import second_eigenvector
 from crate_fast.eval.maskcut import maskcut
-from crate_fast.eval.models import open_model
-from crate_fast.eval.normalized_cut import second_eigenvector
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 import maskcut_oracle
@@ -38,11 +38,11 @@ TAU, OBJECTS = 0.15, 3
 
 def _features(model: str, data: str, size: int, count: int) -> list[Tensor]:
     """Patch features [P, C] of the first images at the model's default layer."""
-    subject = open_model(model, image_size=size)
-    layer = subject.extract.default_layer
+    loaded = open_model(model, image_size=size)
+    layer = loaded.extract.default_layer
     found: list[Tensor] = []
     for batch in batches(open_images(data, size, count), 1, []):
-        found += subject.extract(subject.normalize(batch.images), [layer]).keys(layer)
+        found += loaded.extract(loaded.normalize(batch.images), [layer]).keys(layer)
     return [features.clone() for features in found]
 
 

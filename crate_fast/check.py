@@ -178,7 +178,7 @@ def _add_times(rows: list[dict]) -> None:
 
 
 def _table(rows: list[dict]) -> str:
-    from crate_fast.eval.results import markdown_table
+    from crate_fast.eval.common.results import markdown_table
 
     return markdown_table([_cells(row) for row in rows])
 

@@ -423,8 +423,8 @@ def _layers(text: str) -> list[int] | str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from crate_fast.eval import models as models_module
-    from crate_fast.eval.options import positive, seed
+    from crate_fast.eval.common import models as models_module
+    from crate_fast.eval.common.command import positive, seed
 
     parser = CommandParser(
         prog="crate-fast export",
@@ -456,28 +456,28 @@ def _statistics(normalize: nn.Module) -> tuple[list[float], list[float]]:
 
 
 def _export(options: argparse.Namespace) -> None:
-    from crate_fast.eval.models import class_names, open_model
-    from crate_fast.eval.results import file_name, make_folder
+    from crate_fast.eval.common.models import class_names, open_model
+    from crate_fast.eval.common.results import file_name, make_folder
 
-    subject = open_model(options.model, "cpu", options.image_size, options.model_args, options.seed)
-    if options.model_args and subject.config is not None:
+    loaded = open_model(options.model, "cpu", options.image_size, options.model_args, options.seed)
+    if options.model_args and loaded.config is not None:
         raise UserError(f"--model-args {' '.join(options.model_args)}: a run knows its own model; leave them out")
-    if not isinstance(subject.model, CRATE):
+    if not isinstance(loaded.model, CRATE):
         raise UserError(
-            f"{subject.facts['model']} is a {type(subject.model).__name__} of timm: crate-fast exports CRATE, its "
+            f"{loaded.facts['model']} is a {type(loaded.model).__name__} of timm: crate-fast exports CRATE, its "
             "ablations and the encoders of CRATE-MAE; name one of those"
         )
-    depth = subject.extract.depth
+    depth = loaded.extract.depth
     names = ("model", "weights_sha256", "parameters")
-    facts = {name: subject.facts[name] for name in names}
-    classes = class_names(options.model) if subject.model.num_classes else None
+    facts = {name: loaded.facts[name] for name in names}
+    classes = class_names(options.model) if loaded.model.num_classes else None
     written = export_model(
-        subject.model,
-        make_folder(options.output or Path("runs/export") / file_name(subject.label)),
+        loaded.model,
+        make_folder(options.output or Path("runs/export") / file_name(loaded.label)),
         formats=options.format,
         outputs=options.outputs,
         layers=range(depth) if options.layers == "all" else options.layers,
-        statistics=_statistics(subject.normalize),
+        statistics=_statistics(loaded.normalize),
         raw=options.input == "uint8",
         opset=options.opset,
         tolerance=options.tolerance,

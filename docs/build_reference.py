@@ -13,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 
 ROOT = Path(__file__).resolve().parent.parent
-_SUBPACKAGES = ("kernels", "train", "train.data", "eval", "eval.emergence", "eval.explore")
+_SUBPACKAGES = ("kernels", "train", "train.data", "eval", "eval.common", "eval.emergence", "eval.explore")
 PACKAGES = ("crate_fast", *(f"crate_fast.{name}" for name in _SUBPACKAGES))
 
 

@@ -1,4 +1,4 @@
-"""CLS attention maps: what each head looks at, under noise, and beside other models (paper, Fig. 1, 7, 8, 11-14).
+"""CLS attention maps of each head, under noise, and next to other models (paper, Fig. 1, 7, 8, 11-14).
 
     crate-fast eval attention_maps runs/NAME --data coco:PATH                         every head, a row an image
     crate-fast eval attention_maps runs/NAME --data folder:PATH --figure semantic     chosen heads over many images
@@ -6,10 +6,10 @@
     crate-fast eval attention_maps runs/NAME --data folder:PATH --figure noise_share  more and more noisy pixels
     crate-fast eval attention_maps runs/A runs/B vit_small_patch16_224@untrained --data coco:PATH --figure models
 
-writes attention_01.png and .pdf (and 02, …: eight rows a page; under noise a figure an image), attention.npz with the
-maps under the images' names, results.json and a table of entropies or, under noise, of correlations with clean maps.
-Every map is drawn between its own smallest and largest weight: colours compare patches within a map, not maps with
-each other, since one head may spread its weight over a hundred times as many patches as its neighbour.
+Writes attention_01.png and .pdf (and 02, …: eight rows a page; under noise one figure per image), attention.npz with
+the maps under the images' names, results.json, and a table of entropies or, under noise, of correlations with clean
+maps. Every map is drawn between its own smallest and largest weight, since one head may spread its weight over a
+hundred times as many patches as another: colours compare patches within a map, not maps with each other.
 """
 
 import argparse
@@ -24,46 +24,120 @@ import torch
 from torch import Tensor
 
 from crate_fast.errors import UserError, run_command
-from crate_fast.eval.gallery import first_columns, model_folders, read_images, short_name, write_pages
-from crate_fast.eval.images import Batch, Sample
-from crate_fast.eval.models import Subject
-from crate_fast.eval.noise import add_noise, check_noise, map_correlation
-from crate_fast.eval.options import evaluation_parser, open_models, output_folder, settings_of
-from crate_fast.eval.results import say_written, write_results, write_table
-from crate_fast.figures import Picture
-from crate_fast.segmentation import attention_to_mask, intersection_over_union
+from crate_fast.eval.common.command import (
+    Evaluation,
+    evaluation_parser,
+    first_columns,
+    image_picture,
+    open_models,
+    read_images,
+    short_name,
+)
+from crate_fast.eval.common.figures import Picture, write_pages
+from crate_fast.eval.common.images import Batch, Sample
+from crate_fast.eval.common.models import LoadedModel
+from crate_fast.eval.common.segmentation import attention_to_mask, intersection_over_union
 
 __all__ = ["add_noise", "evaluate", "main", "map_correlation"]
 
-PROTOCOL = "attention_maps"
 SIGMAS = (0.0, 25.0, 50.0, 75.0, 100.0, 125.0)
 SHARES = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
 
 
+def check_noise(sigma: float, share: float, seed: int) -> None:
+    """Refuse noise out of range.
+
+    Raises:
+        UserError: Sigma, share or seed is out of range.
+    """
+    if not 0 <= sigma < math.inf or not 0 <= share <= 1:
+        raise UserError(
+            f"noise of sigma={sigma} on a share={share} of the pixels: give sigma ≥ 0 and a share in 0..1"
+        )
+    if seed < 0:
+        raise UserError(f"seed={seed}: noise needs a seed of at least 0")
+
+
+def add_noise(images: Tensor, sigma: float, share: float, seed: int, first: int = 0) -> Tensor:
+    """Add Gaussian noise to all channels of randomly chosen pixels; round, and clip to 0..255.
+
+    Pixels and noise depend on the seed and the image's number alone: a stronger sigma scales the same noise, a larger
+    share adds pixels to those of a smaller one.
+
+    Args:
+        images: uint8 [B, C, H, W].
+        sigma: Standard deviation, on the scale of 0..255.
+        share: Share of noisy pixels, 0 to 1.
+        seed: Not negative.
+        first: Number of the first image in its set.
+
+    Returns:
+        Noisy copies, uint8 [B, C, H, W].
+
+    Raises:
+        UserError: The images are not uint8, or sigma, share or seed is out of range.
+
+    >>> add_noise(torch.full((1, 3, 4, 4), 100, dtype=torch.uint8), 20, 0.5, seed=0).ne(100).any(dim=1).sum().item()
+    8
+    """
+    if images.dtype != torch.uint8 or images.dim() != 4:
+        raise UserError(f"images are {images.dtype} {tuple(images.shape)}: pass uint8 [B, C, H, W]")
+    check_noise(sigma, share, seed)
+    flat = images.flatten(2).cpu().numpy()
+    noisy = flat.copy()
+    for number in range(len(flat)):
+        generator = np.random.default_rng((seed, first + number))
+        chosen = generator.permutation(flat.shape[2])[: round(share * flat.shape[2])]
+        noise = generator.standard_normal(flat.shape[1:])
+        noisy[number][:, chosen] = np.rint(flat[number][:, chosen] + sigma * noise[:, chosen]).clip(0, 255)
+    return torch.from_numpy(noisy).view_as(images).to(images.device)
+
+
+def map_correlation(a: Tensor, b: Tensor) -> Tensor:
+    """Return Pearson's correlation of maps over their patches; NaN where one of the two is constant.
+
+    Unlike the IoU of thresholded maps it needs no threshold, and is 0 by chance whatever area a head covers.
+
+    Args:
+        a, b: [..., P].
+
+    Returns:
+        float64 [...], from −1 to 1.
+    """
+
+    def deviation(x: Tensor) -> Tensor:
+        centred = x.double() - x.double().mean(dim=-1, keepdim=True)
+        size = centred.norm(dim=-1, keepdim=True)
+        constant = size <= torch.finfo(torch.float32).eps * x.double().norm(dim=-1, keepdim=True)
+        return (centred / size).masked_fill(constant, math.nan)
+
+    return (deviation(a) * deviation(b)).sum(dim=-1)
+
+
 @torch.no_grad()
 def evaluate(
-    subject: Subject,
+    loaded: LoadedModel,
     batches: Iterable[Batch],
     layer: int | None = None,
     noise: Sequence[tuple[float, float]] = (),
     seed: int = 0,
 ) -> dict:
-    """CLS attention of one layer on every image, and on noisy copies of it.
+    """Compute CLS attention of one layer on every image, and on noisy copies of it.
 
     Args:
-        subject: The model.
+        loaded: The model.
         batches: Images at the model's size.
-        layer: Whose attention; the model's default layer when None.
+        layer: The layer; the model's default layer when None.
         noise: (sigma, share) of each level; see `add_noise`.
-        seed: Of the noise.
+        seed: Seed of the noise.
 
     Returns:
         "layer", "grid" [rows, columns];
-        "images", of each "name" and "heads", of each head "entropy" of its map in nats, "entropy_normalised" (over
-            ln P: 1 is even attention) and "peak" [row, column];
+        "images", each with "name" and "heads"; each head has the "entropy" of its map in nats, "entropy_normalised"
+            (over ln P: 1 is even attention) and "peak" [row, column];
         "mean", the entropies of each head averaged over images;
-        "noise", of each level "sigma", "share" and "correlation" of noisy and clean maps, averaged over images for
-            "per_head" and over heads (None where all maps are constant);
+        "noise", each level with "sigma", "share" and the "correlation" of noisy and clean maps, averaged over images
+            for "per_head" and over heads (None where all maps are constant);
         "maps", an array [images, heads, rows, columns];
         "noisy_maps", an array [levels, images, heads, rows, columns], or None without noise.
 
@@ -71,11 +145,10 @@ def evaluate(
         UserError: The model has no CLS token.
         UserError: There is no such layer.
     """
-    layer = subject.extract.resolve_layer(layer)
+    layer = loaded.extract.resolve_layer(layer)
 
     def attention(images: Tensor) -> Tensor:
-        features = subject.extract(subject.normalize(images.to(subject.device)), [layer])
-        return features.cls_attention(layer).cpu()
+        return loaded.features(images, [layer]).cls_attention(layer).cpu()
 
     names, clean, noisy = [], [], [[] for _ in noise]
     for batch in batches:
@@ -84,7 +157,7 @@ def evaluate(
             level.append(attention(add_noise(batch.images, sigma, share, seed, first=len(names))))
         names += [str(sample.key) for sample in batch.samples]
     maps = torch.cat(clean)
-    grid = subject.extract.grid
+    grid = loaded.extract.grid
     entropy = torch.special.entr(maps.double()).sum(dim=-1)
     normalised = entropy / math.log(max(2, maps.shape[-1]))
     peaks = maps.argmax(dim=-1)
@@ -121,7 +194,7 @@ def _agreement(clean: Tensor, noisy: Tensor) -> dict:
 
 @dataclass(frozen=True)
 class _Shown:
-    """One model's part of the figures: its label and layer, its images, maps [images, heads, rows, columns]."""
+    """One model in the figures; maps are [images, heads, rows, columns]."""
 
     label: str
     layer: int
@@ -135,7 +208,7 @@ class _Shown:
 
 
 def _columns(maps: np.ndarray, heads: Sequence[int | str], samples: Sequence[Sample]) -> dict[str, np.ndarray]:
-    """Title → maps [images, rows, columns] of what `--heads` names, from maps [images, heads, rows, columns]."""
+    """Return title → maps [images, rows, columns] of the heads, from maps [images, heads, rows, columns]."""
     columns: dict[str, np.ndarray] = {}
     for head in heads:
         if head == "mean":
@@ -149,7 +222,7 @@ def _columns(maps: np.ndarray, heads: Sequence[int | str], samples: Sequence[Sam
 
 
 def _best_heads(maps: np.ndarray, samples: Sequence[Sample]) -> np.ndarray:
-    """Of each image the head whose mask (60 % of the mass) covers the objects best."""
+    """Return for each image the head whose mask (60 % of the mass) covers the objects best."""
     targets, valid = zip(*(sample.target.on_grid(maps.shape[2:]) for sample in samples), strict=True)
     masks = attention_to_mask(torch.from_numpy(maps).flatten(2), "mass")
     union = torch.stack([target.any(dim=0) for target in targets])
@@ -166,7 +239,7 @@ def _fill(rows: list[list[Picture]], columns: dict[str, np.ndarray], images: Ite
 def _images_figure(
     shown: Sequence[_Shown], heads: Sequence[int | str], style: str, folder: Path, title: str | None = None
 ) -> list[Path]:
-    """A row an image: the image, its objects, each model's maps, its name above them if the figure has no title."""
+    """Draw a row per image: the image, its objects, and each model's maps."""
     rows, titles = first_columns(shown[0].samples)
     for model in shown:
         columns = _columns(model.maps, heads, model.samples)
@@ -178,7 +251,7 @@ def _images_figure(
 def _noise_figures(
     model: _Shown, levels: Sequence[tuple[float, float]], options: argparse.Namespace, folder: Path
 ) -> list[Path]:
-    """A figure an image; a row a level: the noisy image, and its maps."""
+    """Draw a figure per image, with a row per level: the noisy image and its maps."""
     if options.figure == "noise_sigma":
         names, what = [f"σ = {sigma:g}" for sigma, _ in levels], f"noise on {options.share:.0%} of the pixels"
     else:
@@ -186,7 +259,7 @@ def _noise_figures(
     written = []
     for number, sample in enumerate(model.samples):
         noisy = torch.cat([add_noise(sample.image[None], *level, options.seed, first=number) for level in levels])
-        rows = [[Picture(image.permute(1, 2, 0).numpy())] for image in noisy]
+        rows = [[image_picture(image)] for image in noisy]
         columns = _columns(model.noisy_maps[:, number], options.heads or ["all"], [])
         _fill(rows, columns, noisy, options.style)
         title = f"{model.title}: image {short_name(sample, 40)}, {what}"
@@ -206,7 +279,7 @@ def _numbers(text: str) -> list[float]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = evaluation_parser(PROTOCOL, __doc__.splitlines()[0], limit=8)
+    parser = evaluation_parser("attention_maps", __doc__.splitlines()[0], limit=8)
     add = parser.add_argument
     figures = ("heads", "semantic", "noise_sigma", "noise_share", "models")
     add("--figure", choices=figures, default="heads", help="what rows and columns are; default heads")
@@ -229,11 +302,11 @@ def _noise_levels(options: argparse.Namespace) -> list[tuple[float, float]]:
     return []
 
 
-def _check_heads(heads: Sequence[int | str], noise: bool, labelled: bool, subjects: Sequence[Subject]) -> None:
-    for subject in subjects:
+def _check_heads(heads: Sequence[int | str], noise: bool, labelled: bool, models: Sequence[LoadedModel]) -> None:
+    for loaded in models:
         for head in heads:
-            if isinstance(head, int) and head >= subject.extract.heads:
-                raise UserError(f"--heads {head}: {subject.label} has heads 0 to {subject.extract.heads - 1}")
+            if isinstance(head, int) and head >= loaded.extract.heads:
+                raise UserError(f"--heads {head}: {loaded.label} has heads 0 to {loaded.extract.heads - 1}")
     if "best" in heads and noise:
         raise UserError("--heads best would change heads between noise levels: choose heads by number")
     if "best" in heads and not labelled:
@@ -241,54 +314,49 @@ def _check_heads(heads: Sequence[int | str], noise: bool, labelled: bool, subjec
 
 
 def _table(label: str, outcome: dict) -> list[dict]:
-    where = {"model": label, "layer": outcome["layer"]}
+    row = {"model": label, "layer": outcome["layer"]}
     if outcome["noise"]:
-        return [
-            where | {"σ": level["sigma"], "noisy pixels": level["share"], "correlation": level["correlation"]}
-            for level in outcome["noise"]
-        ]
+        names = {"σ": "sigma", "noisy pixels": "share", "correlation": "correlation"}
+        return [row | {title: level[name] for title, name in names.items()} for level in outcome["noise"]]
     mean = zip(*outcome["mean"].values(), strict=True)
-    return [where | {"head": head, "entropy (nats)": e, "entropy / ln P": n} for head, (e, n) in enumerate(mean)]
+    return [row | {"head": head, "entropy (nats)": e, "entropy / ln P": n} for head, (e, n) in enumerate(mean)]
 
 
 def _command(options: argparse.Namespace) -> None:
     noise = _noise_levels(options)
     for level in noise:
         check_noise(*level, options.seed)
-    subjects = open_models(options)
+    models = open_models(options)
     labelled = not options.data.startswith("folder")
     default = {"heads": ["all", "mean"], "models": ["mean", "best"] if labelled else ["mean"]}
     heads = options.heads or default.get(options.figure, ["all"])
-    _check_heads(heads, bool(noise), labelled, subjects)
-    for subject in subjects:
-        subject.require_cls()
-        subject.extract.resolve_layer(options.layer)
-    folder = output_folder(options, PROTOCOL)
-    results, rows, written, shown, problems = {}, [], [], [], []
-    for subject, place in zip(subjects, model_folders(folder, subjects), strict=True):
+    _check_heads(heads, bool(noise), labelled, models)
+    for loaded in models:
+        loaded.require_cls()
+        loaded.extract.resolve_layer(options.layer)
+    evaluation = Evaluation("attention_maps", options, models)
+    results, rows, shown = {}, [], []
+    for loaded in models:
+        folder = evaluation.model_folder(loaded)
         samples: list[Sample] = []
-        images = read_images(subject, options, problems, samples)
-        outcome = evaluate(subject, images, options.layer, noise, options.seed)
-        model = _Shown(subject.label, outcome["layer"], samples, outcome.pop("maps"), outcome.pop("noisy_maps"))
+        outcome = evaluate(loaded, read_images(evaluation, loaded, samples), options.layer, noise, options.seed)
+        model = _Shown(loaded.label, outcome["layer"], samples, outcome.pop("maps"), outcome.pop("noisy_maps"))
         shown.append(model)
         if noise:
-            written += _noise_figures(model, noise, options, place)
+            evaluation.written += _noise_figures(model, noise, options, folder)
         elif options.figure != "models":
-            written += _images_figure([model], heads, options.style, place, model.title)
-        written.append(_write_maps(place / "attention.npz", model))
-        results[subject.label] = outcome
-        rows += _table(subject.label, outcome)
+            evaluation.written += _images_figure([model], heads, options.style, folder, model.title)
+        evaluation.written.append(_write_maps(folder / "attention.npz", model))
+        results[loaded.label] = outcome
+        rows += _table(loaded.label, outcome)
     if options.figure == "models":
-        written += _images_figure(shown, heads, options.style, folder)
-    config = settings_of(options) | {"heads": heads, "models": [subject.facts for subject in subjects]}
-    print(write_table(folder, "attention", rows), end="")
-    problems = list(dict.fromkeys(problems))  # the same images for every model
-    written.append(write_results(folder, PROTOCOL, config, results, problems))
-    say_written(written, problems)
+        evaluation.written += _images_figure(shown, heads, options.style, evaluation.folder)
+    evaluation.write_table("attention", rows)
+    evaluation.finish(results, {"heads": heads})
 
 
 def _write_maps(path: Path, model: _Shown) -> Path:
-    """Maps under the images' names: [heads, rows, columns], or [levels, heads, rows, columns] under noise."""
+    """Write maps under the images' names: [heads, rows, columns], under noise [levels, heads, rows, columns]."""
     maps = model.maps if model.noisy_maps is None else model.noisy_maps.swapaxes(0, 1)
     path.parent.mkdir(parents=True, exist_ok=True)
     np.savez(path, **{str(sample.key): array for sample, array in zip(model.samples, maps, strict=True)})

@@ -13,12 +13,10 @@ from torch.utils.data import Dataset
 
 from crate_fast.errors import UserError, run_command
 from crate_fast.eval import coarse_segmentation, maskcut
-from crate_fast.eval.images import open_images
+from crate_fast.eval.common.command import Evaluation, evaluation_parser, open_data, open_models
+from crate_fast.eval.common.figures import Curve, curve_figure
+from crate_fast.eval.common.models import LoadedModel
 from crate_fast.eval.maskcut import PAPER, MaskCutSettings
-from crate_fast.eval.models import Subject
-from crate_fast.eval.options import evaluation_parser, open_models, output_folder, settings_of
-from crate_fast.eval.results import raise_failures, say_written, write_results, write_table
-from crate_fast.figures import Curve, curve_figure
 
 __all__ = ["MEASURES", "check_measures", "evaluate", "main", "measure_options"]
 
@@ -27,7 +25,7 @@ PLOTTED = ("box AP", "mask AP", *coarse_segmentation.NAMES.values())
 
 
 def check_measures(
-    measures: Sequence[str] | None, subject: Subject, images: Dataset, specification: str
+    measures: Sequence[str] | None, loaded: LoadedModel, images: Dataset, specification: str
 ) -> list[str]:
     """Return the measures asked for, or all that the data set has annotations for.
 
@@ -44,14 +42,14 @@ def check_measures(
             "coco:PATH or shape_scenes, coarse segmentation voc:PATH too"
         )
     if "maskcut" in wanted:
-        maskcut.check(subject, images)
+        maskcut.check(loaded, images)
     if "coarse" in wanted:
-        subject.require_cls()
+        loaded.require_cls()
     return wanted
 
 
 def evaluate(
-    subject: Subject,
+    loaded: LoadedModel,
     images: Dataset,
     layers: Sequence[int] | None = None,
     measures: Sequence[str] = MEASURES,
@@ -60,33 +58,31 @@ def evaluate(
     seed: int = 0,
     **reading,
 ) -> dict[int, dict[str, float]]:
-    """Numbers of every layer, in percent.
+    """Score every layer; all numbers in percent.
 
     Args:
-        subject: The model.
-        images: Of `Sample`s at its image size; with COCO's annotations for "maskcut", with masks for "coarse".
+        loaded: The model.
+        images: Data set of `Sample`s at its image size; with instances for "maskcut", with masks for "coarse".
         layers: All when None.
         measures: From `MEASURES`.
-        settings: Of MaskCut.
-        problems: Filled with what could not be read.
-        seed: Of the random maps.
+        settings: Settings of MaskCut.
+        problems: Filled with one line for each unreadable image.
+        seed: Seed of the random maps.
         **reading: `batch_size`, `workers`, `progress` of `images.batches`.
 
     Returns:
-        Layer → "box AP50", "box AP75", "box AP", "box AR100", the same of "mask", "mIoU topk", "mIoU mass",
-        "attention AP" and, the same for all layers, "random mIoU topk", "random mIoU mass", "random attention AP" and
-        "constant" (what random maps score, and the map that is the same for every patch), "images" read and "objects"
-        scored.
+        Layer → "box AP50", "box AP75", "box AP", "box AR100", the same of "mask", "mIoU topk", "mIoU mass" and
+        "attention AP". The same for all layers: scores of random maps ("random mIoU topk", "random mIoU mass",
+        "random attention AP") and of a constant map ("constant"), "images" read and "objects" scored.
     """
-    layers = list(range(subject.extract.depth)) if layers is None else list(layers)
+    layers = list(range(loaded.extract.depth)) if layers is None else list(layers)
     rows: dict[int, dict[str, float]] = {layer: {} for layer in layers}
-    found: list[str] = []
+    reading["problems"] = [] if problems is None else problems
     coarse = {}
-    if "coarse" in measures:  # first, since it is the quicker one to find that there is nothing to score
-        coarse = coarse_segmentation.evaluate(subject, images, layers, problems=found, seed=seed, **reading)
+    if "coarse" in measures:  # first: it finds sooner that there is nothing to score
+        coarse = coarse_segmentation.evaluate(loaded, images, layers, seed=seed, **reading)
     if "maskcut" in measures:
-        found.clear()  # the same images again
-        for layer, numbers in maskcut.evaluate(subject, images, layers, settings, found, **reading).items():
+        for layer, numbers in maskcut.evaluate(loaded, images, layers, settings, **reading).items():
             rows[layer]["images"] = numbers["images"]
             for kind, name in (("bbox", "box"), ("segm", "mask")):
                 for score in ("AP50", "AP75", "AP", "AR100"):
@@ -98,22 +94,24 @@ def evaluate(
             rows[row["layer"]][f"random {title}"] = 100 * result["random"]
             counts = {"images": result["images"] + result["without_objects"], "objects": result["objects"]}
             rows[row["layer"]] |= {"constant": 100 * result["constant"]} | counts
-    if problems is not None:
-        problems.extend(found)
     return rows
 
 
 def measure_options(parser: argparse.ArgumentParser) -> None:
-    """Add what `evaluate` can be told."""
+    """Add the options of `evaluate`."""
     parser.add_argument("--measures", nargs="+", choices=MEASURES, help="default: all that the data has masks for")
-    parser.add_argument("--num-objects", type=int, default=3, help="of MaskCut; default 3")
-    parser.add_argument("--tau", type=float, default=0.15, help="of MaskCut; default 0.15")
+    parser.add_argument(
+        "--num-objects", type=int, default=3, help="at most how many MaskCut finds in an image; default 3"
+    )
+    parser.add_argument(
+        "--tau", type=float, default=0.15, help="cosine above which MaskCut links patches; default 0.15"
+    )
 
 
 def curves(labelled: dict[str, dict[float, dict[str, float]]]) -> dict[str, list[Curve]]:
-    """Label → {x → numbers} as panels of curves; beside attention's what random and constant maps score.
+    """Turn label → {x → numbers} into panels of curves, with random and constant maps as attention's baselines.
 
-    A baseline is drawn once for all models that have the same (it depends on heads and grid).
+    Models with the same heads and grid share a baseline, which is drawn once.
     """
     panels: dict[str, list[Curve]] = {}
     for name in PLOTTED:
@@ -136,43 +134,25 @@ def curves(labelled: dict[str, dict[float, dict[str, float]]]) -> dict[str, list
 
 def _command(options: argparse.Namespace) -> None:
     settings = MaskCutSettings(options.num_objects, options.tau)
-    subjects = open_models(options)
-    data = [open_images(options.data, subject.extract.image_size[0], options.limit) for subject in subjects]
-    for subject, images in zip(subjects, data, strict=True):
-        measures = check_measures(options.measures, subject, images, options.data)
-    folder = output_folder(options, "by_layer")
+    models = open_models(options)
+    data = [open_data(options, loaded) for loaded in models]
+    for loaded, images in zip(models, data, strict=True):
+        measures = check_measures(options.measures, loaded, images, options.data)
+    evaluation = Evaluation("by_layer", options, models)
     results: dict[str, dict] = {}
-    problems: list[str] = []
-    failures: list[str] = []
-    for subject, images in zip(subjects, data, strict=True):
-        reading = {"batch_size": options.batch_size, "workers": options.workers, "progress": subject.label}
-        found: list[str] = []
-        try:
-            scores = evaluate(subject, images, None, measures, settings, found, options.seed, **reading)
-        except UserError as error:
-            failures.append(f"{subject.label}: {error}")
-            continue
-        results[subject.label] = scores
-        problems = found  # the same images for every model
-    if not results:
-        raise_failures(failures)
+    for loaded, images in zip(models, data, strict=True):
+        with evaluation.others_go_on(loaded.label):
+            reading = evaluation.reading(loaded.label)
+            results[loaded.label] = evaluate(loaded, images, None, measures, settings, seed=options.seed, **reading)
+    evaluation.check_scored(results)
     rows = [
-        {
-            "model": subject.label,
-            "layer": f"{layer}{' *' if layer == subject.extract.default_layer else ''}",
-            **numbers,
-        }
-        for subject in subjects
-        for layer, numbers in results.get(subject.label, {}).items()
+        {"model": loaded.label, "layer": f"{layer}{' *' * (layer == loaded.extract.default_layer)}", **numbers}
+        for loaded in models
+        for layer, numbers in results.get(loaded.label, {}).items()
     ]
-    print(write_table(folder, "table", rows, digits=2))
-    config = settings_of(options) | {"models": [subject.facts for subject in subjects]}
-    paths = [write_results(folder, "by_layer", config, results, problems), folder / "table.md"]
-    figures = [folder / "by_layer.png", folder / "by_layer.pdf"]
-    curve_figure(curves(results), "layer", figures, from_zero=True, columns=3)
-    print("* the layer that the paper looks at; all numbers but counts in %")
-    say_written(paths + figures, problems)
-    raise_failures(failures, folder)
+    evaluation.write_table("table", rows, digits=2)
+    curve_figure(curves(results), "layer", evaluation.figure("by_layer"), from_zero=True, columns=3)
+    evaluation.finish(results, notes=["* the layer that the paper looks at; all numbers but counts in %"])
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,11 +1,11 @@
 """Classification: a model's own head, k nearest neighbours, and a linear probe on frozen features.
 
     crate-fast eval classify runs/NAME runs/NAME@untrained --protocol head,knn,linear --raw-pixels
-    crate-fast eval classify vit_small_patch8_224.dino@pretrained --protocol knn,linear --dataset cifar10 --data-dir
-    data
+    crate-fast eval classify vit_small_patch8_224.dino@pretrained --protocol knn,linear --dataset cifar10 \\
+        --data-dir data
 
-A run is scored on its own data set unless options name another. No image is augmented. Features are those the head
-reads: the last layer's CLS token behind the final LayerNorm.
+A run is scored on its own data set unless options name another. No image is augmented. Features are those that the
+head reads: the CLS token after the final LayerNorm.
 """
 
 import argparse
@@ -19,11 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from crate_fast.errors import UserError, require, run_command
-from crate_fast.eval import paper
-from crate_fast.eval.images import batches
-from crate_fast.eval.models import Subject
-from crate_fast.eval.options import evaluation_parser, open_models, output_folder, positive, settings_of
-from crate_fast.eval.probes import (
+from crate_fast.eval.common import paper
+from crate_fast.eval.common.command import Evaluation, evaluation_parser, open_models, positive
+from crate_fast.eval.common.images import batches
+from crate_fast.eval.common.models import LoadedModel
+from crate_fast.eval.common.probes import (
     LabelledImages,
     check_linear,
     check_pool,
@@ -31,7 +31,6 @@ from crate_fast.eval.probes import (
     linear_probe,
     pooled,
 )
-from crate_fast.eval.results import raise_failures, say_written, write_results, write_table
 from crate_fast.train.config import TrainConfig
 from crate_fast.train.data import DataSplits, plain_splits
 
@@ -40,20 +39,12 @@ __all__ = ["KS", "check", "evaluate", "main"]
 PROTOCOLS = ("head", "knn", "linear")
 KS = (10, 20, 100, 200)
 RAW_SIDE = 16  # pixels
-_DATA_SETTINGS = (
-    "dataset",
-    "data_dir",
-    "train_split",
-    "val_split",
-    "train_samples",
-    "val_samples",
-    "image_size",
-    "seed",
-)
+_DATA_OPTIONS = ("dataset", "data_dir", "train_split", "val_split", "train_samples", "val_samples")
+_DATA_SETTINGS = (*_DATA_OPTIONS, "image_size", "seed")
 
 
 def check(
-    subject: Subject,
+    loaded: LoadedModel,
     data: DataSplits,
     protocols: Sequence[str],
     *,
@@ -64,7 +55,7 @@ def check(
     """Refuse what cannot be scored, before anything is computed.
 
     Args:
-        subject, data, protocols, ks, pool, train_limit: See `evaluate`.
+        loaded, data, protocols, ks, pool, train_limit: See `evaluate`.
 
     Raises:
         UserError: A protocol is misspelt, the model's head does not fit the data set, the model lacks the token that
@@ -73,13 +64,13 @@ def check(
     for protocol in protocols:
         if protocol not in PROTOCOLS:
             raise UserError(f"--protocol {protocol!r}: choose among {', '.join(PROTOCOLS)}, separated by commas")
-    outputs, classes = subject.model.num_classes, len(data.classes)
+    outputs, classes = loaded.model.num_classes, len(data.classes)
     if "head" in protocols and outputs != classes:
         raise UserError(
-            f"the head of {subject.label} has {outputs} classes and the data set {classes}, so its outputs cannot be "
+            f"the head of {loaded.label} has {outputs} classes and the data set {classes}, so its outputs cannot be "
             "scored: look at its features, with --protocol knn,linear"
         )
-    check_pool(subject.model, pool)
+    check_pool(loaded.model, pool)
     n_images = min(train_limit or len(data.train), len(data.train))
     for k in ks or ():
         if "knn" in protocols and not 1 <= k <= n_images:
@@ -91,22 +82,28 @@ def check(
 
 @torch.inference_mode()
 def _read(
-    subject: Subject, images: LabelledImages, pool: str, head: bool, raw_pixels: bool, problems: list[str], **loading
+    loaded: LoadedModel,
+    images: LabelledImages,
+    pool: str,
+    head: bool,
+    raw_pixels: bool,
+    problems: list[str],
+    **loading,
 ) -> dict[str, Tensor]:
-    """Of every readable image: label, features; loss and ranked classes of the head; small raw image."""
+    """Read labels and features of the images, and on demand the head's loss and ranking, and small raw images."""
     parts: dict[str, list[Tensor]] = {}
-    for batch in batches(images, problems=problems, progress=f"{subject.label}, {images.name}", **loading):
+    for batch in batches(images, problems=problems, progress=f"{loaded.label}, {images.name}", **loading):
         labels = torch.tensor([sample.label for sample in batch.samples])
-        tokens = subject.model.forward_features(subject.normalize(batch.images.to(subject.device)))
-        found = {"labels": labels, "features": pooled(subject.model, tokens, pool).float().cpu()}
+        tokens = loaded.model.forward_features(loaded.normalize(batch.images.to(loaded.device)))
+        found = {"labels": labels, "features": pooled(loaded.model, tokens, pool).float().cpu()}
         if head:
-            logits = subject.model.forward_head(tokens).float().cpu()
+            logits = loaded.model.forward_head(tokens).float().cpu()
             found["ranked"] = logits.topk(min(5, logits.shape[1]), dim=1).indices
             found["loss"] = F.cross_entropy(logits, labels, reduction="none")
         if raw_pixels:
             found["pixels"] = F.adaptive_avg_pool2d(batch.images.float(), RAW_SIDE).flatten(1) / 255
         if not found["features"].isfinite().all():
-            raise UserError(f"the features of {subject.label} hold NaN or infinity: its checkpoint is damaged")
+            raise UserError(f"the features of {loaded.label} hold NaN or infinity: its checkpoint is damaged")
         for name, values in found.items():
             parts.setdefault(name, []).append(values)
     return {name: torch.cat(tensors) for name, tensors in parts.items()}
@@ -121,7 +118,7 @@ def _per_class(correct: Tensor, labels: Tensor, classes: Sequence[str]) -> dict[
 def _probe(
     train: dict, val: dict, name: str, classes: Sequence[str], protocols: Sequence[str], ks: Sequence[int], seed: int
 ) -> dict:
-    """k-NN and the linear probe on train[name] and val[name]; what the images read are too few for is left out."""
+    """Score k-NN and the linear probe on train[name] and val[name]; leave out what there are too few images for."""
     found: dict = {"per_class": {}, "left_out": {}}
     if "knn" in protocols:
         n_images = len(train["labels"])
@@ -147,7 +144,7 @@ def _probe(
 
 
 def evaluate(
-    subject: Subject,
+    loaded: LoadedModel,
     data: DataSplits,
     protocols: Sequence[str] = ("head", "knn"),
     *,
@@ -161,37 +158,37 @@ def evaluate(
     seed: int = 0,
     problems: list[str] | None = None,
 ) -> dict:
-    """Classification accuracy of one model, all in [0, 1].
+    """Score one model; all accuracies are in [0, 1].
 
     Args:
-        subject: The model, expecting images of the data's size.
-        data: Of `plain_splits`; the training split is read only for "knn" and "linear".
+        loaded: The model, expecting images of the data's size.
+        data: Result of `plain_splits`; the training split is read only for "knn" and "linear".
         protocols: Among "head", "knn", "linear".
-        ks: Numbers of neighbours; when None those of `KS` that there are training images for.
+        ks: Numbers of neighbours; when None those of `KS` up to the number of training images.
         pool: See `pooled`.
         limit, train_limit: Validation and training images, evenly spaced; all when None.
         raw_pixels: Also score k-NN and the linear probe on images of 16×16 pixels.
-        batch_size, workers: Of reading.
-        seed: Of the linear probe's held-out images.
-        problems: Filled with what could not be read.
+        batch_size, workers: See `images.batches`.
+        seed: Seed of the linear probe's held-out images.
+        problems: Filled with one line for each unreadable image.
 
     Returns:
         "images" (and "train_images"): those read; "classes"; "chance": share of the most frequent class among the
         validation images; "head": top1, top5 (None with at most five classes), loss in nats; "knn": k → top1;
-        "linear": top1, C, "held_out" accuracy of each C, "converged"; "per_class": protocol → class → top1, None
-        where there is no image of it (k-NN: of the first k); "left_out": what could not be scored → why;
-        "raw_pixels": knn, linear, per_class and left_out of those.
+        "linear": top1, C, "held_out" accuracy of each C, "converged"; "per_class": protocol → class → top1 (k-NN: of
+        the first k), None for a class without images; "left_out": score → reason why there is none; "raw_pixels":
+        knn, linear, per_class and left_out of raw pixels.
 
     Raises:
         UserError: See `check`; or nothing could be scored.
     """
-    check(subject, data, protocols, ks=ks, pool=pool, train_limit=train_limit)
+    check(loaded, data, protocols, ks=ks, pool=pool, train_limit=train_limit)
     ks = KS if ks is None else ks
     loading = {"problems": [] if problems is None else problems, "batch_size": batch_size, "workers": workers}
     probing = "knn" in protocols or "linear" in protocols
     raw_pixels = raw_pixels and probing
     val = _read(
-        subject, LabelledImages(data.val, "validation", limit), pool, "head" in protocols, raw_pixels, **loading
+        loaded, LabelledImages(data.val, "validation", limit), pool, "head" in protocols, raw_pixels, **loading
     )
     labels, classes = val["labels"], data.classes
     found: dict = {"images": len(labels), "classes": len(classes), "per_class": {}}
@@ -204,9 +201,7 @@ def evaluate(
     if not probing:
         return found
     try:
-        train = _read(
-            subject, LabelledImages(data.train, "training", train_limit), pool, False, raw_pixels, **loading
-        )
+        train = _read(loaded, LabelledImages(data.train, "training", train_limit), pool, False, raw_pixels, **loading)
     except UserError as error:
         if "head" not in found:
             raise
@@ -222,22 +217,21 @@ def evaluate(
     return found
 
 
-def _data_config(subject: Subject, options: argparse.Namespace) -> TrainConfig:
-    """The data of the run, or of the options, which come first."""
-    if subject.config is None and options.dataset is None:
-        raise UserError(f"{subject.label} is not a run with a data set of its own: pass --dataset, and --data-dir")
-    height, width = subject.extract.image_size
+def _data_config(loaded: LoadedModel, options: argparse.Namespace) -> TrainConfig:
+    """Return the data settings of the options, else of the run."""
+    if loaded.config is None and options.dataset is None:
+        raise UserError(f"{loaded.label} is not a run with a data set of its own: pass --dataset, and --data-dir")
+    height, width = loaded.extract.image_size
     if height != width:
-        raise UserError(f"{subject.label} expects images of {height}×{width} pixels: pass --image-size for a square")
-    named = ("dataset", "data_dir", "train_split", "val_split", "train_samples", "val_samples")
-    changes = {name: getattr(options, name) for name in named if getattr(options, name) is not None}
-    if subject.config is None:
+        raise UserError(f"{loaded.label} expects images of {height}×{width} pixels: pass --image-size for a square")
+    changes = {name: getattr(options, name) for name in _DATA_OPTIONS if getattr(options, name) is not None}
+    if loaded.config is None:
         return TrainConfig(image_size=height, seed=options.seed, **changes)
-    return dataclasses.replace(subject.config, image_size=height, download=False, **changes)
+    return dataclasses.replace(loaded.config, image_size=height, download=False, **changes)
 
 
 def _paper_score(label: str, config: TrainConfig, n_classes: int) -> float | None:
-    """What Table 3 says of a model of this name, on this data set or one that is stored in a folder of its name."""
+    """Return Table 3's number for a model of this name; the data set or its folder has one of the table's names."""
     names = [config.dataset, Path(config.data_dir).name.lower()] + (["imagenet"] if n_classes == 1000 else [])
     return next((paper.TRANSFER[name].get(label) for name in names if name in paper.TRANSFER), None)
 
@@ -269,50 +263,40 @@ def _doubts(label: str, scores: dict) -> list[str]:
     return doubts
 
 
-def _run(options: argparse.Namespace) -> None:
-    subjects = open_models(options)
+def _command(options: argparse.Namespace) -> None:
+    models = open_models(options)
     plan = []
-    for subject in subjects:
-        config = _data_config(subject, options)
-        default = ("head", "knn") if subject.model.num_classes else ("knn",)
+    for loaded in models:
+        config = _data_config(loaded, options)
+        default = ("head", "knn") if loaded.model.num_classes else ("knn",)
         protocols = tuple(options.protocol.split(",")) if options.protocol else default
         data = plain_splits(config)
-        known = {"ks": options.k, "pool": options.pool, "train_limit": options.train_limit}
-        check(subject, data, protocols, **known)  # of all models, before the first is run
-        plan.append((subject, config, data, protocols))
-    folder = output_folder(options, "classify")
-    settings = ("pool", "limit", "train_limit", "batch_size", "workers", "seed")
-    chosen = {name: getattr(options, name) for name in settings} | {"ks": options.k}
-    problems: list[str] = []
-    results, rows, doubts, seen, failures = {}, [], [], set(), []
-    for subject, config, data, protocols in plan:
+        limits = {"ks": options.k, "pool": options.pool, "train_limit": options.train_limit}
+        check(loaded, data, protocols, **limits)  # all models, before the first is run
+        plan.append((loaded, config, data, protocols))
+    evaluation = Evaluation("classify", options, models)
+    names = ("pool", "limit", "train_limit", "batch_size", "workers", "seed")
+    settings = {name: getattr(options, name) for name in names} | {"ks": options.k, "problems": evaluation.problems}
+    results, rows, doubts, raw_scored = {}, [], [], []
+    for loaded, config, data, protocols in plan:
         source = {name: getattr(config, name) for name in _DATA_SETTINGS}
-        raw = options.raw_pixels and tuple(source.values()) not in seen
-        try:
-            found = evaluate(subject, data, protocols, raw_pixels=raw, problems=problems, **chosen)
-        except UserError as error:
-            failures.append(f"{subject.label}: {error}")
-            continue
-        seen.add(tuple(source.values()))
-        reported = _paper_score(subject.label, config, len(data.classes))
-        results[subject.label] = found | {"data": source, "paper_fine_tuned": reported}
-        rows.append(_row(subject.label, results[subject.label], results[subject.label]))
-        doubts += _doubts(subject.label, found)
-        if "raw_pixels" in found:
-            label = f"raw pixels {RAW_SIDE}×{RAW_SIDE} ({config.dataset})"
-            rows.append(_row(label, found, found["raw_pixels"]))
-            doubts += _doubts(label, found["raw_pixels"])
-    if not results:
-        raise_failures(failures)
-    problems = list(dict.fromkeys(problems))  # two models may have met the same image
-    print(write_table(folder, "classify", rows))
+        with evaluation.others_go_on(loaded.label):
+            raw = options.raw_pixels and source not in raw_scored
+            found = evaluate(loaded, data, protocols, raw_pixels=raw, **settings)
+            raw_scored.append(source)
+            reported = _paper_score(loaded.label, config, len(data.classes))
+            results[loaded.label] = found | {"data": source, "paper_fine_tuned": reported}
+            rows.append(_row(loaded.label, results[loaded.label], results[loaded.label]))
+            doubts += _doubts(loaded.label, found)
+            if "raw_pixels" in found:
+                label = f"raw pixels {RAW_SIDE}×{RAW_SIDE} ({config.dataset})"
+                rows.append(_row(label, found, found["raw_pixels"]))
+                doubts += _doubts(label, found["raw_pixels"])
+    evaluation.check_scored(results)
+    evaluation.write_table("classify", rows)
     if any("paper, fine-tuned" in row for row in rows):
-        print("paper, fine-tuned: Table 3, all weights fine-tuned on the data set; no score here is.")
-    print("".join(f"{doubt}\n" for doubt in doubts), end="")
-    config = settings_of(options) | {"models": [subject.facts for subject in subjects]}
-    written = write_results(folder, "classify", config, results, problems)
-    say_written([written, folder / "classify.md"], problems)
-    raise_failures(failures, folder)
+        doubts.insert(0, "paper, fine-tuned: Table 3, all weights fine-tuned on the data set; no score here is.")
+    evaluation.finish(results, notes=doubts)
 
 
 def _numbers(text: str) -> tuple[int, ...]:
@@ -323,21 +307,20 @@ def main(argv: list[str] | None = None) -> int:
     """Run as the command line says; returns the exit status."""
     parser = evaluation_parser("classify", __doc__.splitlines()[0], data=False)
     parser.set_defaults(batch_size=64)
-    parser.add_argument("--protocol", help="among head,knn,linear; default head,knn, or knn without a head")
-    parser.add_argument(
-        "--dataset", help="as in training: shape_scenes, folder, tar, shards, …; default the run's own"
-    )
-    parser.add_argument("--data-dir", help="its folder")
-    parser.add_argument("--train-split", help="name of the training split: of folder, tar, shards, hf")
-    parser.add_argument("--val-split", help="name of the validation split, likewise")
-    parser.add_argument("--train-samples", type=positive, help="of shape_scenes: training images")
-    parser.add_argument("--val-samples", type=positive, help="of shape_scenes: validation images")
-    parser.add_argument("--limit", type=positive, help="validation images, evenly spaced; all when absent")
-    parser.add_argument("--train-limit", type=positive, help="training images, evenly spaced; all when absent")
-    parser.add_argument("--k", type=_numbers, help="neighbours; default those of 10,20,100,200 there are images for")
-    parser.add_argument("--pool", choices=("cls", "mean"), default="cls", help="features: CLS or the patches' mean")
-    parser.add_argument("--raw-pixels", action="store_true", help="score images of 16×16 pixels in the same way")
-    return run_command(lambda: _run(parser.parse_args(argv)))
+    add = parser.add_argument
+    add("--protocol", help="among head,knn,linear; default head,knn, or knn without a head")
+    add("--dataset", help="as in training: shape_scenes, folder, tar, shards, …; default the run's own")
+    add("--data-dir", help="its folder")
+    add("--train-split", help="name of the training split: of folder, tar, shards, hf")
+    add("--val-split", help="name of the validation split, likewise")
+    add("--train-samples", type=positive, help="of shape_scenes: training images")
+    add("--val-samples", type=positive, help="of shape_scenes: validation images")
+    add("--limit", type=positive, help="validation images, evenly spaced; default all")
+    add("--train-limit", type=positive, help="training images, evenly spaced; default all")
+    add("--k", type=_numbers, help="neighbours; default those of 10,20,100,200 there are images for")
+    add("--pool", choices=("cls", "mean"), default="cls", help="features: CLS or the patches' mean")
+    add("--raw-pixels", action="store_true", help="score images of 16×16 pixels in the same way")
+    return run_command(lambda: _command(parser.parse_args(argv)))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Several models in one table beside the paper's numbers (paper, Tables 1 and 2, Fig. 4).
+"""Several models in one table with the paper's numbers (paper, Tables 1 and 2, Fig. 4).
 
     crate-fast eval comparison --table table1 CRATE-S/8=A ViT-S/8=B DINO-S/8=vit_small_patch8_224.dino@pretrained \\
         --coco coco:PATH
     crate-fast eval comparison --table table2 CRATE=A CRATE-MLP=B CRATE-MHSA=C ViT=D --coco coco:PATH --voc voc:PATH
     crate-fast eval comparison --table figure4 CRATE-S/8=A ViT-S/8=B --voc voc:PATH
 
-A model whose name is one of the paper's gets the paper's numbers and the gap beside ours; another has only ours.
+A model with one of the paper's names gets the paper's numbers and the gap next to ours; another has only ours.
 """
 
 import argparse
@@ -14,13 +14,13 @@ import sys
 from torch.utils.data import Dataset
 
 from crate_fast.errors import UserError, run_command
-from crate_fast.eval import by_layer, coarse_segmentation, paper
+from crate_fast.eval import by_layer, coarse_segmentation
 from crate_fast.eval.by_layer import check_measures
-from crate_fast.eval.images import open_images
+from crate_fast.eval.common import paper
+from crate_fast.eval.common.command import Evaluation, evaluation_parser, open_models, positive
+from crate_fast.eval.common.images import open_images
+from crate_fast.eval.common.models import LoadedModel
 from crate_fast.eval.maskcut import PAPER, MaskCutSettings
-from crate_fast.eval.models import Subject
-from crate_fast.eval.options import evaluation_parser, open_models, output_folder, positive, settings_of
-from crate_fast.eval.results import raise_failures, say_written, write_results, write_table
 
 __all__ = ["compare", "evaluate", "main"]
 
@@ -28,7 +28,7 @@ NEEDS = {"table1": ("maskcut",), "table2": ("maskcut", "coarse"), "figure4": ("c
 
 
 def evaluate(
-    subject: Subject,
+    loaded: LoadedModel,
     images: Dataset,
     measure: str,
     layer: int | None = None,
@@ -37,25 +37,25 @@ def evaluate(
     problems: list[str] | None = None,
     **reading,
 ) -> dict[str, float]:
-    """One model's numbers at one layer under the names of the paper's columns, in percent.
+    """Score one model at one layer, under the names of the paper's columns, in percent.
 
     Args:
-        subject: The model.
-        images: Of `Sample`s at its image size, with the annotations that the measure needs.
+        loaded: The model.
+        images: Data set of `Sample`s at its image size, with the annotations that the measure needs.
         measure: "maskcut" or "coarse".
         layer: The model's default layer when None.
-        threshold: Of "coarse"; "topk" is the paper's words.
-        settings: Of MaskCut.
-        problems: Filled with what could not be read.
+        threshold: Threshold of "coarse"; "topk" is the paper's words.
+        settings: Settings of MaskCut.
+        problems: Filled with one line for each unreadable image.
         **reading: See `images.batches`.
 
     Returns:
-        "box AP50", "box AP75", "box AP", the same of "mask", "box AR100", "mask AR100" and "COCO images"; or "VOC
-        mIoU", "random maps" and "constant mask", what those score, "attention AP", which needs no threshold, and "VOC
-        images".
+        For "maskcut" "box AP50", "box AP75", "box AP", the same of "mask", "box AR100", "mask AR100" and "COCO
+        images"; for "coarse" "VOC mIoU", that of "random maps" and of the "constant mask", "attention AP", which
+        needs no threshold, and "VOC images".
     """
-    layer = subject.extract.resolve_layer(layer)
-    numbers = by_layer.evaluate(subject, images, [layer], [measure], settings, problems, **reading)[layer]
+    layer = loaded.extract.resolve_layer(layer)
+    numbers = by_layer.evaluate(loaded, images, [layer], [measure], settings, problems, **reading)[layer]
     if measure == "maskcut":
         return {"COCO images" if name == "images" else name: value for name, value in numbers.items()}
     name = coarse_segmentation.NAMES[threshold]
@@ -65,7 +65,7 @@ def evaluate(
 
 
 def compare(table: str, ours: dict[str, dict[str, float]]) -> list[dict]:
-    """Rows of the table: ours, the paper's and the gap (ours − paper's) of each column the paper has.
+    """Return the table's rows: ours, the paper's and the gap (ours − paper's) in each column of the paper.
 
     Args:
         table: "table1", "table2" or "figure4".
@@ -86,37 +86,15 @@ def compare(table: str, ours: dict[str, dict[str, float]]) -> list[dict]:
     return rows
 
 
-def _opened(options: argparse.Namespace, measure: str, data: str, size: int | None) -> list[tuple[Subject, Dataset]]:
-    """The models at the measure's image size, each with the images, and checked."""
+def _opened(options: argparse.Namespace, measure: str, data: str, size: int | None) -> list[tuple]:
+    """Open and check the models at a measure's image size, each with its images."""
     opened = []
-    for subject in open_models(argparse.Namespace(**(vars(options) | {"image_size": size}))):
-        subject.extract.resolve_layer(options.layer)
-        images = open_images(data, subject.extract.image_size[0], options.limit)
-        check_measures([measure], subject, images, data)
-        opened.append((subject, images))
+    for loaded in open_models(argparse.Namespace(**(vars(options) | {"image_size": size}))):
+        loaded.extract.resolve_layer(options.layer)
+        images = open_images(data, loaded.extract.image_size[0], options.limit)
+        check_measures([measure], loaded, images, data)
+        opened.append((loaded, images))
     return opened
-
-
-def _one_measure(
-    options: argparse.Namespace,
-    measure: str,
-    opened: list[tuple[Subject, Dataset]],
-    problems: list[str],
-    failures: list[str],
-) -> dict[str, dict[str, float]]:
-    """Label → numbers; why a model has none is added to `failures`."""
-    numbers = {}
-    for subject, images in opened:
-        found: list[str] = []
-        reading = {"batch_size": options.batch_size, "workers": options.workers, "seed": options.seed}
-        reading["progress"] = f"{measure}, {subject.label}"
-        layer, threshold = options.layer, options.threshold
-        try:
-            numbers[subject.label] = evaluate(subject, images, measure, layer, threshold, problems=found, **reading)
-        except UserError as error:
-            failures.append(f"{subject.label}, {measure}: {error}")
-        problems += [line for line in found if line not in problems]
-    return numbers
 
 
 def _command(options: argparse.Namespace) -> None:
@@ -125,43 +103,38 @@ def _command(options: argparse.Namespace) -> None:
         "coarse": (options.voc, "--voc", options.voc_size),
     }
     for measure in NEEDS[options.table]:
-        if given[measure][0] is None:
-            option = given[measure][1]
+        data, option, _ = given[measure]
+        if data is None:
             raise UserError(f"--table {options.table} needs the images of {measure}: pass {option} KIND:PATH")
-    problems: list[str] = []
-    failures: list[str] = []
-    ours: dict[str, dict[str, float]] = {}
     plan = {measure: _opened(options, measure, *given[measure][::2]) for measure in NEEDS[options.table]}
-    output = output_folder(options, f"comparison_{options.table}")
-    config = settings_of(options)
-    for measure, opened in sorted(plan.items()):  # "coarse" first, which takes minutes where "maskcut" takes hours
-        config[f"models for {measure}"] = [subject.facts for subject, _ in opened]
-        for label, row in _one_measure(options, measure, opened, problems, failures).items():
-            ours.setdefault(label, {}).update(row)
-    if not ours:
-        raise_failures(failures)
+    evaluation = Evaluation("comparison", options, [], f"comparison_{options.table}")
+    config, ours = {}, {}
+    for measure, opened in sorted(plan.items()):  # "coarse" first: it takes minutes, "maskcut" hours
+        config[f"models for {measure}"] = [loaded.facts for loaded, _ in opened]
+        for loaded, images in opened:
+            with evaluation.others_go_on(f"{loaded.label}, {measure}"):
+                reading = evaluation.reading(f"{measure}, {loaded.label}") | {"seed": options.seed}
+                row = evaluate(loaded, images, measure, options.layer, options.threshold, **reading)
+                ours.setdefault(loaded.label, {}).update(row)
+    evaluation.check_scored(ours)
     rows = compare(options.table, ours)
-    print(write_table(output, options.table, rows, digits=1))
-    path = write_results(output, "comparison", config, {"rows": rows}, problems)
-    tables = [output / f"{options.table}.{suffix}" for suffix in ("md", "csv", "tex")]
-    print(
+    evaluation.write_table(options.table, rows, digits=1)
+    note = (
         "Numbers in %; gap: ours − the paper's, which are of 5,000 images of COCO val2017 and 1,449 of VOC2012 val."
     )
-    say_written([path, *tables], problems)
-    raise_failures(failures, output)
+    evaluation.finish({"rows": rows}, config | {"models": options.models}, [note])
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run as the command line says; returns the exit status."""
-    parser = evaluation_parser(
-        "comparison", "Models in one table beside the paper's numbers.", data=False, image_size=480
-    )
-    parser.add_argument("--limit", type=positive, help="take the first so many images of each set; all when absent")
+    description = "Models in one table with the paper's numbers."
+    parser = evaluation_parser("comparison", description, data=False, image_size=480)
+    parser.add_argument("--limit", type=positive, help="number of images of each set; default all")
     parser.add_argument("--table", choices=sorted(NEEDS), required=True, help="which of the paper's")
     parser.add_argument("--coco", help="images for MaskCut, at --image-size, such as coco:PATH")
     parser.add_argument("--voc", help="images for coarse segmentation, such as voc:PATH")
     parser.add_argument("--voc-size", type=positive, help="their side in pixels; default the model's own")
-    parser.add_argument("--layer", type=int, help="of every model; each one's own default when absent")
+    parser.add_argument("--layer", type=int, help="layer of every model; default each model's own")
     parser.add_argument("--threshold", choices=("topk", "mass"), default="topk", help="of coarse segmentation")
     return run_command(lambda: _command(parser.parse_args(argv)))
 

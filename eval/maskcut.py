@@ -4,8 +4,7 @@
     crate-fast eval maskcut MODEL --data coco:PATH                      # a data set, with AP and AR
     torchrun --nproc_per_node 4 -m crate_fast.eval.maskcut MODEL --data coco:PATH
 
-A run over a data set keeps one line an image in its output folder: started again it goes on where it stopped, with as
-many processes as it is given.
+A run over a data set keeps one line per image in its output folder and resumes there, with any number of processes.
 """
 
 import argparse
@@ -25,23 +24,29 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
 from crate_fast.errors import UserError, require, run_command
-from crate_fast.eval.coco import require_objects
-from crate_fast.eval.crf import refine, require_crf
-from crate_fast.eval.detections import class_agnostic_scores, detections_of, enlarge, paint_detections
-from crate_fast.eval.images import CocoImages, batches, open_images
-from crate_fast.eval.models import Subject
-from crate_fast.eval.normalized_cut import SAME, second_eigenvector
-from crate_fast.eval.options import (
+from crate_fast.eval.common.coco import (
+    class_agnostic_scores,
+    detections_of,
+    enlarge,
+    paint_detections,
+    refine,
+    require_crf,
+    require_objects,
+)
+from crate_fast.eval.common.command import (
+    Evaluation,
     evaluation_parser,
+    open_data,
     open_models,
-    output_folder,
     positive,
+    reading,
     settings_of,
 )
-from crate_fast.eval.precision import exact_fp32
-from crate_fast.eval.records import Records
-from crate_fast.eval.results import say_written, write_results, write_table
-from crate_fast.figures import Picture, image_grid
+from crate_fast.eval.common.figures import Picture, image_grid
+from crate_fast.eval.common.images import CocoImages, batches
+from crate_fast.eval.common.models import LoadedModel
+from crate_fast.eval.common.normalized_cut import SAME, exact_fp32, second_eigenvector
+from crate_fast.eval.common.results import Records
 from crate_fast.functional import linear
 from crate_fast.train.checkpoint import write_text
 from crate_fast.train.distributed import Processes, process_group
@@ -55,12 +60,12 @@ _LINK_BYTES = 2 * 2**30  # of the affinities held at once
 
 
 class MaskCut(NamedTuple):
-    """What `maskcut` returns.
+    """Masks found by `maskcut`.
 
     Attributes:
-        masks: Boolean [B, n, rows, columns]; disjoint; empty ones stand last.
-        residuals: Of the eigenvectors behind them, [B, n] (`normalized_cut.Cut`); NaN where none was computed.
-        solvers: Which solver each is from, [B, n] (`normalized_cut.Cut`); −1 where none was computed.
+        masks: Boolean [B, n, rows, columns]; disjoint, empty ones last.
+        residuals: Residuals of their eigenvectors, [B, n] (`normalized_cut.Cut`); NaN where none was computed.
+        solvers: Solvers of the eigenvectors, [B, n] (`normalized_cut.Cut`); −1 where none was computed.
     """
 
     masks: Tensor
@@ -69,17 +74,16 @@ class MaskCut(NamedTuple):
 
 
 def object_of(vector: Tensor, grid: tuple[int, int]) -> Tensor:
-    """The object that a second eigenvector shows.
+    """Return the object that a second eigenvector shows.
 
-    Patches above the mean are foreground, with the seed at the largest entry; where at least three of the four
-    corners are, the sides change places and the seed is the smallest entry. Of entries within 1e-4 of each other the
-    first counts, since patches with the same links have the same entry but for rounding. The object is the
-    foreground's 4-connected component that holds the seed. (CutLER's code also changes sides if the patch of largest
-    magnitude is not foreground. Its result depends on the sign the solver happened to return; here that patch is
-    positive.)
+    Patches above the mean are foreground, with the seed at the largest entry. If at least three of the four corners
+    are foreground, the sides are swapped and the seed is the smallest entry. Entries within 1e-4 of each other are
+    equal, since patches with the same links differ by rounding; the first one counts. The object is the foreground's
+    4-connected component that holds the seed. CutLER's code also swaps the sides if the patch of largest magnitude is
+    not foreground; that depends on the solver's sign, and here that patch is positive.
 
     Args:
-        vector: [P], of `normalized_cut.Cut`.
+        vector: Entries [P] of a `normalized_cut.Cut`.
         grid: Rows and columns of patches.
 
     Returns:
@@ -116,11 +120,10 @@ def _square(n_patches: int) -> tuple[int, int]:
 
 
 def _links(features: Tensor, tau: float) -> Tensor:
-    """Which patches look alike: cosine > τ as 0 and 1, [b, P, P]."""
+    """Link patches with a cosine > τ: 0 and 1, [b, P, P]."""
     unit = F.normalize(features if features.dtype == torch.float64 else features.float(), dim=-1)
-    cosine = (
-        linear(unit[0], unit[0]).unsqueeze(0) if len(unit) == 1 else unit @ unit.mT
-    )  # one goes to oneDNN on a CPU
+    # `linear` goes to oneDNN on a CPU
+    cosine = linear(unit[0], unit[0]).unsqueeze(0) if len(unit) == 1 else unit @ unit.mT
     return cosine.gt_(tau).to(torch.float32)
 
 
@@ -142,9 +145,9 @@ def maskcut(
     previous one by an IoU above ½, ends the search.
 
     Args:
-        features: Of patches, row by row, [P, C] or [B, P, C]; any floating-point type, on a CPU or a GPU. Padding,
-            CLS and registers must not be among them.
-        num_objects: n, at most how many.
+        features: Patch features, row by row, [P, C] or [B, P, C], without padding, CLS and registers; any
+            floating-point type, on a CPU or a GPU.
+        num_objects: n, the largest number of objects.
         tau: τ, from -1 to 1.
         grid: Rows and columns with rows·columns = P; a square when None.
         epsilon: Affinity of patches that are not linked, above 0.
@@ -222,12 +225,12 @@ def _worth_keeping(mask: Tensor, previous: Tensor) -> bool:
 
 @dataclass(frozen=True)
 class MaskCutSettings:
-    """How `detect` segments an image.
+    """Settings of `detect`.
 
     Attributes:
-        num_objects: At most how many objects; see `maskcut`.
+        num_objects: See `maskcut`.
         tau: See `maskcut`.
-        crf: Refine masks with `crf.refine` at the size the model sees.
+        crf: Refine masks with `coco.refine` at the size the model sees.
     """
 
     num_objects: int = 3
@@ -243,11 +246,11 @@ class MaskCutSettings:
 PAPER = MaskCutSettings()
 
 
-def check(subject: Subject, images: Dataset) -> None:
-    """Refuse what could only fail, before anything is computed.
+def check(loaded: LoadedModel, images: Dataset) -> None:
+    """Refuse models and data that cannot be scored, before anything is computed.
 
     Args:
-        subject: The model, at its image size.
+        loaded: The model, at its image size.
         images: The data set.
 
     Raises:
@@ -255,34 +258,34 @@ def check(subject: Subject, images: Dataset) -> None:
         UserError: A package is missing.
     """
     require("pycocotools", "scipy")
-    _check_patches(math.prod(subject.extract.grid))
+    _check_patches(math.prod(loaded.extract.grid))
     if isinstance(images, CocoImages):  # a scene always has an object
         require_objects(images.coco, images.keys())
 
 
 def detect(
-    subject: Subject,
+    loaded: LoadedModel,
     images: Dataset,
     layers: Sequence[int],
     settings: MaskCutSettings,
     problems: list[str],
     **reading,
 ) -> Iterator[dict]:
-    """MaskCut on a data set, for several layers in one pass of the model.
+    """Run MaskCut on a data set, for several layers in one pass of the model.
 
     Args:
-        subject: The model.
-        images: Of `Sample`s, at the model's image size.
-        layers: Whose features, counted from 0.
+        loaded: The model.
+        images: Data set of `Sample`s, at the model's image size.
+        layers: Layers, counted from 0.
         settings: See `MaskCutSettings`.
-        problems: Filled with what could not be read.
+        problems: Filled with one line for each unreadable image.
         **reading: `batch_size`, `workers`, `progress` of `images.batches`.
 
     Yields:
-        One record an image: "image_id", and "layers": layer → "detections" (COCO results), "residuals" and "solvers".
+        For each image "image_id", and "layers": layer → "detections" (COCO results), "residuals" and "solvers".
     """
     for batch in batches(images, problems=problems, **reading):
-        features = subject.extract(subject.normalize(batch.images.to(subject.device)), layers)
+        features = loaded.features(batch.images, layers)
         cuts = {
             layer: maskcut(features.keys(layer), settings.num_objects, settings.tau, grid=features.grid)
             for layer in layers
@@ -307,13 +310,13 @@ def detect(
 
 
 def summarise(images: Dataset, records: Sequence[dict], layer: int, evaluated: Sequence) -> dict:
-    """Numbers of one layer's records: counts, the largest residual and, with COCO annotations, AP and AR.
+    """Summarise one layer's records: counts, the largest residual and, with COCO annotations, AP and AR.
 
     Args:
         images: The data set.
         records: From `detect`.
-        layer: Whose.
-        evaluated: Keys of all images asked for; one without a record counts as missed.
+        layer: The layer.
+        evaluated: Keys of all images; one without a record counts as missed.
     """
     parts = [record["layers"][layer] for record in records]
     detections = [entry for part in parts for entry in part["detections"]]
@@ -331,18 +334,18 @@ def summarise(images: Dataset, records: Sequence[dict], layer: int, evaluated: S
 
 
 def evaluate(
-    subject: Subject,
+    loaded: LoadedModel,
     images: Dataset,
     layers: Sequence[int] | None = None,
     settings: MaskCutSettings = PAPER,
     problems: list[str] | None = None,
     **reading,
 ) -> dict[int, dict]:
-    """MaskCut's numbers for each layer, without files; see `detect` and `summarise`.
+    """Score MaskCut at each layer, without files; see `detect` and `summarise`.
 
     Args:
-        subject: The model.
-        images: Of `Sample`s; with COCO's there are AP and AR.
+        loaded: The model.
+        images: Data set of `Sample`s; with COCO's there are AP and AR.
         layers: The model's default layer when None.
         settings, problems, **reading: See `detect`.
 
@@ -352,15 +355,15 @@ def evaluate(
     Raises:
         UserError: See `check`.
     """
-    layers = [subject.extract.default_layer] if layers is None else list(layers)
+    layers = [loaded.extract.default_layer] if layers is None else list(layers)
     problems = [] if problems is None else problems
-    check(subject, images)
-    records = list(detect(subject, images, layers, settings, problems, **({"batch_size": 8} | reading)))
+    check(loaded, images)
+    records = list(detect(loaded, images, layers, settings, problems, **({"batch_size": 8} | reading)))
     return {layer: summarise(images, records, layer, images.keys()) for layer in layers}
 
 
-def _figure(images: Dataset, records: dict, layer: int, folder: Path, shown: int) -> list[Path]:
-    """The first images that could be read, with their masks and boxes (paper, Fig. 5)."""
+def _figure(images: Dataset, records: dict, layer: int, paths: list[Path], shown: int) -> None:
+    """Draw the first readable images with their masks and boxes (paper, Fig. 5)."""
     pictures = []
     readable = [(index, key) for index, key in enumerate(images.keys()) if key in records]
     for index, key in readable[:shown]:
@@ -368,99 +371,88 @@ def _figure(images: Dataset, records: dict, layer: int, folder: Path, shown: int
         squashed = Image.fromarray(sample.image.permute(1, 2, 0).numpy())
         picture = np.asarray(squashed.resize(sample.size[::-1], Image.Resampling.BICUBIC))
         pictures.append(Picture(paint_detections(picture, records[key]["layers"][layer]["detections"])))
-    paths = [folder / "detections.png", folder / "detections.pdf"]
     image_grid([pictures[i : i + 6] for i in range(0, len(pictures), 6)], paths)
-    return paths
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = evaluation_parser("maskcut", "Objects by MaskCut, and their AP and AR.", many=False, image_size=480)
-    parser.add_argument("--layer", type=int, help="whose features; the last but one of CRATE, the last of a ViT")
-    parser.add_argument("--num-objects", type=positive, default=3, help="at most how many in an image; default 3")
-    parser.add_argument("--tau", type=float, default=0.15, help="cosine above which patches are linked; default 0.15")
-    parser.add_argument(
-        "--crf", action="store_true", help="refine masks by a DenseCRF (pip install 'crate_fast[crf]')"
-    )
-    parser.add_argument("--figure-images", type=positive, default=12, help="images in the figure; default 12")
-    return parser
 
 
 def _command(options: argparse.Namespace) -> None:
     with process_group(options.device) as processes:
         options.device = str(processes.device)
         settings = MaskCutSettings(options.num_objects, options.tau, options.crf)
-        (subject,) = open_models(options)
-        layer = subject.extract.resolve_layer(options.layer)
-        images = open_images(options.data, subject.extract.image_size[0], options.limit)
-        check(subject, images)
-        folder = output_folder(options, "maskcut")
-        decides = {**subject.facts, "data": options.data, "layer": layer, **asdict(settings), "format": _FORMAT}
-        records = _open_records(folder / "records", decides, processes)
+        (loaded,) = open_models(options)
+        layer = loaded.extract.resolve_layer(options.layer)
+        images = open_data(options, loaded)
+        check(loaded, images)
+        evaluation = Evaluation("maskcut", options, [loaded])
+        decisive = {**loaded.facts, "data": options.data, "layer": layer, **asdict(settings), "format": _FORMAT}
+        records = _open_records(evaluation.folder / "records", decisive, processes)
         done = records.read()
-        processes.wait()  # nobody writes before all have read what is to be done
+        processes.wait()  # no rank writes before all have read which images are done
         todo = [index for index, key in enumerate(images.keys()) if key not in done]
         mine = Subset(images, todo[processes.rank :: processes.world_size])
         if processes.first and len(todo) < len(images):
-            print(f"{len(images) - len(todo)} of {len(images)} images were done before: {folder}")
+            print(f"{len(images) - len(todo)} of {len(images)} images were done before: {evaluation.folder}")
         problems: list[str] = []
-        progress = "maskcut" if processes.first else None
-        reading = {"batch_size": options.batch_size, "workers": options.workers, "progress": progress}
-        records.append(detect(subject, mine, [layer], settings, problems, allow_none=True, **reading))
-        problems = [line for part in processes.gather(problems) for line in part]
+        title = "maskcut" if processes.first else None
+        found = detect(loaded, mine, [layer], settings, problems, allow_none=True, **reading(options, title))
+        records.append(found)
+        evaluation.problems += [line for part in processes.gather(problems) for line in part]
         if processes.first:
-            _finish(images, records.read(), layer, folder, decides | settings_of(options), problems, options)
+            _finish(evaluation, images, records.read(), layer, decisive)
         processes.wait()
 
 
-def _open_records(folder: Path, decides: dict, processes: Processes) -> Records:
-    """The records of this process; if the first process may not open them, all say so and none waits."""
+def _open_records(folder: Path, settings: dict, processes: Processes) -> Records:
+    """Open this rank's records; if rank 0 cannot, every rank raises and none waits."""
     records, refusal = None, ""
     if processes.first:
         try:
-            records = Records(folder, decides)
+            records = Records(folder, settings)
         except ValueError as error:
             refusal = str(error)
     refusal = processes.agree(refusal)
     if refusal:
         raise UserError(refusal)
-    return Records(folder, decides, processes.rank) if records is None else records
+    return Records(folder, settings, processes.rank) if records is None else records
 
 
-def _finish(
-    images: Dataset,
-    records: dict,
-    layer: int,
-    folder: Path,
-    config: dict,
-    problems: list[str],
-    options: argparse.Namespace,
-) -> None:
-    """Gather, score, draw and print."""
+def _finish(evaluation: Evaluation, images: Dataset, records: dict, layer: int, decisive: dict) -> None:
+    """Score, draw and print all records."""
     keys = [key for key in images.keys() if key in records]  # noqa: SIM118
     if not keys:
-        raise UserError(f"none of the {len(images)} images could be read; the first: {problems[0]}")
+        raise UserError(f"none of the {len(images)} images could be read; the first: {evaluation.problems[0]}")
     for key in keys:
         records[key]["layers"] = {int(name): part for name, part in records[key]["layers"].items()}
     numbers = summarise(images, [records[key] for key in keys], layer, images.keys())
     detections = [entry for key in keys for entry in records[key]["layers"][layer]["detections"]]
-    write_text(folder / "detections.json", json.dumps(detections) + "\n")
-    paths = [write_results(folder, "maskcut", config, numbers, problems), folder / "detections.json"]
-    row = {"model": config["label"], "layer": layer, "images": numbers["images"], "detections": numbers["detections"]}
+    write_text(evaluation.folder / "detections.json", json.dumps(detections) + "\n")
+    evaluation.written.append(evaluation.folder / "detections.json")
+    row = {"model": decisive["label"], "layer": layer, "images": numbers["images"]}
+    row["detections"] = numbers["detections"]
     for kind, name in (("bbox", "box"), ("segm", "mask")):
         for measure in ("AP50", "AP75", "AP", "AR100"):
             if kind in numbers:
                 row[f"{name} {measure}"] = 100 * numbers[kind][measure]
-    print(write_table(folder, "table", [row], digits=2))
-    if "bbox" in numbers:
-        print("AP and AR in %, class-agnostic; every score is 1, ranked in the order of image ids.")
-        print("Images that could not be read count as images without detections.")
-    paths += [folder / "table.md", *_figure(images, records, layer, folder, options.figure_images)]
-    say_written(paths, problems)
+    evaluation.write_table("table", [row], digits=2)
+    notes = [
+        "AP and AR in %, class-agnostic; every score is 1, ranked in the order of image ids.",
+        "Images that could not be read count as images without detections.",
+    ]
+    _figure(images, records, layer, evaluation.figure("detections"), evaluation.options.figure_images)
+    config = decisive | settings_of(evaluation.options, evaluation.models)
+    evaluation.finish(numbers, config, notes if "bbox" in numbers else ())
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run as the command line says; returns the exit status."""
-    return run_command(lambda: _command(_parser().parse_args(argv)))
+    parser = evaluation_parser("maskcut", "Objects by MaskCut, and their AP and AR.", many=False, image_size=480)
+    parser.add_argument("--layer", type=int, help="default the last but one of CRATE, the last of a ViT")
+    parser.add_argument("--num-objects", type=positive, default=3, help="at most how many in an image; default 3")
+    parser.add_argument("--tau", type=float, default=0.15, help="cosine above which patches are linked; default 0.15")
+    parser.add_argument(
+        "--crf", action="store_true", help="refine masks by a DenseCRF (pip install 'crate_fast[crf]')"
+    )
+    parser.add_argument("--figure-images", type=positive, default=12, help="images in the figure; default 12")
+    return run_command(lambda: _command(parser.parse_args(argv)))
 
 
 if __name__ == "__main__":

@@ -1,15 +1,15 @@
 """Principal components of patch features: foreground, and parts as colours (paper, Fig. 3, 6, 9, 10 and B.2).
 
-    crate-fast eval pca runs/NAME runs/VIT --data coco:PATH --class horse     a column a model (Fig. 3)
-    crate-fast eval pca runs/NAME --data folder:PATH --layers all             a column a layer (Fig. 9)
+    crate-fast eval pca runs/NAME runs/VIT --data coco:PATH --class horse     a column per model (Fig. 3)
+    crate-fast eval pca runs/NAME --data folder:PATH --layers all             a column per layer (Fig. 9)
     crate-fast eval pca runs/NAME --data folder:PATH --layers 0,3,6 --components 2-4   component 1 in grey, 2 to 4 in
                                                                               colour, nothing left out (Fig. 6)
-    crate-fast eval pca A=runs/NAME@1000 B=runs/NAME@9000 --data folder:PATH  a column a checkpoint (Fig. 10)
+    crate-fast eval pca A=runs/NAME@1000 B=runs/NAME@9000 --data folder:PATH  a column per checkpoint (Fig. 10)
 
-The images share one analysis (`--group N`: N at a time), so that one colour is one part of all of them; they should
-show one kind of object. Features are the subspace tokens of CRATE and the keys of a ViT, all heads concatenated.
-Writes pca_01.png and .pdf (and 02, …: eight rows a page; a figure a model where layers are columns), results.json and
-a table.
+The images share one analysis (`--group N`: N at a time) and should show one kind of object: one colour is then one
+part of all of them. Features are the subspace tokens of CRATE and the keys of a ViT, all heads concatenated. Writes
+pca_01.png and .pdf (and 02, …: eight rows a page; one figure per model where layers are columns), results.json and a
+table.
 """
 
 import argparse
@@ -21,29 +21,33 @@ import torch
 from torch import Tensor
 
 from crate_fast.errors import UserError, run_command
-from crate_fast.eval.gallery import first_columns, model_folders, read_images, short_name, write_pages
-from crate_fast.eval.images import Batch, Sample
-from crate_fast.eval.models import Subject
-from crate_fast.eval.options import evaluation_parser, open_models, output_folder, positive, settings_of
-from crate_fast.eval.principal_components import (
+from crate_fast.eval.common.command import (
+    Evaluation,
+    evaluation_parser,
+    first_columns,
+    open_models,
+    positive,
+    read_images,
+    short_name,
+)
+from crate_fast.eval.common.figures import Picture, write_pages
+from crate_fast.eval.common.images import Batch, Sample
+from crate_fast.eval.common.models import LoadedModel
+from crate_fast.eval.common.principal_components import (
     SCALINGS,
     TooFewPatchesError,
     check_foreground,
     foreground,
     pca_rgb,
 )
-from crate_fast.eval.results import say_written, write_results, write_table
-from crate_fast.figures import Picture
-from crate_fast.segmentation import intersection_over_union
+from crate_fast.eval.common.segmentation import intersection_over_union
 
 __all__ = ["TooFewPatchesError", "evaluate", "foreground", "main", "pca_rgb"]
-
-PROTOCOL = "pca"
 
 
 @torch.no_grad()
 def evaluate(
-    subject: Subject,
+    loaded: LoadedModel,
     batches: Iterable[Batch],
     layers: Sequence[int] | None = None,
     *,
@@ -52,37 +56,38 @@ def evaluate(
     first: int = 1,
     group: int | None = None,
 ) -> dict[str, list[dict]]:
-    """Foreground and colours of every image at every chosen layer.
+    """Compute foreground and colours of every image at every chosen layer.
 
     Args:
-        subject: The model.
+        loaded: The model.
         batches: Images at the model's size; their features are held in memory.
         layers: The model's default layer when None.
         threshold, scaling: See `foreground`; "minmax" also centres the features for the colours.
         first: See `pca_rgb`; 1 colours the foreground, from 2 on all patches are coloured.
-        group: How many images are analysed together; all when None.
+        group: Images that are analysed together; all when None.
 
     Returns:
-        "layers", a dictionary each: "layer";
-        "groups", of each "images" (names), "explained" (`Foreground`), "explained_colours" (`pca_rgb`) and "problem":
-            None, or why there are no colours (too few patches; the other values hold nevertheless);
-        "images", of each "name", "foreground_share" and, where it has objects of a patch's size, "iou" of the
+        "layers", a list of dictionaries, each with "layer";
+        "groups", each with "images" (names), "explained" (`Foreground`), "explained_colours" (`pca_rgb`) and
+            "problem": None, or why there are no colours (too few patches; the other values hold nevertheless);
+        "images", each with "name", "foreground_share" and, where it has objects of a patch's size, "iou" of the
             foreground with their union and "constant_iou", that of a mask with every patch;
-        "mean", of these numbers over images (and "explained" over groups), None where there are none;
-        "projections", one array [rows, columns] an image; "colours", an array [rows, columns, 3] or None an image.
+        "mean", these numbers averaged over images (and "explained" over groups), None where there are none;
+        "projections", for each image an array [rows, columns]; "colours", for each an array [rows, columns, 3] or
+            None.
     """
-    layers = [subject.extract.resolve_layer(layer) for layer in ([None] if layers is None else layers)]
+    layers = [loaded.extract.resolve_layer(layer) for layer in ([None] if layers is None else layers)]
     tokens: dict[int, list[Tensor]] = {layer: [] for layer in layers}
     samples: list[Sample] = []
     for batch in batches:
-        features = subject.extract(subject.normalize(batch.images.to(subject.device)), layers)
+        features = loaded.features(batch.images, layers)
         for layer in tokens:
             tokens[layer].append(features.keys(layer).cpu())
             if tokens[layer][-1].shape[-1] < first + 2:
                 width = tokens[layer][-1].shape[-1]
                 raise UserError(f"features of {width} entries have no {first + 2} components: use a wider model")
         samples += batch.samples
-    settings = {"threshold": threshold, "scaling": scaling, "first": first, "grid": subject.extract.grid}
+    settings = {"threshold": threshold, "scaling": scaling, "first": first, "grid": loaded.extract.grid}
     results = []
     size = group or len(samples)
     for layer, parts in tokens.items():
@@ -132,7 +137,7 @@ def _means(result: dict) -> dict:
 def _figure(
     columns: dict[str, dict], samples: Sequence[Sample], first: int, folder: Path, title: str | None
 ) -> list[Path]:
-    """A row an image and a column for each title and layer's results; two rows where component 1 is shown in grey."""
+    """Draw a row per image and a column per title; two rows where component 1 is shown in grey."""
     known, titles = first_columns(samples)
     names = [short_name(sample) for sample in samples]
     colours = [[None if c is None else Picture(c) for c in row] for row in _by_image(columns, "colours")]
@@ -157,17 +162,12 @@ def _layer_list(text: str) -> list[int] | str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = evaluation_parser(PROTOCOL, __doc__.splitlines()[0], limit=8)
+    parser = evaluation_parser("pca", __doc__.splitlines()[0], limit=8)
     add = parser.add_argument
     add("--layers", type=_layer_list, help="all, or numbers such as 0,3,6; default each model's own layer")
     add("--components", choices=("1-3", "2-4"), default="1-3", help="in red, green and blue; default 1-3")
     add("--threshold", type=float, default=0.5, help="λ of the first component; default 0.5")
-    add(
-        "--scaling",
-        choices=SCALINGS,
-        default="raw",
-        help="raw as in the paper (default); minmax maps it to 0..1 first",
-    )
+    add("--scaling", choices=SCALINGS, default="raw", help="raw as in the paper (default); minmax maps to 0..1 first")
     add("--group", type=positive, help="images that are analysed together; default all")
     add("--class", dest="class_name", metavar="NAME", help="only images that contain this class")
     return parser
@@ -181,47 +181,43 @@ def _row(label: str, result: dict) -> dict:
 
 
 def _command(options: argparse.Namespace) -> None:
-    subjects = open_models(options)
-    for subject in subjects:
-        check_foreground(subject.extract.grid, options.threshold, options.scaling)
+    models = open_models(options)
+    for loaded in models:
+        check_foreground(loaded.extract.grid, options.threshold, options.scaling)
         for layer in () if options.layers in (None, "all") else options.layers:
-            subject.extract.resolve_layer(layer)
-    folder = output_folder(options, PROTOCOL)
+            loaded.extract.resolve_layer(layer)
+    evaluation = Evaluation("pca", options, models)
     first = int(options.components[0])
     settings = {"threshold": options.threshold, "scaling": options.scaling, "first": first, "group": options.group}
-    results, rows, written, columns, problems = {}, [], [], {}, []
-    for subject, place in zip(subjects, model_folders(folder, subjects), strict=True):
+    results, rows, columns = {}, [], {}
+    for loaded in models:
         samples: list[Sample] = []
-        images = read_images(subject, options, problems, samples, options.class_name)
-        layers = range(subject.extract.depth) if options.layers == "all" else options.layers
-        outcome = evaluate(subject, images, layers, **settings)["layers"]
-        _warn(subject.label, outcome)
+        images = read_images(evaluation, loaded, samples, options.class_name)
+        layers = range(loaded.extract.depth) if options.layers == "all" else options.layers
+        outcome = evaluate(loaded, images, layers, **settings)["layers"]
+        _warn(loaded.label, outcome)
         if len(outcome) > 1:
             by_layer = {f"layer {result['layer']}": result for result in outcome}
-            written += _figure(by_layer, samples, first, place, subject.label)
+            evaluation.written += _figure(by_layer, samples, first, evaluation.model_folder(loaded), loaded.label)
         else:
-            columns[f"{subject.label}\nlayer {outcome[0]['layer']}"] = outcome[0]
-        rows += [_row(subject.label, result) for result in outcome]
-        results[subject.label] = {"layers": outcome}
+            columns[f"{loaded.label}\nlayer {outcome[0]['layer']}"] = outcome[0]
+        rows += [_row(loaded.label, result) for result in outcome]
+        results[loaded.label] = {"layers": outcome}
     if columns:
-        written += _figure(columns, samples, first, folder, None)
+        evaluation.written += _figure(columns, samples, first, evaluation.folder, None)
     for result in (layer for outcome in results.values() for layer in outcome["layers"]):
         del result["projections"], result["colours"]
-    config = settings_of(options) | settings | {"models": [subject.facts for subject in subjects]}
-    print(write_table(folder, "pca", rows), end="")
-    problems = list(dict.fromkeys(problems))  # the same images for every model
-    written.append(write_results(folder, PROTOCOL, config, results, problems))
-    say_written(written, problems)
+    evaluation.write_table("pca", rows)
+    evaluation.finish(results, settings)
 
 
 def _warn(label: str, outcome: Sequence[dict]) -> None:
     for result in outcome:
         for group in result["groups"]:
             if group["problem"]:
-                names = f"images {group['images'][0]} to {group['images'][-1]}"
-                print(
-                    f"no colours for {label}, layer {result['layer']}, {names}: {group['problem']}", file=sys.stderr
-                )
+                images = f"images {group['images'][0]} to {group['images'][-1]}"
+                problem = f"no colours for {label}, layer {result['layer']}, {images}: {group['problem']}"
+                print(problem, file=sys.stderr)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,11 +1,10 @@
-"""What a CRATE-MAE makes of hidden patches: a figure by mask ratio, and how far off it is.
+"""Hidden patches reconstructed by a CRATE-MAE: a figure by mask ratio, and errors.
 
     crate-fast eval reconstruction runs/MAE --data folder:PHOTOS --ratios 0.25,0.5,0.75,0.9
 
-Errors are root mean squares over the hidden pixels, of values from 0 to 1, beside those of two constants: the mean
-colour of the image's visible pixels, and the mean of each channel over the whole image, which nothing that sees only
-the visible ones can know. A model trained on normalised targets is given each patch's true mean and deviation back,
-as in its figure; its errors are therefore no model's without them, and marked.
+Errors are root mean squares over the hidden pixels, of values from 0 to 1. Two constants are scored for comparison:
+the mean colour of the image's visible pixels, and that of the whole image, which no model can know. A model trained
+on normalised targets is given each patch's true mean and deviation, as in its figure; its errors are marked.
 """
 
 import argparse
@@ -16,17 +15,17 @@ import torch
 from torch import Tensor
 
 from crate_fast.errors import UserError, run_command
-from crate_fast.eval.images import Batch, batches, open_images
-from crate_fast.eval.models import Subject
-from crate_fast.eval.options import evaluation_parser, open_models, output_folder, positive, settings_of
-from crate_fast.eval.results import file_name, say_written, write_results, write_table
+from crate_fast.eval.common.command import Evaluation, evaluation_parser, open_models, positive
+from crate_fast.eval.common.images import Batch, batches, open_images
+from crate_fast.eval.common.models import LoadedModel
+from crate_fast.eval.common.results import file_name
 from crate_fast.train.reconstruction import RATIOS, image_noise, reconstruction_figure
 
 __all__ = ["evaluate", "main"]
 
 
 def _errors(images: Tensor, filled: Tensor, hidden: Tensor) -> Tensor:
-    """Squared errors summed over hidden pixels, of the model, the visible mean and the whole mean; their number: [4].
+    """Return sums over hidden pixels [4]: squared errors of model, visible mean and whole mean, and the count.
 
     Args:
         images, filled: Values from 0 to 1, [B, 3, S, S].
@@ -41,34 +40,33 @@ def _errors(images: Tensor, filled: Tensor, hidden: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def evaluate(
-    subject: Subject, image_batches: Iterable[Batch], ratios: Sequence[float] = RATIOS, seed: int = 0
+    loaded: LoadedModel, image_batches: Iterable[Batch], ratios: Sequence[float] = RATIOS, seed: int = 0
 ) -> list[dict]:
-    """Losses and errors of one model, by mask ratio.
+    """Measure losses and errors of one model, by mask ratio.
 
     Args:
-        subject: Opened from a CRATE-MAE.
+        loaded: Opened from a CRATE-MAE.
         image_batches: Images of the size that the model expects.
         ratios: Mask ratios.
-        seed: Of the masks, which are the same for any batch size.
+        seed: Seed of the masks, which do not depend on the batch size.
 
     Returns:
-        A row a ratio: "mask_ratio", "loss" as it is trained on, "rmse", "rmse_visible_mean", "rmse_image_mean",
-        "images".
+        For each ratio "mask_ratio", "loss" of training, "rmse", "rmse_visible_mean", "rmse_image_mean", "images".
 
     Raises:
         UserError: The model is no autoencoder.
     """
-    model = _autoencoder(subject)
-    unit = 255 * subject.normalize.scale
+    model = _autoencoder(loaded)
+    unit = 255 * loaded.normalize.scale
     sums, losses, count = torch.zeros(len(ratios), 4, dtype=torch.float64), [0.0] * len(ratios), 0
     for batch in image_batches:
-        pixels = subject.normalize(batch.images.to(subject.device))
+        pixels = loaded.normalize(batch.images.to(loaded.device))
         seeds = [(seed, count + number) for number in range(len(pixels))]
         noise = image_noise(model, seeds).to(pixels.device)
-        plain = (pixels - subject.normalize.shift) / unit
+        plain = (pixels - loaded.normalize.shift) / unit
         for row, ratio in enumerate(ratios):
             loss, pred, mask = model(pixels, ratio, noise=noise)
-            filled = (model.reconstruction(pixels, pred) - subject.normalize.shift) / unit
+            filled = (model.reconstruction(pixels, pred) - loaded.normalize.shift) / unit
             sums[row] += _errors(plain, filled, model.mask_image(mask).bool())
             losses[row] += loss.item() * len(pixels)
         count += len(pixels)
@@ -80,10 +78,10 @@ def evaluate(
     return rows
 
 
-def _autoencoder(subject: Subject):
-    if subject.autoencoder is None:
-        raise UserError(f"{subject.label} is no CRATE-MAE, and fills nothing in: name a run of pretrain_mae")
-    return subject.autoencoder.eval()
+def _autoencoder(loaded: LoadedModel):
+    if loaded.autoencoder is None:
+        raise UserError(f"{loaded.label} is no CRATE-MAE, and fills nothing in: name a run of pretrain_mae")
+    return loaded.autoencoder.eval()
 
 
 def _ratios(text: str) -> list[float]:
@@ -108,35 +106,30 @@ def _table(label: str, rows: Sequence[dict], normalised: bool) -> list[dict]:
     ]
 
 
-def _run(options: argparse.Namespace) -> None:
-    subjects = open_models(options)
-    for subject in subjects:
+def _command(options: argparse.Namespace) -> None:
+    models = open_models(options)
+    for loaded in models:
         for ratio in options.ratios:
-            _autoencoder(subject).kept(ratio)  # refuses a ratio that leaves no patch
-        if options.image_size not in (None, *subject.autoencoder.image_size):
+            _autoencoder(loaded).kept(ratio)  # refuses a ratio that leaves no patch
+        if options.image_size not in (None, *loaded.autoencoder.image_size):
             raise UserError(
-                f"--image-size {options.image_size}: {subject.label} decodes {subject.autoencoder.image_size[0]} px "
+                f"--image-size {options.image_size}: {loaded.label} decodes {loaded.autoencoder.image_size[0]} px "
                 "images only; leave it out"
             )
-    folder = output_folder(options, "reconstruction")
-    problems, results, table, written = [], {}, [], []
-    for subject in subjects:
-        images = open_images(options.data, subject.autoencoder.image_size[0], options.limit)
-        read = list(batches(images, options.batch_size, problems, workers=options.workers, progress=subject.label))
-        results[subject.label] = evaluate(subject, read, options.ratios, options.seed)
-        table += _table(subject.label, results[subject.label], subject.autoencoder.norm_pix_loss)
+    evaluation = Evaluation("reconstruction", options, models)
+    results, table = {}, []
+    for loaded in models:
+        images = open_images(options.data, loaded.autoencoder.image_size[0], options.limit)
+        read = list(batches(images, **evaluation.reading(loaded.label)))
+        results[loaded.label] = evaluate(loaded, read, options.ratios, options.seed)
+        table += _table(loaded.label, results[loaded.label], loaded.autoencoder.norm_pix_loss)
         shown = torch.cat([batch.images for batch in read])[: options.show]
         titles = [str(sample.key)[-24:] for batch in read for sample in batch.samples][: options.show]
-        paths = [folder / f"{file_name(subject.label)}.{kind}" for kind in ("png", "pdf")]
-        autoencoder, normalize = subject.autoencoder, subject.normalize
-        noise = image_noise(autoencoder, [(options.seed, number) for number in range(len(shown))])
-        reconstruction_figure(autoencoder, shown, normalize, paths, options.ratios, noise, titles)
-        written += paths
-    print(write_table(folder, "reconstruction", table), end="")
-    config = settings_of(options) | {"models": [subject.facts for subject in subjects]}
-    problems = list(dict.fromkeys(problems))  # the same images for every model
-    written.append(write_results(folder, "reconstruction", config, results, problems))
-    say_written([*written, folder / "reconstruction.md"], problems)
+        paths = evaluation.figure(file_name(loaded.label))
+        noise = image_noise(loaded.autoencoder, [(options.seed, number) for number in range(len(shown))])
+        reconstruction_figure(loaded.autoencoder, shown, loaded.normalize, paths, options.ratios, noise, titles)
+    evaluation.write_table("reconstruction", table)
+    evaluation.finish(results)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -145,7 +138,7 @@ def main(argv: list[str] | None = None) -> int:
     ratios = ",".join(map(str, RATIOS))
     parser.add_argument("--ratios", type=_ratios, default=list(RATIOS), help=f"mask ratios; default {ratios}")
     parser.add_argument("--show", type=positive, default=8, help="images in the figure; default %(default)s")
-    return run_command(lambda: _run(parser.parse_args(argv)))
+    return run_command(lambda: _command(parser.parse_args(argv)))
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
     crate-fast eval white_box runs/NAME runs/NAME@untrained --data shape_scenes --limit 200
 
-CRATE is derived as an optimiser of both: if its layers do what they are derived to do, the two fall with depth.
-Whether they do is printed for each model, trained or not. Absolute values of R^c grow with heads, head width and
+CRATE is derived as an optimiser of both: if its layers do what they are derived to do, the two fall with depth. The
+command prints for each model, trained or not, if they fall. Absolute values of R^c grow with heads, head width and
 1/ε: compare them within a model.
 """
 
@@ -15,11 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from crate_fast.errors import UserError, run_command
-from crate_fast.eval.images import Batch, batches, open_images
-from crate_fast.eval.models import Subject
-from crate_fast.eval.options import evaluation_parser, open_models, output_folder, settings_of
-from crate_fast.eval.results import say_written, write_results, write_table
-from crate_fast.figures import Curve, curve_figure
+from crate_fast.eval.common.command import Evaluation, evaluation_parser, open_data, open_models
+from crate_fast.eval.common.figures import Curve, curve_figure
+from crate_fast.eval.common.images import Batch, batches
+from crate_fast.eval.common.models import LoadedModel
 from crate_fast.layers import ISTA, MSSA
 from crate_fast.model import CRATE
 from crate_fast.whitebox import layer_measures
@@ -35,7 +34,7 @@ MEASURES = {
 
 
 def left_out(model: nn.Module) -> dict[str, str]:
-    """The measures that mean nothing for a model, each with the reason."""
+    """Return the measures that mean nothing for a model, each with the reason."""
     reasons = {}
     first = model.transformer.layers[0] if isinstance(model, CRATE) else None
     if first is None or not isinstance(first[0].fn, MSSA):
@@ -47,10 +46,10 @@ def left_out(model: nn.Module) -> dict[str, str]:
 
 
 def trend(values: Sequence[float]) -> dict:
-    """How a measure goes with depth.
+    """Describe how a measure changes with depth.
 
     Args:
-        values: One a layer.
+        values: One for each layer.
 
     Returns:
         "first" and "last" value; "steps_down" of "steps" from a layer to the next; "spearman", the rank correlation
@@ -73,29 +72,29 @@ def trend(values: Sequence[float]) -> dict:
 
 
 @torch.inference_mode()
-def evaluate(subject: Subject, image_batches: Iterable[Batch], epsilon: float = 0.01) -> dict:
-    """The white-box curves of one model.
+def evaluate(loaded: LoadedModel, image_batches: Iterable[Batch], epsilon: float = 0.01) -> dict:
+    """Measure the white-box curves of one model.
 
     Args:
-        subject: Any model; a measure that means nothing for it is left out.
+        loaded: Any model; a measure that means nothing for it is left out.
         image_batches: Images of the size that the model expects.
         epsilon: ε of R^c.
 
     Returns:
-        "images", how many were measured; "layers", of each "layer" and of each measure its mean over images and,
+        "images", the number measured; "layers", each with "layer" and for each measure its mean over images and,
         under its name with "_std", its standard deviation; "trends", measure → `trend` of its means; "left_out",
         measure → reason.
 
     Raises:
         UserError: No measure means anything for this model, or ε is not positive.
     """
-    reasons = left_out(subject.model)
+    reasons = left_out(loaded.model)
     if "coding_rate" in reasons and "sparsity" in reasons:
-        raise UserError(f"{subject.label} has neither subspaces nor ISTA: there is nothing to measure in it")
+        raise UserError(f"{loaded.label} has neither subspaces nor ISTA: there is nothing to measure in it")
     parts: dict[str, list[Tensor]] = {}
     for batch in image_batches:
-        pixels = subject.normalize(batch.images.to(subject.device))
-        for name, values in layer_measures(subject.model, pixels, epsilon, after_mssa=True).items():
+        pixels = loaded.normalize(batch.images.to(loaded.device))
+        for name, values in layer_measures(loaded.model, pixels, epsilon, after_mssa=True).items():
             parts.setdefault(name, []).append(values.double().cpu())
     measures = {name: torch.cat(parts[name]) for name in MEASURES if name in parts}  # each [images, depth]
     count, depth = next(iter(measures.values())).shape
@@ -109,7 +108,7 @@ def evaluate(subject: Subject, image_batches: Iterable[Batch], epsilon: float = 
 
 
 def _tables(results: dict[str, dict]) -> tuple[list[dict], list[dict]]:
-    """(rows by layer, rows by model and measure)."""
+    """Return the rows of the layers, and those of the trends."""
     by_layer, by_measure = [], []
     for label, result in results.items():
         for row in result["layers"]:
@@ -143,46 +142,35 @@ def _panels(results: dict[str, dict], untrained: set[str]) -> dict[str, list[Cur
     return panels
 
 
-def _without_measures(subject: Subject) -> dict:
-    return {"images": 0, "layers": [], "trends": {}, "left_out": left_out(subject.model)}
-
-
-def _run(options: argparse.Namespace) -> None:
+def _command(options: argparse.Namespace) -> None:
     if not options.epsilon > 0:
         raise UserError(f"--epsilon {options.epsilon}: give a positive precision, such as the default 0.01")
-    subjects = open_models(options)
-    measurable = [s.label for s in subjects if len(left_out(s.model)) < len(MEASURES)]
-    if not measurable:
+    models = open_models(options)
+    reasons = {loaded.label: left_out(loaded.model) for loaded in models}
+    if all(len(missing) == len(MEASURES) for missing in reasons.values()):
         raise UserError("none of these models has subspaces or ISTA: name a CRATE among them")
-    folder = output_folder(options, "white_box")
-    problems: list[str] = []
+    evaluation = Evaluation("white_box", options, models)
     results = {}
-    for subject in subjects:
-        if subject.label not in measurable:
-            results[subject.label] = _without_measures(subject)
+    for loaded in models:
+        missing = reasons[loaded.label]
+        if len(missing) == len(MEASURES):
+            results[loaded.label] = {"images": 0, "layers": [], "trends": {}, "left_out": missing}
             continue
-        images = open_images(options.data, subject.extract.image_size[0], options.limit)
-        read = batches(
-            images, options.batch_size, problems, workers=options.workers, progress=f"white box, {subject.label}"
-        )
-        results[subject.label] = evaluate(subject, read, options.epsilon)
-    untrained = {s.label for s in subjects if s.facts["model"].endswith("@untrained")}
+        read = batches(open_data(options, loaded), **evaluation.reading(f"white box, {loaded.label}"))
+        results[loaded.label] = evaluate(loaded, read, options.epsilon)
+    untrained = {loaded.label for loaded in models if loaded.facts["model"].endswith("@untrained")}
     by_layer, by_measure = _tables(results)
-    print(write_table(folder, "white_box", by_layer))
-    print(write_table(folder, "trends", by_measure))
-    figures = [folder / "white_box.png", folder / "white_box.pdf"]
-    curve_figure(_panels(results, untrained), "layer", figures)
-    config = settings_of(options) | {"models": [subject.facts for subject in subjects]}
-    problems = list(dict.fromkeys(problems))  # the same images for every model
-    written = [write_results(folder, "white_box", config, results, problems)]
-    say_written([*written, folder / "white_box.md", folder / "trends.md", *figures], problems)
+    evaluation.write_table("white_box", by_layer)
+    evaluation.write_table("trends", by_measure)
+    curve_figure(_panels(results, untrained), "layer", evaluation.figure("white_box"))
+    evaluation.finish(results)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Measure models and write tables, curves and results.json."""
     parser = evaluation_parser("white_box", __doc__.splitlines()[0], data="shape_scenes")
     parser.add_argument("--epsilon", type=float, default=0.01, help="quantisation precision ε of R^c; default 0.01")
-    return run_command(lambda: _run(parser.parse_args(argv)))
+    return run_command(lambda: _command(parser.parse_args(argv)))
 
 
 if __name__ == "__main__":

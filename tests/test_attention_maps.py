@@ -9,10 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from crate_fast.eval import gallery
-from crate_fast.eval.attention_maps import add_noise, evaluate, main, map_correlation
-from crate_fast.eval.features import Features, LayerTokens
-from crate_fast.eval.images import Batch, Sample
+from crate_fast.eval.attention_maps import _best_heads, add_noise, evaluate, main, map_correlation
+from crate_fast.eval.common.features import Features, LayerTokens
+from crate_fast.eval.common.figures import image_grid
+from crate_fast.eval.common.images import Batch, Sample, Target
 
 CRATE = ["A=crate_tiny_patch8_224@untrained", "--model-args", "depth=2", "dim=32", "heads=2", "img_size=32"]
 
@@ -43,11 +43,11 @@ def test_noise_is_nested_and_scaled():
     assert torch.equal(add_noise(images, 0.09, 1, seed=3), images)  # rounded to the nearest
 
 
-def test_noise_is_clipped_not_wrapped():
-    black, white = torch.zeros(1, 3, 32, 32, dtype=torch.uint8), torch.full((1, 3, 32, 32), 255, dtype=torch.uint8)
-    assert add_noise(black, 40, 1, seed=0).eq(0).double().mean().item() == pytest.approx(0.5, abs=0.03)
-    assert add_noise(white, 40, 1, seed=0).eq(255).double().mean().item() == pytest.approx(0.5, abs=0.03)
-    assert add_noise(black, 40, 1, seed=0).max() < 40 * 5
+@pytest.mark.parametrize("value", [0, 255])
+def test_noise_is_clipped_not_wrapped(value):
+    noisy = add_noise(torch.full((1, 3, 32, 32), value, dtype=torch.uint8), 40, 1, seed=0)
+    assert noisy.eq(value).double().mean().item() == pytest.approx(0.5, abs=0.03)
+    assert (noisy.int() - value).abs().max() < 40 * 5
 
 
 def test_noise_depends_on_seed_and_image_number_alone():
@@ -87,7 +87,7 @@ def _brightness_subject() -> SimpleNamespace:
 
     extract.grid = (2, 3)
     extract.resolve_layer = lambda layer: 7 if layer is None else layer
-    return SimpleNamespace(extract=extract, normalize=lambda images: images.float(), device=torch.device("cpu"))
+    return SimpleNamespace(extract=extract, features=lambda images, layers: extract(images.float(), layers))
 
 
 def _batch(patches: list[list[float]], name: str) -> Batch:
@@ -140,28 +140,30 @@ def drawn(monkeypatch):
     """The figures' contents: a list of (rows, column titles), in place of the files."""
     figures = []
     monkeypatch.setattr(
-        gallery, "image_grid", lambda rows, paths, **titles: figures.append((rows, titles["column_titles"]))
+        "crate_fast.eval.common.figures.image_grid",
+        lambda rows, paths, **titles: figures.append((rows, titles["column_titles"])),
     )
     return figures
 
 
-def test_heads_figure_pages_and_files(tmp_path, capsys):
-    results = _run(tmp_path / "one", "--limit", "9")
+def test_heads_figure_pages_and_files(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("crate_fast.eval.common.figures.ROWS_A_PAGE", 2)
+    results = _run(tmp_path / "one", "--limit", "3")
     names = {path.name for path in (tmp_path / "one").iterdir()}
     figures = {f"attention_0{page}.{suffix}" for page in (1, 2) for suffix in ("png", "pdf")}
     assert names == figures | {"attention.npz", "attention.md", "attention.csv", "attention.tex", "results.json"}
     assert results["protocol"] == "attention_maps"
     assert results["config"]["heads"] == ["all", "mean"]
     with np.load(tmp_path / "one" / "attention.npz") as maps:
-        assert sorted(maps) == sorted(map(str, range(9)))
-        assert maps["3"].shape == (2, 4, 4)
-        assert maps["3"].sum(axis=(1, 2)) == pytest.approx([1, 1])
-        peak = np.unravel_index(maps["3"][1].argmax(), (4, 4))
-    assert results["results"]["A"]["images"][3]["heads"][1]["peak"] == list(peak)
+        assert sorted(maps) == ["0", "1", "2"]
+        assert maps["2"].shape == (2, 4, 4)
+        assert maps["2"].sum(axis=(1, 2)) == pytest.approx([1, 1])
+        peak = np.unravel_index(maps["2"][1].argmax(), (4, 4))
+    assert results["results"]["A"]["images"][2]["heads"][1]["peak"] == list(peak)
     out = capsys.readouterr().out
     assert "| A | 0 | 1 |" in out
     assert "attention_02.pdf" in out
-    _run(tmp_path / "two", "--limit", "9")
+    _run(tmp_path / "two", "--limit", "3")
     for path in (tmp_path / "one").glob("attention*"):
         assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes(), path.name
 
@@ -200,8 +202,11 @@ def test_noise_figures_have_a_row_a_level(tmp_path, drawn):
 
 def test_models_of_different_grids_stand_side_by_side(tmp_path, monkeypatch):
     seen = []
-    draw = gallery.image_grid
-    monkeypatch.setattr(gallery, "image_grid", lambda rows, *a, **k: (seen.append((rows, k)), draw(rows, *a, **k)))
+    draw = image_grid
+    monkeypatch.setattr(
+        "crate_fast.eval.common.figures.image_grid",
+        lambda rows, *a, **k: (seen.append((rows, k)), draw(rows, *a, **k)),
+    )
     models = ["A=crate_tiny_patch8_224@untrained", "B=vit_tiny_patch16_224@untrained"]
     words = ["--data", "shape_scenes", "--limit", "2", "--figure", "models", "--output", str(tmp_path)]
     assert main([*models, "--model-args", "depth=2", "img_size=64", *words]) == 0
@@ -215,9 +220,6 @@ def test_models_of_different_grids_stand_side_by_side(tmp_path, monkeypatch):
 
 
 def test_the_best_head_is_the_one_on_the_object():
-    from crate_fast.eval.attention_maps import _best_heads
-    from crate_fast.eval.images import Target
-
     mask = torch.zeros(1, 4, 4, dtype=torch.bool)
     mask[0, :2] = True
     sample = Sample(0, torch.zeros(3, 4, 4, dtype=torch.uint8), (4, 4), Target([1], mask, torch.ones_like(mask[0])))
@@ -246,22 +248,16 @@ def test_unreadable_images_are_named(tmp_path):
         (["--levels", "1,2"], "--levels are of noise"),
         (["--figure", "noise_sigma", "--heads", "best"], "by number"),
         (["--figure", "noise_share", "--levels", "0,2"], "share=2.0"),
+        (["--data", "folder:{}", "--heads", "best"], "needs object masks"),
     ],
 )
-def test_mistakes_are_one_message(tmp_path, capsys, words, message):
-    assert main([*CRATE, "--data", "shape_scenes", "--limit", "1", "--output", str(tmp_path), *words]) == 2
-    assert message in capsys.readouterr().err
+def test_mistakes_are_one_message(tmp_path, refuses, words, message):
+    words = [word.format(tmp_path) for word in words]
+    output = ["--limit", "1", "--output", str(tmp_path / "out")]
+    refuses(message, main, [*CRATE, "--data", "shape_scenes", *output, *words])
 
 
-def test_the_best_head_needs_masks(tmp_path, capsys):
-    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    words = ["--data", f"folder:{tmp_path}", "--heads", "best", "--output", str(tmp_path / "out")]
-    assert main([*CRATE, *words]) == 2
-    assert "needs object masks" in capsys.readouterr().err
-
-
-def test_a_model_without_cls_is_refused(tmp_path, capsys):
+def test_a_model_without_cls_is_refused(tmp_path, refuses):
     words = ["--model-args", "depth=1", "img_size=32", "class_token=false", "global_pool=avg"]
-    where = ["--data", "shape_scenes", "--limit", "1", "--output", str(tmp_path)]
-    assert main(["vit_tiny_patch16_224@untrained", *words, *where]) == 2
-    assert "no CLS token" in capsys.readouterr().err
+    output = ["--data", "shape_scenes", "--limit", "1", "--output", str(tmp_path)]
+    refuses("no CLS token", main, ["vit_tiny_patch16_224@untrained", *words, *output])

@@ -1,7 +1,6 @@
 """k-NN, linear probe and a model's own head: by hand, on planted features, and through the command."""
 
 import json
-import re
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +10,10 @@ import torch
 from PIL import Image
 
 from crate_fast.errors import UserError
-from crate_fast.eval import classify, probes
-from crate_fast.eval.models import open_model
-from crate_fast.eval.probes import LabelledImages, knn_predictions, linear_probe, pooled
+from crate_fast.eval import classify
+from crate_fast.eval.common import probes
+from crate_fast.eval.common.models import open_model
+from crate_fast.eval.common.probes import LabelledImages, knn_predictions, linear_probe, pooled
 from crate_fast.train.config import TrainConfig
 from crate_fast.train.data import plain_splits
 
@@ -100,27 +100,38 @@ def _folder(root: Path, per_class: int = 6) -> Path:
     return root
 
 
-def test_neither_split_is_augmented_and_broken_files_are_named(tmp_path):
-    config = TrainConfig(
-        dataset="folder", data_dir=str(_folder(tmp_path)), val_split="val", image_size=32, crop="random", hflip=0.5
-    )
+def test_neither_split_is_augmented_and_broken_files_are_named(folder):
+    where = {"dataset": "folder", "data_dir": str(folder), "val_split": "val", "image_size": 32}
+    config = TrainConfig(**where, crop="random", hflip=0.5)
     data = plain_splits(config)
     image, label = data.train[0, 7]
     again, _ = data.train[5, 7]
     assert torch.equal(image, again)
     assert label == 1
-    (tmp_path / "train" / "green" / "1.png").write_bytes(b"broken")
+    (folder / "train" / "green" / "1.png").write_bytes(b"broken")
     sample = LabelledImages(plain_splits(config).train, "training")[7]
     assert "green/1.png" in sample.problem
 
 
-def test_the_command_on_a_folder(tmp_path, capsys):
-    folder = _folder(tmp_path / "data")
+@pytest.fixture
+def folder(tmp_path):
+    return _folder(tmp_path / "data")
+
+
+def _words(folder, output, *more, labels=("ours",)) -> list[str]:
+    data = ["--dataset", "folder", "--data-dir", str(folder), "--val-split", "val", "--output", str(output)]
+    return [*(f"{label}={MODEL}" for label in labels), "--model-args", *SMALL, *data, *more]
+
+
+def _run(*words) -> dict:
+    assert classify.main(_words(*words)) == 0
+    return json.loads((words[1] / "results.json").read_text())
+
+
+def test_the_command_on_a_folder(folder, tmp_path, capsys):
     (folder / "val" / "red" / "5.png").write_bytes(b"broken")
-    arguments = [f"ours={MODEL}", "--model-args", *SMALL, "--dataset", "folder", "--data-dir", str(folder)]
-    arguments += ["--val-split", "val", "--protocol", "head,knn,linear", "--k", "1,5", "--raw-pixels"]
-    assert classify.main([*arguments, "--output", str(tmp_path / "out")]) == 0
-    content = json.loads((tmp_path / "out" / "results.json").read_text())
+    words = ["--protocol", "head,knn,linear", "--k", "1,5", "--raw-pixels"]
+    content = _run(folder, tmp_path / "out", *words)
     result = content["results"]["ours"]
     assert result["images"] == 17
     assert result["train_images"] == 18
@@ -131,69 +142,52 @@ def test_the_command_on_a_folder(tmp_path, capsys):
     assert content["unreadable"]["count"] == 1
     assert "red/5.png" in content["unreadable"]["images"][0]
     assert "unreadable images: 1" in capsys.readouterr().out
-    assert classify.main([*arguments, "--output", str(tmp_path / "again")]) == 0
-    assert json.loads((tmp_path / "again" / "results.json").read_text())["results"] == content["results"]
+    assert _run(folder, tmp_path / "again", *words)["results"] == content["results"]
 
 
-def test_default_neighbours_are_those_there_are_images_for(tmp_path, capsys):
-    folder = _folder(tmp_path / "data")
-    arguments = [f"ours={MODEL}", "--model-args", *SMALL, "--dataset", "folder", "--data-dir", str(folder)]
-    arguments += ["--val-split", "val", "--protocol", "head,knn,linear"]
-    assert classify.main([*arguments, "--output", str(tmp_path / "out")]) == 0
-    result = json.loads((tmp_path / "out" / "results.json").read_text())["results"]["ours"]
+def test_default_neighbours_are_those_there_are_images_for(folder, tmp_path, capsys):
+    result = _run(folder, tmp_path / "out", "--protocol", "head,knn,linear")["results"]["ours"]
     assert set(result["knn"]) == {"10"}
     assert result["head"]
     assert result["linear"]
     assert "ours: 20-NN left out: there are 18 training images" in capsys.readouterr().out
-    assert (
-        classify.main([*arguments, "--train-limit", "6", "--protocol", "knn", "--output", str(tmp_path / "few")]) == 0
-    )
-    result = json.loads((tmp_path / "few" / "results.json").read_text())["results"]["ours"]
+    result = _run(folder, tmp_path / "few", "--train-limit", "6", "--protocol", "knn")["results"]["ours"]
     assert set(result["knn"]) == {"6"}
     assert set(result["left_out"]) == {"10-NN", "20-NN", "100-NN", "200-NN"}
 
 
-@pytest.mark.parametrize("broken", ["all", "two classes", "most"])
-def test_what_only_reading_shows_does_not_lose_the_other_results(tmp_path, capsys, broken):
-    folder = _folder(tmp_path / "data")
+@pytest.mark.parametrize(
+    ("whole", "left_out", "knn"),
+    [
+        ("nothing", {"knn", "linear"}, set()),
+        ("red/*.png", {"linear"}, {"2", "5"}),
+        ("*/0.png", {"5-NN", "linear"}, {"2"}),
+    ],
+)
+def test_what_only_reading_shows_does_not_lose_the_other_results(folder, tmp_path, capsys, whole, left_out, knn):
+    """Training images are broken, all but some."""
     for path in (folder / "train").rglob("*.png"):
-        kept = {"all": False, "two classes": path.parent.name == "red", "most": path.name == "0.png"}[broken]
-        if not kept:
+        if not path.match(whole):
             path.write_bytes(b"broken")
-    arguments = [f"ours={MODEL}", "--model-args", *SMALL, "--dataset", "folder", "--data-dir", str(folder)]
-    arguments += [
-        "--val-split",
-        "val",
-        "--protocol",
-        "head,knn,linear",
-        "--k",
-        "2,5",
-        "--output",
-        str(tmp_path / "out"),
-    ]
-    assert classify.main(arguments) == 0
-    result = json.loads((tmp_path / "out" / "results.json").read_text())["results"]["ours"]
+    words = ["--protocol", "head,knn,linear", "--k", "2,5"]
+    result = _run(folder, tmp_path / "out", *words)["results"]["ours"]
     assert result["head"]["top1"] >= 0
-    expected = {"all": {"knn", "linear"}, "two classes": {"linear"}, "most": {"5-NN", "linear"}}[broken]
-    assert set(result["left_out"]) == expected
-    assert set(result.get("knn", {})) == {"all": set(), "two classes": {"2", "5"}, "most": {"2"}}[broken]
+    assert set(result["left_out"]) == left_out
+    assert set(result.get("knn", {})) == knn
     assert "linear left out" in capsys.readouterr().out
 
 
-def test_a_model_that_fails_does_not_lose_the_others(tmp_path, capsys, monkeypatch):
+def test_a_model_that_fails_does_not_lose_the_others(folder, tmp_path, refuses, monkeypatch):
     evaluate = classify.evaluate
 
-    def not_b(subject, *args, **more):
-        if subject.label == "b":
+    def not_b(loaded, *args, **more):
+        if loaded.label == "b":
             raise UserError("its features hold NaN")
-        return evaluate(subject, *args, **more)
+        return evaluate(loaded, *args, **more)
 
     monkeypatch.setattr(classify, "evaluate", not_b)
-    folder = _folder(tmp_path / "data")
-    arguments = [f"a={MODEL}", f"b={MODEL}", "--model-args", *SMALL, "--dataset", "folder", "--data-dir", str(folder)]
-    assert classify.main([*arguments, "--val-split", "val", "--output", str(tmp_path / "out")]) == 2
+    refuses("b: its features hold NaN", classify.main, _words(folder, tmp_path / "out", labels="ab"))
     assert list(json.loads((tmp_path / "out" / "results.json").read_text())["results"]) == ["a"]
-    assert "b: its features hold NaN" in capsys.readouterr().err
 
 
 def test_a_run_brings_its_own_data(tiny_run, tmp_path):
@@ -209,40 +203,24 @@ def test_a_run_brings_its_own_data(tiny_run, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "pass --dataset"),
-        (["--dataset", "shape_scenes"], "has 3 classes and the data set 12.*--protocol knn,linear"),
-        (["--dataset", "shape_scenes", "--protocol", "svm"], "--protocol 'svm'"),
-        (["--dataset", "folder", "--data-dir", "absent"], "is not there"),
-        (
-            [
-                "--dataset",
-                "shape_scenes",
-                "--protocol",
-                "knn",
-                "--val-samples",
-                "8",
-                "--train-limit",
-                "5",
-                "--k",
-                "10",
-            ],
-            "--k 10",
-        ),
-        (["--dataset", "shape_scenes", "--protocol", "knn", "--train-samples", "30", "--k", "5,31"], "--k 31"),
-        (["--dataset", "shape_scenes", "--protocol", "knn,linear", "--train-limit", "9"], "9 training images"),
+        ("", "pass --dataset"),
+        ("--dataset shape_scenes", "has 3 classes and the data set 12.*--protocol knn,linear"),
+        ("--dataset shape_scenes --protocol svm", "--protocol 'svm'"),
+        ("--dataset folder --data-dir absent", "is not there"),
+        ("--dataset shape_scenes --protocol knn --val-samples 8 --train-limit 5 --k 10", "--k 10"),
+        ("--dataset shape_scenes --protocol knn --train-samples 30 --k 5,31", "--k 31"),
+        ("--dataset shape_scenes --protocol knn,linear --train-limit 9", "9 training images"),
     ],
 )
-def test_errors_name_the_remedy(words, message, tmp_path, capsys, monkeypatch):
+def test_errors_name_the_remedy(words, message, tmp_path, refuses, monkeypatch):
     monkeypatch.setattr(classify, "_read", lambda *_args, **_more: pytest.fail("images were read"))
-    status = classify.main([MODEL, "--model-args", *SMALL, *words, "--output", str(tmp_path)])
-    assert status == 2
-    assert re.search(message, capsys.readouterr().err)
+    refuses(message, classify.main, [MODEL, "--model-args", *SMALL, *words.split(), "--output", str(tmp_path)])
 
 
 def test_a_missing_token_is_said_before_images_are_read():
-    subject = open_model("vit_tiny_patch16_224@untrained", "cpu", 32, ["class_token=false", "global_pool=avg"])
+    loaded = open_model("vit_tiny_patch16_224@untrained", "cpu", 32, ["class_token=false", "global_pool=avg"])
     with pytest.raises(UserError, match="pass --pool mean"):
-        classify.check(subject, plain_splits(TrainConfig(dataset="shape_scenes", image_size=32)), ["knn"])
+        classify.check(loaded, plain_splits(TrainConfig(dataset="shape_scenes", image_size=32)), ["knn"])
 
 
 def test_the_papers_number_stands_beside_a_model_of_its_name():

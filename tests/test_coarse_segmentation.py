@@ -4,12 +4,13 @@ import json
 
 import pytest
 import torch
+from PIL import Image
 from test_images import make_coco, make_voc
 
 from crate_fast.eval import coarse_segmentation
-from crate_fast.eval.images import open_images
-from crate_fast.eval.models import open_model
-from crate_fast.segmentation import READINGS, AttentionScores
+from crate_fast.eval.common.images import open_images
+from crate_fast.eval.common.models import open_model
+from crate_fast.eval.common.segmentation import READINGS, AttentionScores
 
 MODEL = "crate_tiny_patch8_224@untrained"
 SMALL = ["depth=2", "dim=32", "heads=2", "img_size=32"]
@@ -63,16 +64,13 @@ def test_images_without_objects_are_counted_not_scored():
         empty.result()
 
 
-def test_batches_do_not_change_the_scores(tmp_path):
-    subject = open_model(MODEL, image_size=32, model_args=SMALL)
+@pytest.mark.parametrize("data", ["voc:{}", "shape_scenes"])
+def test_batches_do_not_change_the_scores(tmp_path, data):
+    loaded = open_model(MODEL, image_size=32, model_args=SMALL)
     folder = make_voc(tmp_path) / "VOC2012"
     (folder / "ImageSets/Segmentation/val.txt").write_text("c\na\nc\nb\n")  # c has no object
-    _same_in_batches(subject, open_images(f"voc:{tmp_path}", 32))
-    _same_in_batches(subject, open_images("shape_scenes", 32, 10))
-
-
-def _same_in_batches(subject, images):
-    whole, parts = (coarse_segmentation.evaluate(subject, images, batch_size=size) for size in (10, 1))
+    images = open_images(data.format(tmp_path), 32, 6)
+    whole, parts = (coarse_segmentation.evaluate(loaded, images, batch_size=size) for size in (10, 1))
     for reading in READINGS:
         for a, b in zip(whole[reading]["layers"], parts[reading]["layers"], strict=True):
             assert a["per_head"] == pytest.approx(b["per_head"], abs=1e-6)
@@ -84,9 +82,9 @@ def test_objects_without_a_patch_are_counted(tmp_path):
     content = json.loads(file.read_text())
     content["annotations"][2]["segmentation"] = [[40, 20, 46, 20, 46, 26, 40, 26]]  # the cat, now 6×6 pixels
     file.write_text(json.dumps(content))
-    subject = open_model(MODEL, image_size=32, model_args=SMALL)  # patches of 10×15 pixels
+    loaded = open_model(MODEL, image_size=32, model_args=SMALL)  # patches of 10×15 pixels
     images = open_images(f"coco:{tmp_path}", 32)
-    result = coarse_segmentation.evaluate(subject, images)["topk"]
+    result = coarse_segmentation.evaluate(loaded, images)["topk"]
     assert (result["images"], result["objects"], result["objects_without_patch"]) == (1, 1, 1)
     assert list(result["layers"][0]["by_class"]) == [7]
     one_patch = open_model(MODEL, image_size=8, model_args=SMALL)
@@ -94,63 +92,53 @@ def test_objects_without_a_patch_are_counted(tmp_path):
         coarse_segmentation.evaluate(one_patch, open_images(f"coco:{tmp_path}", 8))
 
 
-def test_the_fraction_is_everywhere(tmp_path, capsys):
-    arguments = [MODEL, "--model-args", *SMALL, "--limit", "4", "--figure-images", "2"]
-    for fraction in ("0.6", "0.1"):
-        output = str(tmp_path / fraction)
-        assert coarse_segmentation.main([*arguments, "--fraction", fraction, "--output", output]) == 0
-    assert "attention mIoU, mass 10%, 4 images" in capsys.readouterr().out
-    pictures = [(tmp_path / fraction / "masks_topk_01.png").read_bytes() for fraction in ("0.6", "0.1")]
-    assert pictures[0] != pictures[1]
-
-
 @pytest.mark.parametrize("kind", ["voc", "coco", "shape_scenes"])
-def test_the_command(kind, tmp_path, capsys):
+def test_the_command(kind, tmp_path, capsys, monkeypatch):
     make = {"voc": make_voc, "coco": make_coco}.get(kind)
     data = f"{kind}:{make(tmp_path / 'data')}" if make else kind
-    arguments = [f"A={MODEL}", f"B={MODEL}", "--model-args", *SMALL, "--data", data, "--limit", "6"]
-    assert coarse_segmentation.main([*arguments, "--output", str(tmp_path / "out")]) == 0
-    first = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert first["results"]["A"] == first["results"]["B"]
-    assert len(first["results"]["A"]["mass"]["layers"]) == 2
-    assert first["config"]["models"][0]["image_size"] == [32, 32]
-    assert {"commit", "torch", "command"} <= first["provenance"].keys()
+    words = [f"A={MODEL}", f"B={MODEL}", "--model-args", *SMALL, "--data", data, "--limit", "3"]
+    words += ["--figure-images", "1"]
+    if kind != "shape_scenes":
+        monkeypatch.setattr("crate_fast.eval.common.figures.image_grid", lambda *_args, **_more: None)
+    assert coarse_segmentation.main([*words, "--output", str(tmp_path / "out")]) == 0
+    content = json.loads((tmp_path / "out" / "results.json").read_text())
+    results = content["results"]
+    assert results["A"] == results["B"]
+    assert len(results["A"]["mass"]["layers"]) == 2
+    assert content["config"]["models"][0]["image_size"] == [32, 32]
+    assert {"commit", "torch", "command"} <= content["provenance"].keys()
     table = (tmp_path / "out" / "table.md").read_text()
     assert "| A | mIoU topk | 0 * |" in table
     assert "| B | attention AP | 1 |" in table
-    per_head = first["results"]["B"]["mass"]["layers"][1]["per_head"]
-    assert (
-        f"| B | mIoU mass | 1 | {per_head[0]:.3f} | {per_head[1]:.3f} |"
-        in (tmp_path / "out" / "heads.md").read_text()
-    )
-    assert (tmp_path / "out" / "masks_mass_01.png").stat().st_size > 1000
+    first, second = results["B"]["mass"]["layers"][1]["per_head"]
+    assert f"| B | mIoU mass | 1 | {first:.3f} | {second:.3f} |" in (tmp_path / "out" / "heads.md").read_text()
     assert "random maps" in capsys.readouterr().out
     if kind == "voc":
-        assert first["results"]["A"]["topk"]["images"] == 2
-        assert first["results"]["A"]["topk"]["without_objects"] == 1
-    assert coarse_segmentation.main([*arguments, "--output", str(tmp_path / "again")]) == 0
-    again = json.loads((tmp_path / "again" / "results.json").read_text())
-    assert again["results"] == first["results"]
+        assert results["A"]["topk"]["images"] == 2
+        assert results["A"]["topk"]["without_objects"] == 1
+    if kind == "shape_scenes":  # again, and with another fraction
+        assert coarse_segmentation.main([*words, "--output", str(tmp_path / "again")]) == 0
+        assert json.loads((tmp_path / "again" / "results.json").read_text())["results"] == results
+        assert coarse_segmentation.main([*words, "--fraction", "0.1", "--output", str(tmp_path / "less")]) == 0
+        assert "attention mIoU, mass 10%, 3 images" in capsys.readouterr().out
+        pictures = [(tmp_path / name / "masks_topk_01.png").read_bytes() for name in ("out", "again", "less")]
+        assert pictures[0] == pictures[1] != pictures[2]
 
 
-def test_errors(tmp_path, capsys):
-    (tmp_path / "x").mkdir()
-    from PIL import Image
-
-    Image.new("RGB", (8, 8)).save(tmp_path / "x" / "a.png")
-    arguments = [MODEL, "--model-args", *SMALL, "--output", str(tmp_path / "out"), "--data"]
-    assert coarse_segmentation.main([*arguments, f"folder:{tmp_path / 'x'}"]) == 2
-    assert "has no object masks" in capsys.readouterr().err
-    assert coarse_segmentation.main([MODEL, *arguments, "shape_scenes"]) == 2
-    assert "two models are called" in capsys.readouterr().err
-    assert coarse_segmentation.main([*arguments, "shape_scenes", "--layers", "7"]) == 2
-    assert "layer 7" in capsys.readouterr().err
-    without = [
-        "vit_tiny_patch16_224@untrained",
-        "--model-args",
-        "class_token=false",
-        "global_pool=avg",
-        "img_size=32",
-    ]
-    assert coarse_segmentation.main([*without, "--output", str(tmp_path / "out")]) == 2
-    assert "has no CLS token" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([MODEL, "--data", "folder:{}"], "has no object masks"),
+        ([MODEL, MODEL], "two models are called"),
+        ([MODEL, "--layers", "7"], "layer 7"),
+        (
+            ["vit_tiny_patch16_224@untrained", "--model-args", "class_token=false", "global_pool=avg", "img_size=32"],
+            "has no CLS token",
+        ),
+    ],
+)
+def test_errors(tmp_path, refuses, words, message):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    words = [word.format(tmp_path) for word in words]
+    arguments = [] if "--model-args" in words else ["--model-args", *SMALL]
+    refuses(message, coarse_segmentation.main, [*words, *arguments, "--output", str(tmp_path / "out")])

@@ -16,6 +16,8 @@ import pytest
 from PIL import Image
 from runs import ROOT, same
 
+from crate_fast.eval.common.models import open_model
+from crate_fast.eval.common.results import markdown_table
 from crate_fast.eval.emergence import report as report_module
 from crate_fast.eval.emergence import runs as runs_module
 from crate_fast.eval.emergence.command import main
@@ -40,8 +42,6 @@ from crate_fast.eval.emergence.scores import (
     load_results,
     validated,
 )
-from crate_fast.eval.models import open_model
-from crate_fast.eval.results import markdown_table
 from crate_fast.train.data import build_splits
 from crate_fast.train.distributed import process_group
 from crate_fast.train.faults import Interruption, NonFiniteError

@@ -8,31 +8,21 @@ import torch
 from safetensors.torch import save_file
 
 from crate_fast.errors import UserError
+from crate_fast.eval.common.models import class_names, open_model
 from crate_fast.eval.explore.command import model_choices
 from crate_fast.eval.explore.inspection import ModelCache
-from crate_fast.eval.models import class_names, open_model, split_label
 from crate_fast.eval.white_box import main as white_box
 
 SMALL = ["depth=2", "dim=32", "heads=2", "img_size=32"]
 NAME = "crate_tiny_patch8_224"
 
 
-def test_labels():
-    assert split_label("CRATE-S/8=runs/a") == ("CRATE-S/8", "runs/a")
-    assert split_label("ours=runs/a@12") == ("ours", "runs/a@12")
-    assert split_label("runs/a") == ("a", "runs/a")
-    assert split_label("vit_x@untrained") == ("vit_x@untrained", "vit_x@untrained")
-
-
 def test_a_run_its_steps_and_its_untrained_twin(tiny_run):
     best, at_four, again = (open_model(f"{tiny_run}{which}") for which in ("", "@4", "@4"))
     assert best.label == "tiny"
     assert best.config.image_size == 32
-    assert (
-        at_four.facts["weights_sha256"]
-        == again.facts["weights_sha256"]
-        != open_model(f"{tiny_run}@8").facts["weights_sha256"]
-    )
+    hashes = [loaded.facts["weights_sha256"] for loaded in (at_four, again, open_model(f"{tiny_run}@8"))]
+    assert hashes[0] == hashes[1] != hashes[2]
     twins = [open_model(f"{tiny_run}@untrained", seed=seed) for seed in (0, 0, 1)]
     hashes = [twin.facts["weights_sha256"] for twin in twins]
     assert hashes[0] == hashes[1] != hashes[2]
@@ -49,11 +39,11 @@ def test_files_are_loaded_strictly(tmp_path):
     source = timm.create_model(NAME, num_classes=7, depth=2, dim=32, heads=2, img_size=32)
     save_file({k: v.contiguous() for k, v in source.state_dict().items()}, tmp_path / "w.safetensors")
     torch.save({"model": {f"module.{k}": v for k, v in source.state_dict().items()}}, tmp_path / "w.pth")
-    subjects = [open_model(f"mine={NAME}@{tmp_path / name}", model_args=SMALL) for name in ("w.safetensors", "w.pth")]
-    assert subjects[0].label == "mine"
-    assert subjects[0].model.num_classes == 7  # read from the file
-    for subject in subjects:
-        assert torch.equal(subject.model.mlp_head[1].weight, source.mlp_head[1].weight)
+    models = [open_model(f"mine={NAME}@{tmp_path / name}", model_args=SMALL) for name in ("w.safetensors", "w.pth")]
+    assert models[0].label == "mine"
+    assert models[0].model.num_classes == 7  # read from the file
+    for loaded in models:
+        assert torch.equal(loaded.model.mlp_head[1].weight, source.mlp_head[1].weight)
     with pytest.raises(ValueError, match=r"(?s)does not hold the weights of.*--model-args"):
         open_model(f"{NAME}@{tmp_path / 'w.pth'}", model_args=["depth=3", *SMALL[1:]])
     with pytest.raises(ValueError, match="does not hold the weights of vit_tiny_patch16_224"):
@@ -74,10 +64,10 @@ def test_the_demo_checkpoint_is_named_like_any_file(tmp_path, prefix, hidden):
     assert {"head.weight", "head.bias", "mlp_head.1.weight"} < state.keys()
     torch.save({"model": {PREFIXES[prefix] + k: v for k, v in state.items()}}, tmp_path / "demo.pth")
     words = SMALL + ["head_hidden=true"] * hidden
-    subject = open_model(f"{NAME}@{tmp_path / 'demo.pth'}", model_args=words)
+    loaded = open_model(f"{NAME}@{tmp_path / 'demo.pth'}", model_args=words)
     images = torch.randn(2, 3, 32, 32)
-    assert subject.model.num_classes == 7
-    assert torch.equal(subject.model(images), source.eval()(images))
+    assert loaded.model.num_classes == 7
+    assert torch.equal(loaded.model(images), source.eval()(images))
     with pytest.raises(UserError, match="does not hold the weights of crate_tiny_patch8_224 .*head_hidden=True"):
         open_model(f"{NAME}@{tmp_path / 'demo.pth'}", model_args=[*SMALL, "head_hidden=false"])
 
@@ -90,8 +80,8 @@ def test_the_demos_heads_are_to_be_said(tmp_path):
     words = ["depth=1", "img_size=32"]
     with pytest.raises(UserError, match="has 6 heads, and a file does not tell them: pass --model-args heads=6"):
         open_model(f"crate_base_patch8_224@{tmp_path / 'demo.pth'}", model_args=words)
-    subject = open_model(f"crate_base_patch8_224@{tmp_path / 'demo.pth'}", model_args=[*words, "heads=6"])
-    assert subject.model.transformer.heads == 6
+    loaded = open_model(f"crate_base_patch8_224@{tmp_path / 'demo.pth'}", model_args=[*words, "heads=6"])
+    assert loaded.model.transformer.heads == 6
 
 
 def test_one_of_several_state_dicts_is_named_with_the_file(tmp_path):
@@ -99,11 +89,11 @@ def test_one_of_several_state_dicts_is_named_with_the_file(tmp_path):
     names = ("state_dict", "state_dict_ema")
     torch.save({name: model.state_dict() for name, model in zip(names, models, strict=True)}, tmp_path / "both.pth")
     with pytest.warns(UserWarning, match="state_dict_ema is taken"):
-        subject = open_model(f"{NAME}@{tmp_path / 'both.pth'}", model_args=SMALL)
-    assert torch.equal(subject.model.cls_token, models[1].cls_token)
+        loaded = open_model(f"{NAME}@{tmp_path / 'both.pth'}", model_args=SMALL)
+    assert torch.equal(loaded.model.cls_token, models[1].cls_token)
     for name, model in zip(names, models, strict=True):
-        subject = open_model(f"{NAME}@{tmp_path / 'both.pth'}#{name}", model_args=SMALL)
-        assert torch.equal(subject.model.cls_token, model.cls_token)
+        loaded = open_model(f"{NAME}@{tmp_path / 'both.pth'}#{name}", model_args=SMALL)
+        assert torch.equal(loaded.model.cls_token, model.cls_token)
     with pytest.raises(UserError, match="no dictionary 'teacher' in it: choose among state_dict, state_dict_ema"):
         open_model(f"{NAME}@{tmp_path / 'both.pth'}#teacher", model_args=SMALL)
 
@@ -124,14 +114,13 @@ def test_files_without_these_weights_are_one_line(tmp_path, capsys):
 
 def test_timm_vits_from_a_file(tmp_path):
     source = timm.create_model("vit_small_patch8_224.dino", depth=1, img_size=32)
-    torch.save(source.state_dict(), tmp_path / "dino.pth")
-    subject = open_model(
-        f"vit_small_patch8_224.dino@{tmp_path / 'dino.pth'}", image_size=64, model_args=["depth=1", "img_size=32"]
-    )
-    assert subject.extract.grid == (8, 8)
-    mean = torch.tensor(subject.model.pretrained_cfg["mean"])
-    white = subject.normalize(torch.full((1, 3, 64, 64), 255, dtype=torch.uint8))
-    torch.testing.assert_close(white[0, :, 0, 0], (1 - mean) / torch.tensor(subject.model.pretrained_cfg["std"]))
+    torch.save(source.state_dict(), tmp_path / "vit.pth")
+    words = ["depth=1", "img_size=32"]
+    loaded = open_model(f"vit_small_patch8_224.dino@{tmp_path / 'vit.pth'}", image_size=64, model_args=words)
+    assert loaded.extract.grid == (8, 8)
+    mean, std = (torch.tensor(loaded.model.pretrained_cfg[name]) for name in ("mean", "std"))
+    white = loaded.normalize(torch.full((1, 3, 64, 64), 255, dtype=torch.uint8))
+    torch.testing.assert_close(white[0, :, 0, 0], (1 - mean) / std)
 
 
 @pytest.mark.parametrize(

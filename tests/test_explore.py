@@ -22,6 +22,9 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from crate_fast.errors import UserError
+from crate_fast.eval.common.images import SceneImages
+from crate_fast.eval.common.models import open_model
+from crate_fast.eval.common.principal_components import pca_rgb
 from crate_fast.eval.explore import command, inspection
 from crate_fast.eval.explore.command import default_choices
 from crate_fast.eval.explore.pictures import (
@@ -32,10 +35,7 @@ from crate_fast.eval.explore.pictures import (
     UnreadablePictureError,
     decode,
 )
-from crate_fast.eval.images import SceneImages
 from crate_fast.eval.maskcut import maskcut
-from crate_fast.eval.models import open_model
-from crate_fast.eval.principal_components import pca_rgb
 from crate_fast.train.checkpoint import best_step
 from crate_fast.train.data.shape_scenes import CLASSES
 from crate_fast.whitebox import layer_measures, trace
@@ -81,19 +81,19 @@ def raw_answer(address: str, request: str) -> bytes:
 def test_the_numbers_are_the_librarys(address):
     data = picture_file(17)
     about = {"model": 0, "picture": send(address, data).json()["id"]}
-    subject = open_model("shipped:CRATE")
+    loaded = open_model("shipped:CRATE")
     with Image.open(io.BytesIO(data)) as file:
         squashed = np.array(file.convert("RGB").resize((128, 128), Image.Resampling.BICUBIC))
-    images = subject.normalize(torch.from_numpy(squashed).permute(2, 0, 1)[None])
-    layer = trace(subject.model, images, [2])[0]
-    summary, measures = ask(address, "summary", **about), layer_measures(subject.model, images)
+    images = loaded.normalize(torch.from_numpy(squashed).permute(2, 0, 1)[None])
+    layer = trace(loaded.model, images, [2])[0]
+    summary, measures = ask(address, "summary", **about), layer_measures(loaded.model, images)
     assert summary["grid"] == [16, 16]
     assert summary["layer"] == 2
     assert summary["coding_rate"] == pytest.approx(measures["coding_rate"][0].tolist(), rel=1e-5)
     assert summary["sparsity"] == pytest.approx(measures["sparsity"][0].tolist(), rel=1e-5)
     of_patches = (layer.after_ista[0, 1:] != 0).float().mean(dim=1)
     assert summary["patch_sparsity"][2] == pytest.approx(of_patches.tolist(), abs=1e-6)
-    probabilities = subject.model(images).softmax(-1)[0]
+    probabilities = loaded.model(images).softmax(-1)[0]
     assert [entry["class"] for entry in summary["top"]] == probabilities.argsort(descending=True)[:5].tolist()
     assert summary["top"][0]["probability"] == pytest.approx(probabilities.max().item(), rel=1e-5)
     assert summary["top"][0]["name"] in CLASSES

@@ -15,9 +15,9 @@ import timm
 from explorer import SHIPPED, explorer_with, picture_file, served
 from PIL import Image
 
+from crate_fast.eval.common.features import extractor_for
+from crate_fast.eval.common.models import LoadedModel
 from crate_fast.eval.explore.inspection import OpenModel
-from crate_fast.eval.features import extractor_for
-from crate_fast.eval.models import Subject
 from crate_fast.settings import require_browser
 from crate_fast.train.data import Normalize
 
@@ -49,9 +49,9 @@ def explorer():
     model = timm.create_model(
         "vit_tiny_patch16_224", img_size=32, depth=2, class_token=False, global_pool="avg", num_classes=0
     )
-    subject = Subject("nocls", model.eval(), Normalize("half"), extractor_for(model), {"parameters": 1})
+    loaded = LoadedModel("nocls", model.eval(), Normalize("half"), extractor_for(model), {"parameters": 1})
     found.models.open.limit = 9
-    found.models.open.put(3, OpenModel(subject, None, threading.Lock()))
+    found.models.open.put(3, OpenModel(loaded, None, threading.Lock()))
     return found
 
 

@@ -12,7 +12,7 @@ from timm import create_model
 
 from crate_fast import CRATE, CRATEMAE, cli, export
 from crate_fast.errors import UserError
-from crate_fast.eval.models import open_model
+from crate_fast.eval.common.models import open_model
 from crate_fast.export import (
     OUTPUTS,
     MismatchError,
@@ -254,9 +254,9 @@ def test_the_command_on_a_run(tiny_run, tmp_path, capfd):
     facts = json.loads((tmp_path / "model.json").read_text())
     assert facts["classes"] == list(CLASSES)
     assert (facts["mean"], facts["std"]) == ([0.5] * 3, [0.5] * 3)
-    subject = open_model(str(tiny_run), image_size=48)
+    loaded = open_model(str(tiny_run), image_size=48)
     images = torch.randint(256, (3, 3, 48, 48), dtype=torch.uint8)
-    wanted = eager_outputs(subject.model, subject.normalize(images), ["logits", "attention"], [0, 1])
+    wanted = eager_outputs(loaded.model, loaded.normalize(images), ["logits", "attention"], [0, 1])
     found = open_exported(tmp_path / "model.onnx")(images)
     for name, values in wanted.items():
         torch.testing.assert_close(found[name], values, rtol=1e-4, atol=1e-5)

@@ -7,7 +7,7 @@ from torch import nn
 
 from crate_fast import CRATE
 from crate_fast.errors import UserError
-from crate_fast.eval.features import Features, LayerTokens, extractor_for
+from crate_fast.eval.common.features import Features, LayerTokens, extractor_for
 
 SIZES = {"image_size": 32, "patch_size": 8, "num_classes": 3, "dim": 32, "depth": 3, "heads": 2, "dim_head": 16}
 VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2, "num_classes": 3}
@@ -26,7 +26,6 @@ def test_crate_gives_its_subspace_tokens():
         after_first = model.transformer.layers[0](model.embed(images))
         attention = model.transformer.layers[1][0]
         w = attention.fn.qkv(attention.norm(after_first))
-    torch.testing.assert_close(features.subspace(1), w[:, 1:])
     torch.testing.assert_close(features.keys(1), w[:, 1:])
     heads = w.unflatten(-1, (2, 16))
     by_hand = torch.einsum("bhd,bnhd->bhn", heads[:, 0], heads[:, 1:]) / 4.0
@@ -47,8 +46,6 @@ def test_untied_attention_uses_its_own_query_and_key():
     torch.testing.assert_close(features.keys(2), key[:, 1:].flatten(2))
     by_hand = (torch.einsum("bhd,bnhd->bhn", query[:, 0], key[:, 1:]) / 4.0).softmax(dim=-1)
     torch.testing.assert_close(features.cls_attention(2), by_hand)
-    with pytest.raises(ValueError, match="no subspaces"):
-        features.subspace(2)
 
 
 @pytest.mark.parametrize(
@@ -92,18 +89,12 @@ def test_larger_images_from_the_same_weights(model):
     assert extract.resolve_layer(-1) == 2
 
 
-def test_dino_names_are_timms_and_work():
-    extract = extractor_for(timm.create_model("vit_small_patch8_224.dino", depth=1, img_size=32))
-    assert extract.patch_size == (8, 8)
-    assert extract(torch.zeros(1, 3, 32, 32)).cls_attention(0).shape == (1, 6, 16)
-
-
 def test_a_crate_mae_encoder_as_a_crate():
     """λ = 0.5, as the released CRATE-MAE's encoder: the same interface, the same default layer."""
     model = CRATE(**(SIZES | {"depth": 12}), sparsity=0.5)
     extract = extractor_for(model)
     assert extract.default_layer == 10
-    assert extract(torch.randn(1, 3, 32, 32)).subspace(10).shape == (1, 16, 32)
+    assert extract(torch.randn(1, 3, 32, 32)).keys(10).shape == (1, 16, 32)
 
 
 def test_other_models_and_absent_layers_are_refused():

@@ -11,7 +11,7 @@ from timm.layers import resample_abs_pos_embed
 
 from crate_fast import CRATE, CRATEMAE
 from crate_fast.errors import UserError
-from crate_fast.eval.models import open_model
+from crate_fast.eval.common.models import open_model
 from crate_fast.train import finetune, linear_probe, pretrain
 from crate_fast.train.command_line import build_config, load_recipe, recipe_names
 from crate_fast.train.config import TrainConfig

@@ -12,8 +12,8 @@ from image_data import encoded, write_tree
 from PIL import Image, ImageOps
 
 from crate_fast.errors import UserError
+from crate_fast.eval.common.images import open_images
 from crate_fast.eval.explore.pictures import decode
-from crate_fast.eval.images import open_images
 from crate_fast.train import write_shards
 from crate_fast.train.data.image_files import as_stored, find_images, read_image
 from crate_fast.train.data.sources import FolderSource, TorchvisionSource

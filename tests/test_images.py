@@ -9,7 +9,7 @@ from PIL import Image
 from pycocotools import mask as rle
 
 from crate_fast.errors import UserError
-from crate_fast.eval.images import Target, batches, open_images
+from crate_fast.eval.common.images import Target, batches, open_images
 
 
 def make_voc(root):

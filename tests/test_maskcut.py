@@ -3,7 +3,8 @@
 import functools
 import itertools
 import json
-import subprocess
+import multiprocessing
+import os
 import sys
 
 import numpy as np
@@ -14,11 +15,11 @@ from maskcut_oracle import affinity, maskcut_oracle, second_eigenvector
 from PIL import Image
 
 from crate_fast.errors import UserError
-from crate_fast.eval import crf, normalized_cut
 from crate_fast.eval import maskcut as protocol
-from crate_fast.eval.detections import class_agnostic_scores, detections_of, enlarge
+from crate_fast.eval.common import normalized_cut
+from crate_fast.eval.common.coco import class_agnostic_scores, detections_of, enlarge, refine
+from crate_fast.eval.common.normalized_cut import exact_fp32
 from crate_fast.eval.maskcut import maskcut
-from crate_fast.eval.precision import exact_fp32
 
 GRIDS = [(8, 8), (12, 12), (7, 13), (15, 10)]
 
@@ -81,56 +82,27 @@ def test_a_batch_is_its_images():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_every_dtype_and_repeats(dtype):
-    features = torch.from_numpy(_structured(4)[0]).to(dtype)
-    grid = GRIDS[0]
-    first = maskcut(features, grid=grid)
-    assert torch.equal(first.masks, maskcut(features, grid=grid).masks)
-    expected = maskcut_oracle(features.double().numpy(), grid, 3, 0.15)
-    assert np.array_equal(first.masks[0].numpy(), expected)
-
-
-def _planted(size: int = 24) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """An image with three objects of their own directions on a background, as features with a little noise."""
-    generator = torch.Generator().manual_seed(3)
-    features = torch.zeros(size, size, 8)
-    features[..., 0] = 1.0
-    objects = []
-    for k, (rows, columns) in enumerate([((3, 13), (3, 12)), ((14, 21), (12, 21)), ((4, 10), (15, 21))], start=1):
-        mask = torch.zeros(size, size, dtype=torch.bool)
-        mask[slice(*rows), slice(*columns)] = True
-        features[mask] = 0.0
-        features[..., k][mask] = 1.0
-        objects.append(mask)
-    return (features + 0.05 * torch.randn(features.shape, generator=generator)).flatten(0, 1), objects
-
-
-def test_planted_objects_are_found():
-    features, objects = _planted()
-    masks = maskcut(features).masks[0]
-    for wanted in objects:
-        iou = [float((mask & wanted).sum() / (mask | wanted).sum()) for mask in masks]
-        assert max(iou) >= 0.95
+    features, grid = torch.from_numpy(_structured(4)[0]).to(dtype), GRIDS[0]
+    first, again = (maskcut(features, grid=grid).masks for _ in range(2))
+    assert torch.equal(first, again)
+    assert np.array_equal(first[0].numpy(), maskcut_oracle(features.double().numpy(), grid, 3, 0.15))
 
 
 def test_objects_planted_in_an_image_are_found_at_its_own_size():
     """From pixels to masks of another size: colours as features, through detections and back."""
     from pycocotools import mask as rle
 
-    picture = np.full((96, 96, 3), 40.0)
-    picture[..., 2] += 5 * np.sin(np.arange(96) / 9)
     boxes = [
         ((8, 40), (12, 52), (200, 60, 40)),
         ((52, 84), (44, 80), (50, 200, 60)),
         ((60, 88), (8, 32), (220, 210, 30)),
     ]
+    picture = np.full((96, 96, 3), 40.0) + np.random.default_rng(0).normal(0, 6, (96, 96, 3))
     for (top, bottom), (left, right), colour in boxes:
-        picture[top:bottom, left:right] = colour
-    picture += np.random.default_rng(0).normal(0, 6, picture.shape)
+        picture[top:bottom, left:right] += np.array(colour) - 40.0
     patches = torch.from_numpy(picture).unfold(0, 4, 4).unfold(1, 4, 4).mean(dim=(-1, -2))
-    features = torch.nn.functional.normalize(patches - patches.flatten(0, 1).median(dim=0).values, dim=-1)
-    features[(patches - patches.flatten(0, 1).median(dim=0).values).norm(dim=-1) < 12] = torch.tensor(
-        [0.0, 0, -1]
-    ).double()
+    features = patches - patches.flatten(0, 1).median(dim=0).values
+    features[features.norm(dim=-1) < 12] = torch.tensor([0.0, 0, -1]).double()  # the background looks alike
     masks = enlarge(maskcut(features.flatten(0, 1), tau=0.8).masks[0].numpy(), (96, 96), Image.Resampling.NEAREST)
     found = [rle.decode(entry["segmentation"]) > 0 for entry in detections_of(enlarge(masks, (192, 144), 3), 1)]
     for (top, bottom), (left, right), _ in boxes:
@@ -140,13 +112,13 @@ def test_objects_planted_in_an_image_are_found_at_its_own_size():
 
 
 def _component(vector: torch.Tensor, grid: tuple[int, int], corners: int = 5) -> torch.Tensor:
-    """`object_of`, changing sides only from so many corners on."""
+    """`object_of` that swaps the sides only from so many corners on."""
     values = vector.double().numpy().reshape(grid)
     foreground, seed = values > values.mean(), values.argmax()
     if foreground[[0, 0, -1, -1], [0, -1, 0, -1]].sum() >= corners:
         foreground, seed = ~foreground, values.argmin()
     labels, _ = scipy.ndimage.label(foreground)
-    return torch.from_numpy(labels == labels.flat[seed]) & torch.from_numpy(foreground)
+    return torch.from_numpy((labels == labels.flat[seed]) & foreground)
 
 
 MUTANTS = {
@@ -241,20 +213,20 @@ def test_a_graph_without_a_cut_gives_no_mask():
     assert result.solvers.tolist() == [[0, -1, -1]]
 
 
-def test_bad_arguments_are_named():
-    features = torch.randn(60, 4)
-    with pytest.raises(ValueError, match="60 patches are no square grid"):
-        maskcut(features)
-    with pytest.raises(ValueError, match=r"grid=\(5, 5\) does not hold the 60 patches"):
-        maskcut(features, grid=(5, 5))
-    with pytest.raises(ValueError, match="num_objects=0"):
-        maskcut(features, 0, grid=(6, 10))
-    with pytest.raises(ValueError, match="tau=1.5"):
-        maskcut(features, tau=1.5, grid=(6, 10))
-    with pytest.raises(ValueError, match="NaN or infinity"):
-        maskcut(features / 0, grid=(6, 10))
-    with pytest.raises(ValueError, match=r"torch.int64"):
-        maskcut(torch.ones(4, 4, dtype=torch.long))
+@pytest.mark.parametrize(
+    ("features", "settings", "message"),
+    [
+        (torch.ones(60, 4), {}, "60 patches are no square grid"),
+        (torch.ones(60, 4), {"grid": (5, 5)}, r"grid=\(5, 5\) does not hold the 60 patches"),
+        (torch.ones(16, 4), {"num_objects": 0}, "num_objects=0"),
+        (torch.ones(16, 4), {"tau": 1.5}, "tau=1.5"),
+        (torch.ones(16, 4) / 0, {}, "NaN or infinity"),
+        (torch.ones(4, 4, dtype=torch.long), {}, "torch.int64"),
+    ],
+)
+def test_bad_arguments_are_named(features, settings, message):
+    with pytest.raises(UserError, match=message):
+        maskcut(features, **settings)
 
 
 # --- detections and COCO's scores ----------------------------------------------------------------------------------
@@ -340,7 +312,9 @@ def test_ap_is_pycocotools_on_relabelled_ground_truth(tmp_path, capsys):
         d for a in coco.dataset["annotations"] for d in detections_of(coco.annToMask(a)[None] > 0, a["image_id"])
     ]
     assert class_agnostic_scores(coco, perfect, ids)["segm"]["AP"] == pytest.approx(1.0)
-    assert class_agnostic_scores(coco, [], ids)["bbox"]["AP"] == 0.0
+    nothing = class_agnostic_scores(coco, [], ids)
+    assert nothing["bbox"]["AP"] == nothing["segm"]["AR100"] == 0
+    assert nothing["bbox"]["APl"] == -1  # pycocotools' value where no object is that large
     with pytest.raises(ValueError, match="none of the 1 images has an annotated object"):
         class_agnostic_scores(coco, [], ids[-1:])
 
@@ -385,126 +359,115 @@ def test_ids_do_not_change_scores(tmp_path, name, of_annotation):
     assert json.dumps(content) == before  # the caller's annotations stay as they are
 
 
-def test_sizes_without_objects_have_no_score_even_without_detections(tmp_path):
-    from pycocotools.coco import COCO
-
-    coco = COCO(_coco(tmp_path) / "instances_val2017.json")
-    scores = class_agnostic_scores(coco, [], list(coco.imgs))
-    assert scores["bbox"]["AP"] == scores["segm"]["AR100"] == 0
-    assert scores["bbox"]["APl"] == -1  # pycocotools' word for it: no object is that large
+MODEL = ["crate_tiny_patch8_224@untrained", "--model-args", "depth=2", "dim=32", "heads=2", "img_size=64"]
 
 
-@pytest.mark.parametrize("spoil", ["segmentation", "objects"])
-def test_annotations_are_refused_before_an_image_is_cut(tmp_path, capsys, monkeypatch, spoil):
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A COCO folder that no test changes."""
+    return _coco(tmp_path_factory.mktemp("coco"))
+
+
+def _words(folder, output, *more) -> list[str]:
+    return [*MODEL, "--data", f"coco:{folder}", "--image-size", "64", "--output", str(output), *more]
+
+
+def _run(folder, output, *more) -> dict:
+    assert protocol.main(_words(folder, output, *more)) == 0
+    return json.loads((output / "results.json").read_text())
+
+
+@pytest.fixture(autouse=True)
+def _no_figures(monkeypatch):
+    """Only the shared run draws."""
+    monkeypatch.setattr(protocol, "image_grid", lambda *_args, **_more: None)
+
+
+@pytest.fixture(scope="module")
+def whole(folder, tmp_path_factory):
+    """(output folder, results.json) of a complete run."""
+    output = tmp_path_factory.mktemp("whole")
+    return output, _run(folder, output, "--batch-size", "4")
+
+
+@pytest.mark.parametrize("spoiled", ["segmentation", "objects"])
+def test_annotations_are_refused_before_an_image_is_cut(tmp_path, refuses, monkeypatch, spoiled):
     monkeypatch.setattr(protocol, "maskcut", lambda *_args, **_more: pytest.fail("MaskCut ran"))
     file = _coco(tmp_path / "coco") / "instances_val2017.json"
     content = json.loads(file.read_text())
-    if spoil == "segmentation":
+    if spoiled == "segmentation":
         del content["annotations"][-1]["segmentation"]
     else:
         content["annotations"] = [a | {"iscrowd": 1} for a in content["annotations"]]
     file.write_text(json.dumps(content))
-    arguments = [
-        *MODEL,
-        "--data",
-        f"coco:{tmp_path / 'coco'}",
-        "--image-size",
-        "64",
-        "--output",
-        str(tmp_path / "out"),
-    ]
-    assert protocol.main(arguments) == 2
-    said = capsys.readouterr().err
-    assert ("annotation 10: 'segmentation'" if spoil == "segmentation" else "no meaning") in said
+    message = "annotation 10: 'segmentation'" if spoiled == "segmentation" else "no meaning"
+    refuses(message, protocol.main, _words(tmp_path / "coco", tmp_path / "out"))
 
 
-MODEL = ["crate_tiny_patch8_224@untrained", "--model-args", "depth=2", "dim=32", "heads=2", "img_size=64"]
-
-
-def _run(folder, output, *more) -> dict:
-    arguments = [*MODEL, "--data", f"coco:{folder}", "--image-size", "64", "--output", str(output), *more]
-    assert protocol.main(arguments) == 0
-    return json.loads((output / "results.json").read_text())
-
-
-def test_a_data_set_from_end_to_end_and_resumed(tmp_path, capsys):
-    folder, output = _coco(tmp_path / "coco"), tmp_path / "out"
-    whole = _run(folder, output, "--batch-size", "4")
-    assert whole["results"]["images"] == 6
-    assert set(whole["results"]["segm"]) >= {"AP", "AP50", "AR100"}
-    assert "box AP" in capsys.readouterr().out
+def test_a_data_set_from_end_to_end_and_resumed(folder, whole, tmp_path, capsys, refuses):
+    output, results = whole
+    assert results["results"]["images"] == 6
+    assert set(results["results"]["segm"]) >= {"AP", "AP50", "AR100"}
+    assert "box AP" in (output / "table.md").read_text()
     assert (output / "detections.png").stat().st_size > 1000
     detections = json.loads((output / "detections.json").read_text())
-    assert len(detections) == whole["results"]["detections"] > 0
+    assert len(detections) == results["results"]["detections"] > 0
 
-    part = tmp_path / "part"
-    (part / "records").mkdir(parents=True)
+    records = tmp_path / "part" / "records"
+    records.mkdir(parents=True)
     lines = (output / "records" / "records-0.jsonl").read_text().splitlines(keepends=True)
-    (part / "records" / "records-0.jsonl").write_text("".join(lines[:2]) + lines[2][:40])  # killed while it wrote
-    (part / "records" / "settings.json").write_text((output / "records" / "settings.json").read_text())
-    resumed = _run(folder, part)
-    assert resumed["results"] == whole["results"]
+    (records / "records-0.jsonl").write_text("".join(lines[:2]) + lines[2][:40])  # killed while it wrote
+    (records / "settings.json").write_text((output / "records" / "settings.json").read_text())
+    assert _run(folder, tmp_path / "part")["results"] == results["results"]
     assert "2 of 6 images were done before" in capsys.readouterr().out
-    assert (part / "detections.json").read_text() == (output / "detections.json").read_text()
-
-    arguments = [*MODEL, "--data", f"coco:{folder}", "--image-size", "64", "--output", str(output), "--tau", "0.3"]
-    assert protocol.main(arguments) == 2
-    assert "tau: 0.15 there, 0.3 now" in capsys.readouterr().err
+    assert (tmp_path / "part" / "detections.json").read_text() == (output / "detections.json").read_text()
+    refuses("tau: 0.15 there, 0.3 now", protocol.main, _words(folder, output, "--tau", "0.3"))
 
 
-def test_two_processes_give_what_one_gives(tmp_path, free_port):
-    folder = _coco(tmp_path / "coco")
-    alone = _run(folder, tmp_path / "one")
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        "2",
-        f"--master_port={free_port}",
-        "-m",
-    ]
-    command += ["crate_fast.eval.maskcut", *MODEL, "--data", f"coco:{folder}", "--image-size", "64"]
-    subprocess.run([*command, "--output", str(tmp_path / "two")], check=True, capture_output=True, timeout=240)
-    assert len(list((tmp_path / "two" / "records").glob("records-*.jsonl"))) == 2
-    both = json.loads((tmp_path / "two" / "results.json").read_text())
-    assert both["results"] == alone["results"]
+def _rank(rank: int, port: int, words: list[str]) -> None:
+    torchrun = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
+    torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
+    os.environ |= {name: str(value) for name, value in torchrun.items()} | {"MASTER_ADDR": "127.0.0.1"}
+    sys.exit(protocol.main(words))
 
 
-def test_unreadable_images_are_counted_once_and_again_when_resumed(tmp_path, capsys):
-    folder = _coco(tmp_path / "coco")
+def test_two_processes_give_what_one_gives(folder, whole, tmp_path, free_port):
+    context = multiprocessing.get_context("fork")  # everything is imported
+    words = _words(folder, tmp_path)
+    ranks = [context.Process(target=_rank, args=(rank, free_port, words)) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(240)
+    assert [process.exitcode for process in ranks] == [0, 0]
+    assert len(list((tmp_path / "records").glob("records-*.jsonl"))) == 2
+    assert json.loads((tmp_path / "results.json").read_text())["results"] == whole[1]["results"]
+
+
+def test_unreadable_images_are_counted_once_and_again_when_resumed(tmp_path, capsys, refuses):
+    folder, output = _coco(tmp_path / "coco"), tmp_path / "out"
     (folder / "val2017" / f"{1:012d}.jpg").write_bytes(b"not an image")
-    first = _run(folder, tmp_path / "out", "--figure-images", "1")
+    first = _run(folder, output)
     assert first["unreadable"]["count"] == 1
     assert "000000000001.jpg" in first["unreadable"]["images"][0]
     assert first["results"]["images"] == 5
     assert "unreadable images: 1" in capsys.readouterr().out
-    assert _run(folder, tmp_path / "out", "--figure-images", "1") == first | {"provenance": _now(tmp_path / "out")}
+    again = _run(folder, output)
+    assert again == first | {"provenance": again["provenance"]}
     for path in (folder / "val2017").iterdir():
         path.write_bytes(b"not an image")
-    arguments = [*MODEL, "--data", f"coco:{folder}", "--image-size", "64", "--output", str(tmp_path / "none")]
-    assert protocol.main(arguments) == 2
-    assert "none of the 6 images could be read" in capsys.readouterr().err
+    refuses("none of the 6 images could be read", protocol.main, _words(folder, tmp_path / "none"))
 
 
-def _now(output) -> dict:
-    return json.loads((output / "results.json").read_text())["provenance"]
+def test_a_refused_setting_does_not_stand_in_the_way_of_the_right_one(folder, tmp_path, refuses):
+    words = _words(folder, tmp_path, "--limit", "2")
+    refuses("tau=3.0: a cosine lies from -1 to 1", protocol.main, [*words, "--tau", "3"])
+    refuses("layer 9", protocol.main, [*words, "--layer", "9"])
+    assert protocol.main(words) == 0
 
 
-def test_a_refused_setting_does_not_stand_in_the_way_of_the_right_one(tmp_path, capsys):
-    folder = _coco(tmp_path / "coco")
-    arguments = [*MODEL, "--data", f"coco:{folder}", "--image-size", "64", "--output", str(tmp_path / "out")]
-    assert protocol.main([*arguments, "--tau", "3"]) == 2
-    assert "tau=3.0: a cosine lies from -1 to 1" in capsys.readouterr().err
-    assert protocol.main([*arguments, "--layer", "9"]) == 2
-    assert protocol.main(arguments) == 0
-
-
-def test_images_without_annotations_get_detections_but_no_ap(tmp_path):
-    folder = _coco(tmp_path / "coco") / "val2017"
-    arguments = [*MODEL, "--data", f"folder:{folder}", "--image-size", "64", "--output", str(tmp_path / "out")]
-    assert protocol.main(arguments) == 0
-    results = json.loads((tmp_path / "out" / "results.json").read_text())["results"]
+def test_images_without_annotations_get_detections_but_no_ap(folder, tmp_path):
+    results = _run(folder, tmp_path, "--data", f"folder:{folder / 'val2017'}")["results"]
     assert results["images"] == 6
     assert "bbox" not in results
 
@@ -517,14 +480,14 @@ def test_the_crf_draws_edges_and_is_optional(monkeypatch):
     coarse[46:50, 46:50] = False  # a hole
     monkeypatch.setitem(sys.modules, "pydensecrf", None)
     with pytest.raises(UserError, match=r"pip install 'crate_fast\[crf\]'"):
-        crf.refine(coarse, picture)
+        refine(coarse, picture)
     monkeypatch.undo()
     pytest.importorskip("pydensecrf", reason="the crf extra is not installed")
-    refined = crf.refine(coarse, picture)
+    refined = refine(coarse, picture)
     assert (refined & disc).sum() / (refined | disc).sum() > 0.99 > (coarse & disc).sum() / (coarse | disc).sum()
     speck = np.zeros((96, 96), bool)
     speck[:2, :2] = True
-    assert crf.refine(speck, picture) is None
+    assert refine(speck, picture) is None
 
 
 @pytest.mark.parametrize(
@@ -539,13 +502,11 @@ def test_the_crf_draws_edges_and_is_optional(monkeypatch):
         (["--image-size", "8"], "one patch cannot be cut: use larger images"),
         (["--model-args", "depht=2"], "does not take --model-args"),
         (["--model-args", "in_chans=1"], "takes images of 1 channels"),
-        (["--output", "{}/coco/instances_val2017.json"], "no such folder can be made"),
+        (["--output", "{}/instances_val2017.json"], "no such folder can be made"),
     ],
 )
-def test_errors_name_the_remedy(tmp_path, capsys, change, message):
+def test_errors_name_the_remedy(folder, tmp_path, refuses, change, message):
     if "cuda" in change and torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    folder = _coco(tmp_path / "coco")
-    arguments = [*MODEL, "--data", f"coco:{folder}", "--image-size", "64", "--output", str(tmp_path / "out")]
-    assert protocol.main([*arguments, *(word.format(tmp_path) for word in change)]) == 2
-    assert message in capsys.readouterr().err
+    change = [word.format(folder) for word in change]
+    refuses(message, protocol.main, [*_words(folder, tmp_path / "out"), *change])

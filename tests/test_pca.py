@@ -7,11 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from crate_fast.eval import gallery
-from crate_fast.eval.features import Features, LayerTokens
-from crate_fast.eval.images import Batch, Sample, Target
+from crate_fast.eval.common.features import Features, LayerTokens
+from crate_fast.eval.common.images import Batch, Sample, SceneImages, Target
+from crate_fast.eval.common.principal_components import TooFewPatchesError, foreground, pca_rgb, principal_components
 from crate_fast.eval.pca import evaluate, main
-from crate_fast.eval.principal_components import TooFewPatchesError, foreground, pca_rgb, principal_components
 
 CRATE = ["A=crate_tiny_patch8_224@untrained", "--model-args", "depth=3", "dim=32", "heads=2", "img_size=32"]
 
@@ -69,18 +68,19 @@ def test_one_component_for_all_images():
     assert torch.equal(foreground(faint).mask, mask)
 
 
-def test_bad_input_is_named():
-    features, _ = _planted()
-    with pytest.raises(ValueError, match="scaling='max'"):
-        foreground(features, scaling="max")
-    with pytest.raises(ValueError, match="threshold=-1"):
-        foreground(features, threshold=-1)
-    with pytest.raises(ValueError, match=r"grid=\(4, 8\)"):
-        foreground(features, grid=(4, 8))
-    with pytest.raises(ValueError, match="at least 3"):
-        foreground(torch.ones(1, 4, 2))
-    with pytest.raises(ValueError, match="NaN"):
-        foreground(features * torch.nan)
+@pytest.mark.parametrize(
+    ("features", "settings", "message"),
+    [
+        (torch.ones(2, 36, 8), {"scaling": "max"}, "scaling='max'"),
+        (torch.ones(2, 36, 8), {"threshold": -1}, "threshold=-1"),
+        (torch.ones(2, 36, 8), {"grid": (4, 8)}, r"grid=\(4, 8\)"),
+        (torch.ones(1, 4, 2), {}, "at least 3"),
+        (torch.full((2, 36, 8), torch.nan), {}, "NaN"),
+    ],
+)
+def test_bad_input_is_named(features, settings, message):
+    with pytest.raises(ValueError, match=message):
+        foreground(features, **settings)
     with pytest.raises(ValueError, match="no 3 components"):
         pca_rgb(features[..., :2])
 
@@ -133,7 +133,7 @@ def _subject(features: torch.Tensor) -> SimpleNamespace:
 
     extract.grid = (4, 4)
     extract.resolve_layer = lambda layer: 5 if layer is None else layer
-    return SimpleNamespace(extract=extract, normalize=lambda images: images, device=torch.device("cpu"))
+    return SimpleNamespace(extract=extract, features=extract)
 
 
 def _batch(number: int, mask: torch.Tensor | None) -> Batch:
@@ -186,7 +186,9 @@ def _run(tmp_path, *words, models=CRATE):
 def drawn(monkeypatch):
     """The figures' contents: (rows, titles), in place of the files."""
     figures = []
-    monkeypatch.setattr(gallery, "image_grid", lambda rows, paths, **titles: figures.append((rows, titles)))
+    monkeypatch.setattr(
+        "crate_fast.eval.common.figures.image_grid", lambda rows, paths, **titles: figures.append((rows, titles))
+    )
     return figures
 
 
@@ -233,13 +235,12 @@ def test_a_panel_without_foreground_is_reported_and_left_empty(tmp_path, capsys,
     assert "images 2 to 2" in err
 
 
-def test_only_images_of_a_class(tmp_path, drawn):
-    from crate_fast.eval.images import SceneImages
-
-    scenes = SceneImages(32, 100)
+@pytest.mark.usefixtures("drawn")
+def test_only_images_of_a_class(tmp_path):
+    scenes = SceneImages(32, 40)
     star = {name: number for number, name in scenes.class_names().items()}["star"]
-    expected = [str(i) for i in range(100) if scenes[i].target.classes == [star]][:3]
-    results = _run(tmp_path, "--class", "star", "--limit", "3", "--batch-size", "7")
+    expected = [str(i) for i in range(40) if scenes[i].target.classes == [star]][:2]
+    results = _run(tmp_path, "--class", "star", "--limit", "2", "--batch-size", "7")
     assert results["results"]["A"]["layers"][0]["groups"][0]["images"] == expected
 
 
@@ -251,6 +252,5 @@ def test_only_images_of_a_class(tmp_path, drawn):
         (["--layers", "0,3"], "layers 0 to 2"),
     ],
 )
-def test_mistakes_are_one_message(tmp_path, capsys, words, message):
-    assert main([*CRATE, "--data", "shape_scenes", "--limit", "1", "--output", str(tmp_path), *words]) == 2
-    assert message in capsys.readouterr().err
+def test_mistakes_are_one_message(tmp_path, refuses, words, message):
+    refuses(message, main, [*CRATE, "--data", "shape_scenes", "--limit", "1", "--output", str(tmp_path), *words])

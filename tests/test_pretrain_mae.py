@@ -13,8 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from crate_fast import CRATE, CRATEMAE
 from crate_fast.checkpoints import released_state_dict
 from crate_fast.eval import attention_maps, reconstruction
-from crate_fast.eval.images import batches, open_images
-from crate_fast.eval.models import open_model
+from crate_fast.eval.common.images import batches, open_images
+from crate_fast.eval.common.models import open_model
 from crate_fast.mae import encoder_state_dict, sincos_positions
 from crate_fast.train import finetune, plan, pretrain, pretrain_mae, trainer
 from crate_fast.train.config import TrainConfig

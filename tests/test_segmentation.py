@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from crate_fast import CRATE
-from crate_fast.segmentation import (
+from crate_fast.eval.common.segmentation import (
     AttentionScores,
     attention_to_mask,
     average_precision,
@@ -15,19 +15,16 @@ from crate_fast.segmentation import (
 )
 
 
-def test_topk_keeps_the_largest_share_of_entries():
+@pytest.mark.parametrize(
+    ("threshold", "expected"),
+    [("topk", [[1, 1, 1, 0, 0], [1, 1, 0, 0, 1]]), ("mass", [[1, 0, 1, 0, 0], [0, 0, 0, 0, 1]])],
+)
+def test_masks_keep_the_largest_entries(threshold, expected):
     attention = torch.tensor([[0.5, 0.1, 0.3, 0.05, 0.05], [0.0, 0.0, 0.0, 0.0, 1.0]])
-    expected = torch.tensor([[True, True, True, False, False], [True, True, False, False, True]])
-    assert torch.equal(attention_to_mask(attention, "topk", 0.6), expected)
+    assert torch.equal(attention_to_mask(attention, threshold, 0.6), torch.tensor(expected).bool())
+    assert torch.equal(attention_to_mask(attention * 7, threshold, 0.6), torch.tensor(expected).bool())
     assert attention_to_mask(attention, "topk", 0.61).sum(-1).tolist() == [4, 4]
     assert attention_to_mask(attention, "topk", 1.0).all()
-
-
-def test_mass_keeps_the_fewest_entries_that_hold_the_mass():
-    attention = torch.tensor([[0.5, 0.1, 0.3, 0.05, 0.05], [0.0, 0.0, 0.0, 0.0, 1.0]])
-    expected = torch.tensor([[True, False, True, False, False], [False, False, False, False, True]])
-    assert torch.equal(attention_to_mask(attention, "mass", 0.6), expected)
-    assert torch.equal(attention_to_mask(attention * 7, "mass", 0.6), expected)  # of any sum
     assert attention_to_mask(torch.full((10,), 0.1), "mass", 0.6).sum() == 6
 
 

@@ -15,12 +15,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from crate_fast import cli
 from crate_fast.errors import UserError, run_command
-from crate_fast.eval import by_epoch, by_layer, coarse_segmentation, comparison, maskcut, paper
+from crate_fast.eval import by_epoch, by_layer, coarse_segmentation, comparison, maskcut
+from crate_fast.eval.common import paper
+from crate_fast.eval.common.images import open_images
+from crate_fast.eval.common.models import open_model
+from crate_fast.eval.common.results import Records, csv_table, latex_table, markdown_table, write_results
 from crate_fast.eval.emergence.command import main as emergence
-from crate_fast.eval.images import open_images
-from crate_fast.eval.models import open_model
-from crate_fast.eval.records import Records
-from crate_fast.eval.results import csv_table, latex_table, markdown_table, write_results
 from crate_fast.eval.white_box import main as white_box
 
 SMALL = ["--model-args", "depth=3", "dim=32", "heads=2", "img_size=32"]
@@ -299,7 +299,7 @@ def test_what_the_system_refuses_is_a_message_and_the_results_are_printed(tmp_pa
     def full(_path, _text):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("crate_fast.eval.results.write_text", full)
+    monkeypatch.setattr("crate_fast.eval.common.results.write_text", full)
     assert white_box(["crate_tiny_patch8_224@untrained", *SMALL, "--limit", "1", "--output", str(tmp_path)]) == 2
     captured = capsys.readouterr()
     assert "white_box.md cannot be written (No space left on device), and its content is printed" in captured.err

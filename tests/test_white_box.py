@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from crate_fast.eval import white_box
-from crate_fast.eval.images import batches, open_images
-from crate_fast.eval.models import open_model
+from crate_fast.eval.common.images import batches, open_images
+from crate_fast.eval.common.models import open_model
 from crate_fast.eval.white_box import trend
 from crate_fast.whitebox import coding_rate, layer_measures, layer_statistics, trace
 
@@ -34,9 +34,9 @@ def test_measures_are_the_traces():
 
 
 def test_batches_do_not_change_the_curves():
-    subject = open_model(MODEL, image_size=32, model_args=SMALL)
+    loaded = open_model(MODEL, image_size=32, model_args=SMALL)
     images = open_images("shape_scenes", 32, 7)
-    whole, parts = (white_box.evaluate(subject, batches(images, size, [])) for size in (7, 2))
+    whole, parts = (white_box.evaluate(loaded, batches(images, size, [])) for size in (7, 2))
     assert whole["images"] == parts["images"] == 7
     for a, b in zip(whole["layers"], parts["layers"], strict=True):
         assert a == pytest.approx(b, rel=1e-5)
@@ -70,8 +70,8 @@ def test_the_command_trained_beside_untrained_and_ablations(tiny_run, tmp_path, 
 
 @pytest.mark.parametrize(("ablation", "missing"), [("attention=mhsa", "coding_rate"), ("sparsifier=mlp", "sparsity")])
 def test_what_an_ablation_lacks_is_left_out(ablation, missing):
-    subject = open_model(MODEL, image_size=32, model_args=[*SMALL, ablation])
-    found = white_box.evaluate(subject, batches(open_images("shape_scenes", 32, 2), 2, []))
+    loaded = open_model(MODEL, image_size=32, model_args=[*SMALL, ablation])
+    found = white_box.evaluate(loaded, batches(open_images("shape_scenes", 32, 2), 2, []))
     assert missing in found["left_out"]
     assert missing not in found["layers"][0]
     assert len(found["trends"]) == 3 - len(found["left_out"])

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from crate_fast import CRATEMAE
-from crate_fast.figures import Picture, image_grid
+from crate_fast.eval.common.figures import Picture, image_grid
 from crate_fast.train.data import Normalize
 
 __all__ = ["RATIOS", "image_noise", "reconstruction_figure", "reconstructions", "tiled"]

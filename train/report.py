@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from crate_fast import CRATE, CRATEMAE
-from crate_fast.figures import Curve, Picture, curve_figure, image_grid
-from crate_fast.segmentation import NoObjectsError, score_attention, scores_table
+from crate_fast.eval.common.figures import Curve, Picture, curve_figure, image_grid
+from crate_fast.eval.common.segmentation import NoObjectsError, score_attention, scores_table
 from crate_fast.train import checkpoint
 from crate_fast.train.cost import patch_size_of
 from crate_fast.train.data import DataSplits, Normalize, eval_loader, readable

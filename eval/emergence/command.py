@@ -7,11 +7,11 @@ import sys
 from pathlib import Path
 
 from crate_fast.errors import CommandParser, UserError, require, run_command
+from crate_fast.eval.common.command import positive
+from crate_fast.eval.common.results import make_folder
 from crate_fast.eval.emergence.protocol import SIZES, Protocol
 from crate_fast.eval.emergence.report import write_report
 from crate_fast.eval.emergence.runs import Folders, Resources, run_experiment
-from crate_fast.eval.options import positive
-from crate_fast.eval.results import make_folder
 from crate_fast.train.checkpoint import write_text
 
 __all__ = ["main"]

@@ -10,6 +10,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from crate_fast.eval.common.figures import Curve, Picture, curve_figure, image_grid
+from crate_fast.eval.common.segmentation import (
+    attention_to_mask,
+    average_precision,
+    intersection_over_union,
+    mask_to_grid,
+)
 from crate_fast.eval.emergence.protocol import MODELS, Protocol
 from crate_fast.eval.emergence.scores import (
     COARSE,
@@ -23,8 +30,6 @@ from crate_fast.eval.emergence.scores import (
     held_out_accuracy,
     validated,
 )
-from crate_fast.figures import Curve, Picture, curve_figure, image_grid
-from crate_fast.segmentation import attention_to_mask, average_precision, intersection_over_union, mask_to_grid
 from crate_fast.train.data.shape_scenes import CLASSES
 
 __all__ = ["CAPTIONS", "draw", "load_pictures"]

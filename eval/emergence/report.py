@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from crate_fast.errors import UserError
-from crate_fast.eval import paper
+from crate_fast.eval.common import paper
+from crate_fast.eval.common.results import markdown_table
 from crate_fast.eval.emergence.figures import CAPTIONS, draw, load_pictures
 from crate_fast.eval.emergence.protocol import MODELS, Protocol, planned_runs
 from crate_fast.eval.emergence.scores import (
@@ -29,7 +30,6 @@ from crate_fast.eval.emergence.scores import (
     load_results,
     paired,
 )
-from crate_fast.eval.results import markdown_table
 from crate_fast.eval.white_box import trend
 from crate_fast.train.checkpoint import write_text
 

@@ -29,10 +29,10 @@ from tqdm import tqdm
 
 from crate_fast.cpu import processor_name
 from crate_fast.errors import UserError
+from crate_fast.eval.common.models import LoadedModel, open_model
+from crate_fast.eval.common.results import Records
 from crate_fast.eval.emergence.protocol import Point, Protocol, Run, planned_runs, stages_of, training_config
 from crate_fast.eval.emergence.scores import checkpoint_scores, chosen_lr, load_results, pictures, shown_scenes
-from crate_fast.eval.models import Subject, open_model
-from crate_fast.eval.records import Records
 from crate_fast.provenance import provenance
 from crate_fast.train.checkpoint import write_text
 from crate_fast.train.cost import count_flops, meta_model
@@ -405,9 +405,9 @@ def _score_checkpoints(job: Job, interruption: Interruption) -> list[dict] | Non
         if interruption.requested():
             return None
         if number not in records.read():
-            began, subject = time.perf_counter(), _open(job, point)
+            began, loaded = time.perf_counter(), _open(job, point)
             record = {"checkpoint": number, **dataclasses.asdict(point)}
-            record |= {"default_layer": subject.extract.default_layer, **checkpoint_scores(subject, job.protocol)}
+            record |= {"default_layer": loaded.extract.default_layer, **checkpoint_scores(loaded, job.protocol)}
             records.append([record | {"seconds": round(time.perf_counter() - began, 1)}])
             print(f"scored checkpoint {number} of {len(points) - 1}", flush=True)
     if job.run.seed == job.protocol.seeds[0]:
@@ -416,7 +416,7 @@ def _score_checkpoints(job: Job, interruption: Interruption) -> list[dict] | Non
     return [found[number] for number in range(len(points))]
 
 
-def _open(job: Job, point: Point) -> Subject:
+def _open(job: Job, point: Point) -> LoadedModel:
     folder = job.folders.stage(job.run, point.stage)
     source = f"{job.run.model}={folder}@{point.step or 'untrained'}"
     return open_model(source, job.device, job.protocol.image_size, seed=job.run.seed)

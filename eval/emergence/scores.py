@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from crate_fast.eval import coarse_segmentation, maskcut, white_box
+from crate_fast.eval.common.images import SceneImages, batches
+from crate_fast.eval.common.models import LoadedModel
+from crate_fast.eval.common.principal_components import TooFewPatchesError, foreground, pca_rgb
 from crate_fast.eval.emergence.protocol import MODELS, Protocol
-from crate_fast.eval.images import SceneImages, batches
-from crate_fast.eval.models import Subject
-from crate_fast.eval.principal_components import TooFewPatchesError, foreground, pca_rgb
 
 __all__ = [
     "COARSE",
@@ -53,11 +53,11 @@ Results = dict[str, dict]
 # --- one checkpoint ---
 
 
-def checkpoint_scores(subject: Subject, protocol: Protocol) -> dict:
+def checkpoint_scores(loaded: LoadedModel, protocol: Protocol) -> dict:
     """Score a model at every layer.
 
     Args:
-        subject: The model at a checkpoint.
+        loaded: The model at a checkpoint.
         protocol: The experiment.
 
     Returns:
@@ -69,28 +69,28 @@ def checkpoint_scores(subject: Subject, protocol: Protocol) -> dict:
     test = SceneImages(size, protocol.test_images, protocol.test_seed)
     selection = SceneImages(size, protocol.selection_images, protocol.selection_seed)
     few = SceneImages(size, protocol.maskcut_images, protocol.test_seed)
-    layers = list(range(subject.extract.depth))
+    layers = list(range(loaded.extract.depth))
     scores = {
-        "accuracy": _accuracy(subject, test),
-        "selection": _segmentation(subject, selection),
-        "test": _segmentation(subject, test),
-        "maskcut": {layer: _detection(n) for layer, n in maskcut.evaluate(subject, few, layers).items()},
-        "white_box": _white_box(subject, few),
+        "accuracy": _accuracy(loaded, test),
+        "selection": _segmentation(loaded, selection),
+        "test": _segmentation(loaded, test),
+        "maskcut": {layer: _detection(n) for layer, n in maskcut.evaluate(loaded, few, layers).items()},
+        "white_box": _white_box(loaded, few),
     }
     return _rounded(scores)
 
 
 @torch.inference_mode()
-def _accuracy(subject: Subject, images: SceneImages) -> float:
+def _accuracy(loaded: LoadedModel, images: SceneImages) -> float:
     right = 0
     for batch in batches(images, _BATCH, []):
-        found = subject.model(subject.normalize(batch.images.to(subject.device))).argmax(dim=1).cpu()
+        found = loaded.model(loaded.normalize(batch.images.to(loaded.device))).argmax(dim=1).cpu()
         right += int((found == torch.tensor([sample.target.classes[0] for sample in batch.samples])).sum())
     return right / len(images)
 
 
-def _segmentation(subject: Subject, images: SceneImages) -> dict:
-    scores = coarse_segmentation.evaluate(subject, images, batch_size=_BATCH)
+def _segmentation(loaded: LoadedModel, images: SceneImages) -> dict:
+    scores = coarse_segmentation.evaluate(loaded, images, batch_size=_BATCH)
     left_out = ("by_class", "fixed_head")  # that head is chosen on these images; ours on the selection scenes
     for result in scores.values():
         result["layers"] = [{k: v for k, v in row.items() if k not in left_out} for row in result["layers"]]
@@ -104,10 +104,10 @@ def _detection(numbers: dict) -> dict:
     return found | {"detections": numbers["detections"]}
 
 
-def _white_box(subject: Subject, images: SceneImages) -> list[dict]:
-    if len(white_box.left_out(subject.model)) == len(white_box.MEASURES):
+def _white_box(loaded: LoadedModel, images: SceneImages) -> list[dict]:
+    if len(white_box.left_out(loaded.model)) == len(white_box.MEASURES):
         return []
-    return white_box.evaluate(subject, batches(images, _BATCH, []))["layers"]
+    return white_box.evaluate(loaded, batches(images, _BATCH, []))["layers"]
 
 
 def _rounded(value):
@@ -131,11 +131,11 @@ def shown_scenes(protocol: Protocol) -> dict[str, np.ndarray]:
 
 
 @torch.inference_mode()
-def pictures(subject: Subject, protocol: Protocol, layers: Sequence[int]) -> dict[str, np.ndarray]:
+def pictures(loaded: LoadedModel, protocol: Protocol, layers: Sequence[int]) -> dict[str, np.ndarray]:
     """Return a model's arrays for the figures on the first test scenes, which share one PCA.
 
     Args:
-        subject: The model at a checkpoint.
+        loaded: The model at a checkpoint.
         protocol: The experiment.
         layers: The layers to read.
 
@@ -143,8 +143,8 @@ def pictures(subject: Subject, protocol: Protocol, layers: Sequence[int]) -> dic
         "attention" float32 [layers, 8, heads, P]; "components" uint8 [layers, 8, P, 3], components 2 to 4 of all
         patches; "parts" uint8 [layers, 8, P, 3], the first three of the foreground, black elsewhere.
     """
-    images = torch.from_numpy(shown_scenes(protocol)["images"]).permute(0, 3, 1, 2).to(subject.device)
-    features = subject.extract(subject.normalize(images), list(layers))
+    images = torch.from_numpy(shown_scenes(protocol)["images"]).permute(0, 3, 1, 2).to(loaded.device)
+    features = loaded.extract(loaded.normalize(images), list(layers))
     tokens = [features.keys(layer).cpu() for layer in layers]
     return {
         "attention": torch.stack([features.cls_attention(layer) for layer in layers]).float().cpu().numpy(),

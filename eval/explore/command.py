@@ -18,12 +18,12 @@ import webbrowser
 from pathlib import Path
 
 from crate_fast.errors import CommandParser, UserError, run_command
-from crate_fast.eval import models as models_module
+from crate_fast.eval.common import models as models_module
+from crate_fast.eval.common.command import positive, seed
+from crate_fast.eval.common.models import split_label, split_source
+from crate_fast.eval.common.shipped import shipped_names
 from crate_fast.eval.explore.inspection import Explorer, ModelCache, ModelChoice
 from crate_fast.eval.explore.pictures import Pictures
-from crate_fast.eval.models import split_label, split_source
-from crate_fast.eval.options import positive, seed
-from crate_fast.eval.shipped import shipped_names
 from crate_fast.train import checkpoint
 from crate_fast.train.distributed import choose_device
 from crate_fast.train.runs import checkpoint_steps

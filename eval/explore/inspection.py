@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from crate_fast.errors import UserError
+from crate_fast.eval.common.features import Features, LayerTokens
+from crate_fast.eval.common.models import LoadedModel, class_names, open_model
+from crate_fast.eval.common.principal_components import TooFewPatchesError, foreground, pca_rgb
 from crate_fast.eval.explore.pictures import MAX_UPLOAD_BYTES, LRUCache, Pictures
-from crate_fast.eval.features import Features, LayerTokens
 from crate_fast.eval.maskcut import maskcut
-from crate_fast.eval.models import Subject, class_names, open_model
-from crate_fast.eval.principal_components import TooFewPatchesError, foreground, pca_rgb
 from crate_fast.layers import ISTA
 from crate_fast.model import CRATE
 from crate_fast.whitebox import LayerTrace, visit_layers
@@ -48,12 +48,12 @@ class OpenModel:
     """A model in memory.
 
     Attributes:
-        subject: See `models.Subject`.
+        loaded: See `models.LoadedModel`.
         classes: Names of its classes, in order; None where they are unknown.
         lock: Held while the model runs.
     """
 
-    subject: Subject
+    loaded: LoadedModel
     classes: list[str] | None
     lock: threading.Lock
 
@@ -88,8 +88,8 @@ class ModelCache:
 
     def _load(self, specification: str) -> OpenModel:
         try:
-            subject = open_model(specification, **self.opening)
-            return OpenModel(subject, class_names(specification), threading.Lock())
+            loaded = open_model(specification, **self.opening)
+            return OpenModel(loaded, class_names(specification), threading.Lock())
         except (TypeError, OSError, RuntimeError) as error:
             raise UserError(f"{specification} cannot be opened: {error}") from error
 
@@ -160,11 +160,11 @@ def inspect(opened: OpenModel, image: Tensor) -> Inspection:
     Raises:
         UserError: The model's output is not finite.
     """
-    subject = opened.subject
-    model, extract = subject.model, subject.extract
-    pixels = subject.normalize(image.unsqueeze(0).to(subject.device))
+    loaded = opened.loaded
+    model, extract = loaded.model, loaded.extract
+    pixels = loaded.normalize(image.unsqueeze(0).to(loaded.device))
     if isinstance(model, CRATE):
-        features, logits, measures = _inspect_crate(subject, pixels)
+        features, logits, measures = _inspect_crate(loaded, pixels)
     else:
         features, logits, measures = extract(pixels, range(extract.depth)), model(pixels), {}
     summary = {
@@ -174,14 +174,14 @@ def inspect(opened: OpenModel, image: Tensor) -> Inspection:
         "layer": extract.default_layer,
         "has_cls": extract.has_cls,
         "image_size": extract.image_size[0],
-        "parameters": subject.facts["parameters"],
+        "parameters": loaded.facts["parameters"],
         **{name: measures.get(name) for name in ("coding_rate", "sparsity", "patch_sparsity")},
         "top": _top_classes(opened, logits),
     }
     return Inspection(features, summary)
 
 
-def _inspect_crate(subject: Subject, pixels: Tensor) -> tuple[Features, Tensor, dict]:
+def _inspect_crate(loaded: LoadedModel, pixels: Tensor) -> tuple[Features, Tensor, dict]:
     """Return features, logits, and the measures of layers that have subspaces or ISTA."""
     tokens: dict[int, LayerTokens] = {}
     rates: list[float] = []
@@ -191,23 +191,23 @@ def _inspect_crate(subject: Subject, pixels: Tensor) -> tuple[Features, Tensor, 
         tokens[trace.index] = LayerTokens(trace.queries, trace.keys, trace.tied, trace.scale)
         if trace.tied:
             rates.append(trace.coding_rate().item())
-        if isinstance(subject.model.transformer.layers[trace.index][1].fn, ISTA):
+        if isinstance(loaded.model.transformer.layers[trace.index][1].fn, ISTA):
             nonzeros.append((trace.after_ista[0] != 0).float().mean(dim=1).cpu())
 
-    final = visit_layers(subject.model, pixels, visit)
+    final = visit_layers(loaded.model, pixels, visit)
     measures: dict = {"coding_rate": rates} if rates else {}
     if nonzeros:
         by_token = torch.stack(nonzeros)  # [L, 1 + P]
         measures["sparsity"] = by_token.mean(dim=1).tolist()
         measures["patch_sparsity"] = _rounded(by_token[:, 1:].numpy())
-    return Features(subject.extract.grid, tokens), subject.model.forward_head(final), measures
+    return Features(loaded.extract.grid, tokens), loaded.model.forward_head(final), measures
 
 
 def _top_classes(opened: OpenModel, logits: Tensor, count: int = 5) -> list[dict] | None:
     """Return the most probable classes; None without a classifier."""
     if not logits.isfinite().all():
-        raise UserError(f"the output of {opened.subject.label} holds NaN or infinity: its checkpoint is damaged")
-    if logits.dim() != 2 or not getattr(opened.subject.model, "num_classes", 0):
+        raise UserError(f"the output of {opened.loaded.label} holds NaN or infinity: its checkpoint is damaged")
+    if logits.dim() != 2 or not getattr(opened.loaded.model, "num_classes", 0):
         return None
     names = opened.classes or []
     values, classes = logits.float().softmax(dim=-1)[0].topk(min(count, logits.shape[-1]))
@@ -290,7 +290,7 @@ class Explorer:
             with opened.lock:
                 found = self.inspections.get(key)
                 if found is None:
-                    size = opened.subject.extract.image_size[0]
+                    size = opened.loaded.extract.image_size[0]
                     found = inspect(opened, self.pictures.pixels(picture, size))
                     self.inspections.put(key, found)
         return found

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from crate_fast.errors import UserError
-from crate_fast.eval.images import SceneImages, squash
+from crate_fast.eval.common.images import SceneImages, squash
 from crate_fast.train.data.image_files import EXTENSIONS, UNREADABLE, find_images, open_image, to_rgb
 
 __all__ = ["MAX_UPLOAD_BYTES", "LRUCache", "Pictures", "UnknownPictureError", "UnreadablePictureError", "decode"]

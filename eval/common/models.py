@@ -1,28 +1,28 @@
-"""Open the models that a command names.
+"""Models that a command names.
 
     runs/NAME            a run's best checkpoint        crate_small_patch8_224@weights.pth    a file, strictly
     runs/NAME@12000      its checkpoint at a step       vit_small_patch8_224.dino@pretrained  through timm
     runs/NAME@untrained  its model before training      vit_small_patch8_224@untrained        drawn from --seed
     shipped:CRATE        small, with the package        shipped:ViT@untrained
 
-each perhaps with a name for tables in front, as in `CRATE-S/8=runs/NAME`. Of a CRATE-MAE the encoder is read.
-Of a file with several state dicts the moving average is read, or the one named in FILE#ENTRY, as in
-weights.pth#state_dict.
+A name for tables may stand in front, as in `CRATE-S/8=runs/NAME`. A CRATE-MAE is evaluated by its encoder. In a file
+with several state dicts the moving average is read, or the one named in FILE#ENTRY, as in weights.pth#state_dict.
 """
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from crate_fast import CRATEMAE
 from crate_fast.checkpoints import is_demo, load_strictly, read_state_dict
 from crate_fast.errors import UserError
-from crate_fast.eval.features import FeatureExtractor, extractor_for
-from crate_fast.eval.shipped import open_shipped, shipped_facts
+from crate_fast.eval.common.features import FeatureExtractor, Features, extractor_for
+from crate_fast.eval.common.shipped import open_shipped, shipped_facts
 from crate_fast.registry import create_model, is_mae, is_model, model_names
 from crate_fast.train import checkpoint
 from crate_fast.train.checkpoint import CheckpointError
@@ -30,23 +30,23 @@ from crate_fast.train.config import TrainConfig
 from crate_fast.train.data import Normalize
 from crate_fast.train.runs import build_model, checkpoint_steps, load_model, num_classes_of, run_config
 
-__all__ = ["Subject", "class_names", "open_model", "split_label", "split_source"]
+__all__ = ["LoadedModel", "class_names", "open_model", "split_label", "split_source"]
 
 _SHIPPED = "shipped:"
 
 
 @dataclass(frozen=True)
-class Subject:
+class LoadedModel:
     """A model under evaluation.
 
     Attributes:
-        label: Its name in tables and figures.
-        model: In evaluation mode, on its device.
+        label: Name in tables and figures.
+        model: The module, in evaluation mode, on its device.
         normalize: uint8 images [B, 3, H, W] → the model's input.
-        extract: Reads its features.
-        facts: Where it came from: specification, parameters, image size, hash of the weights.
-        config: Of the run it came from, if it did.
-        autoencoder: The CRATE-MAE that `model` is the encoder of, if it is.
+        extract: Extractor of features.
+        facts: Specification, number of parameters, image size, hash of the weights.
+        config: Config of its run, or None.
+        autoencoder: The CRATE-MAE whose encoder `model` is, or None.
     """
 
     label: str
@@ -70,22 +70,26 @@ class Subject:
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """Return the model's device."""
         return next(self.model.parameters()).device
+
+    def features(self, images: Tensor, layers: Sequence[int]) -> Features:
+        """Read the features of some layers from uint8 images [B, 3, H, W] on any device."""
+        return self.extract(self.normalize(images.to(self.device)), layers)
 
 
 def split_source(source: str) -> tuple[str, str]:
-    """`PLACE@WHICH` → (PLACE, WHICH), the second "" where there is none.
+    """Split `SOURCE@WEIGHTS` into both parts; the second may be "".
 
     >>> split_source("runs/a@1200"), split_source("runs/a")
     (('runs/a', '1200'), ('runs/a', ''))
     """
-    place, _, which = source.rpartition("@") if "@" in source else (source, "", "")
-    return place, which
+    name, _, weights = source.rpartition("@") if "@" in source else (source, "", "")
+    return name, weights
 
 
 def split_label(specification: str) -> tuple[str, str]:
-    """`NAME=MODEL` → (NAME, MODEL); without a name the last part of the model's own is it.
+    """Split `NAME=MODEL` into both parts; the default name is the last part of the model's path.
 
     >>> split_label("CRATE-S/8=runs/a"), split_label("runs/a@1200")
     (('CRATE-S/8', 'runs/a'), ('a@1200', 'runs/a@1200'))
@@ -98,7 +102,7 @@ def split_label(specification: str) -> tuple[str, str]:
 
 
 def _parse_arguments(words: list[str] | None) -> dict:
-    """["heads=6", "head_hidden=true"] → {"heads": 6, "head_hidden": True}."""
+    """Turn ["heads=6", "head_hidden=true"] into {"heads": 6, "head_hidden": True}."""
     arguments = {}
     for word in words or []:
         name, separator, value = word.partition("=")
@@ -114,9 +118,8 @@ def _parse_arguments(words: list[str] | None) -> dict:
 def _weights_hash(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
-        digest.update(
-            name.encode() + tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-        )
+        values = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+        digest.update(name.encode() + values.numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -126,22 +129,24 @@ def _seeded(build, seed: int) -> nn.Module:
         return build()
 
 
-def _from_run(folder: Path, which: str, seed: int) -> tuple[nn.Module, TrainConfig]:
-    if which == "untrained":
+def _from_run(folder: Path, version: str, seed: int) -> tuple[nn.Module, TrainConfig]:
+    if version == "untrained":
         config = run_config(folder)
         trained, _, _ = load_model(folder)  # for its number of classes
         return _seeded(lambda: build_model(config, num_classes_of(trained.state_dict())), seed), config
-    if which and not which.isdigit():
-        raise UserError(f"{folder}@{which}: after a run's folder write @STEP or @untrained, or nothing for its best")
-    model, config, _ = load_model(folder, int(which) if which else None)
+    if version and not version.isdigit():
+        raise UserError(
+            f"{folder}@{version}: after a run's folder write @STEP or @untrained, or nothing for its best"
+        )
+    model, config, _ = load_model(folder, int(version) if version else None)
     return model, config
 
 
-def _from_shipped(name: str, which: str, seed: int) -> tuple[nn.Module, str]:
-    if which not in ("", "untrained"):
-        raise UserError(f"{_SHIPPED}{name}@{which}: write {_SHIPPED}{name} or {_SHIPPED}{name}@untrained")
+def _from_shipped(name: str, version: str, seed: int) -> tuple[nn.Module, str]:
+    if version not in ("", "untrained"):
+        raise UserError(f"{_SHIPPED}{name}@{version}: write {_SHIPPED}{name} or {_SHIPPED}{name}@untrained")
     model, facts = open_shipped(name)
-    if which:
+    if version:
         model = _seeded(lambda: create_model(facts["name"], **facts["arguments"]), seed)
     return model, facts["mean"]
 
@@ -153,34 +158,34 @@ def _create(name: str, arguments: dict) -> nn.Module:
         raise UserError(f"{name} does not take --model-args {arguments}: {error}") from error
 
 
-def _from_timm(name: str, which: str, arguments: dict, seed: int) -> nn.Module:
+def _from_timm(name: str, version: str, arguments: dict, seed: int) -> nn.Module:
     if not is_model(name):
         near = [known for known in model_names() if name.split("_")[0] in known][:4]
         raise UserError(
             f"{name!r} is neither the folder of a run nor a model that timm knows"
             + (f" (there are {', '.join(near)}, …)" if near else "")
         )
-    if which == "untrained":
+    if version == "untrained":
         return _seeded(lambda: _create(name, arguments), seed)
-    if which == "pretrained":
+    if version == "pretrained":
         try:
             return _create(name, {"pretrained": True, **arguments})
         except (RuntimeError, OSError) as error:
             reason = " ".join(str(error).split()).removesuffix(".")
             raise UserError(f"{name}@pretrained: {reason}. Give a file of its weights, as in {name}@FILE") from error
-    if not which:
+    if not version:
         raise UserError(f"{name}: say whose weights: {name}@FILE, {name}@pretrained, or {name}@untrained for none")
-    weights = read_state_dict(which)
+    weights = read_state_dict(version)
     known = {} if is_mae(name) else {"num_classes": num_classes_of(weights)}
     if name.startswith("crate_") and "mlp_head.2.weight" in weights:
         known["head_hidden"] = True
         if is_demo(weights) and "heads" not in arguments:
             raise UserError(
-                f"{which} looks like the emergence paper's demo checkpoint, which has 6 heads, and a file does not "
+                f"{version} looks like the emergence paper's demo checkpoint, which has 6 heads, and a file does not "
                 "tell them: pass --model-args heads=6, or the number that yours has"
             )
     remedy = "name the model it was saved from, or give its sizes with --model-args, such as heads=6 img_size=480"
-    return load_strictly(_create(name, known | arguments), weights, which, remedy, name)
+    return load_strictly(_create(name, known | arguments), weights, version, remedy, name)
 
 
 def open_model(
@@ -189,40 +194,39 @@ def open_model(
     image_size: int | None = None,
     model_args: list[str] | None = None,
     seed: int = 0,
-) -> Subject:
+) -> LoadedModel:
     """Open one model (see the module's text for how to name it).
 
     Args:
-        specification: What `--model` says.
-        device: Where to put it.
-        image_size: Height and width it is to expect, in pixels; its own when None.
+        specification: The model's name.
+        device: Its device.
+        image_size: Height and width to expect, in pixels; the model's own when None.
         model_args: `KEY=VALUE` words for `registry.create_model`; a run knows its own.
-        seed: Of untrained weights.
+        seed: Seed of untrained weights.
 
     Raises:
-        UserError: The name, the file or the image size does not fit; the message says what to do.
-        UserError: There is no such run, checkpoint or file.
+        UserError: The run, checkpoint or file is missing, or the name or the image size does not fit.
     """
     label, source = split_label(specification)
-    place, which = split_source(source)
+    name, version = split_source(source)
     arguments, config = _parse_arguments(model_args), None
-    if Path(place).is_dir():
-        model, config = _from_run(Path(place), which, seed)
+    if Path(name).is_dir():
+        model, config = _from_run(Path(name), version, seed)
         statistics = config.mean
-    elif place.startswith(_SHIPPED):
-        model, statistics = _from_shipped(place.removeprefix(_SHIPPED), which, seed)
+    elif name.startswith(_SHIPPED):
+        model, statistics = _from_shipped(name.removeprefix(_SHIPPED), version, seed)
     else:
-        model = _from_timm(place, which, arguments, seed)
-        of_timm = getattr(model, "pretrained_cfg", None)  # an autoencoder is not in timm's registry
-        statistics = (of_timm["mean"], of_timm["std"]) if of_timm else "imagenet"
+        model = _from_timm(name, version, arguments, seed)
+        timm_config = getattr(model, "pretrained_cfg", None)  # an autoencoder is not in timm's registry
+        statistics = (timm_config["mean"], timm_config["std"]) if timm_config else "imagenet"
     autoencoder = model.to(device) if isinstance(model, CRATEMAE) else None
     model = model.encoder() if autoencoder else model
     extract = extractor_for(model)
     if extract.channels != 3:
         raise UserError(f"{source} takes images of {extract.channels} channels; the protocols read RGB: name another")
     if not all(parameter.isfinite().all() for parameter in model.parameters()):
-        damaged = UserError if config is None else CheckpointError
-        raise damaged(f"the weights of {source} hold NaN or infinity: the checkpoint is damaged; name another")
+        error = UserError if config is None else CheckpointError
+        raise error(f"the weights of {source} hold NaN or infinity: the checkpoint is damaged; name another")
     weights = _weights_hash(model)
     if image_size is not None:
         extract.set_image_size(image_size)
@@ -242,20 +246,20 @@ def open_model(
         "seed": seed,
     }
     normalize = Normalize(statistics).to(device)
-    return Subject(label, model.to(device), normalize, extract, facts, config, autoencoder)
+    return LoadedModel(label, model.to(device), normalize, extract, facts, config, autoencoder)
 
 
 def class_names(specification: str) -> list[str] | None:
-    """Names of the classes of a model's logits, in order; None where nobody recorded them.
+    """Return the names of the classes of a model's logits, in order, or None if they are not recorded.
 
     Args:
         specification: As for `open_model`; runs and the models of the package know their classes.
     """
     _, source = split_label(specification)
-    place, which = split_source(source)
-    if place.startswith(_SHIPPED):
-        return shipped_facts(place.removeprefix(_SHIPPED))["classes"]
-    if not Path(place).is_dir():
+    name, version = split_source(source)
+    if name.startswith(_SHIPPED):
+        return shipped_facts(name.removeprefix(_SHIPPED))["classes"]
+    if not Path(name).is_dir():
         return None
-    step = int(which) if which.isdigit() else checkpoint_steps(Path(place))[-1]
-    return checkpoint.manifest(Path(place) / "checkpoints", step).get("data", {}).get("classes")
+    step = int(version) if version.isdigit() else checkpoint_steps(Path(name))[-1]
+    return checkpoint.manifest(Path(name) / "checkpoints", step).get("data", {}).get("classes")

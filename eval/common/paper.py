@@ -1,7 +1,7 @@
-"""The paper's numbers, to stand beside ours (Emergence of Segmentation with Minimalistic White-Box Transformers).
+"""The paper's numbers (Emergence of Segmentation with Minimalistic White-Box Transformers).
 
-Percent, but for accuracies. Its Tables 1 and 2 give CRATE-S/8 different detection numbers for what is described as
-one setting.
+Scores are in percent, accuracies from 0 to 1. Tables 1 and 2 give CRATE-S/8 different detection numbers for what is
+described as one setting.
 """
 
 __all__ = ["TABLES", "TRANSFER", "find"]
@@ -57,7 +57,7 @@ TRANSFER: dict[str, dict[str, float]] = {
 
 
 def find(table: str, label: str) -> dict[str, float]:
-    """The paper's numbers for a model of that name, upper or lower case; none if the table has no such row.
+    """Return the paper's numbers for a model of that name, in any case; {} if the table has no such row.
 
     >>> find("figure4", "crate-s/8")
     {'VOC mIoU': 23.9}

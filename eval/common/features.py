@@ -1,4 +1,4 @@
-"""What a segmentation protocol reads from a model: patch features and CLS attention of chosen layers.
+"""Patch features and CLS attention of chosen layers, for the segmentation protocols.
 
     extract = extractor_for(model)              # a CRATE, one of its ablations, or a timm ViT (DINO's among them)
     features = extract(images, [extract.default_layer])
@@ -6,7 +6,7 @@
     features.cls_attention(layer)               # [B, H, P]
     features.patch_attention(layer, patch)      # [B, H, P], of a patch instead of CLS
 
-Maps and keys of every kind of model are computed by the same lines from queries and keys.
+The same code computes maps and keys of every kind of model.
 """
 
 from abc import ABC, abstractmethod
@@ -31,10 +31,10 @@ class LayerTokens:
 
     Attributes:
         queries, keys: [B, N, H, D], prefix tokens first; the same tensor where they are one projection.
-        tied: Whether they are (MSSA).
+        tied: True if they are one projection (MSSA).
         scale: s of the logits s·⟨query, key⟩.
-        prefix: Tokens before the patches (CLS and registers).
-        has_cls: Whether the first of them is a CLS token.
+        prefix: Number of tokens before the patches (CLS and registers).
+        has_cls: True if the first of them is a CLS token.
     """
 
     queries: Tensor
@@ -46,7 +46,7 @@ class LayerTokens:
 
 
 class Features:
-    """What an extractor read from one batch of images.
+    """Queries and keys of one batch of images.
 
     Args:
         grid: Rows and columns of patches.
@@ -64,22 +64,12 @@ class Features:
         return self.layers[layer]
 
     def keys(self, layer: int) -> Tensor:
-        """Concatenated heads of each patch's key, which with MSSA is its subspace token: [B, P, H·D]."""
+        """Return each patch's key, heads concatenated [B, P, H·D]; with MSSA it is the subspace token."""
         tokens = self._tokens(layer)
         return tokens.keys[:, tokens.prefix :].flatten(2)
 
-    def subspace(self, layer: int) -> Tensor:
-        """`keys`, of a layer that has subspaces.
-
-        Raises:
-            UserError: It has separate queries and keys.
-        """
-        if not self._tokens(layer).tied:
-            raise UserError(f"layer {layer} has separate query and key: it has no subspaces; use keys({layer})")
-        return self.keys(layer)
-
     def cls_attention(self, layer: int) -> Tensor:
-        """Attention of CLS on the patches, softmax over patches only: [B, H, P] (paper, Eq. 10 and 11).
+        """Return attention of CLS on the patches, softmax over patches only: [B, H, P] (paper, Eq. 10 and 11).
 
         Raises:
             UserError: The model has no CLS token.
@@ -90,11 +80,11 @@ class Features:
         return self._attention(tokens, 0)
 
     def patch_attention(self, layer: int, patch: int) -> Tensor:
-        """Attention of one patch on the patches, itself among them, softmax over patches only: [B, H, P].
+        """Return attention of one patch on all patches, softmax over patches only: [B, H, P].
 
         Args:
-            layer: One that was extracted.
-            patch: Its number, row by row.
+            layer: An extracted layer.
+            patch: Number of the patch, row by row.
 
         Raises:
             UserError: There is no such patch.
@@ -111,16 +101,16 @@ class Features:
 
 
 class FeatureExtractor(ABC):
-    """Reads `Features` from a model; make one with `extractor_for`.
+    """Reader of `Features` from a model; `extractor_for` makes one.
 
     Attributes:
-        model: In evaluation mode.
-        depth: Its layers.
-        heads: Of each.
-        default_layer: The one the paper looks at: the last but one of CRATE, the last of a ViT (§3).
+        model: The model, in evaluation mode.
+        depth: Number of layers.
+        heads: Number of heads.
+        default_layer: The layer of the paper: the last but one of CRATE, the last of a ViT (§3).
         patch_size: Height and width of a patch, in pixels.
-        channels: Of the images.
-        has_cls: Whether there is a CLS token, and so attention of it.
+        channels: Channels of the images.
+        has_cls: True if there is a CLS token.
     """
 
     channels, has_cls = 3, True
@@ -132,15 +122,15 @@ class FeatureExtractor(ABC):
     @property
     @abstractmethod
     def image_size(self) -> tuple[int, int]:
-        """Height and width the model expects now, in pixels."""
+        """Return the height and width that the model expects now, in pixels."""
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Rows and columns of patches at `image_size`."""
+        """Return rows and columns of patches at `image_size`."""
         return self.image_size[0] // self.patch_size[0], self.image_size[1] // self.patch_size[1]
 
     def set_image_size(self, size: int) -> None:
-        """Expect square images of `size` pixels; the positions are interpolated.
+        """Set the model to square images of `size` pixels; positions are interpolated.
 
         Raises:
             UserError: The patch size does not divide it.
@@ -156,7 +146,7 @@ class FeatureExtractor(ABC):
             self.model.set_input_size((size, size))
 
     def resolve_layer(self, layer: int | None) -> int:
-        """`layer` counted from 0 (negative ones from the end), the default when None.
+        """Return `layer` counted from 0 (negative ones from the end), the default when None.
 
         Raises:
             UserError: There is no such layer.
@@ -173,17 +163,16 @@ class FeatureExtractor(ABC):
 
         Args:
             images: Normalised, [B, 3, height, width], of `image_size`.
-            layers: Whose tokens; the default layer's when None.
+            layers: Layers to read; the default layer when None.
         """
         wanted = sorted({self.resolve_layer(layer) for layer in ([None] if layers is None else layers)})
         return Features(self.grid, self._tokens(images, wanted))
 
     @abstractmethod
-    def _tokens(self, images: Tensor, layers: Iterable[int]) -> dict[int, LayerTokens]:
-        """Layer → tokens."""
+    def _tokens(self, images: Tensor, layers: Iterable[int]) -> dict[int, LayerTokens]: ...
 
 
-class _OfCRATE(FeatureExtractor):
+class _CRATEExtractor(FeatureExtractor):
     """Subspace tokens of a CRATE; queries and keys of its ablations with MHSA."""
 
     def __init__(self, model: CRATE):
@@ -199,7 +188,7 @@ class _OfCRATE(FeatureExtractor):
         return {t.index: LayerTokens(t.queries, t.keys, t.tied, t.scale) for t in trace(self.model, images, layers)}
 
 
-class _OfTimmViT(FeatureExtractor):
+class _ViTExtractor(FeatureExtractor):
     """Queries and keys of a timm `VisionTransformer`, after its query and key norms if it has them."""
 
     def __init__(self, model: VisionTransformer):
@@ -216,34 +205,25 @@ class _OfTimmViT(FeatureExtractor):
         seen: dict[tuple[int, str], Tensor] = {}
         with ExitStack() as hooks:
             for index in layers:
-                for name in (
-                    "q_norm",
-                    "k_norm",
-                ):  # Identity, or the norm: their outputs [B, H, N, D] are what is used
+                for name in ("q_norm", "k_norm"):  # identity or norm; attention uses their outputs [B, H, N, D]
 
                     def keep(_module, _inputs, output, key=(index, name)):
                         seen[key] = output.transpose(1, 2)
 
                     hooks.callback(getattr(self.model.blocks[index].attn, name).register_forward_hook(keep).remove)
             self.model.forward_features(images)
-        return {
-            index: LayerTokens(
-                seen[index, "q_norm"],
-                seen[index, "k_norm"],
-                False,
-                self.model.blocks[index].attn.scale,
-                self.model.num_prefix_tokens,
-                self.has_cls,
-            )
-            for index in layers
-        }
+        return {index: self._layer_tokens(index, seen) for index in layers}
+
+    def _layer_tokens(self, index: int, seen: dict[tuple[int, str], Tensor]) -> LayerTokens:
+        scale, prefix = self.model.blocks[index].attn.scale, self.model.num_prefix_tokens
+        return LayerTokens(seen[index, "q_norm"], seen[index, "k_norm"], False, scale, prefix, self.has_cls)
 
 
 def extractor_for(model: nn.Module) -> FeatureExtractor:
-    """The extractor that fits a model, which is put in evaluation mode.
+    """Return the extractor that fits a model, and put the model in evaluation mode.
 
     Args:
-        model: `crate_fast.CRATE` (ablations and exported CRATE-MAE encoders are such) or timm's `VisionTransformer`.
+        model: `crate_fast.CRATE`, as ablations and exported CRATE-MAE encoders are, or timm's `VisionTransformer`.
 
     Raises:
         UserError: It is another kind of model.
@@ -255,9 +235,9 @@ def extractor_for(model: nn.Module) -> FeatureExtractor:
     (torch.Size([1, 196, 384]), torch.Size([1, 6, 196]))
     """
     if isinstance(model, CRATE):
-        return _OfCRATE(model)
+        return _CRATEExtractor(model)
     if isinstance(model, VisionTransformer) and hasattr(model.blocks[0].attn, "q_norm"):
-        return _OfTimmViT(model)
+        return _ViTExtractor(model)
     raise UserError(
         f"no patch features can be read from a {type(model).__name__}: pass a crate_fast.CRATE or one of timm's "
         "VisionTransformer models, such as vit_small_patch8_224.dino"

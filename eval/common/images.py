@@ -1,4 +1,4 @@
-"""The images that a command names, read one by one, with what is known of their objects.
+"""Images that a command names, with their object masks if known.
 
     folder:PATH          every image below PATH
     voc:PATH             PASCAL VOC in its own layout (VOCdevkit/VOC2012), segmentation val split
@@ -6,7 +6,7 @@
                          LVIS's annotations may take the file's place
     shape_scenes[:SEED]  scenes made on the fly (validation split), 500 of them if no limit is given; one object each
 
-An image that cannot be read becomes a `Sample` with a `problem`, never a gap: the protocols count and name them.
+An image that cannot be read becomes a `Sample` with a `problem`: the protocols count and name it.
 
 Images are read as in training (`crate_fast.train.data.image_files`), upright as their EXIF orientation says.
 Annotations are taken to be drawn on the upright picture: labelling tools show it, and detectron2 compares its size
@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from crate_fast.errors import UserError
-from crate_fast.eval.coco import index_of, read_annotations
+from crate_fast.eval.common.coco import index_of, read_annotations
 from crate_fast.train.data.image_files import EXTENSIONS, UNREADABLE, as_stored, find_images, open_image, read_image
 from crate_fast.train.data.shape_scenes import ShapeScenes
 from crate_fast.train.data.unreadable import describe
@@ -52,7 +52,7 @@ VOC_CLASSES = (
     "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
 )  # fmt: skip
 VOID = 255
-_UNREADABLE = (*UNREADABLE, KeyError, TypeError, IndexError, AssertionError)  # the last four: a damaged annotation
+_UNREADABLE = (*UNREADABLE, KeyError, TypeError, IndexError, AssertionError)  # the last four: damaged annotations
 
 
 @dataclass(frozen=True)
@@ -60,9 +60,9 @@ class Target:
     """Semantic classes of one image.
 
     Attributes:
-        classes: Class numbers present, the background's left out.
-        masks: Their pixels, boolean [M, H, W], at the image's own resolution.
-        valid: Pixels that count, boolean [H, W]: not void.
+        classes: Class numbers present, without the background.
+        masks: Masks of the classes, boolean [M, H, W], at the image's own resolution.
+        valid: Pixels that are not void, boolean [H, W].
     """
 
     classes: list[int]
@@ -70,10 +70,10 @@ class Target:
     valid: Tensor
 
     def on_grid(self, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """Masks boolean [M, P] and validity [P] on a grid of patches.
+        """Return masks, boolean [M, P], and validity [P] on a grid of patches.
 
-        A patch counts where at least half of its pixels do, and is a class's where at least half of those that count
-        are. A small or thin object may have no patch.
+        A patch is valid if at least half of its pixels are, and belongs to a class if at least half of its valid
+        pixels do. A small or thin object may have no patch.
         """
         parts = torch.cat([self.valid[None], self.masks & self.valid]).float()
         valid, masks = F.adaptive_avg_pool2d(parts, grid).flatten(1).split([1, len(self.masks)])
@@ -86,11 +86,11 @@ class Sample:
     """One image of a set.
 
     Attributes:
-        key: Its name or number in the set.
-        image: uint8 [3, S, S], squashed to a square; zeros if it could not be read.
-        size: Its own height and width in pixels.
-        target: What is known of its objects, or None.
-        problem: Why it could not be read, or None.
+        key: Name or number in the set.
+        image: uint8 [3, S, S], squashed to a square; zeros if unreadable.
+        size: Height and width of the file, in pixels.
+        target: Object masks, or None.
+        problem: Reason why it is unreadable, or None.
     """
 
     key: str | int
@@ -102,25 +102,20 @@ class Sample:
 
 @dataclass(frozen=True)
 class Batch:
-    """Some readable samples.
-
-    Attributes:
-        images: uint8 [B, 3, S, S].
-        samples: The samples.
-    """
+    """Readable samples, and their images, uint8 [B, 3, S, S]."""
 
     images: Tensor
     samples: list[Sample]
 
 
 def squash(picture: Image.Image, size: int) -> Tensor:
-    """An RGB picture as a square (bicubic): uint8 [3, size, size]."""
+    """Resize an RGB picture to a square (bicubic), uint8 [3, size, size]."""
     squashed = picture.resize((size, size), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(squashed)).permute(2, 0, 1).contiguous()
 
 
 class ImageFiles(Dataset):
-    """Images of a folder, sorted by path; the base of the sets that have files.
+    """Images of a folder, sorted by path; base class of the sets that have files.
 
     Args:
         root: The folder.
@@ -143,9 +138,7 @@ class ImageFiles(Dataset):
             raise UserError(f"{root} holds no images ({', '.join(EXTENSIONS)}): pass a folder that does")
         paths = sorted(map(Path, tree.names))
         names = [str(path).encode("utf-8", "backslashreplace").decode() for path in paths]  # results are UTF-8
-        self.items: list[tuple[str | int, Path]] = [
-            (name, root / path) for name, path in zip(names, paths, strict=True)
-        ]
+        self.items = [(name, root / path) for name, path in zip(names, paths, strict=True)]
 
     def __len__(self) -> int:
         return len(self.items)
@@ -161,11 +154,11 @@ class ImageFiles(Dataset):
         return Sample(key, squash(picture, self.size), (picture.height, picture.width), target)
 
     def keys(self) -> list[str | int]:
-        """Names or numbers of the images, in order."""
+        """Return the names or numbers of the images, in order."""
         return [key for key, _ in self.items]
 
     def _as_annotated(self, key: str | int, picture: Image.Image) -> Image.Image:
-        """Return a picture upright, or as it is stored if only so it has the size of its annotations."""
+        """Return a picture upright, or as stored if only that has the size of its annotations."""
         wanted = self.annotated_size(key)
         if wanted in (None, (picture.height, picture.width)):
             return picture
@@ -173,32 +166,32 @@ class ImageFiles(Dataset):
         return stored if wanted == (stored.height, stored.width) else picture
 
     def annotated_size(self, key: str | int) -> tuple[int, int] | None:
-        """Return the height and width that an image has by its annotations; None where they do not say."""
+        """Return the height and width that the annotations state for an image, or None."""
         return None
 
     def target(self, key: str | int, size: tuple[int, int]) -> Target | None:
-        """What is known of an image's objects: nothing, in a folder."""
+        """Return the object masks of an image, or None."""
         return None
 
     def class_names(self) -> dict[int, str]:
-        """Class number → name."""
+        """Return class number → name."""
         return {}
 
 
 class VocImages(ImageFiles):
-    """PASCAL VOC's segmentation images with their semantic classes; 255 is void, 0 background.
+    """PASCAL VOC's segmentation images with semantic classes; 255 is void, 0 background.
 
     Args:
         root: The folder that holds JPEGImages, SegmentationClass and ImageSets, or one above it.
         size: See `ImageFiles`.
-        split: Name of the list in ImageSets/Segmentation.
+        split: Name of a list in ImageSets/Segmentation.
     """
 
     labelled = True
 
     def __init__(self, root: Path, size: int, split: str = "val"):
-        places = [root, root / "VOC2012", root / "VOCdevkit" / "VOC2012"]
-        found = next((place for place in places if (place / "SegmentationClass").is_dir()), None)
+        folders = [root, root / "VOC2012", root / "VOCdevkit" / "VOC2012"]
+        found = next((folder for folder in folders if (folder / "SegmentationClass").is_dir()), None)
         if found is None:
             raise UserError(
                 f"{root} has no SegmentationClass folder: pass --data voc:PATH with the folder VOC2012 of VOCdevkit"
@@ -243,10 +236,10 @@ class CocoImages(ImageFiles):
         split: Such as "val2017".
 
     Attributes:
-        coco: pycocotools' index of the annotations, complete as `coco.read_annotations` makes them.
+        coco: pycocotools' index of the annotations, from `coco.read_annotations`.
 
     Raises:
-        UserError: The folder or the file is not there, or an annotation lacks what it needs.
+        UserError: The folder or the file is not there, or an annotation is incomplete.
     """
 
     labelled, has_instances = True, True
@@ -294,12 +287,12 @@ class CocoImages(ImageFiles):
 
 
 class SceneImages(Dataset):
-    """Validation scenes of `shape_scenes`, drawn at the size asked for, each with its object's mask.
+    """Validation scenes of `shape_scenes`, each with its object's mask.
 
     Args:
-        size: In pixels.
-        count: How many.
-        seed: Of the data set.
+        size: Side in pixels.
+        count: Number of scenes.
+        seed: Seed of the data set.
     """
 
     labelled, has_instances = True, True
@@ -310,9 +303,9 @@ class SceneImages(Dataset):
 
     @functools.cached_property
     def coco(self):
-        """pycocotools' index of the objects, one an image, drawn when it is first asked for.
+        """Return pycocotools' index of the objects, one per image; drawn on first use.
 
-        Distractors are no objects here: a detector that finds them pays for it in AP.
+        Distractors are not objects: detections of them lower AP.
         """
         from pycocotools import mask as rle
 
@@ -335,28 +328,27 @@ class SceneImages(Dataset):
         return Sample(index, image, tuple(mask.shape), Target([label], mask[None], torch.ones_like(mask)))
 
     def keys(self) -> list[int]:
-        """Numbers of the scenes."""
+        """Return the numbers of the scenes."""
         return list(range(len(self.scenes)))
 
     def class_names(self) -> dict[int, str]:
-        """Class number → name."""
+        """Return class number → name."""
         return dict(enumerate(self.scenes.classes))
 
 
 def open_images(specification: str, size: int, limit: int | None = None) -> Dataset:
-    """Open what `--data` names (see the module's text).
+    """Open the images that `--data` names (see the module's text).
 
     Args:
         specification: `KIND:PATH`, or shape_scenes.
         size: Side to which images are squashed, in pixels.
-        limit: Take the first so many; all when None.
+        limit: Take the first `limit` images; all when None.
 
     Returns:
         A data set of `Sample`s.
 
     Raises:
-        UserError: Images or annotations are not where they should be.
-        UserError: The specification is misspelt, or the limit is not positive.
+        UserError: Images or annotations are missing, the specification is misspelt, or the limit is not positive.
     """
     if limit is not None and limit < 1:
         raise UserError(f"--limit {limit}: give a positive number, or leave it out for all images")
@@ -389,26 +381,28 @@ def batches(
     progress: str | None = None,
     allow_none: bool = False,
 ) -> Iterator[Batch]:
-    """Readable samples in order, `batch_size` at a time.
+    """Read samples in order, `batch_size` at a time, and yield the readable ones.
 
     Args:
-        images: Of `Sample`s.
-        batch_size: Samples a batch.
-        problems: Filled with what could not be read; also said on stderr.
+        images: Data set of `Sample`s.
+        batch_size: Samples per batch.
+        problems: Filled with one line for each unreadable image, which is also printed on stderr.
         workers: Processes that read.
-        progress: Title of a progress bar over images; none when None.
-        allow_none: Whether it is all right if not one image can be read, as in a part of a set.
+        progress: Title of a progress bar; none when None.
+        allow_none: Accept a set without a readable image, as one rank's part may be.
 
     Raises:
         UserError: Not one image could be read.
     """
     loader = DataLoader(images, batch_size=batch_size, num_workers=workers, collate_fn=list)
-    readable, before = 0, len(problems)
+    readable, first_problem = 0, ""
     with tqdm(total=len(images), desc=progress, unit="img", disable=progress is None) as bar:
         for samples in loader:
             for sample in samples:
                 if sample.problem is not None:
-                    problems.append(sample.problem)
+                    first_problem = first_problem or sample.problem
+                    if sample.problem not in problems:  # several models read the same images
+                        problems.append(sample.problem)
                     bar.write(f"unreadable: {sample.problem}", file=sys.stderr)
             good = [sample for sample in samples if sample.problem is None]
             readable += len(good)
@@ -416,4 +410,4 @@ def batches(
                 yield Batch(torch.stack([sample.image for sample in good]), good)
             bar.update(len(samples))
     if not readable and not allow_none:
-        raise UserError(f"none of the {len(images)} images could be read; the first: {problems[before]}")
+        raise UserError(f"none of the {len(images)} images could be read; the first: {first_problem}")

@@ -1,4 +1,4 @@
-"""The second eigenvector of a normalised cut, by deflated Lanczos: what MaskCut spends its time on.
+"""The second eigenvector of a normalised cut, by deflated Lanczos: MaskCut spends its time here.
 
 A graph of P patches has the affinities A = ε·11ᵀ + (1 − ε)·B with B in {0, 1}, degrees d = A·1, and the wanted vector
 solves (D − A)v = λDv for the second smallest λ (Shi and Malik, *Normalized Cuts and Image Segmentation*). With
@@ -6,15 +6,17 @@ M = D^-½AD^-½ that is v = D^-½y of M's second largest eigenvector y. M's larg
 of every Lanczos vector and y is the largest of what remains: a few dozen products with B instead of a dense
 decomposition, whose 27 P³ or so operations take seconds at 3,600 patches.
 
-Three solvers, each for what the one before could not do:
+Three solvers, each for the graphs that the one before cannot solve:
 
 1. Lanczos in fp32, a batch of graphs at a time. It ends with a residual of about 1e-7, enough where the next
    eigenvalue is at least 1e-3 away.
 2. Block Lanczos in fp64, a graph at a time. Nearly disconnected graphs have several eigenvalues about 1e-5 from each
-   other, one for each part; a block as wide as there are parts finds them together, and fp64 tells them apart.
+   other, one for each part; a block of as many vectors finds them together, and fp64 tells them apart.
 3. A dense decomposition in fp64.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -22,14 +24,19 @@ from torch import Tensor
 
 from crate_fast.errors import UserError
 
-__all__ = ["SAME", "Cut", "second_eigenvector"]
+__all__ = [
+    "SAME",
+    "Cut",
+    "exact_fp32",
+    "second_eigenvector",
+]
 
 MAX_STEPS = 160  # of Lanczos
 _BLOCK, _MAX_BLOCKS = 8, 60
-_SMALL = 1000  # patches, up to which the dense solver is the faster of the last two
-SAME = 1e-4  # entries this near to the largest are it too: patches with the same links differ by rounding alone
+_SMALL = 1000  # patches; up to here the dense solver is faster than block Lanczos
+SAME = 1e-4  # entries this near to the largest equal it: patches with the same links differ by rounding alone
 _CHECK_EVERY = 4
-_RESIDUAL = 3e-6  # about ten units of fp32's last place: what rounding leaves of ‖My − θy‖
+_RESIDUAL = 3e-6  # about ten units of fp32's last place, the rounding error of ‖My − θy‖
 _SMALLEST_GAP = 1e-3  # below it fp32's rounding may turn the vector by more than a few thousandths
 
 
@@ -42,7 +49,7 @@ class Cut:
             All zero for a graph whose patches are all linked to each other, which has no cut.
         eigenvalue: The second smallest λ of (D − A)v = λDv, [B].
         residual: ‖My − (1 − λ)y‖ for the unit vector y = D^½v/‖D^½v‖, [B], measured after the solution.
-        solver: Which solver the vector is from, [B]: 0 Lanczos, 1 block Lanczos in fp64, 2 dense.
+        solver: Solver of the vector, [B]: 0 Lanczos, 1 block Lanczos in fp64, 2 dense.
     """
 
     vector: Tensor
@@ -52,7 +59,7 @@ class Cut:
 
 
 class _Graphs:
-    """Normalised affinities M of a batch, as a product with vectors. `links` B [b, P, P], `present` [b, P]."""
+    """Normalised affinities M of a batch, from `links` B [b, P, P] and `present` [b, P]."""
 
     def __init__(self, links: Tensor, present: Tensor, epsilon: float):
         self.links, self.epsilon = links, epsilon
@@ -71,20 +78,20 @@ class _Graphs:
         return self.present * torch.bmm(self.links, masked.unsqueeze(-1)).squeeze(-1)
 
     def product(self, x: Tensor) -> Tensor:
-        """Mx for x [b, P], or for several vectors [k, P] of a single graph."""
+        """Return Mx for x [b, P], or for several vectors [k, P] of a single graph."""
         scaled = self.inverse_root * x
         total = scaled.sum(dim=-1, keepdim=True)
         return self.inverse_root * (self.epsilon * total + (1 - self.epsilon) * self._linked(scaled))
 
 
 def _start(like: Tensor) -> Tensor:
-    """One fixed vector for every graph: noise, since a pattern might miss the wanted vector by symmetry."""
+    """Return one fixed vector for every graph: noise, since a pattern may be orthogonal to the wanted vector."""
     noise = torch.randn(like.shape[-1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     return noise.to(like).expand_as(like)
 
 
 def _orthogonal(x: Tensor, basis: Tensor) -> Tensor:
-    """x [b, P] without its part in `basis` [b, k, P]; twice, which is once more than exact arithmetic needs."""
+    """Return x [b, P] without its part in `basis` [b, k, P]; two passes remove rounding errors."""
     for _ in range(2):
         x = x - torch.bmm(torch.bmm(basis, x.unsqueeze(-1)).transpose(1, 2), basis).squeeze(1)
     return x
@@ -96,7 +103,7 @@ def _unit(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _lanczos(graphs: _Graphs, max_steps: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(y [b, P], θ [b], gap to the next Ritz value [b]) of M without its known top vector."""
+    """Return (y [b, P], θ [b], gap to the next Ritz value [b]) of M without its known top vector."""
     basis = graphs.top.unsqueeze(1)
     x, _ = _unit(_orthogonal(_start(graphs.top), basis))
     alphas, betas = [], []
@@ -108,7 +115,7 @@ def _lanczos(graphs: _Graphs, max_steps: int) -> tuple[Tensor, Tensor, Tensor]:
         alphas.append((x * y).sum(dim=-1))
         x, beta = _unit(_orthogonal(y, basis))
         betas.append(beta)
-        x, _ = _unit(_orthogonal(x, basis))  # where β is rounding alone, so was x: all of M has been seen
+        x, _ = _unit(_orthogonal(x, basis))  # where β is rounding alone, the space is exhausted
         if step == steps or (step >= 8 and step % _CHECK_EVERY == 0):
             values, vectors, left = _ritz(alphas, betas)
             gap = values[:, -1] - values[:, -2] if step > 1 else torch.ones_like(left)
@@ -120,7 +127,7 @@ def _lanczos(graphs: _Graphs, max_steps: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _ritz(alphas: list[Tensor], betas: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Eigenvalues and vectors of the tridiagonal matrices, and the residual of the largest, in fp64 on the CPU."""
+    """Return eigenvalues and vectors of the tridiagonal matrices, and the largest one's residual, in fp64."""
     diagonal, side = (torch.stack(v, dim=1).double().cpu() for v in (alphas, betas))
     matrix = torch.diag_embed(diagonal)
     if diagonal.shape[1] > 1:
@@ -132,19 +139,19 @@ def _ritz(alphas: list[Tensor], betas: list[Tensor]) -> tuple[Tensor, Tensor, Te
 def second_eigenvector(
     links: Tensor, present: Tensor | None = None, epsilon: float = 1e-5, max_steps: int = MAX_STEPS
 ) -> Cut:
-    """Second eigenvectors of the normalised cuts of a batch of graphs.
+    """Compute the second eigenvectors of the normalised cuts of a batch of graphs.
 
     Args:
         links: B [batch, P, P], floating point, symmetric, entries 0 or 1.
         present: Boolean [batch, P]; a patch that is not present keeps only the affinity ε to all (rows and columns of
             B are taken as zero). All are present when None.
         epsilon: Affinity of patches that are not linked.
-        max_steps: Of the first solver.
+        max_steps: Limit of the first solver's steps.
 
     Returns:
         `Cut`. A graph whose vector fails the residual test, or whose eigenvalue is too near to the next one for fp32,
-        is solved again by the next solver. An exactly repeated eigenvalue may go unseen, since one start vector meets
-        one vector of its space; then no answer is the right one, and which comes out is decided by rounding.
+        is solved again by the next solver. An exactly repeated eigenvalue may go unseen; then no answer is the right
+        one, and rounding decides.
 
     Raises:
         UserError: Shapes do not fit, or there are fewer than two patches.
@@ -177,7 +184,7 @@ def second_eigenvector(
 
 
 def _solve_again(links: Tensor, present: Tensor, epsilon: float) -> tuple[Tensor, Tensor, Tensor, int]:
-    """(v [P], θ, residual, solver) of one graph, in fp64."""
+    """Return (v [P], θ, residual, solver) of one graph, in fp64."""
     if len(links) > _SMALL:
         graph = _Graphs(links.double().unsqueeze(0), present.unsqueeze(0), epsilon)
         found = _block_lanczos(graph)
@@ -187,10 +194,10 @@ def _solve_again(links: Tensor, present: Tensor, epsilon: float) -> tuple[Tensor
 
 
 def _block_lanczos(graph: _Graphs) -> tuple[Tensor, Tensor, Tensor] | None:
-    """(y [P], θ, residual) of one graph in fp64, or None if the iteration did not get there.
+    """Return (y [P], θ, residual) of one graph in fp64, or None without convergence.
 
-    A residual of a ten-thousandth of the gap is asked for; where even 1e-13, the last that fp64 gives, is not, the
-    eigenvalue is a multiple one, and a dense solver could tell no better.
+    The residual must be a ten-thousandth of the gap. Where the gap is below 1e-9, a residual of 1e-13 is enough: the
+    eigenvalue is a multiple one, and a dense solver does no better.
     """
     noise = torch.randn(len(graph.top[0]), _BLOCK, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     block = noise.to(graph.top)
@@ -216,7 +223,7 @@ def _block_lanczos(graph: _Graphs) -> tuple[Tensor, Tensor, Tensor] | None:
 
 
 def _dense(links: Tensor, present: Tensor, epsilon: float) -> tuple[Tensor, Tensor, Tensor]:
-    """(v [P], θ, residual) of one graph, in fp64, from M itself: memory 8 P² a few times over."""
+    """Return (v [P], θ, residual) of one graph in fp64, from M itself: a few times 8 P² bytes."""
     here = present.double()
     affinity = epsilon + (1 - epsilon) * here.unsqueeze(0) * here.unsqueeze(1) * links.double()
     inverse_root = affinity.sum(dim=-1).rsqrt()
@@ -227,9 +234,23 @@ def _dense(links: Tensor, present: Tensor, epsilon: float) -> tuple[Tensor, Tens
 
 
 def _signed(vector: Tensor) -> Tensor:
-    """v scaled to max |v| = 1, the first of its largest entries in magnitude positive."""
+    """Scale v to max |v| = 1, with the first of its largest entries positive."""
     size = vector.abs()
     near = size >= (1 - SAME) * size.amax(dim=-1, keepdim=True)
-    places = torch.arange(vector.shape[-1], device=vector.device).expand_as(vector)
-    first = torch.where(near, places, vector.shape[-1] - 1).amin(dim=-1, keepdim=True)
+    indices = torch.arange(vector.shape[-1], device=vector.device).expand_as(vector)
+    first = torch.where(near, indices, vector.shape[-1] - 1).amin(dim=-1, keepdim=True)
     return vector / size.amax(dim=-1, keepdim=True) * vector.gather(-1, first).sign()
+
+
+@contextmanager
+def exact_fp32() -> Iterator[None]:
+    """Forbid tf32 and bf16 inside fp32 matrix products, on GPUs and CPUs, while it is open."""
+    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    before = [backend.fp32_precision for backend in backends]
+    for backend in backends:
+        backend.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision

@@ -1,15 +1,34 @@
-"""COCO annotation files: checked and completed when they are opened, before anything is computed from them."""
+"""COCO annotations and detections: checked annotation files, masks as detections, class-agnostic AP and AR, CRF.
+
+All detections have category 1 and score 1. pycocotools ranks equal scores by image id and then as listed; both orders
+are fixed here, so AP is reproducible, but another order would give another AP (AR would stay). Report AR@100 too.
+"""
 
 import io
+import itertools
 import json
 import math
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 
+import numpy as np
+from PIL import Image
+
 from crate_fast.errors import UserError
 
-__all__ = ["as_one_category", "index_of", "read_annotations", "require_objects"]
+__all__ = [
+    "as_one_category",
+    "class_agnostic_scores",
+    "detections_of",
+    "enlarge",
+    "index_of",
+    "paint_detections",
+    "read_annotations",
+    "refine",
+    "require_crf",
+    "require_objects",
+]
 
 _FARTHEST = 1_000_000  # pixels; pycocotools takes memory and time for each, and at 10⁸ it crashes
 
@@ -17,9 +36,9 @@ _FARTHEST = 1_000_000  # pixels; pycocotools takes memory and time for each, and
 def read_annotations(path: Path):
     """Open a file of COCO's or LVIS's instance annotations.
 
-    What the format has a default for, or the mask determines, is filled in: iscrowd (0), area and bbox (of the mask),
-    file_name (the end of coco_url), a category's name (its number), and the size of an image (of its RLE masks).
-    Annotations of images that the file does not list are left out, as pycocotools leaves them out.
+    Missing values with a default are filled in: iscrowd (0), area and bbox (from the mask), file_name (the end of
+    coco_url), a category's name (its number), and an image's size (from its RLE masks). Annotations of unlisted
+    images are left out, as in pycocotools.
 
     Args:
         path: The file.
@@ -28,8 +47,7 @@ def read_annotations(path: Path):
         pycocotools' index `COCO`.
 
     Raises:
-        UserError: Something else is missing or wrong; the message names the file, the annotation or image, and the
-            field.
+        UserError: Another field is missing or wrong; the message names file, annotation or image, and field.
     """
     try:
         content = json.loads(path.read_bytes())
@@ -65,13 +83,13 @@ def index_of(images: list[dict], annotations: list[dict], categories: list[dict]
 
     index = COCO()
     index.dataset = {"images": images, "annotations": annotations, "categories": categories}
-    with redirect_stdout(io.StringIO()):  # it prints how it gets on
+    with redirect_stdout(io.StringIO()):  # it prints its progress
         index.createIndex()
     return index
 
 
 def require_objects(coco, image_ids: Sequence) -> None:
-    """Refuse images without an object: AP of them would have no meaning.
+    """Refuse images without an object, whose AP has no meaning.
 
     Raises:
         UserError: None has one.
@@ -90,10 +108,10 @@ def as_one_category(coco, image_ids: Sequence):
 
     Args:
         coco: pycocotools' index of the annotations.
-        image_ids: Of the images; image n of the copy is image_ids[n − 1].
+        image_ids: Image n of the copy is image_ids[n − 1].
 
     Returns:
-        The copy's index; `coco` stays as it is.
+        The copy's index; `coco` is unchanged.
     """
     images, annotations = [], []
     for number, image_id in enumerate(image_ids, start=1):
@@ -250,3 +268,156 @@ def _encoded(segmentation: list | dict, image: dict):
         return segmentation
     codes = rle.frPyObjects(segmentation, image["height"], image["width"])
     return rle.merge(codes) if isinstance(codes, list) else codes
+
+
+_COLOURS = ((230, 60, 50), (60, 130, 230), (60, 180, 80), (240, 180, 40), (160, 90, 210), (40, 190, 200))
+
+
+def enlarge(masks: np.ndarray, size: tuple[int, int], resample: Image.Resampling) -> np.ndarray:
+    """Resize boolean masks [n, rows, columns] to [n, height, width]; blended pixels count from one half on.
+
+    Args:
+        masks: Masks on patches or pixels.
+        size: Height and width.
+        resample: NEAREST from patches to the squashed image, BICUBIC from there to the image's own size.
+    """
+    height, width = size
+    full = np.zeros((len(masks), height, width), bool)
+    for out, mask in zip(full, masks, strict=True):
+        picture = Image.fromarray(mask.astype(np.uint8) * 255)
+        out[:] = np.asarray(picture.resize((width, height), resample)) >= 128
+    return full
+
+
+def detections_of(masks: np.ndarray, image_id: int | str) -> list[dict]:
+    """Return COCO results of one image: an entry for each boolean mask [n, H, W] that is not empty.
+
+    An entry has "image_id", "category_id" 1, "segmentation" (compressed RLE), a tight "bbox" [x, y, width, height] in
+    pixels, and "score" 1.
+    """
+    from pycocotools import mask as rle
+
+    entries = []
+    for mask in masks:
+        if mask.any():
+            code = rle.encode(np.asfortranarray(mask.astype(np.uint8)))
+            entries.append(
+                {
+                    "image_id": image_id,
+                    "category_id": 1,
+                    "segmentation": {"size": list(map(int, code["size"])), "counts": code["counts"].decode()},
+                    "bbox": [float(side) for side in rle.toBbox(code)],
+                    "score": 1.0,
+                }
+            )
+    return entries
+
+
+def class_agnostic_scores(coco, detections: Sequence[dict], image_ids: Sequence[int]) -> dict[str, dict[str, float]]:
+    """Score boxes and masks by AP and AR, with all categories taken as one.
+
+    Args:
+        coco: pycocotools' `COCO` with the ground truth; any ids and categories.
+        detections: COCO results; their categories are ignored.
+        image_ids: Images evaluated; those without detections count as missed.
+
+    Returns:
+        "bbox" and "segm", each with AP, AP50, AP75, APs, APm, APl, AR1, AR10, AR100, ARs, ARm and ARl from 0 to 1;
+        pycocotools' −1 where there is no object of that size.
+
+    Raises:
+        UserError: None of the images has an annotated object, or an annotation lacks what it needs.
+    """
+    from pycocotools.cocoeval import COCOeval
+
+    image_ids = sorted(set(image_ids))
+    require_objects(coco, image_ids)
+    truth = as_one_category(coco, image_ids)
+    numbers = {image_id: number for number, image_id in enumerate(image_ids, start=1)}
+    ordered = sorted((d for d in detections if d["image_id"] in numbers), key=lambda d: numbers[d["image_id"]])
+    names = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+    scores = {}
+    with redirect_stdout(io.StringIO()):  # pycocotools prints what is returned here
+        for kind in ("bbox", "segm"):
+            field = "bbox" if kind == "bbox" else "segmentation"
+            entries = [
+                {"image_id": numbers[d["image_id"]], "category_id": 1, "score": d["score"], field: d[field]}
+                for d in ordered
+            ]
+            found = truth.loadRes(entries) if entries else index_of(truth.dataset["images"], [], [])
+            evaluation = COCOeval(truth, found, kind)
+            evaluation.evaluate()
+            evaluation.accumulate()
+            evaluation.summarize()
+            scores[kind] = dict(zip(names, map(float, evaluation.stats), strict=True))
+    return scores
+
+
+def paint_detections(picture: np.ndarray, detections: Sequence[dict]) -> np.ndarray:
+    """Draw detections over a copy of an image, uint8 [H, W, 3], each in its own colour."""
+    from pycocotools import mask as rle
+
+    painted = picture.astype(np.float32)
+    line = max(1, min(picture.shape[:2]) // 150)
+    for entry, colour in zip(detections, itertools.cycle(_COLOURS), strict=False):
+        mask = rle.decode(entry["segmentation"]).astype(bool)
+        painted[mask] = 0.45 * painted[mask] + 0.55 * np.float32(colour)
+        x, y, width, height = map(int, entry["bbox"])
+        for rows, columns in (
+            (slice(y, y + line), slice(x, x + width)),
+            (slice(y + height - line, y + height), slice(x, x + width)),
+            (slice(y, y + height), slice(x, x + line)),
+            (slice(y, y + height), slice(x + width - line, x + width)),
+        ):
+            painted[rows, columns] = colour
+    return painted.round().astype(np.uint8)
+
+
+_ITERATIONS = 10
+_GAUSSIAN = {"sxy": 3, "compat": 7}
+_BILATERAL = {"sxy": 50, "srgb": 5, "compat": 10}
+_SMALLEST_IOU = 0.5
+
+
+def require_crf():
+    """Import and return `pydensecrf.densecrf`.
+
+    Raises:
+        UserError: It is not installed; the message says how.
+    """
+    try:
+        from pydensecrf import densecrf
+    except ModuleNotFoundError as error:
+        raise UserError(
+            "the CRF needs pydensecrf: pip install 'crate_fast[crf]' (it is compiled: a C++ compiler must be there), "
+            "or leave --crf out"
+        ) from error
+    return densecrf
+
+
+def refine(mask: np.ndarray, image: np.ndarray) -> np.ndarray | None:
+    """Fit a mask's edges to the image's and fill its holes (paper, B.4; its Table 1 does without).
+
+    Krähenbühl and Koltun's mean-field inference, with CutLER's constants: 10 iterations; a Gaussian of 3 pixels,
+    weight 7; a bilateral one of 50 pixels and 5 grey levels, weight 10; the mask's label has probability e/(1 + e).
+
+    Args:
+        mask: Boolean [H, W].
+        image: uint8 [H, W, 3].
+
+    Returns:
+        Boolean [H, W]; None if the result is another mask (IoU below ½).
+    """
+    from scipy.ndimage import binary_fill_holes
+
+    densecrf = require_crf()
+    logits = np.stack([~mask, mask]).astype(np.float32)
+    log_probability = logits - np.log(np.exp(logits).sum(axis=0))
+    field = densecrf.DenseCRF2D(mask.shape[1], mask.shape[0], 2)
+    field.setUnaryEnergy(np.ascontiguousarray(-log_probability.reshape(2, -1)))
+    field.addPairwiseGaussian(**_GAUSSIAN)
+    field.addPairwiseBilateral(rgbim=np.ascontiguousarray(image), **_BILATERAL)
+    refined = np.argmax(field.inference(_ITERATIONS), axis=0).reshape(mask.shape).astype(bool)
+    refined = binary_fill_holes(refined)
+    union = (refined | mask).sum()
+    return refined if union and (refined & mask).sum() / union >= _SMALLEST_IOU else None

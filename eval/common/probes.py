@@ -1,4 +1,4 @@
-"""How well frozen features separate classes: labelled images, k nearest neighbours, and a linear classifier."""
+"""Probes of frozen features: labelled images, k nearest neighbours, and a linear classifier."""
 
 import warnings
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from crate_fast.errors import UserError, require
-from crate_fast.eval.images import Sample
+from crate_fast.eval.common.images import Sample
 from crate_fast.train.data import UNREADABLE
 
 __all__ = [
@@ -24,7 +24,7 @@ __all__ = [
 ]
 
 TEMPERATURE = 0.07
-STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # C of scikit-learn, the inverse of the regularisation
+STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # scikit-learn's C, the inverse of the regularisation
 _HELD_OUT = 0.2
 _STEPS = 500
 _SIMILARITIES = 2**26  # held at once: 256 MiB
@@ -38,12 +38,12 @@ class LabelledSample(Sample):
 
 
 class LabelledImages(Dataset):
-    """Images of a split, an unreadable one as a sample with a `problem`.
+    """Images of a split; an unreadable one is a sample with a `problem`.
 
     Args:
         split: (uint8 image [3, S, S], label) by (epoch, index), as `plain_splits` gives.
-        name: Of the split, for messages.
-        limit: Take so many, evenly spaced over the split, which may be sorted by class; all when None.
+        name: Name of the split, for messages.
+        limit: Number of images, evenly spaced over the split, which may be sorted by class; all when None.
     """
 
     def __init__(self, split: Dataset, name: str, limit: int | None = None):
@@ -75,21 +75,21 @@ class LabelledImages(Dataset):
 
 
 def check_pool(model: nn.Module, pool: str) -> None:
-    """Refuse a way of pooling that a model does not have.
+    """Refuse CLS pooling for a model without CLS.
 
     Raises:
-        UserError: It has no CLS token to take.
+        UserError: It has no CLS token.
     """
     if pool == "cls" and getattr(model, "cls_token", None) is None:
         raise UserError("this model has no CLS token: pass --pool mean")
 
 
 def pooled(model: nn.Module, tokens: Tensor, pool: str = "cls") -> Tensor:
-    """One feature vector an image, behind the final LayerNorm: tokens [B, N, C] of `forward_features` → [B, C].
+    """Pool tokens [B, N, C] of `forward_features` to one vector per image, after the final LayerNorm: [B, C].
 
     Args:
-        model: A CRATE or a timm `VisionTransformer`, whichever token its own head reads.
-        tokens: Prefix tokens first.
+        model: A CRATE or a timm `VisionTransformer`.
+        tokens: Tokens, prefix first.
         pool: "cls", or "mean" over the patches.
 
     Raises:
@@ -98,13 +98,15 @@ def pooled(model: nn.Module, tokens: Tensor, pool: str = "cls") -> Tensor:
     prefix = model.num_prefix_tokens
     check_pool(model, pool)
     token = tokens[:, :1] if pool == "cls" else tokens[:, prefix:].mean(dim=1, keepdim=True)
-    return model.forward_head(token.expand(-1, prefix + 1, -1), pre_logits=True)  # of equal tokens any pooling is one
+    return model.forward_head(
+        token.expand(-1, prefix + 1, -1), pre_logits=True
+    )  # any pooling of equal tokens returns them
 
 
 def knn_predictions(
     train: Tensor, labels: Tensor, val: Tensor, ks: Sequence[int], temperature: float = TEMPERATURE
 ) -> dict[int, Tensor]:
-    """Classes by a vote of the k most similar training images, each with weight exp(cosine / T) (DINO's protocol).
+    """Classify by a vote of the k most similar training images with weights exp(cosine / T) (DINO's protocol).
 
     Args:
         train: Features [n, C].
@@ -138,7 +140,7 @@ def knn_predictions(
 
 
 def check_linear(n_images: int, n_classes: int) -> None:
-    """Refuse a linear probe that would say nothing.
+    """Refuse a linear probe of too few images or classes.
 
     Raises:
         UserError: There are fewer than ten training images, or than two classes.
@@ -151,13 +153,13 @@ def check_linear(n_images: int, n_classes: int) -> None:
 
 @dataclass(frozen=True)
 class LinearProbe:
-    """What `linear_probe` found.
+    """Result of `linear_probe`.
 
     Attributes:
         predictions: Classes of the validation images [m].
         C: The inverse regularisation chosen.
-        held_out: C → accuracy on the training images held out.
-        converged: Whether the last fit did.
+        held_out: C → accuracy on the held-out training images.
+        converged: True if the last fit converged.
     """
 
     predictions: Tensor
@@ -169,21 +171,20 @@ class LinearProbe:
 def linear_probe(
     train: Tensor, labels: Tensor, val: Tensor, seed: int = 0, strengths: Sequence[float] = STRENGTHS
 ) -> LinearProbe:
-    """A linear classifier on frozen features: multinomial logistic regression (scikit-learn) on standardised
-    features.
+    """Fit scikit-learn's multinomial logistic regression on standardised frozen features.
 
-    The regularisation is the one that does best on a fifth of the training images, held out; then all are fitted.
+    The regularisation is chosen on a held-out fifth of the training images; then all are fitted.
 
     Args:
         train: Features [n, C].
         labels: Their classes [n].
         val: Features [m, C].
-        seed: Of the choice of images held out.
+        seed: Seed of the choice of held-out images.
         strengths: Candidates for C.
 
     Raises:
-        UserError: There are fewer than ten training images, or than two classes in those that are not held out.
-        UserError: scikit-learn is missing.
+        UserError: scikit-learn is missing, or there are fewer than ten training images, or than two classes in those
+            that are not held out.
     """
     require("sklearn")
     from sklearn.exceptions import ConvergenceWarning

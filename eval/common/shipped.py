@@ -1,10 +1,10 @@
 """The two small models that come with the package: a CRATE and a ViT of the experiment's first seed.
 
-    subject = open_model("shipped:CRATE")            # 158 k parameters, 128 px, twelve classes of shape_scenes
-    python -m crate_fast.eval.shipped RUN FILE       # write such a file from a run of one's own
+    loaded = open_model("shipped:CRATE")            # 158 k parameters, 128 px, twelve classes of shape_scenes
+    python -m crate_fast.eval.common.shipped RUN FILE       # write such a file from a run
 
-They are what `crate-fast reproduce emergence --size small` trains (docs/emergence/earlier/first/report.md), in half
-precision: to look inside, not to compare. The file is safetensors; what the model is stands in its header.
+`crate-fast reproduce emergence --size small` trained them (docs/emergence/earlier/first/report.md). They are in half
+precision, for a look inside, not for comparisons. The file is safetensors; its header describes the model.
 """
 
 import json
@@ -24,7 +24,7 @@ from crate_fast.train.runs import load_model, model_arguments
 
 __all__ = ["FOLDER", "main", "open_shipped", "shipped_facts", "shipped_names", "write_shipped"]
 
-FOLDER = Path(__file__).parent / "weights"
+FOLDER = Path(__file__).parents[1] / "weights"
 
 
 def shipped_names() -> list[str]:
@@ -36,26 +36,10 @@ def shipped_names() -> list[str]:
     return sorted(path.stem for path in FOLDER.glob("*.safetensors"))
 
 
-def shipped_facts(name: str) -> dict:
-    """Return what a model of the package is: "name" and "arguments" for timm, "mean", "classes" and "source".
-
-    Args:
-        name: Of `shipped_names`.
-
-    Raises:
-        UserError: There is no such model.
-    """
-    _check_name(name)
-    return _read(name)[1]
-
-
-def _check_name(name: str) -> None:
+def _read(name: str) -> tuple[dict[str, Tensor], dict]:
+    """Return the weights and the facts in the file of a model of the package."""
     if name not in shipped_names():
         raise UserError(f"shipped:{name}: there are shipped:{', shipped:'.join(shipped_names())}")
-
-
-def _read(name: str) -> tuple[dict[str, Tensor], dict]:
-    """Read the weights and the facts in the file of a model of the package."""
     path = FOLDER / f"{name}.safetensors"
     weights = read_state_dict(path)
     with safe_open(path, "pt") as file:
@@ -65,29 +49,36 @@ def _read(name: str) -> tuple[dict[str, Tensor], dict]:
     return weights, json.loads(facts)
 
 
+def shipped_facts(name: str) -> dict:
+    """Return "name" and "arguments" for timm, "mean", "classes" and "source" of a model of the package.
+
+    Raises:
+        UserError: There is no such model, or its file is damaged.
+    """
+    return _read(name)[1]
+
+
 def open_shipped(name: str) -> tuple[nn.Module, dict]:
     """Return a model of the package in fp32, and its `shipped_facts`.
 
     Raises:
         UserError: There is no such model, or its file is damaged.
     """
-    _check_name(name)
     weights, facts = _read(name)
     model = create_model(facts["name"], **facts["arguments"])
     weights = {key: value.float() for key, value in weights.items()}
     return load_strictly(model, weights, f"shipped:{name}", "install the package again"), facts
 
 
-def write_shipped(run: Path, path: Path) -> None:
+def write_shipped(run: Path, file: Path) -> None:
     """Write the best model of a run in half precision.
 
     Args:
         run: Its folder.
-        path: The file, ending in .safetensors.
+        file: Name of the file, ending in .safetensors.
 
     Raises:
-        UserError: There is no run.
-        UserError: An older version wrote it, without the names of the classes.
+        UserError: There is no run, or an older version wrote it without the names of the classes.
     """
     model, config, step = load_model(run)
     manifest = checkpoint.manifest(run / "checkpoints", step)
@@ -97,12 +88,12 @@ def write_shipped(run: Path, path: Path) -> None:
     facts = {"name": config.model, "arguments": model_arguments(config, len(classes)), "mean": config.mean}
     facts |= {"classes": classes, "source": f"step {step} of a run with commit {manifest['commit']}"}
     weights = {name: tensor.to(torch.float16).contiguous() for name, tensor in model.state_dict().items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(weights, path, {"crate_fast": json.dumps(facts)})
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_file(weights, file, {"crate_fast": json.dumps(facts)})
 
 
 def main(argv: list[str] | None = None) -> int:
-    """`RUN FILE`."""
+    """Write the best model of a run into a file; see the module's text."""
     parser = CommandParser(description="Write the best model of a run as a file to ship.")
     parser.add_argument("run", type=Path, help="folder of the run")
     parser.add_argument("file", type=Path, help="ending in .safetensors")

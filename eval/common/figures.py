@@ -12,7 +12,9 @@ import matplotlib.pyplot as plt
 
 from crate_fast.errors import UserError
 
-__all__ = ["Curve", "Picture", "curve_figure", "image_grid", "save_figure"]
+__all__ = ["ROWS_A_PAGE", "Curve", "Picture", "curve_figure", "image_grid", "save_figure", "write_pages"]
+
+ROWS_A_PAGE = 8
 
 _STYLE = {
     "font.size": 8,
@@ -36,7 +38,7 @@ class Picture:
     Attributes:
         pixels: [H, W, 3] (uint8, or floats from 0 to 1) or a map [H, W].
         colours: matplotlib's name of a map's colours.
-        limits: Values at both ends of the colours; the map's own when None.
+        limits: Values at both ends of the colour scale; the map's own when None.
         over: An image [H, W, 3] under the map, which is then half transparent.
     """
 
@@ -84,12 +86,12 @@ def image_grid(
         axis.tick_params(length=0, pad=2, labelsize=7, labeltop=True, labelbottom=False)
         if title:
             axis.set_title(title, fontsize=9, pad=4)
-        _make_room(figure, axis, size)
+        _fit_text(figure, axis, size)
         save_figure(figure, paths)
 
 
-def _make_room(figure, axis, size: np.ndarray) -> None:
-    """Enlarge a figure, all of which is `axis`, for the text around it."""
+def _fit_text(figure, axis, size: np.ndarray) -> None:
+    """Enlarge a figure for the text around `axis`, which fills it."""
     box = axis.get_tightbbox(figure.canvas.get_renderer()).get_points() / figure.dpi
     before, after = _EDGE_INCHES - box[0], box[1] - size + _EDGE_INCHES
     whole = before + size + after
@@ -98,7 +100,7 @@ def _make_room(figure, axis, size: np.ndarray) -> None:
 
 
 def _draw(axis, picture: Picture, column: int, row: int) -> None:
-    """In the middle of a cell of side 1, with a margin."""
+    """Draw in the middle of a cell of side 1, with a margin."""
     height, width = (picture.pixels if picture.over is None else picture.over).shape[:2]
     half = [(0.5 - _MARGIN) * side / max(height, width) for side in (width, height)]
     extent = (column + 0.5 - half[0], column + 0.5 + half[0], row + 0.5 + half[1], row + 0.5 - half[1])
@@ -120,8 +122,8 @@ class Curve:
         label: In the legend.
         x, y: Its points.
         spread: Half the height of a band around it, or None.
-        dashed: For what the others are compared with.
-        like: The label whose colour it takes; its own when None.
+        dashed: Draw dashed, as a baseline.
+        like: Label whose colour is used; its own when None.
     """
 
     label: str
@@ -144,13 +146,13 @@ def curve_figure(
     """Write charts side by side; a label has one colour in all of them, and charts that share labels one legend.
 
     Args:
-        panels: What the y-axis shows → its curves.
-        xlabel: Of every panel.
+        panels: Label of the y-axis → curves.
+        xlabel: Label of every x-axis.
         paths: Files to write; the suffix (.png, .pdf) decides the format.
         title: Above everything.
-        from_zero: Start every y-axis at 0, for scores whose differences should not look larger than they are.
+        from_zero: Start every y-axis at 0, so that differences of scores do not look larger than they are.
         columns: Charts in a row; all when None.
-        labels: Those that have the same colours in other figures too, in the same order.
+        labels: Labels in the order that fixes their colours, shared with other figures.
     """
     drawn = [curve for curves in panels.values() for curve in curves]
     distinct = dict.fromkeys([*labels, *(curve.like or curve.label for curve in drawn)])
@@ -165,11 +167,8 @@ def curve_figure(
             axis.set_visible(False)
         for axis, (name, curves) in zip(axes.flat, panels.items(), strict=False):
             for curve in curves:
-                x, y, colour = (
-                    np.asarray(curve.x, float),
-                    np.asarray(curve.y, float),
-                    colours[curve.like or curve.label],
-                )
+                x, y = np.asarray(curve.x, float), np.asarray(curve.y, float)
+                colour = colours[curve.like or curve.label]
                 marker = {"ls": "--"} if curve.dashed else {"marker": "o" if len(x) <= 32 else "", "ms": 3}
                 axis.plot(x, y, color=colour, lw=1.4, label=curve.label.replace("$", r"\$"), **marker)
                 if curve.spread is not None:
@@ -199,3 +198,23 @@ def save_figure(figure, paths: Sequence[Path]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=200, metadata={"CreationDate": None} if path.suffix == ".pdf" else None)
     plt.close(figure)
+
+
+def write_pages(
+    rows: Sequence[Sequence[Picture | None]],
+    folder: Path,
+    name: str,
+    row_titles: Sequence[str] | None,
+    column_titles: Sequence[str],
+    title: str | None = None,
+) -> list[Path]:
+    """Write rows of pictures as `name`_01.png, `name`_01.pdf, `name`_02.png, …, `ROWS_A_PAGE` rows a page."""
+    written = []
+    for page, start in enumerate(range(0, len(rows), ROWS_A_PAGE), start=1):
+        part = slice(start, start + ROWS_A_PAGE)
+        paths = [folder / f"{name}_{page:02d}.{suffix}" for suffix in ("png", "pdf")]
+        image_grid(
+            rows[part], paths, row_titles=row_titles and row_titles[part], column_titles=column_titles, title=title
+        )
+        written += paths
+    return written

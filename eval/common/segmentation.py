@@ -1,4 +1,4 @@
-"""From an attention map to a mask and a score: the arithmetic of coarse segmentation (paper, §3.2 and B.3)."""
+"""Masks and scores of attention maps: the arithmetic of coarse segmentation (paper, §3.2 and B.3)."""
 
 from collections.abc import Callable, Iterable, Sequence
 
@@ -21,11 +21,11 @@ __all__ = [
 ]
 
 THRESHOLDS = ("topk", "mass")
-READINGS = (*THRESHOLDS, "ap")  # of attention maps: the IoU of their masks, and without a threshold
+READINGS = (*THRESHOLDS, "ap")  # the IoU of masks, and a score without a threshold
 
 
 class NoObjectsError(UserError):
-    """There is nothing to score attention maps by."""
+    """No image has an object to score attention maps by."""
 
 
 def attention_to_mask(attention: Tensor, threshold: str = "topk", fraction: float = 0.6) -> Tensor:
@@ -65,13 +65,13 @@ def _check_fraction(fraction: float) -> None:
 
 
 def mask_to_grid(masks: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Pixel masks [B, H, W] → patch masks [B, rows·columns]: a patch is object where at least half of it is."""
+    """Reduce pixel masks [B, H, W] to patch masks [B, rows·columns]: a patch is object if at least half of it is."""
     covered = F.adaptive_avg_pool2d(masks.float().unsqueeze(1), grid)
     return (covered >= 0.5).flatten(1)
 
 
 def intersection_over_union(predicted: Tensor, target: Tensor, valid: Tensor | None = None) -> Tensor:
-    """|predicted ∩ target| / |predicted ∪ target| over the last dimension; 0 where both are empty.
+    """Return |predicted ∩ target| / |predicted ∪ target| over the last dimension; 0 where both are empty.
 
     Args:
         predicted, target: Boolean [..., P], broadcast against each other.
@@ -87,13 +87,11 @@ def intersection_over_union(predicted: Tensor, target: Tensor, valid: Tensor | N
 
 
 def average_precision(weights: Tensor, target: Tensor, valid: Tensor | None = None) -> Tensor:
-    """How well weights rank an object's patches before all others.
+    """Score how well weights rank an object's patches before all others.
 
-    Over the object's patches, the mean of the object's share of the patches that weigh at least as much.
-
-    No threshold is needed, and the weights' order alone counts, so that maps that spread over an object and maps that
-    keep to a part of it can be compared: the reason for which Choe et al. (*Evaluating Weakly Supervised Object
-    Localization Methods Right*, 2020) rank pixels.
+    For each object patch take the patches with at least its weight and the object's share of them; average over the
+    object's patches. Only the order of the weights counts, so that maps of a whole object and maps of a part compare
+    (Choe et al., *Evaluating Weakly Supervised Object Localization Methods Right*, 2020).
 
     Args:
         weights: [..., P].
@@ -113,7 +111,7 @@ def average_precision(weights: Tensor, target: Tensor, valid: Tensor | None = No
     hits = target.gather(-1, order)
     ranks = torch.arange(1, values.shape[-1] + 1, device=values.device)
     ends = torch.cat([values[..., 1:] != values[..., :-1], torch.ones_like(target[..., :1])], dim=-1)
-    end = ranks.where(ends, len(ranks)).flip(-1).cummin(-1).values.flip(-1)  # the last rank of equal weights
+    end = ranks.where(ends, len(ranks)).flip(-1).cummin(-1).values.flip(-1)  # last rank of equal weights
     precision = hits.cumsum(-1).gather(-1, end - 1) / end
     return (precision * hits).sum(-1).double() / hits.sum(-1).clamp(min=1)
 
@@ -122,14 +120,14 @@ _SCORES = {"topk": intersection_over_union, "mass": intersection_over_union, "ap
 
 
 class AttentionScores:
-    """Adds up how well attention maps cover objects, batch by batch, beside what they must beat.
+    """Accumulated scores of attention maps on objects, with baselines.
 
-    A score is the IoU of a map's mask with an object's, of the best head for each object (paper, Eq. 13), averaged
-    over the objects of an image and then over images (Eq. 14); and the same of the average precision.
+    A score is the IoU of a map's mask with an object's, by the best head for each object (paper, Eq. 13), averaged
+    over the objects of an image and then over images (Eq. 14). The average precision is averaged in the same way.
 
     Args:
         fraction: See `attention_to_mask`.
-        seed: Of the random maps.
+        seed: Seed of the random maps.
 
     Raises:
         UserError: The fraction is out of range.
@@ -158,10 +156,10 @@ class AttentionScores:
 
         Args:
             maps: Layer → CLS attention [B, H, P].
-            targets: Of each image its objects' masks on the patch grid, boolean [M, P]; M may be 0. An object without
-                a patch cannot be scored: it is counted and left out.
-            valid: Of each image the patches that count, boolean [P]; all when None.
-            labels: Of each image its objects' class numbers, for scores by class.
+            targets: For each image the objects' masks on the patch grid, boolean [M, P]; M may be 0. An object
+                without a patch is counted and left out.
+            valid: For each image the patches that count, boolean [P]; all when None.
+            labels: For each image the objects' class numbers, for scores by class.
         """
         kept = [target.any(dim=1) for target in targets]
         self.objects_without_patch += sum(int((~keep).sum()) for keep in kept)
@@ -198,7 +196,7 @@ class AttentionScores:
         return attention_to_mask(maps, reading, self.fraction) if reading in THRESHOLDS else maps
 
     def result(self) -> dict[str, dict]:
-        """The scores; see `score_attention`, and "by_class", class → the best-head score at each layer.
+        """Return the scores of `score_attention`, and "by_class", class → best-head score, at each layer.
 
         Raises:
             NoObjectsError: No image had an object that covers a patch.
@@ -223,7 +221,9 @@ class AttentionScores:
             scores = {"best_head": mean(best), "fixed_head": max(heads), "per_head": heads}
             return {"layer": layer, **scores, "by_class": by_class}
 
-        covered = intersection_over_union(torch.ones_like(target), target, valid)  # equal weights' precision, too
+        covered = intersection_over_union(
+            torch.ones_like(target), target, valid
+        )  # also the precision of equal weights
         return {
             reading: {
                 "layers": [row(reading, layer) for name, layer in self._per_head if name == reading],
@@ -249,23 +249,23 @@ def score_attention(
     layers: Sequence[int] | None = None,
     fraction: float = 0.6,
 ) -> dict[str, dict]:
-    """Mean IoU and average precision of CLS attention with known object masks, on the patch grid, and of baselines.
+    """Score CLS attention and baselines with known object masks, on the patch grid: mean IoU, average precision.
 
     Args:
         model: A CRATE or an ablation; left in evaluation mode.
         batches: (images, labels, pixel masks [B, H, W]).
-        normalize: Turns a batch's images into the model's input.
-        layers: Whose attention; all when None.
+        normalize: Images → the model's input.
+        layers: All when None.
         fraction: See `attention_to_mask`.
 
     Returns:
-        For each reading of the maps, IoU with "topk" and "mass" masks and "ap", which needs none, a dictionary with
-        "layers": of each layer "layer"; "best_head", the best head of each image (the paper's reading); "per_head",
-            each head for all images; "fixed_head", the best of those;
-        "constant": the mask that holds every patch; "random": the best of as many maps of noise; "mean_mask": the
-            objects' mean mask as every image's attention map; "true_mask": the true mask as attention map,
-            evenly spread over the object; "fraction", None of "ap"; "images" and "objects": how many were scored;
-            "without_objects": images that could not be; "objects_without_patch": objects left out.
+        For each of `READINGS` (IoU with "topk" and "mass" masks, and "ap") a dictionary with
+        "layers": for each "layer"; "best_head", the best head of each image (the paper's reading); "per_head", each
+            head for all images; "fixed_head", the best of those;
+        baselines: "constant", the mask of all patches; "random", the best of as many maps of noise; "mean_mask", the
+            objects' mean mask as every image's map; "true_mask", the true mask as map;
+        "fraction" (None for "ap"); numbers of "images" and "objects" scored, of images "without_objects", and of
+            objects left out, "objects_without_patch".
     """
     model.eval()
     device = next(model.parameters()).device
@@ -279,12 +279,7 @@ def score_attention(
 
 
 def scores_table(scores: dict[str, dict], marked: int | None = None) -> str:
-    """What `score_attention` returned, as text; the layer `marked` gets a star.
-
-    Args:
-        scores: See `score_attention`.
-        marked: A layer's index.
-    """
+    """Format the scores of `score_attention` as text; the layer `marked` gets a star."""
     lines = []
     for reading, result in scores.items():
         name = "AP, patches by weight" if reading == "ap" else f"mIoU, {reading} {result['fraction']:.0%}"

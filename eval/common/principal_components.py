@@ -26,12 +26,12 @@ class TooFewPatchesError(UserError):
 
 
 def principal_components(tokens: Tensor, count: int, centred: bool = False) -> tuple[Tensor, Tensor]:
-    """Leading eigenvectors of ZᵀZ for tokens Z [n, C], in float64.
+    """Return the leading eigenvectors of ZᵀZ for tokens Z [n, C], in float64.
 
     Args:
         tokens: [n, C].
-        count: How many.
-        centred: Take the tokens' mean off first, as textbooks do; the paper does not.
+        count: Number of eigenvectors.
+        centred: Subtract the tokens' mean first, as textbooks do; the paper does not.
 
     Returns:
         (components [C, count], each with its entry of the largest magnitude positive; their shares of ‖Z‖², [count]).
@@ -58,8 +58,8 @@ class Foreground:
 
     Attributes:
         mask: Boolean [J, P].
-        projection: What was thresholded, float64 [J, P].
-        explained: Shares of the first four components, or of as many as there are.
+        projection: Projection on the first component, which is thresholded, float64 [J, P].
+        explained: Shares of the first four components, or of all if fewer.
     """
 
     mask: Tensor
@@ -68,7 +68,7 @@ class Foreground:
 
 
 def check_foreground(grid: tuple[int, int], threshold: float, scaling: str) -> None:
-    """Refuse settings that `foreground` cannot work with.
+    """Refuse settings out of range for `foreground`.
 
     Raises:
         UserError: The grid is too small, or a setting out of range.
@@ -86,10 +86,10 @@ def check_foreground(grid: tuple[int, int], threshold: float, scaling: str) -> N
 def foreground(
     features: Tensor, threshold: float = 0.5, scaling: str = "raw", grid: tuple[int, int] | None = None
 ) -> Foreground:
-    """Patches of J images whose projection on their common first component is at least λ (paper, B.2).
+    """Find the patches of J images whose projection on the common first component is at least λ (paper, B.2).
 
-    The sign of a component is arbitrary. Here the border of an image is taken for background: the projection's mean
-    over border patches is not larger than over inner ones.
+    The sign of a component is arbitrary: it is chosen so that the projection's mean over border patches is not larger
+    than over inner ones.
 
     On 64 `shape_scenes` of 128 px, at λ = 1/2, the IoU of foreground and object was 0.54 with "raw" and 0.47 with
     "minmax" in a CRATE, 0.64 and 0.62 in a ViT (small ones, trained on such scenes, at their default layers), and
@@ -98,9 +98,9 @@ def foreground(
     Args:
         features: [J, P, C], patches row by row.
         threshold: λ, at least 0.
-        scaling: "raw" is the paper's σ_λ(⟨u₀, z⟩) > 0, with u₀ an eigenvector of the uncentred ZᵀZ: its λ depends on
-            the length of the features. "minmax" centres the features and maps the projections to 0..1, as public
-            demonstrations of DINOv2 do: no scale or offset of the features matters, but a single far patch may.
+        scaling: "raw" is the paper's σ_λ(⟨u₀, z⟩) > 0, with u₀ an eigenvector of the uncentred ZᵀZ: λ depends on the
+            length of the features. "minmax" centres the features and maps the projections to 0..1, as public
+            demonstrations of DINOv2 do: scale and offset do not matter, but a single outlier may.
         grid: Rows and columns of patches, at least 3 each; a square when None.
 
     Raises:
@@ -131,7 +131,7 @@ def foreground(
 def pca_rgb(
     features: Tensor, mask: Tensor | None = None, first: int = 1, centred: bool = False
 ) -> tuple[Tensor, list[float]]:
-    """Three successive components of the chosen patches as colours (paper, Eq. 12).
+    """Turn three successive components of the chosen patches into colours (paper, Eq. 12).
 
     Args:
         features: [J, P, C].
@@ -144,7 +144,7 @@ def pca_rgb(
         other patches are 0; shares of the components).
 
     Raises:
-        TooFewPatchesError: Fewer patches are chosen than components and one.
+        TooFewPatchesError: There are not more patches than components.
         UserError: The features are too short or not finite.
     """
     mask = torch.ones(features.shape[:2], dtype=torch.bool, device=features.device) if mask is None else mask

@@ -1,0 +1,307 @@
+"""What the commands of the protocols share: their options, their models and images, and the files that they write."""
+
+import argparse
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+import torch.nn.functional as F
+from torch.utils.data import Dataset
+
+from crate_fast.errors import CommandParser, UserError
+from crate_fast.eval.common import images as images_module
+from crate_fast.eval.common import models as models_module
+from crate_fast.eval.common import results as files
+from crate_fast.eval.common.figures import Picture
+from crate_fast.eval.common.images import Batch, Sample, batches, open_images
+from crate_fast.eval.common.models import LoadedModel, open_model, split_label
+from crate_fast.eval.common.results import file_name, make_folder
+from crate_fast.train.distributed import choose_device
+
+__all__ = [
+    "Evaluation",
+    "evaluation_parser",
+    "first_columns",
+    "image_picture",
+    "open_data",
+    "open_models",
+    "output_folder",
+    "positive",
+    "read_images",
+    "reading",
+    "seed",
+    "settings_of",
+    "short_name",
+]
+
+
+def _integer(text: str, low: int, high: float, expected: str) -> int:
+    value = int(text)
+    if not low <= value < high:
+        raise argparse.ArgumentTypeError(f"{value}: give {expected}")
+    return value
+
+
+def positive(text: str) -> int:
+    """Parse a positive integer, for argparse."""
+    return _integer(text, 1, float("inf"), "a positive integer")
+
+
+def seed(text: str) -> int:
+    """Parse a seed, for argparse."""
+    return _integer(text, 0, 2**63, f"an integer from 0 to {2**63 - 1}")
+
+
+def _not_negative(text: str) -> int:
+    return _integer(text, 0, float("inf"), "0 or a positive integer")
+
+
+def evaluation_parser(
+    protocol: str,
+    description: str,
+    *,
+    data: str | Literal[False] | None = None,
+    many: bool = True,
+    image_size: int | None = None,
+    limit: int | None = None,
+) -> argparse.ArgumentParser:
+    """Make a parser with the options of every protocol: models, data, size, limit, device, output.
+
+    Args:
+        protocol: Name on the command line.
+        description: One sentence for `--help`.
+        data: Default of `--data`; None makes it required; False leaves out `--data` and `--limit`, for a protocol
+            that opens its data some other way.
+        many: Take several models.
+        image_size: Default of `--image-size`; None is the model's own.
+        limit: Default of `--limit`; None is all images.
+    """
+    epilog = "How to name models:\n\n" + models_module.__doc__.split("\n\n", 1)[1]
+    if data is not False:
+        epilog += "\nand data:\n\n" + images_module.__doc__.split("\n\n", 1)[1]
+    parser = CommandParser(
+        prog=f"crate-fast eval {protocol}",
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    plural = {"nargs": "+"} if many else {}
+    add("models" if many else "model", metavar="MODEL", help="see below", **plural)
+    if data is not False:
+        add("--data", default=data, required=data is None, help="see below")
+        add("--limit", type=positive, default=limit, help=f"number of images; default {limit or 'all'}")
+    size = str(image_size or "the model's own")
+    add(
+        "--image-size", type=positive, default=image_size, help=f"side of the squashed images, pixels; default {size}"
+    )
+    add("--batch-size", type=positive, default=8, help="images per forward pass; default %(default)s")
+    add("--workers", type=_not_negative, default=0, help="processes that read images; default 0: none")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N; default auto")
+    add("--seed", type=seed, default=0, help="seed of every random draw; default 0")
+    add("--model-args", nargs="+", metavar="KEY=VALUE", help="for models that timm builds")
+    add("--output", type=Path, help=f"folder of the results; default runs/eval/{protocol}/MODELS")
+    return parser
+
+
+def _model_names(options: argparse.Namespace) -> list[str]:
+    return options.models if "models" in options else [options.model]
+
+
+def open_models(options: argparse.Namespace) -> list[LoadedModel]:
+    """Open every model that the command names.
+
+    Raises:
+        UserError: Two have the same label, or one cannot be opened; see `models.open_model`.
+    """
+    device = choose_device(options.device)
+    options.device = str(device)
+    settings = (device, options.image_size, options.model_args, options.seed)
+    models = [open_model(name, *settings) for name in _model_names(options)]
+    if options.model_args and all(loaded.config is not None for loaded in models):
+        raise UserError(f"--model-args {' '.join(options.model_args)}: a run knows its own model; leave them out")
+    labels = [loaded.label for loaded in models]
+    duplicates = sorted({label for label in labels if labels.count(label) > 1})
+    if duplicates:
+        raise UserError(f"two models are called {duplicates[0]!r}: give each a name, as in NAME=MODEL")
+    return models
+
+
+def open_data(options: argparse.Namespace, loaded: LoadedModel) -> Dataset:
+    """Open the images of `--data` at a model's size."""
+    return open_images(options.data, loaded.extract.image_size[0], options.limit)
+
+
+def reading(options: argparse.Namespace, title: str | None) -> dict:
+    """Return the arguments of `images.batches` that a command line decides; `title` is the progress bar's."""
+    return {"batch_size": options.batch_size, "workers": options.workers, "progress": title}
+
+
+def output_folder(options: argparse.Namespace, protocol: str) -> Path:
+    """Make `--output`, or a folder named after the protocol and the models.
+
+    Commands call it before they compute anything.
+
+    Raises:
+        UserError: It cannot be made.
+    """
+    labels = [file_name(split_label(name)[0]) for name in _model_names(options)]
+    return make_folder(options.output or Path("runs/eval") / protocol / "+".join(labels)[:120])
+
+
+def settings_of(options: argparse.Namespace, models: Sequence[LoadedModel]) -> dict:
+    """Return every setting of a command line and the facts of its models, for results.json."""
+    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
+    return settings | {"models": [loaded.facts for loaded in models]}
+
+
+class Evaluation:
+    """Results of one command: written files, unreadable images, and models that could not be scored.
+
+    Args:
+        protocol: Its name.
+        options: A command line of `evaluation_parser`.
+        models: The models.
+        default_folder: Name of the folder without `--output`; the protocol's when None.
+
+    Attributes:
+        folder: The folder of the results, made.
+        problems: One line for each unreadable image; filled by `images.batches`.
+        written: Files other than tables and results.json.
+
+    Raises:
+        UserError: The folder cannot be made.
+    """
+
+    def __init__(
+        self,
+        protocol: str,
+        options: argparse.Namespace,
+        models: Sequence[LoadedModel],
+        default_folder: str | None = None,
+    ):
+        self.protocol, self.options, self.models = protocol, options, models
+        self.folder = output_folder(options, default_folder or protocol)
+        self.problems: list[str] = []
+        self.written: list[Path] = []
+        self._tables: list[Path] = []
+        self._failures: list[str] = []
+
+    def model_folder(self, loaded: LoadedModel) -> Path:
+        """Return the folder of one model's files: with a single model the output folder itself."""
+        return self.folder if len(self.models) == 1 else self.folder / file_name(loaded.label)
+
+    def reading(self, title: str) -> dict:
+        """Return the arguments of a protocol's `evaluate` for reading images; `title` is the progress bar's."""
+        return reading(self.options, title) | {"problems": self.problems}
+
+    @contextmanager
+    def others_go_on(self, label: str) -> Iterator[None]:
+        """Note a `UserError` as this model's failure, so that the other models are scored."""
+        try:
+            yield
+        except UserError as error:
+            self._failures.append(f"{label}: {error}")
+
+    def figure(self, name: str) -> list[Path]:
+        """Return the paths of a figure, PNG and PDF, and count them as written."""
+        paths = [self.folder / f"{name}.{suffix}" for suffix in ("png", "pdf")]
+        self.written += paths
+        return paths
+
+    def write_table(self, name: str, rows: Sequence[dict], digits: int = 3, show: bool = True) -> None:
+        """Write a table in three formats, and print it."""
+        text = files.write_table(self.folder, name, rows, digits)
+        self._tables += [self.folder / f"{name}.{suffix}" for suffix in ("md", "csv", "tex")]
+        if show:
+            print(text)
+
+    def check_scored(self, results) -> None:
+        """Refuse to go on without a single result.
+
+        Raises:
+            UserError: There is none; the message has each model's failure.
+        """
+        if not results:
+            raise UserError("; ".join(self._failures))
+
+    def finish(self, results: dict, config: dict | None = None, notes: Sequence[str] = ()) -> None:
+        """Write results.json, print notes and the written files, and report failures.
+
+        Args:
+            results: Plain values.
+            config: More settings than those of the command line.
+            notes: Lines to print.
+
+        Raises:
+            UserError: A model could not be scored.
+        """
+        settings = settings_of(self.options, self.models) | (config or {})
+        path = files.write_results(self.folder, self.protocol, settings, results, self.problems)
+        print(*notes, sep="\n", end="\n" if notes else "")
+        print(f"unreadable images: {len(self.problems)}\nwritten:", path, *self._tables, *self.written, sep="\n  ")
+        if self._failures:
+            raise UserError("; ".join(self._failures) + f"; the other models' results are in {self.folder}")
+
+
+def read_images(
+    evaluation: Evaluation, loaded: LoadedModel, kept: list[Sample], containing: str | None = None
+) -> Iterator[Batch]:
+    """Read the images of `--data` at a model's size, batch by batch, with a progress bar.
+
+    Args:
+        evaluation: The command's.
+        loaded: The model.
+        kept: Filled with the samples, for the figures.
+        containing: Take only images with a class of this name; `--limit` counts these.
+
+    Raises:
+        UserError: No class has that name, or none of the images contains it.
+    """
+    options = evaluation.options
+    images = open_images(options.data, loaded.extract.image_size[0], None if containing else options.limit)
+    number = None if containing is None else _class_number(images.class_names(), containing)
+    for batch in batches(images, **evaluation.reading(f"reading for {loaded.label}")):
+        if number is not None:
+            rows = [row for row, sample in enumerate(batch.samples) if number in sample.target.classes]
+            rows = rows[: None if options.limit is None else options.limit - len(kept)]
+            batch = Batch(batch.images[rows], [batch.samples[row] for row in rows])
+        if batch.samples:
+            kept.extend(batch.samples)
+            yield batch
+        if number is not None and len(kept) == options.limit:
+            break
+    if not kept:
+        raise UserError(f"--class {containing}: none of the {len(images)} images contains it; choose another")
+
+
+def _class_number(names: dict[int, str], wanted: str) -> int:
+    found = [number for number, name in names.items() if name == wanted]
+    if not found:
+        known = f"it has {', '.join(names.values())}" if names else "it has no object masks"
+        raise UserError(f"--class {wanted!r}: the data set has no such class; {known}")
+    return found[0]
+
+
+def short_name(sample: Sample, longest: int = 16) -> str:
+    """Return a sample's key without its beginning where it is long."""
+    name = str(sample.key)
+    return name if len(name) <= longest else "…" + name[1 - longest :]
+
+
+def image_picture(image) -> Picture:
+    """Return an image [3, H, W] as a cell of a figure."""
+    return Picture(image.permute(1, 2, 0).numpy())
+
+
+def first_columns(samples: Sequence[Sample]) -> tuple[list[list[Picture]], list[str]]:
+    """Return a row for each sample, with its image and the union of its object masks if known, and column titles."""
+    rows, labelled = [], any(sample.target is not None for sample in samples)
+    for sample in samples:
+        row = [image_picture(sample.image)]
+        if labelled:
+            union = sample.target.masks.any(dim=0)[None, None].float()
+            row.append(Picture(F.interpolate(union, sample.image.shape[1:])[0, 0].numpy(), "gray", (0, 1)))
+        rows.append(row)
+    return rows, ["image", "object"] if labelled else ["image"]

@@ -1,0 +1,206 @@
+"""Files of an evaluation: results.json with its origin, tables in three formats, and records to resume from."""
+
+import csv
+import io
+import json
+import os
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from crate_fast.errors import UserError
+from crate_fast.provenance import provenance
+from crate_fast.train.checkpoint import write_text
+
+__all__ = [
+    "Records",
+    "csv_table",
+    "file_name",
+    "latex_table",
+    "make_folder",
+    "markdown_table",
+    "write_results",
+    "write_table",
+]
+
+_LATEX = str.maketrans(
+    {sign: "\\" + sign for sign in "&%_#${}"}
+    | {"–": "--", "−": "$-$", "…": r"\dots", "\\": r"\textbackslash{}"}
+    | {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+)
+
+
+def _columns(rows: Sequence[dict]) -> list[str]:
+    return list(dict.fromkeys(name for row in rows for name in row))
+
+
+def _cells(rows: Sequence[dict], digits: int) -> list[list[str]]:
+    """Return the header and the rows as text; a missing value is –."""
+
+    def cell(value: object) -> str:
+        return "–" if value is None else f"{value:.{digits}f}" if isinstance(value, float) else str(value)
+
+    columns = _columns(rows)
+    return [columns, *([cell(row.get(name)) for name in columns] for row in rows)]
+
+
+def markdown_table(rows: Sequence[dict], digits: int = 3) -> str:
+    """Format rows as a Markdown table; columns in order of appearance, a missing value as –.
+
+    >>> print(markdown_table([{"model": "A", "AP": 0.5}, {"model": "B"}]), end="")
+    | model | AP |
+    | --- | --- |
+    | A | 0.500 |
+    | B | – |
+    """
+    columns, *lines = _cells(rows, digits)
+    lines = [[cell.replace("|", "\\|") for cell in line] for line in lines]
+    return "".join("| " + " | ".join(line) + " |\n" for line in [columns, ["---"] * len(columns), *lines])
+
+
+def csv_table(rows: Sequence[dict]) -> str:
+    """Format rows as CSV, numbers in full; a missing value is empty."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, _columns(rows), restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def latex_table(rows: Sequence[dict], digits: int = 3) -> str:
+    """Format rows as a LaTeX `tabular` for the booktabs package."""
+    head, *body = (" & ".join(c.translate(_LATEX) for c in line) + r" \\" for line in _cells(rows, digits))
+    alignment = "l" + "r" * (len(_columns(rows)) - 1)
+    lines = [rf"\begin{{tabular}}{{{alignment}}}", r"\toprule", head, r"\midrule", *body, r"\bottomrule"]
+    return "\n".join([*lines, r"\end{tabular}", ""])
+
+
+def make_folder(folder: Path) -> Path:
+    """Make a folder to write into, if it is not there, and return it.
+
+    Raises:
+        UserError: It cannot be made or written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output {folder}: no such folder can be made ({error.strerror}); name another") from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"--output {folder}: nothing can be written there; name another folder")
+    return folder
+
+
+def file_name(label: str) -> str:
+    """Return a model's label as part of a path: CRATE-S/8 → CRATE-S_8."""
+    return re.sub(r"[^\w.@-]+", "_", label)
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a file; where that fails, print its content, which may have taken hours."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, text)
+    except OSError as error:
+        print(text)
+        raise UserError(
+            f"{path} cannot be written ({error.strerror}), and its content is printed instead: free some space, or "
+            "see to its permissions"
+        ) from error
+
+
+def write_table(folder: Path, name: str, rows: Sequence[dict], digits: int = 3) -> str:
+    """Write `name`.md, `name`.csv and `name`.tex into a folder; returns the Markdown."""
+    text = markdown_table(rows, digits)
+    _write(folder / f"{name}.md", text)
+    _write(folder / f"{name}.csv", csv_table(rows))
+    _write(folder / f"{name}.tex", latex_table(rows, digits))
+    return text
+
+
+def write_results(folder: Path, protocol: str, config: dict, results: dict, problems: Sequence[str] = ()) -> Path:
+    """Write results.json: settings, results, unreadable images and provenance.
+
+    Args:
+        folder: Made if it is not there.
+        protocol: Such as "maskcut".
+        config: Every setting that decides the result.
+        results: Plain values.
+        problems: One line for each unreadable image.
+
+    Returns:
+        The file.
+    """
+    content = {
+        "protocol": protocol,
+        "config": config,
+        "results": results,
+        "unreadable": {"count": len(problems), "images": list(problems)},
+        "provenance": provenance(),
+    }
+    path = folder / "results.json"
+    _write(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    return path
+
+
+class Records:
+    """Records of an evaluation in a folder, one line for each image or checkpoint, from which it is resumed.
+
+        settings.json         the settings that decide a record; records of other settings are refused
+        records-RANK.jsonl    one record a line, appended and flushed by the process of that rank
+
+    A killed process leaves half a line, which is not read: its image is done again.
+
+    Args:
+        folder: Made if it is not there.
+        settings: Settings that decide a record.
+        rank: Rank of this process. Rank 0 writes settings.json; make its object before the others.
+        key: Name of the field that identifies a record.
+
+    Raises:
+        UserError: The folder holds records made with other settings, or cannot be written.
+    """
+
+    def __init__(self, folder: Path, settings: dict, rank: int = 0, key: str = "image_id"):
+        self.folder, self.rank, self.key = folder, rank, key
+        make_folder(folder)
+        path = folder / "settings.json"
+        settings = json.loads(json.dumps(settings))
+        if path.is_file() and self.read():
+            before = json.loads(path.read_text())
+            differing = sorted(k for k in before.keys() | settings.keys() if before.get(k) != settings.get(k))
+            if differing:
+                pairs = "; ".join(f"{k}: {before.get(k)!r} there, {settings.get(k)!r} now" for k in differing)
+                raise UserError(
+                    f"{folder} holds records of other settings ({pairs}): give another --output, or remove it"
+                )
+        elif rank == 0:
+            write_text(path, json.dumps(settings, indent=2) + "\n")
+
+    def read(self) -> dict[str | int, dict]:
+        """Return key → record of all processes; records with one key are equal."""
+        records = {}
+        for path in sorted(self.folder.glob("records-*.jsonl")):
+            with path.open() as file:
+                for line in file:
+                    if line.endswith("\n"):
+                        record = json.loads(line)
+                        records[record[self.key]] = record
+        return records
+
+    def append(self, records: Iterable[dict]) -> None:
+        """Write records as they come; each is flushed to the operating system before the next is made."""
+        path = self.folder / f"records-{self.rank}.jsonl"
+        _cut_half_line(path)
+        with path.open("a") as file:
+            for record in records:
+                file.write(json.dumps(record) + "\n")
+                file.flush()
+
+
+def _cut_half_line(path: Path) -> None:
+    if path.is_file():
+        content = path.read_bytes()
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):
+            with path.open("r+b") as file:
+                file.truncate(whole)
