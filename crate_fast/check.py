@@ -22,9 +22,9 @@ import torch
 
 from crate_fast import env
 from crate_fast.backends import explain_backend
+from crate_fast.env import provenance
 from crate_fast.errors import CommandParser, UserError, run_command
 from crate_fast.probes import CHECKED, PROBES, find_probe
-from crate_fast.provenance import provenance
 
 __all__ = ["Outcome", "isolated_probe", "main", "run_isolated"]
 

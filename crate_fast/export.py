@@ -17,11 +17,11 @@ from pathlib import Path
 import torch
 from torch.export import Dim, ExportedProgram
 
+from crate_fast.env import provenance
 from crate_fast.errors import UserError, require
 from crate_fast.exported import Difference, compare, open_exported
 from crate_fast.model import CRATE
 from crate_fast.portable import PortableCRATE
-from crate_fast.provenance import provenance
 
 __all__ = ["FORMATS", "MismatchError", "capture", "export_model", "write_onnx", "write_torch"]
 

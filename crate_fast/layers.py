@@ -9,8 +9,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.checkpoint import checkpoint
 
 from crate_fast import functional
-from crate_fast.backends import resolve_backend
-from crate_fast.tracing import being_transformed
+from crate_fast.backends import being_transformed, resolve_backend
 
 __all__ = [
     "ISTA",

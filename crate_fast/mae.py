@@ -14,7 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from crate_fast.backends import BACKENDS
+from crate_fast.backends import BACKENDS, without_tracer_warnings
 from crate_fast.errors import UserError
 from crate_fast.layers import ISTA, MSSA, DecoderLayer, Dictionary, Layer, Linear, PreNorm, patches_of
 from crate_fast.model import (
@@ -30,7 +30,6 @@ from crate_fast.model import (
     size_pair,
     takes_names,
 )
-from crate_fast.tracing import without_tracer_warnings
 
 __all__ = [
     "CRATEMAE",

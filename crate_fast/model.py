@@ -11,11 +11,10 @@ import torch.nn.functional as F
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from crate_fast.backends import BACKENDS
+from crate_fast.backends import BACKENDS, being_written, without_tracer_warnings
 from crate_fast.errors import UserError
 from crate_fast.functional import THRESHOLDS
 from crate_fast.layers import ISTA, MHSA, MLP, MSSA, EmbeddingNorm, Layer, Linear, Patches, PreNorm, Transformer
-from crate_fast.tracing import being_written, without_tracer_warnings
 from crate_fast.weight_files import is_wrapped, unwrap_state_dict
 
 __all__ = [

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from crate_fast.errors import UserError
-from crate_fast.folding import fold_dictionary
+from crate_fast.functional import fold_dictionary
 from crate_fast.layers import ISTA, MHSA, MSSA
 from crate_fast.model import CRATE, pool_tokens
 from crate_fast.whitebox import attention_layer, trace

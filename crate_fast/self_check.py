@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from crate_fast.accuracy import Judgement, error_numbers, product_eps, token_scale
-from crate_fast.autocast import without_autocast
+from crate_fast.backends import without_autocast
 from crate_fast.errors import UserError
 from crate_fast.settings import SELF_CHECK, fused_products_wanted, self_check_wanted
 

@@ -8,10 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from crate_fast.autocast import without_autocast
+from crate_fast.backends import refuse_double_backward, without_autocast
 from crate_fast.self_check import self_checked
 from crate_fast.settings import fused_products_wanted
-from crate_fast.tracing import refuse_double_backward
 
 __all__ = ["compression_fwd", "fold", "ista_fwd", "subspace_attention_fwd"]
 
@@ -239,9 +238,8 @@ refuse_double_backward(ista_bwd, "run backend='torch'")
 
 def _output_tile(x: Tensor, weight: Tensor):
     """The output map's tile where it runs with its neighbours; None where it runs by itself."""
-    from crate_fast.kernels.launch import precision
+    from crate_fast.kernels.launch import find, precision
     from crate_fast.kernels.product import fitted_product
-    from crate_fast.kernels.tiles import find
 
     tile = find("output_map", x.device, precision(weight.dtype))
     wanted = fused_products_wanted()

@@ -16,8 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from crate_fast.kernels.launch import Launch, precision
-from crate_fast.kernels.tiles import Tile, find, lookup
+from crate_fast.kernels.launch import Launch, Tile, find, lookup, precision
 
 __all__ = ["backward", "forward", "plan_backward", "plan_forward"]
 

@@ -7,8 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from crate_fast.kernels.launch import Launch
-from crate_fast.kernels.tiles import Tile
+from crate_fast.kernels.launch import Launch, Tile
 
 __all__ = ["Norm", "backward", "normalize", "plan_rows", "shares"]
 

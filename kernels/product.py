@@ -13,10 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from crate_fast.kernels.launch import Launch, precision
+from crate_fast.kernels.launch import Launch, Tile, lookup, precision, processors
 from crate_fast.kernels.layer_norm import Norm
-from crate_fast.kernels.support import processors
-from crate_fast.kernels.tiles import Tile, lookup
 
 __all__ = [
     "fitted",

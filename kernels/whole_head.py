@@ -22,8 +22,7 @@ from crate_fast.kernels.attention import (
     forward_rows,
     numbers,
 )
-from crate_fast.kernels.launch import Launch
-from crate_fast.kernels.tiles import Tile
+from crate_fast.kernels.launch import Launch, Tile
 
 __all__ = ["BLOCK", "backward", "forward", "plan_backward", "plan_forward", "plan_rest", "serves", "split"]
 

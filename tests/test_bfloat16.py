@@ -17,7 +17,7 @@ from released import ReleasedCRATE
 
 from crate_fast import CRATE, functional
 from crate_fast.kernels import whole_head
-from crate_fast.kernels.tiles import Tile
+from crate_fast.kernels.launch import Tile
 from crate_fast.reference import ista_reference, mssa_reference, subspace_attention_reference
 
 ON_GPU = torch.cuda.is_available()

@@ -16,8 +16,7 @@ from crate_fast import CRATE, CRATEMAE, functional, triton_ops
 from crate_fast.errors import UserError
 from crate_fast.functional import compress
 from crate_fast.kernels import attention, layer_norm, product
-from crate_fast.kernels.support import architecture
-from crate_fast.kernels.tiles import TABLE, Tile
+from crate_fast.kernels.launch import TABLE, Tile, architecture
 from crate_fast.reference import mssa_reference, subspace_attention_reference
 
 EPS = 1e-5

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from oracle import token_scale, within_twice_eager
 from torch import Tensor
 
-from crate_fast import SPIN_COUNT, cpu, cpu_attention
+from crate_fast import SPIN_COUNT, cpu_ops
 from crate_fast.backends import explain_backend
 from crate_fast.functional import fold_dictionary, ista, linear, subspace_attention
 from crate_fast.reference import ista_reference, subspace_attention_reference
@@ -268,13 +268,11 @@ def test_custom_operators_pass_opcheck():
     x, weight = torch.randn(6, 5, requires_grad=True), torch.randn(4, 5, requires_grad=True)
     bias = torch.randn(4, requires_grad=True)
     for relu in (False, True):
-        torch.library.opcheck(cpu.cpu_linear, (x, weight, bias, relu))
-        torch.library.opcheck(cpu.cpu_linear, (x, weight, None, relu))
+        torch.library.opcheck(cpu_ops.cpu_linear, (x, weight, bias, relu))
+        torch.library.opcheck(cpu_ops.cpu_linear, (x, weight, None, relu))
     w = torch.randn(1, 70, 2, 16, requires_grad=True)
-    torch.library.opcheck(cpu_attention.cpu_subspace_attention, (w, 0.25))
-    torch.library.opcheck(
-        cpu_attention.cpu_subspace_attention_backward, (torch.randn(1, 70, 2, 16), w.detach(), 0.25)
-    )
+    torch.library.opcheck(cpu_ops.cpu_subspace_attention, (w, 0.25))
+    torch.library.opcheck(cpu_ops.cpu_subspace_attention_backward, (torch.randn(1, 70, 2, 16), w.detach(), 0.25))
 
 
 @with_either_library
@@ -283,7 +281,7 @@ def test_custom_operators_pass_opcheck():
 def test_cpu_linear_and_its_gradients(rows, relu):
     x, weight, bias = torch.randn(rows, 48), torch.randn(32, 48), torch.randn(32)
     inputs = [t.requires_grad_() for t in (x, weight, bias)]
-    ours = cpu.cpu_linear(*inputs, relu)
+    ours = cpu_ops.cpu_linear(*inputs, relu)
     theirs = F.linear(*inputs).relu() if relu else F.linear(*inputs)
     grad = torch.randn_like(theirs)
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
@@ -338,25 +336,25 @@ VENDORS += [(vendor, choice, choice == "1") for vendor in ("GenuineIntel", "Auth
 
 @pytest.mark.parametrize(("vendor", "choice", "expected"), VENDORS)
 def test_the_processor_chooses_the_library_unless_the_variable_does(vendor, choice, expected, monkeypatch):
-    monkeypatch.setattr(cpu, "processor_vendor", lambda: vendor)
+    monkeypatch.setattr(cpu_ops, "processor_vendor", lambda: vendor)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
     monkeypatch.delenv("CRATE_FAST_ONEDNN", raising=False)
     if choice is not None:
         monkeypatch.setenv("CRATE_FAST_ONEDNN", choice)
-    assert cpu.uses_onednn() is expected
+    assert cpu_ops.uses_onednn() is expected
 
 
 def test_intel_without_mkl_takes_onednn(monkeypatch):
-    monkeypatch.setattr(cpu, "processor_vendor", lambda: "GenuineIntel")
+    monkeypatch.setattr(cpu_ops, "processor_vendor", lambda: "GenuineIntel")
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
     monkeypatch.delenv("CRATE_FAST_ONEDNN", raising=False)
-    assert cpu.uses_onednn()
+    assert cpu_ops.uses_onednn()
 
 
 def test_a_misspelt_choice_of_library_is_named(monkeypatch):
     monkeypatch.setenv("CRATE_FAST_ONEDNN", "yes")
     with pytest.raises(ValueError, match="CRATE_FAST_ONEDNN='yes'"):
-        cpu.uses_onednn()
+        cpu_ops.uses_onednn()
 
 
 def test_without_onednn_a_product_is_pytorchs(monkeypatch):

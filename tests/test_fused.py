@@ -20,11 +20,10 @@ from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from crate_fast import CRATE, env, folding, functional, kernels, triton_ops, whitebox
+from crate_fast import CRATE, env, functional, kernels, triton_ops, whitebox
 from crate_fast.backends import explain_backend
 from crate_fast.errors import UserError
-from crate_fast.folding import fold_dictionary
-from crate_fast.functional import cached_dictionaries, ista, norm_ista, subspace_attention
+from crate_fast.functional import cached_dictionaries, fold_dictionary, ista, norm_ista, subspace_attention
 from crate_fast.kernels import folding as folding_kernels
 from crate_fast.kernels import ista as ista_kernels
 from crate_fast.reference import ista_reference, subspace_attention_reference
@@ -322,7 +321,7 @@ def test_two_processes(sharded, free_port):
 def folds(monkeypatch) -> list:
     """One entry for every dictionary folded."""
     calls = []
-    for module, name in ((folding, "fold_dictionary"), (functional, "fold_dictionary"), (triton_ops, "fold")):
+    for module, name in ((functional, "fold_dictionary"), (triton_ops, "fold")):
         plain = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *args, plain=plain: calls.append(1) or plain(*args))
     return calls
@@ -398,7 +397,7 @@ def test_temporary_dictionaries_are_not_kept(device, folds):
     with cached_dictionaries(), torch.no_grad():
         for _ in range(3):
             ista(x, dictionary * 1.0, backend="triton")
-        assert not folding._cache.entries
+        assert not functional._cache.entries
     assert len(folds) == 3
 
 
@@ -413,10 +412,10 @@ def test_scopes_of_two_threads_overlap(device, folds):
     model = _model("cpu", "torch").eval()
     with torch.no_grad():
         model(torch.randn(8, 3, 16, 16))
-        assert folding._cache.entries
+        assert functional._cache.entries
     second.__exit__(None, None, None)
-    assert not folding._cache.entries
-    assert folding._cache.scopes == 0
+    assert not functional._cache.entries
+    assert functional._cache.scopes == 0
 
 
 @pytest.mark.parametrize(

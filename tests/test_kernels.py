@@ -13,7 +13,7 @@ from torch import Tensor
 
 from crate_fast.functional import norm_ista
 from crate_fast.kernels import attention, folding, ista, layer_norm, product
-from crate_fast.kernels.tiles import TABLE, Tile, lookup
+from crate_fast.kernels.launch import TABLE, Tile, lookup
 from crate_fast.reference import ista_reference, subspace_attention_reference
 
 DTYPES = [torch.float32, torch.float16]

@@ -9,7 +9,7 @@ import torch
 from oracle import all_within_twice_eager, gradients, mutant, spread_tokens, token_scale
 
 from crate_fast.kernels import attention, whole_head
-from crate_fast.kernels.tiles import Tile
+from crate_fast.kernels.launch import Tile
 from crate_fast.reference import subspace_attention_reference
 
 FORWARD, BACKWARD = Tile(64, 32, 4, 1), Tile(64, 16, 4, 1)

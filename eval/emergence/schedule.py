@@ -13,12 +13,12 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from crate_fast.cpu import processor_name
+from crate_fast.cpu_ops import processor_name
+from crate_fast.env import provenance
 from crate_fast.errors import UserError
 from crate_fast.eval.emergence.analysis import chosen_lr, load_results
 from crate_fast.eval.emergence.job import Job, Places, do, result_file
 from crate_fast.eval.emergence.protocol import Protocol, Run, planned_runs, stages_of, training_config
-from crate_fast.provenance import provenance
 from crate_fast.train.cost import count_flops, meta_model
 from crate_fast.train.distributed import choose_device
 from crate_fast.train.interruption import Interruption
