@@ -40,7 +40,7 @@ def explain_backend(
     dtype: torch.dtype | None = None,
     head_dim: int | None = None,
 ) -> tuple[str, str]:
-    """The backend that a call on `device` would use, and the reason.
+    """Return the backend that a call on `device` would use, and the reason.
 
     Args:
         device: Where the tensors are.
@@ -93,17 +93,17 @@ def _available(device_type: str) -> bool:
 
 
 def autocast_enabled(device_type: str) -> bool:
-    """Whether autocast is on for tensors on this kind of device; False where there is none ("meta")."""
+    """Return True if autocast is on for tensors on this kind of device; False where there is none ("meta")."""
     return _available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def without_autocast(device_type: str):
-    """A context in which autocast is off for this kind of device."""
+    """Return a context in which autocast is off for this kind of device."""
     return torch.autocast(device_type, enabled=False) if autocast_enabled(device_type) else nullcontext()
 
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:
-    """What a product with `tensor` multiplies in: autocast's dtype where it is on, the tensor's elsewhere."""
+    """Return the dtype of a product with `tensor`: autocast's where it is on, the tensor's elsewhere."""
     if autocast_enabled(tensor.device.type) and tensor.dtype != torch.float64:
         return torch.get_autocast_dtype(tensor.device.type)
     return tensor.dtype
@@ -142,7 +142,7 @@ def own_operators_fit() -> bool:
 
 
 def without_tracer_warnings():
-    """A context for checks of shapes, which a trace is to be without: `torch.jit.trace` does not warn of them."""
+    """Return a context for checks of shapes in which `torch.jit.trace` does not warn that they are left out."""
     return _ignoring_tracer_warnings() if torch.jit.is_tracing() else nullcontext()
 
 

@@ -54,7 +54,7 @@ MAX_HALF_TOKENS = 1024  # beyond, SDPA is as fast in bf16, and does not keep an 
 
 @functools.cache
 def processor_vendor() -> str:
-    """What the processor calls its maker ("GenuineIntel", "AuthenticAMD"); "" where nothing says so."""
+    """Return the maker as the processor names it ("GenuineIntel", "AuthenticAMD"); "" where nothing says so."""
     try:
         return _cpuinfo("vendor_id")
     except OSError:
@@ -62,7 +62,7 @@ def processor_vendor() -> str:
 
 
 def processor_name() -> str:
-    """The processor's name as far as the system tells it, such as "AMD EPYC 9654"; else its architecture."""
+    """Return the processor's name as far as the system tells it, such as "AMD EPYC 9654"; else its architecture."""
     try:
         return _cpuinfo("model name") or platform.machine()
     except OSError:
@@ -76,12 +76,12 @@ def _cpuinfo(field: str) -> str:
 
 @torch.compiler.assume_constant_result
 def onednn_suits_processor() -> bool:
-    """Whether this is the processor for oneDNN: any but Intel's, where PyTorch has MKL."""
+    """Return True if this is the processor for oneDNN: any but Intel's, where PyTorch has MKL."""
     return not (processor_vendor() == "GenuineIntel" and torch.backends.mkl.is_available())
 
 
 def uses_onednn() -> bool:
-    """Whether fp32 products go to oneDNN: as `CRATE_FAST_ONEDNN` says; unset, on every processor but Intel's."""
+    """Return True if fp32 products go to oneDNN: by `CRATE_FAST_ONEDNN`; unset, on every processor but Intel's."""
     wanted = onednn_wanted()
     return _ONEDNN_BUILT and (onednn_suits_processor() if wanted is None else wanted)
 
@@ -91,7 +91,7 @@ def _serves_one(tensor: Tensor) -> bool:
 
 
 def serves(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
-    """Whether `cpu_linear` takes these: fp32 on the CPU, and neither autocast nor a transform under way."""
+    """Return True if `cpu_linear` takes these: fp32 on the CPU, and neither autocast nor a transform under way."""
     suitable = _serves_one(x) and _serves_one(weight) and (bias is None or _serves_one(bias))
     return suitable and not torch.is_autocast_enabled("cpu") and own_operators_fit()
 
@@ -188,14 +188,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def serves_attention(w: Tensor) -> bool:
-    """Whether `cpu_subspace_attention` takes w [B, N, H, D]: fp32, or bf16 of moderate length, on the CPU."""
+    """Return True if `cpu_subspace_attention` takes w [B, N, H, D]: fp32, or bf16 of moderate length, on the CPU."""
     if w.device.type != "cpu" or not own_operators_fit():
         return False
     return w.dtype == torch.float32 or (w.dtype == torch.bfloat16 and w.shape[1] <= MAX_HALF_TOKENS)
 
 
 def _by_rows(w: Tensor) -> bool:
-    """Whether a head is so large that its logits are taken a block of rows at a time."""
+    """Return True if a head is so large that its logits are taken a block of rows at a time."""
     return w.dtype == torch.float32 and w.shape[1] >= MIN_ROWWISE_TOKENS
 
 
@@ -299,7 +299,7 @@ def _group_buffer(w: Tensor) -> Tensor:
 
 
 def _block(buffer: Tensor, rows: Tensor, tokens: Tensor) -> Tensor:
-    """The buffer's start as [b·H, rows, N], contiguous: softmax writes other strides wrongly where it may."""
+    """Return the buffer's start as [b·H, rows, N], contiguous: softmax writes other strides wrongly where it may."""
     shape = len(rows), rows.shape[1], tokens.shape[1]
     return buffer[: shape[0] * shape[1] * shape[2]].view(shape)
 
@@ -339,7 +339,7 @@ def _whole_heads_backward(tokens: Tensor, grads: Tensor, scale: float, buffers: 
 
 
 def _row_blocks_backward(tokens: Tensor, grads: Tensor, scale: float, buffers: list[Tensor]) -> Tensor:
-    """The same in five products, a block of rows at a time; each product adds to dW where it lies."""
+    """Return the same in five products, a block of rows at a time; each product adds to dW where it lies."""
     out = torch.zeros_like(tokens)
     n_rows = len(buffers[0]) // (len(tokens) * tokens.shape[1])
     blocks = (heads.split(n_rows, dim=1) for heads in (tokens, grads, out))

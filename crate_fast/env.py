@@ -49,7 +49,7 @@ def describe() -> dict[str, str]:
 
 
 def _ptxas(device: torch.device) -> str:
-    """The assembler Triton would use, and a warning where it is known to miscompile (triton issue 9433)."""
+    """Return the assembler Triton would use, and a warning where it is known to miscompile (triton issue 9433)."""
     version = _ptxas_version(device)
     numbers = tuple(map(int, re.findall(r"\d+", version)[:2]))
     if torch.cuda.get_device_capability(device)[0] == 9 and numbers < (13, 3):
@@ -68,7 +68,7 @@ def _ptxas_version(device: torch.device) -> str:
 
 
 def compiler_versions(device: torch.device) -> str:
-    """What made the kernels that run on a device: "torch …, triton …, ptxas …"."""
+    """Return the versions that made the kernels that run on a device: "torch …, triton …, ptxas …"."""
     versions = f"torch {torch.__version__}, triton {_version('triton')}"
     if device.type != "cuda":
         return f"{versions}, interpreted"
@@ -76,7 +76,7 @@ def compiler_versions(device: torch.device) -> str:
 
 
 def driver_version() -> str:
-    """NVIDIA's driver, as nvidia-smi has it."""
+    """Return the version of NVIDIA's driver, as nvidia-smi has it."""
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
@@ -85,7 +85,7 @@ def driver_version() -> str:
 
 
 def _commit() -> str:
-    """The source tree's commit, with "+changes" if it is not clean; "installed" outside a checkout."""
+    """Return the source tree's commit, with "+changes" if it is not clean; "installed" outside a checkout."""
     root = Path(__file__).resolve().parent.parent
     if not (root / ".git").exists():
         return "installed"

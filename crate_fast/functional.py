@@ -58,7 +58,7 @@ def _check_tensor(name: str, tensor: Tensor, rank: str, ok: bool) -> None:
 
 
 def _check_beside(x: Tensor, *, any_dtype: bool = False, **tensors: Tensor) -> None:
-    """Whether all are on x's device and, unless autocast or any_dtype allows another, in x's dtype."""
+    """Raise unless all are on x's device and, unless autocast or any_dtype allows another, in x's dtype."""
     for name, tensor in tensors.items():
         if tensor.device != x.device:
             raise UserError(f"{name} is on {tensor.device} and x on {x.device}: move one to the other's device")
@@ -137,7 +137,7 @@ def compress(
     residual: str = "released",
     backend: str = "auto",
 ) -> Tensor:
-    """The first half of a layer, h = x + MSSA(LayerNorm(x)) (paper, Eq. 5, with the released code's skip connection).
+    """Return the first half of a layer, h = x + MSSA(LayerNorm(x)) (paper, Eq. 5, with the released skip connection).
 
     With the kernels, backward keeps the normalised rows, the subspace tokens W and the attention's output in the
     products' dtype, and a few numbers a row.
@@ -316,7 +316,7 @@ def _folded(dictionary: Tensor, step_size: float) -> Tensor:
 
 
 def _folded_ista(x: Tensor, dictionary: Tensor, step_size: float, sparsity: float, threshold: str) -> Tensor:
-    """The same in PyTorch, on any device."""
+    """Compute ISTA in PyTorch, on any device."""
     shift = step_size * sparsity
     width = x.shape[-1]
     # Too few tokens to pay for a C×C×C product: (x − xDᵀ)D is two products with x. A graph that is written takes them
@@ -357,7 +357,7 @@ class _FoldDictionary(torch.autograd.Function):
 
 
 def fold_dictionary(dictionary: Tensor, step_size: float = 0.1) -> Tensor:
-    """The matrix of the ISTA gradient step, G = η(D − DᵀD): x + xG = x + η(xD − xDᵀD).
+    """Return the matrix of the ISTA gradient step, G = η(D − DᵀD): x + xG = x + η(xD − xDᵀD).
 
     Args:
         dictionary: D [C, C].
@@ -439,7 +439,7 @@ def fold_dictionary_once(
     dtype: torch.dtype,
     fold: Callable[[Tensor, float, torch.dtype], Tensor] = _fold,
 ) -> Tensor:
-    """G in `dtype` and without a gradient, from the scopes' cache where one is open; `fold` computes it.
+    """Return G in `dtype` and without a gradient, from the scopes' cache where one is open; `fold` computes it.
 
     Raises:
         RuntimeError: The dictionary has changed since a scope folded it.

@@ -76,11 +76,11 @@ class Process:
 
     @property
     def seconds(self) -> float:
-        """Since it was started."""
+        """Return the time since it was started."""
         return time.monotonic() - self.started
 
     def check(self) -> bool:
-        """Whether it has ended; ends it where its time is up."""
+        """Return True if it has ended; ends it where its time is up."""
         if self.finished:
             return True
         status = self.popen.poll()
@@ -185,7 +185,7 @@ def run_jobs(
 
 
 def tail(path: Path, lines: int = 12, most: int = 4000) -> str:
-    """The end of a text file."""
+    """Return the end of a text file."""
     try:
         with open(path, "rb") as file:
             file.seek(max(0, path.stat().st_size - most))

@@ -49,7 +49,7 @@ _TIMM_POOLS = {"token": "cls"}  # timm's word: ours; "avg" and "" are the same w
 
 
 def size_pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
-    """The argument `name` as (height, width) in pixels; a ValueError if it is neither one number nor two."""
+    """Return the argument `name` as (height, width) in pixels; a ValueError if it is neither one number nor two."""
     pair = (value, value) if isinstance(value, int) else tuple(value)
     if len(pair) != 2 or not all(isinstance(side, int) and side > 0 for side in pair):
         raise UserError(f"{name}={value!r}: give one positive integer, or two as (height, width), in pixels")
@@ -57,7 +57,7 @@ def size_pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
 
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    """A ValueError unless the argument `name` is one of the choices."""
+    """Raise a UserError unless the argument `name` is one of the choices."""
     if value not in choices:
         raise UserError(f"{name}={value!r}: choose one of {', '.join(map(repr, choices))}")
 
@@ -133,14 +133,14 @@ def _specific_rate(name: str, rate: float | None, dropout: float) -> float:
 
 
 def check_positive(**sizes: int) -> None:
-    """A ValueError unless all are positive integers."""
+    """Raise a UserError unless all are positive integers."""
     for name, size in sizes.items():
         if not isinstance(size, int) or size <= 0:
             raise UserError(f"{name}={size!r}: give a positive integer")
 
 
 def patch_grid(image_size: tuple[int, int], patch_size: tuple[int, int]) -> tuple[int, int]:
-    """Rows and columns of patches; a ValueError if the patch size does not divide the image size."""
+    """Return rows and columns of patches; a ValueError if the patch size does not divide the image size."""
     if image_size[0] % patch_size[0] or image_size[1] % patch_size[1]:
         raise UserError(
             f"image size {image_size} is not a multiple of the patch size {patch_size}: "
@@ -158,7 +158,7 @@ def _plain_size(size: tuple[int, int]) -> list[int]:
 
 
 def resample_positions(positions: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
-    """Positions [1, 1 + rows·columns, C] of one grid for another, bicubically; CLS keeps its own."""
+    """Return positions [1, 1 + rows·columns, C] of one grid for another, bicubically; CLS keeps its own."""
     prefix, patches = positions[:, :1], positions[:, 1:]
     patches = patches if patches.dtype == torch.float64 else patches.float()
     patches = patches.transpose(1, 2).unflatten(-1, old)
@@ -181,7 +181,7 @@ def pool_tokens(tokens: Tensor, pool: str) -> Tensor:
 
 
 def check_floating(images: Tensor) -> None:
-    """A UserError unless images are a floating-point tensor."""
+    """Raise a UserError unless images are a floating-point tensor."""
     if not isinstance(images, Tensor) or not images.is_floating_point():
         kind = images.dtype if isinstance(images, Tensor) else f"a {type(images).__name__}"
         raise UserError(f"images are {kind}: pass a floating-point tensor; scale bytes by images.float() / 255 first")
@@ -194,7 +194,7 @@ def check_floating(images: Tensor) -> None:
 def check_images(
     images: Tensor, channels: int, patch_size: tuple[int, int], image_size: tuple[int, int], any_size: bool
 ) -> None:
-    """A ValueError unless the model takes these images; unchecked in TorchScript."""
+    """Raise a UserError unless the model takes these images; unchecked in TorchScript."""
     if not torch.jit.is_scripting():
         with without_tracer_warnings():
             _check_images(images, channels, patch_size, None if any_size else image_size)
@@ -220,7 +220,7 @@ def _check_images(
 def positions_for(
     images: Tensor, positions: Tensor, patch_size: tuple[int, int], native_grid: tuple[int, int]
 ) -> Tensor:
-    """Positions [1, 1 + rows·columns, C] for images of any size, from those of `native_grid`.
+    """Return positions [1, 1 + rows·columns, C] for images of any size, from those of `native_grid`.
 
     A graph that is written resamples them at every size: it cannot ask whether this one is the native.
     """
@@ -382,7 +382,7 @@ class CRATE(nn.Module):
 
     @property
     def grid_size(self) -> tuple[int, int]:
-        """Rows and columns of patches at the current image size."""
+        """Return rows and columns of patches at the current image size."""
         return self._grid_of(self.image_size)
 
     def set_input_size(self, img_size: int | Sequence[int] | None = None, patch_size=None) -> None:
@@ -408,7 +408,7 @@ class CRATE(nn.Module):
             self.image_size = size
 
     def position_embedding(self, grid: tuple[int, int]) -> Tensor:
-        """Positions for a grid of patches, [1, 1 + rows·columns, C]: the parameter, resampled where it must be."""
+        """Return positions [1, 1 + rows·columns, C] for a grid of patches: the parameter, resampled where needed."""
         if grid == self.native_grid:
             return self.pos_embedding
         return resample_positions(self.pos_embedding, self.native_grid, grid)
@@ -487,7 +487,7 @@ class CRATE(nn.Module):
         intermediates_only: bool = False,
         output_dict: bool = False,
     ) -> list | tuple[Tensor, list] | dict:
-        """Outputs of chosen layers (timm's interface).
+        """Return the outputs of chosen layers (timm's interface).
 
         Args:
             x: Images [B, channels, height, width].
@@ -579,11 +579,11 @@ class CRATE(nn.Module):
         self.transformer.grad_checkpointing = enable
 
     def no_weight_decay(self) -> set[str]:
-        """Parameters that timm's optimizer factory leaves undecayed, beside the one-dimensional ones."""
+        """Return the parameters that timm's optimizer factory leaves undecayed, beside the one-dimensional ones."""
         return {"pos_embedding", "cls_token"}
 
     def group_matcher(self, coarse: bool = False) -> dict:
-        """Regular expressions that group parameters by depth, for layer-wise learning rates (timm)."""
+        """Return regular expressions that group parameters by depth, for layer-wise learning rates (timm)."""
         return {
             "stem": r"^cls_token|^pos_embedding|^to_patch_embedding",
             "blocks": [(r"^transformer\.layers\.(\d+)", None), (r"^mlp_head\.0", (99999,))],
@@ -598,20 +598,20 @@ def _released(num_classes: int, sizes: dict[str, int], arguments: dict[str, Any]
 
 
 def CRATE_tiny(num_classes: int = 1000, **kwargs) -> CRATE:
-    """The released CRATE-T: width 384, 12 layers, 6 heads of 64, patch 16 at 224 px; 6.09 M parameters."""
+    """Build CRATE-T: width 384, 12 layers, 6 heads of 64, patch 16 at 224 px; 6.09 M parameters."""
     return _released(num_classes, {"dim": 384, "depth": 12, "heads": 6}, kwargs)
 
 
 def CRATE_small(num_classes: int = 1000, **kwargs) -> CRATE:
-    """The released CRATE-S: width 576, 12 layers, 12 heads of 48, patch 16 at 224 px; 13.12 M parameters."""
+    """Build CRATE-S: width 576, 12 layers, 12 heads of 48, patch 16 at 224 px; 13.12 M parameters."""
     return _released(num_classes, {"dim": 576, "depth": 12, "heads": 12}, kwargs)
 
 
 def CRATE_base(num_classes: int = 1000, **kwargs) -> CRATE:
-    """The released CRATE-B: width 768, 12 layers, 12 heads of 64, patch 16 at 224 px; 22.80 M parameters."""
+    """Build CRATE-B: width 768, 12 layers, 12 heads of 64, patch 16 at 224 px; 22.80 M parameters."""
     return _released(num_classes, {"dim": 768, "depth": 12, "heads": 12}, kwargs)
 
 
 def CRATE_large(num_classes: int = 1000, **kwargs) -> CRATE:
-    """The released CRATE-L: width 1024, 24 layers, 16 heads of 64, patch 16 at 224 px; 77.64 M parameters."""
+    """Build CRATE-L: width 1024, 24 layers, 16 heads of 64, patch 16 at 224 px; 77.64 M parameters."""
     return _released(num_classes, {"dim": 1024, "depth": 24, "heads": 16}, kwargs)

@@ -153,28 +153,28 @@ def crate_base_patch8_224(pretrained: bool = False, **kwargs) -> CRATE:
 
 @register_model
 def crate_mae_encoder_tiny_patch16_224(pretrained: bool = False, **kwargs) -> CRATE:
-    """The encoder of CRATE-MAE-T: 384 wide, 12 layers, 6 heads."""
+    """Return the encoder of CRATE-MAE-T: 384 wide, 12 layers, 6 heads."""
     sizes = {"patch_size": 16, "embed_dim": 384, "depth": 12, "num_heads": 6} | ENCODER_OPTIONS
     return _create("crate_mae_encoder_tiny_patch16_224", pretrained, sizes, kwargs)
 
 
 @register_model
 def crate_mae_encoder_small_patch16_224(pretrained: bool = False, **kwargs) -> CRATE:
-    """The encoder of CRATE-MAE-S: 576 wide, 12 layers, 12 heads."""
+    """Return the encoder of CRATE-MAE-S: 576 wide, 12 layers, 12 heads."""
     sizes = {"patch_size": 16, "embed_dim": 576, "depth": 12, "num_heads": 12} | ENCODER_OPTIONS
     return _create("crate_mae_encoder_small_patch16_224", pretrained, sizes, kwargs)
 
 
 @register_model
 def crate_mae_encoder_base_patch16_224(pretrained: bool = False, **kwargs) -> CRATE:
-    """The encoder of CRATE-MAE-B: 768 wide, 12 layers, 12 heads."""
+    """Return the encoder of CRATE-MAE-B: 768 wide, 12 layers, 12 heads."""
     sizes = {"patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 12} | ENCODER_OPTIONS
     return _create("crate_mae_encoder_base_patch16_224", pretrained, sizes, kwargs)
 
 
 @register_model
 def crate_mae_encoder_large_patch16_224(pretrained: bool = False, **kwargs) -> CRATE:
-    """The encoder of CRATE-MAE-L: 1024 wide, 24 layers, 16 heads."""
+    """Return the encoder of CRATE-MAE-L: 1024 wide, 24 layers, 16 heads."""
     sizes = {"patch_size": 16, "embed_dim": 1024, "depth": 24, "num_heads": 16} | ENCODER_OPTIONS
     return _create("crate_mae_encoder_large_patch16_224", pretrained, sizes, kwargs)
 

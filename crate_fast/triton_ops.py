@@ -23,7 +23,7 @@ def _nothing(like: Tensor, count: int) -> list[Tensor]:
 
 
 def _given(results: tuple[Tensor, ...], wanted: list[bool], count: int) -> tuple[Tensor | None, ...]:
-    """An operator's gradients for its first arguments as autograd takes them, for `count` arguments."""
+    """Return an operator's gradients for its first arguments as autograd takes them, for `count` arguments."""
     grads = [result if asked else None for result, asked in zip(results, wanted, strict=True)]
     return *grads, *[None] * (count - len(grads))
 
@@ -47,7 +47,7 @@ def _(w: Tensor, scale: float) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("crate_fast::subspace_attention_bwd", mutates_args=())
 def subspace_attention_bwd(grad: Tensor, w: Tensor, out: Tensor, lse: Tensor, scale: float) -> Tensor:
-    """dW [B, N, H, D]; see `kernels.attention.backward`."""
+    """Return dW [B, N, H, D]; see `kernels.attention.backward`."""
     from crate_fast.kernels import attention
 
     return checked(attention.backward, grad, w, out, lse, scale)
@@ -81,7 +81,7 @@ refuse_double_backward(
 
 @torch.library.custom_op("crate_fast::fold", mutates_args=())
 def fold(dictionary: Tensor, step_size: float, dtype: torch.dtype) -> Tensor:
-    """G = η(D − DᵀD) [C, C] in `dtype`, without a gradient; see `kernels.folding.fold`."""
+    """Return G = η(D − DᵀD) [C, C] in `dtype`, without a gradient; see `kernels.folding.fold`."""
     from crate_fast.kernels import folding
 
     return checked(folding.fold, dictionary, step_size, dtype)
@@ -157,7 +157,7 @@ def ista_bwd(
     x_dtype: torch.dtype,
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of x, γ, β and D, empty where not wanted (kernels/README.md §5).
+    """Return the gradients of x, γ, β and D, empty where not wanted (kernels/README.md §5).
 
     Args:
         grad, nonzero: The gradient of y, and [y ≠ 0] [M, C].
@@ -232,7 +232,7 @@ refuse_double_backward(ista_bwd, "run backend='torch'")
 
 
 def _output_tile(x: Tensor, weight: Tensor):
-    """The output map's tile where it runs with its neighbours; None where it runs by itself."""
+    """Return the output map's tile where it runs with its neighbours; None where it runs by itself."""
     from crate_fast.kernels.launch import find, precision
     from crate_fast.kernels.product import fitted_product
 
@@ -328,7 +328,7 @@ def compression_bwd(
     bias_dtype: torch.dtype,
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of x, γ, β, U, V and b, empty where not wanted.
+    """Return the gradients of x, γ, β, U, V and b, empty where not wanted.
 
     Args:
         grad: The gradient of h [B, N, C].

@@ -75,12 +75,12 @@ def _family_of(major: int, minor: int) -> str | None:
 
 @torch.compiler.assume_constant_result  # nothing for torch.compile to trace
 def _family(index: int | None) -> tuple[str | None, str]:
-    """The tile table's name for a CUDA device; None, and why, where the kernels do not run."""
+    """Return the tile table's name for a CUDA device; None, and why, where the kernels do not run."""
     return _find_family(index)
 
 
 def architecture(device: torch.device) -> str:
-    """The tile table's name for a device that `unavailable_reason` admits; the interpreter uses Hopper's rows."""
+    """Return the tile table's name for a device that `unavailable_reason` admits; Hopper's for the interpreter."""
     return "sm_90" if device.type != "cuda" else _family(device.index)[0]
 
 
@@ -92,7 +92,7 @@ def _tf32_allowed() -> bool:
 def unavailable_reason(
     device: torch.device, dtype: torch.dtype | None = None, head_dim: int | None = None
 ) -> str | None:
-    """Why the kernels cannot run on `device`, or None where they can.
+    """Return why the kernels cannot run on `device`, or None where they can.
 
     Args:
         device: Where the tensors are.
@@ -191,7 +191,7 @@ TABLE: dict[tuple[str | int, ...], Tile] = {
 
 @functools.cache
 def _measured() -> dict[tuple[str, str, str, int], Tile | None]:
-    """The rows of `settings.tiles_file`: kernel, architecture, precision, block_d, tile (null: not this kernel)."""
+    """Read `settings.tiles_file`: kernel, architecture, precision, block_d, tile (null: not this kernel)."""
     path = tiles_file()
     rows = [] if path is None else json.loads(Path(path).read_text())
     keys = ("kernel", "precision", "architecture", "block_d")
@@ -208,7 +208,7 @@ def find(kernel: str, device: torch.device, precision: str, block_d: int = 0) ->
 
 
 def lookup(kernel: str, device: torch.device, precision: str, block_d: int = 0) -> Tile:
-    """The tile of a kernel on a CUDA device; on the CPU, where only the interpreter runs, Hopper's.
+    """Return the tile of a kernel on a CUDA device; on the CPU, where only the interpreter runs, Hopper's.
 
     `precision` is "half" or "tf32"; `block_d` is the head width to the next power of two, 0 for products.
     """
@@ -219,7 +219,7 @@ def lookup(kernel: str, device: torch.device, precision: str, block_d: int = 0) 
 
 
 def precision(dtype: torch.dtype) -> str:
-    """The tile table's word for how operands of `dtype` are multiplied: "half", or "tf32" for float32."""
+    """Return the tile table's word for how operands of `dtype` are multiplied: "half", or "tf32" for float32."""
     return "tf32" if dtype == torch.float32 else "half"
 
 
