@@ -13,6 +13,7 @@ from torch.autograd import forward_ad
 from torch.library import CustomOpDef
 
 from crate_fast import kernels
+from crate_fast.arguments import check_choice
 from crate_fast.errors import UserError
 
 __all__ = [
@@ -58,8 +59,7 @@ def explain_backend(
     >>> explain_backend("cpu")[0]
     'torch'
     """
-    if backend not in BACKENDS:
-        raise UserError(f"backend={backend!r}: choose one of {', '.join(map(repr, BACKENDS))}")
+    check_choice("backend", backend, BACKENDS)
     if backend == "torch":
         return "torch", "asked for"
     if backend == "auto" and not own_operators_fit():

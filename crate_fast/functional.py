@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from crate_fast import cpu_ops, triton_ops
+from crate_fast.arguments import check_choice
 from crate_fast.backends import (
     autocast_enabled,
     being_transformed,
@@ -179,8 +180,7 @@ def compress(
         _check_tensor(name, tensor, str(list(shape)), fits)
     _check_beside(x, projection=projection, output=output, output_bias=output_bias)
     _check_beside(x, any_dtype=True, weight=weight, bias=bias)  # LayerNorm's may stay in fp32
-    if residual not in RESIDUALS:
-        raise UserError(f"residual={residual!r}: choose one of {', '.join(map(repr, RESIDUALS))}")
+    check_choice("residual", residual, RESIDUALS)
     head_dim = inner // heads
     if resolve_backend(x, backend, head_dim=head_dim) == "triton":
         scale = head_dim**-0.5 if scale is None else float(scale)
@@ -287,8 +287,7 @@ def _check_ista(x: Tensor, dictionary: Tensor, step_size: float, sparsity: float
     _check_beside(x, dictionary=dictionary)
     _check_fraction("step_size", step_size, 0.0, None)
     _check_fraction("sparsity", sparsity, 0.0, None)
-    if threshold not in THRESHOLDS:
-        raise UserError(f"threshold={threshold!r}: choose one of {', '.join(map(repr, THRESHOLDS))}")
+    check_choice("threshold", threshold, THRESHOLDS)
 
 
 def _fused_ista(

@@ -14,15 +14,10 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from crate_fast.backends import BACKENDS, without_tracer_warnings
-from crate_fast.errors import UserError
-from crate_fast.layers import ISTA, MSSA, DecoderLayer, Dictionary, Layer, Linear, PreNorm, patches_of
-from crate_fast.model import (
-    CRATE,
+from crate_fast.arguments import (
     TIMM_NAMES,
     check_choice,
     check_floating,
-    check_images,
     check_positive,
     head_width,
     patch_grid,
@@ -30,6 +25,10 @@ from crate_fast.model import (
     size_pair,
     takes_names,
 )
+from crate_fast.backends import BACKENDS, without_tracer_warnings
+from crate_fast.errors import UserError
+from crate_fast.layers import ISTA, MSSA, DecoderLayer, Dictionary, Layer, Linear, PreNorm, patches_of
+from crate_fast.model import CRATE, check_images
 
 __all__ = [
     "CRATEMAE",
