@@ -20,7 +20,7 @@ from released import ReleasedCRATE
 from torch import nn
 
 from crate_fast import CRATE
-from crate_fast.cpu import onednn_suits_processor
+from crate_fast.cpu_ops import onednn_suits_processor
 
 SHAPES = {  # name: (model, batch)
     "T/16": ({"patch_size": 16, "dim": 384, "heads": 6}, 8),

@@ -28,8 +28,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from crate_fast.accuracy import token_scale
 from crate_fast.functional import subspace_attention
 from crate_fast.kernels import attention
-from crate_fast.kernels.launch import precision
-from crate_fast.kernels.tiles import Tile, lookup
+from crate_fast.kernels.launch import Tile, lookup, precision
 from crate_fast.reference import subspace_attention_reference
 
 __all__ = ["PEERS", "SHAPES", "SMOKE", "main", "make_problem"]

@@ -24,7 +24,7 @@ from multiprocessing import get_context
 import torch
 from harness import markdown_table
 
-from crate_fast.kernels.tiles import ARCHITECTURES, SHARED_MEMORY, TABLE, Tile
+from crate_fast.kernels.launch import ARCHITECTURES, SHARED_MEMORY, TABLE, Tile
 
 NO_SPILLS = ("3.6", "3.8", "3.9")  # Triton versions for which the tiles were chosen; others may spill, and say so
 HEAD_DIMS = {32: (32,), 64: (48, 64), 128: (80, 128)}  # by head width to the next power of two

@@ -28,8 +28,8 @@ from harness import RESULTS, Timing, write_results
 from torch import Tensor
 
 from crate_fast.accuracy import judge
-from crate_fast.kernels.support import INTERPRETED
-from crate_fast.provenance import provenance
+from crate_fast.env import provenance
+from crate_fast.kernels.launch import INTERPRETED
 
 __all__ = [
     "DTYPES",

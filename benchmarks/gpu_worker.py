@@ -140,7 +140,7 @@ def _kernel_runs(device) -> float:
 
 def _tiles_are_read(device) -> float:
     """Whether the file that CRATE_FAST_TILES may name can be used."""
-    from crate_fast.kernels.tiles import find
+    from crate_fast.kernels.launch import find
 
     find("attention_forward", device, "half", 64)
     return 0.0
@@ -470,7 +470,7 @@ def kernels(only: str | None) -> None:
     import tile_search
     import torch
 
-    from crate_fast.kernels.tiles import find
+    from crate_fast.kernels.launch import find
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     on_gpu = device.type == "cuda"

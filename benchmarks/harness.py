@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from crate_fast.env import provenance
 from crate_fast.eval.common import results
-from crate_fast.provenance import provenance
 
 __all__ = ["Timing", "interleaved", "markdown_table", "number", "peak_mib", "publish", "write_results"]
 

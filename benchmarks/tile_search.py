@@ -1,7 +1,7 @@
 """Tiles worth measuring for each kernel, the problems they are measured on, and one measurement.
 
 `gpu_check.py` compiles every candidate first, leaves out what spills or does not fit, and times the rest. What is
-best goes to found_tiles.json; as rows of kernels/tiles.py:
+best goes to found_tiles.json; as rows of kernels/launch.py:
 
     python benchmarks/tile_search.py found_tiles.json
 """
@@ -22,9 +22,7 @@ from gpu_timing import Step, Timer
 from torch import Tensor
 
 from crate_fast.accuracy import token_scale
-from crate_fast.kernels.launch import Launch
-from crate_fast.kernels.support import architecture
-from crate_fast.kernels.tiles import Tile, find
+from crate_fast.kernels.launch import Launch, Tile, architecture, find
 from crate_fast.reference import subspace_attention_reference
 
 __all__ = ["CANDIDATES", "Problem", "items", "main", "problems", "row_source", "time_tile", "warm"]
@@ -284,7 +282,7 @@ def _milliseconds(timer: Timer, call: Callable[[], object]) -> float:
 
 
 def row_source(row: dict) -> str:
-    """A row of found_tiles.json as kernels/tiles.py has it."""
+    """A row of found_tiles.json as kernels/launch.py has it."""
     if row["tile"] is None:
         return f"    # {row['kernel']}, {row['precision']}, {row['architecture']}: slower than blocks of rows, no row"
     values = {field.name: field.default for field in fields(Tile)} | row["tile"]

@@ -24,7 +24,7 @@ __all__ = [
 
 
 def token_scale(n_tokens: int, dim: int, scale: float | None = None) -> float:
-    """Standard deviation at which tied attention is neither uniform nor the identity: sqrt(ln N / (s·D)).
+    """Return the standard deviation at which tied attention is neither uniform nor the identity: sqrt(ln N / (s·D)).
 
     With s = D^-1/2, the default, that is sqrt(ln N / sqrt(D)).
     """
@@ -35,7 +35,7 @@ def token_scale(n_tokens: int, dim: int, scale: float | None = None) -> float:
 def spread_tokens(
     shape: tuple[int, ...], spread: float, dtype: torch.dtype, device, generator: torch.Generator | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Subspace tokens [B, N, H, D] whose norms reach from 1/√spread to √spread times the usual, and a gradient."""
+    """Return subspace tokens [B, N, H, D] with norms from 1/√spread to √spread times the usual, and a gradient."""
     w = torch.randn(shape, generator=generator)
     norm = token_scale(shape[1], shape[3]) * math.sqrt(shape[3])
     order = torch.randperm(shape[1], generator=generator)
@@ -46,7 +46,7 @@ def spread_tokens(
 
 
 def product_eps(dtype: torch.dtype) -> float:
-    """eps of products in a dtype: of fp32 it is TF32's, 2^-10, where `torch.backends.cuda.matmul` allows that."""
+    """Return the eps of products in a dtype; TF32's, 2^-10, for fp32 where `torch.backends.cuda.matmul` allows it."""
     if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
         return 2.0**-10
     return torch.finfo(dtype).eps
@@ -60,7 +60,7 @@ def clear_of_threshold(
     step_size: float = 0.1,
     shift: float = 0.01,
 ) -> Tensor:
-    """`grad` where rounding cannot decide whether ISTA's output at x is zero, and 0 elsewhere; in x's dtype.
+    """Return `grad` where rounding cannot decide whether ISTA's output at x is zero, and 0 elsewhere; in x's dtype.
 
     `product` is the dtype that D is multiplied in; x's when None.
     """
@@ -71,7 +71,7 @@ def clear_of_threshold(
 
 
 def gradients(function: Callable[..., Tensor], inputs: Iterable[Tensor], grad: Tensor) -> list[Tensor]:
-    """The function's output and its gradient with respect to every input."""
+    """Return the function's output and its gradient with respect to every input."""
     inputs = [tensor.detach().requires_grad_() for tensor in inputs]
     out = function(*inputs)
     return [out.detach(), *torch.autograd.grad(out, inputs, grad.to(out.dtype))]
@@ -88,13 +88,13 @@ class Judgement:
 
     @property
     def share(self) -> float:
-        """The larger of both errors in units of what is allowed; infinite where a result is not finite."""
+        """Return the larger of both errors in units of what is allowed; infinite where a result is not finite."""
         shares = [_share(self.rms, self.allowed_rms), _share(self.max, self.allowed_max)]
         return math.inf if any(math.isnan(share) for share in shares) else max(shares)
 
     @property
     def right(self) -> bool:
-        """Whether both errors are allowed."""
+        """Return True if both errors are allowed."""
         return self.share <= 1.0
 
 
@@ -105,7 +105,7 @@ def _share(error: float, allowed: float) -> float:
 
 
 def error_numbers(actual: Tensor, eager: Tensor, truth: Tensor, eps: float | None = None) -> Tensor:
-    """A `Judgement`'s four numbers, in float64 on the tensors' device, without waiting for it.
+    """Return a `Judgement`'s four numbers, in float64 on the tensors' device, without waiting for it.
 
     `eps` is of the products; `product_eps` of the result's dtype when None.
     """
@@ -123,5 +123,5 @@ def _rms_and_max(values: Tensor) -> Tensor:
 
 
 def judge(actual: Tensor, eager: Tensor, truth: Tensor) -> Judgement:
-    """Errors of a result beside those of eager PyTorch in the same dtype, both against float64."""
+    """Return the errors of a result beside those of eager PyTorch in the same dtype, both against float64."""
     return Judgement(*error_numbers(actual, eager, truth).tolist())

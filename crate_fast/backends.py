@@ -1,14 +1,34 @@
-"""Which implementation runs: `triton` (fused GPU kernels) or `torch` (folded PyTorch), and why."""
+"""What a call runs on: the backend and why, autocast's dtype, and whether PyTorch traces or transforms the call.
+
+The backend is `triton` (fused GPU kernels) or `torch` (folded PyTorch). Every supported `torch.compile` traces these
+functions.
+"""
+
+import warnings
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.library import CustomOpDef
 
 from crate_fast import kernels
-from crate_fast.autocast import compute_dtype
+from crate_fast.arguments import check_choice
 from crate_fast.errors import UserError
-from crate_fast.tracing import being_transformed, own_operators_fit
 
-__all__ = ["BACKENDS", "explain_backend", "resolve_backend"]
+__all__ = [
+    "BACKENDS",
+    "autocast_enabled",
+    "being_transformed",
+    "being_written",
+    "compute_dtype",
+    "explain_backend",
+    "own_operators_fit",
+    "refuse_double_backward",
+    "resolve_backend",
+    "without_autocast",
+    "without_tracer_warnings",
+]
 
 BACKENDS = ("auto", "triton", "torch")
 _PROVEN = "the device runs the fused kernels; none has run on a GPU here yet, so each first launch is checked"
@@ -21,7 +41,7 @@ def explain_backend(
     dtype: torch.dtype | None = None,
     head_dim: int | None = None,
 ) -> tuple[str, str]:
-    """The backend that a call on `device` would use, and the reason.
+    """Return the backend that a call on `device` would use, and the reason.
 
     Args:
         device: Where the tensors are.
@@ -39,8 +59,7 @@ def explain_backend(
     >>> explain_backend("cpu")[0]
     'torch'
     """
-    if backend not in BACKENDS:
-        raise UserError(f"backend={backend!r}: choose one of {', '.join(map(repr, BACKENDS))}")
+    check_choice("backend", backend, BACKENDS)
     if backend == "torch":
         return "torch", "asked for"
     if backend == "auto" and not own_operators_fit():
@@ -63,3 +82,84 @@ def resolve_backend(tensor: Tensor, backend: str, head_dim: int | None = None) -
     if backend == "auto" and tensor.device.type == "cpu":
         return "torch"  # always, and small models feel the cost of asking for each operator
     return explain_backend(tensor.device, backend, dtype=compute_dtype(tensor), head_dim=head_dim)[0]
+
+
+# --- autocast ---
+
+
+@torch.compiler.assume_constant_result  # torch 2.11 cannot trace the question
+def _available(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type)
+
+
+def autocast_enabled(device_type: str) -> bool:
+    """Return True if autocast is on for tensors on this kind of device; False where there is none ("meta")."""
+    return _available(device_type) and torch.is_autocast_enabled(device_type)
+
+
+def without_autocast(device_type: str):
+    """Return a context in which autocast is off for this kind of device."""
+    return torch.autocast(device_type, enabled=False) if autocast_enabled(device_type) else nullcontext()
+
+
+def compute_dtype(tensor: Tensor) -> torch.dtype:
+    """Return the dtype of a product with `tensor`: autocast's where it is on, the tensor's elsewhere."""
+    if autocast_enabled(tensor.device.type) and tensor.dtype != torch.float64:
+        return torch.get_autocast_dtype(tensor.device.type)
+    return tensor.dtype
+
+
+# --- tracing and transforms ---
+
+
+def being_written() -> bool:
+    """Return whether a graph is recorded that has to run without this package, at sizes it may not have seen yet.
+
+    That is inside `torch.jit.trace` and `torch.export`, and so inside both exporters of ONNX.
+    """
+    if torch.jit.is_scripting():
+        return False
+    else:
+        return torch.jit.is_tracing() or torch.compiler.is_exporting()
+
+
+@torch.compiler.assume_constant_result  # Dynamo would write the questions into its graph
+def being_transformed() -> bool:
+    """Return whether a transform of `torch.func` or forward-mode differentiation is under way.
+
+    A registered operator has no rule for them: `torch.func.grad` refuses it, `vmap` runs it once per sample, and
+    `jvp` takes its derivative for zero without a word. PyTorch has no public way to ask.
+    """
+    if torch.jit.is_scripting():
+        return False
+    else:
+        return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def own_operators_fit() -> bool:
+    """Return whether operators that this package registers may run: outside of tracing, export and `torch.func`."""
+    return not (being_written() or being_transformed())
+
+
+def without_tracer_warnings():
+    """Return a context for checks of shapes in which `torch.jit.trace` does not warn that they are left out."""
+    return _ignoring_tracer_warnings() if torch.jit.is_tracing() else nullcontext()
+
+
+@contextmanager
+def _ignoring_tracer_warnings():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        yield
+
+
+def refuse_double_backward(op: CustomOpDef, remedy: str) -> None:
+    """Make differentiating a backward operator an error that says what to do instead."""
+
+    def refuse(ctx, *_):
+        raise RuntimeError(
+            f"{op._qualname} cannot be differentiated again (a second derivative was asked for): {remedy}, "
+            "or use crate_fast.reference"
+        )
+
+    op.register_autograd(refuse)

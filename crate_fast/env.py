@@ -1,4 +1,4 @@
-"""What this machine has, which backend would run and why: `python -m crate_fast.env`."""
+"""Versions, devices and backends of this machine (`python -m crate_fast.env`), and where a result comes from."""
 
 import argparse
 import importlib.metadata
@@ -6,14 +6,18 @@ import platform
 import re
 import subprocess
 import sys
+from datetime import datetime, timezone
+from pathlib import Path
 
+import timm
 import torch
 
+import crate_fast
 from crate_fast.backends import explain_backend
-from crate_fast.cpu import uses_onednn
+from crate_fast.cpu_ops import processor_name, uses_onednn
 from crate_fast.errors import CommandParser, run_command
 
-__all__ = ["compiler_versions", "describe", "driver_version", "main"]
+__all__ = ["compiler_versions", "describe", "driver_version", "main", "provenance"]
 
 _PACKAGES = ("crate_fast", "torch", "triton", "torchvision", "timm", "numpy", "einops", "safetensors")
 
@@ -45,7 +49,7 @@ def describe() -> dict[str, str]:
 
 
 def _ptxas(device: torch.device) -> str:
-    """The assembler Triton would use, and a warning where it is known to miscompile (triton issue 9433)."""
+    """Return the assembler Triton would use, and a warning where it is known to miscompile (triton issue 9433)."""
     version = _ptxas_version(device)
     numbers = tuple(map(int, re.findall(r"\d+", version)[:2]))
     if torch.cuda.get_device_capability(device)[0] == 9 and numbers < (13, 3):
@@ -64,7 +68,7 @@ def _ptxas_version(device: torch.device) -> str:
 
 
 def compiler_versions(device: torch.device) -> str:
-    """What made the kernels that run on a device: "torch …, triton …, ptxas …"."""
+    """Return the versions that made the kernels that run on a device: "torch …, triton …, ptxas …"."""
     versions = f"torch {torch.__version__}, triton {_version('triton')}"
     if device.type != "cuda":
         return f"{versions}, interpreted"
@@ -72,12 +76,42 @@ def compiler_versions(device: torch.device) -> str:
 
 
 def driver_version() -> str:
-    """NVIDIA's driver, as nvidia-smi has it."""
+    """Return the version of NVIDIA's driver, as nvidia-smi has it."""
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
     except (OSError, subprocess.CalledProcessError, IndexError) as error:
         return f"unknown ({type(error).__name__})"
+
+
+def _commit() -> str:
+    """Return the source tree's commit, with "+changes" if it is not clean; "installed" outside a checkout."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return "installed"
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short=12", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError) as error:
+        return f"unknown ({error})"
+
+
+def provenance() -> dict[str, str]:
+    """Commit, versions, processor or GPU, command line and time, as plain strings."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else processor_name()
+    return {
+        "commit": _commit(),
+        "crate_fast": crate_fast.__version__,
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "python": platform.python_version(),
+        "device": f"{device}, {torch.get_num_threads()} threads",
+        "command": " ".join(sys.argv),
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
 
 
 def _print_facts(_options: argparse.Namespace) -> None:

@@ -29,12 +29,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from crate_fast.env import provenance
 from crate_fast.errors import CommandParser, UserError, require, run_command
 from crate_fast.exported import Difference, compare, open_exported
-from crate_fast.folding import fold_dictionary
+from crate_fast.functional import fold_dictionary
 from crate_fast.layers import ISTA, MHSA, MSSA
 from crate_fast.model import CRATE, pool_tokens
-from crate_fast.provenance import provenance
 from crate_fast.whitebox import attention_layer, trace
 
 __all__ = [

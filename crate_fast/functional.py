@@ -3,18 +3,31 @@
 `reference.py` has the same functions as the paper writes them; these are algebraically equal and faster.
 """
 
+import threading
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
 import torch
 import torch.fx
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from crate_fast import cpu, cpu_attention, triton_ops
-from crate_fast.autocast import autocast_enabled, compute_dtype
-from crate_fast.backends import resolve_backend
-from crate_fast.cpu import linear
+from crate_fast import cpu_ops, triton_ops
+from crate_fast.arguments import check_choice
+from crate_fast.backends import (
+    autocast_enabled,
+    being_transformed,
+    being_written,
+    compute_dtype,
+    own_operators_fit,
+    resolve_backend,
+    without_autocast,
+    without_tracer_warnings,
+)
+from crate_fast.cpu_ops import linear
 from crate_fast.errors import UserError
-from crate_fast.folding import cached_dictionaries, fold_dictionary, fold_dictionary_once
-from crate_fast.tracing import being_transformed, being_written, without_tracer_warnings
 
 __all__ = [
     "RESIDUALS",
@@ -22,6 +35,7 @@ __all__ = [
     "cached_dictionaries",
     "compress",
     "fold_dictionary",
+    "fold_dictionary_once",
     "ista",
     "linear",
     "norm_ista",
@@ -45,7 +59,7 @@ def _check_tensor(name: str, tensor: Tensor, rank: str, ok: bool) -> None:
 
 
 def _check_beside(x: Tensor, *, any_dtype: bool = False, **tensors: Tensor) -> None:
-    """Whether all are on x's device and, unless autocast or any_dtype allows another, in x's dtype."""
+    """Raise unless all are on x's device and, unless autocast or any_dtype allows another, in x's dtype."""
     for name, tensor in tensors.items():
         if tensor.device != x.device:
             raise UserError(f"{name} is on {tensor.device} and x on {x.device}: move one to the other's device")
@@ -92,8 +106,8 @@ def subspace_attention(
         raise UserError(f"backend='triton' cannot run: the kernels drop no weights, dropout_p={dropout_p}. {_AUTO}")
     if dropout_p == 0.0 and resolve_backend(w, backend, head_dim=w.shape[-1]) == "triton":
         return triton_ops.subspace_attention_fwd(w.to(compute_dtype(w)), scale)[0]
-    if dropout_p == 0.0 and cpu_attention.serves_attention(w):
-        return cpu_attention.cpu_subspace_attention(w, scale)
+    if dropout_p == 0.0 and cpu_ops.serves_attention(w):
+        return cpu_ops.cpu_subspace_attention(w, scale)
     tokens = w.transpose(1, 2)
     return pytorch_attention(tokens, tokens, tokens, dropout_p, scale).transpose(1, 2)
 
@@ -124,7 +138,7 @@ def compress(
     residual: str = "released",
     backend: str = "auto",
 ) -> Tensor:
-    """The first half of a layer, h = x + MSSA(LayerNorm(x)) (paper, Eq. 5, with the released code's skip connection).
+    """Return the first half of a layer, h = x + MSSA(LayerNorm(x)) (paper, Eq. 5, with the released skip connection).
 
     With the kernels, backward keeps the normalised rows, the subspace tokens W and the attention's output in the
     products' dtype, and a few numbers a row.
@@ -166,8 +180,7 @@ def compress(
         _check_tensor(name, tensor, str(list(shape)), fits)
     _check_beside(x, projection=projection, output=output, output_bias=output_bias)
     _check_beside(x, any_dtype=True, weight=weight, bias=bias)  # LayerNorm's may stay in fp32
-    if residual not in RESIDUALS:
-        raise UserError(f"residual={residual!r}: choose one of {', '.join(map(repr, RESIDUALS))}")
+    check_choice("residual", residual, RESIDUALS)
     head_dim = inner // heads
     if resolve_backend(x, backend, head_dim=head_dim) == "triton":
         scale = head_dim**-0.5 if scale is None else float(scale)
@@ -274,8 +287,7 @@ def _check_ista(x: Tensor, dictionary: Tensor, step_size: float, sparsity: float
     _check_beside(x, dictionary=dictionary)
     _check_fraction("step_size", step_size, 0.0, None)
     _check_fraction("sparsity", sparsity, 0.0, None)
-    if threshold not in THRESHOLDS:
-        raise UserError(f"threshold={threshold!r}: choose one of {', '.join(map(repr, THRESHOLDS))}")
+    check_choice("threshold", threshold, THRESHOLDS)
 
 
 def _fused_ista(
@@ -303,7 +315,7 @@ def _folded(dictionary: Tensor, step_size: float) -> Tensor:
 
 
 def _folded_ista(x: Tensor, dictionary: Tensor, step_size: float, sparsity: float, threshold: str) -> Tensor:
-    """The same in PyTorch, on any device."""
+    """Compute ISTA in PyTorch, on any device."""
     shift = step_size * sparsity
     width = x.shape[-1]
     # Too few tokens to pay for a C×C×C product: (x − xDᵀ)D is two products with x. A graph that is written takes them
@@ -311,13 +323,136 @@ def _folded_ista(x: Tensor, dictionary: Tensor, step_size: float, sparsity: floa
     if being_written() or (n_tokens := x.shape[:-1].numel()) < width:
         residual = x - linear(x, dictionary).to(x.dtype)
         u = x + step_size * linear(residual, dictionary.t()).to(x.dtype)
-    elif cpu.serves(x, dictionary):
+    elif cpu_ops.serves(x, dictionary):
         eye = torch.eye(width, dtype=x.dtype, device=x.device)
         bias = x.new_full((width,), -shift) if threshold == "relu" else None
         folded = eye + _folded(dictionary, step_size)
-        u = cpu.cpu_linear(x.reshape(n_tokens, width), folded.t(), bias, threshold == "relu").view(x.shape)
+        u = cpu_ops.cpu_linear(x.reshape(n_tokens, width), folded.t(), bias, threshold == "relu").view(x.shape)
         return u if threshold == "relu" else F.softshrink(u, shift)
     else:
         dtype = compute_dtype(x)
         u = x + torch.matmul(x.to(dtype), _folded(dictionary, step_size).to(dtype)).to(x.dtype)
     return F.relu(u - shift) if threshold == "relu" else F.softshrink(u, shift)
+
+
+# --- G = η(D − DᵀD), the one matrix of an ISTA step: once a call, or once for many calls in a scope ---
+
+
+class _FoldDictionary(torch.autograd.Function):
+    """D − DᵀD. Its gradient needs one product, not the two that autograd would find: dG − D(dG + dGᵀ)."""
+
+    @staticmethod
+    def forward(dictionary):
+        return dictionary - linear(dictionary.t(), dictionary.t())
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (dictionary,) = ctx.saved_tensors
+        return grad - linear(dictionary, grad + grad.t())
+
+
+def fold_dictionary(dictionary: Tensor, step_size: float = 0.1) -> Tensor:
+    """Return the matrix of the ISTA gradient step, G = η(D − DᵀD): x + xG = x + η(xD − xDᵀD).
+
+    Args:
+        dictionary: D [C, C].
+        step_size: η.
+
+    Returns:
+        G [C, C] in the dictionary's dtype, computed without autocast.
+    """
+    with without_autocast(dictionary.device.type):
+        if own_operators_fit():
+            return step_size * _FoldDictionary.apply(dictionary)
+        return step_size * (dictionary - dictionary.t() @ dictionary)
+
+
+@dataclass
+class _Cache:
+    """What the open scopes share; every thread's, since autograd recomputes checkpoints in threads of its own."""
+
+    lock: threading.RLock = field(default_factory=threading.RLock)
+    scopes: int = 0
+    entries: dict = field(default_factory=dict)  # (id of D, η, dtype, who folds, stream) → (D, its version, G)
+    hook: object = None
+
+
+_cache = _Cache()
+
+
+def _refuse_step(*_) -> None:
+    raise RuntimeError("an optimiser steps inside cached_dictionaries(): end the scope before the step")
+
+
+@contextmanager
+def cached_dictionaries():
+    """A scope in which every dictionary is folded once, however often it is used: the steps of one weight update.
+
+    For gradient accumulation (forward and backward of all micro-batches), activation checkpointing, evaluation
+    loops and serving. Inside, no dictionary may change: an optimiser's step and a change that PyTorch counts
+    (`load_state_dict`) are errors; one behind its back (`parameter.data.add_(…)`) goes unseen. Only `nn.Parameter`s
+    are kept. Outside, in compiled code and while a CUDA graph is captured, every call folds anew.
+
+    >>> with cached_dictionaries():
+    ...     pass  # for batch in batches: model(batch)
+    """
+    with _cache.lock:
+        if _cache.scopes == 0:
+            _cache.hook = register_optimizer_step_pre_hook(_refuse_step)
+        _cache.scopes += 1
+    try:
+        yield
+    finally:
+        with _cache.lock:
+            _cache.scopes -= 1
+            if _cache.scopes == 0:
+                _cache.hook.remove()
+                _cache.entries.clear()
+
+
+def _version(tensor: Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version
+
+
+def _stream(device: torch.device) -> int | None:
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
+
+
+def _cacheable(dictionary: Tensor) -> bool:
+    if torch.compiler.is_compiling() or _cache.scopes == 0 or not isinstance(dictionary, nn.Parameter):
+        return False
+    return dictionary.device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
+
+
+def _fold(dictionary: Tensor, step_size: float, dtype: torch.dtype) -> Tensor:
+    return fold_dictionary(dictionary, step_size).to(dtype)
+
+
+def fold_dictionary_once(
+    dictionary: Tensor,
+    step_size: float,
+    dtype: torch.dtype,
+    fold: Callable[[Tensor, float, torch.dtype], Tensor] = _fold,
+) -> Tensor:
+    """Return G in `dtype` and without a gradient, from the scopes' cache where one is open; `fold` computes it.
+
+    Raises:
+        RuntimeError: The dictionary has changed since a scope folded it.
+    """
+    if not _cacheable(dictionary):
+        with torch.no_grad():
+            return fold(dictionary, step_size, dtype)
+    key = (id(dictionary), step_size, dtype, fold, _stream(dictionary.device))
+    with _cache.lock:
+        if key not in _cache.entries:
+            with torch.inference_mode(False), torch.no_grad():  # so that a training step can use it too
+                folded = fold(dictionary, step_size, dtype)
+            _cache.entries[key] = (dictionary, _version(dictionary), folded)
+        _, version, folded = _cache.entries[key]
+    if version != _version(dictionary):
+        raise RuntimeError("a dictionary changed inside cached_dictionaries(): end the scope before it changes")
+    return folded

@@ -9,8 +9,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.checkpoint import checkpoint
 
 from crate_fast import functional
-from crate_fast.backends import resolve_backend
-from crate_fast.tracing import being_transformed
+from crate_fast.backends import being_transformed, resolve_backend
 
 __all__ = [
     "ISTA",
@@ -136,7 +135,7 @@ class MSSA(nn.Module):
         self.to_out = _output_map(inner, dim, heads, dropout, proj_dropout, device, dtype)
 
     def fuses(self, x: Tensor) -> bool:
-        """Whether `compress` runs on the kernels for x: nothing is dropped, and nobody waits for a part's call."""
+        """Return True if `compress` runs on the kernels for x: no dropout, and no hook on a part."""
         if type(self.qkv) is not Linear or not isinstance(self.to_out, nn.Sequential):
             return False  # another module in its place need not have a weight or a width
         if resolve_backend(x, self.backend, self.qkv.out_features // self.heads) != "triton":
@@ -252,11 +251,11 @@ class ISTA(nn.Module):
         return sparsify(x, self.weight, self.step_size, self.lambd, self.threshold, self.backend)
 
     def fuses(self, x: Tensor) -> bool:
-        """Whether `after_norm` runs on the kernels for x."""
+        """Return True if `after_norm` runs on the kernels for x."""
         return resolve_backend(x, self.backend) == "triton"
 
     def after_norm(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
-        """The step on norm(x), x [..., C], as one operator; what it keeps for backward: `functional.norm_ista`."""
+        """Return the step on norm(x), x [..., C], as one operator (`functional.norm_ista`)."""
         return functional.norm_ista(
             x,
             norm.weight,
@@ -270,7 +269,7 @@ class ISTA(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        """The step's constants, for `print(model)`."""
+        """Return the step's constants, for `print(model)`."""
         return f"dim={self.weight.shape[0]}, step_size={self.step_size}, sparsity={self.lambd}, {self.threshold}"
 
 
@@ -301,13 +300,13 @@ class MLP(nn.Sequential):
 
 
 def _observed(module: nn.Module) -> bool:
-    """Whether somebody waits for this module to be called: a hook, or a `forward` in place of its class's."""
+    """Return True if a call of this module is observed: by a hook, or a `forward` in place of its class's."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return any(hooks) or "forward" in vars(module) or _has_any_global_hook()
 
 
 def _fusible(norm: nn.Module, fn: nn.Module, x: Tensor) -> bool:
-    """Whether a LayerNorm and the MSSA or ISTA behind it run as one on x; in `torch.fx`'s graphs they do not."""
+    """Return True if a LayerNorm and the MSSA or ISTA behind it run as one operator on x; False in `torch.fx`."""
     if isinstance(x, torch.fx.Proxy):
         return False
     if type(norm) is not nn.LayerNorm or type(fn) not in (MSSA, ISTA) or norm.weight is None or norm.bias is None:
@@ -425,7 +424,7 @@ class Transformer(nn.Module):
 
     @property
     def depth(self) -> int:
-        """Number of layers."""
+        """Return the number of layers."""
         return len(self.layers)
 
     def forward(self, x: Tensor, taps: dict[int, Tensor] | None = None, last: int | None = None) -> Tensor:

@@ -14,15 +14,10 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from crate_fast.backends import BACKENDS
-from crate_fast.errors import UserError
-from crate_fast.layers import ISTA, MSSA, DecoderLayer, Dictionary, Layer, Linear, PreNorm, patches_of
-from crate_fast.model import (
-    CRATE,
+from crate_fast.arguments import (
     TIMM_NAMES,
     check_choice,
     check_floating,
-    check_images,
     check_positive,
     head_width,
     patch_grid,
@@ -30,7 +25,10 @@ from crate_fast.model import (
     size_pair,
     takes_names,
 )
-from crate_fast.tracing import without_tracer_warnings
+from crate_fast.backends import BACKENDS, without_tracer_warnings
+from crate_fast.errors import UserError
+from crate_fast.layers import ISTA, MSSA, DecoderLayer, Dictionary, Layer, Linear, PreNorm, patches_of
+from crate_fast.model import CRATE, check_images
 
 __all__ = [
     "CRATEMAE",
@@ -103,7 +101,7 @@ class _Block(nn.Module):
 
 @torch.fx.wrap
 def check_inputs(imgs: Tensor, noise: Tensor | None, shape: tuple[int, int, int], n_patches: int) -> None:
-    """A ValueError unless images have this shape, and the noise a number for each patch."""
+    """Raise a UserError unless images have this shape, and the noise a number for each patch."""
     with without_tracer_warnings():
         check_floating(imgs)
         if imgs.dim() != 4 or tuple(imgs.shape[1:]) != shape:
@@ -283,19 +281,19 @@ class CRATEMAE(nn.Module):
         return patches_of(imgs, self.patch_size)
 
     def unpatchify(self, patches: Tensor) -> Tensor:
-        """The inverse of `patchify`."""
+        """Return the inverse of `patchify`."""
         (rows, columns), (height, width) = self.grid_size, self.patch_size
         return rearrange(
             patches, "b (h w) (p q c) -> b c (h p) (w q)", h=rows, w=columns, p=height, q=width, c=self.channels
         )
 
     def can_mask(self, mask_ratio: float) -> bool:
-        """Whether the ratio leaves at least one patch visible, and one masked."""
+        """Return True if the ratio leaves at least one patch visible, and one masked."""
         n_patches = self.grid_size[0] * self.grid_size[1]
         return 0 < mask_ratio < 1 and 0 < int(n_patches * (1 - mask_ratio)) < n_patches
 
     def kept(self, mask_ratio: float) -> int:
-        """How many patches stay visible: int(N·(1 − mask_ratio)), in floating point as released (0.9 of 100 is 9).
+        """Return the number of visible patches: int(N·(1 − mask_ratio)), in floats as released (0.9 of 100: 9).
 
         Raises:
             UserError: None would, or all.
@@ -303,7 +301,7 @@ class CRATEMAE(nn.Module):
         return kept_patches(self.grid_size[0] * self.grid_size[1], mask_ratio)
 
     def reconstruction(self, imgs: Tensor, pred: Tensor) -> Tensor:
-        """The predicted pixels as images [B, channels, height, width].
+        """Return the predicted pixels as images [B, channels, height, width].
 
         With `norm_pix_loss` each patch gets the mean and deviation of the true patch back, which a prediction does
         not know: that is how MAE's authors draw theirs.
@@ -360,7 +358,7 @@ class CRATEMAE(nn.Module):
         return self.norm(self._run(self.blocks, tokens)), order
 
     def forward_decoder(self, tokens: Tensor, order: Tensor) -> Tensor:
-        """What `forward_encoder` returned → predictions for all patches [B, N, p·p·channels]."""
+        """Decode what `forward_encoder` returned: predictions for all patches [B, N, p·p·channels]."""
         if self.visible_only:
             tokens = self.decoder_embed(tokens)
             cls, visible = tokens.split([1, tokens.shape[1] - 1], dim=1)
@@ -370,7 +368,7 @@ class CRATEMAE(nn.Module):
         return self.decoder_pred(self.decoder_norm(self._run(self.decoder_blocks, tokens)))[:, 1:]
 
     def forward_loss(self, imgs: Tensor, pred: Tensor, mask: Tensor) -> Tensor:
-        """Mean squared error per pixel over the masked patches, a scalar, in fp32 at least.
+        """Return the mean squared error per pixel over the masked patches, a scalar, in fp32 at least.
 
         Args:
             imgs: [B, channels, height, width].
@@ -411,7 +409,7 @@ class CRATEMAE(nn.Module):
     # --- the encoder apart, and what training asks of a model -------------------------------------------------------
 
     def encoder(self, num_classes: int = 0, **options) -> CRATE:
-        """The encoder as a `CRATE` of its own: for fine-tuning, probing, segmentation and the white-box view.
+        """Return the encoder as a `CRATE` of its own: for fine-tuning, probing, segmentation and the white-box view.
 
         Args:
             num_classes: Of a new classifier, with random weights; none when 0.
@@ -445,7 +443,7 @@ class CRATEMAE(nn.Module):
         return model.train(self.training)
 
     def get_classifier(self) -> nn.Module:
-        """The last linear map, to pixels: what timm's tools take for the head."""
+        """Return the last linear map, to pixels: what timm's tools take for the head."""
         return self.decoder_pred
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -457,7 +455,7 @@ class CRATEMAE(nn.Module):
         return set()
 
     def group_matcher(self, coarse: bool = False) -> dict:
-        """Regular expressions that group parameters by depth, for layer-wise learning rates (timm)."""
+        """Return regular expressions that group parameters by depth, for layer-wise learning rates (timm)."""
         return {
             "stem": r"^cls_token|^mask_token|^pos_embed|^decoder_pos_embed|^patch_embed",
             "blocks": [(r"^blocks\.(\d+)", None), (r"^norm|^decoder_embed", (99998,)), (r"^decoder", (99999,))],
@@ -475,12 +473,12 @@ def _mask(order: Tensor, kept: int) -> Tensor:
 
 
 def _patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each patch's values, [B, N, 1] each."""
+    """Return the mean and standard deviation of each patch's values, [B, N, 1] each."""
     return patches.mean(dim=-1, keepdim=True), (patches.var(dim=-1, keepdim=True) + _PIXEL_EPS).sqrt()
 
 
 def encoder_state_dict(state_dict: dict[str, Tensor], visible_only: bool = False) -> dict[str, Tensor]:
-    """The encoder's part of a CRATE-MAE state dict under `CRATE`'s names, for one with `embed_norm=False`.
+    """Return the encoder's part of a CRATE-MAE state dict under `CRATE`'s names, for one with `embed_norm=False`.
 
     Args:
         state_dict: Of a `CRATEMAE`, or released.
@@ -512,20 +510,20 @@ def _released(embed_dim: int, depth: int, num_heads: int, arguments: dict) -> CR
 
 
 def CRATEMAE_tiny(**kwargs) -> CRATEMAE:
-    """The released CRATE-MAE-T: width 384, 12 + 12 layers, 6 heads, patch 16 at 224 px; 11.56 M parameters."""
+    """Build CRATE-MAE-T: width 384, 12 + 12 layers, 6 heads, patch 16 at 224 px; 11.56 M parameters."""
     return _released(384, 12, 6, kwargs)
 
 
 def CRATEMAE_small(**kwargs) -> CRATEMAE:
-    """The released CRATE-MAE-S: width 576, 12 + 12 layers, 12 heads of 48, patch 16 at 224 px; 25.41 M parameters."""
+    """Build CRATE-MAE-S: width 576, 12 + 12 layers, 12 heads of 48, patch 16 at 224 px; 25.41 M parameters."""
     return _released(576, 12, 12, kwargs)
 
 
 def CRATEMAE_base(**kwargs) -> CRATEMAE:
-    """The released CRATE-MAE-B: width 768, 12 + 12 layers, 12 heads, patch 16 at 224 px; 44.64 M parameters."""
+    """Build CRATE-MAE-B: width 768, 12 + 12 layers, 12 heads, patch 16 at 224 px; 44.64 M parameters."""
     return _released(768, 12, 12, kwargs)
 
 
 def CRATEMAE_large(**kwargs) -> CRATEMAE:
-    """The released CRATE-MAE-L: width 1024, 24 + 24 layers, 16 heads, patch 16 at 224 px; 154.27 M parameters."""
+    """Build CRATE-MAE-L: width 1024, 24 + 24 layers, 16 heads, patch 16 at 224 px; 154.27 M parameters."""
     return _released(1024, 24, 16, kwargs)

@@ -1,8 +1,7 @@
 """CRATE: the released constructor, timm's model contract, and the sizes of both papers."""
 
-import functools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,117 +10,36 @@ import torch.nn.functional as F
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from crate_fast.backends import BACKENDS
+from crate_fast.arguments import (
+    TIMM_NAMES,
+    TIMM_POOLS,
+    check_choice,
+    check_floating,
+    check_positive,
+    check_rates,
+    head_width,
+    patch_grid,
+    rename_arguments,
+    size_pair,
+    takes_names,
+)
+from crate_fast.backends import BACKENDS, being_written, without_tracer_warnings
 from crate_fast.errors import UserError
-from crate_fast.functional import THRESHOLDS
+from crate_fast.functional import RESIDUALS, THRESHOLDS
 from crate_fast.layers import ISTA, MHSA, MLP, MSSA, EmbeddingNorm, Layer, Linear, Patches, PreNorm, Transformer
-from crate_fast.tracing import being_written, without_tracer_warnings
 from crate_fast.weight_files import is_wrapped, unwrap_state_dict
 
 __all__ = [
     "CRATE",
-    "TIMM_NAMES",
     "CRATE_base",
     "CRATE_large",
     "CRATE_small",
     "CRATE_tiny",
-    "check_choice",
-    "check_floating",
-    "check_positive",
-    "head_width",
-    "patch_grid",
     "pool_tokens",
-    "rename_arguments",
     "resample_positions",
-    "size_pair",
-    "takes_names",
 ]
 
-TIMM_NAMES = {  # timm's name of an argument: the released CRATE's
-    "img_size": "image_size",
-    "in_chans": "channels",
-    "embed_dim": "dim",
-    "num_heads": "heads",
-    "global_pool": "pool",
-    "pos_drop_rate": "emb_dropout",
-}
 _POOLS = ("cls", "mean", "avg", "")
-_TIMM_POOLS = {"token": "cls"}  # timm's word: ours; "avg" and "" are the same word
-
-
-def size_pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
-    """The argument `name` as (height, width) in pixels; a ValueError if it is neither one number nor two."""
-    pair = (value, value) if isinstance(value, int) else tuple(value)
-    if len(pair) != 2 or not all(isinstance(side, int) and side > 0 for side in pair):
-        raise UserError(f"{name}={value!r}: give one positive integer, or two as (height, width), in pixels")
-    return pair
-
-
-def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    """A ValueError unless the argument `name` is one of the choices."""
-    if value not in choices:
-        raise UserError(f"{name}={value!r}: choose one of {', '.join(map(repr, choices))}")
-
-
-def rename_arguments(arguments: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
-    """Return keyword arguments under one set of names.
-
-    Args:
-        arguments: Under either name; a renamed argument that is None counts as absent.
-        names: The other name → the name in the result.
-
-    Raises:
-        UserError: An argument is given under both names, with different values.
-    """
-    renamed, both = {}, {*names, *names.values()}
-    for given, value in arguments.items():
-        name = names.get(given, given)
-        if given in both and value is None:
-            continue
-        if name in renamed and _plain(renamed[name]) != _plain(value):
-            other = next(other for other, own in names.items() if own == name)
-            raise UserError(
-                f"{name}={arguments[name]!r} and {other}={arguments[other]!r} name one argument: give one of the two"
-            )
-        renamed[name] = value
-    return renamed
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, int):
-        return (value, value)  # as a size in pixels
-    return tuple(value) if isinstance(value, list) else _TIMM_POOLS.get(value, value)
-
-
-def takes_names(names: dict[str, str]) -> Callable:
-    """Decorate a constructor: it accepts its arguments under other names too (see `rename_arguments`)."""
-
-    def decorate(init: Callable) -> Callable:
-        @functools.wraps(init)
-        def renaming(self, *args, **arguments):
-            init(self, *args, **rename_arguments(arguments, names))
-
-        return renaming
-
-    return decorate
-
-
-def head_width(dim: int, heads: int) -> int:
-    """Return dim / heads.
-
-    Raises:
-        UserError: It is no integer.
-    """
-    check_positive(dim=dim, heads=heads)
-    if dim % heads:
-        raise UserError(f"heads={heads} does not divide dim={dim}: choose another number of heads, or give dim_head")
-    return dim // heads
-
-
-def _check_rates(**rates: float) -> None:
-    for name, rate in rates.items():
-        if not isinstance(rate, int | float) or not 0 <= rate < 1:
-            raise UserError(f"{name}={rate!r}: give a probability of at least 0, and below 1")
 
 
 def _specific_rate(name: str, rate: float | None, dropout: float) -> float:
@@ -133,23 +51,6 @@ def _specific_rate(name: str, rate: float | None, dropout: float) -> float:
     return dropout if rate is None else rate
 
 
-def check_positive(**sizes: int) -> None:
-    """A ValueError unless all are positive integers."""
-    for name, size in sizes.items():
-        if not isinstance(size, int) or size <= 0:
-            raise UserError(f"{name}={size!r}: give a positive integer")
-
-
-def patch_grid(image_size: tuple[int, int], patch_size: tuple[int, int]) -> tuple[int, int]:
-    """Rows and columns of patches; a ValueError if the patch size does not divide the image size."""
-    if image_size[0] % patch_size[0] or image_size[1] % patch_size[1]:
-        raise UserError(
-            f"image size {image_size} is not a multiple of the patch size {patch_size}: "
-            "resize or pad the image, or choose another patch size"
-        )
-    return image_size[0] // patch_size[0], image_size[1] // patch_size[1]
-
-
 def _plain_size(size: tuple[int, int]) -> list[int]:
     # torch.compile cannot differentiate a bicubic resampling of symbolic size: `index` makes it a plain number there
     if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript leaves out what stands behind this alone
@@ -159,7 +60,7 @@ def _plain_size(size: tuple[int, int]) -> list[int]:
 
 
 def resample_positions(positions: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
-    """Positions [1, 1 + rows·columns, C] of one grid for another, bicubically; CLS keeps its own."""
+    """Return positions [1, 1 + rows·columns, C] of one grid for another, bicubically; CLS keeps its own."""
     prefix, patches = positions[:, :1], positions[:, 1:]
     patches = patches if patches.dtype == torch.float64 else patches.float()
     patches = patches.transpose(1, 2).unflatten(-1, old)
@@ -181,13 +82,6 @@ def pool_tokens(tokens: Tensor, pool: str) -> Tensor:
     return tokens[:, 1:].mean(dim=1) if pool == "avg" else tokens
 
 
-def check_floating(images: Tensor) -> None:
-    """A UserError unless images are a floating-point tensor."""
-    if not isinstance(images, Tensor) or not images.is_floating_point():
-        kind = images.dtype if isinstance(images, Tensor) else f"a {type(images).__name__}"
-        raise UserError(f"images are {kind}: pass a floating-point tensor; scale bytes by images.float() / 255 first")
-
-
 # What depends on the size of the images is a function here: one node of `torch.fx`'s graphs, which knows the size.
 
 
@@ -195,7 +89,7 @@ def check_floating(images: Tensor) -> None:
 def check_images(
     images: Tensor, channels: int, patch_size: tuple[int, int], image_size: tuple[int, int], any_size: bool
 ) -> None:
-    """A ValueError unless the model takes these images; unchecked in TorchScript."""
+    """Raise a UserError unless the model takes these images; unchecked in TorchScript."""
     if not torch.jit.is_scripting():
         with without_tracer_warnings():
             _check_images(images, channels, patch_size, None if any_size else image_size)
@@ -221,7 +115,7 @@ def _check_images(
 def positions_for(
     images: Tensor, positions: Tensor, patch_size: tuple[int, int], native_grid: tuple[int, int]
 ) -> Tensor:
-    """Positions [1, 1 + rows·columns, C] for images of any size, from those of `native_grid`.
+    """Return positions [1, 1 + rows·columns, C] for images of any size, from those of `native_grid`.
 
     A graph that is written resamples them at every size: it cannot ask whether this one is the native.
     """
@@ -321,15 +215,15 @@ class CRATE(nn.Module):
     ):
         super().__init__()
         check_positive(dim=dim, depth=depth, heads=heads, dim_head=dim_head, channels=channels)
-        check_choice("residual", residual, ("released", "paper"))
+        check_choice("residual", residual, RESIDUALS)
         check_choice("attention", attention, ("mssa", "mhsa"))
         check_choice("sparsifier", sparsifier, ("ista", "mlp"))
         check_choice("threshold", threshold, THRESHOLDS)
         check_choice("backend", backend, BACKENDS)
         attn_drop_rate = _specific_rate("attn_drop_rate", attn_drop_rate, dropout)
         mlp_drop_rate = _specific_rate("proj_drop_rate", proj_drop_rate, dropout)
-        _check_rates(dropout=dropout, emb_dropout=emb_dropout, drop_rate=drop_rate, drop_path_rate=drop_path_rate)
-        _check_rates(attn_drop_rate=attn_drop_rate, proj_drop_rate=mlp_drop_rate)
+        check_rates(dropout=dropout, emb_dropout=emb_dropout, drop_rate=drop_rate, drop_path_rate=drop_path_rate)
+        check_rates(attn_drop_rate=attn_drop_rate, proj_drop_rate=mlp_drop_rate)
         self.patch_size = size_pair("patch_size", patch_size)
         self.image_size = size_pair("image_size", image_size)
         self.native_grid = self._grid_of(self.image_size)  # the grid that pos_embedding was made for
@@ -383,7 +277,7 @@ class CRATE(nn.Module):
 
     @property
     def grid_size(self) -> tuple[int, int]:
-        """Rows and columns of patches at the current image size."""
+        """Return rows and columns of patches at the current image size."""
         return self._grid_of(self.image_size)
 
     def set_input_size(self, img_size: int | Sequence[int] | None = None, patch_size=None) -> None:
@@ -409,7 +303,7 @@ class CRATE(nn.Module):
             self.image_size = size
 
     def position_embedding(self, grid: tuple[int, int]) -> Tensor:
-        """Positions for a grid of patches, [1, 1 + rows·columns, C]: the parameter, resampled where it must be."""
+        """Return positions [1, 1 + rows·columns, C] for a grid of patches: the parameter, resampled where needed."""
         if grid == self.native_grid:
             return self.pos_embedding
         return resample_positions(self.pos_embedding, self.native_grid, grid)
@@ -488,7 +382,7 @@ class CRATE(nn.Module):
         intermediates_only: bool = False,
         output_dict: bool = False,
     ) -> list | tuple[Tensor, list] | dict:
-        """Outputs of chosen layers (timm's interface).
+        """Return the outputs of chosen layers (timm's interface).
 
         Args:
             x: Images [B, channels, height, width].
@@ -567,7 +461,7 @@ class CRATE(nn.Module):
         if not isinstance(num_classes, int) or num_classes < 0:
             raise UserError(f"num_classes={num_classes!r}: give 0 for no head, or a positive integer")
         if global_pool is not None:
-            pool = _TIMM_POOLS.get(global_pool, global_pool)
+            pool = TIMM_POOLS.get(global_pool, global_pool)
             check_choice("pool", pool, _POOLS)
             self.pool, self.global_pool = pool, "token" if pool == "cls" else pool
         self.num_classes = num_classes
@@ -580,11 +474,11 @@ class CRATE(nn.Module):
         self.transformer.grad_checkpointing = enable
 
     def no_weight_decay(self) -> set[str]:
-        """Parameters that timm's optimizer factory leaves undecayed, beside the one-dimensional ones."""
+        """Return the parameters that timm's optimizer factory leaves undecayed, beside the one-dimensional ones."""
         return {"pos_embedding", "cls_token"}
 
     def group_matcher(self, coarse: bool = False) -> dict:
-        """Regular expressions that group parameters by depth, for layer-wise learning rates (timm)."""
+        """Return regular expressions that group parameters by depth, for layer-wise learning rates (timm)."""
         return {
             "stem": r"^cls_token|^pos_embedding|^to_patch_embedding",
             "blocks": [(r"^transformer\.layers\.(\d+)", None), (r"^mlp_head\.0", (99999,))],
@@ -599,20 +493,20 @@ def _released(num_classes: int, sizes: dict[str, int], arguments: dict[str, Any]
 
 
 def CRATE_tiny(num_classes: int = 1000, **kwargs) -> CRATE:
-    """The released CRATE-T: width 384, 12 layers, 6 heads of 64, patch 16 at 224 px; 6.09 M parameters."""
+    """Build CRATE-T: width 384, 12 layers, 6 heads of 64, patch 16 at 224 px; 6.09 M parameters."""
     return _released(num_classes, {"dim": 384, "depth": 12, "heads": 6}, kwargs)
 
 
 def CRATE_small(num_classes: int = 1000, **kwargs) -> CRATE:
-    """The released CRATE-S: width 576, 12 layers, 12 heads of 48, patch 16 at 224 px; 13.12 M parameters."""
+    """Build CRATE-S: width 576, 12 layers, 12 heads of 48, patch 16 at 224 px; 13.12 M parameters."""
     return _released(num_classes, {"dim": 576, "depth": 12, "heads": 12}, kwargs)
 
 
 def CRATE_base(num_classes: int = 1000, **kwargs) -> CRATE:
-    """The released CRATE-B: width 768, 12 layers, 12 heads of 64, patch 16 at 224 px; 22.80 M parameters."""
+    """Build CRATE-B: width 768, 12 layers, 12 heads of 64, patch 16 at 224 px; 22.80 M parameters."""
     return _released(num_classes, {"dim": 768, "depth": 12, "heads": 12}, kwargs)
 
 
 def CRATE_large(num_classes: int = 1000, **kwargs) -> CRATE:
-    """The released CRATE-L: width 1024, 24 layers, 16 heads of 64, patch 16 at 224 px; 77.64 M parameters."""
+    """Build CRATE-L: width 1024, 24 layers, 16 heads of 64, patch 16 at 224 px; 77.64 M parameters."""
     return _released(num_classes, {"dim": 1024, "depth": 24, "heads": 16}, kwargs)

@@ -30,7 +30,12 @@ from torch import Tensor
 from crate_fast import functional
 from crate_fast.accuracy import clear_of_threshold, gradients, judge, spread_tokens, token_scale
 from crate_fast.errors import CommandParser, UserError, run_command
-from crate_fast.reference import ista_reference, mssa_reference, subspace_attention_reference
+from crate_fast.reference import (
+    compress_reference,
+    ista_reference,
+    norm_ista_reference,
+    subspace_attention_reference,
+)
 from crate_fast.settings import FUSED_PRODUCTS, SELF_CHECK
 
 __all__ = ["CHECKED", "PROBES", "Probe", "Problem", "find_probe", "main", "run_probe", "time_probe"]
@@ -59,7 +64,7 @@ class Problem:
     autocast: torch.dtype | None = None
 
     def results(self, function: Callable[..., Tensor]) -> list[Tensor]:
-        """Output and the gradient of every input."""
+        """Return output and the gradient of every input."""
 
         def forward(*inputs: Tensor) -> Tensor:
             with self._autocast():
@@ -68,7 +73,7 @@ class Problem:
         return gradients(forward, self.inputs, self.grad)
 
     def truth(self) -> list[Tensor]:
-        """The same of the reference in float64."""
+        """Return the same of the reference in float64."""
         return gradients(self.reference, [tensor.double() for tensor in self.inputs], self.grad.double())
 
     def _autocast(self):
@@ -119,13 +124,10 @@ def _norm_ista(sizes, dtype, autocast, device, generator) -> Problem:
     beta = _normal((width,), generator, device, dtype, 0.3)
     dictionary = _normal((width, width), generator, device, dtype, width**-0.5)
 
-    def reference(x, gamma, beta, dictionary):
-        return ista_reference(F.layer_norm(x, (width,), gamma, beta), dictionary)
-
     normed = F.layer_norm(x, (width,), gamma, beta)
     grad = clear_of_threshold(_normal(sizes, generator, device, dtype), normed, dictionary, autocast)
     ours = partial(functional.norm_ista, backend="triton")
-    return Problem(ours, reference, [x, gamma, beta, dictionary], grad, "y dx dγ dβ dD", autocast)
+    return Problem(ours, norm_ista_reference, [x, gamma, beta, dictionary], grad, "y dx dγ dβ dD", autocast)
 
 
 def _compress(sizes, dtype, autocast, device, generator, residual: str = "released") -> Problem:
@@ -136,12 +138,11 @@ def _compress(sizes, dtype, autocast, device, generator, residual: str = "releas
     means = (1.0, 1.0, 0.0, 0.0, 0.0, 0.0)
     rows = zip(shapes, spreads, means, strict=True)
     inputs = [_normal(shape, generator, device, dtype, spread, mean) for shape, spread, mean in rows]
-
-    def reference(x, gamma, beta, projection, output, bias):
-        normed = F.layer_norm(x, (width,), gamma, beta)
-        return (x if residual == "released" else normed) + mssa_reference(normed, projection, output, bias, heads)
-
-    ours = partial(functional.compress, heads=heads, residual=residual, backend="triton")
+    options = {"heads": heads, "residual": residual}
+    ours, reference = (
+        partial(functional.compress, **options, backend="triton"),
+        partial(compress_reference, **options),
+    )
     grad = _normal(sizes, generator, device, dtype)
     return Problem(ours, reference, inputs, grad, "h dx dγ dβ dU dV db", autocast)
 
@@ -238,7 +239,7 @@ FAULTS = {
 
 
 def find_probe(name: str) -> Probe:
-    """The probe of this name, one of the unlisted "fault:crash", "fault:hang" and "fault:wrong" included."""
+    """Return the probe of this name, one of the unlisted "fault:crash", "fault:hang" and "fault:wrong" included."""
     known = PROBES | FAULTS
     if name not in known:
         raise UserError(f"no probe {name!r}: choose one of {', '.join(PROBES)}")
@@ -286,14 +287,14 @@ def run_probe(probe: Probe, device: torch.device | str, reruns: int = 20) -> dic
 
 @contextmanager
 def _built(probe: Probe, precision: str, sizes: tuple[int, ...], device: torch.device) -> Iterator[Problem]:
-    """The problem, under the settings that it is to run with."""
+    """Return the problem, under the settings that it is to run with."""
     environment = {SELF_CHECK: "0"} | probe.environment  # else a wrong kernel is an error before it is judged
     with mock.patch.dict(os.environ, environment), _precision(precision, device) as (dtype, autocast):
         yield probe.build(sizes, dtype, autocast, device, torch.Generator().manual_seed(0))
 
 
 def _judged(problem: Problem, reruns: int) -> dict[str, object]:
-    """What the kernels' results are worth."""
+    """Judge the kernels' results."""
     start = time.perf_counter()
     with _recorded_launches() as launched:
         actual = problem.results(problem.ours)
@@ -323,7 +324,7 @@ def _judged(problem: Problem, reruns: int) -> dict[str, object]:
 
 
 def _numbers(judgement) -> dict[str, float | None]:
-    """For JSON, which has no NaN: None where a number is not finite."""
+    """Return the numbers for JSON, None where one is not finite."""
     keys = ("rms", "max", "allowed_rms", "allowed_max", "share")
     return {key: value if math.isfinite(value := getattr(judgement, key)) else None for key in keys}
 
@@ -343,7 +344,7 @@ def _tiny(probe: Probe) -> tuple[str, tuple[int, ...]]:
 
 @contextmanager
 def _precision(name: str, device: torch.device) -> Iterator[tuple[torch.dtype, torch.dtype | None]]:
-    """The tensors' dtype and autocast's, with fp32 products as named while the context lasts."""
+    """Return the tensors' dtype and autocast's, with fp32 products as named while the context lasts."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
     try:
@@ -372,7 +373,7 @@ def _poisoned(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def _recorded_launches() -> Iterator[set[str]]:
-    """The names of the kernels that are launched inside."""
+    """Return the names of the kernels that are launched inside."""
     from crate_fast.kernels.launch import Launch
 
     names: set[str] = set()
@@ -387,7 +388,7 @@ def _recorded_launches() -> Iterator[set[str]]:
 
 
 def time_probe(probe: Probe, device: torch.device | str) -> dict[str, object]:
-    """Milliseconds of forward and backward on a GPU, in a CUDA graph, of ours and of what PyTorch has for it.
+    """Return milliseconds of forward and backward on a GPU, in a CUDA graph, of ours and of what PyTorch has for it.
 
     Returns:
         timed_shape (more images for attention), ours_ms, peer ("SDPA" or "eager"), peer_ms.

@@ -69,6 +69,47 @@ def ista_reference(
     return u.sign() * F.relu(u.abs() - step_size * sparsity)
 
 
+def norm_ista_reference(
+    x: Tensor, weight: Tensor, bias: Tensor, dictionary: Tensor, *ista, eps: float = 1e-5, **options
+) -> Tensor:
+    """ISTA(LN(x)) for tokens x [..., C].
+
+    Args:
+        x: Tokens [..., C].
+        weight, bias: LayerNorm's γ and β [C].
+        dictionary: D [C, C].
+        *ista, **options: step_size, sparsity and threshold of `ista_reference`.
+        eps: LayerNorm's epsilon.
+    """
+    return ista_reference(F.layer_norm(x, x.shape[-1:], weight, bias, eps), dictionary, *ista, **options)
+
+
+def compress_reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    projection: Tensor,
+    out_weight: Tensor | None,
+    out_bias: Tensor | None,
+    heads: int,
+    *,
+    residual: str = "released",
+    eps: float = 1e-5,
+) -> Tensor:
+    """A layer's first half: h = x + MSSA(LN x) ("released"), or h = LN x + MSSA(LN x) ("paper", Algorithms 1 and 3).
+
+    Args:
+        x: Tokens [B, N, C].
+        weight, bias: LayerNorm's γ and β [C].
+        projection, out_weight, out_bias, heads: As `mssa_reference`'s.
+        residual: "released" or "paper".
+        eps: LayerNorm's epsilon.
+    """
+    normed = F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    attended = mssa_reference(normed, projection, out_weight, out_bias, heads)
+    return attended + (x if residual == "released" else normed)
+
+
 def layer_reference(
     x: Tensor,
     weights: dict[str, Tensor],
@@ -78,9 +119,7 @@ def layer_reference(
     eps: float = 1e-5,
     **ista,
 ) -> Tensor:
-    """One CRATE layer in either residual form.
-
-    "released": h = x + MSSA(LN₁ x).  "paper" (Algorithms 1 and 3): h = LN₁ x + MSSA(LN₁ x).  Then ISTA(LN₂ h).
+    """One CRATE layer: `compress_reference`, then ISTA(LN₂ h).
 
     Args:
         x: Tokens [B, N, C].
@@ -94,18 +133,11 @@ def layer_reference(
     Returns:
         The next layer's tokens [B, N, C].
     """
-    width = x.shape[-1:]
-    normed = F.layer_norm(x, width, weights["0.norm.weight"], weights["0.norm.bias"], eps)
-    attended = mssa_reference(
-        normed,
-        weights["0.fn.qkv.weight"],
-        weights.get("0.fn.to_out.0.weight"),
-        weights.get("0.fn.to_out.0.bias"),
-        heads,
+    names = ("0.norm.weight", "0.norm.bias", "0.fn.qkv.weight", "0.fn.to_out.0.weight", "0.fn.to_out.0.bias")
+    h = compress_reference(x, *map(weights.get, names), heads, residual=residual, eps=eps)
+    return norm_ista_reference(
+        h, weights["1.norm.weight"], weights["1.norm.bias"], weights["1.fn.weight"], eps=eps, **ista
     )
-    h = attended + (x if residual == "released" else normed)
-    h = F.layer_norm(h, width, weights["1.norm.weight"], weights["1.norm.bias"], eps)
-    return ista_reference(h, weights["1.fn.weight"], **ista)
 
 
 def coding_rate_reference(w: Tensor, epsilon: float = 0.01) -> Tensor:

@@ -10,6 +10,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
+from crate_fast.arguments import TIMM_NAMES, head_width, rename_arguments
 from crate_fast.checkpoints import adapt_state_dict, load_weights
 from crate_fast.errors import UserError
 from crate_fast.mae import (
@@ -20,7 +21,7 @@ from crate_fast.mae import (
     CRATEMAE_small,
     CRATEMAE_tiny,
 )
-from crate_fast.model import CRATE, TIMM_NAMES, head_width, rename_arguments
+from crate_fast.model import CRATE
 
 __all__ = ["MAE", "MAE_ENCODER", "create_mae", "create_model", "is_mae", "is_model", "model_names"]
 
@@ -85,8 +86,9 @@ def _weights_for(state_dict: dict, model: CRATE) -> dict[str, Tensor]:
     return state_dict
 
 
-def _create(name: str, pretrained: bool, sizes: dict, kwargs: dict) -> CRATE:
-    arguments = sizes | rename_arguments(kwargs, _TO_TIMM)
+def _create(name: str, pretrained: bool, kwargs: dict, sizes: tuple[int, int, int, int], options: dict | None = None):
+    named = dict(zip(("patch_size", "embed_dim", "depth", "num_heads"), sizes, strict=True))
+    arguments = named | (options or {}) | rename_arguments(kwargs, _TO_TIMM)
     if "dim_head" not in arguments:
         arguments["dim_head"] = head_width(arguments["embed_dim"], arguments["num_heads"])
     if arguments.get("head_hidden"):
@@ -105,78 +107,67 @@ def _create(name: str, pretrained: bool, sizes: dict, kwargs: dict) -> CRATE:
 @register_model
 def crate_tiny_patch16_224(pretrained: bool = False, **kwargs) -> CRATE:
     """CRATE-T/16 of the released code: 384 wide, 12 layers, 6 heads."""
-    sizes = {"patch_size": 16, "embed_dim": 384, "depth": 12, "num_heads": 6}
-    return _create("crate_tiny_patch16_224", pretrained, sizes, kwargs)
+    return _create("crate_tiny_patch16_224", pretrained, kwargs, (16, 384, 12, 6))
 
 
 @register_model
 def crate_small_patch16_224(pretrained: bool = False, **kwargs) -> CRATE:
     """CRATE-S/16 of the released code: 576 wide, 12 layers, 12 heads."""
-    sizes = {"patch_size": 16, "embed_dim": 576, "depth": 12, "num_heads": 12}
-    return _create("crate_small_patch16_224", pretrained, sizes, kwargs)
+    return _create("crate_small_patch16_224", pretrained, kwargs, (16, 576, 12, 12))
 
 
 @register_model
 def crate_base_patch16_224(pretrained: bool = False, **kwargs) -> CRATE:
     """CRATE-B/16 of the released code: 768 wide, 12 layers, 12 heads."""
-    sizes = {"patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 12}
-    return _create("crate_base_patch16_224", pretrained, sizes, kwargs)
+    return _create("crate_base_patch16_224", pretrained, kwargs, (16, 768, 12, 12))
 
 
 @register_model
 def crate_large_patch16_224(pretrained: bool = False, **kwargs) -> CRATE:
     """CRATE-L/16 of the released code: 1024 wide, 24 layers, 16 heads."""
-    sizes = {"patch_size": 16, "embed_dim": 1024, "depth": 24, "num_heads": 16}
-    return _create("crate_large_patch16_224", pretrained, sizes, kwargs)
+    return _create("crate_large_patch16_224", pretrained, kwargs, (16, 1024, 24, 16))
 
 
 @register_model
 def crate_tiny_patch8_224(pretrained: bool = False, **kwargs) -> CRATE:
     """CRATE-T/8 of the emergence paper: 192 wide, 12 layers, 3 heads."""
-    sizes = {"patch_size": 8, "embed_dim": 192, "depth": 12, "num_heads": 3}
-    return _create("crate_tiny_patch8_224", pretrained, sizes, kwargs)
+    return _create("crate_tiny_patch8_224", pretrained, kwargs, (8, 192, 12, 3))
 
 
 @register_model
 def crate_small_patch8_224(pretrained: bool = False, **kwargs) -> CRATE:
     """CRATE-S/8 of the emergence paper: 384 wide, 12 layers, 6 heads."""
-    sizes = {"patch_size": 8, "embed_dim": 384, "depth": 12, "num_heads": 6}
-    return _create("crate_small_patch8_224", pretrained, sizes, kwargs)
+    return _create("crate_small_patch8_224", pretrained, kwargs, (8, 384, 12, 6))
 
 
 @register_model
 def crate_base_patch8_224(pretrained: bool = False, **kwargs) -> CRATE:
     """CRATE-B/8 of the emergence paper: 768 wide, 12 layers, 12 heads."""
-    sizes = {"patch_size": 8, "embed_dim": 768, "depth": 12, "num_heads": 12}
-    return _create("crate_base_patch8_224", pretrained, sizes, kwargs)
+    return _create("crate_base_patch8_224", pretrained, kwargs, (8, 768, 12, 12))
 
 
 @register_model
 def crate_mae_encoder_tiny_patch16_224(pretrained: bool = False, **kwargs) -> CRATE:
-    """The encoder of CRATE-MAE-T: 384 wide, 12 layers, 6 heads."""
-    sizes = {"patch_size": 16, "embed_dim": 384, "depth": 12, "num_heads": 6} | ENCODER_OPTIONS
-    return _create("crate_mae_encoder_tiny_patch16_224", pretrained, sizes, kwargs)
+    """Return the encoder of CRATE-MAE-T: 384 wide, 12 layers, 6 heads."""
+    return _create("crate_mae_encoder_tiny_patch16_224", pretrained, kwargs, (16, 384, 12, 6), ENCODER_OPTIONS)
 
 
 @register_model
 def crate_mae_encoder_small_patch16_224(pretrained: bool = False, **kwargs) -> CRATE:
-    """The encoder of CRATE-MAE-S: 576 wide, 12 layers, 12 heads."""
-    sizes = {"patch_size": 16, "embed_dim": 576, "depth": 12, "num_heads": 12} | ENCODER_OPTIONS
-    return _create("crate_mae_encoder_small_patch16_224", pretrained, sizes, kwargs)
+    """Return the encoder of CRATE-MAE-S: 576 wide, 12 layers, 12 heads."""
+    return _create("crate_mae_encoder_small_patch16_224", pretrained, kwargs, (16, 576, 12, 12), ENCODER_OPTIONS)
 
 
 @register_model
 def crate_mae_encoder_base_patch16_224(pretrained: bool = False, **kwargs) -> CRATE:
-    """The encoder of CRATE-MAE-B: 768 wide, 12 layers, 12 heads."""
-    sizes = {"patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 12} | ENCODER_OPTIONS
-    return _create("crate_mae_encoder_base_patch16_224", pretrained, sizes, kwargs)
+    """Return the encoder of CRATE-MAE-B: 768 wide, 12 layers, 12 heads."""
+    return _create("crate_mae_encoder_base_patch16_224", pretrained, kwargs, (16, 768, 12, 12), ENCODER_OPTIONS)
 
 
 @register_model
 def crate_mae_encoder_large_patch16_224(pretrained: bool = False, **kwargs) -> CRATE:
-    """The encoder of CRATE-MAE-L: 1024 wide, 24 layers, 16 heads."""
-    sizes = {"patch_size": 16, "embed_dim": 1024, "depth": 24, "num_heads": 16} | ENCODER_OPTIONS
-    return _create("crate_mae_encoder_large_patch16_224", pretrained, sizes, kwargs)
+    """Return the encoder of CRATE-MAE-L: 1024 wide, 24 layers, 16 heads."""
+    return _create("crate_mae_encoder_large_patch16_224", pretrained, kwargs, (16, 1024, 24, 16), ENCODER_OPTIONS)
 
 
 # --- the autoencoders, and every name in one place ---

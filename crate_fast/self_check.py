@@ -1,52 +1,48 @@
 """The first launch of each kernel variant in a process is checked once, against PyTorch on a small input of its kind.
 
-Compilers older than ours, or of other GPUs than ours, can make wrong programs of right kernels. So an operator's body
-that is `self_checked` runs once more, on random tensors, before it first runs on a device with arguments that need
-another compiled kernel: other dtypes, widths, strides, alignment, options, or divisibility by 16, on which Triton
-specialises. The results must be as close to float64 as `crate_fast.accuracy` has it, with the eps of the products.
-This costs milliseconds and one wait for the device. `CRATE_FAST_SELF_CHECK` turns it off on a GPU (0), or on in
-Triton's interpreter (1).
+Compilers older than ours, or of other GPUs than ours, can make wrong programs of right kernels. So `checked` runs a
+kernel's function once more, on random tensors, before it first runs on a device with arguments that need another
+compiled kernel: other dtypes, widths, strides, alignment, options, or divisibility by 16 (Triton specialises on it).
+The results must be as close to float64 as `crate_fast.accuracy` has it, with the eps of the products. This costs
+milliseconds and one wait for the device. `CRATE_FAST_SELF_CHECK` turns it off on a GPU (0), or on in Triton's
+interpreter (1).
 """
 
-import functools
 import math
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import is_dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from crate_fast.accuracy import Judgement, error_numbers, product_eps, token_scale
-from crate_fast.autocast import without_autocast
+from crate_fast.backends import without_autocast
 from crate_fast.errors import UserError
-from crate_fast.settings import SELF_CHECK, fused_products_wanted, self_check_wanted
+from crate_fast.settings import SELF_CHECK, self_check_wanted
 
-__all__ = ["self_checked"]
+__all__ = ["checked"]
 
 LONGEST = 320  # tokens of one image: three blocks of rows
+FP32_EPS = 2.0**-10  # TF32's: the kernels multiply fp32 so
 ELEMENTS = 5 * 2**20  # of [M, C]: 160 tiles of 128×256, a second one for some of the persistent programs
-ROWS = 256  # compared at either end, where not every row has to be
 
 _right: set[tuple] = set()
 _lock = threading.RLock()
 
 
-# --- small inputs -------------------------------------------------------------------------------------------------
+# --- small arguments: each function takes a `_Draw` and a kernel's arguments --------------------------------------
 
 
 def alike(size: int, most: int) -> int:
-    """A size of at most `most` (a multiple of 16), in Triton's eyes like this one: 1, a multiple of 16, or neither.
+    """Return a size of at most `most`, a multiple of 16, that Triton specialises alike: 1, a multiple of 16, or no.
 
     >>> alike(785, 320), alike(800, 320), alike(17, 320), alike(1, 320)
     (305, 304, 17, 1)
     """
     return size if size <= most else most - 16 + size % 16
-
-
-def _rows(size: int, width: int) -> int:
-    return alike(size, max(512, ELEMENTS // width // 16 * 16))
 
 
 class _Draw:
@@ -55,170 +51,144 @@ class _Draw:
     def __init__(self, device: torch.device):
         self.generator = torch.Generator(device).manual_seed(0)
 
-    def normal(self, like: Tensor | None, shape: tuple[int, ...], spread: float = 1.0, mean: float = 0.0):
-        """Normal numbers of this shape, with dtype and alignment of `like`, and its strides where they can matter.
+    def like(
+        self, given: Tensor | None, spread: float = 1.0, mean: float = 0.0, shape: tuple[int, ...] | None = None
+    ):
+        """Return normal numbers with dtype and alignment of `given`, and its strides where they can matter.
 
-        They do for weights, which have the shape of `like`, and for subspace tokens [B, N, H, D]. Whatever else is
-        not contiguous is copied before a launch.
+        They do for weights, which keep their shape, and for subspace tokens [B, N, H, D]. Whatever else is not
+        contiguous is copied before a launch.
         """
-        if like is None:
+        if given is None:
             return None
-        strided = tuple(shape) == tuple(like.shape) or (like.dim() == 4 and like.stride(-1) == 1)
-        strides = like.stride() if strided else torch.empty(shape, device="meta").stride()
+        shape = given.shape if shape is None else shape
+        strided = tuple(shape) == tuple(given.shape) or (given.dim() == 4 and given.stride(-1) == 1)
+        strides = given.stride() if strided else torch.empty(shape, device="meta").stride()
         room = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
-        offset = like.data_ptr() % 16 // like.itemsize if strided or like.is_contiguous() else 0
-        values = torch.randn(offset + room, generator=self.generator, device=like.device) * spread + mean
-        return values.to(like.dtype).as_strided(shape, strides, offset)
+        offset = given.data_ptr() % 16 // given.itemsize if strided or given.is_contiguous() else 0
+        values = torch.randn(offset + room, generator=self.generator, device=given.device) * spread + mean
+        return values.to(given.dtype).as_strided(shape, strides, offset)
 
-    def channels(self, gamma: Tensor | None, beta: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        """γ and β of a LayerNorm."""
-        shape = () if gamma is None else gamma.shape
-        return self.normal(gamma, shape, 0.3, 1.0), self.normal(beta, shape, 0.3)
+    def rows(self, given: Tensor | None, spread: float = 1.0, mean: float = 0.0, width: int | None = None):
+        """Return fewer rows than `given` [M, C] has; their number depends on `width`, C when None."""
+        if given is None:
+            return None
+        most = max(512, ELEMENTS // (width or given.shape[1]) // 16 * 16)
+        return self.like(given, spread, mean, (alike(len(given), most), given.shape[1]))
+
+    def matrix(self, given: Tensor):
+        """Return a weight [N, K] that keeps the size of what it multiplies."""
+        return self.like(given, given.shape[1] ** -0.5)
+
+    def norm(self, given, x: Tensor):
+        """Return a `layer_norm.Norm` like `given` for x, or None."""
+        if given is None:
+            return None
+        _, mean, rstd = _normalize(True, x, 1e-5, x.dtype)
+        channels = {"gamma": self.like(given.gamma, 0.3, 1.0), "beta": self.like(given.beta, 0.3)}
+        return replace(given, mean=mean.float(), rstd=rstd.float(), **channels)
 
 
-def _tokens(draw: _Draw, w: Tensor) -> Tensor:
+def _draw_attention_forward(draw, w, scale):
     _, n_tokens, heads, dim = w.shape
     n_tokens = alike(n_tokens, LONGEST)
-    return draw.normal(w, (1, n_tokens, heads, dim), token_scale(n_tokens, dim))
+    return draw.like(w, token_scale(n_tokens, dim), shape=(1, n_tokens, heads, dim)), dim**-0.5
 
 
-def _draw_attention_fwd(draw, w, scale):
-    return _tokens(draw, w), w.shape[3] ** -0.5
+def _draw_attention_backward(draw, grad, w, out, lse, scale):
+    tokens, scale = _draw_attention_forward(draw, w, scale)
+    small_out, small_lse = _attention_forward(True, tokens, scale)
+    small_out = small_out.to(out.dtype).contiguous()
+    return draw.like(grad, shape=tokens.shape), tokens, small_out, small_lse.float(), scale
 
 
-def _draw_attention_bwd(draw, grad, w, out, lse, scale):
-    tokens, scale = _draw_attention_fwd(draw, w, scale)
-    out_small, lse_small = _attention_fwd(True, tokens, scale)
-    out_small = out_small.to(out.dtype).contiguous()
-    return draw.normal(grad, tokens.shape), tokens, out_small, lse_small.float(), scale
+def _draw_layer_norm_backward(draw, grad, rows, mean, rstd, dtype, gamma=None, skip=None, normed_dtype=None):
+    small = draw.rows(rows)
+    _, small_mean, small_rstd = (tensor.float() for tensor in _normalize(True, small, 1e-5, dtype))
+    small_mean = None if mean is None else small_mean
+    more = draw.like(gamma, 0.3, 1.0), draw.rows(skip), normed_dtype
+    return draw.rows(grad), small, small_mean, small_rstd, dtype, *more
 
 
-def _draw_fold(draw, dictionary, step_size, dtype):
-    return draw.normal(dictionary, dictionary.shape, len(dictionary) ** -0.5), 0.1, dtype
+def _draw_ista_forward(draw, x, operand, folded, shift, soft=False, norm=None, keep=True):
+    small, norm_small = draw.rows(x, 2.0, 1.0), None
+    low = small
+    if norm is not None:
+        norm_small = draw.norm(norm, small)
+        low = _normalize(True, small, 1e-5, small.dtype)[0]
+    return small, low.to(operand.dtype), draw.like(folded, 0.3 * len(folded) ** -0.5), 0.01, soft, norm_small, keep
 
 
-def _draw_ista_fwd(draw, x, gamma, beta, dictionary, folded, step_size, sparsity, eps, soft, keep):
-    width = x.shape[1]
-    small = draw.normal(x, (_rows(len(x), width), width))
-    folded = draw.normal(folded, folded.shape, 0.3 * width**-0.5)
-    return small, *draw.channels(gamma, beta), dictionary, folded, 0.1, 0.1, 1e-5, soft, keep
+def _draw_backward_input(draw, grad, masked, folded):
+    small = draw.rows(grad)
+    passed = draw.rows(grad) > 0
+    masked = torch.where(passed, small, 0.0).to(masked.dtype)
+    return small, masked, draw.like(folded, 0.3 * len(folded) ** -0.5)
 
 
-def _draw_ista_bwd(
-    draw, grad, nonzero, rows, mean, rstd, gamma, beta, dictionary, folded, step_size, eps, x_dtype, wanted
-):
-    width = grad.shape[1]
-    shape = (_rows(len(grad), width), width)
-    small = draw.normal(rows, shape)
-    mean_small, rstd_small = (None, rstd) if gamma is None else _normalized(False, small, 1e-5)[1:]
-    return (
-        draw.normal(grad, shape),
-        draw.normal(nonzero, shape, 2.0),
-        small,
-        None if mean is None else mean if gamma is None else mean_small,
-        rstd_small,
-        *draw.channels(gamma, beta),
-        draw.normal(dictionary, dictionary.shape, width**-0.5),
-        draw.normal(folded, folded.shape, 0.3 * width**-0.5),
-        *(0.1, 1e-5, x_dtype, wanted),
-    )
+def _draw_product(draw, a, weight, x, tile, bias=None, norm=None):
+    width = max(a.shape[1], x.shape[1])
+    small = draw.rows(x, 2.0, 1.0, width)
+    more = {"bias": draw.like(bias, 0.3), "norm": draw.norm(norm, small)}
+    return draw.rows(a, width=width), draw.matrix(weight), small, tile, more
 
 
-def _images(batch: int, n_tokens: int, elements: int) -> tuple[int, int]:
-    """Images and tokens of a small batch whose product is a multiple of 16, or not, as in the large one."""
-    small = alike(n_tokens, LONGEST)
-    step = 1 if batch * n_tokens % 16 else 16 // math.gcd(small, 16)
-    images = min(batch, max(1, elements // small // step) * step)
-    spoils = batch * n_tokens % 16 != 0 and images * small % 16 == 0
-    return images - spoils, small
+def _draw_weight_gradient(draw, a, grad):
+    width = max(a.shape[1], grad.shape[1])
+    return draw.rows(a, width=width), draw.rows(grad, width=width)
 
 
-def _draw_compression_fwd(
-    draw, x, gamma, beta, projection, output, bias, heads, scale, eps, dtype, skip_normed, most: int | None = None
-):
-    width, inner = x.shape[2], len(projection)
-    images, n_tokens = _images(*x.shape[:2], ELEMENTS // width if most is None else most)
-    return (
-        draw.normal(x, (images, n_tokens, width), 2.0, 1.0),
-        *draw.channels(gamma, beta),
-        draw.normal(projection, projection.shape, token_scale(n_tokens, inner // heads) * width**-0.5),
-        draw.normal(output, output.shape, inner**-0.5),
-        draw.normal(bias, (width,), 0.3),
-        *(heads, (inner // heads) ** -0.5, 1e-5, dtype, skip_normed),
-    )
+# --- the same in PyTorch: each function takes `wide` (float64, or the dtypes as they are) and the arguments --------
 
 
-def _draw_compression_bwd(
-    draw, grad, gamma, beta, projection, output, normed, rstd, w, out, lse, x, mean, scale, skip_normed, x_dtype,
-    bias_dtype, wanted,
-):  # fmt: skip
-    like = grad if x is None else x
-    given = like, gamma, beta, projection, output, gamma, w.shape[2], scale, 1e-5, w.dtype, skip_normed
-    small, *weights = _draw_compression_fwd(draw, *given, most=1)  # the fewest images: their sums are all compared
-    gamma, beta, projection, output = weights[:4]
-    _, normed, mean_small, rstd, w_small, out, lse = _compression_fwd(True, small, *weights)
-    w_small = w_small.to(w.dtype)
-    out, lse = _attention_fwd(True, w_small, weights[6])
-    return (
-        draw.normal(grad, small.shape),
-        *(gamma, beta, projection, output, normed.to(w.dtype), rstd.float()),
-        *(w_small, out.to(w.dtype).contiguous(), lse.float()),
-        *((None, None) if x is None else (small, mean_small.float())),
-        *(weights[6], skip_normed, x_dtype, bias_dtype, wanted),
-    )
+def _up(wide: bool, tensor: Tensor | None, dtype: torch.dtype | None = None):
+    """Return the tensor in float64 where `wide`, else in `dtype` if one is given."""
+    if tensor is None:
+        return None
+    return tensor.double() if wide else tensor if dtype is None else tensor.to(dtype)
 
 
-# --- what PyTorch makes of them -----------------------------------------------------------------------------------
-# Each takes `wide` (in float64, or in the dtypes as they are) before the operator's arguments, and returns the
-# operator's results, None for those that are not compared: it may leave anything where nobody asked. Autograd is off
-# inside an operator.
-
-
-def _up(wide: bool, *tensors: Tensor | None):
-    raised = [tensor.double() if wide and tensor is not None else tensor for tensor in tensors]
-    return raised[0] if len(raised) == 1 else raised
-
-
-def _product(wide: bool, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a·b with operands in `dtype`, or in float64."""
+def _multiply(wide: bool, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     return a.double() @ b.double() if wide else a.to(dtype) @ b.to(dtype)
 
 
-def _asked(wanted: list[bool], *results: Tensor | None) -> tuple[Tensor | None, ...]:
-    return tuple(result if asked else None for result, asked in zip(results, wanted, strict=True))
-
-
-def _attention_fwd(wide, w, scale):
+def _attention_forward(wide, w, scale):
     heads = _up(wide, w).transpose(1, 2)
     logits = scale * (heads @ heads.mT)
-    lse = (logits if wide else logits.float()).logsumexp(-1) / math.log(2)
+    lse = _up(wide, logits, torch.float32).logsumexp(-1) / math.log(2)
     return (logits.softmax(-1) @ heads).transpose(1, 2), lse
 
 
-def _attention_bwd(wide, grad, w, out, lse, scale):
-    heads, grad_heads = (tensor.transpose(1, 2) for tensor in _up(wide, w, grad))
+def _attention_backward(wide, grad, w, out, lse, scale):
+    heads, grad_heads = (_up(wide, tensor).transpose(1, 2) for tensor in (w, grad))
     weights = (scale * (heads @ heads.mT)).softmax(-1)
     grad_weights = grad_heads @ heads.mT
     grad_logits = scale * weights * (grad_weights - (weights * grad_weights).sum(-1, keepdim=True))
     return ((weights.mT @ grad_heads + (grad_logits + grad_logits.mT) @ heads).transpose(1, 2),)
 
 
-def _normalized(wide, x, eps):
-    rows = x.double() if wide else x.float()
+def _normalize(wide, x, eps, dtype):
+    rows = _up(wide, x, torch.float32)
     centred = rows - rows.mean(-1, keepdim=True)
     rstd = (centred.square().mean(-1, keepdim=True) + eps).rsqrt()
     return centred * rstd, rows.mean(-1), rstd.squeeze(-1)
 
 
-def _ista_fwd(wide, x, gamma, beta, dictionary, folded, step_size, sparsity, eps, soft, keep):
-    statistics = [None] * 3
-    base = _up(wide, x)
+def _normed(wide, rows, mean, rstd):
+    rows, mean, rstd = (_up(wide, tensor, torch.float32) for tensor in (rows, mean, rstd))
+    return rows if mean is None else (rows - mean[:, None]) * rstd[:, None]
+
+
+def _layer_norm_backward(wide, grad, rows, mean, rstd, dtype, gamma=None, skip=None, normed_dtype=None):
+    normed = _normed(wide, rows, mean, rstd)
+    grad, rstd, gamma, skip = (_up(wide, tensor, torch.float32) for tensor in (grad, rstd, gamma, skip))
+    scaled = grad if gamma is None else grad * gamma
+    along, average = (part.mean(-1, keepdim=True) for part in (scaled * normed, scaled))
+    dx = (scaled - average - normed * along) * rstd[:, None]
+    sums = None if skip is None else skip.sum(0)[None]
     if gamma is not None:
-        statistics = _normalized(wide, x, eps)
-        base = statistics[0] * _up(wide, gamma) + _up(wide, beta)
-    u = base + _product(wide, base, folded, folded.dtype).to(base.dtype)
-    shift = step_size * sparsity
-    return F.softshrink(u, shift) if soft else F.relu(u - shift), None, *statistics
+        sums = torch.stack([(grad * normed).sum(0), grad.sum(0)])
+    return dx if skip is None else dx + skip, sums, None if normed_dtype is None else normed
 
 
 def _fold(wide, dictionary, step_size, dtype):
@@ -226,133 +196,128 @@ def _fold(wide, dictionary, step_size, dtype):
     return (step_size * (dictionary - dictionary.t() @ dictionary),)
 
 
-def _layer_norm_bwd(wide, grad, normed, rstd, gamma):
-    """dx, dγ and dβ; γ is 1 where None."""
-    kind = torch.float64 if wide else torch.float32
-    grad, normed, rstd = grad.to(kind), normed.to(kind), rstd.to(kind)[:, None]
-    scaled = grad if gamma is None else grad * gamma.to(kind)
-    along, average = (part.mean(-1, keepdim=True) for part in (scaled * normed, scaled))
-    return (scaled - average - normed * along) * rstd, (grad * normed).sum(0), grad.sum(0)
+def _fold_backward(wide, grad, dictionary, step_size):
+    grad, dictionary = (_up(wide, tensor, torch.float32) for tensor in (grad, dictionary))
+    return (step_size * (grad - dictionary @ (grad + grad.t())),)
 
 
-def _again(wide, rows, mean, rstd):
-    """n from x, or n itself where there is no mean."""
-    if mean is None:
-        return _up(wide, rows)
-    kind = torch.float64 if wide else torch.float32
-    return (rows.to(kind) - mean.to(kind)[:, None]) * rstd.to(kind)[:, None]
+def _scale(wide, weight, gamma, beta, dtype, base=None):
+    weight, gamma, beta = (_up(wide, tensor, torch.float32) for tensor in (weight, gamma, beta))
+    return weight * gamma, weight @ beta if base is None else weight @ beta + _up(wide, base)
 
 
-def _ista_bwd(
-    wide, grad, nonzero, rows, mean, rstd, gamma, beta, dictionary, folded, step_size, eps, x_dtype, wanted
-):
-    normed = _up(wide, rows) if gamma is None else _again(wide, rows, mean, rstd)
+def _unscale(wide, grad, offset_grad, weight, gamma, beta):
+    grad, r, weight, gamma, beta = (_up(wide, t, torch.float32) for t in (grad, offset_grad, weight, gamma, beta))
+    return grad * gamma + r[:, None] * beta, (grad * weight).sum(0), weight.t() @ r
+
+
+def _added(wide, x, norm):
+    """Return x, or the LayerNorm of x."""
+    if norm is None:
+        return _up(wide, x)
+    gamma, beta = (_up(wide, tensor, torch.float32) for tensor in (norm.gamma, norm.beta))
+    return _normed(wide, x, norm.mean, norm.rstd) * gamma + beta
+
+
+def _ista_forward(wide, x, operand, folded, shift, soft=False, norm=None, keep=True):
+    base = _added(wide, x, norm)
+    u = base + _multiply(wide, base, folded, folded.dtype).to(base.dtype)
+    return F.softshrink(u, shift) if soft else F.relu(u - shift), None
+
+
+def _masked_gradient(wide, grad, nonzero, dtype, summed=False):
     masked = torch.where(nonzero != 0, _up(wide, grad), 0.0)
-    grads = [masked + _product(wide, masked, folded.t(), folded.dtype).to(masked.dtype), None, None]
-    if gamma is not None:
-        grads = _layer_norm_bwd(wide, grads[0], normed, rstd, gamma)
-    grad_folded = _product(wide, normed.t(), masked, folded.dtype)
-    grad_folded = grad_folded if wide else grad_folded.float()
-    if gamma is not None:
-        gamma, beta, total = (tensor.to(grad_folded.dtype) for tensor in (gamma, beta, masked.sum(0)))
-        grad_folded = gamma[:, None] * grad_folded + beta[:, None] * total
-    symmetric = grad_folded + grad_folded.t()
-    return _asked(wanted, *grads, step_size * (grad_folded - dictionary.to(symmetric.dtype) @ symmetric))
+    return masked, _up(wide, masked, torch.float32).sum(0) if summed else None
 
 
-def _compression_fwd(wide, x, gamma, beta, projection, output, bias, heads, scale, eps, dtype, skip_normed):
-    normed, mean, rstd = _normalized(wide, x, eps)
-    tokens = normed * _up(wide, gamma) + _up(wide, beta)
-    w = _product(wide, tokens, projection.t(), dtype).unflatten(-1, (heads, -1))
-    out, lse = _attention_fwd(wide, w, scale)
-    skipped = tokens if skip_normed else _up(wide, x)
-    h = skipped + _product(wide, out.flatten(2), output.t(), dtype) + _up(wide, bias)
-    return h, normed.flatten(0, 1), mean.flatten(), rstd.flatten(), w, out, lse
+def _backward_input(wide, grad, masked, folded):
+    base = torch.where(masked != 0, _up(wide, grad), 0.0)
+    return (base + _multiply(wide, masked, folded.t(), folded.dtype).to(base.dtype),)
 
 
-def _compression_bwd(
-    wide, grad, gamma, beta, projection, output, normed, rstd, w, out, lse, x, mean, scale, skip_normed, x_dtype,
-    bias_dtype, wanted,
-):  # fmt: skip
-    rows = grad.flatten(0, 1)
-    grad_out = _product(wide, rows, output, w.dtype).view(w.shape)
-    (grad_w,) = _attention_bwd(wide, grad_out, w, out, lse, scale)
-    grad_w = grad_w.flatten(2).flatten(0, 1)
-    grad_normed = _product(wide, grad_w, projection, w.dtype)
-    if skip_normed:
-        grad_normed = grad_normed + _up(wide, rows)
-    exact = normed if x is None else x.flatten(0, 1)
-    exact = _again(wide, exact, mean, rstd)
-    dx, dgamma, dbeta = _layer_norm_bwd(wide, grad_normed, exact, rstd, gamma)
-    if not skip_normed:
-        dx = dx + _up(wide, rows)
-    kind = grad_w.dtype if wide else torch.float32
-    scaled = _product(wide, grad_w.t(), normed, w.dtype).to(kind) * gamma.to(kind)
-    dprojection = scaled + grad_w.to(kind).sum(0)[:, None] * beta.to(kind)
-    doutput = _product(wide, rows.t(), out.flatten(2).flatten(0, 1), w.dtype)
-    return _asked(wanted, dx.view(grad.shape), dgamma, dbeta, dprojection, doutput, _up(wide, rows).sum(0))
+def _product(wide, a, weight, x, tile, bias=None, norm=None):
+    h = _added(wide, x, norm) + _multiply(wide, a, weight.t(), weight.dtype)
+    return (h if bias is None else h + _up(wide, bias),)
 
 
-@dataclass(frozen=True)
-class _Reference:
-    """How an operator is checked."""
-
-    draw: Callable  # (_Draw, its arguments) → small arguments of the same kind
-    compute: Callable  # (wide, small arguments) → results
-    names: str  # of the results
-    rows: tuple[int, ...] = ()  # arguments whose rows decide those of the results alone: the first and last compared
-    ends: int = ROWS  # how many of them
+def _weight_gradient(wide, a, grad):
+    return (_multiply(wide, a.t(), grad, a.dtype),)
 
 
-_REFERENCES = {
-    "subspace_attention_fwd": _Reference(_draw_attention_fwd, _attention_fwd, "O L"),
-    "subspace_attention_bwd": _Reference(_draw_attention_bwd, _attention_bwd, "dW"),
-    "fold": _Reference(_draw_fold, _fold, "G"),
-    "ista_fwd": _Reference(_draw_ista_fwd, _ista_fwd, "y nonzero n mean rstd", (0,)),
-    "ista_bwd": _Reference(_draw_ista_bwd, _ista_bwd, "dx dγ dβ dD"),
-    "compression_fwd": _Reference(_draw_compression_fwd, _compression_fwd, "h n mean rstd W O L", (0,), ends=1),
-    "compression_bwd": _Reference(_draw_compression_bwd, _compression_bwd, "dx dγ dβ dU dV db"),
+_CHECKS: dict[str, tuple[Callable, Callable, str]] = {  # by module and function: small arguments, the same, results
+    "attention.forward": (_draw_attention_forward, _attention_forward, "O L"),
+    "attention.backward": (_draw_attention_backward, _attention_backward, "dW"),
+    "layer_norm.normalize": (
+        lambda draw, x, eps, dtype: (draw.rows(x, 2.0, 1.0), 1e-5, dtype),
+        _normalize,
+        "n mean rstd",
+    ),
+    "layer_norm.backward": (_draw_layer_norm_backward, _layer_norm_backward, "dx sums n"),
+    "folding.fold": (lambda draw, d, step_size, dtype: (draw.matrix(d), 0.1, dtype), _fold, "G"),
+    "folding.fold_backward": (
+        lambda draw, grad, d, step_size: (draw.like(grad), draw.matrix(d), 0.1),
+        _fold_backward,
+        "dD",
+    ),
+    "folding.scale": (
+        lambda draw, weight, gamma, beta, dtype: (
+            draw.matrix(weight),
+            draw.like(gamma, 0.3, 1.0),
+            draw.like(beta),
+            dtype,
+        ),
+        _scale,
+        "A∘γ Aβ",
+    ),
+    "folding.unscale": (lambda draw, *tensors: tuple(map(draw.like, tensors)), _unscale, "dA dγ dβ"),
+    "ista.forward": (_draw_ista_forward, _ista_forward, "y nonzero"),
+    "ista.masked_gradient": (
+        lambda draw, grad, nonzero, *rest: (draw.rows(grad), draw.rows(nonzero, 2.0), *rest),
+        _masked_gradient,
+        "g' Σg'",
+    ),
+    "ista.backward_input": (_draw_backward_input, _backward_input, "dx"),
+    "product.product": (_draw_product, _product, "h"),
+    "product.weight_gradient": (_draw_weight_gradient, _weight_gradient, "aᵀg"),
 }
 
 
 # --- the check ----------------------------------------------------------------------------------------------------
 
 
-def self_checked(body: Callable) -> Callable:
-    """Decorate an operator's body, so that its first launch of each variant on a device is checked.
+def checked(function: Callable, *arguments, **options):
+    """Return function(*arguments, **options), after a check where this is its first launch of a variant on a device.
+
+    Args:
+        function: A kernel's function, one of `_CHECKS`.
+        arguments, options: Its own.
 
     Raises:
-        UserError: From the operator, in one line: which kernel is wrong or does not run, with which versions of
-            PyTorch, Triton and ptxas, and what to do.
+        UserError: The kernel is wrong or does not run. The message names it, the versions of PyTorch, Triton and
+            ptxas, and what to do.
     """
-    reference = _REFERENCES[body.__name__]
-
-    @functools.wraps(body)
-    def checked(*arguments):
-        _ensure_right(body, reference, arguments)
-        return body(*arguments)
-
-    return checked
+    name = f"{function.__module__.rpartition('.')[2]}.{function.__name__}"
+    _ensure_right(name, function, arguments, options)
+    return function(*arguments, **options)
 
 
-def _ensure_right(body: Callable, reference: _Reference, arguments: tuple) -> None:
-    device = arguments[0].device
-    wanted = self_check_wanted()
+def _ensure_right(name: str, function: Callable, arguments: tuple, options: dict) -> None:
+    device, wanted = arguments[0].device, self_check_wanted()
     if not (device.type == "cuda" if wanted is None else wanted) or arguments[0].numel() == 0:
         return
-    key = body.__name__, device, fused_products_wanted(), *map(_kind, arguments)
+    key = name, device, *map(_kind, arguments), *((word, _kind(value)) for word, value in options.items())
     if key in _right or (device.type == "cuda" and _capturing(device)):
         return
     with _lock:
-        if key not in _right and _is_right(body, reference, arguments, device):
+        if key not in _right and _is_right(name, function, arguments, options, device):
             _right.add(key)
 
 
-def _kind(argument):
-    """What of an argument decides the compiled kernel, and perhaps more."""
+def _kind(argument: Any):
+    """Return what of an argument decides the compiled kernel, and perhaps more."""
+    if is_dataclass(argument):
+        return tuple(map(_kind, vars(argument).values()))
     if not isinstance(argument, Tensor):
-        if isinstance(argument, list):
-            return tuple(argument)
         return None if isinstance(argument, float) else argument
     count = argument.numel()
     if count == 0 or argument.dim() == 0:
@@ -371,67 +336,56 @@ def _capturing(device: torch.device) -> bool:
         return torch.cuda.is_current_stream_capturing()
 
 
-def _is_right(body: Callable, reference: _Reference, arguments: tuple, device: torch.device) -> bool:
-    """Whether it was checked: not where memory is too short for it, which the launch itself may not need."""
+def _is_right(name: str, function: Callable, arguments: tuple, options: dict, device: torch.device) -> bool:
+    """Return True after a check, False where memory is too short for one: the launch itself may need less."""
     try:
         with without_autocast(device.type), torch.no_grad():
-            small = reference.draw(_Draw(device), *arguments)
+            small, options = _small(name, device, arguments, options)
             try:
-                worst = _worst(body, reference, small)
+                shares = _shares(name, function, small, options)
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:
                 cause = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-                raise UserError(_complaint(body, device, f"does not run: {cause}")) from error
+                raise UserError(_complaint(name, device, f"does not run: {cause}")) from error
     except torch.OutOfMemoryError:
         return False
-    name, share = max(worst.items(), key=lambda item: item[1])
-    if share > 1.0:
-        off = f"is wrong: {name} is {share:.3g} times as far from float64 as it may be"
-        raise UserError(_complaint(body, device, off))
+    worst = max(shares, key=shares.get)
+    if shares[worst] > 1.0:
+        off = f"is wrong: {worst} is {shares[worst]:.3g} times as far from float64 as it may be"
+        raise UserError(_complaint(name, device, off))
     return True
 
 
-def _worst(body: Callable, reference: _Reference, small: tuple) -> dict[str, float]:
-    """The share of the allowance that each result of the body uses; waits for the device once."""
-    results = body(*small)
+def _small(name: str, device: torch.device, arguments: tuple, options: dict) -> tuple[tuple, dict]:
+    small = _CHECKS[name][0](_Draw(device), *arguments, **options)
+    return (small[:-1], small[-1]) if isinstance(small[-1], dict) else (small, {})
+
+
+def _shares(name: str, function: Callable, small: tuple, options: dict) -> dict[str, float]:
+    """Return the share of the allowance that each result uses; waits for the device once."""
+    _, compute, names = _CHECKS[name]
+    results = function(*small, **options)
     results = results if isinstance(results, tuple) else (results,)
-    compared, pick = list(small), lambda tensor: tensor
-    if reference.rows:
-        count = len(small[reference.rows[0]])
-        if count > 2 * reference.ends:
-            index = torch.arange(-reference.ends, reference.ends, device=results[0].device) % count
-
-            def pick(tensor):
-                return tensor.unflatten(0, (count, -1))[index].flatten(0, 1)
-
-            for position in reference.rows:
-                compared[position] = small[position][index]
-    eager, truth = (reference.compute(wide, *compared) for wide in (False, True))
+    eager, truth = (compute(wide, *small, **options) for wide in (False, True))
     dtypes = (argument.dtype if isinstance(argument, Tensor) else argument for argument in small)
     floating = [dtype for dtype in dtypes if isinstance(dtype, torch.dtype) and dtype.is_floating_point]
-    eps = max(map(product_eps, floating))
+    eps = max(FP32_EPS, *map(product_eps, floating))
     numbers = {}
-    for name, result, lower, exact in zip(reference.names.split(), results, eager, truth, strict=True):
-        if result.numel() and result.dtype == torch.int8:
-            numbers[name] = _flag_numbers(result, results[0])
+    for result_name, result, lower, exact in zip(names.split(), results, eager, truth, strict=True):
+        if result is not None and result.dtype == torch.int8:  # exactly where y is not zero
+            wrong = ((result != 0) != (results[0] != 0)).sum().double()
+            numbers[result_name] = torch.stack([wrong, wrong, 0 * wrong, 0 * wrong])
         elif exact is not None:
-            actual = pick(result)
-            numbers[name] = error_numbers(actual, lower.to(actual.dtype), exact, eps)
+            numbers[result_name] = error_numbers(result, lower.to(result.dtype), exact, eps)
     rows = torch.stack(list(numbers.values())).tolist()
-    return {name: Judgement(*row).share for name, row in zip(numbers, rows, strict=True)}
+    return {result_name: Judgement(*row).share for result_name, row in zip(numbers, rows, strict=True)}
 
 
-def _flag_numbers(nonzero: Tensor, y: Tensor) -> Tensor:
-    """Judged exactly: where y is not zero."""
-    wrong = ((nonzero != 0) != (y != 0)).sum().double()
-    return torch.stack([wrong, wrong, 0 * wrong, 0 * wrong])
-
-
-def _complaint(body: Callable, device: torch.device, what: str) -> str:
+def _complaint(name: str, device: torch.device, what: str) -> str:
     from crate_fast.env import compiler_versions
 
     return (
-        f"the kernel crate_fast::{body.__name__} {what} ({compiler_versions(device)}): install a newer Triton, point "
+        f"the kernel crate_fast::{name} {what} ({compiler_versions(device)}): install a newer Triton, point "
         f"TRITON_PTXAS_PATH to a newer ptxas, or use backend='torch'; {SELF_CHECK}=0 runs it unchecked"
     )

@@ -46,7 +46,7 @@ def self_check_wanted() -> bool | None:
 
 
 def tiles_file() -> str | None:
-    """`CRATE_FAST_TILES`: a JSON file of measured tiles that take precedence over kernels/tiles.py, or None."""
+    """`CRATE_FAST_TILES`: a JSON file of measured tiles that take precedence over kernels/launch.py, or None."""
     return os.environ.get("CRATE_FAST_TILES")
 
 

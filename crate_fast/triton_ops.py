@@ -8,10 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from crate_fast.autocast import without_autocast
-from crate_fast.self_check import self_checked
+from crate_fast.backends import refuse_double_backward, without_autocast
+from crate_fast.self_check import checked
 from crate_fast.settings import fused_products_wanted
-from crate_fast.tracing import refuse_double_backward
 
 __all__ = ["compression_fwd", "fold", "ista_fwd", "subspace_attention_fwd"]
 
@@ -24,7 +23,7 @@ def _nothing(like: Tensor, count: int) -> list[Tensor]:
 
 
 def _given(results: tuple[Tensor, ...], wanted: list[bool], count: int) -> tuple[Tensor | None, ...]:
-    """An operator's gradients for its first arguments as autograd takes them, for `count` arguments."""
+    """Return an operator's gradients for its first arguments as autograd takes them, for `count` arguments."""
     grads = [result if asked else None for result, asked in zip(results, wanted, strict=True)]
     return *grads, *[None] * (count - len(grads))
 
@@ -33,12 +32,11 @@ def _given(results: tuple[Tensor, ...], wanted: list[bool], count: int) -> tuple
 
 
 @torch.library.custom_op("crate_fast::subspace_attention_fwd", mutates_args=())
-@self_checked
 def subspace_attention_fwd(w: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """O [B, N, H, D] and the rows' log-sum-exp [B, H, N]; see `kernels.attention.forward`. O alone has a gradient."""
     from crate_fast.kernels import attention
 
-    return attention.forward(w, scale)
+    return checked(attention.forward, w, scale)
 
 
 @subspace_attention_fwd.register_fake
@@ -48,12 +46,11 @@ def _(w: Tensor, scale: float) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.custom_op("crate_fast::subspace_attention_bwd", mutates_args=())
-@self_checked
 def subspace_attention_bwd(grad: Tensor, w: Tensor, out: Tensor, lse: Tensor, scale: float) -> Tensor:
-    """dW [B, N, H, D]; see `kernels.attention.backward`."""
+    """Return dW [B, N, H, D]; see `kernels.attention.backward`."""
     from crate_fast.kernels import attention
 
-    return attention.backward(grad, w, out, lse, scale)
+    return checked(attention.backward, grad, w, out, lse, scale)
 
 
 @subspace_attention_bwd.register_fake
@@ -83,12 +80,11 @@ refuse_double_backward(
 
 
 @torch.library.custom_op("crate_fast::fold", mutates_args=())
-@self_checked
 def fold(dictionary: Tensor, step_size: float, dtype: torch.dtype) -> Tensor:
-    """G = η(D − DᵀD) [C, C] in `dtype`, without a gradient; see `kernels.folding.fold`."""
+    """Return G = η(D − DᵀD) [C, C] in `dtype`, without a gradient; see `kernels.folding.fold`."""
     from crate_fast.kernels import folding
 
-    return folding.fold(dictionary, step_size, dtype)
+    return checked(folding.fold, dictionary, step_size, dtype)
 
 
 @fold.register_fake
@@ -97,7 +93,6 @@ def _(dictionary: Tensor, step_size: float, dtype: torch.dtype) -> Tensor:
 
 
 @torch.library.custom_op("crate_fast::ista_fwd", mutates_args=())
-@self_checked
 def ista_fwd(
     x: Tensor,
     gamma: Tensor | None,
@@ -132,9 +127,9 @@ def ista_fwd(
         operand, norm = x.to(folded.dtype), None
         normed, mean, rstd = (x.new_empty(0, dtype=t) for t in (folded.dtype, torch.float32, torch.float32))
     else:
-        normed, mean, rstd = layer_norm.normalize(x, eps, folded.dtype)
+        normed, mean, rstd = checked(layer_norm.normalize, x, eps, folded.dtype)
         operand, norm = normed, layer_norm.Norm(mean, rstd, gamma.contiguous(), beta.contiguous())
-    y, nonzero = ista.forward(x, operand, folded, step_size * sparsity, soft, norm, keep)
+    y, nonzero = checked(ista.forward, x, operand, folded, step_size * sparsity, soft, norm, keep)
     return y, x.new_empty(0, dtype=torch.int8) if nonzero is None else nonzero, normed, mean, rstd
 
 
@@ -147,7 +142,6 @@ def _(x, gamma, beta, dictionary, folded, step_size, sparsity, eps, soft, keep):
 
 
 @torch.library.custom_op("crate_fast::ista_bwd", mutates_args=())
-@self_checked
 def ista_bwd(
     grad: Tensor,
     nonzero: Tensor,
@@ -163,7 +157,7 @@ def ista_bwd(
     x_dtype: torch.dtype,
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of x, γ, β and D, empty where not wanted (kernels/README.md §5).
+    """Return the gradients of x, γ, β and D, empty where not wanted (kernels/README.md §5).
 
     Args:
         grad, nonzero: The gradient of y, and [y ≠ 0] [M, C].
@@ -177,23 +171,23 @@ def ista_bwd(
 
     results = _nothing(grad, 4)
     needs_dictionary, with_norm = wanted[3], gamma is not None
-    masked, total = ista.masked_gradient(grad, nonzero, folded.dtype, with_norm and needs_dictionary)
+    masked, total = checked(ista.masked_gradient, grad, nonzero, folded.dtype, with_norm and needs_dictionary)
     if any(wanted[:3]):
-        results[0] = ista.backward_input(grad, masked, folded)
+        results[0] = checked(ista.backward_input, grad, masked, folded)
         if with_norm:
             again = folded.dtype if mean is not None and needs_dictionary else None
-            results[0], sums, normed = layer_norm.backward(
-                results[0], rows, mean, rstd, x_dtype, gamma, normed_dtype=again
+            results[0], sums, normed = checked(
+                layer_norm.backward, results[0], rows, mean, rstd, x_dtype, gamma, normed_dtype=again
             )
             results[1:3] = (total.to(gamma.dtype, copy=True) for total in sums)
             rows = rows if normed is None else normed
     if needs_dictionary:
         if with_norm and rows.dtype != masked.dtype:
-            rows, *_ = layer_norm.normalize(rows, eps, masked.dtype)
-        grad_folded = product.weight_gradient(rows.to(masked.dtype), masked)
+            rows, *_ = checked(layer_norm.normalize, rows, eps, masked.dtype)
+        grad_folded = checked(product.weight_gradient, rows.to(masked.dtype), masked)
         if with_norm:
             grad_folded = torch.addcmul(gamma.float()[:, None] * grad_folded, beta.float()[:, None], total)
-        results[3] = folding.fold_backward(grad_folded, dictionary, step_size)
+        results[3] = checked(folding.fold_backward, grad_folded, dictionary, step_size)
     return tuple(results)
 
 
@@ -238,10 +232,9 @@ refuse_double_backward(ista_bwd, "run backend='torch'")
 
 
 def _output_tile(x: Tensor, weight: Tensor):
-    """The output map's tile where it runs with its neighbours; None where it runs by itself."""
-    from crate_fast.kernels.launch import precision
+    """Return the output map's tile where it runs with its neighbours; None where it runs by itself."""
+    from crate_fast.kernels.launch import find, precision
     from crate_fast.kernels.product import fitted_product
-    from crate_fast.kernels.tiles import find
 
     tile = find("output_map", x.device, precision(weight.dtype))
     wanted = fused_products_wanted()
@@ -251,7 +244,6 @@ def _output_tile(x: Tensor, weight: Tensor):
 
 
 @torch.library.custom_op("crate_fast::compression_fwd", mutates_args=())
-@self_checked
 def compression_fwd(
     x: Tensor,
     gamma: Tensor,
@@ -290,14 +282,14 @@ def compression_fwd(
     batch, n_tokens, width = x.shape
     rows, inner = x.reshape(-1, width).contiguous(), len(projection)
     with without_autocast(x.device.type):
-        normed, mean, rstd = layer_norm.normalize(rows, eps, dtype)
-        scaled, offset = folding.scale(projection, gamma, beta, dtype)
+        normed, mean, rstd = checked(layer_norm.normalize, rows, eps, dtype)
+        scaled, offset = checked(folding.scale, projection, gamma, beta, dtype)
         w = torch.addmm(offset.to(dtype), normed, scaled.t()).view(batch, n_tokens, heads, inner // heads)
-        out, lse = attention.forward(w, scale)
+        out, lse = checked(attention.forward, w, scale)
         tokens, output, tile = out.view(len(rows), inner), output.to(dtype), _output_tile(x, output.to(dtype))
         if tile is not None:
             norm = layer_norm.Norm(mean, rstd, gamma.contiguous(), beta.contiguous()) if skip_normed else None
-            h = product.product(tokens, output, rows, tile, bias=bias.contiguous(), norm=norm)
+            h = checked(product.product, tokens, output, rows, tile, bias=bias.contiguous(), norm=norm)
         else:
             channels = (t.to(x.dtype) for t in (gamma, beta))
             skipped = F.layer_norm(rows, (width,), *channels, eps) if skip_normed else rows
@@ -317,7 +309,6 @@ def _(x, gamma, beta, projection, output, bias, heads, scale, eps, dtype, skip_n
 
 
 @torch.library.custom_op("crate_fast::compression_bwd", mutates_args=())
-@self_checked
 def compression_bwd(
     grad: Tensor,
     gamma: Tensor,
@@ -337,7 +328,7 @@ def compression_bwd(
     bias_dtype: torch.dtype,
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of x, γ, β, U, V and b, empty where not wanted.
+    """Return the gradients of x, γ, β, U, V and b, empty where not wanted.
 
     Args:
         grad: The gradient of h [B, N, C].
@@ -357,20 +348,20 @@ def compression_bwd(
             results[4] = (low.t() @ tokens).to(output.dtype)
         if any(wanted[:4]):
             grad_out = (low @ output.to(w.dtype)).view(out.shape)
-            grad_w = attention.backward(grad_out, w, out, lse, scale).view(tokens.shape)
+            grad_w = checked(attention.backward, grad_out, w, out, lse, scale).view(tokens.shape)
         if any(wanted[1:4]):
             scaled, offset = grad_w.t() @ normed, grad_w.sum(0, dtype=torch.float32)
-            results[3], *sums = folding.unscale(scaled, offset, projection, gamma, beta)
+            results[3], *sums = checked(folding.unscale, scaled, offset, projection, gamma, beta)
         if skip_normed and any(wanted[:3]):
             grad_normed = grad_h + grad_w @ projection.to(w.dtype)
             rows = normed if x is None else x.view(normed.shape)
-            dx, sums, _ = layer_norm.backward(grad_normed, rows, mean, rstd, x_dtype, gamma)
+            dx, sums, _ = checked(layer_norm.backward, grad_normed, rows, mean, rstd, x_dtype, gamma)
         if sums is not None:
             results[1:3] = (total.to(gamma.dtype, copy=True) for total in sums)
         skip_sum = None
         if wanted[0] and not skip_normed:
-            grad_normed = grad_w @ folding.scale(projection, gamma, beta, w.dtype)[0]
-            dx, (skip_sum,), _ = layer_norm.backward(grad_normed, normed, None, rstd, x_dtype, skip=grad_h)
+            grad_normed = grad_w @ checked(folding.scale, projection, gamma, beta, w.dtype)[0]
+            dx, (skip_sum,), _ = checked(layer_norm.backward, grad_normed, normed, None, rstd, x_dtype, skip=grad_h)
         if wanted[5]:
             skip_sum = grad_h.sum(0, dtype=torch.float32) if skip_sum is None else skip_sum
             results[5] = skip_sum.to(bias_dtype, copy=True)

@@ -33,7 +33,7 @@ __all__ = [
 
 
 def coding_rate(w: Tensor, epsilon: float = 0.01) -> Tensor:
-    """R^c of tokens against their subspaces: Σ_h ½·logdet(I + D/(Nε)·Ŵ_hᵀ Ŵ_h), Ŵ the tokens at unit length.
+    """Return R^c of tokens against their subspaces: Σ_h ½·logdet(I + D/(Nε)·Ŵ_hᵀ Ŵ_h), Ŵ the tokens at unit length.
 
     The D×D form; the N×N form has the same determinant. As the released analysis: ε, not ε² as in the paper's Eq. 5.
 
@@ -63,7 +63,7 @@ def coding_rate(w: Tensor, epsilon: float = 0.01) -> Tensor:
 
 
 def nonzero_fraction(tokens: Tensor) -> Tensor:
-    """Share of entries that are not zero, per image: tokens [B, N, C] → [B] in [0, 1]. Small is sparse.
+    """Return the share of entries that are not zero, per image: tokens [B, N, C] → [B] in [0, 1]. Small is sparse.
 
     >>> nonzero_fraction(torch.tensor([[[0.0, 2.0]]]))
     tensor([0.5000])
@@ -77,7 +77,7 @@ def cls_attention(query: Tensor, keys: Tensor, scale: float) -> Tensor:
 
 
 def attention_layer(model: nn.Module) -> int:
-    """The layer whose attention is looked at: the last but one for CRATE, the last for a ViT (paper, §3)."""
+    """Return the layer whose attention is looked at: the last but one for CRATE, the last for a ViT (paper, §3)."""
     layers = model.transformer.layers
     return max(0, len(layers) - 2) if isinstance(layers[0][0].fn, MSSA) else len(layers) - 1
 
@@ -112,7 +112,7 @@ class LayerTrace:
         return self.queries
 
     def attention(self) -> Tensor:
-        """All attention maps, softmax over all tokens: [B, H, N, N]. Memory grows with N²."""
+        """Return all attention maps, softmax over all tokens: [B, H, N, N]. Memory grows with N²."""
         logits = self.scale * torch.einsum("bnhd,bmhd->bhnm", self.queries, self.keys)
         return logits.softmax(dim=-1)
 
@@ -125,11 +125,11 @@ class LayerTrace:
         return cls_attention(self.queries[:, 0], self.keys[:, 1:], self.scale if scale is None else scale)
 
     def coding_rate(self, epsilon: float = 0.01) -> Tensor:
-        """R^c of the subspace tokens, per image [B]; see `coding_rate`."""
+        """Return R^c of the subspace tokens, per image [B]; see `coding_rate`."""
         return coding_rate(self.subspace_tokens, epsilon)
 
     def sparsity(self) -> Tensor:
-        """Share of non-zero entries after ISTA, per image [B]; see `nonzero_fraction`."""
+        """Return the share of non-zero entries after ISTA, per image [B]; see `nonzero_fraction`."""
         return nonzero_fraction(self.after_ista)
 
 
@@ -220,7 +220,7 @@ def _layer_trace(
 def layer_measures(
     model: nn.Module, images: Tensor, epsilon: float = 0.01, *, after_mssa: bool = False
 ) -> dict[str, Tensor]:
-    """R^c and sparsity of every layer, image by image.
+    """Return R^c and sparsity of every layer, image by image.
 
     The numbers are taken while the model runs: one layer's tokens are held at a time.
 
@@ -256,7 +256,7 @@ def layer_measures(
 
 
 def layer_statistics(model: nn.Module, images: Tensor, epsilon: float = 0.01) -> dict[str, Tensor]:
-    """R^c and sparsity of every layer on one batch: the paper's white-box curves.
+    """Return R^c and sparsity of every layer on one batch: the paper's white-box curves.
 
     Args:
         model, images, epsilon: See `layer_measures`.

@@ -16,8 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from crate_fast.kernels.launch import Launch, precision
-from crate_fast.kernels.tiles import Tile, find, lookup
+from crate_fast.kernels.launch import Launch, Tile, find, lookup, precision
 
 __all__ = ["backward", "forward", "plan_backward", "plan_forward"]
 
@@ -277,7 +276,7 @@ def _subspace_attention_bwd_kernel(
 
 
 def numbers(w: Tensor, scale: float) -> dict[str, int | float]:
-    """The run-time arguments of a kernel that are not tensors."""
+    """Return the run-time arguments of a kernel that are not tensors."""
     names = ("stride_wb", "stride_wn", "stride_wh", "n_tokens", "n_heads", "scale_log2")
     return dict(zip(names, (*w.stride()[:3], *w.shape[1:3], scale * LOG2_E), strict=True))
 
@@ -289,7 +288,7 @@ def _plan(kernel, w: Tensor, tensors: dict[str, Tensor], scale: float, tile: Til
 
 
 def plan_forward(w: Tensor, out: Tensor, lse: Tensor, scale: float, tile: Tile | None = None) -> Launch:
-    """The forward launch on these tensors: what `forward` runs and the tests compile."""
+    """Return the forward launch on these tensors: what `forward` runs and the tests compile."""
     tensors = {"w_ptr": w, "out_ptr": out, "lse_ptr": lse}
     tile = tile or lookup("attention_forward", w.device, precision(w.dtype), block_d(w))
     more = {"LARGEST_SUM": LARGEST_SUMS.get(w.dtype, 0.0)}
@@ -299,7 +298,7 @@ def plan_forward(w: Tensor, out: Tensor, lse: Tensor, scale: float, tile: Tile |
 def plan_backward(
     grad: Tensor, w: Tensor, out: Tensor, lse: Tensor, dw: Tensor, scale: float, tile: Tile | None = None
 ) -> Launch:
-    """The backward launch on these tensors: what `backward` runs and the tests compile."""
+    """Return the backward launch on these tensors: what `backward` runs and the tests compile."""
     tensors = {"grad_ptr": grad, "w_ptr": w, "out_ptr": out, "lse_ptr": lse, "dw_ptr": dw}
     tile = tile or lookup("attention_backward", w.device, precision(w.dtype), block_d(w))
     more = {"ONE_EXP": tile.one_exp and w.dtype in LARGEST_SUMS}
@@ -307,7 +306,7 @@ def plan_backward(
 
 
 def block_d(w: Tensor) -> int:
-    """The head width of w [B, N, H, D] to the next power of two, at least 32."""
+    """Return the head width of w [B, N, H, D] to the next power of two, at least 32."""
     return max(32, triton.next_power_of_2(w.shape[3]))
 
 
@@ -333,7 +332,7 @@ def _whole_head_tile(name: str, w: Tensor, tile: Tile | None) -> Tile | None:
 
 
 def forward(w: Tensor, scale: float, tile: Tile | None = None) -> tuple[Tensor, Tensor]:
-    """O and the row log-sum-exp of tied attention.
+    """Return O and the row log-sum-exp of tied attention.
 
     Args:
         w: [B, N, H, D], D at most 128; strides as they come (copied only where D is not contiguous).
@@ -359,7 +358,7 @@ def forward(w: Tensor, scale: float, tile: Tile | None = None) -> tuple[Tensor, 
 
 
 def backward(grad: Tensor, w: Tensor, out: Tensor, lse: Tensor, scale: float, tile: Tile | None = None) -> Tensor:
-    """dW [B, N, H, D] from dO (any strides; copied where not contiguous) and what `forward` took and returned."""
+    """Return dW [B, N, H, D] from dO (copied where not contiguous) and what `forward` took and returned."""
     from crate_fast.kernels import whole_head
 
     w, grad, out = addressable(w), grad.contiguous(), out.contiguous()

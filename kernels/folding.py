@@ -6,8 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from crate_fast.kernels.launch import Launch
-from crate_fast.kernels.tiles import Tile
+from crate_fast.kernels.launch import Launch, Tile
 
 __all__ = ["fold", "fold_backward", "scale", "unscale"]
 
@@ -153,14 +152,14 @@ def _run_weight(kernel, arguments: dict[str, Tensor | int | None], weight: Tenso
 
 
 def fold(dictionary: Tensor, step_size: float, dtype: torch.dtype) -> Tensor:
-    """G = η(D − DᵀD) [C, C] in `dtype`; products of fp32 are TF32, whose rounding G's own hides in half precision."""
+    """Return G = η(D − DᵀD) [C, C] in `dtype`. Products of fp32 are TF32, which G's rounding to a half hides."""
     dictionary, folded = dictionary.contiguous(), torch.empty_like(dictionary, dtype=dtype)
     _run_square(_fold_kernel, {"dictionary_ptr": dictionary, "folded_ptr": folded}, step_size, dictionary)
     return folded
 
 
 def fold_backward(grad: Tensor, dictionary: Tensor, step_size: float) -> Tensor:
-    """dD = η(dG − D(dG + dGᵀ)) [C, C] in D's dtype, from dG [C, C] in fp32."""
+    """Return dD = η(dG − D(dG + dGᵀ)) [C, C] in D's dtype, from dG [C, C] in fp32."""
     dictionary = dictionary.contiguous()
     out = torch.empty_like(dictionary)
     tensors = {"grad_ptr": grad.contiguous(), "dictionary_ptr": dictionary, "out_ptr": out}
@@ -184,7 +183,7 @@ def scale(
 def unscale(
     grad: Tensor, offset_grad: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dA [N, K] in A's dtype, dγ and dβ [K] in fp32, from the gradients of A∘γ [N, K] and of Aβ [N] (fp32)."""
+    """Return dA [N, K] in A's dtype, dγ and dβ [K] in fp32, from the gradients of A∘γ [N, K] and of Aβ [N] (fp32)."""
     weight = weight.contiguous()
     dweight = torch.empty_like(weight)
     dgamma, dbeta = (torch.empty(weight.shape[1], dtype=torch.float32, device=weight.device) for _ in range(2))

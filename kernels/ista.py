@@ -12,9 +12,9 @@ import triton.language as tl
 from torch import Tensor
 
 from crate_fast.kernels.folding import scale
+from crate_fast.kernels.launch import Tile
 from crate_fast.kernels.layer_norm import Norm, plan_rows, shares
 from crate_fast.kernels.product import product, tile_for
-from crate_fast.kernels.tiles import Tile
 
 __all__ = ["backward_input", "forward", "masked_gradient"]
 

@@ -1,16 +1,229 @@
-"""A kernel launch as data, so that what runs and what the tests compile are the same thing."""
+"""Where the kernels run, with which tiles, and how one is launched. Importing this imports no Triton.
 
+The tile table is static: never tuned at run time, so that ranks agree and the first step does not stall.
+`benchmarks/gpu_check.py` measures candidates on a GPU and writes them to a file; the rows of the file that
+`settings.tiles_file` names take precedence.
+"""
+
+import functools
+import importlib.util
+import json
+import os
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from crate_fast.kernels.tiles import Tile
+from crate_fast.settings import tiles_file
 
-__all__ = ["Launch", "precision", "recorded"]
+__all__ = [
+    "ARCHITECTURES",
+    "INTERPRETED",
+    "SHARED_MEMORY",
+    "TABLE",
+    "Launch",
+    "Tile",
+    "architecture",
+    "assuming_gpu",
+    "find",
+    "lookup",
+    "precision",
+    "processors",
+    "recorded",
+    "unavailable_reason",
+]
+
+MAX_HEAD_DIM = 128
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+
+# Whether Triton interprets kernels in Python: on the CPU, slowly, to check them. It reads the variable when it is
+# imported, which timm does; so it is read here once.
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+_assuming_gpu = False
+
+
+@contextmanager
+def assuming_gpu():
+    """Inside, "cuda" tensors are served as on a supported GPU, whatever this machine has: for fake tensors alone."""
+    global _assuming_gpu
+    before, _assuming_gpu = _assuming_gpu, True
+    try:
+        yield
+    finally:
+        _assuming_gpu = before
+
+
+@functools.cache
+def _find_family(index: int | None) -> tuple[str | None, str]:
+    if not torch.cuda.is_available():
+        return None, "PyTorch finds no CUDA device on this machine"
+    name = torch.cuda.get_device_name(index)
+    why_not = f"the kernels are written for NVIDIA GPUs from compute capability 8.0; this is {name}"
+    return None if torch.version.hip else _family_of(*torch.cuda.get_device_capability(index)), why_not
+
+
+def _family_of(major: int, minor: int) -> str | None:
+    if major == 8:
+        return "sm_80" if minor == 0 else "sm_86"
+    return {9: "sm_90", 10: "sm_100", 11: "sm_100", 12: "sm_86"}.get(major)  # consumer Blackwell: 99 KB, no WGMMA
+
+
+@torch.compiler.assume_constant_result  # nothing for torch.compile to trace
+def _family(index: int | None) -> tuple[str | None, str]:
+    """Return the tile table's name for a CUDA device; None, and why, where the kernels do not run."""
+    return _find_family(index)
+
+
+def architecture(device: torch.device) -> str:
+    """Return the tile table's name for a device that `unavailable_reason` admits; Hopper's for the interpreter."""
+    return "sm_90" if device.type != "cuda" else _family(device.index)[0]
+
+
+@torch.compiler.assume_constant_result
+def _tf32_allowed() -> bool:
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+def unavailable_reason(
+    device: torch.device, dtype: torch.dtype | None = None, head_dim: int | None = None
+) -> str | None:
+    """Return why the kernels cannot run on `device`, or None where they can.
+
+    Args:
+        device: Where the tensors are.
+        dtype: What products multiply in: autocast's where it is on, else the tensors'.
+        head_dim: D of subspace attention.
+    """
+    if device.type != "cuda" and not (device.type == "cpu" and INTERPRETED):
+        return f"Triton kernels need a CUDA device, and the tensor is on {device.type!r}"
+    if not _TRITON_INSTALLED and not _assuming_gpu:
+        return "Triton is not installed"
+    if device.type == "cuda" and not _assuming_gpu:
+        family, why_not = _family(device.index)
+        if family is None:
+            return why_not
+    if dtype is not None and dtype not in _DTYPES:
+        return f"the kernels take float16, bfloat16 and float32, and the tensor is {dtype}"
+    if dtype == torch.float32 and device.type == "cuda" and not _tf32_allowed():
+        return "the kernels multiply float32 as TF32, and torch.set_float32_matmul_precision does not allow it"
+    if dtype == torch.bfloat16 and device.type == "cpu":
+        return "Triton's interpreter computes bfloat16 wrongly; check with float16 or float32"
+    if head_dim is not None and head_dim > MAX_HEAD_DIM:
+        return f"the kernels take heads up to {MAX_HEAD_DIM} wide, and this one is {head_dim}"
+    return None
+
+
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; 4 elsewhere, so that the interpreter too has more work than programs."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+# --- tiles ---
+
+SHARED_MEMORY = {  # bytes a program may use
+    "sm_80": 163 * 1024,
+    "sm_86": 99 * 1024,
+    "sm_90": 227 * 1024,
+    "sm_100": 227 * 1024,
+}
+ARCHITECTURES = tuple(SHARED_MEMORY)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Block sizes in tokens (and channels, for products), warps a program, software pipeline stages."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    block_k: int = 0  # of products only
+    one_exp: bool = False  # attention's gradient: one exponential for two weights first
+    persistent: bool = False  # products: one program a multiprocessor, which prefetches its next tile
+    chosen: bool = True  # the output map: False where PyTorch's product runs by itself instead
+
+
+# (kernel, precision), and where they differ an architecture, and a head width to the next power of two: the tile.
+# Precisions: "half" (float16, bfloat16), "tf32" (float32). The row with the most words counts.
+TABLE: dict[tuple[str | int, ...], Tile] = {
+    ("attention_forward", "half"): Tile(128, 64, 8, 3),
+    ("attention_forward", "half", "sm_80", 128): Tile(32, 32, 4, 2),
+    ("attention_forward", "half", "sm_86", 128): Tile(32, 32, 4, 2),
+    ("attention_forward", "tf32"): Tile(64, 32, 4, 2),
+    ("attention_forward", "tf32", 128): Tile(32, 32, 8, 2),
+    ("attention_backward", "half"): Tile(128, 32, 8, 2),
+    ("attention_backward", "half", "sm_90"): Tile(128, 64, 8, 2, one_exp=True),
+    ("attention_backward", "half", "sm_90", 128): Tile(128, 32, 8, 2, one_exp=True),
+    ("attention_backward", "half", 128): Tile(64, 32, 8, 2),
+    ("attention_backward", "tf32"): Tile(32, 16, 8, 1),
+    ("attention_backward", "tf32", 32): Tile(32, 32, 8, 1),
+    ("attention_backward", "tf32", 128): Tile(32, 32, 8, 1),
+    ("whole_head_forward", "half", "sm_90", 64): Tile(64, 32, 4, 1),
+    ("whole_head_forward", "half", "sm_100", 64): Tile(64, 32, 4, 1),
+    ("whole_head_backward", "half", "sm_90", 64): Tile(64, 16, 4, 1),
+    ("whole_head_backward", "half", "sm_100", 64): Tile(64, 16, 4, 1),
+    ("ista_forward", "half"): Tile(128, 128, 8, 3, 64),
+    ("ista_forward", "half", "sm_86"): Tile(128, 128, 8, 3, 32),
+    ("ista_forward", "half", "sm_90"): Tile(128, 256, 8, 4, 64, persistent=True),
+    ("ista_forward", "half", "sm_100"): Tile(128, 256, 8, 3, 64, persistent=True),
+    ("ista_forward", "tf32"): Tile(128, 64, 8, 3, 32),
+    ("ista_backward_input", "half"): Tile(128, 128, 8, 3, 64),
+    ("ista_backward_input", "half", "sm_86"): Tile(128, 128, 8, 3, 32),
+    ("ista_backward_input", "half", "sm_90"): Tile(128, 256, 8, 4, 64, persistent=True),
+    ("ista_backward_input", "half", "sm_100"): Tile(128, 256, 8, 3, 64, persistent=True),
+    ("ista_backward_input", "tf32"): Tile(128, 64, 8, 3, 32),
+    ("output_map", "half"): Tile(128, 128, 8, 3, 64),
+    ("output_map", "half", "sm_86"): Tile(128, 128, 8, 3, 32),
+    ("output_map", "half", "sm_90"): Tile(128, 256, 8, 4, 64, persistent=True),
+    ("output_map", "half", "sm_100"): Tile(128, 256, 8, 3, 64, persistent=True),
+    ("weight_gradient", "half"): Tile(128, 128, 8, 3, 64),
+    ("weight_gradient", "half", "sm_86"): Tile(128, 128, 8, 3, 32),
+    ("weight_gradient", "half", "sm_90"): Tile(128, 256, 8, 3, 64),
+    ("weight_gradient", "half", "sm_100"): Tile(128, 256, 8, 3, 64),
+    ("weight_gradient", "tf32"): Tile(128, 64, 8, 3, 32),
+}
+
+
+@functools.cache
+def _measured() -> dict[tuple[str, str, str, int], Tile | None]:
+    """Read `settings.tiles_file`: kernel, architecture, precision, block_d, tile (null: not this kernel)."""
+    path = tiles_file()
+    rows = [] if path is None else json.loads(Path(path).read_text())
+    keys = ("kernel", "precision", "architecture", "block_d")
+    return {tuple(row[key] for key in keys): Tile(**row["tile"]) if row["tile"] else None for row in rows}
+
+
+def find(kernel: str, device: torch.device, precision: str, block_d: int = 0) -> Tile | None:
+    """`lookup` for a kernel that not every device and precision has a row for: None where there is none."""
+    name = architecture(device)
+    if (kernel, precision, name, block_d) in _measured():
+        return _measured()[kernel, precision, name, block_d]
+    keys = [(kernel, precision, name, block_d), (kernel, precision, name), (kernel, precision, block_d)]
+    return next((TABLE[key] for key in [*keys, (kernel, precision)] if key in TABLE), None)
+
+
+def lookup(kernel: str, device: torch.device, precision: str, block_d: int = 0) -> Tile:
+    """Return the tile of a kernel on a CUDA device; on the CPU, where only the interpreter runs, Hopper's.
+
+    `precision` is "half" or "tf32"; `block_d` is the head width to the next power of two, 0 for products.
+    """
+    tile = find(kernel, device, precision, block_d)
+    if tile is None:
+        raise KeyError(f"the tile table has no row for {kernel}, {precision}, on {architecture(device)}")
+    return tile
+
+
+def precision(dtype: torch.dtype) -> str:
+    """Return the tile table's word for how operands of `dtype` are multiplied: "half", or "tf32" for float32."""
+    return "tf32" if dtype == torch.float32 else "half"
+
+
+# --- launches ---
 
 _record: "list[Launch] | None" = None
 
@@ -24,11 +237,6 @@ def recorded():
         yield _record
     finally:
         _record = before
-
-
-def precision(dtype: torch.dtype) -> str:
-    """The tile table's word for how operands of `dtype` are multiplied: "half", or "tf32" for float32."""
-    return "tf32" if dtype == torch.float32 else "half"
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from crate_fast.kernels.launch import Launch
-from crate_fast.kernels.tiles import Tile
+from crate_fast.kernels.launch import Launch, Tile
 
 __all__ = ["Norm", "backward", "normalize", "plan_rows", "shares"]
 
@@ -118,7 +117,7 @@ def _rows_tile(width: int) -> Tile:
 
 
 def plan_rows(kernel, rows: Tensor, arguments: dict, partial: Tensor | None = None) -> Launch:
-    """A launch over rows [M, C]: a block of them a program, or as many programs as `partial` has shares [_, P, C]."""
+    """Return a launch over rows [M, C]: a block of them a program, or `partial` [_, P, C] gives P."""
     n_rows, width = rows.shape
     tile = _rows_tile(width)
     programs = triton.cdiv(n_rows, tile.block_m) if partial is None else partial.shape[1]
@@ -134,7 +133,7 @@ def shares(count: int, rows: Tensor) -> Tensor:
 
 
 def normalize(x: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """The rows of x [M, C], normalised: n [M, C] in `dtype`, and their mean and 1/√(variance + eps) [M] in fp32."""
+    """Normalise the rows of x [M, C]: n [M, C] in `dtype`, and their mean and 1/√(variance + eps) [M] in fp32."""
     x = x.contiguous()
     normed = torch.empty(x.shape, dtype=dtype, device=x.device)
     mean, rstd = (torch.empty(x.shape[0], dtype=torch.float32, device=x.device) for _ in range(2))

@@ -13,10 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from crate_fast.kernels.launch import Launch, precision
+from crate_fast.kernels.launch import Launch, Tile, lookup, precision, processors
 from crate_fast.kernels.layer_norm import Norm
-from crate_fast.kernels.support import processors
-from crate_fast.kernels.tiles import Tile, lookup
 
 __all__ = [
     "fitted",
@@ -157,7 +155,7 @@ def _product_kernel(
 
 
 def fitted(tile: Tile, width: int) -> Tile:
-    """The tile with column blocks halved until at most an eighth of them lies beyond `width`."""
+    """Return the tile with column blocks halved until at most an eighth of them lies beyond `width`."""
     block_n = tile.block_n
     while block_n > 32 and triton.cdiv(width, block_n) * block_n * 8 > width * 9:
         block_n //= 2
@@ -165,13 +163,13 @@ def fitted(tile: Tile, width: int) -> Tile:
 
 
 def fitted_product(tile: Tile, width: int) -> Tile:
-    """The same for `product`, where 128×256 turns into 256×128, which reads as little for as much."""
+    """Return the same for `product`, where 128×256 turns into 256×128, which reads as little for as much."""
     narrow = fitted(tile, width)
     return replace(narrow, block_m=256) if (tile.block_n, narrow.block_n) == (256, 128) else narrow
 
 
 def tile_for(kernel: str, a: Tensor, width: int) -> Tile:
-    """The table's tile for a product of `a`, fitted to its width."""
+    """Return the table's tile for a product of `a`, fitted to its width."""
     return fitted_product(lookup(kernel, a.device, precision(a.dtype)), width)
 
 
@@ -189,7 +187,7 @@ def plan(
     masked: bool = False,
     nonzero: Tensor | None = None,
 ) -> Launch:
-    """The launch on these tensors; what `product` runs and the tests compile."""
+    """Return the launch on these tensors; what `product` runs and the tests compile."""
     (n_rows, inner), width = a.shape, weight.shape[0]
     tiles = triton.cdiv(n_rows, tile.block_m) * triton.cdiv(width, tile.block_n)
     tensors = {"a_ptr": a, "weight_ptr": weight, "x_ptr": x, "out_ptr": out, "nonzero_ptr": nonzero, "bias_ptr": bias}
@@ -252,7 +250,7 @@ def _weight_gradient_kernel(
 
 
 def plan_weight_gradient(a: Tensor, grad: Tensor, partial: Tensor, rows_per_split: int, tile: Tile) -> Launch:
-    """The launch for the shares on these tensors; what `weight_gradient` runs and the tests compile."""
+    """Return the launch for the shares on these tensors; what `weight_gradient` runs and the tests compile."""
     (n_rows, width), grad_width = a.shape, grad.shape[1]
     tensors = {"a_ptr": a, "grad_ptr": grad, "partial_ptr": partial}
     blocks = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k}
@@ -263,7 +261,7 @@ def plan_weight_gradient(a: Tensor, grad: Tensor, partial: Tensor, rows_per_spli
 
 
 def weight_gradient(a: Tensor, grad: Tensor, tile: Tile | None = None) -> Tensor:
-    """aᵀg [C, J] in fp32, for a [M, C] and g [M, J] in the product's dtype; `tile` in place of the table's."""
+    """Return aᵀg [C, J] in fp32, for a [M, C] and g [M, J] in the product's dtype; `tile` in place of the table's."""
     a, grad = a.contiguous(), grad.contiguous()
     (n_rows, width), grad_width = a.shape, grad.shape[1]
     if a.numel() == 0 or grad.numel() == 0:
@@ -276,7 +274,7 @@ def weight_gradient(a: Tensor, grad: Tensor, tile: Tile | None = None) -> Tensor
 
 
 def splits(n_rows: int, width: int, grad_width: int, device: torch.device, tile: Tile) -> tuple[int, int]:
-    """How many shares, and rows in each, so that the tiles of aᵀg keep every multiprocessor busy; none is empty."""
+    """Return how many shares of aᵀg keep every multiprocessor busy, and the rows in each; none is empty."""
     at_once = processors(device) * (1 if tile.block_m * tile.block_n > 128 * 128 else 2)
     tiles = triton.cdiv(width, tile.block_m) * triton.cdiv(grad_width, tile.block_n)
     wanted = max(1, min(at_once // tiles, triton.cdiv(n_rows, 4 * tile.block_k)))

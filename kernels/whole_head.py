@@ -22,8 +22,7 @@ from crate_fast.kernels.attention import (
     forward_rows,
     numbers,
 )
-from crate_fast.kernels.launch import Launch
-from crate_fast.kernels.tiles import Tile
+from crate_fast.kernels.launch import Launch, Tile
 
 __all__ = ["BLOCK", "backward", "forward", "plan_backward", "plan_forward", "plan_rest", "serves", "split"]
 
@@ -293,8 +292,8 @@ def _rest_kernel(
 
 
 def split(n_tokens: int, tile: Tile) -> tuple[int, int, int]:
-    """How a sequence that `serves` admits is divided: its blocks of BLOCK tokens; the rest's tokens to the next power
-    of two and at least 16, or 0; and how many of those are taken as keys at once."""
+    """Divide a sequence that `serves` admits: its blocks of BLOCK tokens; the rest's tokens to the next power of
+    two and at least 16, or 0; and how many of those are taken as keys at once."""
     blocks = min(n_tokens // BLOCK, MOST_BLOCKS)
     rest = n_tokens - blocks * BLOCK
     padded = 0 if rest == 0 else max(16, triton.next_power_of_2(rest))
@@ -302,7 +301,7 @@ def split(n_tokens: int, tile: Tile) -> tuple[int, int, int]:
 
 
 def serves(name: str, w: Tensor) -> bool:
-    """Whether the kernel "whole_head_forward" or "whole_head_backward" can take w [B, N, H, D].
+    """Return True if the kernel "whole_head_forward" or "whole_head_backward" can take w [B, N, H, D].
 
     The gradient takes heads of the widths in LONGEST alone (masks cost the last registers), and not float16, whose
     range g = 2^(c − L)·dO would leave.
@@ -323,7 +322,7 @@ def _sizes(w: Tensor, blocks: int) -> dict:
 
 
 def plan_forward(w: Tensor, out: Tensor, lse: Tensor, refused: Tensor, scale: float, tile: Tile) -> Launch:
-    """The forward launch on these tensors: what `forward` runs and the tests compile."""
+    """Return the forward launch on these tensors: what `forward` runs and the tests compile."""
     tensors = {"w_ptr": w, "out_ptr": out, "lse_ptr": lse, "refused_ptr": refused}
     strides = {"stride_wb": w.stride(0), "stride_wh": w.stride(2), "scale_log2": scale * LOG2_E}
     limits = {"HEADROOM": HEADROOM[w.dtype], "LARGEST_SPREAD": LARGEST_SPREAD[w.dtype]}
@@ -342,7 +341,7 @@ def plan_backward(
     scale: float,
     tile: Tile,
 ) -> Launch:
-    """The backward launch on these tensors, with room for d [B, H, N] in fp32."""
+    """Return the backward launch on these tensors, with room for d [B, H, N] in fp32."""
     tensors = {"grad_ptr": grad, "w_ptr": w, "out_ptr": out, "lse_ptr": lse, "dw_ptr": dw, "g_ptr": dw, "d_ptr": d}
     strides = {"stride_wb": w.stride(0), "stride_wh": w.stride(2), "scale_log2": scale * LOG2_E}
     more = {"BLOCK_A": triton.next_power_of_2(w.shape[1]), "LARGEST_SPREAD": LARGEST_LSE_SPREAD[w.dtype]}
@@ -361,7 +360,7 @@ def plan_rest(
     scale: float,
     tile: Tile,
 ) -> Launch:
-    """The second launch, after forward (grad and dw None) or after backward."""
+    """Return the second launch, after forward (grad and dw None) or after backward."""
     tensors = {"grad_ptr": grad, "w_ptr": w, "out_ptr": out, "lse_ptr": lse, "dw_ptr": dw, "refused_ptr": refused}
     blocks, rest, _ = split(w.shape[1], tile)
     constants = _sizes(w, blocks) | {"REST": rest, "LARGEST_SUM": LARGEST_SUMS.get(w.dtype, 0.0)}

@@ -14,12 +14,14 @@ from crate_fast.accuracy import gradients, judge, spread_tokens, token_scale
 
 __all__ = [
     "agrees",
+    "algebra_is_right",
     "all_within_twice_eager",
     "gradients",
     "mutant",
     "philox_uniform",
     "spread_tokens",
     "token_scale",
+    "tokens_and_gradient",
     "within_twice_eager",
 ]
 
@@ -36,6 +38,25 @@ def all_within_twice_eager(actual: Iterable, eager: Iterable, truth: Iterable, n
     rows = zip(actual, eager, truth, names.split(), strict=True)
     verdicts = [within_twice_eager(*row) for row in rows]
     return all(verdicts)
+
+
+def tokens_and_gradient(shape: tuple[int, ...], dtype: torch.dtype, device) -> tuple[Tensor, Tensor]:
+    """Return subspace tokens [B, N, H, D] of the usual scale, and a gradient."""
+    w = (torch.randn(shape) * token_scale(shape[1], shape[3])).to(dtype)
+    return w.to(device), torch.randn(shape).to(dtype).to(device)
+
+
+def algebra_is_right(actual: Iterable, eager: Iterable, truth: Iterable) -> bool:
+    """Return True if each fp32 result's relative error is at most twice eager's and 1e-4."""
+    errors = [
+        [
+            ((result - true).norm() / true.norm().clamp_min(1e-30)).item()
+            for result, true in zip(results, truth, strict=True)
+        ]
+        for results in (actual, eager)
+    ]
+    print(errors)
+    return all(error <= 2 * allowed + 1e-4 for error, allowed in zip(*errors, strict=True))
 
 
 def agrees(

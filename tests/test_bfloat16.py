@@ -17,8 +17,13 @@ from released import ReleasedCRATE
 
 from crate_fast import CRATE, functional
 from crate_fast.kernels import whole_head
-from crate_fast.kernels.tiles import Tile
-from crate_fast.reference import ista_reference, mssa_reference, subspace_attention_reference
+from crate_fast.kernels.launch import Tile
+from crate_fast.reference import (
+    compress_reference,
+    ista_reference,
+    norm_ista_reference,
+    subspace_attention_reference,
+)
 
 ON_GPU = torch.cuda.is_available()
 pytestmark = [pytest.mark.usefixtures("bfloat16", "poisoned"), *([pytest.mark.gpu] if ON_GPU else [])]
@@ -30,7 +35,7 @@ def _also_on_a_gpu(*cases):
 
 
 BF16, OTHERS = "bfloat16", ["tf32", "float16"]
-WIDTHS = [(384, BF16), (768, BF16), *_also_on_a_gpu(*itertools.product([384], OTHERS))]
+WIDTHS = [(384, BF16), *_also_on_a_gpu((768, BF16)), *_also_on_a_gpu(*itertools.product([384], OTHERS))]
 compress, ista, norm_ista, subspace_attention = (
     partial(getattr(functional, name), backend="triton")
     for name in ("compress", "ista", "norm_ista", "subspace_attention")
@@ -53,7 +58,7 @@ def _size(on_gpu: int, on_cpu: int) -> int:
 
 
 def _shape(batch: int, n_tokens: int, heads: int, head_dim: int) -> tuple[int, int, int, int]:
-    return _size(batch, 1), n_tokens, _size(heads, 2 if n_tokens < 300 else 1), head_dim
+    return _size(batch, 1), n_tokens, _size(heads, 2 if n_tokens < 100 else 1), head_dim
 
 
 def _tokens(shape, device, factor=1.0):
@@ -91,14 +96,20 @@ def test_whole_heads(n_tokens, head_dim, device):
     assert agrees(subspace_attention, subspace_attention_reference, [w], "O dW")
 
 
-@pytest.mark.parametrize("n_tokens", [197, 785])
-@pytest.mark.parametrize("spread", [3.0, 17.0, 30.0, 100.0, 1e4])
+@pytest.mark.parametrize(
+    ("spread", "n_tokens"),
+    [
+        *itertools.product([3.0, 17.0, 30.0, 100.0, 1e4], [197]),
+        *itertools.product([30.0, 1e4], [785]),
+        *_also_on_a_gpu(*itertools.product([3.0, 17.0, 100.0], [785])),
+    ],
+)
 def test_norms_that_spread_across_the_switches(spread, n_tokens, device):
     w, grad = spread_tokens(_shape(2, n_tokens, 3, 64), spread, torch.bfloat16, device)
     assert agrees(subspace_attention, subspace_attention_reference, [w], "O dW", grad)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(3 if ON_GPU else 1))
 @pytest.mark.parametrize("factor", [0.3, 1.5, 3.0])
 def test_from_uniform_to_saturated_attention(factor, seed, device):
     torch.manual_seed(seed)
@@ -163,8 +174,9 @@ def _clear_of_the_threshold(x, dictionary, precision: str) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("width", "precision", "threshold"),
     [
-        *itertools.product([192, 384, 576, 768, 1024], [BF16], ["relu"]),
-        (384, BF16, "soft"),
+        *itertools.product([192, 576], [BF16], ["relu"]),
+        (192, BF16, "soft"),
+        *_also_on_a_gpu(*itertools.product([384, 768, 1024], [BF16], ["relu"])),
         *_also_on_a_gpu(*itertools.product([384], OTHERS, ["relu"])),
     ],
 )
@@ -183,12 +195,8 @@ def test_ista_behind_a_layer_norm(width, precision, device):
         dictionary = (torch.randn(width, width, device=device) / width**0.5).to(dtype)
         weight = (1 + 0.3 * torch.randn(width, device=device)).to(dtype)
         bias = (0.3 * torch.randn(width, device=device)).to(dtype)
-
-        def reference(x, weight, bias, dictionary):
-            return ista_reference(F.layer_norm(x, x.shape[-1:], weight, bias), dictionary)
-
         cotangent = _clear_of_the_threshold(F.layer_norm(x, x.shape[-1:], weight, bias), dictionary, precision)
-        assert agrees(norm_ista, reference, [x, weight, bias, dictionary], "y dx dγ dβ dD", cotangent)
+        assert agrees(norm_ista, norm_ista_reference, [x, weight, bias, dictionary], "y dx dγ dβ dD", cotangent)
 
 
 # --- layers ------------------------------------------------------------------------------------------------------
@@ -208,12 +216,8 @@ def test_the_first_half_of_a_layer(width, precision, fused_map, device, monkeypa
             (torch.randn(shape, device=device) * spread + offset).to(dtype)
             for shape, spread, offset in zip(shapes, spreads, offsets, strict=True)
         ]
-
-        def reference(x, weight, bias, projection, output, output_bias):
-            normed = F.layer_norm(x, x.shape[-1:], weight, bias)
-            return x + mssa_reference(normed, projection, output, output_bias, heads)
-
-        assert agrees(partial(compress, heads=heads), reference, inputs, "h dx dγ dβ dU dV db")
+        ours, reference = (partial(function, heads=heads) for function in (compress, compress_reference))
+        assert agrees(ours, reference, inputs, "h dx dγ dβ dU dV db")
 
 
 def test_a_layer_under_autocast(device):

@@ -10,7 +10,7 @@ import compile_report
 import pytest
 import triton
 
-from crate_fast.kernels.tiles import ARCHITECTURES, TABLE, Tile, find
+from crate_fast.kernels.launch import ARCHITECTURES, TABLE, Tile, find
 
 KERNELS = {
     "attention_forward": ("half", "tf32"),
@@ -28,7 +28,7 @@ def test_the_table_is_complete_and_small(monkeypatch):
     assert len(TABLE) <= 40
     assert {key[:2] for key in TABLE} == {(kernel, word) for kernel, words in KERNELS.items() for word in words}
     for architecture in ARCHITECTURES:
-        monkeypatch.setattr("crate_fast.kernels.tiles.architecture", lambda _, name=architecture: name)
+        monkeypatch.setattr("crate_fast.kernels.launch.architecture", lambda _, name=architecture: name)
         for kernel, words in KERNELS.items():
             widths = (64,) if kernel.startswith("whole") else (32, 64, 128) if "attention" in kernel else (0,)
             for word in words:
@@ -39,9 +39,9 @@ def test_the_table_is_complete_and_small(monkeypatch):
 
 def test_the_most_particular_row_counts(monkeypatch):
     rows = {("k", "half"): 1, ("k", "half", 64): 2, ("k", "half", "sm_90"): 3, ("k", "half", "sm_90", 128): 4}
-    monkeypatch.setattr("crate_fast.kernels.tiles.TABLE", rows)
+    monkeypatch.setattr("crate_fast.kernels.launch.TABLE", rows)
     for architecture, widths in (("sm_80", {32: 1, 64: 2, 128: 1}), ("sm_90", {32: 3, 64: 3, 128: 4})):
-        monkeypatch.setattr("crate_fast.kernels.tiles.architecture", lambda _, name=architecture: name)
+        monkeypatch.setattr("crate_fast.kernels.launch.architecture", lambda _, name=architecture: name)
         assert {width: find("k", None, "half", width) for width in widths} == widths
         assert find("k", None, "tf32", 64) is None
 
@@ -52,7 +52,7 @@ def test_measured_tiles_take_precedence(tmp_path):
     rows = [row, row | {"kernel": "whole_head_forward", "tile": None}]
     (tmp_path / "tiles.json").write_text(json.dumps(rows))
     code = (
-        "import torch; from crate_fast.kernels.tiles import find, lookup\n"
+        "import torch; from crate_fast.kernels.launch import find, lookup\n"
         "print([lookup('attention_forward', torch.device('cpu'), 'half', d).num_warps for d in (64, 128)],"
         " find('whole_head_forward', torch.device('cpu'), 'half', 64))"
     )

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import threading
 from functools import partial
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,14 +19,13 @@ from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from crate_fast import CRATE, env, folding, functional, kernels, triton_ops, whitebox
+from crate_fast import CRATE, functional, kernels, triton_ops, whitebox
 from crate_fast.backends import explain_backend
 from crate_fast.errors import UserError
-from crate_fast.folding import fold_dictionary
-from crate_fast.functional import cached_dictionaries, ista, norm_ista, subspace_attention
+from crate_fast.functional import cached_dictionaries, fold_dictionary, ista, norm_ista, subspace_attention
 from crate_fast.kernels import folding as folding_kernels
 from crate_fast.kernels import ista as ista_kernels
-from crate_fast.reference import ista_reference, subspace_attention_reference
+from crate_fast.reference import ista_reference, norm_ista_reference, subspace_attention_reference
 
 SIZES = {"image_size": 16, "patch_size": 4, "num_classes": 5, "dim": 48, "depth": 2, "heads": 3, "dim_head": 16}
 
@@ -92,14 +90,13 @@ def test_functions_match_the_reference(dtype, device):
     x, weight, bias, dictionary = _ista_inputs(device, dtype)
     w = torch.randn(2, 17, 3, 16, device=device).to(dtype).requires_grad_()
 
-    def reference_norm_ista(x, weight, bias, dictionary):
-        return ista_reference(F.layer_norm(x, x.shape[-1:], weight, bias), dictionary, threshold="soft")
-
     kernels = {"backend": "triton"}
     assert agrees(partial(subspace_attention, **kernels), subspace_attention_reference, [w], "O dW")
     assert agrees(partial(ista, **kernels), ista_reference, [x, dictionary], "y dx dD")
     ours = partial(norm_ista, threshold="soft", **kernels)
-    assert agrees(ours, reference_norm_ista, [x, weight, bias, dictionary], "y dx dγ dβ dD")
+    assert agrees(
+        ours, partial(norm_ista_reference, threshold="soft"), [x, weight, bias, dictionary], "y dx dγ dβ dD"
+    )
 
 
 def test_only_the_gradients_asked_for(device, monkeypatch):
@@ -174,7 +171,7 @@ def test_autocast_runs_the_kernels_in_half_precision(device):
 )
 def test_the_model_on_kernels_is_the_model(options, device):
     ours, plain = _model(device, **options), _model(device, "torch", **options)
-    images = torch.randn(3, 3, 16, 16, device=device)
+    images = torch.randn(1, 3, 16, 16, device=device)
     outputs = [model(images) for model in (ours, plain)]
     torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-4)
     for out in outputs:
@@ -185,7 +182,7 @@ def test_the_model_on_kernels_is_the_model(options, device):
 
 def test_normalised_rows_stay_in_the_kernel_until_somebody_hooks(device, monkeypatch):
     model = _model(device)
-    images = torch.randn(2, 3, 16, 16, device=device)
+    images = torch.randn(1, 3, 16, 16, device=device)
     calls = []
     fused_call = functional.norm_ista
     monkeypatch.setattr(functional, "norm_ista", lambda *a, **k: calls.append(1) or fused_call(*a, **k))
@@ -210,7 +207,7 @@ def test_normalised_rows_stay_in_the_kernel_until_somebody_hooks(device, monkeyp
 
 
 def test_the_white_box_stays_open(device):
-    images = torch.randn(2, 3, 16, 16, device=device)
+    images = torch.randn(1, 3, 16, 16, device=device)
     ours, plain = (whitebox.trace(_model(device, backend), images) for backend in ("triton", "torch"))
     for one, other in zip(ours, plain, strict=True):
         torch.testing.assert_close(one.after_ista, other.after_ista, rtol=1e-4, atol=1e-4)
@@ -218,13 +215,13 @@ def test_the_white_box_stays_open(device):
 
 
 def test_training_follows_the_torch_backend(device):
-    images, labels = torch.randn(8, 3, 16, 16, device=device), torch.arange(8, device=device) % 5
+    images, labels = torch.randn(3, 3, 16, 16, device=device), torch.arange(3, device=device)
     curves = []
     for backend in ("triton", "torch"):
         model = _model(device, backend)
         optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
         losses = []
-        for _ in range(8):
+        for _ in range(6):
             optimizer.zero_grad()
             with cached_dictionaries():
                 loss = F.cross_entropy(model(images), labels)
@@ -238,7 +235,7 @@ def test_training_follows_the_torch_backend(device):
 
 def test_compiled_whole(device):
     model = _model(device)
-    images = torch.randn(3, 3, 16, 16, device=device)
+    images = torch.randn(1, 3, 16, 16, device=device)
     expected = model(images)
     expected.square().sum().backward()
     grads = [p.grad.clone() for p in model.parameters()]
@@ -255,14 +252,14 @@ def test_compiled_with_autocast(device):
     model = _model(device).train()
     compiled = torch.compile(model, fullgraph=True, backend="inductor" if device.type == "cuda" else "aot_eager")
     with torch.autocast(device.type, dtype=torch.float16):
-        out = compiled(torch.randn(3, 3, 16, 16, device=device))
+        out = compiled(torch.randn(1, 3, 16, 16, device=device))
     out.float().sum().backward()
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
 def test_checkpointing_changes_nothing(device):
     model = _model(device).train()
-    images = torch.randn(3, 3, 16, 16, device=device)
+    images = torch.randn(1, 3, 16, 16, device=device)
     grads = []
     for checkpointing in (False, True):
         model.set_grad_checkpointing(checkpointing)
@@ -280,25 +277,26 @@ def _shard(rank: int, images: Tensor) -> Tensor:
     return images[rank::2]
 
 
-def _data_parallel(rank: int, port: int, sharded: bool, images: Tensor, expected: list[Tensor]) -> None:
+def _data_parallel(rank: int, port: int, images: Tensor, expected: list[Tensor]) -> None:
     torch.set_num_threads(1)
     address = f"tcp://127.0.0.1:{port}"
     dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
     try:
-        model = _model("cpu")
-        if sharded:
-            mesh = dist.init_device_mesh("cpu", (2,))
-            for layer in model.transformer.layers:
-                fully_shard(layer, mesh=mesh)
-            runner = fully_shard(model, mesh=mesh)
-        else:
-            runner = DistributedDataParallel(model)
-        for _ in range(2):  # the second time, what the first left behind would show
-            model.zero_grad()
-            runner(_shard(rank, images)).square().mean().backward()
-        for parameter, grad in zip(model.parameters(), expected, strict=True):
-            actual = parameter.grad.full_tensor() if sharded else parameter.grad
-            torch.testing.assert_close(actual, grad, rtol=1e-4, atol=1e-6)
+        for sharded in (False, True):  # DDP, FSDP2
+            model = _model("cpu")
+            if sharded:
+                mesh = dist.init_device_mesh("cpu", (2,))
+                for layer in model.transformer.layers:
+                    fully_shard(layer, mesh=mesh)
+                runner = fully_shard(model, mesh=mesh)
+            else:
+                runner = DistributedDataParallel(model)
+            for _ in range(2):  # the second time, what the first left behind would show
+                model.zero_grad()
+                runner(_shard(rank, images)).square().mean().backward()
+            for parameter, grad in zip(model.parameters(), expected, strict=True):
+                actual = parameter.grad.full_tensor() if sharded else parameter.grad
+                torch.testing.assert_close(actual, grad, rtol=1e-4, atol=1e-6)
         dist.barrier()  # a process that leaves while the other still talks to it aborts
     finally:
         dist.destroy_process_group()
@@ -306,13 +304,12 @@ def _data_parallel(rank: int, port: int, sharded: bool, images: Tensor, expected
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="two processes would need two GPUs")
-@pytest.mark.parametrize("sharded", [False, True], ids=["DDP", "FSDP2"])
-def test_two_processes(sharded, free_port):
-    images = torch.randn(4, 3, 16, 16)
+def test_two_processes(free_port):
+    images = torch.randn(2, 3, 16, 16)
     model = _model("cpu")
     (sum(model(_shard(rank, images)).square().mean() for rank in range(2)) / 2).backward()
     expected = [p.grad for p in model.parameters()]
-    mp.spawn(_data_parallel, (free_port, sharded, images, expected), nprocs=2)
+    mp.spawn(_data_parallel, (free_port, images, expected), nprocs=2)
 
 
 # --- folding once ------------------------------------------------------------------------------------------------
@@ -322,7 +319,7 @@ def test_two_processes(sharded, free_port):
 def folds(monkeypatch) -> list:
     """One entry for every dictionary folded."""
     calls = []
-    for module, name in ((folding, "fold_dictionary"), (functional, "fold_dictionary"), (triton_ops, "fold")):
+    for module, name in ((functional, "fold_dictionary"), (triton_ops, "fold")):
         plain = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *args, plain=plain: calls.append(1) or plain(*args))
     return calls
@@ -330,16 +327,16 @@ def folds(monkeypatch) -> list:
 
 def test_a_dictionary_is_folded_once_a_scope(device, folds):
     model = _model(device)
-    images = torch.randn(2, 3, 16, 16, device=device)
+    images = torch.randn(1, 3, 16, 16, device=device)
     losses = []
     for scope in (None, cached_dictionaries):
         model.zero_grad()
         folds.clear()
         with scope() if scope else torch.enable_grad():
-            for _ in range(3):
+            for _ in range(2):
                 model(images).square().sum().backward()
         losses.append([p.grad.clone() for p in model.parameters()])
-        assert len(folds) == (SIZES["depth"] if scope else 3 * SIZES["depth"])
+        assert len(folds) == (SIZES["depth"] if scope else 2 * SIZES["depth"])
     for one, other in zip(*losses, strict=True):
         assert torch.equal(one, other)
     model(images)
@@ -398,7 +395,7 @@ def test_temporary_dictionaries_are_not_kept(device, folds):
     with cached_dictionaries(), torch.no_grad():
         for _ in range(3):
             ista(x, dictionary * 1.0, backend="triton")
-        assert not folding._cache.entries
+        assert not functional._cache.entries
     assert len(folds) == 3
 
 
@@ -413,10 +410,10 @@ def test_scopes_of_two_threads_overlap(device, folds):
     model = _model("cpu", "torch").eval()
     with torch.no_grad():
         model(torch.randn(8, 3, 16, 16))
-        assert folding._cache.entries
+        assert functional._cache.entries
     second.__exit__(None, None, None)
-    assert not folding._cache.entries
-    assert folding._cache.scopes == 0
+    assert not functional._cache.entries
+    assert functional._cache.scopes == 0
 
 
 @pytest.mark.parametrize(
@@ -495,26 +492,12 @@ def test_without_a_gpu():
     with pytest.raises(UserError, match="interpreter computes bfloat16 wrongly"):
         explain_backend("cpu", "triton", dtype=torch.bfloat16)
     code = (
-        "import torch; from crate_fast.functional import ista\n"
+        "import sys, torch; from crate_fast.functional import ista\n"
+        "print('compiles nothing' if 'crate_fast.kernels.attention' not in sys.modules else 'imports a kernel')\n"
         "try: ista(torch.ones(2, 4), torch.eye(4), backend='triton')\n"
         "except ValueError as error: print(error)"
     )
     environment = os.environ | {"TRITON_INTERPRET": "0"}
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert "backend='triton' cannot run: Triton kernels need a CUDA device" in result.stdout
-
-
-@pytest.mark.parametrize(("version", "warned"), [("12.8", True), ("13.2", True), ("13.3", False), ("13.4", False)])
-def test_an_assembler_that_miscompiles_is_named(version, warned, monkeypatch):
-    compiler = pytest.importorskip("triton.backends.nvidia.compiler")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    monkeypatch.setattr(compiler, "get_ptxas", lambda _: SimpleNamespace(version=version))
-    told = env._ptxas(torch.device("cuda"))
-    assert told.startswith(version)
-    assert ("miscompile" in told) == warned
-
-
-def test_importing_the_package_compiles_nothing():
-    code = "import sys, crate_fast; print('crate_fast.kernels.attention' in sys.modules)"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == "False"
+    assert "compiles nothing" in result.stdout

@@ -5,39 +5,38 @@ the interpreter shows the algebra. bfloat16 is test_bfloat16.py's; what the comp
 test_compiler.py's.
 """
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import all_within_twice_eager, gradients, mutant, spread_tokens, token_scale
+from oracle import (
+    algebra_is_right,
+    all_within_twice_eager,
+    gradients,
+    mutant,
+    spread_tokens,
+    token_scale,
+    tokens_and_gradient,
+)
 from torch import Tensor
 
 from crate_fast.functional import norm_ista
 from crate_fast.kernels import attention, folding, ista, layer_norm, product
-from crate_fast.kernels.tiles import TABLE, Tile, lookup
-from crate_fast.reference import ista_reference, subspace_attention_reference
+from crate_fast.kernels.launch import TABLE, Tile, lookup
+from crate_fast.reference import ista_reference, norm_ista_reference, subspace_attention_reference
 
 DTYPES = [torch.float32, torch.float16]
 SHAPES = [  # [B, N, H, D]
-    (1, 1, 1, 64),
-    (2, 1, 2, 8),
-    (2, 15, 6, 32),
-    (1, 16, 12, 48),
-    (2, 17, 1, 80),
-    (1, 64, 6, 128),
-    (1, 65, 6, 64),
-    (1, 196, 2, 48),
-    (2, 197, 3, 64),
-    (1, 785, 1, 64),
+    *itertools.product([(2, 1, 2, 8), (1, 15, 6, 32), (1, 16, 12, 48), (2, 17, 1, 80)], DTYPES),
+    *itertools.product([(1, 64, 1, 128), (1, 65, 2, 64), (2, 197, 1, 64)], DTYPES),
+    ((1, 196, 1, 48), torch.float16),
+    ((1, 785, 1, 64), torch.float16),
 ]
 ATTENTION_TILES = sorted(
     {(t.block_m, t.block_n) for (kernel, *_), t in TABLE.items() if kernel.startswith("attention")}
 )
 PRODUCT_TILES = sorted({(t.block_m, t.block_n, t.block_k) for t in TABLE.values() if t.block_k})
-
-
-def _tokens(shape, dtype, device) -> tuple[Tensor, Tensor]:
-    w = (torch.randn(shape) * token_scale(shape[1], shape[3])).to(dtype)
-    return w.to(device), torch.randn(shape).to(dtype).to(device)
 
 
 def _double(tensors) -> list[Tensor]:
@@ -52,19 +51,6 @@ def _attention(
     size = (w.device, "tf32" if w.dtype == torch.float32 else "half", attention.block_d(w))
     out, lse = module.forward(w, scale, tile or lookup("attention_forward", *size))
     return [out, module.backward(grad, w, out, lse, scale, tile or lookup("attention_backward", *size))]
-
-
-def algebra_is_right(actual, eager, truth) -> bool:
-    """For fp32: each result's relative error is at most twice eager's and 1e-4."""
-    found = [
-        [
-            ((result - true).norm() / true.norm().clamp_min(1e-30)).item()
-            for result, true in zip(results, truth, strict=True)
-        ]
-        for results in (actual, eager)
-    ]
-    print(found)
-    return all(error <= 2 * allowed + 1e-4 for error, allowed in zip(*found, strict=True))
 
 
 def _judge(actual, eager, truth, names: str) -> bool:
@@ -86,23 +72,22 @@ def _attention_is_right(w: Tensor, grad: Tensor, scale: float | None = None, **o
 # --- subspace attention ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("shape", "dtype"), SHAPES, ids=str)
 def test_subspace_attention(shape, dtype, device, poisoned):
-    w, grad = _tokens(shape, dtype, device)
+    w, grad = tokens_and_gradient(shape, dtype, device)
     assert _attention_is_right(w, grad)
 
 
 @pytest.mark.parametrize("blocks", ATTENTION_TILES, ids=str)
-@pytest.mark.parametrize("n_tokens", [16, 65, 197])
+@pytest.mark.parametrize("n_tokens", [16, 150])
 def test_every_tile_of_the_table(n_tokens, blocks, device, poisoned):
-    w, grad = _tokens((1, n_tokens, 2, 32), torch.float32, device)
+    w, grad = tokens_and_gradient((1, n_tokens, 1, 32), torch.float32, device)
     assert _attention_is_right(w, grad, tile=Tile(*blocks, num_warps=8, num_stages=1))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_log_sum_exp(dtype, device, poisoned):
-    w, _ = _tokens((2, 197, 3, 64), dtype, device)
+    w, _ = tokens_and_gradient((1, 197, 2, 64), dtype, device)
     _, lse = attention.forward(w, 0.125, Tile(128, 64, 8, 1))
     heads = w.double().transpose(1, 2)
     truth = (0.125 * heads @ heads.transpose(-1, -2)).logsumexp(-1) / torch.tensor(2.0).double().log()
@@ -110,23 +95,22 @@ def test_log_sum_exp(dtype, device, poisoned):
     torch.testing.assert_close(lse.double(), truth, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_attention_is_bit_equal_on_a_rerun(dtype, device, poisoned):
-    w, grad = _tokens((2, 197, 3, 64), dtype, device)
+def test_attention_is_bit_equal_on_a_rerun(device, poisoned):
+    w, grad = tokens_and_gradient((1, 197, 2, 64), torch.float16, device)
     for first, second in zip(_attention(w, grad), _attention(w, grad), strict=True):
         assert torch.equal(first, second)
 
 
 def _strided_views(device) -> dict[str, Tensor]:
-    base = torch.randn(2, 65, 6, 32, device=device)
+    base = torch.randn(2, 65, 2, 32, device=device)
     return {
         "every other head": base[:, :, ::2],
         "heads before tokens in memory": base.transpose(1, 2).contiguous().transpose(1, 2),
         "batch last in memory": base.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2),
         "every other channel": base[..., ::2],
-        "one image expanded": base[:1].expand(3, -1, -1, -1),
-        "not aligned": torch.randn(2 * 65 * 6 * 32 + 1, device=device)[1:].view(2, 65, 6, 32),
-        "one head expanded": base[:, :, :1].expand(-1, -1, 3, -1),
+        "one image expanded": base[:1].expand(2, -1, -1, -1),
+        "not aligned": torch.randn(2 * 65 * 2 * 32 + 1, device=device)[1:].view(2, 65, 2, 32),
+        "one head expanded": base[:, :, :1].expand(-1, -1, 2, -1),
     }
 
 
@@ -136,8 +120,8 @@ def test_strided_and_expanded_tokens(view, device, poisoned):
     assert _attention_is_right(w, torch.randn(w.shape, device=device))
 
 
-def test_strided_and_expandedgradients(device, poisoned):
-    w, grad = _tokens((2, 65, 3, 32), torch.float32, device)
+def test_strided_and_expanded_gradients(device, poisoned):
+    w, grad = tokens_and_gradient((2, 65, 2, 32), torch.float32, device)
     assert _attention_is_right(w, torch.ones((), device=device).expand(w.shape))
     assert _attention_is_right(w, grad.transpose(1, 2).contiguous().transpose(1, 2))
     assert _attention_is_right(w, grad[:, :, :1].expand(w.shape))
@@ -146,14 +130,14 @@ def test_strided_and_expandedgradients(device, poisoned):
 @pytest.mark.parametrize("offset", [1.0, 10.0])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_large_offsets(dtype, offset, device, poisoned):
-    w, grad = _tokens((8, 65, 2, 64), dtype, device)
+    w, grad = tokens_and_gradient((4, 65, 1, 64), dtype, device)
     assert _attention_is_right(w + offset, grad)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_logits_that_overflow_half_precision(dtype, device, poisoned):
     """|w|² of 6·10⁵. Logits of 8·10⁴ round to 0.01, so nearly equal ones are a matter of luck in fp32."""
-    w, grad = _tokens((8, 65, 2, 64), dtype, device)
+    w, grad = tokens_and_gradient((4, 65, 1, 64), dtype, device)
     out, dw = _attention(w + 100, grad)
     truth = subspace_attention_reference((w + 100).double())
     assert (out - truth).abs().max() <= 0.05 + 100 * torch.finfo(dtype).eps
@@ -161,25 +145,25 @@ def test_logits_that_overflow_half_precision(dtype, device, poisoned):
 
 
 def test_norms_far_apart(device, poisoned):
-    w, grad = _tokens((1, 65, 2, 64), torch.float32, device)
+    w, grad = tokens_and_gradient((1, 65, 2, 64), torch.float32, device)
     assert _attention_is_right(w * torch.logspace(-2, 2, 65, device=device)[:, None, None], grad)
 
 
 def test_saturated_rows(device, poisoned):
     """Where every token attends to itself alone, dO·W − δ is zero, and has to come out so."""
-    w, grad = _tokens((8, 65, 2, 32), torch.float32, device)
+    w, grad = tokens_and_gradient((4, 65, 1, 32), torch.float32, device)
     assert _attention_is_right(3 * w, grad)
 
 
 @pytest.mark.parametrize("scale", [0.0, 0.02, 1.0])
 def test_the_scale(scale, device, poisoned):
-    w, grad = _tokens((1, 65, 2, 32), torch.float32, device)
+    w, grad = tokens_and_gradient((1, 65, 2, 32), torch.float32, device)
     w = w * token_scale(65, 32, max(scale, 0.02)) / token_scale(65, 32)
     assert _attention_is_right(w, grad, scale)
 
 
 def test_a_nan_token_is_not_hidden(device):
-    w, grad = _tokens((1, 65, 2, 32), torch.float32, device)
+    w, grad = tokens_and_gradient((1, 65, 2, 32), torch.float32, device)
     w[0, 3, 0, 0] = torch.nan
     out, dw = _attention(w, grad)
     assert out[0, :, 0].isnan().any(-1).all()
@@ -236,16 +220,15 @@ SWITCH_MUTANTS = {  # (largest norm over smallest, what the kernel says, what th
 
 
 @pytest.mark.parametrize("spread", [1.0, 30.0, 100.0, 300.0])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_norms_that_spread_across_the_switches(dtype, spread, device, poisoned):
+def test_norms_that_spread_across_the_switches(spread, device, poisoned):
     """From rows whose own logit does for a maximum, and an exponential for two weights, to where neither does."""
-    w, grad = spread_tokens((1, 197, 2, 64), spread, dtype, device)
+    w, grad = spread_tokens((1, 197, 1, 64), spread, torch.float16, device)
     assert _attention_is_right(w, grad)
 
 
 def test_norms_a_factor_of_ten_thousand_apart(device, poisoned):
     """Eager float16 overflows here, so its error is no measure: float64 rounded to float16 is."""
-    w, grad = spread_tokens((1, 197, 2, 64), 1e4, torch.float32, device)
+    w, grad = spread_tokens((1, 197, 1, 64), 1e4, torch.float32, device)
     assert _attention_is_right(w, grad)
     out, dw = _attention(w.half(), grad.half())
     truth = subspace_attention_reference(w.half().double())
@@ -256,7 +239,7 @@ def test_norms_a_factor_of_ten_thousand_apart(device, poisoned):
 @pytest.mark.parametrize("name", SWITCH_MUTANTS)
 def test_switch_mutants_fail(name, device, tmp_path):
     spread, *mutation = SWITCH_MUTANTS[name]
-    w, grad = spread_tokens((1, 197, 2, 32), spread, torch.float16, device)
+    w, grad = spread_tokens((1, 197, 1, 32), spread, torch.float16, device)
     assert not _attention_is_right(w, grad, module=mutant(attention, mutation, tmp_path))
 
 
@@ -268,19 +251,25 @@ DELTA_MUTANTS = {
 
 @pytest.mark.parametrize("name", ATTENTION_MUTANTS)
 def test_attention_mutants_fail(name, device, tmp_path):
-    w, grad = _tokens((1, 130, 1, 32), torch.float32, device)
+    w, grad = tokens_and_gradient((1, 130, 1, 32), torch.float32, device)
     assert not _attention_is_right(w, grad, module=mutant(attention, ATTENTION_MUTANTS[name], tmp_path))
 
 
 @pytest.mark.parametrize("name", DELTA_MUTANTS)
 def test_delta_mutants_fail(name, device, tmp_path):
-    w, grad = _tokens((1, 130, 1, 32), torch.float16, device)
+    w, grad = tokens_and_gradient((1, 130, 1, 32), torch.float16, device)
     assert not _attention_is_right(w, grad, module=mutant(attention, DELTA_MUTANTS[name], tmp_path))
 
 
 # --- ISTA --------------------------------------------------------------------------------------------------------
 
-WIDTHS = [(1, 32), (15, 48), (197, 96), (300, 192), (130, 100), (64, 33)]  # (M, C)
+SIZES = [
+    ((1, 32), "relu"),
+    ((15, 48), "soft"),
+    ((197, 96), "relu"),
+    ((197, 96), "soft"),
+    ((130, 33), "relu"),
+]  # (M, C)
 STEP, SPARSITY, EPS = 0.1, 0.1, 1e-5
 
 
@@ -330,7 +319,7 @@ def _ista_is_right(inputs, threshold: str = "relu", with_norm: bool = False, **o
         return ista_reference(x, dictionary, STEP, SPARSITY, threshold)
 
     def normed(x, dictionary, gamma, beta):
-        return plain(F.layer_norm(x, x.shape[-1:], gamma, beta, EPS), dictionary)
+        return norm_ista_reference(x, gamma, beta, dictionary, STEP, SPARSITY, threshold)
 
     *tensors, grad = inputs
     reference, tensors = (normed, tensors) if with_norm else (plain, tensors[:2])
@@ -342,9 +331,8 @@ def _ista_is_right(inputs, threshold: str = "relu", with_norm: bool = False, **o
 
 
 @pytest.mark.parametrize("with_norm", [False, True], ids=["plain", "norm"])
-@pytest.mark.parametrize("threshold", ["relu", "soft"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("size", WIDTHS, ids=str)
+@pytest.mark.parametrize(("size", "threshold"), SIZES, ids=str)
 def test_ista(size, dtype, threshold, with_norm, device, poisoned):
     assert _ista_is_right(_ista_inputs(size, dtype, device), threshold, with_norm)
 
@@ -352,11 +340,10 @@ def test_ista(size, dtype, threshold, with_norm, device, poisoned):
 @pytest.mark.parametrize("persistent", [False, True], ids=["a tile a program", "persistent"])
 @pytest.mark.parametrize("blocks", PRODUCT_TILES, ids=str)
 def test_every_product_tile_of_the_table(blocks, persistent, device, poisoned):
-    """On four ragged rows of tiles and two columns; where a tile is as wide as that costs, on one."""
+    """On three ragged rows of tiles and two columns, one of a wide tile; persistent ones behind a LayerNorm."""
     tile = Tile(*blocks[:2], num_warps=8, num_stages=1, block_k=blocks[2], persistent=persistent)
-    size = (3 * tile.block_m + 5, min(192, 3 * tile.block_n // 2))
-    for with_norm in (False, True):
-        assert _ista_is_right(_ista_inputs(size, torch.float16, device), with_norm=with_norm, tile=tile)
+    size = (2 * tile.block_m + 5, min(192, 3 * tile.block_n // 2))
+    assert _ista_is_right(_ista_inputs(size, torch.float16, device), with_norm=persistent, tile=tile)
 
 
 def _mixed_is_right(device, with_norm: bool, module=ista) -> bool:
@@ -391,15 +378,14 @@ def test_a_mutant_with_half_precision_products_of_fp32_tokens_fails(device, tmp_
     assert not _mixed_is_right(device, True, changed)
 
 
-@pytest.mark.parametrize("threshold", ["relu", "soft"])
-@pytest.mark.parametrize("size", [(197, 96), (300, 192)], ids=str)
+@pytest.mark.parametrize(("size", "threshold"), [((70, 48), "soft"), ((197, 96), "relu")], ids=str)
 def test_norm_ista_under_autocast(size, threshold, device, poisoned):
     """Eager there: LayerNorm, residual and shrinkage in fp32, the products in float16."""
     *tensors, grad = _ista_inputs(size, torch.float32, device)
     grad = grad * _clear_of_the_threshold(_double([*tensors, grad]), True, torch.float16)
 
     def eager(x, dictionary, gamma, beta):
-        return ista_reference(F.layer_norm(x, x.shape[-1:], gamma, beta, EPS), dictionary, STEP, SPARSITY, threshold)
+        return norm_ista_reference(x, gamma, beta, dictionary, STEP, SPARSITY, threshold)
 
     def ours(x, dictionary, gamma, beta):
         options = {"eps": EPS, "threshold": threshold, "backend": "triton"}
@@ -413,7 +399,7 @@ def test_norm_ista_under_autocast(size, threshold, device, poisoned):
 
 
 def test_ista_is_bit_equal_on_a_rerun(device, poisoned):
-    inputs = _ista_inputs((300, 96), torch.float32, device)
+    inputs = _ista_inputs((150, 96), torch.float32, device)
     for first, second in zip(_ista(inputs, "relu", True), _ista(inputs, "relu", True), strict=True):
         assert torch.equal(first, second)
 
@@ -505,8 +491,8 @@ def test_ista_mutants_fail(name, device, tmp_path, monkeypatch, poisoned):
     options = {"module": changed}
     if "split" in name:
         options = {"gradients": mutant(module, mutation, tmp_path)}
-    tile = Tile(128, 128, 4, 1, 32, persistent=True)
-    inputs = _ista_inputs((600, 96), torch.float16, device)
+    tile = Tile(64, 128, 4, 1, 32, persistent=True)
+    inputs = _ista_inputs((300, 96), torch.float16, device)
     assert not _ista_is_right(inputs, with_norm=True, tile=tile, **options)
 
 
@@ -514,7 +500,7 @@ def test_ista_mutants_fail(name, device, tmp_path, monkeypatch, poisoned):
 def test_layer_norm_mutants_fail(name, device, tmp_path, monkeypatch):
     changed = mutant(layer_norm, LAYER_NORM_MUTANTS[name], tmp_path)
     monkeypatch.setattr(changed, "MAX_PROGRAMS", 2)
-    assert not _ista_is_right(_ista_inputs((197, 96), torch.float32, device), with_norm=True, norms=changed)
+    assert not _ista_is_right(_ista_inputs((150, 96), torch.float32, device), with_norm=True, norms=changed)
 
 
 def test_more_rows_than_programs(device, monkeypatch, poisoned):
@@ -526,7 +512,7 @@ def test_more_rows_than_programs(device, monkeypatch, poisoned):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("width", [32, 48, 100, 192])
+@pytest.mark.parametrize("width", [32, 100])
 def test_folding_a_dictionary(width, dtype, device, poisoned):
     dictionary = (torch.randn(width, width) / width**0.5).to(dtype).to(device)
     wide, grad = dictionary.double(), torch.randn(width, width, device=device)

@@ -1,13 +1,11 @@
-"""The first launch of a kernel variant is checked: wrong kernels are errors, right ones are looked at once.
+"""The first launch of a kernel variant is checked: wrong kernels are errors, right ones are checked once.
 
-Operators' bodies run in Triton's interpreter; a fault is put into what a launch has written.
+Kernels run in Triton's interpreter; a fault is put into what a launch has written.
 """
 
-import inspect
+import importlib
 import threading
 import time
-from contextlib import nullcontext
-from dataclasses import replace
 
 import pytest
 import torch
@@ -15,47 +13,69 @@ from torch import Tensor
 
 from crate_fast import self_check, triton_ops
 from crate_fast.errors import UserError
-from crate_fast.kernels.launch import Launch
-from crate_fast.self_check import alike, self_checked
+from crate_fast.kernels.launch import Launch, Tile
+from crate_fast.kernels.layer_norm import Norm
+from crate_fast.self_check import alike, checked
 
-OPERATORS = {name: getattr(triton_ops, name) for name in self_check._REFERENCES}
-
-
-def _body(name: str):
-    return inspect.unwrap(OPERATORS[name]._init_fn)
+KERNELS = list(self_check._CHECKS)
 
 
-def _arguments(name: str, device, dtype=torch.float16, rows: int = 40, width: int = 64, product=None) -> tuple:
-    """What an operator is called with: attention 40 tokens in two heads, the others 40 rows."""
+def _function(name: str):
+    module, function = name.split(".")
+    return getattr(importlib.import_module(f"crate_fast.kernels.{module}"), function)
+
+
+def _arguments(name: str, device, dtype=torch.float16, rows: int = 40, width: int = 64, product=None, norm=True):
+    """Return a kernel's arguments: attention of `rows` tokens in two heads, the others of `rows` rows."""
     product = product or dtype
 
     def normal(*shape, dtype=dtype):
         return torch.randn(shape, device=device).to(dtype)
 
-    x, square, channel, ones = (
-        normal(rows, width),
-        normal(width, width),
-        normal(width),
-        torch.ones(rows, device=device),
-    )
-    folded, w = square.to(product), normal(3, rows, 2, width // 2)
-    low, heads = normal(rows, width, dtype=product), normal(1, rows, 2, width // 2, dtype=product)
-    mean, given = (None, low) if dtype == product else (ones, x)
+    x, square, channel = normal(rows, width), normal(width, width), normal(width)
+    low, folded = normal(rows, width, dtype=product), normal(width, width, dtype=product)
+    mean, rstd = torch.zeros(rows, device=device), torch.ones(rows, device=device)
+    w = normal(3, rows, 2, width // 2)
+    sign = torch.ones_like(x, dtype=torch.int8)
+    layer_norm = Norm(mean, rstd, channel, channel) if norm else None
+    given = (low, None) if product == dtype else (x, mean)
     return {
-        "subspace_attention_fwd": (w, 0.2),
-        "subspace_attention_bwd": (w, w, w, torch.zeros(3, 2, rows, device=device), 0.2),
-        "fold": (square, 0.1, product),
-        "ista_fwd": (x, channel, channel, square, folded, 0.1, 0.1, 1e-5, False, True),
-        "ista_bwd": (
-            *(x, torch.ones_like(x, dtype=torch.int8), given, mean, ones, channel, channel, square, folded),
-            *(0.1, 1e-5, dtype, [True] * 4),
+        "attention.forward": (w, 0.2),
+        "attention.backward": (w, w, w, torch.zeros(3, 2, rows, device=device), 0.2),
+        "layer_norm.normalize": (x, 1e-5, product),
+        "layer_norm.backward": (x, *given, rstd, dtype, channel if norm else None, None if norm else x, product),
+        "folding.fold": (square, 0.1, product),
+        "folding.fold_backward": (square.float(), square, 0.1),
+        "folding.scale": (square, channel, channel, product),
+        "folding.unscale": (folded, channel.float(), square, channel, channel),
+        "ista.forward": (x, low, folded, 0.01, not norm, layer_norm, norm),
+        "ista.masked_gradient": (x, sign, product, norm),
+        "ista.backward_input": (x, low, folded),
+        "product.product": (
+            low,
+            folded,
+            x,
+            Tile(32, 128, 4, 1, 32, persistent=True),
+            {"bias": channel, "norm": layer_norm},
         ),
-        "compression_fwd": (x[None], channel, channel, square, square, channel, 2, 0.2, 1e-5, product, False),
-        "compression_bwd": (
-            *(x[None], channel, channel, square, square, low, ones, heads, heads),
-            *(torch.zeros(1, 2, rows, device=device), None, None, 0.2, False, dtype, dtype, [True] * 6),
-        ),
+        "product.weight_gradient": (low, low),
     }[name]
+
+
+def _call(name: str, arguments: tuple, call=checked):
+    """Return `checked` of a kernel's function and its arguments; a dictionary at their end holds options."""
+    *arguments, options = arguments if isinstance(arguments[-1], dict) else (*arguments, {})
+    return call(_function(name), *arguments, **options)
+
+
+def _shares(name: str, device, arguments: tuple) -> dict[str, float]:
+    *arguments, options = arguments if isinstance(arguments[-1], dict) else (*arguments, {})
+    small, options = self_check._small(name, device, arguments, options)
+    return self_check._shares(name, _function(name), small, options)
+
+
+def _unchecked(function, *arguments, **options):
+    return function(*arguments, **options)
 
 
 @pytest.fixture(autouse=True)
@@ -108,120 +128,83 @@ def _flip(tensor):
 @pytest.mark.parametrize(
     ("name", "kernel", "argument", "fault"),
     [
-        ("subspace_attention_fwd", "fwd", "out_ptr", _scale),
-        ("subspace_attention_fwd", "fwd", "out_ptr", _forget_a_row),
-        ("subspace_attention_fwd", "fwd", "lse_ptr", _scale),
-        ("subspace_attention_bwd", "bwd", "dw_ptr", _scale),
-        ("subspace_attention_bwd", "bwd", "dw_ptr", _forget_a_row),
-        ("ista_fwd", "product", "out_ptr", _scale),
-        ("ista_fwd", "product", "out_ptr", _forget_a_corner),
-        ("ista_fwd", "product", "nonzero_ptr", _flip),
-        ("ista_fwd", "normalize", "normed_ptr", _scale),
-        ("ista_fwd", "normalize", "rstd_ptr", _scale),
-        ("fold", "fold", "folded_ptr", _scale),
-        ("fold", "fold", "folded_ptr", _forget_a_corner),
-        ("ista_bwd", "masked", "masked_ptr", _forget_a_corner),
-        ("ista_bwd", "masked", "partial_ptr", _scale),
-        ("ista_bwd", "product", "out_ptr", _scale),
-        ("ista_bwd", "product", "out_ptr", _forget_a_corner),
-        ("ista_bwd", "weight_gradient", "partial_ptr", _scale),
-        ("ista_bwd", "weight_gradient", "partial_ptr", _forget_a_corner),
-        ("ista_bwd", "layer_norm", "dx_ptr", _scale),
-        ("ista_bwd", "layer_norm", "partial_ptr", _scale),
-        ("ista_bwd", "fold", "out_ptr", _scale),
-        ("compression_fwd", "product", "out_ptr", _scale),
-        ("compression_fwd", "scale", "offset_ptr", _scale),
-        ("compression_fwd", "fwd", "out_ptr", _forget_a_row),
-        ("compression_bwd", "attention_bwd", "dw_ptr", _scale),
-        ("compression_bwd", "unscale", "dweight_ptr", _forget_a_corner),
-        ("compression_bwd", "unscale", "dgamma_ptr", _scale),
-        ("compression_bwd", "unscale", "dbeta_ptr", _scale),
-        ("compression_bwd", "layer_norm", "dx_ptr", _scale),
-        ("compression_bwd", "layer_norm", "partial_ptr", _scale),
+        ("attention.forward", "fwd", "out_ptr", _scale),
+        ("attention.forward", "fwd", "out_ptr", _forget_a_row),
+        ("attention.forward", "fwd", "lse_ptr", _scale),
+        ("attention.backward", "bwd", "dw_ptr", _scale),
+        ("attention.backward", "bwd", "dw_ptr", _forget_a_row),
+        ("layer_norm.normalize", "normalize", "normed_ptr", _forget_a_row),
+        ("layer_norm.normalize", "normalize", "rstd_ptr", _scale),
+        ("layer_norm.backward", "layer_norm", "dx_ptr", _scale),
+        ("layer_norm.backward", "layer_norm", "partial_ptr", _scale),
+        ("layer_norm.backward", "layer_norm", "normed_ptr", _forget_a_row),
+        ("folding.fold", "fold", "folded_ptr", _scale),
+        ("folding.fold", "fold", "folded_ptr", _forget_a_corner),
+        ("folding.fold_backward", "fold", "out_ptr", _scale),
+        ("folding.scale", "scale", "scaled_ptr", _scale),
+        ("folding.scale", "scale", "offset_ptr", _scale),
+        ("folding.unscale", "unscale", "dweight_ptr", _forget_a_corner),
+        ("folding.unscale", "unscale", "dgamma_ptr", _scale),
+        ("folding.unscale", "unscale", "dbeta_ptr", _scale),
+        ("ista.forward", "product", "out_ptr", _scale),
+        ("ista.forward", "product", "out_ptr", _forget_a_corner),
+        ("ista.forward", "product", "nonzero_ptr", _flip),
+        ("ista.forward", "scale", "offset_ptr", _scale),
+        ("ista.masked_gradient", "masked", "masked_ptr", _forget_a_corner),
+        ("ista.masked_gradient", "masked", "partial_ptr", _scale),
+        ("ista.backward_input", "product", "out_ptr", _scale),
+        ("ista.backward_input", "product", "out_ptr", _forget_a_corner),
+        ("product.product", "product", "out_ptr", _forget_a_row),
+        ("product.weight_gradient", "weight_gradient", "partial_ptr", _scale),
+        ("product.weight_gradient", "weight_gradient", "partial_ptr", _forget_a_corner),
     ],
     ids=lambda value: value if isinstance(value, str) else value.__name__.strip("_"),
 )
 def test_a_wrong_kernel_is_an_error_at_its_first_launch(name, kernel, argument, fault, launches, device):
-    arguments = _arguments(name, device)
     launches.faults = [(kernel, argument, fault)]
     with pytest.raises(UserError) as error:
-        self_checked(_body(name))(*arguments)
+        _call(name, _arguments(name, device))
     message = str(error.value)
     assert message.startswith(f"the kernel crate_fast::{name} is wrong: ")
     for word in ("torch ", "triton ", "TRITON_PTXAS_PATH", "backend='torch'", "CRATE_FAST_SELF_CHECK=0"):
         assert word in message
     assert "\n" not in message
-    with pytest.raises(UserError, match="is wrong"):  # and at every later one
-        self_checked(_body(name))(*arguments)
+    assert self_check._right == set()  # so every later launch is an error too
 
 
-@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("name", KERNELS)
 def test_a_right_kernel_is_checked_once(name, launches, device):
     arguments = _arguments(name, device)
-    body = _body(name)
-    expected = body(*arguments)
-    alone, checked = len(launches), self_checked(body)
+    expected = _call(name, arguments, _unchecked)
+    alone = len(launches)
     launches.clear()
     for total in (2 * alone, 3 * alone):
-        found = checked(*arguments)
+        found = _call(name, arguments)
         assert len(launches) == total
     expected, found = ((results,) if isinstance(results, Tensor) else results for results in (expected, found))
     torch.testing.assert_close(found, expected, rtol=0.0, atol=0.0, equal_nan=True)
 
 
-def _forget_the_first(tensor):
-    tensor[0] = 0
-
-
-@pytest.mark.parametrize("fault", [None, _forget_a_row, _forget_the_first])
-@pytest.mark.parametrize("name", ["ista_fwd", "compression_fwd"])
-def test_of_many_rows_the_first_and_the_last_are_compared(name, fault, launches, device, monkeypatch):
-    """A row at either end, of an image for a whole layer's half."""
-    monkeypatch.setitem(self_check._REFERENCES, name, replace(self_check._REFERENCES[name], ends=1))
-    arguments = _arguments(name, device)
-    if name == "compression_fwd":
-        arguments = (torch.randn(5, 8, 64, device=device).half(), *arguments[1:])
-    launches.faults = [] if fault is None else [("product", "out_ptr", fault)]
-    with nullcontext() if fault is None else pytest.raises(UserError, match="is wrong"):
-        self_checked(_body(name))(*arguments)
-
-
-SHAPES = [(1, 64), (16, 32), (50, 96), (129, 64)]
-
-
 @pytest.mark.parametrize(
     ("dtype", "product"), [("float16", "float16"), ("float32", "float32"), ("float32", "float16")]
 )
-@pytest.mark.parametrize(("rows", "width"), SHAPES, ids=str)
+@pytest.mark.parametrize(("rows", "width"), [(1, 64), (50, 96), (129, 64)], ids=str)
 def test_right_kernels_stay_clear_of_the_limit(rows, width, dtype, product, device):
     dtype, product = getattr(torch, dtype), getattr(torch, product)
-    for name, reference in self_check._REFERENCES.items():
-        arguments = _arguments(name, device, dtype, rows, width, product)
-        small = reference.draw(self_check._Draw(device), *arguments)
-        shares = self_check._worst(_body(name), reference, small)
-        assert max(shares.values()) <= 0.8, (name, shares)
+    for name in KERNELS:
+        for norm in (True, False):
+            arguments = _arguments(name, device, dtype, rows, width, product, norm)
+            shares = _shares(name, device, arguments)
+            assert max(shares.values()) <= 0.8, (name, norm, shares)
 
 
-def test_other_forms_of_the_operators(device):
-    """No LayerNorm, the soft threshold, some gradients alone, the paper's residual."""
-    x, nothing = torch.randn(40, 64, device=device).half(), torch.empty(0, device=device)
-    square, sign = _arguments("fold", device)[0], torch.ones_like(x, dtype=torch.int8)
-    for keep, soft in ((True, False), (False, True)):
-        self_checked(_body("ista_fwd"))(x, None, None, square, square, 0.1, 0.1, 0.0, soft, keep)
-    for wanted in ([True, False, False, True], [True, False, False, False], [False, False, False, True]):
-        more = (0.1, 0.0, torch.float16, wanted)
-        self_checked(_body("ista_bwd"))(x, sign, x, nothing, nothing, None, None, square, square, *more)
-    for product in (torch.float16, torch.float32):
-        forward = _arguments("compression_fwd", device, torch.float32, product=product)
-        self_checked(_body("compression_fwd"))(*forward[:-1], True)
-        backward = list(_arguments("compression_bwd", device, torch.float32, product=product))
-        backward[13] = True
-        if product == torch.float16:
-            backward[10:12] = forward[0], torch.zeros(40, device=device)
-        self_checked(_body("compression_bwd"))(*backward)
-    for wanted in ([False, True, False, False, True, False], [False, False, False, True, False, True]):
-        self_checked(_body("compression_bwd"))(*backward[:-1], wanted)
-    assert len(self_check._right) == 11
+def test_right_kernels_stay_clear_of_the_limit_in_bfloat16(bfloat16, device):
+    for dtype in (torch.bfloat16, torch.float32):
+        for name in KERNELS:
+            if not (name.startswith("attention") and dtype == torch.float32):
+                arguments = _arguments(name, device, dtype, 70, 96, torch.bfloat16)
+                shares = _shares(name, device, arguments)
+                assert max(shares.values()) <= 0.8, (name, dtype, shares)
 
 
 def test_a_launch_that_fails_is_an_error_with_a_remedy(monkeypatch, device):
@@ -229,28 +212,23 @@ def test_a_launch_that_fails_is_an_error_with_a_remedy(monkeypatch, device):
         raise ValueError("out of resource: shared memory,\nRequired: 300000")
 
     monkeypatch.setattr(Launch, "run", broken)
-    arguments = _arguments("fold", device)
-    message = "fold does not run: ValueError: out of resource: shared memory, Required: 300000 .*torch='?"
-    with pytest.raises(UserError, match=message.removesuffix(".*torch='?")) as error:
-        self_checked(_body("fold"))(*arguments)
+    message = "fold does not run: ValueError: out of resource: shared memory, Required: 300000 .*backend='torch'"
+    with pytest.raises(UserError, match=message) as error:
+        _call("folding.fold", _arguments("folding.fold", device))
     assert isinstance(error.value.__cause__, ValueError)
-    assert "backend='torch'" in str(error.value)
 
 
 def test_where_memory_is_short_the_check_waits(launches, monkeypatch, device):
-    arguments, body = _arguments("fold", device), _body("fold")
-    draws = iter([True, False])
-    normal = self_check._Draw.normal
+    draws, like = iter([True, False]), self_check._Draw.like
 
-    def short(draw, *arguments):
+    def short(*arguments):
         if next(draws, False):
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return normal(draw, *arguments)
+        return like(*arguments)
 
-    monkeypatch.setattr(self_check._Draw, "normal", short)
-    checked = self_checked(body)
+    monkeypatch.setattr(self_check._Draw, "like", short)
     for total in (1, 3, 4):  # unchecked; checked; known
-        checked(*arguments)
+        _call("folding.fold", _arguments("folding.fold", device))
         assert len(launches) == total
 
 
@@ -264,7 +242,7 @@ def test_it_can_be_off_and_is_in_the_interpreter(value, launches, monkeypatch):
     else:
         monkeypatch.setenv("CRATE_FAST_SELF_CHECK", value)
     launches.faults = [("fold", "folded_ptr", _scale)]
-    self_checked(_body("fold"))(*_arguments("fold", "cpu"))
+    _call("folding.fold", _arguments("folding.fold", "cpu"))
     assert len(launches) == 1
 
 
@@ -277,60 +255,54 @@ def test_it_can_be_off_and_is_in_the_interpreter(value, launches, monkeypatch):
         ({"width": 32}, True),
         ({"dtype": torch.float32}, True),
         ({"dtype": torch.float32, "product": torch.float16}, True),
+        ({"norm": False}, True),
     ],
     ids=str,
 )
 def test_another_compiled_kernel_is_checked_again(change, again, device):
-    checked = self_checked(_body("ista_fwd"))
-    checked(*_arguments("ista_fwd", device))
-    checked(*_arguments("ista_fwd", device, **change))
+    function = _function("ista.forward")
+    checked(function, *_arguments("ista.forward", device))
+    checked(function, *_arguments("ista.forward", device, **change))
     assert len(self_check._right) == 1 + again
 
 
 def test_alignment_and_strides_select_a_kernel_too(launches, device):
-    checked = self_checked(_body("subspace_attention_fwd"))
-    room = torch.randn(2 * 41 * 64 + 1, device=device).half()
+    function, room = _function("attention.forward"), torch.randn(2 * 41 * 64 + 1, device=device).half()
     aligned, shifted = (room[start : start + 2 * 40 * 64].view(2, 40, 2, 32) for start in (0, 1))
-    more = _arguments("subspace_attention_fwd", device)[1:]
     strided = torch.randn(2, 2, 40, 32, device=device).half().transpose(1, 2)
     for w in (aligned, shifted, strided):
-        checked(w, *more)
+        checked(function, w, 0.2)
     assert len(launches) == 6
     for w in (aligned * 2, shifted, strided):
-        checked(w, *more)
+        checked(function, w, 0.2)
     assert len(launches) == 9
 
 
 def test_it_draws_nothing_from_the_global_generators(device):
-    arguments = [_arguments(name, device) for name in OPERATORS]
+    arguments = [_arguments(name, device) for name in KERNELS]
     before = torch.get_rng_state()
-    for name, given in zip(OPERATORS, arguments, strict=True):
-        self_checked(_body(name))(*given)
+    for name, given in zip(KERNELS, arguments, strict=True):
+        _call(name, given)
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_threads_check_once_together(monkeypatch):
     """With a check that takes its time, since Triton's interpreter serves one thread only."""
-    checks = []
+    checks, barrier = [], threading.Barrier(4)
 
     def slow(*arguments):
         checks.append(arguments)
         time.sleep(0.1)
         return True
 
-    monkeypatch.setattr(self_check, "_is_right", slow)
-    arguments = _arguments("fold", "cpu")
-
     def fold(*arguments):
         assert len(checks) == 1  # nobody is ahead of the check
 
-    checked = self_checked(fold)
-    barrier = threading.Barrier(4)
-
     def launch():
         barrier.wait()
-        checked(*arguments)
+        checked(fold, *_arguments("folding.fold", "cpu"))
 
+    monkeypatch.setattr(self_check, "_is_right", slow)
     threads = [threading.Thread(target=launch) for _ in range(4)]
     for thread in threads:
         thread.start()
@@ -340,17 +312,17 @@ def test_threads_check_once_together(monkeypatch):
 
 
 def test_autocast_and_inference_mode_do_not_disturb_it(device):
-    for name in OPERATORS:
+    for name in KERNELS:
         with torch.inference_mode(), torch.autocast(device.type, torch.float16):
-            self_checked(_body(name))(*_arguments(name, device, torch.float32, product=torch.float16))
-    assert len(self_check._right) == len(OPERATORS)
+            _call(name, _arguments(name, device, torch.float32, product=torch.float16))
+    assert len(self_check._right) == len(KERNELS)
 
 
 # --- the same binary ----------------------------------------------------------------------------------------------
 
 
 def _specialised(launch: Launch) -> tuple:
-    """What Triton compiles for: constants, options, and of each argument what it specialises on."""
+    """Return what Triton compiles for: constants, options, and of each argument what it specialises on."""
 
     def kind(value):
         if isinstance(value, Tensor):
@@ -363,7 +335,7 @@ def _specialised(launch: Launch) -> tuple:
     return launch.kernel, arguments, launch.constants, launch.options
 
 
-@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize("rows", [1, 16, 40, 197, 785, 800])
 def test_the_small_problem_has_the_launchs_binary(name, rows, monkeypatch, device):
     """Also with every size below its limits, so that all are made smaller."""
@@ -371,36 +343,24 @@ def test_the_small_problem_has_the_launchs_binary(name, rows, monkeypatch, devic
     monkeypatch.setattr(Launch, "run", lambda launch: seen.append(launch))
     monkeypatch.setattr(self_check, "LONGEST", 96 if rows > 320 else 320)  # whole heads have their length built in
     monkeypatch.setattr(self_check, "ELEMENTS", 2**12)
-    arguments = list(_arguments(name, device, rows=rows))
+    arguments = _arguments(name, device, rows=rows)
     variants = [arguments]
-    if name == "compression_fwd":
-        variants.append([t.t() if t is arguments[3] else t for t in arguments])  # a projection with other strides
+    if name == "folding.scale":
+        variants.append((arguments[0].t(), *arguments[1:]))  # a weight with other strides
     if "attention" in name:
-        strided = [torch.randn(3, 2, rows, 32, device=device).half().transpose(1, 2), *arguments[1:]]
-        variants.append(strided if name.endswith("fwd") else [strided[0], strided[0], *arguments[2:]])
+        strided = torch.randn(3, 2, rows, 32, device=device).half().transpose(1, 2)
+        variants.append(tuple(strided if t is arguments[0] else t for t in arguments))
     for given in variants:
-        reference, body = self_check._REFERENCES[name], _body(name)
-        small = reference.draw(self_check._Draw(device), *given)
+        *given, more = given if isinstance(given[-1], dict) else (*given, {})
+        small, options = self_check._small(name, device, given, more)
         sizes = [sum(t.numel() for t in tensors if isinstance(t, Tensor)) for tensors in (small, given)]
         assert sizes[0] <= sizes[1]
         results = []
-        for call in (given, small):
+        for call, words in ((given, more), (small, options)):
             seen.clear()
-            body(*call)
+            _function(name)(*call, **words)
             results.append([_specialised(launch) for launch in seen])
-        assert results[0] == results[1]
-        assert results[0] != []
-
-
-@pytest.mark.parametrize(("images", "n_tokens"), [(4, 4), (3, 4), (16, 17), (24, 50), (5, 16), (100, 197), (64, 197)])
-def test_a_batch_is_made_smaller_without_another_binary(images, n_tokens, monkeypatch):
-    monkeypatch.setattr(self_check, "ELEMENTS", 2**10)
-    arguments = list(_arguments("compression_fwd", torch.device("cpu")))
-    arguments[0] = torch.randn(images, n_tokens, 64).half()
-    small, *_ = self_check._REFERENCES["compression_fwd"].draw(self_check._Draw(torch.device("cpu")), *arguments)
-    rows = len(small) * small.shape[1]
-    assert (rows == 1, rows % 16 == 0) == (images * n_tokens == 1, images * n_tokens % 16 == 0)
-    assert 1 <= len(small) <= images
+        assert results[0] == results[1] != []
 
 
 def test_alike_keeps_what_triton_specialises_on():
@@ -413,22 +373,62 @@ def test_alike_keeps_what_triton_specialises_on():
 # --- operators ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", OPERATORS)
-def test_every_operator_is_self_checked(name, launches, device):
-    """Through PyTorch's dispatcher, as a model calls it."""
-    written = ("out_ptr", "dw_ptr", "folded_ptr", "partial_ptr", "dx_ptr")
-    launches.faults = [("", argument, _scale) for argument in written]
-    with pytest.raises(UserError, match=f"the kernel crate_fast::{name} is wrong"):
-        OPERATORS[name](*_arguments(name, device))
+def _operators(device) -> dict:
+    """Return each operator with arguments, through PyTorch's dispatcher as a model calls it."""
+
+    def of(name, product=torch.float16, norm=True):
+        return _arguments(name, device, torch.float32, product=product, norm=norm)
+
+    (x, low, folded, *_, norm, _), w = of("ista.forward"), of("attention.forward", norm=False)[0].half()
+    square, sign, channel, wanted = x.new_zeros(64, 64), torch.ones_like(x, dtype=torch.int8), norm.gamma, [True] * 6
+    heads, lse = low.view(1, 40, 2, 32), torch.zeros(1, 2, 40, device=device)
+    mean, rstd, half = norm.mean, norm.rstd, torch.float16
+    weights = (channel, channel, square + torch.eye(64, device=device), square)
+    forward = (x[None], *weights, channel, 2, 0.2, 1e-5, half)
+    backward = (x[None], *weights, low, rstd, heads, heads, lse)
+    return {
+        "attention_fwd": (triton_ops.subspace_attention_fwd, (w, 0.2)),
+        "attention_bwd": (triton_ops.subspace_attention_bwd, (w, w, w, torch.zeros(3, 2, 40, device=device), 0.2)),
+        "fold": (triton_ops.fold, (square, 0.1, half)),
+        "ista_fwd": (triton_ops.ista_fwd, (x, channel, channel, square, folded, 0.1, 0.1, 1e-5, False, True)),
+        "ista_bwd": (
+            triton_ops.ista_bwd,
+            (x, sign, x, mean, rstd, channel, channel, square, folded, 0.1, 1e-5, torch.float32, [True] * 4),
+        ),
+        "compression_fwd": (triton_ops.compression_fwd, (*forward, False)),
+        "compression_fwd, paper": (triton_ops.compression_fwd, (*forward, True)),
+        "compression_bwd": (
+            triton_ops.compression_bwd,
+            (*backward, None, None, 0.2, False, torch.float32, torch.float32, wanted),
+        ),
+        "compression_bwd, paper": (
+            triton_ops.compression_bwd,
+            (*backward, x[None], mean, 0.2, True, torch.float32, torch.float32, wanted),
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", _operators("cpu"))
+def test_every_launch_of_an_operator_is_checked(name, launches, monkeypatch, device):
+    operator, arguments = _operators(device)[name]
+    monkeypatch.setenv("CRATE_FAST_SELF_CHECK", "0")
+    operator(*arguments)
+    alone = sorted(launch.kernel.__name__ for launch in launches)
+    launches.clear()
+    monkeypatch.setenv("CRATE_FAST_SELF_CHECK", "1")
+    operator(*arguments)
+    again = sorted(launch.kernel.__name__ for launch in launches)
+    assert set(again) == set(alone)
+    assert len(again) == 2 * len(alone)
 
 
 @pytest.mark.gpu
 def test_a_capture_is_not_checked(launches):
-    arguments, checked = _arguments("fold", "cuda"), self_checked(_body("fold"))
-    _body("fold")(*arguments)  # compiled
+    arguments, fold = _arguments("folding.fold", "cuda"), _function("folding.fold")
+    fold(*arguments)  # compiled
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        checked(*arguments)
+        checked(fold, *arguments)
     assert self_check._right == set()
-    checked(*arguments)
+    checked(fold, *arguments)
     assert len(self_check._right) == 1

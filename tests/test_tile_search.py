@@ -8,7 +8,7 @@ import pytest
 import tile_search
 import torch
 
-from crate_fast.kernels.tiles import TABLE, Tile
+from crate_fast.kernels.launch import TABLE, Tile
 
 KERNELS = list(tile_search.CANDIDATES)
 

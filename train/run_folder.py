@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from crate_fast.env import provenance
 from crate_fast.errors import UserError
-from crate_fast.provenance import provenance
 from crate_fast.train import checkpoint
 from crate_fast.train.command_line import dump_config
 from crate_fast.train.config import TrainConfig, renamed_settings

@@ -8,8 +8,8 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from crate_fast.env import provenance
 from crate_fast.errors import UserError
-from crate_fast.provenance import provenance
 from crate_fast.train.checkpoint import write_text
 
 __all__ = [

@@ -27,13 +27,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from crate_fast.cpu import processor_name
+from crate_fast.cpu_ops import processor_name
+from crate_fast.env import provenance
 from crate_fast.errors import UserError
 from crate_fast.eval.common.models import LoadedModel, open_model
 from crate_fast.eval.common.results import Records
 from crate_fast.eval.emergence.protocol import Point, Protocol, Run, planned_runs, stages_of, training_config
 from crate_fast.eval.emergence.scores import checkpoint_scores, chosen_lr, load_results, pictures, shown_scenes
-from crate_fast.provenance import provenance
 from crate_fast.train.checkpoint import write_text
 from crate_fast.train.cost import count_flops, meta_model
 from crate_fast.train.data.shape_scenes import CLASSES

@@ -1,0 +1,133 @@
+"""Checks of arguments and images, and arguments under two names: the released CRATE's and timm's."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from crate_fast.errors import UserError
+
+__all__ = [
+    "TIMM_NAMES",
+    "TIMM_POOLS",
+    "check_choice",
+    "check_floating",
+    "check_positive",
+    "check_rates",
+    "head_width",
+    "patch_grid",
+    "rename_arguments",
+    "size_pair",
+    "takes_names",
+]
+
+TIMM_NAMES = {  # timm's name of an argument: the released CRATE's
+    "img_size": "image_size",
+    "in_chans": "channels",
+    "embed_dim": "dim",
+    "num_heads": "heads",
+    "global_pool": "pool",
+    "pos_drop_rate": "emb_dropout",
+}
+TIMM_POOLS = {"token": "cls"}  # timm's word: ours; "avg" and "" are the same word
+
+
+def size_pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
+    """Return the argument `name` as (height, width) in pixels; a ValueError if it is neither one number nor two."""
+    pair = (value, value) if isinstance(value, int) else tuple(value)
+    if len(pair) != 2 or not all(isinstance(side, int) and side > 0 for side in pair):
+        raise UserError(f"{name}={value!r}: give one positive integer, or two as (height, width), in pixels")
+    return pair
+
+
+def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    """Raise a UserError unless the argument `name` is one of the choices."""
+    if value not in choices:
+        raise UserError(f"{name}={value!r}: choose one of {', '.join(map(repr, choices))}")
+
+
+def rename_arguments(arguments: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
+    """Return keyword arguments under one set of names.
+
+    Args:
+        arguments: Under either name; a renamed argument that is None counts as absent.
+        names: The other name → the name in the result.
+
+    Raises:
+        UserError: An argument is given under both names, with different values.
+    """
+    renamed, both = {}, {*names, *names.values()}
+    for given, value in arguments.items():
+        name = names.get(given, given)
+        if given in both and value is None:
+            continue
+        if name in renamed and _plain(renamed[name]) != _plain(value):
+            other = next(other for other, own in names.items() if own == name)
+            raise UserError(
+                f"{name}={arguments[name]!r} and {other}={arguments[other]!r} name one argument: give one of the two"
+            )
+        renamed[name] = value
+    return renamed
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, int):
+        return (value, value)  # as a size in pixels
+    return tuple(value) if isinstance(value, list) else TIMM_POOLS.get(value, value)
+
+
+def takes_names(names: dict[str, str]) -> Callable:
+    """Decorate a constructor: it accepts its arguments under other names too (see `rename_arguments`)."""
+
+    def decorate(init: Callable) -> Callable:
+        @functools.wraps(init)
+        def renaming(self, *args, **arguments):
+            init(self, *args, **rename_arguments(arguments, names))
+
+        return renaming
+
+    return decorate
+
+
+def head_width(dim: int, heads: int) -> int:
+    """Return dim / heads.
+
+    Raises:
+        UserError: It is no integer.
+    """
+    check_positive(dim=dim, heads=heads)
+    if dim % heads:
+        raise UserError(f"heads={heads} does not divide dim={dim}: choose another number of heads, or give dim_head")
+    return dim // heads
+
+
+def check_rates(**rates: float) -> None:
+    """Raise a UserError unless all are probabilities below 1."""
+    for name, rate in rates.items():
+        if not isinstance(rate, int | float) or not 0 <= rate < 1:
+            raise UserError(f"{name}={rate!r}: give a probability of at least 0, and below 1")
+
+
+def check_positive(**sizes: int) -> None:
+    """Raise a UserError unless all are positive integers."""
+    for name, size in sizes.items():
+        if not isinstance(size, int) or size <= 0:
+            raise UserError(f"{name}={size!r}: give a positive integer")
+
+
+def patch_grid(image_size: tuple[int, int], patch_size: tuple[int, int]) -> tuple[int, int]:
+    """Return rows and columns of patches; a ValueError if the patch size does not divide the image size."""
+    if image_size[0] % patch_size[0] or image_size[1] % patch_size[1]:
+        raise UserError(
+            f"image size {image_size} is not a multiple of the patch size {patch_size}: "
+            "resize or pad the image, or choose another patch size"
+        )
+    return image_size[0] // patch_size[0], image_size[1] // patch_size[1]
+
+
+def check_floating(images: Tensor) -> None:
+    """Raise a UserError unless images are a floating-point tensor."""
+    if not isinstance(images, Tensor) or not images.is_floating_point():
+        kind = images.dtype if isinstance(images, Tensor) else f"a {type(images).__name__}"
+        raise UserError(f"images are {kind}: pass a floating-point tensor; scale bytes by images.float() / 255 first")

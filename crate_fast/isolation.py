@@ -1,0 +1,195 @@
+"""Commands in processes of their own, each with a time limit: what crashes, hangs or floods costs itself alone.
+
+Only the standard library, so that nothing that is to be checked can break what checks it.
+"""
+
+import contextlib
+import os
+import signal
+import subprocess
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+__all__ = ["Job", "Process", "run_jobs", "tail"]
+
+POLL_SECONDS = 0.02
+LAST_SECONDS = 3.0  # for a killed process to go; one stuck in a driver is left behind
+
+
+@dataclass(frozen=True)
+class Job:
+    """A command and what ends it.
+
+    Args:
+        name: Of its log.
+        command: Words.
+        limit_s: Seconds after which it is killed with all it has started.
+        environment: Added to the runner's.
+        polite_s: Seconds before that at which it is asked to stop (SIGINT), or 0.
+        beat: A file that it must touch every `stall_s` seconds, or None; the first time may take `start_s`.
+        items: What it is to work through, where that is known.
+    """
+
+    name: str
+    command: list[str]
+    limit_s: float
+    environment: dict[str, str] = field(default_factory=dict)
+    polite_s: float = 0.0
+    beat: Path | None = None
+    stall_s: float = 0.0
+    start_s: float = 60.0
+    items: list[dict] = field(default_factory=list)
+
+
+def _heed_interrupts() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # which a shell that starts a program with & has it ignore
+
+
+class Process:
+    """A job that runs, in a session of its own, its output in a file.
+
+    `reason` says how it ended: None where its exit status was 0.
+    """
+
+    def __init__(self, job: Job, cwd: Path, logs: Path, environment: dict[str, str], hard: float):
+        self.job, self.reason = job, None
+        self.log = logs / f"{job.name.replace('/', '_').replace(' ', '_')}.log"
+        self.started = time.monotonic()
+        self.deadline = min(self.started + job.limit_s, hard)
+        self.asked = False
+        if job.beat is not None:
+            job.beat.touch()
+            self.first_beat = job.beat.stat().st_mtime
+        self.finished = False
+        try:
+            with open(self.log, "ab") as file:
+                self.popen = subprocess.Popen(
+                    job.command, cwd=cwd, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
+                    env=environment | job.environment, start_new_session=True,
+                    preexec_fn=_heed_interrupts,
+                )  # fmt: skip
+        except OSError as error:
+            self.popen, self.finished, self.reason = None, True, f"does not start: {error}"
+
+    @property
+    def seconds(self) -> float:
+        """Return the time since it was started."""
+        return time.monotonic() - self.started
+
+    def check(self) -> bool:
+        """Return True if it has ended; ends it where its time is up."""
+        if self.finished:
+            return True
+        status = self.popen.poll()
+        if status is not None:
+            self._finish(_ending(status))
+        elif time.monotonic() >= self.deadline:
+            self.end(f"timed out after {self.seconds:.0f} s")
+        elif self._stalled():
+            self.end(f"timed out: no progress for {self._stall_limit():.0f} s")
+        elif self.job.polite_s and not self.asked and time.monotonic() >= self.deadline - self.job.polite_s:
+            self.asked = True
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.popen.pid, signal.SIGINT)
+        return self.finished
+
+    def _stall_limit(self) -> float:
+        return self.job.start_s if self.job.beat.stat().st_mtime == self.first_beat else self.job.stall_s
+
+    def _stalled(self) -> bool:
+        return self.job.beat is not None and time.time() - self.job.beat.stat().st_mtime > self._stall_limit()
+
+    def end(self, reason: str) -> None:
+        """Kill it with all it has started."""
+        if self.finished:
+            return
+        _kill_all(self.popen.pid)
+        try:
+            self.popen.wait(LAST_SECONDS)
+        except subprocess.TimeoutExpired:
+            reason += ", and cannot be killed"
+        self._finish(reason)
+
+    def _finish(self, reason: str | None) -> None:
+        self.finished, self.reason = True, reason
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.popen.pid, signal.SIGKILL)  # what it may have left behind
+
+
+def _ending(status: int) -> str | None:
+    if status < 0:
+        with contextlib.suppress(ValueError):
+            return f"killed by {signal.Signals(-status).name}"
+    return None if status == 0 else f"exit status {status}"
+
+
+def _kill_all(pid: int) -> None:
+    """SIGKILL to a process's group and to all its descendants, which may have groups of their own."""
+    descendants = _descendants(pid)
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(pid, signal.SIGKILL)
+    for found in descendants:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(found, signal.SIGKILL)
+
+
+def _descendants(pid: int) -> list[int]:
+    children: dict[int, list[int]] = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            parent = int(path.read_text().rpartition(")")[2].split()[1])
+            children.setdefault(parent, []).append(int(path.parent.name))
+    found, queue = [], deque([pid])
+    while queue:
+        below = children.get(queue.popleft(), [])
+        found += below
+        queue.extend(below)
+    return found
+
+
+def run_jobs(
+    jobs: Iterable[Job],
+    start: Callable[[Job], Process],
+    done: Callable[[Process], Iterable[Job] | None],
+    parallel: int,
+    soft: float,
+) -> list[Job]:
+    """Run jobs, `parallel` at a time, until all have ended.
+
+    Args:
+        jobs: In the order of their importance.
+        start: Starts one; what it returns ends in time by itself.
+        done: Takes each that has ended; returns jobs to run as well.
+        parallel: Processes at a time.
+        soft: `time.monotonic()` from which on none is started.
+
+    Returns:
+        Those that were not started.
+    """
+    queue, running = deque(jobs), []
+    try:
+        while running or (queue and time.monotonic() < soft):
+            while queue and len(running) < parallel and time.monotonic() < soft:
+                running.append(start(queue.popleft()))
+            for process in [process for process in running if process.check()]:
+                running.remove(process)
+                queue.extend(done(process) or ())
+            time.sleep(POLL_SECONDS)
+    finally:
+        for process in running:  # an exception came through
+            process.end("interrupted")
+    return list(queue)
+
+
+def tail(path: Path, lines: int = 12, most: int = 4000) -> str:
+    """Return the end of a text file."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, path.stat().st_size - most))
+            text = file.read().decode(errors="replace")
+    except OSError:
+        return ""
+    return "\n".join(text.splitlines()[-lines:])
