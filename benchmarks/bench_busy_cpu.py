@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 
-from harness import publish
+from harness import markdown_table, write_results
 
 from crate_fast import SPIN_COUNT
 
@@ -28,7 +28,7 @@ POLICIES = {
     "OMP_WAIT_POLICY=PASSIVE": {"OMP_WAIT_POLICY": "PASSIVE"},
 }
 BUSY = (0, 2)
-_VARIABLES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+VARIABLES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 _STEPS = """
 import sys, time
 import torch
@@ -55,12 +55,9 @@ def _spin() -> None:
         pass
 
 
-def images_per_s(policy: dict[str, str | None], seconds: float) -> float:
+def images_per_s(policy: dict[str, str], seconds: float) -> float:
     """Train a small CRATE in a process of its own, since OpenMP reads its settings when it is loaded."""
-    environment = {
-        key: value for key, value in os.environ.items() if key not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
-    }
-    environment |= {key: value for key, value in policy.items() if value is not None}
+    environment = {key: value for key, value in os.environ.items() if key not in VARIABLES} | policy
     command = [sys.executable, "-c", _STEPS, str(seconds)]
     return float(subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout)
 
@@ -97,7 +94,9 @@ def main(argv: list[str] | None = None) -> int:
     began = time.perf_counter()
     rows = measure((0, 1), 1, 0.01) if options.smoke else measure(BUSY, 3, 4.0)
     if not options.smoke:
-        publish("busy_cpu", rows)
+        table = markdown_table(rows)
+        print(table)
+        write_results("busy_cpu", rows, table)
     print(f"{time.perf_counter() - began:.0f} s")
     return 0
 

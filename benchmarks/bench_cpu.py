@@ -12,10 +12,10 @@ import sys
 from functools import partial
 from pathlib import Path
 
+from harness import RESULTS, TIGHT, differences, interleaved, markdown_table, peak_mib, write_results
+
 import torch
 import torch.nn.functional as F
-from agreement import TIGHT, differences
-from harness import RESULTS, interleaved, markdown_table, peak_mib, write_results
 from released import ReleasedCRATE
 from torch import nn
 

@@ -22,9 +22,10 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from harness import markdown_table, write_results
+
 import numpy as np
 import torch
-from harness import markdown_table, write_results
 from PIL import Image
 from torch.utils.data import Dataset
 

@@ -16,9 +16,10 @@ import threading
 import time
 from pathlib import Path
 
+from harness import markdown_table, write_results
+
 import numpy as np
 import uvicorn
-from harness import markdown_table, write_results
 from PIL import Image
 from playwright.sync_api import Page, sync_playwright
 

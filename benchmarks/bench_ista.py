@@ -18,16 +18,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
-import gpu
+import harness
+from harness import Run
+
 import torch
 import torch.nn.functional as F
-from gpu import Peer, Problem, Run, Work
+from measuring import Cost, Peer, Problem, measure_peers
 from torch import Tensor
 
 from crate_fast.functional import cached_dictionaries, ista, norm_ista
 from crate_fast.reference import ista_reference
-
-__all__ = ["SHAPES", "SMOKE", "inference_peers", "main", "make_problem", "measure", "training_peers"]
 
 STEP_SIZE, SPARSITY = 0.1, 0.1
 SHIFT = STEP_SIZE * SPARSITY
@@ -166,55 +166,55 @@ def make_problem(name: str, shape: Shape, operator: str, run: Run, autocast: boo
         "dtype": ("autocast " if autocast else "") + str(run.dtype).removeprefix("torch."),
     }
     return Problem(
-        f"{name} {operator}", fields, inputs, grad, _work(shape, inputs), _with_norm(_released, operator),
+        f"{name} {operator}", fields, inputs, grad, _cost(shape, inputs), _with_norm(_released, operator),
         "y dx dD" if operator == "ista" else "y dx dγ dβ dD", autocast=run.dtype if autocast else None,
     )  # fmt: skip
 
 
-def _work(shape: Shape, inputs: tuple[Tensor, ...]) -> dict[str, Work]:
+def _cost(shape: Shape, inputs: tuple[Tensor, ...]) -> dict[str, Cost]:
     """Products and bytes of each pass: forward reads x, D and writes y; backward reads x, y, dy, D, writes dx, dD."""
     x, dictionary = inputs[0], inputs[-1]
     product, fold = 2.0 * shape.rows * shape.width**2, 2.0 * shape.width**3
     tokens, square = x.numel() * x.element_size(), dictionary.numel() * dictionary.element_size()
-    forward = Work(product + fold, 2 * tokens + square)
-    backward = Work(2 * product + fold, 4 * tokens + 2 * square)
+    forward = Cost(product + fold, 2 * tokens + square)
+    backward = Cost(2 * product + fold, 4 * tokens + 2 * square)
     return {"forward": forward, "backward": backward, "forward + backward": forward + backward}
 
 
 def _inference(problem: Problem) -> Problem:
     """The forward alone, with G kept."""
-    forward = problem.work["forward"]
+    forward = problem.cost["forward"]
     fold = 2.0 * problem.inputs[-1].shape[0] ** 3
-    return replace(problem, work={"inference": Work(forward.flops - fold, forward.moved_bytes)}, training=False)
+    return replace(problem, cost={"inference": Cost(forward.flops - fold, forward.moved_bytes)}, training=False)
 
 
 def measure(problem: Problem, run: Run) -> list[dict]:
     """Training and inference rows of one shape and operator."""
     operator = str(problem.fields["operator"])
     backend = "triton" if run.smoke or run.timer.on_gpu else "auto"
-    rows = gpu.measure(problem, training_peers(operator, backend), run)
+    rows = measure_peers(problem, training_peers(operator, backend), run)
     with torch.no_grad(), cached_dictionaries():
-        return rows + gpu.measure(_inference(problem), inference_peers(operator, problem.inputs[-1], backend), run)
+        return rows + measure_peers(_inference(problem), inference_peers(operator, problem.inputs[-1], backend), run)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Measure every shape and write benchmarks/results/ista.{json,md} or ista_cpu; 1 where something is red."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    gpu.add_shapes(parser, SHAPES, CPU_SHAPES)
+    harness.add_shapes(parser, SHAPES, CPU_SHAPES)
     parser.add_argument("--autocast", action="store_true", help="fp32 x and D, products in --dtype under autocast")
-    gpu.add_options(parser)
+    harness.add_options(parser)
     options = parser.parse_args(argv)
-    if options.smoke and (status := gpu.rerun_interpreted(__file__, argv)) is not None:
+    if options.smoke and (status := harness.rerun_interpreted(__file__, argv)) is not None:
         return status
-    run = gpu.open_run(options, on_cpu=not options.smoke)
-    shapes = SMOKE if options.smoke else gpu.chosen_shapes(parser, options, run, SHAPES, CPU_SHAPES)
+    run = harness.open_run(options, on_cpu=not options.smoke)
+    shapes = SMOKE if options.smoke else harness.chosen_shapes(parser, options, run, SHAPES, CPU_SHAPES)
     cases = [(name, shape, operator) for name, shape in shapes.items() for operator in OPERATORS]
     run.measure_ceilings()
     name = run.name("ista_autocast" if options.autocast else "ista")
     for case in cases:
         run.rows += measure(make_problem(*case, run, options.autocast), run)
-        gpu.report(name, run, quiet=True)  # what is measured stays, should the rest be cut short
-    gpu.report(name, run)
+        run.report(name, quiet=True)  # what is measured stays, should the rest be cut short
+    run.report(name)
     return int(any(row.get("red") for row in run.rows))
 
 

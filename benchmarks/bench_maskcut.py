@@ -3,7 +3,7 @@
     python benchmarks/bench_maskcut.py            # results/maskcut.{json,md}; about ten minutes on two cores
     python benchmarks/bench_maskcut.py --smoke    # small, anywhere, nothing written
 
-The peers solve the same problem in float64, with the tests' oracle around them:
+The peers solve the same problem in float64, inside the oracle of the tests (maskcut_oracle.py):
 
     dense    scipy.linalg.eigh(D − A, D, subset_by_index=[1, 2]), as TokenCut and CutLER do
     eigsh    scipy.sparse.linalg.eigsh(D^-½AD^-½, 2, which="LA"), ARPACK's Lanczos on the normalised affinities
@@ -17,11 +17,12 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
+from harness import interleaved, markdown_table, peak_mib, write_results
+
+import maskcut_oracle
 import numpy as np
 import torch
-from harness import interleaved, markdown_table, peak_mib, write_results
 from scipy.sparse.linalg import eigsh
 from torch import Tensor
 
@@ -29,9 +30,6 @@ from crate_fast.eval.images import batches, open_images
 from crate_fast.eval.maskcut import maskcut
 from crate_fast.eval.models import open_model
 from crate_fast.eval.normalized_cut import second_eigenvector
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-import maskcut_oracle
 
 TAU, OBJECTS = 0.15, 3
 

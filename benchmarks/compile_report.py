@@ -21,8 +21,9 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 
-import torch
 from harness import markdown_table
+
+import torch
 
 from crate_fast.kernels.tiles import ARCHITECTURES, SHARED_MEMORY, TABLE, Tile
 

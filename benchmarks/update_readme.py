@@ -12,8 +12,9 @@ import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
-from gpu_report import facts_of, summary, times
 from harness import RESULTS, markdown_table, write_results
+
+from gpu_report import facts_of, summary, times
 
 ROOT = Path(__file__).parent.parent
 PAGES = ("README.md", "docs/evaluation.md", "docs/training.md", "docs/results/gpu.md")  # which have tables

@@ -5,11 +5,12 @@ import re
 from itertools import groupby
 from time import process_time, sleep
 
+import harness
+
 import bench_busy_cpu
 import bench_cpu
 import bench_data
 import bench_maskcut
-import harness
 import numpy as np
 import pytest
 import torch

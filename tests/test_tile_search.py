@@ -3,7 +3,8 @@
 import json
 from dataclasses import asdict, replace
 
-import gpu_timing
+import harness
+
 import pytest
 import tile_search
 import torch
@@ -34,7 +35,7 @@ def _item(kernel: str, **more) -> dict:
 def test_a_candidate_is_right_on_every_problem_and_timed(kernel):
     found = tile_search.warm(_item(kernel))
     assert 0 < found["error"] < 5e-3
-    timed = tile_search.time_tile(_item(kernel), gpu_timing.Timer(torch.device("cpu")))
+    timed = tile_search.time_tile(_item(kernel), harness.Timer(torch.device("cpu")))
     assert timed["shapes"].keys() == {problem.name for problem in tile_search.problems(kernel)}
     assert min(timed["shapes"].values()) <= timed["latency_ms"] <= max(timed["shapes"].values())
     assert (timed["alternative"] is not None) == (kernel == "output_map")

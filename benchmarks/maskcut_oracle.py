@@ -1,4 +1,4 @@
-"""MaskCut by its definition, densely, in float64: the oracle of test_maskcut.py."""
+"""MaskCut by its definition, densely, in float64: the oracle of test_maskcut.py and the peer of bench_maskcut.py."""
 
 from collections import deque
 
