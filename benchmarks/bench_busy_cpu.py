@@ -1,4 +1,4 @@
-"""Training beside other processes: how long OpenMP's threads should spin at a barrier.
+"""Training speed beside busy processes, by how long OpenMP's threads spin at a barrier.
 
     python benchmarks/bench_busy_cpu.py        # five minutes on two cores, otherwise idle; --smoke for some seconds
 
@@ -56,14 +56,14 @@ def _spin() -> None:
 
 
 def images_per_s(policy: dict[str, str], seconds: float) -> float:
-    """Train a small CRATE in a process of its own, since OpenMP reads its settings when it is loaded."""
+    """Train a small CRATE in a new process, since OpenMP reads its settings when it is loaded."""
     environment = {key: value for key, value in os.environ.items() if key not in VARIABLES} | policy
     command = [sys.executable, "-c", _STEPS, str(seconds)]
     return float(subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout)
 
 
 def measure(busy: tuple[int, ...], rounds: int, seconds: float) -> list[dict]:
-    """One row per number of busy processes and policy; the policies take turns."""
+    """Measure a row per number of busy processes and policy; the policies take turns."""
     rows, quiet = [], {}
     cores = len(os.sched_getaffinity(0))
     for count in busy:

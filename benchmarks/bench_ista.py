@@ -56,7 +56,7 @@ OPERATORS = ("ista", "norm_ista")
 
 
 def _with_norm(function: Callable, operator: str) -> Callable:
-    """A function of (x, D) as it is, or of (x, γ, β, D) with PyTorch's LayerNorm in front."""
+    """Return a function of (x, D) as it is, or of (x, γ, β, D) with PyTorch's LayerNorm in front."""
     if operator == "ista":
         return function
 
@@ -83,7 +83,7 @@ def _one_product(x: Tensor, dictionary: Tensor) -> Tensor:
 
 
 def _apply_added(x: Tensor, folded: Tensor) -> Tensor:
-    """The residual added inside cuBLAS's product, where it need not be kept in another dtype than the product's."""
+    """Add the residual inside cuBLAS's product, unless it is kept in another dtype than the product's."""
     if torch.is_autocast_enabled(x.device.type):
         return _apply(x, folded)
     return F.relu(torch.addmm(x, x, folded) - SHIFT)
@@ -104,7 +104,7 @@ def _ours(operator: str, backend: str) -> Callable:
 
 
 def training_peers(operator: str, backend: str = "triton") -> list[Peer]:
-    """Ours, and the forms with three products and with one, eager and compiled; each folds G where it needs it."""
+    """Return ours, and the forms with three products and with one, eager and compiled; each folds G itself."""
     released = _with_norm(_released, operator)
     one = _with_norm(_one_product, operator)
     return [
@@ -117,7 +117,7 @@ def training_peers(operator: str, backend: str = "triton") -> list[Peer]:
 
 
 def inference_peers(operator: str, dictionary: Tensor, backend: str = "triton") -> list[Peer]:
-    """The same for a forward with G kept: ours inside `cached_dictionaries`, the others given G."""
+    """Return the peers of a forward with G kept: ours inside `cached_dictionaries`, the others given G."""
     folded = _fold(dictionary.detach().float()).to(dictionary.dtype)
     released = _with_norm(_released, operator)
 
@@ -136,7 +136,7 @@ def inference_peers(operator: str, dictionary: Tensor, backend: str = "triton") 
 
 
 def make_problem(name: str, shape: Shape, operator: str, run: Run, autocast: bool) -> Problem:
-    """Tokens as a LayerNorm gives them (or takes them), a dictionary of unit columns on average.
+    """Draw tokens as a LayerNorm gives them (or takes them), a dictionary of unit columns on average.
 
     The output's gradient is zero where the float64 argument of the ReLU is within a few roundings of zero: there
     the gradient depends on which side rounding falls, for every implementation.
@@ -172,7 +172,7 @@ def make_problem(name: str, shape: Shape, operator: str, run: Run, autocast: boo
 
 
 def _cost(shape: Shape, inputs: tuple[Tensor, ...]) -> dict[str, Cost]:
-    """Products and bytes of each pass: forward reads x, D and writes y; backward reads x, y, dy, D, writes dx, dD."""
+    """Count products and bytes: forward reads x, D, writes y; backward reads x, y, dy, D, writes dx, dD."""
     x, dictionary = inputs[0], inputs[-1]
     product, fold = 2.0 * shape.rows * shape.width**2, 2.0 * shape.width**3
     tokens, square = x.numel() * x.element_size(), dictionary.numel() * dictionary.element_size()
@@ -182,14 +182,14 @@ def _cost(shape: Shape, inputs: tuple[Tensor, ...]) -> dict[str, Cost]:
 
 
 def _inference(problem: Problem) -> Problem:
-    """The forward alone, with G kept."""
+    """Return the problem of the forward alone, with G kept."""
     forward = problem.cost["forward"]
     fold = 2.0 * problem.inputs[-1].shape[0] ** 3
     return replace(problem, cost={"inference": Cost(forward.flops - fold, forward.moved_bytes)}, training=False)
 
 
 def measure(problem: Problem, run: Run) -> list[dict]:
-    """Training and inference rows of one shape and operator."""
+    """Measure the training and inference rows of one shape and operator."""
     operator = str(problem.fields["operator"])
     backend = "triton" if run.smoke or run.timer.on_gpu else "auto"
     rows = measure_peers(problem, training_peers(operator, backend), run)
@@ -213,7 +213,7 @@ def main(argv: list[str] | None = None) -> int:
     name = run.name("ista_autocast" if options.autocast else "ista")
     for case in cases:
         run.rows += measure(make_problem(*case, run, options.autocast), run)
-        run.report(name, quiet=True)  # what is measured stays, should the rest be cut short
+        run.report(name, quiet=True)  # keeps what is measured if the rest is cut short
     run.report(name)
     return int(any(row.get("red") for row in run.rows))
 

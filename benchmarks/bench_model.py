@@ -92,7 +92,7 @@ def _compared(rows: list[dict]) -> None:
 
 @dataclass(frozen=True)
 class Part:
-    """What goes into one file of results, `name`.{json,md}: each pass of each model; the first peer is ours."""
+    """The models, passes and peers of one file of results, `name`.{json,md}; the first peer is ours."""
 
     name: str
     sizes: dict[str, Size]
@@ -101,17 +101,17 @@ class Part:
 
 
 def measure(part: Part, run: Run) -> bool:
-    """Rows of every model and pass into the run, written after each; whether ours was right and ran."""
+    """Measure every model and pass, writing the rows after each; True if ours was right and ran."""
     for model, size in part.sizes.items():
         for what in part.passes:
             run.rows += measure_one(model, size, what, part.peers, run)
             run.timer.free_memory()
-            run.report(part.name, quiet=True, make_table=table)  # it stays, should the rest be cut short
+            run.report(part.name, quiet=True, make_table=table)  # keeps it if the rest is cut short
     return not any(row.get("red") for row in run.rows)
 
 
 def measure_one(model: str, size: Size, what: str, names: list[str], run: Run) -> list[dict]:
-    """The rows of one pass of a model, by its peers' names."""
+    """Measure one pass of a model with the peers of these names."""
     problem = make_problem(model, size, what, run, {"patch": size.patch, "image": size.image})
     rows = measure_peers(problem, peers(problem, names, run), run)
     _compared(rows)
@@ -127,7 +127,7 @@ def _times(value: float | None) -> str:
 
 
 def table(rows: list[dict]) -> str:
-    """All rows as a Markdown table, and under it why some are missing."""
+    """Format all rows as a Markdown table, and under it why some are missing."""
     if not rows:
         return "no rows\n"
     shown = []
@@ -160,7 +160,7 @@ def table(rows: list[dict]) -> str:
 
 
 def _kept(part: Part, run: Run) -> list[dict]:
-    """Rows of other models that an earlier run of the same commit on the same device has written."""
+    """Read the rows of other models that a run of the same commit on the same device has written."""
     path = run.output / f"{part.name}.json"
     if not path.exists():
         return []
@@ -172,7 +172,7 @@ def _kept(part: Part, run: Run) -> list[dict]:
 
 
 def _parts(options: argparse.Namespace, on_gpu: bool) -> list[Part]:
-    """What is asked for."""
+    """Return the parts that the options ask for."""
     both, kind = (TRAINING, INFERENCE), "gpu" if on_gpu else "cpu"
     crates, maes, growth = (f"{name}_{kind}" for name in ("crate", "model", "growth"))
     if options.smoke:

@@ -1,4 +1,4 @@
-"""Subspace attention O = softmax(s·W Wᵀ) W, forward and backward, against what PyTorch has for it.
+"""Subspace attention O = softmax(s·W Wᵀ) W, forward and backward, against PyTorch's implementations.
 
     python benchmarks/bench_mssa.py                       # every shape; --smoke interprets the kernels on tiny ones
     python benchmarks/bench_mssa.py --shapes B16 S8
@@ -181,7 +181,7 @@ def main(argv: list[str] | None = None) -> int:
     name = run.name("mssa")
     for label, shape in shapes.items():
         run.rows += measure_peers(make_problem(label, shape, run), peers, run)
-        run.report(name, quiet=True)  # what is measured stays, should the rest be cut short
+        run.report(name, quiet=True)  # keeps what is measured if the rest is cut short
     run.report(name)
     return int(any(row.get("red") for row in run.rows))
 

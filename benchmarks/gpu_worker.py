@@ -402,6 +402,8 @@ class Worker:
 
 def work_through(items: list[dict], worker: Worker, until: float, stall_s: float) -> None:
     """Do items in turn until the time is up; SystemExit where the GPU no longer answers this process."""
+    import measuring  # noqa: F401  (before an item begins: importing takes longer than some items may)
+
     for item in items:
         if time.time() >= until:
             return

@@ -198,9 +198,11 @@ class Trial:
             chunk: Images computed at once, whose activations must fit. A graph has its own.
         """
         outputs = [self.step()] if self.graphed else self._in_chunks(chunk)
-        found = {"output": torch.cat(outputs).float()}
-        named = self.model.named_parameters()
-        return found | {name: p.grad.clone() for name, p in named if p.grad is not None}
+        return {"output": torch.cat(outputs).float()} | self.gradients()
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Return a copy of each parameter's gradient, by name."""
+        return {name: p.grad.clone() for name, p in self.model.named_parameters() if p.grad is not None}
 
     def _in_chunks(self, chunk: int) -> list[Tensor]:
         outputs, batch = [], len(self.inputs[0])
@@ -390,7 +392,7 @@ def _fresh_step(peer: str, size: Size, batch: int, what: str, cast: torch.dtype 
     return Trial(peer, size, batch, torch.device("cpu"), what, cast).step
 
 
-def _weights(size: Size, device: torch.device) -> dict[str, Tensor]:
+def initial_weights(size: Size, device: torch.device) -> dict[str, Tensor]:
     """Draw the weights from a seed, with the fixed positions of an autoencoder, which are parameters."""
     torch.manual_seed(0)
     with device:
@@ -404,7 +406,7 @@ def make_problem(name: str, size: Size, what: str, run: Run, fields: dict[str, o
     dtype = str(run.dtype).removeprefix("torch.")
     sizes = {"model": name, "batch": batch, "n_tokens": size.n_tokens, "width": size.width, "depth": size.depth}
     sizes |= {"heads": size.heads, "dtype": dtype if cast is None else f"autocast {dtype}"}
-    state = _weights(size, run.device)
+    state = initial_weights(size, run.device)
     return ModelProblem(f"{name}, {what}", size, batch, what, run.device, cast, state, sizes | fields)
 
 

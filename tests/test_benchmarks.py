@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import update_readme
-from released import ReleasedCRATE
+from model_problem import TRAINING, initial_weights
 
 from crate_fast.train import shards
 
@@ -28,14 +28,14 @@ def test_the_smoke_run_measures_every_peer(capsys):
 
 
 def test_peers_that_disagree_give_no_numbers():
-    settings, batch = bench_cpu.SMOKE["smoke"]
-    state = ReleasedCRATE(**(bench_cpu.COMMON | settings)).state_dict()
-    built = {peer: bench_cpu._build(peer, settings, batch, state) for peer in ("released", "ours")}
-    bench_cpu._check_equal(built)
+    size = bench_cpu.SMOKE["smoke"]
+    state = initial_weights(size, bench_cpu.CPU)
+    trials = {peer: bench_cpu.CPUTrial(peer, TRAINING, size, state) for peer in ("released", "ours")}
+    bench_cpu._check_equal(trials)
     with torch.no_grad():
-        built["ours"][0].transformer.layers[1][1].fn.weight[0, 0] += 0.1
+        trials["ours"].model.transformer.layers[1][1].fn.weight[0, 0] += 0.1
     with pytest.raises(SystemExit, match="the peers disagree"):
-        bench_cpu._check_equal(built)
+        bench_cpu._check_equal(trials)
 
 
 def test_timing_calls_every_candidate_in_turn():
