@@ -18,8 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
-import harness
-from harness import Run
+from harness import Run, run_shapes
 
 import torch
 import torch.nn.functional as F
@@ -188,34 +187,23 @@ def _inference(problem: Problem) -> Problem:
     return replace(problem, cost={"inference": Cost(forward.flops - fold, forward.moved_bytes)}, training=False)
 
 
-def measure(problem: Problem, run: Run) -> list[dict]:
-    """Measure the training and inference rows of one shape and operator."""
-    operator = str(problem.fields["operator"])
-    backend = "triton" if run.smoke or run.timer.on_gpu else "auto"
-    rows = measure_peers(problem, training_peers(operator, backend), run)
-    with torch.no_grad(), cached_dictionaries():
-        return rows + measure_peers(_inference(problem), inference_peers(operator, problem.inputs[-1], backend), run)
+def measure(name: str, shape: Shape, run: Run, options: argparse.Namespace) -> list[dict]:
+    """Measure the training and inference rows of one shape, for both operators."""
+    backend, rows = "triton" if run.smoke or run.timer.on_gpu else "auto", []
+    for operator in OPERATORS:
+        problem = make_problem(name, shape, operator, run, options.autocast)
+        rows += measure_peers(problem, training_peers(operator, backend), run)
+        with torch.no_grad(), cached_dictionaries():
+            rows += measure_peers(_inference(problem), inference_peers(operator, problem.inputs[-1], backend), run)
+    return rows
 
 
 def main(argv: list[str] | None = None) -> int:
     """Measure every shape and write benchmarks/results/ista.{json,md} or ista_cpu; 1 where something is red."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    harness.add_shapes(parser, SHAPES, CPU_SHAPES)
     parser.add_argument("--autocast", action="store_true", help="fp32 x and D, products in --dtype under autocast")
-    harness.add_options(parser)
-    options = parser.parse_args(argv)
-    if options.smoke and (status := harness.rerun_interpreted(__file__, argv)) is not None:
-        return status
-    run = harness.open_run(options, on_cpu=not options.smoke)
-    shapes = SMOKE if options.smoke else harness.chosen_shapes(parser, options, run, SHAPES, CPU_SHAPES)
-    cases = [(name, shape, operator) for name, shape in shapes.items() for operator in OPERATORS]
-    run.measure_ceilings()
-    name = run.name("ista_autocast" if options.autocast else "ista")
-    for case in cases:
-        run.rows += measure(make_problem(*case, run, options.autocast), run)
-        run.report(name, quiet=True)  # keeps what is measured if the rest is cut short
-    run.report(name)
-    return int(any(row.get("red") for row in run.rows))
+    stem = lambda options: "ista_autocast" if options.autocast else "ista"  # noqa: E731
+    return run_shapes(parser, argv, __file__, (SHAPES, CPU_SHAPES, SMOKE), measure, stem)
 
 
 if __name__ == "__main__":

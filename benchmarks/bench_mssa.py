@@ -19,8 +19,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
-import harness
-from harness import Run
+from harness import Run, run_shapes
 
 import torch
 import torch.nn.functional as F
@@ -166,24 +165,16 @@ def _checked(shape: Shape, tensor: Tensor) -> Tensor:
     return tensor[images][:, :, heads]
 
 
+def measure(name: str, shape: Shape, run: Run, options: argparse.Namespace) -> list[dict]:
+    """Measure one shape and its peers."""
+    peers = PEERS if options.smoke or run.timer.on_gpu else CPU_PEERS
+    return measure_peers(make_problem(name, shape, run), peers, run)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Measure every shape and write benchmarks/results/mssa.{json,md} or mssa_cpu; 1 where something is red."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    harness.add_shapes(parser, SHAPES, CPU_SHAPES)
-    harness.add_options(parser)
-    options = parser.parse_args(argv)
-    if options.smoke and (status := harness.rerun_interpreted(__file__, argv)) is not None:
-        return status
-    run = harness.open_run(options, on_cpu=not options.smoke)
-    peers = PEERS if options.smoke or run.timer.on_gpu else CPU_PEERS
-    shapes = SMOKE if options.smoke else harness.chosen_shapes(parser, options, run, SHAPES, CPU_SHAPES)
-    run.measure_ceilings()
-    name = run.name("mssa")
-    for label, shape in shapes.items():
-        run.rows += measure_peers(make_problem(label, shape, run), peers, run)
-        run.report(name, quiet=True)  # keeps what is measured if the rest is cut short
-    run.report(name)
-    return int(any(row.get("red") for row in run.rows))
+    return run_shapes(parser, argv, __file__, (SHAPES, CPU_SHAPES, SMOKE), measure, lambda _: "mssa")
 
 
 if __name__ == "__main__":

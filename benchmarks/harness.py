@@ -264,24 +264,6 @@ def add_options(
     parser.add_argument("--commit", help="the commit, where a copy of the tree is not a git checkout")
 
 
-def add_shapes(parser: argparse.ArgumentParser, on_gpu: dict, on_cpu: dict) -> None:
-    """Add --shapes, whose names depend on where the benchmark runs."""
-    names = f"{', '.join(on_gpu)}; on a CPU {', '.join(on_cpu)}"
-    parser.add_argument("--shapes", nargs="+", metavar="SHAPE", help=f"default: all of {names}")
-
-
-def chosen_shapes(
-    parser: argparse.ArgumentParser, options: argparse.Namespace, run: "Run", on_gpu: dict, on_cpu: dict
-) -> dict:
-    """Return the shapes that --shapes names, all of this device by default; another name ends the program."""
-    shapes = on_gpu if run.timer.on_gpu else on_cpu
-    names = options.shapes or list(shapes)
-    unknown = [name for name in names if name not in shapes]
-    if unknown:
-        parser.error(f"--shapes {unknown[0]}: on this device there are {', '.join(shapes)}")
-    return {name: shapes[name] for name in names}
-
-
 def rerun_interpreted(script: str, argv: list[str] | None) -> int | None:
     """Where a smoke run needs Triton's interpreter, run it in a process that has it, and return its exit status.
 
@@ -381,6 +363,47 @@ def ptxas_version(device: torch.device) -> str:
         return re.search(r"\bV(\d[\d.]*)", text)[1]
     except Exception as error:  # a Triton without this function, or another vendor's: the rows then say so
         return f"unknown ({type(error).__name__})"
+
+
+def run_shapes(
+    parser: argparse.ArgumentParser,
+    argv: list[str] | None,
+    script: str,
+    tables: Sequence[dict],
+    measure: Callable[[str, object, Run, argparse.Namespace], list[dict]],
+    stem: Callable[[argparse.Namespace], str],
+) -> int:
+    """Measure the shapes that --shapes names, writing the rows after each.
+
+    Args:
+        parser: The benchmark's parser, with its own options; this adds --shapes and those of `add_options`.
+        argv, script: Arguments and path of the benchmark.
+        tables: Shapes on a GPU, on a CPU and in a smoke run.
+        measure: Measures one named shape.
+        stem: Returns the name of the results.
+
+    Returns:
+        The exit status: 1 where something is red.
+    """
+    on_gpu, on_cpu, smoke = tables
+    names = f"{', '.join(on_gpu)}; on a CPU {', '.join(on_cpu)}"
+    parser.add_argument("--shapes", nargs="+", metavar="SHAPE", help=f"default: all of {names}")
+    add_options(parser)
+    options = parser.parse_args(argv)
+    if options.smoke and (status := rerun_interpreted(script, argv)) is not None:
+        return status
+    run = open_run(options, on_cpu=not options.smoke)
+    shapes = smoke if options.smoke else on_gpu if run.timer.on_gpu else on_cpu
+    chosen = shapes if options.smoke else options.shapes or shapes
+    for unknown in set(chosen) - set(shapes):
+        parser.error(f"--shapes {unknown}: on this device there are {', '.join(shapes)}")
+    run.measure_ceilings()
+    name = run.name(stem(options))
+    for label in chosen:
+        run.rows += measure(label, shapes[label], run, options)
+        run.report(name, quiet=True)  # keeps what is measured if the rest is cut short
+    run.report(name)
+    return int(any(row.get("red") for row in run.rows))
 
 
 # --- agreement --------------------------------------------------------------------------------------------------
