@@ -1,4 +1,4 @@
-"""The benchmark of whole models as far as a CPU can tell: smoke run, gate, peers that fail, operations, tables."""
+"""The benchmark of whole models on a CPU: smoke run, gate, peers that fail, operations, tables."""
 
 import json
 from argparse import Namespace

@@ -1,7 +1,9 @@
 """Benchmarks: they run, their peers agree, and the README's table is the one that was measured."""
 
+import ast
 import json
 import re
+import sys
 from itertools import groupby
 from time import process_time, sleep
 
@@ -36,6 +38,15 @@ def test_peers_that_disagree_give_no_numbers():
         trials["ours"].model.transformer.layers[1][1].fn.weight[0, 0] += 0.1
     with pytest.raises(SystemExit, match="the peers disagree"):
         bench_cpu._check_equal(trials)
+
+
+def test_benchmarks_import_the_harness_first():
+    """It imports crate_fast before PyTorch, which bounds OpenMP's spinning."""
+    for path in (update_readme.ROOT / "benchmarks").glob("bench_*.py"):
+        found = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
+        names = [node.names[0].name if isinstance(node, ast.Import) else node.module for node in found]
+        others = [name for name in names if name.partition(".")[0] not in sys.stdlib_module_names]
+        assert others[0] == "harness", path
 
 
 def test_timing_calls_every_candidate_in_turn():

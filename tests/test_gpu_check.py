@@ -1,5 +1,5 @@
-"""The GPU check: what ends a process, how stages share the time, what a fault costs, what comes back; and a rehearsal
-of all of it on a CPU, with a probe that crashes, one that hangs and one that is wrong."""
+"""The GPU check: ends of processes, shares of the time, the cost of faults, the archive; and a rehearsal of all of it
+on a CPU, with a probe that crashes, one that hangs and one that is wrong."""
 
 import json
 import lzma
@@ -36,7 +36,7 @@ def _process(tmp_path, code: str, limit_s: float = 30.0, hard_s: float = 30.0, *
 
 
 def _gone(pid: int) -> bool:
-    """Whether a process is no more, or a corpse that nobody waits for."""
+    """Return True if a process is no more, or a zombie."""
     stat = Path(f"/proc/{pid}/stat")
     for _ in range(200):
         try:
@@ -74,18 +74,17 @@ def test_what_cannot_be_started_says_so(tmp_path):
     assert "does not start" in process.reason
 
 
-@pytest.mark.parametrize("session", [True, False])
-def test_a_process_is_killed_with_all_it_has_started(tmp_path, session):
-    """Also with what has a session of its own, as the compilers' workers have."""
-    code = f"""
+def test_a_process_is_killed_with_all_it_has_started(tmp_path):
+    """Also with processes that have their own session, as the compilers' workers have."""
+    code = """
 import pathlib, subprocess, time
-child = subprocess.Popen(["sleep", "60"], start_new_session={session})
-pathlib.Path("child").write_text(str(child.pid))
+children = [subprocess.Popen(["sleep", "60"], start_new_session=new) for new in (True, False)]
+pathlib.Path("children").write_text(" ".join(str(child.pid) for child in children))
 time.sleep(60)
 """
     process = _process(tmp_path, code, 1.5)
     assert "timed out" in process.reason
-    assert _gone(int((tmp_path / "child").read_text()))
+    assert all(_gone(int(pid)) for pid in (tmp_path / "children").read_text().split())
     assert _gone(process.popen.pid)
 
 
@@ -158,12 +157,14 @@ def _items(*names: str, **more) -> list[dict]:
     return [{"name": name, **more} for name in names]
 
 
+def _work_through(check: Check, items: list[dict], workers: int = 1, stall_s: float = 5.0) -> None:
+    check.end += 30
+    check.go([Stage("timings", 30, 1, lambda check: check.work_through(items, "time", workers, stall_s))])
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_an_item_that_ends_its_worker_costs_itself(check, workers):
-    check.end += 30
-    items = _items("a", "crash", "b", "hang", "c", "d")
-    stage = Stage("timings", 30, 1, lambda check: check.work_through(items, "time", workers, 1.0))
-    check.go([stage])
+    _work_through(check, _items("a", "crash", "b", "hang", "c", "d"), workers, 1.0)
     rows = _rows(check)
     assert [rows[f"{name} {name}"][0] for name in "abcd"] == ["ok"] * 4
     assert rows["crash"][0] == rows["hang"][0] == "red"
@@ -172,9 +173,7 @@ def test_an_item_that_ends_its_worker_costs_itself(check, workers):
 
 
 def test_of_several_peers_the_one_that_ends_the_worker_is_found(check):
-    check.end += 30
-    items = [*_items("both", peers=["ours", "crash", "theirs"]), *_items("next")]
-    check.go([Stage("timings", 30, 1, lambda check: check.work_through(items, "time", 1, 5.0))])
+    _work_through(check, [*_items("both", peers=["ours", "crash", "theirs"]), *_items("next")])
     rows = _rows(check)
     assert rows["both"][0] == "n/a"
     assert rows["both: ours ours"][0] == rows["both: theirs theirs"][0] == rows["next next"][0] == "ok"
@@ -182,11 +181,10 @@ def test_of_several_peers_the_one_that_ends_the_worker_is_found(check):
 
 
 def test_a_worker_that_does_not_start_is_not_tried_for_ever(check):
-    check.environment["PATH"] = ""
     check.worker = lambda *words, name, limit_s, **options: Job(
         name, [*PYTHON, "raise SystemExit(7)"], limit_s, **options
     )
-    check.go([Stage("timings", 30, 1, lambda check: check.work_through(_items("a", "b"), "time", 1, 5.0))])
+    _work_through(check, _items("a", "b"))
     assert all(status == "n/a" and "exit status 7" in reason for status, reason in _rows(check).values())
 
 
