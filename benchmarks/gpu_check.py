@@ -343,8 +343,9 @@ def probes(check: Check) -> None:
     def done(process: Process) -> list[Job]:
         name, again, path = known[process.job.name]
         found = json.loads(path.read_text()) if path.exists() else {}
-        right = found.get("status") == "right" and process.reason is None
-        reason = found.get("status") or f"{process.reason}: {tail(process.log)}"
+        status = found.get("status")
+        right = status == "right" and process.reason is None
+        reason = f"{process.reason}: {tail(process.log)}" if status in (None, "right") else status
         if found.get("share") is not None:
             reason += f": {found['share']:.2g} of the error that is allowed, reruns equal: {found['reruns_equal']}"
         check.row(process.job.name, "ok" if right else "red", None if right else reason, probe=found)
