@@ -1,4 +1,4 @@
-"""Training beside other processes: how long OpenMP's threads should spin at a barrier.
+"""Training speed beside busy processes, by how long OpenMP's threads spin at a barrier.
 
     python benchmarks/bench_busy_cpu.py        # five minutes on two cores, otherwise idle; --smoke for some seconds
 
@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 
-from harness import publish
+from harness import markdown_table, write_results
 
 from crate_fast import SPIN_COUNT
 
@@ -28,7 +28,7 @@ POLICIES = {
     "OMP_WAIT_POLICY=PASSIVE": {"OMP_WAIT_POLICY": "PASSIVE"},
 }
 BUSY = (0, 2)
-_VARIABLES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+VARIABLES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 _STEPS = """
 import sys, time
 import torch
@@ -55,18 +55,15 @@ def _spin() -> None:
         pass
 
 
-def images_per_s(policy: dict[str, str | None], seconds: float) -> float:
-    """Train a small CRATE in a process of its own, since OpenMP reads its settings when it is loaded."""
-    environment = {
-        key: value for key, value in os.environ.items() if key not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
-    }
-    environment |= {key: value for key, value in policy.items() if value is not None}
+def images_per_s(policy: dict[str, str], seconds: float) -> float:
+    """Train a small CRATE in a new process, since OpenMP reads its settings when it is loaded."""
+    environment = {key: value for key, value in os.environ.items() if key not in VARIABLES} | policy
     command = [sys.executable, "-c", _STEPS, str(seconds)]
     return float(subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout)
 
 
 def measure(busy: tuple[int, ...], rounds: int, seconds: float) -> list[dict]:
-    """One row per number of busy processes and policy; the policies take turns."""
+    """Measure a row per number of busy processes and policy; the policies take turns."""
     rows, quiet = [], {}
     cores = len(os.sched_getaffinity(0))
     for count in busy:
@@ -97,7 +94,9 @@ def main(argv: list[str] | None = None) -> int:
     began = time.perf_counter()
     rows = measure((0, 1), 1, 0.01) if options.smoke else measure(BUSY, 3, 4.0)
     if not options.smoke:
-        publish("busy_cpu", rows)
+        table = markdown_table(rows)
+        print(table)
+        write_results("busy_cpu", rows, table)
     print(f"{time.perf_counter() - began:.0f} s")
     return 0
 

@@ -22,9 +22,10 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from harness import markdown_table, write_results
+
 import numpy as np
 import torch
-from harness import markdown_table, write_results
 from PIL import Image
 from torch.utils.data import Dataset
 
@@ -41,7 +42,7 @@ SIZE, SMALL_SIDE, CLASSES = 224, 256, 4
 
 
 def drawn_jpegs(count: int, quality: int) -> list[bytes]:
-    """Scenes as JPEG files, 500×375."""
+    """Draw scenes as JPEG files, 500×375."""
     scenes = ShapeScenes(count, image_size=512)
     found = []
     for start in range(0, count, 8):
@@ -58,7 +59,7 @@ def _jpeg(picture: Image.Image, quality: int) -> bytes:
 
 
 def write_sources(root: Path, jpegs: list[bytes], small: list[bytes], batch: int) -> dict[str, TrainConfig]:
-    """The same images in every form, and smaller ones as shards; the settings that open each."""
+    """Write the images in every form, and smaller ones as shards; return the settings that open each."""
     common = {"image_size": SIZE, "batch_size": batch, "crop": "random", "hflip": 0.5, "workers": 0, "device": "cpu"}
     common |= {"epochs": 1, "val_split": "train"}
     names = [f"{i * CLASSES // len(jpegs)}/{i:05d}.jpg" for i in range(len(jpegs))]
@@ -113,7 +114,7 @@ def check_equal(configs: dict[str, TrainConfig]) -> None:
 
 
 def cpu_rates(candidates: dict[str, tuple[Callable[[], object], int]], rounds: int, seconds: float) -> list[dict]:
-    """µs of CPU time an image of each candidate, in turn, `rounds` times.
+    """Measure the CPU time an image of each candidate, in turn, `rounds` times.
 
     Args:
         candidates: name → (a call, images it handles).
@@ -140,7 +141,7 @@ def cpu_rates(candidates: dict[str, tuple[Callable[[], object], int]], rounds: i
 
 
 def stages(configs: dict[str, TrainConfig], count: int) -> dict[str, tuple[Callable[[], object], int]]:
-    """What happens to an image, step by step; each call handles the next image, or a batch of them."""
+    """Return the steps of loading an image; each call handles the next image, or a batch of them."""
     config = configs["folder"]
     sources = {kind: open_source(configs[kind], train=True) for kind in configs if kind != "small"}
     folder = sources["folder"]
@@ -190,13 +191,13 @@ def stages(configs: dict[str, TrainConfig], count: int) -> dict[str, tuple[Calla
 
 
 def _batches(make_loader: Callable, config: TrainConfig, split: Dataset) -> tuple[Callable[[], Batch], int]:
-    """The next batch of loaders without end."""
+    """Return a call that gives the next batch, without end."""
     endless = itertools.chain.from_iterable(iter(partial(make_loader, config, split), None))
     return (lambda: next(endless)), config.batch_size
 
 
 def whole(configs: dict[str, TrainConfig]) -> dict[str, tuple[Callable[[], object], int]]:
-    """Batches as they leave the loader."""
+    """Return calls that give whole batches, by source."""
     found = {}
     for kind, config in configs.items():
         name = f"shards, shorter side {SMALL_SIDE} px" if kind == "small" else kind

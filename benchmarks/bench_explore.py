@@ -1,11 +1,11 @@
-"""The explorer's page: from opening a picture to its attention on the screen, and from a click to the next map.
+"""Latency of the explorer's page: from opening a picture to its attention map, from a click to the next map.
 
     python benchmarks/bench_explore.py            # results/explore.{json,md}; a minute or two
     python benchmarks/bench_explore.py --smoke    # a small model, few clicks, nothing written
 
 A headless Chromium on the same computer opens the page as a visitor does. Times are taken in the page: until a frame
-was painted after the last map was drawn. Every picture is new to the server. The peer is none: the goals are the
-issue's, 2 s and 300 ms for an S/8 at 224 px on two cores.
+was painted after the last map was drawn. Every picture is new to the server. There is no peer; the goals are 2 s and
+300 ms for an S/8 at 224 px on two cores.
 """
 
 import argparse
@@ -16,9 +16,10 @@ import threading
 import time
 from pathlib import Path
 
+from harness import markdown_table, write_results
+
 import numpy as np
 import uvicorn
-from harness import markdown_table, write_results
 from PIL import Image
 from playwright.sync_api import Page, sync_playwright
 
@@ -44,7 +45,7 @@ _PAINTED = """
 
 
 def _photos(folder: Path, count: int) -> None:
-    """JPEGs of 500×375 with smooth shapes and noise."""
+    """Write JPEGs of 500×375 with smooth shapes and noise."""
     generator = np.random.default_rng(0)
     for number in range(count):
         coarse = Image.fromarray(generator.integers(0, 256, (6, 8, 3), dtype=np.uint8))
@@ -54,7 +55,7 @@ def _photos(folder: Path, count: int) -> None:
 
 
 def _act(page: Page, script: str, shown: str) -> float:
-    """Milliseconds from a script's start until `shown` is painted."""
+    """Measure the milliseconds from a script's start until `shown` is painted."""
     began = page.evaluate(f"() => {{ const began = performance.now(); {script}; return began; }}")
     return page.evaluate(_PAINTED, shown) - began
 

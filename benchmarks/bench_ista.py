@@ -18,16 +18,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
-import gpu
+from harness import Run, run_shapes
+
 import torch
 import torch.nn.functional as F
-from gpu import Peer, Problem, Run, Work
+from measuring import Cost, Peer, Problem, measure_peers
 from torch import Tensor
 
 from crate_fast.functional import cached_dictionaries, ista, norm_ista
 from crate_fast.reference import ista_reference
-
-__all__ = ["SHAPES", "SMOKE", "inference_peers", "main", "make_problem", "measure", "training_peers"]
 
 STEP_SIZE, SPARSITY = 0.1, 0.1
 SHIFT = STEP_SIZE * SPARSITY
@@ -56,7 +55,7 @@ OPERATORS = ("ista", "norm_ista")
 
 
 def _with_norm(function: Callable, operator: str) -> Callable:
-    """A function of (x, D) as it is, or of (x, γ, β, D) with PyTorch's LayerNorm in front."""
+    """Return a function of (x, D) as it is, or of (x, γ, β, D) with PyTorch's LayerNorm in front."""
     if operator == "ista":
         return function
 
@@ -83,7 +82,7 @@ def _one_product(x: Tensor, dictionary: Tensor) -> Tensor:
 
 
 def _apply_added(x: Tensor, folded: Tensor) -> Tensor:
-    """The residual added inside cuBLAS's product, where it need not be kept in another dtype than the product's."""
+    """Add the residual inside cuBLAS's product, unless it is kept in another dtype than the product's."""
     if torch.is_autocast_enabled(x.device.type):
         return _apply(x, folded)
     return F.relu(torch.addmm(x, x, folded) - SHIFT)
@@ -104,7 +103,7 @@ def _ours(operator: str, backend: str) -> Callable:
 
 
 def training_peers(operator: str, backend: str = "triton") -> list[Peer]:
-    """Ours, and the forms with three products and with one, eager and compiled; each folds G where it needs it."""
+    """Return ours, and the forms with three products and with one, eager and compiled; each folds G itself."""
     released = _with_norm(_released, operator)
     one = _with_norm(_one_product, operator)
     return [
@@ -117,7 +116,7 @@ def training_peers(operator: str, backend: str = "triton") -> list[Peer]:
 
 
 def inference_peers(operator: str, dictionary: Tensor, backend: str = "triton") -> list[Peer]:
-    """The same for a forward with G kept: ours inside `cached_dictionaries`, the others given G."""
+    """Return the peers of a forward with G kept: ours inside `cached_dictionaries`, the others given G."""
     folded = _fold(dictionary.detach().float()).to(dictionary.dtype)
     released = _with_norm(_released, operator)
 
@@ -136,7 +135,7 @@ def inference_peers(operator: str, dictionary: Tensor, backend: str = "triton") 
 
 
 def make_problem(name: str, shape: Shape, operator: str, run: Run, autocast: bool) -> Problem:
-    """Tokens as a LayerNorm gives them (or takes them), a dictionary of unit columns on average.
+    """Draw tokens as a LayerNorm gives them (or takes them), a dictionary of unit columns on average.
 
     The output's gradient is zero where the float64 argument of the ReLU is within a few roundings of zero: there
     the gradient depends on which side rounding falls, for every implementation.
@@ -166,56 +165,45 @@ def make_problem(name: str, shape: Shape, operator: str, run: Run, autocast: boo
         "dtype": ("autocast " if autocast else "") + str(run.dtype).removeprefix("torch."),
     }
     return Problem(
-        f"{name} {operator}", fields, inputs, grad, _work(shape, inputs), _with_norm(_released, operator),
+        f"{name} {operator}", fields, inputs, grad, _cost(shape, inputs), _with_norm(_released, operator),
         "y dx dD" if operator == "ista" else "y dx dγ dβ dD", autocast=run.dtype if autocast else None,
     )  # fmt: skip
 
 
-def _work(shape: Shape, inputs: tuple[Tensor, ...]) -> dict[str, Work]:
-    """Products and bytes of each pass: forward reads x, D and writes y; backward reads x, y, dy, D, writes dx, dD."""
+def _cost(shape: Shape, inputs: tuple[Tensor, ...]) -> dict[str, Cost]:
+    """Count products and bytes: forward reads x, D, writes y; backward reads x, y, dy, D, writes dx, dD."""
     x, dictionary = inputs[0], inputs[-1]
     product, fold = 2.0 * shape.rows * shape.width**2, 2.0 * shape.width**3
     tokens, square = x.numel() * x.element_size(), dictionary.numel() * dictionary.element_size()
-    forward = Work(product + fold, 2 * tokens + square)
-    backward = Work(2 * product + fold, 4 * tokens + 2 * square)
+    forward = Cost(product + fold, 2 * tokens + square)
+    backward = Cost(2 * product + fold, 4 * tokens + 2 * square)
     return {"forward": forward, "backward": backward, "forward + backward": forward + backward}
 
 
 def _inference(problem: Problem) -> Problem:
-    """The forward alone, with G kept."""
-    forward = problem.work["forward"]
+    """Return the problem of the forward alone, with G kept."""
+    forward = problem.cost["forward"]
     fold = 2.0 * problem.inputs[-1].shape[0] ** 3
-    return replace(problem, work={"inference": Work(forward.flops - fold, forward.moved_bytes)}, training=False)
+    return replace(problem, cost={"inference": Cost(forward.flops - fold, forward.moved_bytes)}, training=False)
 
 
-def measure(problem: Problem, run: Run) -> list[dict]:
-    """Training and inference rows of one shape and operator."""
-    operator = str(problem.fields["operator"])
-    backend = "triton" if run.smoke or run.timer.on_gpu else "auto"
-    rows = gpu.measure(problem, training_peers(operator, backend), run)
-    with torch.no_grad(), cached_dictionaries():
-        return rows + gpu.measure(_inference(problem), inference_peers(operator, problem.inputs[-1], backend), run)
+def measure(name: str, shape: Shape, run: Run, options: argparse.Namespace) -> list[dict]:
+    """Measure the training and inference rows of one shape, for both operators."""
+    backend, rows = "triton" if run.smoke or run.timer.on_gpu else "auto", []
+    for operator in OPERATORS:
+        problem = make_problem(name, shape, operator, run, options.autocast)
+        rows += measure_peers(problem, training_peers(operator, backend), run)
+        with torch.no_grad(), cached_dictionaries():
+            rows += measure_peers(_inference(problem), inference_peers(operator, problem.inputs[-1], backend), run)
+    return rows
 
 
 def main(argv: list[str] | None = None) -> int:
     """Measure every shape and write benchmarks/results/ista.{json,md} or ista_cpu; 1 where something is red."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    gpu.add_shapes(parser, SHAPES, CPU_SHAPES)
     parser.add_argument("--autocast", action="store_true", help="fp32 x and D, products in --dtype under autocast")
-    gpu.add_options(parser)
-    options = parser.parse_args(argv)
-    if options.smoke and (status := gpu.rerun_interpreted(__file__, argv)) is not None:
-        return status
-    run = gpu.open_run(options, on_cpu=not options.smoke)
-    shapes = SMOKE if options.smoke else gpu.chosen_shapes(parser, options, run, SHAPES, CPU_SHAPES)
-    cases = [(name, shape, operator) for name, shape in shapes.items() for operator in OPERATORS]
-    run.measure_ceilings()
-    name = run.name("ista_autocast" if options.autocast else "ista")
-    for case in cases:
-        run.rows += measure(make_problem(*case, run, options.autocast), run)
-        gpu.report(name, run, quiet=True)  # what is measured stays, should the rest be cut short
-    gpu.report(name, run)
-    return int(any(row.get("red") for row in run.rows))
+    stem = lambda options: "ista_autocast" if options.autocast else "ista"  # noqa: E731
+    return run_shapes(parser, argv, __file__, (SHAPES, CPU_SHAPES, SMOKE), measure, stem)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     python benchmarks/bench_maskcut.py            # results/maskcut.{json,md}; about ten minutes on two cores
     python benchmarks/bench_maskcut.py --smoke    # small, anywhere, nothing written
 
-The peers solve the same problem in float64, with the tests' oracle around them:
+The peers solve the same problem in float64, inside the oracle of the tests (maskcut_oracle.py):
 
     dense    scipy.linalg.eigh(D − A, D, subset_by_index=[1, 2]), as TokenCut and CutLER do
     eigsh    scipy.sparse.linalg.eigsh(D^-½AD^-½, 2, which="LA"), ARPACK's Lanczos on the normalised affinities
@@ -15,13 +15,14 @@ import argparse
 import itertools
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
-from pathlib import Path
 
+from harness import interleaved, markdown_table, peak_mib, write_results
+
+import maskcut_oracle
 import numpy as np
 import torch
-from harness import interleaved, markdown_table, peak_mib, write_results
 from scipy.sparse.linalg import eigsh
 from torch import Tensor
 
@@ -30,14 +31,11 @@ from crate_fast.eval.common.models import open_model
 from crate_fast.eval.common.normalized_cut import second_eigenvector
 from crate_fast.eval.maskcut import maskcut
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-import maskcut_oracle
-
 TAU, OBJECTS = 0.15, 3
 
 
 def _features(model: str, data: str, size: int, count: int) -> list[Tensor]:
-    """Patch features [P, C] of the first images at the model's default layer."""
+    """Compute patch features [P, C] of the first images at the model's default layer."""
     loaded = open_model(model, image_size=size)
     layer = loaded.extract.default_layer
     found: list[Tensor] = []
@@ -47,7 +45,7 @@ def _features(model: str, data: str, size: int, count: int) -> list[Tensor]:
 
 
 def _seconds(call: Callable[[], object], repeats: int) -> tuple[float, object]:
-    """(median seconds, the last value)."""
+    """Return the median seconds and the last value."""
     times, value = [], None
     for _ in range(repeats):
         began = time.perf_counter()
@@ -66,7 +64,7 @@ def _eigsh(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _compare(features: Tensor, rounds: int) -> dict:
-    """All three on one image, whole and the first eigenproblem alone."""
+    """Measure all three on one image, whole and the first eigenproblem alone."""
     side = round(len(features) ** 0.5)
     numpy = features.numpy()
     matrix = maskcut_oracle.affinity(numpy.astype(np.float64), TAU, 1e-5)
@@ -115,7 +113,7 @@ def _compare(features: Tensor, rounds: int) -> dict:
 
 
 def _planted(side: int, shared: float, width: int = 384) -> Tensor:
-    """Features of a background and three objects, for any grid.
+    """Make features of a background and three objects, for any grid.
 
     With `shared` 0.43 a fifth of the pairs of object and background are linked; with 0 none is, and the graph falls
     into four parts.
@@ -123,8 +121,8 @@ def _planted(side: int, shared: float, width: int = 384) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     features = torch.zeros(side, side, width)
     features[..., 0] = 1.0
-    places = ((1, 5, 1, 6), (6, 9, 5, 9), (2, 4, 7, 9))
-    for k, (top, bottom, left, right) in enumerate(places, start=1):
+    boxes = ((1, 5, 1, 6), (6, 9, 5, 9), (2, 4, 7, 9))
+    for k, (top, bottom, left, right) in enumerate(boxes, start=1):
         box = slice(top * side // 10, bottom * side // 10), slice(left * side // 10, right * side // 10)
         features[box] = 0.0
         features[(*box, k)] = 1.0
@@ -143,10 +141,14 @@ def _dense(side: int, shared: float) -> Callable[[], object]:
     return lambda: maskcut_oracle.maskcut_oracle(features, (side, side), 1, TAU)
 
 
-def _growth(sides: list[int], dense_sides: list[int]) -> list[dict]:
-    """Seconds and peak memory of ours as the grid grows, and of one dense eigenproblem where it is affordable."""
+GRAPHS = {"connected": 0.43, "in four parts": 0.0}  # by name, the part of the features that all patches share
+
+
+def _growth(sides: list[int], dense_sides: list[int], graphs: Collection[str] = tuple(GRAPHS)) -> list[dict]:
+    """Measure ours as the grid grows, and the memory of one dense eigenproblem where it is affordable."""
     rows = []
-    for side, (graph, shared) in itertools.product(sides, (("connected", 0.43), ("in four parts", 0.0))):
+    for side, graph in itertools.product(sides, graphs):
+        shared = GRAPHS[graph]
         call = _ours(side, shared)
         call()
         seconds, result = _seconds(call, 3)
@@ -177,7 +179,7 @@ def main(argv: list[str] | None = None) -> int:
         )
     images = _features(options.model, options.data, options.image_size, options.images)
     rows = [{"image": i} | _compare(features, options.repeats) for i, features in enumerate(images)]
-    growth = _growth([12], [12]) if options.smoke else _growth([60, 80, 100, 120], [60])
+    growth = _growth([12], [12], ["connected"]) if options.smoke else _growth([60, 80, 100, 120], [60])
     table = markdown_table(rows, list(rows[0]))
 
     def ratio(name: str) -> float:

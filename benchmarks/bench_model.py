@@ -5,13 +5,13 @@
     python benchmarks/bench_model.py --growth             # CRATE-B on one image of 197 to 16,385 tokens
     python benchmarks/bench_model.py --smoke              # all of it, tiny, anywhere; writes nothing
 
-Peers have the same images, and but for the ViT the same weights: the released form eager and compiled, ours eager,
+Peers have the same images, and, except the ViT, the same weights: the released form eager and compiled, ours eager,
 compiled and from a CUDA graph, and timm's ViT of the same width, depth, heads and patch, compiled, with the fastest
 of SDPA's backends on its tensors. A training step is forward, cross-entropy, backward, AdamW (fused on a GPU);
 inference is a forward in `inference_mode`, G folded in every call. First the gate (`model_problem.py`): what differs
 from the released form has no numbers, and where that is ours, eager, compiled or graphed, the exit status is 1.
 One model is in memory at a time, its peers side by side, measured in turn; calls follow each other without a pause,
-so a host that is slower than the device is in the times. `model_problem.work` says what FLOPs and bytes are counted.
+so a host that is slower than the device is in the times. `model_problem.cost` says what FLOPs and bytes are counted.
 """
 
 import argparse
@@ -19,13 +19,24 @@ import json
 import sys
 from dataclasses import dataclass, replace
 
-import gpu
-from gpu import Run
-from harness import markdown_table, number
-from model_peers import COMPILED, GRAPHED, INFERENCE, OURS, RELEASED, TRAINING, VISIBLE, VIT, Size
-from model_problem import make_problem, peers
+import harness
+from harness import Run, markdown_table, number
 
-__all__ = ["CRATES", "GROWTH", "MAES", "Part", "main", "measure", "table"]
+from gpu_report import why_missing
+from measuring import measure_peers
+from model_problem import (
+    COMPILED,
+    GRAPHED,
+    INFERENCE,
+    OURS,
+    RELEASED,
+    TRAINING,
+    VISIBLE,
+    VIT,
+    Size,
+    make_problem,
+    peers,
+)
 
 CRATES = {  # the goals' first, for a run whose time is short
     "B/16": Size(768, 12, 12, 16, on_gpu=256, on_cpu=8),
@@ -81,7 +92,7 @@ def _compared(rows: list[dict]) -> None:
 
 @dataclass(frozen=True)
 class Part:
-    """What goes into one file of results, `name`.{json,md}: each pass of each model; the first peer is ours."""
+    """The models, passes and peers of one file of results, `name`.{json,md}; the first peer is ours."""
 
     name: str
     sizes: dict[str, Size]
@@ -90,19 +101,19 @@ class Part:
 
 
 def measure(part: Part, run: Run) -> bool:
-    """Rows of every model and pass into the run, written after each; whether ours was right and ran."""
+    """Measure every model and pass, writing the rows after each; True if ours was right and ran."""
     for model, size in part.sizes.items():
         for what in part.passes:
             run.rows += measure_one(model, size, what, part.peers, run)
             run.timer.free_memory()
-            gpu.report(part.name, run, quiet=True, make_table=table)  # it stays, should the rest be cut short
+            run.report(part.name, quiet=True, make_table=table)  # keeps it if the rest is cut short
     return not any(row.get("red") for row in run.rows)
 
 
 def measure_one(model: str, size: Size, what: str, names: list[str], run: Run) -> list[dict]:
-    """The rows of one pass of a model, by its peers' names."""
+    """Measure one pass of a model with the peers of these names."""
     problem = make_problem(model, size, what, run, {"patch": size.patch, "image": size.image})
-    rows = gpu.measure(problem, peers(problem, names, run), run)
+    rows = measure_peers(problem, peers(problem, names, run), run)
     _compared(rows)
     return rows
 
@@ -116,7 +127,7 @@ def _times(value: float | None) -> str:
 
 
 def table(rows: list[dict]) -> str:
-    """All rows as a Markdown table, and under it why some are missing."""
+    """Format all rows as a Markdown table, and under it why some are missing."""
     if not rows:
         return "no rows\n"
     shown = []
@@ -145,11 +156,11 @@ def table(rows: list[dict]) -> str:
         "optimiser's moments.\n"
     )
     columns = [column for column in shown[0] if any(row[column] != "" for row in shown)]
-    return markdown_table(shown, columns) + meaning + gpu.why_missing(rows)
+    return markdown_table(shown, columns) + meaning + why_missing(rows)
 
 
 def _kept(part: Part, run: Run) -> list[dict]:
-    """Rows of other models that an earlier run of the same commit on the same device has written."""
+    """Read the rows of other models that a run of the same commit on the same device has written."""
     path = run.output / f"{part.name}.json"
     if not path.exists():
         return []
@@ -161,7 +172,7 @@ def _kept(part: Part, run: Run) -> list[dict]:
 
 
 def _parts(options: argparse.Namespace, on_gpu: bool) -> list[Part]:
-    """What is asked for."""
+    """Return the parts that the options ask for."""
     both, kind = (TRAINING, INFERENCE), "gpu" if on_gpu else "cpu"
     crates, maes, growth = (f"{name}_{kind}" for name in ("crate", "model", "growth"))
     if options.smoke:
@@ -187,17 +198,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--models", nargs="+", choices=[*CRATES, *MAES], help="default: all; T/16 on a CPU")
     parser.add_argument("--growth", action="store_true", help="growth with N instead of the models")
     parser.add_argument("--append", action="store_true", help="keep the rows of other models of the same commit")
-    gpu.add_options(parser, "that products multiply in, under autocast but for float32; bfloat16, float32 on a CPU")
+    harness.add_options(parser, "of products, under autocast unless float32; bfloat16, float32 on a CPU")
     options = parser.parse_args(argv)
     if options.models and options.growth:
         parser.error("--growth has its own models: leave --models out")
-    run = gpu.open_run(options, on_cpu=True)
+    run = harness.open_run(options, on_cpu=True)
     run.measure_ceilings()
     good = True
     for part in _parts(options, run.timer.on_gpu):
         run.rows = _kept(part, run) if options.append else []
         good &= measure(part, run)
-        gpu.report(part.name, run, make_table=table)
+        run.report(part.name, make_table=table)
     return int(not good)
 
 

@@ -1,4 +1,4 @@
-"""Subspace attention O = softmax(s·W Wᵀ) W, forward and backward, against what PyTorch has for it.
+"""Subspace attention O = softmax(s·W Wᵀ) W, forward and backward, against PyTorch's implementations.
 
     python benchmarks/bench_mssa.py                       # every shape; --smoke interprets the kernels on tiny ones
     python benchmarks/bench_mssa.py --shapes B16 S8
@@ -15,13 +15,15 @@ Nominal FLOPs: 4·N²·D·H·B forward, 10·N²·D·H·B backward, for every pee
 import argparse
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
-import gpu
+from harness import Run, run_shapes
+
 import torch
 import torch.nn.functional as F
-from gpu import Peer, Problem, Run, Work
+from measuring import Cost, Peer, Problem, measure_peers
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -30,8 +32,6 @@ from crate_fast.functional import subspace_attention
 from crate_fast.kernels import attention
 from crate_fast.kernels.launch import Tile, lookup, precision
 from crate_fast.reference import subspace_attention_reference
-
-__all__ = ["PEERS", "SHAPES", "SMOKE", "main", "make_problem"]
 
 
 @dataclass(frozen=True)
@@ -59,19 +59,15 @@ CPU_SHAPES = {
     "S8": Shape(4, 6, 785, 64),
     "S8-480": Shape(1, 6, 3601, 64),
 }
-SMOKE = {"tiny": Shape(2, 2, 70, 32), "padded": Shape(1, 3, 33, 48)}
-CHECKED_LOGITS = 2**20  # of one head, beyond which the first and the last head are checked only
+SMOKE = {"tiny": Shape(1, 2, 70, 32), "padded": Shape(1, 3, 33, 48)}
+CHECKED_LOGITS = 2**20  # of one head: beyond it only the first and the last head are checked
 
 
 # --- ours and the peers -------------------------------------------------------------------------------------------
 
 
-def _ours() -> Callable:
-    return partial(subspace_attention, backend="triton")
-
-
 class _ByRows(torch.autograd.Function):
-    """Ours without the whole-head kernels, to see what they are worth; the same as ours where they do not run."""
+    """Subspace attention without the whole-head kernels; where those do not run, the same as ours."""
 
     @staticmethod
     def forward(ctx, w: Tensor) -> Tensor:
@@ -90,23 +86,11 @@ def _rows_tile(kernel: str, w: Tensor) -> Tile:
     return lookup(kernel, w.device, precision(w.dtype), attention.block_d(w))
 
 
-def _by_rows() -> Callable:
-    return _ByRows.apply
-
-
-def _sdpa(backend: SDPBackend) -> Callable:
+def _sdpa(backend: SDPBackend | None = None) -> Callable:
     def attend(w: Tensor) -> Tensor:
         tokens = w.transpose(1, 2)
-        with sdpa_kernel(backend):
+        with nullcontext() if backend is None else sdpa_kernel(backend):
             return F.scaled_dot_product_attention(tokens, tokens, tokens).transpose(1, 2)
-
-    return attend
-
-
-def _default_sdpa() -> Callable:
-    def attend(w: Tensor) -> Tensor:
-        tokens = w.transpose(1, 2)
-        return F.scaled_dot_product_attention(tokens, tokens, tokens).transpose(1, 2)
 
     return attend
 
@@ -129,8 +113,8 @@ _COMPILED = Peer(
 )
 _EAGER = Peer("eager, as released", lambda: subspace_attention_reference, quadratic=True, smoke=True)
 PEERS = [
-    Peer("ours", _ours, ours=True),
-    Peer("ours, blocks of rows", _by_rows, smoke=True),
+    Peer("ours", lambda: partial(subspace_attention, backend="triton"), ours=True),
+    Peer("ours, blocks of rows", lambda: _ByRows.apply, smoke=True),
     Peer("SDPA, cuDNN", partial(_sdpa, SDPBackend.CUDNN_ATTENTION)),
     Peer("SDPA, flash", partial(_sdpa, SDPBackend.FLASH_ATTENTION), smoke=True),
     Peer("SDPA, efficient", partial(_sdpa, SDPBackend.EFFICIENT_ATTENTION)),
@@ -138,14 +122,14 @@ PEERS = [
     _COMPILED,
     _EAGER,
 ]
-CPU_PEERS = [Peer("ours", lambda: subspace_attention, ours=True), Peer("SDPA", _default_sdpa), _COMPILED, _EAGER]
+CPU_PEERS = [Peer("ours", lambda: subspace_attention, ours=True), Peer("SDPA", _sdpa), _COMPILED, _EAGER]
 
 
 # --- the problem --------------------------------------------------------------------------------------------------
 
 
 def make_problem(name: str, shape: Shape, run: Run) -> Problem:
-    """W [B, N, H, D] as a projection gives it, at the scale where attention is neither uniform nor the identity."""
+    """Draw W [B, N, H, D] as a projection gives it, where attention is neither uniform nor the identity."""
     sizes = (shape.batch, shape.n_tokens, shape.heads, shape.head_dim)
     generator = torch.Generator(run.device).manual_seed(0)
     w = torch.randn(sizes, generator=generator, device=run.device) * token_scale(shape.n_tokens, shape.head_dim)
@@ -160,44 +144,36 @@ def make_problem(name: str, shape: Shape, run: Run) -> Problem:
     }
     logits = shape.batch * shape.heads * shape.n_tokens**2
     return Problem(
-        name, fields, (w,), grad, _work(shape, w), subspace_attention_reference, "O dW", partial(_checked, shape),
+        name, fields, (w,), grad, _cost(shape, w), subspace_attention_reference, "O dW", partial(_checked, shape),
         logits_bytes=logits * w.element_size(),
     )  # fmt: skip
 
 
-def _work(shape: Shape, w: Tensor) -> dict[str, Work]:
-    """Products and bytes of each pass: forward reads W and writes O; backward reads W, O and dO and writes dW."""
+def _cost(shape: Shape, w: Tensor) -> dict[str, Cost]:
+    """Count products and bytes: forward reads W and writes O; backward reads W, O and dO and writes dW."""
     product = 2.0 * shape.batch * shape.heads * shape.n_tokens**2 * shape.head_dim
     tokens = w.numel() * w.element_size()
-    forward, backward = Work(2 * product, 2 * tokens), Work(5 * product, 4 * tokens)
+    forward, backward = Cost(2 * product, 2 * tokens), Cost(5 * product, 4 * tokens)
     return {"forward": forward, "backward": backward, "forward + backward": forward + backward}
 
 
 def _checked(shape: Shape, tensor: Tensor) -> Tensor:
-    """The first and last image; all heads, or the first and the last where a head's float64 logits are large."""
+    """Select the first and last image; all heads, or the first and the last where float64 logits are large."""
     images = sorted({0, shape.batch - 1})
     heads = list(range(shape.heads)) if shape.n_tokens**2 <= CHECKED_LOGITS else sorted({0, shape.heads - 1})
     return tensor[images][:, :, heads]
 
 
+def measure(name: str, shape: Shape, run: Run, options: argparse.Namespace) -> list[dict]:
+    """Measure one shape and its peers."""
+    peers = PEERS if options.smoke or run.timer.on_gpu else CPU_PEERS
+    return measure_peers(make_problem(name, shape, run), peers, run)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Measure every shape and write benchmarks/results/mssa.{json,md} or mssa_cpu; 1 where something is red."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    gpu.add_shapes(parser, SHAPES, CPU_SHAPES)
-    gpu.add_options(parser)
-    options = parser.parse_args(argv)
-    if options.smoke and (status := gpu.rerun_interpreted(__file__, argv)) is not None:
-        return status
-    run = gpu.open_run(options, on_cpu=not options.smoke)
-    peers = PEERS if options.smoke or run.timer.on_gpu else CPU_PEERS
-    shapes = SMOKE if options.smoke else gpu.chosen_shapes(parser, options, run, SHAPES, CPU_SHAPES)
-    run.measure_ceilings()
-    name = run.name("mssa")
-    for label, shape in shapes.items():
-        run.rows += gpu.measure(make_problem(label, shape, run), peers, run)
-        gpu.report(name, run, quiet=True)  # what is measured stays, should the rest be cut short
-    gpu.report(name, run)
-    return int(any(row.get("red") for row in run.rows))
+    return run_shapes(parser, argv, __file__, (SHAPES, CPU_SHAPES, SMOKE), measure, lambda _: "mssa")
 
 
 if __name__ == "__main__":

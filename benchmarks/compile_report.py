@@ -1,10 +1,10 @@
-"""What the compiler makes of every row of the tile table, without a GPU.
+"""Compiles every row of the tile table without a GPU, and reports what the compiler made of it.
 
     python benchmarks/compile_report.py                   # all architectures, two to four minutes on two cores
     python benchmarks/compile_report.py --architectures sm_90 --kernels ista_forward
 
-Ahead-of-time compilation through Triton's own wheel: registers, spilled bytes, shared memory, matrix instructions and
-how often a program waits for them, asynchronous copies, exponentials. Exits with 1 where a kernel does not compile or
+Ahead-of-time compilation through Triton's own wheel: registers, spilled bytes, shared memory, matrix instructions,
+asynchronous copies. Exits with 1 where a kernel does not compile or
 does not fit, or misses its architecture's own instructions, and on the versions of `NO_SPILLS` where one spills.
 """
 
@@ -21,8 +21,9 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 
-import torch
 from harness import markdown_table
+
+import torch
 
 from crate_fast.kernels.launch import ARCHITECTURES, SHARED_MEMORY, TABLE, Tile
 
@@ -33,7 +34,7 @@ WIDTH, NARROW = 768, 384  # C; at the second a product's tile of 256 columns is 
 ROWWISE = ("normalize", "layer_norm_backward", "masked_gradient", "fold", "fold_backward", "scale", "unscale")
 COLUMNS = [
     "kernel", "architecture", "precision", "size", "tile", "registers", "spilled_bytes", "shared_kib",
-    "matrix_instructions", "waits", "async_copies", "exp2",
+    "matrix_instructions", "async_copies",
 ]  # fmt: skip
 
 
@@ -49,14 +50,14 @@ class Case:
 
 
 def cases(architectures: tuple[str, ...] = ARCHITECTURES) -> list[Case]:
-    """Every row of the table on every architecture it serves, at every head width; and the kernels without a row."""
+    """List every row of the table on each architecture, at every head width; and the kernels without a row."""
     found = []
     for architecture in architectures:
         for kernel, precision in dict.fromkeys(key[:2] for key in TABLE):
             for size, block_d in _sizes(kernel, precision, architecture):
-                keys = [
+                keys = (
                     (kernel, precision, *key) for key in ((architecture, block_d), (architecture,), (block_d,), ())
-                ]
+                )
                 tiles = [TABLE[key] for key in keys if key in TABLE]
                 if tiles:
                     found.append(Case(kernel, architecture, precision, size, tiles[0]))
@@ -65,7 +66,7 @@ def cases(architectures: tuple[str, ...] = ARCHITECTURES) -> list[Case]:
 
 
 def _sizes(kernel: str, precision: str, architecture: str) -> list[tuple[str, int]]:
-    """Sizes at which a kernel is compiled, each with the table's head width; on Hopper also those that are padded."""
+    """List the sizes to compile a kernel at, each with the table's head width; on Hopper also padded ones."""
     padded = architecture == "sm_90" and precision == "half"
     if kernel.startswith("attention"):
         return [
@@ -86,7 +87,7 @@ def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 def plan(case: Case):
-    """The launch that a case compiles, on meta tensors: the functions that the launchers themselves run."""
+    """Plan the launch that a case compiles, on meta tensors, by the functions that the launchers themselves run."""
     from crate_fast.kernels import attention
 
     low = torch.bfloat16 if case.precision == "half" else torch.float32
@@ -143,7 +144,7 @@ def _plan_rowwise(kernel: str, width: int):
 
 
 def _plan_product(case: Case, low: torch.dtype):
-    """A product as its users launch it; "mixed" adds fp32 to a product in half precision, as autocast does."""
+    """Plan a product as its users launch it; "mixed" adds fp32 to half-precision products, as autocast does."""
     from crate_fast.kernels import product
 
     width, *words = case.size.split()
@@ -174,7 +175,7 @@ _POINTERS = {
 
 
 def _source(launch):
-    """The kernel with signature, constants and attributes as a real launch would specialise them."""
+    """Describe the kernel with signature, constants and attributes as a real launch specialises them."""
     from triton.compiler import ASTSource
 
     signature, constants, attributes = {}, {}, {}
@@ -194,7 +195,7 @@ def _source(launch):
 
 
 def compile_launch(launch, architecture: str) -> dict:
-    """Compile one launch and read what came out; `matrix_instructions` is a count by name."""
+    """Compile one launch and read the result; `matrix_instructions` is a count by name."""
     import triton
     from triton import knobs
     from triton.backends.compiler import GPUTarget
@@ -224,14 +225,12 @@ def _read_sass(cubin: bytes, disassembler: str) -> dict:
     matrix = {name: len(re.findall(rf"\b{name}\b", sass)) for name in ("HGMMA", "HMMA", "UTCHMMA", "UTCQMMA")}
     return {
         "matrix_instructions": {name: count for name, count in matrix.items() if count},
-        "waits": len(re.findall(r"\bWARPGROUP\.DEPBAR", sass)),
         "async_copies": len(re.findall(r"\b(LDGSTS|UTMALDG)\b", sass)),
-        "exp2": len(re.findall(r"\bMUFU\.EX2\b", sass)),
     }
 
 
 def compile_case(case: Case) -> dict:
-    """A row of the report; "error" holds the compiler's message where it failed."""
+    """Return a row of the report; "error" holds the compiler's message where it failed."""
     row = asdict(case) | {"error": None}
     try:
         launch = plan(case)
@@ -263,7 +262,7 @@ def compile_all(wanted: list[Case], processes: int = 2) -> list[dict]:
 
 
 def problems(rows: list[dict], spills_count: bool) -> list[str]:
-    """What is wrong: errors, shared memory that does not fit, Hopper without its own instructions, spills."""
+    """Find errors, shared memory that does not fit, Hopper without its own instructions, spills."""
     found = []
     for row in rows:
         name = f"{row['kernel']} {row['architecture']} {row['precision']} {row['size']}"
@@ -283,16 +282,6 @@ def problems(rows: list[dict], spills_count: bool) -> list[str]:
             if row["serialized"]:
                 found.append(f"{name}: ptxas serialises the asynchronous matrix instructions")
     return found
-
-
-def _display(row: dict) -> dict:
-    tile = row["tile"]
-    blocks = "×".join(str(tile[key]) for key in ("block_m", "block_n", "block_k") if tile[key])
-    shown = row | {
-        "tile": f"{blocks}, {tile['num_warps']} warps, {tile['num_stages']} stages",
-        "matrix_instructions": " ".join(f"{n} {c}" for n, c in row.get("matrix_instructions", {}).items()) or "none",
-    }
-    return {column: shown.get(column, row["error"]) for column in COLUMNS}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -316,7 +305,9 @@ def main(argv: list[str] | None = None) -> int:
         names = ("block_m", "block_n", "num_warps", "num_stages", "block_k")
         wanted = [replace(c, tile=replace(c.tile, **dict(zip(names, words, strict=False)))) for c in wanted]
     rows = compile_all(wanted, args.processes)
-    print(markdown_table([_display(row) for row in rows], COLUMNS))
+    for row in rows:
+        row["tile"] = " ".join(f"{name}={value}" for name, value in row["tile"].items() if value)
+    print(markdown_table([dict.fromkeys(COLUMNS) | row for row in rows], COLUMNS))
     found = problems(rows, triton.__version__.startswith(NO_SPILLS))
     spills = sum(bool(row.get("spilled_bytes")) for row in rows)
     print("\n".join(found) or f"triton {triton.__version__}: {len(rows)} kernels compile and fit; {spills} spill")

@@ -1,4 +1,4 @@
-"""What needs a GPU, in calls that end in time and bring back what there is, whatever fails on the way.
+"""Checks and measures all that needs a GPU, in calls that end in time and bring back partial results.
 
     python benchmarks/gpu_check.py prepare     # where there is a network: an assembler and the commit, into .gpu/
     bash benchmarks/gpu_check.sh first         # at most 410 s: probes, operators beside their peers, tiles, tests
@@ -6,8 +6,8 @@
     bash benchmarks/gpu_check.sh first --stages warm tiles --limit 120
     bash benchmarks/gpu_check.sh all --rehearse          # on a CPU, with stand-ins: does the program itself work?
 
-Nothing gates anything else: every probe and every worker is a process with a time limit, and what it has written
-when it ends, however it ends, counts. Each stage has a share of the time; what comes late gets less, never more time.
+No stage depends on another: every probe and every worker is a process with a time limit, and what it has written
+when it ends, however it ends, counts. Each stage has a share of the time; a late stage gets less, never more time.
 
 Brings back, in $OUT or --output: gpu_check_PART.tar.gz (rows.jsonl, junit.xml, logs, and of failures PTX and SASS),
 found_tiles.json (for CRATE_FAST_TILES; `second` finds a copy in .gpu/) and summary_PART.md.
@@ -18,29 +18,490 @@ commit where this copy of the tree is not a git checkout.
 """
 
 import argparse
+import csv
+import json
 import lzma
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+import traceback
 import zipfile
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from gpu_session import CARRIED, ROOT, TILES, Check, TimeUp
-from gpu_stages import PARTS
+from gpu_report import facts_of, found_tiles, pack, read_rows
+from gpu_worker import COUNTED
+from isolation import Job, Process, run_jobs, tail
 
-__all__ = ["main", "prepare"]
-
+ROOT = Path(__file__).resolve().parent.parent
+CARRIED = ROOT / ".gpu"  # ignored by git: travels to the GPU with the tree
+TILES = "found_tiles.json"
+WHEEL = "triton>=3.9"  # its assembler is not known to miscompile on Hopper
 LIMITS = {"first": 410.0, "second": 230.0, "all": 630.0}
-WHEEL = "triton>=3.9"  # whose assembler is not known to miscompile on Hopper
+NO_TIME = "no time was left"
+PACK_SECONDS = 10.0  # at the end, for the archive
+
+PROBE_S, PROBES_AT_ONCE = 30.0, 10
+HANG_S = 6.0  # limit of the probe that hangs, in a rehearsal
+FAULTS = ("fault:crash", "fault:hang", "fault:wrong")  # probes of a rehearsal
+EVIDENCE = 6  # red probes that run once more to leave their PTX and SASS
+MODELS_AT_ONCE = 2  # that run while others compile: memory for both
+BACKGROUND = 4  # processes that compile peers while kernels are compiled and probed
+PTXAS_VARIABLES = ("TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH")
+
+
+class TimeUp(BaseException):
+    """The end of the time, or a signal to stop."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of a check.
+
+    Args:
+        name: Name for --stages.
+        seconds: Its share of the time: nothing is started after it.
+        grace: Seconds more for what runs then.
+        run: The stage's function.
+    """
+
+    name: str
+    seconds: float
+    grace: float
+    run: "Callable[[Check], None]"
+
+
+class Check:
+    """One call: its folders, deadlines and environment, and the rows found so far."""
+
+    def __init__(self, options: argparse.Namespace):
+        self.part, self.rehearse = options.part, options.rehearse
+        self.started = time.monotonic()
+        self.end = self.started + options.limit - PACK_SECONDS
+        self.output = options.output
+        self.folder = options.work / options.part
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.logs, self.failures = self.folder / "logs", self.folder / "failures"
+        for folder in (self.output, self.logs, self.failures):
+            folder.mkdir(parents=True, exist_ok=True)
+        self.rows_file = self.folder / "rows.jsonl"
+        self.stage = "start"
+        self.soft = self.hard = self.end  # of a stage: nothing starts after the first, everything ends at the second
+        self.commit, self.ptxas = options.commit, options.ptxas
+        self.cores = os.cpu_count() or 2
+        self.items: dict[str, list[dict]] = {}  # by kind, once they are listed
+        self.other_assembler: dict[str, str] | None = (
+            None  # environment of Triton's own, where the carried one is used
+        )
+        self.background: list[Process] = []
+        self.taken: dict[Path, int] = {}  # lines of workers' files that are in ours
+        self.environment = self._environment(options)
+
+    def _environment(self, options: argparse.Namespace) -> dict[str, str]:
+        kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        paths = [str(ROOT), str(ROOT / "benchmarks"), *filter(None, [kept.get("PYTHONPATH")])]
+        cache = options.work / "cache"
+        added = {
+            "PYTHONPATH": os.pathsep.join(paths),
+            "PYTHONUNBUFFERED": "1",
+            "TRITON_CACHE_DIR": str(cache / "triton"),
+            "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"),
+            "TORCHINDUCTOR_COMPILE_THREADS": "4",
+            "OMP_NUM_THREADS": "1" if self.rehearse else "2",
+            "GPU_CHECK_COMMIT": self.commit,
+        }
+        if self.rehearse:
+            added |= {"TRITON_INTERPRET": "1", "GPU_CHECK_REHEARSE": "1"}
+        tiles = options.tiles or next(filter(Path.exists, (CARRIED / TILES, options.work / TILES)), None)
+        if self.part == "second" and tiles is not None:
+            added["CRATE_FAST_TILES"] = str(tiles.resolve())
+        return kept | added
+
+    # --- rows -----------------------------------------------------------------------------------------------------
+
+    def row(self, item: str, status: str, reason: str | None = None, **more: object) -> None:
+        """Append a row; `status` is "ok", "red" (ours is wrong or fails) or "n/a"."""
+        line = {"stage": self.stage, "item": item, "status": status, "reason": reason, **more}
+        line["at_s"] = round(time.monotonic() - self.started, 1)
+        with open(self.rows_file, "a") as file:
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        if status == "red":
+            print(f"  red: {item}: {str(reason)[:200]}", flush=True)
+
+    def rows(self) -> list[dict]:
+        """Return the rows so far."""
+        return read_rows(self.rows_file)
+
+    def tool(self, name: str) -> str | None:
+        """Return the path of a tool that the environment stage has found."""
+        return (facts_of(self.rows()).get("tools") or {}).get(name)
+
+    def collect(self, path: Path) -> tuple[set[str], str | None]:
+        """Take over a worker's new rows; return the items that it finished, and the one it was at when it ended."""
+        ended, current, lines = set(), None, read_rows(path)
+        for number, line in enumerate(lines):
+            if "begin" in line:
+                current = line["begin"]
+            elif "end" in line:
+                ended.add(line["end"])
+                current = None
+            elif number >= self.taken.get(path, 0) and {"item", "status"} <= line.keys():
+                self.row(**line)
+        self.taken[path] = len(lines)
+        return ended, current
+
+    # --- processes ------------------------------------------------------------------------------------------------
+
+    def start(self, job: Job) -> Process:
+        """Start a job that ends with its stage at the latest."""
+        return Process(job, ROOT, self.logs, self.environment, self.hard)
+
+    def run(self, jobs: Iterable[Job], done: Callable, parallel: int) -> None:
+        """Run jobs until the stage's end; a row for each that finds no time."""
+        for job in run_jobs(jobs, self.start, done, parallel, self.soft):
+            for name in [item["name"] for item in job.items] or [job.name]:
+                self.row(name, "n/a", NO_TIME)
+
+    def worker(self, *words: str, name: str, limit_s: float, **options) -> Job:
+        """Make a job of gpu_worker.py, without the check of first launches: it compares with float64 itself."""
+        command = [sys.executable, str(ROOT / "benchmarks" / "gpu_worker.py"), *words]
+        return Job(name, command, limit_s, {"CRATE_FAST_SELF_CHECK": "0"}, **options)
+
+    def items_job(self, items: list[dict], mode: str, stall_s: float, nice: int = 0) -> Job:
+        """Make a worker for these items, one after the other; `nice` lowers its priority."""
+        number = len(list(self.folder.glob("items_*.json")))
+        listed, rows = self.folder / f"items_{number}.json", self.folder / f"rows_{number}.jsonl"
+        listed.write_text(json.dumps(items))
+        until = time.time() + self.soft - time.monotonic()
+        words = ("items", "--mode", mode, "--items", str(listed), "--rows", str(rows), "--until", str(until))
+        words += ("--stall", str(stall_s), "--nice", str(nice))
+        name = f"{self.stage}_{mode}_{number}"
+        return self.worker(*words, name=name, limit_s=1e6, beat=rows, stall_s=stall_s, items=items)
+
+    def work_through(
+        self, items: list[dict], mode: str, workers: int, stall_s: float, more: Sequence[Job] = ()
+    ) -> None:
+        """Have items done by a pool; one that ends its worker is red, and the rest gets a new worker.
+
+        Args:
+            items: Items in the order of their importance.
+            mode: "warm" or "time".
+            workers: Processes at a time.
+            stall_s: Seconds that an item may take.
+            more: Other workers to run at the same time.
+        """
+        lists = [part for part in (items[i::workers] for i in range(workers)) if part]
+        jobs = [self.items_job(part, mode, stall_s) for part in lists]
+        self.run([*more, *jobs], lambda process: self.after_items(process, mode, stall_s), workers + len(more))
+
+    def after_items(self, process: Process, mode: str, stall_s: float) -> list[Job]:
+        """Collect the rows of a worker that has ended; return the job for what it left."""
+        ended, current = self.collect(process.job.beat)
+        items, reason = process.job.items, f"{process.reason}: {tail(process.log)}"
+        left = [item for item in items if item["name"] not in ended | {current}]
+        if current is not None:
+            (item,) = [item for item in items if item["name"] == current]
+            if len(item.get("peers", ())) > 1:  # one of them has ended it: which?
+                self.row(current, "n/a", f"ended its worker, so its peers are tried one by one: {reason}")
+                left = [item | {"name": f"{current}: {peer}", "peers": [peer]} for peer in item["peers"]] + left
+            else:
+                self.row(current, "red", reason)
+        elif len(left) == len(items) and process.reason is not None:  # it did not even begin
+            for item in left:
+                self.row(item["name"], "n/a", f"its worker did not start: {reason}")
+            return []
+        return [self.items_job(left, mode, stall_s)] if left else []
+
+    def stop_background(self) -> None:
+        """End the background's compilers, which would slow what is timed."""
+        for process in self.background:
+            process.check()
+            process.end("stopped: times are measured now")
+            _, current = self.collect(process.job.beat)
+            if current is not None:
+                self.row(f"compiled: {current}", "n/a", process.reason)
+        self.background = []
+
+    # --- the whole ------------------------------------------------------------------------------------------------
+
+    def go(self, stages: list[Stage]) -> None:
+        """Run the stages, each within its share of the time that is left; a stage's own error costs that stage."""
+        for index, stage in enumerate(stages):
+            now = time.monotonic()
+            left = self.end - now
+            wanted = sum(later.seconds for later in stages[index:])
+            last = index == len(stages) - 1
+            share = max(0.0, left - stage.grace if last else stage.seconds * min(1.0, left / wanted))
+            self.stage = stage.name
+            self.soft, self.hard = now + share, min(self.end, now + share + stage.grace)
+            print(f"== {stage.name}: {share:.0f} s, after {now - self.started:.0f} s", flush=True)
+            try:
+                stage.run(self)
+            except Exception:
+                self.row(stage.name, "red", f"the check's own error: {traceback.format_exc()}")
+            self.pack(evidence=False)  # in case somebody ends this before its time
+
+    def pack(self, evidence: bool = True) -> str:
+        """Write the archive and the summary; return the summary."""
+        for path in self.folder.glob("rows_*.jsonl"):
+            self.collect(path)  # of workers that nobody has waited for
+        return pack(self.rows(), self.part, self.folder, self.output, evidence)
+
+
+# --- stages -------------------------------------------------------------------------------------------------------
+
+
+def environment(check: Check) -> None:
+    """Record versions and card, try both assemblers, list the items of the other stages."""
+    items, rows = check.folder / "items.json", check.folder / "rows_environment.jsonl"
+    own, carried = check.folder / "rows_own.jsonl", check.folder / "rows_carried.jsonl"
+    jobs = [
+        check.worker("environment", "--rows", str(rows), name="environment", limit_s=60),
+        check.worker("list", check.part, "--rows", str(rows), "--into", str(items), name="list", limit_s=60),
+    ]
+    if not check.rehearse:
+        jobs += [Job("env", [sys.executable, "-m", "crate_fast.env"], 60), Job("nvidia-smi", ["nvidia-smi"], 20)]
+        jobs += [check.worker("assembler", "--rows", str(own), name=own.stem, limit_s=40)]
+        if check.ptxas.exists():
+            words = ["--rows", str(carried), "--ptxas", str(check.ptxas), "--into", str(check.folder)]
+            jobs += [check.worker("assembler", *words, name=carried.stem, limit_s=40)]
+        else:
+            check.row("carried assembler", "n/a", f"{check.ptxas} is not here")
+
+    def done(process: Process) -> None:
+        if process.reason is not None:
+            check.row(process.job.name, "red", f"{process.reason}: {tail(process.log)}")
+
+    check.run(jobs, done, parallel=len(jobs))
+    for path in (rows, own, carried):
+        check.collect(path)
+    choose_assembler(check)
+    if items.exists():
+        check.items = json.loads(items.read_text())
+    red = [row["item"] for row in check.rows() if row["status"] == "red"]
+    if "tile table" in red and check.environment.pop("CRATE_FAST_TILES", None):
+        check.row("found tiles", "n/a", "their file cannot be used: the table's own tiles run instead")
+
+
+def choose_assembler(check: Check) -> None:
+    """Use the carried assembler if it has passed its trial; red probes then run again with Triton's own."""
+    rows = check.rows()
+    passed = [row for row in rows if (row["item"], row["status"]) == ("carried assembler", "ok")]
+    if passed:
+        check.other_assembler = {name: check.environment.get(name, "") for name in PTXAS_VARIABLES}
+        check.environment |= dict.fromkeys(PTXAS_VARIABLES, passed[0]["path"])
+    facts = {"assembler": passed[0]["version"] if passed else "Triton's own"}
+    if "commit" not in facts_of(rows):  # the environment's worker has failed
+        facts["commit"] = check.commit
+    check.row("assembler in use", "ok", facts=facts)
+
+
+def warm(check: Check) -> None:
+    """Fill the compilers' caches on all cores; torch.compile's peers go on in the background."""
+    if check.part == "second":
+        models = [
+            item for kind in ("models", "more") for item in check.items.get(kind, []) if item["kind"] == "model"
+        ]
+        compiled = [item for item in models if item["peers"][-1].endswith("compiled")]
+        jobs = [check.items_job([item | {"peers": item["peers"][-1:]}], "warm", 90.0) for item in compiled]
+        ours = [item | {"peers": item["peers"][:1]} for item in models if item not in compiled]
+        check.work_through(ours[: 2 * MODELS_AT_ONCE], "warm", MODELS_AT_ONCE, 40.0, jobs)
+        return
+    compiled = [item | {"peers": item["peers"][1:]} for item in check.items.get("compiled", [])]
+    hard, check.hard = check.hard, min(check.end, time.monotonic() + 110.0)  # the background outlasts this stage
+    for part in range(BACKGROUND):
+        if compiled[part::BACKGROUND]:
+            job = check.items_job(compiled[part::BACKGROUND], "warm", 90.0, nice=10)
+            check.background.append(check.start(job))
+    check.hard = hard
+    ours = [item | {"peers": item["peers"][:1]} for item in check.items.get("operators", [])]
+    items = ours + check.items.get("tiles", []) + ([] if check.rehearse else check.items.get("probes", []))
+    check.work_through(items, "warm", max(1, check.cores - 2), 20.0)
+
+
+def probes(check: Check) -> None:
+    """Compare every kernel with float64, each by itself; rerun a red one with the other assembler and for PTX."""
+    names = [item["probe"] for item in check.items.get("probes", [])]
+    words = ["--reruns", "2", "--device", "cpu"] if check.rehearse else ["--reruns", "20"]
+    known: dict[str, tuple[str, str, Path]] = {}  # by job: the probe, why it runs again, the file of its row
+    evidence: list[str] = []
+
+    def job(name: str, again: str = "", environment: dict[str, str] | None = None) -> Job:
+        title = f"{name}, {again}" if again else name
+        path = check.folder / f"probe_{len(known)}.json"
+        known[title] = name, again, path
+        command = [sys.executable, "-m", "crate_fast.probes", "--probe", name, "--json", str(path), *words]
+        return Job(title, command, HANG_S if name == "fault:hang" else PROBE_S, environment or {})
+
+    def done(process: Process) -> list[Job]:
+        name, again, path = known[process.job.name]
+        found = json.loads(path.read_text()) if path.exists() else {}
+        status = found.get("status")
+        right = status == "right" and process.reason is None
+        reason = f"{process.reason}: {tail(process.log)}" if status in (None, "right") else status
+        if found.get("share") is not None:
+            reason += f": {found['share']:.2g} of the error that is allowed, reruns equal: {found['reruns_equal']}"
+        check.row(process.job.name, "ok" if right else "red", None if right else reason, probe=found)
+        more = []
+        if not (right or again or check.rehearse):
+            if check.other_assembler is not None:
+                more.append(job(name, "other assembler", check.other_assembler))
+            if len(evidence) < EVIDENCE:
+                evidence.append(name)
+                more.append(job(name, "for its PTX", {"TRITON_CACHE_DIR": str(check.failures / name)}))
+        return more
+
+    chosen = [*FAULTS, *names[:1]] if check.rehearse else names
+    check.run([job(name) for name in chosen], done, 2 if check.rehearse else PROBES_AT_ONCE)
+
+    def keep_sass(process: Process) -> None:
+        os.replace(process.log, Path(process.job.command[-1]).with_suffix(".sass"))
+
+    tool = check.tool("cuobjdump")
+    cubins = sorted(check.failures.rglob("*.cubin")) if tool else []
+    jobs = [Job(f"sass_{index}", [tool, "-sass", str(cubin)], 10.0) for index, cubin in enumerate(cubins)]
+    check.run(jobs, keep_sass, PROBES_AT_ONCE)
+
+
+def timings(check: Check) -> None:
+    """Time subspace attention and ISTA beside their peers: first those that need no compiling, then the others."""
+    check.stop_background()
+    items = check.items.get("operators", [])
+    if check.rehearse:
+        items = [items[0], {"name": "a fault", "kind": "crash"}, *items[1:2]] if items else []
+    check.work_through(items, "time", 1, 25.0)
+    check.work_through(check.items.get("compiled", []), "time", 1, 30.0)
+
+
+def tiles(check: Check) -> None:
+    """Time the candidates that compiled, fit and did not spill; write the best to found_tiles.json."""
+    check.stop_background()
+    warmed = {row["item"]: row for row in check.rows() if row["stage"] == "warm"}
+    kept = []
+    for item in check.items.get("tiles", []):
+        row = warmed.get(item["name"], {"status": "n/a", "reason": NO_TIME})
+        spills = row.get("spills") and not item["present"]
+        if row["reason"] == NO_TIME or (row["status"] == "ok" and not spills):
+            kept.append(item)
+        else:
+            check.row(item["name"], "n/a", f"left out: {row['reason'] or 'it spills registers'}")
+    try:
+        check.work_through(kept, "time", 1, 10.0)
+    finally:
+        found = found_tiles(row for row in check.rows() if row["stage"] == "tiles")
+        if found:
+            for folder in (check.output, check.folder.parent):
+                (folder / TILES).write_text(json.dumps(found, indent=1) + "\n")
+
+
+def tests(check: Check) -> None:
+    """Run the GPU tests, four processes at a time where pytest-xdist is here; each test has a time limit."""
+    check.stop_background()
+    facts = facts_of(check.rows())
+    rows = check.folder / "rows_tests.jsonl"
+    rows.touch()
+    words = ["-o", "addopts=-ra --strict-markers", "-p", "no:cacheprovider", "-p", "gpu_worker", "-q", "-m", "gpu"]
+    words += [f"--junitxml={check.folder / 'junit.xml'}", "-o", "junit_logging=all", "-o", "faulthandler_timeout=50"]
+    if not check.rehearse and not str(facts.get("xdist", "no")).startswith("no"):
+        words += ["-n", "4", "--max-worker-restart", "20"]
+    if not str(facts.get("pytest_timeout", "no")).startswith("no"):
+        words += ["--timeout", "90", "--timeout-method", "thread"]
+    environment = {"GPU_CHECK_ROWS": str(rows)} | ({} if check.rehearse else {"CRATE_FAST_REQUIRE_GPU": "1"})
+    files = sorted((ROOT / "tests").glob("test_*.py"), key=lambda path: path.name != "test_gpu.py")
+    files = files[:1] if check.rehearse else [path for path in files if "mark.gpu" in path.read_text()]
+    job = Job("tests", [sys.executable, "-m", "pytest", *words, *map(str, files)], 1e6, environment, polite_s=10.0)
+
+    def done(process: Process) -> None:
+        check.collect(rows)
+        if process.asked:
+            check.row("the other tests", "n/a", NO_TIME)
+        elif process.reason not in (None, "exit status 1"):  # 1: tests have failed, and have their rows
+            check.row("pytest", "red", f"{process.reason}: {tail(process.log)}")
+
+    check.soft = check.hard  # one job: all of the time
+    check.run([job], done, 1)
+
+
+def models(check: Check) -> None:
+    """Time a training step of CRATE-B/16 beside its peers and of B/8; profile a step."""
+    check.work_through(check.items.get("models", []), "time", 1, 60.0)
+
+
+def more(check: Check) -> None:
+    """Time inference, growth with the number of tokens, CRATE-MAE, other sizes: as many as fit."""
+    check.work_through(check.items.get("more", []), "time", 1, 45.0)
+
+
+def counters(check: Check) -> None:
+    """Read hardware counters of six kernels by ncu: all in one process, and one by one where that fails."""
+    tool = check.tool("ncu")
+    if tool is None:
+        check.row("ncu", "n/a", "ncu is not here")
+        return
+    command = [tool, "--profile-from-start", "off", "--clock-control", "none", "--csv", "--page", "details"]
+    for section in ("SpeedOfLight", "Occupancy", "LaunchStats", "WarpStateStats", "ComputeWorkloadAnalysis"):
+        command += ["--section", section]
+    command += [sys.executable, str(ROOT / "benchmarks" / "gpu_worker.py"), "kernels"]
+
+    def done(process: Process) -> list[Job]:
+        found = read_counters(process.log)
+        name = process.job.name.removeprefix("ncu_")
+        reason = None if found else f"{process.reason}: {tail(process.log)}"
+        check.row(f"ncu {name}", "ok" if found else "n/a", reason, counters=found)
+        if found or name != "all":
+            return []
+        return [Job(f"ncu_{kernel}", [*command, kernel], 30.0) for kernel in COUNTED]
+
+    check.run([Job("ncu_all", command, 60.0)], done, 1)
+
+
+WANTED = re.compile("Throughput|Duration|Registers Per Thread|Occupancy|Shared Memory|Issue|Executed Ipc|Warp")
+
+
+def read_counters(log: Path) -> dict[str, dict[str, str]]:
+    """Read ncu's table: by kernel, metric and value with its unit."""
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.startswith('"')]
+    found: dict[str, dict[str, str]] = {}
+    for row in csv.DictReader(lines):
+        metric = row.get("Metric Name") or ""
+        if row.get("Metric Value") and WANTED.search(metric):
+            value = f"{row['Metric Value']} {row.get('Metric Unit') or ''}".strip()
+            found.setdefault(row.get("Kernel Name", "?"), {})[metric] = value
+    return found
+
+
+_ENVIRONMENT = Stage("environment", 15, 45, environment)
+_FIRST = [
+    Stage("warm", 35, 15, warm),
+    Stage("probes", 70, 15, probes),
+    Stage("timings", 90, 15, timings),
+    Stage("tiles", 70, 10, tiles),
+    Stage("tests", 120, 0, tests),
+]
+_SECOND = [
+    Stage("models", 100, 20, models),
+    Stage("counters", 30, 10, counters),
+    Stage("more", 45, 5, more),
+]
+PARTS = {
+    "first": [_ENVIRONMENT, *_FIRST],
+    "second": [_ENVIRONMENT, Stage("warm", 40, 15, warm), *_SECOND],
+    "all": [_ENVIRONMENT, *_FIRST, *_SECOND],
+}
+
+
+# --- the command --------------------------------------------------------------------------------------------------
 
 
 def _commit() -> str:
-    """$COMMIT, else what git says, else what `prepare` wrote."""
+    """Return $COMMIT, or the commit that git names, or the one that `prepare` wrote."""
     carried = CARRIED / "commit"
     command = ["git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD"]
     if "COMMIT" in os.environ:
@@ -54,7 +515,7 @@ def _commit() -> str:
 
 
 def prepare() -> int:
-    """Put what travels to the GPU beside the tree into .gpu/: the commit, and an assembler of Triton 3.9 or later."""
+    """Put the commit and an assembler of Triton 3.9 or later into .gpu/, which travels to the GPU with the tree."""
     CARRIED.mkdir(exist_ok=True)
     (CARRIED / "commit").write_text(_commit() + "\n")
     target = CARRIED / "ptxas.xz"
@@ -66,25 +527,25 @@ def prepare() -> int:
             with zipfile.ZipFile(wheel) as archive:
                 names = [name for name in archive.namelist() if re.search(r"/nvidia/bin/ptxas[^/]*$", name)]
                 tools = [Path(archive.extract(name, folder)) for name in names]
-            target.write_bytes(lzma.compress(max(tools, key=_version).read_bytes(), preset=6))
+            target.write_bytes(lzma.compress(max(tools, key=_ptxas_version).read_bytes(), preset=6))
     print(f"{CARRIED}: commit {_commit()}, {target.name} {target.stat().st_size / 2**20:.0f} MiB; carry this folder")
     return 0
 
 
-def _version(tool: Path) -> list[int]:
-    """Of an assembler."""
+def _ptxas_version(tool: Path) -> list[int]:
     tool.chmod(0o755)
     text = subprocess.run([str(tool), "--version"], capture_output=True, text=True, check=True).stdout
     return [int(number) for number in re.search(r"\bV(\d[\d.]*)", text)[1].split(".")]
 
 
-def _parser(names: list[str]) -> argparse.ArgumentParser:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=(*LIMITS, "prepare"))
-    parser.add_argument("--stages", nargs="+", choices=names, help="these of the part's, and the environment")
+    stages = list(dict.fromkeys(stage.name for part in PARTS.values() for stage in part))
+    parser.add_argument("--stages", nargs="+", choices=stages, help="these of the part's, and the environment")
     parser.add_argument("--limit", type=float, help="seconds for all of it; 410 for first, 230 for second")
     output = os.environ.get("OUT") or ROOT / "build" / "gpu_check" / "results"
-    parser.add_argument("--output", type=Path, default=Path(output), help="what is brought back; default $OUT")
+    parser.add_argument("--output", type=Path, default=Path(output), help="folder of the results; default $OUT")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "gpu_check", help="logs and compilers' caches")
     parser.add_argument("--ptxas", type=Path, default=CARRIED / "ptxas.xz", help="assembler to try, perhaps as .xz")
     parser.add_argument("--tiles", type=Path, help=f"for `second`; default .gpu/{TILES}, or what `first` found here")
@@ -95,7 +556,7 @@ def _parser(names: list[str]) -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run a part, and bring back what it found; 0 unless the program itself fails."""
-    options = _parser(list(dict.fromkeys(stage.name for part in PARTS.values() for stage in part))).parse_args(argv)
+    options = _parser().parse_args(argv)
     if options.part == "prepare":
         return prepare()
     options.limit = options.limit or LIMITS[options.part]
@@ -110,7 +571,7 @@ def main(argv: list[str] | None = None) -> int:
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM):
         signal.signal(number, stop)
-    signal.setitimer(signal.ITIMER_REAL, max(1.0, check.end - time.monotonic() + 4.0))  # should a stage overrun
+    signal.setitimer(signal.ITIMER_REAL, max(1.0, check.end - time.monotonic() + 4.0))  # if a stage overruns
     try:
         check.go([stage for stage in PARTS[options.part] if stage.name in wanted])
     except TimeUp as reason:

@@ -1,19 +1,24 @@
-"""What the rows of a GPU check say: the tiles that were best, and a page to read. Only the standard library."""
+"""The results of a GPU check: rows, the best tiles, a page to read, the archive. Only the standard library."""
 
 import json
 import math
+import tarfile
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-__all__ = ["facts_of", "found_tiles", "read_rows", "summary", "times", "why_missing"]
-
-WORTH = 0.98  # of the present tile's time: what is not faster than that stays as it is
-SHOWN = 40  # red rows of a summary
+WORTH = 0.98  # of the present tile's time: a tile must be faster than that to replace it
+SHOWN = 40  # red rows in a summary
+MOST_BYTES = 15 * 2**20  # size of a file that is brought back
+MOST_EVIDENCE_BYTES = 40 * 2**20  # PTX and SASS before compression
+FACTS = (  # repeated in every row of the archive
+    *("device", "driver", "commit", "torch", "triton", "ptxas", "assembler", "matrix_tflops_per_s", "copy_gb_per_s"),
+)
+TILE_KEY = ("kernel", "architecture", "precision", "block_d")
 
 
 def read_rows(path: Path) -> list[dict]:
-    """Lines of JSON, without one that was cut short; none where there is no file."""
+    """Read lines of JSON, without one that was cut short; none where there is no file."""
     rows = []
     if path.exists():
         for line in path.read_text(errors="replace").splitlines():
@@ -26,7 +31,7 @@ def read_rows(path: Path) -> list[dict]:
 
 
 def facts_of(rows: Iterable[dict]) -> dict[str, object]:
-    """What the run knew of card, versions, commit and ceilings."""
+    """Merge the facts that rows carry: card, versions, commit, ceilings, tools."""
     facts: dict[str, object] = {}
     for row in rows:
         facts |= row.get("facts") or {}
@@ -46,19 +51,16 @@ def found_tiles(rows: Iterable[dict]) -> list[dict]:
         times = _beside_blocks_of_rows(best, key)
         if times and math.prod(rows_ms / whole_ms for whole_ms, rows_ms in times.values()) < 1:
             tile = None
-        found.append(dict(zip(_KEY, key, strict=True)) | {"tile": tile})
+        found.append(dict(zip(TILE_KEY, key, strict=True)) | {"tile": tile})
     return found
 
 
-_KEY = ("kernel", "architecture", "precision", "block_d")
-
-
 def _best(rows: Iterable[dict]) -> dict[tuple, tuple[dict, float | None]]:
-    """By key, the row of the best tile and the milliseconds of PyTorch's own way."""
+    """Find by key the row of the best tile, and the milliseconds of PyTorch's own way."""
     timed: dict[tuple, list[dict]] = {}
     for row in rows:
         if row["status"] == "ok" and row.get("latency_ms") is not None and "kernel" in row:
-            timed.setdefault(tuple(row[name] for name in _KEY), []).append(row)
+            timed.setdefault(tuple(row[name] for name in TILE_KEY), []).append(row)
     best = {}
     for key, candidates in timed.items():
         quickest = min(candidates, key=lambda row: row["latency_ms"])
@@ -71,7 +73,7 @@ def _best(rows: Iterable[dict]) -> dict[tuple, tuple[dict, float | None]]:
 
 
 def _beside_blocks_of_rows(best: dict[tuple, tuple], key: tuple) -> dict[str, tuple[float, float]]:
-    """For a kernel of whole heads: shape → its milliseconds and those of blocks of rows, at the shapes of both."""
+    """Pair the milliseconds of a whole-head kernel with those of blocks of rows, by the shapes of both."""
     kernel, *rest = key
     by_rows = best.get((kernel.replace("whole_head", "attention"), *rest))
     if not kernel.startswith("whole_head") or by_rows is None:
@@ -93,7 +95,7 @@ def _whole_heads(rows: Iterable[dict]) -> list[str]:
 
 
 def _table(title: str, columns: list[str], rows: Iterable[Iterable[object]]) -> list[str]:
-    """Lines of a table under its title; none where it has no rows."""
+    """Format the lines of a table under its title; none where it has no rows."""
     lines = [columns, ["---"] * len(columns), *rows]
     if len(lines) == 2:
         return []
@@ -110,7 +112,7 @@ def _line(text: object) -> str:
 
 
 def summary(rows: list[dict], part: str) -> str:
-    """What a check found, as Markdown: where, how many rows of each stage, what is red, and the numbers."""
+    """Sum up a check as Markdown: facts, rows of each stage, red rows, times, tiles, profile."""
     facts = facts_of(rows)
     keys = ("device", "driver", "commit", "torch", "triton", "ptxas", "numpy", "matrix_tflops_per_s", "copy_gb_per_s")
     lines = [f"# GPU check, {part}", "", ", ".join(f"{key} {facts[key]}" for key in keys if key in facts), ""]
@@ -134,7 +136,7 @@ def summary(rows: list[dict], part: str) -> str:
 
 
 def times(rows: list[dict]) -> str:
-    """A benchmark's rows as a Markdown table, and under it why some have no times."""
+    """Format a benchmark's rows as a Markdown table, and under it why some have no times."""
     unit, scale = ("GFLOP/s", 1000) if all(row.get("driver") == "none" for row in rows) else ("TFLOP/s", 1)
     columns = ["problem", "pass", "peer", "ms", "20–80 %", unit, "floor, ms", "of floor", "ours"]
     shown = []
@@ -152,7 +154,7 @@ def times(rows: list[dict]) -> str:
 
 
 def why_missing(rows: list[dict]) -> str:
-    """A line for each peer that did not run, or was wrong."""
+    """Format a line for each peer that did not run, or was wrong."""
     reasons = dict.fromkeys(
         f"* {'**red**' if row.get('red') else 'n/a'}: {row['problem']}, {row['peer']}: {row['reason']}"
         for row in rows
@@ -183,3 +185,46 @@ def _profile(rows: list[dict]) -> list[str]:
     return _table(
         title, ["kernel", "calls", "µs"], [[k["kernel"], k["calls"], k["us"]] for k in found["kernels"][:15]]
     )
+
+
+# --- the archive --------------------------------------------------------------------------------------------------
+
+
+def pack(rows: list[dict], part: str, folder: Path, output: Path, evidence: bool) -> str:
+    """Write the summary and the archive; return the summary.
+
+    Args:
+        rows: All rows.
+        part: Part of the check.
+        folder: Folder with the part's logs, junit.xml and failures.
+        output: Folder of what is brought back.
+        evidence: Also PTX and SASS of failures, as many as fit.
+    """
+    facts = {key: value for key, value in facts_of(rows).items() if key in FACTS}
+    page = summary(rows, part)
+    (output / f"summary_{part}.md").write_text(page)
+    whole, failures = folder / "all_rows.jsonl", folder / "failures"
+    whole.write_text("".join(json.dumps(facts | row, ensure_ascii=False) + "\n" for row in rows))
+    archive = output / f"gpu_check_{part}.tar.gz"
+    for space in (MOST_EVIDENCE_BYTES, MOST_EVIDENCE_BYTES // 8, 0) if evidence else (0,):
+        with tarfile.open(archive, "w:gz", compresslevel=6) as tar:
+            tar.add(whole, "rows.jsonl")
+            for path in sorted(folder.glob("junit*.xml")):
+                tar.add(path, path.name)
+            for log in sorted((folder / "logs").glob("*.log")):
+                _shorten(log)
+                tar.add(log, f"logs/{log.name}")
+            for path in sorted(failures.rglob("*")):
+                if path.suffix in (".ptx", ".ttgir", ".sass", ".cubin") and path.stat().st_size < space:
+                    space -= path.stat().st_size
+                    tar.add(path, f"failures/{path.relative_to(failures)}")
+        if archive.stat().st_size < MOST_BYTES:
+            break
+    return page
+
+
+def _shorten(log: Path, most: int = 200_000) -> None:
+    """Keep both ends of a long log."""
+    if log.stat().st_size > most:
+        text = log.read_bytes()
+        log.write_bytes(text[: most // 4] + b"\n[...]\n" + text[-most // 2 :])

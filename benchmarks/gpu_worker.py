@@ -1,12 +1,14 @@
-"""What `gpu_check.py` runs in processes of its own; each writes its rows as it finds them.
+"""The jobs that `gpu_check.py` runs in processes of their own; each writes its rows as it finds them.
 
-    python benchmarks/gpu_worker.py environment --rows FILE       # where this is, does anything run, the ceilings
+    python benchmarks/gpu_worker.py environment --rows FILE       # versions, a product, the tile table, the ceilings
     python benchmarks/gpu_worker.py assembler --rows FILE --ptxas FILE.xz --into FOLDER
     python benchmarks/gpu_worker.py list first --rows FILE --into FILE        # the items that there are
     python benchmarks/gpu_worker.py items --mode time --items FILE --rows FILE --until 1700000000
     python benchmarks/gpu_worker.py kernels                       # six launches, for ncu
 
-A worker announces each item ("begin", "end"), so that whoever reads its rows knows in which one it ended.
+A worker announces each item ("begin", "end"), so that whoever reads its rows knows in which one it ended. As a pytest
+plugin (`-p gpu_worker`) this module writes a row for each test. Everything heavy is imported where it is used, so
+that a broken module costs its own rows.
 """
 
 import argparse
@@ -14,15 +16,17 @@ import faulthandler
 import json
 import lzma
 import os
+import shutil
 import sys
 import time
 from contextlib import nullcontext
 from functools import partial
+from importlib import import_module, metadata
 from pathlib import Path
 
-MODES = ("warm", "time")
 REHEARSED = bool(os.environ.get("GPU_CHECK_REHEARSE"))
 ROUNDS = 1 if REHEARSED else 3
+MEASUREMENT_MS = 1.0 if REHEARSED else 50.0
 ATTENTION = ["tiny"] if REHEARSED else ["B16", "S16", "B8", "S8", "B8-480"]
 ISTA = ["tiny"] if REHEARSED else ["B16", "B8"]
 COMPILED_FIRST = [
@@ -49,51 +53,62 @@ class Rows:
         self.file.write(json.dumps({what: name}) + "\n")
 
     def add(self, item: str, status: str, reason: str | None = None, **more: object) -> None:
-        """A result: "ok", "red" (ours is wrong or fails) or "n/a"."""
+        """Write a result: "ok", "red" (ours is wrong or fails) or "n/a"."""
         line = {"item": item, "status": status, "reason": reason, **more}
         self.file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
 
+    def fail(self, item: str, error: Exception, red: bool = True, **more: object) -> None:
+        """Write an error as a result."""
+        from measuring import error_in_a_line
+
+        self.add(item, "red" if red else "n/a", error_in_a_line(error), **more)
+
     def measured(self, item: str, bench: str, rows: list[dict]) -> None:
-        """Rows of a benchmark; they go into its results as they are."""
+        """Write rows of a benchmark; they go into its results as they are."""
         for row in rows:
             status = "red" if row.get("red") else "n/a" if row["latency_ms"] is None else "ok"
             self.add(f"{item}: {row['pass']}, {row['peer']}", status, row["reason"], bench=bench, row=row)
 
 
-# --- where this is ------------------------------------------------------------------------------------------------
+def pytest_runtest_logreport(report) -> None:
+    """Write a row for each test into the file GPU_CHECK_ROWS; with pytest-xdist in the process that schedules."""
+    path = os.environ.get("GPU_CHECK_ROWS")
+    if path is None or "PYTEST_XDIST_WORKER" in os.environ or (report.when != "call" and report.passed):
+        return
+    status = {"passed": "ok", "failed": "red", "skipped": "n/a"}[report.outcome]
+    reason = None if report.passed else str(report.longrepr)[-1500:]
+    Rows(path).add(report.nodeid, status, reason, seconds=round(report.duration, 2))
+
+
+# --- the environment ----------------------------------------------------------------------------------------------
 
 
 def environment(rows: Rows) -> None:
-    """Versions and card; a product, a kernel; the ceilings."""
-    import gpu
+    """Record versions and card; try a product and the tile table; measure the ceilings."""
+    run = _open_run()  # before torch is imported: see harness.py
+
     import torch
 
-    run = _open_run(dtype=None)
     facts = dict(run.facts) | {"python": sys.version.split()[0], "cores": os.cpu_count()}
     for package in ("numpy", "timm", "pytest", "xdist", "pytest_timeout", "scipy"):
         facts[package] = _version(package)
     if run.timer.on_gpu:
         properties = torch.cuda.get_device_properties(0)
-        facts |= {
-            "memory_gib": round(properties.total_memory / 2**30, 1),
-            "multiprocessors": properties.multi_processor_count,
-        }
+        facts["memory_gib"] = round(properties.total_memory / 2**30, 1)
+        facts["multiprocessors"] = properties.multi_processor_count
         facts["capability"] = f"{properties.major}.{properties.minor}"
     facts["tools"] = _tools()
     rows.add("facts", "ok", facts=facts)
-    checks = {"a product": _product_runs, "a Triton kernel": _kernel_runs, "tile table": _tiles_are_read}
-    for name, smoke in checks.items():
+    for name, attempt in {"a product": _multiply, "tile table": _read_tiles}.items():
         try:
-            rows.add(name, "ok", error=smoke(run.device))
+            rows.add(name, "ok", error=attempt(run.device))
         except Exception as error:
-            rows.add(name, "red", gpu.error_in_a_line(error))
+            rows.fail(name, error)
     run.measure_ceilings()
     rows.add("ceilings", "ok", facts={key: run.facts[key] for key in ("matrix_tflops_per_s", "copy_gb_per_s")})
 
 
 def _version(package: str) -> str:
-    from importlib import import_module, metadata
-
     try:
         import_module(package)
     except Exception as error:
@@ -105,9 +120,7 @@ def _version(package: str) -> str:
 
 
 def _tools() -> dict[str, str | None]:
-    """Where programs are that somebody may want: in Triton's package where they are not on the path."""
-    import shutil
-
+    """Find programs: in Triton's package where they are not on the path."""
     import triton
 
     folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -115,7 +128,7 @@ def _tools() -> dict[str, str | None]:
     return {name: path or (str(folder / name) if (folder / name).exists() else None) for name, path in found.items()}
 
 
-def _product_runs(device) -> float:
+def _multiply(device) -> float:
     import torch
 
     left, right = (torch.randn(512, 512, device=device) for _ in range(2))
@@ -126,59 +139,43 @@ def _product_runs(device) -> float:
     return error.item()
 
 
-def _kernel_runs(device) -> float:
-    import torch
-    from wgmma_trial import double
-
-    values = torch.randn(1000, device=device)
-    out = torch.full_like(values, torch.nan)
-    double[(8,)](values, out, 1000, BLOCK=128)
-    if not torch.equal(out, 2 * values):
-        raise ValueError("a Triton kernel that doubles numbers does not")
-    return 0.0
-
-
-def _tiles_are_read(device) -> float:
-    """Whether the file that CRATE_FAST_TILES may name can be used."""
+def _read_tiles(device) -> float:
     from crate_fast.kernels.launch import find
 
-    find("attention_forward", device, "half", 64)
+    find("attention_forward", device, "half", 64)  # reads the file that CRATE_FAST_TILES may name
     return 0.0
 
 
-def assembler(rows: Rows, ptxas: Path | None, into: Path) -> None:
+def assembler(rows: Rows, ptxas: Path | None, into: Path | None) -> None:
     """Unpack an assembler, if one is given, and try it (or Triton's own) on products of tensor cores."""
-    name = "Triton's own assembler" if ptxas is None else "carried assembler"
-    path = None
+    name, path = "Triton's own assembler", None
     if ptxas is not None:
-        path = into / "ptxas"
+        name, path = "carried assembler", into / "ptxas"
         path.write_bytes(lzma.decompress(ptxas.read_bytes()) if ptxas.suffix == ".xz" else ptxas.read_bytes())
         path.chmod(0o755)
         for tool in ("PTXAS", "PTXAS_BLACKWELL"):  # before Triton reads them
             os.environ[f"TRITON_{tool}_PATH"] = str(path)
-    import gpu
+    from harness import ptxas_version
+
     import torch
-    from wgmma_trial import trial
+    from assembler_trial import trial
 
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        error = trial(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-        version = gpu._ptxas(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-        rows.add(name, "ok", error=error, version=version, path=str(path) if path else None)
+        rows.add(name, "ok", error=trial(device), version=ptxas_version(device), path=str(path) if path else None)
     except Exception as error:
-        rows.add(name, "n/a" if path else "red", gpu.error_in_a_line(error))
+        rows.fail(name, error, red=path is None)
 
 
-# --- items --------------------------------------------------------------------------------------------------------
+# --- lists of items -----------------------------------------------------------------------------------------------
 
 
 def list_items(part: str, rows: Rows) -> dict[str, list[dict]]:
-    """Items by kind, the most important first; a kind whose list cannot be made costs itself.
+    """List the items by kind, the most important first; a kind whose list cannot be made costs itself.
 
     Returns:
         "operators" and "compiled" (their peers that torch.compile makes), "tiles", "probes", "models" and "more".
     """
-    import gpu
-
     found = {}
     for kinds, make in (
         (("operators", "compiled"), _operator_items),
@@ -189,12 +186,12 @@ def list_items(part: str, rows: Rows) -> dict[str, list[dict]]:
         try:
             found |= dict(zip(kinds, make(), strict=True))
         except Exception as error:
-            rows.add(f"list of {' and '.join(kinds)}", "red", gpu.error_in_a_line(error))
+            rows.fail(f"list of {' and '.join(kinds)}", error)
     return found
 
 
 def _operator_items() -> tuple[list[dict], list[dict]]:
-    """Ours with all peers that need no compiling, by shape; and with each of the others."""
+    """List ours with all peers that need no compiling, by shape; and ours with each of the others."""
     import bench_ista
     import bench_mssa
 
@@ -222,16 +219,16 @@ def _tile_items(part: str) -> tuple[list[dict]]:
 
 
 def _probe_items() -> tuple[list[dict]]:
-    """For the compilers' cache; `probes` runs them in processes of their own."""
+    """List the probes whose kernels fill the compilers' cache; the stage `probes` runs each in its own process."""
     from crate_fast.probes import PROBES
 
     return ([{"name": f"probe {name}", "kind": "probe", "probe": name} for name in PROBES],)
 
 
 def _model_items() -> tuple[list[dict], list[dict]]:
-    """CRATE-B/16's step, B/8's memory; then inference, growth, autoencoders, other models."""
-    import bench_model
-    from model_peers import COMPILED, INFERENCE, OURS, RELEASED, TRAINING, VIT
+    """List CRATE-B/16's step and B/8's memory; then inference, growth, autoencoders, other models."""
+    from bench_model import CRATE_PEERS, GROWTH, GROWTH_PEERS, MAE_PEERS
+    from model_problem import COMPILED, INFERENCE, OURS, RELEASED, TRAINING, VIT
 
     def item(table: str, model: str, what: str, peers: list[str]) -> dict:
         name = f"{model}, {what}" + (f": {peers[-1]}" if peers[-1].endswith(COMPILED) else "")
@@ -243,86 +240,92 @@ def _model_items() -> tuple[list[dict], list[dict]]:
             [item("crate", "tiny", TRAINING, [OURS, RELEASED]), profiled | {"shape": "tiny"}],
             [item("growth", "N = 17", INFERENCE, [OURS]), item("model", "tiny MAE", TRAINING, [OURS])],
         )
-    plain = [name for name in bench_model.CRATE_PEERS if not name.endswith(COMPILED)]
-    compiled = [name for name in bench_model.CRATE_PEERS if name.endswith(COMPILED)]
+    plain = [name for name in CRATE_PEERS if not name.endswith(COMPILED)]
+    compiled = [name for name in CRATE_PEERS if name.endswith(COMPILED)]
     compiled.sort(key=lambda name: not name.startswith(VIT))  # the goal's peer first
     beside = [item("crate", "B/16", TRAINING, [OURS, name]) for name in compiled]
     models = [item("crate", "B/16", TRAINING, plain), *beside[:1], item("crate", "B/8", TRAINING, plain), profiled]
     models += beside[1:]
     more = [item("crate", "B/16", INFERENCE, plain)]
-    more += [item("growth", n, INFERENCE, bench_model.GROWTH_PEERS) for n in bench_model.GROWTH]
-    more += [item("growth", n, TRAINING, bench_model.GROWTH_PEERS) for n in bench_model.GROWTH]
-    more += [item("model", "CRATE-MAE-B", TRAINING, bench_model.MAE_PEERS)]
+    more += [item("growth", n, what, GROWTH_PEERS) for what in (INFERENCE, TRAINING) for n in GROWTH]
+    more += [item("model", "CRATE-MAE-B", TRAINING, MAE_PEERS)]
     more += [item("crate", model, TRAINING, plain) for model in ("S/8", "T/16", "L/16")]
     return models, more
 
 
-def _models() -> dict[str, dict]:
-    """Sizes by table and name."""
+# --- items --------------------------------------------------------------------------------------------------------
+
+
+def _open_run(on_cpu: bool = False):
+    """Open a `harness.Run` with few rounds and short measurements."""
+    import harness
+
+    options = argparse.Namespace(
+        smoke=REHEARSED, dtype=None, rounds=ROUNDS, output=Path("."), commit=os.environ.get("GPU_CHECK_COMMIT")
+    )
+    run = harness.open_run(options, on_cpu=on_cpu)
+    run.rounds, run.timer.measurement_ms = ROUNDS, MEASUREMENT_MS
+    return run
+
+
+def _model_size(table: str, name: str):
     import bench_model
 
     if REHEARSED:
         tables = bench_model.SMOKE_CRATES, bench_model.SMOKE_MAES, bench_model.SMOKE_GROWTH
     else:
         tables = bench_model.CRATES, bench_model.MAES, bench_model.GROWTH
-    return dict(zip(("crate", "model", "growth"), tables, strict=True))
+    return dict(zip(("crate", "model", "growth"), tables, strict=True))[table][name]
 
 
-def _open_run(dtype: str | None, on_cpu: bool = False):
-    """A `gpu.Run` for measurements of a lease."""
-    import gpu
-    import gpu_timing
+class Worker:
+    """A mode ("warm" or "time"), rows, and runs that measure their ceilings when they are first needed.
 
-    gpu_timing.MEASUREMENT_MS = 1.0 if REHEARSED else 50.0
-    options = argparse.Namespace(
-        smoke=REHEARSED, dtype=dtype, rounds=ROUNDS, output=Path("."), commit=os.environ.get("GPU_CHECK_COMMIT")
-    )  # fmt: skip
-    run = gpu.open_run(options, on_cpu=on_cpu)
-    run.rounds = ROUNDS
-    return run
-
-
-class Bench:
-    """What a worker's items share; the ceilings are measured with the first that needs them."""
+    The method of an item's kind does the item: it writes rows or raises an exception.
+    """
 
     def __init__(self, mode: str, rows: Rows):
         self.mode, self.rows, self.runs = mode, rows, {}
 
     def run(self, on_cpu: bool = False):
-        """Of the operators, or (on a CPU in fp32) of whole models."""
+        """Return the run of the operators, or (on a CPU in fp32) of whole models."""
         if on_cpu not in self.runs:
-            self.runs[on_cpu] = run = _open_run(None, on_cpu)
+            self.runs[on_cpu] = run = _open_run(on_cpu)
             if self.mode == "time":
                 run.measure_ceilings()
         return self.runs[on_cpu]
 
-    def do(self, item: dict) -> None:
-        """One item; its rows, or an exception."""
-        getattr(self, item["kind"])(item)
+    def alive(self) -> bool:
+        """Return False if the GPU no longer answers this process."""
+        try:
+            for run in self.runs.values():
+                run.timer.synchronize()
+        except Exception:
+            return False
+        return True
 
     def mssa(self, item: dict) -> None:
-        """Subspace attention and its peers."""
+        """Measure subspace attention and its peers."""
         import bench_mssa
 
         shapes = bench_mssa.SMOKE if REHEARSED else bench_mssa.SHAPES
         problem = bench_mssa.make_problem(item["shape"], shapes[item["shape"]], self.run())
-        self._operator(item, problem, [peer for peer in bench_mssa.PEERS if peer.name in item["peers"]])
+        self._operator(item, problem, bench_mssa.PEERS)
 
     def ista(self, item: dict) -> None:
-        """The ISTA step, alone or behind a LayerNorm, and its peers."""
+        """Measure the ISTA step, alone or behind a LayerNorm, and its peers."""
         import bench_ista
 
-        shapes = bench_ista.SMOKE if REHEARSED else bench_ista.SHAPES
-        shape = shapes[item["shape"]]
+        shape = (bench_ista.SMOKE if REHEARSED else bench_ista.SHAPES)[item["shape"]]
         problem = bench_ista.make_problem(item["shape"], shape, item["operator"], self.run(), autocast=False)
-        peers = bench_ista.training_peers(item["operator"])
-        self._operator(item, problem, [peer for peer in peers if peer.name in item["peers"]])
+        self._operator(item, problem, bench_ista.training_peers(item["operator"]))
 
     def _operator(self, item: dict, problem, peers: list) -> None:
-        import gpu
+        from measuring import measure_peers
 
+        peers = [peer for peer in peers if peer.name in item["peers"]]
         if self.mode == "time":
-            self.rows.measured(item["name"], item["kind"], gpu.measure(problem, peers, self.run()))
+            self.rows.measured(item["name"], item["kind"], measure_peers(problem, peers, self.run()))
             return
         for peer in peers:
             if peer.quadratic and problem.logits_bytes > 2**30:
@@ -331,14 +334,11 @@ class Bench:
                 problem.results(peer.build())
                 self.run().timer.synchronize()
             except Exception as error:
-                self.rows.add(
-                    f"{item['name']}, {peer.name}", "red" if peer.ours else "n/a", gpu.error_in_a_line(error)
-                )
+                self.rows.fail(f"{item['name']}, {peer.name}", error, red=peer.ours)
                 self.run().timer.synchronize()
 
     def tile(self, item: dict) -> None:
-        """A candidate of the tile search."""
-        import gpu
+        """Compile or time a candidate of the tile search."""
         import tile_search
 
         kept = {key: item[key] for key in ("kernel", "architecture", "precision", "block_d", "tile", "present")}
@@ -346,22 +346,22 @@ class Bench:
             found = tile_search.warm(item) if self.mode == "warm" else tile_search.time_tile(item, self.run().timer)
         except Exception as error:  # it does not compile, does not fit, or is wrong: one candidate fewer
             self.run().timer.synchronize()
-            self.rows.add(item["name"], "red" if item["present"] else "n/a", gpu.error_in_a_line(error), **kept)
+            self.rows.fail(item["name"], error, red=item["present"], **kept)
         else:
             self.rows.add(item["name"], "ok", **kept, **found)
 
     def probe(self, item: dict) -> None:
-        """A probe's kernels, for the cache alone: what it finds is the probes' own stage's to say."""
+        """Compile a probe's kernels; the stage `probes` judges them."""
         from crate_fast.probes import find_probe, run_probe
 
         run_probe(find_probe(item["probe"]), self.run().device, reruns=0)
 
     def model(self, item: dict) -> None:
-        """A pass of a whole model and its peers."""
+        """Measure a pass of a whole model and its peers."""
         import bench_model
         from model_problem import make_problem, peers
 
-        run, size = self.run(on_cpu=True), _models()[item["table"]][item["shape"]]
+        run, size = self.run(on_cpu=True), _model_size(item["table"], item["shape"])
         if self.mode == "warm":
             problem = make_problem(item["shape"], size, item["what"], run, {})
             for peer in peers(problem, item["peers"], run):
@@ -372,14 +372,13 @@ class Bench:
         self.rows.measured(item["name"], item["table"], rows)
 
     def profile(self, item: dict) -> None:
-        """The kernels of one training step by their time, and how long the GPU waits."""
-        from model_peers import OURS, TRAINING
-        from model_problem import make_problem
+        """Profile one training step: its kernels by their time, and how long the GPU waits."""
+        from model_problem import OURS, TRAINING, make_problem
         from torch.autograd import DeviceType
         from torch.profiler import ProfilerActivity, profile
 
         run = self.run(on_cpu=True)
-        problem = make_problem(item["shape"], _models()["crate"][item["shape"]], TRAINING, run, {})
+        problem = make_problem(item["shape"], _model_size("crate", item["shape"]), TRAINING, run, {})
         trial = problem.trial(OURS, problem.cast)
         for _ in range(1 if REHEARSED else 5):
             trial.step()
@@ -388,60 +387,46 @@ class Bench:
         with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]) as trace:
             trial.step()
             run.timer.synchronize()
-        where = DeviceType.CUDA if on_gpu else DeviceType.CPU
+        device = DeviceType.CUDA if on_gpu else DeviceType.CPU
         kernels = [
             (event.name, event.time_range.start, event.time_range.end)
             for event in trace.events()
-            if event.device_type == where and not getattr(event, "is_user_annotation", False)
+            if event.device_type == device and not getattr(event, "is_user_annotation", False)
         ]
         self.rows.add(item["name"], "ok", **reduced(kernels))
 
     def crash(self, item: dict) -> None:
-        """For rehearsals: what a fault does that nothing can catch."""
+        """Abort, in rehearsals: a fault that nothing can catch."""
         os.abort()
 
 
-def work_through(items: list[dict], bench: Bench, until: float, stall_s: float) -> None:
+def work_through(items: list[dict], worker: Worker, until: float, stall_s: float) -> None:
     """Do items in turn until the time is up; SystemExit where the GPU no longer answers this process."""
-    import gpu
+    import measuring  # noqa: F401  (before an item begins: importing takes longer than some items may)
 
     for item in items:
         if time.time() >= until:
             return
-        bench.rows.mark("begin", item["name"])
+        worker.rows.mark("begin", item["name"])
         start = time.perf_counter()
         faulthandler.dump_traceback_later(max(1.0, stall_s - 1))  # where it hangs, before somebody kills it
         try:
-            bench.do(item)
-            if bench.mode == "warm" and item["kind"] != "tile":  # which has its own row
-                bench.rows.add(f"compiled: {item['name']}", "ok", seconds=round(time.perf_counter() - start, 2))
+            getattr(worker, item["kind"])(item)
+            if worker.mode == "warm" and item["kind"] != "tile":  # which has its own row
+                worker.rows.add(f"compiled: {item['name']}", "ok", seconds=round(time.perf_counter() - start, 2))
             if item["kind"] != "tile":  # whose problems stay
-                bench.run(item["kind"] == "model").timer.free_memory()
+                worker.run(item["kind"] == "model").timer.free_memory()
         except Exception as error:
-            reason = gpu.error_in_a_line(error)
-            print(f"{item['name']}: {reason}", file=sys.stderr, flush=True)
-            if not _alive(bench):
-                raise SystemExit(f"{item['name']} has poisoned this process: {reason}") from error
-            bench.rows.add(item["name"], "red" if bench.mode == "time" else "n/a", reason)
-        bench.rows.mark("end", item["name"])
+            print(f"{item['name']}: {type(error).__name__}: {error}"[:600], file=sys.stderr, flush=True)
+            if not worker.alive():
+                raise SystemExit(f"{item['name']} has poisoned this process") from error
+            worker.rows.fail(item["name"], error, red=worker.mode == "time")
+        worker.rows.mark("end", item["name"])
     faulthandler.cancel_dump_traceback_later()
 
 
-def _alive(bench: Bench) -> bool:
-    """Whether the GPU still answers this process."""
-    try:
-        for run in bench.runs.values():
-            run.timer.synchronize()
-    except Exception:
-        return False
-    return True
-
-
-# --- one launch of each -----------------------------------------------------------------------------------------
-
-
-def reduced(events) -> dict[str, object]:
-    """(name, start, end) of kernels in microseconds → span, busy and idle time, and the kernels by their time."""
+def reduced(events: list[tuple[str, float, float]]) -> dict[str, object]:
+    """Reduce (name, start, end) of kernels in µs to span, busy and idle time, and the kernels by their time."""
     events = sorted(events, key=lambda event: event[1])
     totals: dict[str, list[float]] = {}
     busy, gaps, reached = 0.0, [], events[0][1]
@@ -465,15 +450,14 @@ def reduced(events) -> dict[str, object]:
 
 
 def kernels(only: str | None) -> None:
-    """One launch of each kernel that counters are read of (or of one of them), with the table's tiles, between
-    cudaProfilerStart and -Stop."""
+    """Launch each counted kernel (or one of them) once, between cudaProfilerStart and -Stop."""
     import tile_search
     import torch
 
     from crate_fast.kernels.launch import find
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    on_gpu = device.type == "cuda"
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda" if on_gpu else "cpu")
     for kernel in COUNTED if only is None else [only]:
         tile = find(kernel, device, "half", 64 if kernel.startswith(("attention", "whole_head")) else 0)
         if tile is None or REHEARSED:
@@ -491,7 +475,7 @@ def kernels(only: str | None) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """One job of `gpu_check.py`."""
+    """Do one job of `gpu_check.py`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("job", choices=("environment", "assembler", "list", "items", "kernels"))
     parser.add_argument("what", nargs="?", help="of list: the part; of kernels: one of them")
@@ -499,7 +483,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--into", type=Path)
     parser.add_argument("--ptxas", type=Path)
     parser.add_argument("--items", type=Path)
-    parser.add_argument("--mode", choices=MODES)
+    parser.add_argument("--mode", choices=("warm", "time"))
     parser.add_argument("--until", type=float, default=float("inf"))
     parser.add_argument("--stall", type=float, default=60.0)
     parser.add_argument("--nice", type=int, default=0)
@@ -511,8 +495,8 @@ def main(argv: list[str] | None = None) -> int:
     elif options.job == "kernels":
         kernels(options.what)
     elif options.job == "items":
-        bench = Bench(options.mode, Rows(options.rows))
-        work_through(json.loads(options.items.read_text()), bench, options.until, options.stall)
+        worker = Worker(options.mode, Rows(options.rows))
+        work_through(json.loads(options.items.read_text()), worker, options.until, options.stall)
     elif options.job == "assembler":
         assembler(Rows(options.rows), options.ptxas, options.into)
     else:

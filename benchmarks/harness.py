@@ -1,53 +1,96 @@
-"""What every benchmark shares: interleaved timing, peak memory of a fresh process, provenance, tables."""
+"""Times and memory of calls, the agreement of models, facts and options of a run, files of results.
 
+This module imports crate_fast before PyTorch, so that OpenMP takes the package's GOMP_SPINCOUNT; therefore each
+benchmark imports it first (the isort section "harness" in pyproject.toml keeps it there).
+
+A GPU is timed by events, the L2 cache overwritten before each call, as `triton.testing.do_bench` does. Two things are
+added. Backward gets a graph that an untimed forward has just built: a compiled peer's graph runs only once. And the
+overwriting takes longer than the host takes to enqueue the call, so that a slow host is not in the time. On a CPU
+a wall clock measures.
+"""
+
+import crate_fast  # noqa: F401
+
+# isort: split
+import argparse
+import gc
 import json
+import math
 import multiprocessing
-from collections.abc import Callable
-from dataclasses import dataclass
+import os
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
 import torch
+from gpu_report import times
+from torch import Tensor
 
-from crate_fast.env import provenance
+from crate_fast.env import driver_version, provenance
 from crate_fast.eval.common import results
-
-__all__ = ["Timing", "interleaved", "markdown_table", "number", "peak_mib", "publish", "write_results"]
+from crate_fast.kernels.launch import INTERPRETED
 
 RESULTS = Path(__file__).parent / "results"
-MIN_SECONDS = 0.1  # of one measurement
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+CACHE_BYTES = 256 * 2**20  # overwritten before each call: more than any L2 cache
+MEASUREMENT_MS = 100.0  # of one measurement, with the overwriting of the cache
+SMOKE_MS = 2.0
+MAX_CALLS = 1000  # in one measurement
+
+OUTPUT, GRADIENT, WORST = "output", "gradient", "a parameter's gradient"
+# Rounding that moves a ReLU's argument across zero changes one parameter's gradient by up to a few 1e-3 of its norm;
+# a scale that is off by 2 %, or a missing term, changes some parameter's by more than 1e-2.
+TIGHT = {OUTPUT: 1e-4, GRADIENT: 1e-3, WORST: 1e-2}  # in fp32
+# In bf16 such ReLUs are many: on a few images the gradient of either form was 1 to 6 % from fp32's, one parameter's 6
+# to 25 %, and which was nearer changed with the images. So these come on top of twice the other form's distance.
+SLACK = {OUTPUT: 0.01, GRADIENT: 0.1, WORST: 0.3}
+
+
+# --- time and memory ----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds per call: the median and the 20 % and 80 % quantiles over rounds."""
+    """Median, 20 % and 80 % quantile of a call's time."""
 
     median: float
     low: float
     high: float
 
+    @classmethod
+    def of(cls, samples: Sequence[float]) -> "Timing":
+        """Return the quantiles of the samples."""
+        return cls(*np.quantile(samples, (0.5, 0.2, 0.8)).tolist())
+
 
 def interleaved(candidates: dict[str, Callable[[], object]], rounds: int) -> dict[str, Timing]:
-    """Time the candidates in turn, `rounds` times, so that a slow spell of the machine hits all of them.
+    """Time calls on the CPU in turn, so that a slow spell of the machine hits all; seconds a call.
 
     Each is called once before; a measurement lasts at least 0.1 s.
     """
-    from torch.utils.benchmark import Timer  # here, since it logs a warning into every process that measures memory
+    from torch.utils.benchmark import Timer as CPUTimer  # here: it logs a warning into every process that imports it
 
     timers, repeats = {}, {}
     for name, call in candidates.items():
         call()
-        timers[name] = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
-        repeats[name] = max(1, round(MIN_SECONDS / timers[name].timeit(1).median))
+        timers[name] = CPUTimer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
+        repeats[name] = max(1, round(MEASUREMENT_MS / 1e3 / timers[name].timeit(1).median))
     samples: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(rounds):
         for name, timer in timers.items():
             samples[name].append(timer.timeit(repeats[name]).median)
-    return {name: Timing(*np.quantile(values, (0.5, 0.2, 0.8)).tolist()) for name, values in samples.items()}
+    return {name: Timing.of(values) for name, values in samples.items()}
 
 
 def _resident_mib(field: str) -> float:
-    """VmRSS (now) or VmHWM (peak) of this process; `getrusage` would report the parent's peak after a spawn."""
+    # not getrusage, which reports the parent's peak after a spawn
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
     return int(line.split()[1]) / 1024
 
@@ -62,7 +105,7 @@ def _measure_peak(prepare: Callable[[], Callable[[], object]], pipe) -> None:
 
 
 def peak_mib(prepare: Callable[[], Callable[[], object]]) -> float:
-    """How far two calls raise a fresh process's peak resident memory above where it was, in MiB (Linux).
+    """Measure how far two calls raise a fresh process's peak resident memory, in MiB (Linux).
 
     Args:
         prepare: A picklable function that builds everything in the fresh process and returns the call to measure.
@@ -80,26 +123,340 @@ def peak_mib(prepare: Callable[[], Callable[[], object]]) -> float:
         process.join()
 
 
+@dataclass(frozen=True)
+class Step:
+    """A timed call, and the untimed function that makes its argument before each call."""
+
+    call: Callable[[object], object]
+    prepare: Callable[[], object] = lambda: None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Calls in one measurement, overwritings of the L2 cache before each, host time of a call."""
+
+    calls: int
+    flushes: int
+    host_us: float
+
+
+class Timer:
+    """Milliseconds per call on a GPU; on a CPU by the wall clock."""
+
+    def __init__(self, device: torch.device, measurement_ms: float = MEASUREMENT_MS):
+        self.on_gpu, self.measurement_ms = device.type == "cuda", measurement_ms
+        if self.on_gpu:
+            self.cache = torch.empty(CACHE_BYTES // 4, dtype=torch.int32, device=device)
+            flush = Step(lambda _: self.cache.zero_())
+            self.flush_ms = statistics.median(self.sample(flush, 300, 1)[200:])  # once the clocks are up
+
+    def synchronize(self) -> None:
+        """Wait for the device."""
+        if self.on_gpu:
+            torch.cuda.synchronize()
+
+    def free_memory(self) -> None:
+        """Return unreferenced memory to the device."""
+        gc.collect()
+        if self.on_gpu:
+            torch.cuda.empty_cache()
+
+    def sample(self, step: Step, calls: int, flushes: int) -> list[float]:
+        """Return the milliseconds of each call, the L2 cache overwritten `flushes` times before it."""
+        if not self.on_gpu:
+            return [self._wall_ms(step) for _ in range(calls)]
+        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(calls)]
+        for start, end in events:
+            argument = step.prepare()
+            for _ in range(flushes):
+                self.cache.zero_()
+            start.record()
+            step.call(argument)
+            end.record()
+            del argument  # before the next is made
+        self.synchronize()
+        return [start.elapsed_time(end) for start, end in events]
+
+    def _wall_ms(self, step: Step) -> float:
+        """Time one call on the host, without waiting for a GPU."""
+        argument = step.prepare()
+        self.synchronize()
+        start = time.perf_counter()
+        step.call(argument)
+        return (time.perf_counter() - start) * 1e3
+
+    def plan(self, step: Step, hides_host: bool = True) -> Plan:
+        """Choose how often to call a step, after up to eight calls.
+
+        Args:
+            step: The step to measure.
+            hides_host: Overwrite the cache long enough to hide a slow host. Without it calls follow each other as in
+                a program, and the host's delay counts.
+        """
+        if not self.on_gpu:
+            host_ms = self._wall_ms(step)
+            return Plan(min(MAX_CALLS, math.ceil(self.measurement_ms / host_ms)), 0, host_ms * 1e3)
+        host_ms = statistics.median([self._wall_ms(step) for _ in range(5)][2:])
+        flushes = max(1, math.ceil(1.5 * host_ms / self.flush_ms)) if hides_host else 0
+        self.synchronize()
+        call_ms = statistics.median(self.sample(step, 3, flushes))
+        calls = math.ceil(self.measurement_ms / (call_ms + flushes * self.flush_ms))
+        return Plan(min(MAX_CALLS, max(3, calls)), flushes, host_ms * 1e3)
+
+    def peak_mib(self, call: Callable[[], object]) -> float | None:
+        """Measure how far a call raises the allocated GPU memory, its results included; None on a CPU."""
+        if not self.on_gpu:
+            return None
+        self.free_memory()
+        self.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        kept = call()
+        self.synchronize()
+        peak = torch.cuda.max_memory_allocated() - before
+        del kept
+        return peak / 2**20
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """Matrix rate in TFLOP/s and copy bandwidth in GB/s (read + written), measured in this run."""
+
+    tflops_per_s: float
+    gb_per_s: float
+
+    def floor_ms(self, flops: float, moved_bytes: float) -> float:
+        """Return the least time for arithmetic or bytes, whichever is longer."""
+        return 1e3 * max(flops / (self.tflops_per_s * 1e12), moved_bytes / (self.gb_per_s * 1e9))
+
+
+def measure_ceilings(timer: Timer, device: torch.device, dtype: torch.dtype, smoke: bool) -> Ceilings:
+    """Time a large product of random matrices in `dtype` and a large copy: the best medians of three."""
+    side = 256 if smoke else 2048 if not timer.on_gpu else 4096 if dtype == torch.float32 else 8192
+    left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    product = torch.empty_like(left)
+    source = torch.randn(2**20 if smoke else 2**28 if timer.on_gpu else 2**26, device=device)  # 4, 1024 or 256 MiB
+    target = torch.empty_like(source)
+
+    def best_ms(step: Step) -> float:
+        calls = 30 if timer.on_gpu and not smoke else 3
+        timer.sample(step, 3, 1)
+        return min(statistics.median(timer.sample(step, calls, 1)) for _ in range(3))
+
+    product_ms = best_ms(Step(lambda _: torch.matmul(left, right, out=product)))
+    copy_ms = best_ms(Step(lambda _: target.copy_(source)))
+    moved = 2 * source.numel() * source.element_size()
+    return Ceilings(2 * side**3 / product_ms / 1e9, moved / copy_ms / 1e6)
+
+
+# --- a run --------------------------------------------------------------------------------------------------------
+
+
+def add_options(
+    parser: argparse.ArgumentParser, dtype: str = "of the tensors; bfloat16, or float16 in a smoke run"
+) -> None:
+    """Add the options that every GPU benchmark has; `dtype` is the help of the option of that name."""
+    parser.add_argument("--smoke", action="store_true", help="tiny shapes, on a CPU too; writes nothing")
+    parser.add_argument("--dtype", choices=DTYPES, help=dtype)
+    parser.add_argument("--rounds", type=int, default=5, help="measurements of each call (default 5)")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
+    parser.add_argument("--commit", help="the commit, where a copy of the tree is not a git checkout")
+
+
+def rerun_interpreted(script: str, argv: list[str] | None) -> int | None:
+    """Where a smoke run needs Triton's interpreter, run it in a process that has it, and return its exit status.
+
+    The flag is read when Triton is imported, which timm does: too late for this process.
+    """
+    if torch.cuda.is_available() or INTERPRETED:
+        return None
+    command = [sys.executable, script, *(sys.argv[1:] if argv is None else argv)]
+    return subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, check=False).returncode
+
+
+@dataclass
+class Run:
+    """Device, options, facts and rows of one run."""
+
+    device: torch.device
+    dtype: torch.dtype
+    smoke: bool
+    rounds: int
+    output: Path
+    facts: dict[str, object]
+    timer: Timer = field(repr=False)
+    ceilings: Ceilings | None = None
+    rows: list[dict] = field(default_factory=list)
+
+    def name(self, stem: str) -> str:
+        """Return the name of the results: with _cpu where there is no GPU, and with an unusual dtype."""
+        default = torch.bfloat16 if self.timer.on_gpu else torch.float32
+        dtype = "" if self.dtype == default else f"_{str(self.dtype).removeprefix('torch.')}"
+        return stem + ("" if self.timer.on_gpu else "_cpu") + dtype
+
+    def measure_ceilings(self) -> None:
+        """Measure the ceilings that every row's floor and facts come from."""
+        self.ceilings = measure_ceilings(self.timer, self.device, self.dtype, self.smoke)
+        self.facts |= {
+            "matrix_tflops_per_s": float(f"{self.ceilings.tflops_per_s:.4g}"),
+            "copy_gb_per_s": float(f"{self.ceilings.gb_per_s:.4g}"),
+        }
+        print(f"measured ceilings: {self.ceilings}", flush=True)
+
+    def report(self, name: str, quiet: bool = False, make_table: Callable[[list[dict]], str] = times) -> None:
+        """Write the rows so far to `name`.{json,md}, except in a smoke run; print the table unless quiet."""
+        text = make_table(self.rows)
+        paths = [] if self.smoke else write_results(name, self.rows, text, self.output, self.facts)
+        if not quiet:
+            print("\n".join(["", text, *(f"written: {path}" for path in paths)]))
+
+
+def open_run(options: argparse.Namespace, on_cpu: bool = False) -> Run:
+    """Find the device and the facts of a run.
+
+    Args:
+        options: Those of `add_options`.
+        on_cpu: Accept a CPU, in fp32 and PyTorch alone.
+
+    Raises:
+        SystemExit: No GPU and not a smoke run, or Triton's interpreter on a GPU.
+    """
+    if not (torch.cuda.is_available() or options.smoke or on_cpu):
+        raise SystemExit("a CUDA GPU is needed and PyTorch finds none; --smoke runs tiny shapes on a CPU instead")
+    if torch.cuda.is_available() and INTERPRETED:
+        raise SystemExit("TRITON_INTERPRET is set: unset it to measure the kernels on this GPU")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if options.smoke:
+        print("smoke run: tiny shapes, to see that everything runs. The times below mean nothing.\n")
+    in_fp32 = on_cpu and device.type == "cpu"
+    dtype = options.dtype or ("float32" if in_fp32 else "float16" if options.smoke and not on_cpu else "bfloat16")
+    return Run(
+        device=device,
+        dtype=DTYPES[dtype],
+        smoke=options.smoke,
+        rounds=2 if options.smoke else options.rounds,
+        output=options.output,
+        facts=_facts(device, options.commit),
+        timer=Timer(device, SMOKE_MS if options.smoke else MEASUREMENT_MS),
+    )
+
+
+def _facts(device: torch.device, commit: str | None) -> dict[str, object]:
+    found = provenance()
+    if commit is not None and re.match("installed|unknown", found["commit"]):
+        found["commit"] = commit
+    facts = {key: found[key] for key in ("commit", "torch", "device")} | {"driver": "none"}
+    if device.type == "cuda":
+        facts |= {"device": torch.cuda.get_device_name(device), "driver": driver_version()}
+    return facts | {"triton": metadata.version("triton"), "ptxas": ptxas_version(device)}
+
+
+def ptxas_version(device: torch.device) -> str:
+    """Return the version of the assembler that Triton uses for this GPU; for Hopper where there is none."""
+    try:
+        from triton.backends.nvidia.compiler import get_ptxas
+
+        major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+        command = [get_ptxas(10 * major + minor).path, "--version"]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        return re.search(r"\bV(\d[\d.]*)", text)[1]
+    except Exception as error:  # a Triton without this function, or another vendor's: the rows then say so
+        return f"unknown ({type(error).__name__})"
+
+
+def run_shapes(
+    parser: argparse.ArgumentParser,
+    argv: list[str] | None,
+    script: str,
+    tables: Sequence[dict],
+    measure: Callable[[str, object, Run, argparse.Namespace], list[dict]],
+    stem: Callable[[argparse.Namespace], str],
+) -> int:
+    """Measure the shapes that --shapes names, writing the rows after each.
+
+    Args:
+        parser: The benchmark's parser, with its own options; this adds --shapes and those of `add_options`.
+        argv, script: Arguments and path of the benchmark.
+        tables: Shapes on a GPU, on a CPU and in a smoke run.
+        measure: Measures one named shape.
+        stem: Returns the name of the results.
+
+    Returns:
+        The exit status: 1 where something is red.
+    """
+    on_gpu, on_cpu, smoke = tables
+    names = f"{', '.join(on_gpu)}; on a CPU {', '.join(on_cpu)}"
+    parser.add_argument("--shapes", nargs="+", metavar="SHAPE", help=f"default: all of {names}")
+    add_options(parser)
+    options = parser.parse_args(argv)
+    if options.smoke and (status := rerun_interpreted(script, argv)) is not None:
+        return status
+    run = open_run(options, on_cpu=not options.smoke)
+    shapes = smoke if options.smoke else on_gpu if run.timer.on_gpu else on_cpu
+    chosen = shapes if options.smoke else options.shapes or shapes
+    for unknown in set(chosen) - set(shapes):
+        parser.error(f"--shapes {unknown}: on this device there are {', '.join(shapes)}")
+    run.measure_ceilings()
+    name = run.name(stem(options))
+    for label in chosen:
+        run.rows += measure(label, shapes[label], run, options)
+        run.report(name, quiet=True)  # keeps what is measured if the rest is cut short
+    run.report(name)
+    return int(any(row.get("red") for row in run.rows))
+
+
+# --- agreement --------------------------------------------------------------------------------------------------
+
+
+def relative_difference(found: Tensor, expected: Tensor) -> float:
+    """Return the norm of the difference over the norm of what is expected."""
+    return ((found - expected).norm() / expected.norm().clamp_min(1e-30)).item()
+
+
+def differences(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
+    """Compare two models by relative norms: of the output, of the whole gradient, the largest of a parameter's.
+
+    Args:
+        found, expected: "output", and the gradients by their parameters' names, if there are any.
+
+    Raises:
+        ValueError: The two have gradients of different parameters.
+    """
+    if found.keys() != expected.keys():
+        raise ValueError(f"gradients of other parameters: {sorted(found.keys() ^ expected.keys())}")
+    result = {OUTPUT: relative_difference(found[OUTPUT], expected[OUTPUT])}
+    names = [name for name in expected if name != OUTPUT]
+    if names:
+        whole = (torch.cat([tensors[name].flatten() for name in names]) for tensors in (found, expected))
+        result[GRADIENT] = relative_difference(*whole)
+        result[WORST] = max(relative_difference(found[name], expected[name]) for name in names)
+    return result
+
+
+# --- results ------------------------------------------------------------------------------------------------------
+
+
 def number(value: float) -> str:
-    """Three significant digits; from 100 on all before the point."""
+    """Format three significant digits; from 100 on all before the point."""
     return f"{value:.3g}" if value < 100 else f"{value:,.0f}"
 
 
-def markdown_table(rows: list[dict], columns: list[str]) -> str:
-    """Rows as a Markdown table; floats as `number`, None as –."""
+def markdown_table(rows: list[dict], columns: list[str] | None = None) -> str:
+    """Format rows as a Markdown table; floats as `number`, None as –."""
 
     def cell(value) -> str | None:
         return number(value) if isinstance(value, float) else None if value is None else str(value)
 
+    columns = columns or list(rows[0])
     return results.markdown_table([{column: cell(row[column]) for column in columns} for row in rows])
 
 
 def write_results(
     name: str, rows: list[dict], table: str, folder: Path = RESULTS, more: dict[str, object] | None = None
 ) -> list[Path]:
-    """Write `name`.json (rows and provenance) and `name`.md (the table and how it was made); returns the paths.
+    """Write `name`.json (rows and provenance) and `name`.md (the table and how it was made); return the paths.
 
-    `more` is added to the provenance, and where both say something it is `more` that counts.
+    `more` is added to the provenance, and replaces facts of the same name.
     """
     facts = provenance() | (more or {})
     folder.mkdir(parents=True, exist_ok=True)
@@ -109,11 +466,3 @@ def write_results(
     made = ", ".join(f"{key} {facts[key]}" for key in keys)
     paths[1].write_text(f"{table}\nMade by `{facts['command']}`: {made}.\n")
     return paths
-
-
-def publish(name: str, rows: list[dict]) -> None:
-    """Print the rows as a table of all their columns, and write both to the results folder."""
-    table = markdown_table(rows, list(rows[0]))
-    print(table)
-    for path in write_results(name, rows, table):
-        print(f"written: {path}")

@@ -1,56 +1,252 @@
-"""One pass of one model as a problem for `gpu.measure`: its peers, what they must agree on, what they take.
+"""Whole models as problems: the released form, ours and a ViT of the same sizes, what they must agree on, their cost.
 
-The gate. In fp32 ours must be the released form within the limits of `agreement.TIGHT` (one parameter's gradient of
-an autoencoder within 5 %). Under autocast every peer that computes the same, compiled or not, is compared on the
-whole batch with the released form in fp32 without autocast, and may be at most twice as far from it as the released
-form under autocast, and `agreement.SLACK` more: that finds what is broken; rounding is the operators' tests' affair.
-Where the released form runs out of memory, ours with `backend="torch"` takes its place.
+Compiled peers are `torch.compile(model, dynamic=False)` in its default mode; loss and optimiser stay outside. In a
+smoke run the backend is "aot_eager", which traces as they do and generates no code. A graphed peer is eager, and a
+CUDA graph replays all of its step; its time includes copying the batch to where the graph reads it.
+
+The gate. In fp32 ours must agree with the released form within `harness.TIGHT` (one parameter's gradient of an
+autoencoder within 5 %). Under autocast every peer that computes the same is compared on the whole batch with the
+released form in fp32. It may be twice as far from it as the released form under autocast, plus `harness.SLACK`: that
+finds what is broken, and the operators' tests judge rounding. Where the released form runs out of memory, ours with
+`backend="torch"` takes its place.
 """
 
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import ClassVar
 
+from harness import SLACK, TIGHT, WORST, Run, Step, Timer, differences, peak_mib
+
 import torch
-from agreement import SLACK, TIGHT, WORST, differences
-from gpu import Peer, Run, Work, Wrong, too_many_logits
-from gpu_timing import Step
-from harness import peak_mib
-from model_peers import (
-    COMPILED,
-    MASK_RATIO,
-    OURS,
-    RELEASED,
-    TRAINING,
-    UNFUSED,
-    VISIBLE,
-    VIT,
-    Size,
-    Trial,
-    build_model,
-    fastest_sdpa,
-    kind_of,
-)
+import torch.nn.functional as F
+from measuring import Cost, Peer, WrongResult, too_many_logits
+from released import ReleasedCRATE, ReleasedCRATEMAE
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from crate_fast import CRATE, CRATEMAE
 from crate_fast.train.cost import count_flops
+from crate_fast.train.cuda_graphs import GraphedCall
 
-__all__ = ["ModelProblem", "make_problem", "meta_model", "peers", "work"]
-
+RELEASED, OURS, VIT = "released", "ours", "ViT (timm)"
+VISIBLE = "ours, visible only"  # MAE's own form, whose encoder sees a quarter of the patches: something else
+UNFUSED = "ours, PyTorch"  # `backend="torch"`: stands in for the released form where that runs out of memory
+COMPILED, GRAPHED = ", compiled", ", CUDA graph"  # behind a peer's name
+TRAINING, INFERENCE = "training step", "inference"
+MASK_RATIO = 0.75
 CHUNK_LOGITS = 2**30  # of all layers, computed at once by the gate: 16 GiB or so as the released form keeps them
+
+
+@dataclass(frozen=True)
+class Size:
+    """A model and its batch.
+
+    Args:
+        width, depth, heads: C, layers (twice that in an autoencoder), H; heads are C/H wide.
+        patch, image: Sides in pixels.
+        on_gpu, on_cpu: Images in a batch.
+        masked: True for a CRATE-MAE.
+        classes: Outputs of the classifier.
+    """
+
+    width: int
+    depth: int
+    heads: int
+    patch: int
+    on_gpu: int
+    on_cpu: int
+    image: int = 224
+    masked: bool = False
+    classes: int = 1000
+
+    @property
+    def n_patches(self) -> int:
+        """Patches of an image."""
+        return (self.image // self.patch) ** 2
+
+    @property
+    def n_tokens(self) -> int:
+        """N, with CLS."""
+        return self.n_patches + 1
+
+    @property
+    def n_layers(self) -> int:
+        """Layers with attention."""
+        return self.depth * (1 + self.masked)
+
+    def batch(self, device: torch.device) -> int:
+        """Return the images in a batch on this kind of device."""
+        return self.on_gpu if device.type == "cuda" else self.on_cpu
+
+
+def kind_of(peer: str) -> str:
+    """Return the model behind a peer's name, compiled or graphed or not."""
+    return peer.removesuffix(COMPILED).removesuffix(GRAPHED)
+
+
+def build_model(peer: str, size: Size) -> nn.Module:
+    """Build a peer's model, not yet compiled, its weights drawn by PyTorch's generator."""
+    kind = kind_of(peer)
+    backend = {"backend": "torch"} if kind == UNFUSED else {}
+    if size.masked:
+        options = {"img_size": size.image, "patch_size": size.patch, "embed_dim": size.width, "depth": size.depth}
+        options |= {"num_heads": size.heads, "norm_pix_loss": True}
+        if kind == RELEASED:
+            return ReleasedCRATEMAE(**options)
+        return CRATEMAE(**options, visible_only=kind == VISIBLE, **backend)
+    if kind == VIT:
+        return VisionTransformer(
+            img_size=size.image, patch_size=size.patch, embed_dim=size.width, depth=size.depth, num_heads=size.heads,
+            num_classes=size.classes,
+        )  # fmt: skip
+    options = {"image_size": size.image, "patch_size": size.patch, "num_classes": size.classes, "dim": size.width}
+    options |= {"depth": size.depth, "heads": size.heads, "dim_head": size.width // size.heads}
+    return ReleasedCRATE(**options) if kind == RELEASED else CRATE(**options, **backend)
+
+
+def _make_inputs(size: Size, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Draw images [B, 3, S, S], and labels [B] or, for an autoencoder, the noise [B, patches] that hides patches."""
+    options = {"generator": torch.Generator(device).manual_seed(1), "device": device}
+    images = torch.randn(batch, 3, size.image, size.image, **options)
+    if size.masked:
+        return images, torch.rand(batch, size.n_patches, **options)
+    return images, torch.randint(size.classes, (batch,), **options)
+
+
+class Trial:
+    """A peer with its batch and optimiser, whose step size 0 keeps the weights.
+
+    Args:
+        peer: Name of the peer.
+        size, batch: The model and its images.
+        device: Device of model and batch.
+        what: TRAINING (forward, loss, backward, optimiser) or INFERENCE (forward alone).
+        cast: Autocast's dtype, or None.
+        state: Weights, for peers that share them; drawn from a seed when None.
+        sdpa: The backend for scaled_dot_product_attention, or None for PyTorch's choice.
+        compiler: torch.compile's backend.
+    """
+
+    def __init__(
+        self,
+        peer: str,
+        size: Size,
+        batch: int,
+        device: torch.device,
+        what: str,
+        cast: torch.dtype | None,
+        state: dict[str, Tensor] | None = None,
+        sdpa: SDPBackend | None = None,
+        compiler: str = "inductor",
+    ):
+        self.cast, self.sdpa, self.graphed = cast, sdpa, peer.endswith(GRAPHED)
+        torch.manual_seed(0)
+        with device:
+            self.model = build_model(peer, size)
+        if state is not None:
+            self.model.load_state_dict(state)
+        self.model.train(what == TRAINING)
+        compiled = peer.endswith(COMPILED)
+        self.function = torch.compile(self.model, dynamic=False, backend=compiler) if compiled else self.model
+        self.inputs, self.optimizer = _make_inputs(size, batch, device), None
+        if what == TRAINING:
+            on_gpu = {"fused": True, "capturable": self.graphed} if device.type == "cuda" else {}
+            self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.0, weight_decay=0.0, **on_gpu)
+        call = self._infer if self.optimizer is None else self._train
+        self._call = GraphedCall(call) if self.graphed else call
+
+    def step(self) -> Tensor:
+        """Do the timed work and return the output."""
+        return self._call(*self.inputs)
+
+    def _autocast(self, device: torch.device) -> ExitStack:
+        """Enter autocast's dtype and SDPA's backend, where they are set."""
+        stack = ExitStack()
+        if self.cast is not None:
+            stack.enter_context(torch.autocast(device.type, self.cast))
+        if self.sdpa is not None:
+            stack.enter_context(sdpa_kernel(self.sdpa))
+        return stack
+
+    def _forward(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (loss, logits [B, classes]), or an autoencoder's (loss, pixels [B, patches, p·p·3])."""
+        with self._autocast(images.device):
+            if isinstance(self.model, CRATEMAE | ReleasedCRATEMAE):
+                return self.function(images, MASK_RATIO, noise=targets)[:2]
+            logits = self.function(images)
+            return F.cross_entropy(logits, targets), logits
+
+    def _train(self, images: Tensor, targets: Tensor) -> Tensor:
+        self.optimizer.zero_grad(set_to_none=True)
+        loss, output = self._forward(images, targets)
+        loss.backward()
+        self.optimizer.step()
+        return output.detach()
+
+    @torch.inference_mode()
+    def _infer(self, images: Tensor, _targets: Tensor) -> Tensor:
+        with self._autocast(images.device):
+            return self.function(images)
+
+    def outcome(self, chunk: int) -> dict[str, Tensor]:
+        """Return the whole batch's output, and each parameter's gradient after a training step, by name.
+
+        Args:
+            chunk: Images computed at once, whose activations must fit. A graph has its own.
+        """
+        outputs = [self.step()] if self.graphed else self._in_chunks(chunk)
+        return {"output": torch.cat(outputs).float()} | self.gradients()
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Return a copy of each parameter's gradient, by name."""
+        return {name: p.grad.clone() for name, p in self.model.named_parameters() if p.grad is not None}
+
+    def _in_chunks(self, chunk: int) -> list[Tensor]:
+        outputs, batch = [], len(self.inputs[0])
+        self.model.zero_grad(set_to_none=True)
+        for images, targets in zip(*(tensor.split(chunk) for tensor in self.inputs), strict=True):
+            if self.optimizer is None:
+                outputs.append(self._infer(images, targets))
+                continue
+            loss, output = self._forward(images, targets)
+            (loss * (len(images) / batch)).backward()
+            outputs.append(output.detach())
+        return outputs
+
+
+def fastest_sdpa(size: Size, batch: int, timer: Timer, device: torch.device, dtype: torch.dtype) -> SDPBackend | None:
+    """Find SDPA's fastest backend on a ViT's tensors, forward and backward; None where none runs."""
+    shape = (batch, size.n_tokens, 3, size.heads, size.width // size.heads)
+    qkv, times = torch.randn(shape, device=device).to(dtype).requires_grad_(), {}
+    for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
+
+        def attend(_: object, backend: SDPBackend = backend) -> object:
+            with sdpa_kernel(backend):
+                out = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4))
+            return torch.autograd.grad(out, qkv, torch.ones_like(out))
+
+        try:
+            times[backend] = min(timer.sample(Step(attend), 10, 0)[5:])
+        except RuntimeError:  # it does not run here
+            continue
+    return min(times, key=times.get, default=None)
+
+
+# --- the problem --------------------------------------------------------------------------------------------------
 
 
 @cache
 def meta_model(kind: str, size: Size) -> nn.Module:
-    """A model with shapes and no data."""
+    """Build a model with shapes and no data."""
     with torch.device("meta"):
         return build_model(kind, size)
 
 
-def work(peer: str, size: Size, batch: int, what: str, dtype: torch.dtype) -> Work:
-    """What one pass of a batch takes at least: the FLOPs of `count_flops`, whatever a peer computes, and bytes.
+def cost(peer: str, size: Size, batch: int, what: str, dtype: torch.dtype) -> Cost:
+    """Count the FLOPs (of `count_flops`, whatever a peer computes) and bytes of one pass of a batch.
 
     The images are read; each weight is read in fp32 by the forward and by the backward pass, its gradient written,
     and AdamW reads weight, gradient and two moments and writes all but the gradient; each layer's output is written
@@ -65,8 +261,8 @@ def work(peer: str, size: Size, batch: int, what: str, dtype: torch.dtype) -> Wo
     images, weights = 4 * batch * 3 * size.image**2, 4 * sum(p.numel() for p in model.parameters())
     outputs = dtype.itemsize * batch * tokens * size.width
     if what == TRAINING:
-        return Work(float(batch * flops.step), float(images + 10 * weights + 5 * outputs))
-    return Work(float(batch * flops.forward), float(images + weights + 2 * outputs))
+        return Cost(float(batch * flops.step), float(images + 10 * weights + 5 * outputs))
+    return Cost(float(batch * flops.forward), float(images + weights + 2 * outputs))
 
 
 @dataclass
@@ -74,18 +270,17 @@ class ModelProblem:
     """A model, its batch and one pass.
 
     Args:
-        label: As messages name it.
+        label: Name in messages.
         size, batch: The model and its images.
         what: TRAINING or INFERENCE.
-        device, cast: Where; autocast's dtype or None.
+        device, cast: Device; autocast's dtype or None.
         state: Weights of the released form and of ours.
-        fields: What its rows carry.
+        fields: Facts for its rows.
         truth: Output and gradients that peers are compared with; from the gate.
         allowed: How far they may be from it.
     """
 
-    hides_host: ClassVar[bool] = False  # images per second count what the host takes longer than the device
-    training: ClassVar[bool] = False  # the gate's first call is not the timed pass's: each peer's own counts
+    hides_host: ClassVar[bool] = False  # a host that is slower than the device counts
 
     label: str
     size: Size
@@ -102,35 +297,33 @@ class ModelProblem:
         self.allowed = TIGHT | ({WORST: 0.05} if self.size.masked else {})
 
     @property
-    def work(self) -> tuple[str]:
+    def cost(self) -> tuple[str]:
         """The passes."""
         return (self.what,)
 
     @property
     def logits_bytes(self) -> float:
-        """What the released form writes of logits in fp32: three copies of a layer's, kept of all in training."""
+        """Bytes of logits that the released form writes in fp32: three copies of a layer's, of all in training."""
         layers = self.size.n_layers if self.what == TRAINING else 1
         return 12.0 * layers * self.batch * self.size.heads * self.size.n_tokens**2
 
     def trial(self, peer: str, cast: torch.dtype | None, **options) -> Trial:
-        """A peer ready for its steps; those that compute the same have the same weights."""
+        """Make a peer ready for its steps; those that compute the same have the same weights."""
         state = None if peer.startswith(VIT) else self.state
         return Trial(peer, self.size, self.batch, self.device, self.what, cast, state, **options)
 
-    # --- what gpu.measure asks for --------------------------------------------------------------------------------
-
     def results(self, trial: Trial) -> dict[str, Tensor]:
-        """Output and gradients of the whole batch at once."""
+        """Return output and gradients of the whole batch at once."""
         return trial.outcome(self.batch)
 
     def passes(self, trial: Trial) -> dict[str, Step]:
-        """What is timed."""
+        """Return the step to time."""
         return {self.what: Step(lambda _: trial.step())}
 
     def check(self, peer: Peer, results: dict[str, Tensor], _ours: object) -> None:
         """Raise an error where a peer differs from the truth; a ViT's numbers must be finite."""
         if not all(bool(tensor.isfinite().all()) for tensor in results.values()):
-            raise Wrong("not finite")
+            raise WrongResult("not finite")
         if peer.name.startswith((VIT, VISIBLE)) or not self.truth:
             return
         found = differences(results, self.truth)
@@ -142,10 +335,10 @@ class ModelProblem:
         print(f"{self.label}, {peer}: differs from {self.fields['compared_with']!r} in fp32 by {shown}", flush=True)
         wrong = [name for name, value in found.items() if not value <= allowed[name]]
         if wrong:
-            raise Wrong(f"the peers disagree: {', '.join(wrong)} of {peer!r}")
+            raise WrongResult(f"the peers disagree: {', '.join(wrong)} of {peer!r}")
 
     def peak_mib(self, peer: Peer, trial: Trial, run: Run) -> float | None:
-        """How far a step raises what is allocated on a GPU; on a CPU two steps of a fresh process its memory.
+        """Measure the peak extra memory of a step on a GPU, or of two steps in a fresh process on a CPU.
 
         Gradients count, weights do not, the optimiser's moments on a CPU alone. None on a CPU for compiled peers,
         whose compiling would count, and in a smoke run; None of a graph, whose memory is there before it is replayed.
@@ -160,9 +353,9 @@ class ModelProblem:
             return None
         return peak_mib(partial(_fresh_step, peer.name, self.size, self.batch, self.what, self.cast))
 
-    def work_of(self, peer: Peer, what: str) -> Work:
-        """See `work`."""
-        return work(peer.name, self.size, self.batch, what, self.cast or torch.float32)
+    def cost_of(self, peer: Peer, what: str) -> Cost:
+        """Return the cost of a pass; see `cost`."""
+        return cost(peer.name, self.size, self.batch, what, self.cast or torch.float32)
 
     # --- the gate -------------------------------------------------------------------------------------------------
 
@@ -178,7 +371,7 @@ class ModelProblem:
         return outcome
 
     def gate(self, run: Run) -> None:
-        """Find the truth and what peers under autocast may differ from it by; Wrong where ours differs in fp32."""
+        """Find the truth and how far peers under autocast may be from it; WrongResult where ours differs in fp32."""
         reference, truth = RELEASED, None
         if not (self.device.type == "cpu" and too_many_logits(self.logits_bytes, self.device)):
             with suppress(torch.OutOfMemoryError):
@@ -195,30 +388,30 @@ class ModelProblem:
 
 
 def _fresh_step(peer: str, size: Size, batch: int, what: str, cast: torch.dtype | None) -> Callable[[], Tensor]:
-    """The step to measure, ready in a fresh process."""
+    """Make the step to measure, in a fresh process."""
     return Trial(peer, size, batch, torch.device("cpu"), what, cast).step
 
 
-def _weights(size: Size, device: torch.device) -> dict[str, Tensor]:
-    """Drawn from a seed; with the fixed positions of an autoencoder, which are parameters."""
+def initial_weights(size: Size, device: torch.device) -> dict[str, Tensor]:
+    """Draw the weights from a seed, with the fixed positions of an autoencoder, which are parameters."""
     torch.manual_seed(0)
     with device:
         return build_model(OURS, size).state_dict()
 
 
 def make_problem(name: str, size: Size, what: str, run: Run, fields: dict[str, object]) -> ModelProblem:
-    """The problem, its weights drawn from a seed; `fields` are added to those of its rows."""
+    """Make the problem, its weights drawn from a seed; `fields` are added to those of its rows."""
     batch = size.batch(run.device)
     cast = None if run.dtype == torch.float32 else run.dtype
     dtype = str(run.dtype).removeprefix("torch.")
     sizes = {"model": name, "batch": batch, "n_tokens": size.n_tokens, "width": size.width, "depth": size.depth}
     sizes |= {"heads": size.heads, "dtype": dtype if cast is None else f"autocast {dtype}"}
-    state = _weights(size, run.device)
+    state = initial_weights(size, run.device)
     return ModelProblem(f"{name}, {what}", size, batch, what, run.device, cast, state, sizes | fields)
 
 
 def peers(problem: ModelProblem, names: list[str], run: Run) -> list[Peer]:
-    """Those of these names, in their order; the first is what the others are compared with."""
+    """Make the peers of these names, in their order; the others are compared with the first."""
     sdpa = None
     if any(name.startswith(VIT) for name in names):
         sdpa = fastest_sdpa(problem.size, problem.batch, run.timer, problem.device, problem.cast or torch.float32)

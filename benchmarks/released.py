@@ -1,4 +1,4 @@
-"""The released CRATE's behaviour, rebuilt from its description: the peer of benchmarks and parity tests.
+"""The released CRATE, rebuilt from its description: the peer of benchmarks and parity tests.
 
 Eager PyTorch exactly as the released code computes: three products in ISTA, logits and attention written to memory,
 the tied tensor copied per head. Same parameter names and initial distributions.
@@ -81,7 +81,7 @@ class _Patchify(nn.Module):
 
 
 class ReleasedCRATE(nn.Module):
-    """Images [B, channels, S, S] → logits, as the released code computes them.
+    """A classifier of images [B, channels, S, S], as the released code computes its logits.
 
     Args:
         image_size, patch_size: S and the side of a patch, in pixels.
@@ -174,7 +174,7 @@ class ReleasedCRATEMAE(nn.Module):
 
     Args:
         img_size, patch_size: Sides in pixels.
-        embed_dim, depth, num_heads: Of the encoder. decoder_depth: `depth` when None.
+        embed_dim, depth, num_heads: Sizes of the encoder. decoder_depth: `depth` when None.
         norm_pix_loss: Normalise the targets by patch.
     """
 
@@ -206,7 +206,7 @@ class ReleasedCRATEMAE(nn.Module):
         self.decoder_pred = nn.Linear(embed_dim, 3 * patch_size**2)
 
     def patches(self, images: Tensor) -> Tensor:
-        """[B, 3, S, S] → [B, N, p·p·3], in (row, column, channel) order."""
+        """Cut [B, 3, S, S] into [B, N, p·p·3], in (row, column, channel) order."""
         columns = F.unfold(images, self.patch, stride=self.patch)
         return columns.unflatten(1, (3, -1)).permute(0, 3, 2, 1).flatten(2)
 

@@ -1,7 +1,7 @@
-"""Tiles worth measuring for each kernel, the problems they are measured on, and one measurement.
+"""Candidate tiles of each kernel, the problems they are measured on, and one measurement.
 
-`gpu_check.py` compiles every candidate first, leaves out what spills or does not fit, and times the rest. What is
-best goes to found_tiles.json; as rows of kernels/launch.py:
+`gpu_check.py` compiles every candidate first, leaves out what spills or does not fit, and times the rest. The best go
+to found_tiles.json; this prints them as rows of kernels/launch.py:
 
     python benchmarks/tile_search.py found_tiles.json
 """
@@ -17,19 +17,18 @@ from dataclasses import asdict, dataclass, fields
 from functools import cache
 from pathlib import Path
 
+from harness import Step, Timer
+
 import torch
-from gpu_timing import Step, Timer
 from torch import Tensor
 
 from crate_fast.accuracy import token_scale
 from crate_fast.kernels.launch import Launch, Tile, architecture, find
 from crate_fast.reference import subspace_attention_reference
 
-__all__ = ["CANDIDATES", "Problem", "items", "main", "problems", "row_source", "time_tile", "warm"]
-
 TOLERANCE = 2e-2  # relative norm of the difference from float64; bf16 rounds to 4e-3
-CALLS = 30  # of a measurement
-CHECKED_ROWS = 512  # of a product, at both ends
+CALLS = 30  # in a measurement
+CHECKED_ROWS = 512  # at both ends of a product
 REHEARSED = bool(os.environ.get("GPU_CHECK_REHEARSE"))
 TIMED = {"short": (256, 197, 12), "long": (64, 785, 12), "rows": 256 * 197}  # B, N, H: B16 and B8
 WARMED = {"short": (2, 197, 12), "long": (2, 785, 12), "rows": 16 * 197}  # compile to the same, in little memory
@@ -75,14 +74,14 @@ SMALL = {"attention": Tile(32, 32, 4, 1), "whole_head": Tile(64, 32, 4, 1), "oth
 
 @dataclass(frozen=True)
 class Problem:
-    """What a candidate is run on.
+    """Launches that a candidate is run on.
 
     Args:
-        name: Of the shape.
-        plan: A tile's launches, one after the other.
-        output: What they write; filled with NaN before.
-        found: What is compared, read off that.
-        expected: The same in float64.
+        name: Name of the shape.
+        plan: Makes a tile's launches, one after the other.
+        output: Tensor that they write; filled with NaN before.
+        found: Reads the part to compare.
+        expected: That part in float64.
         alternative: PyTorch's own way, or None.
     """
 
@@ -95,7 +94,7 @@ class Problem:
 
 
 def items() -> list[dict]:
-    """Every candidate of each kernel, the table's own tile first; kernels in turn: a short run has some of each."""
+    """List every candidate, the table's own tile first; kernels take turns, so that a short run has some of each."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     lists = []
     for kernel, tiles in CANDIDATES.items():
@@ -128,7 +127,7 @@ def _words(tile: Tile) -> str:
 
 @cache
 def problems(kernel: str, timed: bool = True) -> tuple[Problem, ...]:
-    """The kernel's launches on tensors like those of training, bf16 on a GPU; smaller unless they are timed."""
+    """Make the kernel's problems on tensors like those of training, bf16 on a GPU; smaller unless they are timed."""
     sizes = TIMED if timed else WARMED
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     generator = torch.Generator(device).manual_seed(0)
@@ -169,15 +168,15 @@ def _attention(kernel: str, shape: tuple[int, ...], random: Callable) -> Problem
         if kernel == "whole_head_forward":
             first = whole_head.plan_forward(w, output, lse, refused, scale, tile)
             return [first, whole_head.plan_rest(None, w, output, lse, None, refused, scale, tile)]
-        room = torch.empty_like(lse)
-        first = whole_head.plan_backward(grad, w, out, lse, output, room, refused, scale, tile)
+        delta = torch.empty_like(lse)
+        first = whole_head.plan_backward(grad, w, out, lse, output, delta, refused, scale, tile)
         return [first, whole_head.plan_rest(grad, w, out, lse, output, refused, scale, tile)]
 
     return Problem("×".join(map(str, shape)), plan, output, lambda: output[ends], truth.detach())
 
 
 def _product(kernel: str, rows: int, stored: torch.dtype | None, random: Callable) -> Problem:
-    """x + aWᵀ as autocast has it (`stored` fp32, LayerNorm in front of ISTA), or all in half precision."""
+    """Make x + aWᵀ as autocast has it (`stored` fp32, LayerNorm in front of ISTA), or all in half precision."""
     from crate_fast.kernels import product
     from crate_fast.kernels.layer_norm import Norm, normalize
 
@@ -236,18 +235,16 @@ def warm(item: dict) -> dict:
         one, difference = _run_once(problem, Tile(**item["tile"]))
         compiled += one
         error = max(error, difference)
-    found = {"error": error}
-    for name, read in (
-        ("registers", lambda kernel: kernel.n_regs),
-        ("spills", lambda kernel: kernel.n_spills),
-        ("shared_bytes", lambda kernel: kernel.metadata.shared),
-    ):
-        found[name] = max((read(kernel) for kernel in compiled), default=0)
-    return found
+    return {
+        "error": error,
+        "registers": max((kernel.n_regs for kernel in compiled), default=0),
+        "spills": max((kernel.n_spills for kernel in compiled), default=0),
+        "shared_bytes": max((kernel.metadata.shared for kernel in compiled), default=0),
+    }
 
 
 def _run_once(problem: Problem, tile: Tile) -> tuple[list, float]:
-    """The compiled kernels of a tile, and the relative norm of its error; ValueError where it is wrong."""
+    """Return the compiled kernels of a tile and the relative norm of its error; ValueError where it is wrong."""
     problem.output.fill_(torch.nan)
     compiled = [
         launch.kernel[launch.grid](**launch.arguments, **launch.constants, **launch.options)
@@ -261,7 +258,7 @@ def _run_once(problem: Problem, tile: Tile) -> tuple[list, float]:
 
 
 def time_tile(item: dict, timer: Timer) -> dict:
-    """Milliseconds of a candidate on each problem, their geometric mean, and those of PyTorch's own way."""
+    """Time a candidate on each problem, and PyTorch's own way; "latency_ms" is the geometric mean."""
     shapes, others = {}, {}
     for problem in problems(item["kernel"]):
         _run_once(problem, Tile(**item["tile"]))
@@ -282,7 +279,7 @@ def _milliseconds(timer: Timer, call: Callable[[], object]) -> float:
 
 
 def row_source(row: dict) -> str:
-    """A row of found_tiles.json as kernels/launch.py has it."""
+    """Format a row of found_tiles.json as kernels/launch.py has it."""
     if row["tile"] is None:
         return f"    # {row['kernel']}, {row['precision']}, {row['architecture']}: slower than blocks of rows, no row"
     values = {field.name: field.default for field in fields(Tile)} | row["tile"]

@@ -12,8 +12,9 @@ import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
-from gpu_report import facts_of, summary, times
 from harness import RESULTS, markdown_table, write_results
+
+from gpu_report import facts_of, summary, times
 
 ROOT = Path(__file__).parent.parent
 PAGES = ("README.md", "docs/evaluation.md", "docs/training.md", "docs/results/gpu.md")  # which have tables
@@ -23,7 +24,7 @@ OURS, GRAPHED, COMPILED = "ours", "ours, CUDA graph", "ours, compiled"
 
 
 def cpu_table() -> str:
-    """Speed and memory against the released form, from benchmarks/results/cpu.json."""
+    """Make the table of speed and memory against the released form, from cpu.json."""
     content = json.loads((RESULTS / "cpu.json").read_text())
     by_key = {(row["model"], row["what"], row["peer"]): row for row in content["rows"]}
     rows = []
@@ -48,7 +49,7 @@ def cpu_table() -> str:
 
 
 def _by_problem(rows: list[dict]) -> dict[str, dict[tuple[str, str], dict]]:
-    """Rows by problem, then by (pass, peer)."""
+    """Group rows by problem, then by (pass, peer)."""
     found: dict[str, dict[tuple[str, str], dict]] = {}
     for row in rows:
         found.setdefault(row["problem"], {})[row["pass"], row["peer"]] = row
@@ -56,7 +57,7 @@ def _by_problem(rows: list[dict]) -> dict[str, dict[tuple[str, str], dict]]:
 
 
 def _cell(row: dict | None, show: Callable[[dict], object]) -> object:
-    """What a measured row shows; "**red**" where ours was wrong or failed, "n/a" where nothing was measured."""
+    """Show a measured row; "**red**" where ours was wrong or failed, "n/a" where nothing was measured."""
     if row is None or row["latency_ms"] is None:
         return "**red**" if row is not None and row.get("red") else "n/a"
     return show(row)
@@ -67,7 +68,7 @@ def _latency(row: dict | None) -> object:
 
 
 def _than(row: dict | None, peer: dict | None) -> object:
-    """How many times as fast a row is as a peer's."""
+    """Show how many times as fast a row is as a peer's."""
     ours_ms = None if row is None else row["latency_ms"]
     return _cell(row if ours_ms is None else peer, lambda found: f"{found['latency_ms'] / ours_ms:.2f}×")
 
@@ -117,7 +118,7 @@ def _ista_rows(rows: list[dict]) -> list[dict]:
 
 
 def _model_rows(rows: list[dict]) -> list[dict]:
-    """A row for each pass of each CRATE: the fastest of ours, and what the others are beside it."""
+    """Make a row for each pass of each CRATE: the fastest of ours, and its factor over each peer."""
     shown = []
     for found in _by_problem(rows).values():
         by_peer = {peer: row for (_, peer), row in found.items()}
@@ -192,12 +193,12 @@ def _gpu_tables(results: Path, names: tuple[str, ...]) -> list[str]:
 
 
 def gpu_table(results: Path = RESULTS) -> str:
-    """What the checks on a GPU found, subspace attention and ISTA beside their peers; a sentence without results."""
+    """Make the tables of a GPU check, subspace attention and ISTA; a sentence where there are no results."""
     return "\n".join(_checks(results) + _gpu_tables(results, ("mssa", "ista"))) or NOT_MEASURED
 
 
 def models_table(results: Path = RESULTS) -> str:
-    """Whole models on a GPU, from crate_gpu.json and growth_gpu.json; a sentence where neither is."""
+    """Make the tables of whole models on a GPU; a sentence where there are no results."""
     return "\n".join(_gpu_tables(results, ("crate_gpu", "growth_gpu"))) or NOT_MEASURED
 
 
@@ -205,7 +206,7 @@ def models_table(results: Path = RESULTS) -> str:
 
 
 def _checks(results: Path) -> list[str]:
-    """How many probes and GPU tests passed, and which did not, from gpu_check.json."""
+    """Count the probes and GPU tests that passed, and name the others, from gpu_check.json."""
     path = results / "gpu_check.json"
     if not path.exists():
         return []
@@ -217,11 +218,11 @@ def _checks(results: Path) -> list[str]:
             named = ": **red**: " + ", ".join(f"`{item.rpartition('::')[2]}`" for item in red[:10]) if red else ""
             lines.append(f"{len(ran) - len(red)} of {len(ran)} {what}{named}{', …' if len(red) > 10 else ''}.")
     page = "[gpu_check.md](benchmarks/results/gpu_check.md)"
-    return ["\n".join([*lines, f"Everything that was found red, and the tiles: {page}."]) + "\n"] if lines else []
+    return ["\n".join([*lines, f"All red rows, and the tiles: {page}."]) + "\n"] if lines else []
 
 
 def take(source: Path, results: Path = RESULTS) -> None:
-    """Copy what is worth keeping of a GPU check into the results.
+    """Copy the rows of a GPU check into the results.
 
     Measured rows go to the file of their benchmark, in place of those of the same problem, pass and peer; the other
     rows, without output, to gpu_check.json, in place of those of the same stages.
@@ -265,7 +266,7 @@ def _rows(path: Path) -> list[dict]:
 
 
 def _merged(path: Path, measured: list[dict], keys: tuple[str, ...]) -> list[dict]:
-    """The rows of a file, with these in place of their like; of several alike the first that was measured."""
+    """Replace a file's rows by those of the same keys; of several alike the first that was measured counts."""
     found: dict[tuple, dict] = {}
     for row in measured:
         key = tuple(row[name] for name in keys)
@@ -276,7 +277,7 @@ def _merged(path: Path, measured: list[dict], keys: tuple[str, ...]) -> list[dic
 
 
 def maskcut_table() -> str:
-    """MaskCut against SciPy's eigensolvers, from maskcut.json."""
+    """Make the table of MaskCut against SciPy's eigensolvers, from maskcut.json."""
     content = json.loads((RESULTS / "maskcut.json").read_text())
     images = [row for row in content["rows"] if row["kind"] == "image"]
     growth = [row for row in content["rows"] if row["kind"] == "growth"]
@@ -309,7 +310,7 @@ def maskcut_table() -> str:
 
 
 def data_table() -> str:
-    """What loading an image costs a core, from data.json."""
+    """Make the table of the cost of loading an image, from data.json."""
     content = json.loads((RESULTS / "data.json").read_text())
     by_name = {row["what"]: row for row in content["rows"]}
     goal = content["goal_images_per_s"]

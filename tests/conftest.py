@@ -111,7 +111,7 @@ def tiny_run(tmp_path_factory):
 @pytest.fixture
 def pretended_gpu(monkeypatch):
     """A timer that takes the GPU's way through the code; an event stands for a millisecond since the one before."""
-    import gpu_timing
+    import harness
 
     clock = iter(range(10**6))
 
@@ -126,12 +126,12 @@ def pretended_gpu(monkeypatch):
             return float(end.time - self.time)
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    wall_ms = gpu_timing.Timer._wall_ms
-    monkeypatch.setattr(gpu_timing.Timer, "_wall_ms", lambda timer, step: 0.0 * wall_ms(timer, step) + 0.1)
+    wall_ms = harness.Timer._wall_ms
+    monkeypatch.setattr(harness.Timer, "_wall_ms", lambda timer, step: 0.0 * wall_ms(timer, step) + 0.1)
     for name in ("synchronize", "empty_cache", "reset_peak_memory_stats"):
         monkeypatch.setattr(torch.cuda, name, lambda: None)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 2**20)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 3 * 2**20)
     with monkeypatch.context() as patch:
         patch.setattr(torch, "empty", lambda size, dtype, device: torch.zeros(8, dtype=dtype))
-        return gpu_timing.Timer(torch.device("cuda"))
+        return harness.Timer(torch.device("cuda"))

@@ -1,22 +1,20 @@
-"""The benchmark of whole models as far as a CPU can tell: smoke run, gate, peers that fail, operations, tables."""
+"""The benchmark of whole models on a CPU: smoke run, gate, peers that fail, operations, tables."""
 
-import argparse
 import json
+from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
-import bench_model
-import gpu
-import gpu_timing
 import harness
-import model_peers
+
+import bench_model
+import measuring
 import model_problem
 import pytest
 import torch
 import update_readme
-from agreement import differences
 from bench_model import Part
-from model_peers import (
+from model_problem import (
     COMPILED,
     GRAPHED,
     INFERENCE,
@@ -28,8 +26,9 @@ from model_peers import (
     VIT,
     Size,
     build_model,
+    make_problem,
+    peers,
 )
-from model_problem import make_problem, peers
 from torch.nn.attention import SDPBackend
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -41,22 +40,26 @@ UNNEEDED = 2 * 2 * 2 * 17 * 32**2  # FLOPs of the released ISTA beyond the one p
 CPU = torch.device("cpu")
 
 
-def _run(tmp_path: Path, dtype: str = "float32") -> gpu.Run:
-    options = argparse.Namespace(smoke=True, dtype=dtype, rounds=1, output=tmp_path, commit=None)
-    run = gpu.open_run(options, on_cpu=True)
-    run.ceilings = gpu_timing.Ceilings(1.0, 100.0)
+def _run(tmp_path: Path, dtype: str = "float32") -> harness.Run:
+    options = Namespace(smoke=True, dtype=dtype, rounds=1, output=tmp_path, commit=None)
+    run = harness.open_run(options, on_cpu=True)
+    run.ceilings = harness.Ceilings(1.0, 100.0)
     run.facts |= {"matrix_tflops_per_s": 1.0, "copy_gb_per_s": 100.0}
     return run
 
 
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory) -> harness.Run:
+    return _run(tmp_path_factory.mktemp("results"))
+
+
 @pytest.fixture
-def run(tmp_path, monkeypatch) -> gpu.Run:
-    """A smoke run in fp32 with ceilings of 1 TFLOP/s and 100 GB/s, and short measurements."""
-    monkeypatch.setattr(gpu_timing, "MEASUREMENT_MS", 5.0)
-    return _run(tmp_path)
+def run(opened, tmp_path) -> harness.Run:
+    """A smoke run in fp32 with ceilings of 1 TFLOP/s and 100 GB/s."""
+    return replace(opened, output=tmp_path, rows=[], facts=dict(opened.facts))
 
 
-def _rows(run: gpu.Run) -> dict[tuple[str, str], dict]:
+def _rows(run: harness.Run) -> dict[tuple[str, str], dict]:
     return {(row["pass"], row["peer"]): row for row in run.rows}
 
 
@@ -82,7 +85,7 @@ def test_growth_and_models_are_not_asked_for_together(capsys):
     assert "leave --models out" in capsys.readouterr().err
 
 
-def test_the_sizes_are_the_models():
+def test_sizes_are_the_models():
     counts = {name: sum(p.numel() for p in model_problem.meta_model(OURS, size).parameters()) / 1e6
               for name, size in bench_model.CRATES.items()}  # fmt: skip
     assert {name: round(count, 2) for name, count in counts.items() if "16" in name} == {
@@ -92,7 +95,7 @@ def test_the_sizes_are_the_models():
 
 
 def test_a_whole_measurement_goes_the_gpus_way(run, pretended_gpu):
-    run.timer = pretended_gpu
+    run.timer, pretended_gpu.measurement_ms = pretended_gpu, 5.0
     assert bench_model.measure(Part("crate", {"tiny": TINY}, BOTH, [OURS, RELEASED]), run)
     for row in run.rows:
         assert row["latency_ms"] == 1.0  # one event to the next: nothing between calls
@@ -105,50 +108,49 @@ def test_a_whole_measurement_goes_the_gpus_way(run, pretended_gpu):
 # --- the gate -----------------------------------------------------------------------------------------------------
 
 
-class _Scaled(model_peers.CRATE):
+class _Scaled(model_problem.CRATE):
     def __init__(self, **options):
         super().__init__(**options)
         self.transformer.layers[1][0].fn.scale *= 1.2
 
 
-class _Stepped(model_peers.CRATE):
+class _Stepped(model_problem.CRATE):
     def __init__(self, **options):
         super().__init__(**options)
         self.transformer.layers[0][1].fn.step_size *= 1.02
 
 
-class _Detached(model_peers.CRATE):
+class _Detached(model_problem.CRATE):
     def embed(self, images):
         tokens = super().embed(images)
         return tokens.detach() + 0.0 * tokens
 
 
-class _NotFinite(model_peers.CRATE):
+class _NotFinite(model_problem.CRATE):
     def forward(self, images):
         return super().forward(images) * float("nan")
 
 
-@pytest.mark.parametrize("mutant", [_Scaled, _Stepped, _Detached, _NotFinite])
-def test_a_wrong_model_is_red_and_the_others_have_numbers(run, monkeypatch, mutant):
-    right = model_peers.CRATE
-    monkeypatch.setattr(
-        model_peers, "CRATE", lambda **options: (mutant if options["dim"] == 32 else right)(**options)
-    )
-    sizes = {"wrong": TINY, "right": replace(TINY, width=64)}
+def test_a_wrong_model_is_red_and_the_others_have_numbers(run, monkeypatch):
+    mutants = {32: _Scaled, 64: _Stepped, 96: _Detached, 128: _NotFinite}
+    right = model_problem.CRATE
+    monkeypatch.setattr(model_problem, "CRATE", lambda **options: mutants.get(options["dim"], right)(**options))
+    sizes = {mutant.__name__: replace(TINY, width=width) for width, mutant in mutants.items()}
+    sizes = {"wrong": sizes.pop("_Scaled"), **sizes, "right": replace(TINY, width=48)}
     assert not bench_model.measure(Part("crate", sizes, (TRAINING,), [OURS, RELEASED]), run)
-    found = {(row["model"], row["peer"]): row for row in run.rows}
-    assert found["wrong", OURS]["red"]
-    assert "Wrong: " in found["wrong", OURS]["reason"]
-    assert all(row["latency_ms"] for key, row in found.items() if key != ("wrong", OURS))
-    assert "* **red**: wrong, training step, ours: Wrong" in bench_model.table(run.rows)
+    for row in run.rows:
+        wrong = row["model"] != "right" and row["peer"] == OURS
+        assert wrong == (row["latency_ms"] is None) == row.get("red", False), row["model"]
+        assert not wrong or "WrongResult: " in row["reason"]
+    assert "* **red**: wrong, training step, ours: WrongResult" in bench_model.table(run.rows)
 
 
 def test_a_wrong_autoencoder_gives_no_numbers(run, monkeypatch, capsys):
     size = replace(TINY, masked=True)
     assert bench_model.measure(Part("model", {"MAE": size}, (TRAINING,), [OURS, RELEASED, VISIBLE]), run)
-    forward = model_peers.ReleasedCRATEMAE.forward
+    forward = model_problem.ReleasedCRATEMAE.forward
     monkeypatch.setattr(
-        model_peers.ReleasedCRATEMAE, "forward", lambda *a, **o: tuple(1.001 * value for value in forward(*a, **o))
+        model_problem.ReleasedCRATEMAE, "forward", lambda *a, **o: tuple(1.001 * value for value in forward(*a, **o))
     )
     assert not bench_model.measure(Part("model", {"MAE": size}, (TRAINING,), [OURS, RELEASED]), run)
     assert "the peers disagree: output" in capsys.readouterr().err
@@ -162,8 +164,8 @@ def test_under_autocast_the_gate_knows_rounding_from_a_broken_model(tmp_path, mo
     (ours,) = peers(problem, [OURS], run)
     problem.check(ours, problem.results(ours.build()), None)
     for broken in (_Detached, _NotFinite):
-        monkeypatch.setattr(model_peers, "CRATE", broken)
-        with pytest.raises(gpu.Wrong):
+        monkeypatch.setattr(model_problem, "CRATE", broken)
+        with pytest.raises(measuring.WrongResult):
             problem.check(ours, problem.results(ours.build()), None)
 
 
@@ -210,9 +212,9 @@ def test_without_a_gpu_the_row_of_a_graph_says_so(run):
 def test_on_a_gpu_a_graphed_trial_gives_what_the_eager_one_gives(what):
     size, device = replace(TINY, width=64), torch.device("cuda")
     found, expected = (
-        model_peers.Trial(peer, size, 8, device, what, torch.bfloat16).outcome(8) for peer in (OURS + GRAPHED, OURS)
+        model_problem.Trial(peer, size, 8, device, what, torch.bfloat16).outcome(8) for peer in (OURS + GRAPHED, OURS)
     )
-    assert all(value <= 0.01 for value in differences(found, expected).values())
+    assert all(value <= 0.01 for value in harness.differences(found, expected).values())
 
 
 # --- peers that fail ----------------------------------------------------------------------------------------------
@@ -236,7 +238,7 @@ def test_a_peer_that_fails_has_rows_that_say_why(run, monkeypatch):
 
 
 def test_without_memory_for_the_released_form_ours_is_compared_with_pytorchs_path(run, monkeypatch):
-    monkeypatch.setattr(model_peers.ReleasedCRATE, "forward", _out_of_memory)
+    monkeypatch.setattr(model_problem.ReleasedCRATE, "forward", _out_of_memory)
     assert bench_model.measure(Part("growth", {"tiny": TINY}, BOTH, [OURS, RELEASED]), run)
     rows = _rows(run)
     assert all(row["compared_with"] == UNFUSED for row in rows.values())
@@ -250,14 +252,14 @@ def test_on_a_cpu_logits_beyond_the_memory_are_not_tried(run, monkeypatch):
 
 
 def test_where_ours_does_not_run_the_rows_say_so_and_the_next_model_is_measured(run, monkeypatch):
-    outcome = model_peers.Trial.outcome
+    outcome = model_problem.Trial.outcome
 
     def failing(trial, chunk):
-        if isinstance(trial.model, model_peers.CRATE) and trial.model.embed_dim == 32:
+        if isinstance(trial.model, model_problem.CRATE) and trial.model.embed_dim == 32:
             _out_of_memory()
         return outcome(trial, chunk)
 
-    monkeypatch.setattr(model_peers.Trial, "outcome", failing)
+    monkeypatch.setattr(model_problem.Trial, "outcome", failing)
     sizes = {"large": TINY, "small": replace(TINY, width=64)}
     assert not bench_model.measure(Part("crate", sizes, (INFERENCE,), [OURS, RELEASED]), run)
     reasons = {(row["model"], row["peer"]): row["reason"] for row in run.rows}
@@ -267,8 +269,8 @@ def test_where_ours_does_not_run_the_rows_say_so_and_the_next_model_is_measured(
 
 
 def test_the_vit_gets_the_attention_that_runs_here():
-    timer = gpu_timing.Timer(CPU)
-    assert model_peers.fastest_sdpa(TINY, 2, timer, CPU, torch.float32) == SDPBackend.FLASH_ATTENTION
+    timer = harness.Timer(CPU)
+    assert model_problem.fastest_sdpa(TINY, 2, timer, CPU, torch.float32) == SDPBackend.FLASH_ATTENTION
 
 
 # --- operations and bytes -----------------------------------------------------------------------------------------
@@ -287,8 +289,8 @@ def _counted(peer: str) -> tuple[int, int]:
     return forward, counter.get_total_flops()
 
 
-def _work(peer: str, size: Size, what: str, dtype: torch.dtype = torch.float32) -> gpu.Work:
-    return model_problem.work(peer, size, size.on_cpu, what, dtype)
+def _work(peer: str, size: Size, what: str, dtype: torch.dtype = torch.float32) -> measuring.Cost:
+    return model_problem.cost(peer, size, size.on_cpu, what, dtype)
 
 
 @pytest.mark.parametrize(
@@ -339,12 +341,12 @@ def test_results_of_other_models_are_kept_and_the_readmes_table_comes_from_them(
     monkeypatch.setattr(torch, "compile", lambda model, **_: model)  # it takes minutes
     part = Part("crate_gpu", {"B/16": TINY}, BOTH, bench_model.CRATE_PEERS)
     assert bench_model.measure(part, run)
-    other = replace(part, sizes={"T/16": TINY})
+    other = Part("crate_gpu", {"T/16": TINY}, (INFERENCE,), [OURS])
     run.rows = bench_model._kept(other, run)
     assert bench_model.measure(other, run)
     rows = json.loads((tmp_path / "crate_gpu.json").read_text())["rows"]
-    assert [row["model"] for row in rows] == ["B/16"] * 12 + ["T/16"] * 12
-    assert len(bench_model._kept(part, run)) == 12
+    assert [row["model"] for row in rows] == ["B/16"] * 12 + ["T/16"]
+    assert len(bench_model._kept(part, run)) == 1
     run.facts["commit"] = "another"
     assert bench_model._kept(part, run) == []
 

@@ -1,20 +1,23 @@
 """Benchmarks: they run, their peers agree, and the README's table is the one that was measured."""
 
+import ast
 import json
 import re
+import sys
 from itertools import groupby
 from time import process_time, sleep
+
+import harness
 
 import bench_busy_cpu
 import bench_cpu
 import bench_data
 import bench_maskcut
-import harness
 import numpy as np
 import pytest
 import torch
 import update_readme
-from released import ReleasedCRATE
+from model_problem import TRAINING, initial_weights
 
 from crate_fast.train.data import shards
 
@@ -27,14 +30,23 @@ def test_the_smoke_run_measures_every_peer(capsys):
 
 
 def test_peers_that_disagree_give_no_numbers():
-    settings, batch = bench_cpu.SMOKE["smoke"]
-    state = ReleasedCRATE(**(bench_cpu.COMMON | settings)).state_dict()
-    built = {peer: bench_cpu._build(peer, settings, batch, state) for peer in ("released", "ours")}
-    bench_cpu._check_equal(built)
+    size = bench_cpu.SMOKE["smoke"]
+    state = initial_weights(size, bench_cpu.CPU)
+    trials = {peer: bench_cpu.CPUTrial(peer, TRAINING, size, state) for peer in ("released", "ours")}
+    bench_cpu._check_equal(trials)
     with torch.no_grad():
-        built["ours"][0].transformer.layers[1][1].fn.weight[0, 0] += 0.1
+        trials["ours"].model.transformer.layers[1][1].fn.weight[0, 0] += 0.1
     with pytest.raises(SystemExit, match="the peers disagree"):
-        bench_cpu._check_equal(built)
+        bench_cpu._check_equal(trials)
+
+
+def test_benchmarks_import_the_harness_first():
+    """It imports crate_fast before PyTorch, which bounds OpenMP's spinning."""
+    for path in (update_readme.ROOT / "benchmarks").glob("bench_*.py"):
+        found = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
+        names = [node.names[0].name if isinstance(node, ast.Import) else node.module for node in found]
+        others = [name for name in names if name.partition(".")[0] not in sys.stdlib_module_names]
+        assert others[0] == "harness", path
 
 
 def test_timing_calls_every_candidate_in_turn():

@@ -1,5 +1,5 @@
-"""The GPU check: what ends a process, how stages share the time, what a fault costs, what comes back; and a rehearsal
-of all of it on a CPU, with a probe that crashes, one that hangs and one that is wrong."""
+"""The GPU check: ends of processes, shares of the time, the cost of faults, the archive; and a rehearsal of all of it
+on a CPU, with a probe that crashes, one that hangs and one that is wrong."""
 
 import json
 import lzma
@@ -15,13 +15,11 @@ from pathlib import Path
 
 import gpu_check
 import gpu_report
-import gpu_session
-import gpu_stages
 import gpu_worker
 import isolation
 import pytest
 import update_readme
-from gpu_session import Check, Stage
+from gpu_check import Check, Stage
 from isolation import Job, Process
 
 BENCHMARKS = Path(gpu_check.__file__).parent
@@ -38,7 +36,7 @@ def _process(tmp_path, code: str, limit_s: float = 30.0, hard_s: float = 30.0, *
 
 
 def _gone(pid: int) -> bool:
-    """Whether a process is no more, or a corpse that nobody waits for."""
+    """Return True if a process is no more, or a zombie."""
     stat = Path(f"/proc/{pid}/stat")
     for _ in range(200):
         try:
@@ -76,18 +74,17 @@ def test_what_cannot_be_started_says_so(tmp_path):
     assert "does not start" in process.reason
 
 
-@pytest.mark.parametrize("session", [True, False])
-def test_a_process_is_killed_with_all_it_has_started(tmp_path, session):
-    """Also with what has a session of its own, as the compilers' workers have."""
-    code = f"""
+def test_a_process_is_killed_with_all_it_has_started(tmp_path):
+    """Also with processes that have their own session, as the compilers' workers have."""
+    code = """
 import pathlib, subprocess, time
-child = subprocess.Popen(["sleep", "60"], start_new_session={session})
-pathlib.Path("child").write_text(str(child.pid))
+children = [subprocess.Popen(["sleep", "60"], start_new_session=new) for new in (True, False)]
+pathlib.Path("children").write_text(" ".join(str(child.pid) for child in children))
 time.sleep(60)
 """
     process = _process(tmp_path, code, 1.5)
     assert "timed out" in process.reason
-    assert _gone(int((tmp_path / "child").read_text()))
+    assert all(_gone(int(pid)) for pid in (tmp_path / "children").read_text().split())
     assert _gone(process.popen.pid)
 
 
@@ -114,7 +111,7 @@ def test_a_process_is_asked_before_it_is_killed(tmp_path):
 @pytest.fixture
 def check(tmp_path, monkeypatch):
     """A check of three seconds and no reserve, of a worker that needs nothing: see STUB."""
-    monkeypatch.setattr(gpu_session, "PACK_SECONDS", 0.0)
+    monkeypatch.setattr(gpu_check, "PACK_SECONDS", 0.0)
     stub = tmp_path / "stub.py"
     stub.write_text(STUB)
     monkeypatch.setattr(
@@ -160,12 +157,14 @@ def _items(*names: str, **more) -> list[dict]:
     return [{"name": name, **more} for name in names]
 
 
+def _work_through(check: Check, items: list[dict], workers: int = 1, stall_s: float = 5.0) -> None:
+    check.end += 30
+    check.go([Stage("timings", 30, 1, lambda check: check.work_through(items, "time", workers, stall_s))])
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_an_item_that_ends_its_worker_costs_itself(check, workers):
-    check.end += 30
-    items = _items("a", "crash", "b", "hang", "c", "d")
-    stage = Stage("timings", 30, 1, lambda check: check.work_through(items, "time", workers, 1.0))
-    check.go([stage])
+    _work_through(check, _items("a", "crash", "b", "hang", "c", "d"), workers, 1.0)
     rows = _rows(check)
     assert [rows[f"{name} {name}"][0] for name in "abcd"] == ["ok"] * 4
     assert rows["crash"][0] == rows["hang"][0] == "red"
@@ -174,9 +173,7 @@ def test_an_item_that_ends_its_worker_costs_itself(check, workers):
 
 
 def test_of_several_peers_the_one_that_ends_the_worker_is_found(check):
-    check.end += 30
-    items = [*_items("both", peers=["ours", "crash", "theirs"]), *_items("next")]
-    check.go([Stage("timings", 30, 1, lambda check: check.work_through(items, "time", 1, 5.0))])
+    _work_through(check, [*_items("both", peers=["ours", "crash", "theirs"]), *_items("next")])
     rows = _rows(check)
     assert rows["both"][0] == "n/a"
     assert rows["both: ours ours"][0] == rows["both: theirs theirs"][0] == rows["next next"][0] == "ok"
@@ -184,11 +181,10 @@ def test_of_several_peers_the_one_that_ends_the_worker_is_found(check):
 
 
 def test_a_worker_that_does_not_start_is_not_tried_for_ever(check):
-    check.environment["PATH"] = ""
     check.worker = lambda *words, name, limit_s, **options: Job(
         name, [*PYTHON, "raise SystemExit(7)"], limit_s, **options
     )
-    check.go([Stage("timings", 30, 1, lambda check: check.work_through(_items("a", "b"), "time", 1, 5.0))])
+    _work_through(check, _items("a", "b"))
     assert all(status == "n/a" and "exit status 7" in reason for status, reason in _rows(check).values())
 
 
@@ -210,7 +206,7 @@ def test_a_stage_that_overruns_is_cut_and_the_rest_still_runs(check):
     rows = _rows(check)
     assert rows["slow"][0] == "red"
     assert "timed out" in rows["slow"][1]
-    assert rows["never"] == ("n/a", gpu_session.NO_TIME)
+    assert rows["never"] == ("n/a", gpu_check.NO_TIME)
     assert "a stage's own fault" in rows["second"][1]
     assert rows["a a"][0] == "ok"
     assert (check.output / "gpu_check_first.tar.gz").exists()
@@ -238,9 +234,9 @@ def test_what_was_found_comes_back_when_the_time_is_up_in_the_middle(check):
         while "begin" not in (job.beat.read_text().splitlines() or [""])[-1] or "hang" not in job.beat.read_text():
             time.sleep(0.02)
         process.end("by the test")
-        raise gpu_session.TimeUp
+        raise gpu_check.TimeUp
 
-    with pytest.raises(gpu_session.TimeUp):
+    with pytest.raises(gpu_check.TimeUp):
         check.go([Stage("timings", 30, 1, interrupted)])
     check.pack()
     with tarfile.open(check.output / "gpu_check_first.tar.gz") as tar:
@@ -249,7 +245,7 @@ def test_what_was_found_comes_back_when_the_time_is_up_in_the_middle(check):
 
 
 def test_long_logs_and_evidence_stay_within_what_is_brought_back(check, monkeypatch):
-    monkeypatch.setattr(gpu_session, "MOST_BYTES", 2**20)
+    monkeypatch.setattr(gpu_report, "MOST_BYTES", 2**20)
     (check.logs / "long.log").write_bytes(os.urandom(2**20))
     for name in ("a.ptx", "b.cubin", "c.txt"):
         (check.failures / name).write_bytes(os.urandom(2**20))
@@ -272,7 +268,7 @@ def test_long_logs_and_evidence_stay_within_what_is_brought_back(check, monkeypa
 def test_a_red_probe_runs_again_with_the_other_assembler_and_leaves_its_code(check, monkeypatch):
     """The code is asked for once more in a cache of its own; a right one runs once."""
     check.rehearse, check.end = False, time.monotonic() + 60
-    check.work = {"probes": [{"name": f"probe {name}", "probe": name} for name in ("wrong", "right")]}
+    check.items = {"probes": [{"name": f"probe {name}", "probe": name} for name in ("wrong", "right")]}
     check.other_assembler = {"TRITON_PTXAS_PATH": ""}
     check.environment["TRITON_PTXAS_PATH"] = "/carried"
     code = """
@@ -292,7 +288,7 @@ pathlib.Path(path).write_text(json.dumps(row))
         return start(check, Job(job.name, [*PYTHON, code, name, path], job.limit_s, job.environment))
 
     monkeypatch.setattr(Check, "start", started)
-    check.go([Stage("probes", 30, 1, gpu_stages.probes)])
+    check.go([Stage("probes", 30, 1, gpu_check.probes)])
     rows = {row["item"]: row for row in gpu_report.read_rows(check.rows_file)}
     assert {item: row["status"] for item, row in rows.items()} == {
         "wrong": "red", "right": "ok", "wrong, other assembler": "red", "wrong, for its PTX": "red",
@@ -307,11 +303,11 @@ pathlib.Path(path).write_text(json.dumps(row))
 
 def test_the_carried_assembler_is_used_where_it_has_passed_its_trial(check):
     check.row("carried assembler", "n/a", "wrong")
-    gpu_stages._choose_assembler(check)
+    gpu_check.choose_assembler(check)
     assert check.other_assembler is None
     assert "TRITON_PTXAS_PATH" not in check.environment
     check.row("carried assembler", "ok", version="13.4.59", path="/elsewhere/ptxas")
-    gpu_stages._choose_assembler(check)
+    gpu_check.choose_assembler(check)
     assert check.environment["TRITON_PTXAS_PATH"] == "/elsewhere/ptxas"
     assert check.other_assembler == {"TRITON_PTXAS_PATH": "", "TRITON_PTXAS_BLACKWELL_PATH": ""}
 
@@ -348,15 +344,15 @@ def test_the_best_tile_is_found_and_the_present_one_kept_where_little_is_gained(
 def test_tiles_that_do_not_compile_or_spill_are_not_timed(check, monkeypatch):
     check.stage, timed = "warm", []
     names = ("fits", "spills", "present spills", "fails", "cold")
-    check.work = {"tiles": [{"name": name, "present": "present" in name} for name in names]}
+    check.items = {"tiles": [{"name": name, "present": "present" in name} for name in names]}
     check.row("fits", "ok", spills=0)
     check.row("spills", "ok", spills=4)
     check.row("present spills", "ok", spills=4)
     check.row("fails", "n/a", "out of shared memory")
-    check.row("cold", "n/a", gpu_session.NO_TIME)
+    check.row("cold", "n/a", gpu_check.NO_TIME)
     monkeypatch.setattr(Check, "work_through", lambda _, items, *rest: timed.extend(item["name"] for item in items))
     check.stage = "tiles"
-    gpu_stages.tiles(check)
+    gpu_check.tiles(check)
     assert timed == ["fits", "present spills", "cold"]
     reasons = {row["item"]: row["reason"] for row in gpu_report.read_rows(check.rows_file) if row["stage"] == "tiles"}
     assert reasons == {"spills": "left out: it spills registers", "fails": "left out: out of shared memory"}
@@ -379,7 +375,7 @@ def test_counters_are_read_from_ncus_table(tmp_path):
         '"0","_fwd","SpeedOfLight","DRAM Throughput","%","41.2"\n'
         '"0","_fwd","SpeedOfLight","Elapsed Cycles","cycle","9"\n'
     )
-    assert gpu_stages._counters(log) == {"_fwd": {"DRAM Throughput": "41.2 %"}}
+    assert gpu_check.read_counters(log) == {"_fwd": {"DRAM Throughput": "41.2 %"}}
 
 
 def test_every_kind_of_work_is_listed_by_names_of_its_own(monkeypatch, tmp_path):
@@ -426,7 +422,7 @@ def test_prepare_carries_the_newest_assembler_of_the_wheel_and_the_commit(tmp_pa
 
 def test_second_takes_the_tiles_that_first_has_found(tmp_path):
     (tmp_path / "work").mkdir()
-    found = tmp_path / "work" / gpu_session.TILES
+    found = tmp_path / "work" / gpu_check.TILES
     found.write_text("[]")
     assert _check(tmp_path, 9.0, part="second").environment["CRATE_FAST_TILES"] == str(found)
     assert "CRATE_FAST_TILES" not in _check(tmp_path, 9.0).environment
@@ -461,7 +457,7 @@ def test_the_rehearsal_runs_every_stage_and_faults_cost_their_own_rows(rehearsal
     assert "of the error that is allowed" in red["fault:wrong"]
     stages = {row["stage"] for row in rows if row["status"] == "ok"}
     assert stages == {"environment", "warm", "probes", "timings", "tiles", "models", "more"}
-    assert {stage.name for stage in gpu_stages.PARTS["all"]} == stages | {"tests", "counters"}  # no GPU: all skipped
+    assert {stage.name for stage in gpu_check.PARTS["all"]} == stages | {"tests", "counters"}  # no GPU: all skipped
     assert len({row["commit"] for row in rows}) == len({row["device"] for row in rows}) == 1
     assert all(row["matrix_tflops_per_s"] > 0 for row in rows)
     measured = {(row["bench"], row["row"]["peer"]) for row in rows if row.get("bench")}
@@ -476,7 +472,7 @@ def test_the_readmes_tables_are_made_of_what_was_brought_back(rehearsal, tmp_pat
     table = update_readme.gpu_table(tmp_path)
     named = re.search(r"1 of 4 kernel probes are right: \*\*red\*\*: (.*)\.", table)[1]
     assert {*named.split(", ")} == {"`fault:crash`", "`fault:hang`", "`fault:wrong`"}
-    assert re.search(r"\| tiny, 2×70×2×32 \| [\d.]+ \|", table)
+    assert re.search(r"\| tiny, 1×70×2×32 \| [\d.]+ \|", table)
     assert "| tiny ista, 74×64 |" in table
     assert "| tiny, training step, batch 2 |" in update_readme.models_table(tmp_path)
     assert "SIGABRT" in (tmp_path / "gpu_check.md").read_text()
@@ -486,7 +482,7 @@ def test_the_readmes_tables_are_made_of_what_was_brought_back(rehearsal, tmp_pat
         if row["peer"] == "ours":
             row |= {"latency_ms": None, "red": True, "reason": "wrong"}
     (tmp_path / "mssa.json").write_text(json.dumps(rows))
-    assert re.search(r"\| tiny, 2×70×2×32 \| \*\*red\*\* \| \*\*red\*\* \|", update_readme.gpu_table(tmp_path))
+    assert re.search(r"\| tiny, 1×70×2×32 \| \*\*red\*\* \| \*\*red\*\* \|", update_readme.gpu_table(tmp_path))
     update_readme.take(folder / "gpu_check_all.tar.gz", tmp_path)  # once more: rows take the place of their like
     assert len(json.loads((tmp_path / "mssa.json").read_text())["rows"]) == len(rows["rows"])
     assert "1 of 4 kernel probes" in update_readme.gpu_table(tmp_path)

@@ -1,9 +1,11 @@
-"""The tile search as far as a CPU can tell: its problems know right from wrong, its candidates are all there."""
+"""The tile search on a CPU: its problems tell right from wrong, its candidates are complete."""
 
 import json
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 
-import gpu_timing
+import harness
+
 import pytest
 import tile_search
 import torch
@@ -34,7 +36,7 @@ def _item(kernel: str, **more) -> dict:
 def test_a_candidate_is_right_on_every_problem_and_timed(kernel):
     found = tile_search.warm(_item(kernel))
     assert 0 < found["error"] < 5e-3
-    timed = tile_search.time_tile(_item(kernel), gpu_timing.Timer(torch.device("cpu")))
+    timed = tile_search.time_tile(_item(kernel), harness.Timer(torch.device("cpu")))
     assert timed["shapes"].keys() == {problem.name for problem in tile_search.problems(kernel)}
     assert min(timed["shapes"].values()) <= timed["latency_ms"] <= max(timed["shapes"].values())
     assert (timed["alternative"] is not None) == (kernel == "output_map")
@@ -44,18 +46,14 @@ def test_a_candidate_is_right_on_every_problem_and_timed(kernel):
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("fault", ["scaled", "unwritten"])
 def test_a_wrong_or_unwritten_result_rules_a_candidate_out(kernel, fault, monkeypatch):
-    """Of the launches, which write the output when they are all over, the last is spoilt."""
+    """A last launch spoils the output."""
     problem = tile_search.problems(kernel)[0]
-
-    class Spoilt:
-        kernel = None
-        arguments, constants, options, grid = {}, {}, {}, ()
 
     def spoil(**_):
         problem.output.mul_(1.05) if fault == "scaled" else problem.output[0].fill_(torch.nan)
 
-    Spoilt.kernel = {(): spoil}
-    wrong = replace(problem, plan=lambda tile: [*problem.plan(tile), Spoilt])
+    spoiling = SimpleNamespace(kernel={(): spoil}, arguments={}, constants={}, options={}, grid=())
+    wrong = replace(problem, plan=lambda tile: [*problem.plan(tile), spoiling])
     monkeypatch.setattr(tile_search, "problems", lambda _, timed: (wrong,))
     with pytest.raises(ValueError, match="differs from float64"):
         tile_search.warm(_item(kernel))

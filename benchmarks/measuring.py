@@ -1,0 +1,344 @@
+"""Problems, their peers, and the measurement of peers in turn: gate, first call, memory, times.
+
+A peer that fails or is wrong has rows that say why. A smoke run goes the same way on a CPU, with Triton's interpreter
+and a wall clock.
+"""
+
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from typing import ClassVar
+
+from harness import Plan, Run, Step, Timing, relative_difference
+
+import torch
+from torch import Tensor
+
+from crate_fast.accuracy import judge
+
+MAX_LOGITS_FRACTION = 0.1  # of the GPU's memory: a peer that would write more logits is not tried
+MAX_LOGITS_FRACTION_CPU = 0.5  # of the machine's memory: beyond it the system kills a process without a message
+PEER_TOLERANCE = 0.05  # relative norm by which a peer's output and gradients may differ from float64
+
+
+class WrongResult(ValueError):
+    """A result that is not what the problem asks for: its peer gets no time."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Arithmetic and memory traffic of one pass that moves each tensor once."""
+
+    flops: float
+    moved_bytes: float
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(self.flops + other.flops, self.moved_bytes + other.moved_bytes)
+
+
+@dataclass(frozen=True)
+class Peer:
+    """An implementation that a problem is measured with.
+
+    Args:
+        name: Name in the tables.
+        build: Makes the function; called once a problem, so that compiled code is the problem's own.
+        ours: True for this package's default, which `check` judges by the tests' rule.
+        compiles: True if its first call takes seconds.
+        quadratic: True if it writes all logits to memory.
+        smoke: True if a smoke run includes it.
+    """
+
+    name: str
+    build: Callable[[], Callable[..., Tensor]]
+    ours: bool = False
+    compiles: bool = False
+    quadratic: bool = False
+    smoke: bool = False
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Inputs, the output's gradient, and the cost of each pass.
+
+    Passes are timed in training mode: forward builds the graph and keeps what backward needs.
+
+    Args:
+        label: Name in the tables.
+        fields: Sizes and dtype, for its rows.
+        inputs: Leaves of the graph, in the peers' order.
+        grad: Gradient of the output.
+        cost: Cost by pass.
+        reference: Eager PyTorch, for `check`.
+        names: Names of the output and the gradients, separated by spaces.
+        part: Selects the part to check of a tensor with a batch in front.
+        training: Passes "forward", "backward" and "forward + backward" if True; else "inference" alone, for a caller
+            who has turned gradients off, and without a check.
+        autocast: The forward's dtype under autocast, or None.
+        logits_bytes: Bytes written by a peer that materialises all logits once.
+    """
+
+    hides_host: ClassVar[bool] = True
+
+    label: str
+    fields: dict[str, object]
+    inputs: tuple[Tensor, ...]
+    grad: Tensor
+    cost: dict[str, Cost]
+    reference: Callable[..., Tensor]
+    names: str
+    part: Callable[[Tensor], Tensor] = lambda tensor: tensor
+    training: bool = True
+    autocast: torch.dtype | None = None
+    logits_bytes: float = 0.0
+
+    def forward(self, function: Callable[..., Tensor]) -> Tensor:
+        """Apply the function to the inputs, under autocast where the problem asks for it."""
+        cast = nullcontext() if self.autocast is None else torch.autocast(self.grad.device.type, self.autocast)
+        with cast:
+            return function(*self.inputs)
+
+    def results(self, function: Callable[..., Tensor]) -> list[Tensor]:
+        """Return the output and, in training, the gradient of every input."""
+        out = self.forward(function)
+        return [out.detach(), *(torch.autograd.grad(out, self.inputs, self.grad) if self.training else ())]
+
+    def passes(self, function: Callable[..., Tensor]) -> dict[str, Step]:
+        """Return the steps to time."""
+        forward = partial(self.forward, function)
+        if not self.training:
+            return {"inference": Step(lambda _: forward())}
+
+        def backward(out: Tensor) -> object:
+            return torch.autograd.grad(out, self.inputs, self.grad)
+
+        return {
+            "forward": Step(lambda _: forward()),
+            "backward": Step(backward, forward),
+            "forward + backward": Step(lambda _: backward(forward())),
+        }
+
+    @cached_property
+    def expected(self) -> tuple[list[Tensor], list[Tensor]]:
+        """The reference's results on the checked part: in the problem's dtype, and in float64."""
+        inputs = tuple(self.part(tensor.detach()).requires_grad_() for tensor in self.inputs)
+        grad = self.part(self.grad)
+        eager = replace(self, inputs=inputs, grad=grad).results(self.reference)
+        exact = tuple(tensor.detach().double().requires_grad_() for tensor in inputs)
+        return eager, replace(self, inputs=exact, grad=grad.double(), autocast=None).results(self.reference)
+
+    def gate(self, run: "Run") -> None:
+        """Prepare `check`; an error here counts as ours."""
+
+    def check(self, peer: Peer, found: list[Tensor], again: Callable[[], list[Tensor]]) -> float | None:
+        """Return the largest difference from float64, as a relative norm.
+
+        Raises:
+            WrongResult: Ours breaks the tests' rule, or a second run gives other bits; a peer is far from float64.
+        """
+        if not self.training:
+            return None
+        eager, truth = self.expected
+        names, parts = self.names.split(), [self.part(tensor.detach()) for tensor in found]
+        differences = [relative_difference(part.double(), true) for part, true in zip(parts, truth, strict=True)]
+        if not peer.ours:
+            for name, difference in zip(names, differences, strict=True):
+                if not difference <= PEER_TOLERANCE:
+                    raise WrongResult(f"its {name} differs from float64 by {difference:.0%} of the norm")
+            return max(differences)
+        for name, *tensors in zip(names, parts, eager, truth, strict=True):
+            judged = judge(*tensors)
+            print(f"{self.label}, {name}: {judged.share:.2f} of the error that is allowed")
+            if not judged.right:
+                raise WrongResult(f"the error of {name} is {judged.share:.2g}× what is allowed")
+        if not all(torch.equal(*pair) for pair in zip(found, again(), strict=True)):
+            raise WrongResult("a second run gave other bits")
+        return max(differences)
+
+    def peak_mib(self, peer: Peer, function: Callable[..., Tensor], run: "Run") -> float | None:
+        """Measure the memory of all passes together."""
+        return run.timer.peak_mib(lambda: self.results(function))
+
+    def cost_of(self, peer: Peer, what: str) -> Cost:
+        """Return the cost of a pass, the same for every peer."""
+        return self.cost[what]
+
+
+# --- measuring ----------------------------------------------------------------------------------------------------
+
+
+def error_in_a_line(error: Exception, caught: Sequence[warnings.WarningMessage] = ()) -> str:
+    """Format an error in a line, with the warnings that explain it (SDPA says there why a backend cannot run)."""
+    hints = dict.fromkeys(str(warning.message).split("\n")[0].split(" (Triggered")[0] for warning in caught)
+    text = " ".join([f"{type(error).__name__}: {str(error).strip()}", *hints])
+    return " ".join(text.split())[:600]
+
+
+def too_many_logits(logits_bytes: float, device: torch.device) -> str | None:
+    """Say why logits of this size are not tried on a device; None if they are."""
+    if device.type == "cuda":
+        owner, limit = "GPU", MAX_LOGITS_FRACTION
+        memory = torch.cuda.get_device_properties(device).total_memory
+    else:
+        owner, limit = "machine", MAX_LOGITS_FRACTION_CPU
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if logits_bytes <= limit * memory:
+        return None
+    sizes = f"{logits_bytes / 2**30:.0f} of {memory / 2**30:.0f} GiB"
+    return f"its logits alone take {sizes}, more than {limit:.0%} of the {owner}'s memory"
+
+
+@dataclass
+class _Ready:
+    """A peer whose first call gave a right result."""
+
+    function: Callable[..., Tensor]
+    first_call_s: float
+    peak_mib: float | None
+    error: float | None  # against float64
+
+
+class _Measurement:
+    """A problem's peers: the ready ones, and why the others are not; `red` ones are ours, wrong or failed."""
+
+    def __init__(self, problem: Problem, peers: list[Peer], run: Run):
+        self.problem, self.peers, self.run = problem, peers, run
+        self.ready: dict[str, _Ready] = {}
+        self.reasons: dict[str, str] = {}
+        self.red: set[str] = set()
+
+    def leave_out(self, peer: Peer, reason: str) -> None:
+        """Note and print the reason."""
+        self.reasons[peer.name] = reason
+        word = "red" if peer.name in self.red else "n/a"
+        print(f"{self.problem.label}, {peer.name}: {word}, {reason}", file=sys.stderr, flush=True)
+
+    def attempt(self, peer: Peer, action: Callable[[], object]) -> object:
+        """Return the action's result; None where the peer is out, or fails and is then left out.
+
+        Raises:
+            RuntimeError: The GPU no longer answers this process, in which nothing more can be measured.
+        """
+        if peer.name in self.reasons:
+            return None
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            try:
+                return action()
+            except Exception as error:  # a peer may fail as it likes; its rows say how
+                reason, wrong = error_in_a_line(error, caught), isinstance(error, WrongResult)
+        if peer.ours or (peer.name.startswith("ours") and (wrong or self.run.timer.on_gpu)):
+            self.red.add(peer.name)
+        self.leave_out(peer, reason)
+        self.run.timer.free_memory()  # here, where the error no longer holds what it interrupted
+        self.run.timer.synchronize()
+        return None
+
+    def start(self) -> None:
+        """Run the problem's gate and every peer's first call."""
+        self.attempt(self.peers[0], partial(self.problem.gate, self.run))
+        for peer in self.peers:
+            if self.run.smoke and not (peer.smoke or peer.ours):
+                self.leave_out(peer, "not part of a smoke run")
+            elif peer.quadratic and (reason := too_many_logits(self.problem.logits_bytes, self.run.device)):
+                self.leave_out(peer, reason)
+            ready = self.attempt(peer, partial(self._first_call, peer))
+            if ready is not None:
+                self.ready[peer.name] = ready
+
+    def _first_call(self, peer: Peer) -> _Ready:
+        start = time.perf_counter()
+        function = peer.build()
+        results = self.problem.results(function)
+        self.run.timer.synchronize()
+        first_call_s = time.perf_counter() - start
+        error = self.problem.check(peer, results, partial(self.problem.results, function))
+        del results
+        return _Ready(function, first_call_s, self.problem.peak_mib(peer, function, self.run), error)
+
+    def times(self) -> dict[tuple[str, str], tuple[Plan, list[float]]]:
+        """Measure every pass and peer in turn: milliseconds of every call."""
+        timer, steps = self.run.timer, {}
+        for what in self.problem.cost:
+            for peer in self.peers:
+                if peer.name in self.ready:
+                    steps[what, peer] = self.problem.passes(self.ready[peer.name].function)[what]
+        hides_host = self.problem.hides_host
+        plans = {key: self.attempt(key[1], partial(timer.plan, step, hides_host)) for key, step in steps.items()}
+        samples: dict[tuple[str, Peer], list[float]] = {key: [] for key in steps}
+        for _ in range(self.run.rounds):
+            for key, step in steps.items():
+                if (plan := plans[key]) is not None:
+                    sample = partial(timer.sample, step, plan.calls, plan.flushes)
+                    samples[key] += self.attempt(key[1], sample) or []
+        return {(what, peer.name): (plans[what, peer], samples[what, peer]) for what, peer in steps}
+
+    def row(self, what: str, peer: Peer) -> dict:
+        """Return the row of a pass and peer, without its time."""
+        cost = self.problem.cost_of(peer, what)
+        return {
+            "problem": self.problem.label,
+            **self.problem.fields,
+            "pass": what,
+            "peer": peer.name,
+            "latency_ms": None,
+            "flops": cost.flops,
+            "bytes": cost.moved_bytes,
+            "floor_ms": self.run.ceilings.floor_ms(cost.flops, cost.moved_bytes),
+            "reason": None,
+            **self.run.facts,
+        }
+
+
+def measure_peers(problem: Problem, peers: list[Peer], run: Run) -> list[dict]:
+    """Measure every pass and peer of a problem.
+
+    Args:
+        problem: The problem.
+        peers: Its peers; if the first is ours, the others' times are compared with it.
+        run: The run.
+
+    Returns:
+        A row for each pass and peer; those of a peer that did not run have "latency_ms" None and a "reason", and
+        where a form of ours was wrong or failed "red".
+
+    Raises:
+        RuntimeError: The GPU no longer answers this process.
+    """
+    torch.compiler.reset()  # what other problems compiled would count against the limit of recompilations
+    measurement = _Measurement(problem, peers, run)
+    measurement.start()
+    measured, reasons, rows = measurement.times(), measurement.reasons, []
+    for what in problem.cost:
+        compared = peers[0].ours and peers[0].name not in reasons
+        ours_ms = Timing.of(measured[what, peers[0].name][1]).median if compared else None
+        for peer in peers:
+            row = measurement.row(what, peer)
+            if peer.name in reasons:
+                row |= {"reason": reasons[peer.name], "red": peer.name in measurement.red}
+            else:
+                row |= _measured(row, *measured[what, peer.name], ours_ms, measurement.ready[peer.name])
+            rows.append(row)
+    return rows
+
+
+def _measured(row: dict, plan: Plan, samples: list[float], ours_ms: float | None, ready: _Ready) -> dict:
+    timing = Timing.of(samples)
+    return {
+        "latency_ms": timing.median,
+        "low_ms": timing.low,
+        "high_ms": timing.high,
+        "calls": len(samples),
+        "host_us": plan.host_us,
+        "tflops_per_s": row["flops"] / timing.median / 1e9,
+        "of_floor": row["floor_ms"] / timing.median,
+        "ours_faster": None if ours_ms is None else timing.median / ours_ms,
+        "first_call_s": ready.first_call_s,
+        "peak_mib": ready.peak_mib,
+        "error": ready.error,
+    }
