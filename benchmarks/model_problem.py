@@ -35,7 +35,7 @@ from model_peers import (
 )
 from torch import Tensor, nn
 
-from crate_fast.train.cost import count_flops
+from crate_fast.train.plan import Flops, count_flops
 
 __all__ = ["ModelProblem", "make_problem", "meta_model", "peers", "work"]
 
@@ -49,6 +49,11 @@ def meta_model(kind: str, size: Size) -> nn.Module:
         return build_model(kind, size)
 
 
+@cache
+def _flops(kind: str, size: Size) -> Flops:
+    return count_flops(meta_model(kind, size), size.image, MASK_RATIO)
+
+
 def work(peer: str, size: Size, batch: int, what: str, dtype: torch.dtype) -> Work:
     """What one pass of a batch takes at least: the FLOPs of `count_flops`, whatever a peer computes, and bytes.
 
@@ -58,7 +63,7 @@ def work(peer: str, size: Size, batch: int, what: str, dtype: torch.dtype) -> Wo
     """
     kind = kind_of(peer) if peer.startswith((VIT, VISIBLE)) else OURS
     model = meta_model(kind, size)
-    flops = count_flops(model, size.image, MASK_RATIO)
+    flops = _flops(kind, size)
     tokens = size.n_layers * size.n_tokens
     if kind == VISIBLE:
         tokens -= size.depth * (size.n_patches - model.kept(MASK_RATIO))

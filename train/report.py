@@ -13,11 +13,11 @@ from crate_fast import CRATE, CRATEMAE
 from crate_fast.figures import Curve, Picture, curve_figure, image_grid
 from crate_fast.segmentation import NoObjectsError, score_attention, scores_table
 from crate_fast.train import checkpoint
-from crate_fast.train.cost import patch_size_of
 from crate_fast.train.data import DataSplits, Normalize, eval_loader, readable
 from crate_fast.train.engine import Trainer
 from crate_fast.train.reconstruction import RATIOS, image_noise, reconstruction_figure
 from crate_fast.train.run_folder import RunFolder
+from crate_fast.train.runs import patch_size_of
 from crate_fast.whitebox import attention_layer, trace
 
 __all__ = ["attention_figure", "curves_figure", "print_summary", "scores_line", "write_report"]

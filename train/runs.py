@@ -20,6 +20,7 @@ __all__ = [
     "load_run",
     "model_arguments",
     "num_classes_of",
+    "patch_size_of",
     "run_config",
     "run_weights",
 ]
@@ -70,6 +71,12 @@ def build_model(config: TrainConfig, num_classes: int) -> nn.Module:
     if config.grad_checkpointing:
         model.set_grad_checkpointing(True)
     return model
+
+
+def patch_size_of(model: nn.Module) -> int | None:
+    """Return the side of a patch in pixels, None where a model has no patches."""
+    sizes = getattr(model, "patch_size", None) or getattr(getattr(model, "patch_embed", None), "patch_size", None)
+    return sizes[0] if isinstance(sizes, tuple | list) else sizes
 
 
 def _put_probe(model: nn.Module) -> None:

@@ -1,5 +1,6 @@
 """Starts the runs of an experiment, several at a time, and continues those that were interrupted."""
 
+import dataclasses
 import json
 import math
 import multiprocessing
@@ -8,6 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -19,9 +21,10 @@ from crate_fast.eval.emergence.analysis import chosen_lr, load_results
 from crate_fast.eval.emergence.job import Job, Places, do, result_file
 from crate_fast.eval.emergence.protocol import Protocol, Run, planned_runs, stages_of, training_config
 from crate_fast.provenance import provenance
-from crate_fast.train.cost import count_flops, meta_model
+from crate_fast.train.config import TrainConfig
 from crate_fast.train.distributed import choose_device
 from crate_fast.train.interruption import Interruption
+from crate_fast.train.plan import Flops, count_flops, meta_model
 from crate_fast.train.run_lock import RunLock
 from crate_fast.train.shape_scenes import CLASSES
 
@@ -203,7 +206,12 @@ def _costs(protocol: Protocol, run: Run, places: Places) -> list[float]:
     costs, flops = [], None
     for number, stage in enumerate(stages_of(protocol, run)):
         config = training_config(protocol, run, number, 1e-3, places.cifar10)
-        flops = count_flops(meta_model(config, _CLASSES.get(run.kind, len(CLASSES))), stage.image_size)
+        flops = _flops(dataclasses.replace(config, seed=0), _CLASSES.get(run.kind, len(CLASSES)))
         costs.append(stage.steps * stage.batch_size * flops.step)
     scored = protocol.selection_images + 2 * protocol.test_images + 2 * protocol.maskcut_images
     return [*costs, len(protocol.points) * scored * flops.forward if run.kind == "scenes" else 0]
+
+
+@cache
+def _flops(config: TrainConfig, classes: int) -> Flops:
+    return count_flops(meta_model(config, classes), config.image_size)
