@@ -20,7 +20,7 @@ from runs import ROOT, TINY, entries, losses, run, same, start, torchrun, wait_u
 from crate_fast.train import checkpoint, engine, pretrain, run_folder
 from crate_fast.train.interruption import Interruption
 from crate_fast.train.nonfinite import diagnosis
-from crate_fast.train.run_lock import RunLock
+from crate_fast.train.run_folder import RunLock
 
 EVERYTHING = (  # whatever has a state: EMA, scaler, dropout, mixing, erasing, repeats
     *("--attn-drop-rate", "0.1", "--drop-rate", "0.1", "--drop-path-rate", "0.2", "--ema-decay", "0.9"),
@@ -32,7 +32,7 @@ EVERYTHING = (  # whatever has a state: EMA, scaler, dropout, mixing, erasing, r
 
 HOLD = """
 import pathlib, sys
-from crate_fast.train.run_lock import RunLock
+from crate_fast.train.run_folder import RunLock
 lock = RunLock(pathlib.Path(sys.argv[1]))
 lock.acquire()
 print("held", flush=True)
@@ -238,7 +238,7 @@ def test_torchrun_restarts_a_killed_process_and_the_run_resumes_by_itself(tmp_pa
 def test_a_restart_continues_only_what_its_torchrun_began(whole, tmp_path, monkeypatch, refuses):
     folder = tmp_path / "run"
     shutil.copytree(whole, folder)
-    (folder / ".lock").write_text(json.dumps({"launcher": "another"}))
+    (folder / ".owner").write_text(json.dumps({"launcher": "another"}))
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     words = [*TINY, "--output", str(folder), *EVERYTHING]
     refuses("holds a run at step 12", pretrain.main, words)

@@ -25,13 +25,12 @@ from crate_fast.train.data import DataSplits, eval_loader, readable, train_loade
 from crate_fast.train.distributed import Processes
 from crate_fast.train.engine import StepResult, Trainer
 from crate_fast.train.evaluation import evaluate
-from crate_fast.train.initial_weights import load_initial
 from crate_fast.train.interruption import Interruption
 from crate_fast.train.profiling import profiler
 from crate_fast.train.reconstruction import image_noise, reconstructions, tiled
 from crate_fast.train.report import print_summary, scores_line, write_report
 from crate_fast.train.run_folder import RunFolder
-from crate_fast.train.runs import build_model
+from crate_fast.train.runs import build_model, load_initial
 from crate_fast.train.unreadable import UnreadableTally
 from crate_fast.whitebox import layer_statistics
 

@@ -32,7 +32,7 @@ from crate_fast.train.checkpoint import write_text
 from crate_fast.train.interruption import Interruption
 from crate_fast.train.launch import launch
 from crate_fast.train.nonfinite import NonFiniteError
-from crate_fast.train.run_lock import RunLock
+from crate_fast.train.run_folder import RunLock
 from crate_fast.train.runs import run_config
 
 __all__ = ["Job", "Places", "do", "result_file", "train_and_score"]

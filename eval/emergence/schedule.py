@@ -25,7 +25,7 @@ from crate_fast.train.config import TrainConfig
 from crate_fast.train.distributed import choose_device
 from crate_fast.train.interruption import Interruption
 from crate_fast.train.plan import Flops, count_flops, meta_model
-from crate_fast.train.run_lock import RunLock
+from crate_fast.train.run_folder import RunLock
 from crate_fast.train.shape_scenes import CLASSES
 
 __all__ = ["Machine", "RunFailedError", "conduct"]
