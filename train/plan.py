@@ -212,9 +212,9 @@ def _local_elements(parameter: Tensor, shards: int) -> int:
 
 
 def optimizer_bytes(model: nn.Module, config: TrainConfig, shards: int = 1) -> int:
-    """Return the bytes of the optimizer's states on one device, found by a step with the optimizer itself.
+    """Return the bytes of the optimiser's states on one device, found by a step with the optimiser itself.
 
-    The step is over one parameter of each shape, on the CPU: exact for any optimizer, with little memory.
+    The step is over one parameter of each shape, on the CPU: exact for any optimiser, with little memory.
     """
     check_optimizer(config.optimizer)
     trained = [p for p in model.parameters() if p.requires_grad]
