@@ -131,8 +131,8 @@ class TrainConfig:
     pos_drop_rate: float = 0.0
     """Dropout on the embedded tokens."""
     drop_path_rate: float = 0.0
-    """Stochastic depth: probability that a sample skips a residual step of the last layer. It grows linearly from 0 at the first
-    layer."""
+    """Stochastic depth: probability that a sample skips a residual step of the last layer. It grows
+    linearly from 0 at the first layer."""
 
     # --- masked autoencoding, with a model such as crate_mae_tiny_patch16_224
     mask_ratio: float = 0.75
