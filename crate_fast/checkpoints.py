@@ -1,7 +1,7 @@
 """Load released state dicts into a model, and write them.
 
-The model's parameter names are the released ones. Loading removes wrappers (`crate_fast.weight_files` reads the files)
-and resamples positions of another grid of patches.
+The model's parameter names are the released ones. Loading removes wrappers and resamples positions of another grid of
+patches; `crate_fast.weight_files` reads the files.
 """
 
 import os
