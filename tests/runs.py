@@ -1,4 +1,4 @@
-"""What the tests of training share: tiny runs as a user starts them, in processes of their own."""
+"""Tiny training runs in separate processes, as a user starts them, for the tests."""
 
 import importlib
 import json
@@ -25,12 +25,12 @@ TINY = [
 
 
 class Forked:
-    """A run in processes forked from one that has imported everything: they start at once. Looks like a `Popen`.
+    """A run in processes forked from one that has imported everything, so that they start at once; like a `Popen`.
 
     Args:
         argv: Command line of the script.
         script: Its module in crate_fast.train.
-        processes: How many, as torchrun would set them up.
+        processes: Number of processes, with the environment that torchrun sets.
     """
 
     def __init__(self, argv: list[str], script: str, processes: int):
@@ -87,7 +87,7 @@ def _main(script: str, argv: list[str], environment: dict[str, str], log: str) -
 def start(
     *arguments: str, processes: int = 1, script: str = "pretrain", launcher: tuple[str, ...] = ()
 ) -> subprocess.Popen | Forked:
-    """Start a tiny run; with a launcher, such as `torchrun(2)`, as a user does, else forked, which is quicker."""
+    """Start a tiny run: with a launcher, such as `torchrun(2)`, as a user does; else forked, which is quicker."""
     if not launcher:
         return Forked([*TINY, *arguments], script, processes)
     command = [sys.executable, *launcher, str(ROOT / "train" / f"{script}.py"), *TINY, *arguments]
@@ -95,7 +95,7 @@ def start(
 
 
 def run(*arguments: str, status: int = 0, **how) -> str:
-    """`start`, and wait for the end; what it printed."""
+    """Run to the end, and return the output; see `start`."""
     process = start(*arguments, **how)
     text, _ = process.communicate(timeout=300)
     assert process.returncode == status, text
@@ -103,20 +103,20 @@ def run(*arguments: str, status: int = 0, **how) -> str:
 
 
 def free_port() -> int:
-    """A TCP port that nobody listens on."""
+    """Return a free TCP port."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
 
 
 def torchrun(processes: int, *words: str) -> tuple[str, ...]:
-    """`torchrun` on this host, on a free port."""
+    """Return the words that start `torchrun` on this host, on a free port."""
     start = ("-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", str(free_port()))
     return (*start, *words)
 
 
 def wait_until(condition: Callable[[], object], process: subprocess.Popen | Forked, seconds: float = 120) -> None:
-    """Until the condition holds; the process must not end before."""
+    """Wait until the condition holds; the process must not end before."""
     deadline = time.time() + seconds
     while not condition():
         assert process.poll() is None, process.communicate()[0]
@@ -125,21 +125,21 @@ def wait_until(condition: Callable[[], object], process: subprocess.Popen | Fork
 
 
 def weights(folder: Path, step: int, name: str = "model") -> dict[str, torch.Tensor]:
-    """A checkpoint's weights ("model") or their moving average ("ema")."""
+    """Load a checkpoint's weights ("model") or their moving average ("ema")."""
     return load_file(folder / "checkpoints" / f"step_{step:08d}" / f"{name}.safetensors")
 
 
 def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
-    """Whether two state dicts are equal, bit by bit."""
+    """Return True if two state dicts are bit-identical."""
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
 def losses(folder: Path) -> dict[int, float]:
-    """Training loss by step."""
+    """Return the training loss by step."""
     entries = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     return {entry["step"]: entry["loss"] for entry in entries if "loss" in entry}
 
 
 def entries(folder: Path) -> list[dict]:
-    """All of metrics.jsonl."""
+    """Return the entries of metrics.jsonl."""
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

@@ -1,8 +1,8 @@
-"""A soak: a run under torchrun that is killed again and again must end with an undisturbed run's weights, to the bit.
+"""Soak test: a run under torchrun that is killed repeatedly ends with bit-identical weights to an undisturbed run.
 
     python tests/soak.py --output SOAK --every 25 -- --dataset folder --data-dir DATA --val-split test …
 
-What stands behind `--` is train/pretrain.py's. Two processes, gloo, CPU. Three kinds of kill, at random moments: kill
+Words behind `--` are train/pretrain.py's. Two processes, gloo, CPU. Three kinds of kill, at random moments: kill
 -9 of one process (torchrun restarts all), of everything, torchrun too (started again with --resume), and SIGTERM
 to torchrun. Not collected by pytest; docs/results/soak.md has a run of an hour.
 """
@@ -42,7 +42,7 @@ def _children(process: subprocess.Popen) -> list[int]:
 
 
 def _kill(kind: str, process: subprocess.Popen, draw: random.Random) -> None:
-    """Do it; torchrun ends, but for the first kind."""
+    """Kill; torchrun survives the first kind only."""
     children = _children(process)
     if kind == KINDS[0] and children:
         os.kill(draw.choice(children), signal.SIGKILL)
@@ -59,10 +59,10 @@ def disturb(folder: Path, words: list[str], every: float, seed: int) -> dict:
     """Run to the end through kills.
 
     Args:
-        folder: Of the run.
-        words: Its command line.
+        folder: Folder of the run.
+        words: Command line of the run.
         every: Mean seconds between kills, exponentially distributed.
-        seed: Of moments and kinds.
+        seed: Seed of moments and kinds.
 
     Returns:
         Counts and times, for the report.
@@ -104,7 +104,7 @@ def _step(folder: Path) -> int:
 
 
 def compare(first: Path, second: Path) -> dict[str, bool]:
-    """What is equal, bit by bit, in the last checkpoints of two runs."""
+    """Compare the last checkpoints of two runs bit by bit."""
     step = checkpoint.newest(first / "checkpoints")
     states = [
         checkpoint.load(run / "checkpoints", step).training["trainer"]["optimizer"]["state"]

@@ -242,7 +242,7 @@ def test_the_papers_models_at_the_papers_batch(tmp_path):
 
 
 def test_the_command_is_one_of_crate_fasts(capsys):
-    assert cli.main(["plan", "--device", "cpu"]) == 0
+    assert cli.main(["plan", "--device", "cpu", "--depth", "1"]) == 0
     text = capsys.readouterr().out
     assert text.startswith("shape_scenes on 1 CPU process, ddp, fp32\n")
     assert "made on the fly" in text
@@ -290,7 +290,8 @@ def test_an_empty_folder_is_no_data_set(tmp_path, capsys):
 def test_hours_come_from_a_measured_rate(tmp_path, capsys):
     file = tmp_path / "rate.json"
     file.write_text(json.dumps({"throughput": MEASURED | {"precision": "fp32", "parallel": "ddp", "devices": 1}}))
-    result = _plan(tmp_path, "--recipe", "in21k_paper", "--gpus", "8", "--throughput", str(file))
+    words = ["--recipe", "in21k_paper", "--depth", "1", "--gpus", "8"]
+    result = _plan(tmp_path, *words, "--throughput", str(file))
     rate = result["rates"]["measured"]
     assert rate["images_per_s"] == 8000
     assert rate["hours"] == pytest.approx(90 * 3466 * 4096 / 8000 / 3600)
