@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from crate_fast import CRATE, CRATEMAE
-from crate_fast.train.cost import count_flops
 from crate_fast.train.cuda_graphs import GraphedCall
+from crate_fast.train.plan import Flops, count_flops
 
 RELEASED, OURS, VIT = "released", "ours", "ViT (timm)"
 VISIBLE = "ours, visible only"  # MAE's own form, whose encoder sees a quarter of the patches: something else
@@ -245,6 +245,11 @@ def meta_model(kind: str, size: Size) -> nn.Module:
         return build_model(kind, size)
 
 
+@cache
+def _flops(kind: str, size: Size) -> Flops:
+    return count_flops(meta_model(kind, size), size.image, MASK_RATIO)
+
+
 def cost(peer: str, size: Size, batch: int, what: str, dtype: torch.dtype) -> Cost:
     """Count the FLOPs (of `count_flops`, whatever a peer computes) and bytes of one pass of a batch.
 
@@ -254,7 +259,7 @@ def cost(peer: str, size: Size, batch: int, what: str, dtype: torch.dtype) -> Co
     """
     kind = kind_of(peer) if peer.startswith((VIT, VISIBLE)) else OURS
     model = meta_model(kind, size)
-    flops = count_flops(model, size.image, MASK_RATIO)
+    flops = _flops(kind, size)
     tokens = size.n_layers * size.n_tokens
     if kind == VISIBLE:
         tokens -= size.depth * (size.n_patches - model.kept(MASK_RATIO))

@@ -1,7 +1,7 @@
-"""State dicts of the released code, in and out, and loading them into a model.
+"""Load released state dicts into a model, and write them.
 
-The model's own parameter names are the released ones, so there is nothing to rename: only wrappers to take off
-(`crate_fast.weight_files`), and positions of another grid of patches to resample.
+The model's parameter names are the released ones. Loading removes wrappers and resamples positions of another grid of
+patches; `crate_fast.weight_files` reads the files.
 """
 
 import os
@@ -31,17 +31,16 @@ __all__ = [
     "unwrap_state_dict",
 ]
 
-_TABLES = ("pos_embed", "decoder_pos_embed")  # of a CRATE-MAE: computed, not learned
+_TABLES = ("pos_embed", "decoder_pos_embed")  # CRATE-MAE computes its positions, and does not learn them
 
 
 class MismatchError(UserError, RuntimeError):
-    """Weights of another architecture than the model's; a RuntimeError too, as that of `load_state_dict`."""
+    """Error for weights of another architecture; a RuntimeError too, as `load_state_dict` raises."""
 
 
-def _square_or_stated(patches: int, stated: tuple[int, int] | None, argument: str) -> tuple[int, int]:
-    """Return the grid that so many positions were made for: as stated, else square."""
-    if stated is not None:
-        rows, columns = stated
+def _given_or_square(patches: int, given: tuple[int, int] | None, argument: str) -> tuple[int, int]:
+    if given is not None:
+        rows, columns = given
         if rows * columns != patches or rows < 1:
             raise UserError(
                 f"{argument}={rows}×{columns} has {rows * columns} patches and the weights have {patches} positions: "
@@ -58,7 +57,7 @@ def _square_or_stated(patches: int, stated: tuple[int, int] | None, argument: st
 
 
 def _recorded_grid(state_dict: dict, patches: int) -> tuple[int, int] | None:
-    """Return the grid that the weights themselves tell, None if they do not."""
+    """Return the grid that is saved with the weights, None if there is none."""
     grid = getattr(state_dict, "_metadata", {}).get("", {}).get("grid")
     return tuple(grid) if grid is not None and grid[0] * grid[1] == patches else None
 
@@ -86,13 +85,13 @@ def adapt_state_dict(
     """Unwrap a state dict, and resample its positions to the model's own grid of patches (timm's pretrained filter).
 
     Grids are compared, not shapes: 4×4 positions are resampled for a 2×8 model. The grid of the weights is the first
-    known of: `source_grid`; the one that `CRATE.state_dict()` and `torch.save` record; the `input_size` of timm's
-    `pretrained_cfg`, if it has as many patches; a square. A CRATE-MAE computes its positions, and keeps its own.
+    known of: `source_grid`; the grid saved by `CRATE.state_dict()`; the `input_size` of timm's `pretrained_cfg`, if
+    it has as many patches; a square. A CRATE-MAE computes its positions, and keeps its own.
 
-    Heads are never touched: another number of classes stays an error of `load_state_dict`.
+    Classifiers are not changed: another number of classes is an error of `load_state_dict`.
 
     Args:
-        state_dict: What a file held, or a model's `state_dict()`.
+        state_dict: Contents of a file, or a model's `state_dict()`.
         model: A CRATE or a CRATEMAE.
         source_grid: Rows and columns of patches that the positions were made for.
 
@@ -105,13 +104,13 @@ def adapt_state_dict(
 def resample_weights(
     state_dict: dict, model: nn.Module, source_grid: tuple[int, int] | None, argument: str = "source_grid"
 ) -> dict[str, Tensor]:
-    """Resample positions as `adapt_state_dict`, for a ViT of timm too.
+    """Resample positions as `adapt_state_dict` does, also for a timm ViT.
 
     Args:
         state_dict: Without wrappers.
-        model: A CRATE, a CRATEMAE, or a ViT of timm.
+        model: A CRATE, a CRATEMAE, or a timm ViT.
         source_grid: See `adapt_state_dict`.
-        argument: What the user calls `source_grid`, for messages.
+        argument: Name of `source_grid` in messages.
 
     Returns:
         The state dict itself if its grid is the model's, else a new one.
@@ -131,7 +130,7 @@ def resample_weights(
     patches = positions.shape[1] - prefix
     if isinstance(model, CRATE):
         source_grid = source_grid or _recorded_grid(state_dict, patches) or _configured_grid(model, patches)
-    grid = _square_or_stated(patches, source_grid, argument)
+    grid = _given_or_square(patches, source_grid, argument)
     if grid == target:
         return state_dict
     if source_grid is None and patches == target[0] * target[1]:
@@ -157,7 +156,7 @@ def _positions_of(model: nn.Module) -> tuple[str, tuple[int, int] | None]:
 
 
 def _with_own_tables(state_dict: dict[str, Tensor], model: CRATEMAE) -> dict[str, Tensor]:
-    """Replace the position tables of another grid by the model's; a table of another width is left to fail."""
+    """Replace position tables of another grid by the model's. A table of another width is kept, and fails to load."""
     own = model.state_dict()
     tables = {}
     for name in _TABLES:
@@ -170,7 +169,7 @@ def _with_own_tables(state_dict: dict[str, Tensor], model: CRATEMAE) -> dict[str
 
 
 def is_demo(state_dict: dict) -> bool:
-    """Return whether weights look like the emergence paper's demo checkpoint, whose 6 heads no file tells."""
+    """Return True if weights look like the emergence paper's demo checkpoint, whose file does not record 6 heads."""
     hidden = state_dict.get("mlp_head.1.weight")
     return "mlp_head.2.weight" in state_dict and hidden is not None and hidden.shape == (768, 768)
 
@@ -198,9 +197,9 @@ def load_strictly(
     Args:
         model: The model.
         state_dict: Its weights.
-        source: Where they come from, for the message.
-        remedy: What to do if they do not fit, for the message.
-        name: What the user calls the model.
+        source: Origin of the weights, for the message.
+        remedy: Advice if they do not fit, for the message.
+        name: Name of the model, for the message.
 
     Raises:
         MismatchError: They do not fit; one line names some of what differs.
@@ -248,7 +247,7 @@ def load_weights(
 
 
 def _unreleased(model: CRATE) -> str:
-    """Return what the released CRATE does not have, in words; "" if nothing."""
+    """Describe what the released CRATE does not have; "" if nothing."""
     layer = model.transformer.layers[0]
     kinds = [type(part.fn).__name__ for part in layer]
     if kinds != ["MSSA", "ISTA"] or layer.residual != "released" or layer[1].fn.threshold != "relu":
@@ -261,7 +260,7 @@ def _unreleased(model: CRATE) -> str:
 
 
 def _unreleased_mae(model: CRATEMAE) -> str:
-    """Return what the released CRATE-MAE does not have, in words; "" if nothing."""
+    """Describe what the released CRATE-MAE does not have; "" if nothing."""
     sparsify = model.blocks[0].layers[0][1].fn
     if model.visible_only or sparsify.lambd != 0.5 or sparsify.step_size != 0.1:
         return f"visible_only={model.visible_only}, sparsity={sparsify.lambd}, ista={sparsify.step_size}"

@@ -1,6 +1,6 @@
-"""Files of weights: what a file holds, its state dict without wrappers, and one line of advice where it holds none.
+"""Read weight files: the state dict without wrappers, or one line of advice where a file holds none.
 
-Nothing here runs pickled code: `torch.load` is called with `weights_only=True` alone.
+Nothing here runs pickled code: `torch.load` is always called with `weights_only=True`.
 """
 
 import argparse
@@ -24,7 +24,7 @@ __all__ = ["describe_file", "is_wrapped", "read_state_dict", "split_entry", "unr
 
 _AVERAGES = ("state_dict_ema", "model_ema", "ema")  # taken first, as timm does; then the weights themselves
 _ENTRIES = (*_AVERAGES, "state_dict", "model")
-_PREFIXES = ("module.", "_orig_mod.")  # of DataParallel and DDP, and of torch.compile
+_PREFIXES = ("module.", "_orig_mod.")  # added by DataParallel and DDP, and by torch.compile
 _TORCH_MAGIC = b"\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"  # torch.save's number in front of its older format
 _FETCH = "fetch it again, or use another one"
 _STATE_DICT = "have it saved where it was made as its state dict alone, with torch.save or as safetensors"
@@ -61,7 +61,7 @@ def split_entry(path: str | os.PathLike) -> tuple[Path, str | None]:
 
 
 def _inner(content: Mapping, entry: str | None) -> tuple[Mapping, str | None, list[str]]:
-    """Find the innermost dictionary: (it, the name it was under, the names of others beside it)."""
+    """Find the innermost dictionary; return it, its name, and the names of alternatives at the same level."""
     taken, others, choices = None, [], []
     while True:
         choices += [name for name, value in content.items() if isinstance(value, Mapping)]
@@ -89,7 +89,7 @@ def _strip(name: str) -> str:
 
 
 def is_wrapped(state_dict: Mapping) -> bool:
-    """Return whether `unwrap_state_dict` has a wrapper, a prefix or another layout to take off."""
+    """Return True if `unwrap_state_dict` would remove a wrapper or a prefix, or change the layout."""
     return (
         any(isinstance(state_dict.get(name), Mapping) for name in _ENTRIES)
         or any(str(key).startswith(_PREFIXES) for key in state_dict)
@@ -102,15 +102,15 @@ def _has_demo_head(state_dict: Mapping) -> bool:
 
 
 def unwrap_state_dict(content: Mapping, entry: str | None = None) -> dict[str, Tensor]:
-    """Return the state dict inside what a checkpoint file held.
+    """Return the state dict inside the contents of a checkpoint file.
 
-    Takes it from under `state_dict_ema`, `model_ema`, `ema`, `state_dict` or `model` (the first of them that is
-    there, at every level), and takes `module.` (DataParallel, DDP) and `_orig_mod.` (`torch.compile`) off the keys.
+    Takes the first that exists of `state_dict_ema`, `model_ema`, `ema`, `state_dict` and `model`, at every level.
+    Removes the prefixes `module.` (DataParallel, DDP) and `_orig_mod.` (`torch.compile`) from the keys.
     The classifier `head` behind `mlp_head` in the emergence paper's demo checkpoint becomes `mlp_head.2`.
 
     Args:
-        content: What `torch.load` returned.
-        entry: The name of the dictionary to take instead.
+        content: Result of `torch.load`.
+        entry: Name of the dictionary to take instead.
 
     Returns:
         Parameter name → tensor; PyTorch's `_metadata`, which records the grid of positions, is kept.
@@ -150,7 +150,7 @@ def unwrap_state_dict(content: Mapping, entry: str | None = None) -> dict[str, T
 
 
 def _no_plain_kind(tensor: Tensor) -> str:
-    """Return the kind of a tensor that is no array of real numbers; "" if it is one."""
+    """Describe a tensor that is no array of real numbers; "" if it is one."""
     if tensor.is_meta:
         return "a meta tensor without values"
     if tensor.layout != torch.strided:
@@ -162,14 +162,13 @@ def _no_plain_kind(tensor: Tensor) -> str:
 
 
 def read_state_dict(path: str | os.PathLike, entry: str | None = None) -> dict[str, Tensor]:
-    """Read the state dict in a `.safetensors` or a `torch.save` file, unwrapped, on the CPU; never run pickled code.
+    """Read the state dict of a `.safetensors` or `torch.save` file, unwrapped, on the CPU, without running code.
 
-    A file that holds weights and their moving average gives the average, as timm does and as runs are opened here; a
-    warning says so.
+    From a file with weights and their moving average the average is taken, as in timm, with a warning.
 
     Args:
         path: The file, or `FILE#ENTRY`.
-        entry: The dictionary to take from the file, such as "state_dict" beside "state_dict_ema".
+        entry: Dictionary to take from the file, such as "state_dict" rather than "state_dict_ema".
 
     Raises:
         UserError: There is no such file, it is damaged, or it holds something else; the message says what to do.
@@ -202,7 +201,7 @@ def read_state_dict(path: str | os.PathLike, entry: str | None = None) -> dict[s
 
 
 def _refuse_others(path: Path) -> None:
-    """Raise a `UserError` unless the file begins as one that its name says it is."""
+    """Raise a `UserError` if there is no file, or its first bytes are not those of weights."""
     if path.is_dir():
         raise UserError(f"{path} is a folder: name the file of weights in it")
     if not path.is_file():
@@ -213,7 +212,7 @@ def _refuse_others(path: Path) -> None:
 
 
 def describe_file(path: Path) -> tuple[str, str] | None:
-    """Return what a file is that holds no weights as its name says, and what to do; None if it may hold them.
+    """Describe a file that holds no weights, or not as its suffix says, with a remedy; None if it may hold them.
 
     Judges by the file's first bytes, and for a zip archive by the names in it.
 
@@ -246,7 +245,7 @@ def describe_file(path: Path) -> tuple[str, str] | None:
 
 
 def _safetensors_cut(path: Path, size: int) -> str:
-    """Say how many bytes a safetensors file lacks by its own header; nothing if none, or if the header is no JSON."""
+    """Describe how a safetensors file is cut short, by its own header; "" if it is not, or the header is no JSON."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 + length:
@@ -314,7 +313,7 @@ def _as_text(head: bytes) -> str | None:
 
 
 def unreadable(path: Path, error: Exception) -> UserError:
-    """Return the one line for a file of weights that `torch.load` or safetensors could not read."""
+    """Return a one-line error for a weight file that `torch.load` or safetensors could not read."""
     found = describe_file(path)
     if found:
         return UserError(f"{path} is {found[0]}: {found[1]}")

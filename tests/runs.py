@@ -72,7 +72,7 @@ def without_figures() -> None:
 
 
 class Forked:
-    """A run in processes forked from one that has imported everything: they start at once. Looks like a `Popen`.
+    """A run in processes forked from one that has imported everything, so that they start at once; like a `Popen`.
 
     Args:
         argv: Command line of the script.
@@ -145,7 +145,7 @@ def start(
     before: str = "",
     launcher: tuple[str, ...] = (),
 ) -> subprocess.Popen | Forked:
-    """Start a tiny run; with a launcher, such as `torchrun(2)`, as a user does, else forked, which is quicker."""
+    """Start a tiny run: with a launcher, such as `torchrun(2)`, as a user does; else forked, which is quicker."""
     if not launcher:
         return Forked([*TINY, *arguments], script, processes, hosts, before)
     command = [sys.executable, *launcher, str(ROOT / "train" / f"{script}.py"), *TINY, *arguments]

@@ -1,4 +1,4 @@
-"""A soak: a run under torchrun that is killed again and again must end with an undisturbed run's weights, to the bit.
+"""Soak test: a run under torchrun that is killed repeatedly ends with bit-identical weights to an undisturbed run.
 
     python tests/soak.py --output SOAK --every 25 -- --dataset folder --data-dir DATA --val-split test …
 
@@ -60,7 +60,7 @@ def disturb(folder: Path, words: list[str], every: float, seed: int) -> dict:
 
     Args:
         folder: Folder of the run.
-        words: Its command line.
+        words: Command line of the run.
         every: Mean seconds between kills, exponentially distributed.
         seed: Seed of moments and kinds.
 
@@ -104,7 +104,7 @@ def _step(folder: Path) -> int:
 
 
 def compare(first: Path, second: Path) -> dict[str, bool]:
-    """Return which parts of the last checkpoints of two runs are equal, bit by bit."""
+    """Compare the last checkpoints of two runs bit by bit."""
     step = checkpoint.newest(first / "checkpoints")
     states = [
         checkpoint.load(run / "checkpoints", step).training["trainer"]["optimizer"]["state"]

@@ -51,12 +51,8 @@ def test_released_files_load_strictly(released, wrapper, tmp_path):
     model = load_weights(CRATE(**SMALL), tmp_path / "checkpoint.pth")
     images = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(model(images), released(images), rtol=1e-4, atol=1e-5)
-
-
-def test_safetensors_load(released, tmp_path):
     save_file(released.state_dict(), tmp_path / "weights.safetensors")
-    model = load_weights(CRATE(**SMALL), tmp_path / "weights.safetensors")
-    assert torch.equal(model.cls_token, released.cls_token)
+    assert torch.equal(load_weights(model, tmp_path / "weights.safetensors").cls_token, released.cls_token)
 
 
 def test_export_loads_into_the_released_module(released):
@@ -64,7 +60,7 @@ def test_export_loads_into_the_released_module(released):
     released.load_state_dict(released_state_dict(model), strict=True)
     images = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(released(images), model(images), rtol=1e-4, atol=1e-5)
-    compiled = torch.compile(model)
+    compiled = torch.compile(model, backend="eager")
     assert released_state_dict(compiled).keys() == released.state_dict().keys()
 
 
@@ -96,44 +92,7 @@ def test_another_head_is_an_error(released, tmp_path):
         load_weights(CRATE(**(SMALL | {"num_classes": 3})), tmp_path / "weights.pth", resample=True)
 
 
-class _Bomb:
-    def __reduce__(self):
-        return (print, ("code ran",))
-
-
-class _Shell:
-    def __reduce__(self):
-        return (os.system, ("false",))
-
-
-def test_pickled_code_is_refused_and_does_not_run(released, tmp_path, capsys):
-    torch.save({"model": released.state_dict(), "extra": _Bomb()}, tmp_path / "bomb.pth")
-    with pytest.raises(ValueError, match="holds more than tensors"):
-        read_state_dict(tmp_path / "bomb.pth")
-    (tmp_path / "plain.pth").write_bytes(pickle.dumps(_Bomb()))
-    with pytest.raises(ValueError, match=r"plain\.pth"):
-        read_state_dict(tmp_path / "plain.pth")
-    assert "code ran" not in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("name", ["cut.pth", "cut.safetensors"])
-def test_damaged_files_are_named(released, name, tmp_path):
-    path = tmp_path / name
-    save = save_file if path.suffix == ".safetensors" else torch.save
-    save(released.state_dict(), path)
-    path.write_bytes(path.read_bytes()[:5000])
-    with pytest.raises(ValueError, match=f"{name} is damaged"):
-        read_state_dict(path)
-
-
-def test_absent_and_empty_files_are_named(tmp_path):
-    with pytest.raises(UserError, match="no such checkpoint"):
-        read_state_dict(tmp_path / "none.pth")
-    with pytest.raises(ValueError, match=r"no state dict found.*epoch"):
-        unwrap_state_dict({"epoch": 3})
-    torch.save([torch.zeros(1)], tmp_path / "list.pth")
-    with pytest.raises(ValueError, match="it holds a list"):
-        read_state_dict(tmp_path / "list.pth")
+def test_one_parameter_under_two_names_is_refused():
     with pytest.raises(ValueError, match="name one parameter"):
         unwrap_state_dict({"cls_token": torch.zeros(1), "module.cls_token": torch.zeros(1)})
 
@@ -238,7 +197,7 @@ HIDDEN = SMALL | {"num_classes": 5, "head_hidden": True}
 OF_TIMM = {"dim": 48, "depth": 2, "heads": 3, "img_size": 32, "head_hidden": True}
 
 
-@pytest.mark.parametrize("wrapper", WRAPPERS)
+@pytest.mark.parametrize("wrapper", ["bare", "compiled DDP"])
 def test_the_demo_checkpoint_loads_on_every_way(wrapper, tmp_path):
     demo, images = Demo(), torch.randn(2, 3, 32, 32)
     path = tmp_path / "demo.pth"
@@ -322,6 +281,13 @@ def _safetensors() -> bytes:
     return save({"cls_token": torch.zeros(1, 1, 4)})
 
 
+class _Code:
+    """An object whose unpickling runs code."""
+
+    def __reduce__(self):
+        return (os.system, ("echo code ran",))
+
+
 def _saved(content, **options) -> bytes:
     return _bytes(lambda buffer: torch.save(content, buffer, **options))
 
@@ -371,7 +337,8 @@ FILES = {  # what it is: name, content, what is said, the remedy
         "have it saved where it was made as its state dict alone",
     ),
     "list": ("w.pth", lambda: _saved([torch.zeros(1)]), "it holds a list", "state dict alone"),
-    "code": ("w.pth", lambda: _saved({"w": _Shell()}), r"more than tensors.*\(\w+\.system\)", "state dict alone"),
+    "code": ("w.pth", lambda: _saved({"w": _Code()}), r"more than tensors.*\(\w+\.system\)", "state dict alone"),
+    "pickled code": ("w.pth", lambda: pickle.dumps(_Code()), "a Python pickle", "state dict alone"),
     "complex": ("w.pth", lambda: _saved({"w": torch.zeros(2) * 1j}), "w is complex", "of the plain model"),
     "meta": ("w.pth", lambda: _saved({"w": torch.zeros(2, device="meta")}), "w is a meta tensor", "plain model"),
     "two models": ("w.pth", lambda: _saved({"student": TENSORS}), "it holds the keys student", "as in FILE#student"),
@@ -381,7 +348,7 @@ FILES = {  # what it is: name, content, what is said, the remedy
 
 @pytest.mark.filterwarnings("ignore:`torch.jit")
 @pytest.mark.parametrize("kind", FILES)
-def test_a_file_without_weights_is_named_with_a_safe_remedy(kind, tmp_path):
+def test_a_file_without_weights_is_named_with_a_safe_remedy(kind, tmp_path, capfd):
     name, content, what, remedy = FILES[kind]
     (tmp_path / name).write_bytes(content())
     with pytest.raises(UserError, match=f"(?s){name}.*{what}.*{remedy}") as refused:
@@ -390,6 +357,7 @@ def test_a_file_without_weights_is_named_with_a_safe_remedy(kind, tmp_path):
     assert "\n" not in text
     assert "trust" not in text
     assert "weights_only" not in text
+    assert "code ran" not in capfd.readouterr().out
 
 
 def test_quantized_weights_are_not_taken_for_numbers(released, tmp_path):

@@ -19,7 +19,7 @@ from runs import ROOT, TINY, back_to, entries, losses, run, same, start, torchru
 
 from crate_fast.train import checkpoint, pretrain, run_folder, trainer
 from crate_fast.train.faults import Interruption, diagnosis
-from crate_fast.train.run_lock import RunLock
+from crate_fast.train.run_folder import RunLock
 
 EVERYTHING = (  # whatever has a state or is drawn: EMA, scaler, dropout, mixing, erasing, repeats, accumulation
     *("--attn-drop-rate", "0.1", "--drop-rate", "0.1", "--drop-path-rate", "0.2", "--ema-decay", "0.9"),
@@ -30,10 +30,10 @@ EVERYTHING = (  # whatever has a state or is drawn: EMA, scaler, dropout, mixing
 
 
 HOLD = """
-import fcntl, pathlib, sys
-path = pathlib.Path(sys.argv[1])
-file = (path / ".lock").open("a+")
-fcntl.lockf(file, fcntl.LOCK_EX)
+import pathlib, sys
+from crate_fast.train.run_folder import RunLock
+lock = RunLock(pathlib.Path(sys.argv[1]))
+lock.acquire()
 print("held", flush=True)
 sys.stdin.read()
 """
@@ -212,7 +212,7 @@ def test_torchrun_restarts_a_killed_process_and_the_run_resumes_by_itself(tmp_pa
 def test_a_restart_continues_only_what_its_torchrun_began(whole, tmp_path, monkeypatch, refuses):
     folder = tmp_path / "run"
     shutil.copytree(whole, folder)
-    (folder / ".lock").write_text(json.dumps({"launcher": "another"}))
+    (folder / ".owner").write_text(json.dumps({"launcher": "another"}))
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     words = [*TINY, "--output", str(folder), *EVERYTHING]
     refuses("holds a run at step 12", pretrain.main, words)

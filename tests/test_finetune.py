@@ -15,9 +15,8 @@ from crate_fast.eval.common.models import open_model
 from crate_fast.train import finetune, linear_probe, pretrain
 from crate_fast.train.command_line import build_config, load_recipe, recipe_names
 from crate_fast.train.config import TrainConfig
-from crate_fast.train.initial_weights import load_initial
 from crate_fast.train.optimizer import build_optimizer
-from crate_fast.train.runs import build_model, load_model, num_classes_of, run_config
+from crate_fast.train.runs import build_model, load_initial, load_model, num_classes_of, run_config
 
 pytestmark = pytest.mark.usefixtures("no_figures")
 SCENES = ["--recipe", "shape_scenes", *TINY[:4], *TINY[10:]]  # the architecture comes from the run

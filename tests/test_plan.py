@@ -1,4 +1,4 @@
-"""What a run would cost: operations and bytes against counts by hand and by PyTorch, and the command."""
+"""`crate-fast plan`: operations and bytes against counts by hand and a real forward pass, and the command."""
 
 import dataclasses
 import json
@@ -6,20 +6,20 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
-from crate_fast import cli
+from crate_fast import CRATEMAE, cli
 from crate_fast.kernels import assuming_gpu, unavailable_reason
-from crate_fast.train import cost, plan
+from crate_fast.train import plan
 from crate_fast.train.command_line import recipe_names
 from crate_fast.train.config import TrainConfig
-from crate_fast.train.runs import build_model
+from crate_fast.train.plan import Flops, activation_bytes, count_flops, meta_model, optimizer_bytes
+from crate_fast.train.runs import build_model, patch_size_of
 
 N, PATCHES, PATCH_DIM, C, HEADS, DEPTH, K = 65, 64, 48, 32, 2, 3, 10  # of TINY
 TINY = TrainConfig(
     image_size=32, patch_size=4, dim=C, depth=DEPTH, heads=HEADS, label_smoothing=0.0, batch_size=8, device="cpu"
 )
+TINY_MAE = dataclasses.replace(TINY, model="crate_mae_tiny_patch16_224", decoder_depth=1)
 MEASURED = {
     "images_per_s_per_device": 1000.0,
     "device": "NVIDIA H200",
@@ -46,109 +46,122 @@ def _error(capsys, *words: str) -> str:
     return captured.err
 
 
-# --- operations
+# --- operations: two a multiply-add, counted by hand
 
 
-def _counted(forward, parameters) -> cost.Flops:
-    """PyTorch's count of a forward pass for one image, and of it with its backward pass."""
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        out = forward(torch.empty(1, 3, 32, 32, device="meta"))
-        forward_flops = counter.get_total_flops()
-        out.sum().backward()
-    assert all(p.grad is not None for p in parameters)
-    return cost.Flops(forward_flops, counter.get_total_flops())
+EMBED, HEAD = 2 * PATCHES * PATCH_DIM * C, 2 * C * K
+LINEAR, ATTENTION = 2 * N * C**2, 2 * 2 * N**2 * C  # a map C → C of all tokens; logits and weighted sum
 
 
-@pytest.mark.parametrize("heads", [1, 2])
-def test_operations_are_those_that_pytorch_counts(heads):
-    model = cost.meta_model(_changed(heads=heads), K)
-    counted, folds = _counted(model, model.parameters()), DEPTH * 2 * C**3  # of G, which are not nominal
-    assert cost.count_flops(model, 32) == cost.Flops(counted.forward - folds, counted.step - 2 * folds)
+@pytest.mark.parametrize(
+    ("changes", "layer"),
+    [
+        ({}, 3 * LINEAR + ATTENTION),
+        ({"heads": 1}, 2 * LINEAR + ATTENTION),  # one head needs no output map
+        ({"grad_checkpointing": True}, 3 * LINEAR + ATTENTION),
+        ({"residual": "paper", "threshold": "soft"}, 3 * LINEAR + ATTENTION),
+        ({"attention": "mhsa", "sparsifier": "mlp"}, 4 * LINEAR + ATTENTION + 8 * LINEAR),
+    ],
+)
+def test_operations(changes, layer):
+    forward = EMBED + HEAD + DEPTH * layer
+    assert count_flops(meta_model(_changed(**changes), K), 32) == Flops(forward, 3 * forward)
 
 
-def test_operations_by_hand():
-    embed, head, product, attention = 2 * PATCHES * PATCH_DIM * C, 2 * C * K, 2 * N * C**2, 2 * N**2 * C
-    forward = embed + head + DEPTH * (3 * product + 2 * attention)
-    for config in (TINY, _changed(grad_checkpointing=True)):
-        assert cost.count_flops(cost.meta_model(config, K), 32) == cost.Flops(forward, 3 * forward)
+def test_operations_of_a_frozen_model():
+    forward = EMBED + HEAD + DEPTH * (3 * LINEAR + ATTENTION)
+    assert count_flops(meta_model(_changed(frozen=True), K), 32) == Flops(forward, forward + HEAD)
 
 
-def test_operations_of_the_ablations_and_of_a_frozen_model_are_as_pytorch_counts_them():
-    model = cost.meta_model(_changed(attention="mhsa", sparsifier="mlp"), K)
-    assert cost.count_flops(model, 32) == _counted(model, model.parameters())
-    frozen = cost.meta_model(_changed(frozen=True, sparsifier="mlp"), K)
-    assert cost.count_flops(frozen, 32) == _counted(frozen, frozen.get_classifier().parameters())
+def test_operations_of_a_timm_model():
+    model = meta_model(_changed(model="vit_tiny_patch16_224", dim=None, depth=2, heads=None), K)
+    width = 192
+    embed = 2 * PATCHES * PATCH_DIM * width
+    forward = embed + 2 * (12 * 2 * N * width**2 + 2 * 2 * N**2 * width) + 2 * width * K
+    assert count_flops(model, 32) == Flops(forward, 3 * forward - embed)  # pixels need no gradient
+    assert patch_size_of(model) == 4
 
 
-def test_operations_of_another_model_are_pytorchs():
-    config = _changed(model="vit_tiny_patch16_224", patch_size=4, dim=None, depth=None, heads=None)
-    model = cost.meta_model(config, K)
-    width, n_tokens = 192, 65
-    layer = 12 * 2 * n_tokens * width**2 + 2 * 2 * n_tokens**2 * width
-    forward = 2 * PATCHES * PATCH_DIM * width + 12 * layer + 2 * width * K
-    flops = cost.count_flops(model, 32)
-    assert flops == cost.Flops(forward, 3 * forward - 2 * PATCHES * PATCH_DIM * width)  # no gradient of the pixels
-    assert (cost.tokens_per_image(model), cost.patch_size_of(model)) == (65, 4)
+@pytest.mark.parametrize("visible_only", [False, True])
+def test_operations_of_an_autoencoder(visible_only):
+    n = 1 + PATCHES // 4 if visible_only else N
+    encoder = DEPTH * (3 * 2 * n * C**2 + 2 * 2 * n**2 * C) + (2 * n * C**2 if visible_only else 0)
+    forward = EMBED + encoder + 3 * LINEAR + ATTENTION + 2 * N * C * PATCH_DIM
+    model = meta_model(dataclasses.replace(TINY_MAE, visible_only=visible_only), 0)
+    assert count_flops(model, 32) == Flops(forward, 3 * forward - EMBED)  # pixels need no gradient
 
 
 # --- memory
 
 
-def _kept(config: TrainConfig, device: str, dtype: torch.dtype | None, images: int = 4) -> cost.Kept:
-    return cost.kept_for_backward(cost.meta_model(config, K), config, images, device, dtype, K)
+def _kept(config: TrainConfig, device: str, dtype: torch.dtype | None, images: int = 4) -> int:
+    return activation_bytes(meta_model(config, K), config, images, K, device, dtype)
 
 
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
-@pytest.mark.parametrize("changes", [{}, {"attention": "mhsa", "sparsifier": "mlp"}, {"grad_checkpointing": True}])
-def test_bytes_kept_are_those_of_a_real_forward_pass(changes, dtype):
-    config = _changed(**changes)
-    model = build_model(config, K).train()
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    saved = {}
+@pytest.mark.parametrize(
+    ("config", "dtype"),
+    [
+        (TINY, None),
+        (TINY, torch.bfloat16),
+        (_changed(attention="mhsa", sparsifier="mlp"), torch.bfloat16),
+        (TINY_MAE, None),
+        (dataclasses.replace(TINY_MAE, visible_only=True), None),
+    ],
+    ids=["fp32", "bf16", "ablations", "autoencoder", "visible_only"],
+)
+def test_activations_are_those_of_a_real_forward_pass(config, dtype):
+    # A fake LayerNorm of bf16 rows on a CPU has its two statistics in bf16, the real one in fp32: the patches' here.
+    statistics = 0 if dtype is None else 4 * PATCHES * 2 * 2
+    assert _kept(config, "cpu", dtype) == _really_saved(config, dtype) - statistics
+
+
+def _really_saved(config: TrainConfig, dtype: torch.dtype | None) -> int:
+    model, saved = build_model(config, K).train(), {}
+    own = {p.untyped_storage()._cdata for p in model.parameters()}
 
     def keep(tensor):
-        storage = tensor.untyped_storage()
-        saved[storage.data_ptr()] = storage
+        saved[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype is not None):
-            logits = model(torch.randn(4, 3, 32, 32))
-        F.cross_entropy(logits.float(), torch.zeros(4, dtype=torch.long))
-    real = sum(storage.nbytes() for address, storage in saved.items() if address not in own)
-    kept = _kept(config, "cpu", dtype)
-    # A fake LayerNorm of bf16 rows on a CPU has its two statistics in bf16, the real one in fp32: the patches' here.
-    statistics = 0 if dtype is None else 4 * PATCHES * 2 * 2
-    assert kept.total - 4 * kept.recomputed_per_image == real - statistics
-    assert (kept.recomputed_per_image > 0) == config.grad_checkpointing
+            output = model(torch.randn(4, 3, 32, 32))
+        if not isinstance(model, CRATEMAE):
+            F.cross_entropy(output.float(), torch.zeros(4, dtype=torch.long))
+    return sum(storage.nbytes() for address, storage in saved.items() if address not in own)
 
 
-def test_bytes_kept_in_fp32_on_a_cpu_by_hand():
-    kept = _kept(TINY, "cpu", None)
+def test_checkpointing_keeps_the_layers_inputs_and_one_layer():
+    checkpointed = _changed(grad_checkpointing=True)
+    inputs, whole = _really_saved(checkpointed, None), _really_saved(TINY, None)
+    assert _kept(checkpointed, "cpu", None) == inputs + (whole - inputs) // DEPTH
+
+
+def test_activations_in_fp32_on_a_cpu_by_hand():
     embedding = 2 * PATCHES * PATCH_DIM + PATCHES * C + 4 * PATCHES  # patches, normalised, mapped; four statistics
     layer = 6 * N * C + 4 * N  # LN1's output, W, O, h, LN2's output, y; statistics
     head = 2 + C + K  # statistics, LN's output, log-softmax
     label = 8
-    assert kept.per_image == 4 * (embedding + N * C + DEPTH * layer + head) + label
-    assert kept.constant == 4 * (DEPTH * C**2 + 1)  # I + G of each layer; the labels' weight
-    assert kept.total == 4 * kept.per_image + kept.constant
+    image = 4 * (embedding + N * C + DEPTH * layer + head) + label
+    assert _kept(TINY, "cpu", None) == 4 * image + 4 * (DEPTH * C**2 + 1)  # I + G of each layer; the labels' weight
 
 
-def test_bytes_kept_in_bf16_by_the_kernels_by_hand():
-    kept = _kept(TINY, "cuda", torch.bfloat16)
+def test_activations_in_bf16_by_the_kernels_by_hand():
     embedding = (4 + 2) * PATCHES * PATCH_DIM + 4 * PATCHES * C + 4 * 4 * PATCHES
     layer = (2 + 2 + 2 + 4 + 1) * N * C  # normalised rows, W, O in bf16; h in fp32; where y is not zero
     layer += 4 * (3 + HEADS) * N  # LN1's rstd, LN2's mean and rstd, log-sum-exp
-    head = 4 * 2 + 2 * C + 4 * K
-    assert kept.per_image == embedding + DEPTH * layer + 4 * N * C + head + 8  # the last y in fp32
-    assert kept.constant == 2 * (PATCH_DIM * C + C * K + DEPTH * C**2) + 4  # copies in bf16, G; the labels' weight
+    image = embedding + DEPTH * layer + 4 * N * C + 4 * 2 + 2 * C + 4 * K + 8  # the last y in fp32; the head
+    weights = 2 * (PATCH_DIM * C + C * K + DEPTH * C**2)  # copies in bf16, G
+    assert _kept(TINY, "cuda", torch.bfloat16) == 4 * image + weights + 4  # the labels' weight
 
 
 def test_ordinary_attention_is_kept_as_a_gpus_fused_kernels_keep_it():
-    short = _kept(_changed(attention="mhsa"), "cuda", torch.bfloat16)
-    tied = _kept(TINY, "cuda", torch.bfloat16)
-    more = short.per_image - tied.per_image  # key, value and the fp32 tokens LayerNorm takes, and nothing of N²
-    assert more == DEPTH * ((2 + 2 + 4) * N * C + 4 * N)
+    tied, ordinary = (
+        _kept(config, "cuda", torch.bfloat16, 8) - _kept(config, "cuda", torch.bfloat16, 4)
+        for config in (TINY, _changed(attention="mhsa"))
+    )
+    # key, value and the fp32 tokens LayerNorm takes, and nothing of N²
+    assert ordinary - tied == 4 * DEPTH * ((2 + 2 + 4) * N * C + 4 * N)
 
 
 def test_a_gpu_is_assumed_only_inside():
@@ -162,26 +175,27 @@ def test_a_gpu_is_assumed_only_inside():
 
 
 def test_a_frozen_model_keeps_the_classifier_alone():
-    kept = _kept(_changed(frozen=True), "cpu", None)
-    assert kept.per_image == 4 * (C + K) + 8
+    config = _changed(frozen=True)
+    assert _kept(config, "cpu", None, 8) - _kept(config, "cpu", None, 4) == 4 * (4 * (C + K) + 8)
 
 
 @pytest.mark.parametrize(("optimizer", "states"), [("adamw", 2), ("lion", 1), ("sgd", 1), ("lamb", 2)])
 def test_states_of_the_optimiser(optimizer, states):
-    model = cost.meta_model(TINY, K)
+    model = meta_model(TINY, K)
     parameters = sum(p.numel() for p in model.parameters())
-    assert cost.optimizer_bytes(model, _changed(optimizer=optimizer)) == 4 * states * parameters
+    assert optimizer_bytes(model, _changed(optimizer=optimizer)) == 4 * states * parameters
 
 
 def test_sharding_divides_what_has_rows_to_divide(tmp_path):
-    words = ["--recipe", "in1k_released", "--ema-decay", "0.99", "--classes", "1000", "--images", "4096"]
-    whole = _plan(tmp_path, *words, "--gpus", "8")["memory_bytes"]
+    words = ["--recipe", "in1k_released", "--ema-decay", "0.99", "--images", "4096", "--depth", "1"]
+    result = _plan(tmp_path, *words, "--gpus", "8")
+    parameters, whole = result["model"]["parameters"], result["memory_bytes"]
     shared = _plan(tmp_path, *words, "--gpus", "8", "--parallel", "fsdp")["memory_bytes"]
     hybrid = _plan(tmp_path, *words, "--gpus", "8", "--hosts", "2", "--parallel", "hsdp")["memory_bytes"]
     tokens = (197 + 1) * 384  # positions and CLS have one row
-    assert whole["weights"] == 4 * 6_090_856
+    assert whole["weights"] == 4 * parameters
     for sharded, processes in ((shared, 8), (hybrid, 4)):
-        held = 4 * ((6_090_856 - tokens) // processes + tokens)
+        held = 4 * ((parameters - tokens) // processes + tokens)
         assert [sharded[name] for name in ("weights", "gradients", "optimizer", "ema")] == [held] * 4
         assert sharded["activations"] == whole["activations"]
     names = ("weights", "gradients", "optimizer", "ema", "activations")
@@ -210,26 +224,25 @@ def test_numbers_by_hand(tmp_path):
 
 @pytest.mark.parametrize("recipe", recipe_names())
 def test_every_recipe_can_be_planned_without_its_data(recipe, capsys):
-    assert plan.main(["--recipe", recipe, "--gpus", "2"]) == 0
+    assert plan.main(["--recipe", recipe, "--gpus", "2", "--depth", "1"]) == 0
     text = capsys.readouterr().out
     assert text.startswith(f"{recipe} on 2 GPUs, ddp, bf16\n")
     assert "not measured: pass --throughput" in text
     assert max(map(len, text.splitlines())) <= 120
 
 
-@pytest.mark.parametrize(
-    ("model", "parameters"),
-    [("crate_tiny_patch8_224", 5.743), ("crate_small_patch8_224", 14.118), ("crate_base_patch8_224", 38.832)],
-)
-def test_the_papers_models_at_the_papers_batch(model, parameters, tmp_path):
-    result = _plan(tmp_path, "--recipe", "in21k_paper", "--gpus", "8", "--model", model, "--classes", "21842")
-    assert round(result["model"]["parameters"] / 1e6, 3) == parameters
-    assert result["schedule"]["micro_batch"] == 512
-    assert result["schedule"]["steps"] == 90 * (14_197_122 // 4096)
+def test_the_papers_models_at_the_papers_batch(tmp_path):
+    sizes = {"tiny": 5.743, "small": 14.118, "base": 38.832}
+    for size, millions in sizes.items():
+        config = TrainConfig(model=f"crate_{size}_patch8_224", image_size=224)
+        parameters = sum(p.numel() for p in meta_model(config, 21_842).parameters())
+        assert round(parameters / 1e6, 3) == millions
+    schedule = _plan(tmp_path, "--recipe", "in21k_paper", "--gpus", "8", "--depth", "1")["schedule"]
+    assert (schedule["micro_batch"], schedule["steps"]) == (512, 90 * (14_197_122 // 4096))
 
 
 def test_the_command_is_one_of_crate_fasts(capsys):
-    assert cli.main(["plan", "--device", "cpu"]) == 0
+    assert cli.main(["plan", "--device", "cpu", "--depth", "1"]) == 0
     text = capsys.readouterr().out
     assert text.startswith("shape_scenes on 1 CPU process, ddp, fp32\n")
     assert "made on the fly" in text
@@ -241,11 +254,8 @@ def test_images_are_counted_in_a_folder_that_is_there(tmp_path):
         file.parent.mkdir(parents=True, exist_ok=True)
         file.touch()
     config = TrainConfig(dataset="folder", data_dir=str(tmp_path))
-    size = plan.find_data_size(config, "in1k_released", None, None)
-    assert (size.images, size.classes) == (3, 2)
-    assert "counted" in size.source
-    size = plan.find_data_size(config, "in1k_released", 77, None)
-    assert (size.images, size.classes) == (77, 2)
+    assert plan.find_data_size(config, "in1k_released", None, None) == (3, 2, f"counted in {tmp_path / 'train'}")
+    assert plan.find_data_size(config, "in1k_released", 77, None)[:2] == (77, 2)
 
 
 @pytest.mark.parametrize(
@@ -280,7 +290,8 @@ def test_an_empty_folder_is_no_data_set(tmp_path, capsys):
 def test_hours_come_from_a_measured_rate(tmp_path, capsys):
     file = tmp_path / "rate.json"
     file.write_text(json.dumps({"throughput": MEASURED | {"precision": "fp32", "parallel": "ddp", "devices": 1}}))
-    result = _plan(tmp_path, "--recipe", "in21k_paper", "--gpus", "8", "--throughput", str(file))
+    words = ["--recipe", "in21k_paper", "--depth", "1", "--gpus", "8"]
+    result = _plan(tmp_path, *words, "--throughput", str(file))
     rate = result["rates"]["measured"]
     assert rate["images_per_s"] == 8000
     assert rate["hours"] == pytest.approx(90 * 3466 * 4096 / 8000 / 3600)
@@ -300,7 +311,7 @@ def test_a_finished_run_tells_its_rate_and_its_architecture(tmp_path):
     (tmp_path / "config.yaml").write_text("model: crate_small_patch8_224\nimage_size: 224\ndim: 384\n")
     config = TrainConfig(model="crate_small_patch8_224", image_size=224, dim=384)
     for path in (tmp_path, tmp_path / "summary.json"):
-        assert plan.read_throughput(path, config, 8).device == "NVIDIA H200"
+        assert plan.read_throughput(path, config, 8)["device"] == "NVIDIA H200"
     with pytest.raises(ValueError, match="dim 384 measured, 192 planned"):
         plan.read_throughput(tmp_path, dataclasses.replace(config, dim=192), 8)
     with pytest.raises(ValueError, match="attention None measured, 'mhsa' planned"):
@@ -330,3 +341,15 @@ def test_files_that_hold_no_rate(text, message, tmp_path, capsys):
     file = tmp_path / "rate.json"
     file.write_text(text)
     assert message in _error(capsys, "--recipe", "in21k_paper", "--gpus", "8", "--throughput", str(file))
+
+
+def test_the_rate_of_another_autoencoder_is_refused(tmp_path):
+    rate = {"images_per_s_per_device": 100.0, "device": "x", "model": "crate_mae_base_patch16_224"}
+    rate |= {"image_size": 224, "patch_size": 16}
+    config = TrainConfig(model="crate_mae_base_patch16_224", image_size=224)
+    for visible_only in (False, True):
+        (tmp_path / "rate.json").write_text(json.dumps(rate | {"visible_only": visible_only}))
+        if not visible_only:
+            assert plan.read_throughput(tmp_path / "rate.json", config, 16)["device"] == "x"
+    with pytest.raises(ValueError, match=r"of another model \(visible_only True measured, False planned\)"):
+        plan.read_throughput(tmp_path / "rate.json", config, 16)

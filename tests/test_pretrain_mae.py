@@ -7,8 +7,6 @@ import pytest
 import torch
 from runs import ALONE, TINY, back_to, entries, losses, printed, run, same, weights
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from crate_fast import CRATE, CRATEMAE
 from crate_fast.checkpoints import released_state_dict
@@ -16,9 +14,8 @@ from crate_fast.eval import attention_maps, reconstruction
 from crate_fast.eval.common.images import batches, open_images
 from crate_fast.eval.common.models import open_model
 from crate_fast.mae import encoder_state_dict, sincos_positions
-from crate_fast.train import finetune, plan, pretrain, pretrain_mae, trainer
+from crate_fast.train import finetune, pretrain, pretrain_mae, trainer
 from crate_fast.train.config import TrainConfig
-from crate_fast.train.cost import Flops, count_flops, kept_for_backward, meta_model
 from crate_fast.train.data import build_splits, eval_loader
 from crate_fast.train.data.transforms import Normalize
 from crate_fast.train.faults import diagnosis
@@ -313,63 +310,3 @@ def test_the_command_measures_and_draws(finished, tmp_path, capsys):
     assert "is no CRATE-MAE, and fills nothing in" in capsys.readouterr().err
     assert reconstruction.main([str(finished[0]), *words, "--image-size", "64"]) == 2
     assert "decodes 32 px images only" in capsys.readouterr().err
-
-
-# --- what it costs ---
-
-
-def _counted(forward) -> Flops:
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        loss, _, _ = forward(torch.empty(1, 3, 64, 64, device="meta"), 0.75)
-        once = counter.get_total_flops()
-        loss.backward()
-    return Flops(once, counter.get_total_flops())
-
-
-def _meta_model(**settings) -> tuple[CRATEMAE, TrainConfig]:
-    sizes = {"image_size": 64, "patch_size": 8, "dim": 16, "depth": 2, "heads": 2, "decoder_depth": 1}
-    config = TrainConfig(model="crate_mae_tiny_patch16_224", **(sizes | settings))
-    return meta_model(config, 0), config
-
-
-@pytest.mark.parametrize("visible_only", [False, True])
-def test_operations_are_those_that_pytorch_counts(visible_only):
-    model, _ = _meta_model(visible_only=visible_only)
-    counted, folds = _counted(model), 2 * 2 * 16**3  # of G in two layers, which are not nominal
-    assert count_flops(model, 64) == Flops(counted.forward - folds, counted.step - 2 * folds)
-    model.set_grad_checkpointing()
-    assert count_flops(model, 64) == Flops(counted.forward - folds, counted.step - 2 * folds)
-
-
-@pytest.mark.parametrize("visible_only", [False, True])
-def test_what_autograd_keeps_is_counted(visible_only):
-    model, config = _meta_model(visible_only=visible_only)
-    kept = kept_for_backward(model, config, 4, "cpu", None, 0)
-    real, saved = build_model(config, 0), {}
-
-    def keep(tensor):
-        saved[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
-        return tensor
-
-    own = {parameter.untyped_storage()._cdata for parameter in real.parameters()}
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        real(torch.zeros(4, 3, 64, 64))
-    assert kept.total == sum(storage.nbytes() for address, storage in saved.items() if address not in own)
-
-
-def test_the_rate_of_another_autoencoder_is_refused(tmp_path, capsys):
-    words = ["--recipe", "mae_in1k", "--gpus", "8"]
-    rate = {"images_per_s_per_device": 100.0, "device": "x", "model": "crate_mae_base_patch16_224"}
-    rate |= {"image_size": 224, "patch_size": 16}
-    (tmp_path / "rate.json").write_text(json.dumps(rate | {"visible_only": True}))
-    assert plan.main([*words, "--throughput", str(tmp_path / "rate.json")]) != 0
-    assert "of another model (visible_only True measured, False planned)" in capsys.readouterr().err
-    (tmp_path / "rate.json").write_text(json.dumps(rate | {"visible_only": False}))
-    assert plan.main([*words, "--throughput", str(tmp_path / "rate.json")]) == 0
-
-
-def test_a_plan_is_made(capsys):
-    assert plan.main(["--recipe", "mae_in1k", "--gpus", "8"]) == 0
-    text = capsys.readouterr().out
-    assert "crate_mae_base_patch16_224, 224 px, patches of 16 px\n" in text
-    assert "as PyTorch counts them" not in text

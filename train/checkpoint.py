@@ -1,17 +1,14 @@
-"""Checkpoints that are whole or absent.
+"""Checkpoints that are complete or absent, whenever the process is killed.
 
-    RUN/checkpoints/step_00001500/model.safetensors     weights, under the released names
-                                  ema.safetensors       their moving average, in runs that keep one
+    RUN/checkpoints/step_00001500/model.safetensors     weights under the released names
+                                  ema.safetensors       moving average of the weights, if the run keeps one
                                   training.pt           optimiser and progress (tensors and plain values only)
                                   manifest.json         step, configuration, environment, each file's size and SHA-256
-    RUN/checkpoints/best.json                           the step with the best validation score
+    RUN/checkpoints/best.json                           step with the best validation score
 
-A checkpoint is written into a hidden folder, flushed to disk, and renamed: whoever kills the process finds either the
-finished folder or none. Reading verifies every file against the manifest.
-
-Weights and optimiser state are whole in their files, whatever the number of processes and their engine
-(`full_state`), so every checkpoint loads into any other number; PyTorch's sharded format would not do, since its
-reader unpickles.
+A checkpoint is written into a hidden folder, flushed to disk, and renamed. Reading verifies every file against the
+manifest. Weights and optimiser state are unsharded (`full_state`), so that a checkpoint loads into any number of
+processes. PyTorch's sharded format is not used, because its reader unpickles.
 """
 
 import errno
@@ -52,7 +49,7 @@ __all__ = [
 
 WEIGHTS, EMA, TRAINING, MANIFEST = "model.safetensors", "ema.safetensors", "training.pt", "manifest.json"
 BEST = "best.json"
-FORMAT = 2  # of what a run keeps beside its weights; another number is another version's, and not resumed
+FORMAT = 2  # version of training.pt and the manifest; another version is not resumed
 
 
 class CheckpointError(UserError):
@@ -65,7 +62,7 @@ class DiskError(UserError):
 
 @contextmanager
 def writing(folder: Path):
-    """Failures to write below `folder` become a `DiskError` that says what is safe and what to do.
+    """Turn a failure to write below `folder` into a `DiskError` that says what is safe and what to do.
 
     Raises:
         DiskError: Something inside could not be written.
@@ -73,8 +70,7 @@ def writing(folder: Path):
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
-        place = next(path for path in (folder, *folder.parents) if path.exists())
-        free = shutil.disk_usage(place).free
+        free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
         number = error.errno if isinstance(error, OSError) else None
         cut = "PytorchStreamWriter" in str(error) or "inline_container" in str(error)  # torch.save's reports
         full = number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error) or cut or free < 2**20
@@ -88,12 +84,12 @@ def writing(folder: Path):
 
 
 def folder_of(root: Path, step: int) -> Path:
-    """The folder of the checkpoint of `step`."""
+    """Return the folder of the checkpoint of `step`."""
     return root / f"step_{step:08d}"
 
 
 def _flush(path: Path) -> None:
-    """Make a file's or folder's content survive a power cut."""
+    """Write a file or folder through to the disk, so that it survives a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -119,7 +115,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """Delete a checkpoint; renamed first, so that a kill leaves no half of it under its name."""
+    """Delete a checkpoint. It is renamed first, so that a kill leaves no half of it under its name."""
     if folder.exists():
         hidden = folder.with_name(f".{folder.name}.gone")
         shutil.rmtree(hidden, ignore_errors=True)
@@ -128,12 +124,12 @@ def _remove(folder: Path) -> None:
 
 
 def steps(root: Path) -> list[int]:
-    """Steps of the finished checkpoints in `root`, ascending."""
+    """Return the steps of the finished checkpoints in `root`, ascending."""
     return sorted(int(path.name[5:]) for path in root.glob("step_*") if path.is_dir() and path.name[5:].isdigit())
 
 
 def newest(root: Path) -> int | None:
-    """The last finished checkpoint's step, or None."""
+    """Return the step of the last finished checkpoint, or None."""
     return max(steps(root), default=None)
 
 
@@ -145,7 +141,7 @@ def save(
     facts: dict,
     ema: dict[str, Tensor] | None = None,
 ) -> Path:
-    """Write a checkpoint, all or nothing.
+    """Write a checkpoint, completely or not at all.
 
     Args:
         root: The run's `checkpoints` folder.
@@ -177,7 +173,7 @@ def save(
 
 
 def _put_in_place(temporary: Path, final: Path) -> None:
-    """Give a written checkpoint its name; one of the same step before it is kept until then, and `sweep` finds it."""
+    """Rename a written checkpoint. An older one of the same step is kept until then, where `sweep` finds it."""
     before = final.with_name(f".{final.name}.old")
     shutil.rmtree(before, ignore_errors=True)
     if final.exists():
@@ -188,7 +184,7 @@ def _put_in_place(temporary: Path, final: Path) -> None:
 
 
 def _write(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], training: dict, facts: dict) -> None:
-    """A checkpoint's files, on the disk when this returns."""
+    """Write a checkpoint's files and flush them to disk."""
     for name, state in tensors.items():
         save_file({key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}, folder / name)
     torch.save(training, folder / TRAINING)
@@ -219,11 +215,11 @@ def _read_json(path: Path, remedy: str) -> dict:
 
 
 class Checkpoint(NamedTuple):
-    """What a checkpoint holds.
+    """Contents of a checkpoint.
 
     Attributes:
         weights: The model's state dict.
-        ema: The moving average's, or None.
+        ema: The moving average's state dict, or None.
         training: Optimiser state and progress.
         manifest: Step, configuration, history, environment.
     """
@@ -263,7 +259,7 @@ def load(root: Path, step: int) -> Checkpoint:
 
 
 def _problem(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, or None."""
+    """Return the damage of a checkpoint in words, or None."""
     try:
         files = dict(json.loads((folder / MANIFEST).read_text())["files"])
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -283,7 +279,7 @@ def _problem(folder: Path) -> str | None:
 
 
 def record_best(root: Path, best: dict) -> None:
-    """Note which checkpoint is the best so far: `best` holds its "step" and "score"."""
+    """Record the best checkpoint so far: `best` holds its "step" and "score"."""
     write_text(root / BEST, json.dumps(best))
 
 
@@ -299,7 +295,7 @@ def best_step(root: Path) -> int | None:
 
 
 def sweep(root: Path) -> None:
-    """Delete what a killed process left half written or half deleted; put back what it was about to replace."""
+    """Clean up after a killed process: delete partial checkpoints, and restore one that was about to be replaced."""
     for path in root.glob(".step_*.old"):
         final = root / path.name[1 : -len(".old")]
         if not final.exists():

@@ -1,4 +1,4 @@
-"""A run's configuration: frozen dataclass → YAML recipe → command line.
+"""The configuration of a run: frozen dataclass → YAML recipe → command line.
 
 Each field's docstring is its `--help` text. An unknown key is an error that suggests the nearest one.
 """
@@ -25,7 +25,7 @@ RECIPES = Path(__file__).parent / "recipes"
 
 
 def field_help(config_class: type) -> dict[str, str]:
-    """Field name → the docstring written under it."""
+    """Return the docstring under each field, by the field's name."""
     body = ast.parse(textwrap.dedent(inspect.getsource(config_class))).body[0].body
     texts = {}
     for field, text in itertools.pairwise(body):
@@ -35,13 +35,13 @@ def field_help(config_class: type) -> dict[str, str]:
 
 
 def _value_type(annotation) -> type:
-    """The type a command-line word is turned into: T for `T` and for `T | None`."""
+    """Return the type of a command-line word: T for `T` and for `T | None`."""
     inner = [a for a in typing.get_args(annotation) if a is not type(None)]
     return inner[0] if inner else annotation
 
 
 def _checked(config_class: type, values: dict, source: str) -> dict:
-    """`values` with each value's type checked against its field."""
+    """Return `values`, with each value's type checked against its field."""
     fields = {field.name: field for field in dataclasses.fields(config_class)}
     checked = {}
     for name, value in values.items():
@@ -61,12 +61,12 @@ def _checked(config_class: type, values: dict, source: str) -> dict:
 
 
 def recipe_names() -> list[str]:
-    """The recipes that come with the package."""
+    """Return the names of the recipes that come with the package."""
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
 def load_recipe(name: str, config_class: type = TrainConfig) -> dict:
-    """A recipe's settings: a name from `recipe_names()` or the path of a YAML file.
+    """Load a recipe's settings, by its name from `recipe_names()` or by the path of a YAML file.
 
     Raises:
         UserError: No such recipe, or it holds an unknown key or a value of the wrong type.
@@ -110,8 +110,8 @@ def build_config(
         description: For `--help`.
         default_recipe: Used when `--recipe` is absent.
         config_class: The dataclass.
-        adjust: (the recipe's settings, the command line's) → the settings; the latter win by default.
-        add_options: Adds the command's own options; those of a run, such as `--output`, unless given.
+        adjust: Merges the recipe's settings and the command line's; by default the latter win.
+        add_options: Adds the command's own options; by default those of a run, such as `--output`.
 
     Returns:
         (config, options), options holding `recipe` and the command's own.
@@ -149,5 +149,5 @@ def build_config(
 
 
 def dump_config(config) -> str:
-    """The resolved configuration as YAML that `--recipe` reads back."""
+    """Return the resolved configuration as YAML that `--recipe` reads back."""
     return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)

@@ -1,4 +1,4 @@
-"""The settings of a run, and what makes sense of them. `command_line` fills them in."""
+"""The settings of a run and their checks. `command_line` reads them from a recipe and the command line."""
 
 import math
 import re
@@ -38,21 +38,21 @@ DROP_RATES = ("drop_rate", "attn_drop_rate", "proj_drop_rate", "pos_drop_rate", 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Everything that decides a training run. A recipe names what differs from these defaults."""
+    """All settings of a training run. A recipe lists those that differ from these defaults."""
 
     # --- data
     dataset: str = "shape_scenes"
-    """shape_scenes (made on the fly); folder or tar (class folders); shards (WebDataset); hf (Hugging Face datasets);
-    cifar10, cifar100, flowers102 or pets (torchvision)."""
+    """Data set: shape_scenes (made on the fly); folder or tar (class folders); shards (WebDataset); hf (Hugging Face
+    datasets); cifar10, cifar100, flowers102 or pets (torchvision)."""
     data_dir: str = ""
-    """Folder of the data set. folder: it holds one folder per split; tar: <split>.tar; shards: <split>*.tar or
-    <split>/*.tar; hf: what `datasets.load_dataset` reads."""
+    """Folder of the data set. folder: one folder per split; tar: <split>.tar; shards: <split>*.tar or <split>/*.tar;
+    hf: anything that `datasets.load_dataset` reads."""
     download: bool = False
     """Let torchvision download the data set into data_dir. Nothing is downloaded unless this is set."""
     train_split: str = "train"
-    """Name of the split trained on (folder, tar, shards and hf)."""
+    """Name of the training split (folder, tar, shards and hf)."""
     val_split: str = "validation"
-    """Name of the split evaluated on (folder, tar, shards and hf)."""
+    """Name of the validation split (folder, tar, shards and hf)."""
     train_samples: int = 20_000
     """Training images of shape_scenes."""
     val_samples: int = 1_000
@@ -60,49 +60,53 @@ class TrainConfig:
     image_size: int = 64
     """Height and width of the images, in pixels."""
     crop: str = "none"
-    """Training crop: none, pad (4 pixels in 32 of border, random position), random (scale and shape), center."""
+    """Training crop: none; pad (random position, with a border of 4 pixels in 32); random (scale and aspect ratio);
+    center."""
     crop_scale: float = 0.08
-    """Smallest share of the image's area that crop=random keeps."""
+    """Smallest fraction of the image's area that crop=random keeps."""
     hflip: float = 0.0
     """Probability of a horizontal flip in training."""
     auto_augment: str = ""
-    """timm's policy string, such as rand-m9-n2-mstd0.5; randaugment-n2-m14 is torchvision's RandAugment(2, 14), whose
-    magnitudes go to 30 (timm's to 10); none when empty."""
+    """timm's policy string, such as rand-m9-n2-mstd0.5; none when empty. randaugment-n2-m14 is torchvision's
+    RandAugment(2, 14), whose magnitudes go to 30 (timm's to 10)."""
     repeats: int = 1
-    """Copies of an image in a batch, each augmented anew (repeated augmentation); an epoch is as long, and shows so
-    many times fewer images."""
+    """Copies of an image in a batch, each augmented differently (repeated augmentation). An epoch keeps its length
+    and shows fewer different images."""
     random_erasing: float = 0.0
     """Probability that a rectangle of a training image is replaced by noise."""
     mixup: float = 0.0
-    """α of mixup: pairs of training images blended, with their labels; 0 for none."""
+    """α of mixup, which blends pairs of training images and their labels; 0 turns it off."""
     cutmix: float = 0.0
-    """α of cutmix: a rectangle of one image put into another; 0 for none. With both on a batch has one of them."""
+    """α of CutMix, which pastes a rectangle of one image into another; 0 turns it off. With mixup on as well, each
+    batch gets one of the two."""
     mixup_prob: float = 1.0
-    """Probability that a micro-batch is mixed, with mixup or cutmix on."""
+    """Probability that mixup or CutMix is applied to a micro-batch."""
     mean: str = "imagenet"
-    """Pixel normalisation: imagenet, cifar10 or half (mean and deviation 0.5)."""
+    """Pixel normalisation: imagenet, cifar10 or half (mean and standard deviation 0.5)."""
     max_unreadable: float = 0.01
-    """Share of a split's images that may be unreadable in an epoch before the run stops. Those are named in
-    unreadable.txt; in training another image takes their place, in evaluation they are left out."""
+    """Largest fraction of a split's images that may be unreadable in an epoch; above it the run stops. Unreadable
+    images are listed in unreadable.txt. Training replaces them by other images, evaluation skips them."""
     workers: int | None = None
-    """Data-loading processes per training process; 0: none. Unset: 0 on a CPU, up to 8 beside a GPU."""
+    """Data-loading processes per training process; 0 loads in the training process. Default: 0 on a CPU, up to 8
+    beside a GPU."""
 
     # --- model
     init: str = ""
-    """Weights to start from: a run's folder (its best checkpoint), RUN@STEP, or a weights file; random when empty.
-    FILE#ENTRY takes that dictionary from a file that holds several, such as state_dict beside state_dict_ema."""
+    """Initial weights: a run's folder (its best checkpoint), RUN@STEP, or a weights file; random when empty.
+    FILE#ENTRY takes one dictionary from a file that holds several, such as state_dict and state_dict_ema."""
     init_grid: str = ""
-    """ROWSxCOLUMNS of patches that the positions in an init file were made for, such as 2x8; what the file tells, or
-    a square, when empty."""
+    """Grid of patches that the positions in an init file were made for, as ROWSxCOLUMNS, such as 2x8. When empty: the
+    grid recorded in the file, or a square."""
     head: str = "keep"
-    """With init. keep: its classifier, which must have as many classes as the data; new: a random one."""
+    """Classifier of a model with init. keep: the one in init, which must match the number of classes; new: a random
+    one."""
     frozen: bool = False
-    """Train a linear classifier behind a BatchNorm and nothing else: MAE's linear probe."""
+    """Train only a linear classifier behind a BatchNorm (MAE's linear probe)."""
     model: str = "crate_tiny_patch8_224"
-    """One of our models, CRATE-MAE among them, or another of timm's that takes img_size, as ViTs; its size can be
-    changed below."""
+    """One of our models, including CRATE-MAE, or a timm model that takes img_size, such as a ViT. The settings below
+    change its size."""
     patch_size: int | None = None
-    """Side of a patch in pixels; the model's own when unset, as for the six below."""
+    """Side of a patch in pixels. Default, also for the next seven settings: the model's own value."""
     dim: int | None = None
     """Token width."""
     depth: int | None = None
@@ -110,15 +114,16 @@ class TrainConfig:
     heads: int | None = None
     """Number of heads; the head width becomes dim / heads."""
     residual: str | None = None
-    """released: x + MSSA(LN(x)); paper: LN(x) + MSSA(LN(x))."""
+    """Residual form: released, x + MSSA(LN(x)); paper, LN(x) + MSSA(LN(x))."""
     attention: str | None = None
-    """mssa, or mhsa for the ablation."""
+    """Attention: mssa, or mhsa for the ablation."""
     sparsifier: str | None = None
-    """ista, or mlp for the ablation."""
+    """Second half of a layer: ista, or mlp for the ablation."""
     threshold: str | None = None
-    """relu or soft."""
+    """Threshold of ISTA: relu or soft."""
     drop_rate: float = 0.0
-    """Dropout in front of the classifier. This rate and the next four are timm's, the same for a CRATE and a ViT."""
+    """Dropout in front of the classifier. This rate and the next four are timm's, with the same meaning for CRATE and
+    ViT."""
     attn_drop_rate: float = 0.0
     """Dropout on attention weights."""
     proj_drop_rate: float = 0.0
@@ -126,99 +131,106 @@ class TrainConfig:
     pos_drop_rate: float = 0.0
     """Dropout on the embedded tokens."""
     drop_path_rate: float = 0.0
-    """Stochastic depth: probability that a sample skips a step of the last layer; it grows linearly from 0 at the
-    first layer."""
+    """Stochastic depth: probability that a sample skips a residual step of the last layer. It grows
+    linearly from 0 at the first layer."""
 
     # --- masked autoencoding, with a model such as crate_mae_tiny_patch16_224
     mask_ratio: float = 0.75
-    """Share of the patches that is hidden."""
+    """Fraction of the patches that is hidden."""
     norm_pix_loss: bool = False
-    """Predict each patch less its mean and over its standard deviation."""
+    """Predict each patch normalised by its own mean and standard deviation."""
     visible_only: bool = False
-    """Encode the visible patches only, as MAE; else all, mask tokens among them, as the released CRATE-MAE."""
+    """Encode only the visible patches, as MAE does. Default: encode all, with mask tokens, as the released CRATE-MAE
+    does."""
     decoder_depth: int | None = None
-    """Layers of the decoder; as many as the encoder's when unset."""
+    """Layers of the decoder; by default as many as the encoder has."""
 
     # --- optimisation
     epochs: int = 6
     """Passes over the training images."""
     batch_size: int = 128
-    """Images per optimiser step, over all processes and accumulation steps together."""
+    """Images per optimiser step, summed over all processes and accumulation steps."""
     accumulate: int = 1
     """Forward-backward passes per optimiser step."""
     optimizer: str = "adamw"
-    """timm's name of the optimiser: adamw, lion, lars (as MAE's probe: biases without its scaling), …"""
+    """timm's name of the optimiser, such as adamw, lion or lars (which, as in MAE's probe, does not scale biases)."""
     beta2: float | None = None
-    """Decay of the second moments of adamw and its like, and of lion's update; the optimiser's own when unset."""
+    """Decay of the second moments of adamw and similar optimisers, and of lion's update. Default: the optimiser's
+    own."""
     lr: float = 1e-3
-    """Peak learning rate, for the whole batch (but see lr_scaling)."""
+    """Peak learning rate for the whole batch, before lr_scaling."""
     lr_scaling: str = "none"
-    """linear or sqrt: lr is for lr_base_batch images, and grows with batch_size / lr_base_batch, or with its root."""
+    """Scaling of lr with the batch: none; linear, by batch_size / lr_base_batch; sqrt, by the root of that."""
     lr_base_batch: int = 256
-    """See lr_scaling."""
+    """Batch size for which lr is given, with lr_scaling."""
     weight_decay: float = 0.05
     """Decoupled weight decay."""
     decay_all: bool = False
-    """Decay every parameter, as the released recipe; else not biases, norms, positions and CLS, as timm."""
+    """Apply weight decay to every parameter, as the released recipe does. Default: not to biases, norms, positions
+    and CLS, as timm does."""
     layer_decay: float = 1.0
-    """Learning rate of a layer over that of the layer above it; below 1 the early layers move less."""
+    """Factor of the learning rate from each layer to the layer below it; below 1 the early layers change less."""
     schedule: str = "cosine"
-    """cosine: per step after a linear warm-up; released: min(warm-up, cosine), per epoch."""
+    """Learning-rate schedule: cosine, per step after a linear warm-up; released, min(warm-up, cosine) per epoch."""
     warmup_epochs: float = 0.5
-    """Length of the linear warm-up."""
+    """Length of the linear warm-up in epochs."""
     min_lr: float = 0.0
     """Learning rate at the end."""
     label_smoothing: float = 0.1
     """Label smoothing of the cross-entropy."""
     clip_grad: float = 1.0
-    """Limit of gradients, by clip_mode; 0 for no clipping."""
+    """Limit for gradient clipping, by clip_mode; 0 turns it off."""
     clip_mode: str = "norm"
-    """norm: of the whole gradient; value: of each entry; agc: of each row's norm in proportion to its weights' norm
-    (Brock et al., 2021), the classifier excepted; 0.01 to 0.1 are usual limits there."""
+    """Quantity that clip_grad limits: norm, of the whole gradient; value, of each entry; agc, each row's norm
+    relative to the norm of its weights (Brock et al., 2021), without the classifier. With agc 0.01 to 0.1 is
+    usual."""
 
     ema_decay: float = 0.0
-    """Of a moving average of the weights (EMA), evaluated beside them; a run is then opened with it. 0 for none."""
+    """Decay of a moving average of the weights (EMA); 0 turns it off. The average is evaluated too, and is what
+    opening the run loads."""
     ema_warmup: bool = False
-    """Let the EMA's decay rise to ema_decay over the first steps (timm's warm-up)."""
+    """Raise the EMA's decay to ema_decay over the first steps (timm's warm-up)."""
 
     # --- engine
     seed: int = 0
-    """Of weights, data order, augmentation and shape_scenes."""
+    """Seed of weights, data order, augmentation and shape_scenes."""
     device: str = "auto"
-    """auto: cuda where there is one, else cpu."""
+    """Device: cpu, cuda, or auto (cuda if there is a GPU)."""
     precision: str = "auto"
-    """fp32; bf16 or fp16 (autocast; fp16 with a gradient scaler); auto: bf16 on a GPU that has it, fp32 on a CPU."""
+    """fp32; bf16 or fp16 (autocast; fp16 with a gradient scaler); auto (bf16 on a GPU that supports it, else
+    fp32)."""
     compile: bool = False
-    """Run the model through torch.compile."""
+    """Compile the model with torch.compile."""
     compile_mode: str = "default"
-    """torch.compile's: default; reduce-overhead and max-autotune, with CUDA graphs of its own;
-    max-autotune-no-cudagraphs."""
+    """Mode of torch.compile: default; reduce-overhead or max-autotune, which use CUDA graphs; max-autotune-no-
+    cudagraphs."""
     cuda_graphs: bool = False
-    """Replay the forward and backward pass of a micro-batch from a CUDA graph: on one GPU, for models and batches so
+    """Replay the forward and backward pass of a micro-batch from a CUDA graph. For one GPU, and models and batches so
     small that launching kernels takes longer than running them."""
     channels_last: bool = False
-    """Images with channels innermost in memory, which suits patch embedding by convolution."""
+    """Store images with channels innermost in memory, which suits patch embedding by convolution."""
     parallel: str = "ddp"
-    """Many processes. ddp: each holds the whole model; fsdp: FSDP2, each holds a share; hsdp: FSDP2 within a host,
-    copies across hosts."""
+    """Parallelism. ddp: each process holds the whole model; fsdp: FSDP2, each process holds a shard; hsdp: FSDP2
+    within a host, replicas across hosts."""
     grad_checkpointing: bool = False
     """Recompute layers in the backward pass to save memory."""
     threads: int = 0
-    """CPU threads per process; 0 shares the cores out among the processes of this host."""
+    """CPU threads per process; 0 divides the cores among the processes of this host."""
     eval_every: int = 1
-    """Epochs between evaluations (the last epoch is always evaluated)."""
+    """Epochs between evaluations; the last epoch is always evaluated."""
     checkpoint_every: int = 0
-    """Optimiser steps between checkpoints; 0 for one at each evaluation."""
+    """Optimiser steps between checkpoints; 0 saves at each evaluation."""
     keep_checkpoints: int = 2
-    """Newest checkpoints kept, beside the best."""
+    """Number of newest checkpoints to keep, in addition to the best."""
     log_every: int = 20
     """Optimiser steps between log entries."""
     segmentation_samples: int = 500
-    """Images with known masks scored at the end, if the data set has masks."""
+    """Images with known masks to score at the end, if the data set has masks."""
     nonfinite_limit: int = 10
-    """Steps in a row with a loss or gradient that is not finite before the run stops; each is skipped, counted."""
+    """Consecutive steps with a non-finite loss or gradient before the run stops. Each such step is skipped and
+    counted."""
     profile: int = 0
-    """Steps to profile, after ten of this session; the trace is in profile/. 0 for none."""
+    """Steps to profile, after the first ten of this session; the trace is written to profile/. 0 turns it off."""
     wandb: str = ""
     """Weights & Biases project to log to as well; none when empty."""
 
@@ -291,7 +303,7 @@ class TrainConfig:
 
     @property
     def peak_lr(self) -> float:
-        """The learning rate at its peak, scaled to the batch as `lr_scaling` says."""
+        """Peak learning rate, scaled to the batch by `lr_scaling`."""
         ratio = self.batch_size / self.lr_base_batch
         return self.lr * {"none": 1.0, "linear": ratio, "sqrt": math.sqrt(ratio)}[self.lr_scaling]
 
@@ -299,8 +311,7 @@ class TrainConfig:
 def renamed_settings(values: dict) -> dict:
     """Return settings of an older version under today's names, with the same meaning.
 
-    Earlier, `dropout` was dropout on attention weights and outputs in a CRATE, and in front of the classifier in a
-    model of timm's.
+    The old `dropout` acted on attention weights and outputs in a CRATE, and before the classifier in a timm model.
     """
     if "dropout" not in values:
         return values

@@ -11,8 +11,7 @@ from pathlib import Path
 
 from crate_fast.errors import UserError
 from crate_fast.registry import MAE, MAE_ENCODER, is_mae
-from crate_fast.train.initial_weights import initial_run
-from crate_fast.train.runs import run_config
+from crate_fast.train.runs import initial_run, run_config
 from crate_fast.train.trainer import train_command
 
 __all__ = ["inheriting", "main"]

@@ -1,15 +1,18 @@
-"""What a run will cost, before it is paid for: `crate-fast plan --recipe in21k_paper --gpus 8`.
+"""Print what a training run will cost before it starts: `crate-fast plan --recipe in21k_paper --gpus 8`.
 
-It takes every setting of training, needs neither data nor a GPU, and prints parameters, operations, steps, memory and
-reads. Hours come from a measured rate alone (`--throughput`): the summary of a finished run, however short, or a JSON
-object, bare or under the key "throughput", with
+The command takes every setting of training and needs neither data nor a GPU. It prints parameters, operations, steps,
+memory and reads. Hours need a measured rate (`--throughput`): the folder or summary.json of a finished run, however
+short, or a JSON object, bare or under the key "throughput", with
 
     images_per_s_per_device   images a second in training, over the number of devices
     device                    its name, such as "NVIDIA H200"
     model, image_size, patch_size   as in a run's settings; patch_size in pixels, null for a model without patches
-    precision, parallel, devices, batch_size   optional: what it was measured with; batch_size on one device, one pass
+    precision, parallel, devices, batch_size   optional conditions; batch_size on one device, one pass
 
-A rate of another model is refused; other circumstances are named beside the hours.
+A rate of another model is refused. Other conditions that differ are printed beside the hours.
+
+Operations and memory are counted without data: on PyTorch's "meta" device, and with fake tensors, which have a shape,
+a dtype and a device only.
 """
 
 import argparse
@@ -18,23 +21,34 @@ import json
 import math
 import sys
 import textwrap
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from timm.optim import create_optimizer_v2
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from crate_fast import CRATE, CRATEMAE
 from crate_fast.errors import UserError, run_command
-from crate_fast.train import cost
+from crate_fast.kernels import assuming_gpu
 from crate_fast.train.command_line import build_config, load_recipe
 from crate_fast.train.config import TrainConfig
 from crate_fast.train.data import train_loader
 from crate_fast.train.data.image_files import find_images
 from crate_fast.train.data.shape_scenes import CLASSES
+from crate_fast.train.distributed import layers_of
 from crate_fast.train.finetune import inheriting
+from crate_fast.train.optimizer import check_optimizer
+from crate_fast.train.runs import build_model, patch_size_of
 
-__all__ = ["DataSize", "Throughput", "find_data_size", "main", "make_plan", "read_throughput"]
+__all__ = ["Flops", "activation_bytes", "count_flops", "main", "make_plan", "meta_model"]
 
 KNOWN_SIZES = {  # training images, classes
     "in1k": (1_281_167, 1_000),
@@ -44,6 +58,8 @@ KNOWN_SIZES = {  # training images, classes
     "flowers102": (1_020, 102),
     "pets": (3_680, 37),
 }
+RATE = ("images_per_s_per_device", "device", "model", "image_size", "patch_size")
+RATE_CONDITIONS = ("precision", "parallel", "devices", "batch_size")
 ARCHITECTURE = (
     *("dim", "depth", "heads", "residual", "attention", "sparsifier", "threshold"),
     *("decoder_depth", "visible_only", "mask_ratio"),
@@ -55,84 +71,50 @@ NOT_IN_MEMORY = (
 )
 
 
-# --- what is known of the data and of the speed
+# --- data and measured rates
 
 
-@dataclass(frozen=True)
-class DataSize:
-    """Training images and classes, and who says so."""
-
-    images: int
-    classes: int
-    source: str
-
-
-def _count_folder(split: Path) -> tuple[int, int]:
-    """Return the images and classes of a folder, as training reads them."""
-    tree = find_images(split)
-    return (len(tree.names), len(tree.labelled(str(split))[0])) if tree.names else (0, 0)
-
-
-def find_data_size(config: TrainConfig, recipe: str, images: int | None, classes: int | None) -> DataSize:
-    """How large the training split is: as told, else counted, else known.
+def find_data_size(config: TrainConfig, recipe: str, images: int | None, classes: int | None) -> tuple[int, int, str]:
+    """Return the training images, the classes, and their source: the command line, the data, or the recipe's name.
 
     Args:
-        config: The run's.
+        config: The run's settings.
         recipe: Its recipe; one that names a known data set (in1k_…, …_in21k) is taken to train on it.
-        images, classes: What the command line says, or None.
+        images, classes: Values of the command line, or None.
 
     Raises:
         UserError: One of them is not known, or the folder is no data set.
     """
     split = Path(config.data_dir) / config.train_split
     known = next((word for word in Path(recipe).stem.split("_") if word in KNOWN_SIZES), "")
+    found, source = (None, None), ""
     if config.dataset == "shape_scenes":
         found, source = (config.train_samples, len(CLASSES)), "train_samples"
     elif config.dataset in KNOWN_SIZES:
         found, source = KNOWN_SIZES[config.dataset], f"the known size of {config.dataset}"
     elif None in (images, classes) and config.dataset == "folder" and split.is_dir():
-        found, source = _count_folder(split), f"counted in {split}"
-    elif known in KNOWN_SIZES:
+        tree = find_images(split)
+        found = (len(tree.names), len(tree.labelled(str(split))[0])) if tree.names else (0, 0)
+        source = f"counted in {split}"
+    elif known:
         found, source = KNOWN_SIZES[known], f"the known size of {known}"
-    else:
-        found, source = (None, None), ""
-    told = [option for option, value in (("--images", images), ("--classes", classes)) if value is not None]
-    size = found[0] if images is None else images, found[1] if classes is None else classes
-    for option, value in zip(("--images", "--classes"), size, strict=True):
-        if not value:
-            counted = f", and {source.removeprefix('counted in ')} holds none" if value == 0 else ""
+    options = {"--images": images, "--classes": classes}
+    given = [option for option, value in options.items() if value is not None]
+    sizes = [value if value is not None else found[i] for i, value in enumerate(options.values())]
+    for option, size in zip(options, sizes, strict=True):
+        if not size:
+            empty = f", and {source.removeprefix('counted in ')} holds none" if size == 0 else ""
             raise UserError(
-                f"how many {option[2:]} dataset={config.dataset!r} has is not known{counted}: pass {option} N, or, "
+                f"how many {option[2:]} dataset={config.dataset!r} has is not known{empty}: pass {option} N, or, "
                 "for a folder on this machine, --data-dir and --train-split"
             )
-    return DataSize(*size, ", ".join([*told, *([source] if len(told) < 2 else [])]))
+    return *sizes, ", ".join([*given, *([source] if len(given) < 2 else [])])
 
 
-@dataclass(frozen=True)
-class Throughput:
-    """A measured rate; see the head of this file for the fields of its file."""
+def read_throughput(path: Path, config: TrainConfig, patch_size: int | None) -> dict:
+    """Read a measured rate from a JSON file, a run's summary.json or a run's folder.
 
-    images_per_s_per_device: float
-    device: str
-    model: str
-    image_size: int
-    patch_size: int | None
-    precision: str | None = None
-    parallel: str | None = None
-    devices: int | None = None
-    batch_size: int | None = None
-
-
-def read_throughput(path: Path, config: TrainConfig, patch_size: int | None) -> Throughput:
-    """A measured rate from a JSON file, a run's summary.json or a run's folder.
-
-    A run's own config.yaml, where it lies beside, says which architecture was measured; a bare file may have those
-    settings (dim, depth, …) too.
-
-    Args:
-        path: Of the file or folder.
-        config: The planned run's.
-        patch_size: Of the planned model.
+    The architecture that was measured is taken from the run's config.yaml, or from the same settings in the file.
 
     Raises:
         UserError: There is no such file, it holds no rate, or the rate is of another model.
@@ -145,10 +127,9 @@ def read_throughput(path: Path, config: TrainConfig, patch_size: int | None) -> 
     except json.JSONDecodeError as error:
         raise UserError(f"--throughput {file} is not JSON: {error}") from error
     values = values.get("throughput", values) if isinstance(values, dict) else {}
-    fields = {field.name: field for field in dataclasses.fields(Throughput)}
-    missing = [f for f, field in fields.items() if field.default is dataclasses.MISSING and f not in values]
+    missing = [name for name in RATE if name not in values]
     if missing:
-        raise UserError(f"--throughput {file} lacks {', '.join(missing)}: {Throughput.__doc__}")
+        raise UserError(f"--throughput {file} lacks {', '.join(missing)}: `crate-fast plan` needs {', '.join(RATE)}")
     rate = values["images_per_s_per_device"]
     if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate < math.inf:
         raise UserError(f"--throughput {file}: images_per_s_per_device={rate!r} is not a positive number")
@@ -156,9 +137,9 @@ def read_throughput(path: Path, config: TrainConfig, patch_size: int | None) -> 
     defaults = {name: getattr(TrainConfig, name) for name in ARCHITECTURE}
     measured = (defaults | load_recipe(str(settings)) if settings.is_file() else {}) | values
     planned = {"model": config.model, "image_size": config.image_size, "patch_size": patch_size}
-    planned |= {name: getattr(config, name) for name in ARCHITECTURE if name in measured}
-    if values["patch_size"] is None:  # the model's own
+    if values["patch_size"] is None:  # a model without patches
         planned["patch_size"] = config.patch_size
+    planned |= {name: getattr(config, name) for name in ARCHITECTURE if name in measured}
     differing = [
         f"{name} {measured[name]!r} measured, {value!r} planned"
         for name, value in planned.items()
@@ -166,116 +147,194 @@ def read_throughput(path: Path, config: TrainConfig, patch_size: int | None) -> 
     ]
     if differing:
         raise UserError(f"--throughput {file} is of another model ({'; '.join(differing)}): measure this one")
-    return Throughput(**{name: values[name] for name in fields if name in values})
+    return {name: values.get(name) for name in (*RATE, *RATE_CONDITIONS)}
 
 
-def _remarks(throughput: Throughput, planned: dict) -> list[str]:
-    """What the measurement and the plan do not have in common, in words."""
-    remarks = []
-    for name in ("precision", "parallel", "batch_size"):
-        measured = getattr(throughput, name)
-        if measured is not None and measured != planned[name]:
-            remarks.append(f"measured with {name} {measured}, planned with {planned[name]}")
-    if throughput.devices != planned["devices"]:
-        start = "an unknown number of" if throughput.devices is None else str(throughput.devices)
-        remarks.append(f"assumes that the rate grows in proportion from {start} to {planned['devices']} devices")
+def _differing_conditions(throughput: dict, planned: dict) -> list[str]:
+    remarks = [
+        f"measured with {name} {throughput[name]}, planned with {planned[name]}"
+        for name in ("precision", "parallel", "batch_size")
+        if throughput[name] not in (None, planned[name])
+    ]
+    if throughput["devices"] != planned["devices"]:
+        measured = throughput["devices"] or "an unknown number of"
+        remarks.append(f"assumes that the rate grows in proportion from {measured} to {planned['devices']} devices")
     return remarks
+
+
+# --- operations
+
+
+def meta_model(config: TrainConfig, num_classes: int) -> nn.Module:
+    """Build the model of a run on the meta device, without gradient checkpointing; frozen parameters are frozen."""
+    with torch.device("meta"):
+        model = build_model(dataclasses.replace(config, grad_checkpointing=False), num_classes)
+    return model.train(not config.frozen)
+
+
+class Flops(NamedTuple):
+    """Floating-point operations for one image: of the forward pass, and of a training step (forward and backward)."""
+
+    forward: int
+    step: int
+
+
+def count_flops(model: nn.Module, image_size: int, mask_ratio: float = 0.75) -> Flops:
+    """Count the operations for one image: the matrix products that the formula needs, two FLOPs a multiply-add.
+
+    PyTorch counts two batches; their difference leaves out what does not grow with the images, such as folding ISTA's
+    dictionaries, so that ISTA has one product, y = relu(x + xG − ηλ).
+
+    Args:
+        model: From `meta_model`.
+        image_size: Height and width in pixels.
+        mask_ratio: Share of hidden patches, for a CRATE-MAE, whose loss is not counted.
+    """
+    counts = []
+    for batch in (1024, 2048):  # large enough that dictionaries are folded
+        images = torch.empty(batch, 3, image_size, image_size, device="meta")
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            output = model(images, mask_ratio)[0] if isinstance(model, CRATEMAE) else model(images)
+            forward = counter.get_total_flops()
+            output.sum().backward()
+        counts.append((forward, counter.get_total_flops()))
+    model.zero_grad(set_to_none=True)
+    return Flops(*((more - fewer) // 1024 for fewer, more in zip(*counts, strict=True)))
+
+
+# --- memory
+
+
+def _local_elements(parameter: Tensor, shards: int) -> int:
+    """Count the elements that one of `shards` processes holds: FSDP2 cuts along the first dimension, and pads."""
+    rows = parameter.shape[0] if parameter.dim() else 1
+    return math.ceil(rows / shards) * (parameter.numel() // max(1, rows))
+
+
+def optimizer_bytes(model: nn.Module, config: TrainConfig, shards: int = 1) -> int:
+    """Return the bytes of the optimiser's states on one device, found by a step with the optimiser itself.
+
+    The step is over one parameter of each shape, on the CPU: exact for any optimiser, with little memory.
+    """
+    check_optimizer(config.optimizer)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    states = {}
+    for shape in {p.shape for p in trained}:
+        parameter = nn.Parameter(torch.zeros(shape))
+        parameter.grad = torch.ones(shape)
+        optimizer = create_optimizer_v2([parameter], opt=config.optimizer, lr=1e-3, weight_decay=config.weight_decay)
+        optimizer.step()
+        values = [value for state in optimizer.state_dict()["state"].values() for value in state.values()]
+        states[shape] = sum(value.nbytes for value in values if isinstance(value, Tensor) and value.dim())
+    return sum(math.ceil(states[p.shape] * _local_elements(p, shards) / max(1, p.numel())) for p in trained)
+
+
+def activation_bytes(
+    model: nn.Module, config: TrainConfig, images: int, num_classes: int, device: str, dtype: torch.dtype | None
+) -> int:
+    """Return the bytes that autograd keeps from the forward to the backward pass of a micro-batch on one device.
+
+    Every storage saved for backward counts once, parameters excepted, as the kernels of the device save them. With
+    gradient checkpointing one layer is added, which is there again while it is recomputed.
+
+    Args:
+        model: From `meta_model`.
+        config: The run's settings.
+        images: Images of a micro-batch.
+        num_classes: Classes of the loss.
+        device: "cuda" or "cpu"; need not be there.
+        dtype: Autocast's dtype; None for fp32.
+    """
+    kept = _saved_bytes(model, config, images, num_classes, device, dtype)
+    layers = len(layers_of(model))
+    if not config.grad_checkpointing or not layers:
+        return kept
+    model.set_grad_checkpointing(True)
+    checkpointed = _saved_bytes(model, config, images, num_classes, device, dtype)
+    model.set_grad_checkpointing(False)
+    return checkpointed + max(0, kept - checkpointed) // layers
+
+
+class _FlashAttention(TorchFunctionMode):
+    """Attention as a GPU's fused kernels keep it; without a GPU PyTorch would choose plain products, and keep N²."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is not F.scaled_dot_product_attention or len(args) > 3 or kwargs.get("attn_mask") is not None:
+            return func(*args, **kwargs)
+        names = ("query", "key", "value")
+        query, key, value = (*args, *(kwargs[name] for name in names[len(args) :]))
+        dropout, causal = kwargs.get("dropout_p", 0.0), kwargs.get("is_causal", False)
+        flash = torch.ops.aten._scaled_dot_product_flash_attention
+        return flash(query, key, value, dropout, causal, scale=kwargs.get("scale"))[0]
+
+
+@contextmanager
+def _autocast(device: str, dtype: torch.dtype | None) -> Iterator[None]:
+    """Do as `torch.autocast`, which would do nothing on a machine without the device."""
+    before = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+    torch.set_autocast_enabled(device, dtype is not None)
+    torch.set_autocast_dtype(device, dtype or before[1])
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled(device, before[0])
+        torch.set_autocast_dtype(device, before[1])
+        torch.clear_autocast_cache()
+
+
+def _saved_bytes(
+    model: nn.Module, config: TrainConfig, batch: int, num_classes: int, device: str, dtype: torch.dtype | None
+) -> int:
+    saved: dict[int, torch.UntypedStorage] = {}  # the storages themselves: a freed one's address may come back
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        saved[storage._cdata] = storage
+        return tensor
+
+    def fake(tensor: Tensor) -> Tensor:
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+
+    attention = _FlashAttention() if device == "cuda" else nullcontext()
+    with FakeTensorMode(allow_non_fake_inputs=True), assuming_gpu():
+        state = {name: nn.Parameter(fake(p), p.requires_grad) for name, p in model.named_parameters()}
+        state |= {name: fake(b) for name, b in model.named_buffers()}
+        own = {tensor.untyped_storage()._cdata for tensor in state.values()}
+        images = torch.empty(batch, 3, config.image_size, config.image_size, device=device)
+        inputs = (images, config.mask_ratio) if isinstance(model, CRATEMAE) else (images,)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), attention:
+            with _autocast(device, dtype):
+                output = torch.func.functional_call(model, state, inputs)
+            if not isinstance(model, CRATEMAE):  # whose output has the loss in it
+                mixed = config.mixup or config.cutmix
+                labels = torch.empty((batch, num_classes) if mixed else batch, device=device)
+                smoothing = 0.0 if mixed else config.label_smoothing
+                F.cross_entropy(output.float(), labels if mixed else labels.long(), label_smoothing=smoothing)
+        return sum(storage.nbytes() for address, storage in saved.items() if address not in own)
+
+
+def _memory(model: nn.Module, config: TrainConfig, shards: int, activations: int) -> dict[str, int]:
+    held = {p: _local_elements(p, shards) * p.element_size() for p in model.parameters()}
+    memory = {
+        "weights": sum(held.values()),
+        "gradients": sum(size for p, size in held.items() if p.requires_grad),
+        "optimizer": optimizer_bytes(model, config, shards),
+        "ema": sum(held.values()) if config.ema_decay else 0,
+        "activations": activations,
+    }
+    return memory | {"total": sum(memory.values())}
 
 
 # --- the plan
 
 
-class _Sized(torch.utils.data.Dataset):
-    """So many images, none of which can be looked at."""
-
-    def __init__(self, length: int):
-        self.length = length
-
-    def __len__(self) -> int:
-        return self.length
-
-
-def _shards(config: TrainConfig, gpus: int, hosts: int) -> int:
-    """Processes that hold one copy of the weights between them."""
-    if gpus % hosts:
-        raise UserError(f"--gpus {gpus} cannot be shared out to --hosts {hosts}: make it a multiple")
-    return {"ddp": 1, "fsdp": gpus, "hsdp": gpus // hosts}[config.parallel]
-
-
-def _device_and_dtype(config: TrainConfig) -> tuple[str, str, torch.dtype | None]:
-    """(device type, precision, dtype of autocast) of the planned run; device="auto" is planned for a GPU."""
-    device = "cpu" if config.device == "cpu" else "cuda"
-    precision = config.precision
-    if precision == "auto":
-        precision = "bf16" if device == "cuda" else "fp32"
-    return device, precision, {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-
-
-def _memory(model: nn.Module, config: TrainConfig, classes: int, shards: int, micro_batch: int) -> dict[str, int]:
-    """Bytes on one device by what they are for."""
-    parameters = list(model.parameters())
-    share = {id(p): cost.share_of(p, shards) * p.element_size() for p in parameters}
-    weights = sum(share.values())
-    device, _, dtype = _device_and_dtype(config)
-    kept = cost.kept_for_backward(model, config, micro_batch, device, dtype, classes)
-    memory = {
-        "weights": weights,
-        "gradients": sum(share[id(p)] for p in parameters if p.requires_grad),
-        "optimizer": cost.optimizer_bytes(model, config, shards),
-        "ema": weights if config.ema_decay else 0,
-        "activations": kept.total,
-    }
-    return memory | {
-        "total": sum(memory.values()),
-        "activations_per_image": kept.per_image,
-        "activations_constant": kept.constant,
-        "activations_recomputed_per_image": kept.recomputed_per_image,
-    }
-
-
-def _flops(model: nn.Module, config: TrainConfig, schedule: dict) -> dict:
-    """Nominal operations of an image's forward pass and training step, and of the run."""
-    flops = cost.count_flops(model, config.image_size, config.mask_ratio)
-    return dataclasses.asdict(flops) | {"run": flops.step * schedule["images_seen"]}
-
-
-def _rates(images_seen: int, gpus: int, throughput: Throughput | None, hours: float | None) -> dict:
-    """By name: images a second of all devices, hours and GPU-hours."""
-    seconds = {}
-    if throughput is not None:
-        seconds["measured"] = images_seen / (throughput.images_per_s_per_device * gpus)
-    if hours is not None:
-        seconds["for_hours"] = hours * 3600
+def _schedule(config: TrainConfig, images: int, source: str, gpus: int) -> dict:
+    train_loader(dataclasses.replace(config, workers=0), range(images), world_size=gpus)  # for its errors
+    steps_per_epoch = images // config.batch_size
     return {
-        name: {"images_per_s": images_seen / s, "hours": s / 3600, "gpu_hours": gpus * s / 3600}
-        for name, s in seconds.items()
-    }
-
-
-def _model_facts(model: nn.Module, config: TrainConfig, classes: int) -> dict:
-    return {
-        "name": config.model,
-        "crate": isinstance(model, CRATE | CRATEMAE),
-        "image_size": config.image_size,
-        "patch_size": cost.patch_size_of(model),
-        "tokens_per_image": cost.tokens_per_image(model),
-        "classes": None if isinstance(model, CRATEMAE) else classes,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "parameters_trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
-    }
-
-
-def _schedule(config: TrainConfig, size: DataSize, gpus: int) -> dict:
-    """Steps and images, as the trainer has them.
-
-    Raises:
-        UserError: The batch cannot be dealt out, or is larger than the data set.
-    """
-    train_loader(dataclasses.replace(config, workers=0), _Sized(size.images), world_size=gpus)  # for its errors
-    steps_per_epoch = size.images // config.batch_size
-    return {
-        "images": size.images,
-        "images_from": size.source,
+        "images": images,
+        "images_from": source,
         "epochs": config.epochs,
         "batch_size": config.batch_size,
         "accumulate": config.accumulate,
@@ -289,12 +348,28 @@ def _schedule(config: TrainConfig, size: DataSize, gpus: int) -> dict:
     }
 
 
+def _model_facts(model: nn.Module, config: TrainConfig, classes: int) -> dict:
+    patches = getattr(getattr(model, "patch_embed", None), "num_patches", None)  # of a ViT
+    tokens = None if patches is None else patches + getattr(model, "num_prefix_tokens", 0)
+    crate = isinstance(model, CRATE | CRATEMAE)
+    return {
+        "name": config.model,
+        "crate": crate,
+        "image_size": config.image_size,
+        "patch_size": patch_size_of(model),
+        "tokens_per_image": math.prod(model.grid_size) + 1 if crate else tokens,
+        "classes": None if isinstance(model, CRATEMAE) else classes,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters_trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
+    }
+
+
 def make_plan(config: TrainConfig, options: argparse.Namespace) -> dict:
-    """Everything that `crate-fast plan` prints, as plain values.
+    """Return everything that `crate-fast plan` prints, as plain values.
 
     Args:
-        config: The run's.
-        options: recipe, gpus, hosts, images, classes, throughput, hours and image_kb, as the command line has them.
+        config: The run's settings.
+        options: recipe, gpus, hosts, images, classes, throughput, hours and image_kb of the command line.
 
     Raises:
         UserError: The run is impossible, or something about it is not known; the message says what to pass.
@@ -303,45 +378,62 @@ def make_plan(config: TrainConfig, options: argparse.Namespace) -> dict:
         value = getattr(options, name)
         if value is not None and not 0 < value < math.inf:
             raise UserError(f"--{name.replace('_', '-')} {value}: it must be above 0")
-    gpus, shards = options.gpus, _shards(config, options.gpus, options.hosts)
-    size = find_data_size(config, options.recipe, options.images, options.classes)
-    schedule = _schedule(config, size, gpus)
-    model = cost.meta_model(config, size.classes)
-    facts = _model_facts(model, config, size.classes)
+    gpus, hosts = options.gpus, options.hosts
+    if gpus % hosts:
+        raise UserError(f"--gpus {gpus} cannot be shared out to --hosts {hosts}: make it a multiple")
+    images, classes, source = find_data_size(config, options.recipe, options.images, options.classes)
+    schedule = _schedule(config, images, source, gpus)
+    model = meta_model(config, classes)
+    facts = _model_facts(model, config, classes)
     throughput = read_throughput(options.throughput, config, facts["patch_size"]) if options.throughput else None
-    device, precision, _ = _device_and_dtype(config)
+
+    device = "cpu" if config.device == "cpu" else "cuda"  # "auto" is planned for a GPU
+    precision = {"cpu": "fp32", "cuda": "bf16"}[device] if config.precision == "auto" else config.precision
+    dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     planned = {"precision": precision, "parallel": config.parallel, "devices": gpus}
+    shards = {"ddp": 1, "fsdp": gpus, "hsdp": gpus // hosts}[config.parallel]
+    flops = count_flops(model, config.image_size, config.mask_ratio)
+    activations = activation_bytes(model, config, schedule["micro_batch"], classes, device, dtype)
     kb = options.image_kb or (3.0 if config.dataset.startswith("cifar") else 110.0)
-    rates = _rates(schedule["images_seen"], gpus, throughput, options.hours)
-    for rate in rates.values():
-        rate["mb_per_s"] = rate["images_per_s"] * kb / 1e3
+
+    seconds = {}
+    if throughput:
+        seconds["measured"] = schedule["images_seen"] / (throughput["images_per_s_per_device"] * gpus)
+    if options.hours is not None:
+        seconds["for_hours"] = options.hours * 3600
+    rates = {}
+    for name, s in seconds.items():
+        speed = schedule["images_seen"] / s
+        rates[name] = {"images_per_s": speed, "hours": s / 3600, "gpu_hours": gpus * s / 3600}
+        rates[name]["mb_per_s"] = speed * kb / 1e3
+    conditions = planned | {"batch_size": schedule["micro_batch"]}
     return {
         "recipe": options.recipe,
-        "hosts": options.hosts,
+        "hosts": hosts,
         "device": device,
         "shards": shards,
         **planned,
         "model": facts,
         "schedule": schedule,
-        "flops": _flops(model, config, schedule),
-        "memory_bytes": _memory(model, config, size.classes, shards, schedule["micro_batch"]),
+        "flops": flops._asdict() | {"run": flops.step * schedule["images_seen"]},
+        "memory_bytes": _memory(model, config, shards, activations),
         "data": {
             "dataset": config.dataset,
             "image_kb": kb,
             "gb_per_epoch": schedule["steps_per_epoch"] * config.batch_size * kb / 1e6,
         },
-        "throughput": dataclasses.asdict(throughput) if throughput else None,
+        "throughput": throughput,
         "rates": rates,
-        "remarks": _remarks(throughput, planned | {"batch_size": schedule["micro_batch"]}) if throughput else [],
+        "remarks": _differing_conditions(throughput, conditions) if throughput else [],
         "settings": dataclasses.asdict(config),
     }
 
 
-# --- what is printed
+# --- printing
 
 
 def _number(value: float, unit: str) -> str:
-    """Three significant digits with a prefix from thousand up: "25.4 GFLOP"."""
+    """Format three significant digits with a prefix from thousand up: "25.4 GFLOP"."""
     power = 0
     while value >= 999.5 and power < 6:
         value, power = value / 1000, power + 1
@@ -350,115 +442,86 @@ def _number(value: float, unit: str) -> str:
 
 
 def _bytes(value: int) -> str:
-    """Eleven characters: "  25.98 GiB"."""
     power = 3 if value >= 2**30 else 2 if value >= 2**20 else 1
     return f"{value / 1024**power:7.2f} {' KMG'[power]}iB"
 
 
 def _count(number: int, noun: str) -> str:
-    """A number of things."""
-    plural = noun + ("es" if noun.endswith("s") else "s")
-    return f"{number:,} {noun if number == 1 else plural}"
+    return f"{number:,} {noun}" + ("" if number == 1 else "es" if noun.endswith("s") else "s")
 
 
-def _model_rows(plan: dict) -> list[tuple[str, str]]:
-    model, trained = plan["model"], plan["model"]["parameters_trained"]
+def _rows(plan: dict) -> dict[str, list[tuple[str, str]]]:
+    """Return the printed rows (name, text) under their titles, but those of `_rate_rows`."""
+    model, schedule, flops, memory = plan["model"], plan["schedule"], plan["flops"], plan["memory_bytes"]
     patch = f", patches of {model['patch_size']} px" if model["patch_size"] else ""
     classes = f", {model['classes']:,} classes" if model["classes"] is not None else ""
+    trained = model["parameters_trained"]
     part = "all trained" if trained == model["parameters"] else f"{trained:,} of them trained"
-    rows = [
-        ("model", f"{model['name']}, {model['image_size']} px{patch}{classes}"),
-        ("parameters", f"{model['parameters']:,} ({part})"),
-    ]
-    return rows + ([("tokens an image", f"{model['tokens_per_image']:,}")] if model["tokens_per_image"] else [])
-
-
-def _schedule_rows(plan: dict) -> list[tuple[str, str]]:
-    s = plan["schedule"]
-    shares = [_count(plan["devices"], "device"), _count(s["micro_batch"], "image")]
-    if s["accumulate"] > 1:
-        shares.insert(1, _count(s["accumulate"], "pass"))
-    warmup = _count(s["warmup_steps"], "warm-up step")
-    return [
-        ("training images", f"{s['images']:,} ({s['images_from']})"),
-        ("batch", f"{s['batch_size']:,} = {' × '.join(shares)}"),
-        ("steps", f"{s['steps']:,} = {_count(s['epochs'], 'epoch')} × {s['steps_per_epoch']:,}"),
-        ("images seen", f"{s['images_seen']:,}"),
-        ("learning rate", f"{s['peak_lr']:.3g} at its peak ({s['optimizer']}), {warmup}"),
-    ]
-
-
-def _flop_rows(plan: dict) -> list[tuple[str, str]]:
-    names = {"forward pass": "forward", "training step": "step", "whole run": "run"}
-    return [(name, _number(plan["flops"][key], "FLOP")) for name, key in names.items()]
-
-
-def _memory_rows(plan: dict) -> list[tuple[str, str]]:
-    m, images = plan["memory_bytes"], _count(plan["schedule"]["micro_batch"], "image")
+    passes = f"{_count(schedule['accumulate'], 'pass')} × " if schedule["accumulate"] > 1 else ""
+    batch = f"{_count(plan['devices'], 'device')} × {passes}{_count(schedule['micro_batch'], 'image')}"
     held = "each device holds all" if plan["parallel"] == "ddp" else f"sharded over {plan['shards']} devices"
-    each, constant = _bytes(m["activations_per_image"]).strip(), _bytes(m["activations_constant"]).strip()
-    rows = [
-        ("weights", f"{_bytes(m['weights'])}  fp32, {held}"),
-        ("gradients", _bytes(m["gradients"])),
-        ("optimiser", f"{_bytes(m['optimizer'])}  {plan['schedule']['optimizer']}"),
-        ("moving average", _bytes(m["ema"])),
-        ("activations", f"{_bytes(m['activations'])}  kept for backward: {images} × {each} + {constant}"),
-    ]
-    if not m["ema"]:
-        del rows[3]
-    if m["activations_recomputed_per_image"]:
-        again = _bytes(m["activations_recomputed_per_image"]).strip()
-        rows.append(("", f"{'':11}  and {images} × {again} of the layer being recomputed"))
-    missing = textwrap.wrap(NOT_IN_MEMORY, 92)
-    return [*rows, ("sum", _bytes(m["total"])), *(("", line) for line in missing)]
+    peak, warmup = f"{schedule['peak_lr']:.3g} at its peak", _count(schedule["warmup_steps"], "warm-up step")
+    images, epochs = _count(schedule["micro_batch"], "image"), _count(schedule["epochs"], "epoch")
+    return {
+        "model": [
+            ("model", f"{model['name']}, {model['image_size']} px{patch}{classes}"),
+            ("parameters", f"{model['parameters']:,} ({part})"),
+            *([("tokens an image", f"{model['tokens_per_image']:,}")] if model["tokens_per_image"] else []),
+        ],
+        "schedule": [
+            ("training images", f"{schedule['images']:,} ({schedule['images_from']})"),
+            ("batch", f"{schedule['batch_size']:,} = {batch}"),
+            ("steps", f"{schedule['steps']:,} = {epochs} × {schedule['steps_per_epoch']:,}"),
+            ("images seen", f"{schedule['images_seen']:,}"),
+            ("learning rate", f"{peak} ({schedule['optimizer']}), {warmup}"),
+        ],
+        "operations of an image, the matrix products of the formula": [
+            ("forward pass", _number(flops["forward"], "FLOP")),
+            ("training step", _number(flops["step"], "FLOP")),
+            ("whole run", _number(flops["run"], "FLOP")),
+        ],
+        "memory, a device (an estimate)": [
+            ("weights", f"{_bytes(memory['weights'])}  fp32, {held}"),
+            ("gradients", _bytes(memory["gradients"])),
+            ("optimiser", f"{_bytes(memory['optimizer'])}  {schedule['optimizer']}"),
+            *([("moving average", _bytes(memory["ema"]))] if memory["ema"] else []),
+            ("activations", f"{_bytes(memory['activations'])}  kept for the backward pass of {images}"),
+            ("sum", _bytes(memory["total"])),
+            *(("", line) for line in textwrap.wrap(NOT_IN_MEMORY, 92)),
+        ],
+    }
 
 
-def _time_rows(plan: dict) -> list[tuple[str, str]]:
-    measured, rates = plan["throughput"], plan["rates"]
-    rows = []
+def _rate_rows(plan: dict) -> dict[str, list[tuple[str, str]]]:
+    measured, rates, data = plan["throughput"], plan["rates"], plan["data"]
+    time = [("hours", "not measured: pass --throughput with a finished run's folder, or a JSON file")]
+    reads = [("an epoch", f"{data['gb_per_epoch']:,.1f} GB at {data['image_kb']:g} kB an image")]
     if measured:
-        rate = rates["measured"]
-        rows = [
+        hours = f"{rates['measured']['hours']:,.2f} h, {rates['measured']['gpu_hours']:,.1f} device-hours"
+        time = [
             ("measured", f"{measured['images_per_s_per_device']:,.1f} images/s on one {measured['device']}"),
-            ("hours", f"{rate['hours']:,.2f} h, {rate['gpu_hours']:,.1f} device-hours: training steps alone,"),
+            ("hours", f"{hours}: training steps alone,"),
             ("", "without evaluation, checkpoints and starting up"),
             *(("but", remark) for remark in plan["remarks"]),
         ]
-    else:
-        rows = [("hours", "not measured: pass --throughput with a finished run's folder, or a JSON file")]
-    if "for_hours" in rates:
-        rate = rates["for_hours"]
-        each = rate["images_per_s"] / plan["devices"]
-        rows.append((f"for {rate['hours']:g} h", f"{each:,.1f} images/s on each device, training steps alone"))
-    return rows
-
-
-def _data_rows(plan: dict) -> list[tuple[str, str]]:
-    data = plan["data"]
+    for name, rate in rates.items():
+        label = "as measured" if name == "measured" else f"for {rate['hours']:g} h"
+        reads.append((label, f"{rate['images_per_s']:,.0f} images/s from storage, {rate['mb_per_s']:,.1f} MB/s"))
+        if name == "for_hours":
+            each = rate["images_per_s"] / plan["devices"]
+            time.append((label, f"{each:,.1f} images/s on each device, training steps alone"))
     if data["dataset"] == "shape_scenes":
-        return [("reads", "none: shape_scenes is made on the fly")]
-    rows = [("an epoch", f"{data['gb_per_epoch']:,.1f} GB at {data['image_kb']:g} kB an image")]
-    for name, rate in plan["rates"].items():
-        sort = "as measured" if name == "measured" else f"for {rate['hours']:g} h"
-        rows.append((sort, f"{rate['images_per_s']:,.0f} images/s from storage, {rate['mb_per_s']:,.1f} MB/s"))
-    return rows
+        reads = [("reads", "none: shape_scenes is made on the fly")]
+    return {"time": time, "data": reads}
 
 
 def _print_plan(plan: dict) -> None:
     devices = _count(plan["devices"], "GPU" if plan["device"] == "cuda" else "CPU process")
     hosts = f" on {plan['hosts']} hosts" if plan["hosts"] > 1 else ""
     print(f"{plan['recipe']} on {devices}{hosts}, {plan['parallel']}, {plan['precision']}")
-    sections = {
-        "model": _model_rows,
-        "schedule": _schedule_rows,
-        "operations of an image, the matrix products of the formula": _flop_rows,
-        "memory, a device (an estimate)": _memory_rows,
-        "time": _time_rows,
-        "data": _data_rows,
-    }
-    for title, rows in sections.items():
+    for title, rows in (_rows(plan) | _rate_rows(plan)).items():
         print(f"\n{title}")
-        for name, text in rows(plan):
+        for name, text in rows:
             print(f"  {name:<16}{text}")
 
 
@@ -466,26 +529,26 @@ def _print_plan(plan: dict) -> None:
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("of the plan").add_argument
+    add = parser.add_argument_group("the plan").add_argument
     add("--gpus", type=int, default=1, help="processes, one a device (default 1)")
     add("--hosts", type=int, default=1, help="machines they are on; parallel=hsdp shards within one (default 1)")
     add("--images", type=int, help="training images, for data that is not on this machine")
     add("--classes", type=int, help="classes, for data that is not on this machine")
     add("--throughput", type=Path, metavar="PATH", help="a measured rate: a finished run's folder, or a JSON file")
-    add("--hours", type=float, help="say which rate would finish the run in so many hours")
+    add("--hours", type=float, help="print the rate that would finish the run in this many hours")
     add("--image-kb", type=float, help="average size of an image file in kB (110, as ImageNet's JPEGs; CIFAR's 3)")
     add("--json", type=Path, metavar="FILE", help="write the plan there as well")
 
 
 def _without_files(values: dict, chosen: dict) -> dict:
-    """The settings, with stand-ins for data and first weights that a recipe needs and nobody has named."""
+    """Merge settings, with stand-ins for data and first weights that a recipe needs and nobody has named."""
     settings = {"data_dir": NO_FOLDER} | values | chosen
     if settings.get("init"):
         return settings | inheriting(values, chosen)
     return settings | ({"init": NO_FOLDER} if settings.get("head") == "new" else {})
 
 
-def _print_cost(argv: list[str] | None) -> None:
+def _run(argv: list[str] | None) -> None:
     config, options = build_config(
         argv,
         "Parameters, operations, steps, memory, reads and hours of a training run, without starting it.",
@@ -505,7 +568,7 @@ def _print_cost(argv: list[str] | None) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Print what a run would cost; returns the exit status."""
-    return run_command(_print_cost, argv)
+    return run_command(_run, argv)
 
 
 if __name__ == "__main__":

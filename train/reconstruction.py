@@ -1,4 +1,4 @@
-"""Pictures of what a CRATE-MAE sees and fills in: image, masked, reconstructed, by mask ratio."""
+"""Pictures of CRATE-MAE reconstructions: the image, and masked and reconstructed by mask ratio."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -19,7 +19,7 @@ _GREY = 128
 
 
 def image_noise(model: CRATEMAE, seeds: Iterable[tuple[int, ...]]) -> Tensor:
-    """What hides the patches of images, each by its own seed, whatever the batch: [B, N]."""
+    """Draw the noise [B, N] that hides patches, for each image by its own seed."""
     n_patches = model.grid_size[0] * model.grid_size[1]
     return torch.from_numpy(np.stack([np.random.default_rng(seed).random(n_patches, np.float32) for seed in seeds]))
 
@@ -28,20 +28,19 @@ def image_noise(model: CRATEMAE, seeds: Iterable[tuple[int, ...]]) -> Tensor:
 def reconstructions(
     model: CRATEMAE, images: Tensor, normalize: Normalize, ratios: Sequence[float], noise: Tensor
 ) -> list[list[Tensor]]:
-    """Each image, and for each ratio what the model saw of it and what it made of that.
+    """Return each image, and for each ratio its masked and its reconstructed version.
 
-    Hidden patches are grey in the one and predicted in the other; visible ones are the image's in both. What a
-    smaller ratio hides a larger one hides too.
+    Hidden patches are grey in the former and predicted in the latter. A larger ratio hides more of the same patches.
 
     Args:
-        model: In any mode; left in evaluation mode.
+        model: The model; left in evaluation mode.
         images: uint8 [B, 3, S, S].
         normalize: uint8 → the model's input.
         ratios: Mask ratios.
-        noise: `image_noise` of the images.
+        noise: From `image_noise`.
 
     Returns:
-        A row an image: uint8 [S, S, 3], first the image, then two for each ratio.
+        A row of pictures for each image, uint8 [S, S, 3]: the image, then two for each ratio.
     """
     model.eval()
     device = next(model.parameters()).device
@@ -57,7 +56,7 @@ def reconstructions(
 
 
 def tiled(rows: Sequence[Sequence[Tensor]], gap: int = 2) -> Tensor:
-    """One picture [height, width, 3] of rows of equal pictures, white between them."""
+    """Join rows of pictures of one size into a picture [height, width, 3], with white gaps."""
     padded = [[F.pad(cell, (0, 0, gap, gap, gap, gap), value=255) for cell in row] for row in rows]
     return torch.cat([torch.cat(row, dim=1) for row in padded])
 
@@ -76,7 +75,7 @@ def reconstruction_figure(
     Args:
         model, images, normalize, ratios, noise: See `reconstructions`.
         paths: Files to write.
-        titles: One an image.
+        titles: A title for each image.
     """
     rows = reconstructions(model, images, normalize, ratios, noise)
     names = ["image"]

@@ -1,4 +1,4 @@
-"""What a finished run leaves: attention maps, curves, summary.json, and a few printed lines."""
+"""The report of a finished run: attention maps, curves, summary.json, and a few printed lines."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from crate_fast import CRATE, CRATEMAE
 from crate_fast.eval.common.figures import Curve, Picture, curve_figure, image_grid
 from crate_fast.eval.common.segmentation import NoObjectsError, score_attention, scores_table
 from crate_fast.train import checkpoint
-from crate_fast.train.cost import patch_size_of
 from crate_fast.train.data import DataSplits, Normalize, eval_loader, readable
 from crate_fast.train.reconstruction import RATIOS, image_noise, reconstruction_figure
 from crate_fast.train.run_folder import RunFolder
+from crate_fast.train.runs import patch_size_of
 from crate_fast.whitebox import attention_layer, trace
 
 if TYPE_CHECKING:
@@ -38,16 +38,16 @@ def attention_figure(
     layers: list[int],
     path: Path,
 ) -> None:
-    """Write a PNG: one row an image, with the image, its mask if known, and CLS attention of every head.
+    """Write a PNG with a row for each image: the image, its mask if known, and CLS attention of every head.
 
     Args:
         model: A CRATE or an ablation.
         images: uint8 [B, 3, H, W].
         masks: Boolean [B, H, W] or None.
-        titles: One a row.
-        normalize: uint8 → fp32.
-        layers: Whose attention.
-        path: Of the PNG.
+        titles: A title for each row.
+        normalize: Converts uint8 pixels to the model's input.
+        layers: Layers to draw.
+        path: The PNG file.
     """
     model.eval()
     traces = trace(model, normalize(images.to(next(model.parameters()).device)), layers)
@@ -70,7 +70,7 @@ def curves_figure(history: list[dict], path: Path) -> None:
 
     Args:
         history: Entries of metrics.jsonl: "step" with "loss" and "accuracy" (training) or "val_loss", "val_accuracy".
-        path: Of the PNG.
+        path: The PNG file.
     """
 
     def curve(name: str, label: str) -> list[Curve]:
@@ -84,15 +84,15 @@ def curves_figure(history: list[dict], path: Path) -> None:
 def write_report(
     run: RunFolder, trainer: Trainer, model: nn.Module, data: DataSplits, seconds: float, images_per_s: float | None
 ) -> dict:
-    """Score, draw and summarise a finished run; on the first process.
+    """Score, draw and summarise a finished run. Runs on the first process.
 
     Args:
-        run: Its folder.
-        trainer: At the last step.
-        model: In one piece: the moving average where there is one.
-        data: Its splits.
-        seconds: Of this session.
-        images_per_s: Of all processes together, the median of this session's log intervals; None if it trained none.
+        run: Folder of the run.
+        trainer: Trainer at the last step.
+        model: The unsharded model; the moving average of the weights where there is one.
+        data: Splits of the data set.
+        seconds: Length of this session.
+        images_per_s: Rate of all processes together, the median of this session's log intervals; None without any.
 
     Returns:
         The summary, as in summary.json.
@@ -117,7 +117,7 @@ def write_report(
     }
     if images_per_s is not None:
         summary["throughput"] = _throughput(trainer, model, images_per_s)
-    elif (folder / "summary.json").is_file():  # a finished run, resumed: nothing was trained, nothing measured anew
+    elif (folder / "summary.json").is_file():  # a finished run was resumed: nothing was trained or measured
         summary |= {k: v for k, v in json.loads((folder / "summary.json").read_text()).items() if k == "throughput"}
     if isinstance(model, CRATEMAE):
         _draw_reconstructions(run, trainer, model, data)
@@ -130,7 +130,7 @@ def write_report(
 
 
 def _throughput(trainer: Trainer, model: nn.Module, images_per_s: float) -> dict:
-    """What `crate-fast plan --throughput` reads."""
+    """Return what `crate-fast plan --throughput` reads."""
     config, processes = trainer.config, trainer.processes
     on_gpu = processes.device.type == "cuda"
     return {
@@ -147,7 +147,7 @@ def _throughput(trainer: Trainer, model: nn.Module, images_per_s: float) -> dict
 
 
 def _shown(split: Dataset) -> list[tuple]:
-    """Eight samples, evenly spaced: folders are sorted."""
+    """Return up to eight samples, evenly spaced, because folders are sorted by class."""
     shown = min(8, len(split))
     return readable(split, [i * len(split) // shown for i in range(shown)])
 
@@ -162,11 +162,11 @@ def _draw_reconstructions(run: RunFolder, trainer: Trainer, model: CRATEMAE, dat
 
 
 def scores_line(values: dict[str, float], scores: Sequence[str]) -> str:
-    """An evaluation in words.
+    """Describe an evaluation in words.
 
     Args:
-        values: As in metrics.jsonl: "val_loss", "ema_val_loss", …
-        scores: The objective's names.
+        values: Entry of metrics.jsonl: "val_loss", "ema_val_loss", …
+        scores: Names of the objective's scores.
     """
 
     def listed(prefix: str) -> str:
@@ -177,7 +177,7 @@ def scores_line(values: dict[str, float], scores: Sequence[str]) -> str:
 
 
 def _attention_report(run: RunFolder, trainer: Trainer, model: CRATE, data: DataSplits) -> dict:
-    """attention.png, and the segmentation scores where masks are known."""
+    """Draw attention.png, and return the segmentation scores where masks are known."""
     config, layer = run.config, attention_layer(model)
     source = data.val if data.masks is None else data.masks
     samples = _shown(source)
@@ -191,14 +191,14 @@ def _attention_report(run: RunFolder, trainer: Trainer, model: CRATE, data: Data
     batches = ((batch.images, batch.labels, batch.masks) for batch in eval_loader(config, data.masks))
     try:
         scores = score_attention(model, batches, trainer.normalize)
-    except NoObjectsError as error:  # the training is done: it is not to end in an error
+    except NoObjectsError as error:  # training is done and must not end in an error
         warnings.warn(f"attention maps are not scored: {error}", stacklevel=2)
         return {}
     return {"attention_layer": layer, "attention_miou": scores}
 
 
 def print_summary(summary: dict, folder: Path) -> None:
-    """What a user sees at the end of a run."""
+    """Print what a user sees at the end of a run."""
     scores = [name for name in ("accuracy", "loss", "top5") if f"val_{name}" in summary]
     chance = f"; chance {summary['chance']:.4f}" if "chance" in summary else ""
     print(f"\n{scores_line(summary, scores)}{chance}; best {scores[0]} {summary[f'best_val_{scores[0]}']:.4f}")

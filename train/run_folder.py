@@ -1,26 +1,34 @@
-"""The folder of a run: where it stands, what was measured, its checkpoints. Only the first process writes."""
+"""The folder that a run writes: its lock, settings, measurements and checkpoints. `runs` opens a finished one.
+
+Only the first process (rank 0) writes.
+"""
 
 from __future__ import annotations
 
+import json
+import os
+import socket
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import filelock
 from torch import Tensor
 
 from crate_fast.env import provenance
 from crate_fast.errors import UserError
 from crate_fast.train import checkpoint
+from crate_fast.train.checkpoint import CheckpointError, writing
 from crate_fast.train.command_line import dump_config
 from crate_fast.train.config import TrainConfig, renamed_settings
 from crate_fast.train.distributed import Processes
 from crate_fast.train.faults import NonFiniteError, poisoned
 from crate_fast.train.loggers import Loggers
-from crate_fast.train.run_lock import RunLock
 
 if TYPE_CHECKING:
     from crate_fast.train.trainer import Trainer
 
-__all__ = ["FREE_SETTINGS", "RunFolder"]
+__all__ = ["FREE_SETTINGS", "RunFolder", "RunLock"]
 
 # Settings that a resumed run may change: they decide how and where it is computed, and what is kept. As with the
 # number of processes, rounding and what is drawn by micro-batch may differ.
@@ -29,19 +37,88 @@ FREE_SETTINGS = (
     *("wandb", "parallel", "accumulate", "device", "cuda_graphs", "grad_checkpointing", "max_unreadable"),
     "nonfinite_limit",
 )
-
-
 _LOCK_SECONDS = 120.0
+
+
+class RunLock:
+    """The lock of a folder, which one process holds until `release` or its end.
+
+    The lock is on FOLDER/.lock; FOLDER/.owner names who holds or held it.
+
+    Args:
+        folder: Folder of the run; made if it is missing.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder, self.owner = folder, folder / ".owner"
+        self._lock = filelock.FileLock(folder / ".lock")
+
+    def acquire(self, patience: float = 0.0) -> None:
+        """Take the lock.
+
+        Args:
+            patience: Seconds to wait: a file server holds a dead host's lock for a while.
+
+        Raises:
+            CheckpointError: Another process has it; the message says which.
+            DiskError: The folder cannot be written.
+        """
+        with writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / ".lock").touch()
+        try:
+            self._lock.acquire(timeout=patience)
+        except filelock.Timeout as error:
+            owner = self._read()
+            raise CheckpointError(
+                f"{self.folder} is being written by another run (process {owner.get('process', 'unknown')} on "
+                f"{owner.get('host', 'another host')}): end it first, or give another --output. After torchrun "
+                "itself was killed, its processes may still be running"
+            ) from error
+        except (OSError, NotImplementedError) as error:  # some clusters mount their file system without locks
+            warnings.warn(
+                f"{self.folder / '.lock'} cannot be locked ({error}): make sure that one run alone writes there",
+                stacklevel=2,
+            )
+
+    def ours(self) -> bool:
+        """Return True if the last run in the folder was started by the torchrun that started this process."""
+        return self._read().get("launcher") == _launcher()
+
+    def sign(self) -> None:
+        """Write down who holds the lock."""
+        owner = {"host": socket.gethostname(), "process": os.getpid(), "launcher": _launcher()}
+        with writing(self.folder):
+            checkpoint.write_text(self.owner, json.dumps(owner))
+
+    def release(self) -> None:
+        """Give the lock back, if it is held."""
+        self._lock.release()
+
+    def _read(self) -> dict:
+        try:
+            return json.loads(self.owner.read_text())
+        except (OSError, ValueError):  # nobody has signed yet
+            return {}
+
+
+def _launcher() -> str:
+    """Name the torchrun above this process: the same for its restarts.
+
+    On several hosts any may have the first process after a restart: then the name is `--rdzv-id`, if there is one.
+    """
+    name, hosts = os.environ.get("TORCHELASTIC_RUN_ID", "none"), int(os.environ.get("GROUP_WORLD_SIZE", 1))
+    return name if hosts > 1 and name != "none" else f"{name} {socket.gethostname()} {os.getppid()}"
 
 
 class RunFolder:
     """A run on disk.
 
     Args:
-        folder: Of the run.
+        folder: Folder of the run.
         config: Its settings.
-        data_facts: What tells its data from other data: number of training images, classes.
-        processes: This process and its fellows.
+        data_facts: Facts that a resumed run's data must share: number of training images, classes.
+        processes: Rank and world size of this process.
     """
 
     def __init__(self, folder: Path, config: TrainConfig, data_facts: dict, processes: Processes):
@@ -58,9 +135,9 @@ class RunFolder:
         """Start afresh, or restore the newest checkpoint into `trainer` if there is one.
 
         Args:
-            trainer: At step 0.
+            trainer: Trainer at step 0.
             resume: Continue the run in the folder, if there is one.
-            restarted: torchrun has started this process again: continue a run that it had begun, and no other.
+            restarted: True if torchrun has started this process again: it continues a run that it began, no other.
 
         Raises:
             UserError: There is a run in the folder that is not to be continued.
@@ -72,12 +149,12 @@ class RunFolder:
             self.lock.acquire(patience=_LOCK_SECONDS if restarted else 0.0)
             resume = resume or (restarted and self.lock.ours())
             if resume:
-                with checkpoint.writing(self.folder):
+                with writing(self.folder):
                     checkpoint.sweep(self.checkpoints)
         resume = self.processes.agree(str(resume)) == "True"
         step = checkpoint.newest(self.checkpoints)
         if self.processes.agree(str(step)) != str(step):
-            raise checkpoint.CheckpointError(
+            raise CheckpointError(
                 f"process {self.processes.rank} finds the newest checkpoint in {self.folder} at step {step}, the "
                 "first process at another: give --output a folder that all hosts share"
             )
@@ -93,7 +170,7 @@ class RunFolder:
             self.history, self.best, self.saved = saved.manifest["history"], saved.manifest["best"], step
         if self.processes.first:
             self.lock.sign()
-            with checkpoint.writing(self.folder):
+            with writing(self.folder):
                 if self.best["step"] is not None:  # it may have been killed between the checkpoint and this note
                     checkpoint.record_best(self.checkpoints, self.best)
                 checkpoint.write_text(self.folder / "config.yaml", dump_config(self.config))
@@ -102,7 +179,7 @@ class RunFolder:
 
     def _check_same_run(self, manifest: dict) -> None:
         if manifest.get("format") != checkpoint.FORMAT:
-            raise checkpoint.CheckpointError(
+            raise CheckpointError(
                 f"the checkpoint in {self.folder} was written by another version of crate_fast "
                 f"({manifest.get('crate_fast', 'unknown')}): resume with that one, or start a new run in another "
                 "--output; --init takes its weights"
@@ -114,17 +191,17 @@ class RunFolder:
         differing += [(n, facts.get(n), v) for n, v in self.data_facts.items() if facts.get(n) != v]
         if differing:
             changes = ", ".join(f"{name}: {before!r} → {now!r}" for name, before, now in differing)
-            raise checkpoint.CheckpointError(
+            raise CheckpointError(
                 f"the checkpoint in {self.folder} was made with other settings or data ({changes}): resume with its "
                 f"own (--recipe {self.folder / 'config.yaml'}), or start a new run in another --output"
             )
 
     def evaluated(self, step: int) -> bool:
-        """Whether the history has an evaluation of that step."""
+        """Return True if the history has an evaluation of that step."""
         return any(entry["step"] == step and "val_loss" in entry for entry in reversed(self.history))
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """Append to the history and the logs."""
+        """Append an entry to the history and the logs."""
         entry = {"step": step, **values}
         self.history.append(entry)
         if self.loggers is not None:
@@ -133,19 +210,19 @@ class RunFolder:
                 self.loggers.write_summary_csv(self.history)
 
     def log_layers(self, step: int, statistics: dict[str, Tensor]) -> None:
-        """R^c and sparsity of every layer, for the curves."""
+        """Log R^c and sparsity of every layer."""
         if self.loggers is not None:
             for name, rows in statistics.items():
                 means = {f"{name}/layer_{layer:02d}": mean for layer, (mean, _) in enumerate(rows.tolist())}
                 self.loggers.add_scalars(step, means)
 
     def log_image(self, step: int, name: str, image: Tensor) -> None:
-        """A picture among the curves, uint8 [height, width, 3]."""
+        """Log a picture, uint8 [height, width, 3]."""
         if self.loggers is not None:
             self.loggers.add_image(step, name, image)
 
     def save(self, trainer: Trainer, score: float | None = None) -> None:
-        """Write a checkpoint; with a score it may become the best, which has the largest. Older ones are rotated out.
+        """Write a checkpoint, and delete older ones. One with the largest score so far becomes the best.
 
         A collective call: when the first process cannot write, all raise.
 
@@ -166,12 +243,6 @@ class RunFolder:
             raise problem or checkpoint.DiskError("the first process could not write a checkpoint; it says why")
         self.best, self.saved = best, trainer.step
 
-    def close(self) -> None:
-        """Close the logs and release the folder."""
-        if self.loggers is not None:
-            self.loggers.close()
-        self.lock.release()
-
     def _write(self, trainer: Trainer, weights: dict, ema: dict | None, rest: dict, best: dict) -> None:
         bad = poisoned(weights) + poisoned(ema or {})
         if bad:
@@ -183,7 +254,13 @@ class RunFolder:
         facts |= {"data": self.data_facts, "history": self.history, "best": best} | provenance()
         training = {"trainer": rest, "extra": self.extra}
         checkpoint.save(self.checkpoints, trainer.step, weights, training, facts, ema)
-        with checkpoint.writing(self.checkpoints):
+        with writing(self.checkpoints):
             if best["step"] == trainer.step:
                 checkpoint.record_best(self.checkpoints, best)
             checkpoint.rotate(self.checkpoints, self.config.keep_checkpoints)
+
+    def close(self) -> None:
+        """Close the logs and release the folder."""
+        if self.loggers is not None:
+            self.loggers.close()
+        self.lock.release()

@@ -1,31 +1,47 @@
-"""Open a finished (or running) run: its configuration, its data, and the model of one of its checkpoints."""
+"""Models of runs: built from settings, opened from a run's folder, started from weights that exist."""
 
 from pathlib import Path
 
 from torch import Tensor, nn
 
-from crate_fast.checkpoints import load_strictly, unwrap_state_dict
+from crate_fast import CRATE, CRATEMAE
+from crate_fast.checkpoints import (
+    check_numbers,
+    is_demo,
+    load_strictly,
+    read_state_dict,
+    resample_weights,
+    table_grid,
+    unwrap_state_dict,
+)
 from crate_fast.errors import UserError, nearest
+from crate_fast.mae import encoder_state_dict
 from crate_fast.registry import MAE, MAE_ENCODER, create_model, is_mae, is_model, model_names
 from crate_fast.train import checkpoint
 from crate_fast.train.command_line import load_recipe
 from crate_fast.train.config import DROP_RATES, TrainConfig
 from crate_fast.train.data import DataSplits, build_splits
+from crate_fast.weight_files import split_entry
 
 __all__ = [
     "build_model",
     "checkpoint_epoch",
     "checkpoint_steps",
+    "initial_run",
+    "load_initial",
     "load_model",
     "load_run",
     "model_arguments",
     "num_classes_of",
+    "patch_size_of",
     "run_config",
     "run_weights",
 ]
 
+_AUTOENCODER_SETTINGS = ("mask_ratio", "norm_pix_loss", "visible_only", "decoder_depth")
 
-_OF_AUTOENCODERS = ("mask_ratio", "norm_pix_loss", "visible_only", "decoder_depth")
+
+# --- build
 
 
 def model_arguments(config: TrainConfig, num_classes: int) -> dict:
@@ -40,7 +56,7 @@ def model_arguments(config: TrainConfig, num_classes: int) -> dict:
         arguments |= {"norm_pix_loss": config.norm_pix_loss, "visible_only": config.visible_only}
         names |= {"decoder_depth": "decoder_depth"}
     else:
-        unused = [name for name in _OF_AUTOENCODERS if getattr(config, name) != getattr(TrainConfig, name)]
+        unused = [name for name in _AUTOENCODER_SETTINGS if getattr(config, name) != getattr(TrainConfig, name)]
         if unused:
             raise UserError(f"{', '.join(unused)}: model={config.model!r} is no autoencoder; leave them out")
         arguments["num_classes"] = num_classes
@@ -50,7 +66,7 @@ def model_arguments(config: TrainConfig, num_classes: int) -> dict:
 
 
 def build_model(config: TrainConfig, num_classes: int) -> nn.Module:
-    """The model that the configuration names, on the CPU: for `num_classes` classes, unless it is an autoencoder.
+    """Build the model that the configuration names, on the CPU, for `num_classes` classes unless an autoencoder.
 
     Raises:
         UserError: timm has no such model, or it does not take the settings.
@@ -73,22 +89,30 @@ def build_model(config: TrainConfig, num_classes: int) -> nn.Module:
 
 
 def _put_probe(model: nn.Module) -> None:
-    """Put MAE's linear probe in the classifier's place, BatchNorm without affine and Linear; freeze all but it."""
+    """Replace the classifier by MAE's linear probe, BatchNorm without affine and Linear; freeze everything else."""
     classifier = model.get_classifier()
     if not isinstance(classifier, nn.Linear):
         raise UserError(f"frozen=True: the classifier of {type(model).__name__} is no nn.Linear to be replaced")
-    name = next(name for name, module in model.named_modules() if module is classifier)
     linear = nn.Linear(classifier.in_features, classifier.out_features)
     nn.init.trunc_normal_(linear.weight, std=0.01)
     nn.init.zeros_(linear.bias)
     norm = nn.BatchNorm1d(classifier.in_features, affine=False, eps=1e-6)
-    model.set_submodule(name, nn.Sequential(norm, linear))
+    model.set_submodule(_classifier_name(model), nn.Sequential(norm, linear))
     model.requires_grad_(False)
     linear.requires_grad_(True)
 
 
+def patch_size_of(model: nn.Module) -> int | None:
+    """Return the side of a patch in pixels, None where a model has no patches."""
+    sizes = getattr(model, "patch_size", None) or getattr(getattr(model, "patch_embed", None), "patch_size", None)
+    return sizes[0] if isinstance(sizes, tuple | list) else sizes
+
+
+# --- open a run
+
+
 def run_config(folder: Path, **changes) -> TrainConfig:
-    """The configuration of a run, with `changes`.
+    """Return the configuration of a run, with `changes`.
 
     Raises:
         UserError: There is no run in the folder.
@@ -99,29 +123,55 @@ def run_config(folder: Path, **changes) -> TrainConfig:
 
 
 def checkpoint_steps(folder: Path) -> list[int]:
-    """The steps at which a run has checkpoints, ascending.
+    """Return the steps at which a run has checkpoints, ascending.
 
     Raises:
         UserError: There are none.
     """
-    root = folder / "checkpoints"
-    steps = checkpoint.steps(root) if root.is_dir() else []
+    steps = checkpoint.steps(folder / "checkpoints")
     if not steps:
         raise UserError(f"{folder} holds no checkpoints: give the folder of a run, such as runs/NAME")
-    return sorted(steps)
+    return steps
 
 
 def checkpoint_epoch(folder: Path, step: int) -> float | None:
-    """Passes over the training images at a checkpoint; None if an older version wrote it, without saying."""
+    """Return the epochs trained at a checkpoint; None if an older version wrote it, without saying."""
     return checkpoint.manifest(folder / "checkpoints", step).get("epoch")
 
 
-def load_model(folder: Path, step: int | None = None) -> tuple[nn.Module, TrainConfig, int]:
-    """The model of a run's checkpoint; its data need not be there.
+def run_weights(folder: Path, step: int | None = None) -> tuple[dict[str, Tensor], int]:
+    """Return the weights of a run's checkpoint and its step; the moving average of the weights if the run keeps one.
 
     Args:
-        folder: Of the run; the moving average of its weights is taken if it keeps one.
-        step: Of the checkpoint; when None the best, or the newest if none was evaluated.
+        folder: Folder of the run.
+        step: Step of the checkpoint; when None the best, or the newest if none was evaluated.
+
+    Raises:
+        UserError: There is no such checkpoint.
+        CheckpointError: It is damaged.
+    """
+    steps = checkpoint_steps(folder)
+    if step is None:
+        step = checkpoint.best_step(folder / "checkpoints") or steps[-1]
+    if step not in steps:
+        raise UserError(f"{folder} has no checkpoint at step {step}: choose one of {steps}")
+    saved = checkpoint.load(folder / "checkpoints", step)
+    return (saved.weights if saved.ema is None else saved.ema), step
+
+
+def num_classes_of(weights: dict) -> int:
+    """Return the outputs of the classifier in a state dict of a CRATE or a timm model; 0 if it has none."""
+    weights = unwrap_state_dict(weights)  # the demo checkpoint's `head` is behind mlp_head
+    heads = [name for name in weights if name.startswith(("mlp_head.", "head.", "fc.")) and name.endswith("weight")]
+    matrices = [weights[name] for name in sorted(heads) if weights[name].dim() == 2]
+    return matrices[-1].shape[0] if matrices else 0
+
+
+def load_model(folder: Path, step: int | None = None) -> tuple[nn.Module, TrainConfig, int]:
+    """Load the model of a run's checkpoint; the run's data need not be there.
+
+    Args:
+        folder, step: See `run_weights`.
 
     Returns:
         (model on the CPU in evaluation mode, configuration, step).
@@ -138,39 +188,11 @@ def load_model(folder: Path, step: int | None = None) -> tuple[nn.Module, TrainC
     return model.eval(), config, step
 
 
-def run_weights(folder: Path, step: int | None = None) -> tuple[dict[str, Tensor], int]:
-    """The weights of a run's checkpoint, of the moving average if the run keeps one, and its step.
-
-    Args:
-        folder, step: See `load_model`.
-
-    Raises:
-        UserError: There is no such checkpoint.
-        CheckpointError: It is damaged.
-    """
-    steps = checkpoint_steps(folder)
-    root = folder / "checkpoints"
-    if step is None:
-        step = checkpoint.best_step(root) or steps[-1]
-    if step not in steps:
-        raise UserError(f"{folder} has no checkpoint at step {step}: choose one of {steps}")
-    saved = checkpoint.load(root, step)
-    return (saved.weights if saved.ema is None else saved.ema), step
-
-
-def num_classes_of(weights: dict) -> int:
-    """Return the outputs of the classifier in a state dict of a CRATE or a timm model; 0 if it has none."""
-    weights = unwrap_state_dict(weights)  # the demo checkpoint's `head` is behind mlp_head
-    heads = [name for name in weights if name.startswith(("mlp_head.", "head.", "fc.")) and name.endswith("weight")]
-    matrices = [weights[name] for name in sorted(heads) if weights[name].dim() == 2]
-    return matrices[-1].shape[0] if matrices else 0
-
-
 def load_run(folder: Path, step: int | None = None, **changes) -> tuple[nn.Module, TrainConfig, DataSplits, int]:
-    """`load_model` with the run's data.
+    """Load a run's model and its data.
 
     Args:
-        folder, step: See `load_model`.
+        folder, step: See `run_weights`.
         **changes: Settings to change, such as `segmentation_samples`.
 
     Returns:
@@ -179,3 +201,134 @@ def load_run(folder: Path, step: int | None = None, **changes) -> tuple[nn.Modul
     model, _, step = load_model(folder, step)
     config = run_config(folder, **changes)
     return model, config, build_splits(config), step
+
+
+# --- start from existing weights: nothing is replaced, dropped or left random silently
+
+
+def initial_run(init: str) -> tuple[Path, int | None] | None:
+    """Return the run and step that `--init` names, or None if it names a file.
+
+    Raises:
+        UserError: It names neither.
+    """
+    run, _, step = init.rpartition("@")
+    if Path(init).is_dir():
+        return Path(init), None
+    if run and Path(run).is_dir():
+        if not step.isdigit():
+            raise UserError(f"init={init!r}: after a run's folder write @STEP, or nothing for its best checkpoint")
+        return Path(run), int(step)
+    if not split_entry(init)[0].is_file():
+        raise UserError(f"init={init!r} is neither a file nor the folder of a run: check the path")
+    return None
+
+
+def load_initial(model: nn.Module, config: TrainConfig) -> str:
+    """Load `config.init` into a model built for the data at hand.
+
+    The classifier must fit, unless `head="new"` or `frozen`, where it stays random. Positions of another grid of
+    patches are resampled.
+
+    Args:
+        model: Model on the CPU.
+        config: The run's settings; `init`, `init_grid`, `head` and `frozen` decide.
+
+    Returns:
+        A description of what was loaded and what was changed.
+
+    Raises:
+        UserError: The file is damaged, or its weights do not fit; the message names what differs and the remedy.
+    """
+    where, run, visible_only = f"init={config.init!r}", initial_run(config.init), False
+    new_classifier = config.head == "new" or config.frozen
+    grid = tuple(map(int, config.init_grid.split("x"))) if config.init_grid else None
+    if run is None:
+        weights, source = read_state_dict(config.init), config.init
+    elif grid:
+        raise UserError(f"init_grid={config.init_grid!r}: the run {where} knows its grid; leave it out")
+    else:
+        weights, step = run_weights(*run)
+        source, visible_only = f"{run[0]} at step {step}", run_config(run[0]).visible_only
+    notes = []
+    if "decoder_pred.weight" in weights and isinstance(model, CRATE):
+        weights = encoder_state_dict(weights, visible_only)
+        grid = grid or table_grid(weights["pos_embedding"])
+        notes.append("the encoder of an autoencoder")
+    if isinstance(model, CRATEMAE) and config.head == "new":
+        raise UserError("head='new': an autoencoder has no classifier to replace; leave it out")
+    token, own_token = weights.get("cls_token"), getattr(model, "cls_token", None)
+    if token is None or own_token is None or token.shape == own_token.shape:  # `_check_fit` reports another width
+        adapted = resample_weights(weights, model, grid, "init_grid")
+        if adapted is not weights:
+            notes.append("positions of its own image size" if isinstance(model, CRATEMAE) else "positions resampled")
+            weights = adapted
+    if isinstance(model, CRATE):
+        _check_demo(weights, model, config, new_classifier)
+    if new_classifier:
+        classes = _classes(weights, model)
+        weights = {key: value for key, value in weights.items() if not _in_classifier(key, model)}
+        notes.append(f"new classifier ({classes} → {model.num_classes} classes)")
+    _check_fit(weights, model, where, new_classifier)
+    check_numbers(weights, model, where)
+    bad = sorted(name for name, value in weights.items() if not value.isfinite().all())
+    if bad:
+        raise UserError(f"{where} holds NaN or infinity in {', '.join(bad[:4])}: the file is damaged; use another")
+    model.load_state_dict(dict(weights), strict=False)  # what may be missing has been checked
+    return source + (f" ({', '.join(notes)})" if notes else "")
+
+
+def _check_demo(weights: dict[str, Tensor], model: CRATE, config: TrainConfig, new_classifier: bool) -> None:
+    """Refuse a model that would compute something else with the emergence paper's demo checkpoint."""
+    where = f"init={config.init!r}"
+    if is_demo(weights) and model.embed_dim == 768 and config.heads is None:
+        raise UserError(
+            f"{where} looks like the emergence paper's demo checkpoint, which has 6 heads, and a file does not tell "
+            "them: pass --heads 6, or the number that yours has"
+        )
+    if "mlp_head.2.weight" in weights and not (model.head_hidden or new_classifier):
+        raise UserError(f"{where} has a classifier with a hidden layer: pass --head new to start with a new one")
+
+
+def _classifier_name(model: nn.Module) -> str:
+    """Return the prefix of the classifier's parameters in a timm model."""
+    target = model.get_classifier()
+    for name, module in model.named_modules():
+        if module is target:
+            return name
+    raise UserError(f"the classifier of {type(model).__name__} is not one of its modules: no new one can be put in")
+
+
+def _in_classifier(key: str, model: nn.Module) -> bool:
+    if isinstance(model, CRATE):  # whose LayerNorm in front of it is mlp_head.0
+        return key.startswith("mlp_head.") and not key.startswith("mlp_head.0.")
+    return key.startswith(_classifier_name(model) + ".")
+
+
+def _classes(weights: dict[str, Tensor], model: nn.Module) -> int | str:
+    sizes = [value.shape[0] for key, value in weights.items() if _in_classifier(key, model) and value.dim() == 2]
+    return sizes[-1] if sizes else "no"
+
+
+def _check_fit(weights: dict[str, Tensor], model: nn.Module, where: str, new_classifier: bool) -> None:
+    own = model.state_dict()
+    wanted = {key for key in own if not (new_classifier and _in_classifier(key, model))}
+    missing, unknown = sorted(wanted - weights.keys()), sorted(weights.keys() - own.keys())
+    differing = [key for key in sorted(wanted & weights.keys()) if weights[key].shape != own[key].shape]
+    if not (missing or unknown or differing):
+        return
+    if not missing and not unknown and all(_in_classifier(key, model) for key in differing):
+        raise UserError(
+            f"{where} classifies {_classes(weights, model)} classes and the data have {model.num_classes}: "
+            "pass --head new to start with a new classifier"
+        )
+    if not unknown and not differing and all(_in_classifier(key, model) for key in missing):
+        raise UserError(f"{where} has no classifier: pass --head new to start with a new one")
+    parts = [f"{kind}: {', '.join(keys[:4])}" for kind, keys in (("missing", missing), ("unknown", unknown)) if keys]
+    parts += [
+        f"{key}: {list(weights[key].shape)} in the file, {list(own[key].shape)} in the model" for key in differing[:4]
+    ]
+    raise UserError(
+        f"the weights of {where} are not of this model ({'; '.join(parts)}): set model, patch_size, dim, "
+        "depth, heads and, where a model does not resample, image_size as they were"
+    )

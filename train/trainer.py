@@ -50,14 +50,13 @@ from crate_fast.train.data import (
 from crate_fast.train.data.unreadable import UnreadableTally
 from crate_fast.train.distributed import Processes, process_group
 from crate_fast.train.faults import Interruption, NonFinite, diagnosis
-from crate_fast.train.initial_weights import load_initial
 from crate_fast.train.loggers import Interval, profiler
 from crate_fast.train.objective import objective_for
 from crate_fast.train.optimizer import build_optimizer, clip_gradients, gradient_norm, learning_rate
 from crate_fast.train.reconstruction import image_noise, reconstructions, tiled
 from crate_fast.train.report import print_summary, scores_line, write_report
 from crate_fast.train.run_folder import RunFolder
-from crate_fast.train.runs import build_model
+from crate_fast.train.runs import build_model, load_initial
 from crate_fast.whitebox import layer_statistics
 
 __all__ = ["StepResult", "Trainer", "launch", "train_command"]

@@ -21,6 +21,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -35,11 +36,12 @@ from crate_fast.eval.common.results import Records
 from crate_fast.eval.emergence.protocol import Point, Protocol, Run, planned_runs, stages_of, training_config
 from crate_fast.eval.emergence.scores import checkpoint_scores, chosen_lr, load_results, pictures, shown_scenes
 from crate_fast.train.checkpoint import write_text
-from crate_fast.train.cost import count_flops, meta_model
+from crate_fast.train.config import TrainConfig
 from crate_fast.train.data.shape_scenes import CLASSES
 from crate_fast.train.distributed import choose_device
 from crate_fast.train.faults import Interruption, NonFiniteError
-from crate_fast.train.run_lock import RunLock
+from crate_fast.train.plan import Flops, count_flops, meta_model
+from crate_fast.train.run_folder import RunLock
 from crate_fast.train.runs import run_config
 from crate_fast.train.trainer import launch
 
@@ -274,10 +276,15 @@ def _costs(protocol: Protocol, run: Run, folders: Folders) -> list[float]:
     costs, flops = [], None
     for number, stage in enumerate(stages_of(protocol, run)):
         config = training_config(protocol, run, number, 1e-3, folders.cifar10)
-        flops = count_flops(meta_model(config, _NUM_CLASSES.get(run.kind, len(CLASSES))), stage.image_size)
+        flops = _flops(dataclasses.replace(config, seed=0), _NUM_CLASSES.get(run.kind, len(CLASSES)))
         costs.append(stage.steps * stage.batch_size * flops.step)
     scored = protocol.selection_images + 2 * protocol.test_images + 2 * protocol.maskcut_images
     return [*costs, len(protocol.points) * scored * flops.forward if run.kind == "scenes" else 0]
+
+
+@cache
+def _flops(config: TrainConfig, classes: int) -> Flops:
+    return count_flops(meta_model(config, classes), config.image_size)
 
 
 # --- one run ---
