@@ -34,6 +34,7 @@ PROTOCOLS = {
     "attention_maps": "CLS attention of heads, under noise, beside other models (Fig. 1, 2, 7, 8, 11 to 14)",
     "pca": "principal components of patch features by layer (Fig. 3, 6, 9)",
     "coarse_segmentation": "mIoU of attention maps and objects (Fig. 4)",
+    "localization": "boxes from attention maps: MaxBoxAcc, GT-known, pointing game",
     "maskcut": "objects by MaskCut, AP and AR (Table 1, Fig. 5)",
     "by_layer": "AP and mIoU at every layer (Fig. 6)",
     "by_epoch": "AP, mIoU and components at every checkpoint of a run (Fig. 10)",

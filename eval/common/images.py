@@ -63,11 +63,14 @@ class Target:
         classes: Class numbers present, without the background.
         masks: Masks of the classes, boolean [M, H, W], at the image's own resolution.
         valid: Pixels that are not void, boolean [H, W].
+        boxes: Boxes of the objects, [K, 4]: left, top, right, bottom in pixels at the image's own resolution, the
+            last two exclusive; None in a set without boxes.
     """
 
     classes: list[int]
     masks: Tensor
     valid: Tensor
+    boxes: Tensor | None = None
 
     def on_grid(self, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Return masks, boolean [M, P], and validity [P] on a grid of patches.
@@ -269,7 +272,7 @@ class CocoImages(ImageFiles):
 
     def target(self, key: str | int, size: tuple[int, int]) -> Target:
         masks: dict[int, np.ndarray] = {}
-        void = np.zeros(size, bool)
+        void, boxes = np.zeros(size, bool), []
         if self.coco.imgToAnns[key] and self.annotated_size(key) != size:
             raise UserError(f"the annotations say {self.annotated_size(key)}, the image is {size}")
         for annotation in self.coco.imgToAnns[key]:
@@ -277,13 +280,21 @@ class CocoImages(ImageFiles):
             if annotation.get("iscrowd"):
                 void |= pixels
             else:
+                x, y, width, height = annotation["bbox"]
+                boxes.append([x, y, x + width, y + height])
                 masks[annotation["category_id"]] = masks.get(annotation["category_id"], False) | pixels
         classes = sorted(masks)
         stacked = np.stack([masks[c] for c in classes]) if classes else np.zeros((0, *size), bool)
-        return Target(classes, torch.from_numpy(stacked), torch.from_numpy(~void))
+        corners = torch.tensor(boxes, dtype=torch.float64).reshape(-1, 4)
+        return Target(classes, torch.from_numpy(stacked), torch.from_numpy(~void), corners)
 
     def class_names(self) -> dict[int, str]:
         return {number: category["name"] for number, category in self.coco.cats.items()}
+
+
+def _box_around(mask: Tensor) -> Tensor:
+    rows, columns = mask.any(dim=1).nonzero(), mask.any(dim=0).nonzero()
+    return torch.tensor([[columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]])
 
 
 class SceneImages(Dataset):
@@ -325,7 +336,9 @@ class SceneImages(Dataset):
 
     def __getitem__(self, index: int) -> Sample:
         image, label, mask = self.scenes[index]
-        return Sample(index, image, tuple(mask.shape), Target([label], mask[None], torch.ones_like(mask)))
+        return Sample(
+            index, image, tuple(mask.shape), Target([label], mask[None], torch.ones_like(mask), _box_around(mask))
+        )
 
     def keys(self) -> list[int]:
         """Return the numbers of the scenes."""

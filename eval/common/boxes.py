@@ -1,0 +1,127 @@
+"""Images of a folder with annotated boxes: COCO-format JSON, without masks too, or XML files of ImageNet and VOC."""
+
+import json
+import math
+from collections import Counter
+from pathlib import Path, PurePosixPath
+from xml.etree import ElementTree
+
+import torch
+
+from crate_fast.errors import UserError
+from crate_fast.eval.common.images import ImageFiles, Target
+
+__all__ = ["BoxedImages"]
+
+_RATIO = 0.02  # sides that differ by more are not those of a resized copy
+
+
+class BoxedImages(ImageFiles):
+    """Images of a folder with boxes; images that the annotations do not name have none.
+
+    Args:
+        root: Folder of the images.
+        size: See `ImageFiles`.
+        boxes: A JSON file, whose file names are relative to `root` or unique; or a folder of XML files, which are
+            searched for below it and named as their images.
+        limit: Take the first images only; all when None.
+
+    Raises:
+        UserError: The annotations are missing, damaged, or name none of the images.
+    """
+
+    has_instances = True
+
+    def __init__(self, root: Path, size: int, boxes: Path, limit: int | None = None):
+        super().__init__(root, size)
+        if not boxes.exists():
+            raise UserError(f"--boxes {boxes}: no such file or folder")
+        self._entries = _read_folder(boxes) if boxes.is_dir() else _read_json(boxes)
+        self.items = self.items[:limit]
+        if not any(self._entry(key) for key, _ in self.items):
+            raise UserError(
+                f"--boxes {boxes} names none of the {len(self.items)} images of {root}: it has "
+                f"{next(iter(self._entries), 'no image')!r}, the folder {self.items[0][0]!r}"
+            )
+
+    def _entry(self, key: str | int) -> tuple[tuple[int, int] | None, list[list[float]]] | None:
+        path = PurePosixPath(str(key))
+        return next((self._entries[n] for n in (str(path), path.name, path.stem) if n in self._entries), None)
+
+    def annotated_size(self, key: str | int) -> tuple[int, int] | None:
+        entry = self._entry(key)
+        return entry[0] if entry else None
+
+    def target(self, key: str | int, size: tuple[int, int]) -> Target:
+        height, width = size
+        annotated, boxes = self._entry(key) or (None, [])
+        rows, columns = annotated or size
+        if abs(height * columns / (width * rows) - 1) > _RATIO:
+            raise UserError(f"the annotations say {annotated}, the image is {size}")
+        corners = torch.tensor(boxes, dtype=torch.float64).reshape(-1, 4) * torch.tensor(
+            [width / columns, height / rows, width / columns, height / rows], dtype=torch.float64
+        )
+        corners = corners.minimum(torch.tensor([width, height, width, height])).clamp(min=0)
+        visible = (corners[:, 2:] > corners[:, :2]).all(dim=1)
+        empty = torch.zeros(0, *size, dtype=torch.bool)
+        return Target([], empty, torch.ones(size, dtype=torch.bool), corners[visible])
+
+
+def _read_json(path: Path) -> dict[str, tuple[tuple[int, int] | None, list[list[float]]]]:
+    """Return image name → (height and width or None, boxes: left, top, right, bottom)."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(
+            f"--boxes {path} is not JSON ({error}): give COCO's format, or a folder of XML files"
+        ) from error
+    if not isinstance(content, dict) or not all(isinstance(content.get(k), list) for k in ("images", "annotations")):
+        raise UserError(f"--boxes {path} lacks the lists 'images' and 'annotations' of COCO's format")
+    images: dict = {}
+    for number, image in enumerate(content["images"]):
+        if not isinstance(image, dict) or "id" not in image or not isinstance(image.get("file_name"), str):
+            raise UserError(f"--boxes {path}: images[{number}] needs 'id' and 'file_name'; correct the file")
+        sides = (image.get("height"), image.get("width"))
+        known = all(isinstance(side, int) and side > 0 for side in sides)
+        images[image["id"]] = (image["file_name"].replace("\\", "/"), (sides if known else None, []))
+    for number, annotation in enumerate(content["annotations"]):
+        where = f"--boxes {path}: annotations[{number}]"
+        box = annotation.get("bbox") if isinstance(annotation, dict) else None
+        if not isinstance(box, list) or len(box) != 4 or not all(map(_finite, box)):
+            raise UserError(f"{where} has the bbox {box!r}, not [x, y, width, height]; correct the file")
+        if annotation.get("image_id") in images and not annotation.get("iscrowd"):
+            x, y, width, height = box
+            images[annotation["image_id"]][1][1].append([x, y, x + width, y + height])
+    return _by_name(list(images.values()))
+
+
+def _finite(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _read_folder(folder: Path) -> dict[str, tuple[tuple[int, int] | None, list[list[float]]]]:
+    """Return the same from XML files, whose corners are pixels inside the box, counted from 0."""
+    entries = []
+    for path in sorted(folder.rglob("*.xml")):
+        try:
+            root = ElementTree.parse(path).getroot()
+            width, height = (int(root.findtext(f"size/{side}")) for side in ("width", "height"))
+            boxes = [
+                [float(box.findtext(edge)) for edge in ("xmin", "ymin", "xmax", "ymax")]
+                for box in root.iterfind("object/bndbox")
+            ]
+        except (ElementTree.ParseError, TypeError, ValueError) as error:
+            raise UserError(
+                f"--boxes: {path} is not an annotation of ImageNet's or VOC's format ({error}); remove it"
+            ) from error
+        entries.append((path.stem, ((height, width), [[a, b, c + 1, d + 1] for a, b, c, d in boxes])))
+    if not entries:
+        raise UserError(f"--boxes {folder} holds no XML file: give the folder of ImageNet's annotations")
+    return _by_name(entries)
+
+
+def _by_name(entries: list[tuple[str, tuple]]) -> dict[str, tuple]:
+    """Index entries by name, and by the name without folders where that is unique."""
+    named = dict(entries)
+    short = Counter(PurePosixPath(name).name for name, _ in entries)
+    return {PurePosixPath(n).name: e for n, e in entries if short[PurePosixPath(n).name] == 1} | named

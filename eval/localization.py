@@ -1,0 +1,327 @@
+"""Weakly supervised object localization: do attention maps of a model trained on labels find the object's box?
+
+    crate-fast eval localization CRATE=runs/A A0=runs/A@untrained ViT=runs/B --data coco:PATH
+    crate-fast eval localization runs/A --data folder:ILSVRC/val --boxes ILSVRC/Annotations/CLS-LOC/val
+    crate-fast eval localization runs/A --data folder:PHOTOS --boxes boxes.json
+
+A map is enlarged bilinearly, scaled to [0, 1] and cut at 100 thresholds. A cut's box is that of its largest connected
+component; its IoU is that with the best of the image's annotated boxes. Scores (Choe et al., *Evaluating Weakly
+Supervised Object Localization Methods Right*, 2020):
+
+    MaxBoxAcc d    share of images whose box has IoU ≥ d, at the best threshold for all images; d = 0.3, 0.5, 0.7
+    MaxBoxAccV2    mean of the three
+    GT-known       share with IoU ≥ 0.5, at the threshold (and head) that is best on the other half of the images
+    pointing       share of images whose largest weight lies in a box
+    AP             average precision of the patches in the boxes, ranked by attention; no threshold
+    threshold      the best for IoU ≥ 0.5
+
+"best head" takes the best head of each image, which needs its boxes; "one head" takes the head that is best on the
+other half of the images. The baselines do not look at the image: its centre, the mean box of the other half of the
+images, the whole picture, random maps. MODEL@untrained is the untrained twin.
+"""
+
+import argparse
+import itertools
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from crate_fast.errors import UserError, run_command
+from crate_fast.eval.common.boxes import BoxedImages
+from crate_fast.eval.common.command import Evaluation, evaluation_parser, open_models, positive
+from crate_fast.eval.common.figures import Picture, write_pages
+from crate_fast.eval.common.images import Sample, batches, open_images
+from crate_fast.eval.common.models import LoadedModel
+from crate_fast.eval.common.segmentation import average_precision
+
+__all__ = ["evaluate", "largest_boxes", "main"]
+
+THRESHOLDS = np.arange(100) / 100
+OVERLAPS = (0.3, 0.5, 0.7)
+_SAME_CUT = np.zeros((3, 3, 3), bool)  # neighbours: the eight around a pixel, in the same cut
+_SAME_CUT[1] = True
+
+
+def largest_boxes(maps: np.ndarray) -> np.ndarray:
+    """Find the box of the largest connected component of each map above each threshold.
+
+    Args:
+        maps: [K, h, w], any finite values; each is scaled to [0, 1]. Pixels above a threshold are kept; eight
+            neighbours are connected.
+
+    Returns:
+        [K, T, 4]: left, top, right, bottom in pixels, the last two exclusive; zeros where nothing is above.
+    """
+    from scipy.ndimage import find_objects, label
+
+    boxes = np.zeros((len(maps), len(THRESHOLDS), 4))
+    low, high = maps.min(axis=(1, 2), keepdims=True), maps.max(axis=(1, 2), keepdims=True)
+    scaled = (maps - low) / np.where(high > low, high - low, 1)
+    for found, values in zip(boxes, scaled, strict=True):
+        labels, _ = label(values > THRESHOLDS[:, None, None], _SAME_CUT)
+        sizes = np.bincount(labels.ravel())
+        largest = np.zeros(len(THRESHOLDS), int)
+        for number, (cut, rows, columns) in enumerate(find_objects(labels), start=1):
+            if sizes[number] > largest[cut.start]:
+                largest[cut.start] = sizes[number]
+                found[cut.start] = columns.start, rows.start, columns.stop, rows.stop
+    return boxes
+
+
+def _best_iou(boxes: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """Return the IoU of boxes [..., 4] with the best of the annotated boxes [M, 4]: [...]."""
+    boxes = boxes[..., None, :]
+    sides = np.minimum(boxes[..., 2:], truth[:, 2:]) - np.maximum(boxes[..., :2], truth[:, :2])
+    common = np.clip(sides, 0, None).prod(axis=-1)
+    areas = (boxes[..., 2:] - boxes[..., :2]).prod(axis=-1) + (truth[:, 2:] - truth[:, :2]).prod(axis=-1)
+    return (common / np.maximum(areas - common, 1e-12)).max(axis=-1)
+
+
+def _covered(truth: np.ndarray, rows: int, columns: int) -> np.ndarray:
+    """Return which cells of a grid have their centre in one of the boxes [M, 4], as boolean [rows, columns]."""
+    y, x = (np.arange(rows) + 0.5) / rows, (np.arange(columns) + 0.5) / columns
+    inside_x = (x >= truth[:, :1]) & (x < truth[:, 2:3])
+    inside_y = (y >= truth[:, 1:2]) & (y < truth[:, 3:])
+    return (inside_y[:, :, None] & inside_x[:, None, :]).any(axis=0)
+
+
+class _Measurements:
+    """Per-image measurements of several maps: IoU by threshold, pointing and average precision."""
+
+    def __init__(self):
+        self._iou: list[np.ndarray] = []
+        self._pointing: list[np.ndarray] = []
+        self._ap: list[np.ndarray] = []
+
+    def add(self, maps: Tensor, truth: np.ndarray, resolution: int) -> None:
+        """Measure the maps [H, rows, columns] of one image with the boxes [M, 4], in shares of its sides."""
+        enlarged = F.interpolate(maps[None].double(), (resolution, resolution), mode="bilinear")[0].numpy()
+        self._iou.append(_best_iou(largest_boxes(enlarged) / resolution, truth).astype(np.float32))
+        strongest = enlarged.reshape(len(enlarged), -1).argmax(axis=1)
+        self._pointing.append(_covered(truth, resolution, resolution).ravel()[strongest])
+        patches = torch.from_numpy(_covered(truth, *maps.shape[1:]).ravel())
+        self._ap.append(average_precision(maps.flatten(1), patches).numpy())
+
+    def scores(self) -> dict[str, dict]:
+        """Return the scores of the best head of each image, of one head for all, and of each head."""
+        iou, pointing, ap = np.stack(self._iou), np.stack(self._pointing), np.stack(self._ap)
+        images, heads = np.arange(len(iou)), range(iou.shape[1])
+        each = [_scores(iou[:, h], pointing[:, h], ap[:, h]) for h in heads]
+        found = {"best_head": _scores(iou.max(axis=1), pointing.max(axis=1), ap.max(axis=1)), "per_head": each}
+        chosen = np.zeros(len(iou), int)
+        for half in (images % 2 == 0, images % 2 == 1):
+            others = ~half if (~half).any() else half  # a single image
+            by_head = [_scores(iou[others, h], pointing[others, h], ap[others, h])["MaxBoxAccV2"] for h in heads]
+            chosen[half] = int(np.argmax(by_head))
+        found["one_head"] = _scores(iou[images, chosen], pointing[images, chosen], ap[images, chosen])
+        return found
+
+
+def _scores(iou: np.ndarray, pointing: np.ndarray, ap: np.ndarray) -> dict[str, float]:
+    """Score one map an image: IoU [N, T], pointing and AP [N]."""
+    hits = {overlap: iou >= overlap for overlap in OVERLAPS}
+    scores = {f"MaxBoxAcc {overlap}": float(hit.mean(axis=0).max()) for overlap, hit in hits.items()}
+    known, even = hits[0.5], np.arange(len(iou)) % 2 == 0
+    halves = [(known[a], known[b] if b.any() else known[a]) for a, b in ((even, ~even), (~even, even)) if a.any()]
+    right = sum(half[:, others.mean(axis=0).argmax()].sum() for half, others in halves)
+    return {
+        **scores,
+        "MaxBoxAccV2": float(np.mean(list(scores.values()))),
+        "GT-known": float(right / len(iou)),
+        "pointing": float(pointing.mean()),
+        "AP": float(ap.mean()),
+        "threshold": float(THRESHOLDS[known.mean(axis=0).argmax()]),
+    }
+
+
+def _prior_scores(maps: Sequence[Tensor], truths: Sequence[np.ndarray], resolution: int) -> dict[str, float]:
+    """Score one map [rows, columns] for each image, as a baseline."""
+    measured = _Measurements()
+    for prior, truth in zip(maps, truths, strict=True):
+        measured.add(prior[None], truth, resolution)
+    return measured.scores()["best_head"]
+
+
+def _baselines(truths: list[np.ndarray], grid: tuple[int, int], resolution: int) -> dict[str, dict[str, float]]:
+    """Score the centre, the mean box of the other half of the images, and the whole picture."""
+    y, x = (torch.linspace(-1, 1, side) for side in grid)
+    centre = -(y[:, None] ** 2 + x**2)
+    boxes = torch.from_numpy(np.stack([_covered(truth, *grid) for truth in truths])).double()
+    means = [boxes[half::2].mean(dim=0) if len(boxes[half::2]) else boxes.mean(dim=0) for half in (1, 0)]
+    whole = np.stack([np.repeat(_best_iou(np.float64([0, 0, 1, 1]), truth), len(THRESHOLDS)) for truth in truths])
+    share = boxes.mean(dim=(1, 2)).numpy()  # a point anywhere; patches in any order
+    return {
+        "centre": _prior_scores([centre] * len(truths), truths, resolution),
+        "mean box": _prior_scores([means[i % 2] for i in range(len(truths))], truths, resolution),
+        "whole picture": _scores(whole, share, share),
+    }
+
+
+def evaluate(
+    loaded: LoadedModel,
+    images: Dataset,
+    layers: Sequence[int] | None = None,
+    resolution: int = 64,
+    problems: list[str] | None = None,
+    seed: int = 0,
+    **reading,
+) -> dict:
+    """Score how well the CLS attention of layers localizes the annotated boxes.
+
+    Args:
+        loaded: The model.
+        images: Data set of `Sample`s whose targets have boxes, at the model's image size.
+        layers: All when None.
+        resolution: Side to which maps are enlarged, in pixels.
+        problems: Filled with one line for each unreadable image.
+        seed: Seed of the random maps.
+        **reading: `batch_size`, `workers`, `progress` of `images.batches`.
+
+    Returns:
+        "layers": for each, "layer", "best_head", "one_head" and "per_head" with scores; "baselines": name → scores,
+        where "random" has "best_head" and "one_head"; "images" and "without_boxes": numbers of images.
+
+    Raises:
+        UserError: No image has a box.
+    """
+    layers = list(range(loaded.extract.depth) if layers is None else layers)
+    measured, noise = {layer: _Measurements() for layer in layers}, _Measurements()
+    generator = torch.Generator().manual_seed(seed)
+    truths, without = [], 0
+    problems = [] if problems is None else problems
+    for batch in batches(images, problems=problems, **({"batch_size": 8} | reading)):
+        features = loaded.features(batch.images, layers)
+        maps = {layer: features.cls_attention(layer).float().cpu() for layer in layers}
+        for row, sample in enumerate(batch.samples):
+            if not len(sample.target.boxes):
+                without += 1
+                continue
+            height, width = sample.size
+            truth = sample.target.boxes.double().numpy() / [width, height, width, height]
+            truths.append(truth)
+            for layer, weights in maps.items():
+                measured[layer].add(weights[row].unflatten(-1, features.grid), truth, resolution)
+            random = torch.rand((weights.shape[1], *features.grid), generator=generator)
+            noise.add(random, truth, resolution)
+    if not truths:
+        raise UserError(f"none of the {without} images has a box: use images with objects, or other --boxes")
+    random = noise.scores()
+    baselines = _baselines(truths, features.grid, resolution)
+    return {
+        "layers": [{"layer": layer} | measured[layer].scores() for layer in layers],
+        "baselines": baselines | {"random": {name: random[name] for name in ("best_head", "one_head")}},
+        "images": len(truths),
+        "without_boxes": without,
+    }
+
+
+def _rows(label: str, scores: dict, marked: int) -> list[dict]:
+    names = {"best_head": "best head of each image", "one_head": "one head"}
+    rows = [
+        {"model": label, "maps": f"layer {row['layer']}{' *' if row['layer'] == marked else ''}, {names[kind]}"}
+        | row[kind]
+        for row in scores["layers"]
+        for kind in names
+    ]
+    rows += [
+        {"model": label, "maps": f"random, {names[kind]}"} | scores["baselines"]["random"][kind] for kind in names
+    ]
+    priors = [(name, row) for name, row in scores["baselines"].items() if name != "random"]
+    return rows + [{"model": label, "maps": name} | row for name, row in priors]
+
+
+def _boxed(sample: Sample, found: Sequence[float] | None = None) -> Picture:
+    """Draw the annotated boxes (white) and a found one (red), in shares of the sides, over an image."""
+    picture = Image.fromarray(sample.image.permute(1, 2, 0).numpy().copy())
+    height, width = sample.size
+    truth = sample.target.boxes.double().numpy() / [width, height, width, height]
+    draw, side = ImageDraw.Draw(picture), picture.width
+    for box, colour in [*((box, "white") for box in truth), *([(found, "red")] if found is not None else [])]:
+        corners = [round(edge * side) for edge in box]
+        corners = [corners[0], corners[1], max(corners[0], corners[2] - 1), max(corners[1], corners[3] - 1)]
+        draw.rectangle(corners, outline=colour, width=max(1, side // 100))
+    return Picture(np.asarray(picture))
+
+
+def _figure(models: Sequence[LoadedModel], data, layers: Sequence[int], results: dict, options, folder: Path):
+    """Draw annotated boxes, and each model's map and box by the head and threshold that are best for all images."""
+    boxed = (i for i in range(len(data[0])) if (s := data[0][i]).problem is None and len(s.target.boxes))
+    rows = []
+    for index in itertools.islice(boxed, options.figure_images):
+        row = [_boxed(data[0][index])]
+        for loaded, images, layer in zip(models, data, layers, strict=True):
+            sample = images[index]
+            features = loaded.features(sample.image[None], [layer])
+            per_head = next(r for r in results[loaded.label]["layers"] if r["layer"] == layer)["per_head"]
+            head = int(np.argmax([scores["MaxBoxAccV2"] for scores in per_head]))
+            weights = features.cls_attention(layer)[0, head].float().cpu().view(1, 1, *features.grid).double()
+            enlarged = F.interpolate(weights, (options.resolution, options.resolution), mode="bilinear")[0].numpy()
+            cut = round(per_head[head]["threshold"] * len(THRESHOLDS))
+            row += [Picture(enlarged[0]), _boxed(sample, largest_boxes(enlarged)[0, cut] / options.resolution)]
+        rows.append(row)
+    names = [(f"{m.label}, layer {layer}", "box") for m, layer in zip(models, layers, strict=True)]
+    return write_pages(rows, folder, "boxes", None, ["annotated", *itertools.chain(*names)])
+
+
+def _command(options: argparse.Namespace) -> None:
+    models = open_models(options)
+    chosen = []
+    for loaded in models:
+        loaded.require_cls()
+        chosen.append(None if options.layers is None else [loaded.extract.resolve_layer(n) for n in options.layers])
+    data = [_open_data(options, loaded.extract.image_size[0]) for loaded in models]
+    evaluation = Evaluation("localization", options, models)
+    results, rows, drawn = {}, [], []
+    for loaded, images, layers in zip(models, data, chosen, strict=True):
+        with evaluation.others_go_on(loaded.label):
+            reading = evaluation.reading(loaded.label)
+            scores = evaluate(loaded, images, layers, options.resolution, seed=options.seed, **reading)
+            default = loaded.extract.default_layer
+            drawn.append((loaded, images, default if layers is None or default in layers else layers[0]))
+            results[loaded.label] = scores
+            rows += _rows(loaded.label, scores, default)
+    evaluation.check_scored(results)
+    evaluation.write_table("table", rows)
+    evaluation.written += _figure(*zip(*drawn, strict=True), results, options, evaluation.folder)
+    counts = next(iter(results.values()))
+    notes = [
+        "* the layer that the paper looks at",
+        f"images: {counts['images']}, without a box: {counts['without_boxes']}",
+    ]
+    evaluation.finish(results, None, notes)
+
+
+def _open_data(options: argparse.Namespace, size: int) -> Dataset:
+    if options.boxes is None:
+        images = open_images(options.data, size, options.limit)
+        if not images.has_instances:
+            raise UserError(f"--data {options.data} has no boxes: use coco:PATH, or name them with --boxes")
+        return images
+    kind, _, path = options.data.partition(":")
+    if kind != "folder" or not path:
+        raise UserError(f"--data {options.data}: with --boxes it must be folder:PATH")
+    return BoxedImages(Path(path), size, options.boxes, options.limit)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run as the command line says; returns the exit status."""
+    parser = evaluation_parser(
+        "localization", "Boxes from attention maps: MaxBoxAcc, GT-known, pointing, AP.", data="shape_scenes"
+    )
+    add = parser.add_argument
+    add("--boxes", type=Path, help="COCO-format JSON with a bbox an annotation, or a folder of ImageNet's XML files")
+    add("--layers", type=int, nargs="+", help="layers whose attention is scored; default all")
+    add("--resolution", type=positive, default=64, help="side of the enlarged maps, pixels; default 64")
+    add("--figure-images", type=positive, default=6, help="images in the figure; default 6")
+    return run_command(lambda: _command(parser.parse_args(argv)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

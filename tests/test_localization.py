@@ -1,0 +1,152 @@
+"""Localization: boxes and scores against a slow independent implementation, and the three sources of boxes."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from crate_fast.eval import localization
+from crate_fast.eval.common.boxes import BoxedImages
+from crate_fast.eval.common.images import open_images
+from crate_fast.eval.localization import THRESHOLDS, evaluate, largest_boxes
+
+
+def _component(mask: np.ndarray, start: tuple[int, int]) -> list[tuple[int, int]]:
+    found, waiting = [], [start]
+    mask[start] = False
+    while waiting:
+        y, x = waiting.pop()
+        found.append((y, x))
+        for v in range(max(0, y - 1), min(len(mask), y + 2)):
+            for u in range(max(0, x - 1), min(mask.shape[1], x + 2)):
+                if mask[v, u]:
+                    mask[v, u] = False
+                    waiting.append((v, u))
+    return found
+
+
+def _slow_boxes(values: np.ndarray) -> list[tuple[int, int, int, int]]:
+    values = (values - values.min()) / (values.max() - values.min())
+    boxes = []
+    for threshold in THRESHOLDS:
+        mask, largest = values > threshold, []
+        for start in np.argwhere(mask):
+            if mask[tuple(start)]:
+                largest = max(largest, _component(mask, tuple(start)), key=len)
+        ys, xs = zip(*largest, strict=True) if largest else ((0,), (0,))
+        boxes.append((min(xs), min(ys), max(xs) + 1, max(ys) + 1) if largest else (0, 0, 0, 0))
+    return boxes
+
+
+def test_boxes_of_largest_components():
+    maps = np.random.default_rng(0).random((3, 9, 12)) ** 2
+    np.testing.assert_array_equal(largest_boxes(maps), [_slow_boxes(values) for values in maps])
+
+
+def test_a_constant_map_has_no_box():
+    assert not largest_boxes(np.ones((1, 4, 4))).any()
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Six images of 40×20 pixels in two folders, and their boxes as COCO writes them."""
+    images, annotations = [], []
+    for number in range(6):
+        name = f"{'ab'[number % 2]}/{number}.png"
+        path = tmp_path / "photos" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture = np.full((20, 40, 3), 30, np.uint8)
+        picture[5:15, 10 : 20 + number] = 220
+        Image.fromarray(picture).save(path)
+        images.append({"id": number, "file_name": name, "width": 40, "height": 20})
+        if number != 5:
+            box = [10, 5, 10 + number, 10]
+            annotations.append({"id": number, "image_id": number, "category_id": 1, "bbox": box, "iscrowd": 0})
+    boxes = tmp_path / "boxes.json"
+    boxes.write_text(
+        json.dumps({"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "o"}]})
+    )
+    return tmp_path / "photos", boxes
+
+
+class _Attends:
+    """A model whose first head looks at bright pixels, and whose second at dark ones."""
+
+    def __init__(self, side: int):
+        self.extract = type("Extract", (), {"depth": 1, "image_size": (side, side)})()
+
+    def features(self, images, layers):
+        grid = images.float().mean(dim=1)[:, ::2, ::2]
+        maps = torch.stack([grid, 255 - grid], dim=1).flatten(2)
+        return type("Features", (), {"grid": tuple(grid.shape[1:]), "cls_attention": lambda self, layer: maps})()
+
+
+def test_a_map_of_the_object_scores_1_and_baselines_what_they_know(photos):
+    scores = evaluate(_Attends(40), BoxedImages(photos[0], 40, photos[1]), resolution=40)
+    assert (scores["images"], scores["without_boxes"]) == (5, 1)
+    row = scores["layers"][0]
+    for kind in ("best_head", "one_head"):
+        assert row[kind]["MaxBoxAcc 0.7"] == row[kind]["GT-known"] == row[kind]["pointing"] == 1
+        assert row[kind]["AP"] > 0.9
+    assert row["per_head"][1]["pointing"] == 0
+    assert row["per_head"][1]["AP"] < 0.3
+    shares = [(10 + n) * 10 / 800 for n in range(5)]
+    whole = scores["baselines"]["whole picture"]
+    assert whole["MaxBoxAcc 0.3"] == np.mean(np.array(shares) >= 0.3)
+    assert whole["AP"] == pytest.approx(np.mean(shares), abs=0.02)
+    assert scores["baselines"]["mean box"]["MaxBoxAcc 0.5"] == 1  # the boxes are nearly the same
+
+
+def test_the_head_and_threshold_are_chosen_on_other_images():
+    even = np.zeros((4, 100), np.float32)
+    even[::2, 10], even[1::2, 20] = 1, 1  # the best threshold of either half misses in the other
+    scores = localization._scores(even, np.ones(4), np.ones(4))
+    assert scores["MaxBoxAcc 0.5"] == 0.5
+    assert scores["GT-known"] == 0
+
+
+def test_boxes_of_imagenets_xml(photos, tmp_path):
+    folder = tmp_path / "xml" / "deeper"
+    folder.mkdir(parents=True)
+    box = "<object><bndbox><xmin>10</xmin><ymin>5</ymin><xmax>19</xmax><ymax>14</ymax></bndbox></object>"
+    size = "<size><width>40</width><height>20</height></size>"
+    for number in range(6):
+        (folder / f"{number}.xml").write_text(f"<annotation>{size}{box * 2}</annotation>")
+    images = BoxedImages(photos[0], 40, tmp_path / "xml")
+    assert images[0].target.boxes.tolist() == [[10, 5, 20, 15]] * 2
+    assert images[0].size == (20, 40)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "is not JSON"),
+        ('{"images": []}', "annotations"),
+        ('{"images": [{"id": 1, "file_name": "no.png"}], "annotations": [], "categories": []}', "none of the"),
+    ],
+)
+def test_files_without_boxes_are_refused(photos, tmp_path, content, message):
+    file = tmp_path / "bad.json"
+    file.write_text(content)
+    with pytest.raises(ValueError, match=message):
+        BoxedImages(photos[0], 40, file)
+
+
+def test_the_command(photos, tmp_path, capsys, refuses):
+    words = ["shipped:CRATE", "--limit", "4", "--layers", "-2", "--resolution", "16", "--figure-images", "2"]
+    output = tmp_path / "out"
+    assert localization.main([*words, "--output", str(output)]) == 0
+    found = json.loads((output / "results.json").read_text())["results"]
+    assert next(iter(found.values()))["images"] == 4
+    assert (output / "boxes_01.png").exists()
+    refuses("must be folder:PATH", localization.main, [*words, "--boxes", str(photos[1])])
+    refuses("has no boxes", localization.main, [*words, "--data", f"folder:{photos[0]}"])
+
+
+def test_scenes_have_boxes_around_their_masks():
+    sample = open_images("shape_scenes", 32, 1)[0]
+    rows, columns = np.nonzero(sample.target.masks[0].numpy())
+    expected = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+    assert sample.target.boxes.tolist() == [expected]
