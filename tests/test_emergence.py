@@ -201,7 +201,7 @@ def jobs_of(output: Path) -> list[str]:
     for path in (output / "locks").glob("*/.lock"):
         with path.open("r+") as file:
             try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 found.append(path.parent.name)
     return found

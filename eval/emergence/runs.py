@@ -204,7 +204,7 @@ class _Scheduler:
                 self._reap(bar, stopping)
                 if stopping and not self.running:
                     return False
-                while not stopping and self._start_next():
+                while not stopping and self._start_next(stop):
                     pass
                 finished = len(self.costs) - len(self.waiting) - len(self.running)
                 bar.set_description_str(f"{finished}/{len(self.costs)} runs", refresh=False)
@@ -229,7 +229,7 @@ class _Scheduler:
             spent += cost * min(1.0, step / stage.steps)
         return spent
 
-    def _start_next(self) -> bool:
+    def _start_next(self, stop: Callable[[], object]) -> bool:
         """Start the first run whose learning rate is known; return False if none was started."""
         if len(self.running) == self.resources.jobs or not self.waiting:
             return False
@@ -237,7 +237,12 @@ class _Scheduler:
         for run in self.waiting:
             lr = chosen_lr(results, self.protocol, run.model) if run.lr is None else run.lr
             if lr is not None:
-                self._start(run, lr)
+                try:
+                    self._start(run, lr)
+                except (EOFError, OSError):
+                    if not stop():  # else the signal that asks for a stop has ended the fork server
+                        raise
+                    return False
                 return True
         return False
 
