@@ -75,7 +75,8 @@ def _sizes(kernel: str, precision: str, architecture: str) -> list[tuple[str, in
             for width in (widths if padded else widths[-1:])
         ]
     if kernel.startswith("whole_head"):
-        rows = [f"{n}×{width}" for width, lengths in WHOLE_HEAD_TOKENS.items() for n in lengths]
+        widths = WHOLE_HEAD_TOKENS if padded else (64,)
+        rows = [f"{n}×{width}" for width in widths for n in WHOLE_HEAD_TOKENS[width]]
         return [(row + part, 64) for row in rows for part in ("", " rest")]
     widths = (NARROW, WIDTH) if padded else (WIDTH,)
     variants = {"ista_forward": ("", " norm"), "ista_backward_input": ("", " mixed"), "output_map": (" mixed norm",)}

@@ -13,10 +13,21 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # `poisoned` needs 
 from crate_fast.settings import require_gpu
 
 
+LONGEST = ("test_compiler.py", "test_bench_model.py", "test_gpu_check.py", "test_faults.py")
+
+
 def pytest_configure():
     together = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))  # processes that test at once
     if together > 1:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // together))
+        threads = max(1, (os.cpu_count() or 1) // together)
+        torch.set_num_threads(threads)
+        os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # of the processes that tests start
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(
+        key=lambda item: item.path.name not in LONGEST
+    )  # else one process still runs them when others are done
 
 
 def pytest_runtest_setup(item):
