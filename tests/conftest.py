@@ -12,7 +12,6 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # `poisoned` needs 
 
 from crate_fast.settings import require_gpu
 
-
 LONGEST = ("test_compiler.py", "test_bench_model.py", "test_gpu_check.py", "test_faults.py")
 
 
