@@ -15,7 +15,8 @@ from crate_fast.settings import require_gpu
 LONGEST = ("test_compiler.py", "test_bench_model.py", "test_gpu_check.py", "test_faults.py")
 
 
-def pytest_configure():
+def pytest_configure(config):
+    config.option.loadscopereorder = False  # xdist would start the files with the most tests first, not the longest
     together = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))  # processes that test at once
     if together > 1:
         threads = max(1, (os.cpu_count() or 1) // together)
