@@ -116,24 +116,27 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 @torch.library.custom_op("crate_fast::cpu_linear", mutates_args=(), device_types="cpu")
-def cpu_linear(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
-    """y = x Wᵀ + b, behind max(·, 0) if `relu`; NaN stays NaN (oneDNN's own ReLU makes it 0).
+def cpu_linear(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool = False, residual: bool = False) -> Tensor:
+    """Compute y = x Wᵀ + b, or max(y, 0), or max(x + y, 0). NaN stays NaN: oneDNN's own ReLU makes it 0.
 
     Args:
         x: [M, K].
         weight: W [N, K].
         bias: b [N] or None.
-        relu: Whether to apply the ReLU.
+        relu: Apply the ReLU.
+        residual: Add x, where N = K. An identity in W would do the same, with ten times the rounding error in ISTA.
 
     Returns:
         y [M, N], contiguous.
     """
     y = _product(x, weight, bias)
+    if residual:
+        y.add_(x)
     return y.relu_() if relu else y
 
 
 @cpu_linear.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool = False, residual: bool = False) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
@@ -143,7 +146,7 @@ def _linear_flops(x: torch.Size, weight: torch.Size, *_, **__) -> int:
 
 
 def _linear_setup(ctx, inputs, output):
-    x, weight, _, relu = inputs
+    x, weight, _, relu, ctx.residual = inputs
     ctx.save_for_backward(x, weight, output if relu else None)
 
 
@@ -152,11 +155,11 @@ def _linear_backward(ctx, grad):
     grad = grad.contiguous()
     if y is not None:
         grad = torch.ops.aten.threshold_backward(grad, y, 0)
-    needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
-    grad_x = cpu_linear(grad, weight.t(), None, False) if needs_x else None
-    grad_weight = cpu_linear(grad.t(), x.t(), None, False) if needs_weight else None
+    needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+    grad_x = cpu_linear(grad, weight.t(), None, residual=ctx.residual) if needs_x else None
+    grad_weight = cpu_linear(grad.t(), x.t(), None) if needs_weight else None
     grad_bias = grad.sum(0) if needs_bias else None
-    return grad_x, grad_weight, grad_bias, None
+    return grad_x, grad_weight, grad_bias, None, None
 
 
 cpu_linear.register_autograd(_linear_backward, setup_context=_linear_setup)
@@ -180,7 +183,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, weight, bias)
     else:
         if x.dim() >= 1 and serves(x, weight, bias) and uses_onednn():
-            return cpu_linear(x.reshape(-1, x.shape[-1]), weight, bias, False).view(*x.shape[:-1], weight.shape[0])
+            return cpu_linear(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], weight.shape[0])
         return F.linear(x, weight, bias)
 
 

@@ -324,11 +324,10 @@ def _folded_ista(x: Tensor, dictionary: Tensor, step_size: float, sparsity: floa
         residual = x - linear(x, dictionary).to(x.dtype)
         u = x + step_size * linear(residual, dictionary.t()).to(x.dtype)
     elif cpu_ops.serves(x, dictionary):
-        eye = torch.eye(width, dtype=x.dtype, device=x.device)
-        bias = x.new_full((width,), -shift) if threshold == "relu" else None
-        folded = eye + _folded(dictionary, step_size)
-        u = cpu_ops.cpu_linear(x.reshape(n_tokens, width), folded.t(), bias, threshold == "relu").view(x.shape)
-        return u if threshold == "relu" else F.softshrink(u, shift)
+        relu = threshold == "relu"
+        rows, bias = x.reshape(n_tokens, width), x.new_full((width,), -shift) if relu else None
+        u = cpu_ops.cpu_linear(rows, _folded(dictionary, step_size).t(), bias, relu, residual=True).view(x.shape)
+        return u if relu else F.softshrink(u, shift)
     else:
         dtype = compute_dtype(x)
         u = x + torch.matmul(x.to(dtype), _folded(dictionary, step_size).to(dtype)).to(x.dtype)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import crate_fast
 from crate_fast import SPIN_COUNT, cpu_ops
+from crate_fast.accuracy import judge
 from crate_fast.backends import explain_backend
 from crate_fast.functional import fold_dictionary, ista, linear, subspace_attention
 from crate_fast.reference import (
@@ -366,6 +367,7 @@ def test_custom_operators_pass_opcheck():
     for relu in (False, True):
         torch.library.opcheck(cpu_ops.cpu_linear, (x, weight, bias, relu))
         torch.library.opcheck(cpu_ops.cpu_linear, (x, weight, None, relu))
+        torch.library.opcheck(cpu_ops.cpu_linear, (x, torch.randn(5, 5, requires_grad=True), None, relu, True))
     w = torch.randn(1, 70, 2, 16, requires_grad=True)
     torch.library.opcheck(cpu_ops.cpu_subspace_attention, (w, 0.25))
     torch.library.opcheck(cpu_ops.cpu_subspace_attention_backward, (torch.randn(1, 70, 2, 16), w.detach(), 0.25))
@@ -374,15 +376,29 @@ def test_custom_operators_pass_opcheck():
 @with_either_library
 @pytest.mark.parametrize("rows", [1, 3, 700, 5000])
 @pytest.mark.parametrize("relu", [False, True])
-def test_cpu_linear_and_its_gradients(rows, relu):
-    x, weight, bias = torch.randn(rows, 48), torch.randn(32, 48), torch.randn(32)
+@pytest.mark.parametrize("residual", [False, True])
+def test_cpu_linear_and_its_gradients(rows, relu, residual):
+    width = 48 if residual else 32
+    x, weight, bias = torch.randn(rows, 48), torch.randn(width, 48), torch.randn(width)
     inputs = [t.requires_grad_() for t in (x, weight, bias)]
-    ours = cpu_ops.cpu_linear(*inputs, relu)
-    theirs = F.linear(*inputs).relu() if relu else F.linear(*inputs)
+    ours = cpu_ops.cpu_linear(*inputs, relu, residual)
+    theirs = F.linear(*inputs) + x if residual else F.linear(*inputs)
+    theirs = theirs.relu() if relu else theirs
     grad = torch.randn_like(theirs)
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
     for a, b in zip(torch.autograd.grad(ours, inputs, grad), torch.autograd.grad(theirs, inputs, grad), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+
+
+@with_either_library
+@pytest.mark.parametrize("threshold", ["relu", "soft"])
+def test_ista_of_many_tokens_is_as_exact_as_three_products(threshold):
+    """At a model's size: with the identity inside the product, fp32's rounding was twice what is allowed."""
+    x, dictionary = torch.randn(1000, 768), torch.randn(768, 768) / 768**0.5
+    inputs = (x, dictionary, 0.1, 0.1, threshold)
+    truth = ista_reference(x.double(), dictionary.double(), *inputs[2:])
+    judged = judge(ista(*inputs[:4], threshold=threshold), ista_reference(*inputs), truth)
+    assert judged.right, judged
 
 
 @with_either_library
