@@ -23,7 +23,7 @@ from harness import Run, run_shapes
 import torch
 import torch.nn.functional as F
 from measuring import Cost, Peer, Problem, measure_peers
-from torch import Tensor
+from torch import Tensor, nn
 
 from crate_fast.functional import cached_dictionaries, ista, norm_ista
 from crate_fast.reference import ista_reference
@@ -147,7 +147,9 @@ def make_problem(name: str, shape: Shape, operator: str, run: Run, autocast: boo
         numbers = torch.randn(sizes, generator=generator, device=run.device) * std + mean
         return numbers.to(stored).requires_grad_()
 
-    dictionary = random(shape.width, shape.width, std=shape.width**-0.5)
+    dictionary = nn.Parameter(
+        random(shape.width, shape.width, std=shape.width**-0.5)
+    )  # as a model's, which is cached
     if operator == "ista":
         inputs = (random(shape.rows, shape.width), dictionary)
     else:

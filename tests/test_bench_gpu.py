@@ -21,6 +21,7 @@ import torch.nn.functional as F
 import update_readme
 from measuring import Peer, measure_peers
 
+from crate_fast import functional
 from crate_fast.functional import ista
 from crate_fast.reference import subspace_attention_reference
 
@@ -328,6 +329,16 @@ def test_the_readmes_gpu_table_comes_from_the_results(run, tmp_path, monkeypatch
     assert "100 TFLOP/s" in table
     assert update_readme.main(["--show", str(tmp_path)]) == 0
     assert table in capsys.readouterr().out
+
+
+def test_inference_folds_once():
+    """The rows are named so: a dictionary that is no parameter would be folded in every call."""
+    run = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32)
+    x, dictionary = bench_ista.make_problem("tiny", bench_ista.Shape(40, 16), "ista", run, False).inputs
+    ours = next(peer for peer in bench_ista.inference_peers("ista", dictionary, "torch") if peer.ours)
+    with torch.no_grad(), functional.cached_dictionaries():
+        ours.build()(x, dictionary)
+        assert len(functional._cache.entries) == 1
 
 
 def test_layer_norm_is_in_front_of_every_peer():
