@@ -1,4 +1,4 @@
-"""How close to float64 a kernel must be, and the inputs on which that tells right from wrong.
+"""The error that a kernel may have against float64, and inputs on which the rule tells right from wrong.
 
 The rule: rms and max error are at most twice those of eager PyTorch in the same dtype, plus 4 eps of the products.
 Tests, probes, the self-check and the benchmarks' gates all judge by it.

@@ -1,4 +1,4 @@
-"""What a call runs on: the backend and why, autocast's dtype, and whether PyTorch traces or transforms the call.
+"""Choice of the backend for a call, with its reason; autocast's dtype; detection of tracing and transforms.
 
 The backend is `triton` (fused GPU kernels) or `torch` (folded PyTorch). Every supported `torch.compile` traces these
 functions.

@@ -372,7 +372,7 @@ def fold_dictionary(dictionary: Tensor, step_size: float = 0.1) -> Tensor:
 
 @dataclass
 class _Cache:
-    """What the open scopes share; every thread's, since autograd recomputes checkpoints in threads of its own."""
+    """State of the open scopes, shared by all threads: autograd recomputes checkpoints in its own threads."""
 
     lock: threading.RLock = field(default_factory=threading.RLock)
     scopes: int = 0

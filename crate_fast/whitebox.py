@@ -1,4 +1,4 @@
-"""What each layer did: subspace tokens, attention maps, tokens after compression and after ISTA, R^c, sparsity.
+"""A trace of each layer: subspace tokens, attention maps, tokens after compression and ISTA, R^c, sparsity.
 
     traces = trace(model, images)          # one LayerTrace per layer
     traces[10].cls_attention()             # [B, H, rows·columns]: the paper's Fig. 1
@@ -84,7 +84,7 @@ def attention_layer(model: nn.Module) -> int:
 
 @dataclass(frozen=True)
 class LayerTrace:
-    """What one layer computed for a batch.
+    """Tensors that one layer computed for a batch.
 
     Attributes:
         index: The layer, from 0.

@@ -1,4 +1,4 @@
-"""What the operators do to weights, once a call: G = η(D − DᵀD) and its gradient, and a LayerNorm's γ and β folded
+"""Preparation of weights, once a call: G = η(D − DᵀD) and its gradient, and a LayerNorm's γ and β folded
 into the weight behind it, and unfolded from its gradient (kernels/README.md §5, §6)."""
 
 import torch

@@ -68,7 +68,7 @@ def _finish(
     n_rows, shift,
     WIDTH: tl.constexpr, FINISH: tl.constexpr, MASKED: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """What follows the product, on BLOCK_N columns of the accumulator, CHUNK at a time: the halves one by one."""
+    """Apply the epilogue to BLOCK_N columns of the accumulator, CHUNK at a time, by halves."""
     if BLOCK_N > CHUNK:
         half: tl.constexpr = BLOCK_N // 2
         pair = tl.permute(tl.reshape(acc, (acc.shape[0], 2, half)), (0, 2, 1))

@@ -150,7 +150,7 @@ def _whole_head_fwd_kernel(
 
 @triton.jit
 def _pair(w_i, g_i, d_i, w_j, g_j, d_j, shift, scale_log2, acc, acc_t, BOTH: tl.constexpr):
-    """What a pair of blocks gives to dW_i [BLOCK, D] and, with BOTH, to dW_jᵀ [D, BLOCK]; see the kernel."""
+    """Return the share of a pair of blocks in dW_i [BLOCK, D] and, with BOTH, in dW_jᵀ [D, BLOCK]; see the kernel."""
     e = tl.exp2(tl.dot(w_i, tl.trans(w_j)) * scale_log2 - shift)
     low = e.to(w_i.dtype)
     if BOTH:
@@ -171,7 +171,7 @@ def _rest_keys(
     KEYS: tl.constexpr, N_TOKENS: tl.constexpr, STRIDE_WN: tl.constexpr, STRIDE: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """What the rest's tokens, from FIRST on, give to dW_i, KEYS of them at a time. Their own rows come later."""
+    """Return the share of the rest's tokens, from FIRST on, in dW_i, KEYS at a time. Their own rows come later."""
     for start in tl.static_range(FIRST, N_TOKENS, KEYS):
         w_j = _block(w_ptr, start, KEYS, N_TOKENS, STRIDE_WN, HEAD_DIM, BLOCK_D)
         g_j = _block(g_ptr, start, KEYS, N_TOKENS, STRIDE, HEAD_DIM, BLOCK_D)

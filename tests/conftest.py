@@ -1,4 +1,4 @@
-"""What every test file shares: GPU skipping that can be forbidden, one seed, and where kernels run."""
+"""Fixtures of all test files: one seed, the kernels' device, and GPU skips that can be forbidden."""
 
 import os
 import re

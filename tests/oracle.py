@@ -27,7 +27,7 @@ __all__ = [
 
 
 def within_twice_eager(actual: Tensor, eager: Tensor, truth: Tensor, label: str) -> bool:
-    """Whether rms and max error are within the rule of `crate_fast.accuracy`; prints both."""
+    """Return True if rms and max error are within the rule of `crate_fast.accuracy`; print both."""
     found = judge(actual, eager, truth)
     print(f"{label}: rms {found.rms:.2e} of {found.allowed_rms:.2e}, max {found.max:.2e} of {found.allowed_max:.2e}")
     return found.right
@@ -66,7 +66,7 @@ def agrees(
     names: str,
     grad: Tensor | None = None,
 ) -> bool:
-    """Whether our output and gradients are within twice the error of the reference in the same dtype."""
+    """Return True if our output and gradients are within twice the error of the reference in the same dtype."""
     grad = torch.randn_like(reference(*inputs)) if grad is None else grad
     actual, eager = (gradients(function, inputs, grad) for function in (ours, reference))
     truth = gradients(reference, [tensor.double() for tensor in inputs], grad.double())

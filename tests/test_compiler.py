@@ -1,4 +1,4 @@
-"""What the compiler makes of every row of the tile table, without a GPU: it compiles, fits and, on the Triton
+"""Compilation of every row of the tile table, without a GPU: it compiles, fits and, on the Triton
 versions that the table was made for, does not spill."""
 
 import json
@@ -106,7 +106,7 @@ def _die(case):
 
 
 def test_a_tile_of_ones_own():
-    """What a search for tiles asks: the same launch with other blocks."""
+    """A search for tiles asks for the same launch with other blocks."""
     case = compile_report.cases(("sm_90",))[0]
     launch = compile_report.plan(compile_report.replace(case, tile=Tile(64, 64, 4, 3)))
     assert (launch.constants["BLOCK_M"], launch.options["num_warps"]) == (64, 4)

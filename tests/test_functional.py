@@ -142,7 +142,7 @@ def _attention_gradients(function, w: Tensor, grad: Tensor) -> tuple[Tensor, Ten
 
 
 def _check_attention(candidate, shape, dtype=torch.float32, scale=None) -> bool:
-    """Whether `candidate` and its gradient are as close to float64 as eager PyTorch in the same dtype."""
+    """Return True if `candidate` and its gradient are as close to float64 as eager PyTorch in the same dtype."""
     w = (torch.randn(shape) * token_scale(shape[1], shape[3])).to(dtype)
     grad = torch.randn(shape).to(dtype)
     truth = _attention_gradients(lambda t: subspace_attention_reference(t, scale), w.double(), grad.double())

@@ -51,7 +51,7 @@ def _run(function, a, b=None, *, size=None, dtype=BF16):
 
 
 def _equal(actual, expected):
-    """Whether the bits are equal; any NaN is as good as another."""
+    """Return True if the bits are equal; any NaN equals any other."""
     integers = {2: torch.int16, 4: torch.int32}[actual.element_size()]
     nan = expected.isnan()
     same = actual.view(integers) == expected.view(integers)

@@ -307,7 +307,7 @@ def test_parameters_are_drawn_in_any_memory_format():
 
 
 def test_it_learns_to_fill_in():
-    """Of two constant colours it learns to paint the hidden patches in the image's own."""
+    """With images of one colour out of two, it learns to paint hidden patches in the image's own."""
     torch.manual_seed(0)
     model = CRATEMAE(**SMALL)
     images = torch.tensor([-1.0, 1.0]).repeat(8)[:, None, None, None].expand(-1, 3, 32, 32)

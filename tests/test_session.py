@@ -1,4 +1,4 @@
-"""What a run does beside its steps: EMA, logs, profiles, dry runs, unreadable images, settings of the engine."""
+"""Parts of a run beside its steps: EMA, logs, profiles, dry runs, unreadable images, settings of the engine."""
 
 import csv
 import json

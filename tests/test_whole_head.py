@@ -77,7 +77,7 @@ def test_the_scale(scale, device, poisoned):
 
 
 def test_log_sum_exp(device, poisoned):
-    """Of the weights as they are multiplied, rounded to float16: each is off by at most 2⁻¹¹."""
+    """Compare weights as they are multiplied, rounded to float16: each is off by at most 2⁻¹¹."""
     w, _ = tokens_and_gradient((1, 197, 3, 64), torch.float16, device)
     out, lse = torch.empty_like(w), torch.empty(1, 3, 197, device=device)
     whole_head.forward(w, out, lse, 0.125, FORWARD)
@@ -90,7 +90,7 @@ def test_log_sum_exp(device, poisoned):
 
 
 def _refused(w, grad) -> tuple[int, int]:
-    """How many heads the first launches of forward and of backward leave to the second."""
+    """Count the heads that the first launches of forward and backward leave to the second."""
     out, lse = attention.forward(w, 0.125, FORWARD)
     dw, d = torch.empty_like(w), torch.empty_like(lse)
     counts = []

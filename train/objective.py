@@ -1,4 +1,4 @@
-"""What a model is trained for: classes of images, or their hidden patches; and the augmentation of whole batches.
+"""Training objectives, classes of images or hidden patches, and the augmentation of whole batches.
 
 The training loop asks its objective for a loss, and in evaluation for sums of scores.
 """

@@ -1,4 +1,4 @@
-"""What the commands of the protocols share: their options, their models and images, and the files that they write."""
+"""Options, models, images and output files of the protocols' commands."""
 
 import argparse
 from collections.abc import Iterator, Sequence
