@@ -300,7 +300,7 @@ class Worker:
         try:
             for run in self.runs.values():
                 run.timer.synchronize()
-        except Exception:
+        except Exception:  # whatever the driver raises: the caller records it and starts another process
             return False
         return True
 

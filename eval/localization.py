@@ -92,6 +92,17 @@ def _covered(truth: np.ndarray, rows: int, columns: int) -> np.ndarray:
     return (inside_y[:, :, None] & inside_x[:, None, :]).any(axis=0)
 
 
+def _boxes_of(sample: Sample) -> np.ndarray:
+    """Return the annotated boxes [M, 4] in shares of the image's sides."""
+    height, width = sample.size
+    return sample.target.boxes.double().numpy() / [width, height, width, height]
+
+
+def _enlarge(maps: Tensor, resolution: int) -> np.ndarray:
+    """Enlarge maps [H, rows, columns] to squares, bilinearly."""
+    return F.interpolate(maps[None].double(), (resolution, resolution), mode="bilinear")[0].numpy()
+
+
 class _Measurements:
     """Per-image measurements of several maps: IoU by threshold, pointing and average precision."""
 
@@ -102,7 +113,7 @@ class _Measurements:
 
     def add(self, maps: Tensor, truth: np.ndarray, resolution: int) -> None:
         """Measure the maps [H, rows, columns] of one image with the boxes [M, 4], in shares of its sides."""
-        enlarged = F.interpolate(maps[None].double(), (resolution, resolution), mode="bilinear")[0].numpy()
+        enlarged = _enlarge(maps, resolution)
         self._iou.append(_best_iou(largest_boxes(enlarged) / resolution, truth).astype(np.float32))
         strongest = enlarged.reshape(len(enlarged), -1).argmax(axis=1)
         self._pointing.append(_covered(truth, resolution, resolution).ravel()[strongest])
@@ -203,8 +214,7 @@ def evaluate(
             if not len(sample.target.boxes):
                 without += 1
                 continue
-            height, width = sample.size
-            truth = sample.target.boxes.double().numpy() / [width, height, width, height]
+            truth = _boxes_of(sample)
             truths.append(truth)
             for layer, weights in maps.items():
                 measured[layer].add(weights[row].unflatten(-1, features.grid), truth, resolution)
@@ -230,22 +240,20 @@ def _rows(label: str, scores: dict, marked: int) -> list[dict]:
         for row in scores["layers"]
         for kind in names
     ]
-    rows += [
-        {"model": label, "maps": f"random, {names[kind]}"} | scores["baselines"]["random"][kind] for kind in names
-    ]
-    priors = [(name, row) for name, row in scores["baselines"].items() if name != "random"]
-    return rows + [{"model": label, "maps": name} | row for name, row in priors]
+    baselines = dict(scores["baselines"])
+    random = baselines.pop("random")
+    baselines = {f"random, {names[kind]}": random[kind] for kind in names} | baselines
+    return rows + [{"model": label, "maps": name} | row for name, row in baselines.items()]
 
 
 def _boxed(sample: Sample, found: Sequence[float] | None = None) -> Picture:
     """Draw the annotated boxes (white) and a found one (red), in shares of the sides, over an image."""
     picture = Image.fromarray(sample.image.permute(1, 2, 0).numpy().copy())
-    height, width = sample.size
-    truth = sample.target.boxes.double().numpy() / [width, height, width, height]
     draw, side = ImageDraw.Draw(picture), picture.width
-    for box, colour in [*((box, "white") for box in truth), *([(found, "red")] if found is not None else [])]:
-        corners = [round(edge * side) for edge in box]
-        corners = [corners[0], corners[1], max(corners[0], corners[2] - 1), max(corners[1], corners[3] - 1)]
+    boxes = [(box, "white") for box in _boxes_of(sample)] + ([] if found is None else [(found, "red")])
+    for box, colour in boxes:
+        left, top, right, bottom = (round(edge * side) for edge in box)
+        corners = left, top, max(left, right - 1), max(top, bottom - 1)
         draw.rectangle(corners, outline=colour, width=max(1, side // 100))
     return Picture(np.asarray(picture))
 
@@ -261,8 +269,8 @@ def _figure(models: Sequence[LoadedModel], data, layers: Sequence[int], results:
             features = loaded.features(sample.image[None], [layer])
             per_head = next(r for r in results[loaded.label]["layers"] if r["layer"] == layer)["per_head"]
             head = int(np.argmax([scores["MaxBoxAccV2"] for scores in per_head]))
-            weights = features.cls_attention(layer)[0, head].float().cpu().view(1, 1, *features.grid).double()
-            enlarged = F.interpolate(weights, (options.resolution, options.resolution), mode="bilinear")[0].numpy()
+            weights = features.cls_attention(layer)[0, head].float().cpu().view(1, *features.grid)
+            enlarged = _enlarge(weights, options.resolution)
             cut = round(per_head[head]["threshold"] * len(THRESHOLDS))
             row += [Picture(enlarged[0]), _boxed(sample, largest_boxes(enlarged)[0, cut] / options.resolution)]
         rows.append(row)

@@ -25,9 +25,8 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
-    items.sort(
-        key=lambda item: item.path.name not in LONGEST
-    )  # else one process still runs them when others are done
+    # else one process still runs them when the others are done
+    items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
 def pytest_runtest_setup(item):
