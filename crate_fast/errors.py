@@ -16,7 +16,7 @@ from typing import Any
 __all__ = ["CommandParser", "UserError", "missing_package", "nearest", "require", "run_command"]
 
 _EXTRA_OF = {  # package, as it is imported: the extra that installs it
-    **dict.fromkeys(("pycocotools", "scipy", "sklearn"), "eval"),
+    **dict.fromkeys(("pycocotools", "scipy", "sklearn", "skimage"), "eval"),
     **dict.fromkeys(("onnx", "onnxscript", "onnxruntime"), "export"),
     **dict.fromkeys(("starlette", "uvicorn"), "explore"),
     "datasets": "hf",

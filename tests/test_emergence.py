@@ -13,16 +13,20 @@ import time
 from pathlib import Path
 
 import pytest
+from image_data import encoded, write_tar, write_tree
 from PIL import Image
 from runs import ROOT, same
 
+from crate_fast.errors import UserError
 from crate_fast.eval.common.models import open_model
 from crate_fast.eval.common.results import markdown_table
 from crate_fast.eval.emergence import report as report_module
 from crate_fast.eval.emergence import runs as runs_module
 from crate_fast.eval.emergence.command import main
+from crate_fast.eval.emergence.data import PhotographData, prepare_photographs
 from crate_fast.eval.emergence.protocol import (
     MODELS,
+    ORDER,
     SIZES,
     Protocol,
     Run,
@@ -47,12 +51,13 @@ from crate_fast.train.distributed import process_group
 from crate_fast.train.faults import Interruption, NonFiniteError
 from crate_fast.train.trainer import Trainer
 
-SMOKE = SIZES["smoke"]
+SCENES, PHOTOGRAPHS = SIZES["shape_scenes"], SIZES["photographs"]
+SMOKE = SCENES["smoke"]
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", SCENES)
 def test_models_differ_in_nothing_but_the_ablation(size):
-    protocol = SIZES[size]
+    protocol = SCENES[size]
     for number, stage in enumerate(protocol.stages):
         assert stage.steps % stage.checkpoints == 0
         assert training_config(protocol, Run("scenes", "ViT", 0), number, 1e-3).keep_checkpoints >= stage.steps
@@ -75,7 +80,7 @@ def test_the_protocols_page_has_its_settings():
 
 
 def test_runs_have_different_names_and_seeds_come_one_by_one():
-    runs = planned_runs(SIZES["small"])
+    runs = planned_runs(SCENES["small"])
     assert len({run.name for run in runs}) == len(runs) == 15 + 15 + 15
     assert [run.seed for run in runs if run.kind == "scenes"] == [0] * 5 + [1] * 5 + [2] * 5
 
@@ -385,7 +390,7 @@ def test_an_earlier_protocol_stays_in_the_report(copied, without_figures):
 def test_results_of_another_protocol_are_not_mixed_in(finished, monkeypatch, capsys):
     output, _ = finished
     other = dataclasses.replace(SMOKE, weight_decay=0.1)
-    monkeypatch.setitem(SIZES, "smoke", other)
+    monkeypatch.setitem(SCENES, "smoke", other)
     assert main(["--size", "smoke", "--output", str(output)]) == 2
     assert "weight_decay: 0.05 there, 0.1 now" in capsys.readouterr().err
 
@@ -401,3 +406,103 @@ def test_a_report_without_results_and_cifar10_that_is_none(finished, tmp_path, c
     assert "another --size than small" in capsys.readouterr().err
     assert main(["--size", "smoke", "--cifar10", str(tmp_path), "--output", str(tmp_path)]) == 2
     assert "holds neither train/" in capsys.readouterr().err
+
+
+def test_the_protocol_of_photographs_has_its_settings_and_wants_several_seeds():
+    page = (ROOT / "docs" / "emergence" / "photographs" / "protocol.md").read_text()
+    assert markdown_table(settings_table("photographs")) in page
+    for size, protocol in PHOTOGRAPHS.items():
+        assert protocol.models == ORDER
+        assert all(stage.steps % stage.checkpoints == 0 for stage in protocol.stages)
+        assert len(protocol.seeds) >= (2 if size == "smoke" else 3)
+        assert Protocol.of_settings(json.loads(json.dumps(protocol.settings()))) == protocol
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory):
+    """Noise in two classes: a training tar and a validation folder with boxes, and COCO's format with masks."""
+    root = tmp_path_factory.mktemp("photographs")
+    files = {
+        f"{split}/{label}/{i}.png": encoded(Image.effect_noise((32, 32), 60 + i).convert("RGB"))
+        for split, count in (("train", 10), ("val", 6))
+        for label in ("cat", "dog")
+        for i in range(count)
+    }
+    write_tree(root, {name: content for name, content in files.items() if name.startswith("val/")})
+    write_tar(root / "train.tar", [(name.removeprefix("train/"), c) for name, c in files.items() if name[0] == "t"])
+    names = [name.removeprefix("val/") for name in files if name.startswith("val/")]
+    images = [{"id": i, "file_name": name, "width": 32, "height": 32} for i, name in enumerate(names)]
+    boxes = [{"id": i, "image_id": i, "category_id": 1, "bbox": [4, 4, 16, 10 + i]} for i in range(len(names))]
+    content = {"images": images, "annotations": boxes, "categories": [{"id": 1, "name": "thing"}]}
+    (root / "val_boxes.json").write_text(json.dumps(content))
+    masks = [b | {"segmentation": [[4, 4, 20, 4, 20, 14, 4, 14]], "area": 160, "iscrowd": 0} for b in boxes]
+    write_tree(root / "coco" / "val2017", {name: files[f"val/{name}"] for name in names})
+    (root / "coco" / "instances_val2017.json").write_text(json.dumps(content | {"annotations": masks}))
+    return root
+
+
+def on_photographs(folder: Path, output: Path) -> list[str]:
+    data = ["--data", f"photographs:{folder}", "--masks", f"coco:{folder / 'coco'}"]
+    return ["--size", "smoke", *data, "--output", str(output), "--device", "cpu"]
+
+
+def test_photographs_from_archives_to_a_report(photographs, tmp_path, capsys):
+    command = on_photographs(photographs, tmp_path / "run")
+    assert main([*command, "--minutes", "0.0001"]) == 0
+    assert "the same command continues" in capsys.readouterr().out
+    assert main(command) == 0
+    data, report = tmp_path / "run" / "data", tmp_path / "run" / "report"
+    halves = [{p.name for p in (data / split / "cat").iterdir()} for split in ("selection", "test")]
+    assert halves == [{"0.png", "2.png", "4.png"}, {"1.png", "3.png", "5.png"}]
+    assert len(list((data / "train").glob("*/*.png"))) == 20
+    result = json.loads((report / "results" / "photographs-ViT-seed1.json").read_text())
+    first, middle, last = result["checkpoints"]
+    assert ["boxes" in checkpoint for checkpoint in (first, middle, last)] == [True, False, True]
+    assert all(c["masks"]["ap"]["images"] == 4 and "0" in c["maskcut"] for c in (first, middle, last))
+    assert result["protocol"]["stages"][0]["images"] == 20
+    text = (report / "report.md").read_text()
+    for words in ("at equal accuracy", "mean box", "## Boxes from attention", "## MaskCut", "16 of 16"):
+        assert words in text
+    assert text.count("](figures/") == len(list((report / "figures").glob("*.png"))) == 9
+    assert str(tmp_path) not in text
+
+
+def test_scores_of_photographs_are_those_of_their_boxes(photographs, tmp_path):
+    prepare_photographs(photographs, None, None, tmp_path / "data")
+    protocol = dataclasses.replace(PHOTOGRAPHS["smoke"], coverage=(0.0, 0.3))
+    data = PhotographData(protocol, tmp_path / "data")
+    covered = [16 * (10 + i) / 1024 for i in (*range(1, 6, 2), *range(7, 12, 2))]  # the test half, cats then dogs
+    samples = [data.test()[i] for i in range(len(data.test()))]
+    assert [float(s.target.masks.float().mean()) for s in samples] == [c for c in covered if c <= 0.3]
+    assert [s.target.classes for s in samples] == [[0], [0], [0], [1], [1]]
+    assert len(data.classified()) == 6
+    assert data.with_masks() is None
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (["--data", "photographs:{tmp}/none"], "a folder with train and val"),
+        (["--data", "photos"], "write shape_scenes, or photographs:DIR"),
+        (["--masks", "voc:{data}"], "write coco:PATH"),
+        (["--boxes", "{tmp}/none.json"], "name the boxes"),
+        (["--cifar10", "{data}"], "belongs to --data shape_scenes"),
+    ],
+)
+def test_photographs_that_are_not_there(photographs, tmp_path, capsys, change, words):
+    change = [word.format(tmp=tmp_path, data=photographs) for word in change]
+    assert main([*on_photographs(photographs, tmp_path / "run"), *change]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_other_photographs_need_another_folder(photographs, tmp_path):
+    prepare_photographs(photographs, None, None, tmp_path / "data")
+    assert prepare_photographs(photographs, None, None, tmp_path / "data") == 20
+    with pytest.raises(UserError, match="other photographs"):
+        prepare_photographs(photographs, None, f"coco:{photographs / 'coco'}", tmp_path / "data")
+    shutil.rmtree(tmp_path / "data")
+    (tmp_path / "few").mkdir()
+    shutil.copytree(photographs / "val" / "cat", tmp_path / "few" / "val" / "cat")
+    shutil.copytree(photographs / "val", tmp_path / "few" / "train")
+    with pytest.raises(UserError, match="the training classes are needed.*dog"):
+        prepare_photographs(tmp_path / "few", photographs / "val_boxes.json", None, tmp_path / "data")

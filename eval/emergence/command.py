@@ -9,6 +9,7 @@ from pathlib import Path
 from crate_fast.errors import CommandParser, UserError, require, run_command
 from crate_fast.eval.common.command import positive
 from crate_fast.eval.common.results import make_folder
+from crate_fast.eval.emergence.data import prepare_photographs
 from crate_fast.eval.emergence.protocol import SIZES, Protocol
 from crate_fast.eval.emergence.report import write_report
 from crate_fast.eval.emergence.runs import Folders, Resources, run_experiment
@@ -56,12 +57,21 @@ def _command(options: argparse.Namespace) -> None:
     require("pycocotools", "scipy")
     if options.minutes is not None and not 0 < options.minutes < math.inf:
         raise UserError(f"--minutes {options.minutes}: it must be above 0, and finite; leave it out for no limit")
-    protocol = SIZES[options.size]
-    output = options.output or Path("runs/emergence") / options.size
+    data, _, source = options.data.partition(":")
+    if data not in SIZES or bool(source) > (data == "photographs"):
+        raise UserError(f"--data {options.data}: write shape_scenes, or photographs:DIR")
+    protocol = SIZES[data][options.size]
+    output = options.output or Path("runs/emergence") / (
+        f"photographs-{options.size}" if protocol.photographs else options.size
+    )
     folders = Folders(output, options.report or output / "report", options.cifar10)
     if options.report_only:
         _report_again(folders.report, options.size)
         return
+    if protocol.photographs:
+        protocol = _with_photographs(options, source, protocol, folders)
+    elif options.boxes or options.masks:
+        raise UserError("--boxes and --masks belong to --data photographs:DIR")
     _check_cifar10(folders.cifar10)
     resources = Resources(options.device, options.jobs)
     _claim_folder(folders.report, options.size, protocol, "--report")
@@ -72,17 +82,39 @@ def _command(options: argparse.Namespace) -> None:
     print(f"written:\n  {write_report(folders.report, protocol, options.size)}")
 
 
+def _with_photographs(options: argparse.Namespace, source: str, protocol: Protocol, folders: Folders) -> Protocol:
+    """Prepare the photographs, and return the protocol for their number."""
+    if not source or not Path(source).is_dir():
+        raise UserError(f"--data {options.data}: write photographs:DIR, a folder with train and val")
+    if folders.cifar10:
+        raise UserError("--cifar10 belongs to --data shape_scenes: leave it out")
+    require("skimage")
+    images = prepare_photographs(Path(source), options.boxes, options.masks, folders.photographs)
+    needed = protocol.stages[0].batch_size
+    if images < needed:
+        raise UserError(f"{source} holds {images} training images, fewer than a batch of {needed}")
+    return protocol.with_training_images(images)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run, continue or report the experiment; return the exit status."""
     parser = CommandParser(
         prog="crate-fast reproduce emergence",
         description="Does segmentation appear in CRATE and not in a ViT? docs/emergence/protocol.md says how it is "
-        "asked. Started again, the command continues where it was stopped or killed.",
+        "asked of scenes, docs/emergence/photographs/protocol.md of photographs. Started again, the command goes on "
+        "where it was stopped or killed.",
         allow_abbrev=False,
     )
     add = parser.add_argument
     sizes = "smoke: minutes; small: two CPU cores, a night; full: a GPU"
-    add("--size", choices=list(SIZES), required=True, help=sizes)
+    add("--size", choices=list(SIZES["shape_scenes"]), required=True, help=sizes)
+    add("--data", default="shape_scenes", help="shape_scenes, the default, or photographs:DIR (DIR/train, DIR/val)")
+    add(
+        "--boxes",
+        type=Path,
+        help="boxes of DIR/val: COCO's JSON or a folder of XML; default DIR/val_boxes.json",
+    )
+    add("--masks", metavar="coco:DIR[:SPLIT]", help="photographs with masks, for MaskCut and coarse segmentation")
     add("--output", type=Path, help="folder of the runs; default runs/emergence/SIZE")
     add("--report", type=Path, help="folder of results, pictures and report; default OUTPUT/report")
     add("--report-only", action="store_true", help="write the report again from its folder, and run nothing")

@@ -1,6 +1,6 @@
 """The report's figures, drawn from saved results and pictures alone; numbers are those of similar paper figures.
 
-Grids show the first eight or four test scenes; nobody chose them.
+Grids show the first eight or four of the shown images: test scenes, or free photographs.
 """
 
 import statistics
@@ -27,6 +27,7 @@ from crate_fast.eval.emergence.scores import (
     coarse_measures,
     complete_seeds,
     has_measure,
+    head_chosen,
     held_out_accuracy,
     validated,
 )
@@ -36,16 +37,17 @@ __all__ = ["CAPTIONS", "draw", "load_pictures"]
 
 Pictures = dict[str, dict[str, np.ndarray]]
 CAPTIONS = {  # name → caption, in the report's order
+    "figure4_heads": "Attention of each model's head that is best on other photographs, at the paper's layer.",
     "figure4_masks": "Each model's best mask by mass at the paper's layer, as scored (Fig. 4).",
     "figure4_maps": "The attention map of each model's best head by AP; black is 0, white its largest weight.",
     "figure6_by_layer": "Scores by layer, means and standard deviations over seeds (Fig. 6).",
-    "figure6_components": "Principal components 2 to 4 of patch features by layer, as colours; four scenes (Fig. 6).",
+    "figure6_components": "Principal components 2 to 4 of patch features by layer, as colours; four images (Fig. 6).",
     "figure7_heads": "Attention of CLS, every head of CRATE's layer that the paper looks at (Fig. 7).",
-    "figure9_parts": "The first three components of the foreground by layer, as colours; four scenes (Fig. 9).",
+    "figure9_parts": "The first three components of the foreground by layer, as colours; four images (Fig. 9).",
     "figure10_by_epoch": "Scores over training at the paper's layer (Fig. 10); at 0 stand the untrained twins.",
-    "figure10_components": "Components 2 to 4 over training, CRATE; four scenes (Fig. 10).",
-    "by_accuracy": "Attention's scores at the paper's layer against accuracy on a run's held-out scenes, a point a "
-    "checkpoint of the first stage. Added after the results were known; nothing is decided by it.",
+    "figure10_components": "Components 2 to 4 over training, CRATE; four images (Fig. 10).",
+    "by_accuracy": "Attention's scores at the paper's layer against accuracy on a run's held-out images, a point a "
+    "checkpoint of the first stage.",
     "white_box": "R^c and sparsity by layer; dashed: before training.",
 }
 _SHOWN_SCORES = (
@@ -55,11 +57,13 @@ _SHOWN_SCORES = (
 
 
 def load_pictures(report: Path) -> Pictures:
-    """Load the arrays of `scores.pictures` and `scores.shown_scenes`, by model."""
+    """Load the arrays of `scores.pictures` and of the shown images, by model."""
     found: Pictures = {}
+    folder = report / "pictures"
+    shown = next((path for path in map(folder.joinpath, ("scenes.npz", "photographs.npz")) if path.is_file()), None)
     for model in MODELS:
-        if (report / "pictures" / f"{model}.npz").is_file():
-            found[model] = _load(report / "pictures" / "scenes.npz") | _load(report / "pictures" / f"{model}.npz")
+        if (folder / f"{model}.npz").is_file():
+            found[model] = _load(shown) | _load(folder / f"{model}.npz")
     return found
 
 
@@ -81,15 +85,21 @@ def draw(results: dict[str, dict], pictures: Pictures, protocol: Protocol, folde
         Files by name, in the order of `CAPTIONS`.
     """
     first = protocol.seeds[0]  # the seed of the pictures
-    pictures = {model: p for model, p in pictures.items() if f"scenes-{model}-seed{first}" in results}
-    layers = {m: results[f"scenes-{m}-seed{first}"]["checkpoints"][-1]["default_layer"] for m in pictures}
+    runs = {model: results.get(f"{protocol.kind}-{model}-seed{first}") for model in pictures}
+    pictures = {model: arrays for model, arrays in pictures.items() if runs[model]}
+    last = {model: runs[model]["checkpoints"][-1] for model in pictures}
+    layers = {model: checkpoint["default_layer"] for model, checkpoint in last.items()}
     figures: dict[str, Callable[[Path], None]] = {}
     if "CRATE" in pictures:
         figures["figure7_heads"] = lambda path: _all_heads(pictures["CRATE"], layers["CRATE"], protocol, path)
         figures["figure10_components"] = lambda path: _by_checkpoint(pictures["CRATE"], protocol, path)
-    if pictures:
+    if pictures and protocol.photographs:
+        heads = {model: head_chosen(checkpoint, "ap", layers[model]) for model, checkpoint in last.items()}
+        figures["figure4_heads"] = lambda path: _one_head(pictures, layers, heads, protocol, path)
+    elif pictures:
         figures["figure4_masks"] = lambda path: _best_heads(pictures, layers, protocol, "mass", path)
         figures["figure4_maps"] = lambda path: _best_heads(pictures, layers, protocol, "ap", path)
+    if pictures:
         figures["figure9_parts"] = lambda path: _components(pictures, "parts", protocol, path)
         figures["figure6_components"] = lambda path: _components(pictures, "components", protocol, path)
     if complete_seeds(results, protocol):
@@ -104,29 +114,51 @@ def draw(results: dict[str, dict], pictures: Pictures, protocol: Protocol, folde
     return paths
 
 
-def _scenes(arrays: dict[str, np.ndarray]) -> tuple[list[Picture], list[Picture], list[str]]:
-    """Return images, object masks and class names of the shown scenes."""
-    images = [Picture(image) for image in arrays["images"]]
-    masks = [Picture(mask.astype(np.float32), "gray", (0, 1)) for mask in arrays["masks"]]
-    return images, masks, [CLASSES[label] for label in arrays["labels"]]
+def _images(arrays: dict[str, np.ndarray]) -> tuple[list[list[Picture]], list[str], list[str]]:
+    """Return the rows of images and, if known, object masks, their titles, and the names of the images."""
+    rows, titles = [[Picture(image) for image in arrays["images"]]], ["image"]
+    if "masks" in arrays:
+        rows.append([Picture(mask.astype(np.float32), "gray", (0, 1)) for mask in arrays["masks"]])
+        titles.append("object")
+    names = [CLASSES[label] for label in arrays["labels"]] if "labels" in arrays else _short(arrays["names"])
+    return rows, titles, names
+
+
+def _short(names: np.ndarray) -> list[str]:
+    """Return names of photographs, the credit on lines of its own."""
+    return [str(name).replace(" (", "\n").replace(", ", "\n").rstrip(")") for name in names]
+
+
+def _side(arrays: dict[str, np.ndarray], protocol: Protocol) -> int:
+    return arrays["images"].shape[1] // protocol.patch_size
 
 
 def _all_heads(arrays: dict[str, np.ndarray], layer: int, protocol: Protocol, path: Path) -> None:
-    """Draw attention maps of all heads of one layer, a scene a column."""
-    images, masks, classes = _scenes(arrays)
-    side = protocol.image_size // protocol.patch_size
-    rows, titles = [images, masks], ["image", "object"]
+    """Draw attention maps of all heads of one layer, an image a column."""
+    rows, titles, names = _images(arrays)
+    side = _side(arrays, protocol)
     for head, maps in enumerate(arrays["attention"][layer].swapaxes(0, 1)):
         rows.append([Picture(each.astype(np.float32).reshape(side, side)) for each in maps])
         titles.append(f"layer {layer},\nhead {head}")
-    image_grid(rows, [path], row_titles=titles, column_titles=classes)
+    image_grid(rows, [path], row_titles=titles, column_titles=names)
+
+
+def _one_head(
+    pictures: Pictures, layers: dict[str, int], heads: dict[str, int], protocol: Protocol, path: Path
+) -> None:
+    """Draw the attention map of one head of each model, an image a column."""
+    rows, titles, names = _images(next(iter(pictures.values())))
+    for model, arrays in pictures.items():
+        side, maps = _side(arrays, protocol), arrays["attention"][layers[model]][:, heads[model]]
+        rows.append([Picture(each.astype(np.float32).reshape(side, side)) for each in maps])
+        titles.append(f"{model},\nlayer {layers[model]},\nhead {heads[model]}")
+    image_grid(rows, [path], row_titles=titles, column_titles=names)
 
 
 def _best_heads(pictures: Pictures, layers: dict[str, int], protocol: Protocol, reading: str, path: Path) -> None:
     """Draw the mask ("mass") or the map ("ap") of each model's best head, as scored (Fig. 4a), a scene a column."""
-    side = protocol.image_size // protocol.patch_size
-    images, masks, classes = _scenes(next(iter(pictures.values())))
-    rows, titles = [images, masks], ["image", "object"]
+    rows, titles, names = _images(next(iter(pictures.values())))
+    side = _side(next(iter(pictures.values())), protocol)
     for model, arrays in pictures.items():
         objects = mask_to_grid(torch.from_numpy(arrays["masks"]), (side, side)).unsqueeze(1)
         maps = torch.from_numpy(arrays["attention"][layers[model]]).float()
@@ -136,7 +168,7 @@ def _best_heads(pictures: Pictures, layers: dict[str, int], protocol: Protocol, 
         chosen = shown[torch.arange(len(best)), best].view(-1, side, side).float()
         rows.append([Picture(each.numpy(), "gray", (0, float(each.max()))) for each in chosen])
         titles.append(f"{model},\nlayer {layers[model]}")
-    image_grid(rows, [path], row_titles=titles, column_titles=classes)
+    image_grid(rows, [path], row_titles=titles, column_titles=names)
 
 
 def _components(pictures: Pictures, name: str, protocol: Protocol, path: Path) -> None:
@@ -159,10 +191,10 @@ def _by_checkpoint(arrays: dict[str, np.ndarray], protocol: Protocol, path: Path
 def _colour_grid(
     scenes: dict[str, np.ndarray], columns: list[tuple[str, np.ndarray]], protocol: Protocol, path: Path
 ) -> None:
-    """Draw (title, colours [8, P, 3]) of the first four scenes, a scene a row."""
+    """Draw (title, colours [8, P, 3]) of the first four images, an image a row."""
     shown = 4
-    side = protocol.image_size // protocol.patch_size
-    images, _, classes = _scenes(scenes)
+    side = _side(scenes, protocol)
+    (images, *_), _, classes = _images(scenes)
     rows = [[image] for image in images[:shown]]
     for _, found in columns:
         for row, picture in zip(rows, found, strict=False):
@@ -178,7 +210,8 @@ class _Charts:
         self.results, self.protocol = results, protocol
         self.layers = range(protocol.depth)
         known = coarse_measures(results)
-        self.shown = [name for name in _SHOWN_SCORES if name not in COARSE or name in known]
+        detected = all("maskcut" in r["checkpoints"][-1] for r in results.values() if "checkpoints" in r)
+        self.shown = [name for name in _SHOWN_SCORES if (name in known if name in COARSE else detected)]
 
     def by_layer(self, path: Path) -> None:
         """Draw scores of the last checkpoint at every layer."""
@@ -187,7 +220,7 @@ class _Charts:
             return [lambda r, at=layer: MEASURES[measure](r["checkpoints"][-1], at) for layer in self.layers]
 
         panels = {f"{m}, %": self._models(m, self.layers, values(m)) for m in self.shown}
-        curve_figure(panels, "layer", [path], from_zero=True, columns=2, labels=MODELS)
+        self._draw(panels, "layer", path)
 
     def by_epoch(self, path: Path) -> None:
         """Draw accuracy, and scores at the paper's layer, over training."""
@@ -199,7 +232,9 @@ class _Charts:
             return [at_checkpoint(measure, index) for index in range(len(images))]
 
         panels = {f"{m}, %": self._models(m, images, values(m)) for m in ("accuracy", *self.shown)}
-        curve_figure(panels, "training images, thousands", [path], from_zero=True, columns=2, labels=MODELS)
+        curve_figure(
+            panels, "training images, thousands", [path], from_zero=True, columns=2, labels=self.protocol.models
+        )
 
     def by_accuracy(self, path: Path) -> None:
         """Draw attention's scores at the paper's layer against accuracy, a point a checkpoint of the first stage."""
@@ -208,21 +243,22 @@ class _Charts:
         def accuracy(model: str, index: int) -> float:
             return statistics.fmean(by_seed(self.results, self.protocol, model, held_out_accuracy(index)))
 
-        along = {model: sorted((accuracy(model, index), index) for index in known) for model in MODELS}
+        models = self.protocol.models
+        along = {model: sorted((accuracy(model, index), index) for index in known) for model in models}
 
         def curve(model: str, measure: str) -> Curve:
             values = [at_checkpoint(measure, index) for _, index in along[model]]
             return self._curve(model, [x for x, _ in along[model]], values, model)
 
-        panels = {f"{m}, %": [curve(model, m) for model in MODELS] for m in self.shown if m in COARSE}
-        curve_figure(panels, "accuracy on held-out scenes, %", [path], from_zero=True, columns=2, labels=MODELS)
+        panels = {f"{m}, %": [curve(model, m) for model in models] for m in self.shown if m in COARSE}
+        self._draw(panels, f"accuracy on held-out {self.protocol.kind}, %", path)
 
     def white_box(self, path: Path) -> None:
         """Draw R^c and sparsity by layer, trained and untrained, for the models that have them."""
         titles = {"coding_rate": "R$^c$ of the subspace tokens (nats)", "sparsity": "share of non-zeros after ISTA"}
         panels: dict[str, list[Curve]] = {}
         for name, title in titles.items():
-            for model in MODELS:
+            for model in self.protocol.models:
                 if not by_seed(self.results, self.protocol, model, lambda r, n=name: has_measure(r, n))[0]:
                     continue
                 for index, style in ((-1, {}), (0, {"dashed": True, "like": model})):
@@ -232,7 +268,10 @@ class _Charts:
                     ]
                     label = model if index else f"{model}, untrained"
                     panels.setdefault(title, []).append(self._curve(model, self.layers, values, label, **style))
-        curve_figure(panels, "layer", [path], labels=MODELS)
+        curve_figure(panels, "layer", [path], labels=self.protocol.models)
+
+    def _draw(self, panels: dict[str, list[Curve]], along: str, path: Path) -> None:
+        curve_figure(panels, along, [path], from_zero=True, columns=2, labels=self.protocol.models)
 
     def _curve(self, model: str, x: Sequence[float], values: Sequence[Callable], label: str, **style) -> Curve:
         found = [by_seed(self.results, self.protocol, model, value) for value in values]
@@ -241,10 +280,11 @@ class _Charts:
 
     def _models(self, measure: str, x: Sequence[float], values: Sequence[Callable]) -> list[Curve]:
         """Return a curve a model, and for attention the baselines."""
-        curves = [self._curve(model, x, values, model) for model in MODELS]
+        curves = [self._curve(model, x, values, model) for model in self.protocol.models]
         if measure in COARSE:
             known = baselines(self.results, measure)
-            names = {"mean_mask": "mean mask"} | ({"random": "random maps"} if measure.endswith("best head") else {})
+            fixed = "mean box" if self.protocol.photographs else "mean mask"
+            names = {"mean_mask": fixed} | ({"random": "random maps"} if measure.endswith("best head") else {})
             for name, text in names.items():
                 curves.append(Curve(text, [x[0], x[-1]], [known[name]] * 2, dashed=True))
         return curves

@@ -1,4 +1,7 @@
-"""All settings of the experiment, fixed before its runs; docs/emergence/protocol.md gives the reasons."""
+"""All settings of the experiment, fixed before its runs.
+
+docs/emergence/protocol.md (shape_scenes) and docs/emergence/photographs/protocol.md give the reasons.
+"""
 
 import dataclasses
 import json
@@ -9,6 +12,7 @@ from crate_fast.train.config import TrainConfig
 
 __all__ = [
     "MODELS",
+    "ORDER",
     "SIZES",
     "Point",
     "Protocol",
@@ -27,7 +31,10 @@ MODELS: dict[str, dict[str, str]] = {  # what differs from CRATE
     "ViT": {"attention": "mhsa", "sparsifier": "mlp"},
     "CRATE-sth": {"threshold": "soft"},
 }
+ORDER = ("CRATE", "CRATE-MLP", "CRATE-MHSA", "ViT")  # the paper's Table 2, best first
 _CIFAR_SIZE, _CIFAR_IMAGES = 32, 50_000
+_OF_PHOTOGRAPHS = ("data", "models", "crop_scale", "hflip", "precision", "mask_size", "coverage", "box_images")
+_OF_SCENES = ("cifar_epochs", "selection_seed", "test_seed")
 
 
 @dataclass(frozen=True)
@@ -36,7 +43,7 @@ class Stage:
 
     Attributes:
         image_size: Side of the images in pixels.
-        scenes: Number of training images.
+        images: Number of training images.
         epochs: Number of passes over them.
         lr_share: Peak learning rate as a share of the run's.
         checkpoints: Number of scored checkpoints, evenly spaced, the last at the end.
@@ -44,7 +51,7 @@ class Stage:
     """
 
     image_size: int
-    scenes: int
+    images: int
     epochs: int
     lr_share: float = 1.0
     checkpoints: int = 1
@@ -53,7 +60,7 @@ class Stage:
     @property
     def steps(self) -> int:
         """Number of optimiser steps."""
-        return self.scenes // self.batch_size * self.epochs
+        return self.images // self.batch_size * self.epochs
 
 
 @dataclass(frozen=True)
@@ -80,18 +87,25 @@ class Protocol:
         dim, depth, heads: Size of every model; the head width is dim / heads.
         stages: Stages of a compared run; each starts from the weights of the one before. All checkpoints are scored
             at the last stage's image size.
-        sweep_scenes: Training images of a learning-rate run, which is otherwise the first stage; each is seen once.
+        sweep_images: Training images that a learning-rate run sees; it is otherwise the first stage.
         lrs: Learning rates to try, ascending.
-        seeds: Seeds of the compared runs, for weights, scenes and their order.
+        seeds: Seeds of the compared runs, for weights, images and their order.
         cifar_epochs: Passes over CIFAR-10's training images.
-        selection_images: Number of scenes for choosing heads and layers.
-        test_images: Number of scored scenes.
-        maskcut_images: Number of scenes for MaskCut, the first of the test scenes.
+        selection_images: Number of images for choosing heads and layers; at most, where they are photographs.
+        test_images: Number of scored images; at most, where they are photographs.
+        maskcut_images: Number of images for MaskCut: the first test scenes, or photographs with masks.
         selection_seed, test_seed: Seeds of those scenes; no model is trained on them.
         sweep_seed: Seed of the learning-rate runs.
         optimizer, weight_decay, label_smoothing: Settings of `TrainConfig`.
         warmup_share: Share of a stage's steps.
         primary: Measure of `scores.COARSE` that decides; the default is the first protocol's.
+        data: "shape_scenes" or "photographs".
+        models: Keys of `MODELS`.
+        crop_scale, hflip: Augmentation of photographs, settings of `TrainConfig`.
+        precision: Setting of `TrainConfig`.
+        mask_size: Side in pixels of photographs with masks, when they are scored.
+        coverage: Smallest and largest share of a photograph that its boxes may cover to be scored.
+        box_images: Number of test photographs for the boxes of `crate-fast eval localization`, which are slow.
     """
 
     patch_size: int
@@ -99,7 +113,7 @@ class Protocol:
     depth: int
     heads: int
     stages: tuple[Stage, ...]
-    sweep_scenes: int
+    sweep_images: int
     lrs: tuple[float, ...]
     seeds: tuple[int, ...]
     cifar_epochs: int
@@ -114,6 +128,24 @@ class Protocol:
     label_smoothing: float = 0.1
     warmup_share: float = 0.05
     primary: str = "mIoU mass, best head"
+    data: str = "shape_scenes"
+    models: tuple[str, ...] = tuple(MODELS)
+    crop_scale: float = 1.0
+    hflip: float = 0.0
+    precision: str = "auto"
+    mask_size: int = 128
+    coverage: tuple[float, float] = (0.0, 1.0)
+    box_images: int = 0
+
+    @property
+    def photographs(self) -> bool:
+        """True if the images are photographs."""
+        return self.data == "photographs"
+
+    @property
+    def kind(self) -> str:
+        """Kind of the compared runs, and the word for the images."""
+        return "photographs" if self.photographs else "scenes"
 
     @property
     def image_size(self) -> int:
@@ -136,24 +168,33 @@ class Protocol:
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
     def in_words(self) -> dict[str, str]:
-        """Return every setting as text, for a table."""
-        return {field.name: _in_words(getattr(self, field.name)) for field in dataclasses.fields(self)}
+        """Return every setting that its data have as text, for a table."""
+        left_out = _OF_SCENES if self.photographs else _OF_PHOTOGRAPHS
+        names = [field.name for field in dataclasses.fields(self) if field.name not in left_out]
+        return {name: _in_words(getattr(self, name)) for name in names}
 
     @classmethod
     def of_settings(cls, settings: dict) -> "Protocol":
-        """Return the protocol of saved `settings`."""
+        """Return the protocol of saved `settings`; "scenes" is the older name of "images"."""
         values = {name: tuple(v) if isinstance(v, list) else v for name, v in settings.items()}
-        return cls(**values | {"stages": tuple(Stage(**stage) for stage in settings["stages"])})
+        if "sweep_scenes" in values:
+            values["sweep_images"] = values.pop("sweep_scenes")
+        stages = [{"images" if name == "scenes" else name: v for name, v in s.items()} for s in settings["stages"]]
+        return cls(**values | {"stages": tuple(Stage(**stage) for stage in stages)})
+
+    def with_training_images(self, count: int) -> "Protocol":
+        """Return the protocol for a training set of another size."""
+        return dataclasses.replace(self, stages=tuple(dataclasses.replace(s, images=count) for s in self.stages))
 
 
-SIZES = {
+_SCENES = {
     "smoke": Protocol(
         patch_size=8,
         dim=16,
         depth=2,
         heads=2,
         stages=(Stage(32, 64, 2, 1.0, 1, 16), Stage(64, 32, 1, 0.5, 1, 16)),
-        sweep_scenes=32,
+        sweep_images=32,
         lrs=(1e-3, 2e-3),
         seeds=(0, 1),
         cifar_epochs=1,
@@ -168,7 +209,7 @@ SIZES = {
         depth=4,
         heads=3,
         stages=(Stage(64, 50_000, 4, 1.0, 4), Stage(128, 24_064, 1, 0.5, 2)),
-        sweep_scenes=60_000,
+        sweep_images=60_000,
         lrs=(5e-4, 1e-3, 2e-3),
         seeds=(0, 1, 2),
         cifar_epochs=2,
@@ -183,7 +224,7 @@ SIZES = {
         depth=12,
         heads=3,
         stages=(Stage(128, 307_200, 2, 1.0, 8, 256),),
-        sweep_scenes=150_000,
+        sweep_images=150_000,
         lrs=(5e-4, 1e-3, 2e-3),
         seeds=(0, 1, 2),
         cifar_epochs=10,
@@ -193,12 +234,68 @@ SIZES = {
         primary="AP, best head",
     ),
 }
+_PHOTOGRAPHS = {"data": "photographs", "models": ORDER, "primary": "AP, best head", "cifar_epochs": 0} | {
+    "crop_scale": 0.35,
+    "hflip": 0.5,
+}
+_PHOTOGRAPH_SIZES = {
+    "smoke": Protocol(
+        patch_size=8,
+        dim=16,
+        depth=2,
+        heads=2,
+        stages=(Stage(32, 16, 2, 1.0, 2, 8),),
+        sweep_images=16,
+        lrs=(1e-3, 2e-3),
+        seeds=(0, 1),
+        selection_images=6,
+        test_images=6,
+        maskcut_images=4,
+        mask_size=64,
+        box_images=4,
+        **_PHOTOGRAPHS,
+    ),
+    "small": Protocol(
+        patch_size=8,
+        dim=192,
+        depth=6,
+        heads=3,
+        stages=(Stage(64, 50_000, 12, 1.0, 6, 128),),
+        sweep_images=100_000,
+        lrs=(5e-4, 1e-3, 2e-3),
+        seeds=(0, 1, 2),
+        selection_images=1500,
+        test_images=1500,
+        maskcut_images=79,
+        coverage=(0.05, 0.6),
+        box_images=1000,
+        precision="bf16",
+        **_PHOTOGRAPHS,
+    ),
+    "full": Protocol(
+        patch_size=8,
+        dim=384,
+        depth=12,
+        heads=6,
+        stages=(Stage(64, 50_000, 60, 1.0, 12, 256),),
+        sweep_images=250_000,
+        lrs=(5e-4, 1e-3, 2e-3),
+        seeds=(0, 1, 2),
+        selection_images=1500,
+        test_images=1500,
+        maskcut_images=79,
+        coverage=(0.05, 0.6),
+        box_images=1000,
+        **_PHOTOGRAPHS,
+    ),
+}
+SIZES = {"shape_scenes": _SCENES, "photographs": _PHOTOGRAPH_SIZES}
 
 
-def settings_table() -> list[dict]:
-    """Return the table of docs/emergence/protocol.md: a row a setting, a column a size."""
-    words = {size: protocol.in_words() for size, protocol in SIZES.items()}
-    names = [field.name for field in dataclasses.fields(Protocol)]
+def settings_table(data: str = "shape_scenes") -> list[dict]:
+    """Return the table of a protocol's page: a row a setting, a column a size."""
+    words = {size: protocol.in_words() for size, protocol in SIZES[data].items()}
+    names = next(iter(words.values()))
     return [{"setting": f"`{name}`", **{size: settings[name] for size, settings in words.items()}} for name in names]
 
 
@@ -206,7 +303,7 @@ def _in_words(value: object) -> str:
     if isinstance(value, tuple):
         return "; ".join(map(_in_words, value)) if isinstance(value[0], Stage) else ", ".join(map(str, value))
     if isinstance(value, Stage):
-        words = f"{value.epochs} × {value.scenes:,} scenes of {value.image_size} px, batch {value.batch_size}, "
+        words = f"{value.epochs} × {value.images:,} images of {value.image_size} px, batch {value.batch_size}, "
         return words + f"{value.lr_share:g} × lr, {value.checkpoints} checkpoints"
     return f"{value:,}" if isinstance(value, int) else str(value)
 
@@ -216,7 +313,8 @@ class Run:
     """One training run of the experiment.
 
     Attributes:
-        kind: "sweep" chooses a learning rate; "scenes" is compared; "cifar10" is compared in accuracy.
+        kind: "sweep" chooses a learning rate; "scenes" or "photographs" is compared; "cifar10" is compared in
+            accuracy.
         model: A key of `MODELS`.
         seed: Seed of weights, data and order.
         lr: Learning rate of a sweep; None for other runs, whose rate the sweeps decide.
@@ -232,6 +330,11 @@ class Run:
         """Name of its files."""
         return f"{self.kind}-{self.model}-" + (f"lr{self.lr:g}" if self.kind == "sweep" else f"seed{self.seed}")
 
+    @property
+    def scored(self) -> bool:
+        """True if the attention of its checkpoints is scored."""
+        return self.kind in ("scenes", "photographs")
+
 
 def planned_runs(protocol: Protocol, cifar10: bool = True) -> list[Run]:
     """Return all runs in starting order: sweeps, then seed by seed, so that an early stop leaves complete seeds.
@@ -240,22 +343,25 @@ def planned_runs(protocol: Protocol, cifar10: bool = True) -> list[Run]:
         protocol: The experiment.
         cifar10: True if CIFAR-10 is available.
     """
-    sweeps = [Run("sweep", model, protocol.sweep_seed, lr) for model in MODELS for lr in protocol.lrs]
-    kinds = ("scenes", "cifar10") if cifar10 else ("scenes",)
-    return sweeps + [Run(kind, model, seed) for kind in kinds for seed in protocol.seeds for model in MODELS]
+    sweeps = [Run("sweep", model, protocol.sweep_seed, lr) for model in protocol.models for lr in protocol.lrs]
+    kinds = (protocol.kind, "cifar10") if cifar10 else (protocol.kind,)
+    return sweeps + [Run(kind, m, seed) for kind in kinds for seed in protocol.seeds for m in protocol.models]
 
 
 def stages_of(protocol: Protocol, run: Run) -> tuple[Stage, ...]:
     """Return the stages of a run; sweeps and CIFAR-10 have one."""
-    if run.kind == "scenes":
+    first = protocol.stages[0]
+    if run.scored:
         return protocol.stages
-    if run.kind == "sweep":
-        return (dataclasses.replace(protocol.stages[0], scenes=protocol.sweep_scenes, epochs=1),)
-    return (Stage(_CIFAR_SIZE, _CIFAR_IMAGES, protocol.cifar_epochs, batch_size=128),)
+    if run.kind == "cifar10":
+        return (Stage(_CIFAR_SIZE, _CIFAR_IMAGES, protocol.cifar_epochs, batch_size=128),)
+    if protocol.photographs:
+        return (dataclasses.replace(first, epochs=max(1, round(protocol.sweep_images / first.images))),)
+    return (dataclasses.replace(first, images=protocol.sweep_images, epochs=1),)
 
 
 def training_config(
-    protocol: Protocol, run: Run, number: int, lr: float, cifar10: Path | None = None, **further
+    protocol: Protocol, run: Run, number: int, lr: float, data_dir: Path | None = None, **further
 ) -> TrainConfig:
     """Return the training settings of a stage of a run.
 
@@ -264,19 +370,23 @@ def training_config(
         run: The run.
         number: Number of the stage.
         lr: The run's peak learning rate.
-        cifar10: Folder with train/<class>/ and test/<class>/, or with CIFAR-10 as torchvision keeps it.
+        data_dir: For CIFAR-10 a folder with train/<class>/ and test/<class>/, or with CIFAR-10 as torchvision keeps
+            it; for photographs the folder that `data.prepare_photographs` fills.
         **further: Other settings, such as `device`, and `init` of a later stage.
     """
     stage = stages_of(protocol, run)[number]
     if run.kind == "cifar10":
-        folders = (cifar10 / "train").is_dir()
+        folders = (data_dir / "train").is_dir()
         data = {"dataset": "folder", "val_split": "test"} if folders else {"dataset": "cifar10"}
-        data |= {"data_dir": str(cifar10), "patch_size": 4, "crop": "pad", "hflip": 0.5, "mean": "cifar10"}
+        data |= {"data_dir": str(data_dir), "patch_size": 4, "crop": "pad", "hflip": 0.5, "mean": "cifar10"}
+    elif protocol.photographs:
+        data = {"dataset": "folder", "data_dir": str(data_dir), "val_split": "selection", "crop": "random"}
+        data |= {"crop_scale": protocol.crop_scale, "hflip": protocol.hflip, "patch_size": protocol.patch_size}
     else:
         data = {"dataset": "shape_scenes", "patch_size": protocol.patch_size, "mean": "half"}
-        data |= {"train_samples": stage.scenes, "val_samples": protocol.selection_images}
+        data |= {"train_samples": stage.images, "val_samples": protocol.selection_images}
     kept = {}
-    if run.kind == "scenes":
+    if run.scored:
         kept["checkpoint_every"] = stage.steps // stage.checkpoints
         kept["keep_checkpoints"] = stage.steps  # keep all: every stop saves one too
     return TrainConfig(
@@ -295,6 +405,7 @@ def training_config(
         lr=lr * stage.lr_share,
         weight_decay=protocol.weight_decay,
         label_smoothing=protocol.label_smoothing,
+        precision=protocol.precision,
         seed=run.seed,
         log_every=50,
         segmentation_samples=8,  # for the run's own figure; the experiment scores more

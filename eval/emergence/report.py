@@ -10,11 +10,12 @@ from crate_fast.errors import UserError
 from crate_fast.eval.common import paper
 from crate_fast.eval.common.results import markdown_table
 from crate_fast.eval.emergence.figures import CAPTIONS, draw, load_pictures
-from crate_fast.eval.emergence.protocol import MODELS, Protocol, planned_runs
+from crate_fast.eval.emergence.protocol import ORDER, Protocol, planned_runs
 from crate_fast.eval.emergence.scores import (
+    BOXED,
     COARSE,
+    MASKED,
     MEASURES,
-    ORDER,
     Paired,
     at_accuracy,
     at_checkpoint,
@@ -42,6 +43,8 @@ _BASELINES = {
     "constant": "constant mask",
     "true_mask": "true mask",
 }
+_MASKCUT = [name for name in MEASURES if name not in {**COARSE, **MASKED, **BOXED}]
+_PAPERS_LAYER = "the last but one of models with MSSA, the last of those with MHSA"
 
 
 def write_report(report: Path, protocol: Protocol, size: str) -> Path:
@@ -63,18 +66,20 @@ def write_report(report: Path, protocol: Protocol, size: str) -> Path:
     figures = draw(results, load_pictures(report), protocol, report / "figures")
     page = "protocol.md"
     protocol_page = f"[{page}]({page})" if (report / page).is_file() else f"docs/emergence/{page}"
+    masked = _has(results, "masks")
     parts = [
-        f"# Emergence: what came out ({size})",
+        f"# Emergence{' on photographs' if protocol.photographs else ''}: what came out ({size})",
         "Written by `crate-fast reproduce emergence` from the files in `results/` and `pictures/`; the rules were "
-        f"fixed before the runs, in {protocol_page}. Scores are percent on test scenes that nothing was "
+        f"fixed before the runs, in {protocol_page}. Scores are percent on test {protocol.kind} that nothing was "
         "chosen on, at the last checkpoint; ± is the standard deviation over seeds.",
         "## Does the claim hold?",
         _verdicts(results, protocol),
         *_discussion(report),
-        "## Coarse segmentation (Fig. 4, Table 2)",
+        *(["## Attention and boxes"] if protocol.photographs else ["## Coarse segmentation (Fig. 4, Table 2)"]),
         _coarse(results, protocol),
-        "## MaskCut (Table 2)",
-        _detection(results, protocol),
+        *(["## Boxes from attention (localization)", _boxes(results, protocol)] if _has(results, "boxes") else []),
+        *(["## Coarse segmentation (Fig. 4, Table 2)", _masks(results, protocol)] if masked else []),
+        *(["## MaskCut (Table 2)", _detection(results, protocol)] if _has(results, "maskcut") else []),
         "## Differences between models",
         _differences(results, protocol),
         "## Accuracy",
@@ -83,7 +88,7 @@ def write_report(report: Path, protocol: Protocol, size: str) -> Path:
         _at_equal_accuracy(results, protocol),
         "## White box",
         _white_box(results, protocol),
-        *(["## Figures", _stages_note(protocol)] if figures else []),
+        *(["## Figures", _figures_note(protocol)] if figures else []),
         *(f"![{CAPTIONS[name]}](figures/{path.name})\n\n*{CAPTIONS[name]}*" for name, path in figures.items()),
         *_earlier(report),
         "## How it was run",
@@ -94,7 +99,17 @@ def write_report(report: Path, protocol: Protocol, size: str) -> Path:
     return path
 
 
-def _stages_note(protocol: Protocol) -> str:
+def _has(results: dict, name: str) -> bool:
+    """Return True if the last checkpoints have scores of this name."""
+    return all(name in result["checkpoints"][-1] for result in results.values() if "checkpoints" in result)
+
+
+def _figures_note(protocol: Protocol) -> str:
+    if protocol.photographs:
+        return (
+            f"Grids show freely licensed photographs of Python packages, at {protocol.mask_size} px, and the models "
+            "of the first seed. The photographs were chosen by licence, before the runs. No model was trained on them."
+        )
     text = "Grids show the first test scenes, and the models of the first seed."
     sizes = [stage.image_size for stage in protocol.stages]
     if len(set(sizes)) == 1:
@@ -110,8 +125,8 @@ def _with_spread(values: Sequence[float]) -> str:
     return f"{statistics.fmean(values):.1f}{spread}"
 
 
-def _claims(results: dict, protocol: Protocol, measure: str) -> str:
-    found = claims(results, protocol, measure)
+def _claims(results: dict, protocol: Protocol, measure: str, accuracy: float | None = None) -> str:
+    found = claims(results, protocol, measure, accuracy)
     so_far = "" if len(complete_seeds(results, protocol)) == len(protocol.seeds) else " so far"
     words = {True: "holds", False: "does not hold", None: "undecided"}
     rows = [{"statement": c.text, "": f"**{words[c.holds]}{so_far}**", measure: c.evidence} for c in found]
@@ -121,16 +136,28 @@ def _claims(results: dict, protocol: Protocol, measure: str) -> str:
 
 def _verdicts(results: dict, protocol: Protocol) -> str:
     fixed = protocol.primary.replace("best head", "fixed head")
+    if protocol.photographs:
+        at = common_accuracy(results, protocol)
+        reached = by_model(results, protocol, at_accuracy(protocol.primary, at))
+        learned = not any(None in reached[model] for model in ORDER)  # each began below what all reached
+        first = (
+            f"On the primary score, {protocol.primary}, at the end of training:\n\n"
+            f"{_claims(results, protocol, protocol.primary)}\n\nAnd, primary too, at equal accuracy: where each run "
+            f"first reached {at:.1f} % on its held-out photographs, the most that all did:\n\n"
+            + (_claims(results, protocol, protocol.primary, at) if learned else "Not every run learned that much.")
+        )
+    else:
+        first = f"On the primary score, {protocol.primary}, as the protocol has it:\n\n"
+        first += _claims(results, protocol, protocol.primary)
     text = (
-        f"On the primary score, {protocol.primary}, as the protocol has it:\n\n"
-        f"{_claims(results, protocol, protocol.primary)}\n\nThe "
+        f"{first}\n\nThe "
         f"best of {protocol.heads} heads is chosen with the object in view, and {protocol.heads} maps that are the "
         "same for all images would gain from that too, while the mean mask is one map. So the same statements on one "
-        "head for all images, chosen on other scenes; not what the protocol decides by:\n\n"
+        f"head for all images, chosen on other {protocol.kind}; not what the protocol decides by:\n\n"
         + _claims(results, protocol, fixed)
     )
     before = Protocol.primary
-    if protocol.primary == before:
+    if protocol.primary == before or protocol.photographs:
         return text
     return (
         f"{text}\n\nAnd by the paper's way of scoring, which the first protocol decided by; it depends on how far "
@@ -139,46 +166,96 @@ def _verdicts(results: dict, protocol: Protocol) -> str:
 
 
 def _table(
-    columns: dict[str, Callable[[dict], float]], results: dict, protocol: Protocol, kind: str = "scenes"
+    columns: dict[str, Callable[[dict], float]], results: dict, protocol: Protocol, kind: str = ""
 ) -> list[dict]:
     found = {name: by_model(results, protocol, value, kind) for name, value in columns.items()}
     return [
-        {"model": model} | {name: _with_spread(values[model]) for name, values in found.items()} for model in MODELS
+        {"model": model} | {name: _with_spread(values[model]) for name, values in found.items()}
+        for model in protocol.models
+    ]
+
+
+def _with_twins(names: Sequence[str], results: dict, protocol: Protocol) -> list[dict]:
+    """Return rows of the measures at the paper's layer: the trained models, then their untrained twins."""
+    rows = _table({name: at_checkpoint(name) for name in names}, results, protocol)
+    twins = _table({name: at_checkpoint(name, 0) for name in names}, results, protocol)
+    return rows + [{**row, "model": f"{row['model']}, untrained"} for row in twins]
+
+
+def _baseline_rows(measures: Sequence[str], results: dict, protocol: Protocol, split: str = "test") -> list[dict]:
+    """Return a row a baseline map, under the names of the measures."""
+    boxes = protocol.photographs and split == "test"
+    names = _BASELINES | ({"mean_mask": "mean box", "true_mask": "true box"} if boxes else {})
+    prefix = "masks: " if split == "masks" else ""
+    return [
+        {"model": text}
+        | {
+            prefix + measure: f"{baselines(results, measure, split)[name]:.1f}"
+            for measure in measures
+            if name != "random" or measure.endswith("best head")  # the best of as many maps as heads
+        }
+        for name, text in names.items()
     ]
 
 
 def _coarse(results: dict, protocol: Protocol) -> str:
     measures = coarse_measures(results)
-    rows = _table({name: at_checkpoint(name) for name in measures}, results, protocol)
-    for row in rows:
-        row["paper, VOC"] = paper.find("table2", row["model"]).get("VOC mIoU")
-    twins = _table({name: at_checkpoint(name, 0) for name in measures}, results, protocol)
-    rows += [{**row, "model": f"{row['model']}, untrained"} for row in twins]
-    for name, text in _BASELINES.items():
-        row = {"model": text}
-        for measure in measures:
-            if name != "random" or measure.endswith("best head"):  # the best of as many maps as heads
-                row[measure] = f"{baselines(results, measure)[name]:.1f}"
-        rows.append(row)
+    rows = _with_twins(measures, results, protocol)
+    if not protocol.photographs:
+        for row in rows[: len(protocol.models)]:
+            row["paper, VOC"] = paper.find("table2", row["model"]).get("VOC mIoU")
+    rows += _baseline_rows(measures, results, protocol)
     chosen = _table({name: at_checkpoint(name, layer="chosen") for name in measures}, results, protocol)
+    objects = " An object is what its boxes enclose." if protocol.photographs else ""
     return (
-        "At the layer that the paper looks at: the last but one of models with MSSA, the last of those with MHSA. "
-        "The best head is the best of each image; the fixed head is one for all images, chosen on other scenes.\n\n"
+        f"At the layer that the paper looks at: {_PAPERS_LAYER}. The best head is the best of each image; the fixed "
+        f"head is one for all images, chosen on other {protocol.kind}.{objects}\n\n"
         + markdown_table(rows, digits=1)
-        + "\nAt the layer that is best on other scenes, chosen for each run and score:\n\n"
+        + f"\nAt the layer that is best on other {protocol.kind}, chosen for each run and score:\n\n"
         + markdown_table(chosen, digits=1)
     )
 
 
+def _boxes(results: dict, protocol: Protocol) -> str:
+    rows = _with_twins(list(BOXED), results, protocol)
+    priors = next(r for r in results.values() if "checkpoints" in r)["checkpoints"][-1]["boxes"]["baselines"]
+    for prior, scores in priors.items():
+        row = {"model": prior}
+        for name in BOXED:
+            measure, _, heads = name.rpartition(", ")
+            found = scores["best_head" if heads == "best head" else "one_head"] if prior == "random" else scores
+            row[name] = f"{100 * found[measure]:.1f}"
+        rows.append(row)
+    return (
+        "As `crate-fast eval localization` scores, at the paper's layer. Centre, mean box and whole picture are one "
+        "map for all images.\n\n" + markdown_table(rows, digits=1)
+    )
+
+
+def _masks(results: dict, protocol: Protocol) -> str:
+    rows = _with_twins(list(MASKED), results, protocol)
+    for row in rows[: len(protocol.models)]:
+        row["paper, VOC"] = paper.find("table2", row["model"]).get("VOC mIoU")
+    rows += _baseline_rows(list(COARSE), results, protocol, "masks")
+    scored = next(r for r in results.values() if "checkpoints" in r)["checkpoints"][-1]["masks"]["ap"]
+    return (
+        f"On {scored['images']} photographs with masks at {protocol.mask_size} px, for which positions are "
+        f"interpolated; {scored['objects']} objects, one for each class of an image.\n\n"
+        + markdown_table(rows, digits=1)
+    )
+
+
 def _detection(results: dict, protocol: Protocol) -> str:
-    measures = [name for name in MEASURES if name not in COARSE]
-    rows = _table({name: at_checkpoint(name) for name in measures}, results, protocol)
-    for row in rows:
+    rows = _with_twins(_MASKCUT, results, protocol)
+    for row in rows[: len(protocol.models)]:
         numbers = paper.find("table2", row["model"])
         row["paper, COCO: box AP50 / AP"] = f"{numbers['box AP50']} / {numbers['box AP']}" if numbers else None
-    twins = _table({name: at_checkpoint(name, 0) for name in measures}, results, protocol)
-    rows += [{**row, "model": f"{row['model']}, untrained"} for row in twins]
-    return "At the paper's layer; distractors found count as errors.\n\n" + markdown_table(rows, digits=1)
+    where = (
+        f"on photographs with masks at {protocol.mask_size} px"
+        if protocol.photographs
+        else ("distractors found count as errors")
+    )
+    return f"At the paper's layer; {where}.\n\n" + markdown_table(rows, digits=1)
 
 
 def _interval(found: Paired) -> str:
@@ -187,10 +264,15 @@ def _interval(found: Paired) -> str:
     return f"{found.mean:+.1f} ({found.low:.1f} to {found.high:.1f}; p = {found.p:.3f})"
 
 
+def _pairs(protocol: Protocol) -> list[tuple[str, str]]:
+    return [pair for pair in _PAIRS if pair[1] in protocol.models]
+
+
 def _differences(results: dict, protocol: Protocol) -> str:
-    columns = [*coarse_measures(results), "box AP50", "mask AP"]
+    columns = coarse_measures(results)
+    columns += [name for name in ("box AP50", "mask AP") if _has(results, "maskcut")]
     rows = []
-    for first, second in _PAIRS:
+    for first, second in _pairs(protocol):
         row = {"": f"{first} − {second}"}
         for name in columns:
             scores = by_model(results, protocol, at_checkpoint(name))
@@ -205,14 +287,15 @@ def _differences(results: dict, protocol: Protocol) -> str:
 
 
 def _accuracy(results: dict, protocol: Protocol) -> str:
-    scenes = _table({"shape_scenes": lambda r: 100 * r["checkpoints"][-1]["accuracy"]}, results, protocol)
+    scenes = _table({protocol.data: lambda r: 100 * r["checkpoints"][-1]["accuracy"]}, results, protocol)
     cifar = by_model(results, protocol, lambda r: 100 * r["validation"][-1]["val_accuracy"], "cifar10")
     with_cifar = bool(complete_seeds(results, protocol, "cifar10"))
     for row in scenes:
         for number, stage in enumerate(protocol.stages[:-1]):
             ends = by_seed(results, protocol, row["model"], lambda r, n=number: _accuracy_after(r, n))
             row[f"after stage {number + 1}, at {stage.image_size} px"] = _with_spread(ends)
-        row["CIFAR-10"] = _with_spread(cifar[row["model"]]) if with_cifar else None
+        if not protocol.photographs:
+            row["CIFAR-10"] = _with_spread(cifar[row["model"]]) if with_cifar else None
         lr = chosen_lr(results, protocol, row["model"])
         row["learning rate"] = None if lr is None else f"{lr:g}"
         row |= {
@@ -221,23 +304,25 @@ def _accuracy(results: dict, protocol: Protocol) -> str:
             if f"sweep-{row['model']}-lr{lr:g}" in results
         }
         row["parameters"] = by_seed(results, protocol, row["model"], lambda r: r["parameters"])[0]
+    table = markdown_table(scenes, digits=1)
+    if protocol.photographs:
+        return (
+            f"On test photographs at the end; sweeps on the photographs that learning rates are chosen by.\n\n{table}"
+        )
     missing = "" if with_cifar else "\nCIFAR-10 was not at hand, or is not done.\n"
     error = 100 * (0.15 * 0.85 / protocol.selection_images) ** 0.5
     noise = f"on {protocol.selection_images} scenes an accuracy of 15 % has a standard error of {error:.1f}."
-    return (
-        f"Chance is {100 / 12:.1f} on scenes and 10 on CIFAR-10. In a sweep, {noise}\n\n"
-        + markdown_table(scenes, digits=1)
-        + missing
-    )
+    return f"Chance is {100 / 12:.1f} on scenes and 10 on CIFAR-10. In a sweep, {noise}\n\n{table}{missing}"
 
 
 def _at_equal_accuracy(results: dict, protocol: Protocol) -> str:
     accuracy, parts = common_accuracy(results, protocol), []
     for layer, where in (
         ("paper", "At the layer that the paper looks at"),
-        ("chosen", "At the layer best on other scenes"),
+        ("chosen", f"At the layer best on other {protocol.kind}"),
     ):
-        compared = [(model, None) for model in MODELS] + [pair for pair in _PAIRS if pair[1] in ORDER]
+        compared = [(model, None) for model in protocol.models]
+        compared += [pair for pair in _pairs(protocol) if pair[1] in ORDER]
         rows = [{"": first if second is None else f"{first} − {second}"} for first, second in compared]
         for measure in (name for name in coarse_measures(results) if COARSE[name][0] != "topk"):
             scores = by_model(results, protocol, at_accuracy(measure, accuracy, layer))
@@ -249,11 +334,16 @@ def _at_equal_accuracy(results: dict, protocol: Protocol) -> str:
                 else:
                     row[measure] = _with_spread(scores[first])
         parts.append(f"{where}:\n\n{markdown_table(rows).strip()}")
+    end = (
+        "The verdicts above that are decided at equal accuracy come from the first of these tables."
+        if protocol.photographs
+        else "This was added after the results were known, and nothing is decided by it. A dash: not every run "
+        "reached it."
+    )
     text = (
-        f"Each model when, in the first stage, it first classified {accuracy:.1f} % of its held-out scenes rightly, "
-        "the most that every run of Table 2's models did; on the line between two checkpoints, of which the "
-        "untrained twin is the first. This was added after the results were known, and nothing is decided by it. "
-        "A dash: not every run reached it."
+        f"Each model when, in the first stage, it first classified {accuracy:.1f} % of its held-out {protocol.kind} "
+        "rightly, the most that every run of Table 2's models did; on the line between two checkpoints, of which the "
+        f"untrained twin is the first. {end}"
     )
     return "\n\n".join([text, *parts])
 
@@ -265,7 +355,7 @@ def _accuracy_after(result: dict, stage: int) -> float:
 
 def _white_box(results: dict, protocol: Protocol) -> str:
     rows = []
-    for model in MODELS:
+    for model in protocol.models:
         for index, when in ((0, "untrained"), (-1, "trained")):
             row = {"model": model, "": when}
             for name, title in (("coding_rate", "R^c"), ("sparsity", "non-zeros")):
@@ -311,9 +401,15 @@ def _origin(results: dict, protocol: Protocol, size: str) -> str:
     planned = planned_runs(protocol, with_cifar)
     scoring = sum(checkpoint["seconds"] for run in runs for checkpoint in run.get("checkpoints", []))
     hours = (sum(run["training_seconds"] for run in runs) + scoring) / 3600
+    if protocol.photographs:
+        options = " --data photographs:DIR" + (" --masks coco:DIR" if _has(results, "masks") else "")
+        left_out = ""
+    else:
+        options = " --cifar10 DIR" if with_cifar else ""
+        left_out = "" if with_cifar else ", CIFAR-10's left out"
     facts = {
-        "command": f"`crate-fast reproduce emergence --size {size}{' --cifar10 DIR' if with_cifar else ''}`",
-        "runs": f"{len(runs)} of {len(planned)}" + ("" if with_cifar else ", CIFAR-10's left out"),
+        "command": f"`crate-fast reproduce emergence --size {size}{options}`",
+        "runs": f"{len(runs)} of {len(planned)}{left_out}",
         "seeds with all models": ", ".join(map(str, complete_seeds(results, protocol))),
         "hours of all runs together": f"{hours:.1f}, {scoring / 3600:.1f} of them scoring",
     }

@@ -4,7 +4,7 @@
     OUTPUT/scores/RUN/         a record for each checkpoint scored so far
     OUTPUT/logs/RUN.txt        output of the run's process
     REPORT/results/RUN.json    the result of a finished run
-    REPORT/pictures/           arrays for the figures: models of the first seed, and the scenes
+    REPORT/pictures/           arrays for the figures: models of the first seed, and the images
 
 `run_experiment` starts a process for each `Job`. A job that was stopped or killed is continued by the next call.
 """
@@ -33,11 +33,18 @@ from crate_fast.env import provenance
 from crate_fast.errors import UserError
 from crate_fast.eval.common.models import LoadedModel, open_model
 from crate_fast.eval.common.results import Records
+from crate_fast.eval.emergence.data import open_experiment_data
 from crate_fast.eval.emergence.protocol import Point, Protocol, Run, planned_runs, stages_of, training_config
-from crate_fast.eval.emergence.scores import checkpoint_scores, chosen_lr, load_results, pictures, shown_scenes
+from crate_fast.eval.emergence.scores import (
+    box_scores,
+    checkpoint_scores,
+    chosen_lr,
+    load_results,
+    photograph_scores,
+    pictures,
+)
 from crate_fast.train.checkpoint import write_text
 from crate_fast.train.config import TrainConfig
-from crate_fast.train.data.shape_scenes import CLASSES
 from crate_fast.train.distributed import choose_device
 from crate_fast.train.faults import Interruption, NonFiniteError
 from crate_fast.train.plan import Flops, count_flops, meta_model
@@ -49,7 +56,6 @@ __all__ = ["Folders", "Job", "Resources", "RunFailedError", "run_experiment", "t
 
 _POLL_SECONDS = 0.5
 _LOCK_SECONDS = 120.0  # time for an orphaned job to save and stop
-_NUM_CLASSES = {"cifar10": 10}  # other runs train on shape_scenes
 _FORKSERVER = multiprocessing.get_context("forkserver")  # jobs start at once, and may use CUDA
 _FORKSERVER.set_forkserver_preload(["crate_fast.eval.emergence.runs"])
 
@@ -71,6 +77,15 @@ class Folders:
     output: Path
     report: Path
     cifar10: Path | None = None
+
+    @property
+    def photographs(self) -> Path:
+        """Prepared photographs, of `data.prepare_photographs`."""
+        return self.output / "data"
+
+    def data_dir(self, run: Run) -> Path | None:
+        """Return the folder of a run's training data."""
+        return self.cifar10 if run.kind == "cifar10" else self.photographs
 
     def result(self, run: Run) -> Path:
         """Return the result file of a run."""
@@ -169,7 +184,8 @@ class _Scheduler:
     def __init__(self, protocol: Protocol, folders: Folders, resources: Resources):
         self.protocol, self.folders, self.resources = protocol, folders, resources
         runs = planned_runs(protocol, folders.cifar10 is not None)
-        self.costs = {run: _costs(protocol, run, folders) for run in runs}
+        num_classes = open_experiment_data(protocol, folders.photographs).num_classes
+        self.costs = {run: _costs(protocol, run, folders, num_classes) for run in runs}
         self.waiting = [run for run in runs if not folders.result(run).is_file()]
         self.running: dict[Run, multiprocessing.Process] = {}
         self.devices: dict[Run, str] = {}
@@ -276,15 +292,15 @@ def _tail(log: Path, lines: int = 8) -> str:
     return "\n".join(text.replace("\r", "\n").splitlines()[-lines:])
 
 
-def _costs(protocol: Protocol, run: Run, folders: Folders) -> list[float]:
+def _costs(protocol: Protocol, run: Run, folders: Folders, num_classes: int) -> list[float]:
     """Return the operations of each stage's training and, last, of scoring."""
     costs, flops = [], None
     for number, stage in enumerate(stages_of(protocol, run)):
-        config = training_config(protocol, run, number, 1e-3, folders.cifar10)
-        flops = _flops(dataclasses.replace(config, seed=0), _NUM_CLASSES.get(run.kind, len(CLASSES)))
+        config = training_config(protocol, run, number, 1e-3, folders.data_dir(run))
+        flops = _flops(dataclasses.replace(config, seed=0), 10 if run.kind == "cifar10" else num_classes)
         costs.append(stage.steps * stage.batch_size * flops.step)
     scored = protocol.selection_images + 2 * protocol.test_images + 2 * protocol.maskcut_images
-    return [*costs, len(protocol.points) * scored * flops.forward if run.kind == "scenes" else 0]
+    return [*costs, len(protocol.points) * scored * flops.forward if run.scored else 0]
 
 
 @cache
@@ -345,7 +361,7 @@ def _train(job: Job) -> bool:
     for number, stage in enumerate(stages_of(job.protocol, job.run)):
         folder = job.folders.stage(job.run, number)
         further = {"device": job.device, "threads": job.threads, "workers": job.workers, "init": init}
-        config = training_config(job.protocol, job.run, number, job.lr, job.folders.cifar10, **further)
+        config = training_config(job.protocol, job.run, number, job.lr, job.folders.data_dir(job.run), **further)
         summary = folder / "summary.json"
         if not summary.is_file():
             launch(config, argparse.Namespace(recipe="emergence", output=str(folder), resume=True, dry_run=False))
@@ -371,7 +387,7 @@ def _score(job: Job) -> None:
         "validation": _entries(logs, "val_loss", "val_accuracy"),
         "training": _entries(logs, "loss", "accuracy"),
     }
-    if job.run.kind == "scenes":
+    if job.run.scored:
         with Interruption() as interruption:
             checkpoints = _score_checkpoints(job, interruption)
         if checkpoints is None:
@@ -413,38 +429,45 @@ def _score_checkpoints(job: Job, interruption: Interruption) -> list[dict] | Non
     points = job.protocol.points
     settings = {"protocol": job.protocol.settings(), "lr": job.lr}
     records = Records(job.folders.output / "scores" / job.run.name, settings, key="checkpoint")
+    data = open_experiment_data(job.protocol, job.folders.photographs)
+    masked = job.protocol.photographs and data.with_masks() is not None
     for number, point in enumerate(points):
         if interruption.requested():
             return None
         if number not in records.read():
             began, loaded = time.perf_counter(), _open(job, point)
             record = {"checkpoint": number, **dataclasses.asdict(point)}
-            record |= {"default_layer": loaded.extract.default_layer, **checkpoint_scores(loaded, job.protocol)}
+            record |= {"default_layer": loaded.extract.default_layer, **checkpoint_scores(loaded, data)}
+            if job.protocol.photographs and number in (0, len(points) - 1):
+                record |= box_scores(loaded, data)
+            if masked:
+                record |= photograph_scores(_open(job, point, job.protocol.mask_size), data)
             records.append([record | {"seconds": round(time.perf_counter() - began, 1)}])
             print(f"scored checkpoint {number} of {len(points) - 1}", flush=True)
     if job.run.seed == job.protocol.seeds[0]:
-        _save_pictures(job)
+        _save_pictures(job, data.shown())
     found = records.read()
     return [found[number] for number in range(len(points))]
 
 
-def _open(job: Job, point: Point) -> LoadedModel:
+def _open(job: Job, point: Point, image_size: int | None = None) -> LoadedModel:
     folder = job.folders.stage(job.run, point.stage)
     source = f"{job.run.model}={folder}@{point.step or 'untrained'}"
-    return open_model(source, job.device, job.protocol.image_size, seed=job.run.seed)
+    return open_model(source, job.device, image_size or job.protocol.image_size, seed=job.run.seed)
 
 
-def _save_pictures(job: Job) -> None:
-    """Save all layers of the last checkpoint, components at the default layer of every checkpoint, and the scenes."""
-    points = job.protocol.points
-    last = _open(job, points[-1])
-    arrays = pictures(last, job.protocol, range(last.extract.depth))
-    by_point = [pictures(_open(job, point), job.protocol, [last.extract.default_layer]) for point in points]
+def _save_pictures(job: Job, shown: dict[str, np.ndarray]) -> None:
+    """Save all layers of the last checkpoint, components at the default layer of every checkpoint, and the images."""
+    points, images = job.protocol.points, shown["images"]
+    last = _open(job, points[-1], images.shape[1])
+    arrays = pictures(last, images, range(last.extract.depth))
+    layer = [last.extract.default_layer]
+    by_point = [pictures(_open(job, point, images.shape[1]), images, layer) for point in points]
     arrays["components_by_checkpoint"] = np.concatenate([found["components"] for found in by_point])
     folder = job.folders.report / "pictures"
     folder.mkdir(parents=True, exist_ok=True)
     _save(folder / f"{job.run.model}.npz", arrays)
-    _save(folder / "scenes.npz", shown_scenes(job.protocol))  # equal for every model
+    _save(folder / f"{job.protocol.kind}.npz", shown)  # equal for every model
 
 
 def _save(path: Path, arrays: dict[str, np.ndarray]) -> None:

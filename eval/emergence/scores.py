@@ -10,22 +10,26 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset, Subset
 
-from crate_fast.eval import coarse_segmentation, maskcut, white_box
-from crate_fast.eval.common.images import SceneImages, batches
+from crate_fast.eval import coarse_segmentation, localization, maskcut, white_box
+from crate_fast.eval.common.images import batches
 from crate_fast.eval.common.models import LoadedModel
 from crate_fast.eval.common.principal_components import TooFewPatchesError, foreground, pca_rgb
-from crate_fast.eval.emergence.protocol import MODELS, Protocol
+from crate_fast.eval.emergence.data import PhotographData, SceneData
+from crate_fast.eval.emergence.protocol import ORDER, Protocol
 
 __all__ = [
+    "BOXED",
     "COARSE",
+    "MASKED",
     "MEASURES",
-    "ORDER",
     "Claim",
     "Paired",
     "at_accuracy",
     "at_checkpoint",
     "baselines",
+    "box_scores",
     "by_model",
     "by_seed",
     "checkpoint_scores",
@@ -35,16 +39,15 @@ __all__ = [
     "common_accuracy",
     "complete_seeds",
     "has_measure",
+    "head_chosen",
     "held_out_accuracy",
     "load_results",
     "paired",
+    "photograph_scores",
     "pictures",
-    "shown_scenes",
     "validated",
 ]
 
-ORDER = ("CRATE", "CRATE-MLP", "CRATE-MHSA", "ViT")  # the paper's Table 2, best first
-_SHOWN = 8  # test scenes in the figures
 _BATCH = 50
 _DIGITS = 6
 Results = dict[str, dict]
@@ -53,35 +56,60 @@ Results = dict[str, dict]
 # --- one checkpoint ---
 
 
-def checkpoint_scores(loaded: LoadedModel, protocol: Protocol) -> dict:
+def checkpoint_scores(loaded: LoadedModel, data: SceneData | PhotographData) -> dict:
     """Score a model at every layer.
 
     Args:
         loaded: The model at a checkpoint.
-        protocol: The experiment.
+        data: The experiment's images.
 
     Returns:
-        "accuracy" on the test scenes; "selection" and "test", reading → "layers" ("best_head" and "per_head" of each)
-        and baselines, as in `segmentation.score_attention`; "maskcut", layer → box and mask AP50, AP75, AP, AR100 and
-        "detections"; "white_box", R^c and sparsity of each layer, empty for models without subspaces and ISTA.
+        "accuracy" on test images; "selection" and "test", reading → "layers" ("best_head" and "per_head" of each)
+        and baselines, as in `segmentation.score_attention`; "white_box", R^c and sparsity of each layer, empty for
+        models without subspaces and ISTA. For scenes also `mask_scores`.
     """
-    size = protocol.image_size
-    test = SceneImages(size, protocol.test_images, protocol.test_seed)
-    selection = SceneImages(size, protocol.selection_images, protocol.selection_seed)
-    few = SceneImages(size, protocol.maskcut_images, protocol.test_seed)
-    layers = list(range(loaded.extract.depth))
+    test = data.test()
+    few = (
+        Subset(test, _spread(test, data.protocol.maskcut_images)) if data.protocol.photographs else data.with_masks()
+    )
     scores = {
-        "accuracy": _accuracy(loaded, test),
-        "selection": _segmentation(loaded, selection),
+        "accuracy": _accuracy(loaded, data.classified()),
+        "selection": _segmentation(loaded, data.selection()),
         "test": _segmentation(loaded, test),
-        "maskcut": {layer: _detection(n) for layer, n in maskcut.evaluate(loaded, few, layers).items()},
         "white_box": _white_box(loaded, few),
     }
+    if not data.protocol.photographs:
+        scores["maskcut"] = _maskcut(loaded, few)
     return _rounded(scores)
 
 
+def photograph_scores(loaded: LoadedModel, data: PhotographData) -> dict:
+    """Score a model, opened at the size of photographs with masks, on those: "masks", as "test", and "maskcut"."""
+    images = data.with_masks()
+    return _rounded({"masks": _segmentation(loaded, images), "maskcut": _maskcut(loaded, images)})
+
+
+def box_scores(loaded: LoadedModel, data: PhotographData) -> dict:
+    """Score a model's boxes, as `crate-fast eval localization` does: "boxes", its result without single heads."""
+    test = data.test()
+    found = localization.evaluate(loaded, Subset(test, _spread(test, data.protocol.box_images)), batch_size=_BATCH)
+    for row in found["layers"]:
+        del row["per_head"]
+    return _rounded({"boxes": found})
+
+
+def _spread(images: Dataset, count: int) -> list[int]:
+    """Return at most `count` numbers of images, evenly spread."""
+    return np.linspace(0, len(images) - 1, min(count, len(images))).round().astype(int).tolist()
+
+
+def _maskcut(loaded: LoadedModel, images: Dataset) -> dict:
+    layers = list(range(loaded.extract.depth))
+    return {layer: _detection(numbers) for layer, numbers in maskcut.evaluate(loaded, images, layers).items()}
+
+
 @torch.inference_mode()
-def _accuracy(loaded: LoadedModel, images: SceneImages) -> float:
+def _accuracy(loaded: LoadedModel, images: Dataset) -> float:
     right = 0
     for batch in batches(images, _BATCH, []):
         found = loaded.model(loaded.normalize(batch.images.to(loaded.device))).argmax(dim=1).cpu()
@@ -89,9 +117,9 @@ def _accuracy(loaded: LoadedModel, images: SceneImages) -> float:
     return right / len(images)
 
 
-def _segmentation(loaded: LoadedModel, images: SceneImages) -> dict:
+def _segmentation(loaded: LoadedModel, images: Dataset) -> dict:
     scores = coarse_segmentation.evaluate(loaded, images, batch_size=_BATCH)
-    left_out = ("by_class", "fixed_head")  # that head is chosen on these images; ours on the selection scenes
+    left_out = ("by_class", "fixed_head")  # that head is chosen on these images; ours on the selection images
     for result in scores.values():
         result["layers"] = [{k: v for k, v in row.items() if k not in left_out} for row in result["layers"]]
     return scores
@@ -104,7 +132,7 @@ def _detection(numbers: dict) -> dict:
     return found | {"detections": numbers["detections"]}
 
 
-def _white_box(loaded: LoadedModel, images: SceneImages) -> list[dict]:
+def _white_box(loaded: LoadedModel, images: Dataset) -> list[dict]:
     if len(white_box.left_out(loaded.model)) == len(white_box.MEASURES):
         return []
     return white_box.evaluate(loaded, batches(images, _BATCH, []))["layers"]
@@ -119,31 +147,20 @@ def _rounded(value):
     return round(value, _DIGITS) if isinstance(value, float) else value
 
 
-def shown_scenes(protocol: Protocol) -> dict[str, np.ndarray]:
-    """Return the first test scenes: "images" uint8 [8, S, S, 3], "masks" bool [8, S, S], "labels" [8]."""
-    images = SceneImages(protocol.image_size, _SHOWN, protocol.test_seed)
-    samples = [images[number] for number in range(_SHOWN)]
-    return {
-        "images": torch.stack([sample.image.permute(1, 2, 0) for sample in samples]).numpy(),
-        "masks": torch.cat([sample.target.masks for sample in samples]).numpy(),
-        "labels": np.array([sample.target.classes[0] for sample in samples]),
-    }
-
-
 @torch.inference_mode()
-def pictures(loaded: LoadedModel, protocol: Protocol, layers: Sequence[int]) -> dict[str, np.ndarray]:
-    """Return a model's arrays for the figures on the first test scenes, which share one PCA.
+def pictures(loaded: LoadedModel, shown: np.ndarray, layers: Sequence[int]) -> dict[str, np.ndarray]:
+    """Return a model's arrays for the figures on the shown images, which share one PCA.
 
     Args:
-        loaded: The model at a checkpoint.
-        protocol: The experiment.
+        loaded: The model at a checkpoint, opened at the images' size.
+        shown: uint8 [8, S, S, 3].
         layers: The layers to read.
 
     Returns:
         "attention" float32 [layers, 8, heads, P]; "components" uint8 [layers, 8, P, 3], components 2 to 4 of all
         patches; "parts" uint8 [layers, 8, P, 3], the first three of the foreground, black elsewhere.
     """
-    images = torch.from_numpy(shown_scenes(protocol)["images"]).permute(0, 3, 1, 2).to(loaded.device)
+    images = torch.from_numpy(shown).permute(0, 3, 1, 2).to(loaded.device)
     features = loaded.extract(loaded.normalize(images), list(layers))
     tokens = [features.keys(layer).cpu() for layer in layers]
     return {
@@ -190,15 +207,17 @@ def _row(checkpoint: dict, split: str, reading: str, layer: int) -> dict:
     return next(row for row in checkpoint[split][reading]["layers"] if row["layer"] == layer)
 
 
-def _head(checkpoint: dict, reading: str, layer: int) -> int:
-    """Return the best head for all selection scenes."""
+def head_chosen(checkpoint: dict, reading: str, layer: int) -> int:
+    """Return the best head for all selection images."""
     heads = _row(checkpoint, "selection", reading, layer)["per_head"]
     return heads.index(max(heads))
 
 
-def _score(checkpoint: dict, reading: str, heads: str, layer: int, split: str = "test") -> float:
+def _score(checkpoint: dict, reading: str, heads: str, layer: int, split: str) -> float:
     row = _row(checkpoint, split, reading, layer)
-    return 100 * (row["best_head"] if heads == "best head" else row["per_head"][_head(checkpoint, reading, layer)])
+    if heads == "best head":
+        return 100 * row["best_head"]
+    return 100 * row["per_head"][head_chosen(checkpoint, reading, layer)]
 
 
 def _chosen_layer(checkpoint: dict, reading: str, heads: str) -> int:
@@ -206,10 +225,19 @@ def _chosen_layer(checkpoint: dict, reading: str, heads: str) -> int:
     return max(layers, key=lambda layer: _score(checkpoint, reading, heads, layer, "selection"))
 
 
-def _coarse(reading: str, heads: str) -> Callable[[dict, int | None], float]:
+def _coarse(reading: str, heads: str, split: str = "test") -> Callable[[dict, int | None], float]:
     def at(checkpoint: dict, layer: int | None) -> float:
         chosen = _chosen_layer(checkpoint, reading, heads) if layer is None else layer
-        return _score(checkpoint, reading, heads, chosen)
+        return _score(checkpoint, reading, heads, chosen, split)
+
+    return at
+
+
+def _localized(name: str, heads: str) -> Callable[[dict, int | None], float]:
+    def at(checkpoint: dict, layer: int | None) -> float:
+        chosen = _chosen_layer(checkpoint, "ap", "best head") if layer is None else layer
+        row = next(row for row in checkpoint["boxes"]["layers"] if row["layer"] == chosen)
+        return 100 * row["best_head" if heads == "best head" else "one_head"][name]
 
     return at
 
@@ -225,25 +253,34 @@ COARSE: dict[str, tuple[str, str]] = {
     for heads in ("best head", "fixed head")
 }
 # All measures: name → function of (checkpoint, layer) in percent. With layer None attention is scored at the layer
-# that is best on the selection scenes.
+# that is best on the selection images.
 MEASURES: dict[str, Callable[[dict, int | None], float]] = {
     name: _coarse(*reading_and_heads) for name, reading_and_heads in COARSE.items()
 } | {name: _detected(name) for name in ("box AP50", "box AP", "box AR100", "mask AP50", "mask AP", "mask AR100")}
+# The same measures of attention on the photographs with masks, and those of boxes, of the first and last checkpoint.
+MASKED = {f"masks: {name}": _coarse(*reading_and_heads, "masks") for name, reading_and_heads in COARSE.items()}
+BOXED = {
+    f"{name}, {heads}": _localized(name, heads)
+    for name in ("MaxBoxAccV2", "GT-known", "pointing")
+    for heads in ("best head", "one head")
+}
+MEASURES |= MASKED | BOXED
 
 
 def coarse_measures(results: Results) -> list[str]:
     """Return the measures of `COARSE` in the results: the first protocol has no AP."""
-    scored = [result["checkpoints"] for result in results.values() if result["kind"] == "scenes"]
+    scored = [result["checkpoints"] for result in results.values() if "checkpoints" in result]
     return [name for name, (reading, _) in COARSE.items() if all(reading in c["test"] for cs in scored for c in cs)]
 
 
-def complete_seeds(results: Results, protocol: Protocol, kind: str = "scenes") -> list[int]:
-    """Return the seeds with runs of all models."""
-    return [s for s in protocol.seeds if all(f"{kind}-{model}-seed{s}" in results for model in MODELS)]
+def complete_seeds(results: Results, protocol: Protocol, kind: str = "") -> list[int]:
+    """Return the seeds with runs of all models; without a kind, of the compared runs."""
+    kind = kind or protocol.kind
+    return [s for s in protocol.seeds if all(f"{kind}-{model}-seed{s}" in results for model in protocol.models)]
 
 
 def by_seed(
-    results: Results, protocol: Protocol, model: str, value: Callable[[dict], float], kind: str = "scenes"
+    results: Results, protocol: Protocol, model: str, value: Callable[[dict], float], kind: str = ""
 ) -> list[float]:
     """Return a value of one model's runs, in the order of the complete seeds.
 
@@ -252,22 +289,23 @@ def by_seed(
         protocol: The experiment.
         model: A key of `MODELS`.
         value: Function of a result.
-        kind: Kind of runs.
+        kind: Kind of runs; the compared ones when empty.
     """
-    return [value(results[f"{kind}-{model}-seed{seed}"]) for seed in complete_seeds(results, protocol, kind)]
+    seeds, kind = complete_seeds(results, protocol, kind), kind or protocol.kind
+    return [value(results[f"{kind}-{model}-seed{seed}"]) for seed in seeds]
 
 
 def by_model(
-    results: Results, protocol: Protocol, value: Callable[[dict], float], kind: str = "scenes"
+    results: Results, protocol: Protocol, value: Callable[[dict], float], kind: str = ""
 ) -> dict[str, list[float]]:
     """Return `by_seed` for every model."""
-    return {model: by_seed(results, protocol, model, value, kind) for model in MODELS}
+    return {model: by_seed(results, protocol, model, value, kind) for model in protocol.models}
 
 
 def at_checkpoint(measure: str, index: int = -1, layer: str = "paper") -> Callable[[dict], float]:
     """Return a function from a result to a measure of a checkpoint: 0 is the untrained twin, -1 the last.
 
-    `layer` is "paper" for the layer that the paper looks at, or "chosen" for the best on the selection scenes.
+    `layer` is "paper" for the layer that the paper looks at, or "chosen" for the best on the selection images.
     """
 
     def value(result: dict) -> float:
@@ -286,7 +324,7 @@ def validated(result: dict) -> list[int]:
 def held_out_accuracy(index: int) -> Callable[[dict], float]:
     """Return a function from a result to its accuracy at a checkpoint of `validated`, in percent.
 
-    It is the accuracy on the run's held-out scenes, for the twin on test scenes.
+    It is the accuracy on the images that the run was validated on, for the twin on test images.
     """
 
     def value(result: dict) -> float:
@@ -324,11 +362,11 @@ def at_accuracy(measure: str, accuracy: float, layer: str = "paper") -> Callable
     return value
 
 
-def baselines(results: Results, measure: str) -> dict[str, float]:
-    """Return the scores of baseline maps on the test scenes by a measure of `COARSE`, in percent."""
-    scored = next(result for result in results.values() if result["kind"] == "scenes")["checkpoints"][-1]
+def baselines(results: Results, measure: str, split: str = "test") -> dict[str, float]:
+    """Return the scores of baseline maps by a measure of `COARSE`, in percent; `split` is "test" or "masks"."""
+    scored = next(result for result in results.values() if "checkpoints" in result)["checkpoints"][-1]
     names = ("constant", "random", "mean_mask", "true_mask")
-    return {name: 100 * scored["test"][COARSE[measure][0]][name] for name in names}
+    return {name: 100 * scored[split][COARSE[measure][0]][name] for name in names}
 
 
 def has_measure(result: dict, name: str) -> bool:
@@ -397,16 +435,18 @@ def _listed(values: Sequence[float]) -> str:
     return ", ".join(f"{value:.1f}" for value in values)
 
 
-def claims(results: Results, protocol: Protocol, measure: str = "") -> list[Claim]:
+def claims(results: Results, protocol: Protocol, measure: str = "", accuracy: float | None = None) -> list[Claim]:
     """Decide the protocol's statements by its rules.
 
     Args:
         results: Results with at least one complete seed.
         protocol: The experiment.
         measure: A key of `COARSE`; empty for the protocol's primary measure.
+        accuracy: Decide at the checkpoint where a run reached this accuracy, in percent; at the last when None.
     """
     measure = measure or protocol.primary
-    scores = by_model(results, protocol, at_checkpoint(measure))
+    trained = at_checkpoint(measure) if accuracy is None else at_accuracy(measure, accuracy)
+    scores = by_model(results, protocol, trained)
     untrained = by_model(results, protocol, at_checkpoint(measure, 0))
     fixed_map = baselines(results, measure)["mean_mask"]
     crate, vit = scores["CRATE"], scores["ViT"]
@@ -414,6 +454,7 @@ def claims(results: Results, protocol: Protocol, measure: str = "") -> list[Clai
     interval = "" if gap.low is None else f", 95 % interval {gap.low:.1f} to {gap.high:.1f}, p = {gap.p:.3f}"
     means = [statistics.fmean(scores[model]) for model in ORDER]
     seeds = [all(a > b for a, b in itertools.pairwise(row)) for row in zip(*(scores[m] for m in ORDER), strict=True)]
+    fixed = "mean box" if protocol.photographs else "mean mask"
     return [
         Claim(
             "Training makes it: every CRATE scores above its untrained twin",
@@ -421,7 +462,7 @@ def claims(results: Results, protocol: Protocol, measure: str = "") -> list[Clai
             f"{_listed(crate)} against {_listed(untrained['CRATE'])}",
         ),
         Claim(
-            "It is about the image: every CRATE scores above the objects' mean mask, a map that is the same for all",
+            f"It is about the image: every CRATE scores above the objects' {fixed}, a map that is the same for all",
             all(value > fixed_map for value in crate),
             f"{_listed(crate)} against {fixed_map:.1f}",
         ),
@@ -431,7 +472,7 @@ def claims(results: Results, protocol: Protocol, measure: str = "") -> list[Clai
             f"{_listed(crate)} against {_listed(vit)}: {gap.mean:+.1f}{interval}",
         ),
         Claim(
-            "It does not appear in a ViT: no ViT scores above the mean mask",
+            f"It does not appear in a ViT: no ViT scores above the {fixed}",
             all(value <= fixed_map for value in vit),
             f"{_listed(vit)} against {fixed_map:.1f}",
         ),
