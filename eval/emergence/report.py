@@ -108,7 +108,7 @@ def _figures_note(protocol: Protocol) -> str:
     if protocol.photographs:
         return (
             f"Grids show freely licensed photographs of Python packages, at {protocol.mask_size} px, and the models "
-            "of the first seed. The photographs were chosen by licence, before the runs. No model was trained on them."
+            "of the first seed. The photographs were chosen by licence, before the runs. No model saw them."
         )
     text = "Grids show the first test scenes, and the models of the first seed."
     sizes = [stage.image_size for stage in protocol.stages]
