@@ -67,7 +67,7 @@ class ModelCache:
     def __init__(self, choices: list[ModelChoice], **opening):
         self.choices, self.opening = choices, opening
         self.open = LRUCache(_OPEN_MODELS)
-        self._locks = [threading.Lock() for _ in choices]  # two requests do not open one model twice
+        self._opening = threading.Lock()  # one at a time: initial weights come from one global generator
 
     def get(self, number: int) -> OpenModel:
         """Return the model of a choice.
@@ -77,7 +77,10 @@ class ModelCache:
         """
         if not 0 <= number < len(self.choices):
             raise UserError(f"model {number}: there are {len(self.choices)}, counted from 0")
-        with self._locks[number]:
+        opened = self.open.get(number)
+        if opened is not None:
+            return opened
+        with self._opening:
             opened = self.open.get(number)
             if opened is None:
                 specification = self.choices[number].specification
