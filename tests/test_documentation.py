@@ -61,6 +61,7 @@ PARSED = (  # beginnings of commands that need GPUs or minutes; their options ar
     "python benchmarks/",
     "bash benchmarks/",
     "crate-fast check",
+    "crate-fast export runs/tutorial",  # another page's export runs
     "crate-fast reproduce",
     "python docs/build_reference.py",
 )
