@@ -95,6 +95,14 @@ def _check_patches(n_patches: int) -> None:
         raise UserError("one patch cannot be cut: use larger images (--image-size) for a finer grid")
 
 
+def _links(features: Tensor, tau: float) -> Tensor:
+    """Link patches with a cosine > τ: 0 and 1, [b, P, P]."""
+    unit = F.normalize(features if features.dtype == torch.float64 else features.float(), dim=-1)
+    # `linear` goes to oneDNN on a CPU
+    cosine = linear(unit[0], unit[0]).unsqueeze(0) if len(unit) == 1 else unit @ unit.mT
+    return cosine.gt_(tau).to(torch.float32)
+
+
 @torch.no_grad()
 @exact_fp32()
 def maskcut(
@@ -161,11 +169,7 @@ def maskcut(
 
 
 def _cut_batch(features: Tensor, num_objects: int, tau: float, grid: tuple[int, int], epsilon: float) -> MaskCut:
-    unit = F.normalize(features if features.dtype == torch.float64 else features.float(), dim=-1)
-    # `linear` goes to oneDNN on a CPU
-    cosine = linear(unit[0], unit[0]).unsqueeze(0) if len(unit) == 1 else unit @ unit.mT
-    links, n_images = cosine.gt_(tau).to(torch.float32), len(features)  # 0 and 1, [b, P, P]
-    del cosine
+    links, n_images = _links(features, tau), len(features)
     painted = torch.zeros(n_images, *grid, dtype=torch.bool)
     previous = torch.zeros_like(painted)
     masks = torch.zeros(n_images, num_objects, *grid, dtype=torch.bool)

@@ -44,10 +44,11 @@ def attention_to_mask(attention: Tensor, threshold: str = "topk", fraction: floa
     values, order = attention.double().sort(dim=-1, descending=True, stable=True)
     if threshold == "topk":
         kept = torch.arange(values.shape[-1], device=values.device) < fraction * values.shape[-1] - 1e-9
+        kept = kept.expand_as(values)
     else:
         before = values.cumsum(dim=-1) - values
         kept = before < fraction * values.sum(dim=-1, keepdim=True) - 1e-12
-    return torch.zeros_like(values, dtype=torch.bool).scatter(-1, order, kept.expand_as(values))
+    return torch.zeros_like(kept).scatter(-1, order, kept)
 
 
 def _check_fraction(fraction: float) -> None:
