@@ -16,8 +16,8 @@ import argparse
 import math
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -45,11 +45,7 @@ SHARES = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
 
 
 def check_noise(sigma: float, share: float, seed: int) -> None:
-    """Refuse noise out of range.
-
-    Raises:
-        UserError: Sigma, share or seed is out of range.
-    """
+    """Refuse noise out of range."""
     if not 0 <= sigma < math.inf or not 0 <= share <= 1:
         raise UserError(
             f"noise of sigma={sigma} on a share={share} of the pixels: give sigma ≥ 0 and a share in 0..1"
@@ -94,15 +90,9 @@ def add_noise(images: Tensor, sigma: float, share: float, seed: int, first: int 
 
 
 def map_correlation(a: Tensor, b: Tensor) -> Tensor:
-    """Return Pearson's correlation of maps over their patches; NaN where one of the two is constant.
+    """Return Pearson's correlation of maps [..., P] over their patches, float64 [...]; NaN where one is constant.
 
     Unlike the IoU of thresholded maps it needs no threshold, and is 0 by chance whatever area a head covers.
-
-    Args:
-        a, b: [..., P].
-
-    Returns:
-        float64 [...], from −1 to 1.
     """
 
     def deviation(x: Tensor) -> Tensor:
@@ -142,8 +132,7 @@ def evaluate(
         "noisy_maps", an array [levels, images, heads, rows, columns], or None without noise.
 
     Raises:
-        UserError: The model has no CLS token.
-        UserError: There is no such layer.
+        UserError: The model has no CLS token, or no such layer.
     """
     layer = loaded.extract.resolve_layer(layer)
 
@@ -161,16 +150,11 @@ def evaluate(
     entropy = torch.special.entr(maps.double()).sum(dim=-1)
     normalised = entropy / math.log(max(2, maps.shape[-1]))
     peaks = maps.argmax(dim=-1)
-    images = [
-        {
-            "name": name,
-            "heads": [
-                {"entropy": e, "entropy_normalised": n, "peak": list(divmod(p, grid[1]))}
-                for e, n, p in zip(*(x[row].tolist() for x in (entropy, normalised, peaks)), strict=True)
-            ],
-        }
-        for row, name in enumerate(names)
-    ]
+    images = []
+    for name, *row in zip(names, entropy.tolist(), normalised.tolist(), peaks.tolist(), strict=True):
+        heads = zip(*row, strict=True)
+        heads = [{"entropy": e, "entropy_normalised": n, "peak": list(divmod(p, grid[1]))} for e, n, p in heads]
+        images.append({"name": name, "heads": heads})
     levels = [torch.cat(level) for level in noisy]
     return {
         "layer": layer,
@@ -188,23 +172,17 @@ def evaluate(
 
 def _agreement(clean: Tensor, noisy: Tensor) -> dict:
     per_head = map_correlation(clean, noisy).nanmean(dim=0)
-    values = [None if math.isnan(value) else value for value in (per_head.nanmean().item(), *per_head.tolist())]
-    return {"correlation": values[0], "per_head": values[1:]}
+    mean, *values = (None if math.isnan(v) else v for v in (per_head.nanmean().item(), *per_head.tolist()))
+    return {"correlation": mean, "per_head": values}
 
 
-@dataclass(frozen=True)
-class _Shown:
+class _Shown(NamedTuple):
     """One model in the figures; maps are [images, heads, rows, columns]."""
 
-    label: str
-    layer: int
+    title: str
     samples: list[Sample]
     maps: np.ndarray
     noisy_maps: np.ndarray | None
-
-    @property
-    def title(self) -> str:
-        return f"{self.label}, layer {self.layer}"
 
 
 def _columns(maps: np.ndarray, heads: Sequence[int | str], samples: Sequence[Sample]) -> dict[str, np.ndarray]:
@@ -229,10 +207,10 @@ def _best_heads(maps: np.ndarray, samples: Sequence[Sample]) -> np.ndarray:
     return intersection_over_union(masks, union[:, None], torch.stack(valid)[:, None]).argmax(dim=1).numpy()
 
 
-def _fill(rows: list[list[Picture]], columns: dict[str, np.ndarray], images: Iterable[Tensor], style: str) -> None:
-    """Append to each row the maps of its image."""
-    for row, image, *maps in zip(rows, images, *columns.values(), strict=True):
-        over = image.permute(1, 2, 0).numpy() if style == "overlay" else None
+def _fill(rows: list[list[Picture]], columns: dict[str, np.ndarray], style: str) -> None:
+    """Append to each row, which begins with the image, its maps."""
+    for row, *maps in zip(rows, *columns.values(), strict=True):
+        over = row[0].pixels if style == "overlay" else None
         row.extend(Picture(attention, over=over) for attention in maps)
 
 
@@ -243,7 +221,7 @@ def _images_figure(
     rows, titles = first_columns(shown[0].samples)
     for model in shown:
         columns = _columns(model.maps, heads, model.samples)
-        _fill(rows, columns, (sample.image for sample in model.samples), style)
+        _fill(rows, columns, style)
         titles += [name if title else f"{model.title}\n{name}" for name in columns]
     return write_pages(rows, folder, "attention", [short_name(s) for s in shown[0].samples], titles, title)
 
@@ -261,7 +239,7 @@ def _noise_figures(
         noisy = torch.cat([add_noise(sample.image[None], *level, options.seed, first=number) for level in levels])
         rows = [[image_picture(image)] for image in noisy]
         columns = _columns(model.noisy_maps[:, number], options.heads or ["all"], [])
-        _fill(rows, columns, noisy, options.style)
+        _fill(rows, columns, options.style)
         title = f"{model.title}: image {short_name(sample, 40)}, {what}"
         written += write_pages(rows, folder, f"attention_image{number + 1:02d}", names, ["image", *columns], title)
     return written
@@ -276,20 +254,6 @@ def _head_list(text: str) -> list[int | str]:
 
 def _numbers(text: str) -> list[float]:
     return [float(word) for word in text.split(",")]
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = evaluation_parser("attention_maps", __doc__.splitlines()[0], limit=8)
-    add = parser.add_argument
-    figures = ("heads", "semantic", "noise_sigma", "noise_share", "models")
-    add("--figure", choices=figures, default="heads", help="what rows and columns are; default heads")
-    add("--layer", type=int, help="counted from 0; default each model's own: CRATE's last but one, a ViT's last")
-    add("--heads", type=_head_list, help="such as 0,3,mean; also all, and best (by the objects' masks)")
-    add("--style", choices=("map", "overlay"), default="map", help="overlay lays the map over the image; default map")
-    add("--levels", type=_numbers, help="of noise: sigmas on the scale 0..255 (0,25,…), or shares (0,0.1,…)")
-    add("--sigma", type=float, default=75.0, help="of noise_share; default 75")
-    add("--share", type=float, default=0.5, help="of the pixels, of noise_sigma; default 0.5")
-    return parser
 
 
 def _noise_levels(options: argparse.Namespace) -> list[tuple[float, float]]:
@@ -340,7 +304,8 @@ def _command(options: argparse.Namespace) -> None:
         folder = evaluation.model_folder(loaded)
         samples: list[Sample] = []
         outcome = evaluate(loaded, read_images(evaluation, loaded, samples), options.layer, noise, options.seed)
-        model = _Shown(loaded.label, outcome["layer"], samples, outcome.pop("maps"), outcome.pop("noisy_maps"))
+        title = f"{loaded.label}, layer {outcome['layer']}"
+        model = _Shown(title, samples, outcome.pop("maps"), outcome.pop("noisy_maps"))
         shown.append(model)
         if noise:
             evaluation.written += _noise_figures(model, noise, options, folder)
@@ -365,7 +330,17 @@ def _write_maps(path: Path, model: _Shown) -> Path:
 
 def main(argv: list[str] | None = None) -> int:
     """Draw and describe CLS attention; see the module's text."""
-    return run_command(lambda: _command(_parser().parse_args(argv)))
+    parser = evaluation_parser("attention_maps", __doc__.splitlines()[0], limit=8)
+    add = parser.add_argument
+    figures = ("heads", "semantic", "noise_sigma", "noise_share", "models")
+    add("--figure", choices=figures, default="heads", help="what rows and columns are; default heads")
+    add("--layer", type=int, help="counted from 0; default each model's own: CRATE's last but one, a ViT's last")
+    add("--heads", type=_head_list, help="such as 0,3,mean; also all, and best (by the objects' masks)")
+    add("--style", choices=("map", "overlay"), default="map", help="overlay lays the map over the image; default map")
+    add("--levels", type=_numbers, help="of noise: sigmas on the scale 0..255 (0,25,…), or shares (0,0.1,…)")
+    add("--sigma", type=float, default=75.0, help="of noise_share; default 75")
+    add("--share", type=float, default=0.5, help="of the pixels, of noise_sigma; default 0.5")
+    return run_command(lambda: _command(parser.parse_args(argv)))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from torch.utils.data import Dataset
 
 from crate_fast.errors import UserError, run_command
@@ -37,7 +36,6 @@ def evaluate(
     layer: int | None = None,
     measures: Sequence[str] = MEASURES,
     settings: MaskCutSettings = PAPER,
-    problems: list[str] | None = None,
     seed: int = 0,
     **reading,
 ) -> dict[int, dict[str, float]]:
@@ -45,7 +43,7 @@ def evaluate(
 
     Args:
         models: (optimiser step, its model), opened one by one.
-        images, measures, settings, problems, seed, **reading: See `by_layer.evaluate`.
+        images, measures, settings, seed, **reading: See `by_layer.evaluate`.
         layer: The model's default layer when None.
 
     Returns:
@@ -55,7 +53,7 @@ def evaluate(
     for step, loaded in models:
         wanted = loaded.extract.resolve_layer(layer)
         titled = {**reading, "progress": f"step {step}"} if reading.get("progress") else reading
-        rows[step] = measure(loaded, images, [wanted], measures, settings, problems, seed, **titled)[wanted]
+        rows[step] = measure(loaded, images, [wanted], measures, settings, seed, **titled)[wanted]
     return rows
 
 
@@ -71,16 +69,11 @@ def _figure(
     for _, loaded in models:
         features = loaded.features(pixels, [layer])
         for row, tokens in zip(rows, features.keys(layer).cpu(), strict=True):
-            row.append(_colours(tokens, features.grid))
+            try:
+                row.append(Picture(pca_rgb(tokens.unsqueeze(0), first=2)[0].view(*features.grid, 3).numpy()))
+            except TooFewPatchesError:
+                row.append(None)
     image_grid(rows, paths, column_titles=["image", *names])
-
-
-def _colours(tokens: Tensor, grid: tuple[int, int]) -> Picture | None:
-    try:
-        colours, _ = pca_rgb(tokens.unsqueeze(0), first=2)
-    except TooFewPatchesError:
-        return None
-    return Picture(colours.view(*grid, 3).numpy())
 
 
 def _command(options: argparse.Namespace) -> None:

@@ -21,17 +21,12 @@ from crate_fast.eval.maskcut import PAPER, MaskCutSettings
 __all__ = ["MEASURES", "check_measures", "evaluate", "main", "measure_options"]
 
 MEASURES = ("maskcut", "coarse")
-PLOTTED = ("box AP", "mask AP", *coarse_segmentation.NAMES.values())
 
 
 def check_measures(
     measures: Sequence[str] | None, loaded: LoadedModel, images: Dataset, specification: str
 ) -> list[str]:
-    """Return the measures asked for, or all that the data set has annotations for.
-
-    Raises:
-        UserError: It has none for them, or the model or the images do not fit a measure.
-    """
+    """Return the measures asked for, or all that the data set has annotations for; refuse what does not fit them."""
     annotated = {"maskcut": images.has_instances, "coarse": images.labelled}
     possible = [name for name in MEASURES if annotated[name]]
     wanted = possible if measures is None else list(measures)
@@ -54,7 +49,6 @@ def evaluate(
     layers: Sequence[int] | None = None,
     measures: Sequence[str] = MEASURES,
     settings: MaskCutSettings = PAPER,
-    problems: list[str] | None = None,
     seed: int = 0,
     **reading,
 ) -> dict[int, dict[str, float]]:
@@ -66,9 +60,8 @@ def evaluate(
         layers: All when None.
         measures: From `MEASURES`.
         settings: Settings of MaskCut.
-        problems: Filled with one line for each unreadable image.
         seed: Seed of the random maps.
-        **reading: `batch_size`, `workers`, `progress` of `images.batches`.
+        **reading: See `images.batches`.
 
     Returns:
         Layer → "box AP50", "box AP75", "box AP", "box AR100", the same of "mask", "mIoU topk", "mIoU mass" and
@@ -77,7 +70,7 @@ def evaluate(
     """
     layers = list(range(loaded.extract.depth)) if layers is None else list(layers)
     rows: dict[int, dict[str, float]] = {layer: {} for layer in layers}
-    reading["problems"] = [] if problems is None else problems
+    reading.setdefault("problems", [])
     coarse = {}
     if "coarse" in measures:  # first: it finds sooner that there is nothing to score
         coarse = coarse_segmentation.evaluate(loaded, images, layers, seed=seed, **reading)
@@ -99,13 +92,10 @@ def evaluate(
 
 def measure_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of `evaluate`."""
-    parser.add_argument("--measures", nargs="+", choices=MEASURES, help="default: all that the data has masks for")
-    parser.add_argument(
-        "--num-objects", type=int, default=3, help="at most how many MaskCut finds in an image; default 3"
-    )
-    parser.add_argument(
-        "--tau", type=float, default=0.15, help="cosine above which MaskCut links patches; default 0.15"
-    )
+    add = parser.add_argument
+    add("--measures", nargs="+", choices=MEASURES, help="default: all that the data has masks for")
+    add("--num-objects", type=int, default=3, help="at most how many MaskCut finds in an image; default 3")
+    add("--tau", type=float, default=0.15, help="cosine above which MaskCut links patches; default 0.15")
 
 
 def curves(labelled: dict[str, dict[float, dict[str, float]]]) -> dict[str, list[Curve]]:
@@ -114,11 +104,10 @@ def curves(labelled: dict[str, dict[float, dict[str, float]]]) -> dict[str, list
     Models with the same heads and grid share a baseline, which is drawn once.
     """
     panels: dict[str, list[Curve]] = {}
-    for name in PLOTTED:
-        shown = {name: ""}
-        if name in coarse_segmentation.NAMES.values():
-            shown |= {f"random {name}": "random maps", "constant": "constant mask"}
-        for column, baseline in shown.items():
+    attention = list(coarse_segmentation.NAMES.values())
+    for name in ["box AP", "mask AP", *attention]:
+        baselines = {f"random {name}": "random maps", "constant": "constant mask"} if name in attention else {}
+        for column, baseline in ({name: ""} | baselines).items():
             drawn: list[list] = []
             for label, rows in labelled.items():
                 points = [(x, row[column]) for x, row in rows.items() if column in row]

@@ -26,6 +26,7 @@ from crate_fast.eval.common.models import LoadedModel
 from crate_fast.eval.common.probes import (
     LabelledImages,
     check_linear,
+    check_neighbours,
     check_pool,
     knn_predictions,
     linear_probe,
@@ -52,10 +53,7 @@ def check(
     pool: str = "cls",
     train_limit: int | None = None,
 ) -> None:
-    """Refuse what cannot be scored, before anything is computed.
-
-    Args:
-        loaded, data, protocols, ks, pool, train_limit: See `evaluate`.
+    """Refuse what cannot be scored, before anything is computed; see `evaluate` for the arguments.
 
     Raises:
         UserError: A protocol is misspelt, the model's head does not fit the data set, the model lacks the token that
@@ -72,9 +70,8 @@ def check(
         )
     check_pool(loaded.model, pool)
     n_images = min(train_limit or len(data.train), len(data.train))
-    for k in ks or ():
-        if "knn" in protocols and not 1 <= k <= n_images:
-            raise UserError(f"--k {k}: there are {n_images} training images; ask for at most as many neighbours")
+    if "knn" in protocols:
+        check_neighbours(ks or (), n_images)
     if "linear" in protocols:
         require("sklearn")
         check_linear(n_images, classes)
@@ -82,17 +79,11 @@ def check(
 
 @torch.inference_mode()
 def _read(
-    loaded: LoadedModel,
-    images: LabelledImages,
-    pool: str,
-    head: bool,
-    raw_pixels: bool,
-    problems: list[str],
-    **loading,
+    loaded: LoadedModel, images: LabelledImages, pool: str, head: bool, raw_pixels: bool, **reading
 ) -> dict[str, Tensor]:
     """Read labels and features of the images, and on demand the head's loss and ranking, and small raw images."""
     parts: dict[str, list[Tensor]] = {}
-    for batch in batches(images, problems=problems, progress=f"{loaded.label}, {images.name}", **loading):
+    for batch in batches(images, progress=f"{loaded.label}, {images.name}", **reading):
         labels = torch.tensor([sample.label for sample in batch.samples])
         tokens = loaded.model.forward_features(loaded.normalize(batch.images.to(loaded.device)))
         found = {"labels": labels, "features": pooled(loaded.model, tokens, pool).float().cpu()}
@@ -153,10 +144,9 @@ def evaluate(
     limit: int | None = None,
     train_limit: int | None = None,
     raw_pixels: bool = False,
-    batch_size: int = 64,
-    workers: int = 0,
     seed: int = 0,
-    problems: list[str] | None = None,
+    batch_size: int = 64,
+    **reading,
 ) -> dict:
     """Score one model; all accuracies are in [0, 1].
 
@@ -168,9 +158,8 @@ def evaluate(
         pool: See `pooled`.
         limit, train_limit: Validation and training images, evenly spaced; all when None.
         raw_pixels: Also score k-NN and the linear probe on images of 16×16 pixels.
-        batch_size, workers: See `images.batches`.
         seed: Seed of the linear probe's held-out images.
-        problems: Filled with one line for each unreadable image.
+        batch_size, **reading: See `images.batches`.
 
     Returns:
         "images" (and "train_images"): those read; "classes"; "chance": share of the most frequent class among the
@@ -184,12 +173,11 @@ def evaluate(
     """
     check(loaded, data, protocols, ks=ks, pool=pool, train_limit=train_limit)
     ks = KS if ks is None else ks
-    loading = {"problems": [] if problems is None else problems, "batch_size": batch_size, "workers": workers}
+    reading["batch_size"] = batch_size
     probing = "knn" in protocols or "linear" in protocols
     raw_pixels = raw_pixels and probing
-    val = _read(
-        loaded, LabelledImages(data.val, "validation", limit), pool, "head" in protocols, raw_pixels, **loading
-    )
+    images = LabelledImages(data.val, "validation", limit)
+    val = _read(loaded, images, pool, "head" in protocols, raw_pixels, **reading)
     labels, classes = val["labels"], data.classes
     found: dict = {"images": len(labels), "classes": len(classes), "per_class": {}}
     found["chance"] = torch.bincount(labels).max().item() / len(labels)
@@ -201,7 +189,7 @@ def evaluate(
     if not probing:
         return found
     try:
-        train = _read(loaded, LabelledImages(data.train, "training", train_limit), pool, False, raw_pixels, **loading)
+        train = _read(loaded, LabelledImages(data.train, "training", train_limit), pool, False, raw_pixels, **reading)
     except UserError as error:
         if "head" not in found:
             raise
@@ -231,35 +219,33 @@ def _data_config(loaded: LoadedModel, options: argparse.Namespace) -> TrainConfi
 
 
 def _paper_score(label: str, config: TrainConfig, n_classes: int) -> float | None:
-    """Return Table 3's number for a model of this name; the data set or its folder has one of the table's names."""
+    """Return Table 3's number for a model of this name on the data set, known by its name or its folder's."""
     names = [config.dataset, Path(config.data_dir).name.lower()] + (["imagenet"] if n_classes == 1000 else [])
     return next((paper.TRANSFER[name].get(label) for name in names if name in paper.TRANSFER), None)
 
 
-def _row(label: str, result: dict, scores: dict) -> dict:
-    row = {"model": label, "images": result["images"], "training images": result.get("train_images")}
-    row["chance"] = result["chance"]
-    if "head" in scores:
-        head = scores["head"]
+def _row(label: str, counts: dict, scores: dict) -> dict:
+    row = {"model": label, "images": counts["images"], "training images": counts.get("train_images")}
+    row["chance"] = counts["chance"]
+    if head := scores.get("head"):
         row |= {"head top-1": head["top1"], "head top-5": head["top5"], "head loss": head["loss"]}
     row |= {f"{k}-NN": accuracy for k, accuracy in scores.get("knn", {}).items()}
-    if "linear" in scores:
-        row |= {"linear": scores["linear"]["top1"], "C": f"{scores['linear']['C']:g}"}
-    if result.get("paper_fine_tuned") and scores is result:
-        row["paper, fine-tuned"] = result["paper_fine_tuned"]
+    if linear := scores.get("linear"):
+        row |= {"linear": linear["top1"], "C": f"{linear['C']:g}"}
+    if scores.get("paper_fine_tuned"):
+        row["paper, fine-tuned"] = scores["paper_fine_tuned"]
     return row
 
 
 def _doubts(label: str, scores: dict) -> list[str]:
     """Return what was left out, and what speaks against a linear probe's score."""
     doubts = [f"{label}: {what} left out: {why}" for what, why in scores.get("left_out", {}).items()]
-    if "linear" not in scores:
-        return doubts
-    chosen, tried = scores["linear"]["C"], list(scores["linear"]["held_out"])
-    if not scores["linear"]["converged"]:
-        doubts.append(f"{label}: the linear probe's fit did not converge")
-    if chosen in (min(tried), max(tried)):
-        doubts.append(f"{label}: C = {chosen:g} is at the end of those tried ({min(tried):g} to {max(tried):g})")
+    if linear := scores.get("linear"):
+        chosen, low, high = linear["C"], min(linear["held_out"]), max(linear["held_out"])
+        if not linear["converged"]:
+            doubts.append(f"{label}: the linear probe's fit did not converge")
+        if chosen in (low, high):
+            doubts.append(f"{label}: C = {chosen:g} is at the end of those tried ({low:g} to {high:g})")
     return doubts
 
 
@@ -275,7 +261,7 @@ def _command(options: argparse.Namespace) -> None:
         check(loaded, data, protocols, **limits)  # all models, before the first is run
         plan.append((loaded, config, data, protocols))
     evaluation = Evaluation("classify", options, models)
-    names = ("pool", "limit", "train_limit", "batch_size", "workers", "seed")
+    names = ("pool", "limit", "train_limit", "seed", "batch_size", "workers")
     settings = {name: getattr(options, name) for name in names} | {"ks": options.k, "problems": evaluation.problems}
     results, rows, doubts, raw_scored = {}, [], [], []
     for loaded, config, data, protocols in plan:
@@ -300,7 +286,7 @@ def _command(options: argparse.Namespace) -> None:
 
 
 def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(positive(word) for word in text.split(","))
+    return tuple(map(positive, text.split(",")))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -317,7 +303,11 @@ def main(argv: list[str] | None = None) -> int:
     add("--val-samples", type=positive, help="of shape_scenes: validation images")
     add("--limit", type=positive, help="validation images, evenly spaced; default all")
     add("--train-limit", type=positive, help="training images, evenly spaced; default all")
-    add("--k", type=_numbers, help="neighbours; default those of 10,20,100,200 there are images for")
+    add(
+        "--k",
+        type=_numbers,
+        help="neighbours; default those of 10,20,100,200 there are images for",
+    )
     add("--pool", choices=("cls", "mean"), default="cls", help="features: CLS or the patches' mean")
     add("--raw-pixels", action="store_true", help="score images of 16×16 pixels in the same way")
     return run_command(lambda: _command(parser.parse_args(argv)))

@@ -39,20 +39,10 @@ from crate_fast.eval.common.segmentation import (
     scores_table,
 )
 
-__all__ = ["evaluate", "main", "require_targets"]
+__all__ = ["evaluate", "main"]
 
 BASELINES = ("constant", "random", "mean_mask", "true_mask")
 NAMES = {"topk": "mIoU topk", "mass": "mIoU mass", "ap": "attention AP"}  # of READINGS, in tables
-
-
-def require_targets(images: Dataset, specification: str) -> None:
-    """Refuse a data set without masks.
-
-    Raises:
-        UserError: It has none.
-    """
-    if not images.labelled:
-        raise UserError(f"--data {specification} has no object masks: use voc:PATH, coco:PATH or shape_scenes")
 
 
 def evaluate(
@@ -60,7 +50,6 @@ def evaluate(
     images: Dataset,
     layers: Sequence[int] | None = None,
     fraction: float = 0.6,
-    problems: list[str] | None = None,
     seed: int = 0,
     **reading,
 ) -> dict[str, dict]:
@@ -71,9 +60,8 @@ def evaluate(
         images: Data set of `Sample`s with targets, at the model's image size.
         layers: All when None.
         fraction: Share of entries or mass kept.
-        problems: Filled with one line for each unreadable image.
         seed: Seed of the random maps.
-        **reading: `batch_size`, `workers`, `progress` of `images.batches`.
+        **reading: See `images.batches`.
 
     Returns:
         See `segmentation.score_attention`; "by_class" has class numbers.
@@ -83,8 +71,7 @@ def evaluate(
     """
     layers = range(loaded.extract.depth) if layers is None else layers
     scores = AttentionScores(fraction, seed)
-    problems = [] if problems is None else problems
-    for batch in batches(images, problems=problems, **({"batch_size": 8} | reading)):
+    for batch in batches(images, **reading):
         features = loaded.features(batch.images, list(layers))
         maps = {layer: features.cls_attention(layer) for layer in features.layers}
         targets = [sample.target.on_grid(features.grid) for sample in batch.samples]
@@ -105,16 +92,6 @@ def _row(label: str, reading: str, scores: dict, row: dict, marked: int) -> dict
         "objects": scores["objects"],
         "objects without a patch": scores["objects_without_patch"],
     }
-
-
-def _head_rows(label: str, scores: dict) -> list[dict]:
-    """Return a row per layer and score with a column per head, the same head for all images."""
-    return [
-        {"model": label, "score": NAMES[reading], "layer": row["layer"]}
-        | {f"head {head}": score for head, score in enumerate(row["per_head"])}
-        for reading in READINGS
-        for row in scores[reading]["layers"]
-    ]
 
 
 def _best_mask(loaded: LoadedModel, sample: Sample, layer: int, threshold: str, fraction: float) -> Picture:
@@ -155,23 +132,26 @@ def _command(options: argparse.Namespace) -> None:
         layers = options.layers
         chosen.append(None if layers is None else [loaded.extract.resolve_layer(layer) for layer in layers])
     data = [open_data(options, loaded) for loaded in models]
-    require_targets(data[0], options.data)
+    if not data[0].labelled:
+        raise UserError(f"--data {options.data} has no object masks: use voc:PATH, coco:PATH or shape_scenes")
     evaluation = Evaluation("coarse_segmentation", options, models)
-    results, rows, scored = {}, [], []
+    results, rows, head_rows, scored = {}, [], [], []
     for loaded, images, layers in zip(models, data, chosen, strict=True):
         with evaluation.others_go_on(loaded.label):  # a grid may be so coarse that no object has a patch
-            reading = evaluation.reading(loaded.label)
-            scores = evaluate(loaded, images, layers, options.fraction, seed=options.seed, **reading)
+            read = evaluation.reading(loaded.label)
+            scores = evaluate(loaded, images, layers, options.fraction, options.seed, **read)
             default = loaded.extract.default_layer
             scored.append((loaded, images, default if layers is None or default in layers else layers[0]))
             results[loaded.label] = scores
             print(f"{loaded.label}\n{scores_table(scores, default)}")
-            rows += [_row(loaded.label, r, scores[r], row, default) for r in READINGS for row in scores[r]["layers"]]
+            for reading, row in ((r, row) for r in READINGS for row in scores[r]["layers"]):
+                rows.append(_row(loaded.label, reading, scores[reading], row, default))
+                first = {"model": loaded.label, "score": NAMES[reading], "layer": row["layer"]}
+                head_rows.append(first | {f"head {head}": score for head, score in enumerate(row["per_head"])})
     evaluation.check_scored(results)
     if len({(result["topk"]["images"], result["topk"]["objects"]) for result in results.values()}) > 1:
         print("The models' grids differ, and so do the objects that have a patch: scores are not of the same ones.")
     evaluation.write_table("table", rows, show=False)
-    head_rows = [row for label, scores in results.items() for row in _head_rows(label, scores)]
     evaluation.write_table("heads", head_rows, show=False)
     for threshold in THRESHOLDS:
         evaluation.written += _figure(*zip(*scored, strict=True), threshold, options, evaluation.folder)

@@ -34,7 +34,6 @@ def evaluate(
     layer: int | None = None,
     threshold: str = "topk",
     settings: MaskCutSettings = PAPER,
-    problems: list[str] | None = None,
     **reading,
 ) -> dict[str, float]:
     """Score one model at one layer, under the names of the paper's columns, in percent.
@@ -46,8 +45,7 @@ def evaluate(
         layer: The model's default layer when None.
         threshold: Threshold of "coarse"; "topk" is the paper's words.
         settings: Settings of MaskCut.
-        problems: Filled with one line for each unreadable image.
-        **reading: See `images.batches`.
+        **reading: See `images.batches`; also the `seed` of the random maps.
 
     Returns:
         For "maskcut" "box AP50", "box AP75", "box AP", the same of "mask", "box AR100", "mask AR100" and "COCO
@@ -55,7 +53,7 @@ def evaluate(
         needs no threshold, and "VOC images".
     """
     layer = loaded.extract.resolve_layer(layer)
-    numbers = by_layer.evaluate(loaded, images, [layer], [measure], settings, problems, **reading)[layer]
+    numbers = by_layer.evaluate(loaded, images, [layer], [measure], settings, **reading)[layer]
     if measure == "maskcut":
         return {"COCO images" if name == "images" else name: value for name, value in numbers.items()}
     name = coarse_segmentation.NAMES[threshold]
@@ -86,27 +84,24 @@ def compare(table: str, ours: dict[str, dict[str, float]]) -> list[dict]:
     return rows
 
 
-def _opened(options: argparse.Namespace, measure: str, data: str, size: int | None) -> list[tuple]:
-    """Open and check the models at a measure's image size, each with its images."""
-    opened = []
-    for loaded in open_models(argparse.Namespace(**(vars(options) | {"image_size": size}))):
-        loaded.extract.resolve_layer(options.layer)
-        images = open_images(data, loaded.extract.image_size[0], options.limit)
-        check_measures([measure], loaded, images, data)
-        opened.append((loaded, images))
-    return opened
-
-
 def _command(options: argparse.Namespace) -> None:
     given = {
         "maskcut": (options.coco, "--coco", options.image_size),
         "coarse": (options.voc, "--voc", options.voc_size),
     }
     for measure in NEEDS[options.table]:
-        data, option, _ = given[measure]
-        if data is None:
-            raise UserError(f"--table {options.table} needs the images of {measure}: pass {option} KIND:PATH")
-    plan = {measure: _opened(options, measure, *given[measure][::2]) for measure in NEEDS[options.table]}
+        if given[measure][0] is None:
+            raise UserError(
+                f"--table {options.table} needs the images of {measure}: pass {given[measure][1]} KIND:PATH"
+            )
+    plan: dict[str, list[tuple]] = {}
+    for measure in NEEDS[options.table]:
+        data, _, size = given[measure]
+        for loaded in open_models(argparse.Namespace(**(vars(options) | {"image_size": size}))):
+            loaded.extract.resolve_layer(options.layer)
+            images = open_images(data, loaded.extract.image_size[0], options.limit)
+            check_measures([measure], loaded, images, data)
+            plan.setdefault(measure, []).append((loaded, images))
     evaluation = Evaluation("comparison", options, [], f"comparison_{options.table}")
     config, ours = {}, {}
     for measure, opened in sorted(plan.items()):  # "coarse" first: it takes minutes, "maskcut" hours

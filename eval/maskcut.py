@@ -24,24 +24,8 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
 from crate_fast.errors import UserError, require, run_command
-from crate_fast.eval.common.coco import (
-    class_agnostic_scores,
-    detections_of,
-    enlarge,
-    paint_detections,
-    refine,
-    require_crf,
-    require_objects,
-)
-from crate_fast.eval.common.command import (
-    Evaluation,
-    evaluation_parser,
-    open_data,
-    open_models,
-    positive,
-    reading,
-    settings_of,
-)
+from crate_fast.eval.common import coco
+from crate_fast.eval.common.command import Evaluation, evaluation_parser, open_data, open_models, positive
 from crate_fast.eval.common.figures import Picture, image_grid
 from crate_fast.eval.common.images import CocoImages, batches
 from crate_fast.eval.common.models import LoadedModel
@@ -64,8 +48,7 @@ class MaskCut(NamedTuple):
 
     Attributes:
         masks: Boolean [B, n, rows, columns]; disjoint, empty ones last.
-        residuals: Residuals of their eigenvectors, [B, n] (`normalized_cut.Cut`); NaN where none was computed.
-        solvers: Solvers of the eigenvectors, [B, n] (`normalized_cut.Cut`); −1 where none was computed.
+        residuals, solvers: Of their eigenvectors (`normalized_cut.Cut`), [B, n]; NaN and −1 where none was computed.
     """
 
     masks: Tensor
@@ -110,13 +93,6 @@ def _check(num_objects: int, tau: float) -> None:
 def _check_patches(n_patches: int) -> None:
     if n_patches < 2:
         raise UserError("one patch cannot be cut: use larger images (--image-size) for a finer grid")
-
-
-def _square(n_patches: int) -> tuple[int, int]:
-    side = round(n_patches**0.5)
-    if side * side != n_patches:
-        raise UserError(f"{n_patches} patches are no square grid: pass grid=(rows, columns)")
-    return side, side
 
 
 def _links(features: Tensor, tau: float) -> Tensor:
@@ -174,7 +150,10 @@ def maskcut(
     if features.dim() != 3 or not features.is_floating_point():
         raise UserError(f"features are {tuple(features.shape)} of {features.dtype}: pass floats [P, C] or [B, P, C]")
     n_patches = features.shape[1]
-    grid = _square(n_patches) if grid is None else grid
+    if grid is None:
+        grid = (math.isqrt(n_patches),) * 2
+        if grid[0] ** 2 != n_patches:
+            raise UserError(f"{n_patches} patches are no square grid: pass grid=(rows, columns)")
     _check_patches(n_patches)
     if grid[0] * grid[1] != n_patches:
         raise UserError(f"grid={grid} does not hold the {n_patches} patches: rows·columns must be P")
@@ -190,8 +169,7 @@ def maskcut(
 
 
 def _cut_batch(features: Tensor, num_objects: int, tau: float, grid: tuple[int, int], epsilon: float) -> MaskCut:
-    links = _links(features, tau)
-    n_images = len(features)
+    links, n_images = _links(features, tau), len(features)
     painted = torch.zeros(n_images, *grid, dtype=torch.bool)
     previous = torch.zeros_like(painted)
     masks = torch.zeros(n_images, num_objects, *grid, dtype=torch.bool)
@@ -225,13 +203,7 @@ def _worth_keeping(mask: Tensor, previous: Tensor) -> bool:
 
 @dataclass(frozen=True)
 class MaskCutSettings:
-    """Settings of `detect`.
-
-    Attributes:
-        num_objects: See `maskcut`.
-        tau: See `maskcut`.
-        crf: Refine masks with `coco.refine` at the size the model sees.
-    """
+    """Settings of `detect`: two of `maskcut`'s, and True if `coco.refine` refines masks at the model's image size."""
 
     num_objects: int = 3
     tau: float = 0.15
@@ -240,27 +212,18 @@ class MaskCutSettings:
     def __post_init__(self):
         _check(self.num_objects, self.tau)
         if self.crf:
-            require_crf()
+            coco.require_crf()
 
 
 PAPER = MaskCutSettings()
 
 
 def check(loaded: LoadedModel, images: Dataset) -> None:
-    """Refuse models and data that cannot be scored, before anything is computed.
-
-    Args:
-        loaded: The model, at its image size.
-        images: The data set.
-
-    Raises:
-        UserError: The model has a single patch, or the data set has annotations, but none of an object.
-        UserError: A package is missing.
-    """
+    """Refuse, before anything is computed, a model with a single patch, and annotations without an object."""
     require("pycocotools", "scipy")
     _check_patches(math.prod(loaded.extract.grid))
     if isinstance(images, CocoImages):  # a scene always has an object
-        require_objects(images.coco, images.keys())
+        coco.require_objects(images.coco, images.keys())
 
 
 def detect(
@@ -268,7 +231,6 @@ def detect(
     images: Dataset,
     layers: Sequence[int],
     settings: MaskCutSettings,
-    problems: list[str],
     **reading,
 ) -> Iterator[dict]:
     """Run MaskCut on a data set, for several layers in one pass of the model.
@@ -278,13 +240,12 @@ def detect(
         images: Data set of `Sample`s, at the model's image size.
         layers: Layers, counted from 0.
         settings: See `MaskCutSettings`.
-        problems: Filled with one line for each unreadable image.
-        **reading: `batch_size`, `workers`, `progress` of `images.batches`.
+        **reading: See `images.batches`.
 
     Yields:
         For each image "image_id", and "layers": layer → "detections" (COCO results), "residuals" and "solvers".
     """
-    for batch in batches(images, problems=problems, **reading):
+    for batch in batches(images, **reading):
         features = loaded.features(batch.images, layers)
         cuts = {
             layer: maskcut(features.keys(layer), settings.num_objects, settings.tau, grid=features.grid)
@@ -295,16 +256,15 @@ def detect(
             record = {"image_id": sample.key, "layers": {}}
             for layer, cut in cuts.items():
                 masks = cut.masks[row][cut.masks[row].flatten(1).any(dim=1)].numpy()
-                masks = enlarge(masks, picture.shape[:2], Image.Resampling.NEAREST)
+                masks = coco.enlarge(masks, picture.shape[:2], Image.Resampling.NEAREST)
                 if settings.crf:
-                    refined = [refine(mask, picture) for mask in masks]
-                    masks = np.array([mask for mask in refined if mask is not None]).reshape(-1, *picture.shape[:2])
-                masks = enlarge(masks, sample.size, Image.Resampling.BICUBIC)
-                residuals = cut.residuals[row]
+                    masks = [fine for mask in masks if (fine := coco.refine(mask, picture)) is not None]
+                masks = coco.enlarge(masks, sample.size, Image.Resampling.BICUBIC)
+                known = cut.solvers[row] >= 0
                 record["layers"][layer] = {
-                    "detections": detections_of(masks, sample.key),
-                    "residuals": residuals[~residuals.isnan()].tolist(),
-                    "solvers": cut.solvers[row][~residuals.isnan()].tolist(),
+                    "detections": coco.detections_of(masks, sample.key),
+                    "residuals": cut.residuals[row][known].tolist(),
+                    "solvers": cut.solvers[row][known].tolist(),
                 }
             yield record
 
@@ -312,11 +272,7 @@ def detect(
 def summarise(images: Dataset, records: Sequence[dict], layer: int, evaluated: Sequence) -> dict:
     """Summarise one layer's records: counts, the largest residual and, with COCO annotations, AP and AR.
 
-    Args:
-        images: The data set.
-        records: From `detect`.
-        layer: The layer.
-        evaluated: Keys of all images; one without a record counts as missed.
+    `evaluated` has the keys of all images; one without a record counts as missed.
     """
     parts = [record["layers"][layer] for record in records]
     detections = [entry for part in parts for entry in part["detections"]]
@@ -329,7 +285,7 @@ def summarise(images: Dataset, records: Sequence[dict], layer: int, evaluated: S
         "solvers": {name: solvers.count(i) for i, name in enumerate(("Lanczos", "block Lanczos in fp64", "dense"))},
     }
     if images.has_instances:
-        numbers |= class_agnostic_scores(images.coco, detections, evaluated)
+        numbers |= coco.class_agnostic_scores(images.coco, detections, evaluated)
     return numbers
 
 
@@ -338,7 +294,6 @@ def evaluate(
     images: Dataset,
     layers: Sequence[int] | None = None,
     settings: MaskCutSettings = PAPER,
-    problems: list[str] | None = None,
     **reading,
 ) -> dict[int, dict]:
     """Score MaskCut at each layer, without files; see `detect` and `summarise`.
@@ -347,7 +302,7 @@ def evaluate(
         loaded: The model.
         images: Data set of `Sample`s; with COCO's there are AP and AR.
         layers: The model's default layer when None.
-        settings, problems, **reading: See `detect`.
+        settings, **reading: See `detect`.
 
     Returns:
         Layer → numbers.
@@ -356,21 +311,20 @@ def evaluate(
         UserError: See `check`.
     """
     layers = [loaded.extract.default_layer] if layers is None else list(layers)
-    problems = [] if problems is None else problems
     check(loaded, images)
-    records = list(detect(loaded, images, layers, settings, problems, **({"batch_size": 8} | reading)))
+    records = list(detect(loaded, images, layers, settings, **reading))
     return {layer: summarise(images, records, layer, images.keys()) for layer in layers}
 
 
 def _figure(images: Dataset, records: dict, layer: int, paths: list[Path], shown: int) -> None:
     """Draw the first readable images with their masks and boxes (paper, Fig. 5)."""
     pictures = []
-    readable = [(index, key) for index, key in enumerate(images.keys()) if key in records]
-    for index, key in readable[:shown]:
-        sample = images[index]
+    readable = [index for index, key in enumerate(images.keys()) if key in records]
+    for sample in map(images.__getitem__, readable[:shown]):
         squashed = Image.fromarray(sample.image.permute(1, 2, 0).numpy())
         picture = np.asarray(squashed.resize(sample.size[::-1], Image.Resampling.BICUBIC))
-        pictures.append(Picture(paint_detections(picture, records[key]["layers"][layer]["detections"])))
+        detections = records[sample.key]["layers"][layer]["detections"]
+        pictures.append(Picture(coco.paint_detections(picture, detections)))
     image_grid([pictures[i : i + 6] for i in range(0, len(pictures), 6)], paths)
 
 
@@ -391,11 +345,9 @@ def _command(options: argparse.Namespace) -> None:
         mine = Subset(images, todo[processes.rank :: processes.world_size])
         if processes.first and len(todo) < len(images):
             print(f"{len(images) - len(todo)} of {len(images)} images were done before: {evaluation.folder}")
-        problems: list[str] = []
-        title = "maskcut" if processes.first else None
-        found = detect(loaded, mine, [layer], settings, problems, allow_none=True, **reading(options, title))
-        records.append(found)
-        evaluation.problems += [line for part in processes.gather(problems) for line in part]
+        reading = evaluation.reading("maskcut" if processes.first else None)
+        records.append(detect(loaded, mine, [layer], settings, allow_none=True, **reading))
+        evaluation.problems = [line for part in processes.gather(evaluation.problems) for line in part]
         if processes.first:
             _finish(evaluation, images, records.read(), layer, decisive)
         processes.wait()
@@ -403,27 +355,27 @@ def _command(options: argparse.Namespace) -> None:
 
 def _open_records(folder: Path, settings: dict, processes: Processes) -> Records:
     """Open this rank's records; if rank 0 cannot, every rank raises and none waits."""
-    records, refusal = None, ""
+    refusal = ""
     if processes.first:
         try:
-            records = Records(folder, settings)
+            Records(folder, settings)
         except ValueError as error:
             refusal = str(error)
     refusal = processes.agree(refusal)
     if refusal:
         raise UserError(refusal)
-    return Records(folder, settings, processes.rank) if records is None else records
+    return Records(folder, settings, processes.rank)
 
 
 def _finish(evaluation: Evaluation, images: Dataset, records: dict, layer: int, decisive: dict) -> None:
     """Score, draw and print all records."""
-    keys = [key for key in images.keys() if key in records]  # noqa: SIM118
-    if not keys:
+    found = [records[key] for key in images.keys() if key in records]  # noqa: SIM118
+    if not found:
         raise UserError(f"none of the {len(images)} images could be read; the first: {evaluation.problems[0]}")
-    for key in keys:
-        records[key]["layers"] = {int(name): part for name, part in records[key]["layers"].items()}
-    numbers = summarise(images, [records[key] for key in keys], layer, images.keys())
-    detections = [entry for key in keys for entry in records[key]["layers"][layer]["detections"]]
+    for record in found:
+        record["layers"] = {int(name): part for name, part in record["layers"].items()}
+    numbers = summarise(images, found, layer, images.keys())
+    detections = [entry for record in found for entry in record["layers"][layer]["detections"]]
     write_text(evaluation.folder / "detections.json", json.dumps(detections) + "\n")
     evaluation.written.append(evaluation.folder / "detections.json")
     row = {"model": decisive["label"], "layer": layer, "images": numbers["images"]}
@@ -438,7 +390,7 @@ def _finish(evaluation: Evaluation, images: Dataset, records: dict, layer: int, 
         "Images that could not be read count as images without detections.",
     ]
     _figure(images, records, layer, evaluation.figure("detections"), evaluation.options.figure_images)
-    config = decisive | settings_of(evaluation.options, evaluation.models)
+    config = {name: value for name, value in decisive.items() if name not in evaluation.options}
     evaluation.finish(numbers, config, notes if "bbox" in numbers else ())
 
 

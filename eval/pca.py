@@ -12,7 +12,6 @@ pca_01.png and .pdf (and 02, …: eight rows a page; one figure per model where 
 table.
 """
 
-import argparse
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -87,14 +86,19 @@ def evaluate(
                 width = tokens[layer][-1].shape[-1]
                 raise UserError(f"features of {width} entries have no {first + 2} components: use a wider model")
         samples += batch.samples
-    settings = {"threshold": threshold, "scaling": scaling, "first": first, "grid": loaded.extract.grid}
     results = []
     size = group or len(samples)
     for layer, parts in tokens.items():
         result = {"layer": layer, "groups": [], "images": [], "projections": [], "colours": []}
         for number, features in enumerate(torch.cat(parts).split(size)):
-            _add_group(result, features, samples[number * size :][:size], **settings)
-        result["mean"] = _means(result)
+            settings = (threshold, scaling, first, loaded.extract.grid)
+            _add_group(result, features, samples[number * size :][:size], *settings)
+        result["mean"] = {}
+        for name in ("foreground_share", "iou", "constant_iou"):
+            values = [image[name] for image in result["images"] if image[name] is not None]
+            result["mean"][name] = sum(values) / len(values) if values else None
+        explained = zip(*(group["explained"] for group in result["groups"]), strict=True)
+        result["mean"]["explained"] = [sum(shares) / len(shares) for shares in explained]
         results.append(result)
     return {"layers": results}
 
@@ -125,52 +129,28 @@ def _describe(sample: Sample, mask: Tensor, grid: tuple[int, int]) -> dict:
     return {"name": str(sample.key), "foreground_share": mask.double().mean().item()} | scores
 
 
-def _means(result: dict) -> dict:
-    means = {}
-    for name in ("foreground_share", "iou", "constant_iou"):
-        values = [image[name] for image in result["images"] if image[name] is not None]
-        means[name] = sum(values) / len(values) if values else None
-    explained = zip(*(group["explained"] for group in result["groups"]), strict=True)
-    return means | {"explained": [sum(shares) / len(shares) for shares in explained]}
-
-
 def _figure(
     columns: dict[str, dict], samples: Sequence[Sample], first: int, folder: Path, title: str | None
 ) -> list[Path]:
     """Draw a row per image and a column per title; two rows where component 1 is shown in grey."""
     known, titles = first_columns(samples)
     names = [short_name(sample) for sample in samples]
-    colours = [[None if c is None else Picture(c) for c in row] for row in _by_image(columns, "colours")]
+    by_image = zip(*(result["colours"] for result in columns.values()), strict=True)
+    colours = [[None if c is None else Picture(c) for c in row] for row in by_image]
     if first == 1:
         rows = [[*start, *row] for start, row in zip(known, colours, strict=True)]
         return write_pages(rows, folder, "pca", names, [*titles, *columns], title)
     title = (f"{title}: " if title else "") + "component 1 in grey, 2 to 4 in colour"
-    greys = [[Picture(p, "gray") for p in row] for row in _by_image(columns, "projections")]
     rows = []
-    for (image, *objects), grey, colour in zip(known, greys, colours, strict=True):
-        rows += [[image, *grey], [*(objects or [None]), *colour]]
+    projections = zip(*(result["projections"] for result in columns.values()), strict=True)
+    for (image, *objects), greys, colour in zip(known, projections, colours, strict=True):
+        rows += [[image, *(Picture(grey, "gray") for grey in greys)], [*(objects or [None]), *colour]]
     row_titles = [text for name in names for text in (name, "")]
     return write_pages(rows, folder, "pca", row_titles, ["image", *columns], title)
 
 
-def _by_image(columns: dict[str, dict], name: str) -> list[tuple]:
-    return list(zip(*(result[name] for result in columns.values()), strict=True))
-
-
 def _layer_list(text: str) -> list[int] | str:
     return text if text == "all" else [int(word) for word in text.split(",")]
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = evaluation_parser("pca", __doc__.splitlines()[0], limit=8)
-    add = parser.add_argument
-    add("--layers", type=_layer_list, help="all, or numbers such as 0,3,6; default each model's own layer")
-    add("--components", choices=("1-3", "2-4"), default="1-3", help="in red, green and blue; default 1-3")
-    add("--threshold", type=float, default=0.5, help="λ of the first component; default 0.5")
-    add("--scaling", choices=SCALINGS, default="raw", help="raw as in the paper (default); minmax maps to 0..1 first")
-    add("--group", type=positive, help="images that are analysed together; default all")
-    add("--class", dest="class_name", metavar="NAME", help="only images that contain this class")
-    return parser
 
 
 def _row(label: str, result: dict) -> dict:
@@ -180,7 +160,7 @@ def _row(label: str, result: dict) -> dict:
     return {"model": label, "layer": result["layer"]} | shares | columns
 
 
-def _command(options: argparse.Namespace) -> None:
+def _command(options) -> None:
     models = open_models(options)
     for loaded in models:
         check_foreground(loaded.extract.grid, options.threshold, options.scaling)
@@ -215,14 +195,21 @@ def _warn(label: str, outcome: Sequence[dict]) -> None:
     for result in outcome:
         for group in result["groups"]:
             if group["problem"]:
-                images = f"images {group['images'][0]} to {group['images'][-1]}"
-                problem = f"no colours for {label}, layer {result['layer']}, {images}: {group['problem']}"
-                print(problem, file=sys.stderr)
+                where = f"layer {result['layer']}, images {group['images'][0]} to {group['images'][-1]}"
+                print(f"no colours for {label}, {where}: {group['problem']}", file=sys.stderr)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Draw and describe principal components; see the module's text."""
-    return run_command(lambda: _command(_parser().parse_args(argv)))
+    parser = evaluation_parser("pca", __doc__.splitlines()[0], limit=8)
+    add = parser.add_argument
+    add("--layers", type=_layer_list, help="all, or numbers such as 0,3,6; default each model's own layer")
+    add("--components", choices=("1-3", "2-4"), default="1-3", help="in red, green and blue; default 1-3")
+    add("--threshold", type=float, default=0.5, help="λ of the first component; default 0.5")
+    add("--scaling", choices=SCALINGS, default="raw", help="raw as in the paper (default); minmax maps to 0..1 first")
+    add("--group", type=positive, help="images that are analysed together; default all")
+    add("--class", dest="class_name", metavar="NAME", help="only images that contain this class")
+    return run_command(lambda: _command(parser.parse_args(argv)))
 
 
 if __name__ == "__main__":

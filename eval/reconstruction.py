@@ -25,12 +25,7 @@ __all__ = ["evaluate", "main"]
 
 
 def _errors(images: Tensor, filled: Tensor, hidden: Tensor) -> Tensor:
-    """Return sums over hidden pixels [4]: squared errors of model, visible mean and whole mean, and the count.
-
-    Args:
-        images, filled: Values from 0 to 1, [B, 3, S, S].
-        hidden: Boolean [B, 1, S, S].
-    """
+    """Return sums over hidden pixels [4]: squared errors of model, visible mean and whole mean, and the count."""
     visible = ~hidden
     seen = (images * visible).sum((2, 3), keepdim=True) / visible.sum((2, 3), keepdim=True)
     guesses = (filled, seen, images.mean((2, 3), keepdim=True))
@@ -92,20 +87,6 @@ def _ratios(text: str) -> list[float]:
     return ratios
 
 
-def _table(label: str, rows: Sequence[dict], normalised: bool) -> list[dict]:
-    return [
-        {
-            "model": label,
-            "hidden": f"{row['mask_ratio']:.0%}",
-            "loss": row["loss"],
-            "error" + (" (patch statistics given)" if normalised else ""): row["rmse"],
-            "visible mean": row["rmse_visible_mean"],
-            "image mean": row["rmse_image_mean"],
-        }
-        for row in rows
-    ]
-
-
 def _command(options: argparse.Namespace) -> None:
     models = open_models(options)
     for loaded in models:
@@ -122,7 +103,11 @@ def _command(options: argparse.Namespace) -> None:
         images = open_images(options.data, loaded.autoencoder.image_size[0], options.limit)
         read = list(batches(images, **evaluation.reading(loaded.label)))
         results[loaded.label] = evaluate(loaded, read, options.ratios, options.seed)
-        table += _table(loaded.label, results[loaded.label], loaded.autoencoder.norm_pix_loss)
+        error = "error" + " (patch statistics given)" * loaded.autoencoder.norm_pix_loss
+        names = {"loss": "loss", error: "rmse", "visible mean": "rmse_visible_mean", "image mean": "rmse_image_mean"}
+        for row in results[loaded.label]:
+            first = {"model": loaded.label, "hidden": f"{row['mask_ratio']:.0%}"}
+            table.append(first | {title: row[name] for title, name in names.items()})
         shown = torch.cat([batch.images for batch in read])[: options.show]
         titles = [str(sample.key)[-24:] for batch in read for sample in batch.samples][: options.show]
         paths = evaluation.figure(file_name(loaded.label))

@@ -46,10 +46,7 @@ def left_out(model: nn.Module) -> dict[str, str]:
 
 
 def trend(values: Sequence[float]) -> dict:
-    """Describe how a measure changes with depth.
-
-    Args:
-        values: One for each layer.
+    """Describe how a measure changes with depth, from its values by layer.
 
     Returns:
         "first" and "last" value; "steps_down" of "steps" from a layer to the next; "spearman", the rank correlation
@@ -112,21 +109,15 @@ def _tables(results: dict[str, dict]) -> tuple[list[dict], list[dict]]:
     by_layer, by_measure = [], []
     for label, result in results.items():
         for row in result["layers"]:
-            cells = {"model": label, "layer": row["layer"]}
+            by_layer.append({"model": label, "layer": row["layer"]})
             for name, (column, _) in MEASURES.items():
-                cells |= {column: row.get(name), f"{column} ±": row.get(f"{name}_std")}
-            by_layer.append(cells)
+                by_layer[-1] |= {column: row.get(name), f"{column} ±": row.get(f"{name}_std")}
         for name, (column, _) in MEASURES.items():
-            cells = {"model": label, "measure": column, "first layer": None, "last layer": None}
-            cells |= {"steps down": None, "Spearman with depth": None}
-            if name in result["trends"]:
-                found = result["trends"][name]
-                cells |= {"first layer": found["first"], "last layer": found["last"]}
-                cells |= {"steps down": f"{found['steps_down']} of {found['steps']}"}
-                cells |= {"Spearman with depth": found["spearman"], "falls with depth": found["falls"]}
-            else:
-                cells["falls with depth"] = result["left_out"][name]
-            by_measure.append(cells)
+            found = result["trends"].get(name, {"falls": result["left_out"].get(name)})
+            steps = f"{found['steps_down']} of {found['steps']}" if "steps" in found else None
+            row = {"first layer": found.get("first"), "last layer": found.get("last"), "steps down": steps}
+            row |= {"Spearman with depth": found.get("spearman"), "falls with depth": found["falls"]}
+            by_measure.append({"model": label, "measure": column} | row)
     return by_layer, by_measure
 
 

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from crate_fast.eval.attention_maps import _best_heads, add_noise, evaluate, main, map_correlation
+from crate_fast.eval.common import figures
 from crate_fast.eval.common.features import Features, LayerTokens
-from crate_fast.eval.common.figures import image_grid
 from crate_fast.eval.common.images import Batch, Sample, Target
 
 CRATE = ["A=crate_tiny_patch8_224@untrained", "--model-args", "depth=2", "dim=32", "heads=2", "img_size=32"]
@@ -130,28 +130,25 @@ def test_correlation_with_the_clean_map_falls_with_noise_and_ignores_constant_ma
     np.testing.assert_array_equal(result["noisy_maps"][2], again["maps"])
 
 
-def _run(tmp_path, *words, data="shape_scenes"):
-    assert main([*CRATE, "--data", data, "--output", str(tmp_path), *words]) == 0
+def _run(tmp_path, *words, data="shape_scenes", models=CRATE):
+    assert main([*models, "--data", data, "--output", str(tmp_path), *words]) == 0
     return json.loads((tmp_path / "results.json").read_text())
 
 
 @pytest.fixture
 def drawn(monkeypatch):
     """The figures' contents: a list of (rows, column titles), in place of the files."""
-    figures = []
-    monkeypatch.setattr(
-        "crate_fast.eval.common.figures.image_grid",
-        lambda rows, paths, **titles: figures.append((rows, titles["column_titles"])),
-    )
-    return figures
+    found = []
+    monkeypatch.setattr(figures, "image_grid", lambda rows, _, **more: found.append((rows, more["column_titles"])))
+    return found
 
 
 def test_heads_figure_pages_and_files(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("crate_fast.eval.common.figures.ROWS_A_PAGE", 2)
     results = _run(tmp_path / "one", "--limit", "3")
     names = {path.name for path in (tmp_path / "one").iterdir()}
-    figures = {f"attention_0{page}.{suffix}" for page in (1, 2) for suffix in ("png", "pdf")}
-    assert names == figures | {"attention.npz", "attention.md", "attention.csv", "attention.tex", "results.json"}
+    pages = {f"attention_0{page}.{suffix}" for page in (1, 2) for suffix in ("png", "pdf")}
+    assert names == pages | {"attention.npz", "attention.md", "attention.csv", "attention.tex", "results.json"}
     assert results["protocol"] == "attention_maps"
     assert results["config"]["heads"] == ["all", "mean"]
     with np.load(tmp_path / "one" / "attention.npz") as maps:
@@ -200,23 +197,16 @@ def test_noise_figures_have_a_row_a_level(tmp_path, drawn):
     assert {level["share"] for level in results["results"]["A"]["noise"]} == {0.5}
 
 
-def test_models_of_different_grids_stand_side_by_side(tmp_path, monkeypatch):
-    seen = []
-    draw = image_grid
-    monkeypatch.setattr(
-        "crate_fast.eval.common.figures.image_grid",
-        lambda rows, *a, **k: (seen.append((rows, k)), draw(rows, *a, **k)),
-    )
+def test_models_of_different_grids_stand_side_by_side(tmp_path, drawn):
     models = ["A=crate_tiny_patch8_224@untrained", "B=vit_tiny_patch16_224@untrained"]
-    words = ["--data", "shape_scenes", "--limit", "2", "--figure", "models", "--output", str(tmp_path)]
-    assert main([*models, "--model-args", "depth=2", "img_size=64", *words]) == 0
-    rows, titles = seen[0][0], seen[0][1]["column_titles"]
+    models += ["--model-args", "depth=2", "img_size=64"]
+    results = _run(tmp_path, "--limit", "2", "--figure", "models", models=models)["results"]
+    ((rows, titles),) = drawn
     assert titles[2:] == [f"{m}\n{h}" for m in ("A, layer 0", "B, layer 1") for h in ("mean of heads", "best head")]
     assert [picture.pixels.shape for picture in rows[0][2:]] == [(8, 8), (8, 8), (4, 4), (4, 4)]
-    assert (tmp_path / "attention_01.png").is_file()
     with np.load(tmp_path / "B" / "attention.npz") as maps:
         assert any(np.array_equal(rows[0][5].pixels, head) for head in maps["0"])
-    assert set(json.loads((tmp_path / "results.json").read_text())["results"]) == {"A", "B"}
+    assert set(results) == {"A", "B"}
 
 
 def test_the_best_head_is_the_one_on_the_object():
@@ -249,15 +239,11 @@ def test_unreadable_images_are_named(tmp_path):
         (["--figure", "noise_sigma", "--heads", "best"], "by number"),
         (["--figure", "noise_share", "--levels", "0,2"], "share=2.0"),
         (["--data", "folder:{}", "--heads", "best"], "needs object masks"),
+        (["--model-args", "depth=1", "img_size=32", "class_token=false", "global_pool=avg"], "no CLS token"),
     ],
 )
 def test_mistakes_are_one_message(tmp_path, refuses, words, message):
     words = [word.format(tmp_path) for word in words]
     output = ["--limit", "1", "--output", str(tmp_path / "out")]
-    refuses(message, main, [*CRATE, "--data", "shape_scenes", *output, *words])
-
-
-def test_a_model_without_cls_is_refused(tmp_path, refuses):
-    words = ["--model-args", "depth=1", "img_size=32", "class_token=false", "global_pool=avg"]
-    output = ["--data", "shape_scenes", "--limit", "1", "--output", str(tmp_path)]
-    refuses("no CLS token", main, ["vit_tiny_patch16_224@untrained", *words, *output])
+    models = ["vit_tiny_patch16_224@untrained"] if "--model-args" in words else CRATE
+    refuses(message, main, [*models, "--data", "shape_scenes", *output, *words])

@@ -17,6 +17,7 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from types import SimpleNamespace
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import uvicorn
@@ -24,6 +25,7 @@ from PIL import Image
 
 import crate_fast
 from crate_fast import cli
+from crate_fast.eval.common import figures
 from crate_fast.train import trainer
 
 ROOT = Path(__file__).parent.parent
@@ -44,21 +46,22 @@ SMALL = {  # a command's beginning → options that make it small; a later optio
     "crate-fast pretrain": f"{_TRAINING} {_SCENES} {_MODEL}",
     "crate-fast explore": "--no-browser",  # the server is replaced
     "crate-fast export": "",
-    "crate-fast eval coarse_segmentation": "--limit 8 --device cpu",
+    "crate-fast eval coarse_segmentation": "--limit 4 --figure-images 1 --device cpu",
     "python -m crate_fast.train.write_shards": "--workers 1",
     "python -m crate_fast.env": "",
     "crate-fast eval classify": "--limit 8 --train-limit 24 --k 1 --device cpu",
-    "crate-fast eval attention_maps": "--limit 2 --device cpu",
+    "crate-fast eval attention_maps": "--limit 1 --device cpu",
     "crate-fast eval maskcut": "--limit 2 --image-size 32 --device cpu",
-    "crate-fast eval pca": "--limit 3 --device cpu",
-    "crate-fast eval by_layer": "--limit 4 --image-size 32 --device cpu",
-    "crate-fast eval white_box": "--limit 4 --device cpu",
+    "crate-fast eval pca": "--limit 2 --device cpu",
+    "crate-fast eval by_layer": "--limit 2 --image-size 32 --device cpu",
+    "crate-fast eval white_box": "--limit 2 --device cpu",
 }
 PARSED = (  # beginnings of commands that need GPUs or minutes; their options are parsed
     "torchrun --n",
     "python benchmarks/",
     "bash benchmarks/",
     "crate-fast check",
+    "crate-fast export runs/tutorial",  # another page's export runs
     "crate-fast reproduce",
     "python docs/build_reference.py",
 )
@@ -95,9 +98,18 @@ def _picture(number: int, path: Path) -> None:
     Image.fromarray(pixels).save(path)
 
 
+def _save_empty(figure, paths) -> None:
+    """Stand in for `save_figure`: other tests look at figures."""
+    plt.close(figure)
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+
+
 @pytest.fixture
 def scratch(tmp_path, monkeypatch):
     """A working folder with what the pages call DATA and PHOTOS."""
+    monkeypatch.setattr(figures, "save_figure", _save_empty)
     for number in range(6):
         _picture(number, tmp_path / "PHOTOS" / f"{number}.jpg")
     for split, count in (("train", 8), ("val", 4)):

@@ -138,17 +138,14 @@ def test_wrong_words(name, message):
         open_model(name)
 
 
-def test_a_run_takes_no_model_arguments(tiny_run, tmp_path, capsys):
-    assert open_model(str(tiny_run), model_args=["depth=7"]).facts["model_args"] == {}
-    assert white_box([str(tiny_run), "--model-args", "depth=7", "--output", str(tmp_path)]) == 2
-    assert "a run knows its own model" in capsys.readouterr().err
-
-
-def test_wrong_arguments():
+def test_wrong_arguments(tiny_run, tmp_path, refuses):
     with pytest.raises(ValueError, match="write KEY=VALUE"):
         open_model(f"{NAME}@untrained", model_args=["depth"])
     with pytest.raises(ValueError, match="image size 30 is not a multiple"):
         open_model(f"{NAME}@untrained", image_size=30, model_args=SMALL)
+    assert open_model(str(tiny_run), model_args=["depth=7"]).facts["model_args"] == {}
+    words = [str(tiny_run), "--model-args", "depth=7", "--output", str(tmp_path)]
+    refuses("a run knows its own model", white_box, words)
 
 
 def test_a_runs_damaged_files_are_one_line(tiny_run, tmp_path):

@@ -2,12 +2,12 @@
 
 import io
 import json
+import multiprocessing
 import os
 import pickle
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -153,8 +153,9 @@ def test_models_of_timm():
         explorer.summary(1, "s0")
 
 
-def test_simultaneous_requests_do_not_mix(address):
-    visitors = 9
+def test_simultaneous_requests_do_not_mix():
+    """Models are opened at the same time, too: the untrained one's weights are its seed's."""
+    visitors = 6
     files = [picture_file(100 + number) for number in range(visitors)]
     start = threading.Barrier(visitors)
 
@@ -163,13 +164,13 @@ def test_simultaneous_requests_do_not_mix(address):
         attention = [("attention", {"layer": layer, "patch": 7 * number + step}) for step in range(3)]
         return [("summary", {}), *attention, ("masks", {"layer": layer})]
 
-    def visit(number: int) -> list[dict]:
+    def visit(number: int, address: str) -> list[dict]:
         start.wait()
         about = {"model": number % 3, "picture": send(address, files[number], f"{number}.png").json()["id"]}
         return [ask(address, name, **about, **parameters) for name, parameters in questions(number)]
 
-    with ThreadPoolExecutor(visitors) as pool:
-        answers = list(pool.map(visit, range(visitors)))
+    with served(explorer_with(*SHIPPED)) as address, ThreadPoolExecutor(visitors) as pool:
+        answers = list(pool.map(visit, range(visitors), [address] * visitors))
     alone = explorer_with(*SHIPPED)
     for number, found in enumerate(answers):
         picture = alone.pictures.add(files[number], "a.png")
@@ -178,23 +179,19 @@ def test_simultaneous_requests_do_not_mix(address):
             assert json.dumps(answer) == json.dumps(expected), (number, name)
 
 
-BAD = {
-    "broken": (picture_file()[:-60], "cannot be read"),
-    "text.png": (b"this is a text, whatever its name says", "no image"),
-    "huge.png": (huge_file(), "100 megapixels"),
-    "empty.png": (b"", "no image"),
-    "page.svg": (b"<svg xmlns='http://www.w3.org/2000/svg'><script>alert(1)</script></svg>", "no image"),
-    "script.eps": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n", "no image"),
-}
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_a_bad_upload_is_refused_with_a_reason(address, name):
-    data, reason = BAD[name]
-    answer = send(address, data, name)
-    assert answer.status_code == 422
-    assert reason in answer.json()["error"]
-    assert name in answer.json()["error"]
+def test_a_bad_upload_is_refused_with_a_reason(address):
+    for name, data, reason in (
+        ("broken", picture_file()[:-60], "cannot be read"),
+        ("text.png", b"this is a text, whatever its name says", "no image"),
+        ("huge.png", huge_file(), "100 megapixels"),
+        ("empty.png", b"", "no image"),
+        ("page.svg", b"<svg xmlns='http://www.w3.org/2000/svg'><script>alert(1)</script></svg>", "no image"),
+        ("script.eps", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n", "no image"),
+    ):
+        answer = send(address, data, name)
+        assert answer.status_code == 422
+        assert reason in answer.json()["error"]
+        assert name in answer.json()["error"]
 
 
 def test_an_upload_is_limited_in_size_before_it_is_held(address):
@@ -411,22 +408,29 @@ def test_weights_that_are_not_finite_are_a_message(tmp_path):
         explorer.summary(0, "s0")
 
 
-@pytest.mark.parametrize(
-    ("host", "alone"),
-    [("127.0.0.1", True), ("127.0.0.2", True), ("::1", True), ("localhost", True), ("0.0.0.0", False), ("pc", False)],
-)
-def test_which_addresses_are_this_computers_alone(host, alone):
-    assert command._is_loopback(host) == alone
+def test_which_addresses_are_this_computers_alone():
+    hosts = ("127.0.0.1", "127.0.0.2", "::1", "localhost", "0.0.0.0", "pc")
+    assert [command._is_loopback(host) for host in hosts] == [True] * 4 + [False] * 2
+
+
+def _serve(out, err) -> None:
+    torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
+    sys.stdout, sys.stderr = (os.fdopen(end.fileno(), "w", closefd=False) for end in (out, err))
+    sys.exit(command.main(["--checkpoint", "shipped:CRATE", "--no-browser"]))
 
 
 def test_the_command_serves_until_it_is_interrupted():
-    words = [sys.executable, "-m", "crate_fast.cli", "explore", "--checkpoint", "shipped:CRATE", "--no-browser"]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        address = process.stdout.readline().split()[0]
+    (out, out_end), (err, err_end) = (multiprocessing.Pipe(duplex=False) for _ in range(2))
+    process = multiprocessing.get_context("fork").Process(target=_serve, args=(out_end, err_end))
+    process.start()
+    out_end.close(), err_end.close()
+    with os.fdopen(out.fileno(), closefd=False) as lines, os.fdopen(err.fileno(), closefd=False) as errors:
+        address = lines.readline().split()[0]
         assert ask(address, "setup")["models"][0]["label"] == "shipped:CRATE"
-        process.send_signal(signal.SIGINT)
-        assert process.wait(60) == 0
-        assert "Traceback" not in process.stderr.read()
+        os.kill(process.pid, signal.SIGINT)
+        process.join(60)
+        assert process.exitcode == 0
+        assert "Traceback" not in errors.read()
 
 
 @pytest.mark.parametrize(

@@ -149,14 +149,17 @@ def test_wrong_versions_differ(mutant, monkeypatch):
     pytest.fail(f"{differ} of sixty graphs differ")
 
 
-def test_where_all_that_are_left_are_linked_the_search_ends():
+@pytest.mark.parametrize(("planted", "solvers"), [(True, [0, 0, -1]), (False, [0, -1, -1])])
+def test_where_all_that_are_left_are_linked_the_search_ends(planted, solvers):
     """A documented difference: the reference would cut the painted patches from the rest."""
     features = torch.zeros(8, 8, 2)
-    features[..., 0], features[2:5, 3:6] = 1.0, torch.tensor([0.0, 1.0])
+    features[..., 0] = 1.0
+    if planted:
+        features[2:5, 3:6] = torch.tensor([0.0, 1.0])
     result = maskcut(features.flatten(0, 1), num_objects=3)
-    assert result.masks[0, 0].sum() == 9
+    assert result.masks[0, 0].sum() == 9 * planted
     assert not result.masks[0, 1:].any()
-    assert result.solvers[0].tolist() == [0, 0, -1]
+    assert result.solvers[0].tolist() == solvers
 
 
 @pytest.mark.parametrize("backend", [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul])
@@ -205,12 +208,6 @@ def test_the_residual_is_of_the_generalised_problem():
     assert np.linalg.norm(direct) < 5e-6
     values, _ = second_eigenvector(matrix)
     assert cut.eigenvalue.item() == pytest.approx(values[0], abs=1e-5)
-
-
-def test_a_graph_without_a_cut_gives_no_mask():
-    result = maskcut(torch.ones(64, 3))
-    assert not result.masks.any()
-    assert result.solvers.tolist() == [[0, -1, -1]]
 
 
 @pytest.mark.parametrize(
@@ -467,8 +464,8 @@ def test_a_refused_setting_does_not_stand_in_the_way_of_the_right_one(folder, tm
 
 
 def test_images_without_annotations_get_detections_but_no_ap(folder, tmp_path):
-    results = _run(folder, tmp_path, "--data", f"folder:{folder / 'val2017'}")["results"]
-    assert results["images"] == 6
+    results = _run(folder, tmp_path, "--data", f"folder:{folder / 'val2017'}", "--limit", "2")["results"]
+    assert results["images"] == 2
     assert "bbox" not in results
 
 

@@ -15,7 +15,7 @@ def test_the_notebook_runs_on_a_run_and_a_model_of_the_package(tiny_run):
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert not any(cell.outputs or cell.execution_count for cell in code), "it is stored without outputs"
     parameters = next(cell for cell in code if "parameters" in cell.metadata.get("tags", ()))
-    parameters.source += f"\nMODEL, OTHER = {str(tiny_run)!r}, MODEL"
+    parameters.source += f"\nMODEL, OTHER, COUNT = {str(tiny_run)!r}, MODEL, 3"
     nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": NOTEBOOK.parent}}).execute()
     outputs = [output for cell in code for output in cell.outputs]
     assert {output.output_type for output in outputs} == {"display_data", "stream"}

@@ -17,34 +17,17 @@ from PIL import Image
 
 from crate_fast.errors import UserError
 
-__all__ = [
-    "as_one_category",
-    "class_agnostic_scores",
-    "detections_of",
-    "enlarge",
-    "index_of",
-    "paint_detections",
-    "read_annotations",
-    "refine",
-    "require_crf",
-    "require_objects",
-]
+__all__ = ["class_agnostic_scores", "detections_of", "enlarge", "paint_detections", "read_annotations", "refine"]
 
 _FARTHEST = 1_000_000  # pixels; pycocotools takes memory and time for each, and at 10⁸ it crashes
 
 
 def read_annotations(path: Path):
-    """Open a file of COCO's or LVIS's instance annotations.
+    """Open a file of COCO's or LVIS's instance annotations as pycocotools' index `COCO`.
 
     Missing values with a default are filled in: iscrowd (0), area and bbox (from the mask), file_name (the end of
     coco_url), a category's name (its number), and an image's size (from its RLE masks). Annotations of unlisted
     images are left out, as in pycocotools.
-
-    Args:
-        path: The file.
-
-    Returns:
-        pycocotools' index `COCO`.
 
     Raises:
         UserError: Another field is missing or wrong; the message names file, annotation or image, and field.
@@ -62,7 +45,10 @@ def read_annotations(path: Path):
     if not content["images"]:
         raise UserError(f"{path} lists no images: 'images' is empty; name another file")
     images = _images(content["images"], path)
-    categories = [_category(*numbered, path) for numbered in enumerate(content.get("categories", []))]
+    categories = content.get("categories", [])
+    for number, category in enumerate(categories):
+        _require(category, "id", (int,), f"{path}: categories[{number}]")
+        category["name"] = str(category.get("name") or category["id"])
     annotations = []
     for number, annotation in enumerate(content["annotations"]):
         where = f"{path}: annotations[{number}]"
@@ -89,11 +75,7 @@ def index_of(images: list[dict], annotations: list[dict], categories: list[dict]
 
 
 def require_objects(coco, image_ids: Sequence) -> None:
-    """Refuse images without an object, whose AP has no meaning.
-
-    Raises:
-        UserError: None has one.
-    """
+    """Refuse images without a single object, whose AP has no meaning."""
     if not any(not annotation.get("iscrowd") for i in image_ids for annotation in coco.imgToAnns.get(i, ())):
         raise UserError(
             f"none of the {len(image_ids)} images has an annotated object, so AP has no meaning: take more images "
@@ -101,17 +83,10 @@ def require_objects(coco, image_ids: Sequence) -> None:
         )
 
 
-def as_one_category(coco, image_ids: Sequence):
-    """Copy the ground truth of some images, with category 1 alone and with ids 1, 2, … of images and annotations.
+def _as_one_category(coco, image_ids: Sequence):
+    """Copy the annotations with category 1 alone, and with ids 1, 2, … of images (as given) and annotations.
 
     pycocotools takes annotation id 0 for "no match", and reads annotations of a repeated id twice.
-
-    Args:
-        coco: pycocotools' index of the annotations.
-        image_ids: Image n of the copy is image_ids[n − 1].
-
-    Returns:
-        The copy's index; `coco` is unchanged.
     """
     images, annotations = [], []
     for number, image_id in enumerate(image_ids, start=1):
@@ -159,86 +134,83 @@ def _images(entries: list[dict], path: Path) -> dict[int | str, dict]:
     return images
 
 
-def _category(number: int, category: dict, path: Path) -> dict:
-    _require(category, "id", (int,), f"{path}: categories[{number}]")
-    return category | {"name": str(category.get("name") or category["id"])}
-
-
 def _complete(annotation: dict, image: dict, where: str) -> None:
     """Check an annotation's values and fill in those that follow; an image without a size takes that of an RLE."""
     from pycocotools import mask as rle
 
     if annotation.get("iscrowd") is None:
         annotation["iscrowd"] = 0
+    area, box = annotation.get("area"), annotation.get("bbox")
     if annotation["iscrowd"] not in (0, 1):
         raise UserError(f"{where}: 'iscrowd' is {annotation['iscrowd']!r}, and must be 0 or 1; correct the file")
     segmentation = annotation["segmentation"] = _segmentation(annotation, image, where)
-    mask = None
-    if annotation.get("area") is None:
-        mask = _encoded(segmentation, image)
-        annotation["area"] = float(rle.area(mask))
-    elif not _numbers([annotation["area"]]) or annotation["area"] < 0:
-        raise UserError(f"{where}: 'area' is {annotation['area']!r}, and must be a number from 0; correct the file")
-    box = annotation.get("bbox")
+    if area is not None and (not _numbers([area]) or area < 0):
+        raise UserError(f"{where}: 'area' is {area!r}, and must be a number from 0; correct the file")
     if box and (not isinstance(box, list) or len(box) != 4 or not _numbers(box) or min(box[2:]) < 0):
         raise UserError(f"{where}: 'bbox' is {box!r}, and must be [x, y, width, height]; correct or remove it")
-    if not box or 0 in box[2:]:  # COCO's train2017 has a box of no height
-        mask = _encoded(segmentation, image) if mask is None else mask
-        annotation["bbox"] = rle.toBbox(mask).tolist() if not box or rle.area(mask) else box
+    if area is not None and box and 0 not in box[2:]:  # COCO's train2017 has a box of no height
+        return
+    if isinstance(segmentation, list):
+        segmentation = rle.merge(rle.frPyObjects(segmentation, image["height"], image["width"]))
+    elif isinstance(segmentation["counts"], list):
+        segmentation = rle.frPyObjects(segmentation, image["height"], image["width"])
+    if area is None:
+        annotation["area"] = float(rle.area(segmentation))
+    annotation["bbox"] = (
+        box if box and not (0 in box[2:] and rle.area(segmentation)) else rle.toBbox(segmentation).tolist()
+    )
 
 
 def _numbers(values: list) -> bool:
     return set(map(type, values)) <= {int, float} and all(map(math.isfinite, values))
 
 
-def _size(image: dict) -> list[int] | None:
-    size = [image.get("height"), image.get("width")]
-    return size if all(type(side) is int and side > 0 for side in size) else None
+def _known(size: Sequence) -> bool:
+    return all(type(side) is int and side > 0 for side in size)
 
 
 def _segmentation(annotation: dict, image: dict, where: str) -> list | dict:
     """Return the segmentation, without polygons of fewer than three points, which cover nothing."""
-    found = annotation.get("segmentation")
+    found, where = annotation.get("segmentation"), f"{where}: 'segmentation'"
     if not found:
         state = "missing" if "segmentation" not in annotation else "empty"
-        raise UserError(f"{where}: 'segmentation' is {state}, so there is no mask to score; remove the annotation")
+        raise UserError(f"{where} is {state}, so there is no mask to score; remove the annotation")
     if isinstance(found, dict):
-        return _run_lengths(found, image, where)
+        _check_run_lengths(found, image, where)
+        return found
     if not isinstance(found, list) or not all(isinstance(polygon, list) for polygon in found):
-        raise UserError(f"{where}: 'segmentation' is neither a list of polygons nor RLE; correct the file")
+        raise UserError(f"{where} is neither a list of polygons nor RLE; correct the file")
     for polygon in found:
         if len(polygon) % 2 or not _numbers(polygon):
-            raise UserError(f"{where}: 'segmentation' has a polygon that is no list x, y, x, y, …; correct the file")
+            raise UserError(f"{where} has a polygon that is no list x, y, x, y, …; correct the file")
         if max(map(abs, polygon), default=0) > _FARTHEST:
-            raise UserError(f"{where}: 'segmentation' has a point over {_FARTHEST:,} pixels away; correct the file")
+            raise UserError(f"{where} has a point over {_FARTHEST:,} pixels away; correct the file")
     polygons = [polygon for polygon in found if len(polygon) >= 6]
     if not polygons:
-        raise UserError(f"{where}: 'segmentation' has no polygon of three points; remove the annotation")
-    if _size(image) is None:
+        raise UserError(f"{where} has no polygon of three points; remove the annotation")
+    size = image.get("height"), image.get("width")
+    if not _known(size):
         raise UserError(
-            f"{where}: 'segmentation' has polygons, so image {image.get('id')!r} needs 'height' and 'width', whole "
-            f"numbers above 0, not {image.get('height')!r} and {image.get('width')!r}; correct the file"
+            f"{where} has polygons, so image {image.get('id')!r} needs 'height' and 'width', whole numbers above 0, "
+            f"not {size[0]!r} and {size[1]!r}; correct the file"
         )
     return polygons
 
 
-def _run_lengths(found: dict, image: dict, where: str) -> dict:
+def _check_run_lengths(found: dict, image: dict, where: str) -> None:
     size, counts = found.get("size"), found.get("counts")
-    if not isinstance(size, list | tuple) or len(size) != 2 or _size({"height": size[0], "width": size[1]}) is None:
-        raise UserError(f"{where}: 'segmentation' has the size {size!r}, not [height, width]; correct the file")
-    if _size(image) is None:
+    if not isinstance(size, list | tuple) or len(size) != 2 or not _known(size):
+        raise UserError(f"{where} has the size {size!r}, not [height, width]; correct the file")
+    if not _known([image.get("height"), image.get("width")]):
         image |= {"height": size[0], "width": size[1]}
-    elif _size(image) != list(size):
+    elif [image["height"], image["width"]] != list(size):
         raise UserError(
-            f"{where}: 'segmentation' is of {size[0]}×{size[1]} pixels, its image {image.get('id')!r} of "
+            f"{where} is of {size[0]}×{size[1]} pixels, its image {image.get('id')!r} of "
             f"{image['height']}×{image['width']}; correct the file"
         )
     runs = counts if isinstance(counts, list) else _decoded(counts)
     if runs is None or any(type(run) is not int or run < 0 for run in runs) or sum(runs) != math.prod(size):
-        raise UserError(
-            f"{where}: 'segmentation' has counts that do not add up to {math.prod(size)} pixels; correct the file"
-        )
-    return found
+        raise UserError(f"{where} has counts that do not add up to {math.prod(size)} pixels; correct the file")
 
 
 def _decoded(counts) -> list[int] | None:
@@ -261,31 +233,14 @@ def _decoded(counts) -> list[int] | None:
     return None if shift else runs
 
 
-def _encoded(segmentation: list | dict, image: dict):
-    from pycocotools import mask as rle
-
-    if isinstance(segmentation, dict) and not isinstance(segmentation["counts"], list):
-        return segmentation
-    codes = rle.frPyObjects(segmentation, image["height"], image["width"])
-    return rle.merge(codes) if isinstance(codes, list) else codes
-
-
-_COLOURS = ((230, 60, 50), (60, 130, 230), (60, 180, 80), (240, 180, 40), (160, 90, 210), (40, 190, 200))
-
-
 def enlarge(masks: np.ndarray, size: tuple[int, int], resample: Image.Resampling) -> np.ndarray:
     """Resize boolean masks [n, rows, columns] to [n, height, width]; blended pixels count from one half on.
 
-    Args:
-        masks: Masks on patches or pixels.
-        size: Height and width.
-        resample: NEAREST from patches to the squashed image, BICUBIC from there to the image's own size.
+    `resample` is NEAREST from patches to the squashed image, BICUBIC from there to the image's own size.
     """
-    height, width = size
-    full = np.zeros((len(masks), height, width), bool)
+    full = np.zeros((len(masks), *size), bool)
     for out, mask in zip(full, masks, strict=True):
-        picture = Image.fromarray(mask.astype(np.uint8) * 255)
-        out[:] = np.asarray(picture.resize((width, height), resample)) >= 128
+        out[:] = np.asarray(Image.fromarray(mask.astype(np.uint8) * 255).resize(size[::-1], resample)) >= 128
     return full
 
 
@@ -301,15 +256,9 @@ def detections_of(masks: np.ndarray, image_id: int | str) -> list[dict]:
     for mask in masks:
         if mask.any():
             code = rle.encode(np.asfortranarray(mask.astype(np.uint8)))
-            entries.append(
-                {
-                    "image_id": image_id,
-                    "category_id": 1,
-                    "segmentation": {"size": list(map(int, code["size"])), "counts": code["counts"].decode()},
-                    "bbox": [float(side) for side in rle.toBbox(code)],
-                    "score": 1.0,
-                }
-            )
+            segmentation = {"size": list(map(int, code["size"])), "counts": code["counts"].decode()}
+            entry = {"image_id": image_id, "category_id": 1, "segmentation": segmentation}
+            entries.append(entry | {"bbox": [float(side) for side in rle.toBbox(code)], "score": 1.0})
     return entries
 
 
@@ -332,14 +281,13 @@ def class_agnostic_scores(coco, detections: Sequence[dict], image_ids: Sequence[
 
     image_ids = sorted(set(image_ids))
     require_objects(coco, image_ids)
-    truth = as_one_category(coco, image_ids)
+    truth = _as_one_category(coco, image_ids)
     numbers = {image_id: number for number, image_id in enumerate(image_ids, start=1)}
     ordered = sorted((d for d in detections if d["image_id"] in numbers), key=lambda d: numbers[d["image_id"]])
     names = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
     scores = {}
     with redirect_stdout(io.StringIO()):  # pycocotools prints what is returned here
-        for kind in ("bbox", "segm"):
-            field = "bbox" if kind == "bbox" else "segmentation"
+        for kind, field in (("bbox", "bbox"), ("segm", "segmentation")):
             entries = [
                 {"image_id": numbers[d["image_id"]], "category_id": 1, "score": d["score"], field: d[field]}
                 for d in ordered
@@ -353,6 +301,9 @@ def class_agnostic_scores(coco, detections: Sequence[dict], image_ids: Sequence[
     return scores
 
 
+_COLOURS = ((230, 60, 50), (60, 130, 230), (60, 180, 80), (240, 180, 40), (160, 90, 210), (40, 190, 200))
+
+
 def paint_detections(picture: np.ndarray, detections: Sequence[dict]) -> np.ndarray:
     """Draw detections over a copy of an image, uint8 [H, W, 3], each in its own colour."""
     from pycocotools import mask as rle
@@ -363,28 +314,15 @@ def paint_detections(picture: np.ndarray, detections: Sequence[dict]) -> np.ndar
         mask = rle.decode(entry["segmentation"]).astype(bool)
         painted[mask] = 0.45 * painted[mask] + 0.55 * np.float32(colour)
         x, y, width, height = map(int, entry["bbox"])
-        for rows, columns in (
-            (slice(y, y + line), slice(x, x + width)),
-            (slice(y + height - line, y + height), slice(x, x + width)),
-            (slice(y, y + height), slice(x, x + line)),
-            (slice(y, y + height), slice(x + width - line, x + width)),
-        ):
-            painted[rows, columns] = colour
+        box = painted[y : y + height, x : x + width]
+        inside = box[line:-line, line:-line].copy()
+        box[:] = colour
+        box[line:-line, line:-line] = inside
     return painted.round().astype(np.uint8)
 
 
-_ITERATIONS = 10
-_GAUSSIAN = {"sxy": 3, "compat": 7}
-_BILATERAL = {"sxy": 50, "srgb": 5, "compat": 10}
-_SMALLEST_IOU = 0.5
-
-
 def require_crf():
-    """Import and return `pydensecrf.densecrf`.
-
-    Raises:
-        UserError: It is not installed; the message says how.
-    """
+    """Import and return `pydensecrf.densecrf`; the `UserError` of its absence says how to install it."""
     try:
         from pydensecrf import densecrf
     except ModuleNotFoundError as error:
@@ -415,9 +353,8 @@ def refine(mask: np.ndarray, image: np.ndarray) -> np.ndarray | None:
     log_probability = logits - np.log(np.exp(logits).sum(axis=0))
     field = densecrf.DenseCRF2D(mask.shape[1], mask.shape[0], 2)
     field.setUnaryEnergy(np.ascontiguousarray(-log_probability.reshape(2, -1)))
-    field.addPairwiseGaussian(**_GAUSSIAN)
-    field.addPairwiseBilateral(rgbim=np.ascontiguousarray(image), **_BILATERAL)
-    refined = np.argmax(field.inference(_ITERATIONS), axis=0).reshape(mask.shape).astype(bool)
-    refined = binary_fill_holes(refined)
+    field.addPairwiseGaussian(sxy=3, compat=7)
+    field.addPairwiseBilateral(sxy=50, srgb=5, compat=10, rgbim=np.ascontiguousarray(image))
+    refined = binary_fill_holes(np.argmax(field.inference(10), axis=0).reshape(mask.shape).astype(bool))
     union = (refined | mask).sum()
-    return refined if union and (refined & mask).sum() / union >= _SMALLEST_IOU else None
+    return refined if union and (refined & mask).sum() / union >= 0.5 else None

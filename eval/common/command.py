@@ -19,21 +19,7 @@ from crate_fast.eval.common.models import LoadedModel, open_model, split_label
 from crate_fast.eval.common.results import file_name, make_folder
 from crate_fast.train.distributed import choose_device
 
-__all__ = [
-    "Evaluation",
-    "evaluation_parser",
-    "first_columns",
-    "image_picture",
-    "open_data",
-    "open_models",
-    "output_folder",
-    "positive",
-    "read_images",
-    "reading",
-    "seed",
-    "settings_of",
-    "short_name",
-]
+__all__ = ["Evaluation", "evaluation_parser", "open_data", "open_models", "positive", "read_images", "seed"]
 
 
 def _integer(text: str, low: int, high: float, expected: str) -> int:
@@ -92,10 +78,8 @@ def evaluation_parser(
     if data is not False:
         add("--data", default=data, required=data is None, help="see below")
         add("--limit", type=positive, default=limit, help=f"number of images; default {limit or 'all'}")
-    size = str(image_size or "the model's own")
-    add(
-        "--image-size", type=positive, default=image_size, help=f"side of the squashed images, pixels; default {size}"
-    )
+    side = "side of the squashed images, pixels; default " + str(image_size or "the model's own")
+    add("--image-size", type=positive, default=image_size, help=side)
     add("--batch-size", type=positive, default=8, help="images per forward pass; default %(default)s")
     add("--workers", type=_not_negative, default=0, help="processes that read images; default 0: none")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N; default auto")
@@ -133,31 +117,10 @@ def open_data(options: argparse.Namespace, loaded: LoadedModel) -> Dataset:
     return open_images(options.data, loaded.extract.image_size[0], options.limit)
 
 
-def reading(options: argparse.Namespace, title: str | None) -> dict:
-    """Return the arguments of `images.batches` that a command line decides; `title` is the progress bar's."""
-    return {"batch_size": options.batch_size, "workers": options.workers, "progress": title}
-
-
-def output_folder(options: argparse.Namespace, protocol: str) -> Path:
-    """Make `--output`, or a folder named after the protocol and the models.
-
-    Commands call it before they compute anything.
-
-    Raises:
-        UserError: It cannot be made.
-    """
-    labels = [file_name(split_label(name)[0]) for name in _model_names(options)]
-    return make_folder(options.output or Path("runs/eval") / protocol / "+".join(labels)[:120])
-
-
-def settings_of(options: argparse.Namespace, models: Sequence[LoadedModel]) -> dict:
-    """Return every setting of a command line and the facts of its models, for results.json."""
-    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
-    return settings | {"models": [loaded.facts for loaded in models]}
-
-
 class Evaluation:
     """Results of one command: written files, unreadable images, and models that could not be scored.
+
+    Its folder is `--output`, or one named after the protocol and the models. Make it before anything is computed.
 
     Args:
         protocol: Its name.
@@ -182,7 +145,8 @@ class Evaluation:
         default_folder: str | None = None,
     ):
         self.protocol, self.options, self.models = protocol, options, models
-        self.folder = output_folder(options, default_folder or protocol)
+        labels = "+".join(file_name(split_label(name)[0]) for name in _model_names(options))
+        self.folder = make_folder(options.output or Path("runs/eval") / (default_folder or protocol) / labels[:120])
         self.problems: list[str] = []
         self.written: list[Path] = []
         self._tables: list[Path] = []
@@ -192,9 +156,10 @@ class Evaluation:
         """Return the folder of one model's files: with a single model the output folder itself."""
         return self.folder if len(self.models) == 1 else self.folder / file_name(loaded.label)
 
-    def reading(self, title: str) -> dict:
-        """Return the arguments of a protocol's `evaluate` for reading images; `title` is the progress bar's."""
-        return reading(self.options, title) | {"problems": self.problems}
+    def reading(self, title: str | None) -> dict:
+        """Return the arguments of `images.batches` that a command decides; `title` is the progress bar's."""
+        options = {"batch_size": self.options.batch_size, "workers": self.options.workers}
+        return options | {"progress": title, "problems": self.problems}
 
     @contextmanager
     def others_go_on(self, label: str) -> Iterator[None]:
@@ -218,11 +183,7 @@ class Evaluation:
             print(text)
 
     def check_scored(self, results) -> None:
-        """Refuse to go on without a single result.
-
-        Raises:
-            UserError: There is none; the message has each model's failure.
-        """
+        """Refuse to go on without a single result; the message has each model's failure."""
         if not results:
             raise UserError("; ".join(self._failures))
 
@@ -237,7 +198,8 @@ class Evaluation:
         Raises:
             UserError: A model could not be scored.
         """
-        settings = settings_of(self.options, self.models) | (config or {})
+        settings = {name: str(v) if isinstance(v, Path) else v for name, v in vars(self.options).items()}
+        settings |= {"models": [loaded.facts for loaded in self.models]} | (config or {})
         path = files.write_results(self.folder, self.protocol, settings, results, self.problems)
         print(*notes, sep="\n", end="\n" if notes else "")
         print(f"unreadable images: {len(self.problems)}\nwritten:", path, *self._tables, *self.written, sep="\n  ")
@@ -259,29 +221,26 @@ def read_images(
     Raises:
         UserError: No class has that name, or none of the images contains it.
     """
-    options = evaluation.options
-    images = open_images(options.data, loaded.extract.image_size[0], None if containing else options.limit)
-    number = None if containing is None else _class_number(images.class_names(), containing)
+    limit, wanted = evaluation.options.limit, None
+    images = open_images(evaluation.options.data, loaded.extract.image_size[0], None if containing else limit)
+    if containing is not None:
+        names = images.class_names()
+        wanted = next((number for number, name in names.items() if name == containing), None)
+        if wanted is None:
+            known = f"it has {', '.join(names.values())}" if names else "it has no object masks"
+            raise UserError(f"--class {containing!r}: the data set has no such class; {known}")
     for batch in batches(images, **evaluation.reading(f"reading for {loaded.label}")):
-        if number is not None:
-            rows = [row for row, sample in enumerate(batch.samples) if number in sample.target.classes]
-            rows = rows[: None if options.limit is None else options.limit - len(kept)]
+        if wanted is not None:
+            rows = [row for row, sample in enumerate(batch.samples) if wanted in sample.target.classes]
+            rows = rows[: None if limit is None else limit - len(kept)]
             batch = Batch(batch.images[rows], [batch.samples[row] for row in rows])
         if batch.samples:
             kept.extend(batch.samples)
             yield batch
-        if number is not None and len(kept) == options.limit:
+        if wanted is not None and len(kept) == limit:
             break
     if not kept:
         raise UserError(f"--class {containing}: none of the {len(images)} images contains it; choose another")
-
-
-def _class_number(names: dict[int, str], wanted: str) -> int:
-    found = [number for number, name in names.items() if name == wanted]
-    if not found:
-        known = f"it has {', '.join(names.values())}" if names else "it has no object masks"
-        raise UserError(f"--class {wanted!r}: the data set has no such class; {known}")
-    return found[0]
 
 
 def short_name(sample: Sample, longest: int = 16) -> str:
@@ -297,11 +256,9 @@ def image_picture(image) -> Picture:
 
 def first_columns(samples: Sequence[Sample]) -> tuple[list[list[Picture]], list[str]]:
     """Return a row for each sample, with its image and the union of its object masks if known, and column titles."""
-    rows, labelled = [], any(sample.target is not None for sample in samples)
-    for sample in samples:
-        row = [image_picture(sample.image)]
-        if labelled:
+    rows, labelled = [[image_picture(sample.image)] for sample in samples], False
+    for row, sample in zip(rows, samples, strict=True):
+        if labelled := sample.target is not None:
             union = sample.target.masks.any(dim=0)[None, None].float()
             row.append(Picture(F.interpolate(union, sample.image.shape[1:])[0, 0].numpy(), "gray", (0, 1)))
-        rows.append(row)
     return rows, ["image", "object"] if labelled else ["image"]

@@ -1,15 +1,12 @@
 """Patch features and CLS attention of chosen layers, for the segmentation protocols.
 
-    extract = extractor_for(model)              # a CRATE, one of its ablations, or a timm ViT (DINO's among them)
-    features = extract(images, [extract.default_layer])
-    features.keys(layer)                        # [B, P, H·D]: subspace tokens (CRATE) or keys (ViT), CLS dropped
-    features.cls_attention(layer)               # [B, H, P]
-    features.patch_attention(layer, patch)      # [B, H, P], of a patch instead of CLS
-
-The same code computes maps and keys of every kind of model.
+extract = extractor_for(model)              # a CRATE, one of its ablations, or a timm ViT (DINO's among them)
+features = extract(images, [extract.default_layer])
+features.keys(layer)                        # [B, P, H·D]: subspace tokens (CRATE) or keys (ViT), CLS dropped
+features.cls_attention(layer)               # [B, H, P]
+features.patch_attention(layer, patch)      # [B, H, P], of a patch instead of CLS
 """
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -80,11 +77,7 @@ class Features:
         return self._attention(tokens, 0)
 
     def patch_attention(self, layer: int, patch: int) -> Tensor:
-        """Return attention of one patch on all patches, softmax over patches only: [B, H, P].
-
-        Args:
-            layer: An extracted layer.
-            patch: Number of the patch, row by row.
+        """Return attention of one patch, counted row by row, on all patches: [B, H, P].
 
         Raises:
             UserError: There is no such patch.
@@ -100,29 +93,27 @@ class Features:
         return cls_attention(query, keys, tokens.scale)
 
 
-class FeatureExtractor(ABC):
-    """Reader of `Features` from a model; `extractor_for` makes one.
+class FeatureExtractor:
+    """Reader of `Features` from a CRATE or one of its ablations; `extractor_for` makes one.
 
     Attributes:
         model: The model, in evaluation mode.
-        depth: Number of layers.
-        heads: Number of heads.
+        depth, heads: Numbers of layers and heads.
         default_layer: The layer of the paper: the last but one of CRATE, the last of a ViT (§3).
         patch_size: Height and width of a patch, in pixels.
         channels: Channels of the images.
         has_cls: True if there is a CLS token.
     """
 
-    channels, has_cls = 3, True
-
-    def __init__(self, model: nn.Module, depth: int, heads: int, default_layer: int, patch_size: tuple[int, int]):
-        self.model, self.depth, self.heads = model.eval(), depth, heads
-        self.default_layer, self.patch_size = default_layer, patch_size
+    def __init__(self, model: CRATE):
+        self.model, self.depth, self.heads = model.eval(), model.transformer.depth, model.transformer.heads
+        self.default_layer, self.patch_size = attention_layer(model), model.patch_size
+        self.channels, self.has_cls = model.channels, True
 
     @property
-    @abstractmethod
     def image_size(self) -> tuple[int, int]:
         """Return the height and width that the model expects now, in pixels."""
+        return self.model.image_size
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -159,43 +150,21 @@ class FeatureExtractor(ABC):
 
     @torch.no_grad()
     def __call__(self, images: Tensor, layers: Sequence[int] | None = None) -> Features:
-        """Run the model.
-
-        Args:
-            images: Normalised, [B, 3, height, width], of `image_size`.
-            layers: Layers to read; the default layer when None.
-        """
+        """Run the model on normalised images [B, 3, height, width] and read layers, the default one when None."""
         wanted = sorted({self.resolve_layer(layer) for layer in ([None] if layers is None else layers)})
         return Features(self.grid, self._tokens(images, wanted))
-
-    @abstractmethod
-    def _tokens(self, images: Tensor, layers: Iterable[int]) -> dict[int, LayerTokens]: ...
-
-
-class _CRATEExtractor(FeatureExtractor):
-    """Subspace tokens of a CRATE; queries and keys of its ablations with MHSA."""
-
-    def __init__(self, model: CRATE):
-        heads = model.transformer.heads
-        super().__init__(model, model.transformer.depth, heads, attention_layer(model), model.patch_size)
-        self.channels = model.channels
-
-    @property
-    def image_size(self) -> tuple[int, int]:
-        return self.model.image_size
 
     def _tokens(self, images: Tensor, layers: Iterable[int]) -> dict[int, LayerTokens]:
         return {t.index: LayerTokens(t.queries, t.keys, t.tied, t.scale) for t in trace(self.model, images, layers)}
 
 
 class _ViTExtractor(FeatureExtractor):
-    """Queries and keys of a timm `VisionTransformer`, after its query and key norms if it has them."""
+    """Reads queries and keys of a timm `VisionTransformer`, after its query and key norms if it has them."""
 
     def __init__(self, model: VisionTransformer):
-        depth, heads = len(model.blocks), model.blocks[0].attn.num_heads
-        super().__init__(model, depth, heads, depth - 1, tuple(model.patch_embed.patch_size))
-        self.has_cls = model.cls_token is not None
-        self.channels = model.patch_embed.proj.in_channels
+        self.model, self.depth, self.heads = model.eval(), len(model.blocks), model.blocks[0].attn.num_heads
+        self.default_layer, self.patch_size = self.depth - 1, tuple(model.patch_embed.patch_size)
+        self.channels, self.has_cls = model.patch_embed.proj.in_channels, model.cls_token is not None
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -212,11 +181,11 @@ class _ViTExtractor(FeatureExtractor):
 
                     hooks.callback(getattr(self.model.blocks[index].attn, name).register_forward_hook(keep).remove)
             self.model.forward_features(images)
-        return {index: self._layer_tokens(index, seen) for index in layers}
-
-    def _layer_tokens(self, index: int, seen: dict[tuple[int, str], Tensor]) -> LayerTokens:
-        scale, prefix = self.model.blocks[index].attn.scale, self.model.num_prefix_tokens
-        return LayerTokens(seen[index, "q_norm"], seen[index, "k_norm"], False, scale, prefix, self.has_cls)
+        scale, prefix = self.model.blocks[0].attn.scale, self.model.num_prefix_tokens
+        return {
+            index: LayerTokens(seen[index, "q_norm"], seen[index, "k_norm"], False, scale, prefix, self.has_cls)
+            for index in layers
+        }
 
 
 def extractor_for(model: nn.Module) -> FeatureExtractor:
@@ -235,7 +204,7 @@ def extractor_for(model: nn.Module) -> FeatureExtractor:
     (torch.Size([1, 196, 384]), torch.Size([1, 6, 196]))
     """
     if isinstance(model, CRATE):
-        return _CRATEExtractor(model)
+        return FeatureExtractor(model)
     if isinstance(model, VisionTransformer) and hasattr(model.blocks[0].attn, "q_norm"):
         return _ViTExtractor(model)
     raise UserError(

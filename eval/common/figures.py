@@ -12,7 +12,7 @@ import matplotlib.pyplot as plt
 
 from crate_fast.errors import UserError
 
-__all__ = ["ROWS_A_PAGE", "Curve", "Picture", "curve_figure", "image_grid", "save_figure", "write_pages"]
+__all__ = ["Curve", "Picture", "curve_figure", "image_grid", "save_figure", "write_pages"]
 
 ROWS_A_PAGE = 8
 
@@ -86,17 +86,13 @@ def image_grid(
         axis.tick_params(length=0, pad=2, labelsize=7, labeltop=True, labelbottom=False)
         if title:
             axis.set_title(title, fontsize=9, pad=4)
-        _fit_text(figure, axis, size)
+        # enlarge the figure for the text around the axis
+        box = axis.get_tightbbox(figure.canvas.get_renderer()).get_points() / figure.dpi
+        before, after = _EDGE_INCHES - box[0], box[1] - size + _EDGE_INCHES
+        whole = before + size + after
+        figure.set_size_inches(whole)
+        axis.set_position((*(before / whole), *(size / whole)))
         save_figure(figure, paths)
-
-
-def _fit_text(figure, axis, size: np.ndarray) -> None:
-    """Enlarge a figure for the text around `axis`, which fills it."""
-    box = axis.get_tightbbox(figure.canvas.get_renderer()).get_points() / figure.dpi
-    before, after = _EDGE_INCHES - box[0], box[1] - size + _EDGE_INCHES
-    whole = before + size + after
-    figure.set_size_inches(whole)
-    axis.set_position((*(before / whole), *(size / whole)))
 
 
 def _draw(axis, picture: Picture, column: int, row: int) -> None:
@@ -119,7 +115,7 @@ class Curve:
     """One line of a chart.
 
     Attributes:
-        label: In the legend.
+        label: In the legend, unless it begins with _.
         x, y: Its points.
         spread: Half the height of a band around it, or None.
         dashed: Draw dashed, as a baseline.
@@ -158,22 +154,16 @@ def curve_figure(
     distinct = dict.fromkeys([*labels, *(curve.like or curve.label for curve in drawn)])
     colours = {label: _COLOURS[i % len(_COLOURS)] for i, label in enumerate(distinct)}
     shared = len({curve.label for curve in drawn}) < len(drawn)
+    columns = min(columns or len(panels), len(panels))
+    shape = (-(-len(panels) // columns), columns)
     with plt.rc_context(_STYLE):
-        columns = min(columns or len(panels), len(panels))
-        shape = (-(-len(panels) // columns), columns)
         size = (3.6 * columns, 2.9 * shape[0])
         figure, axes = plt.subplots(*shape, figsize=size, squeeze=False, layout="constrained")
         for axis in axes.flat[len(panels) :]:
             axis.set_visible(False)
         for axis, (name, curves) in zip(axes.flat, panels.items(), strict=False):
             for curve in curves:
-                x, y = np.asarray(curve.x, float), np.asarray(curve.y, float)
-                colour = colours[curve.like or curve.label]
-                marker = {"ls": "--"} if curve.dashed else {"marker": "o" if len(x) <= 32 else "", "ms": 3}
-                axis.plot(x, y, color=colour, lw=1.4, label=curve.label.replace("$", r"\$"), **marker)
-                if curve.spread is not None:
-                    band = np.asarray(curve.spread, float)
-                    axis.fill_between(x, y - band, y + band, color=colour, alpha=0.15, lw=0)
+                _draw_curve(axis, curve, colours[curve.like or curve.label])
             axis.set(xlabel=xlabel, ylabel=name)
             if from_zero:
                 axis.set_ylim(bottom=0)
@@ -184,12 +174,20 @@ def curve_figure(
         if shared:
             lines = {line.get_label(): line for axis in axes.flat for line in axis.get_lines()}
             named = {label: line for label, line in lines.items() if not label.startswith("_")}
-            figure.legend(
-                named.values(), named.keys(), loc="outside lower center", ncols=min(5, len(named)), fontsize=7
-            )
+            place = {"loc": "outside lower center", "ncols": min(5, len(named)), "fontsize": 7}
+            figure.legend(named.values(), named.keys(), **place)
         if title:
             figure.suptitle(title, fontsize=9)
         save_figure(figure, paths)
+
+
+def _draw_curve(axis, curve: Curve, colour: str) -> None:
+    x, y = np.asarray(curve.x, float), np.asarray(curve.y, float)
+    marker = {"ls": "--"} if curve.dashed else {"marker": "o" if len(x) <= 32 else "", "ms": 3}
+    axis.plot(x, y, color=colour, lw=1.4, label=curve.label.replace("$", r"\$"), **marker)
+    if curve.spread is not None:
+        band = np.asarray(curve.spread, float)
+        axis.fill_between(x, y - band, y + band, color=colour, alpha=0.15, lw=0)
 
 
 def save_figure(figure, paths: Sequence[Path]) -> None:
@@ -210,11 +208,10 @@ def write_pages(
 ) -> list[Path]:
     """Write rows of pictures as `name`_01.png, `name`_01.pdf, `name`_02.png, …, `ROWS_A_PAGE` rows a page."""
     written = []
+    titles = {"column_titles": column_titles, "title": title}
     for page, start in enumerate(range(0, len(rows), ROWS_A_PAGE), start=1):
         part = slice(start, start + ROWS_A_PAGE)
         paths = [folder / f"{name}_{page:02d}.{suffix}" for suffix in ("png", "pdf")]
-        image_grid(
-            rows[part], paths, row_titles=row_titles and row_titles[part], column_titles=column_titles, title=title
-        )
+        image_grid(rows[part], paths, row_titles=row_titles and row_titles[part], **titles)
         written += paths
     return written

@@ -26,23 +26,23 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from torchvision.ops import masks_to_boxes
 from tqdm import tqdm
 
 from crate_fast.errors import UserError
-from crate_fast.eval.common.coco import index_of, read_annotations
+from crate_fast.eval.common.coco import detections_of, index_of, read_annotations
 from crate_fast.train.data.image_files import EXTENSIONS, UNREADABLE, as_stored, find_images, open_image, read_image
 from crate_fast.train.data.shape_scenes import ShapeScenes
 from crate_fast.train.data.unreadable import describe
 
 __all__ = [
     "Batch",
-    "CocoImages",
     "ImageFiles",
     "Sample",
     "SceneImages",
     "Target",
-    "VocImages",
     "batches",
+    "box_corners",
     "open_images",
     "squash",
 ]
@@ -63,8 +63,7 @@ class Target:
         classes: Class numbers present, without the background.
         masks: Masks of the classes, boolean [M, H, W], at the image's own resolution.
         valid: Pixels that are not void, boolean [H, W].
-        boxes: Boxes of the objects, [K, 4]: left, top, right, bottom in pixels at the image's own resolution, the
-            last two exclusive; None in a set without boxes.
+        boxes: Objects' left, top, right, bottom in pixels of the image, the last two exclusive, [K, 4]; or None.
     """
 
     classes: list[int]
@@ -73,9 +72,9 @@ class Target:
     boxes: Tensor | None = None
 
     def on_grid(self, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """Return masks, boolean [M, P], and validity [P] on a grid of patches.
+        """Return masks [M, P] and valid patches [P] on a grid of patches, both boolean.
 
-        A patch is valid if at least half of its pixels are, and belongs to a class if at least half of its valid
+        A patch counts if at least half of it is not void, and belongs to an object if at least half of its valid
         pixels do. A small or thin object may have no patch.
         """
         parts = torch.cat([self.valid[None], self.masks & self.valid]).float()
@@ -117,12 +116,17 @@ def squash(picture: Image.Image, size: int) -> Tensor:
     return torch.from_numpy(np.array(squashed)).permute(2, 0, 1).contiguous()
 
 
+def box_corners(masks: Tensor) -> Tensor:
+    """Return left, top, right, bottom [n, 4] of boolean masks [n, H, W], the last two exclusive; none is empty."""
+    return (masks_to_boxes(masks) + torch.tensor([0, 0, 1, 1])).int()
+
+
 class ImageFiles(Dataset):
     """Images of a folder, sorted by path; base class of the sets that have files.
 
     Args:
         root: The folder.
-        size: Side to which images are squashed (bicubic), in pixels.
+        size: Side to which images are squashed, in pixels.
 
     Raises:
         UserError: There is no folder, or no image in it.
@@ -149,24 +153,18 @@ class ImageFiles(Dataset):
     def __getitem__(self, index: int) -> Sample:
         key, path = self.items[index]
         try:
-            picture = self._as_annotated(key, read_image(path))
-            target = self.target(key, (picture.height, picture.width))
+            picture, wanted = read_image(path), self.annotated_size(key)
+            if wanted not in (None, picture.size[::-1]) and (stored := as_stored(picture)).size[::-1] == wanted:
+                picture = stored
+            target = self.target(key, picture.size[::-1])
         except _UNREADABLE as error:
             blank = torch.zeros(3, self.size, self.size, dtype=torch.uint8)
             return Sample(key, blank, (0, 0), problem=describe(str(path), error))
-        return Sample(key, squash(picture, self.size), (picture.height, picture.width), target)
+        return Sample(key, squash(picture, self.size), picture.size[::-1], target)
 
     def keys(self) -> list[str | int]:
         """Return the names or numbers of the images, in order."""
         return [key for key, _ in self.items]
-
-    def _as_annotated(self, key: str | int, picture: Image.Image) -> Image.Image:
-        """Return a picture upright, or as stored if only that has the size of its annotations."""
-        wanted = self.annotated_size(key)
-        if wanted in (None, (picture.height, picture.width)):
-            return picture
-        stored = as_stored(picture)
-        return stored if wanted == (stored.height, stored.width) else picture
 
     def annotated_size(self, key: str | int) -> tuple[int, int] | None:
         """Return the height and width that the annotations state for an image, or None."""
@@ -182,13 +180,7 @@ class ImageFiles(Dataset):
 
 
 class VocImages(ImageFiles):
-    """PASCAL VOC's segmentation images with semantic classes; 255 is void, 0 background.
-
-    Args:
-        root: The folder that holds JPEGImages, SegmentationClass and ImageSets, or one above it.
-        size: See `ImageFiles`.
-        split: Name of a list in ImageSets/Segmentation.
-    """
+    """PASCAL VOC's segmentation images with semantic classes; 255 is void, 0 background."""
 
     labelled = True
 
@@ -203,28 +195,26 @@ class VocImages(ImageFiles):
         names = found / "ImageSets" / "Segmentation" / f"{split}.txt"
         if not names.is_file():
             raise UserError(f"{names} is not there: it lists the images of the split {split!r}. Unpack VOC again")
-        keys = names.read_text().split()
-        if not keys:
+        self.items = [(key, found / "JPEGImages" / f"{key}.jpg") for key in names.read_text().split()]
+        if not self.items:
             raise UserError(f"{names} lists no images")
-        self.items = [(key, found / "JPEGImages" / f"{key}.jpg") for key in keys]
+
+    def _annotation(self, key: str | int):
+        return open_image(self.root / "SegmentationClass" / f"{key}.png")
 
     def annotated_size(self, key: str | int) -> tuple[int, int]:
-        with open_image(self._annotation(key)) as file:
+        with self._annotation(key) as file:
             return file.height, file.width
 
-    def _annotation(self, key: str | int) -> Path:
-        return self.root / "SegmentationClass" / f"{key}.png"
-
     def target(self, key: str | int, size: tuple[int, int]) -> Target:
-        with open_image(self._annotation(key)) as file:
+        with self._annotation(key) as file:
             if file.mode not in ("P", "L"):
                 raise UserError(f"annotation {key}.png has mode {file.mode}, not a palette of class numbers")
             labels = torch.from_numpy(np.array(file))
         if tuple(labels.shape) != size:
             raise UserError(f"annotation {key}.png is {tuple(labels.shape)}, its image {size}")
         classes = [c for c in labels.unique().tolist() if c not in (0, VOID)]
-        masks = torch.stack([labels == c for c in classes]) if classes else torch.zeros(0, *size, dtype=torch.bool)
-        return Target(classes, masks, labels != VOID)
+        return Target(classes, labels == torch.tensor(classes).view(-1, 1, 1), labels != VOID)
 
     def class_names(self) -> dict[int, str]:
         return dict(enumerate(VOC_CLASSES, start=1))
@@ -232,11 +222,6 @@ class VocImages(ImageFiles):
 
 class CocoImages(ImageFiles):
     """COCO images, sorted by id, with the union of each category's instances; crowds are void.
-
-    Args:
-        root: The folder of the images' folder and the annotations.
-        size: See `ImageFiles`.
-        split: Such as "val2017".
 
     Attributes:
         coco: pycocotools' index of the annotations, from `coco.read_annotations`.
@@ -271,10 +256,10 @@ class CocoImages(ImageFiles):
         return (image["height"], image["width"]) if {"height", "width"} <= image.keys() else None
 
     def target(self, key: str | int, size: tuple[int, int]) -> Target:
-        masks: dict[int, np.ndarray] = {}
-        void, boxes = np.zeros(size, bool), []
         if self.coco.imgToAnns[key] and self.annotated_size(key) != size:
             raise UserError(f"the annotations say {self.annotated_size(key)}, the image is {size}")
+        masks: dict[int, np.ndarray] = {}
+        void, boxes = np.zeros(size, bool), []
         for annotation in self.coco.imgToAnns[key]:
             pixels = self.coco.annToMask(annotation).astype(bool)
             if annotation.get("iscrowd"):
@@ -284,27 +269,16 @@ class CocoImages(ImageFiles):
                 boxes.append([x, y, x + width, y + height])
                 masks[annotation["category_id"]] = masks.get(annotation["category_id"], False) | pixels
         classes = sorted(masks)
-        stacked = np.stack([masks[c] for c in classes]) if classes else np.zeros((0, *size), bool)
+        stacked = torch.from_numpy(np.array([masks[c] for c in classes], bool).reshape(-1, *size))
         corners = torch.tensor(boxes, dtype=torch.float64).reshape(-1, 4)
-        return Target(classes, torch.from_numpy(stacked), torch.from_numpy(~void), corners)
+        return Target(classes, stacked, torch.from_numpy(~void), corners)
 
     def class_names(self) -> dict[int, str]:
         return {number: category["name"] for number, category in self.coco.cats.items()}
 
 
-def _box_around(mask: Tensor) -> Tensor:
-    rows, columns = mask.any(dim=1).nonzero(), mask.any(dim=0).nonzero()
-    return torch.tensor([[columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]])
-
-
 class SceneImages(Dataset):
-    """Validation scenes of `shape_scenes`, each with its object's mask.
-
-    Args:
-        size: Side in pixels.
-        count: Number of scenes.
-        seed: Seed of the data set.
-    """
+    """`count` validation scenes of `shape_scenes` of a seed, each with its object's mask."""
 
     labelled, has_instances = True, True
 
@@ -323,10 +297,9 @@ class SceneImages(Dataset):
         annotations = []
         for number in self.keys():
             _, label, mask = self.scenes[number]
-            code = rle.encode(np.asfortranarray(mask.numpy().astype(np.uint8)))
-            annotation = {"id": number + 1, "image_id": number, "category_id": label, "iscrowd": 0}
-            annotation |= {"segmentation": code, "area": float(rle.area(code)), "bbox": rle.toBbox(code).tolist()}
-            annotations.append(annotation)
+            (entry,) = detections_of(mask[None].numpy(), number)
+            entry |= {"id": number + 1, "category_id": label, "iscrowd": 0}
+            annotations.append(entry | {"area": float(rle.area(entry["segmentation"]))})
         images = [{"id": number, "height": self.size, "width": self.size} for number in self.keys()]
         categories = [{"id": number, "name": name} for number, name in self.class_names().items()]
         return index_of(images, annotations, categories)
@@ -336,9 +309,8 @@ class SceneImages(Dataset):
 
     def __getitem__(self, index: int) -> Sample:
         image, label, mask = self.scenes[index]
-        return Sample(
-            index, image, tuple(mask.shape), Target([label], mask[None], torch.ones_like(mask), _box_around(mask))
-        )
+        target = Target([label], mask[None], torch.ones_like(mask), box_corners(mask[None]))
+        return Sample(index, image, tuple(mask.shape), target)
 
     def keys(self) -> list[int]:
         """Return the numbers of the scenes."""
@@ -350,15 +322,12 @@ class SceneImages(Dataset):
 
 
 def open_images(specification: str, size: int, limit: int | None = None) -> Dataset:
-    """Open the images that `--data` names (see the module's text).
+    """Open the images that `--data` names (see the module's text), as a data set of `Sample`s.
 
     Args:
         specification: `KIND:PATH`, or shape_scenes.
         size: Side to which images are squashed, in pixels.
         limit: Take the first `limit` images; all when None.
-
-    Returns:
-        A data set of `Sample`s.
 
     Raises:
         UserError: Images or annotations are missing, the specification is misspelt, or the limit is not positive.
@@ -370,25 +339,23 @@ def open_images(specification: str, size: int, limit: int | None = None) -> Data
         if rest and not rest.isdigit():
             raise UserError(f"--data {specification}: write shape_scenes or shape_scenes:SEED")
         return SceneImages(size, limit or 500, int(rest or 0))
-    if kind not in ("folder", "voc", "coco") or not rest:
+    kinds = {"folder": ImageFiles, "voc": VocImages, "coco": CocoImages}
+    if kind not in kinds or not rest:
         raise UserError(
             f"--data {specification!r}: write folder:PATH, voc:PATH, coco:PATH[:SPLIT] or shape_scenes[:SEED]"
         )
-    path, _, split = rest.rpartition(":") if kind == "coco" and not Path(rest).exists() else (rest, "", "")
-    choices = {
-        "folder": lambda: ImageFiles(Path(rest), size),
-        "voc": lambda: VocImages(Path(rest), size),
-        "coco": lambda: CocoImages(Path(path), size, split or "val2017") if path else CocoImages(Path(rest), size),
-    }
-    images = choices[kind]()
+    path, _, split = rest.rpartition(":")
+    if kind != "coco" or not path or Path(rest).exists():
+        path, split = rest, ""
+    images = kinds[kind](Path(path), size, **({"split": split} if split else {}))
     images.items = images.items[:limit]
     return images
 
 
 def batches(
     images: Dataset,
-    batch_size: int,
-    problems: list[str],
+    batch_size: int = 8,
+    problems: list[str] | None = None,
     *,
     workers: int = 0,
     progress: str | None = None,
@@ -407,6 +374,7 @@ def batches(
     Raises:
         UserError: Not one image could be read.
     """
+    problems = [] if problems is None else problems
     loader = DataLoader(images, batch_size=batch_size, num_workers=workers, collate_fn=list)
     readable, first_problem = 0, ""
     with tqdm(total=len(images), desc=progress, unit="img", disable=progress is None) as bar:

@@ -58,11 +58,7 @@ class LoadedModel:
     autoencoder: CRATEMAE | None = None
 
     def require_cls(self) -> None:
-        """Refuse a model without CLS attention.
-
-        Raises:
-            UserError: It has no CLS token.
-        """
+        """Refuse a model without CLS attention."""
         if not self.extract.has_cls:
             raise UserError(
                 f"{self.label} has no CLS token, so no CLS attention: leave it out, or use maskcut or pca"
@@ -70,7 +66,7 @@ class LoadedModel:
 
     @property
     def device(self) -> torch.device:
-        """Return the model's device."""
+        """Device of the model."""
         return next(self.model.parameters()).device
 
     def features(self, images: Tensor, layers: Sequence[int]) -> Features:
@@ -84,8 +80,8 @@ def split_source(source: str) -> tuple[str, str]:
     >>> split_source("runs/a@1200"), split_source("runs/a")
     (('runs/a', '1200'), ('runs/a', ''))
     """
-    name, _, weights = source.rpartition("@") if "@" in source else (source, "", "")
-    return name, weights
+    name, separator, weights = source.rpartition("@")
+    return (name, weights) if separator else (source, "")
 
 
 def split_label(specification: str) -> tuple[str, str]:
@@ -102,7 +98,6 @@ def split_label(specification: str) -> tuple[str, str]:
 
 
 def _parse_arguments(words: list[str] | None) -> dict:
-    """Turn ["heads=6", "head_hidden=true"] into {"heads": 6, "head_hidden": True}."""
     arguments = {}
     for word in words or []:
         name, separator, value = word.partition("=")
@@ -115,14 +110,6 @@ def _parse_arguments(words: list[str] | None) -> dict:
     return arguments
 
 
-def _weights_hash(model: nn.Module) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        values = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-        digest.update(name.encode() + values.numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
 def _seeded(build, seed: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -132,8 +119,8 @@ def _seeded(build, seed: int) -> nn.Module:
 def _from_run(folder: Path, version: str, seed: int) -> tuple[nn.Module, TrainConfig]:
     if version == "untrained":
         config = run_config(folder)
-        trained, _, _ = load_model(folder)  # for its number of classes
-        return _seeded(lambda: build_model(config, num_classes_of(trained.state_dict())), seed), config
+        n_classes = num_classes_of(load_model(folder)[0].state_dict())
+        return _seeded(lambda: build_model(config, n_classes), seed), config
     if version and not version.isdigit():
         raise UserError(
             f"{folder}@{version}: after a run's folder write @STEP or @untrained, or nothing for its best"
@@ -142,23 +129,22 @@ def _from_run(folder: Path, version: str, seed: int) -> tuple[nn.Module, TrainCo
     return model, config
 
 
-def _from_shipped(name: str, version: str, seed: int) -> tuple[nn.Module, str]:
+def _from_shipped(source: str, version: str, seed: int) -> tuple[nn.Module, str]:
     if version not in ("", "untrained"):
-        raise UserError(f"{_SHIPPED}{name}@{version}: write {_SHIPPED}{name} or {_SHIPPED}{name}@untrained")
-    model, facts = open_shipped(name)
+        raise UserError(f"{source}@{version}: write {source} or {source}@untrained")
+    model, facts = open_shipped(source.removeprefix(_SHIPPED))
     if version:
         model = _seeded(lambda: create_model(facts["name"], **facts["arguments"]), seed)
     return model, facts["mean"]
 
 
-def _create(name: str, arguments: dict) -> nn.Module:
-    try:
-        return create_model(name, **arguments)
-    except TypeError as error:
-        raise UserError(f"{name} does not take --model-args {arguments}: {error}") from error
-
-
 def _from_timm(name: str, version: str, arguments: dict, seed: int) -> nn.Module:
+    def create(**known) -> nn.Module:
+        try:
+            return create_model(name, **(known | arguments))
+        except TypeError as error:
+            raise UserError(f"{name} does not take --model-args {known | arguments}: {error}") from error
+
     if not is_model(name):
         near = [known for known in model_names() if name.split("_")[0] in known][:4]
         raise UserError(
@@ -166,10 +152,10 @@ def _from_timm(name: str, version: str, arguments: dict, seed: int) -> nn.Module
             + (f" (there are {', '.join(near)}, …)" if near else "")
         )
     if version == "untrained":
-        return _seeded(lambda: _create(name, arguments), seed)
+        return _seeded(create, seed)
     if version == "pretrained":
         try:
-            return _create(name, {"pretrained": True, **arguments})
+            return create(pretrained=True)
         except (RuntimeError, OSError) as error:
             reason = " ".join(str(error).split()).removesuffix(".")
             raise UserError(f"{name}@pretrained: {reason}. Give a file of its weights, as in {name}@FILE") from error
@@ -185,7 +171,7 @@ def _from_timm(name: str, version: str, arguments: dict, seed: int) -> nn.Module
                 "tell them: pass --model-args heads=6, or the number that yours has"
             )
     remedy = "name the model it was saved from, or give its sizes with --model-args, such as heads=6 img_size=480"
-    return load_strictly(_create(name, known | arguments), weights, version, remedy, name)
+    return load_strictly(create(**known), weights, version, remedy, name)
 
 
 def open_model(
@@ -195,7 +181,7 @@ def open_model(
     model_args: list[str] | None = None,
     seed: int = 0,
 ) -> LoadedModel:
-    """Open one model (see the module's text for how to name it).
+    """Open one model, named as in the module's text.
 
     Args:
         specification: The model's name.
@@ -214,7 +200,7 @@ def open_model(
         model, config = _from_run(Path(name), version, seed)
         statistics = config.mean
     elif name.startswith(_SHIPPED):
-        model, statistics = _from_shipped(name.removeprefix(_SHIPPED), version, seed)
+        model, statistics = _from_shipped(name, version, seed)
     else:
         model = _from_timm(name, version, arguments, seed)
         timm_config = getattr(model, "pretrained_cfg", None)  # an autoencoder is not in timm's registry
@@ -227,7 +213,9 @@ def open_model(
     if not all(parameter.isfinite().all() for parameter in model.parameters()):
         error = UserError if config is None else CheckpointError
         raise error(f"the weights of {source} hold NaN or infinity: the checkpoint is damaged; name another")
-    weights = _weights_hash(model)
+    digest = hashlib.sha256()
+    for key, tensor in sorted(model.state_dict().items()):
+        digest.update(key.encode() + tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     if image_size is not None:
         extract.set_image_size(image_size)
     if extract.image_size[0] != extract.image_size[1]:
@@ -239,7 +227,7 @@ def open_model(
         "model": source,
         "label": label,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "weights_sha256": weights,
+        "weights_sha256": digest.hexdigest()[:16],
         "image_size": list(extract.image_size),
         "patch_size": list(extract.patch_size),
         "model_args": arguments if config is None else {},
@@ -250,13 +238,8 @@ def open_model(
 
 
 def class_names(specification: str) -> list[str] | None:
-    """Return the names of the classes of a model's logits, in order, or None if they are not recorded.
-
-    Args:
-        specification: As for `open_model`; runs and the models of the package know their classes.
-    """
-    _, source = split_label(specification)
-    name, version = split_source(source)
+    """Return the names of the classes of a model's logits; None if neither a run nor the package records them."""
+    name, version = split_source(split_label(specification)[1])
     if name.startswith(_SHIPPED):
         return shipped_facts(name.removeprefix(_SHIPPED))["classes"]
     if not Path(name).is_dir():

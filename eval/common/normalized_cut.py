@@ -17,19 +17,14 @@ Three solvers, each for the graphs that the one before cannot solve:
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from crate_fast.errors import UserError
 
-__all__ = [
-    "SAME",
-    "Cut",
-    "exact_fp32",
-    "second_eigenvector",
-]
+__all__ = ["SAME", "Cut", "exact_fp32", "second_eigenvector"]
 
 MAX_STEPS = 160  # of Lanczos
 _BLOCK, _MAX_BLOCKS = 8, 60
@@ -40,8 +35,7 @@ _RESIDUAL = 3e-6  # about ten units of fp32's last place, the rounding error of 
 _SMALLEST_GAP = 1e-3  # below it fp32's rounding may turn the vector by more than a few thousandths
 
 
-@dataclass(frozen=True)
-class Cut:
+class Cut(NamedTuple):
     """Second eigenvectors of a batch of graphs.
 
     Attributes:
@@ -91,8 +85,8 @@ def _start(like: Tensor) -> Tensor:
 
 
 def _orthogonal(x: Tensor, basis: Tensor) -> Tensor:
-    """Return x [b, P] without its part in `basis` [b, k, P]; two passes remove rounding errors."""
-    for _ in range(2):
+    """Return x [b, P] without its part in `basis` [b, k, P]."""
+    for _ in range(2):  # the second pass removes rounding errors
         x = x - torch.bmm(torch.bmm(basis, x.unsqueeze(-1)).transpose(1, 2), basis).squeeze(1)
     return x
 
@@ -149,25 +143,20 @@ def second_eigenvector(
         max_steps: Limit of the first solver's steps.
 
     Returns:
-        `Cut`. A graph whose vector fails the residual test, or whose eigenvalue is too near to the next one for fp32,
-        is solved again by the next solver. An exactly repeated eigenvalue may go unseen; then no answer is the right
-        one, and rounding decides.
+        `Cut`. An exactly repeated eigenvalue may go unseen; then no answer is the right one, and rounding decides.
 
     Raises:
         UserError: Shapes do not fit, or there are fewer than two patches.
 
-    Source: Shi and Malik, 2000; Parlett, *The Symmetric Eigenvalue Problem*, ch. 13 (Lanczos, full
-        orthogonalisation).
+    Source: Shi and Malik, 2000; Parlett, *The Symmetric Eigenvalue Problem*, ch. 13.
 
     >>> block = torch.ones(3, 3)
     >>> cut = second_eigenvector(torch.block_diag(block, block)[None])
     >>> (cut.vector > cut.vector.mean()).tolist()
     [[True, True, True, False, False, False]]
     """
-    if links.dim() != 3 or links.shape[1] != links.shape[2]:
-        raise UserError(f"links have shape {tuple(links.shape)}: pass [batch, P, P]")
-    if links.shape[1] < 2:
-        raise UserError(f"a graph of {links.shape[1]} patch cannot be cut: pass at least two")
+    if links.dim() != 3 or links.shape[1] != links.shape[2] or links.shape[1] < 2:
+        raise UserError(f"links have shape {tuple(links.shape)}: pass [batch, P, P] with at least two patches")
     present = torch.ones(links.shape[:2], dtype=torch.bool, device=links.device) if present is None else present
     if present.shape != links.shape[:2]:
         raise UserError(f"present has shape {tuple(present.shape)} and links {tuple(links.shape)}: pass [batch, P]")
@@ -187,18 +176,20 @@ def _solve_again(links: Tensor, present: Tensor, epsilon: float) -> tuple[Tensor
     """Return (v [P], θ, residual, solver) of one graph, in fp64."""
     if len(links) > _SMALL:
         graph = _Graphs(links.double().unsqueeze(0), present.unsqueeze(0), epsilon)
-        found = _block_lanczos(graph)
-        if found is not None:
+        if found := _block_lanczos(graph):
             return graph.inverse_root[0] * found[0], found[1], found[2], 1
-    return *_dense(links, present, epsilon), 2
+    # M itself: a few times 8 P² bytes
+    here = present.double()
+    affinity = epsilon + (1 - epsilon) * here.unsqueeze(0) * here.unsqueeze(1) * links.double()
+    inverse_root = affinity.sum(dim=-1).rsqrt()
+    matrix = affinity.mul_(inverse_root.unsqueeze(0)).mul_(inverse_root.unsqueeze(1))
+    values, vectors = torch.linalg.eigh(matrix)
+    y, theta = vectors[:, -2], values[-2]
+    return inverse_root * y, theta, (matrix @ y - theta * y).norm(), 2
 
 
 def _block_lanczos(graph: _Graphs) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Return (y [P], θ, residual) of one graph in fp64, or None without convergence.
-
-    The residual must be a ten-thousandth of the gap. Where the gap is below 1e-9, a residual of 1e-13 is enough: the
-    eigenvalue is a multiple one, and a dense solver does no better.
-    """
+    """Return (y [P], θ, residual) of one graph in fp64, or None without convergence."""
     noise = torch.randn(len(graph.top[0]), _BLOCK, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     block = noise.to(graph.top)
     known = graph.top[0].unsqueeze(1)
@@ -215,22 +206,12 @@ def _block_lanczos(graph: _Graphs) -> tuple[Tensor, Tensor, Tensor] | None:
         values, vectors = torch.linalg.eigh(basis.T @ image)
         y = basis @ vectors[:, -1]
         residual = (image @ vectors[:, -1] - values[-1] * y).norm()
+        # with a gap below 1e-9 the eigenvalue is a multiple one, and a dense solver does no better than 1e-13
         if residual <= 1e-4 * (values[-1] - values[-2]) or residual <= 1e-13:
             return y, values[-1], residual
         if basis.shape[1] + 2 * _BLOCK > len(y):
             break
     return None
-
-
-def _dense(links: Tensor, present: Tensor, epsilon: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (v [P], θ, residual) of one graph in fp64, from M itself: a few times 8 P² bytes."""
-    here = present.double()
-    affinity = epsilon + (1 - epsilon) * here.unsqueeze(0) * here.unsqueeze(1) * links.double()
-    inverse_root = affinity.sum(dim=-1).rsqrt()
-    matrix = affinity.mul_(inverse_root.unsqueeze(0)).mul_(inverse_root.unsqueeze(1))
-    values, vectors = torch.linalg.eigh(matrix)
-    y, theta = vectors[:, -2], values[-2]
-    return inverse_root * y, theta, (matrix @ y - theta * y).norm()
 
 
 def _signed(vector: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,19 +14,9 @@ from crate_fast.errors import UserError, require
 from crate_fast.eval.common.images import Sample
 from crate_fast.train.data import UNREADABLE
 
-__all__ = [
-    "LabelledImages",
-    "LabelledSample",
-    "LinearProbe",
-    "check_pool",
-    "knn_predictions",
-    "linear_probe",
-    "pooled",
-]
+__all__ = ["LabelledImages", "LabelledSample", "LinearProbe", "knn_predictions", "linear_probe", "pooled"]
 
-TEMPERATURE = 0.07
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # scikit-learn's C, the inverse of the regularisation
-_HELD_OUT = 0.2
 _STEPS = 500
 _SIMILARITIES = 2**26  # held at once: 256 MiB
 
@@ -57,29 +48,26 @@ class LabelledImages(Dataset):
     def __getitem__(self, number: int) -> LabelledSample:
         index = self.indices[number]
         try:
-            image, label = self.split[0, index]
+            return self._sample(index, *self.split[0, index])
         except UNREADABLE as error:
             problem = f"{self.name} image {index}: {error}"
             return LabelledSample(index, torch.zeros(3, 1, 1, dtype=torch.uint8), (0, 0), None, problem)
-        return LabelledSample(index, image, tuple(image.shape[1:]), label=int(label))
 
     def __getitems__(self, numbers: list[int]) -> list[LabelledSample]:
         if not hasattr(self.split, "__getitems__"):
             return [self[number] for number in numbers]
         indices = [self.indices[number] for number in numbers]  # scenes: drawn faster together, and never unreadable
-        drawn = self.split.__getitems__([(0, index) for index in indices])
-        return [
-            LabelledSample(index, image, tuple(image.shape[1:]), label=int(label))
-            for index, (image, label) in zip(indices, drawn, strict=True)
-        ]
+        return list(
+            map(self._sample, indices, *zip(*self.split.__getitems__([(0, i) for i in indices]), strict=True))
+        )
+
+    @staticmethod
+    def _sample(index: int, image: Tensor, label: int) -> LabelledSample:
+        return LabelledSample(index, image, tuple(image.shape[1:]), label=int(label))
 
 
 def check_pool(model: nn.Module, pool: str) -> None:
-    """Refuse CLS pooling for a model without CLS.
-
-    Raises:
-        UserError: It has no CLS token.
-    """
+    """Refuse CLS pooling for a model without CLS."""
     if pool == "cls" and getattr(model, "cls_token", None) is None:
         raise UserError("this model has no CLS token: pass --pool mean")
 
@@ -98,13 +86,12 @@ def pooled(model: nn.Module, tokens: Tensor, pool: str = "cls") -> Tensor:
     prefix = model.num_prefix_tokens
     check_pool(model, pool)
     token = tokens[:, :1] if pool == "cls" else tokens[:, prefix:].mean(dim=1, keepdim=True)
-    return model.forward_head(
-        token.expand(-1, prefix + 1, -1), pre_logits=True
-    )  # any pooling of equal tokens returns them
+    # any pooling of equal tokens returns them
+    return model.forward_head(token.expand(-1, prefix + 1, -1), pre_logits=True)
 
 
 def knn_predictions(
-    train: Tensor, labels: Tensor, val: Tensor, ks: Sequence[int], temperature: float = TEMPERATURE
+    train: Tensor, labels: Tensor, val: Tensor, ks: Sequence[int], temperature: float = 0.07
 ) -> dict[int, Tensor]:
     """Classify by a vote of the k most similar training images with weights exp(cosine / T) (DINO's protocol).
 
@@ -124,9 +111,7 @@ def knn_predictions(
     >>> knn_predictions(torch.eye(2), torch.tensor([4, 7]), torch.tensor([[0.1, 0.9]]), [1])
     {1: tensor([7])}
     """
-    for k in ks:
-        if not 1 <= k <= len(train):
-            raise UserError(f"--k {k}: there are {len(train)} training images; ask for at most so many neighbours")
+    check_neighbours(ks, len(train))
     unit = F.normalize(train.float(), dim=1)
     n_classes = int(labels.max()) + 1
     found: dict[int, list[Tensor]] = {k: [] for k in ks}
@@ -139,20 +124,22 @@ def knn_predictions(
     return {k: torch.cat(parts) for k, parts in found.items()}
 
 
-def check_linear(n_images: int, n_classes: int) -> None:
-    """Refuse a linear probe of too few images or classes.
+def check_neighbours(ks: Sequence[int], n_images: int) -> None:
+    """Refuse numbers of neighbours that there are not."""
+    for k in ks:
+        if not 1 <= k <= n_images:
+            raise UserError(f"--k {k}: there are {n_images} training images; ask for at most as many neighbours")
 
-    Raises:
-        UserError: There are fewer than ten training images, or than two classes.
-    """
+
+def check_linear(n_images: int, n_classes: int) -> None:
+    """Refuse a linear probe of fewer than ten images or two classes."""
     if n_classes < 2 or n_images < 10:
         raise UserError(
             f"a linear probe of {n_images} training images of {n_classes} classes says nothing: raise --train-limit"
         )
 
 
-@dataclass(frozen=True)
-class LinearProbe:
+class LinearProbe(NamedTuple):
     """Result of `linear_probe`.
 
     Attributes:
@@ -193,7 +180,7 @@ def linear_probe(
     from sklearn.preprocessing import StandardScaler
 
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
-    apart, rest = order.split([int(_HELD_OUT * len(train)), len(train) - int(_HELD_OUT * len(train))])
+    apart, rest = order.tensor_split([int(0.2 * len(train))])
     check_linear(len(train), len(labels[rest].unique()))
     x, y = train.double().numpy(), labels.numpy()
 

@@ -12,16 +12,7 @@ from crate_fast.env import provenance
 from crate_fast.errors import UserError
 from crate_fast.train.checkpoint import write_text
 
-__all__ = [
-    "Records",
-    "csv_table",
-    "file_name",
-    "latex_table",
-    "make_folder",
-    "markdown_table",
-    "write_results",
-    "write_table",
-]
+__all__ = ["Records", "csv_table", "latex_table", "make_folder", "markdown_table", "write_results", "write_table"]
 
 _LATEX = str.maketrans(
     {sign: "\\" + sign for sign in "&%_#${}"}
@@ -35,13 +26,12 @@ def _columns(rows: Sequence[dict]) -> list[str]:
 
 
 def _cells(rows: Sequence[dict], digits: int) -> list[list[str]]:
-    """Return the header and the rows as text; a missing value is –."""
+    """Return the rows as text; a missing value is –."""
 
     def cell(value: object) -> str:
         return "–" if value is None else f"{value:.{digits}f}" if isinstance(value, float) else str(value)
 
-    columns = _columns(rows)
-    return [columns, *([cell(row.get(name)) for name in columns] for row in rows)]
+    return [[cell(row.get(name)) for name in _columns(rows)] for row in rows]
 
 
 def markdown_table(rows: Sequence[dict], digits: int = 3) -> str:
@@ -53,8 +43,8 @@ def markdown_table(rows: Sequence[dict], digits: int = 3) -> str:
     | A | 0.500 |
     | B | – |
     """
-    columns, *lines = _cells(rows, digits)
-    lines = [[cell.replace("|", "\\|") for cell in line] for line in lines]
+    columns = _columns(rows)
+    lines = [[cell.replace("|", "\\|") for cell in line] for line in _cells(rows, digits)]
     return "".join("| " + " | ".join(line) + " |\n" for line in [columns, ["---"] * len(columns), *lines])
 
 
@@ -69,18 +59,16 @@ def csv_table(rows: Sequence[dict]) -> str:
 
 def latex_table(rows: Sequence[dict], digits: int = 3) -> str:
     """Format rows as a LaTeX `tabular` for the booktabs package."""
-    head, *body = (" & ".join(c.translate(_LATEX) for c in line) + r" \\" for line in _cells(rows, digits))
-    alignment = "l" + "r" * (len(_columns(rows)) - 1)
-    lines = [rf"\begin{{tabular}}{{{alignment}}}", r"\toprule", head, r"\midrule", *body, r"\bottomrule"]
-    return "\n".join([*lines, r"\end{tabular}", ""])
+    columns = _columns(rows)
+    head, *body = (
+        " & ".join(cell.translate(_LATEX) for cell in line) + r" \\" for line in [columns, *_cells(rows, digits)]
+    )
+    begin = rf"\begin{{tabular}}{{l{'r' * (len(columns) - 1)}}}"
+    return "\n".join([begin, r"\toprule", head, r"\midrule", *body, r"\bottomrule", r"\end{tabular}", ""])
 
 
 def make_folder(folder: Path) -> Path:
-    """Make a folder to write into, if it is not there, and return it.
-
-    Raises:
-        UserError: It cannot be made or written to.
-    """
+    """Make a folder to write into, if it is not there, and return it; refuse one that cannot be written to."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -96,7 +84,7 @@ def file_name(label: str) -> str:
 
 
 def _write(path: Path, text: str) -> None:
-    """Write a file; where that fails, print its content, which may have taken hours."""
+    """Write a file. Where that fails, print its content, which may have taken hours."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, text)
@@ -110,15 +98,14 @@ def _write(path: Path, text: str) -> None:
 
 def write_table(folder: Path, name: str, rows: Sequence[dict], digits: int = 3) -> str:
     """Write `name`.md, `name`.csv and `name`.tex into a folder; returns the Markdown."""
-    text = markdown_table(rows, digits)
-    _write(folder / f"{name}.md", text)
-    _write(folder / f"{name}.csv", csv_table(rows))
-    _write(folder / f"{name}.tex", latex_table(rows, digits))
-    return text
+    texts = {"md": markdown_table(rows, digits), "csv": csv_table(rows), "tex": latex_table(rows, digits)}
+    for suffix, text in texts.items():
+        _write(folder / f"{name}.{suffix}", text)
+    return texts["md"]
 
 
 def write_results(folder: Path, protocol: str, config: dict, results: dict, problems: Sequence[str] = ()) -> Path:
-    """Write results.json: settings, results, unreadable images and provenance.
+    """Write results.json and return its path.
 
     Args:
         folder: Made if it is not there.
@@ -126,9 +113,6 @@ def write_results(folder: Path, protocol: str, config: dict, results: dict, prob
         config: Every setting that decides the result.
         results: Plain values.
         problems: One line for each unreadable image.
-
-    Returns:
-        The file.
     """
     content = {
         "protocol": protocol,
@@ -148,7 +132,7 @@ class Records:
         settings.json         the settings that decide a record; records of other settings are refused
         records-RANK.jsonl    one record a line, appended and flushed by the process of that rank
 
-    A killed process leaves half a line, which is not read: its image is done again.
+    The half line of a killed process is not read: its image is done again.
 
     Args:
         folder: Made if it is not there.
@@ -178,29 +162,16 @@ class Records:
 
     def read(self) -> dict[str | int, dict]:
         """Return key → record of all processes; records with one key are equal."""
-        records = {}
-        for path in sorted(self.folder.glob("records-*.jsonl")):
-            with path.open() as file:
-                for line in file:
-                    if line.endswith("\n"):
-                        record = json.loads(line)
-                        records[record[self.key]] = record
-        return records
+        texts = (path.read_text() for path in sorted(self.folder.glob("records-*.jsonl")))
+        records = [json.loads(line) for text in texts for line in text.split("\n")[:-1]]
+        return {record[self.key]: record for record in records}
 
     def append(self, records: Iterable[dict]) -> None:
         """Write records as they come; each is flushed to the operating system before the next is made."""
         path = self.folder / f"records-{self.rank}.jsonl"
-        _cut_half_line(path)
+        if path.is_file():
+            os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
         with path.open("a") as file:
             for record in records:
                 file.write(json.dumps(record) + "\n")
                 file.flush()
-
-
-def _cut_half_line(path: Path) -> None:
-    if path.is_file():
-        content = path.read_bytes()
-        whole = content.rfind(b"\n") + 1
-        if whole < len(content):
-            with path.open("r+b") as file:
-                file.truncate(whole)

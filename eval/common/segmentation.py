@@ -9,16 +9,8 @@ from torch import Tensor, nn
 from crate_fast.errors import UserError
 from crate_fast.whitebox import trace
 
-__all__ = [
-    "AttentionScores",
-    "NoObjectsError",
-    "attention_to_mask",
-    "average_precision",
-    "intersection_over_union",
-    "mask_to_grid",
-    "score_attention",
-    "scores_table",
-]
+__all__ = ["AttentionScores", "NoObjectsError", "attention_to_mask", "average_precision", "intersection_over_union"]
+__all__ += ["mask_to_grid", "score_attention", "scores_table"]
 
 THRESHOLDS = ("topk", "mass")
 READINGS = (*THRESHOLDS, "ap")  # the IoU of masks, and a score without a threshold
@@ -66,19 +58,15 @@ def _check_fraction(fraction: float) -> None:
 
 def mask_to_grid(masks: Tensor, grid: tuple[int, int]) -> Tensor:
     """Reduce pixel masks [B, H, W] to patch masks [B, rows·columns]: a patch is object if at least half of it is."""
-    covered = F.adaptive_avg_pool2d(masks.float().unsqueeze(1), grid)
-    return (covered >= 0.5).flatten(1)
+    return (F.adaptive_avg_pool2d(masks.float(), grid) >= 0.5).flatten(1)
 
 
 def intersection_over_union(predicted: Tensor, target: Tensor, valid: Tensor | None = None) -> Tensor:
-    """Return |predicted ∩ target| / |predicted ∪ target| over the last dimension; 0 where both are empty.
+    """Return |predicted ∩ target| / |predicted ∪ target| over the last dimension, float32; 0 where both are empty.
 
     Args:
         predicted, target: Boolean [..., P], broadcast against each other.
         valid: Boolean [..., P]; entries to count, all when None.
-
-    Returns:
-        IoU [...], float32.
     """
     valid = torch.ones_like(target) if valid is None else valid
     intersection = (predicted & target & valid).sum(dim=-1)
@@ -137,12 +125,8 @@ class AttentionScores:
         _check_fraction(fraction)
         self.fraction = fraction
         self._generator = torch.Generator().manual_seed(seed)
-        self._per_head: dict[tuple[str, int], list[Tensor]] = {}  # (reading, layer) → scores [T, H] a batch
-        self._baselines: dict[tuple[str, str], list[Tensor]] = {}
-        self._targets: list[Tensor] = []
-        self._valid: list[Tensor] = []
-        self._weights: list[Tensor] = []
-        self._labels: list[int] = []
+        self._scores: dict[tuple[str, int | str], list[Tensor]] = {}  # (reading, layer or baseline) → [T, H] or [T]
+        self._objects: list[tuple[Tensor, ...]] = []  # masks, valid patches, weights and labels of a batch's objects
         self.images = self.without_objects = self.objects_without_patch = 0
 
     def add(
@@ -161,36 +145,28 @@ class AttentionScores:
             valid: For each image the patches that count, boolean [P]; all when None.
             labels: For each image the objects' class numbers, for scores by class.
         """
-        kept = [target.any(dim=1) for target in targets]
-        self.objects_without_patch += sum(int((~keep).sum()) for keep in kept)
-        targets = [target[keep] for target, keep in zip(targets, kept, strict=True)]
-        counts = torch.tensor([len(target) for target in targets])
+        target = torch.cat(list(targets)).cpu()
+        seen = target.any(dim=1)
+        owner = torch.repeat_interleave(torch.arange(len(targets)), torch.tensor(list(map(len, targets))))[seen]
+        target, counts = target[seen], torch.bincount(owner, minlength=len(targets))
         heads, n_patches = next(iter(maps.values())).shape[1:]
         noise = torch.rand((len(counts), heads, n_patches), generator=self._generator)  # drawn for every image
+        self.objects_without_patch += int((~seen).sum())
         self.images += int((counts > 0).sum())
         self.without_objects += int((counts == 0).sum())
-        if not counts.sum():
+        if not len(target):
             return
-        owner = torch.repeat_interleave(torch.arange(len(counts)), counts)
-        target = torch.cat(list(targets)).cpu()
-        valid = [torch.ones(target.shape[-1], dtype=torch.bool)] * len(counts) if valid is None else valid
-        usable = torch.stack([v.cpu() for v in valid])[owner]
-        self._targets.append(target)
-        self._valid.append(usable)
-        self._weights.append(1 / counts[owner].double())
-        labels = [[0] * len(keep) for keep in kept] if labels is None else labels
-        for image, keep in zip(labels, kept, strict=True):
-            self._labels += [label for label, k in zip(image, keep.tolist(), strict=True) if k]
+        valid = torch.ones(len(counts), n_patches, dtype=torch.bool) if valid is None else torch.stack(list(valid))
+        valid = valid.cpu()[owner]
+        numbers = torch.tensor([n for image in labels for n in image])[seen] if labels else torch.zeros_like(owner)
+        self._objects.append((target, valid, 1 / counts[owner].double(), numbers))
         for reading in READINGS:
-
-            def per_head(attention: Tensor, read=reading) -> Tensor:
-                return _SCORES[read](self._read(read, attention)[owner], target.unsqueeze(1), usable.unsqueeze(1))
-
-            for layer, attention in maps.items():
-                self._per_head.setdefault((reading, layer), []).append(per_head(attention.float().cpu()))
-            self._baselines.setdefault((reading, "random"), []).append(per_head(noise).amax(dim=1))
-            true = _SCORES[reading](self._read(reading, target.float()), target, usable)
-            self._baselines.setdefault((reading, "true_mask"), []).append(true)
+            for layer, attention in [*maps.items(), ("random", noise)]:
+                scored = self._read(reading, attention.float().cpu())[owner]
+                scores = _SCORES[reading](scored, target.unsqueeze(1), valid.unsqueeze(1))
+                self._scores.setdefault((reading, layer), []).append(scores)
+            true = _SCORES[reading](self._read(reading, target.float()), target, valid)
+            self._scores.setdefault((reading, "true_mask"), []).append(true)
 
     def _read(self, reading: str, maps: Tensor) -> Tensor:
         return attention_to_mask(maps, reading, self.fraction) if reading in THRESHOLDS else maps
@@ -206,39 +182,36 @@ class AttentionScores:
                 f"none of the {self.without_objects} images has an object that covers a patch: use images with "
                 "objects, or a larger --image-size for a finer grid"
             )
-        target, valid, weights = torch.cat(self._targets), torch.cat(self._valid), torch.cat(self._weights)
-        labels = torch.tensor(self._labels)
+        target, valid, weights, labels = map(torch.cat, zip(*self._objects, strict=True))
         mean_mask = (target.double() * weights.unsqueeze(1)).sum(dim=0) / weights.sum()
 
         def mean(values: Tensor) -> float:
             return float((values.double() * weights).sum() / weights.sum())
 
-        def row(reading: str, layer: int) -> dict:
-            per_head = torch.cat(self._per_head[reading, layer])
-            heads = [mean(head) for head in per_head.T]
-            best = per_head.amax(dim=1)
+        def row(layer: int, per_head: Tensor) -> dict:
+            heads, best = [mean(head) for head in per_head.T], per_head.amax(dim=1)
             by_class = {int(c): float(best[labels == c].mean()) for c in labels.unique()}
             scores = {"best_head": mean(best), "fixed_head": max(heads), "per_head": heads}
             return {"layer": layer, **scores, "by_class": by_class}
 
-        covered = intersection_over_union(
-            torch.ones_like(target), target, valid
-        )  # also the precision of equal weights
-        return {
-            reading: {
-                "layers": [row(reading, layer) for name, layer in self._per_head if name == reading],
-                "constant": mean(covered),
-                "random": mean(torch.cat(self._baselines[reading, "random"])),
+        found = {}
+        for reading in READINGS:
+            scores = {name: torch.cat(parts) for (read, name), parts in self._scores.items() if read == reading}
+            random, true = scores.pop("random").amax(dim=1), scores.pop("true_mask")
+            found[reading] = {
+                "layers": [row(layer, per_head) for layer, per_head in scores.items()],
+                # the IoU of all patches is also the precision of equal weights
+                "constant": mean(intersection_over_union(torch.ones_like(target), target, valid)),
+                "random": mean(random),
                 "mean_mask": mean(_SCORES[reading](self._read(reading, mean_mask), target, valid)),
-                "true_mask": mean(torch.cat(self._baselines[reading, "true_mask"])),
+                "true_mask": mean(true),
                 "fraction": self.fraction if reading in THRESHOLDS else None,
                 "images": self.images,
                 "objects": len(target),
                 "without_objects": self.without_objects,
                 "objects_without_patch": self.objects_without_patch,
             }
-            for reading in READINGS
-        }
+        return found
 
 
 @torch.inference_mode()

@@ -37,7 +37,6 @@ def shipped_names() -> list[str]:
 
 
 def _read(name: str) -> tuple[dict[str, Tensor], dict]:
-    """Return the weights and the facts in the file of a model of the package."""
     if name not in shipped_names():
         raise UserError(f"shipped:{name}: there are shipped:{', shipped:'.join(shipped_names())}")
     path = FOLDER / f"{name}.safetensors"
@@ -50,11 +49,7 @@ def _read(name: str) -> tuple[dict[str, Tensor], dict]:
 
 
 def shipped_facts(name: str) -> dict:
-    """Return "name" and "arguments" for timm, "mean", "classes" and "source" of a model of the package.
-
-    Raises:
-        UserError: There is no such model, or its file is damaged.
-    """
+    """Return "name" and "arguments" for timm, "mean", "classes" and "source" of a model of the package."""
     return _read(name)[1]
 
 
@@ -71,15 +66,7 @@ def open_shipped(name: str) -> tuple[nn.Module, dict]:
 
 
 def write_shipped(run: Path, file: Path) -> None:
-    """Write the best model of a run in half precision.
-
-    Args:
-        run: Its folder.
-        file: Name of the file, ending in .safetensors.
-
-    Raises:
-        UserError: There is no run, or an older version wrote it without the names of the classes.
-    """
+    """Write the best model of the run in a folder to a .safetensors file, in half precision."""
     model, config, step = load_model(run)
     manifest = checkpoint.manifest(run / "checkpoints", step)
     classes = manifest.get("data", {}).get("classes")

@@ -41,19 +41,17 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__.split("\n\n")[0],
         epilog="How to name models:\n\n" + models_module.__doc__.split("\n\n", 1)[1],
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
-    parser.add_argument(
-        "--checkpoint", nargs="+", metavar="MODEL", help="see below; default: the newest run below runs/"
-    )
-    parser.add_argument("--images", type=Path, metavar="DIR", help="a folder of images; default: shape_scenes")
-    parser.add_argument("--image-size", type=positive, help="side to which images are squashed; default: the model's")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N; default auto")
-    parser.add_argument("--seed", type=seed, default=0, help="of untrained models; default 0")
-    parser.add_argument("--model-args", nargs="+", metavar="KEY=VALUE", help="for models that timm builds")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen at; default 127.0.0.1, this computer")
-    parser.add_argument("--port", type=positive, help=f"default {_PORT}, or the next that is free")
-    parser.add_argument("--no-browser", action="store_true", help="only say the address")
+    add = parser.add_argument
+    add("--checkpoint", nargs="+", metavar="MODEL", help="see below; default: the newest run below runs/")
+    add("--images", type=Path, metavar="DIR", help="a folder of images; default: shape_scenes")
+    add("--image-size", type=positive, help="side to which images are squashed; default: the model's")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N; default auto")
+    add("--seed", type=seed, default=0, help="of untrained models; default 0")
+    add("--model-args", nargs="+", metavar="KEY=VALUE", help="for models that timm builds")
+    add("--host", default="127.0.0.1", help="address to listen at; default 127.0.0.1, this computer")
+    add("--port", type=positive, help=f"default {_PORT}, or the next that is free")
+    add("--no-browser", action="store_true", help="only say the address")
     return parser
 
 
@@ -98,11 +96,7 @@ def default_choices(runs: Path = Path("runs")) -> tuple[list[ModelChoice], str]:
 
 
 def open_explorer(options: argparse.Namespace) -> Explorer:
-    """Build the explorer of a command line and open its first model.
-
-    Raises:
-        UserError: A model or the images cannot be opened.
-    """
+    """Build the explorer of a command line and open its first model."""
     opening = {"device": choose_device(options.device), "image_size": options.image_size}
     opening |= {"model_args": options.model_args, "seed": options.seed}
     pictures = Pictures(options.images)
@@ -135,11 +129,7 @@ def _default_models(opening: dict) -> tuple[ModelCache, str]:
 
 
 def _listen(host: str, port: int | None) -> socket.socket:
-    """Return a socket at the port, or at the first free one from the default on.
-
-    Raises:
-        UserError: The port is taken, or the address is not this computer's.
-    """
+    """Return a socket at the port, or at the first free one from the default on."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     for candidate in [port] if port else range(_PORT, _PORT + 50):
         listener = socket.socket(family)

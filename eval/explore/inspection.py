@@ -1,7 +1,7 @@
 """The explorer's answers as plain JSON values: models opened on demand, and everything computed of a picture."""
 
 import threading
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import matplotlib
 import numpy as np
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from crate_fast.errors import UserError
 from crate_fast.eval.common.features import Features, LayerTokens
+from crate_fast.eval.common.images import box_corners
 from crate_fast.eval.common.models import LoadedModel, class_names, open_model
 from crate_fast.eval.common.principal_components import TooFewPatchesError, foreground, pca_rgb
 from crate_fast.eval.explore.pictures import MAX_UPLOAD_BYTES, LRUCache, Pictures
@@ -23,11 +24,9 @@ __all__ = ["Explorer", "Inspection", "ModelCache", "ModelChoice", "OpenModel", "
 COMPONENTS = ("all", "parts")  # components 2 to 4 of all patches (Fig. 6); 1 to 3 of the foreground (Fig. 9)
 _OPEN_MODELS = 4
 _INSPECTIONS_BYTES = 512 * 2**20
-_COLOURS = "viridis"  # even in lightness, and for the colour-blind
 
 
-@dataclass(frozen=True)
-class ModelChoice:
+class ModelChoice(NamedTuple):
     """A model in the page's menu.
 
     Attributes:
@@ -43,8 +42,7 @@ class ModelChoice:
     untrained: bool = False
 
 
-@dataclass(frozen=True)
-class OpenModel:
+class OpenModel(NamedTuple):
     """A model in memory.
 
     Attributes:
@@ -69,7 +67,7 @@ class ModelCache:
     def __init__(self, choices: list[ModelChoice], **opening):
         self.choices, self.opening = choices, opening
         self.open = LRUCache(_OPEN_MODELS)
-        self._locks = [threading.Lock() for _ in choices]  # two requests do not open one model twice
+        self._opening = threading.Lock()  # one at a time: initial weights come from one global generator
 
     def get(self, number: int) -> OpenModel:
         """Return the model of a choice.
@@ -79,19 +77,20 @@ class ModelCache:
         """
         if not 0 <= number < len(self.choices):
             raise UserError(f"model {number}: there are {len(self.choices)}, counted from 0")
-        with self._locks[number]:
+        opened = self.open.get(number)
+        if opened is not None:
+            return opened
+        with self._opening:
             opened = self.open.get(number)
             if opened is None:
-                opened = self._load(self.choices[number].specification)
+                specification = self.choices[number].specification
+                try:
+                    loaded = open_model(specification, **self.opening)
+                    opened = OpenModel(loaded, class_names(specification), threading.Lock())
+                except (TypeError, OSError, RuntimeError) as error:
+                    raise UserError(f"{specification} cannot be opened: {error}") from error
                 self.open.put(number, opened)
             return opened
-
-    def _load(self, specification: str) -> OpenModel:
-        try:
-            loaded = open_model(specification, **self.opening)
-            return OpenModel(loaded, class_names(specification), threading.Lock())
-        except (TypeError, OSError, RuntimeError) as error:
-            raise UserError(f"{specification} cannot be opened: {error}") from error
 
 
 class Inspection:
@@ -144,18 +143,14 @@ class Inspection:
             if layer not in self._masks:
                 found = maskcut(self.features.keys(layer).float().cpu(), grid=self.features.grid).masks[0]
                 masks = found[found.flatten(1).any(dim=1)]
-                boxes = [_box(mask.numpy()) for mask in masks]
+                boxes = box_corners(masks).tolist()
                 self._masks[layer] = {"masks": masks.flatten(1).int().tolist(), "boxes": boxes}
             return self._masks[layer]
 
 
 @torch.inference_mode()
 def inspect(opened: OpenModel, image: Tensor) -> Inspection:
-    """Run a model on one picture. Hold the model's lock: hooks read its layers.
-
-    Args:
-        opened: The model.
-        image: uint8 [3, S, S], of the model's image size.
+    """Run a model on one picture, uint8 [3, S, S]. Hold the model's lock: hooks read its layers.
 
     Raises:
         UserError: The model's output is not finite.
@@ -182,7 +177,6 @@ def inspect(opened: OpenModel, image: Tensor) -> Inspection:
 
 
 def _inspect_crate(loaded: LoadedModel, pixels: Tensor) -> tuple[Features, Tensor, dict]:
-    """Return features, logits, and the measures of layers that have subspaces or ISTA."""
     tokens: dict[int, LayerTokens] = {}
     rates: list[float] = []
     nonzeros: list[Tensor] = []
@@ -221,11 +215,6 @@ def _rounded(array: np.ndarray) -> list:
     return array.astype(np.float64).round(9).tolist()
 
 
-def _box(mask: np.ndarray) -> list[int]:
-    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    return [int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1]
-
-
 class Explorer:
     """Models, pictures, and recent inspections. It keeps no visitor's state and is safe to use from many threads.
 
@@ -241,13 +230,10 @@ class Explorer:
 
     def setup(self) -> dict:
         """Return the page's start values: models, pictures, notes, the maps' colours, the largest upload in bytes."""
-        models = [
-            {"label": choice.label, "group": choice.group, "untrained": choice.untrained}
-            for choice in self.models.choices
-        ]
-        colours = (255 * matplotlib.colormaps[_COLOURS](range(256))[:, :3]).round().astype(int)
+        colours = (255 * matplotlib.colormaps["viridis"](range(256))[:, :3]).round().astype(int)  # even in lightness
+        names = ("label", "group", "untrained")
         return {
-            "models": models,
+            "models": [{name: getattr(choice, name) for name in names} for choice in self.models.choices],
             "model_note": self.note,
             "pictures": self.pictures.listing(),
             "picture_note": self.pictures.note,

@@ -69,11 +69,7 @@ class UnknownPictureError(UserError):
 
 
 def decode(data: bytes, name: str) -> Image.Image:
-    """Decode an image file as `read_image` does, to at most 2,048 pixels a side.
-
-    Args:
-        data: The whole file: JPEG, PNG, WebP, BMP, GIF, TIFF or PPM.
-        name: For messages.
+    """Decode a JPEG, PNG, WebP, BMP, GIF, TIFF or PPM file as `read_image` does, to at most 2,048 pixels a side.
 
     Raises:
         UnreadablePictureError: It is none of these, is damaged, has more than 50 megapixels, or 32 bits a channel.
@@ -121,10 +117,8 @@ class Pictures:
         self._files: list[Path] = []
         self._uploads = LRUCache(_UPLOADS_BYTES, size=lambda upload: len(upload[1]))  # id → (name, data)
         self.note = "" if folder else "Scenes drawn by shape_scenes (validation split)."
-        if folder is not None:
-            self._find(folder)
-
-    def _find(self, folder: Path) -> None:
+        if folder is None:
+            return
         if not folder.is_dir():
             raise UserError(f"--images {folder}: no such folder; pass one with images")
         tree = find_images(folder, follow_links=False)
@@ -139,7 +133,6 @@ class Pictures:
             self.note = f"{self.note} {tree.note.capitalize()}.".strip()
 
     def _inside(self, path: Path) -> bool:
-        """Return True for a file in the folder itself; a link to somewhere else is refused."""
         return path.is_file() and path.resolve().is_relative_to(self._root)
 
     def listing(self) -> list[dict[str, str]]:
@@ -150,11 +143,7 @@ class Pictures:
         return [{"id": f"f{number}", "name": name} for number, name in enumerate(names)]
 
     def add(self, data: bytes, name: str) -> str:
-        """Keep an upload and return its id, a hash of its content.
-
-        Raises:
-            UnreadablePictureError: See `decode`.
-        """
+        """Keep an upload and return its id, a hash of its content."""
         decode(data, name)
         key = "u" + hashlib.sha256(data).hexdigest()
         self._uploads.put(key, (name, data))
@@ -171,7 +160,12 @@ class Pictures:
         if scene is not None:
             return Image.fromarray(scene.permute(1, 2, 0).numpy())
         if key.startswith("f") and self._number(key) in range(len(self._files)):
-            return self._read(self._files[self._number(key)])
+            path = self._files[self._number(key)]
+            if not self._inside(path):
+                raise UnknownPictureError(f"{path.name} is no longer in the folder: start the explorer again")
+            if path.stat().st_size > MAX_UPLOAD_BYTES:
+                raise UnreadablePictureError(f"{path.name} has more than 20 MiB: make it smaller")
+            return decode(path.read_bytes(), _printable(path.name))
         upload = self._uploads.get(key)
         if upload is None:
             raise UnknownPictureError("this picture is not here, or no longer: choose or upload it again")
@@ -179,11 +173,7 @@ class Pictures:
         return decode(data, name)
 
     def pixels(self, key: str, size: int) -> Tensor:
-        """Return a picture as a model's input, uint8 [3, size, size]: scenes drawn at this size, others squashed.
-
-        Raises:
-            UnknownPictureError, UnreadablePictureError: See `view`.
-        """
+        """Return a picture as a model's input, uint8 [3, size, size]: scenes drawn at this size, others squashed."""
         scene = self._scene(key, size)
         return squash(self.view(key), size) if scene is None else scene
 
@@ -195,13 +185,6 @@ class Pictures:
     @staticmethod
     def _number(key: str) -> int:
         return int(key[1:]) if key[1:].isdecimal() and key.isascii() and len(key) < 8 else -1
-
-    def _read(self, path: Path) -> Image.Image:
-        if not self._inside(path):
-            raise UnknownPictureError(f"{path.name} is no longer in the folder: start the explorer again")
-        if path.stat().st_size > MAX_UPLOAD_BYTES:
-            raise UnreadablePictureError(f"{path.name} has more than 20 MiB: make it smaller")
-        return decode(path.read_bytes(), _printable(path.name))
 
 
 def _printable(name: str) -> str:

@@ -29,12 +29,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from crate_fast.errors import UserError
 from crate_fast.eval.explore.inspection import Explorer
-from crate_fast.eval.explore.pictures import (
-    MAX_UPLOAD_BYTES,
-    Pictures,
-    UnknownPictureError,
-    UnreadablePictureError,
-)
+from crate_fast.eval.explore.pictures import MAX_UPLOAD_BYTES, Pictures, UnknownPictureError, UnreadablePictureError
 from crate_fast.train.checkpoint import CheckpointError
 
 __all__ = ["application"]
