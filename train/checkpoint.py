@@ -29,24 +29,6 @@ from torch import Tensor
 from crate_fast.errors import UserError
 from crate_fast.weight_files import describe_file
 
-__all__ = [
-    "Checkpoint",
-    "CheckpointError",
-    "DiskError",
-    "best_step",
-    "folder_of",
-    "load",
-    "manifest",
-    "newest",
-    "record_best",
-    "rotate",
-    "save",
-    "steps",
-    "sweep",
-    "write_text",
-    "writing",
-]
-
 WEIGHTS, EMA, TRAINING, MANIFEST = "model.safetensors", "ema.safetensors", "training.pt", "manifest.json"
 BEST = "best.json"
 FORMAT = 2  # version of training.pt and the manifest; another version is not resumed
@@ -184,7 +166,6 @@ def _put_in_place(temporary: Path, final: Path) -> None:
 
 
 def _write(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], training: dict, facts: dict) -> None:
-    """Write a checkpoint's files and flush them to disk."""
     for name, state in tensors.items():
         save_file({key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}, folder / name)
     torch.save(training, folder / TRAINING)
@@ -259,7 +240,6 @@ def load(root: Path, step: int) -> Checkpoint:
 
 
 def _problem(folder: Path) -> str | None:
-    """Return the damage of a checkpoint in words, or None."""
     try:
         files = dict(json.loads((folder / MANIFEST).read_text())["files"])
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -19,8 +19,6 @@ import yaml
 from crate_fast.errors import CommandParser, UserError, nearest
 from crate_fast.train.config import TrainConfig, renamed_settings
 
-__all__ = ["build_config", "dump_config", "field_help", "load_recipe", "recipe_names"]
-
 RECIPES = Path(__file__).parent / "recipes"
 
 
@@ -35,13 +33,11 @@ def field_help(config_class: type) -> dict[str, str]:
 
 
 def _value_type(annotation) -> type:
-    """Return the type of a command-line word: T for `T` and for `T | None`."""
     inner = [a for a in typing.get_args(annotation) if a is not type(None)]
     return inner[0] if inner else annotation
 
 
 def _checked(config_class: type, values: dict, source: str) -> dict:
-    """Return `values`, with each value's type checked against its field."""
     fields = {field.name: field for field in dataclasses.fields(config_class)}
     checked = {}
     for name, value in values.items():

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 
 from crate_fast.errors import UserError, nearest
 
-__all__ = ["DROP_RATES", "MODES_WITH_GRAPHS", "TrainConfig", "renamed_settings"]
-
 DATASETS = ("shape_scenes", "folder", "tar", "shards", "hf", "cifar10", "cifar100", "flowers102", "pets")
 _CHOICES = {
     "dataset": DATASETS,

@@ -9,8 +9,6 @@ from torch import Tensor
 
 from crate_fast.errors import UserError
 
-__all__ = ["GraphedCall", "record"]
-
 _WARM_UPS = 3
 _Result = TypeVar("_Result")
 

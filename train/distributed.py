@@ -23,23 +23,6 @@ from torch.nn.parallel import DistributedDataParallel
 from crate_fast.errors import UserError
 from crate_fast.train.config import MODES_WITH_GRAPHS, TrainConfig
 
-__all__ = [
-    "Processes",
-    "check_settings",
-    "choose_device",
-    "full_state",
-    "gradient_sync",
-    "is_sharded",
-    "layers_of",
-    "load_full_state",
-    "parallelize",
-    "process_group",
-    "shard",
-    "shards_model",
-    "share_buffers",
-    "unsharded",
-]
-
 
 @dataclass(frozen=True)
 class Processes:

@@ -12,8 +12,6 @@ from torch.distributed.tensor import DTensor
 from crate_fast.errors import UserError
 from crate_fast.train.distributed import is_sharded
 
-__all__ = ["Interruption", "NonFinite", "NonFiniteError", "diagnosis", "poisoned"]
-
 
 class Interruption:
     """A note of SIGTERM or SIGUSR1 (preemption, a job's end); the loop reads it after each step, saves and leaves.

@@ -14,8 +14,6 @@ from crate_fast.registry import MAE, MAE_ENCODER, is_mae
 from crate_fast.train.runs import initial_run, run_config
 from crate_fast.train.trainer import train_command
 
-__all__ = ["inheriting", "main"]
-
 INHERITED = (
     *("model", "patch_size", "dim", "depth", "heads", "residual", "attention", "sparsifier", "threshold", "mean"),
 )

@@ -17,8 +17,6 @@ from crate_fast.errors import UserError
 from crate_fast.train.checkpoint import write_text, writing
 from crate_fast.train.distributed import Processes
 
-__all__ = ["Interval", "Loggers", "profiler"]
-
 _BEFORE_PROFILE = 10  # steps: compilation, caches and clocks settle
 
 

@@ -20,8 +20,6 @@ from crate_fast.train.data import Batch, drawing_from
 from crate_fast.train.distributed import Processes
 from crate_fast.train.reconstruction import image_noise
 
-__all__ = ["Classification", "Objective", "Reconstruction", "objective_for"]
-
 _BATCH_KEY = 2**40  # apart from the numbers of samples, which are augmented by generators of (seed, epoch, number)
 
 

@@ -11,8 +11,6 @@ from torch.distributed.tensor import DTensor
 from crate_fast.errors import UserError, nearest
 from crate_fast.train.config import TrainConfig
 
-__all__ = ["build_optimizer", "check_optimizer", "clip_gradients", "gradient_norm", "learning_rate"]
-
 _MOMENTUM = 0.9  # of LARS, as in MAE's linear probe
 _REFUSED = {
     "adahessian": "needs second derivatives, which the layers do not have",

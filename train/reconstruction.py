@@ -12,8 +12,6 @@ from crate_fast import CRATEMAE
 from crate_fast.eval.common.figures import Picture, image_grid
 from crate_fast.train.data import Normalize
 
-__all__ = ["RATIOS", "image_noise", "reconstruction_figure", "reconstructions", "tiled"]
-
 RATIOS = (0.5, 0.75, 0.9)
 _GREY = 128
 

@@ -25,8 +25,6 @@ from crate_fast.whitebox import attention_layer, trace
 if TYPE_CHECKING:
     from crate_fast.train.trainer import Trainer
 
-__all__ = ["attention_figure", "curves_figure", "print_summary", "scores_line", "write_report"]
-
 
 @torch.inference_mode()
 def attention_figure(
@@ -130,7 +128,6 @@ def write_report(
 
 
 def _throughput(trainer: Trainer, model: nn.Module, images_per_s: float) -> dict:
-    """Return what `crate-fast plan --throughput` reads."""
     config, processes = trainer.config, trainer.processes
     on_gpu = processes.device.type == "cuda"
     return {
@@ -147,7 +144,6 @@ def _throughput(trainer: Trainer, model: nn.Module, images_per_s: float) -> dict
 
 
 def _shown(split: Dataset) -> list[tuple]:
-    """Return up to eight samples, evenly spaced, because folders are sorted by class."""
     shown = min(8, len(split))
     return readable(split, [i * len(split) // shown for i in range(shown)])
 
@@ -177,7 +173,6 @@ def scores_line(values: dict[str, float], scores: Sequence[str]) -> str:
 
 
 def _attention_report(run: RunFolder, trainer: Trainer, model: CRATE, data: DataSplits) -> dict:
-    """Draw attention.png, and return the segmentation scores where masks are known."""
     config, layer = run.config, attention_layer(model)
     source = data.val if data.masks is None else data.masks
     samples = _shown(source)

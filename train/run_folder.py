@@ -28,8 +28,6 @@ from crate_fast.train.loggers import Loggers
 if TYPE_CHECKING:
     from crate_fast.train.trainer import Trainer
 
-__all__ = ["FREE_SETTINGS", "RunFolder", "RunLock"]
-
 # Settings that a resumed run may change: they decide how and where it is computed, and what is kept. As with the
 # number of processes, rounding and what is drawn by micro-batch may differ.
 FREE_SETTINGS = (

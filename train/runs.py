@@ -23,21 +23,6 @@ from crate_fast.train.config import DROP_RATES, TrainConfig
 from crate_fast.train.data import DataSplits, build_splits
 from crate_fast.weight_files import split_entry
 
-__all__ = [
-    "build_model",
-    "checkpoint_epoch",
-    "checkpoint_steps",
-    "initial_run",
-    "load_initial",
-    "load_model",
-    "load_run",
-    "model_arguments",
-    "num_classes_of",
-    "patch_size_of",
-    "run_config",
-    "run_weights",
-]
-
 _AUTOENCODER_SETTINGS = ("mask_ratio", "norm_pix_loss", "visible_only", "decoder_depth")
 
 
@@ -291,7 +276,6 @@ def _check_demo(weights: dict[str, Tensor], model: CRATE, config: TrainConfig, n
 
 
 def _classifier_name(model: nn.Module) -> str:
-    """Return the prefix of the classifier's parameters in a timm model."""
     target = model.get_classifier()
     for name, module in model.named_modules():
         if module is target:

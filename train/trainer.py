@@ -59,8 +59,6 @@ from crate_fast.train.run_folder import RunFolder
 from crate_fast.train.runs import build_model, load_initial
 from crate_fast.whitebox import layer_statistics
 
-__all__ = ["StepResult", "Trainer", "launch", "train_command"]
-
 WHITEBOX_IMAGES = 64
 SHOWN_IMAGES = 8
 DRY_RUN_STEPS = 2
@@ -125,7 +123,6 @@ def launch(config: TrainConfig, options: argparse.Namespace) -> int:
 
 
 def _open_data(config: TrainConfig, processes: Processes) -> DataSplits:
-    """Open the splits; a host's first process downloads them, if asked for, while the others wait."""
     if config.download and processes.local_rank != 0:
         processes.wait()
     data = build_splits(config)
@@ -306,7 +303,6 @@ class Trainer:
     # --- parts of a step
 
     def _prepare_step(self) -> None:
-        """Set modes, learning rates and the seed."""
         self.runner.train()
         if distributed.is_sharded(self.model):  # DDP does so by itself
             distributed.share_buffers(self.model, self.processes)
@@ -448,7 +444,6 @@ class Trainer:
         return means | ({"unreadable": len(problems)} if problems else {})
 
     def _log_layers(self) -> None:
-        """Add R^c and sparsity of every layer, and reconstructions, to the curves."""
         model = distributed.unsharded(self.model, self._build, self.processes)
         if not isinstance(model, CRATE | CRATEMAE):
             return
@@ -477,7 +472,6 @@ class Trainer:
         self._note_unreadable(problems, self.tally, max(0, self.step - 1) // self.steps_per_epoch)
 
     def _note_unreadable(self, problems: list[str], tally: UnreadableTally, epoch: int) -> None:
-        """Count corrupt images, name new ones in unreadable.txt, and stop the run if there are too many."""
         new = tally.add(problems, epoch)
         if new and self.processes.first:
             with checkpoint.writing(self.run.folder), (self.run.folder / "unreadable.txt").open("a") as file:

@@ -21,20 +21,6 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from crate_fast.errors import UserError
 
-__all__ = [
-    "EXTENSIONS",
-    "UNREADABLE",
-    "ImageTree",
-    "as_stored",
-    "find_images",
-    "is_hidden",
-    "is_image",
-    "looks_like_image",
-    "open_image",
-    "read_image",
-    "to_rgb",
-]
-
 EXTENSIONS = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
     *(".ppm", ".pgm", ".pbm", ".pnm"),
@@ -235,7 +221,6 @@ def as_stored(picture: Image.Image) -> Image.Image:
 
 
 def _orientation(image: Image.Image) -> int:
-    """Return the EXIF orientation, 1 where there is none or EXIF itself is damaged."""
     try:
         found = image.getexif().get(_ORIENTATION, 1)
     except _EXIF_FAULTS:

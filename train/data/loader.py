@@ -41,17 +41,6 @@ from crate_fast.train.data.sources import (
 from crate_fast.train.data.transforms import drawing_from, eval_transform, pixels, train_transform
 from crate_fast.train.data.unreadable import Unreadable
 
-__all__ = [
-    "Batch",
-    "DataSplits",
-    "build_splits",
-    "eval_loader",
-    "open_source",
-    "plain_splits",
-    "readable",
-    "train_loader",
-]
-
 Key = tuple[int, int] | tuple[int, int, int]
 _ATTEMPTS = 30  # to find a readable image for a sample
 
@@ -77,8 +66,6 @@ class Batch(NamedTuple):
 
 
 class _Split(Dataset, ABC):
-    """The samples of a split by name: (image uint8 [3, S, S], label, …), not mirrored."""
-
     def __init__(self, images: Dataset, config: TrainConfig, hflip: float = 0.0):
         self.images, self.seed, self.size, self.hflip = images, config.seed, config.image_size, hflip
 
@@ -90,15 +77,12 @@ class _Split(Dataset, ABC):
         """Load the samples of these names; corrupt ones are replaced or skipped."""
 
     def flips(self, keys: Sequence[Key]) -> Tensor:
-        """Return which samples to mirror, bool [B]."""
         if not self.hflip:
             return torch.zeros(len(keys), dtype=torch.bool)
         return torch.tensor([np.random.default_rng((self.seed, *key)).random() < self.hflip for key in keys])
 
 
 class _SourceSplit(_Split):
-    """A source behind a transform, PIL to PIL; with `augmented` the transform draws random numbers."""
-
     def __init__(
         self,
         images: Source,
@@ -171,8 +155,6 @@ class _SceneSplit(_Split):
 
 
 class _Batches(Dataset):
-    """A split as `DataLoader` reads it: the names of a batch in, a `Batch` out."""
-
     def __init__(self, split: _Split, replace: bool):
         self.split, self.replace = split, replace
 
@@ -283,7 +265,6 @@ class _TrainKeys:
         return (self.config.epochs * self.steps_per_epoch - self.first_step) * self.config.accumulate
 
     def _order(self, epoch: int) -> np.ndarray:
-        """Return the indices of an epoch's images, each once, at least as many as it shows."""
         turn, share = divmod(epoch, self.config.repeats)
         order = np.random.default_rng((self.config.seed, turn)).permutation(self.n_images)
         length = self.n_images // self.config.repeats

@@ -71,7 +71,6 @@ class _Draws:
         self.n_images, self._next = len(indices), 0
 
     def __call__(self, low: float, high: float, count: int = 1) -> Array:
-        """Return float64 in [low, high)."""
         block = self._block[:, self._next : self._next + count]
         if block.shape[1] != count:
             raise AssertionError(f"an image needs more than {_SLOTS} random numbers: raise _SLOTS")
@@ -79,7 +78,6 @@ class _Draws:
         return (low + (high - low) * block).ravel()
 
     def choice(self, n: int, count: int = 1) -> Array:
-        """Return int64 in [0, n)."""
         return np.floor(self(0.0, float(n), count)).astype(np.int64)
 
 
@@ -125,7 +123,6 @@ def _path(points: Sequence[tuple[float, float]], half_width: float | None = None
 
 
 def _around(turns: Array, radii: Array, flatten: float = 1.0) -> list[tuple[float, float]]:
-    """Return points at angles `turns` and distances `radii`, with y scaled by `flatten`."""
     cos, sin = _cos_sin(turns)
     return list(zip((radii * cos).tolist(), (flatten * radii * sin).tolist(), strict=True))
 
@@ -150,7 +147,6 @@ CLASSES: tuple[str, ...] = tuple(_SILHOUETTES)
 
 
 def _blob(draw: Array) -> Sdf:
-    """A long lumpy blob: radius 1 + a sum of harmonics."""
     phase_cos, phase_sin = _cos_sin(draw[:4])
     amplitudes = np.array([0.26, 0.04, 0.10, 0.08]) + np.array([0.14, 0.10, 0.08, 0.08]) * draw[4:8]
 
@@ -167,13 +163,11 @@ def _blob(draw: Array) -> Sdf:
 
 
 def _rock(draw: Array) -> Sdf:
-    """An elongated irregular polygon with nine corners."""
     radii, flatten = 0.75 + 0.35 * draw[9:18], 0.38 + 0.16 * draw[18]
     return _path(_around((np.arange(9) + 0.7 * draw[:9]) / 9.0, radii, flatten))
 
 
 def _stroke(draw: Array) -> Sdf:
-    """A wavy or a jagged stroke."""
     if draw[20] < 0.5:
         x = np.arange(-12, 13) / 12.0
         y = (0.15 + 0.25 * draw[2]) * _cos_sin((0.5 + 0.6 * draw[0]) * x + draw[1])[1]
@@ -184,7 +178,6 @@ def _stroke(draw: Array) -> Sdf:
 
 
 def _dashes(draw: Array) -> Sdf:
-    """Three to five parallel dashes of unequal length."""
     rows = 3 + int(draw[0] * 3)
     step = 1.1 / (rows - 1)
     ends = [(-0.9 + 0.5 * draw[2 + i], 0.9 - 0.5 * draw[8 + i], -0.55 + i * step) for i in range(rows)]
@@ -234,7 +227,6 @@ def _stamp_bank(silhouettes: Sequence[Sdf], cells: int) -> _Bank:
 
 
 def _lattice_noise(cells: int, frequency: int, stream: int) -> Array:
-    """Return periodic value noise in [-1, 1], `frequency` knots a tile, float64 [cells, cells]."""
     knots = 2.0 * _uniforms(0, stream, np.arange(frequency), frequency) - 1.0
     low = np.arange(cells) * frequency // cells
     t = np.arange(cells) * (frequency / cells) - low
@@ -245,7 +237,6 @@ def _lattice_noise(cells: int, frequency: int, stream: int) -> Array:
 
 
 def _mosaic(cells: int, n_points: int, stream: int) -> tuple[Array, Array]:
-    """Return periodic tiles around random points: distance to the gaps between them, and one tone a tile."""
     points = _uniforms(0, stream, np.arange(n_points), 3)
     dx, dy = (np.abs(z + 0.5 - points[:, k, None, None]) for k, z in enumerate(_grid(cells, 0.5)))
     dx, dy = np.minimum(dx, 1.0 - dx), np.minimum(dy, 1.0 - dy)
@@ -255,7 +246,6 @@ def _mosaic(cells: int, n_points: int, stream: int) -> tuple[Array, Array]:
 
 
 def _texture_bank(cells: int) -> _Bank:
-    """Return periodic textures of about [-1, 1]; the first two also outline background regions."""
     x, y = _grid(cells, 0.5)
     noise = functools.partial(_lattice_noise, cells)
     cloud = noise(4, 201) + 0.5 * noise(8, 202) + 0.3 * noise(20, 203)
@@ -277,8 +267,6 @@ def _texture_bank(cells: int) -> _Bank:
 
 @dataclass(frozen=True)
 class _Tables:
-    """The tables for one image size, the same for every seed, split and index."""
-
     objects: _Bank
     clutter: _Bank
     textures: _Bank
@@ -287,7 +275,6 @@ class _Tables:
 
 @functools.cache
 def _tables(size: int) -> _Tables:
-    """Compute the tables, so fine that the nearest cell is within a fraction of a pixel."""
     objects = _stamp_bank(list(_SILHOUETTES.values()), min(max(3 * size, 96), 384))
     draws = _uniforms(0, 110, np.arange(len(_CLUTTER)), 32)
     clutter = [make(draw) for make, draw in zip(_CLUTTER, draws, strict=True)]
@@ -320,8 +307,6 @@ class _Layers:
 
 @dataclass(frozen=True)
 class _Scene:
-    """A batch of n images, before rendering."""
-
     ground: _Layers  # 2 rows an image; the stamps of the second are textures
     behind: _Layers  # _N_BEHIND rows an image
     item: _Layers  # the object, one row an image; `stamp` is the label
@@ -330,7 +315,6 @@ class _Scene:
 
 
 def _rgb(luma: Array, chroma: Array, hue: Array) -> Array:
-    """Return colours 0..255 (not clipped), float64 [n, 3], from brightness, distance to grey and hue in turns."""
     cos, sin = _cos_sin(hue)
     red, cross = 0.8165 * chroma * cos, 0.7071 * chroma * sin
     return 255.0 * np.stack([luma + red, luma - 0.5 * red + cross, luma - 0.5 * red - cross], axis=-1)
@@ -361,7 +345,6 @@ def _layers(draw, tables, stamp, frame, unit, colour, tone, edge=MAX_IMAGE_SIZE,
 
 
 def _draw_ground(draw: _Draws, tables: _Tables, luma: Array, hue: Array) -> _Layers:
-    """Draw two textured regions with colours around (luma, hue)."""
     luma, hue = np.repeat(luma, 2), np.repeat(hue, 2)
     stamp, frame, slope = draw.choice(2, 2), _texture_frames(draw, 2, tables.textures), draw(1.0, 12.0, 2)
     colour = _rgb(luma + draw(-0.1, 0.1, 2), draw(0.0, 0.12, 2), hue + draw(-0.12, 0.12, 2))
@@ -449,7 +432,6 @@ def _look_up(bank: _Bank, which: Array, frames: Array, size: int, side: int, cor
 
 
 def _per_layer(values: Array) -> Array:
-    """Return float32 [n, ..., 1, 1], to broadcast over pixels."""
     return values.astype(np.float32)[..., None, None]
 
 

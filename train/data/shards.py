@@ -33,8 +33,6 @@ from crate_fast.errors import UserError
 from crate_fast.train.data.image_files import EXTENSIONS, ImageTree, is_hidden, is_image, looks_like_image
 from crate_fast.train.data.sources import MOST_CLASSES, ImageFileSource
 
-__all__ = ["ArchiveSource", "ShardSource", "TarSource", "find_shards"]
-
 _VERSION = 3  # of a cached index; EXTENSIONS that change need another
 _OPEN_ARCHIVES = 128  # per process, well below the usual limit of 1,024 files
 _FIRST_DOT = "WebDataset ends the name of a sample at its first dot: write it without others, as in a_1.jpg"
@@ -193,7 +191,6 @@ class ArchiveSource(ImageFileSource):
         """Return the index: "samples", "remarks" to print, and the names of the "classes" if members have them."""
 
     def _load(self, cache: Path) -> dict[str, np.ndarray]:
-        """Return the cached index; scan the archives if it is absent, damaged or out of date."""
         try:
             stats = [path.stat() for path in self.paths]
         except OSError as error:
@@ -336,7 +333,6 @@ class ShardSource(ArchiveSource):
         return _index(rows, remarks)
 
     def _row(self, number: int, key: str, parts: dict[str, tuple[int, int]]) -> tuple[int, int, int, int] | None:
-        """Return the index's row for a sample, None if it has no image."""
         image = next((place for suffix, place in parts.items() if f".{suffix}" in EXTENSIONS), None)
         if image is None:
             return None
@@ -350,7 +346,6 @@ class ShardSource(ArchiveSource):
 
 
 def _samples(shard: Path, members: list[tuple[str, int, int]]) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
-    """Yield each sample's name and its files: suffix → (offset, size)."""
     files = []
     for name, *place in members:
         folder, slash, file = name.rpartition("/")

@@ -20,19 +20,6 @@ from crate_fast.errors import UserError
 from crate_fast.train.data.image_files import find_images, read_image, to_rgb
 from crate_fast.train.data.unreadable import Unreadable, describe
 
-__all__ = [
-    "MOST_CLASSES",
-    "TORCHVISION",
-    "FolderSource",
-    "ImageFileSource",
-    "Source",
-    "TorchvisionSource",
-    "common_classes",
-    "nothing_outside",
-    "open_hub",
-    "open_torchvision",
-]
-
 MOST_CLASSES = 10_000_000  # a larger label is a fault of the data: a head for it fits no memory
 TORCHVISION = {  # name → (class, argument that names the split, its value for training, for validation)
     "cifar10": ("CIFAR10", "train", True, False),
@@ -105,8 +92,6 @@ class FolderSource(ImageFileSource):
 
 
 class _HubSource(ImageFileSource):
-    """A data set of the package `datasets`."""
-
     def __init__(self, images, where: str):
         self.images, self.where = images, where
         try:

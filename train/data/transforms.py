@@ -19,8 +19,6 @@ from torchvision import transforms
 from crate_fast.errors import UserError
 from crate_fast.train.config import TrainConfig
 
-__all__ = ["Normalize", "drawing_from", "eval_transform", "mirrored", "pixels", "policy_transform", "train_transform"]
-
 _STATISTICS = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),

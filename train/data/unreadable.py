@@ -5,8 +5,6 @@ from collections.abc import Sequence
 from crate_fast.errors import UserError
 from crate_fast.train.config import TrainConfig
 
-__all__ = ["Unreadable", "UnreadableTally", "describe"]
-
 _SHOWN = 5
 
 
