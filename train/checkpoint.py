@@ -1,14 +1,10 @@
 """Checkpoints that are complete or absent, whenever the process is killed.
 
-    RUN/checkpoints/step_00001500/model.safetensors     weights under the released names
-                                  ema.safetensors       moving average of the weights, if the run keeps one
-                                  training.pt           optimiser and progress (tensors and plain values only)
-                                  manifest.json         step, configuration, environment, each file's size and SHA-256
-    RUN/checkpoints/best.json                           step with the best validation score
+    RUN/checkpoints/step_00001500/  model.safetensors (released names), ema.safetensors, training.pt, manifest.json
+    RUN/checkpoints/best.json       step with the best validation score
 
-A checkpoint is written into a hidden folder, flushed to disk, and renamed. Reading verifies every file against the
-manifest. Weights and optimiser state are unsharded (`full_state`), so that a checkpoint loads into any number of
-processes. PyTorch's sharded format is not used, because its reader unpickles.
+A checkpoint is written into a hidden folder, flushed to disk, and renamed; reading verifies every file against the
+manifest. States are unsharded: PyTorch's sharded format is not used, because its reader unpickles.
 """
 
 import errno
@@ -44,11 +40,7 @@ class DiskError(UserError):
 
 @contextmanager
 def writing(folder: Path):
-    """Turn a failure to write below `folder` into a `DiskError` that says what is safe and what to do.
-
-    Raises:
-        DiskError: Something inside could not be written.
-    """
+    """Turn a failure to write below `folder` into a `DiskError` that says what is safe and what to do."""
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
@@ -123,18 +115,14 @@ def save(
     facts: dict,
     ema: dict[str, Tensor] | None = None,
 ) -> Path:
-    """Write a checkpoint, completely or not at all.
+    """Write a checkpoint, completely or not at all, and return its folder.
 
     Args:
         root: The run's `checkpoints` folder.
         step: Optimiser steps done.
-        weights: The model's state dict.
+        weights, ema: State dicts of the model and of its moving average, if there is one.
         training: Optimiser state and progress: tensors and plain values.
         facts: JSON values for the manifest: configuration, commit, versions.
-        ema: The moving average's state dict, if there is one.
-
-    Returns:
-        The checkpoint's folder.
 
     Raises:
         DiskError: It could not be written; nothing of it is left behind.
@@ -177,11 +165,7 @@ def _write(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], train
 
 
 def manifest(root: Path, step: int) -> dict:
-    """Return what is recorded with a checkpoint: step, configuration, history, environment.
-
-    Raises:
-        CheckpointError: It cannot be read.
-    """
+    """Return what is recorded with a checkpoint: step, configuration, history, environment."""
     return _read_json(folder_of(root, step) / MANIFEST, "restore it, or delete its folder")
 
 
@@ -196,14 +180,7 @@ def _read_json(path: Path, remedy: str) -> dict:
 
 
 class Checkpoint(NamedTuple):
-    """Contents of a checkpoint.
-
-    Attributes:
-        weights: The model's state dict.
-        ema: The moving average's state dict, or None.
-        training: Optimiser state and progress.
-        manifest: Step, configuration, history, environment.
-    """
+    """A checkpoint: state dicts of the model and its moving average, optimiser state and progress, manifest."""
 
     weights: dict[str, Tensor]
     ema: dict[str, Tensor] | None
@@ -215,8 +192,7 @@ def load(root: Path, step: int) -> Checkpoint:
     """Read a checkpoint and verify it.
 
     Raises:
-        CheckpointError: A file is missing or differs from the manifest; the message names the file and the newest
-            checkpoint before it that is whole.
+        CheckpointError: A file is missing or damaged; the message names it and the newest whole checkpoint before.
     """
     folder = folder_of(root, step)
     problem = _problem(folder)
@@ -264,11 +240,7 @@ def record_best(root: Path, best: dict) -> None:
 
 
 def best_step(root: Path) -> int | None:
-    """Return the step that `record_best` noted, or None if it noted none or that checkpoint is gone.
-
-    Raises:
-        CheckpointError: The note cannot be read.
-    """
+    """Return the step that `record_best` noted, or None if it noted none or that checkpoint is gone."""
     path = root / BEST
     step = _read_json(path, "delete it to use the newest checkpoint").get("step") if path.is_file() else None
     return step if step in steps(root) else None

@@ -62,11 +62,7 @@ def recipe_names() -> list[str]:
 
 
 def load_recipe(name: str, config_class: type = TrainConfig) -> dict:
-    """Load a recipe's settings, by its name from `recipe_names()` or by the path of a YAML file.
-
-    Raises:
-        UserError: No such recipe, or it holds an unknown key or a value of the wrong type.
-    """
+    """Load a recipe's settings, by its name from `recipe_names()` or by the path of a YAML file."""
     path = RECIPES / f"{name}.yaml" if name in recipe_names() else Path(name)
     if not path.is_file():
         raise UserError(
@@ -111,9 +107,6 @@ def build_config(
 
     Returns:
         (config, options), options holding `recipe` and the command's own.
-
-    Raises:
-        UserError: An option, a recipe or a setting is wrong.
     """
     parser = CommandParser(description=description, allow_abbrev=False)
     parser.add_argument(

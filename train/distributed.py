@@ -26,15 +26,7 @@ from crate_fast.train.config import MODES_WITH_GRAPHS, TrainConfig
 
 @dataclass(frozen=True)
 class Processes:
-    """Rank and world size of this process.
-
-    Attributes:
-        rank: Rank over all hosts.
-        local_rank: Rank on this host.
-        world_size: Number of processes; 1 without `torchrun`.
-        device: Where this process computes.
-        local_world_size: Number of processes on this host.
-    """
+    """Rank and world size of this process, over all hosts and on this one, and where it computes."""
 
     rank: int
     local_rank: int
@@ -79,11 +71,7 @@ class Processes:
 
 
 def choose_device(asked: str, local_rank: int = 0) -> torch.device:
-    """Return the device that `--device` names, made the current one; "auto" is a GPU where there is one.
-
-    Raises:
-        UserError: PyTorch does not see it.
-    """
+    """Return the device that `--device` names, made the current one; "auto" is a GPU where there is one."""
     kind = ("cuda" if torch.cuda.is_available() else "cpu") if asked == "auto" else asked
     try:
         device = torch.device(kind)
@@ -123,14 +111,10 @@ def _fresh_store(rank: int, world_size: int) -> dict:
 
 @contextmanager
 def process_group(device: str, threads: int = 0):
-    """Join the processes that `torchrun` started (NCCL on GPUs, gloo on CPUs); alone, do nothing.
+    """Join the processes that `torchrun` started (NCCL on GPUs, gloo on CPUs), as `Processes`; alone, do nothing.
 
-    Args:
-        device: "auto", "cpu", "cuda" or "cuda:0".
-        threads: CPU threads of this process; 0: PyTorch's choice for one process, an equal share for each of many.
-
-    Yields:
-        `Processes`.
+    `threads` are the CPU threads of this process; 0 is PyTorch's choice for one process, an equal share for each of
+    many.
     """
     rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
     world_size, local_size = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -168,11 +152,7 @@ def shards_model(config: TrainConfig, processes: Processes) -> bool:
 
 
 def check_settings(config: TrainConfig, processes: Processes) -> None:
-    """Refuse settings that these processes cannot carry out.
-
-    Raises:
-        UserError: The message says which, and what to change.
-    """
+    """Refuse settings that these processes cannot carry out, with what to change."""
     sharded = shards_model(config, processes)
     if sharded and config.clip_mode == "agc" and config.clip_grad:
         raise UserError(
@@ -206,9 +186,6 @@ def shard(model: nn.Module, config: TrainConfig, processes: Processes) -> nn.Mod
     """Shard a model's parameters by FSDP2, in place: each layer a unit, the rest another.
 
     Parameters are gathered and gradients reduced in fp32, so that losses equal DDP's; only autocast lowers precision.
-
-    Raises:
-        UserError: "hsdp" where hosts have different numbers of processes.
     """
     kind = processes.device.type
     if config.parallel == "hsdp":
@@ -232,10 +209,7 @@ def shard(model: nn.Module, config: TrainConfig, processes: Processes) -> nn.Mod
 def parallelize(model: nn.Module, config: TrainConfig, processes: Processes) -> nn.Module:
     """Return the module that runs training steps: the model, compiled if asked for, in DDP over many processes.
 
-    Args:
-        model: On its device, and sharded for fsdp and hsdp.
-        config: Settings of the run.
-        processes: Rank and world size.
+    `model` is on its device, and sharded for fsdp and hsdp.
     """
     runner = model
     if config.compile and is_sharded(model):  # layer by layer: FSDP's gathering stays outside of the graphs
@@ -268,11 +242,9 @@ def gradient_sync(runner: nn.Module, sync: bool):
 def full_state(
     model: nn.Module, optimizer: torch.optim.Optimizer | None = None
 ) -> tuple[dict[str, Tensor], dict[str, object]]:
-    """Gather weights and optimiser state on the CPU: a collective call.
+    """Gather (weights, optimiser state by parameter names) on the CPU: a collective call.
 
-    Returns:
-        (state dict, optimiser state by parameter names), the latter empty without an optimiser. Only the first
-        process has them if the model is sharded; the others get empty dicts.
+    Only the first process has them if the model is sharded; the others get empty dicts.
     """
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights = get_model_state_dict(model, options=options)
@@ -298,10 +270,7 @@ def load_full_state(
 def unsharded(model: nn.Module, build: Callable[[], nn.Module], processes: Processes) -> nn.Module | None:
     """Return the whole model on the first process, None on the others: a collective call.
 
-    Args:
-        model: Sharded, copied by `build`; or whole, returned itself.
-        build: Makes a model of the same architecture.
-        processes: Rank and world size.
+    A sharded model is copied into one of the same architecture that `build` makes; any other is returned itself.
     """
     if not is_sharded(model):
         return model if processes.first else None

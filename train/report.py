@@ -38,14 +38,7 @@ def attention_figure(
 ) -> None:
     """Write a PNG with a row for each image: the image, its mask if known, and CLS attention of every head.
 
-    Args:
-        model: A CRATE or an ablation.
-        images: uint8 [B, 3, H, W].
-        masks: Boolean [B, H, W] or None.
-        titles: A title for each row.
-        normalize: Converts uint8 pixels to the model's input.
-        layers: Layers to draw.
-        path: The PNG file.
+    `images` are uint8 [B, 3, H, W], `masks` boolean [B, H, W] or None.
     """
     model.eval()
     traces = trace(model, normalize(images.to(next(model.parameters()).device)), layers)
@@ -64,12 +57,7 @@ def attention_figure(
 
 
 def curves_figure(history: list[dict], path: Path) -> None:
-    """Write a PNG of loss and, where there is one, accuracy against optimiser steps.
-
-    Args:
-        history: Entries of metrics.jsonl: "step" with "loss" and "accuracy" (training) or "val_loss", "val_accuracy".
-        path: The PNG file.
-    """
+    """Write a PNG of loss and accuracy against optimiser steps, from the entries of metrics.jsonl."""
 
     def curve(name: str, label: str) -> list[Curve]:
         points = [(entry["step"], entry[name]) for entry in history if name in entry]
@@ -82,7 +70,7 @@ def curves_figure(history: list[dict], path: Path) -> None:
 def write_report(
     run: RunFolder, trainer: Trainer, model: nn.Module, data: DataSplits, seconds: float, images_per_s: float | None
 ) -> dict:
-    """Score, draw and summarise a finished run. Runs on the first process.
+    """Score, draw and summarise a finished run, on the first process; return the summary, as in summary.json.
 
     Args:
         run: Folder of the run.
@@ -91,9 +79,6 @@ def write_report(
         data: Splits of the data set.
         seconds: Length of this session.
         images_per_s: Rate of all processes together, the median of this session's log intervals; None without any.
-
-    Returns:
-        The summary, as in summary.json.
     """
     folder = run.folder
     curves_figure(run.history, folder / "curves.png")
@@ -158,12 +143,7 @@ def _draw_reconstructions(run: RunFolder, trainer: Trainer, model: CRATEMAE, dat
 
 
 def scores_line(values: dict[str, float], scores: Sequence[str]) -> str:
-    """Describe an evaluation in words.
-
-    Args:
-        values: Entry of metrics.jsonl: "val_loss", "ema_val_loss", …
-        scores: Names of the objective's scores.
-    """
+    """Describe an evaluation, an entry of metrics.jsonl, in words."""
 
     def listed(prefix: str) -> str:
         return ", ".join(f"{name} {values[prefix + name]:.4f}" for name in scores)

@@ -74,30 +74,15 @@ def train_command(
     recipe: str,
     adjust: Callable[[dict, dict], dict] = lambda values, chosen: values | chosen,
 ) -> int:
-    """Read a command line and train; a user's error is printed in one line.
+    """Read a command line and train; return the exit status. A user's error is printed in one line.
 
-    Args:
-        argv: Arguments; those of the process when None.
-        description: Text for `--help`.
-        recipe: The default recipe.
-        adjust: See `build_config`.
-
-    Returns:
-        The exit status.
+    `recipe` is the default recipe; `adjust` is that of `build_config`.
     """
     return run_command(lambda: launch(*build_config(argv, description, recipe, adjust=adjust)))
 
 
 def launch(config: TrainConfig, options: argparse.Namespace) -> int:
-    """Train from the start or from the newest checkpoint, to the end or to a signal.
-
-    Args:
-        config: Settings of the run.
-        options: `recipe`, `output`, `resume` and `dry_run` of the command line.
-
-    Returns:
-        The exit status.
-    """
+    """Train from the start or from the newest checkpoint, to the end or to a signal; return the exit status."""
     began = time.perf_counter()
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     # Before the processes have met there is nothing to save: a signal then ends them, as torchrun expects.
@@ -135,28 +120,17 @@ def _open_data(config: TrainConfig, processes: Processes) -> DataSplits:
 
 
 class StepResult(NamedTuple):
-    """The outcome of one optimiser step.
+    """The outcome of one optimiser step."""
 
-    Attributes:
-        measures: The objective's, by name: means over the images of all processes.
-        taken: True if the weights were updated.
-        stop: True if any process was asked to stop.
-    """
-
-    measures: dict[str, float]
-    taken: bool
-    stop: bool
+    measures: dict[str, float]  # the objective's, means over the images of all processes
+    taken: bool  # True if the weights were updated
+    stop: bool  # True if any process was asked to stop
 
 
 class Trainer:
     """A run in this process: model, moving average, optimiser, data, folder.
 
-    Args:
-        config: Settings of the run.
-        folder: The run's; nothing is written before `begin`.
-        data: Training and validation split.
-        processes: Rank and world size.
-        interruption: Says when to stop early.
+    Nothing is written to `folder` before `begin`. `interruption` says when to stop early.
 
     Raises:
         UserError: The settings cannot be carried out here.
@@ -411,9 +385,6 @@ class Trainer:
 
         A sharded model computes on all processes together: one that has no more images goes on with an empty one
         that is not counted.
-
-        Raises:
-            UserError: No image could be read, or more than `max_unreadable` could not.
         """
         model.eval()
         sharded = distributed.is_sharded(model)
@@ -531,11 +502,7 @@ class Trainer:
 
 
 def dry_run(config: TrainConfig, output: Path, data: DataSplits, processes: Processes) -> None:
-    """Train two steps, evaluate two batches, save and load, in a temporary folder beside `output`; print the cost.
-
-    Raises:
-        CheckpointError: The weights read back differ from those saved.
-    """
+    """Train two steps, evaluate two batches, save and load, in a temporary folder beside `output`; print the cost."""
     parent = next(path for path in output.absolute().parents if path.exists())  # the same disk
     folder = Path(processes.agree(tempfile.mkdtemp(prefix=".dry-run-", dir=parent) if processes.first else ""))
     try:

@@ -42,11 +42,7 @@ class _Job:
 
 
 def encoded(content: bytes, shorter_side: int, quality: int) -> tuple[str, bytes]:
-    """Return (suffix, bytes) of an image as a shard holds it, read as training reads it.
-
-    Raises:
-        UNREADABLE: See `read_image`.
-    """
+    """Return (suffix, bytes) of an image as a shard holds it, read as training reads it."""
     with open_image(io.BytesIO(content)) as image:
         kind, picture = image.format, to_rgb(image)  # always decoded, so that no damaged image is written
     size = picture.size

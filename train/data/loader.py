@@ -4,9 +4,6 @@ A training sample's name is (epoch, index, copy); name and seed decide its rando
 with more processes, sees the same pixels. Images stay uint8 until the device mirrors and normalises them:
 
     images = normalize(mirrored(batch.images.to(device), batch.flips.to(device)))
-
-A batch's `problems` name its corrupt images. In training another image replaces each, chosen by the sample's name; in
-evaluation they are skipped.
 """
 
 import dataclasses
@@ -99,11 +96,7 @@ class _SourceSplit(_Split):
         return torch.from_numpy(pixels(picture).copy()), label
 
     def _sample(self, key: Key, attempt: int = 0) -> tuple[Image.Image, int]:
-        """Load a sample; from attempt 1 on, of another image, chosen by the sample's name and the attempt.
-
-        Raises:
-            Unreadable: It is corrupt.
-        """
+        """Load a sample; from attempt 1 on, of another image, chosen by the sample's name and the attempt."""
         epoch, index, *copy = key
         name = (epoch, index, *copy, attempt) if attempt else key
         with drawing_from(self.seed, *name) if self.augmented or attempt else nullcontext():
@@ -111,11 +104,6 @@ class _SourceSplit(_Split):
             return self.transform(picture), label
 
     def batch(self, keys: Sequence[Key], replace: bool) -> Batch:
-        """Load the samples of these names; corrupt ones are replaced or skipped.
-
-        Raises:
-            UserError: A corrupt image and the 29 chosen in its place are all corrupt.
-        """
         images = np.empty((len(keys), 3, self.size, self.size), np.uint8)
         labels, loaded, problems = [], [], []
         for key in keys:
@@ -183,11 +171,7 @@ class DataSplits:
 
 
 def open_source(config: TrainConfig, train: bool) -> Source:
-    """Open the training or the validation split of the configuration's data set (any but shape_scenes).
-
-    Raises:
-        UserError: It is not where the configuration says, cannot be used, or needs another package.
-    """
+    """Open the training or the validation split of the configuration's data set (any but shape_scenes)."""
     if config.dataset in TORCHVISION:
         return open_torchvision(config.dataset, config.data_dir, train, config.download)
     splits = [(config.train_split, "--train-split"), (config.val_split, "--val-split")]
@@ -208,7 +192,7 @@ def build_splits(config: TrainConfig) -> DataSplits:
     """Open both splits of the configuration's data set.
 
     Raises:
-        UserError: See `open_source`; or the splits have different classes, or `auto_augment` is no policy.
+        UserError: One cannot be opened, they have different classes, or `auto_augment` is no policy.
     """
     if config.dataset == "shape_scenes":
         common = {"image_size": config.image_size, "seed": config.seed}
@@ -249,11 +233,9 @@ class _TrainKeys:
     """Batches of (epoch, index, copy) for one process, from any optimiser step on.
 
     A step's global batch is cut into `accumulate` micro-batches, and each micro-batch into equal shares of the
-    processes. So neither the number of processes nor accumulation changes which images a step sees.
-
-    With r = `repeats` an epoch shows an r-th of the images, and r epochs share a permutation. Together they show all
-    images, except a remainder smaller than a batch each. The copies of an image are neighbours in the global batch,
-    and so go to different processes.
+    processes: neither changes which images a step sees. With r = `repeats` an epoch shows an r-th of the images, and
+    r epochs share a permutation. The copies of an image are neighbours in the global batch, and so go to different
+    processes.
     """
 
     def __init__(self, config: TrainConfig, n_images: int, rank: int, world_size: int, first_step: int):
@@ -291,7 +273,6 @@ def train_loader(
 
     Raises:
         UserError: The data set is smaller than a batch, or the batch cannot be cut into equal shares.
-        UserError: While loading, nothing can be read any more.
     """
     share = config.accumulate * world_size
     if config.batch_size % share:

@@ -18,13 +18,9 @@ def describe(image: str, error: Exception) -> str:
 
 
 class UnreadableTally:
-    """The corrupt images of a split, each counted once an epoch however often it is met.
+    """The corrupt images of a split of `n_images`, each counted once an epoch however often it is met.
 
     Each process has a tally and adds the problems of all processes, so that all stop together.
-
-    Args:
-        config: Its `max_unreadable` is the largest share of corrupt images.
-        n_images: Images of the split.
     """
 
     def __init__(self, config: TrainConfig, n_images: int):
@@ -38,11 +34,7 @@ class UnreadableTally:
         return new
 
     def check(self, epoch: int) -> None:
-        """Stop a run that loses too many images.
-
-        Raises:
-            UserError: More than `max_unreadable` of the split's images could not be read in this epoch.
-        """
+        """Stop a run that loses more than `max_unreadable` of the split's images in this epoch."""
         met = [line for line, last in self._last_epoch.items() if last == epoch]
         if len(met) > self.share * self.n_images:
             raise UserError(
