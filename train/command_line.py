@@ -86,6 +86,24 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _with_effect(values: dict, given: dict) -> dict:
+    """Refuse transforms that the images never meet; leave out a recipe's when it is used on shape_scenes instead."""
+    scenes, transforms = TrainConfig.dataset, ("crop", "crop_scale", "auto_augment")
+    if (values | given).get("dataset", scenes) == scenes:
+        if values.get("dataset", scenes) != scenes:
+            values = {name: value for name, value in values.items() if name not in transforms}
+        for name in transforms:
+            found, default = (values | given).get(name), getattr(TrainConfig, name)
+            if found not in (None, default):
+                raise UserError(
+                    f"{name}={found!r} has no effect on dataset={scenes!r}, whose images are drawn as they are: leave "
+                    f"out --{name.replace('_', '-')}, or name another --dataset"
+                )
+    elif "crop_scale" in given and (values | given).get("crop") != "random":
+        raise UserError(f"crop_scale={given['crop_scale']} needs crop='random': pass --crop random too")
+    return values
+
+
 def build_config(
     argv: list[str] | None,
     description: str,
@@ -125,7 +143,7 @@ def build_config(
     options = parser.parse_args(argv)
     chosen = {f.name: getattr(options, f.name) for f in dataclasses.fields(config_class)}
     given = {name: value for name, value in chosen.items() if value is not None}
-    config = config_class(**adjust(load_recipe(options.recipe, config_class), given))
+    config = config_class(**adjust(_with_effect(load_recipe(options.recipe, config_class), given), given))
     if getattr(options, "output", "") is not None:  # named, or not an option of this command
         return config, options
     if options.resume:
