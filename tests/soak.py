@@ -34,7 +34,8 @@ def _start(folder: Path, words: list[str], log: Path) -> subprocess.Popen:
         return subprocess.Popen(command, stdout=file, stderr=file, cwd=ROOT, start_new_session=True)
 
 
-def _children(process: subprocess.Popen) -> list[int]:
+def children(process: subprocess.Popen) -> list[int]:
+    """Return the ids of a process's children."""
     found = subprocess.run(
         ["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True, check=False
     )
@@ -43,11 +44,11 @@ def _children(process: subprocess.Popen) -> list[int]:
 
 def _kill(kind: str, process: subprocess.Popen, draw: random.Random) -> None:
     """Kill; torchrun survives the first kind only."""
-    children = _children(process)
-    if kind == KINDS[0] and children:
-        os.kill(draw.choice(children), signal.SIGKILL)
+    pids = children(process)
+    if kind == KINDS[0] and pids:
+        os.kill(draw.choice(pids), signal.SIGKILL)
     elif kind == KINDS[1]:
-        for pid in (process.pid, *children):
+        for pid in (process.pid, *pids):
             os.kill(pid, signal.SIGKILL)
         process.wait()
     else:

@@ -80,6 +80,7 @@ def test_help_lists_every_option(capsys):
         (["--dataset", "shape_scene"], "dataset='shape_scene': did you mean 'shape_scenes'?"),
         (["--lr", "-1"], "lr=-1.0: it must be positive"),
         (["--epochs", "0"], "epochs=0: it must be at least 1"),
+        (["--layer-decay", "1.5"], "layer_decay=1.5: it must be above 0"),
         (["--dim", "0"], "dim=0: it must be at least 1"),
         (["--seed", "-1"], "seed=-1: it must be at least 0"),
         (["--lr", "inf"], "lr=inf: it must be positive and finite"),

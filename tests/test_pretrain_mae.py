@@ -78,7 +78,7 @@ def test_a_resumed_run_has_the_same_weights(finished, tmp_path):
 
 @pytest.mark.parametrize(("parallel", "only"), [("ddp", []), ("fsdp", ["--visible-only"])])
 def test_processes_engines_and_accumulation_change_nothing(no_figures, tmp_path, parallel, only):
-    words = [*OPTIONS, *only, "--epochs", "1", "--output"]
+    words = [*OPTIONS, *only, "--epochs", "1", "--train-samples", "48", "--output"]
     one, other = tmp_path / "one", tmp_path / "other"
     assert pretrain_mae.main([*TINY, *words, str(one)]) == 0
     how = ("--parallel", parallel, "--accumulate", "2")

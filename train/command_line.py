@@ -37,8 +37,8 @@ def _value_type(annotation) -> type:
     return inner[0] if inner else annotation
 
 
-def _checked(config_class: type, values: dict, source: str) -> dict:
-    fields = {field.name: field for field in dataclasses.fields(config_class)}
+def _checked(values: dict, source: str) -> dict:
+    fields = {field.name: field for field in dataclasses.fields(TrainConfig)}
     checked = {}
     for name, value in values.items():
         if name not in fields:
@@ -61,7 +61,7 @@ def recipe_names() -> list[str]:
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
-def load_recipe(name: str, config_class: type = TrainConfig) -> dict:
+def load_recipe(name: str) -> dict:
     """Load a recipe's settings, by its name from `recipe_names()` or by the path of a YAML file."""
     path = RECIPES / f"{name}.yaml" if name in recipe_names() else Path(name)
     if not path.is_file():
@@ -75,7 +75,7 @@ def load_recipe(name: str, config_class: type = TrainConfig) -> dict:
         raise UserError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise UserError(f"{path}: a recipe is a mapping of settings, not {type(values).__name__}")
-    return _checked(config_class, renamed_settings(values), str(path))
+    return _checked(renamed_settings(values), str(path))
 
 
 def _add_run_options(parser: argparse.ArgumentParser) -> None:
@@ -108,7 +108,6 @@ def build_config(
     argv: list[str] | None,
     description: str,
     default_recipe: str,
-    config_class: type = TrainConfig,
     *,
     adjust: Callable[[dict, dict], dict] = lambda values, chosen: values | chosen,
     add_options: Callable[[argparse.ArgumentParser], None] = _add_run_options,
@@ -119,7 +118,6 @@ def build_config(
         argv: Arguments; those of the process when None.
         description: For `--help`.
         default_recipe: Used when `--recipe` is absent.
-        config_class: The dataclass.
         adjust: Merges the recipe's settings and the command line's; by default the latter win.
         add_options: Adds the command's own options; by default those of a run, such as `--output`.
 
@@ -131,8 +129,8 @@ def build_config(
         "--recipe", default=default_recipe, help=f"{', '.join(recipe_names())}, or a YAML file's path"
     )
     add_options(parser)
-    texts = field_help(config_class)
-    for field in dataclasses.fields(config_class):
+    texts = field_help(TrainConfig)
+    for field in dataclasses.fields(TrainConfig):
         option = "--" + field.name.replace("_", "-")
         kind = _value_type(field.type)
         help_text = texts[field.name].replace("%", "%%")
@@ -141,9 +139,9 @@ def build_config(
         else:
             parser.add_argument(option, type=kind, default=None, metavar=kind.__name__.upper(), help=help_text)
     options = parser.parse_args(argv)
-    chosen = {f.name: getattr(options, f.name) for f in dataclasses.fields(config_class)}
+    chosen = {f.name: getattr(options, f.name) for f in dataclasses.fields(TrainConfig)}
     given = {name: value for name, value in chosen.items() if value is not None}
-    config = config_class(**adjust(_with_effect(load_recipe(options.recipe, config_class), given), given))
+    config = TrainConfig(**adjust(_with_effect(load_recipe(options.recipe), given), given))
     if getattr(options, "output", "") is not None:  # named, or not an option of this command
         return config, options
     if options.resume:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import filelock
-from torch import Tensor
 
 from crate_fast.env import provenance
 from crate_fast.errors import UserError
@@ -186,18 +185,6 @@ class RunFolder:
             self.loggers.add(entry)
             if "val_loss" in values:
                 self.loggers.write_summary_csv(self.history)
-
-    def log_layers(self, step: int, statistics: dict[str, Tensor]) -> None:
-        """Log R^c and sparsity of every layer."""
-        if self.loggers is not None:
-            for name, rows in statistics.items():
-                means = {f"{name}/layer_{layer:02d}": mean for layer, (mean, _) in enumerate(rows.tolist())}
-                self.loggers.add_scalars(step, means)
-
-    def log_image(self, step: int, name: str, image: Tensor) -> None:
-        """Log a picture, uint8 [height, width, 3]."""
-        if self.loggers is not None:
-            self.loggers.add_image(step, name, image)
 
     def save(self, trainer: Trainer, score: float | None = None) -> None:
         """Write a checkpoint, and delete older ones. One with the largest score so far becomes the best.

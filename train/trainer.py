@@ -182,12 +182,12 @@ class Trainer:
         """Start afresh, or continue from the newest checkpoint (see `RunFolder.begin`); print which."""
         self.run.begin(self, resume, restarted)
         if self.run.extra:
-            self.tally.restore(self.run.extra["unreadable"])
-            self.val_tally.restore(self.run.extra["val_unreadable"])
+            self.tally.met = dict(self.run.extra["unreadable"])
+            self.val_tally.met = dict(self.run.extra["val_unreadable"])
             self.interval = Interval(**self.run.extra["interval"])
             note = self.run.folder / "unreadable.txt"
             if self.processes.first and note.exists():  # the interrupted session may have met more than it saved
-                lines = [*self.tally.state(), *self.val_tally.state()]
+                lines = [*self.tally.met, *self.val_tally.met]
                 with checkpoint.writing(self.run.folder):
                     checkpoint.write_text(note, "".join(f"{line}\n" for line in lines))
         if self.processes.first:
@@ -348,8 +348,8 @@ class Trainer:
         if self.scaler.is_enabled():
             values |= {"loss_scale": self.scaler.get_scale(), "overflows": self.nonfinite.overflows}
         self._count_unreadable()
-        if self.tally.total:
-            values["unreadable"] = self.tally.total
+        if self.tally.met:
+            values["unreadable"] = len(self.tally.met)
         self.run.log(self.step, values)
         return {name: f"{value:.3f}" for name, value in interval.means().items()}
 
@@ -423,17 +423,19 @@ class Trainer:
             return
         images = torch.stack([sample[0] for sample in samples])
         encoder = model.encoder() if isinstance(model, CRATEMAE) else model
-        self.run.log_layers(self.step, layer_statistics(encoder, self.prepare_images(images)))
+        for name, rows in layer_statistics(encoder, self.prepare_images(images)).items():
+            means = {f"{name}/layer_{layer:02d}": mean for layer, (mean, _) in enumerate(rows.tolist())}
+            self.run.loggers.add_scalars(self.step, means)
         if isinstance(model, CRATEMAE):
             shown = images[:SHOWN_IMAGES]
             noise = image_noise(model, [(self.config.seed, number) for number in range(len(shown))])
             rows = reconstructions(model, shown, self.normalize, [self.config.mask_ratio], noise)
-            self.run.log_image(self.step, "reconstruction", tiled(rows))
+            self.run.loggers.add_image(self.step, "reconstruction", tiled(rows))
 
     def save(self, score: float | None = None) -> None:
         """Write a checkpoint; with a score it may become the best."""
         self._count_unreadable()
-        self.run.extra = {"unreadable": self.tally.state(), "val_unreadable": self.val_tally.state()}
+        self.run.extra = {"unreadable": dict(self.tally.met), "val_unreadable": dict(self.val_tally.met)}
         self.run.extra["interval"] = self.interval.state()
         self.run.save(self, score)
 
