@@ -15,7 +15,7 @@ from threading import Timer
 
 import pytest
 import torch
-from runs import TINY, back_to, entries, losses, run, same, start, torchrun, wait_until, weights
+from runs import TINY, back_to, entries, losses, run, same, start, wait_until, weights
 from soak import children, compare
 
 from crate_fast.train import checkpoint, pretrain, run_folder, trainer
@@ -29,7 +29,13 @@ EVERYTHING = (  # whatever has a state or is drawn: EMA, scaler, dropout, mixing
     *("--keep-checkpoints", "3"),
 )
 
-HOLD = 'import filelock, sys; filelock.FileLock(sys.argv[1] + "/.lock").acquire(); print("held", flush=True); input()'
+HOLD = """
+import filelock, sys
+lock = filelock.FileLock(sys.argv[1] + "/.lock")
+lock.acquire()
+print("held", flush=True)
+sys.stdin.read()
+"""
 pytestmark = pytest.mark.usefixtures("no_figures")
 
 
@@ -108,8 +114,10 @@ def test_killed_while_replacing_a_checkpoint_of_the_same_step(tmp_path):
 def test_a_signal_saves_and_exits_cleanly(whole, tmp_path):
     folder = tmp_path / "run"
     words = ("--output", str(folder), *EVERYTHING[:-4])  # one checkpoint an epoch: the signal's is between
-    process = start(*words)
+    process = start(*words, "--workers", "1")
     wait_until(lambda: (folder / "metrics.jsonl").exists() and losses(folder), process)
+    for loading in children(process.processes[0].pid):
+        os.kill(loading, signal.SIGUSR1)  # torchrun signals process groups
     process.send_signal(signal.SIGUSR1)
     text, _ = process.communicate(timeout=120)
     assert process.returncode == 0, text
@@ -163,10 +171,11 @@ def test_handlers_are_put_back():
 def test_torchrun_restarts_a_killed_process_and_its_sigterm_saves(tmp_path):
     """One launch of two processes: the run resumes by itself, then stops at a signal, and ends as if undisturbed."""
     pair, folder = tmp_path / "pair", tmp_path / "run"
-    words = (*EVERYTHING, "--workers", "1", "--epochs", "6")  # loading processes get the signal too
-    process = start("--output", str(folder), *words, launcher=torchrun(2, "--max-restarts", "2"))
+    words = (*EVERYTHING, "--epochs", "6")
+    process = start("--output", str(folder), *words, processes=2, restarts=2)
     wait_until(lambda: checkpoint.newest(folder / "checkpoints"), process)
-    os.kill(children(process)[-1], signal.SIGKILL)
+    agent = process.processes[0].pid
+    os.kill(children(agent)[-1], signal.SIGKILL)
     killed_at = checkpoint.newest(folder / "checkpoints")
     wait_until(lambda: checkpoint.newest(folder / "checkpoints") > killed_at + 2, process)  # the second start
     process.send_signal(signal.SIGTERM)

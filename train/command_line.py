@@ -96,7 +96,7 @@ def _with_effect(values: dict, given: dict) -> dict:
             found, default = (values | given).get(name), getattr(TrainConfig, name)
             if found not in (None, default):
                 raise UserError(
-                    f"{name}={found!r} has no effect on dataset={scenes!r}, whose images are drawn as they are: leave "
+                    f"{name}={found!r} has no effect on dataset={scenes!r}, whose images are drawn: leave "
                     f"out --{name.replace('_', '-')}, or name another --dataset"
                 )
     elif "crop_scale" in given and (values | given).get("crop") != "random":
