@@ -146,13 +146,19 @@ def _main(script: str, argv: list[str], environment: dict[str, str], log: str, b
 
 
 def _under_agent(main: Callable[[list[str]], int], argv: list[str]) -> None:
-    """Do as `torchrun --max-restarts`, with processes forked from this one."""
+    """Do as `torchrun --max-restarts`, with processes forked from this one, until a signal."""
     processes, restarts, port = map(int, os.environ["AGENT"].split())
     where = {"rdzv_backend": "static", "rdzv_endpoint": f"127.0.0.1:{port}", "rdzv_configs": {"rank": 0}}
     config = LaunchConfig(
         1, 1, processes, run_id="none", max_restarts=restarts, monitor_interval=0.1, start_method="fork", **where
     )
-    elastic_launch(config, main)(argv)
+
+    def until_its_end(argv: list[str]) -> None:
+        status = main(argv)
+        sys.stdout.flush()
+        os._exit(status)  # a process that returns waits for the agent, which a signal has ended
+
+    elastic_launch(config, until_its_end)(argv)
 
 
 def start(

@@ -47,11 +47,7 @@ class Processes:
 
     def agree(self, value: str) -> str:
         """Return the first process's `value`."""
-        if self.world_size == 1:
-            return value
-        box = [value]
-        dist.broadcast_object_list(box, src=0)
-        return box[0]
+        return self.gather(value)[0]
 
     def gather(self, value: object) -> list:
         """Return every process's picklable `value`, in the order of ranks."""

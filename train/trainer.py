@@ -1,10 +1,7 @@
 """The training loop, from a command line to a finished run. `Trainer.train` is the loop.
 
-A run's folder holds
-
-    config.yaml  metrics.jsonl  summary.csv  summary.json  attention.png  curves.png  reconstruction.png
-    unreadable.txt
-    checkpoints/  tensorboard/  profile/
+A run's folder: config.yaml metrics.jsonl summary.csv summary.json attention.png curves.png reconstruction.png
+unreadable.txt checkpoints/ tensorboard/ profile/
 """
 
 import argparse
@@ -494,7 +491,7 @@ class Trainer:
         whole = distributed.unsharded(self._models()[-1], self._build, self.processes)
         if self.processes.first:
             speed = statistics.median(self.speeds) if self.speeds else None
-            print_summary(write_report(self.run, self, whole, self.data, seconds, speed), self.run.folder)
+            print_summary(write_report(self, whole, seconds, speed), self.run.folder)
         self.processes.wait()
 
     def close(self) -> None:

@@ -43,23 +43,14 @@ _ATTEMPTS = 30  # to find a readable image for a sample
 
 
 class Batch(NamedTuple):
-    """A batch of images as a loader returns it.
+    """A batch of images as a loader returns it."""
 
-    Attributes:
-        images: uint8 [B, 3, S, S], not mirrored yet. In evaluation B is 0 if the whole batch is corrupt.
-        labels: int64 [B].
-        flips: bool [B], the images for `mirrored`; None mirrors none. Loaders always set it.
-        problems: "path: error: reason" of each corrupt image met while this batch was made.
-        keys: Names of the samples, (epoch, index) or (epoch, index, copy).
-        masks: bool [B, S, S] for `DataSplits.masks`, else None.
-    """
-
-    images: Tensor
-    labels: Tensor
-    flips: Tensor | None = None
-    problems: Sequence[str] = ()
-    keys: Sequence[Key] = ()
-    masks: Tensor | None = None
+    images: Tensor  # uint8 [B, 3, S, S], not mirrored yet. In evaluation B is 0 if the whole batch is corrupt.
+    labels: Tensor  # int64 [B]
+    flips: Tensor | None = None  # bool [B], the images for `mirrored`; None mirrors none. Loaders always set it.
+    problems: Sequence[str] = ()  # "path: error: reason" of each corrupt image met while this batch was made
+    keys: Sequence[Key] = ()  # names of the samples, (epoch, index) or (epoch, index, copy)
+    masks: Tensor | None = None  # bool [B, S, S] for `DataSplits.masks`, else None
 
 
 class _Split(Dataset, ABC):
@@ -70,8 +61,8 @@ class _Split(Dataset, ABC):
         return len(self.images)
 
     @abstractmethod
-    def batch(self, keys: Sequence[Key], replace: bool) -> Batch:
-        """Load the samples of these names; corrupt ones are replaced or skipped."""
+    def __getitems__(self, keys: Sequence[Key]) -> Batch:
+        """Load the samples of these names. Corrupt ones are replaced in training: names with a copy number."""
 
     def flips(self, keys: Sequence[Key]) -> Tensor:
         if not self.hflip:
@@ -103,11 +94,12 @@ class _SourceSplit(_Split):
             picture, label = self.images[random.randrange(len(self)) if attempt else index]
             return self.transform(picture), label
 
-    def batch(self, keys: Sequence[Key], replace: bool) -> Batch:
+    def __getitems__(self, keys: Sequence[Key]) -> Batch:
         images = np.empty((len(keys), 3, self.size, self.size), np.uint8)
         labels, loaded, problems = [], [], []
         for key in keys:
-            for attempt in range(_ATTEMPTS if replace else 1):
+            training = len(key) == 3
+            for attempt in range(_ATTEMPTS if training else 1):
                 try:
                     picture, label = self._sample(key, attempt)
                 except Unreadable as error:
@@ -118,7 +110,7 @@ class _SourceSplit(_Split):
                 loaded.append(key)
                 break
             else:
-                if replace:
+                if training:
                     raise UserError(
                         f"{_ATTEMPTS} images in a row could not be read, the last: {problems[-1]}. "
                         "Is the disk still there?"
@@ -131,43 +123,26 @@ class _SceneSplit(_Split):
     """Scenes of `ShapeScenes`, the same in every epoch, drawn a batch at a time."""
 
     def __getitem__(self, key: Key) -> tuple:
-        return self.__getitems__([key])[0]
+        return self.images[key[1]]
 
-    def __getitems__(self, keys: Sequence[Key]) -> list[tuple]:
-        return self.images.__getitems__([key[1] for key in keys])
-
-    def batch(self, keys: Sequence[Key], replace: bool) -> Batch:
-        images, labels, *masks = zip(*self.__getitems__(keys), strict=True)
+    def __getitems__(self, keys: Sequence[Key]) -> Batch:
+        images, labels, *masks = zip(*self.images.__getitems__([key[1] for key in keys]), strict=True)
         masks = torch.stack(masks[0]) if masks else None
         return Batch(torch.stack(images), torch.tensor(labels), self.flips(keys), [], keys, masks)
 
 
-class _Batches(Dataset):
-    def __init__(self, split: _Split, replace: bool):
-        self.split, self.replace = split, replace
-
-    def __len__(self) -> int:
-        return len(self.split)
-
-    def __getitems__(self, keys: Sequence[Key]) -> Batch:
-        return self.split.batch(keys, self.replace)
-
-
 @dataclass(frozen=True)
 class DataSplits:
-    """The splits of a data set.
+    """The splits of a data set, of which the loaders make batches.
 
-    Attributes:
-        train, val: (uint8 image, label) by (epoch, index) or (epoch, index, copy), not mirrored; a corrupt image
-            raises `Unreadable`. The loaders make batches of them.
-        classes: Class names, in the order of the labels.
-        masks: Validation data with object masks, (image, label, mask) by (epoch, index), or None.
+    A sample, (uint8 image, label) by (epoch, index) or (epoch, index, copy), is not mirrored; a corrupt one raises
+    `Unreadable`.
     """
 
     train: Dataset
     val: Dataset
-    classes: tuple[str, ...]
-    masks: Dataset | None
+    classes: tuple[str, ...]  # names, in the order of the labels
+    masks: Dataset | None  # validation data with object masks, (image, label, mask), or None
 
 
 def open_source(config: TrainConfig, train: bool) -> Source:
@@ -283,7 +258,7 @@ def train_loader(
     if len(data) < config.batch_size:
         raise UserError(f"the training split has {len(data)} images, fewer than batch_size={config.batch_size}")
     batches = _TrainKeys(config, len(data), rank, world_size, first_step)
-    return _loader(config, _Batches(data, replace=True), batches)
+    return _loader(config, data, batches)
 
 
 def eval_loader(config: TrainConfig, data: Dataset, *, rank: int = 0, world_size: int = 1) -> DataLoader:
@@ -291,10 +266,10 @@ def eval_loader(config: TrainConfig, data: Dataset, *, rank: int = 0, world_size
     mine = range(rank, len(data), world_size)
     size = max(1, min(256, config.batch_size))
     batches = [[(0, index) for index in mine[start : start + size]] for start in range(0, len(mine), size)]
-    return _loader(config, _Batches(data, replace=False), batches, persistent=True)
+    return _loader(config, data, batches, persistent=True)
 
 
-def _loader(config: TrainConfig, data: _Batches, batches, persistent: bool = False) -> DataLoader:
+def _loader(config: TrainConfig, data: _Split, batches, persistent: bool = False) -> DataLoader:
     workers = config.workers
     if workers is None:  # on a CPU, a worker takes a core from the training threads and slows them far more
         share = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))

@@ -4,14 +4,10 @@ An image is a stack of layers, each read from small tables through a random affi
 
     image += a * (texture - image),   a = opacity * clip(1/2 - d, 0, 1),   d = pixels to the silhouette
 
-The layers are two background regions, distractors, the one object whose silhouette is the class, and sometimes
-small distractors in front of it. Only the silhouette depends on the label. Silhouettes have unit area and their
-centroid at the origin before they are posed, so mean colour, object area and object position tell nothing about the
-class.
-
-Every random number is a hash of (seed, split, index, slot). All arithmetic is integer or correctly rounded
-elementwise floating point (+, -, *, /, sqrt, floor, clip; no libm, BLAS or float reductions). So an image's bytes
-depend neither on its batch nor on threads, CPU or numpy's version.
+Only the silhouette depends on the label. It has unit area and its centroid at the origin before it is posed, so that
+colour, area and position tell nothing. Every random number is a hash of (seed, split, index, slot), and all
+arithmetic is integer or correctly rounded and elementwise: an image's bytes do not depend on batch, threads, CPU or
+numpy.
 """
 
 import functools
@@ -321,10 +317,7 @@ def _rgb(luma: Array, chroma: Array, hue: Array) -> Array:
 
 
 def _frames(draw: _Draws, count: int, scale: Array, cx: Array, cy: Array, turns: float = 0.5) -> Array:
-    """Draw frames: rotation R by up to `turns` either way, area-preserving stretch and shear K, reflection F.
-
-    cells = scale (RKF)^-1 offset.
-    """
+    """Draw frames: rotation R by up to `turns`, stretch and shear K, reflection F; cells = scale (RKF)^-1 offset."""
     cos, sin = _cos_sin(draw(-turns, turns, count))
     stretch, shear = draw(1.0 / _ASPECT, _ASPECT, count), draw(-_SHEAR, _SHEAR, count)
     flip = np.where(draw(-1.0, 1.0, count) < 0.0, -scale, scale)
@@ -368,8 +361,8 @@ def _draw_item(draw: _Draws, tables: _Tables, label: Array, luma: Array, hue: Ar
 def _draw_clutter(draw: _Draws, tables: _Tables, item: _Layers, count: int, in_front: bool) -> _Layers:
     """Draw `count` distractors an image, behind the object or in front of it.
 
-    Those in front hide at most _N_FRONT * _FRONT_AREA[1] of the object, and their offsets fill a disc that
-    holds every class silhouette: the area they hide has the same expectation for every class.
+    Those in front hide at most _N_FRONT * _FRONT_AREA[1] of the object, and their offsets fill a disc that holds
+    every class silhouette: the area they hide has the same expectation for every class.
     """
     bank = tables.clutter
     stamp = draw.choice(len(_CLUTTER), count)
@@ -508,9 +501,8 @@ def _render(scene: _Scene, rows: range, size: int, tables: _Tables) -> tuple[Arr
 class ShapeScenes(torch.utils.data.Dataset):
     """Cluttered scenes with one object; the class is the object's silhouette, `CLASSES[label]`.
 
-    image_i = render(hash(seed, split, i)): index i is the same picture in every instance, batch, process and
-    machine, and `num_samples` only says where the dataset ends. Labels are random, uniform over the classes.
-    Scenes have relative coordinates: one index at two image sizes is one scene at two resolutions.
+    An index is the same picture in every instance, batch, process and machine. Labels are uniform over the classes.
+    One index at two image sizes is one scene at two resolutions.
 
     Args:
         num_samples: Length of the dataset, at least 1.
@@ -519,15 +511,10 @@ class ShapeScenes(torch.utils.data.Dataset):
         split: "train" or "val", disjoint random streams of one seed.
         with_mask: True to return the mask of the visible object too.
 
-    Raises:
-        UserError: An argument is no integer or out of its range, or the split is unknown.
-        IndexError: On access, the index is negative or not below num_samples.
-
     Example:
-        >>> dataset = ShapeScenes(100, image_size=32, with_mask=True)
-        >>> image, label, mask = dataset[7]
-        >>> image.shape, mask.shape, 0 <= label < len(dataset.classes)
-        (torch.Size([3, 32, 32]), torch.Size([32, 32]), True)
+        >>> image, label, mask = ShapeScenes(100, image_size=32, with_mask=True)[7]
+        >>> image.shape, mask.shape, CLASSES[label]
+        (torch.Size([3, 32, 32]), torch.Size([32, 32]), 'plus')
     """
 
     classes: tuple[str, ...] = CLASSES
