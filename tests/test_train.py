@@ -1,6 +1,5 @@
 """Training: a whole run, optimisers, schedules, checkpoints (faults: test_faults.py; processes: test_parallel.py)."""
 
-import dataclasses
 import itertools
 import json
 import math
@@ -251,6 +250,9 @@ def test_cosine_schedule():
     assert all(a > b for a, b in itertools.pairwise(rates[100:]))
     assert rates[300] == pytest.approx(0.1 + 0.9 / 2)
     assert rates[-1] == pytest.approx(0.1, abs=1e-3)
+    for schedule in ("cosine", "released"):
+        config = TrainConfig(epochs=4, lr=1.0, warmup_epochs=0.0, schedule=schedule)
+        assert learning_rate(config, 0, 10) == pytest.approx(1.0)
 
 
 def test_released_schedule_steps_by_the_epoch_and_takes_the_smaller():
@@ -260,9 +262,3 @@ def test_released_schedule_steps_by_the_epoch_and_takes_the_smaller():
     for epoch, rate in enumerate(by_epoch):
         rising, falling = (epoch + 1) / 20, 0.5 * (1 + math.cos(math.pi * epoch / 200))
         assert rate == pytest.approx(2e-4 * min(rising, falling))
-
-
-def test_no_warmup():
-    for schedule in ("cosine", "released"):
-        config = dataclasses.replace(TrainConfig(epochs=4, lr=1.0), warmup_epochs=0.0, schedule=schedule)
-        assert learning_rate(config, 0, 10) == pytest.approx(1.0)

@@ -278,9 +278,10 @@ def make_plan(config: TrainConfig, options: argparse.Namespace) -> dict:
     steps = per_epoch * config.epochs
     seen = steps * config.batch_size
 
-    tokens = math.prod(model.grid_size) + 1 if crate else None
-    if not crate and hasattr(model, "patch_embed"):  # a ViT
-        tokens = model.patch_embed.num_patches + getattr(model, "num_prefix_tokens", 0)
+    patches = getattr(getattr(model, "patch_embed", None), "num_patches", None)  # of a ViT
+    tokens = None if patches is None else patches + getattr(model, "num_prefix_tokens", 0)
+    if crate:
+        tokens = math.prod(model.grid_size) + 1
     held = {p: _local_elements(p, shards) * p.element_size() for p in model.parameters()}
     memory = {
         "weights": sum(held.values()),

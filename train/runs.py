@@ -20,7 +20,6 @@ from crate_fast.registry import MAE, MAE_ENCODER, create_model, is_mae, is_model
 from crate_fast.train import checkpoint
 from crate_fast.train.command_line import load_recipe
 from crate_fast.train.config import DROP_RATES, TrainConfig
-from crate_fast.train.data import DataSplits, build_splits
 from crate_fast.weight_files import split_entry
 
 _AUTOENCODER_SETTINGS = ("mask_ratio", "norm_pix_loss", "visible_only", "decoder_depth")
@@ -145,13 +144,6 @@ def load_model(folder: Path, step: int | None = None) -> tuple[nn.Module, TrainC
     remedy = "its config.yaml is another run's or another version's: restore it, or use another checkpoint"
     load_strictly(model, weights, f"{folder} at step {step}", remedy)
     return model.eval(), config, step
-
-
-def load_run(folder: Path, step: int | None = None, **changes) -> tuple[nn.Module, TrainConfig, DataSplits, int]:
-    """Load a run's model, configuration with `changes`, data and step."""
-    model, _, step = load_model(folder, step)
-    config = run_config(folder, **changes)
-    return model, config, build_splits(config), step
 
 
 # --- start from existing weights: nothing is replaced, dropped or left random silently
