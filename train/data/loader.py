@@ -61,8 +61,8 @@ class _Split(Dataset, ABC):
         return len(self.images)
 
     @abstractmethod
-    def __getitems__(self, keys: Sequence[Key]) -> Batch:
-        """Load the samples of these names. Corrupt ones are replaced in training: names with a copy number."""
+    def batch(self, keys: Sequence[Key], replace: bool) -> Batch:
+        """Load the samples of these names; corrupt ones are replaced or skipped."""
 
     def flips(self, keys: Sequence[Key]) -> Tensor:
         if not self.hflip:
@@ -94,12 +94,11 @@ class _SourceSplit(_Split):
             picture, label = self.images[random.randrange(len(self)) if attempt else index]
             return self.transform(picture), label
 
-    def __getitems__(self, keys: Sequence[Key]) -> Batch:
+    def batch(self, keys: Sequence[Key], replace: bool) -> Batch:
         images = np.empty((len(keys), 3, self.size, self.size), np.uint8)
         labels, loaded, problems = [], [], []
         for key in keys:
-            training = len(key) == 3
-            for attempt in range(_ATTEMPTS if training else 1):
+            for attempt in range(_ATTEMPTS if replace else 1):
                 try:
                     picture, label = self._sample(key, attempt)
                 except Unreadable as error:
@@ -110,7 +109,7 @@ class _SourceSplit(_Split):
                 loaded.append(key)
                 break
             else:
-                if training:
+                if replace:
                     raise UserError(
                         f"{_ATTEMPTS} images in a row could not be read, the last: {problems[-1]}. "
                         "Is the disk still there?"
@@ -125,10 +124,24 @@ class _SceneSplit(_Split):
     def __getitem__(self, key: Key) -> tuple:
         return self.images[key[1]]
 
-    def __getitems__(self, keys: Sequence[Key]) -> Batch:
-        images, labels, *masks = zip(*self.images.__getitems__([key[1] for key in keys]), strict=True)
+    def __getitems__(self, keys: Sequence[Key]) -> list[tuple]:
+        return self.images.__getitems__([key[1] for key in keys])
+
+    def batch(self, keys: Sequence[Key], replace: bool) -> Batch:
+        images, labels, *masks = zip(*self.__getitems__(keys), strict=True)
         masks = torch.stack(masks[0]) if masks else None
         return Batch(torch.stack(images), torch.tensor(labels), self.flips(keys), [], keys, masks)
+
+
+class _Batches(Dataset):
+    def __init__(self, split: _Split, replace: bool):
+        self.split, self.replace = split, replace
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitems__(self, keys: Sequence[Key]) -> Batch:
+        return self.split.batch(keys, self.replace)
 
 
 @dataclass(frozen=True)
@@ -258,7 +271,7 @@ def train_loader(
     if len(data) < config.batch_size:
         raise UserError(f"the training split has {len(data)} images, fewer than batch_size={config.batch_size}")
     batches = _TrainKeys(config, len(data), rank, world_size, first_step)
-    return _loader(config, data, batches)
+    return _loader(config, _Batches(data, replace=True), batches)
 
 
 def eval_loader(config: TrainConfig, data: Dataset, *, rank: int = 0, world_size: int = 1) -> DataLoader:
@@ -266,10 +279,10 @@ def eval_loader(config: TrainConfig, data: Dataset, *, rank: int = 0, world_size
     mine = range(rank, len(data), world_size)
     size = max(1, min(256, config.batch_size))
     batches = [[(0, index) for index in mine[start : start + size]] for start in range(0, len(mine), size)]
-    return _loader(config, data, batches, persistent=True)
+    return _loader(config, _Batches(data, replace=False), batches, persistent=True)
 
 
-def _loader(config: TrainConfig, data: _Split, batches, persistent: bool = False) -> DataLoader:
+def _loader(config: TrainConfig, data: _Batches, batches, persistent: bool = False) -> DataLoader:
     workers = config.workers
     if workers is None:  # on a CPU, a worker takes a core from the training threads and slows them far more
         share = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
