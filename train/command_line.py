@@ -6,6 +6,7 @@ Each field's docstring is its `--help` text. An unknown key is an error that sug
 import argparse
 import ast
 import dataclasses
+import functools
 import inspect
 import itertools
 import os
@@ -22,6 +23,7 @@ from crate_fast.train.config import TrainConfig, renamed_settings
 RECIPES = Path(__file__).parent / "recipes"
 
 
+@functools.cache
 def field_help(config_class: type) -> dict[str, str]:
     """Return the docstring under each field, by the field's name."""
     body = ast.parse(textwrap.dedent(inspect.getsource(config_class))).body[0].body
