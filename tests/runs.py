@@ -9,7 +9,6 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import time
@@ -18,6 +17,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from crate_fast.train import report
 from crate_fast.train.config import TrainConfig
@@ -80,9 +80,12 @@ class Forked:
         processes: Number of processes, set up as by torchrun.
         hosts: Number of hosts that they seem to be on.
         before: Python code that each process runs first.
+        restarts: If given, one process is torchrun's agent, which forks the others and restarts them as often.
     """
 
-    def __init__(self, argv: list[str], script: str, processes: int, hosts: int, before: str):
+    def __init__(
+        self, argv: list[str], script: str, processes: int, hosts: int, before: str, restarts: int | None = None
+    ):
         port = str(free_port())
         self.log = tempfile.NamedTemporaryFile("r", suffix=".log")  # noqa: SIM115  (open as long as this object)
         self.processes = []
@@ -91,8 +94,12 @@ class Forked:
             numbers = {"RANK": rank, "LOCAL_RANK": rank % local, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": local}
             numbers |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             environment = {name: str(value) for name, value in numbers.items()} if processes > 1 else {}
+            if restarts is not None:
+                environment = {"AGENT": f"{processes} {restarts} {port}"}
             arguments = (script, argv, environment, self.log.name, before)
             self.processes.append(_FORKED.Process(target=_main, args=arguments))
+            if restarts is not None:
+                break
         for process in self.processes:
             process.start()
 
@@ -134,7 +141,24 @@ def _main(script: str, argv: list[str], environment: dict[str, str], log: str, b
     multiprocessing.set_start_method("fork", force=True)  # of loading processes, as for a user
     without_figures()
     exec(before, {})
-    sys.exit(importlib.import_module(f"crate_fast.train.{script}").main(argv))
+    main = importlib.import_module(f"crate_fast.train.{script}").main
+    sys.exit(_under_agent(main, argv) if "AGENT" in os.environ else main(argv))
+
+
+def _under_agent(main: Callable[[list[str]], int], argv: list[str]) -> None:
+    """Do as `torchrun --max-restarts`, with processes forked from this one, until a signal."""
+    processes, restarts, port = map(int, os.environ["AGENT"].split())
+    where = {"rdzv_backend": "static", "rdzv_endpoint": f"127.0.0.1:{port}", "rdzv_configs": {"rank": 0}}
+    config = LaunchConfig(
+        1, 1, processes, run_id="none", max_restarts=restarts, monitor_interval=0.1, start_method="fork", **where
+    )
+
+    def until_its_end(argv: list[str]) -> None:
+        status = main(argv)
+        sys.stdout.flush()
+        os._exit(status)  # a process that returns waits for the agent, which a signal has ended
+
+    elastic_launch(config, until_its_end)(argv)
 
 
 def start(
@@ -143,13 +167,10 @@ def start(
     hosts: int = 1,
     script: str = "pretrain",
     before: str = "",
-    launcher: tuple[str, ...] = (),
-) -> subprocess.Popen | Forked:
-    """Start a tiny run: with a launcher, such as `torchrun(2)`, as a user does; else forked, which is quicker."""
-    if not launcher:
-        return Forked([*TINY, *arguments], script, processes, hosts, before)
-    command = [sys.executable, *launcher, str(ROOT / "train" / f"{script}.py"), *TINY, *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
+    restarts: int | None = None,
+) -> Forked:
+    """Start a tiny run: see `Forked`."""
+    return Forked([*TINY, *arguments], script, processes, hosts, before, restarts)
 
 
 def run(*arguments: str, status: int = 0, **how) -> str:
@@ -180,7 +201,7 @@ def torchrun(processes: int, *words: str) -> tuple[str, ...]:
     return (*start, *words)
 
 
-def wait_until(condition: Callable[[], object], process: subprocess.Popen | Forked, seconds: float = 120) -> None:
+def wait_until(condition: Callable[[], object], process: Forked, seconds: float = 120) -> None:
     """Wait until the condition holds; the process must not end before."""
     deadline = time.time() + seconds
     while not condition():

@@ -34,20 +34,20 @@ def _start(folder: Path, words: list[str], log: Path) -> subprocess.Popen:
         return subprocess.Popen(command, stdout=file, stderr=file, cwd=ROOT, start_new_session=True)
 
 
-def _children(process: subprocess.Popen) -> list[int]:
-    found = subprocess.run(
-        ["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True, check=False
-    )
+def children(pid: int) -> list[int]:
+    """Return the ids of a process's children."""
+    command = ["ps", "-o", "pid=", "--ppid", str(pid)]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
     return [int(word) for word in found.stdout.split()]
 
 
 def _kill(kind: str, process: subprocess.Popen, draw: random.Random) -> None:
     """Kill; torchrun survives the first kind only."""
-    children = _children(process)
-    if kind == KINDS[0] and children:
-        os.kill(draw.choice(children), signal.SIGKILL)
+    pids = children(process.pid)
+    if kind == KINDS[0] and pids:
+        os.kill(draw.choice(pids), signal.SIGKILL)
     elif kind == KINDS[1]:
-        for pid in (process.pid, *children):
+        for pid in (process.pid, *pids):
             os.kill(pid, signal.SIGKILL)
         process.wait()
     else:

@@ -45,6 +45,11 @@ def test_the_command_line_wins_over_the_recipe_and_the_recipe_over_the_default(t
     assert config.batch_size == TrainConfig().batch_size
 
 
+def test_on_scenes_a_recipe_for_other_data_keeps_no_transforms():
+    config = _config("--recipe", "finetune_cifar10", "--dataset", "shape_scenes", "--init", "x")
+    assert (config.crop, config.auto_augment, config.lr) == ("none", "", 5e-5)
+
+
 def test_a_dumped_configuration_is_a_recipe(tmp_path):
     config = _config("--lr", "0.003", "--dim", "64")
     path = tmp_path / "config.yaml"
@@ -73,8 +78,13 @@ def test_help_lists_every_option(capsys):
         (["--recipe", "cifar"], "no recipe 'cifar': did you mean 'cifar10'?"),
         (["--dataset", "cifar100"], "dataset='cifar100' needs data_dir"),
         (["--dataset", "shape_scene"], "dataset='shape_scene': did you mean 'shape_scenes'?"),
+        (["--head", "new"], "say which with --init"),
+        (["--frozen", "--mixup", "0.5"], "leave out mixup, cutmix and layer_decay"),
+        (["--random-erasing", "1.5"], "random_erasing=1.5: it must be between 0 and 1"),
+        (["--mixup", "-1"], "mixup=-1.0: it must be at least 0"),
         (["--lr", "-1"], "lr=-1.0: it must be positive"),
         (["--epochs", "0"], "epochs=0: it must be at least 1"),
+        (["--layer-decay", "1.5"], "layer_decay=1.5: it must be above 0"),
         (["--dim", "0"], "dim=0: it must be at least 1"),
         (["--seed", "-1"], "seed=-1: it must be at least 0"),
         (["--lr", "inf"], "lr=inf: it must be positive and finite"),
@@ -93,11 +103,17 @@ def test_help_lists_every_option(capsys):
         (["--schedule", "linear"], "choose one of cosine, released"),
         (["--epochs", "many"], "argument --epochs: invalid int value: 'many'"),
         (["--resume"], "--resume continues the run in --output"),
+        (["--auto-augment", "rand-m9-n2"], "auto_augment='rand-m9-n2' has no effect on dataset='shape_scenes'"),
+        (["--crop", "random"], "crop='random' has no effect on dataset='shape_scenes', whose images are drawn"),
+        (["--recipe", "SCENES"], "crop_scale=0.5 has no effect on dataset='shape_scenes'"),
+        (["--recipe", "cifar10", "--data-dir", "x", "--crop-scale", "0.5"], "crop_scale=0.5 needs crop='random'"),
     ],
 )
 def test_command_line_errors(arguments, message, capsys, tmp_path):
-    (tmp_path / "bad.yaml").write_text("lr: [1\nb: }")
-    arguments = [str(tmp_path / "bad.yaml") if word == "RECIPE" else word for word in arguments]
+    files = {"RECIPE": "lr: [1\nb: }", "SCENES": "dataset: shape_scenes\ncrop_scale: 0.5"}
+    for name, text in files.items():
+        (tmp_path / f"{name}.yaml").write_text(text)
+    arguments = [str(tmp_path / f"{word}.yaml") if word in files else word for word in arguments]
     arguments = arguments if "--resume" in arguments else [*arguments, "--output", str(tmp_path / "run")]
     assert pretrain.main(arguments) == 2
     error = capsys.readouterr().err

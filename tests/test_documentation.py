@@ -212,7 +212,8 @@ def _modules() -> list[str]:
 def test_docstrings_are_there_and_their_examples_run(name):
     module = importlib.import_module(name)
     assert module.__doc__
-    for symbol in getattr(module, "__all__", []):
+    own = [symbol for symbol, value in vars(module).items() if getattr(value, "__module__", None) == name]
+    for symbol in getattr(module, "__all__", [symbol for symbol in own if not symbol.startswith("_")]):
         value = getattr(module, symbol)
         assert not callable(value) or value.__doc__, f"{name}.{symbol}"
     assert doctest.testmod(module).failed == 0

@@ -272,13 +272,6 @@ def test_a_vit_of_timm_with_another_size_and_head(tmp_path):
     assert torch.equal(target.blocks[1].attn.qkv.weight, vit.blocks[1].attn.qkv.weight)
 
 
-def test_head_new_needs_weights_and_a_frozen_run_does_not_mix():
-    with pytest.raises(ValueError, match="say which with --init"):
-        _small(head="new")
-    with pytest.raises(ValueError, match="leave out mixup, cutmix and layer_decay"):
-        _small(frozen=True, mixup=0.5)
-
-
 # --- linear probe ---
 
 

@@ -17,7 +17,6 @@ from crate_fast.mae import encoder_state_dict, sincos_positions
 from crate_fast.train import finetune, pretrain, pretrain_mae, trainer
 from crate_fast.train.config import TrainConfig
 from crate_fast.train.data import build_splits, eval_loader
-from crate_fast.train.data.transforms import Normalize
 from crate_fast.train.faults import diagnosis
 from crate_fast.train.objective import Reconstruction, objective_for
 from crate_fast.train.reconstruction import image_noise, reconstructions, tiled
@@ -48,20 +47,12 @@ def test_a_run_ends_in_a_figure_and_its_losses(finished):
     assert summary["attention_miou"]
     assert sorted(losses(folder)) == list(range(1, 13))
     assert losses(folder)[12] < losses(folder)[1]
-
-
-def test_its_logs_are_whole(finished):
-    folder, _ = finished
     found = {e["step"]: e["ema_val_loss"] for e in entries(folder) if "val_loss" in e}
     assert load_model(folder)[2] == min(found, key=found.get)
     events = EventAccumulator(str(folder / "tensorboard"))
     events.Reload()
     assert "reconstruction" in events.Tags()["images"]
     assert {"loss", "val_loss", "coding_rate/layer_00", "sparsity/layer_01"} <= set(events.Tags()["scalars"])
-
-
-def test_the_weights_are_a_released_state_dict(finished):
-    folder, _ = finished
     model, config, step = load_model(folder)
     assert isinstance(model, CRATEMAE)
     assert model.mask_token.std() > 0
@@ -78,7 +69,7 @@ def test_a_resumed_run_has_the_same_weights(finished, tmp_path):
 
 @pytest.mark.parametrize(("parallel", "only"), [("ddp", []), ("fsdp", ["--visible-only"])])
 def test_processes_engines_and_accumulation_change_nothing(no_figures, tmp_path, parallel, only):
-    words = [*OPTIONS, *only, "--epochs", "1", "--output"]
+    words = [*OPTIONS, *only, "--epochs", "1", "--train-samples", "48", "--output"]
     one, other = tmp_path / "one", tmp_path / "other"
     assert pretrain_mae.main([*TINY, *words, str(one)]) == 0
     how = ("--parallel", parallel, "--accumulate", "2")
@@ -271,13 +262,6 @@ def test_pictures_hide_and_fill_the_same_patches():
             assert torch.equal(filled[~mask], plain[~mask])
             assert not torch.equal(filled[mask], plain[mask])
     assert tiled(rows).shape == (2 * 36, 5 * 36, 3)
-
-
-def test_normalisation_is_undone():
-    images = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16).expand(1, 3, 16, 16)
-    for name in ("imagenet", "cifar10", "half"):
-        normalize = Normalize(name)
-        assert torch.equal(normalize.undo(normalize(images)), images)
 
 
 def test_errors_by_hand(monkeypatch):

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import multiprocessing
 import re
 import sys
@@ -86,6 +87,28 @@ def test_autocast_stays_near_fp32(precision):
     assert ours != exact
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--attention mhsa --sparsifier mlp --optimizer lion --precision bf16 --grad-checkpointing --clip-grad 0",
+        "--residual paper --threshold soft --schedule released --decay-all --hflip 0.5",
+        "--model vit_tiny_patch16_224 --recipe RECIPE",
+    ],
+    ids=lambda words: words.split()[1],
+)
+def test_variants_run(words, tmp_path, capsys):
+    recipe = tmp_path / "vit.yaml"
+    recipe.write_text("depth: 1\nepochs: 1\nbatch_size: 16\ntrain_samples: 32\nval_samples: 8\nimage_size: 32\n")
+    words = words.replace("RECIPE", str(recipe)).split()
+    start = ["--device", "cpu"] if str(recipe) in words else [*TINY, "--epochs", "1", "--train-samples", "32"]
+    assert pretrain.main([*start, *words, "--output", str(tmp_path / "run")]) == 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert math.isfinite(summary["val_loss"])
+    assert ("attention_miou" in summary) == (str(recipe) not in words)
+    assert "epochs: 1\n" in (tmp_path / "run" / "config.yaml").read_text()
+    assert "written:" in capsys.readouterr().out
+
+
 # --- logs ---
 
 
@@ -166,10 +189,10 @@ def test_a_dry_run_finds_what_would_stop_the_run(tmp_path, capsys):
 # --- images that cannot be read ---
 
 
-@pytest.fixture
-def folder(tmp_path):
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
     """100 training images, of which one is cut short and one is text; 20 to validate on, one of them empty."""
-    root = tmp_path / "data"
+    root = tmp_path_factory.mktemp("images") / "data"
     for split, count in (("train", 50), ("validation", 10)):
         for label, name in enumerate(("ant", "bee")):
             (root / split / name).mkdir(parents=True)
@@ -187,17 +210,27 @@ def _words(folder, *words) -> list[str]:
     return [*TINY, "--dataset", "folder", "--data-dir", str(folder), "--batch-size", "20", *words]
 
 
-@pytest.mark.parametrize("workers", ["0", "2"])
-def test_unreadable_images_are_named_counted_and_replaced(folder, tmp_path, workers, capsys):
-    run = tmp_path / "run"
-    words = _words(folder, "--max-unreadable", "0.06", "--workers", workers, "--output", str(run))
-    assert pretrain.main(words) == 0
+@pytest.fixture(scope="module")
+def damaged_run(folder, tmp_path_factory):
+    """A run on the damaged images."""
+    run = tmp_path_factory.mktemp("runs") / "whole"
+    assert pretrain.main(_words(folder, "--max-unreadable", "0.06", "--workers", "2", "--output", str(run))) == 0
+    return run
+
+
+def test_unreadable_images_are_named_counted_and_replaced(damaged_run, folder, tmp_path, capsys):
     assert not multiprocessing.active_children()  # they ignore SIGTERM: Python would wait for them
-    lines = (run / "unreadable.txt").read_text().splitlines()
+    lines = (damaged_run / "unreadable.txt").read_text().splitlines()
     names = [line.split(": ")[0].split("/")[-2:] for line in lines]
     assert sorted(map("/".join, names)) == ["ant/07.jpg", "bee/03.jpg", "bee/31.jpg"]
+    assert json.loads((damaged_run / "summary.json").read_text())["unreadable_images"] == 2
+    assert [entry["val_unreadable"] for entry in entries(damaged_run) if "val_accuracy" in entry] == [1, 1]
+    run = back_to(damaged_run, 5, tmp_path / "run")  # the count goes on in a resumed run
+    words = _words(folder, "--max-unreadable", "0.06", "--workers", "0", "--output", str(run), "--resume")
+    assert pretrain.main(words) == 0
+    assert same(weights(damaged_run, 10), weights(run, 10))
     assert json.loads((run / "summary.json").read_text())["unreadable_images"] == 2
-    assert [entry["val_unreadable"] for entry in entries(run) if "val_accuracy" in entry] == [1, 1]
+    assert (run / "unreadable.txt").read_text().count("\n") == 3  # each once, over resumes too
     assert "training images that could not be read: 2; see unreadable.txt" in capsys.readouterr().out
 
 
@@ -223,16 +256,6 @@ def test_the_limit_for_validation_is_an_evaluations(folder, tmp_path, monkeypatc
     words = _words(folder, "--max-unreadable", "0.07", "--output", str(tmp_path / "run"))
     assert pretrain.main(words) == 0
     assert next(numbers) == 2
-
-
-def test_the_count_goes_on_in_a_resumed_run(folder, tmp_path):
-    words = _words(folder, "--max-unreadable", "0.06", "--workers", "0", "--output")
-    assert pretrain.main([*words, str(tmp_path / "whole")]) == 0
-    run = back_to(tmp_path / "whole", 5, tmp_path / "run")
-    assert pretrain.main([*words, str(run), "--resume"]) == 0
-    assert same(weights(tmp_path / "whole", 10), weights(run, 10))
-    assert json.loads((run / "summary.json").read_text())["unreadable_images"] == 2
-    assert (run / "unreadable.txt").read_text().count("\n") == 3  # each once, over resumes too
 
 
 @pytest.mark.parametrize("name", ["pretrain", "finetune", "linear_probe"])

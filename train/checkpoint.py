@@ -1,14 +1,10 @@
 """Checkpoints that are complete or absent, whenever the process is killed.
 
-    RUN/checkpoints/step_00001500/model.safetensors     weights under the released names
-                                  ema.safetensors       moving average of the weights, if the run keeps one
-                                  training.pt           optimiser and progress (tensors and plain values only)
-                                  manifest.json         step, configuration, environment, each file's size and SHA-256
-    RUN/checkpoints/best.json                           step with the best validation score
+    RUN/checkpoints/step_00001500/  model.safetensors (released names), ema.safetensors, training.pt, manifest.json
+    RUN/checkpoints/best.json       step with the best validation score
 
-A checkpoint is written into a hidden folder, flushed to disk, and renamed. Reading verifies every file against the
-manifest. Weights and optimiser state are unsharded (`full_state`), so that a checkpoint loads into any number of
-processes. PyTorch's sharded format is not used, because its reader unpickles.
+A checkpoint is written into a hidden folder, flushed to disk, and renamed; reading verifies every file against the
+manifest. States are unsharded: PyTorch's sharded format is not used, because its reader unpickles.
 """
 
 import errno
@@ -29,24 +25,6 @@ from torch import Tensor
 from crate_fast.errors import UserError
 from crate_fast.weight_files import describe_file
 
-__all__ = [
-    "Checkpoint",
-    "CheckpointError",
-    "DiskError",
-    "best_step",
-    "folder_of",
-    "load",
-    "manifest",
-    "newest",
-    "record_best",
-    "rotate",
-    "save",
-    "steps",
-    "sweep",
-    "write_text",
-    "writing",
-]
-
 WEIGHTS, EMA, TRAINING, MANIFEST = "model.safetensors", "ema.safetensors", "training.pt", "manifest.json"
 BEST = "best.json"
 FORMAT = 2  # version of training.pt and the manifest; another version is not resumed
@@ -62,11 +40,7 @@ class DiskError(UserError):
 
 @contextmanager
 def writing(folder: Path):
-    """Turn a failure to write below `folder` into a `DiskError` that says what is safe and what to do.
-
-    Raises:
-        DiskError: Something inside could not be written.
-    """
+    """Turn a failure to write below `folder` into a `DiskError` that says what is safe and what to do."""
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
@@ -141,18 +115,14 @@ def save(
     facts: dict,
     ema: dict[str, Tensor] | None = None,
 ) -> Path:
-    """Write a checkpoint, completely or not at all.
+    """Write a checkpoint, completely or not at all, and return its folder.
 
     Args:
         root: The run's `checkpoints` folder.
         step: Optimiser steps done.
-        weights: The model's state dict.
+        weights, ema: State dicts of the model and of its moving average, if there is one.
         training: Optimiser state and progress: tensors and plain values.
         facts: JSON values for the manifest: configuration, commit, versions.
-        ema: The moving average's state dict, if there is one.
-
-    Returns:
-        The checkpoint's folder.
 
     Raises:
         DiskError: It could not be written; nothing of it is left behind.
@@ -184,7 +154,6 @@ def _put_in_place(temporary: Path, final: Path) -> None:
 
 
 def _write(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], training: dict, facts: dict) -> None:
-    """Write a checkpoint's files and flush them to disk."""
     for name, state in tensors.items():
         save_file({key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}, folder / name)
     torch.save(training, folder / TRAINING)
@@ -196,11 +165,7 @@ def _write(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], train
 
 
 def manifest(root: Path, step: int) -> dict:
-    """Return what is recorded with a checkpoint: step, configuration, history, environment.
-
-    Raises:
-        CheckpointError: It cannot be read.
-    """
+    """Return what is recorded with a checkpoint: step, configuration, history, environment."""
     return _read_json(folder_of(root, step) / MANIFEST, "restore it, or delete its folder")
 
 
@@ -215,14 +180,7 @@ def _read_json(path: Path, remedy: str) -> dict:
 
 
 class Checkpoint(NamedTuple):
-    """Contents of a checkpoint.
-
-    Attributes:
-        weights: The model's state dict.
-        ema: The moving average's state dict, or None.
-        training: Optimiser state and progress.
-        manifest: Step, configuration, history, environment.
-    """
+    """A checkpoint: state dicts of the model and its moving average, optimiser state and progress, manifest."""
 
     weights: dict[str, Tensor]
     ema: dict[str, Tensor] | None
@@ -234,8 +192,7 @@ def load(root: Path, step: int) -> Checkpoint:
     """Read a checkpoint and verify it.
 
     Raises:
-        CheckpointError: A file is missing or differs from the manifest; the message names the file and the newest
-            checkpoint before it that is whole.
+        CheckpointError: A file is missing or damaged; the message names it and the newest whole checkpoint before.
     """
     folder = folder_of(root, step)
     problem = _problem(folder)
@@ -259,7 +216,6 @@ def load(root: Path, step: int) -> Checkpoint:
 
 
 def _problem(folder: Path) -> str | None:
-    """Return the damage of a checkpoint in words, or None."""
     try:
         files = dict(json.loads((folder / MANIFEST).read_text())["files"])
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -284,11 +240,7 @@ def record_best(root: Path, best: dict) -> None:
 
 
 def best_step(root: Path) -> int | None:
-    """Return the step that `record_best` noted, or None if it noted none or that checkpoint is gone.
-
-    Raises:
-        CheckpointError: The note cannot be read.
-    """
+    """Return the step that `record_best` noted, or None if it noted none or that checkpoint is gone."""
     path = root / BEST
     step = _read_json(path, "delete it to use the newest checkpoint").get("step") if path.is_file() else None
     return step if step in steps(root) else None

@@ -6,6 +6,7 @@ Each field's docstring is its `--help` text. An unknown key is an error that sug
 import argparse
 import ast
 import dataclasses
+import functools
 import inspect
 import itertools
 import os
@@ -19,11 +20,10 @@ import yaml
 from crate_fast.errors import CommandParser, UserError, nearest
 from crate_fast.train.config import TrainConfig, renamed_settings
 
-__all__ = ["build_config", "dump_config", "field_help", "load_recipe", "recipe_names"]
-
 RECIPES = Path(__file__).parent / "recipes"
 
 
+@functools.cache
 def field_help(config_class: type) -> dict[str, str]:
     """Return the docstring under each field, by the field's name."""
     body = ast.parse(textwrap.dedent(inspect.getsource(config_class))).body[0].body
@@ -35,14 +35,12 @@ def field_help(config_class: type) -> dict[str, str]:
 
 
 def _value_type(annotation) -> type:
-    """Return the type of a command-line word: T for `T` and for `T | None`."""
     inner = [a for a in typing.get_args(annotation) if a is not type(None)]
     return inner[0] if inner else annotation
 
 
-def _checked(config_class: type, values: dict, source: str) -> dict:
-    """Return `values`, with each value's type checked against its field."""
-    fields = {field.name: field for field in dataclasses.fields(config_class)}
+def _checked(values: dict, source: str) -> dict:
+    fields = {field.name: field for field in dataclasses.fields(TrainConfig)}
     checked = {}
     for name, value in values.items():
         if name not in fields:
@@ -65,12 +63,8 @@ def recipe_names() -> list[str]:
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
-def load_recipe(name: str, config_class: type = TrainConfig) -> dict:
-    """Load a recipe's settings, by its name from `recipe_names()` or by the path of a YAML file.
-
-    Raises:
-        UserError: No such recipe, or it holds an unknown key or a value of the wrong type.
-    """
+def load_recipe(name: str) -> dict:
+    """Load a recipe's settings, by its name from `recipe_names()` or by the path of a YAML file."""
     path = RECIPES / f"{name}.yaml" if name in recipe_names() else Path(name)
     if not path.is_file():
         raise UserError(
@@ -83,7 +77,7 @@ def load_recipe(name: str, config_class: type = TrainConfig) -> dict:
         raise UserError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise UserError(f"{path}: a recipe is a mapping of settings, not {type(values).__name__}")
-    return _checked(config_class, renamed_settings(values), str(path))
+    return _checked(renamed_settings(values), str(path))
 
 
 def _add_run_options(parser: argparse.ArgumentParser) -> None:
@@ -94,11 +88,28 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _with_effect(values: dict, given: dict) -> dict:
+    """Refuse transforms that the images never meet; leave out a recipe's when it is used on shape_scenes instead."""
+    scenes, transforms = TrainConfig.dataset, ("crop", "crop_scale", "auto_augment")
+    if (values | given).get("dataset", scenes) == scenes:
+        if values.get("dataset", scenes) != scenes:
+            values = {name: value for name, value in values.items() if name not in transforms}
+        for name in transforms:
+            found, default = (values | given).get(name), getattr(TrainConfig, name)
+            if found not in (None, default):
+                raise UserError(
+                    f"{name}={found!r} has no effect on dataset={scenes!r}, whose images are drawn: leave "
+                    f"out --{name.replace('_', '-')}, or name another --dataset"
+                )
+    elif "crop_scale" in given and (values | given).get("crop") != "random":
+        raise UserError(f"crop_scale={given['crop_scale']} needs crop='random': pass --crop random too")
+    return values
+
+
 def build_config(
     argv: list[str] | None,
     description: str,
     default_recipe: str,
-    config_class: type = TrainConfig,
     *,
     adjust: Callable[[dict, dict], dict] = lambda values, chosen: values | chosen,
     add_options: Callable[[argparse.ArgumentParser], None] = _add_run_options,
@@ -109,23 +120,19 @@ def build_config(
         argv: Arguments; those of the process when None.
         description: For `--help`.
         default_recipe: Used when `--recipe` is absent.
-        config_class: The dataclass.
         adjust: Merges the recipe's settings and the command line's; by default the latter win.
         add_options: Adds the command's own options; by default those of a run, such as `--output`.
 
     Returns:
         (config, options), options holding `recipe` and the command's own.
-
-    Raises:
-        UserError: An option, a recipe or a setting is wrong.
     """
     parser = CommandParser(description=description, allow_abbrev=False)
     parser.add_argument(
         "--recipe", default=default_recipe, help=f"{', '.join(recipe_names())}, or a YAML file's path"
     )
     add_options(parser)
-    texts = field_help(config_class)
-    for field in dataclasses.fields(config_class):
+    texts = field_help(TrainConfig)
+    for field in dataclasses.fields(TrainConfig):
         option = "--" + field.name.replace("_", "-")
         kind = _value_type(field.type)
         help_text = texts[field.name].replace("%", "%%")
@@ -134,9 +141,9 @@ def build_config(
         else:
             parser.add_argument(option, type=kind, default=None, metavar=kind.__name__.upper(), help=help_text)
     options = parser.parse_args(argv)
-    chosen = {f.name: getattr(options, f.name) for f in dataclasses.fields(config_class)}
+    chosen = {f.name: getattr(options, f.name) for f in dataclasses.fields(TrainConfig)}
     given = {name: value for name, value in chosen.items() if value is not None}
-    config = config_class(**adjust(load_recipe(options.recipe, config_class), given))
+    config = TrainConfig(**adjust(_with_effect(load_recipe(options.recipe), given), given))
     if getattr(options, "output", "") is not None:  # named, or not an option of this command
         return config, options
     if options.resume:

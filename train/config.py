@@ -6,8 +6,6 @@ from dataclasses import dataclass
 
 from crate_fast.errors import UserError, nearest
 
-__all__ = ["DROP_RATES", "MODES_WITH_GRAPHS", "TrainConfig", "renamed_settings"]
-
 DATASETS = ("shape_scenes", "folder", "tar", "shards", "hf", "cifar10", "cifar100", "flowers102", "pets")
 _CHOICES = {
     "dataset": DATASETS,
@@ -22,6 +20,7 @@ _CHOICES = {
     "parallel": ("ddp", "fsdp", "hsdp"),
 }
 MODES_WITH_GRAPHS = ("reduce-overhead", "max-autotune")  # of torch.compile
+DROP_RATES = ("drop_rate", "attn_drop_rate", "proj_drop_rate", "pos_drop_rate", "drop_path_rate")  # timm's names
 _POSITIVE = (
     *("train_samples", "val_samples", "image_size", "repeats", "patch_size", "dim", "depth", "heads", "epochs"),
     *("batch_size", "accumulate", "lr_base_batch", "eval_every", "keep_checkpoints", "log_every"),
@@ -31,9 +30,19 @@ _NOT_NEGATIVE = (
     *("mixup", "cutmix", "workers", "weight_decay", "warmup_epochs", "min_lr", "clip_grad", "seed", "threads"),
     *("checkpoint_every", "profile"),
 )
-_AT_MOST_1024 = ("workers", "threads")  # the system refuses many more, and PyTorch then crashes
 _SHARES = ("crop_scale", "hflip", "random_erasing", "mixup_prob", "max_unreadable", "label_smoothing")
-DROP_RATES = ("drop_rate", "attn_drop_rate", "proj_drop_rate", "pos_drop_rate", "drop_path_rate")  # timm's names
+_RANGES = (  # settings, condition, words
+    (_POSITIVE, lambda value: 1 <= value < math.inf, "at least 1, and finite"),
+    (_NOT_NEGATIVE, lambda value: 0 <= value < math.inf, "at least 0, and finite"),
+    # the system refuses many more, and PyTorch then crashes
+    (("workers", "threads"), lambda value: value <= 1024, "at most 1024; a number of cores is usual"),
+    (_SHARES, lambda value: 0 <= value <= 1, "between 0 and 1"),
+    ((*DROP_RATES, "ema_decay"), lambda value: 0 <= value < 1, "at least 0, and below 1"),
+    (("layer_decay",), lambda value: 0 < value <= 1, "above 0, and at most 1"),
+    (("lr",), lambda value: 0 < value < math.inf, "positive and finite"),
+    (("mask_ratio",), lambda value: 0 < value < 1, "above 0, and below 1; 0.75 is usual"),
+    (("beta2",), lambda value: 0 < value < 1, "above 0, and below 1"),
+)
 
 
 @dataclass(frozen=True)
@@ -239,67 +248,46 @@ class TrainConfig:
             value = getattr(self, name)
             if value not in choices:
                 raise UserError(f"{name}={value!r}{nearest(value, choices)}; choose one of {', '.join(choices)}")
-        for low, names in ((1, _POSITIVE), (0, _NOT_NEGATIVE)):
+        for names, holds, words in _RANGES:
             for name in names:
                 value = getattr(self, name)
-                if value is not None and not low <= value < math.inf:
-                    raise UserError(f"{name}={value}: it must be at least {low}, and finite")
-        for name in _AT_MOST_1024:
-            if (getattr(self, name) or 0) > 1024:
-                raise UserError(f"{name}={getattr(self, name)}: it must be at most 1024; a number of cores is usual")
-        for name in _SHARES:
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"{name}={getattr(self, name)}: it must be between 0 and 1")
-        for name in DROP_RATES:
-            if not 0 <= getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)}: it must be at least 0, and below 1")
-        if not 0 < self.layer_decay <= 1:
-            raise UserError(f"layer_decay={self.layer_decay}: it must be above 0, and at most 1")
-        if not 0 < self.lr < math.inf:
-            raise UserError(f"lr={self.lr}: it must be positive and finite")
-        if self.min_lr > self.peak_lr:
-            raise UserError(f"min_lr={self.min_lr} is above the peak {self.peak_lr:g} of lr={self.lr}: lower it")
-        if self.batch_size % self.accumulate:
-            raise UserError(f"batch_size={self.batch_size} is not a multiple of accumulate={self.accumulate}")
-        if not 0 <= self.ema_decay < 1:
-            raise UserError(f"ema_decay={self.ema_decay}: it must be at least 0, and below 1")
-        if self.batch_size % self.repeats:
-            raise UserError(f"batch_size={self.batch_size} is not a multiple of repeats={self.repeats}")
-        if self.frozen and (self.mixup or self.cutmix or self.layer_decay < 1):
-            raise UserError("frozen=True trains a linear classifier alone: leave out mixup, cutmix and layer_decay")
-        if not 0 < self.mask_ratio < 1:
-            raise UserError(f"mask_ratio={self.mask_ratio}: it must be above 0, and below 1; 0.75 is usual")
-        if self.beta2 is not None and not 0 < self.beta2 < 1:
-            raise UserError(f"beta2={self.beta2}: it must be above 0, and below 1")
-        if self.head == "new" and not self.init:
-            raise UserError(
-                "head='new' replaces the classifier of loaded weights: say which with --init, or leave it out"
-            )
-        if self.init_grid and not (self.init and re.fullmatch(r"[1-9]\d*x[1-9]\d*", self.init_grid)):
-            raise UserError(
-                f"init_grid={self.init_grid!r}: give the rows and columns of patches of the file in init, such as 2x8"
-            )
-        if self.dataset != "shape_scenes" and not self.data_dir:
-            raise UserError(f"dataset={self.dataset!r} needs data_dir: pass --data-dir FOLDER")
-        self._check_graphs()
-
-    def _check_graphs(self) -> None:
-        mode = f"compile_mode={self.compile_mode!r}"
-        if self.compile_mode != "default" and not self.compile:
-            raise UserError(f"{mode} needs compile=True: pass --compile too")
-        graphs = self.compile_mode in MODES_WITH_GRAPHS
-        if graphs and self.cuda_graphs:
-            raise UserError(f"{mode} has CUDA graphs of its own: leave out cuda_graphs, or the mode")
-        if graphs and self.accumulate > 1:  # pytorch/pytorch#169545
-            raise UserError(
-                f"{mode}: PyTorch's CUDA graphs overwrite gradients with accumulate={self.accumulate}; use "
-                "cuda_graphs with compile_mode='default' or 'max-autotune-no-cudagraphs'"
-            )
-        if self.cuda_graphs and self.grad_checkpointing:  # pytorch/pytorch#162504
-            raise UserError(
-                "cuda_graphs=True: PyTorch cannot record grad_checkpointing=True, which saves the generator's state; "
-                "leave one of them out"
-            )
+                if value is not None and not holds(value):
+                    raise UserError(f"{name}={value}: it must be {words}")
+        mode, graphs = f"compile_mode={self.compile_mode!r}", self.compile_mode in MODES_WITH_GRAPHS
+        grid = not self.init_grid or (self.init and re.fullmatch(r"[1-9]\d*x[1-9]\d*", self.init_grid))
+        refused = {
+            f"min_lr={self.min_lr} is above the peak {self.peak_lr:g} of lr={self.lr}: lower it": (
+                self.min_lr > self.peak_lr
+            ),
+            f"batch_size={self.batch_size} is not a multiple of accumulate={self.accumulate}": (
+                self.batch_size % self.accumulate
+            ),
+            f"batch_size={self.batch_size} is not a multiple of repeats={self.repeats}": self.batch_size
+            % self.repeats,
+            "frozen=True trains a linear classifier alone: leave out mixup, cutmix and layer_decay": (
+                self.frozen and (self.mixup or self.cutmix or self.layer_decay < 1)
+            ),
+            "head='new' replaces the classifier of loaded weights: say which with --init, or leave it out": (
+                self.head == "new" and not self.init
+            ),
+            f"init_grid={self.init_grid!r}: give the rows and columns of patches of the file in init, such as 2x8": (
+                not grid
+            ),
+            f"dataset={self.dataset!r} needs data_dir: pass --data-dir FOLDER": (
+                self.dataset != "shape_scenes" and not self.data_dir
+            ),
+            f"{mode} needs compile=True: pass --compile too": self.compile_mode != "default" and not self.compile,
+            f"{mode} has CUDA graphs of its own: leave out cuda_graphs, or the mode": graphs and self.cuda_graphs,
+            # pytorch/pytorch#169545
+            f"{mode}: PyTorch's CUDA graphs overwrite gradients with accumulate={self.accumulate}; use cuda_graphs "
+            "with compile_mode='default' or 'max-autotune-no-cudagraphs'": graphs and self.accumulate > 1,
+            # pytorch/pytorch#162504
+            "cuda_graphs=True: PyTorch cannot record grad_checkpointing=True, which saves the generator's state; "
+            "leave one of them out": self.cuda_graphs and self.grad_checkpointing,
+        }
+        for message, wrong in refused.items():
+            if wrong:
+                raise UserError(message)
 
     @property
     def peak_lr(self) -> float:

@@ -9,8 +9,6 @@ from torch import Tensor
 
 from crate_fast.errors import UserError
 
-__all__ = ["GraphedCall", "record"]
-
 _WARM_UPS = 3
 _Result = TypeVar("_Result")
 
@@ -20,10 +18,6 @@ def record(function: Callable[[], _Result]) -> tuple[_Result, Callable[[], None]
 
     Returns:
         (result of the recorded call: tensors that only a replay fills; the replay).
-
-    Raises:
-        UserError: There is no CUDA GPU.
-        RuntimeError: The function waits for the device, or does something else that cannot be recorded.
     """
     if not torch.cuda.is_available():
         raise UserError("CUDA graphs need a CUDA GPU, and PyTorch finds none")
@@ -43,8 +37,7 @@ def record(function: Callable[[], _Result]) -> tuple[_Result, Callable[[], None]
 class GraphedCall:
     """A function of tensors that is recorded as a CUDA graph at its first call and replayed at every call.
 
-    Shapes and dtypes must stay those of the first call, and so must the addresses of all else that the function reads
-    and writes. The next call overwrites the result.
+    Shapes, dtypes and addresses must stay those of the first call. The next call overwrites the result.
 
     Args:
         function: Takes tensors on the GPU; it neither waits for the device nor decides by values.
@@ -58,11 +51,7 @@ class GraphedCall:
         self._replay: Callable[[], None] | None = None
 
     def __call__(self, *inputs: Tensor) -> _Result:
-        """Copy the inputs to where the graph reads them, and replay it.
-
-        Raises:
-            UserError: An input has another shape or dtype than at the first call.
-        """
+        """Copy the inputs to where the graph reads them, and replay it."""
         if self._replay is None:
             self._inputs = [tensor.clone() for tensor in inputs]
             with self.recording():

@@ -23,35 +23,10 @@ from torch.nn.parallel import DistributedDataParallel
 from crate_fast.errors import UserError
 from crate_fast.train.config import MODES_WITH_GRAPHS, TrainConfig
 
-__all__ = [
-    "Processes",
-    "check_settings",
-    "choose_device",
-    "full_state",
-    "gradient_sync",
-    "is_sharded",
-    "layers_of",
-    "load_full_state",
-    "parallelize",
-    "process_group",
-    "shard",
-    "shards_model",
-    "share_buffers",
-    "unsharded",
-]
-
 
 @dataclass(frozen=True)
 class Processes:
-    """Rank and world size of this process.
-
-    Attributes:
-        rank: Rank over all hosts.
-        local_rank: Rank on this host.
-        world_size: Number of processes; 1 without `torchrun`.
-        device: Where this process computes.
-        local_world_size: Number of processes on this host.
-    """
+    """Rank and world size of this process, over all hosts and on this one, and where it computes."""
 
     rank: int
     local_rank: int
@@ -72,11 +47,7 @@ class Processes:
 
     def agree(self, value: str) -> str:
         """Return the first process's `value`."""
-        if self.world_size == 1:
-            return value
-        box = [value]
-        dist.broadcast_object_list(box, src=0)
-        return box[0]
+        return self.gather(value)[0]
 
     def gather(self, value: object) -> list:
         """Return every process's picklable `value`, in the order of ranks."""
@@ -96,11 +67,7 @@ class Processes:
 
 
 def choose_device(asked: str, local_rank: int = 0) -> torch.device:
-    """Return the device that `--device` names, made the current one; "auto" is a GPU where there is one.
-
-    Raises:
-        UserError: PyTorch does not see it.
-    """
+    """Return the device that `--device` names, made the current one; "auto" is a GPU where there is one."""
     kind = ("cuda" if torch.cuda.is_available() else "cpu") if asked == "auto" else asked
     try:
         device = torch.device(kind)
@@ -140,14 +107,10 @@ def _fresh_store(rank: int, world_size: int) -> dict:
 
 @contextmanager
 def process_group(device: str, threads: int = 0):
-    """Join the processes that `torchrun` started (NCCL on GPUs, gloo on CPUs); alone, do nothing.
+    """Join the processes that `torchrun` started (NCCL on GPUs, gloo on CPUs), as `Processes`; alone, do nothing.
 
-    Args:
-        device: "auto", "cpu", "cuda" or "cuda:0".
-        threads: CPU threads of this process; 0: PyTorch's choice for one process, an equal share for each of many.
-
-    Yields:
-        `Processes`.
+    `threads` are the CPU threads of this process; 0 is PyTorch's choice for one process, an equal share for each of
+    many.
     """
     rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
     world_size, local_size = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -185,11 +148,7 @@ def shards_model(config: TrainConfig, processes: Processes) -> bool:
 
 
 def check_settings(config: TrainConfig, processes: Processes) -> None:
-    """Refuse settings that these processes cannot carry out.
-
-    Raises:
-        UserError: The message says which, and what to change.
-    """
+    """Refuse settings that these processes cannot carry out, with what to change."""
     sharded = shards_model(config, processes)
     if sharded and config.clip_mode == "agc" and config.clip_grad:
         raise UserError(
@@ -223,9 +182,6 @@ def shard(model: nn.Module, config: TrainConfig, processes: Processes) -> nn.Mod
     """Shard a model's parameters by FSDP2, in place: each layer a unit, the rest another.
 
     Parameters are gathered and gradients reduced in fp32, so that losses equal DDP's; only autocast lowers precision.
-
-    Raises:
-        UserError: "hsdp" where hosts have different numbers of processes.
     """
     kind = processes.device.type
     if config.parallel == "hsdp":
@@ -249,10 +205,7 @@ def shard(model: nn.Module, config: TrainConfig, processes: Processes) -> nn.Mod
 def parallelize(model: nn.Module, config: TrainConfig, processes: Processes) -> nn.Module:
     """Return the module that runs training steps: the model, compiled if asked for, in DDP over many processes.
 
-    Args:
-        model: On its device, and sharded for fsdp and hsdp.
-        config: Settings of the run.
-        processes: Rank and world size.
+    `model` is on its device, and sharded for fsdp and hsdp.
     """
     runner = model
     if config.compile and is_sharded(model):  # layer by layer: FSDP's gathering stays outside of the graphs
@@ -285,11 +238,9 @@ def gradient_sync(runner: nn.Module, sync: bool):
 def full_state(
     model: nn.Module, optimizer: torch.optim.Optimizer | None = None
 ) -> tuple[dict[str, Tensor], dict[str, object]]:
-    """Gather weights and optimiser state on the CPU: a collective call.
+    """Gather (weights, optimiser state by parameter names) on the CPU: a collective call.
 
-    Returns:
-        (state dict, optimiser state by parameter names), the latter empty without an optimiser. Only the first
-        process has them if the model is sharded; the others get empty dicts.
+    Only the first process has them if the model is sharded; the others get empty dicts.
     """
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights = get_model_state_dict(model, options=options)
@@ -315,10 +266,7 @@ def load_full_state(
 def unsharded(model: nn.Module, build: Callable[[], nn.Module], processes: Processes) -> nn.Module | None:
     """Return the whole model on the first process, None on the others: a collective call.
 
-    Args:
-        model: Sharded, copied by `build`; or whole, returned itself.
-        build: Makes a model of the same architecture.
-        processes: Rank and world size.
+    A sharded model is copied into one of the same architecture that `build` makes; any other is returned itself.
     """
     if not is_sharded(model):
         return model if processes.first else None

@@ -12,14 +12,9 @@ from torch.distributed.tensor import DTensor
 from crate_fast.errors import UserError
 from crate_fast.train.distributed import is_sharded
 
-__all__ = ["Interruption", "NonFinite", "NonFiniteError", "diagnosis", "poisoned"]
-
 
 class Interruption:
-    """A note of SIGTERM or SIGUSR1 (preemption, a job's end); the loop reads it after each step, saves and leaves.
-
-    Args:
-        *more: Further signals to note.
+    """A note of SIGTERM, SIGUSR1 or one of `more`; the loop reads it after each step, saves and leaves.
 
     >>> with Interruption() as interruption:
     ...     signal.raise_signal(signal.SIGTERM)
@@ -54,13 +49,10 @@ class NonFiniteError(UserError):
 
 @dataclass
 class NonFinite:
-    """The count of steps skipped because loss or gradient was not finite.
+    """The count of steps skipped because loss or gradient was not finite; `limit` in a row end the run.
 
-    Attributes:
-        limit: Number of such steps in a row that ends the run.
-        total, in_a_row: Steps skipped so far.
-        overflows: Steps in which fp16's scale was too large, which is no fault.
-        last: (step, loss, gradient norm) of those in a row.
+    `overflows` are steps in which fp16's scale was too large, which is no fault. `last` has (step, loss, gradient
+    norm).
     """
 
     limit: int
@@ -74,13 +66,7 @@ class NonFinite:
         self.in_a_row, self.last = 0, []
 
     def failed(self, step: int, loss: float, norm: float, explain: Callable[[], str]) -> None:
-        """Count a skipped step.
-
-        Args:
-            step: Its number, from 0.
-            loss: Mean over all processes.
-            norm: Of the gradient.
-            explain: Says where values stop being finite.
+        """Count a skipped step; `explain` says where values stop being finite.
 
         Raises:
             NonFiniteError: `limit` steps in a row were skipped.
@@ -116,12 +102,7 @@ def poisoned(weights: dict[str, Tensor]) -> list[str]:
 def diagnosis(model: nn.Module, images: Tensor, outputs: Callable[[nn.Module, Tensor], tuple[Tensor, ...]]) -> str:
     """Say where values stop being finite: images, weights, gradients, or the first module whose output does.
 
-    Runs the model once more, in fp32, unless it is sharded.
-
-    Args:
-        model: After the backward pass of the step, gradients in place.
-        images: The step's last micro-batch, normalised.
-        outputs: Runs the model on images.
+    Runs the model once more on `images`, normalised, in fp32, unless it is sharded. Gradients are those of the step.
     """
     if not images.isfinite().all():
         return "The images themselves are not finite"

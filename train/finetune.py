@@ -3,7 +3,6 @@
 Starts from a run's best checkpoint, RUN@STEP, or a weights file. A run also gives its architecture and pixel
 statistics, unless the command line names others. A CRATE-MAE gives its encoder (its file needs --model
 crate_mae_encoder_…). The classifier is kept, and must fit, or is new with `--head new`, as in the recipes.
-Positions are resampled to the new image size. All this is printed.
 """
 
 import sys
@@ -14,19 +13,13 @@ from crate_fast.registry import MAE, MAE_ENCODER, is_mae
 from crate_fast.train.runs import initial_run, run_config
 from crate_fast.train.trainer import train_command
 
-__all__ = ["inheriting", "main"]
-
 INHERITED = (
     *("model", "patch_size", "dim", "depth", "heads", "residual", "attention", "sparsifier", "threshold", "mean"),
 )
 
 
 def inheriting(values: dict, chosen: dict) -> dict:
-    """Return settings: the command line's, then those of the run that it starts from, then the recipe's.
-
-    Args:
-        values: Settings of the recipe.
-        chosen: Settings of the command line.
+    """Return settings: the command line's (`chosen`), then those of the run that it starts from, then the recipe's.
 
     Raises:
         UserError: There is nothing to start from.

@@ -11,8 +11,6 @@ from crate_fast.errors import UserError
 from crate_fast.train.finetune import inheriting
 from crate_fast.train.trainer import train_command
 
-__all__ = ["main"]
-
 
 def _frozen(values: dict, chosen: dict) -> dict:
     settings = inheriting(values, chosen)

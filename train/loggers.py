@@ -17,8 +17,6 @@ from crate_fast.errors import UserError
 from crate_fast.train.checkpoint import write_text, writing
 from crate_fast.train.distributed import Processes
 
-__all__ = ["Interval", "Loggers", "profiler"]
-
 _BEFORE_PROFILE = 10  # steps: compilation, caches and clocks settle
 
 
@@ -54,10 +52,6 @@ class Loggers:
         step: Optimiser steps done; later points of an interrupted session are dropped from TensorBoard.
         project: Weights & Biases project; none when empty.
         config: Settings of the run, for Weights & Biases.
-
-    Raises:
-        UserError: Weights & Biases is asked for and not installed.
-        DiskError: A file could not be written.
     """
 
     def __init__(self, folder: Path, history: list[dict], step: int, project: str, config: dict):
@@ -126,11 +120,8 @@ def _wandb_run(folder: Path, project: str, config: dict):
 def profiler(folder: Path, steps: int, left: int, processes: Processes):
     """Return a context whose `step()` is to be called after each step: PyTorch's profiler after the first ten.
 
-    Args:
-        folder: Gets rank0.json, rank1.json, …, for chrome://tracing or Perfetto.
-        steps: Number of steps to record; 0 for none: the context is then None.
-        left: Steps that the run still has; a warning if they are too few.
-        processes: Rank and world size.
+    It records `steps` steps into `folder`/rank0.json, …, for chrome://tracing or Perfetto; 0 for none: it is then
+    None. `left` are the steps that the run still has; a warning if they are too few.
     """
     if not steps:
         return nullcontext()

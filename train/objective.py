@@ -20,19 +20,14 @@ from crate_fast.train.data import Batch, drawing_from
 from crate_fast.train.distributed import Processes
 from crate_fast.train.reconstruction import image_noise
 
-__all__ = ["Classification", "Objective", "Reconstruction", "objective_for"]
-
 _BATCH_KEY = 2**40  # apart from the numbers of samples, which are augmented by generators of (seed, epoch, number)
 
 
 class Objective(ABC):
     """Loss and scores of a model; `objective_for` chooses one.
 
-    Attributes:
-        measures: Names of what `training` returns, the loss first.
-        scores: Names of what `evaluation` returns, the one that chooses the best checkpoint first.
-        larger_is_better: Direction of the first score.
-        dtype: Dtype of autocast; None for plain fp32.
+    `measures` name what `training` returns, the loss first. `scores` name what `evaluation` returns; the first
+    chooses the best checkpoint. `dtype` is autocast's, None for plain fp32.
     """
 
     measures: tuple[str, ...]
@@ -49,11 +44,7 @@ class Objective(ABC):
     def inputs(self, images: Tensor, labels: Tensor, step: int, part: int) -> tuple[Tensor, ...]:
         """Draw what is random in a micro-batch, and return what `training` takes of it, on the device.
 
-        Args:
-            images: Normalised, [B, 3, S, S].
-            labels: Classes [B].
-            step: Optimiser step, from 0.
-            part: Number of the micro-batch among this process's in the step, from 0.
+        `images` are normalised, [B, 3, S, S]; `labels` [B]; `part` numbers the step's micro-batches of this process.
         """
 
     @abstractmethod
@@ -79,11 +70,7 @@ class Objective(ABC):
 
 
 class Classification(Objective):
-    """Classes, by cross-entropy, on batches that timm's random erasing, mixup and cutmix augment on the device.
-
-    Raises:
-        UserError: Images are to be mixed and a micro-batch has an odd number of them.
-    """
+    """Classes, by cross-entropy, on batches that timm's random erasing, mixup and cutmix augment on the device."""
 
     measures = ("loss", "accuracy")
     scores = ("accuracy", "loss", "top5")
@@ -117,21 +104,18 @@ class Classification(Objective):
         return images, targets, labels
 
     def training(self, runner, images, targets, labels):
-        """Return loss and accuracy."""
         smoothing = self.config.label_smoothing if targets.dim() == 1 else 0.0  # a mixture has it in it
         logits = self.forward(runner, images)[0].float()
         loss = F.cross_entropy(logits, targets, label_smoothing=smoothing)
         return torch.stack([loss, (logits.detach().argmax(dim=1) == labels).float().mean()])
 
     def evaluation(self, model, images, batch):
-        """Return sums of accuracy, loss and top-5 accuracy."""
         logits, labels = self.forward(model, images)[0].float(), batch.labels.to(images.device)
         ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
         loss = F.cross_entropy(logits, labels, reduction="sum")
         return torch.stack([value.double() for value in (ranked[:, 0].sum(), loss, ranked.sum())])
 
     def outputs(self, model, images):
-        """Return the logits."""
         return (model(images),)
 
 
@@ -153,7 +137,6 @@ class Reconstruction(Objective):
         self._drawn: tuple[int, Tensor] = (-1, torch.empty(0))
 
     def inputs(self, images, labels, step, part):
-        """Return images, and the noise that hides their patches."""
         if self._drawn[0] != step:
             seed = np.random.SeedSequence((self.config.seed, step)).generate_state(1, np.uint64)[0]
             generator = torch.Generator().manual_seed(int(seed))
@@ -163,13 +146,11 @@ class Reconstruction(Objective):
         return images, mine.to(images.device, non_blocking=True)
 
     def training(self, runner, images, noise):
-        """Return the loss."""
         with self.autocast(images.device):
             loss, _, _ = runner(images, self.config.mask_ratio, noise=noise)
         return loss.float().unsqueeze(0)
 
     def evaluation(self, model, images, batch):
-        """Return the sum of the losses."""
         with self.autocast(images.device):
             loss, _, _ = model(images, self.config.mask_ratio, noise=self.noise(batch).to(images.device))
         return loss.double().unsqueeze(0) * len(images)
@@ -179,16 +160,11 @@ class Reconstruction(Objective):
         return image_noise(self.model, [(self.config.seed, *key) for key in batch.keys])
 
     def outputs(self, model, images):
-        """Return the loss and the predicted patches."""
         return model(images, self.config.mask_ratio)[:2]
 
 
 def objective_for(model: nn.Module, config: TrainConfig, processes: Processes) -> Objective:
-    """Return the objective that a model is made for.
-
-    Raises:
-        UserError: The settings do not fit it.
-    """
+    """Return the objective that a model is made for."""
     if not isinstance(model, CRATEMAE):
         return Classification(model, config, processes)
     unused = [name for name in ("mixup", "cutmix", "random_erasing") if getattr(config, name)]

@@ -11,8 +11,6 @@ from torch.distributed.tensor import DTensor
 from crate_fast.errors import UserError, nearest
 from crate_fast.train.config import TrainConfig
 
-__all__ = ["build_optimizer", "check_optimizer", "clip_gradients", "gradient_norm", "learning_rate"]
-
 _MOMENTUM = 0.9  # of LARS, as in MAE's linear probe
 _REFUSED = {
     "adahessian": "needs second derivatives, which the layers do not have",
@@ -24,11 +22,7 @@ _REFUSED = {
 
 
 def check_optimizer(name: str) -> None:
-    """Refuse an optimiser that timm does not have.
-
-    Raises:
-        UserError: The message suggests the nearest name.
-    """
+    """Refuse an optimiser that timm does not have."""
     known = list_optimizers()
     if name not in known:
         raise UserError(f"optimizer={name!r}{nearest(name, known) or ': timm has no such one'}")
@@ -39,10 +33,6 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
 
     "lars" is MAE's: matrices have LARS's trust ratio, biases do not. (timm chooses by the weight decay, which a probe
     does not have.) All others are timm's by name.
-
-    Args:
-        model: With timm's `no_weight_decay` and `get_classifier`; in a frozen run only its classifier is trained.
-        config: Settings of the run.
 
     Raises:
         UserError: timm has no such optimiser, or it cannot be used here.
@@ -105,13 +95,9 @@ def gradient_norm(model: nn.Module) -> Tensor:
 
 
 def clip_gradients(model: nn.Module, limit: float, mode: str, norm: Tensor) -> None:
-    """Clip the gradients in place, with "agc" all but the classifier's.
+    """Clip the gradients in place to `limit`, by "norm", "value" or "agc" (without the classifier); 0: not at all.
 
-    Args:
-        model: With timm's `get_classifier`.
-        limit: See `TrainConfig.clip_grad`; nothing is clipped at 0.
-        mode: "norm", "value" or "agc".
-        norm: `gradient_norm(model)`.
+    `norm` is `gradient_norm(model)`.
     """
     if not limit:
         return

@@ -1,18 +1,9 @@
 """Print what a training run will cost before it starts: `crate-fast plan --recipe in21k_paper --gpus 8`.
 
-The command takes every setting of training and needs neither data nor a GPU. It prints parameters, operations, steps,
-memory and reads. Hours need a measured rate (`--throughput`): the folder or summary.json of a finished run, however
-short, or a JSON object, bare or under the key "throughput", with
-
-    images_per_s_per_device   images a second in training, over the number of devices
-    device                    its name, such as "NVIDIA H200"
-    model, image_size, patch_size   as in a run's settings; patch_size in pixels, null for a model without patches
-    precision, parallel, devices, batch_size   optional conditions; batch_size on one device, one pass
-
-A rate of another model is refused. Other conditions that differ are printed beside the hours.
-
-Operations and memory are counted without data: on PyTorch's "meta" device, and with fake tensors, which have a shape,
-a dtype and a device only.
+The command takes every setting of training and needs neither data nor a GPU: it counts on PyTorch's "meta" device and
+with fake tensors. Hours need a measured rate (`--throughput`): a finished run's folder or summary.json, or a JSON
+object, bare or under the key "throughput", with the entries of RATE (patch_size null for a model without patches) and
+optionally of CONDITIONS and ARCHITECTURE. A rate of another model is refused; other conditions are printed.
 """
 
 import argparse
@@ -48,8 +39,6 @@ from crate_fast.train.finetune import inheriting
 from crate_fast.train.optimizer import check_optimizer
 from crate_fast.train.runs import build_model, patch_size_of
 
-__all__ = ["Flops", "activation_bytes", "count_flops", "main", "make_plan", "meta_model"]
-
 KNOWN_SIZES = {  # training images, classes
     "in1k": (1_281_167, 1_000),
     "in21k": (14_197_122, 21_841),
@@ -59,7 +48,7 @@ KNOWN_SIZES = {  # training images, classes
     "pets": (3_680, 37),
 }
 RATE = ("images_per_s_per_device", "device", "model", "image_size", "patch_size")
-RATE_CONDITIONS = ("precision", "parallel", "devices", "batch_size")
+CONDITIONS = ("precision", "parallel", "devices", "batch_size")  # batch_size on one device, one pass
 ARCHITECTURE = (
     *("dim", "depth", "heads", "residual", "attention", "sparsifier", "threshold"),
     *("decoder_depth", "visible_only", "mask_ratio"),
@@ -71,27 +60,17 @@ NOT_IN_MEMORY = (
 )
 
 
-# --- data and measured rates
-
-
 def find_data_size(config: TrainConfig, recipe: str, images: int | None, classes: int | None) -> tuple[int, int, str]:
     """Return the training images, the classes, and their source: the command line, the data, or the recipe's name.
-
-    Args:
-        config: The run's settings.
-        recipe: Its recipe; one that names a known data set (in1k_…, …_in21k) is taken to train on it.
-        images, classes: Values of the command line, or None.
 
     Raises:
         UserError: One of them is not known, or the folder is no data set.
     """
     split = Path(config.data_dir) / config.train_split
-    known = next((word for word in Path(recipe).stem.split("_") if word in KNOWN_SIZES), "")
+    known = next((word for word in (config.dataset, *Path(recipe).stem.split("_")) if word in KNOWN_SIZES), None)
     found, source = (None, None), ""
     if config.dataset == "shape_scenes":
         found, source = (config.train_samples, len(CLASSES)), "train_samples"
-    elif config.dataset in KNOWN_SIZES:
-        found, source = KNOWN_SIZES[config.dataset], f"the known size of {config.dataset}"
     elif None in (images, classes) and config.dataset == "folder" and split.is_dir():
         tree = find_images(split)
         found = (len(tree.names), len(tree.labelled(str(split))[0])) if tree.names else (0, 0)
@@ -99,22 +78,20 @@ def find_data_size(config: TrainConfig, recipe: str, images: int | None, classes
     elif known:
         found, source = KNOWN_SIZES[known], f"the known size of {known}"
     options = {"--images": images, "--classes": classes}
-    given = [option for option, value in options.items() if value is not None]
-    sizes = [value if value is not None else found[i] for i, value in enumerate(options.values())]
+    sizes = [size if value is None else value for value, size in zip(options.values(), found, strict=True)]
     for option, size in zip(options, sizes, strict=True):
         if not size:
-            empty = f", and {source.removeprefix('counted in ')} holds none" if size == 0 else ""
+            empty = f", and {split} holds none" if size == 0 else ""
             raise UserError(
                 f"how many {option[2:]} dataset={config.dataset!r} has is not known{empty}: pass {option} N, or, "
                 "for a folder on this machine, --data-dir and --train-split"
             )
-    return *sizes, ", ".join([*given, *([source] if len(given) < 2 else [])])
+    given = [option for option, value in options.items() if value is not None]
+    return *sizes, ", ".join([*given, source][:2])
 
 
 def read_throughput(path: Path, config: TrainConfig, patch_size: int | None) -> dict:
-    """Read a measured rate from a JSON file, a run's summary.json or a run's folder.
-
-    The architecture that was measured is taken from the run's config.yaml, or from the same settings in the file.
+    """Read a measured rate; the architecture that was measured is in the run's config.yaml, or in the file.
 
     Raises:
         UserError: There is no such file, it holds no rate, or the rate is of another model.
@@ -131,38 +108,21 @@ def read_throughput(path: Path, config: TrainConfig, patch_size: int | None) -> 
     if missing:
         raise UserError(f"--throughput {file} lacks {', '.join(missing)}: `crate-fast plan` needs {', '.join(RATE)}")
     rate = values["images_per_s_per_device"]
-    if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate < math.inf:
+    if type(rate) not in (int, float) or not 0 < rate < math.inf:
         raise UserError(f"--throughput {file}: images_per_s_per_device={rate!r} is not a positive number")
-    settings = file.parent / "config.yaml"
-    defaults = {name: getattr(TrainConfig, name) for name in ARCHITECTURE}
-    measured = (defaults | load_recipe(str(settings)) if settings.is_file() else {}) | values
-    planned = {"model": config.model, "image_size": config.image_size, "patch_size": patch_size}
-    if values["patch_size"] is None:  # a model without patches
-        planned["patch_size"] = config.patch_size
+    measured, settings = values, file.parent / "config.yaml"
+    if settings.is_file():
+        measured = {name: getattr(TrainConfig, name) for name in ARCHITECTURE} | load_recipe(str(settings)) | values
+    planned = {"model": config.model, "image_size": config.image_size}
+    planned["patch_size"] = config.patch_size if values["patch_size"] is None else patch_size
     planned |= {name: getattr(config, name) for name in ARCHITECTURE if name in measured}
-    differing = [
-        f"{name} {measured[name]!r} measured, {value!r} planned"
-        for name, value in planned.items()
-        if measured[name] != value
-    ]
+    differing = [f"{n} {measured[n]!r} measured, {v!r} planned" for n, v in planned.items() if measured[n] != v]
     if differing:
         raise UserError(f"--throughput {file} is of another model ({'; '.join(differing)}): measure this one")
-    return {name: values.get(name) for name in (*RATE, *RATE_CONDITIONS)}
+    return {name: values.get(name) for name in (*RATE, *CONDITIONS)}
 
 
-def _differing_conditions(throughput: dict, planned: dict) -> list[str]:
-    remarks = [
-        f"measured with {name} {throughput[name]}, planned with {planned[name]}"
-        for name in ("precision", "parallel", "batch_size")
-        if throughput[name] not in (None, planned[name])
-    ]
-    if throughput["devices"] != planned["devices"]:
-        measured = throughput["devices"] or "an unknown number of"
-        remarks.append(f"assumes that the rate grows in proportion from {measured} to {planned['devices']} devices")
-    return remarks
-
-
-# --- operations
+# --- operations and memory
 
 
 def meta_model(config: TrainConfig, num_classes: int) -> nn.Module:
@@ -180,15 +140,9 @@ class Flops(NamedTuple):
 
 
 def count_flops(model: nn.Module, image_size: int, mask_ratio: float = 0.75) -> Flops:
-    """Count the operations for one image: the matrix products that the formula needs, two FLOPs a multiply-add.
+    """Count the matrix products of the formula for one image of a `meta_model`, two FLOPs a multiply-add.
 
-    PyTorch counts two batches; their difference leaves out what does not grow with the images, such as folding ISTA's
-    dictionaries, so that ISTA has one product, y = relu(x + xG − ηλ).
-
-    Args:
-        model: From `meta_model`.
-        image_size: Height and width in pixels.
-        mask_ratio: Share of hidden patches, for a CRATE-MAE, whose loss is not counted.
+    The difference of two batches leaves out what does not grow with the images, such as folding ISTA's dictionaries.
     """
     counts = []
     for batch in (1024, 2048):  # large enough that dictionaries are folded
@@ -202,20 +156,13 @@ def count_flops(model: nn.Module, image_size: int, mask_ratio: float = 0.75) -> 
     return Flops(*((more - fewer) // 1024 for fewer, more in zip(*counts, strict=True)))
 
 
-# --- memory
-
-
 def _local_elements(parameter: Tensor, shards: int) -> int:
-    """Count the elements that one of `shards` processes holds: FSDP2 cuts along the first dimension, and pads."""
-    rows = parameter.shape[0] if parameter.dim() else 1
+    rows = parameter.shape[0] if parameter.dim() else 1  # FSDP2 cuts along the first dimension, and pads
     return math.ceil(rows / shards) * (parameter.numel() // max(1, rows))
 
 
 def optimizer_bytes(model: nn.Module, config: TrainConfig, shards: int = 1) -> int:
-    """Return the bytes of the optimiser's states on one device, found by a step with the optimiser itself.
-
-    The step is over one parameter of each shape, on the CPU: exact for any optimiser, with little memory.
-    """
+    """Return the bytes of the optimiser's states on one device, found by a step on one parameter of each shape."""
     check_optimizer(config.optimizer)
     trained = [p for p in model.parameters() if p.requires_grad]
     states = {}
@@ -232,21 +179,12 @@ def optimizer_bytes(model: nn.Module, config: TrainConfig, shards: int = 1) -> i
 def activation_bytes(
     model: nn.Module, config: TrainConfig, images: int, num_classes: int, device: str, dtype: torch.dtype | None
 ) -> int:
-    """Return the bytes that autograd keeps from the forward to the backward pass of a micro-batch on one device.
+    """Return the bytes that autograd keeps for the backward pass of a micro-batch of `images` on one device.
 
-    Every storage saved for backward counts once, parameters excepted, as the kernels of the device save them. With
-    gradient checkpointing one layer is added, which is there again while it is recomputed.
-
-    Args:
-        model: From `meta_model`.
-        config: The run's settings.
-        images: Images of a micro-batch.
-        num_classes: Classes of the loss.
-        device: "cuda" or "cpu"; need not be there.
-        dtype: Autocast's dtype; None for fp32.
+    Every storage that the device's kernels save counts once, parameters excepted. With gradient checkpointing one
+    layer is added, which is there again while it is recomputed. `device` is "cuda" or "cpu", and need not be there.
     """
-    kept = _saved_bytes(model, config, images, num_classes, device, dtype)
-    layers = len(layers_of(model))
+    kept, layers = _saved_bytes(model, config, images, num_classes, device, dtype), len(layers_of(model))
     if not config.grad_checkpointing or not layers:
         return kept
     model.set_grad_checkpointing(True)
@@ -259,14 +197,12 @@ class _FlashAttention(TorchFunctionMode):
     """Attention as a GPU's fused kernels keep it; without a GPU PyTorch would choose plain products, and keep N²."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func is not F.scaled_dot_product_attention or len(args) > 3 or kwargs.get("attn_mask") is not None:
-            return func(*args, **kwargs)
-        names = ("query", "key", "value")
-        query, key, value = (*args, *(kwargs[name] for name in names[len(args) :]))
-        dropout, causal = kwargs.get("dropout_p", 0.0), kwargs.get("is_causal", False)
+        options = dict(kwargs or {})
+        if func is not F.scaled_dot_product_attention or len(args) != 3 or options.pop("attn_mask", None) is not None:
+            return func(*args, **(kwargs or {}))
+        dropout, causal = options.get("dropout_p", 0.0), options.get("is_causal", False)
         flash = torch.ops.aten._scaled_dot_product_flash_attention
-        return flash(query, key, value, dropout, causal, scale=kwargs.get("scale"))[0]
+        return flash(*args, dropout, causal, scale=options.get("scale"))[0]
 
 
 @contextmanager
@@ -283,9 +219,7 @@ def _autocast(device: str, dtype: torch.dtype | None) -> Iterator[None]:
         torch.clear_autocast_cache()
 
 
-def _saved_bytes(
-    model: nn.Module, config: TrainConfig, batch: int, num_classes: int, device: str, dtype: torch.dtype | None
-) -> int:
+def _saved_bytes(model, config: TrainConfig, batch: int, num_classes: int, device: str, dtype) -> int:
     saved: dict[int, torch.UntypedStorage] = {}  # the storages themselves: a freed one's address may come back
 
     def keep(tensor: Tensor) -> Tensor:
@@ -296,17 +230,17 @@ def _saved_bytes(
     def fake(tensor: Tensor) -> Tensor:
         return torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
 
-    attention = _FlashAttention() if device == "cuda" else nullcontext()
+    autoencoder, attention = isinstance(model, CRATEMAE), _FlashAttention() if device == "cuda" else nullcontext()
     with FakeTensorMode(allow_non_fake_inputs=True), assuming_gpu():
         state = {name: nn.Parameter(fake(p), p.requires_grad) for name, p in model.named_parameters()}
         state |= {name: fake(b) for name, b in model.named_buffers()}
         own = {tensor.untyped_storage()._cdata for tensor in state.values()}
         images = torch.empty(batch, 3, config.image_size, config.image_size, device=device)
-        inputs = (images, config.mask_ratio) if isinstance(model, CRATEMAE) else (images,)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), attention:
             with _autocast(device, dtype):
+                inputs = (images, config.mask_ratio) if autoencoder else (images,)
                 output = torch.func.functional_call(model, state, inputs)
-            if not isinstance(model, CRATEMAE):  # whose output has the loss in it
+            if not autoencoder:  # whose output has the loss in it
                 mixed = config.mixup or config.cutmix
                 labels = torch.empty((batch, num_classes) if mixed else batch, device=device)
                 smoothing = 0.0 if mixed else config.label_smoothing
@@ -314,62 +248,11 @@ def _saved_bytes(
         return sum(storage.nbytes() for address, storage in saved.items() if address not in own)
 
 
-def _memory(model: nn.Module, config: TrainConfig, shards: int, activations: int) -> dict[str, int]:
-    held = {p: _local_elements(p, shards) * p.element_size() for p in model.parameters()}
-    memory = {
-        "weights": sum(held.values()),
-        "gradients": sum(size for p, size in held.items() if p.requires_grad),
-        "optimizer": optimizer_bytes(model, config, shards),
-        "ema": sum(held.values()) if config.ema_decay else 0,
-        "activations": activations,
-    }
-    return memory | {"total": sum(memory.values())}
-
-
 # --- the plan
 
 
-def _schedule(config: TrainConfig, images: int, source: str, gpus: int) -> dict:
-    train_loader(dataclasses.replace(config, workers=0), range(images), world_size=gpus)  # for its errors
-    steps_per_epoch = images // config.batch_size
-    return {
-        "images": images,
-        "images_from": source,
-        "epochs": config.epochs,
-        "batch_size": config.batch_size,
-        "accumulate": config.accumulate,
-        "micro_batch": config.batch_size // (config.accumulate * gpus),
-        "steps_per_epoch": steps_per_epoch,
-        "steps": steps_per_epoch * config.epochs,
-        "images_seen": steps_per_epoch * config.epochs * config.batch_size,
-        "optimizer": config.optimizer,
-        "peak_lr": config.peak_lr,
-        "warmup_steps": math.ceil(config.warmup_epochs * steps_per_epoch),
-    }
-
-
-def _model_facts(model: nn.Module, config: TrainConfig, classes: int) -> dict:
-    patches = getattr(getattr(model, "patch_embed", None), "num_patches", None)  # of a ViT
-    tokens = None if patches is None else patches + getattr(model, "num_prefix_tokens", 0)
-    crate = isinstance(model, CRATE | CRATEMAE)
-    return {
-        "name": config.model,
-        "crate": crate,
-        "image_size": config.image_size,
-        "patch_size": patch_size_of(model),
-        "tokens_per_image": math.prod(model.grid_size) + 1 if crate else tokens,
-        "classes": None if isinstance(model, CRATEMAE) else classes,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "parameters_trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
-    }
-
-
 def make_plan(config: TrainConfig, options: argparse.Namespace) -> dict:
-    """Return everything that `crate-fast plan` prints, as plain values.
-
-    Args:
-        config: The run's settings.
-        options: recipe, gpus, hosts, images, classes, throughput, hours and image_kb of the command line.
+    """Return everything that `crate-fast plan` prints, as plain values; `options` are those of `_add_options`.
 
     Raises:
         UserError: The run is impossible, or something about it is not known; the message says what to pass.
@@ -382,58 +265,71 @@ def make_plan(config: TrainConfig, options: argparse.Namespace) -> dict:
     if gpus % hosts:
         raise UserError(f"--gpus {gpus} cannot be shared out to --hosts {hosts}: make it a multiple")
     images, classes, source = find_data_size(config, options.recipe, options.images, options.classes)
-    schedule = _schedule(config, images, source, gpus)
+    train_loader(dataclasses.replace(config, workers=0), range(images), world_size=gpus)  # for its errors
     model = meta_model(config, classes)
-    facts = _model_facts(model, config, classes)
-    throughput = read_throughput(options.throughput, config, facts["patch_size"]) if options.throughput else None
-
+    patch_size, crate = patch_size_of(model), isinstance(model, CRATE | CRATEMAE)
+    measured = read_throughput(options.throughput, config, patch_size) if options.throughput else None
     device = "cpu" if config.device == "cpu" else "cuda"  # "auto" is planned for a GPU
     precision = {"cpu": "fp32", "cuda": "bf16"}[device] if config.precision == "auto" else config.precision
     dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    planned = {"precision": precision, "parallel": config.parallel, "devices": gpus}
     shards = {"ddp": 1, "fsdp": gpus, "hsdp": gpus // hosts}[config.parallel]
-    flops = count_flops(model, config.image_size, config.mask_ratio)
-    activations = activation_bytes(model, config, schedule["micro_batch"], classes, device, dtype)
-    kb = options.image_kb or (3.0 if config.dataset.startswith("cifar") else 110.0)
+    planned = {"precision": precision, "parallel": config.parallel, "devices": gpus}
+    per_epoch, micro_batch = images // config.batch_size, config.batch_size // (config.accumulate * gpus)
+    steps = per_epoch * config.epochs
+    seen = steps * config.batch_size
 
-    seconds = {}
-    if throughput:
-        seconds["measured"] = schedule["images_seen"] / (throughput["images_per_s_per_device"] * gpus)
-    if options.hours is not None:
-        seconds["for_hours"] = options.hours * 3600
+    patches = getattr(getattr(model, "patch_embed", None), "num_patches", None)  # of a ViT
+    tokens = None if patches is None else patches + getattr(model, "num_prefix_tokens", 0)
+    if crate:
+        tokens = math.prod(model.grid_size) + 1
+    held = {p: _local_elements(p, shards) * p.element_size() for p in model.parameters()}
+    memory = {
+        "weights": sum(held.values()),
+        "gradients": sum(size for p, size in held.items() if p.requires_grad),
+        "optimizer": optimizer_bytes(model, config, shards),
+        "ema": sum(held.values()) if config.ema_decay else 0,
+        "activations": activation_bytes(model, config, micro_batch, classes, device, dtype),
+    }
+    flops = count_flops(model, config.image_size, config.mask_ratio)
+    kb = options.image_kb or (3.0 if config.dataset.startswith("cifar") else 110.0)
+    seconds = {"measured": seen / (measured["images_per_s_per_device"] * gpus)} if measured else {}
+    seconds |= {} if options.hours is None else {"for_hours": options.hours * 3600}
+    facts = {"name": config.model, "crate": crate, "image_size": config.image_size, "patch_size": patch_size}
+    facts |= {"tokens_per_image": tokens, "classes": None if isinstance(model, CRATEMAE) else classes}
+    facts |= {"parameters": sum(p.numel() for p in held)}
+    facts |= {"parameters_trained": sum(p.numel() for p in held if p.requires_grad)}
+    schedule = {"images": images, "images_from": source, "epochs": config.epochs, "batch_size": config.batch_size}
+    schedule |= {"accumulate": config.accumulate, "micro_batch": micro_batch, "steps_per_epoch": per_epoch}
+    schedule |= {"steps": steps, "images_seen": seen, "optimizer": config.optimizer, "peak_lr": config.peak_lr}
+    schedule |= {"warmup_steps": math.ceil(config.warmup_epochs * per_epoch)}
+    data = {"dataset": config.dataset, "image_kb": kb, "gb_per_epoch": per_epoch * config.batch_size * kb / 1e6}
     rates = {}
     for name, s in seconds.items():
-        speed = schedule["images_seen"] / s
-        rates[name] = {"images_per_s": speed, "hours": s / 3600, "gpu_hours": gpus * s / 3600}
-        rates[name]["mb_per_s"] = speed * kb / 1e3
-    conditions = planned | {"batch_size": schedule["micro_batch"]}
-    return {
-        "recipe": options.recipe,
-        "hosts": hosts,
-        "device": device,
-        "shards": shards,
-        **planned,
-        "model": facts,
-        "schedule": schedule,
-        "flops": flops._asdict() | {"run": flops.step * schedule["images_seen"]},
-        "memory_bytes": _memory(model, config, shards, activations),
-        "data": {
-            "dataset": config.dataset,
-            "image_kb": kb,
-            "gb_per_epoch": schedule["steps_per_epoch"] * config.batch_size * kb / 1e6,
-        },
-        "throughput": throughput,
-        "rates": rates,
-        "remarks": _differing_conditions(throughput, conditions) if throughput else [],
-        "settings": dataclasses.asdict(config),
-    }
+        rates[name] = {"images_per_s": seen / s, "hours": s / 3600, "gpu_hours": gpus * s / 3600}
+        rates[name]["mb_per_s"] = seen / s * kb / 1e3
+    plan = {"recipe": options.recipe, "hosts": hosts, "device": device, "shards": shards} | planned
+    plan |= {"model": facts, "schedule": schedule, "flops": flops._asdict() | {"run": flops.step * seen}}
+    plan |= {"memory_bytes": memory | {"total": sum(memory.values())}, "data": data, "throughput": measured}
+    remarks = _differing(measured, planned | {"batch_size": micro_batch}) if measured else []
+    return plan | {"rates": rates, "remarks": remarks, "settings": dataclasses.asdict(config)}
+
+
+def _differing(measured: dict, planned: dict) -> list[str]:
+    remarks = [
+        f"measured with {name} {measured[name]}, planned with {planned[name]}"
+        for name in ("precision", "parallel", "batch_size")
+        if measured[name] not in (None, planned[name])
+    ]
+    if measured["devices"] != planned["devices"]:
+        before = measured["devices"] or "an unknown number of"
+        remarks.append(f"assumes that the rate grows in proportion from {before} to {planned['devices']} devices")
+    return remarks
 
 
 # --- printing
 
 
 def _number(value: float, unit: str) -> str:
-    """Format three significant digits with a prefix from thousand up: "25.4 GFLOP"."""
     power = 0
     while value >= 999.5 and power < 6:
         value, power = value / 1000, power + 1
@@ -450,82 +346,69 @@ def _count(number: int, noun: str) -> str:
     return f"{number:,} {noun}" + ("" if number == 1 else "es" if noun.endswith("s") else "s")
 
 
-def _rows(plan: dict) -> dict[str, list[tuple[str, str]]]:
-    """Return the printed rows (name, text) under their titles, but those of `_rate_rows`."""
+def _print(plan: dict) -> None:
     model, schedule, flops, memory = plan["model"], plan["schedule"], plan["flops"], plan["memory_bytes"]
-    patch = f", patches of {model['patch_size']} px" if model["patch_size"] else ""
-    classes = f", {model['classes']:,} classes" if model["classes"] is not None else ""
-    trained = model["parameters_trained"]
-    part = "all trained" if trained == model["parameters"] else f"{trained:,} of them trained"
-    passes = f"{_count(schedule['accumulate'], 'pass')} × " if schedule["accumulate"] > 1 else ""
-    batch = f"{_count(plan['devices'], 'device')} × {passes}{_count(schedule['micro_batch'], 'image')}"
-    held = "each device holds all" if plan["parallel"] == "ddp" else f"sharded over {plan['shards']} devices"
-    peak, warmup = f"{schedule['peak_lr']:.3g} at its peak", _count(schedule["warmup_steps"], "warm-up step")
-    images, epochs = _count(schedule["micro_batch"], "image"), _count(schedule["epochs"], "epoch")
-    return {
-        "model": [
-            ("model", f"{model['name']}, {model['image_size']} px{patch}{classes}"),
-            ("parameters", f"{model['parameters']:,} ({part})"),
-            *([("tokens an image", f"{model['tokens_per_image']:,}")] if model["tokens_per_image"] else []),
-        ],
-        "schedule": [
-            ("training images", f"{schedule['images']:,} ({schedule['images_from']})"),
-            ("batch", f"{schedule['batch_size']:,} = {batch}"),
-            ("steps", f"{schedule['steps']:,} = {epochs} × {schedule['steps_per_epoch']:,}"),
-            ("images seen", f"{schedule['images_seen']:,}"),
-            ("learning rate", f"{peak} ({schedule['optimizer']}), {warmup}"),
-        ],
-        "operations of an image, the matrix products of the formula": [
-            ("forward pass", _number(flops["forward"], "FLOP")),
-            ("training step", _number(flops["step"], "FLOP")),
-            ("whole run", _number(flops["run"], "FLOP")),
-        ],
-        "memory, a device (an estimate)": [
-            ("weights", f"{_bytes(memory['weights'])}  fp32, {held}"),
-            ("gradients", _bytes(memory["gradients"])),
-            ("optimiser", f"{_bytes(memory['optimizer'])}  {schedule['optimizer']}"),
-            *([("moving average", _bytes(memory["ema"]))] if memory["ema"] else []),
-            ("activations", f"{_bytes(memory['activations'])}  kept for the backward pass of {images}"),
-            ("sum", _bytes(memory["total"])),
-            *(("", line) for line in textwrap.wrap(NOT_IN_MEMORY, 92)),
-        ],
-    }
+    measured, rates, data, micro_batch = plan["throughput"], plan["rates"], plan["data"], schedule["micro_batch"]
 
+    def row(name: str, text: str) -> None:
+        print(f"  {name:<16}{text}")
 
-def _rate_rows(plan: dict) -> dict[str, list[tuple[str, str]]]:
-    measured, rates, data = plan["throughput"], plan["rates"], plan["data"]
-    time = [("hours", "not measured: pass --throughput with a finished run's folder, or a JSON file")]
-    reads = [("an epoch", f"{data['gb_per_epoch']:,.1f} GB at {data['image_kb']:g} kB an image")]
-    if measured:
-        hours = f"{rates['measured']['hours']:,.2f} h, {rates['measured']['gpu_hours']:,.1f} device-hours"
-        time = [
-            ("measured", f"{measured['images_per_s_per_device']:,.1f} images/s on one {measured['device']}"),
-            ("hours", f"{hours}: training steps alone,"),
-            ("", "without evaluation, checkpoints and starting up"),
-            *(("but", remark) for remark in plan["remarks"]),
-        ]
-    for name, rate in rates.items():
-        label = "as measured" if name == "measured" else f"for {rate['hours']:g} h"
-        reads.append((label, f"{rate['images_per_s']:,.0f} images/s from storage, {rate['mb_per_s']:,.1f} MB/s"))
-        if name == "for_hours":
-            each = rate["images_per_s"] / plan["devices"]
-            time.append((label, f"{each:,.1f} images/s on each device, training steps alone"))
-    if data["dataset"] == "shape_scenes":
-        reads = [("reads", "none: shape_scenes is made on the fly")]
-    return {"time": time, "data": reads}
-
-
-def _print_plan(plan: dict) -> None:
     devices = _count(plan["devices"], "GPU" if plan["device"] == "cuda" else "CPU process")
     hosts = f" on {plan['hosts']} hosts" if plan["hosts"] > 1 else ""
-    print(f"{plan['recipe']} on {devices}{hosts}, {plan['parallel']}, {plan['precision']}")
-    for title, rows in (_rows(plan) | _rate_rows(plan)).items():
-        print(f"\n{title}")
-        for name, text in rows:
-            print(f"  {name:<16}{text}")
-
-
-# --- the command
+    print(f"{plan['recipe']} on {devices}{hosts}, {plan['parallel']}, {plan['precision']}\n\nmodel")
+    patch = f", patches of {model['patch_size']} px" if model["patch_size"] else ""
+    classes = f", {model['classes']:,} classes" if model["classes"] is not None else ""
+    row("model", f"{model['name']}, {model['image_size']} px{patch}{classes}")
+    trained = model["parameters_trained"]
+    part = "all trained" if trained == model["parameters"] else f"{trained:,} of them trained"
+    row("parameters", f"{model['parameters']:,} ({part})")
+    if model["tokens_per_image"]:
+        row("tokens an image", f"{model['tokens_per_image']:,}")
+    print("\nschedule")
+    row("training images", f"{schedule['images']:,} ({schedule['images_from']})")
+    passes = f"{_count(schedule['accumulate'], 'pass')} × " if schedule["accumulate"] > 1 else ""
+    cut = f"{_count(plan['devices'], 'device')} × {passes}{_count(micro_batch, 'image')}"
+    row("batch", f"{schedule['batch_size']:,} = {cut}")
+    epochs = _count(schedule["epochs"], "epoch")
+    row("steps", f"{schedule['steps']:,} = {epochs} × {schedule['steps_per_epoch']:,}")
+    row("images seen", f"{schedule['images_seen']:,}")
+    warmup = _count(schedule["warmup_steps"], "warm-up step")
+    row("learning rate", f"{schedule['peak_lr']:.3g} at its peak ({schedule['optimizer']}), {warmup}")
+    print("\noperations of an image, the matrix products of the formula")
+    for name, key in (("forward pass", "forward"), ("training step", "step"), ("whole run", "run")):
+        row(name, _number(flops[key], "FLOP"))
+    print("\nmemory, a device (an estimate)")
+    held = "each device holds all" if plan["parallel"] == "ddp" else f"sharded over {plan['shards']} devices"
+    row("weights", f"{_bytes(memory['weights'])}  fp32, {held}")
+    row("gradients", _bytes(memory["gradients"]))
+    row("optimiser", f"{_bytes(memory['optimizer'])}  {schedule['optimizer']}")
+    if memory["ema"]:
+        row("moving average", _bytes(memory["ema"]))
+    kept = f"kept for the backward pass of {_count(micro_batch, 'image')}"
+    row("activations", f"{_bytes(memory['activations'])}  {kept}")
+    row("sum", _bytes(memory["total"]))
+    print(textwrap.indent(textwrap.fill(NOT_IN_MEMORY, 92), 18 * " "))
+    print("\ntime")
+    if measured:
+        row("measured", f"{measured['images_per_s_per_device']:,.1f} images/s on one {measured['device']}")
+        hours = f"{rates['measured']['hours']:,.2f} h, {rates['measured']['gpu_hours']:,.1f} device-hours"
+        row("hours", f"{hours}: training steps alone,")
+        row("", "without evaluation, checkpoints and starting up")
+        for remark in plan["remarks"]:
+            row("but", remark)
+    else:
+        row("hours", "not measured: pass --throughput with a finished run's folder, or a JSON file")
+    labels = {n: "as measured" if n == "measured" else f"for {rate['hours']:g} h" for n, rate in rates.items()}
+    if "for_hours" in rates:
+        each = rates["for_hours"]["images_per_s"] / plan["devices"]
+        row(labels["for_hours"], f"{each:,.1f} images/s on each device, training steps alone")
+    print("\ndata")
+    if data["dataset"] == "shape_scenes":
+        row("reads", "none: shape_scenes is made on the fly")
+        return
+    row("an epoch", f"{data['gb_per_epoch']:,.1f} GB at {data['image_kb']:g} kB an image")
+    for n, rate in rates.items():
+        row(labels[n], f"{rate['images_per_s']:,.0f} images/s from storage, {rate['mb_per_s']:,.1f} MB/s")
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
@@ -549,15 +432,10 @@ def _without_files(values: dict, chosen: dict) -> dict:
 
 
 def _run(argv: list[str] | None) -> None:
-    config, options = build_config(
-        argv,
-        "Parameters, operations, steps, memory, reads and hours of a training run, without starting it.",
-        "shape_scenes",
-        add_options=_add_options,
-        adjust=_without_files,
-    )
+    description = "Parameters, operations, steps, memory, reads and hours of a training run, without starting it."
+    config, options = build_config(argv, description, "shape_scenes", add_options=_add_options, adjust=_without_files)
     plan = make_plan(config, options)
-    _print_plan(plan)
+    _print(plan)
     if options.json is not None:
         try:
             options.json.write_text(json.dumps(plan, indent=2) + "\n")

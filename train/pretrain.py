@@ -8,8 +8,6 @@ import sys
 
 from crate_fast.train.trainer import train_command
 
-__all__ = ["main"]
-
 
 def main(argv: list[str] | None = None) -> int:
     """Train as the command line says; return the exit status."""

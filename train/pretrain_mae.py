@@ -11,8 +11,6 @@ from crate_fast.errors import UserError
 from crate_fast.registry import is_mae
 from crate_fast.train.trainer import train_command
 
-__all__ = ["main"]
-
 
 def _autoencoder(values: dict, chosen: dict) -> dict:
     settings = values | chosen

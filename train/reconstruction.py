@@ -12,8 +12,6 @@ from crate_fast import CRATEMAE
 from crate_fast.eval.common.figures import Picture, image_grid
 from crate_fast.train.data import Normalize
 
-__all__ = ["RATIOS", "image_noise", "reconstruction_figure", "reconstructions", "tiled"]
-
 RATIOS = (0.5, 0.75, 0.9)
 _GREY = 128
 
@@ -28,7 +26,7 @@ def image_noise(model: CRATEMAE, seeds: Iterable[tuple[int, ...]]) -> Tensor:
 def reconstructions(
     model: CRATEMAE, images: Tensor, normalize: Normalize, ratios: Sequence[float], noise: Tensor
 ) -> list[list[Tensor]]:
-    """Return each image, and for each ratio its masked and its reconstructed version.
+    """Return a row for each image, uint8 [S, S, 3]: the image, then masked and reconstructed for each ratio.
 
     Hidden patches are grey in the former and predicted in the latter. A larger ratio hides more of the same patches.
 
@@ -38,9 +36,6 @@ def reconstructions(
         normalize: uint8 → the model's input.
         ratios: Mask ratios.
         noise: From `image_noise`.
-
-    Returns:
-        A row of pictures for each image, uint8 [S, S, 3]: the image, then two for each ratio.
     """
     model.eval()
     device = next(model.parameters()).device
@@ -70,13 +65,7 @@ def reconstruction_figure(
     noise: Tensor,
     titles: Sequence[str] | None = None,
 ) -> None:
-    """Write `reconstructions` as a figure.
-
-    Args:
-        model, images, normalize, ratios, noise: See `reconstructions`.
-        paths: Files to write.
-        titles: A title for each image.
-    """
+    """Write `reconstructions` as a figure into `paths`, with a title for each image."""
     rows = reconstructions(model, images, normalize, ratios, noise)
     names = ["image"]
     for ratio in ratios:

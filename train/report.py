@@ -16,16 +16,13 @@ from crate_fast import CRATE, CRATEMAE
 from crate_fast.eval.common.figures import Curve, Picture, curve_figure, image_grid
 from crate_fast.eval.common.segmentation import NoObjectsError, score_attention, scores_table
 from crate_fast.train import checkpoint
-from crate_fast.train.data import DataSplits, Normalize, eval_loader, readable
+from crate_fast.train.data import Normalize, eval_loader, readable
 from crate_fast.train.reconstruction import RATIOS, image_noise, reconstruction_figure
-from crate_fast.train.run_folder import RunFolder
 from crate_fast.train.runs import patch_size_of
 from crate_fast.whitebox import attention_layer, trace
 
 if TYPE_CHECKING:
     from crate_fast.train.trainer import Trainer
-
-__all__ = ["attention_figure", "curves_figure", "print_summary", "scores_line", "write_report"]
 
 
 @torch.inference_mode()
@@ -40,14 +37,7 @@ def attention_figure(
 ) -> None:
     """Write a PNG with a row for each image: the image, its mask if known, and CLS attention of every head.
 
-    Args:
-        model: A CRATE or an ablation.
-        images: uint8 [B, 3, H, W].
-        masks: Boolean [B, H, W] or None.
-        titles: A title for each row.
-        normalize: Converts uint8 pixels to the model's input.
-        layers: Layers to draw.
-        path: The PNG file.
+    `images` are uint8 [B, 3, H, W], `masks` boolean [B, H, W] or None.
     """
     model.eval()
     traces = trace(model, normalize(images.to(next(model.parameters()).device)), layers)
@@ -66,12 +56,7 @@ def attention_figure(
 
 
 def curves_figure(history: list[dict], path: Path) -> None:
-    """Write a PNG of loss and, where there is one, accuracy against optimiser steps.
-
-    Args:
-        history: Entries of metrics.jsonl: "step" with "loss" and "accuracy" (training) or "val_loss", "val_accuracy".
-        path: The PNG file.
-    """
+    """Write a PNG of loss and accuracy against optimiser steps, from the entries of metrics.jsonl."""
 
     def curve(name: str, label: str) -> list[Curve]:
         points = [(entry["step"], entry[name]) for entry in history if name in entry]
@@ -81,22 +66,16 @@ def curves_figure(history: list[dict], path: Path) -> None:
     curve_figure({name: curves for name, curves in panels.items() if curves}, "optimiser step", [path])
 
 
-def write_report(
-    run: RunFolder, trainer: Trainer, model: nn.Module, data: DataSplits, seconds: float, images_per_s: float | None
-) -> dict:
-    """Score, draw and summarise a finished run. Runs on the first process.
+def write_report(trainer: Trainer, model: nn.Module, seconds: float, images_per_s: float | None) -> dict:
+    """Score, draw and summarise a finished run, on the first process; return the summary, as in summary.json.
 
     Args:
-        run: Folder of the run.
         trainer: Trainer at the last step.
         model: The unsharded model; the moving average of the weights where there is one.
-        data: Splits of the data set.
         seconds: Length of this session.
         images_per_s: Rate of all processes together, the median of this session's log intervals; None without any.
-
-    Returns:
-        The summary, as in summary.json.
     """
+    run, data = trainer.run, trainer.data
     folder = run.folder
     curves_figure(run.history, folder / "curves.png")
     objective = trainer.objective
@@ -120,17 +99,15 @@ def write_report(
     elif (folder / "summary.json").is_file():  # a finished run was resumed: nothing was trained or measured
         summary |= {k: v for k, v in json.loads((folder / "summary.json").read_text()).items() if k == "throughput"}
     if isinstance(model, CRATEMAE):
-        _draw_reconstructions(run, trainer, model, data)
-        summary |= _attention_report(run, trainer, model.encoder(), data)
-    elif isinstance(model, CRATE):
-        summary |= _attention_report(run, trainer, model, data)
+        _draw_reconstructions(trainer, model)
+    if isinstance(model, CRATE | CRATEMAE):
+        summary |= _attention_report(trainer, model.encoder() if isinstance(model, CRATEMAE) else model)
     with checkpoint.writing(folder):
         checkpoint.write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     return summary
 
 
 def _throughput(trainer: Trainer, model: nn.Module, images_per_s: float) -> dict:
-    """Return what `crate-fast plan --throughput` reads."""
     config, processes = trainer.config, trainer.processes
     on_gpu = processes.device.type == "cuda"
     return {
@@ -147,12 +124,12 @@ def _throughput(trainer: Trainer, model: nn.Module, images_per_s: float) -> dict
 
 
 def _shown(split: Dataset) -> list[tuple]:
-    """Return up to eight samples, evenly spaced, because folders are sorted by class."""
     shown = min(8, len(split))
     return readable(split, [i * len(split) // shown for i in range(shown)])
 
 
-def _draw_reconstructions(run: RunFolder, trainer: Trainer, model: CRATEMAE, data: DataSplits) -> None:
+def _draw_reconstructions(trainer: Trainer, model: CRATEMAE) -> None:
+    run, data = trainer.run, trainer.data
     samples = _shown(data.val)
     images, titles = torch.stack([sample[0] for sample in samples]), [data.classes[sample[1]] for sample in samples]
     ratios = sorted({run.config.mask_ratio, *(ratio for ratio in RATIOS if model.can_mask(ratio))})
@@ -162,12 +139,7 @@ def _draw_reconstructions(run: RunFolder, trainer: Trainer, model: CRATEMAE, dat
 
 
 def scores_line(values: dict[str, float], scores: Sequence[str]) -> str:
-    """Describe an evaluation in words.
-
-    Args:
-        values: Entry of metrics.jsonl: "val_loss", "ema_val_loss", …
-        scores: Names of the objective's scores.
-    """
+    """Describe an evaluation, an entry of metrics.jsonl, in words."""
 
     def listed(prefix: str) -> str:
         return ", ".join(f"{name} {values[prefix + name]:.4f}" for name in scores)
@@ -176,9 +148,8 @@ def scores_line(values: dict[str, float], scores: Sequence[str]) -> str:
     return f"validation {listed('val_')}{average}"
 
 
-def _attention_report(run: RunFolder, trainer: Trainer, model: CRATE, data: DataSplits) -> dict:
-    """Draw attention.png, and return the segmentation scores where masks are known."""
-    config, layer = run.config, attention_layer(model)
+def _attention_report(trainer: Trainer, model: CRATE) -> dict:
+    run, data, layer = trainer.run, trainer.data, attention_layer(model)
     source = data.val if data.masks is None else data.masks
     samples = _shown(source)
     masks = None if data.masks is None else torch.stack([sample[2] for sample in samples])
@@ -188,7 +159,7 @@ def _attention_report(run: RunFolder, trainer: Trainer, model: CRATE, data: Data
     attention_figure(model, images, masks, titles, trainer.normalize, layers, run.folder / "attention.png")
     if data.masks is None:
         return {}
-    batches = ((batch.images, batch.labels, batch.masks) for batch in eval_loader(config, data.masks))
+    batches = ((batch.images, batch.labels, batch.masks) for batch in eval_loader(run.config, data.masks))
     try:
         scores = score_attention(model, batches, trainer.normalize)
     except NoObjectsError as error:  # training is done and must not end in an error

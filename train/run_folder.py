@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import filelock
-from torch import Tensor
 
 from crate_fast.env import provenance
 from crate_fast.errors import UserError
@@ -28,8 +27,6 @@ from crate_fast.train.loggers import Loggers
 if TYPE_CHECKING:
     from crate_fast.train.trainer import Trainer
 
-__all__ = ["FREE_SETTINGS", "RunFolder", "RunLock"]
-
 # Settings that a resumed run may change: they decide how and where it is computed, and what is kept. As with the
 # number of processes, rounding and what is drawn by micro-batch may differ.
 FREE_SETTINGS = (
@@ -41,27 +38,17 @@ _LOCK_SECONDS = 120.0
 
 
 class RunLock:
-    """The lock of a folder, which one process holds until `release` or its end.
-
-    The lock is on FOLDER/.lock; FOLDER/.owner names who holds or held it.
-
-    Args:
-        folder: Folder of the run; made if it is missing.
-    """
+    """The lock of a folder, FOLDER/.lock, held by one process until `release` or its end; FOLDER/.owner names it."""
 
     def __init__(self, folder: Path):
         self.folder, self.owner = folder, folder / ".owner"
         self._lock = filelock.FileLock(folder / ".lock")
 
     def acquire(self, patience: float = 0.0) -> None:
-        """Take the lock.
-
-        Args:
-            patience: Seconds to wait: a file server holds a dead host's lock for a while.
+        """Take the lock; wait `patience` seconds, for a file server holds a dead host's lock for a while.
 
         Raises:
             CheckpointError: Another process has it; the message says which.
-            DiskError: The folder cannot be written.
         """
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -112,14 +99,7 @@ def _launcher() -> str:
 
 
 class RunFolder:
-    """A run on disk.
-
-    Args:
-        folder: Folder of the run.
-        config: Its settings.
-        data_facts: Facts that a resumed run's data must share: number of training images, classes.
-        processes: Rank and world size of this process.
-    """
+    """A run on disk. `data_facts` must be the same in a resumed run: number of training images, classes."""
 
     def __init__(self, folder: Path, config: TrainConfig, data_facts: dict, processes: Processes):
         self.folder, self.config, self.data_facts, self.processes = folder, config, data_facts, processes
@@ -132,18 +112,15 @@ class RunFolder:
         self.lock = RunLock(folder)
 
     def begin(self, trainer: Trainer, resume: bool, restarted: bool = False) -> None:
-        """Start afresh, or restore the newest checkpoint into `trainer` if there is one.
+        """Start afresh, or restore the newest checkpoint into `trainer`, at step 0, if there is one.
 
         Args:
-            trainer: Trainer at step 0.
+            trainer: The trainer.
             resume: Continue the run in the folder, if there is one.
             restarted: True if torchrun has started this process again: it continues a run that it began, no other.
 
         Raises:
-            UserError: There is a run in the folder that is not to be continued.
-            CheckpointError: The checkpoint is damaged or of another run; the message names what differs. Or another
-                process is writing the folder.
-            DiskError: The folder cannot be written.
+            UserError: There is a run in the folder that is not to be continued, or it cannot be continued.
         """
         if self.processes.first:
             self.lock.acquire(patience=_LOCK_SECONDS if restarted else 0.0)
@@ -209,26 +186,10 @@ class RunFolder:
             if "val_loss" in values:
                 self.loggers.write_summary_csv(self.history)
 
-    def log_layers(self, step: int, statistics: dict[str, Tensor]) -> None:
-        """Log R^c and sparsity of every layer."""
-        if self.loggers is not None:
-            for name, rows in statistics.items():
-                means = {f"{name}/layer_{layer:02d}": mean for layer, (mean, _) in enumerate(rows.tolist())}
-                self.loggers.add_scalars(step, means)
-
-    def log_image(self, step: int, name: str, image: Tensor) -> None:
-        """Log a picture, uint8 [height, width, 3]."""
-        if self.loggers is not None:
-            self.loggers.add_image(step, name, image)
-
     def save(self, trainer: Trainer, score: float | None = None) -> None:
         """Write a checkpoint, and delete older ones. One with the largest score so far becomes the best.
 
-        A collective call: when the first process cannot write, all raise.
-
-        Raises:
-            DiskError: It could not be written; earlier ones are untouched.
-            NonFiniteError: The weights are not finite, and are not saved.
+        A collective call: when the first process cannot write, all raise, and earlier checkpoints are untouched.
         """
         weights, ema, rest = trainer.state()
         better = score is not None and (self.best["score"] is None or score > self.best["score"])

@@ -20,23 +20,7 @@ from crate_fast.registry import MAE, MAE_ENCODER, create_model, is_mae, is_model
 from crate_fast.train import checkpoint
 from crate_fast.train.command_line import load_recipe
 from crate_fast.train.config import DROP_RATES, TrainConfig
-from crate_fast.train.data import DataSplits, build_splits
 from crate_fast.weight_files import split_entry
-
-__all__ = [
-    "build_model",
-    "checkpoint_epoch",
-    "checkpoint_steps",
-    "initial_run",
-    "load_initial",
-    "load_model",
-    "load_run",
-    "model_arguments",
-    "num_classes_of",
-    "patch_size_of",
-    "run_config",
-    "run_weights",
-]
 
 _AUTOENCODER_SETTINGS = ("mask_ratio", "norm_pix_loss", "visible_only", "decoder_depth")
 
@@ -66,11 +50,7 @@ def model_arguments(config: TrainConfig, num_classes: int) -> dict:
 
 
 def build_model(config: TrainConfig, num_classes: int) -> nn.Module:
-    """Build the model that the configuration names, on the CPU, for `num_classes` classes unless an autoencoder.
-
-    Raises:
-        UserError: timm has no such model, or it does not take the settings.
-    """
+    """Build the model that the configuration names, on the CPU, for `num_classes` classes unless an autoencoder."""
     if not is_model(config.model):
         raise UserError(f"model={config.model!r}{nearest(config.model, model_names()) or ': timm has no such model'}")
     arguments = model_arguments(config, num_classes)
@@ -112,22 +92,14 @@ def patch_size_of(model: nn.Module) -> int | None:
 
 
 def run_config(folder: Path, **changes) -> TrainConfig:
-    """Return the configuration of a run, with `changes`.
-
-    Raises:
-        UserError: There is no run in the folder.
-    """
+    """Return the configuration of a run, with `changes`."""
     if not (folder / "config.yaml").is_file():
         raise UserError(f"{folder} is no run (it has no config.yaml): give the folder of one, such as runs/NAME")
     return TrainConfig(**(load_recipe(str(folder / "config.yaml")) | changes))
 
 
 def checkpoint_steps(folder: Path) -> list[int]:
-    """Return the steps at which a run has checkpoints, ascending.
-
-    Raises:
-        UserError: There are none.
-    """
+    """Return the steps at which a run has checkpoints, ascending, at least one."""
     steps = checkpoint.steps(folder / "checkpoints")
     if not steps:
         raise UserError(f"{folder} holds no checkpoints: give the folder of a run, such as runs/NAME")
@@ -142,13 +114,7 @@ def checkpoint_epoch(folder: Path, step: int) -> float | None:
 def run_weights(folder: Path, step: int | None = None) -> tuple[dict[str, Tensor], int]:
     """Return the weights of a run's checkpoint and its step; the moving average of the weights if the run keeps one.
 
-    Args:
-        folder: Folder of the run.
-        step: Step of the checkpoint; when None the best, or the newest if none was evaluated.
-
-    Raises:
-        UserError: There is no such checkpoint.
-        CheckpointError: It is damaged.
+    `step` None is the best, or the newest if none was evaluated.
     """
     steps = checkpoint_steps(folder)
     if step is None:
@@ -168,17 +134,9 @@ def num_classes_of(weights: dict) -> int:
 
 
 def load_model(folder: Path, step: int | None = None) -> tuple[nn.Module, TrainConfig, int]:
-    """Load the model of a run's checkpoint; the run's data need not be there.
+    """Load the model of a run's checkpoint, on the CPU in evaluation mode, with its configuration and step.
 
-    Args:
-        folder, step: See `run_weights`.
-
-    Returns:
-        (model on the CPU in evaluation mode, configuration, step).
-
-    Raises:
-        UserError: There is no run in the folder, or no such checkpoint.
-        CheckpointError: The checkpoint is damaged.
+    The run's data need not be there. `step` is that of `run_weights`.
     """
     weights, step = run_weights(folder, step)
     config = run_config(folder)
@@ -188,30 +146,11 @@ def load_model(folder: Path, step: int | None = None) -> tuple[nn.Module, TrainC
     return model.eval(), config, step
 
 
-def load_run(folder: Path, step: int | None = None, **changes) -> tuple[nn.Module, TrainConfig, DataSplits, int]:
-    """Load a run's model and its data.
-
-    Args:
-        folder, step: See `run_weights`.
-        **changes: Settings to change, such as `segmentation_samples`.
-
-    Returns:
-        (model, configuration, data, step).
-    """
-    model, _, step = load_model(folder, step)
-    config = run_config(folder, **changes)
-    return model, config, build_splits(config), step
-
-
 # --- start from existing weights: nothing is replaced, dropped or left random silently
 
 
 def initial_run(init: str) -> tuple[Path, int | None] | None:
-    """Return the run and step that `--init` names, or None if it names a file.
-
-    Raises:
-        UserError: It names neither.
-    """
+    """Return the run and step that `--init` names, or None if it names a file."""
     run, _, step = init.rpartition("@")
     if Path(init).is_dir():
         return Path(init), None
@@ -225,17 +164,10 @@ def initial_run(init: str) -> tuple[Path, int | None] | None:
 
 
 def load_initial(model: nn.Module, config: TrainConfig) -> str:
-    """Load `config.init` into a model built for the data at hand.
+    """Load `config.init` into a model on the CPU, built for the data at hand; describe what was loaded and changed.
 
     The classifier must fit, unless `head="new"` or `frozen`, where it stays random. Positions of another grid of
     patches are resampled.
-
-    Args:
-        model: Model on the CPU.
-        config: The run's settings; `init`, `init_grid`, `head` and `frozen` decide.
-
-    Returns:
-        A description of what was loaded and what was changed.
 
     Raises:
         UserError: The file is damaged, or its weights do not fit; the message names what differs and the remedy.
@@ -291,7 +223,6 @@ def _check_demo(weights: dict[str, Tensor], model: CRATE, config: TrainConfig, n
 
 
 def _classifier_name(model: nn.Module) -> str:
-    """Return the prefix of the classifier's parameters in a timm model."""
     target = model.get_classifier()
     for name, module in model.named_modules():
         if module is target:

@@ -1,10 +1,7 @@
 """The training loop, from a command line to a finished run. `Trainer.train` is the loop.
 
-A run's folder holds
-
-    config.yaml  metrics.jsonl  summary.csv  summary.json  attention.png  curves.png  reconstruction.png
-    unreadable.txt
-    checkpoints/  tensorboard/  profile/
+A run's folder: config.yaml metrics.jsonl summary.csv summary.json attention.png curves.png reconstruction.png
+unreadable.txt checkpoints/ tensorboard/ profile/
 """
 
 import argparse
@@ -59,8 +56,6 @@ from crate_fast.train.run_folder import RunFolder
 from crate_fast.train.runs import build_model, load_initial
 from crate_fast.whitebox import layer_statistics
 
-__all__ = ["StepResult", "Trainer", "launch", "train_command"]
-
 WHITEBOX_IMAGES = 64
 SHOWN_IMAGES = 8
 DRY_RUN_STEPS = 2
@@ -76,30 +71,15 @@ def train_command(
     recipe: str,
     adjust: Callable[[dict, dict], dict] = lambda values, chosen: values | chosen,
 ) -> int:
-    """Read a command line and train; a user's error is printed in one line.
+    """Read a command line and train; return the exit status. A user's error is printed in one line.
 
-    Args:
-        argv: Arguments; those of the process when None.
-        description: Text for `--help`.
-        recipe: The default recipe.
-        adjust: See `build_config`.
-
-    Returns:
-        The exit status.
+    `recipe` is the default recipe; `adjust` is that of `build_config`.
     """
     return run_command(lambda: launch(*build_config(argv, description, recipe, adjust=adjust)))
 
 
 def launch(config: TrainConfig, options: argparse.Namespace) -> int:
-    """Train from the start or from the newest checkpoint, to the end or to a signal.
-
-    Args:
-        config: Settings of the run.
-        options: `recipe`, `output`, `resume` and `dry_run` of the command line.
-
-    Returns:
-        The exit status.
-    """
+    """Train from the start or from the newest checkpoint, to the end or to a signal; return the exit status."""
     began = time.perf_counter()
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     # Before the processes have met there is nothing to save: a signal then ends them, as torchrun expects.
@@ -125,7 +105,6 @@ def launch(config: TrainConfig, options: argparse.Namespace) -> int:
 
 
 def _open_data(config: TrainConfig, processes: Processes) -> DataSplits:
-    """Open the splits; a host's first process downloads them, if asked for, while the others wait."""
     if config.download and processes.local_rank != 0:
         processes.wait()
     data = build_splits(config)
@@ -138,28 +117,17 @@ def _open_data(config: TrainConfig, processes: Processes) -> DataSplits:
 
 
 class StepResult(NamedTuple):
-    """The outcome of one optimiser step.
+    """The outcome of one optimiser step."""
 
-    Attributes:
-        measures: The objective's, by name: means over the images of all processes.
-        taken: True if the weights were updated.
-        stop: True if any process was asked to stop.
-    """
-
-    measures: dict[str, float]
-    taken: bool
-    stop: bool
+    measures: dict[str, float]  # the objective's, means over the images of all processes
+    taken: bool  # True if the weights were updated
+    stop: bool  # True if any process was asked to stop
 
 
 class Trainer:
     """A run in this process: model, moving average, optimiser, data, folder.
 
-    Args:
-        config: Settings of the run.
-        folder: The run's; nothing is written before `begin`.
-        data: Training and validation split.
-        processes: Rank and world size.
-        interruption: Says when to stop early.
+    Nothing is written to `folder` before `begin`. `interruption` says when to stop early.
 
     Raises:
         UserError: The settings cannot be carried out here.
@@ -211,12 +179,12 @@ class Trainer:
         """Start afresh, or continue from the newest checkpoint (see `RunFolder.begin`); print which."""
         self.run.begin(self, resume, restarted)
         if self.run.extra:
-            self.tally.restore(self.run.extra["unreadable"])
-            self.val_tally.restore(self.run.extra["val_unreadable"])
+            self.tally.met = dict(self.run.extra["unreadable"])
+            self.val_tally.met = dict(self.run.extra["val_unreadable"])
             self.interval = Interval(**self.run.extra["interval"])
             note = self.run.folder / "unreadable.txt"
             if self.processes.first and note.exists():  # the interrupted session may have met more than it saved
-                lines = [*self.tally.state(), *self.val_tally.state()]
+                lines = [*self.tally.met, *self.val_tally.met]
                 with checkpoint.writing(self.run.folder):
                     checkpoint.write_text(note, "".join(f"{line}\n" for line in lines))
         if self.processes.first:
@@ -306,7 +274,6 @@ class Trainer:
     # --- parts of a step
 
     def _prepare_step(self) -> None:
-        """Set modes, learning rates and the seed."""
         self.runner.train()
         if distributed.is_sharded(self.model):  # DDP does so by itself
             distributed.share_buffers(self.model, self.processes)
@@ -378,8 +345,8 @@ class Trainer:
         if self.scaler.is_enabled():
             values |= {"loss_scale": self.scaler.get_scale(), "overflows": self.nonfinite.overflows}
         self._count_unreadable()
-        if self.tally.total:
-            values["unreadable"] = self.tally.total
+        if self.tally.met:
+            values["unreadable"] = len(self.tally.met)
         self.run.log(self.step, values)
         return {name: f"{value:.3f}" for name, value in interval.means().items()}
 
@@ -415,9 +382,6 @@ class Trainer:
 
         A sharded model computes on all processes together: one that has no more images goes on with an empty one
         that is not counted.
-
-        Raises:
-            UserError: No image could be read, or more than `max_unreadable` could not.
         """
         model.eval()
         sharded = distributed.is_sharded(model)
@@ -448,7 +412,6 @@ class Trainer:
         return means | ({"unreadable": len(problems)} if problems else {})
 
     def _log_layers(self) -> None:
-        """Add R^c and sparsity of every layer, and reconstructions, to the curves."""
         model = distributed.unsharded(self.model, self._build, self.processes)
         if not isinstance(model, CRATE | CRATEMAE):
             return
@@ -457,17 +420,19 @@ class Trainer:
             return
         images = torch.stack([sample[0] for sample in samples])
         encoder = model.encoder() if isinstance(model, CRATEMAE) else model
-        self.run.log_layers(self.step, layer_statistics(encoder, self.prepare_images(images)))
+        for name, rows in layer_statistics(encoder, self.prepare_images(images)).items():
+            means = {f"{name}/layer_{layer:02d}": mean for layer, (mean, _) in enumerate(rows.tolist())}
+            self.run.loggers.add_scalars(self.step, means)
         if isinstance(model, CRATEMAE):
             shown = images[:SHOWN_IMAGES]
             noise = image_noise(model, [(self.config.seed, number) for number in range(len(shown))])
             rows = reconstructions(model, shown, self.normalize, [self.config.mask_ratio], noise)
-            self.run.log_image(self.step, "reconstruction", tiled(rows))
+            self.run.loggers.add_image(self.step, "reconstruction", tiled(rows))
 
     def save(self, score: float | None = None) -> None:
         """Write a checkpoint; with a score it may become the best."""
         self._count_unreadable()
-        self.run.extra = {"unreadable": self.tally.state(), "val_unreadable": self.val_tally.state()}
+        self.run.extra = {"unreadable": dict(self.tally.met), "val_unreadable": dict(self.val_tally.met)}
         self.run.extra["interval"] = self.interval.state()
         self.run.save(self, score)
 
@@ -477,7 +442,6 @@ class Trainer:
         self._note_unreadable(problems, self.tally, max(0, self.step - 1) // self.steps_per_epoch)
 
     def _note_unreadable(self, problems: list[str], tally: UnreadableTally, epoch: int) -> None:
-        """Count corrupt images, name new ones in unreadable.txt, and stop the run if there are too many."""
         new = tally.add(problems, epoch)
         if new and self.processes.first:
             with checkpoint.writing(self.run.folder), (self.run.folder / "unreadable.txt").open("a") as file:
@@ -527,7 +491,7 @@ class Trainer:
         whole = distributed.unsharded(self._models()[-1], self._build, self.processes)
         if self.processes.first:
             speed = statistics.median(self.speeds) if self.speeds else None
-            print_summary(write_report(self.run, self, whole, self.data, seconds, speed), self.run.folder)
+            print_summary(write_report(self, whole, seconds, speed), self.run.folder)
         self.processes.wait()
 
     def close(self) -> None:
@@ -537,11 +501,7 @@ class Trainer:
 
 
 def dry_run(config: TrainConfig, output: Path, data: DataSplits, processes: Processes) -> None:
-    """Train two steps, evaluate two batches, save and load, in a temporary folder beside `output`; print the cost.
-
-    Raises:
-        CheckpointError: The weights read back differ from those saved.
-    """
+    """Train two steps, evaluate two batches, save and load, in a temporary folder beside `output`; print the cost."""
     parent = next(path for path in output.absolute().parents if path.exists())  # the same disk
     folder = Path(processes.agree(tempfile.mkdtemp(prefix=".dry-run-", dir=parent) if processes.first else ""))
     try:

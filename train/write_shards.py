@@ -26,8 +26,6 @@ from crate_fast.train.data.image_files import open_image, to_rgb
 from crate_fast.train.data.sources import ImageFileSource, common_classes
 from crate_fast.train.data.unreadable import describe
 
-__all__ = ["encoded", "main"]
-
 _SUFFIX = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # formats that keep their bytes
 
 
@@ -44,11 +42,7 @@ class _Job:
 
 
 def encoded(content: bytes, shorter_side: int, quality: int) -> tuple[str, bytes]:
-    """Return (suffix, bytes) of an image as a shard holds it, read as training reads it.
-
-    Raises:
-        UNREADABLE: See `read_image`.
-    """
+    """Return (suffix, bytes) of an image as a shard holds it, read as training reads it."""
     with open_image(io.BytesIO(content)) as image:
         kind, picture = image.format, to_rgb(image)  # always decoded, so that no damaged image is written
     size = picture.size
@@ -77,7 +71,6 @@ def _begin(job: _Job) -> None:
 
 
 def _write_shard(number: int) -> list[str]:
-    """Write a shard, under its own name once it is whole; return a line for each corrupt image."""
     job, source = _job, _job.source
     path = job.output / f"{job.split}-{number:05d}.tar"
     partial_path = path.with_suffix(".tar.partial")

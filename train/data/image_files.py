@@ -1,11 +1,8 @@
-"""Image files: found below a folder with their classes, and decoded to RGB.
+"""Image files, found below a folder with their classes and decoded to RGB alike for all readers.
 
-Training, evaluation and the explorer all read through this module, so that a file means the same to all of them:
-
-* `EXTENSIONS` is the one list of extensions. Other image files are counted and named; hidden files are skipped.
-* The class of an image is the first folder below its split, in torchvision's order (`ImageFolder`).
-* `read_image` returns 8-bit RGB, upright as the EXIF orientation says, on white where it is transparent. The full
-  range of 16-bit grey becomes that of 8 bits. 32-bit integers and floats have no known range and are refused.
+The class of an image is the first folder below its split, in torchvision's order (`ImageFolder`). Images become 8-bit
+RGB, upright as EXIF says, on white where they are transparent. The full range of 16-bit grey becomes that of 8 bits;
+32-bit integers and floats have no known range and are refused.
 """
 
 import os
@@ -20,20 +17,6 @@ import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from crate_fast.errors import UserError
-
-__all__ = [
-    "EXTENSIONS",
-    "UNREADABLE",
-    "ImageTree",
-    "as_stored",
-    "find_images",
-    "is_hidden",
-    "is_image",
-    "looks_like_image",
-    "open_image",
-    "read_image",
-    "to_rgb",
-]
 
 EXTENSIONS = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
@@ -83,10 +66,6 @@ class ImageTree:
     Args:
         files: Paths relative to the folder, parts separated by "/".
         folders: The folders directly below, with and without images.
-
-    Attributes:
-        names: The images among the files, in the order of torchvision's `ImageFolder`.
-        note: A few words on image files of other formats, which are passed over; "" if there are none.
     """
 
     def __init__(self, files: Iterable[str], folders: set[str]):
@@ -99,10 +78,7 @@ class ImageTree:
         self.note = f"image files of other formats are passed over: {', '.join(found)}" if found else ""
 
     def labelled(self, where: str) -> tuple[tuple[str, ...], np.ndarray]:
-        """Return the names of the classes, sorted, and the class number of every image.
-
-        Args:
-            where: The folder or archive, for messages.
+        """Return the names of the classes, sorted, and the class number of every image; `where` is for messages.
 
         Raises:
             UserError: There are no images, an image is in no class folder, or a class folder has no images.
@@ -147,10 +123,6 @@ def _order(name: str) -> tuple[str, str, str]:
 def find_images(root: Path, follow_links: bool = True) -> ImageTree:
     """Return the images below a folder, without hidden files and folders.
 
-    Args:
-        root: The folder.
-        follow_links: True if links to folders are followed.
-
     Raises:
         UserError: The folder, or one below it, cannot be listed.
     """
@@ -183,12 +155,7 @@ def _leads_back(root: str, folder: str, name: str) -> bool:
 
 @contextmanager
 def open_image(file: BinaryIO | str | Path, formats: tuple[str, ...] | None = None) -> Iterator[Image.Image]:
-    """Open an image file, not decoded yet; damage found while it is open raises one of `UNREADABLE`.
-
-    Args:
-        file: Its path, or the open file.
-        formats: Pillow's names of the allowed formats; all when None.
-    """
+    """Open an image file, not decoded yet; damage found while it is open raises one of `UNREADABLE`."""
     try:
         with Image.open(file, formats=formats) as image:
             yield image
@@ -235,7 +202,6 @@ def as_stored(picture: Image.Image) -> Image.Image:
 
 
 def _orientation(image: Image.Image) -> int:
-    """Return the EXIF orientation, 1 where there is none or EXIF itself is damaged."""
     try:
         found = image.getexif().get(_ORIENTATION, 1)
     except _EXIF_FAULTS:

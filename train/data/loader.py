@@ -4,9 +4,6 @@ A training sample's name is (epoch, index, copy); name and seed decide its rando
 with more processes, sees the same pixels. Images stay uint8 until the device mirrors and normalises them:
 
     images = normalize(mirrored(batch.images.to(device), batch.flips.to(device)))
-
-A batch's `problems` name its corrupt images. In training another image replaces each, chosen by the sample's name; in
-evaluation they are skipped.
 """
 
 import dataclasses
@@ -41,44 +38,22 @@ from crate_fast.train.data.sources import (
 from crate_fast.train.data.transforms import drawing_from, eval_transform, pixels, train_transform
 from crate_fast.train.data.unreadable import Unreadable
 
-__all__ = [
-    "Batch",
-    "DataSplits",
-    "build_splits",
-    "eval_loader",
-    "open_source",
-    "plain_splits",
-    "readable",
-    "train_loader",
-]
-
 Key = tuple[int, int] | tuple[int, int, int]
 _ATTEMPTS = 30  # to find a readable image for a sample
 
 
 class Batch(NamedTuple):
-    """A batch of images as a loader returns it.
+    """A batch of images as a loader returns it."""
 
-    Attributes:
-        images: uint8 [B, 3, S, S], not mirrored yet. In evaluation B is 0 if the whole batch is corrupt.
-        labels: int64 [B].
-        flips: bool [B], the images for `mirrored`; None mirrors none. Loaders always set it.
-        problems: "path: error: reason" of each corrupt image met while this batch was made.
-        keys: Names of the samples, (epoch, index) or (epoch, index, copy).
-        masks: bool [B, S, S] for `DataSplits.masks`, else None.
-    """
-
-    images: Tensor
-    labels: Tensor
-    flips: Tensor | None = None
-    problems: Sequence[str] = ()
-    keys: Sequence[Key] = ()
-    masks: Tensor | None = None
+    images: Tensor  # uint8 [B, 3, S, S], not mirrored yet. In evaluation B is 0 if the whole batch is corrupt.
+    labels: Tensor  # int64 [B]
+    flips: Tensor | None = None  # bool [B], the images for `mirrored`; None mirrors none. Loaders always set it.
+    problems: Sequence[str] = ()  # "path: error: reason" of each corrupt image met while this batch was made
+    keys: Sequence[Key] = ()  # names of the samples, (epoch, index) or (epoch, index, copy)
+    masks: Tensor | None = None  # bool [B, S, S] for `DataSplits.masks`, else None
 
 
 class _Split(Dataset, ABC):
-    """The samples of a split by name: (image uint8 [3, S, S], label, …), not mirrored."""
-
     def __init__(self, images: Dataset, config: TrainConfig, hflip: float = 0.0):
         self.images, self.seed, self.size, self.hflip = images, config.seed, config.image_size, hflip
 
@@ -90,15 +65,12 @@ class _Split(Dataset, ABC):
         """Load the samples of these names; corrupt ones are replaced or skipped."""
 
     def flips(self, keys: Sequence[Key]) -> Tensor:
-        """Return which samples to mirror, bool [B]."""
         if not self.hflip:
             return torch.zeros(len(keys), dtype=torch.bool)
         return torch.tensor([np.random.default_rng((self.seed, *key)).random() < self.hflip for key in keys])
 
 
 class _SourceSplit(_Split):
-    """A source behind a transform, PIL to PIL; with `augmented` the transform draws random numbers."""
-
     def __init__(
         self,
         images: Source,
@@ -115,11 +87,7 @@ class _SourceSplit(_Split):
         return torch.from_numpy(pixels(picture).copy()), label
 
     def _sample(self, key: Key, attempt: int = 0) -> tuple[Image.Image, int]:
-        """Load a sample; from attempt 1 on, of another image, chosen by the sample's name and the attempt.
-
-        Raises:
-            Unreadable: It is corrupt.
-        """
+        """Load a sample; from attempt 1 on, of another image, chosen by the sample's name and the attempt."""
         epoch, index, *copy = key
         name = (epoch, index, *copy, attempt) if attempt else key
         with drawing_from(self.seed, *name) if self.augmented or attempt else nullcontext():
@@ -127,11 +95,6 @@ class _SourceSplit(_Split):
             return self.transform(picture), label
 
     def batch(self, keys: Sequence[Key], replace: bool) -> Batch:
-        """Load the samples of these names; corrupt ones are replaced or skipped.
-
-        Raises:
-            UserError: A corrupt image and the 29 chosen in its place are all corrupt.
-        """
         images = np.empty((len(keys), 3, self.size, self.size), np.uint8)
         labels, loaded, problems = [], [], []
         for key in keys:
@@ -159,7 +122,7 @@ class _SceneSplit(_Split):
     """Scenes of `ShapeScenes`, the same in every epoch, drawn a batch at a time."""
 
     def __getitem__(self, key: Key) -> tuple:
-        return self.__getitems__([key])[0]
+        return self.images[key[1]]
 
     def __getitems__(self, keys: Sequence[Key]) -> list[tuple]:
         return self.images.__getitems__([key[1] for key in keys])
@@ -171,8 +134,6 @@ class _SceneSplit(_Split):
 
 
 class _Batches(Dataset):
-    """A split as `DataLoader` reads it: the names of a batch in, a `Batch` out."""
-
     def __init__(self, split: _Split, replace: bool):
         self.split, self.replace = split, replace
 
@@ -185,27 +146,20 @@ class _Batches(Dataset):
 
 @dataclass(frozen=True)
 class DataSplits:
-    """The splits of a data set.
+    """The splits of a data set, of which the loaders make batches.
 
-    Attributes:
-        train, val: (uint8 image, label) by (epoch, index) or (epoch, index, copy), not mirrored; a corrupt image
-            raises `Unreadable`. The loaders make batches of them.
-        classes: Class names, in the order of the labels.
-        masks: Validation data with object masks, (image, label, mask) by (epoch, index), or None.
+    A sample, (uint8 image, label) by (epoch, index) or (epoch, index, copy), is not mirrored; a corrupt one raises
+    `Unreadable`.
     """
 
     train: Dataset
     val: Dataset
-    classes: tuple[str, ...]
-    masks: Dataset | None
+    classes: tuple[str, ...]  # names, in the order of the labels
+    masks: Dataset | None  # validation data with object masks, (image, label, mask), or None
 
 
 def open_source(config: TrainConfig, train: bool) -> Source:
-    """Open the training or the validation split of the configuration's data set (any but shape_scenes).
-
-    Raises:
-        UserError: It is not where the configuration says, cannot be used, or needs another package.
-    """
+    """Open the training or the validation split of the configuration's data set (any but shape_scenes)."""
     if config.dataset in TORCHVISION:
         return open_torchvision(config.dataset, config.data_dir, train, config.download)
     splits = [(config.train_split, "--train-split"), (config.val_split, "--val-split")]
@@ -226,7 +180,7 @@ def build_splits(config: TrainConfig) -> DataSplits:
     """Open both splits of the configuration's data set.
 
     Raises:
-        UserError: See `open_source`; or the splits have different classes, or `auto_augment` is no policy.
+        UserError: One cannot be opened, they have different classes, or `auto_augment` is no policy.
     """
     if config.dataset == "shape_scenes":
         common = {"image_size": config.image_size, "seed": config.seed}
@@ -267,11 +221,9 @@ class _TrainKeys:
     """Batches of (epoch, index, copy) for one process, from any optimiser step on.
 
     A step's global batch is cut into `accumulate` micro-batches, and each micro-batch into equal shares of the
-    processes. So neither the number of processes nor accumulation changes which images a step sees.
-
-    With r = `repeats` an epoch shows an r-th of the images, and r epochs share a permutation. Together they show all
-    images, except a remainder smaller than a batch each. The copies of an image are neighbours in the global batch,
-    and so go to different processes.
+    processes: neither changes which images a step sees. With r = `repeats` an epoch shows an r-th of the images, and
+    r epochs share a permutation. The copies of an image are neighbours in the global batch, and so go to different
+    processes.
     """
 
     def __init__(self, config: TrainConfig, n_images: int, rank: int, world_size: int, first_step: int):
@@ -283,7 +235,6 @@ class _TrainKeys:
         return (self.config.epochs * self.steps_per_epoch - self.first_step) * self.config.accumulate
 
     def _order(self, epoch: int) -> np.ndarray:
-        """Return the indices of an epoch's images, each once, at least as many as it shows."""
         turn, share = divmod(epoch, self.config.repeats)
         order = np.random.default_rng((self.config.seed, turn)).permutation(self.n_images)
         length = self.n_images // self.config.repeats
@@ -310,7 +261,6 @@ def train_loader(
 
     Raises:
         UserError: The data set is smaller than a batch, or the batch cannot be cut into equal shares.
-        UserError: While loading, nothing can be read any more.
     """
     share = config.accumulate * world_size
     if config.batch_size % share:

@@ -4,14 +4,10 @@ An image is a stack of layers, each read from small tables through a random affi
 
     image += a * (texture - image),   a = opacity * clip(1/2 - d, 0, 1),   d = pixels to the silhouette
 
-The layers are two background regions, distractors, the one object whose silhouette is the class, and sometimes
-small distractors in front of it. Only the silhouette depends on the label. Silhouettes have unit area and their
-centroid at the origin before they are posed, so mean colour, object area and object position tell nothing about the
-class.
-
-Every random number is a hash of (seed, split, index, slot). All arithmetic is integer or correctly rounded
-elementwise floating point (+, -, *, /, sqrt, floor, clip; no libm, BLAS or float reductions). So an image's bytes
-depend neither on its batch nor on threads, CPU or numpy's version.
+Only the silhouette depends on the label. It has unit area and its centroid at the origin before it is posed, so that
+colour, area and position tell nothing. Every random number is a hash of (seed, split, index, slot), and all
+arithmetic is integer or correctly rounded and elementwise: an image's bytes do not depend on batch, threads, CPU or
+numpy.
 """
 
 import functools
@@ -71,7 +67,6 @@ class _Draws:
         self.n_images, self._next = len(indices), 0
 
     def __call__(self, low: float, high: float, count: int = 1) -> Array:
-        """Return float64 in [low, high)."""
         block = self._block[:, self._next : self._next + count]
         if block.shape[1] != count:
             raise AssertionError(f"an image needs more than {_SLOTS} random numbers: raise _SLOTS")
@@ -79,7 +74,6 @@ class _Draws:
         return (low + (high - low) * block).ravel()
 
     def choice(self, n: int, count: int = 1) -> Array:
-        """Return int64 in [0, n)."""
         return np.floor(self(0.0, float(n), count)).astype(np.int64)
 
 
@@ -125,7 +119,6 @@ def _path(points: Sequence[tuple[float, float]], half_width: float | None = None
 
 
 def _around(turns: Array, radii: Array, flatten: float = 1.0) -> list[tuple[float, float]]:
-    """Return points at angles `turns` and distances `radii`, with y scaled by `flatten`."""
     cos, sin = _cos_sin(turns)
     return list(zip((radii * cos).tolist(), (flatten * radii * sin).tolist(), strict=True))
 
@@ -150,7 +143,6 @@ CLASSES: tuple[str, ...] = tuple(_SILHOUETTES)
 
 
 def _blob(draw: Array) -> Sdf:
-    """A long lumpy blob: radius 1 + a sum of harmonics."""
     phase_cos, phase_sin = _cos_sin(draw[:4])
     amplitudes = np.array([0.26, 0.04, 0.10, 0.08]) + np.array([0.14, 0.10, 0.08, 0.08]) * draw[4:8]
 
@@ -167,13 +159,11 @@ def _blob(draw: Array) -> Sdf:
 
 
 def _rock(draw: Array) -> Sdf:
-    """An elongated irregular polygon with nine corners."""
     radii, flatten = 0.75 + 0.35 * draw[9:18], 0.38 + 0.16 * draw[18]
     return _path(_around((np.arange(9) + 0.7 * draw[:9]) / 9.0, radii, flatten))
 
 
 def _stroke(draw: Array) -> Sdf:
-    """A wavy or a jagged stroke."""
     if draw[20] < 0.5:
         x = np.arange(-12, 13) / 12.0
         y = (0.15 + 0.25 * draw[2]) * _cos_sin((0.5 + 0.6 * draw[0]) * x + draw[1])[1]
@@ -184,7 +174,6 @@ def _stroke(draw: Array) -> Sdf:
 
 
 def _dashes(draw: Array) -> Sdf:
-    """Three to five parallel dashes of unequal length."""
     rows = 3 + int(draw[0] * 3)
     step = 1.1 / (rows - 1)
     ends = [(-0.9 + 0.5 * draw[2 + i], 0.9 - 0.5 * draw[8 + i], -0.55 + i * step) for i in range(rows)]
@@ -234,7 +223,6 @@ def _stamp_bank(silhouettes: Sequence[Sdf], cells: int) -> _Bank:
 
 
 def _lattice_noise(cells: int, frequency: int, stream: int) -> Array:
-    """Return periodic value noise in [-1, 1], `frequency` knots a tile, float64 [cells, cells]."""
     knots = 2.0 * _uniforms(0, stream, np.arange(frequency), frequency) - 1.0
     low = np.arange(cells) * frequency // cells
     t = np.arange(cells) * (frequency / cells) - low
@@ -245,7 +233,6 @@ def _lattice_noise(cells: int, frequency: int, stream: int) -> Array:
 
 
 def _mosaic(cells: int, n_points: int, stream: int) -> tuple[Array, Array]:
-    """Return periodic tiles around random points: distance to the gaps between them, and one tone a tile."""
     points = _uniforms(0, stream, np.arange(n_points), 3)
     dx, dy = (np.abs(z + 0.5 - points[:, k, None, None]) for k, z in enumerate(_grid(cells, 0.5)))
     dx, dy = np.minimum(dx, 1.0 - dx), np.minimum(dy, 1.0 - dy)
@@ -255,7 +242,6 @@ def _mosaic(cells: int, n_points: int, stream: int) -> tuple[Array, Array]:
 
 
 def _texture_bank(cells: int) -> _Bank:
-    """Return periodic textures of about [-1, 1]; the first two also outline background regions."""
     x, y = _grid(cells, 0.5)
     noise = functools.partial(_lattice_noise, cells)
     cloud = noise(4, 201) + 0.5 * noise(8, 202) + 0.3 * noise(20, 203)
@@ -277,8 +263,6 @@ def _texture_bank(cells: int) -> _Bank:
 
 @dataclass(frozen=True)
 class _Tables:
-    """The tables for one image size, the same for every seed, split and index."""
-
     objects: _Bank
     clutter: _Bank
     textures: _Bank
@@ -287,7 +271,6 @@ class _Tables:
 
 @functools.cache
 def _tables(size: int) -> _Tables:
-    """Compute the tables, so fine that the nearest cell is within a fraction of a pixel."""
     objects = _stamp_bank(list(_SILHOUETTES.values()), min(max(3 * size, 96), 384))
     draws = _uniforms(0, 110, np.arange(len(_CLUTTER)), 32)
     clutter = [make(draw) for make, draw in zip(_CLUTTER, draws, strict=True)]
@@ -320,8 +303,6 @@ class _Layers:
 
 @dataclass(frozen=True)
 class _Scene:
-    """A batch of n images, before rendering."""
-
     ground: _Layers  # 2 rows an image; the stamps of the second are textures
     behind: _Layers  # _N_BEHIND rows an image
     item: _Layers  # the object, one row an image; `stamp` is the label
@@ -330,17 +311,13 @@ class _Scene:
 
 
 def _rgb(luma: Array, chroma: Array, hue: Array) -> Array:
-    """Return colours 0..255 (not clipped), float64 [n, 3], from brightness, distance to grey and hue in turns."""
     cos, sin = _cos_sin(hue)
     red, cross = 0.8165 * chroma * cos, 0.7071 * chroma * sin
     return 255.0 * np.stack([luma + red, luma - 0.5 * red + cross, luma - 0.5 * red - cross], axis=-1)
 
 
 def _frames(draw: _Draws, count: int, scale: Array, cx: Array, cy: Array, turns: float = 0.5) -> Array:
-    """Draw frames: rotation R by up to `turns` either way, area-preserving stretch and shear K, reflection F.
-
-    cells = scale (RKF)^-1 offset.
-    """
+    """Draw frames: rotation R by up to `turns`, stretch and shear K, reflection F; cells = scale (RKF)^-1 offset."""
     cos, sin = _cos_sin(draw(-turns, turns, count))
     stretch, shear = draw(1.0 / _ASPECT, _ASPECT, count), draw(-_SHEAR, _SHEAR, count)
     flip = np.where(draw(-1.0, 1.0, count) < 0.0, -scale, scale)
@@ -361,7 +338,6 @@ def _layers(draw, tables, stamp, frame, unit, colour, tone, edge=MAX_IMAGE_SIZE,
 
 
 def _draw_ground(draw: _Draws, tables: _Tables, luma: Array, hue: Array) -> _Layers:
-    """Draw two textured regions with colours around (luma, hue)."""
     luma, hue = np.repeat(luma, 2), np.repeat(hue, 2)
     stamp, frame, slope = draw.choice(2, 2), _texture_frames(draw, 2, tables.textures), draw(1.0, 12.0, 2)
     colour = _rgb(luma + draw(-0.1, 0.1, 2), draw(0.0, 0.12, 2), hue + draw(-0.12, 0.12, 2))
@@ -385,8 +361,8 @@ def _draw_item(draw: _Draws, tables: _Tables, label: Array, luma: Array, hue: Ar
 def _draw_clutter(draw: _Draws, tables: _Tables, item: _Layers, count: int, in_front: bool) -> _Layers:
     """Draw `count` distractors an image, behind the object or in front of it.
 
-    Those in front hide at most _N_FRONT * _FRONT_AREA[1] of the object, and their offsets fill a disc that
-    holds every class silhouette: the area they hide has the same expectation for every class.
+    Those in front hide at most _N_FRONT * _FRONT_AREA[1] of the object, and their offsets fill a disc that holds
+    every class silhouette: the area they hide has the same expectation for every class.
     """
     bank = tables.clutter
     stamp = draw.choice(len(_CLUTTER), count)
@@ -449,7 +425,6 @@ def _look_up(bank: _Bank, which: Array, frames: Array, size: int, side: int, cor
 
 
 def _per_layer(values: Array) -> Array:
-    """Return float32 [n, ..., 1, 1], to broadcast over pixels."""
     return values.astype(np.float32)[..., None, None]
 
 
@@ -526,9 +501,8 @@ def _render(scene: _Scene, rows: range, size: int, tables: _Tables) -> tuple[Arr
 class ShapeScenes(torch.utils.data.Dataset):
     """Cluttered scenes with one object; the class is the object's silhouette, `CLASSES[label]`.
 
-    image_i = render(hash(seed, split, i)): index i is the same picture in every instance, batch, process and
-    machine, and `num_samples` only says where the dataset ends. Labels are random, uniform over the classes.
-    Scenes have relative coordinates: one index at two image sizes is one scene at two resolutions.
+    An index is the same picture in every instance, batch, process and machine. Labels are uniform over the classes.
+    One index at two image sizes is one scene at two resolutions.
 
     Args:
         num_samples: Length of the dataset, at least 1.
@@ -537,15 +511,10 @@ class ShapeScenes(torch.utils.data.Dataset):
         split: "train" or "val", disjoint random streams of one seed.
         with_mask: True to return the mask of the visible object too.
 
-    Raises:
-        UserError: An argument is no integer or out of its range, or the split is unknown.
-        IndexError: On access, the index is negative or not below num_samples.
-
     Example:
-        >>> dataset = ShapeScenes(100, image_size=32, with_mask=True)
-        >>> image, label, mask = dataset[7]
-        >>> image.shape, mask.shape, 0 <= label < len(dataset.classes)
-        (torch.Size([3, 32, 32]), torch.Size([32, 32]), True)
+        >>> image, label, mask = ShapeScenes(100, image_size=32, with_mask=True)[7]
+        >>> image.shape, mask.shape, CLASSES[label]
+        (torch.Size([3, 32, 32]), torch.Size([32, 32]), 'plus')
     """
 
     classes: tuple[str, ...] = CLASSES

@@ -1,14 +1,10 @@
 """Tar archives of images, WebDataset shards or class folders, read at any place in any order.
 
-A shard is an uncompressed tar archive. Neighbouring members whose file names are alike up to the first dot are one
-sample: `n01/a.jpg` and `n01/a.cls`. The image is the member with one of `EXTENSIONS` behind that dot, the label the
-number in `cls`, or "label" in `json`. Other members are ignored; image files outside a sample are counted.
-
-The headers are read once, into an index of (archive, offset, size, label); each image is then one `pread`. So an
-epoch's order is a permutation of all images, as for a folder. timm's reader deals whole shards out to processes and
-shuffles in a window: which images a step sees depends on the number of processes, and a run cannot resume at a step
-without reading everything before it. The price is one random read an image, too slow for a spinning disk or a network
-share: copy shards from there to an SSD first.
+Neighbouring members whose file names are alike up to the first dot are one sample: `n01/a.jpg` and `n01/a.cls`. The
+label is the number in `cls`, or "label" in `json`. The headers are read once, into an index of (archive, offset,
+size, label); each image is then one `pread`. So an epoch's order is a permutation of all images, and a run resumes at
+any step, unlike with readers of whole shards. A spinning disk or network share is too slow: copy shards to an SSD
+first.
 """
 
 import io
@@ -33,8 +29,6 @@ from crate_fast.errors import UserError
 from crate_fast.train.data.image_files import EXTENSIONS, ImageTree, is_hidden, is_image, looks_like_image
 from crate_fast.train.data.sources import MOST_CLASSES, ImageFileSource
 
-__all__ = ["ArchiveSource", "ShardSource", "TarSource", "find_shards"]
-
 _VERSION = 3  # of a cached index; EXTENSIONS that change need another
 _OPEN_ARCHIVES = 128  # per process, well below the usual limit of 1,024 files
 _FIRST_DOT = "WebDataset ends the name of a sample at its first dot: write it without others, as in a_1.jpg"
@@ -52,9 +46,6 @@ def find_shards(root: Path, split: str, option: str = "--train-split", other: st
         split: Name of the split.
         option: The option that names the split, for messages.
         other: Another split. If its name begins with this one's, as val-small with val, its shards are left out.
-
-    Raises:
-        UserError: There are none, or there are both kinds.
     """
     own, others = (re.compile(re.escape(name) + r"(?![A-Za-z0-9]).*\.tar") for name in (split, other))
     beside = [path for path in sorted(root.glob("*.tar")) if own.fullmatch(path.name)]
@@ -79,14 +70,8 @@ def find_shards(root: Path, split: str, option: str = "--train-split", other: st
 def _members(archive: Path, nested: bool = False) -> tuple[list[tuple[str, int, int]], list[str]]:
     """Return (name, offset, size) of an archive's files, and the links that lead to none of them.
 
-    Hidden files are left out. The name of a folder ends in a slash. A link has the offset and size of its file.
-
-    Args:
-        archive: Its path.
-        nested: True if an archive in the archive counts as a folder of its name, without .tar.
-
-    Raises:
-        UserError: It is no whole tar archive, or cannot be read.
+    Hidden files are left out. The name of a folder ends in a slash. A link has the offset and size of its file. With
+    `nested` an archive in the archive counts as a folder of its name, without .tar.
     """
     try:
         with archive.open("rb") as file:
@@ -134,13 +119,7 @@ def _plain(name: str) -> str:
 
 
 def _check_end(file: BinaryIO, end: int) -> None:
-    """Refuse an archive with more behind the last header, or without the mark of its end.
-
-    `tarfile` takes a damaged header for the end of the archive.
-
-    Raises:
-        tarfile.ReadError: It is so damaged, or two archives are joined.
-    """
+    """Refuse an archive with more behind the last header: `tarfile` takes a damaged header for the end."""
     file.seek(end)
     rest = file.read(_PADDING + 1)
     if len(rest) < _HEADER:
@@ -159,20 +138,10 @@ def _about_links(links: list[str]) -> list[str]:
 
 
 class ArchiveSource(ImageFileSource):
-    """The images of tar archives, through an index that is cached in a hidden file beside them.
+    """The images of tar archives in one folder, through an index cached in the hidden file `cache_name` there.
 
     A cached index is replaced when an archive's name, size or modification time differs. Where the folder is
-    read-only, the index stays in memory; a line on stderr says so.
-
-    Args:
-        paths: The archives, in one folder.
-        cache_name: Name of the hidden file.
-
-    Attributes:
-        samples: int64 [n, 4]: archive, offset, size, label.
-
-    Raises:
-        UserError: An archive is damaged or compressed, or there are no images.
+    read-only, it stays in memory. `samples` is int64 [n, 4]: archive, offset, size, label.
     """
 
     def __init__(self, paths: Sequence[Path], cache_name: str):
@@ -193,7 +162,6 @@ class ArchiveSource(ImageFileSource):
         """Return the index: "samples", "remarks" to print, and the names of the "classes" if members have them."""
 
     def _load(self, cache: Path) -> dict[str, np.ndarray]:
-        """Return the cached index; scan the archives if it is absent, damaged or out of date."""
         try:
             stats = [path.stat() for path in self.paths]
         except OSError as error:
@@ -229,13 +197,7 @@ class ArchiveSource(ImageFileSource):
             os.close(descriptor)
 
     def _read(self, number: int, offset: int, size: int) -> bytes:
-        """Return `size` bytes of archive `number` from `offset` on.
-
-        Forked processes may share the descriptors, since `pread` does not move their position.
-
-        Raises:
-            OSError: It is gone, or ends before.
-        """
+        """Read an archive. Forked processes may share descriptors: `pread` does not move their position."""
         if number not in self._descriptors:
             if len(self._descriptors) >= _OPEN_ARCHIVES:
                 os.close(self._descriptors.pop(next(iter(self._descriptors))))
@@ -272,12 +234,6 @@ class TarSource(ArchiveSource):
 
     The archive holds the class folders, or one folder with the archive's name that holds them. Archives in it count
     as folders.
-
-    Args:
-        path: The archive.
-
-    Raises:
-        UserError: See `ArchiveSource` and `ImageTree.labelled`.
     """
 
     def __init__(self, path: Path):
@@ -299,15 +255,9 @@ class TarSource(ArchiveSource):
 
 
 class ShardSource(ArchiveSource):
-    """The samples of WebDataset shards, in the order of the shards and of their members.
+    """The samples of WebDataset shards in one folder, in the order of the shards and of their members.
 
-    Args:
-        shards: Paths, in one folder.
-        root: Folder with the class names: a name a line in classes.txt, or the list "classes" in _info.json.
-
-    Raises:
-        UserError: See `ArchiveSource`; or an image has no label, a sample has a file twice, a class has no name, or
-            there are fewer class names than labels.
+    `root` may hold the class names: a name a line in classes.txt, or the list "classes" in _info.json.
     """
 
     def __init__(self, shards: Sequence[Path], root: Path):
@@ -336,7 +286,6 @@ class ShardSource(ArchiveSource):
         return _index(rows, remarks)
 
     def _row(self, number: int, key: str, parts: dict[str, tuple[int, int]]) -> tuple[int, int, int, int] | None:
-        """Return the index's row for a sample, None if it has no image."""
         image = next((place for suffix, place in parts.items() if f".{suffix}" in EXTENSIONS), None)
         if image is None:
             return None
@@ -350,7 +299,6 @@ class ShardSource(ArchiveSource):
 
 
 def _samples(shard: Path, members: list[tuple[str, int, int]]) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
-    """Yield each sample's name and its files: suffix → (offset, size)."""
     files = []
     for name, *place in members:
         folder, slash, file = name.rpartition("/")
@@ -367,11 +315,6 @@ def _samples(shard: Path, members: list[tuple[str, int, int]]) -> Iterator[tuple
 
 
 def _label(where: str, suffix: str, content: bytes) -> int:
-    """Return the label in the content of a cls or json member.
-
-    Raises:
-        UserError: There is none.
-    """
     with suppress(ValueError, KeyError, TypeError, RecursionError):
         label = json.loads(content)["label"] if suffix == "json" else int(content)
         if isinstance(label, int) and not isinstance(label, bool) and 0 <= label < MOST_CLASSES:
@@ -384,11 +327,6 @@ def _label(where: str, suffix: str, content: bytes) -> int:
 
 
 def _class_names(root: Path) -> tuple[str, ...] | None:
-    """Return the names in classes.txt or _info.json; None without either.
-
-    Raises:
-        UserError: The file cannot be understood, or a name is empty.
-    """
     file = next((root / name for name in ("classes.txt", "_info.json") if (root / name).exists()), None)
     if file is None:
         return None

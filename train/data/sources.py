@@ -20,19 +20,6 @@ from crate_fast.errors import UserError
 from crate_fast.train.data.image_files import find_images, read_image, to_rgb
 from crate_fast.train.data.unreadable import Unreadable, describe
 
-__all__ = [
-    "MOST_CLASSES",
-    "TORCHVISION",
-    "FolderSource",
-    "ImageFileSource",
-    "Source",
-    "TorchvisionSource",
-    "common_classes",
-    "nothing_outside",
-    "open_hub",
-    "open_torchvision",
-]
-
 MOST_CLASSES = 10_000_000  # a larger label is a fault of the data: a head for it fits no memory
 TORCHVISION = {  # name → (class, argument that names the split, its value for training, for validation)
     "cifar10": ("CIFAR10", "train", True, False),
@@ -45,9 +32,7 @@ TORCHVISION = {  # name → (class, argument that names the split, its value for
 class Source(Dataset, ABC):
     """A data set of (RGB image, label) by number; a corrupt image raises `Unreadable`, which names it.
 
-    Attributes:
-        classes: Names in the order of the labels, or None where the data has numbers only.
-        n_labels: Labels are below this.
+    `classes` are names in the order of the labels, None where the data has numbers only; labels are below `n_labels`.
     """
 
     classes: tuple[str, ...] | None
@@ -105,8 +90,6 @@ class FolderSource(ImageFileSource):
 
 
 class _HubSource(ImageFileSource):
-    """A data set of the package `datasets`."""
-
     def __init__(self, images, where: str):
         self.images, self.where = images, where
         try:
@@ -142,16 +125,7 @@ class _HubSource(ImageFileSource):
 def open_hub(data_dir: str, split: str, option: str, download: bool) -> Source:
     """Open a data set of the package `datasets`: a local folder of parquet, arrow or image files, or a name.
 
-    `datasets` converts parquet to arrow in its cache (HF_DATASETS_CACHE) the first time.
-
-    Args:
-        data_dir: The folder or name.
-        split: Name of the split.
-        option: The option that names the split, for messages.
-        download: Let `datasets` fetch what is not in its cache.
-
-    Raises:
-        UserError: The package is missing, or the data set is not there or cannot be used.
+    `option` names the split, for messages. Parquet is converted in the package's cache (HF_DATASETS_CACHE) first.
     """
     if importlib.util.find_spec("datasets") is None:
         raise UserError("dataset='hf' needs the package datasets: pip install crate_fast[hf]")
@@ -206,11 +180,7 @@ class TorchvisionSource(Source):
 
 
 def open_torchvision(dataset: str, data_dir: str, train: bool, download: bool) -> Source:
-    """Open a data set that torchvision knows, and download it only if asked to.
-
-    Raises:
-        UserError: It is not there, cannot be read or downloaded, or needs another package.
-    """
+    """Open a data set that torchvision knows, and download it only if asked to."""
     name, argument, for_training, for_validation = TORCHVISION[dataset]
     split = {argument: for_training if train else for_validation}
     try:
@@ -235,7 +205,7 @@ def open_torchvision(dataset: str, data_dir: str, train: bool, download: bool) -
 def nothing_outside():
     """Make `tarfile` refuse members outside the folder it unpacks to: "..", absolute paths, links that lead out.
 
-    torchvision unpacks what it downloads, older releases without a check. Archives of images are never unpacked.
+    Older releases of torchvision unpack what they download without a check.
 
     Raises:
         UserError: This Python's tarfile has no filters.
@@ -255,11 +225,7 @@ def nothing_outside():
 
 
 def common_classes(train: Source, val: Source) -> tuple[str, ...]:
-    """Return the class names of both splits; numbers where neither has names.
-
-    Raises:
-        UserError: The splits have different classes.
-    """
+    """Return the class names of both splits, which must be the same; numbers where neither has names."""
     if train.classes is None and val.classes is None:
         return tuple(map(str, range(max(train.n_labels, val.n_labels))))
     if train.classes != val.classes:

@@ -19,8 +19,6 @@ from torchvision import transforms
 from crate_fast.errors import UserError
 from crate_fast.train.config import TrainConfig
 
-__all__ = ["Normalize", "drawing_from", "eval_transform", "mirrored", "pixels", "policy_transform", "train_transform"]
-
 _STATISTICS = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
@@ -34,8 +32,7 @@ _TORCHVISION_BINS = 31  # magnitudes 0 to 30
 class Normalize(nn.Module):
     """Normalisation of uint8 images [B, 3, S, S] on their device: (x/255 − mean)/std in fp32.
 
-    Args:
-        statistics: "imagenet", "cifar10" or "half", or (mean, deviation) of the three channels.
+    `statistics` is "imagenet", "cifar10" or "half", or (mean, deviation) of the three channels.
     """
 
     def __init__(self, statistics: str | tuple[Sequence[float], Sequence[float]]):
@@ -54,12 +51,7 @@ class Normalize(nn.Module):
 
 
 def mirrored(images: Tensor, flips: Tensor | None) -> Tensor:
-    """Return a copy of `images` with some mirrored left to right, without waiting for a GPU.
-
-    Args:
-        images: [B, 3, S, S], of any dtype.
-        flips: bool [B], on the same device, the images to mirror; None mirrors none.
-    """
+    """Return a copy of images [B, 3, S, S] with those of `flips`, bool [B], mirrored; None mirrors none."""
     if flips is None:
         return images
     return torch.where(flips[:, None, None, None], images.flip(-1), images)
@@ -71,8 +63,7 @@ def drawing_from(seed: int, *name: int, on_devices: bool = False):
 
     Args:
         seed: The run's seed.
-        name: Integers from 0: (epoch, index), then the copy's number, … A last 0 changes nothing: (3, 7) and
-            (3, 7, 0) draw alike.
+        name: Integers from 0: (epoch, index), then the copy's number, … A last 0 changes nothing.
         on_devices: Seed the generators of GPUs too, and leave them so. Before CUDA is used this takes 0.2 ms.
     """
     state = torch.get_rng_state()
@@ -89,12 +80,7 @@ def drawing_from(seed: int, *name: int, on_devices: bool = False):
 def policy_transform(policy: str) -> Callable[[Image.Image], Image.Image]:
     """Return the augmentation that a policy string names.
 
-    Args:
-        policy: timm's, such as rand-m9-n2-mstd0.5, or randaugment-nN-mM: torchvision's RandAugment of N operations
-            at magnitude M from 0 to 30.
-
-    Raises:
-        UserError: It is neither.
+    timm's, such as rand-m9-n2-mstd0.5, or torchvision's: randaugment-nN-mM, with magnitudes M from 0 to 30.
     """
     found = _TORCHVISION_POLICY.fullmatch(policy)
     if found and int(found[1]) >= 1 and int(found[2]) < _TORCHVISION_BINS:

@@ -5,8 +5,6 @@ from collections.abc import Sequence
 from crate_fast.errors import UserError
 from crate_fast.train.config import TrainConfig
 
-__all__ = ["Unreadable", "UnreadableTally", "describe"]
-
 _SHOWN = 5
 
 
@@ -20,48 +18,27 @@ def describe(image: str, error: Exception) -> str:
 
 
 class UnreadableTally:
-    """The corrupt images of a split, each counted once an epoch however often it is met.
+    """The corrupt images of a split of `n_images`, each counted once an epoch however often it is met.
 
     Each process has a tally and adds the problems of all processes, so that all stop together.
-
-    Args:
-        config: Its `max_unreadable` is the largest share of corrupt images.
-        n_images: Images of the split.
     """
 
     def __init__(self, config: TrainConfig, n_images: int):
         self.share, self.n_images = config.max_unreadable, n_images
-        self._last_epoch: dict[str, int] = {}  # problem → last epoch in which it was met
+        self.met: dict[str, int] = {}  # problem → last epoch in which it was met
 
     def add(self, problems: Sequence[str], epoch: int) -> list[str]:
         """Count the `problems` of this epoch's batches; return the new ones, in order."""
-        new = [line for line in dict.fromkeys(problems) if line not in self._last_epoch]
-        self._last_epoch.update(dict.fromkeys(problems, epoch))
+        new = [line for line in dict.fromkeys(problems) if line not in self.met]
+        self.met.update(dict.fromkeys(problems, epoch))
         return new
 
     def check(self, epoch: int) -> None:
-        """Stop a run that loses too many images.
-
-        Raises:
-            UserError: More than `max_unreadable` of the split's images could not be read in this epoch.
-        """
-        met = [line for line, last in self._last_epoch.items() if last == epoch]
+        """Stop a run that loses more than `max_unreadable` of the split's images in this epoch."""
+        met = [line for line, last in self.met.items() if last == epoch]
         if len(met) > self.share * self.n_images:
             raise UserError(
                 f"{len(met)} of {self.n_images} images ({len(met) / self.n_images:.2%}) could not be read in epoch "
                 f"{epoch}, more than max_unreadable={self.share} allows: repair or remove them, or raise "
                 f"--max-unreadable. The first: {'; '.join(met[:_SHOWN])}"
             )
-
-    @property
-    def total(self) -> int:
-        """Number of different corrupt images met in the run so far."""
-        return len(self._last_epoch)
-
-    def state(self) -> dict[str, int]:
-        """Return plain values for `restore`."""
-        return dict(self._last_epoch)
-
-    def restore(self, state: dict[str, int]) -> None:
-        """Continue from a `state`."""
-        self._last_epoch = dict(state)
