@@ -18,11 +18,12 @@ import time
 from collections.abc import Callable, Collection
 from functools import partial
 
-from harness import interleaved, markdown_table, peak_mib, write_results
+from harness import interleaved, peak_mib, write_results
 
 import maskcut_oracle
 import numpy as np
 import torch
+from gpu_report import markdown_table
 from scipy.sparse.linalg import eigsh
 from torch import Tensor
 
@@ -166,7 +167,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--data", default="shape_scenes", help="as in crate-fast eval")
     parser.add_argument("--images", type=int, default=3)
     parser.add_argument("--image-size", type=int, default=480)
-    parser.add_argument("--repeats", type=int, default=5, help="rounds, in each of which all three run")
+    parser.add_argument("--repeats", type=int, default=3, help="rounds, in each of which all three run")
     parser.add_argument("--name", default="maskcut", help="of the files in benchmarks/results/")
     parser.add_argument("--smoke", action="store_true", help="small and short; writes nothing")
     options = parser.parse_args(argv)
@@ -180,7 +181,7 @@ def main(argv: list[str] | None = None) -> int:
     images = _features(options.model, options.data, options.image_size, options.images)
     rows = [{"image": i} | _compare(features, options.repeats) for i, features in enumerate(images)]
     growth = _growth([12], [12], ["connected"]) if options.smoke else _growth([60, 80, 100, 120], [60])
-    table = markdown_table(rows, list(rows[0]))
+    table = markdown_table(rows)
 
     def ratio(name: str) -> float:
         return float(np.median([row[name] for row in rows]))
@@ -195,7 +196,7 @@ def main(argv: list[str] | None = None) -> int:
         "Features of a background and three objects, C = 384, three objects asked for; solvers: 0 Lanczos, 1 block "
         "Lanczos in fp64, 2 dense:\n\n"
     )
-    table += markdown_table(growth, list(growth[0]))
+    table += markdown_table(growth)
     print(table)
     if not options.smoke:
         more = {"model": options.model, "data": options.data.split(":")[0], "image_size": options.image_size}

@@ -21,9 +21,8 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 
-from harness import markdown_table
-
 import torch
+from gpu_report import markdown_table
 
 from crate_fast.kernels.launch import ARCHITECTURES, SHARED_MEMORY, TABLE, Tile
 

@@ -292,7 +292,7 @@ def test_a_whole_measurement_goes_the_gpus_way(pretended_gpu, run):
     peers = [Peer("ours", lambda: _attend, ours=True), Peer("right", lambda: _attend, smoke=True)]
     rows = measure_peers(problem, peers, run)
     assert [row["latency_ms"] for row in rows] == [1.0] * 6
-    assert all(row["peak_mib"] == 2.0 and row["calls"] == 6 for row in rows)
+    assert all(row["peak_mib"] == 2.0 and row["calls"] == 3 for row in rows)
 
 
 # --- results -------------------------------------------------------------------------------------------------------
