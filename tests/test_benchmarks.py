@@ -129,5 +129,3 @@ def test_rates_count_images_not_calls():
     assert 15_000 < one["us"] < 60_000
     assert 3 < one["us"] / four["us"] < 5
     assert one["us_low"] <= one["us"] <= one["us_high"]
-
-
