@@ -14,7 +14,6 @@ All get the same features and are timed in turn; cuts or masks that differ stop 
 import argparse
 import itertools
 import sys
-import time
 from collections.abc import Callable, Collection
 from functools import partial
 
@@ -43,16 +42,6 @@ def _features(model: str, data: str, size: int, count: int) -> list[Tensor]:
     for batch in batches(open_images(data, size, count), 1, []):
         found += loaded.extract(loaded.normalize(batch.images), [layer]).keys(layer)
     return [features.clone() for features in found]
-
-
-def _seconds(call: Callable[[], object], repeats: int) -> tuple[float, object]:
-    """Return the median seconds and the last value."""
-    times, value = [], None
-    for _ in range(repeats):
-        began = time.perf_counter()
-        value = call()
-        times.append(time.perf_counter() - began)
-    return float(np.median(times)), value
 
 
 def _eigsh(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -151,8 +140,7 @@ def _growth(sides: list[int], dense_sides: list[int], graphs: Collection[str] = 
     for side, graph in itertools.product(sides, graphs):
         shared = GRAPHS[graph]
         call = _ours(side, shared)
-        call()
-        seconds, result = _seconds(call, 3)
+        seconds, result = interleaved({"ours": call}, 3)["ours"].median, call()
         row = {"image at patch 8, px": 8 * side, "patches": side * side, "graph": graph, "ours s": seconds}
         row |= {"solvers": str(result.solvers[0].tolist()), "ours peak MiB": peak_mib(partial(_ours, side, shared))}
         row["dense peak MiB"] = peak_mib(partial(_dense, side, shared)) if side in dense_sides and shared else None
