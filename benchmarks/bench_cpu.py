@@ -13,10 +13,11 @@ from collections.abc import Collection
 from functools import partial
 from pathlib import Path
 
-from harness import RESULTS, TIGHT, differences, interleaved, markdown_table, peak_mib, write_results
+from harness import RESULTS, TIGHT, differences, interleaved, peak_mib, write_results
 
 import torch
 from bench_model import CRATES
+from gpu_report import markdown_table
 from model_problem import INFERENCE, OURS, RELEASED, TRAINING, Size, Trial, initial_weights
 
 from crate_fast.cpu_ops import onednn_suits_processor

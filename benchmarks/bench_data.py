@@ -22,10 +22,11 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from harness import markdown_table, write_results
+from harness import write_results
 
 import numpy as np
 import torch
+from gpu_report import markdown_table
 from PIL import Image
 from torch.utils.data import Dataset
 
@@ -222,7 +223,7 @@ def _table(rows: list[dict], what: str) -> str:
         }
         for row in rows
     ]
-    return markdown_table(shown, list(shown[0]))
+    return markdown_table(shown)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -16,10 +16,11 @@ import threading
 import time
 from pathlib import Path
 
-from harness import markdown_table, write_results
+from harness import write_results
 
 import numpy as np
 import uvicorn
+from gpu_report import markdown_table
 from PIL import Image
 from playwright.sync_api import Page, sync_playwright
 
@@ -134,7 +135,7 @@ def main(argv: list[str] | None = None) -> int:
         row = {"until painted": name, "samples": len(values), "median ms": median, "90 % ms": slow}
         rows.append(row | {"goal ms": GOALS_MS[name], "met": "yes" if slow <= GOALS_MS[name] else "no"})
     size = f"{extract.image_size[0]} px, {extract.grid[0]}×{extract.grid[1]} patches"
-    table = f"`{options.model}`, {size}, pictures of 500×375.\n\n" + markdown_table(rows, list(rows[0]))
+    table = f"`{options.model}`, {size}, pictures of 500×375.\n\n" + markdown_table(rows)
     print(table)
     if not options.smoke:
         write_results(options.name, rows, table, more={"model": options.model})

@@ -14,15 +14,15 @@ All get the same features and are timed in turn; cuts or masks that differ stop 
 import argparse
 import itertools
 import sys
-import time
 from collections.abc import Callable, Collection
 from functools import partial
 
-from harness import interleaved, markdown_table, peak_mib, write_results
+from harness import interleaved, peak_mib, write_results
 
 import maskcut_oracle
 import numpy as np
 import torch
+from gpu_report import markdown_table
 from scipy.sparse.linalg import eigsh
 from torch import Tensor
 
@@ -42,16 +42,6 @@ def _features(model: str, data: str, size: int, count: int) -> list[Tensor]:
     for batch in batches(open_images(data, size, count), 1, []):
         found += loaded.extract(loaded.normalize(batch.images), [layer]).keys(layer)
     return [features.clone() for features in found]
-
-
-def _seconds(call: Callable[[], object], repeats: int) -> tuple[float, object]:
-    """Return the median seconds and the last value."""
-    times, value = [], None
-    for _ in range(repeats):
-        began = time.perf_counter()
-        value = call()
-        times.append(time.perf_counter() - began)
-    return float(np.median(times)), value
 
 
 def _eigsh(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -150,8 +140,7 @@ def _growth(sides: list[int], dense_sides: list[int], graphs: Collection[str] = 
     for side, graph in itertools.product(sides, graphs):
         shared = GRAPHS[graph]
         call = _ours(side, shared)
-        call()
-        seconds, result = _seconds(call, 3)
+        seconds, result = interleaved({"ours": call}, 3)["ours"].median, call()
         row = {"image at patch 8, px": 8 * side, "patches": side * side, "graph": graph, "ours s": seconds}
         row |= {"solvers": str(result.solvers[0].tolist()), "ours peak MiB": peak_mib(partial(_ours, side, shared))}
         row["dense peak MiB"] = peak_mib(partial(_dense, side, shared)) if side in dense_sides and shared else None
@@ -166,7 +155,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--data", default="shape_scenes", help="as in crate-fast eval")
     parser.add_argument("--images", type=int, default=3)
     parser.add_argument("--image-size", type=int, default=480)
-    parser.add_argument("--repeats", type=int, default=5, help="rounds, in each of which all three run")
+    parser.add_argument("--repeats", type=int, default=3, help="rounds, in each of which all three run")
     parser.add_argument("--name", default="maskcut", help="of the files in benchmarks/results/")
     parser.add_argument("--smoke", action="store_true", help="small and short; writes nothing")
     options = parser.parse_args(argv)
@@ -180,7 +169,7 @@ def main(argv: list[str] | None = None) -> int:
     images = _features(options.model, options.data, options.image_size, options.images)
     rows = [{"image": i} | _compare(features, options.repeats) for i, features in enumerate(images)]
     growth = _growth([12], [12], ["connected"]) if options.smoke else _growth([60, 80, 100, 120], [60])
-    table = markdown_table(rows, list(rows[0]))
+    table = markdown_table(rows)
 
     def ratio(name: str) -> float:
         return float(np.median([row[name] for row in rows]))
@@ -195,7 +184,7 @@ def main(argv: list[str] | None = None) -> int:
         "Features of a background and three objects, C = 384, three objects asked for; solvers: 0 Lanczos, 1 block "
         "Lanczos in fp64, 2 dense:\n\n"
     )
-    table += markdown_table(growth, list(growth[0]))
+    table += markdown_table(growth)
     print(table)
     if not options.smoke:
         more = {"model": options.model, "data": options.data.split(":")[0], "image_size": options.image_size}

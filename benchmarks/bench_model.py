@@ -20,9 +20,8 @@ import sys
 from dataclasses import dataclass, replace
 
 import harness
-from harness import Run, markdown_table, number
+from harness import Run
 
-from gpu_report import why_missing
 from measuring import measure_peers
 from model_problem import (
     COMPILED,
@@ -60,34 +59,13 @@ GROWTH = {  # CRATE-B on one image
 }
 ON_A_CPU = ("T/16",)
 GROWTH_ON_A_CPU = ("N = 197", "N = 785", "N = 3601")
-_TINY = Size(48, 2, 3, 16, on_gpu=2, on_cpu=2, image=64, classes=10)
+_TINY = Size(32, 1, 2, 16, on_gpu=2, on_cpu=2, image=64, classes=10)
 SMOKE_CRATES, SMOKE_MAES = {"tiny": _TINY}, {"tiny MAE": replace(_TINY, masked=True)}
-SMOKE_GROWTH = {"N = 17": _TINY, "N = 65": replace(_TINY, patch=8)}
+SMOKE_GROWTH = {"N = 17": _TINY}
 
-CRATE_PEERS = [
-    OURS,
-    RELEASED,
-    OURS + GRAPHED,
-    OURS + COMPILED,
-    VIT + COMPILED,
-    RELEASED + COMPILED,
-]  # the first is our own, eager
+CRATE_PEERS = [OURS, RELEASED, OURS + GRAPHED, OURS + COMPILED, VIT + COMPILED, RELEASED + COMPILED]
 MAE_PEERS = [OURS, RELEASED, VISIBLE]
 GROWTH_PEERS = [OURS, RELEASED, OURS + GRAPHED]
-
-
-def _compared(rows: list[dict]) -> None:
-    """Add images per second, the factors over two peers and the shares of the matrix rate to one pass's rows."""
-    measured = {row["peer"]: row["latency_ms"] for row in rows if row["latency_ms"] is not None}
-    for row in rows:
-        latency_ms = row["latency_ms"]
-        row["images_per_s"] = row["of_released"] = row["of_vit"] = row["mfu"] = None
-        if latency_ms is None:
-            continue
-        row["images_per_s"] = 1e3 * row["batch"] / latency_ms
-        for key, peer in (("of_released", RELEASED), ("of_vit", VIT + COMPILED)):
-            row[key] = measured[peer] / latency_ms if peer in measured else None
-        row["mfu"] = row["flops"] / (row["matrix_tflops_per_s"] * latency_ms * 1e9)
 
 
 @dataclass(frozen=True)
@@ -106,57 +84,25 @@ def measure(part: Part, run: Run) -> bool:
         for what in part.passes:
             run.rows += measure_one(model, size, what, part.peers, run)
             run.timer.free_memory()
-            run.report(part.name, quiet=True, make_table=table)  # keeps it if the rest is cut short
+            run.report(part.name, quiet=True)  # keeps it if the rest is cut short
     return not any(row.get("red") for row in run.rows)
 
 
 def measure_one(model: str, size: Size, what: str, names: list[str], run: Run) -> list[dict]:
-    """Measure one pass of a model with the peers of these names."""
+    """Measure one pass of a model with the peers of these names; add images/s, two factors and the MFU."""
     problem = make_problem(model, size, what, run, {"patch": size.patch, "image": size.image})
     rows = measure_peers(problem, peers(problem, names, run), run)
-    _compared(rows)
-    return rows
-
-
-def _share(value: float | None) -> str:
-    return "" if value is None else f"{100 * value:.3g} %"
-
-
-def _times(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}×"
-
-
-def table(rows: list[dict]) -> str:
-    """Format all rows as a Markdown table, and under it why some are missing."""
-    if not rows:
-        return "no rows\n"
-    shown = []
+    measured = {row["peer"]: row["latency_ms"] for row in rows if row["latency_ms"] is not None}
     for row in rows:
-        measured = row["latency_ms"] is not None
-        shown.append(
-            {
-                "model": row["model"],
-                "batch": row["batch"],
-                "pass": row["pass"],
-                "peer": row["peer"],
-                "images/s": row["images_per_s"] if measured else "**red**" if row.get("red") else "n/a",
-                "ms": row["latency_ms"] if measured else "**red**" if row.get("red") else "n/a",
-                "20–80 %": f"{number(row['low_ms'])}–{number(row['high_ms'])}" if measured else "",
-                "released": _times(row["of_released"]),
-                "ViT": _times(row["of_vit"]),
-                "peak MiB": row["peak_mib"] if measured and row["peak_mib"] is not None else "",
-                "floor, ms": row["floor_ms"],
-                "MFU": _share(row["mfu"]),
-                "first call, s": row["first_call_s"] if measured else "",
-            }
-        )
-    meaning = (
-        "\nreleased, ViT: how many times as fast as the released form, eager, and as timm's ViT, compiled. MFU: "
-        "nominal FLOPs, of the matrix rate measured in the run. Peak: above the weights; on a CPU with the "
-        "optimiser's moments.\n"
-    )
-    columns = [column for column in shown[0] if any(row[column] != "" for row in shown)]
-    return markdown_table(shown, columns) + meaning + why_missing(rows)
+        latency_ms = row["latency_ms"]
+        row |= dict.fromkeys(("images_per_s", "of_released", "of_vit", "mfu"))
+        if latency_ms is not None:
+            row["images_per_s"] = 1e3 * row["batch"] / latency_ms
+            row["of_released"], row["of_vit"] = (
+                measured[peer] / latency_ms if peer in measured else None for peer in (RELEASED, VIT + COMPILED)
+            )
+            row["mfu"] = row["flops"] / (row["matrix_tflops_per_s"] * latency_ms * 1e9)
+    return rows
 
 
 def _kept(part: Part, run: Run) -> list[dict]:
@@ -175,20 +121,14 @@ def _parts(options: argparse.Namespace, on_gpu: bool) -> list[Part]:
     """Return the parts that the options ask for."""
     both, kind = (TRAINING, INFERENCE), "gpu" if on_gpu else "cpu"
     crates, maes, growth = (f"{name}_{kind}" for name in ("crate", "model", "growth"))
-    if options.smoke:
-        return [
-            Part(crates, SMOKE_CRATES, both, CRATE_PEERS),
-            Part(maes, SMOKE_MAES, (TRAINING,), MAE_PEERS),
-            Part(growth, SMOKE_GROWTH, both, GROWTH_PEERS),
-        ]
     if options.growth:
         chosen = GROWTH if on_gpu else GROWTH_ON_A_CPU
         return [Part(growth, {name: GROWTH[name] for name in chosen}, both, GROWTH_PEERS)]
     chosen = options.models or ([*CRATES, *MAES] if on_gpu else ON_A_CPU)
-    parts = [
-        Part(crates, {name: size for name, size in CRATES.items() if name in chosen}, both, CRATE_PEERS),
-        Part(maes, {name: size for name, size in MAES.items() if name in chosen}, (TRAINING,), MAE_PEERS),
-    ]
+    sizes = [{name: size for name, size in table.items() if name in chosen} for table in (CRATES, MAES)]
+    sizes = [SMOKE_CRATES, SMOKE_MAES, SMOKE_GROWTH] if options.smoke else [*sizes, {}]
+    passes, peers_ = (both, (TRAINING,), both), (CRATE_PEERS, MAE_PEERS, GROWTH_PEERS)
+    parts = map(Part, (crates, maes, growth), sizes, passes, peers_)
     return [part for part in parts if part.sizes]
 
 
@@ -208,7 +148,7 @@ def main(argv: list[str] | None = None) -> int:
     for part in _parts(options, run.timer.on_gpu):
         run.rows = _kept(part, run) if options.append else []
         good &= measure(part, run)
-        run.report(part.name, make_table=table)
+        run.report(part.name)
     return int(not good)
 
 

@@ -18,12 +18,11 @@ import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 
-from harness import markdown_table
-
 import torch
+from gpu_report import markdown_table
 
 from crate_fast.kernels.launch import ARCHITECTURES, SHARED_MEMORY, TABLE, Tile
 
@@ -241,25 +240,15 @@ def compile_case(case: Case) -> dict:
 
 
 def compile_all(wanted: list[Case], processes: int = 2) -> list[dict]:
-    """Compile in several processes; one that a compiler assertion kills becomes a row's error."""
-
-    def pool(size: int) -> ProcessPoolExecutor:
-        return ProcessPoolExecutor(size, mp_context=get_context("spawn"))
-
-    rows: dict[Case, dict] = {}
-    with pool(processes) as workers:
-        futures = {case: workers.submit(compile_case, case) for case in wanted}
-        for case, future in futures.items():
-            with contextlib.suppress(BrokenProcessPool):
-                rows[case] = future.result()
-    for case in wanted:
-        if case not in rows:
-            with pool(1) as worker:  # alone, to find who kills the process
-                try:
-                    rows[case] = worker.submit(compile_case, case).result()
-                except BrokenProcessPool:
-                    rows[case] = asdict(case) | {"error": "the compiler killed its process"}
-    return [rows[case] for case in wanted]
+    """Compile in several processes; where a compiler assertion kills one, the cases not done have an error."""
+    rows = []
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as workers:
+        for case, future in [(case, workers.submit(compile_case, case)) for case in wanted]:
+            try:
+                rows.append(future.result())
+            except BrokenProcessPool:  # this case's, or one's that was compiled at the same time
+                rows.append(asdict(case) | {"error": "the compiler killed its process"})
+    return rows
 
 
 def problems(rows: list[dict], spills_count: bool) -> list[str]:
@@ -290,8 +279,6 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--architectures", nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES))
     parser.add_argument("--kernels", nargs="+", help="only kernels with these names")
-    parser.add_argument("--sizes", nargs="+", help="only these sizes")
-    parser.add_argument("--tile", help="this tile instead of the table's: words of Tile, as in 128,64,8,3")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     args = parser.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET", "0") != "0":
@@ -300,11 +287,6 @@ def main(argv: list[str] | None = None) -> int:
     import triton
 
     wanted = [c for c in cases(tuple(args.architectures)) if not args.kernels or c.kernel in args.kernels]
-    wanted = [c for c in wanted if not args.sizes or c.size in args.sizes]
-    if args.tile:
-        words = [int(word) for word in args.tile.split(",")]
-        names = ("block_m", "block_n", "num_warps", "num_stages", "block_k")
-        wanted = [replace(c, tile=replace(c.tile, **dict(zip(names, words, strict=False)))) for c in wanted]
     rows = compile_all(wanted, args.processes)
     for row in rows:
         row["tile"] = " ".join(f"{name}={value}" for name, value in row["tile"].items() if value)

@@ -49,7 +49,7 @@ NO_TIME = "no time was left"
 PACK_SECONDS = 10.0  # at the end, for the archive
 
 PROBE_S, PROBES_AT_ONCE = 30.0, 10
-HANG_S = 6.0  # limit of the probe that hangs, in a rehearsal
+HANG_S = 3.0  # limit of the probe that hangs, in a rehearsal
 FAULTS = ("fault:crash", "fault:hang", "fault:wrong")  # probes of a rehearsal
 EVIDENCE = 6  # red probes that run once more to leave their PTX and SASS
 MODELS_AT_ONCE = 2  # that run while others compile: memory for both

@@ -3,8 +3,7 @@
 import json
 import math
 import tarfile
-from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 WORTH = 0.98  # of the present tile's time: a tile must be faster than that to replace it
@@ -13,6 +12,10 @@ MOST_BYTES = 15 * 2**20  # size of a file that is brought back
 MOST_EVIDENCE_BYTES = 40 * 2**20  # PTX and SASS before compression
 FACTS = (  # repeated in every row of the archive
     *("device", "driver", "commit", "torch", "triton", "ptxas", "assembler", "matrix_tflops_per_s", "copy_gb_per_s"),
+)
+MODELS_CAPTION = (
+    "released, ViT: how many times as fast as the released form, eager, and as timm's ViT, compiled. MFU: nominal "
+    "FLOPs, of the matrix rate measured in the run. Peak: above the weights; on a CPU with the optimiser's moments.\n"
 )
 TILE_KEY = ("kernel", "architecture", "precision", "block_d")
 
@@ -82,109 +85,113 @@ def _beside_blocks_of_rows(best: dict[tuple, tuple], key: tuple) -> dict[str, tu
     return {shape: (whole[shape], rows[shape]) for shape in whole.keys() & rows.keys()}
 
 
-def _whole_heads(rows: Iterable[dict]) -> list[str]:
+def _whole_heads(rows: Iterable[dict]) -> str:
     best, lines = _best(rows), []
     for key in best:
         for shape, (whole_ms, rows_ms) in _beside_blocks_of_rows(best, key).items():
-            text = f"* {key[0]} at {shape}: {_number(whole_ms)} ms, by blocks of rows {_number(rows_ms)} ms"
-            lines.append(f"{text}: {rows_ms / whole_ms:.2f}×")
-    return [*lines, ""] if lines else []
+            text = f"* {key[0]} at {shape}: {number(whole_ms)} ms, by blocks of rows {number(rows_ms)} ms"
+            lines.append(f"{text}: {rows_ms / whole_ms:.2f}×\n")
+    return "".join(lines)
 
 
-# --- a page -------------------------------------------------------------------------------------------------------
+# --- tables and a page --------------------------------------------------------------------------------------------
 
 
-def _table(title: str, columns: list[str], rows: Iterable[Iterable[object]]) -> list[str]:
-    """Format the lines of a table under its title; none where it has no rows."""
-    lines = [columns, ["---"] * len(columns), *rows]
-    if len(lines) == 2:
-        return []
-    body = ["| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines]
-    return [*([title, ""] if title else []), *body, ""]
+def number(value: float) -> str:
+    """Format three significant digits; from 100 on all before the point."""
+    return f"{value:.3g}" if value < 100 else f"{value:,.0f}"
 
 
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.3g}" if value < 100 else f"{value:,.0f}"
+def markdown_table(rows: list[dict], columns: Iterable[str] | None = None) -> str:
+    """Format rows as a Markdown table; floats as `number`, None as –."""
+
+    def cell(value: object) -> str:
+        text = "–" if value is None else number(value) if isinstance(value, float) else str(value)
+        return text.replace("|", "\\|")
+
+    columns = list(columns or rows[0])
+    lines = [columns, ["---"] * len(columns), *([cell(row[column]) for column in columns] for row in rows)]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
-def _line(text: object) -> str:
-    return " ".join(str(text).split())[:300]
+def times(rows: list[dict]) -> str:
+    """Format a benchmark's rows as Markdown: operators, whole models, and why some have no times."""
+    unit, scale = ("GFLOP/s", 1000) if all(row.get("driver") == "none" for row in rows) else ("TFLOP/s", 1)
+    shown: dict[bool, list[dict]] = {False: [], True: []}
+    for row in rows:
+
+        def value(key: str, show: Callable[[float], str] = number, row: dict = row) -> str:
+            return "" if row.get(key) is None else show(row[key])
+
+        whole, missing = "model" in row, "**red**" if row.get("red") else "n/a"
+        factor, share = "{:.2f}×".format, "{:.0%}".format
+        line = {"model": row["model"], "batch": row["batch"]} if whole else {"problem": row["problem"]}
+        line |= {"pass": row["pass"], "peer": row["peer"]}
+        line |= {"images/s": value("images_per_s") or missing} if whole else {}
+        line |= {"ms": value("latency_ms") or missing}
+        line |= {"20–80 %": f"{value('low_ms')}–{value('high_ms')}".strip("–")}
+        if whole:
+            line |= {"released": value("of_released", factor), "ViT": value("of_vit", factor)}
+            line |= {"floor, ms": value("floor_ms"), "MFU": value("mfu", lambda part: f"{100 * part:.3g} %")}
+        else:
+            line |= {unit: value("tflops_per_s", lambda rate: number(scale * rate)), "floor, ms": value("floor_ms")}
+            line |= {"of floor": value("of_floor", share), "ours": value("ours_faster", factor)}
+        shown[whole].append(line | {"first call, s": value("first_call_s"), "peak MiB": value("peak_mib")})
+    tables = [
+        markdown_table(lines, [column for column in lines[0] if any(line[column] for line in lines)])
+        for lines in shown.values()
+        if lines
+    ]
+    return "\n".join([*tables, *([MODELS_CAPTION] if shown[True] else [])]) + _why_missing(rows)
+
+
+def _why_missing(rows: list[dict]) -> str:
+    reasons = dict.fromkeys(
+        f"* {'**red**' if row.get('red') else 'n/a'}: {row['problem']}, {row['peer']}: {row['reason']}\n"
+        for row in rows
+        if row["reason"] is not None
+    )
+    return "\n" + "".join(reasons) if reasons else ""
 
 
 def summary(rows: list[dict], part: str) -> str:
     """Sum up a check as Markdown: facts, rows of each stage, red rows, times, tiles, profile."""
     facts = facts_of(rows)
-    keys = ("device", "driver", "commit", "torch", "triton", "ptxas", "numpy", "matrix_tflops_per_s", "copy_gb_per_s")
-    lines = [f"# GPU check, {part}", "", ", ".join(f"{key} {facts[key]}" for key in keys if key in facts), ""]
-    stages = dict.fromkeys(row["stage"] for row in rows)
-    counts = {stage: Counter(row["status"] for row in rows if row["stage"] == stage) for stage in stages}
-    ends = {stage: max(row.get("at_s", 0) for row in rows if row["stage"] == stage) for stage in stages}
-    words = ("ok", "red", "n/a")
-    lines += _table(
-        "",
-        ["stage", *words, "until, s"],
-        [[stage, *(counts[stage][word] for word in words), ends[stage]] for stage in stages],
-    )
-    red = [row for row in rows if row["status"] == "red"]
-    if red:
-        lines += [f"## Red: {len(red)}", ""]
-        lines += [f"* {row['stage']}, {row['item']}: {_line(row['reason'])}" for row in red[:SHOWN]]
-        lines += [""]
+    lines = [f"# GPU check, {part}\n", ", ".join(f"{key} {facts[key]}" for key in FACTS if key in facts) + "\n"]
+    stages = []
+    for stage in dict.fromkeys(row["stage"] for row in rows):
+        found = [row for row in rows if row["stage"] == stage]
+        counts = {status: sum(row["status"] == status for row in found) for status in ("ok", "red", "n/a")}
+        stages.append({"stage": stage, **counts, "until, s": str(max(row.get("at_s", 0) for row in found))})
+    lines += [markdown_table(stages)] if stages else []
+    red = [f"* {row['stage']}, {row['item']}: {' '.join(str(row['reason']).split())[:300]}\n"
+           for row in rows if row["status"] == "red"]  # fmt: skip
+    lines += [f"## Red: {len(red)}\n", "".join(red[:SHOWN])] if red else []
     measured = [row["row"] for row in rows if "row" in row]
-    lines += ["## Times", "", times(measured)] if measured else []
-    return "\n".join(lines + _tiles(rows) + _profile(rows)) + "\n"
-
-
-def times(rows: list[dict]) -> str:
-    """Format a benchmark's rows as a Markdown table, and under it why some have no times."""
-    unit, scale = ("GFLOP/s", 1000) if all(row.get("driver") == "none" for row in rows) else ("TFLOP/s", 1)
-    columns = ["problem", "pass", "peer", "ms", "20–80 %", unit, "floor, ms", "of floor", "ours"]
-    shown = []
-    for row in rows:
-        line = [row["problem"], row["pass"], row["peer"]]
-        if row["latency_ms"] is None:
-            line += ["**red**" if row.get("red") else "n/a", "", "", _number(row["floor_ms"]), "", "", "", ""]
-        else:
-            line += [_number(row["latency_ms"]), f"{_number(row['low_ms'])}–{_number(row['high_ms'])}"]
-            line += [_number(scale * row["tflops_per_s"]), _number(row["floor_ms"]), f"{row['of_floor']:.0%}"]
-            line += ["" if row["ours_faster"] is None else f"{row['ours_faster']:.2f}×"]
-            line += [_number(row["first_call_s"]), _number(row["peak_mib"])]
-        shown.append(line)
-    return "\n".join(_table("", [*columns, "first call, s", "peak MiB"], shown)) + why_missing(rows)
-
-
-def why_missing(rows: list[dict]) -> str:
-    """Format a line for each peer that did not run, or was wrong."""
-    reasons = dict.fromkeys(
-        f"* {'**red**' if row.get('red') else 'n/a'}: {row['problem']}, {row['peer']}: {row['reason']}"
-        for row in rows
-        if row["reason"] is not None
-    )
-    return "\n".join(["", *reasons, ""]) if reasons else ""
+    lines += ["## Times\n", times(measured)] if measured else []
+    return "\n".join(lines + _tiles(rows) + _profile(rows))
 
 
 def _tiles(rows: list[dict]) -> list[str]:
-    timed = [row for row in rows if row.get("latency_ms") is not None and "kernel" in row]
+    timed = sorted((row for row in rows if row.get("latency_ms") is not None and "kernel" in row),
+                   key=lambda row: row["latency_ms"])  # fmt: skip
     shown = []
     for kernel in dict.fromkeys(row["kernel"] for row in timed):
-        ranked = sorted((row for row in timed if row["kernel"] == kernel), key=lambda row: row["latency_ms"])
-        for rank, row in enumerate(ranked):
+        for rank, row in enumerate(row for row in timed if row["kernel"] == kernel):
             if rank < 3 or row["present"]:
-                shown.append([row["item"], _number(row["latency_ms"]), "in the table" if row["present"] else ""])
-    table = _table("## Tiles: the best three of each kernel, and the table's", ["tile", "ms", ""], shown)
-    return table + _whole_heads(rows)
+                line = {"tile": row["item"], "ms": row["latency_ms"]}
+                shown.append(line | {"": "in the table" if row["present"] else ""})
+    title = "## Tiles: the best three of each kernel, and the table's\n"
+    return [title, markdown_table(shown), _whole_heads(rows)] if shown else []
 
 
 def _profile(rows: list[dict]) -> list[str]:
-    found = next((row for row in rows if row.get("item") == "profile" and "kernels" in row), None)
-    if found is None:
-        return []
-    gaps = ", ".join(map(str, found["gaps_us"][:5]))
-    busy, span = (f"{found[key]:,.0f}" for key in ("busy_us", "span_us"))
-    title = f"## One training step: {busy} of {span} µs busy, {found['launches']} launches; largest gaps {gaps} µs"
-    return _table(
-        title, ["kernel", "calls", "µs"], [[k["kernel"], k["calls"], k["us"]] for k in found["kernels"][:15]]
-    )
+    return [
+        f"## One training step: {row['busy_us']:,.0f} of {row['span_us']:,.0f} µs busy, {row['launches']} launches; "
+        f"largest gaps {', '.join(map(str, row['gaps_us'][:5]))} µs\n\n" + markdown_table(row["kernels"][:15])
+        for row in rows
+        if row.get("item") == "profile" and "kernels" in row
+    ][:1]
 
 
 # --- the archive --------------------------------------------------------------------------------------------------

@@ -24,9 +24,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -34,7 +36,6 @@ from gpu_report import times
 from torch import Tensor
 
 from crate_fast.env import driver_version, provenance
-from crate_fast.eval.common import results
 from crate_fast.kernels.launch import INTERPRETED
 
 RESULTS = Path(__file__).parent / "results"
@@ -56,8 +57,7 @@ SLACK = {OUTPUT: 0.01, GRADIENT: 0.1, WORST: 0.3}
 # --- time and memory ----------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Timing:
+class Timing(NamedTuple):
     """Median, 20 % and 80 % quantile of a call's time."""
 
     median: float
@@ -89,19 +89,16 @@ def interleaved(candidates: dict[str, Callable[[], object]], rounds: int) -> dic
     return {name: Timing.of(values) for name, values in samples.items()}
 
 
-def _resident_mib(field: str) -> float:
-    # not getrusage, which reports the parent's peak after a spawn
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
-    return int(line.split()[1]) / 1024
+def _measure_peak(prepare: Callable[[], Callable[[], object]]) -> float:
+    def mib(name: str) -> float:  # not getrusage, which reports the parent's peak after a spawn
+        return int(re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
 
-
-def _measure_peak(prepare: Callable[[], Callable[[], object]], pipe) -> None:
     call = prepare()
-    before = _resident_mib("VmRSS")
+    before = mib("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     call()
     call()
-    pipe.send(_resident_mib("VmHWM") - before)
+    return mib("VmHWM") - before
 
 
 def peak_mib(prepare: Callable[[], Callable[[], object]]) -> float:
@@ -110,29 +107,18 @@ def peak_mib(prepare: Callable[[], Callable[[], object]]) -> float:
     Args:
         prepare: A picklable function that builds everything in the fresh process and returns the call to measure.
     """
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_measure_peak, args=(prepare, sender))
-    process.start()
-    sender.close()
-    try:
-        return receiver.recv()
-    except EOFError as error:
-        raise RuntimeError("the process that measured memory died; its message is above") from error
-    finally:
-        process.join()
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        return process.submit(_measure_peak, prepare).result()
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
     """A timed call, and the untimed function that makes its argument before each call."""
 
     call: Callable[[object], object]
     prepare: Callable[[], object] = lambda: None
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(NamedTuple):
     """Calls in one measurement, overwritings of the L2 cache before each, host time of a call."""
 
     calls: int
@@ -218,8 +204,7 @@ class Timer:
         return peak / 2**20
 
 
-@dataclass(frozen=True)
-class Ceilings:
+class Ceilings(NamedTuple):
     """Matrix rate in TFLOP/s and copy bandwidth in GB/s (read + written), measured in this run."""
 
     tflops_per_s: float
@@ -263,17 +248,6 @@ def add_options(
     parser.add_argument("--commit", help="the commit, where a copy of the tree is not a git checkout")
 
 
-def rerun_interpreted(script: str, argv: list[str] | None) -> int | None:
-    """Where a smoke run needs Triton's interpreter, run it in a process that has it, and return its exit status.
-
-    The flag is read when Triton is imported, which timm does: too late for this process.
-    """
-    if torch.cuda.is_available() or INTERPRETED:
-        return None
-    command = [sys.executable, script, *(sys.argv[1:] if argv is None else argv)]
-    return subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, check=False).returncode
-
-
 @dataclass
 class Run:
     """Device, options, facts and rows of one run."""
@@ -303,9 +277,9 @@ class Run:
         }
         print(f"measured ceilings: {self.ceilings}", flush=True)
 
-    def report(self, name: str, quiet: bool = False, make_table: Callable[[list[dict]], str] = times) -> None:
+    def report(self, name: str, quiet: bool = False) -> None:
         """Write the rows so far to `name`.{json,md}, except in a smoke run; print the table unless quiet."""
-        text = make_table(self.rows)
+        text = times(self.rows)
         paths = [] if self.smoke else write_results(name, self.rows, text, self.output, self.facts)
         if not quiet:
             print("\n".join(["", text, *(f"written: {path}" for path in paths)]))
@@ -328,13 +302,14 @@ def open_run(options: argparse.Namespace, on_cpu: bool = False) -> Run:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if options.smoke:
         print("smoke run: tiny shapes, to see that everything runs. The times below mean nothing.\n")
-    in_fp32 = on_cpu and device.type == "cpu"
-    dtype = options.dtype or ("float32" if in_fp32 else "float16" if options.smoke and not on_cpu else "bfloat16")
+    dtype = options.dtype or (
+        "float32" if on_cpu and device.type == "cpu" else "float16" if options.smoke and not on_cpu else "bfloat16"
+    )
     return Run(
         device=device,
         dtype=DTYPES[dtype],
         smoke=options.smoke,
-        rounds=2 if options.smoke else options.rounds,
+        rounds=1 if options.smoke else options.rounds,
         output=options.output,
         facts=_facts(device, options.commit),
         timer=Timer(device, SMOKE_MS if options.smoke else MEASUREMENT_MS),
@@ -389,8 +364,10 @@ def run_shapes(
     parser.add_argument("--shapes", nargs="+", metavar="SHAPE", help=f"default: all of {names}")
     add_options(parser)
     options = parser.parse_args(argv)
-    if options.smoke and (status := rerun_interpreted(script, argv)) is not None:
-        return status
+    if options.smoke and not (torch.cuda.is_available() or INTERPRETED):
+        # the flag is read when Triton is imported, which timm does: too late for this process
+        command = [sys.executable, script, *(sys.argv[1:] if argv is None else argv)]
+        return subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, check=False).returncode
     run = open_run(options, on_cpu=not options.smoke)
     shapes = smoke if options.smoke else on_gpu if run.timer.on_gpu else on_cpu
     chosen = shapes if options.smoke else options.shapes or shapes
@@ -434,21 +411,6 @@ def differences(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[s
 
 
 # --- results ------------------------------------------------------------------------------------------------------
-
-
-def number(value: float) -> str:
-    """Format three significant digits; from 100 on all before the point."""
-    return f"{value:.3g}" if value < 100 else f"{value:,.0f}"
-
-
-def markdown_table(rows: list[dict], columns: list[str] | None = None) -> str:
-    """Format rows as a Markdown table; floats as `number`, None as –."""
-
-    def cell(value) -> str | None:
-        return number(value) if isinstance(value, float) else None if value is None else str(value)
-
-    columns = columns or list(rows[0])
-    return results.markdown_table([{column: cell(row[column]) for column in columns} for row in rows])
 
 
 def write_results(

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from itertools import product
 from typing import ClassVar
 
 from harness import Plan, Run, Step, Timing, relative_difference
@@ -193,27 +194,16 @@ def too_many_logits(logits_bytes: float, device: torch.device) -> str | None:
     return f"its logits alone take {sizes}, more than {limit:.0%} of the {owner}'s memory"
 
 
-@dataclass
-class _Ready:
-    """A peer whose first call gave a right result."""
-
-    function: Callable[..., Tensor]
-    first_call_s: float
-    peak_mib: float | None
-    error: float | None  # against float64
-
-
 class _Measurement:
     """A problem's peers: the ready ones, and why the others are not; `red` ones are ours, wrong or failed."""
 
     def __init__(self, problem: Problem, peers: list[Peer], run: Run):
         self.problem, self.peers, self.run = problem, peers, run
-        self.ready: dict[str, _Ready] = {}
+        self.ready: dict[str, tuple[Callable, dict]] = {}  # by name: its function, and the facts of its first call
         self.reasons: dict[str, str] = {}
         self.red: set[str] = set()
 
     def leave_out(self, peer: Peer, reason: str) -> None:
-        """Note and print the reason."""
         self.reasons[peer.name] = reason
         word = "red" if peer.name in self.red else "n/a"
         print(f"{self.problem.label}, {peer.name}: {word}, {reason}", file=sys.stderr, flush=True)
@@ -251,23 +241,22 @@ class _Measurement:
             if ready is not None:
                 self.ready[peer.name] = ready
 
-    def _first_call(self, peer: Peer) -> _Ready:
+    def _first_call(self, peer: Peer) -> tuple[Callable, dict]:
         start = time.perf_counter()
         function = peer.build()
         results = self.problem.results(function)
         self.run.timer.synchronize()
-        first_call_s = time.perf_counter() - start
-        error = self.problem.check(peer, results, partial(self.problem.results, function))
+        facts = {"first_call_s": time.perf_counter() - start}
+        facts["error"] = self.problem.check(peer, results, partial(self.problem.results, function))
         del results
-        return _Ready(function, first_call_s, self.problem.peak_mib(peer, function, self.run), error)
+        return function, facts | {"peak_mib": self.problem.peak_mib(peer, function, self.run)}
 
     def times(self) -> dict[tuple[str, str], tuple[Plan, list[float]]]:
         """Measure every pass and peer in turn: milliseconds of every call."""
         timer, steps = self.run.timer, {}
-        for what in self.problem.cost:
-            for peer in self.peers:
-                if peer.name in self.ready:
-                    steps[what, peer] = self.problem.passes(self.ready[peer.name].function)[what]
+        for what, peer in product(self.problem.cost, self.peers):
+            if peer.name in self.ready:
+                steps[what, peer] = self.problem.passes(self.ready[peer.name][0])[what]
         hides_host = self.problem.hides_host
         plans = {key: self.attempt(key[1], partial(timer.plan, step, hides_host)) for key, step in steps.items()}
         samples: dict[tuple[str, Peer], list[float]] = {key: [] for key in steps}
@@ -277,22 +266,6 @@ class _Measurement:
                     sample = partial(timer.sample, step, plan.calls, plan.flushes)
                     samples[key] += self.attempt(key[1], sample) or []
         return {(what, peer.name): (plans[what, peer], samples[what, peer]) for what, peer in steps}
-
-    def row(self, what: str, peer: Peer) -> dict:
-        """Return the row of a pass and peer, without its time."""
-        cost = self.problem.cost_of(peer, what)
-        return {
-            "problem": self.problem.label,
-            **self.problem.fields,
-            "pass": what,
-            "peer": peer.name,
-            "latency_ms": None,
-            "flops": cost.flops,
-            "bytes": cost.moved_bytes,
-            "floor_ms": self.run.ceilings.floor_ms(cost.flops, cost.moved_bytes),
-            "reason": None,
-            **self.run.facts,
-        }
 
 
 def measure_peers(problem: Problem, peers: list[Peer], run: Run) -> list[dict]:
@@ -314,31 +287,21 @@ def measure_peers(problem: Problem, peers: list[Peer], run: Run) -> list[dict]:
     measurement = _Measurement(problem, peers, run)
     measurement.start()
     measured, reasons, rows = measurement.times(), measurement.reasons, []
-    for what in problem.cost:
-        compared = peers[0].ours and peers[0].name not in reasons
+    compared = peers[0].ours and peers[0].name not in reasons
+    for what, peer in product(problem.cost, peers):
+        cost = problem.cost_of(peer, what)
+        row = {"problem": problem.label, **problem.fields, "pass": what, "peer": peer.name, "latency_ms": None}
+        row |= {"flops": cost.flops, "bytes": cost.moved_bytes}
+        row |= {"floor_ms": run.ceilings.floor_ms(cost.flops, cost.moved_bytes), "reason": None, **run.facts}
+        if peer.name in reasons:
+            rows.append(row | {"reason": reasons[peer.name], "red": peer.name in measurement.red})
+            continue
+        plan, samples = measured[what, peer.name]
+        timing = Timing.of(samples)
+        row |= {"latency_ms": timing.median, "low_ms": timing.low, "high_ms": timing.high, "calls": len(samples)}
+        row |= {"host_us": plan.host_us, "tflops_per_s": cost.flops / timing.median / 1e9}
+        row["of_floor"] = row["floor_ms"] / timing.median
         ours_ms = Timing.of(measured[what, peers[0].name][1]).median if compared else None
-        for peer in peers:
-            row = measurement.row(what, peer)
-            if peer.name in reasons:
-                row |= {"reason": reasons[peer.name], "red": peer.name in measurement.red}
-            else:
-                row |= _measured(row, *measured[what, peer.name], ours_ms, measurement.ready[peer.name])
-            rows.append(row)
+        row["ours_faster"] = timing.median / ours_ms if compared else None
+        rows.append(row | measurement.ready[peer.name][1])
     return rows
-
-
-def _measured(row: dict, plan: Plan, samples: list[float], ours_ms: float | None, ready: _Ready) -> dict:
-    timing = Timing.of(samples)
-    return {
-        "latency_ms": timing.median,
-        "low_ms": timing.low,
-        "high_ms": timing.high,
-        "calls": len(samples),
-        "host_us": plan.host_us,
-        "tflops_per_s": row["flops"] / timing.median / 1e9,
-        "of_floor": row["floor_ms"] / timing.median,
-        "ours_faster": None if ours_ms is None else timing.median / ours_ms,
-        "first_call_s": ready.first_call_s,
-        "peak_mib": ready.peak_mib,
-        "error": ready.error,
-    }

@@ -1,7 +1,7 @@
 """Whole models as problems: the released form, ours and a ViT of the same sizes, what they must agree on, their cost.
 
 Compiled peers are `torch.compile(model, dynamic=False)` in its default mode; loss and optimiser stay outside. In a
-smoke run the backend is "aot_eager", which traces as they do and generates no code. A graphed peer is eager, and a
+smoke run the backend is "eager", which traces as they do and generates no code. A graphed peer is eager, and a
 CUDA graph replays all of its step; its time includes copying the batch to where the graph reads it.
 
 The gate. In fp32 ours must agree with the released form within `harness.TIGHT` (one parameter's gradient of an
@@ -91,17 +91,14 @@ def build_model(peer: str, size: Size) -> nn.Module:
     """Build a peer's model, not yet compiled, its weights drawn by PyTorch's generator."""
     kind = kind_of(peer)
     backend = {"backend": "torch"} if kind == UNFUSED else {}
-    if size.masked:
+    if size.masked or kind == VIT:
         options = {"img_size": size.image, "patch_size": size.patch, "embed_dim": size.width, "depth": size.depth}
-        options |= {"num_heads": size.heads, "norm_pix_loss": True}
+        options["num_heads"] = size.heads
+        if kind == VIT:
+            return VisionTransformer(**options, num_classes=size.classes)
         if kind == RELEASED:
-            return ReleasedCRATEMAE(**options)
-        return CRATEMAE(**options, visible_only=kind == VISIBLE, **backend)
-    if kind == VIT:
-        return VisionTransformer(
-            img_size=size.image, patch_size=size.patch, embed_dim=size.width, depth=size.depth, num_heads=size.heads,
-            num_classes=size.classes,
-        )  # fmt: skip
+            return ReleasedCRATEMAE(**options, norm_pix_loss=True)
+        return CRATEMAE(**options, norm_pix_loss=True, visible_only=kind == VISIBLE, **backend)
     options = {"image_size": size.image, "patch_size": size.patch, "num_classes": size.classes, "dim": size.width}
     options |= {"depth": size.depth, "heads": size.heads, "dim_head": size.width // size.heads}
     return ReleasedCRATE(**options) if kind == RELEASED else CRATE(**options, **backend)
@@ -163,7 +160,6 @@ class Trial:
         return self._call(*self.inputs)
 
     def _autocast(self, device: torch.device) -> ExitStack:
-        """Enter autocast's dtype and SDPA's backend, where they are set."""
         stack = ExitStack()
         if self.cast is not None:
             stack.enter_context(torch.autocast(device.type, self.cast))
@@ -201,7 +197,6 @@ class Trial:
         return {"output": torch.cat(outputs).float()} | self.gradients()
 
     def gradients(self) -> dict[str, Tensor]:
-        """Return a copy of each parameter's gradient, by name."""
         return {name: p.grad.clone() for name, p in self.model.named_parameters() if p.grad is not None}
 
     def _in_chunks(self, chunk: int) -> list[Tensor]:
@@ -329,17 +324,14 @@ class ModelProblem:
         """Raise an error where a peer differs from the truth; a ViT's numbers must be finite."""
         if not all(bool(tensor.isfinite().all()) for tensor in results.values()):
             raise WrongResult("not finite")
-        if peer.name.startswith((VIT, VISIBLE)) or not self.truth:
-            return
-        found = differences(results, self.truth)
-        self.judge(peer.name, found, self.allowed)
+        if self.truth and not peer.name.startswith((VIT, VISIBLE)):
+            self.judge(peer.name, differences(results, self.truth), self.allowed)
 
     def judge(self, peer: str, found: dict[str, float], allowed: dict[str, float]) -> None:
-        """Print the differences of a peer; an exception where one is too large."""
+        """Print the differences of a peer; WrongResult where one is too large."""
         shown = ", ".join(f"{name} {value:.1e} (≤ {allowed[name]:.1e})" for name, value in found.items())
         print(f"{self.label}, {peer}: differs from {self.fields['compared_with']!r} in fp32 by {shown}", flush=True)
-        wrong = [name for name, value in found.items() if not value <= allowed[name]]
-        if wrong:
+        if wrong := [name for name, value in found.items() if not value <= allowed[name]]:
             raise WrongResult(f"the peers disagree: {', '.join(wrong)} of {peer!r}")
 
     def peak_mib(self, peer: Peer, trial: Trial, run: Run) -> float | None:
@@ -364,14 +356,9 @@ class ModelProblem:
 
     # --- the gate -------------------------------------------------------------------------------------------------
 
-    @property
-    def _chunk(self) -> int:
-        """Images that the gate computes at once."""
-        logits = self.size.n_layers * self.size.heads * self.size.n_tokens**2
-        return max(1, min(self.batch, CHUNK_LOGITS // logits))
-
     def _outcome(self, peer: str, cast: torch.dtype | None, run: Run) -> dict[str, Tensor]:
-        outcome = self.trial(peer, cast).outcome(self._chunk)
+        logits = self.size.n_layers * self.size.heads * self.size.n_tokens**2
+        outcome = self.trial(peer, cast).outcome(max(1, min(self.batch, CHUNK_LOGITS // logits)))
         run.timer.free_memory()
         return outcome
 
@@ -393,7 +380,6 @@ class ModelProblem:
 
 
 def _fresh_step(peer: str, size: Size, batch: int, what: str, cast: torch.dtype | None) -> Callable[[], Tensor]:
-    """Make the step to measure, in a fresh process."""
     return Trial(peer, size, batch, torch.device("cpu"), what, cast).step
 
 
@@ -421,19 +407,20 @@ def peers(problem: ModelProblem, names: list[str], run: Run) -> list[Peer]:
     if any(name.startswith(VIT) for name in names):
         sdpa = fastest_sdpa(problem.size, problem.batch, run.timer, problem.device, problem.cast or torch.float32)
         problem.fields["vit_attention"] = "PyTorch's choice" if sdpa is None else sdpa.name
-    made = []
-    for name in names:
-        compiles = name.endswith(COMPILED)
-        options = {"compiler": "aot_eager" if run.smoke else "inductor"}
-        options |= {"sdpa": sdpa} if name.startswith(VIT) else {}
-        made.append(
-            Peer(
+    return [
+        Peer(
+            name,
+            partial(
+                problem.trial,
                 name,
-                partial(problem.trial, name, problem.cast, **options),
-                compiles=compiles,
-                quadratic=name.startswith(RELEASED) and problem.device.type == "cpu",
-                ours=name == OURS,
-                smoke=True,
-            )
+                problem.cast,
+                compiler="eager" if run.smoke else "inductor",
+                sdpa=sdpa if name.startswith(VIT) else None,
+            ),
+            compiles=name.endswith(COMPILED),
+            quadratic=name.startswith(RELEASED) and problem.device.type == "cpu",
+            ours=name == OURS,
+            smoke=True,
         )
-    return made
+        for name in names
+    ]

@@ -12,15 +12,14 @@ import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
-from harness import RESULTS, markdown_table, write_results
+from harness import RESULTS, write_results
 
-from gpu_report import facts_of, summary, times
+from gpu_report import facts_of, markdown_table, summary, times
 
 ROOT = Path(__file__).parent.parent
 PAGES = ("README.md", "docs/evaluation.md", "docs/training.md", "docs/results/gpu.md")  # which have tables
 NOT_MEASURED = "Not yet measured: no GPU run has been committed.\n"
-BOTH = "forward + backward"
-OURS, GRAPHED, COMPILED = "ours", "ours, CUDA graph", "ours, compiled"
+OURS = "ours"
 
 
 def cpu_table() -> str:
@@ -45,15 +44,7 @@ def cpu_table() -> str:
         f"{content['device']}, torch {content['torch']}, commit {content['commit']}; same weights, outputs and "
         "gradients compared first."
     )
-    return f"{markdown_table(rows, list(rows[0]))}\n{note}\n"
-
-
-def _by_problem(rows: list[dict]) -> dict[str, dict[tuple[str, str], dict]]:
-    """Group rows by problem, then by (pass, peer)."""
-    found: dict[str, dict[tuple[str, str], dict]] = {}
-    for row in rows:
-        found.setdefault(row["problem"], {})[row["pass"], row["peer"]] = row
-    return found
+    return f"{markdown_table(rows)}\n{note}\n"
 
 
 def _cell(row: dict | None, show: Callable[[dict], object]) -> object:
@@ -63,132 +54,47 @@ def _cell(row: dict | None, show: Callable[[dict], object]) -> object:
     return show(row)
 
 
-def _latency(row: dict | None) -> object:
-    return _cell(row, lambda found: found["latency_ms"])
+def _problems(rows: list[dict]) -> list[dict]:
+    """Make a line for each problem and whole pass: ours, and how many times as fast it is as each peer."""
+    found: dict[tuple[str, str], dict[str, dict]] = {}
+    for row in rows:
+        if row["pass"] not in ("forward", "backward"):
+            found.setdefault((row["problem"], row["pass"]), {})[row["peer"]] = row
+    lines = []
+    for (problem, what), by_peer in found.items():
+        ours, size = by_peer.get(OURS), next(iter(by_peer.values()))
+        ours_ms = ours and ours["latency_ms"]
+        if "model" in size:
+            line = {f"CRATE, {size['dtype']}": f"{problem}, batch {size['batch']}"}
+            line |= {"images/s": _cell(ours, lambda row: row["images_per_s"])}
+            line |= {"MFU": _cell(ours, lambda row: f"{row['mfu']:.0%}")}
+        else:
+            keys = ("batch", "n_tokens", "heads", "head_dim", "rows", "width")
+            sizes = "×".join(str(size[key]) for key in keys if key in size)
+            line = {size["dtype"]: f"{problem}, {sizes}, {what}"}
+            line |= {"TFLOP/s": _cell(ours, lambda row: row["tflops_per_s"])}
+            line |= {"of the floor": _cell(ours, lambda row: f"{row['of_floor']:.0%}")}
+        line |= {"ours, ms": _cell(ours, lambda row: row["latency_ms"])}
+        line |= {"ours, peak MiB": _cell(ours, lambda row: row["peak_mib"] or "n/a")}
+        for peer in dict.fromkeys(row["peer"] for row in rows if row["peer"] != OURS):
+            shown = by_peer.get(peer) if ours_ms else ours
+            line[peer] = _cell(shown, lambda row, ours_ms=ours_ms: f"{row['latency_ms'] / ours_ms:.2f}×")
+        lines.append(line)
+    return lines
 
 
-def _than(row: dict | None, peer: dict | None) -> object:
-    """Show how many times as fast a row is as a peer's."""
-    ours_ms = None if row is None else row["latency_ms"]
-    return _cell(row if ours_ms is None else peer, lambda found: f"{found['latency_ms'] / ours_ms:.2f}×")
-
-
-def _attention_rows(rows: list[dict]) -> list[dict]:
-    shown = []
-    for name, found in _by_problem(rows).items():
-        forward, both = found.get(("forward", OURS)), found.get((BOTH, OURS))
-        peers = [row for (what, peer), row in found.items() if what == BOTH and not peer.startswith(OURS)]
-        ran = [row for row in peers if row["latency_ms"] is not None]
-        fastest = min(ran, key=lambda row: row["latency_ms"], default=None)
-        size = next(iter(found.values()))
-        sizes = "×".join(str(size[key]) for key in ("batch", "n_tokens", "heads", "head_dim"))
-        shown.append(
-            {
-                f"subspace attention, {size['dtype']}": f"{name}, {sizes}",
-                "forward, ms": _latency(forward),
-                "TFLOP/s": _cell(forward, lambda row: row["tflops_per_s"]),
-                "forward + backward, ms": _latency(both),
-                "of the floor": _cell(both, lambda row: f"{row['of_floor']:.0%}"),
-                "blocks of rows, ms": _latency(found.get((BOTH, "ours, blocks of rows"))),
-                "fastest peer": _cell(fastest, lambda row: f"{row['peer']}, {row['latency_ms']:.3g} ms"),
-                "ours": f"**{str(_than(both, fastest)).strip('*')}**",
-                "eager": _than(both, found.get((BOTH, "eager, as released"))),
-            }
-        )
-    return shown
-
-
-def _ista_rows(rows: list[dict]) -> list[dict]:
-    shown = []
-    for name, found in _by_problem(rows).items():
-        both, size = found.get((BOTH, OURS)), next(iter(found.values()))
-        peers = ("three products, compiled", "one product, compiled", "one product, cuBLAS")
-        shown.append(
-            {
-                f"ISTA, {size['dtype']}": f"{name}, {size['rows']:,}×{size['width']}",
-                "forward + backward, ms": _latency(both),
-                "of the matrix rate": _cell(
-                    both, lambda row: f"{row['tflops_per_s'] / row['matrix_tflops_per_s']:.0%}"
-                ),
-                **{peer: _than(both, found.get((BOTH, peer))) for peer in peers},
-                "as released": _than(both, found.get((BOTH, "three products, as released"))),
-            }
-        )
-    return shown
-
-
-def _model_rows(rows: list[dict]) -> list[dict]:
-    """Make a row for each pass of each CRATE: the fastest of ours, and its factor over each peer."""
-    shown = []
-    for found in _by_problem(rows).values():
-        by_peer = {peer: row for (_, peer), row in found.items()}
-        size, released = next(iter(by_peer.values())), by_peer.get("released")
-        ours = [row for peer, row in by_peer.items() if peer in (OURS, GRAPHED, COMPILED)]
-        ran = [row for row in ours if row["latency_ms"] is not None]
-        best = min(ran, key=lambda row: row["latency_ms"]) if ran else next(iter(ours), None)
-        red = [row["peer"] for row in ours if row.get("red")]
-        shown.append(
-            {
-                f"CRATE, {size['dtype']}": f"{size['model']}, {size['pass']}, batch {size['batch']}",
-                "images/s": _cell(best, lambda row: row["images_per_s"]),
-                "by": _cell(best, lambda row: row["peer"]),
-                "red": ", ".join(f"**{peer}**" for peer in red),
-                "MFU": _cell(best, lambda row: f"{row['mfu']:.0%}"),
-                "released": _than(best, released),
-                **{peer: _than(best, by_peer.get(peer)) for peer in ("released, compiled", "ViT (timm), compiled")},
-                "peak MiB": _cell(by_peer.get(OURS), lambda row: row.get("peak_mib") or "n/a"),
-                "released, peak MiB": _cell(released, lambda row: row.get("peak_mib") or "n/a"),
-            }
-        )
-    return [
-        row if any(other["red"] for other in shown) else {k: v for k, v in row.items() if k != "red"} for row in shown
-    ]
-
-
-def _growth_rows(rows: list[dict]) -> list[dict]:
-    shown = []
-    for found in _by_problem(rows).values():
-        by_peer = {peer: row for (_, peer), row in found.items()}
-        size = next(iter(by_peer.values()))
-        shown.append(
-            {
-                "CRATE-B, one image": f"{size['n_tokens']:,} tokens, {size['pass']}",
-                **{f"{peer}, ms": _latency(by_peer.get(peer)) for peer in ("released", OURS, GRAPHED)},
-                **{
-                    f"{peer}, peak MiB": _cell(by_peer.get(peer), lambda row: row.get("peak_mib") or "n/a")
-                    for peer in ("released", OURS)
-                },
-            }
-        )
-    return shown
-
-
-GPU_TABLES = {  # by file: how its rows are shown, and what they mean
-    "mssa": (_attention_rows, "B×N×H×D; ours against the fastest peer that ran, forward + backward."),
-    "ista": (_ista_rows, "Rows × width, folding G in every call; how many times faster ours is than each peer."),
-    "crate_gpu": (
-        _model_rows,
-        "How many times as fast as each peer; MFU: nominal FLOPs of the matrix rate measured in the run.",
-    ),
-    "growth_gpu": (_growth_rows, "Growth with N."),
-}
-
-
-def _run_note(content: dict) -> str:
-    return (
-        f"{content['device']}, driver {content['driver']}, torch {content['torch']}, triton {content['triton']}, "
-        f"ptxas {content['ptxas']}, commit {content['commit']}; in the same run a matrix product reached "
-        f"{content['matrix_tflops_per_s']:.0f} TFLOP/s and a copy {content['copy_gb_per_s']:,.0f} GB/s."
-    )
-
-
-def _gpu_tables(results: Path, names: tuple[str, ...]) -> list[str]:
+def _gpu_tables(results: Path, names: tuple[str, ...], root: str = "") -> list[str]:
     parts = []
     for name in names:
-        path, (rows_of, meaning) = results / f"{name}.json", GPU_TABLES[name]
-        if path.exists() and (rows := rows_of((content := json.loads(path.read_text()))["rows"])):
-            where = f" Every pass and peer, and why one is n/a or red: [{name}.md](benchmarks/results/{name}.md)."
-            parts.append(f"{markdown_table(rows, list(rows[0]))}\n{meaning} {_run_note(content)}{where}\n")
+        path = results / f"{name}.json"
+        if path.exists() and (lines := _problems((content := json.loads(path.read_text()))["rows"])):
+            facts = ", ".join(f"{key} {content[key]}" for key in ("driver", "torch", "triton", "ptxas", "commit"))
+            parts.append(
+                f"{markdown_table(lines)}\nPeers: how many times as fast as each ours is. {content['device']}, "
+                f"{facts}; in the same run a matrix product reached {content['matrix_tflops_per_s']:.0f} TFLOP/s "
+                f"and a copy {content['copy_gb_per_s']:,.0f} GB/s. Every pass, and why a peer is n/a or red: "
+                f"[{name}.md]({root}benchmarks/results/{name}.md).\n"
+            )
     return parts
 
 
@@ -199,7 +105,7 @@ def gpu_table(results: Path = RESULTS) -> str:
 
 def models_table(results: Path = RESULTS) -> str:
     """Make the tables of whole models on a GPU; a sentence where there are no results."""
-    return "\n".join(_gpu_tables(results, ("crate_gpu", "growth_gpu"))) or NOT_MEASURED
+    return "\n".join(_gpu_tables(results, ("crate_gpu", "growth_gpu"), "../../")) or NOT_MEASURED
 
 
 # --- what a GPU check has brought back ----------------------------------------------------------------------------
@@ -231,8 +137,6 @@ def take(source: Path, results: Path = RESULTS) -> None:
         source: A gpu_check_….tar.gz, or a folder with some.
         results: The folder of results.
     """
-    import bench_model
-
     archives = sorted(source.glob("gpu_check_*.tar.gz")) if source.is_dir() else [source]
     if not archives:
         raise SystemExit(f"{source} holds no gpu_check_*.tar.gz")
@@ -245,9 +149,8 @@ def take(source: Path, results: Path = RESULTS) -> None:
     for bench, name in names.items():
         measured = [row["row"] for row in rows if row.get("bench") == bench]
         if measured:
-            merged = _merged(results / f"{name}.json", measured, ("problem", "pass", "peer"))
-            table = times(merged) if bench in ("mssa", "ista") else bench_model.table(merged)
-            write_results(name, merged, table, results, _facts(measured[0]))
+            merged = _merged(results / f"{name}.json", measured)
+            write_results(name, merged, times(merged), results, _facts(measured[0]))
     kept = [{key: value for key, value in row.items() if key != "row"} for row in rows if "bench" not in row]
     for row in kept:
         row["reason"] = row["reason"] and str(row["reason"])[:300]
@@ -265,15 +168,17 @@ def _rows(path: Path) -> list[dict]:
     return json.loads(path.read_text())["rows"] if path.exists() else []
 
 
-def _merged(path: Path, measured: list[dict], keys: tuple[str, ...]) -> list[dict]:
-    """Replace a file's rows by those of the same keys; of several alike the first that was measured counts."""
+def _merged(path: Path, measured: list[dict]) -> list[dict]:
+    """Replace a file's rows by those of the same problem, pass and peer; the first that has a time counts."""
     found: dict[tuple, dict] = {}
     for row in measured:
-        key = tuple(row[name] for name in keys)
-        if key not in found or (found[key]["latency_ms"] is None and row["latency_ms"] is not None):
-            found[key] = row
-    old = [row for row in _rows(path) if tuple(row[name] for name in keys) not in found]
-    return old + list(found.values())
+        if (old := found.get(_key(row))) is None or (old["latency_ms"] is None and row["latency_ms"] is not None):
+            found[_key(row)] = row
+    return [row for row in _rows(path) if _key(row) not in found] + list(found.values())
+
+
+def _key(row: dict) -> tuple:
+    return row["problem"], row["pass"], row["peer"]
 
 
 def maskcut_table() -> str:
@@ -306,7 +211,7 @@ def maskcut_table() -> str:
         f"{largest['ours peak MiB']:,.0f} MiB; "
         "[more](../benchmarks/results/maskcut.md)."
     )
-    return f"{markdown_table(rows, list(rows[0]))}\n{note}\n"
+    return f"{markdown_table(rows)}\n{note}\n"
 
 
 def data_table() -> str:
@@ -341,7 +246,7 @@ def data_table() -> str:
         f"CPU time, medians; {content['device']}, PIL {content['pil']}, commit {content['commit']}; reading and "
         "evaluation: [data.md](../benchmarks/results/data.md)."
     )
-    return f"{markdown_table(rows, list(rows[0]))}\n{note}\n"
+    return f"{markdown_table(rows)}\n{note}\n"
 
 
 def updated(text: str) -> str:

@@ -292,7 +292,7 @@ def test_a_whole_measurement_goes_the_gpus_way(pretended_gpu, run):
     peers = [Peer("ours", lambda: _attend, ours=True), Peer("right", lambda: _attend, smoke=True)]
     rows = measure_peers(problem, peers, run)
     assert [row["latency_ms"] for row in rows] == [1.0] * 6
-    assert all(row["peak_mib"] == 2.0 and row["calls"] == 6 for row in rows)
+    assert all(row["peak_mib"] == 2.0 and row["calls"] == 3 for row in rows)
 
 
 # --- results -------------------------------------------------------------------------------------------------------
@@ -323,8 +323,8 @@ def test_the_readmes_gpu_table_comes_from_the_results(run, tmp_path, monkeypatch
     assert content["rows"][0]["peer"] == "ours"
     assert f"commit {content['commit']}" in (tmp_path / "mssa.md").read_text()
     table = update_readme.gpu_table(tmp_path)
-    assert "| B16, 1×17×2×32 |" in table
-    assert "| B16 ista, 70×64 |" in table
+    assert "| B16, 1×17×2×32, forward + backward |" in table
+    assert "| B16 ista, 70×64, forward + backward |" in table
     assert "| n/a |" in table  # the compiled peers, which this run did not have
     assert "100 TFLOP/s" in table
     assert update_readme.main(["--show", str(tmp_path)]) == 0

@@ -9,7 +9,6 @@ from time import process_time, sleep
 
 import harness
 
-import bench_busy_cpu
 import bench_cpu
 import bench_data
 import bench_maskcut
@@ -130,15 +129,3 @@ def test_rates_count_images_not_calls():
     assert 15_000 < one["us"] < 60_000
     assert 3 < one["us"] / four["us"] < 5
     assert one["us_low"] <= one["us"] <= one["us_high"]
-
-
-def test_a_busy_machine_is_measured_with_the_policy_that_a_row_names(monkeypatch, capsys):
-    seen = []
-    measured = bench_busy_cpu.images_per_s
-    monkeypatch.setattr(bench_busy_cpu, "images_per_s", lambda policy, _: seen.append(policy) or 100.0)
-    assert bench_busy_cpu.main(["--smoke"]) == 0
-    assert seen == [*bench_busy_cpu.POLICIES.values()] * 2
-    assert "'busy processes': 1" in capsys.readouterr().out
-    monkeypatch.setattr(bench_busy_cpu, "_STEPS", "import os; print(os.environ['GOMP_SPINCOUNT'])")
-    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")  # would win over a count
-    assert measured({"GOMP_SPINCOUNT": "7"}, 0.0) == 7

@@ -10,7 +10,7 @@ import compile_report
 import pytest
 import triton
 
-from crate_fast.kernels.launch import ARCHITECTURES, TABLE, Tile, find
+from crate_fast.kernels.launch import ARCHITECTURES, TABLE, find
 
 KERNELS = {
     "attention_forward": ("half", "tf32"),
@@ -103,10 +103,3 @@ def test_a_compiler_that_dies_is_reported(monkeypatch):
 
 def _die(case):
     os.abort()
-
-
-def test_a_tile_of_ones_own():
-    """A search for tiles asks for the same launch with other blocks."""
-    case = compile_report.cases(("sm_90",))[0]
-    launch = compile_report.plan(compile_report.replace(case, tile=Tile(64, 64, 4, 3)))
-    assert (launch.constants["BLOCK_M"], launch.options["num_warps"]) == (64, 4)

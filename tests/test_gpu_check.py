@@ -472,8 +472,8 @@ def test_the_readmes_tables_are_made_of_what_was_brought_back(rehearsal, tmp_pat
     table = update_readme.gpu_table(tmp_path)
     named = re.search(r"1 of 4 kernel probes are right: \*\*red\*\*: (.*)\.", table)[1]
     assert {*named.split(", ")} == {"`fault:crash`", "`fault:hang`", "`fault:wrong`"}
-    assert re.search(r"\| tiny, 1×70×2×32 \| [\d.]+ \|", table)
-    assert "| tiny ista, 74×64 |" in table
+    assert re.search(r"\| tiny, 1×70×2×32, forward \+ backward \| [\d.e-]+ \|", table)
+    assert "| tiny ista, 74×64, forward + backward |" in table
     assert "| tiny, training step, batch 2 |" in update_readme.models_table(tmp_path)
     assert "SIGABRT" in (tmp_path / "gpu_check.md").read_text()
 
@@ -482,7 +482,9 @@ def test_the_readmes_tables_are_made_of_what_was_brought_back(rehearsal, tmp_pat
         if row["peer"] == "ours":
             row |= {"latency_ms": None, "red": True, "reason": "wrong"}
     (tmp_path / "mssa.json").write_text(json.dumps(rows))
-    assert re.search(r"\| tiny, 1×70×2×32 \| \*\*red\*\* \| \*\*red\*\* \|", update_readme.gpu_table(tmp_path))
+    assert re.search(
+        r"\| tiny, 1×70×2×32, forward \+ backward \| \*\*red\*\* \| \*\*red\*\* \|", update_readme.gpu_table(tmp_path)
+    )
     update_readme.take(folder / "gpu_check_all.tar.gz", tmp_path)  # once more: rows take the place of their like
     assert len(json.loads((tmp_path / "mssa.json").read_text())["rows"]) == len(rows["rows"])
     assert "1 of 4 kernel probes" in update_readme.gpu_table(tmp_path)
