@@ -194,8 +194,8 @@ def _source(launch):
     return ASTSource(launch.kernel, signature, constants, attributes)
 
 
-def compile_launch(launch, architecture: str) -> dict:
-    """Compile one launch and read the result; `matrix_instructions` is a count by name."""
+def compile_launch(launch, architecture: str, disassembled: bool = True) -> dict:
+    """Compile one launch and read the result; `matrix_instructions` is a count by name, if disassembled."""
     import triton
     from triton import knobs
     from triton.backends.compiler import GPUTarget
@@ -213,7 +213,7 @@ def compile_launch(launch, architecture: str) -> dict:
         "registers": int(re.search(r"Used (\d+) registers", log)[1]),
         "spilled_bytes": max(spilled, stack),
         "serialized": "wgmma.mma_async instructions are serialized" in log,
-        **_read_sass(compiled.asm["cubin"], knobs.nvidia.nvdisasm.path),
+        **(_read_sass(compiled.asm["cubin"], knobs.nvidia.nvdisasm.path) if disassembled else {}),
     }
 
 
@@ -229,26 +229,41 @@ def _read_sass(cubin: bytes, disassembler: str) -> dict:
     }
 
 
-def compile_case(case: Case) -> dict:
-    """Return a row of the report; "error" holds the compiler's message where it failed."""
+def compile_case(case: Case, brief: bool = False) -> dict:
+    """Return a row of the report, if `brief` what `problems` reads; "error" holds the message of a failure."""
     row = asdict(case) | {"error": None}
     try:
         launch = plan(case)
-        return row | {"tile": asdict(launch.tile)} | compile_launch(launch, case.architecture)
+        disassembled = not brief or _needs_hopper_instructions(row)
+        return row | {"tile": asdict(launch.tile)} | compile_launch(launch, case.architecture, disassembled)
     except Exception as error:  # a compiler raises what it likes; the report shows it and exits with 1
         return row | {"error": f"{type(error).__name__}: {str(error)[:500]}"}
 
 
-def compile_all(wanted: list[Case], processes: int = 2) -> list[dict]:
-    """Compile in several processes; where a compiler assertion kills one, the cases not done have an error."""
-    rows = []
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as workers:
-        for case, future in [(case, workers.submit(compile_case, case)) for case in wanted]:
-            try:
-                rows.append(future.result())
-            except BrokenProcessPool:  # this case's, or one's that was compiled at the same time
-                rows.append(asdict(case) | {"error": "the compiler killed its process"})
-    return rows
+def compile_all(wanted: list[Case], processes: int = 2, brief: bool = False) -> list[dict]:
+    """Compile in several processes; one that a compiler assertion kills becomes a row's error."""
+
+    def pool(size: int) -> ProcessPoolExecutor:
+        return ProcessPoolExecutor(size, mp_context=get_context("spawn"))
+
+    rows: dict[Case, dict] = {}
+    with pool(processes) as workers:
+        futures = {case: workers.submit(compile_case, case, brief) for case in wanted}
+        for case, future in futures.items():
+            with contextlib.suppress(BrokenProcessPool):
+                rows[case] = future.result()
+    for case in wanted:
+        if case not in rows:
+            with pool(1) as worker:  # alone, to find who kills the process
+                try:
+                    rows[case] = worker.submit(compile_case, case, brief).result()
+                except BrokenProcessPool:
+                    rows[case] = asdict(case) | {"error": "the compiler killed its process"}
+    return [rows[case] for case in wanted]
+
+
+def _needs_hopper_instructions(row: dict) -> bool:
+    return row["architecture"] == "sm_90" and row["precision"] == "half" and row["kernel"] not in ROWWISE
 
 
 def problems(rows: list[dict], spills_count: bool) -> list[str]:
@@ -264,7 +279,7 @@ def problems(rows: list[dict], spills_count: bool) -> list[str]:
             found.append(f"{name}: {row['shared_kib']} KiB of shared memory of {limit:.0f}")
         if row["spilled_bytes"] and spills_count:
             found.append(f"{name}: spills {row['spilled_bytes']} bytes a thread")
-        if row["architecture"] == "sm_90" and row["precision"] == "half" and row["kernel"] not in ROWWISE:
+        if _needs_hopper_instructions(row):
             if "HGMMA" not in row["matrix_instructions"]:
                 found.append(f"{name}: no HGMMA, {row['matrix_instructions']}")
             if not row["async_copies"] and not row["kernel"].startswith("whole_head"):  # which loads once

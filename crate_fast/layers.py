@@ -102,18 +102,8 @@ class EmbeddingNorm(nn.LayerNorm):
         return layer_norm(x, self.weight, self.bias, self.eps)
 
 
-class MSSA(nn.Module):
-    """Multi-head subspace self-attention (paper, Eq. 5): one projection per head is query, key and value.
-
-    Args:
-        dim: Token width C.
-        heads: H.
-        dim_head: Subspace dimension D.
-        dropout: Probability of dropping attention weights in training.
-        backend: See `functional.subspace_attention`.
-        proj_dropout: Probability of dropping outputs in training; `dropout` when None, as in the released code.
-        device, dtype: Of the parameters.
-    """
+class _Attention(nn.Module):
+    _PROJECTIONS = 1
 
     def __init__(
         self,
@@ -130,9 +120,27 @@ class MSSA(nn.Module):
         super().__init__()
         self.heads, self.dropout_p, self.backend = heads, float(dropout), backend
         self.scale = dim_head**-0.5
-        inner = heads * dim_head
-        self.qkv = Linear(dim, inner, bias=False, device=device, dtype=dtype)
-        self.to_out = _output_map(inner, dim, heads, dropout, proj_dropout, device, dtype)
+        inner, place = heads * dim_head, {"device": device, "dtype": dtype}
+        self.qkv = Linear(dim, self._PROJECTIONS * inner, bias=self._PROJECTIONS > 1, **place)
+        if heads == 1 and inner == dim:  # the released code has no map here, and no dropout
+            self.to_out = nn.Dropout(proj_dropout) if proj_dropout else nn.Identity()
+        else:
+            dropout = dropout if proj_dropout is None else proj_dropout
+            self.to_out = nn.Sequential(Linear(inner, dim, **place), nn.Dropout(float(dropout)))
+
+
+class MSSA(_Attention):
+    """Multi-head subspace self-attention (paper, Eq. 5): one projection per head is query, key and value.
+
+    Args:
+        dim: Token width C.
+        heads: H.
+        dim_head: Subspace dimension D.
+        dropout: Probability of dropping attention weights in training.
+        backend: See `functional.subspace_attention`.
+        proj_dropout: Probability of dropping outputs in training; `dropout` when None, as in the released code.
+        device, dtype: Of the parameters.
+    """
 
     def fuses(self, x: Tensor) -> bool:
         """Return True if `compress` runs on the kernels for x: no dropout, and no hook on a part."""
@@ -171,30 +179,13 @@ class MSSA(nn.Module):
         return self.to_out(attend(w, self.scale, dropout_p, self.backend).flatten(-2))
 
 
-class MHSA(nn.Module):
+class MHSA(_Attention):
     """Multi-head self-attention with its own query, key and value, as in ViT: the ablation CRATE-MHSA.
 
     Same arguments as `MSSA`; `qkv` is [3·H·D, C] with a bias, ordered query, key, value, as timm's.
     """
 
-    def __init__(
-        self,
-        dim: int,
-        heads: int,
-        dim_head: int,
-        dropout: float = 0.0,
-        backend: str = "auto",
-        *,
-        proj_dropout: float | None = None,
-        device=None,
-        dtype=None,
-    ):
-        super().__init__()
-        self.heads, self.dropout_p = heads, float(dropout)
-        self.scale = dim_head**-0.5
-        inner = heads * dim_head
-        self.qkv = Linear(dim, 3 * inner, bias=True, device=device, dtype=dtype)
-        self.to_out = _output_map(inner, dim, heads, dropout, proj_dropout, device, dtype)
+    _PROJECTIONS = 3
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, N, C], normalised → MHSA(x) [B, N, C]."""
@@ -202,15 +193,6 @@ class MHSA(nn.Module):
         dropout_p = self.dropout_p if self.training else 0.0
         out = functional.pytorch_attention(query, key, value, dropout_p, self.scale)
         return self.to_out(out.transpose(1, 2).flatten(-2))
-
-
-def _output_map(
-    inner: int, dim: int, heads: int, dropout: float, proj_dropout: float | None, device, dtype
-) -> nn.Module:
-    if heads == 1 and inner == dim:  # the released code has no map here, and no dropout
-        return nn.Dropout(proj_dropout) if proj_dropout else nn.Identity()
-    dropout = dropout if proj_dropout is None else proj_dropout
-    return nn.Sequential(Linear(inner, dim, device=device, dtype=dtype), nn.Dropout(float(dropout)))
 
 
 class ISTA(nn.Module):
@@ -307,11 +289,15 @@ def _observed(module: nn.Module) -> bool:
 
 def _fusible(norm: nn.Module, fn: nn.Module, x: Tensor) -> bool:
     """Return True if a LayerNorm and the MSSA or ISTA behind it run as one operator on x; False in `torch.fx`."""
-    if isinstance(x, torch.fx.Proxy):
+    if isinstance(x, torch.fx.Proxy) or type(norm) is not nn.LayerNorm or type(fn) not in (MSSA, ISTA):
         return False
-    if type(norm) is not nn.LayerNorm or type(fn) not in (MSSA, ISTA) or norm.weight is None or norm.bias is None:
+    if norm.weight is None or norm.bias is None or _observed(norm) or _observed(fn):
         return False
-    return not _observed(norm) and not _observed(fn) and fn.fuses(x)
+    return fn.fuses(x)
+
+
+def _compressible(attention: "PreNorm", x: Tensor) -> bool:
+    return not _observed(attention) and _fusible(attention.norm, attention.fn, x)
 
 
 class PreNorm(nn.Module):
@@ -329,10 +315,9 @@ class PreNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., C] → [..., C]."""
-        if not torch.jit.is_scripting():
-            norm, fn = self.norm, self.fn
-            if type(fn) is ISTA and _fusible(norm, fn, x):
-                return fn.after_norm(x, norm)
+        if not torch.jit.is_scripting():  # noqa: SIM102  (what TorchScript does not compile)
+            if type(self.fn) is ISTA and _fusible(self.norm, self.fn, x):
+                return self.fn.after_norm(x, self.norm)
         return self.fn(self.norm(x))
 
 
@@ -368,10 +353,9 @@ class Layer(nn.Sequential):
         return h + self[1](h) if self.skips_sparsifier else self[1](h)
 
     def _compress(self, x: Tensor) -> Tensor:
-        if not torch.jit.is_scripting():
-            attention = self[0]
-            if not _observed(attention) and _fusible(attention.norm, attention.fn, x):
-                return attention.fn.compress(x, attention.norm, self.residual)
+        if not torch.jit.is_scripting():  # noqa: SIM102  (what TorchScript does not compile)
+            if _compressible(self[0], x):
+                return self[0].fn.compress(x, self[0].norm, self.residual)
         if self.residual == "released":
             return x + self[0](x)
         normed = self[0].norm(x)
@@ -383,8 +367,7 @@ class Layer(nn.Sequential):
         if self.residual == "released":
             h = x + self[0].drop_path(self[0](x))
         else:
-            normed = self[0].norm(x)
-            new = normed + self[0].fn(normed)
+            new = self._compress(x)
             h = torch.where(self[0].drop_path(torch.ones_like(x[:, :1, :1])) > 0, new, x)
         if self.skips_sparsifier:
             return h + self[1].drop_path(self[1](h))
@@ -400,16 +383,12 @@ class DecoderLayer(nn.Sequential):
         attention: `PreNorm` around `MSSA`.
     """
 
-    def __init__(self, decode: PreNorm, attention: PreNorm):
-        super().__init__(decode, attention)
-
     def forward(self, x: Tensor) -> Tensor:
         """x [B, N, C] → [B, N, C]."""
         y = self[0](x)
-        if not torch.jit.is_scripting():
-            attention = self[1]
-            if not _observed(attention) and _fusible(attention.norm, attention.fn, y):
-                return attention.fn.compress(y, attention.norm, sign=-1)
+        if not torch.jit.is_scripting():  # noqa: SIM102  (what TorchScript does not compile)
+            if _compressible(self[1], y):
+                return self[1].fn.compress(y, self[1].norm, sign=-1)
         return y - self[1](y)
 
 

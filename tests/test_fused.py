@@ -32,7 +32,7 @@ SIZES = {"image_size": 16, "patch_size": 4, "num_classes": 5, "dim": 48, "depth"
 
 def _model(device, backend: str = "triton", **options) -> CRATE:
     torch.manual_seed(1)
-    return CRATE(**SIZES, backend=backend, **options).to(device)
+    return CRATE(**(SIZES | options), backend=backend).to(device)
 
 
 def _ista_inputs(device, dtype=torch.float32, rows=(2, 17), width=32) -> tuple[Tensor, ...]:
@@ -170,7 +170,7 @@ def test_autocast_runs_the_kernels_in_half_precision(device):
     ids=str,
 )
 def test_the_model_on_kernels_is_the_model(options, device):
-    ours, plain = _model(device, **options), _model(device, "torch", **options)
+    ours, plain = (_model(device, backend, **options, depth=1) for backend in ("triton", "torch"))
     images = torch.randn(1, 3, 16, 16, device=device)
     outputs = [model(images) for model in (ours, plain)]
     torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-4)
@@ -218,7 +218,7 @@ def test_training_follows_the_torch_backend(device):
     images, labels = torch.randn(3, 3, 16, 16, device=device), torch.arange(3, device=device)
     curves = []
     for backend in ("triton", "torch"):
-        model = _model(device, backend)
+        model = _model(device, backend, depth=1)
         optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
         losses = []
         for _ in range(6):
@@ -234,7 +234,7 @@ def test_training_follows_the_torch_backend(device):
 
 
 def test_compiled_whole(device):
-    model = _model(device)
+    model = _model(device, depth=1)
     images = torch.randn(1, 3, 16, 16, device=device)
     expected = model(images)
     expected.square().sum().backward()
@@ -249,7 +249,7 @@ def test_compiled_whole(device):
 
 
 def test_compiled_with_autocast(device):
-    model = _model(device).train()
+    model = _model(device, depth=1).train()
     compiled = torch.compile(model, fullgraph=True, backend="inductor" if device.type == "cuda" else "aot_eager")
     with torch.autocast(device.type, dtype=torch.float16):
         out = compiled(torch.randn(1, 3, 16, 16, device=device))
@@ -283,7 +283,7 @@ def _data_parallel(rank: int, port: int, images: Tensor, expected: list[Tensor])
     dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
     try:
         for sharded in (False, True):  # DDP, FSDP2
-            model = _model("cpu")
+            model = _model("cpu", depth=1)
             if sharded:
                 mesh = dist.init_device_mesh("cpu", (2,))
                 for layer in model.transformer.layers:
@@ -306,7 +306,7 @@ def _data_parallel(rank: int, port: int, images: Tensor, expected: list[Tensor])
 @pytest.mark.skipif(torch.cuda.is_available(), reason="two processes would need two GPUs")
 def test_two_processes(free_port):
     images = torch.randn(2, 3, 16, 16)
-    model = _model("cpu")
+    model = _model("cpu", depth=1)
     (sum(model(_shard(rank, images)).square().mean() for rank in range(2)) / 2).backward()
     expected = [p.grad for p in model.parameters()]
     mp.spawn(_data_parallel, (free_port, images, expected), nprocs=2)
