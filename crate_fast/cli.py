@@ -4,6 +4,7 @@
     crate-fast check                      are the kernels right on this GPU?
     crate-fast pretrain …                 train/pretrain.py
     crate-fast export MODEL …             ONNX and torch.export files
+    crate-fast share RUN FOLDER           a model for timm and the Hugging Face Hub
     crate-fast plan …                     what a run would cost
     crate-fast eval PROTOCOL …            eval/PROTOCOL.py; `crate-fast eval` lists them
     crate-fast reproduce emergence …      a whole experiment
@@ -28,6 +29,7 @@ COMMANDS = {
     "linear_probe": ("crate_fast.train.linear_probe", "a linear classifier on a frozen model (MAE's protocol)"),
     "explore": ("crate_fast.eval.explore.command", "a local page to look inside models"),
     "export": ("crate_fast.export", "ONNX and torch.export files of a model, checked against it"),
+    "share": ("crate_fast.train.share", "a run's best model for timm and the Hugging Face Hub, with a model card"),
     "plan": ("crate_fast.train.plan", "what a run would cost: operations, memory, steps, hours"),
 }
 PROTOCOLS = {

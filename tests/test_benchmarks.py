@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import update_readme
-from model_problem import TRAINING, initial_weights
+from model_problem import TRAINING, Trial, initial_weights
 
 from crate_fast.train.data import shards
 
@@ -25,18 +25,19 @@ def test_the_smoke_run_measures_every_peer(capsys):
     assert bench_cpu.main(["--smoke"]) == 0
     text = capsys.readouterr().out
     for peer in bench_cpu.PEERS:
-        assert text.count(f"| {peer} |") == 2
+        assert text.count(f"| {peer} |") == 3
+    assert text.count(f"| {bench_cpu.ONNX} |") == 2
 
 
 def test_peers_that_disagree_give_no_numbers():
     size = bench_cpu.SMOKE["smoke"]
     state = initial_weights(size, bench_cpu.CPU)
-    trials = {peer: bench_cpu.CPUTrial(peer, TRAINING, size, state) for peer in ("released", "ours")}
-    bench_cpu._check_equal(trials)
+    trials = {peer: Trial(peer, size, 2, bench_cpu.CPU, TRAINING, None, state) for peer in ("released", "ours")}
+    bench_cpu.check_equal(trials)
     with torch.no_grad():
         trials["ours"].model.transformer.layers[1][1].fn.weight[0, 0] += 0.1
     with pytest.raises(SystemExit, match="the peers disagree"):
-        bench_cpu._check_equal(trials)
+        bench_cpu.check_equal(trials)
 
 
 def test_benchmarks_import_the_harness_first():

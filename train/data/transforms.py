@@ -19,7 +19,7 @@ from torchvision import transforms
 from crate_fast.errors import UserError
 from crate_fast.train.config import TrainConfig
 
-_STATISTICS = {
+STATISTICS = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
@@ -37,7 +37,7 @@ class Normalize(nn.Module):
 
     def __init__(self, statistics: str | tuple[Sequence[float], Sequence[float]]):
         super().__init__()
-        values = _STATISTICS[statistics] if isinstance(statistics, str) else statistics
+        values = STATISTICS[statistics] if isinstance(statistics, str) else statistics
         mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in values)
         self.register_buffer("shift", -mean / std, persistent=False)
         self.register_buffer("scale", 1 / (255 * std), persistent=False)

@@ -1,0 +1,54 @@
+"""A run's best model as a folder for timm and the Hub: equal outputs, its numbers, no folder of this machine."""
+
+import json
+
+import pytest
+import timm
+import torch
+
+from crate_fast.train.runs import load_model
+from crate_fast.train.share import main
+
+
+@pytest.fixture(scope="module")
+def shared(tiny_run, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shared") / "model"
+    scores = folder.with_name("results.json")
+    row = {"layer": 0, "best_head": {"MaxBoxAccV2": 0.5}}
+    found = {"layers": [row], "baselines": {"mean box": {"MaxBoxAccV2": 0.25}}}
+    scores.write_text(json.dumps({"results": {"A": found}}))
+    assert main([str(tiny_run), str(folder), "--scores", str(scores), "--license", "mit"]) == 0
+    return folder
+
+
+@torch.no_grad()
+def test_timm_opens_the_folder_with_equal_outputs(shared, tiny_run):
+    model, config, _ = load_model(tiny_run)
+    opened = timm.create_model(f"local-dir:{shared}", pretrained=True).eval()
+    images = torch.randn(2, 3, config.image_size, config.image_size)
+    assert torch.equal(opened(images), model(images))
+    assert opened.pretrained_cfg["mean"] == [0.5, 0.5, 0.5]
+    written = json.loads((shared / "config.json").read_text())["pretrained_cfg"]
+    assert written["label_names"][:2] == ["disc", "ring"]
+    assert (written["num_classes"], written["license"]) == (12, "mit")
+
+
+def test_the_card_has_the_runs_numbers_and_no_folders(shared, tiny_run, tmp_path):
+    card = (shared / "README.md").read_text()
+    summary = json.loads((tiny_run / "summary.json").read_text())
+    assert f"validation accuracy: {summary['val_accuracy']:.4f}" in card
+    assert "average precision, best head" in card
+    assert "mean mask" in card
+    assert "MaxBoxAccV2 0.500; mean box 0.250" in card
+    assert "license: mit" in card
+    assert f"dim: {json.loads((shared / 'config.json').read_text())['model_args']['embed_dim']}" in card
+    assert "/tmp" not in card
+
+
+def test_what_cannot_be_shared_is_named(shared, tiny_run, tmp_path, capsys):
+    assert main([str(tiny_run), str(shared)]) == 2
+    assert "holds a model already" in capsys.readouterr().err
+    assert main([str(tmp_path), str(tmp_path / "new")]) == 2
+    assert main([str(tiny_run), str(tmp_path / "new"), "--scores", str(tiny_run / "config.yaml")]) == 2
+    assert "is no results.json" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()

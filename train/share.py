@@ -1,0 +1,163 @@
+"""Write a run's best model as a folder that timm and the Hugging Face Hub read, with a model card from its record.
+
+    crate-fast share runs/NAME FOLDER                              # config.json, model.safetensors, README.md
+    crate-fast share runs/NAME FOLDER --scores runs/eval/localization/NAME/results.json
+    crate-fast share runs/NAME FOLDER --push USER/NAME             # upload the folder too
+
+    import crate_fast, timm
+    model = timm.create_model("local-dir:FOLDER", pretrained=True)     # once uploaded, hf-hub:USER/NAME
+
+The card names data set, settings, accuracy, and attention's scores beside their baselines, and no folder of this
+machine.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import yaml
+from timm.models import save_for_hf
+
+from crate_fast import CRATEMAE
+from crate_fast.errors import CommandParser, UserError, run_command
+from crate_fast.train import checkpoint
+from crate_fast.train.config import TrainConfig
+from crate_fast.train.data.transforms import STATISTICS
+from crate_fast.train.runs import load_model, model_arguments
+
+_OF_A_MACHINE = ("data_dir", "init", "device", "threads", "workers", "wandb", "download")
+
+
+def model_card(name: str, facts: dict, results: list[str], config: TrainConfig, license_name: str) -> str:
+    """Return the text of README.md.
+
+    Args:
+        name: Title.
+        facts: Facts of the model, as a list.
+        results: Lines of measured results.
+        config: Settings of the run.
+        license_name: As the Hub names licences, such as mit.
+    """
+    settings = {key: value for key, value in vars(config).items() if value != getattr(TrainConfig, key)}
+    settings = {key: value for key, value in settings.items() if key not in _OF_A_MACHINE}
+    head = {"library_name": "timm", "license": license_name, "tags": ["image-classification", "timm", "crate"]}
+    usage = 'import crate_fast, timm\n\nmodel = timm.create_model("hf-hub:USER/NAME", pretrained=True).eval()'
+    parts = [
+        f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
+        f"# {name}",
+        "A CRATE, a white-box vision transformer, trained with crate_fast.",
+        "## Model",
+        "\n".join(f"* {key}: {value}" for key, value in facts.items()),
+        "## Results",
+        "\n".join(f"* {line}" for line in results) or "None recorded.",
+        "## Use",
+        f"```python\n{usage}\n```",
+        "## Training",
+        "Settings that differ from the defaults of `crate-fast pretrain`:",
+        f"```yaml\n{yaml.safe_dump(settings, sort_keys=False)}```",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _recorded_results(summary: dict) -> list[str]:
+    """Return lines of accuracy and of attention at the paper's layer, from a run's summary.json."""
+    lines = [f"validation accuracy: {summary['val_accuracy']:.4f}"] if "val_accuracy" in summary else []
+    for reading, found in summary.get("attention_miou", {}).items():
+        score = next(row["best_head"] for row in found["layers"] if row["layer"] == summary["attention_layer"])
+        name = "average precision" if reading == "ap" else f"mIoU ({reading})"
+        lines.append(
+            f"attention and object masks, {name}, best head: {score:.3f}; mean mask {found['mean_mask']:.3f}"
+        )
+    return lines
+
+
+def _localization_results(path: Path) -> list[str]:
+    """Return lines from the results.json of `crate-fast eval localization`."""
+    try:
+        results = json.loads(path.read_text())["results"]
+        return [
+            f"localization ({label}), layer {row['layer']}, best head: MaxBoxAccV2 "
+            f"{row['best_head']['MaxBoxAccV2']:.3f}; mean box {found['baselines']['mean box']['MaxBoxAccV2']:.3f}"
+            for label, found in results.items()
+            for row in found["layers"]
+        ]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"--scores {path} is no results.json of `crate-fast eval localization` ({error!r}): name one"
+        ) from error
+
+
+def write_model_folder(run: Path, folder: Path, scores: Path | None = None, license_name: str = "other") -> None:
+    """Write a run's best model with its card.
+
+    Args:
+        run: Folder of the run.
+        folder: To be written; must not hold a model yet.
+        scores: results.json of `crate-fast eval localization` for the card.
+        license_name: As the Hub names licences.
+
+    Raises:
+        UserError: There is no run, the run is a CRATE-MAE's, or the folder holds a model.
+    """
+    if (folder / "config.json").exists():
+        raise UserError(f"{folder} holds a model already: name another folder")
+    model, config, step = load_model(run)
+    if isinstance(model, CRATEMAE):
+        raise UserError(
+            f"{run} is an autoencoder's, and timm's registry has classifiers: fine-tune its encoder first"
+        )
+    found = checkpoint.manifest(run / "checkpoints", step)
+    classes = found.get("data", {}).get("classes")
+    summary = run / "summary.json"
+    results = _recorded_results(json.loads(summary.read_text())) if summary.is_file() else []
+    results += _localization_results(scores) if scores else []
+    mean, std = STATISTICS[config.mean]
+    ours = {"mean": mean, "std": std, "num_classes": model.num_classes, "license": license_name}
+    model.pretrained_cfg = {**model.pretrained_cfg, **ours}
+    if classes and len(classes) == model.num_classes:
+        model.pretrained_cfg["label_names"] = list(classes)
+    facts = {
+        "architecture": config.model,
+        "parameters": f"{sum(p.numel() for p in model.parameters()):,}",
+        "images": f"{config.image_size} px",
+        "data": f"{config.dataset}, {model.num_classes} classes",
+        "checkpoint": f"step {step}, commit {found['commit']}",
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    arguments = model_arguments(config, model.num_classes)
+    save_for_hf(model, folder, model_args=arguments, safe_serialization=True)
+    checkpoint.write_text(folder / "README.md", model_card(run.name, facts, results, config, license_name))
+
+
+def _command(options: argparse.Namespace) -> None:
+    write_model_folder(options.run, options.folder, options.scores, options.license)
+    print("written:", *sorted(options.folder.iterdir()), sep="\n  ")
+    if options.push:
+        from huggingface_hub import HfApi
+        from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+
+        try:
+            api = HfApi()
+            api.create_repo(options.push, exist_ok=True)
+            print(api.upload_folder(repo_id=options.push, folder_path=options.folder))
+        except (HfHubHTTPError, LocalTokenNotFoundError, OSError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(
+                f"--push {options.push}: {reason}; log in with `hf auth login`, and see the network"
+            ) from error
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run as the command line says; return the exit status."""
+    parser = CommandParser(prog="crate-fast share", description="Write a run's best model for timm and the Hub.")
+    parser.add_argument("run", type=Path, help="folder of the run")
+    parser.add_argument("folder", type=Path, help="folder to write")
+    parser.add_argument("--scores", type=Path, help="results.json of `crate-fast eval localization`, for the card")
+    parser.add_argument("--license", default="other", help="of the weights, as the Hub names it; default other")
+    parser.add_argument("--push", metavar="USER/NAME", help="upload the folder to the Hugging Face Hub")
+    return run_command(lambda: _command(parser.parse_args(argv)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
