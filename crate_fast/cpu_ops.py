@@ -1,24 +1,29 @@
 """The CPU's operators: fp32 products with bias and ReLU, and tied attention a block of logits at a time.
 
-PyTorch has two libraries in one wheel and sends fp32 products to MKL. On AMD's processors oneDNN was twice as fast;
-on Intel's MKL is up to 1.7 times as fast, where the matrices have to be turned first (docs/results/cpu.md has both).
-So the processor decides, unless `CRATE_FAST_ONEDNN` does: `uses_onednn`.
+PyTorch has two libraries in one wheel and sends fp32 products to MKL. On some of AMD's processors MKL keeps to half
+the rate; on Intel's it is the faster one (docs/results/cpu.md has the times). Unless `CRATE_FAST_ONEDNN` says:
 
-Attention keeps w alone for backward. The library that multiplies and the length decide; docs/results/cpu.md has the
-times:
+    processor           forward, gradient of x   gradient of a weight, attention
+    Intel's             MKL                      MKL
+    any, MKL slow       oneDNN                   oneDNN
+    any other           oneDNN                   MKL
 
+Whether MKL is slow is measured once a process, in milliseconds: the two kinds of processor are a factor of two apart
+there, and no load of the machine turns one into the other.
+
+Attention keeps w alone for backward:
+
+* Forward is PyTorch's SDPA with MKL. Its backward pass is not used: it takes rowsum(P∘dP) as rowsum(O∘dO), whose
+  rounding does not cancel against dP's, and its error in fp32 was up to 2.9 times eager PyTorch's.
 * Up to 255 tokens, and in bf16: batched products over the heads of a few images.
-* Longer, with oneDNN: one head at a time, since its calls take one matrix.
-* Longer, with MKL: batched products over the heads of an image and a block of rows.
-
-With MKL the forward pass is PyTorch's SDPA, which is the fastest there. Its backward pass is not used: it takes
-rowsum(P∘dP) as rowsum(O∘dO), whose rounding does not cancel against dP's, and its error in fp32 was up to 2.9 times
-eager PyTorch's.
+* Longer: one head at a time. With MKL its logits whole, up to 1,024 tokens, in four products; else blocks of rows.
 """
 
 import functools
 import itertools
+import math
 import platform
+import time
 
 import torch
 import torch.fx
@@ -33,6 +38,7 @@ __all__ = [
     "cpu_linear",
     "cpu_subspace_attention",
     "linear",
+    "mkl_is_slow",
     "onednn_product",
     "onednn_suits_processor",
     "processor_name",
@@ -40,12 +46,15 @@ __all__ = [
     "serves",
     "serves_attention",
     "uses_onednn",
+    "uses_onednn_alone",
 ]
 
 _ONEDNN_BUILT = torch.backends.mkldnn.is_available()
 ROW_BLOCK_ELEMENTS = 2**20  # logits of one head kept at once, 4 MiB: they stay in the last-level cache
 GROUP_ELEMENTS = 2**18  # logits of several heads kept at once, 1 MiB in fp32
 MIN_ROWWISE_TOKENS = 256  # below, batched products over several whole heads are faster
+MAX_WHOLE_TOKENS = 1024  # with MKL: logits of one head kept whole, 4 MiB
+SLOW = 1.6  # oneDNN this many times as fast: MKL does not use the processor's vectors (seen: 1.0 to 1.35, and 2.1)
 MAX_HALF_TOKENS = 1024  # beyond, SDPA is as fast in bf16, and does not keep an image's logits whole
 
 
@@ -86,6 +95,26 @@ def uses_onednn() -> bool:
     return _ONEDNN_BUILT and (onednn_suits_processor() if wanted is None else wanted)
 
 
+@functools.cache
+def mkl_is_slow() -> bool:
+    """Return True if oneDNN multiplies 384×384 matrices at least `SLOW` times as fast as MKL: the least of nine."""
+    left, right = torch.rand(2, 384, 384).unbind()
+    calls = {"mkl": lambda: torch.mm(left, right.t()), "onednn": lambda: onednn_product(left, right)}
+    least = dict.fromkeys(calls, math.inf)
+    with torch.no_grad():
+        for _ in range(9):
+            for name, call in calls.items():
+                began = time.perf_counter()
+                call()
+                least[name] = min(least[name], time.perf_counter() - began)
+    return least["mkl"] > SLOW * least["onednn"]
+
+
+def uses_onednn_alone() -> bool:
+    """Return True if gradients of weights and attention go to oneDNN too: where asked for, or where MKL is slow."""
+    return uses_onednn() and (onednn_wanted() or mkl_is_slow())
+
+
 def _serves_one(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and tensor.dtype == torch.float32
 
@@ -107,8 +136,9 @@ def _dense(matrix: Tensor) -> Tensor:
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x @ weightᵀ + bias by the library of the processor."""
-    if uses_onednn() and x.numel() > 0 and weight.numel() > 0:
+    """x @ weightᵀ + bias by the library of the processor; x is turned in the gradient of a weight."""
+    suits = uses_onednn() and (x.is_contiguous() or uses_onednn_alone())
+    if suits and x.numel() > 0 and weight.numel() > 0:
         bias = None if bias is None else bias.contiguous()  # oneDNN reads it as if it were
         return onednn_product(_dense(x), _dense(weight), bias)
     y = torch.mm(x, weight.t())
@@ -206,7 +236,7 @@ def _by_rows(w: Tensor) -> bool:
 def cpu_subspace_attention(w: Tensor, scale: float) -> Tensor:
     """O = softmax(s·W Wᵀ) W for w [B, N, H, D]."""
     with without_autocast("cpu"):
-        if not uses_onednn():
+        if not uses_onednn_alone():
             tokens = w.transpose(1, 2)
             out = F.scaled_dot_product_attention(tokens, tokens, tokens, scale=scale)
             return out.transpose(1, 2).contiguous()
@@ -236,10 +266,13 @@ def cpu_subspace_attention_backward(grad: Tensor, w: Tensor, scale: float) -> Te
     """
     out = w.new_empty(w.shape)
     with without_autocast("cpu"):
-        if _by_rows(w) and uses_onednn():
+        whole = _by_rows(w) and w.shape[1] <= MAX_WHOLE_TOKENS and not uses_onednn_alone()
+        if whole or (_by_rows(w) and uses_onednn()):
+            buffers = [w.new_empty(w.shape[1], w.shape[1]) for _ in range(3)] if whole else []
             for image, head in itertools.product(range(w.shape[0]), range(w.shape[2])):
                 tokens, grads = w[image, :, head].contiguous(), grad[image, :, head].contiguous()
-                out[image, :, head] = _one_head_backward(tokens, grads, scale)
+                head_grad = _whole_head_backward if whole else _one_head_backward
+                out[image, :, head] = head_grad(tokens, grads, scale, buffers)
             return out
         backward = _row_blocks_backward if _by_rows(w) else _whole_heads_backward
         buffers = [_group_buffer(w) for _ in range(3)]
@@ -355,7 +388,18 @@ def _row_blocks_backward(tokens: Tensor, grads: Tensor, scale: float, buffers: l
     return out
 
 
-# --- one head at a time, by oneDNN --------------------------------------------------------------------------------
+# --- one head at a time -------------------------------------------------------------------------------------------
+
+
+def _whole_head_backward(tokens: Tensor, grads: Tensor, scale: float, buffers: list[Tensor]) -> Tensor:
+    """One head's dW [N, D] by MKL, in four products, its logits whole in three buffers [N, N]."""
+    attention, grad_logits, symmetric = buffers
+    torch.mm(tokens * scale, tokens.t(), out=attention)
+    torch.softmax(attention, -1, out=attention)
+    torch.mm(grads, tokens.t(), out=grad_logits)
+    torch._softmax_backward_data(grad_logits, attention, -1, attention.dtype, grad_input=grad_logits)
+    torch.add(grad_logits, grad_logits.t(), out=symmetric)
+    return torch.mm(attention.t(), grads).addmm_(symmetric, tokens, alpha=scale)
 
 
 def _row_blocks(n_tokens: int) -> list[slice]:
@@ -370,7 +414,7 @@ def _one_head_forward(tokens: Tensor, scale: float, out: Tensor) -> None:
         out[rows] = onednn_product(attention, tokens.t())
 
 
-def _one_head_backward(tokens: Tensor, grads: Tensor, scale: float) -> Tensor:
+def _one_head_backward(tokens: Tensor, grads: Tensor, scale: float, _buffers: list[Tensor]) -> Tensor:
     """One head's dW [N, D]. What a block of rows gives to all tokens is summed transposed, [D, N]: oneDNN takes the
     blocks of P and dL as they lie that way."""
     out = torch.empty_like(tokens)

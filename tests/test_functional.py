@@ -125,10 +125,14 @@ SHAPES = [
 LONG_SHAPES = [(1, 256, 2, 48), (1, 785, 2, 64), (1, 1500, 1, 32)]  # the row-blocked path; the last in two blocks
 
 
-@pytest.fixture(params=["0", "1"], ids=["MKL", "oneDNN"])
+@pytest.fixture(params=["0", "1", ""], ids=["MKL", "oneDNN", "each for what it is faster in"])
 def either_library(request, monkeypatch):
     """The test runs with both libraries' products, whatever processor this is."""
     monkeypatch.setenv("CRATE_FAST_ONEDNN", request.param)
+    if not request.param:
+        monkeypatch.delenv("CRATE_FAST_ONEDNN")
+        monkeypatch.setattr(cpu_ops, "onednn_suits_processor", lambda: True)
+        monkeypatch.setattr(cpu_ops, "mkl_is_slow", lambda: False)
 
 
 with_either_library = pytest.mark.usefixtures("either_library")
@@ -461,6 +465,24 @@ def test_intel_without_mkl_takes_onednn(monkeypatch):
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
     monkeypatch.delenv("CRATE_FAST_ONEDNN", raising=False)
     assert cpu_ops.uses_onednn()
+
+
+@pytest.mark.parametrize(
+    ("choice", "slow", "alone"), [(None, True, True), (None, False, False), ("1", False, True), ("0", True, False)]
+)
+def test_where_mkl_is_slow_onednn_does_everything(choice, slow, alone, monkeypatch):
+    monkeypatch.setattr(cpu_ops, "onednn_suits_processor", lambda: True)
+    monkeypatch.setattr(cpu_ops, "mkl_is_slow", lambda: slow)
+    monkeypatch.delenv("CRATE_FAST_ONEDNN", raising=False)
+    if choice is not None:
+        monkeypatch.setenv("CRATE_FAST_ONEDNN", choice)
+    assert cpu_ops.uses_onednn_alone() is alone
+
+
+def test_mkl_is_slow_where_onednn_takes_half_of_its_time(monkeypatch):
+    clock = iter(step for _ in range(9) for step in (0.0, 2.1, 2.1, 3.1))
+    monkeypatch.setattr(cpu_ops.time, "perf_counter", lambda: next(clock))
+    assert cpu_ops.mkl_is_slow.__wrapped__()
 
 
 def test_a_misspelt_choice_of_library_is_named(monkeypatch):
