@@ -65,8 +65,8 @@ def evaluate(
 
     Returns:
         Layer → "box AP50", "box AP75", "box AP", "box AR100", the same of "mask", "mIoU topk", "mIoU mass" and
-        "attention AP". The same for all layers: scores of random maps ("random mIoU topk", "random mIoU mass",
-        "random attention AP") and of a constant map ("constant"), "images" read and "objects" scored.
+        "attention AP". The same for all layers: scores of the objects' mean mask ("mean mask mIoU topk", …), of
+        random maps ("random mIoU topk", …) and of a constant map ("constant"), "images" read and "objects" scored.
     """
     layers = list(range(loaded.extract.depth)) if layers is None else list(layers)
     rows: dict[int, dict[str, float]] = {layer: {} for layer in layers}
@@ -84,6 +84,7 @@ def evaluate(
         title = coarse_segmentation.NAMES[name]
         for row in result["layers"]:
             rows[row["layer"]][title] = 100 * row["best_head"]
+            rows[row["layer"]][f"mean mask {title}"] = 100 * result["mean_mask"]
             rows[row["layer"]][f"random {title}"] = 100 * result["random"]
             counts = {"images": result["images"] + result["without_objects"], "objects": result["objects"]}
             rows[row["layer"]] |= {"constant": 100 * result["constant"]} | counts
@@ -99,14 +100,15 @@ def measure_options(parser: argparse.ArgumentParser) -> None:
 
 
 def curves(labelled: dict[str, dict[float, dict[str, float]]]) -> dict[str, list[Curve]]:
-    """Turn label → {x → numbers} into panels of curves, with random and constant maps as attention's baselines.
+    """Turn label → {x → numbers} into panels of curves, with baselines of attention: mean mask, random, constant maps.
 
     Models with the same heads and grid share a baseline, which is drawn once.
     """
     panels: dict[str, list[Curve]] = {}
     attention = list(coarse_segmentation.NAMES.values())
     for name in ["box AP", "mask AP", *attention]:
-        baselines = {f"random {name}": "random maps", "constant": "constant mask"} if name in attention else {}
+        baselines = {f"mean mask {name}": "mean mask", f"random {name}": "random maps", "constant": "constant mask"}
+        baselines = baselines if name in attention else {}
         for column, baseline in ({name: ""} | baselines).items():
             drawn: list[list] = []
             for label, rows in labelled.items():

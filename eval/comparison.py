@@ -49,15 +49,16 @@ def evaluate(
 
     Returns:
         For "maskcut" "box AP50", "box AP75", "box AP", the same of "mask", "box AR100", "mask AR100" and "COCO
-        images"; for "coarse" "VOC mIoU", that of "random maps" and of the "constant mask", "attention AP", which
-        needs no threshold, and "VOC images".
+        images"; for "coarse" "VOC mIoU", that of the "mean mask", of "random maps" and of the "constant mask",
+        "attention AP", which needs no threshold, and "VOC images".
     """
     layer = loaded.extract.resolve_layer(layer)
     numbers = by_layer.evaluate(loaded, images, [layer], [measure], settings, **reading)[layer]
     if measure == "maskcut":
         return {"COCO images" if name == "images" else name: value for name, value in numbers.items()}
     name = coarse_segmentation.NAMES[threshold]
-    scores = {"VOC mIoU": numbers[name], "random maps": numbers[f"random {name}"]}
+    scores = {"VOC mIoU": numbers[name], "mean mask": numbers[f"mean mask {name}"]}
+    scores["random maps"] = numbers[f"random {name}"]
     others = {"constant mask": numbers["constant"], "attention AP": numbers["attention AP"]}
     return scores | others | {"VOC images": numbers["images"]}
 

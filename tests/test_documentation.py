@@ -33,7 +33,8 @@ DOCS = ROOT / "docs"
 HOW_TO = sorted((DOCS / "how-to").glob("*.md"))
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted(DOCS.glob("*.md")), *sorted((DOCS / "results").glob("*.md")), *HOW_TO]
 RUN = [DOCS / "tutorial.md", *HOW_TO]  # pages whose commands run here; those of other pages are only parsed
-PARSED_PAGES = [page for page in PAGES if page not in RUN] + [DOCS / "emergence" / "protocol.md"]
+PROTOCOL_PAGES = [DOCS / "emergence" / "protocol.md", DOCS / "emergence" / "photographs" / "protocol.md"]
+PARSED_PAGES = [page for page in PAGES if page not in RUN] + PROTOCOL_PAGES
 PROTOCOLS = {f"{package}.{name}{module}" for _, table, package, module in cli.GROUPS.values() for name in table}
 COMMAND_MODULES = {module for module, _ in cli.COMMANDS.values()} | PROTOCOLS
 
@@ -46,6 +47,7 @@ SMALL = {  # a command's beginning → options that make it small; a later optio
     "crate-fast pretrain": f"{_TRAINING} {_SCENES} {_MODEL}",
     "crate-fast explore": "--no-browser",  # the server is replaced
     "crate-fast export": "",
+    "crate-fast share": "",
     "crate-fast eval coarse_segmentation": "--limit 4 --figure-images 1 --device cpu",
     "python -m crate_fast.train.write_shards": "--workers 1",
     "python -m crate_fast.env": "",

@@ -41,6 +41,9 @@ def test_layers_are_what_each_gives_alone(tmp_path):
             scores = coarse[reading]
             assert rows[layer][name] == pytest.approx(100 * scores["layers"][layer]["best_head"])
             assert rows[layer][f"random {name}"] == pytest.approx(100 * scores["random"])
+            assert rows[layer][f"mean mask {name}"] == pytest.approx(100 * scores["mean_mask"])
+    titles = [[curve.label for curve in panel] for panel in by_layer.curves({"A": rows}).values()]
+    assert titles == [["A"]] * 2 + [["A", "mean mask", "random maps", "constant mask"]] * 3
     assert len({row["mIoU mass"] for row in rows.values()}) == 3
 
 
