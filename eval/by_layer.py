@@ -100,7 +100,7 @@ def measure_options(parser: argparse.ArgumentParser) -> None:
 
 
 def curves(labelled: dict[str, dict[float, dict[str, float]]]) -> dict[str, list[Curve]]:
-    """Turn label → {x → numbers} into panels of curves, attention with its baselines: mean mask, random, constant map.
+    """Turn label → {x → numbers} into panels of curves, attention with its baselines: mean mask, random, constant.
 
     Models with the same heads and grid share a baseline, which is drawn once.
     """
