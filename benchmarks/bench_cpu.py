@@ -9,6 +9,7 @@ rate of a large product by the faster of PyTorch's two libraries, measured in th
 """
 
 import argparse
+import json
 import sys
 import tempfile
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from gpu_report import markdown_table
 from model_problem import COMPILED, INFERENCE, OURS, RELEASED, TRAINING, VIT, Size, Trial, cost, initial_weights
 
 from crate_fast.cpu_ops import onednn_product
+from crate_fast.env import provenance
 from crate_fast.export import export_model
 from crate_fast.exported import open_exported
 
@@ -32,6 +34,7 @@ ONNX = "ours, onnxruntime"
 EAGER = (RELEASED, VIT, OURS)
 PEERS = tuple(name + suffix for suffix in ("", COMPILED) for name in EAGER)
 CPU = torch.device("cpu")
+CASES = {"training": (TRAINING, 0), "inference": (INFERENCE, 0), "one image": (INFERENCE, 1)}  # 0: the size's batch
 
 
 class ONNXTrial:
@@ -86,21 +89,25 @@ def _fresh_step(peer: str, what: str, size: Size, batch: int) -> Callable[[], ob
 
 
 def measure(
-    sizes: dict[str, Size], rounds: int, compiler: str = "inductor", memory: tuple[str, ...] = EAGER
+    sizes: dict[str, Size],
+    rounds: int,
+    compiler: str = "inductor",
+    memory: tuple[str, ...] = EAGER,
+    cases: tuple[str, ...] = tuple(CASES),
 ) -> list[dict]:
     """Measure a row per model, call and peer; the memory of the peers in `memory`."""
-    rows = []
+    rows, best = [], 0.0
     for name, size in sizes.items():
         state = initial_weights(size, CPU)
-        for what, batch in ((TRAINING, size.on_cpu), (INFERENCE, size.on_cpu), (INFERENCE, 1)):
+        for what, batch in (CASES[case] for case in cases):
+            batch = batch or size.on_cpu
             torch.compiler.reset()
             trials = _trials(what, size, batch, state, compiler, None)
             check_equal(trials)
-            rate = product_rate() if compiler == "inductor" else 1e11
+            best = max(best, product_rate())
             timings = interleaved({peer: trial.step for peer, trial in trials.items()}, rounds)
             released = min(timings[peer].median for peer in (RELEASED, RELEASED + COMPILED))
             for peer, timing in timings.items():
-                floor = cost(peer, size, batch, what, torch.float32).flops / rate
                 measured = peer in memory and batch > 1
                 rows.append(
                     {
@@ -112,13 +119,32 @@ def measure(
                         "20-80 %": f"{timing.low * 1e3:.0f}–{timing.high * 1e3:.0f}",
                         "images_per_s": batch / timing.median,
                         "over the faster released form": released / timing.median,
-                        "floor_ms": floor * 1e3,
-                        "share of floor": floor / timing.median,
+                        "gflop": cost(peer, size, batch, what, torch.float32).flops / 1e9,
                         "peak_mib": peak_mib(partial(_fresh_step, peer, what, size, batch)) if measured else None,
                     }
                 )
                 print(rows[-1], flush=True)
+    for row in rows:
+        row["floor_ms"] = row["gflop"] / best * 1e12
+        row["share of floor"] = row["floor_ms"] / row["latency_ms"]
     return rows
+
+
+def _with_earlier(rows: list[dict], folder: Path) -> list[dict]:
+    """Return the rows and those of an earlier run on this machine that are not measured again, in order."""
+    path = folder / "cpu.json"
+    if not path.is_file():
+        return rows
+    earlier, now = json.loads(path.read_text()), provenance()
+    if (earlier["device"], earlier["torch"]) != (now["device"], now["torch"]):
+        return rows
+    new = {(row["model"], row["what"], row["batch"], row["peer"]): row for row in rows}
+    old = {(row["model"], row["what"], row["batch"], row["peer"]): row for row in earlier["rows"]}
+    places = list(SIZES), [TRAINING, INFERENCE]
+    merged = {**old, **new}.values()
+    return sorted(
+        merged, key=lambda row: (places[0].index(row["model"]), places[1].index(row["what"]), -row["batch"])
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -127,12 +153,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--smoke", action="store_true", help="a tiny model, to see that it runs; writes nothing")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--models", nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), help="default all")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
     options = parser.parse_args(argv)
     if options.smoke:
         rows = measure(SMOKE, 1, "eager", memory=(OURS,))
     else:
-        rows = measure({name: SIZES[name] for name in options.models}, options.rounds)
+        sizes = {name: SIZES[name] for name in options.models}
+        rows = _with_earlier(measure(sizes, options.rounds, cases=tuple(options.cases)), options.output)
     table = markdown_table(rows)
     print("\n" + table)
     shares = [row["share of floor"] for row in rows if row["peer"] == OURS]

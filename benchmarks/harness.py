@@ -73,18 +73,22 @@ class Timing(NamedTuple):
 def interleaved(candidates: dict[str, Callable[[], object]], rounds: int) -> dict[str, Timing]:
     """Time calls on the CPU in turn, so that a slow spell of the machine hits all; seconds a call.
 
-    Each is called once before; a measurement lasts at least 0.1 s.
+    A measurement lasts at least 0.1 s. A call of less than a second is made once untimed before each measurement, so
+    that it does not find the caches full of the others' data.
     """
     from torch.utils.benchmark import Timer as CPUTimer  # here: it logs a warning into every process that imports it
 
-    timers, repeats = {}, {}
+    timers, seconds, repeats = {}, {}, {}
     for name, call in candidates.items():
         call()
         timers[name] = CPUTimer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
-        repeats[name] = max(1, round(MEASUREMENT_MS / 1e3 / timers[name].timeit(1).median))
+        seconds[name] = timers[name].timeit(1).median
+        repeats[name] = max(1, round(MEASUREMENT_MS / 1e3 / seconds[name]))
     samples: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(rounds):
         for name, timer in timers.items():
+            if seconds[name] < 1:
+                candidates[name]()
             samples[name].append(timer.timeit(repeats[name]).median)
     return {name: Timing.of(values) for name, values in samples.items()}
 
