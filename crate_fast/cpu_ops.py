@@ -5,11 +5,8 @@ the rate; on Intel's it is the faster one (docs/results/cpu.md has the times). U
 
     processor           forward, gradient of x   gradient of a weight, attention
     Intel's             MKL                      MKL
-    any, MKL slow       oneDNN                   oneDNN
-    any other           oneDNN                   MKL
-
-Whether MKL is slow is measured once a process, in milliseconds: the two kinds of processor are a factor of two apart
-there, and no load of the machine turns one into the other.
+    AMD's before Zen 5  oneDNN                   MKL
+    any other           oneDNN                   oneDNN
 
 Attention keeps w alone for backward:
 
@@ -21,9 +18,7 @@ Attention keeps w alone for backward:
 
 import functools
 import itertools
-import math
 import platform
-import time
 
 import torch
 import torch.fx
@@ -41,6 +36,7 @@ __all__ = [
     "mkl_is_slow",
     "onednn_product",
     "onednn_suits_processor",
+    "processor_family",
     "processor_name",
     "processor_vendor",
     "serves",
@@ -54,7 +50,6 @@ ROW_BLOCK_ELEMENTS = 2**20  # logits of one head kept at once, 4 MiB: they stay 
 GROUP_ELEMENTS = 2**18  # logits of several heads kept at once, 1 MiB in fp32
 MIN_ROWWISE_TOKENS = 256  # below, batched products over several whole heads are faster
 MAX_WHOLE_TOKENS = 1024  # with MKL: logits of one head kept whole, 4 MiB
-SLOW = 1.6  # oneDNN this many times as fast: MKL does not use the processor's vectors (seen: 1.0 to 1.35, and 2.1)
 MAX_HALF_TOKENS = 1024  # beyond, SDPA is as fast in bf16, and does not keep an image's logits whole
 
 
@@ -68,6 +63,15 @@ def processor_vendor() -> str:
         return _cpuinfo("vendor_id")
     except OSError:
         return platform.processor().rpartition(", ")[2]  # Windows: "Intel64 Family 6 Model 85, GenuineIntel"
+
+
+def processor_family() -> int:
+    """Return the family that the processor states (25: AMD's Zen 3 and 4); 0 where nothing says so."""
+    try:
+        found = _cpuinfo("cpu family").strip()
+    except OSError:
+        found = platform.processor().partition("Family ")[2].partition(" ")[0]
+    return int(found) if found.isdigit() else 0
 
 
 def processor_name() -> str:
@@ -97,17 +101,14 @@ def uses_onednn() -> bool:
 
 @functools.cache
 def mkl_is_slow() -> bool:
-    """Return True if oneDNN multiplies 384×384 matrices at least `SLOW` times as fast as MKL: the least of nine."""
-    left, right = torch.rand(2, 384, 384).unbind()
-    calls = {"mkl": lambda: torch.mm(left, right.t()), "onednn": lambda: onednn_product(left, right)}
-    least = dict.fromkeys(calls, math.inf)
-    with torch.no_grad():
-        for _ in range(9):
-            for name, call in calls.items():
-                began = time.perf_counter()
-                call()
-                least[name] = min(least[name], time.perf_counter() - began)
-    return least["mkl"] > SLOW * least["onednn"]
+    """Return True if MKL takes twice oneDNN's time: on all processors but Intel's and AMD's before Zen 5 (family 26).
+
+    MKL multiplies 256 bits at once on AMD's; Zen 5 can do 512. The choice is not measured, so that a resumed run adds
+    in the same order as before.
+    """
+    if processor_vendor() != "AuthenticAMD" or not torch.backends.mkl.is_available():
+        return processor_vendor() != "GenuineIntel"
+    return not processor_family() or processor_family() >= 26
 
 
 def uses_onednn_alone() -> bool:

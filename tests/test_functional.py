@@ -479,10 +479,23 @@ def test_where_mkl_is_slow_onednn_does_everything(choice, slow, alone, monkeypat
     assert cpu_ops.uses_onednn_alone() is alone
 
 
-def test_mkl_is_slow_where_onednn_takes_half_of_its_time(monkeypatch):
-    clock = iter(step for _ in range(9) for step in (0.0, 2.1, 2.1, 3.1))
-    monkeypatch.setattr(cpu_ops.time, "perf_counter", lambda: next(clock))
-    assert cpu_ops.mkl_is_slow.__wrapped__()
+@pytest.mark.parametrize(
+    ("vendor", "family", "slow"),
+    [("AuthenticAMD", 25, False), ("AuthenticAMD", 26, True), ("GenuineIntel", 6, False), ("", 0, True)],
+)
+def test_mkl_is_slow_from_zen_5_on(vendor, family, slow, monkeypatch):
+    monkeypatch.setattr(cpu_ops, "processor_vendor", lambda: vendor)
+    monkeypatch.setattr(cpu_ops, "processor_family", lambda: family)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    assert cpu_ops.mkl_is_slow.__wrapped__() is slow
+
+
+def test_the_family_of_a_processor(monkeypatch):
+    monkeypatch.setattr(cpu_ops, "_cpuinfo", lambda field: {"cpu family": " 25"}[field])
+    assert cpu_ops.processor_family() == 25
+    monkeypatch.setattr(cpu_ops, "_cpuinfo", lambda field: Path("/none/cpuinfo").read_text())
+    monkeypatch.setattr(cpu_ops.platform, "processor", lambda: "AMD64 Family 26 Model 68 Stepping 0, AuthenticAMD")
+    assert cpu_ops.processor_family() == 26
 
 
 def test_a_misspelt_choice_of_library_is_named(monkeypatch):
