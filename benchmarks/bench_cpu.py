@@ -62,13 +62,13 @@ def product_rate(side: int = 1536) -> float:
     return 2 * side**3 / min(timing.low for timing in interleaved(calls, 3).values())
 
 
-def _trials(what: str, size: Size, batch: int, state: dict, compiler: str, cast: torch.dtype | None) -> dict:
+def _trials(what: str, size: Size, batch: int, state: dict, compiler: str) -> dict:
     """Return the peers by name."""
     trials = {
-        peer: Trial(peer, size, batch, CPU, what, cast, None if peer.startswith(VIT) else state, compiler=compiler)
+        peer: Trial(peer, size, batch, CPU, what, None, None if peer.startswith(VIT) else state, compiler=compiler)
         for peer in PEERS
     }
-    if what == INFERENCE and cast is None:
+    if what == INFERENCE:
         trials[ONNX] = ONNXTrial(trials[OURS])
     return trials
 
@@ -96,13 +96,13 @@ def measure(
     cases: tuple[str, ...] = tuple(CASES),
 ) -> list[dict]:
     """Measure a row per model, call and peer; the memory of the peers in `memory`."""
-    rows, best = [], 0.0
+    rows, best, commit = [], 0.0, provenance()["commit"]
     for name, size in sizes.items():
         state = initial_weights(size, CPU)
         for what, batch in (CASES[case] for case in cases):
             batch = batch or size.on_cpu
             torch.compiler.reset()
-            trials = _trials(what, size, batch, state, compiler, None)
+            trials = _trials(what, size, batch, state, compiler)
             check_equal(trials)
             best = max(best, product_rate())
             timings = interleaved({peer: trial.step for peer, trial in trials.items()}, rounds)
@@ -127,6 +127,7 @@ def measure(
     for row in rows:
         row["floor_ms"] = row["gflop"] / best * 1e12
         row["share of floor"] = row["floor_ms"] / row["latency_ms"]
+        row["commit"] = commit
     return rows
 
 

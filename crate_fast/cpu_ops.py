@@ -19,6 +19,7 @@ Attention keeps w alone for backward:
 import functools
 import itertools
 import platform
+from collections.abc import Callable
 
 import torch
 import torch.fx
@@ -106,9 +107,8 @@ def mkl_is_slow() -> bool:
     MKL multiplies 256 bits at once on AMD's; Zen 5 can do 512. The choice is not measured, so that a resumed run adds
     in the same order as before.
     """
-    if processor_vendor() != "AuthenticAMD" or not torch.backends.mkl.is_available():
-        return processor_vendor() != "GenuineIntel"
-    return not processor_family() or processor_family() >= 26
+    fast = {"GenuineIntel": True, "AuthenticAMD": 0 < processor_family() < 26}
+    return not (torch.backends.mkl.is_available() and fast.get(processor_vendor(), False))
 
 
 def uses_onednn_alone() -> bool:
@@ -267,13 +267,10 @@ def cpu_subspace_attention_backward(grad: Tensor, w: Tensor, scale: float) -> Te
     """
     out = w.new_empty(w.shape)
     with without_autocast("cpu"):
-        whole = _by_rows(w) and w.shape[1] <= MAX_WHOLE_TOKENS and not uses_onednn_alone()
-        if whole or (_by_rows(w) and uses_onednn()):
-            buffers = [w.new_empty(w.shape[1], w.shape[1]) for _ in range(3)] if whole else []
+        if head_backward := _one_at_a_time(w, scale):
             for image, head in itertools.product(range(w.shape[0]), range(w.shape[2])):
                 tokens, grads = w[image, :, head].contiguous(), grad[image, :, head].contiguous()
-                head_grad = _whole_head_backward if whole else _one_head_backward
-                out[image, :, head] = head_grad(tokens, grads, scale, buffers)
+                out[image, :, head] = head_backward(tokens, grads)
             return out
         backward = _row_blocks_backward if _by_rows(w) else _whole_heads_backward
         buffers = [_group_buffer(w) for _ in range(3)]
@@ -392,15 +389,15 @@ def _row_blocks_backward(tokens: Tensor, grads: Tensor, scale: float, buffers: l
 # --- one head at a time -------------------------------------------------------------------------------------------
 
 
-def _whole_head_backward(tokens: Tensor, grads: Tensor, scale: float, buffers: list[Tensor]) -> Tensor:
-    """One head's dW [N, D] by MKL, in four products, its logits whole in three buffers [N, N]."""
-    attention, grad_logits, symmetric = buffers
-    torch.mm(tokens * scale, tokens.t(), out=attention)
-    torch.softmax(attention, -1, out=attention)
-    torch.mm(grads, tokens.t(), out=grad_logits)
-    torch._softmax_backward_data(grad_logits, attention, -1, attention.dtype, grad_input=grad_logits)
-    torch.add(grad_logits, grad_logits.t(), out=symmetric)
-    return torch.mm(attention.t(), grads).addmm_(symmetric, tokens, alpha=scale)
+def _one_at_a_time(w: Tensor, scale: float) -> Callable[[Tensor, Tensor], Tensor] | None:
+    """Return the function that makes one head's dW [N, D] of its W and dO; None where several heads go together."""
+    n_tokens = w.shape[1]
+    if not _by_rows(w):
+        return None
+    if n_tokens <= MAX_WHOLE_TOKENS and not uses_onednn_alone():
+        buffers = [w.new_empty(n_tokens**2) for _ in range(3)]
+        return lambda tokens, grads: _whole_heads_backward(tokens[None], grads[None], scale, buffers)[0]
+    return functools.partial(_one_head_backward, scale=scale) if uses_onednn() else None
 
 
 def _row_blocks(n_tokens: int) -> list[slice]:
@@ -415,7 +412,7 @@ def _one_head_forward(tokens: Tensor, scale: float, out: Tensor) -> None:
         out[rows] = onednn_product(attention, tokens.t())
 
 
-def _one_head_backward(tokens: Tensor, grads: Tensor, scale: float, _buffers: list[Tensor]) -> Tensor:
+def _one_head_backward(tokens: Tensor, grads: Tensor, scale: float) -> Tensor:
     """One head's dW [N, D]. What a block of rows gives to all tokens is summed transposed, [D, N]: oneDNN takes the
     blocks of P and dL as they lie that way."""
     out = torch.empty_like(tokens)

@@ -34,7 +34,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from crate_fast.errors import UserError, run_command
-from crate_fast.eval.common.boxes import BoxedImages
+from crate_fast.eval.common.boxes import BoxedImages, covered
 from crate_fast.eval.common.command import Evaluation, evaluation_parser, open_models, positive
 from crate_fast.eval.common.figures import Picture, write_pages
 from crate_fast.eval.common.images import Sample, batches, open_images
@@ -84,14 +84,6 @@ def _best_iou(boxes: np.ndarray, truth: np.ndarray) -> np.ndarray:
     return (common / np.maximum(areas - common, 1e-12)).max(axis=-1)
 
 
-def _covered(truth: np.ndarray, rows: int, columns: int) -> np.ndarray:
-    """Return which cells of a grid have their centre in one of the boxes [M, 4], as boolean [rows, columns]."""
-    y, x = (np.arange(rows) + 0.5) / rows, (np.arange(columns) + 0.5) / columns
-    inside_x = (x >= truth[:, :1]) & (x < truth[:, 2:3])
-    inside_y = (y >= truth[:, 1:2]) & (y < truth[:, 3:])
-    return (inside_y[:, :, None] & inside_x[:, None, :]).any(axis=0)
-
-
 def _boxes_of(sample: Sample) -> np.ndarray:
     """Return the annotated boxes [M, 4] in shares of the image's sides."""
     height, width = sample.size
@@ -116,8 +108,8 @@ class _Measurements:
         enlarged = _enlarge(maps, resolution)
         self._iou.append(_best_iou(largest_boxes(enlarged) / resolution, truth).astype(np.float32))
         strongest = enlarged.reshape(len(enlarged), -1).argmax(axis=1)
-        self._pointing.append(_covered(truth, resolution, resolution).ravel()[strongest])
-        patches = torch.from_numpy(_covered(truth, *maps.shape[1:]).ravel())
+        self._pointing.append(covered(truth, resolution, resolution).ravel()[strongest])
+        patches = torch.from_numpy(covered(truth, *maps.shape[1:]).ravel())
         self._ap.append(average_precision(maps.flatten(1), patches).numpy())
 
     def scores(self) -> dict[str, dict]:
@@ -164,7 +156,7 @@ def _baselines(truths: list[np.ndarray], grid: tuple[int, int], resolution: int)
     """Score the centre, the mean box of the other half of the images, and the whole picture."""
     y, x = (torch.linspace(-1, 1, side) for side in grid)
     centre = -(y[:, None] ** 2 + x**2)
-    boxes = torch.from_numpy(np.stack([_covered(truth, *grid) for truth in truths])).double()
+    boxes = torch.from_numpy(np.stack([covered(truth, *grid) for truth in truths])).double()
     means = [boxes[half::2].mean(dim=0) if len(boxes[half::2]) else boxes.mean(dim=0) for half in (1, 0)]
     whole = np.stack([np.repeat(_best_iou(np.float64([0, 0, 1, 1]), truth), len(THRESHOLDS)) for truth in truths])
     share = boxes.mean(dim=(1, 2)).numpy()  # a point anywhere; patches in any order

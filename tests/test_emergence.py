@@ -472,11 +472,11 @@ def test_scores_of_photographs_are_those_of_their_boxes(photographs, tmp_path):
     protocol = dataclasses.replace(PHOTOGRAPHS["smoke"], coverage=(0.0, 0.3))
     data = PhotographData(protocol, tmp_path / "data")
     covered = [16 * (10 + i) / 1024 for i in (*range(1, 6, 2), *range(7, 12, 2))]  # the test half, cats then dogs
-    samples = [data.test()[i] for i in range(len(data.test()))]
+    samples = list(data.test)
     assert [float(s.target.masks.float().mean()) for s in samples] == [c for c in covered if c <= 0.3]
     assert [s.target.classes for s in samples] == [[0], [0], [0], [1], [1]]
-    assert len(data.classified()) == 6
-    assert data.with_masks() is None
+    assert len(data.classified) == 6
+    assert data.with_masks is None
 
 
 @pytest.mark.parametrize(

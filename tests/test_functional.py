@@ -481,13 +481,21 @@ def test_where_mkl_is_slow_onednn_does_everything(choice, slow, alone, monkeypat
 
 @pytest.mark.parametrize(
     ("vendor", "family", "slow"),
-    [("AuthenticAMD", 25, False), ("AuthenticAMD", 26, True), ("GenuineIntel", 6, False), ("", 0, True)],
+    [
+        ("AuthenticAMD", 25, False),
+        ("AuthenticAMD", 26, True),
+        ("AuthenticAMD", 0, True),
+        ("GenuineIntel", 6, False),
+        ("", 0, True),
+    ],
 )
 def test_mkl_is_slow_from_zen_5_on(vendor, family, slow, monkeypatch):
     monkeypatch.setattr(cpu_ops, "processor_vendor", lambda: vendor)
     monkeypatch.setattr(cpu_ops, "processor_family", lambda: family)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
     assert cpu_ops.mkl_is_slow.__wrapped__() is slow
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
+    assert cpu_ops.mkl_is_slow.__wrapped__()
 
 
 def test_the_family_of_a_processor(monkeypatch):

@@ -1,11 +1,14 @@
 """A run's best model as a folder for timm and the Hub: equal outputs, its numbers, no folder of this machine."""
 
 import json
+import shutil
 
 import pytest
 import timm
 import torch
 
+from crate_fast.train import share
+from crate_fast.train.config import TrainConfig
 from crate_fast.train.runs import load_model
 from crate_fast.train.share import main
 
@@ -45,10 +48,14 @@ def test_the_card_has_the_runs_numbers_and_no_folders(shared, tiny_run, tmp_path
     assert "/tmp" not in card
 
 
-def test_what_cannot_be_shared_is_named(shared, tiny_run, tmp_path, capsys):
+def test_what_cannot_be_shared_is_named(shared, tiny_run, tmp_path, capsys, monkeypatch):
     assert main([str(tiny_run), str(shared)]) == 2
     assert "holds a model already" in capsys.readouterr().err
     assert main([str(tmp_path), str(tmp_path / "new")]) == 2
     assert main([str(tiny_run), str(tmp_path / "new"), "--scores", str(tiny_run / "config.yaml")]) == 2
     assert "is no results.json" in capsys.readouterr().err
+    probe = shutil.copytree(tiny_run, tmp_path / "probe")
+    monkeypatch.setattr(share, "load_model", lambda run: (None, TrainConfig(frozen=True), 4))
+    assert main([str(probe), str(tmp_path / "new")]) == 2
+    assert "a run of a linear probe" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()

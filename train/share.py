@@ -46,7 +46,7 @@ def model_card(name: str, facts: dict, results: list[str], config: TrainConfig, 
     parts = [
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
         f"# {name}",
-        "A CRATE, a white-box vision transformer, trained with crate_fast.",
+        "Trained with crate_fast, the library of white-box vision transformers (CRATE).",
         "## Model",
         "\n".join(f"* {key}: {value}" for key, value in facts.items()),
         "## Results",
@@ -98,15 +98,15 @@ def write_model_folder(run: Path, folder: Path, scores: Path | None = None, lice
         license_name: As the Hub names licences.
 
     Raises:
-        UserError: There is no run, the run is a CRATE-MAE's, or the folder holds a model.
+        UserError: There is no run, timm cannot build its model (a CRATE-MAE, a linear probe), or the folder holds a
+            model.
     """
     if (folder / "config.json").exists():
         raise UserError(f"{folder} holds a model already: name another folder")
     model, config, step = load_model(run)
-    if isinstance(model, CRATEMAE):
-        raise UserError(
-            f"{run} is an autoencoder's, and timm's registry has classifiers: fine-tune its encoder first"
-        )
+    if isinstance(model, CRATEMAE) or config.frozen:
+        kind = "linear probe" if config.frozen else "autoencoder"
+        raise UserError(f"{run} is a run of a {kind}, which timm cannot build: share a fine-tuned model")
     found = checkpoint.manifest(run / "checkpoints", step)
     classes = found.get("data", {}).get("classes")
     summary = run / "summary.json"

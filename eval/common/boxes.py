@@ -6,14 +6,26 @@ from collections import Counter
 from pathlib import Path, PurePosixPath
 from xml.etree import ElementTree
 
+import numpy as np
 import torch
 
 from crate_fast.errors import UserError
 from crate_fast.eval.common.images import ImageFiles, Target
 
-__all__ = ["BoxedImages"]
+__all__ = ["BoxedImages", "covered"]
 
 _RATIO = 0.02  # sides that differ by more are not those of a resized copy
+
+
+def covered(boxes: np.ndarray, rows: int, columns: int) -> np.ndarray:
+    """Return which cells of a grid have their centre in one of the boxes, boolean [rows, columns].
+
+    `boxes` [M, 4] are left, top, right, bottom in shares of the image's sides.
+    """
+    y, x = (np.arange(rows) + 0.5) / rows, (np.arange(columns) + 0.5) / columns
+    inside_x = (x >= boxes[:, :1]) & (x < boxes[:, 2:3])
+    inside_y = (y >= boxes[:, 1:2]) & (y < boxes[:, 3:])
+    return (inside_y[:, :, None] & inside_x[:, None, :]).any(axis=0)
 
 
 class BoxedImages(ImageFiles):

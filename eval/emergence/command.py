@@ -109,11 +109,7 @@ def main(argv: list[str] | None = None) -> int:
     sizes = "smoke: minutes; small: two CPU cores, a night; full: a GPU"
     add("--size", choices=list(SIZES["shape_scenes"]), required=True, help=sizes)
     add("--data", default="shape_scenes", help="shape_scenes, the default, or photographs:DIR (DIR/train, DIR/val)")
-    add(
-        "--boxes",
-        type=Path,
-        help="boxes of DIR/val: COCO's JSON or a folder of XML; default DIR/val_boxes.json",
-    )
+    add("--boxes", type=Path, help="boxes of DIR/val: COCO's JSON or a folder of XML; default DIR/val_boxes.json")
     add("--masks", metavar="coco:DIR[:SPLIT]", help="photographs with masks, for MaskCut and coarse segmentation")
     add("--output", type=Path, help="folder of the runs; default runs/emergence/SIZE")
     add("--report", type=Path, help="folder of results, pictures and report; default OUTPUT/report")

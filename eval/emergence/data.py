@@ -12,6 +12,7 @@ import json
 import os
 import tarfile
 from collections import Counter
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ import torch
 from torch.utils.data import Dataset, Subset
 
 from crate_fast.errors import UserError
-from crate_fast.eval.common.boxes import BoxedImages
+from crate_fast.eval.common.boxes import BoxedImages, covered
 from crate_fast.eval.common.images import SceneImages, Target, open_images
 from crate_fast.eval.common.photographs import free_photographs
 from crate_fast.eval.emergence.protocol import Protocol
@@ -28,39 +29,33 @@ from crate_fast.train.data.image_files import find_images
 from crate_fast.train.data.shape_scenes import CLASSES
 from crate_fast.train.data.sources import nothing_outside
 
-__all__ = ["PhotographData", "SceneData", "open_experiment_data", "prepare_photographs"]
+__all__ = ["PhotographData", "SceneData", "open_experiment_data", "prepare_photographs", "spread"]
 
 _SHOWN = 8
 
 
 class SceneData:
-    """Scenes of `shape_scenes`."""
+    """Scenes of `shape_scenes`.
+
+    Attributes:
+        num_classes: Number of classes of the training images.
+        selection: Images for choosing heads and layers.
+        test: Images that attention is scored on.
+        classified: Images that accuracy is measured on.
+        with_masks: Images for MaskCut, or None.
+    """
 
     num_classes = len(CLASSES)
 
     def __init__(self, protocol: Protocol):
-        self.protocol = protocol
-
-    def selection(self) -> Dataset:
-        """Return the images for choosing heads and layers."""
-        return SceneImages(self.protocol.image_size, self.protocol.selection_images, self.protocol.selection_seed)
-
-    def test(self) -> Dataset:
-        """Return the images that attention is scored on."""
-        return SceneImages(self.protocol.image_size, self.protocol.test_images, self.protocol.test_seed)
-
-    def classified(self) -> Dataset:
-        """Return the images that accuracy is measured on."""
-        return self.test()
-
-    def with_masks(self) -> Dataset:
-        """Return the images for MaskCut."""
-        return SceneImages(self.protocol.image_size, self.protocol.maskcut_images, self.protocol.test_seed)
+        self.protocol, size = protocol, protocol.image_size
+        self.selection = SceneImages(size, protocol.selection_images, protocol.selection_seed)
+        self.test = self.classified = SceneImages(size, protocol.test_images, protocol.test_seed)
+        self.with_masks = SceneImages(size, protocol.maskcut_images, protocol.test_seed)
 
     def shown(self) -> dict[str, np.ndarray]:
         """Return the first test scenes: "images" uint8 [8, S, S, 3], "masks" bool [8, S, S], "labels" [8]."""
-        images = SceneImages(self.protocol.image_size, _SHOWN, self.protocol.test_seed)
-        samples = [images[number] for number in range(_SHOWN)]
+        samples = [self.test[number] for number in range(_SHOWN)]
         return {
             "images": torch.stack([sample.image.permute(1, 2, 0) for sample in samples]).numpy(),
             "masks": torch.cat([sample.target.masks for sample in samples]).numpy(),
@@ -71,93 +66,71 @@ class SceneData:
 class _Photographs(BoxedImages):
     """Photographs of a split with their class, and the union of their boxes as the object."""
 
-    labelled = True
-
     def __init__(self, root: Path, size: int, boxes: Path, classes: list[str]):
         super().__init__(root, size, boxes)
         self.classes = {name: number for number, name in enumerate(classes)}
 
     def target(self, key: str | int, size: tuple[int, int]) -> Target:
-        boxes = super().target(key, size).boxes
-        return Target([self.classes[str(key).split("/")[0]]], _filled(boxes, size)[None], torch.ones(size) > 0, boxes)
+        boxes, (height, width) = super().target(key, size).boxes, size
+        mask = torch.from_numpy(covered(boxes.numpy() / [width, height, width, height], height, width))
+        return Target([self.classes[str(key).split("/")[0]]], mask[None], torch.ones_like(mask), boxes)
 
-    def coverage(self, key: str | int) -> float:
+    def share_covered(self, key: str | int) -> float:
         """Return the share of a photograph that its boxes cover; 0 without a box."""
-        annotated = self.annotated_size(key)
-        if annotated is None:
-            return 0.0
-        rows, columns = annotated
-        corners = torch.tensor(self._entry(key)[1], dtype=torch.float64).reshape(-1, 4)
-        return float(_filled(corners, (rows, columns)).float().mean())
-
-
-def _filled(boxes: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Return the union of boxes [K, 4] as a mask, boolean [H, W]."""
-    mask = torch.zeros(size, dtype=torch.bool)
-    for left, top, right, bottom in boxes.round().int().tolist():
-        mask[max(0, top) : max(0, bottom), max(0, left) : max(0, right)] = True
-    return mask
+        size = self.annotated_size(key)
+        return float(self.target(key, size).masks.float().mean()) if size else 0.0
 
 
 class PhotographData:
-    """Photographs as `prepare_photographs` left them.
-
-    Args:
-        protocol: The experiment.
-        folder: The prepared folder.
-    """
+    """Photographs as `prepare_photographs` left them in a folder; attributes as of `SceneData`."""
 
     def __init__(self, protocol: Protocol, folder: Path):
         self.protocol, self.folder = protocol, folder
-        self.source = json.loads((folder / "source.json").read_text())
-        self.classes = sorted(path.name for path in (folder / "test").iterdir())
-        self.num_classes = len(self.classes)
+        source = json.loads((folder / "source.json").read_text())
+        self._boxes, self._classes = Path(source["boxes"]), sorted(path.name for path in (folder / "test").iterdir())
+        self.num_classes, masks = len(self._classes), source["masks"]
+        self.with_masks = open_images(masks, protocol.mask_size, protocol.maskcut_images) if masks else None
 
-    def _split(self, name: str) -> _Photographs:
-        boxes = Path(self.source["boxes"])
-        return _Photographs(self.folder / name, self.protocol.image_size, boxes, self.classes)
-
-    def _boxed(self, name: str, count: int) -> Dataset:
-        """Return `count` images, spread over the classes, whose boxes cover what the protocol wants."""
-        images, (low, high) = self._split(name), self.protocol.coverage
-        fitting = [
-            i
-            for i, key in enumerate(images.keys())
-            if images.coverage(key) > 0 and low <= images.coverage(key) <= high
-        ]
-        if not fitting:
-            raise UserError(
-                f"no photograph of {self.folder / name} has boxes that cover {low:.0%} to {high:.0%} of it: give "
-                "photographs with boxes, as --boxes"
-            )
-        chosen = np.linspace(0, len(fitting) - 1, min(count, len(fitting))).round().astype(int)
-        return Subset(images, [fitting[number] for number in chosen])
-
-    def selection(self) -> Dataset:
-        """Return the images for choosing heads and layers."""
-        return self._boxed("selection", self.protocol.selection_images)
-
-    def test(self) -> Dataset:
-        """Return the images that attention is scored on."""
-        return self._boxed("test", self.protocol.test_images)
-
+    @cached_property
     def classified(self) -> Dataset:
-        """Return the images that accuracy is measured on."""
+        """All test photographs."""
         return self._split("test")
 
-    def with_masks(self) -> Dataset | None:
-        """Return the photographs with masks, or None."""
-        if not self.source["masks"]:
-            return None
-        return open_images(self.source["masks"], self.protocol.mask_size, self.protocol.maskcut_images)
+    @cached_property
+    def selection(self) -> Dataset:
+        """Photographs of the selection half whose boxes fit."""
+        return self._boxed(self._split("selection"), self.protocol.selection_images)
+
+    @cached_property
+    def test(self) -> Dataset:
+        """Photographs of the test half whose boxes fit."""
+        return self._boxed(self.classified, self.protocol.test_images)
+
+    def _split(self, name: str) -> _Photographs:
+        return _Photographs(self.folder / name, self.protocol.image_size, self._boxes, self._classes)
+
+    def _boxed(self, images: _Photographs, count: int) -> Dataset:
+        """Return at most `count` images, spread over the classes, whose boxes cover what the protocol wants."""
+        low, high = self.protocol.coverage
+        shares = [images.share_covered(key) for key, _ in images.items]
+        fitting = [number for number, share in enumerate(shares) if share > 0 and low <= share <= high]
+        if not fitting:
+            raise UserError(
+                f"no photograph of {images.root} has boxes that cover {low:.0%} to {high:.0%} of it: give "
+                "photographs with boxes, as --boxes"
+            )
+        return spread(Subset(images, fitting), count)
 
     def shown(self) -> dict[str, np.ndarray]:
-        """Return free photographs, in no class of the training data: "images" uint8 [8, S, S, 3], "names" [8]."""
+        """Return free photographs, of no training set: "images" uint8 [8, S, S, 3], "names" [8] with credit."""
         found = free_photographs()[:_SHOWN]
-        if not found:
-            raise UserError("the figures need the photographs of scikit-image: pip install crate_fast[eval]")
         images = np.stack([np.asarray(photograph.square(self.protocol.mask_size)) for photograph in found])
         return {"images": images, "names": np.array([f"{p.name} ({p.credit})" for p in found])}
+
+
+def spread(images: Dataset, count: int) -> Subset:
+    """Return at most `count` of the images, evenly spread."""
+    return Subset(images, np.linspace(0, len(images) - 1, min(count, len(images))).round().astype(int).tolist())
 
 
 def open_experiment_data(protocol: Protocol, folder: Path) -> SceneData | PhotographData:
@@ -193,11 +166,11 @@ def prepare_photographs(source: Path, boxes: Path | None, masks: str | None, fol
         raise UserError(f"--masks {masks}: write coco:PATH[:SPLIT]")
     folder.mkdir(parents=True, exist_ok=True)
     train, val = (_unpacked(source, split, folder) for split in ("train", "val"))
-    classes, _ = find_images(train).labelled(str(train))
-    _split_validation(val, classes, folder)
+    images = find_images(train)
+    _split_validation(val, images.labelled(str(train))[0], folder)
     if masks:
-        open_images(masks, 64)
-    named["training_images"] = len(find_images(train).names)
+        open_images(masks, 64)  # for its errors
+    named["training_images"] = len(images.names)
     write_text(record, json.dumps(named, indent=2) + "\n")
     return named["training_images"]
 

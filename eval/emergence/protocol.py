@@ -272,23 +272,16 @@ _PHOTOGRAPH_SIZES = {
         precision="bf16",
         **_PHOTOGRAPHS,
     ),
-    "full": Protocol(
-        patch_size=8,
-        dim=384,
-        depth=12,
-        heads=6,
-        stages=(Stage(64, 50_000, 60, 1.0, 12, 256),),
-        sweep_images=250_000,
-        lrs=(5e-4, 1e-3, 2e-3),
-        seeds=(0, 1, 2),
-        selection_images=1500,
-        test_images=1500,
-        maskcut_images=79,
-        coverage=(0.05, 0.6),
-        box_images=1000,
-        **_PHOTOGRAPHS,
-    ),
 }
+_PHOTOGRAPH_SIZES["full"] = dataclasses.replace(
+    _PHOTOGRAPH_SIZES["small"],
+    dim=384,
+    depth=12,
+    heads=6,
+    stages=(Stage(64, 50_000, 60, 1.0, 12, 256),),
+    sweep_images=250_000,
+    precision="auto",
+)
 SIZES = {"shape_scenes": _SCENES, "photographs": _PHOTOGRAPH_SIZES}
 
 

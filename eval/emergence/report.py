@@ -64,8 +64,8 @@ def write_report(report: Path, protocol: Protocol, size: str) -> Path:
             f"{report / 'results'} does not hold a run of every model with one seed yet: run on, then report"
         )
     figures = draw(results, load_pictures(report), protocol, report / "figures")
-    page = "protocol.md"
-    protocol_page = f"[{page}]({page})" if (report / page).is_file() else f"docs/emergence/{page}"
+    page = "photographs/protocol.md" if protocol.photographs else "protocol.md"
+    protocol_page = "[protocol.md](protocol.md)" if (report / "protocol.md").is_file() else f"docs/emergence/{page}"
     masked = _has(results, "masks")
     parts = [
         f"# Emergence{' on photographs' if protocol.photographs else ''}: what came out ({size})",
@@ -250,11 +250,9 @@ def _detection(results: dict, protocol: Protocol) -> str:
     for row in rows[: len(protocol.models)]:
         numbers = paper.find("table2", row["model"])
         row["paper, COCO: box AP50 / AP"] = f"{numbers['box AP50']} / {numbers['box AP']}" if numbers else None
-    where = (
-        f"on photographs with masks at {protocol.mask_size} px"
-        if protocol.photographs
-        else ("distractors found count as errors")
-    )
+    where = "distractors found count as errors"
+    if protocol.photographs:
+        where = f"on photographs with masks at {protocol.mask_size} px"
     return f"At the paper's layer; {where}.\n\n" + markdown_table(rows, digits=1)
 
 

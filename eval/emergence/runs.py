@@ -430,7 +430,7 @@ def _score_checkpoints(job: Job, interruption: Interruption) -> list[dict] | Non
     settings = {"protocol": job.protocol.settings(), "lr": job.lr}
     records = Records(job.folders.output / "scores" / job.run.name, settings, key="checkpoint")
     data = open_experiment_data(job.protocol, job.folders.photographs)
-    masked = job.protocol.photographs and data.with_masks() is not None
+    masked = job.protocol.photographs and data.with_masks is not None
     for number, point in enumerate(points):
         if interruption.requested():
             return None

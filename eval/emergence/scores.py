@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Dataset
 
 from crate_fast.eval import coarse_segmentation, localization, maskcut, white_box
 from crate_fast.eval.common.images import batches
 from crate_fast.eval.common.models import LoadedModel
 from crate_fast.eval.common.principal_components import TooFewPatchesError, foreground, pca_rgb
-from crate_fast.eval.emergence.data import PhotographData, SceneData
+from crate_fast.eval.emergence.data import PhotographData, SceneData, spread
 from crate_fast.eval.emergence.protocol import ORDER, Protocol
 
 __all__ = [
@@ -68,14 +68,11 @@ def checkpoint_scores(loaded: LoadedModel, data: SceneData | PhotographData) -> 
         and baselines, as in `segmentation.score_attention`; "white_box", R^c and sparsity of each layer, empty for
         models without subspaces and ISTA. For scenes also `mask_scores`.
     """
-    test = data.test()
-    few = (
-        Subset(test, _spread(test, data.protocol.maskcut_images)) if data.protocol.photographs else data.with_masks()
-    )
+    few = spread(data.test, data.protocol.maskcut_images) if data.protocol.photographs else data.with_masks
     scores = {
-        "accuracy": _accuracy(loaded, data.classified()),
-        "selection": _segmentation(loaded, data.selection()),
-        "test": _segmentation(loaded, test),
+        "accuracy": _accuracy(loaded, data.classified),
+        "selection": _segmentation(loaded, data.selection),
+        "test": _segmentation(loaded, data.test),
         "white_box": _white_box(loaded, few),
     }
     if not data.protocol.photographs:
@@ -85,22 +82,16 @@ def checkpoint_scores(loaded: LoadedModel, data: SceneData | PhotographData) -> 
 
 def photograph_scores(loaded: LoadedModel, data: PhotographData) -> dict:
     """Score a model, opened at the size of photographs with masks, on those: "masks", as "test", and "maskcut"."""
-    images = data.with_masks()
+    images = data.with_masks
     return _rounded({"masks": _segmentation(loaded, images), "maskcut": _maskcut(loaded, images)})
 
 
 def box_scores(loaded: LoadedModel, data: PhotographData) -> dict:
     """Score a model's boxes, as `crate-fast eval localization` does: "boxes", its result without single heads."""
-    test = data.test()
-    found = localization.evaluate(loaded, Subset(test, _spread(test, data.protocol.box_images)), batch_size=_BATCH)
+    found = localization.evaluate(loaded, spread(data.test, data.protocol.box_images), batch_size=_BATCH)
     for row in found["layers"]:
         del row["per_head"]
     return _rounded({"boxes": found})
-
-
-def _spread(images: Dataset, count: int) -> list[int]:
-    """Return at most `count` numbers of images, evenly spread."""
-    return np.linspace(0, len(images) - 1, min(count, len(images))).round().astype(int).tolist()
 
 
 def _maskcut(loaded: LoadedModel, images: Dataset) -> dict:
