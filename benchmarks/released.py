@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["ReleasedCRATE", "ReleasedCRATEMAE"]
+__all__ = ["ReleasedCRATE", "ReleasedCRATEAlpha", "ReleasedCRATEMAE"]
 
 
 class _Norm(nn.Module):
@@ -120,6 +120,45 @@ class ReleasedCRATE(nn.Module):
         tokens = torch.cat([self.cls_token.repeat(len(images), 1, 1), patches], dim=1) + self.pos_embedding
         tokens = self.transformer(tokens)
         return self.mlp_head(tokens.mean(dim=1) if self.pool == "mean" else tokens[:, 0])
+
+
+class _OvercompleteSparsify(nn.Module):
+    def __init__(self, dim: int):
+        super().__init__()
+        self.D, self.D1 = (nn.Parameter(nn.init.kaiming_uniform_(torch.empty(dim, 4 * dim))) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        codes = F.relu(0.1 * torch.einsum("ck,bnc->bnk", self.D, x) - 0.01)
+        error = torch.einsum("ck,bnk->bnc", self.D, codes) - x
+        codes = F.relu(codes - 0.1 * torch.einsum("ck,bnc->bnk", self.D, error) - 0.01)
+        return torch.einsum("ck,bnk->bnc", self.D1, codes)
+
+
+class ReleasedCRATEAlpha(nn.Module):
+    """CRATE-α, as the released inference code computes its logits. Arguments as `ReleasedCRATE`'s."""
+
+    def __init__(self, *, image_size: int, patch_size: int, num_classes: int, dim: int, depth: int, heads: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, dim, patch_size, stride=patch_size)
+        self.pos_embedding = nn.Parameter(torch.randn(1, (image_size // patch_size) ** 2 + 1, dim))
+        self.cls_token = nn.Parameter(torch.randn(1, 1, dim))
+        self.transformer = nn.Module()
+        self.transformer.layers = nn.ModuleList()
+        for _ in range(depth):
+            attention = _Attention(dim, heads, dim // heads)
+            attention.to_out[0] = nn.Linear(dim, dim, bias=False)
+            pair = nn.ModuleList([_Norm(dim, attention), _Norm(dim, _OvercompleteSparsify(dim))])
+            pair[0].norm.eps = pair[1].norm.eps = 1e-6
+            self.transformer.layers.append(pair)
+        self.mlp_head = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, num_classes))
+
+    def forward(self, images: Tensor) -> Tensor:
+        patches = self.conv1(images).flatten(2).transpose(1, 2)
+        tokens = torch.cat([self.cls_token.expand(len(images), -1, -1), patches], dim=1) + self.pos_embedding
+        for attend, sparsify in self.transformer.layers:
+            tokens = attend(tokens) + tokens
+            tokens = sparsify(tokens) + tokens
+        return self.mlp_head(tokens[:, 0])
 
 
 class _Decode(nn.Module):

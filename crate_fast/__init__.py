@@ -19,7 +19,15 @@ if "torch" not in sys.modules and not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os
     os.environ["GOMP_SPINCOUNT"] = str(SPIN_COUNT)
 
 from crate_fast.mae import CRATEMAE, CRATEMAE_base, CRATEMAE_large, CRATEMAE_small, CRATEMAE_tiny  # noqa: E402
-from crate_fast.model import CRATE, CRATE_base, CRATE_large, CRATE_small, CRATE_tiny  # noqa: E402
+from crate_fast.model import (  # noqa: E402
+    CRATE,
+    CRATE_alpha_base,
+    CRATE_alpha_large,
+    CRATE_base,
+    CRATE_large,
+    CRATE_small,
+    CRATE_tiny,
+)
 from crate_fast.registry import create_mae  # noqa: E402  (the import registers the models with timm)
 
 __all__ = [
@@ -29,6 +37,8 @@ __all__ = [
     "CRATEMAE_large",
     "CRATEMAE_small",
     "CRATEMAE_tiny",
+    "CRATE_alpha_base",
+    "CRATE_alpha_large",
     "CRATE_base",
     "CRATE_large",
     "CRATE_small",

@@ -13,6 +13,7 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from crate_fast.errors import UserError
+from crate_fast.layers import ODL
 from crate_fast.mae import CRATEMAE, sincos_positions
 from crate_fast.model import CRATE, resample_positions
 from crate_fast.weight_files import read_state_dict, unwrap_state_dict
@@ -250,13 +251,40 @@ def _unreleased(model: CRATE) -> str:
     """Describe what the released CRATE does not have; "" if nothing."""
     layer = model.transformer.layers[0]
     kinds = [type(part.fn).__name__ for part in layer]
+    if kinds == ["MSSA", "ODL"]:
+        return _unreleased_alpha(model)
     if kinds != ["MSSA", "ISTA"] or layer.residual != "released" or layer[1].fn.threshold != "relu":
         return f"layers {kinds}, residual={layer.residual!r}"
     if model.pool not in ("cls", "mean"):
         return f"pool={model.pool!r}"
     if layer[1].fn.lambd != 0.1:
         return f"sparsity={layer[1].fn.lambd}"
+    if layer[0].norm.eps != 1e-5 or layer[0].fn.to_out[0].bias is None:
+        return f"layer_eps={layer[0].norm.eps}, or no bias behind attention"
     return "" if model.embed_norm else "embed_norm=False"
+
+
+def _unreleased_alpha(model: CRATE) -> str:
+    """Describe what the released CRATE-α does not have; "" if nothing."""
+    layer = model.transformer.layers[0]
+    odl = layer[1].fn
+    found = {
+        "residual": layer.residual == "released",
+        "odl_residual": layer.skips_sparsifier,
+        "pool": model.pool == "cls",
+        "odl_tied": odl.D1 is not None,
+        "odl_steps": odl.steps == 2,
+        "odl_ratio": odl.D.shape[1] == 4 * odl.D.shape[0],
+        "ista": odl.step_size == 0.1,
+        "sparsity": odl.lambd == 0.1,
+        "layer_eps": layer[0].norm.eps == 1e-6,
+        "output_bias": getattr(layer[0].fn.to_out[0], "bias", 0) is None,
+        "embed_norm": not model.embed_norm,
+        "norm_eps": model.mlp_head[0].eps == 1e-5,
+        "head_hidden": not model.head_hidden,
+        "channels or patch_size": model.channels == 3 and len(set(model.patch_size)) == 1,
+    }
+    return ", ".join(name for name, same in found.items() if not same)
 
 
 def _unreleased_mae(model: CRATEMAE) -> str:
@@ -271,7 +299,8 @@ def _unreleased_mae(model: CRATEMAE) -> str:
 def released_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """Return the model's weights under the released code's keys, detached, on the CPU, for its `load_state_dict`.
 
-    A classifier with a hidden layer is named as in the emergence paper's demo checkpoint.
+    A classifier with a hidden layer is named as in the emergence paper's demo checkpoint; CRATE-α's patch projection
+    is its convolution.
 
     Raises:
         UserError: The model is one that the released code cannot build (an ablation or another residual form).
@@ -285,4 +314,8 @@ def released_state_dict(model: nn.Module) -> dict[str, Tensor]:
     state_dict = unwrap_state_dict(model.state_dict())
     for name in list(state_dict):
         state_dict[name.replace("mlp_head.2.", "head.")] = state_dict.pop(name).detach().cpu()
+    if isinstance(model, CRATE) and isinstance(model.transformer.layers[0][1].fn, ODL):
+        kernel = state_dict.pop("to_patch_embedding.2.weight").unflatten(1, (*model.patch_size, model.channels))
+        state_dict["conv1.weight"] = kernel.permute(0, 3, 1, 2).contiguous()
+        state_dict["conv1.bias"] = state_dict.pop("to_patch_embedding.2.bias")
     return state_dict

@@ -40,6 +40,7 @@ __all__ = [
     "processor_family",
     "processor_name",
     "processor_vendor",
+    "product",
     "serves",
     "serves_attention",
     "uses_onednn",
@@ -136,13 +137,15 @@ def _dense(matrix: Tensor) -> Tensor:
     return matrix if matrix.is_contiguous() or matrix.t().is_contiguous() else matrix.contiguous()
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x @ weightᵀ + bias by the library of the processor; x is turned in the gradient of a weight."""
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, add: Tensor | None = None) -> Tensor:
+    """x @ weightᵀ + bias + `add` by the library of the processor; x is turned in the gradient of a weight."""
     suits = uses_onednn() and (x.is_contiguous() or uses_onednn_alone())
     if suits and x.numel() > 0 and weight.numel() > 0:
         bias = None if bias is None else bias.contiguous()  # oneDNN reads it as if it were
-        return onednn_product(_dense(x), _dense(weight), bias)
-    y = torch.mm(x, weight.t())
+        if add is None:
+            return onednn_product(_dense(x), _dense(weight), bias)
+        return torch.ops.mkldnn._linear_pointwise.binary(_dense(x), add, _dense(weight), bias, "add")
+    y = torch.mm(x, weight.t()) if add is None else torch.addmm(add, x, weight.t())
     return y if bias is None else y.add_(bias)  # addmm would write the bias to every row and read it again
 
 
@@ -160,7 +163,7 @@ def cpu_linear(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool = Fals
     Returns:
         y [M, N], contiguous.
     """
-    y = _product(x, weight, bias)
+    y = product(x, weight, bias)
     if residual:
         y.add_(x)
     return y.relu_() if relu else y

@@ -9,6 +9,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.checkpoint import checkpoint
 
 from crate_fast import functional
+from crate_fast import odl as overcomplete
 from crate_fast.backends import being_transformed, resolve_backend
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "MHSA",
     "MLP",
     "MSSA",
+    "ODL",
     "DecoderLayer",
     "Dictionary",
     "EmbeddingNorm",
@@ -51,6 +53,21 @@ def sparsify(
         return F.relu(u - shift) if threshold == "relu" else F.softshrink(u, shift)
     else:
         return functional.ista(x, dictionary, step_size, sparsity, threshold=threshold, backend=backend)
+
+
+@torch.fx.wrap
+def sparsify_overcomplete(
+    x: Tensor, dictionary: Tensor, decoder: Tensor, step_size: float, sparsity: float, steps: int, backend: str
+) -> Tensor:
+    """`odl.odl` as one node of `torch.fx`'s graphs."""
+    if torch.jit.is_scripting():
+        shift = step_size * sparsity
+        z = F.relu(step_size * F.linear(x, dictionary.t()) - shift)
+        if steps == 2:
+            z = F.relu(z + step_size * F.linear(x - F.linear(z, dictionary), dictionary.t()) - shift)
+        return F.linear(z, decoder)
+    else:
+        return overcomplete.odl(x, dictionary, decoder, step_size, sparsity, steps=steps, backend=backend)
 
 
 def patches_of(images: Tensor, patch_size: tuple[int, int]) -> Tensor:
@@ -114,6 +131,7 @@ class _Attention(nn.Module):
         backend: str = "auto",
         *,
         proj_dropout: float | None = None,
+        output_bias: bool = True,
         device=None,
         dtype=None,
     ):
@@ -126,7 +144,7 @@ class _Attention(nn.Module):
             self.to_out = nn.Dropout(proj_dropout) if proj_dropout else nn.Identity()
         else:
             dropout = dropout if proj_dropout is None else proj_dropout
-            self.to_out = nn.Sequential(Linear(inner, dim, **place), nn.Dropout(float(dropout)))
+            self.to_out = nn.Sequential(Linear(inner, dim, output_bias, **place), nn.Dropout(float(dropout)))
 
 
 class MSSA(_Attention):
@@ -139,6 +157,7 @@ class MSSA(_Attention):
         dropout: Probability of dropping attention weights in training.
         backend: See `functional.subspace_attention`.
         proj_dropout: Probability of dropping outputs in training; `dropout` when None, as in the released code.
+        output_bias: Whether the output map has a bias; CRATE-α's has none.
         device, dtype: Of the parameters.
     """
 
@@ -156,6 +175,7 @@ class MSSA(_Attention):
     def compress(self, x: Tensor, norm: nn.LayerNorm, residual: str = "released", sign: int = 1) -> Tensor:
         """x ± MSSA(norm(x)) [B, N, C] as one operator; see `functional.compress`."""
         output, bias = self.to_out[0].weight, self.to_out[0].bias
+        bias = output.new_zeros(len(output)) if bias is None else bias
         if sign < 0:
             output, bias = -output, -bias
         return functional.compress(
@@ -255,6 +275,60 @@ class ISTA(nn.Module):
         return f"dim={self.weight.shape[0]}, step_size={self.step_size}, sparsity={self.lambd}, {self.threshold}"
 
 
+class ODL(nn.Module):
+    """Sparse coding in an overcomplete dictionary, and a decoder of its own (CRATE-α); see `crate_fast.odl`.
+
+    Args:
+        dim: Token width C; the parameters `D` and `D1` are [C, ratio·C], Kaiming-uniform.
+        ratio: Atoms of the dictionary over C.
+        step_size: η.
+        sparsity: λ (`lmbda` in the released code).
+        steps: ISTA steps, 1 or 2.
+        tied: Decode with D; there is no `D1`.
+        backend: See `functional.ista`.
+        device, dtype: Of the parameters.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        ratio: int = 4,
+        step_size: float = 0.1,
+        sparsity: float = 0.1,
+        steps: int = 2,
+        tied: bool = False,
+        backend: str = "auto",
+        *,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        self.D = nn.Parameter(torch.empty(dim, ratio * dim, device=device, dtype=dtype))
+        self.D1 = None if tied else nn.Parameter(torch.empty(dim, ratio * dim, device=device, dtype=dtype))
+        self.step_size, self.lambd, self.steps = float(step_size), float(sparsity), steps
+        self.backend = backend
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the dictionaries anew."""
+        for dictionary in self.parameters():
+            nn.init.kaiming_uniform_(dictionary)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., C], normalised → the decoded code [..., C]."""
+        decoder = self.D if self.D1 is None else self.D1
+        return sparsify_overcomplete(x, self.D, decoder, self.step_size, self.lambd, self.steps, self.backend)
+
+    def code(self, x: Tensor) -> Tensor:
+        """x [..., C], normalised → its sparse code [..., ratio·C]."""
+        return overcomplete.odl_code(x, self.D, self.step_size, self.lambd, self.steps)
+
+    def extra_repr(self) -> str:
+        """Return sizes and constants, for `print(model)`."""
+        dim, atoms = self.D.shape
+        return f"dim={dim}, atoms={atoms}, step_size={self.step_size}, sparsity={self.lambd}, steps={self.steps}"
+
+
 class Dictionary(nn.Module):
     """x · Dᵀ with a square dictionary D, Kaiming-uniform: what a CRATE-MAE decoder layer begins with."""
 
@@ -307,9 +381,11 @@ class PreNorm(nn.Module):
     `drop_path` holds the rate of stochastic depth; `Layer` applies it, since it knows what a dropped step leaves.
     """
 
-    def __init__(self, dim: int, fn: nn.Module, drop_path: float = 0.0, *, device=None, dtype=None):
+    def __init__(
+        self, dim: int, fn: nn.Module, drop_path: float = 0.0, *, eps: float = 1e-5, device=None, dtype=None
+    ):
         super().__init__()
-        self.norm = nn.LayerNorm(dim, device=device, dtype=dtype)
+        self.norm = nn.LayerNorm(dim, eps, device=device, dtype=dtype)
         self.fn = fn
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
@@ -327,22 +403,25 @@ class Layer(nn.Sequential):
     residual="released": h = x + attention(LN₁ x), as the released code.
     residual="paper":    h = LN₁ x + attention(LN₁ x), as the paper's Algorithms 1 and 3; here `layer[0].norm` and
     `layer[0].fn` are called one by one, so a hook on `layer[0]` itself does not fire.
-    Then ISTA(LN₂ h), or h + MLP(LN₂ h) in the ablation.
+    Then ISTA(LN₂ h); h + MLP(LN₂ h) in the ablation; h + ODL(LN₂ h) in CRATE-α.
 
     Stochastic depth (`drop_path` of the two parts) skips a step for a sample: its tokens pass unchanged. As in timm,
-    each step draws for itself, and a residual update that is kept (attention in the released form, MLP) is scaled by
-    1 / (1 − rate). ISTA, and attention in the paper's form, replace the tokens and are not scaled.
+    each step draws for itself, and a residual update that is kept (attention in the released form, MLP, ODL) is
+    scaled by 1 / (1 − rate). ISTA, and attention in the paper's form, replace the tokens and are not scaled.
 
     Args:
         attention: `PreNorm` around `MSSA` or `MHSA`.
-        sparsifier: `PreNorm` around `ISTA` or `MLP`.
+        sparsifier: `PreNorm` around `ISTA`, `MLP` or `ODL`.
         residual: "released" or "paper".
+        odl_residual: Whether h is added to ODL's output.
     """
 
-    def __init__(self, attention: PreNorm, sparsifier: PreNorm, residual: str = "released"):
+    def __init__(
+        self, attention: PreNorm, sparsifier: PreNorm, residual: str = "released", odl_residual: bool = True
+    ):
         super().__init__(attention, sparsifier)
         self.residual = residual
-        self.skips_sparsifier = isinstance(sparsifier.fn, MLP)
+        self.skips_sparsifier = isinstance(sparsifier.fn, MLP) or (isinstance(sparsifier.fn, ODL) and odl_residual)
         self.drops_paths = isinstance(attention.drop_path, DropPath)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -26,11 +26,14 @@ from crate_fast.arguments import (
 from crate_fast.backends import BACKENDS, being_written, without_tracer_warnings
 from crate_fast.errors import UserError
 from crate_fast.functional import RESIDUALS, THRESHOLDS
-from crate_fast.layers import ISTA, MHSA, MLP, MSSA, EmbeddingNorm, Layer, Linear, Patches, PreNorm, Transformer
+from crate_fast.layers import ISTA, MHSA, MLP, MSSA, ODL, EmbeddingNorm, Layer, Linear, Patches, PreNorm, Transformer
 from crate_fast.weight_files import is_wrapped, unwrap_state_dict
 
 __all__ = [
+    "ALPHA_OPTIONS",
     "CRATE",
+    "CRATE_alpha_base",
+    "CRATE_alpha_large",
     "CRATE_base",
     "CRATE_large",
     "CRATE_small",
@@ -39,6 +42,7 @@ __all__ = [
     "resample_positions",
 ]
 
+ALPHA_OPTIONS = {"sparsifier": "odl", "embed_norm": False, "output_bias": False, "layer_eps": 1e-6}  # of CRATE-α
 _POOLS = ("cls", "mean", "avg", "")
 
 
@@ -154,11 +158,17 @@ class CRATE(nn.Module):
         sparsity: λ; the released code fixes 0.1.
         residual: "released" or "paper" (see `layers.Layer`).
         attention: "mssa", or "mhsa" for the ablation CRATE-MHSA.
-        sparsifier: "ista", or "mlp" for the ablation CRATE-MLP. With both ablations the layer is ViT's.
+        sparsifier: "ista"; "odl", CRATE-α's; "mlp" for the ablation CRATE-MLP. With MHSA and MLP a layer is ViT's.
         threshold: "relu", or "soft" for the variant with soft thresholding.
         head_hidden: A Linear(dim, dim) before the classifier, as the emergence paper's demo checkpoint has.
         embed_norm: LayerNorms before and behind the patch projection; the encoders of CRATE-MAE have none.
         norm_eps: ε of the head's LayerNorm; 1e-6 in the encoders of CRATE-MAE.
+        layer_eps: ε of the layers' LayerNorms; 1e-6 in CRATE-α.
+        output_bias: Whether attention's output map has a bias; CRATE-α's has none.
+        odl_ratio: Atoms of ODL's dictionary over `dim`.
+        odl_steps: Its ISTA steps, 1 or 2.
+        odl_tied: Decode with the dictionary itself, not with a second one.
+        odl_residual: h + ODL(LN h) instead of ODL(LN h).
         dynamic_img_size: Accept any image that the patch size divides; else only `image_size`.
         drop_rate: Dropout in front of the classifier.
         attn_drop_rate: Dropout on attention weights.
@@ -204,6 +214,12 @@ class CRATE(nn.Module):
         head_hidden: bool = False,
         embed_norm: bool = True,
         norm_eps: float = 1e-5,
+        layer_eps: float = 1e-5,
+        output_bias: bool = True,
+        odl_ratio: int = 4,
+        odl_steps: int = 2,
+        odl_tied: bool = False,
+        odl_residual: bool = True,
         dynamic_img_size: bool = False,
         drop_rate: float = 0.0,
         attn_drop_rate: float | None = None,
@@ -214,11 +230,15 @@ class CRATE(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        check_positive(dim=dim, depth=depth, heads=heads, dim_head=dim_head, channels=channels)
+        check_positive(dim=dim, depth=depth, heads=heads, dim_head=dim_head, channels=channels, odl_ratio=odl_ratio)
         check_choice("residual", residual, RESIDUALS)
         check_choice("attention", attention, ("mssa", "mhsa"))
-        check_choice("sparsifier", sparsifier, ("ista", "mlp"))
+        check_choice("sparsifier", sparsifier, ("ista", "odl", "mlp"))
         check_choice("threshold", threshold, THRESHOLDS)
+        if sparsifier == "odl" and threshold != "relu":
+            raise UserError(f"threshold={threshold!r}: ODL's codes are not negative; leave it at 'relu'")
+        if odl_steps not in (1, 2):
+            raise UserError(f"odl_steps={odl_steps!r}: give 1 or 2")
         check_choice("backend", backend, BACKENDS)
         attn_drop_rate = _specific_rate("attn_drop_rate", attn_drop_rate, dropout)
         mlp_drop_rate = _specific_rate("proj_drop_rate", proj_drop_rate, dropout)
@@ -248,17 +268,20 @@ class CRATE(nn.Module):
 
         attention_class = MSSA if attention == "mssa" else MHSA
 
+        def sparse() -> nn.Module:
+            if sparsifier == "ista":
+                return ISTA(dim, ista, sparsity, threshold, backend, **place)
+            if sparsifier == "odl":
+                return ODL(dim, odl_ratio, ista, sparsity, odl_steps, odl_tied, backend, **place)
+            return MLP(dim, 4 * dim if mlp_dim is None else mlp_dim, mlp_drop_rate, **place)
+
         def layer(index: int) -> Layer:
-            sparse = (
-                ISTA(dim, ista, sparsity, threshold, backend, **place)
-                if sparsifier == "ista"
-                else MLP(dim, 4 * dim if mlp_dim is None else mlp_dim, mlp_drop_rate, **place)
-            )
-            attend = attention_class(
-                dim, heads, dim_head, attn_drop_rate, backend, proj_dropout=proj_drop_rate, **place
-            )
+            rates = {"dropout": attn_drop_rate, "proj_dropout": proj_drop_rate}
+            sparsify = sparse()  # drawn before attention's weights
+            attend = attention_class(dim, heads, dim_head, backend=backend, output_bias=output_bias, **rates, **place)
             drop_path = drop_path_rate * index / max(1, depth - 1)
-            return Layer(PreNorm(dim, attend, drop_path, **place), PreNorm(dim, sparse, drop_path, **place), residual)
+            parts = (PreNorm(dim, part, drop_path, eps=layer_eps, **place) for part in (attend, sparsify))
+            return Layer(*parts, residual, odl_residual)
 
         self.transformer = Transformer([layer(index) for index in range(depth)], dim, heads)
         hidden = [Linear(dim, dim, **place)] if head_hidden else []
@@ -510,3 +533,14 @@ def CRATE_base(num_classes: int = 1000, **kwargs) -> CRATE:
 def CRATE_large(num_classes: int = 1000, **kwargs) -> CRATE:
     """Build CRATE-L: width 1024, 24 layers, 16 heads of 64, patch 16 at 224 px; 77.64 M parameters."""
     return _released(num_classes, {"dim": 1024, "depth": 24, "heads": 16}, kwargs)
+
+
+def CRATE_alpha_base(num_classes: int = 1000, **kwargs) -> CRATE:
+    """Build CRATE-α-B: width 768, 12 layers, 12 heads of 64, patch 16 at 224 px; 72.33 M parameters."""
+    return _released(num_classes, {"dim": 768, "depth": 12, "heads": 12, **ALPHA_OPTIONS}, kwargs)
+
+
+def CRATE_alpha_large(num_classes: int = 1000, **kwargs) -> CRATE:
+    """Build CRATE-α-L: width 1024, 24 layers, 16 heads of 64, patch 14 at 224 px; 253.65 M parameters."""
+    sizes = {"dim": 1024, "depth": 24, "heads": 16, "patch_size": 14}
+    return _released(num_classes, sizes | ALPHA_OPTIONS, kwargs)

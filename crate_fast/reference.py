@@ -84,6 +84,31 @@ def norm_ista_reference(
     return ista_reference(F.layer_norm(x, x.shape[-1:], weight, bias, eps), dictionary, *ista, **options)
 
 
+def odl_reference(
+    x: Tensor, dictionary: Tensor, decoder: Tensor, step_size: float = 0.1, sparsity: float = 0.1, steps: int = 2
+) -> Tensor:
+    """The sparse-coding block of CRATE-α without its LayerNorm and residual.
+
+    `steps` proximal gradient steps on ½|x − z Dᵀ|² + λ|z|₁ over z ≥ 0, started at z = 0; then z D₁ᵀ (Yang et al.,
+    *Scaling White-Box Transformers for Vision*, 2024).
+
+    Args:
+        x: Normalised tokens [..., C].
+        dictionary: D [C, K].
+        decoder: D₁ [C, K].
+        step_size: η.
+        sparsity: λ.
+        steps: Number of steps.
+
+    Returns:
+        [..., C].
+    """
+    z = x.new_zeros(*x.shape[:-1], dictionary.shape[1])
+    for _ in range(steps):
+        z = F.relu(z + step_size * ((x - z @ dictionary.t()) @ dictionary) - step_size * sparsity)
+    return z @ decoder.t()
+
+
 def compress_reference(
     x: Tensor,
     weight: Tensor,

@@ -1,8 +1,9 @@
 """timm's registry: every size of both papers, and the encoders of CRATE-MAE, under `timm.create_model`.
 
 Patch-16 names are the released repository's sizes (ImageNet-1k), patch-8 names the emergence paper's (ImageNet-21k,
-21,842 classes), whose T and S are ViT-wide. No weights can be downloaded: `pretrained=True` is timm's error. An
-autoencoder is no classifier and stays out of timm's registry: `create_mae` builds it by name.
+21,842 classes), whose T and S are ViT-wide. CRATE-α's released weights are fetched by `pretrained=True`; the others
+have none to fetch, and that is timm's error. An autoencoder is no classifier and stays out of timm's registry:
+`create_mae` builds it by name.
 """
 
 import timm
@@ -21,7 +22,7 @@ from crate_fast.mae import (
     CRATEMAE_small,
     CRATEMAE_tiny,
 )
-from crate_fast.model import CRATE
+from crate_fast.model import ALPHA_OPTIONS, CRATE
 
 __all__ = ["MAE", "MAE_ENCODER", "create_mae", "create_model", "is_mae", "is_model", "model_names"]
 
@@ -33,6 +34,7 @@ _AUTOENCODERS = {
     "crate_mae_base_patch16_224": CRATEMAE_base,
     "crate_mae_large_patch16_224": CRATEMAE_large,
 }
+_ALPHA_HUB = "UCSC-VLAA/CRATE-alpha"
 _TO_TIMM = {ours: timms for timms, ours in TIMM_NAMES.items()}
 _DROP_RATES = ("drop_rate", "attn_drop_rate", "proj_drop_rate", "pos_drop_rate", "drop_path_rate")
 
@@ -40,7 +42,7 @@ _DROP_RATES = ("drop_rate", "attn_drop_rate", "proj_drop_rate", "pos_drop_rate",
 # --- timm's registry ---
 
 
-def _cfg(patch_size: int, num_classes: int = 1000) -> dict:
+def _cfg(patch_size: int, num_classes: int = 1000, **more) -> dict:
     return {
         "num_classes": num_classes,
         "input_size": (3, 224, 224),
@@ -53,24 +55,51 @@ def _cfg(patch_size: int, num_classes: int = 1000) -> dict:
         "first_conv": "to_patch_embedding.2",
         "classifier": "mlp_head.1",
         "license": "mit",
-    }
+    } | more
 
 
-default_cfgs = generate_default_cfgs(
-    {
-        "crate_tiny_patch16_224": _cfg(16),
-        "crate_small_patch16_224": _cfg(16),
-        "crate_base_patch16_224": _cfg(16),
-        "crate_large_patch16_224": _cfg(16),
-        "crate_tiny_patch8_224": _cfg(8, num_classes=21842),
-        "crate_small_patch8_224": _cfg(8, num_classes=21842),
-        "crate_base_patch8_224": _cfg(8, num_classes=21842),
-        "crate_mae_encoder_tiny_patch16_224": _cfg(16),
-        "crate_mae_encoder_small_patch16_224": _cfg(16),
-        "crate_mae_encoder_base_patch16_224": _cfg(16),
-        "crate_mae_encoder_large_patch16_224": _cfg(16),
-    }
-)
+# Name: patch size, width, layers, heads, other arguments
+_SIZES = {
+    "crate_tiny_patch16_224": (16, 384, 12, 6, {}),
+    "crate_small_patch16_224": (16, 576, 12, 12, {}),
+    "crate_base_patch16_224": (16, 768, 12, 12, {}),
+    "crate_large_patch16_224": (16, 1024, 24, 16, {}),
+    "crate_tiny_patch8_224": (8, 192, 12, 3, {}),
+    "crate_small_patch8_224": (8, 384, 12, 6, {}),
+    "crate_base_patch8_224": (8, 768, 12, 12, {}),
+    "crate_mae_encoder_tiny_patch16_224": (16, 384, 12, 6, ENCODER_OPTIONS),
+    "crate_mae_encoder_small_patch16_224": (16, 576, 12, 12, ENCODER_OPTIONS),
+    "crate_mae_encoder_base_patch16_224": (16, 768, 12, 12, ENCODER_OPTIONS),
+    "crate_mae_encoder_large_patch16_224": (16, 1024, 24, 16, ENCODER_OPTIONS),
+    **{f"crate_alpha_base_patch{patch}_224": (patch, 768, 12, 12, ALPHA_OPTIONS) for patch in (32, 16, 14, 8)},
+    **{f"crate_alpha_large_patch{patch}_224": (patch, 1024, 24, 16, ALPHA_OPTIONS) for patch in (32, 16, 14, 8)},
+}
+_EMERGENCE = {f"crate_{size}_patch8_224" for size in ("tiny", "small", "base")}
+# CRATE-α's released weights: name and tag, file
+_ALPHA_FILES = {
+    "crate_alpha_base_patch32_224.in21k": "in21k_Pretrain/crate_alpha_B32_in21k.pth",
+    "crate_alpha_base_patch16_224.in21k_ft_in1k": "crate_alpha_B16.pth",
+    "crate_alpha_base_patch16_224.in21k": "in21k_Pretrain/crate_alpha_B16_IN21K",
+    "crate_alpha_base_patch8_224.in21k": "in21k_Pretrain/crate_alpha_B8_IN21K",
+    "crate_alpha_large_patch32_224.in21k": "in21k_Pretrain/crate_alpha_L32_in21k.pth",
+    "crate_alpha_large_patch14_224.in21k_ft_in1k": "crate_alpha_L14.pth",
+    "crate_alpha_large_patch14_224.in21k": "in21k_Pretrain/crate_alpha_L14_IN21K",
+    "crate_alpha_large_patch8_224.in21k": "in21k_Pretrain/crate_alpha_L8_IN21K",
+}
+
+
+def _cfgs() -> dict[str, dict]:
+    released = {name.partition(".")[0] for name in _ALPHA_FILES}
+    others = [name for name in _SIZES if name not in released]
+    cfgs = {name: _cfg(_SIZES[name][0], 21_842 if name in _EMERGENCE else 1000) for name in others}
+    for name, file in _ALPHA_FILES.items():
+        more = {"num_classes": 19_167} if name.endswith(".in21k") else {}
+        more |= {"hf_hub_id": _ALPHA_HUB, "hf_hub_filename": f"torch/{file}", "license": "apache-2.0"}
+        cfgs[name] = _cfg(_SIZES[name.partition(".")[0]][0], interpolation="bilinear", **more)
+    return cfgs
+
+
+default_cfgs = generate_default_cfgs(_cfgs())
 
 
 def _weights_for(state_dict: dict, model: CRATE) -> dict[str, Tensor]:
@@ -86,88 +115,48 @@ def _weights_for(state_dict: dict, model: CRATE) -> dict[str, Tensor]:
     return state_dict
 
 
-def _create(name: str, pretrained: bool, kwargs: dict, sizes: tuple[int, int, int, int], options: dict | None = None):
+def _create(name: str, pretrained: bool, kwargs: dict, sizes: list[int], options: dict) -> CRATE:
     named = dict(zip(("patch_size", "embed_dim", "depth", "num_heads"), sizes, strict=True))
-    arguments = named | (options or {}) | rename_arguments(kwargs, _TO_TIMM)
+    arguments = named | options | rename_arguments(kwargs, _TO_TIMM)
     if "dim_head" not in arguments:
         arguments["dim_head"] = head_width(arguments["embed_dim"], arguments["num_heads"])
     if arguments.get("head_hidden"):
         overlay = arguments.get("pretrained_cfg_overlay") or {}
         arguments["pretrained_cfg_overlay"] = {"classifier": "mlp_head.2"} | overlay
-    return build_model_with_cfg(
-        CRATE,
-        name,
-        pretrained,
-        pretrained_filter_fn=_weights_for,
-        feature_cfg={"out_indices": arguments.pop("out_indices", 3), "feature_cls": "getter"},
-        **arguments,
+    try:
+        return build_model_with_cfg(
+            CRATE,
+            name,
+            pretrained,
+            pretrained_filter_fn=_weights_for,
+            feature_cfg={"out_indices": arguments.pop("out_indices", 3), "feature_cls": "getter"},
+            **arguments,
+        )
+    except OSError as error:  # of the Hub: no network
+        if not pretrained:
+            raise
+        raise UserError(
+            f"pretrained=True: the weights of {name} could not be fetched ({type(error).__name__}): try again with a "
+            f"network, or fetch a file from https://huggingface.co/{_ALPHA_HUB}/tree/main/torch and pass it as "
+            "checkpoint_path"
+        ) from error
+
+
+def _register(name: str) -> None:
+    *sizes, options = _SIZES[name]
+
+    def entrypoint(pretrained: bool = False, **kwargs) -> CRATE:
+        return _create(name, pretrained, kwargs, sizes, options)
+
+    entrypoint.__name__ = entrypoint.__qualname__ = name
+    entrypoint.__doc__ = (
+        f"Build a CRATE with patches of {sizes[0]}, width {sizes[1]}, {sizes[2]} layers, {sizes[3]} heads."
     )
+    globals()[name] = register_model(entrypoint)
 
 
-@register_model
-def crate_tiny_patch16_224(pretrained: bool = False, **kwargs) -> CRATE:
-    """CRATE-T/16 of the released code: 384 wide, 12 layers, 6 heads."""
-    return _create("crate_tiny_patch16_224", pretrained, kwargs, (16, 384, 12, 6))
-
-
-@register_model
-def crate_small_patch16_224(pretrained: bool = False, **kwargs) -> CRATE:
-    """CRATE-S/16 of the released code: 576 wide, 12 layers, 12 heads."""
-    return _create("crate_small_patch16_224", pretrained, kwargs, (16, 576, 12, 12))
-
-
-@register_model
-def crate_base_patch16_224(pretrained: bool = False, **kwargs) -> CRATE:
-    """CRATE-B/16 of the released code: 768 wide, 12 layers, 12 heads."""
-    return _create("crate_base_patch16_224", pretrained, kwargs, (16, 768, 12, 12))
-
-
-@register_model
-def crate_large_patch16_224(pretrained: bool = False, **kwargs) -> CRATE:
-    """CRATE-L/16 of the released code: 1024 wide, 24 layers, 16 heads."""
-    return _create("crate_large_patch16_224", pretrained, kwargs, (16, 1024, 24, 16))
-
-
-@register_model
-def crate_tiny_patch8_224(pretrained: bool = False, **kwargs) -> CRATE:
-    """CRATE-T/8 of the emergence paper: 192 wide, 12 layers, 3 heads."""
-    return _create("crate_tiny_patch8_224", pretrained, kwargs, (8, 192, 12, 3))
-
-
-@register_model
-def crate_small_patch8_224(pretrained: bool = False, **kwargs) -> CRATE:
-    """CRATE-S/8 of the emergence paper: 384 wide, 12 layers, 6 heads."""
-    return _create("crate_small_patch8_224", pretrained, kwargs, (8, 384, 12, 6))
-
-
-@register_model
-def crate_base_patch8_224(pretrained: bool = False, **kwargs) -> CRATE:
-    """CRATE-B/8 of the emergence paper: 768 wide, 12 layers, 12 heads."""
-    return _create("crate_base_patch8_224", pretrained, kwargs, (8, 768, 12, 12))
-
-
-@register_model
-def crate_mae_encoder_tiny_patch16_224(pretrained: bool = False, **kwargs) -> CRATE:
-    """Return the encoder of CRATE-MAE-T: 384 wide, 12 layers, 6 heads."""
-    return _create("crate_mae_encoder_tiny_patch16_224", pretrained, kwargs, (16, 384, 12, 6), ENCODER_OPTIONS)
-
-
-@register_model
-def crate_mae_encoder_small_patch16_224(pretrained: bool = False, **kwargs) -> CRATE:
-    """Return the encoder of CRATE-MAE-S: 576 wide, 12 layers, 12 heads."""
-    return _create("crate_mae_encoder_small_patch16_224", pretrained, kwargs, (16, 576, 12, 12), ENCODER_OPTIONS)
-
-
-@register_model
-def crate_mae_encoder_base_patch16_224(pretrained: bool = False, **kwargs) -> CRATE:
-    """Return the encoder of CRATE-MAE-B: 768 wide, 12 layers, 12 heads."""
-    return _create("crate_mae_encoder_base_patch16_224", pretrained, kwargs, (16, 768, 12, 12), ENCODER_OPTIONS)
-
-
-@register_model
-def crate_mae_encoder_large_patch16_224(pretrained: bool = False, **kwargs) -> CRATE:
-    """Return the encoder of CRATE-MAE-L: 1024 wide, 24 layers, 16 heads."""
-    return _create("crate_mae_encoder_large_patch16_224", pretrained, kwargs, (16, 1024, 24, 16), ENCODER_OPTIONS)
+for _name in _SIZES:
+    _register(_name)
 
 
 # --- the autoencoders, and every name in one place ---

@@ -126,11 +126,12 @@ def _draw_backward_input(draw, grad, masked, folded):
     return small, masked, draw.like(folded, 0.3 * len(folded) ** -0.5)
 
 
-def _draw_product(draw, a, weight, x, tile, bias=None, norm=None):
-    width = max(a.shape[1], x.shape[1])
-    small = draw.rows(x, 2.0, 1.0, width)
+def _draw_product(draw, a, weight, x, tile, bias=None, norm=None, mask=None, **plain):
+    width = max(a.shape[1], len(weight))
+    small, mask = draw.rows(x, 2.0, 1.0, width), draw.rows(mask, width=width)
     more = {"bias": draw.like(bias, 0.3), "norm": draw.norm(norm, small)}
-    return draw.rows(a, width=width), draw.matrix(weight), small, tile, more
+    more["mask"] = None if mask is None else mask.relu()
+    return draw.rows(a, width=width), draw.matrix(weight), small, tile, more | plain
 
 
 def _draw_weight_gradient(draw, a, grad):
@@ -235,9 +236,14 @@ def _backward_input(wide, grad, masked, folded):
     return (base + _multiply(wide, masked, folded.t(), folded.dtype).to(base.dtype),)
 
 
-def _product(wide, a, weight, x, tile, bias=None, norm=None):
-    h = _added(wide, x, norm) + _multiply(wide, a, weight.t(), weight.dtype)
-    return (h if bias is None else h + _up(wide, bias),)
+def _product(
+    wide, a, weight, x, tile, bias=None, norm=None, mask=None, alpha=1.0, finish="add", shift=0.0, dtype=None
+):
+    h = alpha * _multiply(wide, a, weight.t(), weight.dtype)
+    h = h if x is None else _added(wide, x, norm) + h
+    h = h if bias is None else h + _up(wide, bias)
+    h = F.relu(h - shift) if finish == "relu" else h
+    return (h if mask is None else torch.where(mask != 0, h, 0.0),)
 
 
 def _weight_gradient(wide, a, grad):

@@ -94,6 +94,7 @@ def is_wrapped(state_dict: Mapping) -> bool:
         any(isinstance(state_dict.get(name), Mapping) for name in _ENTRIES)
         or any(str(key).startswith(_PREFIXES) for key in state_dict)
         or _has_demo_head(state_dict)
+        or _has_convolution(state_dict)
     )
 
 
@@ -101,12 +102,19 @@ def _has_demo_head(state_dict: Mapping) -> bool:
     return "mlp_head.0.weight" in state_dict and "head.weight" in state_dict
 
 
+def _has_convolution(state_dict: Mapping) -> bool:
+    """Return True for CRATE-α's released names, whose patch projection is a convolution."""
+    kernel = state_dict.get("conv1.weight")
+    return kernel is not None and kernel.dim() == 4 and "pos_embedding" in state_dict
+
+
 def unwrap_state_dict(content: Mapping, entry: str | None = None) -> dict[str, Tensor]:
     """Return the state dict inside the contents of a checkpoint file.
 
     Takes the first that exists of `state_dict_ema`, `model_ema`, `ema`, `state_dict` and `model`, at every level.
     Removes the prefixes `module.` (DataParallel, DDP) and `_orig_mod.` (`torch.compile`) from the keys.
-    The classifier `head` behind `mlp_head` in the emergence paper's demo checkpoint becomes `mlp_head.2`.
+    The classifier `head` behind `mlp_head` in the emergence paper's demo checkpoint becomes `mlp_head.2`, and the
+    convolution `conv1` [C, channels, height, width] of CRATE-α the projection `to_patch_embedding.2` of flat patches.
 
     Args:
         content: Result of `torch.load`.
@@ -144,6 +152,11 @@ def unwrap_state_dict(content: Mapping, entry: str | None = None) -> dict[str, T
         for kind in ("weight", "bias"):
             if f"head.{kind}" in stripped:
                 stripped[f"mlp_head.2.{kind}"] = stripped.pop(f"head.{kind}")
+    if _has_convolution(stripped):
+        kernel = stripped.pop("conv1.weight")
+        stripped["to_patch_embedding.2.weight"] = kernel.permute(0, 2, 3, 1).flatten(1)
+        if "conv1.bias" in stripped:
+            stripped["to_patch_embedding.2.bias"] = stripped.pop("conv1.bias")
     metadata = getattr(content, "_metadata", {})
     stripped._metadata = OrderedDict((_strip(f"{key}.")[:-1], value) for key, value in metadata.items())
     return stripped

@@ -1,4 +1,4 @@
-"""A trace of each layer: subspace tokens, attention maps, tokens after compression and ISTA, R^c, sparsity.
+"""A trace of each layer: subspace tokens, attention maps, tokens after both halves, R^c, sparsity.
 
     traces = trace(model, images)          # one LayerTrace per layer
     traces[10].cls_attention()             # [B, H, rows·columns]: the paper's Fig. 1
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from crate_fast.errors import UserError
-from crate_fast.layers import ISTA, MHSA, MSSA
+from crate_fast.layers import ISTA, MHSA, MSSA, ODL
 
 __all__ = [
     "LayerTrace",
@@ -93,7 +93,8 @@ class LayerTrace:
         tied: Whether query, key and value are one projection (MSSA).
         scale: s of the logits s·⟨query, key⟩.
         after_mssa: h [B, N, C], the tokens after compression and its residual, before LN₂.
-        after_ista: [B, N, C], the layer's output: after ISTA (after the MLP and its residual in the ablation).
+        after_ista: [B, N, C], the layer's output: after ISTA (after ODL or the MLP, and the residual).
+        sparsifier: The layer's second half, LayerNorm and ISTA, ODL or MLP.
     """
 
     index: int
@@ -103,6 +104,7 @@ class LayerTrace:
     scale: float
     after_mssa: Tensor
     after_ista: Tensor
+    sparsifier: nn.Module
 
     @property
     def subspace_tokens(self) -> Tensor:
@@ -128,9 +130,17 @@ class LayerTrace:
         """Return R^c of the subspace tokens, per image [B]; see `coding_rate`."""
         return coding_rate(self.subspace_tokens, epsilon)
 
+    def code(self) -> Tensor:
+        """Return the sparse code: ISTA's output [B, N, C]; ODL's z [B, N, ratio·C], made again from `after_mssa`."""
+        if not isinstance(self.sparsifier.fn, ISTA | ODL):
+            raise UserError(f"layer {self.index} has an MLP, and no sparse code")
+        if isinstance(self.sparsifier.fn, ODL):
+            return self.sparsifier.fn.code(self.sparsifier.norm(self.after_mssa))
+        return self.after_ista
+
     def sparsity(self) -> Tensor:
-        """Return the share of non-zero entries after ISTA, per image [B]; see `nonzero_fraction`."""
-        return nonzero_fraction(self.after_ista)
+        """Return the share of non-zero entries of the code, per image [B]; see `nonzero_fraction`."""
+        return nonzero_fraction(self.code())
 
 
 def visit_layers(
@@ -213,7 +223,7 @@ def _layer_trace(
         queries = keys = projected.unflatten(-1, (attention.heads, -1))
     else:
         queries, keys, _ = projected.unflatten(-1, (3, attention.heads, -1)).unbind(dim=2)
-    return LayerTrace(index, queries, keys, tied, attention.scale, after_mssa, after_ista)
+    return LayerTrace(index, queries, keys, tied, attention.scale, after_mssa, after_ista, layer[1])
 
 
 @torch.no_grad()
@@ -248,7 +258,7 @@ def layer_measures(
             w = F.linear(attention.norm(layer_trace.after_mssa), attention.fn.qkv.weight)
             rate = coding_rate(w.unflatten(-1, (attention.fn.heads, -1)), epsilon)
             values.setdefault("coding_rate_after_mssa", []).append(rate)
-        if isinstance(sparsifier.fn, ISTA):
+        if isinstance(sparsifier.fn, ISTA | ODL):
             values.setdefault("sparsity", []).append(layer_trace.sparsity())
 
     visit_layers(model, images, measure)

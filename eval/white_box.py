@@ -19,7 +19,7 @@ from crate_fast.eval.common.command import Evaluation, evaluation_parser, open_d
 from crate_fast.eval.common.figures import Curve, curve_figure
 from crate_fast.eval.common.images import Batch, batches
 from crate_fast.eval.common.models import LoadedModel
-from crate_fast.layers import ISTA, MSSA
+from crate_fast.layers import ISTA, MSSA, ODL
 from crate_fast.model import CRATE
 from crate_fast.whitebox import layer_measures
 
@@ -40,8 +40,8 @@ def left_out(model: nn.Module) -> dict[str, str]:
     if first is None or not isinstance(first[0].fn, MSSA):
         reason = "no subspaces: query, key and value are separate"
         reasons |= {"coding_rate": reason, "coding_rate_after_mssa": reason}
-    if first is None or not isinstance(first[1].fn, ISTA):
-        reasons["sparsity"] = "no ISTA: its tokens are dense"
+    if first is None or not isinstance(first[1].fn, ISTA | ODL):
+        reasons["sparsity"] = "no sparse code: its tokens are dense"
     return reasons
 
 

@@ -1,5 +1,5 @@
-"""The products with tokens (kernels/README.md §4): out = finish(a · weightᵀ), where finish adds, normalises, shrinks;
-and aᵀg, summed over all rows, the gradient of a weight.
+"""The products with tokens (kernels/README.md §4): out = finish(a · weightᵀ), where finish scales, adds, normalises,
+shrinks, masks; and aᵀg, summed over all rows, the gradient of a weight.
 
 Operands come from memory in the product's dtype and are read as often as there are blocks of the other one, so what
 has to be made of them (LayerNorm, the mask of a gradient) is made once, before. What is made once an element is made
@@ -64,8 +64,8 @@ def _load_channels(ptr, offs_n, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _finish(
-    acc, start_n, offs_m, a_ptr, x_ptr, out_ptr, nonzero_ptr, mean, rstd, gamma_ptr, beta_ptr, bias_ptr,
-    n_rows, shift,
+    acc, start_n, offs_m, a_ptr, x_ptr, out_ptr, nonzero_ptr, mean, rstd, gamma_ptr, beta_ptr, bias_ptr, mask_ptr,
+    n_rows, shift, alpha,
     WIDTH: tl.constexpr, FINISH: tl.constexpr, MASKED: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Apply the epilogue to BLOCK_N columns of the accumulator, CHUNK at a time, by halves."""
@@ -75,28 +75,35 @@ def _finish(
         left, right = tl.split(pair)
         _finish(
             left, start_n, offs_m, a_ptr, x_ptr, out_ptr, nonzero_ptr, mean, rstd, gamma_ptr, beta_ptr, bias_ptr,
-            n_rows, shift, WIDTH, FINISH, MASKED, half, CHUNK,
+            mask_ptr, n_rows, shift, alpha, WIDTH, FINISH, MASKED, half, CHUNK,
         )  # fmt: skip
         _finish(
             right, start_n + half, offs_m, a_ptr, x_ptr, out_ptr, nonzero_ptr, mean, rstd, gamma_ptr, beta_ptr,
-            bias_ptr, n_rows, shift, WIDTH, FINISH, MASKED, half, CHUNK,
+            bias_ptr, mask_ptr, n_rows, shift, alpha, WIDTH, FINISH, MASKED, half, CHUNK,
         )  # fmt: skip
     else:
         offs_n = start_n + tl.arange(0, BLOCK_N)
-        x = _load_tile(x_ptr, offs_m, offs_n, n_rows, WIDTH, BLOCK_N).to(tl.float32)
-        if gamma_ptr is not None:
-            gamma = _load_channels(gamma_ptr, offs_n, WIDTH, BLOCK_N)
-            beta = _load_channels(beta_ptr, offs_n, WIDTH, BLOCK_N)
-            x = (x - mean[:, None]) * rstd[:, None] * gamma[None, :] + beta[None, :]
-        if MASKED:
-            x = tl.where(_load_tile(a_ptr, offs_m, offs_n, n_rows, WIDTH, BLOCK_N) != 0.0, x, 0.0)
-        y = x + acc
+        if alpha is not None:
+            acc = acc * alpha
+        if x_ptr is None:
+            y = acc
+        else:
+            x = _load_tile(x_ptr, offs_m, offs_n, n_rows, WIDTH, BLOCK_N).to(tl.float32)
+            if gamma_ptr is not None:
+                gamma = _load_channels(gamma_ptr, offs_n, WIDTH, BLOCK_N)
+                beta = _load_channels(beta_ptr, offs_n, WIDTH, BLOCK_N)
+                x = (x - mean[:, None]) * rstd[:, None] * gamma[None, :] + beta[None, :]
+            if MASKED:
+                x = tl.where(_load_tile(a_ptr, offs_m, offs_n, n_rows, WIDTH, BLOCK_N) != 0.0, x, 0.0)
+            y = x + acc
         if bias_ptr is not None:
             y += _load_channels(bias_ptr, offs_n, WIDTH, BLOCK_N)[None, :]
         if FINISH == "relu":
             y = tl.where(y <= shift, 0.0, y - shift)  # NaN stays NaN
         if FINISH == "soft":
             y = tl.where(y > shift, y - shift, tl.where(y < -shift, y + shift, y * 0.0))
+        if mask_ptr is not None:
+            y = tl.where(_load_tile(mask_ptr, offs_m, offs_n, n_rows, WIDTH, BLOCK_N) != 0.0, y, 0.0)
         offsets = offs_m.to(tl.int64)[:, None] * WIDTH + offs_n[None, :]
         inside = (offs_m < n_rows)[:, None] & (offs_n < WIDTH)[None, :]
         tl.store(out_ptr + offsets, y.to(out_ptr.dtype.element_ty), mask=inside)
@@ -110,16 +117,18 @@ def _finish(
 def _product_kernel(
     a_ptr,  # [M, K], contiguous, in the product's dtype
     weight_ptr,  # [N, K], contiguous, in the product's dtype
-    x_ptr,  # what is added [M, N], contiguous
-    out_ptr,  # [M, N], contiguous, x's dtype
+    x_ptr,  # what is added [M, N], contiguous; or None
+    out_ptr,  # [M, N], contiguous
     nonzero_ptr,  # 1 where out is not 0, NaN included [M, N], contiguous, int8; or None
     mean_ptr,  # of x's rows [M], fp32, where LayerNorm(x) is added; or None, as the next three
     rstd_ptr,  # 1 / standard deviation of x's rows [M], fp32
     gamma_ptr,  # LayerNorm's weight [N]
     beta_ptr,  # LayerNorm's bias [N]
     bias_ptr,  # [N], or None
+    mask_ptr,  # out is 0 where this is [M, N], contiguous; or None
     n_rows,
     shift,  # ηλ of "relu" and "soft"
+    alpha,  # the product's factor; or None for 1
     INNER: tl.constexpr,  # K
     WIDTH: tl.constexpr,  # N
     FINISH: tl.constexpr,  # "add", or behind it "relu" or "soft"
@@ -150,7 +159,7 @@ def _product_kernel(
             rstd = tl.load(rstd_ptr + offs_m, mask=offs_m < n_rows, other=0.0)
         _finish(
             acc, start_n, offs_m, a_ptr, x_ptr, out_ptr, nonzero_ptr, mean, rstd, gamma_ptr, beta_ptr, bias_ptr,
-            n_rows, shift, WIDTH, FINISH, MASKED, BLOCK_N, CHUNK,
+            mask_ptr, n_rows, shift, alpha, WIDTH, FINISH, MASKED, BLOCK_N, CHUNK,
         )  # fmt: skip
 
 
@@ -176,15 +185,17 @@ def tile_for(kernel: str, a: Tensor, width: int) -> Tile:
 def plan(
     a: Tensor,
     weight: Tensor,
-    x: Tensor,
+    x: Tensor | None,
     out: Tensor,
     tile: Tile,
     *,
     finish: str = "add",
     shift: float = 0.0,
+    alpha: float = 1.0,
     norm: Norm | None = None,
     bias: Tensor | None = None,
     masked: bool = False,
+    mask: Tensor | None = None,
     nonzero: Tensor | None = None,
 ) -> Launch:
     """Return the launch on these tensors; what `product` runs and the tests compile."""
@@ -192,22 +203,26 @@ def plan(
     tiles = triton.cdiv(n_rows, tile.block_m) * triton.cdiv(width, tile.block_n)
     tensors = {"a_ptr": a, "weight_ptr": weight, "x_ptr": x, "out_ptr": out, "nonzero_ptr": nonzero, "bias_ptr": bias}
     tensors |= {f"{name}_ptr": norm and getattr(norm, name) for name in ("mean", "rstd", "gamma", "beta")}
+    scalars = {"mask_ptr": mask, "n_rows": n_rows, "shift": shift, "alpha": None if alpha == 1.0 else alpha}
     blocks = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "GROUP": GROUP_M}
     blocks |= {"CHUNK": CHUNK_ELEMENTS // tile.block_m, "PERSISTENT": tile.persistent}
     constants = {"INNER": inner, "WIDTH": width, "FINISH": finish, "MASKED": masked} | blocks
     grid = (min(tiles, processors(a.device)) if tile.persistent else tiles,)
-    return Launch(_product_kernel, grid, tensors | {"n_rows": n_rows, "shift": shift}, constants, tile)
+    return Launch(_product_kernel, grid, tensors | scalars, constants, tile)
 
 
-def product(a: Tensor, weight: Tensor, x: Tensor, tile: Tile, **options) -> Tensor:
-    """finish(a weightᵀ) [M, N] in x's dtype, for a [M, K] and weight [N, K] in the product's dtype, and x [M, N].
+def product(
+    a: Tensor, weight: Tensor, x: Tensor | None, tile: Tile, *, dtype: torch.dtype | None = None, **options
+) -> Tensor:
+    """finish(x + α·a weightᵀ) [M, N] for a [M, K] and weight [N, K] in the product's dtype, and x [M, N] or None.
 
-    `options` are `plan`'s. `finish` is "add", or behind it max(· − shift, 0) ("relu") or the soft threshold ("soft").
-    `norm`: LayerNorm(x) is added instead of x. `bias` [N] is added too. `masked`: x is added only where a is not 0.
-    `nonzero` [M, N], int8, is set to whether the result is not 0.
+    The result is in `dtype`; when None in x's. The other options are `plan`'s. `finish` is "add" for nothing more,
+    max(· − shift, 0) ("relu") or the soft threshold ("soft"). `alpha` is α. `norm`: LayerNorm(x) is added instead of
+    x. `bias` [N] is added too. `masked`: x is added only where a is not 0. `mask` [M, N]: the result is 0 where it
+    is. `nonzero` [M, N], int8, is set to whether the result is not 0.
     """
-    a, weight, x = a.contiguous(), weight.contiguous(), x.contiguous()
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    a, weight, x = a.contiguous(), weight.contiguous(), None if x is None else x.contiguous()
+    out = torch.empty(len(a), len(weight), dtype=dtype or x.dtype, device=a.device)
     plan(a, weight, x, out, tile, **options).run()
     return out
 

@@ -15,7 +15,7 @@ from crate_fast.eval.common.models import LoadedModel, class_names, open_model
 from crate_fast.eval.common.principal_components import TooFewPatchesError, foreground, pca_rgb
 from crate_fast.eval.explore.pictures import MAX_UPLOAD_BYTES, LRUCache, Pictures
 from crate_fast.eval.maskcut import maskcut
-from crate_fast.layers import ISTA
+from crate_fast.layers import ISTA, ODL
 from crate_fast.model import CRATE
 from crate_fast.whitebox import LayerTrace, visit_layers
 
@@ -185,8 +185,8 @@ def _inspect_crate(loaded: LoadedModel, pixels: Tensor) -> tuple[Features, Tenso
         tokens[trace.index] = LayerTokens(trace.queries, trace.keys, trace.tied, trace.scale)
         if trace.tied:
             rates.append(trace.coding_rate().item())
-        if isinstance(loaded.model.transformer.layers[trace.index][1].fn, ISTA):
-            nonzeros.append((trace.after_ista[0] != 0).float().mean(dim=1).cpu())
+        if isinstance(loaded.model.transformer.layers[trace.index][1].fn, ISTA | ODL):
+            nonzeros.append((trace.code()[0] != 0).float().mean(dim=1).cpu())
 
     final = visit_layers(loaded.model, pixels, visit)
     measures: dict = {"coding_rate": rates} if rates else {}

@@ -1,0 +1,300 @@
+"""ODL and CRATE-α: against the float64 reference and the released module, on a CPU and by the kernels."""
+
+import importlib.util
+from functools import partial
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from oracle import agrees, all_within_twice_eager, gradients, mutant
+from released import ReleasedCRATEAlpha
+
+import crate_fast
+from crate_fast import CRATE, odl
+from crate_fast.checkpoints import load_weights, released_state_dict
+from crate_fast.errors import UserError
+from crate_fast.export import export_model
+from crate_fast.kernels import product
+from crate_fast.model import ALPHA_OPTIONS
+from crate_fast.reference import odl_reference
+from crate_fast.whitebox import layer_measures, trace
+
+SIZES = {"image_size": 32, "patch_size": 8, "num_classes": 5, "dim": 48, "depth": 2, "heads": 3}
+NAMES = "y dx dD dD₁"
+
+
+def _inputs(shape=(2, 17, 48), atoms=192, dtype=torch.float32, device="cpu") -> list[torch.Tensor]:
+    width = shape[-1]
+    drawn = torch.randn(shape), torch.randn(width, atoms) * (2 / atoms) ** 0.5, torch.randn(width, atoms) / width**0.5
+    return [tensor.to(dtype).to(device).requires_grad_() for tensor in drawn]
+
+
+def _alpha(**options) -> CRATE:
+    return CRATE(**SIZES, dim_head=16, **(ALPHA_OPTIONS | options))
+
+
+@pytest.fixture
+def released() -> ReleasedCRATEAlpha:
+    return ReleasedCRATEAlpha(**SIZES)
+
+
+# --- the operator -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(2, 17, 48), (130, 16), (1, 80)], ids=str)
+def test_the_function_is_the_reference(shape, dtype, backend, steps, device, poisoned):
+    inputs = _inputs(shape, 4 * shape[-1], dtype, device)
+    functions = (partial(odl.odl, steps=steps, backend=backend), partial(odl_reference, steps=steps))
+    assert agrees(*functions, inputs, NAMES)
+
+
+@pytest.mark.parametrize("onednn", ["0", "1"])
+@pytest.mark.parametrize("steps", [1, 2])
+def test_either_library_of_the_cpu(steps, onednn, monkeypatch):
+    monkeypatch.setenv("CRATE_FAST_ONEDNN", onednn)
+    assert agrees(partial(odl.odl, steps=steps), partial(odl_reference, steps=steps), _inputs(), NAMES)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_tied_dictionaries_and_single_gradients(backend, device):
+    x, dictionary, decoder = _inputs(device=device)
+    tied = partial(odl.odl, backend=backend)
+    assert agrees(lambda x, d: tied(x, d, d), lambda x, d: odl_reference(x, d, d), [x, dictionary], "y dx dD")
+    for wanted in ([x], [dictionary], [decoder]):
+        ours, whole = (
+            torch.autograd.grad(f(x, dictionary, decoder).square().sum(), wanted)[0] for f in (tied, odl_reference)
+        )
+        torch.testing.assert_close(ours, whole, rtol=1e-4, atol=1e-4 * whole.abs().max().item())
+
+
+def test_bfloat16_kernels_by_the_rule_of_two(device, bfloat16):
+    inputs = _inputs((130, 64), 256, torch.bfloat16, device)
+    assert agrees(partial(odl.odl, backend="triton"), odl_reference, inputs, NAMES)
+
+
+def test_under_autocast_by_the_rule_of_two(device, poisoned):
+    def low(function):
+        def call(*inputs):
+            with torch.autocast(device.type, torch.float16):
+                return function(*inputs)
+
+        return call
+
+    inputs = _inputs((2, 65, 48), device=device)
+    grad = torch.randn_like(inputs[0]).half()
+    ours, eager = (gradients(low(partial(odl.odl, backend=backend)), inputs, grad) for backend in ("triton", "torch"))
+    truth = gradients(odl_reference, [tensor.double() for tensor in inputs], grad.double())
+    assert all_within_twice_eager(ours, eager, truth, NAMES)
+
+
+@pytest.mark.parametrize(
+    "mutation",
+    [
+        ("acc = acc * alpha", "acc = acc * 1.0"),
+        ("y = x + acc", "y = acc"),
+        ("y = tl.where(y <= shift, 0.0, y - shift)", "y = tl.where(y <= shift, 0.0, y)"),
+        ("y = tl.where(_load_tile(mask_ptr, offs_m, offs_n, n_rows, WIDTH, BLOCK_N) != 0.0, y, 0.0)", "y = y + 0.0"),
+    ],
+    ids=["no factor", "no addend", "no shift", "no mask"],
+)
+def test_mutants_of_the_kernel_fail(mutation, device, tmp_path, monkeypatch):
+    changed = mutant(product, mutation, tmp_path)
+    monkeypatch.setattr(product, "product", changed.product)
+    assert not agrees(partial(odl.odl, backend="triton"), odl_reference, _inputs(device=device), NAMES)
+
+
+def _agrees_with_changed_algebra(folder, mutation=("", "")) -> bool:
+    """Judge a copy of odl.py in which one passage says something else, with operators of its own."""
+    text = Path(odl.__file__).read_text()
+    assert mutation[0] == "" or text.count(mutation[0]) == 1
+    text = text.replace(*mutation) if mutation[0] else text
+    space = f"mutant_{abs(hash(mutation))}"
+    text = text.replace("crate_fast::", f"{space}::").replace("torch.ops.crate_fast.", f"torch.ops.{space}.")
+    (folder / "changed_odl.py").write_text(text)
+    spec = importlib.util.spec_from_file_location("changed_odl", folder / "changed_odl.py")
+    changed = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(changed)
+    return agrees(changed.odl, odl_reference, _inputs(), NAMES)
+
+
+def test_mutants_of_the_algebra_fail(tmp_path):
+    assert _agrees_with_changed_algebra(tmp_path)
+    for mutation in (
+        ("total -= _weight_gradient(kernels, add, first)", "total -= 0.0 * total"),
+        ("step_size, add=z, shift=shift)", "step_size, shift=shift)"),
+        ("-1.0, add=masked, mask=first)", "-1.0, add=masked)"),
+        ("add_(last, alpha=step_size)", "add_(last)"),
+        ("step_size, add=add, dtype=x.dtype)", "step_size, dtype=x.dtype)"),
+    ):
+        assert not _agrees_with_changed_algebra(tmp_path, mutation), mutation
+
+
+def test_a_nan_and_an_empty_batch_come_through():
+    x, dictionary, decoder = (tensor.detach() for tensor in _inputs())
+    for changed in (x, dictionary):
+        kept, changed[..., 0, 0] = changed[..., 0, 0].clone(), torch.nan
+        assert odl.odl(x, dictionary, decoder).isnan().any()
+        changed[..., 0, 0] = kept
+    weights = [w.requires_grad_() for w in (dictionary, decoder)]
+    y = odl.odl(x[:0], *weights)
+    assert y.shape == (0, 17, 48)
+    assert all(torch.equal(g, torch.zeros_like(g)) for g in torch.autograd.grad(y.sum(), weights))
+
+
+def test_second_derivatives_and_transforms(device):
+    x, dictionary, decoder = _inputs((3, 8), 32)
+    first = torch.autograd.grad(odl.odl(x, dictionary, decoder).sum(), x, create_graph=True)[0]
+    with pytest.raises(RuntimeError, match="cannot be differentiated again"):
+        first.sum().backward()
+
+    def loss(x):
+        return odl.odl(x, dictionary, decoder).square().sum()
+
+    hessian = torch.func.hessian(loss)(x.detach())
+    expected = torch.func.hessian(lambda x: odl_reference(x, dictionary, decoder).square().sum())(x.detach())
+    torch.testing.assert_close(hessian, expected)
+
+
+def test_what_is_kept_for_backward_is_one_code_and_three_rows_a_token():
+    sizes, (x, dictionary, decoder) = [], _inputs((1, 100, 64), 256)
+
+    def keep(tensor):
+        if tensor.shape[0] == 100:
+            sizes.append(tensor.numel() // 100)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        odl.odl(x[0], dictionary, decoder)
+    assert sum(sizes) == 64 + 64 + 256  # x, v, z₂
+
+
+# --- the model ----------------------------------------------------------------------------------------------------
+
+
+def test_released_weights_load_and_the_outputs_and_gradients_are_the_released(released, tmp_path):
+    torch.save(released.state_dict(), tmp_path / "alpha.pth")
+    ours = load_weights(_alpha(), tmp_path / "alpha.pth").double()
+    direct = _alpha()
+    direct.load_state_dict(released.state_dict())
+    for name, weight in direct.double().state_dict().items():
+        assert torch.equal(weight, ours.state_dict()[name])
+    images = torch.randn(3, 3, 32, 32, dtype=torch.float64)
+    logits, expected = ours(images), released.double()(images)
+    assert (logits - expected).abs().max() <= 1e-10 * expected.abs().max()
+    grad = torch.randn_like(logits)
+    logits.backward(grad)
+    expected.backward(grad)
+    with torch.no_grad():  # the gradients, under the released names
+        for parameter in ours.parameters():
+            parameter.copy_(parameter.grad)
+    found = released_state_dict(ours)
+    assert found.keys() == released.state_dict().keys()
+    for name, parameter in released.named_parameters():
+        assert (found[name] - parameter.grad).abs().max() <= 1e-10 * parameter.grad.abs().max(), name
+
+
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+def test_a_step_in_fp32_is_the_released(backend, released, device):
+    ours = _alpha(backend=backend).to(device)
+    ours.load_state_dict(released.state_dict())
+    images, released = torch.randn(2, 3, 32, 32, device=device), released.to(device)
+    outputs = []
+    for model in (ours, released):
+        model(images).square().sum().backward()
+        outputs.append((model(images), model.transformer.layers[0][1].fn.D.grad, model.pos_embedding.grad))
+    for mine, theirs in zip(*outputs, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-3 * theirs.abs().max().item())
+
+
+def test_released_names_go_back_and_variants_do_not(released):
+    model = _alpha()
+    released.load_state_dict(released_state_dict(model))
+    images = torch.randn(1, 3, 32, 32)
+    torch.testing.assert_close(model(images), released(images), rtol=1e-4, atol=1e-4)
+    for option in ({"odl_tied": True}, {"odl_steps": 1}, {"odl_residual": False}, {"layer_eps": 1e-5}):
+        with pytest.raises(UserError, match=f"the released code has no such model.*{next(iter(option))}"):
+            released_state_dict(_alpha(**option))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"odl_tied": True}, {"odl_steps": 1}, {"odl_residual": False}, {"odl_ratio": 1, "drop_path_rate": 0.3}],
+    ids=str,
+)
+def test_every_variant_trains_compiles_into_a_script_and_is_white_box(options):
+    model = _alpha(**options)
+    images = torch.randn(2, 3, 32, 32)
+    model(images).sum().backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
+    model.eval()
+    logits = model(images)
+    torch.testing.assert_close(torch.jit.script(model)(images), logits, rtol=1e-4, atol=1e-4)
+    layer = trace(model, images, [1])[0]
+    codes = layer.code()
+    assert codes.shape == (2, 17, 48 * options.get("odl_ratio", 4))
+    decoder = model.transformer.layers[1][1].fn
+    y = F.linear(codes, decoder.D if decoder.D1 is None else decoder.D1)
+    y = layer.after_mssa + y if options.get("odl_residual", True) else y
+    torch.testing.assert_close(y, layer.after_ista, rtol=1e-4, atol=1e-4)
+    sparsity = layer_measures(model, images)["sparsity"]
+    assert sparsity.shape == (2, 2)
+    torch.testing.assert_close(sparsity[:, 1], (codes != 0).flatten(1).float().mean(1))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"threshold": "soft"}, "threshold='soft'"),
+        ({"odl_steps": 3}, "odl_steps=3: give 1 or 2"),
+        ({"odl_ratio": 0}, "odl_ratio=0"),
+    ],
+)
+def test_bad_arguments_name_themselves(options, message):
+    with pytest.raises(UserError, match=message):
+        _alpha(**options)
+
+
+def test_it_compiles_and_exports(tmp_path):
+    model = _alpha().eval()
+    images = torch.randn(2, 3, 32, 32)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(images), model(images), rtol=1e-4, atol=1e-4)
+    compiled(images).sum().backward()
+    export_model(model, tmp_path / "alpha.pt2")
+
+
+# --- timm ---------------------------------------------------------------------------------------------------------
+
+
+def test_sizes_are_the_papers():
+    for build, millions in ((crate_fast.CRATE_alpha_base, 72.33), (crate_fast.CRATE_alpha_large, 253.65)):
+        with torch.device("meta"):
+            assert sum(p.numel() for p in build().parameters()) / 1e6 == pytest.approx(millions, abs=0.01)
+
+
+def test_pretrained_weights_come_from_a_file_where_there_is_one(tmp_path):
+    name, sizes = "crate_alpha_base_patch16_224", {"depth": 1, "embed_dim": 64, "num_heads": 2}
+    source = ReleasedCRATEAlpha(image_size=224, patch_size=16, num_classes=1000, dim=64, depth=1, heads=2)
+    torch.save(source.state_dict(), tmp_path / "alpha.pth")
+    overlay = {"file": str(tmp_path / "alpha.pth")}
+    model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **sizes)
+    assert torch.equal(model.cls_token, source.cls_token)
+    images = torch.randn(1, 3, 224, 224)
+    torch.testing.assert_close(model(images), source(images), rtol=1e-3, atol=1e-3)
+    few = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=7, **sizes)
+    assert few.get_classifier().out_features == 7
+    assert torch.equal(few.pos_embedding, model.pos_embedding)
+
+
+def test_without_a_network_the_error_says_what_to_do(monkeypatch):
+    def offline(*_, **__):
+        raise FileNotFoundError("no network")
+
+    monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", offline)
+    with pytest.raises(UserError, match=r"crate_alpha_large_patch14_224 could not be fetched.*CRATE-alpha/tree/main"):
+        timm.create_model("crate_alpha_large_patch14_224", pretrained=True, depth=1)
