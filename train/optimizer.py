@@ -2,6 +2,7 @@
 
 import math
 
+import timm.optim.muon
 import torch
 from timm.optim import Lars, create_optimizer_v2, get_optimizer_info, list_optimizers
 from timm.utils.agc import adaptive_clip_grad
@@ -19,6 +20,16 @@ _REFUSED = {
         "keeps state that a checkpoint cannot hold, so that a run could not be resumed",
     ),
 }
+_orthogonalize = timm.optim.muon.zeropower_via_newtonschulz
+
+
+def _orthogonalize_in_fp32_on_a_cpu(matrix: Tensor, *arguments, **options) -> Tensor:
+    """Replace timm's function, whose bf16 takes 50 times as long on processors that do not have it."""
+    dtype = {"dtype": torch.float32} if matrix.device.type == "cpu" else {}
+    return _orthogonalize(matrix, *arguments, **options, **dtype)
+
+
+timm.optim.muon.zeropower_via_newtonschulz = _orthogonalize_in_fp32_on_a_cpu
 
 
 def check_optimizer(name: str) -> None:
