@@ -9,6 +9,8 @@ torch.Size([1, 10])
 
 import os
 import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 SPIN_COUNT = 10000
@@ -18,17 +20,21 @@ SPIN_COUNT = 10000
 if "torch" not in sys.modules and not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
     os.environ["GOMP_SPINCOUNT"] = str(SPIN_COUNT)
 
-from crate_fast.mae import CRATEMAE, CRATEMAE_base, CRATEMAE_large, CRATEMAE_small, CRATEMAE_tiny  # noqa: E402
-from crate_fast.model import (  # noqa: E402
-    CRATE,
-    CRATE_alpha_base,
-    CRATE_alpha_large,
-    CRATE_base,
-    CRATE_large,
-    CRATE_small,
-    CRATE_tiny,
-)
-from crate_fast.registry import create_mae  # noqa: E402  (the import registers the models with timm)
+# `crate-fast` itself waits with torch and timm until a command needs them: `--help` answers at once.
+_IS_COMMAND = Path(sys.argv[0]).stem == "crate-fast" or "-m crate_fast.cli" in " ".join(sys.orig_argv)
+
+if TYPE_CHECKING or not _IS_COMMAND:
+    from crate_fast.mae import CRATEMAE, CRATEMAE_base, CRATEMAE_large, CRATEMAE_small, CRATEMAE_tiny
+    from crate_fast.model import (
+        CRATE,
+        CRATE_alpha_base,
+        CRATE_alpha_large,
+        CRATE_base,
+        CRATE_large,
+        CRATE_small,
+        CRATE_tiny,
+    )
+    from crate_fast.registry import create_mae  # the import registers the models with timm
 
 __all__ = [
     "CRATE",
@@ -46,3 +52,11 @@ __all__ = [
     "__version__",
     "create_mae",
 ]
+
+
+def __getattr__(name: str):
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from crate_fast import mae, model, registry
+
+    return next(getattr(module, name) for module in (mae, model, registry) if hasattr(module, name))

@@ -9,7 +9,6 @@ import sys
 from datetime import datetime, timezone
 from pathlib import Path
 
-import timm
 import torch
 
 import crate_fast
@@ -106,7 +105,7 @@ def provenance() -> dict[str, str]:
         "commit": _commit(),
         "crate_fast": crate_fast.__version__,
         "torch": torch.__version__,
-        "timm": timm.__version__,
+        "timm": _version("timm"),
         "python": platform.python_version(),
         "device": f"{device}, {torch.get_num_threads()} threads",
         "command": " ".join(sys.argv),
