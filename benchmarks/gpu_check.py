@@ -63,18 +63,11 @@ class TimeUp(BaseException):
 
 @dataclass(frozen=True)
 class Stage:
-    """A part of a check.
-
-    Args:
-        name: Name for --stages.
-        seconds: Its share of the time: nothing is started after it.
-        grace: Seconds more for what runs then.
-        run: The stage's function.
-    """
+    """A part of a check."""
 
     name: str
-    seconds: float
-    grace: float
+    seconds: float  # its share of the time: nothing is started after it
+    grace: float  # seconds more for what runs then
     run: "Callable[[Check], None]"
 
 

@@ -23,9 +23,10 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
@@ -68,29 +69,6 @@ class Timing(NamedTuple):
     def of(cls, samples: Sequence[float]) -> "Timing":
         """Return the quantiles of the samples."""
         return cls(*np.quantile(samples, (0.5, 0.2, 0.8)).tolist())
-
-
-def interleaved(candidates: dict[str, Callable[[], object]], rounds: int) -> dict[str, Timing]:
-    """Time calls on the CPU in turn, so that a slow spell of the machine hits all; seconds a call.
-
-    A measurement lasts at least 0.1 s. A call of less than a second is made once untimed before each measurement, so
-    that it does not find the caches full of the others' data.
-    """
-    from torch.utils.benchmark import Timer as CPUTimer  # here: it logs a warning into every process that imports it
-
-    timers, seconds, repeats = {}, {}, {}
-    for name, call in candidates.items():
-        call()
-        timers[name] = CPUTimer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
-        seconds[name] = timers[name].timeit(1).median
-        repeats[name] = max(1, round(MEASUREMENT_MS / 1e3 / seconds[name]))
-    samples: dict[str, list[float]] = {name: [] for name in candidates}
-    for _ in range(rounds):
-        for name, timer in timers.items():
-            if seconds[name] < 1:
-                candidates[name]()
-            samples[name].append(timer.timeit(repeats[name]).median)
-    return {name: Timing.of(values) for name, values in samples.items()}
 
 
 def _measure_peak(prepare: Callable[[], Callable[[], object]]) -> float:
@@ -206,6 +184,39 @@ class Timer:
         peak = torch.cuda.max_memory_allocated() - before
         del kept
         return peak / 2**20
+
+
+def in_turn(
+    timer: Timer,
+    steps: dict,
+    rounds: int,
+    hides_host: bool = True,
+    attempt: Callable[[object, Callable], object] = lambda _, action: action(),
+) -> dict[object, tuple[Plan, list[float]]]:
+    """Measure steps in turn, so that a slow spell of the machine hits all: plans, and every call's milliseconds.
+
+    Args:
+        timer, rounds: The timer, and how often each step has its turn.
+        steps: The steps by any keys.
+        hides_host: See `Timer.plan`.
+        attempt: Runs an action for a key; None where it fails, and then the key has no more turns.
+    """
+    plans = {key: attempt(key, partial(timer.plan, step, hides_host)) for key, step in steps.items()}
+    samples: dict[object, list[float]] = {key: [] for key in steps}
+    for _ in range(rounds):
+        for key, step in steps.items():
+            if (plan := plans[key]) is not None:
+                samples[key] += attempt(key, partial(timer.sample, step, plan.calls, plan.flushes)) or []
+    return {key: (plans[key], samples[key]) for key in steps}
+
+
+def interleaved(candidates: dict[str, Callable[[], object]], rounds: int) -> dict[str, Timing]:
+    """Time calls on the CPU in turn; seconds a call."""
+    for call in candidates.values():
+        call()  # the first call may take longer
+    steps = {name: Step(lambda _, call=call: call()) for name, call in candidates.items()}
+    measured = in_turn(Timer(torch.device("cpu")), steps, rounds)
+    return {name: Timing.of([ms / 1e3 for ms in samples]) for name, (_, samples) in measured.items()}
 
 
 class Ceilings(NamedTuple):
@@ -415,6 +426,22 @@ def differences(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[s
 
 
 # --- results ------------------------------------------------------------------------------------------------------
+
+
+def earlier_rows(path: Path, measured: Iterable[dict], keys: Sequence[str], facts: dict | None = None) -> list[dict]:
+    """Read a file's rows that are not measured again, which differ from all of `measured` in one of the keys.
+
+    Rows that other facts were true of, where some are given, are dropped.
+    """
+    if not path.exists():
+        return []
+    content = json.loads(path.read_text())
+    new = {tuple(row[key] for key in keys) for row in measured}
+    rows = [row for row in content["rows"] if tuple(row[key] for key in keys) not in new]
+    same = [row for row in rows if (facts or {}).items() <= (content | row).items()]
+    if len(same) < len(rows):
+        print(f"{path}: {len(rows) - len(same)} rows of another {' or '.join(facts)} are dropped")
+    return same
 
 
 def write_results(

@@ -74,23 +74,14 @@ SMALL = {"attention": Tile(32, 32, 4, 1), "whole_head": Tile(64, 32, 4, 1), "oth
 
 @dataclass(frozen=True)
 class Problem:
-    """Launches that a candidate is run on.
+    """Launches that a candidate is run on."""
 
-    Args:
-        name: Name of the shape.
-        plan: Makes a tile's launches, one after the other.
-        output: Tensor that they write; filled with NaN before.
-        found: Reads the part to compare.
-        expected: That part in float64.
-        alternative: PyTorch's own way, or None.
-    """
-
-    name: str
-    plan: Callable[[Tile], list[Launch]]
-    output: Tensor
-    found: Callable[[], Tensor]
-    expected: Tensor
-    alternative: Callable[[], object] | None = None
+    name: str  # of the shape
+    plan: Callable[[Tile], list[Launch]]  # makes a tile's launches, one after the other
+    output: Tensor  # written by them; filled with NaN before
+    found: Callable[[], Tensor]  # reads the part to compare
+    expected: Tensor  # that part in float64
+    alternative: Callable[[], object] | None = None  # PyTorch's own way
 
 
 def items() -> list[dict]:

@@ -336,13 +336,13 @@ def test_results_of_other_models_are_kept_and_the_readmes_table_comes_from_them(
     part = Part("crate_gpu", {"B/16": TINY}, BOTH, bench_model.CRATE_PEERS)
     assert bench_model.measure(part, run)
     other = Part("crate_gpu", {"T/16": TINY}, (INFERENCE,), [OURS])
-    run.rows = bench_model._kept(other, run)
+    run.rows = bench_model.kept(other, run)
     assert bench_model.measure(other, run)
     rows = json.loads((tmp_path / "crate_gpu.json").read_text())["rows"]
     assert [row["model"] for row in rows] == ["B/16"] * 12 + ["T/16"]
-    assert len(bench_model._kept(part, run)) == 1
+    assert len(bench_model.kept(part, run)) == 1
     run.facts["commit"] = "another"
-    assert bench_model._kept(part, run) == []
+    assert bench_model.kept(part, run) == []
 
     run.rows = []
     assert bench_model.measure(Part("growth_gpu", {"N = 17": TINY}, BOTH, bench_model.GROWTH_PEERS), run)
