@@ -1,5 +1,6 @@
 """Fixtures of all test files: one seed, the kernels' device, and GPU skips that can be forbidden."""
 
+import gc
 import os
 import re
 
@@ -27,6 +28,10 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(items):
     # else one process still runs them when the others are done
     items.sort(key=lambda item: item.path.name not in LONGEST)
+
+
+def pytest_collection_finish():
+    gc.freeze()  # no garbage collection looks through what all test files have imported
 
 
 def pytest_runtest_setup(item):

@@ -30,7 +30,7 @@ def test_the_smoke_run_measures_every_peer_and_a_wrong_one_gives_no_numbers(caps
     right = model_problem.CRATE.forward
     monkeypatch.setattr(model_problem.CRATE, "forward", lambda model, images: 1.01 * right(model, images))
     with pytest.raises(SystemExit, match="ours: WrongResult: the peers disagree: output.*: no numbers"):
-        bench_cpu.main(["--smoke", "--cases", "inference"])
+        bench_cpu.main(["--smoke", "--cases", "training"])
 
 
 def test_benchmarks_import_the_harness_first():
