@@ -75,7 +75,7 @@ def test_smoke_run_of_attention_sets_the_interpreters_flag(untouched_results):
 def test_smoke_run_of_ista(capsys, untouched_results, autocast):
     assert bench_ista.main(["--smoke", *autocast]) == 0
     problems = [f"tiny {operator}" for operator in bench_ista.OPERATORS]
-    _check_table(capsys.readouterr().out, problems, bench_ista.training_peers("ista"))
+    _check_table(capsys.readouterr().out, problems, bench_ista.peers("ista"))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -306,7 +306,7 @@ def _measure_all(run) -> None:
     run.rows = measure_peers(attention, [Peer("ours", lambda: _attend, ours=True), *eager], run)
     run.report("mssa", quiet=True)
     step = bench_ista.make_problem("B16", bench_ista.Shape(70, 64), "ista", run, False)
-    eager = [peer for peer in bench_ista.training_peers("ista") if peer.smoke]
+    eager = [peer for peer in bench_ista.peers("ista") if peer.smoke]
     run.rows = measure_peers(step, [Peer("ours", lambda: ista, ours=True), *eager], run)
     run.report("ista", quiet=True)
 
@@ -335,7 +335,7 @@ def test_inference_folds_once():
     """The rows are named so: a dictionary that is no parameter would be folded in every call."""
     run = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32)
     x, dictionary = bench_ista.make_problem("tiny", bench_ista.Shape(40, 16), "ista", run, False).inputs
-    ours = next(peer for peer in bench_ista.inference_peers("ista", dictionary, "torch") if peer.ours)
+    ours = next(peer for peer in bench_ista.peers("ista", "torch", dictionary) if peer.ours)
     with torch.no_grad(), functional.cached_dictionaries():
         ours.build()(x, dictionary)
         assert len(functional._cache.entries) == 1
@@ -345,9 +345,6 @@ def test_layer_norm_is_in_front_of_every_peer():
     x, weight, bias = torch.randn(5, 8), torch.rand(8), torch.randn(8)
     dictionary = torch.randn(8, 8)
     expected = bench_ista._released(F.layer_norm(x, (8,), weight, bias), dictionary)
-    for peer in bench_ista.training_peers("norm_ista"):
-        if not peer.ours and not peer.compiles:
-            torch.testing.assert_close(peer.build()(x, weight, bias, dictionary), expected, rtol=1e-4, atol=1e-5)
-    for peer in bench_ista.inference_peers("norm_ista", dictionary):
+    for peer in bench_ista.peers("norm_ista") + bench_ista.peers("norm_ista", dictionary=dictionary):
         if not peer.ours and not peer.compiles:
             torch.testing.assert_close(peer.build()(x, weight, bias, dictionary), expected, rtol=1e-4, atol=1e-5)
