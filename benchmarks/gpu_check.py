@@ -181,14 +181,9 @@ class Check:
     def work_through(
         self, items: list[dict], mode: str, workers: int, stall_s: float, more: Sequence[Job] = ()
     ) -> None:
-        """Have items done by a pool; one that ends its worker is red, and the rest gets a new worker.
+        """Have a pool do items; one that ends its worker, or takes `stall_s`, is red, and the rest gets a new one.
 
-        Args:
-            items: Items in the order of their importance.
-            mode: "warm" or "time".
-            workers: Processes at a time.
-            stall_s: Seconds that an item may take.
-            more: Other workers to run at the same time.
+        Items come in the order of their importance, `mode` is "warm" or "time", and `more` runs at the same time.
         """
         lists = [part for part in (items[i::workers] for i in range(workers)) if part]
         jobs = [self.items_job(part, mode, stall_s) for part in lists]

@@ -88,8 +88,7 @@ def _measure_peak(prepare: Callable[[], Callable[[], object]]) -> float:
 def peak_mib(prepare: Callable[[], Callable[[], object]]) -> float:
     """Measure how far two calls raise a fresh process's peak resident memory, in MiB (Linux).
 
-    Args:
-        prepare: A picklable function that builds everything in the fresh process and returns the call to measure.
+    `prepare` is picklable, builds everything in the fresh process and returns the call.
     """
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
         return process.submit(_measure_peak, prepare).result()
@@ -158,10 +157,8 @@ class Timer:
     def plan(self, step: Step, hides_host: bool = True) -> Plan:
         """Choose how often to call a step, after up to eight calls.
 
-        Args:
-            step: The step to measure.
-            hides_host: Overwrite the cache long enough to hide a slow host. Without it calls follow each other as in
-                a program, and the host's delay counts.
+        Either the cache is overwritten long enough to hide a slow host, or calls follow each other as in a program,
+        and the host's delay counts.
         """
         if not self.on_gpu:
             host_ms = self._wall_ms(step)
@@ -197,11 +194,7 @@ def in_turn(
 ) -> dict[object, tuple[Plan, list[float]]]:
     """Measure steps in turn, so that a slow spell of the machine hits all: plans, and every call's milliseconds.
 
-    Args:
-        timer, rounds: The timer, and how often each step has its turn.
-        steps: The steps by any keys.
-        hides_host: See `Timer.plan`.
-        attempt: Runs an action for a key; None where it fails, and then the key has no more turns.
+    `attempt` runs an action for a key, and returns None where it fails or has failed.
     """
     plans = {key: attempt(key, partial(timer.plan, step, hides_host)) for key, step in steps.items()}
     samples: dict[object, list[float]] = {key: [] for key in steps}
@@ -305,12 +298,7 @@ class Run:
 def open_run(options: argparse.Namespace, on_cpu: bool = False) -> Run:
     """Find the device and the facts of a run.
 
-    Args:
-        options: Those of `add_options`.
-        on_cpu: Accept a CPU, in fp32 and PyTorch alone.
-
-    Raises:
-        SystemExit: No GPU and not a smoke run, or Triton's interpreter on a GPU.
+    Without a GPU there must be a smoke run or, in fp32 and PyTorch alone, `on_cpu`.
     """
     if not (torch.cuda.is_available() or options.smoke or on_cpu):
         raise SystemExit("a CUDA GPU is needed and PyTorch finds none; --smoke runs tiny shapes on a CPU instead")
@@ -364,17 +352,9 @@ def run_shapes(
     measure: Callable[[str, object, Run, argparse.Namespace], list[dict]],
     stem: Callable[[argparse.Namespace], str],
 ) -> int:
-    """Measure the shapes that --shapes names, writing the rows after each.
+    """Measure the shapes that --shapes names, writing the rows after each; 1 where something is red.
 
-    Args:
-        parser: The benchmark's parser, with its own options; this adds --shapes and those of `add_options`.
-        argv, script: Arguments and path of the benchmark.
-        tables: Shapes on a GPU, on a CPU and in a smoke run.
-        measure: Measures one named shape.
-        stem: Returns the name of the results.
-
-    Returns:
-        The exit status: 1 where something is red.
+    The parser has the benchmark's own options; tables are of a GPU, a CPU and a smoke run; `stem` names the results.
     """
     on_gpu, on_cpu, smoke = tables
     names = f"{', '.join(on_gpu)}; on a CPU {', '.join(on_cpu)}"
@@ -410,11 +390,7 @@ def relative_difference(found: Tensor, expected: Tensor) -> float:
 def differences(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
     """Compare two models by relative norms: of the output, of the whole gradient, the largest of a parameter's.
 
-    Args:
-        found, expected: "output", and the gradients by their parameters' names, if there are any.
-
-    Raises:
-        ValueError: The two have gradients of different parameters.
+    Both hold "output", and the gradients by their parameters' names, if there are any.
     """
     if found.keys() != expected.keys():
         raise ValueError(f"gradients of other parameters: {sorted(found.keys() ^ expected.keys())}")

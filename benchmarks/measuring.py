@@ -239,12 +239,7 @@ class _Measurement:
 
 
 def measure_peers(problem: Problem, peers: list[Peer], run: Run) -> list[dict]:
-    """Measure every pass and peer of a problem.
-
-    Args:
-        problem: The problem.
-        peers: Its peers; if the first is ours, the others' times are compared with it.
-        run: The run.
+    """Measure every pass and peer of a problem; if the first peer is ours, the others' times are compared with it.
 
     Returns:
         A row for each pass and peer; those of a peer that did not run have "latency_ms" None and a "reason", and

@@ -111,18 +111,7 @@ def _make_inputs(size: Size, batch: int, device: torch.device) -> tuple[Tensor, 
 
 
 class Trial:
-    """A peer with its batch and optimiser, whose step size 0 keeps the weights.
-
-    Args:
-        peer: Name of the peer.
-        size, batch: The model and its images.
-        device: Device of model and batch.
-        what: TRAINING (forward, loss, backward, optimiser) or INFERENCE (forward alone).
-        cast: Autocast's dtype, or None.
-        state: Weights, for peers that share them; drawn from a seed when None.
-        sdpa: The backend for scaled_dot_product_attention, or None for PyTorch's choice.
-        compiler: torch.compile's backend.
-    """
+    """A peer with its batch and optimiser, whose step size 0 keeps the weights."""
 
     def __init__(
         self,
@@ -130,11 +119,11 @@ class Trial:
         size: Size,
         batch: int,
         device: torch.device,
-        what: str,
-        cast: torch.dtype | None,
-        state: dict[str, Tensor] | None = None,
-        sdpa: SDPBackend | None = None,
-        compiler: str = "inductor",
+        what: str,  # TRAINING (forward, loss, backward, optimiser) or INFERENCE (forward alone)
+        cast: torch.dtype | None,  # autocast's
+        state: dict[str, Tensor] | None = None,  # weights, for peers that share them; else drawn from a seed
+        sdpa: SDPBackend | None = None,  # of scaled_dot_product_attention; None: PyTorch's choice
+        compiler: str = "inductor",  # torch.compile's backend
     ):
         self.cast, self.sdpa, self.graphed = cast, sdpa, peer.endswith(GRAPHED)
         torch.manual_seed(0)
@@ -189,8 +178,7 @@ class Trial:
     def outcome(self, chunk: int) -> dict[str, Tensor]:
         """Return the whole batch's output, and each parameter's gradient after a training step, by name.
 
-        Args:
-            chunk: Images computed at once, whose activations must fit. A graph has its own.
+        `chunk` images are computed at once, whose activations must fit; a graph has its own batch.
         """
         outputs = [self.step()] if self.graphed else self._in_chunks(chunk)
         return {"output": torch.cat(outputs).float()} | self.gradients()

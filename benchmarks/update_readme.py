@@ -140,11 +140,8 @@ def take(source: Path, results: Path = RESULTS) -> None:
     """Copy the rows of a GPU check into the results.
 
     Measured rows go to the file of their benchmark, in place of those of the same problem, pass and peer; the other
-    rows, without output, to gpu_check.json, in place of those of the same stages.
-
-    Args:
-        source: A gpu_check_….tar.gz, or a folder with some.
-        results: The folder of results.
+    rows, without output, to gpu_check.json, in place of those of the same stages. `source` is a
+    gpu_check_….tar.gz, or a folder with some.
     """
     archives = sorted(source.glob("gpu_check_*.tar.gz")) if source.is_dir() else [source]
     if not archives:

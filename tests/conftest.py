@@ -13,7 +13,8 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # `poisoned` needs 
 
 from crate_fast.settings import require_gpu
 
-LONGEST = ("test_compiler.py", "test_bench_model.py", "test_gpu_check.py", "test_faults.py")
+LONGEST = {"test_compiler.py", "test_emergence.py", "test_faults.py", "test_gpu_check.py"}
+LONGEST |= {"test_bench_model.py", "test_pretrain_mae.py", "test_transforms_of_model.py"}  # else among the last
 
 
 def pytest_configure(config):
