@@ -365,7 +365,7 @@ def timings(check: Check) -> None:
     if check.rehearse:
         items = [items[0], {"name": "a fault", "kind": "crash"}, *items[1:2]] if items else []
     check.work_through(items, "time", 1, 25.0)
-    check.work_through(check.items.get("compiled", []), "time", 1, 30.0)
+    _timed("compiled", 30.0)(check)
 
 
 def tiles(check: Check) -> None:
@@ -417,14 +417,9 @@ def tests(check: Check) -> None:
     check.run([job], done, 1)
 
 
-def models(check: Check) -> None:
-    """Time a training step of CRATE-B/16 beside its peers and of B/8; profile a step."""
-    check.work_through(check.items.get("models", []), "time", 1, 60.0)
-
-
-def more(check: Check) -> None:
-    """Time inference, growth with the number of tokens, CRATE-MAE, other sizes: as many as fit."""
-    check.work_through(check.items.get("more", []), "time", 1, 45.0)
+def _timed(kind: str, stall_s: float) -> Callable[[Check], None]:
+    """Make a stage that times the items of a kind, as many as fit."""
+    return lambda check: check.work_through(check.items.get(kind, []), "time", 1, stall_s)
 
 
 def counters(check: Check) -> None:
@@ -474,9 +469,9 @@ _FIRST = [
     Stage("tests", 120, 0, tests),
 ]
 _SECOND = [
-    Stage("models", 100, 20, models),
+    Stage("models", 100, 20, _timed("models", 60.0)),  # CRATE-B/16 beside its peers, B/8, a profile
     Stage("counters", 30, 10, counters),
-    Stage("more", 45, 5, more),
+    Stage("more", 45, 5, _timed("more", 45.0)),  # inference, growth, CRATE-MAE, other sizes
 ]
 PARTS = {
     "first": [_ENVIRONMENT, *_FIRST],

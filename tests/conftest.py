@@ -3,6 +3,8 @@
 import gc
 import os
 import re
+from argparse import Namespace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -122,6 +124,22 @@ def tiny_run(tmp_path_factory):
     words += "--image-size 32 --segmentation-samples 8 --keep-checkpoints 9"
     assert pretrain.main([*words.split(), "--output", str(folder)]) == 0
     return folder
+
+
+@pytest.fixture(scope="session")
+def _opened_run():
+    import harness
+
+    return harness.open_run(Namespace(smoke=True, dtype="float32", rounds=1, output=None, commit=None), on_cpu=True)
+
+
+@pytest.fixture
+def run(_opened_run, tmp_path):
+    """A benchmark's smoke run in fp32 with ceilings of 1 TFLOP/s and 100 GB/s."""
+    import harness
+
+    facts = _opened_run.facts | {"matrix_tflops_per_s": 1.0, "copy_gb_per_s": 100.0}
+    return replace(_opened_run, output=tmp_path, rows=[], facts=facts, ceilings=harness.Ceilings(1.0, 100.0))
 
 
 @pytest.fixture

@@ -1,9 +1,7 @@
 """The benchmark of whole models on a CPU: smoke run, gate, peers that fail, operations, tables."""
 
 import json
-from argparse import Namespace
 from dataclasses import replace
-from pathlib import Path
 
 import harness
 
@@ -39,25 +37,6 @@ TINY = Size(32, 2, 2, 16, on_gpu=2, on_cpu=3, image=64, classes=10)  # 17 tokens
 BOTH = (TRAINING, INFERENCE)
 UNNEEDED = 2 * 2 * 2 * 17 * 32**2  # FLOPs of the released ISTA beyond the one product of the formula, TINY, an image
 CPU = torch.device("cpu")
-
-
-def _run(tmp_path: Path, dtype: str = "float32") -> harness.Run:
-    options = Namespace(smoke=True, dtype=dtype, rounds=1, output=tmp_path, commit=None)
-    run = harness.open_run(options, on_cpu=True)
-    run.ceilings = harness.Ceilings(1.0, 100.0)
-    run.facts |= {"matrix_tflops_per_s": 1.0, "copy_gb_per_s": 100.0}
-    return run
-
-
-@pytest.fixture(scope="module")
-def opened(tmp_path_factory) -> harness.Run:
-    return _run(tmp_path_factory.mktemp("results"))
-
-
-@pytest.fixture
-def run(opened, tmp_path) -> harness.Run:
-    """A smoke run in fp32 with ceilings of 1 TFLOP/s and 100 GB/s."""
-    return replace(opened, output=tmp_path, rows=[], facts=dict(opened.facts))
 
 
 def _rows(run: harness.Run) -> dict[tuple[str, str], dict]:
@@ -158,8 +137,8 @@ def test_a_wrong_autoencoder_gives_no_numbers(run, monkeypatch, capsys):
     assert "the peers disagree: output" in capsys.readouterr().err
 
 
-def test_under_autocast_the_gate_knows_rounding_from_a_broken_model(tmp_path, monkeypatch):
-    run = _run(tmp_path, "bfloat16")
+def test_under_autocast_the_gate_knows_rounding_from_a_broken_model(run, monkeypatch):
+    run.dtype = torch.bfloat16
     problem = make_problem("tiny", replace(TINY, width=64, on_cpu=8), TRAINING, run, {})
     assert problem.cast == torch.bfloat16
     problem.gate(run)
