@@ -75,7 +75,7 @@ def measure(run: Run, sizes: dict[str, Size], cases: list[str]) -> list[dict]:
                         "images_per_s": 1e3 * row["batch"] / row["latency_ms"],
                         "over the faster released form": released / row["latency_ms"],
                         "gflop": row["flops"] / 1e9,
-                        "peak_mib": row["peak_mib"],
+                        "peak_mib": row["peak_mib"] if row["batch"] > 1 else None,
                     }
                 )
                 print(rows[-1], flush=True)

@@ -1,9 +1,7 @@
 """The operators' benchmarks on a CPU: smoke runs, mutants of ours, floors, peers that fail, tables."""
 
 import json
-import os
 import re
-import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -50,11 +48,24 @@ def _check_table(text: str, problems: list[str], peers: list[Peer]) -> None:
                 assert (" n/a " in line) == (not peer.ours and not peer.smoke)
 
 
-def test_smoke_run_of_attention_sets_the_interpreters_flag(untouched_results):
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, bench_mssa.__file__, "--smoke"]
-    text = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
-    _check_table(text, list(bench_mssa.SMOKE), bench_mssa.PEERS)
+def test_smoke_run_of_attention(capsys, untouched_results):
+    assert bench_mssa.main(["--smoke"]) == 0
+    _check_table(capsys.readouterr().out, list(bench_mssa.SMOKE), bench_mssa.PEERS)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_smoke_run_without_the_interpreters_flag_starts_again_with_it(monkeypatch):
+    started = []
+
+    def run(command, env, check):
+        started.append((command, env["TRITON_INTERPRET"]))
+        return SimpleNamespace(returncode=7)
+
+    monkeypatch.setattr(harness, "INTERPRETED", False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(harness.subprocess, "run", run)
+    assert bench_mssa.main(["--smoke"]) == 7
+    assert started == [([sys.executable, bench_mssa.__file__, "--smoke"], "1")]
 
 
 @pytest.mark.parametrize("autocast", [[], ["--autocast"]], ids=["plain", "autocast"])

@@ -3,14 +3,14 @@ versions that the table was made for, does not spill."""
 
 import json
 import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import compile_report
+import torch
 import triton
 
-from crate_fast.kernels.launch import ARCHITECTURES, TABLE, find
+from crate_fast.kernels import launch
+from crate_fast.kernels.launch import ARCHITECTURES, TABLE, find, lookup
 
 KERNELS = {
     "attention_forward": ("half", "tf32"),
@@ -46,21 +46,15 @@ def test_the_most_particular_row_counts(monkeypatch):
         assert find("k", None, "tf32", 64) is None
 
 
-def test_measured_tiles_take_precedence(tmp_path):
+def test_measured_tiles_take_precedence(tmp_path, monkeypatch):
     tile = {"block_m": 64, "block_n": 64, "num_warps": 4, "num_stages": 3}
     row = {"kernel": "attention_forward", "architecture": "sm_90", "precision": "half", "block_d": 64, "tile": tile}
-    rows = [row, row | {"kernel": "whole_head_forward", "tile": None}]
+    rows, cpu = [row, row | {"kernel": "whole_head_forward", "tile": None}], torch.device("cpu")
     (tmp_path / "tiles.json").write_text(json.dumps(rows))
-    code = (
-        "import torch; from crate_fast.kernels.launch import find, lookup\n"
-        "print([lookup('attention_forward', torch.device('cpu'), 'half', d).num_warps for d in (64, 128)],"
-        " find('whole_head_forward', torch.device('cpu'), 'half', 64))"
-    )
-    environment = os.environ | {"CRATE_FAST_TILES": str(tmp_path / "tiles.json")}
-    command = [sys.executable, "-c", code]
-    assert (
-        subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout == "[4, 8] None\n"
-    )
+    monkeypatch.setenv("CRATE_FAST_TILES", str(tmp_path / "tiles.json"))
+    monkeypatch.setattr(launch, "_measured", launch._measured.__wrapped__)
+    assert [lookup("attention_forward", cpu, "half", width).num_warps for width in (64, 128)] == [4, 8]
+    assert find("whole_head_forward", cpu, "half", 64) is None
 
 
 def _tested_cases() -> list[compile_report.Case]:
