@@ -9,50 +9,37 @@ rate of a large product by the faster of PyTorch's two libraries, measured in th
 """
 
 import argparse
-import json
+import math
 import sys
-import tempfile
-from collections.abc import Callable
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 
-from harness import RESULTS, TIGHT, differences, interleaved, peak_mib, write_results
+from harness import RESULTS, Ceilings, Run, Timer, earlier_rows, interleaved, write_results
 
 import torch
 from bench_model import CRATES
 from gpu_report import markdown_table
-from model_problem import COMPILED, INFERENCE, OURS, RELEASED, TRAINING, VIT, Size, Trial, cost, initial_weights
+from measuring import measure_peers
+from model_problem import (
+    COMPILED,
+    INFERENCE,
+    ONNX,
+    OURS,
+    RELEASED,
+    TRAINING,
+    VIT,
+    Size,
+    make_problem,
+    peers,
+)  # fmt: skip
 
 from crate_fast.cpu_ops import onednn_product
 from crate_fast.env import provenance
-from crate_fast.export import export_model
-from crate_fast.exported import open_exported
 
 SIZES = {name: CRATES[name] for name in ("T/16", "S/8", "B/16")}
 SMOKE = {"smoke": Size(64, 2, 2, 16, on_gpu=2, on_cpu=2, image=64)}
-ONNX = "ours, onnxruntime"
-EAGER = (RELEASED, VIT, OURS)
-PEERS = tuple(name + suffix for suffix in ("", COMPILED) for name in EAGER)
-CPU = torch.device("cpu")
+PEERS = [name + suffix for suffix in ("", COMPILED) for name in (OURS, RELEASED, VIT)]
 CASES = {"training": (TRAINING, 0), "inference": (INFERENCE, 0), "one image": (INFERENCE, 1)}  # 0: the size's batch
-
-
-class ONNXTrial:
-    """onnxruntime on the exported file of a trial's model."""
-
-    def __init__(self, trial: Trial):
-        with tempfile.TemporaryDirectory() as folder:
-            export_model(trial.model, folder, formats=["onnx"])
-            self.run = open_exported(Path(folder) / "model.onnx")
-        self.images = trial.inputs[0]
-
-    def step(self) -> torch.Tensor:
-        """Return the logits."""
-        return self.run(self.images)["logits"]
-
-    def gradients(self) -> dict[str, torch.Tensor]:
-        """Return none."""
-        return {}
 
 
 def product_rate(side: int = 1536) -> float:
@@ -62,90 +49,41 @@ def product_rate(side: int = 1536) -> float:
     return 2 * side**3 / min(timing.low for timing in interleaved(calls, 3).values())
 
 
-def _trials(what: str, size: Size, batch: int, state: dict, compiler: str) -> dict:
-    """Return the peers by name."""
-    trials = {
-        peer: Trial(peer, size, batch, CPU, what, None, None if peer.startswith(VIT) else state, compiler=compiler)
-        for peer in PEERS
-    }
-    if what == INFERENCE:
-        trials[ONNX] = ONNXTrial(trials[OURS])
-    return trials
-
-
-def check_equal(trials: dict[str, Trial]) -> None:
-    """Compare output and gradients of every CRATE with the released form's; stop where they differ."""
-    found = {peer: {"output": t.step()} | t.gradients() for peer, t in trials.items() if not peer.startswith(VIT)}
-    for peer, results in found.items():
-        for name, value in differences(results, {key: found[RELEASED][key] for key in results}).items():
-            if not value < TIGHT[name]:
-                raise SystemExit(
-                    f"the peers disagree: {name} of {peer!r} by {value:.1e}, allowed {TIGHT[name]:.0e}: no numbers"
-                )
-
-
-def _fresh_step(peer: str, what: str, size: Size, batch: int) -> Callable[[], object]:
-    return Trial(peer, size, batch, CPU, what, None).step
-
-
-def measure(
-    sizes: dict[str, Size],
-    rounds: int,
-    compiler: str = "inductor",
-    memory: tuple[str, ...] = EAGER,
-    cases: tuple[str, ...] = tuple(CASES),
-) -> list[dict]:
-    """Measure a row per model, call and peer; the memory of the peers in `memory`."""
-    rows, best, commit = [], 0.0, provenance()["commit"]
+def measure(run: Run, sizes: dict[str, Size], cases: list[str]) -> list[dict]:
+    """Measure a row per model, call and peer; stop where a peer fails or computes something else."""
+    rows, best = [], 0.0
     for name, size in sizes.items():
-        state = initial_weights(size, CPU)
         for what, batch in (CASES[case] for case in cases):
-            batch = batch or size.on_cpu
-            torch.compiler.reset()
-            trials = _trials(what, size, batch, state, compiler)
-            check_equal(trials)
             best = max(best, product_rate())
-            timings = interleaved({peer: trial.step for peer, trial in trials.items()}, rounds)
-            released = min(timings[peer].median for peer in (RELEASED, RELEASED + COMPILED))
-            for peer, timing in timings.items():
-                measured = peer in memory and batch > 1
+            problem = make_problem(name, replace(size, on_cpu=batch or size.on_cpu), what, run, {})
+            names = [*PEERS, *[ONNX] * (what == INFERENCE)]
+            found = measure_peers(problem, peers(problem, names, run), run)
+            for row in found:
+                if row["reason"] is not None:
+                    raise SystemExit(f"{row['peer']}: {row['reason']}: no numbers")
+            ms = {row["peer"]: row["latency_ms"] for row in found}
+            released = min(ms[RELEASED], ms[RELEASED + COMPILED])
+            for row in found:
                 rows.append(
                     {
                         "model": name,
                         "what": what,
-                        "batch": batch,
-                        "peer": peer,
-                        "latency_ms": timing.median * 1e3,
-                        "20-80 %": f"{timing.low * 1e3:.0f}–{timing.high * 1e3:.0f}",
-                        "images_per_s": batch / timing.median,
-                        "over the faster released form": released / timing.median,
-                        "gflop": cost(peer, size, batch, what, torch.float32).flops / 1e9,
-                        "peak_mib": peak_mib(partial(_fresh_step, peer, what, size, batch)) if measured else None,
+                        "batch": row["batch"],
+                        "peer": row["peer"],
+                        "latency_ms": row["latency_ms"],
+                        "20-80 %": f"{row['low_ms']:.0f}–{row['high_ms']:.0f}",
+                        "images_per_s": 1e3 * row["batch"] / row["latency_ms"],
+                        "over the faster released form": released / row["latency_ms"],
+                        "gflop": row["flops"] / 1e9,
+                        "peak_mib": row["peak_mib"] if row["batch"] > 1 else None,
                     }
                 )
                 print(rows[-1], flush=True)
     for row in rows:
         row["floor_ms"] = row["gflop"] / best * 1e12
         row["share of floor"] = row["floor_ms"] / row["latency_ms"]
-        row["commit"] = commit
+        row["commit"] = run.facts["commit"]
     return rows
-
-
-def _with_earlier(rows: list[dict], folder: Path) -> list[dict]:
-    """Return the rows and those of an earlier run on this machine that are not measured again, in order."""
-    path = folder / "cpu.json"
-    if not path.is_file():
-        return rows
-    earlier, now = json.loads(path.read_text()), provenance()
-    if (earlier["device"], earlier["torch"]) != (now["device"], now["torch"]):
-        return rows
-    new = {(row["model"], row["what"], row["batch"], row["peer"]): row for row in rows}
-    old = {(row["model"], row["what"], row["batch"], row["peer"]): row for row in earlier["rows"]}
-    places = list(SIZES), [TRAINING, INFERENCE]
-    merged = {**old, **new}.values()
-    return sorted(
-        merged, key=lambda row: (places[0].index(row["model"]), places[1].index(row["what"]), -row["batch"])
-    )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -157,11 +95,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), help="default all")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
     options = parser.parse_args(argv)
-    if options.smoke:
-        rows = measure(SMOKE, 1, "eager", memory=(OURS,))
-    else:
-        sizes = {name: SIZES[name] for name in options.models}
-        rows = _with_earlier(measure(sizes, options.rounds, cases=tuple(options.cases)), options.output)
+    cpu, facts = torch.device("cpu"), provenance()
+    run = Run(
+        cpu, torch.float32, options.smoke, 1 if options.smoke else options.rounds, options.output, facts, Timer(cpu)
+    )
+    run.ceilings = Ceilings(math.inf, math.inf)  # the floors are of the best rate in all of the run
+    rows = measure(run, SMOKE if options.smoke else {name: SIZES[name] for name in options.models}, options.cases)
+    if not options.smoke:  # keep what an earlier run on this machine has measured
+        keys, same = ("model", "what", "batch", "peer"), {key: facts[key] for key in ("device", "torch")}
+        rows += earlier_rows(options.output / "cpu.json", rows, keys, same)
+        order = [*SIZES, TRAINING, INFERENCE]
+        rows.sort(key=lambda row: (order.index(row["model"]), order.index(row["what"]), -row["batch"]))
     table = markdown_table(rows)
     print("\n" + table)
     shares = [row["share of floor"] for row in rows if row["peer"] == OURS]

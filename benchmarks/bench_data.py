@@ -115,15 +115,11 @@ def check_equal(configs: dict[str, TrainConfig]) -> None:
 
 
 def cpu_rates(candidates: dict[str, tuple[Callable[[], object], int]], rounds: int, seconds: float) -> list[dict]:
-    """Measure the CPU time an image of each candidate, in turn, `rounds` times.
-
-    Args:
-        candidates: name → (a call, images it handles).
-        rounds: Measurements of each.
-        seconds: Least CPU time of a measurement.
+    """Measure the CPU time an image of each candidate (a call, the images it handles) in turn.
 
     Returns:
-        A row each: "what"; "us", "us_low", "us_high": median, 20 % and 80 % quantiles; "images_per_s" of the median.
+        A row each: "what"; "us", "us_low", "us_high": median, 20 % and 80 % quantiles of `rounds` measurements of at
+        least `seconds`; "images_per_s" of the median.
     """
     samples: dict[str, list[float]] = {name: [] for name in candidates}
     for number in range(rounds + 1):  # the first only warms up

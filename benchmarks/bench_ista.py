@@ -102,33 +102,23 @@ def _ours(operator: str, backend: str) -> Callable:
     return partial(function, step_size=STEP_SIZE, sparsity=SPARSITY, backend=backend)
 
 
-def training_peers(operator: str, backend: str = "triton") -> list[Peer]:
-    """Return ours, and the forms with three products and with one, eager and compiled; each folds G itself."""
-    released = _with_norm(_released, operator)
-    one = _with_norm(_one_product, operator)
-    return [
+def peers(operator: str, backend: str = "triton", dictionary: Tensor | None = None) -> list[Peer]:
+    """Return ours, and the forms with three products and with one, eager and compiled; each folds G itself.
+
+    With a dictionary: the peers of a forward with G kept, ours inside `cached_dictionaries`, the others given G.
+    """
+    compiled, eager, released = _one_product, _one_product_eager, _with_norm(_released, operator)
+    if dictionary is not None:
+        folded = _fold(dictionary.detach().float()).to(dictionary.dtype)
+        compiled, eager = lambda x, _: _apply(x, folded), lambda x, _: _apply_added(x, folded)
+    found = [
         Peer("ours", partial(_ours, operator, backend), ours=True),
         Peer("three products, compiled", partial(_compiled, released), compiles=True),
-        Peer("one product, compiled", partial(_compiled, one), compiles=True),
-        Peer("one product, cuBLAS", lambda: _with_norm(_one_product_eager, operator), smoke=True),
+        Peer("one product, compiled", partial(_compiled, _with_norm(compiled, operator)), compiles=True),
+        Peer("one product, cuBLAS", lambda: _with_norm(eager, operator), smoke=True),
         Peer("three products, as released", lambda: released, smoke=True),
     ]
-
-
-def inference_peers(operator: str, dictionary: Tensor, backend: str = "triton") -> list[Peer]:
-    """Return the peers of a forward with G kept: ours inside `cached_dictionaries`, the others given G."""
-    folded = _fold(dictionary.detach().float()).to(dictionary.dtype)
-    released = _with_norm(_released, operator)
-
-    def given(apply: Callable) -> Callable:
-        return _with_norm(lambda x, _: apply(x, folded), operator)
-
-    return [
-        Peer("ours", partial(_ours, operator, backend), ours=True),
-        Peer("one product, compiled", lambda: _compiled(given(_apply)), compiles=True),
-        Peer("one product, cuBLAS", lambda: given(_apply_added), smoke=True),
-        Peer("three products, as released", lambda: released, smoke=True),
-    ]
+    return found if dictionary is None else found[:1] + found[2:]
 
 
 # --- the problem --------------------------------------------------------------------------------------------------
@@ -194,9 +184,9 @@ def measure(name: str, shape: Shape, run: Run, options: argparse.Namespace) -> l
     backend, rows = "triton" if run.smoke or run.timer.on_gpu else "auto", []
     for operator in OPERATORS:
         problem = make_problem(name, shape, operator, run, options.autocast)
-        rows += measure_peers(problem, training_peers(operator, backend), run)
+        rows += measure_peers(problem, peers(operator, backend), run)
         with torch.no_grad(), cached_dictionaries():
-            rows += measure_peers(_inference(problem), inference_peers(operator, problem.inputs[-1], backend), run)
+            rows += measure_peers(_inference(problem), peers(operator, backend, problem.inputs[-1]), run)
     return rows
 
 

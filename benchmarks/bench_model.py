@@ -15,7 +15,6 @@ so a host that is slower than the device is in the times. `model_problem.cost` s
 """
 
 import argparse
-import json
 import sys
 from dataclasses import dataclass, replace
 
@@ -105,16 +104,12 @@ def measure_one(model: str, size: Size, what: str, names: list[str], run: Run) -
     return rows
 
 
-def _kept(part: Part, run: Run) -> list[dict]:
+def kept(part: Part, run: Run) -> list[dict]:
     """Read the rows of other models that a run of the same commit on the same device has written."""
-    path = run.output / f"{part.name}.json"
-    if not path.exists():
-        return []
-    rows = json.loads(path.read_text())["rows"]
-    same = [row for row in rows if all(row.get(key) == run.facts[key] for key in ("commit", "device", "torch"))]
-    if len(same) < len(rows):
-        print(f"{path}: {len(rows) - len(same)} rows of another commit, device or torch are dropped")
-    return [row for row in same if row["model"] not in part.sizes]
+    facts = {key: run.facts[key] for key in ("commit", "device", "torch")}
+    return harness.earlier_rows(
+        run.output / f"{part.name}.json", [{"model": m} for m in part.sizes], ["model"], facts
+    )
 
 
 def _parts(options: argparse.Namespace, on_gpu: bool) -> list[Part]:
@@ -146,7 +141,7 @@ def main(argv: list[str] | None = None) -> int:
     run.measure_ceilings()
     good = True
     for part in _parts(options, run.timer.on_gpu):
-        run.rows = _kept(part, run) if options.append else []
+        run.rows = kept(part, run) if options.append else []
         good &= measure(part, run)
         run.report(part.name)
     return int(not good)

@@ -78,91 +78,53 @@ def _sizes(kernel: str, precision: str, architecture: str) -> list[tuple[str, in
         rows = [f"{n}×{width}" for width in widths for n in WHOLE_HEAD_TOKENS[width]]
         return [(row + part, 64) for row in rows for part in ("", " rest")]
     widths = (NARROW, WIDTH) if padded else (WIDTH,)
-    variants = {"ista_forward": ("", " norm"), "ista_backward_input": ("", " mixed"), "output_map": (" mixed norm",)}
+    variants = {"ista_forward": ("", " norm"), "output_map": (" mixed norm",)}
+    if precision == "half":  # under autocast the gradient is fp32
+        variants["ista_backward_input"] = ("", " mixed")
     return [(f"{width}{variant}", 0) for width in widths for variant in variants.get(kernel, ("",))]
 
 
-def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
-
-
 def plan(case: Case):
-    """Plan the launch that a case compiles, on meta tensors, by the functions that the launchers themselves run."""
-    from crate_fast.kernels import attention
-
-    low = torch.bfloat16 if case.precision == "half" else torch.float32
-    if case.kernel in ROWWISE:
-        return _plan_rowwise(case.kernel, int(case.size))
-    if case.kernel.startswith("whole_head"):
-        return _plan_whole_head(case, low)
-    if not case.kernel.startswith("attention"):
-        return _plan_product(case, low)
-    w, lse = _meta(64, 785, 6, int(case.size), dtype=low), _meta(64, 6, 785)
-    if case.kernel == "attention_forward":
-        return attention.plan_forward(w, w, lse, 0.125, case.tile)
-    return attention.plan_backward(w, w, w, lse, w, 0.125, case.tile)
-
-
-def _plan_whole_head(case: Case, dtype: torch.dtype):
-    from crate_fast.kernels import whole_head
-
-    n_tokens, head_dim = map(int, case.size.removesuffix(" rest").split("×"))
-    w, lse = _meta(64, n_tokens, 12, head_dim, dtype=dtype), _meta(64, 12, n_tokens)
-    refused, grad = _meta(64 * 12, dtype=torch.int32), w if case.kernel == "whole_head_backward" else None
-    if case.size.endswith("rest"):
-        return whole_head.plan_rest(grad, w, w, lse, grad, refused, 0.125, case.tile)
-    if grad is None:
-        return whole_head.plan_forward(w, w, lse, refused, 0.125, case.tile)
-    return whole_head.plan_backward(w, w, w, lse, w, lse, refused, 0.125, case.tile)
-
-
-def _norm(x: torch.Tensor):
-    from crate_fast.kernels.layer_norm import Norm
-
-    row, channel = _meta(len(x)), _meta(x.shape[1])
-    return Norm(row, row, channel, channel)
-
-
-def _plan_rowwise(kernel: str, width: int):
-    from crate_fast.kernels import folding, ista, layer_norm
+    """Record the launch that a case compiles, on meta tensors, from the functions that launch it."""
+    from crate_fast.kernels import attention, folding, ista, layer_norm, product, whole_head
     from crate_fast.kernels.launch import recorded
 
-    x, matrix = _meta(64 * 785, width, dtype=torch.bfloat16), _meta(width, width)
-    norm, low, channel = _norm(x), x[:width], _meta(width)
+    def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    size, *words = case.size.split()
+    low, tile = torch.bfloat16 if case.precision == "half" else torch.float32, case.tile
+    if case.kernel.startswith(("attention", "whole_head")):
+        n_tokens, head_dim = map(int, size.split("×")) if "×" in size else (785, int(size))
+        w, lse = meta(64, n_tokens, 12, head_dim, dtype=low), meta(64, 12, n_tokens)
+    else:
+        width, rows = int(size), 64 * 785
+        tile = (product.fitted if case.kernel == "weight_gradient" else product.fitted_product)(tile, width)
+        a, weight = meta(rows, width, dtype=low), meta(width, width, dtype=low)
+        square, channel = meta(width, width), meta(width)
+        x = meta(rows, width, dtype=torch.float32 if "mixed" in words else low)  # as autocast has it
+        number = meta(rows)
+        norm = layer_norm.Norm(number, number, channel, channel) if "norm" in words else None
     calls = {
-        "normalize": lambda: layer_norm.normalize(x, 1e-5, x.dtype),
-        "layer_norm_backward": lambda: layer_norm.backward(x, x, norm.mean, norm.rstd, x.dtype, channel, x, x.dtype),
-        "masked_gradient": lambda: ista.masked_gradient(x, _meta(*x.shape, dtype=torch.int8), x.dtype, True),
-        "fold": lambda: folding.fold(matrix, 0.1, x.dtype),
-        "fold_backward": lambda: folding.fold_backward(matrix, matrix, 0.1),
-        "scale": lambda: folding.scale(low.t(), channel, channel, x.dtype, channel),
-        "unscale": lambda: folding.unscale(low, channel, matrix, channel, channel),
+        "attention_forward": lambda: attention.forward(w, 0.125, tile),
+        "attention_backward": lambda: attention.backward(w, w, w, lse, 0.125, tile),
+        "whole_head_forward": lambda: whole_head.forward(w, w, lse, 0.125, tile),
+        "whole_head_backward": lambda: whole_head.backward(w, w, w, lse, w, 0.125, tile),
+        "ista_forward": lambda: ista.forward(x, a, weight, 0.01, False, norm, True, tile),
+        "ista_backward_input": lambda: ista.backward_input(x, a, weight, tile),
+        "output_map": lambda: product.product(a, weight, x, tile, bias=channel, norm=norm),
+        "weight_gradient": lambda: product.weight_gradient(a, a, tile),
+        "normalize": lambda: layer_norm.normalize(a, 1e-5, low),
+        "layer_norm_backward": lambda: layer_norm.backward(a, a, number, number, low, channel, a, low),
+        "masked_gradient": lambda: ista.masked_gradient(a, meta(rows, width, dtype=torch.int8), low, True),
+        "fold": lambda: folding.fold(square, 0.1, low),
+        "fold_backward": lambda: folding.fold_backward(square, square, 0.1),
+        "scale": lambda: folding.scale(weight.t(), channel, channel, low, channel),
+        "unscale": lambda: folding.unscale(weight, channel, square, channel, channel),
     }
     with recorded() as launches:
-        calls[kernel]()
-    return launches[0]
-
-
-def _plan_product(case: Case, low: torch.dtype):
-    """Plan a product as its users launch it; "mixed" adds fp32 to half-precision products, as autocast does."""
-    from crate_fast.kernels import product
-
-    width, *words = case.size.split()
-    width, rows = int(width), 64 * 785
-    operand, weight = _meta(rows, width, dtype=low), _meta(width, width, dtype=low)
-    if case.kernel == "weight_gradient":
-        return product.plan_weight_gradient(
-            operand, operand, _meta(4, width, width), 12608, product.fitted(case.tile, width)
-        )
-    x = _meta(rows, width, dtype=torch.float32 if "mixed" in words else low)
-    options = {
-        "ista_forward": {"finish": "relu", "shift": 0.01, "nonzero": _meta(rows, width, dtype=torch.int8)},
-        "ista_backward_input": {"masked": "mixed" in words},
-        "output_map": {"bias": _meta(width)},
-    }[case.kernel]
-    if "norm" in words:
-        options["norm"] = _norm(x)
-    return product.plan(operand, weight, x, x, product.fitted_product(case.tile, width), **options)
+        calls[case.kernel]()
+    return launches[0 if case.kernel.startswith("whole_head") and "rest" not in words else -1]
 
 
 _POINTERS = {

@@ -63,18 +63,11 @@ class TimeUp(BaseException):
 
 @dataclass(frozen=True)
 class Stage:
-    """A part of a check.
-
-    Args:
-        name: Name for --stages.
-        seconds: Its share of the time: nothing is started after it.
-        grace: Seconds more for what runs then.
-        run: The stage's function.
-    """
+    """A part of a check."""
 
     name: str
-    seconds: float
-    grace: float
+    seconds: float  # its share of the time: nothing is started after it
+    grace: float  # seconds more for what runs then
     run: "Callable[[Check], None]"
 
 
@@ -188,14 +181,9 @@ class Check:
     def work_through(
         self, items: list[dict], mode: str, workers: int, stall_s: float, more: Sequence[Job] = ()
     ) -> None:
-        """Have items done by a pool; one that ends its worker is red, and the rest gets a new worker.
+        """Have a pool do items; one that ends its worker, or takes `stall_s`, is red, and the rest gets a new one.
 
-        Args:
-            items: Items in the order of their importance.
-            mode: "warm" or "time".
-            workers: Processes at a time.
-            stall_s: Seconds that an item may take.
-            more: Other workers to run at the same time.
+        Items come in the order of their importance, `mode` is "warm" or "time", and `more` runs at the same time.
         """
         lists = [part for part in (items[i::workers] for i in range(workers)) if part]
         jobs = [self.items_job(part, mode, stall_s) for part in lists]
@@ -377,7 +365,7 @@ def timings(check: Check) -> None:
     if check.rehearse:
         items = [items[0], {"name": "a fault", "kind": "crash"}, *items[1:2]] if items else []
     check.work_through(items, "time", 1, 25.0)
-    check.work_through(check.items.get("compiled", []), "time", 1, 30.0)
+    _timed("compiled", 30.0)(check)
 
 
 def tiles(check: Check) -> None:
@@ -429,14 +417,9 @@ def tests(check: Check) -> None:
     check.run([job], done, 1)
 
 
-def models(check: Check) -> None:
-    """Time a training step of CRATE-B/16 beside its peers and of B/8; profile a step."""
-    check.work_through(check.items.get("models", []), "time", 1, 60.0)
-
-
-def more(check: Check) -> None:
-    """Time inference, growth with the number of tokens, CRATE-MAE, other sizes: as many as fit."""
-    check.work_through(check.items.get("more", []), "time", 1, 45.0)
+def _timed(kind: str, stall_s: float) -> Callable[[Check], None]:
+    """Make a stage that times the items of a kind, as many as fit."""
+    return lambda check: check.work_through(check.items.get(kind, []), "time", 1, stall_s)
 
 
 def counters(check: Check) -> None:
@@ -486,9 +469,9 @@ _FIRST = [
     Stage("tests", 120, 0, tests),
 ]
 _SECOND = [
-    Stage("models", 100, 20, models),
+    Stage("models", 100, 20, _timed("models", 60.0)),  # CRATE-B/16 beside its peers, B/8, a profile
     Stage("counters", 30, 10, counters),
-    Stage("more", 45, 5, more),
+    Stage("more", 45, 5, _timed("more", 45.0)),  # inference, growth, CRATE-MAE, other sizes
 ]
 PARTS = {
     "first": [_ENVIRONMENT, *_FIRST],

@@ -198,14 +198,9 @@ def _profile(rows: list[dict]) -> list[str]:
 
 
 def pack(rows: list[dict], part: str, folder: Path, output: Path, evidence: bool) -> str:
-    """Write the summary and the archive; return the summary.
+    """Write the summary and the archive of a part's folder into `output`; return the summary.
 
-    Args:
-        rows: All rows.
-        part: Part of the check.
-        folder: Folder with the part's logs, junit.xml and failures.
-        output: Folder of what is brought back.
-        evidence: Also PTX and SASS of failures, as many as fit.
+    With `evidence` the archive has PTX and SASS of failures, as many as fit.
     """
     facts = {key: value for key, value in facts_of(rows).items() if key in FACTS}
     page = summary(rows, part)

@@ -198,7 +198,7 @@ def _operator_items() -> tuple[list[dict], list[dict]]:
     plain, compiled = [], []
     cases = [("mssa", shape, None, bench_mssa.PEERS) for shape in ATTENTION]
     for operator in bench_ista.OPERATORS:
-        cases += [("ista", shape, operator, bench_ista.training_peers(operator)) for shape in ISTA]
+        cases += [("ista", shape, operator, bench_ista.peers(operator)) for shape in ISTA]
     for kind, shape, operator, peers in cases:
         peers = [peer for peer in peers if not REHEARSED or peer.smoke or peer.ours]
         item = {"kind": kind, "shape": shape, "operator": operator}
@@ -318,7 +318,7 @@ class Worker:
 
         shape = (bench_ista.SMOKE if REHEARSED else bench_ista.SHAPES)[item["shape"]]
         problem = bench_ista.make_problem(item["shape"], shape, item["operator"], self.run(), autocast=False)
-        self._operator(item, problem, bench_ista.training_peers(item["operator"]))
+        self._operator(item, problem, bench_ista.peers(item["operator"]))
 
     def _operator(self, item: dict, problem, peers: list) -> None:
         from measuring import measure_peers

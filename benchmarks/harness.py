@@ -23,9 +23,10 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
@@ -37,6 +38,8 @@ from torch import Tensor
 
 from crate_fast.env import driver_version, provenance
 from crate_fast.kernels.launch import INTERPRETED
+
+gc.freeze()  # `free_memory` need not look through what is imported, which takes a second
 
 RESULTS = Path(__file__).parent / "results"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -70,29 +73,6 @@ class Timing(NamedTuple):
         return cls(*np.quantile(samples, (0.5, 0.2, 0.8)).tolist())
 
 
-def interleaved(candidates: dict[str, Callable[[], object]], rounds: int) -> dict[str, Timing]:
-    """Time calls on the CPU in turn, so that a slow spell of the machine hits all; seconds a call.
-
-    A measurement lasts at least 0.1 s. A call of less than a second is made once untimed before each measurement, so
-    that it does not find the caches full of the others' data.
-    """
-    from torch.utils.benchmark import Timer as CPUTimer  # here: it logs a warning into every process that imports it
-
-    timers, seconds, repeats = {}, {}, {}
-    for name, call in candidates.items():
-        call()
-        timers[name] = CPUTimer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
-        seconds[name] = timers[name].timeit(1).median
-        repeats[name] = max(1, round(MEASUREMENT_MS / 1e3 / seconds[name]))
-    samples: dict[str, list[float]] = {name: [] for name in candidates}
-    for _ in range(rounds):
-        for name, timer in timers.items():
-            if seconds[name] < 1:
-                candidates[name]()
-            samples[name].append(timer.timeit(repeats[name]).median)
-    return {name: Timing.of(values) for name, values in samples.items()}
-
-
 def _measure_peak(prepare: Callable[[], Callable[[], object]]) -> float:
     def mib(name: str) -> float:  # not getrusage, which reports the parent's peak after a spawn
         return int(re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
@@ -108,8 +88,7 @@ def _measure_peak(prepare: Callable[[], Callable[[], object]]) -> float:
 def peak_mib(prepare: Callable[[], Callable[[], object]]) -> float:
     """Measure how far two calls raise a fresh process's peak resident memory, in MiB (Linux).
 
-    Args:
-        prepare: A picklable function that builds everything in the fresh process and returns the call to measure.
+    `prepare` is picklable, builds everything in the fresh process and returns the call.
     """
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
         return process.submit(_measure_peak, prepare).result()
@@ -178,10 +157,8 @@ class Timer:
     def plan(self, step: Step, hides_host: bool = True) -> Plan:
         """Choose how often to call a step, after up to eight calls.
 
-        Args:
-            step: The step to measure.
-            hides_host: Overwrite the cache long enough to hide a slow host. Without it calls follow each other as in
-                a program, and the host's delay counts.
+        Either the cache is overwritten long enough to hide a slow host, or calls follow each other as in a program,
+        and the host's delay counts.
         """
         if not self.on_gpu:
             host_ms = self._wall_ms(step)
@@ -206,6 +183,35 @@ class Timer:
         peak = torch.cuda.max_memory_allocated() - before
         del kept
         return peak / 2**20
+
+
+def in_turn(
+    timer: Timer,
+    steps: dict,
+    rounds: int,
+    hides_host: bool = True,
+    attempt: Callable[[object, Callable], object] = lambda _, action: action(),
+) -> dict[object, tuple[Plan, list[float]]]:
+    """Measure steps in turn, so that a slow spell of the machine hits all: plans, and every call's milliseconds.
+
+    `attempt` runs an action for a key, and returns None where it fails or has failed.
+    """
+    plans = {key: attempt(key, partial(timer.plan, step, hides_host)) for key, step in steps.items()}
+    samples: dict[object, list[float]] = {key: [] for key in steps}
+    for _ in range(rounds):
+        for key, step in steps.items():
+            if (plan := plans[key]) is not None:
+                samples[key] += attempt(key, partial(timer.sample, step, plan.calls, plan.flushes)) or []
+    return {key: (plans[key], samples[key]) for key in steps}
+
+
+def interleaved(candidates: dict[str, Callable[[], object]], rounds: int) -> dict[str, Timing]:
+    """Time calls on the CPU in turn; seconds a call."""
+    for call in candidates.values():
+        call()  # the first call may take longer
+    steps = {name: Step(lambda _, call=call: call()) for name, call in candidates.items()}
+    measured = in_turn(Timer(torch.device("cpu")), steps, rounds)
+    return {name: Timing.of([ms / 1e3 for ms in samples]) for name, (_, samples) in measured.items()}
 
 
 class Ceilings(NamedTuple):
@@ -292,12 +298,7 @@ class Run:
 def open_run(options: argparse.Namespace, on_cpu: bool = False) -> Run:
     """Find the device and the facts of a run.
 
-    Args:
-        options: Those of `add_options`.
-        on_cpu: Accept a CPU, in fp32 and PyTorch alone.
-
-    Raises:
-        SystemExit: No GPU and not a smoke run, or Triton's interpreter on a GPU.
+    Without a GPU there must be a smoke run or, in fp32 and PyTorch alone, `on_cpu`.
     """
     if not (torch.cuda.is_available() or options.smoke or on_cpu):
         raise SystemExit("a CUDA GPU is needed and PyTorch finds none; --smoke runs tiny shapes on a CPU instead")
@@ -351,17 +352,9 @@ def run_shapes(
     measure: Callable[[str, object, Run, argparse.Namespace], list[dict]],
     stem: Callable[[argparse.Namespace], str],
 ) -> int:
-    """Measure the shapes that --shapes names, writing the rows after each.
+    """Measure the shapes that --shapes names, writing the rows after each; 1 where something is red.
 
-    Args:
-        parser: The benchmark's parser, with its own options; this adds --shapes and those of `add_options`.
-        argv, script: Arguments and path of the benchmark.
-        tables: Shapes on a GPU, on a CPU and in a smoke run.
-        measure: Measures one named shape.
-        stem: Returns the name of the results.
-
-    Returns:
-        The exit status: 1 where something is red.
+    The parser has the benchmark's own options; tables are of a GPU, a CPU and a smoke run; `stem` names the results.
     """
     on_gpu, on_cpu, smoke = tables
     names = f"{', '.join(on_gpu)}; on a CPU {', '.join(on_cpu)}"
@@ -397,11 +390,7 @@ def relative_difference(found: Tensor, expected: Tensor) -> float:
 def differences(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
     """Compare two models by relative norms: of the output, of the whole gradient, the largest of a parameter's.
 
-    Args:
-        found, expected: "output", and the gradients by their parameters' names, if there are any.
-
-    Raises:
-        ValueError: The two have gradients of different parameters.
+    Both hold "output", and the gradients by their parameters' names, if there are any.
     """
     if found.keys() != expected.keys():
         raise ValueError(f"gradients of other parameters: {sorted(found.keys() ^ expected.keys())}")
@@ -415,6 +404,22 @@ def differences(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[s
 
 
 # --- results ------------------------------------------------------------------------------------------------------
+
+
+def earlier_rows(path: Path, measured: Iterable[dict], keys: Sequence[str], facts: dict | None = None) -> list[dict]:
+    """Read a file's rows that are not measured again, which differ from all of `measured` in one of the keys.
+
+    Rows that other facts were true of, where some are given, are dropped.
+    """
+    if not path.exists():
+        return []
+    content = json.loads(path.read_text())
+    new = {tuple(row[key] for key in keys) for row in measured}
+    rows = [row for row in content["rows"] if tuple(row[key] for key in keys) not in new]
+    same = [row for row in rows if (facts or {}).items() <= (content | row).items()]
+    if len(same) < len(rows):
+        print(f"{path}: {len(rows) - len(same)} rows of another {' or '.join(facts)} are dropped")
+    return same
 
 
 def write_results(

@@ -15,7 +15,7 @@ from functools import cached_property, partial
 from itertools import product
 from typing import ClassVar
 
-from harness import Plan, Run, Step, Timing, relative_difference
+from harness import Plan, Run, Step, Timing, in_turn, relative_difference
 
 import torch
 from torch import Tensor
@@ -44,23 +44,14 @@ class Cost:
 
 @dataclass(frozen=True)
 class Peer:
-    """An implementation that a problem is measured with.
-
-    Args:
-        name: Name in the tables.
-        build: Makes the function; called once a problem, so that compiled code is the problem's own.
-        ours: True for this package's default, which `check` judges by the tests' rule.
-        compiles: True if its first call takes seconds.
-        quadratic: True if it writes all logits to memory.
-        smoke: True if a smoke run includes it.
-    """
+    """An implementation that a problem is measured with."""
 
     name: str
-    build: Callable[[], Callable[..., Tensor]]
-    ours: bool = False
-    compiles: bool = False
-    quadratic: bool = False
-    smoke: bool = False
+    build: Callable[[], Callable[..., Tensor]]  # called once a problem, so that compiled code is the problem's own
+    ours: bool = False  # this package's default, which `check` judges by the tests' rule
+    compiles: bool = False  # its first call takes seconds
+    quadratic: bool = False  # it writes all logits to memory
+    smoke: bool = False  # a smoke run includes it
 
 
 @dataclass(frozen=True)
@@ -68,35 +59,21 @@ class Problem:
     """Inputs, the output's gradient, and the cost of each pass.
 
     Passes are timed in training mode: forward builds the graph and keeps what backward needs.
-
-    Args:
-        label: Name in the tables.
-        fields: Sizes and dtype, for its rows.
-        inputs: Leaves of the graph, in the peers' order.
-        grad: Gradient of the output.
-        cost: Cost by pass.
-        reference: Eager PyTorch, for `check`.
-        names: Names of the output and the gradients, separated by spaces.
-        part: Selects the part to check of a tensor with a batch in front.
-        training: Passes "forward", "backward" and "forward + backward" if True; else "inference" alone, for a caller
-            who has turned gradients off, and without a check.
-        autocast: The forward's dtype under autocast, or None.
-        logits_bytes: Bytes written by a peer that materialises all logits once.
     """
 
     hides_host: ClassVar[bool] = True
 
     label: str
-    fields: dict[str, object]
-    inputs: tuple[Tensor, ...]
-    grad: Tensor
-    cost: dict[str, Cost]
-    reference: Callable[..., Tensor]
-    names: str
-    part: Callable[[Tensor], Tensor] = lambda tensor: tensor
-    training: bool = True
-    autocast: torch.dtype | None = None
-    logits_bytes: float = 0.0
+    fields: dict[str, object]  # sizes and dtype, for its rows
+    inputs: tuple[Tensor, ...]  # leaves of the graph, in the peers' order
+    grad: Tensor  # of the output
+    cost: dict[str, Cost]  # by pass
+    reference: Callable[..., Tensor]  # eager PyTorch, for `check`
+    names: str  # of the output and the gradients, separated by spaces
+    part: Callable[[Tensor], Tensor] = lambda tensor: tensor  # of a tensor with a batch in front, to check
+    training: bool = True  # else "inference" alone, for a caller who has turned gradients off, and without a check
+    autocast: torch.dtype | None = None  # the forward's dtype under autocast
+    logits_bytes: float = 0.0  # written by a peer that materialises all logits once
 
     def forward(self, function: Callable[..., Tensor]) -> Tensor:
         """Apply the function to the inputs, under autocast where the problem asks for it."""
@@ -251,30 +228,18 @@ class _Measurement:
         del results
         return function, facts | {"peak_mib": self.problem.peak_mib(peer, function, self.run)}
 
-    def times(self) -> dict[tuple[str, str], tuple[Plan, list[float]]]:
+    def times(self) -> dict[tuple[str, Peer], tuple[Plan, list[float]]]:
         """Measure every pass and peer in turn: milliseconds of every call."""
-        timer, steps = self.run.timer, {}
+        steps = {}
         for what, peer in product(self.problem.cost, self.peers):
             if peer.name in self.ready:
                 steps[what, peer] = self.problem.passes(self.ready[peer.name][0])[what]
-        hides_host = self.problem.hides_host
-        plans = {key: self.attempt(key[1], partial(timer.plan, step, hides_host)) for key, step in steps.items()}
-        samples: dict[tuple[str, Peer], list[float]] = {key: [] for key in steps}
-        for _ in range(self.run.rounds):
-            for key, step in steps.items():
-                if (plan := plans[key]) is not None:
-                    sample = partial(timer.sample, step, plan.calls, plan.flushes)
-                    samples[key] += self.attempt(key[1], sample) or []
-        return {(what, peer.name): (plans[what, peer], samples[what, peer]) for what, peer in steps}
+        attempt = lambda key, action: self.attempt(key[1], action)  # noqa: E731
+        return in_turn(self.run.timer, steps, self.run.rounds, self.problem.hides_host, attempt)
 
 
 def measure_peers(problem: Problem, peers: list[Peer], run: Run) -> list[dict]:
-    """Measure every pass and peer of a problem.
-
-    Args:
-        problem: The problem.
-        peers: Its peers; if the first is ours, the others' times are compared with it.
-        run: The run.
+    """Measure every pass and peer of a problem; if the first peer is ours, the others' times are compared with it.
 
     Returns:
         A row for each pass and peer; those of a peer that did not run have "latency_ms" None and a "reason", and
@@ -296,12 +261,12 @@ def measure_peers(problem: Problem, peers: list[Peer], run: Run) -> list[dict]:
         if peer.name in reasons:
             rows.append(row | {"reason": reasons[peer.name], "red": peer.name in measurement.red})
             continue
-        plan, samples = measured[what, peer.name]
+        plan, samples = measured[what, peer]
         timing = Timing.of(samples)
         row |= {"latency_ms": timing.median, "low_ms": timing.low, "high_ms": timing.high, "calls": len(samples)}
         row |= {"host_us": plan.host_us, "tflops_per_s": cost.flops / timing.median / 1e9}
         row["of_floor"] = row["floor_ms"] / timing.median
-        ours_ms = Timing.of(measured[what, peers[0].name][1]).median if compared else None
+        ours_ms = Timing.of(measured[what, peers[0]][1]).median if compared else None
         row["ours_faster"] = timing.median / ours_ms if compared else None
         rows.append(row | measurement.ready[peer.name][1])
     return rows

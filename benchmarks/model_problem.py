@@ -11,10 +11,12 @@ finds what is broken, and the operators' tests judge rounding. Where the release
 `backend="torch"` takes its place.
 """
 
+import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import cache, partial
+from pathlib import Path
 from typing import ClassVar
 
 from harness import SLACK, TIGHT, WORST, Run, Step, Timer, differences, peak_mib
@@ -28,12 +30,15 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from crate_fast import CRATE, CRATEMAE
+from crate_fast.export import export_model
+from crate_fast.exported import open_exported
 from crate_fast.train.cuda_graphs import GraphedCall
 from crate_fast.train.plan import Flops, count_flops
 
 RELEASED, OURS, VIT = "released", "ours", "ViT (timm)"
 VISIBLE = "ours, visible only"  # MAE's own form, whose encoder sees a quarter of the patches: something else
 UNFUSED = "ours, PyTorch"  # `backend="torch"`: stands in for the released form where that runs out of memory
+ONNX = "ours, onnxruntime"  # on a CPU: the file of `crate-fast export`
 COMPILED, GRAPHED = ", compiled", ", CUDA graph"  # behind a peer's name
 TRAINING, INFERENCE = "training step", "inference"
 MASK_RATIO = 0.75
@@ -42,24 +47,16 @@ CHUNK_LOGITS = 2**30  # of all layers, computed at once by the gate: 16 GiB or s
 
 @dataclass(frozen=True)
 class Size:
-    """A model and its batch.
+    """A model and its batch."""
 
-    Args:
-        width, depth, heads: C, layers (twice that in an autoencoder), H; heads are C/H wide.
-        patch, image: Sides in pixels.
-        on_gpu, on_cpu: Images in a batch.
-        masked: True for a CRATE-MAE.
-        classes: Outputs of the classifier.
-    """
-
-    width: int
-    depth: int
-    heads: int
-    patch: int
-    on_gpu: int
+    width: int  # C
+    depth: int  # layers, twice that in an autoencoder
+    heads: int  # H, each C/H wide
+    patch: int  # its side in pixels, as the image's
+    on_gpu: int  # images in a batch
     on_cpu: int
     image: int = 224
-    masked: bool = False
+    masked: bool = False  # a CRATE-MAE
     classes: int = 1000
 
     @property
@@ -114,18 +111,7 @@ def _make_inputs(size: Size, batch: int, device: torch.device) -> tuple[Tensor, 
 
 
 class Trial:
-    """A peer with its batch and optimiser, whose step size 0 keeps the weights.
-
-    Args:
-        peer: Name of the peer.
-        size, batch: The model and its images.
-        device: Device of model and batch.
-        what: TRAINING (forward, loss, backward, optimiser) or INFERENCE (forward alone).
-        cast: Autocast's dtype, or None.
-        state: Weights, for peers that share them; drawn from a seed when None.
-        sdpa: The backend for scaled_dot_product_attention, or None for PyTorch's choice.
-        compiler: torch.compile's backend.
-    """
+    """A peer with its batch and optimiser, whose step size 0 keeps the weights."""
 
     def __init__(
         self,
@@ -133,11 +119,11 @@ class Trial:
         size: Size,
         batch: int,
         device: torch.device,
-        what: str,
-        cast: torch.dtype | None,
-        state: dict[str, Tensor] | None = None,
-        sdpa: SDPBackend | None = None,
-        compiler: str = "inductor",
+        what: str,  # TRAINING (forward, loss, backward, optimiser) or INFERENCE (forward alone)
+        cast: torch.dtype | None,  # autocast's
+        state: dict[str, Tensor] | None = None,  # weights, for peers that share them; else drawn from a seed
+        sdpa: SDPBackend | None = None,  # of scaled_dot_product_attention; None: PyTorch's choice
+        compiler: str = "inductor",  # torch.compile's backend
     ):
         self.cast, self.sdpa, self.graphed = cast, sdpa, peer.endswith(GRAPHED)
         torch.manual_seed(0)
@@ -148,6 +134,8 @@ class Trial:
         self.model.train(what == TRAINING)
         compiled = peer.endswith(COMPILED)
         self.function = torch.compile(self.model, dynamic=False, backend=compiler) if compiled else self.model
+        if peer == ONNX:
+            self.function = _exported(self.model)
         self.inputs, self.optimizer = _make_inputs(size, batch, device), None
         if what == TRAINING:
             on_gpu = {"fused": True, "capturable": self.graphed} if device.type == "cuda" else {}
@@ -190,8 +178,7 @@ class Trial:
     def outcome(self, chunk: int) -> dict[str, Tensor]:
         """Return the whole batch's output, and each parameter's gradient after a training step, by name.
 
-        Args:
-            chunk: Images computed at once, whose activations must fit. A graph has its own.
+        `chunk` images are computed at once, whose activations must fit; a graph has its own batch.
         """
         outputs = [self.step()] if self.graphed else self._in_chunks(chunk)
         return {"output": torch.cat(outputs).float()} | self.gradients()
@@ -210,6 +197,13 @@ class Trial:
             (loss * (len(images) / batch)).backward()
             outputs.append(output.detach())
         return outputs
+
+
+def _exported(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    with tempfile.TemporaryDirectory() as folder:
+        export_model(model, folder, formats=["onnx"])
+        run = open_exported(Path(folder) / "model.onnx")
+    return lambda images: run(images)["logits"]
 
 
 def fastest_sdpa(size: Size, batch: int, timer: Timer, device: torch.device, dtype: torch.dtype) -> SDPBackend | None:
@@ -267,31 +261,21 @@ def cost(peer: str, size: Size, batch: int, what: str, dtype: torch.dtype) -> Co
 
 @dataclass
 class ModelProblem:
-    """A model, its batch and one pass.
-
-    Args:
-        label: Name in messages.
-        size, batch: The model and its images.
-        what: TRAINING or INFERENCE.
-        device, cast: Device; autocast's dtype or None.
-        state: Weights of the released form and of ours.
-        fields: Facts for its rows.
-        truth: Output and gradients that peers are compared with; from the gate.
-        allowed: How far they may be from it.
-    """
+    """A model, its batch and one pass."""
 
     hides_host: ClassVar[bool] = False  # a host that is slower than the device counts
 
-    label: str
+    label: str  # name in messages
     size: Size
     batch: int
-    what: str
+    what: str  # TRAINING or INFERENCE
     device: torch.device
-    cast: torch.dtype | None
-    state: dict[str, Tensor] = field(repr=False)
-    fields: dict[str, object]
+    cast: torch.dtype | None  # autocast's dtype
+    state: dict[str, Tensor] = field(repr=False)  # weights of the released form and of ours
+    fields: dict[str, object]  # for its rows
+    # output and gradients that peers are compared with; from the gate
     truth: dict[str, Tensor] = field(default_factory=dict, repr=False)
-    allowed: dict[str, float] = field(init=False)
+    allowed: dict[str, float] = field(init=False)  # how far they may be from it
 
     def __post_init__(self):
         self.allowed = TIGHT | ({WORST: 0.05} if self.size.masked else {})
@@ -337,8 +321,8 @@ class ModelProblem:
     def peak_mib(self, peer: Peer, trial: Trial, run: Run) -> float | None:
         """Measure the peak extra memory of a step on a GPU, or of two steps in a fresh process on a CPU.
 
-        Gradients count, weights do not, the optimiser's moments on a CPU alone. None on a CPU for compiled peers,
-        whose compiling would count, and in a smoke run; None of a graph, whose memory is there before it is replayed.
+        Gradients count, weights do not, the optimiser's moments on a CPU alone. None in a smoke run, and on a CPU
+        for peers that are compiled or exported there; None of a graph, whose memory is there before it is replayed.
         """
         if trial.graphed:
             return None
@@ -346,7 +330,7 @@ class ModelProblem:
         trial.model.zero_grad(set_to_none=True)
         if run.timer.on_gpu:
             return run.timer.peak_mib(trial.step)
-        if peer.compiles or run.smoke:
+        if peer.compiles or run.smoke or peer.name == ONNX:
             return None
         return peak_mib(partial(_fresh_step, peer.name, self.size, self.batch, self.what, self.cast))
 

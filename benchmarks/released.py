@@ -161,34 +161,14 @@ class ReleasedCRATEAlpha(nn.Module):
         return self.mlp_head(tokens[:, 0])
 
 
-class _Decode(nn.Module):
-    def __init__(self, dim: int):
-        super().__init__()
-        self.weight = nn.Parameter(nn.init.kaiming_uniform_(torch.empty(dim, dim)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight)
-
-
-class _Compress(nn.Module):
-    """An encoder layer: h = x + MSSA(LN x), ISTA(LN h)."""
-
-    def __init__(self, dim: int, heads: int):
-        super().__init__()
-        parts = [_Norm(dim, _Attention(dim, heads, dim // heads)), _Norm(dim, _Sparsify(dim, 0.1, 0.5))]
-        self.layers = nn.ModuleList([nn.ModuleList(parts)])
-
-    def forward(self, x: Tensor) -> Tensor:
-        attend, sparsify = self.layers[0]
-        return sparsify(attend(x) + x)
-
-
 class _Expand(nn.Module):
     """A decoder layer: y = LN(x) Dᵀ, y − MSSA(LN y)."""
 
     def __init__(self, dim: int, heads: int):
         super().__init__()
-        parts = [_Norm(dim, _Decode(dim)), _Norm(dim, _Attention(dim, heads, dim // heads))]
+        decode = nn.Linear(dim, dim, bias=False)
+        nn.init.kaiming_uniform_(decode.weight)
+        parts = [_Norm(dim, decode), _Norm(dim, _Attention(dim, heads, dim // heads))]
         self.layers = nn.ModuleList([nn.ModuleList(parts)])
 
     def forward(self, x: Tensor) -> Tensor:
@@ -229,12 +209,14 @@ class ReleasedCRATEMAE(nn.Module):
         norm_pix_loss: bool = False,
     ):
         super().__init__()
-        self.patch, self.side, self.norm_pix_loss = patch_size, img_size // patch_size, norm_pix_loss
-        table = torch.zeros(1, self.side**2 + 1, embed_dim)
+        self.patches, self.norm_pix_loss = _Patchify(patch_size), norm_pix_loss
+        table = torch.zeros(1, (img_size // patch_size) ** 2 + 1, embed_dim)
         self.patch_embed = _Projection(patch_size, 3, embed_dim)
         self.cls_token = nn.Parameter(torch.randn(1, 1, embed_dim) * 0.02)
         self.pos_embed = nn.Parameter(table.clone(), requires_grad=False)
-        self.blocks = nn.ModuleList(_Compress(embed_dim, num_heads) for _ in range(depth))
+        self.blocks = nn.ModuleList(
+            _Stack(embed_dim, 1, num_heads, embed_dim // num_heads, 0.1, 0.5) for _ in range(depth)
+        )
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
         self.decoder_embed = nn.Linear(embed_dim, embed_dim)
         self.mask_token = nn.Parameter(torch.randn(1, 1, embed_dim) * 0.02)
@@ -243,11 +225,6 @@ class ReleasedCRATEMAE(nn.Module):
         self.decoder_blocks = nn.ModuleList(_Expand(embed_dim, num_heads) for _ in range(n_decoders))
         self.decoder_norm = nn.LayerNorm(embed_dim, eps=1e-6)
         self.decoder_pred = nn.Linear(embed_dim, 3 * patch_size**2)
-
-    def patches(self, images: Tensor) -> Tensor:
-        """Cut [B, 3, S, S] into [B, N, p·p·3], in (row, column, channel) order."""
-        columns = F.unfold(images, self.patch, stride=self.patch)
-        return columns.unflatten(1, (3, -1)).permute(0, 3, 2, 1).flatten(2)
 
     def forward(self, images: Tensor, mask_ratio: float, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x = self.patch_embed(images)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from crate_fast.accuracy import token_scale
-from crate_fast.kernels.launch import Launch, Tile, architecture, find
+from crate_fast.kernels.launch import Launch, Tile, architecture, find, recorded
 from crate_fast.reference import subspace_attention_reference
 
 TOLERANCE = 2e-2  # relative norm of the difference from float64; bf16 rounds to 4e-3
@@ -74,23 +74,14 @@ SMALL = {"attention": Tile(32, 32, 4, 1), "whole_head": Tile(64, 32, 4, 1), "oth
 
 @dataclass(frozen=True)
 class Problem:
-    """Launches that a candidate is run on.
+    """Launches that a candidate is run on."""
 
-    Args:
-        name: Name of the shape.
-        plan: Makes a tile's launches, one after the other.
-        output: Tensor that they write; filled with NaN before.
-        found: Reads the part to compare.
-        expected: That part in float64.
-        alternative: PyTorch's own way, or None.
-    """
-
-    name: str
-    plan: Callable[[Tile], list[Launch]]
-    output: Tensor
-    found: Callable[[], Tensor]
-    expected: Tensor
-    alternative: Callable[[], object] | None = None
+    name: str  # of the shape
+    plan: Callable[[Tile], list[Launch]]  # makes a tile's launches, one after the other
+    output: Tensor  # written by them; filled with NaN before
+    found: Callable[[], Tensor]  # reads the part to compare
+    expected: Tensor  # that part in float64
+    alternative: Callable[[], object] | None = None  # PyTorch's own way
 
 
 def items() -> list[dict]:
@@ -154,23 +145,22 @@ def _attention(kernel: str, shape: tuple[int, ...], random: Callable) -> Problem
     tokens = w[ends].double().requires_grad_()
     truth = subspace_attention_reference(tokens)
     backward = kernel.endswith("backward")
-    output, lse = torch.empty_like(w), torch.empty(batch, heads, n_tokens, device=w.device)
-    out, refused = torch.empty_like(w), torch.empty(batch * heads, dtype=torch.int32, device=w.device)
+    out, output, lse = torch.empty_like(w), torch.empty_like(w), torch.empty(batch, heads, n_tokens, device=w.device)
     if backward:
         attention.plan_forward(w, out, lse, scale, None if not REHEARSED else SMALL["attention"]).run()
         (truth,) = torch.autograd.grad(truth, tokens, grad[ends].double())
 
+    run = {
+        "attention_forward": lambda tile: attention.plan_forward(w, output, lse, scale, tile).run(),
+        "attention_backward": lambda tile: attention.plan_backward(grad, w, out, lse, output, scale, tile).run(),
+        "whole_head_forward": lambda tile: whole_head.forward(w, output, lse, scale, tile),
+        "whole_head_backward": lambda tile: whole_head.backward(grad, w, out, lse, output, scale, tile),
+    }[kernel]
+
     def plan(tile: Tile) -> list[Launch]:
-        if kernel == "attention_forward":
-            return [attention.plan_forward(w, output, lse, scale, tile)]
-        if kernel == "attention_backward":
-            return [attention.plan_backward(grad, w, out, lse, output, scale, tile)]
-        if kernel == "whole_head_forward":
-            first = whole_head.plan_forward(w, output, lse, refused, scale, tile)
-            return [first, whole_head.plan_rest(None, w, output, lse, None, refused, scale, tile)]
-        delta = torch.empty_like(lse)
-        first = whole_head.plan_backward(grad, w, out, lse, output, delta, refused, scale, tile)
-        return [first, whole_head.plan_rest(grad, w, out, lse, output, refused, scale, tile)]
+        with recorded() as launches:
+            run(tile)
+        return launches
 
     return Problem("×".join(map(str, shape)), plan, output, lambda: output[ends], truth.detach())
 

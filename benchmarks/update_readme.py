@@ -12,7 +12,7 @@ import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
-from harness import RESULTS, write_results
+from harness import RESULTS, earlier_rows, write_results
 
 from gpu_report import facts_of, markdown_table, summary, times
 
@@ -20,6 +20,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = ("README.md", "docs/evaluation.md", "docs/training.md", "docs/results/gpu.md")  # which have tables
 NOT_MEASURED = "Not yet measured: no GPU run has been committed.\n"
 OURS = "ours"
+KEYS = ("problem", "pass", "peer")  # of a measured row
 
 
 def cpu_table() -> str:
@@ -139,11 +140,8 @@ def take(source: Path, results: Path = RESULTS) -> None:
     """Copy the rows of a GPU check into the results.
 
     Measured rows go to the file of their benchmark, in place of those of the same problem, pass and peer; the other
-    rows, without output, to gpu_check.json, in place of those of the same stages.
-
-    Args:
-        source: A gpu_check_….tar.gz, or a folder with some.
-        results: The folder of results.
+    rows, without output, to gpu_check.json, in place of those of the same stages. `source` is a
+    gpu_check_….tar.gz, or a folder with some.
     """
     archives = sorted(source.glob("gpu_check_*.tar.gz")) if source.is_dir() else [source]
     if not archives:
@@ -157,36 +155,23 @@ def take(source: Path, results: Path = RESULTS) -> None:
     for bench, name in names.items():
         measured = [row["row"] for row in rows if row.get("bench") == bench]
         if measured:
-            merged = _merged(results / f"{name}.json", measured)
+            found: dict[tuple, dict] = {}  # the first that has a time counts
+            for row in measured:
+                old = found.setdefault(tuple(row[key] for key in KEYS), row)
+                if old["latency_ms"] is None and row["latency_ms"] is not None:
+                    found[tuple(row[key] for key in KEYS)] = row
+            merged = earlier_rows(results / f"{name}.json", measured, KEYS) + list(found.values())
             write_results(name, merged, times(merged), results, _facts(measured[0]))
     kept = [{key: value for key, value in row.items() if key != "row"} for row in rows if "bench" not in row]
     for row in kept:
         row["reason"] = row["reason"] and str(row["reason"])[:300]
-    stages = {row["stage"] for row in kept}
-    old = [row for row in _rows(results / "gpu_check.json") if row["stage"] not in stages]
-    write_results("gpu_check", old + kept, summary(old + kept, "all"), results, _facts(facts))
+    kept = earlier_rows(results / "gpu_check.json", kept, ["stage"]) + kept
+    write_results("gpu_check", kept, summary(kept, "all"), results, _facts(facts))
 
 
 def _facts(row: dict) -> dict:
     keys = ("commit", "torch", "device", "driver", "triton", "ptxas", "matrix_tflops_per_s", "copy_gb_per_s")
     return {key: row[key] for key in keys if key in row}
-
-
-def _rows(path: Path) -> list[dict]:
-    return json.loads(path.read_text())["rows"] if path.exists() else []
-
-
-def _merged(path: Path, measured: list[dict]) -> list[dict]:
-    """Replace a file's rows by those of the same problem, pass and peer; the first that has a time counts."""
-    found: dict[tuple, dict] = {}
-    for row in measured:
-        if (old := found.get(_key(row))) is None or (old["latency_ms"] is None and row["latency_ms"] is not None):
-            found[_key(row)] = row
-    return [row for row in _rows(path) if _key(row) not in found] + list(found.values())
-
-
-def _key(row: dict) -> tuple:
-    return row["problem"], row["pass"], row["peer"]
 
 
 def maskcut_table() -> str:

@@ -1,7 +1,10 @@
 """Fixtures of all test files: one seed, the kernels' device, and GPU skips that can be forbidden."""
 
+import gc
 import os
 import re
+from argparse import Namespace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +15,8 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # `poisoned` needs 
 
 from crate_fast.settings import require_gpu
 
-LONGEST = ("test_compiler.py", "test_bench_model.py", "test_gpu_check.py", "test_faults.py")
+LONGEST = {"test_compiler.py", "test_emergence.py", "test_faults.py", "test_gpu_check.py"}
+LONGEST |= {"test_bench_model.py", "test_pretrain_mae.py", "test_transforms_of_model.py"}  # else among the last
 
 
 def pytest_configure(config):
@@ -27,6 +31,10 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(items):
     # else one process still runs them when the others are done
     items.sort(key=lambda item: item.path.name not in LONGEST)
+
+
+def pytest_collection_finish():
+    gc.freeze()  # no garbage collection looks through what all test files have imported
 
 
 def pytest_runtest_setup(item):
@@ -116,6 +124,22 @@ def tiny_run(tmp_path_factory):
     words += "--image-size 32 --segmentation-samples 8 --keep-checkpoints 9"
     assert pretrain.main([*words.split(), "--output", str(folder)]) == 0
     return folder
+
+
+@pytest.fixture(scope="session")
+def _opened_run():
+    import harness
+
+    return harness.open_run(Namespace(smoke=True, dtype="float32", rounds=1, output=None, commit=None), on_cpu=True)
+
+
+@pytest.fixture
+def run(_opened_run, tmp_path):
+    """A benchmark's smoke run in fp32 with ceilings of 1 TFLOP/s and 100 GB/s."""
+    import harness
+
+    facts = _opened_run.facts | {"matrix_tflops_per_s": 1.0, "copy_gb_per_s": 100.0}
+    return replace(_opened_run, output=tmp_path, rows=[], facts=facts, ceilings=harness.Ceilings(1.0, 100.0))
 
 
 @pytest.fixture

@@ -1,9 +1,7 @@
 """The benchmark of whole models on a CPU: smoke run, gate, peers that fail, operations, tables."""
 
 import json
-from argparse import Namespace
 from dataclasses import replace
-from pathlib import Path
 
 import harness
 
@@ -39,25 +37,6 @@ TINY = Size(32, 2, 2, 16, on_gpu=2, on_cpu=3, image=64, classes=10)  # 17 tokens
 BOTH = (TRAINING, INFERENCE)
 UNNEEDED = 2 * 2 * 2 * 17 * 32**2  # FLOPs of the released ISTA beyond the one product of the formula, TINY, an image
 CPU = torch.device("cpu")
-
-
-def _run(tmp_path: Path, dtype: str = "float32") -> harness.Run:
-    options = Namespace(smoke=True, dtype=dtype, rounds=1, output=tmp_path, commit=None)
-    run = harness.open_run(options, on_cpu=True)
-    run.ceilings = harness.Ceilings(1.0, 100.0)
-    run.facts |= {"matrix_tflops_per_s": 1.0, "copy_gb_per_s": 100.0}
-    return run
-
-
-@pytest.fixture(scope="module")
-def opened(tmp_path_factory) -> harness.Run:
-    return _run(tmp_path_factory.mktemp("results"))
-
-
-@pytest.fixture
-def run(opened, tmp_path) -> harness.Run:
-    """A smoke run in fp32 with ceilings of 1 TFLOP/s and 100 GB/s."""
-    return replace(opened, output=tmp_path, rows=[], facts=dict(opened.facts))
 
 
 def _rows(run: harness.Run) -> dict[tuple[str, str], dict]:
@@ -158,8 +137,8 @@ def test_a_wrong_autoencoder_gives_no_numbers(run, monkeypatch, capsys):
     assert "the peers disagree: output" in capsys.readouterr().err
 
 
-def test_under_autocast_the_gate_knows_rounding_from_a_broken_model(tmp_path, monkeypatch):
-    run = _run(tmp_path, "bfloat16")
+def test_under_autocast_the_gate_knows_rounding_from_a_broken_model(run, monkeypatch):
+    run.dtype = torch.bfloat16
     problem = make_problem("tiny", replace(TINY, width=64, on_cpu=8), TRAINING, run, {})
     assert problem.cast == torch.bfloat16
     problem.gate(run)
@@ -336,13 +315,13 @@ def test_results_of_other_models_are_kept_and_the_readmes_table_comes_from_them(
     part = Part("crate_gpu", {"B/16": TINY}, BOTH, bench_model.CRATE_PEERS)
     assert bench_model.measure(part, run)
     other = Part("crate_gpu", {"T/16": TINY}, (INFERENCE,), [OURS])
-    run.rows = bench_model._kept(other, run)
+    run.rows = bench_model.kept(other, run)
     assert bench_model.measure(other, run)
     rows = json.loads((tmp_path / "crate_gpu.json").read_text())["rows"]
     assert [row["model"] for row in rows] == ["B/16"] * 12 + ["T/16"]
-    assert len(bench_model._kept(part, run)) == 1
+    assert len(bench_model.kept(part, run)) == 1
     run.facts["commit"] = "another"
-    assert bench_model._kept(part, run) == []
+    assert bench_model.kept(part, run) == []
 
     run.rows = []
     assert bench_model.measure(Part("growth_gpu", {"N = 17": TINY}, BOTH, bench_model.GROWTH_PEERS), run)

@@ -22,7 +22,14 @@ from torch.nn.parallel import DistributedDataParallel
 from crate_fast import CRATE, functional, kernels, triton_ops, whitebox
 from crate_fast.backends import explain_backend
 from crate_fast.errors import UserError
-from crate_fast.functional import cached_dictionaries, fold_dictionary, ista, norm_ista, subspace_attention
+from crate_fast.functional import (
+    cached_dictionaries,
+    compress,
+    fold_dictionary,
+    ista,
+    norm_ista,
+    subspace_attention,
+)  # fmt: skip
 from crate_fast.kernels import folding as folding_kernels
 from crate_fast.kernels import ista as ista_kernels
 from crate_fast.reference import ista_reference, norm_ista_reference, subspace_attention_reference
@@ -233,28 +240,21 @@ def test_training_follows_the_torch_backend(device):
     assert curves[0][-1] < 0.8 * curves[0][0]
 
 
-def test_compiled_whole(device):
+@pytest.mark.parametrize("autocast", [False, True])
+def test_compiled_whole(autocast, device):
     model = _model(device, depth=1)
-    images = torch.randn(1, 3, 16, 16, device=device)
-    expected = model(images)
-    expected.square().sum().backward()
-    grads = [p.grad.clone() for p in model.parameters()]
-    model.zero_grad()
     compiled = torch.compile(model, fullgraph=True, backend="inductor" if device.type == "cuda" else "aot_eager")
-    out = compiled(images)
-    out.square().sum().backward()
-    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
-    for p, grad in zip(model.parameters(), grads, strict=True):
-        torch.testing.assert_close(p.grad, grad, rtol=1e-3, atol=1e-4)
-
-
-def test_compiled_with_autocast(device):
-    model = _model(device, depth=1).train()
-    compiled = torch.compile(model, fullgraph=True, backend="inductor" if device.type == "cuda" else "aot_eager")
-    with torch.autocast(device.type, dtype=torch.float16):
-        out = compiled(torch.randn(1, 3, 16, 16, device=device))
-    out.float().sum().backward()
-    assert all(p.grad.isfinite().all() for p in model.parameters())
+    images, found = torch.randn(1, 3, 16, 16, device=device), []
+    for runner in (model, compiled):
+        with torch.autocast(device.type, torch.float16, enabled=autocast):
+            out = runner(images)
+        model.zero_grad()
+        out.float().square().sum().backward()
+        found.append([out.detach(), *(p.grad.clone() for p in model.parameters())])
+    tolerance = 2e-2 if autocast else 1e-4
+    assert all(grad.dtype == torch.float32 for grad in found[1][1:])
+    for eager, whole in zip(*found, strict=True):
+        assert (whole - eager).norm() <= tolerance * eager.norm() + 1e-6
 
 
 def test_checkpointing_changes_nothing(device):
@@ -445,7 +445,9 @@ def test_fp32_runs_on_the_kernels_where_tf32_is_allowed(change):
 def test_second_derivatives_are_refused(device):
     x, weight, bias, dictionary = _ista_inputs(device)
     w = torch.randn(1, 5, 1, 16, device=device, requires_grad=True)
+    square = torch.eye(32, device=device)
     for out, tensor in (
+        (compress(x, weight, bias, square, square, weight, 2, backend="triton"), x),
         (subspace_attention(w, backend="triton"), w),
         (norm_ista(x, weight, bias, dictionary, backend="triton"), x),
         (ista(x, dictionary, backend="triton"), dictionary),
@@ -471,10 +473,10 @@ CLEAR_ERRORS = [
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a process with a GPU interprets nothing")
-@pytest.mark.parametrize(("call", "error", "message"), CLEAR_ERRORS, ids=[message for *_, message in CLEAR_ERRORS])
-def test_clear_errors(call, error, message):
-    with pytest.raises(error, match=message):
-        call()
+def test_clear_errors():
+    for call, error, message in CLEAR_ERRORS:
+        with pytest.raises(error, match=message):
+            call()
 
 
 def test_what_the_kernels_do_not_take_runs_in_pytorch_and_says_so(device):

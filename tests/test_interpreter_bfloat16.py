@@ -1,5 +1,7 @@
 """bf16 in the interpreter against PyTorch's bf16: bit for bit where one rounding is defined, else within one."""
 
+import operator
+
 import numpy as np
 import pytest
 import torch
@@ -17,22 +19,8 @@ pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="about Triton's interpreter"),
 ]
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-SPECIAL = [
-    0.0,
-    -0.0,
-    1.0,
-    -1.0,
-    torch.inf,
-    -torch.inf,
-    torch.nan,
-    3.4e38,
-    -3.4e38,
-    65504.0,
-    1e-38,
-    1e-40,
-    -9.2e-41,
-    1e-45,
-]
+SPECIAL = [sign * value for sign in (1, -1) for value in (0.0, 1.0, torch.inf, 3.4e38, 65504.0, 1e-38, 9e-41, 1e-45)]
+SPECIAL.append(torch.nan)
 
 
 @triton.jit
@@ -140,35 +128,30 @@ ELEMENTWISE = {
     "two roundings": (lambda a, b: a * b + a, lambda a, b: (a * b) + a),
     "in fp32": (lambda a, b: a.to(tl.float32) * b + a, lambda a, b: a.float() * b.float() + a.float()),
     "exp2": (lambda a, b: tl.exp2(a.to(tl.float32)).to(tl.bfloat16), lambda a, b: a.float().exp2().to(BF16)),
+    "transposed": (lambda a, b: tl.trans(tl.reshape(a, [64, 64])), lambda a, b: a.view(64, 64).t()),
+    "split": (lambda a, b: tl.split(tl.reshape(a, [2048, 2]))[1], lambda a, b: a[1::2]),
+    "joined": (lambda a, b: tl.join(a, b), lambda a, b: torch.stack((a, b), -1)),
+    "broadcast": (lambda a, b: tl.broadcast_to(a[:, None], [4096, 2]), lambda a, b: torch.stack((a, a), -1)),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ELEMENTWISE)
-def test_elementwise(name):
+def test_elementwise_and_shapes(name):
     ours, theirs = ELEMENTWISE[name]
     a, b = _values(1).to(BF16), _values(2).to(BF16).roll(1000)
     a[:2048], b[:2048] = _moderate(2048, 1), _moderate(2048, 2)
-    assert _equal(_run(ours, a, b), theirs(a, b).to(BF16))
+    expected = theirs(a, b).to(BF16).flatten()
+    assert _equal(_run(ours, a, b, size=expected.numel()), expected)
 
 
-COMPARISONS = {
-    "<": lambda a, b: a < b,
-    "<=": lambda a, b: a <= b,
-    "==": lambda a, b: a == b,
-    "!=": lambda a, b: a != b,
-}
-
-
-@pytest.mark.parametrize("name", COMPARISONS)
-def test_comparisons(name):
-    compare = COMPARISONS[name]
+@pytest.mark.parametrize("compare", [operator.lt, operator.le, operator.eq, operator.ne])
+def test_comparisons(compare):
     a, b = _values(1).to(BF16), _values(2).to(BF16)
     a[::3] = b[::3]
     expected = compare(a, b)
     assert torch.equal(_run(lambda a, b: compare(a, b).to(tl.int32), a, b, dtype=torch.int32), expected.int())
-    assert torch.equal(
-        _run(lambda a, b: compare(a, b) & (a > 0.5), a, b, dtype=torch.int8), (expected & (a > 0.5)).char()
-    )
+    both = _run(lambda a, b: compare(a, b) & (a > 0.5), a, b, dtype=torch.int8)
+    assert torch.equal(both, (expected & (a > 0.5)).char())
 
 
 def _halving_sum(values):
@@ -206,25 +189,6 @@ def test_other_reductions():
     for factor in factors[1:]:
         expected = expected * factor
     assert _run(lambda a, b: tl.reduce(a, 0, product, keep_dims=True), factors, size=1).item() == expected.item()
-
-
-SHAPES = {
-    "transposed": (lambda a, b: tl.trans(tl.reshape(a, [16, 64])), lambda a, b: a.view(16, 64).t()),
-    "split": (lambda a, b: tl.split(tl.reshape(a, [512, 2]))[1], lambda a, b: a[1::2]),
-    "joined": (lambda a, b: tl.join(a, b), lambda a, b: torch.stack((a, b), -1)),
-    "broadcast": (
-        lambda a, b: tl.broadcast_to(tl.reshape(a, [1024, 1]), [1024, 2]),
-        lambda a, b: torch.stack((a, a), -1),
-    ),
-}
-
-
-@pytest.mark.parametrize("name", SHAPES)
-def test_shapes(name):
-    ours, theirs = SHAPES[name]
-    a, b = _values(1, 1024).to(BF16), _values(2, 1024).to(BF16)
-    expected = theirs(a, b).flatten()
-    assert _equal(_run(ours, a, b, size=expected.numel()), expected)
 
 
 def test_products_add_up_in_fp32():

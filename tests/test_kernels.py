@@ -11,9 +11,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from oracle import (
-    algebra_is_right,
     all_within_twice_eager,
     gradients,
+    is_right,
     mutant,
     spread_tokens,
     token_scale,
@@ -53,12 +53,6 @@ def _attention(
     return [out, module.backward(grad, w, out, lse, scale, tile or lookup("attention_backward", *size))]
 
 
-def _judge(actual, eager, truth, names: str) -> bool:
-    if actual[0].dtype == torch.float32:
-        return algebra_is_right(actual, eager, truth)
-    return all_within_twice_eager(actual, eager, truth, names)
-
-
 def _attention_is_right(w: Tensor, grad: Tensor, scale: float | None = None, **options) -> bool:
     def reference(tokens: Tensor) -> Tensor:
         return subspace_attention_reference(tokens, scale)
@@ -66,7 +60,7 @@ def _attention_is_right(w: Tensor, grad: Tensor, scale: float | None = None, **o
     actual = _attention(w, grad, scale=scale, **options)
     eager = gradients(reference, [w], grad)
     truth = gradients(reference, _double([w]), grad.double())
-    return _judge(actual, eager, truth, "O dW")
+    return is_right(actual, eager, truth, "O dW")
 
 
 # --- subspace attention ------------------------------------------------------------------------------------------
@@ -327,7 +321,7 @@ def _ista_is_right(inputs, threshold: str = "relu", with_norm: bool = False, **o
     actual = _ista([*inputs[:-1], grad], threshold, with_norm, **options)
     eager = gradients(reference, tensors, grad)
     truth = gradients(reference, _double(tensors), grad.double())
-    return _judge(actual, eager, truth, "y dx dD dγ dβ" if with_norm else "y dx dD")
+    return is_right(actual, eager, truth, "y dx dD dγ dβ" if with_norm else "y dx dD")
 
 
 @pytest.mark.parametrize("with_norm", [False, True], ids=["plain", "norm"])

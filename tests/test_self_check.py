@@ -18,6 +18,7 @@ from crate_fast.kernels.layer_norm import Norm
 from crate_fast.self_check import alike, checked
 
 KERNELS = list(self_check._CHECKS)
+NORMED = {"layer_norm.backward", "ista.forward", "ista.masked_gradient", "product.product"}  # with and without a norm
 
 
 def _function(name: str):
@@ -192,7 +193,7 @@ def test_a_right_kernel_is_checked_once(name, launches, device):
 def test_right_kernels_stay_clear_of_the_limit(rows, width, dtype, product, device):
     dtype, product = getattr(torch, dtype), getattr(torch, product)
     for name in KERNELS:
-        for norm in (True, False):
+        for norm in (True, False) if name in NORMED else (True,):
             arguments = _arguments(name, device, dtype, rows, width, product, norm)
             shares = _shares(name, device, arguments)
             assert max(shares.values()) <= 0.8, (name, norm, shares)

@@ -6,14 +6,7 @@ algebra: what is wrong by a term is wrong by far more than 1e-4.
 
 import pytest
 import torch
-from oracle import (
-    algebra_is_right,
-    all_within_twice_eager,
-    gradients,
-    mutant,
-    spread_tokens,
-    tokens_and_gradient,
-)
+from oracle import gradients, is_right, mutant, spread_tokens, tokens_and_gradient
 
 from crate_fast.kernels import attention, whole_head
 from crate_fast.kernels.launch import Tile
@@ -37,26 +30,18 @@ def _attention(w, grad, module=whole_head, scale=None):
     return [out, dw]
 
 
-def _is_right(w, grad, **options) -> bool:
-    scale = options.get("scale")
-
+def _is_right(w, grad, module=whole_head, scale=None) -> bool:
     def reference(tokens):
         return subspace_attention_reference(tokens, scale)
 
     truth = gradients(reference, [w.double()], grad.double())
-    return all_within_twice_eager(_attention(w, grad, **options), gradients(reference, [w], grad), truth, "O dW")
-
-
-def _algebra_is_right(w, grad, module=whole_head) -> bool:
-    truth = gradients(subspace_attention_reference, [w.double()], grad.double())
-    eager = gradients(subspace_attention_reference, [w], grad)
-    return algebra_is_right(_attention(w, grad, module), eager, truth)
+    return is_right(_attention(w, grad, module, scale), gradients(reference, [w], grad), truth, "O dW")
 
 
 @pytest.mark.parametrize(("n_tokens", "head_dim"), LENGTHS)
 def test_whole_heads(n_tokens, head_dim, device, poisoned):
     assert _is_right(*tokens_and_gradient((1, n_tokens, 2, head_dim), torch.float16, device))
-    assert _algebra_is_right(*tokens_and_gradient((1, n_tokens, 1, head_dim), torch.float32, device))
+    assert _is_right(*tokens_and_gradient((1, n_tokens, 1, head_dim), torch.float32, device))
 
 
 @pytest.mark.parametrize("factor", [0.3, 1.5, 2.0, 3.0])
@@ -121,7 +106,7 @@ def test_the_spread_decides(spread, dtype, heads, device, poisoned):
     w, grad = spread_tokens((1, 197, 2, 64), spread, dtype, device)
     w = w * 0.8 if spread == 3.0 else w
     assert _refused(w, grad) == heads
-    assert _is_right(w, grad) if dtype == torch.float16 else _algebra_is_right(w, grad)
+    assert _is_right(w, grad)
 
 
 def test_one_head_of_several_is_refused(device, poisoned):
@@ -225,7 +210,7 @@ MUTANTS = {
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutants_fail(name, device, tmp_path, poisoned):
     w, grad = tokens_and_gradient((1, 197, 1, 64), torch.float32, device)
-    assert not _algebra_is_right(w, grad, mutant(whole_head, MUTANTS[name], tmp_path))
+    assert not _is_right(w, grad, mutant(whole_head, MUTANTS[name], tmp_path))
 
 
 PIECES_MUTANTS = {
@@ -241,7 +226,7 @@ PIECES_MUTANTS = {
 @pytest.mark.parametrize("name", PIECES_MUTANTS)
 def test_mutants_of_a_long_rest_fail(name, device, tmp_path, poisoned):
     w, grad = tokens_and_gradient((1, 226, 1, 64), torch.float32, device)
-    assert not _algebra_is_right(w, grad, mutant(whole_head, PIECES_MUTANTS[name], tmp_path))
+    assert not _is_right(w, grad, mutant(whole_head, PIECES_MUTANTS[name], tmp_path))
 
 
 def test_a_refusal_that_is_ignored_fails(device, tmp_path, poisoned):
@@ -249,4 +234,4 @@ def test_a_refusal_that_is_ignored_fails(device, tmp_path, poisoned):
         whole_head, ("fits = largest - smallest <= LARGEST_SPREAD", "fits = largest >= smallest"), tmp_path
     )
     w, grad = spread_tokens((1, 197, 1, 64), 300.0, torch.float32, device)
-    assert not _algebra_is_right(w, grad, ignoring)
+    assert not _is_right(w, grad, ignoring)
