@@ -78,7 +78,7 @@ def _sizes(kernel: str, precision: str, architecture: str) -> list[tuple[str, in
         rows = [f"{n}×{width}" for width in widths for n in WHOLE_HEAD_TOKENS[width]]
         return [(row + part, 64) for row in rows for part in ("", " rest")]
     widths = (NARROW, WIDTH) if padded else (WIDTH,)
-    variants = {"ista_forward": ("", " norm"), "output_map": (" mixed norm",)}
+    variants = {"ista_forward": ("", " code", " masked", " norm"), "output_map": (" mixed norm",)}
     if precision == "half":  # under autocast the gradient is fp32
         variants["ista_backward_input"] = ("", " mixed")
     return [(f"{width}{variant}", 0) for width in widths for variant in variants.get(kernel, ("",))]
@@ -103,7 +103,7 @@ def plan(case: Case):
         a, weight = meta(rows, width, dtype=low), meta(width, width, dtype=low)
         square, channel = meta(width, width), meta(width)
         x = meta(rows, width, dtype=torch.float32 if "mixed" in words else low)  # as autocast has it
-        number = meta(rows)
+        number, codes, encode = meta(rows), meta(rows, 4 * width, dtype=low), meta(4 * width, width, dtype=low)
         norm = layer_norm.Norm(number, number, channel, channel) if "norm" in words else None
     calls = {
         "attention_forward": lambda: attention.forward(w, 0.125, tile),
@@ -111,6 +111,8 @@ def plan(case: Case):
         "whole_head_forward": lambda: whole_head.forward(w, w, lse, 0.125, tile),
         "whole_head_backward": lambda: whole_head.backward(w, w, w, lse, w, 0.125, tile),
         "ista_forward": lambda: ista.forward(x, a, weight, 0.01, False, norm, True, tile),
+        "ista_forward code": lambda: product.product(a, encode, codes, tile, finish="relu", shift=0.01, alpha=0.1),
+        "ista_forward masked": lambda: product.product(a, encode, codes, tile, alpha=-1.0, mask=codes),
         "ista_backward_input": lambda: ista.backward_input(x, a, weight, tile),
         "output_map": lambda: product.product(a, weight, x, tile, bias=channel, norm=norm),
         "weight_gradient": lambda: product.weight_gradient(a, a, tile),
@@ -123,7 +125,7 @@ def plan(case: Case):
         "unscale": lambda: folding.unscale(weight, channel, square, channel, channel),
     }
     with recorded() as launches:
-        calls[case.kernel]()
+        calls.get(f"{case.kernel} {' '.join(words)}", calls[case.kernel])()
     return launches[0 if case.kernel.startswith("whole_head") and "rest" not in words else -1]
 
 

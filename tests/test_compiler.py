@@ -64,7 +64,8 @@ def _tested_cases() -> list[compile_report.Case]:
     for case in cases:  # in ascending order, a kernel's plainest variant first
         hopper, (size, *words) = case.architecture == "sm_90" and case.precision == "half", case.size.split()
         if case not in smaller and (hopper or case.kernel not in compile_report.ROWWISE):
-            largest[replace(case, size="rest" if "rest" in words else size if hopper else "")] = case
+            part = next((word for word in words if word in ("rest", "masked") and hopper), size if hopper else "")
+            largest[replace(case, size="rest" if "rest" in words else part)] = case
     return list(largest.values())
 
 
