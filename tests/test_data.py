@@ -86,11 +86,11 @@ def test_flips_depend_on_the_samples_name_and_are_left_to_the_device(folder):
         data = build_splits(config)
         plain = build_splits(dataclasses.replace(config, hflip=0.0))
         keys = [(epoch, index, 0) for epoch in range(8) for index in range(12)]
-        batch, still = (splits.train.batch(keys, replace=True) for splits in (data, plain))
+        batch, still = (splits.train.batch(keys) for splits in (data, plain))
         assert torch.equal(batch.images, still.images)
         assert not still.flips.any()
         assert 30 < batch.flips.sum() < 66  # of 96
-        backwards = data.train.batch(keys[::-1], replace=True)
+        backwards = data.train.batch(keys[::-1])
         assert torch.equal(backwards.flips.flip(0), batch.flips)
         assert torch.equal(data.train[keys[5]][0], batch.images[5])
 

@@ -123,7 +123,7 @@ def test_training_replaces_the_corrupt_alike_for_any_number_of_processes_and_wor
 def test_replacements_differ_and_bring_their_own_labels(tmp_path):
     data = build_splits(dataclasses.replace(_write(tmp_path, "folder"), crop="none"))
     plain = {data.train[0, i][0].numpy().tobytes(): data.train[0, i][1] for i in range(12) if i not in CORRUPT}
-    batch = data.train.batch([(epoch, 1, copy) for epoch in range(6) for copy in range(2)], replace=True)
+    batch = data.train.batch([(epoch, 1, copy) for epoch in range(6) for copy in range(2)])
     labels = [plain[image.numpy().tobytes()] for image in batch.images]
     assert labels == batch.labels.tolist()
     assert set(labels) == {0, 1}
@@ -147,7 +147,7 @@ def test_an_error_in_a_transform_is_no_corrupt_image(tmp_path, monkeypatch):
 
     monkeypatch.setattr(data.train, "transform", failing)
     with pytest.raises(ValueError, match="a mistake of ours"):
-        data.train.batch([(0, 0, 0)], replace=True)
+        data.train.batch([(0, 0, 0)])
 
 
 def test_probes_see_plain_images(tmp_path):
