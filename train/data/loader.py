@@ -30,9 +30,9 @@ from crate_fast.train.data.shards import ShardSource, TarSource, find_shards
 from crate_fast.train.data.sources import (
     TORCHVISION,
     FolderSource,
+    HubSource,
     Source,
     common_classes,
-    open_hub,
     open_torchvision,
 )
 from crate_fast.train.data.transforms import drawing_from, eval_transform, pixels, train_transform
@@ -160,7 +160,7 @@ def open_source(config: TrainConfig, train: bool) -> Source:
     option = "--train-split" if train else "--val-split"
     root = Path(config.data_dir)
     if config.dataset == "hf":
-        return open_hub(config.data_dir, split, option, config.download)
+        return HubSource(config.data_dir, split, option, config.download)
     if config.dataset == "shards":
         return ShardSource(find_shards(root, split, option, other), root)
     place = root / f"{split}.tar" if config.dataset == "tar" else root / split

@@ -27,7 +27,7 @@ import numpy as np
 
 from crate_fast.errors import UserError
 from crate_fast.train.data.image_files import EXTENSIONS, ImageTree, is_hidden, is_image, looks_like_image
-from crate_fast.train.data.sources import MOST_CLASSES, ImageFileSource
+from crate_fast.train.data.sources import MOST_CLASSES, Source
 
 _VERSION = 3  # of a cached index; EXTENSIONS that change need another
 _OPEN_ARCHIVES = 128  # per process, well below the usual limit of 1,024 files
@@ -137,7 +137,7 @@ def _about_links(links: list[str]) -> list[str]:
 # --- their images
 
 
-class ArchiveSource(ImageFileSource):
+class ArchiveSource(Source):
     """The images of tar archives in one folder, through an index cached in the hidden file `cache_name` there.
 
     A cached index is replaced when an archive's name, size or modification time differs. Where the folder is
