@@ -9,12 +9,12 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, schedule
 from torch.utils.tensorboard import SummaryWriter
 
 from crate_fast.errors import UserError
 from crate_fast.train.checkpoint import write_text, writing
+from crate_fast.train.config import TrainConfig
 from crate_fast.train.distributed import Processes
 
 _BEFORE_PROFILE = 10  # steps: compilation, caches and clocks settle
@@ -50,23 +50,24 @@ class Loggers:
         folder: The run's.
         history: Entries up to here: metrics.jsonl is rewritten to hold them and no others.
         step: Optimiser steps done; later points of an interrupted session are dropped from TensorBoard.
-        project: Weights & Biases project; none when empty.
-        config: Settings of the run, for Weights & Biases.
+        config: Settings of the run; `wandb` names a Weights & Biases project, or none.
     """
 
-    def __init__(self, folder: Path, history: list[dict], step: int, project: str, config: dict):
-        self.folder = folder
+    def __init__(self, folder: Path, history: list[dict], step: int, config: TrainConfig):
+        self.folder, self.history = folder, history
         with writing(folder):
             write_text(folder / "metrics.jsonl", "".join(json.dumps(entry) + "\n" for entry in history))
             self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
-        self.online = _wandb_run(folder, project, config) if project else None
+        self.online = _wandb_run(folder, config) if config.wandb else None
 
     def add(self, entry: dict) -> None:
-        """Append an entry of the history: "step" and numbers."""
+        """Write the newest entry of the history, "step" and numbers, everywhere."""
         with writing(self.folder):
             with (self.folder / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps(entry) + "\n")
             self.add_scalars(entry["step"], {name: value for name, value in entry.items() if name != "step"})
+            if "val_loss" in entry:
+                write_text(self.folder / "summary.csv", _summary(self.history))
 
     def add_scalars(self, step: int, values: dict[str, float]) -> None:
         """Add numbers to the curves alone."""
@@ -74,25 +75,6 @@ class Loggers:
             self.board.add_scalar(name, value, step)
         if self.online is not None:
             self.online.log(values, step=step)
-
-    def add_image(self, step: int, name: str, image: Tensor) -> None:
-        """Add a picture to TensorBoard, uint8 [height, width, 3]."""
-        self.board.add_image(name, image, step, dataformats="HWC")
-
-    def write_summary_csv(self, history: list[dict]) -> None:
-        """Write summary.csv: a line for each evaluation, with the last training measurements before it."""
-        rows, training = [], {}
-        for entry in history:
-            training |= entry
-            if "val_loss" in entry:
-                rows.append(dict(training))
-        columns = list(dict.fromkeys(name for row in rows for name in row))
-        text = io.StringIO()
-        table = csv.DictWriter(text, columns)
-        table.writeheader()
-        table.writerows(rows)
-        with writing(self.folder):
-            write_text(self.folder / "summary.csv", text.getvalue())
 
     def close(self) -> None:
         """Flush and close."""
@@ -102,19 +84,32 @@ class Loggers:
             self.online.finish()
 
 
-def _wandb_run(folder: Path, project: str, config: dict):
+def _summary(history: list[dict]) -> str:
+    """Return a table of the evaluations, each with the last training measurements before it."""
+    rows, training = [], {}
+    for entry in history:
+        training |= entry
+        if "val_loss" in entry:
+            rows.append(dict(training))
+    text = io.StringIO()
+    table = csv.DictWriter(text, dict.fromkeys(name for row in rows for name in row))
+    table.writeheader()
+    table.writerows(rows)
+    return text.getvalue()
+
+
+def _wandb_run(folder: Path, config: TrainConfig):
     try:
         import wandb
     except ModuleNotFoundError as error:
         raise UserError(
-            f"wandb={project!r} needs Weights & Biases: pip install wandb, or leave --wandb out"
+            f"wandb={config.wandb!r} needs Weights & Biases: pip install wandb, or leave --wandb out"
         ) from error
     note = folder / "wandb_id"  # a resumed run goes on with its page
     if not note.is_file():
         write_text(note, secrets.token_hex(8))
-    return wandb.init(
-        project=project, name=folder.name, id=note.read_text(), resume="allow", dir=str(folder), config=config
-    )
+    where = {"project": config.wandb, "name": folder.name, "id": note.read_text(), "dir": str(folder)}
+    return wandb.init(**where, resume="allow", config=vars(config))
 
 
 def profiler(folder: Path, steps: int, left: int, processes: Processes):

@@ -151,7 +151,7 @@ class RunFolder:
                 if self.best["step"] is not None:  # it may have been killed between the checkpoint and this note
                     checkpoint.record_best(self.checkpoints, self.best)
                 checkpoint.write_text(self.folder / "config.yaml", dump_config(self.config))
-            self.loggers = Loggers(self.folder, self.history, trainer.step, self.config.wandb, vars(self.config))
+            self.loggers = Loggers(self.folder, self.history, trainer.step, self.config)
         self.processes.wait()
 
     def _check_same_run(self, manifest: dict) -> None:
@@ -183,8 +183,6 @@ class RunFolder:
         self.history.append(entry)
         if self.loggers is not None:
             self.loggers.add(entry)
-            if "val_loss" in values:
-                self.loggers.write_summary_csv(self.history)
 
     def save(self, trainer: Trainer, score: float | None = None) -> None:
         """Write a checkpoint, and delete older ones. One with the largest score so far becomes the best.

@@ -427,7 +427,7 @@ class Trainer:
             shown = images[:SHOWN_IMAGES]
             noise = image_noise(model, [(self.config.seed, number) for number in range(len(shown))])
             rows = reconstructions(model, shown, self.normalize, [self.config.mask_ratio], noise)
-            self.run.loggers.add_image(self.step, "reconstruction", tiled(rows))
+            self.run.loggers.board.add_image("reconstruction", tiled(rows), self.step, dataformats="HWC")
 
     def save(self, score: float | None = None) -> None:
         """Write a checkpoint; with a score it may become the best."""
