@@ -328,8 +328,8 @@ def test_written_shards_hold_the_readable_images_made_smaller(folder, capsys):
 
 def test_a_writing_process_gets_its_job_by_pickle(folder, tmp_path):
     source = build_splits(config_of("data", val_split="val")).train.images
-    job = pickle.loads(pickle.dumps(write_shards._Job(source, "train", tmp_path, 24, 95, 8)))
-    write_shards._begin(job)
+    options = SimpleNamespace(output=tmp_path, shorter_side=24, quality=95, per_shard=8)
+    write_shards._begin(*pickle.loads(pickle.dumps((source, "train", options))))
     assert len(write_shards._write_shard(0)) == 1
     assert len(_open(tmp_path / "train-00000.tar")) == 7
 
