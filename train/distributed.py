@@ -254,13 +254,10 @@ def load_full_state(
     state: dict[str, object] | None = None,
 ) -> None:
     """Load what `full_state` returned, strictly, into any number of processes: a collective call."""
-    options = StateDictOptions(full_state_dict=True, strict=True)
-    if is_sharded(model):  # each process has read the file, and takes its shard
-        set_model_state_dict(model, weights, options=options)
-    else:
-        model.load_state_dict(weights, strict=True)
+    options = StateDictOptions(full_state_dict=True, strict=True)  # each process reads the file and takes its shard
+    set_model_state_dict(model, weights, options=options)
     if optimizer is not None:
-        set_optimizer_state_dict(model, optimizer, state, options=StateDictOptions(full_state_dict=True))
+        set_optimizer_state_dict(model, optimizer, state, options=options)
 
 
 def unsharded(model: nn.Module, build: Callable[[], nn.Module], processes: Processes) -> nn.Module | None:

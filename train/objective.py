@@ -25,11 +25,11 @@ _BATCH_KEY = 2**40  # apart from the numbers of samples, which are augmented by 
 class Objective:
     """Loss and scores of a model; `objective_for` chooses one. `dtype` is autocast's, None for plain fp32.
 
-    * `inputs(images, labels, step, part)` draws what is random in a micro-batch; returns what `training` takes, on the
-      device. `images` are normalised, [B, 3, S, S]; `labels` [B]; `part` numbers this process's micro-batches.
+    * `inputs(images, labels, step, part)` draws what is random in a micro-batch; returns what `training` takes, on
+      the device. `images` are normalised, [B, 3, S, S]; `labels` [B]; `part` numbers this process's micro-batches.
     * `training(runner, *inputs)` returns a micro-batch's `measures`, [n]; the first, the loss, has a gradient.
-    * `evaluation(model, images, batch)` returns the `scores` summed over a batch, fp64 [n]; the first chooses the best
-      checkpoint.
+    * `evaluation(model, images, batch)` returns the `scores` summed over a batch, fp64 [n]; the first chooses the
+      best checkpoint.
     * `outputs(model, images)` returns all outputs of the model for any images.
     """
 

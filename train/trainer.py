@@ -34,16 +34,8 @@ from crate_fast.train import checkpoint, distributed
 from crate_fast.train.command_line import build_config
 from crate_fast.train.config import TrainConfig
 from crate_fast.train.cuda_graphs import GraphedCall
-from crate_fast.train.data import (
-    Batch,
-    DataSplits,
-    Normalize,
-    build_splits,
-    eval_loader,
-    mirrored,
-    readable,
-    train_loader,
-)
+from crate_fast.train.data.loader import Batch, DataSplits, build_splits, eval_loader, readable, train_loader
+from crate_fast.train.data.transforms import Normalize, mirrored
 from crate_fast.train.data.unreadable import UnreadableTally
 from crate_fast.train.distributed import Processes, process_group
 from crate_fast.train.faults import Interruption, NonFinite, diagnosis
@@ -87,7 +79,11 @@ def launch(config: TrainConfig, options: argparse.Namespace) -> int:
         name = f"runs/{Path(options.recipe).stem}-{datetime.now():%Y%m%d-%H%M%S}"
         folder = Path(options.output or processes.agree(name))
         distributed.check_settings(config, processes)  # before the data, whose files may take minutes to list
-        data = _open_data(config, processes)
+        if config.download and processes.local_rank != 0:
+            processes.wait()
+        data = build_splits(config)
+        if config.download and processes.local_rank == 0:
+            processes.wait()
         if options.dry_run:
             dry_run(config, folder, data, processes)
             return 0
@@ -102,15 +98,6 @@ def launch(config: TrainConfig, options: argparse.Namespace) -> int:
                 )
         processes.wait()
     return 0
-
-
-def _open_data(config: TrainConfig, processes: Processes) -> DataSplits:
-    if config.download and processes.local_rank != 0:
-        processes.wait()
-    data = build_splits(config)
-    if config.download and processes.local_rank == 0:
-        processes.wait()
-    return data
 
 
 # --- the loop
@@ -202,7 +189,17 @@ class Trainer:
         loader = train_loader(config, self.data.train, first_step=self.step, **self.shares)
         batches = iter(loader if left else ())  # before the steps: it draws from the generator that they seed
         profile = profiler(self.run.folder / "profile", config.profile, left, self.processes)
-        with self._progress_bar() as bar, profile:
+        size = config.batch_size
+        bar = tqdm(
+            total=self.total_steps * size,
+            initial=self.step * size,
+            unit="img",
+            unit_scale=True,
+            disable=not self.processes.first,
+            mininterval=0.2 if sys.stderr.isatty() else 10,
+            desc="training",
+        )
+        with bar, profile:
             while True:
                 # evaluate at an epoch's end; a resumed run may owe an evaluation
                 if self.evaluation_due() and not self.run.evaluated(self.step) and not self.evaluate():
@@ -214,7 +211,7 @@ class Trainer:
                 began = time.perf_counter()
                 result = self.train_step(batches)
                 self.interval.add(result.measures, result.taken, time.perf_counter() - began)
-                bar.update(config.batch_size)
+                bar.update(size)
                 if config.profile:
                     profile.step()
 
@@ -415,11 +412,10 @@ class Trainer:
         model = distributed.unsharded(self.model, self._build, self.processes)
         if not isinstance(model, CRATE | CRATEMAE):
             return
-        samples = readable(self.data.val, range(min(WHITEBOX_IMAGES, len(self.data.val))))
-        if not samples:
+        images = [image for image, *_ in readable(self.data.val, range(min(WHITEBOX_IMAGES, len(self.data.val))))]
+        if not images:
             return
-        images = torch.stack([sample[0] for sample in samples])
-        encoder = model.encoder() if isinstance(model, CRATEMAE) else model
+        images, encoder = torch.stack(images), model.encoder() if isinstance(model, CRATEMAE) else model
         for name, rows in layer_statistics(encoder, self.prepare_images(images)).items():
             means = {f"{name}/layer_{layer:02d}": mean for layer, (mean, _) in enumerate(rows.tolist())}
             self.run.loggers.add_scalars(self.step, means)
@@ -473,18 +469,6 @@ class Trainer:
 
     def _models(self) -> list[nn.Module]:
         return [self.model, *([] if self.ema is None else [self.ema.module])]
-
-    def _progress_bar(self) -> tqdm:
-        size = self.config.batch_size
-        return tqdm(
-            total=self.total_steps * size,
-            initial=self.step * size,
-            unit="img",
-            unit_scale=True,
-            disable=not self.processes.first,
-            mininterval=0.2 if sys.stderr.isatty() else 10,
-            desc="training",
-        )
 
     def finish(self, seconds: float) -> None:
         """Score, draw and print the summary of a finished run; `seconds` are this session's."""
