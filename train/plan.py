@@ -12,8 +12,7 @@ import json
 import math
 import sys
 import textwrap
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -203,20 +202,6 @@ class _FlashAttention(TorchFunctionMode):
         return flash(*args, dropout, causal, scale=options.get("scale"))[0]
 
 
-@contextmanager
-def _autocast(device: str, dtype: torch.dtype | None) -> Iterator[None]:
-    """Do as `torch.autocast`, which would do nothing on a machine without the device."""
-    before = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
-    torch.set_autocast_enabled(device, dtype is not None)
-    torch.set_autocast_dtype(device, dtype or before[1])
-    try:
-        yield
-    finally:
-        torch.set_autocast_enabled(device, before[0])
-        torch.set_autocast_dtype(device, before[1])
-        torch.clear_autocast_cache()
-
-
 def _saved_bytes(model, config: TrainConfig, batch: int, num_classes: int, device: str, dtype) -> int:
     saved: dict[int, torch.UntypedStorage] = {}  # the storages themselves: a freed one's address may come back
 
@@ -229,13 +214,15 @@ def _saved_bytes(model, config: TrainConfig, batch: int, num_classes: int, devic
         return torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
 
     autoencoder, attention = isinstance(model, CRATEMAE), _FlashAttention() if device == "cuda" else nullcontext()
+    autocast = torch.autocast("cpu", dtype, enabled=dtype is not None)
+    autocast.device = device  # which need not be there: PyTorch would turn autocast off
     with FakeTensorMode(allow_non_fake_inputs=True), assuming_gpu():
         state = {name: nn.Parameter(fake(p), p.requires_grad) for name, p in model.named_parameters()}
         state |= {name: fake(b) for name, b in model.named_buffers()}
         own = {tensor.untyped_storage()._cdata for tensor in state.values()}
         images = torch.empty(batch, 3, config.image_size, config.image_size, device=device)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), attention:
-            with _autocast(device, dtype):
+            with autocast:
                 inputs = (images, config.mask_ratio) if autoencoder else (images,)
                 output = torch.func.functional_call(model, state, inputs)
             if not autoencoder:  # whose output has the loss in it

@@ -59,7 +59,7 @@ def write_report(trainer: Trainer, model: nn.Module, seconds: float, images_per_
         "parameters": sum(p.numel() for p in model.parameters()),
         "steps": trainer.step,
         "skipped_steps": trainer.nonfinite.total,
-        "unreadable_images": len(run.extra["unreadable"]),
+        "unreadable_images": len(trainer.tally.met),
         "seconds_this_session": round(seconds, 1),
     }
     if images_per_s is not None:

@@ -106,7 +106,6 @@ class RunFolder:
         self.checkpoints = folder / "checkpoints"
         self.history: list[dict] = []
         self.best: dict = {"step": None, "score": None}
-        self.extra: dict = {}
         self.loggers: Loggers | None = None
         self.saved: int | None = None  # the step of the last checkpoint
         self.lock = RunLock(folder)
@@ -142,8 +141,7 @@ class RunFolder:
         if step is not None:
             saved = checkpoint.load(self.checkpoints, step)
             self._check_same_run(saved.manifest)
-            trainer.restore(saved.weights, saved.ema, saved.training["trainer"])
-            self.extra = saved.training["extra"]
+            trainer.restore(*saved[:3])
             self.history, self.best, self.saved = saved.manifest["history"], saved.manifest["best"], step
         if self.processes.first:
             self.lock.sign()
@@ -189,20 +187,20 @@ class RunFolder:
 
         A collective call: when the first process cannot write, all raise, and earlier checkpoints are untouched.
         """
-        weights, ema, rest = trainer.state()
+        state = trainer.state()
         better = score is not None and (self.best["score"] is None or score > self.best["score"])
         best = {"step": trainer.step, "score": score} if better else self.best
         problem: Exception | None = None
         if self.processes.first:
             try:
-                self._write(trainer, weights, ema, rest, best)
+                self._write(trainer, *state, best)
             except (OSError, UserError) as error:
                 problem = error
         if self.processes.agree(str(problem or "")):
             raise problem or checkpoint.DiskError("the first process could not write a checkpoint; it says why")
         self.best, self.saved = best, trainer.step
 
-    def _write(self, trainer: Trainer, weights: dict, ema: dict | None, rest: dict, best: dict) -> None:
+    def _write(self, trainer: Trainer, weights: dict, ema: dict | None, training: dict, best: dict) -> None:
         bad = poisoned(weights) + poisoned(ema or {})
         if bad:
             raise NonFiniteError(
@@ -211,7 +209,6 @@ class RunFolder:
             )
         facts = {"epoch": trainer.step / trainer.steps_per_epoch, "config": vars(self.config)}
         facts |= {"data": self.data_facts, "history": self.history, "best": best} | provenance()
-        training = {"trainer": rest, "extra": self.extra}
         checkpoint.save(self.checkpoints, trainer.step, weights, training, facts, ema)
         with writing(self.checkpoints):
             if best["step"] == trainer.step:

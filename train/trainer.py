@@ -165,15 +165,10 @@ class Trainer:
     def begin(self, resume: bool, restarted: bool = False) -> None:
         """Start afresh, or continue from the newest checkpoint (see `RunFolder.begin`); print which."""
         self.run.begin(self, resume, restarted)
-        if self.run.extra:
-            self.tally.met = dict(self.run.extra["unreadable"])
-            self.val_tally.met = dict(self.run.extra["val_unreadable"])
-            self.interval = Interval(**self.run.extra["interval"])
-            note = self.run.folder / "unreadable.txt"
-            if self.processes.first and note.exists():  # the interrupted session may have met more than it saved
-                lines = [*self.tally.met, *self.val_tally.met]
-                with checkpoint.writing(self.run.folder):
-                    checkpoint.write_text(note, "".join(f"{line}\n" for line in lines))
+        note = self.run.folder / "unreadable.txt"
+        if self.processes.first and note.exists():  # the interrupted session may have met more than it saved
+            with checkpoint.writing(self.run.folder):
+                checkpoint.write_text(note, "".join(f"{line}\n" for line in (*self.tally.met, *self.val_tally.met)))
         if self.processes.first:
             how = f" ({self.config.parallel})" if self.processes.world_size > 1 else ""
             where = f"from step {self.step}" if self.step else f"from {self.started_from}"
@@ -428,8 +423,6 @@ class Trainer:
     def save(self, score: float | None = None) -> None:
         """Write a checkpoint; with a score it may become the best."""
         self._count_unreadable()
-        self.run.extra = {"unreadable": dict(self.tally.met), "val_unreadable": dict(self.val_tally.met)}
-        self.run.extra["interval"] = self.interval.state()
         self.run.save(self, score)
 
     def _count_unreadable(self) -> None:
@@ -449,10 +442,13 @@ class Trainer:
         weights, optimizer = distributed.full_state(self.model, self.optimizer)
         ema = None if self.ema is None else distributed.full_state(self.ema.module)[0]
         rest = {"step": self.step, "optimizer": optimizer, "scaler": self.scaler.state_dict()}
-        return weights, ema, rest | {"nonfinite": self.nonfinite.state()}
+        extra = {"unreadable": dict(self.tally.met), "val_unreadable": dict(self.val_tally.met)}
+        extra |= {"interval": self.interval.state()}
+        return weights, ema, {"trainer": rest | {"nonfinite": self.nonfinite.state()}, "extra": extra}
 
-    def restore(self, weights: dict[str, Tensor], ema: dict[str, Tensor] | None, rest: dict) -> None:
+    def restore(self, weights: dict[str, Tensor], ema: dict[str, Tensor] | None, training: dict) -> None:
         """Continue exactly where `state` was taken, by any number of processes: a collective call."""
+        rest, extra = training["trainer"], training["extra"]
         distributed.load_full_state(self.model, weights, self.optimizer, rest["optimizer"])
         if self.ema is not None:
             distributed.load_full_state(self.ema.module, ema)
@@ -460,6 +456,8 @@ class Trainer:
             self.scaler.load_state_dict(rest["scaler"])
         self.nonfinite = dataclasses.replace(self.nonfinite, **rest["nonfinite"])
         self.step = rest["step"]
+        self.tally.met, self.val_tally.met = dict(extra["unreadable"]), dict(extra["val_unreadable"])
+        self.interval = Interval(**extra["interval"])
         self._graph_backward()  # loading an optimiser's state drops the gradients that a graph adds to
 
     # --- the rest
@@ -506,7 +504,7 @@ def dry_run(config: TrainConfig, output: Path, data: DataSplits, processes: Proc
                 raise checkpoint.CheckpointError(
                     "the weights read back are not those saved: see to the disk of --output"
                 )
-            trainer.restore(saved.weights, saved.ema, saved.training["trainer"])
+            trainer.restore(*saved[:3])
             files = checkpoint.folder_of(trainer.run.checkpoints, trainer.step).iterdir()
             size = sum(path.stat().st_size for path in files)
         processes.wait()
