@@ -7,8 +7,7 @@ import yaml
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from crate_fast.train import pretrain
-from crate_fast.train.command_line import build_config, dump_config, field_help, load_recipe, recipe_names
-from crate_fast.train.config import TrainConfig
+from crate_fast.train.config import TrainConfig, build_config, dump_config, field_help, load_recipe, recipe_names
 
 
 def _config(*argv: str):

@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from crate_fast import CRATEMAE, cli
 from crate_fast.kernels import assuming_gpu, unavailable_reason
 from crate_fast.train import plan
-from crate_fast.train.command_line import recipe_names
-from crate_fast.train.config import TrainConfig
+from crate_fast.train.config import TrainConfig, recipe_names
 from crate_fast.train.plan import Flops, activation_bytes, count_flops, meta_model, optimizer_bytes
 from crate_fast.train.runs import build_model, patch_size_of
 

@@ -28,8 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from crate_fast import CRATE, CRATEMAE
 from crate_fast.errors import UserError, run_command
 from crate_fast.kernels import assuming_gpu
-from crate_fast.train.command_line import build_config, load_recipe
-from crate_fast.train.config import TrainConfig
+from crate_fast.train.config import TrainConfig, build_config, load_recipe
 from crate_fast.train.data import train_loader
 from crate_fast.train.data.image_files import find_images
 from crate_fast.train.data.shape_scenes import CLASSES

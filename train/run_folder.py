@@ -1,28 +1,33 @@
-"""The folder that a run writes: its lock, settings, measurements and checkpoints. `runs` opens a finished one.
+"""The folder that a run writes: lock, settings, logs, profiles and checkpoints. `runs` opens a finished one.
 
 Only the first process (rank 0) writes.
 """
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import os
+import secrets
 import socket
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import filelock
+import torch
+from torch.profiler import ProfilerActivity, profile, schedule
+from torch.utils.tensorboard import SummaryWriter
 
 from crate_fast.env import provenance
 from crate_fast.errors import UserError
 from crate_fast.train import checkpoint
 from crate_fast.train.checkpoint import CheckpointError, writing
-from crate_fast.train.command_line import dump_config
-from crate_fast.train.config import TrainConfig, renamed_settings
+from crate_fast.train.config import TrainConfig, dump_config, renamed_settings
 from crate_fast.train.distributed import Processes
 from crate_fast.train.faults import NonFiniteError, poisoned
-from crate_fast.train.loggers import Loggers
 
 if TYPE_CHECKING:
     from crate_fast.train.trainer import Trainer
@@ -35,6 +40,7 @@ FREE_SETTINGS = (
     "nonfinite_limit",
 )
 _LOCK_SECONDS = 120.0
+_BEFORE_PROFILE = 10  # steps: compilation, caches and clocks settle
 
 
 class RunLock:
@@ -98,6 +104,29 @@ def _launcher() -> str:
     return name if hosts > 1 and name != "none" else f"{name} {socket.gethostname()} {os.getppid()}"
 
 
+class Interval:
+    """Means over the steps since the last log entry, which a resume continues, and this session's speed in it."""
+
+    def __init__(self, taken: int = 0, sums: dict[str, float] | None = None):
+        self.taken, self.sums = taken, dict(sums or {})
+        self.steps, self.seconds = 0, 0.0
+
+    def add(self, measures: dict[str, float], taken: bool, seconds: float) -> None:
+        """Add a step; its measures count if it was taken."""
+        self.steps, self.seconds = self.steps + 1, self.seconds + seconds
+        if taken:
+            self.taken += 1
+            self.sums = {name: self.sums.get(name, 0.0) + value for name, value in measures.items()}
+
+    def means(self) -> dict[str, float]:
+        """Return the means over the steps taken; nothing if none was."""
+        return {name: total / self.taken for name, total in self.sums.items()}
+
+    def state(self) -> dict:
+        """Return the arguments of an `Interval` that continues this one."""
+        return {"taken": self.taken, "sums": self.sums}
+
+
 class RunFolder:
     """A run on disk. `data_facts` must be the same in a resumed run: number of training images, classes."""
 
@@ -106,7 +135,8 @@ class RunFolder:
         self.checkpoints = folder / "checkpoints"
         self.history: list[dict] = []
         self.best: dict = {"step": None, "score": None}
-        self.loggers: Loggers | None = None
+        self.board: SummaryWriter | None = None
+        self.online = None  # the page at Weights & Biases
         self.saved: int | None = None  # the step of the last checkpoint
         self.lock = RunLock(folder)
 
@@ -149,7 +179,10 @@ class RunFolder:
                 if self.best["step"] is not None:  # it may have been killed between the checkpoint and this note
                     checkpoint.record_best(self.checkpoints, self.best)
                 checkpoint.write_text(self.folder / "config.yaml", dump_config(self.config))
-            self.loggers = Loggers(self.folder, self.history, trainer.step, self.config)
+                lines = [json.dumps(entry) + "\n" for entry in self.history]  # none of an interrupted session
+                checkpoint.write_text(self.folder / "metrics.jsonl", "".join(lines))
+                self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=trainer.step + 1)
+            self.online = _wandb_run(self.folder, self.config) if self.config.wandb else None
         self.processes.wait()
 
     def _check_same_run(self, manifest: dict) -> None:
@@ -177,10 +210,22 @@ class RunFolder:
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Append an entry to the history and the logs."""
-        entry = {"step": step, **values}
-        self.history.append(entry)
-        if self.loggers is not None:
-            self.loggers.add(entry)
+        self.history.append({"step": step, **values})
+        if not self.processes.first:
+            return
+        with writing(self.folder):
+            with (self.folder / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps(self.history[-1]) + "\n")
+            self.add_scalars(step, values)
+            if "val_loss" in values:
+                checkpoint.write_text(self.folder / "summary.csv", _summary(self.history))
+
+    def add_scalars(self, step: int, values: dict[str, float]) -> None:
+        """Add numbers to the curves alone, on the first process."""
+        for name, value in values.items():
+            self.board.add_scalar(name, value, step)
+        if self.online is not None:
+            self.online.log(values, step=step)
 
     def save(self, trainer: Trainer, score: float | None = None) -> None:
         """Write a checkpoint, and delete older ones. One with the largest score so far becomes the best.
@@ -217,6 +262,63 @@ class RunFolder:
 
     def close(self) -> None:
         """Close the logs and release the folder."""
-        if self.loggers is not None:
-            self.loggers.close()
+        if self.board is not None:
+            with writing(self.folder):
+                self.board.close()
+        if self.online is not None:
+            self.online.finish()
         self.lock.release()
+
+
+def _summary(history: list[dict]) -> str:
+    """Return a table of the evaluations, each with the last training measurements before it."""
+    rows, training = [], {}
+    for entry in history:
+        training |= entry
+        if "val_loss" in entry:
+            rows.append(dict(training))
+    text = io.StringIO()
+    table = csv.DictWriter(text, dict.fromkeys(name for row in rows for name in row))
+    table.writeheader()
+    table.writerows(rows)
+    return text.getvalue()
+
+
+def _wandb_run(folder: Path, config: TrainConfig):
+    try:
+        import wandb
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"wandb={config.wandb!r} needs Weights & Biases: pip install wandb, or leave --wandb out"
+        ) from error
+    note = folder / "wandb_id"  # a resumed run goes on with its page
+    if not note.is_file():
+        checkpoint.write_text(note, secrets.token_hex(8))
+    where = {"project": config.wandb, "name": folder.name, "id": note.read_text(), "dir": str(folder)}
+    return wandb.init(**where, resume="allow", config=vars(config))
+
+
+def profiler(folder: Path, steps: int, left: int, processes: Processes):
+    """Return a context whose `step()` is to be called after each step: PyTorch's profiler after the first ten.
+
+    It records `steps` steps into `folder`/rank0.json, …, for chrome://tracing or Perfetto; 0 for none: it is then
+    None. `left` are the steps that the run still has; a warning if they are too few.
+    """
+    if not steps:
+        return nullcontext()
+    if left < _BEFORE_PROFILE + steps:
+        warnings.warn(
+            f"profile={steps} records steps {_BEFORE_PROFILE + 1} to {_BEFORE_PROFILE + steps} of a session, and "
+            f"{left} are left to run: the trace will be {'short' if left > _BEFORE_PROFILE else 'missing'}",
+            stacklevel=2,
+        )
+
+    def write(finished: profile) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        finished.export_chrome_trace(str(folder / f"rank{processes.rank}.json"))
+
+    activities = [ProfilerActivity.CPU]
+    if processes.device.type == "cuda" and torch.cuda.is_available():
+        activities.append(ProfilerActivity.CUDA)
+    window = schedule(wait=_BEFORE_PROFILE - 2, warmup=2, active=steps, repeat=1)
+    return profile(activities=activities, schedule=window, on_trace_ready=write)

@@ -31,20 +31,18 @@ from crate_fast import CRATE, CRATEMAE
 from crate_fast.errors import UserError, run_command
 from crate_fast.functional import cached_dictionaries
 from crate_fast.train import checkpoint, distributed
-from crate_fast.train.command_line import build_config
-from crate_fast.train.config import TrainConfig
+from crate_fast.train.config import TrainConfig, build_config
 from crate_fast.train.cuda_graphs import GraphedCall
 from crate_fast.train.data.loader import Batch, DataSplits, build_splits, eval_loader, readable, train_loader
 from crate_fast.train.data.transforms import Normalize, mirrored
 from crate_fast.train.data.unreadable import UnreadableTally
 from crate_fast.train.distributed import Processes, process_group
 from crate_fast.train.faults import Interruption, NonFinite, diagnosis
-from crate_fast.train.loggers import Interval, profiler
 from crate_fast.train.objective import objective_for
 from crate_fast.train.optimizer import build_optimizer, clip_gradients, gradient_norm, learning_rate
 from crate_fast.train.reconstruction import image_noise, reconstructions, tiled
 from crate_fast.train.report import print_summary, scores_line, write_report
-from crate_fast.train.run_folder import RunFolder
+from crate_fast.train.run_folder import Interval, RunFolder, profiler
 from crate_fast.train.runs import build_model, load_initial
 from crate_fast.whitebox import layer_statistics
 
@@ -413,12 +411,12 @@ class Trainer:
         images, encoder = torch.stack(images), model.encoder() if isinstance(model, CRATEMAE) else model
         for name, rows in layer_statistics(encoder, self.prepare_images(images)).items():
             means = {f"{name}/layer_{layer:02d}": mean for layer, (mean, _) in enumerate(rows.tolist())}
-            self.run.loggers.add_scalars(self.step, means)
+            self.run.add_scalars(self.step, means)
         if isinstance(model, CRATEMAE):
             shown = images[:SHOWN_IMAGES]
             noise = image_noise(model, [(self.config.seed, number) for number in range(len(shown))])
             rows = reconstructions(model, shown, self.normalize, [self.config.mask_ratio], noise)
-            self.run.loggers.board.add_image("reconstruction", tiled(rows), self.step, dataformats="HWC")
+            self.run.board.add_image("reconstruction", tiled(rows), self.step, dataformats="HWC")
 
     def save(self, score: float | None = None) -> None:
         """Write a checkpoint; with a score it may become the best."""
