@@ -15,9 +15,8 @@ from PIL import Image
 from crate_fast.errors import UserError
 from crate_fast.train.config import TrainConfig
 from crate_fast.train.data import build_splits, eval_loader, open_source, plain_splits, readable, train_loader
-from crate_fast.train.data.image_files import EXTENSIONS
+from crate_fast.train.data.image_files import EXTENSIONS, Unreadable
 from crate_fast.train.data.sources import TorchvisionSource, common_classes
-from crate_fast.train.data.unreadable import Unreadable
 
 CORRUPT = {1, 4, 9}  # of twelve images a split: cut off, no image, empty
 

@@ -35,9 +35,8 @@ from crate_fast.train.config import TrainConfig, build_config
 from crate_fast.train.cuda_graphs import GraphedCall
 from crate_fast.train.data.loader import Batch, DataSplits, build_splits, eval_loader, readable, train_loader
 from crate_fast.train.data.transforms import Normalize, mirrored
-from crate_fast.train.data.unreadable import UnreadableTally
 from crate_fast.train.distributed import Processes, process_group
-from crate_fast.train.faults import Interruption, NonFinite, diagnosis
+from crate_fast.train.faults import Interruption, NonFinite, UnreadableTally, diagnosis
 from crate_fast.train.objective import objective_for
 from crate_fast.train.optimizer import build_optimizer, clip_gradients, gradient_norm, learning_rate
 from crate_fast.train.reconstruction import image_noise, reconstructions, tiled

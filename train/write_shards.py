@@ -21,9 +21,8 @@ from tqdm import tqdm
 from crate_fast.errors import CommandParser, UserError, run_command
 from crate_fast.train.config import TrainConfig
 from crate_fast.train.data import open_source
-from crate_fast.train.data.image_files import open_image, to_rgb
+from crate_fast.train.data.image_files import describe, open_image, to_rgb
 from crate_fast.train.data.sources import Source, common_classes
-from crate_fast.train.data.unreadable import describe
 
 _SUFFIX = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # formats that keep their bytes
 

@@ -42,6 +42,15 @@ _UPRIGHT = {  # orientation → operation that turns the stored pixels upright
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0  # TIFF tags and a value
 
 
+class Unreadable(OSError):
+    """An image that cannot be read; the message is that of `describe`."""
+
+
+def describe(image: str, error: Exception) -> str:
+    """Return the line that names a corrupt image in logs: "path: error: reason"."""
+    return f"{image}: {type(error).__name__}: {error}"
+
+
 # --- finding files
 
 

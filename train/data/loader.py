@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from crate_fast.errors import UserError
 from crate_fast.train.config import TrainConfig
+from crate_fast.train.data.image_files import Unreadable
 from crate_fast.train.data.shape_scenes import ShapeScenes
 from crate_fast.train.data.shards import ShardSource, TarSource, find_shards
 from crate_fast.train.data.sources import (
@@ -36,7 +37,6 @@ from crate_fast.train.data.sources import (
     open_torchvision,
 )
 from crate_fast.train.data.transforms import drawing_from, eval_transform, pixels, train_transform
-from crate_fast.train.data.unreadable import Unreadable
 
 Key = tuple[int, int] | tuple[int, int, int]
 _ATTEMPTS = 30  # to find a readable image for a sample

@@ -17,8 +17,7 @@ from torch.utils.data import Dataset
 from torchvision import datasets as torchvision_datasets
 
 from crate_fast.errors import UserError
-from crate_fast.train.data.image_files import find_images, read_image, to_rgb
-from crate_fast.train.data.unreadable import Unreadable, describe
+from crate_fast.train.data.image_files import Unreadable, describe, find_images, read_image, to_rgb
 
 MOST_CLASSES = 10_000_000  # a larger label is a fault of the data: a head for it fits no memory
 TORCHVISION = {  # name → (class, argument that names the split, its value for training, for validation)
