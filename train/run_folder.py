@@ -3,8 +3,6 @@
 Only the first process (rank 0) writes.
 """
 
-from __future__ import annotations
-
 import csv
 import io
 import json
@@ -14,7 +12,6 @@ import socket
 import warnings
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import filelock
 import torch
@@ -28,9 +25,6 @@ from crate_fast.train.checkpoint import CheckpointError, writing
 from crate_fast.train.config import TrainConfig, dump_config, renamed_settings
 from crate_fast.train.distributed import Processes
 from crate_fast.train.faults import NonFiniteError, poisoned
-
-if TYPE_CHECKING:
-    from crate_fast.train.trainer import Trainer
 
 # Settings that a resumed run may change: they decide how and where it is computed, and what is kept. As with the
 # number of processes, rounding and what is drawn by micro-batch may differ.
@@ -140,11 +134,10 @@ class RunFolder:
         self.saved: int | None = None  # the step of the last checkpoint
         self.lock = RunLock(folder)
 
-    def begin(self, trainer: Trainer, resume: bool, restarted: bool = False) -> None:
-        """Start afresh, or restore the newest checkpoint into `trainer`, at step 0, if there is one.
+    def begin(self, resume: bool, restarted: bool = False) -> checkpoint.Checkpoint | None:
+        """Open the folder; return the newest checkpoint if there is a run to continue, None for a new run.
 
         Args:
-            trainer: The trainer.
             resume: Continue the run in the folder, if there is one.
             restarted: True if torchrun has started this process again: it continues a run that it began, no other.
 
@@ -168,10 +161,9 @@ class RunFolder:
             raise UserError(
                 f"{self.folder} holds a run at step {step}: pass --resume to continue it, or another --output"
             )
-        if step is not None:
-            saved = checkpoint.load(self.checkpoints, step)
+        saved = None if step is None else checkpoint.load(self.checkpoints, step)
+        if saved is not None:
             self._check_same_run(saved.manifest)
-            trainer.restore(*saved[:3])
             self.history, self.best, self.saved = saved.manifest["history"], saved.manifest["best"], step
         if self.processes.first:
             self.lock.sign()
@@ -181,9 +173,10 @@ class RunFolder:
                 checkpoint.write_text(self.folder / "config.yaml", dump_config(self.config))
                 lines = [json.dumps(entry) + "\n" for entry in self.history]  # none of an interrupted session
                 checkpoint.write_text(self.folder / "metrics.jsonl", "".join(lines))
-                self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=trainer.step + 1)
+                self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=(step or 0) + 1)
             self.online = _wandb_run(self.folder, self.config) if self.config.wandb else None
         self.processes.wait()
+        return saved
 
     def _check_same_run(self, manifest: dict) -> None:
         if manifest.get("format") != checkpoint.FORMAT:
@@ -227,38 +220,36 @@ class RunFolder:
         if self.online is not None:
             self.online.log(values, step=step)
 
-    def save(self, trainer: Trainer, score: float | None = None) -> None:
+    def save(
+        self, step: int, epoch: float, weights: dict, ema: dict | None, training: dict, score: float | None = None
+    ) -> None:
         """Write a checkpoint, and delete older ones. One with the largest score so far becomes the best.
 
         A collective call: when the first process cannot write, all raise, and earlier checkpoints are untouched.
         """
-        state = trainer.state()
         better = score is not None and (self.best["score"] is None or score > self.best["score"])
-        best = {"step": trainer.step, "score": score} if better else self.best
+        best = {"step": step, "score": score} if better else self.best
+        facts = {"epoch": epoch, "config": vars(self.config), "data": self.data_facts}
         problem: Exception | None = None
         if self.processes.first:
+            facts |= {"history": self.history, "best": best} | provenance()
             try:
-                self._write(trainer, *state, best)
+                bad = poisoned(weights) + poisoned(ema or {})
+                if bad:
+                    raise NonFiniteError(
+                        f"after step {step} the weights {', '.join(bad[:5])} are not finite, and are not saved; the "
+                        "checkpoints before are whole: lower lr or raise the warm-up in a new run"
+                    )
+                checkpoint.save(self.checkpoints, step, weights, training, facts, ema)
+                with writing(self.checkpoints):
+                    if best["step"] == step:
+                        checkpoint.record_best(self.checkpoints, best)
+                    checkpoint.rotate(self.checkpoints, self.config.keep_checkpoints)
             except (OSError, UserError) as error:
                 problem = error
         if self.processes.agree(str(problem or "")):
             raise problem or checkpoint.DiskError("the first process could not write a checkpoint; it says why")
-        self.best, self.saved = best, trainer.step
-
-    def _write(self, trainer: Trainer, weights: dict, ema: dict | None, training: dict, best: dict) -> None:
-        bad = poisoned(weights) + poisoned(ema or {})
-        if bad:
-            raise NonFiniteError(
-                f"after step {trainer.step} the weights {', '.join(bad[:5])} are not finite, and are not saved; the "
-                "checkpoints before are whole: lower lr or raise the warm-up in a new run"
-            )
-        facts = {"epoch": trainer.step / trainer.steps_per_epoch, "config": vars(self.config)}
-        facts |= {"data": self.data_facts, "history": self.history, "best": best} | provenance()
-        checkpoint.save(self.checkpoints, trainer.step, weights, training, facts, ema)
-        with writing(self.checkpoints):
-            if best["step"] == trainer.step:
-                checkpoint.record_best(self.checkpoints, best)
-            checkpoint.rotate(self.checkpoints, self.config.keep_checkpoints)
+        self.best, self.saved = best, step
 
     def close(self) -> None:
         """Close the logs and release the folder."""

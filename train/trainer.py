@@ -161,7 +161,9 @@ class Trainer:
 
     def begin(self, resume: bool, restarted: bool = False) -> None:
         """Start afresh, or continue from the newest checkpoint (see `RunFolder.begin`); print which."""
-        self.run.begin(self, resume, restarted)
+        saved = self.run.begin(resume, restarted)
+        if saved is not None:
+            self.restore(*saved[:3])
         note = self.run.folder / "unreadable.txt"
         if self.processes.first and note.exists():  # the interrupted session may have met more than it saved
             with checkpoint.writing(self.run.folder):
@@ -420,7 +422,7 @@ class Trainer:
     def save(self, score: float | None = None) -> None:
         """Write a checkpoint; with a score it may become the best."""
         self._count_unreadable()
-        self.run.save(self, score)
+        self.run.save(self.step, self.step / self.steps_per_epoch, *self.state(), score)
 
     def _count_unreadable(self) -> None:
         problems = list(itertools.chain(*self.processes.gather(self.problems)))
