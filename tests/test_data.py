@@ -160,14 +160,12 @@ def test_batches_without_equal_shares_are_refused():
 # --- splits
 
 
-def test_image_folders(folder):
-    for crop in ("none", "pad", "random", "center"):
-        data = build_splits(config_of(folder, crop=crop))
-        assert data.classes == ("ant", "bee")
-        assert (len(data.train), len(data.val), data.masks) == (12, 6, None)
-        image, label = data.train[0, 0]
-        assert (image.shape, image.dtype, label) == ((3, 16, 16), torch.uint8, 0)
-        assert data.val[0, 5][1] == 1
+@pytest.mark.parametrize("crop", ["none", "pad", "random", "center"])
+def test_every_crop_has_the_size_asked_for(folder, crop):
+    data = build_splits(config_of(folder, crop=crop))
+    assert (len(data.train), len(data.val), data.masks) == (12, 6, None)
+    image, label = data.train[0, 0]
+    assert (image.shape, image.dtype, label) == ((3, 16, 16), torch.uint8, 0)
 
 
 class _Torchvision(torch.utils.data.Dataset):
@@ -215,14 +213,6 @@ def test_missing_data_is_named(folder, tmp_path):
         build_splits(config_of(tmp_path / "nowhere"))
     with pytest.raises(UserError, match=r"cifar10 is not in data_dir.*--download"):
         build_splits(config_of(tmp_path, "cifar10"))
-
-
-def test_splits_with_different_classes_are_refused(folder, tmp_path):
-    (tmp_path / "train").symlink_to(folder / "train")
-    (tmp_path / "validation").mkdir()
-    (tmp_path / "validation" / "ant").symlink_to(folder / "validation" / "ant")
-    with pytest.raises(UserError, match=r"different classes, such as \['bee'\]"):
-        build_splits(config_of(tmp_path))
 
 
 # --- transforms

@@ -275,7 +275,7 @@ def test_a_shard_that_shrinks_during_a_run_is_named(tmp_path):
     for split in ("train", "validation"):
         shard = _write(tmp_path / f"{split}-0.tar", range(4))
     data = build_splits(config_of(tmp_path, "shards"))
-    offset, size = data.val.images.samples[3, 1:3]
+    offset, size = data.val.images.items[3, 1:3]
     shard.write_bytes(shard.read_bytes()[: offset + size - 1])
     (batch,) = eval_loader(config_of(tmp_path, "shards"), data.val)
     assert len(batch.images) == 3

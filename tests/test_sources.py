@@ -4,6 +4,7 @@ import dataclasses
 import io
 import sys
 import tarfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -238,16 +239,12 @@ def test_a_file_that_is_no_archive_is_named(tmp_path):
         open_source(config_of(tmp_path, "tar"), train=True)
 
 
-def test_classes_in_different_orders_are_refused():
-    class Named:
-        n_labels = 2
-
-        def __init__(self, *classes):
-            self.classes = classes
-
-    assert common_classes(Named("a", "b"), Named("a", "b")) == ("a", "b")
-    with pytest.raises(UserError, match="classes in different orders"):
-        common_classes(Named("a", "b"), Named("b", "a"))
+def test_splits_with_different_classes_are_refused():
+    named = [SimpleNamespace(classes=tuple(names)) for names in ("ab", "ab", "ba", "a")]
+    assert common_classes(*named[:2]) == ("a", "b")
+    for other, message in ((2, "classes in different orders"), (3, r"different classes, such as \['b'\]")):
+        with pytest.raises(UserError, match=message):
+            common_classes(named[0], named[other])
 
 
 # --- Hugging Face datasets

@@ -8,6 +8,7 @@ import io
 import sys
 import tarfile
 from abc import ABC, abstractmethod
+from collections.abc import Sized
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import BinaryIO
@@ -32,13 +33,15 @@ class Source(Dataset, ABC):
     """A data set of (RGB image, label) by number; a corrupt image raises `Unreadable`, which names it.
 
     `classes` are names in the order of the labels, None where the data has numbers only; labels are below `n_labels`.
+    `items` has an entry for each image.
     """
 
     classes: tuple[str, ...] | None
     n_labels: int
+    items: Sized
 
-    @abstractmethod
-    def __len__(self) -> int: ...
+    def __len__(self) -> int:
+        return len(self.items)
 
     @abstractmethod
     def name(self, index: int) -> str:
@@ -67,18 +70,15 @@ class FolderSource(Source):
     def __init__(self, root: Path):
         self.root, tree = root, find_images(root)
         self.classes, self.labels = tree.labelled(str(root))
-        self.names, self.n_labels = tree.names, len(self.classes)
+        self.items, self.n_labels = tree.names, len(self.classes)
         for remark in tree.remarks():
             print(f"{root}: {remark}", file=sys.stderr)
 
-    def __len__(self) -> int:
-        return len(self.names)
-
     def name(self, index: int) -> str:
-        return str(self.root / self.names[index])
+        return str(self.root / self.items[index])
 
     def open(self, index: int) -> tuple[BinaryIO, int]:
-        return (self.root / self.names[index]).open("rb"), int(self.labels[index])
+        return (self.root / self.items[index]).open("rb"), int(self.labels[index])
 
 
 class HubSource(Source):
@@ -112,7 +112,7 @@ class HubSource(Source):
                 f"{self.where} has the columns {sorted(images.column_names)}: rename two to image and label"
             )
         try:
-            self.images = images.cast_column("image", datasets.Image(decode=False))
+            self.items = images.cast_column("image", datasets.Image(decode=False))
         except (TypeError, ValueError, NotImplementedError) as error:
             raise UserError(
                 f"{self.where}: the column image holds no images ({error}): store them as datasets.Image"
@@ -130,15 +130,12 @@ class HubSource(Source):
         self.classes = tuple(getattr(images.features["label"], "names", ())) or None
         self.n_labels = max(len(self.classes or ()), max(labels) + 1)
 
-    def __len__(self) -> int:
-        return len(self.images)
-
     def name(self, index: int) -> str:
-        image = self.images[index]["image"]
+        image = self.items[index]["image"]
         return f"{self.where}, image {index} ({image and image['path']})"
 
     def open(self, index: int) -> tuple[BinaryIO, int]:
-        row = self.images[index]
+        row = self.items[index]
         image = row["image"] or {}  # some data sets have rows with null
         if image.get("bytes"):  # the path, if any, may be of another machine
             return io.BytesIO(image["bytes"]), int(row["label"])
@@ -151,21 +148,18 @@ class TorchvisionSource(Source):
     """A data set of torchvision; its image files are read here, since torchvision does not turn them upright."""
 
     def __init__(self, images: Dataset, where: str):
-        self.images, self.where = images, where
+        self.items, self.where = images, where
         self.classes = tuple(images.classes)
         self.n_labels = len(self.classes)
         self.paths = getattr(images, "_images", getattr(images, "_image_files", None))  # pets, flowers102
-
-    def __len__(self) -> int:
-        return len(self.images)
 
     def name(self, index: int) -> str:
         return f"{self.where}, image {index}" if self.paths is None else str(self.paths[index])
 
     def picture(self, index: int) -> tuple[Image.Image, int]:
         if self.paths is not None:
-            return read_image(self.paths[index]), self.images._labels[index]
-        image, label = self.images[index]
+            return read_image(self.paths[index]), self.items._labels[index]
+        image, label = self.items[index]
         return to_rgb(image), label
 
 
