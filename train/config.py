@@ -270,20 +270,16 @@ class TrainConfig:
                 value = getattr(self, name)
                 if value is not None and not holds(value):
                     raise UserError(f"{name}={value}: it must be {words}")
+        peak, size = self.peak_lr, f"batch_size={self.batch_size} is not a multiple of"
         mode, graphs = f"compile_mode={self.compile_mode!r}", self.compile_mode in MODES_WITH_GRAPHS
+        probe = self.frozen and (self.mixup or self.cutmix or self.layer_decay < 1)
         grid = not self.init_grid or (self.init and re.fullmatch(r"[1-9]\d*x[1-9]\d*", self.init_grid))
         refused = {
-            f"min_lr={self.min_lr} is above the peak {self.peak_lr:g} of lr={self.lr}: lower it": (
-                self.min_lr > self.peak_lr
-            ),
-            f"batch_size={self.batch_size} is not a multiple of accumulate={self.accumulate}": (
-                self.batch_size % self.accumulate
-            ),
-            f"batch_size={self.batch_size} is not a multiple of repeats={self.repeats}": self.batch_size
-            % self.repeats,
-            "frozen=True trains a linear classifier alone: leave out mixup, cutmix and layer_decay": (
-                self.frozen and (self.mixup or self.cutmix or self.layer_decay < 1)
-            ),
+            f"min_lr={self.min_lr} is above the peak {peak:g} of lr={self.lr}: lower it": self.min_lr > peak,
+            f"{size} accumulate={self.accumulate}": self.batch_size % self.accumulate,
+            f"{size} repeats={self.repeats}": self.batch_size % self.repeats,
+            "frozen=True trains a linear classifier alone: leave out mixup, cutmix and layer_decay": self.frozen
+            and probe,
             "head='new' replaces the classifier of loaded weights: say which with --init, or leave it out": (
                 self.head == "new" and not self.init
             ),
