@@ -343,20 +343,18 @@ def _value_type(annotation) -> type:
 
 def _checked(values: dict, source: str) -> dict:
     fields = {field.name: field for field in dataclasses.fields(TrainConfig)}
-    checked = {}
+    checked = dict(values)
     for name, value in values.items():
         if name not in fields:
             raise UserError(f"{source}: unknown key {name!r}{nearest(str(name), fields)}")
         kind = _value_type(fields[name].type)
-        optional = kind is not fields[name].type
-        if kind is float and isinstance(value, int | str) and not isinstance(value, bool):
+        if kind is float and type(value) in (int, str):
             try:  # YAML reads 1e-3 as a string
-                value = float(value)
+                checked[name] = float(value)
             except ValueError as error:
                 raise UserError(f"{source}: {name}={value!r} is not a number") from error
-        if not (value is None and optional) and (type(value) is not kind):
+        elif type(value) is not kind and (value is not None or kind is fields[name].type):
             raise UserError(f"{source}: {name}={value!r} must be {kind.__name__}")
-        checked[name] = value
     return checked
 
 
@@ -446,11 +444,10 @@ def build_config(
     chosen = {f.name: getattr(options, f.name) for f in dataclasses.fields(TrainConfig)}
     given = {name: value for name, value in chosen.items() if value is not None}
     config = TrainConfig(**adjust(_with_effect(load_recipe(options.recipe), given), given))
-    if getattr(options, "output", "") is not None:  # named, or not an option of this command
-        return config, options
-    if options.resume:
+    nameless = getattr(options, "output", "") is None  # False too if this command has no such option
+    if nameless and options.resume:
         raise UserError("--resume continues the run in --output: name its folder with --output")
-    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
+    if nameless and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
         raise UserError(
             "torchrun --max-restarts: restarted processes look for their run in --output; name its folder"
         )

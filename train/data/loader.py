@@ -11,7 +11,7 @@ import os
 import random
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -39,6 +39,7 @@ from crate_fast.train.data.sources import (
 from crate_fast.train.data.transforms import drawing_from, eval_transform, pixels, train_transform
 
 Key = tuple[int, int] | tuple[int, int, int]
+Transform = Callable[[Image.Image], Image.Image]
 _ATTEMPTS = 30  # to find a readable image for a sample
 
 
@@ -54,18 +55,11 @@ class Batch(NamedTuple):
 
 
 class _Split(Dataset):
-    """Samples of a source by name; the name seeds the transform if it is `augmented`."""
+    """Samples of a source by name, which seeds the transform."""
 
-    def __init__(
-        self,
-        images: Dataset,
-        config: TrainConfig,
-        transform: Callable[[Image.Image], Image.Image] | None = None,
-        hflip: float = 0.0,
-        augmented: bool = False,
-    ):
-        self.images, self.seed, self.size, self.hflip = images, config.seed, config.image_size, hflip
-        self.transform, self.augmented = transform, augmented
+    def __init__(self, images: Dataset, config: TrainConfig, transform: Transform | None = None, hflip: float = 0.0):
+        self.images, self.seed, self.size = images, config.seed, config.image_size
+        self.transform, self.hflip = transform, hflip
 
     def __len__(self) -> int:
         return len(self.images)
@@ -78,7 +72,7 @@ class _Split(Dataset):
         """Load a sample; from attempt 1 on, of another image, chosen by the sample's name and the attempt."""
         epoch, index, *copy = key
         name = (epoch, index, *copy, attempt) if attempt else key
-        with drawing_from(self.seed, *name) if self.augmented or attempt else nullcontext():
+        with drawing_from(self.seed, *name):
             picture, label = self.images[random.randrange(len(self)) if attempt else index]
             return self.transform(picture), label
 
@@ -183,14 +177,13 @@ def build_splits(config: TrainConfig) -> DataSplits:
         n_masks = min(config.segmentation_samples, config.val_samples)
         masks = _SceneSplit(scenes(n_masks, split="val", with_mask=True), config)
         return DataSplits(train, val, ShapeScenes.classes, masks)
-    transform = train_transform(config)
-    train, val = open_source(config, train=True), open_source(config, train=False)
-    return DataSplits(
-        _Split(train, config, transform, config.hflip, augmented=True),
-        _Split(val, config, eval_transform(config)),
-        common_classes(train, val),
-        None,
+    transform = train_transform(config)  # before the data, whose files may take minutes to list
+    sources = open_source(config, train=True), open_source(config, train=False)
+    train, val = (
+        _Split(sources[0], config, transform, config.hflip),
+        _Split(sources[1], config, eval_transform(config)),
     )
+    return DataSplits(train, val, common_classes(*sources), None)
 
 
 def plain_splits(config: TrainConfig) -> DataSplits:
