@@ -108,12 +108,8 @@ def save(
 ) -> Path:
     """Write a checkpoint, completely or not at all, and return its folder.
 
-    Args:
-        root: The run's `checkpoints` folder.
-        step: Optimiser steps done.
-        weights, ema: State dicts of the model and of its moving average, if there is one.
-        training: Optimiser state and progress: tensors and plain values.
-        facts: JSON values for the manifest: configuration, commit, versions.
+    `weights` and `ema` are state dicts of the model and of its moving average, if there is one. `training` has the
+    optimiser's state and progress, tensors and plain values; `facts` are JSON values for the manifest.
 
     Raises:
         DiskError: It could not be written; nothing of it is left behind.

@@ -416,12 +416,8 @@ def build_config(
 ):
     """Read the command line: recipe, then single settings, then the command's own options.
 
-    Args:
-        argv: Arguments; those of the process when None.
-        description: For `--help`.
-        default_recipe: Used when `--recipe` is absent.
-        adjust: Merges the recipe's settings and the command line's; by default the latter win.
-        add_options: Adds the command's own options; by default those of a run, such as `--output`.
+    `adjust` merges the recipe's settings and the command line's; by default the latter win. `add_options` adds the
+    command's own options; by default those of a run, such as `--output`.
 
     Returns:
         (config, options), options holding `recipe` and the command's own.

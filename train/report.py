@@ -33,11 +33,8 @@ def _curve(history: list[dict], name: str, label: str) -> list[Curve]:
 def write_report(trainer: Trainer, model: nn.Module, seconds: float, images_per_s: float | None) -> dict:
     """Score, draw and summarise a finished run, on the first process; return the summary, as in summary.json.
 
-    Args:
-        trainer: Trainer at the last step.
-        model: The unsharded model; the moving average of the weights where there is one.
-        seconds: Length of this session.
-        images_per_s: Rate of all processes together, the median of this session's log intervals; None without any.
+    `model` is unsharded, the moving average of the weights where there is one. `seconds` are this session's, and
+    `images_per_s` is the median rate of its log intervals, of all processes together; None without any.
     """
     run, data = trainer.run, trainer.data
     folder = run.folder

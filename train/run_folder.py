@@ -137,9 +137,7 @@ class RunFolder:
     def begin(self, resume: bool, restarted: bool = False) -> checkpoint.Checkpoint | None:
         """Open the folder; return the newest checkpoint if there is a run to continue, None for a new run.
 
-        Args:
-            resume: Continue the run in the folder, if there is one.
-            restarted: True if torchrun has started this process again: it continues a run that it began, no other.
+        `restarted` is True if torchrun has started this process again: it continues a run that it began, no other.
 
         Raises:
             UserError: There is a run in the folder that is not to be continued, or it cannot be continued.

@@ -75,13 +75,9 @@ def _localization_results(path: Path) -> list[str]:
 
 
 def write_model_folder(run: Path, folder: Path, scores: Path | None = None, license_name: str = "other") -> None:
-    """Write a run's best model with its card.
+    """Write a run's best model with its card into `folder`.
 
-    Args:
-        run: Folder of the run.
-        folder: To be written; must not hold a model yet.
-        scores: results.json of `crate-fast eval localization` for the card.
-        license_name: As the Hub names licences.
+    `scores` is results.json of `crate-fast eval localization`, for the card; `license_name` is the Hub's name.
 
     Raises:
         UserError: There is no run, timm cannot build its model (a CRATE-MAE, a linear probe), or the folder holds a
