@@ -329,11 +329,8 @@ def renamed_settings(values: dict) -> dict:
 def field_help(config_class: type) -> dict[str, str]:
     """Return the docstring under each field, by the field's name."""
     body = ast.parse(textwrap.dedent(inspect.getsource(config_class))).body[0].body
-    texts = {}
-    for field, text in itertools.pairwise(body):
-        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
-            texts[field.target.id] = text.value.value
-    return texts
+    pairs = [pair for pair in itertools.pairwise(body) if isinstance(pair[0], ast.AnnAssign)]
+    return {field.target.id: text.value.value for field, text in pairs if isinstance(text, ast.Expr)}
 
 
 def _value_type(annotation) -> type:
@@ -432,13 +429,11 @@ def build_config(
         option = "--" + field.name.replace("_", "-")
         kind = _value_type(field.type)
         help_text = texts[field.name].replace("%", "%%")
-        if kind is bool:
-            parser.add_argument(option, action=argparse.BooleanOptionalAction, default=None, help=help_text)
-        else:
-            parser.add_argument(option, type=kind, default=None, metavar=kind.__name__.upper(), help=help_text)
+        how = {"type": kind, "metavar": kind.__name__.upper()}
+        how = {"action": argparse.BooleanOptionalAction} if kind is bool else how
+        parser.add_argument(option, default=None, help=help_text, **how)
     options = parser.parse_args(argv)
-    chosen = {f.name: getattr(options, f.name) for f in dataclasses.fields(TrainConfig)}
-    given = {name: value for name, value in chosen.items() if value is not None}
+    given = {name: value for name in texts if (value := getattr(options, name)) is not None}
     config = TrainConfig(**adjust(_with_effect(load_recipe(options.recipe), given), given))
     nameless = getattr(options, "output", "") is None  # False too if this command has no such option
     if nameless and options.resume:
