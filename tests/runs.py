@@ -74,13 +74,8 @@ def without_figures() -> None:
 class Forked:
     """A run in processes forked from one that has imported everything, so that they start at once; like a `Popen`.
 
-    Args:
-        argv: Command line of the script.
-        script: Its module in crate_fast.train.
-        processes: Number of processes, set up as by torchrun.
-        hosts: Number of hosts that they seem to be on.
-        before: Python code that each process runs first.
-        restarts: If given, one process is torchrun's agent, which forks the others and restarts them as often.
+    The processes are set up as by torchrun, on as many hosts as `hosts`, and run the Python code `before` first. With
+    `restarts` one process is torchrun's agent, which forks the others and restarts them as often.
     """
 
     def __init__(
@@ -201,9 +196,9 @@ def torchrun(processes: int, *words: str) -> tuple[str, ...]:
     return (*start, *words)
 
 
-def wait_until(condition: Callable[[], object], process: Forked, seconds: float = 120) -> None:
+def wait_until(condition: Callable[[], object], process: Forked) -> None:
     """Wait until the condition holds; the process must not end before."""
-    deadline = time.time() + seconds
+    deadline = time.time() + 120
     while not condition():
         assert process.poll() is None, process.communicate()[0]
         assert time.time() < deadline, "waited too long"

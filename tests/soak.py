@@ -56,17 +56,7 @@ def _kill(kind: str, process: subprocess.Popen, draw: random.Random) -> None:
 
 
 def disturb(folder: Path, words: list[str], every: float, seed: int) -> dict:
-    """Run to the end through kills.
-
-    Args:
-        folder: Folder of the run.
-        words: Command line of the run.
-        every: Mean seconds between kills, exponentially distributed.
-        seed: Seed of moments and kinds.
-
-    Returns:
-        Counts and times for the report.
-    """
+    """Run to the end through kills, in the mean `every` seconds apart; return counts and times for the report."""
     draw, kinds, saving, lost = random.Random(seed), Counter(), 0, []
     began, log = time.time(), folder.with_suffix(".log")
     process = _start(folder, words, log)

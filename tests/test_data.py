@@ -19,7 +19,7 @@ from crate_fast.errors import UserError
 from crate_fast.train.config import TrainConfig
 from crate_fast.train.data import Batch, Normalize, build_splits, drawing_from, eval_loader, mirrored, train_loader
 from crate_fast.train.data.transforms import eval_transform, pixels, policy_transform, train_transform
-from crate_fast.train.data.unreadable import UnreadableTally
+from crate_fast.train.faults import UnreadableTally
 
 SCENES = TrainConfig(train_samples=40, val_samples=11, batch_size=8, epochs=2, image_size=32, workers=0, hflip=0.5)
 
@@ -86,11 +86,11 @@ def test_flips_depend_on_the_samples_name_and_are_left_to_the_device(folder):
         data = build_splits(config)
         plain = build_splits(dataclasses.replace(config, hflip=0.0))
         keys = [(epoch, index, 0) for epoch in range(8) for index in range(12)]
-        batch, still = (splits.train.batch(keys, replace=True) for splits in (data, plain))
+        batch, still = (splits.train.batch(keys) for splits in (data, plain))
         assert torch.equal(batch.images, still.images)
         assert not still.flips.any()
         assert 30 < batch.flips.sum() < 66  # of 96
-        backwards = data.train.batch(keys[::-1], replace=True)
+        backwards = data.train.batch(keys[::-1])
         assert torch.equal(backwards.flips.flip(0), batch.flips)
         assert torch.equal(data.train[keys[5]][0], batch.images[5])
 
@@ -160,14 +160,12 @@ def test_batches_without_equal_shares_are_refused():
 # --- splits
 
 
-def test_image_folders(folder):
-    for crop in ("none", "pad", "random", "center"):
-        data = build_splits(config_of(folder, crop=crop))
-        assert data.classes == ("ant", "bee")
-        assert (len(data.train), len(data.val), data.masks) == (12, 6, None)
-        image, label = data.train[0, 0]
-        assert (image.shape, image.dtype, label) == ((3, 16, 16), torch.uint8, 0)
-        assert data.val[0, 5][1] == 1
+@pytest.mark.parametrize("crop", ["none", "pad", "random", "center"])
+def test_every_crop_has_the_size_asked_for(folder, crop):
+    data = build_splits(config_of(folder, crop=crop))
+    assert (len(data.train), len(data.val), data.masks) == (12, 6, None)
+    image, label = data.train[0, 0]
+    assert (image.shape, image.dtype, label) == ((3, 16, 16), torch.uint8, 0)
 
 
 class _Torchvision(torch.utils.data.Dataset):
@@ -215,14 +213,6 @@ def test_missing_data_is_named(folder, tmp_path):
         build_splits(config_of(tmp_path / "nowhere"))
     with pytest.raises(UserError, match=r"cifar10 is not in data_dir.*--download"):
         build_splits(config_of(tmp_path, "cifar10"))
-
-
-def test_splits_with_different_classes_are_refused(folder, tmp_path):
-    (tmp_path / "train").symlink_to(folder / "train")
-    (tmp_path / "validation").mkdir()
-    (tmp_path / "validation" / "ant").symlink_to(folder / "validation" / "ant")
-    with pytest.raises(UserError, match=r"different classes, such as \['bee'\]"):
-        build_splits(config_of(tmp_path))
 
 
 # --- transforms

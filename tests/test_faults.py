@@ -19,7 +19,7 @@ from runs import TINY, back_to, entries, losses, run, same, start, wait_until, w
 from soak import children, compare
 
 from crate_fast.train import checkpoint, pretrain, run_folder, trainer
-from crate_fast.train.faults import Interruption, diagnosis
+from crate_fast.train.faults import diagnosis
 from crate_fast.train.run_folder import RunLock
 
 EVERYTHING = (  # whatever has a state or is drawn: EMA, scaler, dropout, mixing, erasing, repeats, accumulation
@@ -143,7 +143,7 @@ def test_means_over_an_interval_that_was_interrupted(tmp_path):
 def test_a_signal_in_evaluation_postpones_it(whole, tmp_path, monkeypatch, capsys):
     folder = tmp_path / "run"
     words = [*TINY, "--output", str(folder), *EVERYTHING[:-4]]
-    prepare, calls = trainer.Trainer.prepare_images, []
+    prepare, calls, handler = trainer.Trainer.prepare_images, [], signal.getsignal(signal.SIGTERM)
 
     def interrupted(self, images, flips=None):
         if flips is None:  # in evaluation
@@ -154,18 +154,12 @@ def test_a_signal_in_evaluation_postpones_it(whole, tmp_path, monkeypatch, capsy
     assert pretrain.main(words) == 0
     assert "SIGTERM: saved step 6 of 12" in capsys.readouterr().out
     assert calls
+    assert signal.getsignal(signal.SIGTERM) == handler  # put back
     assert not any("val_accuracy" in entry for entry in entries(folder))
     monkeypatch.undo()
     assert pretrain.main([*words, "--resume"]) == 0
     assert [entry["step"] for entry in entries(folder) if "val_accuracy" in entry] == [6, 12]
     assert same(weights(whole, 12), weights(folder, 12))
-
-
-def test_handlers_are_put_back():
-    before = signal.getsignal(signal.SIGTERM)
-    with Interruption():
-        assert signal.getsignal(signal.SIGTERM) != before
-    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_torchrun_restarts_a_killed_process_and_its_sigterm_saves(tmp_path):

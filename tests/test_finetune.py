@@ -13,8 +13,7 @@ from crate_fast import CRATE, CRATEMAE
 from crate_fast.errors import UserError
 from crate_fast.eval.common.models import open_model
 from crate_fast.train import finetune, linear_probe, pretrain
-from crate_fast.train.command_line import build_config, load_recipe, recipe_names
-from crate_fast.train.config import TrainConfig
+from crate_fast.train.config import TrainConfig, build_config, load_recipe, recipe_names
 from crate_fast.train.optimizer import build_optimizer
 from crate_fast.train.runs import build_model, load_initial, load_model, num_classes_of, run_config
 

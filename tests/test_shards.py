@@ -275,7 +275,7 @@ def test_a_shard_that_shrinks_during_a_run_is_named(tmp_path):
     for split in ("train", "validation"):
         shard = _write(tmp_path / f"{split}-0.tar", range(4))
     data = build_splits(config_of(tmp_path, "shards"))
-    offset, size = data.val.images.samples[3, 1:3]
+    offset, size = data.val.images.items[3, 1:3]
     shard.write_bytes(shard.read_bytes()[: offset + size - 1])
     (batch,) = eval_loader(config_of(tmp_path, "shards"), data.val)
     assert len(batch.images) == 3
@@ -328,8 +328,8 @@ def test_written_shards_hold_the_readable_images_made_smaller(folder, capsys):
 
 def test_a_writing_process_gets_its_job_by_pickle(folder, tmp_path):
     source = build_splits(config_of("data", val_split="val")).train.images
-    job = pickle.loads(pickle.dumps(write_shards._Job(source, "train", tmp_path, 24, 95, 8)))
-    write_shards._begin(job)
+    options = SimpleNamespace(output=tmp_path, shorter_side=24, quality=95, per_shard=8)
+    write_shards._begin(*pickle.loads(pickle.dumps((source, "train", options))))
     assert len(write_shards._write_shard(0)) == 1
     assert len(_open(tmp_path / "train-00000.tar")) == 7
 

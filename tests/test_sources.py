@@ -4,6 +4,7 @@ import dataclasses
 import io
 import sys
 import tarfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,9 +16,8 @@ from PIL import Image
 from crate_fast.errors import UserError
 from crate_fast.train.config import TrainConfig
 from crate_fast.train.data import build_splits, eval_loader, open_source, plain_splits, readable, train_loader
-from crate_fast.train.data.image_files import EXTENSIONS
+from crate_fast.train.data.image_files import EXTENSIONS, Unreadable
 from crate_fast.train.data.sources import TorchvisionSource, common_classes
-from crate_fast.train.data.unreadable import Unreadable
 
 CORRUPT = {1, 4, 9}  # of twelve images a split: cut off, no image, empty
 
@@ -123,7 +123,7 @@ def test_training_replaces_the_corrupt_alike_for_any_number_of_processes_and_wor
 def test_replacements_differ_and_bring_their_own_labels(tmp_path):
     data = build_splits(dataclasses.replace(_write(tmp_path, "folder"), crop="none"))
     plain = {data.train[0, i][0].numpy().tobytes(): data.train[0, i][1] for i in range(12) if i not in CORRUPT}
-    batch = data.train.batch([(epoch, 1, copy) for epoch in range(6) for copy in range(2)], replace=True)
+    batch = data.train.batch([(epoch, 1, copy) for epoch in range(6) for copy in range(2)])
     labels = [plain[image.numpy().tobytes()] for image in batch.images]
     assert labels == batch.labels.tolist()
     assert set(labels) == {0, 1}
@@ -147,7 +147,7 @@ def test_an_error_in_a_transform_is_no_corrupt_image(tmp_path, monkeypatch):
 
     monkeypatch.setattr(data.train, "transform", failing)
     with pytest.raises(ValueError, match="a mistake of ours"):
-        data.train.batch([(0, 0, 0)], replace=True)
+        data.train.batch([(0, 0, 0)])
 
 
 def test_probes_see_plain_images(tmp_path):
@@ -239,16 +239,12 @@ def test_a_file_that_is_no_archive_is_named(tmp_path):
         open_source(config_of(tmp_path, "tar"), train=True)
 
 
-def test_classes_in_different_orders_are_refused():
-    class Named:
-        n_labels = 2
-
-        def __init__(self, *classes):
-            self.classes = classes
-
-    assert common_classes(Named("a", "b"), Named("a", "b")) == ("a", "b")
-    with pytest.raises(UserError, match="classes in different orders"):
-        common_classes(Named("a", "b"), Named("b", "a"))
+def test_splits_with_different_classes_are_refused():
+    named = [SimpleNamespace(classes=tuple(names)) for names in ("ab", "ab", "ba", "a")]
+    assert common_classes(*named[:2]) == ("a", "b")
+    for other, message in ((2, "classes in different orders"), (3, r"different classes, such as \['b'\]")):
+        with pytest.raises(UserError, match=message):
+            common_classes(named[0], named[other])
 
 
 # --- Hugging Face datasets

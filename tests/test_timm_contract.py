@@ -17,8 +17,7 @@ from crate_fast.errors import UserError
 from crate_fast.export import PortableCRATE
 from crate_fast.layers import ISTA, MHSA, MLP, MSSA, Layer, PreNorm
 from crate_fast.train import checkpoint
-from crate_fast.train.command_line import build_config, load_recipe
-from crate_fast.train.config import DROP_RATES, TrainConfig, renamed_settings
+from crate_fast.train.config import DROP_RATES, TrainConfig, build_config, load_recipe, renamed_settings
 from crate_fast.train.run_folder import RunFolder
 from crate_fast.train.runs import build_model
 

@@ -88,15 +88,6 @@ def write_text(path: Path, text: str) -> None:
     _flush(path.parent)
 
 
-def _remove(folder: Path) -> None:
-    """Delete a checkpoint. It is renamed first, so that a kill leaves no half of it under its name."""
-    if folder.exists():
-        hidden = folder.with_name(f".{folder.name}.gone")
-        shutil.rmtree(hidden, ignore_errors=True)
-        folder.replace(hidden)
-        shutil.rmtree(hidden)
-
-
 def steps(root: Path) -> list[int]:
     """Return the steps of the finished checkpoints in `root`, ascending."""
     return sorted(int(path.name[5:]) for path in root.glob("step_*") if path.is_dir() and path.name[5:].isdigit())
@@ -117,12 +108,8 @@ def save(
 ) -> Path:
     """Write a checkpoint, completely or not at all, and return its folder.
 
-    Args:
-        root: The run's `checkpoints` folder.
-        step: Optimiser steps done.
-        weights, ema: State dicts of the model and of its moving average, if there is one.
-        training: Optimiser state and progress: tensors and plain values.
-        facts: JSON values for the manifest: configuration, commit, versions.
+    `weights` and `ema` are state dicts of the model and of its moving average, if there is one. `training` has the
+    optimiser's state and progress, tensors and plain values; `facts` are JSON values for the manifest.
 
     Raises:
         DiskError: It could not be written; nothing of it is left behind.
@@ -134,7 +121,17 @@ def save(
         shutil.rmtree(temporary, ignore_errors=True)
         try:
             temporary.mkdir()
-            _write(temporary, step, {WEIGHTS: weights} | ({EMA: ema} if ema is not None else {}), training, facts)
+            states = {WEIGHTS: weights} | ({EMA: ema} if ema is not None else {})
+            for name, state in states.items():
+                save_file(
+                    {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}, temporary / name
+                )
+            torch.save(training, temporary / TRAINING)
+            files = {name: _fingerprint(temporary / name) for name in (*states, TRAINING)}
+            content = {"step": step, "format": FORMAT, "files": files, **facts}
+            (temporary / MANIFEST).write_text(json.dumps(content, indent=2))
+            for name in (*files, MANIFEST, "."):
+                _flush(temporary / name)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
@@ -151,17 +148,6 @@ def _put_in_place(temporary: Path, final: Path) -> None:
     temporary.replace(final)
     _flush(final.parent)
     shutil.rmtree(before, ignore_errors=True)
-
-
-def _write(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], training: dict, facts: dict) -> None:
-    for name, state in tensors.items():
-        save_file({key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}, folder / name)
-    torch.save(training, folder / TRAINING)
-    files = {name: _fingerprint(folder / name) for name in (*tensors, TRAINING)}
-    (folder / MANIFEST).write_text(json.dumps({"step": step, "format": FORMAT, "files": files, **facts}, indent=2))
-    for name in (*files, MANIFEST):
-        _flush(folder / name)
-    _flush(folder)
 
 
 def manifest(root: Path, step: int) -> dict:
@@ -198,12 +184,8 @@ def load(root: Path, step: int) -> Checkpoint:
     problem = _problem(folder)
     if problem:
         whole = [earlier for earlier in steps(root) if earlier < step and not _problem(folder_of(root, earlier))]
-        remedy = (
-            f"{folder_of(root, whole[-1])} is whole: delete {folder} to continue from it"
-            if whole
-            else "no earlier one is whole"
-        )
-        raise CheckpointError(f"{problem}. {remedy}")
+        remedy = f"{folder_of(root, whole[-1])} is whole: delete {folder} to continue from it" if whole else ""
+        raise CheckpointError(f"{problem}. {remedy or 'no earlier one is whole'}")
     try:
         training = torch.load(folder / TRAINING, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -260,6 +242,8 @@ def sweep(root: Path) -> None:
 def rotate(root: Path, keep: int) -> None:
     """Delete all checkpoints but the newest `keep` and the best."""
     kept = {*steps(root)[-keep:], best_step(root)}
-    for step in steps(root):
-        if step not in kept:
-            _remove(folder_of(root, step))
+    for folder in (folder_of(root, step) for step in steps(root) if step not in kept):
+        hidden = folder.with_name(f".{folder.name}.gone")  # a kill leaves no half of it under its name
+        shutil.rmtree(hidden, ignore_errors=True)
+        folder.replace(hidden)
+        shutil.rmtree(hidden)

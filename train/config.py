@@ -1,11 +1,28 @@
-"""The settings of a run and their checks. `command_line` reads them from a recipe and the command line."""
+"""The settings of a run and their checks: frozen dataclass → YAML recipe → command line.
 
+Each field's docstring is its `--help` text. An unknown key is an error that suggests the nearest one.
+"""
+
+import argparse
+import ast
+import dataclasses
+import functools
+import inspect
+import itertools
 import math
+import os
 import re
+import textwrap
+import typing
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
-from crate_fast.errors import UserError, nearest
+import yaml
 
+from crate_fast.errors import CommandParser, UserError, nearest
+
+RECIPES = Path(__file__).parent / "recipes"
 DATASETS = ("shape_scenes", "folder", "tar", "shards", "hf", "cifar10", "cifar100", "flowers102", "pets")
 _CHOICES = {
     "dataset": DATASETS,
@@ -253,20 +270,16 @@ class TrainConfig:
                 value = getattr(self, name)
                 if value is not None and not holds(value):
                     raise UserError(f"{name}={value}: it must be {words}")
+        peak, size = self.peak_lr, f"batch_size={self.batch_size} is not a multiple of"
         mode, graphs = f"compile_mode={self.compile_mode!r}", self.compile_mode in MODES_WITH_GRAPHS
+        probe = self.frozen and (self.mixup or self.cutmix or self.layer_decay < 1)
         grid = not self.init_grid or (self.init and re.fullmatch(r"[1-9]\d*x[1-9]\d*", self.init_grid))
         refused = {
-            f"min_lr={self.min_lr} is above the peak {self.peak_lr:g} of lr={self.lr}: lower it": (
-                self.min_lr > self.peak_lr
-            ),
-            f"batch_size={self.batch_size} is not a multiple of accumulate={self.accumulate}": (
-                self.batch_size % self.accumulate
-            ),
-            f"batch_size={self.batch_size} is not a multiple of repeats={self.repeats}": self.batch_size
-            % self.repeats,
-            "frozen=True trains a linear classifier alone: leave out mixup, cutmix and layer_decay": (
-                self.frozen and (self.mixup or self.cutmix or self.layer_decay < 1)
-            ),
+            f"min_lr={self.min_lr} is above the peak {peak:g} of lr={self.lr}: lower it": self.min_lr > peak,
+            f"{size} accumulate={self.accumulate}": self.batch_size % self.accumulate,
+            f"{size} repeats={self.repeats}": self.batch_size % self.repeats,
+            "frozen=True trains a linear classifier alone: leave out mixup, cutmix and layer_decay": self.frozen
+            and probe,
             "head='new' replaces the classifier of loaded weights: say which with --init, or leave it out": (
                 self.head == "new" and not self.init
             ),
@@ -307,3 +320,131 @@ def renamed_settings(values: dict) -> dict:
     affected = ("attn_drop_rate", "proj_drop_rate") if ours else ("drop_rate",)
     rates = {name: values["dropout"] if name in affected else 0.0 for name in DROP_RATES}
     return rates | {name: value for name, value in values.items() if name != "dropout"}
+
+
+# --- from a recipe and the command line
+
+
+@functools.cache
+def field_help(config_class: type) -> dict[str, str]:
+    """Return the docstring under each field, by the field's name."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(config_class))).body[0].body
+    pairs = [pair for pair in itertools.pairwise(body) if isinstance(pair[0], ast.AnnAssign)]
+    return {field.target.id: text.value.value for field, text in pairs if isinstance(text, ast.Expr)}
+
+
+def _value_type(annotation) -> type:
+    inner = [a for a in typing.get_args(annotation) if a is not type(None)]
+    return inner[0] if inner else annotation
+
+
+def _checked(values: dict, source: str) -> dict:
+    fields = {field.name: field for field in dataclasses.fields(TrainConfig)}
+    checked = dict(values)
+    for name, value in values.items():
+        if name not in fields:
+            raise UserError(f"{source}: unknown key {name!r}{nearest(str(name), fields)}")
+        kind = _value_type(fields[name].type)
+        if kind is float and type(value) in (int, str):
+            try:  # YAML reads 1e-3 as a string
+                checked[name] = float(value)
+            except ValueError as error:
+                raise UserError(f"{source}: {name}={value!r} is not a number") from error
+        elif type(value) is not kind and (value is not None or kind is fields[name].type):
+            raise UserError(f"{source}: {name}={value!r} must be {kind.__name__}")
+    return checked
+
+
+def recipe_names() -> list[str]:
+    """Return the names of the recipes that come with the package."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def load_recipe(name: str) -> dict:
+    """Load a recipe's settings, by its name from `recipe_names()` or by the path of a YAML file."""
+    path = RECIPES / f"{name}.yaml" if name in recipe_names() else Path(name)
+    if not path.is_file():
+        raise UserError(
+            f"no recipe {name!r}{nearest(name, recipe_names())}; "
+            f"choose {', '.join(recipe_names())} or a YAML file's path"
+        )
+    try:
+        values = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: a recipe is a mapping of settings, not {type(values).__name__}")
+    return _checked(renamed_settings(values), str(path))
+
+
+def _add_run_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--output", default=None, help="folder of the run; runs/<recipe>-<date> when absent")
+    parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in --output")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="build everything, run two steps, save, load, and leave nothing behind"
+    )
+
+
+def _with_effect(values: dict, given: dict) -> dict:
+    """Refuse transforms that the images never meet; leave out a recipe's when it is used on shape_scenes instead."""
+    scenes, transforms = TrainConfig.dataset, ("crop", "crop_scale", "auto_augment")
+    if (values | given).get("dataset", scenes) == scenes:
+        if values.get("dataset", scenes) != scenes:
+            values = {name: value for name, value in values.items() if name not in transforms}
+        for name in transforms:
+            found, default = (values | given).get(name), getattr(TrainConfig, name)
+            if found not in (None, default):
+                raise UserError(
+                    f"{name}={found!r} has no effect on dataset={scenes!r}, whose images are drawn: leave "
+                    f"out --{name.replace('_', '-')}, or name another --dataset"
+                )
+    elif "crop_scale" in given and (values | given).get("crop") != "random":
+        raise UserError(f"crop_scale={given['crop_scale']} needs crop='random': pass --crop random too")
+    return values
+
+
+def build_config(
+    argv: list[str] | None,
+    description: str,
+    default_recipe: str,
+    *,
+    adjust: Callable[[dict, dict], dict] = lambda values, chosen: values | chosen,
+    add_options: Callable[[argparse.ArgumentParser], None] = _add_run_options,
+):
+    """Read the command line: recipe, then single settings, then the command's own options.
+
+    `adjust` merges the recipe's settings and the command line's; by default the latter win. `add_options` adds the
+    command's own options; by default those of a run, such as `--output`.
+
+    Returns:
+        (config, options), options holding `recipe` and the command's own.
+    """
+    parser = CommandParser(description=description, allow_abbrev=False)
+    parser.add_argument(
+        "--recipe", default=default_recipe, help=f"{', '.join(recipe_names())}, or a YAML file's path"
+    )
+    add_options(parser)
+    texts = field_help(TrainConfig)
+    for field in dataclasses.fields(TrainConfig):
+        option = "--" + field.name.replace("_", "-")
+        kind = _value_type(field.type)
+        help_text = texts[field.name].replace("%", "%%")
+        how = {"type": kind, "metavar": kind.__name__.upper()}
+        how = {"action": argparse.BooleanOptionalAction} if kind is bool else how
+        parser.add_argument(option, default=None, help=help_text, **how)
+    options = parser.parse_args(argv)
+    given = {name: value for name in texts if (value := getattr(options, name)) is not None}
+    config = TrainConfig(**adjust(_with_effect(load_recipe(options.recipe), given), given))
+    nameless = getattr(options, "output", "") is None  # False too if this command has no such option
+    if nameless and options.resume:
+        raise UserError("--resume continues the run in --output: name its folder with --output")
+    if nameless and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
+        raise UserError(
+            "torchrun --max-restarts: restarted processes look for their run in --output; name its folder"
+        )
+    return config, options
+
+
+def dump_config(config) -> str:
+    """Return the resolved configuration as YAML that `--recipe` reads back."""
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)

@@ -71,24 +71,20 @@ def choose_device(asked: str, local_rank: int = 0) -> torch.device:
     kind = ("cuda" if torch.cuda.is_available() else "cpu") if asked == "auto" else asked
     try:
         device = torch.device(kind)
-    except RuntimeError as error:
-        raise UserError(f"device={asked!r}: choose auto, cpu, cuda or cuda:N") from error
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise UserError(f"device={asked!r}: PyTorch sees no GPU here; pass --device cpu or install a CUDA build")
-        if device.index is None:
-            device = torch.device("cuda", local_rank)
-        if device.index >= torch.cuda.device_count():
-            raise UserError(
-                f"device={asked!r}: {device} is not there, PyTorch sees {torch.cuda.device_count()} GPUs; pass a "
-                "lower number, or start fewer processes a host"
-            )
-        torch.cuda.set_device(device)
-    elif device.type != "cpu":
-        try:
+        if device.type != "cuda":
             torch.zeros((), device=device).item()
-        except (RuntimeError, AssertionError, ImportError) as error:
-            raise UserError(f"device={asked!r} computes nothing here: choose auto, cpu, cuda or cuda:N") from error
+            return device
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise UserError(f"device={asked!r} computes nothing here: choose auto, cpu, cuda or cuda:N") from error
+    if not torch.cuda.is_available():
+        raise UserError(f"device={asked!r}: PyTorch sees no GPU here; pass --device cpu or install a CUDA build")
+    device = torch.device("cuda", local_rank if device.index is None else device.index)
+    if device.index >= torch.cuda.device_count():
+        raise UserError(
+            f"device={asked!r}: {device} is not there, PyTorch sees {torch.cuda.device_count()} GPUs; pass a "
+            "lower number, or start fewer processes a host"
+        )
+    torch.cuda.set_device(device)
     return device
 
 
@@ -149,21 +145,21 @@ def shards_model(config: TrainConfig, processes: Processes) -> bool:
 
 def check_settings(config: TrainConfig, processes: Processes) -> None:
     """Refuse settings that these processes cannot carry out, with what to change."""
-    sharded = shards_model(config, processes)
-    if sharded and config.clip_mode == "agc" and config.clip_grad:
-        raise UserError(
-            f"clip_mode='agc' needs whole weights, and parallel={config.parallel!r} shares them out: clip by "
-            "norm or value, or use parallel='ddp'"
-        )
-    if sharded and config.compile and config.compile_mode in MODES_WITH_GRAPHS:
-        raise UserError(
-            f"compile_mode={config.compile_mode!r} records the addresses of weights, and parallel="
-            f"{config.parallel!r} moves them: use compile_mode='default', or parallel='ddp'"
-        )
-    if config.cuda_graphs and processes.device.type != "cuda":
-        raise UserError(f"cuda_graphs=True needs a CUDA GPU, and this run is on {processes.device}: leave it out")
-    if config.cuda_graphs and processes.world_size > 1:
-        raise UserError(f"cuda_graphs=True is for one process, and there are {processes.world_size}: leave it out")
+    sharded, parallel, count = shards_model(config, processes), f"parallel={config.parallel!r}", processes.world_size
+    graphs = config.compile and config.compile_mode in MODES_WITH_GRAPHS
+    refused = {
+        f"clip_mode='agc' needs whole weights, and {parallel} shares them out: clip by norm or value, or use "
+        "parallel='ddp'": sharded and config.clip_mode == "agc" and config.clip_grad,
+        f"compile_mode={config.compile_mode!r} records the addresses of weights, and {parallel} moves them: use "
+        "compile_mode='default', or parallel='ddp'": sharded and graphs,
+        f"cuda_graphs=True needs a CUDA GPU, and this run is on {processes.device}: leave it out": (
+            config.cuda_graphs and processes.device.type != "cuda"
+        ),
+        f"cuda_graphs=True is for one process, and there are {count}: leave it out": config.cuda_graphs and count > 1,
+    }
+    for message, wrong in refused.items():
+        if wrong:
+            raise UserError(message)
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -254,13 +250,10 @@ def load_full_state(
     state: dict[str, object] | None = None,
 ) -> None:
     """Load what `full_state` returned, strictly, into any number of processes: a collective call."""
-    options = StateDictOptions(full_state_dict=True, strict=True)
-    if is_sharded(model):  # each process has read the file, and takes its shard
-        set_model_state_dict(model, weights, options=options)
-    else:
-        model.load_state_dict(weights, strict=True)
+    options = StateDictOptions(full_state_dict=True, strict=True)  # each process reads the file and takes its shard
+    set_model_state_dict(model, weights, options=options)
     if optimizer is not None:
-        set_optimizer_state_dict(model, optimizer, state, options=StateDictOptions(full_state_dict=True))
+        set_optimizer_state_dict(model, optimizer, state, options=options)
 
 
 def unsharded(model: nn.Module, build: Callable[[], nn.Module], processes: Processes) -> nn.Module | None:

@@ -1,7 +1,7 @@
-"""Two faults that a run survives: a signal that asks it to stop, and steps with values that are not finite."""
+"""Faults that a run survives: a signal that asks it to stop, corrupt images, and steps that are not finite."""
 
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from types import FrameType
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from crate_fast.errors import UserError
+from crate_fast.train.config import TrainConfig
 from crate_fast.train.distributed import is_sharded
 
 
@@ -41,6 +42,33 @@ class Interruption:
     def requested(self) -> bool:
         """Return True once a signal has come."""
         return self.name is not None
+
+
+class UnreadableTally:
+    """The corrupt images of a split of `n_images`, each counted once an epoch however often it is met.
+
+    Each process has a tally and adds the problems of all processes, so that all stop together.
+    """
+
+    def __init__(self, config: TrainConfig, n_images: int):
+        self.share, self.n_images = config.max_unreadable, n_images
+        self.met: dict[str, int] = {}  # problem → last epoch in which it was met
+
+    def add(self, problems: Sequence[str], epoch: int) -> list[str]:
+        """Count the `problems` of this epoch's batches; return the new ones, in order."""
+        new = [line for line in dict.fromkeys(problems) if line not in self.met]
+        self.met.update(dict.fromkeys(problems, epoch))
+        return new
+
+    def check(self, epoch: int) -> None:
+        """Stop a run that loses more than `max_unreadable` of the split's images in this epoch."""
+        met = [line for line, last in self.met.items() if last == epoch]
+        if len(met) > self.share * self.n_images:
+            raise UserError(
+                f"{len(met)} of {self.n_images} images ({len(met) / self.n_images:.2%}) could not be read in epoch "
+                f"{epoch}, more than max_unreadable={self.share} allows: repair or remove them, or raise "
+                f"--max-unreadable. The first: {'; '.join(met[:5])}"
+            )
 
 
 class NonFiniteError(UserError):

@@ -3,7 +3,6 @@
 The training loop asks its objective for a loss, and in evaluation for sums of scores.
 """
 
-from abc import ABC, abstractmethod
 from contextlib import nullcontext
 
 import numpy as np
@@ -23,11 +22,15 @@ from crate_fast.train.reconstruction import image_noise
 _BATCH_KEY = 2**40  # apart from the numbers of samples, which are augmented by generators of (seed, epoch, number)
 
 
-class Objective(ABC):
-    """Loss and scores of a model; `objective_for` chooses one.
+class Objective:
+    """Loss and scores of a model; `objective_for` chooses one. `dtype` is autocast's, None for plain fp32.
 
-    `measures` name what `training` returns, the loss first. `scores` name what `evaluation` returns; the first
-    chooses the best checkpoint. `dtype` is autocast's, None for plain fp32.
+    * `inputs(images, labels, step, part)` draws what is random in a micro-batch; returns what `training` takes, on
+      the device. `images` are normalised, [B, 3, S, S]; `labels` [B]; `part` numbers this process's micro-batches.
+    * `training(runner, *inputs)` returns a micro-batch's `measures`, [n]; the first, the loss, has a gradient.
+    * `evaluation(model, images, batch)` returns the `scores` summed over a batch, fp64 [n]; the first chooses the
+      best checkpoint.
+    * `outputs(model, images)` returns all outputs of the model for any images.
     """
 
     measures: tuple[str, ...]
@@ -39,25 +42,6 @@ class Objective(ABC):
         self.dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision)
         if config.precision == "auto" and processes.device.type == "cuda" and torch.cuda.is_bf16_supported():
             self.dtype = torch.bfloat16
-
-    @abstractmethod
-    def inputs(self, images: Tensor, labels: Tensor, step: int, part: int) -> tuple[Tensor, ...]:
-        """Draw what is random in a micro-batch, and return what `training` takes of it, on the device.
-
-        `images` are normalised, [B, 3, S, S]; `labels` [B]; `part` numbers the step's micro-batches of this process.
-        """
-
-    @abstractmethod
-    def training(self, runner: nn.Module, *inputs: Tensor) -> Tensor:
-        """Return a micro-batch's measures, [len(measures)]; the loss has a gradient."""
-
-    @abstractmethod
-    def evaluation(self, model: nn.Module, images: Tensor, batch: Batch) -> Tensor:
-        """Return the scores summed over a batch, fp64 [len(scores)]; `images` are its normalised ones."""
-
-    @abstractmethod
-    def outputs(self, model: nn.Module, images: Tensor) -> tuple[Tensor, ...]:
-        """Return all outputs of the model for any images."""
 
     def autocast(self, device: torch.device):
         """Return the run's autocast as a context."""

@@ -12,8 +12,7 @@ import json
 import math
 import sys
 import textwrap
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,8 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from crate_fast import CRATE, CRATEMAE
 from crate_fast.errors import UserError, run_command
 from crate_fast.kernels import assuming_gpu
-from crate_fast.train.command_line import build_config, load_recipe
-from crate_fast.train.config import TrainConfig
+from crate_fast.train.config import TrainConfig, build_config, load_recipe
 from crate_fast.train.data import train_loader
 from crate_fast.train.data.image_files import find_images
 from crate_fast.train.data.shape_scenes import CLASSES
@@ -68,25 +66,23 @@ def find_data_size(config: TrainConfig, recipe: str, images: int | None, classes
     """
     split = Path(config.data_dir) / config.train_split
     known = next((word for word in (config.dataset, *Path(recipe).stem.split("_")) if word in KNOWN_SIZES), None)
-    found, source = (None, None), ""
+    found, source = KNOWN_SIZES.get(known, (None, None)), f"the known size of {known}"
     if config.dataset == "shape_scenes":
         found, source = (config.train_samples, len(CLASSES)), "train_samples"
     elif None in (images, classes) and config.dataset == "folder" and split.is_dir():
         tree = find_images(split)
         found = (len(tree.names), len(tree.labelled(str(split))[0])) if tree.names else (0, 0)
         source = f"counted in {split}"
-    elif known:
-        found, source = KNOWN_SIZES[known], f"the known size of {known}"
-    options = {"--images": images, "--classes": classes}
-    sizes = [size if value is None else value for value, size in zip(options.values(), found, strict=True)]
-    for option, size in zip(options, sizes, strict=True):
-        if not size:
+    sizes, given = [], []
+    for option, value, size in zip(("--images", "--classes"), (images, classes), found, strict=True):
+        given += [] if value is None else [option]
+        sizes.append(size if value is None else value)
+        if not sizes[-1]:
             empty = f", and {split} holds none" if size == 0 else ""
             raise UserError(
                 f"how many {option[2:]} dataset={config.dataset!r} has is not known{empty}: pass {option} N, or, "
                 "for a folder on this machine, --data-dir and --train-split"
             )
-    given = [option for option, value in options.items() if value is not None]
     return *sizes, ", ".join([*given, source][:2])
 
 
@@ -205,20 +201,6 @@ class _FlashAttention(TorchFunctionMode):
         return flash(*args, dropout, causal, scale=options.get("scale"))[0]
 
 
-@contextmanager
-def _autocast(device: str, dtype: torch.dtype | None) -> Iterator[None]:
-    """Do as `torch.autocast`, which would do nothing on a machine without the device."""
-    before = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
-    torch.set_autocast_enabled(device, dtype is not None)
-    torch.set_autocast_dtype(device, dtype or before[1])
-    try:
-        yield
-    finally:
-        torch.set_autocast_enabled(device, before[0])
-        torch.set_autocast_dtype(device, before[1])
-        torch.clear_autocast_cache()
-
-
 def _saved_bytes(model, config: TrainConfig, batch: int, num_classes: int, device: str, dtype) -> int:
     saved: dict[int, torch.UntypedStorage] = {}  # the storages themselves: a freed one's address may come back
 
@@ -231,13 +213,15 @@ def _saved_bytes(model, config: TrainConfig, batch: int, num_classes: int, devic
         return torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
 
     autoencoder, attention = isinstance(model, CRATEMAE), _FlashAttention() if device == "cuda" else nullcontext()
+    autocast = torch.autocast("cpu", dtype, enabled=dtype is not None)
+    autocast.device = device  # which need not be there: PyTorch would turn autocast off
     with FakeTensorMode(allow_non_fake_inputs=True), assuming_gpu():
         state = {name: nn.Parameter(fake(p), p.requires_grad) for name, p in model.named_parameters()}
         state |= {name: fake(b) for name, b in model.named_buffers()}
         own = {tensor.untyped_storage()._cdata for tensor in state.values()}
         images = torch.empty(batch, 3, config.image_size, config.image_size, device=device)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), attention:
-            with _autocast(device, dtype):
+            with autocast:
                 inputs = (images, config.mask_ratio) if autoencoder else (images,)
                 output = torch.func.functional_call(model, state, inputs)
             if not autoencoder:  # whose output has the loss in it
@@ -310,105 +294,48 @@ def make_plan(config: TrainConfig, options: argparse.Namespace) -> dict:
     plan = {"recipe": options.recipe, "hosts": hosts, "device": device, "shards": shards} | planned
     plan |= {"model": facts, "schedule": schedule, "flops": flops._asdict() | {"run": flops.step * seen}}
     plan |= {"memory_bytes": memory | {"total": sum(memory.values())}, "data": data, "throughput": measured}
-    remarks = _differing(measured, planned | {"batch_size": micro_batch}) if measured else []
+    remarks = []
+    for name, value in (planned | {"batch_size": micro_batch}).items() if measured else ():
+        if name == "devices" and measured[name] != value:
+            before = measured[name] or "an unknown number of"
+            remarks.append(f"assumes that the rate grows in proportion from {before} to {value} devices")
+        elif name != "devices" and measured[name] not in (None, value):
+            remarks.append(f"measured with {name} {measured[name]}, planned with {value}")
     return plan | {"rates": rates, "remarks": remarks, "settings": dataclasses.asdict(config)}
 
 
-def _differing(measured: dict, planned: dict) -> list[str]:
-    remarks = [
-        f"measured with {name} {measured[name]}, planned with {planned[name]}"
-        for name in ("precision", "parallel", "batch_size")
-        if measured[name] not in (None, planned[name])
-    ]
-    if measured["devices"] != planned["devices"]:
-        before = measured["devices"] or "an unknown number of"
-        remarks.append(f"assumes that the rate grows in proportion from {before} to {planned['devices']} devices")
-    return remarks
-
-
-# --- printing
-
-
-def _number(value: float, unit: str) -> str:
-    power = 0
-    while value >= 999.5 and power < 6:
-        value, power = value / 1000, power + 1
-    digits = max(0, 2 - math.floor(math.log10(value))) if value >= 1 and power else 0
-    return f"{value:.{digits}f} {' kMGTPE'[power].strip()}{unit}"
-
-
-def _bytes(value: int) -> str:
-    power = 3 if value >= 2**30 else 2 if value >= 2**20 else 1
-    return f"{value / 1024**power:7.2f} {' KMG'[power]}iB"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}" + ("" if number == 1 else "es" if noun.endswith("s") else "s")
+def _scaled(value: float, unit: str, base: int) -> str:
+    power = int(math.log(value, base)) if value else 0
+    prefix = ("", "K" if base == 1024 else "k", *"MGTPE")[power]
+    return f"{value / base**power:.3f} {prefix}{unit}"
 
 
 def _print(plan: dict) -> None:
-    model, schedule, flops, memory = plan["model"], plan["schedule"], plan["flops"], plan["memory_bytes"]
-    measured, rates, data, micro_batch = plan["throughput"], plan["rates"], plan["data"], schedule["micro_batch"]
-
-    def row(name: str, text: str) -> None:
-        print(f"  {name:<16}{text}")
-
-    devices = _count(plan["devices"], "GPU" if plan["device"] == "cuda" else "CPU process")
+    """Print the plan under the names that `--json` writes; what there is none of is left out."""
+    count, kind = plan["devices"], "GPU" if plan["device"] == "cuda" else "CPU process"
+    devices = f"{count} {kind}" + ("" if count == 1 else "es" if kind.endswith("s") else "s")
     hosts = f" on {plan['hosts']} hosts" if plan["hosts"] > 1 else ""
-    print(f"{plan['recipe']} on {devices}{hosts}, {plan['parallel']}, {plan['precision']}\n\nmodel")
-    patch = f", patches of {model['patch_size']} px" if model["patch_size"] else ""
-    classes = f", {model['classes']:,} classes" if model["classes"] is not None else ""
-    row("model", f"{model['name']}, {model['image_size']} px{patch}{classes}")
-    trained = model["parameters_trained"]
-    part = "all trained" if trained == model["parameters"] else f"{trained:,} of them trained"
-    row("parameters", f"{model['parameters']:,} ({part})")
-    if model["tokens_per_image"]:
-        row("tokens an image", f"{model['tokens_per_image']:,}")
-    print("\nschedule")
-    row("training images", f"{schedule['images']:,} ({schedule['images_from']})")
-    passes = f"{_count(schedule['accumulate'], 'pass')} × " if schedule["accumulate"] > 1 else ""
-    cut = f"{_count(plan['devices'], 'device')} × {passes}{_count(micro_batch, 'image')}"
-    row("batch", f"{schedule['batch_size']:,} = {cut}")
-    epochs = _count(schedule["epochs"], "epoch")
-    row("steps", f"{schedule['steps']:,} = {epochs} × {schedule['steps_per_epoch']:,}")
-    row("images seen", f"{schedule['images_seen']:,}")
-    warmup = _count(schedule["warmup_steps"], "warm-up step")
-    row("learning rate", f"{schedule['peak_lr']:.3g} at its peak ({schedule['optimizer']}), {warmup}")
-    print("\noperations of an image, the matrix products of the formula")
-    for name, key in (("forward pass", "forward"), ("training step", "step"), ("whole run", "run")):
-        row(name, _number(flops[key], "FLOP"))
-    print("\nmemory, a device (an estimate)")
-    held = "each device holds all" if plan["parallel"] == "ddp" else f"sharded over {plan['shards']} devices"
-    row("weights", f"{_bytes(memory['weights'])}  fp32, {held}")
-    row("gradients", _bytes(memory["gradients"]))
-    row("optimiser", f"{_bytes(memory['optimizer'])}  {schedule['optimizer']}")
-    if memory["ema"]:
-        row("moving average", _bytes(memory["ema"]))
-    kept = f"kept for the backward pass of {_count(micro_batch, 'image')}"
-    row("activations", f"{_bytes(memory['activations'])}  {kept}")
-    row("sum", _bytes(memory["total"]))
-    print(textwrap.indent(textwrap.fill(NOT_IN_MEMORY, 92), 18 * " "))
-    print("\ntime")
-    if measured:
-        row("measured", f"{measured['images_per_s_per_device']:,.1f} images/s on one {measured['device']}")
-        hours = f"{rates['measured']['hours']:,.2f} h, {rates['measured']['gpu_hours']:,.1f} device-hours"
-        row("hours", f"{hours}: training steps alone,")
-        row("", "without evaluation, checkpoints and starting up")
-        for remark in plan["remarks"]:
-            row("but", remark)
-    else:
-        row("hours", "not measured: pass --throughput with a finished run's folder, or a JSON file")
-    labels = {n: "as measured" if n == "measured" else f"for {rate['hours']:g} h" for n, rate in rates.items()}
-    if "for_hours" in rates:
-        each = rates["for_hours"]["images_per_s"] / plan["devices"]
-        row(labels["for_hours"], f"{each:,.1f} images/s on each device, training steps alone")
-    print("\ndata")
-    if data["dataset"] == "shape_scenes":
-        row("reads", "none: shape_scenes is made on the fly")
-        return
-    row("an epoch", f"{data['gb_per_epoch']:,.1f} GB at {data['image_kb']:g} kB an image")
-    for n, rate in rates.items():
-        row(labels[n], f"{rate['images_per_s']:,.0f} images/s from storage, {rate['mb_per_s']:,.1f} MB/s")
+    print(f"{plan['recipe']} on {devices}{hosts}, {plan['parallel']}, {plan['precision']}")
+    sections = {title: plan[title] for title in ("model", "schedule")}
+    operations = {name: _scaled(value, "FLOP", 1000) for name, value in plan["flops"].items()}
+    sections["operations of an image and of the run, the matrix products of the formula"] = operations
+    memory = {name: _scaled(value, "iB", 1024) for name, value in plan["memory_bytes"].items() if value}
+    sections[f"memory of a device, an estimate; {NOT_IN_MEMORY}"] = memory
+    missing = {"hours": "not measured: pass --throughput with a finished run's folder, or a JSON file"}
+    sections["measured rate"] = plan["throughput"] or missing
+    sections["but"] = dict(enumerate(plan["remarks"], start=1))
+    for name, rate in plan["rates"].items():
+        asked = "as measured" if name == "measured" else f"for {rate['hours']:g} h"
+        sections[f"{asked}: training steps alone, without evaluation, checkpoints and starting up"] = rate
+    scenes = plan["data"]["dataset"] == "shape_scenes"
+    sections["data"] = {"reads": "none: shape_scenes is made on the fly"} if scenes else plan["data"]
+    for title, values in sections.items():
+        if values:
+            print(f"\n{textwrap.fill(title, 118)}")
+        for name, value in values.items():
+            text = f"{value:,.6g}" if isinstance(value, float) else f"{value:,}" if type(value) is int else value
+            if value is not None:
+                print(f"  {str(name).replace('_', ' '):<24}{text}")
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:

@@ -29,13 +29,7 @@ def reconstructions(
     """Return a row for each image, uint8 [S, S, 3]: the image, then masked and reconstructed for each ratio.
 
     Hidden patches are grey in the former and predicted in the latter. A larger ratio hides more of the same patches.
-
-    Args:
-        model: The model; left in evaluation mode.
-        images: uint8 [B, 3, S, S].
-        normalize: uint8 → the model's input.
-        ratios: Mask ratios.
-        noise: From `image_noise`.
+    `images` are uint8 [B, 3, S, S], `noise` is from `image_noise`; the model is left in evaluation mode.
     """
     model.eval()
     device = next(model.parameters()).device

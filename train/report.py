@@ -16,7 +16,7 @@ from crate_fast import CRATE, CRATEMAE
 from crate_fast.eval.common.figures import Curve, Picture, curve_figure, image_grid
 from crate_fast.eval.common.segmentation import NoObjectsError, score_attention, scores_table
 from crate_fast.train import checkpoint
-from crate_fast.train.data import Normalize, eval_loader, readable
+from crate_fast.train.data import eval_loader, readable
 from crate_fast.train.reconstruction import RATIOS, image_noise, reconstruction_figure
 from crate_fast.train.runs import patch_size_of
 from crate_fast.whitebox import attention_layer, trace
@@ -25,59 +25,24 @@ if TYPE_CHECKING:
     from crate_fast.train.trainer import Trainer
 
 
-@torch.inference_mode()
-def attention_figure(
-    model: nn.Module,
-    images: Tensor,
-    masks: Tensor | None,
-    titles: list[str],
-    normalize: Normalize,
-    layers: list[int],
-    path: Path,
-) -> None:
-    """Write a PNG with a row for each image: the image, its mask if known, and CLS attention of every head.
-
-    `images` are uint8 [B, 3, H, W], `masks` boolean [B, H, W] or None.
-    """
-    model.eval()
-    traces = trace(model, normalize(images.to(next(model.parameters()).device)), layers)
-    rows = [[Picture(image.permute(1, 2, 0).numpy())] for image in images]
-    columns = ["image"]
-    if masks is not None:
-        columns.append("object")
-        for row, mask in zip(rows, masks, strict=True):
-            row.append(Picture(mask.float().numpy(), "gray", (0, 1)))
-    for layer_trace in traces:
-        maps = layer_trace.cls_attention().float().cpu().unflatten(-1, model.grid_size)
-        columns += [f"layer {layer_trace.index}, head {head}" for head in range(maps.shape[1])]
-        for row, heads in zip(rows, maps, strict=True):
-            row.extend(Picture(head.numpy()) for head in heads)
-    image_grid(rows, [path], row_titles=titles, column_titles=columns)
-
-
-def curves_figure(history: list[dict], path: Path) -> None:
-    """Write a PNG of loss and accuracy against optimiser steps, from the entries of metrics.jsonl."""
-
-    def curve(name: str, label: str) -> list[Curve]:
-        points = [(entry["step"], entry[name]) for entry in history if name in entry]
-        return [Curve(label, *zip(*points, strict=True))] if points else []
-
-    panels = {name: curve(name, "training") + curve(f"val_{name}", "validation") for name in ("loss", "accuracy")}
-    curve_figure({name: curves for name, curves in panels.items() if curves}, "optimiser step", [path])
+def _curve(history: list[dict], name: str, label: str) -> list[Curve]:
+    points = [(entry["step"], entry[name]) for entry in history if name in entry]
+    return [Curve(label, *zip(*points, strict=True))] if points else []
 
 
 def write_report(trainer: Trainer, model: nn.Module, seconds: float, images_per_s: float | None) -> dict:
     """Score, draw and summarise a finished run, on the first process; return the summary, as in summary.json.
 
-    Args:
-        trainer: Trainer at the last step.
-        model: The unsharded model; the moving average of the weights where there is one.
-        seconds: Length of this session.
-        images_per_s: Rate of all processes together, the median of this session's log intervals; None without any.
+    `model` is unsharded, the moving average of the weights where there is one. `seconds` are this session's, and
+    `images_per_s` is the median rate of its log intervals, of all processes together; None without any.
     """
     run, data = trainer.run, trainer.data
     folder = run.folder
-    curves_figure(run.history, folder / "curves.png")
+    curves = {
+        name: _curve(run.history, name, "training") + _curve(run.history, f"val_{name}", "validation")
+        for name in ("loss", "accuracy")
+    }
+    curve_figure({name: lines for name, lines in curves.items() if lines}, "optimiser step", [folder / "curves.png"])
     objective = trainer.objective
     final = next(entry for entry in reversed(run.history) if "val_loss" in entry)
     summary = {name: value for name, value in final.items() if name.startswith(("val_", "ema_val_"))}
@@ -91,7 +56,7 @@ def write_report(trainer: Trainer, model: nn.Module, seconds: float, images_per_
         "parameters": sum(p.numel() for p in model.parameters()),
         "steps": trainer.step,
         "skipped_steps": trainer.nonfinite.total,
-        "unreadable_images": len(run.extra["unreadable"]),
+        "unreadable_images": len(trainer.tally.met),
         "seconds_this_session": round(seconds, 1),
     }
     if images_per_s is not None:
@@ -123,19 +88,49 @@ def _throughput(trainer: Trainer, model: nn.Module, images_per_s: float) -> dict
     }
 
 
-def _shown(split: Dataset) -> list[tuple]:
-    shown = min(8, len(split))
-    return readable(split, [i * len(split) // shown for i in range(shown)])
+def _shown(split: Dataset, classes: Sequence[str]) -> tuple[list[tuple], Tensor, list[str]]:
+    """Return up to eight samples of a split, evenly spaced, with their images [B, 3, S, S] and class names."""
+    count = min(8, len(split))
+    samples = readable(split, [i * len(split) // count for i in range(count)])
+    return samples, torch.stack([sample[0] for sample in samples]), [classes[sample[1]] for sample in samples]
 
 
 def _draw_reconstructions(trainer: Trainer, model: CRATEMAE) -> None:
-    run, data = trainer.run, trainer.data
-    samples = _shown(data.val)
-    images, titles = torch.stack([sample[0] for sample in samples]), [data.classes[sample[1]] for sample in samples]
-    ratios = sorted({run.config.mask_ratio, *(ratio for ratio in RATIOS if model.can_mask(ratio))})
-    noise = image_noise(model, [(run.config.seed, number) for number in range(len(images))])
-    path = run.folder / "reconstruction.png"
+    config = trainer.config
+    _, images, titles = _shown(trainer.data.val, trainer.data.classes)
+    ratios = sorted({config.mask_ratio, *(ratio for ratio in RATIOS if model.can_mask(ratio))})
+    noise = image_noise(model, [(config.seed, number) for number in range(len(images))])
+    path = trainer.run.folder / "reconstruction.png"
     reconstruction_figure(model, images, trainer.normalize, [path], ratios, noise, titles)
+
+
+@torch.inference_mode()
+def _attention_report(trainer: Trainer, model: CRATE) -> dict:
+    """Draw CLS attention of every head at two layers, a row an image; score it where object masks are known."""
+    data, layer = trainer.data, attention_layer(model)
+    samples, images, titles = _shown(data.val if data.masks is None else data.masks, data.classes)
+    rows, columns = [[Picture(image.permute(1, 2, 0).numpy())] for image in images], ["image"]
+    if data.masks is not None:
+        columns.append("object")
+        for row, (_, _, mask) in zip(rows, samples, strict=True):
+            row.append(Picture(mask.float().numpy(), "gray", (0, 1)))
+    model.eval()
+    pixels = trainer.normalize(images.to(trainer.device))
+    for layer_trace in trace(model, pixels, sorted({layer, model.transformer.depth - 1})):
+        maps = layer_trace.cls_attention().float().cpu().unflatten(-1, model.grid_size)
+        columns += [f"layer {layer_trace.index}, head {head}" for head in range(maps.shape[1])]
+        for row, heads in zip(rows, maps, strict=True):
+            row.extend(Picture(head.numpy()) for head in heads)
+    image_grid(rows, [trainer.run.folder / "attention.png"], row_titles=titles, column_titles=columns)
+    if data.masks is None:
+        return {}
+    batches = ((batch.images, batch.labels, batch.masks) for batch in eval_loader(trainer.config, data.masks))
+    try:
+        scores = score_attention(model, batches, trainer.normalize)
+    except NoObjectsError as error:  # training is done and must not end in an error
+        warnings.warn(f"attention maps are not scored: {error}", stacklevel=2)
+        return {}
+    return {"attention_layer": layer, "attention_miou": scores}
 
 
 def scores_line(values: dict[str, float], scores: Sequence[str]) -> str:
@@ -146,26 +141,6 @@ def scores_line(values: dict[str, float], scores: Sequence[str]) -> str:
 
     average = f"; of the moving average: {listed('ema_val_')}" if "ema_val_loss" in values else ""
     return f"validation {listed('val_')}{average}"
-
-
-def _attention_report(trainer: Trainer, model: CRATE) -> dict:
-    run, data, layer = trainer.run, trainer.data, attention_layer(model)
-    source = data.val if data.masks is None else data.masks
-    samples = _shown(source)
-    masks = None if data.masks is None else torch.stack([sample[2] for sample in samples])
-    images = torch.stack([sample[0] for sample in samples])
-    titles = [data.classes[sample[1]] for sample in samples]
-    layers = sorted({layer, model.transformer.depth - 1})
-    attention_figure(model, images, masks, titles, trainer.normalize, layers, run.folder / "attention.png")
-    if data.masks is None:
-        return {}
-    batches = ((batch.images, batch.labels, batch.masks) for batch in eval_loader(run.config, data.masks))
-    try:
-        scores = score_attention(model, batches, trainer.normalize)
-    except NoObjectsError as error:  # training is done and must not end in an error
-        warnings.warn(f"attention maps are not scored: {error}", stacklevel=2)
-        return {}
-    return {"attention_layer": layer, "attention_miou": scores}
 
 
 def print_summary(summary: dict, folder: Path) -> None:

@@ -1,31 +1,30 @@
-"""The folder that a run writes: its lock, settings, measurements and checkpoints. `runs` opens a finished one.
+"""The folder that a run writes: lock, settings, logs, profiles and checkpoints. `runs` opens a finished one.
 
 Only the first process (rank 0) writes.
 """
 
-from __future__ import annotations
-
+import csv
+import io
 import json
 import os
+import secrets
 import socket
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import filelock
+import torch
+from torch.profiler import ProfilerActivity, profile, schedule
+from torch.utils.tensorboard import SummaryWriter
 
 from crate_fast.env import provenance
 from crate_fast.errors import UserError
 from crate_fast.train import checkpoint
 from crate_fast.train.checkpoint import CheckpointError, writing
-from crate_fast.train.command_line import dump_config
-from crate_fast.train.config import TrainConfig, renamed_settings
+from crate_fast.train.config import TrainConfig, dump_config, renamed_settings
 from crate_fast.train.distributed import Processes
 from crate_fast.train.faults import NonFiniteError, poisoned
-from crate_fast.train.loggers import Loggers
-
-if TYPE_CHECKING:
-    from crate_fast.train.trainer import Trainer
 
 # Settings that a resumed run may change: they decide how and where it is computed, and what is kept. As with the
 # number of processes, rounding and what is drawn by micro-batch may differ.
@@ -35,6 +34,7 @@ FREE_SETTINGS = (
     "nonfinite_limit",
 )
 _LOCK_SECONDS = 120.0
+_BEFORE_PROFILE = 10  # steps: compilation, caches and clocks settle
 
 
 class RunLock:
@@ -98,6 +98,29 @@ def _launcher() -> str:
     return name if hosts > 1 and name != "none" else f"{name} {socket.gethostname()} {os.getppid()}"
 
 
+class Interval:
+    """Means over the steps since the last log entry, which a resume continues, and this session's speed in it."""
+
+    def __init__(self, taken: int = 0, sums: dict[str, float] | None = None):
+        self.taken, self.sums = taken, dict(sums or {})
+        self.steps, self.seconds = 0, 0.0
+
+    def add(self, measures: dict[str, float], taken: bool, seconds: float) -> None:
+        """Add a step; its measures count if it was taken."""
+        self.steps, self.seconds = self.steps + 1, self.seconds + seconds
+        if taken:
+            self.taken += 1
+            self.sums = {name: self.sums.get(name, 0.0) + value for name, value in measures.items()}
+
+    def means(self) -> dict[str, float]:
+        """Return the means over the steps taken; nothing if none was."""
+        return {name: total / self.taken for name, total in self.sums.items()}
+
+    def state(self) -> dict:
+        """Return the arguments of an `Interval` that continues this one."""
+        return {"taken": self.taken, "sums": self.sums}
+
+
 class RunFolder:
     """A run on disk. `data_facts` must be the same in a resumed run: number of training images, classes."""
 
@@ -106,18 +129,15 @@ class RunFolder:
         self.checkpoints = folder / "checkpoints"
         self.history: list[dict] = []
         self.best: dict = {"step": None, "score": None}
-        self.extra: dict = {}
-        self.loggers: Loggers | None = None
+        self.board: SummaryWriter | None = None
+        self.online = None  # the page at Weights & Biases
         self.saved: int | None = None  # the step of the last checkpoint
         self.lock = RunLock(folder)
 
-    def begin(self, trainer: Trainer, resume: bool, restarted: bool = False) -> None:
-        """Start afresh, or restore the newest checkpoint into `trainer`, at step 0, if there is one.
+    def begin(self, resume: bool, restarted: bool = False) -> checkpoint.Checkpoint | None:
+        """Open the folder; return the newest checkpoint if there is a run to continue, None for a new run.
 
-        Args:
-            trainer: The trainer.
-            resume: Continue the run in the folder, if there is one.
-            restarted: True if torchrun has started this process again: it continues a run that it began, no other.
+        `restarted` is True if torchrun has started this process again: it continues a run that it began, no other.
 
         Raises:
             UserError: There is a run in the folder that is not to be continued, or it cannot be continued.
@@ -139,11 +159,9 @@ class RunFolder:
             raise UserError(
                 f"{self.folder} holds a run at step {step}: pass --resume to continue it, or another --output"
             )
-        if step is not None:
-            saved = checkpoint.load(self.checkpoints, step)
+        saved = None if step is None else checkpoint.load(self.checkpoints, step)
+        if saved is not None:
             self._check_same_run(saved.manifest)
-            trainer.restore(saved.weights, saved.ema, saved.training["trainer"])
-            self.extra = saved.training["extra"]
             self.history, self.best, self.saved = saved.manifest["history"], saved.manifest["best"], step
         if self.processes.first:
             self.lock.sign()
@@ -151,8 +169,12 @@ class RunFolder:
                 if self.best["step"] is not None:  # it may have been killed between the checkpoint and this note
                     checkpoint.record_best(self.checkpoints, self.best)
                 checkpoint.write_text(self.folder / "config.yaml", dump_config(self.config))
-            self.loggers = Loggers(self.folder, self.history, trainer.step, self.config.wandb, vars(self.config))
+                lines = [json.dumps(entry) + "\n" for entry in self.history]  # none of an interrupted session
+                checkpoint.write_text(self.folder / "metrics.jsonl", "".join(lines))
+                self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=(step or 0) + 1)
+            self.online = _wandb_run(self.folder, self.config) if self.config.wandb else None
         self.processes.wait()
+        return saved
 
     def _check_same_run(self, manifest: dict) -> None:
         if manifest.get("format") != checkpoint.FORMAT:
@@ -179,49 +201,113 @@ class RunFolder:
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Append an entry to the history and the logs."""
-        entry = {"step": step, **values}
-        self.history.append(entry)
-        if self.loggers is not None:
-            self.loggers.add(entry)
+        self.history.append({"step": step, **values})
+        if not self.processes.first:
+            return
+        with writing(self.folder):
+            with (self.folder / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps(self.history[-1]) + "\n")
+            self.add_scalars(step, values)
             if "val_loss" in values:
-                self.loggers.write_summary_csv(self.history)
+                checkpoint.write_text(self.folder / "summary.csv", _summary(self.history))
 
-    def save(self, trainer: Trainer, score: float | None = None) -> None:
+    def add_scalars(self, step: int, values: dict[str, float]) -> None:
+        """Add numbers to the curves alone, on the first process."""
+        for name, value in values.items():
+            self.board.add_scalar(name, value, step)
+        if self.online is not None:
+            self.online.log(values, step=step)
+
+    def save(
+        self, step: int, epoch: float, weights: dict, ema: dict | None, training: dict, score: float | None = None
+    ) -> None:
         """Write a checkpoint, and delete older ones. One with the largest score so far becomes the best.
 
         A collective call: when the first process cannot write, all raise, and earlier checkpoints are untouched.
         """
-        weights, ema, rest = trainer.state()
         better = score is not None and (self.best["score"] is None or score > self.best["score"])
-        best = {"step": trainer.step, "score": score} if better else self.best
+        best = {"step": step, "score": score} if better else self.best
+        facts = {"epoch": epoch, "config": vars(self.config), "data": self.data_facts}
         problem: Exception | None = None
         if self.processes.first:
+            facts |= {"history": self.history, "best": best} | provenance()
             try:
-                self._write(trainer, weights, ema, rest, best)
+                bad = poisoned(weights) + poisoned(ema or {})
+                if bad:
+                    raise NonFiniteError(
+                        f"after step {step} the weights {', '.join(bad[:5])} are not finite, and are not saved; the "
+                        "checkpoints before are whole: lower lr or raise the warm-up in a new run"
+                    )
+                checkpoint.save(self.checkpoints, step, weights, training, facts, ema)
+                with writing(self.checkpoints):
+                    if best["step"] == step:
+                        checkpoint.record_best(self.checkpoints, best)
+                    checkpoint.rotate(self.checkpoints, self.config.keep_checkpoints)
             except (OSError, UserError) as error:
                 problem = error
         if self.processes.agree(str(problem or "")):
             raise problem or checkpoint.DiskError("the first process could not write a checkpoint; it says why")
-        self.best, self.saved = best, trainer.step
-
-    def _write(self, trainer: Trainer, weights: dict, ema: dict | None, rest: dict, best: dict) -> None:
-        bad = poisoned(weights) + poisoned(ema or {})
-        if bad:
-            raise NonFiniteError(
-                f"after step {trainer.step} the weights {', '.join(bad[:5])} are not finite, and are not saved; the "
-                "checkpoints before are whole: lower lr or raise the warm-up in a new run"
-            )
-        facts = {"epoch": trainer.step / trainer.steps_per_epoch, "config": vars(self.config)}
-        facts |= {"data": self.data_facts, "history": self.history, "best": best} | provenance()
-        training = {"trainer": rest, "extra": self.extra}
-        checkpoint.save(self.checkpoints, trainer.step, weights, training, facts, ema)
-        with writing(self.checkpoints):
-            if best["step"] == trainer.step:
-                checkpoint.record_best(self.checkpoints, best)
-            checkpoint.rotate(self.checkpoints, self.config.keep_checkpoints)
+        self.best, self.saved = best, step
 
     def close(self) -> None:
         """Close the logs and release the folder."""
-        if self.loggers is not None:
-            self.loggers.close()
+        if self.board is not None:
+            with writing(self.folder):
+                self.board.close()
+        if self.online is not None:
+            self.online.finish()
         self.lock.release()
+
+
+def _summary(history: list[dict]) -> str:
+    """Return a table of the evaluations, each with the last training measurements before it."""
+    rows, training = [], {}
+    for entry in history:
+        training |= entry
+        if "val_loss" in entry:
+            rows.append(dict(training))
+    text = io.StringIO()
+    table = csv.DictWriter(text, dict.fromkeys(name for row in rows for name in row))
+    table.writeheader()
+    table.writerows(rows)
+    return text.getvalue()
+
+
+def _wandb_run(folder: Path, config: TrainConfig):
+    try:
+        import wandb
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"wandb={config.wandb!r} needs Weights & Biases: pip install wandb, or leave --wandb out"
+        ) from error
+    note = folder / "wandb_id"  # a resumed run goes on with its page
+    if not note.is_file():
+        checkpoint.write_text(note, secrets.token_hex(8))
+    where = {"project": config.wandb, "name": folder.name, "id": note.read_text(), "dir": str(folder)}
+    return wandb.init(**where, resume="allow", config=vars(config))
+
+
+def profiler(folder: Path, steps: int, left: int, processes: Processes):
+    """Return a context whose `step()` is to be called after each step: PyTorch's profiler after the first ten.
+
+    It records `steps` steps into `folder`/rank0.json, …, for chrome://tracing or Perfetto; 0 for none: it is then
+    None. `left` are the steps that the run still has; a warning if they are too few.
+    """
+    if not steps:
+        return nullcontext()
+    if left < _BEFORE_PROFILE + steps:
+        warnings.warn(
+            f"profile={steps} records steps {_BEFORE_PROFILE + 1} to {_BEFORE_PROFILE + steps} of a session, and "
+            f"{left} are left to run: the trace will be {'short' if left > _BEFORE_PROFILE else 'missing'}",
+            stacklevel=2,
+        )
+
+    def write(finished: profile) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        finished.export_chrome_trace(str(folder / f"rank{processes.rank}.json"))
+
+    activities = [ProfilerActivity.CPU]
+    if processes.device.type == "cuda" and torch.cuda.is_available():
+        activities.append(ProfilerActivity.CUDA)
+    window = schedule(wait=_BEFORE_PROFILE - 2, warmup=2, active=steps, repeat=1)
+    return profile(activities=activities, schedule=window, on_trace_ready=write)

@@ -29,35 +29,21 @@ from crate_fast.train.runs import load_model, model_arguments
 _OF_A_MACHINE = ("data_dir", "init", "device", "threads", "workers", "wandb", "download")
 
 
-def model_card(name: str, facts: dict, results: list[str], config: TrainConfig, license_name: str) -> str:
-    """Return the text of README.md.
-
-    Args:
-        name: Title.
-        facts: Facts of the model, as a list.
-        results: Lines of measured results.
-        config: Settings of the run.
-        license_name: As the Hub names licences, such as mit.
-    """
-    settings = {key: value for key, value in vars(config).items() if value != getattr(TrainConfig, key)}
-    settings = {key: value for key, value in settings.items() if key not in _OF_A_MACHINE}
+def _card(name: str, facts: dict, results: list[str], config: TrainConfig, license_name: str) -> str:
+    changed = {key: value for key, value in vars(config).items() if value != getattr(TrainConfig, key)}
+    settings = {key: value for key, value in changed.items() if key not in _OF_A_MACHINE}
     head = {"library_name": "timm", "license": license_name, "tags": ["image-classification", "timm", "crate"]}
     usage = 'import crate_fast, timm\n\nmodel = timm.create_model("hf-hub:USER/NAME", pretrained=True).eval()'
     parts = [
-        f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
-        f"# {name}",
-        "Trained with crate_fast, the library of white-box vision transformers (CRATE).",
-        "## Model",
+        f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n\n# {name}",
+        "Trained with crate_fast, the library of white-box vision transformers (CRATE).\n\n## Model",
         "\n".join(f"* {key}: {value}" for key, value in facts.items()),
-        "## Results",
-        "\n".join(f"* {line}" for line in results) or "None recorded.",
-        "## Use",
-        f"```python\n{usage}\n```",
-        "## Training",
+        "## Results\n\n" + ("\n".join(f"* {line}" for line in results) or "None recorded."),
+        f"## Use\n\n```python\n{usage}\n```\n\n## Training",
         "Settings that differ from the defaults of `crate-fast pretrain`:",
-        f"```yaml\n{yaml.safe_dump(settings, sort_keys=False)}```",
+        f"```yaml\n{yaml.safe_dump(settings, sort_keys=False)}```\n",
     ]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(parts)
 
 
 def _recorded_results(summary: dict) -> list[str]:
@@ -89,13 +75,9 @@ def _localization_results(path: Path) -> list[str]:
 
 
 def write_model_folder(run: Path, folder: Path, scores: Path | None = None, license_name: str = "other") -> None:
-    """Write a run's best model with its card.
+    """Write a run's best model with its card into `folder`.
 
-    Args:
-        run: Folder of the run.
-        folder: To be written; must not hold a model yet.
-        scores: results.json of `crate-fast eval localization` for the card.
-        license_name: As the Hub names licences.
+    `scores` is results.json of `crate-fast eval localization`, for the card; `license_name` is the Hub's name.
 
     Raises:
         UserError: There is no run, timm cannot build its model (a CRATE-MAE, a linear probe), or the folder holds a
@@ -127,7 +109,7 @@ def write_model_folder(run: Path, folder: Path, scores: Path | None = None, lice
     folder.mkdir(parents=True, exist_ok=True)
     arguments = model_arguments(config, model.num_classes)
     save_for_hf(model, folder, model_args=arguments, safe_serialization=True)
-    checkpoint.write_text(folder / "README.md", model_card(run.name, facts, results, config, license_name))
+    checkpoint.write_text(folder / "README.md", _card(run.name, facts, results, config, license_name))
 
 
 def _command(options: argparse.Namespace) -> None:

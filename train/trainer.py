@@ -31,28 +31,17 @@ from crate_fast import CRATE, CRATEMAE
 from crate_fast.errors import UserError, run_command
 from crate_fast.functional import cached_dictionaries
 from crate_fast.train import checkpoint, distributed
-from crate_fast.train.command_line import build_config
-from crate_fast.train.config import TrainConfig
+from crate_fast.train.config import TrainConfig, build_config
 from crate_fast.train.cuda_graphs import GraphedCall
-from crate_fast.train.data import (
-    Batch,
-    DataSplits,
-    Normalize,
-    build_splits,
-    eval_loader,
-    mirrored,
-    readable,
-    train_loader,
-)
-from crate_fast.train.data.unreadable import UnreadableTally
+from crate_fast.train.data.loader import Batch, DataSplits, build_splits, eval_loader, readable, train_loader
+from crate_fast.train.data.transforms import Normalize, mirrored
 from crate_fast.train.distributed import Processes, process_group
-from crate_fast.train.faults import Interruption, NonFinite, diagnosis
-from crate_fast.train.loggers import Interval, profiler
+from crate_fast.train.faults import Interruption, NonFinite, UnreadableTally, diagnosis
 from crate_fast.train.objective import objective_for
 from crate_fast.train.optimizer import build_optimizer, clip_gradients, gradient_norm, learning_rate
 from crate_fast.train.reconstruction import image_noise, reconstructions, tiled
 from crate_fast.train.report import print_summary, scores_line, write_report
-from crate_fast.train.run_folder import RunFolder
+from crate_fast.train.run_folder import Interval, RunFolder, profiler
 from crate_fast.train.runs import build_model, load_initial
 from crate_fast.whitebox import layer_statistics
 
@@ -87,7 +76,11 @@ def launch(config: TrainConfig, options: argparse.Namespace) -> int:
         name = f"runs/{Path(options.recipe).stem}-{datetime.now():%Y%m%d-%H%M%S}"
         folder = Path(options.output or processes.agree(name))
         distributed.check_settings(config, processes)  # before the data, whose files may take minutes to list
-        data = _open_data(config, processes)
+        if config.download and processes.local_rank != 0:
+            processes.wait()
+        data = build_splits(config)
+        if config.download and processes.local_rank == 0:
+            processes.wait()
         if options.dry_run:
             dry_run(config, folder, data, processes)
             return 0
@@ -102,15 +95,6 @@ def launch(config: TrainConfig, options: argparse.Namespace) -> int:
                 )
         processes.wait()
     return 0
-
-
-def _open_data(config: TrainConfig, processes: Processes) -> DataSplits:
-    if config.download and processes.local_rank != 0:
-        processes.wait()
-    data = build_splits(config)
-    if config.download and processes.local_rank == 0:
-        processes.wait()
-    return data
 
 
 # --- the loop
@@ -177,16 +161,13 @@ class Trainer:
 
     def begin(self, resume: bool, restarted: bool = False) -> None:
         """Start afresh, or continue from the newest checkpoint (see `RunFolder.begin`); print which."""
-        self.run.begin(self, resume, restarted)
-        if self.run.extra:
-            self.tally.met = dict(self.run.extra["unreadable"])
-            self.val_tally.met = dict(self.run.extra["val_unreadable"])
-            self.interval = Interval(**self.run.extra["interval"])
-            note = self.run.folder / "unreadable.txt"
-            if self.processes.first and note.exists():  # the interrupted session may have met more than it saved
-                lines = [*self.tally.met, *self.val_tally.met]
-                with checkpoint.writing(self.run.folder):
-                    checkpoint.write_text(note, "".join(f"{line}\n" for line in lines))
+        saved = self.run.begin(resume, restarted)
+        if saved is not None:
+            self.restore(*saved[:3])
+        note = self.run.folder / "unreadable.txt"
+        if self.processes.first and note.exists():  # the interrupted session may have met more than it saved
+            with checkpoint.writing(self.run.folder):
+                checkpoint.write_text(note, "".join(f"{line}\n" for line in (*self.tally.met, *self.val_tally.met)))
         if self.processes.first:
             how = f" ({self.config.parallel})" if self.processes.world_size > 1 else ""
             where = f"from step {self.step}" if self.step else f"from {self.started_from}"
@@ -202,7 +183,17 @@ class Trainer:
         loader = train_loader(config, self.data.train, first_step=self.step, **self.shares)
         batches = iter(loader if left else ())  # before the steps: it draws from the generator that they seed
         profile = profiler(self.run.folder / "profile", config.profile, left, self.processes)
-        with self._progress_bar() as bar, profile:
+        size = config.batch_size
+        bar = tqdm(
+            total=self.total_steps * size,
+            initial=self.step * size,
+            unit="img",
+            unit_scale=True,
+            disable=not self.processes.first,
+            mininterval=0.2 if sys.stderr.isatty() else 10,
+            desc="training",
+        )
+        with bar, profile:
             while True:
                 # evaluate at an epoch's end; a resumed run may owe an evaluation
                 if self.evaluation_due() and not self.run.evaluated(self.step) and not self.evaluate():
@@ -214,7 +205,7 @@ class Trainer:
                 began = time.perf_counter()
                 result = self.train_step(batches)
                 self.interval.add(result.measures, result.taken, time.perf_counter() - began)
-                bar.update(config.batch_size)
+                bar.update(size)
                 if config.profile:
                     profile.step()
 
@@ -415,26 +406,23 @@ class Trainer:
         model = distributed.unsharded(self.model, self._build, self.processes)
         if not isinstance(model, CRATE | CRATEMAE):
             return
-        samples = readable(self.data.val, range(min(WHITEBOX_IMAGES, len(self.data.val))))
-        if not samples:
+        images = [image for image, *_ in readable(self.data.val, range(min(WHITEBOX_IMAGES, len(self.data.val))))]
+        if not images:
             return
-        images = torch.stack([sample[0] for sample in samples])
-        encoder = model.encoder() if isinstance(model, CRATEMAE) else model
+        images, encoder = torch.stack(images), model.encoder() if isinstance(model, CRATEMAE) else model
         for name, rows in layer_statistics(encoder, self.prepare_images(images)).items():
             means = {f"{name}/layer_{layer:02d}": mean for layer, (mean, _) in enumerate(rows.tolist())}
-            self.run.loggers.add_scalars(self.step, means)
+            self.run.add_scalars(self.step, means)
         if isinstance(model, CRATEMAE):
             shown = images[:SHOWN_IMAGES]
             noise = image_noise(model, [(self.config.seed, number) for number in range(len(shown))])
             rows = reconstructions(model, shown, self.normalize, [self.config.mask_ratio], noise)
-            self.run.loggers.add_image(self.step, "reconstruction", tiled(rows))
+            self.run.board.add_image("reconstruction", tiled(rows), self.step, dataformats="HWC")
 
     def save(self, score: float | None = None) -> None:
         """Write a checkpoint; with a score it may become the best."""
         self._count_unreadable()
-        self.run.extra = {"unreadable": dict(self.tally.met), "val_unreadable": dict(self.val_tally.met)}
-        self.run.extra["interval"] = self.interval.state()
-        self.run.save(self, score)
+        self.run.save(self.step, self.step / self.steps_per_epoch, *self.state(), score)
 
     def _count_unreadable(self) -> None:
         problems = list(itertools.chain(*self.processes.gather(self.problems)))
@@ -453,10 +441,13 @@ class Trainer:
         weights, optimizer = distributed.full_state(self.model, self.optimizer)
         ema = None if self.ema is None else distributed.full_state(self.ema.module)[0]
         rest = {"step": self.step, "optimizer": optimizer, "scaler": self.scaler.state_dict()}
-        return weights, ema, rest | {"nonfinite": self.nonfinite.state()}
+        extra = {"unreadable": dict(self.tally.met), "val_unreadable": dict(self.val_tally.met)}
+        extra |= {"interval": self.interval.state()}
+        return weights, ema, {"trainer": rest | {"nonfinite": self.nonfinite.state()}, "extra": extra}
 
-    def restore(self, weights: dict[str, Tensor], ema: dict[str, Tensor] | None, rest: dict) -> None:
+    def restore(self, weights: dict[str, Tensor], ema: dict[str, Tensor] | None, training: dict) -> None:
         """Continue exactly where `state` was taken, by any number of processes: a collective call."""
+        rest, extra = training["trainer"], training["extra"]
         distributed.load_full_state(self.model, weights, self.optimizer, rest["optimizer"])
         if self.ema is not None:
             distributed.load_full_state(self.ema.module, ema)
@@ -464,6 +455,8 @@ class Trainer:
             self.scaler.load_state_dict(rest["scaler"])
         self.nonfinite = dataclasses.replace(self.nonfinite, **rest["nonfinite"])
         self.step = rest["step"]
+        self.tally.met, self.val_tally.met = dict(extra["unreadable"]), dict(extra["val_unreadable"])
+        self.interval = Interval(**extra["interval"])
         self._graph_backward()  # loading an optimiser's state drops the gradients that a graph adds to
 
     # --- the rest
@@ -473,18 +466,6 @@ class Trainer:
 
     def _models(self) -> list[nn.Module]:
         return [self.model, *([] if self.ema is None else [self.ema.module])]
-
-    def _progress_bar(self) -> tqdm:
-        size = self.config.batch_size
-        return tqdm(
-            total=self.total_steps * size,
-            initial=self.step * size,
-            unit="img",
-            unit_scale=True,
-            disable=not self.processes.first,
-            mininterval=0.2 if sys.stderr.isatty() else 10,
-            desc="training",
-        )
 
     def finish(self, seconds: float) -> None:
         """Score, draw and print the summary of a finished run; `seconds` are this session's."""
@@ -516,15 +497,9 @@ def dry_run(config: TrainConfig, output: Path, data: DataSplits, processes: Proc
             trainer.val_loader = list(itertools.islice(trainer.val_loader, 2))
             scores = trainer.scores(trainer.model)
             trainer.save()
-            saved = checkpoint.load(trainer.run.checkpoints, trainer.step)
-            weights, *_ = trainer.state()
-            if any(not torch.equal(weights[name].cpu(), saved.weights[name]) for name in weights):
-                raise checkpoint.CheckpointError(
-                    "the weights read back are not those saved: see to the disk of --output"
-                )
-            trainer.restore(saved.weights, saved.ema, saved.training["trainer"])
-            files = checkpoint.folder_of(trainer.run.checkpoints, trainer.step).iterdir()
-            size = sum(path.stat().st_size for path in files)
+            saved = checkpoint.load(trainer.run.checkpoints, trainer.step)  # which verifies it
+            trainer.restore(*saved[:3])
+            size = sum(file["bytes"] for file in saved.manifest["files"].values())
         processes.wait()
     finally:
         if processes.first:

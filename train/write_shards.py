@@ -13,7 +13,6 @@ import multiprocessing
 import os
 import sys
 import tarfile
-from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
@@ -22,23 +21,10 @@ from tqdm import tqdm
 from crate_fast.errors import CommandParser, UserError, run_command
 from crate_fast.train.config import TrainConfig
 from crate_fast.train.data import open_source
-from crate_fast.train.data.image_files import open_image, to_rgb
-from crate_fast.train.data.sources import ImageFileSource, common_classes
-from crate_fast.train.data.unreadable import describe
+from crate_fast.train.data.image_files import describe, open_image, to_rgb
+from crate_fast.train.data.sources import Source, common_classes
 
 _SUFFIX = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # formats that keep their bytes
-
-
-@dataclass(frozen=True)
-class _Job:
-    """One split to write."""
-
-    source: ImageFileSource
-    split: str
-    output: Path
-    shorter_side: int
-    quality: int
-    per_shard: int
 
 
 def encoded(content: bytes, shorter_side: int, quality: int) -> tuple[str, bytes]:
@@ -62,25 +48,25 @@ def _add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
     archive.addfile(member, io.BytesIO(content))
 
 
-_job: _Job | None = None  # sent to a worker once, for the index of a large data set is large
+_job: tuple = ()  # source, split, options: sent to a worker once, for the index of a large data set is large
 
 
-def _begin(job: _Job) -> None:
+def _begin(*job) -> None:
     global _job
     _job = job
 
 
 def _write_shard(number: int) -> list[str]:
-    job, source = _job, _job.source
-    path = job.output / f"{job.split}-{number:05d}.tar"
+    source, split, options = _job
+    path = options.output / f"{split}-{number:05d}.tar"
     partial_path = path.with_suffix(".tar.partial")
     problems = []
     with tarfile.open(partial_path, "w") as archive:
-        for index in range(number * job.per_shard, min((number + 1) * job.per_shard, len(source))):
+        for index in range(number * options.per_shard, min((number + 1) * options.per_shard, len(source))):
             try:
                 file, label = source.open(index)
                 with file:
-                    suffix, content = encoded(file.read(), job.shorter_side, job.quality)
+                    suffix, content = encoded(file.read(), options.shorter_side, options.quality)
             except Exception as error:  # as in `Source`
                 problems.append(describe(source.name(index), error))
                 continue
@@ -90,13 +76,14 @@ def _write_shard(number: int) -> list[str]:
     return problems
 
 
-def _write_split(job: _Job, workers: int) -> list[str]:
-    numbers = range(-(-len(job.source) // job.per_shard))
-    with multiprocessing.get_context("spawn").Pool(min(workers, len(numbers)), _begin, (job,)) as pool:
-        done = tqdm(pool.imap(_write_shard, numbers), total=len(numbers), unit="shard", desc=job.split)
+def _write_split(source: Source, split: str, options: argparse.Namespace) -> list[str]:
+    numbers = range(-(-len(source) // options.per_shard))
+    processes, job = min(options.workers, len(numbers)), (source, split, options)
+    with multiprocessing.get_context("spawn").Pool(processes, _begin, job) as pool:
+        done = tqdm(pool.imap(_write_shard, numbers), total=len(numbers), unit="shard", desc=split)
         problems = [line for problems in done for line in problems]
-    if len(problems) == len(job.source):
-        raise UserError(f"not one of {job.split}'s {len(problems)} images can be read; the first: {problems[0]}")
+    if len(problems) == len(source):
+        raise UserError(f"not one of {split}'s {len(problems)} images can be read; the first: {problems[0]}")
     return problems
 
 
@@ -121,8 +108,7 @@ def _write(options: argparse.Namespace) -> None:
     try:
         options.output.mkdir(parents=True, exist_ok=True)
         for split, source in {config.train_split: train, config.val_split: val}.items():
-            job = _Job(source, split, options.output, options.shorter_side, options.quality, options.per_shard)
-            problems += _write_split(job, options.workers)
+            problems += _write_split(source, split, options)
         (options.output / "classes.txt").write_bytes(class_lines.encode("utf-8", "replace"))
     except OSError as error:  # from writing: a failure to read is a line in `problems`
         raise UserError(

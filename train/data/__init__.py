@@ -4,7 +4,7 @@
 `image_files` finds image files and decodes them to upright 8-bit RGB; `shape_scenes` draws images instead.
 `transforms` crops and augments a decoded image in a worker, with a generator seeded by the sample's name.
 `loader` makes uint8 batches, in an order of seed and epoch alone; the device mirrors and normalises them.
-A corrupt image is `unreadable`: training replaces it, evaluation skips it, the batch names it, a tally counts it.
+A corrupt image is `Unreadable`: training replaces it, evaluation skips it, the batch names it, a tally counts it.
 """
 
 from crate_fast.train.data.image_files import UNREADABLE

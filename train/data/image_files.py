@@ -42,6 +42,15 @@ _UPRIGHT = {  # orientation → operation that turns the stored pixels upright
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0  # TIFF tags and a value
 
 
+class Unreadable(OSError):
+    """An image that cannot be read; the message is that of `describe`."""
+
+
+def describe(image: str, error: Exception) -> str:
+    """Return the line that names a corrupt image in logs: "path: error: reason"."""
+    return f"{image}: {type(error).__name__}: {error}"
+
+
 # --- finding files
 
 
@@ -71,10 +80,8 @@ class ImageTree:
     def __init__(self, files: Iterable[str], folders: set[str]):
         files = list(files)
         self.names, self.folders = sorted(filter(is_image, files), key=_order), folders
-        extensions = Counter(os.path.splitext(name)[1].lower() for name in files)
-        found = [
-            f"{extensions[extension]} {extension}" for extension in sorted(extensions.keys() & set(_PASSED_OVER))
-        ]
+        counts = Counter(os.path.splitext(name)[1].lower() for name in files)
+        found = [f"{counts[suffix]} {suffix}" for suffix in sorted(counts.keys() & set(_PASSED_OVER))]
         self.note = f"image files of other formats are passed over: {', '.join(found)}" if found else ""
 
     def labelled(self, where: str) -> tuple[tuple[str, ...], np.ndarray]:
@@ -104,15 +111,11 @@ class ImageTree:
 
     def remarks(self) -> list[str]:
         """Return warnings: image files that are passed over, and a single class that holds folders."""
-        found = [self.note] if self.note else []
         tops = {name.partition("/")[0] for name in self.names}
         below = sorted({name.split("/")[1] for name in self.names if name.count("/") > 1})
-        if len(tops) == 1 and len(below) > 1:
-            found.append(
-                f"all images are of one class, {tops.pop()!r}: the first folder is the class, none below it, such as "
-                f"{below[0]!r}"
-            )
-        return found
+        one = f"all images are of one class, {min(tops, default='')!r}: the first folder is the class, none below it"
+        found = f"{one}, such as {below[0]!r}" if len(tops) == 1 and len(below) > 1 else ""
+        return [remark for remark in (self.note, found) if remark]
 
 
 def _order(name: str) -> tuple[str, str, str]:

@@ -10,10 +10,10 @@ import dataclasses
 import os
 import random
 import signal
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,20 +25,21 @@ from torch.utils.data import DataLoader, Dataset
 
 from crate_fast.errors import UserError
 from crate_fast.train.config import TrainConfig
+from crate_fast.train.data.image_files import Unreadable
 from crate_fast.train.data.shape_scenes import ShapeScenes
 from crate_fast.train.data.shards import ShardSource, TarSource, find_shards
 from crate_fast.train.data.sources import (
     TORCHVISION,
     FolderSource,
+    HubSource,
     Source,
     common_classes,
-    open_hub,
     open_torchvision,
 )
 from crate_fast.train.data.transforms import drawing_from, eval_transform, pixels, train_transform
-from crate_fast.train.data.unreadable import Unreadable
 
 Key = tuple[int, int] | tuple[int, int, int]
+Transform = Callable[[Image.Image], Image.Image]
 _ATTEMPTS = 30  # to find a readable image for a sample
 
 
@@ -53,34 +54,15 @@ class Batch(NamedTuple):
     masks: Tensor | None = None  # bool [B, S, S] for `DataSplits.masks`, else None
 
 
-class _Split(Dataset, ABC):
-    def __init__(self, images: Dataset, config: TrainConfig, hflip: float = 0.0):
-        self.images, self.seed, self.size, self.hflip = images, config.seed, config.image_size, hflip
+class _Split(Dataset):
+    """Samples of a source by name, which seeds the transform."""
+
+    def __init__(self, images: Dataset, config: TrainConfig, transform: Transform | None = None, hflip: float = 0.0):
+        self.images, self.seed, self.size = images, config.seed, config.image_size
+        self.transform, self.hflip = transform, hflip
 
     def __len__(self) -> int:
         return len(self.images)
-
-    @abstractmethod
-    def batch(self, keys: Sequence[Key], replace: bool) -> Batch:
-        """Load the samples of these names; corrupt ones are replaced or skipped."""
-
-    def flips(self, keys: Sequence[Key]) -> Tensor:
-        if not self.hflip:
-            return torch.zeros(len(keys), dtype=torch.bool)
-        return torch.tensor([np.random.default_rng((self.seed, *key)).random() < self.hflip for key in keys])
-
-
-class _SourceSplit(_Split):
-    def __init__(
-        self,
-        images: Source,
-        config: TrainConfig,
-        transform: Callable[[Image.Image], Image.Image],
-        hflip: float = 0.0,
-        augmented: bool = False,
-    ):
-        super().__init__(images, config, hflip)
-        self.transform, self.augmented = transform, augmented
 
     def __getitem__(self, key: Key) -> tuple[Tensor, int]:
         picture, label = self._sample(key)
@@ -90,15 +72,22 @@ class _SourceSplit(_Split):
         """Load a sample; from attempt 1 on, of another image, chosen by the sample's name and the attempt."""
         epoch, index, *copy = key
         name = (epoch, index, *copy, attempt) if attempt else key
-        with drawing_from(self.seed, *name) if self.augmented or attempt else nullcontext():
+        with drawing_from(self.seed, *name):
             picture, label = self.images[random.randrange(len(self)) if attempt else index]
             return self.transform(picture), label
 
-    def batch(self, keys: Sequence[Key], replace: bool) -> Batch:
+    def flips(self, keys: Sequence[Key]) -> Tensor:
+        if not self.hflip:
+            return torch.zeros(len(keys), dtype=torch.bool)
+        return torch.tensor([np.random.default_rng((self.seed, *key)).random() < self.hflip for key in keys])
+
+    def batch(self, keys: Sequence[Key]) -> Batch:
+        """Load the samples of these names; corrupt ones are replaced in training, skipped in evaluation."""
         images = np.empty((len(keys), 3, self.size, self.size), np.uint8)
         labels, loaded, problems = [], [], []
         for key in keys:
-            for attempt in range(_ATTEMPTS if replace else 1):
+            training = len(key) == 3
+            for attempt in range(_ATTEMPTS if training else 1):
                 try:
                     picture, label = self._sample(key, attempt)
                 except Unreadable as error:
@@ -109,7 +98,7 @@ class _SourceSplit(_Split):
                 loaded.append(key)
                 break
             else:
-                if replace:
+                if training:
                     raise UserError(
                         f"{_ATTEMPTS} images in a row could not be read, the last: {problems[-1]}. "
                         "Is the disk still there?"
@@ -127,21 +116,20 @@ class _SceneSplit(_Split):
     def __getitems__(self, keys: Sequence[Key]) -> list[tuple]:
         return self.images.__getitems__([key[1] for key in keys])
 
-    def batch(self, keys: Sequence[Key], replace: bool) -> Batch:
+    def batch(self, keys: Sequence[Key]) -> Batch:
         images, labels, *masks = zip(*self.__getitems__(keys), strict=True)
         masks = torch.stack(masks[0]) if masks else None
         return Batch(torch.stack(images), torch.tensor(labels), self.flips(keys), [], keys, masks)
 
 
+@dataclass(frozen=True)
 class _Batches(Dataset):
-    def __init__(self, split: _Split, replace: bool):
-        self.split, self.replace = split, replace
+    """A split as a `DataLoader` reads it: a list of names is a batch."""
 
-    def __len__(self) -> int:
-        return len(self.split)
+    split: _Split
 
     def __getitems__(self, keys: Sequence[Key]) -> Batch:
-        return self.split.batch(keys, self.replace)
+        return self.split.batch(keys)
 
 
 @dataclass(frozen=True)
@@ -162,11 +150,11 @@ def open_source(config: TrainConfig, train: bool) -> Source:
     """Open the training or the validation split of the configuration's data set (any but shape_scenes)."""
     if config.dataset in TORCHVISION:
         return open_torchvision(config.dataset, config.data_dir, train, config.download)
-    splits = [(config.train_split, "--train-split"), (config.val_split, "--val-split")]
-    (split, option), (other, _) = splits if train else splits[::-1]
+    split, other = (config.train_split, config.val_split)[:: 1 if train else -1]
+    option = "--train-split" if train else "--val-split"
     root = Path(config.data_dir)
     if config.dataset == "hf":
-        return open_hub(config.data_dir, split, option, config.download)
+        return HubSource(config.data_dir, split, option, config.download)
     if config.dataset == "shards":
         return ShardSource(find_shards(root, split, option, other), root)
     place = root / f"{split}.tar" if config.dataset == "tar" else root / split
@@ -183,21 +171,19 @@ def build_splits(config: TrainConfig) -> DataSplits:
         UserError: One cannot be opened, they have different classes, or `auto_augment` is no policy.
     """
     if config.dataset == "shape_scenes":
-        common = {"image_size": config.image_size, "seed": config.seed}
-        train = ShapeScenes(config.train_samples, split="train", **common)
-        val = ShapeScenes(config.val_samples, split="val", **common)
+        scenes = partial(ShapeScenes, image_size=config.image_size, seed=config.seed)
+        train = _SceneSplit(scenes(config.train_samples, split="train"), config, hflip=config.hflip)
+        val = _SceneSplit(scenes(config.val_samples, split="val"), config)
         n_masks = min(config.segmentation_samples, config.val_samples)
-        masks = ShapeScenes(n_masks, split="val", with_mask=True, **common)
-        splits = _SceneSplit(train, config, config.hflip), _SceneSplit(val, config)
-        return DataSplits(*splits, tuple(train.classes), _SceneSplit(masks, config))
-    transform = train_transform(config)
-    train, val = open_source(config, train=True), open_source(config, train=False)
-    return DataSplits(
-        _SourceSplit(train, config, transform, config.hflip, augmented=True),
-        _SourceSplit(val, config, eval_transform(config)),
-        common_classes(train, val),
-        None,
+        masks = _SceneSplit(scenes(n_masks, split="val", with_mask=True), config)
+        return DataSplits(train, val, ShapeScenes.classes, masks)
+    transform = train_transform(config)  # before the data, whose files may take minutes to list
+    sources = open_source(config, train=True), open_source(config, train=False)
+    train, val = (
+        _Split(sources[0], config, transform, config.hflip),
+        _Split(sources[1], config, eval_transform(config)),
     )
+    return DataSplits(train, val, common_classes(*sources), None)
 
 
 def plain_splits(config: TrainConfig) -> DataSplits:
@@ -205,7 +191,7 @@ def plain_splits(config: TrainConfig) -> DataSplits:
     data = build_splits(dataclasses.replace(config, hflip=0.0))
     if config.dataset == "shape_scenes":
         return data
-    return dataclasses.replace(data, train=_SourceSplit(data.train.images, config, eval_transform(config)))
+    return dataclasses.replace(data, train=_Split(data.train.images, config, eval_transform(config)))
 
 
 def readable(split: Dataset, indices: Sequence[int]) -> list[tuple]:
@@ -217,6 +203,7 @@ def readable(split: Dataset, indices: Sequence[int]) -> list[tuple]:
     return found
 
 
+@dataclass(frozen=True)
 class _TrainKeys:
     """Batches of (epoch, index, copy) for one process, from any optimiser step on.
 
@@ -226,13 +213,11 @@ class _TrainKeys:
     processes.
     """
 
-    def __init__(self, config: TrainConfig, n_images: int, rank: int, world_size: int, first_step: int):
-        self.config, self.n_images = config, n_images
-        self.rank, self.world_size, self.first_step = rank, world_size, first_step
-        self.steps_per_epoch = n_images // config.batch_size
-
-    def __len__(self) -> int:
-        return (self.config.epochs * self.steps_per_epoch - self.first_step) * self.config.accumulate
+    config: TrainConfig
+    n_images: int
+    rank: int
+    world_size: int
+    first_step: int
 
     def _order(self, epoch: int) -> np.ndarray:
         turn, share = divmod(epoch, self.config.repeats)
@@ -243,10 +228,11 @@ class _TrainKeys:
     def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
         copies, accumulate = self.config.repeats, self.config.accumulate
         different, micro = self.config.batch_size // copies, self.config.batch_size // accumulate
-        start_epoch, start = divmod(self.first_step, self.steps_per_epoch)
+        steps_per_epoch = self.n_images // self.config.batch_size
+        start_epoch, start = divmod(self.first_step, steps_per_epoch)
         for epoch in range(start_epoch, self.config.epochs):
             order = self._order(epoch)
-            for step in range(start, self.steps_per_epoch):
+            for step in range(start, steps_per_epoch):
                 shown = order[step * different : (step + 1) * different].tolist()
                 batch = [(epoch, index, copy) for index in shown for copy in range(copies)]
                 for part in range(accumulate):
@@ -271,7 +257,7 @@ def train_loader(
     if len(data) < config.batch_size:
         raise UserError(f"the training split has {len(data)} images, fewer than batch_size={config.batch_size}")
     batches = _TrainKeys(config, len(data), rank, world_size, first_step)
-    return _loader(config, _Batches(data, replace=True), batches)
+    return _loader(config, data, batches)
 
 
 def eval_loader(config: TrainConfig, data: Dataset, *, rank: int = 0, world_size: int = 1) -> DataLoader:
@@ -279,32 +265,28 @@ def eval_loader(config: TrainConfig, data: Dataset, *, rank: int = 0, world_size
     mine = range(rank, len(data), world_size)
     size = max(1, min(256, config.batch_size))
     batches = [[(0, index) for index in mine[start : start + size]] for start in range(0, len(mine), size)]
-    return _loader(config, _Batches(data, replace=False), batches, persistent=True)
+    return _loader(config, data, batches, persistent=True)
 
 
-def _loader(config: TrainConfig, data: _Batches, batches, persistent: bool = False) -> DataLoader:
-    workers = config.workers
+def _loader(config: TrainConfig, data: Dataset, batches, persistent: bool = False) -> DataLoader:
+    workers, on_gpu = config.workers, config.device != "cpu" and torch.cuda.is_available()
     if workers is None:  # on a CPU, a worker takes a core from the training threads and slows them far more
         share = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        workers = min(8, share) if _on_gpu(config) else 0
-    parallel = {"persistent_workers": persistent, "prefetch_factor": 4} if workers else {}
+        workers = min(8, share) if on_gpu else 0
     return DataLoader(
-        data,
+        _Batches(data),
         batch_sampler=batches,
         num_workers=workers,
-        pin_memory=_on_gpu(config),
+        pin_memory=on_gpu,
         worker_init_fn=_init_worker,
         collate_fn=_unchanged,
-        **parallel,
+        persistent_workers=persistent and workers > 0,
+        prefetch_factor=4 if workers else None,
     )
 
 
 def _unchanged(batch: Batch) -> Batch:
     return batch
-
-
-def _on_gpu(config: TrainConfig) -> bool:
-    return config.device != "cpu" and torch.cuda.is_available()
 
 
 def _init_worker(_worker: int) -> None:

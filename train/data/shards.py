@@ -27,7 +27,7 @@ import numpy as np
 
 from crate_fast.errors import UserError
 from crate_fast.train.data.image_files import EXTENSIONS, ImageTree, is_hidden, is_image, looks_like_image
-from crate_fast.train.data.sources import MOST_CLASSES, ImageFileSource
+from crate_fast.train.data.sources import MOST_CLASSES, Source
 
 _VERSION = 3  # of a cached index; EXTENSIONS that change need another
 _OPEN_ARCHIVES = 128  # per process, well below the usual limit of 1,024 files
@@ -39,13 +39,8 @@ _HEADER = 512  # bytes of a tar header; a member's last one is right in front of
 def find_shards(root: Path, split: str, option: str = "--train-split", other: str = "") -> list[Path]:
     """Return the shards of a split, sorted: <split>*.tar in `root`, or *.tar in its folder <split>.
 
-    No letter or digit follows the split's name in a file's name: validation-000.tar is no shard of val.
-
-    Args:
-        root: Folder of the data set.
-        split: Name of the split.
-        option: The option that names the split, for messages.
-        other: Another split. If its name begins with this one's, as val-small with val, its shards are left out.
+    No letter or digit follows the split's name in a file's name: validation-000.tar is no shard of val. Those of the
+    `other` split, such as val-small, are left out. `option` names the split, for messages.
     """
     own, others = (re.compile(re.escape(name) + r"(?![A-Za-z0-9]).*\.tar") for name in (split, other))
     beside = [path for path in sorted(root.glob("*.tar")) if own.fullmatch(path.name)]
@@ -137,23 +132,23 @@ def _about_links(links: list[str]) -> list[str]:
 # --- their images
 
 
-class ArchiveSource(ImageFileSource):
+class ArchiveSource(Source):
     """The images of tar archives in one folder, through an index cached in the hidden file `cache_name` there.
 
     A cached index is replaced when an archive's name, size or modification time differs. Where the folder is
-    read-only, it stays in memory. `samples` is int64 [n, 4]: archive, offset, size, label.
+    read-only, it stays in memory. `items` is int64 [n, 4]: archive, offset, size, label.
     """
 
     def __init__(self, paths: Sequence[Path], cache_name: str):
         self.paths = [Path(path) for path in paths]
         self._descriptors: dict[int, int] = {}  # open files, by the number of their path
         index = self._load(self.paths[0].parent / cache_name)
-        self.samples, remarks = index["samples"], index["remarks"].tolist()
-        if not len(self.samples):
+        self.items, remarks = index["samples"], index["remarks"].tolist()
+        if not len(self.items):
             first, reason = self.paths[0], f": {remarks[0]}" if remarks else ""
             raise UserError(f"{first.parent}: the {len(self.paths)} shards from {first.name} hold no images{reason}")
         self.classes = tuple(index["classes"].tolist()) if "classes" in index else None
-        self.n_labels = int(self.samples[:, 3].max()) + 1
+        self.n_labels = int(self.items[:, 3].max()) + 1
         for remark in remarks:
             print(remark, file=sys.stderr)
 
@@ -207,16 +202,13 @@ class ArchiveSource(ImageFileSource):
             raise OSError(f"the archive ends {size - len(content)} bytes early")
         return content
 
-    def __len__(self) -> int:
-        return len(self.samples)
-
     def open(self, index: int) -> tuple[io.BytesIO, int]:
-        number, offset, size, label = self.samples[index].tolist()
+        number, offset, size, label = self.items[index].tolist()
         return io.BytesIO(self._read(number, offset, size)), label
 
     def name(self, index: int) -> str:
         """Return "archive/member" of an image, from its header, which cuts names of over 100 bytes."""
-        number, offset, _, _ = self.samples[index].tolist()
+        number, offset, _, _ = self.items[index].tolist()
         try:
             header = self._read(number, offset - _HEADER, _HEADER)
             member = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").name
@@ -273,29 +265,21 @@ class ShardSource(ArchiveSource):
             members, dangling = _members(path)
             links += dangling
             for key, parts in _samples(path, members):
-                row = self._row(number, key, parts)
-                if row is not None:
-                    rows.append(row)
-                else:
+                image = next((place for suffix, place in parts.items() if f".{suffix}" in EXTENSIONS), None)
+                if image is None:
                     passed_over += [(f"{path}: {key}", end) for end in parts if looks_like_image(f"_.{end}")]
+                    continue
+                suffix = next((suffix for suffix in ("cls", "json") if suffix in parts), None)
+                if suffix is None:
+                    raise UserError(f"{path}: the image {key} has no label: put {key}.cls or {key}.json beside it")
+                label = _label(f"{path}: {key}", suffix, self._read(number, *parts[suffix]))
+                rows.append((number, *image, label))
         remarks = _about_links(links)
         if passed_over:
             where, suffix = passed_over[0]
             why = _FIRST_DOT if "." in suffix else f"images are {' '.join(EXTENSIONS)}"
             remarks.append(f"{len(passed_over)} image files are passed over, such as {where}.{suffix} ({why})")
         return _index(rows, remarks)
-
-    def _row(self, number: int, key: str, parts: dict[str, tuple[int, int]]) -> tuple[int, int, int, int] | None:
-        image = next((place for suffix, place in parts.items() if f".{suffix}" in EXTENSIONS), None)
-        if image is None:
-            return None
-        suffix = next((suffix for suffix in ("cls", "json") if suffix in parts), None)
-        if suffix is None:
-            raise UserError(
-                f"{self.paths[number]}: the image {key} has no label: put {key}.cls or {key}.json beside it"
-            )
-        content = self._read(number, *parts[suffix])
-        return (number, *image, _label(f"{self.paths[number]}: {key}", suffix, content))
 
 
 def _samples(shard: Path, members: list[tuple[str, int, int]]) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:

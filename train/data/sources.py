@@ -8,6 +8,7 @@ import io
 import sys
 import tarfile
 from abc import ABC, abstractmethod
+from collections.abc import Sized
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import BinaryIO
@@ -17,8 +18,7 @@ from torch.utils.data import Dataset
 from torchvision import datasets as torchvision_datasets
 
 from crate_fast.errors import UserError
-from crate_fast.train.data.image_files import find_images, read_image, to_rgb
-from crate_fast.train.data.unreadable import Unreadable, describe
+from crate_fast.train.data.image_files import Unreadable, describe, find_images, read_image, to_rgb
 
 MOST_CLASSES = 10_000_000  # a larger label is a fault of the data: a head for it fits no memory
 TORCHVISION = {  # name → (class, argument that names the split, its value for training, for validation)
@@ -33,21 +33,29 @@ class Source(Dataset, ABC):
     """A data set of (RGB image, label) by number; a corrupt image raises `Unreadable`, which names it.
 
     `classes` are names in the order of the labels, None where the data has numbers only; labels are below `n_labels`.
+    `items` has an entry for each image.
     """
 
     classes: tuple[str, ...] | None
     n_labels: int
+    items: Sized
 
-    @abstractmethod
-    def __len__(self) -> int: ...
+    def __len__(self) -> int:
+        return len(self.items)
 
     @abstractmethod
     def name(self, index: int) -> str:
         """Return the image's place, for messages."""
 
-    @abstractmethod
+    def open(self, index: int) -> tuple[BinaryIO, int]:
+        """Return the image's file, not decoded, and its label."""
+        raise NotImplementedError
+
     def picture(self, index: int) -> tuple[Image.Image, int]:
         """Return image and label; any exception means that the image is corrupt."""
+        file, label = self.open(index)
+        with file:
+            return read_image(file), label
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         try:
@@ -56,42 +64,59 @@ class Source(Dataset, ABC):
             raise Unreadable(describe(self.name(index), error)) from error
 
 
-class ImageFileSource(Source):
-    """A source whose images are files, on disk or in memory."""
-
-    @abstractmethod
-    def open(self, index: int) -> tuple[BinaryIO, int]:
-        """Return the image's file, not decoded, and its label."""
-
-    def picture(self, index: int) -> tuple[Image.Image, int]:
-        file, label = self.open(index)
-        with file:
-            return read_image(file), label
-
-
-class FolderSource(ImageFileSource):
+class FolderSource(Source):
     """The images below a folder; the folders directly in it are the classes."""
 
     def __init__(self, root: Path):
         self.root, tree = root, find_images(root)
         self.classes, self.labels = tree.labelled(str(root))
-        self.names, self.n_labels = tree.names, len(self.classes)
+        self.items, self.n_labels = tree.names, len(self.classes)
         for remark in tree.remarks():
             print(f"{root}: {remark}", file=sys.stderr)
 
-    def __len__(self) -> int:
-        return len(self.names)
-
     def name(self, index: int) -> str:
-        return str(self.root / self.names[index])
+        return str(self.root / self.items[index])
 
     def open(self, index: int) -> tuple[BinaryIO, int]:
-        return (self.root / self.names[index]).open("rb"), int(self.labels[index])
+        return (self.root / self.items[index]).open("rb"), int(self.labels[index])
 
 
-class _HubSource(ImageFileSource):
-    def __init__(self, images, where: str):
-        self.images, self.where = images, where
+class HubSource(Source):
+    """A data set of the package `datasets`: a local folder of parquet, arrow or image files, or a name.
+
+    `option` names the split, for messages. Parquet is converted in the package's cache (HF_DATASETS_CACHE) first.
+    """
+
+    def __init__(self, data_dir: str, split: str, option: str, download: bool):
+        if importlib.util.find_spec("datasets") is None:
+            raise UserError("dataset='hf' needs the package datasets: pip install crate_fast[hf]")
+        import datasets
+
+        if not Path(data_dir).is_dir() and not download:
+            raise UserError(
+                f"data_dir={data_dir!r} is no folder: pass --data-dir FOLDER, or --download to let datasets fetch "
+                "what the Hugging Face Hub has by this name, or take it from its cache"
+            )
+        self.where = f"{data_dir}, split {split}"
+        try:
+            images = datasets.load_dataset(data_dir, split=split)
+        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+            cause = error.__cause__ or error  # where files disagree, only the cause says why
+            reason = " ".join(f"{type(cause).__name__}: {cause}".split())
+            raise UserError(
+                f"datasets cannot open {self.where} ({reason}): it must be of parquet, arrow or image "
+                f"files; pass --data-dir, or {option}"
+            ) from error
+        if not {"image", "label"} <= set(images.column_names):
+            raise UserError(
+                f"{self.where} has the columns {sorted(images.column_names)}: rename two to image and label"
+            )
+        try:
+            self.items = images.cast_column("image", datasets.Image(decode=False))
+        except (TypeError, ValueError, NotImplementedError) as error:
+            raise UserError(
+                f"{self.where}: the column image holds no images ({error}): store them as datasets.Image"
+            ) from error
         try:
             labels = images.unique("label")
         except NotImplementedError:  # labels are lists
@@ -99,21 +124,18 @@ class _HubSource(ImageFileSource):
         wrong = [label for label in labels if not isinstance(label, int) or not 0 <= label < MOST_CLASSES]
         if wrong or not labels:
             raise UserError(
-                f"{where}: labels must be integers from 0, below {MOST_CLASSES:,}, not {wrong[:8]}: pass a labelled "
-                "split, or make texts numbers with class_encode_column of datasets"
+                f"{self.where}: labels must be integers from 0, below {MOST_CLASSES:,}, not {wrong[:8]}: pass a "
+                "labelled split, or make texts numbers with class_encode_column of datasets"
             )
         self.classes = tuple(getattr(images.features["label"], "names", ())) or None
         self.n_labels = max(len(self.classes or ()), max(labels) + 1)
 
-    def __len__(self) -> int:
-        return len(self.images)
-
     def name(self, index: int) -> str:
-        image = self.images[index]["image"]
+        image = self.items[index]["image"]
         return f"{self.where}, image {index} ({image and image['path']})"
 
     def open(self, index: int) -> tuple[BinaryIO, int]:
-        row = self.images[index]
+        row = self.items[index]
         image = row["image"] or {}  # some data sets have rows with null
         if image.get("bytes"):  # the path, if any, may be of another machine
             return io.BytesIO(image["bytes"]), int(row["label"])
@@ -122,80 +144,39 @@ class _HubSource(ImageFileSource):
         return Path(image["path"]).open("rb"), int(row["label"])
 
 
-def open_hub(data_dir: str, split: str, option: str, download: bool) -> Source:
-    """Open a data set of the package `datasets`: a local folder of parquet, arrow or image files, or a name.
-
-    `option` names the split, for messages. Parquet is converted in the package's cache (HF_DATASETS_CACHE) first.
-    """
-    if importlib.util.find_spec("datasets") is None:
-        raise UserError("dataset='hf' needs the package datasets: pip install crate_fast[hf]")
-    import datasets
-
-    if not Path(data_dir).is_dir() and not download:
-        raise UserError(
-            f"data_dir={data_dir!r} is no folder: pass --data-dir FOLDER, or --download to let datasets fetch "
-            "what the Hugging Face Hub has by this name, or take it from its cache"
-        )
-    where = f"{data_dir}, split {split}"
-    try:
-        images = datasets.load_dataset(data_dir, split=split)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        cause = error.__cause__ or error  # where files disagree, only the cause says why
-        reason = " ".join(f"{type(cause).__name__}: {cause}".split())
-        raise UserError(
-            f"datasets cannot open {where} ({reason}): it must be of parquet, arrow or image "
-            f"files; pass --data-dir, or {option}"
-        ) from error
-    if not {"image", "label"} <= set(images.column_names):
-        raise UserError(f"{where} has the columns {sorted(images.column_names)}: rename two to image and label")
-    try:
-        images = images.cast_column("image", datasets.Image(decode=False))
-    except (TypeError, ValueError, NotImplementedError) as error:
-        raise UserError(
-            f"{where}: the column image holds no images ({error}): store them as datasets.Image"
-        ) from error
-    return _HubSource(images, where)
-
-
 class TorchvisionSource(Source):
     """A data set of torchvision; its image files are read here, since torchvision does not turn them upright."""
 
     def __init__(self, images: Dataset, where: str):
-        self.images, self.where = images, where
+        self.items, self.where = images, where
         self.classes = tuple(images.classes)
         self.n_labels = len(self.classes)
         self.paths = getattr(images, "_images", getattr(images, "_image_files", None))  # pets, flowers102
-
-    def __len__(self) -> int:
-        return len(self.images)
 
     def name(self, index: int) -> str:
         return f"{self.where}, image {index}" if self.paths is None else str(self.paths[index])
 
     def picture(self, index: int) -> tuple[Image.Image, int]:
         if self.paths is not None:
-            return read_image(self.paths[index]), self.images._labels[index]
-        image, label = self.images[index]
+            return read_image(self.paths[index]), self.items._labels[index]
+        image, label = self.items[index]
         return to_rgb(image), label
 
 
 def open_torchvision(dataset: str, data_dir: str, train: bool, download: bool) -> Source:
     """Open a data set that torchvision knows, and download it only if asked to."""
-    name, argument, for_training, for_validation = TORCHVISION[dataset]
-    split = {argument: for_training if train else for_validation}
+    name, argument, *splits = TORCHVISION[dataset]
+    place = f"data_dir={data_dir!r}"
     try:
         with nothing_outside() if download else nullcontext():
+            split = {argument: splits[0 if train else 1]}
             images = getattr(torchvision_datasets, name)(Path(data_dir), **split, download=download)
     except (RuntimeError, FileNotFoundError, ValueError) as error:
-        raise UserError(
-            f"{dataset} is not in data_dir={data_dir!r} ({error}): pass the right folder, or "
-            "--download to fetch it there"
-        ) from error
+        remedy = "pass the right folder, or --download to fetch it there"
+        raise UserError(f"{dataset} is not in {place} ({error}): {remedy}") from error
     except OSError as error:  # no network (URLError), a full disk
-        raise UserError(
-            f"{dataset} cannot be read from or downloaded to data_dir={data_dir!r} ({error}): see to "
-            "the network and the disk, or put it there yourself"
-        ) from error
+        remedy = "see to the network and the disk, or put it there yourself"
+        raise UserError(f"{dataset} cannot be read from or downloaded to {place} ({error}): {remedy}") from error
     except ModuleNotFoundError as error:
         raise UserError(f"{dataset} needs {error.name}: pip install {error.name}") from error
     return TorchvisionSource(images, dataset)

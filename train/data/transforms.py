@@ -61,10 +61,8 @@ def mirrored(images: Tensor, flips: Tensor | None) -> Tensor:
 def drawing_from(seed: int, *name: int, on_devices: bool = False):
     """Seed the global generators of Python, NumPy and PyTorch by a name; restore PyTorch's state at the end.
 
-    Args:
-        seed: The run's seed.
-        name: Integers from 0: (epoch, index), then the copy's number, … A last 0 changes nothing.
-        on_devices: Seed the generators of GPUs too, and leave them so. Before CUDA is used this takes 0.2 ms.
+    A name is integers from 0: (epoch, index), then the copy's number, … A last 0 changes nothing. `on_devices` seeds
+    the generators of GPUs too, and leaves them so. Before CUDA is used this takes 0.2 ms.
     """
     state = torch.get_rng_state()
     mixed = int(np.random.SeedSequence((seed, *name)).generate_state(1, np.uint64)[0])
