@@ -34,18 +34,8 @@ from crate_fast.eval.emergence.protocol import (
     settings_table,
     training_config,
 )
+from crate_fast.eval.emergence.results import Results, at_accuracy, at_checkpoint, held_out_accuracy, validated
 from crate_fast.eval.emergence.runs import Folders, Job, train_and_score
-from crate_fast.eval.emergence.scores import (
-    at_accuracy,
-    at_checkpoint,
-    by_model,
-    chosen_lr,
-    claims,
-    common_accuracy,
-    held_out_accuracy,
-    load_results,
-    validated,
-)
 from crate_fast.train.data import build_splits
 from crate_fast.train.distributed import process_group
 from crate_fast.train.faults import Interruption, NonFiniteError
@@ -99,7 +89,7 @@ def checkpoint(best: float, heads: list[float], selected: list[float], layers: i
     return {"default_layer": 1, "test": rows(heads), "selection": rows(selected), "accuracy": 0.5}
 
 
-def results_with(scores: dict[str, list[float]]) -> dict[str, dict]:
+def results_with(scores: dict[str, list[float]]) -> Results:
     """Results with a primary score of each model and seed at the default layer, in percent."""
     results = {}
     for model, values in scores.items():
@@ -108,49 +98,47 @@ def results_with(scores: dict[str, list[float]]) -> dict[str, dict]:
             trained = checkpoint(2 * value / 100, [0.1, 0.2], [0.2, 0.1])
             result = {"kind": "scenes", "checkpoints": [untrained, trained]}
             results[f"scenes-{model}-seed{seed}"] = result
-    return results
+    return Results(results, SMOKE)
 
 
 def test_the_fixed_head_is_chosen_on_other_scenes():
-    results = results_with({model: [40.0, 40.0] for model in MODELS})
-    score = at_checkpoint("AP, fixed head")(results["scenes-CRATE-seed0"])
+    result = results_with({model: [40.0, 40.0] for model in MODELS}).runs["scenes-CRATE-seed0"]
+    score = at_checkpoint("AP, fixed head")(result)
     assert score == pytest.approx(100 * 0.1 / 2)  # head 0, the best there; head 1 is the best here
-    assert at_checkpoint("mIoU mass, best head")(results["scenes-CRATE-seed0"]) == pytest.approx(40.0)
-    assert at_checkpoint("mIoU mass, best head", layer="chosen")(results["scenes-CRATE-seed0"]) == pytest.approx(
-        80.0
-    )  # layer 0
+    assert at_checkpoint("mIoU mass, best head")(result) == pytest.approx(40.0)
+    assert at_checkpoint("mIoU mass, best head", layer="chosen")(result) == pytest.approx(80.0)  # layer 0
 
 
 def test_the_claims_hold_where_they_should():
     good = results_with(
         {"CRATE": [50, 51], "CRATE-MLP": [45, 46], "CRATE-MHSA": [40, 41], "ViT": [20, 21.1], "CRATE-sth": [9, 9]}
     )
-    assert [claim.holds for claim in claims(good, SMOKE)] == [True] * 5
+    assert [claim.holds for claim in good.claims()] == [True] * 5
     bad = results_with(
         {"CRATE": [20, 10], "CRATE-MLP": [45, 46], "CRATE-MHSA": [40, 41], "ViT": [32, 33], "CRATE-sth": [9, 9]}
     )
-    assert [claim.holds for claim in claims(bad, SMOKE)] == [False] * 5
+    assert [claim.holds for claim in bad.claims()] == [False] * 5
     noisy = results_with(
         {"CRATE": [60, 31], "CRATE-MLP": [45, 30], "CRATE-MHSA": [40, 29], "ViT": [20, 28], "CRATE-sth": [9, 9]}
     )
-    assert [claim.holds for claim in claims(noisy, SMOKE)] == [True, True, False, True, True]
+    assert [claim.holds for claim in noisy.claims()] == [True, True, False, True, True]
 
 
 def test_a_seed_that_a_model_lacks_is_not_compared():
     results = results_with({model: [40.0, 41.0] for model in MODELS})
-    del results["scenes-ViT-seed1"]
-    assert by_model(results, SMOKE, at_checkpoint("mIoU mass, best head"))["CRATE"] == pytest.approx([40.0])
-    assert claims(results, SMOKE)[2].holds is None  # one seed has no interval
+    del results.runs["scenes-ViT-seed1"]
+    assert results.by_seed("CRATE", at_checkpoint("mIoU mass, best head")) == pytest.approx([40.0])
+    assert results.claims()[2].holds is None  # one seed has no interval
 
 
 def test_the_learning_rate_of_the_best_sweep():
-    def sweep(accuracy: float) -> dict:
-        return {"validation": [{"val_accuracy": 0.9}, {"val_accuracy": accuracy}]}
+    def chosen(**sweeps: float) -> float | None:
+        ends = {f"sweep-ViT-lr0.00{lr[1:]}": [{"val_accuracy": 0.9}, {"val_accuracy": a}] for lr, a in sweeps.items()}
+        return Results({name: {"validation": end} for name, end in ends.items()}, SMOKE).chosen_lr("ViT")
 
-    results = {"sweep-ViT-lr0.001": sweep(0.3)}
-    assert chosen_lr(results, SMOKE, "ViT") is None
-    assert chosen_lr(results | {"sweep-ViT-lr0.002": sweep(0.4)}, SMOKE, "ViT") == 2e-3
-    assert chosen_lr(results | {"sweep-ViT-lr0.002": sweep(0.3)}, SMOKE, "ViT") == 1e-3
+    assert chosen(_1=0.3) is None
+    assert chosen(_1=0.3, _2=0.4) == 2e-3
+    assert chosen(_1=0.3, _2=0.3) == 1e-3
 
 
 def test_a_sweep_that_diverges_is_not_chosen_and_another_run_fails(tmp_path, monkeypatch):
@@ -161,10 +149,10 @@ def test_a_sweep_that_diverges_is_not_chosen_and_another_run_fails(tmp_path, mon
     folders = Folders(tmp_path / "runs", tmp_path / "report")
     sweep = Job(Run("sweep", "ViT", 100, 2e-3), 2e-3, SMOKE, folders, "cpu", 1, 0, {"commit": "abc"})
     train_and_score(sweep)
-    results = load_results(folders.report)
-    assert results["sweep-ViT-lr0.002"]["diverged"] == "the loss is not finite"
-    good = {"validation": [{"val_accuracy": 0.1}]}
-    assert chosen_lr(results | {"sweep-ViT-lr0.001": good}, SMOKE, "ViT") == 1e-3
+    results = Results.load(folders.report, SMOKE)
+    assert results.runs["sweep-ViT-lr0.002"]["diverged"] == "the loss is not finite"
+    results.runs["sweep-ViT-lr0.001"] = {"validation": [{"val_accuracy": 0.1}]}
+    assert results.chosen_lr("ViT") == 1e-3
     with pytest.raises(NonFiniteError):
         train_and_score(dataclasses.replace(sweep, run=Run("scenes", "ViT", 0)))
 
@@ -286,7 +274,7 @@ def test_cifar10_is_trained_on_and_in_the_report(copied, tmp_path, without_figur
     run, origin = Run("cifar10", "CRATE", 0), {"device": "cpu", "commit": "abc", "torch": "2"}
     folders = Folders(tmp_path / "runs", copied, tmp_path / "cifar10")
     train_and_score(Job(run, 1e-3, SMOKE, folders, "cpu", 1, 0, origin))
-    result = load_results(copied)[run.name]
+    result = Results.load(copied, SMOKE).runs[run.name]
     assert [entry["step"] for entry in result["validation"]] == [1]
     for other in planned_runs(SMOKE)[20:]:
         folders.result(other).write_text(json.dumps(result | {"model": other.model, "seed": other.seed}))
@@ -347,11 +335,11 @@ def test_scores_at_an_accuracy_lie_between_checkpoints_of_the_first_stage():
         31.0: None,
     }
     runs = {f"scenes-{model}-seed{seed}": result for model in MODELS for seed in SMOKE.seeds}
-    assert common_accuracy(runs, SMOKE) == pytest.approx(30.0)
+    assert Results(runs, SMOKE).common_accuracy() == pytest.approx(30.0)
     runs["scenes-ViT-seed1"] = learning([10.0, 25.0], [10.0, 20.0])
-    assert common_accuracy(runs, SMOKE) == pytest.approx(25.0)
+    assert Results(runs, SMOKE).common_accuracy() == pytest.approx(25.0)
     runs["scenes-CRATE-sth-seed0"] = learning([10.0, 12.0], [10.0, 20.0])
-    assert common_accuracy(runs, SMOKE) == pytest.approx(25.0)
+    assert Results(runs, SMOKE).common_accuracy() == pytest.approx(25.0)
 
 
 @pytest.mark.parametrize("folder", ["docs/emergence", "docs/emergence/earlier/first"])

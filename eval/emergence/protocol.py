@@ -98,7 +98,7 @@ class Protocol:
         sweep_seed: Seed of the learning-rate runs.
         optimizer, weight_decay, label_smoothing: Settings of `TrainConfig`.
         warmup_share: Share of a stage's steps.
-        primary: Measure of `scores.COARSE` that decides; the default is the first protocol's.
+        primary: Measure of `results.COARSE` that decides; the default is the first protocol's.
         data: "shape_scenes" or "photographs".
         models: Keys of `MODELS`.
         crop_scale, hflip: Augmentation of photographs, settings of `TrainConfig`.
@@ -146,6 +146,11 @@ class Protocol:
     def kind(self) -> str:
         """Kind of the compared runs, and the word for the images."""
         return "photographs" if self.photographs else "scenes"
+
+    @property
+    def fixed_map(self) -> str:
+        """Name of the baseline that is one map for all images."""
+        return "mean box" if self.photographs else "mean mask"
 
     @property
     def image_size(self) -> int:

@@ -35,14 +35,8 @@ from crate_fast.eval.common.models import LoadedModel, open_model
 from crate_fast.eval.common.results import Records
 from crate_fast.eval.emergence.data import open_experiment_data
 from crate_fast.eval.emergence.protocol import Point, Protocol, Run, planned_runs, stages_of, training_config
-from crate_fast.eval.emergence.scores import (
-    box_scores,
-    checkpoint_scores,
-    chosen_lr,
-    load_results,
-    photograph_scores,
-    pictures,
-)
+from crate_fast.eval.emergence.results import Results
+from crate_fast.eval.emergence.scores import box_scores, checkpoint_scores, photograph_scores, pictures
 from crate_fast.train.checkpoint import write_text
 from crate_fast.train.config import TrainConfig
 from crate_fast.train.distributed import choose_device
@@ -249,9 +243,9 @@ class _Scheduler:
         """Start the first run whose learning rate is known; return False if none was started."""
         if len(self.running) == self.resources.jobs or not self.waiting:
             return False
-        results = load_results(self.folders.report)
+        results = Results.load(self.folders.report, self.protocol)
         for run in self.waiting:
-            lr = chosen_lr(results, self.protocol, run.model) if run.lr is None else run.lr
+            lr = results.chosen_lr(run.model) if run.lr is None else run.lr
             if lr is not None:
                 try:
                     self._start(run, lr)
