@@ -14,7 +14,6 @@ hundred times as many patches as another: colours compare patches within a map, 
 
 import argparse
 import math
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -341,7 +340,3 @@ def main(argv: list[str] | None = None) -> int:
     add("--sigma", type=float, default=75.0, help="of noise_share; default 75")
     add("--share", type=float, default=0.5, help="of the pixels, of noise_sigma; default 0.5")
     return run_command(lambda: _command(parser.parse_args(argv)))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

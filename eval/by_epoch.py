@@ -20,6 +20,7 @@ from crate_fast.eval.by_layer import MEASURES, check_measures, curves, measure_o
 from crate_fast.eval.by_layer import evaluate as measure
 from crate_fast.eval.common.command import Evaluation, evaluation_parser, image_picture, open_data
 from crate_fast.eval.common.figures import Picture, curve_figure, image_grid
+from crate_fast.eval.common.images import readable
 from crate_fast.eval.common.models import LoadedModel, open_model, split_label
 from crate_fast.eval.common.principal_components import TooFewPatchesError, pca_rgb
 from crate_fast.eval.maskcut import PAPER, MaskCutSettings
@@ -62,8 +63,7 @@ def _figure(
     models: Iterable[tuple[int, LoadedModel]], names: Sequence[str], images: Dataset, layer: int, paths: list[Path]
 ) -> None:
     """Draw the first readable images and their components 2 to 4 at each step (paper, Fig. 10, right)."""
-    readable = (sample for sample in (images[i] for i in range(len(images))) if sample.problem is None)
-    samples = list(itertools.islice(readable, 4))
+    samples = [sample for _, sample in itertools.islice(readable(images), 4)]
     rows = [[image_picture(sample.image)] for sample in samples]
     pixels = torch.stack([sample.image for sample in samples])
     for _, loaded in models:
@@ -136,7 +136,3 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--layer", type=int, help="default the last but one of CRATE, the last of a ViT")
     parser.add_argument("--steps", type=int, nargs="+", help="checkpoints; default all")
     return run_command(lambda: _command(parser.parse_args(argv)))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

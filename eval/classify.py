@@ -10,8 +10,8 @@ head reads: the CLS token after the final LayerNorm.
 
 import argparse
 import dataclasses
-import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -263,22 +263,22 @@ def _command(options: argparse.Namespace) -> None:
     evaluation = Evaluation("classify", options, models)
     names = ("pool", "limit", "train_limit", "seed", "batch_size", "workers")
     settings = {name: getattr(options, name) for name in names} | {"ks": options.k, "problems": evaluation.problems}
-    results, rows, doubts, raw_scored = {}, [], [], []
-    for loaded, config, data, protocols in plan:
+    rows, doubts, raw_scored = [], [], []
+
+    def score(loaded: LoadedModel, config: TrainConfig, data: DataSplits, protocols: tuple[str, ...]) -> dict:
         source = {name: getattr(config, name) for name in _DATA_SETTINGS}
-        with evaluation.others_go_on(loaded.label):
-            raw = options.raw_pixels and source not in raw_scored
-            found = evaluate(loaded, data, protocols, raw_pixels=raw, **settings)
-            raw_scored.append(source)
-            reported = _paper_score(loaded.label, config, len(data.classes))
-            results[loaded.label] = found | {"data": source, "paper_fine_tuned": reported}
-            rows.append(_row(loaded.label, results[loaded.label], results[loaded.label]))
-            doubts += _doubts(loaded.label, found)
-            if "raw_pixels" in found:
-                label = f"raw pixels {RAW_SIDE}×{RAW_SIDE} ({config.dataset})"
-                rows.append(_row(label, found, found["raw_pixels"]))
-                doubts += _doubts(label, found["raw_pixels"])
-    evaluation.check_scored(results)
+        raw = options.raw_pixels and source not in raw_scored
+        found = evaluate(loaded, data, protocols, raw_pixels=raw, **settings)
+        raw_scored.append(source)
+        return found | {"data": source, "paper_fine_tuned": _paper_score(loaded.label, config, len(data.classes))}
+
+    results = evaluation.score({loaded.label: partial(score, loaded, *rest) for loaded, *rest in plan})
+    for label, found in results.items():
+        of_raw = f"raw pixels {RAW_SIDE}×{RAW_SIDE} ({found['data']['dataset']})"
+        for name, scores in ((label, found), (of_raw, found.get("raw_pixels"))):
+            if scores:
+                rows.append(_row(name, found, scores))
+                doubts += _doubts(name, scores)
     evaluation.write_table("classify", rows)
     if any("paper, fine-tuned" in row for row in rows):
         doubts.insert(0, "paper, fine-tuned: Table 3, all weights fine-tuned on the data set; no score here is.")
@@ -311,7 +311,3 @@ def main(argv: list[str] | None = None) -> int:
     add("--pool", choices=("cls", "mean"), default="cls", help="features: CLS or the patches' mean")
     add("--raw-pixels", action="store_true", help="score images of 16×16 pixels in the same way")
     return run_command(lambda: _command(parser.parse_args(argv)))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -9,7 +9,7 @@ A model with one of the paper's names gets the paper's numbers and the gap next 
 """
 
 import argparse
-import sys
+from functools import partial
 
 from torch.utils.data import Dataset
 
@@ -104,15 +104,18 @@ def _command(options: argparse.Namespace) -> None:
             check_measures([measure], loaded, images, data)
             plan.setdefault(measure, []).append((loaded, images))
     evaluation = Evaluation("comparison", options, [], f"comparison_{options.table}")
-    config, ours = {}, {}
+    config, scores = {}, {}
+
+    def score(loaded: LoadedModel, images: Dataset, measure: str) -> tuple[str, dict[str, float]]:
+        reading = evaluation.reading(f"{measure}, {loaded.label}") | {"seed": options.seed}
+        return loaded.label, evaluate(loaded, images, measure, options.layer, options.threshold, **reading)
+
     for measure, opened in sorted(plan.items()):  # "coarse" first: it takes minutes, "maskcut" hours
         config[f"models for {measure}"] = [loaded.facts for loaded, _ in opened]
-        for loaded, images in opened:
-            with evaluation.others_go_on(f"{loaded.label}, {measure}"):
-                reading = evaluation.reading(f"{measure}, {loaded.label}") | {"seed": options.seed}
-                row = evaluate(loaded, images, measure, options.layer, options.threshold, **reading)
-                ours.setdefault(loaded.label, {}).update(row)
-    evaluation.check_scored(ours)
+        scores |= {f"{m.label}, {measure}": partial(score, m, images, measure) for m, images in opened}
+    ours: dict[str, dict[str, float]] = {}
+    for label, row in evaluation.score(scores).values():
+        ours.setdefault(label, {}).update(row)
     rows = compare(options.table, ours)
     evaluation.write_table(options.table, rows, digits=1)
     note = (
@@ -133,7 +136,3 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--layer", type=int, help="layer of every model; default each model's own")
     parser.add_argument("--threshold", choices=("topk", "mass"), default="topk", help="of coarse segmentation")
     return run_command(lambda: _command(parser.parse_args(argv)))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -289,6 +289,16 @@ def summarise(images: Dataset, records: Sequence[dict], layer: int, evaluated: S
     return numbers
 
 
+def in_percent(numbers: dict) -> dict[str, float]:
+    """Return the scores of `summarise` that tables show, "box AP50" to "mask AR100"; {} without AP."""
+    return {
+        f"{name} {score}": 100 * numbers[kind][score]
+        for kind, name in (("bbox", "box"), ("segm", "mask"))
+        if kind in numbers
+        for score in ("AP50", "AP75", "AP", "AR100")
+    }
+
+
 def evaluate(
     loaded: LoadedModel,
     images: Dataset,
@@ -378,12 +388,8 @@ def _finish(evaluation: Evaluation, images: Dataset, records: dict, layer: int, 
     detections = [entry for record in found for entry in record["layers"][layer]["detections"]]
     write_text(evaluation.folder / "detections.json", json.dumps(detections) + "\n")
     evaluation.written.append(evaluation.folder / "detections.json")
-    row = {"model": decisive["label"], "layer": layer, "images": numbers["images"]}
-    row["detections"] = numbers["detections"]
-    for kind, name in (("bbox", "box"), ("segm", "mask")):
-        for measure in ("AP50", "AP75", "AP", "AR100"):
-            if kind in numbers:
-                row[f"{name} {measure}"] = 100 * numbers[kind][measure]
+    counts = {name: numbers[name] for name in ("images", "detections")}
+    row = {"model": decisive["label"], "layer": layer, **counts, **in_percent(numbers)}
     evaluation.write_table("table", [row], digits=2)
     notes = [
         "AP and AR in %, class-agnostic; every score is 1, ranked in the order of image ids.",

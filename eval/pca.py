@@ -210,7 +210,3 @@ def main(argv: list[str] | None = None) -> int:
     add("--group", type=positive, help="images that are analysed together; default all")
     add("--class", dest="class_name", metavar="NAME", help="only images that contain this class")
     return run_command(lambda: _command(parser.parse_args(argv)))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -8,7 +8,6 @@ on normalised targets is given each patch's true mean and deviation, as in its f
 """
 
 import argparse
-import sys
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -124,7 +123,3 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--ratios", type=_ratios, default=list(RATIOS), help=f"mask ratios; default {ratios}")
     parser.add_argument("--show", type=positive, default=8, help="images in the figure; default %(default)s")
     return run_command(lambda: _command(parser.parse_args(argv)))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -8,7 +8,6 @@ command prints for each model, trained or not, if they fall. Absolute values of 
 """
 
 import argparse
-import sys
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -162,7 +161,3 @@ def main(argv: list[str] | None = None) -> int:
     parser = evaluation_parser("white_box", __doc__.splitlines()[0], data="shape_scenes")
     parser.add_argument("--epsilon", type=float, default=0.01, help="quantisation precision ε of R^c; default 0.01")
     return run_command(lambda: _command(parser.parse_args(argv)))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,10 +1,9 @@
 """Options, models, images and output files of the protocols' commands."""
 
 import argparse
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch.nn.functional as F
 from torch.utils.data import Dataset
@@ -19,7 +18,8 @@ from crate_fast.eval.common.models import LoadedModel, open_model, split_label
 from crate_fast.eval.common.results import file_name, make_folder
 from crate_fast.train.distributed import choose_device
 
-__all__ = ["Evaluation", "evaluation_parser", "open_data", "open_models", "positive", "read_images", "seed"]
+__all__ = ["Evaluation", "attention_layers", "evaluation_parser", "open_data", "open_models", "positive"]
+__all__ += ["read_images", "seed"]
 
 
 def _integer(text: str, low: int, high: float, expected: str) -> int:
@@ -117,6 +117,19 @@ def open_data(options: argparse.Namespace, loaded: LoadedModel) -> Dataset:
     return open_images(options.data, loaded.extract.image_size[0], options.limit)
 
 
+def attention_layers(options: argparse.Namespace, models: Sequence[LoadedModel]) -> dict[str, tuple[list[int], int]]:
+    """Return by label the layers of `--layers`, all by default, and the one in figures; refuse models without CLS."""
+    found = {}
+    for loaded in models:
+        loaded.require_cls()
+        every, default = range(loaded.extract.depth), loaded.extract.default_layer
+        layers = [
+            loaded.extract.resolve_layer(layer) for layer in (every if options.layers is None else options.layers)
+        ]
+        found[loaded.label] = layers, default if default in layers else layers[0]
+    return found
+
+
 class Evaluation:
     """Results of one command: written files, unreadable images, and models that could not be scored.
 
@@ -126,7 +139,7 @@ class Evaluation:
         protocol: Its name.
         options: A command line of `evaluation_parser`.
         models: The models.
-        default_folder: Name of the folder without `--output`; the protocol's when None.
+        folder: Name of the folder without `--output`; the protocol's when empty.
 
     Attributes:
         folder: The folder of the results, made.
@@ -137,16 +150,10 @@ class Evaluation:
         UserError: The folder cannot be made.
     """
 
-    def __init__(
-        self,
-        protocol: str,
-        options: argparse.Namespace,
-        models: Sequence[LoadedModel],
-        default_folder: str | None = None,
-    ):
+    def __init__(self, protocol: str, options: argparse.Namespace, models: Sequence[LoadedModel], folder: str = ""):
         self.protocol, self.options, self.models = protocol, options, models
         labels = "+".join(file_name(split_label(name)[0]) for name in _model_names(options))
-        self.folder = make_folder(options.output or Path("runs/eval") / (default_folder or protocol) / labels[:120])
+        self.folder = make_folder(options.output or Path("runs/eval") / (folder or protocol) / labels[:120])
         self.problems: list[str] = []
         self.written: list[Path] = []
         self._tables: list[Path] = []
@@ -161,13 +168,17 @@ class Evaluation:
         options = {"batch_size": self.options.batch_size, "workers": self.options.workers}
         return options | {"progress": title, "problems": self.problems}
 
-    @contextmanager
-    def others_go_on(self, label: str) -> Iterator[None]:
-        """Note a `UserError` as this model's failure, so that the other models are scored."""
-        try:
-            yield
-        except UserError as error:
-            self._failures.append(f"{label}: {error}")
+    def score(self, scores: dict[str, Callable[[], Any]]) -> dict[str, Any]:
+        """Return label → result of its function; a `UserError` of one does not stop the others, unless all fail."""
+        results = {}
+        for label, compute in scores.items():
+            try:
+                results[label] = compute()
+            except UserError as error:
+                self._failures.append(f"{label}: {error}")
+        if not results:
+            raise UserError("; ".join(self._failures))
+        return results
 
     def figure(self, name: str) -> list[Path]:
         """Return the paths of a figure, PNG and PDF, and count them as written."""
@@ -181,11 +192,6 @@ class Evaluation:
         self._tables += [self.folder / f"{name}.{suffix}" for suffix in ("md", "csv", "tex")]
         if show:
             print(text)
-
-    def check_scored(self, results) -> None:
-        """Refuse to go on without a single result; the message has each model's failure."""
-        if not results:
-            raise UserError("; ".join(self._failures))
 
     def finish(self, results: dict, config: dict | None = None, notes: Sequence[str] = ()) -> None:
         """Write results.json, print notes and the written files, and report failures.

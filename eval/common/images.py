@@ -44,6 +44,7 @@ __all__ = [
     "batches",
     "box_corners",
     "open_images",
+    "readable",
     "squash",
 ]
 
@@ -350,6 +351,12 @@ def open_images(specification: str, size: int, limit: int | None = None) -> Data
     images = kinds[kind](Path(path), size, **({"split": split} if split else {}))
     images.items = images.items[:limit]
     return images
+
+
+def readable(images: Dataset) -> Iterator[tuple[int, Sample]]:
+    """Yield the samples that can be read, with their numbers."""
+    samples = ((number, images[number]) for number in range(len(images)))
+    return (entry for entry in samples if entry[1].problem is None)
 
 
 def batches(

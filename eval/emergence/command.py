@@ -3,7 +3,6 @@
 import argparse
 import json
 import math
-import sys
 from pathlib import Path
 
 from crate_fast.errors import CommandParser, UserError, require, run_command
@@ -119,7 +118,3 @@ def main(argv: list[str] | None = None) -> int:
     add("--minutes", type=float, help="save and stop after this time")
     add("--device", default="auto", help="auto, cpu, cuda (all GPUs) or cuda:N; default auto")
     return run_command(lambda: _command(parser.parse_args(argv)))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -59,7 +59,8 @@ def box_scores(loaded: LoadedModel, data: PhotographData) -> dict:
 
 def _maskcut(loaded: LoadedModel, images: Dataset) -> dict:
     layers = list(range(loaded.extract.depth))
-    return {layer: _detection(numbers) for layer, numbers in maskcut.evaluate(loaded, images, layers).items()}
+    found = maskcut.evaluate(loaded, images, layers)
+    return {n: maskcut.in_percent(scores) | {"detections": scores["detections"]} for n, scores in found.items()}
 
 
 @torch.inference_mode()
@@ -77,13 +78,6 @@ def _segmentation(loaded: LoadedModel, images: Dataset) -> dict:
     for result in scores.values():
         result["layers"] = [{k: v for k, v in row.items() if k not in left_out} for row in result["layers"]]
     return scores
-
-
-def _detection(numbers: dict) -> dict:
-    kinds = {"box": numbers["bbox"], "mask": numbers["segm"]}
-    names = ("AP50", "AP75", "AP", "AR100")
-    found = {f"{kind} {name}": 100 * scores[name] for kind, scores in kinds.items() for name in names}
-    return found | {"detections": numbers["detections"]}
 
 
 def _white_box(loaded: LoadedModel, images: Dataset) -> list[dict]:

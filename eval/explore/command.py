@@ -177,7 +177,3 @@ def _serve(options: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Serve the page until it is stopped; return the exit status."""
     return run_command(lambda: _serve(_parser().parse_args(argv)))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
