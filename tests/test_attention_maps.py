@@ -83,7 +83,7 @@ def _brightness_subject() -> SimpleNamespace:
         patches = images.mean(dim=1).unflatten(1, (2, 2)).unflatten(3, (3, 2)).mean(dim=(2, 4)).flatten(1)
         logits = torch.stack([patches.clamp(min=1e-9).log(), torch.zeros_like(patches)], dim=-1)[..., None]
         keys = torch.cat([torch.zeros_like(logits[:, :1]), logits], dim=1)
-        return Features((2, 3), {layers[0]: LayerTokens(torch.ones_like(keys), keys, False, 1.0)})
+        return Features((2, 3), {layers[0]: LayerTokens(torch.ones_like(keys), keys, 1.0)})
 
     extract.grid = (2, 3)
     extract.resolve_layer = lambda layer: 7 if layer is None else layer

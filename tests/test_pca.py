@@ -129,7 +129,7 @@ def _subject(features: torch.Tensor) -> SimpleNamespace:
     def extract(images, layers):
         rows = features[images[:, 0, 0, 0].long()].unsqueeze(2)
         keys = torch.cat([torch.zeros_like(rows[:, :1]), rows], dim=1)
-        return Features((4, 4), {layer: LayerTokens(keys, (layer + 1) * keys, False, 1.0) for layer in layers})
+        return Features((4, 4), {layer: LayerTokens(keys, (layer + 1) * keys, 1.0) for layer in layers})
 
     extract.grid = (4, 4)
     extract.resolve_layer = lambda layer: 5 if layer is None else layer
