@@ -23,16 +23,8 @@ import torch
 from torch import Tensor
 
 from crate_fast.errors import UserError, run_command
-from crate_fast.eval.common.command import (
-    Evaluation,
-    evaluation_parser,
-    first_columns,
-    image_picture,
-    open_models,
-    read_images,
-    short_name,
-)
-from crate_fast.eval.common.figures import Picture, write_pages
+from crate_fast.eval.common.command import Evaluation, evaluation_parser, open_models, read_images
+from crate_fast.eval.common.figures import Picture, first_columns, image_picture, short_name, write_pages
 from crate_fast.eval.common.images import Batch, Sample
 from crate_fast.eval.common.models import LoadedModel
 from crate_fast.eval.common.segmentation import attention_to_mask, intersection_over_union
@@ -114,11 +106,7 @@ def evaluate(
     """Compute CLS attention of one layer on every image, and on noisy copies of it.
 
     Args:
-        loaded: The model.
-        batches: Images at the model's size.
-        layer: The layer; the model's default layer when None.
-        noise: (sigma, share) of each level; see `add_noise`.
-        seed: Seed of the noise.
+        noise: (sigma, share) of each level; see `add_noise`. Other arguments: see `crate_fast.eval`.
 
     Returns:
         "layer", "grid" [rows, columns];

@@ -18,8 +18,8 @@ from torch.utils.data import Dataset
 from crate_fast.errors import UserError, run_command
 from crate_fast.eval.by_layer import MEASURES, check_measures, curves, measure_options
 from crate_fast.eval.by_layer import evaluate as measure
-from crate_fast.eval.common.command import Evaluation, evaluation_parser, image_picture, open_data
-from crate_fast.eval.common.figures import Picture, curve_figure, image_grid
+from crate_fast.eval.common.command import Evaluation, evaluation_parser, open_data
+from crate_fast.eval.common.figures import Picture, curve_figure, image_grid, image_picture
 from crate_fast.eval.common.images import readable
 from crate_fast.eval.common.models import LoadedModel, open_model, split_label
 from crate_fast.eval.common.principal_components import TooFewPatchesError, pca_rgb
@@ -43,9 +43,7 @@ def evaluate(
     """Score one layer at every step; all numbers in percent.
 
     Args:
-        models: (optimiser step, its model), opened one by one.
-        images, measures, settings, seed, **reading: See `by_layer.evaluate`.
-        layer: The model's default layer when None.
+        models: (optimiser step, its model), opened one by one. Other arguments: see `by_layer.evaluate`.
 
     Returns:
         Step → numbers, as `by_layer.evaluate` names them.

@@ -55,13 +55,8 @@ def evaluate(
     """Score every layer; all numbers in percent.
 
     Args:
-        loaded: The model.
-        images: Data set of `Sample`s at its image size; with instances for "maskcut", with masks for "coarse".
-        layers: All when None.
+        images: With instances for "maskcut", with masks for "coarse". Other arguments: see `crate_fast.eval`.
         measures: From `MEASURES`.
-        settings: Settings of MaskCut.
-        seed: Seed of the random maps.
-        **reading: See `images.batches`.
 
     Returns:
         Layer → "box AP50", "box AP75", "box AP", "box AR100", the same of "mask", "mIoU topk", "mIoU mass" and

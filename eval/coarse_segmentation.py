@@ -23,12 +23,11 @@ from crate_fast.eval.common.command import (
     Evaluation,
     attention_layers,
     evaluation_parser,
-    first_columns,
     open_data,
     open_models,
     positive,
 )
-from crate_fast.eval.common.figures import Picture, write_pages
+from crate_fast.eval.common.figures import Picture, first_columns, write_pages
 from crate_fast.eval.common.images import Sample, batches, readable
 from crate_fast.eval.common.models import LoadedModel
 from crate_fast.eval.common.segmentation import (
@@ -57,12 +56,7 @@ def evaluate(
     """Score the attention of layers, with both thresholds and without one.
 
     Args:
-        loaded: The model.
-        images: Data set of `Sample`s with targets, at the model's image size.
-        layers: All when None.
-        fraction: Share of entries or mass kept.
-        seed: Seed of the random maps.
-        **reading: See `images.batches`.
+        fraction: Share of entries or mass kept. Other arguments: see `crate_fast.eval`.
 
     Returns:
         See `segmentation.score_attention`; "by_class" has class numbers.

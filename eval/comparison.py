@@ -39,13 +39,8 @@ def evaluate(
     """Score one model at one layer, under the names of the paper's columns, in percent.
 
     Args:
-        loaded: The model.
-        images: Data set of `Sample`s at its image size, with the annotations that the measure needs.
-        measure: "maskcut" or "coarse".
-        layer: The model's default layer when None.
+        measure: "maskcut" or "coarse". Other arguments: see `crate_fast.eval`.
         threshold: Threshold of "coarse"; "topk" is the paper's words.
-        settings: Settings of MaskCut.
-        **reading: See `images.batches`; also the `seed` of the random maps.
 
     Returns:
         For "maskcut" "box AP50", "box AP75", "box AP", the same of "mask", "box AR100", "mask AR100" and "COCO

@@ -172,20 +172,13 @@ def evaluate(
     images: Dataset,
     layers: Sequence[int] | None = None,
     resolution: int = 64,
-    problems: list[str] | None = None,
     seed: int = 0,
     **reading,
 ) -> dict:
     """Score how well the CLS attention of layers localizes the annotated boxes.
 
     Args:
-        loaded: The model.
-        images: Data set of `Sample`s whose targets have boxes, at the model's image size.
-        layers: All when None.
-        resolution: Side to which maps are enlarged, in pixels.
-        problems: Filled with one line for each unreadable image.
-        seed: Seed of the random maps.
-        **reading: `batch_size`, `workers`, `progress` of `images.batches`.
+        resolution: Side to which maps are enlarged, in pixels. Other arguments: see `crate_fast.eval`.
 
     Returns:
         "layers": for each, "layer", "best_head", "one_head" and "per_head" with scores; "baselines": name → scores,
@@ -198,8 +191,7 @@ def evaluate(
     measured, noise = {layer: _Measurements() for layer in layers}, _Measurements()
     generator = torch.Generator().manual_seed(seed)
     truths, without = [], 0
-    problems = [] if problems is None else problems
-    for batch in batches(images, problems=problems, **({"batch_size": 8} | reading)):
+    for batch in batches(images, **reading):
         features = loaded.features(batch.images, layers)
         maps = {layer: features.cls_attention(layer).float().cpu() for layer in layers}
         for row, sample in enumerate(batch.samples):

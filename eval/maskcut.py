@@ -233,14 +233,7 @@ def detect(
     settings: MaskCutSettings,
     **reading,
 ) -> Iterator[dict]:
-    """Run MaskCut on a data set, for several layers in one pass of the model.
-
-    Args:
-        loaded: The model.
-        images: Data set of `Sample`s, at the model's image size.
-        layers: Layers, counted from 0.
-        settings: See `MaskCutSettings`.
-        **reading: See `images.batches`.
+    """Run MaskCut on a data set, for several layers in one pass of the model; for arguments see `crate_fast.eval`.
 
     Yields:
         For each image "image_id", and "layers": layer → "detections" (COCO results), "residuals" and "solvers".
@@ -306,20 +299,7 @@ def evaluate(
     settings: MaskCutSettings = PAPER,
     **reading,
 ) -> dict[int, dict]:
-    """Score MaskCut at each layer, without files; see `detect` and `summarise`.
-
-    Args:
-        loaded: The model.
-        images: Data set of `Sample`s; with COCO's there are AP and AR.
-        layers: The model's default layer when None.
-        settings, **reading: See `detect`.
-
-    Returns:
-        Layer → numbers.
-
-    Raises:
-        UserError: See `check`.
-    """
+    """Score MaskCut without files: layer → `summarise`'s numbers; the default layer alone when `layers` is None."""
     layers = [loaded.extract.default_layer] if layers is None else list(layers)
     check(loaded, images)
     records = list(detect(loaded, images, layers, settings, **reading))

@@ -20,16 +20,8 @@ import torch
 from torch import Tensor
 
 from crate_fast.errors import UserError, run_command
-from crate_fast.eval.common.command import (
-    Evaluation,
-    evaluation_parser,
-    first_columns,
-    open_models,
-    positive,
-    read_images,
-    short_name,
-)
-from crate_fast.eval.common.figures import Picture, write_pages
+from crate_fast.eval.common.command import Evaluation, evaluation_parser, open_models, positive, read_images
+from crate_fast.eval.common.figures import Picture, first_columns, short_name, write_pages
 from crate_fast.eval.common.images import Batch, Sample
 from crate_fast.eval.common.models import LoadedModel
 from crate_fast.eval.common.principal_components import (
@@ -58,9 +50,7 @@ def evaluate(
     """Compute foreground and colours of every image at every chosen layer.
 
     Args:
-        loaded: The model.
-        batches: Images at the model's size; their features are held in memory.
-        layers: The model's default layer when None.
+        batches: Their features are held in memory. Other arguments: see `crate_fast.eval`.
         threshold, scaling: See `foreground`; "minmax" also centres the features for the colours.
         first: See `pca_rgb`; 1 colours the foreground, from 2 on all patches are coloured.
         group: Images that are analysed together; all when None.

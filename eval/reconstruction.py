@@ -39,8 +39,7 @@ def evaluate(
     """Measure losses and errors of one model, by mask ratio.
 
     Args:
-        loaded: Opened from a CRATE-MAE.
-        image_batches: Images of the size that the model expects.
+        loaded: Opened from a CRATE-MAE. Other arguments: see `crate_fast.eval`.
         ratios: Mask ratios.
         seed: Seed of the masks, which do not depend on the batch size.
 

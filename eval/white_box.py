@@ -72,8 +72,7 @@ def evaluate(loaded: LoadedModel, image_batches: Iterable[Batch], epsilon: float
     """Measure the white-box curves of one model.
 
     Args:
-        loaded: Any model; a measure that means nothing for it is left out.
-        image_batches: Images of the size that the model expects.
+        loaded: Any model; a measure that means nothing for it is left out. Other arguments: see `crate_fast.eval`.
         epsilon: ε of R^c.
 
     Returns:

@@ -5,14 +5,12 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import torch.nn.functional as F
 from torch.utils.data import Dataset
 
 from crate_fast.errors import CommandParser, UserError
 from crate_fast.eval.common import images as images_module
 from crate_fast.eval.common import models as models_module
 from crate_fast.eval.common import results as files
-from crate_fast.eval.common.figures import Picture
 from crate_fast.eval.common.images import Batch, Sample, batches, open_images
 from crate_fast.eval.common.models import LoadedModel, open_model, split_label
 from crate_fast.eval.common.results import file_name, make_folder
@@ -247,24 +245,3 @@ def read_images(
             break
     if not kept:
         raise UserError(f"--class {containing}: none of the {len(images)} images contains it; choose another")
-
-
-def short_name(sample: Sample, longest: int = 16) -> str:
-    """Return a sample's key without its beginning where it is long."""
-    name = str(sample.key)
-    return name if len(name) <= longest else "…" + name[1 - longest :]
-
-
-def image_picture(image) -> Picture:
-    """Return an image [3, H, W] as a cell of a figure."""
-    return Picture(image.permute(1, 2, 0).numpy())
-
-
-def first_columns(samples: Sequence[Sample]) -> tuple[list[list[Picture]], list[str]]:
-    """Return a row for each sample, with its image and the union of its object masks if known, and column titles."""
-    rows, labelled = [[image_picture(sample.image)] for sample in samples], False
-    for row, sample in zip(rows, samples, strict=True):
-        if labelled := sample.target is not None:
-            union = sample.target.masks.any(dim=0)[None, None].float()
-            row.append(Picture(F.interpolate(union, sample.image.shape[1:])[0, 0].numpy(), "gray", (0, 1)))
-    return rows, ["image", "object"] if labelled else ["image"]

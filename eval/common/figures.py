@@ -6,13 +6,16 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+import torch.nn.functional as F
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from crate_fast.errors import UserError
+from crate_fast.eval.common.images import Sample
 
-__all__ = ["Curve", "Picture", "curve_figure", "image_grid", "save_figure", "write_pages"]
+__all__ = ["Curve", "Picture", "curve_figure", "first_columns", "image_grid", "image_picture", "save_figure"]
+__all__ += ["short_name", "write_pages"]
 
 ROWS_A_PAGE = 8
 
@@ -215,3 +218,24 @@ def write_pages(
         image_grid(rows[part], paths, row_titles=row_titles and row_titles[part], **titles)
         written += paths
     return written
+
+
+def short_name(sample: Sample, longest: int = 16) -> str:
+    """Return a sample's key without its beginning where it is long."""
+    name = str(sample.key)
+    return name if len(name) <= longest else "…" + name[1 - longest :]
+
+
+def image_picture(image) -> Picture:
+    """Return an image [3, H, W] as a cell of a figure."""
+    return Picture(image.permute(1, 2, 0).numpy())
+
+
+def first_columns(samples: Sequence[Sample]) -> tuple[list[list[Picture]], list[str]]:
+    """Return a row for each sample, with its image and the union of its object masks if known, and column titles."""
+    rows, labelled = [[image_picture(sample.image)] for sample in samples], False
+    for row, sample in zip(rows, samples, strict=True):
+        if labelled := sample.target is not None:
+            union = sample.target.masks.any(dim=0)[None, None].float()
+            row.append(Picture(F.interpolate(union, sample.image.shape[1:])[0, 0].numpy(), "gray", (0, 1)))
+    return rows, ["image", "object"] if labelled else ["image"]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from crate_fast.errors import CommandParser, UserError, require, run_command
 from crate_fast.eval.common.command import positive
-from crate_fast.eval.common.results import make_folder
+from crate_fast.eval.common.results import differences, make_folder
 from crate_fast.eval.emergence.data import prepare_photographs
 from crate_fast.eval.emergence.protocol import SIZES, Protocol
 from crate_fast.eval.emergence.report import write_report
@@ -21,11 +21,8 @@ def _claim_folder(folder: Path, size: str, protocol: Protocol, option: str) -> N
     """Write protocol.json; refuse a folder with another protocol's."""
     path, ours = folder / "protocol.json", {"size": size} | protocol.settings()
     if path.is_file():
-        theirs = json.loads(path.read_text())
-        differing = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
-        if differing:
-            details = "; ".join(f"{name}: {theirs.get(name)!r} there, {ours.get(name)!r} now" for name in differing)
-            raise UserError(f"{folder} is of another protocol ({details}): give another {option}")
+        if differing := differences(path, ours):
+            raise UserError(f"{folder} is of another protocol ({differing}): give another {option}")
     else:
         make_folder(folder)
         write_text(path, json.dumps(ours, indent=2) + "\n")

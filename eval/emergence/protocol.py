@@ -7,22 +7,12 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from crate_fast.train.config import TrainConfig
 
-__all__ = [
-    "MODELS",
-    "ORDER",
-    "SIZES",
-    "Point",
-    "Protocol",
-    "Run",
-    "Stage",
-    "planned_runs",
-    "settings_table",
-    "stages_of",
-    "training_config",
-]
+__all__ = ["MODELS", "ORDER", "SIZES", "Point", "Protocol", "Run", "Stage", "planned_runs", "settings_table"]
+__all__ += ["stages_of", "training_config"]
 
 MODELS: dict[str, dict[str, str]] = {  # what differs from CRATE
     "CRATE": {},
@@ -63,15 +53,8 @@ class Stage:
         return self.images // self.batch_size * self.epochs
 
 
-@dataclass(frozen=True)
-class Point:
-    """A checkpoint that is scored.
-
-    Attributes:
-        stage: Number of the stage.
-        step: Step of that stage; 0 is the untrained twin.
-        images: Number of training images seen so far.
-    """
+class Point(NamedTuple):
+    """A checkpoint that is scored: its stage, its step there (0 is the untrained twin), and images seen so far."""
 
     stage: int
     step: int
@@ -192,102 +175,90 @@ class Protocol:
         return dataclasses.replace(self, stages=tuple(dataclasses.replace(s, images=count) for s in self.stages))
 
 
+_SMALL = Protocol(
+    patch_size=8,
+    dim=96,
+    depth=4,
+    heads=3,
+    stages=(Stage(64, 50_000, 4, 1.0, 4), Stage(128, 24_064, 1, 0.5, 2)),
+    sweep_images=60_000,
+    lrs=(5e-4, 1e-3, 2e-3),
+    seeds=(0, 1, 2),
+    cifar_epochs=2,
+    selection_images=500,
+    test_images=500,
+    maskcut_images=200,
+    primary="AP, best head",
+)
+_SMOKE = {"dim": 16, "depth": 2, "heads": 2, "lrs": (1e-3, 2e-3), "seeds": (0, 1)}
 _SCENES = {
-    "smoke": Protocol(
-        patch_size=8,
-        dim=16,
-        depth=2,
-        heads=2,
+    "smoke": dataclasses.replace(
+        _SMALL,
+        **_SMOKE,
         stages=(Stage(32, 64, 2, 1.0, 1, 16), Stage(64, 32, 1, 0.5, 1, 16)),
         sweep_images=32,
-        lrs=(1e-3, 2e-3),
-        seeds=(0, 1),
         cifar_epochs=1,
         selection_images=12,
         test_images=16,
         maskcut_images=8,
-        primary="AP, best head",
     ),
-    "small": Protocol(
-        patch_size=8,
-        dim=96,
-        depth=4,
-        heads=3,
-        stages=(Stage(64, 50_000, 4, 1.0, 4), Stage(128, 24_064, 1, 0.5, 2)),
-        sweep_images=60_000,
-        lrs=(5e-4, 1e-3, 2e-3),
-        seeds=(0, 1, 2),
-        cifar_epochs=2,
-        selection_images=500,
-        test_images=500,
-        maskcut_images=200,
-        primary="AP, best head",
-    ),
-    "full": Protocol(
-        patch_size=8,
+    "small": _SMALL,
+    "full": dataclasses.replace(
+        _SMALL,
         dim=192,
         depth=12,
-        heads=3,
         stages=(Stage(128, 307_200, 2, 1.0, 8, 256),),
         sweep_images=150_000,
-        lrs=(5e-4, 1e-3, 2e-3),
-        seeds=(0, 1, 2),
         cifar_epochs=10,
         selection_images=1000,
         test_images=1000,
         maskcut_images=500,
-        primary="AP, best head",
     ),
 }
-_PHOTOGRAPHS = {"data": "photographs", "models": ORDER, "primary": "AP, best head", "cifar_epochs": 0} | {
-    "crop_scale": 0.35,
-    "hflip": 0.5,
-}
-_PHOTOGRAPH_SIZES = {
-    "smoke": Protocol(
-        patch_size=8,
-        dim=16,
-        depth=2,
-        heads=2,
+_SMALL_PHOTOGRAPHS = dataclasses.replace(
+    _SMALL,
+    dim=192,
+    depth=6,
+    stages=(Stage(64, 50_000, 12, 1.0, 6, 128),),
+    sweep_images=100_000,
+    cifar_epochs=0,
+    selection_images=1500,
+    test_images=1500,
+    maskcut_images=79,
+    data="photographs",
+    models=ORDER,
+    crop_scale=0.35,
+    hflip=0.5,
+    precision="bf16",
+    coverage=(0.05, 0.6),
+    box_images=1000,
+)
+_PHOTOGRAPHS = {
+    "smoke": dataclasses.replace(
+        _SMALL_PHOTOGRAPHS,
+        **_SMOKE,
         stages=(Stage(32, 16, 2, 1.0, 2, 8),),
         sweep_images=16,
-        lrs=(1e-3, 2e-3),
-        seeds=(0, 1),
         selection_images=6,
         test_images=6,
         maskcut_images=4,
+        precision="auto",
         mask_size=64,
+        coverage=(0.0, 1.0),
         box_images=4,
-        **_PHOTOGRAPHS,
     ),
-    "small": Protocol(
-        patch_size=8,
-        dim=192,
-        depth=6,
-        heads=3,
-        stages=(Stage(64, 50_000, 12, 1.0, 6, 128),),
-        sweep_images=100_000,
-        lrs=(5e-4, 1e-3, 2e-3),
-        seeds=(0, 1, 2),
-        selection_images=1500,
-        test_images=1500,
-        maskcut_images=79,
-        coverage=(0.05, 0.6),
-        box_images=1000,
-        precision="bf16",
-        **_PHOTOGRAPHS,
+    "small": _SMALL_PHOTOGRAPHS,
+    "full": dataclasses.replace(
+        _SMALL_PHOTOGRAPHS,
+        dim=384,
+        depth=12,
+        heads=6,
+        stages=(Stage(64, 50_000, 60, 1.0, 12, 256),),
+        sweep_images=250_000,
+        precision="auto",
     ),
 }
-_PHOTOGRAPH_SIZES["full"] = dataclasses.replace(
-    _PHOTOGRAPH_SIZES["small"],
-    dim=384,
-    depth=12,
-    heads=6,
-    stages=(Stage(64, 50_000, 60, 1.0, 12, 256),),
-    sweep_images=250_000,
-    precision="auto",
-)
-SIZES = {"shape_scenes": _SCENES, "photographs": _PHOTOGRAPH_SIZES}
+SIZES = {"shape_scenes": _SCENES, "photographs": _PHOTOGRAPHS}
 
 
 def settings_table(data: str = "shape_scenes") -> list[dict]:
@@ -306,8 +277,7 @@ def _in_words(value: object) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-@dataclass(frozen=True)
-class Run:
+class Run(NamedTuple):
     """One training run of the experiment.
 
     Attributes:
@@ -383,10 +353,8 @@ def training_config(
     else:
         data = {"dataset": "shape_scenes", "patch_size": protocol.patch_size, "mean": "half"}
         data |= {"train_samples": stage.images, "val_samples": protocol.selection_images}
-    kept = {}
-    if run.scored:
-        kept["checkpoint_every"] = stage.steps // stage.checkpoints
-        kept["keep_checkpoints"] = stage.steps  # keep all: every stop saves one too
+    if run.scored:  # keep all checkpoints: every stop saves one too
+        data |= {"checkpoint_every": stage.steps // stage.checkpoints, "keep_checkpoints": stage.steps}
     return TrainConfig(
         model="crate_tiny_patch8_224",
         dim=protocol.dim,
@@ -394,7 +362,6 @@ def training_config(
         heads=protocol.heads,
         **MODELS[run.model],
         **data,
-        **kept,
         image_size=stage.image_size,
         batch_size=stage.batch_size,
         epochs=stage.epochs,

@@ -430,7 +430,7 @@ def _score_checkpoints(job: Job, interruption: Interruption) -> list[dict] | Non
             return None
         if number not in records.read():
             began, loaded = time.perf_counter(), _open(job, point)
-            record = {"checkpoint": number, **dataclasses.asdict(point)}
+            record = {"checkpoint": number, **point._asdict()}
             record |= {"default_layer": loaded.extract.default_layer, **checkpoint_scores(loaded, data)}
             if job.protocol.photographs and number in (0, len(points) - 1):
                 record |= box_scores(loaded, data)
