@@ -20,7 +20,7 @@ from torch import Tensor
 
 from crate_fast.errors import UserError, require, run_command
 from crate_fast.eval.common import paper
-from crate_fast.eval.common.command import Evaluation, evaluation_parser, open_models, positive
+from crate_fast.eval.common.command import Evaluation, comma_list, evaluation_parser, open_models, positive
 from crate_fast.eval.common.images import batches
 from crate_fast.eval.common.models import LoadedModel
 from crate_fast.eval.common.probes import (
@@ -285,10 +285,6 @@ def _command(options: argparse.Namespace) -> None:
     evaluation.finish(results, notes=doubts)
 
 
-def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(map(positive, text.split(",")))
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run as the command line says; returns the exit status."""
     parser = evaluation_parser("classify", __doc__.splitlines()[0], data=False)
@@ -303,11 +299,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--val-samples", type=positive, help="of shape_scenes: validation images")
     add("--limit", type=positive, help="validation images, evenly spaced; default all")
     add("--train-limit", type=positive, help="training images, evenly spaced; default all")
-    add(
-        "--k",
-        type=_numbers,
-        help="neighbours; default those of 10,20,100,200 there are images for",
-    )
+    add("--k", type=comma_list(positive), help="neighbours; default those of 10,20,100,200 there are images for")
     add("--pool", choices=("cls", "mean"), default="cls", help="features: CLS or the patches' mean")
     add("--raw-pixels", action="store_true", help="score images of 16×16 pixels in the same way")
     return run_command(lambda: _command(parser.parse_args(argv)))

@@ -27,7 +27,7 @@ from crate_fast.eval.common.command import (
     open_models,
     positive,
 )
-from crate_fast.eval.common.figures import Picture, first_columns, write_pages
+from crate_fast.eval.common.figures import Picture, image_rows, write_pages
 from crate_fast.eval.common.images import Sample, batches, readable
 from crate_fast.eval.common.models import LoadedModel
 from crate_fast.eval.common.segmentation import (
@@ -89,10 +89,10 @@ def _row(label: str, reading: str, scores: dict, row: dict, marked: int) -> dict
     }
 
 
-def _best_mask(loaded: LoadedModel, sample: Sample, layer: int, threshold: str, fraction: float) -> Picture:
+def _best_mask(loaded: LoadedModel, sample: Sample, layer: int, threshold: str, options) -> Picture:
     """Return the mask of the head that fits the union of the objects best."""
     features = loaded.features(sample.image[None], [layer])
-    masks = attention_to_mask(features.cls_attention(layer)[0].cpu(), threshold, fraction)
+    masks = attention_to_mask(features.cls_attention(layer)[0].cpu(), threshold, options.fraction)
     objects, valid = sample.target.on_grid(features.grid)
     head = intersection_over_union(masks, objects.any(dim=0), valid.expand_as(masks)).argmax()
     return Picture(masks[head].view(features.grid).float().numpy(), "gray", (0, 1))
@@ -103,11 +103,11 @@ def _figure(
 ) -> list[Path]:
     """Draw image, objects and each model's best mask for the first readable images (paper, Fig. 4a)."""
     first = list(itertools.islice(readable(shown[0][1]), options.figure_images))
-    rows, titles = first_columns([sample for _, sample in first])
-    for loaded, images, layer in shown:
-        titles.append(f"{loaded.label}, layer {layer}")
-        for row, (index, _) in zip(rows, first, strict=True):
-            row.append(_best_mask(loaded, images[index], layer, threshold, options.fraction))
+    columns = {
+        f"{loaded.label}, layer {layer}": [_best_mask(loaded, images[i], layer, threshold, options) for i, _ in first]
+        for loaded, images, layer in shown
+    }
+    rows, titles = image_rows([sample for _, sample in first], columns)
     return write_pages(rows, folder, f"masks_{threshold}", None, titles)
 
 

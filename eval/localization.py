@@ -99,22 +99,20 @@ class _Measurements:
     """Per-image measurements of several maps: IoU by threshold, pointing and average precision."""
 
     def __init__(self):
-        self._iou: list[np.ndarray] = []
-        self._pointing: list[np.ndarray] = []
-        self._ap: list[np.ndarray] = []
+        self._images: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
 
     def add(self, maps: Tensor, truth: np.ndarray, resolution: int) -> None:
         """Measure the maps [H, rows, columns] of one image with the boxes [M, 4], in shares of its sides."""
         enlarged = _enlarge(maps, resolution)
-        self._iou.append(_best_iou(largest_boxes(enlarged) / resolution, truth).astype(np.float32))
+        iou = _best_iou(largest_boxes(enlarged) / resolution, truth).astype(np.float32)
         strongest = enlarged.reshape(len(enlarged), -1).argmax(axis=1)
-        self._pointing.append(covered(truth, resolution, resolution).ravel()[strongest])
+        pointing = covered(truth, resolution, resolution).ravel()[strongest]
         patches = torch.from_numpy(covered(truth, *maps.shape[1:]).ravel())
-        self._ap.append(average_precision(maps.flatten(1), patches).numpy())
+        self._images.append((iou, pointing, average_precision(maps.flatten(1), patches).numpy()))
 
     def scores(self) -> dict[str, dict]:
         """Return the scores of the best head of each image, of one head for all, and of each head."""
-        iou, pointing, ap = np.stack(self._iou), np.stack(self._pointing), np.stack(self._ap)
+        iou, pointing, ap = map(np.stack, zip(*self._images, strict=True))
         images, heads = np.arange(len(iou)), range(iou.shape[1])
         each = [_scores(iou[:, h], pointing[:, h], ap[:, h]) for h in heads]
         found = {"best_head": _scores(iou.max(axis=1), pointing.max(axis=1), ap.max(axis=1)), "per_head": each}

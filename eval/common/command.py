@@ -16,8 +16,8 @@ from crate_fast.eval.common.models import LoadedModel, open_model, split_label
 from crate_fast.eval.common.results import file_name, make_folder
 from crate_fast.train.distributed import choose_device
 
-__all__ = ["Evaluation", "attention_layers", "evaluation_parser", "open_data", "open_models", "positive"]
-__all__ += ["read_images", "seed"]
+__all__ = ["Evaluation", "attention_layers", "comma_list", "evaluation_parser", "open_data", "open_models"]
+__all__ += ["positive", "read_images", "seed"]
 
 
 def _integer(text: str, low: int, high: float, expected: str) -> int:
@@ -39,6 +39,15 @@ def seed(text: str) -> int:
 
 def _not_negative(text: str) -> int:
     return _integer(text, 0, float("inf"), "0 or a positive integer")
+
+
+def comma_list(parse: Callable[[str], Any]) -> Callable[[str], list]:
+    """Return a parser of words with commas between them, for argparse."""
+
+    def words(text: str) -> list:
+        return [parse(word) for word in text.split(",")]
+
+    return words
 
 
 def evaluation_parser(

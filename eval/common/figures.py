@@ -1,6 +1,6 @@
 """Figures in one style: grids of images and maps, and curves over layers or epochs. Written as PNG and PDF."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 from crate_fast.errors import UserError
 from crate_fast.eval.common.images import Sample
 
-__all__ = ["Curve", "Picture", "curve_figure", "first_columns", "image_grid", "image_picture", "save_figure"]
+__all__ = ["Curve", "Picture", "curve_figure", "image_grid", "image_picture", "image_rows", "save_figure"]
 __all__ += ["short_name", "write_pages"]
 
 ROWS_A_PAGE = 8
@@ -231,11 +231,18 @@ def image_picture(image) -> Picture:
     return Picture(image.permute(1, 2, 0).numpy())
 
 
-def first_columns(samples: Sequence[Sample]) -> tuple[list[list[Picture]], list[str]]:
-    """Return a row for each sample, with its image and the union of its object masks if known, and column titles."""
+def image_rows(
+    samples: Sequence[Sample], columns: dict[str, Iterable[Picture | None]]
+) -> tuple[list[list[Picture | None]], list[str]]:
+    """Lay out samples as rows of a grid; return the rows and the titles of their columns.
+
+    A row begins with the image and, if known, the union of its object masks; a picture of each column follows.
+    """
     rows, labelled = [[image_picture(sample.image)] for sample in samples], False
     for row, sample in zip(rows, samples, strict=True):
         if labelled := sample.target is not None:
             union = sample.target.masks.any(dim=0)[None, None].float()
             row.append(Picture(F.interpolate(union, sample.image.shape[1:])[0, 0].numpy(), "gray", (0, 1)))
-    return rows, ["image", "object"] if labelled else ["image"]
+    for row, *pictures in zip(rows, *columns.values(), strict=True):
+        row += pictures
+    return rows, ["image", *["object"] * labelled, *columns]

@@ -19,7 +19,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -160,14 +161,24 @@ def run_experiment(protocol: Protocol, folders: Folders, resources: Resources, m
         CheckpointError: Another process runs an experiment in these folders.
         RunFailedError: A run failed; the message names it and its log. Finished runs are kept.
     """
-    lock = RunLock(folders.output)
-    lock.acquire()
+    with _locked(folders.output), Interruption(signal.SIGINT) as interruption:
+        deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
+        scheduler = _Scheduler(protocol, folders, resources)
+        try:
+            return scheduler.run(lambda: interruption.requested() or time.monotonic() > deadline)
+        finally:
+            scheduler.terminate()
+            for process, _ in scheduler.running.values():
+                process.join()
+
+
+@contextmanager
+def _locked(folder: Path, patience: float = 0.0) -> Iterator[None]:
+    lock = RunLock(folder)
+    lock.acquire(patience)
     lock.sign()
     try:
-        with Interruption(signal.SIGINT) as interruption:
-            deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
-            with _Scheduler(protocol, folders, resources) as scheduler:
-                return scheduler.run(lambda: interruption.requested() or time.monotonic() > deadline)
+        yield
     finally:
         lock.release()
 
@@ -181,22 +192,13 @@ class _Scheduler:
         num_classes = open_experiment_data(protocol, folders.photographs).num_classes
         self.costs = {run: _costs(protocol, run, folders, num_classes) for run in runs}
         self.waiting = [run for run in runs if not folders.result(run).is_file()]
-        self.running: dict[Run, multiprocessing.Process] = {}
-        self.devices: dict[Run, str] = {}
+        self.running: dict[Run, tuple[multiprocessing.Process, str]] = {}  # process and device
         self.origin = provenance() | {"device": str(resources)}  # of the code that the jobs are forked from
         del self.origin["command"]  # it names this machine's folders
         (folders.output / "logs").mkdir(parents=True, exist_ok=True)
 
-    def __enter__(self) -> "_Scheduler":
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._terminate()
-        for process in self.running.values():
-            process.join()
-
-    def _terminate(self) -> None:
-        for process in self.running.values():
+    def terminate(self) -> None:
+        for process, _ in self.running.values():
             process.terminate()
 
     def run(self, stop: Callable[[], object]) -> bool:
@@ -210,7 +212,7 @@ class _Scheduler:
                 if stop() and not stopping:  # before the jobs are checked: the signal may have reached them too
                     stopping = True
                     bar.write("stopping: the runs save what they have")
-                    self._terminate()
+                    self.terminate()
                 self._reap(bar, stopping)
                 if stopping and not self.running:
                     return False
@@ -244,32 +246,29 @@ class _Scheduler:
         if len(self.running) == self.resources.jobs or not self.waiting:
             return False
         results = Results.load(self.folders.report, self.protocol)
-        for run in self.waiting:
-            lr = results.chosen_lr(run.model) if run.lr is None else run.lr
-            if lr is not None:
-                try:
-                    self._start(run, lr)
-                except (EOFError, OSError):
-                    if not stop():  # else the signal that asks for a stop has ended the fork server
-                        raise
-                    return False
-                return True
-        return False
-
-    def _start(self, run: Run, lr: float) -> None:
-        resources, used = self.resources, list(self.devices.values())
-        device = min(resources.devices, key=used.count)
+        lrs = ((run, results.chosen_lr(run.model) if run.lr is None else run.lr) for run in self.waiting)
+        run, lr = next(((run, lr) for run, lr in lrs if lr is not None), (None, None))
+        if run is None:
+            return False
+        used = [device for _, device in self.running.values()]
+        device, resources = min(self.resources.devices, key=used.count), self.resources
         job = Job(run, lr, self.protocol, self.folders, device, resources.threads, resources.workers, self.origin)
         process = _FORKSERVER.Process(target=_run_job, args=(job,))
-        process.start()
+        try:
+            process.start()
+        except (EOFError, OSError):
+            if not stop():  # else the signal that asks for a stop has ended the fork server
+                raise
+            return False
         self.waiting.remove(run)
-        self.running[run], self.devices[run] = process, device
+        self.running[run] = process, device
+        return True
 
     def _reap(self, bar: tqdm, stopping: bool) -> None:
-        for run, process in list(self.running.items()):
+        for run, (process, _) in list(self.running.items()):
             if process.exitcode is None:
                 continue
-            del self.running[run], self.devices[run]
+            del self.running[run]
             if self.folders.result(run).is_file():
                 bar.write(f"{run.name}: done")
             elif stopping:
@@ -312,14 +311,9 @@ def _run_job(job: Job) -> None:
     os.dup2(stream, 2)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops its jobs with SIGTERM
     _stop_with_parent()
-    lock = RunLock(job.folders.output / "locks" / job.run.name)
-    lock.acquire(_LOCK_SECONDS)
-    lock.sign()
     torch.set_num_threads(job.threads)
-    try:
+    with _locked(job.folders.output / "locks" / job.run.name, _LOCK_SECONDS):
         train_and_score(job)
-    finally:
-        lock.release()
     sys.exit(0)
 
 
