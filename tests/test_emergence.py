@@ -24,16 +24,7 @@ from crate_fast.eval.emergence import report as report_module
 from crate_fast.eval.emergence import runs as runs_module
 from crate_fast.eval.emergence.command import main
 from crate_fast.eval.emergence.data import PhotographData, prepare_photographs
-from crate_fast.eval.emergence.protocol import (
-    MODELS,
-    ORDER,
-    SIZES,
-    Protocol,
-    Run,
-    planned_runs,
-    settings_table,
-    training_config,
-)
+from crate_fast.eval.emergence.protocol import MODELS, ORDER, SIZES, Protocol, Run, settings_table
 from crate_fast.eval.emergence.results import Results, at_accuracy, at_checkpoint, held_out_accuracy, validated
 from crate_fast.eval.emergence.runs import Folders, Job, train_and_score
 from crate_fast.train.data import build_splits
@@ -50,8 +41,8 @@ def test_models_differ_in_nothing_but_the_ablation(size):
     protocol = SCENES[size]
     for number, stage in enumerate(protocol.stages):
         assert stage.steps % stage.checkpoints == 0
-        assert training_config(protocol, Run("scenes", "ViT", 0), number, 1e-3).keep_checkpoints >= stage.steps
-        configs = {m: vars(training_config(protocol, Run("scenes", m, 0), number, 1e-3)) for m in MODELS}
+        assert protocol.training_config(Run("scenes", "ViT", 0), number, 1e-3).keep_checkpoints >= stage.steps
+        configs = {m: vars(protocol.training_config(Run("scenes", m, 0), number, 1e-3)) for m in MODELS}
         for model, config in configs.items():
             differing = {name: value for name, value in config.items() if value != configs["CRATE"][name]}
             assert differing == MODELS[model]
@@ -70,7 +61,7 @@ def test_the_protocols_page_has_its_settings():
 
 
 def test_runs_have_different_names_and_seeds_come_one_by_one():
-    runs = planned_runs(SCENES["small"])
+    runs = SCENES["small"].planned_runs()
     assert len({run.name for run in runs}) == len(runs) == 15 + 15 + 15
     assert [run.seed for run in runs if run.kind == "scenes"] == [0] * 5 + [1] * 5 + [2] * 5
 
@@ -154,7 +145,7 @@ def test_a_sweep_that_diverges_is_not_chosen_and_another_run_fails(tmp_path, mon
     results.runs["sweep-ViT-lr0.001"] = {"validation": [{"val_accuracy": 0.1}]}
     assert results.chosen_lr("ViT") == 1e-3
     with pytest.raises(NonFiniteError):
-        train_and_score(dataclasses.replace(sweep, run=Run("scenes", "ViT", 0)))
+        train_and_score(sweep._replace(run=Run("scenes", "ViT", 0)))
 
 
 def command(output: Path) -> list[str]:
@@ -230,7 +221,7 @@ def test_smoke_goes_on_after_a_kill_and_does_nothing_twice(finished):
     results = {path.name: path.stat().st_mtime_ns for path in (output / "report" / "results").glob("*.json")}
     assert len(before) >= 10  # the sweeps
     assert before.items() <= results.items()
-    assert set(results) == {f"{run.name}.json" for run in planned_runs(SMOKE, cifar10=False)}
+    assert set(results) == {f"{run.name}.json" for run in SMOKE.planned_runs(cifar10=False)}
     scored = json.loads((output / "report" / "results" / "scenes-CRATE-seed0.json").read_text())
     assert [(row["stage"], row["step"], row["images"]) for row in scored["checkpoints"]] == [
         (0, 0, 0),
@@ -276,7 +267,7 @@ def test_cifar10_is_trained_on_and_in_the_report(copied, tmp_path, without_figur
     train_and_score(Job(run, 1e-3, SMOKE, folders, "cpu", 1, 0, origin))
     result = Results.load(copied, SMOKE).runs[run.name]
     assert [entry["step"] for entry in result["validation"]] == [1]
-    for other in planned_runs(SMOKE)[20:]:
+    for other in SMOKE.planned_runs()[20:]:
         folders.result(other).write_text(json.dumps(result | {"model": other.model, "seed": other.seed}))
     text = report_again(copied)
     assert "30 of 30" in text
@@ -285,7 +276,7 @@ def test_cifar10_is_trained_on_and_in_the_report(copied, tmp_path, without_figur
 
 def test_the_untrained_twin_is_the_run_before_training(finished, tmp_path):
     output, _ = finished
-    config = training_config(SMOKE, Run("scenes", "ViT", 1), 0, 1e-3, device="cpu")
+    config = SMOKE.training_config(Run("scenes", "ViT", 1), 0, 1e-3, device="cpu")
     with process_group("cpu") as processes, Interruption() as interruption:
         trainer = Trainer(config, tmp_path / "run", build_splits(config), processes, interruption)
     twin = open_model(f"{output}/runs/scenes-ViT-seed1/stage0@untrained", seed=1)

@@ -62,8 +62,6 @@ def evaluation_parser(
     """Make a parser with the options of every protocol: models, data, size, limit, device, output.
 
     Args:
-        protocol: Name on the command line.
-        description: One sentence for `--help`.
         data: Default of `--data`; None makes it required; False leaves out `--data` and `--limit`, for a protocol
             that opens its data some other way.
         many: Take several models.
@@ -143,9 +141,6 @@ class Evaluation:
     Its folder is `--output`, or one named after the protocol and the models. Make it before anything is computed.
 
     Args:
-        protocol: Its name.
-        options: A command line of `evaluation_parser`.
-        models: The models.
         folder: Name of the folder without `--output`; the protocol's when empty.
 
     Attributes:
@@ -226,8 +221,6 @@ def read_images(
     """Read the images of `--data` at a model's size, batch by batch, with a progress bar.
 
     Args:
-        evaluation: The command's.
-        loaded: The model.
         kept: Filled with the samples, for the figures.
         containing: Take only images with a class of this name; `--limit` counts these.
 

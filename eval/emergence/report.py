@@ -10,7 +10,7 @@ from crate_fast.errors import UserError
 from crate_fast.eval.common import paper
 from crate_fast.eval.common.results import markdown_table
 from crate_fast.eval.emergence.figures import CAPTIONS, draw, load_pictures
-from crate_fast.eval.emergence.protocol import ORDER, Protocol, planned_runs
+from crate_fast.eval.emergence.protocol import ORDER, Protocol
 from crate_fast.eval.emergence.results import (
     BOXED,
     COARSE,
@@ -32,12 +32,7 @@ _PAPERS_LAYER = "the last but one of models with MSSA, the last of those with MH
 
 
 def write_report(report: Path, protocol: Protocol, size: str) -> Path:
-    """Write report.md and its figures.
-
-    Args:
-        report: Folder with results/ and pictures/.
-        protocol: The experiment.
-        size: A key of `SIZES`.
+    """Write report.md and its figures into the folder that has results/ and pictures/; return the file.
 
     Raises:
         UserError: No seed has results of all models.
@@ -160,8 +155,7 @@ def _with_twins(
     """Return rows of the measures at the paper's layer: the trained models, then their untrained twins.
 
     Args:
-        results: The results.
-        names: Keys of `MEASURES`.
+        results, names: The results, and keys of `MEASURES`.
         column: Title of a column with the paper's numbers for trained models.
         cited: Function from a row of the paper's Table 2, {} where it has none, to its cell.
     """
@@ -385,7 +379,7 @@ def _origin(results: Results, size: str) -> str:
         left_out = "" if with_cifar else ", CIFAR-10's left out"
     facts = {
         "command": f"`crate-fast reproduce emergence --size {size}{options}`",
-        "runs": f"{len(runs)} of {len(planned_runs(protocol, with_cifar))}{left_out}",
+        "runs": f"{len(runs)} of {len(protocol.planned_runs(with_cifar))}{left_out}",
         "seeds with all models": ", ".join(map(str, results.seeds())),
         "hours of all runs together": f"{hours:.1f}, {scoring / 3600:.1f} of them scoring",
     }

@@ -174,13 +174,7 @@ def paired(first: Sequence[float], second: Sequence[float]) -> Paired:
 
 
 class Claim(NamedTuple):
-    """A statement of the protocol with its verdict.
-
-    Attributes:
-        text: The statement.
-        holds: The verdict; None where one seed cannot decide.
-        evidence: The numbers.
-    """
+    """A statement of the protocol, its verdict (None where one seed cannot decide), and the numbers."""
 
     text: str
     holds: bool | None
@@ -188,13 +182,7 @@ class Claim(NamedTuple):
 
 
 class Results:
-    """Results of an experiment's runs.
-
-    Attributes:
-        runs: Name of a run → its result.
-        protocol: The experiment.
-        scored: The results with checkpoints.
-    """
+    """Results of an experiment by the names of its runs; those with checkpoints are `scored`."""
 
     def __init__(self, runs: dict[str, dict], protocol: Protocol):
         self.runs, self.protocol = runs, protocol

@@ -24,6 +24,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -35,7 +36,7 @@ from crate_fast.errors import UserError
 from crate_fast.eval.common.models import LoadedModel, open_model
 from crate_fast.eval.common.results import Records
 from crate_fast.eval.emergence.data import open_experiment_data
-from crate_fast.eval.emergence.protocol import Point, Protocol, Run, planned_runs, stages_of, training_config
+from crate_fast.eval.emergence.protocol import Point, Protocol, Run
 from crate_fast.eval.emergence.results import Results
 from crate_fast.eval.emergence.scores import box_scores, checkpoint_scores, photograph_scores, pictures
 from crate_fast.train.checkpoint import write_text
@@ -118,18 +119,10 @@ class Resources:
         return f"{', '.join([*names, processor_name()])}, {self.cores} cores, {self.jobs} runs at once"
 
 
-@dataclass(frozen=True)
-class Job:
+class Job(NamedTuple):
     """A run with everything that its process needs.
 
-    Attributes:
-        run: The run.
-        lr: Its learning rate.
-        protocol: The experiment.
-        folders: Its folders.
-        device: A setting of `TrainConfig`.
-        threads, workers: Settings of `TrainConfig`.
-        origin: Provenance for the result.
+    `device`, `threads` and `workers` are settings of `TrainConfig`; `origin` is the result's provenance.
     """
 
     run: Run
@@ -149,9 +142,7 @@ def run_experiment(protocol: Protocol, folders: Folders, resources: Resources, m
     """Do all unfinished runs of an experiment.
 
     Args:
-        protocol: The experiment.
-        folders: Its folders, without runs of another protocol.
-        resources: Devices and number of simultaneous runs.
+        folders: Folders without runs of another protocol.
         minutes: Time limit; None means no limit.
 
     Returns:
@@ -188,7 +179,7 @@ class _Scheduler:
 
     def __init__(self, protocol: Protocol, folders: Folders, resources: Resources):
         self.protocol, self.folders, self.resources = protocol, folders, resources
-        runs = planned_runs(protocol, folders.cifar10 is not None)
+        runs = protocol.planned_runs(folders.cifar10 is not None)
         num_classes = open_experiment_data(protocol, folders.photographs).num_classes
         self.costs = {run: _costs(protocol, run, folders, num_classes) for run in runs}
         self.waiting = [run for run in runs if not folders.result(run).is_file()]
@@ -232,7 +223,7 @@ class _Scheduler:
 
     def _spent(self, run: Run) -> float:
         spent = 0.0
-        for number, (stage, cost) in enumerate(zip(stages_of(self.protocol, run), self.costs[run], strict=False)):
+        for number, (stage, cost) in enumerate(zip(self.protocol.stages_of(run), self.costs[run], strict=False)):
             path = self.folders.stage(run, number) / "metrics.jsonl"
             if not path.is_file():
                 break
@@ -288,8 +279,8 @@ def _tail(log: Path, lines: int = 8) -> str:
 def _costs(protocol: Protocol, run: Run, folders: Folders, num_classes: int) -> list[float]:
     """Return the operations of each stage's training and, last, of scoring."""
     costs, flops = [], None
-    for number, stage in enumerate(stages_of(protocol, run)):
-        config = training_config(protocol, run, number, 1e-3, folders.data_dir(run))
+    for number, stage in enumerate(protocol.stages_of(run)):
+        config = protocol.training_config(run, number, 1e-3, folders.data_dir(run))
         flops = _flops(dataclasses.replace(config, seed=0), 10 if run.kind == "cifar10" else num_classes)
         costs.append(stage.steps * stage.batch_size * flops.step)
     scored = protocol.selection_images + 2 * protocol.test_images + 2 * protocol.maskcut_images
@@ -346,10 +337,10 @@ def _train(job: Job) -> bool:
         UserError: A finished stage in the folder was trained at another learning rate.
     """
     init = ""
-    for number, stage in enumerate(stages_of(job.protocol, job.run)):
+    for number, stage in enumerate(job.protocol.stages_of(job.run)):
         folder = job.folders.stage(job.run, number)
         further = {"device": job.device, "threads": job.threads, "workers": job.workers, "init": init}
-        config = training_config(job.protocol, job.run, number, job.lr, job.folders.data_dir(job.run), **further)
+        config = job.protocol.training_config(job.run, number, job.lr, job.folders.data_dir(job.run), **further)
         summary = folder / "summary.json"
         if not summary.is_file():
             launch(config, argparse.Namespace(recipe="emergence", output=str(folder), resume=True, dry_run=False))
@@ -365,7 +356,7 @@ def _train(job: Job) -> bool:
 
 
 def _score(job: Job) -> None:
-    stages = stages_of(job.protocol, job.run)
+    stages = job.protocol.stages_of(job.run)
     folders = [job.folders.stage(job.run, number) for number in range(len(stages))]
     logs = [[json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in folders]
     seconds = sum(_seconds(log, stage.batch_size) for log, stage in zip(logs, stages, strict=True))

@@ -22,10 +22,6 @@ _DIGITS = 6
 def checkpoint_scores(loaded: LoadedModel, data: SceneData | PhotographData) -> dict:
     """Score a model at every layer.
 
-    Args:
-        loaded: The model at a checkpoint.
-        data: The experiment's images.
-
     Returns:
         "accuracy" on test images; "selection" and "test", reading → "layers" ("best_head" and "per_head" of each)
         and baselines, as in `segmentation.score_attention`; "white_box", R^c and sparsity of each layer, empty for
@@ -100,7 +96,7 @@ def pictures(loaded: LoadedModel, shown: np.ndarray, layers: Sequence[int]) -> d
     """Return a model's arrays for the figures on the shown images, which share one PCA.
 
     Args:
-        loaded: The model at a checkpoint, opened at the images' size.
+        loaded: The model, opened at the images' size.
         shown: uint8 [8, S, S, 3].
         layers: The layers to read.
 

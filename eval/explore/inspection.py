@@ -44,13 +44,7 @@ class ModelChoice(NamedTuple):
 
 
 class OpenModel(NamedTuple):
-    """A model in memory.
-
-    Attributes:
-        loaded: See `models.LoadedModel`.
-        classes: Names of its classes, in order; None where they are unknown.
-        lock: Held while the model runs.
-    """
+    """A model in memory, the names of its classes if known, and a lock that is held while it runs."""
 
     loaded: LoadedModel
     classes: list[str] | None
@@ -58,12 +52,7 @@ class OpenModel(NamedTuple):
 
 
 class ModelCache:
-    """The models to choose from, opened on first use; the last few stay open.
-
-    Args:
-        choices: The models.
-        **opening: `device`, `image_size`, `model_args` and `seed` of `models.open_model`.
-    """
+    """The models to choose from, opened on first use with the options of `models.open_model`; the last stay open."""
 
     def __init__(self, choices: list[ModelChoice], **opening):
         self.choices, self.opening = choices, opening
@@ -221,12 +210,9 @@ def _rounded(array: np.ndarray) -> list:
 
 
 class Explorer:
-    """Models, pictures, and recent inspections. It keeps no visitor's state and is safe to use from many threads.
+    """Models with a note on the page, pictures, and recent inspections.
 
-    Args:
-        models: The models.
-        note: Text of the page above the models.
-        pictures: The pictures.
+    It keeps no visitor's state and is safe to use from many threads.
     """
 
     def __init__(self, models: ModelCache, note: str, pictures: Pictures):
