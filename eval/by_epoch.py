@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from crate_fast.errors import UserError, run_command
@@ -57,21 +58,15 @@ def evaluate(
 
 
 @torch.no_grad()
-def _figure(
-    models: Iterable[tuple[int, LoadedModel]], names: Sequence[str], images: Dataset, layer: int, paths: list[Path]
-) -> None:
-    """Draw the first readable images and their components 2 to 4 at each step (paper, Fig. 10, right)."""
-    samples = [sample for _, sample in itertools.islice(readable(images), 4)]
-    rows = [[image_picture(sample.image)] for sample in samples]
-    pixels = torch.stack([sample.image for sample in samples])
-    for _, loaded in models:
-        features = loaded.features(pixels, [layer])
-        for row, tokens in zip(rows, features.keys(layer).cpu(), strict=True):
-            try:
-                row.append(Picture(pca_rgb(tokens.unsqueeze(0), first=2)[0].view(*features.grid, 3).numpy()))
-            except TooFewPatchesError:
-                row.append(None)
-    image_grid(rows, paths, column_titles=["image", *names])
+def _components(loaded: LoadedModel, pixels: Tensor, layer: int) -> list[Picture | None]:
+    """Return components 2 to 4 of each image (paper, Fig. 10, right); None with too few patches."""
+    features, pictures = loaded.features(pixels, [layer]), []
+    for tokens in features.keys(layer).cpu():
+        try:
+            pictures.append(Picture(pca_rgb(tokens.unsqueeze(0), first=2)[0].view(*features.grid, 3).numpy()))
+        except TooFewPatchesError:
+            pictures.append(None)
+    return pictures
 
 
 def _command(options: argparse.Namespace) -> None:
@@ -86,7 +81,6 @@ def _command(options: argparse.Namespace) -> None:
         raise UserError(f"--steps {absent[0]}: {run} has no such checkpoint; choose from {steps}")
     device = choose_device(options.device)
     options.device = str(device)
-    facts: dict[int, dict] = {}
     left_out: dict[int, str] = {}
 
     def models() -> Iterator[tuple[int, LoadedModel]]:
@@ -99,7 +93,6 @@ def _command(options: argparse.Namespace) -> None:
                     print(f"left out: step {step}: {error}", file=sys.stderr)
                 left_out[step] = str(error)
                 continue
-            facts[step] = loaded.facts
             yield step, loaded
 
     first = next((loaded for _, loaded in models()), None)
@@ -110,8 +103,17 @@ def _command(options: argparse.Namespace) -> None:
     measures = check_measures(options.measures, first, images, options.data)
     evaluation = Evaluation("by_epoch", options, [])
     settings = MaskCutSettings(options.num_objects, options.tau)
+    facts, shown = [], [sample.image for _, sample in itertools.islice(readable(images), 4)]
+    columns = [[image_picture(image) for image in shown]]
+
+    def noted() -> Iterator[tuple[int, LoadedModel]]:
+        for step, loaded in models():
+            facts.append(loaded.facts)
+            columns.append(_components(loaded, torch.stack(shown), layer) if shown else [])
+            yield step, loaded
+
     reading = evaluation.reading("step")
-    results = evaluate(models(), images, layer, measures, settings, seed=options.seed, **reading)
+    results = evaluate(noted(), images, layer, measures, settings, seed=options.seed, **reading)
     if not results.keys() - {0}:
         raise UserError(f"{run}: none of the steps {chosen} can be read; the first: {left_out[chosen[0]]}")
     epochs = {0: 0.0} | {step: checkpoint_epoch(run, step) for step in chosen if step in results}
@@ -122,8 +124,8 @@ def _command(options: argparse.Namespace) -> None:
     xlabel = "epoch" if known else "optimiser step"
     curve_figure(curves({label: along}), xlabel, evaluation.figure("by_epoch"), from_zero=True, columns=3)
     titles = [f"epoch {epochs[step]:g}" if known else f"step {step}" for step in results]
-    _figure(models(), titles, images, layer, evaluation.figure("components"))
-    config = {"layer": layer, "models": list(facts.values())}
+    image_grid(list(zip(*columns, strict=True)), evaluation.figure("components"), column_titles=["image", *titles])
+    config = {"layer": layer, "models": facts}
     evaluation.finish({"rows": rows, "left_out": left_out}, config, ["numbers but counts in %"])
 
 

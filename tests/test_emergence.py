@@ -40,24 +40,29 @@ SMOKE = SCENES["smoke"]
 def test_models_differ_in_nothing_but_the_ablation(size):
     protocol = SCENES[size]
     for number, stage in enumerate(protocol.stages):
-        assert stage.steps % stage.checkpoints == 0
         assert protocol.training_config(Run("scenes", "ViT", 0), number, 1e-3).keep_checkpoints >= stage.steps
         configs = {m: vars(protocol.training_config(Run("scenes", m, 0), number, 1e-3)) for m in MODELS}
         for model, config in configs.items():
             differing = {name: value for name, value in config.items() if value != configs["CRATE"][name]}
             assert differing == MODELS[model]
     points = protocol.points
-    assert Protocol.of_settings(json.loads(json.dumps(protocol.settings()))) == protocol
     assert points[0].step == points[0].images == 0
     assert points[-1].images == sum(stage.steps * stage.batch_size for stage in protocol.stages)
     assert [p.images for p in points] == sorted({p.images for p in points})
-    if size != "smoke":  # a mask has enough patches, a comparison enough seeds
+    if size != "smoke":  # a mask has enough patches
         assert protocol.image_size // protocol.patch_size >= 16
-        assert len(protocol.seeds) >= 3
 
 
-def test_the_protocols_page_has_its_settings():
-    assert markdown_table(settings_table()) in (ROOT / "docs" / "emergence" / "protocol.md").read_text()
+@pytest.mark.parametrize(
+    ("data", "page"), [("shape_scenes", "protocol.md"), ("photographs", "photographs/protocol.md")]
+)
+def test_a_protocols_page_has_its_settings_and_it_wants_several_seeds(data, page):
+    assert markdown_table(settings_table(data)) in (ROOT / "docs" / "emergence" / page).read_text()
+    for size, protocol in SIZES[data].items():
+        assert protocol.models == (ORDER if data == "photographs" else tuple(MODELS))
+        assert all(stage.steps % stage.checkpoints == 0 for stage in protocol.stages)
+        assert len(protocol.seeds) >= (2 if size == "smoke" else 3)
+        assert Protocol.of_settings(json.loads(json.dumps(protocol.settings()))) == protocol
 
 
 def test_runs_have_different_names_and_seeds_come_one_by_one():
@@ -70,10 +75,8 @@ def checkpoint(best: float, heads: list[float], selected: list[float], layers: i
     """A checkpoint whose heads score `heads` on test and `selected` on selection scenes; at layer 1 half of it."""
 
     def rows(values: list[float]) -> dict:
-        found = [
-            {"layer": i, "best_head": best / (i + 1), "per_head": [v / (i + 1) for v in values]}
-            for i in range(layers)
-        ]
+        halves = [(i, i + 1) for i in range(layers)]
+        found = [{"layer": i, "best_head": best / n, "per_head": [v / n for v in values]} for i, n in halves]
         baselines = {"constant": 0.1, "random": 0.12, "mean_mask": 0.3, "true_mask": 0.6}
         return {threshold: {"layers": found, **baselines} for threshold in ("ap", "mass", "topk")}
 
@@ -101,17 +104,13 @@ def test_the_fixed_head_is_chosen_on_other_scenes():
 
 
 def test_the_claims_hold_where_they_should():
-    good = results_with(
-        {"CRATE": [50, 51], "CRATE-MLP": [45, 46], "CRATE-MHSA": [40, 41], "ViT": [20, 21.1], "CRATE-sth": [9, 9]}
-    )
+    scores = {"CRATE-MLP": [45, 46], "CRATE-MHSA": [40, 41], "CRATE-sth": [9, 9]}
+    good = results_with(scores | {"CRATE": [50, 51], "ViT": [20, 21.1]})
     assert [claim.holds for claim in good.claims()] == [True] * 5
-    bad = results_with(
-        {"CRATE": [20, 10], "CRATE-MLP": [45, 46], "CRATE-MHSA": [40, 41], "ViT": [32, 33], "CRATE-sth": [9, 9]}
-    )
+    bad = results_with(scores | {"CRATE": [20, 10], "ViT": [32, 33]})
     assert [claim.holds for claim in bad.claims()] == [False] * 5
-    noisy = results_with(
-        {"CRATE": [60, 31], "CRATE-MLP": [45, 30], "CRATE-MHSA": [40, 29], "ViT": [20, 28], "CRATE-sth": [9, 9]}
-    )
+    noisy = {"CRATE": [60, 31], "CRATE-MLP": [45, 30], "CRATE-MHSA": [40, 29], "ViT": [20, 28]}
+    noisy = results_with(scores | noisy)
     assert [claim.holds for claim in noisy.claims()] == [True, True, False, True, True]
 
 
@@ -223,11 +222,8 @@ def test_smoke_goes_on_after_a_kill_and_does_nothing_twice(finished):
     assert before.items() <= results.items()
     assert set(results) == {f"{run.name}.json" for run in SMOKE.planned_runs(cifar10=False)}
     scored = json.loads((output / "report" / "results" / "scenes-CRATE-seed0.json").read_text())
-    assert [(row["stage"], row["step"], row["images"]) for row in scored["checkpoints"]] == [
-        (0, 0, 0),
-        (0, 8, 128),
-        (1, 2, 160),
-    ]
+    points = [(row["stage"], row["step"], row["images"]) for row in scored["checkpoints"]]
+    assert points == [(0, 0, 0), (0, 8, 128), (1, 2, 160)]
     assert [(entry["stage"], entry["step"]) for entry in scored["validation"]] == [(0, 4), (0, 8), (1, 2)]
     assert not list((output / "report").glob("**/.*"))
     later = (output / "runs" / "scenes-CRATE-seed0" / "stage1" / "config.yaml").read_text()
@@ -314,17 +310,9 @@ def test_scores_at_an_accuracy_lie_between_checkpoints_of_the_first_stage():
     result = learning([10.0, 20.0, 18.0, 30.0], [40.0, 60.0, 70.0, 80.0])
     assert validated(result) == [0, 1, 2, 3, 4]
     assert [held_out_accuracy(index)(result) for index in (0, 1, 4)] == pytest.approx([5.0, 10.0, 30.0])
-    score = {
-        accuracy: at_accuracy("AP, best head", accuracy)(result) for accuracy in (7.5, 15.0, 20.0, 24.0, 5.0, 31.0)
-    }
-    assert score == {
-        7.5: pytest.approx(20.0),
-        15.0: pytest.approx(50.0),
-        20.0: pytest.approx(60.0),
-        24.0: pytest.approx(75.0),
-        5.0: None,
-        31.0: None,
-    }
+    found = [at_accuracy("AP, best head", accuracy)(result) for accuracy in (7.5, 15.0, 20.0, 24.0, 5.0, 31.0)]
+    assert found[:4] == pytest.approx([20.0, 50.0, 60.0, 75.0])
+    assert found[4:] == [None, None]
     runs = {f"scenes-{model}-seed{seed}": result for model in MODELS for seed in SMOKE.seeds}
     assert Results(runs, SMOKE).common_accuracy() == pytest.approx(30.0)
     runs["scenes-ViT-seed1"] = learning([10.0, 25.0], [10.0, 20.0])
@@ -385,16 +373,6 @@ def test_a_report_without_results_and_cifar10_that_is_none(finished, tmp_path, c
     assert "another --size than small" in capsys.readouterr().err
     assert main(["--size", "smoke", "--cifar10", str(tmp_path), "--output", str(tmp_path)]) == 2
     assert "holds neither train/" in capsys.readouterr().err
-
-
-def test_the_protocol_of_photographs_has_its_settings_and_wants_several_seeds():
-    page = (ROOT / "docs" / "emergence" / "photographs" / "protocol.md").read_text()
-    assert markdown_table(settings_table("photographs")) in page
-    for size, protocol in PHOTOGRAPHS.items():
-        assert protocol.models == ORDER
-        assert all(stage.steps % stage.checkpoints == 0 for stage in protocol.stages)
-        assert len(protocol.seeds) >= (2 if size == "smoke" else 3)
-        assert Protocol.of_settings(json.loads(json.dumps(protocol.settings()))) == protocol
 
 
 @pytest.fixture(scope="module")

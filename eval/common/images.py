@@ -35,18 +35,8 @@ from crate_fast.train.data.image_files import EXTENSIONS, UNREADABLE, as_stored,
 from crate_fast.train.data.shape_scenes import ShapeScenes
 from crate_fast.train.data.unreadable import describe
 
-__all__ = [
-    "Batch",
-    "ImageFiles",
-    "Sample",
-    "SceneImages",
-    "Target",
-    "batches",
-    "box_corners",
-    "open_images",
-    "readable",
-    "squash",
-]
+__all__ = ["Batch", "ImageFiles", "Sample", "SceneImages", "Target", "batches", "box_corners", "open_images"]
+__all__ += ["readable", "squash"]
 
 VOC_CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",
@@ -125,9 +115,7 @@ def box_corners(masks: Tensor) -> Tensor:
 class ImageFiles(Dataset):
     """Images of a folder, sorted by path; base class of the sets that have files.
 
-    Args:
-        root: The folder.
-        size: Side to which images are squashed, in pixels.
+    Images are squashed to `size` pixels a side.
 
     Raises:
         UserError: There is no folder, or no image in it.
@@ -371,8 +359,6 @@ def batches(
     """Read samples in order, `batch_size` at a time, and yield the readable ones.
 
     Args:
-        images: Data set of `Sample`s.
-        batch_size: Samples per batch.
         problems: Filled with one line for each unreadable image, which is also printed on stderr.
         workers: Processes that read.
         progress: Title of a progress bar; none when None.

@@ -226,8 +226,7 @@ def score_attention(
 
     Args:
         model: A CRATE or an ablation; left in evaluation mode.
-        batches: (images, labels, pixel masks [B, H, W]).
-        normalize: Images → the model's input.
+        batches: (images, labels, pixel masks [B, H, W]); `normalize` makes images the model's input.
         layers: All when None.
         fraction: See `attention_to_mask`.
 
