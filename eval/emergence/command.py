@@ -39,16 +39,6 @@ def _report_again(report: Path, size: str) -> None:
     print(f"written:\n  {write_report(report, Protocol.of_settings(settings), size)}")
 
 
-def _check_cifar10(folder: Path | None) -> None:
-    if folder is None:
-        return
-    if not (folder / "train").is_dir() and not (folder / "cifar-10-batches-py").is_dir():
-        raise UserError(
-            f"--cifar10 {folder} holds neither train/ and test/ with a folder of images a class, nor "
-            "cifar-10-batches-py as torchvision keeps it: name the folder that does, or leave it out"
-        )
-
-
 def _command(options: argparse.Namespace) -> None:
     require("pycocotools", "scipy")
     if options.minutes is not None and not 0 < options.minutes < math.inf:
@@ -68,7 +58,12 @@ def _command(options: argparse.Namespace) -> None:
         protocol = _with_photographs(options, source, protocol, folders)
     elif options.boxes or options.masks:
         raise UserError("--boxes and --masks belong to --data photographs:DIR")
-    _check_cifar10(folders.cifar10)
+    cifar10 = folders.cifar10
+    if cifar10 and not (cifar10 / "train").is_dir() and not (cifar10 / "cifar-10-batches-py").is_dir():
+        raise UserError(
+            f"--cifar10 {cifar10} holds neither train/ and test/ with a folder of images a class, nor "
+            "cifar-10-batches-py as torchvision keeps it: name the folder that does, or leave it out"
+        )
     resources = Resources(options.device, options.jobs)
     _claim_folder(folders.report, options.size, protocol, "--report")
     _claim_folder(folders.output, options.size, protocol, "--output")

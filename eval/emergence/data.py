@@ -86,11 +86,6 @@ class _Photographs(BoxedImages):
         mask = torch.from_numpy(covered(boxes.numpy() / [width, height, width, height], height, width))
         return Target([self.classes[str(key).split("/")[0]]], mask[None], torch.ones_like(mask), boxes)
 
-    def share_covered(self, key: str | int) -> float:
-        """Return the share of a photograph that its boxes cover; 0 without a box."""
-        size = self.annotated_size(key)
-        return float(self.target(key, size).masks.float().mean()) if size else 0.0
-
 
 class PhotographData:
     """Photographs as `prepare_photographs` left them in a folder; attributes as of `SceneData`."""
@@ -123,7 +118,8 @@ class PhotographData:
     def _boxed(self, images: _Photographs, count: int) -> Dataset:
         """Return at most `count` images, spread over the classes, whose boxes cover what the protocol wants."""
         low, high = self.protocol.coverage
-        shares = [images.share_covered(key) for key, _ in images.items]
+        sizes = [(key, images.annotated_size(key)) for key, _ in images.items]
+        shares = [float(images.target(key, size).masks.float().mean()) if size else 0.0 for key, size in sizes]
         fitting = [number for number, share in enumerate(shares) if share > 0 and low <= share <= high]
         if not fitting:
             raise UserError(

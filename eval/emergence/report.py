@@ -53,7 +53,7 @@ def write_report(report: Path, protocol: Protocol, size: str) -> Path:
         "chosen on, at the last checkpoint; ± is the standard deviation over seeds.",
         "## Does the claim hold?",
         _verdicts(results),
-        *_discussion(report),
+        *(path.read_text() for path in (report / "discussion.md",) if path.is_file()),  # written by hand
         "## Attention and boxes" if protocol.photographs else coarse,
         _coarse(results),
         *(["## Boxes from attention (localization)", _boxes(results)] if results.have("boxes") else []),
@@ -346,12 +346,6 @@ def _trends(results: Results, model: str, index: int, name: str) -> list[dict] |
 
 
 # --- the other parts ---
-
-
-def _discussion(report: Path) -> list[str]:
-    """Return the hand-written discussion, if the folder has one."""
-    path = report / "discussion.md"
-    return [path.read_text()] if path.is_file() else []
 
 
 def _earlier(report: Path) -> list[str]:
