@@ -137,7 +137,6 @@ def curve_figure(
     panels: dict[str, Sequence[Curve]],
     xlabel: str,
     paths: Sequence[Path],
-    title: str | None = None,
     from_zero: bool = False,
     columns: int | None = None,
     labels: Sequence[str] = (),
@@ -148,7 +147,6 @@ def curve_figure(
         panels: Label of the y-axis → curves.
         xlabel: Label of every x-axis.
         paths: Files to write; the suffix (.png, .pdf) decides the format.
-        title: Above everything.
         from_zero: Start every y-axis at 0, so that differences of scores do not look larger than they are.
         columns: Charts in a row; all when None.
         labels: Labels in the order that fixes their colours, shared with other figures.
@@ -179,8 +177,6 @@ def curve_figure(
             named = {label: line for label, line in lines.items() if not label.startswith("_")}
             place = {"loc": "outside lower center", "ncols": min(5, len(named)), "fontsize": 7}
             figure.legend(named.values(), named.keys(), **place)
-        if title:
-            figure.suptitle(title, fontsize=9)
         save_figure(figure, paths)
 
 

@@ -84,6 +84,7 @@ class Sample:
         size: Height and width of the file, in pixels.
         target: Object masks, or None.
         problem: Reason why it is unreadable, or None.
+        label: Class number, where a whole image has one.
     """
 
     key: str | int
@@ -91,6 +92,7 @@ class Sample:
     size: tuple[int, int]
     target: Target | None = None
     problem: str | None = None
+    label: int = -1
 
 
 @dataclass(frozen=True)
@@ -173,7 +175,7 @@ class VocImages(ImageFiles):
 
     labelled = True
 
-    def __init__(self, root: Path, size: int, split: str = "val"):
+    def __init__(self, root: Path, size: int):
         folders = [root, root / "VOC2012", root / "VOCdevkit" / "VOC2012"]
         found = next((folder for folder in folders if (folder / "SegmentationClass").is_dir()), None)
         if found is None:
@@ -181,9 +183,9 @@ class VocImages(ImageFiles):
                 f"{root} has no SegmentationClass folder: pass --data voc:PATH with the folder VOC2012 of VOCdevkit"
             )
         self.root, self.size = found, size
-        names = found / "ImageSets" / "Segmentation" / f"{split}.txt"
+        names = found / "ImageSets" / "Segmentation" / "val.txt"
         if not names.is_file():
-            raise UserError(f"{names} is not there: it lists the images of the split {split!r}. Unpack VOC again")
+            raise UserError(f"{names} is not there: it lists the images of the split 'val'. Unpack VOC again")
         self.items = [(key, found / "JPEGImages" / f"{key}.jpg") for key in names.read_text().split()]
         if not self.items:
             raise UserError(f"{names} lists no images")
