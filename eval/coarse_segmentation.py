@@ -19,6 +19,7 @@ from pathlib import Path
 from torch.utils.data import Dataset
 
 from crate_fast.errors import UserError, run_command
+from crate_fast.eval.common import segmentation
 from crate_fast.eval.common.command import (
     Evaluation,
     attention_layers,
@@ -30,14 +31,6 @@ from crate_fast.eval.common.command import (
 from crate_fast.eval.common.figures import Picture, image_rows, write_pages
 from crate_fast.eval.common.images import Sample, batches, readable
 from crate_fast.eval.common.models import LoadedModel
-from crate_fast.eval.common.segmentation import (
-    READINGS,
-    THRESHOLDS,
-    AttentionScores,
-    attention_to_mask,
-    intersection_over_union,
-    scores_table,
-)
 
 __all__ = ["evaluate", "main"]
 
@@ -65,7 +58,7 @@ def evaluate(
         UserError: No image could be scored.
     """
     layers = range(loaded.extract.depth) if layers is None else layers
-    scores = AttentionScores(fraction, seed)
+    scores = segmentation.AttentionScores(fraction, seed)
     for batch in batches(images, **reading):
         features = loaded.features(batch.images, list(layers))
         maps = {layer: features.cls_attention(layer) for layer in features.layers}
@@ -92,9 +85,9 @@ def _row(label: str, reading: str, scores: dict, row: dict, marked: int) -> dict
 def _best_mask(loaded: LoadedModel, sample: Sample, layer: int, threshold: str, options) -> Picture:
     """Return the mask of the head that fits the union of the objects best."""
     features = loaded.features(sample.image[None], [layer])
-    masks = attention_to_mask(features.cls_attention(layer)[0].cpu(), threshold, options.fraction)
+    masks = segmentation.attention_to_mask(features.cls_attention(layer)[0].cpu(), threshold, options.fraction)
     objects, valid = sample.target.on_grid(features.grid)
-    head = intersection_over_union(masks, objects.any(dim=0), valid.expand_as(masks)).argmax()
+    head = segmentation.intersection_over_union(masks, objects.any(dim=0), valid.expand_as(masks)).argmax()
     return Picture(masks[head].view(features.grid).float().numpy(), "gray", (0, 1))
 
 
@@ -123,12 +116,12 @@ def _command(options: argparse.Namespace) -> None:
     def score(loaded: LoadedModel) -> dict:
         label, read = loaded.label, evaluation.reading(loaded.label)
         scores = evaluate(loaded, data[label], layers[label][0], options.fraction, options.seed, **read)
-        print(f"{label}\n{scores_table(scores, loaded.extract.default_layer)}")
+        print(f"{label}\n{segmentation.scores_table(scores, loaded.extract.default_layer)}")
         return scores
 
     results = evaluation.score({loaded.label: partial(score, loaded) for loaded in models})
     scored, rows, head_rows = [loaded for loaded in models if loaded.label in results], [], []
-    for loaded, reading in itertools.product(scored, READINGS):
+    for loaded, reading in itertools.product(scored, segmentation.READINGS):
         scores = results[loaded.label][reading]
         for row in scores["layers"]:
             rows.append(_row(loaded.label, reading, scores, row, loaded.extract.default_layer))
@@ -138,7 +131,7 @@ def _command(options: argparse.Namespace) -> None:
         print("The models' grids differ, and so do the objects that have a patch: scores are not of the same ones.")
     evaluation.write_table("table", rows, show=False)
     evaluation.write_table("heads", head_rows, show=False)
-    for threshold in THRESHOLDS:
+    for threshold in segmentation.THRESHOLDS:
         shown = [(loaded, data[loaded.label], layers[loaded.label][1]) for loaded in scored]
         evaluation.written += _figure(shown, threshold, options, evaluation.folder)
     evaluation.finish(results, {"class_names": first.class_names()}, ["* the layer that the paper looks at"])

@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 import timm
 import torch
-from explorer import SHIPPED, encoded, explorer_with, huge_file, picture_file, served
+from explorer import SHIPPED, explorer_with, huge_file, picture_file, served
+from image_data import encoded
 from PIL import Image
 from safetensors.torch import save_file
 

@@ -11,13 +11,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from crate_fast.eval.common import segmentation
 from crate_fast.eval.common.figures import Curve, Picture, curve_figure, image_grid
-from crate_fast.eval.common.segmentation import (
-    attention_to_mask,
-    average_precision,
-    intersection_over_union,
-    mask_to_grid,
-)
 from crate_fast.eval.emergence.protocol import MODELS
 from crate_fast.eval.emergence.results import (
     COARSE,
@@ -121,10 +116,10 @@ def _grids(results: Results, pictures: dict[str, Arrays]) -> dict[str, dict]:
 def _best_head(maps: np.ndarray, masks: np.ndarray, reading: str) -> np.ndarray:
     """Return the mask ("mass") or the map ("ap") of each image's best head, as scored (Fig. 4a): [8, P]."""
     side = math.isqrt(maps.shape[-1])
-    objects = mask_to_grid(torch.from_numpy(masks), (side, side)).unsqueeze(1)
+    objects = segmentation.mask_to_grid(torch.from_numpy(masks), (side, side)).unsqueeze(1)
     shown = torch.from_numpy(maps).float()
-    shown = attention_to_mask(shown, "mass") if reading == "mass" else shown
-    score = intersection_over_union if reading == "mass" else average_precision
+    shown = segmentation.attention_to_mask(shown, "mass") if reading == "mass" else shown
+    score = segmentation.intersection_over_union if reading == "mass" else segmentation.average_precision
     best = score(shown, objects).argmax(dim=1)
     return shown[torch.arange(len(best)), best].float().numpy()
 
