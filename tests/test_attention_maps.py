@@ -237,7 +237,6 @@ def test_unreadable_images_are_named(tmp_path):
         (["--layer", "2"], "layers 0 to 1"),
         (["--levels", "1,2"], "--levels are of noise"),
         (["--figure", "noise_sigma", "--heads", "best"], "by number"),
-        (["--figure", "noise_share", "--levels", "0,2"], "share=2.0"),
         (["--data", "folder:{}", "--heads", "best"], "needs object masks"),
         (["--model-args", "depth=1", "img_size=32", "class_token=false", "global_pool=avg"], "no CLS token"),
     ],

@@ -34,6 +34,7 @@ from crate_fast.train.trainer import Trainer
 
 SCENES, PHOTOGRAPHS = SIZES["shape_scenes"], SIZES["photographs"]
 SMOKE = SCENES["smoke"]
+ON_CPU = {"device": "cpu", "threads": 1, "workers": 0}
 
 
 @pytest.mark.parametrize("size", SCENES)
@@ -137,7 +138,7 @@ def test_a_sweep_that_diverges_is_not_chosen_and_another_run_fails(tmp_path, mon
 
     monkeypatch.setattr(runs_module, "launch", diverges)
     folders = Folders(tmp_path / "runs", tmp_path / "report")
-    sweep = Job(Run("sweep", "ViT", 100, 2e-3), 2e-3, SMOKE, folders, "cpu", 1, 0, {"commit": "abc"})
+    sweep = Job(Run("sweep", "ViT", 100, 2e-3), 2e-3, SMOKE, folders, ON_CPU, {"commit": "abc"})
     train_and_score(sweep)
     results = Results.load(folders.report, SMOKE)
     assert results.runs["sweep-ViT-lr0.002"]["diverged"] == "the loss is not finite"
@@ -260,7 +261,7 @@ def test_cifar10_is_trained_on_and_in_the_report(copied, tmp_path, without_figur
                 Image.new("RGB", (32, 32), (25 * label, 10 * number, 99)).save(folder / f"{number}.png")
     run, origin = Run("cifar10", "CRATE", 0), {"device": "cpu", "commit": "abc", "torch": "2"}
     folders = Folders(tmp_path / "runs", copied, tmp_path / "cifar10")
-    train_and_score(Job(run, 1e-3, SMOKE, folders, "cpu", 1, 0, origin))
+    train_and_score(Job(run, 1e-3, SMOKE, folders, ON_CPU, origin))
     result = Results.load(copied, SMOKE).runs[run.name]
     assert [entry["step"] for entry in result["validation"]] == [1]
     for other in SMOKE.planned_runs()[20:]:

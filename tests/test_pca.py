@@ -244,13 +244,6 @@ def test_only_images_of_a_class(tmp_path):
     assert results["results"]["A"]["layers"][0]["groups"][0]["images"] == expected
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--class", "unicorn"], "no such class; it has disc, ring"),
-        (["--threshold", "-1"], "threshold=-1.0"),
-        (["--layers", "0,3"], "layers 0 to 2"),
-    ],
-)
-def test_mistakes_are_one_message(tmp_path, refuses, words, message):
-    refuses(message, main, [*CRATE, "--data", "shape_scenes", "--limit", "1", "--output", str(tmp_path), *words])
+def test_a_class_that_is_not_there_is_one_message(tmp_path, refuses):
+    words = ["--data", "shape_scenes", "--limit", "1", "--output", str(tmp_path), "--class", "unicorn"]
+    refuses("no such class; it has disc, ring", main, [*CRATE, *words])

@@ -111,8 +111,8 @@ class Resources:
         every = self.on_gpu and ":" not in device
         self.devices = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if every else [str(chosen)]
         self.jobs = jobs or (4 * len(self.devices) if self.on_gpu else self.cores)
-        self.threads = max(1, self.cores // self.jobs)
-        self.workers = max(1, self.threads - 1) if self.on_gpu else 0
+        threads = max(1, self.cores // self.jobs)
+        self.settings = {"threads": threads, "workers": max(1, threads - 1) if self.on_gpu else 0}
 
     def __str__(self) -> str:
         names = [torch.cuda.get_device_name(device) for device in self.devices] if self.on_gpu else []
@@ -122,16 +122,14 @@ class Resources:
 class Job(NamedTuple):
     """A run with everything that its process needs.
 
-    `device`, `threads` and `workers` are settings of `TrainConfig`; `origin` is the result's provenance.
+    `settings` are those of `TrainConfig` for its device and processes; `origin` is the result's provenance.
     """
 
     run: Run
     lr: float
     protocol: Protocol
     folders: Folders
-    device: str
-    threads: int
-    workers: int
+    settings: dict
     origin: dict[str, str]
 
 
@@ -242,8 +240,8 @@ class _Scheduler:
         if run is None:
             return False
         used = [device for _, device in self.running.values()]
-        device, resources = min(self.resources.devices, key=used.count), self.resources
-        job = Job(run, lr, self.protocol, self.folders, device, resources.threads, resources.workers, self.origin)
+        device = min(self.resources.devices, key=used.count)
+        job = Job(run, lr, self.protocol, self.folders, self.resources.settings | {"device": device}, self.origin)
         process = _FORKSERVER.Process(target=_run_job, args=(job,))
         try:
             process.start()
@@ -302,7 +300,7 @@ def _run_job(job: Job) -> None:
     os.dup2(stream, 2)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops its jobs with SIGTERM
     _stop_with_parent()
-    torch.set_num_threads(job.threads)
+    torch.set_num_threads(job.settings["threads"])
     with _locked(job.folders.output / "locks" / job.run.name, _LOCK_SECONDS):
         train_and_score(job)
     sys.exit(0)
@@ -339,8 +337,8 @@ def _train(job: Job) -> bool:
     init = ""
     for number, stage in enumerate(job.protocol.stages_of(job.run)):
         folder = job.folders.stage(job.run, number)
-        further = {"device": job.device, "threads": job.threads, "workers": job.workers, "init": init}
-        config = job.protocol.training_config(job.run, number, job.lr, job.folders.data_dir(job.run), **further)
+        data_dir, further = job.folders.data_dir(job.run), job.settings | {"init": init}
+        config = job.protocol.training_config(job.run, number, job.lr, data_dir, **further)
         summary = folder / "summary.json"
         if not summary.is_file():
             launch(config, argparse.Namespace(recipe="emergence", output=str(folder), resume=True, dry_run=False))
@@ -432,7 +430,7 @@ def _score_checkpoints(job: Job, interruption: Interruption) -> list[dict] | Non
 def _open(job: Job, point: Point, image_size: int | None = None) -> LoadedModel:
     folder = job.folders.stage(job.run, point.stage)
     source = f"{job.run.model}={folder}@{point.step or 'untrained'}"
-    return open_model(source, job.device, image_size or job.protocol.image_size, seed=job.run.seed)
+    return open_model(source, job.settings["device"], image_size or job.protocol.image_size, seed=job.run.seed)
 
 
 def _save_pictures(job: Job, shown: dict[str, np.ndarray]) -> None:
