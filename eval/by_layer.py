@@ -7,7 +7,6 @@ One pass of the model serves all layers. MaskCut needs instances (COCO's or the 
 
 import argparse
 from collections.abc import Sequence
-from functools import partial
 
 from torch.utils.data import Dataset
 
@@ -127,7 +126,7 @@ def _command(options: argparse.Namespace) -> None:
         reading = evaluation.reading(loaded.label)
         return evaluate(loaded, images, None, measures, settings, seed=options.seed, **reading)
 
-    results = evaluation.score({m.label: partial(score, m, images) for m, images in zip(models, data, strict=True)})
+    results = evaluation.score(score, {m.label: (m, images) for m, images in zip(models, data, strict=True)})
     rows = [
         {"model": loaded.label, "layer": f"{layer}{' *' * (layer == loaded.extract.default_layer)}", **numbers}
         for loaded in models

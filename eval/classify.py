@@ -11,7 +11,6 @@ head reads: the CLS token after the final LayerNorm.
 import argparse
 import dataclasses
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -264,7 +263,7 @@ def _command(options: argparse.Namespace) -> None:
         raw_scored.append(source)
         return found | {"data": source, "paper_fine_tuned": _paper_score(loaded.label, config, len(data.classes))}
 
-    results = evaluation.score({loaded.label: partial(score, loaded, *rest) for loaded, *rest in plan})
+    results = evaluation.score(score, {task[0].label: task for task in plan})
     for label, found in results.items():
         of_raw = f"raw pixels {RAW_SIDE}×{RAW_SIDE} ({found['data']['dataset']})"
         for name, scores in ((label, found), (of_raw, found.get("raw_pixels"))):

@@ -13,7 +13,6 @@ not. Scores of random and constant maps are given for comparison.
 import argparse
 import itertools
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 from torch.utils.data import Dataset
@@ -119,7 +118,7 @@ def _command(options: argparse.Namespace) -> None:
         print(f"{label}\n{segmentation.scores_table(scores, loaded.extract.default_layer)}")
         return scores
 
-    results = evaluation.score({loaded.label: partial(score, loaded) for loaded in models})
+    results = evaluation.score(score)
     scored, rows, head_rows = [loaded for loaded in models if loaded.label in results], [], []
     for loaded, reading in itertools.product(scored, segmentation.READINGS):
         scores = results[loaded.label][reading]

@@ -9,7 +9,6 @@ A model with one of the paper's names gets the paper's numbers and the gap next 
 """
 
 import argparse
-from functools import partial
 
 from torch.utils.data import Dataset
 
@@ -99,7 +98,7 @@ def _command(options: argparse.Namespace) -> None:
             check_measures([measure], loaded, images, data)
             plan.setdefault(measure, []).append((loaded, images))
     evaluation = Evaluation("comparison", options, [], f"comparison_{options.table}")
-    config, scores = {}, {}
+    config, tasks = {}, {}
 
     def score(loaded: LoadedModel, images: Dataset, measure: str) -> tuple[str, dict[str, float]]:
         reading = evaluation.reading(f"{measure}, {loaded.label}") | {"seed": options.seed}
@@ -107,9 +106,9 @@ def _command(options: argparse.Namespace) -> None:
 
     for measure, opened in sorted(plan.items()):  # "coarse" first: it takes minutes, "maskcut" hours
         config[f"models for {measure}"] = [loaded.facts for loaded, _ in opened]
-        scores |= {f"{m.label}, {measure}": partial(score, m, images, measure) for m, images in opened}
+        tasks |= {f"{m.label}, {measure}": (m, images, measure) for m, images in opened}
     ours: dict[str, dict[str, float]] = {}
-    for label, row in evaluation.score(scores).values():
+    for label, row in evaluation.score(score, tasks).values():
         ours.setdefault(label, {}).update(row)
     rows = compare(options.table, ours)
     evaluation.write_table(options.table, rows, digits=1)

@@ -23,7 +23,6 @@ images, the whole picture, random maps. MODEL@untrained is the untrained twin.
 import argparse
 import itertools
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -272,7 +271,7 @@ def _command(options: argparse.Namespace) -> None:
         label, reading = loaded.label, evaluation.reading(loaded.label)
         return evaluate(loaded, data[label], layers[label][0], options.resolution, seed=options.seed, **reading)
 
-    results = evaluation.score({loaded.label: partial(score, loaded) for loaded in models})
+    results = evaluation.score(score)
     scored = [loaded for loaded in models if loaded.label in results]
     rows = [row for m in scored for row in _rows(m.label, results[m.label], m.extract.default_layer)]
     evaluation.write_table("table", rows)

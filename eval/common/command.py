@@ -170,12 +170,15 @@ class Evaluation:
         options = {"batch_size": self.options.batch_size, "workers": self.options.workers}
         return options | {"progress": title, "problems": self.problems}
 
-    def score(self, scores: dict[str, Callable[[], Any]]) -> dict[str, Any]:
-        """Return label → result of its function; a `UserError` of one does not stop the others, unless all fail."""
+    def score(self, compute: Callable[..., Any], arguments: dict[str, tuple] | None = None) -> dict[str, Any]:
+        """Return label → result of `compute`; a `UserError` of one does not stop the others, unless all fail.
+
+        `arguments` are those of `compute`, by label; each model when None.
+        """
         results = {}
-        for label, compute in scores.items():
+        for label, values in (arguments or {loaded.label: (loaded,) for loaded in self.models}).items():
             try:
-                results[label] = compute()
+                results[label] = compute(*values)
             except UserError as error:
                 self._failures.append(f"{label}: {error}")
         if not results:
