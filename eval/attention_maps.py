@@ -14,7 +14,6 @@ hundred times as many patches as another: colours compare patches within a map, 
 
 import argparse
 import math
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -24,16 +23,8 @@ import torch
 from torch import Tensor
 
 from crate_fast.errors import UserError, run_command
-from crate_fast.eval.common.command import (
-    Evaluation,
-    evaluation_parser,
-    first_columns,
-    image_picture,
-    open_models,
-    read_images,
-    short_name,
-)
-from crate_fast.eval.common.figures import Picture, write_pages
+from crate_fast.eval.common.command import Evaluation, comma_list, evaluation_parser, open_models, read_images
+from crate_fast.eval.common.figures import Picture, image_picture, image_rows, short_name, write_pages
 from crate_fast.eval.common.images import Batch, Sample
 from crate_fast.eval.common.models import LoadedModel
 from crate_fast.eval.common.segmentation import attention_to_mask, intersection_over_union
@@ -115,11 +106,7 @@ def evaluate(
     """Compute CLS attention of one layer on every image, and on noisy copies of it.
 
     Args:
-        loaded: The model.
-        batches: Images at the model's size.
-        layer: The layer; the model's default layer when None.
-        noise: (sigma, share) of each level; see `add_noise`.
-        seed: Seed of the noise.
+        noise: (sigma, share) of each level; see `add_noise`. Other arguments: see `crate_fast.eval`.
 
     Returns:
         "layer", "grid" [rows, columns];
@@ -207,23 +194,22 @@ def _best_heads(maps: np.ndarray, samples: Sequence[Sample]) -> np.ndarray:
     return intersection_over_union(masks, union[:, None], torch.stack(valid)[:, None]).argmax(dim=1).numpy()
 
 
-def _fill(rows: list[list[Picture]], columns: dict[str, np.ndarray], style: str) -> None:
-    """Append to each row, which begins with the image, its maps."""
-    for row, *maps in zip(rows, *columns.values(), strict=True):
-        over = row[0].pixels if style == "overlay" else None
-        row.extend(Picture(attention, over=over) for attention in maps)
+def _pictures(maps: np.ndarray, images: Iterable[Tensor], style: str) -> list[Picture]:
+    shown = zip(maps, map(image_picture, images), strict=True)
+    return [Picture(m, over=image.pixels if style == "overlay" else None) for m, image in shown]
 
 
 def _images_figure(
     shown: Sequence[_Shown], heads: Sequence[int | str], style: str, folder: Path, title: str | None = None
 ) -> list[Path]:
     """Draw a row per image: the image, its objects, and each model's maps."""
-    rows, titles = first_columns(shown[0].samples)
+    samples, columns = shown[0].samples, {}
+    images = [sample.image for sample in samples]
     for model in shown:
-        columns = _columns(model.maps, heads, model.samples)
-        _fill(rows, columns, style)
-        titles += [name if title else f"{model.title}\n{name}" for name in columns]
-    return write_pages(rows, folder, "attention", [short_name(s) for s in shown[0].samples], titles, title)
+        for name, maps in _columns(model.maps, heads, model.samples).items():
+            columns[name if title else f"{model.title}\n{name}"] = _pictures(maps, images, style)
+    rows, titles = image_rows(samples, columns)
+    return write_pages(rows, folder, "attention", [short_name(sample) for sample in samples], titles, title)
 
 
 def _noise_figures(
@@ -237,23 +223,18 @@ def _noise_figures(
     written = []
     for number, sample in enumerate(model.samples):
         noisy = torch.cat([add_noise(sample.image[None], *level, options.seed, first=number) for level in levels])
-        rows = [[image_picture(image)] for image in noisy]
         columns = _columns(model.noisy_maps[:, number], options.heads or ["all"], [])
-        _fill(rows, columns, options.style)
+        pictures = [_pictures(maps, noisy, options.style) for maps in columns.values()]
+        rows = list(zip(map(image_picture, noisy), *pictures, strict=True))
         title = f"{model.title}: image {short_name(sample, 40)}, {what}"
         written += write_pages(rows, folder, f"attention_image{number + 1:02d}", names, ["image", *columns], title)
     return written
 
 
-def _head_list(text: str) -> list[int | str]:
-    words = text.split(",")
-    if not all(word in ("all", "mean", "best") or word.isdigit() for word in words):
-        raise argparse.ArgumentTypeError(f"{text}: write numbers, all, mean or best, with commas, such as 0,3,mean")
-    return [int(word) if word.isdigit() else word for word in words]
-
-
-def _numbers(text: str) -> list[float]:
-    return [float(word) for word in text.split(",")]
+def _head(word: str) -> int | str:
+    if word not in ("all", "mean", "best") and not word.isdigit():
+        raise argparse.ArgumentTypeError(f"{word}: write numbers, all, mean or best, with commas, such as 0,3,mean")
+    return int(word) if word.isdigit() else word
 
 
 def _noise_levels(options: argparse.Namespace) -> list[tuple[float, float]]:
@@ -311,21 +292,16 @@ def _command(options: argparse.Namespace) -> None:
             evaluation.written += _noise_figures(model, noise, options, folder)
         elif options.figure != "models":
             evaluation.written += _images_figure([model], heads, options.style, folder, model.title)
-        evaluation.written.append(_write_maps(folder / "attention.npz", model))
+        evaluation.written.append(folder / "attention.npz")
+        folder.mkdir(parents=True, exist_ok=True)
+        by_image = model.maps if model.noisy_maps is None else model.noisy_maps.swapaxes(0, 1)
+        np.savez(folder / "attention.npz", **{str(s.key): maps for s, maps in zip(samples, by_image, strict=True)})
         results[loaded.label] = outcome
         rows += _table(loaded.label, outcome)
     if options.figure == "models":
         evaluation.written += _images_figure(shown, heads, options.style, evaluation.folder)
     evaluation.write_table("attention", rows)
     evaluation.finish(results, {"heads": heads})
-
-
-def _write_maps(path: Path, model: _Shown) -> Path:
-    """Write maps under the images' names: [heads, rows, columns], under noise [levels, heads, rows, columns]."""
-    maps = model.maps if model.noisy_maps is None else model.noisy_maps.swapaxes(0, 1)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    np.savez(path, **{str(sample.key): array for sample, array in zip(model.samples, maps, strict=True)})
-    return path
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -335,13 +311,9 @@ def main(argv: list[str] | None = None) -> int:
     figures = ("heads", "semantic", "noise_sigma", "noise_share", "models")
     add("--figure", choices=figures, default="heads", help="what rows and columns are; default heads")
     add("--layer", type=int, help="counted from 0; default each model's own: CRATE's last but one, a ViT's last")
-    add("--heads", type=_head_list, help="such as 0,3,mean; also all, and best (by the objects' masks)")
+    add("--heads", type=comma_list(_head), help="such as 0,3,mean; also all, and best (by the objects' masks)")
     add("--style", choices=("map", "overlay"), default="map", help="overlay lays the map over the image; default map")
-    add("--levels", type=_numbers, help="of noise: sigmas on the scale 0..255 (0,25,…), or shares (0,0.1,…)")
+    add("--levels", type=comma_list(float), help="of noise: sigmas on the scale 0..255 (0,25,…), or shares (0,0.1,…)")
     add("--sigma", type=float, default=75.0, help="of noise_share; default 75")
     add("--share", type=float, default=0.5, help="of the pixels, of noise_sigma; default 0.5")
     return run_command(lambda: _command(parser.parse_args(argv)))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

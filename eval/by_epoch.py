@@ -13,13 +13,15 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from crate_fast.errors import UserError, run_command
 from crate_fast.eval.by_layer import MEASURES, check_measures, curves, measure_options
 from crate_fast.eval.by_layer import evaluate as measure
-from crate_fast.eval.common.command import Evaluation, evaluation_parser, image_picture, open_data
-from crate_fast.eval.common.figures import Picture, curve_figure, image_grid
+from crate_fast.eval.common.command import Evaluation, evaluation_parser, open_data
+from crate_fast.eval.common.figures import Picture, curve_figure, image_grid, image_picture
+from crate_fast.eval.common.images import readable
 from crate_fast.eval.common.models import LoadedModel, open_model, split_label
 from crate_fast.eval.common.principal_components import TooFewPatchesError, pca_rgb
 from crate_fast.eval.maskcut import PAPER, MaskCutSettings
@@ -42,9 +44,7 @@ def evaluate(
     """Score one layer at every step; all numbers in percent.
 
     Args:
-        models: (optimiser step, its model), opened one by one.
-        images, measures, settings, seed, **reading: See `by_layer.evaluate`.
-        layer: The model's default layer when None.
+        models: (optimiser step, its model), opened one by one. Other arguments: see `by_layer.evaluate`.
 
     Returns:
         Step → numbers, as `by_layer.evaluate` names them.
@@ -58,22 +58,15 @@ def evaluate(
 
 
 @torch.no_grad()
-def _figure(
-    models: Iterable[tuple[int, LoadedModel]], names: Sequence[str], images: Dataset, layer: int, paths: list[Path]
-) -> None:
-    """Draw the first readable images and their components 2 to 4 at each step (paper, Fig. 10, right)."""
-    readable = (sample for sample in (images[i] for i in range(len(images))) if sample.problem is None)
-    samples = list(itertools.islice(readable, 4))
-    rows = [[image_picture(sample.image)] for sample in samples]
-    pixels = torch.stack([sample.image for sample in samples])
-    for _, loaded in models:
-        features = loaded.features(pixels, [layer])
-        for row, tokens in zip(rows, features.keys(layer).cpu(), strict=True):
-            try:
-                row.append(Picture(pca_rgb(tokens.unsqueeze(0), first=2)[0].view(*features.grid, 3).numpy()))
-            except TooFewPatchesError:
-                row.append(None)
-    image_grid(rows, paths, column_titles=["image", *names])
+def _components(loaded: LoadedModel, pixels: Tensor, layer: int) -> list[Picture | None]:
+    """Return components 2 to 4 of each image (paper, Fig. 10, right); None with too few patches."""
+    features, pictures = loaded.features(pixels, [layer]), []
+    for tokens in features.keys(layer).cpu():
+        try:
+            pictures.append(Picture(pca_rgb(tokens.unsqueeze(0), first=2)[0].view(*features.grid, 3).numpy()))
+        except TooFewPatchesError:
+            pictures.append(None)
+    return pictures
 
 
 def _command(options: argparse.Namespace) -> None:
@@ -88,7 +81,6 @@ def _command(options: argparse.Namespace) -> None:
         raise UserError(f"--steps {absent[0]}: {run} has no such checkpoint; choose from {steps}")
     device = choose_device(options.device)
     options.device = str(device)
-    facts: dict[int, dict] = {}
     left_out: dict[int, str] = {}
 
     def models() -> Iterator[tuple[int, LoadedModel]]:
@@ -101,7 +93,6 @@ def _command(options: argparse.Namespace) -> None:
                     print(f"left out: step {step}: {error}", file=sys.stderr)
                 left_out[step] = str(error)
                 continue
-            facts[step] = loaded.facts
             yield step, loaded
 
     first = next((loaded for _, loaded in models()), None)
@@ -112,8 +103,17 @@ def _command(options: argparse.Namespace) -> None:
     measures = check_measures(options.measures, first, images, options.data)
     evaluation = Evaluation("by_epoch", options, [])
     settings = MaskCutSettings(options.num_objects, options.tau)
+    facts, shown = [], [sample.image for _, sample in itertools.islice(readable(images), 4)]
+    columns = [[image_picture(image) for image in shown]]
+
+    def noted() -> Iterator[tuple[int, LoadedModel]]:
+        for step, loaded in models():
+            facts.append(loaded.facts)
+            columns.append(_components(loaded, torch.stack(shown), layer) if shown else [])
+            yield step, loaded
+
     reading = evaluation.reading("step")
-    results = evaluate(models(), images, layer, measures, settings, seed=options.seed, **reading)
+    results = evaluate(noted(), images, layer, measures, settings, seed=options.seed, **reading)
     if not results.keys() - {0}:
         raise UserError(f"{run}: none of the steps {chosen} can be read; the first: {left_out[chosen[0]]}")
     epochs = {0: 0.0} | {step: checkpoint_epoch(run, step) for step in chosen if step in results}
@@ -124,8 +124,8 @@ def _command(options: argparse.Namespace) -> None:
     xlabel = "epoch" if known else "optimiser step"
     curve_figure(curves({label: along}), xlabel, evaluation.figure("by_epoch"), from_zero=True, columns=3)
     titles = [f"epoch {epochs[step]:g}" if known else f"step {step}" for step in results]
-    _figure(models(), titles, images, layer, evaluation.figure("components"))
-    config = {"layer": layer, "models": list(facts.values())}
+    image_grid(list(zip(*columns, strict=True)), evaluation.figure("components"), column_titles=["image", *titles])
+    config = {"layer": layer, "models": facts}
     evaluation.finish({"rows": rows, "left_out": left_out}, config, ["numbers but counts in %"])
 
 
@@ -136,7 +136,3 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--layer", type=int, help="default the last but one of CRATE, the last of a ViT")
     parser.add_argument("--steps", type=int, nargs="+", help="checkpoints; default all")
     return run_command(lambda: _command(parser.parse_args(argv)))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -6,7 +6,6 @@ One pass of the model serves all layers. MaskCut needs instances (COCO's or the 
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 
 from torch.utils.data import Dataset
@@ -55,13 +54,8 @@ def evaluate(
     """Score every layer; all numbers in percent.
 
     Args:
-        loaded: The model.
-        images: Data set of `Sample`s at its image size; with instances for "maskcut", with masks for "coarse".
-        layers: All when None.
+        images: With instances for "maskcut", with masks for "coarse". Other arguments: see `crate_fast.eval`.
         measures: From `MEASURES`.
-        settings: Settings of MaskCut.
-        seed: Seed of the random maps.
-        **reading: See `images.batches`.
 
     Returns:
         Layer → "box AP50", "box AP75", "box AP", "box AR100", the same of "mask", "mIoU topk", "mIoU mass" and
@@ -76,10 +70,7 @@ def evaluate(
         coarse = coarse_segmentation.evaluate(loaded, images, layers, seed=seed, **reading)
     if "maskcut" in measures:
         for layer, numbers in maskcut.evaluate(loaded, images, layers, settings, **reading).items():
-            rows[layer]["images"] = numbers["images"]
-            for kind, name in (("bbox", "box"), ("segm", "mask")):
-                for score in ("AP50", "AP75", "AP", "AR100"):
-                    rows[layer][f"{name} {score}"] = 100 * numbers[kind][score]
+            rows[layer] |= {"images": numbers["images"], **maskcut.in_percent(numbers)}
     for name, result in coarse.items():
         title = coarse_segmentation.NAMES[name]
         for row in result["layers"]:
@@ -130,12 +121,12 @@ def _command(options: argparse.Namespace) -> None:
     for loaded, images in zip(models, data, strict=True):
         measures = check_measures(options.measures, loaded, images, options.data)
     evaluation = Evaluation("by_layer", options, models)
-    results: dict[str, dict] = {}
-    for loaded, images in zip(models, data, strict=True):
-        with evaluation.others_go_on(loaded.label):
-            reading = evaluation.reading(loaded.label)
-            results[loaded.label] = evaluate(loaded, images, None, measures, settings, seed=options.seed, **reading)
-    evaluation.check_scored(results)
+
+    def score(loaded: LoadedModel, images: Dataset) -> dict:
+        reading = evaluation.reading(loaded.label)
+        return evaluate(loaded, images, None, measures, settings, seed=options.seed, **reading)
+
+    results = evaluation.score(score, {m.label: (m, images) for m, images in zip(models, data, strict=True)})
     rows = [
         {"model": loaded.label, "layer": f"{layer}{' *' * (layer == loaded.extract.default_layer)}", **numbers}
         for loaded in models
@@ -151,7 +142,3 @@ def main(argv: list[str] | None = None) -> int:
     parser = evaluation_parser("by_layer", "AP of MaskCut, mIoU and AP of attention, layer by layer.", image_size=480)
     measure_options(parser)
     return run_command(lambda: _command(parser.parse_args(argv)))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -10,7 +10,6 @@ head reads: the CLS token after the final LayerNorm.
 
 import argparse
 import dataclasses
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,19 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from crate_fast.errors import UserError, require, run_command
-from crate_fast.eval.common import paper
-from crate_fast.eval.common.command import Evaluation, evaluation_parser, open_models, positive
+from crate_fast.eval.common import paper, probes
+from crate_fast.eval.common.command import Evaluation, comma_list, evaluation_parser, open_models, positive
 from crate_fast.eval.common.images import batches
 from crate_fast.eval.common.models import LoadedModel
-from crate_fast.eval.common.probes import (
-    LabelledImages,
-    check_linear,
-    check_neighbours,
-    check_pool,
-    knn_predictions,
-    linear_probe,
-    pooled,
-)
 from crate_fast.train.config import TrainConfig
 from crate_fast.train.data import DataSplits, plain_splits
 
@@ -68,25 +58,25 @@ def check(
             f"the head of {loaded.label} has {outputs} classes and the data set {classes}, so its outputs cannot be "
             "scored: look at its features, with --protocol knn,linear"
         )
-    check_pool(loaded.model, pool)
+    probes.check_pool(loaded.model, pool)
     n_images = min(train_limit or len(data.train), len(data.train))
     if "knn" in protocols:
-        check_neighbours(ks or (), n_images)
+        probes.check_neighbours(ks or (), n_images)
     if "linear" in protocols:
         require("sklearn")
-        check_linear(n_images, classes)
+        probes.check_linear(n_images, classes)
 
 
 @torch.inference_mode()
 def _read(
-    loaded: LoadedModel, images: LabelledImages, pool: str, head: bool, raw_pixels: bool, **reading
+    loaded: LoadedModel, images: probes.LabelledImages, pool: str, head: bool, raw_pixels: bool, **reading
 ) -> dict[str, Tensor]:
     """Read labels and features of the images, and on demand the head's loss and ranking, and small raw images."""
     parts: dict[str, list[Tensor]] = {}
     for batch in batches(images, progress=f"{loaded.label}, {images.name}", **reading):
         labels = torch.tensor([sample.label for sample in batch.samples])
         tokens = loaded.model.forward_features(loaded.normalize(batch.images.to(loaded.device)))
-        found = {"labels": labels, "features": pooled(loaded.model, tokens, pool).float().cpu()}
+        found = {"labels": labels, "features": probes.pooled(loaded.model, tokens, pool).float().cpu()}
         if head:
             logits = loaded.model.forward_head(tokens).float().cpu()
             found["ranked"] = logits.topk(min(5, logits.shape[1]), dim=1).indices
@@ -117,13 +107,13 @@ def _probe(
             if k > n_images:
                 found["left_out"][f"{k}-NN"] = f"there are {n_images} training images"
         ks = [k for k in ks if k <= n_images] or [n_images]
-        predictions = knn_predictions(train[name], train["labels"], val[name], ks)
+        predictions = probes.knn_predictions(train[name], train["labels"], val[name], ks)
         correct = {k: predicted == val["labels"] for k, predicted in predictions.items()}
         found["knn"] = {k: right.float().mean().item() for k, right in correct.items()}
         found["per_class"][f"knn, k = {ks[0]}"] = _per_class(correct[ks[0]], val["labels"], classes)
     if "linear" in protocols:
         try:
-            probe = linear_probe(train[name], train["labels"], val[name], seed=seed)
+            probe = probes.linear_probe(train[name], train["labels"], val[name], seed=seed)
         except UserError as error:  # the other results stand
             found["left_out"]["linear"] = str(error)
             return found
@@ -176,7 +166,7 @@ def evaluate(
     reading["batch_size"] = batch_size
     probing = "knn" in protocols or "linear" in protocols
     raw_pixels = raw_pixels and probing
-    images = LabelledImages(data.val, "validation", limit)
+    images = probes.LabelledImages(data.val, "validation", limit)
     val = _read(loaded, images, pool, "head" in protocols, raw_pixels, **reading)
     labels, classes = val["labels"], data.classes
     found: dict = {"images": len(labels), "classes": len(classes), "per_class": {}}
@@ -189,7 +179,8 @@ def evaluate(
     if not probing:
         return found
     try:
-        train = _read(loaded, LabelledImages(data.train, "training", train_limit), pool, False, raw_pixels, **reading)
+        images = probes.LabelledImages(data.train, "training", train_limit)
+        train = _read(loaded, images, pool, False, raw_pixels, **reading)
     except UserError as error:
         if "head" not in found:
             raise
@@ -263,30 +254,26 @@ def _command(options: argparse.Namespace) -> None:
     evaluation = Evaluation("classify", options, models)
     names = ("pool", "limit", "train_limit", "seed", "batch_size", "workers")
     settings = {name: getattr(options, name) for name in names} | {"ks": options.k, "problems": evaluation.problems}
-    results, rows, doubts, raw_scored = {}, [], [], []
-    for loaded, config, data, protocols in plan:
+    rows, doubts, raw_scored = [], [], []
+
+    def score(loaded: LoadedModel, config: TrainConfig, data: DataSplits, protocols: tuple[str, ...]) -> dict:
         source = {name: getattr(config, name) for name in _DATA_SETTINGS}
-        with evaluation.others_go_on(loaded.label):
-            raw = options.raw_pixels and source not in raw_scored
-            found = evaluate(loaded, data, protocols, raw_pixels=raw, **settings)
-            raw_scored.append(source)
-            reported = _paper_score(loaded.label, config, len(data.classes))
-            results[loaded.label] = found | {"data": source, "paper_fine_tuned": reported}
-            rows.append(_row(loaded.label, results[loaded.label], results[loaded.label]))
-            doubts += _doubts(loaded.label, found)
-            if "raw_pixels" in found:
-                label = f"raw pixels {RAW_SIDE}×{RAW_SIDE} ({config.dataset})"
-                rows.append(_row(label, found, found["raw_pixels"]))
-                doubts += _doubts(label, found["raw_pixels"])
-    evaluation.check_scored(results)
+        raw = options.raw_pixels and source not in raw_scored
+        found = evaluate(loaded, data, protocols, raw_pixels=raw, **settings)
+        raw_scored.append(source)
+        return found | {"data": source, "paper_fine_tuned": _paper_score(loaded.label, config, len(data.classes))}
+
+    results = evaluation.score(score, {task[0].label: task for task in plan})
+    for label, found in results.items():
+        of_raw = f"raw pixels {RAW_SIDE}×{RAW_SIDE} ({found['data']['dataset']})"
+        for name, scores in ((label, found), (of_raw, found.get("raw_pixels"))):
+            if scores:
+                rows.append(_row(name, found, scores))
+                doubts += _doubts(name, scores)
     evaluation.write_table("classify", rows)
     if any("paper, fine-tuned" in row for row in rows):
         doubts.insert(0, "paper, fine-tuned: Table 3, all weights fine-tuned on the data set; no score here is.")
     evaluation.finish(results, notes=doubts)
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(map(positive, text.split(",")))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -303,15 +290,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--val-samples", type=positive, help="of shape_scenes: validation images")
     add("--limit", type=positive, help="validation images, evenly spaced; default all")
     add("--train-limit", type=positive, help="training images, evenly spaced; default all")
-    add(
-        "--k",
-        type=_numbers,
-        help="neighbours; default those of 10,20,100,200 there are images for",
-    )
+    add("--k", type=comma_list(positive), help="neighbours; default those of 10,20,100,200 there are images for")
     add("--pool", choices=("cls", "mean"), default="cls", help="features: CLS or the patches' mean")
     add("--raw-pixels", action="store_true", help="score images of 16×16 pixels in the same way")
     return run_command(lambda: _command(parser.parse_args(argv)))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

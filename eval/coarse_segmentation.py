@@ -12,32 +12,24 @@ not. Scores of random and constant maps are given for comparison.
 
 import argparse
 import itertools
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from torch.utils.data import Dataset
 
 from crate_fast.errors import UserError, run_command
+from crate_fast.eval.common import segmentation
 from crate_fast.eval.common.command import (
     Evaluation,
+    attention_layers,
     evaluation_parser,
-    first_columns,
     open_data,
     open_models,
     positive,
 )
-from crate_fast.eval.common.figures import Picture, write_pages
-from crate_fast.eval.common.images import Sample, batches
+from crate_fast.eval.common.figures import Picture, image_rows, write_pages
+from crate_fast.eval.common.images import Sample, batches, readable
 from crate_fast.eval.common.models import LoadedModel
-from crate_fast.eval.common.segmentation import (
-    READINGS,
-    THRESHOLDS,
-    AttentionScores,
-    attention_to_mask,
-    intersection_over_union,
-    scores_table,
-)
 
 __all__ = ["evaluate", "main"]
 
@@ -56,12 +48,7 @@ def evaluate(
     """Score the attention of layers, with both thresholds and without one.
 
     Args:
-        loaded: The model.
-        images: Data set of `Sample`s with targets, at the model's image size.
-        layers: All when None.
-        fraction: Share of entries or mass kept.
-        seed: Seed of the random maps.
-        **reading: See `images.batches`.
+        fraction: Share of entries or mass kept. Other arguments: see `crate_fast.eval`.
 
     Returns:
         See `segmentation.score_attention`; "by_class" has class numbers.
@@ -70,7 +57,7 @@ def evaluate(
         UserError: No image could be scored.
     """
     layers = range(loaded.extract.depth) if layers is None else layers
-    scores = AttentionScores(fraction, seed)
+    scores = segmentation.AttentionScores(fraction, seed)
     for batch in batches(images, **reading):
         features = loaded.features(batch.images, list(layers))
         maps = {layer: features.cls_attention(layer) for layer in features.layers}
@@ -94,69 +81,59 @@ def _row(label: str, reading: str, scores: dict, row: dict, marked: int) -> dict
     }
 
 
-def _best_mask(loaded: LoadedModel, sample: Sample, layer: int, threshold: str, fraction: float) -> Picture:
+def _best_mask(loaded: LoadedModel, sample: Sample, layer: int, threshold: str, options) -> Picture:
     """Return the mask of the head that fits the union of the objects best."""
     features = loaded.features(sample.image[None], [layer])
-    masks = attention_to_mask(features.cls_attention(layer)[0].cpu(), threshold, fraction)
+    masks = segmentation.attention_to_mask(features.cls_attention(layer)[0].cpu(), threshold, options.fraction)
     objects, valid = sample.target.on_grid(features.grid)
-    head = intersection_over_union(masks, objects.any(dim=0), valid.expand_as(masks)).argmax()
+    head = segmentation.intersection_over_union(masks, objects.any(dim=0), valid.expand_as(masks)).argmax()
     return Picture(masks[head].view(features.grid).float().numpy(), "gray", (0, 1))
 
 
 def _figure(
-    models: Sequence[LoadedModel],
-    data: Sequence[Dataset],
-    layers: Sequence[int],
-    threshold: str,
-    options,
-    folder: Path,
+    shown: Sequence[tuple[LoadedModel, Dataset, int]], threshold: str, options: argparse.Namespace, folder: Path
 ) -> list[Path]:
     """Draw image, objects and each model's best mask for the first readable images (paper, Fig. 4a)."""
-    readable = (i for i in range(len(data[0])) if data[0][i].problem is None)
-    samples = [[images[i] for images in data] for i in itertools.islice(readable, options.figure_images)]
-    rows, titles = first_columns([row[0] for row in samples])
-    for row, views in zip(rows, samples, strict=True):
-        row += [
-            _best_mask(loaded, view, layer, threshold, options.fraction)
-            for loaded, view, layer in zip(models, views, layers, strict=True)
-        ]
-    titles += [f"{loaded.label}, layer {layer}" for loaded, layer in zip(models, layers, strict=True)]
+    first = list(itertools.islice(readable(shown[0][1]), options.figure_images))
+    columns = {
+        f"{loaded.label}, layer {layer}": [_best_mask(loaded, images[i], layer, threshold, options) for i, _ in first]
+        for loaded, images, layer in shown
+    }
+    rows, titles = image_rows([sample for _, sample in first], columns)
     return write_pages(rows, folder, f"masks_{threshold}", None, titles)
 
 
 def _command(options: argparse.Namespace) -> None:
     models = open_models(options)
-    chosen: list[list[int] | None] = []
-    for loaded in models:
-        loaded.require_cls()
-        layers = options.layers
-        chosen.append(None if layers is None else [loaded.extract.resolve_layer(layer) for layer in layers])
-    data = [open_data(options, loaded) for loaded in models]
-    if not data[0].labelled:
+    layers = attention_layers(options, models)
+    data = {loaded.label: open_data(options, loaded) for loaded in models}
+    first = data[models[0].label]
+    if not first.labelled:
         raise UserError(f"--data {options.data} has no object masks: use voc:PATH, coco:PATH or shape_scenes")
     evaluation = Evaluation("coarse_segmentation", options, models)
-    results, rows, head_rows, scored = {}, [], [], []
-    for loaded, images, layers in zip(models, data, chosen, strict=True):
-        with evaluation.others_go_on(loaded.label):  # a grid may be so coarse that no object has a patch
-            read = evaluation.reading(loaded.label)
-            scores = evaluate(loaded, images, layers, options.fraction, options.seed, **read)
-            default = loaded.extract.default_layer
-            scored.append((loaded, images, default if layers is None or default in layers else layers[0]))
-            results[loaded.label] = scores
-            print(f"{loaded.label}\n{scores_table(scores, default)}")
-            for reading, row in ((r, row) for r in READINGS for row in scores[r]["layers"]):
-                rows.append(_row(loaded.label, reading, scores[reading], row, default))
-                first = {"model": loaded.label, "score": NAMES[reading], "layer": row["layer"]}
-                head_rows.append(first | {f"head {head}": score for head, score in enumerate(row["per_head"])})
-    evaluation.check_scored(results)
+
+    def score(loaded: LoadedModel) -> dict:
+        label, read = loaded.label, evaluation.reading(loaded.label)
+        scores = evaluate(loaded, data[label], layers[label][0], options.fraction, options.seed, **read)
+        print(f"{label}\n{segmentation.scores_table(scores, loaded.extract.default_layer)}")
+        return scores
+
+    results = evaluation.score(score)
+    scored, rows, head_rows = [loaded for loaded in models if loaded.label in results], [], []
+    for loaded, reading in itertools.product(scored, segmentation.READINGS):
+        scores = results[loaded.label][reading]
+        for row in scores["layers"]:
+            rows.append(_row(loaded.label, reading, scores, row, loaded.extract.default_layer))
+            known = {name: rows[-1][name] for name in ("model", "score")} | {"layer": row["layer"]}
+            head_rows.append(known | {f"head {head}": score for head, score in enumerate(row["per_head"])})
     if len({(result["topk"]["images"], result["topk"]["objects"]) for result in results.values()}) > 1:
         print("The models' grids differ, and so do the objects that have a patch: scores are not of the same ones.")
     evaluation.write_table("table", rows, show=False)
     evaluation.write_table("heads", head_rows, show=False)
-    for threshold in THRESHOLDS:
-        evaluation.written += _figure(*zip(*scored, strict=True), threshold, options, evaluation.folder)
-    config = {"class_names": data[0].class_names()}
-    evaluation.finish(results, config, ["* the layer that the paper looks at"])
+    for threshold in segmentation.THRESHOLDS:
+        shown = [(loaded, data[loaded.label], layers[loaded.label][1]) for loaded in scored]
+        evaluation.written += _figure(shown, threshold, options, evaluation.folder)
+    evaluation.finish(results, {"class_names": first.class_names()}, ["* the layer that the paper looks at"])
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -166,7 +143,3 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--fraction", type=float, default=0.6, help="share of entries or mass kept; default 0.6")
     parser.add_argument("--figure-images", type=positive, default=6, help="images in the figures; default 6")
     return run_command(lambda: _command(parser.parse_args(argv)))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -9,7 +9,6 @@ A model with one of the paper's names gets the paper's numbers and the gap next 
 """
 
 import argparse
-import sys
 
 from torch.utils.data import Dataset
 
@@ -39,13 +38,8 @@ def evaluate(
     """Score one model at one layer, under the names of the paper's columns, in percent.
 
     Args:
-        loaded: The model.
-        images: Data set of `Sample`s at its image size, with the annotations that the measure needs.
-        measure: "maskcut" or "coarse".
-        layer: The model's default layer when None.
+        measure: "maskcut" or "coarse". Other arguments: see `crate_fast.eval`.
         threshold: Threshold of "coarse"; "topk" is the paper's words.
-        settings: Settings of MaskCut.
-        **reading: See `images.batches`; also the `seed` of the random maps.
 
     Returns:
         For "maskcut" "box AP50", "box AP75", "box AP", the same of "mask", "box AR100", "mask AR100" and "COCO
@@ -104,15 +98,18 @@ def _command(options: argparse.Namespace) -> None:
             check_measures([measure], loaded, images, data)
             plan.setdefault(measure, []).append((loaded, images))
     evaluation = Evaluation("comparison", options, [], f"comparison_{options.table}")
-    config, ours = {}, {}
+    config, tasks = {}, {}
+
+    def score(loaded: LoadedModel, images: Dataset, measure: str) -> tuple[str, dict[str, float]]:
+        reading = evaluation.reading(f"{measure}, {loaded.label}") | {"seed": options.seed}
+        return loaded.label, evaluate(loaded, images, measure, options.layer, options.threshold, **reading)
+
     for measure, opened in sorted(plan.items()):  # "coarse" first: it takes minutes, "maskcut" hours
         config[f"models for {measure}"] = [loaded.facts for loaded, _ in opened]
-        for loaded, images in opened:
-            with evaluation.others_go_on(f"{loaded.label}, {measure}"):
-                reading = evaluation.reading(f"{measure}, {loaded.label}") | {"seed": options.seed}
-                row = evaluate(loaded, images, measure, options.layer, options.threshold, **reading)
-                ours.setdefault(loaded.label, {}).update(row)
-    evaluation.check_scored(ours)
+        tasks |= {f"{m.label}, {measure}": (m, images, measure) for m, images in opened}
+    ours: dict[str, dict[str, float]] = {}
+    for label, row in evaluation.score(score, tasks).values():
+        ours.setdefault(label, {}).update(row)
     rows = compare(options.table, ours)
     evaluation.write_table(options.table, rows, digits=1)
     note = (
@@ -133,7 +130,3 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--layer", type=int, help="layer of every model; default each model's own")
     parser.add_argument("--threshold", choices=("topk", "mass"), default="topk", help="of coarse segmentation")
     return run_command(lambda: _command(parser.parse_args(argv)))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -22,7 +22,6 @@ images, the whole picture, random maps. MODEL@untrained is the untrained twin.
 
 import argparse
 import itertools
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -35,9 +34,9 @@ from torch.utils.data import Dataset
 
 from crate_fast.errors import UserError, run_command
 from crate_fast.eval.common.boxes import BoxedImages, covered
-from crate_fast.eval.common.command import Evaluation, evaluation_parser, open_models, positive
+from crate_fast.eval.common.command import Evaluation, attention_layers, evaluation_parser, open_models, positive
 from crate_fast.eval.common.figures import Picture, write_pages
-from crate_fast.eval.common.images import Sample, batches, open_images
+from crate_fast.eval.common.images import Sample, batches, open_images, readable
 from crate_fast.eval.common.models import LoadedModel
 from crate_fast.eval.common.segmentation import average_precision
 
@@ -99,22 +98,20 @@ class _Measurements:
     """Per-image measurements of several maps: IoU by threshold, pointing and average precision."""
 
     def __init__(self):
-        self._iou: list[np.ndarray] = []
-        self._pointing: list[np.ndarray] = []
-        self._ap: list[np.ndarray] = []
+        self._images: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
 
     def add(self, maps: Tensor, truth: np.ndarray, resolution: int) -> None:
         """Measure the maps [H, rows, columns] of one image with the boxes [M, 4], in shares of its sides."""
         enlarged = _enlarge(maps, resolution)
-        self._iou.append(_best_iou(largest_boxes(enlarged) / resolution, truth).astype(np.float32))
+        iou = _best_iou(largest_boxes(enlarged) / resolution, truth).astype(np.float32)
         strongest = enlarged.reshape(len(enlarged), -1).argmax(axis=1)
-        self._pointing.append(covered(truth, resolution, resolution).ravel()[strongest])
+        pointing = covered(truth, resolution, resolution).ravel()[strongest]
         patches = torch.from_numpy(covered(truth, *maps.shape[1:]).ravel())
-        self._ap.append(average_precision(maps.flatten(1), patches).numpy())
+        self._images.append((iou, pointing, average_precision(maps.flatten(1), patches).numpy()))
 
     def scores(self) -> dict[str, dict]:
         """Return the scores of the best head of each image, of one head for all, and of each head."""
-        iou, pointing, ap = np.stack(self._iou), np.stack(self._pointing), np.stack(self._ap)
+        iou, pointing, ap = map(np.stack, zip(*self._images, strict=True))
         images, heads = np.arange(len(iou)), range(iou.shape[1])
         each = [_scores(iou[:, h], pointing[:, h], ap[:, h]) for h in heads]
         found = {"best_head": _scores(iou.max(axis=1), pointing.max(axis=1), ap.max(axis=1)), "per_head": each}
@@ -172,20 +169,13 @@ def evaluate(
     images: Dataset,
     layers: Sequence[int] | None = None,
     resolution: int = 64,
-    problems: list[str] | None = None,
     seed: int = 0,
     **reading,
 ) -> dict:
     """Score how well the CLS attention of layers localizes the annotated boxes.
 
     Args:
-        loaded: The model.
-        images: Data set of `Sample`s whose targets have boxes, at the model's image size.
-        layers: All when None.
-        resolution: Side to which maps are enlarged, in pixels.
-        problems: Filled with one line for each unreadable image.
-        seed: Seed of the random maps.
-        **reading: `batch_size`, `workers`, `progress` of `images.batches`.
+        resolution: Side to which maps are enlarged, in pixels. Other arguments: see `crate_fast.eval`.
 
     Returns:
         "layers": for each, "layer", "best_head", "one_head" and "per_head" with scores; "baselines": name → scores,
@@ -198,8 +188,7 @@ def evaluate(
     measured, noise = {layer: _Measurements() for layer in layers}, _Measurements()
     generator = torch.Generator().manual_seed(seed)
     truths, without = [], 0
-    problems = [] if problems is None else problems
-    for batch in batches(images, problems=problems, **({"batch_size": 8} | reading)):
+    for batch in batches(images, **reading):
         features = loaded.features(batch.images, layers)
         maps = {layer: features.cls_attention(layer).float().cpu() for layer in layers}
         for row, sample in enumerate(batch.samples):
@@ -250,13 +239,15 @@ def _boxed(sample: Sample, found: Sequence[float] | None = None) -> Picture:
     return Picture(np.asarray(picture))
 
 
-def _figure(models: Sequence[LoadedModel], data, layers: Sequence[int], results: dict, options, folder: Path):
+def _figure(
+    shown: Sequence[tuple[LoadedModel, Dataset, int]], results: dict, options: argparse.Namespace, folder: Path
+) -> list[Path]:
     """Draw annotated boxes, and each model's map and box by the head and threshold that are best for all images."""
-    boxed = (i for i in range(len(data[0])) if (s := data[0][i]).problem is None and len(s.target.boxes))
+    boxed = (entry for entry in readable(shown[0][1]) if len(entry[1].target.boxes))
     rows = []
-    for index in itertools.islice(boxed, options.figure_images):
-        row = [_boxed(data[0][index])]
-        for loaded, images, layer in zip(models, data, layers, strict=True):
+    for index, first in itertools.islice(boxed, options.figure_images):
+        row = [_boxed(first)]
+        for loaded, images, layer in shown:
             sample = images[index]
             features = loaded.features(sample.image[None], [layer])
             per_head = next(r for r in results[loaded.label]["layers"] if r["layer"] == layer)["per_head"]
@@ -266,30 +257,26 @@ def _figure(models: Sequence[LoadedModel], data, layers: Sequence[int], results:
             cut = round(per_head[head]["threshold"] * len(THRESHOLDS))
             row += [Picture(enlarged[0]), _boxed(sample, largest_boxes(enlarged)[0, cut] / options.resolution)]
         rows.append(row)
-    names = [(f"{m.label}, layer {layer}", "box") for m, layer in zip(models, layers, strict=True)]
+    names = [(f"{loaded.label}, layer {layer}", "box") for loaded, _, layer in shown]
     return write_pages(rows, folder, "boxes", None, ["annotated", *itertools.chain(*names)])
 
 
 def _command(options: argparse.Namespace) -> None:
     models = open_models(options)
-    chosen = []
-    for loaded in models:
-        loaded.require_cls()
-        chosen.append(None if options.layers is None else [loaded.extract.resolve_layer(n) for n in options.layers])
-    data = [_open_data(options, loaded.extract.image_size[0]) for loaded in models]
+    layers = attention_layers(options, models)
+    data = {loaded.label: _open_data(options, loaded.extract.image_size[0]) for loaded in models}
     evaluation = Evaluation("localization", options, models)
-    results, rows, drawn = {}, [], []
-    for loaded, images, layers in zip(models, data, chosen, strict=True):
-        with evaluation.others_go_on(loaded.label):
-            reading = evaluation.reading(loaded.label)
-            scores = evaluate(loaded, images, layers, options.resolution, seed=options.seed, **reading)
-            default = loaded.extract.default_layer
-            drawn.append((loaded, images, default if layers is None or default in layers else layers[0]))
-            results[loaded.label] = scores
-            rows += _rows(loaded.label, scores, default)
-    evaluation.check_scored(results)
+
+    def score(loaded: LoadedModel) -> dict:
+        label, reading = loaded.label, evaluation.reading(loaded.label)
+        return evaluate(loaded, data[label], layers[label][0], options.resolution, seed=options.seed, **reading)
+
+    results = evaluation.score(score)
+    scored = [loaded for loaded in models if loaded.label in results]
+    rows = [row for m in scored for row in _rows(m.label, results[m.label], m.extract.default_layer)]
     evaluation.write_table("table", rows)
-    evaluation.written += _figure(*zip(*drawn, strict=True), results, options, evaluation.folder)
+    shown = [(loaded, data[loaded.label], layers[loaded.label][1]) for loaded in scored]
+    evaluation.written += _figure(shown, results, options, evaluation.folder)
     counts = next(iter(results.values()))
     notes = [
         "* the layer that the paper looks at",
@@ -321,7 +308,3 @@ def main(argv: list[str] | None = None) -> int:
     add("--resolution", type=positive, default=64, help="side of the enlarged maps, pixels; default 64")
     add("--figure-images", type=positive, default=6, help="images in the figure; default 6")
     return run_command(lambda: _command(parser.parse_args(argv)))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -233,14 +233,7 @@ def detect(
     settings: MaskCutSettings,
     **reading,
 ) -> Iterator[dict]:
-    """Run MaskCut on a data set, for several layers in one pass of the model.
-
-    Args:
-        loaded: The model.
-        images: Data set of `Sample`s, at the model's image size.
-        layers: Layers, counted from 0.
-        settings: See `MaskCutSettings`.
-        **reading: See `images.batches`.
+    """Run MaskCut on a data set, for several layers in one pass of the model; for arguments see `crate_fast.eval`.
 
     Yields:
         For each image "image_id", and "layers": layer → "detections" (COCO results), "residuals" and "solvers".
@@ -289,6 +282,16 @@ def summarise(images: Dataset, records: Sequence[dict], layer: int, evaluated: S
     return numbers
 
 
+def in_percent(numbers: dict) -> dict[str, float]:
+    """Return the scores of `summarise` that tables show, "box AP50" to "mask AR100"; {} without AP."""
+    return {
+        f"{name} {score}": 100 * numbers[kind][score]
+        for kind, name in (("bbox", "box"), ("segm", "mask"))
+        if kind in numbers
+        for score in ("AP50", "AP75", "AP", "AR100")
+    }
+
+
 def evaluate(
     loaded: LoadedModel,
     images: Dataset,
@@ -296,20 +299,7 @@ def evaluate(
     settings: MaskCutSettings = PAPER,
     **reading,
 ) -> dict[int, dict]:
-    """Score MaskCut at each layer, without files; see `detect` and `summarise`.
-
-    Args:
-        loaded: The model.
-        images: Data set of `Sample`s; with COCO's there are AP and AR.
-        layers: The model's default layer when None.
-        settings, **reading: See `detect`.
-
-    Returns:
-        Layer → numbers.
-
-    Raises:
-        UserError: See `check`.
-    """
+    """Score MaskCut without files: layer → `summarise`'s numbers; the default layer alone when `layers` is None."""
     layers = [loaded.extract.default_layer] if layers is None else list(layers)
     check(loaded, images)
     records = list(detect(loaded, images, layers, settings, **reading))
@@ -378,12 +368,8 @@ def _finish(evaluation: Evaluation, images: Dataset, records: dict, layer: int, 
     detections = [entry for record in found for entry in record["layers"][layer]["detections"]]
     write_text(evaluation.folder / "detections.json", json.dumps(detections) + "\n")
     evaluation.written.append(evaluation.folder / "detections.json")
-    row = {"model": decisive["label"], "layer": layer, "images": numbers["images"]}
-    row["detections"] = numbers["detections"]
-    for kind, name in (("bbox", "box"), ("segm", "mask")):
-        for measure in ("AP50", "AP75", "AP", "AR100"):
-            if kind in numbers:
-                row[f"{name} {measure}"] = 100 * numbers[kind][measure]
+    counts = {name: numbers[name] for name in ("images", "detections")}
+    row = {"model": decisive["label"], "layer": layer, **counts, **in_percent(numbers)}
     evaluation.write_table("table", [row], digits=2)
     notes = [
         "AP and AR in %, class-agnostic; every score is 1, ranked in the order of image ids.",

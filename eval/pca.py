@@ -22,14 +22,13 @@ from torch import Tensor
 from crate_fast.errors import UserError, run_command
 from crate_fast.eval.common.command import (
     Evaluation,
+    comma_list,
     evaluation_parser,
-    first_columns,
     open_models,
     positive,
     read_images,
-    short_name,
 )
-from crate_fast.eval.common.figures import Picture, write_pages
+from crate_fast.eval.common.figures import Picture, image_rows, short_name, write_pages
 from crate_fast.eval.common.images import Batch, Sample
 from crate_fast.eval.common.models import LoadedModel
 from crate_fast.eval.common.principal_components import (
@@ -58,9 +57,7 @@ def evaluate(
     """Compute foreground and colours of every image at every chosen layer.
 
     Args:
-        loaded: The model.
-        batches: Images at the model's size; their features are held in memory.
-        layers: The model's default layer when None.
+        batches: Their features are held in memory. Other arguments: see `crate_fast.eval`.
         threshold, scaling: See `foreground`; "minmax" also centres the features for the colours.
         first: See `pca_rgb`; 1 colours the foreground, from 2 on all patches are coloured.
         group: Images that are analysed together; all when None.
@@ -133,24 +130,19 @@ def _figure(
     columns: dict[str, dict], samples: Sequence[Sample], first: int, folder: Path, title: str | None
 ) -> list[Path]:
     """Draw a row per image and a column per title; two rows where component 1 is shown in grey."""
-    known, titles = first_columns(samples)
+    colours = {name: [c if c is None else Picture(c) for c in result["colours"]] for name, result in columns.items()}
+    rows, titles = image_rows(samples, colours)
     names = [short_name(sample) for sample in samples]
-    by_image = zip(*(result["colours"] for result in columns.values()), strict=True)
-    colours = [[None if c is None else Picture(c) for c in row] for row in by_image]
     if first == 1:
-        rows = [[*start, *row] for start, row in zip(known, colours, strict=True)]
-        return write_pages(rows, folder, "pca", names, [*titles, *columns], title)
+        return write_pages(rows, folder, "pca", names, titles, title)
     title = (f"{title}: " if title else "") + "component 1 in grey, 2 to 4 in colour"
-    rows = []
+    pairs = []
     projections = zip(*(result["projections"] for result in columns.values()), strict=True)
-    for (image, *objects), greys, colour in zip(known, projections, colours, strict=True):
-        rows += [[image, *(Picture(grey, "gray") for grey in greys)], [*(objects or [None]), *colour]]
+    for (image, *others), greys in zip(rows, projections, strict=True):
+        others = others if titles[1] == "object" else [None, *others]
+        pairs += [[image, *(Picture(grey, "gray") for grey in greys)], others]
     row_titles = [text for name in names for text in (name, "")]
-    return write_pages(rows, folder, "pca", row_titles, ["image", *columns], title)
-
-
-def _layer_list(text: str) -> list[int] | str:
-    return text if text == "all" else [int(word) for word in text.split(",")]
+    return write_pages(pairs, folder, "pca", row_titles, ["image", *columns], title)
 
 
 def _row(label: str, result: dict) -> dict:
@@ -203,14 +195,15 @@ def main(argv: list[str] | None = None) -> int:
     """Draw and describe principal components; see the module's text."""
     parser = evaluation_parser("pca", __doc__.splitlines()[0], limit=8)
     add = parser.add_argument
-    add("--layers", type=_layer_list, help="all, or numbers such as 0,3,6; default each model's own layer")
+    numbers = comma_list(int)
+    add(
+        "--layers",
+        type=lambda text: text if text == "all" else numbers(text),
+        help="all, or numbers such as 0,3,6; default each model's own layer",
+    )
     add("--components", choices=("1-3", "2-4"), default="1-3", help="in red, green and blue; default 1-3")
     add("--threshold", type=float, default=0.5, help="λ of the first component; default 0.5")
     add("--scaling", choices=SCALINGS, default="raw", help="raw as in the paper (default); minmax maps to 0..1 first")
     add("--group", type=positive, help="images that are analysed together; default all")
     add("--class", dest="class_name", metavar="NAME", help="only images that contain this class")
     return run_command(lambda: _command(parser.parse_args(argv)))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

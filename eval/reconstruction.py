@@ -8,14 +8,13 @@ on normalised targets is given each patch's true mean and deviation, as in its f
 """
 
 import argparse
-import sys
 from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from crate_fast.errors import UserError, run_command
-from crate_fast.eval.common.command import Evaluation, evaluation_parser, open_models, positive
+from crate_fast.eval.common.command import Evaluation, comma_list, evaluation_parser, open_models, positive
 from crate_fast.eval.common.images import Batch, batches, open_images
 from crate_fast.eval.common.models import LoadedModel
 from crate_fast.eval.common.results import file_name
@@ -40,8 +39,7 @@ def evaluate(
     """Measure losses and errors of one model, by mask ratio.
 
     Args:
-        loaded: Opened from a CRATE-MAE.
-        image_batches: Images of the size that the model expects.
+        loaded: Opened from a CRATE-MAE. Other arguments: see `crate_fast.eval`.
         ratios: Mask ratios.
         seed: Seed of the masks, which do not depend on the batch size.
 
@@ -79,12 +77,10 @@ def _autoencoder(loaded: LoadedModel):
     return loaded.autoencoder.eval()
 
 
-def _ratios(text: str) -> list[float]:
-    ratios = [float(word) for word in text.split(",")]
-    for ratio in ratios:
-        if not 0 < ratio < 1:
-            raise argparse.ArgumentTypeError(f"{ratio}: a mask ratio is above 0 and below 1")
-    return ratios
+def _ratio(word: str) -> float:
+    if not 0 < float(word) < 1:
+        raise argparse.ArgumentTypeError(f"{float(word)}: a mask ratio is above 0 and below 1")
+    return float(word)
 
 
 def _command(options: argparse.Namespace) -> None:
@@ -121,10 +117,8 @@ def main(argv: list[str] | None = None) -> int:
     """Measure and draw; see the module's text."""
     parser = evaluation_parser("reconstruction", __doc__.splitlines()[0], limit=64)
     ratios = ",".join(map(str, RATIOS))
-    parser.add_argument("--ratios", type=_ratios, default=list(RATIOS), help=f"mask ratios; default {ratios}")
+    parser.add_argument(
+        "--ratios", type=comma_list(_ratio), default=list(RATIOS), help=f"mask ratios; default {ratios}"
+    )
     parser.add_argument("--show", type=positive, default=8, help="images in the figure; default %(default)s")
     return run_command(lambda: _command(parser.parse_args(argv)))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -8,7 +8,6 @@ command prints for each model, trained or not, if they fall. Absolute values of 
 """
 
 import argparse
-import sys
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -73,8 +72,7 @@ def evaluate(loaded: LoadedModel, image_batches: Iterable[Batch], epsilon: float
     """Measure the white-box curves of one model.
 
     Args:
-        loaded: Any model; a measure that means nothing for it is left out.
-        image_batches: Images of the size that the model expects.
+        loaded: Any model; a measure that means nothing for it is left out. Other arguments: see `crate_fast.eval`.
         epsilon: ε of R^c.
 
     Returns:
@@ -162,7 +160,3 @@ def main(argv: list[str] | None = None) -> int:
     parser = evaluation_parser("white_box", __doc__.splitlines()[0], data="shape_scenes")
     parser.add_argument("--epsilon", type=float, default=0.01, help="quantisation precision ε of R^c; default 0.01")
     return run_command(lambda: _command(parser.parse_args(argv)))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

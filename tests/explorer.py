@@ -1,6 +1,5 @@
 """Helpers of the explorer's tests: a served explorer, and pictures good and bad."""
 
-import io
 import threading
 import time
 from collections.abc import Iterator
@@ -9,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import uvicorn
+from image_data import encoded
 from PIL import Image
 
 from crate_fast.eval.explore.command import model_choices
@@ -39,13 +39,6 @@ def served(explorer: Explorer, hosts=("127.0.0.1", "localhost")) -> Iterator[str
     server.should_exit = True
     thread.join(10)
     assert not thread.is_alive(), "the server does not stop"
-
-
-def encoded(picture: Image.Image, kind: str = "PNG", **options) -> bytes:
-    """An image as a file's content."""
-    out = io.BytesIO()
-    picture.save(out, kind, **options)
-    return out.getvalue()
 
 
 def picture_file(seed: int = 0, size: tuple[int, int] = (96, 64), kind: str = "PNG", **options) -> bytes:

@@ -83,7 +83,7 @@ def _brightness_subject() -> SimpleNamespace:
         patches = images.mean(dim=1).unflatten(1, (2, 2)).unflatten(3, (3, 2)).mean(dim=(2, 4)).flatten(1)
         logits = torch.stack([patches.clamp(min=1e-9).log(), torch.zeros_like(patches)], dim=-1)[..., None]
         keys = torch.cat([torch.zeros_like(logits[:, :1]), logits], dim=1)
-        return Features((2, 3), {layers[0]: LayerTokens(torch.ones_like(keys), keys, False, 1.0)})
+        return Features((2, 3), {layers[0]: LayerTokens(torch.ones_like(keys), keys, 1.0)})
 
     extract.grid = (2, 3)
     extract.resolve_layer = lambda layer: 7 if layer is None else layer
@@ -237,7 +237,6 @@ def test_unreadable_images_are_named(tmp_path):
         (["--layer", "2"], "layers 0 to 1"),
         (["--levels", "1,2"], "--levels are of noise"),
         (["--figure", "noise_sigma", "--heads", "best"], "by number"),
-        (["--figure", "noise_share", "--levels", "0,2"], "share=2.0"),
         (["--data", "folder:{}", "--heads", "best"], "needs object masks"),
         (["--model-args", "depth=1", "img_size=32", "class_token=false", "global_pool=avg"], "no CLS token"),
     ],

@@ -24,28 +24,9 @@ from crate_fast.eval.emergence import report as report_module
 from crate_fast.eval.emergence import runs as runs_module
 from crate_fast.eval.emergence.command import main
 from crate_fast.eval.emergence.data import PhotographData, prepare_photographs
-from crate_fast.eval.emergence.protocol import (
-    MODELS,
-    ORDER,
-    SIZES,
-    Protocol,
-    Run,
-    planned_runs,
-    settings_table,
-    training_config,
-)
+from crate_fast.eval.emergence.protocol import MODELS, ORDER, SIZES, Protocol, Run, settings_table
+from crate_fast.eval.emergence.results import Results, at_accuracy, at_checkpoint, held_out_accuracy, validated
 from crate_fast.eval.emergence.runs import Folders, Job, train_and_score
-from crate_fast.eval.emergence.scores import (
-    at_accuracy,
-    at_checkpoint,
-    by_model,
-    chosen_lr,
-    claims,
-    common_accuracy,
-    held_out_accuracy,
-    load_results,
-    validated,
-)
 from crate_fast.train.data import build_splits
 from crate_fast.train.distributed import process_group
 from crate_fast.train.faults import Interruption, NonFiniteError
@@ -53,34 +34,40 @@ from crate_fast.train.trainer import Trainer
 
 SCENES, PHOTOGRAPHS = SIZES["shape_scenes"], SIZES["photographs"]
 SMOKE = SCENES["smoke"]
+ON_CPU = {"device": "cpu", "threads": 1, "workers": 0}
 
 
 @pytest.mark.parametrize("size", SCENES)
 def test_models_differ_in_nothing_but_the_ablation(size):
     protocol = SCENES[size]
     for number, stage in enumerate(protocol.stages):
-        assert stage.steps % stage.checkpoints == 0
-        assert training_config(protocol, Run("scenes", "ViT", 0), number, 1e-3).keep_checkpoints >= stage.steps
-        configs = {m: vars(training_config(protocol, Run("scenes", m, 0), number, 1e-3)) for m in MODELS}
+        assert protocol.training_config(Run("scenes", "ViT", 0), number, 1e-3).keep_checkpoints >= stage.steps
+        configs = {m: vars(protocol.training_config(Run("scenes", m, 0), number, 1e-3)) for m in MODELS}
         for model, config in configs.items():
             differing = {name: value for name, value in config.items() if value != configs["CRATE"][name]}
             assert differing == MODELS[model]
     points = protocol.points
-    assert Protocol.of_settings(json.loads(json.dumps(protocol.settings()))) == protocol
     assert points[0].step == points[0].images == 0
     assert points[-1].images == sum(stage.steps * stage.batch_size for stage in protocol.stages)
     assert [p.images for p in points] == sorted({p.images for p in points})
-    if size != "smoke":  # a mask has enough patches, a comparison enough seeds
+    if size != "smoke":  # a mask has enough patches
         assert protocol.image_size // protocol.patch_size >= 16
-        assert len(protocol.seeds) >= 3
 
 
-def test_the_protocols_page_has_its_settings():
-    assert markdown_table(settings_table()) in (ROOT / "docs" / "emergence" / "protocol.md").read_text()
+@pytest.mark.parametrize(
+    ("data", "page"), [("shape_scenes", "protocol.md"), ("photographs", "photographs/protocol.md")]
+)
+def test_a_protocols_page_has_its_settings_and_it_wants_several_seeds(data, page):
+    assert markdown_table(settings_table(data)) in (ROOT / "docs" / "emergence" / page).read_text()
+    for size, protocol in SIZES[data].items():
+        assert protocol.models == (ORDER if data == "photographs" else tuple(MODELS))
+        assert all(stage.steps % stage.checkpoints == 0 for stage in protocol.stages)
+        assert len(protocol.seeds) >= (2 if size == "smoke" else 3)
+        assert Protocol.of_settings(json.loads(json.dumps(protocol.settings()))) == protocol
 
 
 def test_runs_have_different_names_and_seeds_come_one_by_one():
-    runs = planned_runs(SCENES["small"])
+    runs = SCENES["small"].planned_runs()
     assert len({run.name for run in runs}) == len(runs) == 15 + 15 + 15
     assert [run.seed for run in runs if run.kind == "scenes"] == [0] * 5 + [1] * 5 + [2] * 5
 
@@ -89,17 +76,15 @@ def checkpoint(best: float, heads: list[float], selected: list[float], layers: i
     """A checkpoint whose heads score `heads` on test and `selected` on selection scenes; at layer 1 half of it."""
 
     def rows(values: list[float]) -> dict:
-        found = [
-            {"layer": i, "best_head": best / (i + 1), "per_head": [v / (i + 1) for v in values]}
-            for i in range(layers)
-        ]
+        halves = [(i, i + 1) for i in range(layers)]
+        found = [{"layer": i, "best_head": best / n, "per_head": [v / n for v in values]} for i, n in halves]
         baselines = {"constant": 0.1, "random": 0.12, "mean_mask": 0.3, "true_mask": 0.6}
         return {threshold: {"layers": found, **baselines} for threshold in ("ap", "mass", "topk")}
 
     return {"default_layer": 1, "test": rows(heads), "selection": rows(selected), "accuracy": 0.5}
 
 
-def results_with(scores: dict[str, list[float]]) -> dict[str, dict]:
+def results_with(scores: dict[str, list[float]]) -> Results:
     """Results with a primary score of each model and seed at the default layer, in percent."""
     results = {}
     for model, values in scores.items():
@@ -108,49 +93,43 @@ def results_with(scores: dict[str, list[float]]) -> dict[str, dict]:
             trained = checkpoint(2 * value / 100, [0.1, 0.2], [0.2, 0.1])
             result = {"kind": "scenes", "checkpoints": [untrained, trained]}
             results[f"scenes-{model}-seed{seed}"] = result
-    return results
+    return Results(results, SMOKE)
 
 
 def test_the_fixed_head_is_chosen_on_other_scenes():
-    results = results_with({model: [40.0, 40.0] for model in MODELS})
-    score = at_checkpoint("AP, fixed head")(results["scenes-CRATE-seed0"])
+    result = results_with({model: [40.0, 40.0] for model in MODELS}).runs["scenes-CRATE-seed0"]
+    score = at_checkpoint("AP, fixed head")(result)
     assert score == pytest.approx(100 * 0.1 / 2)  # head 0, the best there; head 1 is the best here
-    assert at_checkpoint("mIoU mass, best head")(results["scenes-CRATE-seed0"]) == pytest.approx(40.0)
-    assert at_checkpoint("mIoU mass, best head", layer="chosen")(results["scenes-CRATE-seed0"]) == pytest.approx(
-        80.0
-    )  # layer 0
+    assert at_checkpoint("mIoU mass, best head")(result) == pytest.approx(40.0)
+    assert at_checkpoint("mIoU mass, best head", layer="chosen")(result) == pytest.approx(80.0)  # layer 0
 
 
 def test_the_claims_hold_where_they_should():
-    good = results_with(
-        {"CRATE": [50, 51], "CRATE-MLP": [45, 46], "CRATE-MHSA": [40, 41], "ViT": [20, 21.1], "CRATE-sth": [9, 9]}
-    )
-    assert [claim.holds for claim in claims(good, SMOKE)] == [True] * 5
-    bad = results_with(
-        {"CRATE": [20, 10], "CRATE-MLP": [45, 46], "CRATE-MHSA": [40, 41], "ViT": [32, 33], "CRATE-sth": [9, 9]}
-    )
-    assert [claim.holds for claim in claims(bad, SMOKE)] == [False] * 5
-    noisy = results_with(
-        {"CRATE": [60, 31], "CRATE-MLP": [45, 30], "CRATE-MHSA": [40, 29], "ViT": [20, 28], "CRATE-sth": [9, 9]}
-    )
-    assert [claim.holds for claim in claims(noisy, SMOKE)] == [True, True, False, True, True]
+    scores = {"CRATE-MLP": [45, 46], "CRATE-MHSA": [40, 41], "CRATE-sth": [9, 9]}
+    good = results_with(scores | {"CRATE": [50, 51], "ViT": [20, 21.1]})
+    assert [claim.holds for claim in good.claims()] == [True] * 5
+    bad = results_with(scores | {"CRATE": [20, 10], "ViT": [32, 33]})
+    assert [claim.holds for claim in bad.claims()] == [False] * 5
+    noisy = {"CRATE": [60, 31], "CRATE-MLP": [45, 30], "CRATE-MHSA": [40, 29], "ViT": [20, 28]}
+    noisy = results_with(scores | noisy)
+    assert [claim.holds for claim in noisy.claims()] == [True, True, False, True, True]
 
 
 def test_a_seed_that_a_model_lacks_is_not_compared():
     results = results_with({model: [40.0, 41.0] for model in MODELS})
-    del results["scenes-ViT-seed1"]
-    assert by_model(results, SMOKE, at_checkpoint("mIoU mass, best head"))["CRATE"] == pytest.approx([40.0])
-    assert claims(results, SMOKE)[2].holds is None  # one seed has no interval
+    del results.runs["scenes-ViT-seed1"]
+    assert results.by_seed("CRATE", at_checkpoint("mIoU mass, best head")) == pytest.approx([40.0])
+    assert results.claims()[2].holds is None  # one seed has no interval
 
 
 def test_the_learning_rate_of_the_best_sweep():
-    def sweep(accuracy: float) -> dict:
-        return {"validation": [{"val_accuracy": 0.9}, {"val_accuracy": accuracy}]}
+    def chosen(**sweeps: float) -> float | None:
+        ends = {f"sweep-ViT-lr0.00{lr[1:]}": [{"val_accuracy": 0.9}, {"val_accuracy": a}] for lr, a in sweeps.items()}
+        return Results({name: {"validation": end} for name, end in ends.items()}, SMOKE).chosen_lr("ViT")
 
-    results = {"sweep-ViT-lr0.001": sweep(0.3)}
-    assert chosen_lr(results, SMOKE, "ViT") is None
-    assert chosen_lr(results | {"sweep-ViT-lr0.002": sweep(0.4)}, SMOKE, "ViT") == 2e-3
-    assert chosen_lr(results | {"sweep-ViT-lr0.002": sweep(0.3)}, SMOKE, "ViT") == 1e-3
+    assert chosen(_1=0.3) is None
+    assert chosen(_1=0.3, _2=0.4) == 2e-3
+    assert chosen(_1=0.3, _2=0.3) == 1e-3
 
 
 def test_a_sweep_that_diverges_is_not_chosen_and_another_run_fails(tmp_path, monkeypatch):
@@ -159,14 +138,14 @@ def test_a_sweep_that_diverges_is_not_chosen_and_another_run_fails(tmp_path, mon
 
     monkeypatch.setattr(runs_module, "launch", diverges)
     folders = Folders(tmp_path / "runs", tmp_path / "report")
-    sweep = Job(Run("sweep", "ViT", 100, 2e-3), 2e-3, SMOKE, folders, "cpu", 1, 0, {"commit": "abc"})
+    sweep = Job(Run("sweep", "ViT", 100, 2e-3), 2e-3, SMOKE, folders, ON_CPU, {"commit": "abc"})
     train_and_score(sweep)
-    results = load_results(folders.report)
-    assert results["sweep-ViT-lr0.002"]["diverged"] == "the loss is not finite"
-    good = {"validation": [{"val_accuracy": 0.1}]}
-    assert chosen_lr(results | {"sweep-ViT-lr0.001": good}, SMOKE, "ViT") == 1e-3
+    results = Results.load(folders.report, SMOKE)
+    assert results.runs["sweep-ViT-lr0.002"]["diverged"] == "the loss is not finite"
+    results.runs["sweep-ViT-lr0.001"] = {"validation": [{"val_accuracy": 0.1}]}
+    assert results.chosen_lr("ViT") == 1e-3
     with pytest.raises(NonFiniteError):
-        train_and_score(dataclasses.replace(sweep, run=Run("scenes", "ViT", 0)))
+        train_and_score(sweep._replace(run=Run("scenes", "ViT", 0)))
 
 
 def command(output: Path) -> list[str]:
@@ -242,13 +221,10 @@ def test_smoke_goes_on_after_a_kill_and_does_nothing_twice(finished):
     results = {path.name: path.stat().st_mtime_ns for path in (output / "report" / "results").glob("*.json")}
     assert len(before) >= 10  # the sweeps
     assert before.items() <= results.items()
-    assert set(results) == {f"{run.name}.json" for run in planned_runs(SMOKE, cifar10=False)}
+    assert set(results) == {f"{run.name}.json" for run in SMOKE.planned_runs(cifar10=False)}
     scored = json.loads((output / "report" / "results" / "scenes-CRATE-seed0.json").read_text())
-    assert [(row["stage"], row["step"], row["images"]) for row in scored["checkpoints"]] == [
-        (0, 0, 0),
-        (0, 8, 128),
-        (1, 2, 160),
-    ]
+    points = [(row["stage"], row["step"], row["images"]) for row in scored["checkpoints"]]
+    assert points == [(0, 0, 0), (0, 8, 128), (1, 2, 160)]
     assert [(entry["stage"], entry["step"]) for entry in scored["validation"]] == [(0, 4), (0, 8), (1, 2)]
     assert not list((output / "report").glob("**/.*"))
     later = (output / "runs" / "scenes-CRATE-seed0" / "stage1" / "config.yaml").read_text()
@@ -285,10 +261,10 @@ def test_cifar10_is_trained_on_and_in_the_report(copied, tmp_path, without_figur
                 Image.new("RGB", (32, 32), (25 * label, 10 * number, 99)).save(folder / f"{number}.png")
     run, origin = Run("cifar10", "CRATE", 0), {"device": "cpu", "commit": "abc", "torch": "2"}
     folders = Folders(tmp_path / "runs", copied, tmp_path / "cifar10")
-    train_and_score(Job(run, 1e-3, SMOKE, folders, "cpu", 1, 0, origin))
-    result = load_results(copied)[run.name]
+    train_and_score(Job(run, 1e-3, SMOKE, folders, ON_CPU, origin))
+    result = Results.load(copied, SMOKE).runs[run.name]
     assert [entry["step"] for entry in result["validation"]] == [1]
-    for other in planned_runs(SMOKE)[20:]:
+    for other in SMOKE.planned_runs()[20:]:
         folders.result(other).write_text(json.dumps(result | {"model": other.model, "seed": other.seed}))
     text = report_again(copied)
     assert "30 of 30" in text
@@ -297,7 +273,7 @@ def test_cifar10_is_trained_on_and_in_the_report(copied, tmp_path, without_figur
 
 def test_the_untrained_twin_is_the_run_before_training(finished, tmp_path):
     output, _ = finished
-    config = training_config(SMOKE, Run("scenes", "ViT", 1), 0, 1e-3, device="cpu")
+    config = SMOKE.training_config(Run("scenes", "ViT", 1), 0, 1e-3, device="cpu")
     with process_group("cpu") as processes, Interruption() as interruption:
         trainer = Trainer(config, tmp_path / "run", build_splits(config), processes, interruption)
     twin = open_model(f"{output}/runs/scenes-ViT-seed1/stage0@untrained", seed=1)
@@ -335,23 +311,15 @@ def test_scores_at_an_accuracy_lie_between_checkpoints_of_the_first_stage():
     result = learning([10.0, 20.0, 18.0, 30.0], [40.0, 60.0, 70.0, 80.0])
     assert validated(result) == [0, 1, 2, 3, 4]
     assert [held_out_accuracy(index)(result) for index in (0, 1, 4)] == pytest.approx([5.0, 10.0, 30.0])
-    score = {
-        accuracy: at_accuracy("AP, best head", accuracy)(result) for accuracy in (7.5, 15.0, 20.0, 24.0, 5.0, 31.0)
-    }
-    assert score == {
-        7.5: pytest.approx(20.0),
-        15.0: pytest.approx(50.0),
-        20.0: pytest.approx(60.0),
-        24.0: pytest.approx(75.0),
-        5.0: None,
-        31.0: None,
-    }
+    found = [at_accuracy("AP, best head", accuracy)(result) for accuracy in (7.5, 15.0, 20.0, 24.0, 5.0, 31.0)]
+    assert found[:4] == pytest.approx([20.0, 50.0, 60.0, 75.0])
+    assert found[4:] == [None, None]
     runs = {f"scenes-{model}-seed{seed}": result for model in MODELS for seed in SMOKE.seeds}
-    assert common_accuracy(runs, SMOKE) == pytest.approx(30.0)
+    assert Results(runs, SMOKE).common_accuracy() == pytest.approx(30.0)
     runs["scenes-ViT-seed1"] = learning([10.0, 25.0], [10.0, 20.0])
-    assert common_accuracy(runs, SMOKE) == pytest.approx(25.0)
+    assert Results(runs, SMOKE).common_accuracy() == pytest.approx(25.0)
     runs["scenes-CRATE-sth-seed0"] = learning([10.0, 12.0], [10.0, 20.0])
-    assert common_accuracy(runs, SMOKE) == pytest.approx(25.0)
+    assert Results(runs, SMOKE).common_accuracy() == pytest.approx(25.0)
 
 
 @pytest.mark.parametrize("folder", ["docs/emergence", "docs/emergence/earlier/first"])
@@ -406,16 +374,6 @@ def test_a_report_without_results_and_cifar10_that_is_none(finished, tmp_path, c
     assert "another --size than small" in capsys.readouterr().err
     assert main(["--size", "smoke", "--cifar10", str(tmp_path), "--output", str(tmp_path)]) == 2
     assert "holds neither train/" in capsys.readouterr().err
-
-
-def test_the_protocol_of_photographs_has_its_settings_and_wants_several_seeds():
-    page = (ROOT / "docs" / "emergence" / "photographs" / "protocol.md").read_text()
-    assert markdown_table(settings_table("photographs")) in page
-    for size, protocol in PHOTOGRAPHS.items():
-        assert protocol.models == ORDER
-        assert all(stage.steps % stage.checkpoints == 0 for stage in protocol.stages)
-        assert len(protocol.seeds) >= (2 if size == "smoke" else 3)
-        assert Protocol.of_settings(json.loads(json.dumps(protocol.settings()))) == protocol
 
 
 @pytest.fixture(scope="module")

@@ -95,6 +95,12 @@ class Visit:
     def table(self, figure: str) -> list[dict]:
         return list(csv.DictReader(io.StringIO(self.saved(figure, "csv")[1].decode())))
 
+    def attends(self, inspection, layer: int, patch: int | None) -> list[dict]:
+        """Check the attention table against an inspection, and return it."""
+        rows, heads = self.table("attention"), inspection.attention(layer, patch)["heads"]
+        assert [float(row["attention"]) for row in rows] == pytest.approx(np.ravel(heads).tolist(), rel=1e-6)
+        return rows
+
     def pixels(self, figure: str) -> bytes:
         return self.ready(figure).query_selector("canvas").screenshot()
 
@@ -123,9 +129,7 @@ def test_upload_click_a_patch_change_the_layer_and_save(visit, explorer, address
 
     canvas.click(position={"x": box["width"] * 0.53, "y": box["height"] * 0.28})  # column 8, row 4 of 16
     visit.wait(f"0/{key}/2/72")
-    rows = visit.table("attention")
-    expected = explorer.attention(0, key, 2, 72)["heads"]
-    assert [float(row["attention"]) for row in rows] == pytest.approx(np.ravel(expected).tolist(), rel=1e-6)
+    rows = visit.attends(explorer.inspection(0, key), 2, 72)
     assert {row["query"] for row in rows} == {"patch 4, 8"}
     assert [(row["head"], row["row"], row["column"]) for row in rows][257] == ("1", "0", "1")
 
@@ -140,12 +144,12 @@ def test_upload_click_a_patch_change_the_layer_and_save(visit, explorer, address
         assert file.width == 2000
         assert file.getpixel((0, 0)) == (255, 255, 255, 255)
     rates = [float(row["coding_rate"]) for row in visit.table("curves")]
-    assert rates == pytest.approx(explorer.summary(0, key)["coding_rate"])
+    assert rates == pytest.approx(explorer.inspection(0, key).summary["coding_rate"])
     assert [row["name"] for row in visit.table("classes")] == [
-        entry["name"] for entry in explorer.summary(0, key)["top"]
+        entry["name"] for entry in explorer.inspection(0, key).summary["top"]
     ]
     objects = {int(row["object"]) for row in visit.table("masks")}
-    assert objects == set(range(len(explorer.masks(0, key, 1)["masks"]) + 1))
+    assert objects == set(range(len(explorer.inspection(0, key).masks(1)["masks"]) + 1))
     visit.page.keyboard.press("Tab")
     visit.page.click("#cls")
     visit.wait(f"0/{key}/1/cls")
@@ -198,9 +202,7 @@ def test_two_models_side_by_side(visit, explorer):
     visit.wait("2/s0/1/0", panel=2)
     page.uncheck("#compare")
     assert page.locator(".panel").count() == 1
-    rows = visit.table("attention")
-    expected = np.ravel(explorer.attention(0, "s0", 0, 0)["heads"]).tolist()
-    assert [float(row["attention"]) for row in rows] == pytest.approx(expected, rel=1e-6)
+    visit.attends(explorer.inspection(0, "s0"), 0, 0)
 
 
 def test_quick_hands_see_the_last_choice(visit, explorer):
@@ -213,10 +215,7 @@ def test_quick_hands_see_the_last_choice(visit, explorer):
         slider.fill(layer)
     visit.wait("0/s4/1/cls")
     assert "layer 1" in visit.page.inner_text("#status")
-    rows = visit.table("attention")
-    assert {row["layer"] for row in rows} == {"1"}
-    expected = np.ravel(explorer.attention(0, "s4", 1, None)["heads"]).tolist()
-    assert [float(row["attention"]) for row in rows] == pytest.approx(expected, rel=1e-6)
+    assert {row["layer"] for row in visit.attends(explorer.inspection(0, "s4"), 1, None)} == {"1"}
     assert not visit.errors
 
 
@@ -227,12 +226,8 @@ def test_without_an_answer_the_old_figure_keeps_its_label(visit, explorer):
     visit.page.wait_for_selector(".fault:not([hidden]) >> text=is `crate-fast explore` still running")
     visit.page.uncheck("#over")  # draws everything again
     assert "in layer 2" in visit.page.inner_text("[data-figure=attention] .caption")
-    name, data = visit.saved("attention", "csv")
-    assert "layer2" in name
-    rows = list(csv.DictReader(io.StringIO(data.decode())))
-    assert {row["layer"] for row in rows} == {"2"}
-    expected = np.ravel(explorer.attention(0, "s0", 2, None)["heads"]).tolist()
-    assert [float(row["attention"]) for row in rows] == pytest.approx(expected, rel=1e-6)
+    assert "layer2" in visit.saved("attention", "csv")[0]
+    assert {row["layer"] for row in visit.attends(explorer.inspection(0, "s0"), 2, None)} == {"2"}
     visit.page.unroute("**/api/attention*")
     visit.page.locator(".layer").fill("0")
     visit.wait("0/s0/0/cls")

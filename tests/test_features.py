@@ -100,6 +100,6 @@ def test_a_crate_mae_encoder_as_a_crate():
 def test_other_models_and_absent_layers_are_refused():
     with pytest.raises(UserError, match="no patch features can be read from a Linear"):
         extractor_for(nn.Linear(2, 2))
-    tokens = LayerTokens(torch.zeros(1, 5, 1, 2), torch.zeros(1, 5, 1, 2), True, 1.0)
+    tokens = LayerTokens(torch.zeros(1, 5, 1, 2), torch.zeros(1, 5, 1, 2), 1.0)
     with pytest.raises(UserError, match="layer 2 was not extracted"):
         Features((2, 2), {0: tokens}).keys(2)

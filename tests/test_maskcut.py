@@ -492,7 +492,6 @@ def test_the_crf_draws_edges_and_is_optional(monkeypatch):
     [
         (["--data", "coco:nowhere"], "nowhere"),
         (["--image-size", "60"], "image size 60 is not a multiple"),
-        (["--layer", "9"], "layer 9"),
         (["--data", "elsewhere"], "write folder:PATH"),
         (["--device", "cuda"], "no GPU"),
         (["--device", "gpu"], "choose auto, cpu"),

@@ -32,11 +32,9 @@ class BoxedImages(ImageFiles):
     """Images of a folder with boxes; images that the annotations do not name have none.
 
     Args:
-        root: Folder of the images.
-        size: See `ImageFiles`.
         boxes: A JSON file, whose file names are relative to `root` or unique; or a folder of XML files, which are
             searched for below it and named as their images.
-        limit: Take the first images only; all when None.
+        limit: Take the first images only; all when None. For `root` and `size` see `ImageFiles`.
 
     Raises:
         UserError: The annotations are missing, damaged, or name none of the images.

@@ -1,25 +1,23 @@
 """Options, models, images and output files of the protocols' commands."""
 
 import argparse
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-import torch.nn.functional as F
 from torch.utils.data import Dataset
 
 from crate_fast.errors import CommandParser, UserError
 from crate_fast.eval.common import images as images_module
 from crate_fast.eval.common import models as models_module
 from crate_fast.eval.common import results as files
-from crate_fast.eval.common.figures import Picture
 from crate_fast.eval.common.images import Batch, Sample, batches, open_images
 from crate_fast.eval.common.models import LoadedModel, open_model, split_label
 from crate_fast.eval.common.results import file_name, make_folder
 from crate_fast.train.distributed import choose_device
 
-__all__ = ["Evaluation", "evaluation_parser", "open_data", "open_models", "positive", "read_images", "seed"]
+__all__ = ["Evaluation", "attention_layers", "comma_list", "evaluation_parser", "open_data", "open_models"]
+__all__ += ["positive", "read_images", "seed"]
 
 
 def _integer(text: str, low: int, high: float, expected: str) -> int:
@@ -43,6 +41,15 @@ def _not_negative(text: str) -> int:
     return _integer(text, 0, float("inf"), "0 or a positive integer")
 
 
+def comma_list(parse: Callable[[str], Any]) -> Callable[[str], list]:
+    """Return a parser of words with commas between them, for argparse."""
+
+    def words(text: str) -> list:
+        return [parse(word) for word in text.split(",")]
+
+    return words
+
+
 def evaluation_parser(
     protocol: str,
     description: str,
@@ -55,8 +62,6 @@ def evaluation_parser(
     """Make a parser with the options of every protocol: models, data, size, limit, device, output.
 
     Args:
-        protocol: Name on the command line.
-        description: One sentence for `--help`.
         data: Default of `--data`; None makes it required; False leaves out `--data` and `--limit`, for a protocol
             that opens its data some other way.
         many: Take several models.
@@ -117,16 +122,26 @@ def open_data(options: argparse.Namespace, loaded: LoadedModel) -> Dataset:
     return open_images(options.data, loaded.extract.image_size[0], options.limit)
 
 
+def attention_layers(options: argparse.Namespace, models: Sequence[LoadedModel]) -> dict[str, tuple[list[int], int]]:
+    """Return by label the layers of `--layers`, all by default, and the one in figures; refuse models without CLS."""
+    found = {}
+    for loaded in models:
+        loaded.require_cls()
+        every, default = range(loaded.extract.depth), loaded.extract.default_layer
+        layers = [
+            loaded.extract.resolve_layer(layer) for layer in (every if options.layers is None else options.layers)
+        ]
+        found[loaded.label] = layers, default if default in layers else layers[0]
+    return found
+
+
 class Evaluation:
     """Results of one command: written files, unreadable images, and models that could not be scored.
 
     Its folder is `--output`, or one named after the protocol and the models. Make it before anything is computed.
 
     Args:
-        protocol: Its name.
-        options: A command line of `evaluation_parser`.
-        models: The models.
-        default_folder: Name of the folder without `--output`; the protocol's when None.
+        folder: Name of the folder without `--output`; the protocol's when empty.
 
     Attributes:
         folder: The folder of the results, made.
@@ -137,16 +152,10 @@ class Evaluation:
         UserError: The folder cannot be made.
     """
 
-    def __init__(
-        self,
-        protocol: str,
-        options: argparse.Namespace,
-        models: Sequence[LoadedModel],
-        default_folder: str | None = None,
-    ):
+    def __init__(self, protocol: str, options: argparse.Namespace, models: Sequence[LoadedModel], folder: str = ""):
         self.protocol, self.options, self.models = protocol, options, models
         labels = "+".join(file_name(split_label(name)[0]) for name in _model_names(options))
-        self.folder = make_folder(options.output or Path("runs/eval") / (default_folder or protocol) / labels[:120])
+        self.folder = make_folder(options.output or Path("runs/eval") / (folder or protocol) / labels[:120])
         self.problems: list[str] = []
         self.written: list[Path] = []
         self._tables: list[Path] = []
@@ -161,13 +170,20 @@ class Evaluation:
         options = {"batch_size": self.options.batch_size, "workers": self.options.workers}
         return options | {"progress": title, "problems": self.problems}
 
-    @contextmanager
-    def others_go_on(self, label: str) -> Iterator[None]:
-        """Note a `UserError` as this model's failure, so that the other models are scored."""
-        try:
-            yield
-        except UserError as error:
-            self._failures.append(f"{label}: {error}")
+    def score(self, compute: Callable[..., Any], arguments: dict[str, tuple] | None = None) -> dict[str, Any]:
+        """Return label → result of `compute`; a `UserError` of one does not stop the others, unless all fail.
+
+        `arguments` are those of `compute`, by label; each model when None.
+        """
+        results = {}
+        for label, values in (arguments or {loaded.label: (loaded,) for loaded in self.models}).items():
+            try:
+                results[label] = compute(*values)
+            except UserError as error:
+                self._failures.append(f"{label}: {error}")
+        if not results:
+            raise UserError("; ".join(self._failures))
+        return results
 
     def figure(self, name: str) -> list[Path]:
         """Return the paths of a figure, PNG and PDF, and count them as written."""
@@ -181,11 +197,6 @@ class Evaluation:
         self._tables += [self.folder / f"{name}.{suffix}" for suffix in ("md", "csv", "tex")]
         if show:
             print(text)
-
-    def check_scored(self, results) -> None:
-        """Refuse to go on without a single result; the message has each model's failure."""
-        if not results:
-            raise UserError("; ".join(self._failures))
 
     def finish(self, results: dict, config: dict | None = None, notes: Sequence[str] = ()) -> None:
         """Write results.json, print notes and the written files, and report failures.
@@ -213,8 +224,6 @@ def read_images(
     """Read the images of `--data` at a model's size, batch by batch, with a progress bar.
 
     Args:
-        evaluation: The command's.
-        loaded: The model.
         kept: Filled with the samples, for the figures.
         containing: Take only images with a class of this name; `--limit` counts these.
 
@@ -241,24 +250,3 @@ def read_images(
             break
     if not kept:
         raise UserError(f"--class {containing}: none of the {len(images)} images contains it; choose another")
-
-
-def short_name(sample: Sample, longest: int = 16) -> str:
-    """Return a sample's key without its beginning where it is long."""
-    name = str(sample.key)
-    return name if len(name) <= longest else "…" + name[1 - longest :]
-
-
-def image_picture(image) -> Picture:
-    """Return an image [3, H, W] as a cell of a figure."""
-    return Picture(image.permute(1, 2, 0).numpy())
-
-
-def first_columns(samples: Sequence[Sample]) -> tuple[list[list[Picture]], list[str]]:
-    """Return a row for each sample, with its image and the union of its object masks if known, and column titles."""
-    rows, labelled = [[image_picture(sample.image)] for sample in samples], False
-    for row, sample in zip(rows, samples, strict=True):
-        if labelled := sample.target is not None:
-            union = sample.target.masks.any(dim=0)[None, None].float()
-            row.append(Picture(F.interpolate(union, sample.image.shape[1:])[0, 0].numpy(), "gray", (0, 1)))
-    return rows, ["image", "object"] if labelled else ["image"]

@@ -27,8 +27,7 @@ class LayerTokens:
     """One layer's queries and keys.
 
     Attributes:
-        queries, keys: [B, N, H, D], prefix tokens first; the same tensor where they are one projection.
-        tied: True if they are one projection (MSSA).
+        queries, keys: [B, N, H, D], prefix tokens first; the same tensor where they are one projection (MSSA).
         scale: s of the logits s·⟨query, key⟩.
         prefix: Number of tokens before the patches (CLS and registers).
         has_cls: True if the first of them is a CLS token.
@@ -36,7 +35,6 @@ class LayerTokens:
 
     queries: Tensor
     keys: Tensor
-    tied: bool
     scale: float
     prefix: int = 1
     has_cls: bool = True
@@ -155,7 +153,7 @@ class FeatureExtractor:
         return Features(self.grid, self._tokens(images, wanted))
 
     def _tokens(self, images: Tensor, layers: Iterable[int]) -> dict[int, LayerTokens]:
-        return {t.index: LayerTokens(t.queries, t.keys, t.tied, t.scale) for t in trace(self.model, images, layers)}
+        return {t.index: LayerTokens(t.queries, t.keys, t.scale) for t in trace(self.model, images, layers)}
 
 
 class _ViTExtractor(FeatureExtractor):
@@ -183,7 +181,7 @@ class _ViTExtractor(FeatureExtractor):
             self.model.forward_features(images)
         scale, prefix = self.model.blocks[0].attn.scale, self.model.num_prefix_tokens
         return {
-            index: LayerTokens(seen[index, "q_norm"], seen[index, "k_norm"], False, scale, prefix, self.has_cls)
+            index: LayerTokens(seen[index, "q_norm"], seen[index, "k_norm"], scale, prefix, self.has_cls)
             for index in layers
         }
 

@@ -1,18 +1,21 @@
 """Figures in one style: grids of images and maps, and curves over layers or epochs. Written as PNG and PDF."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
 import numpy as np
+import torch.nn.functional as F
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from crate_fast.errors import UserError
+from crate_fast.eval.common.images import Sample
 
-__all__ = ["Curve", "Picture", "curve_figure", "image_grid", "save_figure", "write_pages"]
+__all__ = ["Curve", "Picture", "curve_figure", "image_grid", "image_picture", "image_rows", "save_figure"]
+__all__ += ["short_name", "write_pages"]
 
 ROWS_A_PAGE = 8
 
@@ -134,7 +137,6 @@ def curve_figure(
     panels: dict[str, Sequence[Curve]],
     xlabel: str,
     paths: Sequence[Path],
-    title: str | None = None,
     from_zero: bool = False,
     columns: int | None = None,
     labels: Sequence[str] = (),
@@ -145,7 +147,6 @@ def curve_figure(
         panels: Label of the y-axis → curves.
         xlabel: Label of every x-axis.
         paths: Files to write; the suffix (.png, .pdf) decides the format.
-        title: Above everything.
         from_zero: Start every y-axis at 0, so that differences of scores do not look larger than they are.
         columns: Charts in a row; all when None.
         labels: Labels in the order that fixes their colours, shared with other figures.
@@ -176,8 +177,6 @@ def curve_figure(
             named = {label: line for label, line in lines.items() if not label.startswith("_")}
             place = {"loc": "outside lower center", "ncols": min(5, len(named)), "fontsize": 7}
             figure.legend(named.values(), named.keys(), **place)
-        if title:
-            figure.suptitle(title, fontsize=9)
         save_figure(figure, paths)
 
 
@@ -215,3 +214,31 @@ def write_pages(
         image_grid(rows[part], paths, row_titles=row_titles and row_titles[part], **titles)
         written += paths
     return written
+
+
+def short_name(sample: Sample, longest: int = 16) -> str:
+    """Return a sample's key without its beginning where it is long."""
+    name = str(sample.key)
+    return name if len(name) <= longest else "…" + name[1 - longest :]
+
+
+def image_picture(image) -> Picture:
+    """Return an image [3, H, W] as a cell of a figure."""
+    return Picture(image.permute(1, 2, 0).numpy())
+
+
+def image_rows(
+    samples: Sequence[Sample], columns: dict[str, Iterable[Picture | None]]
+) -> tuple[list[list[Picture | None]], list[str]]:
+    """Lay out samples as rows of a grid; return the rows and the titles of their columns.
+
+    A row begins with the image and, if known, the union of its object masks; a picture of each column follows.
+    """
+    rows, labelled = [[image_picture(sample.image)] for sample in samples], False
+    for row, sample in zip(rows, samples, strict=True):
+        if labelled := sample.target is not None:
+            union = sample.target.masks.any(dim=0)[None, None].float()
+            row.append(Picture(F.interpolate(union, sample.image.shape[1:])[0, 0].numpy(), "gray", (0, 1)))
+    for row, *pictures in zip(rows, *columns.values(), strict=True):
+        row += pictures
+    return rows, ["image", *["object"] * labelled, *columns]

@@ -35,17 +35,8 @@ from crate_fast.train.data import UNREADABLE
 from crate_fast.train.data.image_files import EXTENSIONS, as_stored, describe, find_images, open_image, read_image
 from crate_fast.train.data.shape_scenes import ShapeScenes
 
-__all__ = [
-    "Batch",
-    "ImageFiles",
-    "Sample",
-    "SceneImages",
-    "Target",
-    "batches",
-    "box_corners",
-    "open_images",
-    "squash",
-]
+__all__ = ["Batch", "ImageFiles", "Sample", "SceneImages", "Target", "batches", "box_corners", "open_images"]
+__all__ += ["readable", "squash"]
 
 VOC_CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",
@@ -93,6 +84,7 @@ class Sample:
         size: Height and width of the file, in pixels.
         target: Object masks, or None.
         problem: Reason why it is unreadable, or None.
+        label: Class number, where a whole image has one.
     """
 
     key: str | int
@@ -100,6 +92,7 @@ class Sample:
     size: tuple[int, int]
     target: Target | None = None
     problem: str | None = None
+    label: int = -1
 
 
 @dataclass(frozen=True)
@@ -124,9 +117,7 @@ def box_corners(masks: Tensor) -> Tensor:
 class ImageFiles(Dataset):
     """Images of a folder, sorted by path; base class of the sets that have files.
 
-    Args:
-        root: The folder.
-        size: Side to which images are squashed, in pixels.
+    Images are squashed to `size` pixels a side.
 
     Raises:
         UserError: There is no folder, or no image in it.
@@ -184,7 +175,7 @@ class VocImages(ImageFiles):
 
     labelled = True
 
-    def __init__(self, root: Path, size: int, split: str = "val"):
+    def __init__(self, root: Path, size: int):
         folders = [root, root / "VOC2012", root / "VOCdevkit" / "VOC2012"]
         found = next((folder for folder in folders if (folder / "SegmentationClass").is_dir()), None)
         if found is None:
@@ -192,9 +183,9 @@ class VocImages(ImageFiles):
                 f"{root} has no SegmentationClass folder: pass --data voc:PATH with the folder VOC2012 of VOCdevkit"
             )
         self.root, self.size = found, size
-        names = found / "ImageSets" / "Segmentation" / f"{split}.txt"
+        names = found / "ImageSets" / "Segmentation" / "val.txt"
         if not names.is_file():
-            raise UserError(f"{names} is not there: it lists the images of the split {split!r}. Unpack VOC again")
+            raise UserError(f"{names} is not there: it lists the images of the split 'val'. Unpack VOC again")
         self.items = [(key, found / "JPEGImages" / f"{key}.jpg") for key in names.read_text().split()]
         if not self.items:
             raise UserError(f"{names} lists no images")
@@ -352,6 +343,12 @@ def open_images(specification: str, size: int, limit: int | None = None) -> Data
     return images
 
 
+def readable(images: Dataset) -> Iterator[tuple[int, Sample]]:
+    """Yield the samples that can be read, with their numbers."""
+    samples = ((number, images[number]) for number in range(len(images)))
+    return (entry for entry in samples if entry[1].problem is None)
+
+
 def batches(
     images: Dataset,
     batch_size: int = 8,
@@ -364,8 +361,6 @@ def batches(
     """Read samples in order, `batch_size` at a time, and yield the readable ones.
 
     Args:
-        images: Data set of `Sample`s.
-        batch_size: Samples per batch.
         problems: Filled with one line for each unreadable image, which is also printed on stderr.
         workers: Processes that read.
         progress: Title of a progress bar; none when None.

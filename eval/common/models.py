@@ -184,8 +184,6 @@ def open_model(
     """Open one model, named as in the module's text.
 
     Args:
-        specification: The model's name.
-        device: Its device.
         image_size: Height and width to expect, in pixels; the model's own when None.
         model_args: `KEY=VALUE` words for `registry.create_model`; a run knows its own.
         seed: Seed of untrained weights.

@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -14,18 +13,11 @@ from crate_fast.errors import UserError, require
 from crate_fast.eval.common.images import Sample
 from crate_fast.train.data import UNREADABLE
 
-__all__ = ["LabelledImages", "LabelledSample", "LinearProbe", "knn_predictions", "linear_probe", "pooled"]
+__all__ = ["LabelledImages", "LinearProbe", "knn_predictions", "linear_probe", "pooled"]
 
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # scikit-learn's C, the inverse of the regularisation
 _STEPS = 500
 _SIMILARITIES = 2**26  # held at once: 256 MiB
-
-
-@dataclass(frozen=True)
-class LabelledSample(Sample):
-    """A `Sample` with its class number."""
-
-    label: int = -1
 
 
 class LabelledImages(Dataset):
@@ -45,15 +37,15 @@ class LabelledImages(Dataset):
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, number: int) -> LabelledSample:
+    def __getitem__(self, number: int) -> Sample:
         index = self.indices[number]
         try:
             return self._sample(index, *self.split[0, index])
         except UNREADABLE as error:
             problem = f"{self.name} image {index}: {error}"
-            return LabelledSample(index, torch.zeros(3, 1, 1, dtype=torch.uint8), (0, 0), None, problem)
+            return Sample(index, torch.zeros(3, 1, 1, dtype=torch.uint8), (0, 0), None, problem)
 
-    def __getitems__(self, numbers: list[int]) -> list[LabelledSample]:
+    def __getitems__(self, numbers: list[int]) -> list[Sample]:
         if not hasattr(self.split, "__getitems__"):
             return [self[number] for number in numbers]
         indices = [self.indices[number] for number in numbers]  # scenes: drawn faster together, and never unreadable
@@ -62,8 +54,8 @@ class LabelledImages(Dataset):
         )
 
     @staticmethod
-    def _sample(index: int, image: Tensor, label: int) -> LabelledSample:
-        return LabelledSample(index, image, tuple(image.shape[1:]), label=int(label))
+    def _sample(index: int, image: Tensor, label: int) -> Sample:
+        return Sample(index, image, tuple(image.shape[1:]), label=int(label))
 
 
 def check_pool(model: nn.Module, pool: str) -> None:
@@ -155,9 +147,7 @@ class LinearProbe(NamedTuple):
     converged: bool
 
 
-def linear_probe(
-    train: Tensor, labels: Tensor, val: Tensor, seed: int = 0, strengths: Sequence[float] = STRENGTHS
-) -> LinearProbe:
+def linear_probe(train: Tensor, labels: Tensor, val: Tensor, seed: int = 0) -> LinearProbe:
     """Fit scikit-learn's multinomial logistic regression on standardised frozen features.
 
     The regularisation is chosen on a held-out fifth of the training images; then all are fitted.
@@ -167,7 +157,6 @@ def linear_probe(
         labels: Their classes [n].
         val: Features [m, C].
         seed: Seed of the choice of held-out images.
-        strengths: Candidates for C.
 
     Raises:
         UserError: scikit-learn is missing, or there are fewer than ten training images, or than two classes in those
@@ -190,8 +179,8 @@ def linear_probe(
             warnings.simplefilter("ignore", ConvergenceWarning)  # `converged` says so
             return probe.fit(x[rows], y[rows])
 
-    held_out = {c: float(fit(rest, c).score(x[apart], y[apart])) for c in strengths}
-    best = max(strengths, key=lambda c: (held_out[c], -c))
+    held_out = {c: float(fit(rest, c).score(x[apart], y[apart])) for c in STRENGTHS}
+    best = max(STRENGTHS, key=lambda c: (held_out[c], -c))
     probe = fit(order.sort().values, best)
     predictions = torch.from_numpy(probe.predict(val.double().numpy()))
     return LinearProbe(predictions, best, held_out, bool((probe[-1].n_iter_ < _STEPS).all()))

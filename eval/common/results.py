@@ -12,7 +12,8 @@ from crate_fast.env import provenance
 from crate_fast.errors import UserError
 from crate_fast.train.checkpoint import write_text
 
-__all__ = ["Records", "csv_table", "latex_table", "make_folder", "markdown_table", "write_results", "write_table"]
+__all__ = ["Records", "csv_table", "differences", "latex_table", "make_folder", "markdown_table"]
+__all__ += ["write_results", "write_table"]
 
 _LATEX = str.maketrans(
     {sign: "\\" + sign for sign in "&%_#${}"}
@@ -126,6 +127,13 @@ def write_results(folder: Path, protocol: str, config: dict, results: dict, prob
     return path
 
 
+def differences(path: Path, settings: dict) -> str:
+    """Return what differs between the settings in a JSON file and others, in words; "" when they are equal."""
+    before = json.loads(path.read_text())
+    names = sorted(name for name in before.keys() | settings.keys() if before.get(name) != settings.get(name))
+    return "; ".join(f"{name}: {before.get(name)!r} there, {settings.get(name)!r} now" for name in names)
+
+
 class Records:
     """Records of an evaluation in a folder, one line for each image or checkpoint, from which it is resumed.
 
@@ -150,12 +158,9 @@ class Records:
         path = folder / "settings.json"
         settings = json.loads(json.dumps(settings))
         if path.is_file() and self.read():
-            before = json.loads(path.read_text())
-            differing = sorted(k for k in before.keys() | settings.keys() if before.get(k) != settings.get(k))
-            if differing:
-                pairs = "; ".join(f"{k}: {before.get(k)!r} there, {settings.get(k)!r} now" for k in differing)
+            if differing := differences(path, settings):
                 raise UserError(
-                    f"{folder} holds records of other settings ({pairs}): give another --output, or remove it"
+                    f"{folder} holds records of other settings ({differing}): give another --output, or remove it"
                 )
         elif rank == 0:
             write_text(path, json.dumps(settings, indent=2) + "\n")

@@ -219,17 +219,12 @@ def score_attention(
     model: nn.Module,
     batches: Iterable[Sequence[Tensor]],
     normalize: Callable[[Tensor], Tensor],
-    layers: Sequence[int] | None = None,
-    fraction: float = 0.6,
 ) -> dict[str, dict]:
     """Score CLS attention and baselines with known object masks, on the patch grid: mean IoU, average precision.
 
     Args:
         model: A CRATE or an ablation; left in evaluation mode.
-        batches: (images, labels, pixel masks [B, H, W]).
-        normalize: Images → the model's input.
-        layers: All when None.
-        fraction: See `attention_to_mask`.
+        batches: (images, labels, pixel masks [B, H, W]); `normalize` makes images the model's input.
 
     Returns:
         For each of `READINGS` (IoU with "topk" and "mass" masks, and "ap") a dictionary with
@@ -242,10 +237,9 @@ def score_attention(
     """
     model.eval()
     device = next(model.parameters()).device
-    scores = AttentionScores(fraction)
+    scores = AttentionScores()
     for images, labels, masks in batches:
-        traces = trace(model, normalize(images.to(device)), layers)
-        maps = {layer_trace.index: layer_trace.cls_attention() for layer_trace in traces}
+        maps = {layer.index: layer.cls_attention() for layer in trace(model, normalize(images.to(device)))}
         targets = [mask[None] for mask in mask_to_grid(masks, model.grid_size)]
         scores.add(maps, targets, labels=[[label] for label in labels.tolist()])
     return scores.result()

@@ -3,12 +3,11 @@
 import argparse
 import json
 import math
-import sys
 from pathlib import Path
 
 from crate_fast.errors import CommandParser, UserError, require, run_command
 from crate_fast.eval.common.command import positive
-from crate_fast.eval.common.results import make_folder
+from crate_fast.eval.common.results import differences, make_folder
 from crate_fast.eval.emergence.data import prepare_photographs
 from crate_fast.eval.emergence.protocol import SIZES, Protocol
 from crate_fast.eval.emergence.report import write_report
@@ -22,11 +21,8 @@ def _claim_folder(folder: Path, size: str, protocol: Protocol, option: str) -> N
     """Write protocol.json; refuse a folder with another protocol's."""
     path, ours = folder / "protocol.json", {"size": size} | protocol.settings()
     if path.is_file():
-        theirs = json.loads(path.read_text())
-        differing = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
-        if differing:
-            details = "; ".join(f"{name}: {theirs.get(name)!r} there, {ours.get(name)!r} now" for name in differing)
-            raise UserError(f"{folder} is of another protocol ({details}): give another {option}")
+        if differing := differences(path, ours):
+            raise UserError(f"{folder} is of another protocol ({differing}): give another {option}")
     else:
         make_folder(folder)
         write_text(path, json.dumps(ours, indent=2) + "\n")
@@ -41,16 +37,6 @@ def _report_again(report: Path, size: str) -> None:
     if settings.pop("size") != size:
         raise UserError(f"{report} holds results of another --size than {size}: name theirs")
     print(f"written:\n  {write_report(report, Protocol.of_settings(settings), size)}")
-
-
-def _check_cifar10(folder: Path | None) -> None:
-    if folder is None:
-        return
-    if not (folder / "train").is_dir() and not (folder / "cifar-10-batches-py").is_dir():
-        raise UserError(
-            f"--cifar10 {folder} holds neither train/ and test/ with a folder of images a class, nor "
-            "cifar-10-batches-py as torchvision keeps it: name the folder that does, or leave it out"
-        )
 
 
 def _command(options: argparse.Namespace) -> None:
@@ -72,7 +58,12 @@ def _command(options: argparse.Namespace) -> None:
         protocol = _with_photographs(options, source, protocol, folders)
     elif options.boxes or options.masks:
         raise UserError("--boxes and --masks belong to --data photographs:DIR")
-    _check_cifar10(folders.cifar10)
+    cifar10 = folders.cifar10
+    if cifar10 and not (cifar10 / "train").is_dir() and not (cifar10 / "cifar-10-batches-py").is_dir():
+        raise UserError(
+            f"--cifar10 {cifar10} holds neither train/ and test/ with a folder of images a class, nor "
+            "cifar-10-batches-py as torchvision keeps it: name the folder that does, or leave it out"
+        )
     resources = Resources(options.device, options.jobs)
     _claim_folder(folders.report, options.size, protocol, "--report")
     _claim_folder(folders.output, options.size, protocol, "--output")
@@ -119,7 +110,3 @@ def main(argv: list[str] | None = None) -> int:
     add("--minutes", type=float, help="save and stop after this time")
     add("--device", default="auto", help="auto, cpu, cuda (all GPUs) or cuda:N; default auto")
     return run_command(lambda: _command(parser.parse_args(argv)))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -8,6 +8,7 @@ Photographs are prepared once in OUTPUT/data, where every run finds them:
     source.json  the folders and files that the user named
 """
 
+import importlib.util
 import json
 import os
 import tarfile
@@ -17,21 +18,31 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import Dataset, Subset
 
 from crate_fast.errors import UserError
 from crate_fast.eval.common.boxes import BoxedImages, covered
 from crate_fast.eval.common.images import SceneImages, Target, open_images
-from crate_fast.eval.common.photographs import free_photographs
 from crate_fast.eval.emergence.protocol import Protocol
 from crate_fast.train.checkpoint import write_text
-from crate_fast.train.data.image_files import find_images
+from crate_fast.train.data.image_files import find_images, read_image
 from crate_fast.train.data.shape_scenes import CLASSES
 from crate_fast.train.data.sources import nothing_outside
 
 __all__ = ["PhotographData", "SceneData", "open_experiment_data", "prepare_photographs", "spread"]
 
 _SHOWN = 8
+_FREE = (  # photographs of installed packages: package, file, name, credit
+    ("skimage", "data/chelsea.png", "cat", "Stéfan van der Walt, CC0"),
+    ("skimage", "data/coffee.png", "coffee", "Rachel Michetti, CC0"),
+    ("skimage", "data/astronaut.png", "astronaut", "NASA, public domain"),
+    ("skimage", "data/rocket.jpg", "rocket", "SpaceX, CC0"),
+    ("skimage", "data/motorcycle_left.png", "motorcycle", "Daniel Scharstein, CC0"),
+    ("sklearn", "datasets/images/flower.jpg", "flower", "vultilion, CC BY 2.0"),
+    ("sklearn", "datasets/images/china.jpg", "temple", "danielbuechele, CC BY 2.0"),
+    ("matplotlib", "mpl-data/sample_data/grace_hopper.jpg", "portrait", "US Navy, public domain"),
+)
 
 
 class SceneData:
@@ -75,11 +86,6 @@ class _Photographs(BoxedImages):
         mask = torch.from_numpy(covered(boxes.numpy() / [width, height, width, height], height, width))
         return Target([self.classes[str(key).split("/")[0]]], mask[None], torch.ones_like(mask), boxes)
 
-    def share_covered(self, key: str | int) -> float:
-        """Return the share of a photograph that its boxes cover; 0 without a box."""
-        size = self.annotated_size(key)
-        return float(self.target(key, size).masks.float().mean()) if size else 0.0
-
 
 class PhotographData:
     """Photographs as `prepare_photographs` left them in a folder; attributes as of `SceneData`."""
@@ -112,7 +118,8 @@ class PhotographData:
     def _boxed(self, images: _Photographs, count: int) -> Dataset:
         """Return at most `count` images, spread over the classes, whose boxes cover what the protocol wants."""
         low, high = self.protocol.coverage
-        shares = [images.share_covered(key) for key, _ in images.items]
+        sizes = [(key, images.annotated_size(key)) for key, _ in images.items]
+        shares = [float(images.target(key, size).masks.float().mean()) if size else 0.0 for key, size in sizes]
         fitting = [number for number, share in enumerate(shares) if share > 0 and low <= share <= high]
         if not fitting:
             raise UserError(
@@ -123,9 +130,22 @@ class PhotographData:
 
     def shown(self) -> dict[str, np.ndarray]:
         """Return free photographs, of no training set: "images" uint8 [8, S, S, 3], "names" [8] with credit."""
-        found = free_photographs()[:_SHOWN]
-        images = np.stack([np.asarray(photograph.square(self.protocol.mask_size)) for photograph in found])
-        return {"images": images, "names": np.array([f"{p.name} ({p.credit})" for p in found])}
+        images, names = [], []
+        for package, file, name, credit in _FREE:
+            specification = importlib.util.find_spec(package)
+            path = Path(specification.origin).parent / file if specification and specification.origin else None
+            if path is not None and path.is_file():
+                images.append(_central_square(path, self.protocol.mask_size))
+                names.append(f"{name} ({credit})")
+        return {"images": np.stack(images), "names": np.array(names)}
+
+
+def _central_square(path: Path, size: int) -> np.ndarray:
+    picture = read_image(path)
+    side = min(picture.size)
+    left, top = (picture.width - side) // 2, (picture.height - side) // 2
+    box = (left, top, left + side, top + side)
+    return np.asarray(picture.resize((size, size), Image.Resampling.LANCZOS, box=box))
 
 
 def spread(images: Dataset, count: int) -> Subset:
@@ -153,7 +173,9 @@ def prepare_photographs(source: Path, boxes: Path | None, masks: str | None, fol
         UserError: A split or the boxes are missing or cannot be used, or other photographs were prepared there.
     """
     boxes = boxes or source / "val_boxes.json"
-    named = {"source": str(source.resolve()), "boxes": str(boxes.resolve()), "masks": masks and _absolute(masks)}
+    masks_kind, _, masks_path = (masks or "").partition(":")
+    named = {"source": str(source.resolve()), "boxes": str(boxes.resolve())}
+    named["masks"] = masks and f"{masks_kind}:{Path(masks_path).resolve()}"
     record = folder / "source.json"
     if record.is_file():
         before = json.loads(record.read_text())
@@ -162,7 +184,7 @@ def prepare_photographs(source: Path, boxes: Path | None, masks: str | None, fol
         return before["training_images"]
     if not boxes.exists():
         raise UserError(f"{boxes} is not there: name the boxes of the validation images with --boxes")
-    if masks and not masks.startswith("coco:"):
+    if masks and masks_kind != "coco":
         raise UserError(f"--masks {masks}: write coco:PATH[:SPLIT]")
     folder.mkdir(parents=True, exist_ok=True)
     train, val = (_unpacked(source, split, folder) for split in ("train", "val"))
@@ -173,11 +195,6 @@ def prepare_photographs(source: Path, boxes: Path | None, masks: str | None, fol
     named["training_images"] = len(images.names)
     write_text(record, json.dumps(named, indent=2) + "\n")
     return named["training_images"]
-
-
-def _absolute(masks: str) -> str:
-    kind, _, path = masks.partition(":")
-    return f"{kind}:{Path(path).resolve()}"
 
 
 def _unpacked(source: Path, split: str, folder: Path) -> Path:

@@ -7,22 +7,11 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from crate_fast.train.config import TrainConfig
 
-__all__ = [
-    "MODELS",
-    "ORDER",
-    "SIZES",
-    "Point",
-    "Protocol",
-    "Run",
-    "Stage",
-    "planned_runs",
-    "settings_table",
-    "stages_of",
-    "training_config",
-]
+__all__ = ["MODELS", "ORDER", "SIZES", "Point", "Protocol", "Run", "Stage", "settings_table"]
 
 MODELS: dict[str, dict[str, str]] = {  # what differs from CRATE
     "CRATE": {},
@@ -63,19 +52,39 @@ class Stage:
         return self.images // self.batch_size * self.epochs
 
 
-@dataclass(frozen=True)
-class Point:
-    """A checkpoint that is scored.
-
-    Attributes:
-        stage: Number of the stage.
-        step: Step of that stage; 0 is the untrained twin.
-        images: Number of training images seen so far.
-    """
+class Point(NamedTuple):
+    """A checkpoint that is scored: its stage, its step there (0 is the untrained twin), and images seen so far."""
 
     stage: int
     step: int
     images: int
+
+
+class Run(NamedTuple):
+    """One training run of the experiment.
+
+    Attributes:
+        kind: "sweep" chooses a learning rate; "scenes" or "photographs" is compared; "cifar10" is compared in
+            accuracy.
+        model: A key of `MODELS`.
+        seed: Seed of weights, data and order.
+        lr: Learning rate of a sweep; None for other runs, whose rate the sweeps decide.
+    """
+
+    kind: str
+    model: str
+    seed: int
+    lr: float | None = None
+
+    @property
+    def name(self) -> str:
+        """Name of its files."""
+        return f"{self.kind}-{self.model}-" + (f"lr{self.lr:g}" if self.kind == "sweep" else f"seed{self.seed}")
+
+    @property
+    def scored(self) -> bool:
+        """True if the attention of its checkpoints is scored."""
+        return self.kind in ("scenes", "photographs")
 
 
 @dataclass(frozen=True)
@@ -98,7 +107,7 @@ class Protocol:
         sweep_seed: Seed of the learning-rate runs.
         optimizer, weight_decay, label_smoothing: Settings of `TrainConfig`.
         warmup_share: Share of a stage's steps.
-        primary: Measure of `scores.COARSE` that decides; the default is the first protocol's.
+        primary: Measure of `results.COARSE` that decides; the default is the first protocol's.
         data: "shape_scenes" or "photographs".
         models: Keys of `MODELS`.
         crop_scale, hflip: Augmentation of photographs, settings of `TrainConfig`.
@@ -148,6 +157,11 @@ class Protocol:
         return "photographs" if self.photographs else "scenes"
 
     @property
+    def fixed_map(self) -> str:
+        """Name of the baseline that is one map for all images."""
+        return "mean box" if self.photographs else "mean mask"
+
+    @property
     def image_size(self) -> int:
         """Image size of all scores, in pixels."""
         return self.stages[-1].image_size
@@ -186,103 +200,153 @@ class Protocol:
         """Return the protocol for a training set of another size."""
         return dataclasses.replace(self, stages=tuple(dataclasses.replace(s, images=count) for s in self.stages))
 
+    def planned_runs(self, cifar10: bool = True) -> list[Run]:
+        """Return all runs in starting order: sweeps, then seed by seed, so that an early stop leaves whole seeds."""
+        sweeps = [Run("sweep", model, self.sweep_seed, lr) for model in self.models for lr in self.lrs]
+        kinds = (self.kind, "cifar10") if cifar10 else (self.kind,)
+        return sweeps + [Run(kind, m, seed) for kind in kinds for seed in self.seeds for m in self.models]
 
+    def stages_of(self, run: Run) -> tuple[Stage, ...]:
+        """Return the stages of a run; sweeps and CIFAR-10 have one."""
+        first = self.stages[0]
+        if run.scored:
+            return self.stages
+        if run.kind == "cifar10":
+            return (Stage(_CIFAR_SIZE, _CIFAR_IMAGES, self.cifar_epochs, batch_size=128),)
+        if self.photographs:
+            return (dataclasses.replace(first, epochs=max(1, round(self.sweep_images / first.images))),)
+        return (dataclasses.replace(first, images=self.sweep_images, epochs=1),)
+
+    def training_config(
+        self, run: Run, number: int, lr: float, data_dir: Path | None = None, **further
+    ) -> TrainConfig:
+        """Return the training settings of a stage, by its number, of a run with the peak learning rate `lr`.
+
+        Args:
+            data_dir: For CIFAR-10 a folder with train/<class>/ and test/<class>/, or with CIFAR-10 as torchvision
+                keeps it; for photographs the folder that `data.prepare_photographs` fills.
+            **further: Other settings, such as `device`, and `init` of a later stage.
+        """
+        stage = self.stages_of(run)[number]
+        if run.kind == "cifar10":
+            folders = (data_dir / "train").is_dir()
+            data = {"dataset": "folder", "val_split": "test"} if folders else {"dataset": "cifar10"}
+            data |= {"data_dir": str(data_dir), "patch_size": 4, "crop": "pad", "hflip": 0.5, "mean": "cifar10"}
+        elif self.photographs:
+            data = {"dataset": "folder", "data_dir": str(data_dir), "val_split": "selection", "crop": "random"}
+            data |= {"crop_scale": self.crop_scale, "hflip": self.hflip, "patch_size": self.patch_size}
+        else:
+            data = {"dataset": "shape_scenes", "patch_size": self.patch_size, "mean": "half"}
+            data |= {"train_samples": stage.images, "val_samples": self.selection_images}
+        if run.scored:  # keep all checkpoints: every stop saves one too
+            data |= {"checkpoint_every": stage.steps // stage.checkpoints, "keep_checkpoints": stage.steps}
+        return TrainConfig(
+            model="crate_tiny_patch8_224",
+            dim=self.dim,
+            depth=self.depth,
+            heads=self.heads,
+            **MODELS[run.model],
+            **data,
+            image_size=stage.image_size,
+            batch_size=stage.batch_size,
+            epochs=stage.epochs,
+            warmup_epochs=self.warmup_share * stage.epochs,
+            optimizer=self.optimizer,
+            lr=lr * stage.lr_share,
+            weight_decay=self.weight_decay,
+            label_smoothing=self.label_smoothing,
+            precision=self.precision,
+            seed=run.seed,
+            log_every=50,
+            segmentation_samples=8,  # for the run's own figure; the experiment scores more
+            **further,
+        )
+
+
+_SMALL = Protocol(
+    patch_size=8,
+    dim=96,
+    depth=4,
+    heads=3,
+    stages=(Stage(64, 50_000, 4, 1.0, 4), Stage(128, 24_064, 1, 0.5, 2)),
+    sweep_images=60_000,
+    lrs=(5e-4, 1e-3, 2e-3),
+    seeds=(0, 1, 2),
+    cifar_epochs=2,
+    selection_images=500,
+    test_images=500,
+    maskcut_images=200,
+    primary="AP, best head",
+)
+_SMOKE = {"dim": 16, "depth": 2, "heads": 2, "lrs": (1e-3, 2e-3), "seeds": (0, 1)}
 _SCENES = {
-    "smoke": Protocol(
-        patch_size=8,
-        dim=16,
-        depth=2,
-        heads=2,
+    "smoke": dataclasses.replace(
+        _SMALL,
+        **_SMOKE,
         stages=(Stage(32, 64, 2, 1.0, 1, 16), Stage(64, 32, 1, 0.5, 1, 16)),
         sweep_images=32,
-        lrs=(1e-3, 2e-3),
-        seeds=(0, 1),
         cifar_epochs=1,
         selection_images=12,
         test_images=16,
         maskcut_images=8,
-        primary="AP, best head",
     ),
-    "small": Protocol(
-        patch_size=8,
-        dim=96,
-        depth=4,
-        heads=3,
-        stages=(Stage(64, 50_000, 4, 1.0, 4), Stage(128, 24_064, 1, 0.5, 2)),
-        sweep_images=60_000,
-        lrs=(5e-4, 1e-3, 2e-3),
-        seeds=(0, 1, 2),
-        cifar_epochs=2,
-        selection_images=500,
-        test_images=500,
-        maskcut_images=200,
-        primary="AP, best head",
-    ),
-    "full": Protocol(
-        patch_size=8,
+    "small": _SMALL,
+    "full": dataclasses.replace(
+        _SMALL,
         dim=192,
         depth=12,
-        heads=3,
         stages=(Stage(128, 307_200, 2, 1.0, 8, 256),),
         sweep_images=150_000,
-        lrs=(5e-4, 1e-3, 2e-3),
-        seeds=(0, 1, 2),
         cifar_epochs=10,
         selection_images=1000,
         test_images=1000,
         maskcut_images=500,
-        primary="AP, best head",
     ),
 }
-_PHOTOGRAPHS = {"data": "photographs", "models": ORDER, "primary": "AP, best head", "cifar_epochs": 0} | {
-    "crop_scale": 0.35,
-    "hflip": 0.5,
-}
-_PHOTOGRAPH_SIZES = {
-    "smoke": Protocol(
-        patch_size=8,
-        dim=16,
-        depth=2,
-        heads=2,
+_SMALL_PHOTOGRAPHS = dataclasses.replace(
+    _SMALL,
+    dim=192,
+    depth=6,
+    stages=(Stage(64, 50_000, 12, 1.0, 6, 128),),
+    sweep_images=100_000,
+    cifar_epochs=0,
+    selection_images=1500,
+    test_images=1500,
+    maskcut_images=79,
+    data="photographs",
+    models=ORDER,
+    crop_scale=0.35,
+    hflip=0.5,
+    precision="bf16",
+    coverage=(0.05, 0.6),
+    box_images=1000,
+)
+_PHOTOGRAPHS = {
+    "smoke": dataclasses.replace(
+        _SMALL_PHOTOGRAPHS,
+        **_SMOKE,
         stages=(Stage(32, 16, 2, 1.0, 2, 8),),
         sweep_images=16,
-        lrs=(1e-3, 2e-3),
-        seeds=(0, 1),
         selection_images=6,
         test_images=6,
         maskcut_images=4,
+        precision="auto",
         mask_size=64,
+        coverage=(0.0, 1.0),
         box_images=4,
-        **_PHOTOGRAPHS,
     ),
-    "small": Protocol(
-        patch_size=8,
-        dim=192,
-        depth=6,
-        heads=3,
-        stages=(Stage(64, 50_000, 12, 1.0, 6, 128),),
-        sweep_images=100_000,
-        lrs=(5e-4, 1e-3, 2e-3),
-        seeds=(0, 1, 2),
-        selection_images=1500,
-        test_images=1500,
-        maskcut_images=79,
-        coverage=(0.05, 0.6),
-        box_images=1000,
-        precision="bf16",
-        **_PHOTOGRAPHS,
+    "small": _SMALL_PHOTOGRAPHS,
+    "full": dataclasses.replace(
+        _SMALL_PHOTOGRAPHS,
+        dim=384,
+        depth=12,
+        heads=6,
+        stages=(Stage(64, 50_000, 60, 1.0, 12, 256),),
+        sweep_images=250_000,
+        precision="auto",
     ),
 }
-_PHOTOGRAPH_SIZES["full"] = dataclasses.replace(
-    _PHOTOGRAPH_SIZES["small"],
-    dim=384,
-    depth=12,
-    heads=6,
-    stages=(Stage(64, 50_000, 60, 1.0, 12, 256),),
-    sweep_images=250_000,
-    precision="auto",
-)
-SIZES = {"shape_scenes": _SCENES, "photographs": _PHOTOGRAPH_SIZES}
+SIZES = {"shape_scenes": _SCENES, "photographs": _PHOTOGRAPHS}
 
 
 def settings_table(data: str = "shape_scenes") -> list[dict]:
@@ -299,108 +363,3 @@ def _in_words(value: object) -> str:
         words = f"{value.epochs} × {value.images:,} images of {value.image_size} px, batch {value.batch_size}, "
         return words + f"{value.lr_share:g} × lr, {value.checkpoints} checkpoints"
     return f"{value:,}" if isinstance(value, int) else str(value)
-
-
-@dataclass(frozen=True)
-class Run:
-    """One training run of the experiment.
-
-    Attributes:
-        kind: "sweep" chooses a learning rate; "scenes" or "photographs" is compared; "cifar10" is compared in
-            accuracy.
-        model: A key of `MODELS`.
-        seed: Seed of weights, data and order.
-        lr: Learning rate of a sweep; None for other runs, whose rate the sweeps decide.
-    """
-
-    kind: str
-    model: str
-    seed: int
-    lr: float | None = None
-
-    @property
-    def name(self) -> str:
-        """Name of its files."""
-        return f"{self.kind}-{self.model}-" + (f"lr{self.lr:g}" if self.kind == "sweep" else f"seed{self.seed}")
-
-    @property
-    def scored(self) -> bool:
-        """True if the attention of its checkpoints is scored."""
-        return self.kind in ("scenes", "photographs")
-
-
-def planned_runs(protocol: Protocol, cifar10: bool = True) -> list[Run]:
-    """Return all runs in starting order: sweeps, then seed by seed, so that an early stop leaves complete seeds.
-
-    Args:
-        protocol: The experiment.
-        cifar10: True if CIFAR-10 is available.
-    """
-    sweeps = [Run("sweep", model, protocol.sweep_seed, lr) for model in protocol.models for lr in protocol.lrs]
-    kinds = (protocol.kind, "cifar10") if cifar10 else (protocol.kind,)
-    return sweeps + [Run(kind, m, seed) for kind in kinds for seed in protocol.seeds for m in protocol.models]
-
-
-def stages_of(protocol: Protocol, run: Run) -> tuple[Stage, ...]:
-    """Return the stages of a run; sweeps and CIFAR-10 have one."""
-    first = protocol.stages[0]
-    if run.scored:
-        return protocol.stages
-    if run.kind == "cifar10":
-        return (Stage(_CIFAR_SIZE, _CIFAR_IMAGES, protocol.cifar_epochs, batch_size=128),)
-    if protocol.photographs:
-        return (dataclasses.replace(first, epochs=max(1, round(protocol.sweep_images / first.images))),)
-    return (dataclasses.replace(first, images=protocol.sweep_images, epochs=1),)
-
-
-def training_config(
-    protocol: Protocol, run: Run, number: int, lr: float, data_dir: Path | None = None, **further
-) -> TrainConfig:
-    """Return the training settings of a stage of a run.
-
-    Args:
-        protocol: The experiment.
-        run: The run.
-        number: Number of the stage.
-        lr: The run's peak learning rate.
-        data_dir: For CIFAR-10 a folder with train/<class>/ and test/<class>/, or with CIFAR-10 as torchvision keeps
-            it; for photographs the folder that `data.prepare_photographs` fills.
-        **further: Other settings, such as `device`, and `init` of a later stage.
-    """
-    stage = stages_of(protocol, run)[number]
-    if run.kind == "cifar10":
-        folders = (data_dir / "train").is_dir()
-        data = {"dataset": "folder", "val_split": "test"} if folders else {"dataset": "cifar10"}
-        data |= {"data_dir": str(data_dir), "patch_size": 4, "crop": "pad", "hflip": 0.5, "mean": "cifar10"}
-    elif protocol.photographs:
-        data = {"dataset": "folder", "data_dir": str(data_dir), "val_split": "selection", "crop": "random"}
-        data |= {"crop_scale": protocol.crop_scale, "hflip": protocol.hflip, "patch_size": protocol.patch_size}
-    else:
-        data = {"dataset": "shape_scenes", "patch_size": protocol.patch_size, "mean": "half"}
-        data |= {"train_samples": stage.images, "val_samples": protocol.selection_images}
-    kept = {}
-    if run.scored:
-        kept["checkpoint_every"] = stage.steps // stage.checkpoints
-        kept["keep_checkpoints"] = stage.steps  # keep all: every stop saves one too
-    return TrainConfig(
-        model="crate_tiny_patch8_224",
-        dim=protocol.dim,
-        depth=protocol.depth,
-        heads=protocol.heads,
-        **MODELS[run.model],
-        **data,
-        **kept,
-        image_size=stage.image_size,
-        batch_size=stage.batch_size,
-        epochs=stage.epochs,
-        warmup_epochs=protocol.warmup_share * stage.epochs,
-        optimizer=protocol.optimizer,
-        lr=lr * stage.lr_share,
-        weight_decay=protocol.weight_decay,
-        label_smoothing=protocol.label_smoothing,
-        precision=protocol.precision,
-        seed=run.seed,
-        log_every=50,
-        segmentation_samples=8,  # for the run's own figure; the experiment scores more
-        **further,
-    )

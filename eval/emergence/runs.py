@@ -19,10 +19,12 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -34,15 +36,9 @@ from crate_fast.errors import UserError
 from crate_fast.eval.common.models import LoadedModel, open_model
 from crate_fast.eval.common.results import Records
 from crate_fast.eval.emergence.data import open_experiment_data
-from crate_fast.eval.emergence.protocol import Point, Protocol, Run, planned_runs, stages_of, training_config
-from crate_fast.eval.emergence.scores import (
-    box_scores,
-    checkpoint_scores,
-    chosen_lr,
-    load_results,
-    photograph_scores,
-    pictures,
-)
+from crate_fast.eval.emergence.protocol import Point, Protocol, Run
+from crate_fast.eval.emergence.results import Results
+from crate_fast.eval.emergence.scores import box_scores, checkpoint_scores, photograph_scores, pictures
 from crate_fast.train.checkpoint import write_text
 from crate_fast.train.config import TrainConfig
 from crate_fast.train.distributed import choose_device
@@ -115,35 +111,25 @@ class Resources:
         every = self.on_gpu and ":" not in device
         self.devices = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if every else [str(chosen)]
         self.jobs = jobs or (4 * len(self.devices) if self.on_gpu else self.cores)
-        self.threads = max(1, self.cores // self.jobs)
-        self.workers = max(1, self.threads - 1) if self.on_gpu else 0
+        threads = max(1, self.cores // self.jobs)
+        self.settings = {"threads": threads, "workers": max(1, threads - 1) if self.on_gpu else 0}
 
     def __str__(self) -> str:
         names = [torch.cuda.get_device_name(device) for device in self.devices] if self.on_gpu else []
         return f"{', '.join([*names, processor_name()])}, {self.cores} cores, {self.jobs} runs at once"
 
 
-@dataclass(frozen=True)
-class Job:
+class Job(NamedTuple):
     """A run with everything that its process needs.
 
-    Attributes:
-        run: The run.
-        lr: Its learning rate.
-        protocol: The experiment.
-        folders: Its folders.
-        device: A setting of `TrainConfig`.
-        threads, workers: Settings of `TrainConfig`.
-        origin: Provenance for the result.
+    `settings` are those of `TrainConfig` for its device and processes; `origin` is the result's provenance.
     """
 
     run: Run
     lr: float
     protocol: Protocol
     folders: Folders
-    device: str
-    threads: int
-    workers: int
+    settings: dict
     origin: dict[str, str]
 
 
@@ -154,9 +140,7 @@ def run_experiment(protocol: Protocol, folders: Folders, resources: Resources, m
     """Do all unfinished runs of an experiment.
 
     Args:
-        protocol: The experiment.
-        folders: Its folders, without runs of another protocol.
-        resources: Devices and number of simultaneous runs.
+        folders: Folders without runs of another protocol.
         minutes: Time limit; None means no limit.
 
     Returns:
@@ -166,14 +150,24 @@ def run_experiment(protocol: Protocol, folders: Folders, resources: Resources, m
         CheckpointError: Another process runs an experiment in these folders.
         RunFailedError: A run failed; the message names it and its log. Finished runs are kept.
     """
-    lock = RunLock(folders.output)
-    lock.acquire()
+    with _locked(folders.output), Interruption(signal.SIGINT) as interruption:
+        deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
+        scheduler = _Scheduler(protocol, folders, resources)
+        try:
+            return scheduler.run(lambda: interruption.requested() or time.monotonic() > deadline)
+        finally:
+            scheduler.terminate()
+            for process, _ in scheduler.running.values():
+                process.join()
+
+
+@contextmanager
+def _locked(folder: Path, patience: float = 0.0) -> Iterator[None]:
+    lock = RunLock(folder)
+    lock.acquire(patience)
     lock.sign()
     try:
-        with Interruption(signal.SIGINT) as interruption:
-            deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
-            with _Scheduler(protocol, folders, resources) as scheduler:
-                return scheduler.run(lambda: interruption.requested() or time.monotonic() > deadline)
+        yield
     finally:
         lock.release()
 
@@ -183,26 +177,17 @@ class _Scheduler:
 
     def __init__(self, protocol: Protocol, folders: Folders, resources: Resources):
         self.protocol, self.folders, self.resources = protocol, folders, resources
-        runs = planned_runs(protocol, folders.cifar10 is not None)
+        runs = protocol.planned_runs(folders.cifar10 is not None)
         num_classes = open_experiment_data(protocol, folders.photographs).num_classes
         self.costs = {run: _costs(protocol, run, folders, num_classes) for run in runs}
         self.waiting = [run for run in runs if not folders.result(run).is_file()]
-        self.running: dict[Run, multiprocessing.Process] = {}
-        self.devices: dict[Run, str] = {}
+        self.running: dict[Run, tuple[multiprocessing.Process, str]] = {}  # process and device
         self.origin = provenance() | {"device": str(resources)}  # of the code that the jobs are forked from
         del self.origin["command"]  # it names this machine's folders
         (folders.output / "logs").mkdir(parents=True, exist_ok=True)
 
-    def __enter__(self) -> "_Scheduler":
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._terminate()
-        for process in self.running.values():
-            process.join()
-
-    def _terminate(self) -> None:
-        for process in self.running.values():
+    def terminate(self) -> None:
+        for process, _ in self.running.values():
             process.terminate()
 
     def run(self, stop: Callable[[], object]) -> bool:
@@ -216,7 +201,7 @@ class _Scheduler:
                 if stop() and not stopping:  # before the jobs are checked: the signal may have reached them too
                     stopping = True
                     bar.write("stopping: the runs save what they have")
-                    self._terminate()
+                    self.terminate()
                 self._reap(bar, stopping)
                 if stopping and not self.running:
                     return False
@@ -236,7 +221,7 @@ class _Scheduler:
 
     def _spent(self, run: Run) -> float:
         spent = 0.0
-        for number, (stage, cost) in enumerate(zip(stages_of(self.protocol, run), self.costs[run], strict=False)):
+        for number, (stage, cost) in enumerate(zip(self.protocol.stages_of(run), self.costs[run], strict=False)):
             path = self.folders.stage(run, number) / "metrics.jsonl"
             if not path.is_file():
                 break
@@ -249,33 +234,30 @@ class _Scheduler:
         """Start the first run whose learning rate is known; return False if none was started."""
         if len(self.running) == self.resources.jobs or not self.waiting:
             return False
-        results = load_results(self.folders.report)
-        for run in self.waiting:
-            lr = chosen_lr(results, self.protocol, run.model) if run.lr is None else run.lr
-            if lr is not None:
-                try:
-                    self._start(run, lr)
-                except (EOFError, OSError):
-                    if not stop():  # else the signal that asks for a stop has ended the fork server
-                        raise
-                    return False
-                return True
-        return False
-
-    def _start(self, run: Run, lr: float) -> None:
-        resources, used = self.resources, list(self.devices.values())
-        device = min(resources.devices, key=used.count)
-        job = Job(run, lr, self.protocol, self.folders, device, resources.threads, resources.workers, self.origin)
+        results = Results.load(self.folders.report, self.protocol)
+        lrs = ((run, results.chosen_lr(run.model) if run.lr is None else run.lr) for run in self.waiting)
+        run, lr = next(((run, lr) for run, lr in lrs if lr is not None), (None, None))
+        if run is None:
+            return False
+        used = [device for _, device in self.running.values()]
+        device = min(self.resources.devices, key=used.count)
+        job = Job(run, lr, self.protocol, self.folders, self.resources.settings | {"device": device}, self.origin)
         process = _FORKSERVER.Process(target=_run_job, args=(job,))
-        process.start()
+        try:
+            process.start()
+        except (EOFError, OSError):
+            if not stop():  # else the signal that asks for a stop has ended the fork server
+                raise
+            return False
         self.waiting.remove(run)
-        self.running[run], self.devices[run] = process, device
+        self.running[run] = process, device
+        return True
 
     def _reap(self, bar: tqdm, stopping: bool) -> None:
-        for run, process in list(self.running.items()):
+        for run, (process, _) in list(self.running.items()):
             if process.exitcode is None:
                 continue
-            del self.running[run], self.devices[run]
+            del self.running[run]
             if self.folders.result(run).is_file():
                 bar.write(f"{run.name}: done")
             elif stopping:
@@ -295,8 +277,8 @@ def _tail(log: Path, lines: int = 8) -> str:
 def _costs(protocol: Protocol, run: Run, folders: Folders, num_classes: int) -> list[float]:
     """Return the operations of each stage's training and, last, of scoring."""
     costs, flops = [], None
-    for number, stage in enumerate(stages_of(protocol, run)):
-        config = training_config(protocol, run, number, 1e-3, folders.data_dir(run))
+    for number, stage in enumerate(protocol.stages_of(run)):
+        config = protocol.training_config(run, number, 1e-3, folders.data_dir(run))
         flops = _flops(dataclasses.replace(config, seed=0), 10 if run.kind == "cifar10" else num_classes)
         costs.append(stage.steps * stage.batch_size * flops.step)
     scored = protocol.selection_images + 2 * protocol.test_images + 2 * protocol.maskcut_images
@@ -318,14 +300,9 @@ def _run_job(job: Job) -> None:
     os.dup2(stream, 2)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops its jobs with SIGTERM
     _stop_with_parent()
-    lock = RunLock(job.folders.output / "locks" / job.run.name)
-    lock.acquire(_LOCK_SECONDS)
-    lock.sign()
-    torch.set_num_threads(job.threads)
-    try:
+    torch.set_num_threads(job.settings["threads"])
+    with _locked(job.folders.output / "locks" / job.run.name, _LOCK_SECONDS):
         train_and_score(job)
-    finally:
-        lock.release()
     sys.exit(0)
 
 
@@ -358,10 +335,10 @@ def _train(job: Job) -> bool:
         UserError: A finished stage in the folder was trained at another learning rate.
     """
     init = ""
-    for number, stage in enumerate(stages_of(job.protocol, job.run)):
+    for number, stage in enumerate(job.protocol.stages_of(job.run)):
         folder = job.folders.stage(job.run, number)
-        further = {"device": job.device, "threads": job.threads, "workers": job.workers, "init": init}
-        config = training_config(job.protocol, job.run, number, job.lr, job.folders.data_dir(job.run), **further)
+        data_dir, further = job.folders.data_dir(job.run), job.settings | {"init": init}
+        config = job.protocol.training_config(job.run, number, job.lr, data_dir, **further)
         summary = folder / "summary.json"
         if not summary.is_file():
             launch(config, argparse.Namespace(recipe="emergence", output=str(folder), resume=True, dry_run=False))
@@ -377,7 +354,7 @@ def _train(job: Job) -> bool:
 
 
 def _score(job: Job) -> None:
-    stages = stages_of(job.protocol, job.run)
+    stages = job.protocol.stages_of(job.run)
     folders = [job.folders.stage(job.run, number) for number in range(len(stages))]
     logs = [[json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in folders]
     seconds = sum(_seconds(log, stage.batch_size) for log, stage in zip(logs, stages, strict=True))
@@ -436,7 +413,7 @@ def _score_checkpoints(job: Job, interruption: Interruption) -> list[dict] | Non
             return None
         if number not in records.read():
             began, loaded = time.perf_counter(), _open(job, point)
-            record = {"checkpoint": number, **dataclasses.asdict(point)}
+            record = {"checkpoint": number, **point._asdict()}
             record |= {"default_layer": loaded.extract.default_layer, **checkpoint_scores(loaded, data)}
             if job.protocol.photographs and number in (0, len(points) - 1):
                 record |= box_scores(loaded, data)
@@ -453,7 +430,7 @@ def _score_checkpoints(job: Job, interruption: Interruption) -> list[dict] | Non
 def _open(job: Job, point: Point, image_size: int | None = None) -> LoadedModel:
     folder = job.folders.stage(job.run, point.stage)
     source = f"{job.run.model}={folder}@{point.step or 'untrained'}"
-    return open_model(source, job.device, image_size or job.protocol.image_size, seed=job.run.seed)
+    return open_model(source, job.settings["device"], image_size or job.protocol.image_size, seed=job.run.seed)
 
 
 def _save_pictures(job: Job, shown: dict[str, np.ndarray]) -> None:

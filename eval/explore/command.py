@@ -99,33 +99,24 @@ def open_explorer(options: argparse.Namespace) -> Explorer:
     """Build the explorer of a command line and open its first model."""
     opening = {"device": choose_device(options.device), "image_size": options.image_size}
     opening |= {"model_args": options.model_args, "seed": options.seed}
-    pictures = Pictures(options.images)
-    if not options.checkpoint:
-        return Explorer(*_default_models(opening), pictures)
-    by_name = {name: model_choices(name) for name in options.checkpoint}
-    groups = [choices[0].group for choices in by_name.values()]
-    duplicates = {group for group in groups if groups.count(group) > 1}
-    if duplicates or len(by_name) < len(options.checkpoint):
-        name = sorted(duplicates)[0] if duplicates else options.checkpoint[0]
-        raise UserError(f"--checkpoint: two models are called {name!r}; give each a name, as in NAME=MODEL")
-    models = ModelCache([choice for choices in by_name.values() for choice in choices], **opening)
-    models.get(0)
-    return Explorer(models, "", pictures)
-
-
-def _default_models(opening: dict) -> tuple[ModelCache, str]:
-    """Open the newest run; leave it out, with a reason, if it is damaged."""
-    choices, note = default_choices()
+    pictures, note = Pictures(options.images), ""
+    choices = [choice for name in options.checkpoint or () for choice in model_choices(name)]
+    labels = [split_label(name)[0] for name in options.checkpoint or ()]
+    for label in sorted(labels):
+        if labels.count(label) > 1:
+            raise UserError(f"--checkpoint: two models are called {label!r}; give each a name, as in NAME=MODEL")
+    if not choices:
+        choices, note = default_choices()
     models = ModelCache(choices, **opening)
     try:
         models.get(0)
     except UserError as error:
         others = [choice for choice in choices if choice.group != choices[0].group]
-        if not others:
+        if options.checkpoint or not others:
             raise
         models, note = ModelCache(others, **opening), f"The newest run was left out: {error}"
         models.get(0)
-    return models, note
+    return Explorer(models, note, pictures)
 
 
 def _listen(host: str, port: int | None) -> socket.socket:
@@ -177,7 +168,3 @@ def _serve(options: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Serve the page until it is stopped; return the exit status."""
     return run_command(lambda: _serve(_parser().parse_args(argv)))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,6 +1,7 @@
 """The explorer's answers as plain JSON values: models opened on demand, and everything computed of a picture."""
 
 import threading
+from collections.abc import Callable
 from typing import NamedTuple
 
 import matplotlib
@@ -43,13 +44,7 @@ class ModelChoice(NamedTuple):
 
 
 class OpenModel(NamedTuple):
-    """A model in memory.
-
-    Attributes:
-        loaded: See `models.LoadedModel`.
-        classes: Names of its classes, in order; None where they are unknown.
-        lock: Held while the model runs.
-    """
+    """A model in memory, the names of its classes if known, and a lock that is held while it runs."""
 
     loaded: LoadedModel
     classes: list[str] | None
@@ -57,12 +52,7 @@ class OpenModel(NamedTuple):
 
 
 class ModelCache:
-    """The models to choose from, opened on first use; the last few stay open.
-
-    Args:
-        choices: The models.
-        **opening: `device`, `image_size`, `model_args` and `seed` of `models.open_model`.
-    """
+    """The models to choose from, opened on first use with the options of `models.open_model`; the last stay open."""
 
     def __init__(self, choices: list[ModelChoice], **opening):
         self.choices, self.opening = choices, opening
@@ -96,16 +86,17 @@ class ModelCache:
 class Inspection:
     """Maps, curves and masks of one model on one picture, each computed once.
 
-    Args:
+    Attributes:
         features: Queries and keys of every layer.
-        summary: See `Explorer.summary`.
+        summary: "grid", "depth", "heads", "layer" (that the paper looks at), "has_cls", "image_size", "parameters";
+            "coding_rate" and "sparsity" of each layer or None; "patch_sparsity" [L][P] or None; "top", classes with
+            "class", "name" and "probability", or None.
     """
 
     def __init__(self, features: Features, summary: dict):
         self.features, self.summary = features, summary
-        self._components: dict[str, list[list[int] | None]] = {}
-        self._masks: dict[int, dict] = {}
-        self._components_lock, self._masks_lock = threading.Lock(), threading.Lock()
+        self._found: dict[str, dict] = {"components": {}, "masks": {}}
+        self._locks = {kind: threading.Lock() for kind in self._found}
 
     @property
     def bytes(self) -> int:
@@ -115,18 +106,26 @@ class Inspection:
         return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
     def attention(self, layer: int, patch: int | None) -> dict:
-        """See `Explorer.attention`."""
+        """Return the attention of a patch, or of CLS when it is None, in all heads of a layer: "heads" [H][P]."""
         found = self.features.cls_attention(layer) if patch is None else self.features.patch_attention(layer, patch)
         return {"heads": _rounded(found[0].cpu().numpy())}
 
     def components(self, which: str) -> dict:
-        """See `Explorer.components`."""
+        """Return principal components as colours: "layers" [L][3·P] of 0 to 255, None with too few patches."""
         if which not in COMPONENTS:
             raise UserError(f"components {which!r}: choose one of {', '.join(COMPONENTS)}")
-        with self._components_lock:
-            if which not in self._components:
-                self._components[which] = [self._colours(layer, which) for layer in sorted(self.features.layers)]
-            return {"layers": self._components[which]}
+        layers = sorted(self.features.layers)
+        return self._once("components", which, lambda: {"layers": [self._colours(layer, which) for layer in layers]})
+
+    def masks(self, layer: int) -> dict:
+        """Run MaskCut: "masks" [n][P] of 0 and 1, "boxes" [n] as [left, top, right, bottom] in patches; n ≤ 3."""
+        return self._once("masks", layer, lambda: self._cut(layer))
+
+    def _once(self, kind: str, key: str | int, compute: Callable[[], dict]) -> dict:
+        with self._locks[kind]:
+            if key not in self._found[kind]:
+                self._found[kind][key] = compute()
+            return self._found[kind][key]
 
     def _colours(self, layer: int, which: str) -> list[int] | None:
         tokens = self.features.keys(layer).float().cpu()
@@ -137,15 +136,10 @@ class Inspection:
             return None
         return (255 * colours[0]).round().byte().flatten().tolist()
 
-    def masks(self, layer: int) -> dict:
-        """See `Explorer.masks`."""
-        with self._masks_lock:
-            if layer not in self._masks:
-                found = maskcut(self.features.keys(layer).float().cpu(), grid=self.features.grid).masks[0]
-                masks = found[found.flatten(1).any(dim=1)]
-                boxes = box_corners(masks).tolist()
-                self._masks[layer] = {"masks": masks.flatten(1).int().tolist(), "boxes": boxes}
-            return self._masks[layer]
+    def _cut(self, layer: int) -> dict:
+        found = maskcut(self.features.keys(layer).float().cpu(), grid=self.features.grid).masks[0]
+        masks = found[found.flatten(1).any(dim=1)]
+        return {"masks": masks.flatten(1).int().tolist(), "boxes": box_corners(masks).tolist()}
 
 
 @torch.inference_mode()
@@ -182,7 +176,7 @@ def _inspect_crate(loaded: LoadedModel, pixels: Tensor) -> tuple[Features, Tenso
     nonzeros: list[Tensor] = []
 
     def visit(trace: LayerTrace) -> None:
-        tokens[trace.index] = LayerTokens(trace.queries, trace.keys, trace.tied, trace.scale)
+        tokens[trace.index] = LayerTokens(trace.queries, trace.keys, trace.scale)
         if trace.tied:
             rates.append(trace.coding_rate().item())
         if isinstance(loaded.model.transformer.layers[trace.index][1].fn, ISTA | ODL):
@@ -216,12 +210,9 @@ def _rounded(array: np.ndarray) -> list:
 
 
 class Explorer:
-    """Models, pictures, and recent inspections. It keeps no visitor's state and is safe to use from many threads.
+    """Models with a note on the page, pictures, and recent inspections.
 
-    Args:
-        models: The models.
-        note: Text of the page above the models.
-        pictures: The pictures.
+    It keeps no visitor's state and is safe to use from many threads.
     """
 
     def __init__(self, models: ModelCache, note: str, pictures: Pictures):
@@ -241,34 +232,11 @@ class Explorer:
             "largest_upload": MAX_UPLOAD_BYTES,
         }
 
-    def summary(self, model: int, picture: str) -> dict:
-        """Describe a model and its output on a picture.
+    def inspection(self, model: int, picture: str) -> Inspection:
+        """Return what is known of a model, by its number, on a picture, by its id.
 
-        Args:
-            model: Number of the choice.
-            picture: Id of the picture.
-
-        Returns:
-            "grid", "depth", "heads", "layer" (that the paper looks at), "has_cls", "image_size", "parameters";
-            "coding_rate" and "sparsity" of each layer or None; "patch_sparsity" [L][P] or None; "top", classes with
-            "class", "name" and "probability", or None.
+        A stored inspection is returned without waiting for a busy model.
         """
-        return self._inspection(model, picture).summary
-
-    def attention(self, model: int, picture: str, layer: int, patch: int | None) -> dict:
-        """Return the attention of a patch, or of CLS when it is None, in all heads of a layer: "heads" [H][P]."""
-        return self._inspection(model, picture).attention(layer, patch)
-
-    def components(self, model: int, picture: str, which: str) -> dict:
-        """Return principal components as colours: "layers" [L][3·P] of 0 to 255, None with too few patches."""
-        return self._inspection(model, picture).components(which)
-
-    def masks(self, model: int, picture: str, layer: int) -> dict:
-        """Run MaskCut: "masks" [n][P] of 0 and 1, "boxes" [n] as [left, top, right, bottom] in patches; n ≤ 3."""
-        return self._inspection(model, picture).masks(layer)
-
-    def _inspection(self, model: int, picture: str) -> Inspection:
-        """Return a stored inspection without waiting for a busy model, or make one."""
         key = (model, picture)
         found = self.inspections.get(key)
         if found is None:

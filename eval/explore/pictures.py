@@ -113,20 +113,21 @@ class Pictures:
     """
 
     def __init__(self, folder: Path | None):
-        self._root = None if folder is None else folder.resolve()
-        self._files: list[Path] = []
         self._uploads = LRUCache(_UPLOADS_BYTES, size=lambda upload: len(upload[1]))  # id → (name, data)
         self.note = "" if folder else "Scenes drawn by shape_scenes (validation split)."
+        self._known: dict[str, tuple[str, Path | int]]  # id → name, and file or number of the scene
         if folder is None:
+            self._known = {f"s{number}": (f"scene {number}", number) for number in range(_SCENES)}
             return
         if not folder.is_dir():
             raise UserError(f"--images {folder}: no such folder; pass one with images")
-        tree = find_images(folder, follow_links=False)
+        self._root, tree = folder.resolve(), find_images(folder, follow_links=False)
         found = [path for path in sorted(folder / name for name in tree.names) if self._inside(path)]
         if not found:
             note = f"; {tree.note}" if tree.note else ""
             raise UserError(f"--images {folder} holds no images ({', '.join(EXTENSIONS)}{note}); pass another")
-        self._files = found[:_MAX_LISTED]
+        names = [_printable(str(path.resolve().relative_to(self._root))) for path in found[:_MAX_LISTED]]
+        self._known = {f"f{number}": entry for number, entry in enumerate(zip(names, found, strict=False))}
         if len(found) > _MAX_LISTED:
             self.note = f"The first {_MAX_LISTED} of {len(found):,} images of the folder."
         if tree.note:
@@ -137,10 +138,7 @@ class Pictures:
 
     def listing(self) -> list[dict[str, str]]:
         """Return "id" and "name" of every picture except uploads."""
-        if self._root is None:
-            return [{"id": f"s{number}", "name": f"scene {number}"} for number in range(_SCENES)]
-        names = [_printable(str(path.resolve().relative_to(self._root))) for path in self._files]
-        return [{"id": f"f{number}", "name": name} for number, name in enumerate(names)]
+        return [{"id": key, "name": name} for key, (name, _) in self._known.items()]
 
     def add(self, data: bytes, name: str) -> str:
         """Keep an upload and return its id, a hash of its content."""
@@ -156,16 +154,15 @@ class Pictures:
             UnknownPictureError: No picture has this id.
             UnreadablePictureError: See `decode`.
         """
-        scene = self._scene(key, _SCENE_SIZE)
-        if scene is not None:
-            return Image.fromarray(scene.permute(1, 2, 0).numpy())
-        if key.startswith("f") and self._number(key) in range(len(self._files)):
-            path = self._files[self._number(key)]
-            if not self._inside(path):
-                raise UnknownPictureError(f"{path.name} is no longer in the folder: start the explorer again")
-            if path.stat().st_size > MAX_UPLOAD_BYTES:
-                raise UnreadablePictureError(f"{path.name} has more than 20 MiB: make it smaller")
-            return decode(path.read_bytes(), _printable(path.name))
+        _, place = self._known.get(key, ("", None))
+        if isinstance(place, int):
+            return Image.fromarray(self.pixels(key, _SCENE_SIZE).permute(1, 2, 0).numpy())
+        if place is not None:
+            if not self._inside(place):
+                raise UnknownPictureError(f"{place.name} is no longer in the folder: start the explorer again")
+            if place.stat().st_size > MAX_UPLOAD_BYTES:
+                raise UnreadablePictureError(f"{place.name} has more than 20 MiB: make it smaller")
+            return decode(place.read_bytes(), _printable(place.name))
         upload = self._uploads.get(key)
         if upload is None:
             raise UnknownPictureError("this picture is not here, or no longer: choose or upload it again")
@@ -174,17 +171,8 @@ class Pictures:
 
     def pixels(self, key: str, size: int) -> Tensor:
         """Return a picture as a model's input, uint8 [3, size, size]: scenes drawn at this size, others squashed."""
-        scene = self._scene(key, size)
-        return squash(self.view(key), size) if scene is None else scene
-
-    def _scene(self, key: str, size: int) -> Tensor | None:
-        if self._root is not None or not key.startswith("s") or self._number(key) not in range(_SCENES):
-            return None
-        return SceneImages(size, _SCENES)[self._number(key)].image
-
-    @staticmethod
-    def _number(key: str) -> int:
-        return int(key[1:]) if key[1:].isdecimal() and key.isascii() and len(key) < 8 else -1
+        _, place = self._known.get(key, ("", None))
+        return SceneImages(size, _SCENES)[place].image if isinstance(place, int) else squash(self.view(key), size)
 
 
 def _printable(name: str) -> str:

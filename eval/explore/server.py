@@ -4,7 +4,7 @@
     GET  /api/setup                                       `Explorer.setup`
     GET  /api/picture?picture=ID[&size=N]                 a JPEG, its longer side at most N pixels
     POST /api/pictures?name=NAME                          the body is an image file; {"id", "name"}
-    GET  /api/summary?model=0&picture=ID                  `Explorer.summary`
+    GET  /api/summary?model=0&picture=ID                  `Inspection.summary`, its `attention`, `components`, `masks`
     GET  /api/attention?model=0&picture=ID&layer=2[&patch=17]
     GET  /api/components?model=0&picture=ID&which=all
     GET  /api/masks?model=0&picture=ID&layer=2
@@ -23,19 +23,19 @@ from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import FileResponse, JSONResponse, Response
-from starlette.routing import Route
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Mount, Route
+from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from crate_fast.errors import UserError
-from crate_fast.eval.explore.inspection import Explorer
+from crate_fast.eval.explore.inspection import Explorer, Inspection
 from crate_fast.eval.explore.pictures import MAX_UPLOAD_BYTES, Pictures, UnknownPictureError, UnreadablePictureError
 from crate_fast.train.checkpoint import CheckpointError
 
 __all__ = ["application"]
 
 _PAGE = Path(__file__).parent / "page"
-_FILES = {path.name: path for path in sorted(_PAGE.iterdir()) if path.suffix in (".html", ".css", ".js", ".svg")}
 _MAX_VIEW_SIDE = 1024
 _MAX_UPLOADS = 4  # bodies in memory at once
 _HEADERS = {
@@ -102,10 +102,6 @@ def _integer(request: Request, name: str, default: int | None = None, optional: 
     return int(word)
 
 
-def _model_and_picture(request: Request) -> tuple[int, str]:
-    return _integer(request, "model"), request.query_params.get("picture", "")
-
-
 async def _answer(compute: Callable, *arguments) -> Response:
     """Run a function in a worker thread; return its result as JSON, or its UserError."""
     try:
@@ -135,11 +131,6 @@ def _jpeg(pictures: Pictures, request: Request) -> Response:
     return Response(out.getvalue(), media_type="image/jpeg")
 
 
-async def _file(request: Request) -> Response:
-    name = request.path_params.get("name", "index.html")
-    return FileResponse(_FILES[name]) if name in _FILES else _error(404, "there is no such page")
-
-
 def _upload(pictures: Pictures) -> Callable:
     slots = asyncio.Semaphore(_MAX_UPLOADS)
 
@@ -165,17 +156,21 @@ def application(explorer: Explorer, hosts: Sequence[str] | None = None) -> Starl
         explorer: Source of the answers.
         hosts: Host names that requests may use; None allows all.
     """
+
+    def inspection(request: Request) -> Inspection:
+        return explorer.inspection(_integer(request, "model"), request.query_params.get("picture", ""))
+
+    def attention(request: Request) -> dict:
+        layer, patch = _integer(request, "layer"), _integer(request, "patch", optional=True)
+        return inspection(request).attention(layer, patch)
+
     queries: dict[str, Callable[[Request], dict | Response]] = {
         "setup": lambda _: explorer.setup(),
         "picture": lambda request: _jpeg(explorer.pictures, request),
-        "summary": lambda request: explorer.summary(*_model_and_picture(request)),
-        "attention": lambda request: explorer.attention(
-            *_model_and_picture(request), _integer(request, "layer"), _integer(request, "patch", optional=True)
-        ),
-        "components": lambda request: explorer.components(
-            *_model_and_picture(request), request.query_params.get("which", "all")
-        ),
-        "masks": lambda request: explorer.masks(*_model_and_picture(request), _integer(request, "layer")),
+        "summary": lambda request: inspection(request).summary,
+        "attention": attention,
+        "components": lambda request: inspection(request).components(request.query_params.get("which", "all")),
+        "masks": lambda request: inspection(request).masks(_integer(request, "layer")),
     }
 
     def route(name: str) -> Route:
@@ -186,10 +181,9 @@ def application(explorer: Explorer, hosts: Sequence[str] | None = None) -> Starl
 
     app = Starlette(
         routes=[
-            Route("/", _file),
             *map(route, queries),
             Route("/api/pictures", _upload(explorer.pictures), methods=["POST"]),
-            Route("/{name}", _file),
+            Mount("/", StaticFiles(directory=_PAGE, html=True)),
         ],
         middleware=[Middleware(_Guard, hosts=hosts)],
     )

@@ -1,5 +1,5 @@
-// The figures of a panel. A figure has a name, a title, a caption, a drawing, a table and words for its file names, all
-// made from a panel's view: { model, label, picture, summary, layer, patch, attention, masks, components, table,
+// The figures of a panel. A figure has a name, a title, a caption, a drawing, rows for a CSV file and words for its file
+// name, all made from a panel's view: { model, label, picture, summary, layer, patch, attention, masks, components, table,
 // options }. Attention and masks name their layer, and are null before the answer.
 
 import * as draw from "./draw.js";
@@ -30,11 +30,6 @@ function columnsFor(count, width, smallest = 130) {
   return 1;
 }
 
-function csv(header, rows) {
-  const cell = (value) => (/[",\n]/.test(String(value)) ? `"${String(value).replaceAll('"', '""')}"` : String(value));
-  return [header, ...rows].map((row) => row.map(cell).join(",")).join("\n") + "\n";
-}
-
 function byPatch([rows, columns], rowOf) {
   return Array.from({ length: rows * columns }, (_, patch) => rowOf(patch, Math.floor(patch / columns), patch % columns));
 }
@@ -53,16 +48,19 @@ function queryFrame(view, patch, context, box) {
   draw.frame(context, [corner[0] - 2, corner[1] - 2, width + 4, height + 4], "#ffffff", 2);
 }
 
+// Prepare a canvas for the picture, with space below it; return its context and the picture's box.
+function prepared(view, canvas, colours, width, below = 0) {
+  const height = (width * view.picture.height) / view.picture.width;
+  return [draw.prepare(canvas, width, height + below, colours), [0, 0, width, height]];
+}
+
 const picture = {
   name: "picture",
   title: "Picture",
   ready: () => true,
   caption: () => "Click a patch to see what it attends to: or arrow keys here; Escape for CLS.",
-  about: () => "",
   draw(view, canvas, colours, width) {
-    const height = (width * view.picture.height) / view.picture.width;
-    const context = draw.prepare(canvas, width, height, colours);
-    const box = [0, 0, width, height];
+    const [context, box] = prepared(view, canvas, colours, width);
     context.drawImage(view.picture.image, ...box);
     queryFrame(view, view.patch, context, box);
   },
@@ -94,14 +92,13 @@ const attention = {
     });
     if (shared) draw.scale(context, 0, height, 300, shared, view.table, colours);
   },
-  csv: (view) =>
-    csv(
-      ["layer", "query", "head", "row", "column", "attention"],
-      view.attention.heads.flatMap((values, head) => {
-        const about = [view.attention.layer, queryName(view, view.attention.patch), head];
-        return byPatch(view.summary.grid, (patch, row, column) => [...about, row, column, values[patch]]);
-      }),
-    ),
+  rows: (view) => [
+    ["layer", "query", "head", "row", "column", "attention"],
+    view.attention.heads.flatMap((values, head) => {
+      const about = [view.attention.layer, queryName(view, view.attention.patch), head];
+      return byPatch(view.summary.grid, (patch, row, column) => [...about, row, column, values[patch]]);
+    }),
+  ],
 };
 
 function components(which, title, caption) {
@@ -129,15 +126,14 @@ function components(which, title, caption) {
         if (marked) draw.frame(context, boxes[layer], colours.series[1], 4);
       });
     },
-    csv: (view) =>
-      csv(
-        ["layer", "row", "column", "red", "green", "blue"],
-        view.components[which].flatMap((values, layer) =>
-          values === null
-            ? []
-            : byPatch(view.summary.grid, (p, row, column) => [layer, row, column, ...values.slice(3 * p, 3 * p + 3)]),
-        ),
+    rows: (view) => [
+      ["layer", "row", "column", "red", "green", "blue"],
+      view.components[which].flatMap((values, layer) =>
+        values === null
+          ? []
+          : byPatch(view.summary.grid, (p, row, column) => [layer, row, column, ...values.slice(3 * p, 3 * p + 3)]),
       ),
+    ],
   };
 }
 
@@ -153,15 +149,14 @@ const masks = {
   },
   about: (view) => `layer${view.masks.layer}`,
   draw(view, canvas, colours, width) {
-    const height = (width * view.picture.height) / view.picture.width;
-    const context = draw.prepare(canvas, width, height, colours);
-    context.drawImage(view.picture.image, 0, 0, width, height);
+    const [context, whole] = prepared(view, canvas, colours, width);
+    context.drawImage(view.picture.image, ...whole);
     if (!view.masks) return;
-    const [rows, columns] = view.summary.grid;
-    view.masks.masks.forEach((mask, object) => draw.maskTiles(context, mask, view.summary.grid, [0, 0, width, height], draw.OBJECTS[object]));
+    const [side, tall] = [whole[2] / view.summary.grid[1], whole[3] / view.summary.grid[0]]; // of a patch
+    view.masks.masks.forEach((mask, object) => draw.maskTiles(context, mask, view.summary.grid, whole, draw.OBJECTS[object]));
     view.masks.boxes.forEach(([left, top, right, bottom], object) => {
-      const [x, y] = [(left * width) / columns, (top * height) / rows];
-      const box = [x, y, ((right - left) * width) / columns, ((bottom - top) * height) / rows];
+      const [x, y] = [left * side, top * tall];
+      const box = [x, y, (right - left) * side, (bottom - top) * tall];
       draw.frame(context, box, "#000000", 4);
       draw.frame(context, box, draw.OBJECTS[object], 2);
       const label = x + 20 * object; // boxes may share a corner
@@ -171,14 +166,13 @@ const masks = {
     });
   },
   // Objects are numbered 1 to 3, 0 is none; boxes are in patches, right and bottom exclusive.
-  csv: (view) =>
-    csv(
-      ["layer", "row", "column", "object", "left", "top", "right", "bottom"],
-      byPatch(view.summary.grid, (patch, row, column) => {
-        const object = view.masks.masks.findIndex((mask) => mask[patch]);
-        return [view.masks.layer, row, column, 1 + object, ...(view.masks.boxes[object] || ["", "", "", ""])];
-      }),
-    ),
+  rows: (view) => [
+    ["layer", "row", "column", "object", "left", "top", "right", "bottom"],
+    byPatch(view.summary.grid, (patch, row, column) => {
+      const object = view.masks.masks.findIndex((mask) => mask[patch]);
+      return [view.masks.layer, row, column, 1 + object, ...(view.masks.boxes[object] || ["", "", "", ""])];
+    }),
+  ],
 };
 
 const sparsity = {
@@ -189,21 +183,19 @@ const sparsity = {
   about: (view) => `layer${view.layer}`,
   caption: (view) => `Share of a token's entries that are not zero, after layer ${view.layer}; small is sparse.`,
   draw(view, canvas, colours, width) {
-    const height = (width * view.picture.height) / view.picture.width;
-    const context = draw.prepare(canvas, width, height + 28, colours);
+    const [context, box] = prepared(view, canvas, colours, width, 28);
     const values = view.summary.patch_sparsity[view.layer];
     const range = draw.limits(values);
-    if (view.options.over) context.drawImage(view.picture.image, 0, 0, width, height);
-    draw.heat(context, values, view.summary.grid, [0, 0, width, height], range, view.table, view.options.over);
-    draw.scale(context, 0, height + 4, Math.min(300, width), range, view.table, colours);
+    if (view.options.over) context.drawImage(view.picture.image, ...box);
+    draw.heat(context, values, view.summary.grid, box, range, view.table, view.options.over);
+    draw.scale(context, 0, box[3] + 4, Math.min(300, width), range, view.table, colours);
   },
-  csv: (view) =>
-    csv(
-      ["layer", "row", "column", "nonzero_share"],
-      view.summary.patch_sparsity.flatMap((values, layer) =>
-        byPatch(view.summary.grid, (patch, row, column) => [layer, row, column, values[patch]]),
-      ),
+  rows: (view) => [
+    ["layer", "row", "column", "nonzero_share"],
+    view.summary.patch_sparsity.flatMap((values, layer) =>
+      byPatch(view.summary.grid, (patch, row, column) => [layer, row, column, values[patch]]),
     ),
+  ],
 };
 
 const curves = {
@@ -226,15 +218,14 @@ const curves = {
       draw.curve(context, [4, 170 * index, width - 8, 164], title, values, view.layer, colours, number),
     );
   },
-  csv: (view) =>
-    csv(
-      ["layer", "coding_rate", "nonzero_share"],
-      Array.from({ length: view.summary.depth }, (_, layer) => [
-        layer,
-        view.summary.coding_rate?.[layer] ?? "",
-        view.summary.sparsity?.[layer] ?? "",
-      ]),
-    ),
+  rows: (view) => [
+    ["layer", "coding_rate", "nonzero_share"],
+    Array.from({ length: view.summary.depth }, (_, layer) => [
+      layer,
+      view.summary.coding_rate?.[layer] ?? "",
+      view.summary.sparsity?.[layer] ?? "",
+    ]),
+  ],
 };
 
 const classes = {
@@ -242,18 +233,15 @@ const classes = {
   title: "Most probable classes",
   ready: (view) => view.summary.top,
   missing: (view) => (view.summary.top ? "" : "This model has no classifier."),
-  about: () => "",
-  caption: () => "",
   draw(view, canvas, colours, width) {
     const rows = view.summary.top.map(({ name, probability }) => ({ name, share: probability }));
     const context = draw.prepare(canvas, width, 26 * rows.length + 6, colours);
     draw.bars(context, [2, 2, width - 4], rows, colours);
   },
-  csv: (view) =>
-    csv(
-      ["rank", "class", "name", "probability"],
-      view.summary.top.map((entry, index) => [index + 1, entry.class, entry.name, entry.probability]),
-    ),
+  rows: (view) => [
+    ["rank", "class", "name", "probability"],
+    view.summary.top.map((entry, index) => [index + 1, entry.class, entry.name, entry.probability]),
+  ],
 };
 
 // The figures in rows.

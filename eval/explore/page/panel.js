@@ -8,6 +8,11 @@ import { FIGURES, queryName } from "./figures.js";
 const FILE_WIDTH = 1000; // of saved pictures, in units of 1/2 pixel
 const PAUSE = 150; // milliseconds of rest before MaskCut is requested
 
+function asCsv([header, rows]) {
+  const cell = (value) => (/[",\n]/.test(String(value)) ? `"${String(value).replaceAll('"', '""')}"` : String(value));
+  return [header, ...rows].map((row) => row.map(cell).join(",")).join("\n") + "\n";
+}
+
 export class Panel {
   constructor(page, number) {
     this.page = page;
@@ -74,7 +79,7 @@ export class Panel {
     png.setAttribute("aria-label", `Save ${figure.title} as PNG`);
     csv.setAttribute("aria-label", `Save ${figure.title} as CSV`);
     png.addEventListener("click", () => this.#savePicture(figure));
-    if (figure.csv) csv.addEventListener("click", () => this.#save(figure, "csv", new Blob([figure.csv(this.view)], { type: "text/csv" })));
+    if (figure.rows) csv.addEventListener("click", () => this.#save(figure, "csv", new Blob([asCsv(figure.rows(this.view))], { type: "text/csv" })));
     else csv.remove();
     if (figure.name === "picture") this.#pickPatches(card.canvas);
     if (figure.pick) card.canvas.addEventListener("click", (event) => this.#pickLayer(card, event));
@@ -246,10 +251,11 @@ export class Panel {
       const drawn = !missing && (figure.ready(this.view) || Boolean(figure.early));
       root.hidden = !missing && !drawn;
       canvas.hidden = !drawn;
-      root.querySelector(".caption").textContent = missing || (drawn ? figure.caption(this.view) : "");
+      const caption = drawn ? (figure.caption?.(this.view) ?? "") : missing;
+      root.querySelector(".caption").textContent = caption;
       if (!drawn) continue;
       figure.draw(this.view, canvas, palette(), Math.max(200, root.clientWidth));
-      canvas.setAttribute("aria-label", `${figure.title}. ${figure.caption(this.view)}`);
+      canvas.setAttribute("aria-label", `${figure.title}. ${caption}`);
     }
     this.#allowSaving();
   }
@@ -261,7 +267,7 @@ export class Panel {
   }
 
   #save(figure, kind, blob) {
-    const words = [figure.name, this.view.label, this.view.picture.name, figure.about(this.view)];
+    const words = [figure.name, this.view.label, this.view.picture.name, figure.about?.(this.view)];
     const link = document.createElement("a");
     link.href = URL.createObjectURL(blob);
     link.download = `${words.filter(Boolean).join("_").replace(/[^\w.-]+/g, "-")}.${kind}`;

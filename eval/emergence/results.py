@@ -1,0 +1,297 @@
+"""Saved results of the experiment, and comparisons of its models over seeds."""
+
+import itertools
+import json
+import statistics
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+from crate_fast.eval.emergence.protocol import ORDER, Protocol
+
+__all__ = ["BOXED", "COARSE", "MASKCUT", "MASKED", "MEASURES", "Claim", "Paired", "Results", "at_accuracy"]
+__all__ += ["at_checkpoint", "has_measure", "head_chosen", "held_out_accuracy", "paired", "validated"]
+
+Value = Callable[[dict], float]  # of a result
+
+
+# --- measures of a checkpoint ---
+
+
+def _row(checkpoint: dict, split: str, reading: str, layer: int) -> dict:
+    return next(row for row in checkpoint[split][reading]["layers"] if row["layer"] == layer)
+
+
+def head_chosen(checkpoint: dict, reading: str, layer: int) -> int:
+    """Return the best head for all selection images."""
+    heads = _row(checkpoint, "selection", reading, layer)["per_head"]
+    return heads.index(max(heads))
+
+
+def _coarse(reading: str, heads: str, split: str, checkpoint: dict, layer: int | str) -> float:
+    if layer == "chosen":
+        layers = [row["layer"] for row in checkpoint["selection"][reading]["layers"]]
+        layer = max(layers, key=partial(_coarse, reading, heads, "selection", checkpoint))
+    row = _row(checkpoint, split, reading, layer)
+    best = heads == "best head"
+    return 100 * (row["best_head"] if best else row["per_head"][head_chosen(checkpoint, reading, layer)])
+
+
+def _localized(name: str, heads: str, checkpoint: dict, layer: int) -> float:
+    row = next(row for row in checkpoint["boxes"]["layers"] if row["layer"] == layer)
+    return 100 * row[heads.replace(" ", "_")][name]
+
+
+def _detected(name: str, checkpoint: dict, layer: int) -> float:
+    return checkpoint["maskcut"][str(layer)][name]
+
+
+# Measures of attention: name → (reading of `segmentation.AttentionScores`, head)
+COARSE: dict[str, tuple[str, str]] = {
+    f"{name}, {heads}": (reading, heads)
+    for reading, name in (("ap", "AP"), ("mass", "mIoU mass"), ("topk", "mIoU topk"))
+    for heads in ("best head", "fixed head")
+}
+MASKCUT = ("box AP50", "box AP", "box AR100", "mask AP50", "mask AP", "mask AR100")
+# The same measures of attention on the photographs with masks, and those of boxes, of the first and last checkpoint.
+MASKED = {
+    f"masks: {name}": partial(_coarse, *reading_and_heads, "masks") for name, reading_and_heads in COARSE.items()
+}
+BOXED = {
+    f"{name}, {heads}": partial(_localized, name, heads)
+    for name in ("MaxBoxAccV2", "GT-known", "pointing")
+    for heads in ("best head", "one head")
+}
+# All measures: name → function of (checkpoint, layer) in percent. Measures of `COARSE` also take "chosen", the layer
+# that is best on the selection images.
+MEASURES: dict[str, Callable[[dict, int | str], float]] = {
+    **{name: partial(_coarse, *reading_and_heads, "test") for name, reading_and_heads in COARSE.items()},
+    **{name: partial(_detected, name) for name in MASKCUT},
+    **MASKED,
+    **BOXED,
+}
+
+
+# --- values of a result ---
+
+
+def at_checkpoint(measure: str, index: int = -1, layer: int | str = "paper") -> Value:
+    """Return a function from a result to a measure of a checkpoint: 0 is the untrained twin, -1 the last.
+
+    `layer` is a number, "paper" for the layer that the paper looks at, or "chosen" for the best on selection images.
+    """
+
+    def value(result: dict) -> float:
+        checkpoint = result["checkpoints"][index]
+        return MEASURES[measure](checkpoint, checkpoint["default_layer"] if layer == "paper" else layer)
+
+    return value
+
+
+def validated(result: dict) -> list[int]:
+    """Return the checkpoints of the first stage with a known held-out accuracy, the untrained twin first."""
+    known = {entry["step"] for entry in result["validation"] if entry["stage"] == 0}
+    return [i for i, c in enumerate(result["checkpoints"]) if c["stage"] == 0 and c["step"] in {0, *known}]
+
+
+def held_out_accuracy(index: int) -> Value:
+    """Return a function from a result to its accuracy at a checkpoint of `validated`, in percent.
+
+    It is the accuracy on the images that the run was validated on, for the twin on test images.
+    """
+
+    def value(result: dict) -> float:
+        step = result["checkpoints"][index]["step"]
+        if step == 0:
+            return 100 * result["checkpoints"][index]["accuracy"]
+        return next(100 * e["val_accuracy"] for e in result["validation"] if (e["stage"], e["step"]) == (0, step))
+
+    return value
+
+
+def at_accuracy(measure: str, accuracy: float, layer: str = "paper") -> Callable[[dict], float | None]:
+    """Return a function from a result to a measure when the run first reached an accuracy.
+
+    It interpolates linearly between the checkpoints before and after; None if the first stage did not reach it.
+    """
+
+    def value(result: dict) -> float | None:
+        for before, after in itertools.pairwise(validated(result)):
+            low, high = (held_out_accuracy(index)(result) for index in (before, after))
+            if low < accuracy <= high:
+                first, second = (at_checkpoint(measure, index, layer)(result) for index in (before, after))
+                return first + (second - first) * (accuracy - low) / (high - low)
+        return None
+
+    return value
+
+
+def has_measure(result: dict, name: str) -> bool:
+    """Return True if a result's model has R^c ("coding_rate") or "sparsity"."""
+    rows = result["checkpoints"][-1]["white_box"]
+    return bool(rows) and name in rows[0]
+
+
+# --- models over seeds ---
+
+
+class Paired(NamedTuple):
+    """A paired comparison over seeds.
+
+    Attributes:
+        mean: Mean of the differences.
+        low, high: Its 95 % interval by Student's t; None with one seed.
+        p: Two-sided p of the paired t-test; None with one seed.
+    """
+
+    mean: float
+    low: float | None = None
+    high: float | None = None
+    p: float | None = None
+
+    def __str__(self) -> str:
+        words = f"{self.mean:+.1f}"
+        return words if self.low is None else f"{words} ({self.low:.1f} to {self.high:.1f}; p = {self.p:.3f})"
+
+
+def paired(first: Sequence[float], second: Sequence[float]) -> Paired:
+    """Compare first − second, seed by seed.
+
+    >>> print(paired([3.0, 4.0, 5.0], [1.0, 1.0, 1.0]))
+    +3.0 (0.5 to 5.5; p = 0.035)
+    """
+    from scipy import stats
+
+    differences = [a - b for a, b in zip(first, second, strict=True)]
+    mean = statistics.fmean(differences)
+    if len(differences) < 2:
+        return Paired(mean)
+    if len(set(differences)) == 1:
+        return Paired(mean, mean, mean, float(mean == 0))
+    test = stats.ttest_1samp(differences, 0)
+    return Paired(mean, *map(float, test.confidence_interval()), float(test.pvalue))
+
+
+class Claim(NamedTuple):
+    """A statement of the protocol, its verdict (None where one seed cannot decide), and the numbers."""
+
+    text: str
+    holds: bool | None
+    evidence: str
+
+
+class Results:
+    """Results of an experiment by the names of its runs; those with checkpoints are `scored`."""
+
+    def __init__(self, runs: dict[str, dict], protocol: Protocol):
+        self.runs, self.protocol = runs, protocol
+        self.scored = [result for result in runs.values() if "checkpoints" in result]
+
+    @classmethod
+    def load(cls, report: Path, protocol: Protocol) -> "Results":
+        """Load every result in a report's folder."""
+        paths = sorted((report / "results").glob("*.json"))
+        return cls({path.stem: json.loads(path.read_text()) for path in paths}, protocol)
+
+    def chosen_lr(self, model: str) -> float | None:
+        """Return the learning rate whose sweep ended with the best held-out accuracy; None while a sweep is missing.
+
+        Of two equal ones it is the smaller.
+        """
+        scores = self.sweeps(model)
+        return max(scores, key=lambda lr: (scores[lr], -lr)) if len(scores) == len(self.protocol.lrs) else None
+
+    def sweeps(self, model: str) -> dict[float, float]:
+        """Return the held-out accuracy of each learning rate that was tried."""
+        found = {lr: self.runs.get(f"sweep-{model}-lr{lr:g}") for lr in self.protocol.lrs}
+        return {lr: sweep["validation"][-1]["val_accuracy"] for lr, sweep in found.items() if sweep}
+
+    def seeds(self, kind: str = "") -> list[int]:
+        """Return the seeds with runs of all models; without a kind, of the compared runs."""
+        kind, models = kind or self.protocol.kind, self.protocol.models
+        return [s for s in self.protocol.seeds if all(f"{kind}-{model}-seed{s}" in self.runs for model in models)]
+
+    def by_seed(self, model: str, value: Callable, kind: str = "") -> list:
+        """Return a value of one model's runs, in the order of `seeds`; `value` is a function of a result."""
+        return [value(self.runs[f"{kind or self.protocol.kind}-{model}-seed{seed}"]) for seed in self.seeds(kind)]
+
+    def by_model(self, value: Callable, kind: str = "") -> dict[str, list]:
+        """Return `by_seed` for every model."""
+        return {model: self.by_seed(model, value, kind) for model in self.protocol.models}
+
+    def have(self, name: str) -> bool:
+        """Return True if the last checkpoints have scores of this name."""
+        return all(name in result["checkpoints"][-1] for result in self.scored)
+
+    def coarse_measures(self) -> list[str]:
+        """Return the measures of `COARSE` in the results: the first protocol has no AP."""
+        checkpoints = [checkpoint for result in self.scored for checkpoint in result["checkpoints"]]
+        return [name for name, (reading, _) in COARSE.items() if all(reading in c["test"] for c in checkpoints)]
+
+    def baselines(self, measure: str, split: str = "test") -> dict[str, float]:
+        """Return the scores of baseline maps by a measure of `COARSE`, in percent; `split` is "test" or "masks"."""
+        scores = self.scored[0]["checkpoints"][-1][split][COARSE[measure][0]]
+        return {name: 100 * scores[name] for name in ("mean_mask", "random", "constant", "true_mask")}
+
+    def common_accuracy(self) -> float:
+        """Return the highest accuracy that every run of `ORDER`'s models reached in the first stage, in percent."""
+
+        def best(result: dict) -> float:
+            return max(held_out_accuracy(index)(result) for index in validated(result))
+
+        return min(value for model in ORDER for value in self.by_seed(model, best))
+
+    def claims(self, measure: str = "", accuracy: float | None = None) -> list[Claim]:
+        """Decide the protocol's statements by its rules; needs a complete seed.
+
+        Args:
+            measure: A key of `COARSE`; empty for the protocol's primary measure.
+            accuracy: Decide at the checkpoint where a run reached this accuracy, in percent; at the last when None.
+        """
+        measure = measure or self.protocol.primary
+        scores = self.by_model(at_checkpoint(measure) if accuracy is None else at_accuracy(measure, accuracy))
+        crate, vit = scores["CRATE"], scores["ViT"]
+        untrained = self.by_seed("CRATE", at_checkpoint(measure, 0))
+        fixed_map = self.baselines(measure)["mean_mask"]
+        gap = paired(crate, vit)
+        interval = "" if gap.low is None else f", 95 % interval {gap.low:.1f} to {gap.high:.1f}, p = {gap.p:.3f}"
+        means = [statistics.fmean(scores[model]) for model in ORDER]
+        ordered = [_falls(row) for row in zip(*(scores[model] for model in ORDER), strict=True)]
+        fixed = self.protocol.fixed_map
+        return [
+            Claim(
+                "Training makes it: every CRATE scores above its untrained twin",
+                all(a > b for a, b in zip(crate, untrained, strict=True)),
+                f"{_listed(crate)} against {_listed(untrained)}",
+            ),
+            Claim(
+                f"It is about the image: every CRATE scores above the objects' {fixed}, a map that is the same for "
+                "all",
+                all(value > fixed_map for value in crate),
+                f"{_listed(crate)} against {fixed_map:.1f}",
+            ),
+            Claim(
+                "It is CRATE's: CRATE scores above ViT, the 95 % interval of the paired difference above 0",
+                None if gap.low is None else gap.low > 0,
+                f"{_listed(crate)} against {_listed(vit)}: {gap.mean:+.1f}{interval}",
+            ),
+            Claim(
+                f"It does not appear in a ViT: no ViT scores above the {fixed}",
+                all(value <= fixed_map for value in vit),
+                f"{_listed(vit)} against {fixed_map:.1f}",
+            ),
+            Claim(
+                f"The order of Table 2, in the means: {' > '.join(ORDER)}",
+                _falls(means),
+                f"{_listed(means, ' / ')}; in {sum(ordered)} of {len(ordered)} seeds",
+            ),
+        ]
+
+
+def _falls(values: Sequence[float]) -> bool:
+    return all(a > b for a, b in itertools.pairwise(values))
+
+
+def _listed(values: Sequence[float], separator: str = ", ") -> str:
+    return separator.join(f"{value:.1f}" for value in values)
