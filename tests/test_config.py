@@ -15,9 +15,10 @@ def _config(*argv: str):
 
 
 def test_every_recipe_loads_and_needs_only_a_folder():
-    pretraining = ["cifar10", "in1k_released", "in21k_paper", "shape_scenes"]
+    pretraining = ["cifar10", "crate_alpha_in21k", "in1k_released", "in21k_paper", "shape_scenes"]
     pretraining += ["cifar10_mae", "crate_mae_in1k", "mae_in1k", "shape_scenes_mae"]
     tuning = [f"finetune_{name}" for name in ("cifar10", "cifar100", "flowers102", "in1k", "pets")]
+    tuning.append("crate_alpha_finetune_in1k")
     assert recipe_names() == sorted([*pretraining, *tuning, "probe_in1k"])
     for name in recipe_names():
         config = _config("--recipe", name, "--data-dir", "somewhere", *(["--init", "x"] if name in tuning else []))
