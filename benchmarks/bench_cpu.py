@@ -2,8 +2,8 @@
 
     python benchmarks/bench_cpu.py            # half an hour on two cores; --smoke for half a minute
 
-Peers: the released form (three-product ISTA, attention written out), timm's ViT of the same sizes, and ours, each
-eager and under `torch.compile`; in inference onnxruntime on the file of `crate-fast export` too. CRATEs have the same
+Peers: the released form (attention written out, ISTA in three products; or CRATE-α), timm's ViT of the same sizes, and
+ours, each eager and under `torch.compile`; in inference onnxruntime on the file of `crate-fast export` too. CRATEs have the same
 weights, and their outputs and gradients are compared first. The floor is the time of the model's operations at the
 rate of a large product by the faster of PyTorch's two libraries, measured in this run.
 """
@@ -36,8 +36,9 @@ from model_problem import (
 from crate_fast.cpu_ops import onednn_product
 from crate_fast.env import provenance
 
-SIZES = {name: CRATES[name] for name in ("T/16", "S/8", "B/16")}
+SIZES = {name: CRATES[name] for name in ("T/16", "S/8", "B/16", "α-B/16")}
 SMOKE = {"smoke": Size(64, 2, 2, 16, on_gpu=2, on_cpu=2, image=64)}
+SMOKE |= {"smoke α": replace(SMOKE["smoke"], alpha=True)}
 PEERS = [name + suffix for suffix in ("", COMPILED) for name in (OURS, RELEASED, VIT)]
 CASES = {"training": (TRAINING, 0), "inference": (INFERENCE, 0), "one image": (INFERENCE, 1)}  # 0: the size's batch
 

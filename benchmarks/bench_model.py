@@ -43,6 +43,7 @@ CRATES = {  # the goals' first, for a run whose time is short
     "T/16": Size(384, 12, 6, 16, on_gpu=256, on_cpu=8),
     "S/16": Size(576, 12, 12, 16, on_gpu=256, on_cpu=8),
     "L/16": Size(1024, 24, 16, 16, on_gpu=128, on_cpu=2),
+    "α-B/16": Size(768, 12, 12, 16, on_gpu=128, on_cpu=8, alpha=True),
 }
 MAES = {
     "CRATE-MAE-T": Size(384, 12, 6, 16, on_gpu=256, on_cpu=8, masked=True),

@@ -24,14 +24,16 @@ from harness import SLACK, TIGHT, WORST, Run, Step, Timer, differences, peak_mib
 import torch
 import torch.nn.functional as F
 from measuring import Cost, Peer, WrongResult, too_many_logits
-from released import ReleasedCRATE, ReleasedCRATEMAE
+from released import ReleasedCRATE, ReleasedCRATEAlpha, ReleasedCRATEMAE
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from crate_fast import CRATE, CRATEMAE
+from crate_fast.checkpoints import released_state_dict, unwrap_state_dict
 from crate_fast.export import export_model
 from crate_fast.exported import open_exported
+from crate_fast.model import ALPHA_OPTIONS
 from crate_fast.train.cuda_graphs import GraphedCall
 from crate_fast.train.plan import Flops, count_flops
 
@@ -57,6 +59,7 @@ class Size:
     on_cpu: int
     image: int = 224
     masked: bool = False  # a CRATE-MAE
+    alpha: bool = False  # a CRATE-α
     classes: int = 1000
 
     @property
@@ -97,8 +100,15 @@ def build_model(peer: str, size: Size) -> nn.Module:
             return ReleasedCRATEMAE(**options, norm_pix_loss=True)
         return CRATEMAE(**options, norm_pix_loss=True, visible_only=kind == VISIBLE, **backend)
     options = {"image_size": size.image, "patch_size": size.patch, "num_classes": size.classes, "dim": size.width}
-    options |= {"depth": size.depth, "heads": size.heads, "dim_head": size.width // size.heads}
-    return ReleasedCRATE(**options) if kind == RELEASED else CRATE(**options, **backend)
+    options |= {"depth": size.depth, "heads": size.heads}
+    if size.alpha and kind == RELEASED:
+        return ReleasedCRATEAlpha(**options)
+    options |= {"dim_head": size.width // size.heads}
+    return (
+        ReleasedCRATE(**options)
+        if kind == RELEASED
+        else CRATE(**options, **backend, **(ALPHA_OPTIONS if size.alpha else {}))
+    )
 
 
 def _make_inputs(size: Size, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -129,6 +139,10 @@ class Trial:
         torch.manual_seed(0)
         with device:
             self.model = build_model(peer, size)
+        if state is not None and isinstance(self.model, ReleasedCRATEAlpha):
+            ours = build_model(OURS, size)
+            ours.load_state_dict(state)
+            state = released_state_dict(ours)
         if state is not None:
             self.model.load_state_dict(state)
         self.model.train(what == TRAINING)
@@ -184,7 +198,8 @@ class Trial:
         return {"output": torch.cat(outputs).float()} | self.gradients()
 
     def gradients(self) -> dict[str, Tensor]:
-        return {name: p.grad.clone() for name, p in self.model.named_parameters() if p.grad is not None}
+        found = {name: p.grad.clone() for name, p in self.model.named_parameters() if p.grad is not None}
+        return dict(unwrap_state_dict(found)) if isinstance(self.model, ReleasedCRATEAlpha) and found else found
 
     def _in_chunks(self, chunk: int) -> list[Tensor]:
         outputs, batch = [], len(self.inputs[0])
