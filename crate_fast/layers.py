@@ -319,6 +319,16 @@ class ODL(nn.Module):
         decoder = self.D if self.D1 is None else self.D1
         return sparsify_overcomplete(x, self.D, decoder, self.step_size, self.lambd, self.steps, self.backend)
 
+    def fuses(self, x: Tensor) -> bool:
+        """Return True if `after_norm` runs as one operator on x."""
+        return overcomplete.fuses(x, self.D, self.backend)
+
+    def after_norm(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
+        """Return ODL(norm(x)), x [..., C], as one operator."""
+        decoder, in_front = self.D if self.D1 is None else self.D1, (norm.weight, norm.bias, norm.eps)
+        constants = self.step_size, self.lambd
+        return overcomplete.odl(x, self.D, decoder, *constants, steps=self.steps, norm=in_front, backend=self.backend)
+
     def code(self, x: Tensor) -> Tensor:
         """x [..., C], normalised → its sparse code [..., ratio·C]."""
         return overcomplete.odl_code(x, self.D, self.step_size, self.lambd, self.steps)
@@ -362,8 +372,8 @@ def _observed(module: nn.Module) -> bool:
 
 
 def _fusible(norm: nn.Module, fn: nn.Module, x: Tensor) -> bool:
-    """Return True if a LayerNorm and the MSSA or ISTA behind it run as one operator on x; False in `torch.fx`."""
-    if isinstance(x, torch.fx.Proxy) or type(norm) is not nn.LayerNorm or type(fn) not in (MSSA, ISTA):
+    """Return True if a LayerNorm and what is behind it run as one operator on x; False in `torch.fx`."""
+    if isinstance(x, torch.fx.Proxy) or type(norm) is not nn.LayerNorm or type(fn) not in (MSSA, ISTA, ODL):
         return False
     if norm.weight is None or norm.bias is None or _observed(norm) or _observed(fn):
         return False
@@ -377,7 +387,7 @@ def _compressible(attention: "PreNorm", x: Tensor) -> bool:
 class PreNorm(nn.Module):
     """fn(LayerNorm(x)), with the released names `norm` and `fn`.
 
-    A LayerNorm in front of ISTA is part of ISTA's operator where the kernels run and no hook waits for either module.
+    A LayerNorm in front of ISTA or ODL is part of their operator where it runs and no hook waits for either module.
     `drop_path` holds the rate of stochastic depth; `Layer` applies it, since it knows what a dropped step leaves.
     """
 
@@ -392,7 +402,7 @@ class PreNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., C] → [..., C]."""
         if not torch.jit.is_scripting():  # noqa: SIM102  (what TorchScript does not compile)
-            if type(self.fn) is ISTA and _fusible(self.norm, self.fn, x):
+            if type(self.fn) in (ISTA, ODL) and _fusible(self.norm, self.fn, x):
                 return self.fn.after_norm(x, self.norm)
         return self.fn(self.norm(x))
 

@@ -3,9 +3,9 @@
     z₁ = relu(ηxD − ηλ),    z₂ = relu(z₁ + ηvD − ηλ) with v = x − z₁Dᵀ,    y = z₂D₁ᵀ
 
 (Yang et al., *Scaling White-Box Transformers for Vision*, 2024.) With D [C, rC] these are four products of r·C² a
-token. Scales, thresholds, sums and masks are made in the products' epilogues: by the Triton kernels in registers, on
-a CPU by oneDNN or in place. Backward has eight products and a ninth: of the two codes, which are r times as wide as a
-token, only the last is kept, and z₁ is computed again.
+token, and eight in backward. Scales, thresholds, sums and masks are made in the products' epilogues: by the Triton
+kernels in registers, on a CPU by oneDNN or in place. Backward keeps the codes, which are r times as wide as a token,
+v, and the input; with a LayerNorm in front the tokens before it.
 """
 
 from collections.abc import Callable
@@ -18,6 +18,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from crate_fast import cpu_ops
 from crate_fast.backends import (
+    autocast_enabled,
     being_transformed,
     being_written,
     compute_dtype,
@@ -28,9 +29,8 @@ from crate_fast.backends import (
 from crate_fast.cpu_ops import linear
 from crate_fast.self_check import checked
 
-__all__ = ["MAX_STEPS", "odl", "odl_code"]
+__all__ = ["fuses", "odl", "odl_code"]
 
-MAX_STEPS = 2
 Product = Callable[..., Tensor]
 
 
@@ -53,19 +53,19 @@ def odl(
     sparsity: float = 0.1,
     *,
     steps: int = 2,
+    norm: tuple[Tensor, Tensor, float] | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Return y = zD₁ᵀ for the code z of x: CRATE-α's block without LayerNorm and residual.
-
-    The last code is kept for backward, and where the kernels or `cpu_ops` run not the first one.
+    """Return y = zD₁ᵀ for the code z of x: CRATE-α's block without its residual.
 
     Args:
-        x: Normalised tokens [..., C].
+        x: Tokens [..., C], normalised unless `norm` is given.
         dictionary: D [C, K]; K = 4C in the released models.
         decoder: D₁ [C, K]; D itself for tied dictionaries.
         step_size: η, at least 0.
         sparsity: λ, at least 0.
         steps: 1 (y = z₁D₁ᵀ) or 2.
+        norm: γ and β [C] and ε of a LayerNorm in front.
         backend: "auto", "triton" or "torch"; see `crate_fast.backends.explain_backend`.
 
     Returns:
@@ -77,13 +77,27 @@ def odl(
     >>> odl(torch.tensor([[1.0, -1.0]]), torch.eye(2), torch.eye(2))
     tensor([[0.1710, 0.0000]])
     """
-    kernels = resolve_backend(x, backend) == "triton"
-    if not being_transformed() and (kernels or (cpu_ops.serves(x, dictionary) and not being_written())):
+    gamma, beta, eps = norm or (None, None, 0.0)
+    if fuses(x, dictionary, backend, gamma):
         rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
-        dtype = compute_dtype(x)
-        y, *_ = odl_fwd(rows, dictionary, decoder, step_size, step_size * sparsity, steps, dtype, kernels)
+        shift, kernels = step_size * sparsity, resolve_backend(x, backend) == "triton"
+        if kernels and norm is not None and autocast_enabled(x.device.type):
+            rows = rows.float()  # as PyTorch's LayerNorm has it there
+        y, *_ = odl_fwd(
+            rows, gamma, beta, dictionary, decoder, step_size, shift, eps, steps, compute_dtype(x), kernels
+        )
         return y.view(*x.shape[:-1], decoder.shape[0])
+    x = x if norm is None else F.layer_norm(x, x.shape[-1:], gamma, beta, eps)
     return linear(_code(x, dictionary, step_size, sparsity, steps), decoder)
+
+
+def fuses(x: Tensor, dictionary: Tensor, backend: str = "auto", gamma: Tensor | None = None) -> bool:
+    """Return True if `odl` runs as one operator: by the kernels, or in fp32 on a CPU."""
+    if being_transformed():
+        return False
+    if resolve_backend(x, backend) == "triton":
+        return True
+    return cpu_ops.serves(x, dictionary, gamma) and not being_written()
 
 
 def _code(x: Tensor, dictionary: Tensor, step_size: float, sparsity: float, steps: int) -> Tensor:
@@ -151,13 +165,20 @@ def _product_of(kernels: bool) -> Product:
     return _triton_product if kernels else _cpu_product
 
 
-def _weight_gradient(kernels: bool, a: Tensor, grad: Tensor) -> Tensor:
-    """Return aᵀg [C, J] in fp32."""
-    if not kernels:
-        return cpu_ops.product(a.t(), grad.t())
-    from crate_fast.kernels import product
+def _add_weight_gradient(
+    kernels: bool, a: Tensor, grad: Tensor, alpha: float = 1.0, total: Tensor | None = None
+) -> Tensor:
+    """Return `total` + α·aᵀg [C, J] in fp32; `total` is written."""
+    if kernels:
+        from crate_fast.kernels import product
 
-    return checked(product.weight_gradient, a, grad)
+        found = checked(product.weight_gradient, a, grad)
+    else:  # for these shapes oneDNN is the faster one where forward is its
+        multiply = cpu_ops.onednn_product if cpu_ops.uses_onednn() and len(a) else cpu_ops.product
+        found = multiply(a.t(), grad.t())
+    if total is None:
+        return found if alpha == 1.0 else found.mul_(alpha)
+    return total.add_(found, alpha=alpha)
 
 
 # --- the operators ------------------------------------------------------------------------------------------------
@@ -166,106 +187,132 @@ def _weight_gradient(kernels: bool, a: Tensor, grad: Tensor) -> Tensor:
 @torch.library.custom_op("crate_fast::odl_fwd", mutates_args=())
 def odl_fwd(
     x: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
     dictionary: Tensor,
     decoder: Tensor,
     step_size: float,
     shift: float,
+    eps: float,
     steps: int,
     dtype: torch.dtype,
     kernels: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """y [M, C] of rows x [M, C]; and what backward needs: v [M, C], empty with one step, and the last code [M, K].
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """y [M, C] of x [M, C], or of LayerNorm(x) where gamma and beta [C] are given.
 
     Args:
         x, dictionary, decoder, step_size, steps: As `odl`'s.
+        gamma, beta, eps: Of the LayerNorm.
         shift: ηλ.
         dtype: Of products, codes and y.
         kernels: Whether the Triton kernels run, or the CPU's libraries.
+
+    Returns:
+        y; and what backward needs: mean and 1 / standard deviation of x's rows [M, 1], empty without a LayerNorm;
+        v [M, C] and z₁ [M, K], empty with one step; the last code [M, K].
     """
     product = _product_of(kernels)
     with without_autocast(x.device.type):
+        mean, rstd = x.new_empty(0), x.new_empty(0)
+        if gamma is not None:
+            x, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], gamma, beta, eps)
         rows, encode, decode = x.to(dtype), dictionary.to(dtype), decoder.to(dtype)
-        z, v = product(rows, encode.t(), step_size, shift=shift), rows.new_empty(0)
+        z = product(rows, encode.t(), step_size, shift=shift)
+        v, first = rows.new_empty(0), rows.new_empty(0)
         if steps == 2:
-            v = product(z, encode, -1.0, add=x, dtype=dtype)
-            z = product(v, encode.t(), step_size, add=z, shift=shift)
-        return product(z, decode), v, z
+            first = z
+            v = product(first, encode, -1.0, add=x, dtype=dtype)
+            z = product(v, encode.t(), step_size, add=first, shift=shift)
+        return product(z, decode), mean, rstd, v, first, z
 
 
 @odl_fwd.register_fake
-def _(x, dictionary, decoder, step_size, shift, steps, dtype, kernels):
+def _(x, gamma, beta, dictionary, decoder, step_size, shift, eps, steps, dtype, kernels):
+    mean, rstd = (x.new_empty(0 if gamma is None else (x.shape[0], 1)) for _ in range(2))
     v = x.new_empty(x.shape if steps == 2 else 0, dtype=dtype)
-    code = x.new_empty(x.shape[0], dictionary.shape[1], dtype=dtype)
-    return x.new_empty(x.shape[0], decoder.shape[0], dtype=dtype), v, code
+    first, code = (
+        x.new_empty((x.shape[0], dictionary.shape[1]) if there else 0, dtype=dtype) for there in (steps == 2, True)
+    )
+    return x.new_empty(x.shape[0], decoder.shape[0], dtype=dtype), mean, rstd, v, first, code
 
 
 @torch.library.custom_op("crate_fast::odl_bwd", mutates_args=())
 def odl_bwd(
     grad: Tensor,
     x: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
     v: Tensor,
+    first: Tensor,
     code: Tensor,
     dictionary: Tensor,
     decoder: Tensor,
     step_size: float,
-    shift: float,
+    eps: float,
     kernels: bool,
     wanted: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of x, D and D₁, empty where not wanted.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of x, γ, β, D and D₁, empty where not wanted.
 
-    With mᵢ = dL/d(argument of zᵢ's ReLU) and s = dL/dv = ηm₂Dᵀ:
+    With mᵢ = dL/d(argument of zᵢ's ReLU) and s = dL/dv = ηm₂Dᵀ, behind the LayerNorm:
 
         m₂ = [z₂ > 0]·gD₁,    m₁ = [z₁ > 0]·(m₂ − sD),    dx = s + ηm₁Dᵀ
         dD = η(vᵀm₂ + xᵀm₁) − sᵀz₁,    dD₁ = gᵀz₂
     """
-    product, results = _product_of(kernels), [grad.new_empty(0) for _ in range(3)]
-    needs_x, needs_dictionary, needs_decoder = wanted
-    dtype = code.dtype
+    product, results = _product_of(kernels), [grad.new_empty(0) for _ in range(5)]
+    needs_tokens, (needs_dictionary, needs_decoder) = any(wanted[:3]), wanted[3:]
+    dtype, width = code.dtype, x.shape[-1:]
     with without_autocast(x.device.type):
-        grad, rows = grad.to(dtype).contiguous(), x.to(dtype)
+        grad, tokens = grad.to(dtype).contiguous(), x
         encode, decode = dictionary.to(dtype), decoder.to(dtype)
         if needs_decoder:
-            results[2] = _weight_gradient(kernels, grad, code).to(decoder.dtype)
-        if not needs_x and not needs_dictionary:
+            results[4] = _add_weight_gradient(kernels, grad, code).to(decoder.dtype)
+        if not needs_tokens and not needs_dictionary:
             return tuple(results)
         masked, add, total = product(grad, decode.t(), mask=code), None, None
         if v.numel():  # the second step
             add = product(masked, encode, step_size)
-            first = product(rows, encode.t(), step_size, shift=shift)
             if needs_dictionary:
-                total = _weight_gradient(kernels, v, masked).mul_(step_size)
-                total -= _weight_gradient(kernels, add, first)
+                total = _add_weight_gradient(kernels, v, masked, step_size)
+                total = _add_weight_gradient(kernels, add, first, -1.0, total)
             masked = product(add, encode.t(), -1.0, add=masked, mask=first)
         if needs_dictionary:
-            last = _weight_gradient(kernels, rows, masked)
-            total = last.mul_(step_size) if total is None else total.add_(last, alpha=step_size)
-            results[1] = total.to(dictionary.dtype)
-        if needs_x:
-            results[0] = product(masked, encode, step_size, add=add, dtype=x.dtype)
+            normed = x if gamma is None else F.layer_norm(x, width, gamma, beta, eps)
+            total = _add_weight_gradient(kernels, normed.to(dtype), masked, step_size, total)
+            results[3] = total.to(dictionary.dtype)
+        if needs_tokens:
+            results[0] = product(masked, encode, step_size, add=add, dtype=tokens.dtype)
+            if gamma is not None:
+                results[:3] = torch.ops.aten.native_layer_norm_backward(
+                    results[0], x, width, mean, rstd, gamma, beta, [True, True, True]
+                )
     return tuple(results)
 
 
 @odl_bwd.register_fake
-def _(grad, x, v, code, dictionary, decoder, step_size, shift, kernels, wanted):
-    given = zip(wanted, (x, dictionary, decoder), strict=True)
+def _(grad, x, gamma, beta, mean, rstd, v, first, code, dictionary, decoder, step_size, eps, kernels, wanted):
+    tokens = any(wanted[:3])
+    asked = (tokens, *[tokens and gamma is not None] * 2, *wanted[3:])
+    given = zip(asked, (x, gamma, beta, dictionary, decoder), strict=True)
     return tuple(t.new_empty(t.shape) if asked else grad.new_empty(0) for asked, t in given)
 
 
 def _setup(ctx, inputs, output):
-    x, dictionary, decoder, ctx.step_size, ctx.shift, _, _, ctx.kernels = inputs
-    _, v, code = output
+    x, gamma, beta, dictionary, decoder, ctx.step_size, _, ctx.eps, _, _, ctx.kernels = inputs
+    _, *kept = output
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(v, code)
-    ctx.save_for_backward(x, v, code, dictionary, decoder)
+    ctx.mark_non_differentiable(*kept)
+    ctx.save_for_backward(x, gamma, beta, *kept, dictionary, decoder)
 
 
 def _backward(ctx, grad, *_):
     if grad is None:
-        return (None,) * 8
-    wanted = list(ctx.needs_input_grad[:3])
-    results = odl_bwd(grad, *ctx.saved_tensors, ctx.step_size, ctx.shift, ctx.kernels, wanted)
-    return *(result if asked else None for result, asked in zip(results, wanted, strict=True)), *[None] * 5
+        return (None,) * 11
+    wanted = list(ctx.needs_input_grad[:5])
+    results = odl_bwd(grad, *ctx.saved_tensors, ctx.step_size, ctx.eps, ctx.kernels, wanted)
+    return *(result if asked else None for result, asked in zip(results, wanted, strict=True)), *[None] * 6
 
 
 odl_fwd.register_autograd(_backward, setup_context=_setup)
@@ -273,11 +320,10 @@ refuse_double_backward(odl_bwd, "take it by torch.func.grad or torch.func.hessia
 
 
 @register_flop_formula(torch.ops.crate_fast.odl_fwd)
-def _forward_flops(x: torch.Size, dictionary: torch.Size, decoder: torch.Size, eta, shift, steps, *_, **__) -> int:
+def _forward_flops(x, gamma, beta, dictionary, decoder, step_size, shift, eps, steps, *_, **__) -> int:
     return 2 * steps * 2 * x[0] * dictionary[0] * dictionary[1]
 
 
 @register_flop_formula(torch.ops.crate_fast.odl_bwd)
-def _backward_flops(grad: torch.Size, x: torch.Size, v: torch.Size, code: torch.Size, dictionary, *_, **__) -> int:
-    products = 8 if len(v) == 2 else 4  # the model's own; z₁ once more is not counted
-    return products * 2 * x[0] * dictionary[0] * dictionary[1]
+def _backward_flops(grad, x, gamma, beta, mean, rstd, v, first, code, dictionary, *_, **__) -> int:
+    return (8 if len(v) == 2 else 4) * 2 * x[0] * dictionary[0] * dictionary[1]
