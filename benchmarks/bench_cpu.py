@@ -3,7 +3,7 @@
     python benchmarks/bench_cpu.py            # half an hour on two cores; --smoke for half a minute
 
 Peers: the released form (attention written out, ISTA in three products; or CRATE-α), timm's ViT of the same sizes,
-and ours, each eager and under `torch.compile`; in inference onnxruntime on the file of `crate-fast export` too. CRATEs
+and ours, each eager and compiled; in inference onnxruntime on the file of `crate-fast export` too. CRATEs
 have the same weights, and their outputs and gradients are compared first. The floor is the time of the model's
 operations at the rate of a large product by the faster of PyTorch's two libraries, measured in this run.
 """

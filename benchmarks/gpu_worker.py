@@ -249,7 +249,7 @@ def _model_items() -> tuple[list[dict], list[dict]]:
     more = [item("crate", "B/16", INFERENCE, plain)]
     more += [item("growth", n, what, GROWTH_PEERS) for what in (INFERENCE, TRAINING) for n in GROWTH]
     more += [item("model", "CRATE-MAE-B", TRAINING, MAE_PEERS)]
-    more += [item("crate", model, TRAINING, plain) for model in ("S/8", "T/16", "L/16")]
+    more += [item("crate", model, TRAINING, plain) for model in ("α-B/16", "S/8", "T/16", "L/16")]
     return models, more
 
 

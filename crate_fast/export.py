@@ -33,7 +33,7 @@ from crate_fast.env import provenance
 from crate_fast.errors import CommandParser, UserError, require, run_command
 from crate_fast.exported import Difference, compare, open_exported
 from crate_fast.functional import fold_dictionary
-from crate_fast.layers import ISTA, MHSA, MSSA
+from crate_fast.layers import ISTA, MHSA, MSSA, ODL
 from crate_fast.model import CRATE, pool_tokens
 from crate_fast.whitebox import attention_layer, trace
 
@@ -104,10 +104,10 @@ class _PortableISTA(nn.Module):
 
 
 def _portable(module: nn.Module) -> nn.Module:
-    """Replace every ISTA, and let attention run without kernels, in place."""
+    """Replace every ISTA, and let attention and ODL run without kernels, in place."""
     for name, child in list(module.named_children()):
         _portable(child)
-        if isinstance(child, MSSA):
+        if isinstance(child, MSSA | ODL):
             child.backend = "torch"
         elif isinstance(child, ISTA):
             setattr(module, name, _PortableISTA(child))

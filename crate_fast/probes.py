@@ -27,13 +27,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from crate_fast import functional
+from crate_fast import functional, odl
 from crate_fast.accuracy import clear_of_threshold, gradients, judge, spread_tokens, token_scale
 from crate_fast.errors import CommandParser, UserError, run_command
 from crate_fast.reference import (
     compress_reference,
     ista_reference,
     norm_ista_reference,
+    odl_reference,
     subspace_attention_reference,
 )
 from crate_fast.settings import FUSED_PRODUCTS, SELF_CHECK
@@ -130,6 +131,26 @@ def _norm_ista(sizes, dtype, autocast, device, generator) -> Problem:
     return Problem(ours, norm_ista_reference, [x, gamma, beta, dictionary], grad, "y dx dγ dβ dD", autocast)
 
 
+def _odl(sizes, dtype, autocast, device, generator) -> Problem:
+    width, shape = sizes[-1], (sizes[-1], 4 * sizes[-1])
+    inputs = [
+        _normal(sizes, generator, device, dtype, 2.0, 1.0),
+        _normal(shape, generator, device, dtype, (2 / shape[1]) ** 0.5),
+        _normal(shape, generator, device, dtype, width**-0.5),
+        _normal((width,), generator, device, dtype, 0.3, 1.0),
+        _normal((width,), generator, device, dtype, 0.3),
+    ]
+
+    def ours(x, dictionary, decoder, gamma, beta):
+        return odl.odl(x, dictionary, decoder, norm=(gamma, beta, 1e-6), backend="triton")
+
+    def reference(x, dictionary, decoder, gamma, beta):
+        return odl_reference(F.layer_norm(x, (width,), gamma, beta, 1e-6), dictionary, decoder)
+
+    grad = _normal(sizes, generator, device, dtype)
+    return Problem(ours, reference, inputs, grad, "y dx dD dD₁ dγ dβ", autocast)
+
+
 def _compress(sizes, dtype, autocast, device, generator, residual: str = "released") -> Problem:
     width = sizes[-1]
     heads = width // 64
@@ -190,6 +211,7 @@ def _all_probes() -> Iterator[Probe]:
         for precision in PRECISIONS:
             yield _probe("ista", precision, sizes, _ista)
             yield _probe("norm_ista", precision, sizes, _norm_ista)
+            yield _probe("odl", precision, sizes, _odl)
             yield _probe("compress", precision, sizes, _compress, "-torch-map", environment={FUSED_PRODUCTS: "0"})
             yield _probe("compress", precision, sizes, _compress, "-fused-map", environment={FUSED_PRODUCTS: "1"})
     yield _probe("ista", "bfloat16", (64, 197, 384), partial(_ista, threshold="soft"), "-soft")
@@ -210,6 +232,8 @@ CHECKED = (  # by `crate-fast check`
     "norm_ista-bfloat16-32x197x768",
     "norm_ista-float16-64x197x384",
     "norm_ista-autocast-64x197x384",
+    "odl-bfloat16-32x197x768",
+    "odl-autocast-64x197x384",
     "compress-bfloat16-64x197x384-fused-map",
     "compress-autocast-64x197x384-torch-map",
 )

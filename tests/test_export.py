@@ -22,6 +22,7 @@ from crate_fast.export import (
     resampling_matrix,
 )
 from crate_fast.exported import compare, eager_outputs, open_exported
+from crate_fast.model import ALPHA_OPTIONS
 from crate_fast.train.data.shape_scenes import CLASSES
 from crate_fast.train.data.transforms import Normalize
 from crate_fast.whitebox import trace
@@ -118,6 +119,7 @@ def test_files_say_what_they_are(exported):
         {"attention": "mhsa", "residual": "paper", "pool": "mean"},
         {"threshold": "soft", "head_hidden": True, "patch_size": (2, 4), "channels": 1},
         {"sparsifier": "mlp", "embed_norm": False, "num_classes": 0, "heads": 1, "dim_head": 32},
+        ALPHA_OPTIONS,
     ],
 )
 def test_portable_ablations(options):

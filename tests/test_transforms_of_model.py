@@ -16,6 +16,7 @@ from torch.func import functional_call, grad, hessian, jvp, stack_module_state, 
 from crate_fast import CRATE, CRATEMAE, registry
 from crate_fast.errors import UserError
 from crate_fast.functional import ista, subspace_attention
+from crate_fast.model import ALPHA_OPTIONS
 
 SMALL = {"image_size": 32, "patch_size": 8, "num_classes": 10, "dim": 64, "depth": 2, "heads": 2, "dim_head": 32}
 MAE = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 1, "num_heads": 3}
@@ -27,7 +28,9 @@ OPTIONS = [
     {"attention": "mhsa", "sparsifier": "mlp", "num_classes": 0},
     {"threshold": "soft", "head_hidden": True, "ista": 1, "dropout": 0, "emb_dropout": 0},
     {"embed_norm": False, "norm_eps": 1e-6, "sparsity": 0.5},  # an encoder of CRATE-MAE
+    ALPHA_OPTIONS,
 ]
+NAMES = [name for name in registry.default_cfgs if "alpha" not in name or name == "crate_alpha_base_patch16_224"]
 every_kind = pytest.mark.parametrize("options", OPTIONS, ids=str)
 
 
@@ -80,7 +83,7 @@ def test_feature_extractors_of_timm_train_every_parameter(options):
     assert all(p.grad is not None for p in model.parameters())
 
 
-@pytest.mark.parametrize("name", [name for name in registry.default_cfgs if not registry.is_mae(name)])
+@pytest.mark.parametrize("name", NAMES)
 def test_registered_models_pass_timms_tests_of_tracing(name):
     model = timm.create_model(name, depth=1, img_size=32, num_classes=4).eval()
     _, names = get_graph_node_names(model)
