@@ -72,6 +72,7 @@ def test_sizes_are_the_models():
               for name, size in bench_model.CRATES.items()}  # fmt: skip
     assert {name: round(count, 2) for name, count in counts.items() if "16" in name} == {
         "T/16": 6.09, "S/16": 13.12, "B/16": 22.80, "L/16": 77.64,
+        "α-B/16": 72.33,
     }  # fmt: skip
     assert [size.n_tokens for size in bench_model.GROWTH.values()] == [197, 785, 3601, 16385]
 

@@ -88,7 +88,7 @@ def test_help_lists_and_explains_every_option(capsys):
         (["--workers", "-2"], "workers=-2: it must be at least 0"),
         (["--label-smoothing", "1.5"], "label_smoothing=1.5: it must be between 0 and 1"),
         (["--batch-size", "10", "--accumulate", "3"], "not a multiple of accumulate=3"),
-        (["--min-lr", "0.1"], "min_lr=0.1 is above the peak 0.001 of lr=0.001: lower it"),
+        (["--min-lr", "0.1"], "min_lr=0.1 is above the peak 0.003 of lr=0.003: lower it"),
         (["--threads", "100000"], "threads=100000: it must be at most 1024"),
         (["--device", "meta"], "device='meta' computes nothing here: choose auto, cpu"),
         (["--optimizer", "fusedadam", "--train-samples", "128"], "optimizer='fusedadam' cannot be used here"),

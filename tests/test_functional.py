@@ -543,7 +543,7 @@ def test_openmp_spins_for_a_bounded_time_unless_the_user_chose(chosen, expected,
         monkeypatch.delenv(name, raising=False)
     for name, value in chosen.items():
         monkeypatch.setenv(name, value)
-    first, rest, _ = Path(crate_fast.__file__).read_text().partition("from crate_fast.mae")
+    first, rest, _ = Path(crate_fast.__file__).read_text().partition("# `crate-fast` itself")
     assert rest
     monkeypatch.delitem(sys.modules, "torch")  # as in a process that imports this package first
     exec(first, {})

@@ -255,8 +255,8 @@ def test_images_are_counted_in_a_folder_that_is_there(tmp_path):
     [
         ("--dataset folder", "how many images dataset='folder' has is not known: pass --images N"),
         ("--dataset folder --images 500", "how many classes dataset='folder' has is not known: pass --classes N"),
-        ("--gpus 3", "batch_size=64 cannot be dealt out to 3 processes × 1 accumulation steps: make it a multiple"),
-        ("--train-samples 50", "the training split has 50 images, fewer than batch_size=64"),
+        ("--gpus 3", "batch_size=128 cannot be dealt out to 3 processes × 1 accumulation steps: make it a multiple"),
+        ("--train-samples 50", "the training split has 50 images, fewer than batch_size=128"),
         ("--gpus 4 --hosts 3 --parallel hsdp", "--gpus 4 cannot be shared out to --hosts 3"),
         ("--gpus 0", "--gpus 0: it must be above 0"),
         ("--hours -1", "--hours -1.0: it must be above 0"),

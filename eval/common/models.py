@@ -28,7 +28,7 @@ from crate_fast.train import checkpoint
 from crate_fast.train.checkpoint import CheckpointError
 from crate_fast.train.config import TrainConfig
 from crate_fast.train.data import Normalize
-from crate_fast.train.runs import build_model, checkpoint_steps, load_model, num_classes_of, run_config
+from crate_fast.train.runs import build_model, checkpoint_steps, load_model, num_classes_of, run_config, run_weights
 
 __all__ = ["LoadedModel", "class_names", "open_model", "split_label", "split_source"]
 
@@ -116,10 +116,21 @@ def _seeded(build, seed: int) -> nn.Module:
         return build()
 
 
+def _classes_of(folder: Path) -> int:
+    """Return the number of classes, as the first of a run's checkpoints that can be read tells it."""
+    problems = []
+    for step in checkpoint_steps(folder):
+        try:
+            return num_classes_of(run_weights(folder, step)[0])
+        except CheckpointError as error:
+            problems.append(error)
+    raise problems[0]
+
+
 def _from_run(folder: Path, version: str, seed: int) -> tuple[nn.Module, TrainConfig]:
     if version == "untrained":
         config = run_config(folder)
-        n_classes = num_classes_of(load_model(folder)[0].state_dict())
+        n_classes = _classes_of(folder)
         return _seeded(lambda: build_model(config, n_classes), seed), config
     if version and not version.isdigit():
         raise UserError(
