@@ -103,12 +103,8 @@ def build_model(peer: str, size: Size) -> nn.Module:
     options |= {"depth": size.depth, "heads": size.heads}
     if size.alpha and kind == RELEASED:
         return ReleasedCRATEAlpha(**options)
-    options |= {"dim_head": size.width // size.heads}
-    return (
-        ReleasedCRATE(**options)
-        if kind == RELEASED
-        else CRATE(**options, **backend, **(ALPHA_OPTIONS if size.alpha else {}))
-    )
+    options |= {"dim_head": size.width // size.heads} | (ALPHA_OPTIONS if size.alpha else {})
+    return ReleasedCRATE(**options) if kind == RELEASED else CRATE(**options, **backend)
 
 
 def _make_inputs(size: Size, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -33,6 +33,9 @@ __all__ = [
     "RESIDUALS",
     "THRESHOLDS",
     "cached_dictionaries",
+    "check_beside",
+    "check_fraction",
+    "check_tensor",
     "compress",
     "fold_dictionary",
     "fold_dictionary_once",
@@ -49,7 +52,8 @@ _AUTO = "Use backend='auto' or backend='torch'."
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def _check_tensor(name: str, tensor: Tensor, rank: str, ok: bool) -> None:
+def check_tensor(name: str, tensor: Tensor, rank: str, ok: bool) -> None:
+    """Raise unless `tensor` is a floating tensor and `ok`; `rank` says what to pass."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} is a {type(tensor).__name__}: pass a torch.Tensor {rank}")
     if not ok:
@@ -58,7 +62,7 @@ def _check_tensor(name: str, tensor: Tensor, rank: str, ok: bool) -> None:
         raise TypeError(f"{name} is {tensor.dtype}: cast it to float16, bfloat16, float32 or float64")
 
 
-def _check_beside(x: Tensor, *, any_dtype: bool = False, **tensors: Tensor) -> None:
+def check_beside(x: Tensor, *, any_dtype: bool = False, **tensors: Tensor) -> None:
     """Raise unless all are on x's device and, unless autocast or any_dtype allows another, in x's dtype."""
     for name, tensor in tensors.items():
         if tensor.device != x.device:
@@ -67,7 +71,8 @@ def _check_beside(x: Tensor, *, any_dtype: bool = False, **tensors: Tensor) -> N
             raise TypeError(f"{name} is {tensor.dtype} and x {x.dtype}: cast one to the other's dtype")
 
 
-def _check_fraction(name: str, value: float, low: float, high: float | None) -> None:
+def check_fraction(name: str, value: float, low: float, high: float | None) -> None:
+    """Raise a UserError unless low ≤ value, and value < high where there is a limit."""
     if not value >= low or (high is not None and not value < high):
         limits = f"at least {low}" if high is None else f"in [{low}, {high})"
         raise UserError(f"{name}={value}: it must be {limits}")
@@ -98,10 +103,10 @@ def subspace_attention(
     """
     with without_tracer_warnings():
         fits = isinstance(w, Tensor) and w.dim() == 4 and w.shape[1] * w.shape[3] > 0
-        _check_tensor("w", w, "[B, N, H, D] with N and D at least 1", fits)
-    _check_fraction("dropout_p", dropout_p, 0.0, 1.0)
+        check_tensor("w", w, "[B, N, H, D] with N and D at least 1", fits)
+    check_fraction("dropout_p", dropout_p, 0.0, 1.0)
     scale = w.shape[-1] ** -0.5 if scale is None else float(scale)
-    _check_fraction("scale", scale, 0.0, None)
+    check_fraction("scale", scale, 0.0, None)
     if dropout_p > 0.0 and backend == "triton":
         raise UserError(f"backend='triton' cannot run: the kernels drop no weights, dropout_p={dropout_p}. {_AUTO}")
     if dropout_p == 0.0 and resolve_backend(w, backend, head_dim=w.shape[-1]) == "triton":
@@ -164,12 +169,12 @@ def compress(
     >>> compress(torch.tensor([[[1.0, -1.0]]]), one, zero, eye, eye, zero, heads=1)    # one attends to itself
     tensor([[[ 2.0000, -2.0000]]])
     """
-    _check_tensor("x", x, "[B, N, C]", isinstance(x, Tensor) and x.dim() == 3)
+    check_tensor("x", x, "[B, N, C]", isinstance(x, Tensor) and x.dim() == 3)
     width = x.shape[-1]
     matrix = isinstance(projection, Tensor) and projection.dim() == 2
     inner = projection.shape[0] if matrix else 0
     fits = matrix and projection.shape[1] == width and heads > 0 and inner % heads == 0
-    _check_tensor("projection", projection, f"[H·D, C] = [{heads}·D, {width}]", fits)
+    check_tensor("projection", projection, f"[H·D, C] = [{heads}·D, {width}]", fits)
     for name, tensor, shape in (
         ("weight", weight, (width,)),
         ("bias", bias, (width,)),
@@ -177,14 +182,14 @@ def compress(
         ("output_bias", output_bias, (width,)),
     ):
         fits = isinstance(tensor, Tensor) and tuple(tensor.shape) == shape
-        _check_tensor(name, tensor, str(list(shape)), fits)
-    _check_beside(x, projection=projection, output=output, output_bias=output_bias)
-    _check_beside(x, any_dtype=True, weight=weight, bias=bias)  # LayerNorm's may stay in fp32
+        check_tensor(name, tensor, str(list(shape)), fits)
+    check_beside(x, projection=projection, output=output, output_bias=output_bias)
+    check_beside(x, any_dtype=True, weight=weight, bias=bias)  # LayerNorm's may stay in fp32
     check_choice("residual", residual, RESIDUALS)
     head_dim = inner // heads
     if resolve_backend(x, backend, head_dim=head_dim) == "triton":
         scale = head_dim**-0.5 if scale is None else float(scale)
-        _check_fraction("scale", scale, 0.0, None)
+        check_fraction("scale", scale, 0.0, None)
         dtype = compute_dtype(x)
         h, *_ = triton_ops.compression_fwd(
             x, weight, bias, projection, output, output_bias, heads, scale, float(eps), dtype, residual == "paper"
@@ -269,8 +274,8 @@ def norm_ista(
     _check_ista(x, dictionary, step_size, sparsity, threshold)
     for name, channel in (("weight", weight), ("bias", bias)):
         fits = isinstance(channel, Tensor) and channel.shape == x.shape[-1:]
-        _check_tensor(name, channel, f"[C] = [{x.shape[-1]}]", fits)
-    _check_beside(x, any_dtype=True, weight=weight, bias=bias)  # LayerNorm's may stay in fp32
+        check_tensor(name, channel, f"[C] = [{x.shape[-1]}]", fits)
+    check_beside(x, any_dtype=True, weight=weight, bias=bias)  # LayerNorm's may stay in fp32
     if resolve_backend(x, backend) == "triton":
         x = x.float() if autocast_enabled(x.device.type) else x
         return _fused_ista(x, (weight, bias, float(eps)), dictionary, step_size, sparsity, threshold)
@@ -279,14 +284,14 @@ def norm_ista(
 
 
 def _check_ista(x: Tensor, dictionary: Tensor, step_size: float, sparsity: float, threshold: str) -> None:
-    _check_tensor("x", x, "[..., C]", isinstance(x, Tensor) and x.dim() >= 1)
+    check_tensor("x", x, "[..., C]", isinstance(x, Tensor) and x.dim() >= 1)
     with without_tracer_warnings():
         width = x.shape[-1]
         square = isinstance(dictionary, Tensor) and tuple(dictionary.shape) == (width, width)
-        _check_tensor("dictionary", dictionary, f"[C, C] = [{width}, {width}] to match x's last dimension", square)
-    _check_beside(x, dictionary=dictionary)
-    _check_fraction("step_size", step_size, 0.0, None)
-    _check_fraction("sparsity", sparsity, 0.0, None)
+        check_tensor("dictionary", dictionary, f"[C, C] = [{width}, {width}] to match x's last dimension", square)
+    check_beside(x, dictionary=dictionary)
+    check_fraction("step_size", step_size, 0.0, None)
+    check_fraction("sparsity", sparsity, 0.0, None)
     check_choice("threshold", threshold, THRESHOLDS)
 
 

@@ -8,10 +8,9 @@ kernels in registers, on a CPU by oneDNN or in place. Backward keeps the codes, 
 v, and the input; with a LayerNorm in front the tokens before it.
 """
 
-from collections.abc import Callable
+from functools import partial
 
 import torch
-import torch.fx
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
@@ -19,19 +18,18 @@ from torch.utils.flop_counter import register_flop_formula
 from crate_fast import cpu_ops
 from crate_fast.backends import (
     autocast_enabled,
-    being_transformed,
-    being_written,
     compute_dtype,
     refuse_double_backward,
     resolve_backend,
     without_autocast,
+    without_tracer_warnings,
 )
 from crate_fast.cpu_ops import linear
+from crate_fast.errors import UserError
+from crate_fast.functional import check_beside, check_fraction, check_tensor
 from crate_fast.self_check import checked
 
 __all__ = ["fuses", "odl", "odl_code"]
-
-Product = Callable[..., Tensor]
 
 
 def odl_code(x: Tensor, dictionary: Tensor, step_size: float = 0.1, sparsity: float = 0.1, steps: int = 2) -> Tensor:
@@ -42,7 +40,11 @@ def odl_code(x: Tensor, dictionary: Tensor, step_size: float = 0.1, sparsity: fl
     >>> odl_code(torch.tensor([[1.0, -1.0]]), torch.eye(2))
     tensor([[0.1710, 0.0000]])
     """
-    return _code(x, dictionary, step_size, sparsity, steps)
+    shift = step_size * sparsity
+    z = F.relu(step_size * linear(x, dictionary.t()) - shift)
+    for _ in range(steps - 1):
+        z = F.relu(z + step_size * linear(x - linear(z, dictionary), dictionary.t()) - shift)
+    return z
 
 
 def odl(
@@ -72,11 +74,23 @@ def odl(
         y [..., C], in x's dtype; in autocast's under autocast.
 
     Raises:
+        ValueError, TypeError: A shape, dtype, device or option is wrong; the message names it.
         UserError: backend="triton" cannot run here; the message says why.
 
     >>> odl(torch.tensor([[1.0, -1.0]]), torch.eye(2), torch.eye(2))
     tensor([[0.1710, 0.0000]])
     """
+    check_tensor("x", x, "[..., C]", isinstance(x, Tensor) and x.dim() >= 1)
+    with without_tracer_warnings():
+        fits = isinstance(dictionary, Tensor) and dictionary.dim() == 2 and len(dictionary) == x.shape[-1]
+        check_tensor("dictionary", dictionary, f"[C, K] = [{x.shape[-1]}, K] to match x's last dimension", fits)
+        fits = isinstance(decoder, Tensor) and decoder.shape == dictionary.shape
+        check_tensor("decoder", decoder, f"{list(dictionary.shape)}, as the dictionary", fits)
+    check_beside(x, dictionary=dictionary, decoder=decoder)
+    check_fraction("step_size", step_size, 0.0, None)
+    check_fraction("sparsity", sparsity, 0.0, None)
+    if steps not in (1, 2):
+        raise UserError(f"steps={steps!r}: give 1 or 2")
     gamma, beta, eps = norm or (None, None, 0.0)
     if fuses(x, dictionary, backend, gamma):
         rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
@@ -88,30 +102,19 @@ def odl(
         )
         return y.view(*x.shape[:-1], decoder.shape[0])
     x = x if norm is None else F.layer_norm(x, x.shape[-1:], gamma, beta, eps)
-    return linear(_code(x, dictionary, step_size, sparsity, steps), decoder)
+    return linear(odl_code(x, dictionary, step_size, sparsity, steps), decoder)
 
 
 def fuses(x: Tensor, dictionary: Tensor, backend: str = "auto", gamma: Tensor | None = None) -> bool:
     """Return True if `odl` runs as one operator: by the kernels, or in fp32 on a CPU."""
-    if being_transformed():
-        return False
-    if resolve_backend(x, backend) == "triton":
-        return True
-    return cpu_ops.serves(x, dictionary, gamma) and not being_written()
-
-
-def _code(x: Tensor, dictionary: Tensor, step_size: float, sparsity: float, steps: int) -> Tensor:
-    shift = step_size * sparsity
-    z = F.relu(step_size * linear(x, dictionary.t()) - shift)
-    for _ in range(steps - 1):
-        z = F.relu(z + step_size * linear(x - linear(z, dictionary), dictionary.t()) - shift)
-    return z
+    return resolve_backend(x, backend) == "triton" or cpu_ops.serves(x, dictionary, gamma)
 
 
 # --- a product with its epilogue ----------------------------------------------------------------------------------
 
 
-def _triton_product(
+def _product(
+    kernels: bool,
     a: Tensor,
     weight: Tensor,
     alpha: float = 1.0,
@@ -123,46 +126,29 @@ def _triton_product(
     """Return `add` + α·a·weightᵀ [M, N] in `dtype`, a's when None; behind it max(· − shift, 0), and 0 where mask is.
 
     Args:
+        kernels: Whether the Triton kernel runs; else fp32 on a CPU, α on the narrower side, ReLU and mask in place.
         a: [M, K], in the products' dtype.
         weight: [N, K], likewise.
-        add: [M, N] or None.
+        add, mask: [M, N] or None.
         shift: Threshold of the ReLU; no ReLU when None.
-        mask: [M, N] or None.
         alpha, dtype: See above.
     """
-    from crate_fast.kernels import product
+    if kernels:
+        from crate_fast.kernels import product
 
-    tile = product.tile_for("ista_forward", a, len(weight))
-    finish = {"finish": "add", "shift": 0.0} if shift is None else {"finish": "relu", "shift": shift}
-    more = {"alpha": alpha, "mask": mask, "dtype": dtype or a.dtype}
-    return checked(product.product, a, weight, add, tile, **finish, **more)
-
-
-def _cpu_product(
-    a: Tensor,
-    weight: Tensor,
-    alpha: float = 1.0,
-    add: Tensor | None = None,
-    shift: float | None = None,
-    mask: Tensor | None = None,
-    dtype: torch.dtype | None = None,
-) -> Tensor:
-    """Return the same in fp32 on a CPU. α goes to the narrower side; ReLU and mask are in place."""
-    scaled_after = alpha != 1.0 and a.shape[1] > len(weight)
-    if alpha != 1.0 and not scaled_after:
-        a = a * alpha
-    if scaled_after:
+        tile = product.tile_for("ista_forward", a, len(weight))
+        finish = {"finish": "add", "shift": 0.0} if shift is None else {"finish": "relu", "shift": shift}
+        more = {"alpha": alpha, "mask": mask, "dtype": dtype or a.dtype}
+        return checked(product.product, a, weight, add, tile, **finish, **more)
+    if alpha != 1.0 and a.shape[1] > len(weight):
         y = cpu_ops.product(a, weight)
         y = y.mul_(alpha) if add is None else torch.add(add, y, alpha=alpha, out=y)
     else:
-        y = cpu_ops.product(a, weight, None if shift is None else a.new_full((len(weight),), -shift), add)
+        bias = None if shift is None else a.new_full((len(weight),), -shift)
+        y = cpu_ops.product(a if alpha == 1.0 else a * alpha, weight, bias, add)
     if shift is not None:
         y.relu_()
     return y if mask is None else torch.ops.aten.threshold_backward.grad_input(y, mask, 0, grad_input=y)
-
-
-def _product_of(kernels: bool) -> Product:
-    return _triton_product if kernels else _cpu_product
 
 
 def _add_weight_gradient(
@@ -211,18 +197,19 @@ def odl_fwd(
         y; and what backward needs: mean and 1 / standard deviation of x's rows [M, 1], empty without a LayerNorm;
         v [M, C] and z₁ [M, K], empty with one step; the last code [M, K].
     """
-    product = _product_of(kernels)
+    product = partial(_product, kernels)
     with without_autocast(x.device.type):
         mean, rstd = x.new_empty(0), x.new_empty(0)
         if gamma is not None:
             x, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], gamma, beta, eps)
         rows, encode, decode = x.to(dtype), dictionary.to(dtype), decoder.to(dtype)
-        z = product(rows, encode.t(), step_size, shift=shift)
+        turned = encode.t().contiguous() if kernels else encode.t()  # the kernel would copy it twice
+        z = product(rows, turned, step_size, shift=shift)
         v, first = rows.new_empty(0), rows.new_empty(0)
         if steps == 2:
             first = z
             v = product(first, encode, -1.0, add=x, dtype=dtype)
-            z = product(v, encode.t(), step_size, add=first, shift=shift)
+            z = product(v, turned, step_size, add=first, shift=shift)
         return product(z, decode), mean, rstd, v, first, z
 
 
@@ -261,11 +248,11 @@ def odl_bwd(
         m₂ = [z₂ > 0]·gD₁,    m₁ = [z₁ > 0]·(m₂ − sD),    dx = s + ηm₁Dᵀ
         dD = η(vᵀm₂ + xᵀm₁) − sᵀz₁,    dD₁ = gᵀz₂
     """
-    product, results = _product_of(kernels), [grad.new_empty(0) for _ in range(5)]
+    product, results = partial(_product, kernels), [grad.new_empty(0) for _ in range(5)]
     needs_tokens, (needs_dictionary, needs_decoder) = any(wanted[:3]), wanted[3:]
     dtype, width = code.dtype, x.shape[-1:]
     with without_autocast(x.device.type):
-        grad, tokens = grad.to(dtype).contiguous(), x
+        grad = grad.to(dtype).contiguous()
         encode, decode = dictionary.to(dtype), decoder.to(dtype)
         if needs_decoder:
             results[4] = _add_weight_gradient(kernels, grad, code).to(decoder.dtype)
@@ -283,7 +270,7 @@ def odl_bwd(
             total = _add_weight_gradient(kernels, normed.to(dtype), masked, step_size, total)
             results[3] = total.to(dictionary.dtype)
         if needs_tokens:
-            results[0] = product(masked, encode, step_size, add=add, dtype=tokens.dtype)
+            results[0] = product(masked, encode, step_size, add=add, dtype=x.dtype)
             if gamma is not None:
                 results[:3] = torch.ops.aten.native_layer_norm_backward(
                     results[0], x, width, mean, rstd, gamma, beta, [True, True, True]

@@ -129,7 +129,7 @@ def test_mutants_of_the_algebra_fail(tmp_path):
         ("step_size, add=first, shift=shift)", "step_size, shift=shift)"),
         ("-1.0, add=masked, mask=first)", "-1.0, add=masked)"),
         ("masked, step_size, total)", "masked, 1.0, total)"),
-        ("step_size, add=add, dtype=tokens.dtype)", "step_size, dtype=tokens.dtype)"),
+        ("step_size, add=add, dtype=x.dtype)", "step_size, dtype=x.dtype)"),
     ):
         assert not _agrees_with_changed_algebra(tmp_path, mutation), mutation
 
@@ -258,6 +258,22 @@ def test_every_variant_trains_compiles_into_a_script_and_is_white_box(options):
     sparsity = layer_measures(model, images)["sparsity"]
     assert sparsity.shape == (2, 2)
     torch.testing.assert_close(sparsity[:, 1], (codes != 0).flatten(1).float().mean(1))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"steps": 3}, "steps=3: give 1 or 2"),
+        ({"step_size": -1.0}, "step_size=-1.0"),
+        ({"dictionary": torch.zeros(47, 192)}, r"dictionary has shape \(47, 192\): pass \[C, K\] = \[48, K\]"),
+        ({"decoder": torch.zeros(48, 96)}, r"decoder has shape \(48, 96\): pass \[48, 192\]"),
+        ({"decoder": torch.zeros(48, 192).double()}, "decoder is torch.float64 and x torch.float32"),
+    ],
+)
+def test_the_operator_names_bad_input(change, message):
+    x, dictionary, decoder = _inputs()
+    with pytest.raises((ValueError, TypeError), match=message):
+        odl.odl(**({"x": x, "dictionary": dictionary, "decoder": decoder} | change))
 
 
 @pytest.mark.parametrize(

@@ -144,7 +144,7 @@ class TrainConfig:
     attention: str | None = None
     """Attention: mssa, or mhsa for the ablation."""
     sparsifier: str | None = None
-    """Second half of a layer: ista, or mlp for the ablation."""
+    """Second half of a layer: ista; odl, CRATE-α's; or mlp for the ablation."""
     threshold: str | None = None
     """Threshold of ISTA: relu or soft."""
     drop_rate: float = 0.0
