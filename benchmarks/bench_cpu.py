@@ -1,6 +1,7 @@
 """CRATE on a CPU: training step and inference against everything that a user would run instead, in one run.
 
     python benchmarks/bench_cpu.py            # half an hour on two cores; --smoke for half a minute
+    python benchmarks/bench_cpu.py --dtype bfloat16      # autocast, for processors with AVX512-BF16 or AMX
 
 Peers: the released form (attention written out, ISTA in three products; or CRATE-α), timm's ViT of the same sizes,
 and ours, each eager and compiled; in inference onnxruntime on the file of `crate-fast export` too. CRATEs
@@ -43,9 +44,9 @@ PEERS = [name + suffix for suffix in ("", COMPILED) for name in (OURS, RELEASED,
 CASES = {"training": (TRAINING, 0), "inference": (INFERENCE, 0), "one image": (INFERENCE, 1)}  # 0: the size's batch
 
 
-def product_rate(side: int = 1536) -> float:
+def product_rate(dtype: torch.dtype, side: int = 1536) -> float:
     """Measure the rate of a large product, the faster library's, in FLOP/s."""
-    left, right = torch.randn(2, side, side).unbind()
+    left, right = torch.randn(2, side, side, dtype=dtype).unbind()
     calls = {"MKL": lambda: left @ right.t(), "oneDNN": lambda: onednn_product(left, right)}
     return 2 * side**3 / min(timing.low for timing in interleaved(calls, 3).values())
 
@@ -55,9 +56,9 @@ def measure(run: Run, sizes: dict[str, Size], cases: list[str]) -> list[dict]:
     rows, best = [], 0.0
     for name, size in sizes.items():
         for what, batch in (CASES[case] for case in cases):
-            best = max(best, product_rate())
+            best = max(best, product_rate(run.dtype))
             problem = make_problem(name, replace(size, on_cpu=batch or size.on_cpu), what, run, {})
-            names = [*PEERS, *[ONNX] * (what == INFERENCE)]
+            names = [*PEERS, *[ONNX] * (what == INFERENCE and run.dtype == torch.float32)]
             found = measure_peers(problem, peers(problem, names, run), run)
             for row in found:
                 if row["reason"] is not None:
@@ -88,23 +89,23 @@ def measure(run: Run, sizes: dict[str, Size], cases: list[str]) -> list[dict]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure and write benchmarks/results/cpu.{json,md}."""
+    """Measure and write benchmarks/results/cpu.{json,md}, or cpu_bfloat16.{json,md}."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--smoke", action="store_true", help="a tiny model, to see that it runs; writes nothing")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default float32")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--models", nargs="+", choices=SIZES, default=list(SIZES))
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), help="default all")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
     options = parser.parse_args(argv)
-    cpu, facts = torch.device("cpu"), provenance()
-    run = Run(
-        cpu, torch.float32, options.smoke, 1 if options.smoke else options.rounds, options.output, facts, Timer(cpu)
-    )
+    cpu, dtype, facts = torch.device("cpu"), getattr(torch, options.dtype), provenance()
+    run = Run(cpu, dtype, options.smoke, 1 if options.smoke else options.rounds, options.output, facts, Timer(cpu))
+    file = "cpu" if dtype == torch.float32 else f"cpu_{options.dtype}"
     run.ceilings = Ceilings(math.inf, math.inf)  # the floors are of the best rate in all of the run
     rows = measure(run, SMOKE if options.smoke else {name: SIZES[name] for name in options.models}, options.cases)
     if not options.smoke:  # keep what an earlier run on this machine has measured
         keys, same = ("model", "what", "batch", "peer"), {key: facts[key] for key in ("device", "torch")}
-        rows += earlier_rows(options.output / "cpu.json", rows, keys, same)
+        rows += earlier_rows(options.output / f"{file}.json", rows, keys, same)
         order = [*SIZES, TRAINING, INFERENCE]
         rows.sort(key=lambda row: (order.index(row["model"]), order.index(row["what"]), -row["batch"]))
     table = markdown_table(rows)
@@ -112,7 +113,7 @@ def main(argv: list[str] | None = None) -> int:
     shares = [row["share of floor"] for row in rows if row["peer"] == OURS]
     print(f"Ours, eager, reaches {min(shares):.2f} to {max(shares):.2f} of the floor.")
     if not options.smoke:
-        for path in write_results("cpu", rows, table, options.output):
+        for path in write_results(file, rows, table, options.output):
             print(f"written: {path}")
     return 0
 

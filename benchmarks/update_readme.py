@@ -10,6 +10,7 @@ import statistics
 import sys
 import tarfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from harness import RESULTS, earlier_rows, write_results
@@ -17,15 +18,21 @@ from harness import RESULTS, earlier_rows, write_results
 from gpu_report import facts_of, markdown_table, summary, times
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("README.md", "docs/evaluation.md", "docs/training.md", "docs/results/gpu.md")  # which have tables
+PAGES = (
+    "README.md",
+    "docs/evaluation.md",
+    "docs/training.md",
+    "docs/results/gpu.md",
+    "docs/results/cpu.md",
+)  # which have tables
 NOT_MEASURED = "Not yet measured: no GPU run has been committed.\n"
 OURS = "ours"
 KEYS = ("problem", "pass", "peer")  # of a measured row
 
 
-def cpu_table() -> str:
-    """Make the table of speed and memory beside what a user would run instead, from cpu.json."""
-    content = json.loads((RESULTS / "cpu.json").read_text())
+def cpu_table(file: str = "cpu", dtype: str = "fp32") -> str:
+    """Make the table of speed and memory beside what a user would run instead, from a result of bench_cpu.py."""
+    content = json.loads((RESULTS / f"{file}.json").read_text())
     found: dict[tuple, dict[str, dict]] = {}
     for row in content["rows"]:
         found.setdefault((row["model"], row["what"], row["batch"]), {})[row["peer"]] = row
@@ -35,7 +42,7 @@ def cpu_table() -> str:
         memory = [peers[peer]["peak_mib"] for peer in ("released", OURS)]
         rows.append(
             {
-                "CPU, fp32, ms": f"{model}, {what}, batch {batch}",
+                f"CPU, {dtype}, ms": f"{model}, {what}, batch {batch}",
                 "released": ms["released"],
                 "compiled": ms["released, compiled"],
                 "ViT, faster": min(ms["ViT (timm)"], ms["ViT (timm), compiled"]),
@@ -50,7 +57,7 @@ def cpu_table() -> str:
     note = (
         f"{content['device']}, torch {content['torch']}, commit {content['commit']}; same weights, outputs and "
         "gradients compared first. Compiled: the released code under `torch.compile`. ViT: timm's of the same sizes, "
-        "eager or compiled. onnxruntime runs our exported file. Floor: the model's operations at the rate of a large "
+        "eager or compiled. onnxruntime runs our exported file, in fp32. Floor: the model's operations at the rate of a large "
         "product in the same run."
     )
     return f"{markdown_table(rows)}\n{note}\n"
@@ -246,6 +253,7 @@ def updated(text: str) -> str:
     """Return a page with its tables made anew."""
     makers = {
         "cpu": cpu_table,
+        "cpu-bf16": partial(cpu_table, "cpu_bfloat16", "bf16"),
         "gpu": gpu_table,
         "models": models_table,
         "maskcut": maskcut_table,

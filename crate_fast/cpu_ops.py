@@ -10,7 +10,7 @@ the rate; on Intel's it is the faster one (docs/results/cpu.md has the times). U
 
 Attention keeps w alone for backward:
 
-* Forward is PyTorch's SDPA with MKL. Its backward pass is not used: it takes rowsum(P∘dP) as rowsum(O∘dO), whose
+* Forward is PyTorch's SDPA in fp32 with MKL. Its backward pass is not used: it takes rowsum(P∘dP) as rowsum(O∘dO), whose
   rounding does not cancel against dP's, and its error in fp32 was up to 2.9 times eager PyTorch's.
 * Up to 255 tokens, and in bf16: batched products over the heads of a few images.
 * Longer: one head at a time. With MKL its logits whole, up to 1,024 tokens, in four products; else blocks of rows.
@@ -49,7 +49,7 @@ __all__ = [
 
 _ONEDNN_BUILT = torch.backends.mkldnn.is_available()
 ROW_BLOCK_ELEMENTS = 2**20  # logits of one head kept at once, 4 MiB: they stay in the last-level cache
-GROUP_ELEMENTS = 2**18  # logits of several heads kept at once, 1 MiB in fp32
+GROUP_ELEMENTS = {torch.float32: 2**18, torch.bfloat16: 2**20}  # logits of several heads kept at once: 1, 2 MiB
 MIN_ROWWISE_TOKENS = 256  # below, batched products over several whole heads are faster
 MAX_WHOLE_TOKENS = 1024  # with MKL: logits of one head kept whole, 4 MiB
 MAX_HALF_TOKENS = 1024  # beyond, SDPA is as fast in bf16, and does not keep an image's logits whole
@@ -228,7 +228,12 @@ def serves_attention(w: Tensor) -> bool:
     """Return True if `cpu_subspace_attention` takes w [B, N, H, D]: fp32, or bf16 of moderate length, on the CPU."""
     if w.device.type != "cpu" or not own_operators_fit():
         return False
-    return w.dtype == torch.float32 or (w.dtype == torch.bfloat16 and w.shape[1] <= MAX_HALF_TOKENS)
+    return w.dtype == torch.float32 or products_suit(w.transpose(1, 2))
+
+
+def products_suit(tokens: Tensor) -> bool:
+    """Return True if attention on [B, H, N, D] is faster by single products than by SDPA: bf16 on the CPU."""
+    return tokens.device.type == "cpu" and tokens.dtype == torch.bfloat16 and tokens.shape[2] <= MAX_HALF_TOKENS
 
 
 def _by_rows(w: Tensor) -> bool:
@@ -240,7 +245,7 @@ def _by_rows(w: Tensor) -> bool:
 def cpu_subspace_attention(w: Tensor, scale: float) -> Tensor:
     """O = softmax(s·W Wᵀ) W for w [B, N, H, D]."""
     with without_autocast("cpu"):
-        if not uses_onednn_alone():
+        if w.dtype == torch.float32 and not uses_onednn_alone():
             tokens = w.transpose(1, 2)
             out = F.scaled_dot_product_attention(tokens, tokens, tokens, scale=scale)
             return out.transpose(1, 2).contiguous()
@@ -320,13 +325,13 @@ refuse_double_backward(
 def _rows_at_once(w: Tensor) -> int:
     """Rows of a group's logits in a block: all of them, unless the heads are large."""
     _, n_tokens, n_heads, _ = w.shape
-    return max(64, GROUP_ELEMENTS // (n_heads * n_tokens)) if _by_rows(w) else n_tokens
+    return max(64, GROUP_ELEMENTS[w.dtype] // (n_heads * n_tokens)) if _by_rows(w) else n_tokens
 
 
 def _image_groups(tokens: Tensor) -> tuple[Tensor, ...]:
     """[B, N, H, D] → groups of images whose logits fit in a block."""
     _, n_tokens, n_heads, _ = tokens.shape
-    return tokens.split(max(1, GROUP_ELEMENTS // (n_heads * n_tokens**2)))
+    return tokens.split(max(1, GROUP_ELEMENTS[tokens.dtype] // (n_heads * n_tokens**2)))
 
 
 def _group_buffer(w: Tensor) -> Tensor:
@@ -366,13 +371,18 @@ def _grad_logits(attention: Tensor, grads: Tensor, tokens: Tensor, buffer: Tenso
 
 
 def _whole_heads_backward(tokens: Tensor, grads: Tensor, scale: float, buffers: list[Tensor]) -> Tensor:
-    """Several heads' dW [b·H, N, D], in four products: dL and its transpose are added before they meet W."""
+    """Several heads' dW [b·H, N, D], in four products: dL and its transpose are added before they meet W.
+
+    In bf16 that sum takes longer than the fifth product (785 tokens: three times as long).
+    """
     attention = _attention(tokens, tokens, scale, buffers[0])
     grad_logits = _grad_logits(attention, grads, tokens, buffers[1])
+    out = torch.bmm(attention.transpose(1, 2), grads)
+    if tokens.dtype == torch.bfloat16:
+        return out.baddbmm_(grad_logits, tokens, alpha=scale).baddbmm_(grad_logits.mT, tokens, alpha=scale)
     symmetric = _block(buffers[2], tokens, tokens)
-    torch.add(grad_logits, grad_logits.transpose(1, 2), out=symmetric)
-    through_values = torch.bmm(attention.transpose(1, 2), grads)
-    return through_values.baddbmm_(symmetric, tokens, alpha=scale)
+    torch.add(grad_logits, grad_logits.mT, out=symmetric)
+    return out.baddbmm_(symmetric, tokens, alpha=scale)
 
 
 def _row_blocks_backward(tokens: Tensor, grads: Tensor, scale: float, buffers: list[Tensor]) -> Tensor:

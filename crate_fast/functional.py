@@ -3,6 +3,7 @@
 `reference.py` has the same functions as the paper writes them; these are algebraically equal and faster.
 """
 
+import functools
 import threading
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.weak import WeakIdKeyDictionary
 
 from crate_fast import cpu_ops, triton_ops
 from crate_fast.arguments import check_choice
@@ -119,14 +121,19 @@ def subspace_attention(
 
 @torch.fx.wrap
 def pytorch_attention(query: Tensor, key: Tensor, value: Tensor, dropout_p: float, scale: float) -> Tensor:
-    """PyTorch's attention on [B, H, N, D], which under a transform of `torch.func` is made of single operators.
+    """PyTorch's attention on [B, H, N, D], or its single operators where those are needed or faster.
 
-    PyTorch's fused ones have neither a forward-mode derivative nor a second one.
+    The fused one has neither a forward-mode derivative nor a second one; in bf16 on a CPU its backward pass takes up
+    to eight times as long.
     """
-    if being_transformed():
-        attention = (scale * query @ key.transpose(-2, -1)).softmax(-1)
-        return F.dropout(attention, dropout_p) @ value
-    return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout_p, scale=scale)
+    if torch.jit.is_scripting():
+        return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout_p, scale=scale)
+    elif being_transformed() or cpu_ops.products_suit(query):
+        with without_autocast(query.device.type):  # on a CPU it would take softmax to fp32
+            attention = (scale * query @ key.transpose(-2, -1)).softmax(-1)
+            return F.dropout(attention, dropout_p) @ value
+    else:
+        return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout_p, scale=scale)
 
 
 def compress(
@@ -312,11 +319,17 @@ def _fused_ista(
     return y.view(x.shape)
 
 
-def _folded(dictionary: Tensor, step_size: float) -> Tensor:
+def _folded(dictionary: Tensor, step_size: float, dtype: torch.dtype) -> Tensor:
     # what a transform differentiates need not have requires_grad
     if being_transformed() or (torch.is_grad_enabled() and dictionary.requires_grad):
-        return fold_dictionary(dictionary, step_size)
-    return fold_dictionary_once(dictionary, step_size, dictionary.dtype)
+        return fold_dictionary(dictionary, step_size, dtype).to(dtype)
+    return fold_dictionary_once(dictionary, step_size, dtype)
+
+
+def _is_kept(dictionary: Tensor) -> bool:
+    """Return True if G is at hand on a CPU after the first call: a parameter that needs no gradient."""
+    eager = type(dictionary) is nn.Parameter and not torch.compiler.is_compiling() and not being_transformed()
+    return eager and dictionary.is_cpu and not (torch.is_grad_enabled() and dictionary.requires_grad)
 
 
 def _folded_ista(x: Tensor, dictionary: Tensor, step_size: float, sparsity: float, threshold: str) -> Tensor:
@@ -325,54 +338,60 @@ def _folded_ista(x: Tensor, dictionary: Tensor, step_size: float, sparsity: floa
     width = x.shape[-1]
     # Too few tokens to pay for a C×C×C product: (x − xDᵀ)D is two products with x. A graph that is written takes them
     # for any number of tokens.
-    if being_written() or (n_tokens := x.shape[:-1].numel()) < width:
+    if being_written() or ((n_tokens := x.shape[:-1].numel()) < width and not _is_kept(dictionary)):
         residual = x - linear(x, dictionary).to(x.dtype)
         u = x + step_size * linear(residual, dictionary.t()).to(x.dtype)
     elif cpu_ops.serves(x, dictionary):
         relu = threshold == "relu"
         rows, bias = x.reshape(n_tokens, width), x.new_full((width,), -shift) if relu else None
-        u = cpu_ops.cpu_linear(rows, _folded(dictionary, step_size).t(), bias, relu, residual=True).view(x.shape)
+        u = cpu_ops.cpu_linear(rows, _folded(dictionary, step_size, x.dtype).t(), bias, relu, residual=True).view(
+            x.shape
+        )
         return u if relu else F.softshrink(u, shift)
     else:
         dtype = compute_dtype(x)
-        u = x + torch.matmul(x.to(dtype), _folded(dictionary, step_size).to(dtype)).to(x.dtype)
+        u = x + torch.matmul(x.to(dtype), _folded(dictionary, step_size, dtype)).to(x.dtype)
     return F.relu(u - shift) if threshold == "relu" else F.softshrink(u, shift)
 
 
-# --- G = η(D − DᵀD), the one matrix of an ISTA step: once a call, or once for many calls in a scope ---
+# --- G = η(D − DᵀD), the one matrix of an ISTA step: once a call, a scope, or a version of the weights ---
 
 
 class _FoldDictionary(torch.autograd.Function):
     """D − DᵀD. Its gradient needs one product, not the two that autograd would find: dG − D(dG + dGᵀ)."""
 
     @staticmethod
-    def forward(dictionary):
-        return dictionary - linear(dictionary.t(), dictionary.t())
+    def forward(dictionary, dtype):
+        turned = dictionary.t().to(dtype)
+        return dictionary - linear(turned, turned)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs)
+        dictionary, ctx.dtype = inputs
+        ctx.save_for_backward(dictionary)
 
     @staticmethod
     def backward(ctx, grad):
         (dictionary,) = ctx.saved_tensors
-        return grad - linear(dictionary, grad + grad.t())
+        return grad - linear(dictionary.to(ctx.dtype), (grad + grad.t()).to(ctx.dtype)), None
 
 
-def fold_dictionary(dictionary: Tensor, step_size: float = 0.1) -> Tensor:
+def fold_dictionary(dictionary: Tensor, step_size: float = 0.1, dtype: torch.dtype | None = None) -> Tensor:
     """Return the matrix of the ISTA gradient step, G = η(D − DᵀD): x + xG = x + η(xD − xDᵀD).
 
     Args:
         dictionary: D [C, C].
         step_size: η.
+        dtype: Of the product DᵀD and of its gradient's; the dictionary's by default, autocast or not.
 
     Returns:
-        G [C, C] in the dictionary's dtype, computed without autocast.
+        G [C, C] in the dictionary's dtype.
     """
+    dtype = dictionary.dtype if dtype is None else dtype
     with without_autocast(dictionary.device.type):
         if own_operators_fit():
-            return step_size * _FoldDictionary.apply(dictionary)
-        return step_size * (dictionary - dictionary.t() @ dictionary)
+            return step_size * _FoldDictionary.apply(dictionary, dtype)
+        return step_size * (dictionary - dictionary.t().to(dtype) @ dictionary.to(dtype))
 
 
 @dataclass
@@ -399,7 +418,8 @@ def cached_dictionaries():
     For gradient accumulation (forward and backward of all micro-batches), activation checkpointing, evaluation
     loops and serving. Inside, no dictionary may change: an optimiser's step and a change that PyTorch counts
     (`load_state_dict`) are errors; one behind its back (`parameter.data.add_(…)`) goes unseen. Only `nn.Parameter`s
-    are kept. Outside, in compiled code and while a CUDA graph is captured, every call folds anew.
+    are kept. Outside, in compiled code and while a CUDA graph is captured, every call folds anew; but inference on a
+    CPU keeps G for as long as the dictionary stays as it is, and needs no scope.
 
     >>> with cached_dictionaries():
     ...     pass  # for batch in batches: model(batch)
@@ -433,7 +453,7 @@ def _cacheable(dictionary: Tensor) -> bool:
 
 
 def _fold(dictionary: Tensor, step_size: float, dtype: torch.dtype) -> Tensor:
-    return fold_dictionary(dictionary, step_size).to(dtype)
+    return fold_dictionary(dictionary, step_size, dtype).to(dtype)
 
 
 def fold_dictionary_once(
@@ -448,6 +468,8 @@ def fold_dictionary_once(
         RuntimeError: The dictionary has changed since a scope folded it.
     """
     if not _cacheable(dictionary):
+        if _is_kept(dictionary):
+            return _kept(dictionary, step_size, dtype)
         with torch.no_grad():
             return fold(dictionary, step_size, dtype)
     key = (id(dictionary), step_size, dtype, fold, _stream(dictionary.device))
@@ -459,4 +481,28 @@ def fold_dictionary_once(
         _, version, folded = _cache.entries[key]
     if version != _version(dictionary):
         raise RuntimeError("a dictionary changed inside cached_dictionaries(): end the scope before it changes")
+    return folded
+
+
+_kept_folds = WeakIdKeyDictionary()  # D → (what told that it is unchanged, G)
+
+
+@functools.cache
+def _probe(n_elements: int) -> Tensor:
+    return torch.randn(n_elements, generator=torch.Generator().manual_seed(0))
+
+
+def _kept(dictionary: Tensor, step_size: float, dtype: torch.dtype) -> Tensor:
+    """Return G of a dictionary on a CPU, folded anew where it has changed since the last call.
+
+    PyTorch counts most changes; the product with a fixed random vector shows the others (`parameter.data.add_`). It
+    takes a fiftieth of the layer's time with one image.
+    """
+    values = dictionary.detach().float().reshape(-1)
+    mark = (step_size, dtype, _version(dictionary), torch.dot(values, _probe(values.numel())).item())
+    known, folded = _kept_folds.get(dictionary, (None, None))
+    if known != mark:
+        with torch.inference_mode(False), torch.no_grad():
+            folded = _fold(dictionary, step_size, dtype)
+        _kept_folds[dictionary] = mark, folded
     return folded
