@@ -57,8 +57,8 @@ def cpu_table(file: str = "cpu", dtype: str = "fp32") -> str:
     note = (
         f"{content['device']}, torch {content['torch']}, commit {content['commit']}; same weights, outputs and "
         "gradients compared first. Compiled: the released code under `torch.compile`. ViT: timm's of the same sizes, "
-        "eager or compiled. onnxruntime runs our exported file, in fp32. Floor: the model's operations at the rate of a large "
-        "product in the same run."
+        "eager or compiled. onnxruntime runs our exported file, in fp32. Floor: the model's operations at the rate "
+        "of a large product in the same run."
     )
     return f"{markdown_table(rows)}\n{note}\n"
 

@@ -10,8 +10,8 @@ the rate; on Intel's it is the faster one (docs/results/cpu.md has the times). U
 
 Attention keeps w alone for backward:
 
-* Forward is PyTorch's SDPA in fp32 with MKL. Its backward pass is not used: it takes rowsum(P∘dP) as rowsum(O∘dO), whose
-  rounding does not cancel against dP's, and its error in fp32 was up to 2.9 times eager PyTorch's.
+* Forward is PyTorch's SDPA in fp32 with MKL. Its backward pass is not used: it takes rowsum(P∘dP) as rowsum(O∘dO),
+  whose rounding does not cancel against dP's, and its error in fp32 was up to 2.9 times eager PyTorch's.
 * Up to 255 tokens, and in bf16: batched products over the heads of a few images.
 * Longer: one head at a time. With MKL its logits whole, up to 1,024 tokens, in four products; else blocks of rows.
 """
