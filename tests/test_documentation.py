@@ -226,6 +226,8 @@ def test_help_and_misspelt_words_do_without_torch():
         (["--help"], "usage: crate-fast"),
         (["evl"], "did you mean 'eval'"),
         (["eval", "masku"], "maskcut"),
+        *(([name, "--lrr", "1"], "did you mean '--lr'") for name in ("pretrain", "pretrain_mae", "finetune")),
+        (["linear_probe", "--help"], "--lr FLOAT"),
     ):
         command = [sys.executable, "-X", "importtime", "-m", "crate_fast.cli", *words]
         run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)

@@ -21,7 +21,7 @@ from image_data import encoded
 from PIL import Image
 
 from crate_fast.errors import UserError
-from crate_fast.eval.common.images import SceneImages
+from crate_fast.eval.common.images import SceneImages, free_photographs
 from crate_fast.eval.common.models import open_model
 from crate_fast.eval.common.principal_components import pca_rgb
 from crate_fast.eval.explore import command, inspection
@@ -322,6 +322,16 @@ def test_scenes_are_drawn_at_the_models_size():
     assert torch.equal(pictures.pixels("s3", 64), SceneImages(64, 12)[3].image)
     assert "shape_scenes" in pictures.note
     assert pictures.view("s3").size == (256, 256)
+
+
+def test_free_photographs_are_listed_with_their_credit():
+    pictures = Pictures(None)
+    listed = {entry["id"]: entry["name"] for entry in pictures.listing()}
+    assert "cat (Stéfan van der Walt, CC0)" in listed.values()
+    photographs = [key for key in listed if key.startswith("p")]
+    assert len(photographs) == len(free_photographs()) >= 5
+    assert pictures.view(photographs[0]).size == (451, 300)
+    assert pictures.pixels(photographs[0], 64).shape == (3, 64, 64)
 
 
 def test_a_name_that_is_not_text_is_shown_somehow(tmp_path):

@@ -19,6 +19,8 @@ from crate_fast.export import export_model
 from crate_fast.kernels import product
 from crate_fast.model import ALPHA_OPTIONS
 from crate_fast.reference import odl_reference
+from crate_fast.train.config import TrainConfig
+from crate_fast.train.runs import build_model
 from crate_fast.whitebox import layer_measures, trace
 
 SIZES = {"image_size": 32, "patch_size": 8, "num_classes": 5, "dim": 48, "depth": 2, "heads": 3}
@@ -287,6 +289,14 @@ def test_the_operator_names_bad_input(change, message):
 def test_bad_arguments_name_themselves(options, message):
     with pytest.raises(UserError, match=message):
         _alpha(**options)
+
+
+def test_its_form_is_settings_of_training():
+    settings = {"odl_ratio": 2, "odl_steps": 1, "odl_tied": True, "odl_residual": False}
+    model = build_model(TrainConfig(sparsifier="odl", dim=48, depth=1, **settings), 3)
+    assert model.state_dict()["transformer.layers.0.1.fn.D"].shape == (48, 96)
+    expected = build_model(TrainConfig(sparsifier="odl", dim=48, depth=1), 3)
+    assert set(expected.state_dict()) - set(model.state_dict()) == {"transformer.layers.0.1.fn.D1"}
 
 
 def test_it_compiles_and_exports(tmp_path):

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import yaml
 
-from crate_fast.errors import CommandParser, UserError, nearest
+from crate_fast.errors import CommandParser, UserError, nearest, run_command
 
 RECIPES = Path(__file__).parent / "recipes"
 DATASETS = ("shape_scenes", "folder", "tar", "shards", "hf", "cifar10", "cifar100", "flowers102", "pets")
@@ -132,7 +132,7 @@ class TrainConfig:
     """One of our models, including CRATE-MAE, or a timm model that takes img_size, such as a ViT. The settings below
     change its size."""
     patch_size: int | None = None
-    """Side of a patch in pixels. Default, also for the next seven settings: the model's own value."""
+    """Side of a patch in pixels. Default, also for the next eleven settings: the model's own value."""
     dim: int | None = None
     """Token width."""
     depth: int | None = None
@@ -145,6 +145,14 @@ class TrainConfig:
     """Attention: mssa, or mhsa for the ablation."""
     sparsifier: str | None = None
     """Second half of a layer: ista; odl, CRATE-α's; or mlp for the ablation."""
+    odl_ratio: int | None = None
+    """Atoms of ODL's dictionary over the token width."""
+    odl_steps: int | None = None
+    """Steps of ISTA in ODL: 1 or 2."""
+    odl_tied: bool | None = None
+    """Decode ODL's code with the dictionary itself, not with a second one."""
+    odl_residual: bool | None = None
+    """h + ODL(LN(h)) instead of ODL(LN(h))."""
     threshold: str | None = None
     """Threshold of ISTA: relu or soft."""
     drop_rate: float = 0.0
@@ -443,6 +451,26 @@ def build_config(
             "torchrun --max-restarts: restarted processes look for their run in --output; name its folder"
         )
     return config, options
+
+
+def train_command(
+    argv: list[str] | None,
+    description: str,
+    recipe: str,
+    adjust: Callable[[dict, dict], dict] = lambda values, chosen: values | chosen,
+) -> int:
+    """Read a command line and train; return the exit status. A user's error is printed in one line.
+
+    `recipe` is the default recipe; `adjust` is that of `build_config`.
+    """
+
+    def train() -> int:
+        config, options = build_config(argv, description, recipe, adjust=adjust)
+        from crate_fast.train.trainer import launch  # torch takes seconds: errors of the command line come first
+
+        return launch(config, options)
+
+    return run_command(train)
 
 
 def dump_config(config) -> str:

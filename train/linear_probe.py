@@ -8,8 +8,8 @@ augmentation.
 import sys
 
 from crate_fast.errors import UserError
+from crate_fast.train.config import train_command
 from crate_fast.train.finetune import inheriting
-from crate_fast.train.trainer import train_command
 
 
 def _frozen(values: dict, chosen: dict) -> dict:

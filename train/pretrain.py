@@ -6,7 +6,7 @@ and the segmentation score of its attention maps. The loop is `Trainer.train` in
 
 import sys
 
-from crate_fast.train.trainer import train_command
+from crate_fast.train.config import train_command
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -8,11 +8,12 @@ images that it fills in. Labels are not used. Its encoder is then fine-tuned by 
 import sys
 
 from crate_fast.errors import UserError
-from crate_fast.registry import is_mae
-from crate_fast.train.trainer import train_command
+from crate_fast.train.config import train_command
 
 
 def _autoencoder(values: dict, chosen: dict) -> dict:
+    from crate_fast.registry import is_mae  # with torch, after errors of the command line
+
     settings = values | chosen
     if not is_mae(settings.get("model", "")):
         raise UserError(

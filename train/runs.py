@@ -27,6 +27,9 @@ _AUTOENCODER_SETTINGS = ("mask_ratio", "norm_pix_loss", "visible_only", "decoder
 # --- build
 
 
+FORM = ("residual", "attention", "sparsifier", "odl_ratio", "odl_steps", "odl_tied", "odl_residual", "threshold")
+
+
 def model_arguments(config: TrainConfig, num_classes: int) -> dict:
     """Return the arguments for `registry.create_model`: what the configuration sets, under timm's names."""
     arguments = {"img_size": config.image_size}
@@ -43,7 +46,7 @@ def model_arguments(config: TrainConfig, num_classes: int) -> dict:
         if unused:
             raise UserError(f"{', '.join(unused)}: model={config.model!r} is no autoencoder; leave them out")
         arguments["num_classes"] = num_classes
-    names |= {name: name for name in ("residual", "attention", "sparsifier", "threshold")}
+    names |= {name: name for name in FORM}
     chosen = {ours: getattr(config, name) for name, ours in names.items()}
     return arguments | {name: value for name, value in chosen.items() if value is not None}
 

@@ -1,4 +1,4 @@
-"""The training loop, from a command line to a finished run. `Trainer.train` is the loop.
+"""The training loop, from settings to a finished run. `Trainer.train` is the loop.
 
 A run's folder: config.yaml metrics.jsonl summary.csv summary.json attention.png curves.png reconstruction.png
 unreadable.txt checkpoints/ tensorboard/ profile/
@@ -14,7 +14,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -28,10 +28,10 @@ from tqdm import tqdm
 
 import crate_fast
 from crate_fast import CRATE, CRATEMAE
-from crate_fast.errors import UserError, run_command
+from crate_fast.errors import UserError
 from crate_fast.functional import cached_dictionaries
 from crate_fast.train import checkpoint, distributed
-from crate_fast.train.config import TrainConfig, build_config
+from crate_fast.train.config import TrainConfig
 from crate_fast.train.cuda_graphs import GraphedCall
 from crate_fast.train.data.loader import Batch, DataSplits, build_splits, eval_loader, readable, train_loader
 from crate_fast.train.data.transforms import Normalize, mirrored
@@ -51,20 +51,7 @@ DRY_RUN_STEPS = 2
 _SMALLEST_SCALE = 1.0  # of fp16's gradient scaler: below it, an overflow is no longer the scale's fault
 
 
-# --- from a command line to a run
-
-
-def train_command(
-    argv: list[str] | None,
-    description: str,
-    recipe: str,
-    adjust: Callable[[dict, dict], dict] = lambda values, chosen: values | chosen,
-) -> int:
-    """Read a command line and train; return the exit status. A user's error is printed in one line.
-
-    `recipe` is the default recipe; `adjust` is that of `build_config`.
-    """
-    return run_command(lambda: launch(*build_config(argv, description, recipe, adjust=adjust)))
+# --- from settings to a run
 
 
 def launch(config: TrainConfig, options: argparse.Namespace) -> int:

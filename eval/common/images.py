@@ -15,6 +15,7 @@ Sizes cannot tell for orientations 2 to 4 and for squares: those are upright.
 """
 
 import functools
+import importlib.util
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -36,13 +37,23 @@ from crate_fast.train.data.image_files import EXTENSIONS, as_stored, describe, f
 from crate_fast.train.data.shape_scenes import ShapeScenes
 
 __all__ = ["Batch", "ImageFiles", "Sample", "SceneImages", "Target", "batches", "box_corners", "open_images"]
-__all__ += ["readable", "squash"]
+__all__ += ["free_photographs", "readable", "squash"]
 
 VOC_CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",
     "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
 )  # fmt: skip
 VOID = 255
+_FREE_PHOTOGRAPHS = (  # photographs of installed packages: package, file, name, credit
+    ("skimage", "data/chelsea.png", "cat", "Stéfan van der Walt, CC0"),
+    ("skimage", "data/coffee.png", "coffee", "Rachel Michetti, CC0"),
+    ("skimage", "data/astronaut.png", "astronaut", "NASA, public domain"),
+    ("skimage", "data/rocket.jpg", "rocket", "SpaceX, CC0"),
+    ("skimage", "data/motorcycle_left.png", "motorcycle", "Daniel Scharstein, CC0"),
+    ("sklearn", "datasets/images/flower.jpg", "flower", "vultilion, CC BY 2.0"),
+    ("sklearn", "datasets/images/china.jpg", "temple", "danielbuechele, CC BY 2.0"),
+    ("matplotlib", "mpl-data/sample_data/grace_hopper.jpg", "portrait", "US Navy, public domain"),
+)
 _UNREADABLE = (*UNREADABLE, KeyError, TypeError, IndexError, AssertionError)  # the last four: damaged annotations
 
 
@@ -387,3 +398,14 @@ def batches(
             bar.update(len(samples))
     if not readable and not allow_none:
         raise UserError(f"none of the {len(images)} images could be read; the first: {first_problem}")
+
+
+def free_photographs() -> dict[str, Path]:
+    """Return freely licensed photographs that installed packages bring along: name with credit → file."""
+    found = {}
+    for package, file, name, credit in _FREE_PHOTOGRAPHS:
+        specification = importlib.util.find_spec(package)
+        path = Path(specification.origin).parent / file if specification and specification.origin else None
+        if path is not None and path.is_file():
+            found[f"{name} ({credit})"] = path
+    return found

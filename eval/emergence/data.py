@@ -8,7 +8,6 @@ Photographs are prepared once in OUTPUT/data, where every run finds them:
     source.json  the folders and files that the user named
 """
 
-import importlib.util
 import json
 import os
 import tarfile
@@ -23,7 +22,7 @@ from torch.utils.data import Dataset, Subset
 
 from crate_fast.errors import UserError
 from crate_fast.eval.common.boxes import BoxedImages, covered
-from crate_fast.eval.common.images import SceneImages, Target, open_images
+from crate_fast.eval.common.images import SceneImages, Target, free_photographs, open_images
 from crate_fast.eval.emergence.protocol import Protocol
 from crate_fast.train.checkpoint import write_text
 from crate_fast.train.data.image_files import find_images, read_image
@@ -33,16 +32,6 @@ from crate_fast.train.data.sources import nothing_outside
 __all__ = ["PhotographData", "SceneData", "open_experiment_data", "prepare_photographs", "spread"]
 
 _SHOWN = 8
-_FREE = (  # photographs of installed packages: package, file, name, credit
-    ("skimage", "data/chelsea.png", "cat", "Stéfan van der Walt, CC0"),
-    ("skimage", "data/coffee.png", "coffee", "Rachel Michetti, CC0"),
-    ("skimage", "data/astronaut.png", "astronaut", "NASA, public domain"),
-    ("skimage", "data/rocket.jpg", "rocket", "SpaceX, CC0"),
-    ("skimage", "data/motorcycle_left.png", "motorcycle", "Daniel Scharstein, CC0"),
-    ("sklearn", "datasets/images/flower.jpg", "flower", "vultilion, CC BY 2.0"),
-    ("sklearn", "datasets/images/china.jpg", "temple", "danielbuechele, CC BY 2.0"),
-    ("matplotlib", "mpl-data/sample_data/grace_hopper.jpg", "portrait", "US Navy, public domain"),
-)
 
 
 class SceneData:
@@ -130,14 +119,9 @@ class PhotographData:
 
     def shown(self) -> dict[str, np.ndarray]:
         """Return free photographs, of no training set: "images" uint8 [8, S, S, 3], "names" [8] with credit."""
-        images, names = [], []
-        for package, file, name, credit in _FREE:
-            specification = importlib.util.find_spec(package)
-            path = Path(specification.origin).parent / file if specification and specification.origin else None
-            if path is not None and path.is_file():
-                images.append(_central_square(path, self.protocol.mask_size))
-                names.append(f"{name} ({credit})")
-        return {"images": np.stack(images), "names": np.array(names)}
+        free = free_photographs()
+        images = [_central_square(path, self.protocol.mask_size) for path in free.values()]
+        return {"images": np.stack(images), "names": np.array(list(free))}
 
 
 def _central_square(path: Path, size: int) -> np.ndarray:

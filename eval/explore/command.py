@@ -44,7 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--checkpoint", nargs="+", metavar="MODEL", help="see below; default: the newest run below runs/")
-    add("--images", type=Path, metavar="DIR", help="a folder of images; default: shape_scenes")
+    add("--images", type=Path, metavar="DIR", help="a folder of images; default: shape_scenes and some photographs")
     add("--image-size", type=positive, help="side to which images are squashed; default: the model's")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N; default auto")
     add("--seed", type=seed, default=0, help="of untrained models; default 0")

@@ -1,4 +1,4 @@
-"""The explorer's pictures: files of one folder or scenes, and uploads.
+"""The explorer's pictures: files of one folder, or scenes and free photographs, and uploads.
 
 Requests name pictures by ids from `Pictures.listing` and `Pictures.add`, never by paths. Uploads stay in memory, the
 oldest dropped first; Pillow decodes them from a short list of formats. Nothing is written to disk.
@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from crate_fast.errors import UserError
-from crate_fast.eval.common.images import SceneImages, squash
+from crate_fast.eval.common.images import SceneImages, free_photographs, squash
 from crate_fast.train.data.image_files import EXTENSIONS, UNREADABLE, find_images, open_image, to_rgb
 
 __all__ = ["MAX_UPLOAD_BYTES", "LRUCache", "Pictures", "UnknownPictureError", "UnreadablePictureError", "decode"]
@@ -100,10 +100,10 @@ def decode(data: bytes, name: str) -> Image.Image:
 
 
 class Pictures:
-    """The pictures to choose from: a folder's or scenes, and uploads.
+    """The pictures to choose from: a folder's, or scenes and free photographs, and uploads.
 
     Args:
-        folder: Folder of images; scenes of `shape_scenes` when None.
+        folder: Folder of images; scenes of `shape_scenes` and `free_photographs` when None.
 
     Attributes:
         note: Text of the page above the list, or "".
@@ -114,10 +114,12 @@ class Pictures:
 
     def __init__(self, folder: Path | None):
         self._uploads = LRUCache(_UPLOADS_BYTES, size=lambda upload: len(upload[1]))  # id → (name, data)
-        self.note = "" if folder else "Scenes drawn by shape_scenes (validation split)."
+        self.note, self._root = "", None
         self._known: dict[str, tuple[str, Path | int]]  # id → name, and file or number of the scene
         if folder is None:
             self._known = {f"s{number}": (f"scene {number}", number) for number in range(_SCENES)}
+            self._known |= {f"p{number}": entry for number, entry in enumerate(free_photographs().items())}
+            self.note = "Scenes drawn by shape_scenes (validation split), and photographs of installed packages."
             return
         if not folder.is_dir():
             raise UserError(f"--images {folder}: no such folder; pass one with images")
@@ -134,7 +136,7 @@ class Pictures:
             self.note = f"{self.note} {tree.note.capitalize()}.".strip()
 
     def _inside(self, path: Path) -> bool:
-        return path.is_file() and path.resolve().is_relative_to(self._root)
+        return path.is_file() and (self._root is None or path.resolve().is_relative_to(self._root))
 
     def listing(self) -> list[dict[str, str]]:
         """Return "id" and "name" of every picture except uploads."""
