@@ -34,6 +34,7 @@ if TYPE_CHECKING or not _IS_COMMAND:
         CRATE_small,
         CRATE_tiny,
     )
+    from crate_fast.pretrained import load_pretrained
     from crate_fast.registry import create_mae  # the import registers the models with timm
 
 __all__ = [
@@ -51,12 +52,14 @@ __all__ = [
     "CRATE_tiny",
     "__version__",
     "create_mae",
+    "load_pretrained",
 ]
 
 
 def __getattr__(name: str):
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from crate_fast import mae, model, registry
+    from crate_fast import mae, model, pretrained, registry
 
-    return next(getattr(module, name) for module in (mae, model, registry) if hasattr(module, name))
+    modules = (mae, model, pretrained, registry)
+    return next(getattr(module, name) for module in modules if hasattr(module, name))

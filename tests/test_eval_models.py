@@ -1,23 +1,24 @@
 """Which model a command gets for which words, what it says to the wrong ones, and the models of the package."""
 
-import json
 import shutil
+from pathlib import Path
 
 import pytest
 import timm
 import torch
 from safetensors.torch import save_file
 
+import crate_fast
+from crate_fast import pretrained
 from crate_fast.errors import UserError
-from crate_fast.eval.common import shipped
 from crate_fast.eval.common.images import SceneImages, batches
 from crate_fast.eval.common.models import class_names, open_model
 from crate_fast.eval.common.segmentation import attention_to_mask, intersection_over_union
 from crate_fast.eval.explore.command import model_choices
 from crate_fast.eval.explore.inspection import ModelCache
 from crate_fast.eval.white_box import main as white_box
+from crate_fast.train import share
 from crate_fast.train.data.shape_scenes import CLASSES
-from crate_fast.train.runs import load_model
 
 SMALL = ["depth=2", "dim=32", "heads=2", "img_size=32"]
 NAME = "crate_tiny_patch8_224"
@@ -195,11 +196,12 @@ def test_segmentation_shows_in_the_crate_that_comes_along():
 
 
 def test_they_are_what_they_say():
-    for name in shipped.shipped_names():
-        model, facts = shipped.open_shipped(name)
-        assert facts["classes"] == list(CLASSES)
-        assert "commit" in facts["source"]
+    for name in pretrained.packaged_models():
+        model = crate_fast.load_pretrained(name)
+        assert pretrained.label_names(name) == list(CLASSES)
         assert model.num_classes == 12
+        assert list(timm.data.resolve_model_data_config(model)["mean"]) == [0.5, 0.5, 0.5]
+        assert not model.training
         assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
 
 
@@ -209,27 +211,41 @@ def test_others_are_refused(name):
         open_model(name)
 
 
-def test_a_damaged_file_of_the_package_is_one_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(shipped, "FOLDER", tmp_path)
-    (tmp_path / "mine.safetensors").write_text("version https://git-lfs.github.com/spec/v1\nsize 9\n")
-    for read in (shipped.open_shipped, shipped.shipped_facts):
-        with pytest.raises(UserError, match="mine.safetensors is a git-lfs pointer"):
-            read("mine")
-    save_file({"cls_token": torch.zeros(1)}, tmp_path / "mine.safetensors")
-    with pytest.raises(UserError, match="does not say what model it holds: install the package again"):
-        open_model("shipped:mine")
-    facts = {"name": "crate_tiny_patch8_224", "arguments": {"depth": 1, "img_size": 32}}
-    save_file({"cls_token": torch.zeros(1)}, tmp_path / "mine.safetensors", {"crate_fast": json.dumps(facts)})
-    with pytest.raises(UserError, match="shipped:mine does not hold the weights.*install the package again"):
-        open_model("shipped:mine")
-
-
-def test_a_run_can_be_shipped(tiny_run, tmp_path, monkeypatch):
-    assert shipped.main([str(tiny_run), str(tmp_path / "mine.safetensors")]) == 0
-    monkeypatch.setattr(shipped, "FOLDER", tmp_path)
-    loaded = open_model("shipped:mine")
-    images = torch.rand(2, 3, 32, 32)
-    trained = load_model(tiny_run)[0]
+def test_a_shared_folder_is_evaluated_as_its_run(tiny_run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    share.write_model_folder(tiny_run, Path("CRATE"))  # not to be taken for the package's
+    share.write_model_folder(tiny_run, Path("half"), half=True)
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    run, shared, half = (open_model(str(name)) for name in (tiny_run, "mine=CRATE", "half"))
     with torch.no_grad():
-        assert loaded.model(images) == pytest.approx(trained(images), abs=5e-3)
-    assert not torch.equal(open_model("shipped:mine@untrained").model(images), loaded.model(images))
+        expected = run.model(run.normalize(images))
+        assert torch.equal(shared.model(shared.normalize(images)), expected)
+        assert half.model(half.normalize(images)) == pytest.approx(expected, abs=5e-3)
+        assert not torch.equal(open_model("CRATE@untrained").model(run.normalize(images)), expected)
+    assert shared.label == "mine"
+    assert class_names("CRATE") == class_names(str(tiny_run)) == list(CLASSES)
+    assert [choice.specification for choice in model_choices("CRATE")] == ["CRATE"]
+    with pytest.raises(UserError, match="CRATE@3: write CRATE or CRATE@untrained"):
+        open_model("CRATE@3")
+
+
+def test_damaged_folders_are_one_line(tiny_run, tmp_path, monkeypatch):
+    share.write_model_folder(tiny_run, tmp_path / "mine")
+    weights = tmp_path / "mine" / "model.safetensors"
+    weights.write_text("version https://git-lfs.github.com/spec/v1\nsize 9\n")
+    with pytest.raises(UserError, match="model.safetensors is a git-lfs pointer"):
+        crate_fast.load_pretrained(str(tmp_path / "mine"))
+    save_file({"cls_token": torch.zeros(1)}, weights)
+    with pytest.raises(UserError, match="mine does not hold the weights.*write the folder"):
+        crate_fast.load_pretrained(str(tmp_path / "mine"))
+    (tmp_path / "mine" / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="config.json describes no model"):
+        crate_fast.load_pretrained(str(tmp_path / "mine"))
+    with pytest.raises(UserError, match="'Crate' is no model with weights: name CRATE or ViT, a folder"):
+        crate_fast.load_pretrained("Crate")
+
+
+def test_a_hub_that_does_not_answer_is_one_line(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(UserError, match="hf-hub:nobody/nothing: .*try again with a network, or pass a folder"):
+        open_model("hf-hub:nobody/nothing")

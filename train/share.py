@@ -4,8 +4,8 @@
     crate-fast share runs/NAME FOLDER --scores runs/eval/localization/NAME/results.json
     crate-fast share runs/NAME FOLDER --push USER/NAME             # upload the folder too
 
-    import crate_fast, timm
-    model = timm.create_model("local-dir:FOLDER", pretrained=True)     # once uploaded, hf-hub:USER/NAME
+    model = crate_fast.load_pretrained("FOLDER")                   # once uploaded, hf-hub:USER/NAME
+    model = timm.create_model("local-dir:FOLDER", pretrained=True)     # the same, by timm alone
 
 The card names data set, settings, accuracy, and attention's scores beside their baselines, and no folder of this
 machine.
@@ -74,8 +74,10 @@ def _localization_results(path: Path) -> list[str]:
         ) from error
 
 
-def write_model_folder(run: Path, folder: Path, scores: Path | None = None, license_name: str = "other") -> None:
-    """Write a run's best model with its card into `folder`.
+def write_model_folder(
+    run: Path, folder: Path, scores: Path | None = None, license_name: str = "other", half: bool = False
+) -> None:
+    """Write a run's best model with its card into `folder`, in half precision if asked.
 
     `scores` is results.json of `crate-fast eval localization`, for the card; `license_name` is the Hub's name.
 
@@ -108,12 +110,12 @@ def write_model_folder(run: Path, folder: Path, scores: Path | None = None, lice
     }
     folder.mkdir(parents=True, exist_ok=True)
     arguments = model_arguments(config, model.num_classes)
-    save_for_hf(model, folder, model_args=arguments, safe_serialization=True)
+    save_for_hf(model.half() if half else model, folder, model_args=arguments, safe_serialization=True)
     checkpoint.write_text(folder / "README.md", _card(run.name, facts, results, config, license_name))
 
 
 def _command(options: argparse.Namespace) -> None:
-    write_model_folder(options.run, options.folder, options.scores, options.license)
+    write_model_folder(options.run, options.folder, options.scores, options.license, options.half)
     print("written:", *sorted(options.folder.iterdir()), sep="\n  ")
     if options.push:
         from huggingface_hub import HfApi
@@ -137,6 +139,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("folder", type=Path, help="folder to write")
     parser.add_argument("--scores", type=Path, help="results.json of `crate-fast eval localization`, for the card")
     parser.add_argument("--license", default="other", help="of the weights, as the Hub names it; default other")
+    parser.add_argument("--half", action="store_true", help="write the weights in half precision")
     parser.add_argument("--push", metavar="USER/NAME", help="upload the folder to the Hugging Face Hub")
     return run_command(lambda: _command(parser.parse_args(argv)))
 

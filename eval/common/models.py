@@ -4,6 +4,7 @@
     runs/NAME@12000      its checkpoint at a step       vit_small_patch8_224.dino@pretrained  through timm
     runs/NAME@untrained  its model before training      vit_small_patch8_224@untrained        drawn from --seed
     shipped:CRATE        small, with the package        shipped:ViT@untrained
+    SHARED               a folder of `crate-fast share`, or hf-hub:USER/NAME; SHARED@untrained
 
 A name for tables may stand in front, as in `CRATE-S/8=runs/NAME`. A CRATE-MAE is evaluated by its encoder. In a file
 with several state dicts the moving average is read, or the one named in FILE#ENTRY, as in weights.pth#state_dict.
@@ -22,7 +23,7 @@ from crate_fast import CRATEMAE
 from crate_fast.checkpoints import is_demo, load_strictly, read_state_dict
 from crate_fast.errors import UserError
 from crate_fast.eval.common.features import FeatureExtractor, Features, extractor_for
-from crate_fast.eval.common.shipped import open_shipped, shipped_facts
+from crate_fast.pretrained import HUB, is_model_folder, label_names, load_pretrained, packaged_models
 from crate_fast.registry import create_model, is_mae, is_model, model_names
 from crate_fast.train import checkpoint
 from crate_fast.train.checkpoint import CheckpointError
@@ -140,13 +141,22 @@ def _from_run(folder: Path, version: str, seed: int) -> tuple[nn.Module, TrainCo
     return model, config
 
 
-def _from_shipped(source: str, version: str, seed: int) -> tuple[nn.Module, str]:
+def _shared(source: str) -> str | None:
+    """Return what `load_pretrained` takes for a model of the package, a shared folder or the Hub; None for others."""
+    if source.startswith(_SHIPPED):
+        name = source.removeprefix(_SHIPPED)
+        if name not in packaged_models():
+            raise UserError(f"{source}: there are {', '.join(_SHIPPED + known for known in packaged_models())}")
+        return name
+    if is_model_folder(source):
+        return str(Path(source).resolve())  # a folder may be called as a model of the package
+    return source if source.startswith(HUB) else None
+
+
+def _from_shared(source: str, version: str, seed: int) -> nn.Module:
     if version not in ("", "untrained"):
         raise UserError(f"{source}@{version}: write {source} or {source}@untrained")
-    model, facts = open_shipped(source.removeprefix(_SHIPPED))
-    if version:
-        model = _seeded(lambda: create_model(facts["name"], **facts["arguments"]), seed)
-    return model, facts["mean"]
+    return _seeded(lambda: load_pretrained(_shared(source), weights=not version), seed)
 
 
 def _from_timm(name: str, version: str, arguments: dict, seed: int) -> nn.Module:
@@ -205,13 +215,12 @@ def open_model(
     label, source = split_label(specification)
     name, version = split_source(source)
     arguments, config = _parse_arguments(model_args), None
-    if Path(name).is_dir():
+    if Path(name).is_dir() and not is_model_folder(name):
         model, config = _from_run(Path(name), version, seed)
         statistics = config.mean
-    elif name.startswith(_SHIPPED):
-        model, statistics = _from_shipped(name, version, seed)
     else:
-        model = _from_timm(name, version, arguments, seed)
+        shared = _shared(name) is not None
+        model = _from_shared(name, version, seed) if shared else _from_timm(name, version, arguments, seed)
         timm_config = getattr(model, "pretrained_cfg", None)  # an autoencoder is not in timm's registry
         statistics = (timm_config["mean"], timm_config["std"]) if timm_config else "imagenet"
     autoencoder = model.to(device) if isinstance(model, CRATEMAE) else None
@@ -247,10 +256,10 @@ def open_model(
 
 
 def class_names(specification: str) -> list[str] | None:
-    """Return the names of the classes of a model's logits; None if neither a run nor the package records them."""
+    """Return the names of the classes of a model's logits; None if neither a run nor a folder records them."""
     name, version = split_source(split_label(specification)[1])
-    if name.startswith(_SHIPPED):
-        return shipped_facts(name.removeprefix(_SHIPPED))["classes"]
+    if name.startswith(_SHIPPED) or is_model_folder(name):
+        return label_names(_shared(name))
     if not Path(name).is_dir():
         return None
     step = int(version) if version.isdigit() else checkpoint_steps(Path(name))[-1]

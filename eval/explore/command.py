@@ -21,9 +21,9 @@ from crate_fast.errors import CommandParser, UserError, run_command
 from crate_fast.eval.common import models as models_module
 from crate_fast.eval.common.command import positive, seed
 from crate_fast.eval.common.models import split_label, split_source
-from crate_fast.eval.common.shipped import shipped_names
 from crate_fast.eval.explore.inspection import Explorer, ModelCache, ModelChoice
 from crate_fast.eval.explore.pictures import Pictures
+from crate_fast.pretrained import is_model_folder, packaged_models
 from crate_fast.train import checkpoint
 from crate_fast.train.distributed import choose_device
 from crate_fast.train.runs import checkpoint_steps
@@ -63,7 +63,7 @@ def model_choices(specification: str) -> list[ModelChoice]:
     """
     label, source = split_label(specification)
     place, which = split_source(source)
-    if not Path(place).is_dir() or which:
+    if which or not Path(place).is_dir() or is_model_folder(place):
         return [ModelChoice(specification, label, label, which == "untrained")]
     steps = checkpoint_steps(Path(place))
     best = checkpoint.best_step(Path(place) / "checkpoints") or steps[-1]
@@ -89,7 +89,7 @@ def default_choices(runs: Path = Path("runs")) -> tuple[list[ModelChoice], str]:
             f"There is no run below {runs}/: these small models come with the package. Train one of your own "
             "(crate-fast pretrain), or name one with --checkpoint."
         )
-    names, group = shipped_names(), "with the package"
+    names, group = packaged_models(), "with the package"
     choices += [ModelChoice(f"shipped:{name}", f"{name}, trained on shape_scenes", group) for name in names]
     choices += [ModelChoice(f"shipped:{name}@untrained", f"{name}, untrained", group, True) for name in names]
     return choices, note

@@ -1,0 +1,82 @@
+"""Models with their weights in a folder of config.json and model.safetensors: the package's own, and shared ones.
+
+    model = crate_fast.load_pretrained("CRATE")                 # comes with the package
+    model = crate_fast.load_pretrained("FOLDER")                # written by `crate-fast share RUN FOLDER`
+    model = crate_fast.load_pretrained("hf-hub:USER/NAME")      # uploaded by it
+    model.pretrained_cfg["mean"], model.pretrained_cfg["label_names"]
+
+The format is timm's: `timm.create_model("local-dir:FOLDER", pretrained=True)` opens a folder too.
+
+The package's models are a CRATE and a ViT of 128 px that `crate-fast reproduce emergence --size small` trained on
+shape_scenes (docs/emergence/earlier/first/report.md), in half precision: for a look inside, not for comparisons.
+"""
+
+import json
+from pathlib import Path
+
+import timm
+from torch import nn
+
+from crate_fast.checkpoints import load_strictly, read_state_dict
+from crate_fast.errors import UserError
+
+__all__ = ["HUB", "is_model_folder", "label_names", "load_pretrained", "packaged_models"]
+
+FOLDER = Path(__file__).parent / "weights"
+HUB = "hf-hub:"
+
+
+def packaged_models() -> list[str]:
+    """Return the names of the models that come with the package.
+
+    >>> packaged_models()
+    ['CRATE', 'ViT']
+    """
+    return sorted(path.parent.name for path in FOLDER.glob("*/config.json"))
+
+
+def is_model_folder(path: str | Path) -> bool:
+    """Return True for a folder that `crate-fast share` wrote."""
+    return (Path(path) / "config.json").is_file()
+
+
+def _folder_of(name: str) -> Path:
+    folder = FOLDER / name if name in packaged_models() else Path(name)
+    if not is_model_folder(folder):
+        raise UserError(
+            f"{name!r} is no model with weights: name {' or '.join(packaged_models())}, a folder of `crate-fast "
+            f"share`, or {HUB}USER/NAME"
+        )
+    return folder
+
+
+def label_names(name: str) -> list[str] | None:
+    """Return the names of the classes of a model of the package or in a folder; None where it does not say."""
+    return json.loads((_folder_of(name) / "config.json").read_text())["pretrained_cfg"].get("label_names")
+
+
+def load_pretrained(name: str, *, weights: bool = True) -> nn.Module:
+    """Return a model with its weights in fp32, in evaluation mode.
+
+    Args:
+        name: One of `packaged_models()`, a folder, or hf-hub:USER/NAME; see the module's text.
+        weights: False for the same model with random weights.
+
+    Raises:
+        UserError: There is no such model, it cannot be fetched, or its files are damaged.
+    """
+    if name.startswith(HUB):
+        try:
+            return timm.create_model(name, pretrained=weights).eval()
+        except (OSError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"{name}: {reason}; try again with a network, or pass a folder") from error
+    folder = _folder_of(name)
+    try:
+        model = timm.create_model(f"local-dir:{folder}").eval()
+    except (ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise UserError(f"{folder}/config.json describes no model ({error!r}): write the folder again") from error
+    if not weights:
+        return model
+    values = {key: value.float() for key, value in read_state_dict(folder / "model.safetensors").items()}
+    return load_strictly(model, values, str(folder), "write the folder, or install the package, again")
