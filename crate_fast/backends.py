@@ -112,6 +112,7 @@ def compute_dtype(tensor: Tensor) -> torch.dtype:
 # --- tracing and transforms ---
 
 
+@torch.compiler.assume_constant_result  # Dynamo of torch 2.11 takes `is_exporting()` for True in any compilation
 def being_written() -> bool:
     """Return whether a graph is recorded that has to run without this package, at sizes it may not have seen yet.
 
