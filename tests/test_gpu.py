@@ -11,9 +11,11 @@ import shutil
 
 import pytest
 import torch
+import torch.fx
 import torch.nn.functional as F
 from released import ReleasedCRATE
 from runs import losses
+from torch._inductor.compile_fx import compile_fx
 
 from crate_fast import CRATE, CRATEMAE
 from crate_fast.backends import explain_backend
@@ -59,14 +61,20 @@ def test_the_model_agrees_with_the_cpu():
 
 def test_compiled_whole_under_autocast():
     images = torch.randn(8, 3, 32, 32, device="cuda")
-    results = []
+    results, graphs = [], []
+
+    def backend(graph: torch.fx.GraphModule, example: list):
+        graphs.append(str(graph.graph))
+        return compile_fx(graph, example)
+
     for compiled in (False, True):
         model = _network()
-        runner = torch.compile(model, fullgraph=True) if compiled else model
+        runner = torch.compile(model, fullgraph=True, backend=backend) if compiled else model
         with torch.autocast("cuda", torch.bfloat16):
             out = runner(images)
         out.float().square().sum().backward()
         results.append((out, [p.grad for p in model.parameters()]))
+    assert "crate_fast.compression_fwd" in graphs[0]  # the kernels, not PyTorch's operators
     torch.testing.assert_close(results[1][0], results[0][0], rtol=0.05, atol=0.05)
     for eager, whole in zip(results[0][1], results[1][1], strict=True):
         assert (whole - eager).norm() <= 0.05 * eager.norm()
