@@ -19,6 +19,7 @@ from crate_fast import SPIN_COUNT, cpu_ops, functional
 from crate_fast.accuracy import judge
 from crate_fast.backends import explain_backend
 from crate_fast.functional import fold_dictionary, ista, linear, subspace_attention
+from crate_fast.kernels import assuming_gpu
 from crate_fast.reference import (
     coding_rate_reference,
     ista_reference,
@@ -425,6 +426,15 @@ def test_operators_compile_without_graph_breaks(n_tokens):
     compiled = torch.compile(both, fullgraph=True, backend=backend)
     assert agrees(compiled, plain, [w, dictionary], "y dw dD", torch.randn(1, n_tokens, 64))
     assert "crate_fast.cpu_subspace_attention" in str(graphs[0].graph)  # not PyTorch's
+
+
+def test_compiled_code_chooses_the_backend_as_eager_code_does():
+    def chosen(x: Tensor) -> Tensor:
+        name, _ = explain_backend("cuda", dtype=torch.bfloat16, head_dim=64)
+        return x + 1 if name == "triton" else x
+
+    with assuming_gpu():
+        assert torch.compile(chosen, fullgraph=True, backend="eager")(torch.zeros(2)).tolist() == [1, 1]
 
 
 @with_either_library
