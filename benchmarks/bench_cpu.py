@@ -1,6 +1,6 @@
 """CRATE on a CPU: training step and inference against everything that a user would run instead, in one run.
 
-    python benchmarks/bench_cpu.py            # half an hour on two cores; --smoke for half a minute
+    python benchmarks/bench_cpu.py            # most of an hour on two cores; --smoke for half a minute
     python benchmarks/bench_cpu.py --dtype bfloat16      # autocast, for processors with AVX512-BF16 or AMX
 
 Peers: the released form (attention written out, ISTA in three products; or CRATE-α), timm's ViT of the same sizes,

@@ -137,9 +137,9 @@ class Timer:
         On a CPU a call that is not counted comes first, unless it is long: threads of the peer before may still spin.
         """
         if not self.on_gpu:
-            found = [self._wall_ms(step)]
-            found = found if found[0] > _LONG_MS else []
-            return found + [self._wall_ms(step) for _ in range(calls - len(found))]
+            first = self._wall_ms(step)
+            counted = [first] if first > _LONG_MS else []
+            return counted + [self._wall_ms(step) for _ in range(calls - len(counted))]
         events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(calls)]
         for start, end in events:
             argument = step.prepare()

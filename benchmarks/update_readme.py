@@ -18,13 +18,7 @@ from harness import RESULTS, earlier_rows, write_results
 from gpu_report import facts_of, markdown_table, summary, times
 
 ROOT = Path(__file__).parent.parent
-PAGES = (
-    "README.md",
-    "docs/evaluation.md",
-    "docs/training.md",
-    "docs/results/gpu.md",
-    "docs/results/cpu.md",
-)  # which have tables
+PAGES = ("README.md", *(f"docs/{page}.md" for page in ("evaluation", "training", "results/gpu", "results/cpu")))
 NOT_MEASURED = "Not yet measured: no GPU run has been committed.\n"
 OURS = "ours"
 KEYS = ("problem", "pass", "peer")  # of a measured row
@@ -54,11 +48,13 @@ def cpu_table(file: str = "cpu", dtype: str = "fp32") -> str:
                 "MiB, released → ours": None if None in memory else f"{memory[0]:,.0f} → {memory[1]:,.0f}",
             }
         )
+    rows = [{name: value for name, value in row.items() if any(other[name] for other in rows)} for row in rows]
+    commits = ", ".join(dict.fromkeys(row["commit"] for row in content["rows"]))
     note = (
-        f"{content['device']}, torch {content['torch']}, commit {content['commit']}; same weights, outputs and "
-        "gradients compared first. Compiled: the released code under `torch.compile`. ViT: timm's of the same sizes, "
-        "eager or compiled. onnxruntime runs our exported file, in fp32. Floor: the model's operations at the rate "
-        "of a large product in the same run."
+        f"{content['device']}, torch {content['torch']}, commits {commits}; same weights, outputs and gradients "
+        "compared first. Compiled: the released code under `torch.compile`. ViT: timm's of the same sizes, eager or "
+        "compiled. onnxruntime runs our exported file. Floor: the model's operations at the rate of a large product "
+        "in the same run."
     )
     return f"{markdown_table(rows)}\n{note}\n"
 

@@ -4,6 +4,7 @@ import argparse
 import importlib.metadata
 import platform
 import re
+import shlex
 import subprocess
 import sys
 from datetime import datetime, timezone
@@ -108,7 +109,7 @@ def provenance() -> dict[str, str]:
         "timm": _version("timm"),
         "python": platform.python_version(),
         "device": f"{device}, {torch.get_num_threads()} threads",
-        "command": " ".join(sys.argv),
+        "command": shlex.join(sys.argv),
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
 

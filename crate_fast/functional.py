@@ -344,9 +344,8 @@ def _folded_ista(x: Tensor, dictionary: Tensor, step_size: float, sparsity: floa
     elif cpu_ops.serves(x, dictionary):
         relu = threshold == "relu"
         rows, bias = x.reshape(n_tokens, width), x.new_full((width,), -shift) if relu else None
-        u = cpu_ops.cpu_linear(rows, _folded(dictionary, step_size, x.dtype).t(), bias, relu, residual=True).view(
-            x.shape
-        )
+        folded = _folded(dictionary, step_size, x.dtype)
+        u = cpu_ops.cpu_linear(rows, folded.t(), bias, relu, residual=True).view(x.shape)
         return u if relu else F.softshrink(u, shift)
     else:
         dtype = compute_dtype(x)
@@ -468,7 +467,7 @@ def fold_dictionary_once(
         RuntimeError: The dictionary has changed since a scope folded it.
     """
     if not _cacheable(dictionary):
-        if _is_kept(dictionary):
+        if fold is _fold and _is_kept(dictionary):
             return _kept(dictionary, step_size, dtype)
         with torch.no_grad():
             return fold(dictionary, step_size, dtype)

@@ -14,11 +14,11 @@ shape_scenes (docs/emergence/earlier/first/report.md), in half precision: for a 
 import json
 from pathlib import Path
 
-import timm
 from torch import nn
 
 from crate_fast.checkpoints import load_strictly, read_state_dict
 from crate_fast.errors import UserError
+from crate_fast.registry import create_model
 
 __all__ = ["HUB", "is_model_folder", "label_names", "load_pretrained", "packaged_models"]
 
@@ -52,7 +52,8 @@ def _folder_of(name: str) -> Path:
 
 def label_names(name: str) -> list[str] | None:
     """Return the names of the classes of a model of the package or in a folder; None where it does not say."""
-    return json.loads((_folder_of(name) / "config.json").read_text())["pretrained_cfg"].get("label_names")
+    config = json.loads((_folder_of(name) / "config.json").read_text())
+    return config.get("pretrained_cfg", config).get("label_names")
 
 
 def load_pretrained(name: str, *, weights: bool = True) -> nn.Module:
@@ -67,13 +68,13 @@ def load_pretrained(name: str, *, weights: bool = True) -> nn.Module:
     """
     if name.startswith(HUB):
         try:
-            return timm.create_model(name, pretrained=weights).eval()
+            return create_model(name, pretrained=weights).eval()
         except (OSError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"{name}: {reason}; try again with a network, or pass a folder") from error
     folder = _folder_of(name)
     try:
-        model = timm.create_model(f"local-dir:{folder}").eval()
+        model = create_model(f"local-dir:{folder}").eval()
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
         raise UserError(f"{folder}/config.json describes no model ({error!r}): write the folder again") from error
     if not weights:

@@ -133,7 +133,7 @@ def _create(name: str, pretrained: bool, kwargs: dict, sizes: list[int], options
             **arguments,
         )
     except OSError as error:  # of the Hub: no network
-        if not pretrained:
+        if not pretrained or isinstance(arguments.get("pretrained_cfg"), dict):  # not our weights: `load_pretrained`
             raise
         raise UserError(
             f"pretrained=True: the weights of {name} could not be fetched ({type(error).__name__}): try again with a "

@@ -43,6 +43,11 @@ def test_benchmarks_import_the_harness_first():
         assert others[0] == "harness", path
 
 
+def test_results_name_no_machines_folders():
+    for path in harness.RESULTS.glob("*.json"):
+        assert not re.search(r"[ '\"=](/|~)", json.loads(path.read_text())["command"]), path
+
+
 def test_timing_calls_every_candidate_in_turn():
     calls = []
     timings = harness.interleaved({name: (lambda name=name: (calls.append(name), sleep(0.1))) for name in "ab"}, 3)

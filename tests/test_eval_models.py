@@ -247,5 +247,14 @@ def test_damaged_folders_are_one_line(tiny_run, tmp_path, monkeypatch):
 
 def test_a_hub_that_does_not_answer_is_one_line(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(UserError, match="hf-hub:nobody/nothing: .*try again with a network, or pass a folder"):
+    refused = pytest.raises(UserError, match="hf-hub:nobody/nothing: .*try again with a network, or pass a folder")
+    with refused:
+        open_model("hf-hub:nobody/nothing")
+    config = {
+        "hf_hub_id": "nobody/nothing",
+        "source": "hf-hub",
+    }  # its weights cannot be fetched, and are not CRATE-α's
+    known = config, "crate_tiny_patch8_224", {"depth": 1, "img_size": 32}
+    monkeypatch.setattr("timm.models._factory.load_model_config_from_hf", lambda *_, **__: known)
+    with refused:
         open_model("hf-hub:nobody/nothing")

@@ -1,6 +1,5 @@
 """The reference against the equations in index notation, the public operators against the reference, bad input."""
 
-import gc
 import math
 import os
 import sys
@@ -11,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from oracle import agrees, gradients, token_scale, tokens_and_gradient, within_twice_eager
-from torch import Tensor, nn
+from torch import Tensor
 from torch._dynamo.backends.debugging import aot_eager
 
 import crate_fast
@@ -335,73 +334,6 @@ def test_gradients_agree_with_finite_differences():
     assert torch.autograd.gradcheck(lambda a, b: ista(a, b, 0.1, 0.1, threshold="soft"), (x, dictionary))
     assert torch.autograd.gradgradcheck(lambda a, b: ista(a, b, 0.1, 0.1, threshold="soft"), (x, dictionary))
     assert torch.autograd.gradcheck(subspace_attention, (w,))
-
-
-# --- G kept between calls, on a CPU ---
-
-
-def _change_data(dictionary):
-    dictionary.data.add_(0.5)  # PyTorch does not count it
-
-
-def _swap_rows(dictionary):
-    dictionary.data = dictionary.data.flip(0)
-
-
-def _flip_in_place(dictionary):
-    dictionary.data.copy_(dictionary.data.flip(0).flip(1))  # the same sum, not counted
-
-
-def _negate_in_place(dictionary):
-    dictionary.data.neg_()
-
-
-def _step(dictionary):
-    dictionary.grad = torch.ones_like(dictionary)
-    torch.optim.SGD([dictionary], lr=0.5).step()
-
-
-def _load(dictionary):
-    with torch.no_grad():
-        dictionary.copy_(torch.eye(16))
-
-
-@pytest.mark.parametrize("change", [_change_data, _swap_rows, _flip_in_place, _negate_in_place, _step, _load])
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_inference_sees_every_change_of_a_dictionary(mode, change, dtype):
-    x, dictionary = torch.randn(5, 16, dtype=dtype), nn.Parameter(torch.randn(16, 16, dtype=dtype) / 4)
-    for _ in range(2):
-        with mode():
-            actual = ista(x, dictionary)
-        torch.testing.assert_close(actual, ista_reference(x, dictionary.detach()), rtol=1e-5, atol=1e-6)
-        change(dictionary)
-    with mode():
-        torch.testing.assert_close(ista(x, dictionary), ista_reference(x, dictionary.detach()), rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(
-            ista(x, dictionary, 0.3), ista_reference(x, dictionary.detach(), 0.3), rtol=1e-5, atol=1e-5
-        )
-
-
-def test_inference_folds_a_dictionary_once_and_lets_go_of_it(monkeypatch):
-    folds = []
-    plain = functional.fold_dictionary
-    monkeypatch.setattr(functional, "fold_dictionary", lambda *args: folds.append(1) or plain(*args))
-    gc.collect()  # of other tests
-    kept = len(functional._kept_folds)
-    x, dictionary = torch.randn(5, 16), nn.Parameter(torch.randn(16, 16))
-    with torch.inference_mode():
-        outputs = [ista(x, dictionary) for _ in range(3)]
-    assert len(folds) == 1
-    assert all(torch.equal(output, outputs[0]) for output in outputs)  # the first call as the others
-    (torch.autograd.grad(ista(x.requires_grad_(), dictionary).sum(), x))  # training does not take it
-    assert len(folds) == 1
-    frozen = dictionary.requires_grad_(False)
-    torch.autograd.grad(ista(x, frozen).sum(), x)  # a gradient of x through what inference kept
-    assert len(folds) == 1
-    del dictionary, frozen
-    gc.collect()
-    assert len(functional._kept_folds) == kept
 
 
 # --- PyTorch around it ---

@@ -3,6 +3,7 @@
 On a GPU, or on the CPU through Triton's interpreter, where half precision means float16.
 """
 
+import gc
 import os
 import subprocess
 import sys
@@ -414,6 +415,77 @@ def test_scopes_of_two_threads_overlap(device, folds):
     second.__exit__(None, None, None)
     assert not functional._cache.entries
     assert functional._cache.scopes == 0
+
+
+# --- G kept between calls, on a CPU ---
+
+
+def _change_data(dictionary):
+    dictionary.data.add_(0.5)  # PyTorch does not count it
+
+
+def _swap_rows(dictionary):
+    dictionary.data = dictionary.data.flip(0)
+
+
+def _flip_in_place(dictionary):
+    dictionary.data.copy_(dictionary.data.flip(0).flip(1))  # the same sum, not counted
+
+
+def _negate_in_place(dictionary):
+    dictionary.data.neg_()
+
+
+def _step(dictionary):
+    dictionary.grad = torch.ones_like(dictionary)
+    torch.optim.SGD([dictionary], lr=0.5).step()
+
+
+def _load(dictionary):
+    with torch.no_grad():
+        dictionary.copy_(torch.eye(16))
+
+
+@pytest.mark.parametrize("change", [_change_data, _swap_rows, _flip_in_place, _negate_in_place, _step, _load])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_inference_sees_every_change_of_a_dictionary(mode, change, dtype):
+    x, dictionary = torch.randn(5, 16, dtype=dtype), torch.nn.Parameter(torch.randn(16, 16, dtype=dtype) / 4)
+    for _ in range(2):
+        with mode():
+            actual = ista(x, dictionary)
+        torch.testing.assert_close(actual, ista_reference(x, dictionary.detach()), rtol=1e-5, atol=1e-6)
+        change(dictionary)
+    with mode():
+        torch.testing.assert_close(ista(x, dictionary), ista_reference(x, dictionary.detach()), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            ista(x, dictionary, 0.3), ista_reference(x, dictionary.detach(), 0.3), rtol=1e-5, atol=1e-5
+        )
+
+
+def test_inference_folds_a_dictionary_once_and_lets_go_of_it(folds):
+    gc.collect()  # of other tests
+    kept = len(functional._kept_folds)
+    x, dictionary = torch.randn(5, 16), torch.nn.Parameter(torch.randn(16, 16))
+    with torch.inference_mode():
+        outputs = [ista(x, dictionary) for _ in range(3)]
+    assert all(torch.equal(output, outputs[0]) for output in outputs)  # the first call as the others
+    torch.autograd.grad(ista(x, dictionary).sum(), dictionary)  # training takes two products
+    torch.autograd.grad(ista(x.requires_grad_(), dictionary.requires_grad_(False)).sum(), x)
+    assert len(folds) == 1
+    del dictionary
+    gc.collect()
+    assert len(functional._kept_folds) == kept
+
+
+def test_the_kernels_keep_their_own_fold(device, folds):
+    x, _, _, dictionary = _ista_inputs(device)
+    dictionary = torch.nn.Parameter(dictionary.detach())
+    with torch.no_grad():
+        for _ in range(2):
+            ista(x, dictionary, backend="triton")
+    assert len(folds) == 2
+    assert dictionary not in functional._kept_folds
 
 
 @pytest.mark.parametrize(

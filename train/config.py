@@ -37,6 +37,7 @@ _CHOICES = {
     "parallel": ("ddp", "fsdp", "hsdp"),
 }
 MODES_WITH_GRAPHS = ("reduce-overhead", "max-autotune")  # of torch.compile
+FORM = ("residual", "attention", "sparsifier", "odl_ratio", "odl_steps", "odl_tied", "odl_residual", "threshold")
 DROP_RATES = ("drop_rate", "attn_drop_rate", "proj_drop_rate", "pos_drop_rate", "drop_path_rate")  # timm's names
 _POSITIVE = (
     *("train_samples", "val_samples", "image_size", "repeats", "patch_size", "dim", "depth", "heads", "epochs"),

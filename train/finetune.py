@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 from crate_fast.errors import UserError
-from crate_fast.train.config import train_command
+from crate_fast.train.config import FORM, train_command
 
-INHERITED = ("model", "patch_size", "dim", "depth", "heads", "mean")  # and runs.FORM
+INHERITED = ("model", "patch_size", "dim", "depth", "heads", "mean", *FORM)
 
 
 def inheriting(values: dict, chosen: dict) -> dict:
@@ -21,7 +21,7 @@ def inheriting(values: dict, chosen: dict) -> dict:
         UserError: There is nothing to start from.
     """
     from crate_fast.registry import MAE, MAE_ENCODER, is_mae  # with torch, after errors of the command line
-    from crate_fast.train.runs import FORM, initial_run, run_config
+    from crate_fast.train.runs import initial_run, run_config
 
     init = (values | chosen).get("init", "")
     if not init:
@@ -33,7 +33,7 @@ def inheriting(values: dict, chosen: dict) -> dict:
     source = {} if run is None else dict(vars(run_config(run[0])))
     if source and is_mae(source["model"]):
         source["model"] = MAE_ENCODER + source["model"].removeprefix(MAE)
-    return values | {name: source[name] for name in (*INHERITED, *FORM) if name in source} | chosen
+    return values | {name: source[name] for name in INHERITED if name in source} | chosen
 
 
 def main(argv: list[str] | None = None) -> int:

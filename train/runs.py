@@ -18,16 +18,13 @@ from crate_fast.errors import UserError, nearest
 from crate_fast.mae import encoder_state_dict
 from crate_fast.registry import MAE, MAE_ENCODER, create_model, is_mae, is_model, model_names
 from crate_fast.train import checkpoint
-from crate_fast.train.config import DROP_RATES, TrainConfig, load_recipe
+from crate_fast.train.config import DROP_RATES, FORM, TrainConfig, load_recipe
 from crate_fast.weight_files import split_entry
 
 _AUTOENCODER_SETTINGS = ("mask_ratio", "norm_pix_loss", "visible_only", "decoder_depth")
 
 
 # --- build
-
-
-FORM = ("residual", "attention", "sparsifier", "odl_ratio", "odl_steps", "odl_tied", "odl_residual", "threshold")
 
 
 def model_arguments(config: TrainConfig, num_classes: int) -> dict:

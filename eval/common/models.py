@@ -153,10 +153,10 @@ def _shared(source: str) -> str | None:
     return source if source.startswith(HUB) else None
 
 
-def _from_shared(source: str, version: str, seed: int) -> nn.Module:
+def _from_shared(source: str, shared: str, version: str, seed: int) -> nn.Module:
     if version not in ("", "untrained"):
         raise UserError(f"{source}@{version}: write {source} or {source}@untrained")
-    return _seeded(lambda: load_pretrained(_shared(source), weights=not version), seed)
+    return _seeded(lambda: load_pretrained(shared, weights=not version), seed)
 
 
 def _from_timm(name: str, version: str, arguments: dict, seed: int) -> nn.Module:
@@ -214,13 +214,15 @@ def open_model(
     """
     label, source = split_label(specification)
     name, version = split_source(source)
-    arguments, config = _parse_arguments(model_args), None
-    if Path(name).is_dir() and not is_model_folder(name):
+    arguments, config, shared = _parse_arguments(model_args), None, _shared(name)
+    if Path(name).is_dir() and shared is None:
         model, config = _from_run(Path(name), version, seed)
         statistics = config.mean
     else:
-        shared = _shared(name) is not None
-        model = _from_shared(name, version, seed) if shared else _from_timm(name, version, arguments, seed)
+        if shared is None:
+            model = _from_timm(name, version, arguments, seed)
+        else:
+            model = _from_shared(name, shared, version, seed)
         timm_config = getattr(model, "pretrained_cfg", None)  # an autoencoder is not in timm's registry
         statistics = (timm_config["mean"], timm_config["std"]) if timm_config else "imagenet"
     autoencoder = model.to(device) if isinstance(model, CRATEMAE) else None
@@ -248,7 +250,7 @@ def open_model(
         "weights_sha256": digest.hexdigest()[:16],
         "image_size": list(extract.image_size),
         "patch_size": list(extract.patch_size),
-        "model_args": arguments if config is None else {},
+        "model_args": arguments if config is shared is None else {},  # the others know their own
         "seed": seed,
     }
     normalize = Normalize(statistics).to(device)
