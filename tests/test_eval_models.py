@@ -246,7 +246,7 @@ def test_damaged_folders_are_one_line(tiny_run, tmp_path, monkeypatch):
 
 
 def test_a_hub_that_does_not_answer_is_one_line(monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     refused = pytest.raises(UserError, match="hf-hub:nobody/nothing: .*try again with a network, or pass a folder")
     with refused:
         open_model("hf-hub:nobody/nothing")
