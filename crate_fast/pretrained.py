@@ -1,6 +1,6 @@
 """Models with their weights in a folder of config.json and model.safetensors: the package's own, and shared ones.
 
-    model = crate_fast.load_pretrained("CRATE")                 # comes with the package
+    model = crate_fast.load_pretrained("photographs")           # comes with the package
     model = crate_fast.load_pretrained("FOLDER")                # written by `crate-fast share RUN FOLDER`
     model = crate_fast.load_pretrained("hf-hub:USER/NAME")      # uploaded by it
     model.pretrained_cfg["mean"], model.pretrained_cfg["label_names"]
@@ -20,7 +20,7 @@ from crate_fast.checkpoints import load_strictly, read_state_dict
 from crate_fast.errors import UserError
 from crate_fast.registry import create_model
 
-__all__ = ["HUB", "is_model_folder", "label_names", "load_pretrained", "packaged_models"]
+__all__ = ["HUB", "is_model_folder", "load_pretrained", "packaged_models", "record"]
 
 FOLDER = Path(__file__).parent / "weights"
 HUB = "hf-hub:"
@@ -50,10 +50,13 @@ def _folder_of(name: str) -> Path:
     return folder
 
 
-def label_names(name: str) -> list[str] | None:
-    """Return the names of the classes of a model of the package or in a folder; None where it does not say."""
+def record(name: str) -> dict:
+    """Return timm's `pretrained_cfg` of a model of the package or in a folder: label_names, description, ...
+
+    The two are not there for every model.
+    """
     config = json.loads((_folder_of(name) / "config.json").read_text())
-    return config.get("pretrained_cfg", config).get("label_names")
+    return config.get("pretrained_cfg", config)
 
 
 def load_pretrained(name: str, *, weights: bool = True) -> nn.Module:

@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import uvicorn
@@ -20,10 +21,11 @@ SHIPPED = ("shipped:CRATE", "shipped:ViT", "shipped:CRATE@untrained")
 
 
 def explorer_with(*models: str, folder: Path | None = None, **opening) -> Explorer:
-    """An explorer of models named as on the command line, and of a folder's pictures or scenes."""
+    """An explorer of models named as on the command line, and of a folder's pictures or of scenes alone."""
     opening = {"device": "cpu", "image_size": None, "model_args": None, "seed": 0} | opening
     choices = [choice for model in models for choice in model_choices(model)]
-    return Explorer(ModelCache(choices, **opening), "", Pictures(folder))
+    with mock.patch("crate_fast.eval.explore.pictures.free_photographs", dict):
+        return Explorer(ModelCache(choices, **opening), "", Pictures(folder))
 
 
 @contextmanager

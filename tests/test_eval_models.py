@@ -198,7 +198,7 @@ def test_segmentation_shows_in_the_crate_that_comes_along():
 def test_they_are_what_they_say():
     for name in pretrained.packaged_models():
         model = crate_fast.load_pretrained(name)
-        assert pretrained.label_names(name) == list(CLASSES)
+        assert pretrained.record(name)["label_names"] == list(CLASSES)
         assert model.num_classes == 12
         assert list(timm.data.resolve_model_data_config(model)["mean"]) == [0.5, 0.5, 0.5]
         assert not model.training
@@ -214,7 +214,7 @@ def test_others_are_refused(name):
 def test_a_shared_folder_is_evaluated_as_its_run(tiny_run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     share.write_model_folder(tiny_run, Path("CRATE"))  # not to be taken for the package's
-    share.write_model_folder(tiny_run, Path("half"), half=True)
+    share.write_model_folder(tiny_run, Path("half"), half=True, description="a small one")
     images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
     run, shared, half = (open_model(str(name)) for name in (tiny_run, "mine=CRATE", "half"))
     with torch.no_grad():
@@ -223,10 +223,23 @@ def test_a_shared_folder_is_evaluated_as_its_run(tiny_run, tmp_path, monkeypatch
         assert half.model(half.normalize(images)) == pytest.approx(expected, abs=5e-3)
         assert not torch.equal(open_model("CRATE@untrained").model(run.normalize(images)), expected)
     assert shared.label == "mine"
+    assert pretrained.record("half")["description"] == "a small one" in Path("half/README.md").read_text()
     assert class_names("CRATE") == class_names(str(tiny_run)) == list(CLASSES)
     assert [choice.specification for choice in model_choices("CRATE")] == ["CRATE"]
     with pytest.raises(UserError, match="CRATE@3: write CRATE or CRATE@untrained"):
         open_model("CRATE@3")
+
+
+def test_a_shared_model_may_expect_larger_images(tiny_run, tmp_path):
+    share.write_model_folder(tiny_run, tmp_path / "large", image_size=64)
+    images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    resized, large = open_model(str(tiny_run), image_size=64), open_model(str(tmp_path / "large"))
+    assert large.facts["image_size"] == [64, 64]
+    with torch.no_grad():
+        expected = resized.model(resized.normalize(images))
+        torch.testing.assert_close(large.model(large.normalize(images)), expected)
+        by_timm = timm.create_model(f"local-dir:{tmp_path / 'large'}", pretrained=True).eval()
+        torch.testing.assert_close(by_timm(large.normalize(images)), expected)
 
 
 def test_damaged_folders_are_one_line(tiny_run, tmp_path, monkeypatch):

@@ -330,6 +330,7 @@ def test_free_photographs_are_listed_with_their_credit():
     assert "cat (Stéfan van der Walt, CC0)" in listed.values()
     photographs = [key for key in listed if key.startswith("p")]
     assert len(photographs) == len(free_photographs()) >= 5
+    assert list(listed)[: len(photographs)] == photographs  # before the scenes
     assert pictures.view(photographs[0]).size == (451, 300)
     assert pictures.pixels(photographs[0], 64).shape == (3, 64, 64)
 
@@ -367,8 +368,8 @@ def test_a_run_offers_its_checkpoints_and_a_damaged_one_is_a_message(tiny_run, t
     runs = tmp_path / "runs"
     choices, note = default_choices(runs)
     assert [choice.label for choice in choices][:2] == [
-        "CRATE, trained on shape_scenes",
-        "ViT, trained on shape_scenes",
+        "CRATE: a CRATE trained on shape_scenes",
+        "ViT: a ViT trained on shape_scenes",
     ]
     assert "no run below" in note
     for age, name in ((200, "new"), (100, "old")):

@@ -20,7 +20,9 @@ import yaml
 from timm.models import save_for_hf
 
 from crate_fast import CRATEMAE
+from crate_fast.checkpoints import resample_weights
 from crate_fast.errors import CommandParser, UserError, run_command
+from crate_fast.registry import create_model
 from crate_fast.train import checkpoint
 from crate_fast.train.config import TrainConfig
 from crate_fast.train.data.transforms import STATISTICS
@@ -75,11 +77,22 @@ def _localization_results(path: Path) -> list[str]:
 
 
 def write_model_folder(
-    run: Path, folder: Path, scores: Path | None = None, license_name: str = "other", half: bool = False
+    run: Path,
+    folder: Path,
+    scores: Path | None = None,
+    license_name: str = "other",
+    half: bool = False,
+    description: str | None = None,
+    image_size: int | None = None,
 ) -> None:
-    """Write a run's best model with its card into `folder`, in half precision if asked.
+    """Write a run's best model with its card into `folder`.
 
-    `scores` is results.json of `crate-fast eval localization`, for the card; `license_name` is the Hub's name.
+    Args:
+        scores: results.json of `crate-fast eval localization`, for the card.
+        license_name: Of the weights, as the Hub names it.
+        half: Write the weights in half precision.
+        description: What the model is, in a few words.
+        image_size: Side of the model's images in pixels, with positions interpolated; that of training when None.
 
     Raises:
         UserError: There is no run, timm cannot build its model (a CRATE-MAE, a linear probe), or the folder holds a
@@ -91,6 +104,12 @@ def write_model_folder(
     if isinstance(model, CRATEMAE) or config.frozen:
         kind = "linear probe" if config.frozen else "autoencoder"
         raise UserError(f"{run} is a run of a {kind}, which timm cannot build: share a fine-tuned model")
+    arguments = model_arguments(config, model.num_classes)
+    if image_size:
+        arguments["img_size"] = image_size
+        resized = create_model(config.model, **arguments)
+        resized.load_state_dict(resample_weights(model.state_dict(), resized, None))
+        model = resized.eval()
     found = checkpoint.manifest(run / "checkpoints", step)
     classes = found.get("data", {}).get("classes")
     summary = run / "summary.json"
@@ -98,24 +117,28 @@ def write_model_folder(
     results += _localization_results(scores) if scores else []
     mean, std = STATISTICS[config.mean]
     ours = {"mean": mean, "std": std, "num_classes": model.num_classes, "license": license_name}
+    if description:
+        ours["description"] = description
     model.pretrained_cfg = {**model.pretrained_cfg, **ours}
     if classes and len(classes) == model.num_classes:
         model.pretrained_cfg["label_names"] = list(classes)
-    facts = {
+    facts = {"description": description} if description else {}
+    facts |= {
         "architecture": config.model,
         "parameters": f"{sum(p.numel() for p in model.parameters()):,}",
-        "images": f"{config.image_size} px",
+        "images": f"{config.image_size} px" + (f"; positions interpolated to {image_size}" if image_size else ""),
         "data": f"{config.dataset}, {model.num_classes} classes",
         "checkpoint": f"step {step}, commit {found['commit']}",
     }
     folder.mkdir(parents=True, exist_ok=True)
-    arguments = model_arguments(config, model.num_classes)
     save_for_hf(model.half() if half else model, folder, model_args=arguments, safe_serialization=True)
     checkpoint.write_text(folder / "README.md", _card(run.name, facts, results, config, license_name))
 
 
 def _command(options: argparse.Namespace) -> None:
-    write_model_folder(options.run, options.folder, options.scores, options.license, options.half)
+    told = {"scores": options.scores, "license_name": options.license, "half": options.half}
+    told |= {"description": options.description, "image_size": options.image_size}
+    write_model_folder(options.run, options.folder, **told)
     print("written:", *sorted(options.folder.iterdir()), sep="\n  ")
     if options.push:
         from huggingface_hub import HfApi
@@ -138,6 +161,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("run", type=Path, help="folder of the run")
     parser.add_argument("folder", type=Path, help="folder to write")
     parser.add_argument("--scores", type=Path, help="results.json of `crate-fast eval localization`, for the card")
+    parser.add_argument("--description", help="what the model is, in a few words, for the card and the explorer")
+    parser.add_argument("--image-size", type=int, help="interpolate the positions to this size; default: no")
     parser.add_argument("--license", default="other", help="of the weights, as the Hub names it; default other")
     parser.add_argument("--half", action="store_true", help="write the weights in half precision")
     parser.add_argument("--push", metavar="USER/NAME", help="upload the folder to the Hugging Face Hub")

@@ -23,7 +23,7 @@ from crate_fast import CRATEMAE
 from crate_fast.checkpoints import is_demo, load_strictly, read_state_dict
 from crate_fast.errors import UserError
 from crate_fast.eval.common.features import FeatureExtractor, Features, extractor_for
-from crate_fast.pretrained import HUB, is_model_folder, label_names, load_pretrained, packaged_models
+from crate_fast.pretrained import HUB, is_model_folder, load_pretrained, packaged_models, record
 from crate_fast.registry import create_model, is_mae, is_model, model_names
 from crate_fast.train import checkpoint
 from crate_fast.train.checkpoint import CheckpointError
@@ -261,7 +261,7 @@ def class_names(specification: str) -> list[str] | None:
     """Return the names of the classes of a model's logits; None if neither a run nor a folder records them."""
     name, version = split_source(split_label(specification)[1])
     if name.startswith(_SHIPPED) or is_model_folder(name):
-        return label_names(_shared(name))
+        return record(_shared(name)).get("label_names")
     if not Path(name).is_dir():
         return None
     step = int(version) if version.isdigit() else checkpoint_steps(Path(name))[-1]

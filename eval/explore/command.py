@@ -23,7 +23,7 @@ from crate_fast.eval.common.command import positive, seed
 from crate_fast.eval.common.models import split_label, split_source
 from crate_fast.eval.explore.inspection import Explorer, ModelCache, ModelChoice
 from crate_fast.eval.explore.pictures import Pictures
-from crate_fast.pretrained import is_model_folder, packaged_models
+from crate_fast.pretrained import is_model_folder, packaged_models, record
 from crate_fast.train import checkpoint
 from crate_fast.train.distributed import choose_device
 from crate_fast.train.runs import checkpoint_steps
@@ -90,7 +90,7 @@ def default_choices(runs: Path = Path("runs")) -> tuple[list[ModelChoice], str]:
             "(crate-fast pretrain), or name one with --checkpoint."
         )
     names, group = packaged_models(), "with the package"
-    choices += [ModelChoice(f"shipped:{name}", f"{name}, trained on shape_scenes", group) for name in names]
+    choices += [ModelChoice(f"shipped:{name}", f"{name}: {record(name)['description']}", group) for name in names]
     choices += [ModelChoice(f"shipped:{name}@untrained", f"{name}, untrained", group, True) for name in names]
     return choices, note
 

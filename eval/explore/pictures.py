@@ -1,4 +1,4 @@
-"""The explorer's pictures: files of one folder, or scenes and free photographs, and uploads.
+"""The explorer's pictures: files of one folder, or free photographs and scenes, and uploads.
 
 Requests name pictures by ids from `Pictures.listing` and `Pictures.add`, never by paths. Uploads stay in memory, the
 oldest dropped first; Pillow decodes them from a short list of formats. Nothing is written to disk.
@@ -100,10 +100,10 @@ def decode(data: bytes, name: str) -> Image.Image:
 
 
 class Pictures:
-    """The pictures to choose from: a folder's, or scenes and free photographs, and uploads.
+    """The pictures to choose from: a folder's, or free photographs and scenes, and uploads.
 
     Args:
-        folder: Folder of images; scenes of `shape_scenes` and `free_photographs` when None.
+        folder: Folder of images; `free_photographs` and scenes of `shape_scenes` when None.
 
     Attributes:
         note: Text of the page above the list, or "".
@@ -117,9 +117,9 @@ class Pictures:
         self.note, self._root = "", None
         self._known: dict[str, tuple[str, Path | int]]  # id → name, and file or number of the scene
         if folder is None:
-            self._known = {f"s{number}": (f"scene {number}", number) for number in range(_SCENES)}
-            self._known |= {f"p{number}": entry for number, entry in enumerate(free_photographs().items())}
-            self.note = "Scenes drawn by shape_scenes (validation split), and photographs of installed packages."
+            self._known = {f"p{number}": entry for number, entry in enumerate(free_photographs().items())}
+            self._known |= {f"s{number}": (f"scene {number}", number) for number in range(_SCENES)}
+            self.note = "Photographs of installed packages, and scenes drawn by shape_scenes (validation split)."
             return
         if not folder.is_dir():
             raise UserError(f"--images {folder}: no such folder; pass one with images")
