@@ -34,8 +34,8 @@ from crate_fast.checkpoints import released_state_dict, unwrap_state_dict
 from crate_fast.export import export_model
 from crate_fast.exported import open_exported
 from crate_fast.model import ALPHA_OPTIONS
+from crate_fast.train.cost import Flops, count_flops
 from crate_fast.train.cuda_graphs import GraphedCall
-from crate_fast.train.plan import Flops, count_flops
 
 RELEASED, OURS, VIT = "released", "ours", "ViT (timm)"
 VISIBLE = "ours, visible only"  # MAE's own form, whose encoder sees a quarter of the patches: something else

@@ -17,8 +17,9 @@ import torch
 
 from crate_fast import env
 from crate_fast.backends import explain_backend
-from crate_fast.errors import CommandParser, UserError, run_command
+from crate_fast.errors import UserError, run_command
 from crate_fast.isolation import Job, Process, run_jobs, tail
+from crate_fast.options import parse
 from crate_fast.probes import CHECKED, PROBES, find_probe
 
 __all__ = ["main", "run_probes"]
@@ -142,20 +143,7 @@ def _check(options: argparse.Namespace) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Check, print the table, write the JSON."""
-    parser = CommandParser(
-        prog="crate-fast check",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--json", type=Path, default=Path("crate_fast_check.json"), metavar="FILE")
-    parser.add_argument(
-        "--interpreter", action="store_true", help="tiny probes in Triton's interpreter, without a GPU"
-    )
-    parser.add_argument("--all", action="store_true", help=f"all {len(PROBES)} probes instead of {len(CHECKED)}")
-    parser.add_argument(
-        "--probes", nargs="+", metavar="NAME", help="these alone (python -m crate_fast.probes --list)"
-    )
-    return run_command(lambda: _check(parser.parse_args(argv)))
+    return run_command(lambda: _check(parse("check", argv)))
 
 
 if __name__ == "__main__":

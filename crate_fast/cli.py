@@ -10,13 +10,14 @@
     crate-fast reproduce emergence …      a whole experiment
     crate-fast explore …                  a local page to look inside models
 
-Commands are modules with `main(argv) -> int`, imported when they are asked for.
+Commands are modules with `main(argv) -> int`, imported when their command line has been read.
 """
 
 import importlib
 import sys
 
 from crate_fast.errors import UserError, nearest, run_command
+from crate_fast.options import PARSERS
 
 __all__ = ["main"]
 
@@ -79,14 +80,20 @@ def _dispatch(words: list[str]) -> int:
         return 0
     _choose("command", words[0], commands)
     if words[0] not in GROUPS:
-        return importlib.import_module(COMMANDS[words[0]][0]).main(words[1:])
+        return _run(words[0], COMMANDS[words[0]][0], words[1:])
     kind, entries, package, module = GROUPS[words[0]]
     if len(words) == 1 or words[1] in ("-h", "--help"):
         usage = f"usage: crate-fast {words[0]} {kind.upper()} … (each explains itself with --help)\n"
         print(_listing(usage, entries))
         return 0
     _choose(kind, words[1], entries)
-    return importlib.import_module(f"{package}.{words[1]}{module}").main(words[2:])
+    return _run(f"{words[0]} {words[1]}", f"{package}.{words[1]}{module}", words[2:])
+
+
+def _run(command: str, module: str, words: list[str]) -> int:
+    if command in PARSERS:
+        PARSERS[command]().parse_args(words)  # errors and --help come before seconds of imports
+    return importlib.import_module(module).main(words)
 
 
 if __name__ == "__main__":

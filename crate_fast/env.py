@@ -15,7 +15,8 @@ import torch
 import crate_fast
 from crate_fast.backends import explain_backend
 from crate_fast.cpu_ops import processor_name, uses_onednn
-from crate_fast.errors import CommandParser, run_command
+from crate_fast.errors import run_command
+from crate_fast.options import parse
 
 __all__ = ["compiler_versions", "describe", "driver_version", "main", "provenance"]
 
@@ -123,8 +124,7 @@ def _print_facts(_options: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Print `describe()`."""
-    parser = CommandParser(prog="crate-fast env", description="Versions, devices and backends of this machine.")
-    return run_command(lambda: _print_facts(parser.parse_args(argv)))
+    return run_command(lambda: _print_facts(parse("env", argv)))
 
 
 if __name__ == "__main__":

@@ -30,11 +30,12 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from crate_fast.env import provenance
-from crate_fast.errors import CommandParser, UserError, require, run_command
+from crate_fast.errors import UserError, require, run_command
 from crate_fast.exported import Difference, compare, open_exported
 from crate_fast.functional import fold_dictionary
 from crate_fast.layers import ISTA, MHSA, MSSA, ODL
 from crate_fast.model import CRATE, pool_tokens
+from crate_fast.options import parse
 from crate_fast.whitebox import attention_layer, trace
 
 __all__ = [
@@ -414,40 +415,6 @@ def _check(name: str, differences: list[Difference], tolerance: float, say: Call
     return [asdict(d) for d in differences]
 
 
-def _words(text: str) -> list[str]:
-    return text.split(",")
-
-
-def _layers(text: str) -> list[int] | str:
-    return text if text == "all" else [int(word) for word in text.split(",")]
-
-
-def _parser() -> argparse.ArgumentParser:
-    from crate_fast.eval.common import models as models_module
-    from crate_fast.eval.common.command import positive, seed
-
-    parser = CommandParser(
-        prog="crate-fast export",
-        description=__doc__.partition("\n\n    from")[0],
-        epilog="How to name models:\n\n" + models_module.__doc__.split("\n\n", 1)[1],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    add = parser.add_argument
-    add("model", metavar="MODEL", help="see below")
-    add("--output", type=Path, help="folder of the files; default runs/export/MODEL")
-    add("--format", type=_words, default=list(FORMATS), help="onnx, torch, or onnx,torch (default)")
-    add("--outputs", type=_words, help=f"of {', '.join(OUTPUTS)}; default logits (features without a classifier)")
-    add("--layers", type=_layers, help="all, or numbers such as 9,10; default the one that the paper looks at")
-    add("--input", choices=("float", "uint8"), default="float", help="normalised (default), or 0 to 255")
-    add("--image-size", type=positive, help="size that is recorded and compared first; default the model's own")
-    add("--opset", type=int, default=MIN_OPSET, help="version of ONNX's operators; default %(default)s")
-    add("--tolerance", type=float, default=1e-4, help="largest difference, of the largest value; default %(default)s")
-    add("--seed", type=seed, default=0, help="of untrained weights; default 0")
-    add("--model-args", nargs="+", metavar="KEY=VALUE", help="for models that timm builds")
-    return parser
-
-
 def _statistics(normalize: nn.Module) -> tuple[list[float], list[float]]:
     """Return mean and deviation of a `transforms.Normalize`."""
     deviation = 1 / (255 * normalize.scale.double().flatten())
@@ -489,7 +456,7 @@ def _export(options: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run `crate-fast export`; return the exit status, 2 after an error or a mismatch."""
-    return run_command(lambda: _export(_parser().parse_args(argv)))
+    return run_command(lambda: _export(parse("export", argv)))
 
 
 if __name__ == "__main__":

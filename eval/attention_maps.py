@@ -23,11 +23,12 @@ import torch
 from torch import Tensor
 
 from crate_fast.errors import UserError, run_command
-from crate_fast.eval.common.command import Evaluation, comma_list, evaluation_parser, open_models, read_images
+from crate_fast.eval.common.command import Evaluation, open_models, read_images
 from crate_fast.eval.common.figures import Picture, image_picture, image_rows, short_name, write_pages
 from crate_fast.eval.common.images import Batch, Sample
 from crate_fast.eval.common.models import LoadedModel
 from crate_fast.eval.common.segmentation import attention_to_mask, intersection_over_union
+from crate_fast.options import parse
 
 __all__ = ["add_noise", "evaluate", "main", "map_correlation"]
 
@@ -231,12 +232,6 @@ def _noise_figures(
     return written
 
 
-def _head(word: str) -> int | str:
-    if word not in ("all", "mean", "best") and not word.isdigit():
-        raise argparse.ArgumentTypeError(f"{word}: write numbers, all, mean or best, with commas, such as 0,3,mean")
-    return int(word) if word.isdigit() else word
-
-
 def _noise_levels(options: argparse.Namespace) -> list[tuple[float, float]]:
     if options.figure == "noise_sigma":
         return [(sigma, options.share) for sigma in options.levels or SIGMAS]
@@ -306,14 +301,4 @@ def _command(options: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Draw and describe CLS attention; see the module's text."""
-    parser = evaluation_parser("attention_maps", __doc__.splitlines()[0], limit=8)
-    add = parser.add_argument
-    figures = ("heads", "semantic", "noise_sigma", "noise_share", "models")
-    add("--figure", choices=figures, default="heads", help="what rows and columns are; default heads")
-    add("--layer", type=int, help="counted from 0; default each model's own: CRATE's last but one, a ViT's last")
-    add("--heads", type=comma_list(_head), help="such as 0,3,mean; also all, and best (by the objects' masks)")
-    add("--style", choices=("map", "overlay"), default="map", help="overlay lays the map over the image; default map")
-    add("--levels", type=comma_list(float), help="of noise: sigmas on the scale 0..255 (0,25,…), or shares (0,0.1,…)")
-    add("--sigma", type=float, default=75.0, help="of noise_share; default 75")
-    add("--share", type=float, default=0.5, help="of the pixels, of noise_sigma; default 0.5")
-    return run_command(lambda: _command(parser.parse_args(argv)))
+    return run_command(lambda: _command(parse("eval attention_maps", argv)))

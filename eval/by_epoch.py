@@ -17,14 +17,15 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from crate_fast.errors import UserError, run_command
-from crate_fast.eval.by_layer import MEASURES, check_measures, curves, measure_options
+from crate_fast.eval.by_layer import MEASURES, check_measures, curves
 from crate_fast.eval.by_layer import evaluate as measure
-from crate_fast.eval.common.command import Evaluation, evaluation_parser, open_data
+from crate_fast.eval.common.command import Evaluation, open_data
 from crate_fast.eval.common.figures import Picture, curve_figure, image_grid, image_picture
 from crate_fast.eval.common.images import readable
 from crate_fast.eval.common.models import LoadedModel, open_model, split_label
 from crate_fast.eval.common.principal_components import TooFewPatchesError, pca_rgb
 from crate_fast.eval.maskcut import PAPER, MaskCutSettings
+from crate_fast.options import parse
 from crate_fast.train.checkpoint import CheckpointError
 from crate_fast.train.distributed import choose_device
 from crate_fast.train.runs import checkpoint_epoch, checkpoint_steps
@@ -131,8 +132,4 @@ def _command(options: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run as the command line says; returns the exit status."""
-    parser = evaluation_parser("by_epoch", "AP, mIoU and PCA over a run's checkpoints.", many=False, image_size=480)
-    measure_options(parser)
-    parser.add_argument("--layer", type=int, help="default the last but one of CRATE, the last of a ViT")
-    parser.add_argument("--steps", type=int, nargs="+", help="checkpoints; default all")
-    return run_command(lambda: _command(parser.parse_args(argv)))
+    return run_command(lambda: _command(parse("eval by_epoch", argv)))

@@ -12,12 +12,13 @@ from torch.utils.data import Dataset
 
 from crate_fast.errors import UserError, run_command
 from crate_fast.eval import coarse_segmentation, maskcut
-from crate_fast.eval.common.command import Evaluation, evaluation_parser, open_data, open_models
+from crate_fast.eval.common.command import Evaluation, open_data, open_models
 from crate_fast.eval.common.figures import Curve, curve_figure
 from crate_fast.eval.common.models import LoadedModel
 from crate_fast.eval.maskcut import PAPER, MaskCutSettings
+from crate_fast.options import parse
 
-__all__ = ["MEASURES", "check_measures", "evaluate", "main", "measure_options"]
+__all__ = ["MEASURES", "check_measures", "evaluate", "main"]
 
 MEASURES = ("maskcut", "coarse")
 
@@ -82,14 +83,6 @@ def evaluate(
     return rows
 
 
-def measure_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of `evaluate`."""
-    add = parser.add_argument
-    add("--measures", nargs="+", choices=MEASURES, help="default: all that the data has masks for")
-    add("--num-objects", type=int, default=3, help="at most how many MaskCut finds in an image; default 3")
-    add("--tau", type=float, default=0.15, help="cosine above which MaskCut links patches; default 0.15")
-
-
 def curves(labelled: dict[str, dict[float, dict[str, float]]]) -> dict[str, list[Curve]]:
     """Turn label → {x → numbers} into panels of curves, attention with its baselines: mean mask, random, constant.
 
@@ -139,6 +132,4 @@ def _command(options: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run as the command line says; returns the exit status."""
-    parser = evaluation_parser("by_layer", "AP of MaskCut, mIoU and AP of attention, layer by layer.", image_size=480)
-    measure_options(parser)
-    return run_command(lambda: _command(parser.parse_args(argv)))
+    return run_command(lambda: _command(parse("eval by_layer", argv)))

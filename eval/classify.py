@@ -19,9 +19,10 @@ from torch import Tensor
 
 from crate_fast.errors import UserError, require, run_command
 from crate_fast.eval.common import paper, probes
-from crate_fast.eval.common.command import Evaluation, comma_list, evaluation_parser, open_models, positive
+from crate_fast.eval.common.command import Evaluation, open_models
 from crate_fast.eval.common.images import batches
 from crate_fast.eval.common.models import LoadedModel
+from crate_fast.options import parse
 from crate_fast.train.config import TrainConfig
 from crate_fast.train.data import DataSplits, plain_splits
 
@@ -278,19 +279,4 @@ def _command(options: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run as the command line says; returns the exit status."""
-    parser = evaluation_parser("classify", __doc__.splitlines()[0], data=False)
-    parser.set_defaults(batch_size=64)
-    add = parser.add_argument
-    add("--protocol", help="among head,knn,linear; default head,knn, or knn without a head")
-    add("--dataset", help="as in training: shape_scenes, folder, tar, shards, …; default the run's own")
-    add("--data-dir", help="its folder")
-    add("--train-split", help="name of the training split: of folder, tar, shards, hf")
-    add("--val-split", help="name of the validation split, likewise")
-    add("--train-samples", type=positive, help="of shape_scenes: training images")
-    add("--val-samples", type=positive, help="of shape_scenes: validation images")
-    add("--limit", type=positive, help="validation images, evenly spaced; default all")
-    add("--train-limit", type=positive, help="training images, evenly spaced; default all")
-    add("--k", type=comma_list(positive), help="neighbours; default those of 10,20,100,200 there are images for")
-    add("--pool", choices=("cls", "mean"), default="cls", help="features: CLS or the patches' mean")
-    add("--raw-pixels", action="store_true", help="score images of 16×16 pixels in the same way")
-    return run_command(lambda: _command(parser.parse_args(argv)))
+    return run_command(lambda: _command(parse("eval classify", argv)))

@@ -19,17 +19,11 @@ from torch.utils.data import Dataset
 
 from crate_fast.errors import UserError, run_command
 from crate_fast.eval.common import segmentation
-from crate_fast.eval.common.command import (
-    Evaluation,
-    attention_layers,
-    evaluation_parser,
-    open_data,
-    open_models,
-    positive,
-)
+from crate_fast.eval.common.command import Evaluation, attention_layers, open_data, open_models
 from crate_fast.eval.common.figures import Picture, image_rows, write_pages
 from crate_fast.eval.common.images import Sample, batches, readable
 from crate_fast.eval.common.models import LoadedModel
+from crate_fast.options import parse
 
 __all__ = ["evaluate", "main"]
 
@@ -138,8 +132,4 @@ def _command(options: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run as the command line says; returns the exit status."""
-    parser = evaluation_parser("coarse_segmentation", "mIoU of attention maps and objects.", data="shape_scenes")
-    parser.add_argument("--layers", type=int, nargs="+", help="layers whose attention is scored; default all")
-    parser.add_argument("--fraction", type=float, default=0.6, help="share of entries or mass kept; default 0.6")
-    parser.add_argument("--figure-images", type=positive, default=6, help="images in the figures; default 6")
-    return run_command(lambda: _command(parser.parse_args(argv)))
+    return run_command(lambda: _command(parse("eval coarse_segmentation", argv)))

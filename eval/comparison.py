@@ -16,10 +16,11 @@ from crate_fast.errors import UserError, run_command
 from crate_fast.eval import by_layer, coarse_segmentation
 from crate_fast.eval.by_layer import check_measures
 from crate_fast.eval.common import paper
-from crate_fast.eval.common.command import Evaluation, evaluation_parser, open_models, positive
+from crate_fast.eval.common.command import Evaluation, open_models
 from crate_fast.eval.common.images import open_images
 from crate_fast.eval.common.models import LoadedModel
 from crate_fast.eval.maskcut import PAPER, MaskCutSettings
+from crate_fast.options import parse
 
 __all__ = ["compare", "evaluate", "main"]
 
@@ -120,13 +121,4 @@ def _command(options: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run as the command line says; returns the exit status."""
-    description = "Models in one table with the paper's numbers."
-    parser = evaluation_parser("comparison", description, data=False, image_size=480)
-    parser.add_argument("--limit", type=positive, help="number of images of each set; default all")
-    parser.add_argument("--table", choices=sorted(NEEDS), required=True, help="which of the paper's")
-    parser.add_argument("--coco", help="images for MaskCut, at --image-size, such as coco:PATH")
-    parser.add_argument("--voc", help="images for coarse segmentation, such as voc:PATH")
-    parser.add_argument("--voc-size", type=positive, help="their side in pixels; default the model's own")
-    parser.add_argument("--layer", type=int, help="layer of every model; default each model's own")
-    parser.add_argument("--threshold", choices=("topk", "mass"), default="topk", help="of coarse segmentation")
-    return run_command(lambda: _command(parser.parse_args(argv)))
+    return run_command(lambda: _command(parse("eval comparison", argv)))

@@ -34,11 +34,12 @@ from torch.utils.data import Dataset
 
 from crate_fast.errors import UserError, run_command
 from crate_fast.eval.common.boxes import BoxedImages, covered
-from crate_fast.eval.common.command import Evaluation, attention_layers, evaluation_parser, open_models, positive
+from crate_fast.eval.common.command import Evaluation, attention_layers, open_models
 from crate_fast.eval.common.figures import Picture, write_pages
 from crate_fast.eval.common.images import Sample, batches, open_images, readable
 from crate_fast.eval.common.models import LoadedModel
 from crate_fast.eval.common.segmentation import average_precision
+from crate_fast.options import parse
 
 __all__ = ["evaluate", "largest_boxes", "main"]
 
@@ -299,12 +300,4 @@ def _open_data(options: argparse.Namespace, size: int) -> Dataset:
 
 def main(argv: list[str] | None = None) -> int:
     """Run as the command line says; returns the exit status."""
-    parser = evaluation_parser(
-        "localization", "Boxes from attention maps: MaxBoxAcc, GT-known, pointing, AP.", data="shape_scenes"
-    )
-    add = parser.add_argument
-    add("--boxes", type=Path, help="COCO-format JSON with a bbox an annotation, or a folder of ImageNet's XML files")
-    add("--layers", type=int, nargs="+", help="layers whose attention is scored; default all")
-    add("--resolution", type=positive, default=64, help="side of the enlarged maps, pixels; default 64")
-    add("--figure-images", type=positive, default=6, help="images in the figure; default 6")
-    return run_command(lambda: _command(parser.parse_args(argv)))
+    return run_command(lambda: _command(parse("eval localization", argv)))

@@ -25,13 +25,14 @@ from torch.utils.data import Dataset, Subset
 
 from crate_fast.errors import UserError, require, run_command
 from crate_fast.eval.common import coco
-from crate_fast.eval.common.command import Evaluation, evaluation_parser, open_data, open_models, positive
+from crate_fast.eval.common.command import Evaluation, open_data, open_models
 from crate_fast.eval.common.figures import Picture, image_grid
 from crate_fast.eval.common.images import CocoImages, batches
 from crate_fast.eval.common.models import LoadedModel
 from crate_fast.eval.common.normalized_cut import SAME, exact_fp32, second_eigenvector
 from crate_fast.eval.common.results import Records
 from crate_fast.functional import linear
+from crate_fast.options import parse
 from crate_fast.train.checkpoint import write_text
 from crate_fast.train.distributed import Processes, process_group
 
@@ -382,15 +383,7 @@ def _finish(evaluation: Evaluation, images: Dataset, records: dict, layer: int, 
 
 def main(argv: list[str] | None = None) -> int:
     """Run as the command line says; returns the exit status."""
-    parser = evaluation_parser("maskcut", "Objects by MaskCut, and their AP and AR.", many=False, image_size=480)
-    parser.add_argument("--layer", type=int, help="default the last but one of CRATE, the last of a ViT")
-    parser.add_argument("--num-objects", type=positive, default=3, help="at most how many in an image; default 3")
-    parser.add_argument("--tau", type=float, default=0.15, help="cosine above which patches are linked; default 0.15")
-    parser.add_argument(
-        "--crf", action="store_true", help="refine masks by a DenseCRF (pip install 'crate_fast[crf]')"
-    )
-    parser.add_argument("--figure-images", type=positive, default=12, help="images in the figure; default 12")
-    return run_command(lambda: _command(parser.parse_args(argv)))
+    return run_command(lambda: _command(parse("eval maskcut", argv)))
 
 
 if __name__ == "__main__":

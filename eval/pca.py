@@ -20,25 +20,18 @@ import torch
 from torch import Tensor
 
 from crate_fast.errors import UserError, run_command
-from crate_fast.eval.common.command import (
-    Evaluation,
-    comma_list,
-    evaluation_parser,
-    open_models,
-    positive,
-    read_images,
-)
+from crate_fast.eval.common.command import Evaluation, open_models, read_images
 from crate_fast.eval.common.figures import Picture, image_rows, short_name, write_pages
 from crate_fast.eval.common.images import Batch, Sample
 from crate_fast.eval.common.models import LoadedModel
 from crate_fast.eval.common.principal_components import (
-    SCALINGS,
     TooFewPatchesError,
     check_foreground,
     foreground,
     pca_rgb,
 )
 from crate_fast.eval.common.segmentation import intersection_over_union
+from crate_fast.options import parse
 
 __all__ = ["TooFewPatchesError", "evaluate", "foreground", "main", "pca_rgb"]
 
@@ -193,17 +186,4 @@ def _warn(label: str, outcome: Sequence[dict]) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Draw and describe principal components; see the module's text."""
-    parser = evaluation_parser("pca", __doc__.splitlines()[0], limit=8)
-    add = parser.add_argument
-    numbers = comma_list(int)
-    add(
-        "--layers",
-        type=lambda text: text if text == "all" else numbers(text),
-        help="all, or numbers such as 0,3,6; default each model's own layer",
-    )
-    add("--components", choices=("1-3", "2-4"), default="1-3", help="in red, green and blue; default 1-3")
-    add("--threshold", type=float, default=0.5, help="λ of the first component; default 0.5")
-    add("--scaling", choices=SCALINGS, default="raw", help="raw as in the paper (default); minmax maps to 0..1 first")
-    add("--group", type=positive, help="images that are analysed together; default all")
-    add("--class", dest="class_name", metavar="NAME", help="only images that contain this class")
-    return run_command(lambda: _command(parser.parse_args(argv)))
+    return run_command(lambda: _command(parse("eval pca", argv)))

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from crate_fast.errors import UserError, run_command
-from crate_fast.eval.common.command import Evaluation, comma_list, evaluation_parser, open_models, positive
+from crate_fast.eval.common.command import Evaluation, open_models
 from crate_fast.eval.common.images import Batch, batches, open_images
 from crate_fast.eval.common.models import LoadedModel
 from crate_fast.eval.common.results import file_name
+from crate_fast.options import parse
 from crate_fast.train.reconstruction import RATIOS, image_noise, reconstruction_figure
 
 __all__ = ["evaluate", "main"]
@@ -77,12 +78,6 @@ def _autoencoder(loaded: LoadedModel):
     return loaded.autoencoder.eval()
 
 
-def _ratio(word: str) -> float:
-    if not 0 < float(word) < 1:
-        raise argparse.ArgumentTypeError(f"{float(word)}: a mask ratio is above 0 and below 1")
-    return float(word)
-
-
 def _command(options: argparse.Namespace) -> None:
     models = open_models(options)
     for loaded in models:
@@ -115,10 +110,4 @@ def _command(options: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Measure and draw; see the module's text."""
-    parser = evaluation_parser("reconstruction", __doc__.splitlines()[0], limit=64)
-    ratios = ",".join(map(str, RATIOS))
-    parser.add_argument(
-        "--ratios", type=comma_list(_ratio), default=list(RATIOS), help=f"mask ratios; default {ratios}"
-    )
-    parser.add_argument("--show", type=positive, default=8, help="images in the figure; default %(default)s")
-    return run_command(lambda: _command(parser.parse_args(argv)))
+    return run_command(lambda: _command(parse("eval reconstruction", argv)))

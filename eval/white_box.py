@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from crate_fast.errors import UserError, run_command
-from crate_fast.eval.common.command import Evaluation, evaluation_parser, open_data, open_models
+from crate_fast.eval.common.command import Evaluation, open_data, open_models
 from crate_fast.eval.common.figures import Curve, curve_figure
 from crate_fast.eval.common.images import Batch, batches
 from crate_fast.eval.common.models import LoadedModel
 from crate_fast.layers import ISTA, MSSA, ODL
 from crate_fast.model import CRATE
+from crate_fast.options import parse
 from crate_fast.whitebox import layer_measures
 
 __all__ = ["evaluate", "left_out", "main", "trend"]
@@ -157,6 +158,4 @@ def _command(options: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Measure models and write tables, curves and results.json."""
-    parser = evaluation_parser("white_box", __doc__.splitlines()[0], data="shape_scenes")
-    parser.add_argument("--epsilon", type=float, default=0.01, help="quantisation precision ε of R^c; default 0.01")
-    return run_command(lambda: _command(parser.parse_args(argv)))
+    return run_command(lambda: _command(parse("eval white_box", argv)))

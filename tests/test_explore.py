@@ -35,6 +35,7 @@ from crate_fast.eval.explore.pictures import (
     decode,
 )
 from crate_fast.eval.maskcut import maskcut
+from crate_fast.options import parse
 from crate_fast.train.checkpoint import best_step
 from crate_fast.train.data.shape_scenes import CLASSES
 from crate_fast.whitebox import layer_measures, trace
@@ -404,7 +405,7 @@ def test_a_run_offers_its_checkpoints_and_a_damaged_one_is_a_message(tiny_run, t
     (new / "checkpoints" / "step_00000008" / "model.safetensors").write_bytes(b"nothing")
     shutil.rmtree(runs / "old")
     monkeypatch.chdir(tmp_path)
-    explorer = command.open_explorer(command._parser().parse_args(["--device", "cpu"]))
+    explorer = command.open_explorer(parse("explore", ["--device", "cpu"]))
     assert "left out" in explorer.note
     assert "model.safetensors" in explorer.note
     assert explorer.inspection(0, "s0").summary["depth"] == 4

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from crate_fast import CRATEMAE, cli
 from crate_fast.errors import UserError
 from crate_fast.kernels import assuming_gpu, unavailable_reason
-from crate_fast.train import plan
+from crate_fast.train import cost, plan
 from crate_fast.train.config import TrainConfig, recipe_names
-from crate_fast.train.plan import Flops, activation_bytes, count_flops, meta_model, optimizer_bytes
+from crate_fast.train.cost import Flops, activation_bytes, count_flops, meta_model, optimizer_bytes
 from crate_fast.train.runs import build_model, patch_size_of
 
 N, PATCHES, PATCH_DIM, C, HEADS, DEPTH, K = 65, 64, 48, 32, 2, 3, 10  # of TINY
@@ -246,8 +246,8 @@ def test_images_are_counted_in_a_folder_that_is_there(tmp_path):
         file.parent.mkdir(parents=True, exist_ok=True)
         file.touch()
     config = TrainConfig(dataset="folder", data_dir=str(tmp_path))
-    assert plan.find_data_size(config, "in1k_released", None, None) == (3, 2, f"counted in {tmp_path / 'train'}")
-    assert plan.find_data_size(config, "in1k_released", 77, None)[:2] == (77, 2)
+    assert cost.find_data_size(config, "in1k_released", None, None) == (3, 2, f"counted in {tmp_path / 'train'}")
+    assert cost.find_data_size(config, "in1k_released", 77, None)[:2] == (77, 2)
 
 
 @pytest.mark.parametrize(
@@ -304,7 +304,7 @@ def test_a_finished_run_tells_its_rate_and_its_architecture(tmp_path):
     (tmp_path / "config.yaml").write_text("model: crate_small_patch8_224\nimage_size: 224\ndim: 384\n")
     config = TrainConfig(model="crate_small_patch8_224", image_size=224, dim=384)
     for path in (tmp_path, tmp_path / "summary.json"):
-        assert plan.read_throughput(path, config, 8)["device"] == "NVIDIA H200"
+        assert cost.read_throughput(path, config, 8)["device"] == "NVIDIA H200"
     for changes, message in (
         ({"dim": 192}, r"another model \(dim 384 measured, 192 planned\)"),
         ({"attention": "mhsa"}, "attention None measured, 'mhsa' planned"),
@@ -315,18 +315,18 @@ def test_a_finished_run_tells_its_rate_and_its_architecture(tmp_path):
         ({"image_size": 32}, "image_size 224 measured, 32 planned"),
     ):
         with pytest.raises(UserError, match=message):
-            plan.read_throughput(tmp_path, dataclasses.replace(config, **changes), 8)
+            cost.read_throughput(tmp_path, dataclasses.replace(config, **changes), 8)
     with pytest.raises(UserError, match=r"another model \(patch_size 8 measured, 16 planned\)"):
-        plan.read_throughput(tmp_path, config, 16)
+        cost.read_throughput(tmp_path, config, 16)
     autoencoder = dataclasses.replace(config, model="crate_mae_base_patch16_224", dim=None)
     (tmp_path / "config.yaml").unlink()
     for visible_only in (False, True):
         rate = MEASURED | {"model": autoencoder.model, "visible_only": visible_only}
         (tmp_path / "rate.json").write_text(json.dumps(rate))
         if not visible_only:
-            plan.read_throughput(tmp_path / "rate.json", autoencoder, 8)
+            cost.read_throughput(tmp_path / "rate.json", autoencoder, 8)
     with pytest.raises(UserError, match=r"of another model \(visible_only True measured, False planned\)"):
-        plan.read_throughput(tmp_path / "rate.json", autoencoder, 8)
+        cost.read_throughput(tmp_path / "rate.json", autoencoder, 8)
 
 
 @pytest.mark.parametrize(

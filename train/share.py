@@ -21,7 +21,8 @@ from timm.models import save_for_hf
 
 from crate_fast import CRATEMAE
 from crate_fast.checkpoints import resample_weights
-from crate_fast.errors import CommandParser, UserError, run_command
+from crate_fast.errors import UserError, run_command
+from crate_fast.options import parse
 from crate_fast.registry import create_model
 from crate_fast.train import checkpoint
 from crate_fast.train.config import TrainConfig
@@ -157,16 +158,7 @@ def _command(options: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run as the command line says; return the exit status."""
-    parser = CommandParser(prog="crate-fast share", description="Write a run's best model for timm and the Hub.")
-    parser.add_argument("run", type=Path, help="folder of the run")
-    parser.add_argument("folder", type=Path, help="folder to write")
-    parser.add_argument("--scores", type=Path, help="results.json of `crate-fast eval localization`, for the card")
-    parser.add_argument("--description", help="what the model is, in a few words, for the card and the explorer")
-    parser.add_argument("--image-size", type=int, help="interpolate the positions to this size; default: no")
-    parser.add_argument("--license", default="other", help="of the weights, as the Hub names it; default other")
-    parser.add_argument("--half", action="store_true", help="write the weights in half precision")
-    parser.add_argument("--push", metavar="USER/NAME", help="upload the folder to the Hugging Face Hub")
-    return run_command(lambda: _command(parser.parse_args(argv)))
+    return run_command(lambda: _command(parse("share", argv)))
 
 
 if __name__ == "__main__":

@@ -1,97 +1,20 @@
-"""Options, models, images and output files of the protocols' commands."""
+"""Models, images and output files of the protocols' commands; their options are in crate_fast/options.py."""
 
 import argparse
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch.utils.data import Dataset
 
-from crate_fast.errors import CommandParser, UserError
-from crate_fast.eval.common import images as images_module
-from crate_fast.eval.common import models as models_module
+from crate_fast.errors import UserError
 from crate_fast.eval.common import results as files
 from crate_fast.eval.common.images import Batch, Sample, batches, open_images
 from crate_fast.eval.common.models import LoadedModel, open_model, split_label
 from crate_fast.eval.common.results import file_name, make_folder
 from crate_fast.train.distributed import choose_device
 
-__all__ = ["Evaluation", "attention_layers", "comma_list", "evaluation_parser", "open_data", "open_models"]
-__all__ += ["positive", "read_images", "seed"]
-
-
-def _integer(text: str, low: int, high: float, expected: str) -> int:
-    value = int(text)
-    if not low <= value < high:
-        raise argparse.ArgumentTypeError(f"{value}: give {expected}")
-    return value
-
-
-def positive(text: str) -> int:
-    """Parse a positive integer, for argparse."""
-    return _integer(text, 1, float("inf"), "a positive integer")
-
-
-def seed(text: str) -> int:
-    """Parse a seed, for argparse."""
-    return _integer(text, 0, 2**63, f"an integer from 0 to {2**63 - 1}")
-
-
-def _not_negative(text: str) -> int:
-    return _integer(text, 0, float("inf"), "0 or a positive integer")
-
-
-def comma_list(parse: Callable[[str], Any]) -> Callable[[str], list]:
-    """Return a parser of words with commas between them, for argparse."""
-
-    def words(text: str) -> list:
-        return [parse(word) for word in text.split(",")]
-
-    return words
-
-
-def evaluation_parser(
-    protocol: str,
-    description: str,
-    *,
-    data: str | Literal[False] | None = None,
-    many: bool = True,
-    image_size: int | None = None,
-    limit: int | None = None,
-) -> argparse.ArgumentParser:
-    """Make a parser with the options of every protocol: models, data, size, limit, device, output.
-
-    Args:
-        data: Default of `--data`; None makes it required; False leaves out `--data` and `--limit`, for a protocol
-            that opens its data some other way.
-        many: Take several models.
-        image_size: Default of `--image-size`; None is the model's own.
-        limit: Default of `--limit`; None is all images.
-    """
-    epilog = "How to name models:\n\n" + models_module.__doc__.split("\n\n", 1)[1]
-    if data is not False:
-        epilog += "\nand data:\n\n" + images_module.__doc__.split("\n\n", 1)[1]
-    parser = CommandParser(
-        prog=f"crate-fast eval {protocol}",
-        description=description,
-        epilog=epilog,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    plural = {"nargs": "+"} if many else {}
-    add("models" if many else "model", metavar="MODEL", help="see below", **plural)
-    if data is not False:
-        add("--data", default=data, required=data is None, help="see below")
-        add("--limit", type=positive, default=limit, help=f"number of images; default {limit or 'all'}")
-    side = "side of the squashed images, pixels; default " + str(image_size or "the model's own")
-    add("--image-size", type=positive, default=image_size, help=side)
-    add("--batch-size", type=positive, default=8, help="images per forward pass; default %(default)s")
-    add("--workers", type=_not_negative, default=0, help="processes that read images; default 0: none")
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:N; default auto")
-    add("--seed", type=seed, default=0, help="seed of every random draw; default 0")
-    add("--model-args", nargs="+", metavar="KEY=VALUE", help="for models that timm builds")
-    add("--output", type=Path, help=f"folder of the results; default runs/eval/{protocol}/MODELS")
-    return parser
+__all__ = ["Evaluation", "attention_layers", "open_data", "open_models", "read_images"]
 
 
 def _model_names(options: argparse.Namespace) -> list[str]:

@@ -5,13 +5,13 @@ import json
 import math
 from pathlib import Path
 
-from crate_fast.errors import CommandParser, UserError, require, run_command
-from crate_fast.eval.common.command import positive
+from crate_fast.errors import UserError, require, run_command
 from crate_fast.eval.common.results import differences, make_folder
 from crate_fast.eval.emergence.data import prepare_photographs
 from crate_fast.eval.emergence.protocol import SIZES, Protocol
 from crate_fast.eval.emergence.report import write_report
 from crate_fast.eval.emergence.runs import Folders, Resources, run_experiment
+from crate_fast.options import parse
 from crate_fast.train.checkpoint import write_text
 
 __all__ = ["main"]
@@ -89,24 +89,4 @@ def _with_photographs(options: argparse.Namespace, source: str, protocol: Protoc
 
 def main(argv: list[str] | None = None) -> int:
     """Run, continue or report the experiment; return the exit status."""
-    parser = CommandParser(
-        prog="crate-fast reproduce emergence",
-        description="Does segmentation appear in CRATE and not in a ViT? docs/emergence/protocol.md says how it is "
-        "asked of scenes, docs/emergence/photographs/protocol.md of photographs. Started again, the command goes on "
-        "where it was stopped or killed.",
-        allow_abbrev=False,
-    )
-    add = parser.add_argument
-    sizes = "smoke: minutes; small: two CPU cores, a night; full: a GPU"
-    add("--size", choices=list(SIZES["shape_scenes"]), required=True, help=sizes)
-    add("--data", default="shape_scenes", help="shape_scenes, the default, or photographs:DIR (DIR/train, DIR/val)")
-    add("--boxes", type=Path, help="boxes of DIR/val: COCO's JSON or a folder of XML; default DIR/val_boxes.json")
-    add("--masks", metavar="coco:DIR[:SPLIT]", help="photographs with masks, for MaskCut and coarse segmentation")
-    add("--output", type=Path, help="folder of the runs; default runs/emergence/SIZE")
-    add("--report", type=Path, help="folder of results, pictures and report; default OUTPUT/report")
-    add("--report-only", action="store_true", help="write the report again from its folder, and run nothing")
-    add("--cifar10", type=Path, metavar="DIR", help="CIFAR-10, for accuracy; left out when absent")
-    add("--jobs", type=positive, help="runs at once; default a CPU core each, or four a GPU")
-    add("--minutes", type=float, help="save and stop after this time")
-    add("--device", default="auto", help="auto, cpu, cuda (all GPUs) or cuda:N; default auto")
-    return run_command(lambda: _command(parser.parse_args(argv)))
+    return run_command(lambda: _command(parse("reproduce emergence", argv)))

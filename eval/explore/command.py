@@ -17,12 +17,11 @@ import threading
 import webbrowser
 from pathlib import Path
 
-from crate_fast.errors import CommandParser, UserError, run_command
-from crate_fast.eval.common import models as models_module
-from crate_fast.eval.common.command import positive, seed
+from crate_fast.errors import UserError, run_command
 from crate_fast.eval.common.models import split_label, split_source
 from crate_fast.eval.explore.inspection import Explorer, ModelCache, ModelChoice
 from crate_fast.eval.explore.pictures import Pictures
+from crate_fast.options import parse
 from crate_fast.pretrained import is_model_folder, packaged_models, record
 from crate_fast.train import checkpoint
 from crate_fast.train.distributed import choose_device
@@ -33,26 +32,6 @@ __all__ = ["default_choices", "main", "model_choices", "open_explorer"]
 _PORT = 7470
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _ANY = ("0.0.0.0", "::")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = CommandParser(
-        prog="crate-fast explore",
-        description=__doc__.split("\n\n")[0],
-        epilog="How to name models:\n\n" + models_module.__doc__.split("\n\n", 1)[1],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    add("--checkpoint", nargs="+", metavar="MODEL", help="see below; default: the newest run below runs/")
-    add("--images", type=Path, metavar="DIR", help="a folder of images; default: shape_scenes and some photographs")
-    add("--image-size", type=positive, help="side to which images are squashed; default: the model's")
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:N; default auto")
-    add("--seed", type=seed, default=0, help="of untrained models; default 0")
-    add("--model-args", nargs="+", metavar="KEY=VALUE", help="for models that timm builds")
-    add("--host", default="127.0.0.1", help="address to listen at; default 127.0.0.1, this computer")
-    add("--port", type=positive, help=f"default {_PORT}, or the next that is free")
-    add("--no-browser", action="store_true", help="only say the address")
-    return parser
 
 
 def model_choices(specification: str) -> list[ModelChoice]:
@@ -167,4 +146,4 @@ def _serve(options: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Serve the page until it is stopped; return the exit status."""
-    return run_command(lambda: _serve(_parser().parse_args(argv)))
+    return run_command(lambda: _serve(parse("explore", argv)))

@@ -1,0 +1,370 @@
+"""Options of the commands, apart from training's settings (train/config.py).
+
+The modules of the commands import PyTorch, which takes seconds. This one does not: `crate-fast` reads a command line
+here before it imports the command, so `--help` and errors of the command line are answered at once.
+"""
+
+import argparse
+import ast
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+from crate_fast.errors import CommandParser
+
+__all__ = ["PARSERS", "comma_list", "parse", "positive", "seed"]
+
+PLAIN = argparse.RawDescriptionHelpFormatter
+
+
+# --- types of values, for argparse
+
+
+def _integer(text: str, low: int, high: float, expected: str) -> int:
+    value = int(text)
+    if not low <= value < high:
+        raise argparse.ArgumentTypeError(f"{value}: give {expected}")
+    return value
+
+
+def positive(text: str) -> int:
+    """Parse a positive integer."""
+    return _integer(text, 1, float("inf"), "a positive integer")
+
+
+def seed(text: str) -> int:
+    """Parse a seed."""
+    return _integer(text, 0, 2**63, f"an integer from 0 to {2**63 - 1}")
+
+
+def _not_negative(text: str) -> int:
+    return _integer(text, 0, float("inf"), "0 or a positive integer")
+
+
+def comma_list(parse: Callable[[str], Any], *words: str) -> Callable[[str], list | str]:
+    """Return a parser of values with commas between them, or of one of `words`."""
+
+    def comma_separated(text: str) -> list | str:
+        return text if text in words else [parse(word) for word in text.split(",")]
+
+    return comma_separated
+
+
+def _head(word: str) -> int | str:
+    if word not in ("all", "mean", "best") and not word.isdigit():
+        raise argparse.ArgumentTypeError(f"{word}: write numbers, all, mean or best, with commas, such as 0,3,mean")
+    return int(word) if word.isdigit() else word
+
+
+def _ratio(word: str) -> float:
+    if not 0 < float(word) < 1:
+        raise argparse.ArgumentTypeError(f"{float(word)}: a mask ratio is above 0 and below 1")
+    return float(word)
+
+
+def _text_of(module: str) -> str:
+    """Return the docstring of a module without importing it."""
+    return ast.get_docstring(ast.parse(Path(importlib.util.find_spec(module).origin).read_text(encoding="utf-8")))
+
+
+def _how_to_name_models() -> str:
+    return "How to name models:\n\n" + _text_of("crate_fast.eval.common.models").split("\n\n", 1)[1]
+
+
+# --- evaluation protocols
+
+
+def _evaluation(
+    protocol: str,
+    *,
+    data: str | Literal[False] | None = None,
+    many: bool = True,
+    image_size: int | None = None,
+    limit: int | None = None,
+) -> argparse.ArgumentParser:
+    """Make a parser with the options of every protocol: models, data, size, limit, device, output.
+
+    Args:
+        protocol: Name of the protocol.
+        data: Default of `--data`; None makes it required; False leaves out `--data` and `--limit`, for a protocol
+            that opens its data some other way.
+        many: Take several models.
+        image_size: Default of `--image-size`; None is the model's own.
+        limit: Default of `--limit`; None is all images.
+    """
+    epilog = _how_to_name_models()
+    if data is not False:
+        epilog += "\nand data:\n\n" + _text_of("crate_fast.eval.common.images").split("\n\n", 1)[1]
+    parser = CommandParser(
+        prog=f"crate-fast eval {protocol}",
+        description=_text_of(f"crate_fast.eval.{protocol}").splitlines()[0],
+        epilog=epilog,
+        formatter_class=PLAIN,
+    )
+    add = parser.add_argument
+    plural = {"nargs": "+"} if many else {}
+    add("models" if many else "model", metavar="MODEL", help="see below", **plural)
+    if data is not False:
+        add("--data", default=data, required=data is None, help="see below")
+        add("--limit", type=positive, default=limit, help=f"number of images; default {limit or 'all'}")
+    side = "side of the squashed images, pixels; default " + str(image_size or "the model's own")
+    add("--image-size", type=positive, default=image_size, help=side)
+    add("--batch-size", type=positive, default=8, help="images per forward pass; default %(default)s")
+    add("--workers", type=_not_negative, default=0, help="processes that read images; default 0: none")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N; default auto")
+    add("--seed", type=seed, default=0, help="seed of every random draw; default 0")
+    add("--model-args", nargs="+", metavar="KEY=VALUE", help="for models that timm builds")
+    add("--output", type=Path, help=f"folder of the results; default runs/eval/{protocol}/MODELS")
+    return parser
+
+
+def _attention_maps() -> argparse.ArgumentParser:
+    parser = _evaluation("attention_maps", limit=8)
+    add = parser.add_argument
+    figures = ("heads", "semantic", "noise_sigma", "noise_share", "models")
+    add("--figure", choices=figures, default="heads", help="what rows and columns are; default heads")
+    add("--layer", type=int, help="counted from 0; default each model's own: CRATE's last but one, a ViT's last")
+    add("--heads", type=comma_list(_head), help="such as 0,3,mean; also all, and best (by the objects' masks)")
+    add("--style", choices=("map", "overlay"), default="map", help="overlay lays the map over the image; default map")
+    add("--levels", type=comma_list(float), help="of noise: sigmas on the scale 0..255 (0,25,…), or shares (0,0.1,…)")
+    add("--sigma", type=float, default=75.0, help="of noise_share; default 75")
+    add("--share", type=float, default=0.5, help="of the pixels, of noise_sigma; default 0.5")
+    return parser
+
+
+def _pca() -> argparse.ArgumentParser:
+    parser = _evaluation("pca", limit=8)
+    add = parser.add_argument
+    layers = "all, or numbers such as 0,3,6; default each model's own layer"
+    add("--layers", type=comma_list(int, "all"), help=layers)
+    add("--components", choices=("1-3", "2-4"), default="1-3", help="in red, green and blue; default 1-3")
+    add("--threshold", type=float, default=0.5, help="λ of the first component; default 0.5")
+    scalings = "raw as in the paper (default); minmax maps to 0..1 first"
+    add("--scaling", choices=("raw", "minmax"), default="raw", help=scalings)
+    add("--group", type=positive, help="images that are analysed together; default all")
+    add("--class", dest="class_name", metavar="NAME", help="only images that contain this class")
+    return parser
+
+
+def _coarse_segmentation() -> argparse.ArgumentParser:
+    parser = _evaluation("coarse_segmentation", data="shape_scenes")
+    add = parser.add_argument
+    add("--layers", type=int, nargs="+", help="layers whose attention is scored; default all")
+    add("--fraction", type=float, default=0.6, help="share of entries or mass kept; default 0.6")
+    add("--figure-images", type=positive, default=6, help="images in the figures; default 6")
+    return parser
+
+
+def _localization() -> argparse.ArgumentParser:
+    parser = _evaluation("localization", data="shape_scenes")
+    add = parser.add_argument
+    add("--boxes", type=Path, help="COCO-format JSON with a bbox an annotation, or a folder of ImageNet's XML files")
+    add("--layers", type=int, nargs="+", help="layers whose attention is scored; default all")
+    add("--resolution", type=positive, default=64, help="side of the enlarged maps, pixels; default 64")
+    add("--figure-images", type=positive, default=6, help="images in the figure; default 6")
+    return parser
+
+
+def _maskcut() -> argparse.ArgumentParser:
+    parser = _evaluation("maskcut", many=False, image_size=480)
+    add = parser.add_argument
+    add("--layer", type=int, help="default the last but one of CRATE, the last of a ViT")
+    add("--num-objects", type=positive, default=3, help="at most how many in an image; default 3")
+    add("--tau", type=float, default=0.15, help="cosine above which patches are linked; default 0.15")
+    add("--crf", action="store_true", help="refine masks by a DenseCRF (pip install 'crate_fast[crf]')")
+    add("--figure-images", type=positive, default=12, help="images in the figure; default 12")
+    return parser
+
+
+def _add_measures(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    add = parser.add_argument
+    add("--measures", nargs="+", choices=("maskcut", "coarse"), help="default: all that the data has masks for")
+    add("--num-objects", type=int, default=3, help="at most how many MaskCut finds in an image; default 3")
+    add("--tau", type=float, default=0.15, help="cosine above which MaskCut links patches; default 0.15")
+    return parser
+
+
+def _by_layer() -> argparse.ArgumentParser:
+    return _add_measures(_evaluation("by_layer", image_size=480))
+
+
+def _by_epoch() -> argparse.ArgumentParser:
+    parser = _add_measures(_evaluation("by_epoch", many=False, image_size=480))
+    parser.add_argument("--layer", type=int, help="default the last but one of CRATE, the last of a ViT")
+    parser.add_argument("--steps", type=int, nargs="+", help="checkpoints; default all")
+    return parser
+
+
+def _comparison() -> argparse.ArgumentParser:
+    parser = _evaluation("comparison", data=False, image_size=480)
+    add = parser.add_argument
+    add("--limit", type=positive, help="number of images of each set; default all")
+    add("--table", choices=("figure4", "table1", "table2"), required=True, help="which of the paper's")
+    add("--coco", help="images for MaskCut, at --image-size, such as coco:PATH")
+    add("--voc", help="images for coarse segmentation, such as voc:PATH")
+    add("--voc-size", type=positive, help="their side in pixels; default the model's own")
+    add("--layer", type=int, help="layer of every model; default each model's own")
+    add("--threshold", choices=("topk", "mass"), default="topk", help="of coarse segmentation")
+    return parser
+
+
+def _white_box() -> argparse.ArgumentParser:
+    parser = _evaluation("white_box", data="shape_scenes")
+    parser.add_argument("--epsilon", type=float, default=0.01, help="quantisation precision ε of R^c; default 0.01")
+    return parser
+
+
+def _reconstruction() -> argparse.ArgumentParser:
+    parser = _evaluation("reconstruction", limit=64)
+    add = parser.add_argument
+    add("--ratios", type=comma_list(_ratio), default=[0.5, 0.75, 0.9], help="mask ratios; default 0.5,0.75,0.9")
+    add("--show", type=positive, default=8, help="images in the figure; default %(default)s")
+    return parser
+
+
+def _classify() -> argparse.ArgumentParser:
+    parser = _evaluation("classify", data=False)
+    parser.set_defaults(batch_size=64)
+    add = parser.add_argument
+    add("--protocol", help="among head,knn,linear; default head,knn, or knn without a head")
+    add("--dataset", help="as in training: shape_scenes, folder, tar, shards, …; default the run's own")
+    add("--data-dir", help="its folder")
+    add("--train-split", help="name of the training split: of folder, tar, shards, hf")
+    add("--val-split", help="name of the validation split, likewise")
+    add("--train-samples", type=positive, help="of shape_scenes: training images")
+    add("--val-samples", type=positive, help="of shape_scenes: validation images")
+    add("--limit", type=positive, help="validation images, evenly spaced; default all")
+    add("--train-limit", type=positive, help="training images, evenly spaced; default all")
+    add("--k", type=comma_list(positive), help="neighbours; default those of 10,20,100,200 there are images for")
+    add("--pool", choices=("cls", "mean"), default="cls", help="features: CLS or the patches' mean")
+    add("--raw-pixels", action="store_true", help="score images of 16×16 pixels in the same way")
+    return parser
+
+
+# --- the other commands
+
+
+def _env() -> argparse.ArgumentParser:
+    return CommandParser(prog="crate-fast env", description="Versions, devices and backends of this machine.")
+
+
+def _check() -> argparse.ArgumentParser:
+    text = _text_of("crate_fast.check")
+    parser = CommandParser(prog="crate-fast check", description=text, formatter_class=PLAIN)
+    add = parser.add_argument
+    add("--json", type=Path, default=Path("crate_fast_check.json"), metavar="FILE")
+    add("--interpreter", action="store_true", help="tiny probes in Triton's interpreter, without a GPU")
+    add("--all", action="store_true", help="all probes instead of the most important ones")
+    add("--probes", nargs="+", metavar="NAME", help="these alone (python -m crate_fast.probes --list)")
+    return parser
+
+
+def _explore() -> argparse.ArgumentParser:
+    parser = CommandParser(
+        prog="crate-fast explore",
+        description=_text_of("crate_fast.eval.explore.command").split("\n\n")[0],
+        epilog=_how_to_name_models(),
+        formatter_class=PLAIN,
+    )
+    add = parser.add_argument
+    add("--checkpoint", nargs="+", metavar="MODEL", help="see below; default: the newest run below runs/")
+    add("--images", type=Path, metavar="DIR", help="a folder of images; default: photographs and shape_scenes")
+    add("--image-size", type=positive, help="side to which images are squashed; default: the model's")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N; default auto")
+    add("--seed", type=seed, default=0, help="of untrained models; default 0")
+    add("--model-args", nargs="+", metavar="KEY=VALUE", help="for models that timm builds")
+    add("--host", default="127.0.0.1", help="address to listen at; default 127.0.0.1, this computer")
+    add("--port", type=positive, help="default 7470, or the next that is free")
+    add("--no-browser", action="store_true", help="only say the address")
+    return parser
+
+
+def _export() -> argparse.ArgumentParser:
+    parser = CommandParser(
+        prog="crate-fast export",
+        description=_text_of("crate_fast.export").partition("\n\n    from")[0],
+        epilog=_how_to_name_models(),
+        formatter_class=PLAIN,
+    )
+    add, layers = parser.add_argument, "all, or numbers such as 9,10; default the one that the paper looks at"
+    outputs = "of logits, features, attention, subspace_tokens; default logits (features without a classifier)"
+    add("model", metavar="MODEL", help="see below")
+    add("--output", type=Path, help="folder of the files; default runs/export/MODEL")
+    add("--format", type=comma_list(str), default=["onnx", "torch"], help="onnx, torch, or onnx,torch (default)")
+    add("--outputs", type=comma_list(str), help=outputs)
+    add("--layers", type=comma_list(int, "all"), help=layers)
+    add("--input", choices=("float", "uint8"), default="float", help="normalised (default), or 0 to 255")
+    add("--image-size", type=positive, help="size that is recorded and compared first; default the model's own")
+    add("--opset", type=int, default=18, help="version of ONNX's operators; default %(default)s")
+    add("--tolerance", type=float, default=1e-4, help="largest difference, of the largest value; default %(default)s")
+    add("--seed", type=seed, default=0, help="of untrained weights; default 0")
+    add("--model-args", nargs="+", metavar="KEY=VALUE", help="for models that timm builds")
+    return parser
+
+
+def _share() -> argparse.ArgumentParser:
+    parser = CommandParser(prog="crate-fast share", description="Write a run's best model for timm and the Hub.")
+    add = parser.add_argument
+    add("run", type=Path, help="folder of the run")
+    add("folder", type=Path, help="folder to write")
+    add("--scores", type=Path, help="results.json of `crate-fast eval localization`, for the card")
+    add("--description", help="what the model is, in a few words, for the card and the explorer")
+    add("--image-size", type=positive, help="interpolate the positions to this size; default: no")
+    add("--license", default="other", help="of the weights, as the Hub names it; default other")
+    add("--half", action="store_true", help="write the weights in half precision")
+    add("--push", metavar="USER/NAME", help="upload the folder to the Hugging Face Hub")
+    return parser
+
+
+def _emergence() -> argparse.ArgumentParser:
+    parser = CommandParser(
+        prog="crate-fast reproduce emergence",
+        description="Does segmentation appear in CRATE and not in a ViT? docs/emergence/protocol.md says how it is "
+        "asked of scenes, docs/emergence/photographs/protocol.md of photographs. Started again, the command goes on "
+        "where it was stopped or killed.",
+    )
+    add = parser.add_argument
+    sizes = "smoke: minutes; small: two CPU cores, a night; full: a GPU"
+    add("--size", choices=("smoke", "small", "full"), required=True, help=sizes)
+    add("--data", default="shape_scenes", help="shape_scenes, the default, or photographs:DIR (DIR/train, DIR/val)")
+    add("--boxes", type=Path, help="boxes of DIR/val: COCO's JSON or a folder of XML; default DIR/val_boxes.json")
+    add("--masks", metavar="coco:DIR[:SPLIT]", help="photographs with masks, for MaskCut and coarse segmentation")
+    add("--output", type=Path, help="folder of the runs; default runs/emergence/SIZE")
+    add("--report", type=Path, help="folder of results, pictures and report; default OUTPUT/report")
+    add("--report-only", action="store_true", help="write the report again from its folder, and run nothing")
+    add("--cifar10", type=Path, metavar="DIR", help="CIFAR-10, for accuracy; left out when absent")
+    add("--jobs", type=positive, help="runs at once; default a CPU core each, or four a GPU")
+    add("--minutes", type=float, help="save and stop after this time")
+    add("--device", default="auto", help="auto, cpu, cuda (all GPUs) or cuda:N; default auto")
+    return parser
+
+
+PARSERS: dict[str, Callable[[], argparse.ArgumentParser]] = {  # by the words of the command
+    "env": _env,
+    "check": _check,
+    "explore": _explore,
+    "export": _export,
+    "share": _share,
+    "reproduce emergence": _emergence,
+    "eval attention_maps": _attention_maps,
+    "eval pca": _pca,
+    "eval coarse_segmentation": _coarse_segmentation,
+    "eval localization": _localization,
+    "eval maskcut": _maskcut,
+    "eval by_layer": _by_layer,
+    "eval by_epoch": _by_epoch,
+    "eval comparison": _comparison,
+    "eval white_box": _white_box,
+    "eval reconstruction": _reconstruction,
+    "eval classify": _classify,
+}
+
+
+def parse(command: str, argv: list[str] | None = None) -> argparse.Namespace:
+    """Read the options of a command, a key of `PARSERS`, from `argv`, or from the process's command line.
+
+    Raises:
+        UserError: An option is unknown, missing, or has a value that it cannot have.
+    """
+    return PARSERS[command]().parse_args(argv)

@@ -1,0 +1,75 @@
+"""Command lines are read before PyTorch is imported."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+
+from crate_fast.cli import COMMANDS, GROUPS
+from crate_fast.errors import UserError
+from crate_fast.options import PARSERS, parse
+
+_ALONE = list(COMMANDS)
+_GROUPED = [f"{word} {name}" for word, (_, entries, *_) in GROUPS.items() for name in entries]
+
+_PROGRAM = """
+import contextlib, io, json, sys
+sys.argv = ["crate-fast"]
+from crate_fast.cli import main
+answers = {}
+for command in json.loads(sys.stdin.read()):
+    answers[command] = []
+    for option in ("--help", "--nosuchoption"):
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                status = main([*command.split(), option])
+            except SystemExit as end:
+                status = end.code
+        answers[command].append([status, out.getvalue(), err.getvalue()])
+    slow = {"torch", "timm", "triton"} & sys.modules.keys()
+    assert not slow, f"{command} imported {slow} first"
+print(json.dumps(answers))
+"""
+
+
+def test_help_and_misspelt_options_wait_for_no_import():
+    commands = [*_ALONE, *_GROUPED]
+    done = subprocess.run(
+        [sys.executable, "-c", _PROGRAM], input=json.dumps(commands), capture_output=True, text=True, check=True
+    )
+    for (status, text, _), (refused, _, error) in json.loads(done.stdout).values():
+        assert status in (0, None)
+        assert text.startswith("usage: ")
+        assert refused == 2
+        assert re.match("error: (unknown argument '--nosuchoption'|the following arguments are required)", error)
+
+
+def test_every_parser_belongs_to_a_command():
+    assert PARSERS.keys() <= {*_ALONE, *_GROUPED}
+    assert PARSERS.keys() >= set(_GROUPED)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("eval pca m --data d --layers 1,x", "argument --layers: invalid comma_separated value: '1,x'"),
+        ("eval maskcut m --data d --figure-images 0", "argument --figure-images: 0: give a positive integer"),
+        ("eval reconstruction m --data d --ratios 0.5,1", "argument --ratios: 1.0: a mask ratio is above 0"),
+        ("eval attention_maps m --data d --heads 0,one", "argument --heads: one: write numbers, all, mean or best"),
+        ("eval white_box m --seed -1", "argument --seed: -1: give an integer from 0"),
+        ("eval white_box m --workers -1", "argument --workers: -1: give 0 or a positive integer"),
+        ("eval comparison m", "the following arguments are required: --table"),
+    ],
+)
+def test_values_that_an_option_cannot_have_are_named(words, message):
+    command, name, *rest = words.split()
+    with pytest.raises(UserError, match=message.replace("(", r"\(")):
+        parse(f"{command} {name}", rest)
+
+
+def test_layers_are_a_word_or_numbers():
+    assert parse("eval pca", ["m", "--data", "d", "--layers", "all"]).layers == "all"
+    assert parse("export", ["m", "--layers", "3,4", "--outputs", "logits"]).layers == [3, 4]

@@ -1,0 +1,293 @@
+"""Operations, memory and steps of a training run, counted without data or a GPU; `crate-fast plan` prints them.
+
+PyTorch's "meta" device and fake tensors stand for the model and its activations.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+from contextlib import nullcontext
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from timm.optim import create_optimizer_v2
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from crate_fast import CRATE, CRATEMAE
+from crate_fast.errors import UserError
+from crate_fast.kernels import assuming_gpu
+from crate_fast.train.config import TrainConfig, load_recipe
+from crate_fast.train.data import train_loader
+from crate_fast.train.data.image_files import find_images
+from crate_fast.train.data.shape_scenes import CLASSES
+from crate_fast.train.distributed import layers_of
+from crate_fast.train.optimizer import check_optimizer
+from crate_fast.train.runs import build_model, patch_size_of
+
+KNOWN_SIZES = {  # training images, classes
+    "in1k": (1_281_167, 1_000),
+    "in21k": (14_197_122, 21_841),
+    "cifar10": (50_000, 10),
+    "cifar100": (50_000, 100),
+    "flowers102": (1_020, 102),
+    "pets": (3_680, 37),
+}
+RATE = ("images_per_s_per_device", "device", "model", "image_size", "patch_size")
+CONDITIONS = ("precision", "parallel", "devices", "batch_size")  # batch_size on one device, one pass
+ARCHITECTURE = (
+    *("dim", "depth", "heads", "residual", "attention", "sparsifier", "threshold"),
+    *("decoder_depth", "visible_only", "mask_ratio"),
+)
+
+
+def find_data_size(config: TrainConfig, recipe: str, images: int | None, classes: int | None) -> tuple[int, int, str]:
+    """Return the training images, the classes, and their source: the command line, the data, or the recipe's name.
+
+    Raises:
+        UserError: One of them is not known, or the folder is no data set.
+    """
+    split = Path(config.data_dir) / config.train_split
+    known = next((word for word in (config.dataset, *Path(recipe).stem.split("_")) if word in KNOWN_SIZES), None)
+    found, source = KNOWN_SIZES.get(known, (None, None)), f"the known size of {known}"
+    if config.dataset == "shape_scenes":
+        found, source = (config.train_samples, len(CLASSES)), "train_samples"
+    elif None in (images, classes) and config.dataset == "folder" and split.is_dir():
+        tree = find_images(split)
+        found = (len(tree.names), len(tree.labelled(str(split))[0])) if tree.names else (0, 0)
+        source = f"counted in {split}"
+    sizes, given = [], []
+    for option, value, size in zip(("--images", "--classes"), (images, classes), found, strict=True):
+        given += [] if value is None else [option]
+        sizes.append(size if value is None else value)
+        if not sizes[-1]:
+            empty = f", and {split} holds none" if size == 0 else ""
+            raise UserError(
+                f"how many {option[2:]} dataset={config.dataset!r} has is not known{empty}: pass {option} N, or, "
+                "for a folder on this machine, --data-dir and --train-split"
+            )
+    return *sizes, ", ".join([*given, source][:2])
+
+
+def read_throughput(path: Path, config: TrainConfig, patch_size: int | None) -> dict:
+    """Read a measured rate; the architecture that was measured is in the run's config.yaml, or in the file.
+
+    Raises:
+        UserError: There is no such file, it holds no rate, or the rate is of another model.
+    """
+    file = path / "summary.json" if path.is_dir() else path
+    if not file.is_file():
+        raise UserError(f"--throughput {path}: no such file; give a finished run's folder or a JSON file")
+    try:
+        values = json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise UserError(f"--throughput {file} is not JSON: {error}") from error
+    values = values.get("throughput", values) if isinstance(values, dict) else {}
+    missing = [name for name in RATE if name not in values]
+    if missing:
+        raise UserError(f"--throughput {file} lacks {', '.join(missing)}: `crate-fast plan` needs {', '.join(RATE)}")
+    rate = values["images_per_s_per_device"]
+    if type(rate) not in (int, float) or not 0 < rate < math.inf:
+        raise UserError(f"--throughput {file}: images_per_s_per_device={rate!r} is not a positive number")
+    measured, settings = values, file.parent / "config.yaml"
+    if settings.is_file():
+        measured = {name: getattr(TrainConfig, name) for name in ARCHITECTURE} | load_recipe(str(settings)) | values
+    planned = {"model": config.model, "image_size": config.image_size}
+    planned["patch_size"] = config.patch_size if values["patch_size"] is None else patch_size
+    planned |= {name: getattr(config, name) for name in ARCHITECTURE if name in measured}
+    differing = [f"{n} {measured[n]!r} measured, {v!r} planned" for n, v in planned.items() if measured[n] != v]
+    if differing:
+        raise UserError(f"--throughput {file} is of another model ({'; '.join(differing)}): measure this one")
+    return {name: values.get(name) for name in (*RATE, *CONDITIONS)}
+
+
+# --- operations and memory
+
+
+def meta_model(config: TrainConfig, num_classes: int) -> nn.Module:
+    """Build the model of a run on the meta device, without gradient checkpointing; frozen parameters are frozen."""
+    with torch.device("meta"):
+        model = build_model(dataclasses.replace(config, grad_checkpointing=False), num_classes)
+    return model.train(not config.frozen)
+
+
+class Flops(NamedTuple):
+    """Floating-point operations for one image: of the forward pass, and of a training step (forward and backward)."""
+
+    forward: int
+    step: int
+
+
+def count_flops(model: nn.Module, image_size: int, mask_ratio: float = 0.75) -> Flops:
+    """Count the matrix products of the formula for one image of a `meta_model`, two FLOPs a multiply-add.
+
+    The difference of two batches leaves out what does not grow with the images, such as folding ISTA's dictionaries.
+    """
+    counts = []
+    for batch in (1024, 2048):  # large enough that dictionaries are folded
+        images = torch.empty(batch, 3, image_size, image_size, device="meta")
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            output = model(images, mask_ratio)[0] if isinstance(model, CRATEMAE) else model(images)
+            forward = counter.get_total_flops()
+            output.sum().backward()
+        counts.append((forward, counter.get_total_flops()))
+    model.zero_grad(set_to_none=True)
+    return Flops(*((more - fewer) // 1024 for fewer, more in zip(*counts, strict=True)))
+
+
+def _local_elements(parameter: Tensor, shards: int) -> int:
+    rows = parameter.shape[0] if parameter.dim() else 1  # FSDP2 cuts along the first dimension, and pads
+    return math.ceil(rows / shards) * (parameter.numel() // max(1, rows))
+
+
+def optimizer_bytes(model: nn.Module, config: TrainConfig, shards: int = 1) -> int:
+    """Return the bytes of the optimiser's states on one device, found by a step on one parameter of each shape."""
+    check_optimizer(config.optimizer)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    states = {}
+    for shape in {p.shape for p in trained}:
+        parameter = nn.Parameter(torch.zeros(shape))
+        parameter.grad = torch.ones(shape)
+        optimizer = create_optimizer_v2([parameter], opt=config.optimizer, lr=1e-3, weight_decay=config.weight_decay)
+        optimizer.step()
+        values = [value for state in optimizer.state_dict()["state"].values() for value in state.values()]
+        states[shape] = sum(value.nbytes for value in values if isinstance(value, Tensor) and value.dim())
+    return sum(math.ceil(states[p.shape] * _local_elements(p, shards) / max(1, p.numel())) for p in trained)
+
+
+def activation_bytes(
+    model: nn.Module, config: TrainConfig, images: int, num_classes: int, device: str, dtype: torch.dtype | None
+) -> int:
+    """Return the bytes that autograd keeps for the backward pass of a micro-batch of `images` on one device.
+
+    Every storage that the device's kernels save counts once, parameters excepted. With gradient checkpointing one
+    layer is added, which is there again while it is recomputed. `device` is "cuda" or "cpu", and need not be there.
+    """
+    kept, layers = _saved_bytes(model, config, images, num_classes, device, dtype), len(layers_of(model))
+    if not config.grad_checkpointing or not layers:
+        return kept
+    model.set_grad_checkpointing(True)
+    checkpointed = _saved_bytes(model, config, images, num_classes, device, dtype)
+    model.set_grad_checkpointing(False)
+    return checkpointed + max(0, kept - checkpointed) // layers
+
+
+class _FlashAttention(TorchFunctionMode):
+    """Attention as a GPU's fused kernels keep it; without a GPU PyTorch would choose plain products, and keep N²."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        options = dict(kwargs or {})
+        if func is not F.scaled_dot_product_attention or len(args) != 3 or options.pop("attn_mask", None) is not None:
+            return func(*args, **(kwargs or {}))
+        dropout, causal = options.get("dropout_p", 0.0), options.get("is_causal", False)
+        flash = torch.ops.aten._scaled_dot_product_flash_attention
+        return flash(*args, dropout, causal, scale=options.get("scale"))[0]
+
+
+def _saved_bytes(model, config: TrainConfig, batch: int, num_classes: int, device: str, dtype) -> int:
+    saved: dict[int, torch.UntypedStorage] = {}  # the storages themselves: a freed one's address may come back
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        saved[storage._cdata] = storage
+        return tensor
+
+    def fake(tensor: Tensor) -> Tensor:
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+
+    autoencoder, attention = isinstance(model, CRATEMAE), _FlashAttention() if device == "cuda" else nullcontext()
+    autocast = torch.autocast("cpu", dtype, enabled=dtype is not None)
+    autocast.device = device  # which need not be there: PyTorch would turn autocast off
+    with FakeTensorMode(allow_non_fake_inputs=True), assuming_gpu():
+        state = {name: nn.Parameter(fake(p), p.requires_grad) for name, p in model.named_parameters()}
+        state |= {name: fake(b) for name, b in model.named_buffers()}
+        own = {tensor.untyped_storage()._cdata for tensor in state.values()}
+        images = torch.empty(batch, 3, config.image_size, config.image_size, device=device)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), attention:
+            with autocast:
+                inputs = (images, config.mask_ratio) if autoencoder else (images,)
+                output = torch.func.functional_call(model, state, inputs)
+            if not autoencoder:  # whose output has the loss in it
+                mixed = config.mixup or config.cutmix
+                labels = torch.empty((batch, num_classes) if mixed else batch, device=device)
+                smoothing = 0.0 if mixed else config.label_smoothing
+                F.cross_entropy(output.float(), labels if mixed else labels.long(), label_smoothing=smoothing)
+        return sum(storage.nbytes() for address, storage in saved.items() if address not in own)
+
+
+# --- the plan
+
+
+def make_plan(config: TrainConfig, options: argparse.Namespace) -> dict:
+    """Return everything that `crate-fast plan` prints, as plain values; `options` are those of `_add_options`.
+
+    Raises:
+        UserError: The run is impossible, or something about it is not known; the message says what to pass.
+    """
+    for name in ("gpus", "hosts", "images", "classes", "hours", "image_kb"):
+        value = getattr(options, name)
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"--{name.replace('_', '-')} {value}: it must be above 0")
+    gpus, hosts = options.gpus, options.hosts
+    if gpus % hosts:
+        raise UserError(f"--gpus {gpus} cannot be shared out to --hosts {hosts}: make it a multiple")
+    images, classes, source = find_data_size(config, options.recipe, options.images, options.classes)
+    train_loader(dataclasses.replace(config, workers=0), range(images), world_size=gpus)  # for its errors
+    model = meta_model(config, classes)
+    patch_size, crate = patch_size_of(model), isinstance(model, CRATE | CRATEMAE)
+    measured = read_throughput(options.throughput, config, patch_size) if options.throughput else None
+    device = "cpu" if config.device == "cpu" else "cuda"  # "auto" is planned for a GPU
+    precision = {"cpu": "fp32", "cuda": "bf16"}[device] if config.precision == "auto" else config.precision
+    dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    shards = {"ddp": 1, "fsdp": gpus, "hsdp": gpus // hosts}[config.parallel]
+    planned = {"precision": precision, "parallel": config.parallel, "devices": gpus}
+    per_epoch, micro_batch = images // config.batch_size, config.batch_size // (config.accumulate * gpus)
+    steps = per_epoch * config.epochs
+    seen = steps * config.batch_size
+
+    patches = getattr(getattr(model, "patch_embed", None), "num_patches", None)  # of a ViT
+    tokens = None if patches is None else patches + getattr(model, "num_prefix_tokens", 0)
+    if crate:
+        tokens = math.prod(model.grid_size) + 1
+    held = {p: _local_elements(p, shards) * p.element_size() for p in model.parameters()}
+    memory = {
+        "weights": sum(held.values()),
+        "gradients": sum(size for p, size in held.items() if p.requires_grad),
+        "optimizer": optimizer_bytes(model, config, shards),
+        "ema": sum(held.values()) if config.ema_decay else 0,
+        "activations": activation_bytes(model, config, micro_batch, classes, device, dtype),
+    }
+    flops = count_flops(model, config.image_size, config.mask_ratio)
+    kb = options.image_kb or (3.0 if config.dataset.startswith("cifar") else 110.0)
+    seconds = {"measured": seen / (measured["images_per_s_per_device"] * gpus)} if measured else {}
+    seconds |= {} if options.hours is None else {"for_hours": options.hours * 3600}
+    facts = {"name": config.model, "crate": crate, "image_size": config.image_size, "patch_size": patch_size}
+    facts |= {"tokens_per_image": tokens, "classes": None if isinstance(model, CRATEMAE) else classes}
+    facts |= {"parameters": sum(p.numel() for p in held)}
+    facts |= {"parameters_trained": sum(p.numel() for p in held if p.requires_grad)}
+    schedule = {"images": images, "images_from": source, "epochs": config.epochs, "batch_size": config.batch_size}
+    schedule |= {"accumulate": config.accumulate, "micro_batch": micro_batch, "steps_per_epoch": per_epoch}
+    schedule |= {"steps": steps, "images_seen": seen, "optimizer": config.optimizer, "peak_lr": config.peak_lr}
+    schedule |= {"warmup_steps": math.ceil(config.warmup_epochs * per_epoch)}
+    data = {"dataset": config.dataset, "image_kb": kb, "gb_per_epoch": per_epoch * config.batch_size * kb / 1e6}
+    rates = {}
+    for name, s in seconds.items():
+        rates[name] = {"images_per_s": seen / s, "hours": s / 3600, "gpu_hours": gpus * s / 3600}
+        rates[name]["mb_per_s"] = seen / s * kb / 1e3
+    plan = {"recipe": options.recipe, "hosts": hosts, "device": device, "shards": shards} | planned
+    plan |= {"model": facts, "schedule": schedule, "flops": flops._asdict() | {"run": flops.step * seen}}
+    plan |= {"memory_bytes": memory | {"total": sum(memory.values())}, "data": data, "throughput": measured}
+    remarks = []
+    for name, value in (planned | {"batch_size": micro_batch}).items() if measured else ():
+        if name == "devices" and measured[name] != value:
+            before = measured[name] or "an unknown number of"
+            remarks.append(f"assumes that the rate grows in proportion from {before} to {value} devices")
+        elif name != "devices" and measured[name] not in (None, value):
+            remarks.append(f"measured with {name} {measured[name]}, planned with {value}")
+    return plan | {"rates": rates, "remarks": remarks, "settings": dataclasses.asdict(config)}
