@@ -134,6 +134,14 @@ def test_scenes_are_the_same_at_every_size():
     assert large[0].target.masks.shape == (1, 64, 64)
 
 
+def test_free_photographs_are_a_data_set_with_credits():
+    images = open_images("photographs", 32, 2)
+    assert images.keys() == ["cat (Stéfan van der Walt, CC0)", "coffee (Rachel Michetti, CC0)"]
+    assert images[0].size == (300, 451)
+    assert images[0].target is images[0].problem is None
+    assert len(open_images("photographs", 32)) == 8
+
+
 def test_corrupt_images_are_named_and_skipped(tmp_path, capsys):
     for name in ("a.png", "b.jpg", "c.png"):
         Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / name)

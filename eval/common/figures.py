@@ -1,5 +1,6 @@
 """Figures in one style: grids of images and maps, and curves over layers or epochs. Written as PNG and PDF."""
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from crate_fast.errors import UserError
 from crate_fast.eval.common.images import Sample
 
 __all__ = ["Curve", "Picture", "curve_figure", "image_grid", "image_picture", "image_rows", "save_figure"]
-__all__ += ["short_name", "write_pages"]
+__all__ += ["short_name", "wrap_credit", "write_pages"]
 
 ROWS_A_PAGE = 8
 
@@ -217,9 +218,20 @@ def write_pages(
 
 
 def short_name(sample: Sample, longest: int = 16) -> str:
-    """Return a sample's key without its beginning where it is long."""
+    """Return a sample's key, without its beginning where it is long; a photograph's credit is on lines of its own."""
     name = str(sample.key)
+    if (wrapped := wrap_credit(name)) != name:
+        return wrapped
     return name if len(name) <= longest else "…" + name[1 - longest :]
+
+
+def wrap_credit(name: str) -> str:
+    """Put the credit of a free photograph on lines of its own.
+
+    >>> wrap_credit("cat (Stéfan van der Walt, CC0)")
+    'cat\\nStéfan van der Walt\\nCC0'
+    """
+    return re.sub(r"^(.+) \((.+), (.+)\)$", r"\1\n\2\n\3", name)
 
 
 def image_picture(image) -> Picture:

@@ -5,6 +5,7 @@
     coco:PATH[:SPLIT]    COCO: PATH/SPLIT/*.jpg, instances_SPLIT.json in PATH or PATH/annotations; SPLIT is val2017.
                          LVIS's annotations may take the file's place
     shape_scenes[:SEED]  scenes made on the fly (validation split), 500 of them if no limit is given; one object each
+    photographs          freely licensed ones that scikit-image, scikit-learn and matplotlib bring along, with credit
 
 An image that cannot be read becomes a `Sample` with a `problem`: the protocols count and name it.
 
@@ -181,6 +182,19 @@ class ImageFiles(Dataset):
         return {}
 
 
+class FreePhotographs(ImageFiles):
+    """The photographs of `free_photographs`.
+
+    Raises:
+        UserError: None of the packages that bring them along is installed.
+    """
+
+    def __init__(self, size: int):
+        self.size, self.items = size, list(free_photographs().items())
+        if not self.items:
+            raise UserError('no installed package brings photographs along: pip install -e ".[eval]"')
+
+
 class VocImages(ImageFiles):
     """PASCAL VOC's segmentation images with semantic classes; 255 is void, 0 background."""
 
@@ -342,14 +356,16 @@ def open_images(specification: str, size: int, limit: int | None = None) -> Data
             raise UserError(f"--data {specification}: write shape_scenes or shape_scenes:SEED")
         return SceneImages(size, limit or 500, int(rest or 0))
     kinds = {"folder": ImageFiles, "voc": VocImages, "coco": CocoImages}
-    if kind not in kinds or not rest:
-        raise UserError(
-            f"--data {specification!r}: write folder:PATH, voc:PATH, coco:PATH[:SPLIT] or shape_scenes[:SEED]"
-        )
-    path, _, split = rest.rpartition(":")
-    if kind != "coco" or not path or Path(rest).exists():
-        path, split = rest, ""
-    images = kinds[kind](Path(path), size, **({"split": split} if split else {}))
+    if specification == "photographs":
+        images = FreePhotographs(size)
+    elif kind not in kinds or not rest:
+        known = "folder:PATH, voc:PATH, coco:PATH[:SPLIT], shape_scenes[:SEED] or photographs"
+        raise UserError(f"--data {specification!r}: write {known}")
+    else:
+        path, _, split = rest.rpartition(":")
+        if kind != "coco" or not path or Path(rest).exists():
+            path, split = rest, ""
+        images = kinds[kind](Path(path), size, **({"split": split} if split else {}))
     images.items = images.items[:limit]
     return images
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from crate_fast.eval.common import segmentation
-from crate_fast.eval.common.figures import Curve, Picture, curve_figure, image_grid
+from crate_fast.eval.common.figures import Curve, Picture, curve_figure, image_grid, wrap_credit
 from crate_fast.eval.emergence.protocol import MODELS
 from crate_fast.eval.emergence.results import (
     COARSE,
@@ -128,7 +128,7 @@ def _names(arrays: Arrays) -> list[str]:
     """Return the names of the shown images: classes, or names of photographs with the credit on lines of its own."""
     if "labels" in arrays:
         return [CLASSES[label] for label in arrays["labels"]]
-    return [str(name).replace(" (", "\n").replace(", ", "\n").rstrip(")") for name in arrays["names"]]
+    return [wrap_credit(str(name)) for name in arrays["names"]]
 
 
 def _maps(shown: Arrays, maps: dict[str, np.ndarray], grey: bool = False) -> dict:
