@@ -2,7 +2,7 @@
 
     crate-fast env                        versions, devices, backends
     crate-fast check                      are the kernels right on this GPU?
-    crate-fast pretrain …                 train/pretrain.py
+    crate-fast pretrain …                 train/pretrain.py; so are pretrain_mae, finetune and linear_probe
     crate-fast export MODEL …             ONNX and torch.export files
     crate-fast share RUN FOLDER           a model for timm and the Hugging Face Hub
     crate-fast plan …                     what a run would cost

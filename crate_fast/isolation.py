@@ -1,4 +1,4 @@
-"""Commands in processes of their own, each with a time limit: what crashes, hangs or floods costs itself alone.
+"""Run commands in separate processes with time limits, so that a crash, a hang or a flood of output stays contained.
 
 Only the standard library, so that nothing that is to be checked can break what checks it.
 """

@@ -1,6 +1,6 @@
 """The first launch of each kernel variant in a process is checked once, against PyTorch on a small input of its kind.
 
-Compilers older than ours, or of other GPUs than ours, can make wrong programs of right kernels. So `checked` runs a
+An untested compiler, older or for another GPU, can miscompile a correct kernel. So `checked` runs a
 kernel's function once more, on random tensors, before it first runs on a device with arguments that need another
 compiled kernel: other dtypes, widths, strides, alignment, options, or divisibility by 16 (Triton specialises on it).
 The results must be as close to float64 as `crate_fast.accuracy` has it, with the eps of the products. This costs

@@ -1,9 +1,8 @@
 """The products with tokens (kernels/README.md §4): out = finish(a · weightᵀ), where finish scales, adds, normalises,
 shrinks, masks; and aᵀg, summed over all rows, the gradient of a weight.
 
-Operands come from memory in the product's dtype and are read as often as there are blocks of the other one, so what
-has to be made of them (LayerNorm, the mask of a gradient) is made once, before. What is made once an element is made
-here, behind the product.
+Each operand is read in the product's dtype, once per block of the other operand. So work on operands (LayerNorm, the
+mask of a gradient) is done once, beforehand, and work on the result is done here, in the epilogue.
 """
 
 from dataclasses import replace
