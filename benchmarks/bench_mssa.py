@@ -54,11 +54,7 @@ SHAPES = {
     "B8-480": Shape(8, 12, 3601, 64),  # MaskCut at 480 pixels
     "long": Shape(1, 12, 16385, 64),  # growth with N
 }
-CPU_SHAPES = {
-    "T16": Shape(8, 6, 197, 64),
-    "S8": Shape(4, 6, 785, 64),
-    "S8-480": Shape(1, 6, 3601, 64),
-}
+CPU_SHAPES = {"T16": Shape(8, 6, 197, 64), "S8": Shape(4, 6, 785, 64), "S8-480": Shape(1, 6, 3601, 64)}
 SMOKE = {"tiny": Shape(1, 2, 70, 32), "padded": Shape(1, 3, 33, 48)}
 CHECKED_LOGITS = 2**20  # of one head: beyond it only the first and the last head are checked
 

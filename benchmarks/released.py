@@ -55,10 +55,7 @@ class _Stack(nn.Module):
         self.heads = heads
         self.layers = nn.ModuleList(
             nn.ModuleList(
-                [
-                    _Norm(dim, _Attention(dim, heads, dim_head)),
-                    _Norm(dim, _Sparsify(dim, step_size, sparsity)),
-                ]
+                [_Norm(dim, _Attention(dim, heads, dim_head)), _Norm(dim, _Sparsify(dim, step_size, sparsity))]
             )
             for _ in range(depth)
         )

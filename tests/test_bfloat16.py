@@ -18,12 +18,7 @@ from released import ReleasedCRATE
 from crate_fast import CRATE, functional
 from crate_fast.kernels import whole_head
 from crate_fast.kernels.launch import Tile
-from crate_fast.reference import (
-    compress_reference,
-    ista_reference,
-    norm_ista_reference,
-    subspace_attention_reference,
-)
+from crate_fast.reference import compress_reference, ista_reference, norm_ista_reference, subspace_attention_reference
 
 ON_GPU = torch.cuda.is_available()
 pytestmark = [pytest.mark.usefixtures("bfloat16", "poisoned"), *([pytest.mark.gpu] if ON_GPU else [])]

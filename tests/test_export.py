@@ -13,14 +13,7 @@ from timm import create_model
 from crate_fast import CRATE, CRATEMAE, cli, export
 from crate_fast.errors import UserError
 from crate_fast.eval.common.models import open_model
-from crate_fast.export import (
-    OUTPUTS,
-    MismatchError,
-    PortableCRATE,
-    choose_outputs,
-    export_model,
-    resampling_matrix,
-)
+from crate_fast.export import OUTPUTS, MismatchError, PortableCRATE, choose_outputs, export_model, resampling_matrix
 from crate_fast.exported import compare, eager_outputs, open_exported
 from crate_fast.model import ALPHA_OPTIONS
 from crate_fast.train.data.shape_scenes import CLASSES

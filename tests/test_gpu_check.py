@@ -362,10 +362,7 @@ def test_a_profile_is_reduced_to_busy_time_gaps_and_kernels():
     events = [("a", 0, 10), ("b", 5, 12), ("a", 20, 30), ("c", 31, 32)]
     found = gpu_worker.reduced(events)
     assert (found["span_us"], found["busy_us"], found["gaps_us"], found["launches"]) == (32, 23, [8, 1], 4)
-    assert found["kernels"][:2] == [
-        {"kernel": "a", "calls": 2, "us": 20},
-        {"kernel": "b", "calls": 1, "us": 7},
-    ]
+    assert found["kernels"][:2] == [{"kernel": "a", "calls": 2, "us": 20}, {"kernel": "b", "calls": 1, "us": 7}]
 
 
 def test_counters_are_read_from_ncus_table(tmp_path):

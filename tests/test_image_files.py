@@ -117,10 +117,7 @@ def _transparent() -> dict[str, tuple[bytes, np.ndarray]]:
         "P": (encoded(palette, transparency=bytes([255, 0, 128])), _on_white(colours[numbers])),
         "gif": (encoded(palette, "GIF", transparency=1), _on_white(one_clear[numbers])),
         "RGB and a key": (encoded(Image.fromarray(BLOCKS), transparency=key), _on_white(keyed)),
-        "16 bits and a key": (
-            encoded(Image.fromarray(RAMP), transparency=int(RAMP[9, 9])),
-            _on_white(sixteen),
-        ),
+        "16 bits and a key": (encoded(Image.fromarray(RAMP), transparency=int(RAMP[9, 9])), _on_white(sixteen)),
     }
 
 

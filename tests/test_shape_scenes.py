@@ -157,10 +157,7 @@ def test_distractors_are_not_cut_by_their_windows():
     size, n = 64, 50
     tables = shape_scenes._tables(size)
     scene = shape_scenes._draw_scene(1, "train", np.arange(n), tables)
-    for layers, radius in (
-        (scene.behind, shape_scenes._BEHIND_RADIUS[1]),
-        (scene.front, shape_scenes._FRONT_RADIUS),
-    ):
+    for layers, radius in ((scene.behind, shape_scenes._BEHIND_RADIUS[1]), (scene.front, shape_scenes._FRONT_RADIUS)):
         windowed, whole = np.zeros((2, n, 3, size, size), np.float32)
         for image, reach in ((windowed, radius), (whole, 1.0)):
             shape_scenes._render_clutter(image, np.ones((n, size, size), bool), layers, reach, tables)
