@@ -40,23 +40,20 @@ from crate_fast.train.write_shards import encoded
 GOAL = 12_000  # images/s that one H200 is to take
 POLICIES = ("rand-m9-n2-mstd0.5", "randaugment-n2-m14")
 SIZE, SMALL_SIDE, CLASSES = 224, 256, 4
+QUALITY = 95  # of the JPEGs that are drawn or made smaller
 
 
-def drawn_jpegs(count: int, quality: int) -> list[bytes]:
+def drawn_jpegs(count: int) -> list[bytes]:
     """Draw scenes as JPEG files, 500×375."""
     scenes = ShapeScenes(count, image_size=512)
     found = []
     for start in range(0, count, 8):
         for image, _ in scenes.__getitems__(range(start, min(start + 8, count))):
             picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).crop((6, 68, 506, 443))
-            found.append(_jpeg(picture, quality))
+            file = io.BytesIO()
+            picture.save(file, "JPEG", quality=QUALITY)
+            found.append(file.getvalue())
     return found
-
-
-def _jpeg(picture: Image.Image, quality: int) -> bytes:
-    file = io.BytesIO()
-    picture.save(file, "JPEG", quality=quality)
-    return file.getvalue()
 
 
 def write_sources(root: Path, jpegs: list[bytes], small: list[bytes], batch: int) -> dict[str, TrainConfig]:
@@ -228,27 +225,21 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--images", type=Path, metavar="DIR", help="JPEGs to use instead of drawn ones, from all of it"
     )
-    parser.add_argument("--count", type=int, default=256, help="images")
-    parser.add_argument("--quality", type=int, default=95, help="of the JPEGs that are drawn or made smaller")
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--name", default="data", help="of the files in benchmarks/results/")
     parser.add_argument("--smoke", action="store_true", help="small and short; writes nothing")
     options = parser.parse_args(argv)
-    batch, seconds = 32, 0.2
-    if options.smoke:
-        options.count, options.rounds, batch, seconds = 8, 1, 8, 0.01
+    count, rounds, batch, seconds = (8, 1, 8, 0.01) if options.smoke else (256, 15, 32, 0.2)
     torch.set_num_threads(1)
     if options.images:
         paths = sorted(path for path in options.images.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))
-        jpegs = [path.read_bytes() for path in paths[:: max(1, len(paths) // options.count)][: options.count]]
+        jpegs = [path.read_bytes() for path in paths[:: max(1, len(paths) // count)][:count]]
     else:
-        jpegs = drawn_jpegs(options.count, options.quality)
+        jpegs = drawn_jpegs(count)
     if len(jpegs) < batch:
         raise SystemExit(
             f"{len(jpegs)} JPEGs in {options.images}, fewer than a batch of {batch}: name a folder of more"
         )
-    small = [encoded(content, SMALL_SIDE, options.quality)[1] for content in jpegs]
-    facts = {"images": f"{len(jpegs)} JPEGs" + ("" if options.images else f" of 500×375 (quality {options.quality})")}
+    small = [encoded(content, SMALL_SIDE, QUALITY)[1] for content in jpegs]
+    facts = {"images": f"{len(jpegs)} JPEGs" + ("" if options.images else f" of 500×375 (quality {QUALITY})")}
     facts |= {"goal_images_per_s": GOAL, "image_size": SIZE}
     facts |= {"mean_kb": round(sum(map(len, jpegs)) / len(jpegs) / 1000, 1)}
     facts |= {"small_mean_kb": round(sum(map(len, small)) / len(small) / 1000, 1)}
@@ -257,7 +248,7 @@ def main(argv: list[str] | None = None) -> int:
         configs = write_sources(Path(folder), jpegs, small, batch)
         check_equal(configs)
         one_by_one = stages(configs, len(jpegs))
-        rows = cpu_rates(one_by_one | whole(configs), options.rounds, seconds)
+        rows = cpu_rates(one_by_one | whole(configs), rounds, seconds)
     kinds = {
         kind: [row for row in rows if (row["what"] in one_by_one) == (kind == "stage")]
         for kind in ("stage", "source")
@@ -267,9 +258,7 @@ def main(argv: list[str] | None = None) -> int:
     table += f"{facts['small_mean_kb']} KB. CPU time of one process with one thread, files in the page cache.\n"
     print(table)
     if not options.smoke:
-        write_results(
-            options.name, [{"kind": kind} | row for kind in kinds for row in kinds[kind]], table, more=facts
-        )
+        write_results("data", [{"kind": kind} | row for kind in kinds for row in kinds[kind]], table, more=facts)
     return 0
 
 

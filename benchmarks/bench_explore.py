@@ -104,7 +104,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model", default="crate_small_patch8_224@untrained", help="as in crate-fast eval")
     parser.add_argument("--pictures", type=int, default=20)
     parser.add_argument("--browser", default="chromium", help="the program, or its name in the path")
-    parser.add_argument("--name", default="explore", help="of the files in benchmarks/results/")
     parser.add_argument("--smoke", action="store_true", help="small and short; writes nothing")
     options = parser.parse_args(argv)
     if options.smoke:
@@ -138,7 +137,7 @@ def main(argv: list[str] | None = None) -> int:
     table = f"`{options.model}`, {size}, pictures of 500×375.\n\n" + markdown_table(rows)
     print(table)
     if not options.smoke:
-        write_results(options.name, rows, table, more={"model": options.model})
+        write_results("explore", rows, table, more={"model": options.model})
     return 0
 
 

@@ -77,19 +77,11 @@ def _apply(x: Tensor, folded: Tensor) -> Tensor:
     return F.relu(x + x @ folded - SHIFT)
 
 
-def _one_product(x: Tensor, dictionary: Tensor) -> Tensor:
-    return _apply(x, _fold(dictionary))
-
-
 def _apply_added(x: Tensor, folded: Tensor) -> Tensor:
     """Add the residual inside cuBLAS's product, unless it is kept in another dtype than the product's."""
     if torch.is_autocast_enabled(x.device.type):
         return _apply(x, folded)
     return F.relu(torch.addmm(x, x, folded) - SHIFT)
-
-
-def _one_product_eager(x: Tensor, dictionary: Tensor) -> Tensor:
-    return _apply_added(x, _fold(dictionary))
 
 
 def _compiled(function: Callable) -> Callable:
@@ -107,15 +99,16 @@ def peers(operator: str, backend: str = "triton", dictionary: Tensor | None = No
 
     With a dictionary: the peers of a forward with G kept, ours inside `cached_dictionaries`, the others given G.
     """
-    compiled, eager, released = _one_product, _one_product_eager, _with_norm(_released, operator)
-    if dictionary is not None:
-        folded = _fold(dictionary.detach().float()).to(dictionary.dtype)
-        compiled, eager = lambda x, _: _apply(x, folded), lambda x, _: _apply_added(x, folded)
+    folded = None if dictionary is None else _fold(dictionary.detach().float()).to(dictionary.dtype)
+    fold = _fold if dictionary is None else lambda _: folded
+    compiled = _with_norm(lambda x, d: _apply(x, fold(d)), operator)
+    eager = _with_norm(lambda x, d: _apply_added(x, fold(d)), operator)
+    released = _with_norm(_released, operator)
     found = [
         Peer("ours", partial(_ours, operator, backend), ours=True),
         Peer("three products, compiled", partial(_compiled, released), compiles=True),
-        Peer("one product, compiled", partial(_compiled, _with_norm(compiled, operator)), compiles=True),
-        Peer("one product, cuBLAS", lambda: _with_norm(eager, operator), smoke=True),
+        Peer("one product, compiled", partial(_compiled, compiled), compiles=True),
+        Peer("one product, cuBLAS", lambda: eager, smoke=True),
         Peer("three products, as released", lambda: released, smoke=True),
     ]
     return found if dictionary is None else found[:1] + found[2:]
@@ -137,9 +130,7 @@ def make_problem(name: str, shape: Shape, operator: str, run: Run, autocast: boo
         numbers = torch.randn(sizes, generator=generator, device=run.device) * std + mean
         return numbers.to(stored).requires_grad_()
 
-    dictionary = nn.Parameter(
-        random(shape.width, shape.width, std=shape.width**-0.5)
-    )  # as a model's, which is cached
+    dictionary = nn.Parameter(random(shape.width, shape.width, std=shape.width**-0.5))  # only a parameter's G is kept
     if operator == "ista":
         inputs = (random(shape.rows, shape.width), dictionary)
     else:

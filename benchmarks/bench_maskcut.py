@@ -32,14 +32,15 @@ from crate_fast.eval.common.normalized_cut import second_eigenvector
 from crate_fast.eval.maskcut import maskcut
 
 TAU, OBJECTS = 0.15, 3
+DATA = "shape_scenes"
 
 
-def _features(model: str, data: str, size: int, count: int) -> list[Tensor]:
+def _features(model: str, size: int, count: int) -> list[Tensor]:
     """Compute patch features [P, C] of the first images at the model's default layer."""
     loaded = open_model(model, image_size=size)
     layer = loaded.extract.default_layer
     found: list[Tensor] = []
-    for batch in batches(open_images(data, size, count), 1, []):
+    for batch in batches(open_images(DATA, size, count), 1, []):
         found += loaded.extract(loaded.normalize(batch.images), [layer]).keys(layer)
     return [features.clone() for features in found]
 
@@ -151,23 +152,14 @@ def _growth(sides: list[int], dense_sides: list[int], graphs: Collection[str] = 
 def main(argv: list[str] | None = None) -> int:
     """Measure, check, print, write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="crate_small_patch8_224@untrained", help="as in crate-fast eval")
-    parser.add_argument("--data", default="shape_scenes", help="as in crate-fast eval")
-    parser.add_argument("--images", type=int, default=3)
-    parser.add_argument("--image-size", type=int, default=480)
     parser.add_argument("--repeats", type=int, default=3, help="rounds, in each of which all three run")
-    parser.add_argument("--name", default="maskcut", help="of the files in benchmarks/results/")
     parser.add_argument("--smoke", action="store_true", help="small and short; writes nothing")
     options = parser.parse_args(argv)
+    model, size, count, rounds = "crate_small_patch8_224@untrained", 480, 3, options.repeats
     if options.smoke:
-        options.model, options.image_size, options.images, options.repeats = (
-            "crate_tiny_patch8_224@untrained",
-            96,
-            1,
-            1,
-        )
-    images = _features(options.model, options.data, options.image_size, options.images)
-    rows = [{"image": i} | _compare(features, options.repeats) for i, features in enumerate(images)]
+        model, size, count, rounds = "crate_tiny_patch8_224@untrained", 96, 1, 1
+    images = _features(model, size, count)
+    rows = [{"image": i} | _compare(features, rounds) for i, features in enumerate(images)]
     growth = _growth([12], [12], ["connected"]) if options.smoke else _growth([60, 80, 100, 120], [60])
     table = markdown_table(rows)
 
@@ -177,7 +169,7 @@ def main(argv: list[str] | None = None) -> int:
     table += (
         f"\nMedian ratio to dense: eigenproblem {ratio('ratio'):.0f} (goal 50), a whole image "
         f"{ratio('image ratio'):.0f} (goal 20); to eigsh: eigenproblem {ratio('eigsh ratio'):.1f}, a whole image "
-        f"{ratio('image eigsh ratio'):.1f}. The three are timed in turn, {options.repeats} rounds; the peers' "
+        f"{ratio('image eigsh ratio'):.1f}. The three are timed in turn, {rounds} rounds; the peers' "
         "affinities are in float64.\n\n"
     )
     table += (
@@ -187,9 +179,8 @@ def main(argv: list[str] | None = None) -> int:
     table += markdown_table(growth)
     print(table)
     if not options.smoke:
-        more = {"model": options.model, "data": options.data.split(":")[0], "image_size": options.image_size}
         kinds = [{"kind": "image"} | row for row in rows] + [{"kind": "growth"} | row for row in growth]
-        write_results(options.name, kinds, table, more=more)
+        write_results("maskcut", kinds, table, more={"model": model, "data": DATA, "image_size": size})
     return 0
 
 

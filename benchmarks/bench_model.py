@@ -105,14 +105,6 @@ def measure_one(model: str, size: Size, what: str, names: list[str], run: Run) -
     return rows
 
 
-def kept(part: Part, run: Run) -> list[dict]:
-    """Read the rows of other models that a run of the same commit on the same device has written."""
-    facts = {key: run.facts[key] for key in ("commit", "device", "torch")}
-    return harness.earlier_rows(
-        run.output / f"{part.name}.json", [{"model": m} for m in part.sizes], ["model"], facts
-    )
-
-
 def _parts(options: argparse.Namespace, on_gpu: bool) -> list[Part]:
     """Return the parts that the options ask for."""
     both, kind = (TRAINING, INFERENCE), "gpu" if on_gpu else "cpu"
@@ -133,7 +125,6 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=[*CRATES, *MAES], help="default: all; T/16 on a CPU")
     parser.add_argument("--growth", action="store_true", help="growth with N instead of the models")
-    parser.add_argument("--append", action="store_true", help="keep the rows of other models of the same commit")
     harness.add_options(parser, "of products, under autocast unless float32; bfloat16, float32 on a CPU")
     options = parser.parse_args(argv)
     if options.models and options.growth:
@@ -142,7 +133,7 @@ def main(argv: list[str] | None = None) -> int:
     run.measure_ceilings()
     good = True
     for part in _parts(options, run.timer.on_gpu):
-        run.rows = kept(part, run) if options.append else []
+        run.rows = []
         good &= measure(part, run)
         run.report(part.name)
     return int(not good)

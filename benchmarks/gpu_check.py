@@ -90,9 +90,7 @@ class Check:
         self.commit, self.ptxas = options.commit, options.ptxas
         self.cores = os.cpu_count() or 2
         self.items: dict[str, list[dict]] = {}  # by kind, once they are listed
-        self.other_assembler: dict[str, str] | None = (
-            None  # environment of Triton's own, where the carried one is used
-        )
+        self.other_assembler: dict[str, str] | None = None  # Triton's own, where the carried one is used
         self.background: list[Process] = []
         self.taken: dict[Path, int] = {}  # lines of workers' files that are in ours
         self.environment = self._environment(options)
@@ -397,9 +395,9 @@ def tests(check: Check) -> None:
     rows.touch()
     words = ["-o", "addopts=-ra --strict-markers", "-p", "no:cacheprovider", "-p", "gpu_worker", "-q", "-m", "gpu"]
     words += [f"--junitxml={check.folder / 'junit.xml'}", "-o", "junit_logging=all", "-o", "faulthandler_timeout=50"]
-    if not check.rehearse and not str(facts.get("xdist", "no")).startswith("no"):
+    if not check.rehearse and not str(facts.get("pytest-xdist", "no")).startswith("no"):
         words += ["-n", "4", "--max-worker-restart", "20"]
-    if not str(facts.get("pytest_timeout", "no")).startswith("no"):
+    if not str(facts.get("pytest-timeout", "no")).startswith("no"):
         words += ["--timeout", "90", "--timeout-method", "thread"]
     environment = {"GPU_CHECK_ROWS": str(rows)} | ({} if check.rehearse else {"CRATE_FAST_REQUIRE_GPU": "1"})
     files = sorted((ROOT / "tests").glob("test_*.py"), key=lambda path: path.name != "test_gpu.py")

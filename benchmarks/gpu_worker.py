@@ -1,6 +1,6 @@
 """The jobs that `gpu_check.py` runs in processes of their own; each writes its rows as it finds them.
 
-    python benchmarks/gpu_worker.py environment --rows FILE       # versions, a product, the tile table, the ceilings
+    python benchmarks/gpu_worker.py environment --rows FILE       # versions, the tile table, the ceilings
     python benchmarks/gpu_worker.py assembler --rows FILE --ptxas FILE.xz --into FOLDER
     python benchmarks/gpu_worker.py list first --rows FILE --into FILE        # the items that there are
     python benchmarks/gpu_worker.py items --mode time --items FILE --rows FILE --until 1700000000
@@ -21,7 +21,7 @@ import sys
 import time
 from contextlib import nullcontext
 from functools import partial
-from importlib import import_module, metadata
+from importlib import metadata
 from pathlib import Path
 
 REHEARSED = bool(os.environ.get("GPU_CHECK_REHEARSE"))
@@ -84,14 +84,19 @@ def pytest_runtest_logreport(report) -> None:
 
 
 def environment(rows: Rows) -> None:
-    """Record versions and card; try a product and the tile table; measure the ceilings."""
+    """Record versions and card; read the tile table; measure the ceilings."""
     run = _open_run()  # before torch is imported: see harness.py
 
     import torch
 
+    from crate_fast.kernels.launch import find
+
     facts = dict(run.facts) | {"python": sys.version.split()[0], "cores": os.cpu_count()}
-    for package in ("numpy", "timm", "pytest", "xdist", "pytest_timeout", "scipy"):
-        facts[package] = _version(package)
+    for package in ("numpy", "timm", "pytest", "pytest-xdist", "pytest-timeout", "scipy"):
+        try:
+            facts[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            facts[package] = "no"
     if run.timer.on_gpu:
         properties = torch.cuda.get_device_properties(0)
         facts["memory_gib"] = round(properties.total_memory / 2**30, 1)
@@ -99,24 +104,13 @@ def environment(rows: Rows) -> None:
         facts["capability"] = f"{properties.major}.{properties.minor}"
     facts["tools"] = _tools()
     rows.add("facts", "ok", facts=facts)
-    for name, attempt in {"a product": _multiply, "tile table": _read_tiles}.items():
-        try:
-            rows.add(name, "ok", error=attempt(run.device))
-        except Exception as error:
-            rows.fail(name, error)
+    try:
+        find("attention_forward", run.device, "half", 64)  # reads the file that CRATE_FAST_TILES may name
+        rows.add("tile table", "ok")
+    except Exception as error:
+        rows.fail("tile table", error)
     run.measure_ceilings()
     rows.add("ceilings", "ok", facts={key: run.facts[key] for key in ("matrix_tflops_per_s", "copy_gb_per_s")})
-
-
-def _version(package: str) -> str:
-    try:
-        import_module(package)
-    except Exception as error:
-        return f"no: {type(error).__name__}"
-    try:
-        return metadata.version({"xdist": "pytest-xdist", "pytest_timeout": "pytest-timeout"}.get(package, package))
-    except metadata.PackageNotFoundError:
-        return "version unknown"
 
 
 def _tools() -> dict[str, str | None]:
@@ -128,24 +122,6 @@ def _tools() -> dict[str, str | None]:
     return {name: path or (str(folder / name) if (folder / name).exists() else None) for name, path in found.items()}
 
 
-def _multiply(device) -> float:
-    import torch
-
-    left, right = (torch.randn(512, 512, device=device) for _ in range(2))
-    expected = left.double() @ right.double()
-    error = ((left @ right).double() - expected).norm() / expected.norm()
-    if not error < 1e-2:
-        raise ValueError(f"torch.matmul is wrong: {error.item():.1%} of the norm")
-    return error.item()
-
-
-def _read_tiles(device) -> float:
-    from crate_fast.kernels.launch import find
-
-    find("attention_forward", device, "half", 64)  # reads the file that CRATE_FAST_TILES may name
-    return 0.0
-
-
 def assembler(rows: Rows, ptxas: Path | None, into: Path | None) -> None:
     """Unpack an assembler, if one is given, and try it (or Triton's own) on products of tensor cores."""
     name, path = "Triton's own assembler", None
@@ -155,10 +131,10 @@ def assembler(rows: Rows, ptxas: Path | None, into: Path | None) -> None:
         path.chmod(0o755)
         for tool in ("PTXAS", "PTXAS_BLACKWELL"):  # before Triton reads them
             os.environ[f"TRITON_{tool}_PATH"] = str(path)
-    from harness import ptxas_version
-
     import torch
     from assembler_trial import trial
+
+    from crate_fast.env import ptxas_version
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

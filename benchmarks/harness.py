@@ -36,7 +36,7 @@ import torch
 from gpu_report import times
 from torch import Tensor
 
-from crate_fast.env import driver_version, provenance
+from crate_fast.env import driver_version, provenance, ptxas_version
 from crate_fast.kernels.launch import INTERPRETED
 
 gc.freeze()  # `free_memory` need not look through what is imported, which takes a second
@@ -335,19 +335,6 @@ def _facts(device: torch.device, commit: str | None) -> dict[str, object]:
     if device.type == "cuda":
         facts |= {"device": torch.cuda.get_device_name(device), "driver": driver_version()}
     return facts | {"triton": metadata.version("triton"), "ptxas": ptxas_version(device)}
-
-
-def ptxas_version(device: torch.device) -> str:
-    """Return the version of the assembler that Triton uses for this GPU; for Hopper where there is none."""
-    try:
-        from triton.backends.nvidia.compiler import get_ptxas
-
-        major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
-        command = [get_ptxas(10 * major + minor).path, "--version"]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        return re.search(r"\bV(\d[\d.]*)", text)[1]
-    except Exception as error:  # a Triton without this function, or another vendor's: the rows then say so
-        return f"unknown ({type(error).__name__})"
 
 
 def run_shapes(

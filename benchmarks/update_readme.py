@@ -195,13 +195,12 @@ def maskcut_table() -> str:
         ("ours to eigsh", "**{:.1f}×**", "eigsh ratio", "image eigsh ratio"),
     ):
         for row, field in zip(rows, fields, strict=True):
-            if field in images[0]:  # results measured without eigsh have no such field
-                row[column] = form.format(median(field)) if form else median(field)
-    eigsh = '; eigsh: `scipy.sparse.linalg.eigsh(D^-½AD^-½, 2, which="LA")`' if "eigsh s" in images[0] else ""
+            row[column] = form.format(median(field)) if form else median(field)
     largest = [row for row in growth if row["graph"] == "connected"][-1]
     note = (
         f"Medians over {len(images)} images; the same features, masks compared first; dense: "
-        f"`scipy.linalg.eigh(D − A, D, subset_by_index=[1, 2])`{eigsh}. {content['device']}, "
+        "`scipy.linalg.eigh(D − A, D, subset_by_index=[1, 2])`; eigsh: "
+        f'`scipy.sparse.linalg.eigsh(D^-½AD^-½, 2, which="LA")`. {content["device"]}, '
         f"torch {content['torch']}, commit {content['commit']}. At {largest['image at patch 8, px']} px "
         f"({largest['patches']:,} patches) ours takes {largest['ours s']:.1f} s and "
         f"{largest['ours peak MiB']:,.0f} MiB; "
@@ -262,18 +261,14 @@ def updated(text: str) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Rewrite the pages, with the results of a GPU check if there are some, or print a folder's GPU tables."""
+    """Rewrite the pages, with the results of a GPU check if there are some."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--from", type=Path, dest="source", metavar="TAR_OR_FOLDER", help="of gpu_check.py")
-    parser.add_argument("--show", type=Path, metavar="FOLDER", help="print its GPU tables; leave the pages alone")
     options = parser.parse_args(argv)
     if options.source:
         take(options.source)
-    if options.show:
-        print("\n".join(make(options.show) for make in (gpu_table, models_table)))
-    else:
-        for page in PAGES:
-            (ROOT / page).write_text(updated((ROOT / page).read_text()))
+    for page in PAGES:
+        (ROOT / page).write_text(updated((ROOT / page).read_text()))
     return 0
 
 

@@ -18,7 +18,7 @@ from crate_fast.cpu_ops import processor_name, uses_onednn
 from crate_fast.errors import run_command
 from crate_fast.options import parse
 
-__all__ = ["compiler_versions", "describe", "driver_version", "main", "provenance"]
+__all__ = ["compiler_versions", "describe", "driver_version", "main", "provenance", "ptxas_version"]
 
 _PACKAGES = ("crate_fast", "torch", "triton", "torchvision", "timm", "numpy", "einops", "safetensors")
 
@@ -51,18 +51,19 @@ def describe() -> dict[str, str]:
 
 def _ptxas(device: torch.device) -> str:
     """Return the assembler Triton would use, and a warning where it is known to miscompile (triton issue 9433)."""
-    version = _ptxas_version(device)
+    version = ptxas_version(device)
     numbers = tuple(map(int, re.findall(r"\d+", version)[:2]))
     if torch.cuda.get_device_capability(device)[0] == 9 and numbers < (13, 3):
         return f"{version}, which can miscompile on Hopper: set TRITON_PTXAS_PATH to 13.3 or newer (README)"
     return version
 
 
-def _ptxas_version(device: torch.device) -> str:
+def ptxas_version(device: torch.device) -> str:
+    """Return the version of the assembler that Triton uses for this GPU; for Hopper where there is none."""
     try:
         from triton.backends.nvidia.compiler import get_ptxas
 
-        major, minor = torch.cuda.get_device_capability(device)
+        major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
         return get_ptxas(10 * major + minor).version
     except (ImportError, RuntimeError) as error:  # another Triton's, or none is found; the rest is still to be told
         return f"unknown ({type(error).__name__})"
@@ -73,7 +74,7 @@ def compiler_versions(device: torch.device) -> str:
     versions = f"torch {torch.__version__}, triton {_version('triton')}"
     if device.type != "cuda":
         return f"{versions}, interpreted"
-    return versions if torch.version.hip else f"{versions}, ptxas {_ptxas_version(device)}"
+    return versions if torch.version.hip else f"{versions}, ptxas {ptxas_version(device)}"
 
 
 def driver_version() -> str:

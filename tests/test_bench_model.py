@@ -1,6 +1,5 @@
 """The benchmark of whole models on a CPU: smoke run, gate, peers that fail, operations, tables."""
 
-import json
 from dataclasses import replace
 
 import harness
@@ -307,23 +306,13 @@ def test_bytes_by_hand():
 # --- results ------------------------------------------------------------------------------------------------------
 
 
-def test_results_of_other_models_are_kept_and_the_readmes_table_comes_from_them(run, tmp_path, monkeypatch):
+def test_the_readmes_table_comes_from_the_results(run, tmp_path, monkeypatch):
     assert update_readme.models_table(tmp_path) == update_readme.NOT_MEASURED
     run.smoke = False
     monkeypatch.setattr("model_problem.peak_mib", lambda call: 1.0)
     run.facts |= {"triton": "3", "driver": "none", "ptxas": "none"}
     monkeypatch.setattr(torch, "compile", lambda model, **_: model)  # it takes minutes
-    part = Part("crate_gpu", {"B/16": TINY}, BOTH, bench_model.CRATE_PEERS)
-    assert bench_model.measure(part, run)
-    other = Part("crate_gpu", {"T/16": TINY}, (INFERENCE,), [OURS])
-    run.rows = bench_model.kept(other, run)
-    assert bench_model.measure(other, run)
-    rows = json.loads((tmp_path / "crate_gpu.json").read_text())["rows"]
-    assert [row["model"] for row in rows] == ["B/16"] * 12 + ["T/16"]
-    assert len(bench_model.kept(part, run)) == 1
-    run.facts["commit"] = "another"
-    assert bench_model.kept(part, run) == []
-
+    assert bench_model.measure(Part("crate_gpu", {"B/16": TINY}, BOTH, bench_model.CRATE_PEERS), run)
     run.rows = []
     assert bench_model.measure(Part("growth_gpu", {"N = 17": TINY}, BOTH, bench_model.GROWTH_PEERS), run)
     table = update_readme.models_table(tmp_path)
