@@ -177,19 +177,6 @@ def test_what_only_reading_shows_does_not_lose_the_other_results(folder, tmp_pat
     assert "linear left out" in capsys.readouterr().out
 
 
-def test_a_model_that_fails_does_not_lose_the_others(folder, tmp_path, refuses, monkeypatch):
-    evaluate = classify.evaluate
-
-    def not_b(loaded, *args, **more):
-        if loaded.label == "b":
-            raise UserError("its features hold NaN")
-        return evaluate(loaded, *args, **more)
-
-    monkeypatch.setattr(classify, "evaluate", not_b)
-    refuses("b: its features hold NaN", classify.main, _words(folder, tmp_path / "out", labels="ab"))
-    assert list(json.loads((tmp_path / "out" / "results.json").read_text())["results"]) == ["a"]
-
-
 def test_a_run_brings_its_own_data(tiny_run, tmp_path):
     arguments = [str(tiny_run), "--protocol", "head,knn", "--k", "5", "--output", str(tmp_path)]
     assert classify.main(arguments) == 0

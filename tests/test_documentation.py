@@ -221,20 +221,6 @@ def test_docstrings_are_there_and_their_examples_run(name):
     assert doctest.testmod(module).failed == 0
 
 
-def test_help_and_misspelt_words_do_without_torch():
-    for words, said in (
-        (["--help"], "usage: crate-fast"),
-        (["evl"], "did you mean 'eval'"),
-        (["eval", "masku"], "maskcut"),
-        *(([name, "--lrr", "1"], "did you mean '--lr'") for name in ("pretrain", "pretrain_mae", "finetune")),
-        (["linear_probe", "--help"], "--lr FLOAT"),
-    ):
-        command = [sys.executable, "-X", "importtime", "-m", "crate_fast.cli", *words]
-        run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-        assert said in run.stdout + run.stderr
-        assert not re.search(r"\| +(torch|timm)$", run.stderr, re.M)
-
-
 def test_commands_import_without_triton_and_device_in_an_uninstalled_tree(tmp_path):
     code = f"""if True:
         import importlib, pathlib, sys

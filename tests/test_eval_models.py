@@ -59,17 +59,13 @@ def test_files_are_loaded_strictly(tmp_path):
         open_model(f"{NAME}@{tmp_path / 'absent.pth'}")
 
 
-PREFIXES = {"plain": "", "DataParallel": "module.", "compiled DDP": "module._orig_mod."}
-
-
-@pytest.mark.parametrize("prefix", PREFIXES)
 @pytest.mark.parametrize("hidden", [False, True])
-def test_the_demo_checkpoint_is_named_like_any_file(tmp_path, prefix, hidden):
+def test_the_demo_checkpoint_is_named_like_any_file(tmp_path, hidden):
     """Its layout, `head` behind `mlp_head`, is read; what a user says wins over what the file tells."""
     source = timm.create_model(NAME, num_classes=7, head_hidden=True, depth=2, dim=32, heads=2, img_size=32)
     state = {k.replace("mlp_head.2.", "head."): v for k, v in source.state_dict().items()}
     assert {"head.weight", "head.bias", "mlp_head.1.weight"} < state.keys()
-    torch.save({"model": {PREFIXES[prefix] + k: v for k, v in state.items()}}, tmp_path / "demo.pth")
+    torch.save({"model": {f"module._orig_mod.{k}": v for k, v in state.items()}}, tmp_path / "demo.pth")
     words = SMALL + ["head_hidden=true"] * hidden
     loaded = open_model(f"{NAME}@{tmp_path / 'demo.pth'}", model_args=words)
     images = torch.randn(2, 3, 32, 32)

@@ -89,14 +89,6 @@ def test_larger_images_from_the_same_weights(model):
     assert extract.resolve_layer(-1) == 2
 
 
-def test_a_crate_mae_encoder_as_a_crate():
-    """λ = 0.5, as the released CRATE-MAE's encoder: the same interface, the same default layer."""
-    model = CRATE(**(SIZES | {"depth": 12}), sparsity=0.5)
-    extract = extractor_for(model)
-    assert extract.default_layer == 10
-    assert extract(torch.randn(1, 3, 32, 32)).keys(10).shape == (1, 16, 32)
-
-
 def test_other_models_and_absent_layers_are_refused():
     with pytest.raises(UserError, match="no patch features can be read from a Linear"):
         extractor_for(nn.Linear(2, 2))

@@ -112,13 +112,6 @@ def test_another_number_of_classes_is_never_silent(tmp_path):
     assert not torch.equal(model.state_dict()["cls_token"], before["cls_token"])
 
 
-def test_the_demo_checkpoints_hidden_head_is_replaced_when_asked(tmp_path):
-    sizes = {"image_size": 32, "patch_size": 8, "dim": 32, "depth": 2, "heads": 2, "dim_head": 16}
-    path = _file(tmp_path, CRATE(num_classes=7, head_hidden=True, **sizes))
-    model = build_model(_small(), 12)
-    assert "new classifier (7 → 12 classes)" in load_initial(model, _small(init=path, head="new"))
-
-
 def _demo_file(path, wrap=lambda state: {"model": state}, **sizes) -> dict:
     """The emergence paper's layout: `mlp_head.{0,1}`, and the classifier `head` behind them."""
     arguments = {"image_size": 32, "patch_size": 8, "dim": 32, "depth": 2, "heads": 2, "dim_head": 16} | sizes

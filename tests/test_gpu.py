@@ -134,11 +134,11 @@ def test_training_follows_the_eager_released_form():
     assert (eager[:, -1] < 0.8 * eager[:, 0]).all()  # it learns at all
 
 
-def test_a_training_run(tmp_path):
-    sizes = ["--train-samples", "256", "--val-samples", "64", "--epochs", "1", "--batch-size", "64", "--dim", "64"]
-    assert pretrain.main([*sizes, "--device", "cuda", "--compile", "--output", str(tmp_path / "run")]) == 0
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert math.isfinite(summary["val_loss"])
+@pytest.mark.parametrize("script", [pretrain, pretrain_mae], ids=["classifier", "autoencoder"])
+def test_a_training_run(script, tmp_path):
+    words = "--train-samples 256 --val-samples 64 --epochs 1 --batch-size 64 --dim 64 --device cuda --compile"
+    assert script.main([*words.split(), "--output", str(tmp_path / "run")]) == 0
+    assert math.isfinite(json.loads((tmp_path / "run" / "summary.json").read_text())["val_loss"])
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
@@ -178,12 +178,6 @@ def test_the_autoencoder_agrees_with_the_cpu(visible_only):
     for (name, ours), expected in zip(on_gpu.named_parameters(), model.parameters(), strict=True):
         if expected.grad is not None:
             assert (ours.grad.cpu() - expected.grad).norm() < 0.1 * expected.grad.norm() + 1e-6, name
-
-
-def test_an_autoencoders_training_run(tmp_path):
-    words = "--train-samples 256 --val-samples 64 --epochs 1 --batch-size 64 --dim 64 --device cuda --compile"
-    assert pretrain_mae.main([*words.split(), "--output", str(tmp_path / "run")]) == 0
-    assert math.isfinite(json.loads((tmp_path / "run" / "summary.json").read_text())["val_loss"])
 
 
 def test_maskcut_gives_the_cpus_masks():

@@ -19,32 +19,53 @@ import contextlib, io, json, sys
 sys.argv = ["crate-fast"]
 from crate_fast.cli import main
 answers = {}
-for command in json.loads(sys.stdin.read()):
-    answers[command] = []
-    for option in ("--help", "--nosuchoption"):
-        out, err = io.StringIO(), io.StringIO()
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            try:
-                status = main([*command.split(), option])
-            except SystemExit as end:
-                status = end.code
-        answers[command].append([status, out.getvalue(), err.getvalue()])
+for words in json.loads(sys.stdin.read()):
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            status = main(words.split())
+        except SystemExit as end:
+            status = end.code
+    answers[words] = [status, out.getvalue(), err.getvalue()]
     slow = {"torch", "timm", "triton"} & sys.modules.keys()
-    assert not slow, f"{command} imported {slow} first"
+    assert not slow, f"{words} imported {slow} first"
 print(json.dumps(answers))
 """
+_TRAINING = ["pretrain", "pretrain_mae", "finetune", "linear_probe"]
+_MISSPELT = {"evl": "did you mean 'eval'", "eval masku": "maskcut"}
+_MISSPELT |= {f"{command} --lrr 1": "did you mean '--lr'" for command in _TRAINING}
 
 
-def test_help_and_misspelt_options_wait_for_no_import():
+def test_help_and_misspelt_words_wait_for_no_import():
     commands = [*_ALONE, *_GROUPED]
+    lines = [f"{command} {option}" for command in commands for option in ("--help", "--nosuchoption")]
     done = subprocess.run(
-        [sys.executable, "-c", _PROGRAM], input=json.dumps(commands), capture_output=True, text=True, check=True
+        [sys.executable, "-c", _PROGRAM],
+        input=json.dumps([*lines, *_MISSPELT]),
+        capture_output=True,
+        text=True,
+        check=True,
     )
-    for (status, text, _), (refused, _, error) in json.loads(done.stdout).values():
+    answers = json.loads(done.stdout)
+    for command in commands:
+        status, text, _ = answers[f"{command} --help"]
         assert status in (0, None)
-        assert text.startswith("usage: ")
+        assert text.startswith(f"usage: crate-fast {command} " if command in _GROUPED else "usage: ")
+        assert "@untrained" in text or not command.startswith("eval ")  # how models are named
+        assert ("--lr FLOAT" in text and "--dry-run" in text) or command not in _TRAINING
+        refused, _, error = answers[f"{command} --nosuchoption"]
         assert refused == 2
         assert re.match("error: (unknown argument '--nosuchoption'|the following arguments are required)", error)
+    for words, said in _MISSPELT.items():
+        status, _, error = answers[words]
+        assert (status, said in error) == (2, True), error
+
+
+def test_the_command_itself_helps_without_torch():
+    command = [sys.executable, "-X", "importtime", "-m", "crate_fast.cli", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("usage: crate-fast COMMAND")
+    assert not re.search(r"\| +(torch|timm)$", done.stderr, re.M)
 
 
 def test_every_parser_belongs_to_a_command():

@@ -224,11 +224,6 @@ def test_every_recipe_can_be_planned_without_its_data(recipe, capsys):
 
 
 def test_the_papers_models_at_the_papers_batch(tmp_path):
-    sizes = {"tiny": 5.743, "small": 14.118, "base": 38.832}
-    for size, millions in sizes.items():
-        config = TrainConfig(model=f"crate_{size}_patch8_224", image_size=224)
-        parameters = sum(p.numel() for p in meta_model(config, 21_842).parameters())
-        assert round(parameters / 1e6, 3) == millions
     schedule = _plan(tmp_path, "--recipe", "in21k_paper", "--gpus", "8", "--depth", "1")["schedule"]
     assert (schedule["micro_batch"], schedule["steps"]) == (512, 90 * (14_197_122 // 4096))
 
@@ -308,10 +303,7 @@ def test_a_finished_run_tells_its_rate_and_its_architecture(tmp_path):
     for changes, message in (
         ({"dim": 192}, r"another model \(dim 384 measured, 192 planned\)"),
         ({"attention": "mhsa"}, "attention None measured, 'mhsa' planned"),
-        (
-            {"model": "crate_tiny_patch16_224"},
-            "'crate_small_patch8_224' measured, 'crate_tiny_patch16_224' planned",
-        ),
+        ({"model": "crate_tiny_patch16_224"}, "'crate_small_patch8_224' measured, 'crate_tiny_patch16_224' planned"),
         ({"image_size": 32}, "image_size 224 measured, 32 planned"),
     ):
         with pytest.raises(UserError, match=message):

@@ -14,7 +14,6 @@ import torch
 from PIL import Image
 from runs import TINY, back_to, batches, entries, losses, same, steps, trainer, weights
 
-from crate_fast import cli
 from crate_fast.train import checkpoint, pretrain
 from crate_fast.train import trainer as trainer_module
 from crate_fast.train.config import TrainConfig
@@ -256,10 +255,3 @@ def test_the_limit_for_validation_is_an_evaluations(folder, tmp_path, monkeypatc
     words = _words(folder, "--max-unreadable", "0.07", "--output", str(tmp_path / "run"))
     assert pretrain.main(words) == 0
     assert next(numbers) == 2
-
-
-@pytest.mark.parametrize("name", ["pretrain", "finetune", "linear_probe"])
-def test_commands_are_behind_the_one_door(name, capsys):
-    with pytest.raises(SystemExit):
-        cli.main([name, "--help"])
-    assert "--dry-run" in capsys.readouterr().out

@@ -15,7 +15,7 @@ from crate_fast import CRATE, CRATEMAE, CRATE_tiny, CRATEMAE_tiny, create_mae, r
 from crate_fast.checkpoints import released_state_dict
 from crate_fast.errors import UserError
 from crate_fast.export import PortableCRATE
-from crate_fast.layers import ISTA, MHSA, MLP, MSSA, Layer, PreNorm
+from crate_fast.layers import ISTA, MSSA, Layer, PreNorm
 from crate_fast.train import checkpoint
 from crate_fast.train.config import DROP_RATES, TrainConfig, build_config, load_recipe, renamed_settings
 from crate_fast.train.run_folder import RunFolder
@@ -302,8 +302,8 @@ def test_released_dropout_keeps_its_meaning():
 def test_dropping_everything_in_training_equals_a_vits_block_with_the_same_draws():
     rates = {"proj_drop": 0.2, "drop_path": 0.5}
     block = Block(48, 3, qkv_bias=True, **rates).double()
-    attention = MHSA(48, 3, 16, 0.0, proj_dropout=0.2)
-    ours = Layer(PreNorm(48, attention, 0.5), PreNorm(48, MLP(48, 192, 0.2), 0.5)).double()
+    options = {"attention": "mhsa", "sparsifier": "mlp", "proj_drop_rate": 0.2, "drop_path_rate": 0.5}
+    ours = CRATE(**SMALL, img_size=32, dim_head=16, **options).double().transformer.layers[-1]
     parts = {"norm1": ours[0].norm, "attn.qkv": ours[0].fn.qkv, "attn.proj": ours[0].fn.to_out[0]}
     parts |= {"norm2": ours[1].norm, "mlp.fc1": ours[1].fn[0], "mlp.fc2": ours[1].fn[3]}
     for name, part in parts.items():
@@ -341,7 +341,9 @@ def test_a_dropped_step_leaves_a_samples_tokens_as_they_are(residual):
     assert torch.equal(layer.eval()(x), plain.train()(x))
 
 
-@pytest.mark.parametrize("options", [{}, {"residual": "paper"}, {"attention": "mhsa", "sparsifier": "mlp"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"residual": "paper"}, {"attention": "mhsa", "sparsifier": "mlp"}, {"dropout": 0.2}], ids=str
+)
 def test_stochastic_depth_trains_checkpointed_or_not(options):
     model = CRATE(**SMALL, img_size=32, drop_path_rate=0.5, **options)
     images, gradients = torch.randn(4, 3, 32, 32), []

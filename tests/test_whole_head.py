@@ -129,12 +129,6 @@ def test_a_nan_token_is_not_hidden(device):
 # --- memory ------------------------------------------------------------------------------------------------------
 
 
-def test_bit_equal_on_a_rerun(device, poisoned):
-    w, grad = tokens_and_gradient((1, 197, 3, 64), torch.float16, device)
-    for first, second in zip(_attention(w, grad), _attention(w, grad), strict=True):
-        assert torch.equal(first, second)
-
-
 def test_strided_tokens_and_gradients(device, poisoned):
     base, grad = tokens_and_gradient((2, 130, 4, 64), torch.float16, device)
     views = (
@@ -204,29 +198,20 @@ MUTANTS = {
     "the scale 2 % off": ("(scale_log2 * LN_2)", "(scale_log2 * LN_2 * 1.02)"),
     "λ of another token": ("tl.exp2(shift - lse)[:, None]).to", "tl.exp2(shift - lse * 1.01)[:, None]).to"),
     "the rest's rows left out": ("if REST > 0:\n            rest", "if REST > 999:\n            rest"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", MUTANTS)
-def test_mutants_fail(name, device, tmp_path, poisoned):
-    w, grad = tokens_and_gradient((1, 197, 1, 64), torch.float32, device)
-    assert not _is_right(w, grad, mutant(whole_head, MUTANTS[name], tmp_path))
-
-
-PIECES_MUTANTS = {
     "only the first keys of the rest, forward": ("range(len(w_rest))", "range(1)"),
     "always the first keys of the rest, forward": ("tl.trans(w_rest[r])", "tl.trans(w_rest[0])"),
     "only the first keys of the rest, backward": (
         "range(FIRST, N_TOKENS, KEYS):\n        w_j",
         "range(FIRST, FIRST + KEYS, KEYS):\n        w_j",
     ),
-}
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("name", PIECES_MUTANTS)
-def test_mutants_of_a_long_rest_fail(name, device, tmp_path, poisoned):
-    w, grad = tokens_and_gradient((1, 226, 1, 64), torch.float32, device)
-    assert not _is_right(w, grad, mutant(whole_head, PIECES_MUTANTS[name], tmp_path))
+@pytest.mark.parametrize("name", MUTANTS)
+def test_mutants_fail(name, device, tmp_path, poisoned):
+    n_tokens = 226 if "keys of the rest" in name else 197
+    w, grad = tokens_and_gradient((1, n_tokens, 1, 64), torch.float32, device)
+    assert not _is_right(w, grad, mutant(whole_head, MUTANTS[name], tmp_path))
 
 
 def test_a_refusal_that_is_ignored_fails(device, tmp_path, poisoned):
