@@ -92,14 +92,6 @@ def refuses(capsys):
     return check
 
 
-@pytest.fixture
-def free_port() -> int:
-    """A TCP port nobody listens on."""
-    from runs import free_port
-
-    return free_port()
-
-
 @pytest.fixture(scope="module")
 def no_figures():
     """Runs of the module draw nothing: see `runs.without_figures`."""
@@ -112,6 +104,15 @@ def no_figures():
             patch.setattr(report, name, getattr(report, name))  # put back afterwards
         without_figures()
         yield
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """Contents of figures of pictures: (rows, titles) of each, in place of its files."""
+    found = []
+    grid = "crate_fast.eval.common.figures.image_grid"
+    monkeypatch.setattr(grid, lambda rows, paths, **titles: found.append((rows, titles)))
+    return found
 
 
 @pytest.fixture(scope="session")

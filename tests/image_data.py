@@ -44,6 +44,12 @@ def write_tar(path: Path, members, format: int = tarfile.PAX_FORMAT) -> Path:
     return path
 
 
+def coco_box(identity: int, image: int, category: int, x: int, y: int, w: int, h: int, crowd: int = 0) -> dict:
+    """Return COCO's annotation of an object that fills a box."""
+    shape = {"bbox": [x, y, w, h], "area": w * h, "segmentation": [[x, y, x + w, y, x + w, y + h, x, y + h]]}
+    return {"id": identity, "image_id": image, "category_id": category, "iscrowd": crowd, **shape}
+
+
 def config_of(root: Path, dataset: str = "folder", **changes) -> TrainConfig:
     """Return settings for a small run on the data in `root`."""
     settings = {"image_size": 16, "batch_size": 4, "epochs": 2, "workers": 0}

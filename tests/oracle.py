@@ -6,7 +6,6 @@ import unittest.mock
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,7 +17,6 @@ __all__ = [
     "gradients",
     "is_right",
     "mutant",
-    "philox_uniform",
     "spread_tokens",
     "token_scale",
     "tokens_and_gradient",
@@ -78,30 +76,6 @@ def agrees(
     actual, eager = (gradients(function, inputs, grad) for function in (ours, reference))
     truth = gradients(reference, [tensor.double() for tensor in inputs], grad.double())
     return all_within_twice_eager(actual, eager, truth, names)
-
-
-def philox_uniform(seed: int, n_tokens: int, n_heads: int) -> Tensor:
-    """The uniform numbers behind attention dropout, [n_heads, N, N]: Philox4x32-10 with counter (i, j, head, 0).
-
-    Salmon et al., Parallel random numbers: as easy as 1, 2, 3 (2011); the first of the four words, to [0, 1) as
-    Triton does it.
-    """
-    head, row, col = np.meshgrid(np.arange(n_heads), np.arange(n_tokens), np.arange(n_tokens), indexing="ij")
-    word0, word1, word2 = (index.astype(np.uint64) for index in (row, col, head))
-    word3 = np.zeros_like(word0)
-    low = np.uint64(0xFFFFFFFF)
-    key0, key1 = np.uint64(seed & 0xFFFFFFFF), np.uint64(seed >> 32)
-    for _ in range(10):
-        product0, product2 = np.uint64(0xD2511F53) * word0, np.uint64(0xCD9E8D57) * word2
-        word0, word1, word2, word3 = (
-            (product2 >> np.uint64(32)) ^ word1 ^ key0,
-            product2 & low,
-            (product0 >> np.uint64(32)) ^ word3 ^ key1,
-            product0 & low,
-        )
-        key0, key1 = (key0 + np.uint64(0x9E3779B9)) & low, (key1 + np.uint64(0xBB67AE85)) & low
-    signed = torch.from_numpy(word0.astype(np.uint32).view(np.int32).copy())
-    return torch.where(signed < 0, -signed - 1, signed).float() * 4.6566127342e-10
 
 
 def mutant(module, mutation: Sequence[str], folder: Path, user=None):

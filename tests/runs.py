@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import time
@@ -196,11 +197,13 @@ def torchrun(processes: int, *words: str) -> tuple[str, ...]:
     return (*start, *words)
 
 
-def wait_until(condition: Callable[[], object], process: Forked) -> None:
+def wait_until(
+    condition: Callable[[], object], process: Forked | subprocess.Popen | None = None, seconds: float = 300
+) -> None:
     """Wait until the condition holds; the process must not end before."""
-    deadline = time.time() + 120
+    deadline = time.time() + seconds
     while not condition():
-        assert process.poll() is None, process.communicate()[0]
+        assert process is None or process.poll() is None, process.communicate()[0]
         assert time.time() < deadline, "waited too long"
         time.sleep(0.01)
 

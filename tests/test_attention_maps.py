@@ -10,7 +10,6 @@ import torch
 from PIL import Image
 
 from crate_fast.eval.attention_maps import _best_heads, add_noise, evaluate, main, map_correlation
-from crate_fast.eval.common import figures
 from crate_fast.eval.common.features import Features, LayerTokens
 from crate_fast.eval.common.images import Batch, Sample, Target
 
@@ -135,14 +134,6 @@ def _run(tmp_path, *words, data="shape_scenes", models=CRATE):
     return json.loads((tmp_path / "results.json").read_text())
 
 
-@pytest.fixture
-def drawn(monkeypatch):
-    """The figures' contents: a list of (rows, column titles), in place of the files."""
-    found = []
-    monkeypatch.setattr(figures, "image_grid", lambda rows, _, **more: found.append((rows, more["column_titles"])))
-    return found
-
-
 def test_heads_figure_pages_and_files(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("crate_fast.eval.common.figures.ROWS_A_PAGE", 2)
     results = _run(tmp_path / "one", "--limit", "3")
@@ -168,7 +159,7 @@ def test_heads_figure_pages_and_files(tmp_path, capsys, monkeypatch):
 def test_columns_are_the_heads_asked_for(tmp_path, drawn):
     _run(tmp_path, "--figure", "semantic", "--heads", "1,mean,0", "--limit", "2", "--style", "overlay")
     (rows, titles) = drawn[0]
-    assert titles == ["image", "object", "head 1", "mean of heads", "head 0"]
+    assert titles["column_titles"] == ["image", "object", "head 1", "mean of heads", "head 0"]
     with np.load(tmp_path / "attention.npz") as maps:
         np.testing.assert_array_equal(rows[1][2].pixels, maps["1"][1])
         np.testing.assert_allclose(rows[1][3].pixels, maps["1"].mean(axis=0), rtol=1e-6)
@@ -181,7 +172,7 @@ def test_noise_figures_have_a_row_a_level(tmp_path, drawn):
     results = _run(tmp_path, "--figure", "noise_share", "--levels", "0,0.5,1", "--sigma", "75", "--limit", "2")
     assert len(drawn) == 2
     rows, titles = drawn[1]
-    assert titles == ["image", "head 0", "head 1"]
+    assert titles["column_titles"] == ["image", "head 0", "head 1"]
     assert [(row[0].pixels != rows[0][0].pixels).any(axis=-1).mean().round(1) for row in rows] == [0, 0.5, 1]
     image = torch.from_numpy(rows[0][0].pixels).permute(2, 0, 1)[None]
     shown = torch.from_numpy(rows[1][0].pixels).permute(2, 0, 1)[None]
@@ -202,7 +193,9 @@ def test_models_of_different_grids_stand_side_by_side(tmp_path, drawn):
     models += ["--model-args", "depth=2", "img_size=64"]
     results = _run(tmp_path, "--limit", "2", "--figure", "models", models=models)["results"]
     ((rows, titles),) = drawn
-    assert titles[2:] == [f"{m}\n{h}" for m in ("A, layer 0", "B, layer 1") for h in ("mean of heads", "best head")]
+    assert titles["column_titles"][2:] == [
+        f"{m}\n{h}" for m in ("A, layer 0", "B, layer 1") for h in ("mean of heads", "best head")
+    ]
     assert [picture.pixels.shape for picture in rows[0][2:]] == [(8, 8), (8, 8), (4, 4), (4, 4)]
     with np.load(tmp_path / "B" / "attention.npz") as maps:
         assert any(np.array_equal(rows[0][5].pixels, head) for head in maps["0"])

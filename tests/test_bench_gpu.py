@@ -295,8 +295,13 @@ def test_a_whole_measurement_goes_the_gpus_way(pretended_gpu, run):
 # --- results -------------------------------------------------------------------------------------------------------
 
 
-def _measure_all(run) -> None:
-    """Results of both benchmarks in the run's folder, as a real run writes them, of tiny problems."""
+def test_the_readmes_gpu_table_comes_from_the_results(run, tmp_path, monkeypatch):
+    marked = "a\n<!-- gpu-table:begin -->\nold\n<!-- gpu-table:end -->\nb\n"
+    monkeypatch.setattr(update_readme, "gpu_table", lambda: update_readme.NOT_MEASURED)
+    assert update_readme.updated(marked) == marked.replace("old\n", update_readme.NOT_MEASURED)
+    monkeypatch.undo()
+    assert update_readme.gpu_table(tmp_path) == update_readme.NOT_MEASURED
+
     run.smoke = False
     attention = bench_mssa.make_problem("B16", bench_mssa.Shape(1, 2, 17, 32), run)
     eager = [peer for peer in bench_mssa.PEERS if peer.smoke]
@@ -307,15 +312,6 @@ def _measure_all(run) -> None:
     run.rows = measure_peers(step, [Peer("ours", lambda: ista, ours=True), *eager], run)
     run.report("ista", quiet=True)
 
-
-def test_the_readmes_gpu_table_comes_from_the_results(run, tmp_path, monkeypatch):
-    marked = "a\n<!-- gpu-table:begin -->\nold\n<!-- gpu-table:end -->\nb\n"
-    monkeypatch.setattr(update_readme, "gpu_table", lambda: update_readme.NOT_MEASURED)
-    assert update_readme.updated(marked) == marked.replace("old\n", update_readme.NOT_MEASURED)
-    monkeypatch.undo()
-    assert update_readme.gpu_table(tmp_path) == update_readme.NOT_MEASURED
-
-    _measure_all(run)
     content = json.loads((tmp_path / "mssa.json").read_text())
     assert content["rows"][0]["peer"] == "ours"
     assert f"commit {content['commit']}" in (tmp_path / "mssa.md").read_text()

@@ -7,6 +7,7 @@ import os
 import pickle
 import tarfile
 import zipfile
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -373,13 +374,9 @@ def test_a_folder_and_an_unreadable_file_are_named(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"none\.pth: no such checkpoint file"):
         read_state_dict(f"{tmp_path / 'none.pth'}#model")
     (tmp_path / "w.pth").write_bytes(_saved(TENSORS))
-    monkeypatch.setattr("pathlib.Path.open", _denied)
+    monkeypatch.setattr("pathlib.Path.open", mock.Mock(side_effect=PermissionError(13, "Permission denied")))
     with pytest.raises(UserError, match=r"w\.pth cannot be read \(Permission denied\): see to its permissions"):
         read_state_dict(tmp_path / "w.pth")
-
-
-def _denied(*arguments, **options):
-    raise PermissionError(13, "Permission denied")
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")

@@ -161,14 +161,6 @@ def test_an_empty_batch(residual, fused_map, device):
     assert all(torch.equal(weight.grad, torch.zeros_like(weight)) for weight in weights)
 
 
-def _under_autocast(function):
-    def call(*inputs):
-        with torch.autocast(inputs[0].device.type, torch.float16):
-            return function(*inputs)
-
-    return call
-
-
 def _released_under_autocast(x, weight, bias, projection, output, output_bias, residual):
     """As on a GPU: LayerNorm and the residual in fp32, products in half precision."""
     normed = F.layer_norm(x, x.shape[-1:], weight, bias, EPS)
@@ -181,7 +173,8 @@ def _released_under_autocast(x, weight, bias, projection, output, output_bias, r
 def test_under_autocast_by_the_rule_of_two(shape, residual, fused_map, device, poisoned):
     inputs = _inputs(device, shape=shape)
     grad = torch.randn_like(inputs[0])
-    actual = gradients(_under_autocast(partial(_ours, residual=residual)), inputs, grad)
+    low = torch.autocast(device.type, torch.float16)
+    actual = gradients(low(partial(_ours, residual=residual)), inputs, grad)
     eager = gradients(partial(_released_under_autocast, residual=residual), inputs, grad)
     truth = gradients(partial(_reference, residual=residual), [tensor.double() for tensor in inputs], grad.double())
     assert all_within_twice_eager(actual, eager, truth, "h dx dγ dβ dU dV db")

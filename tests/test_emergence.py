@@ -9,13 +9,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 from image_data import encoded, write_tar, write_tree
 from PIL import Image
-from runs import ROOT, same
+from runs import ROOT, same, wait_until
 
 from crate_fast.errors import UserError
 from crate_fast.eval.common.models import open_model
@@ -171,14 +170,6 @@ def without_figures(monkeypatch):
     monkeypatch.setattr(report_module, "draw", lambda *_: {})
 
 
-def wait_for(condition, process: subprocess.Popen | None = None, seconds: float = 300) -> None:
-    deadline = time.time() + seconds
-    while not condition():
-        assert process is None or process.poll() is None, process.communicate()[0]
-        assert time.time() < deadline, "waited too long"
-        time.sleep(0.05)
-
-
 def jobs_of(output: Path) -> list[str]:
     """Names of the runs whose job holds its lock."""
     found = []
@@ -198,19 +189,19 @@ def finished(tmp_path_factory):
     results = output / "report" / "results"
     popen = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
     process = subprocess.Popen(command(output), **popen)
-    wait_for(lambda: len(list(results.glob("*.json"))) >= 2, process)
+    wait_until(lambda: len(list(results.glob("*.json"))) >= 2, process)
     os.killpg(process.pid, signal.SIGTERM)  # as a job scheduler does: the runs get it too
     text, _ = process.communicate(timeout=60)
     assert process.returncode == 0, text
     assert "the same command continues" in text
     process = subprocess.Popen(command(output), **popen)
     started = output / "runs" / "scenes-CRATE-seed0" / "stage0" / "checkpoints"
-    wait_for(lambda: started.is_dir() and any(started.iterdir()), process)
+    wait_until(lambda: started.is_dir() and any(started.iterdir()), process)
     assert jobs_of(output)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     before = {path.name: path.stat().st_mtime_ns for path in results.glob("*.json")}
-    wait_for(lambda: not jobs_of(output), seconds=60)  # no job outlives its parent
+    wait_until(lambda: not jobs_of(output), seconds=60)  # no job outlives its parent
     done = subprocess.run(command(output), capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     return output, before

@@ -16,6 +16,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 from oracle import agrees
+from runs import free_port
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -305,12 +306,12 @@ def _data_parallel(rank: int, port: int, images: Tensor, expected: list[Tensor])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="two processes would need two GPUs")
-def test_two_processes(free_port):
+def test_two_processes():
     images = torch.randn(2, 3, 16, 16)
     model = _model("cpu", depth=1)
     (sum(model(_shard(rank, images)).square().mean() for rank in range(2)) / 2).backward()
     expected = [p.grad for p in model.parameters()]
-    mp.spawn(_data_parallel, (free_port, images, expected), nprocs=2)
+    mp.spawn(_data_parallel, (free_port(), images, expected), nprocs=2)
 
 
 # --- folding once ------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from image_data import coco_box
 from PIL import Image
 from pycocotools import mask as rle
 
@@ -63,13 +64,12 @@ def make_coco(root, crowd: bool = True):
     (root / "val2017").mkdir(parents=True)
     Image.fromarray(np.full((40, 60, 3), 99, np.uint8)).save(root / "val2017" / "x.jpg")
 
-    def box(identity: int, category: int, x: int, y: int, w: int, h: int, crowded: int = 0) -> dict:
-        polygon = [[x, y, x + w, y, x + w, y + h, x, y + h]]
-        area = {"bbox": [x, y, w, h], "area": w * h, "segmentation": polygon}
-        return {"id": identity, "image_id": 5, "category_id": category, "iscrowd": crowded, **area}
-
-    annotations = [box(1, 7, 0, 0, 20, 20), box(2, 7, 10, 0, 20, 20), box(3, 2, 40, 20, 20, 20)]
-    annotations += [box(4, 2, 0, 30, 10, 10, 1)] if crowd else []
+    annotations = [
+        coco_box(1, 5, 7, 0, 0, 20, 20),
+        coco_box(2, 5, 7, 10, 0, 20, 20),
+        coco_box(3, 5, 2, 40, 20, 20, 20),
+    ]
+    annotations += [coco_box(4, 5, 2, 0, 30, 10, 10, 1)] if crowd else []
     content = {
         "images": [{"id": 5, "file_name": "x.jpg", "height": 40, "width": 60}],
         "annotations": annotations,

@@ -222,11 +222,6 @@ def _atomic(out_ptr):
     tl.atomic_add(out_ptr, tl.full([], 1.0, tl.bfloat16))
 
 
-@triton.jit
-def _plus(a, b):
-    return a + b
-
-
 def test_what_is_not_modelled_is_refused():
     out = torch.zeros(8, dtype=BF16)
     with pytest.raises(interpreter.InterpreterError, match="atomics on bf16"):

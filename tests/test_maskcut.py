@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 import scipy.ndimage
 import torch
+from image_data import coco_box
 from maskcut_oracle import affinity, maskcut_oracle, second_eigenvector
 from PIL import Image
+from runs import free_port
 
 from crate_fast.errors import UserError
 from crate_fast.eval import maskcut as protocol
@@ -258,17 +260,8 @@ def _coco(tmp_path, n_images: int = 6, size: int = 64):
             x, y = (int(v) for v in draw.integers(0, size - 30, 2))
             w, h = (int(v) for v in draw.integers(16, 28, 2))
             picture[y : y + h, x : x + w] = draw.integers(0, 255, 3)
-            annotations.append(
-                {
-                    "id": len(annotations) + 1,
-                    "image_id": i,
-                    "category_id": 1 + (i + k) % 3,
-                    "bbox": [x, y, w, h],
-                    "area": w * h,
-                    "iscrowd": int(i == 2 and k == 1),
-                    "segmentation": [[x, y, x + w, y, x + w, y + h, x, y + h]],
-                }
-            )
+            category, crowd = 1 + (i + k) % 3, int(i == 2 and k == 1)
+            annotations.append(coco_box(len(annotations) + 1, i, category, x, y, w, h, crowd))
         Image.fromarray(picture).save(tmp_path / "val2017" / name)
         images.append({"id": i, "file_name": name, "height": size, "width": size})
     categories = [{"id": c, "name": f"thing{c}"} for c in (1, 2, 3)]
@@ -428,10 +421,10 @@ def _rank(rank: int, port: int, words: list[str]) -> None:
     sys.exit(protocol.main(words))
 
 
-def test_two_processes_give_what_one_gives(folder, whole, tmp_path, free_port):
+def test_two_processes_give_what_one_gives(folder, whole, tmp_path):
     context = multiprocessing.get_context("fork")  # everything is imported
-    words = _words(folder, tmp_path)
-    ranks = [context.Process(target=_rank, args=(rank, free_port, words)) for rank in range(2)]
+    port, words = free_port(), _words(folder, tmp_path)
+    ranks = [context.Process(target=_rank, args=(rank, port, words)) for rank in range(2)]
     for process in ranks:
         process.start()
     for process in ranks:

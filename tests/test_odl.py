@@ -1,6 +1,5 @@
 """ODL and CRATE-α: against the float64 reference and the released module, on a CPU and by the kernels."""
 
-import importlib.util
 from functools import partial
 from pathlib import Path
 
@@ -8,7 +7,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from oracle import agrees, all_within_twice_eager, gradients, mutant
+from oracle import _load, agrees, all_within_twice_eager, gradients, mutant
 from released import ReleasedCRATEAlpha
 
 import crate_fast
@@ -80,13 +79,7 @@ def test_bfloat16_kernels_by_the_rule_of_two(device, bfloat16):
 
 
 def test_under_autocast_by_the_rule_of_two(device, poisoned):
-    def low(function):
-        def call(*inputs):
-            with torch.autocast(device.type, torch.float16):
-                return function(*inputs)
-
-        return call
-
+    low = torch.autocast(device.type, torch.float16)
     inputs = _inputs((2, 65, 48), device=device)
     grad = torch.randn_like(inputs[0]).half()
     ours, eager = (gradients(low(partial(odl.odl, backend=backend)), inputs, grad) for backend in ("triton", "torch"))
@@ -118,10 +111,7 @@ def _agrees_with_changed_algebra(folder, mutation=("", "")) -> bool:
     space = f"mutant_{abs(hash(mutation))}"
     text = text.replace("crate_fast::", f"{space}::").replace("torch.ops.crate_fast.", f"torch.ops.{space}.")
     (folder / "changed_odl.py").write_text(text)
-    spec = importlib.util.spec_from_file_location("changed_odl", folder / "changed_odl.py")
-    changed = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(changed)
-    return agrees(changed.odl, odl_reference, _inputs(), NAMES)
+    return agrees(_load(folder / "changed_odl.py").odl, odl_reference, _inputs(), NAMES)
 
 
 def test_mutants_of_the_algebra_fail(tmp_path):

@@ -182,16 +182,6 @@ def _run(tmp_path, *words, models=CRATE):
     return json.loads((tmp_path / "results.json").read_text())
 
 
-@pytest.fixture
-def drawn(monkeypatch):
-    """The figures' contents: (rows, titles), in place of the files."""
-    figures = []
-    monkeypatch.setattr(
-        "crate_fast.eval.common.figures.image_grid", lambda rows, paths, **titles: figures.append((rows, titles))
-    )
-    return figures
-
-
 def test_one_layer_gives_a_column_a_model(tmp_path, drawn):
     models = [CRATE[0], "V=vit_tiny_patch16_224@untrained", "--model-args", "depth=2", "img_size=64"]
     results = _run(tmp_path, "--limit", "3", "--scaling", "minmax", models=models)
