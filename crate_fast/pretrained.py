@@ -7,8 +7,10 @@
 
 The format is timm's: `timm.create_model("local-dir:FOLDER", pretrained=True)` opens a folder too.
 
-The package's models are a CRATE and a ViT of 128 px that `crate-fast reproduce emergence --size small` trained on
-shape_scenes (docs/emergence/earlier/first/report.md), in half precision: for a look inside, not for comparisons.
+The package's models are of the first seed of two experiments, in half precision: for a look inside, not for
+comparisons. `photographs` and `photographs-ViT` were trained on labels of 50,000 photographs of 64 px, and their
+positions were interpolated to 128 px (docs/emergence/photographs/protocol.md). `CRATE` and `ViT` were trained on
+shape_scenes (docs/emergence/earlier/first/report.md).
 """
 
 import json
@@ -27,12 +29,13 @@ HUB = "hf-hub:"
 
 
 def packaged_models() -> list[str]:
-    """Return the names of the models that come with the package.
+    """Return the names of the models that come with the package, those trained on photographs first.
 
     >>> packaged_models()
-    ['CRATE', 'ViT']
+    ['photographs', 'photographs-ViT', 'CRATE', 'ViT']
     """
-    return sorted(path.parent.name for path in FOLDER.glob("*/config.json"))
+    names = (path.parent.name for path in FOLDER.glob("*/config.json"))
+    return sorted(names, key=lambda name: (not name.startswith("photographs"), name))
 
 
 def is_model_folder(path: str | Path) -> bool:
@@ -44,7 +47,7 @@ def _folder_of(name: str) -> Path:
     folder = FOLDER / name if name in packaged_models() else Path(name)
     if not is_model_folder(folder):
         raise UserError(
-            f"{name!r} is no model with weights: name {' or '.join(packaged_models())}, a folder of `crate-fast "
+            f"{name!r} is no model with weights: name one of {', '.join(packaged_models())}, a folder of `crate-fast "
             f"share`, or {HUB}USER/NAME"
         )
     return folder

@@ -6,14 +6,15 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 
 import crate_fast
 from crate_fast import pretrained
 from crate_fast.errors import UserError
-from crate_fast.eval.common.images import SceneImages, batches
+from crate_fast.eval.common.images import SceneImages, batches, open_images
 from crate_fast.eval.common.models import class_names, open_model
-from crate_fast.eval.common.segmentation import attention_to_mask, intersection_over_union
+from crate_fast.eval.common.segmentation import attention_to_mask, average_precision, intersection_over_union
 from crate_fast.eval.explore.command import model_choices
 from crate_fast.eval.explore.inspection import ModelCache
 from crate_fast.eval.white_box import main as white_box
@@ -191,12 +192,29 @@ def test_segmentation_shows_in_the_crate_that_comes_along():
     assert best_head_miou("shipped:CRATE@untrained") < 0.2  # 0.130
 
 
+def test_the_packages_crate_finds_a_flower_in_a_photograph():
+    image = open_images("photographs", 128)[5].image
+    orange = F.adaptive_avg_pool2d((image[:1] > 140).float(), 16).flatten() > 0.5
+
+    def best_head_ap(name: str) -> float:
+        loaded = open_model(name)
+        layer = loaded.extract.default_layer
+        maps = loaded.features(image[None], [layer]).cls_attention(layer)
+        return average_precision(maps, orange[None, None]).max().item()
+
+    assert best_head_ap("shipped:photographs") > 0.9 > best_head_ap("shipped:photographs@untrained")
+
+
 def test_they_are_what_they_say():
     for name in pretrained.packaged_models():
         model = crate_fast.load_pretrained(name)
-        assert pretrained.record(name)["label_names"] == list(CLASSES)
-        assert model.num_classes == 12
-        assert list(timm.data.resolve_model_data_config(model)["mean"]) == [0.5, 0.5, 0.5]
+        photographs = name.startswith("photographs")
+        labels, mean = pretrained.record(name)["label_names"], timm.data.resolve_model_data_config(model)["mean"]
+        assert list(mean) == list(timm.data.IMAGENET_DEFAULT_MEAN if photographs else [0.5, 0.5, 0.5])
+        assert (len(labels) == 100 and "goldfish" in labels) if photographs else labels == list(CLASSES)
+        assert model.num_classes == len(labels)
+        assert list(model.image_size) == [128, 128]
+        assert pretrained.record(name)["description"].startswith("ViT" if name.endswith("ViT") else "CRATE")
         assert not model.training
         assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
 
@@ -250,7 +268,7 @@ def test_damaged_folders_are_one_line(tiny_run, tmp_path, monkeypatch):
     (tmp_path / "mine" / "config.json").write_text("{}")
     with pytest.raises(UserError, match="config.json describes no model"):
         crate_fast.load_pretrained(str(tmp_path / "mine"))
-    with pytest.raises(UserError, match="'Crate' is no model with weights: name CRATE or ViT, a folder"):
+    with pytest.raises(UserError, match="'Crate' is no model with weights: name one of photographs, .*ViT, a folder"):
         crate_fast.load_pretrained("Crate")
 
 

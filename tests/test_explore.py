@@ -353,8 +353,8 @@ def test_a_run_offers_its_checkpoints_and_a_damaged_one_is_a_message(tiny_run, t
     runs = tmp_path / "runs"
     choices, note = default_choices(runs)
     assert [choice.label for choice in choices][:2] == [
-        "CRATE: a CRATE trained on shape_scenes",
-        "ViT: a ViT trained on shape_scenes",
+        "CRATE trained on photographs",
+        "ViT trained on photographs",
     ]
     assert "no run below" in note
     for age, name in ((200, "new"), (100, "old")):

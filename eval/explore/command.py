@@ -69,7 +69,7 @@ def default_choices(runs: Path = Path("runs")) -> tuple[list[ModelChoice], str]:
             "(crate-fast pretrain), or name one with --checkpoint."
         )
     names, group = packaged_models(), "with the package"
-    choices += [ModelChoice(f"shipped:{name}", f"{name}: {record(name)['description']}", group) for name in names]
+    choices += [ModelChoice(f"shipped:{name}", record(name)["description"], group) for name in names]
     choices += [ModelChoice(f"shipped:{name}@untrained", f"{name}, untrained", group, True) for name in names]
     return choices, note
 
