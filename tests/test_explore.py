@@ -392,7 +392,7 @@ def test_a_run_offers_its_checkpoints_and_a_damaged_one_is_a_message(tiny_run, t
     explorer = command.open_explorer(parse("explore", ["--device", "cpu"]))
     assert "left out" in explorer.note
     assert "model.safetensors" in explorer.note
-    assert explorer.inspection(0, "s0").summary["depth"] == 4
+    assert explorer.inspection(0, "s0").summary["depth"] == 6
 
 
 def test_which_addresses_are_this_computers_alone():
