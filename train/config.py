@@ -417,18 +417,19 @@ def build_config(
     description: str,
     default_recipe: str,
     *,
+    prog: str | None = None,
     adjust: Callable[[dict, dict], dict] = lambda values, chosen: values | chosen,
     add_options: Callable[[argparse.ArgumentParser], None] = _add_run_options,
 ):
     """Read the command line: recipe, then single settings, then the command's own options.
 
-    `adjust` merges the recipe's settings and the command line's; by default the latter win. `add_options` adds the
-    command's own options; by default those of a run, such as `--output`.
+    `prog` is the command's name in its help. `adjust` merges the recipe's settings and the command line's; by default
+    the latter win. `add_options` adds the command's own options; by default those of a run, such as `--output`.
 
     Returns:
         (config, options), options holding `recipe` and the command's own.
     """
-    parser = CommandParser(description=description, allow_abbrev=False)
+    parser = CommandParser(prog=prog, description=description)
     parser.add_argument(
         "--recipe", default=default_recipe, help=f"{', '.join(recipe_names())}, or a YAML file's path"
     )
@@ -455,6 +456,7 @@ def build_config(
 
 
 def train_command(
+    name: str,
     argv: list[str] | None,
     description: str,
     recipe: str,
@@ -462,11 +464,11 @@ def train_command(
 ) -> int:
     """Read a command line and train; return the exit status. A user's error is printed in one line.
 
-    `recipe` is the default recipe; `adjust` is that of `build_config`.
+    `name` is the command's after `crate-fast`, `recipe` the default recipe; `adjust` is that of `build_config`.
     """
 
     def train() -> int:
-        config, options = build_config(argv, description, recipe, adjust=adjust)
+        config, options = build_config(argv, description, recipe, prog=f"crate-fast {name}", adjust=adjust)
         from crate_fast.train.trainer import launch  # torch takes seconds: errors of the command line come first
 
         return launch(config, options)

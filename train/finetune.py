@@ -38,7 +38,7 @@ def inheriting(values: dict, chosen: dict) -> dict:
 
 def main(argv: list[str] | None = None) -> int:
     """Fine-tune as the command line says; return the exit status."""
-    return train_command(argv, "Fine-tuning of a CRATE (or a timm ViT).", "finetune_cifar10", inheriting)
+    return train_command("finetune", argv, "Fine-tuning of a CRATE (or a timm ViT).", "finetune_cifar10", inheriting)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,11 @@ def _frozen(values: dict, chosen: dict) -> dict:
 def main(argv: list[str] | None = None) -> int:
     """Probe as the command line says; return the exit status."""
     return train_command(
-        argv, "Linear probe of a frozen CRATE (or a timm ViT), by MAE's protocol.", "probe_in1k", _frozen
+        "linear_probe",
+        argv,
+        "Linear probe of a frozen CRATE (or a timm ViT), by MAE's protocol.",
+        "probe_in1k",
+        _frozen,
     )
 
 

@@ -81,7 +81,8 @@ def _without_files(values: dict, chosen: dict) -> dict:
 
 def _run(argv: list[str] | None) -> None:
     description = "Parameters, operations, steps, memory, reads and hours of a training run, without starting it."
-    config, options = build_config(argv, description, "shape_scenes", add_options=_add_options, adjust=_without_files)
+    how = {"prog": "crate-fast plan", "add_options": _add_options, "adjust": _without_files}
+    config, options = build_config(argv, description, "shape_scenes", **how)
     from crate_fast.train.cost import make_plan  # torch takes seconds: errors of the command line come first
 
     plan = make_plan(config, options)

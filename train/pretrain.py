@@ -11,7 +11,7 @@ from crate_fast.train.config import train_command
 
 def main(argv: list[str] | None = None) -> int:
     """Train as the command line says; return the exit status."""
-    return train_command(argv, "Supervised pre-training of CRATE (or a timm ViT).", "shape_scenes")
+    return train_command("pretrain", argv, "Supervised pre-training of CRATE (or a timm ViT).", "shape_scenes")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,9 @@ def _autoencoder(values: dict, chosen: dict) -> dict:
 
 def main(argv: list[str] | None = None) -> int:
     """Train as the command line says; return the exit status."""
-    return train_command(argv, "Masked autoencoding with CRATE-MAE.", "shape_scenes_mae", _autoencoder)
+    return train_command(
+        "pretrain_mae", argv, "Masked autoencoding with CRATE-MAE.", "shape_scenes_mae", _autoencoder
+    )
 
 
 if __name__ == "__main__":
