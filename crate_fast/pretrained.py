@@ -8,7 +8,7 @@
 The format is timm's: `timm.create_model("local-dir:FOLDER", pretrained=True)` opens a folder too.
 
 The package's models are of the first seed of two experiments, in half precision: for a look inside, not for
-comparisons. `photographs` was trained on labels of 50,000 photographs of 64 px, and its
+comparisons. `photographs` and `photographs-ViT` were trained on labels of 50,000 photographs of 64 px, and their
 positions were interpolated to 128 px (docs/emergence/photographs/protocol.md). `CRATE` and `ViT` were trained on
 shape_scenes (docs/emergence/earlier/first/report.md).
 """
@@ -32,7 +32,7 @@ def packaged_models() -> list[str]:
     """Return the names of the models that come with the package, those trained on photographs first.
 
     >>> packaged_models()
-    ['photographs', 'CRATE', 'ViT']
+    ['photographs', 'photographs-ViT', 'CRATE', 'ViT']
     """
     names = (path.parent.name for path in FOLDER.glob("*/config.json"))
     return sorted(names, key=lambda name: (not name.startswith("photographs"), name))

@@ -354,7 +354,7 @@ def test_a_run_offers_its_checkpoints_and_a_damaged_one_is_a_message(tiny_run, t
     choices, note = default_choices(runs)
     assert [choice.label for choice in choices][:2] == [
         "CRATE trained on photographs",
-        "CRATE trained on shape_scenes",
+        "ViT trained on photographs",
     ]
     assert "no run below" in note
     for age, name in ((200, "new"), (100, "old")):

@@ -3,7 +3,7 @@
     runs/NAME            a run's best checkpoint        crate_small_patch8_224@weights.pth    a file, strictly
     runs/NAME@12000      its checkpoint at a step       vit_small_patch8_224.dino@pretrained  through timm
     runs/NAME@untrained  its model before training      vit_small_patch8_224@untrained        drawn from --seed
-    shipped:photographs  small, with the package        shipped:CRATE, shipped:ViT@untrained
+    shipped:photographs  small, with the package        shipped:photographs-ViT, shipped:CRATE, shipped:ViT@untrained
     SHARED               a folder of `crate-fast share`, or hf-hub:USER/NAME; SHARED@untrained
 
 A name for tables may stand in front, as in `CRATE-S/8=runs/NAME`. A CRATE-MAE is evaluated by its encoder. In a file
