@@ -16,6 +16,7 @@ from crate_fast.errors import CommandParser
 __all__ = ["PARSERS", "comma_list", "parse", "positive", "seed"]
 
 PLAIN = argparse.RawDescriptionHelpFormatter
+PORT = 7470  # of the explorer
 
 
 # --- types of values, for argparse
@@ -275,7 +276,7 @@ def _explore() -> argparse.ArgumentParser:
     add("--seed", type=seed, default=0, help="of untrained models; default 0")
     add("--model-args", nargs="+", metavar="KEY=VALUE", help="for models that timm builds")
     add("--host", default="127.0.0.1", help="address to listen at; default 127.0.0.1, this computer")
-    add("--port", type=positive, help="default 7470, or the next that is free")
+    add("--port", type=positive, help=f"default {PORT}, or the next that is free")
     add("--no-browser", action="store_true", help="only say the address")
     return parser
 

@@ -54,10 +54,7 @@ def _folder_of(name: str) -> Path:
 
 
 def record(name: str) -> dict:
-    """Return timm's `pretrained_cfg` of a model of the package or in a folder: label_names, description, ...
-
-    The two are not there for every model.
-    """
+    """Return timm's `pretrained_cfg` of a model of the package or in a folder; "label_names" may be missing."""
     config = json.loads((_folder_of(name) / "config.json").read_text())
     return config.get("pretrained_cfg", config)
 

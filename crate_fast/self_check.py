@@ -1,11 +1,10 @@
 """The first launch of each kernel variant in a process is checked once, against PyTorch on a small input of its kind.
 
-An untested compiler, older or for another GPU, can miscompile a correct kernel. So `checked` runs a
-kernel's function once more, on random tensors, before it first runs on a device with arguments that need another
-compiled kernel: other dtypes, widths, strides, alignment, options, or divisibility by 16 (Triton specialises on it).
-The results must be as close to float64 as `crate_fast.accuracy` has it, with the eps of the products. This costs
-milliseconds and one wait for the device. `CRATE_FAST_SELF_CHECK` turns it off on a GPU (0), or on in Triton's
-interpreter (1).
+An untested compiler, older or for another GPU, can miscompile a correct kernel. So `checked` runs a kernel's function
+once more, on random tensors, before it first runs on a device with arguments that need another compiled kernel: other
+dtypes, widths, strides, alignment, options, or divisibility by 16 (Triton specialises on it). The results must be as
+close to float64 as `crate_fast.accuracy` has it, with the eps of the products. This costs milliseconds and one wait
+for the device. `CRATE_FAST_SELF_CHECK` turns it off on a GPU (0), or on in Triton's interpreter (1).
 """
 
 import math

@@ -227,7 +227,7 @@ def _noise_figures(
         columns = _columns(model.noisy_maps[:, number], options.heads or ["all"], [])
         pictures = [_pictures(maps, noisy, options.style) for maps in columns.values()]
         rows = list(zip(map(image_picture, noisy), *pictures, strict=True))
-        title = f"{model.title}: image {short_name(sample, 40).replace(chr(10), ', ')}, {what}"
+        title = f"{model.title}: image {short_name(sample, 40)}, {what}"
         written += write_pages(rows, folder, f"attention_image{number + 1:02d}", names, ["image", *columns], title)
     return written
 

@@ -1,5 +1,6 @@
 """Command lines are read before PyTorch is imported."""
 
+import argparse
 import json
 import re
 import subprocess
@@ -7,9 +8,14 @@ import sys
 
 import pytest
 
+from crate_fast import export
 from crate_fast.cli import COMMANDS, GROUPS
 from crate_fast.errors import UserError
+from crate_fast.eval import by_layer, comparison
+from crate_fast.eval.common.principal_components import SCALINGS
+from crate_fast.eval.emergence.protocol import SIZES
 from crate_fast.options import PARSERS, parse
+from crate_fast.train.reconstruction import RATIOS
 
 _ALONE = list(COMMANDS)
 _GROUPED = [f"{word} {name}" for word, (_, entries, *_) in GROUPS.items() for name in entries]
@@ -89,6 +95,20 @@ def test_values_that_an_option_cannot_have_are_named(words, message):
     command, name, *rest = words.split()
     with pytest.raises(UserError, match=message.replace("(", r"\(")):
         parse(f"{command} {name}", rest)
+
+
+def test_choices_and_defaults_are_those_of_the_modules():
+    def option(command: str, name: str) -> argparse.Action:
+        return next(action for action in PARSERS[command]()._actions if action.dest == name)
+
+    assert tuple(option("eval pca", "scaling").choices) == SCALINGS
+    assert tuple(option("eval by_layer", "measures").choices) == by_layer.MEASURES
+    assert sorted(option("eval comparison", "table").choices) == sorted(comparison.NEEDS)
+    assert tuple(option("eval reconstruction", "ratios").default) == RATIOS
+    assert list(option("reproduce emergence", "size").choices) == list(SIZES["shape_scenes"])
+    assert option("export", "format").default == list(export.FORMATS)
+    assert option("export", "opset").default == export.MIN_OPSET
+    assert all(name in option("export", "outputs").help for name in export.OUTPUTS)
 
 
 def test_layers_are_a_word_or_numbers():

@@ -304,6 +304,7 @@ def test_a_finished_run_tells_its_rate_and_its_architecture(tmp_path):
         ({"dim": 192}, r"another model \(dim 384 measured, 192 planned\)"),
         ({"attention": "mhsa"}, "attention None measured, 'mhsa' planned"),
         ({"model": "crate_tiny_patch16_224"}, "'crate_small_patch8_224' measured, 'crate_tiny_patch16_224' planned"),
+        ({"odl_ratio": 2}, "odl_ratio None measured, 2 planned"),
         ({"image_size": 32}, "image_size 224 measured, 32 planned"),
     ):
         with pytest.raises(UserError, match=message):

@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from crate_fast import CRATE, CRATEMAE
 from crate_fast.errors import UserError
 from crate_fast.kernels import assuming_gpu
-from crate_fast.train.config import TrainConfig, load_recipe
+from crate_fast.train.config import FORM, TrainConfig, load_recipe
 from crate_fast.train.data import train_loader
 from crate_fast.train.data.image_files import find_images
 from crate_fast.train.data.shape_scenes import CLASSES
@@ -41,10 +41,7 @@ KNOWN_SIZES = {  # training images, classes
 }
 RATE = ("images_per_s_per_device", "device", "model", "image_size", "patch_size")
 CONDITIONS = ("precision", "parallel", "devices", "batch_size")  # batch_size on one device, one pass
-ARCHITECTURE = (
-    *("dim", "depth", "heads", "residual", "attention", "sparsifier", "threshold"),
-    *("decoder_depth", "visible_only", "mask_ratio"),
-)
+ARCHITECTURE = ("dim", "depth", "heads", *FORM, "decoder_depth", "visible_only", "mask_ratio")
 
 
 def find_data_size(config: TrainConfig, recipe: str, images: int | None, classes: int | None) -> tuple[int, int, str]:

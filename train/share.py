@@ -137,9 +137,8 @@ def write_model_folder(
 
 
 def _command(options: argparse.Namespace) -> None:
-    told = {"scores": options.scores, "license_name": options.license, "half": options.half}
-    told |= {"description": options.description, "image_size": options.image_size}
-    write_model_folder(options.run, options.folder, **told)
+    look = {"half": options.half, "description": options.description, "image_size": options.image_size}
+    write_model_folder(options.run, options.folder, options.scores, options.license, **look)
     print("written:", *sorted(options.folder.iterdir()), sep="\n  ")
     if options.push:
         from huggingface_hub import HfApi

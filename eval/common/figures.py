@@ -218,11 +218,10 @@ def write_pages(
 
 
 def short_name(sample: Sample, longest: int = 16) -> str:
-    """Return a sample's key, without its beginning where it is long; a photograph's credit is on lines of its own."""
+    """Return a sample's key. A long one loses its beginning, or has its credit on lines of its own."""
     name = str(sample.key)
-    if (wrapped := wrap_credit(name)) != name:
-        return wrapped
-    return name if len(name) <= longest else "…" + name[1 - longest :]
+    wrapped = wrap_credit(name)
+    return name if len(name) <= longest else wrapped if wrapped != name else "…" + name[1 - longest :]
 
 
 def wrap_credit(name: str) -> str:

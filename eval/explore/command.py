@@ -21,7 +21,7 @@ from crate_fast.errors import UserError, run_command
 from crate_fast.eval.common.models import split_label, split_source
 from crate_fast.eval.explore.inspection import Explorer, ModelCache, ModelChoice
 from crate_fast.eval.explore.pictures import Pictures
-from crate_fast.options import parse
+from crate_fast.options import PORT, parse
 from crate_fast.pretrained import is_model_folder, packaged_models, record
 from crate_fast.train import checkpoint
 from crate_fast.train.distributed import choose_device
@@ -29,7 +29,6 @@ from crate_fast.train.runs import checkpoint_steps
 
 __all__ = ["default_choices", "main", "model_choices", "open_explorer"]
 
-_PORT = 7470
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _ANY = ("0.0.0.0", "::")
 
@@ -101,7 +100,7 @@ def open_explorer(options: argparse.Namespace) -> Explorer:
 def _listen(host: str, port: int | None) -> socket.socket:
     """Return a socket at the port, or at the first free one from the default on."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    for candidate in [port] if port else range(_PORT, _PORT + 50):
+    for candidate in [port] if port else range(PORT, PORT + 50):
         listener = socket.socket(family)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -112,7 +111,7 @@ def _listen(host: str, port: int | None) -> socket.socket:
         else:
             listener.listen()  # early requests wait for the server
             return listener
-    raise UserError(f"--host {host} --port {port or _PORT}: {last}; give another --port or --host") from last
+    raise UserError(f"--host {host} --port {port or PORT}: {last}; give another --port or --host") from last
 
 
 def _is_loopback(host: str) -> bool:
