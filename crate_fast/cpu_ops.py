@@ -35,6 +35,7 @@ __all__ = [
     "cpu_subspace_attention",
     "linear",
     "mkl_is_slow",
+    "multiplies_bf16",
     "onednn_product",
     "onednn_suits_processor",
     "processor_family",
@@ -82,6 +83,15 @@ def processor_name() -> str:
         return _cpuinfo("model name") or platform.machine()
     except OSError:
         return platform.processor() or platform.machine()
+
+
+def multiplies_bf16() -> bool:
+    """Return True if the processor states instructions for bf16 products; without, bf16 is slower than fp32."""
+    try:
+        stated = f"{_cpuinfo('flags')} {_cpuinfo('Features')}".split()
+    except OSError:
+        return False
+    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(stated)
 
 
 def _cpuinfo(field: str) -> str:

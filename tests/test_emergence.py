@@ -25,7 +25,7 @@ from crate_fast.eval.emergence.command import main
 from crate_fast.eval.emergence.data import PhotographData, prepare_photographs
 from crate_fast.eval.emergence.protocol import MODELS, ORDER, SIZES, Protocol, Run, settings_table
 from crate_fast.eval.emergence.results import Results, at_accuracy, at_checkpoint, held_out_accuracy, validated
-from crate_fast.eval.emergence.runs import Folders, Job, train_and_score
+from crate_fast.eval.emergence.runs import Folders, Job, Resources, train_and_score
 from crate_fast.train.data import build_splits
 from crate_fast.train.distributed import process_group
 from crate_fast.train.faults import Interruption, NonFiniteError
@@ -51,6 +51,15 @@ def test_models_differ_in_nothing_but_the_ablation(size):
     assert [p.images for p in points] == sorted({p.images for p in points})
     if size != "smoke":  # a mask has enough patches
         assert protocol.image_size // protocol.patch_size >= 16
+
+
+@pytest.mark.parametrize(("able", "precision"), [(True, "bf16"), (False, "fp32")])
+def test_a_processor_without_bf16_products_trains_in_fp32(able, precision, monkeypatch):
+    monkeypatch.setattr(runs_module, "multiplies_bf16", lambda: able)
+    resources = Resources("cpu", 1)
+    run = Run("photographs", "CRATE", 0)
+    assert PHOTOGRAPHS["small"].training_config(run, 0, 1e-3, **resources.settings).precision == precision
+    assert str(resources).endswith(", fp32") is not able
 
 
 @pytest.mark.parametrize(

@@ -477,6 +477,27 @@ def test_the_family_of_a_processor(monkeypatch):
     assert cpu_ops.processor_family() == 26
 
 
+@pytest.mark.parametrize(
+    ("content", "able"),
+    [
+        ("flags\t: fpu avx512f avx512_bf16\n", True),
+        ("flags\t: fpu amx_bf16 amx_int8\n", True),
+        ("Features\t: asimd bf16\n", True),
+        ("flags\t: fpu avx2 avx512f\n", False),
+        (None, False),
+    ],
+)
+def test_processors_that_multiply_bf16(content, able, tmp_path, monkeypatch):
+    def found(field):
+        lines = (tmp_path / "cpuinfo").read_text().splitlines()
+        return next((line.split(":")[1] for line in lines if line.startswith(field)), "")
+
+    if content:
+        (tmp_path / "cpuinfo").write_text(content)
+    monkeypatch.setattr(cpu_ops, "_cpuinfo", found)
+    assert cpu_ops.multiplies_bf16() is able
+
+
 def test_a_misspelt_choice_of_library_is_named(monkeypatch):
     monkeypatch.setenv("CRATE_FAST_ONEDNN", "yes")
     with pytest.raises(ValueError, match="CRATE_FAST_ONEDNN='yes'"):

@@ -225,7 +225,7 @@ class Protocol:
         Args:
             data_dir: For CIFAR-10 a folder with train/<class>/ and test/<class>/, or with CIFAR-10 as torchvision
                 keeps it; for photographs the folder that `data.prepare_photographs` fills.
-            **further: Other settings, such as `device`, and `init` of a later stage.
+            **further: Other settings, such as `device`, another precision, and `init` of a later stage.
         """
         stage = self.stages_of(run)[number]
         if run.kind == "cifar10":
@@ -255,11 +255,10 @@ class Protocol:
             lr=lr * stage.lr_share,
             weight_decay=self.weight_decay,
             label_smoothing=self.label_smoothing,
-            precision=self.precision,
             seed=run.seed,
             log_every=50,
             segmentation_samples=8,  # for the run's own figure; the experiment scores more
-            **further,
+            **{"precision": self.precision} | further,
         )
 
 

@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from crate_fast.cpu_ops import processor_name
+from crate_fast.cpu_ops import multiplies_bf16, processor_name
 from crate_fast.env import provenance
 from crate_fast.errors import UserError
 from crate_fast.eval.common.models import LoadedModel, open_model
@@ -97,7 +97,7 @@ class Folders:
 
 
 class Resources:
-    """Devices, and the number of simultaneous runs.
+    """Devices, and the number of simultaneous runs; on a processor without bf16 products all train in fp32.
 
     Args:
         device: "auto", "cpu", "cuda" for all GPUs, or "cuda:N".
@@ -113,10 +113,13 @@ class Resources:
         self.jobs = jobs or (4 * len(self.devices) if self.on_gpu else self.cores)
         threads = max(1, self.cores // self.jobs)
         self.settings = {"threads": threads, "workers": max(1, threads - 1) if self.on_gpu else 0}
+        if not (self.on_gpu or multiplies_bf16()):
+            self.settings["precision"] = "fp32"
 
     def __str__(self) -> str:
         names = [torch.cuda.get_device_name(device) for device in self.devices] if self.on_gpu else []
-        return f"{', '.join([*names, processor_name()])}, {self.cores} cores, {self.jobs} runs at once"
+        precision = ", fp32" if "precision" in self.settings else ""
+        return f"{', '.join([*names, processor_name()])}, {self.cores} cores, {self.jobs} runs at once{precision}"
 
 
 class Job(NamedTuple):
