@@ -78,11 +78,12 @@ def processor_family() -> int:
 
 
 def processor_name() -> str:
-    """Return the processor's name as far as the system tells it, such as "AMD EPYC 9654"; else its architecture."""
+    """Return the processor's name, such as "AMD EPYC (family 25, model 1)"; else its architecture."""
     try:
-        return _cpuinfo("model name") or platform.machine()
+        name, family, model = (_cpuinfo(field) for field in ("model name", "cpu family", "model\t"))
     except OSError:
         return platform.processor() or platform.machine()
+    return f"{name} (family {family}, model {model})" if family else name or platform.machine()
 
 
 def multiplies_bf16() -> bool:

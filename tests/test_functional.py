@@ -498,6 +498,14 @@ def test_processors_that_multiply_bf16(content, able, tmp_path, monkeypatch):
     assert cpu_ops.multiplies_bf16() is able
 
 
+def test_the_name_of_a_processor_tells_families_apart(monkeypatch):
+    stated = {"model name": "AMD EPYC", "cpu family": "25", "model\t": "1"}
+    monkeypatch.setattr(cpu_ops, "_cpuinfo", stated.__getitem__)
+    assert cpu_ops.processor_name() == "AMD EPYC (family 25, model 1)"
+    monkeypatch.setattr(cpu_ops, "_cpuinfo", lambda field: "")  # an ARM's file has none of these
+    assert cpu_ops.processor_name() == cpu_ops.platform.machine()
+
+
 def test_a_misspelt_choice_of_library_is_named(monkeypatch):
     monkeypatch.setenv("CRATE_FAST_ONEDNN", "yes")
     with pytest.raises(ValueError, match="CRATE_FAST_ONEDNN='yes'"):
