@@ -128,6 +128,18 @@ def test_a_seed_that_a_model_lacks_is_not_compared():
     del results.runs["scenes-ViT-seed1"]
     assert results.by_seed("CRATE", at_checkpoint("mIoU mass, best head")) == pytest.approx([40.0])
     assert results.claims()[2].holds is None  # one seed has no interval
+    assert not results.complete
+
+
+@pytest.mark.parametrize(("mhsa", "order"), [(41.0, None), (39.0, False)])
+def test_a_model_without_the_seeds_of_crate_and_vit_is_left_out(mhsa, order):
+    scores = {"CRATE": [50, 51], "CRATE-MLP": [45], "CRATE-MHSA": [mhsa, mhsa], "ViT": [40, 40], "CRATE-sth": [9, 9]}
+    results = results_with(scores)
+    assert (results.models, results.seeds()) == (["CRATE", "CRATE-MHSA", "ViT", "CRATE-sth"], [0, 1])
+    claim = results.claims()[-1]
+    assert claim.holds is order
+    assert "without CRATE-MLP" in claim.evidence
+    assert not results.complete
 
 
 def test_the_learning_rate_of_the_best_sweep():
@@ -248,8 +260,11 @@ def test_a_report_with_a_discussion_and_of_complete_seeds_alone(copied, without_
     text = report_again(copied)
     assert "19 of 20" in text
     assert "so far**" in text
-    assert "| seeds with all models | 1 |" in text
+    assert "| seeds compared | 1 |" in text
     assert "It is a smoke test." in text
+    assert "left out, without these seeds" not in text
+    (copied / "results" / "scenes-CRATE-MLP-seed1.json").unlink()
+    assert "| models left out, without these seeds | CRATE-MLP |" in report_again(copied)
 
 
 def test_cifar10_is_trained_on_and_in_the_report(copied, tmp_path, without_figures):
@@ -322,9 +337,9 @@ def test_scores_at_an_accuracy_lie_between_checkpoints_of_the_first_stage():
     assert Results(runs, SMOKE).common_accuracy() == pytest.approx(25.0)
 
 
-@pytest.mark.parametrize("folder", ["docs/emergence", "docs/emergence/earlier/first"])
+@pytest.mark.parametrize("folder", [".", "earlier/first", "photographs"])
 def test_the_committed_reports_are_what_their_results_say(folder, tmp_path, monkeypatch):
-    report = shutil.copytree(ROOT / folder, tmp_path / "report")
+    report = shutil.copytree(ROOT / "docs" / "emergence" / folder, tmp_path / "report")
     text = (report / "report.md").read_text()
     figures = [Path(name) for name in re.findall(r"!\[[^]]*\]\((figures/.*?)\)", text)]
     monkeypatch.setattr(report_module, "draw", lambda *_: {path.stem: path for path in figures})

@@ -192,25 +192,29 @@ def _curve(results: Results, model: str, x: Sequence[float], values: Iterable[Ca
 
 def _with_baselines(results: Results, measure: str, x: Sequence[float], values: list[Callable]) -> list[Curve]:
     """Return a curve a model, and for attention the baselines."""
-    curves = [_curve(results, model, x, values) for model in results.protocol.models]
-    if measure in COARSE:
-        known = results.baselines(measure)
-        names = {"mean_mask": results.protocol.fixed_map}
-        names |= {"random": "random maps"} if measure.endswith("best head") else {}
-        curves += [Curve(text, [x[0], x[-1]], [known[name]] * 2, dashed=True) for name, text in names.items()]
-    return curves
+    curves = [_curve(results, model, x, values) for model in results.models]
+    return curves + (_baselines(results, measure, x) if measure in COARSE else [])
+
+
+def _baselines(results: Results, measure: str, x: Sequence[float]) -> list[Curve]:
+    known, names = results.baselines(measure), {"mean_mask": results.protocol.fixed_map}
+    names |= {"random": "random maps"} if measure.endswith("best head") else {}
+    return [Curve(text, [min(x), max(x)], [known[name]] * 2, dashed=True) for name, text in names.items()]
 
 
 def _by_accuracy(results: Results, measures: list[str]) -> dict[str, list[Curve]]:
     """Return attention's scores at the paper's layer against accuracy, a point a checkpoint of the first stage."""
     known = validated(results.by_seed("CRATE", lambda result: result)[0])
     panels: dict[str, list[Curve]] = {f"{m}, %": [] for m in measures}
-    for model in results.protocol.models:
+    for model in results.models:
         accuracies = {i: statistics.fmean(results.by_seed(model, held_out_accuracy(i))) for i in known}
         order = sorted(known, key=lambda i: (accuracies[i], i))
         x = [accuracies[i] for i in order]
         for m in measures:
             panels[f"{m}, %"].append(_curve(results, model, x, [at_checkpoint(m, i) for i in order]))
+    for m in measures:
+        curves = panels[f"{m}, %"]
+        curves += _baselines(results, m, [accuracy for curve in curves for accuracy in curve.x])
     return panels
 
 
@@ -219,7 +223,7 @@ def _white_box(results: Results) -> dict[str, list[Curve]]:
     titles = {"coding_rate": "R$^c$ of the subspace tokens (nats)", "sparsity": "share of non-zeros after ISTA"}
     layers, panels = range(results.protocol.depth), {}
     for name, title in titles.items():
-        for model in results.protocol.models:
+        for model in results.models:
             if results.by_seed(model, lambda r, n=name: has_measure(r, n))[0]:
                 for i, style in ((-1, {}), (0, {"label": f"{model}, untrained", "dashed": True, "like": model})):
                     values = [lambda r, i=i, at=at, n=name: r["checkpoints"][i]["white_box"][at][n] for at in layers]

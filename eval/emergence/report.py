@@ -35,12 +35,12 @@ def write_report(report: Path, protocol: Protocol, size: str) -> Path:
     """Write report.md and its figures into the folder that has results/ and pictures/; return the file.
 
     Raises:
-        UserError: No seed has results of all models.
+        UserError: No seed has results of CRATE and ViT.
     """
     results = Results.load(report, protocol)
     if not results.seeds():
         raise UserError(
-            f"{report / 'results'} does not hold a run of every model with one seed yet: run on, then report"
+            f"{report / 'results'} does not hold runs of CRATE and ViT with one seed yet: run on, then report"
         )
     figures = draw(results, load_pictures(report), report / "figures")
     page = "photographs/protocol.md" if protocol.photographs else "protocol.md"
@@ -101,7 +101,7 @@ def _with_spread(values: Sequence[float]) -> str:
 
 def _claims(results: Results, measure: str, accuracy: float | None = None) -> str:
     found = results.claims(measure, accuracy)
-    so_far = "" if len(results.seeds()) == len(results.protocol.seeds) else " so far"
+    so_far = "" if results.complete else " so far"
     words = {True: "holds", False: "does not hold", None: "undecided"}
     rows = [{"statement": c.text, "": f"**{words[c.holds]}{so_far}**", measure: c.evidence} for c in found]
     holding = sum(claim.holds is True for claim in found)
@@ -113,7 +113,7 @@ def _verdicts(results: Results) -> str:
     if protocol.photographs:
         at = results.common_accuracy()
         reached = results.by_model(at_accuracy(primary, at))
-        learned = not any(None in reached[model] for model in ORDER)  # each began below what all reached
+        learned = not any(None in reached[model] for model in results.ranked)  # each began below what all reached
         first = (
             f"On the primary score, {primary}, at the end of training:\n\n"
             f"{_claims(results, primary)}\n\nAnd, primary too, at equal accuracy: where each run "
@@ -125,9 +125,9 @@ def _verdicts(results: Results) -> str:
     text = (
         f"{first}\n\nThe "
         f"best of {protocol.heads} heads is chosen with the object in view, and {protocol.heads} maps that are the "
-        "same for all images would gain from that too, while the mean mask is one map. So the same statements on one "
-        f"head for all images, chosen on other {protocol.kind}; not what the protocol decides by:\n\n"
-        + _claims(results, primary.replace("best head", "fixed head"))
+        f"same for all images would gain from that too, while the {protocol.fixed_map} is one map. So the same "
+        f"statements on one head for all images, chosen on other {protocol.kind}, not what the protocol decides "
+        "by:\n\n" + _claims(results, primary.replace("best head", "fixed head"))
     )
     before = Protocol.primary
     if primary == before or protocol.photographs:
@@ -145,7 +145,7 @@ def _rows(results: Results, columns: dict[str, Callable[[dict], float]]) -> list
     found = {name: results.by_model(value) for name, value in columns.items()}
     return [
         {"model": model} | {name: _with_spread(values[model]) for name, values in found.items()}
-        for model in results.protocol.models
+        for model in results.models
     ]
 
 
@@ -237,8 +237,8 @@ def _detection(results: Results) -> str:
     return f"At the paper's layer; {where}.\n\n" + markdown_table(rows, digits=1)
 
 
-def _pairs(protocol: Protocol) -> list[tuple[str, str]]:
-    return [pair for pair in _PAIRS if pair[1] in protocol.models]
+def _pairs(results: Results) -> list[tuple[str, str]]:
+    return [pair for pair in _PAIRS if {*pair} <= {*results.models}]
 
 
 def _differences(results: Results) -> str:
@@ -248,7 +248,7 @@ def _differences(results: Results) -> str:
     rows = [
         {"": f"{first} − {second}"}
         | {name: str(paired(scores[name][first], scores[name][second])) for name in columns}
-        for first, second in _pairs(results.protocol)
+        for first, second in _pairs(results)
     ]
     seeds = ", ".join(map(str, results.seeds()))
     return (
@@ -296,8 +296,8 @@ def _at_equal_accuracy(results: Results) -> str:
         ("paper", "At the layer that the paper looks at"),
         ("chosen", f"At the layer best on other {protocol.kind}"),
     ):
-        compared = [(model, None) for model in protocol.models]
-        compared += [pair for pair in _pairs(protocol) if pair[1] in ORDER]
+        compared = [(model, None) for model in results.models]
+        compared += [pair for pair in _pairs(results) if pair[1] in ORDER]
         rows = [{"": first if second is None else f"{first} − {second}"} for first, second in compared]
         for measure in (name for name in results.coarse_measures() if COARSE[name][0] != "topk"):
             scores = results.by_model(at_accuracy(measure, accuracy, layer))
@@ -325,7 +325,7 @@ def _at_equal_accuracy(results: Results) -> str:
 
 def _white_box(results: Results) -> str:
     rows = []
-    for model, (index, when) in itertools.product(results.protocol.models, ((0, "untrained"), (-1, "trained"))):
+    for model, (index, when) in itertools.product(results.models, ((0, "untrained"), (-1, "trained"))):
         row = {}
         for name, title in (("coding_rate", "R^c"), ("sparsity", "non-zeros")):
             trends = _trends(results, model, index, name)
@@ -367,14 +367,16 @@ def _origin(results: Results, size: str) -> str:
     hours = (sum(run["training_seconds"] for run in runs) + scoring) / 3600
     if protocol.photographs:
         options = " --data photographs:DIR" + (" --masks coco:DIR" if results.have("masks") else "")
-        left_out = ""
+        without = ""
     else:
         options = " --cifar10 DIR" if with_cifar else ""
-        left_out = "" if with_cifar else ", CIFAR-10's left out"
+        without = "" if with_cifar else ", CIFAR-10's left out"
+    left_out = [model for model in protocol.models if model not in results.models]
     facts = {
         "command": f"`crate-fast reproduce emergence --size {size}{options}`",
-        "runs": f"{len(runs)} of {len(protocol.planned_runs(with_cifar))}{left_out}",
-        "seeds with all models": ", ".join(map(str, results.seeds())),
+        "runs": f"{len(runs)} of {len(protocol.planned_runs(with_cifar))}{without}",
+        "seeds compared": ", ".join(map(str, results.seeds())),
+        **({"models left out, without these seeds": ", ".join(left_out)} if left_out else {}),
         "hours of all runs together": f"{hours:.1f}, {scoring / 3600:.1f} of them scoring",
     }
     for title, name in (("hardware", "device"), ("commits", "commit"), ("torch", "torch")):
