@@ -249,6 +249,7 @@ def updated(text: str) -> str:
     makers = {
         "cpu": cpu_table,
         "cpu-bf16": partial(cpu_table, "cpu_bfloat16", "bf16"),
+        "cpu-zen3": partial(cpu_table, "cpu_zen3"),
         "gpu": gpu_table,
         "models": models_table,
         "maskcut": maskcut_table,
