@@ -126,7 +126,7 @@ def _verdicts(results: Results) -> str:
         f"{first}\n\nThe "
         f"best of {protocol.heads} heads is chosen with the object in view, and {protocol.heads} maps that are the "
         f"same for all images would gain from that too, while the {protocol.fixed_map} is one map. So the same "
-        f"statements on one head for all images, chosen on other {protocol.kind}, not what the protocol decides "
+        f"statements on one head for all images, chosen on other {protocol.kind}; not what the protocol decides "
         "by:\n\n" + _claims(results, primary.replace("best head", "fixed head"))
     )
     before = Protocol.primary
