@@ -384,7 +384,7 @@ def test_a_report_without_results_and_cifar10_that_is_none(finished, tmp_path, c
     assert not (tmp_path / "none").exists()
     shutil.copy(finished[0] / "report" / "protocol.json", tmp_path)
     assert main(["--size", "smoke", "--report-only", "--report", str(tmp_path)]) == 2
-    assert "does not hold a run of every model" in capsys.readouterr().err
+    assert "does not hold runs of CRATE and ViT" in capsys.readouterr().err
     assert main(["--size", "small", "--report-only", "--report", str(tmp_path)]) == 2
     assert "another --size than small" in capsys.readouterr().err
     assert main(["--size", "smoke", "--cifar10", str(tmp_path), "--output", str(tmp_path)]) == 2
