@@ -95,7 +95,8 @@ def test_autocast_stays_near_fp32(precision):
     ],
     ids=lambda words: words.split()[1],
 )
-def test_variants_run(words, tmp_path, capsys):
+def test_variants_run(words, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(trainer_module, "multiplies_bf16", lambda: False)
     recipe = tmp_path / "vit.yaml"
     recipe.write_text("depth: 1\nepochs: 1\nbatch_size: 16\ntrain_samples: 32\nval_samples: 8\nimage_size: 32\n")
     words = words.replace("RECIPE", str(recipe)).split()
@@ -105,7 +106,9 @@ def test_variants_run(words, tmp_path, capsys):
     assert math.isfinite(summary["val_loss"])
     assert ("attention_miou" in summary) == (str(recipe) not in words)
     assert "epochs: 1\n" in (tmp_path / "run" / "config.yaml").read_text()
-    assert "written:" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "written:" in out
+    assert ("this processor has no bf16 products" in out) == ("bf16" in words)
 
 
 # --- logs ---

@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 import crate_fast
 from crate_fast import CRATE, CRATEMAE
+from crate_fast.cpu_ops import multiplies_bf16
 from crate_fast.errors import UserError
 from crate_fast.functional import cached_dictionaries
 from crate_fast.train import checkpoint, distributed
@@ -163,6 +164,8 @@ class Trainer:
                 f"parameters, {len(self.data.train)} images, {self.total_steps} steps {where} on "
                 f"{self.processes.world_size} × {self.device}{how} → {self.run.folder}"
             )
+            if self.objective.dtype is torch.bfloat16 and self.device.type == "cpu" and not multiplies_bf16():
+                print("precision=bf16: this processor has no bf16 products, and fp32 is several times as fast")
 
     def train(self) -> bool:
         """Train to the last step; return False if a signal stopped the run, which is then saved."""
