@@ -108,7 +108,7 @@ def peers(operator: str, backend: str = "triton", dictionary: Tensor | None = No
         Peer("ours", partial(_ours, operator, backend), ours=True),
         Peer("three products, compiled", partial(_compiled, released), compiles=True),
         Peer("one product, compiled", partial(_compiled, compiled), compiles=True),
-        Peer("one product, cuBLAS", lambda: eager, smoke=True),
+        Peer("one product, PyTorch's", lambda: eager, smoke=True),
         Peer("three products, as released", lambda: released, smoke=True),
     ]
     return found if dictionary is None else found[:1] + found[2:]

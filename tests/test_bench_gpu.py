@@ -169,7 +169,7 @@ def test_where_ours_is_red_the_peers_have_their_times(monkeypatch, capsys):
     for line in text.splitlines():
         if re.match(r"\| (tiny|tiny ista) \| .*ward \| ours \|", line):
             assert "| **red** |" in line
-        if "| SDPA, flash |" in line or "| one product, cuBLAS |" in line:
+        if "| SDPA, flash |" in line or "| one product, PyTorch's |" in line:
             assert "n/a" not in line
             assert "red" not in line
     assert "* **red**: tiny, ours: WrongResult: the error of O is" in text
