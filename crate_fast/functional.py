@@ -502,6 +502,6 @@ def _kept(dictionary: Tensor, step_size: float, dtype: torch.dtype) -> Tensor:
     known, folded = _kept_folds.get(dictionary, (None, None))
     if known != mark:
         with torch.inference_mode(False), torch.no_grad():
-            folded = _fold(dictionary, step_size, dtype)
+            folded = _fold(dictionary, step_size, dtype).t().contiguous().t()  # as oneDNN wants a weight
         _kept_folds[dictionary] = mark, folded
     return folded
