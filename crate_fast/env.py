@@ -54,7 +54,7 @@ def _ptxas(device: torch.device) -> str:
     version = ptxas_version(device)
     numbers = tuple(map(int, re.findall(r"\d+", version)[:2]))
     if torch.cuda.get_device_capability(device)[0] == 9 and numbers < (13, 3):
-        return f"{version}, which can miscompile on Hopper: set TRITON_PTXAS_PATH to 13.3 or newer (README)"
+        return f"{version}, which can miscompile on Hopper: set TRITON_PTXAS_PATH to 13.3 or newer (docs/settings.md)"
     return version
 
 
