@@ -9,8 +9,8 @@
 No stage depends on another: every probe and every worker is a process with a time limit, and what it has written
 when it ends, however it ends, counts. Each stage has a share of the time; a late stage gets less, never more time.
 
-Brings back, in $OUT or --output: gpu_check_PART.tar.gz (rows.jsonl, junit.xml, logs, and of failures PTX and SASS),
-found_tiles.json (for CRATE_FAST_TILES; `second` finds a copy in .gpu/) and summary_PART.md.
+Brings back, in $OUT or --output: gpu_check_PART.tar.gz (rows.jsonl and logs), found_tiles.json (for
+CRATE_FAST_TILES; `second` finds a copy in .gpu/) and summary_PART.md.
 `python benchmarks/update_readme.py --from FOLDER` makes the README's tables of them.
 
 Needs no network and no installation: Python with torch, triton, timm and pytest. $COMMIT or .gpu/commit names the
@@ -19,6 +19,7 @@ commit where this copy of the tree is not a git checkout.
 
 import argparse
 import csv
+import importlib.util
 import json
 import lzma
 import os
@@ -36,14 +37,14 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from gpu_report import facts_of, found_tiles, pack, read_rows
-from gpu_worker import COUNTED
+from gpu_report import found_tiles, pack, read_rows
 from isolation import Job, Process, run_jobs, tail
 
 ROOT = Path(__file__).resolve().parent.parent
 CARRIED = ROOT / ".gpu"  # ignored by git: travels to the GPU with the tree
-TILES = "found_tiles.json"
+TILES, PTXAS = "found_tiles.json", "ptxas.xz"
 WHEEL = "triton>=3.9"  # its assembler is not known to miscompile on Hopper
+TRIAL = "attention-bfloat16-2x785x6x64"  # the probe of an assembler: older ones get chained products wrong on Hopper
 LIMITS = {"first": 410.0, "second": 230.0, "all": 630.0}
 NO_TIME = "no time was left"
 PACK_SECONDS = 10.0  # at the end, for the archive
@@ -51,7 +52,6 @@ PACK_SECONDS = 10.0  # at the end, for the archive
 PROBE_S, PROBES_AT_ONCE = 30.0, 10
 HANG_S = 3.0  # limit of the probe that hangs, in a rehearsal
 FAULTS = ("fault:crash", "fault:hang", "fault:wrong")  # probes of a rehearsal
-EVIDENCE = 6  # red probes that run once more to leave their PTX and SASS
 MODELS_AT_ONCE = 2  # that run while others compile: memory for both
 BACKGROUND = 4  # processes that compile peers while kernels are compiled and probed
 PTXAS_VARIABLES = ("TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH")
@@ -81,24 +81,23 @@ class Check:
         self.output = options.output
         self.folder = options.work / options.part
         shutil.rmtree(self.folder, ignore_errors=True)
-        self.logs, self.failures = self.folder / "logs", self.folder / "failures"
-        for folder in (self.output, self.logs, self.failures):
+        self.logs = self.folder / "logs"
+        for folder in (self.output, self.logs):
             folder.mkdir(parents=True, exist_ok=True)
         self.rows_file = self.folder / "rows.jsonl"
+        self.rows_file.touch()
         self.stage = "start"
         self.soft = self.hard = self.end  # of a stage: nothing starts after the first, everything ends at the second
-        self.commit, self.ptxas = options.commit, options.ptxas
         self.cores = os.cpu_count() or 2
         self.items: dict[str, list[dict]] = {}  # by kind, once they are listed
-        self.other_assembler: dict[str, str] | None = None  # Triton's own, where the carried one is used
         self.background: list[Process] = []
         self.taken: dict[Path, int] = {}  # lines of workers' files that are in ours
-        self.environment = self._environment(options)
+        self.environment = self._environment(options.work)
 
-    def _environment(self, options: argparse.Namespace) -> dict[str, str]:
+    def _environment(self, work: Path) -> dict[str, str]:
         kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
         paths = [str(ROOT), str(ROOT / "benchmarks"), *filter(None, [kept.get("PYTHONPATH")])]
-        cache = options.work / "cache"
+        cache = work / "cache"
         added = {
             "PYTHONPATH": os.pathsep.join(paths),
             "PYTHONUNBUFFERED": "1",
@@ -106,14 +105,13 @@ class Check:
             "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"),
             "TORCHINDUCTOR_COMPILE_THREADS": "4",
             "OMP_NUM_THREADS": "1" if self.rehearse else "2",
-            "GPU_CHECK_COMMIT": self.commit,
+            "COMMIT": _commit(),
         }
         if self.rehearse:
             added |= {"TRITON_INTERPRET": "1", "GPU_CHECK_REHEARSE": "1"}
-        tiles = options.tiles or next(filter(Path.exists, (CARRIED / TILES, options.work / TILES)), None)
-        if self.part == "second" and tiles is not None:
-            added["CRATE_FAST_TILES"] = str(tiles.resolve())
-        return kept | added
+        found = next(filter(Path.exists, (CARRIED / TILES, work / TILES)), None)
+        tiles = {"CRATE_FAST_TILES": str(found)} if self.part == "second" and found is not None else {}
+        return tiles | kept | added
 
     # --- rows -----------------------------------------------------------------------------------------------------
 
@@ -129,10 +127,6 @@ class Check:
     def rows(self) -> list[dict]:
         """Return the rows so far."""
         return read_rows(self.rows_file)
-
-    def tool(self, name: str) -> str | None:
-        """Return the path of a tool that the environment stage has found."""
-        return (facts_of(self.rows()).get("tools") or {}).get(name)
 
     def collect(self, path: Path) -> tuple[set[str], str | None]:
         """Take over a worker's new rows; return the items that it finished, and the one it was at when it ended."""
@@ -232,43 +226,44 @@ class Check:
                 stage.run(self)
             except Exception:
                 self.row(stage.name, "red", f"the check's own error: {traceback.format_exc()}")
-            self.pack(evidence=False)  # in case somebody ends this before its time
+            self.pack()  # in case somebody ends this before its time
 
-    def pack(self, evidence: bool = True) -> str:
+    def pack(self) -> str:
         """Write the archive and the summary; return the summary."""
         for path in self.folder.glob("rows_*.jsonl"):
             self.collect(path)  # of workers that nobody has waited for
-        return pack(self.rows(), self.part, self.folder, self.output, evidence)
+        return pack(self.rows(), self.part, self.folder, self.output)
 
 
 # --- stages -------------------------------------------------------------------------------------------------------
 
 
 def environment(check: Check) -> None:
-    """Record versions and card, try both assemblers, list the items of the other stages."""
+    """Record versions and card, list the items of the other stages, try the assembler that is carried."""
     items, rows = check.folder / "items.json", check.folder / "rows_environment.jsonl"
-    own, carried = check.folder / "rows_own.jsonl", check.folder / "rows_carried.jsonl"
-    jobs = [
-        check.worker("environment", "--rows", str(rows), name="environment", limit_s=60),
-        check.worker("list", check.part, "--rows", str(rows), "--into", str(items), name="list", limit_s=60),
-    ]
+    words = ("environment", check.part, "--rows", str(rows), "--into", str(items))
+    jobs = [check.worker(*words, name="environment", limit_s=60)]
+    trial, ptxas = check.folder / "trial.json", check.folder / "ptxas"
+    carried = dict.fromkeys(PTXAS_VARIABLES, str(ptxas))
     if not check.rehearse:
         jobs += [Job("env", [sys.executable, "-m", "crate_fast.env"], 60), Job("nvidia-smi", ["nvidia-smi"], 20)]
-        jobs += [check.worker("assembler", "--rows", str(own), name=own.stem, limit_s=40)]
-        if check.ptxas.exists():
-            words = ["--rows", str(carried), "--ptxas", str(check.ptxas), "--into", str(check.folder)]
-            jobs += [check.worker("assembler", *words, name=carried.stem, limit_s=40)]
-        else:
-            check.row("carried assembler", "n/a", f"{check.ptxas} is not here")
+        if (CARRIED / PTXAS).exists():
+            ptxas.write_bytes(lzma.decompress((CARRIED / PTXAS).read_bytes()))
+            jobs += [Job("assembler", _probe(TRIAL, trial, "--reruns", "2"), 40, carried)]
 
     def done(process: Process) -> None:
         if process.reason is not None:
             check.row(process.job.name, "red", f"{process.reason}: {tail(process.log)}")
 
     check.run(jobs, done, parallel=len(jobs))
-    for path in (rows, own, carried):
-        check.collect(path)
-    choose_assembler(check)
+    check.collect(rows)
+    if trial.exists():
+        found = json.loads(trial.read_text())
+        if found["status"] == "right":
+            check.environment |= carried
+            check.row("carried assembler", "ok", facts={"ptxas": _ptxas_version(ptxas)})
+        else:
+            check.row("carried assembler", "n/a", f"Triton's own is used: {found['status']}")
     if items.exists():
         check.items = json.loads(items.read_text())
     red = [row["item"] for row in check.rows() if row["status"] == "red"]
@@ -276,17 +271,9 @@ def environment(check: Check) -> None:
         check.row("found tiles", "n/a", "their file cannot be used: the table's own tiles run instead")
 
 
-def choose_assembler(check: Check) -> None:
-    """Use the carried assembler if it has passed its trial; red probes then run again with Triton's own."""
-    rows = check.rows()
-    passed = [row for row in rows if (row["item"], row["status"]) == ("carried assembler", "ok")]
-    if passed:
-        check.other_assembler = {name: check.environment.get(name, "") for name in PTXAS_VARIABLES}
-        check.environment |= dict.fromkeys(PTXAS_VARIABLES, passed[0]["path"])
-    facts = {"assembler": passed[0]["version"] if passed else "Triton's own"}
-    if "commit" not in facts_of(rows):  # the environment's worker has failed
-        facts["commit"] = check.commit
-    check.row("assembler in use", "ok", facts=facts)
+def _probe(name: str, into: Path, *words: str) -> list[str]:
+    """Return the command that runs a probe."""
+    return [sys.executable, "-m", "crate_fast.probes", "--probe", name, "--json", str(into), *words]
 
 
 def warm(check: Check) -> None:
@@ -313,47 +300,28 @@ def warm(check: Check) -> None:
 
 
 def probes(check: Check) -> None:
-    """Compare every kernel with float64, each by itself; rerun a red one with the other assembler and for PTX."""
+    """Compare every kernel with float64, each in a process of its own."""
     names = [item["probe"] for item in check.items.get("probes", [])]
+    chosen = [*FAULTS, *names[:1]] if check.rehearse else names
     words = ["--reruns", "2", "--device", "cpu"] if check.rehearse else ["--reruns", "20"]
-    known: dict[str, tuple[str, str, Path]] = {}  # by job: the probe, why it runs again, the file of its row
-    evidence: list[str] = []
+    limit_s = 4 * PROBE_S if check.rehearse else PROBE_S  # a CPU may be busy with other things
+    files = {name: check.folder / f"probe_{number}.json" for number, name in enumerate(chosen)}
+    jobs = [
+        Job(name, _probe(name, file, *words), HANG_S if name == "fault:hang" else limit_s)
+        for name, file in files.items()
+    ]
 
-    def job(name: str, again: str = "", environment: dict[str, str] | None = None) -> Job:
-        title = f"{name}, {again}" if again else name
-        path = check.folder / f"probe_{len(known)}.json"
-        known[title] = name, again, path
-        command = [sys.executable, "-m", "crate_fast.probes", "--probe", name, "--json", str(path), *words]
-        return Job(title, command, HANG_S if name == "fault:hang" else PROBE_S, environment or {})
-
-    def done(process: Process) -> list[Job]:
-        name, again, path = known[process.job.name]
-        found = json.loads(path.read_text()) if path.exists() else {}
+    def done(process: Process) -> None:
+        name = process.job.name
+        found = json.loads(files[name].read_text()) if files[name].exists() else {}
         status = found.get("status")
         right = status == "right" and process.reason is None
         reason = f"{process.reason}: {tail(process.log)}" if status in (None, "right") else status
         if found.get("share") is not None:
             reason += f": {found['share']:.2g} of the error that is allowed, reruns equal: {found['reruns_equal']}"
-        check.row(process.job.name, "ok" if right else "red", None if right else reason, probe=found)
-        more = []
-        if not (right or again or check.rehearse):
-            if check.other_assembler is not None:
-                more.append(job(name, "other assembler", check.other_assembler))
-            if len(evidence) < EVIDENCE:
-                evidence.append(name)
-                more.append(job(name, "for its PTX", {"TRITON_CACHE_DIR": str(check.failures / name)}))
-        return more
+        check.row(name, "ok" if right else "red", None if right else reason, probe=found)
 
-    chosen = [*FAULTS, *names[:1]] if check.rehearse else names
-    check.run([job(name) for name in chosen], done, 2 if check.rehearse else PROBES_AT_ONCE)
-
-    def keep_sass(process: Process) -> None:
-        os.replace(process.log, Path(process.job.command[-1]).with_suffix(".sass"))
-
-    tool = check.tool("cuobjdump")
-    cubins = sorted(check.failures.rglob("*.cubin")) if tool else []
-    jobs = [Job(f"sass_{index}", [tool, "-sass", str(cubin)], 10.0) for index, cubin in enumerate(cubins)]
-    check.run(jobs, keep_sass, PROBES_AT_ONCE)
+    check.run(jobs, done, 2 if check.rehearse else PROBES_AT_ONCE)
 
 
 def timings(check: Check) -> None:
@@ -390,23 +358,21 @@ def tiles(check: Check) -> None:
 def tests(check: Check) -> None:
     """Run the GPU tests, four processes at a time where pytest-xdist is here; each test has a time limit."""
     check.stop_background()
-    facts = facts_of(check.rows())
     rows = check.folder / "rows_tests.jsonl"
     rows.touch()
-    words = ["-o", "addopts=-ra --strict-markers", "-p", "no:cacheprovider", "-p", "gpu_worker", "-q", "-m", "gpu"]
-    words += [f"--junitxml={check.folder / 'junit.xml'}", "-o", "junit_logging=all", "-o", "faulthandler_timeout=50"]
-    if not check.rehearse and not str(facts.get("pytest-xdist", "no")).startswith("no"):
+    words = ["-p", "no:cacheprovider", "-p", "gpu_worker", "-q", "-m", "gpu", "-o", "faulthandler_timeout=50"]
+    if not check.rehearse and importlib.util.find_spec("xdist"):
         words += ["-n", "4", "--max-worker-restart", "20"]
-    if not str(facts.get("pytest-timeout", "no")).startswith("no"):
+    if importlib.util.find_spec("pytest_timeout"):
         words += ["--timeout", "90", "--timeout-method", "thread"]
     environment = {"GPU_CHECK_ROWS": str(rows)} | ({} if check.rehearse else {"CRATE_FAST_REQUIRE_GPU": "1"})
     files = sorted((ROOT / "tests").glob("test_*.py"), key=lambda path: path.name != "test_gpu.py")
     files = files[:1] if check.rehearse else [path for path in files if "mark.gpu" in path.read_text()]
-    job = Job("tests", [sys.executable, "-m", "pytest", *words, *map(str, files)], 1e6, environment, polite_s=10.0)
+    job = Job("tests", [sys.executable, "-m", "pytest", *words, *map(str, files)], 1e6, environment)
 
     def done(process: Process) -> None:
         check.collect(rows)
-        if process.asked:
+        if str(process.reason).startswith("timed out"):
             check.row("the other tests", "n/a", NO_TIME)
         elif process.reason not in (None, "exit status 1"):  # 1: tests have failed, and have their rows
             check.row("pytest", "red", f"{process.reason}: {tail(process.log)}")
@@ -421,8 +387,8 @@ def _timed(kind: str, stall_s: float) -> Callable[[Check], None]:
 
 
 def counters(check: Check) -> None:
-    """Read hardware counters of six kernels by ncu: all in one process, and one by one where that fails."""
-    tool = check.tool("ncu")
+    """Read hardware counters of the kernels by ncu."""
+    tool = shutil.which("ncu")
     if tool is None:
         check.row("ncu", "n/a", "ncu is not here")
         return
@@ -431,16 +397,12 @@ def counters(check: Check) -> None:
         command += ["--section", section]
     command += [sys.executable, str(ROOT / "benchmarks" / "gpu_worker.py"), "kernels"]
 
-    def done(process: Process) -> list[Job]:
+    def done(process: Process) -> None:
         found = read_counters(process.log)
-        name = process.job.name.removeprefix("ncu_")
         reason = None if found else f"{process.reason}: {tail(process.log)}"
-        check.row(f"ncu {name}", "ok" if found else "n/a", reason, counters=found)
-        if found or name != "all":
-            return []
-        return [Job(f"ncu_{kernel}", [*command, kernel], 30.0) for kernel in COUNTED]
+        check.row("ncu", "ok" if found else "n/a", reason, counters=found)
 
-    check.run([Job("ncu_all", command, 60.0)], done, 1)
+    check.run([Job("ncu", command, 60.0)], done, 1)
 
 
 WANTED = re.compile("Throughput|Duration|Registers Per Thread|Occupancy|Shared Memory|Issue|Executed Ipc|Warp")
@@ -499,7 +461,7 @@ def prepare() -> int:
     """Put the commit and an assembler of Triton 3.9 or later into .gpu/, which travels to the GPU with the tree."""
     CARRIED.mkdir(exist_ok=True)
     (CARRIED / "commit").write_text(_commit() + "\n")
-    target = CARRIED / "ptxas.xz"
+    target = CARRIED / PTXAS
     if not target.exists():
         with tempfile.TemporaryDirectory() as folder:
             words = ["pip", "download", "--no-deps", "--only-binary=:all:", "--dest", folder, WHEEL]
@@ -508,15 +470,19 @@ def prepare() -> int:
             with zipfile.ZipFile(wheel) as archive:
                 names = [name for name in archive.namelist() if re.search(r"/nvidia/bin/ptxas[^/]*$", name)]
                 tools = [Path(archive.extract(name, folder)) for name in names]
-            target.write_bytes(lzma.compress(max(tools, key=_ptxas_version).read_bytes(), preset=6))
+            target.write_bytes(lzma.compress(max(tools, key=_version_numbers).read_bytes(), preset=6))
     print(f"{CARRIED}: commit {_commit()}, {target.name} {target.stat().st_size / 2**20:.0f} MiB; carry this folder")
     return 0
 
 
-def _ptxas_version(tool: Path) -> list[int]:
+def _ptxas_version(tool: Path) -> str:
     tool.chmod(0o755)
     text = subprocess.run([str(tool), "--version"], capture_output=True, text=True, check=True).stdout
-    return [int(number) for number in re.search(r"\bV(\d[\d.]*)", text)[1].split(".")]
+    return re.search(r"\bV(\d[\d.]*)", text)[1]
+
+
+def _version_numbers(tool: Path) -> list[int]:
+    return [int(number) for number in _ptxas_version(tool).split(".")]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -528,9 +494,6 @@ def _parser() -> argparse.ArgumentParser:
     output = os.environ.get("OUT") or ROOT / "build" / "gpu_check" / "results"
     parser.add_argument("--output", type=Path, default=Path(output), help="folder of the results; default $OUT")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "gpu_check", help="logs and compilers' caches")
-    parser.add_argument("--ptxas", type=Path, default=CARRIED / "ptxas.xz", help="assembler to try, perhaps as .xz")
-    parser.add_argument("--tiles", type=Path, help=f"for `second`; default .gpu/{TILES}, or what `first` found here")
-    parser.add_argument("--commit", help="default $COMMIT, git's, or .gpu/commit")
     parser.add_argument("--rehearse", action="store_true", help="on a CPU, with stand-ins and faults")
     return parser
 
@@ -541,7 +504,6 @@ def main(argv: list[str] | None = None) -> int:
     if options.part == "prepare":
         return prepare()
     options.limit = options.limit or LIMITS[options.part]
-    options.commit = options.commit or _commit()
     options.output, options.work = options.output.resolve(), options.work.resolve()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     check = Check(options)

@@ -8,11 +8,8 @@ from pathlib import Path
 
 WORTH = 0.98  # of the present tile's time: a tile must be faster than that to replace it
 SHOWN = 40  # red rows in a summary
-MOST_BYTES = 15 * 2**20  # size of a file that is brought back
-MOST_EVIDENCE_BYTES = 40 * 2**20  # PTX and SASS before compression
-FACTS = (  # repeated in every row of the archive
-    *("device", "driver", "commit", "torch", "triton", "ptxas", "assembler", "matrix_tflops_per_s", "copy_gb_per_s"),
-)
+MOST_LOG_BYTES = 40_000  # of each log that is brought back
+FACTS = ("device", "driver", "commit", "torch", "triton", "ptxas", "matrix_tflops_per_s", "copy_gb_per_s")
 MODELS_CAPTION = (
     "released, ViT: how many times as fast as the released form, eager, and as timm's ViT, compiled. MFU: nominal "
     "FLOPs, of the matrix rate measured in the run. Peak: above the weights; on a CPU with the optimiser's moments.\n"
@@ -197,36 +194,15 @@ def _profile(rows: list[dict]) -> list[str]:
 # --- the archive --------------------------------------------------------------------------------------------------
 
 
-def pack(rows: list[dict], part: str, folder: Path, output: Path, evidence: bool) -> str:
-    """Write the summary and the archive of a part's folder into `output`; return the summary.
-
-    With `evidence` the archive has PTX and SASS of failures, as many as fit.
-    """
-    facts = {key: value for key, value in facts_of(rows).items() if key in FACTS}
+def pack(rows: list[dict], part: str, folder: Path, output: Path) -> str:
+    """Write the summary and the archive of a part's folder into `output`; return the summary."""
     page = summary(rows, part)
     (output / f"summary_{part}.md").write_text(page)
-    whole, failures = folder / "all_rows.jsonl", folder / "failures"
-    whole.write_text("".join(json.dumps(facts | row, ensure_ascii=False) + "\n" for row in rows))
-    archive = output / f"gpu_check_{part}.tar.gz"
-    for space in (MOST_EVIDENCE_BYTES, MOST_EVIDENCE_BYTES // 8, 0) if evidence else (0,):
-        with tarfile.open(archive, "w:gz", compresslevel=6) as tar:
-            tar.add(whole, "rows.jsonl")
-            for path in sorted(folder.glob("junit*.xml")):
-                tar.add(path, path.name)
-            for log in sorted((folder / "logs").glob("*.log")):
-                _shorten(log)
-                tar.add(log, f"logs/{log.name}")
-            for path in sorted(failures.rglob("*")):
-                if path.suffix in (".ptx", ".ttgir", ".sass", ".cubin") and path.stat().st_size < space:
-                    space -= path.stat().st_size
-                    tar.add(path, f"failures/{path.relative_to(failures)}")
-        if archive.stat().st_size < MOST_BYTES:
-            break
+    with tarfile.open(output / f"gpu_check_{part}.tar.gz", "w:gz", compresslevel=6) as tar:
+        tar.add(folder / "rows.jsonl", "rows.jsonl")
+        for log in sorted((folder / "logs").glob("*.log")):
+            if log.stat().st_size > MOST_LOG_BYTES:  # both ends of a long one
+                text = log.read_bytes()
+                log.write_bytes(text[: MOST_LOG_BYTES // 4] + b"\n[...]\n" + text[-MOST_LOG_BYTES // 2 :])
+            tar.add(log, f"logs/{log.name}")
     return page
-
-
-def _shorten(log: Path, most: int = 200_000) -> None:
-    """Keep both ends of a long log."""
-    if log.stat().st_size > most:
-        text = log.read_bytes()
-        log.write_bytes(text[: most // 4] + b"\n[...]\n" + text[-most // 2 :])

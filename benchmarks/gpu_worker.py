@@ -1,8 +1,6 @@
 """The jobs that `gpu_check.py` runs in processes of their own; each writes its rows as it finds them.
 
-    python benchmarks/gpu_worker.py environment --rows FILE       # versions, the tile table, the ceilings
-    python benchmarks/gpu_worker.py assembler --rows FILE --ptxas FILE.xz --into FOLDER
-    python benchmarks/gpu_worker.py list first --rows FILE --into FILE        # the items that there are
+    python benchmarks/gpu_worker.py environment first --rows FILE --into FILE     # the items, versions, the ceilings
     python benchmarks/gpu_worker.py items --mode time --items FILE --rows FILE --until 1700000000
     python benchmarks/gpu_worker.py kernels                       # six launches, for ncu
 
@@ -14,14 +12,10 @@ that a broken module costs its own rows.
 import argparse
 import faulthandler
 import json
-import lzma
 import os
-import shutil
 import sys
 import time
-from contextlib import nullcontext
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 
 REHEARSED = bool(os.environ.get("GPU_CHECK_REHEARSE"))
@@ -85,25 +79,11 @@ def pytest_runtest_logreport(report) -> None:
 
 def environment(rows: Rows) -> None:
     """Record versions and card; read the tile table; measure the ceilings."""
-    run = _open_run()  # before torch is imported: see harness.py
-
-    import torch
+    run = _open_run()
 
     from crate_fast.kernels.launch import find
 
-    facts = dict(run.facts) | {"python": sys.version.split()[0], "cores": os.cpu_count()}
-    for package in ("numpy", "timm", "pytest", "pytest-xdist", "pytest-timeout", "scipy"):
-        try:
-            facts[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            facts[package] = "no"
-    if run.timer.on_gpu:
-        properties = torch.cuda.get_device_properties(0)
-        facts["memory_gib"] = round(properties.total_memory / 2**30, 1)
-        facts["multiprocessors"] = properties.multi_processor_count
-        facts["capability"] = f"{properties.major}.{properties.minor}"
-    facts["tools"] = _tools()
-    rows.add("facts", "ok", facts=facts)
+    rows.add("facts", "ok", facts=run.facts)
     try:
         find("attention_forward", run.device, "half", 64)  # reads the file that CRATE_FAST_TILES may name
         rows.add("tile table", "ok")
@@ -111,36 +91,6 @@ def environment(rows: Rows) -> None:
         rows.fail("tile table", error)
     run.measure_ceilings()
     rows.add("ceilings", "ok", facts={key: run.facts[key] for key in ("matrix_tflops_per_s", "copy_gb_per_s")})
-
-
-def _tools() -> dict[str, str | None]:
-    """Find programs: in Triton's package where they are not on the path."""
-    import triton
-
-    folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    found = {name: shutil.which(name) for name in ("ncu", "cuobjdump", "nvdisasm", "compute-sanitizer", "nvidia-smi")}
-    return {name: path or (str(folder / name) if (folder / name).exists() else None) for name, path in found.items()}
-
-
-def assembler(rows: Rows, ptxas: Path | None, into: Path | None) -> None:
-    """Unpack an assembler, if one is given, and try it (or Triton's own) on products of tensor cores."""
-    name, path = "Triton's own assembler", None
-    if ptxas is not None:
-        name, path = "carried assembler", into / "ptxas"
-        path.write_bytes(lzma.decompress(ptxas.read_bytes()) if ptxas.suffix == ".xz" else ptxas.read_bytes())
-        path.chmod(0o755)
-        for tool in ("PTXAS", "PTXAS_BLACKWELL"):  # before Triton reads them
-            os.environ[f"TRITON_{tool}_PATH"] = str(path)
-    import torch
-    from assembler_trial import trial
-
-    from crate_fast.env import ptxas_version
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        rows.add(name, "ok", error=trial(device), version=ptxas_version(device), path=str(path) if path else None)
-    except Exception as error:
-        rows.fail(name, error, red=path is None)
 
 
 # --- lists of items -----------------------------------------------------------------------------------------------
@@ -236,9 +186,7 @@ def _open_run(on_cpu: bool = False):
     """Open a `harness.Run` with few rounds and short measurements."""
     import harness
 
-    options = argparse.Namespace(
-        smoke=REHEARSED, dtype=None, rounds=ROUNDS, output=Path("."), commit=os.environ.get("GPU_CHECK_COMMIT")
-    )
+    options = argparse.Namespace(smoke=REHEARSED, dtype=None, rounds=ROUNDS, output=Path("."))
     run = harness.open_run(options, on_cpu=on_cpu)
     run.rounds, run.timer.measurement_ms = ROUNDS, MEASUREMENT_MS
     return run
@@ -425,39 +373,34 @@ def reduced(events: list[tuple[str, float, float]]) -> dict[str, object]:
     }
 
 
-def kernels(only: str | None) -> None:
-    """Launch each counted kernel (or one of them) once, between cudaProfilerStart and -Stop."""
+def kernels() -> None:
+    """Launch each counted kernel once, between cudaProfilerStart and -Stop."""
     import tile_search
     import torch
 
     from crate_fast.kernels.launch import find
 
-    on_gpu = torch.cuda.is_available()
-    device = torch.device("cuda" if on_gpu else "cpu")
-    for kernel in COUNTED if only is None else [only]:
-        tile = find(kernel, device, "half", 64 if kernel.startswith(("attention", "whole_head")) else 0)
-        if tile is None or REHEARSED:
-            print(f"{kernel}: not launched", flush=True)
+    for kernel in COUNTED:
+        tile = find(kernel, torch.device("cuda"), "half", 64 if kernel.startswith(("attention", "whole_head")) else 0)
+        if tile is None:
             continue
         launches = tile_search.problems(kernel)[0].plan(tile)
         for launch in launches:
             launch.run()
         torch.cuda.synchronize()
-        with torch.cuda.profiler.profile() if on_gpu else nullcontext():
+        with torch.cuda.profiler.profile():
             launches[0].run()
             torch.cuda.synchronize()
-        print(f"{kernel}: launched", flush=True)
         tile_search.problems.cache_clear()
 
 
 def main(argv: list[str] | None = None) -> int:
     """Do one job of `gpu_check.py`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("job", choices=("environment", "assembler", "list", "items", "kernels"))
-    parser.add_argument("what", nargs="?", help="of list: the part; of kernels: one of them")
+    parser.add_argument("job", choices=("environment", "items", "kernels"))
+    parser.add_argument("part", nargs="?", help="of the environment's items")
     parser.add_argument("--rows", type=Path)
     parser.add_argument("--into", type=Path)
-    parser.add_argument("--ptxas", type=Path)
     parser.add_argument("--items", type=Path)
     parser.add_argument("--mode", choices=("warm", "time"))
     parser.add_argument("--until", type=float, default=float("inf"))
@@ -466,17 +409,16 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     faulthandler.enable()
     os.nice(options.nice)
-    if options.job == "list":
-        options.into.write_text(json.dumps(list_items(options.what, Rows(options.rows))))
-    elif options.job == "kernels":
-        kernels(options.what)
-    elif options.job == "items":
-        worker = Worker(options.mode, Rows(options.rows))
-        work_through(json.loads(options.items.read_text()), worker, options.until, options.stall)
-    elif options.job == "assembler":
-        assembler(Rows(options.rows), options.ptxas, options.into)
+    if options.job == "kernels":
+        kernels()
+        return 0
+    rows = Rows(options.rows)
+    if options.job == "items":
+        items = json.loads(options.items.read_text())
+        work_through(items, Worker(options.mode, rows), options.until, options.stall)
     else:
-        environment(Rows(options.rows))
+        options.into.write_text(json.dumps(list_items(options.part, rows)))
+        environment(rows)
     return 0
 
 

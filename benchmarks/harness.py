@@ -261,7 +261,6 @@ def add_options(
     parser.add_argument("--dtype", choices=DTYPES, help=dtype)
     parser.add_argument("--rounds", type=int, default=5, help="measurements of each call (default 5)")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
-    parser.add_argument("--commit", help="the commit, where a copy of the tree is not a git checkout")
 
 
 @dataclass
@@ -322,15 +321,15 @@ def open_run(options: argparse.Namespace, on_cpu: bool = False) -> Run:
         smoke=options.smoke,
         rounds=1 if options.smoke else options.rounds,
         output=options.output,
-        facts=_facts(device, options.commit),
+        facts=_facts(device),
         timer=Timer(device, SMOKE_MS if options.smoke else MEASUREMENT_MS),
     )
 
 
-def _facts(device: torch.device, commit: str | None) -> dict[str, object]:
+def _facts(device: torch.device) -> dict[str, object]:
     found = provenance()
-    if commit is not None and re.match("installed|unknown", found["commit"]):
-        found["commit"] = commit
+    if found["commit"].startswith(("installed", "unknown")):  # a copy of the tree that is not a git checkout
+        found["commit"] = os.environ.get("COMMIT", found["commit"])
     facts = {key: found[key] for key in ("commit", "torch", "device")} | {"driver": "none"}
     if device.type == "cuda":
         facts |= {"device": torch.cuda.get_device_name(device), "driver": driver_version()}

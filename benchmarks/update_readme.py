@@ -15,7 +15,7 @@ from pathlib import Path
 
 from harness import RESULTS, earlier_rows, write_results
 
-from gpu_report import facts_of, markdown_table, summary, times
+from gpu_report import FACTS, facts_of, markdown_table, summary, times
 
 ROOT = Path(__file__).parent.parent
 PAGES = ("README.md", *(f"docs/{page}.md" for page in ("evaluation", "training", "results/gpu", "results/cpu")))
@@ -152,9 +152,10 @@ def take(source: Path, results: Path = RESULTS) -> None:
     rows = []
     for archive in archives:
         with tarfile.open(archive) as tar:
-            rows += [json.loads(line) for line in tar.extractfile("rows.jsonl").read().decode().splitlines()]
+            found = [json.loads(line) for line in tar.extractfile("rows.jsonl").read().decode().splitlines()]
+        facts = _facts(facts_of(found))
+        rows += [facts | row for row in found]
     names = {"mssa": "mssa", "ista": "ista", "crate": "crate_gpu", "model": "model_gpu", "growth": "growth_gpu"}
-    facts = facts_of(rows)
     for bench, name in names.items():
         measured = [row["row"] for row in rows if row.get("bench") == bench]
         if measured:
@@ -169,12 +170,11 @@ def take(source: Path, results: Path = RESULTS) -> None:
     for row in kept:
         row["reason"] = row["reason"] and str(row["reason"])[:300]
     kept = earlier_rows(results / "gpu_check.json", kept, ["stage"]) + kept
-    write_results("gpu_check", kept, summary(kept, "all"), results, _facts(facts))
+    write_results("gpu_check", kept, summary(kept, "all"), results, facts)
 
 
 def _facts(row: dict) -> dict:
-    keys = ("commit", "torch", "device", "driver", "triton", "ptxas", "matrix_tflops_per_s", "copy_gb_per_s")
-    return {key: row[key] for key in keys if key in row}
+    return {key: row[key] for key in FACTS if key in row}
 
 
 def maskcut_table() -> str:

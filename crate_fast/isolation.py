@@ -28,7 +28,6 @@ class Job:
         command: Words.
         limit_s: Seconds after which it is killed with all it has started.
         environment: Added to the runner's.
-        polite_s: Seconds before that at which it is asked to stop (SIGINT), or 0.
         beat: A file that it must touch every `stall_s` seconds, or None; the first time may take `start_s`.
         items: What it is to work through, where that is known.
     """
@@ -37,15 +36,10 @@ class Job:
     command: list[str]
     limit_s: float
     environment: dict[str, str] = field(default_factory=dict)
-    polite_s: float = 0.0
     beat: Path | None = None
     stall_s: float = 0.0
     start_s: float = 60.0
     items: list[dict] = field(default_factory=list)
-
-
-def _heed_interrupts() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # which a shell that starts a program with & has it ignore
 
 
 class Process:
@@ -59,7 +53,6 @@ class Process:
         self.log = logs / f"{job.name.replace('/', '_').replace(' ', '_')}.log"
         self.started = time.monotonic()
         self.deadline = min(self.started + job.limit_s, hard)
-        self.asked = False
         if job.beat is not None:
             job.beat.touch()
             self.first_beat = job.beat.stat().st_mtime
@@ -69,7 +62,6 @@ class Process:
                 self.popen = subprocess.Popen(
                     job.command, cwd=cwd, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
                     env=environment | job.environment, start_new_session=True,
-                    preexec_fn=_heed_interrupts,
                 )  # fmt: skip
         except OSError as error:
             self.popen, self.finished, self.reason = None, True, f"does not start: {error}"
@@ -90,10 +82,6 @@ class Process:
             self.end(f"timed out after {self.seconds:.0f} s")
         elif self._stalled():
             self.end(f"timed out: no progress for {self._stall_limit():.0f} s")
-        elif self.job.polite_s and not self.asked and time.monotonic() >= self.deadline - self.job.polite_s:
-            self.asked = True
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self.popen.pid, signal.SIGINT)
         return self.finished
 
     def _stall_limit(self) -> float:

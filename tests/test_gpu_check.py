@@ -16,7 +16,6 @@ from pathlib import Path
 import gpu_check
 import gpu_report
 import gpu_worker
-import isolation
 import pytest
 import update_readme
 from gpu_check import Check, Stage
@@ -98,13 +97,6 @@ def test_a_process_without_progress_is_ended(tmp_path):
     assert "no progress for 0 s" in _process(tmp_path, code, beat=beat, stall_s=9.0, start_s=0.2).reason
 
 
-def test_a_process_is_asked_before_it_is_killed(tmp_path):
-    code = "import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('asked'); raise SystemExit(2)"
-    process = _process(tmp_path, code, 20.0, polite_s=18.0)
-    assert (process.reason, process.asked) == ("exit status 2", True)
-    assert isolation.tail(process.log) == "asked"
-
-
 # --- stages --------------------------------------------------------------------------------------------------------
 
 
@@ -126,7 +118,6 @@ def check(tmp_path, monkeypatch):
 
 def _check(tmp_path: Path, limit: float, **options) -> Check:
     given = {"part": "first", "rehearse": True, "limit": limit, "output": tmp_path / "out", "work": tmp_path / "work"}
-    given |= {"commit": "abc", "ptxas": tmp_path / "none", "tiles": None}
     return Check(Namespace(**given | options))
 
 
@@ -234,6 +225,7 @@ def test_what_was_found_comes_back_when_the_time_is_up_in_the_middle(check):
         while "begin" not in (job.beat.read_text().splitlines() or [""])[-1] or "hang" not in job.beat.read_text():
             time.sleep(0.02)
         process.end("by the test")
+        process.log.write_bytes(bytes(2**20))
         raise gpu_check.TimeUp
 
     with pytest.raises(gpu_check.TimeUp):
@@ -241,75 +233,37 @@ def test_what_was_found_comes_back_when_the_time_is_up_in_the_middle(check):
     check.pack()
     with tarfile.open(check.output / "gpu_check_first.tar.gz") as tar:
         rows = [json.loads(line) for line in tar.extractfile("rows.jsonl").read().splitlines()]
+        (log,) = [member for member in tar if member.name.startswith("logs/")]
     assert [row["item"] for row in rows] == ["a a"]
-
-
-def test_long_logs_and_evidence_stay_within_what_is_brought_back(check, monkeypatch):
-    monkeypatch.setattr(gpu_report, "MOST_BYTES", 2**20)
-    (check.logs / "long.log").write_bytes(os.urandom(2**20))
-    for name in ("a.ptx", "b.cubin", "c.txt"):
-        (check.failures / name).write_bytes(os.urandom(2**20))
-    check.row("facts", "ok", facts={"device": "card", "commit": "abc"})
-    check.row("x", "red", "no")
-    check.pack()
-    archive = check.output / "gpu_check_first.tar.gz"
-    assert archive.stat().st_size < 2**20
-    with tarfile.open(archive) as tar:
-        names = tar.getnames()
-        rows = [json.loads(line) for line in tar.extractfile("rows.jsonl").read().splitlines()]
-    assert "logs/long.log" in names
-    assert not any(name.startswith("failures/") for name in names)
-    assert all(row["device"] == "card" for row in rows)
+    assert log.size < 50_000  # both ends of a long one
 
 
 # --- probes and tiles ----------------------------------------------------------------------------------------------
 
 
-def test_a_red_probe_runs_again_with_the_other_assembler_and_leaves_its_code(check, monkeypatch):
-    """The code is asked for once more in a cache of its own; a right one runs once."""
-    check.rehearse, check.end = False, time.monotonic() + 60
-    check.items = {"probes": [{"name": f"probe {name}", "probe": name} for name in ("wrong", "right")]}
-    check.other_assembler = {"TRITON_PTXAS_PATH": ""}
-    check.environment["TRITON_PTXAS_PATH"] = "/carried"
-    code = """
-import json, os, pathlib, sys
-name, path = sys.argv[1:]
-cache = os.environ["TRITON_CACHE_DIR"]
-if "failures" in cache:
-    pathlib.Path(cache).mkdir(parents=True)
-    (pathlib.Path(cache) / "kernel.ptx").write_text("code")
-row = {"status": name, "share": 3.0, "reruns_equal": True, "ptxas": os.environ["TRITON_PTXAS_PATH"]}
-pathlib.Path(path).write_text(json.dumps(row))
-"""
-    start = Check.start
+@pytest.mark.parametrize("status", ["right", "wrong"])
+def test_the_carried_assembler_is_used_where_its_probe_is_right(check, tmp_path, monkeypatch, status):
+    text = "#!/bin/sh\necho Cuda compilation tools, release 13.4, V13.4.59\n"
+    (tmp_path / gpu_check.PTXAS).write_bytes(lzma.compress(text.encode()))
+    monkeypatch.setattr(gpu_check, "CARRIED", tmp_path)
+    check.rehearse, check.end, start = False, time.monotonic() + 60, Check.start
 
     def started(check, job):
-        name, path = job.command[4], job.command[6]
-        return start(check, Job(job.name, [*PYTHON, code, name, path], job.limit_s, job.environment))
+        code = "pass"
+        if job.name == "assembler":
+            path = job.command[job.command.index("--json") + 1]
+            code = f"open({path!r}, 'w').write({json.dumps({'status': status})!r})"
+        return start(check, Job(job.name, [*PYTHON, code], job.limit_s))
 
     monkeypatch.setattr(Check, "start", started)
-    check.go([Stage("probes", 30, 1, gpu_check.probes)])
-    rows = {row["item"]: row for row in gpu_report.read_rows(check.rows_file)}
-    assert {item: row["status"] for item, row in rows.items()} == {
-        "wrong": "red", "right": "ok", "wrong, other assembler": "red", "wrong, for its PTX": "red",
-    }  # fmt: skip
-    assert rows["wrong"]["probe"]["ptxas"] == "/carried"
-    assert rows["wrong, other assembler"]["probe"]["ptxas"] == ""
-    assert "3 of the error that is allowed" in rows["wrong"]["reason"]
-    check.pack()
-    with tarfile.open(check.output / "gpu_check_first.tar.gz") as tar:
-        assert "failures/wrong/kernel.ptx" in tar.getnames()
-
-
-def test_the_carried_assembler_is_used_where_it_has_passed_its_trial(check):
-    check.row("carried assembler", "n/a", "wrong")
-    gpu_check.choose_assembler(check)
-    assert check.other_assembler is None
-    assert "TRITON_PTXAS_PATH" not in check.environment
-    check.row("carried assembler", "ok", version="13.4.59", path="/elsewhere/ptxas")
-    gpu_check.choose_assembler(check)
-    assert check.environment["TRITON_PTXAS_PATH"] == "/elsewhere/ptxas"
-    assert check.other_assembler == {"TRITON_PTXAS_PATH": "", "TRITON_PTXAS_BLACKWELL_PATH": ""}
+    check.go([Stage("environment", 30, 1, gpu_check.environment)])
+    (row,) = gpu_report.read_rows(check.rows_file)
+    used = {name: value for name, value in check.environment.items() if name in gpu_check.PTXAS_VARIABLES}
+    if status == "right":
+        assert (row["status"], row["facts"]) == ("ok", {"ptxas": "13.4.59"})
+        assert used == dict.fromkeys(gpu_check.PTXAS_VARIABLES, str(check.folder / "ptxas"))
+    else:
+        assert (row["status"], row["reason"], used) == ("n/a", "Triton's own is used: wrong", {})
 
 
 def _tile(kernel: str, block: int, ms: float | None, present: bool = False, **more) -> dict:
@@ -445,7 +399,6 @@ def test_the_rehearsal_runs_every_stage_and_faults_cost_their_own_rows(rehearsal
     assert all(re.fullmatch(r"[\w.-]+", file.name) and file.stat().st_size < 16 * 2**20 for file in files)
     with tarfile.open(files[1]) as tar:
         rows = [json.loads(line) for line in tar.extractfile("rows.jsonl").read().splitlines()]
-        assert "junit.xml" in tar.getnames()
         assert "logs/fault:crash.log" in tar.getnames()
     red = {row["item"]: row["reason"] for row in rows if row["status"] == "red"}
     assert red.keys() == {"fault:crash", "fault:hang", "fault:wrong", "a fault"}, red
@@ -455,8 +408,6 @@ def test_the_rehearsal_runs_every_stage_and_faults_cost_their_own_rows(rehearsal
     stages = {row["stage"] for row in rows if row["status"] == "ok"}
     assert stages == {"environment", "warm", "probes", "timings", "tiles", "models", "more"}
     assert {stage.name for stage in gpu_check.PARTS["all"]} == stages | {"tests", "counters"}  # no GPU: all skipped
-    assert len({row["commit"] for row in rows}) == len({row["device"] for row in rows}) == 1
-    assert all(row["matrix_tflops_per_s"] > 0 for row in rows)
     measured = {(row["bench"], row["row"]["peer"]) for row in rows if row.get("bench")}
     assert {("mssa", "ours"), ("ista", "ours"), ("crate", "ours"), ("growth", "ours"), ("model", "ours")} <= measured
     assert "brought back after" in text
@@ -465,6 +416,7 @@ def test_the_rehearsal_runs_every_stage_and_faults_cost_their_own_rows(rehearsal
 
 def test_the_readmes_tables_are_made_of_what_was_brought_back(rehearsal, tmp_path):
     _, folder = rehearsal
+    assert update_readme.gpu_table(tmp_path) == update_readme.models_table(tmp_path) == update_readme.NOT_MEASURED
     update_readme.take(folder, tmp_path)
     table = update_readme.gpu_table(tmp_path)
     named = re.search(r"1 of 4 kernel probes are right: \*\*red\*\*: (.*)\.", table)[1]
@@ -473,6 +425,8 @@ def test_the_readmes_tables_are_made_of_what_was_brought_back(rehearsal, tmp_pat
     assert "| tiny ista, 74×64, forward + backward |" in table
     assert "| tiny, training step, batch 2 |" in update_readme.models_table(tmp_path)
     assert "SIGABRT" in (tmp_path / "gpu_check.md").read_text()
+    kept = json.loads((tmp_path / "gpu_check.json").read_text())["rows"]
+    assert len({(row["commit"], row["device"], row["torch"]) for row in kept}) == 1
 
     rows = json.loads((tmp_path / "mssa.json").read_text())
     for row in rows["rows"]:
