@@ -3,9 +3,9 @@
     python benchmarks/compile_report.py                   # all architectures, two to four minutes on two cores
     python benchmarks/compile_report.py --architectures sm_90 --kernels ista_forward
 
-Ahead-of-time compilation through Triton's own wheel: registers, spilled bytes, shared memory, matrix instructions,
-asynchronous copies. Exits with 1 where a kernel does not compile or
-does not fit, or misses its architecture's own instructions, and on the versions of `NO_SPILLS` where one spills.
+Ahead-of-time compilation through Triton's own wheel: registers, spilled bytes, shared memory, matrix instructions and
+asynchronous copies of the PTX. Exits with 1 where a kernel does not compile or does not fit, or misses its
+architecture's own instructions, and on the versions of `NO_SPILLS` where one spills.
 """
 
 import argparse
@@ -13,9 +13,8 @@ import contextlib
 import io
 import os
 import re
-import subprocess
 import sys
-import tempfile
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
@@ -158,8 +157,8 @@ def _source(launch):
     return ASTSource(launch.kernel, signature, constants, attributes)
 
 
-def compile_launch(launch, architecture: str, disassembled: bool = True) -> dict:
-    """Compile one launch and read the result; `matrix_instructions` is a count by name, if disassembled."""
+def compile_launch(launch, architecture: str) -> dict:
+    """Compile one launch and read the result; `matrix_instructions` is a count by name."""
     import triton
     from triton import knobs
     from triton.backends.compiler import GPUTarget
@@ -169,7 +168,7 @@ def compile_launch(launch, architecture: str, disassembled: bool = True) -> dict
     log, target = io.StringIO(), GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
     with contextlib.redirect_stdout(log):
         compiled = triton.compile(_source(launch), target=target, options=launch.options)
-    log = log.getvalue()
+    log, ptx = log.getvalue(), compiled.asm["ptx"]
     spilled = sum(map(int, re.findall(r"(\d+) bytes spill", log)))
     stack = int(re.search(r"(\d+) bytes stack frame", log)[1])
     return {
@@ -177,34 +176,22 @@ def compile_launch(launch, architecture: str, disassembled: bool = True) -> dict
         "registers": int(re.search(r"Used (\d+) registers", log)[1]),
         "spilled_bytes": max(spilled, stack),
         "serialized": "wgmma.mma_async instructions are serialized" in log,
-        **(_read_sass(compiled.asm["cubin"], knobs.nvidia.nvdisasm.path) if disassembled else {}),
+        "matrix_instructions": dict(Counter(re.findall(r"\b(wgmma\.mma_async|mma\.sync|tcgen05\.mma)\b", ptx))),
+        "async_copies": len(re.findall(r"\bcp\.async\.(ca|cg|bulk\.tensor)\b", ptx)),
     }
 
 
-def _read_sass(cubin: bytes, disassembler: str) -> dict:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        sass = subprocess.run([disassembler, "-c", file.name], check=True, capture_output=True, text=True).stdout
-    matrix = {name: len(re.findall(rf"\b{name}\b", sass)) for name in ("HGMMA", "HMMA", "UTCHMMA", "UTCQMMA")}
-    return {
-        "matrix_instructions": {name: count for name, count in matrix.items() if count},
-        "async_copies": len(re.findall(r"\b(LDGSTS|UTMALDG)\b", sass)),
-    }
-
-
-def compile_case(case: Case, brief: bool = False) -> dict:
-    """Return a row of the report, if `brief` what `problems` reads; "error" holds the message of a failure."""
+def compile_case(case: Case) -> dict:
+    """Return a row of the report; "error" holds the message of a failure."""
     row = asdict(case) | {"error": None}
     try:
         launch = plan(case)
-        disassembled = not brief or _needs_hopper_instructions(row)
-        return row | {"tile": asdict(launch.tile)} | compile_launch(launch, case.architecture, disassembled)
+        return row | {"tile": asdict(launch.tile)} | compile_launch(launch, case.architecture)
     except Exception as error:  # a compiler raises what it likes; the report shows it and exits with 1
         return row | {"error": f"{type(error).__name__}: {str(error)[:500]}"}
 
 
-def compile_all(wanted: list[Case], processes: int = 2, brief: bool = False) -> list[dict]:
+def compile_all(wanted: list[Case], processes: int = 2) -> list[dict]:
     """Compile in several processes; one that a compiler assertion kills becomes a row's error."""
 
     def pool(size: int) -> ProcessPoolExecutor:
@@ -212,7 +199,7 @@ def compile_all(wanted: list[Case], processes: int = 2, brief: bool = False) -> 
 
     rows: dict[Case, dict] = {}
     with pool(processes) as workers:
-        futures = {case: workers.submit(compile_case, case, brief) for case in wanted}
+        futures = {case: workers.submit(compile_case, case) for case in wanted}
         for case, future in futures.items():
             with contextlib.suppress(BrokenProcessPool):
                 rows[case] = future.result()
@@ -220,14 +207,10 @@ def compile_all(wanted: list[Case], processes: int = 2, brief: bool = False) -> 
         if case not in rows:
             with pool(1) as worker:  # alone, to find who kills the process
                 try:
-                    rows[case] = worker.submit(compile_case, case, brief).result()
+                    rows[case] = worker.submit(compile_case, case).result()
                 except BrokenProcessPool:
                     rows[case] = asdict(case) | {"error": "the compiler killed its process"}
     return [rows[case] for case in wanted]
-
-
-def _needs_hopper_instructions(row: dict) -> bool:
-    return row["architecture"] == "sm_90" and row["precision"] == "half" and row["kernel"] not in ROWWISE
 
 
 def problems(rows: list[dict], spills_count: bool) -> list[str]:
@@ -243,9 +226,9 @@ def problems(rows: list[dict], spills_count: bool) -> list[str]:
             found.append(f"{name}: {row['shared_kib']} KiB of shared memory of {limit:.0f}")
         if row["spilled_bytes"] and spills_count:
             found.append(f"{name}: spills {row['spilled_bytes']} bytes a thread")
-        if _needs_hopper_instructions(row):
-            if "HGMMA" not in row["matrix_instructions"]:
-                found.append(f"{name}: no HGMMA, {row['matrix_instructions']}")
+        if row["architecture"] == "sm_90" and row["precision"] == "half" and row["kernel"] not in ROWWISE:
+            if "wgmma.mma_async" not in row["matrix_instructions"]:
+                found.append(f"{name}: no wgmma, {row['matrix_instructions']}")
             if not row["async_copies"] and not row["kernel"].startswith("whole_head"):  # which loads once
                 found.append(f"{name}: no asynchronous copies")
             if row["serialized"]:
