@@ -98,7 +98,7 @@ def items() -> list[dict]:
         key = {"kernel": kernel, "architecture": architecture(device), "precision": "half", "block_d": block_d}
         lists.append(
             [
-                {"name": f"{kernel} {_words(tile)}", "kind": "tile", **key}
+                {"name": f"{kernel} {_source(tile)}", "kind": "tile", **key}
                 | {"tile": asdict(tile), "present": tile == present}
                 for tile in dict.fromkeys([present, *tiles])
             ]
@@ -106,11 +106,13 @@ def items() -> list[dict]:
     return [one[i] for i in range(max(map(len, lists))) for one in lists if i < len(one)]
 
 
-def _words(tile: Tile) -> str:
-    sizes = [tile.block_m, tile.block_n] + [tile.block_k] * bool(tile.block_k)
-    words = [f"{tile.num_warps} warps", f"{tile.num_stages} stages"]
-    words += [name.replace("_", " ") for name in ("one_exp", "persistent") if getattr(tile, name)]
-    return f"{'×'.join(map(str, sizes))}, {', '.join(words)}"
+def _source(tile: Tile) -> str:
+    """Format a tile as kernels/launch.py has it."""
+    sizes = [tile.block_m, tile.block_n, tile.num_warps, tile.num_stages] + [tile.block_k] * bool(tile.block_k)
+    words = [str(size) for size in sizes]
+    flags = {field.name: field.default for field in fields(Tile) if isinstance(field.default, bool)}
+    words += [f"{name}={not default}" for name, default in flags.items() if getattr(tile, name) != default]
+    return f"Tile({', '.join(words)})"
 
 
 # --- problems -----------------------------------------------------------------------------------------------------
@@ -272,13 +274,8 @@ def row_source(row: dict) -> str:
     """Format a row of found_tiles.json as kernels/launch.py has it."""
     if row["tile"] is None:
         return f"    # {row['kernel']}, {row['precision']}, {row['architecture']}: slower than blocks of rows, no row"
-    values = {field.name: field.default for field in fields(Tile)} | row["tile"]
-    words = [str(values[name]) for name in ("block_m", "block_n", "num_warps", "num_stages")]
-    words += [str(values["block_k"])] * bool(values["block_k"])
-    words += [f"{name}={values[name]}" for name in ("one_exp", "persistent") if values[name]]
-    words += ["chosen=False"] * (not values["chosen"])
-    width = f", {row['block_d']}" if row["block_d"] else ""
-    return f'    ("{row["kernel"]}", "{row["precision"]}", "{row["architecture"]}"{width}): Tile({", ".join(words)}),'
+    width, tile = f", {row['block_d']}" if row["block_d"] else "", _source(Tile(**row["tile"]))
+    return f'    ("{row["kernel"]}", "{row["precision"]}", "{row["architecture"]}"{width}): {tile},'
 
 
 def main(argv: list[str] | None = None) -> int:
