@@ -16,7 +16,7 @@ so a host that is slower than the device is in the times. `model_problem.cost` s
 
 import argparse
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import harness
 from harness import Run
@@ -68,23 +68,18 @@ MAE_PEERS = [OURS, RELEASED, VISIBLE]
 GROWTH_PEERS = [OURS, RELEASED, OURS + GRAPHED]
 
 
-@dataclass(frozen=True)
-class Part:
-    """The models, passes and peers of one file of results, `name`.{json,md}; the first peer is ours."""
+def measure(file: str, sizes: dict[str, Size], passes: tuple[str, ...], names: list[str], run: Run) -> bool:
+    """Measure the models and passes of one file of results, whose first peer is ours; True if ours was right and ran.
 
-    name: str
-    sizes: dict[str, Size]
-    passes: tuple[str, ...]
-    peers: list[str]
-
-
-def measure(part: Part, run: Run) -> bool:
-    """Measure every model and pass, writing the rows after each; True if ours was right and ran."""
-    for model, size in part.sizes.items():
-        for what in part.passes:
-            run.rows += measure_one(model, size, what, part.peers, run)
+    The rows are written after each pass.
+    """
+    run.rows = []
+    for model, size in sizes.items():
+        for what in passes:
+            run.rows += measure_one(model, size, what, names, run)
             run.timer.free_memory()
-            run.report(part.name, quiet=True)  # keeps it if the rest is cut short
+            run.report(file, quiet=True)  # keeps it if the rest is cut short
+    run.report(file)
     return not any(row.get("red") for row in run.rows)
 
 
@@ -105,19 +100,23 @@ def measure_one(model: str, size: Size, what: str, names: list[str], run: Run) -
     return rows
 
 
-def _parts(options: argparse.Namespace, on_gpu: bool) -> list[Part]:
-    """Return the parts that the options ask for."""
+def _parts(options: argparse.Namespace, on_gpu: bool) -> list[tuple]:
+    """Return what the options ask for: file, models, passes and peers of each `measure`."""
+    crates, maes, growth = CRATES, MAES, {}
+    if options.smoke:
+        crates, maes, growth = SMOKE_CRATES, SMOKE_MAES, SMOKE_GROWTH
+    elif options.growth:
+        crates, maes = {}, {}
+        growth = {name: GROWTH[name] for name in (GROWTH if on_gpu else GROWTH_ON_A_CPU)}
+    elif chosen := options.models or ([] if on_gpu else ON_A_CPU):
+        crates, maes = ({name: size for name, size in table.items() if name in chosen} for table in (CRATES, MAES))
     both, kind = (TRAINING, INFERENCE), "gpu" if on_gpu else "cpu"
-    crates, maes, growth = (f"{name}_{kind}" for name in ("crate", "model", "growth"))
-    if options.growth:
-        chosen = GROWTH if on_gpu else GROWTH_ON_A_CPU
-        return [Part(growth, {name: GROWTH[name] for name in chosen}, both, GROWTH_PEERS)]
-    chosen = options.models or ([*CRATES, *MAES] if on_gpu else ON_A_CPU)
-    sizes = [{name: size for name, size in table.items() if name in chosen} for table in (CRATES, MAES)]
-    sizes = [SMOKE_CRATES, SMOKE_MAES, SMOKE_GROWTH] if options.smoke else [*sizes, {}]
-    passes, peers_ = (both, (TRAINING,), both), (CRATE_PEERS, MAE_PEERS, GROWTH_PEERS)
-    parts = map(Part, (crates, maes, growth), sizes, passes, peers_)
-    return [part for part in parts if part.sizes]
+    parts = [
+        (f"crate_{kind}", crates, both, CRATE_PEERS),
+        (f"model_{kind}", maes, (TRAINING,), MAE_PEERS),
+        (f"growth_{kind}", growth, both, GROWTH_PEERS),
+    ]
+    return [part for part in parts if part[1]]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -131,12 +130,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--growth has its own models: leave --models out")
     run = harness.open_run(options, on_cpu=True)
     run.measure_ceilings()
-    good = True
-    for part in _parts(options, run.timer.on_gpu):
-        run.rows = []
-        good &= measure(part, run)
-        run.report(part.name)
-    return int(not good)
+    right = [measure(*part, run) for part in _parts(options, run.timer.on_gpu)]
+    return int(not all(right))
 
 
 if __name__ == "__main__":

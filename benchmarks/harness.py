@@ -1,4 +1,4 @@
-"""Times and memory of calls, the agreement of models, facts and options of a run, files of results.
+"""Times and memory of calls, facts and options of a run, files of results.
 
 This module imports crate_fast before PyTorch, so that OpenMP takes the package's GOMP_SPINCOUNT; therefore each
 benchmark imports it first (the isort section "harness" in pyproject.toml keeps it there).
@@ -34,7 +34,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from gpu_report import times
-from torch import Tensor
 
 from crate_fast.env import driver_version, provenance, ptxas_version
 from crate_fast.kernels.launch import INTERPRETED
@@ -48,14 +47,6 @@ MEASUREMENT_MS = 100.0  # of one measurement, with the overwriting of the cache
 SMOKE_MS = 2.0
 MAX_CALLS = 1000  # in one measurement
 _LONG_MS = 1000.0
-
-OUTPUT, GRADIENT, WORST = "output", "gradient", "a parameter's gradient"
-# Rounding that moves a ReLU's argument across zero changes one parameter's gradient by up to a few 1e-3 of its norm;
-# a scale that is off by 2 %, or a missing term, changes some parameter's by more than 1e-2.
-TIGHT = {OUTPUT: 1e-4, GRADIENT: 1e-3, WORST: 1e-2}  # in fp32
-# In bf16 such ReLUs are many: on a few images the gradient of either form was 1 to 6 % from fp32's, one parameter's 6
-# to 25 %, and which was nearer changed with the images. So these come on top of twice the other form's distance.
-SLACK = {OUTPUT: 0.01, GRADIENT: 0.1, WORST: 0.3}
 
 
 # --- time and memory ----------------------------------------------------------------------------------------------
@@ -231,25 +222,6 @@ class Ceilings(NamedTuple):
         return 1e3 * max(flops / (self.tflops_per_s * 1e12), moved_bytes / (self.gb_per_s * 1e9))
 
 
-def measure_ceilings(timer: Timer, device: torch.device, dtype: torch.dtype, smoke: bool) -> Ceilings:
-    """Time a large product of random matrices in `dtype` and a large copy: the best medians of three."""
-    side = 256 if smoke else 2048 if not timer.on_gpu else 4096 if dtype == torch.float32 else 8192
-    left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    product = torch.empty_like(left)
-    source = torch.randn(2**20 if smoke else 2**28 if timer.on_gpu else 2**26, device=device)  # 4, 1024 or 256 MiB
-    target = torch.empty_like(source)
-
-    def best_ms(step: Step) -> float:
-        calls = 30 if timer.on_gpu and not smoke else 3
-        timer.sample(step, 3, 1)
-        return min(statistics.median(timer.sample(step, calls, 1)) for _ in range(3))
-
-    product_ms = best_ms(Step(lambda _: torch.matmul(left, right, out=product)))
-    copy_ms = best_ms(Step(lambda _: target.copy_(source)))
-    moved = 2 * source.numel() * source.element_size()
-    return Ceilings(2 * side**3 / product_ms / 1e9, moved / copy_ms / 1e6)
-
-
 # --- a run --------------------------------------------------------------------------------------------------------
 
 
@@ -284,8 +256,24 @@ class Run:
         return stem + ("" if self.timer.on_gpu else "_cpu") + dtype
 
     def measure_ceilings(self) -> None:
-        """Measure the ceilings that every row's floor and facts come from."""
-        self.ceilings = measure_ceilings(self.timer, self.device, self.dtype, self.smoke)
+        """Time a large product and a large copy, which every row's floor comes from: the best medians of three."""
+        timer = self.timer
+        side = 256 if self.smoke else 2048 if not timer.on_gpu else 4096 if self.dtype == torch.float32 else 8192
+        left, right = (torch.randn(side, side, device=self.device).to(self.dtype) for _ in range(2))
+        product = torch.empty_like(left)
+        numbers = 2**20 if self.smoke else 2**28 if timer.on_gpu else 2**26  # 4, 1024 or 256 MiB
+        source = torch.randn(numbers, device=self.device)
+        target = torch.empty_like(source)
+
+        def best_ms(step: Step) -> float:
+            calls = 30 if timer.on_gpu and not self.smoke else 3
+            timer.sample(step, 3, 1)
+            return min(statistics.median(timer.sample(step, calls, 1)) for _ in range(3))
+
+        product_ms = best_ms(Step(lambda _: torch.matmul(left, right, out=product)))
+        copy_ms = best_ms(Step(lambda _: target.copy_(source)))
+        moved = 2 * source.numel() * source.element_size()
+        self.ceilings = Ceilings(2 * side**3 / product_ms / 1e9, moved / copy_ms / 1e6)
         self.facts |= {
             "matrix_tflops_per_s": float(f"{self.ceilings.tflops_per_s:.4g}"),
             "copy_gb_per_s": float(f"{self.ceilings.gb_per_s:.4g}"),
@@ -369,30 +357,6 @@ def run_shapes(
         run.report(name, quiet=True)  # keeps what is measured if the rest is cut short
     run.report(name)
     return int(any(row.get("red") for row in run.rows))
-
-
-# --- agreement --------------------------------------------------------------------------------------------------
-
-
-def relative_difference(found: Tensor, expected: Tensor) -> float:
-    """Return the norm of the difference over the norm of what is expected."""
-    return ((found - expected).norm() / expected.norm().clamp_min(1e-30)).item()
-
-
-def differences(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
-    """Compare two models by relative norms: of the output, of the whole gradient, the largest of a parameter's.
-
-    Both hold "output", and the gradients by their parameters' names, if there are any.
-    """
-    if found.keys() != expected.keys():
-        raise ValueError(f"gradients of other parameters: {sorted(found.keys() ^ expected.keys())}")
-    result = {OUTPUT: relative_difference(found[OUTPUT], expected[OUTPUT])}
-    names = [name for name in expected if name != OUTPUT]
-    if names:
-        whole = (torch.cat([tensors[name].flatten() for name in names]) for tensors in (found, expected))
-        result[GRADIENT] = relative_difference(*whole)
-        result[WORST] = max(relative_difference(found[name], expected[name]) for name in names)
-    return result
 
 
 # --- results ------------------------------------------------------------------------------------------------------

@@ -14,7 +14,6 @@ import measuring
 import pytest
 import torch
 import torch.nn.functional as F
-import update_readme
 from measuring import Peer, measure_peers
 
 from crate_fast import functional
@@ -22,6 +21,7 @@ from crate_fast.functional import ista
 from crate_fast.reference import subspace_attention_reference
 
 BOTH = "forward + backward"
+CEILINGS = harness.Ceilings(100.0, 1000.0)  # TFLOP/s, GB/s
 
 
 # --- smoke runs ----------------------------------------------------------------------------------------------------
@@ -82,7 +82,7 @@ def test_without_a_gpu_the_cpu_path_is_measured_under_another_name(benchmark_mod
     monkeypatch.setattr(benchmark_module, "CPU_SHAPES", {"tiny": tiny})
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     monkeypatch.setattr(harness, "MEASUREMENT_MS", 2.0)
-    monkeypatch.setattr(harness, "measure_ceilings", lambda *_: harness.Ceilings(1.0, 1.0))
+    monkeypatch.setattr(harness.Run, "measure_ceilings", lambda run: setattr(run, "ceilings", CEILINGS))
     assert benchmark_module.main(["--rounds", "1", "--output", str(tmp_path)]) == 0
     (file,) = tmp_path.glob("*_cpu.json")
     rows = json.loads(file.read_text())["rows"]
@@ -196,9 +196,8 @@ def test_istas_cost_is_counted_as_stated(run):
 
 
 def test_a_floor_is_the_longer_of_arithmetic_and_bytes():
-    ceilings = harness.Ceilings(100.0, 1000.0)
-    assert ceilings.floor_ms(1e12, 1e6) == pytest.approx(10.0)
-    assert ceilings.floor_ms(1e9, 1e9) == pytest.approx(1.0)
+    assert CEILINGS.floor_ms(1e12, 1e6) == pytest.approx(10.0)
+    assert CEILINGS.floor_ms(1e9, 1e9) == pytest.approx(1.0)
 
 
 def test_istas_gradient_is_zero_where_rounding_decides(run):
@@ -290,36 +289,6 @@ def test_a_whole_measurement_goes_the_gpus_way(pretended_gpu, run):
     rows = measure_peers(problem, peers, run)
     assert [row["latency_ms"] for row in rows] == [1.0] * 6
     assert all(row["peak_mib"] == 2.0 and row["calls"] == 3 for row in rows)
-
-
-# --- results -------------------------------------------------------------------------------------------------------
-
-
-def test_the_readmes_gpu_table_comes_from_the_results(run, tmp_path, monkeypatch):
-    marked = "a\n<!-- gpu-table:begin -->\nold\n<!-- gpu-table:end -->\nb\n"
-    monkeypatch.setattr(update_readme, "gpu_table", lambda: update_readme.NOT_MEASURED)
-    assert update_readme.updated(marked) == marked.replace("old\n", update_readme.NOT_MEASURED)
-    monkeypatch.undo()
-    assert update_readme.gpu_table(tmp_path) == update_readme.NOT_MEASURED
-
-    run.smoke = False
-    attention = bench_mssa.make_problem("B16", bench_mssa.Shape(1, 2, 17, 32), run)
-    eager = [peer for peer in bench_mssa.PEERS if peer.smoke]
-    run.rows = measure_peers(attention, [Peer("ours", lambda: _attend, ours=True), *eager], run)
-    run.report("mssa", quiet=True)
-    step = bench_ista.make_problem("B16", bench_ista.Shape(70, 64), "ista", run, False)
-    eager = [peer for peer in bench_ista.peers("ista") if peer.smoke]
-    run.rows = measure_peers(step, [Peer("ours", lambda: ista, ours=True), *eager], run)
-    run.report("ista", quiet=True)
-
-    content = json.loads((tmp_path / "mssa.json").read_text())
-    assert content["rows"][0]["peer"] == "ours"
-    assert f"commit {content['commit']}" in (tmp_path / "mssa.md").read_text()
-    table = update_readme.gpu_table(tmp_path)
-    assert "| B16, 1×17×2×32, forward + backward |" in table
-    assert "| B16 ista, 70×64, forward + backward |" in table
-    assert "| n/a |" in table  # the compiled peers, which this run did not have
-    assert "reached 1 TFLOP/s" in table
 
 
 def test_inference_folds_once():
