@@ -18,7 +18,6 @@ commit where this copy of the tree is not a git checkout.
 """
 
 import argparse
-import csv
 import importlib.util
 import json
 import lzma
@@ -91,7 +90,7 @@ class Check:
         self.cores = os.cpu_count() or 2
         self.items: dict[str, list[dict]] = {}  # by kind, once they are listed
         self.background: list[Process] = []
-        self.taken: dict[Path, int] = {}  # lines of workers' files that are in ours
+        self.taken: set[Path] = set()  # workers' files whose rows are in ours
         self.environment = self._environment(options.work)
 
     def _environment(self, work: Path) -> dict[str, str]:
@@ -129,18 +128,15 @@ class Check:
         return read_rows(self.rows_file)
 
     def collect(self, path: Path) -> tuple[set[str], str | None]:
-        """Take over a worker's new rows; return the items that it finished, and the one it was at when it ended."""
-        ended, current, lines = set(), None, read_rows(path)
-        for number, line in enumerate(lines):
-            if "begin" in line:
-                current = line["begin"]
-            elif "end" in line:
-                ended.add(line["end"])
-                current = None
-            elif number >= self.taken.get(path, 0) and {"item", "status"} <= line.keys():
+        """Take over the rows of a worker that has ended; return the items that it finished, and the one it was at."""
+        self.taken.add(path)
+        lines = read_rows(path)
+        for line in lines:
+            if "item" in line:
                 self.row(**line)
-        self.taken[path] = len(lines)
-        return ended, current
+        ended = {line["end"] for line in lines if "end" in line}
+        begun = [line["begin"] for line in lines if "begin" in line and line["begin"] not in ended]
+        return ended, begun[-1] if begun else None
 
     # --- processes ------------------------------------------------------------------------------------------------
 
@@ -200,10 +196,10 @@ class Check:
         return [self.items_job(left, mode, stall_s)] if left else []
 
     def stop_background(self) -> None:
-        """End the background's compilers, which would slow what is timed."""
+        """End the background's compilers, before they slow what is timed."""
         for process in self.background:
             process.check()
-            process.end("stopped: times are measured now")
+            process.end("stopped")
             _, current = self.collect(process.job.beat)
             if current is not None:
                 self.row(f"compiled: {current}", "n/a", process.reason)
@@ -230,7 +226,8 @@ class Check:
 
     def pack(self) -> str:
         """Write the archive and the summary; return the summary."""
-        for path in self.folder.glob("rows_*.jsonl"):
+        running = {process.job.beat for process in self.background}
+        for path in set(self.folder.glob("rows_*.jsonl")) - self.taken - running:
             self.collect(path)  # of workers that nobody has waited for
         return pack(self.rows(), self.part, self.folder, self.output)
 
@@ -249,6 +246,7 @@ def environment(check: Check) -> None:
         jobs += [Job("env", [sys.executable, "-m", "crate_fast.env"], 60), Job("nvidia-smi", ["nvidia-smi"], 20)]
         if (CARRIED / PTXAS).exists():
             ptxas.write_bytes(lzma.decompress((CARRIED / PTXAS).read_bytes()))
+            ptxas.chmod(0o755)
             jobs += [Job("assembler", _probe(TRIAL, trial, "--reruns", "2"), 40, carried)]
 
     def done(process: Process) -> None:
@@ -392,32 +390,18 @@ def counters(check: Check) -> None:
     if tool is None:
         check.row("ncu", "n/a", "ncu is not here")
         return
-    command = [tool, "--profile-from-start", "off", "--clock-control", "none", "--csv", "--page", "details"]
+    command = [tool, "--profile-from-start", "off", "--clock-control", "none"]
     for section in ("SpeedOfLight", "Occupancy", "LaunchStats", "WarpStateStats", "ComputeWorkloadAnalysis"):
         command += ["--section", section]
     command += [sys.executable, str(ROOT / "benchmarks" / "gpu_worker.py"), "kernels"]
 
     def done(process: Process) -> None:
-        found = read_counters(process.log)
-        reason = None if found else f"{process.reason}: {tail(process.log)}"
-        check.row("ncu", "ok" if found else "n/a", reason, counters=found)
+        if process.reason is None:
+            check.row("ncu", "ok", output=process.log.read_text(errors="replace"))
+        else:
+            check.row("ncu", "n/a", f"{process.reason}: {tail(process.log)}")
 
     check.run([Job("ncu", command, 60.0)], done, 1)
-
-
-WANTED = re.compile("Throughput|Duration|Registers Per Thread|Occupancy|Shared Memory|Issue|Executed Ipc|Warp")
-
-
-def read_counters(log: Path) -> dict[str, dict[str, str]]:
-    """Read ncu's table: by kernel, metric and value with its unit."""
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.startswith('"')]
-    found: dict[str, dict[str, str]] = {}
-    for row in csv.DictReader(lines):
-        metric = row.get("Metric Name") or ""
-        if row.get("Metric Value") and WANTED.search(metric):
-            value = f"{row['Metric Value']} {row.get('Metric Unit') or ''}".strip()
-            found.setdefault(row.get("Kernel Name", "?"), {})[metric] = value
-    return found
 
 
 _ENVIRONMENT = Stage("environment", 15, 45, environment)
@@ -470,7 +454,8 @@ def prepare() -> int:
             with zipfile.ZipFile(wheel) as archive:
                 names = [name for name in archive.namelist() if re.search(r"/nvidia/bin/ptxas[^/]*$", name)]
                 tools = [Path(archive.extract(name, folder)) for name in names]
-            target.write_bytes(lzma.compress(max(tools, key=_version_numbers).read_bytes(), preset=6))
+            newest = max(tools, key=lambda tool: [int(number) for number in _ptxas_version(tool).split(".")])
+            target.write_bytes(lzma.compress(newest.read_bytes(), preset=6))
     print(f"{CARRIED}: commit {_commit()}, {target.name} {target.stat().st_size / 2**20:.0f} MiB; carry this folder")
     return 0
 
@@ -479,10 +464,6 @@ def _ptxas_version(tool: Path) -> str:
     tool.chmod(0o755)
     text = subprocess.run([str(tool), "--version"], capture_output=True, text=True, check=True).stdout
     return re.search(r"\bV(\d[\d.]*)", text)[1]
-
-
-def _version_numbers(tool: Path) -> list[int]:
-    return [int(number) for number in _ptxas_version(tool).split(".")]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -523,8 +504,7 @@ def main(argv: list[str] | None = None) -> int:
         signal.setitimer(signal.ITIMER_REAL, 0)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)
-        for process in check.background:
-            process.end("the check is over")
+        check.stop_background()
         page = check.pack()
         print(page if len(page) < 10_000 else f"{page[:5000]}\n[...]\n{page[-4500:]}")  # callers see the last 12,000
         print(f"brought back after {time.monotonic() - check.started:.0f} s: {options.output}", flush=True)

@@ -184,11 +184,10 @@ def _tiles(rows: list[dict]) -> list[str]:
 
 def _profile(rows: list[dict]) -> list[str]:
     return [
-        f"## One training step: {row['busy_us']:,.0f} of {row['span_us']:,.0f} µs busy, {row['launches']} launches; "
-        f"largest gaps {', '.join(map(str, row['gaps_us'][:5]))} µs\n\n" + markdown_table(row["kernels"][:15])
+        f"## One training step: {row['span_us']:,} µs, with the profiler's own\n\n```\n{row['table']}```\n"
         for row in rows
-        if row.get("item") == "profile" and "kernels" in row
-    ][:1]
+        if row.get("item") == "profile" and "table" in row
+    ]
 
 
 # --- the archive --------------------------------------------------------------------------------------------------

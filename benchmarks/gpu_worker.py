@@ -29,7 +29,7 @@ COMPILED_FIRST = [
     "one product, compiled",
     "torch.compile of the eager form",
 ]
-PROFILED = 30  # kernels in the table of a profile
+PROFILED = 30  # rows in the table of a profile
 COUNTED = (
     *("attention_forward", "attention_backward", "whole_head_forward"),
     *("whole_head_backward", "ista_forward", "weight_gradient"),
@@ -296,9 +296,8 @@ class Worker:
         self.rows.measured(item["name"], item["table"], rows)
 
     def profile(self, item: dict) -> None:
-        """Profile one training step: its kernels by their time, and how long the GPU waits."""
+        """Profile one training step: the table of PyTorch's profiler."""
         from model_problem import OURS, TRAINING, make_problem
-        from torch.autograd import DeviceType
         from torch.profiler import ProfilerActivity, profile
 
         run = self.run(on_cpu=True)
@@ -306,18 +305,16 @@ class Worker:
         trial = problem.trial(OURS, problem.cast)
         for _ in range(1 if REHEARSED else 5):
             trial.step()
-        on_gpu = run.timer.on_gpu
         run.timer.synchronize()
-        with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]) as trace:
+        with profile(
+            activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if run.timer.on_gpu else [])]
+        ) as trace:
+            start = time.perf_counter()
             trial.step()
             run.timer.synchronize()
-        device = DeviceType.CUDA if on_gpu else DeviceType.CPU
-        kernels = [
-            (event.name, event.time_range.start, event.time_range.end)
-            for event in trace.events()
-            if event.device_type == device and not getattr(event, "is_user_annotation", False)
-        ]
-        self.rows.add(item["name"], "ok", **reduced(kernels))
+            span_us = round(1e6 * (time.perf_counter() - start))
+        order = "self_device_time_total" if run.timer.on_gpu else "self_cpu_time_total"
+        self.rows.add(item["name"], "ok", span_us=span_us, table=trace.key_averages().table(order, PROFILED))
 
     def crash(self, item: dict) -> None:
         """Abort, in rehearsals: a fault that nothing can catch."""
@@ -347,30 +344,6 @@ def work_through(items: list[dict], worker: Worker, until: float, stall_s: float
             worker.rows.fail(item["name"], error, red=worker.mode == "time")
         worker.rows.mark("end", item["name"])
     faulthandler.cancel_dump_traceback_later()
-
-
-def reduced(events: list[tuple[str, float, float]]) -> dict[str, object]:
-    """Reduce (name, start, end) of kernels in µs to span, busy and idle time, and the kernels by their time."""
-    events = sorted(events, key=lambda event: event[1])
-    totals: dict[str, list[float]] = {}
-    busy, gaps, reached = 0.0, [], events[0][1]
-    for name, start, end in events:
-        total = totals.setdefault(name, [0, 0.0])
-        total[0] += 1
-        total[1] += end - start
-        if start > reached:
-            gaps.append(start - reached)
-        busy += max(0.0, end - max(start, reached))
-        reached = max(reached, end)
-    ranked = sorted(totals.items(), key=lambda item: -item[1][1])[:PROFILED]
-    kernels = [{"kernel": name[:120], "calls": calls, "us": round(us, 1)} for name, (calls, us) in ranked]
-    return {
-        "span_us": round(reached - events[0][1], 1),
-        "busy_us": round(busy, 1),
-        "gaps_us": [round(gap, 1) for gap in sorted(gaps, reverse=True)[:10]],
-        "launches": len(events),
-        "kernels": kernels,
-    }
 
 
 def kernels() -> None:

@@ -152,9 +152,9 @@ def take(source: Path, results: Path = RESULTS) -> None:
     rows = []
     for archive in archives:
         with tarfile.open(archive) as tar:
-            found = [json.loads(line) for line in tar.extractfile("rows.jsonl").read().decode().splitlines()]
-        facts = _facts(facts_of(found))
-        rows += [facts | row for row in found]
+            brought = [json.loads(line) for line in tar.extractfile("rows.jsonl").read().decode().splitlines()]
+        facts = _facts(facts_of(brought))
+        rows += [facts | row for row in brought]
     names = {"mssa": "mssa", "ista": "ista", "crate": "crate_gpu", "model": "model_gpu", "growth": "growth_gpu"}
     for bench, name in names.items():
         measured = [row["row"] for row in rows if row.get("bench") == bench]
