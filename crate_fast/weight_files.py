@@ -4,7 +4,6 @@ Nothing here runs pickled code: `torch.load` is always called with `weights_only
 """
 
 import argparse
-import json
 import os
 import pickle
 import re
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from crate_fast.errors import UserError
 
-__all__ = ["describe_file", "is_wrapped", "read_state_dict", "split_entry", "unreadable", "unwrap_state_dict"]
+__all__ = ["describe_file", "is_wrapped", "read_state_dict", "split_entry", "unwrap_state_dict"]
 
 _AVERAGES = ("state_dict_ema", "model_ema", "ema")  # taken first, as timm does; then the weights themselves
 _ENTRIES = (*_AVERAGES, "state_dict", "model")
@@ -28,21 +27,13 @@ _PREFIXES = ("module.", "_orig_mod.")  # added by DataParallel and DDP, and by t
 _TORCH_MAGIC = b"\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"  # torch.save's number in front of its older format
 _FETCH = "fetch it again, or use another one"
 _STATE_DICT = "have it saved where it was made as its state dict alone, with torch.save or as safetensors"
-_KINDS = (  # first bytes, what such a file is, what to do
-    (b"version https://git-lfs", "a git-lfs pointer instead of the weights", "fetch them with `git lfs pull`"),
-    (b"\x1f\x8b", "a gzip archive", "unpack it with `tar -xzf` or `gunzip`, and name the file inside"),
-    (b"BZh", "a bzip2 archive", "unpack it with `tar -xjf` or `bunzip2`, and name the file inside"),
-    (b"\xfd7zXZ\x00", "an xz archive", "unpack it with `tar -xJf` or `unxz`, and name the file inside"),
-    (b"\x28\xb5\x2f\xfd", "a zstd archive", "unpack it with `unzstd`, and name the file inside"),
-    (b"7z\xbc\xaf\x27\x1c", "a 7z archive", "unpack it, and name the file inside"),
-    (b"Rar!", "a RAR archive", "unpack it, and name the file inside"),
-    (b"\x93NUMPY", "a NumPy array", "save the arrays as a dictionary of tensors, with torch.save or as safetensors"),
-    (b"\x89HDF\r\n", "an HDF5 file, as Keras writes", "convert it to a PyTorch state dict"),
-    (b"GGUF", "a GGUF file", "convert it to a PyTorch state dict"),
-    (b"%PDF", "a PDF document", "name the file of weights"),
-    (b"\x89PNG", "a PNG image", "name the file of weights"),
-    (b"\xff\xd8\xff", "a JPEG image", "name the file of weights"),
-)
+_ARCHIVES = (
+    b"\x1f\x8b",
+    b"BZh",
+    b"\xfd7zXZ\x00",
+    b"\x28\xb5\x2f\xfd",
+    b"7z\xbc\xaf\x27\x1c",
+)  # gzip … 7z: first bytes
 
 
 # --- the state dict in what a file held ---------------------------------------------------------------------------
@@ -188,7 +179,12 @@ def read_state_dict(path: str | os.PathLike, entry: str | None = None) -> dict[s
     """
     path, named = split_entry(path)
     entry = entry or named
-    _refuse_others(path)
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: name the file of weights in it")
+    if not path.is_file():
+        raise UserError(f"{path}: no such checkpoint file; check the path")
+    if found := describe_file(path):
+        raise UserError(f"{path} is {found[0]}: {found[1]}")
     try:
         if path.suffix == ".safetensors":
             content = load_file(path)
@@ -198,7 +194,7 @@ def read_state_dict(path: str | os.PathLike, entry: str | None = None) -> dict[s
     except MemoryError:
         raise
     except Exception as error:  # whatever the readers raise on such bytes
-        raise unreadable(path, error) from error
+        raise UserError(f"{path} {_why_unreadable(error)}") from error
     try:
         if entry is None and isinstance(content, Mapping):
             _, taken, others = _inner(content, None)
@@ -213,17 +209,6 @@ def read_state_dict(path: str | os.PathLike, entry: str | None = None) -> dict[s
         raise UserError(f"{path}: {error}") from None
 
 
-def _refuse_others(path: Path) -> None:
-    """Raise a `UserError` if there is no file, or its first bytes are not those of weights."""
-    if path.is_dir():
-        raise UserError(f"{path} is a folder: name the file of weights in it")
-    if not path.is_file():
-        raise UserError(f"{path}: no such checkpoint file; check the path")
-    found = describe_file(path)
-    if found:
-        raise UserError(f"{path} is {found[0]}: {found[1]}")
-
-
 def describe_file(path: Path) -> tuple[str, str] | None:
     """Describe a file that holds no weights, or not as its suffix says, with a remedy; None if it may hold them.
 
@@ -235,103 +220,62 @@ def describe_file(path: Path) -> tuple[str, str] | None:
     try:
         with path.open("rb") as file:
             head = file.read(4096)
-        size = path.stat().st_size
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): see to its permissions and its disk") from error
     if not head.strip(b"\x00"):
-        return ("empty", _FETCH) if size == 0 else ("filled with zeros", _FETCH)
-    for magic, what, remedy in _KINDS:
-        if head.startswith(magic):
-            return what, remedy
-    if head[257:262] == b"ustar":
-        return "a tar archive", "unpack it with `tar -xf`, and name the file inside"
+        return "filled with zeros" if head else "empty", _FETCH
+    if head.startswith(b"version https://git-lfs"):
+        return "a git-lfs pointer instead of the weights", "fetch them with `git lfs pull`"
+    if head.startswith(_ARCHIVES) or head[257:262] == b"ustar":
+        return "an archive", "unpack it with `tar -xf` or its own program, and name the file inside"
     of_safetensors = path.suffix == ".safetensors"
-    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 10**8:
-        cut = _safetensors_cut(path, size)
-        if cut:
-            return f"damaged or cut short ({cut})", _FETCH
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 10**8:  # the length of the header, and the header
         return None if of_safetensors else ("a safetensors file", "rename it to end in .safetensors")
-    kind = _describe_zip(path) if head.startswith(b"PK\x03\x04") else _describe_pickle_or_text(head)
+    if head.startswith(b"PK\x03\x04"):
+        kind = _describe_zip(path)
+    elif head.startswith(b"\x80"):
+        what = "a Python pickle that torch.save did not write, and is not read, since that could run code"
+        kind = None if _TORCH_MAGIC in head[:64] else (what, _STATE_DICT)
+    else:
+        kind = _describe_text(head)
     if kind is None and of_safetensors:
         return "a torch.save file, not safetensors", "rename it to end in .pth"
     return kind
 
 
-def _safetensors_cut(path: Path, size: int) -> str:
-    """Describe how a safetensors file is cut short, by its own header; "" if it is not, or the header is no JSON."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 + length:
-            return f"{size} bytes, and its header alone has {8 + length}"
-        try:
-            header = json.loads(file.read(length))
-            end = max(
-                (tensor["data_offsets"][1] for key, tensor in header.items() if key != "__metadata__"), default=0
-            )
-        except (ValueError, TypeError, KeyError, IndexError, AttributeError):
-            return ""
-    return f"{size} of {8 + length + end} bytes" if size < 8 + length + end else ""
-
-
 def _describe_zip(path: Path) -> tuple[str, str] | None:
     try:
         with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
+            names = {name.rpartition("/")[2] for name in archive.namelist()}
     except (zipfile.BadZipFile, NotImplementedError, OSError, ValueError, EOFError) as error:
         return f"damaged or cut short ({error})", f"its download may be incomplete: {_FETCH}"
-    last = {name.rpartition("/")[2] for name in names}
-    if "constants.pkl" in last:
+    if "constants.pkl" in names:
         return "a TorchScript program, not a state dict", (
             f"have its state dict saved where it was made: torch.save(torch.jit.load({path.name!r}).state_dict(), "
             "'weights.pth')"
         )
-    if "data.pkl" in last:
+    if "data.pkl" in names:
         return None
-    if "archive_format" in last or "archive_version" in last:
+    if "archive_format" in names or "archive_version" in names:
         return "a program of torch.export, not a state dict", "name the weights that it was exported from"
-    if names and all(name.endswith(".npy") for name in names):
-        return "an archive of NumPy arrays (.npz)", "save them as a dictionary of tensors, with torch.save"
     return "a zip archive that torch.save did not write", "unpack it, and name the file inside"
 
 
-def _describe_pickle_or_text(head: bytes) -> tuple[str, str] | None:
-    if head.startswith(b"\x80"):
-        if _TORCH_MAGIC in head[:64]:
-            return None
-        return (
-            "a Python pickle that torch.save did not write, and is not read, since that could run code",
-            _STATE_DICT,
-        )
-    begins = head.removeprefix(b"\xef\xbb\xbf").lstrip()
-    if re.search(rb"<(!doctype html|html|head|body|title|script)\b", begins[:1024], re.IGNORECASE):
+def _describe_text(head: bytes) -> tuple[str, str]:
+    text = head.decode("utf-8-sig", errors="ignore").strip()  # the first bytes may end within a character
+    if re.search(r"<(!doctype html|html|head|body|title|script)\b", text[:1024], re.IGNORECASE):
         return "an HTML page", "download the file itself (its raw or `resolve` link, perhaps after logging in)"
-    text = _as_text(head)
-    if text is None:
-        first = " ".join(f"{byte:02x}" for byte in head[:8])
-        return f"neither a safetensors nor a torch.save file (it begins with the bytes {first})", _FETCH
-    what = "an XML" if text.startswith("<") else "a JSON" if text.startswith(("{", "[")) else "a text"
-    shown = text.splitlines()[0][:40] if text else ""
-    return f"{what} file (it begins with {shown!r})", "download the file of weights itself, or name it"
+    if text and all(letter.isprintable() or letter in "\t\r\n\f" for letter in text):
+        shown = text.splitlines()[0][:40]
+        return f"a text file (it begins with {shown!r})", "download the file of weights itself, or name it"
+    first = " ".join(f"{byte:02x}" for byte in head[:8])
+    return f"neither a safetensors nor a torch.save file (it begins with the bytes {first})", _FETCH
 
 
-def _as_text(head: bytes) -> str | None:
-    try:
-        text = head.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        if error.start < len(head) - 3:  # else the first 4096 bytes end within a character
-            return None
-        text = head[: error.start].decode("utf-8-sig")
-    text = text.strip()
-    return text if all(letter.isprintable() or letter in "\t\r\n\f" for letter in text) else None
-
-
-def unreadable(path: Path, error: Exception) -> UserError:
-    """Return a one-line error for a weight file that `torch.load` or safetensors could not read."""
-    found = describe_file(path)
-    if found:
-        return UserError(f"{path} is {found[0]}: {found[1]}")
+def _why_unreadable(error: Exception) -> str:
+    """Say in one line why `torch.load` or safetensors could not read a file, and what to do."""
     if isinstance(error, OSError) and error.strerror:
-        return UserError(f"{path} cannot be read ({error.strerror}): see to its permissions and its disk")
+        return f"cannot be read ({error.strerror}): see to its permissions and its disk"
     # PyTorch's own text advises weights_only=False: only its reason is passed on
     text = str(error)
     reason = text.partition("WeightsUnpickler error:")[2] or text
@@ -341,10 +285,10 @@ def unreadable(path: Path, error: Exception) -> UserError:
     code = name or re.search(r"GLOBAL|unsupported class|only build|reduce", reason)
     if isinstance(error, pickle.UnpicklingError) and code:
         what = f" ({name[1]})" if name else ""
-        return UserError(
-            f"{path} holds more than tensors and plain values{what}, and is not read, since that could run code: "
+        return (
+            f"holds more than tensors and plain values{what}, and is not read, since that could run code: "
             f"{_STATE_DICT}"
         )
     if reason == "Unsupported operand 149":
-        return UserError(f"{path} is pickled with protocol 4 or later, which is not read: {_STATE_DICT}")
-    return UserError(f"{path} is damaged or cut short ({reason}): {_FETCH}")
+        return f"is pickled with protocol 4 or later, which is not read: {_STATE_DICT}"
+    return f"is damaged or cut short ({reason}): {_FETCH}"
