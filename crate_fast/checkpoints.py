@@ -13,7 +13,7 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from crate_fast.errors import UserError
-from crate_fast.layers import ODL
+from crate_fast.layers import ISTA, MSSA, ODL
 from crate_fast.mae import CRATEMAE, sincos_positions
 from crate_fast.model import CRATE, resample_positions
 from crate_fast.weight_files import read_state_dict, unwrap_state_dict
@@ -247,53 +247,44 @@ def load_weights(
     return load_strictly(model, state_dict, os.fspath(path), remedy)
 
 
-def _unreleased(model: CRATE) -> str:
-    """Describe what the released CRATE does not have; "" if nothing."""
+def _unreleased(model: CRATE | CRATEMAE) -> str:
+    """Name the arguments of a model that the released code does not have, or not with these values; "" if none."""
+    if isinstance(model, CRATEMAE):
+        sparsify = model.blocks[0].layers[0][1].fn
+        same = {
+            "visible_only": not model.visible_only,
+            "sparsity": sparsify.lambd == 0.5,
+            "ista": sparsify.step_size == 0.1,
+            "image_size or patch_size": len(set(model.image_size)) == len(set(model.patch_size)) == 1,
+            "channels": model.channels == 3,
+        }
+        return ", ".join(name for name, is_same in same.items() if not is_same)
     layer = model.transformer.layers[0]
-    kinds = [type(part.fn).__name__ for part in layer]
-    if kinds == ["MSSA", "ODL"]:
-        return _unreleased_alpha(model)
-    if kinds != ["MSSA", "ISTA"] or layer.residual != "released" or layer[1].fn.threshold != "relu":
-        return f"layers {kinds}, residual={layer.residual!r}"
-    if model.pool not in ("cls", "mean"):
-        return f"pool={model.pool!r}"
-    if layer[1].fn.lambd != 0.1:
-        return f"sparsity={layer[1].fn.lambd}"
-    if layer[0].norm.eps != 1e-5 or layer[0].fn.to_out[0].bias is None:
-        return f"layer_eps={layer[0].norm.eps}, or no bias behind attention"
-    return "" if model.embed_norm else "embed_norm=False"
-
-
-def _unreleased_alpha(model: CRATE) -> str:
-    """Describe what the released CRATE-α does not have; "" if nothing."""
-    layer = model.transformer.layers[0]
-    odl = layer[1].fn
-    found = {
+    attend, sparsify = layer[0].fn, layer[1].fn
+    alpha = isinstance(sparsify, ODL)
+    same = {
+        "attention": isinstance(attend, MSSA),
+        "sparsifier": isinstance(sparsify, ISTA | ODL),
         "residual": layer.residual == "released",
-        "odl_residual": layer.skips_sparsifier,
-        "pool": model.pool == "cls",
-        "odl_tied": odl.D1 is not None,
-        "odl_steps": odl.steps == 2,
-        "odl_ratio": odl.D.shape[1] == 4 * odl.D.shape[0],
-        "ista": odl.step_size == 0.1,
-        "sparsity": odl.lambd == 0.1,
-        "layer_eps": layer[0].norm.eps == 1e-6,
-        "output_bias": getattr(layer[0].fn.to_out[0], "bias", 0) is None,
-        "embed_norm": not model.embed_norm,
-        "norm_eps": model.mlp_head[0].eps == 1e-5,
-        "head_hidden": not model.head_hidden,
-        "channels or patch_size": model.channels == 3 and len(set(model.patch_size)) == 1,
+        "threshold": getattr(sparsify, "threshold", "relu") == "relu",
+        "sparsity": getattr(sparsify, "lambd", 0.1) == 0.1,
+        "pool": model.pool == "cls" or (model.pool == "mean" and not alpha),
+        "layer_eps": layer[0].norm.eps == (1e-6 if alpha else 1e-5),
+        "output_bias": not isinstance(attend.to_out, nn.Sequential) or (attend.to_out[0].bias is None) == alpha,
+        "embed_norm": model.embed_norm != alpha,
     }
-    return ", ".join(name for name, same in found.items() if not same)
-
-
-def _unreleased_mae(model: CRATEMAE) -> str:
-    """Describe what the released CRATE-MAE does not have; "" if nothing."""
-    sparsify = model.blocks[0].layers[0][1].fn
-    if model.visible_only or sparsify.lambd != 0.5 or sparsify.step_size != 0.1:
-        return f"visible_only={model.visible_only}, sparsity={sparsify.lambd}, ista={sparsify.step_size}"
-    square = model.image_size[0] == model.image_size[1] and model.patch_size[0] == model.patch_size[1]
-    return "" if square and model.channels == 3 else f"images {model.image_size} of {model.channels} channels"
+    if alpha:
+        same |= {
+            "odl_residual": layer.skips_sparsifier,
+            "odl_tied": sparsify.D1 is not None,
+            "odl_steps": sparsify.steps == 2,
+            "odl_ratio": sparsify.D.shape[1] == 4 * sparsify.D.shape[0],
+            "ista": sparsify.step_size == 0.1,
+            "norm_eps": model.mlp_head[0].eps == 1e-5,
+            "head_hidden": not model.head_hidden,
+            "channels or patch_size": model.channels == 3 and len(set(model.patch_size)) == 1,
+        }
+    return ", ".join(name for name, is_same in same.items() if not is_same)
 
 
 def released_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -305,10 +296,10 @@ def released_state_dict(model: nn.Module) -> dict[str, Tensor]:
     Raises:
         UserError: The model is one that the released code cannot build (an ablation or another residual form).
     """
-    difference = _unreleased_mae(model) if isinstance(model, CRATEMAE) else _unreleased(model)
-    if difference:
+    model = getattr(model, "_orig_mod", model)  # of torch.compile
+    if different := _unreleased(model):
         raise UserError(
-            f"the released code has no such model ({difference}): its weights would not load there, or would give "
+            f"the released code has no such model ({different}): its weights would not load there, or would give "
             "other outputs. Save model.state_dict() for use with crate_fast."
         )
     state_dict = unwrap_state_dict(model.state_dict())

@@ -63,6 +63,8 @@ def test_export_loads_into_the_released_module(released):
     torch.testing.assert_close(released(images), model(images), rtol=1e-4, atol=1e-5)
     compiled = torch.compile(model, backend="eager")
     assert released_state_dict(compiled).keys() == released.state_dict().keys()
+    one_head = CRATE(**SMALL | {"heads": 1, "dim_head": 48})  # without an output map
+    assert released_state_dict(one_head).keys() == one_head.state_dict().keys()
 
 
 @pytest.mark.parametrize(
