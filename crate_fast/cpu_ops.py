@@ -59,45 +59,39 @@ MAX_HALF_TOKENS = 1024  # beyond, SDPA is as fast in bf16, and does not keep an 
 # --- which library ---
 
 
+def _cpuinfo(field: str) -> str:
+    """Return what /proc/cpuinfo states of the first processor; "" where it states nothing, or is no file."""
+    try:
+        with open("/proc/cpuinfo") as lines:
+            stated = (line.partition(":") for line in lines)
+            return next((value.strip() for name, _, value in stated if name.strip() == field), "")
+    except OSError:
+        return ""
+
+
 @functools.cache
 def processor_vendor() -> str:
     """Return the maker as the processor names it ("GenuineIntel", "AuthenticAMD"); "" where nothing says so."""
-    try:
-        return _cpuinfo("vendor_id")
-    except OSError:
-        return platform.processor().rpartition(", ")[2]  # Windows: "Intel64 Family 6 Model 85, GenuineIntel"
+    # Windows: "Intel64 Family 6 Model 85, GenuineIntel"
+    return _cpuinfo("vendor_id") or platform.processor().rpartition(", ")[2]
 
 
 def processor_family() -> int:
     """Return the family that the processor states (25: AMD's Zen 3 and 4); 0 where nothing says so."""
-    try:
-        found = _cpuinfo("cpu family").strip()
-    except OSError:
-        found = platform.processor().partition("Family ")[2].partition(" ")[0]
+    found = _cpuinfo("cpu family") or platform.processor().partition("Family ")[2].partition(" ")[0]
     return int(found) if found.isdigit() else 0
 
 
 def processor_name() -> str:
     """Return the processor's name, such as "AMD EPYC (family 25, model 1)"; else its architecture."""
-    try:
-        name, family, model = (_cpuinfo(field) for field in ("model name", "cpu family", "model\t"))
-    except OSError:
-        return platform.processor() or platform.machine()
-    return f"{name} (family {family}, model {model})" if family else name or platform.machine()
+    name, family = _cpuinfo("model name") or platform.processor() or platform.machine(), _cpuinfo("cpu family")
+    return f"{name} (family {family}, model {_cpuinfo('model')})" if family else name
 
 
 def multiplies_bf16() -> bool:
     """Return False if the processor lists its instructions and none multiplies bf16: fp32 is then faster."""
-    try:
-        listed = f"{_cpuinfo('flags')} {_cpuinfo('Features')}".split()
-    except OSError:
-        return True
-    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(listed)
-
-
-def _cpuinfo(field: str) -> str:
-    with open("/proc/cpuinfo") as lines:
-        return next((line.split(":")[1].strip() for line in lines if line.startswith(field)), "")
+    listed = f"{_cpuinfo('flags')} {_cpuinfo('Features')}".split()
+    return not listed or not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(listed)
 
 
 @torch.compiler.assume_constant_result
