@@ -36,20 +36,17 @@ from crate_fast.functional import fold_dictionary
 from crate_fast.layers import ISTA, MHSA, MSSA, ODL
 from crate_fast.model import CRATE, pool_tokens
 from crate_fast.options import parse
-from crate_fast.whitebox import attention_layer, trace
+from crate_fast.whitebox import attention_layer, layer_numbers, trace
 
 __all__ = [
     "FORMATS",
     "OUTPUTS",
-    "MismatchError",
     "PortableCRATE",
     "capture",
     "choose_outputs",
     "export_model",
     "main",
     "resampling_matrix",
-    "write_onnx",
-    "write_torch",
 ]
 
 FORMATS = {"onnx": "model.onnx", "torch": "model.pt2"}
@@ -57,10 +54,6 @@ OUTPUTS = ("logits", "features", "attention", "subspace_tokens")
 MIN_OPSET = 18  # the first that PyTorch's exporter writes without converting
 FACTS_FILE = "crate_fast.json"  # inside a .pt2
 _CUBIC = -0.5  # the cubic's parameter a, as in Pillow and PyTorch's antialiased bicubic
-
-
-class MismatchError(UserError):
-    """An exported model that differs from its source."""
 
 
 def resampling_matrix(new: int, old: int, like: Tensor) -> Tensor:
@@ -144,14 +137,10 @@ def choose_outputs(
         raise UserError(f"outputs={list(outputs)!r}: choose from {', '.join(OUTPUTS)}")
     if "logits" in outputs and not model.num_classes:
         raise UserError("outputs: this model has no classifier, so no logits; ask for features [B, C] instead")
-    stack = model.transformer.layers
-    layers = [attention_layer(model)] if layers is None else list(layers)
-    absent = [layer for layer in layers if not -len(stack) <= layer < len(stack)]
-    if absent or not layers:
-        wrong = f"layer {absent[0]}" if absent else "layers=[]"
-        raise UserError(f"{wrong}: the model has layers 0 to {len(stack) - 1} (or -{len(stack)} to -1)")
-    layers = sorted({layer % len(stack) for layer in layers})
-    if "subspace_tokens" in outputs and any(isinstance(stack[layer][0].fn, MHSA) for layer in layers):
+    layers = layer_numbers(model, [attention_layer(model)] if layers is None else layers)
+    if not layers:
+        raise UserError("layers=[]: name at least one, or leave it out")
+    if "subspace_tokens" in outputs and isinstance(model.transformer.layers[0][0].fn, MHSA):
         raise UserError(
             "outputs: this model's layers have separate query, key and value, so no subspace_tokens; leave them out"
         )
@@ -251,40 +240,15 @@ def capture(portable: PortableCRATE) -> ExportedProgram:
         return torch.export.export(portable, (images,), dynamic_shapes={"images": sizes})
 
 
-def write_torch(program: ExportedProgram, path: str | Path, facts: dict | None = None) -> None:
-    """Save a program for `torch.export.load`, which needs no crate_fast.
-
-    Args:
-        program: Result of `capture`.
-        path: File name that ends in .pt2.
-        facts: Plain values, stored inside as crate_fast.json (`torch.export.load(path, extra_files=…)`).
-    """
+def _write_torch(program: ExportedProgram, path: Path, facts: dict) -> None:
+    """Save a program for `torch.export.load`, which needs no crate_fast; facts are inside as crate_fast.json."""
     content = io.BytesIO()  # on a full disk PyTorch's own writing ends the process
-    torch.export.save(program, content, extra_files={FACTS_FILE: json.dumps(facts or {}, ensure_ascii=False)})
-    Path(path).write_bytes(content.getbuffer())
+    torch.export.save(program, content, extra_files={FACTS_FILE: json.dumps(facts, ensure_ascii=False)})
+    path.write_bytes(content.getbuffer())
 
 
-def write_onnx(
-    program: ExportedProgram,
-    outputs: Sequence[str],
-    path: str | Path,
-    facts: dict | None = None,
-    opset: int = MIN_OPSET,
-) -> None:
-    """Save a program as ONNX, in one file.
-
-    Args:
-        program: Result of `capture`.
-        outputs: Names of its outputs.
-        path: File name.
-        facts: Plain values, stored as metadata; other values than strings as JSON.
-        opset: Version of ONNX's operators, 18 or newer.
-
-    Raises:
-        UserError: onnx or onnxscript is missing, or does not support the opset.
-    """
-    require("onnx", "onnxscript")
-    _check_opset(opset)
+def _write_onnx(program: ExportedProgram, outputs: Sequence[str], path: Path, facts: dict, opset: int) -> None:
+    """Save a program as ONNX, in one file; facts are its metadata, other values than strings as JSON."""
     written = torch.onnx.export(
         program,
         input_names=["images"],
@@ -293,20 +257,10 @@ def write_onnx(
         dynamo=True,
         verbose=False,
     )
-    for name, value in (facts or {}).items():
+    for name, value in facts.items():
         text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
         written.model.metadata_props[name] = text
     written.save(path, external_data=False)
-
-
-def _check_opset(opset: int) -> None:
-    import onnx
-
-    newest = onnx.defs.onnx_opset_version()
-    if not MIN_OPSET <= opset <= newest:
-        raise UserError(
-            f"opset={opset}: give one from {MIN_OPSET} to {newest}, the newest that the installed onnx has"
-        )
 
 
 def export_model(
@@ -335,7 +289,7 @@ def export_model(
         outputs, layers: See `choose_outputs`.
         statistics: (mean, deviation) of each channel for normalised images.
         raw: True for a graph that takes uint8 images and normalises them by `statistics`.
-        opset: See `write_onnx`.
+        opset: Version of ONNX's operators, 18 or newer.
         tolerance: Largest difference allowed, relative to the largest absolute value of the output.
         facts: Plain values to store with the files, such as the model's name.
         say: Called with a line for each comparison.
@@ -345,8 +299,8 @@ def export_model(
 
     Raises:
         TypeError: The model is no CRATE.
-        UserError: An option is wrong, or a package that ONNX needs is missing.
-        MismatchError: An exported model differs from the model by more than the tolerance.
+        UserError: An option is wrong, a package that ONNX needs is missing, or an exported model differs from the
+            model by more than the tolerance.
     """
     folder, formats = Path(folder), list(formats)
     _check_formats(formats, opset)
@@ -363,9 +317,9 @@ def export_model(
         unchecked = Path(hidden)
         for name in names:
             if name == FORMATS["onnx"]:
-                write_onnx(program, portable.outputs, unchecked / name, facts, opset)
+                _write_onnx(program, portable.outputs, unchecked / name, facts, opset)
             else:
-                write_torch(program, unchecked / name, facts)
+                _write_torch(program, unchecked / name, facts)
             found = compare(open_exported(unchecked / name), model, portable)
             differences[name] = _check(name, found, tolerance, say)
         text = json.dumps(facts | {"differences": differences}, indent=2, ensure_ascii=False)
@@ -381,7 +335,13 @@ def _check_formats(formats: list[str], opset: int) -> None:
         raise UserError(f"formats={formats!r}: choose from {', '.join(FORMATS)}")
     if "onnx" in formats:
         require("onnx", "onnxscript", "onnxruntime")
-        _check_opset(opset)
+        import onnx
+
+        newest = onnx.defs.onnx_opset_version()
+        if not MIN_OPSET <= opset <= newest:
+            raise UserError(
+                f"opset={opset}: give one from {MIN_OPSET} to {newest}, the newest that the installed onnx has"
+            )
 
 
 def _facts(model: CRATE, portable: PortableCRATE, statistics: tuple | None) -> dict:
@@ -402,13 +362,13 @@ def _facts(model: CRATE, portable: PortableCRATE, statistics: tuple | None) -> d
 
 
 def _check(name: str, differences: list[Difference], tolerance: float, say: Callable[[str], None]) -> list[dict]:
-    """Print comparisons and return them as plain values; raise a MismatchError above the tolerance or for NaN."""
+    """Print comparisons and return them as plain values; raise a UserError above the tolerance or for NaN."""
     for d in differences:
         images = "×".join(map(str, d.images))
         values = f"{d.absolute:.1e}, of values up to {d.largest:.3g}"
         say(f"{name}  {d.output}, images {images}: largest difference {values}")
         if not d.relative <= tolerance:
-            raise MismatchError(
+            raise UserError(
                 f"{name}: {d.output} of images {images} differs from the model's by {values}; {tolerance:g} of those "
                 "is allowed (tolerance). Nothing was written"
             )

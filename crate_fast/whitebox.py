@@ -25,6 +25,7 @@ __all__ = [
     "cls_attention",
     "coding_rate",
     "layer_measures",
+    "layer_numbers",
     "layer_statistics",
     "nonzero_fraction",
     "trace",
@@ -80,6 +81,20 @@ def attention_layer(model: nn.Module) -> int:
     """Return the layer whose attention is looked at: the last but one for CRATE, the last for a ViT (paper, §3)."""
     layers = model.transformer.layers
     return max(0, len(layers) - 2) if isinstance(layers[0][0].fn, MSSA) else len(layers) - 1
+
+
+def layer_numbers(model: nn.Module, layers: Iterable[int]) -> list[int]:
+    """Return indices of layers, negative ones from the end, as numbers from 0 in ascending order.
+
+    Raises:
+        UserError: There is no such layer.
+    """
+    depth, found = len(model.transformer.layers), set()
+    for index in layers:
+        if not -depth <= index < depth:
+            raise UserError(f"layer {index}: the model has layers 0 to {depth - 1} (or -{depth} to -1)")
+        found.add(index % depth)
+    return sorted(found)
 
 
 @dataclass(frozen=True)
@@ -164,11 +179,6 @@ def visit_layers(
         UserError: There is no such layer.
     """
     stack = model.transformer.layers
-    depth = len(stack)
-    wanted = range(depth) if layers is None else list(layers)
-    for index in wanted:
-        if not -depth <= index < depth:
-            raise UserError(f"layer {index}: the model has layers 0 to {depth - 1} (or -{depth} to -1)")
     seen: dict[str, Tensor] = {}
 
     def keep_projected(_module, _inputs, output):
@@ -186,7 +196,7 @@ def visit_layers(
         return hook
 
     with ExitStack() as hooks:
-        for index in {index % depth for index in wanted}:
+        for index in layer_numbers(model, range(len(stack)) if layers is None else layers):
             attention, sparsifier = stack[index]
             hooks.callback(attention.fn.qkv.register_forward_hook(keep_projected).remove)
             hooks.callback(sparsifier.register_forward_pre_hook(keep_input).remove)
