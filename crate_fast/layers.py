@@ -380,10 +380,6 @@ def _fusible(norm: nn.Module, fn: nn.Module, x: Tensor) -> bool:
     return fn.fuses(x)
 
 
-def _compressible(attention: "PreNorm", x: Tensor) -> bool:
-    return not _observed(attention) and _fusible(attention.norm, attention.fn, x)
-
-
 class PreNorm(nn.Module):
     """fn(LayerNorm(x)), with the released names `norm` and `fn`.
 
@@ -443,7 +439,7 @@ class Layer(nn.Sequential):
 
     def _compress(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():  # noqa: SIM102  (what TorchScript does not compile)
-            if _compressible(self[0], x):
+            if not _observed(self[0]) and _fusible(self[0].norm, self[0].fn, x):
                 return self[0].fn.compress(x, self[0].norm, self.residual)
         if self.residual == "released":
             return x + self[0](x)
@@ -476,7 +472,7 @@ class DecoderLayer(nn.Sequential):
         """x [B, N, C] → [B, N, C]."""
         y = self[0](x)
         if not torch.jit.is_scripting():  # noqa: SIM102  (what TorchScript does not compile)
-            if _compressible(self[1], y):
+            if not _observed(self[1]) and _fusible(self[1].norm, self[1].fn, y):
                 return self[1].fn.compress(y, self[1].norm, sign=-1)
         return y - self[1](y)
 

@@ -96,23 +96,17 @@ def check_images(
     """Raise a UserError unless the model takes these images; unchecked in TorchScript."""
     if not torch.jit.is_scripting():
         with without_tracer_warnings():
-            _check_images(images, channels, patch_size, None if any_size else image_size)
-
-
-def _check_images(
-    images: Tensor, channels: int, patch_size: tuple[int, int], image_size: tuple[int, int] | None
-) -> None:
-    check_floating(images)
-    if images.dim() != 4 or images.shape[1] != channels:
-        raise UserError(f"images have shape {tuple(images.shape)}: pass [B, {channels}, height, width]")
-    size = (images.shape[2], images.shape[3])
-    if image_size is None:
-        patch_grid(size, patch_size)
-    elif size != image_size:
-        raise UserError(
-            f"images are {size[0]}×{size[1]} and the model expects {image_size[0]}×{image_size[1]}: "
-            f"resize them, call set_input_size({size}), or build the model with dynamic_img_size=True"
-        )
+            check_floating(images)
+            if images.dim() != 4 or images.shape[1] != channels:
+                raise UserError(f"images have shape {tuple(images.shape)}: pass [B, {channels}, height, width]")
+            size = (images.shape[2], images.shape[3])
+            if any_size:
+                patch_grid(size, patch_size)
+            elif size != image_size:
+                raise UserError(
+                    f"images are {size[0]}×{size[1]} and the model expects {image_size[0]}×{image_size[1]}: "
+                    f"resize them, call set_input_size({size}), or build the model with dynamic_img_size=True"
+                )
 
 
 @torch.fx.wrap
@@ -246,7 +240,7 @@ class CRATE(nn.Module):
         check_rates(attn_drop_rate=attn_drop_rate, proj_drop_rate=mlp_drop_rate)
         self.patch_size = size_pair("patch_size", patch_size)
         self.image_size = size_pair("image_size", image_size)
-        self.native_grid = self._grid_of(self.image_size)  # the grid that pos_embedding was made for
+        self.native_grid = patch_grid(self.image_size, self.patch_size)  # the grid that pos_embedding was made for
         self.channels = self.in_chans = channels
         self.head_hidden, self.embed_norm = head_hidden, embed_norm
         self.dynamic_img_size = dynamic_img_size
@@ -295,13 +289,10 @@ class CRATE(nn.Module):
 
     # --- images and positions ---------------------------------------------------------------------------------
 
-    def _grid_of(self, image_size: tuple[int, int]) -> tuple[int, int]:
-        return patch_grid(image_size, self.patch_size)
-
     @property
     def grid_size(self) -> tuple[int, int]:
         """Return rows and columns of patches at the current image size."""
-        return self._grid_of(self.image_size)
+        return patch_grid(self.image_size, self.patch_size)
 
     def set_input_size(self, img_size: int | Sequence[int] | None = None, patch_size=None) -> None:
         """Expect images of another size from now on.
@@ -322,7 +313,7 @@ class CRATE(nn.Module):
             )
         if img_size is not None:
             size = size_pair("img_size", img_size)
-            self._grid_of(size)
+            patch_grid(size, self.patch_size)
             self.image_size = size
 
     def position_embedding(self, grid: tuple[int, int]) -> Tensor:
@@ -429,7 +420,7 @@ class CRATE(nn.Module):
         features = [self.mlp_head[0](taps[i]) if norm else taps[i] for i in take]
         intermediates = [feature[:, 1:] for feature in features]
         if output_fmt == "NCHW":
-            grid = self._grid_of((x.shape[2], x.shape[3]))
+            grid = patch_grid((x.shape[2], x.shape[3]), self.patch_size)
             intermediates = [y.transpose(1, 2).unflatten(-1, grid).contiguous() for y in intermediates]
         if output_dict:
             found = {"image_intermediates": intermediates}
