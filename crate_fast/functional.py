@@ -241,10 +241,7 @@ def ista(
     >>> ista(torch.tensor([[1.0, -1.0]]), torch.eye(2))
     tensor([[0.9900, 0.0000]])
     """
-    _check_ista(x, dictionary, step_size, sparsity, threshold)
-    if resolve_backend(x, backend) == "triton":
-        return _fused_ista(x, (None, None, 0.0), dictionary, step_size, sparsity, threshold)
-    return _folded_ista(x, dictionary, step_size, sparsity, threshold)
+    return _ista(x, None, dictionary, step_size, sparsity, threshold, backend)
 
 
 def norm_ista(
@@ -278,19 +275,18 @@ def norm_ista(
     >>> norm_ista(torch.tensor([[1.0, -1.0]]), torch.ones(2), torch.zeros(2), torch.eye(2))
     tensor([[0.9900, 0.0000]])
     """
-    _check_ista(x, dictionary, step_size, sparsity, threshold)
-    for name, channel in (("weight", weight), ("bias", bias)):
-        fits = isinstance(channel, Tensor) and channel.shape == x.shape[-1:]
-        check_tensor(name, channel, f"[C] = [{x.shape[-1]}]", fits)
-    check_beside(x, any_dtype=True, weight=weight, bias=bias)  # LayerNorm's may stay in fp32
-    if resolve_backend(x, backend) == "triton":
-        x = x.float() if autocast_enabled(x.device.type) else x
-        return _fused_ista(x, (weight, bias, float(eps)), dictionary, step_size, sparsity, threshold)
-    normed = F.layer_norm(x, x.shape[-1:], weight, bias, eps)
-    return _folded_ista(normed, dictionary, step_size, sparsity, threshold)
+    return _ista(x, (weight, bias, float(eps)), dictionary, step_size, sparsity, threshold, backend)
 
 
-def _check_ista(x: Tensor, dictionary: Tensor, step_size: float, sparsity: float, threshold: str) -> None:
+def _ista(
+    x: Tensor,
+    norm: tuple[Tensor, Tensor, float] | None,
+    dictionary: Tensor,
+    step_size: float,
+    sparsity: float,
+    threshold: str,
+    backend: str,
+) -> Tensor:
     check_tensor("x", x, "[..., C]", isinstance(x, Tensor) and x.dim() >= 1)
     with without_tracer_warnings():
         width = x.shape[-1]
@@ -300,21 +296,22 @@ def _check_ista(x: Tensor, dictionary: Tensor, step_size: float, sparsity: float
     check_fraction("step_size", step_size, 0.0, None)
     check_fraction("sparsity", sparsity, 0.0, None)
     check_choice("threshold", threshold, THRESHOLDS)
-
-
-def _fused_ista(
-    x: Tensor,
-    norm: tuple[Tensor | None, Tensor | None, float],
-    dictionary: Tensor,
-    step_size: float,
-    sparsity: float,
-    threshold: str,
-) -> Tensor:
+    gamma, beta, eps = norm or (None, None, 0.0)
+    if norm is not None:
+        for name, channel in (("weight", gamma), ("bias", beta)):
+            fits = isinstance(channel, Tensor) and channel.shape == x.shape[-1:]
+            check_tensor(name, channel, f"[C] = [{width}]", fits)
+        check_beside(x, any_dtype=True, weight=gamma, bias=beta)  # LayerNorm's may stay in fp32
+    if resolve_backend(x, backend) != "triton":
+        x = x if norm is None else F.layer_norm(x, (width,), gamma, beta, eps)
+        return _folded_ista(x, dictionary, step_size, sparsity, threshold)
+    if norm is not None and autocast_enabled(x.device.type):
+        x = x.float()
     folded = fold_dictionary_once(dictionary, step_size, compute_dtype(x), triton_ops.fold)
-    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
-    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, dictionary, *norm[:2]))
+    rows = x.reshape(x.shape[:-1].numel(), width)
+    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, gamma, beta, dictionary))
     y, *_ = triton_ops.ista_fwd(
-        rows, *norm[:2], dictionary, folded, float(step_size), float(sparsity), norm[2], threshold == "soft", keep
+        rows, gamma, beta, dictionary, folded, float(step_size), float(sparsity), eps, threshold == "soft", keep
     )
     return y.view(x.shape)
 
