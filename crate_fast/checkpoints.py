@@ -57,17 +57,12 @@ def _given_or_square(patches: int, given: tuple[int, int] | None, argument: str)
     return side, side
 
 
-def _recorded_grid(state_dict: dict, patches: int) -> tuple[int, int] | None:
-    """Return the grid that is saved with the weights, None if there is none."""
-    grid = getattr(state_dict, "_metadata", {}).get("", {}).get("grid")
-    return tuple(grid) if grid is not None and grid[0] * grid[1] == patches else None
-
-
-def _configured_grid(model: CRATE, patches: int) -> tuple[int, int] | None:
-    """Return the grid of timm's `pretrained_cfg`, whose `input_size` is that of the weights."""
+def _stated_grid(state_dict: dict, model: CRATE, patches: int) -> tuple[int, int] | None:
+    """Return the grid that is saved with the weights, or that of timm's `pretrained_cfg`; None if neither fits."""
+    recorded = getattr(state_dict, "_metadata", {}).get("", {}).get("grid", (0, 0))
     _, *size = getattr(model, "pretrained_cfg", {}).get("input_size") or (0, 0, 0)
-    rows, columns = (side // patch for side, patch in zip(size, model.patch_size, strict=True))
-    return (rows, columns) if rows * columns == patches else None
+    configured = (side // patch for side, patch in zip(size, model.patch_size, strict=True))
+    return next((grid for grid in (tuple(recorded), tuple(configured)) if grid[0] * grid[1] == patches), None)
 
 
 def table_grid(table: Tensor) -> tuple[int, int] | None:
@@ -130,7 +125,7 @@ def resample_weights(
     prefix = own.shape[1] - target[0] * target[1]
     patches = positions.shape[1] - prefix
     if isinstance(model, CRATE):
-        source_grid = source_grid or _recorded_grid(state_dict, patches) or _configured_grid(model, patches)
+        source_grid = source_grid or _stated_grid(state_dict, model, patches)
     grid = _given_or_square(patches, source_grid, argument)
     if grid == target:
         return state_dict
