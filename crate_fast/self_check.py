@@ -301,21 +301,15 @@ def checked(function: Callable, *arguments, **options):
         UserError: The kernel is wrong or does not run. The message names it, the versions of PyTorch, Triton and
             ptxas, and what to do.
     """
-    name = f"{function.__module__.rpartition('.')[2]}.{function.__name__}"
-    _ensure_right(name, function, arguments, options)
-    return function(*arguments, **options)
-
-
-def _ensure_right(name: str, function: Callable, arguments: tuple, options: dict) -> None:
     device, wanted = arguments[0].device, self_check_wanted()
-    if not (device.type == "cuda" if wanted is None else wanted) or arguments[0].numel() == 0:
-        return
-    key = name, device, *map(_kind, arguments), *((word, _kind(value)) for word, value in options.items())
-    if key in _right or (device.type == "cuda" and _capturing(device)):
-        return
-    with _lock:
-        if key not in _right and _is_right(name, function, arguments, options, device):
-            _right.add(key)
+    if (device.type == "cuda" if wanted is None else wanted) and arguments[0].numel() > 0:
+        name = f"{function.__module__.rpartition('.')[2]}.{function.__name__}"
+        key = name, device, *map(_kind, arguments), *((word, _kind(value)) for word, value in options.items())
+        if key not in _right and not _capturing(device):
+            with _lock:
+                if key not in _right and _is_right(name, function, arguments, options, device):
+                    _right.add(key)
+    return function(*arguments, **options)
 
 
 def _kind(argument: Any):
@@ -337,6 +331,8 @@ def _divisibility(size: int) -> int:
 
 
 def _capturing(device: torch.device) -> bool:
+    if device.type != "cuda":
+        return False
     with torch.cuda.device(device):
         return torch.cuda.is_current_stream_capturing()
 
