@@ -28,6 +28,7 @@ from crate_fast.cpu_ops import linear
 from crate_fast.errors import UserError
 from crate_fast.functional import check_beside, check_fraction, check_tensor
 from crate_fast.self_check import checked
+from crate_fast.triton_ops import given, nothing
 
 __all__ = ["fuses", "odl", "odl_code"]
 
@@ -248,7 +249,7 @@ def odl_bwd(
         m₂ = [z₂ > 0]·gD₁,    m₁ = [z₁ > 0]·(m₂ − sD),    dx = s + ηm₁Dᵀ
         dD = η(vᵀm₂ + xᵀm₁) − sᵀz₁,    dD₁ = gᵀz₂
     """
-    product, results = partial(_product, kernels), [grad.new_empty(0) for _ in range(5)]
+    product, results = partial(_product, kernels), nothing(grad, 5)
     needs_tokens, (needs_dictionary, needs_decoder) = any(wanted[:3]), wanted[3:]
     dtype, width = code.dtype, x.shape[-1:]
     with without_autocast(x.device.type):
@@ -299,7 +300,7 @@ def _backward(ctx, grad, *_):
         return (None,) * 11
     wanted = list(ctx.needs_input_grad[:5])
     results = odl_bwd(grad, *ctx.saved_tensors, ctx.step_size, ctx.eps, ctx.kernels, wanted)
-    return *(result if asked else None for result, asked in zip(results, wanted, strict=True)), *[None] * 6
+    return given(results, wanted, 11)
 
 
 odl_fwd.register_autograd(_backward, setup_context=_setup)

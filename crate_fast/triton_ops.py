@@ -12,17 +12,17 @@ from crate_fast.backends import refuse_double_backward, without_autocast
 from crate_fast.self_check import checked
 from crate_fast.settings import fused_products_wanted
 
-__all__ = ["compression_fwd", "fold", "ista_fwd", "subspace_attention_fwd"]
+__all__ = ["compression_fwd", "fold", "given", "ista_fwd", "nothing", "subspace_attention_fwd"]
 
 # Triton is imported when a kernel runs, not before: so the operators import crate_fast.kernels themselves.
 
 
-def _nothing(like: Tensor, count: int) -> list[Tensor]:
+def nothing(like: Tensor, count: int) -> list[Tensor]:
     """Empty tensors in place of results that nobody asked for; an operator's results may not share memory."""
     return [like.new_empty(0) for _ in range(count)]
 
 
-def _given(results: tuple[Tensor, ...], wanted: list[bool], count: int) -> tuple[Tensor | None, ...]:
+def given(results: tuple[Tensor, ...], wanted: list[bool], count: int) -> tuple[Tensor | None, ...]:
     """Return an operator's gradients for its first arguments as autograd takes them, for `count` arguments."""
     grads = [result if asked else None for result, asked in zip(results, wanted, strict=True)]
     return *grads, *[None] * (count - len(grads))
@@ -169,7 +169,7 @@ def ista_bwd(
     """
     from crate_fast.kernels import folding, ista, layer_norm, product
 
-    results = _nothing(grad, 4)
+    results = nothing(grad, 4)
     needs_dictionary, with_norm = wanted[3], gamma is not None
     masked, total = checked(ista.masked_gradient, grad, nonzero, folded.dtype, with_norm and needs_dictionary)
     if any(wanted[:3]):
@@ -193,7 +193,7 @@ def ista_bwd(
 
 @ista_bwd.register_fake
 def _(grad, nonzero, rows, mean, rstd, gamma, beta, dictionary, folded, step_size, eps, x_dtype, wanted):
-    results = _nothing(grad, 4)
+    results = nothing(grad, 4)
     if any(wanted[:3]):
         results[0] = grad.new_empty(grad.shape, dtype=x_dtype if gamma is not None else grad.dtype)
         if gamma is not None:
@@ -221,7 +221,7 @@ def _ista_backward(ctx, grad, *_):
         raise RuntimeError("ista_fwd was called with keep=False: it has kept nothing for a backward pass")
     wanted = list(ctx.needs_input_grad[:4])
     results = ista_bwd(grad, *ctx.saved_tensors, ctx.step_size, ctx.eps, ctx.x_dtype, wanted)
-    return _given(results, wanted, 10)
+    return given(results, wanted, 10)
 
 
 ista_fwd.register_autograd(_ista_backward, setup_context=_ista_setup)
@@ -340,7 +340,7 @@ def compression_bwd(
     """
     from crate_fast.kernels import attention, folding, layer_norm
 
-    results, sums = _nothing(grad, 6), None
+    results, sums = nothing(grad, 6), None
     grad_h = grad.reshape(-1, grad.shape[-1]).contiguous()
     tokens, low = out.flatten(2).flatten(0, 1), grad_h.to(w.dtype)
     with without_autocast(grad.device.type):
@@ -375,7 +375,7 @@ def _(
     grad, gamma, beta, projection, output, normed, rstd, w, out, lse, x, mean, scale, skip_normed, x_dtype,
     bias_dtype, wanted,
 ):  # fmt: skip
-    results = _nothing(grad, 6)
+    results = nothing(grad, 6)
     channels = any(wanted[1:4]) or (skip_normed and wanted[0])
     if wanted[0]:
         results[0] = grad.new_empty(grad.shape, dtype=x_dtype)
@@ -405,7 +405,7 @@ def _compression_backward(ctx, grad, *_):
         return (None,) * 11
     wanted = list(ctx.needs_input_grad[:6])
     results = compression_bwd(grad, *ctx.saved_tensors, ctx.scale, ctx.skip_normed, *ctx.dtypes, wanted)
-    return _given(results, wanted, 11)
+    return given(results, wanted, 11)
 
 
 compression_fwd.register_autograd(_compression_backward, setup_context=_compression_setup)
