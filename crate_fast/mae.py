@@ -19,7 +19,6 @@ from crate_fast.arguments import (
     check_choice,
     check_floating,
     check_positive,
-    head_width,
     patch_grid,
     rename_arguments,
     size_pair,
@@ -226,7 +225,7 @@ class CRATEMAE(nn.Module):
         place = {"device": device, "dtype": dtype}
 
         def attention(width: int, heads: int) -> PreNorm:
-            return PreNorm(width, MSSA(width, heads, head_width(width, heads), backend=backend, **place), **place)
+            return PreNorm(width, MSSA(width, heads, width // heads, backend=backend, **place), **place)
 
         def encoder_layer() -> Layer:
             sparsify = ISTA(embed_dim, ista, sparsity, backend=backend, **place)
