@@ -13,6 +13,7 @@ __all__ = [
     "TIMM_POOLS",
     "check_choice",
     "check_floating",
+    "check_not_negative",
     "check_positive",
     "check_rates",
     "head_width",
@@ -107,6 +108,13 @@ def check_rates(**rates: float) -> None:
     for name, rate in rates.items():
         if not isinstance(rate, int | float) or not 0 <= rate < 1:
             raise UserError(f"{name}={rate!r}: give a probability of at least 0, and below 1")
+
+
+def check_not_negative(**values: float) -> None:
+    """Raise a UserError unless all are at least 0."""
+    for name, value in values.items():
+        if not value >= 0:
+            raise UserError(f"{name}={value}: it must be at least 0")
 
 
 def check_positive(**sizes: int) -> None:

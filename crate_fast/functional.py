@@ -17,7 +17,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
 from crate_fast import cpu_ops, triton_ops
-from crate_fast.arguments import check_choice
+from crate_fast.arguments import check_choice, check_not_negative, check_rates
 from crate_fast.backends import (
     autocast_enabled,
     being_transformed,
@@ -36,7 +36,6 @@ __all__ = [
     "THRESHOLDS",
     "cached_dictionaries",
     "check_beside",
-    "check_fraction",
     "check_tensor",
     "compress",
     "fold_dictionary",
@@ -73,13 +72,6 @@ def check_beside(x: Tensor, *, any_dtype: bool = False, **tensors: Tensor) -> No
             raise TypeError(f"{name} is {tensor.dtype} and x {x.dtype}: cast one to the other's dtype")
 
 
-def check_fraction(name: str, value: float, low: float, high: float | None) -> None:
-    """Raise a UserError unless low ≤ value, and value < high where there is a limit."""
-    if not value >= low or (high is not None and not value < high):
-        limits = f"at least {low}" if high is None else f"in [{low}, {high})"
-        raise UserError(f"{name}={value}: it must be {limits}")
-
-
 def subspace_attention(
     w: Tensor, scale: float | None = None, *, dropout_p: float = 0.0, backend: str = "auto"
 ) -> Tensor:
@@ -106,9 +98,9 @@ def subspace_attention(
     with without_tracer_warnings():
         fits = isinstance(w, Tensor) and w.dim() == 4 and w.shape[1] * w.shape[3] > 0
         check_tensor("w", w, "[B, N, H, D] with N and D at least 1", fits)
-    check_fraction("dropout_p", dropout_p, 0.0, 1.0)
+    check_rates(dropout_p=dropout_p)
     scale = w.shape[-1] ** -0.5 if scale is None else float(scale)
-    check_fraction("scale", scale, 0.0, None)
+    check_not_negative(scale=scale)
     if dropout_p > 0.0 and backend == "triton":
         raise UserError(f"backend='triton' cannot run: the kernels drop no weights, dropout_p={dropout_p}. {_AUTO}")
     if dropout_p == 0.0 and resolve_backend(w, backend, head_dim=w.shape[-1]) == "triton":
@@ -196,7 +188,7 @@ def compress(
     head_dim = inner // heads
     if resolve_backend(x, backend, head_dim=head_dim) == "triton":
         scale = head_dim**-0.5 if scale is None else float(scale)
-        check_fraction("scale", scale, 0.0, None)
+        check_not_negative(scale=scale)
         dtype = compute_dtype(x)
         h, *_ = triton_ops.compression_fwd(
             x, weight, bias, projection, output, output_bias, heads, scale, float(eps), dtype, residual == "paper"
@@ -293,8 +285,7 @@ def _ista(
         square = isinstance(dictionary, Tensor) and tuple(dictionary.shape) == (width, width)
         check_tensor("dictionary", dictionary, f"[C, C] = [{width}, {width}] to match x's last dimension", square)
     check_beside(x, dictionary=dictionary)
-    check_fraction("step_size", step_size, 0.0, None)
-    check_fraction("sparsity", sparsity, 0.0, None)
+    check_not_negative(step_size=step_size, sparsity=sparsity)
     check_choice("threshold", threshold, THRESHOLDS)
     gamma, beta, eps = norm or (None, None, 0.0)
     if norm is not None:
@@ -319,7 +310,7 @@ def _ista(
 def _folded(dictionary: Tensor, step_size: float, dtype: torch.dtype) -> Tensor:
     # what a transform differentiates need not have requires_grad
     if being_transformed() or (torch.is_grad_enabled() and dictionary.requires_grad):
-        return fold_dictionary(dictionary, step_size, dtype).to(dtype)
+        return _fold(dictionary, step_size, dtype)
     return fold_dictionary_once(dictionary, step_size, dtype)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from crate_fast import cpu_ops
+from crate_fast.arguments import check_not_negative
 from crate_fast.backends import (
     autocast_enabled,
     compute_dtype,
@@ -26,7 +27,7 @@ from crate_fast.backends import (
 )
 from crate_fast.cpu_ops import linear
 from crate_fast.errors import UserError
-from crate_fast.functional import check_beside, check_fraction, check_tensor
+from crate_fast.functional import check_beside, check_tensor
 from crate_fast.self_check import checked
 from crate_fast.triton_ops import given, nothing
 
@@ -88,8 +89,7 @@ def odl(
         fits = isinstance(decoder, Tensor) and decoder.shape == dictionary.shape
         check_tensor("decoder", decoder, f"{list(dictionary.shape)}, as the dictionary", fits)
     check_beside(x, dictionary=dictionary, decoder=decoder)
-    check_fraction("step_size", step_size, 0.0, None)
-    check_fraction("sparsity", sparsity, 0.0, None)
+    check_not_negative(step_size=step_size, sparsity=sparsity)
     if steps not in (1, 2):
         raise UserError(f"steps={steps!r}: give 1 or 2")
     gamma, beta, eps = norm or (None, None, 0.0)
