@@ -13,7 +13,7 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from crate_fast.errors import UserError
-from crate_fast.layers import ISTA, MSSA, ODL
+from crate_fast.layers import ODL
 from crate_fast.mae import CRATEMAE, sincos_positions
 from crate_fast.model import CRATE, resample_positions
 from crate_fast.weight_files import read_state_dict, unwrap_state_dict
@@ -243,43 +243,43 @@ def load_weights(
 
 
 def _unreleased(model: CRATE | CRATEMAE) -> str:
-    """Name the arguments of a model that the released code does not have, or not with these values; "" if none."""
+    """Name the arguments of a model whose values the released code does not have; "" if none."""
     if isinstance(model, CRATEMAE):
         sparsify = model.blocks[0].layers[0][1].fn
-        same = {
-            "visible_only": not model.visible_only,
-            "sparsity": sparsify.lambd == 0.5,
-            "ista": sparsify.step_size == 0.1,
-            "image_size or patch_size": len(set(model.image_size)) == len(set(model.patch_size)) == 1,
-            "channels": model.channels == 3,
+        found = {  # the value, then those that the released code has
+            "visible_only": (model.visible_only, False),
+            "sparsity": (sparsify.lambd, 0.5),
+            "ista": (sparsify.step_size, 0.1),
+            "image_size": (model.image_size, model.image_size[:1] * 2),
         }
-        return ", ".join(name for name, is_same in same.items() if not is_same)
-    layer = model.transformer.layers[0]
-    attend, sparsify = layer[0].fn, layer[1].fn
-    alpha = isinstance(sparsify, ODL)
-    same = {
-        "attention": isinstance(attend, MSSA),
-        "sparsifier": isinstance(sparsify, ISTA | ODL),
-        "residual": layer.residual == "released",
-        "threshold": getattr(sparsify, "threshold", "relu") == "relu",
-        "sparsity": getattr(sparsify, "lambd", 0.1) == 0.1,
-        "pool": model.pool == "cls" or (model.pool == "mean" and not alpha),
-        "layer_eps": layer[0].norm.eps == (1e-6 if alpha else 1e-5),
-        "output_bias": not isinstance(attend.to_out, nn.Sequential) or (attend.to_out[0].bias is None) == alpha,
-        "embed_norm": model.embed_norm != alpha,
-    }
-    if alpha:
-        same |= {
-            "odl_residual": layer.skips_sparsifier,
-            "odl_tied": sparsify.D1 is not None,
-            "odl_steps": sparsify.steps == 2,
-            "odl_ratio": sparsify.D.shape[1] == 4 * sparsify.D.shape[0],
-            "ista": sparsify.step_size == 0.1,
-            "norm_eps": model.mlp_head[0].eps == 1e-5,
-            "head_hidden": not model.head_hidden,
-            "channels or patch_size": model.channels == 3 and len(set(model.patch_size)) == 1,
+    else:
+        layer = model.transformer.layers[0]
+        attend, sparsify = layer[0].fn, layer[1].fn
+        alpha, mapped = isinstance(sparsify, ODL), isinstance(attend.to_out, nn.Sequential)
+        found = {
+            "attention": (type(attend).__name__, "MSSA"),
+            "sparsifier": (type(sparsify).__name__, "ISTA", "ODL"),
+            "residual": (layer.residual, "released"),
+            "threshold": (getattr(sparsify, "threshold", "relu"), "relu"),
+            "sparsity": (getattr(sparsify, "lambd", 0.1), 0.1),
+            "pool": (model.pool, "cls", "cls" if alpha else "mean"),
+            "layer_eps": (layer[0].norm.eps, 1e-6 if alpha else 1e-5),
+            "output_bias": (attend.to_out[0].bias is not None if mapped else not alpha, not alpha),
+            "embed_norm": (model.embed_norm, not alpha),
         }
-    return ", ".join(name for name, is_same in same.items() if not is_same)
+        if alpha:
+            found |= {
+                "odl_residual": (layer.skips_sparsifier, True),
+                "odl_tied": (sparsify.D1 is None, False),
+                "odl_steps": (sparsify.steps, 2),
+                "odl_ratio": (sparsify.D.shape[1] // sparsify.D.shape[0], 4),
+                "ista": (sparsify.step_size, 0.1),
+                "norm_eps": (model.mlp_head[0].eps, 1e-5),
+                "head_hidden": (model.head_hidden, False),
+            }
+    if isinstance(model, CRATEMAE) or alpha:
+        found |= {"channels": (model.channels, 3), "patch_size": (model.patch_size, model.patch_size[:1] * 2)}
+    return ", ".join(f"{name}={value!r}" for name, (value, *released) in found.items() if value not in released)
 
 
 def released_state_dict(model: nn.Module) -> dict[str, Tensor]:
