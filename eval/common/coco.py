@@ -47,17 +47,17 @@ def read_annotations(path: Path):
     images = _images(content["images"], path)
     categories = content.get("categories", [])
     for number, category in enumerate(categories):
-        _require(category, "id", (int,), f"{path}: categories[{number}]")
+        _must_be((int,), category, "id", f"{path}: categories[{number}]")
         category["name"] = str(category.get("name") or category["id"])
     annotations = []
     for number, annotation in enumerate(content["annotations"]):
         where = f"{path}: annotations[{number}]"
-        _require(annotation, "image_id", (type(content["images"][0]["id"]),), where)  # 7 and "7" are different images
+        _must_be((type(content["images"][0]["id"]),), annotation, "image_id", where)  # 7 and "7" are different images
         if annotation["image_id"] not in images:
             continue
-        _require(annotation, "id", (int, str), where)
+        _must_be((int, str), annotation, "id", where)
         where = f"{path}: annotation {annotation['id']!r}"
-        _require(annotation, "category_id", (int,), where)
+        _must_be((int,), annotation, "category_id", where)
         _complete(annotation, images[annotation["image_id"]], where)
         annotations.append(annotation)
     return index_of(content["images"], annotations, categories)
@@ -90,12 +90,9 @@ def _as_one_category(coco, image_ids: Sequence):
     """
     images, annotations = [], []
     for number, image_id in enumerate(image_ids, start=1):
-        image = dict(coco.imgs.get(image_id, {}))
+        images.append(coco.imgs.get(image_id, {}) | {"id": number})
         for annotation in coco.imgToAnns.get(image_id, ()):
-            entry = dict(annotation)
-            _complete(entry, image, f"annotation {annotation.get('id')!r}")
-            annotations.append(entry | {"id": len(annotations) + 1, "image_id": number, "category_id": 1})
-        images.append(image | {"id": number})
+            annotations.append(annotation | {"id": len(annotations) + 1, "image_id": number, "category_id": 1})
     return index_of(images, annotations, [{"id": 1, "name": "object"}])
 
 
@@ -106,17 +103,21 @@ def _no_annotations(path: Path, reason: str) -> UserError:
     )
 
 
-def _require(entry: dict, field: str, types: tuple[type, ...], where: str) -> None:
-    if type(entry.get(field)) not in types:
-        expected = " or ".join({int: "a whole number", str: "a text"}[kind] for kind in types)
+def _must(holds: bool, entry: dict, field: str, rule: str, where: str) -> None:
+    if not holds:
         found = repr(entry[field])[:60] if field in entry else "missing"
-        raise UserError(f"{where}: {field!r} is {found}, and must be {expected}; correct the file")
+        raise UserError(f"{where}: {field!r} is {found}, and must be {rule}; correct the file")
+
+
+def _must_be(types: tuple[type, ...], entry: dict, field: str, where: str) -> None:
+    rule = " or ".join({int: "a whole number", str: "a text"}[kind] for kind in types)
+    _must(type(entry.get(field)) in types, entry, field, rule, where)
 
 
 def _images(entries: list[dict], path: Path) -> dict[int | str, dict]:
     images: dict[int | str, dict] = {}
     for number, image in enumerate(entries):
-        _require(image, "id", (int, str), f"{path}: images[{number}]")
+        _must_be((int, str), image, "id", f"{path}: images[{number}]")
         where = f"{path}: image {image['id']!r}"
         if image["id"] in images:
             raise UserError(f"{where} stands twice in 'images'; remove one")
@@ -124,7 +125,7 @@ def _images(entries: list[dict], path: Path) -> dict[int | str, dict]:
             raise UserError(f"{where}: the ids of images are numbers and texts; correct the file")
         if "file_name" not in image and isinstance(image.get("coco_url"), str):  # LVIS
             image["file_name"] = image["coco_url"].rpartition("/")[2]
-        _require(image, "file_name", (str,), where)
+        _must_be((str,), image, "file_name", where)
         if not image["file_name"]:
             raise UserError(f"{where}: 'file_name' is empty; correct the file")
         for side in ("height", "width"):
@@ -138,99 +139,87 @@ def _complete(annotation: dict, image: dict, where: str) -> None:
     """Check an annotation's values and fill in those that follow; an image without a size takes that of an RLE."""
     from pycocotools import mask as rle
 
-    if annotation.get("iscrowd") is None:
-        annotation["iscrowd"] = 0
+    annotation["iscrowd"] = annotation.get("iscrowd") or 0
+    _must(annotation["iscrowd"] in (0, 1), annotation, "iscrowd", "0 or 1", where)
     area, box = annotation.get("area"), annotation.get("bbox")
-    if annotation["iscrowd"] not in (0, 1):
-        raise UserError(f"{where}: 'iscrowd' is {annotation['iscrowd']!r}, and must be 0 or 1; correct the file")
-    segmentation = annotation["segmentation"] = _segmentation(annotation, image, where)
-    if area is not None and (not _numbers([area]) or area < 0):
-        raise UserError(f"{where}: 'area' is {area!r}, and must be a number from 0; correct the file")
-    if box and (not isinstance(box, list) or len(box) != 4 or not _numbers(box) or min(box[2:]) < 0):
-        raise UserError(f"{where}: 'bbox' is {box!r}, and must be [x, y, width, height]; correct or remove it")
+    _must(area is None or (_numbers([area]) and area >= 0), annotation, "area", "a number from 0", where)
+    is_box = not box or (isinstance(box, list) and len(box) == 4 and _numbers(box) and min(box[2:]) >= 0)
+    _must(is_box, annotation, "bbox", "[x, y, width, height]", where)
+    _check_segmentation(annotation, image, where)
     if area is not None and box and 0 not in box[2:]:  # COCO's train2017 has a box of no height
         return
-    if isinstance(segmentation, list):
-        segmentation = rle.merge(rle.frPyObjects(segmentation, image["height"], image["width"]))
-    elif isinstance(segmentation["counts"], list):
-        segmentation = rle.frPyObjects(segmentation, image["height"], image["width"])
-    if area is None:
-        annotation["area"] = float(rle.area(segmentation))
-    annotation["bbox"] = (
-        box if box and not (0 in box[2:] and rle.area(segmentation)) else rle.toBbox(segmentation).tolist()
-    )
+    segmentation = _encoded(annotation["segmentation"], image["height"], image["width"])
+    annotation["area"] = float(rle.area(segmentation)) if area is None else area
+    if not box or (0 in box[2:] and rle.area(segmentation)):
+        annotation["bbox"] = rle.toBbox(segmentation).tolist()
 
 
 def _numbers(values: list) -> bool:
     return set(map(type, values)) <= {int, float} and all(map(math.isfinite, values))
 
 
-def _known(size: Sequence) -> bool:
-    return all(type(side) is int and side > 0 for side in size)
+def _is_size(size: Sequence) -> bool:
+    return len(size) == 2 and all(type(side) is int and side > 0 for side in size)
 
 
-def _segmentation(annotation: dict, image: dict, where: str) -> list | dict:
-    """Return the segmentation, without polygons of fewer than three points, which cover nothing."""
-    found, where = annotation.get("segmentation"), f"{where}: 'segmentation'"
-    if not found:
-        state = "missing" if "segmentation" not in annotation else "empty"
-        raise UserError(f"{where} is {state}, so there is no mask to score; remove the annotation")
+def _check_segmentation(annotation: dict, image: dict, where: str) -> None:
+    """Check a mask; remove polygons of fewer than three points, which cover nothing."""
+    found, size = annotation.get("segmentation"), [image.get("height"), image.get("width")]
     if isinstance(found, dict):
-        _check_run_lengths(found, image, where)
-        return found
-    if not isinstance(found, list) or not all(isinstance(polygon, list) for polygon in found):
-        raise UserError(f"{where} is neither a list of polygons nor RLE; correct the file")
-    for polygon in found:
-        if len(polygon) % 2 or not _numbers(polygon):
-            raise UserError(f"{where} has a polygon that is no list x, y, x, y, …; correct the file")
-        if max(map(abs, polygon), default=0) > _FARTHEST:
-            raise UserError(f"{where} has a point over {_FARTHEST:,} pixels away; correct the file")
-    polygons = [polygon for polygon in found if len(polygon) >= 6]
-    if not polygons:
-        raise UserError(f"{where} has no polygon of three points; remove the annotation")
-    size = image.get("height"), image.get("width")
-    if not _known(size):
+        _must(_is_rle(found), annotation, "segmentation", "RLE that fills its size", where)
+        if not _is_size(size):
+            image |= dict(zip(("height", "width"), found["size"], strict=True))
+        elif size != list(found["size"]):
+            raise UserError(
+                f"{where}: 'segmentation' is of {found['size']} pixels, its image {size}; correct the file"
+            )
+        return
+    polygons = [polygon for polygon in found if len(polygon) >= 6] if _are_polygons(found) else []
+    rule = f"RLE, or polygons x, y, x, y, x, y, … of at most {_FARTHEST:,} pixels"
+    _must(bool(polygons), annotation, "segmentation", rule, where)
+    if not _is_size(size):
         raise UserError(
-            f"{where} has polygons, so image {image.get('id')!r} needs 'height' and 'width', whole numbers above 0, "
-            f"not {size[0]!r} and {size[1]!r}; correct the file"
+            f"{where}: 'segmentation' has polygons, so image {image.get('id')!r} needs 'height' and 'width', whole "
+            f"numbers above 0, not {size[0]!r} and {size[1]!r}; correct the file"
         )
-    return polygons
+    annotation["segmentation"] = polygons
 
 
-def _check_run_lengths(found: dict, image: dict, where: str) -> None:
-    size, counts = found.get("size"), found.get("counts")
-    if not isinstance(size, list | tuple) or len(size) != 2 or not _known(size):
-        raise UserError(f"{where} has the size {size!r}, not [height, width]; correct the file")
-    if not _known([image.get("height"), image.get("width")]):
-        image |= {"height": size[0], "width": size[1]}
-    elif [image["height"], image["width"]] != list(size):
-        raise UserError(
-            f"{where} is of {size[0]}×{size[1]} pixels, its image {image.get('id')!r} of "
-            f"{image['height']}×{image['width']}; correct the file"
-        )
-    runs = counts if isinstance(counts, list) else _decoded(counts)
-    if runs is None or any(type(run) is not int or run < 0 for run in runs) or sum(runs) != math.prod(size):
-        raise UserError(f"{where} has counts that do not add up to {math.prod(size)} pixels; correct the file")
+def _are_polygons(found: object) -> bool:
+    return isinstance(found, list) and all(
+        isinstance(p, list) and len(p) % 2 == 0 and _numbers(p) and max(map(abs, p), default=0) <= _FARTHEST
+        for p in found
+    )
 
 
-def _decoded(counts) -> list[int] | None:
-    """Return the runs of compressed RLE, None where it is damaged.
+def _is_rle(found: dict) -> bool:
+    """Return True if the runs fill the size.
 
-    pycocotools' own decoder does not check them: of a mask that is too short it returns memory that nobody wrote.
+    pycocotools does not check that: where they are too short, its masks end with memory that nobody wrote.
     """
-    runs, value, shift = [], 0, 0
-    for byte in counts.encode() if isinstance(counts, str) else counts if isinstance(counts, bytes) else ():
-        if not 48 <= byte < 48 + 64:
-            return None
-        value |= (byte - 48 & 31) << shift
-        shift += 5
-        if byte - 48 & 32:  # more of this run follows
-            continue
-        if byte - 48 & 16:  # negative
-            value -= 1 << shift
-        runs.append(value + (runs[-2] if len(runs) > 2 else 0))
-        value = shift = 0
-    return None if shift else runs
+    from pycocotools import mask as rle
+
+    size, counts = found.get("size"), found.get("counts")
+    if not isinstance(size, list | tuple) or not _is_size(size):
+        return False
+    if isinstance(counts, list):
+        return all(type(run) is int and run >= 0 for run in counts) and sum(counts) == math.prod(size)
+    if not isinstance(counts, str | bytes):
+        return False
+    try:
+        again = rle.encode(rle.decode({"size": size, "counts": counts}))["counts"]
+    except ValueError:
+        return False
+    return again == (counts.encode() if isinstance(counts, str) else counts)
+
+
+def _encoded(segmentation: list | dict, height: int, width: int) -> dict:
+    """Return a segmentation as compressed RLE."""
+    from pycocotools import mask as rle
+
+    if isinstance(segmentation, list):
+        return rle.merge(rle.frPyObjects(segmentation, height, width))
+    return rle.frPyObjects(segmentation, height, width) if isinstance(segmentation["counts"], list) else segmentation
 
 
 def enlarge(masks: np.ndarray, size: tuple[int, int], resample: Image.Resampling) -> np.ndarray:
@@ -266,7 +255,7 @@ def class_agnostic_scores(coco, detections: Sequence[dict], image_ids: Sequence[
     """Score boxes and masks by AP and AR, with all categories taken as one.
 
     Args:
-        coco: pycocotools' `COCO` with the ground truth; any ids and categories.
+        coco: pycocotools' `COCO` with the ground truth, complete as by `read_annotations`; any ids and categories.
         detections: COCO results; their categories are ignored.
         image_ids: Images evaluated; those without detections count as missed.
 
@@ -275,7 +264,7 @@ def class_agnostic_scores(coco, detections: Sequence[dict], image_ids: Sequence[
         pycocotools' −1 where there is no object of that size.
 
     Raises:
-        UserError: None of the images has an annotated object, or an annotation lacks what it needs.
+        UserError: None of the images has an annotated object.
     """
     from pycocotools.cocoeval import COCOeval
 
