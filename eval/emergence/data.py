@@ -26,7 +26,6 @@ from crate_fast.eval.common.images import SceneImages, Target, free_photographs,
 from crate_fast.eval.emergence.protocol import Protocol
 from crate_fast.train.checkpoint import write_text
 from crate_fast.train.data.image_files import find_images, read_image
-from crate_fast.train.data.shape_scenes import CLASSES
 from crate_fast.train.data.sources import nothing_outside
 
 __all__ = ["PhotographData", "SceneData", "open_experiment_data", "prepare_photographs", "spread"]
@@ -38,14 +37,11 @@ class SceneData:
     """Scenes of `shape_scenes`.
 
     Attributes:
-        num_classes: Number of classes of the training images.
         selection: Images for choosing heads and layers.
         test: Images that attention is scored on.
         classified: Images that accuracy is measured on.
         with_masks: Images for MaskCut, or None.
     """
-
-    num_classes = len(CLASSES)
 
     def __init__(self, protocol: Protocol):
         self.protocol, size = protocol, protocol.image_size
@@ -83,7 +79,7 @@ class PhotographData:
         self.protocol, self.folder = protocol, folder
         source = json.loads((folder / "source.json").read_text())
         self._boxes, self._classes = Path(source["boxes"]), sorted(path.name for path in (folder / "test").iterdir())
-        self.num_classes, masks = len(self._classes), source["masks"]
+        masks = source["masks"]
         self.with_masks = open_images(masks, protocol.mask_size, protocol.maskcut_images) if masks else None
 
     @cached_property

@@ -10,7 +10,6 @@
 """
 
 import argparse
-import dataclasses
 import json
 import math
 import multiprocessing
@@ -22,7 +21,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,8 +38,6 @@ from crate_fast.eval.emergence.protocol import Point, Protocol, Run
 from crate_fast.eval.emergence.results import Results
 from crate_fast.eval.emergence.scores import box_scores, checkpoint_scores, photograph_scores, pictures
 from crate_fast.train.checkpoint import write_text
-from crate_fast.train.config import TrainConfig
-from crate_fast.train.cost import Flops, count_flops, meta_model
 from crate_fast.train.distributed import choose_device
 from crate_fast.train.faults import Interruption, NonFiniteError
 from crate_fast.train.run_folder import RunLock
@@ -176,13 +172,12 @@ def _locked(folder: Path, patience: float = 0.0) -> Iterator[None]:
 
 
 class _Scheduler:
-    """Starts jobs, watches them, and shows progress in operations."""
+    """Starts jobs, watches them, and shows progress in trained pixels."""
 
     def __init__(self, protocol: Protocol, folders: Folders, resources: Resources):
         self.protocol, self.folders, self.resources = protocol, folders, resources
         runs = protocol.planned_runs(folders.cifar10 is not None)
-        num_classes = open_experiment_data(protocol, folders.photographs).num_classes
-        self.costs = {run: _costs(protocol, run, folders, num_classes) for run in runs}
+        self.work = {run: _work(protocol, run) for run in runs}
         self.waiting = [run for run in runs if not folders.result(run).is_file()]
         self.running: dict[Run, tuple[multiprocessing.Process, str]] = {}  # process and device
         self.origin = provenance() | {"device": str(resources)}  # of the code that the jobs are forked from
@@ -194,11 +189,12 @@ class _Scheduler:
             process.terminate()
 
     def run(self, stop: Callable[[], object]) -> bool:
-        total = sum(map(sum, self.costs.values()))
+        total = sum(self.work.values())
+        done = total - sum(self.work[run] for run in self.waiting)
         bar_format = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
         interval = 0.5 if sys.stderr.isatty() else 60
-        intervals = {"mininterval": interval, "maxinterval": interval}
-        with tqdm(total=total, initial=self._done(), bar_format=bar_format, smoothing=0, **intervals) as bar:
+        style = {"bar_format": bar_format, "smoothing": 0, "miniters": 0, "mininterval": interval}
+        with tqdm(total=total, initial=done, maxinterval=interval, **style) as bar:
             stopping = False
             while self.waiting or self.running:
                 if stop() and not stopping:  # before the jobs are checked: the signal may have reached them too
@@ -210,28 +206,12 @@ class _Scheduler:
                     return False
                 while not stopping and self._start_next(stop):
                     pass
-                finished = len(self.costs) - len(self.waiting) - len(self.running)
-                bar.set_description_str(f"{finished}/{len(self.costs)} runs", refresh=False)
+                finished = len(self.work) - len(self.waiting) - len(self.running)
+                bar.set_description_str(f"{finished}/{len(self.work)} runs", refresh=False)
                 bar.set_postfix_str(", ".join(run.name for run in self.running), refresh=False)
-                bar.update(max(0.0, self._done() - bar.n))
+                bar.update(0)
                 time.sleep(_POLL_SECONDS)
         return True
-
-    def _done(self) -> float:
-        """Return the operations of finished runs and of finished parts of the others."""
-        unfinished = {*self.running, *self.waiting}
-        return sum(self._spent(run) if run in unfinished else sum(costs) for run, costs in self.costs.items())
-
-    def _spent(self, run: Run) -> float:
-        spent = 0.0
-        for number, (stage, cost) in enumerate(zip(self.protocol.stages_of(run), self.costs[run], strict=False)):
-            path = self.folders.stage(run, number) / "metrics.jsonl"
-            if not path.is_file():
-                break
-            lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-            step = max((json.loads(line)["step"] for line in lines[-2:]), default=0)
-            spent += cost * min(1.0, step / stage.steps)
-        return spent
 
     def _start_next(self, stop: Callable[[], object]) -> bool:
         """Start the first run whose learning rate is known; return False if none was started."""
@@ -263,6 +243,7 @@ class _Scheduler:
             del self.running[run]
             if self.folders.result(run).is_file():
                 bar.write(f"{run.name}: done")
+                bar.update(self.work[run])
             elif stopping:
                 self.waiting.append(run)
             else:
@@ -277,20 +258,9 @@ def _tail(log: Path, lines: int = 8) -> str:
     return "\n".join(text.replace("\r", "\n").splitlines()[-lines:])
 
 
-def _costs(protocol: Protocol, run: Run, folders: Folders, num_classes: int) -> list[float]:
-    """Return the operations of each stage's training and, last, of scoring."""
-    costs, flops = [], None
-    for number, stage in enumerate(protocol.stages_of(run)):
-        config = protocol.training_config(run, number, 1e-3, folders.data_dir(run))
-        flops = _flops(dataclasses.replace(config, seed=0), 10 if run.kind == "cifar10" else num_classes)
-        costs.append(stage.steps * stage.batch_size * flops.step)
-    scored = protocol.selection_images + 2 * protocol.test_images + 2 * protocol.maskcut_images
-    return [*costs, len(protocol.points) * scored * flops.forward if run.scored else 0]
-
-
-@cache
-def _flops(config: TrainConfig, classes: int) -> Flops:
-    return count_flops(meta_model(config, classes), config.image_size)
+def _work(protocol: Protocol, run: Run) -> int:
+    """Return the number of pixels that a run trains on."""
+    return sum(stage.steps * stage.batch_size * stage.image_size**2 for stage in protocol.stages_of(run))
 
 
 # --- one run ---
