@@ -80,41 +80,33 @@ def _command(options: argparse.Namespace) -> None:
     absent = sorted(set(chosen) - set(steps))
     if absent:
         raise UserError(f"--steps {absent[0]}: {run} has no such checkpoint; choose from {steps}")
-    device = choose_device(options.device)
-    options.device = str(device)
+    options.device = str(choose_device(options.device))
+    opening = {"device": options.device, "image_size": options.image_size, "seed": options.seed}
+    untrained = open_model(f"{label}={run}@untrained", **opening)
+    layer = untrained.extract.resolve_layer(options.layer)
+    images = open_data(options, untrained)
+    measures = check_measures(options.measures, untrained, images, options.data)
+    evaluation = Evaluation("by_epoch", options, [])
+    settings = MaskCutSettings(options.num_objects, options.tau)
+    shown = [sample.image for _, sample in itertools.islice(readable(images), 4)]
+    columns = [[image_picture(image) for image in shown]]
+    facts: list[dict] = []
     left_out: dict[int, str] = {}
 
     def models() -> Iterator[tuple[int, LoadedModel]]:
         for step in [0, *chosen]:
-            name = f"{label}={run}@{step or 'untrained'}"
             try:
-                loaded = open_model(name, device, options.image_size, seed=options.seed)
+                loaded = open_model(f"{label}={run}@{step}", **opening) if step else untrained
             except CheckpointError as error:  # a damaged checkpoint does not stop the others
-                if step not in left_out:
-                    print(f"left out: step {step}: {error}", file=sys.stderr)
+                print(f"left out: step {step}: {error}", file=sys.stderr)
                 left_out[step] = str(error)
                 continue
             yield step, loaded
-
-    first = next((loaded for _, loaded in models()), None)
-    if first is None:
-        raise UserError(f"{run} has no checkpoint that can be read; the first: {next(iter(left_out.values()))}")
-    layer = first.extract.resolve_layer(options.layer)
-    images = open_data(options, first)
-    measures = check_measures(options.measures, first, images, options.data)
-    evaluation = Evaluation("by_epoch", options, [])
-    settings = MaskCutSettings(options.num_objects, options.tau)
-    facts, shown = [], [sample.image for _, sample in itertools.islice(readable(images), 4)]
-    columns = [[image_picture(image) for image in shown]]
-
-    def noted() -> Iterator[tuple[int, LoadedModel]]:
-        for step, loaded in models():
             facts.append(loaded.facts)
-            columns.append(_components(loaded, torch.stack(shown), layer) if shown else [])
-            yield step, loaded
+            columns.append(_components(loaded, torch.stack(shown), layer))
 
     reading = evaluation.reading("step")
-    results = evaluate(noted(), images, layer, measures, settings, seed=options.seed, **reading)
+    results = evaluate(models(), images, layer, measures, settings, seed=options.seed, **reading)
     if not results.keys() - {0}:
         raise UserError(f"{run}: none of the steps {chosen} can be read; the first: {left_out[chosen[0]]}")
     epochs = {0: 0.0} | {step: checkpoint_epoch(run, step) for step in chosen if step in results}

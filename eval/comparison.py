@@ -24,7 +24,8 @@ from crate_fast.options import parse
 
 __all__ = ["compare", "evaluate", "main"]
 
-NEEDS = {"table1": ("maskcut",), "table2": ("maskcut", "coarse"), "figure4": ("coarse",)}
+# "coarse" first: it takes minutes, "maskcut" hours
+NEEDS = {"table1": ("maskcut",), "table2": ("coarse", "maskcut"), "figure4": ("coarse",)}
 
 
 def evaluate(
@@ -82,32 +83,27 @@ def compare(table: str, ours: dict[str, dict[str, float]]) -> list[dict]:
 
 def _command(options: argparse.Namespace) -> None:
     given = {
-        "maskcut": (options.coco, "--coco", options.image_size),
-        "coarse": (options.voc, "--voc", options.voc_size),
+        "maskcut": ("--coco", options.coco, options.image_size),
+        "coarse": ("--voc", options.voc, options.voc_size),
     }
+    config, tasks = {}, {}
     for measure in NEEDS[options.table]:
-        if given[measure][0] is None:
-            raise UserError(
-                f"--table {options.table} needs the images of {measure}: pass {given[measure][1]} KIND:PATH"
-            )
-    plan: dict[str, list[tuple]] = {}
-    for measure in NEEDS[options.table]:
-        data, _, size = given[measure]
-        for loaded in open_models(argparse.Namespace(**(vars(options) | {"image_size": size}))):
+        option, data, size = given[measure]
+        if data is None:
+            raise UserError(f"--table {options.table} needs the images of {measure}: pass {option} KIND:PATH")
+        models = open_models(argparse.Namespace(**(vars(options) | {"image_size": size})))
+        config[f"models for {measure}"] = [loaded.facts for loaded in models]
+        for loaded in models:
             loaded.extract.resolve_layer(options.layer)
             images = open_images(data, loaded.extract.image_size[0], options.limit)
             check_measures([measure], loaded, images, data)
-            plan.setdefault(measure, []).append((loaded, images))
+            tasks[f"{loaded.label}, {measure}"] = (loaded, images, measure)
     evaluation = Evaluation("comparison", options, [], f"comparison_{options.table}")
-    config, tasks = {}, {}
 
     def score(loaded: LoadedModel, images: Dataset, measure: str) -> tuple[str, dict[str, float]]:
         reading = evaluation.reading(f"{measure}, {loaded.label}") | {"seed": options.seed}
         return loaded.label, evaluate(loaded, images, measure, options.layer, options.threshold, **reading)
 
-    for measure, opened in sorted(plan.items()):  # "coarse" first: it takes minutes, "maskcut" hours
-        config[f"models for {measure}"] = [loaded.facts for loaded, _ in opened]
-        tasks |= {f"{m.label}, {measure}": (m, images, measure) for m, images in opened}
     ours: dict[str, dict[str, float]] = {}
     for label, row in evaluation.score(score, tasks).values():
         ours.setdefault(label, {}).update(row)
