@@ -1,7 +1,6 @@
 """The explorer's answers as plain JSON values: models opened on demand, and everything computed of a picture."""
 
 import threading
-from collections.abc import Callable
 from typing import NamedTuple
 
 import matplotlib
@@ -67,20 +66,14 @@ class ModelCache:
         """
         if not 0 <= number < len(self.choices):
             raise UserError(f"model {number}: there are {len(self.choices)}, counted from 0")
-        opened = self.open.get(number)
-        if opened is not None:
-            return opened
-        with self._opening:
-            opened = self.open.get(number)
-            if opened is None:
-                specification = self.choices[number].specification
-                try:
-                    loaded = open_model(specification, **self.opening)
-                    opened = OpenModel(loaded, class_names(specification), threading.Lock())
-                except (TypeError, OSError, RuntimeError) as error:
-                    raise UserError(f"{specification} cannot be opened: {error}") from error
-                self.open.put(number, opened)
-            return opened
+        return self.open.once(number, self._opening, lambda: self._open(self.choices[number].specification))
+
+    def _open(self, specification: str) -> OpenModel:
+        try:
+            loaded = open_model(specification, **self.opening)
+            return OpenModel(loaded, class_names(specification), threading.Lock())
+        except (TypeError, OSError, RuntimeError) as error:
+            raise UserError(f"{specification} cannot be opened: {error}") from error
 
 
 class Inspection:
@@ -95,8 +88,8 @@ class Inspection:
 
     def __init__(self, features: Features, summary: dict):
         self.features, self.summary = features, summary
-        self._found: dict[str, dict] = {"components": {}, "masks": {}}
-        self._locks = {kind: threading.Lock() for kind in self._found}
+        self._found = LRUCache(len(COMPONENTS) + len(features.layers))  # all are kept
+        self._components, self._masks = threading.Lock(), threading.Lock()
 
     @property
     def bytes(self) -> int:
@@ -115,17 +108,13 @@ class Inspection:
         if which not in COMPONENTS:
             raise UserError(f"components {which!r}: choose one of {', '.join(COMPONENTS)}")
         layers = sorted(self.features.layers)
-        return self._once("components", which, lambda: {"layers": [self._colours(layer, which) for layer in layers]})
+        return self._found.once(
+            which, self._components, lambda: {"layers": [self._colours(layer, which) for layer in layers]}
+        )
 
     def masks(self, layer: int) -> dict:
         """Run MaskCut: "masks" [n][P] of 0 and 1, "boxes" [n] as [left, top, right, bottom] in patches; n ≤ 3."""
-        return self._once("masks", layer, lambda: self._cut(layer))
-
-    def _once(self, kind: str, key: str | int, compute: Callable[[], dict]) -> dict:
-        with self._locks[kind]:
-            if key not in self._found[kind]:
-                self._found[kind][key] = compute()
-            return self._found[kind][key]
+        return self._found.once(layer, self._masks, lambda: self._cut(layer))
 
     def _colours(self, layer: int, which: str) -> list[int] | None:
         tokens = self.features.keys(layer).float().cpu()
@@ -241,10 +230,8 @@ class Explorer:
         found = self.inspections.get(key)
         if found is None:
             opened = self.models.get(model)
-            with opened.lock:
-                found = self.inspections.get(key)
-                if found is None:
-                    size = opened.loaded.extract.image_size[0]
-                    found = inspect(opened, self.pictures.pixels(picture, size))
-                    self.inspections.put(key, found)
+            size = opened.loaded.extract.image_size[0]
+            found = self.inspections.once(
+                key, opened.lock, lambda: inspect(opened, self.pictures.pixels(picture, size))
+            )
         return found

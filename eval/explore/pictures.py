@@ -59,6 +59,17 @@ class LRUCache:
             while len(self.values) > 1 and sum(map(self.size, self.values.values())) > self.limit:
                 self.values.popitem(last=False)
 
+    def once(self, key: Hashable, lock: threading.Lock, make: Callable[[], Any]) -> Any:
+        """Return the value of a key; make it first if there is none, while `lock` is held so that it is made once."""
+        found = self.get(key)
+        if found is None:
+            with lock:
+                found = self.get(key)
+                if found is None:
+                    found = make()
+                    self.put(key, found)
+        return found
+
 
 class UnreadablePictureError(UserError):
     """A picture that cannot be decoded, or is too large."""
