@@ -136,7 +136,6 @@ def evaluate(
     train_limit: int | None = None,
     raw_pixels: bool = False,
     seed: int = 0,
-    batch_size: int = 64,
     **reading,
 ) -> dict:
     """Score one model; all accuracies are in [0, 1].
@@ -150,7 +149,7 @@ def evaluate(
         limit, train_limit: Validation and training images, evenly spaced; all when None.
         raw_pixels: Also score k-NN and the linear probe on images of 16×16 pixels.
         seed: Seed of the linear probe's held-out images.
-        batch_size, **reading: See `images.batches`.
+        **reading: See `images.batches`.
 
     Returns:
         "images" (and "train_images"): those read; "classes"; "chance": share of the most frequent class among the
@@ -164,7 +163,6 @@ def evaluate(
     """
     check(loaded, data, protocols, ks=ks, pool=pool, train_limit=train_limit)
     ks = KS if ks is None else ks
-    reading["batch_size"] = batch_size
     probing = "knn" in protocols or "linear" in protocols
     raw_pixels = raw_pixels and probing
     images = probes.LabelledImages(data.val, "validation", limit)
@@ -201,13 +199,11 @@ def _data_config(loaded: LoadedModel, options: argparse.Namespace) -> TrainConfi
     """Return the data settings of the options, else of the run."""
     if loaded.config is None and options.dataset is None:
         raise UserError(f"{loaded.label} is not a run with a data set of its own: pass --dataset, and --data-dir")
-    height, width = loaded.extract.image_size
-    if height != width:
-        raise UserError(f"{loaded.label} expects images of {height}×{width} pixels: pass --image-size for a square")
+    side = loaded.extract.image_size[0]
     changes = {name: getattr(options, name) for name in _DATA_OPTIONS if getattr(options, name) is not None}
     if loaded.config is None:
-        return TrainConfig(image_size=height, seed=options.seed, **changes)
-    return dataclasses.replace(loaded.config, image_size=height, download=False, **changes)
+        return TrainConfig(image_size=side, seed=options.seed, **changes)
+    return dataclasses.replace(loaded.config, image_size=side, download=False, **changes)
 
 
 def _paper_score(label: str, config: TrainConfig, n_classes: int) -> float | None:
