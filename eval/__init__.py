@@ -6,7 +6,6 @@ Arguments that the protocols' `evaluate` share:
     images           data set of `Sample`s at the model's image size, with the annotations that the protocol needs
     batches          the images batch by batch, from `common.images.batches`
     layer, layers    layers counted from 0, negative ones from the end
-    settings         settings of MaskCut
     seed             seed of random maps, noise, masks or held-out images
     **reading        `batch_size`, `workers`, `progress` and `problems` of `common.images.batches`
 """

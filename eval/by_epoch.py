@@ -24,7 +24,6 @@ from crate_fast.eval.common.figures import Picture, curve_figure, image_grid, im
 from crate_fast.eval.common.images import readable
 from crate_fast.eval.common.models import LoadedModel, open_model, split_label
 from crate_fast.eval.common.principal_components import TooFewPatchesError, pca_rgb
-from crate_fast.eval.maskcut import PAPER, MaskCutSettings
 from crate_fast.options import parse
 from crate_fast.train.checkpoint import CheckpointError
 from crate_fast.train.distributed import choose_device
@@ -38,14 +37,14 @@ def evaluate(
     images: Dataset,
     layer: int | None = None,
     measures: Sequence[str] = MEASURES,
-    settings: MaskCutSettings = PAPER,
-    seed: int = 0,
-    **reading,
+    **options,
 ) -> dict[int, dict[str, float]]:
     """Score one layer at every step; all numbers in percent.
 
     Args:
-        models: (optimiser step, its model), opened one by one. Other arguments: see `by_layer.evaluate`.
+        models: (optimiser step, its model), opened one by one.
+        layer: The layer; each model's default when None.
+        measures, **options: See `by_layer.evaluate`.
 
     Returns:
         Step → numbers, as `by_layer.evaluate` names them.
@@ -53,8 +52,8 @@ def evaluate(
     rows = {}
     for step, loaded in models:
         wanted = loaded.extract.resolve_layer(layer)
-        titled = {**reading, "progress": f"step {step}"} if reading.get("progress") else reading
-        rows[step] = measure(loaded, images, [wanted], measures, settings, seed, **titled)[wanted]
+        titled = options | {"progress": f"step {step}"} if options.get("progress") else options
+        rows[step] = measure(loaded, images, [wanted], measures, **titled)[wanted]
     return rows
 
 
@@ -85,9 +84,9 @@ def _command(options: argparse.Namespace) -> None:
     untrained = open_model(f"{label}={run}@untrained", **opening)
     layer = untrained.extract.resolve_layer(options.layer)
     images = open_data(options, untrained)
-    measures = check_measures(options.measures, untrained, images, options.data)
+    settings = {"num_objects": options.num_objects, "tau": options.tau}
+    measures = check_measures(options.measures, untrained, images, options.data, **settings)
     evaluation = Evaluation("by_epoch", options, [])
-    settings = MaskCutSettings(options.num_objects, options.tau)
     shown = [sample.image for _, sample in itertools.islice(readable(images), 4)]
     columns = [[image_picture(image) for image in shown]]
     facts: list[dict] = []
@@ -105,8 +104,8 @@ def _command(options: argparse.Namespace) -> None:
             facts.append(loaded.facts)
             columns.append(_components(loaded, torch.stack(shown), layer))
 
-    reading = evaluation.reading("step")
-    results = evaluate(models(), images, layer, measures, settings, seed=options.seed, **reading)
+    settings |= evaluation.reading("step") | {"seed": options.seed}
+    results = evaluate(models(), images, layer, measures, **settings)
     if not results.keys() - {0}:
         raise UserError(f"{run}: none of the steps {chosen} can be read; the first: {left_out[chosen[0]]}")
     epochs = {0: 0.0} | {step: checkpoint_epoch(run, step) for step in chosen if step in results}

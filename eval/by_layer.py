@@ -15,7 +15,6 @@ from crate_fast.eval import coarse_segmentation, maskcut
 from crate_fast.eval.common.command import Evaluation, open_data, open_models
 from crate_fast.eval.common.figures import Curve, curve_figure
 from crate_fast.eval.common.models import LoadedModel
-from crate_fast.eval.maskcut import PAPER, MaskCutSettings
 from crate_fast.options import parse
 
 __all__ = ["MEASURES", "check_measures", "evaluate", "main"]
@@ -24,9 +23,12 @@ MEASURES = ("maskcut", "coarse")
 
 
 def check_measures(
-    measures: Sequence[str] | None, loaded: LoadedModel, images: Dataset, specification: str
+    measures: Sequence[str] | None, loaded: LoadedModel, images: Dataset, specification: str, **settings
 ) -> list[str]:
-    """Return the measures asked for, or all that the data set has annotations for; refuse what does not fit them."""
+    """Return the measures asked for, or all that the data set has annotations for; refuse what does not fit them.
+
+    `settings` are those of `maskcut.check`.
+    """
     annotated = {"maskcut": images.has_instances, "coarse": images.labelled}
     possible = [name for name in MEASURES if annotated[name]]
     wanted = possible if measures is None else list(measures)
@@ -37,7 +39,7 @@ def check_measures(
             "coco:PATH or shape_scenes, coarse segmentation voc:PATH too"
         )
     if "maskcut" in wanted:
-        maskcut.check(loaded, images)
+        maskcut.check(loaded, images, **settings)
     if "coarse" in wanted:
         loaded.require_cls()
     return wanted
@@ -48,7 +50,8 @@ def evaluate(
     images: Dataset,
     layers: Sequence[int] | None = None,
     measures: Sequence[str] = MEASURES,
-    settings: MaskCutSettings = PAPER,
+    num_objects: int = 3,
+    tau: float = 0.15,
     seed: int = 0,
     **reading,
 ) -> dict[int, dict[str, float]]:
@@ -57,6 +60,7 @@ def evaluate(
     Args:
         images: With instances for "maskcut", with masks for "coarse". Other arguments: see `crate_fast.eval`.
         measures: From `MEASURES`.
+        num_objects, tau: See `maskcut.maskcut`.
 
     Returns:
         Layer → "box AP50", "box AP75", "box AP", "box AR100", the same of "mask", "mIoU topk", "mIoU mass" and
@@ -66,11 +70,11 @@ def evaluate(
     layers = list(range(loaded.extract.depth)) if layers is None else list(layers)
     rows: dict[int, dict[str, float]] = {layer: {} for layer in layers}
     reading.setdefault("problems", [])
-    coarse = {}
+    settings, coarse = {"num_objects": num_objects, "tau": tau}, {}
     if "coarse" in measures:  # first: it finds sooner that there is nothing to score
         coarse = coarse_segmentation.evaluate(loaded, images, layers, seed=seed, **reading)
     if "maskcut" in measures:
-        for layer, numbers in maskcut.evaluate(loaded, images, layers, settings, **reading).items():
+        for layer, numbers in maskcut.evaluate(loaded, images, layers, **settings, **reading).items():
             rows[layer] |= {"images": numbers["images"], **maskcut.in_percent(numbers)}
     for name, result in coarse.items():
         title = coarse_segmentation.NAMES[name]
@@ -108,16 +112,16 @@ def curves(labelled: dict[str, dict[float, dict[str, float]]]) -> dict[str, list
 
 
 def _command(options: argparse.Namespace) -> None:
-    settings = MaskCutSettings(options.num_objects, options.tau)
+    settings = {"num_objects": options.num_objects, "tau": options.tau}
     models = open_models(options)
     data = [open_data(options, loaded) for loaded in models]
     for loaded, images in zip(models, data, strict=True):
-        measures = check_measures(options.measures, loaded, images, options.data)
+        measures = check_measures(options.measures, loaded, images, options.data, **settings)
     evaluation = Evaluation("by_layer", options, models)
 
     def score(loaded: LoadedModel, images: Dataset) -> dict:
-        reading = evaluation.reading(loaded.label)
-        return evaluate(loaded, images, None, measures, settings, seed=options.seed, **reading)
+        reading = evaluation.reading(loaded.label) | settings
+        return evaluate(loaded, images, None, measures, seed=options.seed, **reading)
 
     results = evaluation.score(score, {m.label: (m, images) for m, images in zip(models, data, strict=True)})
     rows = [

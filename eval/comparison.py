@@ -19,7 +19,6 @@ from crate_fast.eval.common import paper
 from crate_fast.eval.common.command import Evaluation, open_models
 from crate_fast.eval.common.images import open_images
 from crate_fast.eval.common.models import LoadedModel
-from crate_fast.eval.maskcut import PAPER, MaskCutSettings
 from crate_fast.options import parse
 
 __all__ = ["compare", "evaluate", "main"]
@@ -34,14 +33,14 @@ def evaluate(
     measure: str,
     layer: int | None = None,
     threshold: str = "topk",
-    settings: MaskCutSettings = PAPER,
-    **reading,
+    **options,
 ) -> dict[str, float]:
     """Score one model at one layer, under the names of the paper's columns, in percent.
 
     Args:
         measure: "maskcut" or "coarse". Other arguments: see `crate_fast.eval`.
         threshold: Threshold of "coarse"; "topk" is the paper's words.
+        **options: See `by_layer.evaluate`.
 
     Returns:
         For "maskcut" "box AP50", "box AP75", "box AP", the same of "mask", "box AR100", "mask AR100" and "COCO
@@ -49,7 +48,7 @@ def evaluate(
         "attention AP", which needs no threshold, and "VOC images".
     """
     layer = loaded.extract.resolve_layer(layer)
-    numbers = by_layer.evaluate(loaded, images, [layer], [measure], settings, **reading)[layer]
+    numbers = by_layer.evaluate(loaded, images, [layer], [measure], **options)[layer]
     if measure == "maskcut":
         return {"COCO images" if name == "images" else name: value for name, value in numbers.items()}
     name = coarse_segmentation.NAMES[threshold]

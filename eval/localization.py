@@ -28,14 +28,15 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.utils.data import Dataset
+from torchvision.ops import box_iou
+from torchvision.utils import draw_bounding_boxes
 
 from crate_fast.errors import UserError, run_command
 from crate_fast.eval.common.boxes import BoxedImages, covered
 from crate_fast.eval.common.command import Evaluation, attention_layers, open_models
-from crate_fast.eval.common.figures import Picture, write_pages
+from crate_fast.eval.common.figures import Picture, image_picture, write_pages
 from crate_fast.eval.common.images import Sample, batches, open_images, readable
 from crate_fast.eval.common.models import LoadedModel
 from crate_fast.eval.common.segmentation import average_precision
@@ -77,11 +78,8 @@ def largest_boxes(maps: np.ndarray) -> np.ndarray:
 
 def _best_iou(boxes: np.ndarray, truth: np.ndarray) -> np.ndarray:
     """Return the IoU of boxes [..., 4] with the best of the annotated boxes [M, 4]: [...]."""
-    boxes = boxes[..., None, :]
-    sides = np.minimum(boxes[..., 2:], truth[:, 2:]) - np.maximum(boxes[..., :2], truth[:, :2])
-    common = np.clip(sides, 0, None).prod(axis=-1)
-    areas = (boxes[..., 2:] - boxes[..., :2]).prod(axis=-1) + (truth[:, 2:] - truth[:, :2]).prod(axis=-1)
-    return (common / np.maximum(areas - common, 1e-12)).max(axis=-1)
+    iou = box_iou(torch.from_numpy(boxes.reshape(-1, 4)), torch.from_numpy(truth)).amax(dim=1)
+    return iou.numpy().reshape(boxes.shape[:-1])
 
 
 def _boxes_of(sample: Sample) -> np.ndarray:
@@ -230,14 +228,12 @@ def _rows(label: str, scores: dict, marked: int) -> list[dict]:
 
 def _boxed(sample: Sample, found: Sequence[float] | None = None) -> Picture:
     """Draw the annotated boxes (white) and a found one (red), in shares of the sides, over an image."""
-    picture = Image.fromarray(sample.image.permute(1, 2, 0).numpy().copy())
-    draw, side = ImageDraw.Draw(picture), picture.width
-    boxes = [(box, "white") for box in _boxes_of(sample)] + ([] if found is None else [(found, "red")])
-    for box, colour in boxes:
-        left, top, right, bottom = (round(edge * side) for edge in box)
-        corners = left, top, max(left, right - 1), max(top, bottom - 1)
-        draw.rectangle(corners, outline=colour, width=max(1, side // 100))
-    return Picture(np.asarray(picture))
+    boxes = torch.from_numpy(_boxes_of(sample) if found is None else np.vstack([_boxes_of(sample), found]))
+    side = sample.image.shape[-1]
+    corners = (boxes * side).round()
+    corners[:, 2:] = corners[:, :2].maximum(corners[:, 2:] - 1)
+    colours = ["white"] * len(sample.target.boxes) + ["red"] * (found is not None)
+    return image_picture(draw_bounding_boxes(sample.image, corners, colors=colours, width=max(1, side // 100)))
 
 
 def _figure(

@@ -12,7 +12,6 @@ import json
 import math
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,11 +21,12 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
+from torchvision.transforms.functional import InterpolationMode, resize
 
 from crate_fast.errors import UserError, require, run_command
 from crate_fast.eval.common import coco
 from crate_fast.eval.common.command import Evaluation, open_data, open_models
-from crate_fast.eval.common.figures import Picture, image_grid
+from crate_fast.eval.common.figures import image_grid, image_picture
 from crate_fast.eval.common.images import CocoImages, batches
 from crate_fast.eval.common.models import LoadedModel
 from crate_fast.eval.common.normalized_cut import SAME, exact_fp32, second_eigenvector
@@ -36,7 +36,7 @@ from crate_fast.options import parse
 from crate_fast.train.checkpoint import write_text
 from crate_fast.train.distributed import Processes, process_group
 
-__all__ = ["MaskCut", "MaskCutSettings", "check", "detect", "evaluate", "main", "maskcut", "object_of"]
+__all__ = ["MaskCut", "check", "detect", "evaluate", "main", "maskcut", "object_of"]
 
 EPSILON = 1e-5
 _LARGEST_OVERLAP, _SMALLEST_SHARE = 0.5, 0.01
@@ -202,26 +202,12 @@ def _worth_keeping(mask: Tensor, previous: Tensor) -> bool:
     return bool(overlap <= _LARGEST_OVERLAP) and float(mask.float().mean()) > _SMALLEST_SHARE
 
 
-@dataclass(frozen=True)
-class MaskCutSettings:
-    """Settings of `detect`: two of `maskcut`'s, and True if `coco.refine` refines masks at the model's image size."""
-
-    num_objects: int = 3
-    tau: float = 0.15
-    crf: bool = False
-
-    def __post_init__(self):
-        _check(self.num_objects, self.tau)
-        if self.crf:
-            coco.require_crf()
-
-
-PAPER = MaskCutSettings()
-
-
-def check(loaded: LoadedModel, images: Dataset) -> None:
-    """Refuse, before anything is computed, a model with a single patch, and annotations without an object."""
+def check(loaded: LoadedModel, images: Dataset, num_objects: int = 3, tau: float = 0.15, crf: bool = False) -> None:
+    """Refuse settings of `detect`, a single patch, and annotations without an object, before anything is computed."""
     require("pycocotools", "scipy")
+    if crf:
+        coco.require_crf()
+    _check(num_objects, tau)
     _check_patches(math.prod(loaded.extract.grid))
     if isinstance(images, CocoImages):  # a scene always has an object
         coco.require_objects(images.coco, images.keys())
@@ -231,27 +217,30 @@ def detect(
     loaded: LoadedModel,
     images: Dataset,
     layers: Sequence[int],
-    settings: MaskCutSettings,
+    num_objects: int = 3,
+    tau: float = 0.15,
+    crf: bool = False,
     **reading,
 ) -> Iterator[dict]:
-    """Run MaskCut on a data set, for several layers in one pass of the model; for arguments see `crate_fast.eval`.
+    """Run MaskCut on a data set, for several layers in one pass of the model.
+
+    Args:
+        num_objects, tau: See `maskcut`. Other arguments: see `crate_fast.eval`.
+        crf: Refine masks by `coco.refine`, at the model's image size.
 
     Yields:
         For each image "image_id", and "layers": layer → "detections" (COCO results), "residuals" and "solvers".
     """
     for batch in batches(images, **reading):
         features = loaded.features(batch.images, layers)
-        cuts = {
-            layer: maskcut(features.keys(layer), settings.num_objects, settings.tau, grid=features.grid)
-            for layer in layers
-        }
+        cuts = {layer: maskcut(features.keys(layer), num_objects, tau, grid=features.grid) for layer in layers}
         for row, sample in enumerate(batch.samples):
             picture = sample.image.permute(1, 2, 0).numpy()
             record = {"image_id": sample.key, "layers": {}}
             for layer, cut in cuts.items():
                 masks = cut.masks[row][cut.masks[row].flatten(1).any(dim=1)].numpy()
                 masks = coco.enlarge(masks, picture.shape[:2], Image.Resampling.NEAREST)
-                if settings.crf:
+                if crf:
                     masks = [fine for mask in masks if (fine := coco.refine(mask, picture)) is not None]
                 masks = coco.enlarge(masks, sample.size, Image.Resampling.BICUBIC)
                 known = cut.solvers[row] >= 0
@@ -297,13 +286,15 @@ def evaluate(
     loaded: LoadedModel,
     images: Dataset,
     layers: Sequence[int] | None = None,
-    settings: MaskCutSettings = PAPER,
-    **reading,
+    **options,
 ) -> dict[int, dict]:
-    """Score MaskCut without files: layer → `summarise`'s numbers; the default layer alone when `layers` is None."""
+    """Score MaskCut without files: layer → `summarise`'s numbers; the default layer alone when `layers` is None.
+
+    `options` are those of `detect`.
+    """
     layers = [loaded.extract.default_layer] if layers is None else list(layers)
     check(loaded, images)
-    records = list(detect(loaded, images, layers, settings, **reading))
+    records = list(detect(loaded, images, layers, **options))
     return {layer: summarise(images, records, layer, images.keys()) for layer in layers}
 
 
@@ -312,23 +303,22 @@ def _figure(images: Dataset, records: dict, layer: int, paths: list[Path], shown
     pictures = []
     readable = [index for index, key in enumerate(images.keys()) if key in records]
     for sample in map(images.__getitem__, readable[:shown]):
-        squashed = Image.fromarray(sample.image.permute(1, 2, 0).numpy())
-        picture = np.asarray(squashed.resize(sample.size[::-1], Image.Resampling.BICUBIC))
+        picture = resize(sample.image, list(sample.size), InterpolationMode.BICUBIC)
         detections = records[sample.key]["layers"][layer]["detections"]
-        pictures.append(Picture(coco.paint_detections(picture, detections)))
+        pictures.append(image_picture(coco.paint_detections(picture, detections)))
     image_grid([pictures[i : i + 6] for i in range(0, len(pictures), 6)], paths)
 
 
 def _command(options: argparse.Namespace) -> None:
     with process_group(options.device) as processes:
         options.device = str(processes.device)
-        settings = MaskCutSettings(options.num_objects, options.tau, options.crf)
+        settings = {"num_objects": options.num_objects, "tau": options.tau, "crf": options.crf}
         (loaded,) = open_models(options)
         layer = loaded.extract.resolve_layer(options.layer)
         images = open_data(options, loaded)
-        check(loaded, images)
+        check(loaded, images, **settings)
         evaluation = Evaluation("maskcut", options, [loaded])
-        decisive = {**loaded.facts, "data": options.data, "layer": layer, **asdict(settings), "format": _FORMAT}
+        decisive = {**loaded.facts, "data": options.data, "layer": layer, **settings, "format": _FORMAT}
         records = _open_records(evaluation.folder / "records", decisive, processes)
         done = records.read()
         processes.wait()  # no rank writes before all have read which images are done
@@ -337,7 +327,7 @@ def _command(options: argparse.Namespace) -> None:
         if processes.first and len(todo) < len(images):
             print(f"{len(images) - len(todo)} of {len(images)} images were done before: {evaluation.folder}")
         reading = evaluation.reading("maskcut" if processes.first else None)
-        records.append(detect(loaded, mine, [layer], settings, allow_none=True, **reading))
+        records.append(detect(loaded, mine, [layer], **settings, allow_none=True, **reading))
         evaluation.problems = [line for part in processes.gather(evaluation.problems) for line in part]
         if processes.first:
             _finish(evaluation, images, records.read(), layer, decisive)

@@ -14,6 +14,7 @@ from crate_fast.eval.common.images import ImageFiles, Target
 
 __all__ = ["BoxedImages", "covered"]
 
+_Entry = tuple[tuple[int, int] | None, list[list[float]]]  # height and width or None; boxes: left, top, right, bottom
 _RATIO = 0.02  # sides that differ by more are not those of a resized copy
 
 
@@ -54,7 +55,7 @@ class BoxedImages(ImageFiles):
                 f"{next(iter(self._entries), 'no image')!r}, the folder {self.items[0][0]!r}"
             )
 
-    def _entry(self, key: str | int) -> tuple[tuple[int, int] | None, list[list[float]]] | None:
+    def _entry(self, key: str | int) -> _Entry | None:
         path = PurePosixPath(str(key))
         return next((self._entries[n] for n in (str(path), path.name, path.stem) if n in self._entries), None)
 
@@ -77,40 +78,36 @@ class BoxedImages(ImageFiles):
         return Target([], empty, torch.ones(size, dtype=torch.bool), corners[visible])
 
 
-def _read_json(path: Path) -> dict[str, tuple[tuple[int, int] | None, list[list[float]]]]:
-    """Return image name → (height and width or None, boxes: left, top, right, bottom)."""
+def _read_json(path: Path) -> dict[str, _Entry]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        content = json.loads(path.read_bytes())
+        names = {image["id"]: image["file_name"].replace("\\", "/") for image in content["images"]}
+        entries = {image["id"]: (_known_size(image), []) for image in content["images"]}
+        for annotation in content["annotations"]:
+            x, y, width, height = map(_finite, annotation["bbox"])
+            if annotation.get("image_id") in entries and not annotation.get("iscrowd"):
+                entries[annotation["image_id"]][1].append([x, y, x + width, y + height])
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
-            f"--boxes {path} is not JSON ({error}): give COCO's format, or a folder of XML files"
+            f"--boxes {path} is not JSON of COCO's format ({type(error).__name__}: {error}): it needs 'images' with "
+            "'id' and 'file_name', and 'annotations' with 'image_id' and 'bbox', [x, y, width, height]"
         ) from error
-    if not isinstance(content, dict) or not all(isinstance(content.get(k), list) for k in ("images", "annotations")):
-        raise UserError(f"--boxes {path} lacks the lists 'images' and 'annotations' of COCO's format")
-    images: dict = {}
-    for number, image in enumerate(content["images"]):
-        if not isinstance(image, dict) or "id" not in image or not isinstance(image.get("file_name"), str):
-            raise UserError(f"--boxes {path}: images[{number}] needs 'id' and 'file_name'; correct the file")
-        sides = (image.get("height"), image.get("width"))
-        known = all(isinstance(side, int) and side > 0 for side in sides)
-        images[image["id"]] = (image["file_name"].replace("\\", "/"), (sides if known else None, []))
-    for number, annotation in enumerate(content["annotations"]):
-        where = f"--boxes {path}: annotations[{number}]"
-        box = annotation.get("bbox") if isinstance(annotation, dict) else None
-        if not isinstance(box, list) or len(box) != 4 or not all(map(_finite, box)):
-            raise UserError(f"{where} has the bbox {box!r}, not [x, y, width, height]; correct the file")
-        if annotation.get("image_id") in images and not annotation.get("iscrowd"):
-            x, y, width, height = box
-            images[annotation["image_id"]][1][1].append([x, y, x + width, y + height])
-    return _by_name(list(images.values()))
+    return _by_name([(names[number], entry) for number, entry in entries.items()])
 
 
-def _finite(value: object) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+def _known_size(image: dict) -> tuple[int, int] | None:
+    sides = (image.get("height"), image.get("width"))
+    return sides if all(isinstance(side, int) and side > 0 for side in sides) else None
 
 
-def _read_folder(folder: Path) -> dict[str, tuple[tuple[int, int] | None, list[list[float]]]]:
-    """Return the same from XML files, whose corners are pixels inside the box, counted from 0."""
+def _finite(value: float) -> float:
+    if not math.isfinite(value):
+        raise ValueError(f"a bbox holds {value}")
+    return value
+
+
+def _read_folder(folder: Path) -> dict[str, _Entry]:
+    """Read XML files, whose corners are pixels inside the box, counted from 0."""
     entries = []
     for path in sorted(folder.rglob("*.xml")):
         try:
@@ -130,7 +127,7 @@ def _read_folder(folder: Path) -> dict[str, tuple[tuple[int, int] | None, list[l
     return _by_name(entries)
 
 
-def _by_name(entries: list[tuple[str, tuple]]) -> dict[str, tuple]:
+def _by_name(entries: list[tuple[str, _Entry]]) -> dict[str, _Entry]:
     """Index entries by name, and by the name without folders where that is unique."""
     named = dict(entries)
     short = Counter(PurePosixPath(name).name for name, _ in entries)

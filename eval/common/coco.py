@@ -13,7 +13,10 @@ from contextlib import redirect_stdout
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
+from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from crate_fast.errors import UserError
 
@@ -293,21 +296,18 @@ def class_agnostic_scores(coco, detections: Sequence[dict], image_ids: Sequence[
 _COLOURS = ((230, 60, 50), (60, 130, 230), (60, 180, 80), (240, 180, 40), (160, 90, 210), (40, 190, 200))
 
 
-def paint_detections(picture: np.ndarray, detections: Sequence[dict]) -> np.ndarray:
-    """Draw detections over a copy of an image, uint8 [H, W, 3], each in its own colour."""
+def paint_detections(picture: Tensor, detections: Sequence[dict]) -> Tensor:
+    """Draw detections over a copy of an image, uint8 [3, H, W], each in its own colour."""
     from pycocotools import mask as rle
 
-    painted = picture.astype(np.float32)
-    line = max(1, min(picture.shape[:2]) // 150)
+    line = max(1, min(picture.shape[1:]) // 150)
     for entry, colour in zip(detections, itertools.cycle(_COLOURS), strict=False):
-        mask = rle.decode(entry["segmentation"]).astype(bool)
-        painted[mask] = 0.45 * painted[mask] + 0.55 * np.float32(colour)
-        x, y, width, height = map(int, entry["bbox"])
-        box = painted[y : y + height, x : x + width]
-        inside = box[line:-line, line:-line].copy()
-        box[:] = colour
-        box[line:-line, line:-line] = inside
-    return painted.round().astype(np.uint8)
+        mask = torch.from_numpy(rle.decode(entry["segmentation"])).bool()
+        x, y, width, height = entry["bbox"]
+        corners = torch.tensor([[x, y, x + width - 1, y + height - 1]])
+        picture = draw_segmentation_masks(picture, mask, alpha=0.55, colors=colour)
+        picture = draw_bounding_boxes(picture, corners, colors=colour, width=line)
+    return picture
 
 
 def require_crf():
