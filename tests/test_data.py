@@ -258,16 +258,6 @@ def test_drawing_restores_pytorchs_generator_and_seeds_it_alike_everywhere():
     assert torch.equal(torch.get_rng_state(), expected)
 
 
-def test_images_are_mirrored_where_the_flips_say():
-    images = torch.arange(2 * 3 * 2 * 3, dtype=torch.uint8).view(2, 3, 2, 3)
-    out = mirrored(images, torch.tensor([True, False]))
-    assert out.dtype == torch.uint8
-    assert torch.equal(out[0], images[0].flip(-1))
-    assert torch.equal(out[1], images[1])
-    assert torch.equal(mirrored(images, None), images)
-    assert mirrored(images[:0], torch.zeros(0, dtype=torch.bool)).shape == (0, 3, 2, 3)
-
-
 def test_pixels_are_torchvisions(picture):
     assert np.array_equal(pixels(picture), transforms.PILToTensor()(picture).numpy())
 

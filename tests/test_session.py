@@ -77,6 +77,8 @@ def test_images_are_mirrored_on_the_device():
     plain = ours.normalize(batch.images)
     assert torch.equal(images[0::2], plain[0::2].flip(-1))
     assert torch.equal(images[1::2], plain[1::2])
+    assert torch.equal(ours.prepare_images(batch.images), plain)
+    assert len(ours.prepare_images(batch.images[:0], batch.flips[:0])) == 0
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

@@ -15,7 +15,7 @@ from PIL import Image
 
 from crate_fast.errors import UserError
 from crate_fast.train.config import TrainConfig
-from crate_fast.train.data import build_splits, eval_loader, open_source, plain_splits, readable, train_loader
+from crate_fast.train.data import build_splits, eval_loader, open_source, readable, train_loader
 from crate_fast.train.data.image_files import EXTENSIONS, Unreadable
 from crate_fast.train.data.sources import TorchvisionSource, common_classes
 
@@ -150,13 +150,6 @@ def test_an_error_in_a_transform_is_no_corrupt_image(tmp_path, monkeypatch):
         data.train.batch([(0, 0, 0)])
 
 
-def test_probes_see_plain_images(tmp_path):
-    data = plain_splits(_write(tmp_path, "folder"))
-    assert torch.equal(data.train[0, 0][0], data.train[5, 0][0])
-    with pytest.raises(Unreadable, match=r"04\.jpg"):
-        data.train[0, 4]
-
-
 # --- classes and order of folders and archives of them
 
 LAYOUTS = {
@@ -231,12 +224,6 @@ def test_archives_in_an_archive_are_read(tmp_path):
     assert source.classes == ("a", "b")
     read = {(file.read(), label) for file, label in map(source.open, range(6))}
     assert read == {(_jpeg(6 * k + i), k) for k in range(2) for i in (0, 2, 5)}
-
-
-def test_a_file_that_is_no_archive_is_named(tmp_path):
-    (tmp_path / "train.tar").write_bytes(b"no archive")
-    with pytest.raises(UserError, match=r"train\.tar is no whole, uncompressed tar archive"):
-        open_source(config_of(tmp_path, "tar"), train=True)
 
 
 def test_splits_with_different_classes_are_refused():

@@ -164,14 +164,6 @@ def test_the_fraction_is_checked_before_a_model_runs(monkeypatch):
         coarse_segmentation.evaluate(SimpleNamespace(extract=SimpleNamespace(depth=1)), None, fraction=2)
 
 
-def test_the_scenes_have_instances_too(tiny_run, tmp_path):
-    words = ["--data", "shape_scenes", "--limit", "2", "--image-size", "32", "--output", str(tmp_path)]
-    assert by_layer.main([str(tiny_run), *words]) == 0
-    numbers = json.loads((tmp_path / "results.json").read_text())["results"]["tiny"]["0"]
-    assert 0 <= numbers["mask AR100"] <= 100
-    assert 0 <= numbers["mIoU mass"] <= 100
-
-
 def test_the_comparison_has_the_papers_numbers_and_the_gap(tmp_path, capsys):
     data = f"coco:{make_coco_boxes(tmp_path / 'coco')}"
     models = ["CRATE=crate_tiny_patch8_224@untrained", "mine=crate_tiny_patch8_224@untrained", *SMALL]
@@ -269,11 +261,6 @@ def test_the_command_line_lists_and_dispatches(capsys):
         captured = capsys.readouterr()
         assert message in captured.err
         assert (captured.err.count("\n"), captured.out) == (1, "")
-
-
-def test_every_protocol_is_a_function():
-    for protocol in cli.PROTOCOLS:
-        assert callable(importlib.import_module(f"crate_fast.eval.{protocol}").evaluate)
 
 
 def test_a_bug_is_no_message(tmp_path, monkeypatch):
