@@ -149,9 +149,6 @@ def test_coarse_segmentation_gives_a_finished_run_its_own_scores(finished, tmp_p
     assert coarse_segmentation.main([f"run={folder}@12", *words]) == 0
     scored = json.loads((tmp_path / "results.json").read_text())["results"]["run"]
     assert scored == json.loads((folder / "summary.json").read_text())["attention_miou"]
-    assert "constant mask" in capsys.readouterr().out
-    assert coarse_segmentation.main([f"{folder}@3", *words]) == 2
-    assert "no checkpoint at step 3: choose one of [6, 12]" in capsys.readouterr().err
     assert coarse_segmentation.main([f"{folder}/checkpoints", *words]) == 2
     assert "holds no checkpoints" in capsys.readouterr().err
 
@@ -159,16 +156,13 @@ def test_coarse_segmentation_gives_a_finished_run_its_own_scores(finished, tmp_p
 # --- resume ---
 
 
-def test_a_finished_run_resumes_to_its_summary(finished, capsys):
+def test_a_finished_run_is_not_overwritten_and_resumes_to_its_summary(finished, refuses, capsys):
     folder, _ = finished
-    before = weights(folder, 12)
-    assert pretrain.main([*TINY, *OPTIONS, "--output", str(folder), "--resume"]) == 0
+    before, words = weights(folder, 12), [*TINY, *OPTIONS, "--output", str(folder)]
+    refuses("pass --resume to continue it", pretrain.main, words)
+    assert pretrain.main([*words, "--resume"]) == 0
     assert same(before, weights(folder, 12))
     assert "validation accuracy" in capsys.readouterr().out
-
-
-def test_an_existing_run_is_not_overwritten(finished, refuses):
-    refuses("pass --resume to continue it", pretrain.main, [*TINY, *OPTIONS, "--output", str(finished[0])])
 
 
 # --- checkpoints ---
@@ -182,8 +176,8 @@ def _save(root: Path, step: int, value: float) -> Path:
 @pytest.mark.parametrize(
     ("name", "harm"),
     [
-        *itertools.product(("model.safetensors", "training.pt"), ("cut", "flip", "delete")),
-        *itertools.product(("manifest.json",), ("cut", "delete")),
+        *(("model.safetensors", harm) for harm in ("cut", "flip", "delete")),
+        *(("training.pt", "flip"), ("manifest.json", "cut"), ("manifest.json", "delete")),
     ],
 )
 def test_a_damaged_checkpoint_is_rejected_and_the_previous_one_still_loads(tmp_path, name, harm):
