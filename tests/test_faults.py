@@ -8,7 +8,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from threading import Timer
@@ -29,13 +28,6 @@ EVERYTHING = (  # whatever has a state or is drawn: EMA, scaler, dropout, mixing
     *("--keep-checkpoints", "3"),
 )
 
-HOLD = """
-import filelock, sys
-lock = filelock.FileLock(sys.argv[1] + "/.lock")
-lock.acquire()
-print("held", flush=True)
-sys.stdin.read()
-"""
 pytestmark = pytest.mark.usefixtures("no_figures")
 
 
@@ -64,7 +56,7 @@ def test_killed_again_and_again_it_ends_with_the_same_weights(whole, tmp_path):
     while not (folder / "summary.json").exists():
         process = start(*words)
         reached = checkpoint.newest(folder / "checkpoints") if folder.exists() else None
-        if kills < 3:
+        if kills < 2:
             wait_until(lambda reached=reached: checkpoint.newest(folder / "checkpoints") != reached, process)
             time.sleep(draw.uniform(0, 0.1))
             process.kill()
@@ -196,20 +188,6 @@ def test_a_restart_continues_only_what_its_torchrun_began(whole, tmp_path, monke
     assert pretrain.main(words) == 0
 
 
-def test_a_restart_waits_for_the_lock_of_a_host_that_is_gone(tmp_path):
-    holder = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, stdin=subprocess.PIPE
-    )
-    assert holder.stdout.readline() == b"held\n"
-    with pytest.raises(checkpoint.CheckpointError, match="being written by another run"):
-        RunLock(tmp_path).acquire()
-    Timer(0.5, holder.kill).start()
-    lock = RunLock(tmp_path)
-    lock.acquire(patience=60)
-    lock.release()
-    holder.communicate()
-
-
 @pytest.mark.parametrize(("hosts", "name", "same"), [("2", "job7", True), ("2", "none", False), ("1", "job7", False)])
 def test_a_restart_on_another_host_is_known_by_the_rendezvous(tmp_path, monkeypatch, hosts, name, same):
     monkeypatch.setenv("GROUP_WORLD_SIZE", hosts)
@@ -223,18 +201,18 @@ def test_a_restart_on_another_host_is_known_by_the_rendezvous(tmp_path, monkeypa
     lock.release()
 
 
-def test_two_runs_never_write_one_folder(tmp_path):
+def test_one_run_at_a_time_writes_a_folder(tmp_path):
     folder = tmp_path / "run"
     words = ("--output", str(folder), "--epochs", "40")
     first = start(*words)
     wait_until(lambda: (folder / "metrics.jsonl").exists() and losses(folder), first)
     text = run(*words, "--resume", status=2)
     assert re.search(r"is being written by another run \(process \d+ on .*\): end it first", text)
-    first.kill()
-    first.communicate()
+    Timer(0.5, first.kill).start()  # as a host that is gone, for whose lock a restart waits
     lock = RunLock(folder)
-    lock.acquire()  # the lock went with its owner
+    lock.acquire(patience=60)
     lock.release()
+    first.communicate()
 
 
 def test_restarts_need_a_folder(monkeypatch, capsys):
@@ -258,10 +236,10 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", str(place)], check=True)
 
 
-def test_a_full_disk_is_a_clear_error_and_the_last_checkpoint_stays_whole(small_disk):
+def test_a_full_disk_stops_all_processes_and_the_last_checkpoint_stays_whole(small_disk):
     folder = small_disk / "run"
     words = ("--output", str(folder), "--checkpoint-every", "1", "--keep-checkpoints", "99")
-    text = run(*words, status=2)
+    text = run(*words, processes=2, status=2)
     assert "Traceback" not in text
     assert "could not be written" in text
     assert "free some space, then continue with --resume" in text
@@ -272,21 +250,6 @@ def test_a_full_disk_is_a_clear_error_and_the_last_checkpoint_stays_whole(small_
     for step in checkpoint.steps(folder / "checkpoints")[:-1]:
         shutil.rmtree(checkpoint.folder_of(folder / "checkpoints", step))
     run("--output", str(folder), "--checkpoint-every", "1", "--keep-checkpoints", "1", "--resume", status=0)
-
-
-def test_with_a_full_disk_all_processes_stop(small_disk):
-    words = ("--output", str(small_disk / "run"), "--checkpoint-every", "1", "--keep-checkpoints", "99")
-    began = time.time()
-    text = run(*words, processes=2, status=2)
-    assert "could not be written" in text
-    assert time.time() - began < 120  # nobody waits for the others' time-out
-
-
-def test_a_read_only_folder_is_a_clear_error(tmp_path):
-    place = tmp_path / "file"
-    place.write_text("not a folder")
-    with pytest.raises(checkpoint.DiskError, match="could not be written"):
-        checkpoint.save(place / "checkpoints", 1, {"w": torch.zeros(3)}, {}, {})
 
 
 # --- values that are not finite ---
