@@ -168,10 +168,9 @@ def test_a_sweep_that_diverges_is_not_chosen_and_another_run_fails(tmp_path, mon
         train_and_score(sweep._replace(run=Run("scenes", "ViT", 0)))
 
 
-def command(output: Path) -> list[str]:
-    """The experiment at its smoke size, as a user starts it."""
-    start = [sys.executable, "-m", "crate_fast.cli", "reproduce", "emergence", "--size", "smoke"]
-    return [*start, "--output", str(output), "--device", "cpu", "--jobs", "2"]
+def options(output: Path) -> list[str]:
+    """The experiment at its smoke size."""
+    return ["--size", "smoke", "--output", str(output), "--device", "cpu", "--jobs", "2"]
 
 
 def report_again(report: Path, size: str = "smoke") -> str:
@@ -208,14 +207,15 @@ def finished(tmp_path_factory):
     """The smoke size, stopped once and killed once: its folder, and its results when it was killed."""
     output = tmp_path_factory.mktemp("emergence")
     results = output / "report" / "results"
+    command = [sys.executable, "-m", "crate_fast.cli", "reproduce", "emergence", *options(output)]  # as a user does
     popen = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
-    process = subprocess.Popen(command(output), **popen)
+    process = subprocess.Popen(command, **popen)
     wait_until(lambda: len(list(results.glob("*.json"))) >= 2, process)
     os.killpg(process.pid, signal.SIGTERM)  # as a job scheduler does: the runs get it too
     text, _ = process.communicate(timeout=60)
     assert process.returncode == 0, text
     assert "the same command continues" in text
-    process = subprocess.Popen(command(output), **popen)
+    process = subprocess.Popen(command, **popen)
     started = output / "runs" / "scenes-CRATE-seed0" / "stage0" / "checkpoints"
     wait_until(lambda: started.is_dir() and any(started.iterdir()), process)
     assert jobs_of(output)
@@ -223,8 +223,7 @@ def finished(tmp_path_factory):
     process.communicate()
     before = {path.name: path.stat().st_mtime_ns for path in results.glob("*.json")}
     wait_until(lambda: not jobs_of(output), seconds=60)  # no job outlives its parent
-    done = subprocess.run(command(output), capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert main(options(output)) == 0
     return output, before
 
 
@@ -347,29 +346,6 @@ def test_the_committed_reports_are_what_their_results_say(folder, tmp_path, monk
     assert all((report / path).is_file() for path in figures)
 
 
-def test_an_earlier_protocol_stays_in_the_report(copied, without_figures):
-    earlier = copied / "earlier" / "first"
-    for name in ("results", "pictures"):
-        shutil.copytree(copied / name, earlier / name)
-    settings = json.loads((copied / "protocol.json").read_text()) | {"weight_decay": 0.5}
-    del settings["primary"]  # as in the first protocol, whose results have no AP
-    (earlier / "protocol.json").write_text(json.dumps(settings))
-    for path in (earlier / "results").glob("scenes-*.json"):
-        result = json.loads(path.read_text())
-        for scores in (checkpoint[split] for checkpoint in result["checkpoints"] for split in ("test", "selection")):
-            del scores["ap"]
-        path.write_text(json.dumps(result))
-    before = report_again(earlier)
-    assert "| weight decay | 0.5 |" in before
-    assert "On the primary score, mIoU mass, best head," in before
-    assert "| AP, " not in before
-    text = report_again(copied)
-    assert "## Earlier protocols" in text
-    assert "](earlier/first/report.md)" in text
-    assert "On the primary score, AP, best head," in text
-    assert text.count("statements hold") == 3 + 1
-
-
 def test_results_of_another_protocol_are_not_mixed_in(finished, monkeypatch, capsys):
     output, _ = finished
     other = dataclasses.replace(SMOKE, weight_decay=0.1)
@@ -431,7 +407,7 @@ def test_photographs_from_archives_to_a_report(photographs, tmp_path, capsys):
     result = json.loads((report / "results" / "photographs-ViT-seed1.json").read_text())
     first, middle, last = result["checkpoints"]
     assert ["boxes" in checkpoint for checkpoint in (first, middle, last)] == [True, False, True]
-    assert all(c["masks"]["ap"]["images"] == 4 and "0" in c["maskcut"] for c in (first, middle, last))
+    assert all(c["masks"]["ap"]["images"] == 2 and "0" in c["maskcut"] for c in (first, middle, last))
     assert result["protocol"]["stages"][0]["images"] == 20
     text = (report / "report.md").read_text()
     for words in ("at equal accuracy", "mean box", "## Boxes from attention", "## MaskCut", "16 of 16"):
