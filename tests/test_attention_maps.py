@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from crate_fast.eval.attention_maps import _best_heads, add_noise, evaluate, main, map_correlation
 from crate_fast.eval.common.features import Features, LayerTokens
@@ -209,18 +208,6 @@ def test_the_best_head_is_the_one_on_the_object():
     below, above = np.array([[0.0, 0.0], [0.5, 0.5]]), np.array([[0.5, 0.5], [0.0, 0.0]])
     maps = np.array([[below, above], [above, below]], np.float32)
     assert _best_heads(maps, [sample, sample]).tolist() == [1, 0]
-
-
-def test_unreadable_images_are_named(tmp_path):
-    folder = tmp_path / "images"
-    folder.mkdir()
-    Image.new("RGB", (20, 30), (200, 30, 30)).save(folder / "good.png")
-    (folder / "bad.png").write_bytes(b"not an image")
-    results = _run(tmp_path / "out", data=f"folder:{folder}")
-    assert results["unreadable"]["count"] == 1
-    assert "bad.png" in results["unreadable"]["images"][0]
-    with np.load(tmp_path / "out" / "attention.npz") as maps:
-        assert list(maps) == ["good.png"]
 
 
 @pytest.mark.parametrize(

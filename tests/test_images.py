@@ -248,7 +248,6 @@ def with_a_polygon_of_two_points(content, annotation):
 @pytest.mark.parametrize(
     "change",
     [
-        without("iscrowd"),
         without("area"),
         without("bbox"),
         without("area", "bbox", "iscrowd"),
