@@ -80,7 +80,13 @@ class Forked:
     """
 
     def __init__(
-        self, argv: list[str], script: str, processes: int, hosts: int, before: str, restarts: int | None = None
+        self,
+        argv: list[str],
+        processes: int = 1,
+        hosts: int = 1,
+        script: str = "pretrain",
+        before: str = "",
+        restarts: int | None = None,
     ):
         port = str(free_port())
         self.log = tempfile.NamedTemporaryFile("r", suffix=".log")  # noqa: SIM115  (open as long as this object)
@@ -157,16 +163,9 @@ def _under_agent(main: Callable[[list[str]], int], argv: list[str]) -> None:
     elastic_launch(config, until_its_end)(argv)
 
 
-def start(
-    *arguments: str,
-    processes: int = 1,
-    hosts: int = 1,
-    script: str = "pretrain",
-    before: str = "",
-    restarts: int | None = None,
-) -> Forked:
-    """Start a tiny run: see `Forked`."""
-    return Forked([*TINY, *arguments], script, processes, hosts, before, restarts)
+def start(*arguments: str, **how) -> Forked:
+    """Start a tiny run; `how` are the arguments of `Forked`."""
+    return Forked([*TINY, *arguments], **how)
 
 
 def run(*arguments: str, status: int = 0, **how) -> str:
@@ -189,12 +188,6 @@ def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
-
-
-def torchrun(processes: int, *words: str) -> tuple[str, ...]:
-    """Return the words that start `torchrun` on this host, on a free port."""
-    start = ("-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", str(free_port()))
-    return (*start, *words)
 
 
 def wait_until(
@@ -228,12 +221,11 @@ def back_to(folder: Path, step: int, copy: Path) -> Path:
     return copy
 
 
-def losses(folder: Path) -> dict[int, float]:
-    """Return the training loss by step."""
-    entries = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return {entry["step"]: entry["loss"] for entry in entries if "loss" in entry}
-
-
 def entries(folder: Path) -> list[dict]:
     """Return all entries of metrics.jsonl."""
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(folder: Path) -> dict[int, float]:
+    """Return the training loss by step."""
+    return {entry["step"]: entry["loss"] for entry in entries(folder) if "loss" in entry}

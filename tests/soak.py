@@ -19,7 +19,7 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-from runs import ROOT, entries, same, torchrun, weights
+from runs import ROOT, entries, free_port, same, weights
 
 from crate_fast.train import checkpoint
 
@@ -27,8 +27,8 @@ KINDS = ("kill -9 of one process", "kill -9 of all", "SIGTERM to torchrun")
 
 
 def _start(folder: Path, words: list[str], log: Path) -> subprocess.Popen:
-    launcher = torchrun(2, "--max-restarts", "100")
-    command = [sys.executable, *launcher, str(ROOT / "train" / "pretrain.py"), *words]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--max-restarts", "100"]
+    command += ["--master_port", str(free_port()), str(ROOT / "train" / "pretrain.py"), *words]
     command += ["--output", str(folder), "--resume", "--device", "cpu"]
     with log.open("a") as file:
         return subprocess.Popen(command, stdout=file, stderr=file, cwd=ROOT, start_new_session=True)
