@@ -1,4 +1,4 @@
-"""The documentation: its commands and Python run, its links lead somewhere, and every public name has a docstring.
+"""The documentation: its commands and code run, its links lead somewhere, and every public name has a docstring.
 
 Commands run small, in this process and a scratch folder, by their `main`; torchrun itself is not tested.
 """
@@ -121,7 +121,7 @@ def scratch(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize("page", RUN, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", RUN, ids=lambda page: page.name)
 def test_a_pages_commands_and_python_run_small(page, scratch, tiny_run, monkeypatch, capsys):
     text = page.read_text()
     if not re.search(r"--output RUN\b", text):  # the page does not make it
@@ -139,7 +139,7 @@ def test_a_pages_commands_and_python_run_small(page, scratch, tiny_run, monkeypa
         exec(compile(block, page.name, "exec"), {"__name__": page.stem})
 
 
-@pytest.mark.parametrize("page", [*PARSED_PAGES, *RUN], ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", [*PARSED_PAGES, *RUN], ids=lambda page: page.name)
 def test_options_of_commands_that_do_not_run_here_are_valid(page, monkeypatch):
     class Parsed(Exception):
         pass
@@ -190,12 +190,32 @@ def test_documented_plans_are_made(scratch, tiny_run, capsys):
         assert "hours" in capsys.readouterr().out
 
 
+def test_the_notebook_runs_on_a_run_and_a_model_of_the_package(tiny_run):
+    """It is stored without outputs, and draws from the first to the last cell."""
+    nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
+    path = ROOT / "notebooks" / "emergence.ipynb"
+    notebook = nbformat.read(path, as_version=4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert not any(cell.outputs or cell.execution_count for cell in code), "it is stored without outputs"
+    parameters = next(cell for cell in code if "parameters" in cell.metadata.get("tags", ()))
+    parameters.source += f"\nMODEL, OTHER, COUNT = {str(tiny_run)!r}, MODEL, 3"
+    nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": path.parent}}).execute()
+    outputs = [output for cell in code for output in cell.outputs]
+    assert {output.output_type for output in outputs} == {"display_data", "stream"}
+    assert not any(output.get("name") == "stderr" for output in outputs)
+    assert sum("image/png" in output.get("data", ()) for output in outputs) == 2 + 2 + 2 + 2 + 1 + 1 + 1 + 1
+    printed = "".join(output.text for output in outputs if output.output_type == "stream")
+    assert "tiny: 2 layers, 2 heads, the paper's layer is 0" in printed
+    run, shipped = (float(line.rpartition(" ")[2]) for line in printed.splitlines() if "mean IoU" in line)
+    assert shipped > 0.4 > run
+
+
 def _anchors(page: Path) -> set[str]:
     titles = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```", "", page.read_text(), flags=re.S | re.M), re.M)
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
     text = re.sub(r"<!--.*?-->|^```.*?^```", "", page.read_text(), flags=re.S | re.M)  # code has no links
     for target in re.findall(r"\]\((?!https?:)([^)\s]+)\)", text):
