@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from image_data import encoded, write_tree
 from PIL import Image
 
 from crate_fast.errors import UserError
@@ -89,15 +90,14 @@ def test_doubts_about_a_linear_probe_are_said():
 
 def _folder(root: Path, per_class: int = 6) -> Path:
     """Three classes of plain colours with noise, train and val."""
-    draw = np.random.default_rng(0)
+    draw, files = np.random.default_rng(0), {}
     for split in ("train", "val"):
         for k, name in enumerate(("blue", "green", "red")):
-            (root / split / name).mkdir(parents=True)
             for i in range(per_class):
                 picture = draw.integers(0, 60, (32, 32, 3), dtype=np.uint8)
                 picture[..., 2 - k] += 150
-                Image.fromarray(picture).save(root / split / name / f"{i}.png")
-    return root
+                files[f"{split}/{name}/{i}.png"] = encoded(Image.fromarray(picture))
+    return write_tree(root, files)
 
 
 def test_neither_split_is_augmented_and_broken_files_are_named(folder):

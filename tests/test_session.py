@@ -9,8 +9,10 @@ import sys
 import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from image_data import encoded, write_tree
 from PIL import Image
 from runs import TINY, back_to, batches, entries, losses, same, steps, trainer, weights
 
@@ -196,18 +198,13 @@ def test_a_dry_run_finds_what_would_stop_the_run(tmp_path, capsys):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """100 training images, of which one is cut short and one is text; 20 to validate on, one of them empty."""
-    root = tmp_path_factory.mktemp("images") / "data"
+    draw, files = np.random.default_rng(0), {}
     for split, count in (("train", 50), ("validation", 10)):
-        for label, name in enumerate(("ant", "bee")):
-            (root / split / name).mkdir(parents=True)
-            for i in range(count):
-                pixels = torch.randint(256, (40, 40, 3), dtype=torch.uint8).numpy() // (1 + label)
-                Image.fromarray(pixels).save(root / split / name / f"{i:02d}.jpg")
-    cut = root / "train" / "ant" / "07.jpg"
-    cut.write_bytes(cut.read_bytes()[:700])
-    (root / "train" / "bee" / "31.jpg").write_text("not an image")
-    (root / "validation" / "bee" / "03.jpg").write_bytes(b"")
-    return root
+        for name in [f"{split}/{label}/{i:02d}.jpg" for label in ("ant", "bee") for i in range(count)]:
+            files[name] = encoded(Image.fromarray(draw.integers(0, 256, (40, 40, 3), dtype=np.uint8)), "JPEG")
+    files["train/ant/07.jpg"] = files["train/ant/07.jpg"][:700]
+    files |= {"train/bee/31.jpg": b"not an image", "validation/bee/03.jpg": b""}
+    return write_tree(tmp_path_factory.mktemp("images"), files)
 
 
 def _words(folder, *words) -> list[str]:

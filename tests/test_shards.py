@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from image_data import config_of, encoded, grey, write_tar
+from image_data import config_of, encoded, grey, write_tar, write_tree
 from PIL import Image
 
 from crate_fast.errors import UserError
@@ -283,16 +283,14 @@ def test_a_shard_that_shrinks_during_a_run_is_named(tmp_path):
 def folder(tmp_path, monkeypatch):
     """The arguments of write_shards for four images a class, large and small, one corrupt; workers are threads."""
     monkeypatch.setattr("multiprocessing.get_context", lambda kind: SimpleNamespace(Pool=ThreadPool))
-    draw = np.random.default_rng(0)
-    for split in ("train", "val"):
-        for k, name in enumerate(("ant", "bee")):
-            (tmp_path / "data" / split / name).mkdir(parents=True)
-            for i in range(4):
-                size = (64, 48) if i % 2 else (20, 24)
-                noise = Image.fromarray(draw.integers(0, 256, (4, 4, 3), dtype=np.uint8))
-                path = tmp_path / "data" / split / name / f"{k}{i}.{'jpg' if i < 2 else 'png'}"
-                noise.resize(size, Image.Resampling.BICUBIC).save(path, quality=95)
-    (tmp_path / "data" / "train" / "bee" / "13.png").write_bytes(b"text")
+    draw, files = np.random.default_rng(0), {}
+    for k, folder in enumerate(("train/ant", "train/bee", "val/ant", "val/bee")):
+        for i in range(4):
+            noise = Image.fromarray(draw.integers(0, 256, (4, 4, 3), dtype=np.uint8))
+            picture = noise.resize((64, 48) if i % 2 else (20, 24), Image.Resampling.BICUBIC)
+            kind = "JPEG" if i < 2 else "PNG"
+            files[f"{folder}/{k % 2}{i}.{'jpg' if i < 2 else 'png'}"] = encoded(picture, kind, quality=95)
+    write_tree(tmp_path / "data", files | {"train/bee/13.png": b"text"})
     monkeypatch.chdir(tmp_path)
     return ["--data-dir", "data", "--val-split", "val", "--output", "shards", "--workers", "2"]
 
