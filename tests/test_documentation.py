@@ -181,9 +181,8 @@ def test_documented_plans_are_made(scratch, tiny_run, capsys):
     plans = [command for page in PAGES for command in _commands(page) if command.startswith("crate-fast plan")]
     assert plans
     summary = json.loads((tiny_run / "summary.json").read_text())
-    planned = {"model": "crate_small_patch8_224", "image_size": 224, "dim": None, "depth": None, "heads": None}
-    summary["throughput"] |= planned  # as if it were a short run of the planned model
     (scratch / "runs" / "PILOT").mkdir(parents=True)
+    (scratch / "runs" / "PILOT" / "config.yaml").write_text("model: crate_small_patch8_224\nimage_size: 224\n")
     (scratch / "runs" / "PILOT" / "summary.json").write_text(json.dumps(summary))
     for command in plans:
         assert cli.main(shlex.split(command)[1:]) == 0, capsys.readouterr().err

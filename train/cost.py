@@ -20,16 +20,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from crate_fast import CRATE, CRATEMAE
+from crate_fast import CRATEMAE
 from crate_fast.errors import UserError
 from crate_fast.kernels import assuming_gpu
-from crate_fast.train.config import FORM, TrainConfig, load_recipe
+from crate_fast.train.config import FORM, TrainConfig
 from crate_fast.train.data import train_loader
 from crate_fast.train.data.image_files import find_images
 from crate_fast.train.data.shape_scenes import CLASSES
 from crate_fast.train.distributed import layers_of
 from crate_fast.train.optimizer import check_optimizer
-from crate_fast.train.runs import build_model, patch_size_of
+from crate_fast.train.runs import build_model, run_config
 
 KNOWN_SIZES = {  # training images, classes
     "in1k": (1_281_167, 1_000),
@@ -39,9 +39,8 @@ KNOWN_SIZES = {  # training images, classes
     "flowers102": (1_020, 102),
     "pets": (3_680, 37),
 }
-RATE = ("images_per_s_per_device", "device", "model", "image_size", "patch_size")
-CONDITIONS = ("precision", "parallel", "devices", "batch_size")  # batch_size on one device, one pass
-ARCHITECTURE = ("dim", "depth", "heads", *FORM, "decoder_depth", "visible_only", "mask_ratio")
+ARCHITECTURE = ("model", "image_size", "patch_size", "dim", "depth", "heads", *FORM, "decoder_depth", "visible_only")
+ARCHITECTURE += ("mask_ratio",)
 
 
 def find_data_size(config: TrainConfig, recipe: str, images: int | None, classes: int | None) -> tuple[int, int, str]:
@@ -56,52 +55,36 @@ def find_data_size(config: TrainConfig, recipe: str, images: int | None, classes
     if config.dataset == "shape_scenes":
         found, source = (config.train_samples, len(CLASSES)), "train_samples"
     elif None in (images, classes) and config.dataset == "folder" and split.is_dir():
-        tree = find_images(split)
-        found = (len(tree.names), len(tree.labelled(str(split))[0])) if tree.names else (0, 0)
-        source = f"counted in {split}"
-    sizes, given = [], []
-    for option, value, size in zip(("--images", "--classes"), (images, classes), found, strict=True):
-        given += [] if value is None else [option]
-        sizes.append(size if value is None else value)
-        if not sizes[-1]:
-            empty = f", and {split} holds none" if size == 0 else ""
+        names, labels = find_images(split).labelled(str(split))
+        found, source = (len(labels), len(names)), f"counted in {split}"
+    given = {"--images": images, "--classes": classes}
+    sizes = [size if value is None else value for value, size in zip(given.values(), found, strict=True)]
+    for option, size in zip(given, sizes, strict=True):
+        if size is None:
             raise UserError(
-                f"how many {option[2:]} dataset={config.dataset!r} has is not known{empty}: pass {option} N, or, "
-                "for a folder on this machine, --data-dir and --train-split"
+                f"how many {option[2:]} dataset={config.dataset!r} has is not known: pass {option} N, or, for a "
+                "folder on this machine, --data-dir and --train-split"
             )
-    return *sizes, ", ".join([*given, source][:2])
+    named = [option for option, value in given.items() if value is not None]
+    return *sizes, ", ".join([*named, source][:2])
 
 
-def read_throughput(path: Path, config: TrainConfig, patch_size: int | None) -> dict:
-    """Read a measured rate; the architecture that was measured is in the run's config.yaml, or in the file.
+def read_throughput(folder: Path, config: TrainConfig) -> dict:
+    """Return the rate that a finished run measured, with its conditions.
 
     Raises:
-        UserError: There is no such file, it holds no rate, or the rate is of another model.
+        UserError: The run has measured none, or is of another model.
     """
-    file = path / "summary.json" if path.is_dir() else path
-    if not file.is_file():
-        raise UserError(f"--throughput {path}: no such file; give a finished run's folder or a JSON file")
+    run = run_config(folder)
     try:
-        values = json.loads(file.read_text())
-    except json.JSONDecodeError as error:
-        raise UserError(f"--throughput {file} is not JSON: {error}") from error
-    values = values.get("throughput", values) if isinstance(values, dict) else {}
-    missing = [name for name in RATE if name not in values]
-    if missing:
-        raise UserError(f"--throughput {file} lacks {', '.join(missing)}: `crate-fast plan` needs {', '.join(RATE)}")
-    rate = values["images_per_s_per_device"]
-    if type(rate) not in (int, float) or not 0 < rate < math.inf:
-        raise UserError(f"--throughput {file}: images_per_s_per_device={rate!r} is not a positive number")
-    measured, settings = values, file.parent / "config.yaml"
-    if settings.is_file():
-        measured = {name: getattr(TrainConfig, name) for name in ARCHITECTURE} | load_recipe(str(settings)) | values
-    planned = {"model": config.model, "image_size": config.image_size}
-    planned["patch_size"] = config.patch_size if values["patch_size"] is None else patch_size
-    planned |= {name: getattr(config, name) for name in ARCHITECTURE if name in measured}
-    differing = [f"{n} {measured[n]!r} measured, {v!r} planned" for n, v in planned.items() if measured[n] != v]
+        rate = json.loads((folder / "summary.json").read_text())["throughput"]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"--throughput {folder} has no rate in summary.json: give a finished run") from error
+    pairs = [(name, getattr(run, name), getattr(config, name)) for name in ARCHITECTURE]
+    differing = [f"{name} {before!r} measured, {now!r} planned" for name, before, now in pairs if before != now]
     if differing:
-        raise UserError(f"--throughput {file} is of another model ({'; '.join(differing)}): measure this one")
-    return {name: values.get(name) for name in (*RATE, *CONDITIONS)}
+        raise UserError(f"--throughput {folder} is of another model ({'; '.join(differing)}): measure this one")
+    return rate | {"parallel": run.parallel, "micro_batch": run.batch_size // (run.accumulate * rate["devices"])}
 
 
 # --- operations and memory
@@ -227,18 +210,13 @@ def make_plan(config: TrainConfig, options: argparse.Namespace) -> dict:
     Raises:
         UserError: The run is impossible, or something about it is not known; the message says what to pass.
     """
-    for name in ("gpus", "hosts", "images", "classes", "hours", "image_kb"):
-        value = getattr(options, name)
-        if value is not None and not 0 < value < math.inf:
-            raise UserError(f"--{name.replace('_', '-')} {value}: it must be above 0")
     gpus, hosts = options.gpus, options.hosts
     if gpus % hosts:
         raise UserError(f"--gpus {gpus} cannot be shared out to --hosts {hosts}: make it a multiple")
     images, classes, source = find_data_size(config, options.recipe, options.images, options.classes)
     train_loader(dataclasses.replace(config, workers=0), range(images), world_size=gpus)  # for its errors
     model = meta_model(config, classes)
-    patch_size, crate = patch_size_of(model), isinstance(model, CRATE | CRATEMAE)
-    measured = read_throughput(options.throughput, config, patch_size) if options.throughput else None
+    measured = read_throughput(options.throughput, config) if options.throughput else None
     device = "cpu" if config.device == "cpu" else "cuda"  # "auto" is planned for a GPU
     precision = {"cpu": "fp32", "cuda": "bf16"}[device] if config.precision == "auto" else config.precision
     dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
@@ -248,10 +226,6 @@ def make_plan(config: TrainConfig, options: argparse.Namespace) -> dict:
     steps = per_epoch * config.epochs
     seen = steps * config.batch_size
 
-    patches = getattr(getattr(model, "patch_embed", None), "num_patches", None)  # of a ViT
-    tokens = None if patches is None else patches + getattr(model, "num_prefix_tokens", 0)
-    if crate:
-        tokens = math.prod(model.grid_size) + 1
     held = {p: _local_elements(p, shards) * p.element_size() for p in model.parameters()}
     memory = {
         "weights": sum(held.values()),
@@ -261,30 +235,48 @@ def make_plan(config: TrainConfig, options: argparse.Namespace) -> dict:
         "activations": activation_bytes(model, config, micro_batch, classes, device, dtype),
     }
     flops = count_flops(model, config.image_size, config.mask_ratio)
-    kb = options.image_kb or (3.0 if config.dataset.startswith("cifar") else 110.0)
-    seconds = {"measured": seen / (measured["images_per_s_per_device"] * gpus)} if measured else {}
-    seconds |= {} if options.hours is None else {"for_hours": options.hours * 3600}
-    facts = {"name": config.model, "crate": crate, "image_size": config.image_size, "patch_size": patch_size}
-    facts |= {"tokens_per_image": tokens, "classes": None if isinstance(model, CRATEMAE) else classes}
-    facts |= {"parameters": sum(p.numel() for p in held)}
-    facts |= {"parameters_trained": sum(p.numel() for p in held if p.requires_grad)}
-    schedule = {"images": images, "images_from": source, "epochs": config.epochs, "batch_size": config.batch_size}
-    schedule |= {"accumulate": config.accumulate, "micro_batch": micro_batch, "steps_per_epoch": per_epoch}
-    schedule |= {"steps": steps, "images_seen": seen, "optimizer": config.optimizer, "peak_lr": config.peak_lr}
-    schedule |= {"warmup_steps": math.ceil(config.warmup_epochs * per_epoch)}
-    data = {"dataset": config.dataset, "image_kb": kb, "gb_per_epoch": per_epoch * config.batch_size * kb / 1e6}
+    kb = options.image_kb or {"shape_scenes": 0.0, "cifar10": 3.0, "cifar100": 3.0}.get(config.dataset, 110.0)
+    speeds = {"measured": measured["images_per_s_per_device"] * gpus} if measured else {}
+    speeds |= {} if options.hours is None else {"for_hours": seen / options.hours / 3600}
     rates = {}
-    for name, s in seconds.items():
-        rates[name] = {"images_per_s": seen / s, "hours": s / 3600, "gpu_hours": gpus * s / 3600}
-        rates[name]["mb_per_s"] = seen / s * kb / 1e3
-    plan = {"recipe": options.recipe, "hosts": hosts, "device": device, "shards": shards} | planned
-    plan |= {"model": facts, "schedule": schedule, "flops": flops._asdict() | {"run": flops.step * seen}}
-    plan |= {"memory_bytes": memory | {"total": sum(memory.values())}, "data": data, "throughput": measured}
-    remarks = []
-    for name, value in (planned | {"batch_size": micro_batch}).items() if measured else ():
-        if name == "devices" and measured[name] != value:
-            before = measured[name] or "an unknown number of"
-            remarks.append(f"assumes that the rate grows in proportion from {before} to {value} devices")
-        elif name != "devices" and measured[name] not in (None, value):
-            remarks.append(f"measured with {name} {measured[name]}, planned with {value}")
-    return plan | {"rates": rates, "remarks": remarks, "settings": dataclasses.asdict(config)}
+    for name, speed in speeds.items():
+        hours = seen / speed / 3600
+        rates[name] = {"images_per_s": speed, "hours": hours, "gpu_hours": gpus * hours, "mb_per_s": speed * kb / 1e3}
+    remarks = [
+        f"measured with {name} {measured[name]}, planned with {value}"
+        for name, value in (planned | {"micro_batch": micro_batch}).items()
+        if measured and measured[name] != value
+    ]
+    return {
+        "recipe": options.recipe,
+        "hosts": hosts,
+        "device": device,
+        "shards": shards,
+        **planned,
+        "model": {
+            "name": config.model,
+            "image_size": config.image_size,
+            "classes": None if isinstance(model, CRATEMAE) else classes,
+            "parameters": sum(p.numel() for p in held),
+            "parameters_trained": sum(p.numel() for p in held if p.requires_grad),
+        },
+        "schedule": {
+            "images": images,
+            "images_from": source,
+            "epochs": config.epochs,
+            "batch_size": config.batch_size,
+            "micro_batch": micro_batch,
+            "steps_per_epoch": per_epoch,
+            "steps": steps,
+            "warmup_steps": math.ceil(config.warmup_epochs * per_epoch),
+            "images_seen": seen,
+            "peak_lr": config.peak_lr,
+        },
+        "flops": flops._asdict() | {"run": flops.step * seen},
+        "memory_bytes": memory | {"total": sum(memory.values())},
+        "data": {"dataset": config.dataset, "image_kb": kb, "gb_per_epoch": per_epoch * config.batch_size * kb / 1e6},
+        "throughput": measured,
+        "rates": rates,
+        "remarks": remarks,
+        "settings": dataclasses.asdict(config),
+    }

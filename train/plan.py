@@ -1,10 +1,8 @@
 """Print what a training run will cost before it starts: `crate-fast plan --recipe in21k_paper --gpus 8`.
 
 The command takes every setting of training and needs neither data nor a GPU: it counts on PyTorch's "meta" device and
-with fake tensors. Hours need a measured rate (`--throughput`): a finished run's folder or summary.json, or a JSON
-object, bare or under the key "throughput", with the entries of RATE in cost.py (patch_size null for a model without
-patches) and optionally of CONDITIONS and ARCHITECTURE. A rate of another model is refused, and other conditions are
-printed.
+with fake tensors. Hours need a measured rate (`--throughput`), that of a finished run. A rate of another model is
+refused, and other conditions are printed.
 """
 
 import argparse
@@ -15,6 +13,7 @@ import textwrap
 from pathlib import Path
 
 from crate_fast.errors import UserError, run_command
+from crate_fast.options import positive
 from crate_fast.train.config import build_config
 from crate_fast.train.finetune import inheriting
 
@@ -25,31 +24,25 @@ NOT_IN_MEMORY = (
 )
 
 
-def _scaled(value: float, unit: str, base: int) -> str:
-    power = int(math.log(value, base)) if value else 0
-    prefix = ("", "K" if base == 1024 else "k", *"MGTPE")[power]
-    return f"{value / base**power:.3f} {prefix}{unit}"
-
-
 def _print(plan: dict) -> None:
     """Print the plan under the names that `--json` writes; what there is none of is left out."""
-    count, kind = plan["devices"], "GPU" if plan["device"] == "cuda" else "CPU process"
-    devices = f"{count} {kind}" + ("" if count == 1 else "es" if kind.endswith("s") else "s")
     hosts = f" on {plan['hosts']} hosts" if plan["hosts"] > 1 else ""
-    print(f"{plan['recipe']} on {devices}{hosts}, {plan['parallel']}, {plan['precision']}")
-    sections = {title: plan[title] for title in ("model", "schedule")}
-    operations = {name: _scaled(value, "FLOP", 1000) for name, value in plan["flops"].items()}
-    sections["operations of an image and of the run, the matrix products of the formula"] = operations
-    memory = {name: _scaled(value, "iB", 1024) for name, value in plan["memory_bytes"].items() if value}
-    sections[f"memory of a device, an estimate; {NOT_IN_MEMORY}"] = memory
-    missing = {"hours": "not measured: pass --throughput with a finished run's folder, or a JSON file"}
-    sections["measured rate"] = plan["throughput"] or missing
-    sections["but"] = dict(enumerate(plan["remarks"], start=1))
-    for name, rate in plan["rates"].items():
-        asked = "as measured" if name == "measured" else f"for {rate['hours']:g} h"
-        sections[f"{asked}: training steps alone, without evaluation, checkpoints and starting up"] = rate
-    scenes = plan["data"]["dataset"] == "shape_scenes"
-    sections["data"] = {"reads": "none: shape_scenes is made on the fly"} if scenes else plan["data"]
+    print(f"{plan['recipe']} on {plan['devices']} × {plan['device']}{hosts}, {plan['parallel']}, {plan['precision']}")
+    rates = {f"{name}: training steps alone": rate for name, rate in plan["rates"].items()}
+    sections = {
+        "model": plan["model"],
+        "schedule": plan["schedule"],
+        "operations of an image and of the run, the matrix products of the formula": {
+            name: f"{value / 1e9:,.3f} GFLOP" for name, value in plan["flops"].items()
+        },
+        f"memory of a device, an estimate; {NOT_IN_MEMORY}": {
+            name: f"{value / 2**30:.3f} GiB" for name, value in plan["memory_bytes"].items() if value
+        },
+        "measured rate": plan["throughput"] or {"hours": "not measured: pass --throughput with a finished run"},
+        "but": dict(enumerate(plan["remarks"], start=1)),
+        **rates,
+        "data": plan["data"],
+    }
     for title, values in sections.items():
         if values:
             print(f"\n{textwrap.fill(title, 118)}")
@@ -59,15 +52,25 @@ def _print(plan: dict) -> None:
                 print(f"  {str(name).replace('_', ' '):<24}{text}")
 
 
+def _positive_number(text: str) -> float:
+    if not 0 < float(text) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text}: give a positive number")
+    return float(text)
+
+
 def _add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("the plan").add_argument
-    add("--gpus", type=int, default=1, help="processes, one a device (default 1)")
-    add("--hosts", type=int, default=1, help="machines they are on; parallel=hsdp shards within one (default 1)")
-    add("--images", type=int, help="training images, for data that is not on this machine")
-    add("--classes", type=int, help="classes, for data that is not on this machine")
-    add("--throughput", type=Path, metavar="PATH", help="a measured rate: a finished run's folder, or a JSON file")
-    add("--hours", type=float, help="print the rate that would finish the run in this many hours")
-    add("--image-kb", type=float, help="average size of an image file in kB (110, as ImageNet's JPEGs; CIFAR's 3)")
+    add("--gpus", type=positive, default=1, help="processes, one a device (default 1)")
+    add("--hosts", type=positive, default=1, help="machines they are on; parallel=hsdp shards within one (default 1)")
+    add("--images", type=positive, help="training images, for data that is not on this machine")
+    add("--classes", type=positive, help="classes, for data that is not on this machine")
+    add("--throughput", type=Path, metavar="RUN", help="the folder of a finished run of this model, for its rate")
+    add("--hours", type=_positive_number, help="print the rate that would finish the run in this many hours")
+    add(
+        "--image-kb",
+        type=_positive_number,
+        help="average size of an image file in kB (110 as in ImageNet; 3 in CIFAR)",
+    )
     add("--json", type=Path, metavar="FILE", help="write the plan there as well")
 
 

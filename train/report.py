@@ -60,7 +60,13 @@ def write_report(trainer: Trainer, model: nn.Module, seconds: float, images_per_
         "seconds_this_session": round(seconds, 1),
     }
     if images_per_s is not None:
-        summary["throughput"] = _throughput(trainer, model, images_per_s)
+        on_gpu, count = trainer.device.type == "cuda", trainer.processes.world_size
+        summary["throughput"] = {
+            "images_per_s_per_device": images_per_s / count,
+            "device": torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads",
+            "devices": count,
+            "precision": {None: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[trainer.objective.dtype],
+        }
     elif (folder / "summary.json").is_file():  # a finished run was resumed: nothing was trained or measured
         summary |= {k: v for k, v in json.loads((folder / "summary.json").read_text()).items() if k == "throughput"}
     if isinstance(model, CRATEMAE):
@@ -70,22 +76,6 @@ def write_report(trainer: Trainer, model: nn.Module, seconds: float, images_per_
     with checkpoint.writing(folder):
         checkpoint.write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     return summary
-
-
-def _throughput(trainer: Trainer, model: nn.Module, images_per_s: float) -> dict:
-    config, processes = trainer.config, trainer.processes
-    on_gpu = processes.device.type == "cuda"
-    return {
-        "images_per_s_per_device": images_per_s / processes.world_size,
-        "device": torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads",
-        "devices": processes.world_size,
-        "model": config.model,
-        "image_size": config.image_size,
-        "patch_size": patch_size_of(model),
-        "precision": {None: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[trainer.objective.dtype],
-        "parallel": config.parallel,
-        "batch_size": config.batch_size // (config.accumulate * processes.world_size),
-    }
 
 
 def _shown(split: Dataset, classes: Sequence[str]) -> tuple[list[tuple], Tensor, list[str]]:

@@ -81,12 +81,6 @@ def _put_probe(model: nn.Module) -> None:
     linear.requires_grad_(True)
 
 
-def patch_size_of(model: nn.Module) -> int | None:
-    """Return the side of a patch in pixels, None where a model has no patches."""
-    sizes = getattr(model, "patch_size", None) or getattr(getattr(model, "patch_embed", None), "patch_size", None)
-    return sizes[0] if isinstance(sizes, tuple | list) else sizes
-
-
 # --- open a run
 
 
