@@ -289,7 +289,7 @@ def _problems(*numbers: int) -> list[str]:
 
 
 def test_a_corrupt_image_counts_once_an_epoch_and_too_many_are_an_error():
-    tally = UnreadableTally(TrainConfig(max_unreadable=0.02), 100)
+    tally = UnreadableTally(0.02, 100)
     assert tally.add(_problems(1, 1, 2), 0) == _problems(1, 2)
     assert tally.add(_problems(2, 1), 0) == []
     tally.check(0)
@@ -299,12 +299,12 @@ def test_a_corrupt_image_counts_once_an_epoch_and_too_many_are_an_error():
     tally.add(_problems(7), 1)
     with pytest.raises(UserError, match=r"3 of 100 images \(3\.00%\).*epoch 1.*--max-unreadable.*2\.jpg.*7\.jpg"):
         tally.check(1)
-    again = UnreadableTally(TrainConfig(max_unreadable=0.02), 100)
+    again = UnreadableTally(0.02, 100)
     again.met = json.loads(json.dumps(tally.met))  # as a checkpoint keeps it
     assert again.add(_problems(2), 1) == []
     with pytest.raises(UserError, match="3 of 100"):
         again.check(1)
-    none = UnreadableTally(TrainConfig(max_unreadable=0.0), 10**6)
+    none = UnreadableTally(0.0, 10**6)
     none.check(0)
     none.add(_problems(4), 0)
     with pytest.raises(UserError, match="1 of 1000000"):

@@ -17,9 +17,9 @@ import torch
 from runs import TINY, back_to, entries, losses, run, same, start, wait_until, weights
 from soak import children, compare
 
-from crate_fast.train import checkpoint, pretrain, run_folder, trainer
+from crate_fast.train import checkpoint, pretrain, trainer
+from crate_fast.train.checkpoint import RunLock
 from crate_fast.train.faults import diagnosis
-from crate_fast.train.run_folder import RunLock
 
 EVERYTHING = (  # whatever has a state or is drawn: EMA, scaler, dropout, mixing, erasing, repeats, accumulation
     *("--attn-drop-rate", "0.1", "--drop-rate", "0.1", "--drop-path-rate", "0.2", "--ema-decay", "0.9"),
@@ -376,7 +376,7 @@ def test_free_settings_may_differ_in_a_resumed_run(tmp_path):
     changed |= {"profile": "1", "parallel": "fsdp", "device": "auto", "max_unreadable": "0.5", "nonfinite_limit": "3"}
     changed |= {"accumulate": "2"}
     assert {*changed, "cuda_graphs", "grad_checkpointing", "data_dir", "download", "wandb"} == set(
-        run_folder.FREE_SETTINGS
+        checkpoint.FREE_SETTINGS
     )
     options = [word for name, value in changed.items() for word in ("--" + name.replace("_", "-"), value)]
     with pytest.warns(UserWarning, match=r"profile=1 .* 6 are left to run: the trace will be missing"):

@@ -160,7 +160,7 @@ def test_weights_and_biases_gets_what_the_other_logs_get(tmp_path, monkeypatch):
 def test_without_weights_and_biases_it_says_what_to_install(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "wandb", None)
     assert pretrain.main([*TINY, "--output", str(tmp_path / "run"), "--wandb", "crate"]) == 2
-    assert re.search("wandb='crate' needs .*: pip install wandb", capsys.readouterr().err)
+    assert "this needs the package wandb: pip install" in capsys.readouterr().err
 
 
 def test_a_profile_of_the_steps_asked_for(tmp_path):

@@ -17,8 +17,8 @@ from crate_fast.errors import UserError
 from crate_fast.export import PortableCRATE
 from crate_fast.layers import ISTA, MSSA, Layer, PreNorm
 from crate_fast.train import checkpoint
+from crate_fast.train.checkpoint import RunFolder
 from crate_fast.train.config import DROP_RATES, TrainConfig, build_config, load_recipe, renamed_settings
-from crate_fast.train.run_folder import RunFolder
 from crate_fast.train.runs import build_model
 
 NAMES = timm.list_models("crate_*")

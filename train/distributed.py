@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,6 +23,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from crate_fast.errors import UserError
 from crate_fast.train.config import MODES_WITH_GRAPHS, TrainConfig
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -45,15 +48,15 @@ class Processes:
             dist.all_reduce(values)
         return values
 
-    def agree(self, value: str) -> str:
-        """Return the first process's `value`."""
+    def agree(self, value: T) -> T:
+        """Return the first process's picklable `value`."""
         return self.gather(value)[0]
 
-    def gather(self, value: object) -> list:
+    def gather(self, value: T) -> list[T]:
         """Return every process's picklable `value`, in the order of ranks."""
         if self.world_size == 1:
             return [value]
-        values: list = [None] * self.world_size
+        values = [None] * self.world_size
         dist.all_gather_object(values, value)
         return values
 

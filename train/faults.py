@@ -2,7 +2,7 @@
 
 import signal
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from types import FrameType
 
 import torch
@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from crate_fast.errors import UserError
-from crate_fast.train.config import TrainConfig
 from crate_fast.train.distributed import is_sharded
 
 
@@ -47,11 +46,12 @@ class Interruption:
 class UnreadableTally:
     """The corrupt images of a split of `n_images`, each counted once an epoch however often it is met.
 
-    Each process has a tally and adds the problems of all processes, so that all stop together.
+    Each process has a tally and adds the problems of all processes, so that all stop together. `limit` is the largest
+    fraction that may be corrupt.
     """
 
-    def __init__(self, config: TrainConfig, n_images: int):
-        self.share, self.n_images = config.max_unreadable, n_images
+    def __init__(self, limit: float, n_images: int):
+        self.limit, self.n_images = limit, n_images
         self.met: dict[str, int] = {}  # problem → last epoch in which it was met
 
     def add(self, problems: Sequence[str], epoch: int) -> list[str]:
@@ -63,10 +63,10 @@ class UnreadableTally:
     def check(self, epoch: int) -> None:
         """Stop a run that loses more than `max_unreadable` of the split's images in this epoch."""
         met = [line for line, last in self.met.items() if last == epoch]
-        if len(met) > self.share * self.n_images:
+        if len(met) > self.limit * self.n_images:
             raise UserError(
                 f"{len(met)} of {self.n_images} images ({len(met) / self.n_images:.2%}) could not be read in epoch "
-                f"{epoch}, more than max_unreadable={self.share} allows: repair or remove them, or raise "
+                f"{epoch}, more than max_unreadable={self.limit} allows: repair or remove them, or raise "
                 f"--max-unreadable. The first: {'; '.join(met[:5])}"
             )
 
@@ -77,13 +77,12 @@ class NonFiniteError(UserError):
 
 @dataclass
 class NonFinite:
-    """The count of steps skipped because loss or gradient was not finite; `limit` in a row end the run.
+    """The count of steps skipped because loss or gradient was not finite.
 
     `overflows` are steps in which fp16's scale was too large, which is no fault. `last` has (step, loss, gradient
     norm).
     """
 
-    limit: int
     total: int = 0
     in_a_row: int = 0
     overflows: int = 0
@@ -93,27 +92,20 @@ class NonFinite:
         """Note a finite step."""
         self.in_a_row, self.last = 0, []
 
-    def failed(self, step: int, loss: float, norm: float, explain: Callable[[], str]) -> None:
-        """Count a skipped step; `explain` says where values stop being finite.
-
-        Raises:
-            NonFiniteError: `limit` steps in a row were skipped.
-        """
+    def failed(self, step: int, loss: float, norm: float) -> None:
+        """Count a skipped step."""
         self.total += 1
         self.in_a_row += 1
         self.last.append((step, loss, norm))
-        if self.in_a_row < self.limit:
-            return
+
+    def error(self, explanation: str) -> NonFiniteError:
+        """Return the error that ends a run after too many in a row; `explanation` is that of `diagnosis`."""
         lines = [f"step {step}: loss {loss:g}, gradient norm {norm:g}" for step, loss, norm in self.last[-5:]]
-        raise NonFiniteError(
-            f"{self.in_a_row} steps in a row were not finite, and none was taken ({'; '.join(lines)}). {explain()}. "
+        return NonFiniteError(
+            f"{self.in_a_row} steps in a row were not finite, nor taken ({'; '.join(lines)}). {explanation}. "
             "Checkpoints are from before: start a new run from one (--init) with a lower lr or clip_grad, a longer "
             "warm-up or --precision fp32; or raise nonfinite_limit if single batches are known to be bad"
         )
-
-    def state(self) -> dict:
-        """Return the count as plain values; `replace(nonfinite, **state)` continues it."""
-        return {name: value for name, value in asdict(self).items() if name != "limit"}
 
 
 def poisoned(weights: dict[str, Tensor]) -> list[str]:

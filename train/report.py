@@ -1,15 +1,17 @@
-"""The report of a finished run: attention maps, curves, summary.json, and a few printed lines."""
+"""The profile of a run, and its report once it is finished: attention maps, curves, summary.json, printed lines."""
 
 from __future__ import annotations
 
 import json
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile, schedule
 from torch.utils.data import Dataset
 
 from crate_fast import CRATE, CRATEMAE
@@ -17,12 +19,40 @@ from crate_fast.eval.common.figures import Curve, Picture, curve_figure, image_g
 from crate_fast.eval.common.segmentation import NoObjectsError, score_attention, scores_table
 from crate_fast.train import checkpoint
 from crate_fast.train.data import eval_loader, readable
+from crate_fast.train.distributed import Processes
 from crate_fast.train.reconstruction import RATIOS, image_noise, reconstruction_figure
-from crate_fast.train.runs import patch_size_of
 from crate_fast.whitebox import attention_layer, trace
 
 if TYPE_CHECKING:
     from crate_fast.train.trainer import Trainer
+
+_BEFORE_PROFILE = 10  # steps: compilation, caches and clocks settle
+
+
+def profiler(folder: Path, steps: int, left: int, processes: Processes):
+    """Return a context whose `step()` is to be called after each step: PyTorch's profiler after the first ten.
+
+    It records `steps` steps into `folder`/rank0.json, …, for chrome://tracing or Perfetto; 0 for none: it is then
+    None. `left` are the steps that the run still has; a warning if they are too few.
+    """
+    if not steps:
+        return nullcontext()
+    if left < _BEFORE_PROFILE + steps:
+        warnings.warn(
+            f"profile={steps} records steps {_BEFORE_PROFILE + 1} to {_BEFORE_PROFILE + steps} of a session, and "
+            f"{left} are left to run: the trace will be {'short' if left > _BEFORE_PROFILE else 'missing'}",
+            stacklevel=2,
+        )
+
+    def write(finished: profile) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        finished.export_chrome_trace(str(folder / f"rank{processes.rank}.json"))
+
+    activities = [ProfilerActivity.CPU]
+    if processes.device.type == "cuda" and torch.cuda.is_available():
+        activities.append(ProfilerActivity.CUDA)
+    window = schedule(wait=_BEFORE_PROFILE - 2, warmup=2, active=steps, repeat=1)
+    return profile(activities=activities, schedule=window, on_trace_ready=write)
 
 
 def _curve(history: list[dict], name: str, label: str) -> list[Curve]:
@@ -146,8 +176,7 @@ def print_summary(summary: dict, folder: Path) -> None:
         print(scores_table(summary["attention_miou"], marked=summary["attention_layer"]))
         print("  (* the layer that the paper looks at)")
     print("written:")
-    names = ("summary.json", "summary.csv", "config.yaml", "metrics.jsonl", "unreadable.txt")
-    for name in (*names, "curves.png", "reconstruction.png", "attention.png", "tensorboard", "profile"):
-        if (folder / name).exists():
-            print(f"  {folder / name}")
+    for path in sorted(folder.iterdir()):
+        if path.name[0] != "." and path.name != "checkpoints":
+            print(f"  {path}")
     print(f"  {summary['last_checkpoint']} (last)\n  {summary['best_checkpoint']} (best)")

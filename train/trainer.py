@@ -32,6 +32,7 @@ from crate_fast.cpu_ops import multiplies_bf16
 from crate_fast.errors import UserError
 from crate_fast.functional import cached_dictionaries
 from crate_fast.train import checkpoint, distributed
+from crate_fast.train.checkpoint import RunFolder
 from crate_fast.train.config import TrainConfig
 from crate_fast.train.cuda_graphs import GraphedCall
 from crate_fast.train.data.loader import Batch, DataSplits, build_splits, eval_loader, readable, train_loader
@@ -41,8 +42,7 @@ from crate_fast.train.faults import Interruption, NonFinite, UnreadableTally, di
 from crate_fast.train.objective import objective_for
 from crate_fast.train.optimizer import build_optimizer, clip_gradients, gradient_norm, learning_rate
 from crate_fast.train.reconstruction import image_noise, reconstructions, tiled
-from crate_fast.train.report import print_summary, scores_line, write_report
-from crate_fast.train.run_folder import Interval, RunFolder, profiler
+from crate_fast.train.report import print_summary, profiler, scores_line, write_report
 from crate_fast.train.runs import build_model, load_initial
 from crate_fast.whitebox import layer_statistics
 
@@ -88,6 +88,27 @@ def launch(config: TrainConfig, options: argparse.Namespace) -> int:
 # --- the loop
 
 
+@dataclasses.dataclass
+class Interval:
+    """Sums over the steps since the last log entry, which a resumed run continues."""
+
+    sums: dict[str, float] = dataclasses.field(default_factory=dict)  # of measures, over the steps taken
+    taken: int = 0
+    steps: int = 0  # with those that were skipped
+    seconds: float = 0.0
+
+    def add(self, measures: dict[str, float], taken: bool, seconds: float) -> None:
+        """Add a step; its measures count if it was taken."""
+        self.steps, self.seconds = self.steps + 1, self.seconds + seconds
+        if taken:
+            self.taken += 1
+            self.sums = {name: self.sums.get(name, 0.0) + value for name, value in measures.items()}
+
+    def means(self) -> dict[str, float]:
+        """Return the means over the steps taken; nothing if none was."""
+        return {name: total / self.taken for name, total in self.sums.items()}
+
+
 class StepResult(NamedTuple):
     """The outcome of one optimiser step."""
 
@@ -108,7 +129,6 @@ class Trainer:
     def __init__(
         self, config: TrainConfig, folder: Path, data: DataSplits, processes: Processes, interruption: Interruption
     ):
-        distributed.check_settings(config, processes)
         self.config, self.data, self.processes, self.interruption = config, data, processes, interruption
         self.device = processes.device
         self.step, self.steps_per_epoch = 0, len(data.train) // config.batch_size
@@ -141,9 +161,10 @@ class Trainer:
         self.run = RunFolder(folder, config, facts, processes)
         self.shares = {"rank": processes.rank, "world_size": processes.world_size}
         self.val_loader = eval_loader(config, data.val, **self.shares)
-        self.nonfinite = NonFinite(config.nonfinite_limit)
+        self.nonfinite = NonFinite()
         self.problems: list[str] = []  # images that this process could not read since the last log entry
-        self.tally, self.val_tally = (UnreadableTally(config, len(split)) for split in (data.train, data.val))
+        self.tally = UnreadableTally(config.max_unreadable, len(data.train))
+        self.val_tally = UnreadableTally(config.max_unreadable, len(data.val))
         self.interval = Interval()
         self.speeds: list[float] = []  # images/s of all processes, one a log interval
 
@@ -306,12 +327,10 @@ class Trainer:
             if scale > _SMALLEST_SCALE and not bad_loss:
                 self.nonfinite.overflows += 1
                 return
-
-        def explain() -> str:
+        self.nonfinite.failed(self.step, loss, norm)
+        if self.nonfinite.in_a_row >= self.config.nonfinite_limit:
             images = self.prepare_images(batch.images, batch.flips)
-            return diagnosis(self.model, images, self.objective.outputs)
-
-        self.nonfinite.failed(self.step, loss, norm, explain)
+            raise self.nonfinite.error(diagnosis(self.model, images, self.objective.outputs))
 
     # --- log, evaluate, save
 
@@ -383,14 +402,13 @@ class Trainer:
                 empty = torch.zeros(1, 3, self.config.image_size, self.config.image_size, dtype=torch.uint8)
                 self.objective.forward(model, self.prepare_images(empty))
         *sums, count, stopped = self.processes.sum(totals).tolist()
-        problems = list(itertools.chain(*self.processes.gather(problems)))
         if stopped:
             return None
+        unreadable = self._note_unreadable(problems, self.val_tally, -(-self.step // self.steps_per_epoch))
         if not count:
-            raise UserError(f"no image of the validation split could be read: {problems[:3]}")
-        self._note_unreadable(problems, self.val_tally, -(-self.step // self.steps_per_epoch))
+            raise UserError("no image of the validation split could be read; unreadable.txt names them")
         means = {name: total / count for name, total in zip(self.objective.scores, sums, strict=True)}
-        return means | ({"unreadable": len(problems)} if problems else {})
+        return means | ({"unreadable": unreadable} if unreadable else {})
 
     def _log_layers(self) -> None:
         model = distributed.unsharded(self.model, self._build, self.processes)
@@ -415,16 +433,18 @@ class Trainer:
         self.run.save(self.step, self.step / self.steps_per_epoch, *self.state(), score)
 
     def _count_unreadable(self) -> None:
-        problems = list(itertools.chain(*self.processes.gather(self.problems)))
-        self.problems.clear()
+        problems, self.problems = self.problems, []
         self._note_unreadable(problems, self.tally, max(0, self.step - 1) // self.steps_per_epoch)
 
-    def _note_unreadable(self, problems: list[str], tally: UnreadableTally, epoch: int) -> None:
+    def _note_unreadable(self, problems: list[str], tally: UnreadableTally, epoch: int) -> int:
+        """Count and name what this process could not read, with the other processes'; return the sum over all."""
+        problems = list(itertools.chain(*self.processes.gather(problems)))
         new = tally.add(problems, epoch)
         if new and self.processes.first:
             with checkpoint.writing(self.run.folder), (self.run.folder / "unreadable.txt").open("a") as file:
                 file.writelines(f"{line}\n" for line in new)
         tally.check(epoch)
+        return len(problems)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Tensor] | None, dict]:
         """Return weights, moving average and the rest, for `restore`; on the first process of a collective call."""
@@ -432,8 +452,8 @@ class Trainer:
         ema = None if self.ema is None else distributed.full_state(self.ema.module)[0]
         rest = {"step": self.step, "optimizer": optimizer, "scaler": self.scaler.state_dict()}
         extra = {"unreadable": dict(self.tally.met), "val_unreadable": dict(self.val_tally.met)}
-        extra |= {"interval": self.interval.state()}
-        return weights, ema, {"trainer": rest | {"nonfinite": self.nonfinite.state()}, "extra": extra}
+        extra |= {"interval": dataclasses.asdict(self.interval)}
+        return weights, ema, {"trainer": rest | {"nonfinite": dataclasses.asdict(self.nonfinite)}, "extra": extra}
 
     def restore(self, weights: dict[str, Tensor], ema: dict[str, Tensor] | None, training: dict) -> None:
         """Continue exactly where `state` was taken, by any number of processes: a collective call."""
@@ -443,7 +463,7 @@ class Trainer:
             distributed.load_full_state(self.ema.module, ema)
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(rest["scaler"])
-        self.nonfinite = dataclasses.replace(self.nonfinite, **rest["nonfinite"])
+        self.nonfinite = NonFinite(**rest["nonfinite"])
         self.step = rest["step"]
         self.tally.met, self.val_tally.met = dict(extra["unreadable"]), dict(extra["val_unreadable"])
         self.interval = Interval(**extra["interval"])

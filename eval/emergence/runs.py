@@ -37,10 +37,9 @@ from crate_fast.eval.emergence.data import open_experiment_data
 from crate_fast.eval.emergence.protocol import Point, Protocol, Run
 from crate_fast.eval.emergence.results import Results
 from crate_fast.eval.emergence.scores import box_scores, checkpoint_scores, photograph_scores, pictures
-from crate_fast.train.checkpoint import write_text
+from crate_fast.train.checkpoint import RunLock, write_text
 from crate_fast.train.distributed import choose_device
 from crate_fast.train.faults import Interruption, NonFiniteError
-from crate_fast.train.run_folder import RunLock
 from crate_fast.train.runs import run_config
 from crate_fast.train.trainer import launch
 
