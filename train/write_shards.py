@@ -19,6 +19,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from crate_fast.errors import CommandParser, UserError, run_command
+from crate_fast.options import positive
 from crate_fast.train.config import TrainConfig
 from crate_fast.train.data import open_source
 from crate_fast.train.data.image_files import describe, open_image, to_rgb
@@ -88,9 +89,6 @@ def _write_split(source: Source, split: str, options: argparse.Namespace) -> lis
 
 
 def _write(options: argparse.Namespace) -> None:
-    for name in ("shorter_side", "quality", "per_shard", "workers"):
-        if getattr(options, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: it must be at least 1")
     if options.quality > 100:
         raise UserError(f"--quality {options.quality}: it must be at most 100; the default is 95")
     if options.output.is_dir() and any(options.output.glob("*.tar")):
@@ -127,10 +125,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--train-split", default="train", help="name of the training split")
     parser.add_argument("--val-split", default="validation", help="name of the validation split")
     parser.add_argument("--output", type=Path, required=True, help="folder for the shards, which holds none yet")
-    parser.add_argument("--shorter-side", type=int, default=256, help="in pixels; larger images are made smaller")
-    parser.add_argument("--quality", type=int, default=95, help="of the JPEGs written anew")
-    parser.add_argument("--per-shard", type=int, default=5_000, help="images in a shard")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
+    parser.add_argument(
+        "--shorter-side", type=positive, default=256, help="in pixels; larger images are made smaller"
+    )
+    parser.add_argument("--quality", type=positive, default=95, help="of the JPEGs written anew")
+    parser.add_argument("--per-shard", type=positive, default=5_000, help="images in a shard")
+    parser.add_argument("--workers", type=positive, default=os.cpu_count() or 1, help="processes")
     return run_command(lambda: _write(parser.parse_args(argv)))
 
 

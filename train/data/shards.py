@@ -29,7 +29,7 @@ from crate_fast.errors import UserError
 from crate_fast.train.data.image_files import EXTENSIONS, ImageTree, is_hidden, is_image, looks_like_image
 from crate_fast.train.data.sources import MOST_CLASSES, Source
 
-_VERSION = 3  # of a cached index; EXTENSIONS that change need another
+_VERSION = 4  # of a cached index; EXTENSIONS that change need another
 _OPEN_ARCHIVES = 128  # per process, well below the usual limit of 1,024 files
 _FIRST_DOT = "WebDataset ends the name of a sample at its first dot: write it without others, as in a_1.jpg"
 _PADDING = 16 * 2**20  # bytes at most behind the end of an archive; tar writes up to 10 KiB of zeros
@@ -144,17 +144,17 @@ class ArchiveSource(Source):
         self._descriptors: dict[int, int] = {}  # open files, by the number of their path
         index = self._load(self.paths[0].parent / cache_name)
         self.items, remarks = index["samples"], index["remarks"].tolist()
+        self.classes = tuple(index["classes"].tolist()) or None
         if not len(self.items):
             first, reason = self.paths[0], f": {remarks[0]}" if remarks else ""
             raise UserError(f"{first.parent}: the {len(self.paths)} shards from {first.name} hold no images{reason}")
-        self.classes = tuple(index["classes"].tolist()) if "classes" in index else None
         self.n_labels = int(self.items[:, 3].max()) + 1
         for remark in remarks:
             print(remark, file=sys.stderr)
 
     @abstractmethod
-    def _scan(self) -> dict[str, np.ndarray]:
-        """Return the index: "samples", "remarks" to print, and the names of the "classes" if members have them."""
+    def _scan(self) -> tuple[list[tuple[int, int, int, int]], list[str], Sequence[str]]:
+        """Return the rows of `items`, remarks to print, and the names of the classes if members have them."""
 
     def _load(self, cache: Path) -> dict[str, np.ndarray]:
         try:
@@ -169,7 +169,9 @@ class ArchiveSource(Source):
             if same and np.array_equal(cached["state"], state):
                 return dict(cached)
         began = time.perf_counter()
-        index = self._scan()
+        rows, remarks, classes = self._scan()
+        index = {"samples": np.array(rows, np.int64).reshape(-1, 4)}
+        index |= {"remarks": np.array(remarks, str), "classes": np.array(classes, str)}
         where = str(cache)
         partial = cache.with_name(f"{cache.name}.{os.getpid()}")
         try:
@@ -180,8 +182,8 @@ class ArchiveSource(Source):
             with suppress(OSError):
                 partial.unlink()
             where = f"memory only ({error})"
-        count, took = len(index["samples"]), f"in {time.perf_counter() - began:.1f} s"
-        print(f"indexed {count} images of {len(names)} shards {took}; kept in {where}", file=sys.stderr)
+        took = f"in {time.perf_counter() - began:.1f} s"
+        print(f"indexed {len(rows)} images of {len(names)} shards {took}; kept in {where}", file=sys.stderr)
         return index
 
     def __getstate__(self) -> dict:
@@ -217,10 +219,6 @@ class ArchiveSource(Source):
         return f"{self.paths[number]}/{member}"
 
 
-def _index(rows: list[tuple[int, int, int, int]], remarks: list[str], **more: np.ndarray) -> dict[str, np.ndarray]:
-    return {"samples": np.array(rows, np.int64).reshape(-1, 4), "remarks": np.array(remarks, str), **more}
-
-
 class TarSource(ArchiveSource):
     """The images of one tar archive, in the order and of the classes that the unpacked folder would have.
 
@@ -231,7 +229,7 @@ class TarSource(ArchiveSource):
     def __init__(self, path: Path):
         super().__init__([path], f".{path.stem}.folders.npz")
 
-    def _scan(self) -> dict[str, np.ndarray]:
+    def _scan(self):
         path = self.paths[0]
         members, links = _members(path, nested=True)
         places = {name: place for name, *place in members}  # the later of two with one name
@@ -243,13 +241,13 @@ class TarSource(ArchiveSource):
         classes, labels = tree.labelled(str(path))
         rows = [(0, *places[name], label) for name, label in zip(tree.names, labels.tolist(), strict=True)]
         remarks = _about_links(links) + [f"{path}: {remark}" for remark in tree.remarks()]
-        return _index(rows, remarks, classes=np.array(classes))
+        return rows, remarks, classes
 
 
 class ShardSource(ArchiveSource):
     """The samples of WebDataset shards in one folder, in the order of the shards and of their members.
 
-    `root` may hold the class names: a name a line in classes.txt, or the list "classes" in _info.json.
+    `root` may hold the class names: a name a line in classes.txt.
     """
 
     def __init__(self, shards: Sequence[Path], root: Path):
@@ -259,7 +257,7 @@ class ShardSource(ArchiveSource):
             names, label = len(self.classes), self.n_labels - 1
             raise UserError(f"{root} has {names} class names and a label {label}: complete classes.txt")
 
-    def _scan(self) -> dict[str, np.ndarray]:
+    def _scan(self):
         rows, passed_over, links = [], [], []
         for number, path in enumerate(self.paths):
             members, dangling = _members(path)
@@ -279,7 +277,7 @@ class ShardSource(ArchiveSource):
             where, suffix = passed_over[0]
             why = _FIRST_DOT if "." in suffix else f"images are {' '.join(EXTENSIONS)}"
             remarks.append(f"{len(passed_over)} image files are passed over, such as {where}.{suffix} ({why})")
-        return _index(rows, remarks)
+        return rows, remarks, ()
 
 
 def _samples(shard: Path, members: list[tuple[str, int, int]]) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
@@ -311,19 +309,14 @@ def _label(where: str, suffix: str, content: bytes) -> int:
 
 
 def _class_names(root: Path) -> tuple[str, ...] | None:
-    file = next((root / name for name in ("classes.txt", "_info.json") if (root / name).exists()), None)
-    if file is None:
+    file = root / "classes.txt"
+    if not file.exists():
         return None
     try:
-        text = file.read_text(encoding="utf-8-sig")
-        names = text.rstrip().split("\n") if file.suffix == ".txt" else json.loads(text).get("classes")
-        if names is not None and not isinstance(names, list):
-            raise ValueError('"classes" is no list')
-    except (OSError, ValueError, AttributeError) as error:
+        lines = file.read_text(encoding="utf-8-sig").rstrip().split("\n")
+    except (OSError, ValueError) as error:
         raise UserError(f"{file} does not hold the names of the classes ({error}): correct or remove it") from error
-    if names is None:
-        return None
-    names = tuple(str(name).strip() for name in names)
+    names = tuple(line.strip() for line in lines)
     if "" in names:
         raise UserError(f"{file}: the name of class {names.index('')} is empty: write it, or remove its line")
     return names

@@ -3,7 +3,6 @@
 A `Source` gives image and label by number. The loader alone decides the order, so a run can resume at any step.
 """
 
-import importlib.util
 import io
 import sys
 import tarfile
@@ -17,7 +16,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 from torchvision import datasets as torchvision_datasets
 
-from crate_fast.errors import UserError
+from crate_fast.errors import UserError, require
 from crate_fast.train.data.image_files import Unreadable, describe, find_images, read_image, to_rgb
 
 MOST_CLASSES = 10_000_000  # a larger label is a fault of the data: a head for it fits no memory
@@ -88,8 +87,7 @@ class HubSource(Source):
     """
 
     def __init__(self, data_dir: str, split: str, option: str, download: bool):
-        if importlib.util.find_spec("datasets") is None:
-            raise UserError("dataset='hf' needs the package datasets: pip install crate_fast[hf]")
+        require("datasets")
         import datasets
 
         if not Path(data_dir).is_dir() and not download:
@@ -100,27 +98,17 @@ class HubSource(Source):
         self.where = f"{data_dir}, split {split}"
         try:
             images = datasets.load_dataset(data_dir, split=split)
-        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+            if not {"image", "label"} <= set(images.column_names):
+                raise ValueError(f"it has the columns {sorted(images.column_names)}: rename two to image and label")
+            self.items = images.cast_column("image", datasets.Image(decode=False))
+            labels = images.unique("label")
+        except (OSError, ValueError, TypeError, NotImplementedError, datasets.exceptions.DatasetsError) as error:
             cause = error.__cause__ or error  # where files disagree, only the cause says why
             reason = " ".join(f"{type(cause).__name__}: {cause}".split())
             raise UserError(
-                f"datasets cannot open {self.where} ({reason}): it must be of parquet, arrow or image "
-                f"files; pass --data-dir, or {option}"
+                f"datasets cannot open {self.where} ({reason}): use parquet, arrow or image files, with images in "
+                f"the column image, integers in the column label; pass --data-dir, or {option}"
             ) from error
-        if not {"image", "label"} <= set(images.column_names):
-            raise UserError(
-                f"{self.where} has the columns {sorted(images.column_names)}: rename two to image and label"
-            )
-        try:
-            self.items = images.cast_column("image", datasets.Image(decode=False))
-        except (TypeError, ValueError, NotImplementedError) as error:
-            raise UserError(
-                f"{self.where}: the column image holds no images ({error}): store them as datasets.Image"
-            ) from error
-        try:
-            labels = images.unique("label")
-        except NotImplementedError:  # labels are lists
-            labels = images[:8]["label"]
         wrong = [label for label in labels if not isinstance(label, int) or not 0 <= label < MOST_CLASSES]
         if wrong or not labels:
             raise UserError(
@@ -177,8 +165,6 @@ def open_torchvision(dataset: str, data_dir: str, train: bool, download: bool) -
     except OSError as error:  # no network (URLError), a full disk
         remedy = "see to the network and the disk, or put it there yourself"
         raise UserError(f"{dataset} cannot be read from or downloaded to {place} ({error}): {remedy}") from error
-    except ModuleNotFoundError as error:
-        raise UserError(f"{dataset} needs {error.name}: pip install {error.name}") from error
     return TorchvisionSource(images, dataset)
 
 
@@ -189,14 +175,8 @@ def nothing_outside():
     Older releases of torchvision unpack what they download without a check.
 
     Raises:
-        UserError: This Python's tarfile has no filters.
         tarfile.FilterError: An archive tries to write outside.
     """
-    if not hasattr(tarfile, "data_filter"):
-        raise UserError(
-            "this Python unpacks archives unchecked: download with Python 3.10.12, 3.11.4 or later, or unpack the "
-            "data yourself and leave out --download"
-        )
     before = vars(tarfile.TarFile)["extraction_filter"]
     tarfile.TarFile.extraction_filter = staticmethod(tarfile.data_filter)
     try:
