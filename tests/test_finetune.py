@@ -103,7 +103,7 @@ def test_another_number_of_classes_is_never_silent(tmp_path):
     path = _file(tmp_path, build_model(_small(), 5))
     model = build_model(_small(), 12)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    with pytest.raises(ValueError, match=r"classifies 5 classes and the data have 12: pass --head new"):
+    with pytest.raises(ValueError, match=r"classifies 5 classes and the data have 12\): pass --head new"):
         load_initial(model, _small(init=path))
     assert same(before, dict(model.state_dict()))
     text = load_initial(model, _small(init=path, head="new"))

@@ -193,7 +193,7 @@ def test_an_autoencoder_goes_on_at_another_image_size(finished, tmp_path, capsys
 def test_an_encoder_has_no_classifier_to_keep(finished, tmp_path, refuses):
     words = ["--recipe", "finetune_cifar10", "--dataset", "shape_scenes", "--head", "keep", "--image-size", "32"]
     refuses(
-        "has no classifier: pass --head new",
+        r"no classes and the data have 12\): pass --head new",
         finetune.main,
         [*words, "--init", str(finished[0]), "--output", str(tmp_path)],
     )

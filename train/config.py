@@ -281,24 +281,21 @@ class TrainConfig:
                     raise UserError(f"{name}={value}: it must be {words}")
         peak, size = self.peak_lr, f"batch_size={self.batch_size} is not a multiple of"
         mode, graphs = f"compile_mode={self.compile_mode!r}", self.compile_mode in MODES_WITH_GRAPHS
-        probe = self.frozen and (self.mixup or self.cutmix or self.layer_decay < 1)
-        grid = not self.init_grid or (self.init and re.fullmatch(r"[1-9]\d*x[1-9]\d*", self.init_grid))
+        with_probe = self.frozen and (self.mixup or self.cutmix or self.layer_decay < 1)
+        no_init = self.head == "new" and not self.init
+        no_grid = self.init_grid and not (self.init and re.fullmatch(r"[1-9]\d*x[1-9]\d*", self.init_grid))
+        no_folder = self.dataset != "shape_scenes" and not self.data_dir
+        not_compiled = self.compile_mode != "default" and not self.compile
         refused = {
             f"min_lr={self.min_lr} is above the peak {peak:g} of lr={self.lr}: lower it": self.min_lr > peak,
             f"{size} accumulate={self.accumulate}": self.batch_size % self.accumulate,
             f"{size} repeats={self.repeats}": self.batch_size % self.repeats,
-            "frozen=True trains a linear classifier alone: leave out mixup, cutmix and layer_decay": self.frozen
-            and probe,
-            "head='new' replaces the classifier of loaded weights: say which with --init, or leave it out": (
-                self.head == "new" and not self.init
-            ),
-            f"init_grid={self.init_grid!r}: give the rows and columns of patches of the file in init, such as 2x8": (
-                not grid
-            ),
-            f"dataset={self.dataset!r} needs data_dir: pass --data-dir FOLDER": (
-                self.dataset != "shape_scenes" and not self.data_dir
-            ),
-            f"{mode} needs compile=True: pass --compile too": self.compile_mode != "default" and not self.compile,
+            "frozen=True trains a linear classifier alone: leave out mixup, cutmix and layer_decay": with_probe,
+            "head='new' replaces the classifier of loaded weights: say which with --init, or leave it out": no_init,
+            f"init_grid={self.init_grid!r}: give the rows and columns of patches of the file in init, such as "
+            "2x8": no_grid,
+            f"dataset={self.dataset!r} needs data_dir: pass --data-dir FOLDER": no_folder,
+            f"{mode} needs compile=True: pass --compile too": not_compiled,
             f"{mode} has CUDA graphs of its own: leave out cuda_graphs, or the mode": graphs and self.cuda_graphs,
             # pytorch/pytorch#169545
             f"{mode}: PyTorch's CUDA graphs overwrite gradients with accumulate={self.accumulate}; use cuda_graphs "
@@ -436,12 +433,12 @@ def build_config(
     add_options(parser)
     texts = field_help(TrainConfig)
     for field in dataclasses.fields(TrainConfig):
-        option = "--" + field.name.replace("_", "-")
+        option, text = "--" + field.name.replace("_", "-"), texts[field.name].replace("%", "%%")
         kind = _value_type(field.type)
-        help_text = texts[field.name].replace("%", "%%")
-        how = {"type": kind, "metavar": kind.__name__.upper()}
-        how = {"action": argparse.BooleanOptionalAction} if kind is bool else how
-        parser.add_argument(option, default=None, help=help_text, **how)
+        if kind is bool:
+            parser.add_argument(option, default=None, help=text, action=argparse.BooleanOptionalAction)
+        else:
+            parser.add_argument(option, default=None, help=text, type=kind, metavar=kind.__name__.upper())
     options = parser.parse_args(argv)
     given = {name: value for name in texts if (value := getattr(options, name)) is not None}
     config = TrainConfig(**adjust(_with_effect(load_recipe(options.recipe), given), given))

@@ -239,20 +239,15 @@ def _check_fit(weights: dict[str, Tensor], model: nn.Module, where: str, new_cla
     wanted = {key for key in own if not (new_classifier and _in_classifier(key, model))}
     missing, unknown = sorted(wanted - weights.keys()), sorted(weights.keys() - own.keys())
     differing = [key for key in sorted(wanted & weights.keys()) if weights[key].shape != own[key].shape]
-    if not (missing or unknown or differing):
+    wrong = [*missing, *unknown, *differing]
+    if not wrong:
         return
-    if not missing and not unknown and all(_in_classifier(key, model) for key in differing):
-        raise UserError(
-            f"{where} classifies {_classes(weights, model)} classes and the data have {model.num_classes}: "
-            "pass --head new to start with a new classifier"
-        )
-    if not unknown and not differing and all(_in_classifier(key, model) for key in missing):
-        raise UserError(f"{where} has no classifier: pass --head new to start with a new one")
     parts = [f"{kind}: {', '.join(keys[:4])}" for kind, keys in (("missing", missing), ("unknown", unknown)) if keys]
     parts += [
         f"{key}: {list(weights[key].shape)} in the file, {list(own[key].shape)} in the model" for key in differing[:4]
     ]
-    raise UserError(
-        f"the weights of {where} are not of this model ({'; '.join(parts)}): set model, patch_size, dim, "
-        "depth, heads and, where a model does not resample, image_size as they were"
-    )
+    remedy = "set model, patch_size, dim, depth, heads and, where a model does not resample, image_size as they were"
+    if all(_in_classifier(key, model) for key in wrong):
+        parts = [f"it classifies {_classes(weights, model)} classes and the data have {model.num_classes}"]
+        remedy = "pass --head new to start with a new classifier"
+    raise UserError(f"the weights of {where} are not of this model ({'; '.join(parts)}): {remedy}")
