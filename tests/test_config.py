@@ -82,7 +82,7 @@ def test_help_lists_and_explains_every_option(capsys):
         (["--min-lr", "nan"], "min_lr=nan: it must be at least 0"),
         (["--batch-size", "10", "--accumulate", "3"], "not a multiple of accumulate=3"),
         (["--min-lr", "0.1"], "min_lr=0.1 is above the peak 0.003 of lr=0.003: lower it"),
-        (["--threads", "100000"], "threads=100000: it must be at most 1024"),
+        (["--threads", "100000"], "threads=100000: it must be at least 0, and at most 1024"),
         (["--device", "meta"], "device='meta' computes nothing here: choose auto, cpu"),
         (["--optimizer", "fusedadam", "--train-samples", "128"], "optimizer='fusedadam' cannot be used here"),
         (["--model", "vit_tiny_patch16_224.nope"], "did you mean 'vit_tiny_patch16_224'?"),

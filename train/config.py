@@ -13,54 +13,39 @@ import math
 import os
 import re
 import textwrap
-import typing
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal, NamedTuple, get_args, get_origin
 
 import yaml
 
 from crate_fast.errors import CommandParser, UserError, nearest, run_command
 
 RECIPES = Path(__file__).parent / "recipes"
-DATASETS = ("shape_scenes", "folder", "tar", "shards", "hf", "cifar10", "cifar100", "flowers102", "pets")
-_CHOICES = {
-    "dataset": DATASETS,
-    "crop": ("none", "pad", "random", "center"),
-    "mean": ("imagenet", "cifar10", "half"),
-    "head": ("keep", "new"),
-    "lr_scaling": ("none", "linear", "sqrt"),
-    "schedule": ("cosine", "released"),
-    "clip_mode": ("norm", "value", "agc"),
-    "precision": ("auto", "fp32", "bf16", "fp16"),
-    "compile_mode": ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
-    "parallel": ("ddp", "fsdp", "hsdp"),
-}
 MODES_WITH_GRAPHS = ("reduce-overhead", "max-autotune")  # of torch.compile
 FORM = ("residual", "attention", "sparsifier", "odl_ratio", "odl_steps", "odl_tied", "odl_residual", "threshold")
 DROP_RATES = ("drop_rate", "attn_drop_rate", "proj_drop_rate", "pos_drop_rate", "drop_path_rate")  # timm's names
-_POSITIVE = (
-    *("train_samples", "val_samples", "image_size", "repeats", "patch_size", "dim", "depth", "heads", "epochs"),
-    *("batch_size", "accumulate", "lr_base_batch", "eval_every", "keep_checkpoints", "log_every"),
-    *("segmentation_samples", "nonfinite_limit", "decoder_depth"),
-)
-_NOT_NEGATIVE = (
-    *("mixup", "cutmix", "workers", "weight_decay", "warmup_epochs", "min_lr", "clip_grad", "seed", "threads"),
-    *("checkpoint_every", "profile"),
-)
-_SHARES = ("crop_scale", "hflip", "random_erasing", "mixup_prob", "max_unreadable", "label_smoothing")
-_RANGES = (  # settings, condition, words
-    (_POSITIVE, lambda value: 1 <= value < math.inf, "at least 1, and finite"),
-    (_NOT_NEGATIVE, lambda value: 0 <= value < math.inf, "at least 0, and finite"),
-    # the system refuses many more, and PyTorch then crashes
-    (("workers", "threads"), lambda value: value <= 1024, "at most 1024; a number of cores is usual"),
-    (_SHARES, lambda value: 0 <= value <= 1, "between 0 and 1"),
-    ((*DROP_RATES, "ema_decay"), lambda value: 0 <= value < 1, "at least 0, and below 1"),
-    (("layer_decay",), lambda value: 0 < value <= 1, "above 0, and at most 1"),
-    (("lr",), lambda value: 0 < value < math.inf, "positive and finite"),
-    (("mask_ratio",), lambda value: 0 < value < 1, "above 0, and below 1; 0.75 is usual"),
-    (("beta2",), lambda value: 0 < value < 1, "above 0, and below 1"),
-)
+
+
+class Limits(NamedTuple):
+    """The values that a setting may have."""
+
+    hold: Callable[[float], bool]
+    words: str
+
+
+Torchvision = Literal["cifar10", "cifar100", "flowers102", "pets"]
+Count = Annotated[int, Limits(lambda value: value >= 1, "at least 1")]
+Natural = Annotated[int, Limits(lambda value: value >= 0, "at least 0")]
+# the system refuses many more, and PyTorch then crashes
+Cores = Annotated[int, Limits(lambda value: 0 <= value <= 1024, "at least 0, and at most 1024")]
+Amount = Annotated[float, Limits(lambda value: 0 <= value < math.inf, "at least 0, and finite")]
+Positive = Annotated[float, Limits(lambda value: 0 < value < math.inf, "positive and finite")]
+Share = Annotated[float, Limits(lambda value: 0 <= value <= 1, "between 0 and 1")]
+Rate = Annotated[float, Limits(lambda value: 0 <= value < 1, "at least 0, and below 1")]
+Factor = Annotated[float, Limits(lambda value: 0 < value <= 1, "above 0, and at most 1")]
+Fraction = Annotated[float, Limits(lambda value: 0 < value < 1, "above 0, and below 1")]
 
 
 @dataclass(frozen=True)
@@ -68,7 +53,7 @@ class TrainConfig:
     """All settings of a training run. A recipe lists those that differ from these defaults."""
 
     # --- data
-    dataset: str = "shape_scenes"
+    dataset: Literal["shape_scenes", "folder", "tar", "shards", "hf", Torchvision] = "shape_scenes"
     """Data set: shape_scenes (made on the fly); folder or tar (class folders); shards (WebDataset); hf (Hugging Face
     datasets); cifar10, cifar100, flowers102 or pets (torchvision)."""
     data_dir: str = ""
@@ -80,40 +65,40 @@ class TrainConfig:
     """Name of the training split (folder, tar, shards and hf)."""
     val_split: str = "validation"
     """Name of the validation split (folder, tar, shards and hf)."""
-    train_samples: int = 20_000
+    train_samples: Count = 20_000
     """Training images of shape_scenes."""
-    val_samples: int = 1_000
+    val_samples: Count = 1_000
     """Validation images of shape_scenes."""
-    image_size: int = 64
+    image_size: Count = 64
     """Height and width of the images, in pixels."""
-    crop: str = "none"
+    crop: Literal["none", "pad", "random", "center"] = "none"
     """Training crop: none; pad (random position, with a border of 4 pixels in 32); random (scale and aspect ratio);
     center."""
-    crop_scale: float = 0.08
+    crop_scale: Share = 0.08
     """Smallest fraction of the image's area that crop=random keeps."""
-    hflip: float = 0.0
+    hflip: Share = 0.0
     """Probability of a horizontal flip in training."""
     auto_augment: str = ""
     """timm's policy string, such as rand-m9-n2-mstd0.5; none when empty. randaugment-n2-m14 is torchvision's
     RandAugment(2, 14), whose magnitudes go to 30 (timm's to 10)."""
-    repeats: int = 1
+    repeats: Count = 1
     """Copies of an image in a batch, each augmented differently (repeated augmentation). An epoch keeps its length
     and shows fewer different images."""
-    random_erasing: float = 0.0
+    random_erasing: Share = 0.0
     """Probability that a rectangle of a training image is replaced by noise."""
-    mixup: float = 0.0
+    mixup: Amount = 0.0
     """α of mixup, which blends pairs of training images and their labels; 0 turns it off."""
-    cutmix: float = 0.0
+    cutmix: Amount = 0.0
     """α of CutMix, which pastes a rectangle of one image into another; 0 turns it off. With mixup on as well, each
     batch gets one of the two."""
-    mixup_prob: float = 1.0
+    mixup_prob: Share = 1.0
     """Probability that mixup or CutMix is applied to a micro-batch."""
-    mean: str = "imagenet"
+    mean: Literal["imagenet", "cifar10", "half"] = "imagenet"
     """Pixel normalisation: imagenet, cifar10 or half (mean and standard deviation 0.5)."""
-    max_unreadable: float = 0.01
+    max_unreadable: Share = 0.01
     """Largest fraction of a split's images that may be unreadable in an epoch; above it the run stops. Unreadable
     images are listed in unreadable.txt. Training replaces them by other images, evaluation skips them."""
-    workers: int | None = None
+    workers: Cores | None = None
     """Data-loading processes per training process; 0 loads in the training process. Default: 0 on a CPU, up to 8
     beside a GPU."""
 
@@ -124,7 +109,7 @@ class TrainConfig:
     init_grid: str = ""
     """Grid of patches that the positions in an init file were made for, as ROWSxCOLUMNS, such as 2x8. When empty: the
     grid recorded in the file, or a square."""
-    head: str = "keep"
+    head: Literal["keep", "new"] = "keep"
     """Classifier of a model with init. keep: the one in init, which must match the number of classes; new: a random
     one."""
     frozen: bool = False
@@ -132,13 +117,13 @@ class TrainConfig:
     model: str = "crate_tiny_patch8_224"
     """One of our models, including CRATE-MAE, or a timm model that takes img_size, such as a ViT. The settings below
     change its size."""
-    patch_size: int | None = None
+    patch_size: Count | None = None
     """Side of a patch in pixels. Default, also for the next eleven settings: the model's own value."""
-    dim: int | None = None
+    dim: Count | None = None
     """Token width."""
-    depth: int | None = None
+    depth: Count | None = None
     """Number of layers."""
-    heads: int | None = None
+    heads: Count | None = None
     """Number of heads; the head width becomes dim / heads."""
     residual: str | None = None
     """Residual form: released, x + MSSA(LN(x)); paper, LN(x) + MSSA(LN(x))."""
@@ -156,87 +141,87 @@ class TrainConfig:
     """h + ODL(LN(h)) instead of ODL(LN(h))."""
     threshold: str | None = None
     """Threshold of ISTA: relu or soft."""
-    drop_rate: float = 0.0
+    drop_rate: Rate = 0.0
     """Dropout in front of the classifier. This rate and the next four are timm's, with the same meaning for CRATE and
     ViT."""
-    attn_drop_rate: float = 0.0
+    attn_drop_rate: Rate = 0.0
     """Dropout on attention weights."""
-    proj_drop_rate: float = 0.0
+    proj_drop_rate: Rate = 0.0
     """Dropout on attention outputs and inside the MLP."""
-    pos_drop_rate: float = 0.0
+    pos_drop_rate: Rate = 0.0
     """Dropout on the embedded tokens."""
-    drop_path_rate: float = 0.0
+    drop_path_rate: Rate = 0.0
     """Stochastic depth: probability that a sample skips a residual step of the last layer. It grows
     linearly from 0 at the first layer."""
 
     # --- masked autoencoding, with a model such as crate_mae_tiny_patch16_224
-    mask_ratio: float = 0.75
+    mask_ratio: Fraction = 0.75
     """Fraction of the patches that is hidden."""
     norm_pix_loss: bool = False
     """Predict each patch normalised by its own mean and standard deviation."""
     visible_only: bool = False
     """Encode only the visible patches, as MAE does. Default: encode all, with mask tokens, as the released CRATE-MAE
     does."""
-    decoder_depth: int | None = None
+    decoder_depth: Count | None = None
     """Layers of the decoder; by default as many as the encoder has."""
 
     # --- optimisation
-    epochs: int = 6
+    epochs: Count = 6
     """Passes over the training images."""
-    batch_size: int = 128
+    batch_size: Count = 128
     """Images per optimiser step, summed over all processes and accumulation steps."""
-    accumulate: int = 1
+    accumulate: Count = 1
     """Forward-backward passes per optimiser step."""
     optimizer: str = "adamw"
     """timm's name of the optimiser, such as adamw, lion or lars (which, as in MAE's probe, does not scale biases)."""
-    beta2: float | None = None
+    beta2: Fraction | None = None
     """Decay of the second moments of adamw and similar optimisers, and of lion's update. Default: the optimiser's
     own."""
-    lr: float = 1e-3
+    lr: Positive = 1e-3
     """Peak learning rate for the whole batch, before lr_scaling."""
-    lr_scaling: str = "none"
+    lr_scaling: Literal["none", "linear", "sqrt"] = "none"
     """Scaling of lr with the batch: none; linear, by batch_size / lr_base_batch; sqrt, by the root of that."""
-    lr_base_batch: int = 256
+    lr_base_batch: Count = 256
     """Batch size for which lr is given, with lr_scaling."""
-    weight_decay: float = 0.05
+    weight_decay: Amount = 0.05
     """Decoupled weight decay."""
     decay_all: bool = False
     """Apply weight decay to every parameter, as the released recipe does. Default: not to biases, norms, positions
     and CLS, as timm does."""
-    layer_decay: float = 1.0
+    layer_decay: Factor = 1.0
     """Factor of the learning rate from each layer to the layer below it; below 1 the early layers change less."""
-    schedule: str = "cosine"
+    schedule: Literal["cosine", "released"] = "cosine"
     """Learning-rate schedule: cosine, per step after a linear warm-up; released, min(warm-up, cosine) per epoch."""
-    warmup_epochs: float = 0.5
+    warmup_epochs: Amount = 0.5
     """Length of the linear warm-up in epochs."""
-    min_lr: float = 0.0
+    min_lr: Amount = 0.0
     """Learning rate at the end."""
-    label_smoothing: float = 0.1
+    label_smoothing: Share = 0.1
     """Label smoothing of the cross-entropy."""
-    clip_grad: float = 1.0
+    clip_grad: Amount = 1.0
     """Limit for gradient clipping, by clip_mode; 0 turns it off."""
-    clip_mode: str = "norm"
+    clip_mode: Literal["norm", "value", "agc"] = "norm"
     """Quantity that clip_grad limits: norm, of the whole gradient; value, of each entry; agc, each row's norm
     relative to the norm of its weights (Brock et al., 2021), without the classifier. With agc 0.01 to 0.1 is
     usual."""
 
-    ema_decay: float = 0.0
+    ema_decay: Rate = 0.0
     """Decay of a moving average of the weights (EMA); 0 turns it off. The average is evaluated too, and is what
     opening the run loads."""
     ema_warmup: bool = False
     """Raise the EMA's decay to ema_decay over the first steps (timm's warm-up)."""
 
     # --- engine
-    seed: int = 0
+    seed: Natural = 0
     """Seed of weights, data order, augmentation and shape_scenes."""
     device: str = "auto"
     """Device: cpu, cuda, or auto (cuda if there is a GPU)."""
-    precision: str = "auto"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """fp32; bf16 or fp16 (autocast; fp16 with a gradient scaler); auto (bf16 on a GPU that supports it, else
     fp32)."""
     compile: bool = False
     """Compile the model with torch.compile."""
-    compile_mode: str = "default"
+    compile_mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = "default"
     """Mode of torch.compile: default; reduce-overhead or max-autotune, which use CUDA graphs; max-autotune-no-
     cudagraphs."""
     cuda_graphs: bool = False
@@ -244,41 +229,38 @@ class TrainConfig:
     small that launching kernels takes longer than running them."""
     channels_last: bool = False
     """Store images with channels innermost in memory, which suits patch embedding by convolution."""
-    parallel: str = "ddp"
+    parallel: Literal["ddp", "fsdp", "hsdp"] = "ddp"
     """Parallelism. ddp: each process holds the whole model; fsdp: FSDP2, each process holds a shard; hsdp: FSDP2
     within a host, replicas across hosts."""
     grad_checkpointing: bool = False
     """Recompute layers in the backward pass to save memory."""
-    threads: int = 0
+    threads: Cores = 0
     """CPU threads per process; 0 divides the cores among the processes of this host."""
-    eval_every: int = 1
+    eval_every: Count = 1
     """Epochs between evaluations; the last epoch is always evaluated."""
-    checkpoint_every: int = 0
+    checkpoint_every: Natural = 0
     """Optimiser steps between checkpoints; 0 saves at each evaluation."""
-    keep_checkpoints: int = 2
+    keep_checkpoints: Count = 2
     """Number of newest checkpoints to keep, in addition to the best."""
-    log_every: int = 20
+    log_every: Count = 20
     """Optimiser steps between log entries."""
-    segmentation_samples: int = 500
+    segmentation_samples: Count = 500
     """Images with known masks to score at the end, if the data set has masks."""
-    nonfinite_limit: int = 10
+    nonfinite_limit: Count = 10
     """Consecutive steps with a non-finite loss or gradient before the run stops. Each such step is skipped and
     counted."""
-    profile: int = 0
+    profile: Natural = 0
     """Steps to profile, after the first ten of this session; the trace is written to profile/. 0 turns it off."""
     wandb: str = ""
     """Weights & Biases project to log to as well; none when empty."""
 
     def __post_init__(self):
-        for name, choices in _CHOICES.items():
-            value = getattr(self, name)
-            if value not in choices:
+        for name, annotation in {field.name: field.type for field in dataclasses.fields(self)}.items():
+            value, (_, _, choices, limits) = getattr(self, name), _parts(annotation)
+            if choices and value not in choices:
                 raise UserError(f"{name}={value!r}{nearest(value, choices)}; choose one of {', '.join(choices)}")
-        for names, holds, words in _RANGES:
-            for name in names:
-                value = getattr(self, name)
-                if value is not None and not holds(value):
-                    raise UserError(f"{name}={value}: it must be {words}")
+            if limits and value is not None and not limits.hold(value):
+                raise UserError(f"{name}={value}: it must be {limits.words}")
         peak, size = self.peak_lr, f"batch_size={self.batch_size} is not a multiple of"
         mode, graphs = f"compile_mode={self.compile_mode!r}", self.compile_mode in MODES_WITH_GRAPHS
         with_probe = self.frozen and (self.mixup or self.cutmix or self.layer_decay < 1)
@@ -339,9 +321,14 @@ def field_help(config_class: type) -> dict[str, str]:
     return {field.target.id: text.value.value for field, text in pairs if isinstance(text, ast.Expr)}
 
 
-def _value_type(annotation) -> type:
-    inner = [a for a in typing.get_args(annotation) if a is not type(None)]
-    return inner[0] if inner else annotation
+def _parts(annotation) -> tuple[type, bool, tuple[str, ...], Limits | None]:
+    """Return the type of a setting, True if it may be None, its choices and its limits."""
+    optional = type(None) in get_args(annotation)
+    inner = get_args(annotation)[0] if optional else annotation
+    if get_origin(inner) is Literal:
+        return str, optional, get_args(inner), None
+    kind, limits = get_args(inner) or (inner, None)
+    return kind, optional, (), limits
 
 
 def _checked(values: dict, source: str) -> dict:
@@ -350,13 +337,13 @@ def _checked(values: dict, source: str) -> dict:
     for name, value in values.items():
         if name not in fields:
             raise UserError(f"{source}: unknown key {name!r}{nearest(str(name), fields)}")
-        kind = _value_type(fields[name].type)
+        kind, optional, _, _ = _parts(fields[name].type)
         if kind is float and type(value) in (int, str):
             try:  # YAML reads 1e-3 as a string
                 checked[name] = float(value)
             except ValueError as error:
                 raise UserError(f"{source}: {name}={value!r} is not a number") from error
-        elif type(value) is not kind and (value is not None or kind is fields[name].type):
+        elif type(value) is not kind and not (value is None and optional):
             raise UserError(f"{source}: {name}={value!r} must be {kind.__name__}")
     return checked
 
@@ -434,7 +421,7 @@ def build_config(
     texts = field_help(TrainConfig)
     for field in dataclasses.fields(TrainConfig):
         option, text = "--" + field.name.replace("_", "-"), texts[field.name].replace("%", "%%")
-        kind = _value_type(field.type)
+        kind = _parts(field.type)[0]
         if kind is bool:
             parser.add_argument(option, default=None, help=text, action=argparse.BooleanOptionalAction)
         else:
