@@ -236,12 +236,11 @@ def make_plan(config: TrainConfig, options: argparse.Namespace) -> dict:
     }
     flops = count_flops(model, config.image_size, config.mask_ratio)
     kb = options.image_kb or {"shape_scenes": 0.0, "cifar10": 3.0, "cifar100": 3.0}.get(config.dataset, 110.0)
-    speeds = {"measured": measured["images_per_s_per_device"] * gpus} if measured else {}
-    speeds |= {} if options.hours is None else {"for_hours": seen / options.hours / 3600}
-    rates = {}
-    for name, speed in speeds.items():
+    rate = {}
+    if measured:
+        speed = measured["images_per_s_per_device"] * gpus
         hours = seen / speed / 3600
-        rates[name] = {"images_per_s": speed, "hours": hours, "gpu_hours": gpus * hours, "mb_per_s": speed * kb / 1e3}
+        rate = {"images_per_s": speed, "hours": hours, "gpu_hours": gpus * hours, "mb_per_s": speed * kb / 1e3}
     remarks = [
         f"measured with {name} {measured[name]}, planned with {value}"
         for name, value in (planned | {"micro_batch": micro_batch}).items()
@@ -276,7 +275,7 @@ def make_plan(config: TrainConfig, options: argparse.Namespace) -> dict:
         "memory_bytes": memory | {"total": sum(memory.values())},
         "data": {"dataset": config.dataset, "image_kb": kb, "gb_per_epoch": per_epoch * config.batch_size * kb / 1e6},
         "throughput": measured,
-        "rates": rates,
+        "rate": rate,
         "remarks": remarks,
         "settings": dataclasses.asdict(config),
     }

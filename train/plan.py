@@ -7,7 +7,6 @@ refused, and other conditions are printed.
 
 import argparse
 import json
-import math
 import sys
 import textwrap
 from pathlib import Path
@@ -28,7 +27,6 @@ def _print(plan: dict) -> None:
     """Print the plan under the names that `--json` writes; what there is none of is left out."""
     hosts = f" on {plan['hosts']} hosts" if plan["hosts"] > 1 else ""
     print(f"{plan['recipe']} on {plan['devices']} × {plan['device']}{hosts}, {plan['parallel']}, {plan['precision']}")
-    rates = {f"{name}: training steps alone": rate for name, rate in plan["rates"].items()}
     sections = {
         "model": plan["model"],
         "schedule": plan["schedule"],
@@ -38,10 +36,10 @@ def _print(plan: dict) -> None:
         f"memory of a device, an estimate; {NOT_IN_MEMORY}": {
             name: f"{value / 2**30:.3f} GiB" for name, value in plan["memory_bytes"].items() if value
         },
-        "measured rate": plan["throughput"] or {"hours": "not measured: pass --throughput with a finished run"},
-        "but": dict(enumerate(plan["remarks"], start=1)),
-        **rates,
         "data": plan["data"],
+        "measured rate": plan["throughput"] or {"hours": "not measured: pass --throughput with a finished run"},
+        "training steps alone at that rate": plan["rate"],
+        "but": dict(enumerate(plan["remarks"], start=1)),
     }
     for title, values in sections.items():
         if values:
@@ -52,12 +50,6 @@ def _print(plan: dict) -> None:
                 print(f"  {str(name).replace('_', ' '):<24}{text}")
 
 
-def _positive_number(text: str) -> float:
-    if not 0 < float(text) < math.inf:
-        raise argparse.ArgumentTypeError(f"{text}: give a positive number")
-    return float(text)
-
-
 def _add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("the plan").add_argument
     add("--gpus", type=positive, default=1, help="processes, one a device (default 1)")
@@ -65,12 +57,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add("--images", type=positive, help="training images, for data that is not on this machine")
     add("--classes", type=positive, help="classes, for data that is not on this machine")
     add("--throughput", type=Path, metavar="RUN", help="the folder of a finished run of this model, for its rate")
-    add("--hours", type=_positive_number, help="print the rate that would finish the run in this many hours")
-    add(
-        "--image-kb",
-        type=_positive_number,
-        help="average size of an image file in kB (110 as in ImageNet; 3 in CIFAR)",
-    )
+    add("--image-kb", type=positive, help="average size of an image file in kB (110 as in ImageNet; 3 in CIFAR)")
     add("--json", type=Path, metavar="FILE", help="write the plan there as well")
 
 
