@@ -103,16 +103,10 @@ def _write(options: argparse.Namespace) -> None:
     train, val = open_source(config, train=True), open_source(config, train=False)
     class_lines = "".join(f"{name}\n" for name in common_classes(train, val))
     problems = []
-    try:
-        options.output.mkdir(parents=True, exist_ok=True)
-        for split, source in {config.train_split: train, config.val_split: val}.items():
-            problems += _write_split(source, split, options)
-        (options.output / "classes.txt").write_bytes(class_lines.encode("utf-8", "replace"))
-    except OSError as error:  # from writing: a failure to read is a line in `problems`
-        raise UserError(
-            f"--output {options.output} cannot be written ({error}): free some space or see to its permissions, "
-            "empty it, and start again"
-        ) from error
+    options.output.mkdir(parents=True, exist_ok=True)
+    for split, source in {config.train_split: train, config.val_split: val}.items():
+        problems += _write_split(source, split, options)
+    (options.output / "classes.txt").write_bytes(class_lines.encode("utf-8", "replace"))
     print(f"written: {options.output}; unreadable images left out: {len(problems)}")
     print("".join(f"  {line}\n" for line in problems), end="")
 

@@ -135,7 +135,7 @@ def find_images(root: Path, follow_links: bool = True) -> ImageTree:
 
     top, tops, paths = str(root), set(), []
     for folder, folders, files in os.walk(top, onerror=refuse, followlinks=follow_links):
-        folders[:] = [name for name in folders if name[0] != "." and not _leads_back(top, folder, name)]
+        folders[:] = [name for name in folders if name[0] != "." and not _leads_back(folder, name)]
         if folder == top:
             tops.update(folders)
         inner = "" if folder == top else os.path.relpath(folder, top).replace(os.sep, "/") + "/"
@@ -143,14 +143,12 @@ def find_images(root: Path, follow_links: bool = True) -> ImageTree:
     return ImageTree(paths, tops)
 
 
-def _leads_back(root: str, folder: str, name: str) -> bool:
+def _leads_back(folder: str, name: str) -> bool:
     """Return True if a link leads to a folder on its own path, which would have no end."""
-    path = os.path.join(folder, name)
-    if not os.path.islink(path):
+    if not os.path.islink(os.path.join(folder, name)):
         return False
-    target, parts = os.path.realpath(path), Path(os.path.relpath(folder, root)).parts
-    passed = (os.path.realpath(os.path.join(root, *parts[:count])) for count in range(len(parts) + 1))
-    return any(Path(place).is_relative_to(target) for place in passed)
+    target = os.path.realpath(os.path.join(folder, name))
+    return any(Path(os.path.realpath(place)).is_relative_to(target) for place in (folder, *Path(folder).parents))
 
 
 # --- decoding
