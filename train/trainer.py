@@ -496,31 +496,28 @@ def dry_run(config: TrainConfig, output: Path, data: DataSplits, processes: Proc
     parent = next(path for path in output.absolute().parents if path.exists())  # the same disk
     folder = Path(processes.agree(tempfile.mkdtemp(prefix=".dry-run-", dir=parent) if processes.first else ""))
     try:
-        config = dataclasses.replace(config, wandb="")
+        config = dataclasses.replace(config, wandb="", log_every=1)
         with closing(Trainer(config, folder / "run", data, processes, Interruption())) as trainer:
-            trainer.begin(resume=False)
-            batches, seconds = iter(train_loader(config, data.train, **trainer.shares)), 0.0
-            for _ in range(min(DRY_RUN_STEPS, trainer.total_steps)):
-                began = time.perf_counter()
-                result = trainer.train_step(batches)
-                seconds = time.perf_counter() - began
+            trainer.total_steps = min(DRY_RUN_STEPS, trainer.total_steps)
             trainer.val_loader = list(itertools.islice(trainer.val_loader, 2))
-            scores = trainer.scores(trainer.model)
-            trainer.save()
+            trainer.begin(resume=False)
+            trainer.train()
             saved = checkpoint.load(trainer.run.checkpoints, trainer.step)  # which verifies it
             trainer.restore(*saved[:3])
-            size = sum(file["bytes"] for file in saved.manifest["files"].values())
         processes.wait()
     finally:
         if processes.first:
             shutil.rmtree(folder)
     if processes.first:
+        trained, evaluated = trainer.run.history[-2:]
+        loss = trained.get("loss", float("nan"))  # none if the steps were skipped
+        size = sum(file["bytes"] for file in saved.manifest["files"].values())
         on_gpu = processes.device.type == "cuda"
         rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         peak = torch.cuda.max_memory_allocated() / 2**20 if on_gpu else rss
         print(
-            f"dry run: {trainer.step} steps, the last in {seconds:.3f} s, loss {result.measures['loss']:.4f}; "
-            f"validation loss {scores['loss']:.4f} on two batches a process\n"
+            f"dry run: {trainer.step} steps, the last at {trained['images_per_s']:,.1f} images/s, "
+            f"loss {loss:.4f}; validation loss {evaluated['val_loss']:.4f} on two batches a process\n"
             f"peak memory of this process {peak:,.0f} MiB{' on the GPU' if on_gpu else ''}; a checkpoint is "
             f"{size / 2**20:,.1f} MiB, and up to {config.keep_checkpoints + 2} are on the disk at once\n"
             "saved, read back, and deleted: the same command without --dry-run trains"
