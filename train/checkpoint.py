@@ -2,7 +2,7 @@
 
     RUN/checkpoints/step_00001500/  model.safetensors (released names), ema.safetensors, training.pt, manifest.json
     RUN/checkpoints/best.json       step with the best validation score
-    RUN/config.yaml metrics.jsonl summary.csv tensorboard/ .lock .owner
+    RUN/config.yaml metrics.jsonl tensorboard/ .lock .owner
 
 A checkpoint is written into a hidden folder, flushed to disk, and renamed; reading verifies every file against the
 manifest. States are unsharded: PyTorch's sharded format is not used, because its reader unpickles. Only the first
@@ -423,8 +423,6 @@ class RunFolder:
             with (self.folder / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps(self.history[-1]) + "\n")
             self.add_scalars(step, values)
-            if "val_loss" in values:
-                write_text(self.folder / "summary.csv", _summary(self.history))
 
     def add_scalars(self, step: int, values: dict[str, float]) -> None:
         """Add numbers to the curves alone, on the first process."""
@@ -472,20 +470,6 @@ class RunFolder:
         if self.online is not None:
             self.online.finish()
         self.lock.release()
-
-
-def _summary(history: list[dict]) -> str:
-    """Return a table of the evaluations, each with the last training measurements before it."""
-    rows, training = [], {}
-    for entry in history:
-        training |= entry
-        if "val_loss" in entry:
-            rows.append(dict(training))
-    text = io.StringIO()
-    table = csv.DictWriter(text, dict.fromkeys(name for row in rows for name in row))
-    table.writeheader()
-    table.writerows(rows)
-    return text.getvalue()
 
 
 def _wandb_run(folder: Path, config: TrainConfig):

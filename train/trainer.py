@@ -1,6 +1,6 @@
 """The training loop, from settings to a finished run. `Trainer.train` is the loop.
 
-A run's folder: config.yaml metrics.jsonl summary.csv summary.json attention.png curves.png reconstruction.png
+A run's folder: config.yaml metrics.jsonl summary.json attention.png curves.png reconstruction.png
 unreadable.txt checkpoints/ tensorboard/ profile/
 """
 
