@@ -12,6 +12,7 @@ import torch
 import torchvision
 from image_data import config_of, encoded, write_tree
 from PIL import Image
+from runs import ALONE
 from timm.data import auto_augment
 from torchvision import transforms
 
@@ -288,24 +289,26 @@ def _problems(*numbers: int) -> list[str]:
     return [f"{i}.jpg: OSError: broken" for i in numbers]
 
 
-def test_a_corrupt_image_counts_once_an_epoch_and_too_many_are_an_error():
-    tally = UnreadableTally(0.02, 100)
-    assert tally.add(_problems(1, 1, 2), 0) == _problems(1, 2)
-    assert tally.add(_problems(2, 1), 0) == []
-    tally.check(0)
-    assert tally.add(_problems(2, 3), 1) == _problems(3)
-    tally.check(1)
-    assert len(tally.met) == 3
-    tally.add(_problems(7), 1)
+def _count(tally: UnreadableTally, epoch: int, *numbers: int) -> int:
+    tally.pending += _problems(*numbers)
+    return tally.count(epoch)
+
+
+def test_a_corrupt_image_counts_once_an_epoch_and_too_many_are_an_error(tmp_path):
+    file = tmp_path / "unreadable.txt"
+    tally = UnreadableTally(0.02, 100, file, ALONE)
+    assert _count(tally, 0, 1, 1, 2) == 3
+    assert _count(tally, 0, 2, 1) == 2
+    assert _count(tally, 1, 2, 3) == 2
+    assert list(tally.met) == file.read_text().splitlines() == _problems(1, 2, 3)
     with pytest.raises(UserError, match=r"3 of 100 images \(3\.00%\).*epoch 1.*--max-unreadable.*2\.jpg.*7\.jpg"):
-        tally.check(1)
-    again = UnreadableTally(0.02, 100)
+        _count(tally, 1, 7)
+    again = UnreadableTally(0.02, 100, file, ALONE)
     again.met = json.loads(json.dumps(tally.met))  # as a checkpoint keeps it
-    assert again.add(_problems(2), 1) == []
     with pytest.raises(UserError, match="3 of 100"):
-        again.check(1)
-    none = UnreadableTally(0.0, 10**6)
-    none.check(0)
-    none.add(_problems(4), 0)
+        _count(again, 1, 2)
+    assert file.read_text().splitlines() == _problems(1, 2, 3, 7)
+    none = UnreadableTally(0.0, 10**6, file, ALONE)
+    assert none.count(0) == 0
     with pytest.raises(UserError, match="1 of 1000000"):
-        none.check(0)
+        _count(none, 0, 4)

@@ -131,7 +131,7 @@ def test_a_loss_that_is_not_finite_is_explained(tmp_path):
     loss.backward()
     model.zero_grad()
     text = diagnosis(model, torch.zeros(2, 3, 32, 32), objective.outputs)
-    assert "the output of every layer is finite on the last images, and the model's is not" in text
+    assert "the first output that is not finite is that of the model" in text
 
 
 # --- masks ---

@@ -9,10 +9,7 @@ manifest. States are unsharded: PyTorch's sharded format is not used, because it
 process (rank 0) writes.
 """
 
-import csv
-import errno
 import hashlib
-import io
 import json
 import os
 import pickle
@@ -20,13 +17,11 @@ import secrets
 import shutil
 import socket
 import warnings
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import filelock
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -34,7 +29,7 @@ from crate_fast.env import provenance
 from crate_fast.errors import UserError
 from crate_fast.train.config import TrainConfig, dump_config, renamed_settings
 from crate_fast.train.distributed import Processes
-from crate_fast.train.faults import NonFiniteError, poisoned
+from crate_fast.train.faults import DiskError, NonFiniteError, poisoned, writing
 from crate_fast.weight_files import describe_file
 
 WEIGHTS, EMA, TRAINING, MANIFEST = "model.safetensors", "ema.safetensors", "training.pt", "manifest.json"
@@ -44,29 +39,6 @@ FORMAT = 2  # version of training.pt and the manifest; another version is not re
 
 class CheckpointError(UserError):
     """A checkpoint is damaged, missing or of another run."""
-
-
-class DiskError(UserError):
-    """A file of a run could not be written."""
-
-
-@contextmanager
-def writing(folder: Path):
-    """Turn a failure to write below `folder` into a `DiskError` that says what is safe and what to do."""
-    try:
-        yield
-    except (OSError, SafetensorError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
-        free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
-        number = error.errno if isinstance(error, OSError) else None
-        cut = "PytorchStreamWriter" in str(error) or "inline_container" in str(error)  # torch.save's reports
-        full = number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error) or cut or free < 2**20
-        if isinstance(error, RuntimeError) and not full:
-            raise
-        remedy = "free some space" if full else "see to its permissions and its disk"
-        raise DiskError(
-            f"{folder} could not be written ({error}; {free / 2**20:,.0f} MiB are free there). Finished checkpoints "
-            f"are untouched: {remedy}, then continue with --resume"
-        ) from error
 
 
 def folder_of(root: Path, step: int) -> Path:

@@ -1,16 +1,22 @@
-"""Faults that a run survives: a signal that asks it to stop, corrupt images, and steps that are not finite."""
+"""Faults that a run meets: a signal that asks it to stop, a full disk, corrupt images, steps that are not finite."""
 
+import errno
+import itertools
+import shutil
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import FrameType
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from crate_fast.errors import UserError
-from crate_fast.train.distributed import is_sharded
+from crate_fast.train.distributed import Processes, is_sharded
 
 
 class Interruption:
@@ -43,25 +49,54 @@ class Interruption:
         return self.name is not None
 
 
+class DiskError(UserError):
+    """A file of a run could not be written."""
+
+
+@contextmanager
+def writing(folder: Path):
+    """Turn a failure to write below `folder` into a `DiskError` that says what is safe and what to do."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+        free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
+        number = error.errno if isinstance(error, OSError) else None
+        cut = "PytorchStreamWriter" in str(error) or "inline_container" in str(error)  # torch.save's reports
+        full = number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error) or cut or free < 2**20
+        if isinstance(error, RuntimeError) and not full:
+            raise
+        remedy = "free some space" if full else "see to its permissions and its disk"
+        raise DiskError(
+            f"{folder} could not be written ({error}; {free / 2**20:,.0f} MiB are free there). Finished checkpoints "
+            f"are untouched: {remedy}, then continue with --resume"
+        ) from error
+
+
 class UnreadableTally:
     """The corrupt images of a split of `n_images`, each counted once an epoch however often it is met.
 
-    Each process has a tally and adds the problems of all processes, so that all stop together. `limit` is the largest
-    fraction that may be corrupt.
+    Each process collects the problems that it meets in `pending`; `count` adds those of all processes, so that all
+    stop together. `limit` is the largest fraction that may be corrupt; the first process names new ones in `file`.
     """
 
-    def __init__(self, limit: float, n_images: int):
-        self.limit, self.n_images = limit, n_images
+    def __init__(self, limit: float, n_images: int, file: Path, processes: Processes):
+        self.limit, self.n_images, self.file, self.processes = limit, n_images, file, processes
+        self.pending: list[str] = []
         self.met: dict[str, int] = {}  # problem → last epoch in which it was met
 
-    def add(self, problems: Sequence[str], epoch: int) -> list[str]:
-        """Count the `problems` of this epoch's batches; return the new ones, in order."""
+    def count(self, epoch: int) -> int:
+        """Count the pending problems of all processes in this epoch; return their number.
+
+        Raises:
+            UserError: More than `limit` of the split's images are corrupt.
+        """
+        problems = list(itertools.chain(*self.processes.gather(self.pending)))
+        self.pending = []
         new = [line for line in dict.fromkeys(problems) if line not in self.met]
         self.met.update(dict.fromkeys(problems, epoch))
-        return new
-
-    def check(self, epoch: int) -> None:
-        """Stop a run that loses more than `max_unreadable` of the split's images in this epoch."""
+        if new and self.processes.first:
+            with writing(self.file.parent), self.file.open("a") as file:
+                file.writelines(f"{line}\n" for line in new)
         met = [line for line, last in self.met.items() if last == epoch]
         if len(met) > self.limit * self.n_images:
             raise UserError(
@@ -69,6 +104,7 @@ class UnreadableTally:
                 f"{epoch}, more than max_unreadable={self.limit} allows: repair or remove them, or raise "
                 f"--max-unreadable. The first: {'; '.join(met[:5])}"
             )
+        return len(problems)
 
 
 class NonFiniteError(UserError):
@@ -134,23 +170,23 @@ def diagnosis(model: nn.Module, images: Tensor, outputs: Callable[[nn.Module, Te
     if is_sharded(model):  # a process cannot run it alone
         return f"This process's weights are finite; {names}"
 
-    def bad_output(output: object) -> bool:
-        return isinstance(output, Tensor) and not bool(output.isfinite().all())
-
     found: list[str] = []
+
+    def note(name: str, output: object) -> None:
+        if isinstance(output, Tensor) and not output.isfinite().all():
+            found.append(name)
+
+    leaves = [(name, module) for name, module in model.named_modules() if not list(module.children())]
     hooks = [
-        module.register_forward_hook(lambda _m, _i, output, name=name: found.extend([name] * bad_output(output)))
-        for name, module in model.named_modules()
-        if not list(module.children())
+        module.register_forward_hook(lambda _module, _inputs, output, name=name: note(name, output))
+        for name, module in leaves
     ]
     try:
-        found_outputs = outputs(model, images)
+        for output in outputs(model, images):
+            note("the model", output)
     finally:
         for hook in hooks:
             hook.remove()
     if found:
-        return f"In fp32 the first output that is not finite is that of {found[0]}"
-    if any(map(bad_output, found_outputs)):
-        return f"In fp32 the output of every layer is finite on the last images, and the model's is not; {names}"
-    largest = max(output.abs().max().item() for output in found_outputs)
-    return f"In fp32 every output is finite on the last images (the largest is {largest:g}); {names}"
+        return f"In fp32 the first output that is not finite is that of {found[0]}; {names}"
+    return f"In fp32 every output is finite on the last images; {names}"

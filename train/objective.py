@@ -5,7 +5,6 @@ The training loop asks its objective for a loss, and in evaluation for sums of s
 
 from contextlib import nullcontext
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from timm.data import Mixup
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from crate_fast import CRATEMAE
 from crate_fast.errors import UserError
 from crate_fast.train.config import TrainConfig
-from crate_fast.train.data import Batch, drawing_from
+from crate_fast.train.data import Batch, drawing_from, mixed_seed
 from crate_fast.train.distributed import Processes
 from crate_fast.train.reconstruction import image_noise
 
@@ -122,8 +121,7 @@ class Reconstruction(Objective):
 
     def inputs(self, images, labels, step, part):
         if self._drawn[0] != step:
-            seed = np.random.SeedSequence((self.config.seed, step)).generate_state(1, np.uint64)[0]
-            generator = torch.Generator().manual_seed(int(seed))
+            generator = torch.Generator().manual_seed(mixed_seed(self.config.seed, step))
             self._drawn = (step, torch.rand(self.config.batch_size, self.n_patches, generator=generator))
         size = self.config.batch_size // self.config.accumulate
         mine = self._drawn[1][part * size : (part + 1) * size][self.processes.rank :: self.processes.world_size]

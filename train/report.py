@@ -1,4 +1,4 @@
-"""The profile of a run, and its report once it is finished: attention maps, curves, summary.json, printed lines."""
+"""Reports of a run: its profile, its layers at each evaluation, and at the end figures, curves and summary.json."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ from crate_fast.eval.common.segmentation import NoObjectsError, score_attention,
 from crate_fast.train import checkpoint
 from crate_fast.train.data import eval_loader, readable
 from crate_fast.train.distributed import Processes
-from crate_fast.train.reconstruction import RATIOS, image_noise, reconstruction_figure
-from crate_fast.whitebox import attention_layer, trace
+from crate_fast.train.reconstruction import RATIOS, image_noise, reconstruction_figure, reconstructions, tiled
+from crate_fast.whitebox import attention_layer, layer_statistics, trace
 
 if TYPE_CHECKING:
     from crate_fast.train.trainer import Trainer
 
+SHOWN_IMAGES, WHITEBOX_IMAGES = 8, 64
 _BEFORE_PROFILE = 10  # steps: compilation, caches and clocks settle
 
 
@@ -53,6 +54,37 @@ def profiler(folder: Path, steps: int, left: int, processes: Processes):
         activities.append(ProfilerActivity.CUDA)
     window = schedule(wait=_BEFORE_PROFILE - 2, warmup=2, active=steps, repeat=1)
     return profile(activities=activities, schedule=window, on_trace_ready=write)
+
+
+# --- at each evaluation
+
+
+def log_layers(trainer: Trainer, model: nn.Module) -> None:
+    """Add R^c and sparsity of every layer to the curves, and of a CRATE-MAE images that it fills in.
+
+    `model` is unsharded; nothing is added of a model that is none of ours.
+    """
+    if not isinstance(model, CRATE | CRATEMAE):
+        return
+    split, run = trainer.data.val, trainer.run
+    images = [image for image, *_ in readable(split, range(min(WHITEBOX_IMAGES, len(split))))]
+    if not images:
+        return
+    images, encoder = torch.stack(images), model.encoder() if isinstance(model, CRATEMAE) else model
+    for name, rows in layer_statistics(encoder, trainer.prepare_images(images)).items():
+        means = {f"{name}/layer_{layer:02d}": mean for layer, (mean, _) in enumerate(rows.tolist())}
+        run.add_scalars(trainer.step, means)
+    if isinstance(model, CRATEMAE):
+        shown, ratios = images[:SHOWN_IMAGES], [trainer.config.mask_ratio]
+        rows = reconstructions(model, shown, trainer.normalize, ratios, _noise(trainer, model, len(shown)))
+        run.board.add_image("reconstruction", tiled(rows), trainer.step, dataformats="HWC")
+
+
+def _noise(trainer: Trainer, model: CRATEMAE, count: int) -> Tensor:
+    return image_noise(model, [(trainer.config.seed, number) for number in range(count)])
+
+
+# --- at the end
 
 
 def _curve(history: list[dict], name: str, label: str) -> list[Curve]:
@@ -110,7 +142,7 @@ def write_report(trainer: Trainer, model: nn.Module, seconds: float, images_per_
 
 def _shown(split: Dataset, classes: Sequence[str]) -> tuple[list[tuple], Tensor, list[str]]:
     """Return up to eight samples of a split, evenly spaced, with their images [B, 3, S, S] and class names."""
-    count = min(8, len(split))
+    count = min(SHOWN_IMAGES, len(split))
     samples = readable(split, [i * len(split) // count for i in range(count)])
     return samples, torch.stack([sample[0] for sample in samples]), [classes[sample[1]] for sample in samples]
 
@@ -119,7 +151,7 @@ def _draw_reconstructions(trainer: Trainer, model: CRATEMAE) -> None:
     config = trainer.config
     _, images, titles = _shown(trainer.data.val, trainer.data.classes)
     ratios = sorted({config.mask_ratio, *(ratio for ratio in RATIOS if model.can_mask(ratio))})
-    noise = image_noise(model, [(config.seed, number) for number in range(len(images))])
+    noise = _noise(trainer, model, len(images))
     path = trainer.run.folder / "reconstruction.png"
     reconstruction_figure(model, images, trainer.normalize, [path], ratios, noise, titles)
 

@@ -20,14 +20,12 @@ from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import crate_fast
-from crate_fast import CRATE, CRATEMAE
 from crate_fast.cpu_ops import multiplies_bf16
 from crate_fast.errors import UserError
 from crate_fast.functional import cached_dictionaries
@@ -35,19 +33,15 @@ from crate_fast.train import checkpoint, distributed
 from crate_fast.train.checkpoint import RunFolder
 from crate_fast.train.config import TrainConfig
 from crate_fast.train.cuda_graphs import GraphedCall
-from crate_fast.train.data.loader import Batch, DataSplits, build_splits, eval_loader, readable, train_loader
-from crate_fast.train.data.transforms import Normalize, mirrored
+from crate_fast.train.data.loader import Batch, DataSplits, build_splits, eval_loader, train_loader
+from crate_fast.train.data.transforms import Normalize, mirrored, mixed_seed
 from crate_fast.train.distributed import Processes, process_group
-from crate_fast.train.faults import Interruption, NonFinite, UnreadableTally, diagnosis
+from crate_fast.train.faults import Interruption, NonFinite, UnreadableTally, diagnosis, writing
 from crate_fast.train.objective import objective_for
 from crate_fast.train.optimizer import build_optimizer, clip_gradients, gradient_norm, learning_rate
-from crate_fast.train.reconstruction import image_noise, reconstructions, tiled
-from crate_fast.train.report import print_summary, profiler, scores_line, write_report
+from crate_fast.train.report import log_layers, print_summary, profiler, scores_line, write_report
 from crate_fast.train.runs import build_model, load_initial
-from crate_fast.whitebox import layer_statistics
 
-WHITEBOX_IMAGES = 64
-SHOWN_IMAGES = 8
 DRY_RUN_STEPS = 2
 _SMALLEST_SCALE = 1.0  # of fp16's gradient scaler: below it, an overflow is no longer the scale's fault
 
@@ -162,9 +156,10 @@ class Trainer:
         self.shares = {"rank": processes.rank, "world_size": processes.world_size}
         self.val_loader = eval_loader(config, data.val, **self.shares)
         self.nonfinite = NonFinite()
-        self.problems: list[str] = []  # images that this process could not read since the last log entry
-        self.tally = UnreadableTally(config.max_unreadable, len(data.train))
-        self.val_tally = UnreadableTally(config.max_unreadable, len(data.val))
+        self.tally, self.val_tally = (
+            UnreadableTally(config.max_unreadable, len(split), folder / "unreadable.txt", processes)
+            for split in (data.train, data.val)
+        )
         self.interval = Interval()
         self.speeds: list[float] = []  # images/s of all processes, one a log interval
 
@@ -173,11 +168,11 @@ class Trainer:
         saved = self.run.begin(resume, restarted)
         if saved is not None:
             self.restore(*saved[:3])
-        note = self.run.folder / "unreadable.txt"
-        if self.processes.first and note.exists():  # the interrupted session may have met more than it saved
-            with checkpoint.writing(self.run.folder):
-                checkpoint.write_text(note, "".join(f"{line}\n" for line in (*self.tally.met, *self.val_tally.met)))
         if self.processes.first:
+            note, met = self.tally.file, (*self.tally.met, *self.val_tally.met)
+            if note.exists():  # the interrupted session may have met more than it saved
+                with writing(self.run.folder):
+                    checkpoint.write_text(note, "".join(f"{line}\n" for line in met))
             how = f" ({self.config.parallel})" if self.processes.world_size > 1 else ""
             where = f"from step {self.step}" if self.step else f"from {self.started_from}"
             print(
@@ -243,7 +238,7 @@ class Trainer:
         with cached_dictionaries():
             for part in range(config.accumulate):
                 batch = next(batches)
-                self.problems += batch.problems
+                self.tally.pending += batch.problems
                 images = self.prepare_images(batch.images, batch.flips)
                 labels = batch.labels.to(self.device, non_blocking=True)
                 inputs = self.objective.inputs(images, labels, self.step, part)
@@ -285,8 +280,8 @@ class Trainer:
         for group in self.optimizer.param_groups:
             scale = group.get("lr_scale", 1.0)  # of layer_decay
             group["lr"] = scale * learning_rate(self.config, self.step, self.steps_per_epoch)
-        seed = np.random.SeedSequence((self.config.seed, self.step, self.processes.rank))
-        torch.manual_seed(int(seed.generate_state(1, np.uint64)[0]))  # dropout's: nothing to save for a resume
+        seed = mixed_seed(self.config.seed, self.step, self.processes.rank)
+        torch.manual_seed(seed)  # dropout's: nothing to save for a resume
 
     def prepare_images(self, images: Tensor, flips: Tensor | None = None) -> Tensor:
         """Move uint8 images to the device, mirror those of `flips`, and normalise them."""
@@ -344,11 +339,16 @@ class Trainer:
             values["skipped_steps"] = self.nonfinite.total
         if self.scaler.is_enabled():
             values |= {"loss_scale": self.scaler.get_scale(), "overflows": self.nonfinite.overflows}
-        self._count_unreadable()
+        self.tally.count(self.epoch)
         if self.tally.met:
             values["unreadable"] = len(self.tally.met)
         self.run.log(self.step, values)
         return {name: f"{value:.3f}" for name, value in interval.means().items()}
+
+    @property
+    def epoch(self) -> int:
+        """The epoch of the last step, counted from 0."""
+        return max(0, self.step - 1) // self.steps_per_epoch
 
     def evaluation_due(self) -> bool:
         """Return True at the end of every `eval_every` epochs and of the run."""
@@ -369,8 +369,9 @@ class Trainer:
         self.run.log(self.step, values)
         first = values[f"{'' if self.ema is None else 'ema_'}val_{self.objective.scores[0]}"]
         self.save(first if self.objective.larger_is_better else -first)
-        self._log_layers()
+        whole = distributed.unsharded(self.model, self._build, self.processes)
         if self.processes.first:
+            log_layers(self, whole)
             found = scores_line(values, self.objective.scores)
             tqdm.write(f"epoch {self.step / self.steps_per_epoch:g}: {found}")
         return True
@@ -386,7 +387,6 @@ class Trainer:
         model.eval()
         sharded = distributed.is_sharded(model)
         totals = torch.zeros(len(self.objective.scores) + 2, dtype=torch.float64, device=self.device)
-        problems: list[str] = []
         batches, rounds = iter(self.val_loader), len(self.val_loader)
         for _ in range(max(self.processes.gather(rounds)) if sharded else rounds):
             if self.interruption.requested():
@@ -394,7 +394,8 @@ class Trainer:
                 if not sharded:  # else the others wait for this one's shard
                     break
             batch = next(batches, None)
-            problems += batch.problems if batch is not None else []
+            if batch is not None:
+                self.val_tally.pending += batch.problems
             if batch is not None and len(batch.labels):
                 totals[:-2] += self.objective.evaluation(model, self.prepare_images(batch.images), batch)
                 totals[-2] += len(batch.labels)
@@ -404,47 +405,16 @@ class Trainer:
         *sums, count, stopped = self.processes.sum(totals).tolist()
         if stopped:
             return None
-        unreadable = self._note_unreadable(problems, self.val_tally, -(-self.step // self.steps_per_epoch))
+        unreadable = self.val_tally.count(self.epoch)
         if not count:
             raise UserError("no image of the validation split could be read; unreadable.txt names them")
         means = {name: total / count for name, total in zip(self.objective.scores, sums, strict=True)}
         return means | ({"unreadable": unreadable} if unreadable else {})
 
-    def _log_layers(self) -> None:
-        model = distributed.unsharded(self.model, self._build, self.processes)
-        if not isinstance(model, CRATE | CRATEMAE):
-            return
-        images = [image for image, *_ in readable(self.data.val, range(min(WHITEBOX_IMAGES, len(self.data.val))))]
-        if not images:
-            return
-        images, encoder = torch.stack(images), model.encoder() if isinstance(model, CRATEMAE) else model
-        for name, rows in layer_statistics(encoder, self.prepare_images(images)).items():
-            means = {f"{name}/layer_{layer:02d}": mean for layer, (mean, _) in enumerate(rows.tolist())}
-            self.run.add_scalars(self.step, means)
-        if isinstance(model, CRATEMAE):
-            shown = images[:SHOWN_IMAGES]
-            noise = image_noise(model, [(self.config.seed, number) for number in range(len(shown))])
-            rows = reconstructions(model, shown, self.normalize, [self.config.mask_ratio], noise)
-            self.run.board.add_image("reconstruction", tiled(rows), self.step, dataformats="HWC")
-
     def save(self, score: float | None = None) -> None:
         """Write a checkpoint; with a score it may become the best."""
-        self._count_unreadable()
+        self.tally.count(self.epoch)
         self.run.save(self.step, self.step / self.steps_per_epoch, *self.state(), score)
-
-    def _count_unreadable(self) -> None:
-        problems, self.problems = self.problems, []
-        self._note_unreadable(problems, self.tally, max(0, self.step - 1) // self.steps_per_epoch)
-
-    def _note_unreadable(self, problems: list[str], tally: UnreadableTally, epoch: int) -> int:
-        """Count and name what this process could not read, with the other processes'; return the sum over all."""
-        problems = list(itertools.chain(*self.processes.gather(problems)))
-        new = tally.add(problems, epoch)
-        if new and self.processes.first:
-            with checkpoint.writing(self.run.folder), (self.run.folder / "unreadable.txt").open("a") as file:
-                file.writelines(f"{line}\n" for line in new)
-        tally.check(epoch)
-        return len(problems)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Tensor] | None, dict]:
         """Return weights, moving average and the rest, for `restore`; on the first process of a collective call."""

@@ -18,7 +18,7 @@ from crate_fast.train.data.loader import (
     readable,
     train_loader,
 )
-from crate_fast.train.data.transforms import Normalize, drawing_from, mirrored
+from crate_fast.train.data.transforms import Normalize, drawing_from, mirrored, mixed_seed
 
 __all__ = [
     "UNREADABLE",
@@ -29,6 +29,7 @@ __all__ = [
     "drawing_from",
     "eval_loader",
     "mirrored",
+    "mixed_seed",
     "open_source",
     "plain_splits",
     "readable",

@@ -57,15 +57,20 @@ def mirrored(images: Tensor, flips: Tensor | None) -> Tensor:
     return torch.where(flips[:, None, None, None], images.flip(-1), images)
 
 
+def mixed_seed(*name: int) -> int:
+    """Return 64 bits that integers from 0 decide; a last 0 changes nothing."""
+    return int(np.random.SeedSequence(name).generate_state(1, np.uint64)[0])
+
+
 @contextmanager
 def drawing_from(seed: int, *name: int, on_devices: bool = False):
     """Seed the global generators of Python, NumPy and PyTorch by a name; restore PyTorch's state at the end.
 
-    A name is integers from 0: (epoch, index), then the copy's number, … A last 0 changes nothing. `on_devices` seeds
-    the generators of GPUs too, and leaves them so. Before CUDA is used this takes 0.2 ms.
+    A name is integers for `mixed_seed`: (epoch, index), then the copy's number, … `on_devices` seeds the generators
+    of GPUs too, and leaves them so. Before CUDA is used this takes 0.2 ms.
     """
     state = torch.get_rng_state()
-    mixed = int(np.random.SeedSequence((seed, *name)).generate_state(1, np.uint64)[0])
+    mixed = mixed_seed(seed, *name)
     random.seed(mixed)
     np.random.seed(mixed & 0xFFFFFFFF)  # noqa: NPY002  (timm's augmentations draw from the global generator)
     (torch.manual_seed if on_devices else torch.default_generator.manual_seed)(mixed)
