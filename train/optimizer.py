@@ -57,7 +57,7 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
     if betas and not (info.has_betas and info.num_betas == 2):  # timm would leave them out
         raise UserError(f"beta2={config.beta2}: optimizer={name!r} has no such setting; leave it out")
     trained = model.get_classifier() if config.frozen else model
-    if config.optimizer == "lars":
+    if name == "lars":
         matrices = [p for p in trained.parameters() if p.ndim > 1]
         others = [p for p in trained.parameters() if p.ndim <= 1]
         groups = [{"params": matrices, "always_adapt": True}, {"params": others, "weight_decay": 0.0}]
@@ -65,7 +65,7 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
     try:
         optimizer = create_optimizer_v2(
             trained,
-            opt=config.optimizer,
+            opt=name,
             lr=config.peak_lr,
             weight_decay=config.weight_decay,
             filter_bias_and_bn=not config.decay_all,

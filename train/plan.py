@@ -31,7 +31,7 @@ def _print(plan: dict) -> None:
         "model": plan["model"],
         "schedule": plan["schedule"],
         "operations of an image and of the run, the matrix products of the formula": {
-            name: f"{value / 1e9:,.3f} GFLOP" for name, value in plan["flops"].items()
+            name: f"{value:.3e} FLOP" for name, value in plan["flops"].items()
         },
         f"memory of a device, an estimate; {NOT_IN_MEMORY}": {
             name: f"{value / 2**30:.3f} GiB" for name, value in plan["memory_bytes"].items() if value
