@@ -228,8 +228,10 @@ def as_run_lengths(content, annotation):
         pixels[y : y + height, x : x + width] = 1
         runs = np.diff(np.flatnonzero(np.diff(pixels.ravel("F"), prepend=2, append=2)))
         runs = runs.tolist() if not pixels[0, 0] else [0, *runs.tolist()]
-        code = rle.encode(pixels)["counts"].decode()
-        entry["segmentation"] = {"size": [40, 60], "counts": code if number % 2 else runs}
+        entry["segmentation"] = {"size": [40, 60], "counts": runs}
+        if number % 2:  # with runs of no length inside, which other programs write
+            code = rle.frPyObjects(entry["segmentation"] | {"counts": [runs[0], 0, 0, *runs[1:]]}, 40, 60)["counts"]
+            entry["segmentation"]["counts"] = code.decode()
     del content["images"][0]["height"], content["images"][0]["width"]
 
 
