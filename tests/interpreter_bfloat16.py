@@ -1,7 +1,8 @@
 """bfloat16 in Triton's interpreter, which by itself computes with its bits as integers.
 
 Inside `interpreted_bfloat16` a bf16 value is a float32 that bf16 can hold: every bf16 result is rounded to nearest,
-ties to even, as a GPU does it. Products add up in float32. Memory holds the usual 16 bits.
+ties to even, as a GPU does it. Products add up in float32. Memory holds the usual 16 bits. What no kernel does with
+bf16 values (sums, scans, atomics, casts of bits) is refused.
 """
 
 import contextlib
@@ -65,7 +66,7 @@ def _handle_patches(rounded) -> dict:
 def _memory_patches() -> dict:
     """Return replacements for what reads and writes bf16's 16 bits."""
     handle, builder = interpreter.TensorHandle, interpreter.InterpreterBuilder
-    load, store, bitcast = builder.create_masked_load, builder.create_masked_store, builder.create_bitcast
+    load, store = builder.create_masked_load, builder.create_masked_store
 
     def as_bits(pointers):
         return handle(pointers.data, tl.pointer_type(tl.uint16))
@@ -82,74 +83,35 @@ def _memory_patches() -> dict:
         assert _is_bfloat16(value.dtype), f"{value.dtype} stored as bf16"
         return store(self, as_bits(ptrs), handle(_to_bits(value.data), tl.uint16), mask, *args, **kwargs)
 
-    def any_bitcast(self, src, dst_type):
-        source = handle(_to_bits(src.data), tl.uint16) if _is_bfloat16(src.dtype) else src
-        if _is_bfloat16(dst_type):
-            return handle(_from_bits(source.data.view(np.uint16)), tl.bfloat16)
-        return bitcast(self, source, dst_type)
-
-    def no_atomics(original):
-        def atomic(self, *args):
-            if any(_is_bfloat16(arg.dtype) for arg in args if isinstance(arg, handle)):
-                raise NotImplementedError("atomics on bf16 in the interpreter")
-            return original(self, *args)
-
-        return atomic
-
-    return {
-        (builder, "create_masked_load"): masked_load,
-        (builder, "create_masked_store"): masked_store,
-        (builder, "create_bitcast"): any_bitcast,
-        (builder, "create_atomic_rmw"): no_atomics(builder.create_atomic_rmw),
-        (builder, "create_atomic_cas"): no_atomics(builder.create_atomic_cas),
-    }
+    return {(builder, "create_masked_load"): masked_load, (builder, "create_masked_store"): masked_store}
 
 
-def _arithmetic_patches() -> dict:
-    """Return replacements for what takes bf16's bits apart, and for sums, which round at each addition."""
-    handle, builder = interpreter.TensorHandle, interpreter.InterpreterBuilder
-    convert, fabs, reduced_sum = interpreter._convert_float, builder.create_fabs, interpreter.ReduceOps.sum
+def _other_patches() -> dict:
+    """Return replacements for casts, and refusals of what takes bf16 values apart or adds them up in bf16."""
+    builder, convert = interpreter.InterpreterBuilder, interpreter._convert_float
 
     def converted(data, source, target, rounding):
         """From or to bf16: the handle made of the result rounds it to nearest."""
         if tl.bfloat16 not in (source, target):
             return convert(data, source, target, rounding)
-        if source.primitive_bitwidth < 16 or target.primitive_bitwidth < 16:
-            raise NotImplementedError(f"{source} to {target} in the interpreter")
-        wide = data.astype(interpreter._get_np_dtype(target))
-        if target == tl.bfloat16 and rounding == interpreter._ir.ROUNDING_MODE.RTZ:
-            return np.where(np.isnan(wide), wide, _from_bits((wide.view(np.uint32) >> 16).astype(np.uint16)))
-        return wide
+        narrow = min(source.primitive_bitwidth, target.primitive_bitwidth) < 16
+        if narrow or rounding == interpreter._ir.ROUNDING_MODE.RTZ:
+            raise NotImplementedError(f"{source} to {target}, rounded by {rounding}, in the interpreter")
+        return data.astype(interpreter._get_np_dtype(target))
 
-    def absolute(self, arg):
-        return handle(np.abs(arg.data), tl.bfloat16) if _is_bfloat16(arg.dtype) else fabs(self, arg)
+    def refused(original, name):
+        def refuse(self, *args):
+            dtypes = [getattr(arg, "dtype", arg) for arg in args]
+            if any(isinstance(dtype, tl.dtype) and _is_bfloat16(dtype) for dtype in dtypes):
+                raise NotImplementedError(f"{name} of bf16 in the interpreter: widen to float32")
+            return original(self, *args)
 
-    def halving_sum(self, input):
-        """Rounded after each of log2(size) additions, as a GPU's threads do it."""
-        if not _is_bfloat16(input.dtype):
-            return reduced_sum(self, input)
-        data = input.handle.data
-        for axis in range(data.ndim) if self.axis is None else [self.axis]:
-            while data.shape[axis] > 1:
-                first, second = np.split(data, 2, axis)
-                data = handle(first + second, tl.bfloat16).data
-        return reduced_sum(self, tl.core.tensor(handle(data, tl.bfloat16), input.dtype))
+        return refuse
 
-    def no_scan(original):
-        def scan(self, input):
-            if _is_bfloat16(input.dtype):
-                raise NotImplementedError("scans of bf16 in the interpreter: widen to float32, as tl.cumsum does")
-            return original(self, input)
-
-        return scan
-
-    return {
-        (interpreter, "_convert_float"): converted,
-        (builder, "create_fabs"): absolute,
-        (interpreter.ReduceOps, "sum"): halving_sum,
-        (interpreter.ScanOps, "cumsum"): no_scan(interpreter.ScanOps.cumsum),
-        (interpreter.ScanOps, "cumprod"): no_scan(interpreter.ScanOps.cumprod),
-    }
+    names = [(builder, f"create_{name}") for name in ("bitcast", "fabs", "atomic_rmw", "atomic_cas")]
+    names += [(interpreter.ReduceOps, "sum"), (interpreter.ScanOps, "cumsum"), (interpreter.ScanOps, "cumprod")]
+    refusals = {(owner, name): refused(getattr(owner, name), name) for owner, name in names}
+    return {(interpreter, "_convert_float"): converted, **refusals}
 
 
 def _allow_on_the_cpu(unavailable_reason):
@@ -173,7 +135,7 @@ def interpreted_bfloat16(rounding: bool = True) -> Iterator[None]:
         AttributeError: A name of Triton's interpreter that this replaces is missing.
     """
     patches = _handle_patches(round_to_bfloat16 if rounding else lambda data: data.astype(np.float32))
-    patches |= _memory_patches() | _arithmetic_patches()
+    patches |= _memory_patches() | _other_patches()
     with pytest.MonkeyPatch.context() as patch, np.errstate(all="ignore"):  # a GPU overflows without a word
         for (owner, name), replacement in patches.items():
             patch.setattr(owner, name, replacement)
