@@ -10,12 +10,15 @@ import torch
 from torch import Tensor
 
 from crate_fast.accuracy import gradients, judge, spread_tokens, token_scale
+from crate_fast.reference import ista_reference
 
 __all__ = [
     "agrees",
     "all_within_twice_eager",
+    "clear_of_the_threshold",
     "gradients",
     "is_right",
+    "model_gradients",
     "mutant",
     "spread_tokens",
     "token_scale",
@@ -42,6 +45,12 @@ def tokens_and_gradient(shape: tuple[int, ...], dtype: torch.dtype, device) -> t
     """Return subspace tokens [B, N, H, D] of the usual scale, and a gradient."""
     w = (torch.randn(shape) * token_scale(shape[1], shape[3])).to(dtype)
     return w.to(device), torch.randn(shape).to(dtype).to(device)
+
+
+def clear_of_the_threshold(tokens: Tensor, dictionary: Tensor, shift: float, margin: float) -> Tensor:
+    """Return where rounding does not decide whether ISTA is zero: elsewhere no gradient is right or wrong."""
+    u = ista_reference(tokens.double(), dictionary.double(), step_size=0.1, sparsity=0.0, threshold="soft")
+    return (u.abs() - shift).abs() > margin
 
 
 def algebra_is_right(actual: Iterable, eager: Iterable, truth: Iterable) -> bool:
@@ -76,6 +85,16 @@ def agrees(
     actual, eager = (gradients(function, inputs, grad) for function in (ours, reference))
     truth = gradients(reference, [tensor.double() for tensor in inputs], grad.double())
     return all_within_twice_eager(actual, eager, truth, names)
+
+
+def model_gradients(model: torch.nn.Module, images: Tensor, autocast: torch.dtype | None = None) -> dict[str, Tensor]:
+    """Return a model's "output", and by name the gradients of the sum of its squares, added up in fp32 at least."""
+    model.zero_grad()
+    with torch.autocast(images.device.type, autocast, enabled=autocast is not None):
+        output = model(images)
+    (output if output.dtype == torch.float64 else output.float()).square().sum().backward()
+    found = {name.removeprefix("_orig_mod."): p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {"output": output.detach()} | found
 
 
 def mutant(module, mutation: Sequence[str], folder: Path, user=None):

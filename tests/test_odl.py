@@ -204,9 +204,8 @@ def test_released_weights_load_and_the_outputs_and_gradients_are_the_released(re
         assert (found[name] - parameter.grad).abs().max() <= 1e-10 * parameter.grad.abs().max(), name
 
 
-@pytest.mark.parametrize("backend", ["auto", "triton"])
-def test_a_step_in_fp32_is_the_released(backend, released, device):
-    ours = _alpha(backend=backend).to(device)
+def test_a_step_of_the_kernels_is_the_released(released, device):
+    ours = _alpha(backend="triton").to(device)
     ours.load_state_dict(released.state_dict())
     images, released = torch.randn(2, 3, 32, 32, device=device), released.to(device)
     outputs = []
@@ -217,11 +216,7 @@ def test_a_step_in_fp32_is_the_released(backend, released, device):
         torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-3 * theirs.abs().max().item())
 
 
-def test_released_names_go_back_and_variants_do_not(released):
-    model = _alpha()
-    released.load_state_dict(released_state_dict(model))
-    images = torch.randn(1, 3, 32, 32)
-    torch.testing.assert_close(model(images), released(images), rtol=1e-4, atol=1e-4)
+def test_variants_have_no_released_names():
     for option in ({"odl_tied": True}, {"odl_steps": 1}, {"odl_residual": False}, {"layer_eps": 1e-5}):
         with pytest.raises(UserError, match=f"the released code has no such model.*{next(iter(option))}"):
             released_state_dict(_alpha(**option))
@@ -295,7 +290,7 @@ def test_it_compiles_and_exports(tmp_path):
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(images), model(images), rtol=1e-4, atol=1e-4)
     compiled(images).sum().backward()
-    export_model(model, tmp_path / "alpha.pt2")
+    export_model(model, tmp_path, formats=["torch"])
 
 
 # --- timm ---------------------------------------------------------------------------------------------------------
