@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import agrees, gradients, tokens_and_gradient, within_twice_eager
+from oracle import agrees, clear_of_the_threshold, gradients, tokens_and_gradient, within_twice_eager
 from torch import Tensor
 from torch._dynamo.backends.debugging import aot_eager
 
@@ -17,7 +17,7 @@ import crate_fast
 from crate_fast import SPIN_COUNT, cpu_ops, functional
 from crate_fast.accuracy import judge
 from crate_fast.backends import explain_backend
-from crate_fast.functional import fold_dictionary, ista, linear, subspace_attention
+from crate_fast.functional import ista, linear, norm_ista, subspace_attention
 from crate_fast.kernels import assuming_gpu
 from crate_fast.reference import (
     coding_rate_reference,
@@ -169,14 +169,6 @@ def test_attention_of_three_projections_in_bf16(scale, monkeypatch):
     assert agrees(lambda *qkv: functional.pytorch_attention(*qkv, 0.0, 0.125), _explicit, inputs, "O dQ dK dV", grad)
 
 
-def test_subspace_attention_in_float64():
-    w, grad = torch.randn(2, 2, 65, 3, 16, dtype=torch.float64)
-    for ours, theirs in zip(
-        gradients(subspace_attention, [w], grad), gradients(subspace_attention_reference, [w], grad), strict=True
-    ):
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-13)
-
-
 @with_either_library
 @pytest.mark.parametrize("shape", [(3, 197, 3, 64), (1, 300, 2, 32)], ids=str)
 def test_no_result_is_left_unwritten(shape, monkeypatch):
@@ -249,19 +241,10 @@ def test_long_attention_is_deterministic():
 def _check_ista(candidate, leading, width, dtype=torch.float32, threshold="relu") -> bool:
     x = torch.randn(*leading, width).to(dtype)
     dictionary = (torch.randn(width, width) / width**0.5).to(dtype)
-    grad = torch.randn(*leading, width).to(dtype)
-    candidate, reference = (
-        partial(function, step_size=0.1, sparsity=0.5, threshold=threshold)
-        for function in (candidate, ista_reference)
-    )
-    truth = gradients(reference, [x.double(), dictionary.double()], grad.double())
-    eager, actual = (gradients(function, [x, dictionary], grad) for function in (reference, candidate))
-    agree = (truth[0] != 0) == (eager[0] != 0)  # where rounding decides the sign of u, no gradient is the right one
-    agree &= (actual[0] != 0) == (truth[0] != 0)
-    checks = [agree.float().mean().item() > 0.99, within_twice_eager(actual[0], eager[0], truth[0], "y")]
-    checks.append(within_twice_eager(actual[1][agree], eager[1][agree], truth[1][agree], "dx"))
-    checks.append(within_twice_eager(actual[2], eager[2], truth[2], "dD"))
-    return all(checks)
+    grad = torch.randn_like(x) * clear_of_the_threshold(x, dictionary, 0.05, 16 * torch.finfo(dtype).eps)
+    options = {"step_size": 0.1, "sparsity": 0.5, "threshold": threshold}
+    functions = (partial(function, **options) for function in (candidate, ista_reference))
+    return agrees(*functions, [x, dictionary], "y dx dD", grad)
 
 
 @with_either_library
@@ -299,20 +282,6 @@ def test_the_ista_check_rejects_wrong_kernels(name):
     assert not _check_ista(ISTA_MUTANTS[name], (2, 197), 96)
 
 
-def test_identity_1_of_the_design_holds_in_float64():
-    x = torch.randn(40, 24, dtype=torch.float64)
-    dictionary = torch.randn(24, 24, dtype=torch.float64) / 5
-    grad = torch.randn(40, 24, dtype=torch.float64)
-    truth = gradients(ista_reference, [x, dictionary], grad)
-    y = F.relu(x + x @ fold_dictionary(dictionary, 0.1) - 0.01)
-    masked = grad * (y > 0)
-    folded_grad = x.T @ masked
-    by_hand = 0.1 * (folded_grad - dictionary @ (folded_grad + folded_grad.T))
-    torch.testing.assert_close(y, truth[0], rtol=0, atol=1e-14)
-    torch.testing.assert_close(masked + masked @ fold_dictionary(dictionary, 0.1).T, truth[1], rtol=0, atol=1e-14)
-    torch.testing.assert_close(by_hand, truth[2], rtol=0, atol=1e-13)
-
-
 def test_gradients_agree_with_finite_differences():
     x = torch.randn(9, 4, dtype=torch.float64, requires_grad=True)
     dictionary = torch.randn(4, 4, dtype=torch.float64, requires_grad=True)
@@ -325,9 +294,7 @@ def test_gradients_agree_with_finite_differences():
 # --- PyTorch around it ---
 
 
-@with_either_library
-@pytest.mark.parametrize("n_tokens", [50, 600])
-def test_operators_compile_without_graph_breaks(n_tokens):
+def test_operators_compile_without_graph_breaks():
     def both(w, dictionary):
         return ista(subspace_attention(w).flatten(-2), dictionary)
 
@@ -340,9 +307,9 @@ def test_operators_compile_without_graph_breaks(n_tokens):
         graphs.append(graph)
         return aot_eager(graph, example)
 
-    w, dictionary = torch.randn(1, n_tokens, 2, 32), torch.randn(64, 64) / 8
+    w, dictionary = torch.randn(1, 50, 2, 32), torch.randn(64, 64) / 8
     compiled = torch.compile(both, fullgraph=True, backend=backend)
-    assert agrees(compiled, plain, [w, dictionary], "y dw dD", torch.randn(1, n_tokens, 64))
+    assert agrees(compiled, plain, [w, dictionary], "y dw dD", torch.randn(1, 50, 64))
     assert "crate_fast.cpu_subspace_attention" in str(graphs[0].graph)  # not PyTorch's
 
 
@@ -355,8 +322,8 @@ def test_compiled_code_chooses_the_backend_as_eager_code_does():
         assert torch.compile(chosen, fullgraph=True, backend="eager")(torch.zeros(2)).tolist() == [1, 1]
 
 
-@with_either_library
-def test_custom_operators_pass_opcheck():
+def test_custom_operators_pass_opcheck(monkeypatch):
+    monkeypatch.setenv("CRATE_FAST_ONEDNN", "1")
     x, weight = torch.randn(6, 5, requires_grad=True), torch.randn(4, 5, requires_grad=True)
     bias = torch.randn(4, requires_grad=True)
     for relu in (False, True):
@@ -507,12 +474,6 @@ def test_a_misspelt_choice_of_library_is_named(monkeypatch):
         cpu_ops.uses_onednn()
 
 
-def test_without_onednn_a_product_is_pytorchs(monkeypatch):
-    x, weight = torch.randn(3, 4), torch.randn(5, 4)
-    monkeypatch.setenv("CRATE_FAST_ONEDNN", "0")
-    torch.testing.assert_close(linear(x, weight), F.linear(x, weight), rtol=0, atol=0)
-
-
 def test_autocast_runs_the_product_low_and_the_residual_high():
     x, dictionary = torch.randn(2, 65, 32), torch.randn(32, 32) / 6
     with torch.autocast("cpu", torch.bfloat16):
@@ -551,6 +512,9 @@ def test_autocast_runs_the_product_low_and_the_residual_high():
         (lambda: ista(torch.zeros(3, 4), torch.zeros(4, 4), sparsity=float("nan")), ValueError, "sparsity=nan"),
         (lambda: ista(torch.zeros(3, 4), torch.zeros(4, 4, device="meta")), ValueError, "dictionary is on meta"),
         (lambda: explain_backend("cpu", "tritn"), ValueError, "backend='tritn'"),
+        (lambda: subspace_attention(torch.zeros(1, 2, 1, 8), -1.0), ValueError, "scale=-1.0"),
+        (lambda: norm_ista(*map(torch.zeros, (8, 7, 8, (8, 8)))), ValueError, "weight"),
+        (lambda: norm_ista(torch.zeros(8), torch.zeros(8), None, torch.zeros(8, 8)), TypeError, "bias"),
     ],
 )
 def test_bad_input_is_named(call, error, message):
