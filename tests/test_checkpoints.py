@@ -39,7 +39,7 @@ def released():
 WRAPPERS = {
     "bare": lambda state: state,
     "state_dict": lambda state: {"epoch": 3, "state_dict": state, "best_acc1": torch.tensor(1.0)},
-    "model": lambda state: {"model": state, "args": "x"},
+    "model": lambda state: {"model": state, "args": argparse.Namespace(lr=1)},
     "nested": lambda state: {"model": {"state_dict": state}},
     "module.": lambda state: {"state_dict": {f"module.{k}": v for k, v in state.items()}},
     "compiled DDP": lambda state: {f"module._orig_mod.{k}": v for k, v in state.items()},
@@ -257,11 +257,6 @@ def test_of_weights_and_their_average_the_average_is_taken_and_said(names, relea
         read_state_dict(f"{path}#teacher")
 
 
-def test_a_namespace_of_arguments_is_harmless(released, tmp_path):
-    torch.save({"model": released.state_dict(), "args": argparse.Namespace(lr=1)}, tmp_path / "w.pth")
-    assert read_state_dict(tmp_path / "w.pth").keys() == released.state_dict().keys()
-
-
 def _bytes(write) -> bytes:
     buffer = io.BytesIO()
     write(buffer)
@@ -299,7 +294,6 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 912670
 TENSORS = {"cls_token": torch.zeros(1, 1, 4)}
 FILES = {  # what it is: name, content, what is said, the remedy
     "lfs": ("w.pth", lambda: LFS, "a git-lfs pointer", "git lfs pull"),
-    "lfs safetensors": ("w.safetensors", lambda: LFS, "a git-lfs pointer", "git lfs pull"),
     "html": ("w.pth", lambda: b"\n<!DOCTYPE html>\n<html><head>", "an HTML page", "download the file itself"),
     "html 2": ("w.safetensors", lambda: b'<html lang="en">', "an HTML page", "download the file itself"),
     "json": ("w.pth", lambda: b'{"error": "not found"}', "a text file", "download the file"),
@@ -309,7 +303,6 @@ FILES = {  # what it is: name, content, what is said, the remedy
     "tar": ("w.pth", lambda: _bytes(_tar), "an archive", "unpack it"),
     "npz": ("w.pth", lambda: _bytes(lambda b: np.savez(b, a=np.zeros(3))), "a zip archive", "unpack it"),
     "empty": ("w.pth", lambda: b"", "is empty", "fetch it again"),
-    "empty safetensors": ("w.safetensors", lambda: b"", "is empty", "fetch it again"),
     "zeros": ("w.pth", lambda: bytes(6000), "filled with zeros", "fetch it again"),
     "binary": ("w.pth", lambda: bytes(range(3, 200)), "neither.*begins with the bytes 03 04", "fetch it again"),
     "cut zip": ("w.pth", lambda: _saved(TENSORS)[:-40], "damaged or cut short", "incomplete: fetch it again"),
