@@ -6,14 +6,13 @@ import pickle
 import warnings
 
 import pytest
-import timm
 import torch
 from timm.models import create_feature_extractor, get_graph_node_names
 from torch import Tensor, nn
 from torch.export import Dim
 from torch.func import functional_call, grad, hessian, jvp, stack_module_state, vmap
 
-from crate_fast import CRATE, CRATEMAE, registry
+from crate_fast import CRATE, CRATEMAE
 from crate_fast.errors import UserError
 from crate_fast.functional import ista, subspace_attention
 from crate_fast.model import ALPHA_OPTIONS
@@ -24,13 +23,10 @@ OPTIONS = [
     {},
     {"dim": 16, "dim_head": 8},  # more tokens than width: ISTA by one product
     {"attention": "mhsa", "residual": "paper", "pool": "mean"},
-    {"sparsifier": "mlp", "heads": 1, "dim_head": 64},
-    {"attention": "mhsa", "sparsifier": "mlp", "num_classes": 0},
-    {"threshold": "soft", "head_hidden": True, "ista": 1, "dropout": 0, "emb_dropout": 0},
-    {"embed_norm": False, "norm_eps": 1e-6, "sparsity": 0.5},  # an encoder of CRATE-MAE
+    {"sparsifier": "mlp", "heads": 1, "dim_head": 64, "num_classes": 0},
+    {"threshold": "soft", "head_hidden": True, "ista": 1, "dropout": 0, "emb_dropout": 0, "embed_norm": False},
     ALPHA_OPTIONS,
 ]
-NAMES = [name for name in registry.default_cfgs if "alpha" not in name or name == "crate_alpha_base_patch16_224"]
 every_kind = pytest.mark.parametrize("options", OPTIONS, ids=str)
 
 
@@ -56,9 +52,7 @@ def _close(actual, expected, rtol: float = 1e-4, atol: float = 1e-5) -> None:
 
 
 @every_kind
-@pytest.mark.parametrize("onednn", ["0", "1"], ids=["MKL", "oneDNN"])
-def test_symbolic_traces_compute_what_the_model_does(options, onednn, monkeypatch):
-    monkeypatch.setenv("CRATE_FAST_ONEDNN", onednn)
+def test_symbolic_traces_compute_what_the_model_does(options):
     model = _model(**options)
     traced = torch.fx.symbolic_trace(model)
     for copied in (traced, copy.deepcopy(traced), pickle.loads(pickle.dumps(traced)), torch.jit.script(traced)):
@@ -71,28 +65,17 @@ def test_symbolic_traces_compute_what_the_model_does(options, onednn, monkeypatc
 
 @every_kind
 def test_feature_extractors_of_timm_train_every_parameter(options):
-    model = _model(**options).train()
+    model = _model(**options)
     names, _ = get_graph_node_names(model)
     extractor = create_feature_extractor(model, {"transformer.layers.0": "first", names[-1]: "last"})
     images = _images()
-    found = extractor(images)
-    _close(found["last"], model(images))
+    _close(torch.jit.script(extractor)(images)["last"], model(images))
+    found = extractor.train()(images)
+    _close(found["last"], model.train()(images))
     first = model.forward_intermediates(images, indices=[0], output_fmt="NLC", intermediates_only=True)[0]
     _close(found["first"][:, 1:], first)
     found["last"].square().sum().backward()
     assert all(p.grad is not None for p in model.parameters())
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_registered_models_pass_timms_tests_of_tracing(name):
-    model = timm.create_model(name, depth=1, img_size=32, num_classes=4).eval()
-    _, names = get_graph_node_names(model)
-    extractor = create_feature_extractor(model, names[-1:])
-    images = _images(1)
-    expected = model(images)
-    for traced in (extractor, torch.jit.script(extractor)):
-        _close(next(iter(traced(images).values())), expected)
-    _close(torch.jit.script(model)(images), expected)
 
 
 def test_traces_check_images_and_take_any_size_where_the_model_does():
@@ -190,46 +173,31 @@ def test_a_users_own_onnx_export_has_a_dynamic_batch(tmp_path):
         _close(torch.from_numpy(found), model(images))
 
 
-def _same_gradients(found: list[Tensor], expected: tuple[Tensor, ...], dtype: torch.dtype) -> None:
-    largest = max(value.abs().max() for value in expected)  # that of a key's bias is zero
-    tolerance = 1e-4 if dtype == torch.float32 else 1e-11
-    for ours, theirs in zip(found, expected, strict=True):
-        torch.testing.assert_close(ours / largest, theirs / largest, rtol=0, atol=tolerance)
-
-
 # --- torch.func --------------------------------------------------------------------------------------------------
 
 
-@every_kind
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_gradients_of_single_images_are_those_of_a_loop(options, dtype):
-    model = _model(**options).to(dtype).train()
-    parameters = dict(model.named_parameters())
-    images = _images(3, dtype=dtype)
-
-    def loss(parameters: dict[str, Tensor], image: Tensor) -> Tensor:
-        return functional_call(model, parameters, (image[None],)).square().sum()
-
-    gradients = vmap(grad(loss), in_dims=(None, 0))(parameters, images)
-    for index, image in enumerate(images):
-        expected = torch.autograd.grad(loss(parameters, image), list(parameters.values()))
-        _same_gradients([values[index] for values in gradients.values()], expected, dtype)
+def _same_gradients(found: list[Tensor], expected: tuple[Tensor, ...]) -> None:
+    largest = max(value.abs().max() for value in expected)  # that of a key's bias is zero
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours / largest, theirs / largest, rtol=0, atol=1e-4)
 
 
 @every_kind
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_gradients_of_single_images_under_autocast(options, dtype):
-    model = _model(**options)
+def test_gradients_of_single_images_are_those_of_a_loop(options):
+    model = _model(**options).train()
     parameters, images = dict(model.named_parameters()), _images(3)
 
     def loss(parameters: dict[str, Tensor], image: Tensor) -> Tensor:
         return functional_call(model, parameters, (image[None],)).float().square().sum()
 
-    with torch.autocast("cpu", dtype):
-        gradients = vmap(grad(loss), in_dims=(None, 0))(parameters, images)
-    expected = torch.autograd.grad(loss(parameters, images[1]), list(parameters.values()))
-    for values, wanted in zip(gradients.values(), expected, strict=True):
-        assert (values[1] - wanted).norm() <= 0.2 * wanted.norm() + 1e-3
+    gradients = vmap(grad(loss), in_dims=(None, 0))(parameters, images)
+    with torch.autocast("cpu", torch.bfloat16):
+        low = vmap(grad(loss), in_dims=(None, 0))(parameters, images)
+    for index, image in enumerate(images):
+        expected = torch.autograd.grad(loss(parameters, image), list(parameters.values()))
+        _same_gradients([values[index] for values in gradients.values()], expected)
+        for values, wanted in zip(low.values(), expected, strict=True):
+            assert (values[index] - wanted).norm() <= 0.2 * wanted.norm() + 1e-3
 
 
 @every_kind
@@ -245,7 +213,7 @@ def test_an_ensemble_and_its_gradients_are_those_of_its_members(options):
     gradients = grad(loss)({name: value.detach() for name, value in parameters.items()})
     for index, member in enumerate(members):
         wanted = torch.autograd.grad(member(images).square().sum(), list(member.parameters()))
-        _same_gradients([values[index] for values in gradients.values()], wanted, torch.float32)
+        _same_gradients([values[index] for values in gradients.values()], wanted)
 
 
 @every_kind
