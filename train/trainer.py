@@ -436,7 +436,8 @@ class Trainer:
         self.nonfinite = NonFinite(**rest["nonfinite"])
         self.step = rest["step"]
         self.tally.met, self.val_tally.met = dict(extra["unreadable"]), dict(extra["val_unreadable"])
-        self.interval = dataclasses.replace(Interval(**extra["interval"]), steps=0, seconds=0.0)  # this session's speed
+        saved = Interval(**extra["interval"])
+        self.interval = dataclasses.replace(saved, steps=0, seconds=0.0)  # the speed is this session's
         self._graph_backward()  # loading an optimiser's state drops the gradients that a graph adds to
 
     # --- the rest
