@@ -119,9 +119,42 @@ def test_boxes_of_imagenets_xml(photos, tmp_path):
     assert images[0].size == (20, 40)
 
 
+def _xml(path, left: int, size: tuple[int, int] = (40, 20)) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    corners = f"<xmin>{left}</xmin><ymin>5</ymin><xmax>{left + 9}</xmax><ymax>14</ymax>"
+    sides = f"<size><width>{size[0]}</width><height>{size[1]}</height></size>"
+    path.write_text(f"<annotation>{sides}<object><bndbox>{corners}</bndbox></object></annotation>")
+
+
+def _left_edges(images: BoxedImages) -> list[float | None]:
+    return [next(iter(images[i].target.boxes[:, 0].tolist()), None) for i in range(len(images))]
+
+
+def test_images_of_one_name_in_two_folders_have_their_own_boxes(tmp_path):
+    for folder in "ab":
+        (tmp_path / "photos" / folder).mkdir(parents=True)
+        for number in range(2):
+            Image.new("RGB", (40, 20)).save(tmp_path / "photos" / folder / f"{number}.png")
+    _xml(tmp_path / "xml" / "a" / "0.xml", 3)
+    _xml(tmp_path / "xml" / "b" / "0.xml", 7, size=(0, 0))  # some tools write no size
+    assert _left_edges(BoxedImages(tmp_path / "photos", 40, tmp_path / "xml")) == [3, None, 7, None]
+    content = {"images": [{"id": 1, "file_name": "./a/0.png", "width": 80.0, "height": 40.0}]}
+    content["annotations"] = [{"image_id": 1, "bbox": [4, 4, 4, 4]}]
+    (tmp_path / "boxes.json").write_text("\ufeff" + json.dumps(content))
+    assert _left_edges(BoxedImages(tmp_path / "photos", 40, tmp_path / "boxes.json")) == [2, None, None, None]
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
+        ("[" * 100_000, "is not JSON"),
+        ('{"images": [{"id": [1], "file_name": "0"}], "annotations": []}', "whole number or a text"),
+        ('{"images": [{"id": 1, "file_name": "0"}, {"id": 1, "file_name": "1"}], "annotations": []}', "twice"),
+        ('{"images": [{"id": 1, "file_name": "0"}, {"id": 2, "file_name": "0"}], "annotations": []}', "join them"),
+        (
+            '{"images": [{"id": 1, "file_name": "0"}], "annotations": [{"image_id": "1", "bbox": [1,1,1,1]}]}',
+            "unlike",
+        ),
         ("{", "is not JSON"),
         ('{"images": []}', "annotations"),
         ('{"images": [{"id": 1, "file_name": "no.png"}], "annotations": [], "categories": []}', "none of the"),

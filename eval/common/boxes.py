@@ -1,5 +1,6 @@
 """Images of a folder with annotated boxes: COCO-format JSON, without masks too, or XML files of ImageNet and VOC."""
 
+import itertools
 import json
 import math
 from collections import Counter
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 
 from crate_fast.errors import UserError
+from crate_fast.eval.common.coco import checked_images
 from crate_fast.eval.common.images import ImageFiles, Target
 
 __all__ = ["BoxedImages", "covered"]
@@ -33,8 +35,8 @@ class BoxedImages(ImageFiles):
     """Images of a folder with boxes; images that the annotations do not name have none.
 
     Args:
-        boxes: A JSON file, whose file names are relative to `root` or unique; or a folder of XML files, which are
-            searched for below it and named as their images.
+        boxes: A JSON file, whose file names are relative to `root`; or a folder of XML files, which are searched for
+            below it and named as their images. A name without its folders will do where it is unique in both.
         limit: Take the first images only; all when None. For `root` and `size` see `ImageFiles`.
 
     Raises:
@@ -45,6 +47,8 @@ class BoxedImages(ImageFiles):
 
     def __init__(self, root: Path, size: int, boxes: Path, limit: int | None = None):
         super().__init__(root, size)
+        paths = [PurePosixPath(key) for key, _ in self.items]
+        self._short = Counter(name for path in paths for name in {path.name, path.stem})
         if not boxes.exists():
             raise UserError(f"--boxes {boxes}: no such file or folder")
         self._entries = _read_folder(boxes) if boxes.is_dir() else _read_json(boxes)
@@ -52,12 +56,15 @@ class BoxedImages(ImageFiles):
         if not any(self._entry(key) for key, _ in self.items):
             raise UserError(
                 f"--boxes {boxes} names none of the {len(self.items)} images of {root}: it has "
-                f"{next(iter(self._entries), 'no image')!r}, the folder {self.items[0][0]!r}"
+                f"{next(iter(self._entries), 'no image')!r}, the folder {self.items[0][0]!r}; "
+                "give names relative to the folder"
             )
 
     def _entry(self, key: str | int) -> _Entry | None:
         path = PurePosixPath(str(key))
-        return next((self._entries[n] for n in (str(path), path.name, path.stem) if n in self._entries), None)
+        names = [str(path), str(path.with_suffix(""))]
+        names += [name for name in (path.name, path.stem) if self._short[name] == 1]
+        return next((self._entries[name] for name in names if name in self._entries), None)
 
     def annotated_size(self, key: str | int) -> tuple[int, int] | None:
         entry = self._entry(key)
@@ -79,35 +86,46 @@ class BoxedImages(ImageFiles):
 
 
 def _read_json(path: Path) -> dict[str, _Entry]:
+    """Return image name → (height and width or None, boxes: left, top, right, bottom)."""
     try:
         content = json.loads(path.read_bytes())
-        names = {image["id"]: image["file_name"].replace("\\", "/") for image in content["images"]}
-        entries = {image["id"]: (_known_size(image), []) for image in content["images"]}
-        for annotation in content["annotations"]:
-            x, y, width, height = map(_finite, annotation["bbox"])
-            if annotation.get("image_id") in entries and not annotation.get("iscrowd"):
-                entries[annotation["image_id"]][1].append([x, y, x + width, y + height])
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(
-            f"--boxes {path} is not JSON of COCO's format ({type(error).__name__}: {error}): it needs 'images' with "
-            "'id' and 'file_name', and 'annotations' with 'image_id' and 'bbox', [x, y, width, height]"
+            f"--boxes {path} is not JSON ({error}): give COCO's format, or a folder of XML files"
         ) from error
-    return _by_name([(names[number], entry) for number, entry in entries.items()])
+    if not isinstance(content, dict) or not all(isinstance(content.get(k), list) for k in ("images", "annotations")):
+        raise UserError(f"--boxes {path} lacks the lists 'images' and 'annotations' of COCO's format")
+    if not all(isinstance(entry, dict) for entry in content["images"] + content["annotations"]):
+        raise UserError(f"--boxes {path}: an entry of 'images' or 'annotations' is no object; correct the file")
+    boxes: dict[int | str, list] = {}
+    entries = []
+    for number, image in checked_images(content["images"], path).items():
+        name, boxes[number] = image["file_name"].replace("\\", "/"), []
+        entries.append((str(PurePosixPath(name)), (_size(image.get("height"), image.get("width")), boxes[number])))
+    for number, annotation in enumerate(content["annotations"]):
+        where = f"--boxes {path}: annotations[{number}]"
+        box, image_id = annotation.get("bbox"), annotation.get("image_id")
+        if not isinstance(box, list) or len(box) != 4 or not all(map(_finite, box)):
+            raise UserError(f"{where} has the bbox {box!r}, not [x, y, width, height]; correct the file")
+        if boxes and not isinstance(image_id, type(next(iter(boxes)))):  # 7 and "7" are different images
+            raise UserError(f"{where} has the image_id {image_id!r}, unlike the ids of 'images'; correct the file")
+        if image_id in boxes and not annotation.get("iscrowd"):
+            x, y, width, height = box
+            boxes[image_id].append([x, y, x + width, y + height])
+    return _by_name(entries, path)
 
 
-def _known_size(image: dict) -> tuple[int, int] | None:
-    sides = (image.get("height"), image.get("width"))
-    return sides if all(isinstance(side, int) and side > 0 for side in sides) else None
+def _size(height: object, width: object) -> tuple[int, int] | None:
+    known = all(isinstance(side, int) and side > 0 for side in (height, width))
+    return (height, width) if known else None
 
 
-def _finite(value: float) -> float:
-    if not math.isfinite(value):
-        raise ValueError(f"a bbox holds {value}")
-    return value
+def _finite(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _read_folder(folder: Path) -> dict[str, _Entry]:
-    """Read XML files, whose corners are pixels inside the box, counted from 0."""
+    """Return the same from XML files, whose corners are pixels inside the box, counted from 0."""
     entries = []
     for path in sorted(folder.rglob("*.xml")):
         try:
@@ -117,18 +135,25 @@ def _read_folder(folder: Path) -> dict[str, _Entry]:
                 [float(box.findtext(edge)) for edge in ("xmin", "ymin", "xmax", "ymax")]
                 for box in root.iterfind("object/bndbox")
             ]
+            if not all(map(math.isfinite, itertools.chain(*boxes))):
+                raise ValueError("a corner is not finite")
         except (ElementTree.ParseError, TypeError, ValueError) as error:
             raise UserError(
                 f"--boxes: {path} is not an annotation of ImageNet's or VOC's format ({error}); remove it"
             ) from error
-        entries.append((path.stem, ((height, width), [[a, b, c + 1, d + 1] for a, b, c, d in boxes])))
+        name = path.relative_to(folder).with_suffix("").as_posix()
+        entries.append((name, (_size(height, width), [[a, b, c + 1, d + 1] for a, b, c, d in boxes])))
     if not entries:
         raise UserError(f"--boxes {folder} holds no XML file: give the folder of ImageNet's annotations")
-    return _by_name(entries)
+    return _by_name(entries, folder)
 
 
-def _by_name(entries: list[tuple[str, _Entry]]) -> dict[str, _Entry]:
+def _by_name(entries: list[tuple[str, _Entry]], path: Path) -> dict[str, _Entry]:
     """Index entries by name, and by the name without folders where that is unique."""
     named = dict(entries)
+    if len(named) < len(entries):
+        twice = next(name for name, count in Counter(name for name, _ in entries).items() if count > 1)
+        raise UserError(f"--boxes {path} has two entries for the image {twice!r}: join them")
     short = Counter(PurePosixPath(name).name for name, _ in entries)
-    return {PurePosixPath(n).name: e for n, e in entries if short[PurePosixPath(n).name] == 1} | named
+    unique = {PurePosixPath(n).name: e for n, e in entries if short[PurePosixPath(n).name] == 1}
+    return named | {name: entry for name, entry in unique.items() if name not in named}

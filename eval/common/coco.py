@@ -20,7 +20,8 @@ from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from crate_fast.errors import UserError
 
-__all__ = ["class_agnostic_scores", "detections_of", "enlarge", "paint_detections", "read_annotations", "refine"]
+__all__ = ["checked_images", "class_agnostic_scores", "detections_of", "enlarge", "paint_detections"]
+__all__ += ["read_annotations", "refine"]
 
 _FARTHEST = 1_000_000  # pixels; pycocotools takes memory and time for each, and at 10⁸ it crashes
 
@@ -47,7 +48,7 @@ def read_annotations(path: Path):
             raise _no_annotations(path, f"{name!r} is {'no list of objects' if name in content else 'missing'}")
     if not content["images"]:
         raise UserError(f"{path} lists no images: 'images' is empty; name another file")
-    images = _images(content["images"], path)
+    images = checked_images(content["images"], path)
     categories = content.get("categories", [])
     for number, category in enumerate(categories):
         _must_be((int,), category, "id", f"{path}: categories[{number}]")
@@ -117,7 +118,8 @@ def _must_be(types: tuple[type, ...], entry: dict, field: str, where: str) -> No
     _must(type(entry.get(field)) in types, entry, field, rule, where)
 
 
-def _images(entries: list[dict], path: Path) -> dict[int | str, dict]:
+def checked_images(entries: list[dict], path: Path) -> dict[int | str, dict]:
+    """Return the entries of COCO's 'images' by id; a `UserError` names what is missing or wrong in one."""
     images: dict[int | str, dict] = {}
     for number, image in enumerate(entries):
         _must_be((int, str), image, "id", f"{path}: images[{number}]")
