@@ -59,3 +59,13 @@ def test_what_cannot_be_shared_is_named(shared, tiny_run, tmp_path, capsys, monk
     assert main([str(probe), str(tmp_path / "new")]) == 2
     assert "a run of a linear probe" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
+
+
+def test_a_failed_upload_says_how_to_upload_what_is_written(tiny_run, tmp_path, monkeypatch, refuses):
+    def fail(*arguments, **options):
+        raise Exception("no network")  # no OSError in huggingface_hub 2
+
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", fail)
+    folder = tmp_path / "model"
+    refuses(f"no network.*hf upload USER/NAME {folder}", main, [str(tiny_run), str(folder), "--push", "USER/NAME"])
+    assert (folder / "model.safetensors").is_file()

@@ -142,16 +142,16 @@ def _command(options: argparse.Namespace) -> None:
     print("written:", *sorted(options.folder.iterdir()), sep="\n  ")
     if options.push:
         from huggingface_hub import HfApi
-        from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
         try:
             api = HfApi()
             api.create_repo(options.push, exist_ok=True)
             print(api.upload_folder(repo_id=options.push, folder_path=options.folder))
-        except (HfHubHTTPError, LocalTokenNotFoundError, OSError) as error:
+        except Exception as error:  # without a network, of the HTTP library of this release of huggingface_hub
             reason = " ".join(str(error).split())[:200]
             raise UserError(
-                f"--push {options.push}: {reason}; log in with `hf auth login`, and see the network"
+                f"--push {options.push}: {reason}; log in with `hf auth login` and see the network, then upload what "
+                f"is written by `hf upload {options.push} {options.folder}`"
             ) from error
 
 
