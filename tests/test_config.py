@@ -140,3 +140,10 @@ def test_torchruns_own_report_ends_with_the_error(tmp_path, monkeypatch, capsys)
     assert capsys.readouterr().err == ""
     failure = ProcessFailure(local_rank=1, pid=1, exitcode=2, error_file=str(file))
     assert "error: lr=-1.0: it must be positive" in ChildFailedError("pretrain.py", {1: failure}).format_msg()
+
+
+def test_a_model_named_on_the_command_line_has_its_own_sizes():
+    config, _ = build_config(["--model", "crate_tiny_patch16_224", "--depth", "2"], "", "shape_scenes")
+    assert (config.model, config.depth) == ("crate_tiny_patch16_224", 2)
+    assert (config.patch_size, config.dim, config.heads) == (None, None, None)
+    assert config.optimizer == "nmuon"

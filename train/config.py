@@ -25,6 +25,7 @@ from crate_fast.errors import CommandParser, UserError, nearest, run_command
 RECIPES = Path(__file__).parent / "recipes"
 MODES_WITH_GRAPHS = ("reduce-overhead", "max-autotune")  # of torch.compile
 FORM = ("residual", "attention", "sparsifier", "odl_ratio", "odl_steps", "odl_tied", "odl_residual", "threshold")
+_SIZES = ("patch_size", "dim", "depth", "heads", "decoder_depth")
 DROP_RATES = ("drop_rate", "attn_drop_rate", "proj_drop_rate", "pos_drop_rate", "drop_path_rate")  # timm's names
 
 
@@ -116,7 +117,7 @@ class TrainConfig:
     """Train only a linear classifier behind a BatchNorm (MAE's linear probe)."""
     model: str = "crate_tiny_patch8_224"
     """One of our models, including CRATE-MAE, or a timm model that takes img_size, such as a ViT. The settings below
-    change its size."""
+    change its size. Named on the command line, it has its own sizes, not those of the recipe."""
     patch_size: Count | None = None
     """Side of a patch in pixels. Default, also for the next eleven settings: the model's own value."""
     dim: Count | None = None
@@ -379,7 +380,12 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _with_effect(values: dict, given: dict) -> dict:
-    """Refuse transforms that the images never meet; leave out a recipe's when it is used on shape_scenes instead."""
+    """Refuse transforms that the images never meet; leave out a recipe's when it is used on shape_scenes instead.
+
+    Leave out a recipe's sizes when the command line names the model: they are those of the recipe's own.
+    """
+    if "model" in given:
+        values = {name: value for name, value in values.items() if name not in _SIZES}
     scenes, transforms = TrainConfig.dataset, ("crop", "crop_scale", "auto_augment")
     if (values | given).get("dataset", scenes) == scenes:
         if values.get("dataset", scenes) != scenes:
