@@ -12,7 +12,8 @@ Supervised Object Localization Methods Right*, 2020):
     MaxBoxAccV2    mean of the three
     GT-known       share with IoU ≥ 0.5, at the threshold (and head) that is best on the other half of the images
     pointing       share of images whose largest weight lies in a box
-    AP             average precision of the patches in the boxes, ranked by attention; no threshold
+    AP             average precision of the patches in the boxes, ranked by attention; no threshold;
+                   0 where no patch has its centre in a box
     threshold      the best for IoU ≥ 0.5
 
 "best head" takes the best head of each image, which needs its boxes; "one head" takes the head that is best on the
