@@ -155,6 +155,7 @@ def test_images_of_one_name_in_two_folders_have_their_own_boxes(tmp_path):
             '{"images": [{"id": 1, "file_name": "0"}], "annotations": [{"image_id": "1", "bbox": [1,1,1,1]}]}',
             "unlike",
         ),
+        ('{"images": [{"id": 1, "file_name": "0"}], "annotations": [{"image_id": 1, "bbox": [9,1,-3,1]}]}', "bbox"),
         ("{", "is not JSON"),
         ('{"images": []}', "annotations"),
         ('{"images": [{"id": 1, "file_name": "no.png"}], "annotations": [], "categories": []}', "none of the"),

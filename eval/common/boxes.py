@@ -105,7 +105,7 @@ def _read_json(path: Path) -> dict[str, _Entry]:
     for number, annotation in enumerate(content["annotations"]):
         where = f"--boxes {path}: annotations[{number}]"
         box, image_id = annotation.get("bbox"), annotation.get("image_id")
-        if not isinstance(box, list) or len(box) != 4 or not all(map(_finite, box)):
+        if not isinstance(box, list) or len(box) != 4 or not all(map(_finite, box)) or min(box[2:]) < 0:
             raise UserError(f"{where} has the bbox {box!r}, not [x, y, width, height]; correct the file")
         if boxes and not isinstance(image_id, type(next(iter(boxes)))):  # 7 and "7" are different images
             raise UserError(f"{where} has the image_id {image_id!r}, unlike the ids of 'images'; correct the file")
