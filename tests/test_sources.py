@@ -17,7 +17,7 @@ from crate_fast.errors import UserError
 from crate_fast.train.config import TrainConfig
 from crate_fast.train.data import build_splits, eval_loader, open_source, readable, train_loader
 from crate_fast.train.data.image_files import EXTENSIONS, Unreadable
-from crate_fast.train.data.sources import TorchvisionSource, common_classes
+from crate_fast.train.data.sources import TorchvisionSource, common_classes, nothing_outside
 
 CORRUPT = {1, 4, 9}  # of twelve images a split: cut off, no image, empty
 
@@ -350,3 +350,9 @@ def test_torchvisions_corrupt_images_are_named():
 
     with pytest.raises(Unreadable, match="pets, image 3: UnidentifiedImageError"):
         TorchvisionSource(Broken(), "pets")[3]
+
+
+def test_a_python_that_unpacks_unchecked_does_not_download(monkeypatch):
+    monkeypatch.delattr(tarfile, "data_filter")
+    with pytest.raises(UserError, match="download with Python"), nothing_outside():
+        pass

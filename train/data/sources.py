@@ -175,8 +175,14 @@ def nothing_outside():
     Older releases of torchvision unpack what they download without a check.
 
     Raises:
+        UserError: This Python's tarfile has no filters.
         tarfile.FilterError: An archive tries to write outside.
     """
+    if not hasattr(tarfile, "data_filter"):
+        raise UserError(
+            "this Python unpacks archives unchecked: download with Python 3.10.12, 3.11.4 or later, or unpack the "
+            "data yourself and leave out --download"
+        )
     before = vars(tarfile.TarFile)["extraction_filter"]
     tarfile.TarFile.extraction_filter = staticmethod(tarfile.data_filter)
     try:
