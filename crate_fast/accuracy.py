@@ -59,15 +59,17 @@ def clear_of_threshold(
     product: torch.dtype | None = None,
     step_size: float = 0.1,
     shift: float = 0.01,
+    margin: float | None = None,
 ) -> Tensor:
-    """Return `grad` where rounding cannot decide whether ISTA's output at x is zero, and 0 elsewhere; in x's dtype.
+    """Return `grad` where rounding cannot decide whether ISTA's output at x is zero, and 0 elsewhere.
 
-    `product` is the dtype that D is multiplied in; x's when None.
+    `product` is the dtype that D is multiplied in; x's when None. `margin` is the distance from the threshold that
+    rounding may cover; 32 eps of the product when None.
     """
     tokens, wide = x.double(), dictionary.double()
     u = tokens + step_size * (tokens @ wide - tokens @ wide.t() @ wide)
-    margin = 32 * product_eps(product or x.dtype)
-    return torch.where((u.abs() - shift).abs() > margin, grad.double(), 0.0).to(x.dtype)
+    margin = 32 * product_eps(product or x.dtype) if margin is None else margin
+    return torch.where((u.abs() - shift).abs() > margin, grad, 0.0)
 
 
 def gradients(function: Callable[..., Tensor], inputs: Iterable[Tensor], grad: Tensor) -> list[Tensor]:

@@ -9,13 +9,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from crate_fast.accuracy import gradients, judge, spread_tokens, token_scale
-from crate_fast.reference import ista_reference
+from crate_fast.accuracy import clear_of_threshold, gradients, judge, spread_tokens, token_scale
 
 __all__ = [
     "agrees",
     "all_within_twice_eager",
-    "clear_of_the_threshold",
+    "clear_of_threshold",
     "gradients",
     "is_right",
     "model_gradients",
@@ -45,12 +44,6 @@ def tokens_and_gradient(shape: tuple[int, ...], dtype: torch.dtype, device) -> t
     """Return subspace tokens [B, N, H, D] of the usual scale, and a gradient."""
     w = (torch.randn(shape) * token_scale(shape[1], shape[3])).to(dtype)
     return w.to(device), torch.randn(shape).to(dtype).to(device)
-
-
-def clear_of_the_threshold(tokens: Tensor, dictionary: Tensor, shift: float, margin: float) -> Tensor:
-    """Return where rounding does not decide whether ISTA is zero: elsewhere no gradient is right or wrong."""
-    u = ista_reference(tokens.double(), dictionary.double(), step_size=0.1, sparsity=0.0, threshold="soft")
-    return (u.abs() - shift).abs() > margin
 
 
 def algebra_is_right(actual: Iterable, eager: Iterable, truth: Iterable) -> bool:

@@ -15,7 +15,7 @@ from interpreter_bfloat16 import interpreted_bfloat16
 from oracle import (
     agrees,
     all_within_twice_eager,
-    clear_of_the_threshold,
+    clear_of_threshold,
     gradients,
     model_gradients,
     mutant,
@@ -170,7 +170,7 @@ def test_a_kernel_that_is_wrong_by_its_rounding_fails(name, device, tmp_path):
 def _clear_gradient(x, dictionary, precision: str) -> torch.Tensor:
     """A gradient that is zero where rounding decides whether ISTA's output is."""
     margin = 32 * (2**-11 if precision == "tf32" else torch.finfo(x.dtype).eps)
-    return torch.randn_like(x) * clear_of_the_threshold(x, dictionary, 0.01, margin)
+    return clear_of_threshold(torch.randn_like(x), x, dictionary, margin=margin)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import agrees, clear_of_the_threshold, gradients, tokens_and_gradient, within_twice_eager
+from oracle import agrees, clear_of_threshold, gradients, tokens_and_gradient, within_twice_eager
 from torch import Tensor
 from torch._dynamo.backends.debugging import aot_eager
 
@@ -241,7 +241,7 @@ def test_long_attention_is_deterministic():
 def _check_ista(candidate, leading, width, dtype=torch.float32, threshold="relu") -> bool:
     x = torch.randn(*leading, width).to(dtype)
     dictionary = (torch.randn(width, width) / width**0.5).to(dtype)
-    grad = torch.randn_like(x) * clear_of_the_threshold(x, dictionary, 0.05, 16 * torch.finfo(dtype).eps)
+    grad = clear_of_threshold(torch.randn_like(x), x, dictionary, shift=0.05, margin=16 * torch.finfo(dtype).eps)
     options = {"step_size": 0.1, "sparsity": 0.5, "threshold": threshold}
     functions = (partial(function, **options) for function in (candidate, ista_reference))
     return agrees(*functions, [x, dictionary], "y dx dD", grad)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from oracle import (
     all_within_twice_eager,
-    clear_of_the_threshold,
+    clear_of_threshold,
     gradients,
     is_right,
     mutant,
@@ -277,7 +277,8 @@ def _clear_gradient(inputs: list[Tensor], with_norm: bool, dtype: torch.dtype) -
     """The gradient, zero where rounding decides whether ISTA's output is."""
     x, dictionary, gamma, beta, _ = _double(inputs)
     tokens = F.layer_norm(x, x.shape[-1:], gamma, beta, EPS) if with_norm else x
-    return inputs[-1] * clear_of_the_threshold(tokens, dictionary, STEP * SPARSITY, 16 * torch.finfo(dtype).eps)
+    limits = {"step_size": STEP, "shift": STEP * SPARSITY, "margin": 16 * torch.finfo(dtype).eps}
+    return clear_of_threshold(inputs[-1], tokens, dictionary, **limits)
 
 
 def _ista_is_right(inputs, threshold: str = "relu", with_norm: bool = False, **options) -> bool:
