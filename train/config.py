@@ -380,12 +380,7 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _with_effect(values: dict, given: dict) -> dict:
-    """Refuse transforms that the images never meet; leave out a recipe's when it is used on shape_scenes instead.
-
-    Leave out a recipe's sizes when the command line names the model: they are those of the recipe's own.
-    """
-    if "model" in given:
-        values = {name: value for name, value in values.items() if name not in _SIZES}
+    """Refuse transforms that the images never meet; leave out a recipe's when it is used on shape_scenes instead."""
     scenes, transforms = TrainConfig.dataset, ("crop", "crop_scale", "auto_augment")
     if (values | given).get("dataset", scenes) == scenes:
         if values.get("dataset", scenes) != scenes:
@@ -434,7 +429,10 @@ def build_config(
             parser.add_argument(option, default=None, help=text, type=kind, metavar=kind.__name__.upper())
     options = parser.parse_args(argv)
     given = {name: value for name in texts if (value := getattr(options, name)) is not None}
-    config = TrainConfig(**adjust(_with_effect(load_recipe(options.recipe), given), given))
+    recipe = load_recipe(options.recipe)
+    if "model" in given:  # the recipe's sizes are those of its own model
+        recipe = {name: value for name, value in recipe.items() if name not in _SIZES}
+    config = TrainConfig(**adjust(_with_effect(recipe, given), given))
     nameless = getattr(options, "output", "") is None  # False too if this command has no such option
     if nameless and options.resume:
         raise UserError("--resume continues the run in --output: name its folder with --output")
