@@ -39,8 +39,11 @@ KNOWN_SIZES = {  # training images, classes
     "flowers102": (1_020, 102),
     "pets": (3_680, 37),
 }
-ARCHITECTURE = ("model", "image_size", "patch_size", "dim", "depth", "heads", *FORM, "decoder_depth", "visible_only")
-ARCHITECTURE += ("mask_ratio",)
+ARCHITECTURE = (
+    *("model", "image_size", "patch_size", "dim", "depth", "heads"),
+    *FORM,
+    *("decoder_depth", "visible_only", "mask_ratio"),
+)
 
 
 def find_data_size(config: TrainConfig, recipe: str, images: int | None, classes: int | None) -> tuple[int, int, str]:
@@ -78,7 +81,7 @@ def read_throughput(folder: Path, config: TrainConfig) -> dict:
     run = run_config(folder)
     try:
         rate = json.loads((folder / "summary.json").read_text())["throughput"]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"--throughput {folder} has no rate in summary.json: give a finished run") from error
     pairs = [(name, getattr(run, name), getattr(config, name)) for name in ARCHITECTURE]
     differing = [f"{name} {before!r} measured, {now!r} planned" for name, before, now in pairs if before != now]

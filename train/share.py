@@ -150,8 +150,8 @@ def _command(options: argparse.Namespace) -> None:
         except Exception as error:  # without a network, of the HTTP library of this release of huggingface_hub
             reason = " ".join(str(error).split())[:200]
             raise UserError(
-                f"--push {options.push}: {reason}; log in with `hf auth login` and see the network, then upload what "
-                f"is written by `hf upload {options.push} {options.folder}`"
+                f"--push {options.push}: {reason}; the folder is written: check the network, log in with "
+                f"`hf auth login`, then `hf upload {options.push} {options.folder}`"
             ) from error
 
 

@@ -20,8 +20,15 @@ from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from crate_fast.errors import UserError
 
-__all__ = ["checked_images", "class_agnostic_scores", "detections_of", "enlarge", "paint_detections"]
-__all__ += ["read_annotations", "refine"]
+__all__ = [
+    "checked_images",
+    "class_agnostic_scores",
+    "detections_of",
+    "enlarge",
+    "paint_detections",
+    "read_annotations",
+    "refine",
+]
 
 _FARTHEST = 1_000_000  # pixels; pycocotools takes memory and time for each, and at 10⁸ it crashes
 

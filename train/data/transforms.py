@@ -58,7 +58,7 @@ def mirrored(images: Tensor, flips: Tensor | None) -> Tensor:
 
 
 def mixed_seed(*name: int) -> int:
-    """Return 64 bits that integers from 0 decide; a last 0 changes nothing."""
+    """Return a 64-bit seed made of non-negative integers; a trailing 0 does not change it."""
     return int(np.random.SeedSequence(name).generate_state(1, np.uint64)[0])
 
 
