@@ -3,10 +3,10 @@
 PyTorch has two libraries in one wheel and sends fp32 products to MKL. On some of AMD's processors MKL keeps to half
 the rate; on Intel's it is the faster one (docs/results/cpu.md has the times). Unless `CRATE_FAST_ONEDNN` says:
 
-    processor           forward, gradient of x   gradient of a weight, attention
-    Intel's             MKL                      MKL
-    AMD's before Zen 5  oneDNN                   MKL
-    any other           oneDNN                   oneDNN
+    processor                      forward, gradient of x   gradient of a weight, attention
+    Intel's, AMD's before AVX-512  MKL                      MKL
+    AMD's Zen 4                    oneDNN                   MKL
+    any other                      oneDNN                   oneDNN
 
 Attention keeps w alone for backward:
 
@@ -96,12 +96,14 @@ def multiplies_bf16() -> bool:
 
 @torch.compiler.assume_constant_result
 def onednn_suits_processor() -> bool:
-    """Return True if this is the processor for oneDNN: any but Intel's, where PyTorch has MKL."""
-    return not (processor_vendor() == "GenuineIntel" and torch.backends.mkl.is_available())
+    """Return True if this is the processor for oneDNN: any but Intel's and AMD's before AVX-512, if there is MKL."""
+    before_avx512 = torch.backends.cpu.get_cpu_capability() != "AVX512"
+    suits_mkl = {"GenuineIntel": True, "AuthenticAMD": before_avx512}.get(processor_vendor(), False)
+    return not (suits_mkl and torch.backends.mkl.is_available())
 
 
 def uses_onednn() -> bool:
-    """Return True if fp32 products go to oneDNN: by `CRATE_FAST_ONEDNN`; unset, on every processor but Intel's."""
+    """Return True if fp32 products go to oneDNN: by `CRATE_FAST_ONEDNN`; unset, by `onednn_suits_processor`."""
     wanted = onednn_wanted()
     return _ONEDNN_BUILT and (onednn_suits_processor() if wanted is None else wanted)
 

@@ -390,14 +390,19 @@ def test_linear_keeps_leading_dimensions_and_takes_empty_batches():
         torch.testing.assert_close(linear(x, layer.weight, layer.bias), layer(x))
 
 
-VENDORS = [("GenuineIntel", True, None, False), ("AuthenticAMD", True, None, True), ("", True, None, True)]
-VENDORS += [(vendor, True, choice, choice == "1") for vendor in ("GenuineIntel", "AuthenticAMD") for choice in "01"]
-VENDORS += [("GenuineIntel", False, None, True)]
+INTEL, AMD = "GenuineIntel", "AuthenticAMD"
+VENDORS = [(INTEL, "AVX512", True, None, False), (AMD, "AVX512", True, None, True), ("", "DEFAULT", True, None, True)]
+VENDORS += [(vendor, "AVX512", True, choice, choice == "1") for vendor in (INTEL, AMD) for choice in "01"]
+VENDORS += [(AMD, "AVX2", True, None, False), (AMD, "AVX2", True, "1", True)]
+VENDORS += [(vendor, "AVX2", False, None, True) for vendor in (INTEL, AMD)]
 
 
-@pytest.mark.parametrize(("vendor", "mkl", "choice", "expected"), VENDORS)
-def test_the_processor_chooses_the_library_unless_the_variable_does(vendor, mkl, choice, expected, monkeypatch):
+@pytest.mark.parametrize(("vendor", "capability", "mkl", "choice", "expected"), VENDORS)
+def test_the_processor_chooses_the_library_unless_the_variable_does(
+    vendor, capability, mkl, choice, expected, monkeypatch
+):
     monkeypatch.setattr(cpu_ops, "processor_vendor", lambda: vendor)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: mkl)
     monkeypatch.delenv("CRATE_FAST_ONEDNN", raising=False)
     if choice is not None:
