@@ -7,9 +7,9 @@ import pytest
 import torch
 from runs import TINY, back_to, entries, losses, run, same, weights
 
-from crate_fast.train import pretrain
+from crate_fast.train import distributed, pretrain
 from crate_fast.train.config import TrainConfig
-from crate_fast.train.distributed import Processes, check_settings, shard
+from crate_fast.train.distributed import Processes, check_settings, process_group, shard
 from crate_fast.train.runs import build_model
 
 pytestmark = pytest.mark.usefixtures("no_figures")
@@ -106,3 +106,17 @@ def test_what_cannot_be_sharded_is_refused():
     config = TrainConfig(dim=32, depth=1, heads=2, image_size=32, parallel="hsdp")
     with pytest.raises(ValueError, match="3 processes cannot be 2 on every host"):
         shard(build_model(config, 12), config, Processes(0, 0, 3, torch.device("cpu"), 2))
+
+
+def test_after_an_error_a_process_does_not_wait_for_the_others(monkeypatch):
+    """NCCL destroys a group together with processes that are in a collective of their own, and so never."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    ended = []
+    monkeypatch.setattr(distributed.dist, "init_process_group", lambda *_, **__: None)
+    monkeypatch.setattr(distributed.dist, "destroy_process_group", lambda: ended.append("destroyed"))
+    with pytest.raises(torch.OutOfMemoryError), process_group("cpu"):
+        raise torch.OutOfMemoryError
+    assert ended == []
+    with process_group("cpu"):
+        assert ended == []
+    assert ended == ["destroyed"]

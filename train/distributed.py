@@ -124,11 +124,9 @@ def process_group(device: str, threads: int = 0):
             timeout=timedelta(hours=2),  # one process downloads, scores and draws while the others wait
             **_fresh_store(rank, world_size),
         )
-    try:
-        yield Processes(rank, local_rank, world_size, chosen, local_size)
-    finally:
-        if world_size > 1:
-            dist.destroy_process_group()
+    yield Processes(rank, local_rank, world_size, chosen, local_size)
+    if world_size > 1:  # after an error NCCL would wait here for processes that wait for this one
+        dist.destroy_process_group()
 
 
 # --- a model over the processes
