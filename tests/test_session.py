@@ -18,6 +18,8 @@ from runs import TINY, back_to, batches, entries, same, steps, trainer, weights
 from crate_fast.train import checkpoint, pretrain
 from crate_fast.train import trainer as trainer_module
 from crate_fast.train.config import TrainConfig
+from crate_fast.train.distributed import Processes
+from crate_fast.train.objective import Objective
 from crate_fast.train.optimizer import learning_rate
 from crate_fast.train.trainer import Trainer
 
@@ -80,6 +82,20 @@ def test_images_are_mirrored_on_the_device():
     assert torch.equal(images[1::2], plain[1::2])
     assert torch.equal(ours.prepare_images(batch.images), plain)
     assert len(ours.prepare_images(batch.images[:0], batch.flips[:0])) == 0
+
+
+@pytest.mark.parametrize(("capability", "dtype"), [(7, None), (9, torch.bfloat16)])
+def test_bf16_is_chosen_where_a_gpu_multiplies_it(capability, dtype, monkeypatch):
+    """PyTorch counts the emulation of a V100 or a T4 as support too."""
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "_check_bf16_tensor_supported", lambda _device: True)
+    properties = types.SimpleNamespace(major=capability)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _device: properties)
+    alone = Processes(0, 0, 1, torch.device("cuda", 0))
+    assert Objective(TrainConfig(), alone).dtype is dtype
+    assert Objective(TrainConfig(precision="bf16"), alone).dtype is torch.bfloat16
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

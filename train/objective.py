@@ -39,8 +39,8 @@ class Objective:
     def __init__(self, config: TrainConfig, processes: Processes):
         self.config, self.processes = config, processes
         self.dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision)
-        if config.precision == "auto" and processes.device.type == "cuda" and torch.cuda.is_bf16_supported():
-            self.dtype = torch.bfloat16
+        if config.precision == "auto" and processes.device.type == "cuda":  # emulated, bf16 is slower than fp32
+            self.dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else None
 
     def autocast(self, device: torch.device):
         """Return the run's autocast as a context."""
