@@ -15,6 +15,7 @@ import json
 import os
 import sys
 import time
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -29,6 +30,7 @@ COMPILED_FIRST = [
     "one product, compiled",
     "torch.compile of the eager form",
 ]
+WHOLE_MODELS = ("model", "profile")  # kinds of items
 PROFILED = 30  # rows in the table of a profile
 COUNTED = (
     *("attention_forward", "attention_backward", "whole_head_forward"),
@@ -214,9 +216,10 @@ class Worker:
     def run(self, on_cpu: bool = False):
         """Return the run of the operators, or (on a CPU in fp32) of whole models."""
         if on_cpu not in self.runs:
-            self.runs[on_cpu] = run = _open_run(on_cpu)
+            run = _open_run(on_cpu)
             if self.mode == "time":
                 run.measure_ceilings()
+            self.runs[on_cpu] = run
         return self.runs[on_cpu]
 
     def alive(self) -> bool:
@@ -323,8 +326,11 @@ class Worker:
 
 def work_through(items: list[dict], worker: Worker, until: float, stall_s: float) -> None:
     """Do items in turn until the time is up; SystemExit where the GPU no longer answers this process."""
-    import measuring  # noqa: F401  (before an item begins: importing takes longer than some items may)
+    # before an item begins: importing and opening a GPU take longer than some items may
+    import measuring  # noqa: F401
 
+    with suppress(Exception):  # which the first item meets too, and its row tells
+        worker.run(items[0]["kind"] in WHOLE_MODELS)
     for item in items:
         if time.time() >= until:
             return
@@ -336,7 +342,7 @@ def work_through(items: list[dict], worker: Worker, until: float, stall_s: float
             if worker.mode == "warm" and item["kind"] != "tile":  # which has its own row
                 worker.rows.add(f"compiled: {item['name']}", "ok", seconds=round(time.perf_counter() - start, 2))
             if item["kind"] != "tile":  # whose problems stay
-                worker.run(item["kind"] == "model").timer.free_memory()
+                worker.run(item["kind"] in WHOLE_MODELS).timer.free_memory()
         except Exception as error:
             print(f"{item['name']}: {type(error).__name__}: {error}"[:600], file=sys.stderr, flush=True)
             if not worker.alive():

@@ -3,6 +3,7 @@ on a CPU, with a probe that crashes, one that hangs and one that is wrong."""
 
 import json
 import lzma
+import math
 import os
 import re
 import subprocess
@@ -177,6 +178,22 @@ def test_a_worker_that_does_not_start_is_not_tried_for_ever(check):
     )
     _work_through(check, _items("a", "b"))
     assert all(status == "n/a" and "exit status 7" in reason for status, reason in _rows(check).values())
+
+
+@pytest.mark.parametrize(("kind", "on_cpu"), [("crash", False), ("profile", True)])
+def test_a_worker_opens_the_gpu_before_its_first_item_begins(tmp_path, monkeypatch, kind, on_cpu):
+    """Opening it takes seconds, more where others do so too; an item's limit is for the item."""
+    rows, begun = gpu_worker.Rows(tmp_path / "rows.jsonl"), []
+    timer = Namespace(free_memory=lambda: None, synchronize=lambda: None)
+
+    def opened(on_cpu):
+        begun.append((on_cpu, gpu_report.read_rows(tmp_path / "rows.jsonl")))
+        return Namespace(timer=timer, measure_ceilings=lambda: None)
+
+    monkeypatch.setattr(gpu_worker, "_open_run", opened)
+    monkeypatch.setattr(gpu_worker.Worker, kind, lambda worker, _: worker.run(on_cpu))
+    gpu_worker.work_through(_items("a", kind=kind), gpu_worker.Worker("time", rows), math.inf, 60.0)
+    assert begun == [(on_cpu, [])]
 
 
 def test_a_stage_that_overruns_is_cut_and_the_rest_still_runs(check):
