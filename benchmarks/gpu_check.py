@@ -359,6 +359,7 @@ def tests(check: Check) -> None:
     rows = check.folder / "rows_tests.jsonl"
     rows.touch()
     words = ["-p", "no:cacheprovider", "-p", "gpu_worker", "-q", "-m", "gpu", "-o", "faulthandler_timeout=50"]
+    words += ["-o", "addopts="]  # pyproject.toml's need pytest-benchmark
     if not check.rehearse and importlib.util.find_spec("xdist"):
         words += ["-n", "4", "--max-worker-restart", "20"]
     if importlib.util.find_spec("pytest_timeout"):

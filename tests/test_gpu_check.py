@@ -255,6 +255,19 @@ def test_what_was_found_comes_back_when_the_time_is_up_in_the_middle(check):
     assert log.size < 50_000  # both ends of a long one
 
 
+def test_the_gpu_tests_need_no_plugin_of_pytest(check, tmp_path, monkeypatch):
+    jobs, tiny = [], tmp_path / "test_tiny.py"
+    tiny.write_text("import pytest\n@pytest.mark.gpu\ndef test_tiny(): pass\n")
+    monkeypatch.setattr(check, "run", lambda started, *_: jobs.extend(started))
+    gpu_check.tests(check)
+    *words, _ = jobs[0].command  # and the file
+    words += ["-p", "no:benchmark", "-c", str(gpu_check.ROOT / "pyproject.toml"), str(tiny)]
+    environment = check.environment | jobs[0].environment
+    subprocess.run(words, env=environment, cwd=tmp_path, check=True, capture_output=True)
+    (row,) = gpu_report.read_rows(Path(environment["GPU_CHECK_ROWS"]))
+    assert row["status"] == "ok"
+
+
 # --- probes and tiles ----------------------------------------------------------------------------------------------
 
 
