@@ -281,7 +281,9 @@ class Worker:
         """Compile a probe's kernels; the stage `probes` judges them."""
         from crate_fast.probes import find_probe, run_probe
 
-        run_probe(find_probe(item["probe"]), self.run().device, reruns=0)
+        status = run_probe(find_probe(item["probe"]), self.run().device, reruns=0)["status"]
+        if status != "right":  # it may have poisoned this process, too
+            raise RuntimeError(status)
 
     def model(self, item: dict) -> None:
         """Measure a pass of a whole model and its peers."""

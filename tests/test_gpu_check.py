@@ -12,6 +12,7 @@ import tarfile
 import time
 import zipfile
 from argparse import Namespace
+from contextlib import nullcontext
 from pathlib import Path
 
 import gpu_check
@@ -19,8 +20,10 @@ import gpu_report
 import gpu_worker
 import pytest
 import update_readme
-from gpu_check import Check, Stage
+from gpu_check import TRIAL, Check, Stage
 from isolation import Job, Process
+
+from crate_fast import probes
 
 BENCHMARKS = Path(gpu_check.__file__).parent
 PYTHON = [sys.executable, "-c"]
@@ -194,6 +197,24 @@ def test_a_worker_opens_the_gpu_before_its_first_item_begins(tmp_path, monkeypat
     monkeypatch.setattr(gpu_worker.Worker, kind, lambda worker, _: worker.run(on_cpu))
     gpu_worker.work_through(_items("a", kind=kind), gpu_worker.Worker("time", rows), math.inf, 60.0)
     assert begun == [(on_cpu, [])]
+
+
+@pytest.mark.parametrize("poisoned", [False, True])
+def test_a_probe_that_fails_while_it_is_compiled_says_so(tmp_path, monkeypatch, poisoned):
+    def synchronize():
+        if poisoned:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    timer = Namespace(free_memory=lambda: None, synchronize=synchronize)
+    monkeypatch.setattr(gpu_worker, "_open_run", lambda _: Namespace(device="cuda", timer=timer))
+    monkeypatch.setattr(probes, "run_probe", lambda *_, **__: {"status": "failed: RuntimeError: CUDA error"})
+    items = [{"name": name, "kind": "probe", "probe": TRIAL} for name in "ab"]
+    worker = gpu_worker.Worker("warm", gpu_worker.Rows(tmp_path / "rows.jsonl"))
+    with pytest.raises(SystemExit, match="a has poisoned this process") if poisoned else nullcontext():
+        gpu_worker.work_through(items, worker, math.inf, 60.0)
+    found = [row for row in gpu_report.read_rows(tmp_path / "rows.jsonl") if "item" in row]
+    assert [(row["item"], row["status"]) for row in found] == ([] if poisoned else [("a", "n/a"), ("b", "n/a")])
+    assert all("CUDA error" in row["reason"] for row in found)
 
 
 def test_a_stage_that_overruns_is_cut_and_the_rest_still_runs(check):
