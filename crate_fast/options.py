@@ -331,7 +331,7 @@ def _emergence() -> argparse.ArgumentParser:
     add("--data", default="shape_scenes", help="shape_scenes, the default, or photographs:DIR (DIR/train, DIR/val)")
     add("--boxes", type=Path, help="boxes of DIR/val: COCO's JSON or a folder of XML; default DIR/val_boxes.json")
     add("--masks", metavar="coco:DIR[:SPLIT]", help="photographs with masks, for MaskCut and coarse segmentation")
-    add("--output", type=Path, help="folder of the runs; default runs/emergence/SIZE")
+    add("--output", type=Path, help="folder of the runs; default runs/emergence/[photographs-]SIZE")
     add("--report", type=Path, help="folder of results, pictures and report; default OUTPUT/report")
     add("--report-only", action="store_true", help="write the report again from its folder, and run nothing")
     add("--cifar10", type=Path, metavar="DIR", help="CIFAR-10, for accuracy; left out when absent")
