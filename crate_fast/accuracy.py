@@ -1,4 +1,4 @@
-"""The error that a kernel may have against float64, and inputs on which the rule tells right from wrong.
+"""The error allowed to a kernel against float64, and inputs on which that rule separates right from wrong.
 
 The rule: rms and max error are at most twice those of eager PyTorch in the same dtype, plus 4 eps of the products.
 Tests, probes, the self-check and the benchmarks' gates all judge by it.
@@ -81,7 +81,7 @@ def gradients(function: Callable[..., Tensor], inputs: Iterable[Tensor], grad: T
 
 @dataclass(frozen=True)
 class Judgement:
-    """Errors against float64 and what the rule allows of each."""
+    """Errors against float64, each with its allowed value."""
 
     rms: float
     max: float
@@ -125,5 +125,5 @@ def _rms_and_max(values: Tensor) -> Tensor:
 
 
 def judge(actual: Tensor, eager: Tensor, truth: Tensor) -> Judgement:
-    """Return the errors of a result beside those of eager PyTorch in the same dtype, both against float64."""
+    """Return the errors of a result and of eager PyTorch in the same dtype, both against float64."""
     return Judgement(*error_numbers(actual, eager, truth).tolist())

@@ -43,7 +43,7 @@ def size_pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
 
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    """Raise a UserError unless the argument `name` is one of the choices."""
+    """Raise a UserError unless the value of the argument `name` is one of the choices."""
     if value not in choices:
         raise UserError(f"{name}={value!r}: choose one of {', '.join(map(repr, choices))}")
 

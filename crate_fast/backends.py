@@ -78,7 +78,7 @@ def explain_backend(
 
 
 def resolve_backend(tensor: Tensor, backend: str, head_dim: int | None = None) -> str:
-    """`explain_backend` for a tensor, without the reason."""
+    """Return the backend that `explain_backend` names for a tensor."""
     if backend == "auto" and tensor.device.type == "cpu":
         return "torch"  # always, and small models feel the cost of asking for each operator
     return explain_backend(tensor.device, backend, dtype=compute_dtype(tensor), head_dim=head_dim)[0]
@@ -114,7 +114,7 @@ def compute_dtype(tensor: Tensor) -> torch.dtype:
 
 @torch.compiler.assume_constant_result  # Dynamo of torch 2.11 takes `is_exporting()` for True in any compilation
 def being_written() -> bool:
-    """Return whether a graph is recorded that has to run without this package, at sizes it may not have seen yet.
+    """Return whether PyTorch is recording a graph that must run without this package, possibly at other sizes.
 
     That is inside `torch.jit.trace` and `torch.export`, and so inside both exporters of ONNX.
     """
@@ -126,7 +126,7 @@ def being_written() -> bool:
 
 @torch.compiler.assume_constant_result  # Dynamo would write the questions into its graph
 def being_transformed() -> bool:
-    """Return whether a transform of `torch.func` or forward-mode differentiation is under way.
+    """Return whether a transform of `torch.func` or forward-mode differentiation is active.
 
     A registered operator has no rule for them: `torch.func.grad` refuses it, `vmap` runs it once per sample, and
     `jvp` takes its derivative for zero without a word. PyTorch has no public way to ask.
@@ -138,12 +138,12 @@ def being_transformed() -> bool:
 
 
 def own_operators_fit() -> bool:
-    """Return whether operators that this package registers may run: outside of tracing, export and `torch.func`."""
+    """Return whether this package's operators may run: outside tracing, export and `torch.func`."""
     return not (being_written() or being_transformed())
 
 
 def without_tracer_warnings():
-    """Return a context for checks of shapes in which `torch.jit.trace` does not warn that they are left out."""
+    """Return a context for checks of shapes that silences `torch.jit.trace`'s warnings about them."""
     return _ignoring_tracer_warnings() if torch.jit.is_tracing() else nullcontext()
 
 

@@ -1,4 +1,4 @@
-"""Verifies the kernels on this machine's GPU in about a minute: `crate-fast check`.
+"""Verify the kernels on this machine's GPU in about a minute: `crate-fast check`.
 
 Each probe of `crate_fast.probes` runs in a process of its own with a time limit; then those that are right are timed,
 one after the other, against PyTorch. The table is printed, and written as JSON with the versions of everything, which
@@ -49,7 +49,7 @@ def _run_jobs(jobs: Sequence[Job], folder: Path, done, parallel: int = 1) -> Non
 
 
 def run_probes(names: Sequence[str], interpreter: bool, limit_s: float = LIMIT_SECONDS) -> list[dict]:
-    """Run probes in processes of their own; print each one's status as it ends.
+    """Run each probe in its own process; print its status as it ends.
 
     Args:
         names: As `probes.find_probe` takes them.

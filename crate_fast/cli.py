@@ -1,4 +1,4 @@
-"""The command `crate-fast`: one door to everything that is run from a shell.
+"""The command `crate-fast`: every program of the package.
 
     crate-fast env                        versions, devices, backends
     crate-fast check                      are the kernels right on this GPU?

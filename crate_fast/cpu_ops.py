@@ -1,7 +1,7 @@
 """The CPU's operators: fp32 products with bias and ReLU, and tied attention a block of logits at a time.
 
 PyTorch has two libraries in one wheel and sends fp32 products to MKL. On some of AMD's processors MKL keeps to half
-the rate; on Intel's it is the faster one (docs/results/cpu.md has the times). Unless `CRATE_FAST_ONEDNN` says:
+the rate; on Intel's it is the faster one (docs/results/cpu.md has the times). Unless `CRATE_FAST_ONEDNN` is set:
 
     processor                      forward, gradient of x   gradient of a weight, attention
     Intel's, AMD's before AVX-512  MKL                      MKL
@@ -60,7 +60,7 @@ MAX_HALF_TOKENS = 1024  # beyond, SDPA is as fast in bf16, and does not keep an 
 
 
 def _cpuinfo(field: str) -> str:
-    """Return what /proc/cpuinfo states of the first processor; "" where it states nothing, or is no file."""
+    """Return a field of the first processor in /proc/cpuinfo; "" if there is none."""
     try:
         with open("/proc/cpuinfo") as lines:
             stated = (line.partition(":") for line in lines)
@@ -71,13 +71,13 @@ def _cpuinfo(field: str) -> str:
 
 @functools.cache
 def processor_vendor() -> str:
-    """Return the maker as the processor names it ("GenuineIntel", "AuthenticAMD"); "" where nothing says so."""
+    """Return the processor's vendor ("GenuineIntel", "AuthenticAMD"); "" if unknown."""
     # Windows: "Intel64 Family 6 Model 85, GenuineIntel"
     return _cpuinfo("vendor_id") or platform.processor().rpartition(", ")[2]
 
 
 def processor_family() -> int:
-    """Return the family that the processor states (25: AMD's Zen 3 and 4); 0 where nothing says so."""
+    """Return the processor's family (25: AMD's Zen 3 and 4); 0 if unknown."""
     found = _cpuinfo("cpu family") or platform.processor().partition("Family ")[2].partition(" ")[0]
     return int(found) if found.isdigit() else 0
 
@@ -96,14 +96,14 @@ def multiplies_bf16() -> bool:
 
 @torch.compiler.assume_constant_result
 def onednn_suits_processor() -> bool:
-    """Return True if this is the processor for oneDNN: any but Intel's and AMD's before AVX-512, if there is MKL."""
+    """Return True if oneDNN suits the processor: any but Intel's and AMD's before AVX-512, or if there is no MKL."""
     before_avx512 = torch.backends.cpu.get_cpu_capability() != "AVX512"
     suits_mkl = {"GenuineIntel": True, "AuthenticAMD": before_avx512}.get(processor_vendor(), False)
     return not (suits_mkl and torch.backends.mkl.is_available())
 
 
 def uses_onednn() -> bool:
-    """Return True if fp32 products go to oneDNN: by `CRATE_FAST_ONEDNN`; unset, by `onednn_suits_processor`."""
+    """Return True if fp32 products use oneDNN: by `CRATE_FAST_ONEDNN`, else by `onednn_suits_processor`."""
     wanted = onednn_wanted()
     return _ONEDNN_BUILT and (onednn_suits_processor() if wanted is None else wanted)
 
@@ -120,7 +120,7 @@ def mkl_is_slow() -> bool:
 
 
 def uses_onednn_alone() -> bool:
-    """Return True if gradients of weights and attention go to oneDNN too: where asked for, or where MKL is slow."""
+    """Return True if gradients of weights and attention use oneDNN too: on request, or where MKL is slow."""
     return uses_onednn() and (onednn_wanted() or mkl_is_slow())
 
 
@@ -129,7 +129,7 @@ def _serves_one(tensor: Tensor) -> bool:
 
 
 def serves(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
-    """Return True if `cpu_linear` takes these: fp32 on the CPU, and neither autocast nor a transform under way."""
+    """Return True if `cpu_linear` takes these: fp32 on the CPU, with neither autocast nor a transform active."""
     suitable = _serves_one(x) and _serves_one(weight) and (bias is None or _serves_one(bias))
     return suitable and not torch.is_autocast_enabled("cpu") and own_operators_fit()
 
@@ -145,7 +145,7 @@ def _dense(matrix: Tensor) -> Tensor:
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, add: Tensor | None = None) -> Tensor:
-    """x @ weightᵀ + bias + `add` by the library of the processor; x is turned in the gradient of a weight."""
+    """Return x @ weightᵀ + bias + `add` by the processor's library; x is transposed for the gradient of a weight."""
     suits = uses_onednn() and (x.is_contiguous() or uses_onednn_alone())
     if suits and x.numel() > 0 and weight.numel() > 0:
         bias = None if bias is None else bias.contiguous()  # oneDNN reads it as if it were

@@ -59,7 +59,7 @@ def _ptxas(device: torch.device) -> str:
 
 
 def ptxas_version(device: torch.device) -> str:
-    """Return the version of the assembler that Triton uses for this GPU; for Hopper where there is none."""
+    """Return the version of the assembler that Triton uses for this GPU; without a GPU, for Hopper."""
     try:
         from triton.backends.nvidia.compiler import get_ptxas
 
@@ -70,7 +70,7 @@ def ptxas_version(device: torch.device) -> str:
 
 
 def compiler_versions(device: torch.device) -> str:
-    """Return the versions that made the kernels that run on a device: "torch …, triton …, ptxas …"."""
+    """Return the versions behind the kernels on a device: "torch …, triton …, ptxas …"."""
     versions = f"torch {torch.__version__}, triton {_version('triton')}"
     if device.type != "cuda":
         return f"{versions}, interpreted"
@@ -78,7 +78,7 @@ def compiler_versions(device: torch.device) -> str:
 
 
 def driver_version() -> str:
-    """Return the version of NVIDIA's driver, as nvidia-smi has it."""
+    """Return the version of NVIDIA's driver, from nvidia-smi."""
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]

@@ -1,4 +1,4 @@
-"""Errors that a user can correct, and the one place where commands report them."""
+"""Errors that a user can correct, and how commands report them."""
 
 import argparse
 import difflib
@@ -53,7 +53,7 @@ class CommandParser(argparse.ArgumentParser):
         super().__init__(**({"allow_abbrev": False} | options))
 
     def error(self, message):
-        """Report a fault of the command line as argparse found it."""
+        """Raise argparse's message as a UserError."""
         _, unknown, words = message.partition("unrecognized arguments: ")
         if unknown:
             word = words.split()[0]
@@ -68,7 +68,7 @@ def missing_package(name: str) -> UserError:
 
 
 def require(*packages: str) -> None:
-    """Refuse to begin a command that would fail later for want of a package.
+    """Raise a UserError now for a missing package that a command needs later.
 
     Args:
         packages: As they are imported.

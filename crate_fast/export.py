@@ -1,4 +1,4 @@
-"""Export a CRATE as ONNX and as a torch.export program, compared with PyTorch before the files are put in place.
+"""Export a CRATE as ONNX and as a torch.export program, each compared with PyTorch before its file is written.
 
     crate-fast export runs/NAME                                             runs/export/NAME/model.onnx, .pt2, .json
     crate-fast export runs/NAME --outputs logits,attention --layers 9,10    with CLS attention of two layers

@@ -400,7 +400,7 @@ def _refuse_step(*_) -> None:
 
 @contextmanager
 def cached_dictionaries():
-    """A scope in which every dictionary is folded once, however often it is used: the steps of one weight update.
+    """Scope in which every dictionary is folded once: for the passes between two updates of the weights.
 
     For gradient accumulation (forward and backward of all micro-batches), activation checkpointing, evaluation
     loops and serving. Inside, no dictionary may change: an optimiser's step and a change that PyTorch counts
@@ -449,7 +449,7 @@ def fold_dictionary_once(
     dtype: torch.dtype,
     fold: Callable[[Tensor, float, torch.dtype], Tensor] = _fold,
 ) -> Tensor:
-    """Return G in `dtype` and without a gradient, from the scopes' cache where one is open; `fold` computes it.
+    """Return G in `dtype`, without a gradient, from the cache of an open scope; `fold` computes it.
 
     Raises:
         RuntimeError: The dictionary has changed since a scope folded it.

@@ -21,7 +21,7 @@ LAST_SECONDS = 3.0  # for a killed process to go; one stuck in a driver is left 
 
 @dataclass(frozen=True)
 class Job:
-    """A command and what ends it.
+    """A command and its limits.
 
     Args:
         name: Of its log.
@@ -43,7 +43,7 @@ class Job:
 
 
 class Process:
-    """A job that runs, in a session of its own, its output in a file.
+    """A running job, in its own session, with its output in a file.
 
     `reason` says how it ended: None where its exit status was 0.
     """
@@ -68,11 +68,11 @@ class Process:
 
     @property
     def seconds(self) -> float:
-        """Return the time since it was started."""
+        """Return the seconds since the start."""
         return time.monotonic() - self.started
 
     def check(self) -> bool:
-        """Return True if it has ended; ends it where its time is up."""
+        """Return True if the process has ended; end it if its time is up."""
         if self.finished:
             return True
         status = self.popen.poll()
@@ -91,7 +91,7 @@ class Process:
         return self.job.beat is not None and time.time() - self.job.beat.stat().st_mtime > self._stall_limit()
 
     def end(self, reason: str) -> None:
-        """Kill it with all it has started."""
+        """Kill the process and all that it started."""
         if self.finished:
             return
         _kill_all(self.popen.pid)

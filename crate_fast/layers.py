@@ -112,7 +112,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
 
 
 class EmbeddingNorm(nn.LayerNorm):
-    """The LayerNorm behind the patch projection, the one that reads a half under autocast: see `layer_norm`."""
+    """The LayerNorm after the patch projection, the only one with half-precision input under autocast."""
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., C] → [..., C]."""
@@ -276,7 +276,7 @@ class ISTA(nn.Module):
 
 
 class ODL(nn.Module):
-    """Sparse coding in an overcomplete dictionary, and a decoder of its own (CRATE-α); see `crate_fast.odl`.
+    """Sparse coding in an overcomplete dictionary, with a decoder (CRATE-α); see `crate_fast.odl`.
 
     Args:
         dim: Token width C; the parameters `D` and `D1` are [C, ratio·C], Kaiming-uniform.
@@ -340,7 +340,7 @@ class ODL(nn.Module):
 
 
 class Dictionary(nn.Module):
-    """x · Dᵀ with a square dictionary D, Kaiming-uniform: what a CRATE-MAE decoder layer begins with."""
+    """x · Dᵀ with a square dictionary D, Kaiming-uniform: the first step of a CRATE-MAE decoder layer."""
 
     def __init__(self, dim: int, *, device=None, dtype=None):
         super().__init__()

@@ -1,4 +1,4 @@
-"""CRATE-MAE: a masked autoencoder whose decoder undoes what the encoder's layers do.
+"""CRATE-MAE: a masked autoencoder whose decoder inverts the encoder's layers.
 
     encoder layer   h = x + MSSA(LN x),   x ← ISTA(LN h)        CRATE's, with λ = 0.5
     decoder layer   y = LN(x) · Dᵀ,       x ← y − MSSA(LN y)    `layers.DecoderLayer`
@@ -408,7 +408,7 @@ class CRATEMAE(nn.Module):
     # --- the encoder apart, and what training asks of a model -------------------------------------------------------
 
     def encoder(self, num_classes: int = 0, **options) -> CRATE:
-        """Return the encoder as a `CRATE` of its own: for fine-tuning, probing, segmentation and the white-box view.
+        """Return the encoder as a `CRATE`, for fine-tuning, probing, segmentation and the white-box view.
 
         Args:
             num_classes: Of a new classifier, with random weights; none when 0.
@@ -442,7 +442,7 @@ class CRATEMAE(nn.Module):
         return model.train(self.training)
 
     def get_classifier(self) -> nn.Module:
-        """Return the last linear map, to pixels: what timm's tools take for the head."""
+        """Return the last linear map, to pixels, which timm's tools use as the head."""
         return self.decoder_pred
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -450,7 +450,7 @@ class CRATEMAE(nn.Module):
         self.grad_checkpointing = enable
 
     def no_weight_decay(self) -> set[str]:
-        """No parameter beside the one-dimensional ones is spared: MAE decays its tokens, and positions are fixed."""
+        """Return an empty set: MAE decays its tokens, and its positions are fixed."""
         return set()
 
     def group_matcher(self, coarse: bool = False) -> dict:

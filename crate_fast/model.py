@@ -73,7 +73,7 @@ def resample_positions(positions: Tensor, old: tuple[int, int], new: tuple[int, 
 
 
 def pool_tokens(tokens: Tensor, pool: str) -> Tensor:
-    """Return what a head reads of tokens [B, N, C], CLS first: [B, C], or the tokens themselves for pool="".
+    """Pool tokens [B, N, C], CLS first, for the head: [B, C], or the tokens themselves for pool="".
 
     Args:
         tokens: Of the last layer.
@@ -466,7 +466,7 @@ class CRATE(nn.Module):
         return self.mlp_head[-1]
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Put a new classifier behind the head's LayerNorm (and hidden layer), which stay.
+        """Replace the classifier; the head's LayerNorm and hidden layer stay.
 
         Args:
             num_classes: Its outputs; 0 for none.
@@ -488,7 +488,7 @@ class CRATE(nn.Module):
         self.transformer.grad_checkpointing = enable
 
     def no_weight_decay(self) -> set[str]:
-        """Return the parameters that timm's optimizer factory leaves undecayed, beside the one-dimensional ones."""
+        """Return the parameters, besides one-dimensional ones, that timm's optimizer factory does not decay."""
         return {"pos_embedding", "cls_token"}
 
     def group_matcher(self, coarse: bool = False) -> dict:

@@ -1,4 +1,4 @@
-"""Models with their weights in a folder of config.json and model.safetensors: the package's own, and shared ones.
+"""Models in folders of config.json and model.safetensors: the package's own, and shared ones.
 
     model = crate_fast.load_pretrained("photographs")           # comes with the package
     model = crate_fast.load_pretrained("FOLDER")                # written by `crate-fast share RUN FOLDER`

@@ -1,4 +1,4 @@
-"""Probes: each runs our kernels once on a small real problem and says whether they are right.
+"""Probes: each runs our kernels once on a small real problem and checks the result.
 
     python -m crate_fast.probes --list
     python -m crate_fast.probes --probe attention-bfloat16-2x197x6x64 --json FILE
@@ -49,7 +49,7 @@ TIMED_IMAGES = 128  # for attention: what a GPU takes its time for
 
 @dataclass(frozen=True)
 class Problem:
-    """A function of ours, PyTorch's form of it, and what both are given."""
+    """One of our functions, its form in PyTorch, and the inputs of both."""
 
     ours: Callable[..., Tensor]
     reference: Callable[..., Tensor]
@@ -70,7 +70,7 @@ class Problem:
         return gradients(forward, self.inputs, self.grad)
 
     def truth(self) -> list[Tensor]:
-        """Return the same of the reference in float64."""
+        """Return output and gradients of the reference in float64."""
         return gradients(self.reference, [tensor.double() for tensor in self.inputs], self.grad.double())
 
 
@@ -396,7 +396,7 @@ def _recorded_launches() -> Iterator[set[str]]:
 
 
 def time_probe(probe: Probe, device: torch.device | str) -> dict[str, object]:
-    """Return milliseconds of forward and backward on a GPU, in a CUDA graph, of ours and of what PyTorch has for it.
+    """Return milliseconds of forward and backward on a GPU, in a CUDA graph, of ours and of PyTorch's form.
 
     Returns:
         timed_shape (more images for attention), ours_ms, peer ("SDPA" or "eager"), peer_ms.
@@ -434,7 +434,7 @@ def _command(options: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a probe and write its row, or time probes; the exit status does not depend on what a row says."""
+    """Run a probe and write its row, or time probes; the exit status does not depend on the results."""
     parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--list", action="store_true", help="print the names")

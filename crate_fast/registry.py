@@ -1,4 +1,4 @@
-"""timm's registry: every size of both papers, and the encoders of CRATE-MAE, under `timm.create_model`.
+"""timm's registry: every size of the papers, and the encoders of CRATE-MAE, under `timm.create_model`.
 
 Patch-16 names are the released repository's sizes (ImageNet-1k), patch-8 names the emergence paper's (ImageNet-21k,
 21,842 classes), whose T and S are ViT-wide. CRATE-α's released weights are fetched by `pretrained=True`; the others

@@ -1,4 +1,4 @@
-"""The first launch of each kernel variant in a process is checked once, against PyTorch on a small input of its kind.
+"""Check the first launch of each kernel variant in a process against PyTorch, on a small input of its kind.
 
 An untested compiler, older or for another GPU, can miscompile a correct kernel. So `checked` runs a kernel's function
 once more, on random tensors, before it first runs on a device with arguments that need another compiled kernel: other
@@ -291,7 +291,7 @@ _CHECKS: dict[str, tuple[Callable, Callable, str]] = {  # by module and function
 
 
 def checked(function: Callable, *arguments, **options):
-    """Return function(*arguments, **options), after a check where this is its first launch of a variant on a device.
+    """Return function(*arguments, **options); check a variant's first launch on a device beforehand.
 
     Args:
         function: A kernel's function, one of `_CHECKS`.

@@ -18,7 +18,7 @@ __all__ = ["compression_fwd", "fold", "given", "ista_fwd", "nothing", "subspace_
 
 
 def nothing(like: Tensor, count: int) -> list[Tensor]:
-    """Empty tensors in place of results that nobody asked for; an operator's results may not share memory."""
+    """Return empty tensors in place of unwanted results; an operator's results may not share memory."""
     return [like.new_empty(0) for _ in range(count)]
 
 

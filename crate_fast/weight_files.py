@@ -1,4 +1,4 @@
-"""Read weight files: the state dict without wrappers, or one line of advice where a file holds none.
+"""Read weight files: the state dict without wrappers, or one line of advice if a file holds none.
 
 Nothing here runs pickled code: `torch.load` is always called with `weights_only=True`.
 """
@@ -210,7 +210,7 @@ def read_state_dict(path: str | os.PathLike, entry: str | None = None) -> dict[s
 
 
 def describe_file(path: Path) -> tuple[str, str] | None:
-    """Describe a file that holds no weights, or not as its suffix says, with a remedy; None if it may hold them.
+    """Describe a file without weights, or with a wrong suffix, and the remedy; None if it may hold weights.
 
     Judges by the file's first bytes, and for a zip archive by the names in it.
 

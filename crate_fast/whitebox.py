@@ -78,7 +78,7 @@ def cls_attention(query: Tensor, keys: Tensor, scale: float) -> Tensor:
 
 
 def attention_layer(model: nn.Module) -> int:
-    """Return the layer whose attention is looked at: the last but one for CRATE, the last for a ViT (paper, §3)."""
+    """Return the layer whose attention is shown: the last but one for CRATE, the last for a ViT (paper, §3)."""
     layers = model.transformer.layers
     return max(0, len(layers) - 2) if isinstance(layers[0][0].fn, MSSA) else len(layers) - 1
 
@@ -146,7 +146,7 @@ class LayerTrace:
         return coding_rate(self.subspace_tokens, epsilon)
 
     def code(self) -> Tensor:
-        """Return the sparse code: ISTA's output [B, N, C]; ODL's z [B, N, ratio·C], made again from `after_mssa`."""
+        """Return the sparse code: ISTA's output [B, N, C]; ODL's z [B, N, ratio·C], recomputed from `after_mssa`."""
         if not isinstance(self.sparsifier.fn, ISTA | ODL):
             raise UserError(f"layer {self.index} has an MLP, and no sparse code")
         if isinstance(self.sparsifier.fn, ODL):
@@ -161,7 +161,7 @@ class LayerTrace:
 def visit_layers(
     model: nn.Module, images: Tensor, visit: Callable[[LayerTrace], None], layers: Iterable[int] | None = None
 ) -> Tensor:
-    """Run `model` on `images` and hand each chosen layer's trace to `visit` as soon as the layer is done.
+    """Run `model` on `images` and call `visit` with each chosen layer's trace as soon as the layer is done.
 
     What `visit` does not keep is freed before the next layer runs. Eager only: call it on the model itself, not on a
     compiled wrapper.
@@ -205,7 +205,7 @@ def visit_layers(
 
 
 def trace(model: nn.Module, images: Tensor, layers: Iterable[int] | None = None) -> list[LayerTrace]:
-    """Run `model` on `images` and return what the chosen layers did.
+    """Run `model` on `images` and return a trace of each chosen layer.
 
     Gradients flow if they are enabled; wrap the call in `torch.no_grad()` where none are wanted.
 

@@ -58,7 +58,7 @@ class MaskCut(NamedTuple):
 
 
 def object_of(vector: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Return the object that a second eigenvector shows.
+    """Extract the object from a second eigenvector.
 
     Patches above the mean are foreground, with the seed at the largest entry. If at least three of the four corners
     are foreground, the sides are swapped and the seed is the smallest entry. Entries within 1e-4 of each other are

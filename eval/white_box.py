@@ -34,7 +34,7 @@ MEASURES = {
 
 
 def left_out(model: nn.Module) -> dict[str, str]:
-    """Return the measures that mean nothing for a model, each with the reason."""
+    """Return the measures that are undefined for a model, each with the reason."""
     reasons = {}
     first = model.transformer.layers[0] if isinstance(model, CRATE) else None
     if first is None or not isinstance(first[0].fn, MSSA):

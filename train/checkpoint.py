@@ -1,4 +1,4 @@
-"""The folder that a run writes, and checkpoints in it that are complete or absent, whenever the process is killed.
+"""A run's folder, and its checkpoints, which are complete or absent whenever the process is killed.
 
     RUN/checkpoints/step_00001500/  model.safetensors (released names), ema.safetensors, training.pt, manifest.json
     RUN/checkpoints/best.json       step with the best validation score
@@ -135,7 +135,7 @@ def _put_in_place(temporary: Path, final: Path) -> None:
 
 
 def manifest(root: Path, step: int) -> dict:
-    """Return what is recorded with a checkpoint: step, configuration, history, environment."""
+    """Return the record of a checkpoint: step, configuration, history, environment."""
     return _read_json(folder_of(root, step) / MANIFEST, "restore it, or delete its folder")
 
 
@@ -206,7 +206,7 @@ def record_best(root: Path, best: dict) -> None:
 
 
 def best_step(root: Path) -> int | None:
-    """Return the step that `record_best` noted, or None if it noted none or that checkpoint is gone."""
+    """Return the step that `record_best` recorded, or None if there is none or its checkpoint is gone."""
     path = root / BEST
     step = _read_json(path, "delete it to use the newest checkpoint").get("step") if path.is_file() else None
     return step if step in steps(root) else None
@@ -253,7 +253,7 @@ class RunLock:
         self._lock = filelock.FileLock(folder / ".lock")
 
     def acquire(self, patience: float = 0.0) -> None:
-        """Take the lock; wait `patience` seconds, for a file server holds a dead host's lock for a while.
+        """Take the lock, waiting up to `patience` seconds: a file server keeps a dead host's lock for a while.
 
         Raises:
             CheckpointError: Another process has it; the message says which.
@@ -287,7 +287,7 @@ class RunLock:
             write_text(self.owner, json.dumps(owner))
 
     def release(self) -> None:
-        """Give the lock back, if it is held."""
+        """Release the lock, if it is held."""
         self._lock.release()
 
     def _read(self) -> dict:

@@ -208,7 +208,7 @@ def _saved_bytes(model, config: TrainConfig, batch: int, num_classes: int, devic
 
 
 def make_plan(config: TrainConfig, options: argparse.Namespace) -> dict:
-    """Return everything that `crate-fast plan` prints, as plain values; `options` are those of `_add_options`.
+    """Return the output of `crate-fast plan` as plain values; `options` are those of `_add_options`.
 
     Raises:
         UserError: The run is impossible, or something about it is not known; the message says what to pass.

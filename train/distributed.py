@@ -29,7 +29,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Processes:
-    """Rank and world size of this process, over all hosts and on this one, and where it computes."""
+    """Rank and world size of this process, globally and on this host, and its device."""
 
     rank: int
     local_rank: int
@@ -61,7 +61,7 @@ class Processes:
         return values
 
     def wait(self) -> None:
-        """Wait until every process is here."""
+        """Wait for all processes (a barrier)."""
         if self.world_size > 1:
             dist.barrier()
 
@@ -145,7 +145,7 @@ def shards_model(config: TrainConfig, processes: Processes) -> bool:
 
 
 def check_settings(config: TrainConfig, processes: Processes) -> None:
-    """Refuse settings that these processes cannot carry out, with what to change."""
+    """Refuse settings that do not fit these processes; say what to change."""
     sharded, parallel, count = shards_model(config, processes), f"parallel={config.parallel!r}", processes.world_size
     graphs = config.compile and config.compile_mode in MODES_WITH_GRAPHS
     refused = {

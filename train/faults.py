@@ -1,4 +1,4 @@
-"""Faults that a run meets: a signal that asks it to stop, a full disk, corrupt images, steps that are not finite."""
+"""Faults in a run: a signal to stop, a full disk, corrupt images, non-finite steps."""
 
 import errno
 import itertools
@@ -20,7 +20,7 @@ from crate_fast.train.distributed import Processes, is_sharded
 
 
 class Interruption:
-    """A note of SIGTERM, SIGUSR1 or one of `more`; the loop reads it after each step, saves and leaves.
+    """Record of SIGTERM, SIGUSR1 or one of `more`, which the loop checks after each step to save and exit.
 
     >>> with Interruption() as interruption:
     ...     signal.raise_signal(signal.SIGTERM)
@@ -73,7 +73,7 @@ def writing(folder: Path):
 
 
 class UnreadableTally:
-    """The corrupt images of a split of `n_images`, each counted once an epoch however often it is met.
+    """The corrupt images of a split of `n_images`, each counted at most once an epoch.
 
     Each process collects the problems that it meets in `pending`; `count` adds those of all processes, so that all
     stop together. `limit` is the largest fraction that may be corrupt; the first process names new ones in `file`.
@@ -156,7 +156,7 @@ def poisoned(weights: dict[str, Tensor]) -> list[str]:
 
 @torch.no_grad()
 def diagnosis(model: nn.Module, images: Tensor, outputs: Callable[[nn.Module, Tensor], tuple[Tensor, ...]]) -> str:
-    """Say where values stop being finite: images, weights, gradients, or the first module whose output does.
+    """Describe where values stop being finite: images, weights, gradients, or the first such module output.
 
     Runs the model once more on `images`, normalised, in fp32, unless it is sharded. Gradients are those of the step.
     """

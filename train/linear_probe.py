@@ -1,4 +1,4 @@
-"""Linear probing as MAE's: `torchrun train/linear_probe.py --init RUN --data-dir DATA`.
+"""Linear probing as in MAE: `torchrun train/linear_probe.py --init RUN --data-dir DATA`.
 
 The model is frozen; a BatchNorm without affine parameters and a linear classifier behind it learn by LARS. `eval
 classify --protocol linear` is another probe, logistic regression on features computed once: quicker, and without

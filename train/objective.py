@@ -138,7 +138,7 @@ class Reconstruction(Objective):
         return loss.double().unsqueeze(0) * len(images)
 
     def noise(self, batch: Batch) -> Tensor:
-        """Return what hides the patches in evaluation, [B, N]: drawn by the seed and the image's number."""
+        """Return the noise [B, N] that hides patches in evaluation, drawn by the seed and the image's number."""
         return image_noise(self.model, [(self.config.seed, *key) for key in batch.keys])
 
     def outputs(self, model, images):

@@ -31,7 +31,7 @@ _BEFORE_PROFILE = 10  # steps: compilation, caches and clocks settle
 
 
 def profiler(folder: Path, steps: int, left: int, processes: Processes):
-    """Return a context whose `step()` is to be called after each step: PyTorch's profiler after the first ten.
+    """Return PyTorch's profiler as a context, active after ten steps; call its `step()` after each step.
 
     It records `steps` steps into `folder`/rank0.json, …, for chrome://tracing or Perfetto; 0 for none: it is then
     None. `left` are the steps that the run still has; a warning if they are too few.

@@ -1,4 +1,4 @@
-"""Models of runs: built from settings, opened from a run's folder, started from weights that exist."""
+"""Models of runs: built from settings, opened from a run's folder, initialised from given weights."""
 
 from pathlib import Path
 

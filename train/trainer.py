@@ -457,7 +457,7 @@ class Trainer:
         self.processes.wait()
 
     def close(self) -> None:
-        """End loading processes, close the logs, and let others write the folder."""
+        """End loading processes, close the logs, and release the folder."""
         self.val_loader = None  # its processes ignore SIGTERM: Python would wait for them forever when it exits
         self.run.close()
 

@@ -29,7 +29,7 @@ _SUFFIX = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # formats
 
 
 def encoded(content: bytes, shorter_side: int, quality: int) -> tuple[str, bytes]:
-    """Return (suffix, bytes) of an image as a shard holds it, read as training reads it."""
+    """Return an image as a shard stores it: (suffix, bytes)."""
     with open_image(io.BytesIO(content)) as image:
         kind, picture = image.format, to_rgb(image)  # always decoded, so that no damaged image is written
     size = picture.size

@@ -1,1 +1,1 @@
-"""Machinery that the protocols share: models and images by name, features, scores, figures, results."""
+"""Common parts of the protocols: models and images by name, features, scores, figures, results."""

@@ -86,7 +86,7 @@ def index_of(images: list[dict], annotations: list[dict], categories: list[dict]
 
 
 def require_objects(coco, image_ids: Sequence) -> None:
-    """Refuse images without a single object, whose AP has no meaning."""
+    """Refuse images without any object: AP is undefined."""
     if not any(not annotation.get("iscrowd") for i in image_ids for annotation in coco.imgToAnns.get(i, ())):
         raise UserError(
             f"none of the {len(image_ids)} images has an annotated object, so AP has no meaning: take more images "
@@ -273,7 +273,7 @@ def detections_of(masks: np.ndarray, image_id: int | str) -> list[dict]:
 
 
 def class_agnostic_scores(coco, detections: Sequence[dict], image_ids: Sequence[int]) -> dict[str, dict[str, float]]:
-    """Score boxes and masks by AP and AR, with all categories taken as one.
+    """Score boxes and masks by class-agnostic AP and AR.
 
     Args:
         coco: pycocotools' `COCO` with the ground truth, complete as by `read_annotations`; any ids and categories.

@@ -1,4 +1,4 @@
-"""Images that a command names, with their object masks if known.
+"""Data sets of images by name, with their object masks if known.
 
     folder:PATH          every image below PATH
     voc:PATH             PASCAL VOC in its own layout (VOCdevkit/VOC2012), segmentation val split
@@ -411,7 +411,7 @@ def batches(
 
 
 def free_photographs() -> dict[str, Path]:
-    """Return freely licensed photographs that installed packages bring along: name with credit → file."""
+    """Return the freely licensed photographs of installed packages: name with credit → file."""
     found = {}
     for package, file, name, credit in _FREE_PHOTOGRAPHS:
         specification = importlib.util.find_spec(package)

@@ -1,4 +1,4 @@
-"""Models that a command names.
+"""Models by name.
 
     runs/NAME            a run's best checkpoint        crate_small_patch8_224@weights.pth    a file, strictly
     runs/NAME@12000      its checkpoint at a step       vit_small_patch8_224.dino@pretrained  through timm

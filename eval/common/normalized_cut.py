@@ -1,4 +1,4 @@
-"""The second eigenvector of a normalised cut, by deflated Lanczos: MaskCut spends its time here.
+"""The second eigenvector of a normalised cut, by deflated Lanczos: the costly part of MaskCut.
 
 A graph of P patches has the affinities A = ε·11ᵀ + (1 − ε)·B with B in {0, 1}, degrees d = A·1, and the wanted vector
 solves (D − A)v = λDv for the second smallest λ (Shi and Malik, *Normalized Cuts and Image Segmentation*). With
@@ -225,7 +225,7 @@ def _signed(vector: Tensor) -> Tensor:
 
 @contextmanager
 def exact_fp32() -> Iterator[None]:
-    """Forbid tf32 and bf16 inside fp32 matrix products, on GPUs and CPUs, while it is open."""
+    """Context without tf32 and bf16 inside fp32 matrix products, on GPUs and CPUs."""
     backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
     before = [backend.fp32_precision for backend in backends]
     for backend in backends:

@@ -14,7 +14,7 @@ _TINY = torch.finfo(torch.float64).tiny
 
 
 class TooFewPatchesError(UserError):
-    """Too few patches are foreground to take components of."""
+    """Too few foreground patches for principal components."""
 
 
 def principal_components(tokens: Tensor, count: int, centred: bool = False) -> tuple[Tensor, Tensor]:

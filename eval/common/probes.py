@@ -117,7 +117,7 @@ def knn_predictions(
 
 
 def check_neighbours(ks: Sequence[int], n_images: int) -> None:
-    """Refuse numbers of neighbours that there are not."""
+    """Refuse more neighbours than training images."""
     for k in ks:
         if not 1 <= k <= n_images:
             raise UserError(f"--k {k}: there are {n_images} training images; ask for at most as many neighbours")

@@ -128,14 +128,14 @@ def write_results(folder: Path, protocol: str, config: dict, results: dict, prob
 
 
 def differences(path: Path, settings: dict) -> str:
-    """Return what differs between the settings in a JSON file and others, in words; "" when they are equal."""
+    """Describe how settings differ from those in a JSON file; "" when they are equal."""
     before = json.loads(path.read_text())
     names = sorted(name for name in before.keys() | settings.keys() if before.get(name) != settings.get(name))
     return "; ".join(f"{name}: {before.get(name)!r} there, {settings.get(name)!r} now" for name in names)
 
 
 class Records:
-    """Records of an evaluation in a folder, one line for each image or checkpoint, from which it is resumed.
+    """Records of an evaluation in a folder, one line per image or checkpoint, for resuming it.
 
         settings.json         the settings that decide a record; records of other settings are refused
         records-RANK.jsonl    one record a line, appended and flushed by the process of that rank

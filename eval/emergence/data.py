@@ -1,4 +1,4 @@
-"""The images of the experiment: to train on, to choose heads on, to score, and to show.
+"""The images of the experiment, for training, choosing heads, scoring and figures.
 
 Photographs are prepared once in OUTPUT/data, where every run finds them:
 
@@ -73,7 +73,7 @@ class _Photographs(BoxedImages):
 
 
 class PhotographData:
-    """Photographs as `prepare_photographs` left them in a folder; attributes as of `SceneData`."""
+    """Photographs that `prepare_photographs` wrote to a folder; attributes as in `SceneData`."""
 
     def __init__(self, protocol: Protocol, folder: Path):
         self.protocol, self.folder = protocol, folder

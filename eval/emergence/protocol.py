@@ -28,7 +28,7 @@ _OF_SCENES = ("cifar_epochs", "selection_seed", "test_seed")
 
 @dataclass(frozen=True)
 class Stage:
-    """A part of a training run.
+    """One stage of a training run.
 
     Attributes:
         image_size: Side of the images in pixels.
@@ -182,7 +182,7 @@ class Protocol:
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
     def in_words(self) -> dict[str, str]:
-        """Return every setting that its data have as text, for a table."""
+        """Return every setting that applies to the data as text, for a table."""
         left_out = _OF_SCENES if self.photographs else _OF_PHOTOGRAPHS
         names = [field.name for field in dataclasses.fields(self) if field.name not in left_out]
         return {name: _in_words(getattr(self, name)) for name in names}

@@ -289,7 +289,7 @@ def _stop_with_parent() -> None:
 
 
 def train_and_score(job: Job) -> None:
-    """Write the result of a job, unless it is stopped before; a sweep that diverges gets accuracy 0."""
+    """Run a job and write its result, unless it is stopped; a sweep that diverges gets accuracy 0."""
     try:
         if _train(job):
             _score(job)

@@ -40,7 +40,7 @@ def checkpoint_scores(loaded: LoadedModel, data: SceneData | PhotographData) -> 
 
 
 def photograph_scores(loaded: LoadedModel, data: PhotographData) -> dict:
-    """Score a model, opened at the size of photographs with masks, on those: "masks", as "test", and "maskcut"."""
+    """Score a model on the photographs with masks, at their size: "masks", in the form of "test", and "maskcut"."""
     images = data.with_masks
     return _rounded({"masks": _segmentation(loaded, images), "maskcut": _maskcut(loaded, images)})
 

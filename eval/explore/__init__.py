@@ -1,1 +1,1 @@
-"""The explorer, `crate-fast explore`: a local page that shows the inside of models."""
+"""The explorer, `crate-fast explore`: a local page that shows what each layer of a model does."""

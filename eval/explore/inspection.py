@@ -1,4 +1,4 @@
-"""The explorer's answers as plain JSON values: models opened on demand, and everything computed of a picture."""
+"""The explorer's answers as plain JSON values: models opened on demand, and all that is computed from a picture."""
 
 import threading
 from typing import NamedTuple
@@ -51,7 +51,7 @@ class OpenModel(NamedTuple):
 
 
 class ModelCache:
-    """The models to choose from, opened on first use with the options of `models.open_model`; the last stay open."""
+    """The selectable models, opened on first use with the options of `models.open_model`; the latest stay open."""
 
     def __init__(self, choices: list[ModelChoice], **opening):
         self.choices, self.opening = choices, opening
@@ -222,7 +222,7 @@ class Explorer:
         }
 
     def inspection(self, model: int, picture: str) -> Inspection:
-        """Return what is known of a model, by its number, on a picture, by its id.
+        """Return the inspection of a picture, by its id, by a model, by its number.
 
         A stored inspection is returned without waiting for a busy model.
         """

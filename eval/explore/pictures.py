@@ -111,7 +111,7 @@ def decode(data: bytes, name: str) -> Image.Image:
 
 
 class Pictures:
-    """The pictures to choose from: a folder's, or free photographs and scenes, and uploads.
+    """The selectable pictures: a folder's, or free photographs and scenes, and uploads.
 
     Args:
         folder: Folder of images; `free_photographs` and scenes of `shape_scenes` when None.

@@ -1,4 +1,4 @@
-"""Training data: how an image gets from disk to a batch.
+"""Training data, from image files to batches.
 
 `sources` opens a folder, archive or data set, and gives image n and its label; `shards` indexes tar archives for it.
 `image_files` finds image files and decodes them to upright 8-bit RGB; `shape_scenes` draws images instead.

@@ -1,4 +1,4 @@
-"""Image files, found below a folder with their classes and decoded to RGB alike for all readers.
+"""Find image files with their classes, and decode them to RGB in the same way for all readers.
 
 The class of an image is the first folder below its split, in torchvision's order (`ImageFolder`). Images become 8-bit
 RGB, upright as EXIF says, on white where they are transparent. The full range of 16-bit grey becomes that of 8 bits;

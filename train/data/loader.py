@@ -134,7 +134,7 @@ class _Batches(Dataset):
 
 @dataclass(frozen=True)
 class DataSplits:
-    """The splits of a data set, of which the loaders make batches.
+    """The splits of a data set, from which the loaders make batches.
 
     A sample, (uint8 image, label) by (epoch, index) or (epoch, index, copy), is not mirrored; a corrupt one raises
     `Unreadable`.

@@ -1,4 +1,4 @@
-"""Tar archives of images, WebDataset shards or class folders, read at any place in any order.
+"""Tar archives of images, WebDataset shards or class folders, with random access.
 
 Neighbouring members whose file names are alike up to the first dot are one sample: `n01/a.jpg` and `n01/a.cls`. The
 label is the number in `cls`, or "label" in `json`. The headers are read once, into an index of (archive, offset,

@@ -44,7 +44,7 @@ class Source(Dataset, ABC):
 
     @abstractmethod
     def name(self, index: int) -> str:
-        """Return the image's place, for messages."""
+        """Return the image's location, for messages."""
 
     def open(self, index: int) -> tuple[BinaryIO, int]:
         """Return the image's file, not decoded, and its label."""
@@ -152,7 +152,7 @@ class TorchvisionSource(Source):
 
 
 def open_torchvision(dataset: str, data_dir: str, train: bool, download: bool) -> Source:
-    """Open a data set that torchvision knows, and download it only if asked to."""
+    """Open one of torchvision's data sets; download it only on request."""
     name, argument, *splits = TORCHVISION[dataset]
     place = f"data_dir={data_dir!r}"
     try:

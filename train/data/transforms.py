@@ -58,7 +58,7 @@ def mirrored(images: Tensor, flips: Tensor | None) -> Tensor:
 
 
 def mixed_seed(*name: int) -> int:
-    """Return a 64-bit seed made of non-negative integers; a trailing 0 does not change it."""
+    """Mix non-negative integers into a 64-bit seed; a trailing 0 does not change it."""
     return int(np.random.SeedSequence(name).generate_state(1, np.uint64)[0])
 
 
