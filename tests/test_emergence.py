@@ -282,7 +282,7 @@ def test_cifar10_is_trained_on_and_in_the_report(copied, tmp_path, without_figur
         folders.result(other).write_text(json.dumps(result | {"model": other.model, "seed": other.seed}))
     text = report_again(copied)
     assert "30 of 30" in text
-    assert "CIFAR-10 was not at hand" not in text
+    assert "CIFAR-10 is missing" not in text
 
 
 def test_the_untrained_twin_is_the_run_before_training(finished, tmp_path):

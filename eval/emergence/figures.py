@@ -36,10 +36,10 @@ CAPTIONS = {  # name → caption, in the report's order
     "figure6_components": "Principal components 2 to 4 of patch features by layer, as colours; four images (Fig. 6).",
     "figure7_heads": "Attention of CLS, every head of CRATE's layer that the paper looks at (Fig. 7).",
     "figure9_parts": "The first three components of the foreground by layer, as colours; four images (Fig. 9).",
-    "figure10_by_epoch": "Scores over training at the paper's layer (Fig. 10); at 0 stand the untrained twins.",
+    "figure10_by_epoch": "Scores over training at the paper's layer (Fig. 10); 0: the untrained twins.",
     "figure10_components": "Components 2 to 4 over training, CRATE; four images (Fig. 10).",
-    "by_accuracy": "Attention's scores at the paper's layer against accuracy on a run's held-out images, a point a "
-    "checkpoint of the first stage.",
+    "by_accuracy": "Attention's scores at the paper's layer against accuracy on a run's held-out images, one point "
+    "per checkpoint of the first stage.",
     "white_box": "R^c and sparsity by layer; dashed: before training.",
 }
 _SHOWN_SCORES = (

@@ -89,8 +89,8 @@ def _figures_note(protocol: Protocol) -> str:
     if len(set(sizes)) == 1:
         return text
     return (
-        f"{text} All checkpoints are scored at {sizes[-1]} px; those of the first stage had seen {sizes[0]} px "
-        "alone, so that objects are larger than they know them, and their accuracy here says little."
+        f"{text} All checkpoints are scored at {sizes[-1]} px. Those of the first stage were trained at {sizes[0]} "
+        "px, where objects are smaller, so their accuracy here says little."
     )
 
 
@@ -116,25 +116,24 @@ def _verdicts(results: Results) -> str:
         learned = not any(None in reached[model] for model in results.ranked)  # each began below what all reached
         first = (
             f"On the primary score, {primary}, at the end of training:\n\n"
-            f"{_claims(results, primary)}\n\nAnd, primary too, at equal accuracy: where each run "
-            f"first reached {at:.1f} % on its held-out photographs, the most that all did:\n\n"
+            f"{_claims(results, primary)}\n\nAnd at equal accuracy, where each run first reached {at:.1f} % on its "
+            "held-out photographs, the highest accuracy that all reached:\n\n"
             + (_claims(results, primary, at) if learned else "Not every run learned that much.")
         )
     else:
         first = f"On the primary score, {primary}, as the protocol has it:\n\n{_claims(results, primary)}"
     text = (
-        f"{first}\n\nThe "
-        f"best of {protocol.heads} heads is chosen with the object in view, and {protocol.heads} maps that are the "
-        f"same for all images would gain from that too, while the {protocol.fixed_map} is one map. So the same "
-        f"statements on one head for all images, chosen on other {protocol.kind}; not what the protocol decides "
-        "by:\n\n" + _claims(results, primary.replace("best head", "fixed head"))
+        f"{first}\n\nThe best of {protocol.heads} heads is chosen with the object in view, which favours it over "
+        f"the {protocol.fixed_map}, a single map. So here are the same statements with one head for all images, "
+        f"chosen on other {protocol.kind}; the protocol does not decide by them:\n\n"
+        + _claims(results, primary.replace("best head", "fixed head"))
     )
     before = Protocol.primary
     if primary == before or protocol.photographs:
         return text
     return (
-        f"{text}\n\nAnd by the paper's way of scoring, which the first protocol decided by; it depends on how far "
-        f"maps spread:\n\n{_claims(results, before)}"
+        f"{text}\n\nBy the paper's score, which decided the first protocol and depends on how far maps spread:\n\n"
+        f"{_claims(results, before)}"
     )
 
 
@@ -252,9 +251,8 @@ def _differences(results: Results) -> str:
     ]
     seeds = ", ".join(map(str, results.seeds()))
     return (
-        f"Paired over seeds ({seeds}): mean, 95 % interval by Student's t, p of the paired t-test. Nothing is "
-        "corrected for the number of comparisons: of twenty without a difference one is expected at p < 0.05.\n\n"
-        + markdown_table(rows)
+        f"Paired over seeds ({seeds}): mean, 95 % interval by Student's t, p of the paired t-test. p is not "
+        "corrected for the number of comparisons: by chance, one in twenty is below 0.05.\n\n" + markdown_table(rows)
     )
 
 
@@ -276,10 +274,8 @@ def _accuracy(results: Results) -> str:
         row["parameters"] = results.by_seed(model, lambda r: r["parameters"])[0]
     table = markdown_table(rows, digits=1)
     if protocol.photographs:
-        return (
-            f"On test photographs at the end; sweeps on the photographs that learning rates are chosen by.\n\n{table}"
-        )
-    missing = "" if with_cifar else "\nCIFAR-10 was not at hand, or is not done.\n"
+        return f"On test photographs at the end; sweeps on the selection photographs.\n\n{table}"
+    missing = "" if with_cifar else "\nCIFAR-10 is missing or not finished.\n"
     error = 100 * (0.15 * 0.85 / protocol.selection_images) ** 0.5
     noise = f"on {protocol.selection_images} scenes an accuracy of 15 % has a standard error of {error:.1f}."
     return f"Chance is {100 / 12:.1f} on scenes and 10 on CIFAR-10. In a sweep, {noise}\n\n{table}{missing}"
@@ -312,13 +308,12 @@ def _at_equal_accuracy(results: Results) -> str:
     end = (
         "The verdicts above that are decided at equal accuracy come from the first of these tables."
         if protocol.photographs
-        else "This was added after the results were known, and nothing is decided by it. A dash: not every run "
-        "reached it."
+        else "This was added after the results were known and decides nothing. A dash: not every run reached it."
     )
     text = (
-        f"Each model when, in the first stage, it first classified {accuracy:.1f} % of its held-out {protocol.kind} "
-        "rightly, the most that every run of Table 2's models did; on the line between two checkpoints, of which the "
-        f"untrained twin is the first. {end}"
+        f"Each model where, in the first stage, it first classified {accuracy:.1f} % of its held-out {protocol.kind} "
+        "correctly, the highest accuracy that every run of Table 2's models reached; interpolated between "
+        f"checkpoints, from the untrained twin on. {end}"
     )
     return "\n\n".join([text, *parts])
 
@@ -335,7 +330,7 @@ def _white_box(results: Results) -> str:
             row[f"{title} falls with depth"] = trends and " · ".join(found["falls"] for found in trends)
         if any(row.values()):
             rows.append({"model": model, "": when} | row)
-    return "One entry a seed.\n\n" + markdown_table(rows)
+    return "One entry per seed.\n\n" + markdown_table(rows)
 
 
 def _trends(results: Results, model: str, index: int, name: str) -> list[dict] | None:
