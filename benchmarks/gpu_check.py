@@ -48,7 +48,7 @@ LIMITS = {"first": 410.0, "second": 230.0, "all": 630.0}
 NO_TIME = "no time was left"
 PACK_SECONDS = 10.0  # at the end, for the archive
 
-PROBE_S, PROBES_AT_ONCE = 30.0, 10
+PROBE_S, PROBES_AT_ONCE = 30.0, 14
 HANG_S = 3.0  # limit of the probe that hangs, in a rehearsal
 FAULTS = ("fault:crash", "fault:hang", "fault:wrong")  # probes of a rehearsal
 MODELS_AT_ONCE = 2  # that run while others compile: memory for both

@@ -248,7 +248,7 @@ class Trainer:
         # means over all processes, and whether any has a value that is not finite or was asked to stop
         self.scaler.unscale_(self.optimizer)
         norm = gradient_norm(self.model)
-        stopping = torch.tensor(self.interruption.requested(), device=self.device)
+        stopping = torch.full((), self.interruption.requested(), device=self.device)
         flags = torch.stack([~totals[0].isfinite(), ~norm.isfinite(), stopping])
         shared = self.processes.sum(torch.cat([totals.double() / self.processes.world_size, flags.double()]))
         *means, bad_loss, bad_gradient, stop = shared.tolist()  # the step's one wait for the device
