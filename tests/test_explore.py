@@ -253,6 +253,8 @@ def test_other_sites_and_other_names_are_refused(address):
     assert answer.status_code == 403
     answer = httpx.get(setup, headers={"Origin": address})
     assert answer.status_code == 200
+    with served(explorer_with(*SHIPPED), hosts=("PC.lan",)) as named:  # browsers write it in lower case
+        assert httpx.get(f"{named}/api/setup", headers={"Host": "pc.lan:7470"}).status_code == 200
     assert "default-src 'none'" in answer.headers["content-security-policy"]
     assert answer.headers["x-content-type-options"] == "nosniff"
 

@@ -58,7 +58,7 @@ class _Guard:
     """Middleware that adds the headers, and refuses other sites' pages and foreign host names (DNS rebinding)."""
 
     def __init__(self, app: ASGIApp, hosts: Sequence[str] | None):
-        self.app, self.hosts = app, hosts
+        self.app, self.hosts = app, None if hosts is None else [host.lower() for host in hosts]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
