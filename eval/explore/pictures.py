@@ -85,8 +85,6 @@ def decode(data: bytes, name: str) -> Image.Image:
     Raises:
         UnreadablePictureError: It is none of these, is damaged, has more than 50 megapixels, or 32 bits a channel.
     """
-    if len(data) > MAX_UPLOAD_BYTES:
-        raise UnreadablePictureError(f"{name} has {len(data) / 2**20:.0f} MiB: at most 20 are read; make it smaller")
     try:
         with _DECODING, open_image(io.BytesIO(data), _FORMATS) as file:
             width, height = file.size

@@ -40,7 +40,7 @@ _MAX_VIEW_SIDE = 1024
 _MAX_UPLOADS = 4  # bodies in memory at once
 _HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
-    "img-src 'self' blob: data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "img-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Cross-Origin-Resource-Policy": "same-origin",
@@ -91,12 +91,12 @@ def _error(status: int, text: str, **headers: str) -> JSONResponse:
     return JSONResponse({"error": text}, status, headers)
 
 
-def _integer(request: Request, name: str, default: int | None = None, optional: bool = False) -> int | None:
+def _integer(request: Request, name: str, *default: int | None) -> int | None:
     word = request.query_params.get(name)
     if not word:
-        if default is None and not optional:
+        if not default:
             raise UserError(f"the request lacks {name}=…, a whole number")
-        return default
+        return default[0]
     if not (word.isascii() and word.isdecimal()) or len(word) > 9:
         raise UserError(f"{name}={word[:40]!r}: a whole number, from 0")
     return int(word)
@@ -161,7 +161,7 @@ def application(explorer: Explorer, hosts: Sequence[str] | None = None) -> Starl
         return explorer.inspection(_integer(request, "model"), request.query_params.get("picture", ""))
 
     def attention(request: Request) -> dict:
-        layer, patch = _integer(request, "layer"), _integer(request, "patch", optional=True)
+        layer, patch = _integer(request, "layer"), _integer(request, "patch", None)
         return inspection(request).attention(layer, patch)
 
     queries: dict[str, Callable[[Request], dict | Response]] = {
