@@ -298,7 +298,7 @@ def test_a_model_that_cannot_be_opened_is_a_message(visit):
 def test_it_fits_every_width(visit):
     visit.page.check("#compare")
     visit.wait("1/s0/3/cls", panel=2)
-    for width in (2200, 1366, 1024, 380):
+    for width in (2200, 1366, 1024, 380, 320):
         visit.page.set_viewport_size({"width": width, "height": 768})
         visit.page.wait_for_function(f"document.documentElement.scrollWidth <= {width}")  # canvases are redrawn
     for scheme in ("light", "dark"):
