@@ -75,6 +75,12 @@ class Visit:
     def wait(self, shown: str, panel: int = 1) -> None:
         self.page.wait_for_selector(SHOWN.format(panel=panel, shown=shown))
 
+    def hold(self, address: str) -> list:
+        """Hold back the requests to an address, in the list that is returned."""
+        held: list = []
+        self.page.route(address, lambda route: held.append(route))
+        return held
+
     def ready(self, figure: str, panel: int = 1):
         card = f"#panels > :nth-child({panel}) [data-figure={figure}]"
         self.page.wait_for_selector(f"{card}:not([hidden]) .png:not([disabled])")
@@ -255,6 +261,76 @@ def test_a_strip_of_a_picture_can_be_seen(visit, explorer, tmp_path):
             assert max(file.size) < 10000
 
 
+def test_a_slow_upload_is_listed_once_and_replaces_no_newer_choice(visit, explorer, tmp_path):
+    page, held = visit.page, visit.hold("**/api/pictures?name=slow.png")
+    names, keys = ("slow.png", "quick.png"), []
+    for seed, name in enumerate(names, start=31):
+        (tmp_path / name).write_bytes(picture_file(seed))
+        keys.append(explorer.pictures.add(picture_file(seed), name))
+    with page.expect_request("**/api/pictures?name=slow.png"):
+        page.set_input_files("#file", tmp_path / "slow.png")
+    page.set_input_files("#file", tmp_path / "quick.png")
+    visit.wait(f"0/{keys[1]}/2/cls")
+    held[0].continue_()
+    page.wait_for_selector("#pictures [title='slow.png']")
+    assert page.evaluate("document.querySelector('#pictures :checked').value") == keys[1]
+    page.unroute("**/api/pictures?name=slow.png")
+    page.set_input_files("#file", tmp_path / "slow.png")
+    visit.wait(f"0/{keys[0]}/2/cls")
+    assert page.locator("#pictures [title='slow.png']").count() == 1
+
+
+def test_a_dropped_file_is_shown_and_one_that_is_gone_is_named(visit, explorer, tmp_path):
+    page, file = visit.page, tmp_path / "dropped.png"
+    file.write_bytes(picture_file(33))
+    page.evaluate(
+        "document.body.append(Object.assign(document.createElement('input'), { type: 'file', id: 'other' }))"
+    )
+    page.set_input_files("#other", file)
+    drop = """() => {
+      const dataTransfer = new DataTransfer();
+      dataTransfer.items.add(document.getElementById("other").files[0]);
+      document.body.dispatchEvent(new DragEvent("drop", { dataTransfer, bubbles: true }));
+    }"""
+    page.evaluate(drop)
+    visit.wait(f"0/{explorer.pictures.add(picture_file(33), 'x')}/2/cls")
+    file.unlink()
+    page.evaluate(drop)
+    page.wait_for_selector("#problem:not([hidden]) >> text=dropped.png cannot be read")
+
+
+def test_a_failing_server_is_a_sentence(visit):
+    failure = {"status": 500, "content_type": "text/plain", "body": "Internal Server Error"}
+    visit.page.route("**/api/*", lambda route: route.fulfill(**failure))
+    visit.page.locator("#pictures label").nth(3).click()
+    visit.page.wait_for_selector("#problem:not([hidden]) >> text=The explorer failed (500)")
+    visit.page.reload()
+    visit.page.wait_for_selector("#problem:not([hidden]) >> text=The explorer failed (500)")
+    assert visit.page.inner_text("#status") == ""
+
+
+def test_controls_that_the_browser_restores_hold(visit):
+    visit.page.check("#compare")
+    visit.page.goto("about:blank")
+    visit.page.go_back()
+    visit.wait("0/s0/2/cls")
+    assert visit.page.locator(".panel").count() == 1 + visit.page.is_checked("#compare")
+
+
+def test_a_saved_picture_is_named_after_what_it_shows(visit):
+    visit.ready("attention")
+    visit.page.evaluate("""() => {
+      const { toBlob } = HTMLCanvasElement.prototype;
+      HTMLCanvasElement.prototype.toBlob = function (...given) { window.finish = () => toBlob.apply(this, given); };
+    }""")
+    visit.page.click("[data-figure=attention] .png")
+    visit.page.locator(".layer").fill("0")
+    visit.wait("0/s0/0/cls")
+    with visit.page.expect_download() as download:
+        visit.page.evaluate("finish()")
+    assert "layer2" in download.value.suggested_filename
+
+
 def test_a_closed_panel_is_silent(visit):
     visit.page.route("**/api/summary?model=1*", lambda route: route.abort())
     visit.page.check("#compare")
@@ -266,9 +342,15 @@ def test_a_closed_panel_is_silent(visit):
 
 
 def test_a_bad_picture_is_a_message_and_the_page_goes_on(visit, tmp_path):
+    held = visit.hold("**/api/picture?picture=s3&size=640")
+    with visit.page.expect_request("**/api/picture?picture=s3&size=640"):
+        visit.page.locator("#pictures label").nth(3).click()
     (tmp_path / "large.png").write_bytes(bytes(21 * 2**20))
     visit.page.set_input_files("#file", tmp_path / "large.png")
     visit.page.wait_for_selector("#problem:not([hidden]) >> text=20 MiB")
+    held[0].continue_()
+    visit.wait("0/s3/2/cls")
+    assert visit.page.is_visible("#problem")  # it is newer than the choice
     assert not any("pictures" in url for url in visit.fetched)  # it is not sent
     (tmp_path / "broken.png").write_bytes(picture_file()[:-50])
     visit.page.set_input_files("#file", tmp_path / "broken.png")
@@ -287,7 +369,7 @@ def test_a_model_that_cannot_be_opened_is_a_message(visit):
     visit.page.select_option(".model", label="crate_tiny_patch16_224@nowhere.pth")
     visit.page.wait_for_selector(".fault:not([hidden]) >> text=nowhere.pth")
     assert visit.page.locator("figure:visible").count() == 0
-    assert visit.page.inner_text(".facts") == ""
+    assert [visit.page.inner_text(words) for words in (".facts", ".layer-number", "#status")] == [""] * 3
     visit.page.locator("#pictures label").nth(1).click()
     visit.page.wait_for_selector(".fault:not([hidden]) >> text=nowhere.pth")
     visit.page.select_option(".model", label="shipped:ViT")

@@ -1,39 +1,30 @@
-// Requests to the server. An error answer becomes an Error with the server's message.
-
-export async function ask(path, parameters = {}, signal = undefined) {
-  const words = Object.entries(parameters).filter(([, value]) => value !== null);
-  return answerOf(await request(`/api/${path}?${new URLSearchParams(words)}`, { signal }));
-}
-
-export async function upload(file) {
-  const name = new URLSearchParams({ name: file.name });
-  return answerOf(await request(`/api/pictures?${name}`, { method: "POST", body: file }));
-}
+// Requests to the server. Every failure is an Error with a message for the page.
 
 export function pictureAddress(id, size) {
   return `/api/picture?${new URLSearchParams({ picture: id, size })}`;
 }
 
-// Return the error message of a picture; "" without an error.
-export async function pictureError(address) {
-  const response = await request(address, {});
-  return response.ok ? "" : (await response.json()).error;
-}
-
-async function request(address, options) {
+// Return an answer of the server: JSON, or a picture as a Blob.
+export async function ask(path, parameters = {}, options = {}) {
+  const given = Object.entries(parameters).filter(([, value]) => value !== null);
+  let answer;
   try {
-    return await fetch(address, options);
+    const response = await fetch(`/api/${path}?${new URLSearchParams(given)}`, options);
+    const type = response.headers.get("content-type") ?? "";
+    if (type.startsWith("image/")) return await response.blob();
+    const failed = { error: `The explorer failed (${response.status}): its terminal says why.` };
+    answer = type.startsWith("application/json") ? await response.json() : failed;
   } catch (error) {
     if (error.name === "AbortError") throw error;
     throw new Error("The explorer does not answer: is `crate-fast explore` still running?");
   }
+  if (answer.error) throw new Error(answer.error);
+  return answer;
 }
 
-async function answerOf(response) {
-  if (!(response.headers.get("content-type") || "").startsWith("application/json")) {
-    throw new Error(`The explorer failed (${response.status}): its terminal says why.`);
-  }
-  const answer = await response.json();
-  if (!response.ok) throw new Error(answer.error);
-  return answer;
+export async function upload(file) {
+  const body = await file.arrayBuffer().catch(() => {
+    throw new Error(`${file.name} cannot be read: is it a file, and still there?`);
+  });
+  return ask("pictures", { name: file.name }, { method: "POST", body });
 }

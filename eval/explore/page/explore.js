@@ -1,86 +1,101 @@
 // The page: the picture, the query, and one panel or two. Panels send the requests; this file starts them.
 
-import { ask, pictureAddress, pictureError, upload } from "./api.js";
+import { ask, pictureAddress, upload } from "./api.js";
+import { dark } from "./draw.js";
 import { Panel } from "./panel.js";
 
 const byId = (id) => document.getElementById(id);
 
+function showProblem(words) {
+  byId("problem").textContent = words;
+  byId("problem").hidden = !words;
+  if (words) byId("status").textContent = "";
+}
+
 class Page {
   constructor(setup) {
     this.setup = setup;
-    this.state = { picture: null, query: null };
-    this.options = { over: true, scale: "head" };
+    this.picture = null;
+    this.query = null; // a point as shares of the picture's sides; null for CLS
     this.panels = [];
     byId("picture-note").textContent = setup.picture_note;
     byId("model-note").textContent = setup.model_note;
     setup.pictures.forEach((picture) => this.#addPicture(picture));
-    this.#addPanel();
     this.#wire();
+    this.#fitPanels();
   }
 
   showStatus(words) {
     byId("status").textContent = words;
   }
 
-  showProblem(words) {
-    byId("problem").textContent = words;
-    byId("problem").hidden = !words;
+  // The choices for maps, read where they are used: a browser that goes back to the page restores its controls.
+  get choices() {
+    return { table: this.setup.colours, over: byId("over").checked, shared: byId("scale").value === "layer" };
   }
 
-  #addPicture({ id, name }, first = false) {
+  #addPicture({ id, name }, where = "append") {
     const label = document.createElement("label");
     const radio = Object.assign(document.createElement("input"), { type: "radio", name: "picture", value: id });
-    const image = Object.assign(document.createElement("img"), { src: pictureAddress(id, 128), alt: "", loading: "lazy" });
+    const image = Object.assign(document.createElement("img"), { alt: "", loading: "lazy", draggable: false });
+    image.src = pictureAddress(id, 128);
     image.addEventListener("error", () => label.classList.add("unreadable"));
     label.title = name;
     label.append(radio, image, name);
-    radio.addEventListener("change", () => this.choose({ id, name }));
-    byId("pictures")[first ? "prepend" : "append"](label);
-    return radio;
+    radio.addEventListener("change", () => {
+      this.uploading = null;
+      this.choose({ id, name });
+    });
+    byId("pictures")[where](label);
+  }
+
+  #radio(id) {
+    return document.querySelector(`#pictures [value="${id}"]`);
   }
 
   // Show a picture; return false if it cannot be shown.
   async choose({ id, name }) {
-    const image = new Image();
-    image.src = pictureAddress(id, 640);
-    this.choosing = image;
+    this.choosing?.abort();
+    const { signal } = (this.choosing = new AbortController());
+    this.#radio(id).checked = true;
+    showProblem("");
     try {
-      await image.decode();
-    } catch {
-      const reason = await pictureError(image.src).catch((error) => error.message); // the image element has no message
-      if (this.choosing !== image) return true; // another was chosen meanwhile
-      this.showProblem(reason || `${name} cannot be shown: choose another`);
-      this.showStatus("");
+      const image = await createImageBitmap(await ask("picture", { picture: id, size: 640 }, { signal }));
+      signal.throwIfAborted();
+      const ratio = Math.min(3, Math.max(1 / 3, image.height / image.width)); // at most 3:1 on the page
+      this.picture = { id, name, image, ratio };
+    } catch (error) {
+      if (error.name === "AbortError") return true; // another was chosen meanwhile
+      showProblem(error.message);
       return false;
     }
-    if (this.choosing !== image) return true;
-    this.showProblem("");
-    const tall = Math.min(3, Math.max(1 / 3, image.naturalHeight / image.naturalWidth)); // at most 3:1 on the page
-    this.state.picture = { id, name, image, width: 100, height: 100 * tall };
-    this.state.query = null;
-    this.#showQuery();
-    await Promise.all(this.panels.map((panel) => panel.load()));
+    this.#setQuery(null);
+    this.panels.forEach((panel) => panel.load());
     return true;
   }
 
+  // Add a picture, and show it unless another was chosen meanwhile.
   async uploadFile(file) {
+    this.uploading = file;
     this.showStatus(`uploading ${file.name}`);
     try {
       const limit = this.setup.largest_upload;
       if (file.size > limit) throw new Error(`${file.name} has more than ${limit / 2 ** 20} MiB: make it smaller`);
       const picture = await upload(file);
-      const radio = this.#addPicture(picture, true);
-      radio.checked = true;
-      await this.choose(picture);
+      if (!this.#radio(picture.id)) this.#addPicture(picture, "prepend");
+      if (this.uploading === file) await this.choose(picture);
     } catch (error) {
-      this.showProblem(error.message);
-      this.showStatus("");
+      showProblem(error.message);
     }
   }
 
+  #setQuery(query) {
+    this.query = query;
+    byId("query").textContent = query ? `patch at ${Math.round(100 * query.x)} %, ${Math.round(100 * query.y)} %` : "CLS";
+  }
+
   queryChosen(query) {
-    this.state.query = query;
-    this.#showQuery();
+    this.#setQuery(query);
     this.panels.forEach((panel) => panel.showQuery());
   }
 
@@ -91,60 +106,44 @@ class Page {
     }
   }
 
-  #showQuery() {
-    const { query } = this.state;
-    byId("query").textContent = query ? `patch at ${Math.round(100 * query.x)} %, ${Math.round(100 * query.y)} %` : "CLS";
-  }
-
-  #addPanel() {
-    const panel = new Panel(this, this.panels.length);
-    this.panels.push(panel);
-    byId("panels").append(panel.root);
-    if (this.state.picture) panel.load();
+  #fitPanels() {
+    const count = byId("compare").checked ? 2 : 1;
+    while (this.panels.length > count) this.panels.pop().close();
+    while (this.panels.length < count) {
+      const panel = new Panel(this, this.panels.length);
+      this.panels.push(panel);
+      byId("panels").append(panel.root);
+      panel.load();
+    }
   }
 
   #wire() {
-    byId("compare").addEventListener("change", (event) => {
-      if (event.target.checked) this.#addPanel();
-      else this.panels.pop().close();
-    });
-    byId("over").addEventListener("change", (event) => this.#option("over", event.target.checked));
-    byId("scale").addEventListener("change", (event) => this.#option("scale", event.target.value));
+    const redraw = () => this.panels.forEach((panel) => panel.redraw());
+    for (const source of [byId("over"), byId("scale"), dark]) source.addEventListener("change", redraw);
+    byId("compare").addEventListener("change", () => this.#fitPanels());
     byId("cls").addEventListener("click", () => this.queryChosen(null));
-    byId("file").addEventListener("change", (event) => {
-      if (event.target.files[0]) this.uploadFile(event.target.files[0]);
-      event.target.value = "";
+    byId("file").addEventListener("change", ({ target }) => {
+      if (target.files[0]) this.uploadFile(target.files[0]);
+      target.value = "";
     });
     addEventListener("dragover", (event) => {
       event.preventDefault();
-      document.body.classList.add("dropping");
+      document.body.classList.toggle("dropping", event.dataTransfer.types.includes("Files"));
     });
     addEventListener("dragleave", () => document.body.classList.remove("dropping"));
     addEventListener("drop", (event) => {
-      event.preventDefault();
+      event.preventDefault(); // also of text: the browser may open it
       document.body.classList.remove("dropping");
       if (event.dataTransfer.files[0]) this.uploadFile(event.dataTransfer.files[0]);
     });
-    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => this.redraw());
-  }
-
-  #option(name, value) {
-    this.options[name] = value;
-    this.redraw();
-  }
-
-  redraw() {
-    this.panels.forEach((panel) => panel.redraw());
   }
 }
 
 try {
   const page = new Page(await ask("setup"));
-  for (const [index, picture] of page.setup.pictures.entries()) {
-    document.querySelectorAll("#pictures input")[index].checked = true;
+  for (const picture of page.setup.pictures) {
     if (await page.choose(picture)) break;
   }
 } catch (error) {
-  byId("problem").textContent = error.message;
-  byId("problem").hidden = false;
+  showProblem(error.message);
 }

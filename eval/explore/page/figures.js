@@ -1,64 +1,66 @@
 // The figures of a panel. A figure has a name, a title, a caption, a drawing, rows for a CSV file and words for its file
-// name, all made from a panel's view: { model, label, picture, summary, layer, patch, attention, masks, components, table,
-// options }. Attention and masks name their layer, and are null before the answer.
+// name, all made from a panel's view: { model, label, picture, summary, layer, patch, attention, masks, components }.
+// Attention and masks name their layer, and are null before the answer. `colours` are a palette of draw.js with the
+// page's choices: the colours of maps (table), maps over the picture (over), one scale for all heads (shared).
 
 import * as draw from "./draw.js";
 
 const GAP = 10, TITLE = 22;
+const OBJECTS = [[230, 159, 0], [86, 180, 233], [204, 121, 167]];
 
-// Return boxes of `count` pictures with titles, in rows.
-function cells(view, count, columns, width, gap = GAP, title = TITLE) {
-  const cell = (width - gap * (columns - 1)) / columns;
-  const height = (cell * view.picture.height) / view.picture.width;
-  const rows = Math.ceil(count / columns);
-  const boxes = Array.from({ length: count }, (_, index) => [
-    (index % columns) * (cell + gap),
-    Math.floor(index / columns) * (height + title + gap) + title,
-    cell,
-    height,
-  ]);
-  return { boxes, height: rows * (height + title + gap) };
-}
-
-// Return the number of columns that fits a width, with rows of one length if possible.
-function columnsFor(count, width, smallest = 130) {
+// Return boxes of `count` pictures with titles, in rows of one length if possible, and the height of all.
+function layout(view, count, width, smallest) {
   const most = Math.max(2, Math.floor((width + GAP) / (smallest + GAP)));
-  for (let rows = 1; rows < count; rows++) {
-    const columns = Math.ceil(count / rows);
-    if (columns <= most) return columns;
-  }
-  return 1;
+  let rows = 1;
+  while (Math.ceil(count / rows) > most) rows++;
+  const columns = Math.ceil(count / rows);
+  const cell = (width - GAP * (columns - 1)) / columns, tall = cell * view.picture.ratio, step = tall + TITLE + GAP;
+  const box = (_, index) => [(index % columns) * (cell + GAP), Math.floor(index / columns) * step + TITLE, cell, tall];
+  return { boxes: Array.from({ length: count }, box), height: rows * step };
 }
 
-function byPatch([rows, columns], rowOf) {
+function byPatch({ summary: { grid: [rows, columns] } }, rowOf) {
   return Array.from({ length: rows * columns }, (_, patch) => rowOf(patch, Math.floor(patch / columns), patch % columns));
 }
 
-export function queryName(view, patch) {
-  if (patch === null) return "CLS";
-  return `patch ${Math.floor(patch / view.summary.grid[1])}, ${patch % view.summary.grid[1]}`;
+export function queryName({ summary: { grid } }, patch) {
+  return patch === null ? "CLS" : `patch ${Math.floor(patch / grid[1])}, ${patch % grid[1]}`;
 }
 
-function queryFrame(view, patch, context, box) {
+// Draw a frame that is seen on every ground.
+function outline(context, [x, y, width, height], colour) {
+  draw.frame(context, [x - 1, y - 1, width + 2, height + 2], "#000000", 4);
+  draw.frame(context, [x, y, width, height], colour, 2);
+}
+
+function queryFrame({ summary: { grid } }, patch, context, [x, y, width, height]) {
   if (patch === null) return;
-  const [rows, columns] = view.summary.grid;
-  const [width, height] = [box[2] / columns, box[3] / rows];
-  const corner = [box[0] + (patch % columns) * width, box[1] + Math.floor(patch / columns) * height];
-  draw.frame(context, [corner[0] - 3, corner[1] - 3, width + 6, height + 6], "#000000", 4);
-  draw.frame(context, [corner[0] - 2, corner[1] - 2, width + 4, height + 4], "#ffffff", 2);
+  const [wide, tall] = [width / grid[1], height / grid[0]];
+  const corner = [x + (patch % grid[1]) * wide - 2, y + Math.floor(patch / grid[1]) * tall - 2];
+  outline(context, [...corner, wide + 4, tall + 4], "#ffffff");
 }
 
 // Prepare a canvas for the picture, with space below it; return its context and the picture's box.
 function prepared(view, canvas, colours, width, below = 0) {
-  const height = (width * view.picture.height) / view.picture.width;
+  const height = width * view.picture.ratio;
   return [draw.prepare(canvas, width, height + below, colours), [0, 0, width, height]];
+}
+
+// Draw a map; over the picture, small values are more transparent.
+function map(view, context, values, box, [low, high], { table, over }) {
+  if (over) context.drawImage(view.picture.image, ...box);
+  draw.tiles(context, view.summary.grid, box, (patch) => {
+    const share = (values[patch] - low) / (high - low || 1);
+    return [...table[Math.round(255 * share)], over ? 130 + 80 * share : 255];
+  });
 }
 
 const picture = {
   name: "picture",
   title: "Picture",
   ready: () => true,
-  caption: () => "Click a patch to see what it attends to: or arrow keys here; Escape for CLS.",
+  caption: () => "Click a patch to see what it attends to, or use the arrow keys here; Escape for CLS.",
+  click: (panel, point) => panel.page.queryChosen(point),
   draw(view, canvas, colours, width) {
     const [context, box] = prepared(view, canvas, colours, width);
     context.drawImage(view.picture.image, ...box);
@@ -69,73 +71,72 @@ const picture = {
 const attention = {
   name: "attention",
   title: "Attention, every head",
-  wide: true,
   ready: (view) => view.attention,
-  missing: (view) => (view.summary.has_cls || view.patch !== null ? "" : "This model has no CLS token: click a patch of the picture."),
+  missing: (view) =>
+    !view.summary.has_cls && view.patch === null && "This model has no CLS token: click a patch of the picture.",
   caption: (view) =>
     `Softmax over patches, in layer ${view.attention.layer}, of ${queryName(view, view.attention.patch)}` +
     (view.attention.layer === view.summary.layer ? "; the layer that the paper looks at." : "."),
   about: (view) => `layer${view.attention.layer}_${queryName(view, view.attention.patch)}`,
   draw(view, canvas, colours, width) {
     const { heads, patch } = view.attention;
-    const { boxes, height } = cells(view, heads.length, columnsFor(heads.length, width), width);
-    const shared = view.options.scale === "layer" ? draw.limits(heads.flat()) : null;
+    const { boxes, height } = layout(view, heads.length, width, 130);
+    const shared = colours.shared && draw.limits(heads.flat());
     const context = draw.prepare(canvas, width, height + (shared ? 28 : 0), colours);
     heads.forEach((values, head) => {
       const range = shared || draw.limits(values);
       const [x, y, side] = boxes[head];
       draw.text(context, `head ${head}`, x, y - 10, colours.ink, { size: 13, weight: 600 });
       if (!shared) draw.text(context, `to ${draw.short(range[1])}`, x + side, y - 10, colours.soft, { align: "right" });
-      if (view.options.over) context.drawImage(view.picture.image, ...boxes[head]);
-      draw.heat(context, values, view.summary.grid, boxes[head], range, view.table, view.options.over);
+      map(view, context, values, boxes[head], range, colours);
       queryFrame(view, patch, context, boxes[head]);
     });
-    if (shared) draw.scale(context, 0, height, 300, shared, view.table, colours);
+    if (shared) draw.scale(context, height, shared, colours);
   },
   rows: (view) => [
     ["layer", "query", "head", "row", "column", "attention"],
-    view.attention.heads.flatMap((values, head) => {
+    ...view.attention.heads.flatMap((values, head) => {
       const about = [view.attention.layer, queryName(view, view.attention.patch), head];
-      return byPatch(view.summary.grid, (patch, row, column) => [...about, row, column, values[patch]]);
+      return byPatch(view, (patch, row, column) => [...about, row, column, values[patch]]);
     }),
   ],
 };
 
-function components(which, title, caption) {
-  return {
-    name: `components-${which}`,
-    title,
-    wide: true,
-    ready: (view) => view.components[which],
-    caption: () => caption,
-    about: () => "layers",
-    pick(view, x, y, width) {
-      const { boxes } = this.layout(view, width);
-      return boxes.findIndex((box) => x >= box[0] && x <= box[0] + box[2] && y >= box[1] && y <= box[1] + box[3]);
-    },
-    layout: (view, width) => cells(view, view.summary.depth, columnsFor(view.summary.depth, width, 110), width),
-    draw(view, canvas, colours, width) {
-      const { boxes, height } = this.layout(view, width);
-      const context = draw.prepare(canvas, width, height, colours);
-      view.components[which].forEach((values, layer) => {
-        const [x, y] = boxes[layer];
-        const marked = layer === view.layer;
-        draw.text(context, `layer ${layer}`, x, y - 10, marked ? colours.ink : colours.soft, { size: 13, weight: marked ? 700 : 400 });
-        if (values) draw.colourTiles(context, values, view.summary.grid, boxes[layer]);
-        else draw.text(context, "too few patches", x + 4, y + 14, colours.soft, { size: 13 });
-        if (marked) draw.frame(context, boxes[layer], colours.series[1], 4);
-      });
-    },
-    rows: (view) => [
-      ["layer", "row", "column", "red", "green", "blue"],
-      view.components[which].flatMap((values, layer) =>
-        values === null
-          ? []
-          : byPatch(view.summary.grid, (p, row, column) => [layer, row, column, ...values.slice(3 * p, 3 * p + 3)]),
-      ),
-    ],
-  };
-}
+const components = (which, title, caption) => ({
+  name: `components-${which}`,
+  title,
+  ready: (view) => view.components[which],
+  caption: () => caption,
+  about: () => "layers",
+  layout: (view, width) => layout(view, view.summary.depth, width, 110),
+  click(panel, point, canvas) {
+    const [x, y] = [(point.x * canvas.width) / 2, (point.y * canvas.height) / 2]; // as drawn, whatever the displayed size
+    const inside = ([left, top, wide, tall]) => x >= left && x <= left + wide && y >= top && y <= top + tall;
+    const layer = this.layout(panel.view, canvas.width / 2).boxes.findIndex(inside);
+    if (layer >= 0) panel.page.layerChosen(panel, layer);
+  },
+  draw(view, canvas, colours, width) {
+    const { boxes, height } = this.layout(view, width);
+    const context = draw.prepare(canvas, width, height, colours);
+    view.components[which].forEach((values, layer) => {
+      const [x, y] = boxes[layer];
+      const marked = layer === view.layer;
+      const [colour, weight] = marked ? [colours.ink, 700] : [colours.soft, 400];
+      const colourOf = (patch) => [...values.slice(3 * patch, 3 * patch + 3), 255];
+      draw.text(context, `layer ${layer}`, x, y - 10, colour, { size: 13, weight });
+      if (values) draw.tiles(context, view.summary.grid, boxes[layer], colourOf);
+      else draw.text(context, "too few patches", x + 4, y + 14, colours.soft, { size: 13 });
+      if (marked) draw.frame(context, boxes[layer], colours.series[1], 4);
+    });
+  },
+  rows: (view) => [
+    ["layer", "row", "column", "red", "green", "blue"],
+    ...view.components[which].flatMap((values, layer) => {
+      const rowOf = (patch, row, column) => [layer, row, column, ...values.slice(3 * patch, 3 * patch + 3)];
+      return values ? byPatch(view, rowOf) : [];
+    }),
+  ],
+});
 
 const masks = {
   name: "masks",
@@ -152,25 +153,27 @@ const masks = {
     const [context, whole] = prepared(view, canvas, colours, width);
     context.drawImage(view.picture.image, ...whole);
     if (!view.masks) return;
-    const [side, tall] = [whole[2] / view.summary.grid[1], whole[3] / view.summary.grid[0]]; // of a patch
-    view.masks.masks.forEach((mask, object) => draw.maskTiles(context, mask, view.summary.grid, whole, draw.OBJECTS[object]));
+    const { grid } = view.summary;
+    const [side, tall] = [whole[2] / grid[1], whole[3] / grid[0]]; // of a patch
+    view.masks.masks.forEach((mask, object) =>
+      draw.tiles(context, grid, whole, (patch) => [...OBJECTS[object], mask[patch] ? 150 : 0]),
+    );
     view.masks.boxes.forEach(([left, top, right, bottom], object) => {
       const [x, y] = [left * side, top * tall];
-      const box = [x, y, (right - left) * side, (bottom - top) * tall];
-      draw.frame(context, box, "#000000", 4);
-      draw.frame(context, box, draw.OBJECTS[object], 2);
+      const colour = `rgb(${OBJECTS[object]})`;
+      outline(context, [x, y, (right - left) * side, (bottom - top) * tall], colour);
       const label = x + 20 * object; // boxes may share a corner
       context.fillStyle = "#000000";
       context.fillRect(label, y, 18, 18);
-      draw.text(context, String(object + 1), label + 9, y + 10, draw.OBJECTS[object], { size: 13, weight: 700, align: "center" });
+      draw.text(context, String(object + 1), label + 9, y + 10, colour, { size: 13, weight: 700, align: "center" });
     });
   },
   // Objects are numbered 1 to 3, 0 is none; boxes are in patches, right and bottom exclusive.
   rows: (view) => [
     ["layer", "row", "column", "object", "left", "top", "right", "bottom"],
-    byPatch(view.summary.grid, (patch, row, column) => {
+    ...byPatch(view, (patch, row, column) => {
       const object = view.masks.masks.findIndex((mask) => mask[patch]);
-      return [view.masks.layer, row, column, 1 + object, ...(view.masks.boxes[object] || ["", "", "", ""])];
+      return [view.masks.layer, row, column, 1 + object, ...(view.masks.boxes[object] ?? ["", "", "", ""])];
     }),
   ],
 };
@@ -179,21 +182,20 @@ const sparsity = {
   name: "sparsity",
   title: "Non-zeros",
   ready: (view) => view.summary.patch_sparsity,
-  missing: (view) => (view.summary.patch_sparsity ? "" : "No ISTA in this model: its tokens are dense."),
+  missing: (view) => !view.summary.patch_sparsity && "No ISTA in this model: its tokens are dense.",
   about: (view) => `layer${view.layer}`,
   caption: (view) => `Share of a token's entries that are not zero, after layer ${view.layer}; small is sparse.`,
   draw(view, canvas, colours, width) {
     const [context, box] = prepared(view, canvas, colours, width, 28);
     const values = view.summary.patch_sparsity[view.layer];
     const range = draw.limits(values);
-    if (view.options.over) context.drawImage(view.picture.image, ...box);
-    draw.heat(context, values, view.summary.grid, box, range, view.table, view.options.over);
-    draw.scale(context, 0, box[3] + 4, Math.min(300, width), range, view.table, colours);
+    map(view, context, values, box, range, colours);
+    draw.scale(context, box[3] + 4, range, colours);
   },
   rows: (view) => [
     ["layer", "row", "column", "nonzero_share"],
-    view.summary.patch_sparsity.flatMap((values, layer) =>
-      byPatch(view.summary.grid, (patch, row, column) => [layer, row, column, values[patch]]),
+    ...view.summary.patch_sparsity.flatMap((values, layer) =>
+      byPatch(view, (patch, row, column) => [layer, row, column, values[patch]]),
     ),
   ],
 };
@@ -201,30 +203,24 @@ const sparsity = {
 const curves = {
   name: "curves",
   title: "Compression and sparsity",
-  ready: (view) => view.summary.coding_rate || view.summary.sparsity,
-  missing(view) {
-    const some = view.summary.coding_rate || view.summary.sparsity;
-    return some ? "" : "Query and key are separate in this model, so that there are no subspaces; and it has no ISTA.";
-  },
+  ready: ({ summary }) => summary.coding_rate || summary.sparsity,
+  missing: (view) =>
+    !curves.ready(view) && "Query and key are separate in this model, so that there are no subspaces; and it has no ISTA.",
   about: () => "layers",
   caption: () => "R^c of the subspace tokens, in nats; share of non-zeros after ISTA. The dashed line is the layer shown.",
   draw(view, canvas, colours, width) {
     const charts = [
-      ["R^c, nats", view.summary.coding_rate, 0],
-      ["non-zeros", view.summary.sparsity, 1],
+      ["R^c, nats", view.summary.coding_rate, colours.series[0]],
+      ["non-zeros", view.summary.sparsity, colours.series[1]],
     ].filter(([, values]) => values);
     const context = draw.prepare(canvas, width, 170 * charts.length, colours);
-    charts.forEach(([title, values, number], index) =>
-      draw.curve(context, [4, 170 * index, width - 8, 164], title, values, view.layer, colours, number),
+    charts.forEach(([title, values, colour], index) =>
+      draw.curve(context, [4, 170 * index, width - 8, 164], title, values, view.layer, colour, colours),
     );
   },
-  rows: (view) => [
+  rows: ({ summary: { depth, coding_rate, sparsity } }) => [
     ["layer", "coding_rate", "nonzero_share"],
-    Array.from({ length: view.summary.depth }, (_, layer) => [
-      layer,
-      view.summary.coding_rate?.[layer] ?? "",
-      view.summary.sparsity?.[layer] ?? "",
-    ]),
+    ...Array.from({ length: depth }, (_, layer) => [layer, coding_rate?.[layer] ?? "", sparsity?.[layer] ?? ""]),
   ],
 };
 
@@ -232,15 +228,14 @@ const classes = {
   name: "classes",
   title: "Most probable classes",
   ready: (view) => view.summary.top,
-  missing: (view) => (view.summary.top ? "" : "This model has no classifier."),
+  missing: (view) => !view.summary.top && "This model has no classifier.",
   draw(view, canvas, colours, width) {
-    const rows = view.summary.top.map(({ name, probability }) => ({ name, share: probability }));
-    const context = draw.prepare(canvas, width, 26 * rows.length + 6, colours);
-    draw.bars(context, [2, 2, width - 4], rows, colours);
+    const { top } = view.summary;
+    draw.bars(draw.prepare(canvas, width, 26 * top.length + 6, colours), [2, 2, width - 4], top, colours);
   },
   rows: (view) => [
     ["rank", "class", "name", "probability"],
-    view.summary.top.map((entry, index) => [index + 1, entry.class, entry.name, entry.probability]),
+    ...view.summary.top.map((entry, index) => [index + 1, entry.class, entry.name, entry.probability]),
   ],
 };
 

@@ -5,19 +5,21 @@ import { ask } from "./api.js";
 import { PAPER, palette } from "./draw.js";
 import { FIGURES, queryName } from "./figures.js";
 
-const FILE_WIDTH = 1000; // of saved pictures, in units of 1/2 pixel
+const FILE_WIDTH = 1000; // of a saved row of figures, in units of 1/2 pixel
 const PAUSE = 150; // milliseconds of rest before MaskCut is requested
+const STEPS = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] };
 
-function asCsv([header, rows]) {
-  const cell = (value) => (/[",\n]/.test(String(value)) ? `"${String(value).replaceAll('"', '""')}"` : String(value));
-  return [header, ...rows].map((row) => row.map(cell).join(",")).join("\n") + "\n";
+const copyOf = (template) => document.getElementById(template).content.firstElementChild.cloneNode(true);
+
+function asCsv(rows) {
+  const cell = (value) => (/[",\n]/.test(value) ? `"${value.replaceAll('"', '""')}"` : value);
+  return rows.map((row) => `${row.map(cell).join(",")}\n`).join("");
 }
 
 export class Panel {
   constructor(page, number) {
     this.page = page;
-    this.number = number;
-    this.root = document.getElementById("panel").content.firstElementChild.cloneNode(true);
+    this.root = copyOf("panel");
     this.root.setAttribute("aria-label", `Model ${number + 1}`);
     this.view = null;
     this.layer = null; // the chosen layer; the view's may lag behind
@@ -26,112 +28,101 @@ export class Panel {
     this.find = (selector) => this.root.querySelector(selector);
     this.select = this.find(".model");
     this.slider = this.find(".layer");
-    this.#fillModels();
+    this.#fillModels(number);
     this.select.addEventListener("change", () => this.load());
     this.slider.addEventListener("input", () => this.page.layerChosen(this, Number(this.slider.value)));
-    this.cards = FIGURES.flatMap((row) => this.#row(row));
-    let width = 0;
-    this.observer = new ResizeObserver(([entry]) => {
-      if (Math.abs(entry.contentRect.width - width) < 1) return; // only the width matters: drawing changes the height
-      width = entry.contentRect.width;
-      this.redraw();
+    this.cards = FIGURES.flatMap((figures) => {
+      const cards = figures.map((figure) => this.#card(figure, figures.length === 1 ? FILE_WIDTH : FILE_WIDTH / 2));
+      const row = document.createElement("div");
+      row.append(...cards.map((card) => card.root));
+      this.find(".figures").append(row);
+      return cards;
     });
-    this.observer.observe(this.root);
+    this.observer = new ResizeObserver(() => this.redraw());
+    this.observer.observe(this.find(".choice")); // as wide as the figures; drawing does not change its height
   }
 
   close() {
-    this.#cancel("load", "attention", "masks", "components");
+    this.#cancel();
     this.observer.disconnect();
     this.root.remove();
   }
 
-  #fillModels() {
-    const groups = new Map();
-    this.page.setup.models.forEach((model, index) => {
-      if (!groups.has(model.group)) {
-        const group = document.createElement("optgroup");
-        group.label = model.group;
-        groups.set(model.group, group);
-        this.select.append(group);
-      }
-      groups.get(model.group).append(new Option(model.label, index));
+  #fillModels(number) {
+    const { models } = this.page.setup;
+    models.forEach(({ label, group }, index) => {
+      let heading = [...this.select.children].find((child) => child.label === group);
+      if (!heading) this.select.append((heading = Object.assign(document.createElement("optgroup"), { label: group })));
+      heading.append(new Option(label, index));
     });
-    this.select.value = Math.min(this.number, this.page.setup.models.length - 1);
+    this.select.value = Math.min(number, models.length - 1);
   }
 
-  #row(figures) {
-    const row = document.createElement("div");
-    this.find(".figures").append(row);
-    return figures.map((figure) => {
-      const card = this.#card(figure);
-      row.append(card.root);
-      return card;
-    });
-  }
-
-  #card(figure) {
-    const root = document.getElementById("figure").content.firstElementChild.cloneNode(true);
+  #card(figure, fileWidth) {
+    const root = copyOf("figure");
     root.dataset.figure = figure.name;
     root.hidden = true;
     root.querySelector("h2").textContent = figure.title;
-    const card = { figure, root, canvas: root.querySelector("canvas"), buttons: root.querySelectorAll("button") };
-    const [png, csv] = card.buttons;
-    png.setAttribute("aria-label", `Save ${figure.title} as PNG`);
-    csv.setAttribute("aria-label", `Save ${figure.title} as CSV`);
-    png.addEventListener("click", () => this.#savePicture(figure));
-    if (figure.rows) csv.addEventListener("click", () => this.#save(figure, "csv", new Blob([asCsv(figure.rows(this.view))], { type: "text/csv" })));
-    else csv.remove();
-    if (figure.name === "picture") this.#pickPatches(card.canvas);
-    if (figure.pick) card.canvas.addEventListener("click", (event) => this.#pickLayer(card, event));
-    return card;
-  }
-
-  #pickLayer(card, event) {
-    const layer = card.figure.pick(this.view, event.offsetX, event.offsetY, card.canvas.clientWidth);
-    if (layer >= 0) this.page.layerChosen(this, layer);
-  }
-
-  #pickPatches(canvas) {
-    canvas.tabIndex = 0;
-    canvas.setAttribute("role", "application");
-    canvas.addEventListener("click", (event) => {
-      this.page.queryChosen({ x: event.offsetX / canvas.clientWidth, y: event.offsetY / canvas.clientHeight });
+    const [canvas, buttons] = [root.querySelector("canvas"), root.querySelectorAll("button")];
+    for (const button of buttons) {
+      const kind = button.className;
+      button.setAttribute("aria-label", `Save ${figure.title} as ${kind.toUpperCase()}`);
+      button.addEventListener("click", () => this.#save(figure, kind, fileWidth));
+      if (kind === "csv" && !figure.rows) button.remove();
+    }
+    canvas.addEventListener("click", ({ offsetX, offsetY }) => {
+      figure.click?.(this, { x: offsetX / canvas.clientWidth, y: offsetY / canvas.clientHeight }, canvas);
     });
-    canvas.addEventListener("keydown", (event) => {
-      const step = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] }[event.key];
-      if (event.key === "Escape") this.page.queryChosen(null);
-      if (!step || !this.view) return;
-      event.preventDefault();
-      const [rows, columns] = this.view.summary.grid;
-      const at = this.page.state.query || { x: 0.5, y: 0.5 };
-      const inside = (share, count, move) => (Math.min(count - 1, Math.max(0, Math.floor(share * count) + move)) + 0.5) / count;
-      this.page.queryChosen({ x: inside(at.x, columns, step[0]), y: inside(at.y, rows, step[1]) });
+    if (figure.name === "picture") {
+      canvas.tabIndex = 0;
+      canvas.setAttribute("role", "application");
+      canvas.addEventListener("keydown", (event) => this.#moveQuery(event));
+    }
+    return { figure, root, canvas, buttons };
+  }
+
+  #moveQuery(event) {
+    if (event.key === "Escape") this.page.queryChosen(null);
+    const step = STEPS[event.key];
+    if (!step || !this.view) return;
+    event.preventDefault();
+    const [rows, columns] = this.view.summary.grid;
+    const [row, column] = this.#cellAt(this.page.query ?? { x: 0.5, y: 0.5 });
+    const [y, x] = [(row + step[0] + 0.5) / rows, (column + step[1] + 0.5) / columns];
+    if (Math.min(x, y) > 0 && Math.max(x, y) < 1) this.page.queryChosen({ x, y });
+  }
+
+  // Return the row and column of a point.
+  #cellAt({ x, y }) {
+    return this.view.summary.grid.map((count, axis) => {
+      return Math.min(count - 1, Math.max(0, Math.floor([y, x][axis] * count)));
     });
   }
 
-  #cancel(...kinds) {
-    for (const kind of kinds) this.requests[kind]?.abort();
+  #cancel() {
+    Object.values(this.requests).forEach((request) => request.abort());
   }
 
-  // Send a request; its error stays on the panel until a request of the same kind succeeds.
+  // Do the work of a request; its error stays on the panel until one of the same kind succeeds, or another load.
   async #request(kind, work) {
-    this.#cancel(kind);
+    this.requests[kind]?.abort();
     const { signal } = (this.requests[kind] = new AbortController());
+    const about = { model: this.select.value, picture: this.page.picture.id };
     try {
-      await work(signal);
+      await work((path, parameters) => ask(path, { ...about, ...parameters }, { signal }));
       this.#showError(kind, "");
-      return true;
     } catch (error) {
-      if (error.name !== "AbortError") this.#showError(kind, error.message);
-      return error.name === "AbortError";
+      if (error.name === "AbortError") return;
+      this.#showError(kind, error.message);
+      if (kind === "summary") this.#empty();
     }
   }
 
   #showError(kind, words) {
     this.errors[kind] = words;
-    const messages = [...new Set(Object.values(this.errors).filter(Boolean))];
-    this.find(".fault").textContent = messages.join(" ");
-    this.find(".fault").hidden = !messages.length;
+    const messages = new Set(Object.values(this.errors).filter(Boolean));
+    this.find(".fault").textContent = [...messages].join(" ");
+    this.find(".fault").hidden = !messages.size;
   }
 
   get loading() {
@@ -140,138 +131,111 @@ export class Panel {
 
   // Load another model or picture. Until then the old figures stay, dimmed, and cannot be saved.
   async load() {
-    const { picture } = this.page.state;
+    const { picture, setup } = this.page;
     if (!picture) return;
-    const model = this.select.value;
-    this.#cancel("attention", "masks", "components");
-    for (const kind of ["attention", "masks", "components"]) this.#showError(kind, "");
+    this.#cancel();
+    this.errors = {};
     this.root.setAttribute("aria-busy", "true");
     delete this.root.dataset.shown;
-    this.#allowSaving();
-    const loaded = await this.#request("load", async (signal) => {
-      const summary = await ask("summary", { model, picture: picture.id }, signal);
-      const layer = Math.min(this.layer ?? summary.layer, summary.depth - 1);
-      const { label, untrained } = this.page.setup.models[model];
-      this.view = { model, label, untrained, picture, summary, layer, patch: null, components: {} };
-      Object.assign(this.view, { attention: null, masks: null, table: this.page.setup.colours, options: this.page.options });
+    this.redraw();
+    await this.#request("summary", async (answer) => {
+      const model = this.select.value;
+      const summary = await answer("summary");
+      this.view = { model, label: setup.models[model].label, picture, summary, attention: null, components: {} };
       this.root.removeAttribute("aria-busy");
-      this.#describe();
-      this.showLayer(layer);
-      this.#components();
+      const { depth, heads, parameters, image_size } = summary;
+      this.find(".facts").textContent =
+        `${depth} layers, ${heads} heads, ${parameters.toLocaleString("en")} parameters, ${image_size} px`;
+      this.find(".untrained").hidden = !setup.models[model].untrained;
+      this.slider.max = depth - 1;
+      this.#showLayer(Math.min(this.layer ?? summary.layer, depth - 1));
+      const { components } = this.view; // of this load, whatever is shown when the answers arrive
+      this.#request("components", async (answer) => {
+        for (const which of ["all", "parts"]) {
+          components[which] = (await answer("components", { which })).layers;
+          this.redraw();
+        }
+      });
     });
-    if (!loaded) this.#empty();
   }
 
   #empty() {
     this.view = null;
     this.root.removeAttribute("aria-busy");
     this.cards.forEach(({ root }) => (root.hidden = true));
-    this.find(".facts").textContent = "";
+    for (const name of [".facts", ".layer-number"]) this.find(name).textContent = "";
     this.find(".untrained").hidden = true;
-  }
-
-  #describe() {
-    const { summary, untrained } = this.view;
-    const size = `${summary.depth} layers, ${summary.heads} heads, ${summary.parameters.toLocaleString("en")} parameters`;
-    this.find(".facts").textContent = `${size}, ${summary.image_size} px`;
-    this.find(".untrained").hidden = !untrained;
-    this.slider.max = summary.depth - 1;
+    this.page.showStatus("");
   }
 
   chooseLayer(layer) {
     this.layer = layer;
-    if (!this.loading && this.view) this.showLayer(layer);
+    if (!this.loading && this.view) this.#showLayer(layer);
   }
 
-  showLayer(layer) {
-    this.view.layer = layer;
-    this.view.masks = null;
+  #showLayer(layer) {
+    Object.assign(this.view, { layer, masks: null });
     this.slider.value = layer;
-    this.find(".layer-number").textContent = `${layer} of 0 to ${this.view.summary.depth - 1}`;
+    this.find(".layer-number").textContent = `${layer} of 0 to ${this.slider.max}`;
     this.showQuery();
-    this.#masks();
+    const { view } = this;
+    this.#request("masks", async (answer) => {
+      await new Promise((done) => setTimeout(done, PAUSE));
+      view.masks = { ...(await answer("masks", { layer })), layer };
+      this.redraw();
+    });
   }
 
   showQuery() {
-    if (this.loading || !this.view) return;
     const { view } = this;
-    const { layer } = view;
-    const patch = (view.patch = this.#patch());
+    if (this.loading || !view) return;
+    const { query } = this.page;
+    const { label, layer, summary } = view;
+    const [row, column] = query ? this.#cellAt(query) : [];
+    const patch = (view.patch = query ? row * summary.grid[1] + column : null);
     this.redraw();
-    this.#request("attention", async (signal) => {
-      const about = { model: view.model, picture: view.picture.id };
-      const lacks = patch === null && !view.summary.has_cls;
-      view.attention = lacks ? null : { ...(await ask("attention", { ...about, layer, patch }, signal)), layer, patch };
+    this.#request("attention", async (answer) => {
+      const lacks = patch === null && !summary.has_cls;
+      view.attention = lacks ? null : { ...(await answer("attention", { layer, patch })), layer, patch };
       this.redraw();
       this.root.dataset.shown = [view.model, view.picture.id, layer, patch ?? "cls"].join("/");
-      this.page.showStatus(lacks ? `${view.label} has no CLS token` : `${view.label}: layer ${layer}, attention of ${queryName(view, patch)}`);
+      this.page.showStatus(`${label}${lacks ? " has no CLS token" : `: layer ${layer}, attention of ${queryName(view, patch)}`}`);
     });
-  }
-
-  #patch() {
-    const { query } = this.page.state;
-    if (query === null) return null;
-    const [rows, columns] = this.view.summary.grid;
-    const at = (share, count) => Math.min(count - 1, Math.max(0, Math.floor(share * count)));
-    return at(query.y, rows) * columns + at(query.x, columns);
-  }
-
-  #masks() {
-    const { view } = this;
-    const { layer } = view;
-    this.#request("masks", async (signal) => {
-      await new Promise((done) => setTimeout(done, PAUSE));
-      signal.throwIfAborted();
-      const found = await ask("masks", { model: view.model, picture: view.picture.id, layer }, signal);
-      view.masks = { ...found, layer };
-      this.redraw();
-    });
-  }
-
-  #components() {
-    const { view } = this;
-    this.#request("components", async (signal) => {
-      for (const which of ["all", "parts"]) {
-        view.components[which] = (await ask("components", { model: view.model, picture: view.picture.id, which }, signal)).layers;
-        this.redraw();
-      }
-    });
-  }
-
-  #allowSaving() {
-    for (const { figure, buttons } of this.cards) {
-      buttons.forEach((button) => (button.disabled = this.loading || !this.view || !figure.ready(this.view)));
-    }
   }
 
   redraw() {
-    if (!this.view) return;
-    for (const { figure, root, canvas } of this.cards) {
-      const missing = figure.missing?.(this.view) || "";
-      const drawn = !missing && (figure.ready(this.view) || Boolean(figure.early));
-      root.hidden = !missing && !drawn;
-      canvas.hidden = !drawn;
-      const caption = drawn ? (figure.caption?.(this.view) ?? "") : missing;
+    const { view } = this;
+    if (!view) return;
+    const drawn = this.cards.filter(({ figure, root, canvas, buttons }) => {
+      const missing = figure.missing?.(view);
+      const ready = Boolean(figure.ready(view));
+      canvas.hidden = Boolean(missing) || !(ready || figure.early);
+      root.hidden = canvas.hidden && !missing;
+      buttons.forEach((button) => (button.disabled = this.loading || !ready));
+      const caption = missing || (canvas.hidden ? "" : (figure.caption?.(view) ?? ""));
       root.querySelector(".caption").textContent = caption;
-      if (!drawn) continue;
-      figure.draw(this.view, canvas, palette(), Math.max(200, root.clientWidth));
       canvas.setAttribute("aria-label", `${figure.title}. ${caption}`);
+      return !canvas.hidden;
+    });
+    const colours = { ...palette(), ...this.page.choices };
+    for (const { figure, root, canvas } of drawn) {
+      figure.draw(view, canvas, colours, Math.max(200, root.clientWidth)); // the width: now that all of a row are shown
     }
-    this.#allowSaving();
   }
 
-  #savePicture(figure) {
+  #save(figure, kind, width) {
+    const { label, picture } = this.view;
+    const words = [figure.name, label, picture.name, figure.about?.(this.view)]; // of now: a PNG takes its time
+    const name = words.filter(Boolean).join("_").replace(/[^\w.-]+/g, "-");
+    const download = (blob) => {
+      if (!blob) return this.#showError("save", "The browser cannot draw a picture this large.");
+      const link = Object.assign(document.createElement("a"), { href: URL.createObjectURL(blob), download: `${name}.${kind}` });
+      link.click();
+      setTimeout(() => URL.revokeObjectURL(link.href), 10000);
+    };
+    if (kind === "csv") return download(new Blob([asCsv(figure.rows(this.view))], { type: "text/csv" }));
     const canvas = document.createElement("canvas");
-    figure.draw(this.view, canvas, PAPER, figure.wide ? FILE_WIDTH : FILE_WIDTH / 2);
-    canvas.toBlob((blob) => (blob ? this.#save(figure, "png", blob) : this.#showError("save", "the browser cannot draw a picture this large")));
-  }
-
-  #save(figure, kind, blob) {
-    const words = [figure.name, this.view.label, this.view.picture.name, figure.about?.(this.view)];
-    const link = document.createElement("a");
-    link.href = URL.createObjectURL(blob);
-    link.download = `${words.filter(Boolean).join("_").replace(/[^\w.-]+/g, "-")}.${kind}`;
-    link.click();
-    setTimeout(() => URL.revokeObjectURL(link.href), 10000);
+    figure.draw(this.view, canvas, { ...PAPER, ...this.page.choices }, width);
+    canvas.toBlob(download);
   }
 }
