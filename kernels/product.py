@@ -44,7 +44,8 @@ def _tile_start(tile, n_rows, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_
 
 @triton.jit
 def _load_tile(ptr, offs_m, offs_n, n_rows, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Rows offs_m and columns offs_n of a contiguous [n_rows, WIDTH] matrix, zero outside; BLOCK = len(offs_n)."""
+    """Rows offs_m and columns offs_n of a contiguous [n_rows, WIDTH] matrix, zero outside. BLOCK: of the columns that
+    are tiled, which offs_n may be a part of."""
     pointers = ptr + offs_m.to(tl.int64)[:, None] * WIDTH + offs_n[None, :]
     mask = (offs_m < n_rows)[:, None]
     if WIDTH % BLOCK != 0:
@@ -54,7 +55,7 @@ def _load_tile(ptr, offs_m, offs_n, n_rows, WIDTH: tl.constexpr, BLOCK: tl.const
 
 @triton.jit
 def _load_channels(ptr, offs_n, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Entries offs_n of a [WIDTH] vector in fp32, zero outside."""
+    """Entries offs_n of a [WIDTH] vector in fp32, zero outside; BLOCK as `_load_tile`'s."""
     if WIDTH % BLOCK == 0:
         return tl.load(ptr + offs_n).to(tl.float32)
     else:
@@ -65,20 +66,21 @@ def _load_channels(ptr, offs_n, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
 def _finish(
     acc, start_n, offs_m, a_ptr, x_ptr, out_ptr, nonzero_ptr, mean, rstd, gamma_ptr, beta_ptr, bias_ptr, mask_ptr,
     n_rows, shift, alpha,
-    WIDTH: tl.constexpr, FINISH: tl.constexpr, MASKED: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
+    WIDTH: tl.constexpr, FINISH: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Apply the epilogue to BLOCK_N columns of the accumulator, CHUNK at a time, by halves."""
+    """Apply the epilogue to BLOCK_N columns of the accumulator, CHUNK at a time, by halves; BLOCK is a tile's."""
     if BLOCK_N > CHUNK:
         half: tl.constexpr = BLOCK_N // 2
         pair = tl.permute(tl.reshape(acc, (acc.shape[0], 2, half)), (0, 2, 1))
         left, right = tl.split(pair)
         _finish(
             left, start_n, offs_m, a_ptr, x_ptr, out_ptr, nonzero_ptr, mean, rstd, gamma_ptr, beta_ptr, bias_ptr,
-            mask_ptr, n_rows, shift, alpha, WIDTH, FINISH, MASKED, half, CHUNK,
+            mask_ptr, n_rows, shift, alpha, WIDTH, FINISH, MASKED, BLOCK, half, CHUNK,
         )  # fmt: skip
         _finish(
             right, start_n + half, offs_m, a_ptr, x_ptr, out_ptr, nonzero_ptr, mean, rstd, gamma_ptr, beta_ptr,
-            bias_ptr, mask_ptr, n_rows, shift, alpha, WIDTH, FINISH, MASKED, half, CHUNK,
+            bias_ptr, mask_ptr, n_rows, shift, alpha, WIDTH, FINISH, MASKED, BLOCK, half, CHUNK,
         )  # fmt: skip
     else:
         offs_n = start_n + tl.arange(0, BLOCK_N)
@@ -87,22 +89,22 @@ def _finish(
         if x_ptr is None:
             y = acc
         else:
-            x = _load_tile(x_ptr, offs_m, offs_n, n_rows, WIDTH, BLOCK_N).to(tl.float32)
+            x = _load_tile(x_ptr, offs_m, offs_n, n_rows, WIDTH, BLOCK).to(tl.float32)
             if gamma_ptr is not None:
-                gamma = _load_channels(gamma_ptr, offs_n, WIDTH, BLOCK_N)
-                beta = _load_channels(beta_ptr, offs_n, WIDTH, BLOCK_N)
+                gamma = _load_channels(gamma_ptr, offs_n, WIDTH, BLOCK)
+                beta = _load_channels(beta_ptr, offs_n, WIDTH, BLOCK)
                 x = (x - mean[:, None]) * rstd[:, None] * gamma[None, :] + beta[None, :]
             if MASKED:
-                x = tl.where(_load_tile(a_ptr, offs_m, offs_n, n_rows, WIDTH, BLOCK_N) != 0.0, x, 0.0)
+                x = tl.where(_load_tile(a_ptr, offs_m, offs_n, n_rows, WIDTH, BLOCK) != 0.0, x, 0.0)
             y = x + acc
         if bias_ptr is not None:
-            y += _load_channels(bias_ptr, offs_n, WIDTH, BLOCK_N)[None, :]
+            y += _load_channels(bias_ptr, offs_n, WIDTH, BLOCK)[None, :]
         if FINISH == "relu":
             y = tl.where(y <= shift, 0.0, y - shift)  # NaN stays NaN
         if FINISH == "soft":
             y = tl.where(y > shift, y - shift, tl.where(y < -shift, y + shift, y * 0.0))
         if mask_ptr is not None:
-            y = tl.where(_load_tile(mask_ptr, offs_m, offs_n, n_rows, WIDTH, BLOCK_N) != 0.0, y, 0.0)
+            y = tl.where(_load_tile(mask_ptr, offs_m, offs_n, n_rows, WIDTH, BLOCK) != 0.0, y, 0.0)
         offsets = offs_m.to(tl.int64)[:, None] * WIDTH + offs_n[None, :]
         inside = (offs_m < n_rows)[:, None] & (offs_n < WIDTH)[None, :]
         tl.store(out_ptr + offsets, y.to(out_ptr.dtype.element_ty), mask=inside)
@@ -158,7 +160,7 @@ def _product_kernel(
             rstd = tl.load(rstd_ptr + offs_m, mask=offs_m < n_rows, other=0.0)
         _finish(
             acc, start_n, offs_m, a_ptr, x_ptr, out_ptr, nonzero_ptr, mean, rstd, gamma_ptr, beta_ptr, bias_ptr,
-            mask_ptr, n_rows, shift, alpha, WIDTH, FINISH, MASKED, BLOCK_N, CHUNK,
+            mask_ptr, n_rows, shift, alpha, WIDTH, FINISH, MASKED, BLOCK_N, BLOCK_N, CHUNK,
         )  # fmt: skip
 
 

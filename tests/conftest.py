@@ -6,6 +6,7 @@ import re
 from argparse import Namespace
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -71,12 +72,44 @@ def bfloat16(device):
 
 
 @pytest.fixture
-def poisoned():
-    """Uninitialised memory is NaN, so that an element a kernel forgets shows."""
+def poisoned(device, monkeypatch):
+    """Uninitialised memory is NaN, so that an element a kernel forgets shows; and in the interpreter no address is
+    outside of a launch's tensors, where a GPU may stop."""
+    if device.type == "cpu":
+        _guard_addresses(monkeypatch)
     torch.use_deterministic_algorithms(True)
     assert torch.empty(64).isnan().all(), "PyTorch no longer fills empty tensors: poison them some other way"
     yield
     torch.use_deterministic_algorithms(False)
+
+
+def _guard_addresses(monkeypatch) -> None:
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    from crate_fast.kernels.launch import Launch
+
+    tensors, run = [], Launch.run  # (first address, first one behind) of the running launch's
+
+    def guarded_run(launch):
+        given = [value for value in launch.arguments.values() if isinstance(value, torch.Tensor) and value.numel()]
+        lengths = (1 + sum((n - 1) * step for n, step in zip(t.shape, t.stride(), strict=True)) for t in given)
+        tensors[:] = [(t.data_ptr(), t.data_ptr() + n * t.itemsize) for t, n in zip(given, lengths, strict=True)]
+        run(launch)
+
+    def guarded(access, place_of_mask):
+        def checked_access(builder, pointers, *args, **options):
+            used = pointers.data[np.broadcast_to(args[place_of_mask].data, pointers.data.shape)]
+            if used.size:
+                start, end = int(used.min()), int(used.max()) + pointers.get_element_ty().primitive_bitwidth // 8
+                assert any(first <= start and end <= behind for first, behind in tensors), "outside of every tensor"
+            return access(builder, pointers, *args, **options)
+
+        return checked_access
+
+    monkeypatch.setattr(Launch, "run", guarded_run)
+    for name, place_of_mask in (("create_masked_load", 0), ("create_masked_store", 1)):
+        access = getattr(InterpreterBuilder, name)
+        monkeypatch.setattr(InterpreterBuilder, name, guarded(access, place_of_mask))
 
 
 @pytest.fixture
