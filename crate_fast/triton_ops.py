@@ -354,7 +354,7 @@ def compression_bwd(
             results[3], *sums = checked(folding.unscale, scaled, offset, projection, gamma, beta)
         if skip_normed and any(wanted[:3]):
             grad_normed = grad_h + grad_w @ projection.to(w.dtype)
-            rows = normed if x is None else x.view(normed.shape)
+            rows = normed if x is None else x.reshape(normed.shape)
             dx, sums, _ = checked(layer_norm.backward, grad_normed, rows, mean, rstd, x_dtype, gamma)
         if sums is not None:
             results[1:3] = (total.to(gamma.dtype, copy=True) for total in sums)

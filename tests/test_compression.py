@@ -180,6 +180,17 @@ def test_under_autocast_by_the_rule_of_two(shape, residual, fused_map, device, p
     assert all_within_twice_eager(actual, eager, truth, "h dx dγ dβ dU dV db")
 
 
+@pytest.mark.parametrize("residual", ["released", "paper"])
+def test_channels_before_tokens_in_memory(residual, device):
+    x, *weights = _inputs(device)
+    found = []
+    for tokens in (x.detach(), x.detach().mT.contiguous().mT):
+        with torch.autocast(device.type, torch.float16):
+            h = _ours(tokens.requires_grad_(), *weights, residual=residual)
+        found.append((h, *torch.autograd.grad(h.sum(), [tokens, *weights])))
+    assert all(map(torch.equal, *found))
+
+
 def test_the_output_map_is_fused_where_it_is_asked_for(fused_map, device, monkeypatch):
     calls, plain = [], product.product
     monkeypatch.setattr(product, "product", lambda *a, **k: calls.append(1) or plain(*a, **k))
