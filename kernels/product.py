@@ -107,7 +107,8 @@ def _finish(
             y = tl.where(_load_tile(mask_ptr, offs_m, offs_n, n_rows, WIDTH, BLOCK) != 0.0, y, 0.0)
         offsets = offs_m.to(tl.int64)[:, None] * WIDTH + offs_n[None, :]
         inside = (offs_m < n_rows)[:, None] & (offs_n < WIDTH)[None, :]
-        tl.store(out_ptr + offsets, y.to(out_ptr.dtype.element_ty), mask=inside)
+        y = y.to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + offsets, y, mask=inside)
         if nonzero_ptr is not None:
             # In out's layout: one of its own, for stores of 16 bytes, would move the tile through shared memory.
             ALONG: tl.constexpr = 128 // out_ptr.dtype.element_ty.primitive_bitwidth

@@ -303,6 +303,13 @@ def test_ista(size, dtype, threshold, with_norm, device, poisoned):
     assert _ista_is_right(_ista_inputs(size, dtype, device), threshold, with_norm)
 
 
+@pytest.mark.parametrize("soft", [False, True])
+def test_what_rounds_to_zero_passes_no_gradient(soft, device, poisoned):
+    x = torch.full((16, 32), 0.01, dtype=torch.float16, device=device)
+    y, nonzero = ista.forward(x, x, torch.zeros(32, 32, dtype=x.dtype, device=device), x[0, 0].item() - 1e-8, soft)
+    assert y.count_nonzero() == nonzero.count_nonzero() == 0
+
+
 @pytest.mark.parametrize("persistent", [False, True], ids=["a tile a program", "persistent"])
 @pytest.mark.parametrize("blocks", PRODUCT_TILES, ids=str)
 def test_every_product_tile_of_the_table(blocks, persistent, device, poisoned):
