@@ -66,7 +66,8 @@ class _Draw:
         room = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
         offset = given.data_ptr() % 16 // given.itemsize if strided or given.is_contiguous() else 0
         values = torch.randn(offset + room, generator=self.generator, device=given.device) * spread + mean
-        return values.to(given.dtype).as_strided(shape, strides, offset)
+        # Of 11 bits, which TF32 holds: it would cut longer tokens in backward's S, and not in L, which is exact here.
+        return values.half().to(given.dtype).as_strided(shape, strides, offset)
 
     def rows(self, given: Tensor | None, spread: float = 1.0, mean: float = 0.0, width: int | None = None):
         """Return fewer rows than `given` [M, C] has; their number depends on `width`, C when None."""
