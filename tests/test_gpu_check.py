@@ -284,6 +284,7 @@ def test_the_gpu_tests_need_no_plugin_of_pytest(check, tmp_path, monkeypatch):
     *words, _ = jobs[0].command  # and the file
     words += ["-p", "no:benchmark", "-c", str(gpu_check.ROOT / "pyproject.toml"), str(tiny)]
     environment = check.environment | jobs[0].environment
+    environment.pop("PYTEST_XDIST_WORKER", None)  # of this test's own process
     subprocess.run(words, env=environment, cwd=tmp_path, check=True, capture_output=True)
     (row,) = gpu_report.read_rows(Path(environment["GPU_CHECK_ROWS"]))
     assert row["status"] == "ok"

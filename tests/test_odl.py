@@ -93,7 +93,7 @@ def test_under_autocast_by_the_rule_of_two(device, poisoned):
         ("acc = acc * alpha", "acc = acc * 1.0"),
         ("y = x + acc", "y = acc"),
         ("y = tl.where(y <= shift, 0.0, y - shift)", "y = tl.where(y <= shift, 0.0, y)"),
-        ("y = tl.where(_load_tile(mask_ptr, offs_m, offs_n, n_rows, WIDTH, BLOCK_N) != 0.0, y, 0.0)", "y = y + 0.0"),
+        ("y = tl.where(_load_tile(mask_ptr, offs_m, offs_n, n_rows, WIDTH, BLOCK) != 0.0, y, 0.0)", "y = y + 0.0"),
     ],
     ids=["no factor", "no addend", "no shift", "no mask"],
 )
