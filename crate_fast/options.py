@@ -11,9 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-from crate_fast.errors import CommandParser
+from crate_fast.errors import CommandParser, run_command
 
-__all__ = ["PARSERS", "comma_list", "parse", "positive", "seed"]
+__all__ = ["PARSERS", "comma_list", "main_of", "parse", "positive", "seed"]
 
 PLAIN = argparse.RawDescriptionHelpFormatter
 PORT = 7470  # of the explorer
@@ -369,3 +369,13 @@ def parse(command: str, argv: list[str] | None = None) -> argparse.Namespace:
         UserError: An option is unknown, missing, or has a value that it cannot have.
     """
     return PARSERS[command]().parse_args(argv)
+
+
+def main_of(command: str, run: Callable[[argparse.Namespace], int | None]) -> Callable[..., int]:
+    """Make the `main` of a command, a key of `PARSERS`, from the function that is called with its options."""
+
+    def main(argv: list[str] | None = None) -> int:
+        """Run as the command line, or `argv`, says; return the exit status, 2 after an error."""
+        return run_command(lambda: run(parse(command, argv)))
+
+    return main

@@ -22,13 +22,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from crate_fast.errors import UserError, run_command
+from crate_fast.errors import UserError
 from crate_fast.eval.common.command import Evaluation, open_models, read_images
 from crate_fast.eval.common.figures import Picture, image_picture, image_rows, short_name, write_pages
 from crate_fast.eval.common.images import Batch, Sample
 from crate_fast.eval.common.models import LoadedModel
 from crate_fast.eval.common.segmentation import attention_to_mask, intersection_over_union
-from crate_fast.options import parse
+from crate_fast.options import main_of
 
 __all__ = ["add_noise", "evaluate", "main", "map_correlation"]
 
@@ -299,6 +299,4 @@ def _command(options: argparse.Namespace) -> None:
     evaluation.finish(results, {"heads": heads})
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Draw and describe CLS attention; see the module's text."""
-    return run_command(lambda: _command(parse("eval attention_maps", argv)))
+main = main_of("eval attention_maps", _command)

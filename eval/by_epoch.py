@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from crate_fast.errors import UserError, run_command
+from crate_fast.errors import UserError
 from crate_fast.eval.by_layer import MEASURES, check_measures, curves
 from crate_fast.eval.by_layer import evaluate as measure
 from crate_fast.eval.common.command import Evaluation, open_data
@@ -24,7 +24,7 @@ from crate_fast.eval.common.figures import Picture, curve_figure, image_grid, im
 from crate_fast.eval.common.images import readable
 from crate_fast.eval.common.models import LoadedModel, open_model, split_label
 from crate_fast.eval.common.principal_components import TooFewPatchesError, pca_rgb
-from crate_fast.options import parse
+from crate_fast.options import main_of
 from crate_fast.train.checkpoint import CheckpointError
 from crate_fast.train.distributed import choose_device
 from crate_fast.train.runs import checkpoint_epoch, checkpoint_steps
@@ -121,6 +121,4 @@ def _command(options: argparse.Namespace) -> None:
     evaluation.finish({"rows": rows, "left_out": left_out}, config, ["numbers but counts in %"])
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run as the command line says; returns the exit status."""
-    return run_command(lambda: _command(parse("eval by_epoch", argv)))
+main = main_of("eval by_epoch", _command)

@@ -10,12 +10,12 @@ from collections.abc import Sequence
 
 from torch.utils.data import Dataset
 
-from crate_fast.errors import UserError, run_command
+from crate_fast.errors import UserError
 from crate_fast.eval import coarse_segmentation, maskcut
 from crate_fast.eval.common.command import Evaluation, open_data, open_models
 from crate_fast.eval.common.figures import Curve, curve_figure
 from crate_fast.eval.common.models import LoadedModel
-from crate_fast.options import parse
+from crate_fast.options import main_of
 
 __all__ = ["MEASURES", "check_measures", "evaluate", "main"]
 
@@ -134,6 +134,4 @@ def _command(options: argparse.Namespace) -> None:
     evaluation.finish(results, notes=["* the layer that the paper looks at; all numbers but counts in %"])
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run as the command line says; returns the exit status."""
-    return run_command(lambda: _command(parse("eval by_layer", argv)))
+main = main_of("eval by_layer", _command)

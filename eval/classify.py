@@ -17,12 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from crate_fast.errors import UserError, require, run_command
+from crate_fast.errors import UserError, require
 from crate_fast.eval.common import paper, probes
 from crate_fast.eval.common.command import Evaluation, open_models
 from crate_fast.eval.common.images import batches
 from crate_fast.eval.common.models import LoadedModel
-from crate_fast.options import parse
+from crate_fast.options import main_of
 from crate_fast.train.config import TrainConfig
 from crate_fast.train.data import DataSplits, plain_splits
 
@@ -273,6 +273,4 @@ def _command(options: argparse.Namespace) -> None:
     evaluation.finish(results, notes=doubts)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run as the command line says; returns the exit status."""
-    return run_command(lambda: _command(parse("eval classify", argv)))
+main = main_of("eval classify", _command)

@@ -17,13 +17,13 @@ from pathlib import Path
 
 from torch.utils.data import Dataset
 
-from crate_fast.errors import UserError, run_command
+from crate_fast.errors import UserError
 from crate_fast.eval.common import segmentation
 from crate_fast.eval.common.command import Evaluation, attention_layers, open_data, open_models
 from crate_fast.eval.common.figures import Picture, image_rows, write_pages
 from crate_fast.eval.common.images import Sample, batches, readable
 from crate_fast.eval.common.models import LoadedModel
-from crate_fast.options import parse
+from crate_fast.options import main_of
 
 __all__ = ["evaluate", "main"]
 
@@ -130,6 +130,4 @@ def _command(options: argparse.Namespace) -> None:
     evaluation.finish(results, {"class_names": first.class_names()}, ["* the layer that the paper looks at"])
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run as the command line says; returns the exit status."""
-    return run_command(lambda: _command(parse("eval coarse_segmentation", argv)))
+main = main_of("eval coarse_segmentation", _command)

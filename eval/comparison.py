@@ -12,14 +12,14 @@ import argparse
 
 from torch.utils.data import Dataset
 
-from crate_fast.errors import UserError, run_command
+from crate_fast.errors import UserError
 from crate_fast.eval import by_layer, coarse_segmentation
 from crate_fast.eval.by_layer import check_measures
 from crate_fast.eval.common import paper
 from crate_fast.eval.common.command import Evaluation, open_models
 from crate_fast.eval.common.images import open_images
 from crate_fast.eval.common.models import LoadedModel
-from crate_fast.options import parse
+from crate_fast.options import main_of
 
 __all__ = ["compare", "evaluate", "main"]
 
@@ -114,6 +114,4 @@ def _command(options: argparse.Namespace) -> None:
     evaluation.finish({"rows": rows}, config | {"models": options.models}, [note])
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run as the command line says; returns the exit status."""
-    return run_command(lambda: _command(parse("eval comparison", argv)))
+main = main_of("eval comparison", _command)

@@ -34,14 +34,14 @@ from torch.utils.data import Dataset
 from torchvision.ops import box_iou
 from torchvision.utils import draw_bounding_boxes
 
-from crate_fast.errors import UserError, run_command
+from crate_fast.errors import UserError
 from crate_fast.eval.common.boxes import BoxedImages, covered
 from crate_fast.eval.common.command import Evaluation, attention_layers, open_models
 from crate_fast.eval.common.figures import Picture, image_picture, write_pages
 from crate_fast.eval.common.images import Sample, batches, open_images, readable
 from crate_fast.eval.common.models import LoadedModel
 from crate_fast.eval.common.segmentation import average_precision
-from crate_fast.options import parse
+from crate_fast.options import main_of
 
 __all__ = ["evaluate", "largest_boxes", "main"]
 
@@ -295,6 +295,4 @@ def _open_data(options: argparse.Namespace, size: int) -> Dataset:
     return BoxedImages(Path(path), size, options.boxes, options.limit)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run as the command line says; returns the exit status."""
-    return run_command(lambda: _command(parse("eval localization", argv)))
+main = main_of("eval localization", _command)

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset
 from torchvision.transforms.functional import InterpolationMode, resize
 
-from crate_fast.errors import UserError, require, run_command
+from crate_fast.errors import UserError, require
 from crate_fast.eval.common import coco
 from crate_fast.eval.common.command import Evaluation, open_data, open_models
 from crate_fast.eval.common.figures import image_grid, image_picture
@@ -32,7 +32,7 @@ from crate_fast.eval.common.models import LoadedModel
 from crate_fast.eval.common.normalized_cut import SAME, exact_fp32, second_eigenvector
 from crate_fast.eval.common.results import Records
 from crate_fast.functional import linear
-from crate_fast.options import parse
+from crate_fast.options import main_of
 from crate_fast.train.checkpoint import write_text
 from crate_fast.train.distributed import Processes, process_group
 
@@ -371,9 +371,7 @@ def _finish(evaluation: Evaluation, images: Dataset, records: dict, layer: int, 
     evaluation.finish(numbers, config, notes if "bbox" in numbers else ())
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run as the command line says; returns the exit status."""
-    return run_command(lambda: _command(parse("eval maskcut", argv)))
+main = main_of("eval maskcut", _command)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from crate_fast.errors import UserError, run_command
+from crate_fast.errors import UserError
 from crate_fast.eval.common.command import Evaluation, open_models, read_images
 from crate_fast.eval.common.figures import Picture, image_rows, short_name, write_pages
 from crate_fast.eval.common.images import Batch, Sample
@@ -31,7 +31,7 @@ from crate_fast.eval.common.principal_components import (
     pca_rgb,
 )
 from crate_fast.eval.common.segmentation import intersection_over_union
-from crate_fast.options import parse
+from crate_fast.options import main_of
 
 __all__ = ["TooFewPatchesError", "evaluate", "foreground", "main", "pca_rgb"]
 
@@ -184,6 +184,4 @@ def _warn(label: str, outcome: Sequence[dict]) -> None:
                 print(f"no colours for {label}, {where}: {group['problem']}", file=sys.stderr)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Draw and describe principal components; see the module's text."""
-    return run_command(lambda: _command(parse("eval pca", argv)))
+main = main_of("eval pca", _command)

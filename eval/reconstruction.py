@@ -13,12 +13,12 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from crate_fast.errors import UserError, run_command
+from crate_fast.errors import UserError
 from crate_fast.eval.common.command import Evaluation, open_models
 from crate_fast.eval.common.images import Batch, batches, open_images
 from crate_fast.eval.common.models import LoadedModel
 from crate_fast.eval.common.results import file_name
-from crate_fast.options import parse
+from crate_fast.options import main_of
 from crate_fast.train.reconstruction import RATIOS, image_noise, reconstruction_figure
 
 __all__ = ["evaluate", "main"]
@@ -108,6 +108,4 @@ def _command(options: argparse.Namespace) -> None:
     evaluation.finish(results)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Measure and draw; see the module's text."""
-    return run_command(lambda: _command(parse("eval reconstruction", argv)))
+main = main_of("eval reconstruction", _command)

@@ -13,14 +13,14 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from crate_fast.errors import UserError, run_command
+from crate_fast.errors import UserError
 from crate_fast.eval.common.command import Evaluation, open_data, open_models
 from crate_fast.eval.common.figures import Curve, curve_figure
 from crate_fast.eval.common.images import Batch, batches
 from crate_fast.eval.common.models import LoadedModel
 from crate_fast.layers import ISTA, MSSA, ODL
 from crate_fast.model import CRATE
-from crate_fast.options import parse
+from crate_fast.options import main_of
 from crate_fast.whitebox import layer_measures
 
 __all__ = ["evaluate", "left_out", "main", "trend"]
@@ -156,6 +156,4 @@ def _command(options: argparse.Namespace) -> None:
     evaluation.finish(results)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Measure models and write tables, curves and results.json."""
-    return run_command(lambda: _command(parse("eval white_box", argv)))
+main = main_of("eval white_box", _command)

@@ -5,13 +5,13 @@ import json
 import math
 from pathlib import Path
 
-from crate_fast.errors import UserError, require, run_command
+from crate_fast.errors import UserError, require
 from crate_fast.eval.common.results import differences, make_folder
 from crate_fast.eval.emergence.data import prepare_photographs
 from crate_fast.eval.emergence.protocol import SIZES, Protocol
 from crate_fast.eval.emergence.report import write_report
 from crate_fast.eval.emergence.runs import Folders, Resources, run_experiment
-from crate_fast.options import parse
+from crate_fast.options import main_of
 from crate_fast.train.checkpoint import write_text
 
 __all__ = ["main"]
@@ -87,6 +87,4 @@ def _with_photographs(options: argparse.Namespace, source: str, protocol: Protoc
     return protocol.with_training_images(images)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run, continue or report the experiment; return the exit status."""
-    return run_command(lambda: _command(parse("reproduce emergence", argv)))
+main = main_of("reproduce emergence", _command)

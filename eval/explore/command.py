@@ -17,11 +17,11 @@ import threading
 import webbrowser
 from pathlib import Path
 
-from crate_fast.errors import UserError, run_command
+from crate_fast.errors import UserError
 from crate_fast.eval.common.models import split_label, split_source
 from crate_fast.eval.explore.inspection import Explorer, ModelCache, ModelChoice
 from crate_fast.eval.explore.pictures import Pictures
-from crate_fast.options import PORT, parse
+from crate_fast.options import PORT, main_of
 from crate_fast.pretrained import is_model_folder, packaged_models, record
 from crate_fast.train import checkpoint
 from crate_fast.train.distributed import choose_device
@@ -143,6 +143,4 @@ def _serve(options: argparse.Namespace) -> None:
         server.run(sockets=[listener])
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Serve the page until it is stopped; return the exit status."""
-    return run_command(lambda: _serve(parse("explore", argv)))
+main = main_of("explore", _serve)
