@@ -20,13 +20,12 @@ from urllib.parse import urlsplit
 
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
-from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware import Middleware
+from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from crate_fast.errors import UserError
 from crate_fast.eval.explore.inspection import Explorer, Inspection
@@ -52,32 +51,6 @@ _STATUS: dict[type[UserError], int] = {
     CheckpointError: 422,
     UserError: 400,
 }
-
-
-class _Guard:
-    """Middleware that adds the headers, and refuses other sites' pages and foreign host names (DNS rebinding)."""
-
-    def __init__(self, app: ASGIApp, hosts: Sequence[str] | None):
-        self.app, self.hosts = app, None if hosts is None else [host.lower() for host in hosts]
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-
-        async def with_headers(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                MutableHeaders(scope=message).update(_HEADERS)
-            await send(message)
-
-        headers = Headers(scope=scope)
-        host, origin = headers.get("host", ""), headers.get("origin")
-        answer = self.app
-        if self.hosts is not None and _host_name(host) not in self.hosts:
-            answer = _error(403, f"this explorer is not called {host!r}")
-        elif origin is not None and origin.partition("://")[2] != host:
-            answer = _error(403, f"a page of {origin} may not use this explorer")
-        await answer(scope, receive, with_headers)
 
 
 def _host_name(host: str) -> str | None:
@@ -156,6 +129,19 @@ def application(explorer: Explorer, hosts: Sequence[str] | None = None) -> Starl
         explorer: Source of the answers.
         hosts: Host names that requests may use; None allows all.
     """
+    names = None if hosts is None else [host.lower() for host in hosts]
+
+    async def guard(request: Request, answer: RequestResponseEndpoint) -> Response:
+        """Add the headers, and refuse other sites' pages and foreign host names (DNS rebinding)."""
+        host, origin = request.headers.get("host", ""), request.headers.get("origin")
+        if names is not None and _host_name(host) not in names:
+            response = _error(403, f"this explorer is not called {host!r}")
+        elif origin is not None and origin.partition("://")[2] != host:
+            response = _error(403, f"a page of {origin} may not use this explorer")
+        else:
+            response = await answer(request)
+        response.headers.update(_HEADERS)
+        return response
 
     def inspection(request: Request) -> Inspection:
         return explorer.inspection(_integer(request, "model"), request.query_params.get("picture", ""))
@@ -185,7 +171,7 @@ def application(explorer: Explorer, hosts: Sequence[str] | None = None) -> Starl
             Route("/api/pictures", _upload(explorer.pictures), methods=["POST"]),
             Mount("/", StaticFiles(directory=_PAGE, html=True)),
         ],
-        middleware=[Middleware(_Guard, hosts=hosts)],
+        middleware=[Middleware(BaseHTTPMiddleware, dispatch=guard)],
     )
     app.router.redirect_slashes = False
     return app
