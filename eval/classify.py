@@ -10,29 +10,188 @@ head reads: the CLS token after the final LayerNorm.
 
 import argparse
 import dataclasses
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from crate_fast.errors import UserError, require
-from crate_fast.eval.common import paper, probes
+from crate_fast.eval.common import paper
 from crate_fast.eval.common.command import Evaluation, open_models
-from crate_fast.eval.common.images import batches
+from crate_fast.eval.common.images import Sample, batches
 from crate_fast.eval.common.models import LoadedModel
 from crate_fast.options import main_of
 from crate_fast.train.config import TrainConfig
 from crate_fast.train.data import DataSplits, plain_splits
 
-__all__ = ["KS", "check", "evaluate", "main"]
+__all__ = ["KS", "LabelledImages", "LinearProbe", "check", "evaluate", "knn_predictions", "linear_probe", "main"]
+__all__ += ["pooled"]
 
 PROTOCOLS = ("head", "knn", "linear")
 KS = (10, 20, 100, 200)
 RAW_SIDE = 16  # pixels
+STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # scikit-learn's C, the inverse of the regularisation
+_STEPS = 500
+_SIMILARITIES = 2**26  # held at once: 256 MiB
 _DATA_OPTIONS = ("dataset", "data_dir", "train_split", "val_split", "train_samples", "val_samples")
 _DATA_SETTINGS = (*_DATA_OPTIONS, "image_size", "seed")
+
+
+# --- probes of frozen features
+
+
+class LabelledImages(Dataset):
+    """Images of a split; an unreadable one is a sample with a `problem`.
+
+    Args:
+        split: A split of `plain_splits`.
+        name: Name of the split, for messages.
+        limit: Number of images, evenly spaced over the split, which may be sorted by class; all when None.
+    """
+
+    def __init__(self, split: Dataset, name: str, limit: int | None = None):
+        self.split, self.name, total = split, name, len(split)
+        count = min(limit or total, total)
+        self.indices = [i * total // count for i in range(count)]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, number: int) -> Sample:
+        return self.__getitems__([number])[0]
+
+    def __getitems__(self, numbers: list[int]) -> list[Sample]:
+        batch = self.split.batch([(0, self.indices[number]) for number in numbers])  # scenes are drawn together
+        read = zip(batch.keys, batch.images, batch.labels.tolist(), strict=True)
+        samples = [Sample(index, image, tuple(image.shape[1:]), label=label) for (_, index), image, label in read]
+        blank = torch.zeros(3, 1, 1, dtype=torch.uint8)
+        return samples + [Sample("", blank, (0, 0), None, f"{self.name} image {text}") for text in batch.problems]
+
+
+def pooled(model: nn.Module, tokens: Tensor, pool: str = "cls") -> Tensor:
+    """Pool tokens [B, N, C] of `forward_features` to one vector per image, after the final LayerNorm: [B, C].
+
+    Args:
+        model: A CRATE or a timm `VisionTransformer`.
+        tokens: Tokens, prefix first.
+        pool: "cls", or "mean" over the patches.
+    """
+    prefix = model.num_prefix_tokens
+    token = tokens[:, :1] if pool == "cls" else tokens[:, prefix:].mean(dim=1, keepdim=True)
+    # any pooling of equal tokens returns them
+    return model.forward_head(token.expand(-1, prefix + 1, -1), pre_logits=True)
+
+
+def knn_predictions(
+    train: Tensor, labels: Tensor, val: Tensor, ks: Sequence[int], temperature: float = 0.07
+) -> dict[int, Tensor]:
+    """Classify by a vote of the k most similar training images with weights exp(cosine / T) (DINO's protocol).
+
+    Args:
+        train: Features [n, C].
+        labels: Their classes [n], from 0.
+        val: Features [m, C].
+        ks: Numbers of neighbours.
+        temperature: T, above 0.
+
+    Returns:
+        k → classes [m].
+
+    Raises:
+        UserError: k is not from 1 to n.
+
+    >>> knn_predictions(torch.eye(2), torch.tensor([4, 7]), torch.tensor([[0.1, 0.9]]), [1])
+    {1: tensor([7])}
+    """
+    check_neighbours(ks, len(train))
+    unit = F.normalize(train.float(), dim=1)
+    n_classes = int(labels.max()) + 1
+    found: dict[int, list[Tensor]] = {k: [] for k in ks}
+    for part in val.float().split(max(1, _SIMILARITIES // len(train))):
+        similarity, nearest = (F.normalize(part, dim=1) @ unit.T).topk(max(ks), dim=1)
+        weights, classes = (similarity / temperature).exp(), labels[nearest]
+        for k in ks:
+            votes = weights.new_zeros(len(part), n_classes)
+            found[k].append(votes.scatter_add_(1, classes[:, :k], weights[:, :k]).argmax(dim=1))
+    return {k: torch.cat(parts) for k, parts in found.items()}
+
+
+def check_neighbours(ks: Sequence[int], n_images: int) -> None:
+    """Refuse more neighbours than training images."""
+    for k in ks:
+        if not 1 <= k <= n_images:
+            raise UserError(f"--k {k}: there are {n_images} training images; ask for at most as many neighbours")
+
+
+def check_linear(n_images: int, n_classes: int) -> None:
+    """Refuse a linear probe of fewer than ten images or two classes."""
+    if n_classes < 2 or n_images < 10:
+        raise UserError(
+            f"a linear probe of {n_images} training images of {n_classes} classes says nothing: raise --train-limit"
+        )
+
+
+class LinearProbe(NamedTuple):
+    """Result of `linear_probe`.
+
+    Attributes:
+        predictions: Classes of the validation images [m].
+        C: The inverse regularisation chosen.
+        held_out: C → accuracy on the held-out training images.
+        converged: True if the last fit converged.
+    """
+
+    predictions: Tensor
+    C: float
+    held_out: dict[float, float]
+    converged: bool
+
+
+def linear_probe(train: Tensor, labels: Tensor, val: Tensor, seed: int = 0) -> LinearProbe:
+    """Fit scikit-learn's multinomial logistic regression on standardised frozen features.
+
+    The regularisation is chosen on a held-out fifth of the training images; then all are fitted.
+
+    Args:
+        train: Features [n, C].
+        labels: Their classes [n].
+        val: Features [m, C].
+        seed: Seed of the choice of held-out images.
+
+    Raises:
+        UserError: scikit-learn is missing, or there are fewer than ten training images, or than two classes in those
+            that are not held out.
+    """
+    require("sklearn")
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
+    apart, rest = order.tensor_split([int(0.2 * len(train))])
+    check_linear(len(train), len(labels[rest].unique()))
+    x, y = train.double().numpy(), labels.numpy()
+
+    def fit(rows: Tensor, strength: float):
+        probe = make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=_STEPS))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)  # `converged` says so
+            return probe.fit(x[rows], y[rows])
+
+    held_out = {c: float(fit(rest, c).score(x[apart], y[apart])) for c in STRENGTHS}
+    best = max(STRENGTHS, key=lambda c: (held_out[c], -c))
+    probe = fit(order.sort().values, best)
+    predictions = torch.from_numpy(probe.predict(val.double().numpy()))
+    return LinearProbe(predictions, best, held_out, bool((probe[-1].n_iter_ < _STEPS).all()))
+
+
+# --- the protocol
 
 
 def check(
@@ -59,25 +218,26 @@ def check(
             f"the head of {loaded.label} has {outputs} classes and the data set {classes}, so its outputs cannot be "
             "scored: look at its features, with --protocol knn,linear"
         )
-    probes.check_pool(loaded.model, pool)
+    if pool == "cls" and not loaded.extract.has_cls:
+        raise UserError("this model has no CLS token: pass --pool mean")
     n_images = min(train_limit or len(data.train), len(data.train))
     if "knn" in protocols:
-        probes.check_neighbours(ks or (), n_images)
+        check_neighbours(ks or (), n_images)
     if "linear" in protocols:
         require("sklearn")
-        probes.check_linear(n_images, classes)
+        check_linear(n_images, classes)
 
 
 @torch.inference_mode()
 def _read(
-    loaded: LoadedModel, images: probes.LabelledImages, pool: str, head: bool, raw_pixels: bool, **reading
+    loaded: LoadedModel, images: LabelledImages, pool: str, head: bool, raw_pixels: bool, **reading
 ) -> dict[str, Tensor]:
     """Read labels and features of the images, and on demand the head's loss and ranking, and small raw images."""
     parts: dict[str, list[Tensor]] = {}
     for batch in batches(images, progress=f"{loaded.label}, {images.name}", **reading):
         labels = torch.tensor([sample.label for sample in batch.samples])
         tokens = loaded.model.forward_features(loaded.normalize(batch.images.to(loaded.device)))
-        found = {"labels": labels, "features": probes.pooled(loaded.model, tokens, pool).float().cpu()}
+        found = {"labels": labels, "features": pooled(loaded.model, tokens, pool).float().cpu()}
         if head:
             logits = loaded.model.forward_head(tokens).float().cpu()
             found["ranked"] = logits.topk(min(5, logits.shape[1]), dim=1).indices
@@ -108,13 +268,13 @@ def _probe(
             if k > n_images:
                 found["left_out"][f"{k}-NN"] = f"there are {n_images} training images"
         ks = [k for k in ks if k <= n_images] or [n_images]
-        predictions = probes.knn_predictions(train[name], train["labels"], val[name], ks)
+        predictions = knn_predictions(train[name], train["labels"], val[name], ks)
         correct = {k: predicted == val["labels"] for k, predicted in predictions.items()}
         found["knn"] = {k: right.float().mean().item() for k, right in correct.items()}
         found["per_class"][f"knn, k = {ks[0]}"] = _per_class(correct[ks[0]], val["labels"], classes)
     if "linear" in protocols:
         try:
-            probe = probes.linear_probe(train[name], train["labels"], val[name], seed=seed)
+            probe = linear_probe(train[name], train["labels"], val[name], seed=seed)
         except UserError as error:  # the other results stand
             found["left_out"]["linear"] = str(error)
             return found
@@ -165,7 +325,7 @@ def evaluate(
     ks = KS if ks is None else ks
     probing = "knn" in protocols or "linear" in protocols
     raw_pixels = raw_pixels and probing
-    images = probes.LabelledImages(data.val, "validation", limit)
+    images = LabelledImages(data.val, "validation", limit)
     val = _read(loaded, images, pool, "head" in protocols, raw_pixels, **reading)
     labels, classes = val["labels"], data.classes
     found: dict = {"images": len(labels), "classes": len(classes), "per_class": {}}
@@ -178,7 +338,7 @@ def evaluate(
     if not probing:
         return found
     try:
-        images = probes.LabelledImages(data.train, "training", train_limit)
+        images = LabelledImages(data.train, "training", train_limit)
         train = _read(loaded, images, pool, False, raw_pixels, **reading)
     except UserError as error:
         if "head" not in found:

@@ -12,9 +12,8 @@ from PIL import Image
 
 from crate_fast.errors import UserError
 from crate_fast.eval import classify
-from crate_fast.eval.common import probes
+from crate_fast.eval.classify import LabelledImages, knn_predictions, linear_probe, pooled
 from crate_fast.eval.common.models import open_model
-from crate_fast.eval.common.probes import LabelledImages, knn_predictions, linear_probe, pooled
 from crate_fast.train.config import TrainConfig
 from crate_fast.train.data import plain_splits
 
@@ -39,7 +38,7 @@ def test_knn_in_chunks_is_knn(monkeypatch):
     train, labels, val = torch.randn(50, 8), torch.randint(0, 4, (50,)), torch.randn(23, 8)
     whole = knn_predictions(train, labels, val, [1, 5])
     for held in (1, 350):  # similarities: one and seven validation images at a time
-        monkeypatch.setattr(probes, "_SIMILARITIES", held)
+        monkeypatch.setattr(classify, "_SIMILARITIES", held)
         parts = knn_predictions(train, labels, val, [1, 5])
         assert all(torch.equal(parts[k], whole[k]) for k in whole)
 
