@@ -9,7 +9,7 @@ before training, drawn from `--seed`.
 import argparse
 import itertools
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -23,7 +23,7 @@ from crate_fast.eval.common.command import Evaluation, open_data
 from crate_fast.eval.common.figures import Picture, curve_figure, image_grid, image_picture
 from crate_fast.eval.common.images import readable
 from crate_fast.eval.common.models import LoadedModel, open_model, split_label
-from crate_fast.eval.common.principal_components import TooFewPatchesError, pca_rgb
+from crate_fast.eval.pca import TooFewPatchesError, pca_rgb
 from crate_fast.options import main_of
 from crate_fast.train.checkpoint import CheckpointError
 from crate_fast.train.distributed import choose_device
@@ -91,21 +91,18 @@ def _command(options: argparse.Namespace) -> None:
     columns = [[image_picture(image) for image in shown]]
     facts: list[dict] = []
     left_out: dict[int, str] = {}
-
-    def models() -> Iterator[tuple[int, LoadedModel]]:
-        for step in [0, *chosen]:
-            try:
-                loaded = open_model(f"{label}={run}@{step}", **opening) if step else untrained
-            except CheckpointError as error:  # a damaged checkpoint does not stop the others
-                print(f"left out: step {step}: {error}", file=sys.stderr)
-                left_out[step] = str(error)
-                continue
-            yield step, loaded
-            facts.append(loaded.facts)
-            columns.append(_components(loaded, torch.stack(shown), layer))
-
+    results: dict[int, dict[str, float]] = {}
     settings |= evaluation.reading("step") | {"seed": options.seed}
-    results = evaluate(models(), images, layer, measures, **settings)
+    for step in [0, *chosen]:
+        try:
+            loaded = open_model(f"{label}={run}@{step}", **opening) if step else untrained
+        except CheckpointError as error:  # a damaged checkpoint does not stop the others
+            print(f"left out: step {step}: {error}", file=sys.stderr)
+            left_out[step] = str(error)
+            continue
+        results |= evaluate([(step, loaded)], images, layer, measures, **settings)
+        facts.append(loaded.facts)
+        columns.append(_components(loaded, torch.stack(shown), layer))
     if not results.keys() - {0}:
         raise UserError(f"{run}: none of the steps {chosen} can be read; the first: {left_out[chosen[0]]}")
     epochs = {0: 0.0} | {step: checkpoint_epoch(run, step) for step in chosen if step in results}

@@ -23,11 +23,11 @@ from PIL import Image
 from crate_fast.errors import UserError
 from crate_fast.eval.common.images import SceneImages, free_photographs
 from crate_fast.eval.common.models import open_model
-from crate_fast.eval.common.principal_components import pca_rgb
 from crate_fast.eval.explore import command, inspection
 from crate_fast.eval.explore.command import default_choices
 from crate_fast.eval.explore.pictures import MAX_UPLOAD_BYTES, LRUCache, Pictures, UnknownPictureError, decode
 from crate_fast.eval.maskcut import maskcut
+from crate_fast.eval.pca import pca_rgb
 from crate_fast.options import parse
 from crate_fast.train.checkpoint import best_step
 from crate_fast.train.data.shape_scenes import CLASSES

@@ -12,8 +12,8 @@ from crate_fast import export
 from crate_fast.cli import COMMANDS, GROUPS
 from crate_fast.errors import UserError
 from crate_fast.eval import by_layer, comparison
-from crate_fast.eval.common.principal_components import SCALINGS
 from crate_fast.eval.emergence.protocol import SIZES
+from crate_fast.eval.pca import SCALINGS
 from crate_fast.options import PARSERS, parse
 from crate_fast.train.reconstruction import RATIOS
 

@@ -9,8 +9,14 @@ import torch
 
 from crate_fast.eval.common.features import Features, LayerTokens
 from crate_fast.eval.common.images import Batch, Sample, SceneImages, Target
-from crate_fast.eval.common.principal_components import TooFewPatchesError, foreground, pca_rgb, principal_components
-from crate_fast.eval.pca import evaluate, main
+from crate_fast.eval.pca import (
+    TooFewPatchesError,
+    evaluate,
+    foreground,
+    main,
+    pca_rgb,
+    principal_components,
+)
 
 CRATE = ["A=crate_tiny_patch8_224@untrained", "--model-args", "depth=3", "dim=32", "heads=2", "img_size=32"]
 

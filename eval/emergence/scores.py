@@ -10,8 +10,8 @@ from torch.utils.data import Dataset
 from crate_fast.eval import coarse_segmentation, localization, maskcut, white_box
 from crate_fast.eval.common.images import batches
 from crate_fast.eval.common.models import LoadedModel
-from crate_fast.eval.common.principal_components import TooFewPatchesError, foreground, pca_rgb
 from crate_fast.eval.emergence.data import PhotographData, SceneData, spread
+from crate_fast.eval.pca import TooFewPatchesError, foreground, pca_rgb
 
 __all__ = ["box_scores", "checkpoint_scores", "photograph_scores", "pictures"]
 

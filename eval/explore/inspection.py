@@ -12,9 +12,9 @@ from crate_fast.errors import UserError
 from crate_fast.eval.common.features import Features, LayerTokens
 from crate_fast.eval.common.images import box_corners
 from crate_fast.eval.common.models import LoadedModel, class_names, open_model
-from crate_fast.eval.common.principal_components import TooFewPatchesError, foreground, pca_rgb
 from crate_fast.eval.explore.pictures import MAX_UPLOAD_BYTES, LRUCache, Pictures
 from crate_fast.eval.maskcut import maskcut
+from crate_fast.eval.pca import TooFewPatchesError, foreground, pca_rgb
 from crate_fast.layers import ISTA, ODL
 from crate_fast.model import CRATE
 from crate_fast.whitebox import LayerTrace, visit_layers
