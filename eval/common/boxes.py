@@ -1,8 +1,6 @@
 """Images of a folder with annotated boxes: COCO-format JSON, without masks too, or XML files of ImageNet and VOC."""
 
 import itertools
-import json
-import math
 from collections import Counter
 from pathlib import Path, PurePosixPath
 from xml.etree import ElementTree
@@ -11,7 +9,7 @@ import numpy as np
 import torch
 
 from crate_fast.errors import UserError
-from crate_fast.eval.common.coco import checked_images
+from crate_fast.eval.common.coco import checked_images, coco_content, finite, is_size
 from crate_fast.eval.common.images import ImageFiles, Target
 
 __all__ = ["BoxedImages", "covered"]
@@ -47,32 +45,30 @@ class BoxedImages(ImageFiles):
 
     def __init__(self, root: Path, size: int, boxes: Path, limit: int | None = None):
         super().__init__(root, size)
-        paths = [PurePosixPath(key) for key, _ in self.items]
-        self._short = Counter(name for path in paths for name in {path.name, path.stem})
         if not boxes.exists():
             raise UserError(f"--boxes {boxes}: no such file or folder")
-        self._entries = _read_folder(boxes) if boxes.is_dir() else _read_json(boxes)
-        self.items = self.items[:limit]
-        if not any(self._entry(key) for key, _ in self.items):
+        entries = _read_folder(boxes) if boxes.is_dir() else _read_json(boxes)
+        short = Counter(name for key, _ in self.items for name in {PurePosixPath(key).name, PurePosixPath(key).stem})
+        self.items, self._entries = self.items[:limit], {}
+        for key, _ in self.items:
+            path = PurePosixPath(key)
+            names = [str(path), str(path.with_suffix("")), *(n for n in (path.name, path.stem) if short[n] == 1)]
+            found = [entries[name] for name in names if name in entries]
+            if found:
+                self._entries[key] = found[0]
+        if not self._entries:
             raise UserError(
                 f"--boxes {boxes} names none of the {len(self.items)} images of {root}: it has "
-                f"{next(iter(self._entries), 'no image')!r}, the folder {self.items[0][0]!r}; "
+                f"{next(iter(entries), 'no image')!r}, the folder {self.items[0][0]!r}; "
                 "give names relative to the folder"
             )
 
-    def _entry(self, key: str | int) -> _Entry | None:
-        path = PurePosixPath(str(key))
-        names = [str(path), str(path.with_suffix(""))]
-        names += [name for name in (path.name, path.stem) if self._short[name] == 1]
-        return next((self._entries[name] for name in names if name in self._entries), None)
-
     def annotated_size(self, key: str | int) -> tuple[int, int] | None:
-        entry = self._entry(key)
-        return entry[0] if entry else None
+        return self._entries.get(key, (None, []))[0]
 
     def target(self, key: str | int, size: tuple[int, int]) -> Target:
         height, width = size
-        annotated, boxes = self._entry(key) or (None, [])
+        annotated, boxes = self._entries.get(key, (None, []))
         rows, columns = annotated or size
         if abs(height * columns / (width * rows) - 1) > _RATIO:
             raise UserError(f"the annotations say {annotated}, the image is {size}")
@@ -87,16 +83,7 @@ class BoxedImages(ImageFiles):
 
 def _read_json(path: Path) -> dict[str, _Entry]:
     """Return image name → (height and width or None, boxes: left, top, right, bottom)."""
-    try:
-        content = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise UserError(
-            f"--boxes {path} is not JSON ({error}): give COCO's format, or a folder of XML files"
-        ) from error
-    if not isinstance(content, dict) or not all(isinstance(content.get(k), list) for k in ("images", "annotations")):
-        raise UserError(f"--boxes {path} lacks the lists 'images' and 'annotations' of COCO's format")
-    if not all(isinstance(entry, dict) for entry in content["images"] + content["annotations"]):
-        raise UserError(f"--boxes {path}: an entry of 'images' or 'annotations' is no object; correct the file")
+    content = coco_content(path)
     boxes: dict[int | str, list] = {}
     entries = []
     for number, image in checked_images(content["images"], path).items():
@@ -105,7 +92,7 @@ def _read_json(path: Path) -> dict[str, _Entry]:
     for number, annotation in enumerate(content["annotations"]):
         where = f"--boxes {path}: annotations[{number}]"
         box, image_id = annotation.get("bbox"), annotation.get("image_id")
-        if not isinstance(box, list) or len(box) != 4 or not all(map(_finite, box)) or min(box[2:]) < 0:
+        if not isinstance(box, list) or len(box) != 4 or not finite(box) or min(box[2:]) < 0:
             raise UserError(f"{where} has the bbox {box!r}, not [x, y, width, height]; correct the file")
         if boxes and not isinstance(image_id, type(next(iter(boxes)))):  # 7 and "7" are different images
             raise UserError(f"{where} has the image_id {image_id!r}, unlike the ids of 'images'; correct the file")
@@ -116,12 +103,7 @@ def _read_json(path: Path) -> dict[str, _Entry]:
 
 
 def _size(height: object, width: object) -> tuple[int, int] | None:
-    known = all(isinstance(side, int) and side > 0 for side in (height, width))
-    return (height, width) if known else None
-
-
-def _finite(value: object) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+    return (height, width) if is_size((height, width)) else None
 
 
 def _read_folder(folder: Path) -> dict[str, _Entry]:
@@ -135,7 +117,7 @@ def _read_folder(folder: Path) -> dict[str, _Entry]:
                 [float(box.findtext(edge)) for edge in ("xmin", "ymin", "xmax", "ymax")]
                 for box in root.iterfind("object/bndbox")
             ]
-            if not all(map(math.isfinite, itertools.chain(*boxes))):
+            if not finite([*itertools.chain(*boxes)]):
                 raise ValueError("a corner is not finite")
         except (ElementTree.ParseError, TypeError, ValueError) as error:
             raise UserError(

@@ -20,15 +20,8 @@ from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from crate_fast.errors import UserError
 
-__all__ = [
-    "checked_images",
-    "class_agnostic_scores",
-    "detections_of",
-    "enlarge",
-    "paint_detections",
-    "read_annotations",
-    "refine",
-]
+__all__ = ["checked_images", "class_agnostic_scores", "coco_content", "detections_of", "enlarge", "index_of"]
+__all__ += ["paint_detections", "read_annotations", "refine", "require_objects"]
 
 _FARTHEST = 1_000_000  # pixels; pycocotools takes memory and time for each, and at 10⁸ it crashes
 
@@ -43,21 +36,11 @@ def read_annotations(path: Path):
     Raises:
         UserError: Another field is missing or wrong; the message names file, annotation or image, and field.
     """
-    try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise _no_annotations(path, f"{type(error).__name__}: {error}") from error
-    if not isinstance(content, dict):
-        raise _no_annotations(path, f"it is a {type(content).__name__}, as a file of results is")
-    for name in ("images", "annotations", "categories"):
-        entries = content.get(name, [] if name == "categories" else None)
-        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-            raise _no_annotations(path, f"{name!r} is {'no list of objects' if name in content else 'missing'}")
+    content = coco_content(path)
     if not content["images"]:
         raise UserError(f"{path} lists no images: 'images' is empty; name another file")
     images = checked_images(content["images"], path)
-    categories = content.get("categories", [])
-    for number, category in enumerate(categories):
+    for number, category in enumerate(content["categories"]):
         _must_be((int,), category, "id", f"{path}: categories[{number}]")
         category["name"] = str(category.get("name") or category["id"])
     annotations = []
@@ -71,7 +54,27 @@ def read_annotations(path: Path):
         _must_be((int,), annotation, "category_id", where)
         _complete(annotation, images[annotation["image_id"]], where)
         annotations.append(annotation)
-    return index_of(content["images"], annotations, categories)
+    return index_of(content["images"], annotations, content["categories"])
+
+
+def coco_content(path: Path) -> dict[str, list[dict]]:
+    """Read lists of objects from a file in COCO's format: "images", "annotations" and "categories", which may lack.
+
+    Raises:
+        UserError: The file does not hold these.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise _no_annotations(path, f"it is not JSON; {type(error).__name__}: {error}") from error
+    if not isinstance(content, dict):
+        raise _no_annotations(path, f"it is a {type(content).__name__}, as a file of results is")
+    content.setdefault("categories", [])
+    for name in ("images", "annotations", "categories"):
+        entries = content.get(name)
+        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+            raise _no_annotations(path, f"{name!r} is {'no list of objects' if name in content else 'missing'}")
+    return content
 
 
 def index_of(images: list[dict], annotations: list[dict], categories: list[dict]):
@@ -154,8 +157,8 @@ def _complete(annotation: dict, image: dict, where: str) -> None:
     annotation["iscrowd"] = annotation.get("iscrowd") or 0
     _must(annotation["iscrowd"] in (0, 1), annotation, "iscrowd", "0 or 1", where)
     area, box = annotation.get("area"), annotation.get("bbox")
-    _must(area is None or (_numbers([area]) and area >= 0), annotation, "area", "a number from 0", where)
-    is_box = not box or (isinstance(box, list) and len(box) == 4 and _numbers(box) and min(box[2:]) >= 0)
+    _must(area is None or (finite([area]) and area >= 0), annotation, "area", "a number from 0", where)
+    is_box = not box or (isinstance(box, list) and len(box) == 4 and finite(box) and min(box[2:]) >= 0)
     _must(is_box, annotation, "bbox", "[x, y, width, height]", where)
     _check_segmentation(annotation, image, where)
     if area is not None and box and 0 not in box[2:]:  # COCO's train2017 has a box of no height
@@ -166,11 +169,13 @@ def _complete(annotation: dict, image: dict, where: str) -> None:
         annotation["bbox"] = rle.toBbox(segmentation).tolist()
 
 
-def _numbers(values: list) -> bool:
+def finite(values: list) -> bool:
+    """Return True if all values are finite numbers."""
     return set(map(type, values)) <= {int, float} and all(map(math.isfinite, values))
 
 
-def _is_size(size: Sequence) -> bool:
+def is_size(size: Sequence) -> bool:
+    """Return True for two whole numbers above 0."""
     return len(size) == 2 and all(type(side) is int and side > 0 for side in size)
 
 
@@ -179,7 +184,7 @@ def _check_segmentation(annotation: dict, image: dict, where: str) -> None:
     found, size = annotation.get("segmentation"), [image.get("height"), image.get("width")]
     if isinstance(found, dict):
         _must(_is_rle(found), annotation, "segmentation", "RLE that fills its size", where)
-        if not _is_size(size):
+        if not is_size(size):
             image |= dict(zip(("height", "width"), found["size"], strict=True))
         elif size != list(found["size"]):
             raise UserError(
@@ -189,7 +194,7 @@ def _check_segmentation(annotation: dict, image: dict, where: str) -> None:
     polygons = [polygon for polygon in found if len(polygon) >= 6] if _are_polygons(found) else []
     rule = f"RLE, or polygons x, y, x, y, x, y, … of at most {_FARTHEST:,} pixels"
     _must(bool(polygons), annotation, "segmentation", rule, where)
-    if not _is_size(size):
+    if not is_size(size):
         raise UserError(
             f"{where}: 'segmentation' has polygons, so image {image.get('id')!r} needs 'height' and 'width', whole "
             f"numbers above 0, not {size[0]!r} and {size[1]!r}; correct the file"
@@ -199,7 +204,7 @@ def _check_segmentation(annotation: dict, image: dict, where: str) -> None:
 
 def _are_polygons(found: object) -> bool:
     return isinstance(found, list) and all(
-        isinstance(p, list) and len(p) % 2 == 0 and _numbers(p) and max(map(abs, p), default=0) <= _FARTHEST
+        isinstance(p, list) and len(p) % 2 == 0 and finite(p) and max(map(abs, p), default=0) <= _FARTHEST
         for p in found
     )
 
@@ -211,7 +216,7 @@ def _is_rle(found: dict) -> bool:
     """
     size, counts = found.get("size"), found.get("counts")
     runs = counts if isinstance(counts, list) else _decoded(counts)
-    if not isinstance(size, list | tuple) or not _is_size(size) or runs is None:
+    if not isinstance(size, list | tuple) or not is_size(size) or runs is None:
         return False
     return all(type(run) is int and run >= 0 for run in runs) and sum(runs) == math.prod(size)
 
