@@ -94,43 +94,46 @@ def _enlarge(maps: Tensor, resolution: int) -> np.ndarray:
     return F.interpolate(maps[None].double(), (resolution, resolution), mode="bilinear")[0].numpy()
 
 
-class _Measurements:
-    """Per-image measurements of several maps: IoU by threshold, pointing and average precision."""
+def _measure(maps: Tensor, truth: np.ndarray, resolution: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return IoU by threshold [H, T], pointing [H] and average precision [H] of one image's maps.
 
-    def __init__(self):
-        self._images: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+    `maps` are [H, rows, columns]; `truth` are the image's boxes [M, 4], in shares of its sides.
+    """
+    enlarged = _enlarge(maps, resolution)
+    iou = _best_iou(largest_boxes(enlarged) / resolution, truth).astype(np.float32)
+    strongest = enlarged.reshape(len(enlarged), -1).argmax(axis=1)
+    pointing = covered(truth, resolution, resolution).ravel()[strongest]
+    patches = torch.from_numpy(covered(truth, *maps.shape[1:]).ravel())
+    return iou, pointing, average_precision(maps.flatten(1), patches).numpy()
 
-    def add(self, maps: Tensor, truth: np.ndarray, resolution: int) -> None:
-        """Measure the maps [H, rows, columns] of one image with the boxes [M, 4], in shares of its sides."""
-        enlarged = _enlarge(maps, resolution)
-        iou = _best_iou(largest_boxes(enlarged) / resolution, truth).astype(np.float32)
-        strongest = enlarged.reshape(len(enlarged), -1).argmax(axis=1)
-        pointing = covered(truth, resolution, resolution).ravel()[strongest]
-        patches = torch.from_numpy(covered(truth, *maps.shape[1:]).ravel())
-        self._images.append((iou, pointing, average_precision(maps.flatten(1), patches).numpy()))
 
-    def scores(self) -> dict[str, dict]:
-        """Return the scores of the best head of each image, of one head for all, and of each head."""
-        iou, pointing, ap = map(np.stack, zip(*self._images, strict=True))
-        images, heads = np.arange(len(iou)), range(iou.shape[1])
-        each = [_scores(iou[:, h], pointing[:, h], ap[:, h]) for h in heads]
-        found = {"best_head": _scores(iou.max(axis=1), pointing.max(axis=1), ap.max(axis=1)), "per_head": each}
-        chosen = np.zeros(len(iou), int)
-        for half in (images % 2 == 0, images % 2 == 1):
-            others = ~half if (~half).any() else half  # a single image
-            by_head = [_scores(iou[others, h], pointing[others, h], ap[others, h])["MaxBoxAccV2"] for h in heads]
-            chosen[half] = int(np.argmax(by_head))
-        found["one_head"] = _scores(iou[images, chosen], pointing[images, chosen], ap[images, chosen])
-        return found
+def _summary(measured: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> dict[str, dict]:
+    """Return from the images' `_measure` the scores of each image's best head, of each head, and of one for all."""
+    iou, pointing, ap = map(np.stack, zip(*measured, strict=True))
+    images, heads = np.arange(len(iou)), range(iou.shape[1])
+
+    def score(rows: np.ndarray, head: int | np.ndarray) -> dict[str, float]:
+        return _scores(iou[rows, head], pointing[rows, head], ap[rows, head])
+
+    chosen = np.zeros(len(iou), int)
+    for half, others in ((0, 1), (1, 0)):
+        known = images[others::2] if len(images) > 1 else images
+        chosen[half::2] = np.argmax([score(known, head)["MaxBoxAccV2"] for head in heads])
+    return {
+        "best_head": _scores(iou.max(axis=1), pointing.max(axis=1), ap.max(axis=1)),
+        "per_head": [score(images, head) for head in heads],
+        "one_head": score(images, chosen),
+    }
 
 
 def _scores(iou: np.ndarray, pointing: np.ndarray, ap: np.ndarray) -> dict[str, float]:
     """Score one map an image: IoU [N, T], pointing and AP [N]."""
     hits = {overlap: iou >= overlap for overlap in OVERLAPS}
     scores = {f"MaxBoxAcc {overlap}": float(hit.mean(axis=0).max()) for overlap, hit in hits.items()}
-    known, even = hits[0.5], np.arange(len(iou)) % 2 == 0
-    halves = [(known[a], known[b] if b.any() else known[a]) for a, b in ((even, ~even), (~even, even)) if a.any()]
-    right = sum(half[:, others.mean(axis=0).argmax()].sum() for half, others in halves)
+    known, right = hits[0.5], 0
+    for half, others in ((0, 1), (1, 0)):
+        best = (known[others::2] if len(known) > 1 else known).mean(axis=0).argmax()
+        right += known[half::2, best].sum()
     return {
         **scores,
         "MaxBoxAccV2": float(np.mean(list(scores.values()))),
@@ -143,10 +146,8 @@ def _scores(iou: np.ndarray, pointing: np.ndarray, ap: np.ndarray) -> dict[str, 
 
 def _prior_scores(maps: Sequence[Tensor], truths: Sequence[np.ndarray], resolution: int) -> dict[str, float]:
     """Score one map [rows, columns] for each image, as a baseline."""
-    measured = _Measurements()
-    for prior, truth in zip(maps, truths, strict=True):
-        measured.add(prior[None], truth, resolution)
-    return measured.scores()["best_head"]
+    measured = [_measure(prior[None], truth, resolution) for prior, truth in zip(maps, truths, strict=True)]
+    return _summary(measured)["best_head"]
 
 
 def _baselines(truths: list[np.ndarray], grid: tuple[int, int], resolution: int) -> dict[str, dict[str, float]]:
@@ -185,9 +186,8 @@ def evaluate(
         UserError: No image has a box.
     """
     layers = list(range(loaded.extract.depth) if layers is None else layers)
-    measured, noise = {layer: _Measurements() for layer in layers}, _Measurements()
     generator = torch.Generator().manual_seed(seed)
-    truths, without = [], 0
+    measured, noise, truths, without = {layer: [] for layer in layers}, [], [], 0
     for batch in batches(images, **reading):
         features = loaded.features(batch.images, layers)
         maps = {layer: features.cls_attention(layer).float().cpu() for layer in layers}
@@ -198,15 +198,15 @@ def evaluate(
             truth = _boxes_of(sample)
             truths.append(truth)
             for layer, weights in maps.items():
-                measured[layer].add(weights[row].unflatten(-1, features.grid), truth, resolution)
+                measured[layer].append(_measure(weights[row].unflatten(-1, features.grid), truth, resolution))
             random = torch.rand((weights.shape[1], *features.grid), generator=generator)
-            noise.add(random, truth, resolution)
+            noise.append(_measure(random, truth, resolution))
     if not truths:
         raise UserError(f"none of the {without} images has a box: use images with objects, or other --boxes")
-    random = noise.scores()
+    random = _summary(noise)
     baselines = _baselines(truths, features.grid, resolution)
     return {
-        "layers": [{"layer": layer} | measured[layer].scores() for layer in layers],
+        "layers": [{"layer": layer} | _summary(measured[layer]) for layer in layers],
         "baselines": baselines | {"random": {name: random[name] for name in ("best_head", "one_head")}},
         "images": len(truths),
         "without_boxes": without,
