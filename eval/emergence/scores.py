@@ -25,14 +25,14 @@ def checkpoint_scores(loaded: LoadedModel, data: SceneData | PhotographData) -> 
     Returns:
         "accuracy" on test images; "selection" and "test", reading → "layers" ("best_head" and "per_head" of each)
         and baselines, as in `segmentation.score_attention`; "white_box", R^c and sparsity of each layer, empty for
-        models without subspaces and ISTA. For scenes also `mask_scores`.
+        models without subspaces and ISTA. For scenes also "maskcut".
     """
     few = spread(data.test, data.protocol.maskcut_images) if data.protocol.photographs else data.with_masks
     scores = {
         "accuracy": _accuracy(loaded, data.classified),
         "selection": _segmentation(loaded, data.selection),
         "test": _segmentation(loaded, data.test),
-        "white_box": _white_box(loaded, few),
+        "white_box": white_box.evaluate(loaded, batches(few, _BATCH))["layers"],
     }
     if not data.protocol.photographs:
         scores["maskcut"] = _maskcut(loaded, few)
@@ -62,7 +62,7 @@ def _maskcut(loaded: LoadedModel, images: Dataset) -> dict:
 @torch.inference_mode()
 def _accuracy(loaded: LoadedModel, images: Dataset) -> float:
     right = 0
-    for batch in batches(images, _BATCH, []):
+    for batch in batches(images, _BATCH):
         found = loaded.model(loaded.normalize(batch.images.to(loaded.device))).argmax(dim=1).cpu()
         right += int((found == torch.tensor([sample.target.classes[0] for sample in batch.samples])).sum())
     return right / len(images)
@@ -74,12 +74,6 @@ def _segmentation(loaded: LoadedModel, images: Dataset) -> dict:
     for result in scores.values():
         result["layers"] = [{k: v for k, v in row.items() if k not in left_out} for row in result["layers"]]
     return scores
-
-
-def _white_box(loaded: LoadedModel, images: Dataset) -> list[dict]:
-    if len(white_box.left_out(loaded.model)) == len(white_box.MEASURES):
-        return []
-    return white_box.evaluate(loaded, batches(images, _BATCH, []))["layers"]
 
 
 def _rounded(value):
