@@ -6,11 +6,13 @@ Grids show the first eight or four of the shown images: test scenes, or free pho
 import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from crate_fast.eval import white_box
 from crate_fast.eval.common import segmentation
 from crate_fast.eval.common.figures import Curve, Picture, curve_figure, image_grid, wrap_credit
 from crate_fast.eval.emergence.protocol import MODELS
@@ -167,11 +169,10 @@ def _charts(results: Results) -> dict[str, dict]:
         for m in shown
     }
     images = [point.images / 1000 for point in protocol.points]
-    accuracies = [lambda r, i=index: 100 * r["checkpoints"][i]["accuracy"] for index in range(len(images))]
-    by_epoch = {"accuracy, %": _with_baselines(results, "accuracy", images, accuracies)}
-    for m in shown:
-        values = [at_checkpoint(m, index) for index in range(len(images))]
-        by_epoch[f"{m}, %"] = _with_baselines(results, m, images, values)
+    by_epoch = {
+        f"{m}, %": _with_baselines(results, m, images, [at_checkpoint(m, index) for index in range(len(images))])
+        for m in ("accuracy", *shown)
+    }
     return {
         "figure6_by_layer": {"panels": by_layer, "xlabel": "layer", **style},
         "figure10_by_epoch": {"panels": by_epoch, "xlabel": "training images, thousands", **style},
@@ -208,7 +209,7 @@ def _by_accuracy(results: Results, measures: list[str]) -> dict[str, list[Curve]
     panels: dict[str, list[Curve]] = {f"{m}, %": [] for m in measures}
     for model in results.models:
         accuracies = {i: statistics.fmean(results.by_seed(model, held_out_accuracy(i))) for i in known}
-        order = sorted(known, key=lambda i: (accuracies[i], i))
+        order = sorted(known, key=accuracies.get)
         x = [accuracies[i] for i in order]
         for m in measures:
             panels[f"{m}, %"].append(_curve(results, model, x, [at_checkpoint(m, i) for i in order]))
@@ -220,12 +221,11 @@ def _by_accuracy(results: Results, measures: list[str]) -> dict[str, list[Curve]
 
 def _white_box(results: Results) -> dict[str, list[Curve]]:
     """Return R^c and sparsity by layer, trained and untrained, of the models that have them."""
-    titles = {"coding_rate": "R$^c$ of the subspace tokens (nats)", "sparsity": "share of non-zeros after ISTA"}
     layers, panels = range(results.protocol.depth), {}
-    for name, title in titles.items():
+    for name in ("coding_rate", "sparsity"):
         for model in results.models:
-            if results.by_seed(model, lambda r, n=name: has_measure(r, n))[0]:
+            if results.by_seed(model, partial(has_measure, name=name))[0]:
                 for i, style in ((-1, {}), (0, {"label": f"{model}, untrained", "dashed": True, "like": model})):
-                    values = [lambda r, i=i, at=at, n=name: r["checkpoints"][i]["white_box"][at][n] for at in layers]
-                    panels.setdefault(title, []).append(_curve(results, model, layers, values, **style))
+                    curve = _curve(results, model, layers, [at_checkpoint(name, i, at) for at in layers], **style)
+                    panels.setdefault(white_box.MEASURES[name][1], []).append(curve)
     return panels

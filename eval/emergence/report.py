@@ -258,7 +258,7 @@ def _differences(results: Results) -> str:
 
 def _accuracy(results: Results) -> str:
     protocol = results.protocol
-    rows = _rows(results, {protocol.data: lambda r: 100 * r["checkpoints"][-1]["accuracy"]})
+    rows = _rows(results, {protocol.data: at_checkpoint("accuracy")})
     cifar = results.by_model(lambda r: 100 * r["validation"][-1]["val_accuracy"], "cifar10")
     with_cifar = bool(results.seeds("cifar10"))
     for row in rows:
@@ -347,9 +347,7 @@ def _earlier(report: Path) -> list[str]:
     """Return the verdicts of earlier protocols, from the folders earlier/NAME."""
     parts = []
     for path in sorted((report / "earlier").glob("*/protocol.json")):
-        settings = json.loads(path.read_text())
-        settings.pop("size")
-        before, name = Protocol.of_settings(settings), path.parent.name
+        before, name = Protocol.of_settings(json.loads(path.read_text())), path.parent.name
         verdicts = _claims(Results.load(path.parent, before), before.primary)
         parts.append(f"### {name}\n\n[Its report](earlier/{name}/report.md).\n\n{verdicts}")
     return ["## Earlier protocols, and what came out", *parts] if parts else []

@@ -47,6 +47,14 @@ def _detected(name: str, checkpoint: dict, layer: int) -> float:
     return checkpoint["maskcut"][str(layer)][name]
 
 
+def _accuracy(checkpoint: dict, _layer: int) -> float:
+    return 100 * checkpoint["accuracy"]
+
+
+def _white_box(name: str, checkpoint: dict, layer: int) -> float:
+    return checkpoint["white_box"][layer][name]
+
+
 # Measures of attention: name → (reading of `segmentation.AttentionScores`, head)
 COARSE: dict[str, tuple[str, str]] = {
     f"{name}, {heads}": (reading, heads)
@@ -63,13 +71,15 @@ BOXED = {
     for name in ("MaxBoxAccV2", "GT-known", "pointing")
     for heads in ("best head", "one head")
 }
-# All measures: name → function of (checkpoint, layer) in percent. Measures of `COARSE` also take "chosen", the layer
-# that is best on the selection images.
+# All measures: name → function of (checkpoint, layer); scores are percent. Measures of `COARSE` also take "chosen",
+# the layer that is best on the selection images.
 MEASURES: dict[str, Callable[[dict, int | str], float]] = {
     **{name: partial(_coarse, *reading_and_heads, "test") for name, reading_and_heads in COARSE.items()},
     **{name: partial(_detected, name) for name in MASKCUT},
     **MASKED,
     **BOXED,
+    "accuracy": _accuracy,
+    **{name: partial(_white_box, name) for name in ("coding_rate", "sparsity")},
 }
 
 
@@ -104,7 +114,7 @@ def held_out_accuracy(index: int) -> Value:
     def value(result: dict) -> float:
         step = result["checkpoints"][index]["step"]
         if step == 0:
-            return 100 * result["checkpoints"][index]["accuracy"]
+            return at_checkpoint("accuracy", index)(result)
         return next(100 * e["val_accuracy"] for e in result["validation"] if (e["stage"], e["step"]) == (0, step))
 
     return value
