@@ -12,7 +12,6 @@ import json
 import os
 import tarfile
 from collections import Counter
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -73,51 +72,44 @@ class _Photographs(BoxedImages):
 
 
 class PhotographData:
-    """Photographs that `prepare_photographs` wrote to a folder; attributes as in `SceneData`."""
+    """Photographs that `prepare_photographs` wrote to a folder; attributes as in `SceneData`.
+
+    `selection` and `test` are those of these halves whose boxes fit; `classified` are all of the test half.
+
+    Raises:
+        UserError: In one half there are none whose boxes fit.
+    """
 
     def __init__(self, protocol: Protocol, folder: Path):
-        self.protocol, self.folder = protocol, folder
+        self.protocol = protocol
         source = json.loads((folder / "source.json").read_text())
-        self._boxes, self._classes = Path(source["boxes"]), sorted(path.name for path in (folder / "test").iterdir())
+        classes, boxes = sorted(path.name for path in (folder / "test").iterdir()), Path(source["boxes"])
+        halves = (_Photographs(folder / name, protocol.image_size, boxes, classes) for name in ("selection", "test"))
+        selection, self.classified = halves
+        self.selection = _boxed(selection, protocol.selection_images, protocol.coverage)
+        self.test = _boxed(self.classified, protocol.test_images, protocol.coverage)
         masks = source["masks"]
         self.with_masks = open_images(masks, protocol.mask_size, protocol.maskcut_images) if masks else None
-
-    @cached_property
-    def classified(self) -> Dataset:
-        """All test photographs."""
-        return self._split("test")
-
-    @cached_property
-    def selection(self) -> Dataset:
-        """Photographs of the selection half whose boxes fit."""
-        return self._boxed(self._split("selection"), self.protocol.selection_images)
-
-    @cached_property
-    def test(self) -> Dataset:
-        """Photographs of the test half whose boxes fit."""
-        return self._boxed(self.classified, self.protocol.test_images)
-
-    def _split(self, name: str) -> _Photographs:
-        return _Photographs(self.folder / name, self.protocol.image_size, self._boxes, self._classes)
-
-    def _boxed(self, images: _Photographs, count: int) -> Dataset:
-        """Return at most `count` images, spread over the classes, whose boxes cover what the protocol wants."""
-        low, high = self.protocol.coverage
-        sizes = [(key, images.annotated_size(key)) for key, _ in images.items]
-        shares = [float(images.target(key, size).masks.float().mean()) if size else 0.0 for key, size in sizes]
-        fitting = [number for number, share in enumerate(shares) if share > 0 and low <= share <= high]
-        if not fitting:
-            raise UserError(
-                f"no photograph of {images.root} has boxes that cover {low:.0%} to {high:.0%} of it: give "
-                "photographs with boxes, as --boxes"
-            )
-        return spread(Subset(images, fitting), count)
 
     def shown(self) -> dict[str, np.ndarray]:
         """Return free photographs, of no training set: "images" uint8 [8, S, S, 3], "names" [8] with credit."""
         free = free_photographs()
         images = [_central_square(path, self.protocol.mask_size) for path in free.values()]
         return {"images": np.stack(images), "names": np.array(list(free))}
+
+
+def _boxed(images: _Photographs, count: int, coverage: tuple[float, float]) -> Dataset:
+    """Return at most `count` images, spread over the classes, whose boxes cover such a share of them."""
+    low, high = coverage
+    sizes = [(key, images.annotated_size(key)) for key, _ in images.items]
+    shares = [float(images.target(key, size).masks.float().mean()) if size else 0.0 for key, size in sizes]
+    fitting = [number for number, share in enumerate(shares) if share > 0 and low <= share <= high]
+    if not fitting:
+        raise UserError(
+            f"no photograph of {images.root} has boxes that cover {low:.0%} to {high:.0%} of it: give "
+            "photographs with boxes, as --boxes"
+        )
+    return spread(Subset(images, fitting), count)
 
 
 def _central_square(path: Path, size: int) -> np.ndarray:
