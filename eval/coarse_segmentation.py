@@ -80,7 +80,7 @@ def _best_mask(loaded: LoadedModel, sample: Sample, layer: int, threshold: str, 
     features = loaded.features(sample.image[None], [layer])
     masks = segmentation.attention_to_mask(features.cls_attention(layer)[0].cpu(), threshold, options.fraction)
     objects, valid = sample.target.on_grid(features.grid)
-    head = segmentation.intersection_over_union(masks, objects.any(dim=0), valid.expand_as(masks)).argmax()
+    head = segmentation.intersection_over_union(masks, objects.any(dim=0), valid).argmax()
     return Picture(masks[head].view(features.grid).float().numpy(), "gray", (0, 1))
 
 

@@ -217,10 +217,9 @@ def _block_lanczos(graph: _Graphs) -> tuple[Tensor, Tensor, Tensor] | None:
 def _signed(vector: Tensor) -> Tensor:
     """Scale v to max |v| = 1, with the first of its largest entries positive."""
     size = vector.abs()
-    near = size >= (1 - SAME) * size.amax(dim=-1, keepdim=True)
-    indices = torch.arange(vector.shape[-1], device=vector.device).expand_as(vector)
-    first = torch.where(near, indices, vector.shape[-1] - 1).amin(dim=-1, keepdim=True)
-    return vector / size.amax(dim=-1, keepdim=True) * vector.gather(-1, first).sign()
+    largest = size.amax(dim=-1, keepdim=True)
+    first = (size >= (1 - SAME) * largest).int().argmax(dim=-1, keepdim=True)
+    return vector / largest * vector.gather(-1, first).sign()
 
 
 @contextmanager
