@@ -104,8 +104,7 @@ def _evaluation(
         formatter_class=PLAIN,
     )
     add = parser.add_argument
-    plural = {"nargs": "+"} if many else {}
-    add("models" if many else "model", metavar="MODEL", help="see below", **plural)
+    add("models", metavar="MODEL", nargs="+" if many else 1, help="see below")
     if data is not False:
         add("--data", default=data, required=data is None, help="see below")
         add("--limit", type=positive, default=limit, help=f"number of images; default {limit or 'all'}")

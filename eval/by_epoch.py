@@ -72,7 +72,7 @@ def _components(loaded: LoadedModel, pixels: Tensor, layer: int) -> list[Picture
 def _command(options: argparse.Namespace) -> None:
     if options.model_args:
         raise UserError(f"--model-args {' '.join(options.model_args)}: a run knows its own model; leave them out")
-    label, source = split_label(options.model)
+    label, source = split_label(options.models[0])
     run = Path(source)
     steps = checkpoint_steps(run)
     chosen = steps if options.steps is None else options.steps

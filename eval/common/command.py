@@ -1,24 +1,21 @@
 """Models, images and output files of the protocols' commands; their options are in crate_fast/options.py."""
 
 import argparse
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.utils.data import Dataset
 
 from crate_fast.errors import UserError
 from crate_fast.eval.common import results as files
 from crate_fast.eval.common.images import Batch, Sample, batches, open_images
-from crate_fast.eval.common.models import LoadedModel, open_model, split_label
-from crate_fast.eval.common.results import file_name, make_folder
+from crate_fast.eval.common.models import LoadedModel, labels_of, open_model
 from crate_fast.train.distributed import choose_device
 
 __all__ = ["Evaluation", "attention_layers", "open_data", "open_models", "read_images"]
-
-
-def _model_names(options: argparse.Namespace) -> list[str]:
-    return options.models if "models" in options else [options.model]
 
 
 def open_models(options: argparse.Namespace) -> list[LoadedModel]:
@@ -27,16 +24,13 @@ def open_models(options: argparse.Namespace) -> list[LoadedModel]:
     Raises:
         UserError: Two have the same label, or one cannot be opened; see `models.open_model`.
     """
+    labels_of(options.models)  # refuses two alike before one is opened
     device = choose_device(options.device)
     options.device = str(device)
     settings = (device, options.image_size, options.model_args, options.seed)
-    models = [open_model(name, *settings) for name in _model_names(options)]
+    models = [open_model(name, *settings) for name in options.models]
     if options.model_args and all(loaded.config is not None for loaded in models):
         raise UserError(f"--model-args {' '.join(options.model_args)}: a run knows its own model; leave them out")
-    labels = [loaded.label for loaded in models]
-    duplicates = sorted({label for label in labels if labels.count(label) > 1})
-    if duplicates:
-        raise UserError(f"two models are called {duplicates[0]!r}: give each a name, as in NAME=MODEL")
     return models
 
 
@@ -50,10 +44,8 @@ def attention_layers(options: argparse.Namespace, models: Sequence[LoadedModel])
     found = {}
     for loaded in models:
         loaded.require_cls()
-        every, default = range(loaded.extract.depth), loaded.extract.default_layer
-        layers = [
-            loaded.extract.resolve_layer(layer) for layer in (every if options.layers is None else options.layers)
-        ]
+        wanted, default = options.layers or range(loaded.extract.depth), loaded.extract.default_layer
+        layers = [loaded.extract.resolve_layer(layer) for layer in wanted]
         found[loaded.label] = layers, default if default in layers else layers[0]
     return found
 
@@ -69,7 +61,7 @@ class Evaluation:
     Attributes:
         folder: The folder of the results, made.
         problems: One line for each unreadable image; filled by `images.batches`.
-        written: Files other than tables and results.json.
+        written: Files other than results.json.
 
     Raises:
         UserError: The folder cannot be made.
@@ -77,16 +69,15 @@ class Evaluation:
 
     def __init__(self, protocol: str, options: argparse.Namespace, models: Sequence[LoadedModel], folder: str = ""):
         self.protocol, self.options, self.models = protocol, options, models
-        labels = "+".join(file_name(split_label(name)[0]) for name in _model_names(options))
-        self.folder = make_folder(options.output or Path("runs/eval") / (folder or protocol) / labels[:120])
+        labels = "+".join(map(files.file_name, labels_of(options.models)))
+        self.folder = files.make_folder(options.output or Path("runs/eval") / (folder or protocol) / labels[:120])
         self.problems: list[str] = []
         self.written: list[Path] = []
-        self._tables: list[Path] = []
         self._failures: list[str] = []
 
     def model_folder(self, loaded: LoadedModel) -> Path:
         """Return the folder of one model's files: with a single model the output folder itself."""
-        return self.folder if len(self.models) == 1 else self.folder / file_name(loaded.label)
+        return self.folder if len(self.models) == 1 else self.folder / files.file_name(loaded.label)
 
     def reading(self, title: str | None) -> dict:
         """Return the arguments of `images.batches` that a command decides; `title` is the progress bar's."""
@@ -116,10 +107,16 @@ class Evaluation:
 
     def write_table(self, name: str, rows: Sequence[dict], digits: int = 3, show: bool = True) -> None:
         """Write a table in three formats, and print it."""
-        text = files.write_table(self.folder, name, rows, digits)
-        self._tables += [self.folder / f"{name}.{suffix}" for suffix in ("md", "csv", "tex")]
+        texts = {
+            "md": files.markdown_table(rows, digits),
+            "csv": files.csv_table(rows),
+            "tex": files.latex_table(rows, digits),
+        }
+        for suffix, text in texts.items():
+            self.written.append(self.folder / f"{name}.{suffix}")
+            files.write_file(self.written[-1], text)
         if show:
-            print(text)
+            print(texts["md"])
 
     def finish(self, results: dict, config: dict | None = None, notes: Sequence[str] = ()) -> None:
         """Write results.json, print notes and the written files, and report failures.
@@ -136,7 +133,7 @@ class Evaluation:
         settings |= {"models": [loaded.facts for loaded in self.models]} | (config or {})
         path = files.write_results(self.folder, self.protocol, settings, results, self.problems)
         print(*notes, sep="\n", end="\n" if notes else "")
-        print(f"unreadable images: {len(self.problems)}\nwritten:", path, *self._tables, *self.written, sep="\n  ")
+        print(f"unreadable images: {len(self.problems)}\nwritten:", path, *self.written, sep="\n  ")
         if self._failures:
             raise UserError("; ".join(self._failures) + f"; the other models' results are in {self.folder}")
 
@@ -161,15 +158,11 @@ def read_images(
         if wanted is None:
             known = f"it has {', '.join(names.values())}" if names else "it has no object masks"
             raise UserError(f"--class {containing!r}: the data set has no such class; {known}")
-    for batch in batches(images, **evaluation.reading(f"reading for {loaded.label}")):
-        if wanted is not None:
-            rows = [row for row, sample in enumerate(batch.samples) if wanted in sample.target.classes]
-            rows = rows[: None if limit is None else limit - len(kept)]
-            batch = Batch(batch.images[rows], [batch.samples[row] for row in rows])
-        if batch.samples:
-            kept.extend(batch.samples)
-            yield batch
-        if wanted is not None and len(kept) == limit:
-            break
+    read = batches(images, **evaluation.reading(f"reading for {loaded.label}"))
+    samples = (s for batch in read for s in batch.samples if wanted is None or wanted in s.target.classes)
+    samples = itertools.islice(samples, limit if containing else None)
+    while part := list(itertools.islice(samples, evaluation.options.batch_size)):
+        kept += part
+        yield Batch(torch.stack([sample.image for sample in part]), part)
     if not kept:
         raise UserError(f"--class {containing}: none of the {len(images)} images contains it; choose another")

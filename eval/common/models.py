@@ -31,7 +31,7 @@ from crate_fast.train.config import TrainConfig
 from crate_fast.train.data import Normalize
 from crate_fast.train.runs import build_model, checkpoint_steps, load_model, num_classes_of, run_config, run_weights
 
-__all__ = ["LoadedModel", "class_names", "open_model", "split_label", "split_source"]
+__all__ = ["LoadedModel", "class_names", "labels_of", "open_model", "split_label", "split_source"]
 
 _SHIPPED = "shipped:"
 
@@ -98,6 +98,19 @@ def split_label(specification: str) -> tuple[str, str]:
     return specification.rstrip("/").split("/")[-1], specification
 
 
+def labels_of(specifications: Sequence[str]) -> list[str]:
+    """Return the names of models in tables and figures.
+
+    Raises:
+        UserError: Two have the same.
+    """
+    labels = [split_label(specification)[0] for specification in specifications]
+    for label in labels:
+        if labels.count(label) > 1:
+            raise UserError(f"two models are called {label!r}: give each a name, as in NAME=MODEL")
+    return labels
+
+
 def _parse_arguments(words: list[str] | None) -> dict:
     arguments = {}
     for word in words or []:
@@ -151,12 +164,6 @@ def _shared(source: str) -> str | None:
     if is_model_folder(source):
         return str(Path(source).resolve())  # a folder may be called as a model of the package
     return source if source.startswith(HUB) else None
-
-
-def _from_shared(source: str, shared: str, version: str, seed: int) -> nn.Module:
-    if version not in ("", "untrained"):
-        raise UserError(f"{source}@{version}: write {source} or {source}@untrained")
-    return _seeded(lambda: load_pretrained(shared, weights=not version), seed)
 
 
 def _from_timm(name: str, version: str, arguments: dict, seed: int) -> nn.Module:
@@ -221,8 +228,10 @@ def open_model(
     else:
         if shared is None:
             model = _from_timm(name, version, arguments, seed)
+        elif version in ("", "untrained"):
+            model = _seeded(lambda: load_pretrained(shared, weights=not version), seed)
         else:
-            model = _from_shared(name, shared, version, seed)
+            raise UserError(f"{name}@{version}: write {name} or {name}@untrained")
         timm_config = getattr(model, "pretrained_cfg", None)  # an autoencoder is not in timm's registry
         statistics = (timm_config["mean"], timm_config["std"]) if timm_config else "imagenet"
     autoencoder = model.to(device) if isinstance(model, CRATEMAE) else None

@@ -12,8 +12,8 @@ from crate_fast.env import provenance
 from crate_fast.errors import UserError
 from crate_fast.train.checkpoint import write_text
 
-__all__ = ["Records", "csv_table", "differences", "latex_table", "make_folder", "markdown_table"]
-__all__ += ["write_results", "write_table"]
+__all__ = ["Records", "claim", "csv_table", "latex_table", "make_folder", "markdown_table"]
+__all__ += ["write_file", "write_results"]
 
 _LATEX = str.maketrans(
     {sign: "\\" + sign for sign in "&%_#${}"}
@@ -84,7 +84,7 @@ def file_name(label: str) -> str:
     return re.sub(r"[^\w.@-]+", "_", label)
 
 
-def _write(path: Path, text: str) -> None:
+def write_file(path: Path, text: str) -> None:
     """Write a file. Where that fails, print its content, which may have taken hours."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -95,14 +95,6 @@ def _write(path: Path, text: str) -> None:
             f"{path} cannot be written ({error.strerror}), and its content is printed instead: free some space, or "
             "see to its permissions"
         ) from error
-
-
-def write_table(folder: Path, name: str, rows: Sequence[dict], digits: int = 3) -> str:
-    """Write `name`.md, `name`.csv and `name`.tex into a folder; returns the Markdown."""
-    texts = {"md": markdown_table(rows, digits), "csv": csv_table(rows), "tex": latex_table(rows, digits)}
-    for suffix, text in texts.items():
-        _write(folder / f"{name}.{suffix}", text)
-    return texts["md"]
 
 
 def write_results(folder: Path, protocol: str, config: dict, results: dict, problems: Sequence[str] = ()) -> Path:
@@ -123,15 +115,26 @@ def write_results(folder: Path, protocol: str, config: dict, results: dict, prob
         "provenance": provenance(),
     }
     path = folder / "results.json"
-    _write(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_file(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     return path
 
 
-def differences(path: Path, settings: dict) -> str:
-    """Describe how settings differ from those in a JSON file; "" when they are equal."""
+def claim(folder: Path, file: str, settings: dict, option: str = "--output") -> None:
+    """Write settings into a JSON file of a folder, which is made if it is not there.
+
+    Raises:
+        UserError: The file holds other settings, or the folder cannot be written; `option` names another folder.
+    """
+    make_folder(folder)
+    path, settings = folder / file, json.loads(json.dumps(settings))
+    if not path.is_file():
+        write_text(path, json.dumps(settings, indent=2) + "\n")
+        return
     before = json.loads(path.read_text())
     names = sorted(name for name in before.keys() | settings.keys() if before.get(name) != settings.get(name))
-    return "; ".join(f"{name}: {before.get(name)!r} there, {settings.get(name)!r} now" for name in names)
+    if names:
+        found = "; ".join(f"{name}: {before.get(name)!r} there, {settings.get(name)!r} now" for name in names)
+        raise UserError(f"{folder} holds results of other settings ({found}): give another {option}, or remove it")
 
 
 class Records:
@@ -154,16 +157,9 @@ class Records:
 
     def __init__(self, folder: Path, settings: dict, rank: int = 0, key: str = "image_id"):
         self.folder, self.rank, self.key = folder, rank, key
-        make_folder(folder)
-        path = folder / "settings.json"
-        settings = json.loads(json.dumps(settings))
-        if path.is_file() and self.read():
-            if differing := differences(path, settings):
-                raise UserError(
-                    f"{folder} holds records of other settings ({differing}): give another --output, or remove it"
-                )
-        elif rank == 0:
-            write_text(path, json.dumps(settings, indent=2) + "\n")
+        if rank == 0 and not self.read():
+            (folder / "settings.json").unlink(missing_ok=True)
+        claim(folder, "settings.json", settings)
 
     def read(self) -> dict[str | int, dict]:
         """Return key → record of all processes; records with one key are equal."""

@@ -6,26 +6,14 @@ import math
 from pathlib import Path
 
 from crate_fast.errors import UserError, require
-from crate_fast.eval.common.results import differences, make_folder
+from crate_fast.eval.common.results import claim
 from crate_fast.eval.emergence.data import prepare_photographs
 from crate_fast.eval.emergence.protocol import SIZES, Protocol
 from crate_fast.eval.emergence.report import write_report
 from crate_fast.eval.emergence.runs import Folders, Resources, run_experiment
 from crate_fast.options import main_of
-from crate_fast.train.checkpoint import write_text
 
 __all__ = ["main"]
-
-
-def _claim_folder(folder: Path, size: str, protocol: Protocol, option: str) -> None:
-    """Write protocol.json; refuse a folder with another protocol's."""
-    path, ours = folder / "protocol.json", {"size": size} | protocol.settings()
-    if path.is_file():
-        if differing := differences(path, ours):
-            raise UserError(f"{folder} is of another protocol ({differing}): give another {option}")
-    else:
-        make_folder(folder)
-        write_text(path, json.dumps(ours, indent=2) + "\n")
 
 
 def _report_again(report: Path, size: str) -> None:
@@ -34,7 +22,7 @@ def _report_again(report: Path, size: str) -> None:
     if not path.is_file():
         raise UserError(f"{report} holds no protocol.json, so no results: name the folder that does with --report")
     settings = json.loads(path.read_text())
-    if settings.pop("size") != size:
+    if settings["size"] != size:
         raise UserError(f"{report} holds results of another --size than {size}: name theirs")
     print(f"written:\n  {write_report(report, Protocol.of_settings(settings), size)}")
 
@@ -65,8 +53,9 @@ def _command(options: argparse.Namespace) -> None:
             "cifar-10-batches-py as torchvision keeps it: name the folder that does, or leave it out"
         )
     resources = Resources(options.device, options.jobs)
-    _claim_folder(folders.report, options.size, protocol, "--report")
-    _claim_folder(folders.output, options.size, protocol, "--output")
+    settings = {"size": options.size} | protocol.settings()
+    claim(folders.report, "protocol.json", settings, "--report")
+    claim(folders.output, "protocol.json", settings)
     if not run_experiment(protocol, folders, resources, options.minutes):
         print("stopped; the same command continues")
         return

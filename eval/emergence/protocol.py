@@ -189,8 +189,8 @@ class Protocol:
 
     @classmethod
     def of_settings(cls, settings: dict) -> "Protocol":
-        """Return the protocol of saved `settings`; "scenes" is the older name of "images"."""
-        values = {name: tuple(v) if isinstance(v, list) else v for name, v in settings.items()}
+        """Return the protocol of a protocol.json, whose "size" is ignored; "scenes" is the older name of "images"."""
+        values = {n: tuple(v) if isinstance(v, list) else v for n, v in settings.items() if n != "size"}
         if "sweep_scenes" in values:
             values["sweep_images"] = values.pop("sweep_scenes")
         stages = [{"images" if name == "scenes" else name: v for name, v in s.items()} for s in settings["stages"]]

@@ -17,10 +17,13 @@ import threading
 import webbrowser
 from pathlib import Path
 
+import uvicorn
+
 from crate_fast.errors import UserError
-from crate_fast.eval.common.models import split_label, split_source
+from crate_fast.eval.common.models import labels_of, split_label, split_source
 from crate_fast.eval.explore.inspection import Explorer, ModelCache, ModelChoice
 from crate_fast.eval.explore.pictures import Pictures
+from crate_fast.eval.explore.server import application
 from crate_fast.options import PORT, main_of
 from crate_fast.pretrained import is_model_folder, packaged_models, record
 from crate_fast.train import checkpoint
@@ -78,11 +81,8 @@ def open_explorer(options: argparse.Namespace) -> Explorer:
     opening = {"device": choose_device(options.device), "image_size": options.image_size}
     opening |= {"model_args": options.model_args, "seed": options.seed}
     pictures, note = Pictures(options.images), ""
+    labels_of(options.checkpoint or ())  # refuses two alike
     choices = [choice for name in options.checkpoint or () for choice in model_choices(name)]
-    labels = [split_label(name)[0] for name in options.checkpoint or ()]
-    for label in sorted(labels):
-        if labels.count(label) > 1:
-            raise UserError(f"--checkpoint: two models are called {label!r}; give each a name, as in NAME=MODEL")
     if not choices:
         choices, note = default_choices()
     models = ModelCache(choices, **opening)
@@ -122,12 +122,6 @@ def _is_loopback(host: str) -> bool:
 
 
 def _serve(options: argparse.Namespace) -> None:
-    try:
-        import uvicorn
-
-        from crate_fast.eval.explore.server import application
-    except ModuleNotFoundError as error:
-        raise UserError(f'{error.name} is missing: pip install -e ".[explore]"') from error
     explorer = open_explorer(options)
     listener = _listen(options.host, options.port)
     port = listener.getsockname()[1]
