@@ -30,8 +30,6 @@ from crate_fast.eval.common.models import LoadedModel
 from crate_fast.eval.common.segmentation import attention_to_mask, intersection_over_union
 from crate_fast.options import main_of
 
-__all__ = ["add_noise", "evaluate", "main", "map_correlation"]
-
 SIGMAS = (0.0, 25.0, 50.0, 75.0, 100.0, 125.0)
 SHARES = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
 

@@ -29,8 +29,6 @@ from crate_fast.train.checkpoint import CheckpointError
 from crate_fast.train.distributed import choose_device
 from crate_fast.train.runs import checkpoint_epoch, checkpoint_steps
 
-__all__ = ["evaluate", "main"]
-
 
 def evaluate(
     models: Iterable[tuple[int, LoadedModel]],

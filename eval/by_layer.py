@@ -17,8 +17,6 @@ from crate_fast.eval.common.figures import Curve, curve_figure
 from crate_fast.eval.common.models import LoadedModel
 from crate_fast.options import main_of
 
-__all__ = ["MEASURES", "check_measures", "evaluate", "main"]
-
 MEASURES = ("maskcut", "coarse")
 
 

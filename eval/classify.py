@@ -29,9 +29,6 @@ from crate_fast.options import main_of
 from crate_fast.train.config import TrainConfig
 from crate_fast.train.data import DataSplits, plain_splits
 
-__all__ = ["KS", "LabelledImages", "LinearProbe", "check", "evaluate", "knn_predictions", "linear_probe", "main"]
-__all__ += ["pooled"]
-
 PROTOCOLS = ("head", "knn", "linear")
 KS = (10, 20, 100, 200)
 RAW_SIDE = 16  # pixels

@@ -25,8 +25,6 @@ from crate_fast.eval.common.images import Sample, batches, readable
 from crate_fast.eval.common.models import LoadedModel
 from crate_fast.options import main_of
 
-__all__ = ["evaluate", "main"]
-
 BASELINES = ("constant", "random", "mean_mask", "true_mask")
 NAMES = {"topk": "mIoU topk", "mass": "mIoU mass", "ap": "attention AP"}  # of READINGS, in tables
 

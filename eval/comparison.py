@@ -21,8 +21,6 @@ from crate_fast.eval.common.images import open_images
 from crate_fast.eval.common.models import LoadedModel
 from crate_fast.options import main_of
 
-__all__ = ["compare", "evaluate", "main"]
-
 # "coarse" first: it takes minutes, "maskcut" hours
 NEEDS = {"table1": ("maskcut",), "table2": ("coarse", "maskcut"), "figure4": ("coarse",)}
 

@@ -43,8 +43,6 @@ from crate_fast.eval.common.models import LoadedModel
 from crate_fast.eval.common.segmentation import average_precision
 from crate_fast.options import main_of
 
-__all__ = ["evaluate", "largest_boxes", "main"]
-
 THRESHOLDS = np.arange(100) / 100
 OVERLAPS = (0.3, 0.5, 0.7)
 _SAME_CUT = np.zeros((3, 3, 3), bool)  # neighbours: the eight around a pixel, in the same cut

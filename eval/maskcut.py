@@ -36,8 +36,6 @@ from crate_fast.options import main_of
 from crate_fast.train.checkpoint import write_text
 from crate_fast.train.distributed import Processes, process_group
 
-__all__ = ["MaskCut", "check", "detect", "evaluate", "main", "maskcut", "object_of"]
-
 EPSILON = 1e-5
 _LARGEST_OVERLAP, _SMALLEST_SHARE = 0.5, 0.01
 _FORMAT = 1  # of the records; raise it when they change

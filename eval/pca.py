@@ -29,9 +29,6 @@ from crate_fast.eval.common.models import LoadedModel
 from crate_fast.eval.common.segmentation import intersection_over_union
 from crate_fast.options import main_of
 
-__all__ = ["Foreground", "TooFewPatchesError", "check_foreground", "evaluate", "foreground", "main", "pca_rgb"]
-__all__ += ["principal_components"]
-
 SCALINGS = ("raw", "minmax")
 _DRAWN = ("projections", "colours")  # arrays of `evaluate`, which are not written
 _TINY = torch.finfo(torch.float64).tiny

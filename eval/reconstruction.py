@@ -21,8 +21,6 @@ from crate_fast.eval.common.results import file_name
 from crate_fast.options import main_of
 from crate_fast.train.reconstruction import RATIOS, image_noise, reconstruction_figure
 
-__all__ = ["evaluate", "main"]
-
 
 def _errors(images: Tensor, filled: Tensor, hidden: Tensor) -> Tensor:
     """Return sums over hidden pixels [4]: squared errors of model, visible mean and whole mean, and the count."""

@@ -23,8 +23,6 @@ from crate_fast.model import CRATE
 from crate_fast.options import main_of
 from crate_fast.whitebox import layer_measures
 
-__all__ = ["evaluate", "left_out", "main", "trend"]
-
 # Measure → (column of tables, y-axis of the figure, or None where it has no panel)
 MEASURES = {
     "coding_rate": ("R^c", "R$^c$ of the subspace tokens (nats)"),

@@ -12,8 +12,6 @@ from crate_fast.errors import UserError
 from crate_fast.eval.common.coco import checked_images, coco_content, finite, is_size
 from crate_fast.eval.common.images import ImageFiles, Target
 
-__all__ = ["BoxedImages", "covered"]
-
 _Entry = tuple[tuple[int, int] | None, list[list[float]]]  # height and width or None; boxes: left, top, right, bottom
 _RATIO = 0.02  # sides that differ by more are not those of a resized copy
 

@@ -20,9 +20,6 @@ from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from crate_fast.errors import UserError
 
-__all__ = ["checked_images", "class_agnostic_scores", "coco_content", "detections_of", "enlarge", "index_of"]
-__all__ += ["paint_detections", "read_annotations", "refine", "require_objects"]
-
 _FARTHEST = 1_000_000  # pixels; pycocotools takes memory and time for each, and at 10⁸ it crashes
 
 

@@ -15,8 +15,6 @@ from crate_fast.eval.common.images import Batch, Sample, batches, open_images
 from crate_fast.eval.common.models import LoadedModel, labels_of, open_model
 from crate_fast.train.distributed import choose_device
 
-__all__ = ["Evaluation", "attention_layers", "open_data", "open_models", "read_images"]
-
 
 def open_models(options: argparse.Namespace) -> list[LoadedModel]:
     """Open every model that the command names.

@@ -19,8 +19,6 @@ from crate_fast.errors import UserError
 from crate_fast.model import CRATE
 from crate_fast.whitebox import attention_layer, cls_attention, trace
 
-__all__ = ["FeatureExtractor", "Features", "LayerTokens", "extractor_for"]
-
 
 @dataclass(frozen=True)
 class LayerTokens:

@@ -15,9 +15,6 @@ import matplotlib.pyplot as plt
 from crate_fast.errors import UserError
 from crate_fast.eval.common.images import Sample
 
-__all__ = ["Curve", "Picture", "curve_figure", "image_grid", "image_picture", "image_rows", "save_figure"]
-__all__ += ["short_name", "wrap_credit", "write_pages"]
-
 ROWS_A_PAGE = 8
 
 _STYLE = {

@@ -37,9 +37,6 @@ from crate_fast.train.data import UNREADABLE
 from crate_fast.train.data.image_files import EXTENSIONS, as_stored, describe, find_images, open_image, read_image
 from crate_fast.train.data.shape_scenes import ShapeScenes
 
-__all__ = ["Batch", "ImageFiles", "Sample", "SceneImages", "Target", "batches", "box_corners", "open_images"]
-__all__ += ["free_photographs", "readable", "squash"]
-
 VOC_CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",
     "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",

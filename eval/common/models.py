@@ -31,8 +31,6 @@ from crate_fast.train.config import TrainConfig
 from crate_fast.train.data import Normalize
 from crate_fast.train.runs import build_model, checkpoint_steps, load_model, num_classes_of, run_config, run_weights
 
-__all__ = ["LoadedModel", "class_names", "labels_of", "open_model", "split_label", "split_source"]
-
 _SHIPPED = "shipped:"
 
 

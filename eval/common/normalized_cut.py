@@ -24,8 +24,6 @@ from torch import Tensor
 
 from crate_fast.errors import UserError
 
-__all__ = ["SAME", "Cut", "exact_fp32", "second_eigenvector"]
-
 MAX_STEPS = 160  # of Lanczos
 _BLOCK, _MAX_BLOCKS = 8, 60
 _SMALL = 1000  # patches; up to here the dense solver is faster than block Lanczos

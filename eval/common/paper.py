@@ -4,8 +4,6 @@ Scores are in percent, accuracies from 0 to 1. Tables 1 and 2 give CRATE-S/8 dif
 described as one setting.
 """
 
-__all__ = ["TABLES", "TRANSFER", "find"]
-
 _BOX, _MASK, _MIOU = ("box AP50", "box AP75", "box AP"), ("mask AP50", "mask AP75", "mask AP"), "VOC mIoU"
 
 

@@ -12,9 +12,6 @@ from crate_fast.env import provenance
 from crate_fast.errors import UserError
 from crate_fast.train.checkpoint import write_text
 
-__all__ = ["Records", "claim", "csv_table", "latex_table", "make_folder", "markdown_table"]
-__all__ += ["write_file", "write_results"]
-
 _LATEX = str.maketrans(
     {sign: "\\" + sign for sign in "&%_#${}"}
     | {"–": "--", "−": "$-$", "…": r"\dots", "\\": r"\textbackslash{}"}

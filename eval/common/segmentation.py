@@ -9,9 +9,6 @@ from torch import Tensor, nn
 from crate_fast.errors import UserError
 from crate_fast.whitebox import trace
 
-__all__ = ["AttentionScores", "NoObjectsError", "attention_to_mask", "average_precision", "intersection_over_union"]
-__all__ += ["mask_to_grid", "score_attention", "scores_table"]
-
 THRESHOLDS = ("topk", "mass")
 READINGS = (*THRESHOLDS, "ap")  # the IoU of masks, and a score without a threshold
 

@@ -13,8 +13,6 @@ from crate_fast.eval.emergence.report import write_report
 from crate_fast.eval.emergence.runs import Folders, Resources, run_experiment
 from crate_fast.options import main_of
 
-__all__ = ["main"]
-
 
 def _report_again(report: Path, size: str) -> None:
     """Write the report from the results and the protocol of a folder."""

@@ -27,8 +27,6 @@ from crate_fast.train.checkpoint import write_text
 from crate_fast.train.data.image_files import find_images, read_image
 from crate_fast.train.data.sources import nothing_outside
 
-__all__ = ["PhotographData", "SceneData", "open_experiment_data", "prepare_photographs", "spread"]
-
 _SHOWN = 8
 
 

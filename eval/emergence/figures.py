@@ -27,8 +27,6 @@ from crate_fast.eval.emergence.results import (
 )
 from crate_fast.train.data.shape_scenes import CLASSES
 
-__all__ = ["CAPTIONS", "draw", "load_pictures"]
-
 Arrays = dict[str, np.ndarray]
 CAPTIONS = {  # name → caption, in the report's order
     "figure4_heads": "Attention of each model's head that is best on other photographs, at the paper's layer.",

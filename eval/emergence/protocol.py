@@ -11,8 +11,6 @@ from typing import NamedTuple
 
 from crate_fast.train.config import TrainConfig
 
-__all__ = ["MODELS", "ORDER", "SIZES", "Point", "Protocol", "Run", "Stage", "settings_table"]
-
 MODELS: dict[str, dict[str, str]] = {  # what differs from CRATE
     "CRATE": {},
     "CRATE-MLP": {"sparsifier": "mlp"},

@@ -25,8 +25,6 @@ from crate_fast.eval.emergence.results import (
 from crate_fast.eval.white_box import trend
 from crate_fast.train.checkpoint import write_text
 
-__all__ = ["write_report"]
-
 _PAIRS = (*itertools.pairwise(ORDER), ("CRATE", "ViT"), ("CRATE", "CRATE-sth"))
 _PAPERS_LAYER = "the last but one of models with MSSA, the last of those with MHSA"
 

@@ -10,9 +10,6 @@ from typing import NamedTuple
 
 from crate_fast.eval.emergence.protocol import ORDER, Protocol
 
-__all__ = ["BOXED", "COARSE", "MASKCUT", "MASKED", "MEASURES", "Claim", "Paired", "Results", "at_accuracy"]
-__all__ += ["at_checkpoint", "has_measure", "head_chosen", "held_out_accuracy", "paired", "validated"]
-
 Value = Callable[[dict], float]  # of a result
 
 

@@ -43,8 +43,6 @@ from crate_fast.train.faults import Interruption, NonFiniteError
 from crate_fast.train.runs import run_config
 from crate_fast.train.trainer import launch
 
-__all__ = ["Folders", "Job", "Resources", "RunFailedError", "run_experiment", "train_and_score"]
-
 _POLL_SECONDS = 0.5
 _LOCK_SECONDS = 120.0  # time for an orphaned job to save and stop
 _FORKSERVER = multiprocessing.get_context("forkserver")  # jobs start at once, and may use CUDA

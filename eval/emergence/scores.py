@@ -13,8 +13,6 @@ from crate_fast.eval.common.models import LoadedModel
 from crate_fast.eval.emergence.data import PhotographData, SceneData, spread
 from crate_fast.eval.pca import TooFewPatchesError, foreground, pca_rgb
 
-__all__ = ["box_scores", "checkpoint_scores", "photograph_scores", "pictures"]
-
 _BATCH = 50
 _DIGITS = 6
 

@@ -30,8 +30,6 @@ from crate_fast.train import checkpoint
 from crate_fast.train.distributed import choose_device
 from crate_fast.train.runs import checkpoint_steps
 
-__all__ = ["default_choices", "main", "model_choices", "open_explorer"]
-
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _ANY = ("0.0.0.0", "::")
 

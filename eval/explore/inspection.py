@@ -19,8 +19,6 @@ from crate_fast.layers import ISTA, ODL
 from crate_fast.model import CRATE
 from crate_fast.whitebox import LayerTrace, visit_layers
 
-__all__ = ["Explorer", "Inspection", "ModelCache", "ModelChoice", "OpenModel", "inspect"]
-
 COMPONENTS = ("all", "parts")  # components 2 to 4 of all patches (Fig. 6); 1 to 3 of the foreground (Fig. 9)
 _OPEN_MODELS = 4
 _INSPECTIONS_BYTES = 512 * 2**20

@@ -19,8 +19,6 @@ from crate_fast.errors import UserError
 from crate_fast.eval.common.images import SceneImages, free_photographs, squash
 from crate_fast.train.data.image_files import EXTENSIONS, UNREADABLE, find_images, open_image, to_rgb
 
-__all__ = ["MAX_UPLOAD_BYTES", "LRUCache", "Pictures", "UnknownPictureError", "UnreadablePictureError", "decode"]
-
 MAX_UPLOAD_BYTES = 20 * 2**20
 _MAX_PIXELS = 50_000_000
 _MAX_SIDE = 2048  # larger pictures are scaled down

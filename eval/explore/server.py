@@ -32,8 +32,6 @@ from crate_fast.eval.explore.inspection import Explorer, Inspection
 from crate_fast.eval.explore.pictures import MAX_UPLOAD_BYTES, Pictures, UnknownPictureError, UnreadablePictureError
 from crate_fast.train.checkpoint import CheckpointError
 
-__all__ = ["application"]
-
 _PAGE = Path(__file__).parent / "page"
 _MAX_VIEW_SIDE = 1024
 _MAX_UPLOADS = 4  # bodies in memory at once
