@@ -105,16 +105,11 @@ def _links(features: Tensor, tau: float) -> Tensor:
 @torch.no_grad()
 @exact_fp32()
 def maskcut(
-    features: Tensor,
-    num_objects: int = 3,
-    tau: float = 0.15,
-    *,
-    grid: tuple[int, int] | None = None,
-    epsilon: float = EPSILON,
+    features: Tensor, num_objects: int = 3, tau: float = 0.15, *, grid: tuple[int, int] | None = None
 ) -> MaskCut:
     """Find objects as repeated normalised cuts of a graph of patches.
 
-    Patches whose features have a cosine above τ are linked (affinity 1, else ε). The second eigenvector of the
+    Patches whose features have a cosine above τ are linked (affinity 1, else ε = 1e-5). The second eigenvector of the
     normalised cut gives an object (`object_of`); its patches are painted, that is, lose their links, and the next
     object is cut from the rest. A mask other than the first that covers at most 1 % of the grid, or overlaps the
     previous one by an IoU above ½, ends the search.
@@ -125,7 +120,6 @@ def maskcut(
         num_objects: n, the largest number of objects.
         tau: τ, from -1 to 1.
         grid: Rows and columns with rows·columns = P; a square when None.
-        epsilon: Affinity of patches that are not linked, above 0.
 
     Returns:
         `MaskCut`, with a batch dimension even for one image.
@@ -157,17 +151,15 @@ def maskcut(
     if grid[0] * grid[1] != n_patches:
         raise UserError(f"grid={grid} does not hold the {n_patches} patches: rows·columns must be P")
     _check(num_objects, tau)
-    if not 0 < epsilon < 1:
-        raise UserError(f"epsilon={epsilon}: it must be between 0 and 1")
     if not features.isfinite().all():
         raise UserError("the features hold NaN or infinity: look at the model and its input's normalisation")
     on_cpu = features.device.type == "cpu"  # where a batch shares nothing but its slowest image's steps
     chunk = 1 if on_cpu else max(1, int(_LINK_BYTES // (8 * n_patches**2)))
-    parts = [_cut_batch(part, num_objects, tau, grid, epsilon) for part in features.split(chunk)]
+    parts = [_cut_batch(part, num_objects, tau, grid) for part in features.split(chunk)]
     return MaskCut(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
 
 
-def _cut_batch(features: Tensor, num_objects: int, tau: float, grid: tuple[int, int], epsilon: float) -> MaskCut:
+def _cut_batch(features: Tensor, num_objects: int, tau: float, grid: tuple[int, int]) -> MaskCut:
     links, n_images = _links(features, tau), len(features)
     painted = torch.zeros(n_images, *grid, dtype=torch.bool)
     previous = torch.zeros_like(painted)
@@ -177,7 +169,7 @@ def _cut_batch(features: Tensor, num_objects: int, tau: float, grid: tuple[int, 
     searching = list(range(n_images))
     for turn in range(num_objects):
         present = ~painted[searching].flatten(1)
-        cut = second_eigenvector(links, present.to(links.device), epsilon)
+        cut = second_eigenvector(links, present.to(links.device), EPSILON)
         residuals[searching, turn] = cut.residual.cpu().float()
         solvers[searching, turn] = cut.solver.cpu()
         found = []
