@@ -182,7 +182,7 @@ def linear_probe(train: Tensor, labels: Tensor, val: Tensor, seed: int = 0) -> L
             return probe.fit(x[rows], y[rows])
 
     held_out = {c: float(fit(rest, c).score(x[apart], y[apart])) for c in STRENGTHS}
-    best = max(STRENGTHS, key=lambda c: (held_out[c], -c))
+    best = max(STRENGTHS, key=held_out.get)  # the smallest of equal ones
     probe = fit(order.sort().values, best)
     predictions = torch.from_numpy(probe.predict(val.double().numpy()))
     return LinearProbe(predictions, best, held_out, bool((probe[-1].n_iter_ < _STEPS).all()))

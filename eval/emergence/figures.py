@@ -6,7 +6,6 @@ Grids show the first eight or four of the shown images: test scenes, or free pho
 import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +19,6 @@ from crate_fast.eval.emergence.results import (
     COARSE,
     Results,
     at_checkpoint,
-    has_measure,
     head_chosen,
     held_out_accuracy,
     validated,
@@ -221,9 +219,8 @@ def _white_box(results: Results) -> dict[str, list[Curve]]:
     """Return R^c and sparsity by layer, trained and untrained, of the models that have them."""
     layers, panels = range(results.protocol.depth), {}
     for name in ("coding_rate", "sparsity"):
-        for model in results.models:
-            if results.by_seed(model, partial(has_measure, name=name))[0]:
-                for i, style in ((-1, {}), (0, {"label": f"{model}, untrained", "dashed": True, "like": model})):
-                    curve = _curve(results, model, layers, [at_checkpoint(name, i, at) for at in layers], **style)
-                    panels.setdefault(white_box.MEASURES[name][1], []).append(curve)
+        for model in results.with_measure(name):
+            for i, style in ((-1, {}), (0, {"label": f"{model}, untrained", "dashed": True, "like": model})):
+                curve = _curve(results, model, layers, [at_checkpoint(name, i, at) for at in layers], **style)
+                panels.setdefault(white_box.MEASURES[name][1], []).append(curve)
     return panels

@@ -19,7 +19,6 @@ from crate_fast.eval.emergence.results import (
     Results,
     at_accuracy,
     at_checkpoint,
-    has_measure,
     paired,
 )
 from crate_fast.eval.white_box import trend
@@ -317,25 +316,20 @@ def _at_equal_accuracy(results: Results) -> str:
 
 
 def _white_box(results: Results) -> str:
-    rows = []
+    rows, layers = [], range(results.protocol.depth)
     for model, (index, when) in itertools.product(results.models, ((0, "untrained"), (-1, "trained"))):
         row = {}
         for name, title in (("coding_rate", "R^c"), ("sparsity", "non-zeros")):
-            trends = _trends(results, model, index, name)
-            row[f"{title}, first layer → last"] = trends and " · ".join(
-                f"{found['first']:.3g} → {found['last']:.3g}" for found in trends
-            )
-            row[f"{title} falls with depth"] = trends and " · ".join(found["falls"] for found in trends)
-        if any(row.values()):
+            if model not in results.with_measure(name):
+                continue
+            by_layer = [results.by_seed(model, at_checkpoint(name, index, layer)) for layer in layers]
+            trends = [trend(values) for values in zip(*by_layer, strict=True)]
+            ends = (f"{found['first']:.3g} → {found['last']:.3g}" for found in trends)
+            row[f"{title}, first layer → last"] = " · ".join(ends)
+            row[f"{title} falls with depth"] = " · ".join(found["falls"] for found in trends)
+        if row:
             rows.append({"model": model, "": when} | row)
     return "One entry per seed.\n\n" + markdown_table(rows)
-
-
-def _trends(results: Results, model: str, index: int, name: str) -> list[dict] | None:
-    """Return the trend of R^c or sparsity over layers, a seed each; None for models without it."""
-    if not all(results.by_seed(model, lambda result: has_measure(result, name))):
-        return None
-    return results.by_seed(model, lambda r: trend([row[name] for row in r["checkpoints"][index]["white_box"]]))
 
 
 # --- the other parts ---

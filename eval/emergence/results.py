@@ -134,12 +134,6 @@ def at_accuracy(measure: str, accuracy: float, layer: str = "paper") -> Callable
     return value
 
 
-def has_measure(result: dict, name: str) -> bool:
-    """Return True if a result's model has R^c ("coding_rate") or "sparsity"."""
-    rows = result["checkpoints"][-1]["white_box"]
-    return bool(rows) and name in rows[0]
-
-
 # --- models over seeds ---
 
 
@@ -207,7 +201,7 @@ class Results:
         Of two equal ones it is the smaller.
         """
         scores = self.sweeps(model)
-        return max(scores, key=lambda lr: (scores[lr], -lr)) if len(scores) == len(self.protocol.lrs) else None
+        return max(scores, key=scores.get) if len(scores) == len(self.protocol.lrs) else None
 
     def sweeps(self, model: str) -> dict[float, float]:
         """Return the held-out accuracy of each learning rate that was tried."""
@@ -244,6 +238,14 @@ class Results:
     def have(self, name: str) -> bool:
         """Return True if the last checkpoints have scores of this name."""
         return all(name in result["checkpoints"][-1] for result in self.scored)
+
+    def with_measure(self, name: str) -> list[str]:
+        """Return the models that have R^c ("coding_rate") or "sparsity"."""
+
+        def has(result: dict) -> bool:
+            return any(name in row for row in result["checkpoints"][-1]["white_box"])
+
+        return [model for model in self.models if all(self.by_seed(model, has))]
 
     def coarse_measures(self) -> list[str]:
         """Return the measures of `COARSE` in the results: the first protocol has no AP."""
