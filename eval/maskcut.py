@@ -82,16 +82,13 @@ def object_of(vector: Tensor, grid: tuple[int, int]) -> Tensor:
     return torch.from_numpy((components == chosen) & (chosen > 0))
 
 
-def _check(num_objects: int, tau: float) -> None:
+def _check(n_patches: int, num_objects: int, tau: float) -> None:
+    if n_patches < 2:
+        raise UserError("one patch cannot be cut: use larger images (--image-size) for a finer grid")
     if num_objects < 1:
         raise UserError(f"num_objects={num_objects}: ask for at least one")
     if not -1 <= tau <= 1:
         raise UserError(f"tau={tau}: a cosine lies from -1 to 1")
-
-
-def _check_patches(n_patches: int) -> None:
-    if n_patches < 2:
-        raise UserError("one patch cannot be cut: use larger images (--image-size) for a finer grid")
 
 
 def _links(features: Tensor, tau: float) -> Tensor:
@@ -147,10 +144,9 @@ def maskcut(
         grid = (math.isqrt(n_patches),) * 2
         if grid[0] ** 2 != n_patches:
             raise UserError(f"{n_patches} patches are no square grid: pass grid=(rows, columns)")
-    _check_patches(n_patches)
     if grid[0] * grid[1] != n_patches:
         raise UserError(f"grid={grid} does not hold the {n_patches} patches: rows·columns must be P")
-    _check(num_objects, tau)
+    _check(n_patches, num_objects, tau)
     if not features.isfinite().all():
         raise UserError("the features hold NaN or infinity: look at the model and its input's normalisation")
     on_cpu = features.device.type == "cpu"  # where a batch shares nothing but its slowest image's steps
@@ -197,8 +193,7 @@ def check(loaded: LoadedModel, images: Dataset, num_objects: int = 3, tau: float
     require("pycocotools", "scipy")
     if crf:
         coco.require_crf()
-    _check(num_objects, tau)
-    _check_patches(math.prod(loaded.extract.grid))
+    _check(math.prod(loaded.extract.grid), num_objects, tau)
     if isinstance(images, CocoImages):  # a scene always has an object
         coco.require_objects(images.coco, images.keys())
 

@@ -123,11 +123,6 @@ def spread(images: Dataset, count: int) -> Subset:
     return Subset(images, np.linspace(0, len(images) - 1, min(count, len(images))).round().astype(int).tolist())
 
 
-def open_experiment_data(protocol: Protocol, folder: Path) -> SceneData | PhotographData:
-    """Return the images of an experiment; `folder` is where photographs were prepared."""
-    return PhotographData(protocol, folder) if protocol.photographs else SceneData(protocol)
-
-
 def prepare_photographs(source: Path, boxes: Path | None, masks: str | None, folder: Path) -> int:
     """Prepare photographs in a folder, unless that is done; return the number of training images.
 

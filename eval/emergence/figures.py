@@ -46,12 +46,11 @@ _SHOWN_SCORES = (
 )
 
 
-def load_pictures(report: Path) -> dict[str, Arrays]:
-    """Load the arrays of `scores.pictures` and of the shown images, by model."""
+def load_pictures(report: Path, kind: str) -> dict[str, Arrays]:
+    """Load the arrays of `scores.pictures` and of the shown images, by model; `kind` is the protocol's."""
     folder = report / "pictures"
-    shown = next((path for path in map(folder.joinpath, ("scenes.npz", "photographs.npz")) if path.is_file()), None)
     saved = {model: folder / f"{model}.npz" for model in MODELS}
-    return {model: _load(shown) | _load(path) for model, path in saved.items() if path.is_file()}
+    return {model: _load(folder / f"{kind}.npz") | _load(path) for model, path in saved.items() if path.is_file()}
 
 
 def _load(path: Path) -> Arrays:
@@ -62,7 +61,7 @@ def _load(path: Path) -> Arrays:
 def draw(results: Results, pictures: dict[str, Arrays], folder: Path) -> dict[str, Path]:
     """Draw every figure that has results as a PNG into a folder; return files by name, in the order of `CAPTIONS`."""
     grids = _grids(results, pictures)
-    charts = _charts(results) if results.seeds() else {}
+    charts = _charts(results)
     paths = {name: folder / f"{name}.png" for name in CAPTIONS if name in grids or name in charts}
     for name, path in paths.items():
         if name in grids:

@@ -39,7 +39,7 @@ def write_report(report: Path, protocol: Protocol, size: str) -> Path:
         raise UserError(
             f"{report / 'results'} does not hold runs of CRATE and ViT with one seed yet: run on, then report"
         )
-    figures = draw(results, load_pictures(report), report / "figures")
+    figures = draw(results, load_pictures(report, protocol.kind), report / "figures")
     page = "photographs/protocol.md" if protocol.photographs else "protocol.md"
     protocol_page = "[protocol.md](protocol.md)" if (report / "protocol.md").is_file() else f"docs/emergence/{page}"
     coarse = "## Coarse segmentation (Fig. 4, Table 2)"

@@ -33,7 +33,7 @@ from crate_fast.env import provenance
 from crate_fast.errors import UserError
 from crate_fast.eval.common.models import LoadedModel, open_model
 from crate_fast.eval.common.results import Records
-from crate_fast.eval.emergence.data import open_experiment_data
+from crate_fast.eval.emergence.data import PhotographData, SceneData
 from crate_fast.eval.emergence.protocol import Point, Protocol, Run
 from crate_fast.eval.emergence.results import Results
 from crate_fast.eval.emergence.scores import box_scores, checkpoint_scores, photograph_scores, pictures
@@ -376,8 +376,8 @@ def _score_checkpoints(job: Job, interruption: Interruption) -> list[dict] | Non
     points = job.protocol.points
     settings = {"protocol": job.protocol.settings(), "lr": job.lr}
     records = Records(job.folders.output / "scores" / job.run.name, settings, key="checkpoint")
-    data = open_experiment_data(job.protocol, job.folders.photographs)
-    masked = job.protocol.photographs and data.with_masks is not None
+    photographs = job.protocol.photographs
+    data = PhotographData(job.protocol, job.folders.photographs) if photographs else SceneData(job.protocol)
     for number, point in enumerate(points):
         if interruption.requested():
             return None
@@ -385,9 +385,9 @@ def _score_checkpoints(job: Job, interruption: Interruption) -> list[dict] | Non
             began, loaded = time.perf_counter(), _open(job, point)
             record = {"checkpoint": number, **point._asdict()}
             record |= {"default_layer": loaded.extract.default_layer, **checkpoint_scores(loaded, data)}
-            if job.protocol.photographs and number in (0, len(points) - 1):
+            if photographs and number in (0, len(points) - 1):
                 record |= box_scores(loaded, data)
-            if masked:
+            if photographs and data.with_masks is not None:
                 record |= photograph_scores(_open(job, point, job.protocol.mask_size), data)
             records.append([record | {"seconds": round(time.perf_counter() - began, 1)}])
             print(f"scored checkpoint {number} of {len(points) - 1}", flush=True)
