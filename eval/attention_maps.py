@@ -265,7 +265,7 @@ def _command(options: argparse.Namespace) -> None:
     for level in noise:
         check_noise(*level, options.seed)
     models = open_models(options)
-    labelled = not options.data.startswith("folder")
+    labelled = not options.data.startswith(("folder", "photographs"))
     default = {"heads": ["all", "mean"], "models": ["mean", "best"] if labelled else ["mean"]}
     heads = options.heads or default.get(options.figure, ["all"])
     _check_heads(heads, bool(noise), labelled, models)

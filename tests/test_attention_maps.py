@@ -218,6 +218,7 @@ def test_the_best_head_is_the_one_on_the_object():
         (["--levels", "1,2"], "--levels are of noise"),
         (["--figure", "noise_sigma", "--heads", "best"], "by number"),
         (["--data", "folder:{}", "--heads", "best"], "needs object masks"),
+        (["--data", "photographs", "--heads", "best"], "needs object masks"),
         (["--model-args", "depth=1", "img_size=32", "class_token=false", "global_pool=avg"], "no CLS token"),
     ],
 )
