@@ -87,16 +87,12 @@ def decode(data: bytes, name: str) -> Image.Image:
         with _DECODING, open_image(io.BytesIO(data), _FORMATS) as file:
             width, height = file.size
             if width * height > _MAX_PIXELS:
-                raise UnreadablePictureError(
-                    f"{name} is {width}×{height}, {width * height / 1e6:.0f} megapixels: at most "
-                    f"{_MAX_PIXELS / 1e6:.0f} are read; make it smaller"
-                )
+                size = f"{width}×{height} pixels, {width * height / 1e6:.0f} megapixels"
+                raise UserError(f"{size}: at most {_MAX_PIXELS / 1e6:.0f} are read; make it smaller")
             file.draft("RGB", (_MAX_SIDE, _MAX_SIDE))  # a JPEG is decoded no larger than needed
             picture = to_rgb(file)
             picture.thumbnail((_MAX_SIDE, _MAX_SIDE))
             return picture
-    except UnreadablePictureError:
-        raise
     except UserError as error:
         raise UnreadablePictureError(f"{name} has {error}") from error
     except Image.UnidentifiedImageError as error:
