@@ -5,6 +5,7 @@ import errno
 import importlib
 import json
 import shutil
+from argparse import Namespace
 from types import SimpleNamespace
 
 import pytest
@@ -18,9 +19,10 @@ from crate_fast import cli
 from crate_fast.errors import UserError, run_command
 from crate_fast.eval import by_epoch, by_layer, coarse_segmentation, comparison, maskcut
 from crate_fast.eval.common import paper
+from crate_fast.eval.common.command import Evaluation
 from crate_fast.eval.common.images import open_images
 from crate_fast.eval.common.models import open_model
-from crate_fast.eval.common.results import Records, csv_table, latex_table, markdown_table, write_results
+from crate_fast.eval.common.results import Records, csv_table, latex_table, markdown_table
 from crate_fast.eval.emergence.command import main as emergence
 from crate_fast.eval.white_box import main as white_box
 
@@ -193,10 +195,14 @@ def test_tables_in_three_formats():
 
 
 def test_results_hold_no_nan(tmp_path):
+    evaluation = Evaluation("x", Namespace(output=tmp_path, models=[]), [])
     with pytest.raises(ValueError, match="not JSON compliant"):
-        write_results(tmp_path, "x", {}, {"score": float("nan")})
+        evaluation.finish({"score": float("nan")})
     assert not (tmp_path / "results.json").exists()
-    content = json.loads(write_results(tmp_path, "x", {"a": 1}, {"score": 1.0}, ["b.jpg: broken"]).read_text())
+    evaluation.problems.append("b.jpg: broken")
+    evaluation.finish({"score": 1.0}, {"a": 1})
+    content = json.loads((tmp_path / "results.json").read_text())
+    assert (content["results"], content["config"]["a"]) == ({"score": 1.0}, 1)
     assert content["unreadable"] == {"count": 1, "images": ["b.jpg: broken"]}
 
 

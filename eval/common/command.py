@@ -2,6 +2,7 @@
 
 import argparse
 import itertools
+import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
+from crate_fast.env import provenance
 from crate_fast.errors import UserError
 from crate_fast.eval.common import results as files
 from crate_fast.eval.common.images import Batch, Sample, batches, open_images
@@ -129,7 +131,15 @@ class Evaluation:
         """
         settings = {name: str(v) if isinstance(v, Path) else v for name, v in vars(self.options).items()}
         settings |= {"models": [loaded.facts for loaded in self.models]} | (config or {})
-        path = files.write_results(self.folder, self.protocol, settings, results, self.problems)
+        content = {
+            "protocol": self.protocol,
+            "config": settings,
+            "results": results,
+            "unreadable": {"count": len(self.problems), "images": self.problems},
+            "provenance": provenance(),
+        }
+        path = self.folder / "results.json"
+        files.write_file(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
         print(*notes, sep="\n", end="\n" if notes else "")
         print(f"unreadable images: {len(self.problems)}\nwritten:", path, *self.written, sep="\n  ")
         if self._failures:

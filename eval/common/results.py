@@ -1,4 +1,4 @@
-"""Files of an evaluation: results.json with its origin, tables in three formats, and records to resume from."""
+"""Files of an evaluation: tables in three formats, folders of settings, and records to resume from."""
 
 import csv
 import io
@@ -8,7 +8,6 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from crate_fast.env import provenance
 from crate_fast.errors import UserError
 from crate_fast.train.checkpoint import write_text
 
@@ -92,28 +91,6 @@ def write_file(path: Path, text: str) -> None:
             f"{path} cannot be written ({error.strerror}), and its content is printed instead: free some space, or "
             "see to its permissions"
         ) from error
-
-
-def write_results(folder: Path, protocol: str, config: dict, results: dict, problems: Sequence[str] = ()) -> Path:
-    """Write results.json and return its path.
-
-    Args:
-        folder: Made if it is not there.
-        protocol: Such as "maskcut".
-        config: Every setting that decides the result.
-        results: Plain values.
-        problems: One line for each unreadable image.
-    """
-    content = {
-        "protocol": protocol,
-        "config": config,
-        "results": results,
-        "unreadable": {"count": len(problems), "images": list(problems)},
-        "provenance": provenance(),
-    }
-    path = folder / "results.json"
-    write_file(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-    return path
 
 
 def claim(folder: Path, file: str, settings: dict, option: str = "--output") -> None:
