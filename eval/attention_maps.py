@@ -94,7 +94,6 @@ def map_correlation(a: Tensor, b: Tensor) -> Tensor:
     return (deviation(a) * deviation(b)).sum(dim=-1)
 
 
-@torch.no_grad()
 def evaluate(
     loaded: LoadedModel,
     batches: Iterable[Batch],

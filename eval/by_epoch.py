@@ -55,7 +55,6 @@ def evaluate(
     return rows
 
 
-@torch.no_grad()
 def _components(loaded: LoadedModel, pixels: Tensor, layer: int) -> list[Picture | None]:
     """Return components 2 to 4 of each image (paper, Fig. 10, right); None with too few patches."""
     features, pictures = loaded.features(pixels, [layer]), []

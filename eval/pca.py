@@ -172,7 +172,6 @@ def pca_rgb(
 # --- the protocol
 
 
-@torch.no_grad()
 def evaluate(
     loaded: LoadedModel,
     batches: Iterable[Batch],

@@ -66,7 +66,6 @@ def trend(values: Sequence[float]) -> dict:
     return ends | {"steps_down": down, "steps": len(y) - 1, "spearman": rho, "falls": falls}
 
 
-@torch.inference_mode()
 def evaluate(loaded: LoadedModel, image_batches: Iterable[Batch], epsilon: float = 0.01) -> dict:
     """Measure the white-box curves of one model.
 

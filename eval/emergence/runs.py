@@ -49,10 +49,6 @@ _FORKSERVER = multiprocessing.get_context("forkserver")  # jobs start at once, a
 _FORKSERVER.set_forkserver_preload(["crate_fast.eval.emergence.runs"])
 
 
-class RunFailedError(UserError):
-    """A run that ended without a result."""
-
-
 @dataclass(frozen=True)
 class Folders:
     """Folders of an experiment.
@@ -144,7 +140,7 @@ def run_experiment(protocol: Protocol, folders: Folders, resources: Resources, m
 
     Raises:
         CheckpointError: Another process runs an experiment in these folders.
-        RunFailedError: A run failed; the message names it and its log. Finished runs are kept.
+        UserError: A run failed; the message names it and its log. Finished runs are kept.
     """
     with _locked(folders.output), Interruption(signal.SIGINT) as interruption:
         deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
@@ -245,7 +241,7 @@ class _Scheduler:
                 self.waiting.append(run)
             else:
                 log = self.folders.log(run)
-                raise RunFailedError(
+                raise UserError(
                     f"{run.name} ended with status {process.exitcode} and no result:\n{_tail(log)}\nIts log: {log}"
                 )
 

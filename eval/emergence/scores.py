@@ -83,7 +83,6 @@ def _rounded(value):
     return round(value, _DIGITS) if isinstance(value, float) else value
 
 
-@torch.inference_mode()
 def pictures(loaded: LoadedModel, shown: np.ndarray, layers: Sequence[int]) -> dict[str, np.ndarray]:
     """Return a model's arrays for the figures on the shown images, which share one PCA.
 
@@ -96,8 +95,7 @@ def pictures(loaded: LoadedModel, shown: np.ndarray, layers: Sequence[int]) -> d
         "attention" float32 [layers, 8, heads, P]; "components" uint8 [layers, 8, P, 3], components 2 to 4 of all
         patches; "parts" uint8 [layers, 8, P, 3], the first three of the foreground, black elsewhere.
     """
-    images = torch.from_numpy(shown).permute(0, 3, 1, 2).to(loaded.device)
-    features = loaded.extract(loaded.normalize(images), list(layers))
+    features = loaded.features(torch.from_numpy(shown).permute(0, 3, 1, 2), layers)
     tokens = [features.keys(layer).cpu() for layer in layers]
     return {
         "attention": torch.stack([features.cls_attention(layer) for layer in layers]).float().cpu().numpy(),
