@@ -183,10 +183,8 @@ def _check_segmentation(annotation: dict, image: dict, where: str) -> None:
         _must(_is_rle(found), annotation, "segmentation", "RLE that fills its size", where)
         if not is_size(size):
             image |= dict(zip(("height", "width"), found["size"], strict=True))
-        elif size != list(found["size"]):
-            raise UserError(
-                f"{where}: 'segmentation' is of {found['size']} pixels, its image {size}; correct the file"
-            )
+        else:
+            _must(size == found["size"], annotation, "segmentation", f"of its image's size {size}", where)
         return
     polygons = [polygon for polygon in found if len(polygon) >= 6] if _are_polygons(found) else []
     rule = f"RLE, or polygons x, y, x, y, x, y, … of at most {_FARTHEST:,} pixels"
@@ -213,7 +211,7 @@ def _is_rle(found: dict) -> bool:
     """
     size, counts = found.get("size"), found.get("counts")
     runs = counts if isinstance(counts, list) else _decoded(counts)
-    if not isinstance(size, list | tuple) or not is_size(size) or runs is None:
+    if not isinstance(size, list) or not is_size(size) or runs is None:
         return False
     return all(type(run) is int and run >= 0 for run in runs) and sum(runs) == math.prod(size)
 
@@ -222,7 +220,7 @@ def _decoded(counts: object) -> list[int] | None:
     """Return the runs of compressed RLE, None where it is damaged: five bits a character, from the third run on as a
     difference to the run two before."""
     runs, value, shift = [], 0, 0
-    for byte in counts.encode() if isinstance(counts, str) else counts if isinstance(counts, bytes) else ():
+    for byte in counts.encode() if isinstance(counts, str) else ():
         if not 48 <= byte < 48 + 64:
             return None
         value |= (byte - 48 & 31) << shift
