@@ -119,12 +119,9 @@ class Evaluation:
             print(texts["md"])
 
     def finish(self, results: dict, config: dict | None = None, notes: Sequence[str] = ()) -> None:
-        """Write results.json, print notes and the written files, and report failures.
+        """Write results.json with plain values, print `notes` and the written files, and report failures.
 
-        Args:
-            results: Plain values.
-            config: More settings than those of the command line.
-            notes: Lines to print.
+        `config` are more settings than those of the command line.
 
         Raises:
             UserError: A model could not be scored.

@@ -124,7 +124,7 @@ def box_corners(masks: Tensor) -> Tensor:
 
 
 class ImageFiles(Dataset):
-    """Images of a folder, sorted by path; base class of the sets that have files.
+    """Images of a folder, sorted by path; base class of the other sets.
 
     Images are squashed to `size` pixels a side.
 
@@ -284,14 +284,14 @@ class CocoImages(ImageFiles):
         return {number: category["name"] for number, category in self.coco.cats.items()}
 
 
-class SceneImages(Dataset):
-    """`count` validation scenes of `shape_scenes` of a seed, each with its object's mask."""
+class SceneImages(ImageFiles):
+    """`count` validation scenes of `shape_scenes` of a seed, numbered, each with its object's mask."""
 
     labelled, has_instances = True, True
 
     def __init__(self, size: int, count: int = 500, seed: int = 0):
         self.scenes = ShapeScenes(count, image_size=size, seed=seed, split="val", with_mask=True)
-        self.size = size
+        self.size, self.items = size, [(number, None) for number in range(count)]
 
     @functools.cached_property
     def coco(self):
@@ -311,20 +311,12 @@ class SceneImages(Dataset):
         categories = [{"id": number, "name": name} for number, name in self.class_names().items()]
         return index_of(images, annotations, categories)
 
-    def __len__(self) -> int:
-        return len(self.scenes)
-
     def __getitem__(self, index: int) -> Sample:
         image, label, mask = self.scenes[index]
         target = Target([label], mask[None], torch.ones_like(mask), box_corners(mask[None]))
         return Sample(index, image, tuple(mask.shape), target)
 
-    def keys(self) -> list[int]:
-        """Return the numbers of the scenes."""
-        return list(range(len(self.scenes)))
-
     def class_names(self) -> dict[int, str]:
-        """Return class number → name."""
         return dict(enumerate(self.scenes.classes))
 
 
