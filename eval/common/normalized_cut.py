@@ -22,8 +22,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from crate_fast.errors import UserError
-
 MAX_STEPS = 160  # of Lanczos
 _BLOCK, _MAX_BLOCKS = 8, 60
 _SMALL = 1000  # patches; up to here the dense solver is faster than block Lanczos
@@ -134,7 +132,7 @@ def second_eigenvector(
     """Compute the second eigenvectors of the normalised cuts of a batch of graphs.
 
     Args:
-        links: B [batch, P, P], floating point, symmetric, entries 0 or 1.
+        links: B [batch, P, P], floating point, symmetric, entries 0 or 1; P is at least 2.
         present: Boolean [batch, P]; a patch that is not present keeps only the affinity ε to all (rows and columns of
             B are taken as zero). All are present when None.
         epsilon: Affinity of patches that are not linked.
@@ -143,9 +141,6 @@ def second_eigenvector(
     Returns:
         `Cut`. An exactly repeated eigenvalue may go unseen; then no answer is the right one, and rounding decides.
 
-    Raises:
-        UserError: Shapes do not fit, or there are fewer than two patches.
-
     Source: Shi and Malik, 2000; Parlett, *The Symmetric Eigenvalue Problem*, ch. 13.
 
     >>> block = torch.ones(3, 3)
@@ -153,11 +148,7 @@ def second_eigenvector(
     >>> (cut.vector > cut.vector.mean()).tolist()
     [[True, True, True, False, False, False]]
     """
-    if links.dim() != 3 or links.shape[1] != links.shape[2] or links.shape[1] < 2:
-        raise UserError(f"links have shape {tuple(links.shape)}: pass [batch, P, P] with at least two patches")
     present = torch.ones(links.shape[:2], dtype=torch.bool, device=links.device) if present is None else present
-    if present.shape != links.shape[:2]:
-        raise UserError(f"present has shape {tuple(present.shape)} and links {tuple(links.shape)}: pass [batch, P]")
     graphs = _Graphs(links, present, epsilon)
     y, theta, gap = _lanczos(graphs, max_steps)
     residual = (graphs.product(y) - theta.unsqueeze(-1) * y).norm(dim=-1)
