@@ -12,7 +12,6 @@ import torch.nn.functional as F
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from crate_fast.errors import UserError
 from crate_fast.eval.common.images import Sample
 
 ROWS_A_PAGE = 8
@@ -60,18 +59,13 @@ def image_grid(
     """Write a grid of pictures.
 
     Args:
-        rows: Pictures row by row; None leaves a cell empty. Rows may have different lengths.
+        rows: Pictures row by row, at least one; None leaves a cell empty. Rows may have different lengths.
         paths: Files to write; the suffix (.png, .pdf) decides the format.
         row_titles: At the left of each row.
         column_titles: Above the first row.
         title: Above everything.
-
-    Raises:
-        UserError: There is nothing to draw.
     """
-    columns = max(map(len, rows), default=0)
-    if not columns:
-        raise UserError("there is nothing to draw: pass at least one row with a picture")
+    columns = max(map(len, rows))
     with plt.rc_context(_STYLE | {"axes.grid": False, "text.parse_math": False}):  # a file may be called $_^$.png
         size = np.array([columns, len(rows)]) * _CELL_INCHES
         figure = plt.figure(figsize=size)
@@ -242,11 +236,11 @@ def image_rows(
 
     A row begins with the image and, if known, the union of its object masks; a picture of each column follows.
     """
-    rows, labelled = [[image_picture(sample.image)] for sample in samples], False
-    for row, sample in zip(rows, samples, strict=True):
-        if labelled := sample.target is not None:
+    rows = []
+    for sample, *pictures in zip(samples, *columns.values(), strict=True):
+        rows.append([image_picture(sample.image), *pictures])
+        if sample.target is not None:
             union = sample.target.masks.any(dim=0)[None, None].float()
-            row.append(Picture(F.interpolate(union, sample.image.shape[1:])[0, 0].numpy(), "gray", (0, 1)))
-    for row, *pictures in zip(rows, *columns.values(), strict=True):
-        row += pictures
-    return rows, ["image", *["object"] * labelled, *columns]
+            known = F.interpolate(union, sample.image.shape[1:])[0, 0].numpy()
+            rows[-1].insert(1, Picture(known, "gray", (0, 1)))
+    return rows, ["image", *["object"] * (samples[0].target is not None), *columns]
