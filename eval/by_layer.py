@@ -67,7 +67,6 @@ def evaluate(
     """
     layers = list(range(loaded.extract.depth)) if layers is None else list(layers)
     rows: dict[int, dict[str, float]] = {layer: {} for layer in layers}
-    reading.setdefault("problems", [])
     settings, coarse = {"num_objects": num_objects, "tau": tau}, {}
     if "coarse" in measures:  # first: it finds sooner that there is nothing to score
         coarse = coarse_segmentation.evaluate(loaded, images, layers, seed=seed, **reading)
