@@ -76,7 +76,7 @@ def draw(results: Results, pictures: dict[str, Arrays], folder: Path) -> dict[st
 
 def _grids(results: Results, pictures: dict[str, Arrays]) -> dict[str, dict]:
     protocol = results.protocol
-    runs = {model: results.runs.get(f"{protocol.kind}-{model}-seed{protocol.seeds[0]}") for model in pictures}
+    runs = {model: results.run("", model, protocol.seeds[0]) for model in pictures}
     last = {model: run["checkpoints"][-1] for model, run in runs.items() if run}
     pictures = {model: pictures[model] for model in last}
     if not pictures:

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from crate_fast.eval.emergence.protocol import ORDER, Protocol
+from crate_fast.eval.emergence.protocol import ORDER, Protocol, Run
 
 Value = Callable[[dict], float]  # of a result
 
@@ -205,12 +205,15 @@ class Results:
 
     def sweeps(self, model: str) -> dict[float, float]:
         """Return the held-out accuracy of each learning rate that was tried."""
-        found = {lr: self.runs.get(f"sweep-{model}-lr{lr:g}") for lr in self.protocol.lrs}
+        found = {lr: self.run("sweep", model, 0, lr) for lr in self.protocol.lrs}
         return {lr: sweep["validation"][-1]["val_accuracy"] for lr, sweep in found.items() if sweep}
 
+    def run(self, kind: str, model: str, seed: int, lr: float | None = None) -> dict | None:
+        """Return the result of a run, None while it is missing; an empty kind is that of the compared runs."""
+        return self.runs.get(Run(kind or self.protocol.kind, model, seed, lr).name)
+
     def _ended(self, kind: str, models: Sequence[str]) -> list[int]:
-        names = [f"{kind or self.protocol.kind}-{model}-seed" for model in models]
-        return [seed for seed in self.protocol.seeds if all(f"{name}{seed}" in self.runs for name in names)]
+        return [seed for seed in self.protocol.seeds if all(self.run(kind, model, seed) for model in models)]
 
     @property
     def models(self) -> list[str]:
@@ -229,7 +232,7 @@ class Results:
 
     def by_seed(self, model: str, value: Callable, kind: str = "") -> list:
         """Return a value of one model's runs, in the order of `seeds`; `value` is a function of a result."""
-        return [value(self.runs[f"{kind or self.protocol.kind}-{model}-seed{seed}"]) for seed in self.seeds(kind)]
+        return [value(self.run(kind, model, seed)) for seed in self.seeds(kind)]
 
     def by_model(self, value: Callable, kind: str = "") -> dict[str, list]:
         """Return `by_seed` for every model."""
