@@ -111,16 +111,16 @@ def curves(labelled: dict[str, dict[float, dict[str, float]]]) -> dict[str, list
 def _command(options: argparse.Namespace) -> None:
     settings = {"num_objects": options.num_objects, "tau": options.tau}
     models = open_models(options)
-    data = [open_data(options, loaded) for loaded in models]
-    for loaded, images in zip(models, data, strict=True):
-        measures = check_measures(options.measures, loaded, images, options.data, **settings)
+    data = {loaded.label: open_data(options, loaded) for loaded in models}
+    for loaded in models:
+        measures = check_measures(options.measures, loaded, data[loaded.label], options.data, **settings)
     evaluation = Evaluation("by_layer", options, models)
 
-    def score(loaded: LoadedModel, images: Dataset) -> dict:
+    def score(loaded: LoadedModel) -> dict:
         reading = evaluation.reading(loaded.label) | settings
-        return evaluate(loaded, images, None, measures, seed=options.seed, **reading)
+        return evaluate(loaded, data[loaded.label], None, measures, seed=options.seed, **reading)
 
-    results = evaluation.score(score, {m.label: (m, images) for m, images in zip(models, data, strict=True)})
+    results = evaluation.score(score)
     rows = [
         {"model": loaded.label, "layer": f"{layer}{' *' * (layer == loaded.extract.default_layer)}", **numbers}
         for loaded in models
