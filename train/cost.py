@@ -39,11 +39,7 @@ KNOWN_SIZES = {  # training images, classes
     "flowers102": (1_020, 102),
     "pets": (3_680, 37),
 }
-ARCHITECTURE = (
-    *("model", "image_size", "patch_size", "dim", "depth", "heads"),
-    *FORM,
-    *("decoder_depth", "visible_only", "mask_ratio"),
-)
+_SIZES = ("model", "image_size", "patch_size", "dim", "depth", "heads", "decoder_depth", "visible_only", "mask_ratio")
 
 
 def find_data_size(config: TrainConfig, recipe: str, images: int | None, classes: int | None) -> tuple[int, int, str]:
@@ -60,16 +56,16 @@ def find_data_size(config: TrainConfig, recipe: str, images: int | None, classes
     elif None in (images, classes) and config.dataset == "folder" and split.is_dir():
         names, labels = find_images(split).labelled(str(split))
         found, source = (len(labels), len(names)), f"counted in {split}"
-    given = {"--images": images, "--classes": classes}
-    sizes = [size if value is None else value for value, size in zip(given.values(), found, strict=True)]
-    for option, size in zip(given, sizes, strict=True):
-        if size is None:
+    sizes, sources = [], []
+    for option, given, size in zip(("--images", "--classes"), (images, classes), found, strict=True):
+        sizes.append(given or size)
+        sources.append(option if given else source)
+        if sizes[-1] is None:
             raise UserError(
                 f"how many {option[2:]} dataset={config.dataset!r} has is not known: pass {option} N, or, for a "
                 "folder on this machine, --data-dir and --train-split"
             )
-    named = [option for option, value in given.items() if value is not None]
-    return *sizes, ", ".join([*named, source][:2])
+    return *sizes, ", ".join(dict.fromkeys(sources))
 
 
 def read_throughput(folder: Path, config: TrainConfig) -> dict:
@@ -83,7 +79,7 @@ def read_throughput(folder: Path, config: TrainConfig) -> dict:
         rate = json.loads((folder / "summary.json").read_text())["throughput"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"--throughput {folder} has no rate in summary.json: give a finished run") from error
-    pairs = [(name, getattr(run, name), getattr(config, name)) for name in ARCHITECTURE]
+    pairs = [(name, getattr(run, name), getattr(config, name)) for name in (*_SIZES, *FORM)]
     differing = [f"{name} {before!r} measured, {now!r} planned" for name, before, now in pairs if before != now]
     if differing:
         raise UserError(f"--throughput {folder} is of another model ({'; '.join(differing)}): measure this one")
@@ -139,7 +135,7 @@ def optimizer_bytes(model: nn.Module, config: TrainConfig, shards: int = 1) -> i
         parameter.grad = torch.ones(shape)
         optimizer = create_optimizer_v2([parameter], opt=config.optimizer, lr=1e-3, weight_decay=config.weight_decay)
         optimizer.step()
-        values = [value for state in optimizer.state_dict()["state"].values() for value in state.values()]
+        values = [value for state in optimizer.state.values() for value in state.values()]
         states[shape] = sum(value.nbytes for value in values if isinstance(value, Tensor) and value.dim())
     return sum(math.ceil(states[p.shape] * _local_elements(p, shards) / max(1, p.numel())) for p in trained)
 
@@ -181,26 +177,23 @@ def _saved_bytes(model, config: TrainConfig, batch: int, num_classes: int, devic
         saved[storage._cdata] = storage
         return tensor
 
-    def fake(tensor: Tensor) -> Tensor:
-        return torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+    def fake(*shape: int, kind: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=kind, device=device)
 
-    autoencoder, attention = isinstance(model, CRATEMAE), _FlashAttention() if device == "cuda" else nullcontext()
     autocast = torch.autocast("cpu", dtype, enabled=dtype is not None)
     autocast.device = device  # which need not be there: PyTorch would turn autocast off
+    attention = _FlashAttention() if device == "cuda" else nullcontext()
     with FakeTensorMode(allow_non_fake_inputs=True), assuming_gpu():
-        state = {name: nn.Parameter(fake(p), p.requires_grad) for name, p in model.named_parameters()}
-        state |= {name: fake(b) for name, b in model.named_buffers()}
+        state = {name: nn.Parameter(fake(*p.shape), p.requires_grad) for name, p in model.named_parameters()}
+        state |= {name: fake(*b.shape, kind=b.dtype) for name, b in model.named_buffers()}
         own = {tensor.untyped_storage()._cdata for tensor in state.values()}
-        images = torch.empty(batch, 3, config.image_size, config.image_size, device=device)
+        inputs = [fake(batch, 3, config.image_size, config.image_size)]
+        inputs += [config.mask_ratio] if isinstance(model, CRATEMAE) else []
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), attention:
             with autocast:
-                inputs = (images, config.mask_ratio) if autoencoder else (images,)
-                output = torch.func.functional_call(model, state, inputs)
-            if not autoencoder:  # whose output has the loss in it
-                mixed = config.mixup or config.cutmix
-                labels = torch.empty((batch, num_classes) if mixed else batch, device=device)
-                smoothing = 0.0 if mixed else config.label_smoothing
-                F.cross_entropy(output.float(), labels if mixed else labels.long(), label_smoothing=smoothing)
+                output = torch.func.functional_call(model, state, tuple(inputs))
+            if not isinstance(model, CRATEMAE):  # whose output has the loss in it
+                F.cross_entropy(output.float(), fake(batch, kind=torch.int64))
         return sum(storage.nbytes() for address, storage in saved.items() if address not in own)
 
 
@@ -224,61 +217,36 @@ def make_plan(config: TrainConfig, options: argparse.Namespace) -> dict:
     precision = {"cpu": "fp32", "cuda": "bf16"}[device] if config.precision == "auto" else config.precision
     dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     shards = {"ddp": 1, "fsdp": gpus, "hsdp": gpus // hosts}[config.parallel]
-    planned = {"precision": precision, "parallel": config.parallel, "devices": gpus}
+    conditions = {"precision": precision, "parallel": config.parallel, "devices": gpus}
+
     per_epoch, micro_batch = images // config.batch_size, config.batch_size // (config.accumulate * gpus)
     steps = per_epoch * config.epochs
     seen = steps * config.batch_size
+    schedule = {"images": images, "images_from": source, "epochs": config.epochs, "batch_size": config.batch_size}
+    schedule |= {"micro_batch": micro_batch, "steps_per_epoch": per_epoch, "steps": steps, "images_seen": seen}
+    schedule |= {"warmup_steps": math.ceil(config.warmup_epochs * per_epoch), "peak_lr": config.peak_lr}
 
     held = {p: _local_elements(p, shards) * p.element_size() for p in model.parameters()}
-    memory = {
-        "weights": sum(held.values()),
-        "gradients": sum(size for p, size in held.items() if p.requires_grad),
-        "optimizer": optimizer_bytes(model, config, shards),
-        "ema": sum(held.values()) if config.ema_decay else 0,
-        "activations": activation_bytes(model, config, micro_batch, classes, device, dtype),
-    }
+    trained = [p for p in held if p.requires_grad]
+    memory = {"weights": sum(held.values()), "gradients": sum(held[p] for p in trained)}
+    memory["optimizer"] = optimizer_bytes(model, config, shards)
+    memory["ema"] = memory["weights"] if config.ema_decay else 0
+    memory["activations"] = activation_bytes(model, config, micro_batch, classes, device, dtype)
     flops = count_flops(model, config.image_size, config.mask_ratio)
     kb = options.image_kb or {"shape_scenes": 0.0, "cifar10": 3.0, "cifar100": 3.0}.get(config.dataset, 110.0)
-    rate = {}
+    rate, remarks = {}, []
     if measured:
         speed = measured["images_per_s_per_device"] * gpus
         hours = seen / speed / 3600
         rate = {"images_per_s": speed, "hours": hours, "gpu_hours": gpus * hours, "mb_per_s": speed * kb / 1e3}
-    remarks = [
-        f"measured with {name} {measured[name]}, planned with {value}"
-        for name, value in (planned | {"micro_batch": micro_batch}).items()
-        if measured and measured[name] != value
-    ]
-    return {
-        "recipe": options.recipe,
-        "hosts": hosts,
-        "device": device,
-        "shards": shards,
-        **planned,
-        "model": {
-            "name": config.model,
-            "image_size": config.image_size,
-            "classes": None if isinstance(model, CRATEMAE) else classes,
-            "parameters": sum(p.numel() for p in held),
-            "parameters_trained": sum(p.numel() for p in held if p.requires_grad),
-        },
-        "schedule": {
-            "images": images,
-            "images_from": source,
-            "epochs": config.epochs,
-            "batch_size": config.batch_size,
-            "micro_batch": micro_batch,
-            "steps_per_epoch": per_epoch,
-            "steps": steps,
-            "warmup_steps": math.ceil(config.warmup_epochs * per_epoch),
-            "images_seen": seen,
-            "peak_lr": config.peak_lr,
-        },
-        "flops": flops._asdict() | {"run": flops.step * seen},
-        "memory_bytes": memory | {"total": sum(memory.values())},
-        "data": {"dataset": config.dataset, "image_kb": kb, "gb_per_epoch": per_epoch * config.batch_size * kb / 1e6},
-        "throughput": measured,
-        "rate": rate,
-        "remarks": remarks,
-        "settings": dataclasses.asdict(config),
-    }
+        planned = (conditions | {"micro_batch": micro_batch}).items()
+        found = [(name, measured[name], value) for name, value in planned if measured[name] != value]
+        remarks = [f"measured with {name} {before}, planned with {now}" for name, before, now in found]
+    shown = {"name": config.model, "image_size": config.image_size}
+    shown |= {"classes": None if isinstance(model, CRATEMAE) else classes}
+    shown |= {"parameters": sum(p.numel() for p in held), "parameters_trained": sum(p.numel() for p in trained)}
+    data = {"dataset": config.dataset, "image_kb": kb, "gb_per_epoch": per_epoch * config.batch_size * kb / 1e6}
+    plan = {"recipe": options.recipe, "hosts": hosts, "device": device, "shards": shards, **conditions}
+    plan |= {"model": shown, "schedule": schedule, "flops": flops._asdict() | {"run": flops.step * seen}}
+    plan |= {"memory_bytes": memory | {"total": sum(memory.values())}, "data": data, "throughput": measured}
+    return plan | {"rate": rate, "remarks": remarks, "settings": dataclasses.asdict(config)}

@@ -7,11 +7,10 @@ refused, and other conditions are printed.
 
 import argparse
 import json
-import sys
 import textwrap
 from pathlib import Path
 
-from crate_fast.errors import UserError, run_command
+from crate_fast.errors import run_command
 from crate_fast.options import positive
 from crate_fast.train.config import build_config
 from crate_fast.train.finetune import inheriting
@@ -27,21 +26,18 @@ def _print(plan: dict) -> None:
     """Print the plan under the names that `--json` writes; what there is none of is left out."""
     hosts = f" on {plan['hosts']} hosts" if plan["hosts"] > 1 else ""
     print(f"{plan['recipe']} on {plan['devices']} × {plan['device']}{hosts}, {plan['parallel']}, {plan['precision']}")
-    sections = {
-        "model": plan["model"],
-        "schedule": plan["schedule"],
-        "operations of an image and of the run, the matrix products of the formula": {
-            name: f"{value:.3e} FLOP" for name, value in plan["flops"].items()
-        },
-        f"memory of a device, an estimate; {NOT_IN_MEMORY}": {
-            name: f"{value / 2**30:.3f} GiB" for name, value in plan["memory_bytes"].items() if value
-        },
-        "data": plan["data"],
-        "measured rate": plan["throughput"] or {"hours": "not measured: pass --throughput with a finished run"},
-        "training steps alone at that rate": plan["rate"],
-        "but": dict(enumerate(plan["remarks"], start=1)),
-    }
-    for title, values in sections.items():
+    operations = {name: f"{value:.3e} FLOP" for name, value in plan["flops"].items()}
+    memory = {name: f"{value / 2**30:.3f} GiB" for name, value in plan["memory_bytes"].items() if value}
+    for title, values in (
+        ("model", plan["model"]),
+        ("schedule", plan["schedule"]),
+        ("operations of an image and of the run, the matrix products of the formula", operations),
+        (f"memory of a device, an estimate; {NOT_IN_MEMORY}", memory),
+        ("data", plan["data"]),
+        ("measured rate", plan["throughput"] or {"hours": "not measured: pass --throughput with a finished run"}),
+        ("training steps alone at that rate", plan["rate"]),
+        ("but", dict(enumerate(plan["remarks"], start=1))),
+    ):
         if values:
             print(f"\n{textwrap.fill(title, 118)}")
         for name, value in values.items():
@@ -78,17 +74,11 @@ def _run(argv: list[str] | None) -> None:
     plan = make_plan(config, options)
     _print(plan)
     if options.json is not None:
-        try:
-            options.json.write_text(json.dumps(plan, indent=2) + "\n")
-        except OSError as error:
-            raise UserError(f"--json {options.json} cannot be written: {error.strerror}") from error
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(plan, indent=2) + "\n")
         print(f"\nwritten: {options.json}")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Print what a run would cost; returns the exit status."""
     return run_command(_run, argv)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
