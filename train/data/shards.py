@@ -2,7 +2,7 @@
 
 Neighbouring members whose file names are alike up to the first dot are one sample: `n01/a.jpg` and `n01/a.cls`. The
 label is the number in `cls`, or "label" in `json`. The headers are read once, into an index of (archive, offset,
-size, label); each image is then one `pread`. So an epoch's order is a permutation of all images, and a run resumes at
+size, label); each image is then one read. So an epoch's order is a permutation of all images, and a run resumes at
 any step, unlike with readers of whole shards. A spinning disk or network share is too slow: copy shards to an SSD
 first.
 """
@@ -29,8 +29,7 @@ from crate_fast.errors import UserError
 from crate_fast.train.data.image_files import EXTENSIONS, ImageTree, is_hidden, is_image, looks_like_image
 from crate_fast.train.data.sources import MOST_CLASSES, Source
 
-_VERSION = 4  # of a cached index; EXTENSIONS that change need another
-_OPEN_ARCHIVES = 128  # per process, well below the usual limit of 1,024 files
+_VERSION = 5  # of a cached index; EXTENSIONS that change need another
 _FIRST_DOT = "WebDataset ends the name of a sample at its first dot: write it without others, as in a_1.jpg"
 _PADDING = 16 * 2**20  # bytes at most behind the end of an archive; tar writes up to 10 KiB of zeros
 _HEADER = 512  # bytes of a tar header; a member's last one is right in front of its data
@@ -141,7 +140,6 @@ class ArchiveSource(Source):
 
     def __init__(self, paths: Sequence[Path], cache_name: str):
         self.paths = [Path(path) for path in paths]
-        self._descriptors: dict[int, int] = {}  # open files, by the number of their path
         index = self._load(self.paths[0].parent / cache_name)
         self.items, remarks = index["samples"], index["remarks"].tolist()
         self.classes = tuple(index["classes"].tolist()) or None
@@ -158,15 +156,13 @@ class ArchiveSource(Source):
 
     def _load(self, cache: Path) -> dict[str, np.ndarray]:
         try:
-            stats = [path.stat() for path in self.paths]
+            files = [f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in self.paths]
         except OSError as error:
             raise UserError(f"{error.filename} cannot be read ({error.strerror}): copy it again") from error
-        state = np.array([[stat.st_size, stat.st_mtime_ns] for stat in stats], np.int64)
-        names = np.array([path.name for path in self.paths])
+        state = np.array([f"version {_VERSION}", *files])
         damage = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)
         with suppress(*damage), np.load(cache, allow_pickle=False) as cached:
-            same = cached["version"] == _VERSION and np.array_equal(cached["names"], names)
-            if same and np.array_equal(cached["state"], state):
+            if np.array_equal(cached["state"], state):
                 return dict(cached)
         began = time.perf_counter()
         rows, remarks, classes = self._scan()
@@ -176,30 +172,20 @@ class ArchiveSource(Source):
         partial = cache.with_name(f"{cache.name}.{os.getpid()}")
         try:
             with partial.open("wb") as file:
-                np.savez(file, version=_VERSION, names=names, state=state, **index)
+                np.savez(file, state=state, **index)
             os.replace(partial, cache)
         except OSError as error:
             with suppress(OSError):
                 partial.unlink()
             where = f"memory only ({error})"
         took = f"in {time.perf_counter() - began:.1f} s"
-        print(f"indexed {len(rows)} images of {len(names)} shards {took}; kept in {where}", file=sys.stderr)
+        print(f"indexed {len(rows)} images of {len(files)} shards {took}; kept in {where}", file=sys.stderr)
         return index
 
-    def __getstate__(self) -> dict:
-        return self.__dict__ | {"_descriptors": {}}
-
-    def __del__(self):
-        for descriptor in self._descriptors.values():
-            os.close(descriptor)
-
     def _read(self, number: int, offset: int, size: int) -> bytes:
-        """Read an archive. Forked processes may share descriptors: `pread` does not move their position."""
-        if number not in self._descriptors:
-            if len(self._descriptors) >= _OPEN_ARCHIVES:
-                os.close(self._descriptors.pop(next(iter(self._descriptors))))
-            self._descriptors[number] = os.open(self.paths[number], os.O_RDONLY)
-        content = os.pread(self._descriptors[number], size, offset)
+        with self.paths[number].open("rb", buffering=0) as archive:
+            archive.seek(offset)
+            content = archive.read(size)
         if len(content) < size:
             raise OSError(f"the archive ends {size - len(content)} bytes early")
         return content
