@@ -6,7 +6,6 @@ from torch import Tensor, nn
 
 from crate_fast import CRATE, CRATEMAE
 from crate_fast.checkpoints import (
-    check_numbers,
     is_demo,
     load_strictly,
     read_state_dict,
@@ -19,6 +18,7 @@ from crate_fast.mae import encoder_state_dict
 from crate_fast.registry import MAE, MAE_ENCODER, create_model, is_mae, is_model, model_names
 from crate_fast.train import checkpoint
 from crate_fast.train.config import DROP_RATES, FORM, TrainConfig, load_recipe
+from crate_fast.train.faults import poisoned
 from crate_fast.weight_files import split_entry
 
 _AUTOENCODER_SETTINGS = ("mask_ratio", "norm_pix_loss", "visible_only", "decoder_depth")
@@ -183,7 +183,7 @@ def load_initial(model: nn.Module, config: TrainConfig) -> str:
     if isinstance(model, CRATEMAE) and config.head == "new":
         raise UserError("head='new': an autoencoder has no classifier to replace; leave it out")
     token, own_token = weights.get("cls_token"), getattr(model, "cls_token", None)
-    if token is None or own_token is None or token.shape == own_token.shape:  # `_check_fit` reports another width
+    if token is None or own_token is None or token.shape == own_token.shape:  # `load_strictly` refuses another width
         adapted = resample_weights(weights, model, grid, "init_grid")
         if adapted is not weights:
             notes.append("positions of its own image size" if isinstance(model, CRATEMAE) else "positions resampled")
@@ -191,15 +191,20 @@ def load_initial(model: nn.Module, config: TrainConfig) -> str:
     if isinstance(model, CRATE):
         _check_demo(weights, model, config, new_classifier)
     if new_classifier:
-        classes = _classes(weights, model)
-        weights = {key: value for key, value in weights.items() if not _in_classifier(key, model)}
-        notes.append(f"new classifier ({classes} → {model.num_classes} classes)")
-    _check_fit(weights, model, where, new_classifier)
-    check_numbers(weights, model, where)
-    bad = sorted(name for name, value in weights.items() if not value.isfinite().all())
-    if bad:
+        notes.append(f"new classifier ({num_classes_of(weights) or 'no'} → {model.num_classes} classes)")
+        kept = {key: value for key, value in weights.items() if not _in_classifier(key, model)}
+        weights = kept | {key: value for key, value in model.state_dict().items() if _in_classifier(key, model)}
+    if bad := poisoned(weights):
         raise UserError(f"{where} holds NaN or infinity in {', '.join(bad[:4])}: the file is damaged; use another")
-    model.load_state_dict(dict(weights), strict=False)  # what may be missing has been checked
+    theirs, own = ({key: value.shape for key, value in state.items()} for state in (weights, model.state_dict()))
+    differing = [key for key, _ in theirs.items() ^ own.items()]
+    if differing and not isinstance(model, CRATEMAE) and all(_in_classifier(key, model) for key in differing):
+        raise UserError(
+            f"{where} does not fit (it classifies {num_classes_of(weights) or 'no'} classes and the data have "
+            f"{model.num_classes}): pass --head new to start with a new classifier"
+        )
+    remedy = "set model, patch_size, dim, depth, heads and, where a model does not resample, image_size as they were"
+    load_strictly(model, weights, where, remedy)
     return source + (f" ({', '.join(notes)})" if notes else "")
 
 
@@ -227,27 +232,3 @@ def _in_classifier(key: str, model: nn.Module) -> bool:
     if isinstance(model, CRATE):  # whose LayerNorm in front of it is mlp_head.0
         return key.startswith("mlp_head.") and not key.startswith("mlp_head.0.")
     return key.startswith(_classifier_name(model) + ".")
-
-
-def _classes(weights: dict[str, Tensor], model: nn.Module) -> int | str:
-    sizes = [value.shape[0] for key, value in weights.items() if _in_classifier(key, model) and value.dim() == 2]
-    return sizes[-1] if sizes else "no"
-
-
-def _check_fit(weights: dict[str, Tensor], model: nn.Module, where: str, new_classifier: bool) -> None:
-    own = model.state_dict()
-    wanted = {key for key in own if not (new_classifier and _in_classifier(key, model))}
-    missing, unknown = sorted(wanted - weights.keys()), sorted(weights.keys() - own.keys())
-    differing = [key for key in sorted(wanted & weights.keys()) if weights[key].shape != own[key].shape]
-    wrong = [*missing, *unknown, *differing]
-    if not wrong:
-        return
-    parts = [f"{kind}: {', '.join(keys[:4])}" for kind, keys in (("missing", missing), ("unknown", unknown)) if keys]
-    parts += [
-        f"{key}: {list(weights[key].shape)} in the file, {list(own[key].shape)} in the model" for key in differing[:4]
-    ]
-    remedy = "set model, patch_size, dim, depth, heads and, where a model does not resample, image_size as they were"
-    if all(_in_classifier(key, model) for key in wrong):
-        parts = [f"it classifies {_classes(weights, model)} classes and the data have {model.num_classes}"]
-        remedy = "pass --head new to start with a new classifier"
-    raise UserError(f"the weights of {where} are not of this model ({'; '.join(parts)}): {remedy}")
