@@ -48,7 +48,7 @@ class Batch(NamedTuple):
 
     images: Tensor  # uint8 [B, 3, S, S], not mirrored yet. In evaluation B is 0 if the whole batch is corrupt.
     labels: Tensor  # int64 [B]
-    flips: Tensor | None = None  # bool [B], the images for `mirrored`; None mirrors none. Loaders always set it.
+    flips: Tensor | None = None  # bool [B], the images for `mirrored`; loaders always set it
     problems: Sequence[str] = ()  # "path: error: reason" of each corrupt image met while this batch was made
     keys: Sequence[Key] = ()  # names of the samples, (epoch, index) or (epoch, index, copy)
     masks: Tensor | None = None  # bool [B, S, S] for `DataSplits.masks`, else None
@@ -203,41 +203,29 @@ def readable(split: Dataset, indices: Sequence[int]) -> list[tuple]:
     return found
 
 
-@dataclass(frozen=True)
-class _TrainKeys:
-    """Batches of (epoch, index, copy) for one process, from any optimiser step on.
+def _train_keys(
+    config: TrainConfig, n_images: int, rank: int, world_size: int, first_step: int
+) -> Iterator[list[tuple[int, int, int]]]:
+    """Yield batches of (epoch, index, copy) for one process, from any optimiser step on.
 
     A step's global batch is cut into `accumulate` micro-batches, and each micro-batch into equal shares of the
     processes: neither changes which images a step sees. With r = `repeats` an epoch shows an r-th of the images, and
     r epochs share a permutation. The copies of an image are neighbours in the global batch, and so go to different
     processes.
     """
-
-    config: TrainConfig
-    n_images: int
-    rank: int
-    world_size: int
-    first_step: int
-
-    def _order(self, epoch: int) -> np.ndarray:
-        turn, share = divmod(epoch, self.config.repeats)
-        order = np.random.default_rng((self.config.seed, turn)).permutation(self.n_images)
-        length = self.n_images // self.config.repeats
-        return order[share * length : (share + 1) * length]
-
-    def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
-        copies, accumulate = self.config.repeats, self.config.accumulate
-        different, micro = self.config.batch_size // copies, self.config.batch_size // accumulate
-        steps_per_epoch = self.n_images // self.config.batch_size
-        start_epoch, start = divmod(self.first_step, steps_per_epoch)
-        for epoch in range(start_epoch, self.config.epochs):
-            order = self._order(epoch)
-            for step in range(start, steps_per_epoch):
-                shown = order[step * different : (step + 1) * different].tolist()
-                batch = [(epoch, index, copy) for index in shown for copy in range(copies)]
-                for part in range(accumulate):
-                    yield batch[part * micro : (part + 1) * micro][self.rank :: self.world_size]
-            start = 0
+    copies, micro = config.repeats, config.batch_size // config.accumulate
+    length, different = n_images // copies, config.batch_size // copies
+    steps_per_epoch = n_images // config.batch_size
+    start_epoch, start = divmod(first_step, steps_per_epoch)
+    for epoch in range(start_epoch, config.epochs):
+        turn, share = divmod(epoch, copies)
+        order = np.random.default_rng((config.seed, turn)).permutation(n_images)[share * length :]
+        for step in range(start, steps_per_epoch):
+            shown = order[step * different : (step + 1) * different].tolist()
+            batch = [(epoch, index, copy) for index in shown for copy in range(copies)]
+            for first in range(0, config.batch_size, micro):
+                yield batch[first : first + micro][rank::world_size]
+        start = 0
 
 
 def train_loader(
@@ -256,14 +244,13 @@ def train_loader(
         )
     if len(data) < config.batch_size:
         raise UserError(f"the training split has {len(data)} images, fewer than batch_size={config.batch_size}")
-    batches = _TrainKeys(config, len(data), rank, world_size, first_step)
-    return _loader(config, data, batches)
+    return _loader(config, data, _train_keys(config, len(data), rank, world_size, first_step))
 
 
 def eval_loader(config: TrainConfig, data: Dataset, *, rank: int = 0, world_size: int = 1) -> DataLoader:
     """Load this process's share of a split; all processes together see every readable image once."""
     mine = range(rank, len(data), world_size)
-    size = max(1, min(256, config.batch_size))
+    size = min(256, config.batch_size)
     batches = [[(0, index) for index in mine[start : start + size]] for start in range(0, len(mine), size)]
     return _loader(config, data, batches, persistent=True)
 

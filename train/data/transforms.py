@@ -50,10 +50,8 @@ class Normalize(nn.Module):
         return ((images.float() - self.shift) / self.scale).round().clamp(0, 255).to(torch.uint8)
 
 
-def mirrored(images: Tensor, flips: Tensor | None) -> Tensor:
-    """Return a copy of images [B, 3, S, S] with those of `flips`, bool [B], mirrored; None mirrors none."""
-    if flips is None:
-        return images
+def mirrored(images: Tensor, flips: Tensor) -> Tensor:
+    """Return a copy of images [B, 3, S, S] with those of `flips`, bool [B], mirrored."""
     return torch.where(flips[:, None, None, None], images.flip(-1), images)
 
 
@@ -69,15 +67,12 @@ def drawing_from(seed: int, *name: int, on_devices: bool = False):
     A name is integers for `mixed_seed`: (epoch, index), then the copy's number, … `on_devices` seeds the generators
     of GPUs too, and leaves them so. Before CUDA is used this takes 0.2 ms.
     """
-    state = torch.get_rng_state()
     mixed = mixed_seed(seed, *name)
-    random.seed(mixed)
-    np.random.seed(mixed & 0xFFFFFFFF)  # noqa: NPY002  (timm's augmentations draw from the global generator)
-    (torch.manual_seed if on_devices else torch.default_generator.manual_seed)(mixed)
-    try:
+    with torch.random.fork_rng(devices=[]):
+        random.seed(mixed)
+        np.random.seed(mixed & 0xFFFFFFFF)  # noqa: NPY002  (timm's augmentations draw from the global generator)
+        (torch.manual_seed if on_devices else torch.default_generator.manual_seed)(mixed)
         yield
-    finally:
-        torch.set_rng_state(state)
 
 
 def policy_transform(policy: str) -> Callable[[Image.Image], Image.Image]:
