@@ -372,9 +372,10 @@ def load_recipe(name: str) -> dict:
 
 
 def _add_run_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--output", default=None, help="folder of the run; runs/<recipe>-<date> when absent")
-    parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in --output")
-    parser.add_argument(
+    add = parser.add_argument
+    add("--output", help="folder of the run; runs/<recipe>-<date> when absent")
+    add("--resume", action="store_true", help="continue from the newest checkpoint in --output")
+    add(
         "--dry-run", action="store_true", help="build everything, run two steps, save, load, and leave nothing behind"
     )
 
@@ -433,13 +434,6 @@ def build_config(
     if "model" in given:  # the recipe's sizes are those of its own model
         recipe = {name: value for name, value in recipe.items() if name not in _SIZES}
     config = TrainConfig(**adjust(_with_effect(recipe, given), given))
-    nameless = getattr(options, "output", "") is None  # False too if this command has no such option
-    if nameless and options.resume:
-        raise UserError("--resume continues the run in --output: name its folder with --output")
-    if nameless and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
-        raise UserError(
-            "torchrun --max-restarts: restarted processes look for their run in --output; name its folder"
-        )
     return config, options
 
 
@@ -457,6 +451,12 @@ def train_command(
 
     def train() -> int:
         config, options = build_config(argv, description, recipe, prog=f"crate-fast {name}", adjust=adjust)
+        if options.output is None and options.resume:
+            raise UserError("--resume continues the run in --output: name its folder with --output")
+        if options.output is None and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
+            raise UserError(
+                "torchrun --max-restarts: restarted processes look for their run in --output; name its folder"
+            )
         from crate_fast.train.trainer import launch  # torch takes seconds: errors of the command line come first
 
         return launch(config, options)

@@ -13,7 +13,6 @@ machine.
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 import yaml
@@ -158,7 +157,3 @@ def _command(options: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Run as the command line says; return the exit status."""
     return run_command(lambda: _command(parse("share", argv)))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
