@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from crate_fast import CRATEMAE
@@ -25,8 +24,8 @@ def image_noise(model: CRATEMAE, seeds: Iterable[tuple[int, ...]]) -> Tensor:
 @torch.inference_mode()
 def reconstructions(
     model: CRATEMAE, images: Tensor, normalize: Normalize, ratios: Sequence[float], noise: Tensor
-) -> list[list[Tensor]]:
-    """Return a row for each image, uint8 [S, S, 3]: the image, then masked and reconstructed for each ratio.
+) -> Tensor:
+    """Return a row for each image, uint8 [B, 1 + 2R, S, S, 3]: the image, then masked and reconstructed by ratio.
 
     Hidden patches are grey in the former and predicted in the latter. A larger ratio hides more of the same patches.
     `images` are uint8 [B, 3, S, S], `noise` is from `image_noise`; the model is left in evaluation mode.
@@ -39,15 +38,8 @@ def reconstructions(
         _, pred, mask = model(pixels, ratio, noise=noise)
         hidden = model.mask_image(mask).bool().cpu()
         filled = normalize.undo(model.reconstruction(pixels, pred)).cpu()
-        columns += [torch.where(hidden, torch.tensor(_GREY, dtype=torch.uint8), images)]
-        columns += [torch.where(hidden, filled, images)]
-    return [[column[i].permute(1, 2, 0) for column in columns] for i in range(len(images))]
-
-
-def tiled(rows: Sequence[Sequence[Tensor]], gap: int = 2) -> Tensor:
-    """Join rows of pictures of one size into a picture [height, width, 3], with white gaps."""
-    padded = [[F.pad(cell, (0, 0, gap, gap, gap, gap), value=255) for cell in row] for row in rows]
-    return torch.cat([torch.cat(row, dim=1) for row in padded])
+        columns += [images.masked_fill(hidden, _GREY), torch.where(hidden, filled, images)]
+    return torch.stack(columns, dim=1).permute(0, 1, 3, 4, 2)
 
 
 def reconstruction_figure(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, schedule
 from torch.utils.data import Dataset
+from torchvision.utils import make_grid
 
 from crate_fast import CRATE, CRATEMAE
 from crate_fast.eval.common.figures import Curve, Picture, curve_figure, image_grid
@@ -20,7 +21,7 @@ from crate_fast.eval.common.segmentation import NoObjectsError, score_attention,
 from crate_fast.train import checkpoint
 from crate_fast.train.data import eval_loader, readable
 from crate_fast.train.distributed import Processes
-from crate_fast.train.reconstruction import RATIOS, image_noise, reconstruction_figure, reconstructions, tiled
+from crate_fast.train.reconstruction import RATIOS, image_noise, reconstruction_figure, reconstructions
 from crate_fast.whitebox import attention_layer, layer_statistics, trace
 
 if TYPE_CHECKING:
@@ -77,7 +78,8 @@ def log_layers(trainer: Trainer, model: nn.Module) -> None:
     if isinstance(model, CRATEMAE):
         shown, ratios = images[:SHOWN_IMAGES], [trainer.config.mask_ratio]
         rows = reconstructions(model, shown, trainer.normalize, ratios, _noise(trainer, model, len(shown)))
-        run.board.add_image("reconstruction", tiled(rows), trainer.step, dataformats="HWC")
+        cells = rows.flatten(0, 1).permute(0, 3, 1, 2)
+        run.board.add_image("reconstruction", make_grid(cells, rows.shape[1], pad_value=255), trainer.step)
 
 
 def _noise(trainer: Trainer, model: CRATEMAE, count: int) -> Tensor:
