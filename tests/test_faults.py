@@ -87,17 +87,25 @@ def test_killed_while_saving_it_loses_nothing(whole, tmp_path, target, newest):
     _equal_runs(whole, folder)
 
 
-def test_killed_while_replacing_a_checkpoint_of_the_same_step(tmp_path):
-    for value in (1.0, 2.0):
-        checkpoint.save(tmp_path, 6, {"w": torch.full((3,), value)}, {"trainer": {}}, {"config": {}})
-    assert checkpoint.load(tmp_path, 6).weights["w"][0] == 2
-    assert [path.name for path in tmp_path.iterdir()] == ["step_00000006"]
-    (tmp_path / "step_00000006").rename(tmp_path / ".step_00000006.old")  # as between the two renames
-    (tmp_path / ".step_00000006.tmp").mkdir()
+def test_what_a_killed_process_was_writing_or_deleting_is_swept(tmp_path):
+    checkpoint.save(tmp_path, 6, {"w": torch.full((3,), 2.0)}, {"trainer": {}}, {"config": {}})
+    (tmp_path / ".step_00000009.tmp").mkdir()
     (tmp_path / ".step_00000003.gone").mkdir()
     checkpoint.sweep(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000006"]
     assert checkpoint.load(tmp_path, 6).weights["w"][0] == 2
+
+
+def test_an_evaluation_is_kept_and_marked_if_the_run_was_killed_behind_it(tmp_path):
+    """The checkpoint is from before it; its entry in metrics.jsonl is whole, a later one is cut."""
+    words, whole = [*TINY, "--ema-decay", "0.9", "--output"], tmp_path / "whole"
+    assert pretrain.main([*words, str(whole)]) == 0
+    folder = back_to(whole, 6, tmp_path / "run")  # without best.json
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "lo')
+    assert pretrain.main([*words, str(folder), "--resume"]) == 0
+    assert all(compare(whole, folder).values())
+    assert checkpoint.best_step(folder / "checkpoints") == checkpoint.best_step(whole / "checkpoints")
 
 
 # --- signals ---

@@ -124,18 +124,12 @@ def save(
 
 
 def _put_in_place(temporary: Path, final: Path) -> None:
-    """Rename a written checkpoint. An older one of the same step is kept until then, where `sweep` finds it."""
-    before = final.with_name(f".{final.name}.old")
-    shutil.rmtree(before, ignore_errors=True)
-    if final.exists():
-        final.replace(before)
     temporary.replace(final)
     _flush(final.parent)
-    shutil.rmtree(before, ignore_errors=True)
 
 
 def manifest(root: Path, step: int) -> dict:
-    """Return the record of a checkpoint: step, configuration, history, environment."""
+    """Return the record of a checkpoint: step, epoch, configuration, environment."""
     return _read_json(folder_of(root, step) / MANIFEST, "restore it, or delete its folder")
 
 
@@ -201,7 +195,7 @@ def _problem(folder: Path) -> str | None:
 
 
 def record_best(root: Path, best: dict) -> None:
-    """Record the best checkpoint so far: `best` holds its "step" and "score"."""
+    """Record the best checkpoint so far: `best` holds its "step" and its scores."""
     write_text(root / BEST, json.dumps(best))
 
 
@@ -213,12 +207,8 @@ def best_step(root: Path) -> int | None:
 
 
 def sweep(root: Path) -> None:
-    """Clean up after a killed process: delete partial checkpoints, and restore one that was about to be replaced."""
-    for path in root.glob(".step_*.old"):
-        final = root / path.name[1 : -len(".old")]
-        if not final.exists():
-            path.replace(final)
-    for suffix in ("tmp", "old", "gone"):
+    """Clean up after a killed process: delete checkpoints that it was writing or deleting."""
+    for suffix in ("tmp", "gone"):
         for path in root.glob(f".step_*.{suffix}"):
             shutil.rmtree(path)
 
@@ -312,8 +302,7 @@ class RunFolder:
     def __init__(self, folder: Path, config: TrainConfig, data_facts: dict, processes: Processes):
         self.folder, self.config, self.data_facts, self.processes = folder, config, data_facts, processes
         self.checkpoints = folder / "checkpoints"
-        self.history: list[dict] = []
-        self.best: dict = {"step": None, "score": None}
+        self.history: list[dict] = []  # the entries of metrics.jsonl
         self.board = None  # TensorBoard's writer
         self.online = None  # the page at Weights & Biases
         self.saved: int | None = None  # the step of the last checkpoint
@@ -347,21 +336,26 @@ class RunFolder:
         saved = None if step is None else load(self.checkpoints, step)
         if saved is not None:
             self._check_same_run(saved.manifest)
-            self.history, self.best, self.saved = saved.manifest["history"], saved.manifest["best"], step
+            self.history, self.saved = self.processes.agree(self._logged(step)), step
         if self.processes.first:
             from torch.utils.tensorboard import SummaryWriter  # takes a second, and evaluations import this module
 
             self.lock.sign()
             with writing(self.folder):
-                if self.best["step"] is not None:  # it may have been killed between the checkpoint and this note
-                    record_best(self.checkpoints, self.best)
                 write_text(self.folder / "config.yaml", dump_config(self.config))
-                lines = [json.dumps(entry) + "\n" for entry in self.history]  # none of an interrupted session
+                lines = [json.dumps(entry) + "\n" for entry in self.history]
                 write_text(self.folder / "metrics.jsonl", "".join(lines))
                 self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=(step or 0) + 1)
             self.online = _wandb_run(self.folder, self.config) if self.config.wandb else None
         self.processes.wait()
         return saved
+
+    def _logged(self, step: int) -> list[dict]:
+        """Return the entries of metrics.jsonl up to a step, without those of an interrupted session behind it."""
+        file = self.folder / "metrics.jsonl"
+        lines = file.read_text().splitlines() if file.is_file() else []
+        entries = [json.loads(line) for line in lines if line.endswith("}")]  # a kill may have cut the last
+        return [entry for entry in entries if entry["step"] <= step]
 
     def _check_same_run(self, manifest: dict) -> None:
         if manifest.get("format") != FORMAT:
@@ -403,19 +397,14 @@ class RunFolder:
         if self.online is not None:
             self.online.log(values, step=step)
 
-    def save(
-        self, step: int, epoch: float, weights: dict, ema: dict | None, training: dict, score: float | None = None
-    ) -> None:
-        """Write a checkpoint, and delete older ones. One with the largest score so far becomes the best.
+    def save(self, step: int, epoch: float, weights: dict, ema: dict | None, training: dict) -> None:
+        """Write a checkpoint, and delete older ones.
 
         A collective call: when the first process cannot write, all raise, and earlier checkpoints are untouched.
         """
-        better = score is not None and (self.best["score"] is None or score > self.best["score"])
-        best = {"step": step, "score": score} if better else self.best
-        facts = {"epoch": epoch, "config": vars(self.config), "data": self.data_facts}
         problem: Exception | None = None
         if self.processes.first:
-            facts |= {"history": self.history, "best": best} | provenance()
+            facts = {"epoch": epoch, "config": vars(self.config), "data": self.data_facts} | provenance()
             try:
                 bad = poisoned(weights) + poisoned(ema or {})
                 if bad:
@@ -423,16 +412,22 @@ class RunFolder:
                         f"after step {step} the weights {', '.join(bad[:5])} are not finite, and are not saved; the "
                         "checkpoints before are whole: lower lr or raise the warm-up in a new run"
                     )
+                _flush(self.folder / "metrics.jsonl")  # whose entries up to this step a resumed run continues
                 save(self.checkpoints, step, weights, training, facts, ema)
                 with writing(self.checkpoints):
-                    if best["step"] == step:
-                        record_best(self.checkpoints, best)
                     rotate(self.checkpoints, self.config.keep_checkpoints)
             except (OSError, UserError) as error:
                 problem = error
         if self.processes.agree(str(problem or "")):
             raise problem or DiskError("the first process could not write a checkpoint; it says why")
-        self.best, self.saved = best, step
+        self.saved = step
+
+    def mark_best(self, best: dict) -> None:
+        """Record the entry of the best evaluation, and delete the checkpoint that was best before."""
+        if self.processes.first:
+            with writing(self.checkpoints):
+                record_best(self.checkpoints, best)
+                rotate(self.checkpoints, self.config.keep_checkpoints)
 
     def close(self) -> None:
         """Close the logs and release the folder."""

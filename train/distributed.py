@@ -11,13 +11,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -215,46 +209,12 @@ def parallelize(model: nn.Module, config: TrainConfig, processes: Processes) -> 
     return runner
 
 
-@contextmanager
-def gradient_sync(runner: nn.Module, sync: bool):
-    """Add gradients up over the processes in backward passes inside if `sync`: once per accumulation, at its end."""
-    if not sync and isinstance(runner, FSDPModule):
-        runner.set_requires_gradient_sync(False)
-        yield
-        runner.set_requires_gradient_sync(True)
-    elif not sync and isinstance(runner, DistributedDataParallel):
-        with runner.no_sync():
-            yield
-    else:
-        yield
-
-
-# --- a model's state, whatever the number of processes
-
-
-def full_state(
-    model: nn.Module, optimizer: torch.optim.Optimizer | None = None
-) -> tuple[dict[str, Tensor], dict[str, object]]:
-    """Gather (weights, optimiser state by parameter names) on the CPU: a collective call.
-
-    Only the first process has them if the model is sharded; the others get empty dicts.
-    """
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights = get_model_state_dict(model, options=options)
-    return weights, {} if optimizer is None else get_optimizer_state_dict(model, optimizer, options=options)
-
-
-def load_full_state(
-    model: nn.Module,
-    weights: dict[str, Tensor],
-    optimizer: torch.optim.Optimizer | None = None,
-    state: dict[str, object] | None = None,
-) -> None:
-    """Load what `full_state` returned, strictly, into any number of processes: a collective call."""
-    options = StateDictOptions(full_state_dict=True, strict=True)  # each process reads the file and takes its shard
-    set_model_state_dict(model, weights, options=options)
-    if optimizer is not None:
-        set_optimizer_state_dict(model, optimizer, state, options=options)
+def set_gradient_sync(runner: nn.Module, sync: bool) -> None:
+    """Let the next forward and backward pass add gradients up over the processes, or not: once per accumulation."""
+    if isinstance(runner, FSDPModule):
+        runner.set_requires_gradient_sync(sync)
+    elif isinstance(runner, DistributedDataParallel):
+        runner.require_backward_grad_sync = sync  # as its `no_sync` does
 
 
 def unsharded(model: nn.Module, build: Callable[[], nn.Module], processes: Processes) -> nn.Module | None:
@@ -264,7 +224,7 @@ def unsharded(model: nn.Module, build: Callable[[], nn.Module], processes: Proce
     """
     if not is_sharded(model):
         return model if processes.first else None
-    weights, _ = full_state(model)
+    weights, _ = get_state_dict(model, (), options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if not processes.first:
         return None
     whole = build().to(processes.device)

@@ -5,8 +5,9 @@ import itertools
 import shutil
 import signal
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
@@ -95,8 +96,10 @@ class UnreadableTally:
         new = [line for line in dict.fromkeys(problems) if line not in self.met]
         self.met.update(dict.fromkeys(problems, epoch))
         if new and self.processes.first:
-            with writing(self.file.parent), self.file.open("a") as file:
-                file.writelines(f"{line}\n" for line in new)
+            with writing(self.file.parent), self.file.open("a+") as file:
+                file.seek(0)
+                listed = file.read().splitlines()  # by a session that was interrupted too
+                file.writelines(f"{line}\n" for line in new if line not in listed)
         met = [line for line, last in self.met.items() if last == epoch]
         if len(met) > self.limit * self.n_images:
             raise UserError(
@@ -172,21 +175,16 @@ def diagnosis(model: nn.Module, images: Tensor, outputs: Callable[[nn.Module, Te
 
     found: list[str] = []
 
-    def note(name: str, output: object) -> None:
+    def note(name: str, _module: nn.Module | None, _inputs: object, output: object) -> None:
         if isinstance(output, Tensor) and not output.isfinite().all():
             found.append(name)
 
-    leaves = [(name, module) for name, module in model.named_modules() if not list(module.children())]
-    hooks = [
-        module.register_forward_hook(lambda _module, _inputs, output, name=name: note(name, output))
-        for name, module in leaves
-    ]
-    try:
+    with ExitStack() as hooks:
+        for name, module in model.named_modules():
+            if not list(module.children()):
+                hooks.enter_context(module.register_forward_hook(partial(note, name)))
         for output in outputs(model, images):
-            note("the model", output)
-    finally:
-        for hook in hooks:
-            hook.remove()
+            note("the model", None, None, output)
     if found:
         return f"In fp32 the first output that is not finite is that of {found[0]}; {names}"
     return f"In fp32 every output is finite on the last images; {names}"

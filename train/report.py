@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -94,11 +95,11 @@ def _curve(history: list[dict], name: str, label: str) -> list[Curve]:
     return [Curve(label, *zip(*points, strict=True))] if points else []
 
 
-def write_report(trainer: Trainer, model: nn.Module, seconds: float, images_per_s: float | None) -> dict:
+def write_report(trainer: Trainer, model: nn.Module, seconds: float) -> dict:
     """Score, draw and summarise a finished run, on the first process; return the summary, as in summary.json.
 
-    `model` is unsharded, the moving average of the weights where there is one. `seconds` are this session's, and
-    `images_per_s` is the median rate of its log intervals, of all processes together; None without any.
+    `model` is unsharded, the moving average of the weights where there is one. `seconds` are this session's, whose
+    throughput is the median of its log intervals.
     """
     run, data = trainer.run, trainer.data
     folder = run.folder
@@ -112,10 +113,10 @@ def write_report(trainer: Trainer, model: nn.Module, seconds: float, images_per_
     summary = {name: value for name, value in final.items() if name.startswith(("val_", "ema_val_"))}
     if "accuracy" in objective.scores:
         summary["chance"] = 1 / len(data.classes)
-    best = run.best["score"] if objective.larger_is_better else -run.best["score"]
+    best = trainer.best()
     summary |= {
-        f"best_val_{objective.scores[0]}": best,
-        "best_checkpoint": str(checkpoint.folder_of(run.checkpoints, run.best["step"])),
+        f"best_val_{objective.scores[0]}": best[trainer.score],
+        "best_checkpoint": str(checkpoint.folder_of(run.checkpoints, best["step"])),
         "last_checkpoint": str(checkpoint.folder_of(run.checkpoints, trainer.step)),
         "parameters": sum(p.numel() for p in model.parameters()),
         "steps": trainer.step,
@@ -123,10 +124,10 @@ def write_report(trainer: Trainer, model: nn.Module, seconds: float, images_per_
         "unreadable_images": len(trainer.tally.met),
         "seconds_this_session": round(seconds, 1),
     }
-    if images_per_s is not None:
+    if trainer.speeds:
         on_gpu, count = trainer.device.type == "cuda", trainer.processes.world_size
         summary["throughput"] = {
-            "images_per_s_per_device": images_per_s / count,
+            "images_per_s_per_device": statistics.median(trainer.speeds) / count,
             "device": torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads",
             "devices": count,
             "precision": {None: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[trainer.objective.dtype],

@@ -10,19 +10,21 @@ import itertools
 import os
 import resource
 import shutil
-import statistics
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from datetime import datetime
+from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from tqdm import tqdm
 
 import crate_fast
@@ -36,7 +38,7 @@ from crate_fast.train.cuda_graphs import GraphedCall
 from crate_fast.train.data.loader import Batch, DataSplits, build_splits, eval_loader, train_loader
 from crate_fast.train.data.transforms import Normalize, mirrored, mixed_seed
 from crate_fast.train.distributed import Processes, process_group
-from crate_fast.train.faults import Interruption, NonFinite, UnreadableTally, diagnosis, writing
+from crate_fast.train.faults import Interruption, NonFinite, UnreadableTally, diagnosis
 from crate_fast.train.objective import objective_for
 from crate_fast.train.optimizer import build_optimizer, clip_gradients, gradient_norm, learning_rate
 from crate_fast.train.report import log_layers, print_summary, profiler, scores_line, write_report
@@ -82,27 +84,6 @@ def launch(config: TrainConfig, options: argparse.Namespace) -> int:
 # --- the loop
 
 
-@dataclasses.dataclass
-class Interval:
-    """Sums over the steps since the last log entry, which a resumed run continues."""
-
-    sums: dict[str, float] = dataclasses.field(default_factory=dict)  # of measures, over the steps taken
-    taken: int = 0
-    steps: int = 0  # with those that were skipped
-    seconds: float = 0.0
-
-    def add(self, measures: dict[str, float], taken: bool, seconds: float) -> None:
-        """Add a step; its measures count if it was taken."""
-        self.steps, self.seconds = self.steps + 1, self.seconds + seconds
-        if taken:
-            self.taken += 1
-            self.sums = {name: self.sums.get(name, 0.0) + value for name, value in measures.items()}
-
-    def means(self) -> dict[str, float]:
-        """Return the means over the steps taken; nothing if none was."""
-        return {name: total / self.taken for name, total in self.sums.items()}
-
-
 class StepResult(NamedTuple):
     """The outcome of one optimiser step."""
 
@@ -133,7 +114,6 @@ class Trainer:
         self.started_from = "random weights"
         if config.init and checkpoint.newest(folder / "checkpoints") is None:
             self.started_from = load_initial(model, config)
-        self.n_parameters = sum(p.numel() for p in model.parameters())
         sharded = distributed.shards_model(config, processes)
         if config.channels_last and not sharded:  # FSDP wants its weights contiguous
             model = model.to(memory_format=torch.channels_last)
@@ -141,7 +121,9 @@ class Trainer:
         self.objective = objective_for(self.model, config, processes)
         self.normalize = Normalize(config.mean).to(self.device)
         self.ema: ModelEmaV3 | None = None
+        self.score = f"val_{self.objective.scores[0]}"  # of an evaluation: chooses the best checkpoint
         if config.ema_decay:
+            self.score = f"ema_{self.score}"
             average = {"decay": config.ema_decay, "use_warmup": config.ema_warmup, "foreach": not sharded}
             self.ema = ModelEmaV3(self.model, **average)
         for whole in self._models() if sharded else ():
@@ -160,23 +142,23 @@ class Trainer:
             UnreadableTally(config.max_unreadable, len(split), folder / "unreadable.txt", processes)
             for split in (data.train, data.val)
         )
-        self.interval = Interval()
-        self.speeds: list[float] = []  # images/s of all processes, one a log interval
+        # since the last log entry: sums over the steps taken, which a resumed run continues, and each step's seconds
+        self.sums, self.taken, self.seconds = Counter(), 0, []
+        self.speeds: list[float] = []  # images/s of all processes, one a log entry
 
     def begin(self, resume: bool, restarted: bool = False) -> None:
         """Start afresh, or continue from the newest checkpoint (see `RunFolder.begin`); print which."""
         saved = self.run.begin(resume, restarted)
         if saved is not None:
             self.restore(*saved[:3])
+            if best := self.best():  # unmarked if the run was killed just behind it
+                self.run.mark_best(best)
         if self.processes.first:
-            note, met = self.tally.file, (*self.tally.met, *self.val_tally.met)
-            if note.exists():  # the interrupted session may have met more than it saved
-                with writing(self.run.folder):
-                    checkpoint.write_text(note, "".join(f"{line}\n" for line in met))
             how = f" ({self.config.parallel})" if self.processes.world_size > 1 else ""
+            parameters = sum(p.numel() for p in self.model.parameters())
             where = f"from step {self.step}" if self.step else f"from {self.started_from}"
             print(
-                f"crate_fast {crate_fast.__version__}: {self.config.model}, {self.n_parameters / 1e6:.2f} M "
+                f"crate_fast {crate_fast.__version__}: {self.config.model}, {parameters / 1e6:.2f} M "
                 f"parameters, {len(self.data.train)} images, {self.total_steps} steps {where} on "
                 f"{self.processes.world_size} × {self.device}{how} → {self.run.folder}"
             )
@@ -189,10 +171,9 @@ class Trainer:
         loader = train_loader(config, self.data.train, first_step=self.step, **self.shares)
         batches = iter(loader if left else ())  # before the steps: it draws from the generator that they seed
         profile = profiler(self.run.folder / "profile", config.profile, left, self.processes)
-        size = config.batch_size
         bar = tqdm(
-            total=self.total_steps * size,
-            initial=self.step * size,
+            total=self.total_steps * config.batch_size,
+            initial=self.step * config.batch_size,
             unit="img",
             unit_scale=True,
             disable=not self.processes.first,
@@ -201,28 +182,23 @@ class Trainer:
         )
         with bar, profile:
             while True:
-                # evaluate at an epoch's end; a resumed run may owe an evaluation
+                # saves, unless this step is saved; a resumed run may owe it
                 if self.evaluation_due() and not self.run.evaluated(self.step) and not self.evaluate():
                     return False
                 if self.step == self.total_steps:
                     return True
 
-                # batch, forward, loss, backward, clip, step
-                began = time.perf_counter()
                 result = self.train_step(batches)
-                self.interval.add(result.measures, result.taken, time.perf_counter() - began)
-                bar.update(size)
+                bar.update(config.batch_size)
                 if config.profile:
                     profile.step()
 
-                # log, and save between evaluations, which save too
                 if self.step % config.log_every == 0 or self.evaluation_due():
                     bar.set_postfix(self.log())
+                if result.stop or (config.checkpoint_every and self.step % config.checkpoint_every == 0):
+                    self.save()
                 if result.stop:
-                    self.save()
                     return False
-                if config.checkpoint_every and self.step % config.checkpoint_every == 0 and not self.evaluation_due():
-                    self.save()
 
     def train_step(self, batches: Iterator[Batch]) -> StepResult:
         """Take one optimiser step, or skip it on all processes if loss or gradient is not finite on any.
@@ -230,10 +206,10 @@ class Trainer:
         Raises:
             NonFiniteError: Too many steps in a row were skipped.
         """
-        config = self.config
+        began, config = time.perf_counter(), self.config
         self._prepare_step()
 
-        # forward, loss and backward, micro-batch by micro-batch
+        # batch, forward, loss and backward, micro-batch by micro-batch
         totals = torch.zeros(len(self.objective.measures), device=self.device)
         with cached_dictionaries():
             for part in range(config.accumulate):
@@ -242,8 +218,8 @@ class Trainer:
                 images = self.prepare_images(batch.images, batch.flips)
                 labels = batch.labels.to(self.device, non_blocking=True)
                 inputs = self.objective.inputs(images, labels, self.step, part)
-                with distributed.gradient_sync(self.runner, part == config.accumulate - 1):
-                    totals += self.forward_backward(*inputs)
+                distributed.set_gradient_sync(self.runner, part == config.accumulate - 1)
+                totals += self.forward_backward(*inputs)
 
         # means over all processes, and whether any has a value that is not finite or was asked to stop
         self.scaler.unscale_(self.optimizer)
@@ -252,21 +228,24 @@ class Trainer:
         flags = torch.stack([~totals[0].isfinite(), ~norm.isfinite(), stopping])
         shared = self.processes.sum(torch.cat([totals.double() / self.processes.world_size, flags.double()]))
         *means, bad_loss, bad_gradient, stop = shared.tolist()  # the step's one wait for the device
+        measures, taken = dict(zip(self.objective.measures, means, strict=True)), not (bad_loss or bad_gradient)
 
         # clip and step
-        taken = not (bad_loss or bad_gradient)
         if taken:
             clip_gradients(self.model, config.clip_grad, config.clip_mode, norm)
             self.scaler.step(self.optimizer)
             self.scaler.update()
             self.nonfinite.passed()
+            self.sums.update(measures)
+            self.taken += 1
         else:
             self._skip_step(means[0], float(norm), bool(bad_loss), batch)
         self.optimizer.zero_grad(set_to_none=not config.cuda_graphs)  # a graph adds to gradients where they are
         self.step += 1
         if taken and self.ema is not None:
             self.ema.update(self.model, step=self.step)
-        return StepResult(dict(zip(self.objective.measures, means, strict=True)), taken, bool(stop))
+        self.seconds.append(time.perf_counter() - began)
+        return StepResult(measures, taken, bool(stop))
 
     # --- parts of a step
 
@@ -331,10 +310,11 @@ class Trainer:
 
     def log(self) -> dict[str, str]:
         """Log the means since the last entry, with rates and counts; return them for the progress bar."""
-        interval, self.interval = self.interval, Interval()
-        self.speeds.append(interval.steps * self.config.batch_size / interval.seconds)
+        means = {name: total / self.taken for name, total in self.sums.items()}
+        self.speeds.append(len(self.seconds) * self.config.batch_size / sum(self.seconds))
+        self.sums, self.taken, self.seconds = Counter(), 0, []
         lr = max(group["lr"] for group in self.optimizer.param_groups)  # the top layer's
-        values = interval.means() | {"lr": lr, "images_per_s": self.speeds[-1]}
+        values = means | {"lr": lr, "images_per_s": self.speeds[-1]}
         if self.nonfinite.total:
             values["skipped_steps"] = self.nonfinite.total
         if self.scaler.is_enabled():
@@ -343,7 +323,7 @@ class Trainer:
         if self.tally.met:
             values["unreadable"] = len(self.tally.met)
         self.run.log(self.step, values)
-        return {name: f"{value:.3f}" for name, value in interval.means().items()}
+        return {name: f"{value:.3f}" for name, value in means.items()}
 
     @property
     def epoch(self) -> int:
@@ -367,8 +347,7 @@ class Trainer:
                 return False
             values |= {prefix + name: value for name, value in scores.items()}
         self.run.log(self.step, values)
-        first = values[f"{'' if self.ema is None else 'ema_'}val_{self.objective.scores[0]}"]
-        self.save(first if self.objective.larger_is_better else -first)
+        self.run.mark_best(self.best())
         whole = distributed.unsharded(self.model, self._build, self.processes)
         if self.processes.first:
             log_layers(self, whole)
@@ -411,33 +390,41 @@ class Trainer:
         means = {name: total / count for name, total in zip(self.objective.scores, sums, strict=True)}
         return means | ({"unreadable": unreadable} if unreadable else {})
 
-    def save(self, score: float | None = None) -> None:
-        """Write a checkpoint; with a score it may become the best."""
+    def best(self) -> dict | None:
+        """Return the entry of the best evaluation so far, by `score`."""
+        evaluations = [entry for entry in self.run.history if self.score in entry]
+        choose = max if self.objective.larger_is_better else min
+        return choose(evaluations, key=itemgetter(self.score), default=None)
+
+    def save(self) -> None:
+        """Write a checkpoint."""
         self.tally.count(self.epoch)
-        self.run.save(self.step, self.step / self.steps_per_epoch, *self.state(), score)
+        self.run.save(self.step, self.step / self.steps_per_epoch, *self.state())
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Tensor] | None, dict]:
         """Return weights, moving average and the rest, for `restore`; on the first process of a collective call."""
-        weights, optimizer = distributed.full_state(self.model, self.optimizer)
-        ema = None if self.ema is None else distributed.full_state(self.ema.module)[0]
+        full = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        weights, optimizer = get_state_dict(self.model, self.optimizer, options=full)
+        ema = None if self.ema is None else get_state_dict(self.ema.module, (), options=full)[0]
         rest = {"step": self.step, "optimizer": optimizer, "scaler": self.scaler.state_dict()}
-        extra = {"unreadable": dict(self.tally.met), "val_unreadable": dict(self.val_tally.met)}
-        extra |= {"interval": dataclasses.asdict(self.interval)}
+        interval = {"sums": dict(self.sums), "taken": self.taken}
+        extra = {"unreadable": dict(self.tally.met), "interval": interval}
         return weights, ema, {"trainer": rest | {"nonfinite": dataclasses.asdict(self.nonfinite)}, "extra": extra}
 
     def restore(self, weights: dict[str, Tensor], ema: dict[str, Tensor] | None, training: dict) -> None:
         """Continue exactly where `state` was taken, by any number of processes: a collective call."""
         rest, extra = training["trainer"], training["extra"]
-        distributed.load_full_state(self.model, weights, self.optimizer, rest["optimizer"])
+        options = StateDictOptions(full_state_dict=True)  # each process has read the files, and takes its shard
+        states = {"model_state_dict": weights, "optim_state_dict": rest["optimizer"]}
+        set_state_dict(self.model, self.optimizer, **states, options=options)
         if self.ema is not None:
-            distributed.load_full_state(self.ema.module, ema)
+            set_state_dict(self.ema.module, (), model_state_dict=ema, optim_state_dict={}, options=options)
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(rest["scaler"])
         self.nonfinite = NonFinite(**rest["nonfinite"])
         self.step = rest["step"]
-        self.tally.met, self.val_tally.met = dict(extra["unreadable"]), dict(extra["val_unreadable"])
-        saved = Interval(**extra["interval"])
-        self.interval = dataclasses.replace(saved, steps=0, seconds=0.0)  # the speed is this session's
+        self.tally.met = dict(extra["unreadable"])
+        self.sums, self.taken = Counter(extra["interval"]["sums"]), extra["interval"]["taken"]
         self._graph_backward()  # loading an optimiser's state drops the gradients that a graph adds to
 
     # --- the rest
@@ -452,8 +439,7 @@ class Trainer:
         """Score, draw and print the summary of a finished run; `seconds` are this session's."""
         whole = distributed.unsharded(self._models()[-1], self._build, self.processes)
         if self.processes.first:
-            speed = statistics.median(self.speeds) if self.speeds else None
-            print_summary(write_report(self, whole, seconds, speed), self.run.folder)
+            print_summary(write_report(self, whole, seconds), self.run.folder)
         self.processes.wait()
 
     def close(self) -> None:
