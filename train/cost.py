@@ -122,7 +122,7 @@ def count_flops(model: nn.Module, image_size: int, mask_ratio: float = 0.75) -> 
 
 def _local_elements(parameter: Tensor, shards: int) -> int:
     rows = parameter.shape[0] if parameter.dim() else 1  # FSDP2 cuts along the first dimension, and pads
-    return math.ceil(rows / shards) * (parameter.numel() // max(1, rows))
+    return math.ceil(rows / shards) * (parameter.numel() // rows)
 
 
 def optimizer_bytes(model: nn.Module, config: TrainConfig, shards: int = 1) -> int:
@@ -137,7 +137,7 @@ def optimizer_bytes(model: nn.Module, config: TrainConfig, shards: int = 1) -> i
         optimizer.step()
         values = [value for state in optimizer.state.values() for value in state.values()]
         states[shape] = sum(value.nbytes for value in values if isinstance(value, Tensor) and value.dim())
-    return sum(math.ceil(states[p.shape] * _local_elements(p, shards) / max(1, p.numel())) for p in trained)
+    return sum(math.ceil(states[p.shape] * _local_elements(p, shards) / p.numel()) for p in trained)
 
 
 def activation_bytes(

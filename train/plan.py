@@ -16,10 +16,7 @@ from crate_fast.train.config import build_config
 from crate_fast.train.finetune import inheriting
 
 NO_FOLDER = "(not given)"
-NOT_IN_MEMORY = (
-    "not in it: buffers of single operators, gradient buckets (ddp), gathered layers (fsdp, hsdp), batches of "
-    "images, the allocator's fragments, the CUDA context (about half a GiB); torch.compile may keep less"
-)
+NOT_IN_MEMORY = "buffers of operators, gradient buckets, gathered layers, batches of images and the CUDA context"
 
 
 def _print(plan: dict) -> None:
@@ -32,7 +29,7 @@ def _print(plan: dict) -> None:
         ("model", plan["model"]),
         ("schedule", plan["schedule"]),
         ("operations of an image and of the run, the matrix products of the formula", operations),
-        (f"memory of a device, an estimate; {NOT_IN_MEMORY}", memory),
+        (f"memory of a device, an estimate without {NOT_IN_MEMORY}", memory),
         ("data", plan["data"]),
         ("measured rate", plan["throughput"] or {"hours": "not measured: pass --throughput with a finished run"}),
         ("training steps alone at that rate", plan["rate"]),

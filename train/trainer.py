@@ -151,9 +151,9 @@ class Trainer:
         saved = self.run.begin(resume, restarted)
         if saved is not None:
             self.restore(*saved[:3])
-            if best := self.best():  # unmarked if the run was killed just behind it
-                self.run.mark_best(best)
         if self.processes.first:
+            if best := self.best():  # unmarked if the run was killed just behind it
+                checkpoint.record_best(self.run.checkpoints, best)
             how = f" ({self.config.parallel})" if self.processes.world_size > 1 else ""
             parameters = sum(p.numel() for p in self.model.parameters())
             where = f"from step {self.step}" if self.step else f"from {self.started_from}"
@@ -171,18 +171,9 @@ class Trainer:
         loader = train_loader(config, self.data.train, first_step=self.step, **self.shares)
         batches = iter(loader if left else ())  # before the steps: it draws from the generator that they seed
         profile = profiler(self.run.folder / "profile", config.profile, left, self.processes)
-        bar = tqdm(
-            total=self.total_steps * config.batch_size,
-            initial=self.step * config.batch_size,
-            unit="img",
-            unit_scale=True,
-            disable=not self.processes.first,
-            mininterval=0.2 if sys.stderr.isatty() else 10,
-            desc="training",
-        )
-        with bar, profile:
+        with self._progress_bar() as bar, profile:
             while True:
-                # saves, unless this step is saved; a resumed run may owe it
+                # an evaluation saves first; a resumed run may still owe one
                 if self.evaluation_due() and not self.run.evaluated(self.step) and not self.evaluate():
                     return False
                 if self.step == self.total_steps:
@@ -428,6 +419,11 @@ class Trainer:
         self._graph_backward()  # loading an optimiser's state drops the gradients that a graph adds to
 
     # --- the rest
+
+    def _progress_bar(self) -> tqdm:
+        counts = {"total": self.total_steps * self.config.batch_size, "initial": self.step * self.config.batch_size}
+        often = {"mininterval": 0.2 if sys.stderr.isatty() else 10, "disable": not self.processes.first}
+        return tqdm(**counts, **often, unit="img", unit_scale=True, desc="training")
 
     def _build(self) -> nn.Module:
         return build_model(self.config, len(self.data.classes))
