@@ -100,8 +100,8 @@ def _command(options: argparse.Namespace) -> None:
         shown = torch.cat([batch.images for batch in read])[: options.show]
         titles = [str(sample.key)[-24:] for batch in read for sample in batch.samples][: options.show]
         paths = evaluation.figure(file_name(loaded.label))
-        noise = image_noise(loaded.autoencoder, [(options.seed, number) for number in range(len(shown))])
-        reconstruction_figure(loaded.autoencoder, shown, loaded.normalize, paths, options.ratios, noise, titles)
+        look = options.ratios, options.seed, titles
+        reconstruction_figure(loaded.autoencoder, shown, loaded.normalize, paths, *look)
     evaluation.write_table("reconstruction", table)
     evaluation.finish(results)
 

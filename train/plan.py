@@ -16,7 +16,10 @@ from crate_fast.train.config import build_config
 from crate_fast.train.finetune import inheriting
 
 NO_FOLDER = "(not given)"
-NOT_IN_MEMORY = "buffers of operators, gradient buckets, gathered layers, batches of images and the CUDA context"
+NOT_IN_MEMORY = (
+    "buffers of operators, gradient buckets (ddp), gathered layers (fsdp, hsdp), batches of images, the allocator's "
+    "fragments and the CUDA context (about half a GiB); torch.compile may keep less"
+)
 
 
 def _print(plan: dict) -> None:

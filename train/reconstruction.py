@@ -23,16 +23,17 @@ def image_noise(model: CRATEMAE, seeds: Iterable[tuple[int, ...]]) -> Tensor:
 
 @torch.inference_mode()
 def reconstructions(
-    model: CRATEMAE, images: Tensor, normalize: Normalize, ratios: Sequence[float], noise: Tensor
+    model: CRATEMAE, images: Tensor, normalize: Normalize, ratios: Sequence[float], seed: int
 ) -> Tensor:
     """Return a row for each image, uint8 [B, 1 + 2R, S, S, 3]: the image, then masked and reconstructed by ratio.
 
     Hidden patches are grey in the former and predicted in the latter. A larger ratio hides more of the same patches.
-    `images` are uint8 [B, 3, S, S], `noise` is from `image_noise`; the model is left in evaluation mode.
+    `images` are uint8 [B, 3, S, S]; `seed` and an image's number choose its patches. The model is left in eval mode.
     """
     model.eval()
     device = next(model.parameters()).device
-    pixels, noise = normalize(images.to(device)), noise.to(device)
+    pixels = normalize(images.to(device))
+    noise = image_noise(model, [(seed, number) for number in range(len(images))]).to(device)
     columns = [images]
     for ratio in ratios:
         _, pred, mask = model(pixels, ratio, noise=noise)
@@ -48,11 +49,11 @@ def reconstruction_figure(
     normalize: Normalize,
     paths: Sequence[Path],
     ratios: Sequence[float],
-    noise: Tensor,
-    titles: Sequence[str] | None = None,
+    seed: int,
+    titles: Sequence[str],
 ) -> None:
     """Write `reconstructions` as a figure into `paths`, with a title for each image."""
-    rows = reconstructions(model, images, normalize, ratios, noise)
+    rows = reconstructions(model, images, normalize, ratios, seed)
     names = ["image"]
     for ratio in ratios:
         names += [f"{ratio:.0%} hidden", "filled in"]

@@ -22,7 +22,7 @@ from crate_fast.eval.common.segmentation import NoObjectsError, score_attention,
 from crate_fast.train import checkpoint
 from crate_fast.train.data import eval_loader, readable
 from crate_fast.train.distributed import Processes
-from crate_fast.train.reconstruction import RATIOS, image_noise, reconstruction_figure, reconstructions
+from crate_fast.train.reconstruction import RATIOS, reconstruction_figure, reconstructions
 from crate_fast.whitebox import attention_layer, layer_statistics, trace
 
 if TYPE_CHECKING:
@@ -77,14 +77,10 @@ def log_layers(trainer: Trainer, model: nn.Module) -> None:
         means = {f"{name}/layer_{layer:02d}": mean for layer, (mean, _) in enumerate(rows.tolist())}
         run.add_scalars(trainer.step, means)
     if isinstance(model, CRATEMAE):
-        shown, ratios = images[:SHOWN_IMAGES], [trainer.config.mask_ratio]
-        rows = reconstructions(model, shown, trainer.normalize, ratios, _noise(trainer, model, len(shown)))
+        config = trainer.config
+        rows = reconstructions(model, images[:SHOWN_IMAGES], trainer.normalize, [config.mask_ratio], config.seed)
         cells = rows.flatten(0, 1).permute(0, 3, 1, 2)
         run.board.add_image("reconstruction", make_grid(cells, rows.shape[1], pad_value=255), trainer.step)
-
-
-def _noise(trainer: Trainer, model: CRATEMAE, count: int) -> Tensor:
-    return image_noise(model, [(trainer.config.seed, number) for number in range(count)])
 
 
 # --- at the end
@@ -154,9 +150,8 @@ def _draw_reconstructions(trainer: Trainer, model: CRATEMAE) -> None:
     config = trainer.config
     _, images, titles = _shown(trainer.data.val, trainer.data.classes)
     ratios = sorted({config.mask_ratio, *(ratio for ratio in RATIOS if model.can_mask(ratio))})
-    noise = _noise(trainer, model, len(images))
     path = trainer.run.folder / "reconstruction.png"
-    reconstruction_figure(model, images, trainer.normalize, [path], ratios, noise, titles)
+    reconstruction_figure(model, images, trainer.normalize, [path], ratios, config.seed, titles)
 
 
 @torch.inference_mode()

@@ -357,8 +357,8 @@ class Trainer:
         model.eval()
         sharded = distributed.is_sharded(model)
         totals = torch.zeros(len(self.objective.scores) + 2, dtype=torch.float64, device=self.device)
-        batches, rounds = iter(self.val_loader), len(self.val_loader)
-        for _ in range(max(self.processes.gather(rounds)) if sharded else rounds):
+        batches = iter(self.val_loader)
+        for _ in range(max(self.processes.gather(len(self.val_loader)))):
             if self.interruption.requested():
                 totals[-1] = 1
                 if not sharded:  # else the others wait for this one's shard
