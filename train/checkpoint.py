@@ -364,11 +364,10 @@ class RunFolder:
                 f"({manifest.get('crate_fast', 'unknown')}): resume with that one, or start a new run in another "
                 "--output; --init takes its weights"
             )
-        saved, present = renamed_settings(manifest["config"]), vars(self.config)
+        saved = renamed_settings(manifest["config"]) | manifest["data"]
+        present = vars(self.config) | self.data_facts
         pairs = [(name, saved.get(name), present.get(name)) for name in sorted(saved.keys() | present.keys())]
         differing = [pair for pair in pairs if pair[0] not in FREE_SETTINGS and pair[1] != pair[2]]
-        facts = manifest["data"]
-        differing += [(n, facts.get(n), v) for n, v in self.data_facts.items() if facts.get(n) != v]
         if differing:
             changes = ", ".join(f"{name}: {before!r} → {now!r}" for name, before, now in differing)
             raise CheckpointError(

@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -28,7 +27,7 @@ from crate_fast.train.data import train_loader
 from crate_fast.train.data.image_files import find_images
 from crate_fast.train.data.shape_scenes import CLASSES
 from crate_fast.train.distributed import layers_of
-from crate_fast.train.optimizer import check_optimizer
+from crate_fast.train.optimizer import build_optimizer
 from crate_fast.train.runs import build_model, run_config
 
 KNOWN_SIZES = {  # training images, classes
@@ -127,17 +126,19 @@ def _local_elements(parameter: Tensor, shards: int) -> int:
 
 def optimizer_bytes(model: nn.Module, config: TrainConfig, shards: int = 1) -> int:
     """Return the bytes of the optimiser's states on one device, found by a step on one parameter of each shape."""
-    check_optimizer(config.optimizer)
     trained = [p for p in model.parameters() if p.requires_grad]
-    states = {}
-    for shape in {p.shape for p in trained}:
-        parameter = nn.Parameter(torch.zeros(shape))
-        parameter.grad = torch.ones(shape)
-        optimizer = create_optimizer_v2([parameter], opt=config.optimizer, lr=1e-3, weight_decay=config.weight_decay)
-        optimizer.step()
-        values = [value for state in optimizer.state.values() for value in state.values()]
-        states[shape] = sum(value.nbytes for value in values if isinstance(value, Tensor) and value.dim())
-    return sum(math.ceil(states[p.shape] * _local_elements(p, shards) / p.numel()) for p in trained)
+    stand_ins = {p.shape: nn.Parameter(torch.zeros(p.shape)) for p in trained}
+    alone = dataclasses.replace(config, frozen=False, layer_decay=1.0)
+    optimizer = build_optimizer(nn.ParameterList(stand_ins.values()), alone)
+    for parameter in stand_ins.values():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    total = 0
+    for p in trained:
+        states = optimizer.state[stand_ins[p.shape]].values()
+        size = sum(value.nbytes for value in states if isinstance(value, Tensor) and value.dim())
+        total += math.ceil(size * _local_elements(p, shards) / p.numel())
+    return total
 
 
 def activation_bytes(

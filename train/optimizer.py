@@ -32,13 +32,6 @@ def _orthogonalize_in_fp32_on_a_cpu(matrix: Tensor, *arguments, **options) -> Te
 timm.optim.muon.zeropower_via_newtonschulz = _orthogonalize_in_fp32_on_a_cpu
 
 
-def check_optimizer(name: str) -> None:
-    """Refuse an optimiser that timm does not have."""
-    known = list_optimizers()
-    if name not in known:
-        raise UserError(f"optimizer={name!r}{nearest(name, known) or ': timm has no such one'}")
-
-
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     """Return the optimiser that the configuration names, over the parameters that are trained.
 
@@ -49,7 +42,9 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
         UserError: timm has no such optimiser, or it cannot be used here.
     """
     name = config.optimizer
-    check_optimizer(name)
+    known = list_optimizers()
+    if name not in known:
+        raise UserError(f"optimizer={name!r}{nearest(name, known) or ': timm has no such one'}")
     if name in _REFUSED:
         raise UserError(f"optimizer={name!r} {_REFUSED[name]}: choose another, such as adamw")
     betas = {} if config.beta2 is None else {"betas": (0.9, config.beta2)}
