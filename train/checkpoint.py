@@ -5,8 +5,8 @@
     RUN/config.yaml metrics.jsonl tensorboard/ .lock .owner
 
 A checkpoint is written into a hidden folder, flushed to disk, and renamed; reading verifies every file against the
-manifest. States are unsharded: PyTorch's sharded format is not used, because its reader unpickles. Only the first
-process (rank 0) writes.
+manifest. States are unsharded: PyTorch's sharded format is not used, because its reader unpickles. metrics.jsonl is
+the history, of which a resumed run keeps the entries up to its step. Only the first process (rank 0) writes.
 """
 
 import hashlib
@@ -336,7 +336,8 @@ class RunFolder:
         saved = None if step is None else load(self.checkpoints, step)
         if saved is not None:
             self._check_same_run(saved.manifest)
-            self.history, self.saved = self.processes.agree(self._logged(step)), step
+            self.history = self.processes.agree(self._logged(step) if self.processes.first else [])
+            self.saved = step
         if self.processes.first:
             from torch.utils.tensorboard import SummaryWriter  # takes a second, and evaluations import this module
 
