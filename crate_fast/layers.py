@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from crate_fast import functional
 from crate_fast import odl as overcomplete
-from crate_fast.backends import being_transformed, resolve_backend
+from crate_fast.backends import being_transformed, being_written, resolve_backend
 
 __all__ = [
     "ISTA",
@@ -61,11 +61,7 @@ def sparsify_overcomplete(
 ) -> Tensor:
     """`odl.odl` as one node of `torch.fx`'s graphs."""
     if torch.jit.is_scripting():
-        shift = step_size * sparsity
-        z = F.relu(step_size * F.linear(x, dictionary.t()) - shift)
-        if steps == 2:
-            z = F.relu(z + step_size * F.linear(x - F.linear(z, dictionary), dictionary.t()) - shift)
-        return F.linear(z, decoder)
+        return functional.linear(overcomplete.odl_code(x, dictionary, step_size, sparsity, steps), decoder)
     else:
         return overcomplete.odl(x, dictionary, decoder, step_size, sparsity, steps=steps, backend=backend)
 
@@ -252,10 +248,6 @@ class ISTA(nn.Module):
         """x [..., C], normalised → sparse tokens [..., C]."""
         return sparsify(x, self.weight, self.step_size, self.lambd, self.threshold, self.backend)
 
-    def fuses(self, x: Tensor) -> bool:
-        """Return True if `after_norm` runs on the kernels for x."""
-        return resolve_backend(x, self.backend) == "triton"
-
     def after_norm(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
         """Return the step on norm(x), x [..., C], as one operator (`functional.norm_ista`)."""
         return functional.norm_ista(
@@ -319,10 +311,6 @@ class ODL(nn.Module):
         decoder = self.D if self.D1 is None else self.D1
         return sparsify_overcomplete(x, self.D, decoder, self.step_size, self.lambd, self.steps, self.backend)
 
-    def fuses(self, x: Tensor) -> bool:
-        """Return True if `after_norm` runs as one operator on x."""
-        return overcomplete.fuses(x, self.D, self.backend)
-
     def after_norm(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
         """Return ODL(norm(x)), x [..., C], as one operator."""
         decoder, in_front = self.D if self.D1 is None else self.D1, (norm.weight, norm.bias, norm.eps)
@@ -372,18 +360,18 @@ def _observed(module: nn.Module) -> bool:
 
 
 def _fusible(norm: nn.Module, fn: nn.Module, x: Tensor) -> bool:
-    """Return True if a LayerNorm and what is behind it run as one operator on x; False in `torch.fx`."""
-    if isinstance(x, torch.fx.Proxy) or type(norm) is not nn.LayerNorm or type(fn) not in (MSSA, ISTA, ODL):
+    """Return True if a LayerNorm and what is behind it run as one operator on x; False in `torch.fx` and export."""
+    if isinstance(x, torch.fx.Proxy) or being_written():
         return False
-    if norm.weight is None or norm.bias is None or _observed(norm) or _observed(fn):
+    if type(norm) is not nn.LayerNorm or type(fn) not in (MSSA, ISTA, ODL) or _observed(norm) or _observed(fn):
         return False
-    return fn.fuses(x)
+    return norm.bias is not None and (type(fn) is not MSSA or fn.fuses(x))
 
 
 class PreNorm(nn.Module):
     """fn(LayerNorm(x)), with the released names `norm` and `fn`.
 
-    A LayerNorm in front of ISTA or ODL is part of their operator where it runs and no hook waits for either module.
+    A LayerNorm in front of ISTA or ODL is part of their operator unless a hook waits for either module.
     `drop_path` holds the rate of stochastic depth; `Layer` applies it, since it knows what a dropped step leaves.
     """
 

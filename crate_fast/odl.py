@@ -31,7 +31,7 @@ from crate_fast.functional import check_beside, check_tensor
 from crate_fast.self_check import checked
 from crate_fast.triton_ops import given, nothing
 
-__all__ = ["fuses", "odl", "odl_code"]
+__all__ = ["odl", "odl_code"]
 
 
 def odl_code(x: Tensor, dictionary: Tensor, step_size: float = 0.1, sparsity: float = 0.1, steps: int = 2) -> Tensor:
@@ -93,9 +93,9 @@ def odl(
     if steps not in (1, 2):
         raise UserError(f"steps={steps!r}: give 1 or 2")
     gamma, beta, eps = norm or (None, None, 0.0)
-    if fuses(x, dictionary, backend, gamma):
-        rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
-        shift, kernels = step_size * sparsity, resolve_backend(x, backend) == "triton"
+    kernels = resolve_backend(x, backend) == "triton"
+    if kernels or cpu_ops.serves(x, dictionary, gamma):
+        rows, shift = x.reshape(x.shape[:-1].numel(), x.shape[-1]), step_size * sparsity
         if kernels and norm is not None and autocast_enabled(x.device.type):
             rows = rows.float()  # as PyTorch's LayerNorm has it there
         y, *_ = odl_fwd(
@@ -104,11 +104,6 @@ def odl(
         return y.view(*x.shape[:-1], decoder.shape[0])
     x = x if norm is None else F.layer_norm(x, x.shape[-1:], gamma, beta, eps)
     return linear(odl_code(x, dictionary, step_size, sparsity, steps), decoder)
-
-
-def fuses(x: Tensor, dictionary: Tensor, backend: str = "auto", gamma: Tensor | None = None) -> bool:
-    """Return True if `odl` runs as one operator: by the kernels, or in fp32 on a CPU."""
-    return resolve_backend(x, backend) == "triton" or cpu_ops.serves(x, dictionary, gamma)
 
 
 # --- a product with its epilogue ----------------------------------------------------------------------------------
