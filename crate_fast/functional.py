@@ -7,7 +7,7 @@ import functools
 import threading
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import torch
 import torch.fx
@@ -207,6 +207,7 @@ def ista(
     sparsity: float = 0.1,
     *,
     threshold: str = "relu",
+    norm: tuple[Tensor, Tensor, float] | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """One sparse-coding step (paper, Eq. 7): y = shrink(x + η(xD − xDᵀD), ηλ).
@@ -221,6 +222,7 @@ def ista(
         sparsity: λ, at least 0.
         threshold: "relu", max(u − ηλ, 0), as the paper and the released code; or "soft",
             sign(u)·max(|u| − ηλ, 0), the paper's CRATE with soft-thresholding.
+        norm: γ and β [C] and ε of a LayerNorm in front (`norm_ista`).
         backend: "auto", "triton" or "torch"; see `crate_fast.backends.explain_backend`.
 
     Returns:
@@ -233,7 +235,32 @@ def ista(
     >>> ista(torch.tensor([[1.0, -1.0]]), torch.eye(2))
     tensor([[0.9900, 0.0000]])
     """
-    return _ista(x, None, dictionary, step_size, sparsity, threshold, backend)
+    check_tensor("x", x, "[..., C]", isinstance(x, Tensor) and x.dim() >= 1)
+    with without_tracer_warnings():
+        width = x.shape[-1]
+        square = isinstance(dictionary, Tensor) and tuple(dictionary.shape) == (width, width)
+        check_tensor("dictionary", dictionary, f"[C, C] = [{width}, {width}] to match x's last dimension", square)
+    check_beside(x, dictionary=dictionary)
+    check_not_negative(step_size=step_size, sparsity=sparsity)
+    check_choice("threshold", threshold, THRESHOLDS)
+    gamma, beta, eps = norm or (None, None, 0.0)
+    if norm is not None:
+        for name, channel in (("weight", gamma), ("bias", beta)):
+            fits = isinstance(channel, Tensor) and channel.shape == x.shape[-1:]
+            check_tensor(name, channel, f"[C] = [{width}]", fits)
+        check_beside(x, any_dtype=True, weight=gamma, bias=beta)  # LayerNorm's may stay in fp32
+    if resolve_backend(x, backend) != "triton":
+        x = x if norm is None else F.layer_norm(x, (width,), gamma, beta, eps)
+        return _folded_ista(x, dictionary, step_size, sparsity, threshold)
+    if norm is not None and autocast_enabled(x.device.type):
+        x = x.float()
+    folded = fold_dictionary_once(dictionary, step_size, compute_dtype(x), triton_ops.fold)
+    rows = x.reshape(x.shape[:-1].numel(), width)
+    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, gamma, beta, dictionary))
+    y, *_ = triton_ops.ista_fwd(
+        rows, gamma, beta, dictionary, folded, float(step_size), float(sparsity), eps, threshold == "soft", keep
+    )
+    return y.view(x.shape)
 
 
 def norm_ista(
@@ -267,44 +294,8 @@ def norm_ista(
     >>> norm_ista(torch.tensor([[1.0, -1.0]]), torch.ones(2), torch.zeros(2), torch.eye(2))
     tensor([[0.9900, 0.0000]])
     """
-    return _ista(x, (weight, bias, float(eps)), dictionary, step_size, sparsity, threshold, backend)
-
-
-def _ista(
-    x: Tensor,
-    norm: tuple[Tensor, Tensor, float] | None,
-    dictionary: Tensor,
-    step_size: float,
-    sparsity: float,
-    threshold: str,
-    backend: str,
-) -> Tensor:
-    check_tensor("x", x, "[..., C]", isinstance(x, Tensor) and x.dim() >= 1)
-    with without_tracer_warnings():
-        width = x.shape[-1]
-        square = isinstance(dictionary, Tensor) and tuple(dictionary.shape) == (width, width)
-        check_tensor("dictionary", dictionary, f"[C, C] = [{width}, {width}] to match x's last dimension", square)
-    check_beside(x, dictionary=dictionary)
-    check_not_negative(step_size=step_size, sparsity=sparsity)
-    check_choice("threshold", threshold, THRESHOLDS)
-    gamma, beta, eps = norm or (None, None, 0.0)
-    if norm is not None:
-        for name, channel in (("weight", gamma), ("bias", beta)):
-            fits = isinstance(channel, Tensor) and channel.shape == x.shape[-1:]
-            check_tensor(name, channel, f"[C] = [{width}]", fits)
-        check_beside(x, any_dtype=True, weight=gamma, bias=beta)  # LayerNorm's may stay in fp32
-    if resolve_backend(x, backend) != "triton":
-        x = x if norm is None else F.layer_norm(x, (width,), gamma, beta, eps)
-        return _folded_ista(x, dictionary, step_size, sparsity, threshold)
-    if norm is not None and autocast_enabled(x.device.type):
-        x = x.float()
-    folded = fold_dictionary_once(dictionary, step_size, compute_dtype(x), triton_ops.fold)
-    rows = x.reshape(x.shape[:-1].numel(), width)
-    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, gamma, beta, dictionary))
-    y, *_ = triton_ops.ista_fwd(
-        rows, gamma, beta, dictionary, folded, float(step_size), float(sparsity), eps, threshold == "soft", keep
-    )
-    return y.view(x.shape)
+    norm = weight, bias, float(eps)
+    return ista(x, dictionary, step_size, sparsity, threshold=threshold, norm=norm, backend=backend)
 
 
 def _folded(dictionary: Tensor, step_size: float, dtype: torch.dtype) -> Tensor:
@@ -381,17 +372,9 @@ def fold_dictionary(dictionary: Tensor, step_size: float = 0.1, dtype: torch.dty
         return step_size * (dictionary - dictionary.t().to(dtype) @ dictionary.to(dtype))
 
 
-@dataclass
-class _Cache:
-    """State of the open scopes, shared by all threads: autograd recomputes checkpoints in its own threads."""
-
-    lock: threading.RLock = field(default_factory=threading.RLock)
-    scopes: int = 0
-    entries: dict = field(default_factory=dict)  # (id of D, η, dtype, who folds, stream) → (D, its version, G)
-    hook: object = None
-
-
-_cache = _Cache()
+# Of the open scopes, shared by all threads: autograd recomputes checkpoints in its own threads. An entry is
+# (id of D, η, dtype, who folds, stream): (D, its version, G).
+_cache = SimpleNamespace(lock=threading.RLock(), scopes=0, hook=None, entries={})
 
 
 def _refuse_step(*_) -> None:
@@ -429,10 +412,6 @@ def _version(tensor: Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version
 
 
-def _stream(device: torch.device) -> int | None:
-    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
-
-
 def _cacheable(dictionary: Tensor) -> bool:
     if torch.compiler.is_compiling() or _cache.scopes == 0 or not isinstance(dictionary, nn.Parameter):
         return False
@@ -459,7 +438,8 @@ def fold_dictionary_once(
             return _kept(dictionary, step_size, dtype)
         with torch.no_grad():
             return fold(dictionary, step_size, dtype)
-    key = (id(dictionary), step_size, dtype, fold, _stream(dictionary.device))
+    stream = torch.cuda.current_stream(dictionary.device).cuda_stream if dictionary.is_cuda else None
+    key = (id(dictionary), step_size, dtype, fold, stream)
     with _cache.lock:
         if key not in _cache.entries:
             with torch.inference_mode(False), torch.no_grad():  # so that a training step can use it too
