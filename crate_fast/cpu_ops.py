@@ -17,9 +17,8 @@ Attention keeps w alone for backward:
 """
 
 import functools
-import itertools
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.fx
@@ -243,8 +242,8 @@ def products_suit(tokens: Tensor) -> bool:
     return tokens.device.type == "cpu" and tokens.dtype == torch.bfloat16 and tokens.shape[2] <= MAX_HALF_TOKENS
 
 
-def _by_rows(w: Tensor) -> bool:
-    """Return True if a head is so large that its logits are taken a block of rows at a time."""
+def _is_long(w: Tensor) -> bool:
+    """Return True if a head is so large that it is computed by itself, or a block of its rows at a time."""
     return w.dtype == torch.float32 and w.shape[1] >= MIN_ROWWISE_TOKENS
 
 
@@ -256,17 +255,9 @@ def cpu_subspace_attention(w: Tensor, scale: float) -> Tensor:
             tokens = w.transpose(1, 2)
             out = F.scaled_dot_product_attention(tokens, tokens, tokens, scale=scale)
             return out.transpose(1, 2).contiguous()
-        out = w.new_empty(w.shape)
-        if _by_rows(w):
-            for image, head in itertools.product(range(w.shape[0]), range(w.shape[2])):
-                _one_head_forward(w[image, :, head].contiguous(), scale, out[image, :, head])
-        else:
-            buffer = _group_buffer(w)
-            for images, out_images in zip(_image_groups(w), _image_groups(out), strict=True):
-                tokens = _heads(images)
-                attention = _attention(tokens, tokens, scale, buffer)
-                _store(torch.bmm(attention, tokens), out_images)
-    return out
+        if _is_long(w):
+            return _in_parts(_one_head_forward, True, scale, w)
+        return _in_parts(_whole_heads_forward, False, scale, w)
 
 
 @cpu_subspace_attention.register_fake
@@ -280,18 +271,14 @@ def cpu_subspace_attention_backward(grad: Tensor, w: Tensor, scale: float) -> Te
 
     P is computed again, a block of logits at a time, so what is kept between the passes does not grow with N².
     """
-    out = w.new_empty(w.shape)
     with without_autocast("cpu"):
-        if head_backward := _one_at_a_time(w, scale):
-            for image, head in itertools.product(range(w.shape[0]), range(w.shape[2])):
-                tokens, grads = w[image, :, head].contiguous(), grad[image, :, head].contiguous()
-                out[image, :, head] = head_backward(tokens, grads)
-            return out
-        backward = _row_blocks_backward if _by_rows(w) else _whole_heads_backward
-        buffers = [_group_buffer(w) for _ in range(3)]
-        for images, grad_images, out_images in zip(*map(_image_groups, (w, grad, out)), strict=True):
-            _store(backward(_heads(images), _heads(grad_images), scale, buffers), out_images)
-    return out
+        if not _is_long(w):
+            return _in_parts(_whole_heads_backward, False, scale, w, grad)
+        if w.shape[1] <= MAX_WHOLE_TOKENS and not uses_onednn_alone():
+            return _in_parts(_whole_heads_backward, True, scale, w, grad)
+        if uses_onednn():
+            return _in_parts(_one_head_backward, True, scale, w, grad)
+        return _in_parts(_row_blocks_backward, False, scale, w, grad)
 
 
 @cpu_subspace_attention_backward.register_fake
@@ -329,77 +316,82 @@ refuse_double_backward(
 # --- several heads at a time --------------------------------------------------------------------------------------
 
 
-def _rows_at_once(w: Tensor) -> int:
-    """Rows of a group's logits in a block: all of them, unless the heads are large."""
-    _, n_tokens, n_heads, _ = w.shape
-    return max(64, GROUP_ELEMENTS[w.dtype] // (n_heads * n_tokens)) if _by_rows(w) else n_tokens
-
-
-def _image_groups(tokens: Tensor) -> tuple[Tensor, ...]:
-    """[B, N, H, D] → groups of images whose logits fit in a block."""
-    _, n_tokens, n_heads, _ = tokens.shape
+def _parts(tokens: Tensor, one_head: bool) -> Sequence[Tensor]:
+    """[B, N, H, D] → its heads, or groups of images whose logits fit in a block."""
+    n_images, n_tokens, n_heads, _ = tokens.shape
+    if one_head:
+        return [tokens[i : i + 1, :, h : h + 1] for i in range(n_images) for h in range(n_heads)]
     return tokens.split(max(1, GROUP_ELEMENTS[tokens.dtype] // (n_heads * n_tokens**2)))
 
 
-def _group_buffer(w: Tensor) -> Tensor:
-    """Room for a block of logits, written again for every one: fresh memory would cost more than the arithmetic."""
-    n_heads = _image_groups(w)[0].shape[0] * w.shape[2]
-    return w.new_empty(n_heads * _rows_at_once(w) * w.shape[1])
+def _in_parts(function: Callable[..., Tensor], one_head: bool, scale: float, *inputs: Tensor) -> Tensor:
+    """Return function(the inputs' heads [b·H, N, D], scale, buffers) of all [B, N, H, D], part by part.
+
+    Buffers hold blocks of logits, written again for every part: fresh memory would cost more than the arithmetic.
+    """
+    out, buffers = inputs[0].new_empty(inputs[0].shape), {}
+    for out_part, *parts in zip(*(_parts(tensor, one_head) for tensor in (out, *inputs)), strict=True):
+        heads = map(_heads, parts)
+        found = function(*(head.contiguous() for head in heads) if one_head else heads, scale, buffers)
+        out_part.transpose(1, 2).copy_(found.unflatten(0, (len(out_part), out_part.shape[2])))
+    return out
 
 
-def _block(buffer: Tensor, rows: Tensor, tokens: Tensor) -> Tensor:
-    """Return the buffer's start as [b·H, rows, N], contiguous: softmax writes other strides wrongly where it may."""
-    shape = len(rows), rows.shape[1], tokens.shape[1]
-    return buffer[: shape[0] * shape[1] * shape[2]].view(shape)
+def _block(buffers: dict[str, Tensor], name: str, rows: Tensor, tokens: Tensor) -> Tensor:
+    """Return a buffer as [b·H, rows, N], contiguous: softmax writes other strides wrongly where it may."""
+    shape = torch.Size((len(rows), rows.shape[1], tokens.shape[1]))
+    if name not in buffers:  # no later block is larger than the first
+        buffers[name] = tokens.new_empty(shape.numel())
+    return buffers[name][: shape.numel()].view(shape)
 
 
 def _heads(images: Tensor) -> Tensor:
-    """[b, N, H, D] → [b·H, N, D], contiguous."""
+    """[b, N, H, D] → [b·H, N, D]."""
     return images.transpose(1, 2).flatten(0, 1)
 
 
-def _store(heads: Tensor, images: Tensor) -> None:
-    """[b·H, N, D] into [b, N, H, D]."""
-    images.transpose(1, 2).copy_(heads.unflatten(0, (images.shape[0], images.shape[2])))
-
-
-def _attention(rows: Tensor, tokens: Tensor, scale: float, buffer: Tensor) -> Tensor:
-    """Rows of P [b·H, rows, N] of several heads, in `buffer`."""
-    block = _block(buffer, rows, tokens)
+def _attention(rows: Tensor, tokens: Tensor, scale: float, buffers: dict[str, Tensor]) -> Tensor:
+    """Rows of P [b·H, rows, N] of several heads."""
+    block = _block(buffers, "P", rows, tokens)
     block.baddbmm_(rows, tokens.transpose(1, 2), beta=0, alpha=scale)
     return torch.softmax(block, -1, out=block)
 
 
-def _grad_logits(attention: Tensor, grads: Tensor, tokens: Tensor, buffer: Tensor) -> Tensor:
-    """dL [b·H, rows, N] of the same rows, in `buffer`."""
-    block = _block(buffer, grads, tokens)
+def _grad_logits(attention: Tensor, grads: Tensor, tokens: Tensor, buffers: dict[str, Tensor]) -> Tensor:
+    """dL [b·H, rows, N] of the same rows."""
+    block = _block(buffers, "dL", grads, tokens)
     torch.bmm(grads, tokens.transpose(1, 2), out=block)
     return torch._softmax_backward_data(block, attention, -1, attention.dtype, grad_input=block)
 
 
-def _whole_heads_backward(tokens: Tensor, grads: Tensor, scale: float, buffers: list[Tensor]) -> Tensor:
+def _whole_heads_forward(tokens: Tensor, scale: float, buffers: dict[str, Tensor]) -> Tensor:
+    """Several heads' O [b·H, N, D]."""
+    return torch.bmm(_attention(tokens, tokens, scale, buffers), tokens)
+
+
+def _whole_heads_backward(tokens: Tensor, grads: Tensor, scale: float, buffers: dict[str, Tensor]) -> Tensor:
     """Several heads' dW [b·H, N, D], in four products: dL and its transpose are added before they meet W.
 
     In bf16 that sum takes longer than the fifth product (785 tokens: three times as long).
     """
-    attention = _attention(tokens, tokens, scale, buffers[0])
-    grad_logits = _grad_logits(attention, grads, tokens, buffers[1])
+    attention = _attention(tokens, tokens, scale, buffers)
+    grad_logits = _grad_logits(attention, grads, tokens, buffers)
     out = torch.bmm(attention.transpose(1, 2), grads)
     if tokens.dtype == torch.bfloat16:
         return out.baddbmm_(grad_logits, tokens, alpha=scale).baddbmm_(grad_logits.mT, tokens, alpha=scale)
-    symmetric = _block(buffers[2], tokens, tokens)
+    symmetric = _block(buffers, "dL + dLᵀ", tokens, tokens)
     torch.add(grad_logits, grad_logits.mT, out=symmetric)
     return out.baddbmm_(symmetric, tokens, alpha=scale)
 
 
-def _row_blocks_backward(tokens: Tensor, grads: Tensor, scale: float, buffers: list[Tensor]) -> Tensor:
+def _row_blocks_backward(tokens: Tensor, grads: Tensor, scale: float, buffers: dict[str, Tensor]) -> Tensor:
     """Return the same in five products, a block of rows at a time; each product adds to dW where it lies."""
     out = torch.zeros_like(tokens)
-    n_rows = len(buffers[0]) // (len(tokens) * tokens.shape[1])
+    n_rows = max(64, GROUP_ELEMENTS[tokens.dtype] // (len(tokens) * tokens.shape[1]))
     blocks = (heads.split(n_rows, dim=1) for heads in (tokens, grads, out))
     for rows, grad_rows, out_rows in zip(*blocks, strict=True):
-        attention = _attention(rows, tokens, scale, buffers[0])
-        grad_logits = _grad_logits(attention, grad_rows, tokens, buffers[1])
+        attention = _attention(rows, tokens, scale, buffers)
+        grad_logits = _grad_logits(attention, grad_rows, tokens, buffers)
         out.baddbmm_(attention.transpose(1, 2), grad_rows)
         out.baddbmm_(grad_logits.transpose(1, 2), rows, alpha=scale)
         out_rows.baddbmm_(grad_logits, tokens, alpha=scale)
@@ -409,32 +401,26 @@ def _row_blocks_backward(tokens: Tensor, grads: Tensor, scale: float, buffers: l
 # --- one head at a time -------------------------------------------------------------------------------------------
 
 
-def _one_at_a_time(w: Tensor, scale: float) -> Callable[[Tensor, Tensor], Tensor] | None:
-    """Return the function that makes one head's dW [N, D] of its W and dO; None where several heads go together."""
-    n_tokens = w.shape[1]
-    if not _by_rows(w):
-        return None
-    if n_tokens <= MAX_WHOLE_TOKENS and not uses_onednn_alone():
-        buffers = [w.new_empty(n_tokens**2) for _ in range(3)]
-        return lambda tokens, grads: _whole_heads_backward(tokens[None], grads[None], scale, buffers)[0]
-    return functools.partial(_one_head_backward, scale=scale) if uses_onednn() else None
-
-
 def _row_blocks(n_tokens: int) -> list[slice]:
     rows = max(64, ROW_BLOCK_ELEMENTS // n_tokens)
     return [slice(start, min(start + rows, n_tokens)) for start in range(0, n_tokens, rows)]
 
 
-def _one_head_forward(tokens: Tensor, scale: float, out: Tensor) -> None:
-    """One head's O [N, D] into `out`."""
+def _one_head_forward(heads: Tensor, scale: float, _buffers: dict) -> Tensor:
+    """One head's O [1, N, D]."""
+    (tokens,), out = heads, torch.empty_like(heads)
     for rows in _row_blocks(len(tokens)):
         attention = onednn_product(tokens[rows] * scale, tokens).softmax(-1)
-        out[rows] = onednn_product(attention, tokens.t())
+        out[0, rows] = onednn_product(attention, tokens.t())
+    return out
 
 
-def _one_head_backward(tokens: Tensor, grads: Tensor, scale: float) -> Tensor:
-    """One head's dW [N, D]. What a block of rows gives to all tokens is summed transposed, [D, N]: oneDNN takes the
-    blocks of P and dL as they lie that way."""
+def _one_head_backward(heads: Tensor, grad_heads: Tensor, scale: float, _buffers: dict) -> Tensor:
+    """One head's dW [1, N, D].
+
+    What a block of rows gives to all tokens is summed transposed, [D, N]: so oneDNN takes P and dL as they lie.
+    """
+    (tokens,), (grads,) = heads, grad_heads
     out = torch.empty_like(tokens)
     from_rows = tokens.new_zeros(tokens.shape[1], tokens.shape[0])
     for rows in _row_blocks(len(tokens)):
@@ -445,4 +431,4 @@ def _one_head_backward(tokens: Tensor, grads: Tensor, scale: float) -> Tensor:
         from_rows += onednn_product(scaled.t().contiguous(), grad_logits.t())
         from_rows += onednn_product(grad_rows.t().contiguous(), attention.t())
         out[rows] = onednn_product(grad_logits, tokens.t())
-    return out.mul_(scale).add_(from_rows.t())
+    return out.mul_(scale).add_(from_rows.t())[None]
