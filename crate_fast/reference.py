@@ -12,12 +12,7 @@ from torch import Tensor
 def subspace_attention_reference(w: Tensor, scale: float | None = None) -> Tensor:
     """Tied attention inside each subspace: O = softmax(s·W Wᵀ) W, per head (paper, Eq. 5 and Algorithm 2).
 
-    Args:
-        w: Subspace tokens [B, N, H, D], D the subspace dimension.
-        scale: s; D^-1/2 when None.
-
-    Returns:
-        O [B, N, H, D].
+    w and O are [B, N, H, D]; s is D^-1/2 when None. As `functional.subspace_attention`.
     """
     scale = w.shape[-1] ** -0.5 if scale is None else scale
     w = w.transpose(1, 2)
@@ -28,17 +23,10 @@ def subspace_attention_reference(w: Tensor, scale: float | None = None) -> Tenso
 def mssa_reference(
     x: Tensor, projection: Tensor, out_weight: Tensor | None, out_bias: Tensor | None, heads: int
 ) -> Tensor:
-    """Multi-head subspace self-attention, released form (paper, Algorithm 2).
+    """Multi-head subspace self-attention of normalised tokens x [B, N, C], released form (paper, Algorithm 2).
 
-    Args:
-        x: Normalised tokens [B, N, C].
-        projection: The subspaces' bases as a Linear weight [H·D, C] (rows of head h: h·D … (h+1)·D).
-        out_weight: Output map [C, H·D]; None for the identity.
-        out_bias: Bias of the output map [C], or None.
-        heads: H.
-
-    Returns:
-        MSSA(x) [B, N, C].
+    `projection` holds the subspaces' bases as a Linear weight [H·D, C] (rows of head h: h·D … (h+1)·D). The output
+    map [C, H·D] with its bias [C], or None, is the identity where `out_weight` is None.
     """
     w = F.linear(x, projection).unflatten(-1, (heads, -1))
     out = subspace_attention_reference(w).flatten(-2)
@@ -51,16 +39,7 @@ def ista_reference(
     """One proximal gradient step on ½|x − z Dᵀ|² + λ|z|₁ started at z = x (paper, Eq. 7 and Algorithm 2).
 
     u = x + η(x − x Dᵀ) D, then relu(u − ηλ) ("relu": non-negative codes) or sign(u)·max(|u| − ηλ, 0) ("soft").
-
-    Args:
-        x: Normalised tokens [..., C].
-        dictionary: D [C, C].
-        step_size: η.
-        sparsity: λ.
-        threshold: "relu" or "soft".
-
-    Returns:
-        The sparse tokens [..., C].
+    Arguments and result as `functional.ista`'s.
     """
     decoded = F.linear(x, dictionary)
     u = x + step_size * (F.linear(x, dictionary.t()) - F.linear(decoded, dictionary.t()))
@@ -72,15 +51,7 @@ def ista_reference(
 def norm_ista_reference(
     x: Tensor, weight: Tensor, bias: Tensor, dictionary: Tensor, *ista, eps: float = 1e-5, **options
 ) -> Tensor:
-    """ISTA(LN(x)) for tokens x [..., C].
-
-    Args:
-        x: Tokens [..., C].
-        weight, bias: LayerNorm's γ and β [C].
-        dictionary: D [C, C].
-        *ista, **options: step_size, sparsity and threshold of `ista_reference`.
-        eps: LayerNorm's epsilon.
-    """
+    """ISTA(LN(x)) for tokens x [..., C], with `functional.norm_ista`'s arguments."""
     return ista_reference(F.layer_norm(x, x.shape[-1:], weight, bias, eps), dictionary, *ista, **options)
 
 
@@ -90,18 +61,7 @@ def odl_reference(
     """The sparse-coding block of CRATE-α without its LayerNorm and residual.
 
     `steps` proximal gradient steps on ½|x − z Dᵀ|² + λ|z|₁ over z ≥ 0, started at z = 0; then z D₁ᵀ (Yang et al.,
-    *Scaling White-Box Transformers for Vision*, 2024).
-
-    Args:
-        x: Normalised tokens [..., C].
-        dictionary: D [C, K].
-        decoder: D₁ [C, K].
-        step_size: η.
-        sparsity: λ.
-        steps: Number of steps.
-
-    Returns:
-        [..., C].
+    *Scaling White-Box Transformers for Vision*, 2024). Arguments and result as `odl.odl`'s.
     """
     z = x.new_zeros(*x.shape[:-1], dictionary.shape[1])
     for _ in range(steps):
@@ -123,12 +83,7 @@ def compress_reference(
 ) -> Tensor:
     """A layer's first half: h = x + MSSA(LN x) ("released"), or h = LN x + MSSA(LN x) ("paper", Algorithms 1 and 3).
 
-    Args:
-        x: Tokens [B, N, C].
-        weight, bias: LayerNorm's γ and β [C].
-        projection, out_weight, out_bias, heads: As `mssa_reference`'s.
-        residual: "released" or "paper".
-        eps: LayerNorm's epsilon.
+    Arguments and result as `functional.compress`'s, without the output map where `out_weight` is None.
     """
     normed = F.layer_norm(x, x.shape[-1:], weight, bias, eps)
     attended = mssa_reference(normed, projection, out_weight, out_bias, heads)
@@ -144,19 +99,10 @@ def layer_reference(
     eps: float = 1e-5,
     **ista,
 ) -> Tensor:
-    """One CRATE layer: `compress_reference`, then ISTA(LN₂ h).
+    """One CRATE layer on tokens x [B, N, C]: `compress_reference`, then ISTA(LN₂ h) with `ista_reference`'s options.
 
-    Args:
-        x: Tokens [B, N, C].
-        weights: The layer's tensors under their released names (`0.norm.weight`, `0.fn.qkv.weight`,
-            `0.fn.to_out.0.weight`, …, `1.fn.weight`).
-        heads: H.
-        residual: "released" or "paper".
-        eps: LayerNorm's epsilon.
-        **ista: step_size, sparsity and threshold of `ista_reference`.
-
-    Returns:
-        The next layer's tokens [B, N, C].
+    `weights` are the layer's tensors under their released names (`0.norm.weight`, `0.fn.qkv.weight`,
+    `0.fn.to_out.0.weight`, …, `1.fn.weight`).
     """
     names = ("0.norm.weight", "0.norm.bias", "0.fn.qkv.weight", "0.fn.to_out.0.weight", "0.fn.to_out.0.bias")
     h = compress_reference(x, *map(weights.get, names), heads, residual=residual, eps=eps)
