@@ -69,6 +69,11 @@ def _text_of(module: str) -> str:
     return ast.get_docstring(ast.parse(Path(importlib.util.find_spec(module).origin).read_text(encoding="utf-8")))
 
 
+def _parser(command: str, description: str, epilog: str | None = None) -> CommandParser:
+    """Return a parser without options; both texts keep their lines."""
+    return CommandParser(prog=f"crate-fast {command}", description=description, epilog=epilog, formatter_class=PLAIN)
+
+
 def _how_to_name_models() -> str:
     return "How to name models:\n\n" + _text_of("crate_fast.eval.common.models").split("\n\n", 1)[1]
 
@@ -97,12 +102,7 @@ def _evaluation(
     epilog = _how_to_name_models()
     if data is not False:
         epilog += "\nand data:\n\n" + _text_of("crate_fast.eval.common.images").split("\n\n", 1)[1]
-    parser = CommandParser(
-        prog=f"crate-fast eval {protocol}",
-        description=_text_of(f"crate_fast.eval.{protocol}").splitlines()[0],
-        epilog=epilog,
-        formatter_class=PLAIN,
-    )
+    parser = _parser(f"eval {protocol}", _text_of(f"crate_fast.eval.{protocol}").splitlines()[0], epilog)
     add = parser.add_argument
     add("models", metavar="MODEL", nargs="+" if many else 1, help="see below")
     if data is not False:
@@ -246,12 +246,11 @@ def _classify() -> argparse.ArgumentParser:
 
 
 def _env() -> argparse.ArgumentParser:
-    return CommandParser(prog="crate-fast env", description="Versions, devices and backends of this machine.")
+    return _parser("env", "Versions, devices and backends of this machine.")
 
 
 def _check() -> argparse.ArgumentParser:
-    text = _text_of("crate_fast.check")
-    parser = CommandParser(prog="crate-fast check", description=text, formatter_class=PLAIN)
+    parser = _parser("check", _text_of("crate_fast.check"))
     add = parser.add_argument
     add("--json", type=Path, default=Path("crate_fast_check.json"), metavar="FILE")
     add("--interpreter", action="store_true", help="tiny probes in Triton's interpreter, without a GPU")
@@ -261,12 +260,8 @@ def _check() -> argparse.ArgumentParser:
 
 
 def _explore() -> argparse.ArgumentParser:
-    parser = CommandParser(
-        prog="crate-fast explore",
-        description=_text_of("crate_fast.eval.explore.command").split("\n\n")[0],
-        epilog=_how_to_name_models(),
-        formatter_class=PLAIN,
-    )
+    text = _text_of("crate_fast.eval.explore.command").split("\n\n")[0]
+    parser = _parser("explore", text, _how_to_name_models())
     add = parser.add_argument
     add("--checkpoint", nargs="+", metavar="MODEL", help="see below; default: the newest run below runs/")
     add("--images", type=Path, metavar="DIR", help="a folder of images; default: photographs and shape_scenes")
@@ -281,12 +276,8 @@ def _explore() -> argparse.ArgumentParser:
 
 
 def _export() -> argparse.ArgumentParser:
-    parser = CommandParser(
-        prog="crate-fast export",
-        description=_text_of("crate_fast.export").partition("\n\n    from")[0],
-        epilog=_how_to_name_models(),
-        formatter_class=PLAIN,
-    )
+    text = _text_of("crate_fast.export").partition("\n\n    from")[0]
+    parser = _parser("export", text, _how_to_name_models())
     add, layers = parser.add_argument, "all, or numbers such as 9,10; default the one that the paper looks at"
     outputs = "of logits, features, attention, subspace_tokens; default logits (features without a classifier)"
     add("model", metavar="MODEL", help="see below")
@@ -304,7 +295,7 @@ def _export() -> argparse.ArgumentParser:
 
 
 def _share() -> argparse.ArgumentParser:
-    parser = CommandParser(prog="crate-fast share", description="Write a run's best model for timm and the Hub.")
+    parser = _parser("share", "Write a run's best model for timm and the Hub.")
     add = parser.add_argument
     add("run", type=Path, help="folder of the run")
     add("folder", type=Path, help="folder to write")
@@ -318,12 +309,12 @@ def _share() -> argparse.ArgumentParser:
 
 
 def _emergence() -> argparse.ArgumentParser:
-    parser = CommandParser(
-        prog="crate-fast reproduce emergence",
-        description="Does segmentation appear in CRATE and not in a ViT? docs/emergence/protocol.md says how it is "
-        "asked of scenes, docs/emergence/photographs/protocol.md of photographs. Started again, the command goes on "
-        "where it was stopped or killed.",
+    text = (
+        "Does segmentation appear in CRATE and not in a ViT? docs/emergence/protocol.md says how it is asked of\n"
+        "scenes, docs/emergence/photographs/protocol.md of photographs. Started again, the command goes on where it\n"
+        "was stopped or killed."
     )
+    parser = _parser("reproduce emergence", text)
     add = parser.add_argument
     sizes = "smoke: minutes; small: two CPU cores, a night; full: a GPU"
     add("--size", choices=("smoke", "small", "full"), required=True, help=sizes)
