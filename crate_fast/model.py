@@ -118,9 +118,9 @@ def positions_for(
     A graph that is written resamples them at every size: it cannot ask whether this one is the native.
     """
     grid = (images.shape[2] // patch_size[0], images.shape[3] // patch_size[1])
-    if being_written():
-        return resample_positions(positions, native_grid, grid)
-    return positions if grid == native_grid else resample_positions(positions, native_grid, grid)
+    if not being_written() and grid == native_grid:
+        return positions
+    return resample_positions(positions, native_grid, grid)
 
 
 class CRATE(nn.Module):
