@@ -20,7 +20,7 @@ from crate_fast.options import parse
 
 __all__ = ["compiler_versions", "describe", "driver_version", "main", "provenance", "ptxas_version"]
 
-_PACKAGES = ("crate_fast", "torch", "triton", "torchvision", "timm", "numpy", "einops", "safetensors")
+_PACKAGES = ("crate_fast", "torch", "triton", "torchvision", "timm", "numpy", "safetensors")
 
 
 def _version(package: str) -> str:

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 
 import torch
 import torch.fx
-from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -282,9 +281,8 @@ class CRATEMAE(nn.Module):
     def unpatchify(self, patches: Tensor) -> Tensor:
         """Return the inverse of `patchify`."""
         (rows, columns), (height, width) = self.grid_size, self.patch_size
-        return rearrange(
-            patches, "b (h w) (p q c) -> b c (h p) (w q)", h=rows, w=columns, p=height, q=width, c=self.channels
-        )
+        pixels = patches.unflatten(2, (height, width, self.channels)).unflatten(1, (rows, columns))
+        return pixels.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
 
     def can_mask(self, mask_ratio: float) -> bool:
         """Return True if the ratio leaves at least one patch visible, and one masked."""
@@ -494,7 +492,7 @@ def encoder_state_dict(state_dict: dict[str, Tensor], visible_only: bool = False
     if absent:
         raise UserError(f"no state dict of a CRATE-MAE: {absent[0]} is missing")
     kernel = state_dict["patch_embed.proj.weight"]
-    found = {"to_patch_embedding.2.weight": rearrange(kernel, "d c p q -> d (p q c)")}
+    found = {"to_patch_embedding.2.weight": kernel.permute(0, 2, 3, 1).flatten(1)}
     for key, value in state_dict.items():
         if key in names:
             found[names[key]] = value
