@@ -11,17 +11,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = [
-    "Judgement",
-    "clear_of_threshold",
-    "error_numbers",
-    "gradients",
-    "judge",
-    "product_eps",
-    "spread_tokens",
-    "token_scale",
-]
-
 
 def token_scale(n_tokens: int, dim: int, scale: float | None = None) -> float:
     """Return the standard deviation at which tied attention is neither uniform nor the identity: sqrt(ln N / (s·D)).

@@ -8,21 +8,6 @@ from torch import Tensor
 
 from crate_fast.errors import UserError
 
-__all__ = [
-    "TIMM_NAMES",
-    "TIMM_POOLS",
-    "check_choice",
-    "check_floating",
-    "check_not_negative",
-    "check_positive",
-    "check_rates",
-    "head_width",
-    "patch_grid",
-    "rename_arguments",
-    "size_pair",
-    "takes_names",
-]
-
 TIMM_NAMES = {  # timm's name of an argument: the released CRATE's
     "img_size": "image_size",
     "in_chans": "channels",

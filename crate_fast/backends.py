@@ -16,20 +16,6 @@ from crate_fast import kernels
 from crate_fast.arguments import check_choice
 from crate_fast.errors import UserError
 
-__all__ = [
-    "BACKENDS",
-    "autocast_enabled",
-    "being_transformed",
-    "being_written",
-    "compute_dtype",
-    "explain_backend",
-    "own_operators_fit",
-    "refuse_double_backward",
-    "resolve_backend",
-    "without_autocast",
-    "without_tracer_warnings",
-]
-
 BACKENDS = ("auto", "triton", "torch")
 _PROVEN = "the device runs the fused kernels; none has run on a GPU here yet, so each first launch is checked"
 

@@ -22,8 +22,6 @@ from crate_fast.isolation import Job, Process, run_jobs, tail
 from crate_fast.options import parse
 from crate_fast.probes import CHECKED, PROBES, find_probe
 
-__all__ = ["main", "run_probes"]
-
 JOBS = 4  # probes at once, at most
 PROBE_BYTES = 3 * 2**30  # of GPU memory for each of them
 LIMIT_SECONDS = 120.0  # of a probe, and of all timings

@@ -18,20 +18,6 @@ from crate_fast.mae import CRATEMAE, sincos_positions
 from crate_fast.model import CRATE, resample_positions
 from crate_fast.weight_files import read_state_dict, unwrap_state_dict
 
-__all__ = [
-    "MismatchError",
-    "adapt_state_dict",
-    "check_numbers",
-    "is_demo",
-    "load_strictly",
-    "load_weights",
-    "read_state_dict",
-    "released_state_dict",
-    "resample_weights",
-    "table_grid",
-    "unwrap_state_dict",
-]
-
 _TABLES = ("pos_embed", "decoder_pos_embed")  # CRATE-MAE computes its positions, and does not learn them
 
 

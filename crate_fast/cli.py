@@ -19,8 +19,6 @@ import sys
 from crate_fast.errors import UserError, nearest, run_command
 from crate_fast.options import PARSERS
 
-__all__ = ["main"]
-
 COMMANDS = {
     "env": ("crate_fast.env", "versions, devices and backends of this machine"),
     "check": ("crate_fast.check", "are the kernels right on this GPU? A table, and a JSON for a report"),

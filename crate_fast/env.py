@@ -18,8 +18,6 @@ from crate_fast.cpu_ops import processor_name, uses_onednn
 from crate_fast.errors import run_command
 from crate_fast.options import parse
 
-__all__ = ["compiler_versions", "describe", "driver_version", "main", "provenance", "ptxas_version"]
-
 _PACKAGES = ("crate_fast", "torch", "triton", "torchvision", "timm", "numpy", "safetensors")
 
 

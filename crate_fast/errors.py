@@ -13,8 +13,6 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-__all__ = ["CommandParser", "UserError", "missing_package", "nearest", "require", "run_command"]
-
 _EXTRA_OF = {  # package, as it is imported: the extra that installs it
     **dict.fromkeys(("pycocotools", "scipy", "sklearn", "skimage"), "eval"),
     **dict.fromkeys(("onnx", "onnxscript", "onnxruntime"), "export"),

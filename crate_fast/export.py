@@ -38,17 +38,6 @@ from crate_fast.model import CRATE, pool_tokens
 from crate_fast.options import parse
 from crate_fast.whitebox import attention_layer, layer_numbers, trace
 
-__all__ = [
-    "FORMATS",
-    "OUTPUTS",
-    "PortableCRATE",
-    "capture",
-    "choose_outputs",
-    "export_model",
-    "main",
-    "resampling_matrix",
-]
-
 FORMATS = {"onnx": "model.onnx", "torch": "model.pt2"}
 OUTPUTS = ("logits", "features", "attention", "subspace_tokens")
 MIN_OPSET = 18  # the first that PyTorch's exporter writes without converting

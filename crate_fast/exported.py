@@ -22,8 +22,6 @@ from crate_fast.whitebox import trace
 if TYPE_CHECKING:
     from crate_fast.export import PortableCRATE
 
-__all__ = ["Difference", "compare", "eager_outputs", "open_exported"]
-
 Exported = Callable[[Tensor], dict[str, Tensor]]
 
 

@@ -31,21 +31,6 @@ from crate_fast.backends import (
 from crate_fast.cpu_ops import linear
 from crate_fast.errors import UserError
 
-__all__ = [
-    "RESIDUALS",
-    "THRESHOLDS",
-    "cached_dictionaries",
-    "check_beside",
-    "check_tensor",
-    "compress",
-    "fold_dictionary",
-    "fold_dictionary_once",
-    "ista",
-    "linear",
-    "norm_ista",
-    "subspace_attention",
-]
-
 RESIDUALS = ("released", "paper")
 THRESHOLDS = ("relu", "soft")
 torch.fx.wrap("linear")  # as it is called from here: `torch.fx` wraps a name of a module

@@ -13,8 +13,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-__all__ = ["Job", "Process", "run_jobs", "tail"]
-
 POLL_SECONDS = 0.02
 LAST_SECONDS = 3.0  # for a killed process to go; one stuck in a driver is left behind
 

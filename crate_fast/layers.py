@@ -12,22 +12,6 @@ from crate_fast import functional
 from crate_fast import odl as overcomplete
 from crate_fast.backends import being_transformed, being_written, resolve_backend
 
-__all__ = [
-    "ISTA",
-    "MHSA",
-    "MLP",
-    "MSSA",
-    "ODL",
-    "DecoderLayer",
-    "Dictionary",
-    "EmbeddingNorm",
-    "Layer",
-    "Linear",
-    "Patches",
-    "PreNorm",
-    "Transformer",
-]
-
 # What chooses among implementations by the values of its arguments is a function here: `torch.fx` records its call as
 # one node (`torch.fx.wrap`), and TorchScript compiles the branch that is PyTorch's own operators.
 

@@ -28,17 +28,6 @@ from crate_fast.errors import UserError
 from crate_fast.layers import ISTA, MSSA, DecoderLayer, Dictionary, Layer, Linear, PreNorm, patches_of
 from crate_fast.model import CRATE, check_images
 
-__all__ = [
-    "CRATEMAE",
-    "ENCODER_OPTIONS",
-    "CRATEMAE_base",
-    "CRATEMAE_large",
-    "CRATEMAE_small",
-    "CRATEMAE_tiny",
-    "encoder_state_dict",
-    "sincos_positions",
-]
-
 _NAMES = {
     "image_size": "img_size",
     "channels": "in_chans",

@@ -29,19 +29,6 @@ from crate_fast.functional import RESIDUALS, THRESHOLDS
 from crate_fast.layers import ISTA, MHSA, MLP, MSSA, ODL, EmbeddingNorm, Layer, Linear, Patches, PreNorm, Transformer
 from crate_fast.weight_files import is_wrapped, unwrap_state_dict
 
-__all__ = [
-    "ALPHA_OPTIONS",
-    "CRATE",
-    "CRATE_alpha_base",
-    "CRATE_alpha_large",
-    "CRATE_base",
-    "CRATE_large",
-    "CRATE_small",
-    "CRATE_tiny",
-    "pool_tokens",
-    "resample_positions",
-]
-
 ALPHA_OPTIONS = {"sparsifier": "odl", "embed_norm": False, "output_bias": False, "layer_eps": 1e-6}  # of CRATE-α
 _POOLS = ("cls", "mean", "avg", "")
 

@@ -31,8 +31,6 @@ from crate_fast.functional import check_beside, check_tensor
 from crate_fast.self_check import checked
 from crate_fast.triton_ops import given, nothing
 
-__all__ = ["odl", "odl_code"]
-
 
 def odl_code(x: Tensor, dictionary: Tensor, step_size: float = 0.1, sparsity: float = 0.1, steps: int = 2) -> Tensor:
     """Return the sparse code z of x, in plain PyTorch: z₁ or z₂ [..., K], all entries at least 0.

@@ -13,8 +13,6 @@ from typing import Any, Literal
 
 from crate_fast.errors import CommandParser, run_command
 
-__all__ = ["PARSERS", "comma_list", "main_of", "parse", "positive", "seed"]
-
 PLAIN = argparse.RawDescriptionHelpFormatter
 PORT = 7470  # of the explorer
 

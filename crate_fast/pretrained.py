@@ -22,8 +22,6 @@ from crate_fast.checkpoints import load_strictly, read_state_dict
 from crate_fast.errors import UserError
 from crate_fast.registry import create_model
 
-__all__ = ["HUB", "is_model_folder", "load_pretrained", "packaged_models", "record"]
-
 FOLDER = Path(__file__).parent / "weights"
 HUB = "hf-hub:"
 

@@ -39,8 +39,6 @@ from crate_fast.reference import (
 )
 from crate_fast.settings import FUSED_PRODUCTS, SELF_CHECK
 
-__all__ = ["CHECKED", "PROBES", "Probe", "Problem", "find_probe", "main", "run_probe", "time_probe"]
-
 PRECISIONS = ("bfloat16", "float16", "tf32", "autocast")  # autocast: fp32 tokens, bf16 products
 TINY_TOKENS = {197: 70, 196: 64, 256: 128, 785: 261}  # in the interpreter: as many kinds of blocks, less work
 

@@ -22,8 +22,6 @@ from crate_fast.backends import without_autocast
 from crate_fast.errors import UserError
 from crate_fast.settings import SELF_CHECK, self_check_wanted
 
-__all__ = ["checked"]
-
 LONGEST = 320  # tokens of one image: three blocks of rows
 FP32_EPS = 2.0**-10  # TF32's: the kernels multiply fp32 so
 ELEMENTS = 5 * 2**20  # of [M, C]: 160 tiles of 128×256, a second one for some of the persistent programs

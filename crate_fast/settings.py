@@ -4,17 +4,6 @@ import os
 
 from crate_fast.errors import UserError
 
-__all__ = [
-    "FUSED_PRODUCTS",
-    "SELF_CHECK",
-    "fused_products_wanted",
-    "onednn_wanted",
-    "require_browser",
-    "require_gpu",
-    "self_check_wanted",
-    "tiles_file",
-]
-
 FUSED_PRODUCTS = "CRATE_FAST_FUSED_PRODUCTS"
 SELF_CHECK = "CRATE_FAST_SELF_CHECK"
 

@@ -19,8 +19,6 @@ from torch import Tensor
 
 from crate_fast.errors import UserError
 
-__all__ = ["describe_file", "is_wrapped", "read_state_dict", "split_entry", "unwrap_state_dict"]
-
 _AVERAGES = ("state_dict_ema", "model_ema", "ema")  # taken first, as timm does; then the weights themselves
 _ENTRIES = (*_AVERAGES, "state_dict", "model")
 _PREFIXES = ("module.", "_orig_mod.")  # added by DataParallel and DDP, and by torch.compile

@@ -19,19 +19,6 @@ from torch import Tensor, nn
 from crate_fast.errors import UserError
 from crate_fast.layers import ISTA, MHSA, MSSA, ODL
 
-__all__ = [
-    "LayerTrace",
-    "attention_layer",
-    "cls_attention",
-    "coding_rate",
-    "layer_measures",
-    "layer_numbers",
-    "layer_statistics",
-    "nonzero_fraction",
-    "trace",
-    "visit_layers",
-]
-
 
 def coding_rate(w: Tensor, epsilon: float = 0.01) -> Tensor:
     """Return R^c of tokens against their subspaces: Σ_h ½·logdet(I + D/(Nε)·Ŵ_hᵀ Ŵ_h), Ŵ the tokens at unit length.
