@@ -208,22 +208,3 @@ def test_the_best_head_is_the_one_on_the_object():
     below, above = np.array([[0.0, 0.0], [0.5, 0.5]]), np.array([[0.5, 0.5], [0.0, 0.0]])
     maps = np.array([[below, above], [above, below]], np.float32)
     assert _best_heads(maps, [sample, sample]).tolist() == [1, 0]
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--heads", "2"], "--heads 2: A has heads 0 to 1"),
-        (["--layer", "2"], "layers 0 to 1"),
-        (["--levels", "1,2"], "--levels are of noise"),
-        (["--figure", "noise_sigma", "--heads", "best"], "by number"),
-        (["--data", "folder:{}", "--heads", "best"], "needs object masks"),
-        (["--data", "photographs", "--heads", "best"], "needs object masks"),
-        (["--model-args", "depth=1", "img_size=32", "class_token=false", "global_pool=avg"], "no CLS token"),
-    ],
-)
-def test_mistakes_are_one_message(tmp_path, refuses, words, message):
-    words = [word.format(tmp_path) for word in words]
-    output = ["--limit", "1", "--output", str(tmp_path / "out")]
-    models = ["vit_tiny_patch16_224@untrained"] if "--model-args" in words else CRATE
-    refuses(message, main, [*models, "--data", "shape_scenes", *output, *words])

@@ -10,7 +10,6 @@ import torch
 from image_data import encoded, write_tree
 from PIL import Image
 
-from crate_fast.errors import UserError
 from crate_fast.eval import classify
 from crate_fast.eval.classify import LabelledImages, knn_predictions, linear_probe, pooled
 from crate_fast.eval.common.models import open_model
@@ -184,29 +183,6 @@ def test_a_run_brings_its_own_data(tiny_run, tmp_path):
     assert result["images"] == 16
     assert result["head"]["top1"] == pytest.approx(recorded["best_val_accuracy"])  # the best checkpoint's
     assert len(result["per_class"]["head"]) == 12
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        ("", "pass --dataset"),
-        ("--dataset shape_scenes", "has 3 classes and the data set 12.*--protocol knn,linear"),
-        ("--dataset shape_scenes --protocol svm", "--protocol 'svm'"),
-        ("--dataset folder --data-dir absent", "is not there"),
-        ("--dataset shape_scenes --protocol knn --val-samples 8 --train-limit 5 --k 10", "--k 10"),
-        ("--dataset shape_scenes --protocol knn --train-samples 30 --k 5,31", "--k 31"),
-        ("--dataset shape_scenes --protocol knn,linear --train-limit 9", "9 training images"),
-    ],
-)
-def test_errors_name_the_remedy(words, message, tmp_path, refuses, monkeypatch):
-    monkeypatch.setattr(classify, "_read", lambda *_args, **_more: pytest.fail("images were read"))
-    refuses(message, classify.main, [MODEL, "--model-args", *SMALL, *words.split(), "--output", str(tmp_path)])
-
-
-def test_a_missing_token_is_said_before_images_are_read():
-    loaded = open_model("vit_tiny_patch16_224@untrained", "cpu", 32, ["class_token=false", "global_pool=avg"])
-    with pytest.raises(UserError, match="pass --pool mean"):
-        classify.check(loaded, plain_splits(TrainConfig(dataset="shape_scenes", image_size=32)), ["knn"])
 
 
 def test_the_papers_number_stands_beside_a_model_of_its_name():

@@ -4,10 +4,8 @@ import json
 
 import pytest
 import torch
-from PIL import Image
 from test_images import make_coco, make_voc
 
-from crate_fast import CRATE
 from crate_fast.eval import coarse_segmentation
 from crate_fast.eval.common.images import open_images
 from crate_fast.eval.common.models import open_model
@@ -18,7 +16,6 @@ from crate_fast.eval.common.segmentation import (
     average_precision,
     intersection_over_union,
     mask_to_grid,
-    score_attention,
     scores_table,
 )
 
@@ -106,26 +103,12 @@ def test_a_patch_is_object_when_half_of_it_is():
     assert mask_to_grid(mask, (2, 2)).tolist() == [[True, False, False, False]]
 
 
-def _looker() -> CRATE:
-    """A CRATE whose first head's CLS attends to bright patches, and whose second attends to all alike."""
-    model = CRATE(image_size=8, patch_size=2, num_classes=2, dim=4, depth=1, heads=2, dim_head=2, channels=1)
-    embed = torch.tensor([[1.0, 0.0, 0.0, 0.0]])
-    model.embed = lambda images: torch.cat(
-        [embed.expand(len(images), 1, 4), images[:, 0, ::2, ::2].reshape(len(images), -1, 1) * embed], dim=1
-    )
-    attention = model.transformer.layers[0][0]
-    attention.norm = torch.nn.Identity()
-    with torch.no_grad():
-        attention.fn.qkv.weight.zero_()
-        attention.fn.qkv.weight[0, 0] = 9.0
-    return model
-
-
-def test_scores_of_a_model_that_looks_where_the_object_is():
+def test_scores_of_a_head_that_looks_where_the_object_is_and_of_one_that_looks_everywhere():
     masks = torch.zeros(3, 8, 8, dtype=torch.bool)
     masks[0, :4, :4] = masks[1, 4:, 4:] = masks[2, :2] = True
-    batches = [(masks[i : i + 1, None].float(), torch.zeros(1), masks[i : i + 1]) for i in range(3)]
-    scores = score_attention(_looker(), batches, lambda images: images)
+    targets, found = mask_to_grid(masks, (4, 4)), AttentionScores()
+    found.add({0: torch.stack([targets / 4, torch.full((3, 16), 1 / 16)], dim=1)}, targets.unsqueeze(1))
+    scores = found.result()
     mass = scores["mass"]
     assert mass["layers"][0]["per_head"][0] == pytest.approx(0.75)  # three of four equal patches hold 60 %
     assert mass["layers"][0]["best_head"] == pytest.approx(mass["true_mask"]) == pytest.approx(0.75)
@@ -248,22 +231,3 @@ def test_the_command(kind, tmp_path, capsys, monkeypatch):
         assert "attention mIoU, mass 10%, 3 images" in capsys.readouterr().out
         pictures = [(tmp_path / name / "masks_topk_01.png").read_bytes() for name in ("out", "less")]
         assert pictures[0] != pictures[1]
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        ([MODEL, "--data", "folder:{}"], "has no object masks"),
-        ([MODEL, MODEL], "two models are called"),
-        ([MODEL, "--layers", "7"], "layer 7"),
-        (
-            ["vit_tiny_patch16_224@untrained", "--model-args", "class_token=false", "global_pool=avg", "img_size=32"],
-            "has no CLS token",
-        ),
-    ],
-)
-def test_errors(tmp_path, refuses, words, message):
-    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    words = [word.format(tmp_path) for word in words]
-    arguments = [] if "--model-args" in words else ["--model-args", *SMALL]
-    refuses(message, coarse_segmentation.main, [*words, *arguments, "--output", str(tmp_path / "out")])

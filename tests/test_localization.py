@@ -107,23 +107,19 @@ def test_the_head_and_threshold_are_chosen_on_other_images():
     assert scores["GT-known"] == 0
 
 
-def test_boxes_of_imagenets_xml(photos, tmp_path):
-    folder = tmp_path / "xml" / "deeper"
-    folder.mkdir(parents=True)
-    box = "<object><bndbox><xmin>10</xmin><ymin>5</ymin><xmax>19</xmax><ymax>14</ymax></bndbox></object>"
-    size = "<size><width>40</width><height>20</height></size>"
-    for number in range(6):
-        (folder / f"{number}.xml").write_text(f"<annotation>{size}{box * 2}</annotation>")
-    images = BoxedImages(photos[0], 40, tmp_path / "xml")
-    assert images[0].target.boxes.tolist() == [[10, 5, 20, 15]] * 2
-    assert images[0].size == (20, 40)
-
-
-def _xml(path, left: int, size: tuple[int, int] = (40, 20)) -> None:
+def _xml(path, *lefts: int, size: tuple[int, int] = (40, 20)) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    corners = f"<xmin>{left}</xmin><ymin>5</ymin><xmax>{left + 9}</xmax><ymax>14</ymax>"
     sides = f"<size><width>{size[0]}</width><height>{size[1]}</height></size>"
-    path.write_text(f"<annotation>{sides}<object><bndbox>{corners}</bndbox></object></annotation>")
+    corners = [f"<xmin>{left}</xmin><ymin>5</ymin><xmax>{left + 9}</xmax><ymax>14</ymax>" for left in lefts]
+    boxes = [f"<object><bndbox>{edges}</bndbox></object>" for edges in corners]
+    path.write_text(f"<annotation>{sides}{''.join(boxes)}</annotation>")
+
+
+def test_boxes_of_imagenets_xml(photos, tmp_path):
+    _xml(tmp_path / "xml" / "deeper" / "0.xml", 10, 7)
+    images = BoxedImages(photos[0], 40, tmp_path / "xml")
+    assert images[0].target.boxes.tolist() == [[10, 5, 20, 15], [7, 5, 17, 15]]
+    assert images[0].size == (20, 40)
 
 
 def _left_edges(images: BoxedImages) -> list[float | None]:
@@ -168,15 +164,12 @@ def test_files_without_boxes_are_refused(photos, tmp_path, content, message):
         BoxedImages(photos[0], 40, file)
 
 
-def test_the_command(photos, tmp_path, capsys, refuses):
+def test_the_command(tmp_path):
     words = ["shipped:CRATE", "--limit", "4", "--layers", "-2", "--resolution", "16", "--figure-images", "2"]
-    output = tmp_path / "out"
-    assert localization.main([*words, "--output", str(output)]) == 0
-    found = json.loads((output / "results.json").read_text())["results"]
+    assert localization.main([*words, "--output", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "results.json").read_text())["results"]
     assert next(iter(found.values()))["images"] == 4
-    assert (output / "boxes_01.png").exists()
-    refuses("must be folder:PATH", localization.main, [*words, "--boxes", str(photos[1])])
-    refuses("has no boxes", localization.main, [*words, "--data", f"folder:{photos[0]}"])
+    assert (tmp_path / "boxes_01.png").exists()
 
 
 def test_scenes_have_boxes_around_their_masks():

@@ -1,22 +1,120 @@
-"""White-box curves: the same numbers as a trace gives, for every kind of model, and their command."""
+"""The white box: a trace is what the layers compute; its curves for every kind of model, and their command."""
 
 import json
 
 import pytest
 import torch
 
+from crate_fast import CRATE
+from crate_fast.errors import UserError
 from crate_fast.eval import white_box
 from crate_fast.eval.common.images import batches, open_images
 from crate_fast.eval.common.models import open_model
 from crate_fast.eval.white_box import trend
+from crate_fast.functional import ista
+from crate_fast.reference import coding_rate_reference, subspace_attention_reference
 from crate_fast.whitebox import coding_rate, layer_measures, layer_statistics, nonzero_fraction, trace
 
+SMALL = {"image_size": 32, "patch_size": 8, "num_classes": 7, "dim": 48, "depth": 3, "heads": 3, "dim_head": 16}
+
+
+@pytest.mark.parametrize("residual", ["released", "paper"])
+def test_a_trace_reproduces_the_layer(residual):
+    model = CRATE(**SMALL, residual=residual).double().eval()
+    images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    traces = trace(model, images)
+    assert [t.index for t in traces] == [0, 1, 2]
+    x = model.embed(images)
+    for layer_trace, layer in zip(traces, model.transformer.layers, strict=True):
+        normed = layer[0].norm(x)
+        w = layer_trace.subspace_tokens
+        torch.testing.assert_close(w.flatten(2), normed @ layer[0].fn.qkv.weight.T)
+        attended = torch.einsum("bhnm,bmhd->bnhd", layer_trace.attention(), w)
+        torch.testing.assert_close(attended, subspace_attention_reference(w))
+        h = layer[0].fn.to_out(attended.flatten(2)) + (x if residual == "released" else normed)
+        torch.testing.assert_close(layer_trace.after_mssa, h)
+        torch.testing.assert_close(layer_trace.after_ista, ista(layer[1].norm(h), layer[1].fn.weight))
+        x = layer_trace.after_ista
+    torch.testing.assert_close(x, model.forward_features(images))
+
+
+def test_cls_attention_is_eq_10():
+    model = CRATE(**SMALL).double()
+    (layer_trace,) = trace(model, torch.randn(2, 3, 32, 32, dtype=torch.float64), [1])
+    w = layer_trace.subspace_tokens
+    maps = layer_trace.cls_attention(scale=1.0)
+    assert maps.shape == (2, 3, 16)
+    for b in range(2):
+        for k in range(3):
+            weights = torch.exp(w[b, 1:, k] @ w[b, 0, k])
+            torch.testing.assert_close(maps[b, k], weights / weights.sum())
+    default = layer_trace.cls_attention()
+    assert torch.equal(default.argsort(-1), maps.argsort(-1))
+    full = layer_trace.attention()[:, :, 0, 1:]
+    torch.testing.assert_close(default, full / full.sum(-1, keepdim=True))
+
+
+def test_layers_can_be_chosen_from_the_end_and_hooks_are_gone_after():
+    model = CRATE(**SMALL)
+    images = torch.zeros(1, 3, 32, 32)
+    assert [t.index for t in trace(model, images, [-1, 0])] == [0, 2]
+    with pytest.raises(UserError, match="layer 3: the model has layers 0 to 2"):
+        trace(model, images, [3])
+    for module in model.modules():
+        assert not module._forward_hooks
+        assert not module._forward_pre_hooks
+
+
+def test_hooks_are_gone_after_an_error():
+    model = CRATE(**SMALL)
+    with pytest.raises(ValueError, match="images are 64×64"):
+        trace(model, torch.zeros(1, 3, 64, 64))
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_an_mhsa_layer_has_queries_and_keys_but_no_subspaces():
+    model = CRATE(**SMALL, attention="mhsa").double()
+    (layer_trace,) = trace(model, torch.randn(1, 3, 32, 32, dtype=torch.float64), [0])
+    assert not torch.equal(layer_trace.queries, layer_trace.keys)
+    weights = torch.exp(layer_trace.keys[0, 1:, 2] @ layer_trace.queries[0, 0, 2] / 4)
+    torch.testing.assert_close(layer_trace.cls_attention()[0, 2], weights / weights.sum())
+    with pytest.raises(ValueError, match="no subspaces"):
+        layer_trace.coding_rate()
+
+
+@pytest.mark.parametrize("shape", [(2, 17, 3, 16), (1, 5, 2, 16)], ids=str)
+def test_coding_rate_equals_the_n_by_n_form(shape):
+    w = torch.randn(shape, dtype=torch.float64)
+    torch.testing.assert_close(coding_rate(w), coding_rate_reference(w), rtol=1e-10, atol=0)
+    torch.testing.assert_close(coding_rate(w, 0.5), coding_rate_reference(w, 0.5), rtol=1e-10, atol=0)
+    torch.testing.assert_close(coding_rate(w.float()).double(), coding_rate(w), rtol=1e-4, atol=0)
+    assert coding_rate(w.bfloat16()).dtype == torch.float32
+
+
+def test_statistics_under_autocast():
+    model, images = CRATE(**SMALL), torch.randn(2, 3, 32, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        statistics = layer_statistics(model, images)
+    torch.testing.assert_close(
+        statistics["coding_rate"], layer_statistics(model, images)["coding_rate"], rtol=0.05, atol=0
+    )
+
+
+def test_coding_rate_errors():
+    with pytest.raises(ValueError, match="epsilon=0"):
+        coding_rate(torch.randn(1, 4, 2, 3), epsilon=0)
+    with pytest.raises(ValueError, match=r"shape \(4, 3\)"):
+        coding_rate(torch.randn(4, 3))
+
+
+# --- curves over layers, and the command ---
+
 MODEL = "crate_tiny_patch8_224@untrained"
-SMALL = ["depth=3", "dim=32", "heads=2", "img_size=32"]
+WORDS = ["depth=3", "dim=32", "heads=2", "img_size=32"]
 
 
 def test_measures_are_the_traces():
-    model = open_model(MODEL, model_args=SMALL).model
+    model = open_model(MODEL, model_args=WORDS).model
     images = torch.randn(4, 3, 32, 32)
     with torch.no_grad():
         traces = trace(model, images)
@@ -36,7 +134,7 @@ def test_measures_are_the_traces():
 
 
 def test_batches_do_not_change_the_curves():
-    loaded = open_model(MODEL, image_size=32, model_args=SMALL)
+    loaded = open_model(MODEL, image_size=32, model_args=WORDS)
     images = open_images("shape_scenes", 32, 7)
     whole, parts = (white_box.evaluate(loaded, batches(images, size, [])) for size in (7, 2))
     assert whole["images"] == parts["images"] == 7
@@ -66,13 +164,11 @@ def test_the_command_trained_beside_untrained_and_ablations(tiny_run, tmp_path, 
     assert "no subspaces" in (tmp_path / "trends.md").read_text()
     assert (tmp_path / "white_box.png").stat().st_size > 1000
     assert "falls with depth" in capsys.readouterr().out
-    assert white_box.main(["vit_tiny_patch16_224@untrained", *words[:3], "--output", str(tmp_path)]) == 2
-    assert "none of these models has subspaces or ISTA" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("ablation", "missing"), [("attention=mhsa", "coding_rate"), ("sparsifier=mlp", "sparsity")])
 def test_what_an_ablation_lacks_is_left_out(ablation, missing):
-    loaded = open_model(MODEL, image_size=32, model_args=[*SMALL, ablation])
+    loaded = open_model(MODEL, image_size=32, model_args=[*WORDS, ablation])
     found = white_box.evaluate(loaded, batches(open_images("shape_scenes", 32, 2), 2, []))
     assert missing in found["left_out"]
     assert missing not in found["layers"][0]
