@@ -35,11 +35,17 @@ def _pair(**changes) -> tuple[ReleasedCRATEMAE, CRATEMAE]:
 
 
 @pytest.mark.parametrize(
-    "changes",
-    [{}, {"norm_pix_loss": True}, {"decoder_depth": 1}, {"num_heads": 1}, {"img_size": 64, "embed_dim": 12}],
+    ("changes", "mask_ratio"),
+    [
+        ({}, 0.75),
+        ({}, 0.3),
+        ({"norm_pix_loss": True}, 0.75),
+        ({"decoder_depth": 1}, 0.75),
+        ({"num_heads": 1}, 0.75),
+        ({"img_size": 64, "embed_dim": 12}, 0.3),
+    ],
     ids=str,
 )
-@pytest.mark.parametrize("mask_ratio", [0.75, 0.3])
 def test_loss_prediction_and_all_gradients_equal_the_released_module_in_float64(changes, mask_ratio):
     theirs, ours = _pair(**changes)
     side = (SMALL | changes)["img_size"]
@@ -78,22 +84,17 @@ def test_what_the_released_code_cannot_load_is_not_exported(changes):
 
 
 @pytest.mark.parametrize(
-    ("factory", "name", "millions"),
+    ("factory", "name", "millions", "digits"),
     [
-        (CRATEMAE_tiny, "tiny", 11.56),
-        (CRATEMAE_small, "small", 25.406),
-        (CRATEMAE_base, "base", 44.638),
-        (CRATEMAE_large, "large", 154.27),
+        (CRATEMAE_tiny, "tiny", 11.56, 2),
+        (CRATEMAE_small, "small", 25.406, 3),
+        (CRATEMAE_base, "base", 44.638, 3),
+        (CRATEMAE_large, "large", 154.27, 2),
     ],
 )
-def test_parameter_counts(factory, name, millions):
-    with torch.device("meta"):
-        ours, registered = factory(device="meta"), create_mae(f"crate_mae_{name}_patch16_224", device="meta")
-    count = sum(p.numel() for p in ours.parameters())
-    digits = 2 if millions in (11.56, 154.27) else 3
-    assert round(count / 1e6, digits) == millions
-    shapes = {key: value.shape for key, value in ours.state_dict().items()}
-    assert shapes == {key: value.shape for key, value in registered.state_dict().items()}
+def test_parameter_counts(factory, name, millions, digits):
+    for model in (factory(device="meta"), create_mae(f"crate_mae_{name}_patch16_224", device="meta")):
+        assert round(sum(p.numel() for p in model.parameters()) / 1e6, digits) == millions
 
 
 def test_initial_distributions_are_the_released_ones():
@@ -207,13 +208,6 @@ def test_visible_tokens_are_encoded_as_they_are_alone():
         torch.testing.assert_close(model.decoder_pred(model.decoder_norm(y))[0, 1:], expected, rtol=1e-9, atol=1e-9)
 
 
-def test_every_trained_parameter_gets_a_gradient():
-    model = CRATEMAE(**SMALL, visible_only=True)
-    model(torch.randn(2, 3, 32, 32))[0].backward()
-    for name, parameter in model.named_parameters():
-        assert (parameter.grad is not None) == parameter.requires_grad, name
-
-
 # --- the encoder apart ---
 
 
@@ -252,7 +246,7 @@ def test_only_a_crate_maes_state_dict_is_converted():
 
 @pytest.mark.parametrize("visible_only", [False, True])
 def test_compiles_without_graph_breaks(visible_only):
-    model = CRATEMAE(**SMALL, visible_only=visible_only)
+    model = CRATEMAE(**(SMALL | {"depth": 1}), visible_only=visible_only)
     images, noise = torch.randn(2, 3, 32, 32), torch.rand(2, 16)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(images, noise=noise), model(images, noise=noise))
@@ -264,10 +258,10 @@ def test_gradient_checkpointing_gives_the_same_gradients(visible_only):
     images, noise = torch.randn(2, 3, 32, 32), torch.rand(2, 16)
     _, plain = _forward_backward(model, images, noise=noise)
     plain = {name: value for name, value in plain.items() if value is not None}
+    assert plain.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
     model.set_grad_checkpointing()
     _, again = _forward_backward(model, images, noise=noise)
-    for name, value in plain.items():
-        torch.testing.assert_close(again[name], value, msg=name)
+    torch.testing.assert_close({name: again[name] for name in plain}, plain)
 
 
 @pytest.mark.parametrize("visible_only", [False, True])

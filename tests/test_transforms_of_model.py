@@ -21,9 +21,8 @@ SMALL = {"image_size": 32, "patch_size": 8, "num_classes": 10, "dim": 64, "depth
 MAE = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 1, "num_heads": 3}
 OPTIONS = [
     {},
-    {"dim": 16, "dim_head": 8},  # more tokens than width: ISTA by one product
-    {"attention": "mhsa", "residual": "paper", "pool": "mean"},
-    {"sparsifier": "mlp", "heads": 1, "dim_head": 64, "num_classes": 0},
+    {"dim": 16, "heads": 1, "dim_head": 16},  # no output map, and more tokens than width: ISTA by one product
+    {"attention": "mhsa", "sparsifier": "mlp", "residual": "paper", "pool": "mean", "num_classes": 0},
     {"threshold": "soft", "head_hidden": True, "ista": 1, "dropout": 0, "emb_dropout": 0, "embed_norm": False},
     ALPHA_OPTIONS,
 ]
@@ -75,7 +74,7 @@ def test_feature_extractors_of_timm_train_every_parameter(options):
     first = model.forward_intermediates(images, indices=[0], output_fmt="NLC", intermediates_only=True)[0]
     _close(found["first"][:, 1:], first)
     found["last"].square().sum().backward()
-    assert all(p.grad is not None for p in model.parameters())
+    assert all(p.grad.abs().sum() > 0 for p in model.parameters())
 
 
 def test_traces_check_images_and_take_any_size_where_the_model_does():
@@ -110,28 +109,27 @@ def test_torchscript_by_compiling_and_by_tracing(options):
             _close(loaded(images), model(images))
 
 
-def test_torchscript_of_a_training_model_drops_and_differentiates():
-    model = _model(dropout=0.5).train()
-    scripted = torch.jit.script(model)
-    images = _images()
-    assert not torch.equal(scripted(images), scripted(images))
-    scripted(images).sum().backward()
-    assert all(p.grad is not None for p in model.parameters())
-    _close(scripted.eval()(images), model.eval()(images))
-
-
-@pytest.mark.parametrize("options", [{}, {"residual": "paper"}, {"attention": "mhsa", "sparsifier": "mlp"}], ids=str)
-def test_torchscript_takes_stochastic_depth_as_it_does_of_a_vit(options):
-    model = _model(drop_path_rate=0.5, **options).train()
+@pytest.mark.parametrize(
+    ("options", "skipped"),
+    [
+        ({"dropout": 0.5}, 0.0),
+        ({"drop_path_rate": 0.5}, 0.25),  # both steps, each with a draw of its own
+        ({"drop_path_rate": 0.5, "residual": "paper"}, 0.25),
+        ({"drop_path_rate": 0.5, "attention": "mhsa", "sparsifier": "mlp"}, 0.25),
+    ],
+    ids=str,
+)
+def test_torchscript_of_a_training_model_drops_and_differentiates(options, skipped):
+    model = _model(**options).train()
     scripted, images = torch.jit.script(model), _images(16)
+    assert not torch.equal(scripted(images), scripted(images))
     scripted(images).sum().backward()
     assert all(p.grad is not None for p in model.parameters())
-    assert not torch.equal(scripted(images), scripted(images))
     tokens, layer = torch.randn(2000, 2, 64), torch.jit.script(model.transformer.layers[1])
     with torch.no_grad():
         layer(tokens)  # from the second call on TorchScript optimises
-        skipped = (layer(tokens) == tokens).flatten(1).all(1).float().mean()
-    assert skipped.item() == pytest.approx(0.25, abs=0.05)  # both steps, each with a draw of its own
+        unchanged = (layer(tokens) == tokens).flatten(1).all(1).float().mean()
+    assert unchanged.item() == pytest.approx(skipped, abs=0.05)
     _close(scripted.eval()(images), model.eval()(images))
 
 
