@@ -91,21 +91,19 @@ def test_coco_unions_and_crowds(tmp_path, capsys):
     assert capsys.readouterr().out == ""
 
 
-_TURNS = ("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_90", "TRANSVERSE", "ROTATE_270")
-_STORED_AS = dict(enumerate(_TURNS, start=2))  # EXIF orientation → how the upright picture is stored
-
-
 @pytest.mark.parametrize(
-    ("orientation", "drawn_on"), [*((i, "upright") for i in range(1, 9)), *((i, "stored") for i in range(5, 9))]
+    ("orientation", "stored_as"),
+    [(3, Image.Transpose.ROTATE_180), (6, Image.Transpose.ROTATE_90), (6, None)],
+    ids=["upside down", "turned", "drawn on the stored pixels"],
 )
-def test_masks_are_on_the_object_in_every_orientation(tmp_path, orientation, drawn_on):
+def test_masks_are_on_the_object_in_every_orientation(tmp_path, orientation, stored_as):
     """Masks are drawn on the upright picture, or on the stored pixels where only these have the masks' size."""
     corner = np.zeros((40, 60), np.uint8)
     corner[:10, :15] = 1
     picture, exif = Image.fromarray(corner * 255).convert("RGB"), Image.Exif()
     exif[0x0112] = orientation
-    if drawn_on == "upright" and orientation > 1:
-        picture = picture.transpose(Image.Transpose[_STORED_AS[orientation]])
+    if stored_as is not None:
+        picture = picture.transpose(stored_as)
     voc, coco = make_voc(tmp_path) / "VOC2012", make_coco(tmp_path / "coco", crowd=False)
     Image.fromarray(corner, mode="P").save(voc / "SegmentationClass" / "a.png")
     annotations = coco / "annotations" / "instances_val2017.json"
