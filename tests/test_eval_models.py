@@ -60,32 +60,25 @@ def test_files_are_loaded_strictly(tmp_path):
         open_model(f"{NAME}@{tmp_path / 'absent.pth'}")
 
 
-@pytest.mark.parametrize("hidden", [False, True])
-def test_the_demo_checkpoint_is_named_like_any_file(tmp_path, hidden):
-    """Its layout, `head` behind `mlp_head`, is read; what a user says wins over what the file tells."""
-    source = timm.create_model(NAME, num_classes=7, head_hidden=True, depth=2, dim=32, heads=2, img_size=32)
+def test_the_demo_checkpoint_is_named_like_any_file_and_its_heads_are_to_be_said(tmp_path):
+    """Its layout, `head` behind `mlp_head`, is read; what a user says wins over what the file tells.
+
+    It does not tell the heads, and the 12 of crate_base_patch8_224 would compute something else in silence.
+    """
+    name, sizes = "crate_base_patch8_224", {"depth": 1, "img_size": 32, "num_classes": 7}
+    source = timm.create_model(name, heads=6, head_hidden=True, **sizes).eval()
     state = {k.replace("mlp_head.2.", "head."): v for k, v in source.state_dict().items()}
     assert {"head.weight", "head.bias", "mlp_head.1.weight"} < state.keys()
     torch.save({"model": {f"module._orig_mod.{k}": v for k, v in state.items()}}, tmp_path / "demo.pth")
-    words = SMALL + ["head_hidden=true"] * hidden
-    loaded = open_model(f"{NAME}@{tmp_path / 'demo.pth'}", model_args=words)
-    images = torch.randn(2, 3, 32, 32)
-    assert loaded.model.num_classes == 7
-    assert torch.equal(loaded.model(images), source.eval()(images))
-    with pytest.raises(UserError, match="does not hold the weights of crate_tiny_patch8_224 .*head_hidden=True"):
-        open_model(f"{NAME}@{tmp_path / 'demo.pth'}", model_args=[*SMALL, "head_hidden=false"])
-
-
-def test_the_demos_heads_are_to_be_said(tmp_path):
-    """A file does not tell them, and the 12 of crate_base_patch8_224 would compute something else in silence."""
-    sizes = {"depth": 1, "img_size": 32, "num_classes": 3}
-    model = timm.create_model("crate_base_patch8_224", heads=6, head_hidden=True, **sizes)
-    torch.save(model.state_dict(), tmp_path / "demo.pth")
-    words = ["depth=1", "img_size=32"]
+    demo, words, images = f"{name}@{tmp_path / 'demo.pth'}", ["depth=1", "img_size=32"], torch.randn(2, 3, 32, 32)
     with pytest.raises(UserError, match="has 6 heads, and a file does not tell them: pass --model-args heads=6"):
-        open_model(f"crate_base_patch8_224@{tmp_path / 'demo.pth'}", model_args=words)
-    loaded = open_model(f"crate_base_patch8_224@{tmp_path / 'demo.pth'}", model_args=[*words, "heads=6"])
-    assert loaded.model.transformer.heads == 6
+        open_model(demo, model_args=words)
+    for more in ([], ["head_hidden=true"]):
+        model = open_model(demo, model_args=[*words, "heads=6", *more]).model
+        assert model.num_classes == 7
+        assert torch.equal(model(images), source(images))
+    with pytest.raises(UserError, match=f"does not hold the weights of {name} .*head_hidden=True"):
+        open_model(demo, model_args=[*words, "heads=6", "head_hidden=false"])
 
 
 def test_timm_vits_from_a_file(tmp_path):

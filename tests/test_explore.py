@@ -354,10 +354,7 @@ def test_a_model_being_opened_keeps_nobody_waiting(monkeypatch):
 def test_a_run_offers_its_checkpoints_and_a_damaged_one_is_a_message(tiny_run, tmp_path, monkeypatch):
     runs = tmp_path / "runs"
     choices, note = default_choices(runs)
-    assert [choice.label for choice in choices][:2] == [
-        "CRATE trained on photographs",
-        "ViT trained on photographs",
-    ]
+    assert [choice.label for choice in choices[:2]] == ["CRATE trained on photographs", "ViT trained on photographs"]
     assert "no run below" in note
     for age, name in ((200, "new"), (100, "old")):
         shutil.copytree(tiny_run, runs / name)
@@ -365,12 +362,8 @@ def test_a_run_offers_its_checkpoints_and_a_damaged_one_is_a_message(tiny_run, t
     choices, note = default_choices(runs)
     new = runs / "new"
     assert "newest run" in note
-    assert [choice.specification for choice in choices[:4]] == [
-        f"{new}@{best_step(new / 'checkpoints')}",
-        f"{new}@untrained",
-        f"{new}@4",
-        f"{new}@8",
-    ]
+    versions = [best_step(new / "checkpoints"), "untrained", 4, 8]
+    assert [choice.specification for choice in choices[:4]] == [f"{new}@{version}" for version in versions]
     assert [choice.untrained for choice in choices[:4]] == [False, True, False, False]
     explorer = explorer_with(str(new))
     heads = [explorer.inspection(number, "s0").attention(0, None)["heads"] for number in range(4)]

@@ -17,7 +17,6 @@ from crate_fast.export import OUTPUTS, PortableCRATE, choose_outputs, export_mod
 from crate_fast.exported import compare, eager_outputs, open_exported
 from crate_fast.model import ALPHA_OPTIONS
 from crate_fast.train.data.shape_scenes import CLASSES
-from crate_fast.train.data.transforms import Normalize
 from crate_fast.whitebox import trace
 
 SIZES = [(4, 16, 16), (1, 8, 8), (2, 44, 20)]
@@ -41,9 +40,12 @@ def exported(tmp_path_factory) -> tuple[CRATE, Path]:
     """A model, and the folder of its files with every output, of the first and the last layer."""
     pytest.importorskip("onnxruntime")
     torch.manual_seed(0)
-    model, folder = _model(), tmp_path_factory.mktemp("exported")
-    written = export_model(model, folder, outputs=OUTPUTS, layers=[0, -1], statistics=IMAGENET, facts={"model": "x"})
+    model, folder = _model(threshold="soft", residual="paper", pool="mean"), tmp_path_factory.mktemp("exported")
+    model.set_input_size((20, 12))
+    options = {"outputs": OUTPUTS, "layers": [0, -1], "statistics": IMAGENET, "tolerance": 1e-5}
+    written = export_model(model, folder, facts={"model": "x"}, **options)
     assert sorted(path.name for path in folder.iterdir()) == sorted(path.name for path in written)
+    assert model.image_size == (20, 12)
     return model, folder
 
 
@@ -57,44 +59,37 @@ def test_every_output_at_unseen_batches_and_sizes(exported, file):
         model.set_input_size(shape[1:])
         with torch.no_grad():
             first, last = trace(model, images, [0, 1])
-            wanted = {"logits": model(images), "features": model.mlp_head[0](model.forward_features(images)[:, 0])}
+            features = model.mlp_head[0](model.forward_features(images).mean(dim=1))
+            wanted = {"logits": model(images), "features": features}
         wanted["attention"] = torch.stack([first.cls_attention(), last.cls_attention()], dim=1)
         wanted["subspace_tokens"] = torch.stack([first.subspace_tokens, last.subspace_tokens], dim=1)
         assert found.keys() == wanted.keys()
         for name, values in wanted.items():
             torch.testing.assert_close(found[name], values, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
-    model.set_input_size(16)
 
 
-def test_files_are_read_without_crate_fast(exported, tmp_path):
+def test_a_program_is_read_without_crate_fast(exported, tmp_path):
     model, folder = exported
     images = torch.randn(2, 3, 24, 12)
     torch.save(images, tmp_path / "images.pt")
     code = (
         "import sys; sys.modules['crate_fast'] = None\n"
-        "import torch, onnxruntime\n"
-        "folder, images = sys.argv[1], torch.load('images.pt', weights_only=True)\n"
+        "import torch\n"
         "facts = {'crate_fast.json': ''}\n"
-        "program = torch.export.load(folder + '/model.pt2', extra_files=facts)\n"
+        "program = torch.export.load(sys.argv[1] + '/model.pt2', extra_files=facts)\n"
         "assert '\"patch_size\": [4, 4]' in facts['crate_fast.json'], facts\n"
-        "session = onnxruntime.InferenceSession(folder + '/model.onnx')\n"
-        "found = [program.module()(images)['logits'].detach()]\n"
-        "found.append(torch.from_numpy(session.run(['logits'], {'images': images.numpy()})[0]))\n"
-        "torch.save(found, 'found.pt')"
+        "torch.save(program.module()(torch.load('images.pt', weights_only=True))['logits'].detach(), 'found.pt')"
     )
     subprocess.run([sys.executable, "-c", code, str(folder)], cwd=tmp_path, check=True)
     model.set_input_size((24, 12))
-    with torch.no_grad():
-        wanted = model(images)
-    model.set_input_size(16)
-    for found in torch.load(tmp_path / "found.pt", weights_only=True):
-        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    found = torch.load(tmp_path / "found.pt", weights_only=True)
+    torch.testing.assert_close(found, model(images).detach(), rtol=1e-4, atol=1e-5)
 
 
 def test_files_say_what_they_are(exported):
     onnx = pytest.importorskip("onnx")
     _, folder = exported
-    written = onnx.load(folder / "model.onnx")
+    written = onnx.load(folder / "model.onnx")  # of these operators alone it needs no crate_fast
     assert {node.domain for node in written.graph.node} <= {"", "ai.onnx"}
     assert [(o.domain, o.version) for o in written.opset_import] == [("", 18)]
     metadata = {entry.key: entry.value for entry in written.metadata_props}
@@ -102,13 +97,13 @@ def test_files_say_what_they_are(exported):
     assert metadata["model"] == facts["model"] == "x"
     assert json.loads(metadata["mean"]) == facts["mean"] == IMAGENET[0]
     assert facts["layers"] == [0, 1]
-    assert {(d["output"], *d["images"][2:]) for d in facts["differences"]["model.onnx"]} >= {("attention", 28, 20)}
+    assert {(d["output"], *d["images"][2:]) for d in facts["differences"]["model.onnx"]} >= {("attention", 32, 16)}
 
 
 @pytest.mark.parametrize(
     "options",
     [
-        {"attention": "mhsa", "sparsifier": "mlp"},
+        {"attention": "mhsa", "sparsifier": "mlp", "pool": "avg"},
         {"attention": "mhsa", "residual": "paper", "pool": "mean"},
         {"threshold": "soft", "head_hidden": True, "patch_size": (2, 4), "channels": 1},
         {"sparsifier": "mlp", "embed_norm": False, "num_classes": 0, "heads": 1, "dim_head": 32},
@@ -131,18 +126,6 @@ def test_portable_models_of_timm_and_encoders_of_autoencoders():
         plain = PortableCRATE(model)
         assert plain.outputs == (("logits",) if model.num_classes else ("features",))
         assert _largest_difference(model, plain) < 1e-5
-
-
-def test_an_ablation_as_a_file(tmp_path):
-    pytest.importorskip("onnxruntime")
-    model = _model(depth=1, attention="mhsa", threshold="soft", residual="paper", pool="mean")
-    model.set_input_size((20, 12))
-    path, _ = export_model(model, tmp_path, formats=["onnx"], statistics=IMAGENET, raw=True, tolerance=1e-5)
-    assert model.image_size == (20, 12)
-    images = torch.randint(256, (2, 3, 20, 12), dtype=torch.uint8)
-    with torch.no_grad():
-        wanted = model(Normalize("imagenet")(images))
-    torch.testing.assert_close(open_exported(path)(images)["logits"], wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_resampling_matrices_are_those_of_pytorch():

@@ -267,12 +267,8 @@ def test_values_that_follow_are_filled_in(tmp_path, change):
     assert sample.target.masks.sum(dim=(1, 2)).tolist() == [400, 600]
     assert (~sample.target.valid).sum() == 100
     entries = images.coco.loadAnns([1, 2, 3, 4])
-    assert [entry["bbox"] for entry in entries] == [
-        [0, 0, 20, 20],
-        [10, 0, 20, 20],
-        [40, 20, 20, 20],
-        [0, 30, 10, 10],
-    ]
+    boxes = [[0, 0, 20, 20], [10, 0, 20, 20], [40, 20, 20, 20], [0, 30, 10, 10]]
+    assert [entry["bbox"] for entry in entries] == boxes
     assert [entry["area"] for entry in entries] == [400, 400, 400, 100]
     assert [entry["iscrowd"] for entry in entries] == [0, 0, 0, 1]
 

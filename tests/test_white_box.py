@@ -54,22 +54,15 @@ def test_cls_attention_is_eq_10():
     torch.testing.assert_close(default, full / full.sum(-1, keepdim=True))
 
 
-def test_layers_can_be_chosen_from_the_end_and_hooks_are_gone_after():
+def test_layers_can_be_chosen_from_the_end_and_hooks_are_gone_afterwards():
     model = CRATE(**SMALL)
     images = torch.zeros(1, 3, 32, 32)
     assert [t.index for t in trace(model, images, [-1, 0])] == [0, 2]
     with pytest.raises(UserError, match="layer 3: the model has layers 0 to 2"):
         trace(model, images, [3])
-    for module in model.modules():
-        assert not module._forward_hooks
-        assert not module._forward_pre_hooks
-
-
-def test_hooks_are_gone_after_an_error():
-    model = CRATE(**SMALL)
-    with pytest.raises(ValueError, match="images are 64×64"):
+    with pytest.raises(ValueError, match="images are 64×64"):  # in the middle of a pass
         trace(model, torch.zeros(1, 3, 64, 64))
-    assert not any(module._forward_hooks for module in model.modules())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
 def test_an_mhsa_layer_has_queries_and_keys_but_no_subspaces():
@@ -94,10 +87,8 @@ def test_coding_rate_equals_the_n_by_n_form(shape):
 def test_statistics_under_autocast():
     model, images = CRATE(**SMALL), torch.randn(2, 3, 32, 32)
     with torch.autocast("cpu", torch.bfloat16):
-        statistics = layer_statistics(model, images)
-    torch.testing.assert_close(
-        statistics["coding_rate"], layer_statistics(model, images)["coding_rate"], rtol=0.05, atol=0
-    )
+        low = layer_statistics(model, images)["coding_rate"]
+    torch.testing.assert_close(low, layer_statistics(model, images)["coding_rate"], rtol=0.05, atol=0)
 
 
 def test_coding_rate_errors():
