@@ -1,5 +1,7 @@
 """Exported models give the model's numbers at sizes that the export did not see; wrong ones are not written."""
 
+import contextlib
+import io
 import json
 import subprocess
 import sys
@@ -12,15 +14,14 @@ from timm import create_model
 
 from crate_fast import CRATE, CRATEMAE, cli, export
 from crate_fast.errors import UserError
-from crate_fast.eval.common.models import open_model
+from crate_fast.eval.common.models import LoadedModel, open_model
 from crate_fast.export import OUTPUTS, PortableCRATE, choose_outputs, export_model, resampling_matrix
-from crate_fast.exported import compare, eager_outputs, open_exported
+from crate_fast.exported import compare, open_exported
 from crate_fast.model import ALPHA_OPTIONS
 from crate_fast.train.data.shape_scenes import CLASSES
 from crate_fast.whitebox import trace
 
-SIZES = [(4, 16, 16), (1, 8, 8), (2, 44, 20)]
-IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+SIZES = [(4, 32, 32), (1, 16, 16), (2, 88, 40)]
 SMALL = ["--model-args", "depth=2", "dim=32", "heads=2", "img_size=32"]
 
 
@@ -36,31 +37,30 @@ def _largest_difference(model: CRATE, plain: PortableCRATE) -> float:
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory) -> tuple[CRATE, Path]:
-    """A model, and the folder of its files with every output, of the first and the last layer."""
+def exported(tiny_run, tmp_path_factory, pytestconfig) -> tuple[LoadedModel, Path, str]:
+    """A run's model, the folder of its files with every output of both layers, and what the command printed."""
     pytest.importorskip("onnxruntime")
-    torch.manual_seed(0)
-    model, folder = _model(threshold="soft", residual="paper", pool="mean"), tmp_path_factory.mktemp("exported")
-    model.set_input_size((20, 12))
-    options = {"outputs": OUTPUTS, "layers": [0, -1], "statistics": IMAGENET, "tolerance": 1e-5}
-    written = export_model(model, folder, facts={"model": "x"}, **options)
-    assert sorted(path.name for path in folder.iterdir()) == sorted(path.name for path in written)
-    assert model.image_size == (20, 12)
-    return model, folder
+    folder, out = tmp_path_factory.mktemp("exported"), io.StringIO()
+    capture = pytestconfig.pluginmanager.getplugin("capturemanager")  # loggers keep the stream that they began with
+    capture.read_global_capture()
+    words = ["--outputs", ",".join(OUTPUTS), "--layers", "all", "--input", "uint8", "--tolerance", "1e-5"]
+    with contextlib.redirect_stdout(out):
+        assert cli.main(["export", str(tiny_run), *words, "--output", str(folder)]) == 0
+    assert capture.read_global_capture().err == ""  # the exporter's own remarks are not the user's
+    return open_model(str(tiny_run)), folder, out.getvalue()
 
 
 @pytest.mark.parametrize("file", ["model.onnx", "model.pt2"])
+@torch.no_grad()
 def test_every_output_at_unseen_batches_and_sizes(exported, file):
-    model, folder = exported
-    run = open_exported(folder / file)
+    loaded, folder, _ = exported
+    model, run = loaded.model, open_exported(folder / file)
     for shape in SIZES:
-        images = torch.randn(shape[0], 3, *shape[1:])
-        found = run(images)
+        images = torch.randint(256, (shape[0], 3, *shape[1:]), dtype=torch.uint8)
+        found, pixels = run(images), loaded.normalize(images)
         model.set_input_size(shape[1:])
-        with torch.no_grad():
-            first, last = trace(model, images, [0, 1])
-            features = model.mlp_head[0](model.forward_features(images).mean(dim=1))
-            wanted = {"logits": model(images), "features": features}
+        first, last = trace(model, pixels)
+        wanted = {"logits": model(pixels), "features": model.mlp_head[0](model.forward_features(pixels)[:, 0])}
         wanted["attention"] = torch.stack([first.cls_attention(), last.cls_attention()], dim=1)
         wanted["subspace_tokens"] = torch.stack([first.subspace_tokens, last.subspace_tokens], dim=1)
         assert found.keys() == wanted.keys()
@@ -68,36 +68,40 @@ def test_every_output_at_unseen_batches_and_sizes(exported, file):
             torch.testing.assert_close(found[name], values, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
+@torch.no_grad()
 def test_a_program_is_read_without_crate_fast(exported, tmp_path):
-    model, folder = exported
-    images = torch.randn(2, 3, 24, 12)
+    loaded, folder, _ = exported
+    images = torch.randint(256, (2, 3, 48, 24), dtype=torch.uint8)
     torch.save(images, tmp_path / "images.pt")
     code = (
         "import sys; sys.modules['crate_fast'] = None\n"
         "import torch\n"
         "facts = {'crate_fast.json': ''}\n"
         "program = torch.export.load(sys.argv[1] + '/model.pt2', extra_files=facts)\n"
-        "assert '\"patch_size\": [4, 4]' in facts['crate_fast.json'], facts\n"
+        "assert '\"patch_size\": [8, 8]' in facts['crate_fast.json'], facts\n"
         "torch.save(program.module()(torch.load('images.pt', weights_only=True))['logits'].detach(), 'found.pt')"
     )
     subprocess.run([sys.executable, "-c", code, str(folder)], cwd=tmp_path, check=True)
-    model.set_input_size((24, 12))
+    loaded.model.set_input_size((48, 24))
     found = torch.load(tmp_path / "found.pt", weights_only=True)
-    torch.testing.assert_close(found, model(images).detach(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found, loaded.model(loaded.normalize(images)), rtol=1e-4, atol=1e-5)
 
 
-def test_files_say_what_they_are(exported):
+def test_files_say_what_they_are(exported, tiny_run):
     onnx = pytest.importorskip("onnx")
-    _, folder = exported
+    _, folder, printed = exported
+    assert "model.onnx  attention, images 1×3×32×32: largest difference" in printed
+    assert {path.name for path in folder.iterdir()} == {"model.json", "model.onnx", "model.pt2"}
     written = onnx.load(folder / "model.onnx")  # of these operators alone it needs no crate_fast
     assert {node.domain for node in written.graph.node} <= {"", "ai.onnx"}
     assert [(o.domain, o.version) for o in written.opset_import] == [("", 18)]
     metadata = {entry.key: entry.value for entry in written.metadata_props}
     facts = json.loads((folder / "model.json").read_text())
-    assert metadata["model"] == facts["model"] == "x"
-    assert json.loads(metadata["mean"]) == facts["mean"] == IMAGENET[0]
+    assert metadata["model"] == facts["model"] == str(tiny_run)
+    assert json.loads(metadata["mean"]) == facts["mean"] == facts["std"] == [0.5] * 3
     assert facts["layers"] == [0, 1]
-    assert {(d["output"], *d["images"][2:]) for d in facts["differences"]["model.onnx"]} >= {("attention", 32, 16)}
+    assert facts["classes"] == list(CLASSES)
+    assert {(d["output"], *d["images"][2:]) for d in facts["differences"]["model.onnx"]} >= {("attention", 56, 40)}
 
 
 @pytest.mark.parametrize(
@@ -166,18 +170,22 @@ def test_comparisons_find_a_wrong_model(mutant, monkeypatch):
 def test_a_wrong_model_is_not_written(monkeypatch, tmp_path):
     (tmp_path / "model.pt2").write_text("an earlier one")
     monkeypatch.setattr("crate_fast.export.PortableCRATE", _Wrong)
+    model = _model(depth=1)
+    model.set_input_size((20, 12))
     with pytest.raises(UserError, match=r"differs from the model's by .* Nothing was written"):
-        export_model(_model(depth=1), tmp_path, formats=["torch"])
+        export_model(model, tmp_path, formats=["torch"])
+    assert model.image_size == (20, 12)
     assert [path.name for path in tmp_path.iterdir()] == ["model.pt2"]
     assert (tmp_path / "model.pt2").read_text() == "an earlier one"
 
 
 def test_files_refuse_sizes_that_patches_do_not_fill(exported):
-    _, folder = exported
+    _, folder, _ = exported
+    images = torch.zeros(1, 3, 32, 36, dtype=torch.uint8)
     with pytest.raises(AssertionError, match="Guard failed"):
-        open_exported(folder / "model.pt2")(torch.randn(1, 3, 16, 18))
+        open_exported(folder / "model.pt2")(images)
     with pytest.raises(Exception, match="running Reshape"):  # onnxruntime's own kind
-        open_exported(folder / "model.onnx")(torch.randn(1, 3, 16, 18))
+        open_exported(folder / "model.onnx")(images)
 
 
 @pytest.mark.parametrize(
@@ -220,24 +228,6 @@ def test_a_missing_package_is_named_first(monkeypatch, tmp_path):
     with pytest.raises(UserError, match=r"the package onnxruntime: pip install -e \"\.\[export\]\""):
         export_model(_model(), tmp_path / "new", formats=["onnx"])
     assert not (tmp_path / "new").exists()
-
-
-def test_the_command_on_a_run(tiny_run, tmp_path, capfd):
-    pytest.importorskip("onnxruntime")
-    words = ["--format", "onnx", "--outputs", "logits,attention", "--layers", "all", "--input", "uint8"]
-    assert cli.main(["export", str(tiny_run), *words, "--output", str(tmp_path)]) == 0
-    printed = capfd.readouterr()
-    assert "model.onnx  attention, images 1×3×32×32: largest difference" in printed.out
-    assert printed.err == ""  # the exporter's own remarks are not the user's
-    facts = json.loads((tmp_path / "model.json").read_text())
-    assert facts["classes"] == list(CLASSES)
-    assert (facts["mean"], facts["std"]) == ([0.5] * 3, [0.5] * 3)
-    loaded = open_model(str(tiny_run), image_size=48)
-    images = torch.randint(256, (3, 3, 48, 48), dtype=torch.uint8)
-    wanted = eager_outputs(loaded.model, loaded.normalize(images), ["logits", "attention"], [0, 1])
-    found = open_exported(tmp_path / "model.onnx")(images)
-    for name, values in wanted.items():
-        torch.testing.assert_close(found[name], values, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -159,7 +159,8 @@ def test_a_users_own_export_takes_any_size_of_images():
 
 def test_a_users_own_onnx_export_has_a_dynamic_batch(tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
-    model = _model(depth=1, attention="mhsa")  # test_export has MSSA's
+    options = {"attention": "mhsa", "threshold": "soft", "residual": "paper", "pool": "mean"}
+    model = _model(depth=1, **options)  # test_export has the other form
     sizes = ({0: Dim("batch")},)
     torch.onnx.export(
         model, (_images(2),), tmp_path / "x.onnx", dynamo=True, dynamic_shapes=sizes, input_names=["x"], verbose=False
