@@ -111,6 +111,7 @@ without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a G
         ("attention_maps CRATE --data shape_scenes --levels 1,2", "--levels are of noise"),
         ("attention_maps CRATE --data shape_scenes --heads 2", "--heads 2: A has heads 0 to 1"),
         ("attention_maps CRATE --data folder:DATA --heads best", "needs object masks"),
+        ("attention_maps CRATE --data photographs --heads best", "needs object masks"),
         ("attention_maps CRATE --data shape_scenes --layer 2", "layers 0 to 1"),
         ("attention_maps NO_CLS --data shape_scenes", "no CLS token"),
         ("coarse_segmentation NO_CLS", "has no CLS token"),
