@@ -275,13 +275,15 @@ _SMALL = Protocol(
     maskcut_images=200,
     primary="AP, best head",
 )
-_SMOKE = {"dim": 16, "depth": 2, "heads": 2, "lrs": (1e-3, 2e-3), "seeds": (0, 1)}
+_SMOKE = {"dim": 16, "depth": 2, "heads": 2}  # scenes show the comparison of seeds, photographs the choice of a rate
 _SCENES = {
     "smoke": dataclasses.replace(
         _SMALL,
         **_SMOKE,
         stages=(Stage(32, 64, 2, 1.0, 1, 16), Stage(64, 32, 1, 0.5, 1, 16)),
         sweep_images=32,
+        lrs=(1e-3,),
+        seeds=(0, 1),
         cifar_epochs=1,
         selection_images=6,
         test_images=8,
@@ -324,6 +326,8 @@ _PHOTOGRAPHS = {
         **_SMOKE,
         stages=(Stage(32, 16, 2, 1.0, 2, 8),),
         sweep_images=16,
+        lrs=(1e-3, 2e-3),
+        seeds=(0,),
         selection_images=6,
         test_images=6,
         maskcut_images=2,
