@@ -14,23 +14,29 @@ def _config(*argv: str):
     return build_config(list(argv), "test", "shape_scenes")[0]
 
 
+TABLE_3 = {"optimizer": "adamw", "lr": 5e-5, "weight_decay": 0.01, "batch_size": 256, "image_size": 224}
+TABLE_3 |= {"auto_augment": "randaugment-n2-m14", "schedule": "cosine", "head": "new"}
+PUBLISHED = {
+    "in21k_paper": {"optimizer": "lion", "lr": 9.6e-5, "weight_decay": 0.05, "batch_size": 4096, "epochs": 90}
+    | {"crop": "center", "hflip": 0.5, "mean": "imagenet", "image_size": 224},
+    "in1k_released": {"optimizer": "lion", "lr": 2e-4, "weight_decay": 0.05, "batch_size": 512, "epochs": 200}
+    | {"warmup_epochs": 20, "schedule": "released", "label_smoothing": 0.1, "decay_all": True},
+    "probe_in1k": {"optimizer": "lars", "lr": 0.1, "lr_scaling": "linear", "weight_decay": 0.0, "epochs": 90}
+    | {"batch_size": 16384, "warmup_epochs": 10, "frozen": True, "label_smoothing": 0.0, "clip_grad": 0},
+    **{f"finetune_{data}": TABLE_3 for data in ("cifar10", "cifar100", "flowers102", "in1k", "pets")},
+}
+OURS = ["cifar10", "crate_alpha_in21k", "shape_scenes", "cifar10_mae", "crate_mae_in1k", "mae_in1k"]
+OURS += ["shape_scenes_mae", "crate_alpha_finetune_in1k"]
+
+
 def test_the_recipes():
-    pretraining = ["cifar10", "crate_alpha_in21k", "in1k_released", "in21k_paper", "shape_scenes"]
-    pretraining += ["cifar10_mae", "crate_mae_in1k", "mae_in1k", "shape_scenes_mae"]
-    tuning = [f"finetune_{name}" for name in ("cifar10", "cifar100", "flowers102", "in1k", "pets")]
-    tuning.append("crate_alpha_finetune_in1k")
-    assert recipe_names() == sorted([*pretraining, *tuning, "probe_in1k"])
+    assert recipe_names() == sorted([*PUBLISHED, *OURS])
 
 
-def test_the_papers_and_the_released_recipe_hold_their_published_numbers():
-    paper = _config("--recipe", "in21k_paper", "--data-dir", "x")
-    published = {"optimizer": "lion", "lr": 9.6e-5, "weight_decay": 0.05, "batch_size": 4096, "epochs": 90}
-    assert {name: getattr(paper, name) for name in published} == published
-    assert (paper.crop, paper.hflip, paper.mean, paper.image_size) == ("center", 0.5, "imagenet", 224)
-    released = _config("--recipe", "in1k_released", "--data-dir", "x")
-    published = {"optimizer": "lion", "lr": 2e-4, "weight_decay": 0.05, "batch_size": 512, "epochs": 200}
-    published |= {"warmup_epochs": 20, "schedule": "released", "label_smoothing": 0.1, "decay_all": True}
-    assert {name: getattr(released, name) for name in published} == published
+@pytest.mark.parametrize("recipe", PUBLISHED)
+def test_recipes_hold_their_published_numbers(recipe):
+    config = vars(_config("--recipe", recipe, "--data-dir", "x", "--init", "x"))
+    assert {name: config[name] for name in PUBLISHED[recipe]} == PUBLISHED[recipe]
 
 
 def test_the_command_line_wins_over_the_recipe_and_the_recipe_over_the_default(tmp_path):
@@ -85,8 +91,14 @@ def test_help_lists_and_explains_every_option(capsys):
         (["--threads", "100000"], "threads=100000: it must be at least 0, and at most 1024"),
         (["--device", "meta"], "device='meta' computes nothing here: choose auto, cpu"),
         (["--optimizer", "fusedadam", "--train-samples", "128"], "optimizer='fusedadam' cannot be used here"),
+        (["--optimizer", "adamv"], "optimizer='adamv': did you mean 'adam"),
+        (["--optimizer", "qqqq"], "optimizer='qqqq': timm has no such one"),
+        (["--optimizer", "madgrad"], "could not be resumed: choose another"),
+        (["--optimizer", "adahessian"], "second derivatives"),
         (["--model", "vit_tiny_patch16_224.nope"], "did you mean 'vit_tiny_patch16_224'?"),
+        (["--model", "resnet18"], "models without img_size cannot be trained here"),
         (["--model", "vit_tiny_patch16_224", "--heads", "7"], "cannot be built with {'img_size'"),
+        (["--train-samples", "96", "--dry-run"], "the training split has 96 images, fewer than batch_size=128"),
         (["--heads", "7"], "heads=7 does not divide dim=128: choose another number of heads"),
         (["--recipe", "RECIPE"], "is not valid YAML: while parsing"),
         (["--schedule", "linear"], "choose one of cosine, released"),
@@ -109,6 +121,7 @@ def test_command_line_errors(arguments, message, capsys, tmp_path):
     assert error.startswith("error: ")
     assert message in error
     assert error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

@@ -199,12 +199,6 @@ def test_a_dry_run_trains_two_steps_and_leaves_nothing(tmp_path, capsys, monkeyp
     assert "a checkpoint is" in text
 
 
-def test_a_dry_run_finds_what_would_stop_the_run(tmp_path, capsys):
-    assert pretrain.main([*TINY, "--batch-size", "97", "--output", str(tmp_path / "run"), "--dry-run"]) == 2
-    assert "fewer than batch_size=97" in capsys.readouterr().err
-    assert list(tmp_path.iterdir()) == []
-
-
 # --- images that cannot be read ---
 
 
