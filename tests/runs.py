@@ -40,9 +40,14 @@ ALONE = Processes(0, 0, 1, CPU)
 SIZES = {"image_size": 32, "patch_size": 8, "dim": 32, "depth": 2, "heads": 2, "batch_size": 8, "epochs": 1}
 
 
+def tiny_config(**settings) -> TrainConfig:
+    """Return the settings of a tiny run on shape_scenes."""
+    return TrainConfig(**(SIZES | settings))
+
+
 def trainer(processes: Processes = ALONE, **settings) -> Trainer:
     """A trainer of a tiny model for single steps, four an epoch, on `batches`: it reads and writes nothing."""
-    config = TrainConfig(**(SIZES | settings))
+    config = tiny_config(**settings)
     data = DataSplits(range(4 * config.batch_size), range(8), tuple("abcdefghijkl"), None)
     return Trainer(config, Path("unused"), data, processes, Interruption())
 
@@ -131,7 +136,7 @@ class Forked:
 
 
 _FORKED = multiprocessing.get_context("forkserver")
-_FORKED.set_forkserver_preload(["crate_fast.train.pretrain", "crate_fast.train.linear_probe"])
+_FORKED.set_forkserver_preload(["crate_fast.train.trainer", "torch.utils.tensorboard"])
 
 
 def _main(script: str, argv: list[str], environment: dict[str, str], log: str, before: str) -> None:
@@ -168,19 +173,17 @@ def start(*arguments: str, **how) -> Forked:
     return Forked([*TINY, *arguments], **how)
 
 
-def run(*arguments: str, status: int = 0, **how) -> str:
-    """Start a run, wait for its end, and return what it printed."""
-    process = start(*arguments, **how)
-    text, _ = process.communicate(timeout=300)
-    assert process.returncode == status, text
-    return text
-
-
-def printed(main: Callable[[list[str]], int], *arguments: str) -> str:
-    """Run a command in this process to its end, and return what it printed."""
-    with contextlib.redirect_stdout(io.StringIO()) as text:
-        assert main([*TINY, *arguments]) == 0
-    return text.getvalue()
+def run(*arguments: str, status: int = 0, script: str = "pretrain", **how) -> str:
+    """Do a tiny run to its end, in this process unless `how` asks for others, and return what it printed."""
+    if how.get("processes", 1) > 1 or "before" in how:
+        process = start(*arguments, script=script, **how)
+        text, _ = process.communicate()
+        assert process.returncode == status, text
+        return text
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        found = importlib.import_module(f"crate_fast.train.{script}").main([*TINY, *arguments])
+    assert found == status, printed.getvalue()
+    return printed.getvalue()
 
 
 def free_port() -> int:

@@ -5,16 +5,16 @@ import math
 
 import pytest
 import torch
-from runs import TINY, back_to, entries, losses, run, same, weights
+from runs import TINY, back_to, entries, losses, run, same, tiny_config, weights
 
 from crate_fast.train import distributed, pretrain
-from crate_fast.train.config import TrainConfig
 from crate_fast.train.distributed import Processes, check_settings, process_group, shard
 from crate_fast.train.runs import build_model
 
 pytestmark = pytest.mark.usefixtures("no_figures")
-WORDS = ("--ema-decay", "0.9", "--hflip", "0.5", "--batch-size", "24", "--epochs", "2", "--clip-grad", "0.5")
-LAST = 8
+WORDS = ("--ema-decay", "0.9", "--hflip", "0.5", "--batch-size", "24", "--epochs", "1", "--warmup-epochs", "0")
+WORDS += ("--clip-grad", "0.5", "--checkpoint-every", "2")
+LAST = 4
 ACCUMULATED = ("--accumulate", "3")
 
 
@@ -66,15 +66,15 @@ def pair(alone, tmp_path_factory):
 
 @pytest.mark.parametrize(("saved_by", "count", "loaded_by"), [("ddp", 3, "fsdp"), ("fsdp", 1, "ddp")])
 def test_saved_by_two_loaded_by_any_number(alone, pair, tmp_path, saved_by, count, loaded_by):
-    folder = back_to(pair(saved_by), 4, tmp_path / "run")
+    folder = back_to(pair(saved_by), 2, tmp_path / "run")
     text = run(*WORDS, "--output", str(folder), "--resume", "--parallel", loaded_by, processes=count)
-    assert "from step 4 on" in text
+    assert "from step 2 on" in text
     _agrees(folder, alone)
 
 
 def test_a_resumed_pair_is_bit_identical(pair, tmp_path):
     whole = pair("fsdp")
-    folder = back_to(whole, 4, tmp_path / "run")
+    folder = back_to(whole, 2, tmp_path / "run")
     run(*WORDS, "--output", str(folder), "--parallel", "fsdp", *ACCUMULATED, "--resume", processes=2)
     assert same(weights(whole, LAST), weights(folder, LAST))
     assert losses(whole) == losses(folder)
@@ -87,23 +87,23 @@ def test_fp16_and_a_step_that_is_not_finite_in_a_sharded_model(tmp_path):
         "from crate_fast.train.trainer import Trainer\n"
         "prepare = Trainer.prepare_images\n"
         "def poisoned(self, images, flips=None):\n"
-        "    bad = self.step == 4 and self.processes.rank == 1 and flips is not None\n"
+        "    bad = self.step == 2 and self.processes.rank == 1 and flips is not None\n"
         "    return prepare(self, images, flips) * (math.inf if bad else 1)\n"
         "Trainer.prepare_images = poisoned\n"
     )
     words = (*WORDS, "--parallel", "fsdp", "--precision", "fp16", "--output", str(tmp_path))
     run(*words, before=code, processes=2)
     assert json.loads((tmp_path / "summary.json").read_text())["skipped_steps"] == 1
-    assert 5 not in losses(tmp_path)
+    assert 3 not in losses(tmp_path)
     assert all(math.isfinite(loss) for loss in losses(tmp_path).values())
 
 
 def test_what_cannot_be_sharded_is_refused():
     pair = Processes(0, 0, 2, torch.device("cpu"), 2)
-    config = TrainConfig(dim=32, depth=1, heads=2, image_size=32, parallel="fsdp", clip_mode="agc", clip_grad=0.01)
+    config = tiny_config(parallel="fsdp", clip_mode="agc", clip_grad=0.01)
     with pytest.raises(ValueError, match="clip_mode='agc' needs whole weights"):
         check_settings(config, pair)
-    config = TrainConfig(dim=32, depth=1, heads=2, image_size=32, parallel="hsdp")
+    config = tiny_config(parallel="hsdp")
     with pytest.raises(ValueError, match="3 processes cannot be 2 on every host"):
         shard(build_model(config, 12), config, Processes(0, 0, 3, torch.device("cpu"), 2))
 

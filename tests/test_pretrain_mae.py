@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from runs import ALONE, TINY, back_to, entries, losses, printed, run, same, weights
+from runs import ALONE, TINY, back_to, entries, losses, run, same, tiny_config, weights
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from crate_fast import CRATE, CRATEMAE
@@ -15,7 +15,6 @@ from crate_fast.eval.common.images import batches, open_images
 from crate_fast.eval.common.models import open_model
 from crate_fast.mae import encoder_state_dict, sincos_positions
 from crate_fast.train import finetune, pretrain, pretrain_mae, trainer
-from crate_fast.train.config import TrainConfig
 from crate_fast.train.data import build_splits, eval_loader
 from crate_fast.train.faults import diagnosis
 from crate_fast.train.objective import Reconstruction, objective_for
@@ -28,7 +27,7 @@ OPTIONS = ("--ema-decay", "0.9", "--hflip", "0.5")
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("mae") / "run"
-    return folder, printed(pretrain_mae.main, *OPTIONS, "--output", str(folder))
+    return folder, run(*OPTIONS, "--output", str(folder), script="pretrain_mae")
 
 
 # --- a whole run ---
@@ -138,8 +137,7 @@ def test_a_loss_that_is_not_finite_is_explained(tmp_path):
 
 
 def _objective(**settings) -> Reconstruction:
-    sizes = {"image_size": 32, "patch_size": 8, "dim": 32, "depth": 1, "heads": 2, "batch_size": 8}
-    config = TrainConfig(model="crate_mae_tiny_patch16_224", val_samples=6, train_samples=8, **(sizes | settings))
+    config = tiny_config(model="crate_mae_tiny_patch16_224", depth=1, val_samples=6, train_samples=8, **settings)
     return objective_for(build_model(config, 0), config, ALONE)
 
 
