@@ -2,6 +2,7 @@
 versions that the table was made for, does not spill."""
 
 import json
+import multiprocessing
 import os
 from dataclasses import replace
 
@@ -57,9 +58,26 @@ def test_measured_tiles_take_precedence(tmp_path, monkeypatch):
     assert find("whole_head_forward", cpu, "half", 64) is None
 
 
+STANDS_IN = {"ista_backward_input": "output_map"}  # the same kernel, of which the second uses more
+
+
+def _is_shown_by_another(case: compile_report.Case) -> bool:
+    """Return True for a case whose code, registers and shared memory another tested case shows.
+
+    Hopper's heads of 197×48 have the masks of 197×64 and 240×48, and two registers more. Blackwell's of 256×64, which
+    compile for half a minute, have the code of 197×64 with more blocks, and fewer registers than Hopper's. ISTA's
+    gradient is the output map without its LayerNorm; its own mask is compiled on Hopper at 768.
+    """
+    size = case.size.split()[0]
+    return (case.architecture, size) in (("sm_90", "197×48"), ("sm_100", "256×64")) or (
+        (case.kernel, case.precision) == ("ista_backward_input", "half")
+        and (case.architecture, size) in (("sm_90", "384"), ("sm_100", "768"))
+    )
+
+
 def _tested_cases() -> list[compile_report.Case]:
     """The largest case of each tile, on Hopper of each width; without what is the same on a smaller chip."""
-    cases, largest = compile_report.cases(), {}
+    cases, largest = [case for case in compile_report.cases() if not _is_shown_by_another(case)], {}
     smaller = {replace(case, architecture="sm_80") for case in cases if case.architecture == "sm_86"}
     for case in cases:  # in ascending order, a kernel's plainest variant first
         hopper, (size, *words) = case.architecture == "sm_90" and case.precision == "half", case.size.split()
@@ -77,8 +95,9 @@ def test_every_row_compiles_and_fits(monkeypatch, capsys):
         {(case.architecture, case.kernel, case.precision, case.tile) for case in some}
         for some in (compile_report.cases(), cases)
     )
-    for architecture, *row in rows - tested:
-        assert row[0] in compile_report.ROWWISE or (architecture == "sm_80" and ("sm_86", *row) in tested)
+    for architecture, kernel, *row in rows - tested:
+        alike = ("sm_86", kernel, *row) if architecture == "sm_80" else (architecture, STANDS_IN.get(kernel), *row)
+        assert kernel in compile_report.ROWWISE or alike in tested
     monkeypatch.setattr(compile_report, "cases", lambda architectures: cases)
     status = compile_report.main(["--processes", "1"])
     printed = capsys.readouterr().out
@@ -109,9 +128,12 @@ def test_the_report_finds_what_is_wrong():
 def test_a_compiler_that_dies_is_reported(monkeypatch):
     wanted = compile_report.cases(("sm_90",))[:1]
     monkeypatch.setattr(compile_report, "compile_case", _die)
+    monkeypatch.setattr(
+        compile_report, "get_context", lambda _: multiprocessing.get_context("fork")
+    )  # imports nothing
     rows = compile_report.compile_all(wanted, processes=1)
     assert [row["error"] for row in rows] == ["the compiler killed its process"]
 
 
 def _die(case):
-    os.abort()
+    os._exit(1)
