@@ -1,5 +1,6 @@
 """Fixtures of all test files: one seed, the kernels' device, and GPU skips that can be forbidden."""
 
+import functools
 import gc
 import os
 import re
@@ -27,6 +28,30 @@ def pytest_configure(config):
         threads = max(1, (os.cpu_count() or 1) // together)
         torch.set_num_threads(threads)
         os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # of the processes that tests start
+
+
+def pytest_sessionstart():
+    """Spare Triton's interpreter what takes half of a small launch's time.
+
+    It patches triton.language at each launch and each call of a device function, computes whether integers overflow
+    and tells nobody, and builds a dictionary for each dtype that it looks up.
+    """
+    from triton.runtime import interpreter
+
+    patch, scope = functools.cache(interpreter._patch_lang), Namespace(restore=lambda: None)
+    np_dtype, np_dtypes = interpreter._get_np_dtype, {}
+
+    def patch_once(function):
+        patch(function)
+        return scope
+
+    def known_np_dtype(dtype):
+        if dtype.name not in np_dtypes:
+            np_dtypes[dtype.name] = np_dtype(dtype)
+        return np_dtypes[dtype.name]
+
+    interpreter._patch_lang, interpreter._get_np_dtype = patch_once, known_np_dtype
+    interpreter.interpreter_builder.options = interpreter.InterpreterOptions(sanitize_overflow=False)
 
 
 def pytest_collection_modifyitems(items):
