@@ -11,7 +11,6 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from interpreter_bfloat16 import interpreted_bfloat16
 from oracle import (
     agrees,
     all_within_twice_eager,
@@ -65,68 +64,45 @@ def _shape(batch: int, n_tokens: int, heads: int, head_dim: int) -> tuple[int, i
     return _size(batch, 1), n_tokens, _size(heads, 2 if n_tokens < 100 else 1), head_dim
 
 
-def _tokens(shape, device, factor=1.0):
-    return factor * torch.randn(shape, device=device) * token_scale(shape[1], shape[3])
+def _tokens(shape, device, factor: float = 1.0, offset: float = 0.0, seed: int = 0) -> torch.Tensor:
+    torch.manual_seed(seed)
+    return factor * torch.randn(shape, device=device) * token_scale(shape[1], shape[3]) + offset
 
 
 # --- attention ---------------------------------------------------------------------------------------------------
 
+LAYERS = [(2, 197, 6, 64), (2, 197, 12, 48)]
+ATTENTION = [  # [B, N, H, D], how W is drawn, precision
+    *itertools.product([*LAYERS, (2, 785, 6, 64), (1, 197, 3, 80), (1, 196, 2, 128)], [{}], [BF16]),
+    *itertools.product([(2, 65, 2, 32), (1, 1, 1, 64)], [{}], [BF16]),
+    *_also_on_a_gpu(*itertools.product(LAYERS, [{}], OTHERS)),
+    # whole heads: one to three blocks with and without a rest, and the first length that is too long
+    *((shape, {}, BF16) for shape in itertools.product([2], [65, 226, 256, 257], [6], [48, 64])),
+    *_also_on_a_gpu(
+        *((shape, {}, BF16) for shape in itertools.product([2], [64, 128, 180, 196, 209], [6], [48, 64]))
+    ),
+    # from uniform to saturated, and a common part of all tokens
+    *itertools.product([(2, 197, 3, 64)], [{"factor": 0.3}, {"factor": 1.5}, {"factor": 3.0}], [BF16]),
+    *_also_on_a_gpu(
+        *(((2, 197, 3, 64), {"factor": factor, "seed": seed}, BF16) for factor in (0.3, 1.5, 3.0) for seed in (1, 2))
+    ),
+    *itertools.product([(4, 197, 6, 64)], [{"offset": 1.0}, {"offset": 10.0}], [BF16]),
+    *_also_on_a_gpu(*itertools.product([(4, 197, 6, 64)], [{"offset": 1.0}, {"offset": 10.0}], ["float16"])),
+    # norms that spread across the switches
+    *(((2, 197, 3, 64), {"spread": spread}, BF16) for spread in (3.0, 17.0, 30.0, 100.0, 1e4)),
+    *(((2, 785, 3, 64), {"spread": spread}, BF16) for spread in (30.0, 1e4)),
+    *_also_on_a_gpu(*(((2, 785, 3, 64), {"spread": spread}, BF16) for spread in (3.0, 17.0, 100.0))),
+]
 
-@pytest.mark.parametrize(
-    ("shape", "precision"),
-    [
-        ((2, 197, 6, 64), BF16),
-        ((2, 197, 12, 48), BF16),
-        ((2, 785, 6, 64), BF16),
-        ((1, 197, 3, 80), BF16),
-        ((1, 196, 2, 128), BF16),
-        ((2, 65, 2, 32), BF16),
-        ((1, 1, 1, 64), BF16),
-        *_also_on_a_gpu(*itertools.product([(2, 197, 6, 64), (2, 197, 12, 48)], OTHERS)),
-    ],
-    ids=str,
-)
-def test_subspace_attention(shape, precision, device):
+
+@pytest.mark.parametrize(("shape", "drawn", "precision"), ATTENTION, ids=str)
+def test_subspace_attention(shape, drawn, precision, device):
     with _precision(precision) as dtype:
-        w = _tokens(_shape(*shape), device).to(dtype)
-        assert agrees(subspace_attention, subspace_attention_reference, [w], "O dW")
-
-
-@pytest.mark.parametrize("head_dim", [48, 64])
-@pytest.mark.parametrize("n_tokens", [65, 226, 256, 257, *_also_on_a_gpu((64,), (128,), (180,), (196,), (209,))])
-def test_whole_heads(n_tokens, head_dim, device):
-    """One to three blocks with and without a rest, and the first length that is too long."""
-    w = _tokens(_shape(2, n_tokens, 6, head_dim), device).bfloat16()
-    assert agrees(subspace_attention, subspace_attention_reference, [w], "O dW")
-
-
-@pytest.mark.parametrize(
-    ("spread", "n_tokens"),
-    [
-        *itertools.product([3.0, 17.0, 30.0, 100.0, 1e4], [197]),
-        *itertools.product([30.0, 1e4], [785]),
-        *_also_on_a_gpu(*itertools.product([3.0, 17.0, 100.0], [785])),
-    ],
-)
-def test_norms_that_spread_across_the_switches(spread, n_tokens, device):
-    w, grad = spread_tokens(_shape(2, n_tokens, 3, 64), spread, torch.bfloat16, device)
-    assert agrees(subspace_attention, subspace_attention_reference, [w], "O dW", grad)
-
-
-@pytest.mark.parametrize("seed", range(3 if ON_GPU else 1))
-@pytest.mark.parametrize("factor", [0.3, 1.5, 3.0])
-def test_from_uniform_to_saturated_attention(factor, seed, device):
-    torch.manual_seed(seed)
-    w = _tokens(_shape(2, 197, 3, 64), device, factor).bfloat16()
-    assert agrees(subspace_attention, subspace_attention_reference, [w], "O dW")
-
-
-@pytest.mark.parametrize(
-    ("offset", "precision"), [(1, BF16), (10, BF16), *_also_on_a_gpu((1, "float16"), (10, "float16"))]
-)
-def test_large_offsets(offset, precision, device):
-    w = (_tokens(_shape(4, 197, 6, 64), device) + offset).to(getattr(torch, precision))
-    assert agrees(subspace_attention, subspace_attention_reference, [w], "O dW")
+        if "spread" in drawn:
+            w, grad = spread_tokens(_shape(*shape), drawn["spread"], dtype, device)
+        else:
+            w, grad = _tokens(_shape(*shape), device, **drawn).to(dtype), None
+        assert agrees(subspace_attention, subspace_attention_reference, [w], "O dW", grad)
 
 
 # Right in exact arithmetic, wrong for saturated heads in bf16: a passage of whole_head.py, and what it says instead.
@@ -146,22 +122,21 @@ UNSTABLE_WHOLE_HEADS = {
 @pytest.mark.skipif(ON_GPU, reason="about the interpreter's rounding")
 @pytest.mark.parametrize("name", UNSTABLE_WHOLE_HEADS)
 def test_a_kernel_that_is_wrong_by_its_rounding_fails(name, device, tmp_path):
-    """And passes where bf16 values keep their fp32 digits: so it is the rounding that these tests see."""
-    torch.manual_seed(9)
-    w, grad = _tokens((1, 197, 3, 64), device, 2.5).bfloat16(), torch.randn(1, 197, 3, 64).bfloat16()
+    """And passes in fp32, within what bf16 is allowed: so it is the rounding that these tests see."""
+    w = _tokens((1, 197, 3, 64), device, 2.5, seed=9).bfloat16()
+    grad = torch.randn(w.shape).bfloat16()
     unstable = mutant(whole_head, UNSTABLE_WHOLE_HEADS[name], tmp_path)
     eager = gradients(subspace_attention_reference, [w], grad)
     truth = gradients(subspace_attention_reference, [w.double()], grad.double())
 
-    def is_right():
+    def is_right(w, grad):
         out, dw, lse = torch.empty_like(w), torch.empty_like(w), torch.empty(1, 3, 197, device=device)
         unstable.forward(w, out, lse, 0.125, Tile(64, 32, 4, 1))
         unstable.backward(grad, w, out, lse, dw, 0.125, Tile(64, 16, 4, 1))
         return all_within_twice_eager([out, dw], eager, truth, "O dW")
 
-    assert not is_right()
-    with interpreted_bfloat16(rounding=False):
-        assert is_right()
+    assert not is_right(w, grad)
+    assert is_right(w.float(), grad.float())
 
 
 # --- ISTA --------------------------------------------------------------------------------------------------------
