@@ -1,231 +1,29 @@
-"""The Triton kernels against the float64 reference: on a GPU, or on the CPU through Triton's interpreter.
+"""The kernels of ISTA, LayerNorm and the weights against the float64 reference: on a GPU, or on the CPU through
+Triton's interpreter. Attention's are test_attention.py's.
 
 Half precision by the rule of two times eager PyTorch. fp32 is multiplied as TF32 on a GPU and exactly here: there
 the interpreter shows the algebra. bfloat16 is test_bfloat16.py's; what the compiler makes of the kernels,
 test_compiler.py's.
 """
 
-import itertools
-
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import (
-    all_within_twice_eager,
-    clear_of_threshold,
-    gradients,
-    is_right,
-    mutant,
-    spread_tokens,
-    token_scale,
-    tokens_and_gradient,
-)
+from oracle import all_within_twice_eager, clear_of_threshold, gradients, is_right, mutant
 from torch import Tensor
 
 from crate_fast import kernels
 from crate_fast.functional import norm_ista
-from crate_fast.kernels import attention, folding, ista, layer_norm, product
-from crate_fast.kernels.launch import TABLE, Tile, lookup
-from crate_fast.reference import ista_reference, norm_ista_reference, subspace_attention_reference
+from crate_fast.kernels import folding, ista, layer_norm, product
+from crate_fast.kernels.launch import TABLE, Tile
+from crate_fast.reference import ista_reference, norm_ista_reference
 
 DTYPES = [torch.float32, torch.float16]
-SHAPES = [  # [B, N, H, D]
-    *itertools.product([(2, 1, 2, 8), (1, 15, 6, 32), (1, 16, 12, 48), (2, 17, 1, 80)], DTYPES),
-    *itertools.product([(1, 64, 1, 128), (1, 65, 2, 64), (2, 197, 1, 64)], DTYPES),
-    ((1, 196, 1, 48), torch.float16),
-    ((1, 785, 1, 64), torch.float16),
-]
-ATTENTION_TILES = sorted(
-    {(t.block_m, t.block_n) for (kernel, *_), t in TABLE.items() if kernel.startswith("attention")}
-)
 PRODUCT_TILES = sorted({(t.block_m, t.block_n, t.block_k) for t in TABLE.values() if t.block_k})
 
 
 def _double(tensors) -> list[Tensor]:
     return [tensor.double() for tensor in tensors]
-
-
-def _attention(
-    w: Tensor, grad: Tensor, module=attention, scale: float | None = None, tile: Tile | None = None
-) -> list:
-    """O and dW by blocks of rows."""
-    scale = w.shape[-1] ** -0.5 if scale is None else scale
-    size = (w.device, "tf32" if w.dtype == torch.float32 else "half", attention.block_d(w))
-    out, lse = module.forward(w, scale, tile or lookup("attention_forward", *size))
-    return [out, module.backward(grad, w, out, lse, scale, tile or lookup("attention_backward", *size))]
-
-
-def _attention_is_right(w: Tensor, grad: Tensor, scale: float | None = None, **options) -> bool:
-    def reference(tokens: Tensor) -> Tensor:
-        return subspace_attention_reference(tokens, scale)
-
-    actual = _attention(w, grad, scale=scale, **options)
-    eager = gradients(reference, [w], grad)
-    truth = gradients(reference, _double([w]), grad.double())
-    return is_right(actual, eager, truth, "O dW")
-
-
-# --- subspace attention ------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("shape", "dtype"), SHAPES, ids=str)
-def test_subspace_attention(shape, dtype, device, poisoned):
-    w, grad = tokens_and_gradient(shape, dtype, device)
-    assert _attention_is_right(w, grad)
-
-
-@pytest.mark.parametrize("blocks", ATTENTION_TILES, ids=str)
-@pytest.mark.parametrize("n_tokens", [16, 150])
-def test_every_tile_of_the_table(n_tokens, blocks, device, poisoned):
-    w, grad = tokens_and_gradient((1, n_tokens, 1, 32), torch.float32, device)
-    assert _attention_is_right(w, grad, tile=Tile(*blocks, num_warps=8, num_stages=1))
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_log_sum_exp(dtype, device, poisoned):
-    w, _ = tokens_and_gradient((1, 197, 2, 64), dtype, device)
-    _, lse = attention.forward(w, 0.125, Tile(128, 64, 8, 1))
-    heads = w.double().transpose(1, 2)
-    truth = (0.125 * heads @ heads.transpose(-1, -2)).logsumexp(-1) / torch.tensor(2.0).double().log()
-    assert lse.dtype == torch.float32
-    torch.testing.assert_close(lse.double(), truth, rtol=1e-5, atol=1e-5)
-
-
-def _strided_views(device) -> dict[str, Tensor]:
-    base = torch.randn(2, 65, 2, 32, device=device)
-    return {
-        "every other head": base[:, :, ::2],
-        "heads before tokens in memory": base.transpose(1, 2).contiguous().transpose(1, 2),
-        "batch last in memory": base.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2),
-        "every other channel": base[..., ::2],
-        "one image expanded": base[:1].expand(2, -1, -1, -1),
-        "not aligned": torch.randn(2 * 65 * 2 * 32 + 1, device=device)[1:].view(2, 65, 2, 32),
-        "one head expanded": base[:, :, :1].expand(-1, -1, 2, -1),
-    }
-
-
-@pytest.mark.parametrize("view", list(_strided_views(torch.device("cpu"))))
-def test_strided_and_expanded_tokens(view, device, poisoned):
-    w = _strided_views(device)[view]
-    assert _attention_is_right(w, torch.randn(w.shape, device=device))
-
-
-def test_strided_and_expanded_gradients(device, poisoned):
-    w, grad = tokens_and_gradient((2, 65, 2, 32), torch.float32, device)
-    assert _attention_is_right(w, torch.ones((), device=device).expand(w.shape))
-    assert _attention_is_right(w, grad.transpose(1, 2).contiguous().transpose(1, 2))
-    assert _attention_is_right(w, grad[:, :, :1].expand(w.shape))
-
-
-@pytest.mark.parametrize("offset", [1.0, 10.0])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_large_offsets(dtype, offset, device, poisoned):
-    w, grad = tokens_and_gradient((4, 65, 1, 64), dtype, device)
-    assert _attention_is_right(w + offset, grad)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_logits_that_overflow_half_precision(dtype, device, poisoned):
-    """|w|² of 6·10⁵. Logits of 8·10⁴ round to 0.01, so nearly equal ones are a matter of luck in fp32."""
-    w, grad = tokens_and_gradient((4, 65, 1, 64), dtype, device)
-    out, dw = _attention(w + 100, grad)
-    truth = subspace_attention_reference((w + 100).double())
-    assert (out - truth).abs().max() <= 0.05 + 100 * torch.finfo(dtype).eps
-    assert dw.isfinite().all()
-
-
-def test_saturated_rows(device, poisoned):
-    """Where every token attends to itself alone, dO·W − δ is zero, and has to come out so."""
-    w, grad = tokens_and_gradient((4, 65, 1, 32), torch.float32, device)
-    assert _attention_is_right(3 * w, grad)
-
-
-@pytest.mark.parametrize("scale", [0.0, 0.02, 1.0])
-def test_the_scale(scale, device, poisoned):
-    w, grad = tokens_and_gradient((1, 65, 2, 32), torch.float32, device)
-    w = w * token_scale(65, 32, max(scale, 0.02)) / token_scale(65, 32)
-    assert _attention_is_right(w, grad, scale)
-
-
-def test_a_nan_token_is_not_hidden(device):
-    w, grad = tokens_and_gradient((1, 65, 2, 32), torch.float32, device)
-    w[0, 3, 0, 0] = torch.nan
-    out, dw = _attention(w, grad)
-    assert out[0, :, 0].isnan().any(-1).all()
-    assert dw[0, :, 0].isnan().any(-1).all()
-    assert out[0, :, 1].isfinite().all()
-
-
-def test_an_image_too_large_to_address(device):
-    w = torch.empty(1, 1, 1, 1, device="meta").expand(1, 2**20, 64, 64)
-    with pytest.raises(ValueError, match="N·H·D must be under 2³¹"):
-        attention.forward(w, 0.125)
-
-
-ATTENTION_MUTANTS = {  # (what the kernel says, what the mutant says)
-    "the last key dropped": (
-        "weights = tl.where(inside[None, :], weights",
-        "weights = tl.where((tl.cumsum(inside.to(tl.int32), 0) < tl.sum(inside.to(tl.int32), 0))[None, :], weights",
-    ),
-    "a padding key counted": ("weights = tl.where(inside[None, :], weights, 0.0)", "weights = weights"),
-    "the scale 2 % off": ("logits * scale_log2 - shift[:", "logits * (scale_log2 * 1.02) - shift[:"),
-    "uniform weights": ("weights = tl.exp2(logits * scale_log2 - shift[:, None])", "weights = tl.exp2(logits * 0.0)"),
-    "the identity": ("out = (acc / row_sum[:, None]).to(", "out = w_rows.to("),
-    "no rescaling": ("acc = acc * rescale[:, None]", "acc = acc * 1.0"),
-    "no gradient through the values": ("tl.dot(weights_ji.to(", "tl.dot((weights_ji * 0.0).to("),
-    "no gradient through the queries": ("grad_logits = weights_ij * (", "grad_logits = 0.0 * weights_ij * ("),
-    "no gradient through the keys": ("grad_logits += weights_ji * (", "grad_logits += 0.0 * weights_ji * ("),
-    "the gradient's scale 2 % off": ("(scale * grad_ij", "(1.02 * scale * grad_ij"),
-    "the rows' normalisation for the columns": ("scale_log2 - lse_cols[None, :]", "scale_log2 - lse_rows[:, None]"),
-    "dO·W the wrong way round": (
-        'grad_ji = tl.dot(w_rows, tl.trans(grad_cols), input_precision="tf32")',
-        "grad_ji = grad_ij",
-    ),
-}
-
-
-SWITCH_MUTANTS = {  # (largest norm over smallest, what the kernel says, what the mutant says), in float16
-    "never a running maximum": (100.0, "row_sum <= LARGEST_SUM)", "row_sum > -1.0)"),
-    "always one exponential": (100.0, "spread <= LARGEST_SPREAD", "spread >= 0.0"),
-    "P_ij with the columns' factor": (
-        1.0,
-        "both * factor_rows[:, None]",
-        "both * tl.exp2(shift - lse_cols)[None, :]",
-    ),
-    "P_ji with the rows' factor": (1.0, "both * tl.exp2(shift - lse_cols)[None, :]", "both * factor_rows[:, None]"),
-    "δ of the columns forgotten": (1.0, "delta_cols = scale * tl.sum", "delta_cols = 0.0 * tl.sum"),
-    "δ of the rows forgotten": (1.0, "delta_rows = head.scale_log2", "delta_rows = 0.0"),
-}
-
-
-@pytest.mark.parametrize("spread", [1.0, 30.0, 100.0, 300.0])
-def test_norms_that_spread_across_the_switches(spread, device, poisoned):
-    """From rows whose own logit does for a maximum, and an exponential for two weights, to where neither does."""
-    w, grad = spread_tokens((1, 197, 1, 64), spread, torch.float16, device)
-    assert _attention_is_right(w, grad)
-
-
-def test_norms_a_factor_of_ten_thousand_apart(device, poisoned):
-    """Eager float16 overflows here, so its error is no measure: float64 rounded to float16 is."""
-    w, grad = spread_tokens((1, 197, 1, 64), 1e4, torch.float32, device)
-    assert _attention_is_right(w, grad)
-    out, dw = _attention(w.half(), grad.half())
-    truth = subspace_attention_reference(w.half().double())
-    assert (out.double() - truth).norm() <= 1e-3 * truth.norm()
-    assert dw.isfinite().all()
-
-
-@pytest.mark.parametrize("name", SWITCH_MUTANTS)
-def test_switch_mutants_fail(name, device, tmp_path):
-    spread, *mutation = SWITCH_MUTANTS[name]
-    w, grad = spread_tokens((1, 197, 1, 32), spread, torch.float16, device)
-    assert not _attention_is_right(w, grad, module=mutant(attention, mutation, tmp_path))
-
-
-@pytest.mark.parametrize("name", ATTENTION_MUTANTS)
-def test_attention_mutants_fail(name, device, tmp_path):
-    w, grad = tokens_and_gradient((1, 130, 1, 32), torch.float32, device)
-    assert not _attention_is_right(w, grad, module=mutant(attention, ATTENTION_MUTANTS[name], tmp_path))
 
 
 # --- ISTA --------------------------------------------------------------------------------------------------------
