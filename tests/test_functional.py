@@ -1,5 +1,6 @@
 """The reference against the equations in index notation, the public operators against the reference, bad input."""
 
+import itertools
 import math
 import os
 import sys
@@ -109,16 +110,17 @@ def test_coding_rate_of_orthonormal_and_of_equal_tokens_is_known():
 
 # --- attention ---
 
-SHAPES = [
-    (2, 1, 1, 32),
-    (2, 15, 6, 64),
-    (1, 16, 12, 48),
-    (2, 17, 1, 80),
-    (1, 65, 6, 128),
-    (2, 197, 3, 64),
-    (3, 197, 6, 64),
+FLOAT32 = torch.float32
+CASES = [  # [B, N, H, D], dtype, scale
+    *((shape, FLOAT32, None) for shape in ((2, 1, 1, 32), (2, 15, 6, 64), (1, 16, 12, 48), (2, 17, 1, 80))),
+    *((shape, FLOAT32, None) for shape in ((1, 65, 6, 128), (2, 197, 3, 64), (3, 197, 6, 64))),
+    *(
+        (shape, FLOAT32, None) for shape in ((1, 256, 2, 48), (1, 785, 2, 64), (1, 1500, 1, 32))
+    ),  # by rows; two blocks
+    *((shape, FLOAT32, 0.3) for shape in ((2, 64, 2, 32), (1, 600, 2, 32))),
+    *(((2, 65, 3, 64), dtype, None) for dtype in (torch.float16, torch.bfloat16)),
+    *(((3, 197, 3, 48), dtype, None) for dtype in (torch.float16, torch.bfloat16)),  # a group and a remainder
 ]
-LONG_SHAPES = [(1, 256, 2, 48), (1, 785, 2, 64), (1, 1500, 1, 32)]  # the row-blocked path; the last in two blocks
 
 
 @pytest.fixture(params=["0", "1", ""], ids=["MKL", "oneDNN", "each for what it is faster in"])
@@ -134,23 +136,16 @@ def either_library(request, monkeypatch):
 with_either_library = pytest.mark.usefixtures("either_library")
 
 
-def _check_attention(candidate, shape, dtype=torch.float32, scale=None) -> bool:
+def _check_attention(candidate, shape, dtype=FLOAT32, scale=None) -> bool:
     """Return True if `candidate` and its gradient are as close to float64 as eager PyTorch in the same dtype."""
     w, grad = tokens_and_gradient(shape, dtype, "cpu")
     return agrees(candidate, lambda t: subspace_attention_reference(t, scale), [w], "O dW", grad)
 
 
 @with_either_library
-@pytest.mark.parametrize("shape", SHAPES + LONG_SHAPES, ids=str)
-def test_subspace_attention_matches_the_reference(shape):
-    assert _check_attention(subspace_attention, shape)
-
-
-@with_either_library
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shape", [(2, 65, 3, 64), (3, 197, 3, 48)], ids=str)  # the second: a group and a remainder
-def test_subspace_attention_in_half_precision(dtype, shape):
-    assert _check_attention(subspace_attention, shape, dtype)
+@pytest.mark.parametrize(("shape", "dtype", "scale"), CASES, ids=str)
+def test_subspace_attention_matches_the_reference(shape, dtype, scale):
+    assert _check_attention(partial(subspace_attention, scale=scale), shape, dtype, scale)
 
 
 def _explicit(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -180,12 +175,6 @@ def test_no_result_is_left_unwritten(shape, monkeypatch):
 
 def _size(size: tuple) -> tuple:
     return size[0] if len(size) == 1 and not isinstance(size[0], int) else size
-
-
-@with_either_library
-@pytest.mark.parametrize("shape", [(2, 64, 2, 32), (1, 600, 2, 32)], ids=str)
-def test_subspace_attention_takes_a_scale(shape):
-    assert _check_attention(lambda w: subspace_attention(w, 0.3), shape, scale=0.3)
 
 
 @with_either_library
@@ -249,15 +238,16 @@ def _check_ista(candidate, leading, width, dtype=torch.float32, threshold="relu"
 
 @with_either_library
 @pytest.mark.parametrize("threshold", ["relu", "soft"])
-@pytest.mark.parametrize(("leading", "width"), [((2, 197), 96), ((64,), 64), ((3, 5), 48), ((), 16)], ids=str)
-def test_ista_matches_the_reference(leading, width, threshold):
-    assert _check_ista(ista, leading, width, threshold=threshold)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("leading", [(2, 65), (7,)], ids=str)
-def test_ista_in_other_dtypes(dtype, leading):
-    assert _check_ista(ista, leading, 32, dtype)
+@pytest.mark.parametrize(
+    ("leading", "width", "dtype"),
+    [
+        *(((2, 197), 96, FLOAT32), ((64,), 64, FLOAT32), ((3, 5), 48, FLOAT32), ((), 16, FLOAT32)),
+        *itertools.product([(2, 65), (7,)], [32], [torch.bfloat16, torch.float64]),
+    ],
+    ids=str,
+)
+def test_ista_matches_the_reference(leading, width, dtype, threshold):
+    assert _check_ista(ista, leading, width, dtype, threshold)
 
 
 ISTA_MUTANTS = {
@@ -363,13 +353,6 @@ def test_ista_of_many_tokens_is_as_exact_as_three_products(threshold):
     assert judged.right, judged
 
 
-@with_either_library
-def test_cpu_linear_takes_a_bias_of_any_strides():
-    x, weight = torch.randn(3, 5), torch.randn(4, 5)
-    for bias in (torch.randn(8)[::2], torch.randn(1).expand(4)):
-        torch.testing.assert_close(linear(x, weight, bias), F.linear(x, weight, bias))
-
-
 def test_defaults_of_dtype_and_device_do_not_leak_in():
     x, dictionary, w = torch.randn(40, 8), torch.randn(8, 8), torch.randn(1, 300, 1, 8)
     expected = ista(x, dictionary), subspace_attention(w)
@@ -383,94 +366,57 @@ def test_defaults_of_dtype_and_device_do_not_leak_in():
 
 
 @with_either_library
-def test_linear_keeps_leading_dimensions_and_takes_empty_batches():
-    layer = torch.nn.Linear(5, 4)
+def test_linear_takes_any_leading_dimensions_and_a_bias_of_any_strides():
+    weight = torch.randn(4, 5)
     for shape in ((5,), (3, 5), (2, 3, 5), (0, 5), (2, 0, 5)):
-        x = torch.randn(shape)
-        torch.testing.assert_close(linear(x, layer.weight, layer.bias), layer(x))
+        for bias in (torch.randn(4), torch.randn(8)[::2], torch.randn(1).expand(4)):
+            x = torch.randn(shape)
+            torch.testing.assert_close(linear(x, weight, bias), F.linear(x, weight, bias))
 
 
 INTEL, AMD = "GenuineIntel", "AuthenticAMD"
-VENDORS = [(INTEL, "AVX512", True, None, False), (AMD, "AVX512", True, None, True), ("", "DEFAULT", True, None, True)]
-VENDORS += [(vendor, "AVX512", True, choice, choice == "1") for vendor in (INTEL, AMD) for choice in "01"]
-VENDORS += [(AMD, "AVX2", True, None, False), (AMD, "AVX2", True, "1", True)]
-VENDORS += [(vendor, "AVX2", False, None, True) for vendor in (INTEL, AMD)]
+PROCESSORS = [  # (vendor, family, instructions, MKL is there, the variable), (oneDNN, it alone, MKL is slow)
+    ((INTEL, 6, "AVX512", True, None), (False, False, False)),
+    ((AMD, 25, "AVX2", True, None), (False, False, False)),
+    ((AMD, 25, "AVX512", True, None), (True, False, False)),  # Zen 4
+    ((AMD, 26, "AVX512", True, None), (True, True, True)),  # Zen 5
+    ((AMD, 0, "AVX512", True, None), (True, True, True)),
+    (("", 0, "DEFAULT", True, None), (True, True, True)),
+    *(((vendor, 6, "AVX2", False, None), (True, True, True)) for vendor in (INTEL, AMD)),
+    *(((vendor, 6, "AVX512", True, "0"), (False, False, False)) for vendor in (INTEL, AMD)),
+    *(((vendor, 6, "AVX512", True, "1"), (True, True, False)) for vendor in (INTEL, AMD)),
+    ((AMD, 25, "AVX2", True, "1"), (True, True, False)),
+    ((AMD, 26, "AVX512", True, "0"), (False, False, True)),
+]
 
 
-@pytest.mark.parametrize(("vendor", "capability", "mkl", "choice", "expected"), VENDORS)
-def test_the_processor_chooses_the_library_unless_the_variable_does(
-    vendor, capability, mkl, choice, expected, monkeypatch
-):
+@pytest.mark.parametrize(("machine", "expected"), PROCESSORS)
+def test_the_processor_chooses_the_library_unless_the_variable_does(machine, expected, monkeypatch):
+    vendor, family, capability, mkl, choice = machine
     monkeypatch.setattr(cpu_ops, "processor_vendor", lambda: vendor)
+    monkeypatch.setattr(cpu_ops, "processor_family", lambda: family)
+    monkeypatch.setattr(cpu_ops, "mkl_is_slow", cpu_ops.mkl_is_slow.__wrapped__)  # without its cache
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: mkl)
     monkeypatch.delenv("CRATE_FAST_ONEDNN", raising=False)
     if choice is not None:
         monkeypatch.setenv("CRATE_FAST_ONEDNN", choice)
-    assert cpu_ops.uses_onednn() is expected
+    assert (cpu_ops.uses_onednn(), cpu_ops.uses_onednn_alone(), cpu_ops.mkl_is_slow()) == expected
 
 
-@pytest.mark.parametrize(
-    ("choice", "slow", "alone"), [(None, True, True), (None, False, False), ("1", False, True), ("0", True, False)]
-)
-def test_where_mkl_is_slow_onednn_does_everything(choice, slow, alone, monkeypatch):
-    monkeypatch.setattr(cpu_ops, "onednn_suits_processor", lambda: True)
-    monkeypatch.setattr(cpu_ops, "mkl_is_slow", lambda: slow)
-    monkeypatch.delenv("CRATE_FAST_ONEDNN", raising=False)
-    if choice is not None:
-        monkeypatch.setenv("CRATE_FAST_ONEDNN", choice)
-    assert cpu_ops.uses_onednn_alone() is alone
-
-
-@pytest.mark.parametrize(
-    ("vendor", "family", "slow"),
-    [
-        ("AuthenticAMD", 25, False),
-        ("AuthenticAMD", 26, True),
-        ("AuthenticAMD", 0, True),
-        ("GenuineIntel", 6, False),
-        ("", 0, True),
-    ],
-)
-def test_mkl_is_slow_from_zen_5_on(vendor, family, slow, monkeypatch):
-    monkeypatch.setattr(cpu_ops, "processor_vendor", lambda: vendor)
-    monkeypatch.setattr(cpu_ops, "processor_family", lambda: family)
-    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
-    assert cpu_ops.mkl_is_slow.__wrapped__() is slow
-    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
-    assert cpu_ops.mkl_is_slow.__wrapped__()
-
-
-def test_the_family_of_a_processor(monkeypatch):
-    monkeypatch.setattr(cpu_ops, "_cpuinfo", {"cpu family": "25"}.get)
-    assert cpu_ops.processor_family() == 25
-    monkeypatch.setattr(cpu_ops, "_cpuinfo", lambda field: "")
+def test_what_the_system_states_of_a_processor(monkeypatch):
+    stated = {"model name": "AMD EPYC", "cpu family": "25", "model": "1", "flags": "fpu avx2 avx512f"}
+    monkeypatch.setattr(cpu_ops, "_cpuinfo", lambda field: stated.get(field, ""))
+    assert (cpu_ops.processor_family(), cpu_ops.processor_name()) == (25, "AMD EPYC (family 25, model 1)")
+    assert not cpu_ops.multiplies_bf16()
+    for field, flags in (("flags", "fpu avx512_bf16"), ("flags", "amx_bf16 amx_int8"), ("Features", "asimd bf16")):
+        stated = {field: flags}
+        assert cpu_ops.multiplies_bf16()
+    stated = {}  # an ARM's file has none of these, Windows has no file
+    assert cpu_ops.multiplies_bf16()  # nothing is known against it
+    assert cpu_ops.processor_name() == (cpu_ops.platform.processor() or cpu_ops.platform.machine())
     monkeypatch.setattr(cpu_ops.platform, "processor", lambda: "AMD64 Family 26 Model 68 Stepping 0, AuthenticAMD")
     assert cpu_ops.processor_family() == 26
-
-
-@pytest.mark.parametrize(
-    ("field", "listed", "able"),
-    [
-        ("flags", "fpu avx512f avx512_bf16", True),
-        ("flags", "fpu amx_bf16 amx_int8", True),
-        ("Features", "asimd bf16", True),
-        ("flags", "fpu avx2 avx512f", False),
-    ],
-)
-def test_processors_that_multiply_bf16(field, listed, able, monkeypatch):
-    monkeypatch.setattr(cpu_ops, "_cpuinfo", lambda asked: listed if asked == field else "")
-    assert cpu_ops.multiplies_bf16() is able
-    monkeypatch.setattr(cpu_ops, "_cpuinfo", lambda field: "")
-    assert cpu_ops.multiplies_bf16()  # nothing is known against it
-
-
-def test_the_name_of_a_processor_tells_families_apart(monkeypatch):
-    stated = {"model name": "AMD EPYC", "cpu family": "25", "model": "1"}
-    monkeypatch.setattr(cpu_ops, "_cpuinfo", stated.__getitem__)
-    assert cpu_ops.processor_name() == "AMD EPYC (family 25, model 1)"
-    monkeypatch.setattr(cpu_ops, "_cpuinfo", lambda field: "")  # an ARM's file has none of these
-    assert cpu_ops.processor_name() == (cpu_ops.platform.processor() or cpu_ops.platform.machine())
 
 
 def test_a_misspelt_choice_of_library_is_named(monkeypatch):
