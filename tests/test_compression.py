@@ -145,7 +145,9 @@ def _ours(*inputs, heads=3, residual="released") -> Tensor:
 
 
 @pytest.mark.parametrize("residual", ["released", "paper"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(  # of the fused map in fp32 there is no tile
+    ("dtype", "fused_map"), [(torch.float32, "1"), (torch.float16, "0"), (torch.float16, "1")], indirect=["fused_map"]
+)
 @pytest.mark.parametrize("shape", [(2, 17), (1, 1), (3, 65)], ids=str)
 def test_the_function_is_the_reference(shape, dtype, residual, fused_map, device, poisoned):
     functions = (partial(function, residual=residual) for function in (_ours, _reference))
@@ -295,21 +297,29 @@ def test_clear_errors(device):
                 compress(*inputs, 3, backend=backend)
 
 
-def test_a_layer_runs_as_one_until_somebody_hooks(device, monkeypatch):
+def test_a_layers_halves_run_as_one_until_somebody_hooks(device, monkeypatch):
     model = CRATE(**MODEL, backend="triton").to(device)
     images = torch.randn(2, 3, 16, 16, device=device)
-    calls = _count(monkeypatch, "compress")
+    calls = {half: _count(monkeypatch, half) for half in ("compress", "norm_ista")}
     expected = model(images)
-    assert len(calls) == MODEL["depth"]
-    attention, _ = model.transformer.layers[0]
-    for module in (attention, attention.norm, attention.fn, attention.fn.qkv, *attention.fn.to_out):
-        calls.clear()
+    assert {half: len(found) for half, found in calls.items()} == dict.fromkeys(calls, MODEL["depth"])
+    attention, sparsifier = model.transformer.layers[0]
+    hooked = [("compress", module) for module in (attention, attention.norm, attention.fn, attention.fn.qkv)]
+    hooked += [("compress", module) for module in attention.fn.to_out]
+    hooked += [("norm_ista", sparsifier.norm), ("norm_ista", sparsifier.fn)]
+    hooks = [(*one, "forward_hook") for one in hooked]
+    hooks += [("norm_ista", sparsifier.fn, "forward_pre_hook"), ("norm_ista", sparsifier.fn, "full_backward_hook")]
+    for half, module, kind in hooks:
+        calls[half].clear()
         fired = []
-        handle = module.register_forward_hook(lambda *_, fired=fired: fired.append(1))
-        torch.testing.assert_close(model(images), expected, rtol=1e-5, atol=1e-5)
+        handle = getattr(module, f"register_{kind}")(lambda *_, fired=fired: fired.append(1))
+        out = model(images)
+        if kind == "full_backward_hook":
+            out.sum().backward()
         handle.remove()
         assert fired == [1]
-        assert len(calls) == MODEL["depth"] - 1
+        assert len(calls[half]) == MODEL["depth"] - 1
+        torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
