@@ -1,11 +1,13 @@
 """Tiny runs as a user starts them, here or in further processes, and single steps: for the tests of training."""
 
 import contextlib
+import faulthandler
 import importlib
 import io
 import json
 import multiprocessing
 import os
+import runpy
 import shutil
 import signal
 import socket
@@ -13,8 +15,10 @@ import subprocess
 import sys
 import tempfile
 import time
+import unittest.mock
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from safetensors.torch import load_file
@@ -142,14 +146,18 @@ _FORKED.set_forkserver_preload(["crate_fast.train.trainer", "torch.utils.tensorb
 def _main(script: str, argv: list[str], environment: dict[str, str], log: str, before: str) -> None:
     os.environ.update(environment)
     os.chdir(ROOT)
-    stream = os.open(log, os.O_WRONLY | os.O_APPEND)
-    os.dup2(stream, 1)
-    os.dup2(stream, 2)
+    _write_to(log)
     multiprocessing.set_start_method("fork", force=True)  # of loading processes, as for a user
     without_figures()
     exec(before, {})
     main = importlib.import_module(f"crate_fast.train.{script}").main
     sys.exit(_under_agent(main, argv) if "AGENT" in os.environ else main(argv))
+
+
+def _write_to(log: str) -> None:
+    stream = os.open(log, os.O_WRONLY | os.O_APPEND)
+    os.dup2(stream, 1)
+    os.dup2(stream, 2)
 
 
 def _under_agent(main: Callable[[list[str]], int], argv: list[str]) -> None:
@@ -166,6 +174,58 @@ def _under_agent(main: Callable[[list[str]], int], argv: list[str]) -> None:
         os._exit(status)  # a process that returns waits for the agent, which a signal has ended
 
     elastic_launch(config, until_its_end)(argv)
+
+
+class ForkedPython:
+    """`subprocess.Popen` of a Python command as `isolation.Process` uses it, forked as a `Forked` is."""
+
+    def __init__(self, command: list[str], cwd: Path, stdout: io.TextIOBase, env: dict[str, str], **_):
+        self.process = _FORKED.Process(target=_run_python, args=(command[1:], cwd, stdout.name, env))
+        self.process.start()
+        self.pid = self.process.pid
+
+    def poll(self) -> int | None:
+        return self.process.exitcode
+
+    def wait(self, seconds: float) -> None:
+        self.process.kill()  # where it did not yet lead the group that has been killed
+        self.process.join(seconds)
+        if self.process.exitcode is None:
+            raise subprocess.TimeoutExpired("python", seconds)
+
+
+def _run_python(words: list[str], folder: Path, log: str, environment: dict[str, str]) -> None:
+    os.setsid()
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
+    _write_to(log)
+    torch.set_num_threads(int(environment.get("OMP_NUM_THREADS", 1)))
+    if words[:2] == ["-X", "faulthandler"]:
+        faulthandler.enable()
+        words = words[2:]
+    if words[0] == "-m":
+        sys.argv = words[1:]
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = words
+        sys.path.insert(0, str(Path(words[0]).parent))
+        runpy.run_path(words[0], run_name="__main__")
+
+
+@contextlib.contextmanager
+def forked_python(module, fresh: str):
+    """Inside, isolation.py (imported as `module`) forks Python commands, but for those with the word `fresh`."""
+
+    def start(command: list[str], **options) -> ForkedPython | subprocess.Popen:
+        return (subprocess.Popen if fresh in command else ForkedPython)(command, **options)
+
+    first = _FORKED.Process(target=int)  # waits for the imports, so that no command's time limit does
+    first.start()
+    first.join()
+    names = {name: getattr(subprocess, name) for name in ("DEVNULL", "STDOUT", "TimeoutExpired")}
+    with unittest.mock.patch.object(module, "subprocess", SimpleNamespace(Popen=start, **names)):
+        yield
 
 
 def start(*arguments: str, **how) -> Forked:

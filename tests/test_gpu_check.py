@@ -1,27 +1,31 @@
 """The GPU check: ends of processes, shares of the time, the cost of faults, the archive; and a rehearsal of all of it
 on a CPU, with a probe that crashes, one that hangs and one that is wrong."""
 
+import io
 import json
 import lzma
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
 import tarfile
 import time
 import zipfile
 from argparse import Namespace
-from contextlib import nullcontext
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 
 import gpu_check
 import gpu_report
 import gpu_worker
+import isolation
 import pytest
 import update_readme
 from gpu_check import TRIAL, Check, Stage
 from isolation import Job, Process
+from runs import forked_python
 
 from crate_fast import probes
 
@@ -420,12 +424,24 @@ def test_second_takes_the_tiles_that_first_has_found(tmp_path):
 
 @pytest.fixture(scope="module")
 def rehearsal(tmp_path_factory):
-    """The output of the whole program on a CPU, and the folder of what it brings back."""
+    """What the whole program prints on a CPU, and the folder of what it brings back."""
     folder = tmp_path_factory.mktemp("rehearsal")
-    command = ["bash", str(BENCHMARKS / "gpu_check.sh"), "all", "--rehearse", "--work", str(folder / "work")]
-    environment = {**os.environ, "PYTHON": sys.executable, "OUT": str(folder / "out"), "COMMIT": "abc123"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=700, check=True)
-    return done.stdout, folder / "out"
+    signals = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM)}
+    words = ["all", "--rehearse", "--work", str(folder / "work"), "--output", str(folder / "out")]
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as text:
+        patch.setenv("COMMIT", "abc123")
+        with forked_python(isolation, fresh="environment"):
+            assert gpu_check.main(words) == 0
+    for number, handler in signals.items():
+        signal.signal(number, handler)
+    return text.getvalue(), folder / "out"
+
+
+def test_the_script_starts_the_program():
+    environment = {**os.environ, "PYTHON": sys.executable}
+    command = ["bash", str(BENCHMARKS / "gpu_check.sh"), "--help"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert "--rehearse" in done.stdout
 
 
 def test_the_rehearsal_runs_every_stage_and_faults_cost_their_own_rows(rehearsal):
