@@ -20,61 +20,22 @@ from crate_fast.kernels.launch import TABLE, Tile, architecture
 from crate_fast.reference import compress_reference, subspace_attention_reference
 
 EPS = 1e-5
-SMALL = Tile(32, 128, 4, 1, 32, persistent=True)
-SIZES = [(1, 32, 32), (15, 48, 64), (197, 96, 80), (64, 33, 70)]  # (M, C, J)
-DTYPES = [torch.float32, torch.float16]
+
+# --- the output map -----------------------------------------------------------------------------------------------
 
 
-def _problem(size, dtype, device) -> dict[str, Tensor]:
-    rows, width, inner = size
-    drawn = {
-        "x": torch.randn(rows, width) * 2 + 1,
-        "gamma": 1 + 0.3 * torch.randn(width),
-        "beta": 0.3 * torch.randn(width),
-        "tokens": torch.randn(rows, inner),
-        "output": torch.randn(width, inner) / inner**0.5,
-        "bias": torch.randn(width),
-        "grad": torch.randn(rows, width),
-    }
-    return {name: tensor.to(dtype).to(device) for name, tensor in drawn.items()}
-
-
-def _eager(p: dict[str, Tensor]) -> Tensor:
-    return p["x"] + F.linear(p["tokens"], p["output"], p["bias"])
-
-
-def _output_map_is_right(p: dict[str, Tensor], module=product) -> bool:
-    h = module.product(p["tokens"], p["output"], p["x"], SMALL, bias=p["bias"])
-    truth = _eager({name: tensor.double() for name, tensor in p.items()})
-    return all_within_twice_eager([h], [_eager(p)], [truth], "h")
-
-
-# --- the kernels --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("size", SIZES, ids=str)
-def test_output_map(size, dtype, device, poisoned):
-    assert _output_map_is_right(_problem(size, dtype, device))
+def _output_map_error(device, module=product) -> float:
+    """Return the relative error of x + tokens·outputᵀ + b as under autocast: fp16 operands, the rest in fp32."""
+    tokens, output = torch.randn(197, 80, device=device).half(), torch.randn(96, 80, device=device).half()
+    x, bias = torch.randn(197, 96, device=device), torch.randn(96, device=device)
+    h = module.product(tokens, output, x, Tile(32, 128, 4, 1, 32, persistent=True), bias=bias)
+    assert h.dtype == torch.float32
+    truth = x + F.linear(*(tensor.double() for tensor in (tokens, output, bias)))
+    return ((h - truth).norm() / truth.norm()).item()
 
 
 def test_output_map_of_half_precision_tokens(device, poisoned):
-    """As under autocast: what is multiplied is fp16, the residual, the bias and h stay fp32."""
-    p = _problem((197, 96, 80), torch.float32, device)
-    p |= {name: p[name].half() for name in ("tokens", "output")}
-    h = product.product(p["tokens"], p["output"], p["x"], SMALL, bias=p["bias"])
-    truth = _eager({name: tensor.double() for name, tensor in p.items()})
-    assert h.dtype == torch.float32
-    assert (h - truth).norm() <= 1e-6 * truth.norm()
-
-
-def test_output_map_strided_rerun_and_empty(device, poisoned):
-    p = _problem((64, 96, 48), torch.float32, device)
-    strided = {name: t.t().contiguous().t() if t.dim() == 2 else t for name, t in p.items()}
-    assert _output_map_is_right(strided)
-    first, second = (product.product(p["tokens"], p["output"], p["x"], SMALL, bias=p["bias"]) for _ in range(2))
-    assert torch.equal(first, second)
-    assert product.product(p["tokens"][:0], p["output"], p["x"][:0], SMALL, bias=p["bias"]).shape == (0, 96)
+    assert _output_map_error(device) <= 1e-6
 
 
 @pytest.mark.parametrize(
@@ -83,36 +44,7 @@ def test_output_map_strided_rerun_and_empty(device, poisoned):
     ids=["no residual", "no bias"],
 )
 def test_mutants_of_the_output_map_fail(mutation, device, tmp_path):
-    p = _problem((197, 80, 48), torch.float16, device)
-    assert not _output_map_is_right(p, mutant(product, mutation, tmp_path))
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("size", SIZES, ids=str)
-def test_normalize(size, dtype, device, poisoned):
-    x = _problem(size, dtype, device)["x"]
-    normed, mean, rstd = layer_norm.normalize(x, EPS, dtype)
-    eager, truth = (F.layer_norm(tokens, tokens.shape[-1:], eps=EPS) for tokens in (x, x.double()))
-    assert all_within_twice_eager([normed], [eager], [truth], "n")
-    torch.testing.assert_close(mean.double(), x.double().mean(1), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(rstd.double(), (x.double().var(1, correction=0) + EPS).rsqrt(), rtol=1e-5, atol=1e-5)
-
-
-def test_the_skip_connections_gradient(device):
-    p = _problem((197, 96, 96), torch.float32, device)
-    normed, mean, rstd = layer_norm.normalize(p["x"], EPS, torch.float32)
-    alone, *_ = layer_norm.backward(p["grad"], normed, None, rstd, torch.float32)
-    together, sums, again = layer_norm.backward(p["grad"], normed, None, rstd, torch.float32, None, p["tokens"])
-    torch.testing.assert_close(together, alone + p["tokens"])
-    torch.testing.assert_close(sums, p["tokens"].sum(0)[None])
-    assert again is None
-    ones = torch.ones(96, device=device)
-    scaled, sums, _ = layer_norm.backward(p["grad"], normed, None, rstd, torch.float32, ones)
-    torch.testing.assert_close(scaled, alone)
-    torch.testing.assert_close(sums, torch.stack([(p["grad"] * normed).sum(0), p["grad"].sum(0)]))
-    from_x = layer_norm.backward(p["grad"], p["x"], mean, rstd, torch.float32, ones, None, torch.float16)
-    torch.testing.assert_close(from_x[:2], (scaled, sums), rtol=1e-5, atol=1e-4)
-    assert torch.equal(from_x[2], normed.half())
+    assert _output_map_error(device, mutant(product, mutation, tmp_path)) > 1e-2
 
 
 # --- the operator -------------------------------------------------------------------------------------------------
@@ -213,7 +145,7 @@ def test_the_table_chooses(device, monkeypatch):
 
 
 @pytest.mark.parametrize("skip_normed", [False, True])
-def test_opcheck(skip_normed, fused_map, device):
+def test_opcheck(skip_normed, device):
     inputs = _inputs(device, torch.float16)
     torch.library.opcheck(triton_ops.compression_fwd, (*inputs, 3, 0.25, EPS, torch.float16, skip_normed))
 

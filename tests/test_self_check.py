@@ -207,8 +207,8 @@ def test_a_right_kernel_is_checked_once(name, launches, device):
 @pytest.mark.parametrize(
     ("dtype", "product"), [("float16", "float16"), ("float32", "float32"), ("float32", "float16")]
 )
-@pytest.mark.parametrize(("rows", "width"), [(1, 64), (50, 96), (129, 64)], ids=str)
-def test_right_kernels_stay_clear_of_the_limit(rows, width, dtype, product, tf32, device):
+@pytest.mark.parametrize(("rows", "width"), [(1, 64), (129, 70)], ids=str)
+def test_right_kernels_stay_clear_of_the_limit(rows, width, dtype, product, tf32, device, poisoned):
     dtype, product = getattr(torch, dtype), getattr(torch, product)
     for name in KERNELS:
         for norm in (True, False) if name in NORMED else (True,):
