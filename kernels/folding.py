@@ -153,7 +153,8 @@ def _run_weight(kernel, arguments: dict[str, Tensor | int | None], weight: Tenso
 
 def fold(dictionary: Tensor, step_size: float, dtype: torch.dtype) -> Tensor:
     """Return G = η(D − DᵀD) [C, C] in `dtype`. Products of fp32 are TF32, which G's rounding to a half hides."""
-    dictionary, folded = dictionary.contiguous(), torch.empty_like(dictionary, dtype=dtype)
+    dictionary = dictionary.contiguous()
+    folded = torch.empty_like(dictionary, dtype=dtype)  # contiguous, as the kernel writes it
     _run_square(_fold_kernel, {"dictionary_ptr": dictionary, "folded_ptr": folded}, step_size, dictionary)
     return folded
 

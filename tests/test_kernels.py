@@ -6,14 +6,15 @@ the interpreter shows the algebra. bfloat16 is test_bfloat16.py's; what the comp
 test_compiler.py's.
 """
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
 from oracle import all_within_twice_eager, clear_of_threshold, gradients, is_right, mutant
 from torch import Tensor
 
-from crate_fast import kernels
-from crate_fast.functional import norm_ista
+from crate_fast import functional, kernels
 from crate_fast.kernels import folding, ista, layer_norm, product
 from crate_fast.kernels.launch import TABLE, Tile
 from crate_fast.reference import ista_reference, norm_ista_reference
@@ -22,83 +23,66 @@ DTYPES = [torch.float32, torch.float16]
 PRODUCT_TILES = sorted({(t.block_m, t.block_n, t.block_k) for t in TABLE.values() if t.block_k})
 
 
-def _double(tensors) -> list[Tensor]:
-    return [tensor.double() for tensor in tensors]
-
-
 # --- ISTA --------------------------------------------------------------------------------------------------------
 
-SIZES = [
+SIZES = [  # (M, C)
     ((1, 32), "relu"),
     ((15, 48), "soft"),
     ((197, 96), "relu"),
     ((197, 96), "soft"),
     ((130, 33), "relu"),
-]  # (M, C)
-STEP, SPARSITY, EPS = 0.1, 0.1, 1e-5
+]
 
 
-def _ista_inputs(size, dtype, device) -> list[Tensor]:
-    """x, D, γ, β, and a gradient; every other gradient is zero where the ReLU cuts, as in a network."""
+def _inputs(size, dtype, device) -> list[Tensor]:
+    """x, γ, β and D."""
     rows, width = size
-    x = torch.randn(rows, width) * 2 + 1
-    dictionary = torch.randn(width, width) / width**0.5
+    x, dictionary = torch.randn(rows, width) * 2 + 1, torch.randn(width, width) / width**0.5
     gamma, beta = 1 + 0.3 * torch.randn(width), 0.3 * torch.randn(width)
-    return [t.to(dtype).to(device) for t in (x, dictionary, gamma, beta, torch.randn(rows, width))]
+    return [t.to(dtype).to(device) for t in (x, gamma, beta, dictionary)]
 
 
-def _ista(
-    inputs, threshold: str, with_norm: bool, module=ista, norms=layer_norm, gradients=product, **options
-) -> list:
-    x, dictionary, gamma, beta, grad = inputs
-    wide = dictionary.float()
-    folded = (STEP * (wide - wide.t() @ wide)).to(dictionary.dtype)
-    operand, norm = x, None
-    if with_norm:
-        operand, mean, rstd = norms.normalize(x, EPS, folded.dtype)
-        norm = norms.Norm(mean, rstd, gamma, beta)
-    y, nonzero = module.forward(x, operand, folded, STEP * SPARSITY, threshold == "soft", norm, **options)
-    masked, total = module.masked_gradient(grad, nonzero, folded.dtype, with_norm)
-    grad_x = module.backward_input(grad, masked, folded, **options)
-    grad_folded = gradients.weight_gradient(operand, masked, **options)
-    if with_norm:
-        grad_folded = gamma.float()[:, None] * grad_folded + beta.float()[:, None] * total
-    symmetric = grad_folded + grad_folded.t()
-    grad_dictionary = (STEP * (grad_folded - wide @ symmetric)).to(dictionary.dtype)
-    if not with_norm:
-        return [y, grad_x, grad_dictionary]
-    grad_x, (grad_gamma, grad_beta), _ = norms.backward(grad_x, operand, None, rstd, x.dtype, gamma)
-    return [y, grad_x, grad_dictionary, grad_gamma.to(gamma.dtype), grad_beta.to(beta.dtype)]
+def _results(inputs: list[Tensor], with_norm: bool, grad: Tensor, ours: bool = True, **options) -> list[Tensor]:
+    """y and its gradients of x, (γ, β) and D: of the kernels, or of the reference."""
+    if ours:
+        function = partial(functional.norm_ista if with_norm else functional.ista, backend="triton", **options)
+    else:
+        function = partial(norm_ista_reference if with_norm else ista_reference, **options)
+    return gradients(function, inputs if with_norm else inputs[::3], grad)
 
 
-def _clear_gradient(inputs: list[Tensor], with_norm: bool, dtype: torch.dtype) -> Tensor:
-    """The gradient, zero where rounding decides whether ISTA's output is."""
-    x, dictionary, gamma, beta, _ = _double(inputs)
-    tokens = F.layer_norm(x, x.shape[-1:], gamma, beta, EPS) if with_norm else x
-    limits = {"step_size": STEP, "shift": STEP * SPARSITY, "margin": 16 * torch.finfo(dtype).eps}
-    return clear_of_threshold(inputs[-1], tokens, dictionary, **limits)
-
-
-def _ista_is_right(inputs, threshold: str = "relu", with_norm: bool = False, **options) -> bool:
-    def plain(x, dictionary):
-        return ista_reference(x, dictionary, STEP, SPARSITY, threshold)
-
-    def normed(x, dictionary, gamma, beta):
-        return norm_ista_reference(x, gamma, beta, dictionary, STEP, SPARSITY, threshold)
-
-    reference, tensors = (normed, inputs[:-1]) if with_norm else (plain, inputs[:2])
-    grad = _clear_gradient(inputs, with_norm, inputs[0].dtype)
-    actual = _ista([*inputs[:-1], grad], threshold, with_norm, **options)
-    eager = gradients(reference, tensors, grad)
-    truth = gradients(reference, _double(tensors), grad.double())
-    return is_right(actual, eager, truth, "y dx dD dγ dβ" if with_norm else "y dx dD")
+def _is_right(
+    inputs: list[Tensor],
+    threshold: str = "relu",
+    with_norm: bool = False,
+    autocast: bool = False,
+    grad: Tensor | None = None,
+) -> bool:
+    """Return True if the results are; eager under autocast has all but the products, in float16, in fp32."""
+    x, gamma, beta, dictionary = (tensor.double() for tensor in inputs)
+    if grad is None:  # zero where rounding decides whether ISTA's output is
+        tokens = F.layer_norm(x, x.shape[-1:], gamma, beta) if with_norm else x
+        margin = 16 * torch.finfo(torch.float16 if autocast else inputs[0].dtype).eps
+        grad = torch.randn(x.shape, device=x.device).to(inputs[0].dtype)
+        grad = clear_of_threshold(grad, tokens, dictionary, margin=margin)
+    options = {"with_norm": with_norm, "threshold": threshold}
+    truth = _results([x, gamma, beta, dictionary], grad=grad.double(), ours=False, **options)
+    with torch.autocast(x.device.type, torch.float16, enabled=autocast):
+        actual, eager = (_results(inputs, grad=grad, ours=ours, **options) for ours in (True, False))
+    judge = all_within_twice_eager if autocast else is_right
+    return judge(actual, eager, truth, "y dx dγ dβ dD" if with_norm else "y dx dD")
 
 
 @pytest.mark.parametrize("with_norm", [False, True], ids=["plain", "norm"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("size", "threshold"), SIZES, ids=str)
 def test_ista(size, dtype, threshold, with_norm, device, poisoned):
-    assert _ista_is_right(_ista_inputs(size, dtype, device), threshold, with_norm)
+    assert _is_right(_inputs(size, dtype, device), threshold, with_norm)
+
+
+@pytest.mark.parametrize(("size", "threshold"), [((70, 48), "soft"), ((197, 96), "relu")], ids=str)
+def test_norm_ista_under_autocast(size, threshold, device, poisoned):
+    assert _is_right(_inputs(size, torch.float32, device), threshold, with_norm=True, autocast=True)
 
 
 @pytest.mark.parametrize("soft", [False, True])
@@ -108,76 +92,53 @@ def test_what_rounds_to_zero_passes_no_gradient(soft, device, poisoned):
     assert y.count_nonzero() == nonzero.count_nonzero() == 0
 
 
+def _use_tile(tile: Tile, monkeypatch) -> None:
+    monkeypatch.setattr(kernels.ista, "tile_for", lambda *_: tile)
+    monkeypatch.setattr(kernels.product, "fitted", lambda *_: tile)  # of the weight's gradient
+
+
 @pytest.mark.parametrize("persistent", [False, True], ids=["a tile a program", "persistent"])
 @pytest.mark.parametrize("blocks", PRODUCT_TILES, ids=str)
-def test_every_product_tile_of_the_table(blocks, persistent, device, poisoned):
+def test_every_product_tile_of_the_table(blocks, persistent, device, poisoned, monkeypatch):
     """On three ragged rows of tiles and two columns, one of a wide tile; persistent ones behind a LayerNorm."""
     tile = Tile(*blocks[:2], num_warps=8, num_stages=1, block_k=blocks[2], persistent=persistent)
+    _use_tile(tile, monkeypatch)
     size = (2 * tile.block_m + 5, min(192, 3 * tile.block_n // 2))
-    assert _ista_is_right(_ista_inputs(size, torch.float16, device), with_norm=persistent, tile=tile)
+    assert _is_right(_inputs(size, torch.float16, device), with_norm=persistent)
 
 
-def _norm_ista_is_right_under_autocast(size, threshold, device) -> bool:
-    """Eager there: LayerNorm, residual and shrinkage in fp32, the products in float16."""
-    inputs = _ista_inputs(size, torch.float32, device)
-    tensors, grad = inputs[:-1], _clear_gradient(inputs, True, torch.float16)
-
-    def eager(x, dictionary, gamma, beta):
-        return norm_ista_reference(x, gamma, beta, dictionary, STEP, SPARSITY, threshold)
-
-    def ours(x, dictionary, gamma, beta):
-        options = {"eps": EPS, "threshold": threshold, "backend": "triton"}
-        return norm_ista(x, gamma, beta, dictionary, STEP, SPARSITY, **options)
-
-    truth = gradients(eager, _double(tensors), grad.double())
-    with torch.autocast(device.type, torch.float16):
-        actual, allowed = (gradients(function, tensors, grad) for function in (ours, eager))
-    return all_within_twice_eager(actual, allowed, truth, "y dx dD dγ dβ")
-
-
-@pytest.mark.parametrize(("size", "threshold"), [((70, 48), "soft"), ((197, 96), "relu")], ids=str)
-def test_norm_ista_under_autocast(size, threshold, device, poisoned):
-    assert _norm_ista_is_right_under_autocast(size, threshold, device)
-
-
-def test_a_mutant_with_half_precision_products_of_fp32_tokens_fails(device, tmp_path, monkeypatch):
-    monkeypatch.setenv("CRATE_FAST_SELF_CHECK", "0")
-    monkeypatch.setattr(kernels, "ista", mutant(product, ("if MASKED:", "if False:"), tmp_path, user=ista))
-    assert not _norm_ista_is_right_under_autocast((197, 96), "relu", device)
-
-
-def test_strided_and_expanded_matrices(device, poisoned):
-    x, dictionary, gamma, beta, grad = _ista_inputs((64, 96), torch.float32, device)
-    strided = [x.t().contiguous().t(), dictionary.t().contiguous().t(), gamma, beta, grad[:1].expand(64, -1)]
-    assert _ista_is_right(strided)
-    assert _ista_is_right(strided, with_norm=True)
+@pytest.mark.parametrize("with_norm", [False, True], ids=["plain", "norm"])
+def test_strided_and_expanded_matrices(with_norm, device, poisoned):
+    x, gamma, beta, dictionary = _inputs((64, 96), torch.float32, device)
+    strided = [x.t().contiguous().t(), gamma, beta, dictionary.t().contiguous().t()]
+    assert _is_right(strided, with_norm=with_norm, grad=torch.randn(1, 96, device=device).expand(64, -1))
 
 
 @pytest.mark.parametrize("offset", [10.0, 1000.0])
 def test_layer_norm_of_large_offsets(offset, device, poisoned):
-    x, *rest = _ista_inputs((64, 96), torch.float32, device)
-    assert _ista_is_right([x + offset, *rest], with_norm=True)
+    x, *rest = _inputs((64, 96), torch.float32, device)
+    assert _is_right([x + offset, *rest], with_norm=True)
 
 
 def test_constant_rows_are_finite(device):
-    x, *rest = _ista_inputs((16, 64), torch.float32, device)
-    assert all(result.isfinite().all() for result in _ista([x * 0 + 3, *rest], "relu", True))
+    x, *rest = _inputs((16, 64), torch.float32, device)
+    assert all(result.isfinite().all() for result in _results([x * 0 + 3, *rest], True, torch.randn_like(x)))
 
 
-def test_a_nan_row_is_not_hidden(device):
-    x, *rest = _ista_inputs((64, 96), torch.float32, device)
+@pytest.mark.parametrize("with_norm", [False, True], ids=["plain", "norm"])
+def test_a_nan_row_is_not_hidden(with_norm, device):
+    x, *rest = _inputs((64, 96), torch.float32, device)
     x[5, 0] = torch.nan
-    for with_norm in (False, True):
-        y, grad_x, grad_dictionary, *_ = _ista([x, *rest], "relu", with_norm)
-        assert y[5].isnan().all()
-        assert y[4].isfinite().all()
-        assert grad_dictionary.isnan().any()
-        assert grad_x[4].isfinite().all()
+    y, grad_x, *_, grad_dictionary = _results([x, *rest], with_norm, torch.randn_like(x))
+    assert y[5].isnan().all()
+    assert y[4].isfinite().all()
+    assert grad_dictionary.isnan().any()
+    assert grad_x[4].isfinite().all()
 
 
 RELU = "y = tl.where(y <= shift, 0.0, y - shift)"
 MASKED = "return product(masked, folded, masked, tile)"
-ISTA_MUTANTS = {  # the module, what the kernel says, what the mutant says
+MUTANTS = {  # the module, what the kernel says, what the mutant says
     "no residual": (product, "y = x + acc", "y = acc"),
     "the threshold doubled": (product, RELU, "y = tl.where(y <= shift, 0.0, y - 2 * shift)"),
     "no threshold": (product, RELU, "y = tl.where(y <= 0.0, 0.0, y)"),
@@ -203,40 +164,33 @@ ISTA_MUTANTS = {  # the module, what the kernel says, what the mutant says
         "start + rows_per_split, n_rows)",
         "start + rows_per_split, n_rows) - BLOCK_K",
     ),
-}
-LAYER_NORM_MUTANTS = {
-    "no ε": ("/ WIDTH + eps)", "/ WIDTH + 1000 * eps)"),
-    "the mean's gradient dropped": ("scaled - average[:, None]", "scaled - 0.0 * average[:, None]"),
-    "the deviation's gradient dropped": ("- normed * along[:, None]", "- 0.0 * normed * along[:, None]"),
-    "dγ without the rows": ("first += tl.sum(grad * normed, 0)", "first += tl.sum(grad, 0)"),
-    "only the first block of rows": ("step = tl.num_programs(0) * BLOCK_M", "step = n_rows"),
+    "no ε": (layer_norm, "/ WIDTH + eps)", "/ WIDTH + 1000 * eps)"),
+    "the mean's gradient dropped": (layer_norm, "scaled - average[:, None]", "scaled - 0.0 * average[:, None]"),
+    "the deviation's gradient dropped": (layer_norm, "- normed * along[:, None]", "- 0.0 * normed * along[:, None]"),
+    "dγ without the rows": (layer_norm, "first += tl.sum(grad * normed, 0)", "first += tl.sum(grad, 0)"),
+    "only the first block of rows": (layer_norm, "step = tl.num_programs(0) * BLOCK_M", "step = n_rows"),
+    "fp32 tokens in half precision": (product, "if MASKED:", "if False:"),
 }
 
 
-@pytest.mark.parametrize("name", ISTA_MUTANTS)
-def test_ista_mutants_fail(name, device, tmp_path, monkeypatch, poisoned):
+@pytest.mark.parametrize("name", MUTANTS)
+def test_mutants_fail(name, device, tmp_path, monkeypatch, poisoned):
     """Columns finished in two halves, the last one ragged, and more tiles or rows than there are programs."""
-    monkeypatch.setattr(layer_norm, "MAX_PROGRAMS", 2)
-    module, *mutation = ISTA_MUTANTS[name]
-    changed = mutant(module, mutation, tmp_path, user=None if module is ista else ista)
-    options = {"module": changed}
-    if "split" in name:
-        options = {"gradients": mutant(module, mutation, tmp_path)}
-    tile = Tile(64, 128, 4, 1, 32, persistent=True)
-    inputs = _ista_inputs((300, 96), torch.float16, device)
-    assert not _ista_is_right(inputs, with_norm=True, tile=tile, **options)
-
-
-@pytest.mark.parametrize("name", LAYER_NORM_MUTANTS)
-def test_layer_norm_mutants_fail(name, device, tmp_path, monkeypatch):
-    changed = mutant(layer_norm, LAYER_NORM_MUTANTS[name], tmp_path)
-    monkeypatch.setattr(changed, "MAX_PROGRAMS", 2)
-    assert not _ista_is_right(_ista_inputs((150, 96), torch.float32, device), with_norm=True, norms=changed)
+    module, *mutation = MUTANTS[name]
+    monkeypatch.setenv("CRATE_FAST_SELF_CHECK", "0")
+    monkeypatch.setattr(kernels, module.__name__.rpartition(".")[2], mutant(module, mutation, tmp_path))
+    if module is not ista:
+        monkeypatch.setattr(kernels, "ista", mutant(module, mutation, tmp_path, user=ista))
+    monkeypatch.setattr(kernels.layer_norm, "MAX_PROGRAMS", 2)
+    _use_tile(Tile(64, 128, 4, 1, 32, persistent=True), monkeypatch)
+    autocast = "fp32" in name
+    dtype = torch.float32 if module is layer_norm or autocast else torch.float16
+    assert not _is_right(_inputs((300, 96), dtype, device), with_norm=True, autocast=autocast)
 
 
 def test_more_rows_than_programs(device, monkeypatch, poisoned):
     monkeypatch.setattr(layer_norm, "MAX_PROGRAMS", 2)
-    assert _ista_is_right(_ista_inputs((197, 96), torch.float32, device), with_norm=True)
+    assert _is_right(_inputs((197, 96), torch.float32, device), with_norm=True)
 
 
 # --- weights -----------------------------------------------------------------------------------------------------
@@ -247,11 +201,11 @@ def test_more_rows_than_programs(device, monkeypatch, poisoned):
 def test_folding_a_dictionary(width, dtype, device, poisoned):
     dictionary = (torch.randn(width, width) / width**0.5).to(dtype).to(device)
     wide, grad = dictionary.double(), torch.randn(width, width, device=device)
-    truth = STEP * (wide - wide.t() @ wide)
-    folded = folding.fold(dictionary, STEP, dtype)
+    truth = 0.1 * (wide - wide.t() @ wide)
+    folded = folding.fold(dictionary, 0.1, dtype)
     assert (folded - truth).abs().max() <= (torch.finfo(dtype).eps + 2e-6) * truth.abs().max()
-    truth = STEP * (grad.double() - wide @ (grad + grad.t()).double())
-    found = folding.fold_backward(grad, dictionary, STEP)
+    truth = 0.1 * (grad.double() - wide @ (grad + grad.t()).double())
+    found = folding.fold_backward(grad, dictionary, 0.1)
     assert found.dtype == dtype
     assert (found - truth).abs().max() <= (torch.finfo(dtype).eps + 2e-6) * truth.abs().max()
 
