@@ -202,6 +202,19 @@ def run(_opened_run, tmp_path):
 
 
 @pytest.fixture
+def untouched_results():
+    """The benchmarks' committed results are not written."""
+    import harness
+
+    def results() -> set[tuple[str, float]]:
+        return {(path.name, path.stat().st_mtime) for path in harness.RESULTS.iterdir()}
+
+    before = results()
+    yield
+    assert results() == before
+
+
+@pytest.fixture
 def pretended_gpu(monkeypatch):
     """A timer that takes the GPU's way through the code; an event stands for a millisecond since the one before."""
     import harness

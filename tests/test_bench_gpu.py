@@ -1,8 +1,10 @@
 """The operators' benchmarks on a CPU: smoke runs, mutants of ours, floors, peers that fail, tables."""
 
+import itertools
 import json
 import re
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 import harness
@@ -15,6 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from measuring import Peer, measure_peers
+from test_functional import ISTA_MUTANTS, MUTANTS
 
 from crate_fast import functional
 from crate_fast.functional import ista
@@ -27,30 +30,22 @@ CEILINGS = harness.Ceilings(100.0, 1000.0)  # TFLOP/s, GB/s
 # --- smoke runs ----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def untouched_results():
-    def results() -> set[tuple[str, float]]:
-        return {(path.name, path.stat().st_mtime) for path in harness.RESULTS.iterdir()}
-
-    before = results()
-    yield
-    assert results() == before
-
-
-def _check_table(text: str, problems: list[str], peers: list[Peer]) -> None:
+@pytest.mark.parametrize(
+    ("bench", "words", "problems", "peers"),
+    [
+        (bench_mssa, [], list(bench_mssa.SMOKE), bench_mssa.PEERS),
+        (bench_ista, [], ["tiny ista", "tiny norm_ista"], bench_ista.peers("ista")),
+        (bench_ista, ["--autocast"], ["tiny ista", "tiny norm_ista"], bench_ista.peers("ista")),
+    ],
+    ids=["attention", "ista", "ista under autocast"],
+)
+def test_smoke_runs(bench, words, problems, peers, capsys, untouched_results):
+    assert bench.main(["--smoke", *words]) == 0
+    text = capsys.readouterr().out
     assert "The times below mean nothing" in text
-    for problem in problems:
-        for what in ("forward", "backward", BOTH):
-            for peer in peers:
-                (line,) = [
-                    line for line in text.splitlines() if line.startswith(f"| {problem} | {what} | {peer.name} |")
-                ]
-                assert (" n/a " in line) == (not peer.ours and not peer.smoke)
-
-
-def test_smoke_run_of_attention(capsys, untouched_results):
-    assert bench_mssa.main(["--smoke"]) == 0
-    _check_table(capsys.readouterr().out, list(bench_mssa.SMOKE), bench_mssa.PEERS)
+    for problem, what, peer in itertools.product(problems, ("forward", "backward", BOTH), peers):
+        (line,) = [line for line in text.splitlines() if line.startswith(f"| {problem} | {what} | {peer.name} |")]
+        assert (" n/a " in line) == (not peer.ours and not peer.smoke)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -66,13 +61,6 @@ def test_a_smoke_run_without_the_interpreters_flag_starts_again_with_it(monkeypa
     monkeypatch.setattr(harness.subprocess, "run", run)
     assert bench_mssa.main(["--smoke"]) == 7
     assert started == [([sys.executable, bench_mssa.__file__, "--smoke"], "1")]
-
-
-@pytest.mark.parametrize("autocast", [[], ["--autocast"]], ids=["plain", "autocast"])
-def test_smoke_run_of_ista(capsys, untouched_results, autocast):
-    assert bench_ista.main(["--smoke", *autocast]) == 0
-    problems = [f"tiny {operator}" for operator in bench_ista.OPERATORS]
-    _check_table(capsys.readouterr().out, problems, bench_ista.peers("ista"))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -96,25 +84,12 @@ def test_without_a_gpu_the_cpu_path_is_measured_under_another_name(benchmark_mod
 # --- ours is judged ------------------------------------------------------------------------------------------------
 
 
-def _attend(w, scale=1.0, dropped=0, detach=False):
-    keys = w.detach() if detach else w
-    keys = keys[:, : w.shape[1] - dropped].transpose(1, 2)
-    logits = scale * w.shape[-1] ** -0.5 * w.transpose(1, 2) @ keys.transpose(-1, -2)
-    return (logits.softmax(-1) @ keys).transpose(1, 2)
+def _attend(w, scale=1.0):
+    return subspace_attention_reference(w, scale * w.shape[-1] ** -0.5)
 
 
 def _unsteady(w, calls=iter(range(100))):  # noqa: B008  (one counter is meant)
     return _attend(w) + 1e-9 * next(calls)
-
-
-ATTENTION_MUTANTS = {
-    "scale": lambda w: _attend(w, scale=1.02),
-    "last key": lambda w: _attend(w, dropped=1),
-    "gradient path": lambda w: _attend(w, detach=True),
-    "identity": lambda w: w.clone(),
-    "uniform": lambda w: w.mean(1, keepdim=True).expand_as(w),
-    "unsteady": _unsteady,
-}
 
 
 def _reason(problem, function, run) -> str | None:
@@ -127,8 +102,9 @@ def _reason(problem, function, run) -> str | None:
 def test_only_right_attention_has_times(run):
     problem = bench_mssa.make_problem("p", bench_mssa.Shape(3, 2, 65, 32), run)
     assert _reason(problem, _attend, run) is None
-    for name, mutant in ATTENTION_MUTANTS.items():
-        assert ("other bits" if name == "unsteady" else "what is allowed") in _reason(problem, mutant, run), name
+    assert "other bits" in _reason(problem, _unsteady, run)
+    for name, mutant in MUTANTS.items():
+        assert "what is allowed" in _reason(problem, mutant, run), name
 
 
 def test_the_truth_is_the_references_whichever_heads_are_checked(run, monkeypatch):
@@ -141,22 +117,15 @@ def test_the_truth_is_the_references_whichever_heads_are_checked(run, monkeypatc
     problem = bench_mssa.make_problem("long", bench_mssa.Shape(3, 3, 33, 32), run)
     assert problem.expected[1][0].shape == (2, 33, 2, 32)
     assert _reason(problem, _attend, run) is None
-    assert "what is allowed" in _reason(problem, ATTENTION_MUTANTS["scale"], run)
-
-
-ISTA_MUTANTS = {
-    "step size": lambda x, d: ista(x, d, 0.102),
-    "no threshold": lambda x, d: ista(x, d, sparsity=0.0),
-    "transposed dictionary": lambda x, d: ista(x, d.t()),
-    "no gradient of D": lambda x, d: ista(x, d.detach()) + 0.0 * d.sum(),
-}
+    assert "what is allowed" in _reason(problem, partial(_attend, scale=1.02), run)
 
 
 def test_only_right_ista_has_times(run):
     problem = bench_ista.make_problem("p", bench_ista.Shape(150, 64), "ista", run, False)
     assert _reason(problem, ista, run) is None
     for name, mutant in ISTA_MUTANTS.items():
-        assert "what is allowed" in _reason(problem, mutant, run), name
+        wrong = partial(mutant, step_size=0.1, sparsity=0.1, threshold="relu")
+        assert "what is allowed" in _reason(problem, wrong, run), name
 
 
 def test_where_ours_is_red_the_peers_have_their_times(monkeypatch, capsys):
@@ -227,10 +196,10 @@ def test_a_peer_that_fails_or_is_wrong_is_not_dropped(run):
         Peer("ours", lambda: _attend, ours=True),
         Peer("fails", fail, smoke=True),
         Peer("fails later", lambda: fails_later, smoke=True),
-        Peer("wrong", lambda: lambda w: _attend(w, scale=3.0), smoke=True),
+        Peer("wrong", lambda: partial(_attend, scale=3.0), smoke=True),
         Peer("right", lambda: _attend, smoke=True),
         Peer("left out", fail),
-        Peer("ours, another form", lambda: lambda w: _attend(w, scale=3.0), smoke=True),
+        Peer("ours, another form", lambda: partial(_attend, scale=3.0), smoke=True),
     ]
     problem = bench_mssa.make_problem("p", bench_mssa.Shape(1, 2, 33, 32), run)
     run.rows = measure_peers(problem, peers, run)
