@@ -62,7 +62,7 @@ ROW_SHAPES = [  # [B, N, H, D]
     ((1, 785, 1, 64), HALF),
 ]
 WHOLE_SHAPES = [  # one to three blocks; no rest, one key, several blocks of keys, the last one full or not
-    *[((1, n, 1, 64), SINGLE) for n in (64, 65, 101, 130, 180, 192, 197, 209, 226, 256)],
+    *[((1, n, 1, 64), SINGLE) for n in (64, 65, 101, 130, 180, 192, 197, 207, 209, 226, 256)],
     *[((1, n, 1, 48), SINGLE) for n in (65, 240)],
     *[((1, n, 2, 64), HALF) for n in (65, 197, 226)],
     ((1, 197, 2, 48), HALF),
