@@ -16,6 +16,7 @@ from image_data import encoded, write_tar, write_tree
 from PIL import Image
 from runs import ROOT, same, wait_until, without_figures
 
+from crate_fast import cli
 from crate_fast.errors import UserError
 from crate_fast.eval.common.models import open_model
 from crate_fast.eval.common.results import markdown_table
@@ -233,7 +234,7 @@ def finished(tmp_path_factory):
     text, _ = process.communicate(timeout=60)
     assert process.returncode == 0, text
     assert "the same command continues" in text
-    process = runs_module._FORKSERVER.Process(target=main, args=(options(output),))
+    process = runs_module._FORKSERVER.Process(target=cli.main, args=(command[3:],))
     process.start()
     started = output / "runs" / "scenes-CRATE-seed0" / "stage0" / "checkpoints"
     wait_until(lambda: started.is_dir() and any(started.iterdir()))
