@@ -122,7 +122,7 @@ class Records:
     Args:
         folder: Made if it is not there.
         settings: Settings that decide a record.
-        rank: Rank of this process. Rank 0 writes settings.json; make its object before the others.
+        rank: Rank of this process. Rank 0 compares or writes settings.json; make its object before the others.
         key: Name of the field that identifies a record.
 
     Raises:
@@ -131,9 +131,10 @@ class Records:
 
     def __init__(self, folder: Path, settings: dict, rank: int = 0, key: str = "image_id"):
         self.folder, self.rank, self.key = folder, rank, key
-        if rank == 0 and not self.read():
-            (folder / "settings.json").unlink(missing_ok=True)
-        claim(folder, "settings.json", settings)
+        if rank == 0:
+            if not self.read():
+                (folder / "settings.json").unlink(missing_ok=True)
+            claim(folder, "settings.json", settings)
 
     def read(self) -> dict[str | int, dict]:
         """Return key → record of all processes; records with one key are equal."""
