@@ -424,7 +424,7 @@ def test_second_takes_the_tiles_that_first_has_found(tmp_path):
 
 @pytest.fixture(scope="module")
 def rehearsal(tmp_path_factory):
-    """What the whole program prints on a CPU, and the folder of what it brings back."""
+    """Run the whole program on a CPU: its output, and the folder that it brings back."""
     folder = tmp_path_factory.mktemp("rehearsal")
     signals = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM)}
     words = ["all", "--rehearse", "--work", str(folder / "work"), "--output", str(folder / "out")]
