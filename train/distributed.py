@@ -3,7 +3,7 @@
 import os
 import warnings
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
@@ -209,12 +209,11 @@ def parallelize(model: nn.Module, config: TrainConfig, processes: Processes) -> 
     return runner
 
 
-def set_gradient_sync(runner: nn.Module, sync: bool) -> None:
-    """Let the next forward and backward pass add gradients up over the processes, or not: once per accumulation."""
+def gradient_sync(runner: nn.Module, sync: bool) -> AbstractContextManager:
+    """Return a context whose backward passes add gradients up over the processes, or not: once per accumulation."""
     if isinstance(runner, FSDPModule):
         runner.set_requires_gradient_sync(sync)
-    elif isinstance(runner, DistributedDataParallel):
-        runner.require_backward_grad_sync = sync  # as its `no_sync` does
+    return runner.no_sync() if isinstance(runner, DistributedDataParallel) and not sync else nullcontext()
 
 
 def unsharded(model: nn.Module, build: Callable[[], nn.Module], processes: Processes) -> nn.Module | None:

@@ -209,8 +209,8 @@ class Trainer:
                 images = self.prepare_images(batch.images, batch.flips)
                 labels = batch.labels.to(self.device, non_blocking=True)
                 inputs = self.objective.inputs(images, labels, self.step, part)
-                distributed.set_gradient_sync(self.runner, part == config.accumulate - 1)
-                totals += self.forward_backward(*inputs)
+                with distributed.gradient_sync(self.runner, part == config.accumulate - 1):
+                    totals += self.forward_backward(*inputs)
 
         # means over all processes, and whether any has a value that is not finite or was asked to stop
         self.scaler.unscale_(self.optimizer)
