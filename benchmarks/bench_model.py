@@ -5,11 +5,11 @@
     python benchmarks/bench_model.py --growth             # CRATE-B on one image of 197 to 16,385 tokens
     python benchmarks/bench_model.py --smoke              # all of it, tiny, anywhere; writes nothing
 
-Peers have the same images, and, except the ViT, the same weights: the released form eager and compiled, ours eager,
-compiled and from a CUDA graph, and timm's ViT of the same width, depth, heads and patch, compiled, with the fastest
-of SDPA's backends on its tensors. A training step is forward, cross-entropy, backward, AdamW (fused on a GPU);
+Peers have the same images, and, except the ViT, the same weights: the released form eager and compiled, ours eager
+and compiled, and timm's ViT of the same width, depth, heads and patch, compiled, with the fastest of SDPA's backends
+on its tensors. A training step is forward, cross-entropy, backward, AdamW (fused on a GPU);
 inference is a forward in `inference_mode`, G folded in every call. First the gate (`model_problem.py`): what differs
-from the released form has no numbers, and where that is ours, eager, compiled or graphed, the exit status is 1.
+from the released form has no numbers, and where that is ours, eager or compiled, the exit status is 1.
 One model is in memory at a time, its peers side by side, measured in turn; calls follow each other without a pause,
 so a host that is slower than the device is in the times. `model_problem.cost` says what FLOPs and bytes are counted.
 """
@@ -24,7 +24,6 @@ from harness import Run
 from measuring import measure_peers
 from model_problem import (
     COMPILED,
-    GRAPHED,
     INFERENCE,
     OURS,
     RELEASED,
@@ -63,9 +62,9 @@ _TINY = Size(32, 1, 2, 16, on_gpu=2, on_cpu=2, image=64, classes=10)
 SMOKE_CRATES, SMOKE_MAES = {"tiny": _TINY}, {"tiny MAE": replace(_TINY, masked=True)}
 SMOKE_GROWTH = {"N = 17": _TINY}
 
-CRATE_PEERS = [OURS, RELEASED, OURS + GRAPHED, OURS + COMPILED, VIT + COMPILED, RELEASED + COMPILED]
+CRATE_PEERS = [OURS, RELEASED, OURS + COMPILED, VIT + COMPILED, RELEASED + COMPILED]
 MAE_PEERS = [OURS, RELEASED, VISIBLE]
-GROWTH_PEERS = [OURS, RELEASED, OURS + GRAPHED]
+GROWTH_PEERS = [OURS, RELEASED]
 
 
 def measure(file: str, sizes: dict[str, Size], passes: tuple[str, ...], names: list[str], run: Run) -> bool:

@@ -1,8 +1,7 @@
 """Whole models as problems: the released form, ours and a ViT of the same sizes, what they must agree on, their cost.
 
 Compiled peers are `torch.compile(model, dynamic=False)` in its default mode; loss and optimiser stay outside. In a
-smoke run the backend is "eager", which traces as they do and generates no code. A graphed peer is eager, and a
-CUDA graph replays all of its step; its time includes copying the batch to where the graph reads it.
+smoke run the backend is "eager", which traces as they do and generates no code.
 
 The gate. In fp32 ours must agree with the released form within `TIGHT` (one parameter's gradient of an
 autoencoder within 5 %). Under autocast every peer that computes the same is compared on the whole batch with the
@@ -35,13 +34,12 @@ from crate_fast.export import export_model
 from crate_fast.exported import open_exported
 from crate_fast.model import ALPHA_OPTIONS
 from crate_fast.train.cost import Flops, count_flops
-from crate_fast.train.cuda_graphs import GraphedCall
 
 RELEASED, OURS, VIT = "released", "ours", "ViT (timm)"
 VISIBLE = "ours, visible only"  # MAE's own form, whose encoder sees a quarter of the patches: something else
 UNFUSED = "ours, PyTorch"  # `backend="torch"`: stands in for the released form where that runs out of memory
 ONNX = "ours, onnxruntime"  # on a CPU: the file of `crate-fast export`
-COMPILED, GRAPHED = ", compiled", ", CUDA graph"  # behind a peer's name
+COMPILED = ", compiled"  # behind a peer's name
 TRAINING, INFERENCE = "training step", "inference"
 MASK_RATIO = 0.75
 CHUNK_LOGITS = 2**30  # of all layers, computed at once by the gate: 16 GiB or so as the released form keeps them
@@ -91,8 +89,8 @@ class Size:
 
 
 def kind_of(peer: str) -> str:
-    """Return the model behind a peer's name, compiled or graphed or not."""
-    return peer.removesuffix(COMPILED).removesuffix(GRAPHED)
+    """Return the model behind a peer's name, compiled or not."""
+    return peer.removesuffix(COMPILED)
 
 
 def build_model(peer: str, size: Size) -> nn.Module:
@@ -139,7 +137,7 @@ class Trial:
         sdpa: SDPBackend | None = None,  # of scaled_dot_product_attention; None: PyTorch's choice
         compiler: str = "inductor",  # torch.compile's backend
     ):
-        self.cast, self.sdpa, self.graphed = cast, sdpa, peer.endswith(GRAPHED)
+        self.cast, self.sdpa = cast, sdpa
         torch.manual_seed(0)
         with device:
             self.model = build_model(peer, size)
@@ -156,14 +154,12 @@ class Trial:
             self.function = _exported(self.model)
         self.inputs, self.optimizer = _make_inputs(size, batch, device), None
         if what == TRAINING:
-            on_gpu = {"fused": True, "capturable": self.graphed} if device.type == "cuda" else {}
-            self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.0, weight_decay=0.0, **on_gpu)
-        call = self._infer if self.optimizer is None else self._train
-        self._call = GraphedCall(call) if self.graphed else call
+            fused = {"fused": True} if device.type == "cuda" else {}
+            self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.0, weight_decay=0.0, **fused)
 
     def step(self) -> Tensor:
         """Do the timed work and return the output."""
-        return self._call(*self.inputs)
+        return (self._infer if self.optimizer is None else self._train)(*self.inputs)
 
     def _autocast(self, device: torch.device) -> ExitStack:
         stack = ExitStack()
@@ -196,10 +192,9 @@ class Trial:
     def outcome(self, chunk: int) -> dict[str, Tensor]:
         """Return the whole batch's output, and each parameter's gradient after a training step, by name.
 
-        `chunk` images are computed at once, whose activations must fit; a graph has its own batch.
+        `chunk` images are computed at once, whose activations must fit.
         """
-        outputs = [self.step()] if self.graphed else self._in_chunks(chunk)
-        return {OUTPUT: torch.cat(outputs).float()} | self.gradients()
+        return {OUTPUT: torch.cat(self._in_chunks(chunk)).float()} | self.gradients()
 
     def gradients(self) -> dict[str, Tensor]:
         found = {name: p.grad.clone() for name, p in self.model.named_parameters() if p.grad is not None}
@@ -357,10 +352,8 @@ class ModelProblem:
         """Measure the peak extra memory of a step on a GPU, or of two steps in a fresh process on a CPU.
 
         Gradients count, weights do not, the optimiser's moments on a CPU alone. None in a smoke run, and on a CPU
-        for peers that are compiled or exported there; None of a graph, whose memory is there before it is replayed.
+        for peers that are compiled or exported there.
         """
-        if trial.graphed:
-            return None
         trial.step()  # the optimiser's moments are there from now on
         trial.model.zero_grad(set_to_none=True)
         if run.timer.on_gpu:

@@ -13,7 +13,6 @@ import pytest
 import torch
 from model_problem import (
     COMPILED,
-    GRAPHED,
     INFERENCE,
     OURS,
     RELEASED,
@@ -26,10 +25,7 @@ from model_problem import (
     make_problem,
     peers,
 )
-from test_cuda_graphs import _replaying
 from torch.nn.attention import SDPBackend
-
-from crate_fast.train import cuda_graphs
 
 TINY = Size(32, 2, 2, 16, on_gpu=2, on_cpu=3, image=64, classes=10)  # 17 tokens, 51 in the batch
 BOTH = (TRAINING, INFERENCE)
@@ -51,9 +47,7 @@ def test_the_smoke_run_measures_every_peer_of_every_part(capsys, untouched_resul
     growth = [(n, what, peer) for n in bench_model.SMOKE_GROWTH for what in BOTH for peer in bench_model.GROWTH_PEERS]
     for model, what, peer in crates + maes + growth:
         (line,) = [line for line in lines if line.startswith(f"| {model} | 2 | {what} | {peer} |")]
-        assert ("n/a" in line) == (peer == OURS + GRAPHED and not torch.cuda.is_available())
-    if not torch.cuda.is_available():
-        assert sum("CUDA graphs need a CUDA GPU" in line for line in lines) == 4
+        assert "n/a" not in line
 
 
 def test_growth_and_models_are_not_asked_for_together(capsys):
@@ -158,34 +152,6 @@ def test_in_chunks_the_gate_finds_the_same(run):
     torch.testing.assert_close(trial.outcome(2), trial.outcome(3), rtol=1e-4, atol=1e-6)
 
 
-# --- CUDA graphs --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("size", [TINY, replace(TINY, masked=True)], ids=["CRATE", "MAE"])
-def test_a_graphed_step_is_gated_and_measured_like_the_others(run, monkeypatch, size):
-    monkeypatch.setattr(cuda_graphs, "record", _replaying)
-    assert bench_model.measure("crate", {"tiny": size}, (TRAINING,), [OURS, RELEASED, OURS + GRAPHED], run)
-    rows = _rows(run)
-    assert rows[TRAINING, OURS + GRAPHED]["images_per_s"] > 0
-    assert rows[TRAINING, OURS + GRAPHED]["peak_mib"] is None
-    assert rows[TRAINING, OURS]["of_vit"] is None  # not measured
-    forgetful = lambda function: (lambda result: (result.zero_(), lambda: None))(function())  # noqa: E731
-    monkeypatch.setattr(cuda_graphs, "record", forgetful)
-    assert not bench_model.measure("crate", {"tiny": size}, (TRAINING,), [OURS, OURS + GRAPHED], run)
-    assert "the peers disagree: output" in _rows(run)[TRAINING, OURS + GRAPHED]["reason"]
-    assert _rows(run)[TRAINING, OURS]["images_per_s"] > 0
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("what", BOTH)
-def test_on_a_gpu_a_graphed_trial_gives_what_the_eager_one_gives(what):
-    size, device = replace(TINY, width=64), torch.device("cuda")
-    found, expected = (
-        model_problem.Trial(peer, size, 8, device, what, torch.bfloat16).outcome(8) for peer in (OURS + GRAPHED, OURS)
-    )
-    assert all(value <= 0.01 for value in model_problem.differences(found, expected).values())
-
-
 # --- peers that fail ----------------------------------------------------------------------------------------------
 
 
@@ -242,7 +208,7 @@ def test_operations_by_hand():
     ends, attention = 2 * 196 * 768 * c + 2 * c * 1000, 4 * n**2 * c
     for peers_, products, pixels in (((OURS, RELEASED), 3, 0), ((VIT,), 12, 2 * 196 * 768 * c)):
         forward = ends + layers * (products * 2 * n * c**2 + attention)
-        for peer in (peer + suffix for peer in peers_ for suffix in ("", COMPILED, GRAPHED)):
+        for peer in (peer + suffix for peer in peers_ for suffix in ("", COMPILED)):
             found = _work(peer, size, INFERENCE).flops, _work(peer, size, TRAINING).flops
             assert found == (2 * forward, 2 * (3 * forward - pixels))  # pixels behind no LayerNorm have no gradient
 

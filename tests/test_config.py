@@ -86,6 +86,11 @@ def test_help_lists_and_explains_every_option(capsys):
         (["--layer-decay", "1.5"], "layer_decay=1.5: it must be above 0"),
         (["--lr", "inf"], "lr=inf: it must be positive and finite"),
         (["--min-lr", "nan"], "min_lr=nan: it must be at least 0"),
+        (["--compile-mode", "max-autotune"], "compile_mode='max-autotune' needs compile=True: pass --compile too"),
+        (
+            ["--compile", "--compile-mode", "reduce-overhead", "--accumulate", "2"],
+            "PyTorch's CUDA graphs overwrite gradients with accumulate=2; use compile_mode='default' or",
+        ),
         (["--batch-size", "10", "--accumulate", "3"], "not a multiple of accumulate=3"),
         (["--min-lr", "0.1"], "min_lr=0.1 is above the peak 0.003 of lr=0.003: lower it"),
         (["--threads", "100000"], "threads=100000: it must be at least 0, and at most 1024"),

@@ -347,7 +347,7 @@ def test_a_checkpoint_of_other_settings_data_or_version_is_refused_by_name(whole
 
 
 def test_free_settings_may_differ_in_a_resumed_run(tmp_path):
-    """All but the data's place, the online log, and CUDA graphs, which need a GPU."""
+    """All but the data's place and the online log."""
     words = [*TINY, "--precision", "fp32", "--ema-decay", "0.9", "--checkpoint-every", "3", "--output", str(tmp_path)]
     assert pretrain.main(words) == 0
     expected = losses(tmp_path)
@@ -356,9 +356,7 @@ def test_free_settings_may_differ_in_a_resumed_run(tmp_path):
     changed = {"workers": "1", "threads": "0", "checkpoint_every": "4", "keep_checkpoints": "9", "log_every": "2"}
     changed |= {"profile": "1", "parallel": "fsdp", "device": "auto", "max_unreadable": "0.5", "nonfinite_limit": "3"}
     changed |= {"accumulate": "2"}
-    assert {*changed, "cuda_graphs", "grad_checkpointing", "data_dir", "download", "wandb"} == set(
-        checkpoint.FREE_SETTINGS
-    )
+    assert {*changed, "grad_checkpointing", "data_dir", "download", "wandb"} == set(checkpoint.FREE_SETTINGS)
     options = [word for name, value in changed.items() for word in ("--" + name.replace("_", "-"), value)]
     with pytest.warns(UserWarning, match=r"profile=1 .* 6 are left to run: the trace will be missing"):
         assert pretrain.main([*words, *options, "--grad-checkpointing", "--resume"]) == 0

@@ -103,6 +103,10 @@ def test_what_cannot_be_sharded_is_refused():
     config = tiny_config(parallel="fsdp", clip_mode="agc", clip_grad=0.01)
     with pytest.raises(ValueError, match="clip_mode='agc' needs whole weights"):
         check_settings(config, pair)
+    graphs = {"compile": True, "compile_mode": "reduce-overhead"}
+    with pytest.raises(ValueError, match="use compile_mode='default', or parallel='ddp'"):
+        check_settings(tiny_config(parallel="fsdp", **graphs), pair)
+    check_settings(tiny_config(parallel="ddp", **graphs), pair)
     config = tiny_config(parallel="hsdp")
     with pytest.raises(ValueError, match="3 processes cannot be 2 on every host"):
         shard(build_model(config, 12), config, Processes(0, 0, 3, torch.device("cpu"), 2))

@@ -425,7 +425,7 @@ def test_an_older_run_can_be_resumed(tmp_path):
     run = object.__new__(RunFolder)
     run.config, run.folder, run.data_facts = config, tmp_path, {}
     before = {name: value for name, value in vars(config).items() if name not in DROP_RATES}
-    manifest = {"format": checkpoint.FORMAT, "data": {}, "config": before | {"dropout": 0.1}}
+    manifest = {"format": checkpoint.FORMAT, "data": {}, "config": before | {"dropout": 0.1, "cuda_graphs": False}}
     run._check_same_run(manifest)
     manifest["config"]["dropout"] = 0.2
     with pytest.raises(checkpoint.CheckpointError, match="attn_drop_rate: 0.2 → 0.1, proj_drop_rate: 0.2 → 0.1"):

@@ -229,7 +229,7 @@ def rotate(root: Path, keep: int) -> None:
 # number of processes, rounding and what is drawn by micro-batch may differ.
 FREE_SETTINGS = (
     *("data_dir", "download", "workers", "threads", "checkpoint_every", "keep_checkpoints", "log_every", "profile"),
-    *("wandb", "parallel", "accumulate", "device", "cuda_graphs", "grad_checkpointing", "max_unreadable"),
+    *("wandb", "parallel", "accumulate", "device", "grad_checkpointing", "max_unreadable"),
     "nonfinite_limit",
 )
 _LOCK_SECONDS = 120.0

@@ -225,9 +225,6 @@ class TrainConfig:
     compile_mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = "default"
     """Mode of torch.compile: default; reduce-overhead or max-autotune, which use CUDA graphs; max-autotune-no-
     cudagraphs."""
-    cuda_graphs: bool = False
-    """Replay the forward and backward pass of a micro-batch from a CUDA graph. For one GPU, and models and batches so
-    small that launching kernels takes longer than running them."""
     channels_last: bool = False
     """Store images with channels innermost in memory, which suits patch embedding by convolution."""
     parallel: Literal["ddp", "fsdp", "hsdp"] = "ddp"
@@ -279,13 +276,9 @@ class TrainConfig:
             "2x8": no_grid,
             f"dataset={self.dataset!r} needs data_dir: pass --data-dir FOLDER": no_folder,
             f"{mode} needs compile=True: pass --compile too": not_compiled,
-            f"{mode} has CUDA graphs of its own: leave out cuda_graphs, or the mode": graphs and self.cuda_graphs,
             # pytorch/pytorch#169545
-            f"{mode}: PyTorch's CUDA graphs overwrite gradients with accumulate={self.accumulate}; use cuda_graphs "
-            "with compile_mode='default' or 'max-autotune-no-cudagraphs'": graphs and self.accumulate > 1,
-            # pytorch/pytorch#162504
-            "cuda_graphs=True: PyTorch cannot record grad_checkpointing=True, which saves the generator's state; "
-            "leave one of them out": self.cuda_graphs and self.grad_checkpointing,
+            f"{mode}: PyTorch's CUDA graphs overwrite gradients with accumulate={self.accumulate}; use "
+            "compile_mode='default' or 'max-autotune-no-cudagraphs'": graphs and self.accumulate > 1,
         }
         for message, wrong in refused.items():
             if wrong:
@@ -302,7 +295,9 @@ def renamed_settings(values: dict) -> dict:
     """Return settings of an older version under today's names, with the same meaning.
 
     The old `dropout` acted on attention weights and outputs in a CRATE, and before the classifier in a timm model.
+    The old `cuda_graphs` changed only the speed.
     """
+    values = {name: value for name, value in values.items() if name != "cuda_graphs"}
     if "dropout" not in values:
         return values
     ours = str(values.get("model", TrainConfig.model)).startswith("crate_")

@@ -140,17 +140,13 @@ def shards_model(config: TrainConfig, processes: Processes) -> bool:
 
 def check_settings(config: TrainConfig, processes: Processes) -> None:
     """Refuse settings that do not fit these processes; say what to change."""
-    sharded, parallel, count = shards_model(config, processes), f"parallel={config.parallel!r}", processes.world_size
+    sharded, parallel = shards_model(config, processes), f"parallel={config.parallel!r}"
     graphs = config.compile and config.compile_mode in MODES_WITH_GRAPHS
     refused = {
         f"clip_mode='agc' needs whole weights, and {parallel} shares them out: clip by norm or value, or use "
         "parallel='ddp'": sharded and config.clip_mode == "agc" and config.clip_grad,
         f"compile_mode={config.compile_mode!r} records the addresses of weights, and {parallel} moves them: use "
         "compile_mode='default', or parallel='ddp'": sharded and graphs,
-        f"cuda_graphs=True needs a CUDA GPU, and this run is on {processes.device}: leave it out": (
-            config.cuda_graphs and processes.device.type != "cuda"
-        ),
-        f"cuda_graphs=True is for one process, and there are {count}: leave it out": config.cuda_graphs and count > 1,
     }
     for message, wrong in refused.items():
         if wrong:

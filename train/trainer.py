@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from datetime import datetime
 from operator import itemgetter
 from pathlib import Path
@@ -34,7 +34,6 @@ from crate_fast.functional import cached_dictionaries
 from crate_fast.train import checkpoint, distributed
 from crate_fast.train.checkpoint import RunFolder
 from crate_fast.train.config import TrainConfig
-from crate_fast.train.cuda_graphs import GraphedCall
 from crate_fast.train.data.loader import Batch, DataSplits, build_splits, eval_loader, train_loader
 from crate_fast.train.data.transforms import Normalize, mirrored, mixed_seed
 from crate_fast.train.distributed import Processes, process_group
@@ -131,7 +130,6 @@ class Trainer:
         self.optimizer = build_optimizer(self.model, config)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.objective.dtype is torch.float16)
         self.runner = distributed.parallelize(self.model, config, processes)
-        self._graph_backward()
 
         facts = {"train_images": len(data.train), "val_images": len(data.val), "classes": list(data.classes)}
         self.run = RunFolder(folder, config, facts, processes)
@@ -210,7 +208,9 @@ class Trainer:
                 labels = batch.labels.to(self.device, non_blocking=True)
                 inputs = self.objective.inputs(images, labels, self.step, part)
                 with distributed.gradient_sync(self.runner, part == config.accumulate - 1):
-                    totals += self.forward_backward(*inputs)
+                    measures = self.objective.training(self.runner, *inputs) / config.accumulate
+                    self.scaler.scale(measures[0]).backward()
+                    totals += measures.detach()
 
         # means over all processes, and whether any has a value that is not finite or was asked to stop
         self.scaler.unscale_(self.optimizer)
@@ -231,7 +231,7 @@ class Trainer:
             self.taken += 1
         else:
             self._skip_step(means[0], float(norm), bool(bad_loss), batch)
-        self.optimizer.zero_grad(set_to_none=not config.cuda_graphs)  # a graph adds to gradients where they are
+        self.optimizer.zero_grad()
         self.step += 1
         if taken and self.ema is not None:
             self.ema.update(self.model, step=self.step)
@@ -260,28 +260,6 @@ class Trainer:
             images = mirrored(images, flips.to(self.device, non_blocking=True))
         images = self.normalize(images)
         return images.contiguous(memory_format=torch.channels_last) if self.config.channels_last else images
-
-    def _forward_backward(self, *inputs: Tensor) -> Tensor:
-        """Add a micro-batch's gradient; return its share of the step's measures."""
-        measures = self.objective.training(self.runner, *inputs) / self.config.accumulate
-        self.scaler.scale(measures[0]).backward()
-        return measures.detach()
-
-    def _graph_backward(self) -> None:
-        """Let `forward_backward` record a CUDA graph at its next call, where graphs are on."""
-        self.forward_backward = self._forward_backward
-        if self.config.cuda_graphs:
-            self.forward_backward = GraphedCall(self._forward_backward, self._recording)
-
-    @contextmanager
-    def _recording(self) -> Iterator[None]:
-        """Undo what recording a graph does to generators, BatchNorm's statistics and gradients."""
-        before = [buffer.clone() for buffer in self.model.buffers()]
-        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
-            yield
-        self.optimizer.zero_grad(set_to_none=False)
-        for buffer, value in zip(self.model.buffers(), before, strict=True):
-            buffer.copy_(value)
 
     def _skip_step(self, loss: float, norm: float, bad_loss: bool, batch: Batch) -> None:
         """Count a step that is not finite; an overflow in fp16 only lowers the scale, and is no fault."""
@@ -416,7 +394,6 @@ class Trainer:
         self.step = rest["step"]
         self.tally.met = dict(extra["unreadable"])
         self.sums, self.taken = Counter(extra["interval"]["sums"]), extra["interval"]["taken"]
-        self._graph_backward()  # loading an optimiser's state drops the gradients that a graph adds to
 
     # --- the rest
 
