@@ -1,4 +1,4 @@
-"""The Triton kernels and their launchers; README.md explains them. Importing this package imports no Triton."""
+"""Triton kernels and their launchers, explained in README.md. Importing this package does not import Triton."""
 
 from crate_fast.kernels.launch import assuming_gpu, unavailable_reason
 

@@ -1,11 +1,11 @@
 """Tied attention O = softmax(s·W Wᵀ) W and its gradient over [B, N, H, D] (kernels/README.md §1, §2).
 
-`forward` and `backward` choose the schedule: short sequences go to whole_head.py where the tile table has a row for
-them, all others to the kernels here, which work by blocks of rows, for any length, in one pass.
+`forward` and `backward` choose the schedule: whole_head.py for short sequences if the tile table has a row, else the
+kernels here, which compute blocks of rows for any length in one pass.
 
-Tied logits S = s·W Wᵀ, s ≥ 0, are kinder than others. A row's own logit S_ii is known before the first key is read,
-so it takes the place of the running maximum. And padding tokens are zero vectors: whatever finite weight they get,
-they add nothing, and their logits, 0, never raise a maximum that is at least S_ii ≥ 0.
+The kernels use two properties of tied logits S = s·W Wᵀ with s ≥ 0. A row's own logit S_ii is known before the first
+key is read, so it replaces the running maximum. Padding tokens are zero vectors: they add nothing to O at any finite
+weight, and their logit 0 never raises a maximum, which is at least S_ii ≥ 0.
 """
 
 import math
@@ -22,20 +22,18 @@ __all__ = ["backward", "forward", "plan_backward", "plan_forward"]
 
 LOG2_E = 1 / math.log(2)
 LN_2 = tl.constexpr(math.log(2))
-LARGEST_SUMS = {  # of a row's weights, up to which no running maximum is needed; fp32 always has one
-    torch.bfloat16: 2.0**60,  # so that weights times W stay finite
-    torch.float16: 2.0**15,  # so that the weights do
+LARGEST_SUMS = {  # a larger sum of a row's weights needs a running maximum; fp32 always uses one
+    torch.bfloat16: 2.0**60,  # keeps weights times W finite
+    torch.float16: 2.0**15,  # keeps the weights finite
 }
-LARGEST_SPREAD = tl.constexpr(
-    100.0
-)  # of a head's L (base 2), up to which backward takes two weights from one exponential
+LARGEST_SPREAD = tl.constexpr(100.0)  # of a head's L (base 2); beyond it P_ij and P_ji need an exponential each
 
 
 class Head(NamedTuple):
-    """One head inside a kernel: its tokens, its results, and how to step through them."""
+    """Pointers, strides and sizes of one head inside a kernel."""
 
-    w: Any  # W [N, D], rows stride_wn apart
-    out: Any  # O [N, D], rows `stride` apart, as dO and dW
+    w: Any  # W [N, D], row stride stride_wn
+    out: Any  # O [N, D], row stride `stride`, as for dO and dW
     lse: Any  # L [N], fp32, base 2
     stride_wn: Any
     stride: Any  # H·D
@@ -48,7 +46,7 @@ def find_head(
     index, w_ptr, out_ptr, lse_ptr, stride_wb, stride_wn, stride_wh, n_tokens, n_heads, scale_log2,
     HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
-    """Head number batch·H + head, and where it starts in dO and dW; offsets between images are 64-bit."""
+    """Return head number `index` = batch·H + head and its offset in dO and dW; offsets between images are 64-bit."""
     batch, head = (index // n_heads).to(tl.int64), (index % n_heads).to(tl.int64)
     dense = (batch * n_tokens * n_heads + head) * HEAD_DIM
     w_ptr += batch * stride_wb + head * stride_wh
@@ -61,12 +59,12 @@ def forward_rows(
     head,
     offs_m,  # [BLOCK_M] the tokens
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
-    LARGEST_SUM: tl.constexpr,  # 0: with a running maximum from the start
+    LARGEST_SUM: tl.constexpr,  # 0: a running maximum from the start
 ):  # fmt: skip
-    """O_i and L_i for some tokens i of a head, in one pass over its tokens, or two (kernels/README.md §1).
+    """Store O_i and L_i for the tokens offs_m of a head (kernels/README.md §1).
 
-    The first pass subtracts from a row's logits its own, S_ii. Where that leaves weights whose sum exceeds
-    LARGEST_SUM, or is NaN, the second takes over, with a running maximum.
+    The first pass over the keys subtracts each row's own logit S_ii. If a sum of weights exceeds LARGEST_SUM or is
+    NaN, a second pass with a running maximum replaces its result.
     """
     offs_d = tl.arange(0, BLOCK_D)
     mask_m = offs_m < head.n_tokens
@@ -93,10 +91,10 @@ def backward_rows(
     dw_ptr,  # dW [N, D] of the head
     offs_m,  # [BLOCK_M] the tokens
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
-    ONE_EXP: tl.constexpr,  # try one exponential for two weights first
+    ONE_EXP: tl.constexpr,  # one exponential for two weights where the spread of L allows
 ):  # fmt: skip
-    """dW_i for some tokens i of a head, in one pass over its tokens (kernels/README.md §2)."""
-    tl.assume(head.n_tokens > 0)  # else ptxas serialises the matrix instructions for the loop that never runs
+    """Store dW_i for the tokens offs_m of a head, in one pass over its tokens (kernels/README.md §2)."""
+    tl.assume(head.n_tokens > 0)  # else acc has a zero-iteration path, and ptxas serialises the matrix instructions
     offs_d = tl.arange(0, BLOCK_D)
     mask_m = offs_m < head.n_tokens
     mask = mask_m[:, None] & (offs_d < HEAD_DIM)[None, :]
@@ -125,7 +123,7 @@ def backward_rows(
 
 @triton.jit
 def _attend(w_rows, w_cols, acc, shift, row_sum, inside, scale_log2, RUNNING: tl.constexpr):
-    """One step of a softmax over a block of keys; RUNNING: `shift` [BLOCK_M] follows the largest logit so far."""
+    """Add a block of keys to a softmax and its product. RUNNING: `shift` [BLOCK_M] is the largest logit so far."""
     logits = tl.dot(w_rows, tl.trans(w_cols), input_precision="tf32")
     if RUNNING:
         largest = tl.maximum(shift, tl.max(logits, 1) * scale_log2)
@@ -145,7 +143,7 @@ def _attend(w_rows, w_cols, acc, shift, row_sum, inside, scale_log2, RUNNING: tl
 def _sweep(
     head, w_rows, shift, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, RUNNING: tl.constexpr
 ):
-    """All keys of a head for some of its queries: the unnormalised output, its shift, and the sums of the weights."""
+    """Return the unnormalised output of some queries over all keys of a head, the shifts, and the sums of weights."""
     offs_n = tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
     mask_d = (offs_d < HEAD_DIM)[None, :]
@@ -166,7 +164,7 @@ def _sweep(
 
 @triton.jit
 def _spread(lse_ptr, n_tokens, BLOCK: tl.constexpr):
-    """The middle of a head's log-sum-exps, and how far apart the smallest and the largest are."""
+    """Return the middle of the range of a head's log-sum-exps, and the width of that range."""
     offs = tl.arange(0, BLOCK)
     low = tl.full([BLOCK], float("inf"), tl.float32)
     high = tl.full([BLOCK], float("-inf"), tl.float32)
@@ -184,9 +182,9 @@ def _gradient_sweep(
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
     ONE_EXP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dW of some rows [BLOCK_M, BLOCK_D]: all tokens j of the head, a block at a time.
+    """Return dW of some rows [BLOCK_M, BLOCK_D] by a loop over blocks of all tokens j of the head.
 
-    ONE_EXP: both weights of a tile from one exponential, P_ij = F_ij·2^(shift − L_i), P_ji = F_ij·2^(shift − L_j).
+    ONE_EXP: one exponential gives both weights of a tile, P_ij = F_ij·2^(shift − L_i), P_ji = F_ij·2^(shift − L_j).
     """
     offs_n = tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
@@ -231,13 +229,13 @@ def _subspace_attention_fwd_kernel(
     stride_wb, stride_wn, stride_wh, n_tokens, n_heads,
     scale_log2,  # s·log2(e), at least 0
     HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,  # HEAD_DIM to the next power of two, at least 32
+    BLOCK_D: tl.constexpr,  # HEAD_DIM rounded up to a power of two, at least 32
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, LARGEST_SUM: tl.constexpr,
 ):  # fmt: skip
-    """O_i = Σ_j P_ij W_j for BLOCK_M tokens i of one head, and their log-sum-exp (paper, Eq. 5).
+    """Compute O_i = Σ_j P_ij W_j for BLOCK_M tokens i of one head, and their log-sum-exp (paper, Eq. 5).
 
-    Grid: (⌈N / BLOCK_M⌉·B·H), the row blocks of a head side by side. Softmax and accumulation in fp32; the weights
-    are rounded to w's dtype for the second product. Deterministic.
+    Grid: (⌈N / BLOCK_M⌉·B·H); consecutive programs share a head. Softmax and accumulation in fp32; the weights are
+    rounded to w's dtype for the second product. Deterministic.
     """
     blocks = tl.cdiv(n_tokens, BLOCK_M)
     head, _ = find_head(
@@ -260,11 +258,11 @@ def _subspace_attention_bwd_kernel(
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     ONE_EXP: tl.constexpr,
 ):  # fmt: skip
-    """dW_i for BLOCK_M tokens i of one head, in one pass over the tokens j (kernels/README.md §2). Grid: as forward.
+    """Compute dW_i for BLOCK_M tokens i of one head, in one pass over the tokens j (kernels/README.md §2).
 
     dW_i = Σ_j P_ji dO_j + s·Σ_j [P_ij(dO_i·W_j − δ_i) + P_ji(W_i·dO_j − δ_j)] W_j with δ_i = dO_i·O_i. One tile of
-    the symmetric S gives P_ij and P_ji. dW is written once, by its owner: deterministic. Padding tokens need no mask:
-    their W_j and dO_j are zero, P_ij at most 1 and P_ji zero. Weights and dS are rounded for the last two products.
+    the symmetric S gives P_ij and P_ji. Weights and dS are rounded to w's dtype for the last two products. Padding
+    tokens need no mask: W_j and dO_j are zero, P_ij is at most 1, P_ji is 0. Grid: as forward. Deterministic.
     """
     blocks = tl.cdiv(n_tokens, BLOCK_M)
     head, dense = find_head(
@@ -276,7 +274,7 @@ def _subspace_attention_bwd_kernel(
 
 
 def numbers(w: Tensor, scale: float) -> dict[str, int | float]:
-    """Return the run-time arguments of a kernel that are not tensors."""
+    """Return the scalar run-time arguments of a kernel."""
     names = ("stride_wb", "stride_wn", "stride_wh", "n_tokens", "n_heads", "scale_log2")
     return dict(zip(names, (*w.stride()[:3], *w.shape[1:3], scale * LOG2_E), strict=True))
 
@@ -288,7 +286,7 @@ def _plan(kernel, w: Tensor, tensors: dict[str, Tensor], scale: float, tile: Til
 
 
 def plan_forward(w: Tensor, out: Tensor, lse: Tensor, scale: float, tile: Tile | None = None) -> Launch:
-    """Return the forward launch on these tensors: what `forward` runs and the tests compile."""
+    """Return the forward launch on these tensors."""
     tensors = {"w_ptr": w, "out_ptr": out, "lse_ptr": lse}
     tile = tile or lookup("attention_forward", w.device, precision(w.dtype), block_d(w))
     more = {"LARGEST_SUM": LARGEST_SUMS.get(w.dtype, 0.0)}
@@ -298,7 +296,7 @@ def plan_forward(w: Tensor, out: Tensor, lse: Tensor, scale: float, tile: Tile |
 def plan_backward(
     grad: Tensor, w: Tensor, out: Tensor, lse: Tensor, dw: Tensor, scale: float, tile: Tile | None = None
 ) -> Launch:
-    """Return the backward launch on these tensors: what `backward` runs and the tests compile."""
+    """Return the backward launch on these tensors."""
     tensors = {"grad_ptr": grad, "w_ptr": w, "out_ptr": out, "lse_ptr": lse, "dw_ptr": dw}
     tile = tile or lookup("attention_backward", w.device, precision(w.dtype), block_d(w))
     more = {"ONE_EXP": tile.one_exp and w.dtype in LARGEST_SUMS}
@@ -306,15 +304,15 @@ def plan_backward(
 
 
 def block_d(w: Tensor) -> int:
-    """Return the head width of w [B, N, H, D] to the next power of two, at least 32."""
+    """Return the head width of w [B, N, H, D] rounded up to a power of two, at least 32."""
     return max(32, triton.next_power_of_2(w.shape[3]))
 
 
 def addressable(w: Tensor) -> Tensor:
-    """`w` itself where the kernels can address it, else a contiguous copy.
+    """Return `w` if the kernels can address it, else a contiguous copy.
 
-    They assume that D is contiguous, and that offsets inside an image fit in 32 bits (those between images need not):
-    every projection's output does both, unless one image has 2³¹ elements.
+    The kernels require a contiguous D, and offsets inside an image that fit in 32 bits. The output of a projection
+    meets both, unless one image has 2³¹ elements.
     """
     n_tokens, n_heads, head_dim = w.shape[1:]
     if n_tokens * n_heads * head_dim >= 2**31:
@@ -324,7 +322,7 @@ def addressable(w: Tensor) -> Tensor:
 
 
 def _whole_head_tile(name: str, w: Tensor, tile: Tile | None) -> Tile | None:
-    from crate_fast.kernels import whole_head  # which imports this module
+    from crate_fast.kernels import whole_head  # not at the top: whole_head imports this module
 
     if tile is not None or not whole_head.serves(name, w):
         return None
@@ -335,9 +333,9 @@ def forward(w: Tensor, scale: float, tile: Tile | None = None) -> tuple[Tensor, 
     """Return O and the row log-sum-exp of tied attention.
 
     Args:
-        w: [B, N, H, D], D at most 128; strides as they come (copied only where D is not contiguous).
+        w: [B, N, H, D], D at most 128, of any strides; copied if D is not contiguous.
         scale: s, at least 0.
-        tile: Blocks of rows with this tile, whatever the table says.
+        tile: Use blocks of rows with this tile instead of the table's choice.
 
     Returns:
         O [B, N, H, D], contiguous, in w's dtype; L [B, H, N] in fp32, base 2: log2 Σ_j exp(S_ij).
@@ -358,7 +356,7 @@ def forward(w: Tensor, scale: float, tile: Tile | None = None) -> tuple[Tensor, 
 
 
 def backward(grad: Tensor, w: Tensor, out: Tensor, lse: Tensor, scale: float, tile: Tile | None = None) -> Tensor:
-    """Return dW [B, N, H, D] from dO (copied where not contiguous) and what `forward` took and returned."""
+    """Return dW [B, N, H, D] from dO (copied if not contiguous) and the inputs and outputs of `forward`."""
     from crate_fast.kernels import whole_head
 
     w, grad, out = addressable(w), grad.contiguous(), out.contiguous()

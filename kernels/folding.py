@@ -1,5 +1,5 @@
-"""Preparation of weights, once a call: G = η(D − DᵀD) and its gradient, and a LayerNorm's γ and β folded
-into the weight behind it, and unfolded from its gradient (kernels/README.md §5, §6)."""
+"""Folding of weights, once per call: G = η(D − DᵀD), a LayerNorm's γ and β into the next weight, and the gradients of
+both (kernels/README.md §5, §6)."""
 
 import torch
 import triton
@@ -10,22 +10,22 @@ from crate_fast.kernels.launch import Launch, Tile
 
 __all__ = ["fold", "fold_backward", "scale", "unscale"]
 
-PRODUCT = Tile(64, 64, 4, 3, 32)  # of two matrices as large as the model is wide
-INTERPRETED_PRODUCT = Tile(256, 256, 4, 1, 128)  # few blocks: in the interpreter each costs the same
-ROWS = Tile(16, 128, 4, 1)  # of a weight, read by rows
-COLUMNS = Tile(64, 16, 4, 1)  # and by columns, whose sums a program owns
+PRODUCT = Tile(64, 64, 4, 3, 32)  # of two [C, C] matrices
+INTERPRETED_PRODUCT = Tile(256, 256, 4, 1, 128)  # few blocks: in the interpreter the time is per block
+ROWS = Tile(16, 128, 4, 1)  # a program owns rows of the weight
+COLUMNS = Tile(64, 16, 4, 1)  # a program owns columns of the weight and their sums
 
 
 @triton.jit
 def _load(ptr, rows, cols, stride_row, stride_col, n_rows, n_cols):
-    """Entries of a matrix of any strides, zero outside."""
+    """Load entries of a matrix of any strides, zero outside."""
     mask = (rows < n_rows)[:, None] & (cols < n_cols)[None, :]
     return tl.load(ptr + rows[:, None] * stride_row + cols[None, :] * stride_col, mask=mask, other=0.0)
 
 
 @triton.jit
 def _store(ptr, values, rows, cols, n_rows, n_cols):
-    """Entries of a contiguous matrix."""
+    """Store entries of a contiguous matrix."""
     mask = (rows < n_rows)[:, None] & (cols < n_cols)[None, :]
     tl.store(ptr + rows[:, None] * n_cols + cols[None, :], values.to(ptr.dtype.element_ty), mask=mask)
 
@@ -38,7 +38,7 @@ def _fold_kernel(
     WIDTH: tl.constexpr,  # C
     BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """A BLOCK×BLOCK tile of G = η(D − DᵀD); fp32 is multiplied as TF32. Grid: (⌈C/BLOCK⌉²)."""
+    """Compute a BLOCK×BLOCK tile of G = η(D − DᵀD); fp32 is multiplied as TF32. Grid: (⌈C/BLOCK⌉²)."""
     blocks: tl.constexpr = (WIDTH + BLOCK - 1) // BLOCK
     offs_m = (tl.program_id(0) // blocks) * BLOCK + tl.arange(0, BLOCK)
     offs_n = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
@@ -61,7 +61,7 @@ def _fold_bwd_kernel(
     WIDTH: tl.constexpr,  # C
     BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """A BLOCK×BLOCK tile of dD = η(dG − D(dG + dGᵀ)), multiplied as TF32. Grid: (⌈C/BLOCK⌉²)."""
+    """Compute a BLOCK×BLOCK tile of dD = η(dG − D(dG + dGᵀ)), multiplied as TF32. Grid: (⌈C/BLOCK⌉²)."""
     blocks: tl.constexpr = (WIDTH + BLOCK - 1) // BLOCK
     offs_m = (tl.program_id(0) // blocks) * BLOCK + tl.arange(0, BLOCK)
     offs_n = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
@@ -89,7 +89,7 @@ def _scale_kernel(
     WIDTH: tl.constexpr,  # K
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """A weight behind a LayerNorm nγ + β, made ready for n: (nγ + β)Aᵀ = n(A∘γ)ᵀ + Aβ. Grid: (⌈N/BLOCK_M⌉)."""
+    """Fold a LayerNorm nγ + β into the next weight: (nγ + β)Aᵀ = n(A∘γ)ᵀ + Aβ. Grid: (⌈N/BLOCK_M⌉)."""
     offs_n = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_n = offs_n < HEIGHT
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -119,7 +119,7 @@ def _unscale_kernel(
     WIDTH: tl.constexpr,  # K
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of what `_scale_kernel` took, BLOCK_K columns a program. Grid: (⌈K/BLOCK_K⌉). Deterministic."""
+    """Compute the gradients of A, γ and β, BLOCK_K columns per program. Grid: (⌈K/BLOCK_K⌉). Deterministic."""
     offs_k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     mask_k = offs_k < WIDTH
     gamma = tl.load(gamma_ptr + offs_k, mask=mask_k, other=0.0).to(tl.float32)
@@ -152,9 +152,9 @@ def _run_weight(kernel, arguments: dict[str, Tensor | int | None], weight: Tenso
 
 
 def fold(dictionary: Tensor, step_size: float, dtype: torch.dtype) -> Tensor:
-    """Return G = η(D − DᵀD) [C, C] in `dtype`. Products of fp32 are TF32, which G's rounding to a half hides."""
+    """Return G = η(D − DᵀD) [C, C] in `dtype`. fp32 is multiplied as TF32; G's rounding to half is coarser."""
     dictionary = dictionary.contiguous()
-    folded = torch.empty_like(dictionary, dtype=dtype)  # contiguous, as the kernel writes it
+    folded = torch.empty_like(dictionary, dtype=dtype)  # contiguous, as the kernel assumes
     _run_square(_fold_kernel, {"dictionary_ptr": dictionary, "folded_ptr": folded}, step_size, dictionary)
     return folded
 
@@ -171,7 +171,7 @@ def fold_backward(grad: Tensor, dictionary: Tensor, step_size: float) -> Tensor:
 def scale(
     weight: Tensor, gamma: Tensor, beta: Tensor, dtype: torch.dtype, base: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """A∘γ [N, K] in `dtype`, and Aβ (+ base) [N] in fp32, for a weight A [N, K] behind a LayerNorm nγ + β."""
+    """Return A∘γ [N, K] in `dtype`, and Aβ (+ base) [N] in fp32, for a weight A [N, K] after a LayerNorm nγ + β."""
     scaled = torch.empty(weight.shape, dtype=dtype, device=weight.device)
     offset = torch.empty(len(weight), dtype=torch.float32, device=weight.device)
     arguments = {"weight_ptr": weight, "gamma_ptr": gamma.contiguous(), "beta_ptr": beta.contiguous()}

@@ -1,7 +1,7 @@
 """The ISTA step y = shrink(x + xG, ηλ) as one product, and its gradients as two (kernels/README.md §5).
 
-Its operands are prepared first: x or its normalised rows in the product's dtype, and `masked_gradient`, the output's
-gradient where the shrinkage lets it through.
+The operands are prepared before the products: x or its normalised rows in the product's dtype, and the gradient g'
+from `masked_gradient`.
 """
 
 from dataclasses import replace
@@ -22,16 +22,15 @@ __all__ = ["backward_input", "forward", "masked_gradient"]
 @triton.jit
 def _masked_gradient_kernel(
     grad_ptr,  # g [M, C], contiguous
-    nonzero_ptr,  # whether ISTA's output is not 0 [M, C], contiguous, int8
-    masked_ptr,  # [M, C], contiguous, in the product's dtype
+    nonzero_ptr,  # [y ≠ 0] [M, C], contiguous, int8
+    masked_ptr,  # g' [M, C], contiguous, in the product's dtype
     partial_ptr,  # shares of Σ g' [1, programs, C], fp32, or None
     n_rows, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_C: tl.constexpr,  # WIDTH to the next power of two
+    BLOCK_C: tl.constexpr,  # WIDTH rounded up to a power of two
 ):  # fmt: skip
-    """g' = g·[y ≠ 0]: the shrinkage passes a gradient where its output is not zero, for relu and soft alike; and one
-    program's share of Σ g' over the rows.
+    """Compute g' = g·[y ≠ 0], the gradient of the shrinkage's input (ReLU or soft), and a share of Σ g' over rows.
 
-    A program takes every programs-th block of BLOCK_M rows, in order; the caller adds the shares: deterministic.
+    Each program loops over every programs-th block of BLOCK_M rows; the caller adds the shares. Deterministic.
     """
     offs_c = tl.arange(0, BLOCK_C)
     mask_c = offs_c < WIDTH
@@ -54,8 +53,8 @@ def _masked_gradient_kernel(
 def masked_gradient(
     grad: Tensor, nonzero: Tensor, dtype: torch.dtype, summed: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """g' = g·[y ≠ 0] [M, C] in `dtype`, G's, for g [M, C] and [y ≠ 0] from `forward`; and, if `summed`, as behind a
-    LayerNorm, Σ g' over the rows [C] in fp32."""
+    """Return g' = g·[y ≠ 0] [M, C] in G's `dtype`, for [y ≠ 0] from `forward`; and, if `summed`, Σ g' over the rows
+    [C] in fp32, which dG needs after a LayerNorm."""
     grad, nonzero = grad.contiguous(), nonzero.contiguous()
     masked = torch.empty(grad.shape, dtype=dtype, device=grad.device)
     partial = shares(1, grad) if summed else None
@@ -74,20 +73,20 @@ def forward(
     keep: bool = True,
     tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """y = shrink(x + xG, ηλ), or of LayerNorm(x) = nγ + β: γ and β are folded into G, n(γ∘G) + βG.
+    """Return y = shrink(x + xG, ηλ), with LayerNorm(x) = nγ + β in place of x if `norm` is given.
 
     Args:
         x: [M, C].
-        operand: What is multiplied, in G's dtype: x, or its normalised rows n as `layer_norm.normalize` gives them.
+        operand: The product's left operand, in G's dtype: x, or its normalised rows n from `layer_norm.normalize`.
         folded: G [C, C]; its dtype is the product's.
         shift: ηλ, at least 0.
         soft: Soft threshold instead of ReLU.
-        norm: Statistics and weights of the LayerNorm in front.
-        keep: Whether backward will come, which needs [y ≠ 0].
-        tile: In place of the table's.
+        norm: Statistics and weights of the LayerNorm before ISTA; γ and β are folded into G.
+        keep: Return [y ≠ 0], which backward needs.
+        tile: Use this tile instead of the table's.
 
     Returns:
-        y [M, C], contiguous, in x's dtype; and [y ≠ 0] [M, C] in int8 (a NaN is not 0), None unless kept.
+        y [M, C], contiguous, in x's dtype; [y ≠ 0] [M, C] in int8 (1 for NaN), or None without `keep`.
     """
     tile = tile or tile_for("ista_forward", operand, x.shape[1])
     nonzero = torch.empty(x.shape, dtype=torch.int8, device=x.device) if keep else None
@@ -100,9 +99,9 @@ def forward(
 
 
 def backward_input(grad: Tensor, masked: Tensor, folded: Tensor, tile: Tile | None = None) -> Tensor:
-    """dx = g' + g'Gᵀ [M, C] in g's dtype; with a LayerNorm in front, the gradient of its output.
+    """Return dx = g' + g'Gᵀ [M, C] in g's dtype; with a LayerNorm before ISTA, the gradient of its output.
 
-    `masked` is g' in G's dtype. Where that is lower than g's, g itself is added where g' is not zero.
+    `masked` is g' in G's dtype. If that differs from g's dtype, the first term is g itself, masked where g' is zero.
     """
     tile = tile or tile_for("ista_backward_input", masked, grad.shape[1])
     if masked.dtype == grad.dtype:

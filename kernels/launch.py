@@ -1,7 +1,7 @@
-"""Where the kernels run, with which tiles, and how one is launched. Importing this imports no Triton.
+"""Supported devices, the tile table, and launches of kernels. Importing this module does not import Triton.
 
-The tile table is static: never tuned at run time, so that ranks agree and the first step does not stall.
-`benchmarks/gpu_check.py` measures candidates on a GPU and writes them to a file; the rows of the file that
+The tile table is static: without tuning at run time, all ranks use the same tiles and the first step does not stall.
+`benchmarks/gpu_check.py` measures candidates on a GPU and writes them to a file. Rows of the file that
 `settings.tiles_file` names take precedence.
 """
 
@@ -41,15 +41,15 @@ MAX_HEAD_DIM = 128
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
-# Whether Triton interprets kernels in Python: on the CPU, slowly, to check them. It reads the variable when it is
-# imported, which timm does; so it is read here once.
+# Whether Triton interprets kernels in Python on the CPU, slowly, to check them. Read once, because Triton reads the
+# variable when it is imported, and timm imports it.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 _assuming_gpu = False
 
 
 @contextmanager
 def assuming_gpu():
-    """Inside, "cuda" tensors are served as on a supported GPU, whatever this machine has: for fake tensors alone."""
+    """Treat "cuda" tensors as on a supported GPU, whatever this machine has; for fake tensors only."""
     global _assuming_gpu
     before, _assuming_gpu = _assuming_gpu, True
     try:
@@ -75,12 +75,12 @@ def _family_of(major: int, minor: int) -> str | None:
 
 @torch.compiler.assume_constant_result  # nothing for torch.compile to trace
 def _family(index: int | None) -> tuple[str | None, str]:
-    """Return the tile table's name for a CUDA device; None, and why, where the kernels do not run."""
+    """Return the tile table's name for a CUDA device, or None if it is unsupported; and the reason."""
     return _find_family(index)
 
 
 def architecture(device: torch.device) -> str:
-    """Return the tile table's name for a device that `unavailable_reason` admits; Hopper's for the interpreter."""
+    """Return the tile table's name for a supported device; Hopper's for the interpreter."""
     return "sm_90" if device.type != "cuda" else _family(device.index)[0]
 
 
@@ -92,11 +92,11 @@ def _tf32_allowed() -> bool:
 def unavailable_reason(
     device: torch.device, dtype: torch.dtype | None = None, head_dim: int | None = None
 ) -> str | None:
-    """Return why the kernels cannot run on `device`, or None where they can.
+    """Return the reason why the kernels cannot run on `device`, or None if they can.
 
     Args:
-        device: Where the tensors are.
-        dtype: What products multiply in: autocast's where it is on, else the tensors'.
+        device: Device of the tensors.
+        dtype: Dtype of the products: autocast's if it is on, else the tensors'.
         head_dim: D of subspace attention.
     """
     if device.type != "cuda" and not (device.type == "cpu" and INTERPRETED):
@@ -119,13 +119,13 @@ def unavailable_reason(
 
 
 def processors(device: torch.device) -> int:
-    """Multiprocessors of a GPU; 4 elsewhere, so that the interpreter too has more work than programs."""
+    """Return the number of a GPU's multiprocessors; 4 on a CPU, so that persistent programs loop there too."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
 # --- tiles ---
 
-SHARED_MEMORY = {  # bytes a program may use
+SHARED_MEMORY = {  # bytes per program
     "sm_80": 163 * 1024,
     "sm_86": 99 * 1024,
     "sm_90": 227 * 1024,
@@ -136,20 +136,20 @@ ARCHITECTURES = tuple(SHARED_MEMORY)
 
 @dataclass(frozen=True)
 class Tile:
-    """Block sizes in tokens (and channels, for products), warps a program, software pipeline stages."""
+    """Block sizes in tokens (and channels, for products), warps per program, software pipeline stages."""
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
-    block_k: int = 0  # of products only
-    one_exp: bool = False  # attention's gradient: one exponential for two weights first
-    persistent: bool = False  # products: one program a multiprocessor, which prefetches its next tile
-    chosen: bool = True  # the output map: False where PyTorch's product runs by itself instead
+    block_k: int = 0  # products only
+    one_exp: bool = False  # attention's gradient: one exponential for two weights where possible
+    persistent: bool = False  # products: one program per multiprocessor, which prefetches its next tile
+    chosen: bool = True  # the output map: False to use PyTorch's product instead
 
 
-# (kernel, precision), and where they differ an architecture, and a head width to the next power of two: the tile.
-# Precisions: "half" (float16, bfloat16), "tf32" (float32). The row with the most words counts.
+# Keys: kernel and precision, optionally an architecture, optionally a head width rounded up to a power of two.
+# Precisions: "half" (float16, bfloat16), "tf32" (float32). The most specific row applies.
 TABLE: dict[tuple[str | int, ...], Tile] = {
     ("attention_forward", "half"): Tile(128, 64, 8, 3),
     ("attention_forward", "half", "sm_80", 128): Tile(32, 32, 4, 2),
@@ -191,7 +191,7 @@ TABLE: dict[tuple[str | int, ...], Tile] = {
 
 @functools.cache
 def _measured() -> dict[tuple[str, str, str, int], Tile | None]:
-    """Read `settings.tiles_file`: kernel, architecture, precision, block_d, tile (null: not this kernel)."""
+    """Read `settings.tiles_file`: kernel, architecture, precision, block_d, tile (null: do not use the kernel)."""
     path = tiles_file()
     rows = [] if path is None else json.loads(Path(path).read_text())
     keys = ("kernel", "precision", "architecture", "block_d")
@@ -199,7 +199,7 @@ def _measured() -> dict[tuple[str, str, str, int], Tile | None]:
 
 
 def find(kernel: str, device: torch.device, precision: str, block_d: int = 0) -> Tile | None:
-    """`lookup` for a kernel that not every device and precision has a row for: None where there is none."""
+    """Return the tile of a kernel as `lookup` does, or None if the table has no row."""
     name = architecture(device)
     if (kernel, precision, name, block_d) in _measured():
         return _measured()[kernel, precision, name, block_d]
@@ -208,9 +208,9 @@ def find(kernel: str, device: torch.device, precision: str, block_d: int = 0) ->
 
 
 def lookup(kernel: str, device: torch.device, precision: str, block_d: int = 0) -> Tile:
-    """Return the tile of a kernel on a CUDA device; on the CPU, where only the interpreter runs, Hopper's.
+    """Return the tile of a kernel on a CUDA device; on a CPU (the interpreter) Hopper's.
 
-    `precision` is "half" or "tf32"; `block_d` is the head width to the next power of two, 0 for products.
+    `precision` is "half" or "tf32"; `block_d` is the head width rounded up to a power of two, 0 for products.
     """
     tile = find(kernel, device, precision, block_d)
     if tile is None:
@@ -219,7 +219,7 @@ def lookup(kernel: str, device: torch.device, precision: str, block_d: int = 0) 
 
 
 def precision(dtype: torch.dtype) -> str:
-    """Return the tile table's word for how operands of `dtype` are multiplied: "half", or "tf32" for float32."""
+    """Return the precision in the tile table for operands of `dtype`: "tf32" for float32, else "half"."""
     return "tf32" if dtype == torch.float32 else "half"
 
 
@@ -230,7 +230,7 @@ _record: "list[Launch] | None" = None
 
 @contextmanager
 def recorded():
-    """Inside, launches are collected in a list instead of run, for tests that compile them; in one thread."""
+    """Collect launches in a list instead of running them, for tests that compile them. Not thread-safe."""
     global _record
     before, _record = _record, []
     try:
@@ -251,7 +251,7 @@ class Launch:
 
     @property
     def options(self) -> dict[str, Any]:
-        """Compiler options; multiply and add are fused by name: Triton 3.10 stops fusing them by default."""
+        """Compiler options. `enable_fp_fusion` is explicit because Triton 3.10 turns it off by default."""
         return {"num_warps": self.tile.num_warps, "num_stages": self.tile.num_stages, "enable_fp_fusion": True}
 
     def run(self) -> None:

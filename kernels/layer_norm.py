@@ -1,4 +1,4 @@
-"""LayerNorm in front of a product: the normalised rows, without γ and β, and its gradient (kernels/README.md §6)."""
+"""LayerNorm before a product: normalised rows without γ and β, and the gradient (kernels/README.md §6)."""
 
 from dataclasses import dataclass
 
@@ -11,13 +11,13 @@ from crate_fast.kernels.launch import Launch, Tile
 
 __all__ = ["Norm", "backward", "normalize", "plan_rows", "shares"]
 
-ROW_ELEMENTS = 4096  # of a tile of whole rows
-MAX_PROGRAMS = 1024  # of a kernel that sums over rows: each writes one row of shares
+ROW_ELEMENTS = 4096  # elements of a tile of whole rows
+MAX_PROGRAMS = 1024  # of a kernel that sums over rows; each program writes one row of shares
 
 
 @dataclass(frozen=True)
 class Norm:
-    """LayerNorm of rows still to come: their mean and rstd [M] in fp32, weight γ and bias β [C]."""
+    """Parameters of a LayerNorm to apply to rows later: mean and rstd [M] in fp32, weight γ and bias β [C]."""
 
     mean: Tensor
     rstd: Tensor
@@ -32,11 +32,10 @@ def _normalize_kernel(
     mean_ptr,  # [M], fp32
     rstd_ptr,  # [M], fp32
     n_rows, eps, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_C: tl.constexpr,  # WIDTH to the next power of two
+    BLOCK_C: tl.constexpr,  # WIDTH rounded up to a power of two
 ):  # fmt: skip
-    """n = (x − mean)/√(variance + ε) of BLOCK_M rows in fp32, the variance from centred values; statistics beside it.
-
-    Grid: (⌈M/BLOCK_M⌉)."""
+    """Compute n = (x − mean)/√(variance + ε) and the statistics of BLOCK_M rows in fp32, the variance from centred
+    values. Grid: (⌈M/BLOCK_M⌉)."""
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_c = tl.arange(0, BLOCK_C)
     mask_c = offs_c < WIDTH
@@ -54,20 +53,20 @@ def _normalize_kernel(
 @triton.jit
 def _layer_norm_bwd_kernel(
     grad_ptr,  # gradient of LayerNorm's output, or of n [M, C], contiguous
-    rows_ptr,  # n or, with mean_ptr, what LayerNorm took [M, C], contiguous
+    rows_ptr,  # n or, with mean_ptr, LayerNorm's input x [M, C], contiguous
     mean_ptr,  # [M], fp32, or None
     rstd_ptr,  # [M], fp32
-    gamma_ptr,  # [C], or None: the gradient is n's
-    skip_ptr,  # gradient of x by another way [M, C], contiguous, or None
+    gamma_ptr,  # [C], or None: grad is the gradient of n
+    skip_ptr,  # gradient of x from the skip connection [M, C], contiguous, or None
     dx_ptr,  # [M, C], contiguous, x's dtype
-    normed_ptr,  # n for a product [M, C], contiguous, or None
-    partial_ptr,  # shares of dγ and dβ [2, programs, C], without gamma of Σ skip [1, …], fp32; or None
+    normed_ptr,  # n, written for a product [M, C], contiguous, or None
+    partial_ptr,  # shares of dγ and dβ [2, programs, C], or without gamma of Σ skip [1, …], fp32; or None
     n_rows, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """dx = rstd·(dn − mean_c(dn) − n·mean_c(dn·n)) with dn = gγ, plus what reaches x by the skip connection, and one
-    program's share of dγ = Σ g·n and dβ = Σ g, or of Σ skip. With normed_ptr, n as well, in its dtype.
+    """Compute dx = rstd·(dn − mean_c(dn) − n·mean_c(dn·n)) with dn = gγ, plus the skip connection's gradient; and one
+    program's share of dγ = Σ g·n and dβ = Σ g, or of Σ skip. With normed_ptr, also store n in its dtype.
 
-    A program takes every programs-th block of BLOCK_M rows, in order; the caller adds the shares: deterministic.
+    Each program loops over every programs-th block of BLOCK_M rows; the caller adds the shares. Deterministic.
     """
     offs_c = tl.arange(0, BLOCK_C)
     mask_c = offs_c < WIDTH
@@ -111,13 +110,13 @@ def _layer_norm_bwd_kernel(
 
 
 def _rows_tile(width: int) -> Tile:
-    """Whole rows of `width` columns, padded to a power of two."""
+    """Return a tile of whole rows of `width` columns, padded to a power of two."""
     block_c = triton.next_power_of_2(width)
     return Tile(block_m=max(1, ROW_ELEMENTS // block_c), block_n=block_c, num_warps=4, num_stages=1)
 
 
 def plan_rows(kernel, rows: Tensor, arguments: dict, partial: Tensor | None = None) -> Launch:
-    """Return a launch over rows [M, C]: a block of them a program, or `partial` [_, P, C] gives P."""
+    """Return a launch over rows [M, C] with a block of rows per program, or P programs for `partial` [_, P, C]."""
     n_rows, width = rows.shape
     tile = _rows_tile(width)
     programs = triton.cdiv(n_rows, tile.block_m) if partial is None else partial.shape[1]
@@ -126,14 +125,14 @@ def plan_rows(kernel, rows: Tensor, arguments: dict, partial: Tensor | None = No
 
 
 def shares(count: int, rows: Tensor) -> Tensor:
-    """Room for each program's share of `count` sums over rows [M, C]: [count, programs, C] in fp32."""
+    """Allocate each program's share of `count` sums over rows [M, C]: [count, programs, C] in fp32."""
     n_rows, width = rows.shape
     programs = min(MAX_PROGRAMS, triton.cdiv(n_rows, _rows_tile(width).block_m))
     return torch.empty(count, programs, width, dtype=torch.float32, device=rows.device)
 
 
 def normalize(x: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Normalise the rows of x [M, C]: n [M, C] in `dtype`, and their mean and 1/√(variance + eps) [M] in fp32."""
+    """Return the normalised rows n of x [M, C] in `dtype`, their mean and 1/√(variance + eps) [M] in fp32."""
     x = x.contiguous()
     normed = torch.empty(x.shape, dtype=dtype, device=x.device)
     mean, rstd = (torch.empty(x.shape[0], dtype=torch.float32, device=x.device) for _ in range(2))
@@ -152,19 +151,19 @@ def backward(
     skip: Tensor | None = None,
     normed_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """LayerNorm's gradient: dx [M, C] in `dtype`; sums over the rows in fp32; with `normed_dtype`, n.
+    """Return LayerNorm's gradient dx [M, C], sums over the rows, and optionally n.
 
     Args:
-        grad: Of nγ + β [M, C]; without `gamma`, of n.
-        rows: n [M, C] as `normalize` gives it, or with `mean` x itself: dγ shows the rounding of a rounded n.
+        grad: Gradient of nγ + β [M, C], or of n without `gamma`.
+        rows: n [M, C] from `normalize`; or x itself, with `mean`, if the rounding of n would show in dγ.
         mean, rstd: From `normalize`.
-        dtype: x's.
+        dtype: x's dtype, which dx gets.
         gamma: γ [C].
-        skip: What reaches x by a skip connection [M, C], added to dx.
-        normed_dtype: Of n [M, C], where a product is to take it too.
+        skip: Gradient of x from a skip connection [M, C], added to dx.
+        normed_dtype: Also return n [M, C] in this dtype, for a product.
 
     Returns:
-        dx; the sums: dγ and dβ [2, C] with `gamma`, else Σ skip [1, C], else [0, C]; n or None.
+        dx; sums in fp32: dγ and dβ [2, C] with `gamma`, else Σ skip [1, C] with `skip`, else [0, C]; n or None.
     """
     grad, rows, skip = grad.contiguous(), rows.contiguous(), None if skip is None else skip.contiguous()
     dx = torch.empty(grad.shape, dtype=dtype, device=grad.device)

@@ -1,8 +1,7 @@
-"""The products with tokens (kernels/README.md §4): out = finish(a · weightᵀ), where finish scales, adds, normalises,
-shrinks, masks; and aᵀg, summed over all rows, the gradient of a weight.
+"""Products with tokens: out = finish(a · weightᵀ), and aᵀg, the gradient of a weight (kernels/README.md §4).
 
-Each operand is read in the product's dtype, once per block of the other operand. So work on operands (LayerNorm, the
-mask of a gradient) is done once, beforehand, and work on the result is done here, in the epilogue.
+Each operand is read once per block of the other operand. So work on operands (LayerNorm, the mask of a gradient) is
+done once, beforehand, and work on the result in the epilogue: finish scales, adds, normalises, shrinks and masks.
 """
 
 from dataclasses import replace
@@ -26,13 +25,13 @@ __all__ = [
     "weight_gradient",
 ]
 
-GROUP_M = 8  # row blocks that share a column block of the weights while it is in the L2 cache
-CHUNK_ELEMENTS = 4096  # of a tile, finished at a time: what is added needs registers beside the accumulators
+GROUP_M = 8  # row blocks that use a column block of the weights while it is in the L2 cache
+CHUNK_ELEMENTS = 4096  # of a tile, finished at a time: the epilogue's operands need registers too
 
 
 @triton.jit
 def _tile_start(tile, n_rows, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
-    """Where in [n_rows, WIDTH] a tile starts: groups of row blocks, column blocks inside."""
+    """Return where in [n_rows, WIDTH] a tile starts: by groups of row blocks, then column blocks, then rows."""
     row_blocks = tl.cdiv(n_rows, BLOCK_M)
     col_blocks: tl.constexpr = (WIDTH + BLOCK_N - 1) // BLOCK_N
     group = tile // (GROUP * col_blocks)
@@ -44,8 +43,9 @@ def _tile_start(tile, n_rows, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_
 
 @triton.jit
 def _load_tile(ptr, offs_m, offs_n, n_rows, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Rows offs_m and columns offs_n of a contiguous [n_rows, WIDTH] matrix, zero outside. BLOCK: of the columns that
-    are tiled, which offs_n may be a part of."""
+    """Load rows offs_m and columns offs_n of a contiguous [n_rows, WIDTH] matrix, zero outside.
+
+    BLOCK: column block of the tile, of which offs_n may be a part."""
     pointers = ptr + offs_m.to(tl.int64)[:, None] * WIDTH + offs_n[None, :]
     mask = (offs_m < n_rows)[:, None]
     if WIDTH % BLOCK != 0:
@@ -55,7 +55,7 @@ def _load_tile(ptr, offs_m, offs_n, n_rows, WIDTH: tl.constexpr, BLOCK: tl.const
 
 @triton.jit
 def _load_channels(ptr, offs_n, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Entries offs_n of a [WIDTH] vector in fp32, zero outside; BLOCK as `_load_tile`'s."""
+    """Load entries offs_n of a [WIDTH] vector in fp32, zero outside; BLOCK as in `_load_tile`."""
     if WIDTH % BLOCK == 0:
         return tl.load(ptr + offs_n).to(tl.float32)
     else:
@@ -69,7 +69,7 @@ def _finish(
     WIDTH: tl.constexpr, FINISH: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr,
     CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Apply the epilogue to BLOCK_N columns of the accumulator, CHUNK at a time, by halves; BLOCK is a tile's."""
+    """Apply the epilogue to BLOCK_N columns of the accumulator, halved down to CHUNK; BLOCK is the whole tile's."""
     if BLOCK_N > CHUNK:
         half: tl.constexpr = BLOCK_N // 2
         pair = tl.permute(tl.reshape(acc, (acc.shape[0], 2, half)), (0, 2, 1))
@@ -110,7 +110,7 @@ def _finish(
         y = y.to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + offsets, y, mask=inside)
         if nonzero_ptr is not None:
-            # In out's layout: one of its own, for stores of 16 bytes, would move the tile through shared memory.
+            # Keep out's layout: another one, for stores of 16 bytes, would move the tile through shared memory.
             ALONG: tl.constexpr = 128 // out_ptr.dtype.element_ty.primitive_bitwidth
             tl.store(nonzero_ptr + tl.max_contiguous(offsets, [1, ALONG]), (y != 0.0).to(tl.int8), mask=inside)
 
@@ -119,30 +119,29 @@ def _finish(
 def _product_kernel(
     a_ptr,  # [M, K], contiguous, in the product's dtype
     weight_ptr,  # [N, K], contiguous, in the product's dtype
-    x_ptr,  # what is added [M, N], contiguous; or None
+    x_ptr,  # the residual [M, N], contiguous; or None
     out_ptr,  # [M, N], contiguous
     nonzero_ptr,  # 1 where out is not 0, NaN included [M, N], contiguous, int8; or None
-    mean_ptr,  # of x's rows [M], fp32, where LayerNorm(x) is added; or None, as the next three
+    mean_ptr,  # of x's rows [M], fp32, if LayerNorm(x) is the residual; else this and the next three are None
     rstd_ptr,  # 1 / standard deviation of x's rows [M], fp32
     gamma_ptr,  # LayerNorm's weight [N]
     beta_ptr,  # LayerNorm's bias [N]
     bias_ptr,  # [N], or None
-    mask_ptr,  # out is 0 where this is [M, N], contiguous; or None
+    mask_ptr,  # out is 0 where this is 0 [M, N], contiguous; or None
     n_rows,
     shift,  # ηλ of "relu" and "soft"
-    alpha,  # the product's factor; or None for 1
+    alpha,  # factor of the product; None for 1
     INNER: tl.constexpr,  # K
     WIDTH: tl.constexpr,  # N
-    FINISH: tl.constexpr,  # "add", or behind it "relu" or "soft"
-    MASKED: tl.constexpr,  # x counts only where a is not 0 (K = N)
+    FINISH: tl.constexpr,  # "add"; "relu" or "soft" also shrink the sum
+    MASKED: tl.constexpr,  # add x only where a is not 0 (K = N)
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, CHUNK: tl.constexpr,
     PERSISTENT: tl.constexpr,
 ):  # fmt: skip
-    """finish(a weightᵀ), a BLOCK_M×BLOCK_N tile at a time; sum, LayerNorm, bias and shrinkage are fp32.
+    """Compute finish(a weightᵀ) in tiles of BLOCK_M×BLOCK_N; sum, LayerNorm, bias and shrinkage are fp32.
 
-    Grid: any number of programs; each takes every programs-th tile. PERSISTENT makes one loop of a program's tiles
-    and their blocks of K, so that the next tile's operands are on their way while this one is finished.
-    Deterministic. 2·M·N·K FLOPs.
+    Grid: any number of programs; each loops over every programs-th tile. PERSISTENT merges that loop with the one
+    over K: it prefetches the next tile's operands during the epilogue. Deterministic. 2·M·N·K FLOPs.
     """
     tiles = tl.cdiv(n_rows, BLOCK_M) * ((WIDTH + BLOCK_N - 1) // BLOCK_N)
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=PERSISTENT):
@@ -166,7 +165,7 @@ def _product_kernel(
 
 
 def fitted(tile: Tile, width: int) -> Tile:
-    """Return the tile with column blocks halved until at most an eighth of them lies beyond `width`."""
+    """Return the tile with block_n halved until the column blocks exceed `width` by at most an eighth."""
     block_n = tile.block_n
     while block_n > 32 and triton.cdiv(width, block_n) * block_n * 8 > width * 9:
         block_n //= 2
@@ -174,13 +173,13 @@ def fitted(tile: Tile, width: int) -> Tile:
 
 
 def fitted_product(tile: Tile, width: int) -> Tile:
-    """Return the same for `product`, where 128×256 turns into 256×128, which reads as little for as much."""
+    """Return `fitted`, but turn 128×256 into 256×128, which reads as little per multiplication."""
     narrow = fitted(tile, width)
     return replace(narrow, block_m=256) if (tile.block_n, narrow.block_n) == (256, 128) else narrow
 
 
 def tile_for(kernel: str, a: Tensor, width: int) -> Tile:
-    """Return the table's tile for a product of `a`, fitted to its width."""
+    """Return the table's tile for a product of `a` that is `width` columns wide."""
     return fitted_product(lookup(kernel, a.device, precision(a.dtype)), width)
 
 
@@ -200,7 +199,7 @@ def plan(
     mask: Tensor | None = None,
     nonzero: Tensor | None = None,
 ) -> Launch:
-    """Return the launch on these tensors; what `product` runs and the tests compile."""
+    """Return the launch of `product` on these tensors."""
     (n_rows, inner), width = a.shape, weight.shape[0]
     tiles = triton.cdiv(n_rows, tile.block_m) * triton.cdiv(width, tile.block_n)
     tensors = {"a_ptr": a, "weight_ptr": weight, "x_ptr": x, "out_ptr": out, "nonzero_ptr": nonzero, "bias_ptr": bias}
@@ -216,12 +215,12 @@ def plan(
 def product(
     a: Tensor, weight: Tensor, x: Tensor | None, tile: Tile, *, dtype: torch.dtype | None = None, **options
 ) -> Tensor:
-    """finish(x + α·a weightᵀ) [M, N] for a [M, K] and weight [N, K] in the product's dtype, and x [M, N] or None.
+    """Return finish(x + α·a weightᵀ) [M, N] for a [M, K], weight [N, K] in the product's dtype, and x [M, N] or None.
 
-    The result is in `dtype`; when None in x's. The other options are `plan`'s. `finish` is "add" for nothing more,
-    max(· − shift, 0) ("relu") or the soft threshold ("soft"). `alpha` is α. `norm`: LayerNorm(x) is added instead of
-    x. `bias` [N] is added too. `masked`: x is added only where a is not 0. `mask` [M, N]: the result is 0 where it
-    is. `nonzero` [M, N], int8, is set to whether the result is not 0.
+    The result is in `dtype`, by default x's. `options` are those of `plan`. `finish` is "add" (the sum), "relu"
+    (max(· − shift, 0)) or "soft" (the soft threshold). `alpha` is α. `norm`: add LayerNorm(x) instead of x. `bias`
+    [N] is added. `masked`: add x only where a is not 0. `mask` [M, N]: the result is 0 where the mask is 0.
+    `nonzero` [M, N], int8: receives [result ≠ 0].
     """
     a, weight, x = a.contiguous(), weight.contiguous(), None if x is None else x.contiguous()
     out = torch.empty(len(a), len(weight), dtype=dtype or x.dtype, device=a.device)
@@ -240,10 +239,10 @@ def _weight_gradient_kernel(
     GRAD_WIDTH: tl.constexpr,  # J
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """A BLOCK_M×BLOCK_N tile of one split's share of aᵀg, over rows_per_split rows of a and g.
+    """Compute a BLOCK_M×BLOCK_N tile of one split's share of aᵀg, over rows_per_split rows of a and g.
 
-    The shares are written apart and added by the caller in a fixed order: deterministic, no atomics.
-    Grid: (⌈C/BLOCK_M⌉·⌈J/BLOCK_N⌉, splits). 2·M·C·J FLOPs in all.
+    The caller adds the shares in a fixed order: deterministic, no atomics.
+    Grid: (⌈C/BLOCK_M⌉·⌈J/BLOCK_N⌉, splits). 2·M·C·J FLOPs in total.
     """
     col_blocks: tl.constexpr = (GRAD_WIDTH + BLOCK_N - 1) // BLOCK_N
     offs_m = (tl.program_id(0) // col_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -251,7 +250,7 @@ def _weight_gradient_kernel(
     split = tl.program_id(1)
     start = split * rows_per_split
     end = tl.minimum(start + rows_per_split, n_rows)
-    tl.assume(end > start)  # no split is empty; as in attention.py's backward
+    tl.assume(end > start)  # no split is empty; see attention.py's backward_rows
 
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start_k in range(start, end, BLOCK_K):
@@ -267,7 +266,7 @@ def _weight_gradient_kernel(
 
 
 def plan_weight_gradient(a: Tensor, grad: Tensor, partial: Tensor, rows_per_split: int, tile: Tile) -> Launch:
-    """Return the launch for the shares on these tensors; what `weight_gradient` runs and the tests compile."""
+    """Return the launch that computes the shares of `weight_gradient` on these tensors."""
     (n_rows, width), grad_width = a.shape, grad.shape[1]
     tensors = {"a_ptr": a, "grad_ptr": grad, "partial_ptr": partial}
     blocks = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k}
@@ -278,7 +277,7 @@ def plan_weight_gradient(a: Tensor, grad: Tensor, partial: Tensor, rows_per_spli
 
 
 def weight_gradient(a: Tensor, grad: Tensor, tile: Tile | None = None) -> Tensor:
-    """Return aᵀg [C, J] in fp32, for a [M, C] and g [M, J] in the product's dtype; `tile` in place of the table's."""
+    """Return aᵀg [C, J] in fp32, for a [M, C] and g [M, J] in the product's dtype; `tile` replaces the table's."""
     a, grad = a.contiguous(), grad.contiguous()
     (n_rows, width), grad_width = a.shape, grad.shape[1]
     if a.numel() == 0 or grad.numel() == 0:
@@ -291,7 +290,7 @@ def weight_gradient(a: Tensor, grad: Tensor, tile: Tile | None = None) -> Tensor
 
 
 def splits(n_rows: int, width: int, grad_width: int, device: torch.device, tile: Tile) -> tuple[int, int]:
-    """Return how many shares of aᵀg keep every multiprocessor busy, and the rows in each; none is empty."""
+    """Return the number of shares of aᵀg that keeps every multiprocessor busy, and the rows per share (not 0)."""
     at_once = processors(device) * (1 if tile.block_m * tile.block_n > 128 * 128 else 2)
     tiles = triton.cdiv(width, tile.block_m) * triton.cdiv(grad_width, tile.block_n)
     wanted = max(1, min(at_once // tiles, triton.cdiv(n_rows, 4 * tile.block_k)))

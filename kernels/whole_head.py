@@ -1,10 +1,9 @@
 """Tied attention and its gradient for short sequences: a program keeps a whole head on chip (kernels/README.md §3).
 
-The head's first FULL·64 tokens are FULL blocks; the rest, at most 64 tokens, are further keys, KEYS at a time. E_ij =
-2^(log2(e)·S_ij − shift) is symmetric, so an unordered pair of blocks needs one tile of it: the tile times W_j goes to
-block i, and W_iᵀ times the tile, transposed, to block j. One shift serves the whole head, so there is no running
-maximum. Heads whose logits spread too far for one shift, and the rest's own rows, are left to a second launch, of the
-code in attention.py.
+The first FULL·64 tokens of a head are FULL blocks; the rest, at most 64 tokens, are extra keys, KEYS at a time.
+E_ij = 2^(log2(e)·S_ij − shift) is symmetric, so each unordered pair of blocks needs one tile of E: it adds E W_j to
+block i, and W_iᵀ E, transposed, to block j. One shift for the whole head replaces the running maximum. A second
+launch, with the code of attention.py, computes the rest's rows, and heads whose logits spread too far for one shift.
 """
 
 import torch
@@ -27,8 +26,8 @@ from crate_fast.kernels.launch import Launch, Tile
 __all__ = ["BLOCK", "backward", "forward", "plan_backward", "plan_forward", "plan_rest", "serves", "split"]
 
 BLOCK = 64  # tokens of a block
-MOST_BLOCKS = 3  # whose accumulators fit in the registers
-LONGEST = {64: 256, 48: 240}  # by head width: tokens up to which the gradient fits in the registers
+MOST_BLOCKS = 3  # more accumulators do not fit in the registers
+LONGEST = {64: 256, 48: 240}  # head width: most tokens for which the gradient fits in the registers
 HEADROOM = {torch.bfloat16: 90.0, torch.float32: 90.0, torch.float16: 15.0}  # log2 of the largest E in forward
 LARGEST_SPREAD = {torch.bfloat16: 180.0, torch.float32: 180.0, torch.float16: 15.0}  # of S_ii in forward, log2
 LARGEST_LSE_SPREAD = {torch.bfloat16: 100.0, torch.float32: 100.0, torch.float16: 12.0}  # of L in backward
@@ -39,10 +38,10 @@ def _block(
     ptr, START: tl.constexpr, SIZE: tl.constexpr, N_TOKENS: tl.constexpr, STRIDE: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Tokens START to START + SIZE of a head [SIZE, BLOCK_D], zero beyond the head; masked only where it must be."""
+    """Load tokens START to START + SIZE of a head [SIZE, BLOCK_D], zero beyond it; masked only if needed."""
     offs_n = tl.arange(0, SIZE)
     offs_d = tl.arange(0, BLOCK_D)
-    pointers = ptr + START * STRIDE + (offs_n[:, None] * STRIDE + offs_d[None, :])  # START in the pointer: registers
+    pointers = ptr + START * STRIDE + (offs_n[:, None] * STRIDE + offs_d[None, :])  # this order saves registers
     if START + SIZE <= N_TOKENS:
         if HEAD_DIM == BLOCK_D:
             return tl.load(pointers)
@@ -54,7 +53,7 @@ def _block(
 
 @triton.jit
 def _numbers(ptr, START: tl.constexpr, SIZE: tl.constexpr, N_TOKENS: tl.constexpr):
-    """A number for each of a block's tokens [SIZE], zero beyond the head."""
+    """Load one number per token of a block [SIZE], zero beyond the head."""
     offs_n = tl.arange(0, SIZE)
     if START + SIZE <= N_TOKENS:
         return tl.load(ptr + START + offs_n)
@@ -64,7 +63,7 @@ def _numbers(ptr, START: tl.constexpr, SIZE: tl.constexpr, N_TOKENS: tl.constexp
 
 @triton.jit
 def _store_block(ptr, values, START: tl.constexpr, STRIDE: tl.constexpr, HEAD_DIM: tl.constexpr):
-    """A whole block [SIZE, BLOCK_D] to a head's tokens from START on."""
+    """Store a whole block [SIZE, BLOCK_D] to a head's tokens from START on."""
     offs_n = tl.arange(0, values.shape[0])
     offs_d = tl.arange(0, values.shape[1])
     pointers = ptr + START * STRIDE + (offs_n[:, None] * STRIDE + offs_d[None, :])
@@ -76,7 +75,7 @@ def _store_block(ptr, values, START: tl.constexpr, STRIDE: tl.constexpr, HEAD_DI
 
 @triton.jit
 def _own_logits(tokens):
-    """|W_i|² of a block's tokens, in fp32."""
+    """Return |W_i|² of a block's tokens in fp32."""
     wide = tokens.to(tl.float32)
     return tl.sum(wide * wide, 1)
 
@@ -86,27 +85,27 @@ def _whole_head_fwd_kernel(
     w_ptr,  # subspace tokens [B, N, H, D], D contiguous
     out_ptr,  # O [B, N, H, D], contiguous, w's dtype
     lse_ptr,  # L [B, H, N], fp32, base 2
-    refused_ptr,  # [B·H] int32: 1 where the head is left to the second launch
+    refused_ptr,  # [B·H] int32: 1 if the second launch computes the head
     stride_wb, stride_wh,
     scale_log2,  # s·log2(e), at least 0
     N_TOKENS: tl.constexpr, N_HEADS: tl.constexpr, STRIDE_WN: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     FULL: tl.constexpr,  # blocks of BLOCK tokens
-    KEYS: tl.constexpr,  # of the rest, taken at once
+    KEYS: tl.constexpr,  # keys of the rest per step
     BLOCK: tl.constexpr, HEADROOM: tl.constexpr, LARGEST_SPREAD: tl.constexpr,
 ):  # fmt: skip
-    """O and L of the first FULL·BLOCK tokens of one head (paper, Eq. 5; kernels/README.md §3). Grid: (B·H).
+    """Compute O and L of the first FULL·BLOCK tokens of one head (paper, Eq. 5; kernels/README.md §3). Grid: (B·H).
 
-    E_ij = 2^(log2(e)·S_ij − c) with c = max_i log2(e)·S_ii − HEADROOM: O_i = Σ_j E_ij W_j / Σ_j E_ij and
-    L_i = c + log2 Σ_j E_ij. The sums are of E as the product takes it, rounded to w's dtype: a token that attends to
-    itself alone gets its own W_i to the last bit. Sums are at least E_ii, so nothing overflows or vanishes while the
-    S_ii spread by at most LARGEST_SPREAD. Reads W once, writes O once; deterministic.
+    E_ij = 2^(log2(e)·S_ij − c) with c = max_i log2(e)·S_ii − HEADROOM; O_i = Σ_j E_ij W_j / Σ_j E_ij and
+    L_i = c + log2 Σ_j E_ij. The sums use E as rounded to w's dtype for the product, so a token that attends only to
+    itself gets exactly its own W_i. Sums are at least E_ii, so nothing overflows or vanishes if the S_ii spread by at
+    most LARGEST_SPREAD. Reads W once, writes O once; deterministic.
     """
     index = tl.program_id(0)
     head, _ = find_head(
         index, w_ptr, out_ptr, lse_ptr, stride_wb, STRIDE_WN, stride_wh, N_TOKENS, N_HEADS, scale_log2, HEAD_DIM
     )
-    FIRST: tl.constexpr = FULL * BLOCK  # of the rest
+    FIRST: tl.constexpr = FULL * BLOCK  # first token of the rest
     w, sums, accs = (), (), ()
     smallest, largest = float("inf"), 0.0
     for t in tl.static_range(FULL):
@@ -122,7 +121,7 @@ def _whole_head_fwd_kernel(
         tokens = _block(head.w, start, KEYS, N_TOKENS, STRIDE_WN, HEAD_DIM, BLOCK_D)
         largest = tl.maximum(largest, tl.max(_own_logits(tokens), 0))
         w_rest = w_rest + (tokens,)
-    fits = (largest - smallest) * scale_log2 <= LARGEST_SPREAD  # not where one is NaN
+    fits = (largest - smallest) * scale_log2 <= LARGEST_SPREAD  # False for NaN
     tl.store(refused_ptr + index, 1 - fits.to(tl.int32))
     shift = largest * scale_log2 - HEADROOM
     if fits:
@@ -150,7 +149,7 @@ def _whole_head_fwd_kernel(
 
 @triton.jit
 def _pair(w_i, g_i, d_i, w_j, g_j, d_j, shift, scale_log2, acc, acc_t, BOTH: tl.constexpr):
-    """Return the share of a pair of blocks in dW_i [BLOCK, D] and, with BOTH, in dW_jᵀ [D, BLOCK]; see the kernel."""
+    """Add a pair of blocks to dW_i [BLOCK, D] in acc and, with BOTH, to dW_jᵀ [D, BLOCK] in acc_t; see the kernel."""
     e = tl.exp2(tl.dot(w_i, tl.trans(w_j)) * scale_log2 - shift)
     low = e.to(w_i.dtype)
     if BOTH:
@@ -171,7 +170,7 @@ def _rest_keys(
     KEYS: tl.constexpr, N_TOKENS: tl.constexpr, STRIDE_WN: tl.constexpr, STRIDE: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Return the share of the rest's tokens, from FIRST on, in dW_i, KEYS at a time. Their own rows come later."""
+    """Add the keys of the rest, from token FIRST on, to dW_i in acc, KEYS at a time."""
     for start in tl.static_range(FIRST, N_TOKENS, KEYS):
         w_j = _block(w_ptr, start, KEYS, N_TOKENS, STRIDE_WN, HEAD_DIM, BLOCK_D)
         g_j = _block(g_ptr, start, KEYS, N_TOKENS, STRIDE, HEAD_DIM, BLOCK_D)
@@ -187,29 +186,29 @@ def _whole_head_bwd_kernel(
     out_ptr,  # O [B, N, H, D], contiguous
     lse_ptr,  # L, from forward, [B, H, N], fp32
     dw_ptr,  # dW [B, N, H, D], contiguous, w's dtype
-    g_ptr,  # the same memory, which holds g until dW is known; two names, so that no address is kept for both
-    d_ptr,  # d [B, H, N], fp32, for this program alone
-    refused_ptr,  # [B·H] int32: 1 where the head is left to the second launch
+    g_ptr,  # the same memory, which holds g until dW is known; two arguments need fewer registers
+    d_ptr,  # d [B, H, N], fp32, scratch memory
+    refused_ptr,  # [B·H] int32: 1 if the second launch computes the head
     stride_wb, stride_wh,
     scale_log2,  # s·log2(e), at least 0
     N_TOKENS: tl.constexpr, N_HEADS: tl.constexpr, STRIDE_WN: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, FULL: tl.constexpr, KEYS: tl.constexpr, BLOCK: tl.constexpr,
-    BLOCK_A: tl.constexpr,  # N_TOKENS to the next power of two
+    BLOCK_A: tl.constexpr,  # N_TOKENS rounded up to a power of two
     LARGEST_SPREAD: tl.constexpr,
 ):  # fmt: skip
-    """dW of the first FULL·BLOCK tokens of one head (kernels/README.md §3). Grid: (B·H).
+    """Compute dW of the first FULL·BLOCK tokens of one head (kernels/README.md §3). Grid: (B·H).
 
     dW_i = Σ_j E_ij g_j + s·Σ_j E_ij T_ij W_j with E_ij = 2^(log2(e)·S_ij − c), c in the middle of the L,
-    g_i = 2^(c − L_i)·dO_i, d_i = g_i·O_i and T_ij = g_i·W_j + W_i·g_j − d_i − d_j. The d are what T's accumulator
-    starts from: where a token attends to itself alone, T_ii cancels before it is rounded. g is written to dw and read
-    again, because an operand that comes from memory needs no registers. Deterministic.
+    g_i = 2^(c − L_i)·dO_i, d_i = g_i·O_i and T_ij = g_i·W_j + W_i·g_j − d_i − d_j. T's accumulator starts from the d:
+    if a token attends only to itself, T_ii cancels before it is rounded. g is written to dw and read again, because
+    an operand from memory needs no registers. Deterministic.
     """
     index = tl.program_id(0)
     head, dense = find_head(
         index, w_ptr, out_ptr, lse_ptr, stride_wb, STRIDE_WN, stride_wh, N_TOKENS, N_HEADS, scale_log2, HEAD_DIM
     )
     STRIDE: tl.constexpr = N_HEADS * HEAD_DIM
-    FIRST: tl.constexpr = FULL * BLOCK  # of the rest
+    FIRST: tl.constexpr = FULL * BLOCK  # first token of the rest
     grad_ptr += dense
     dw_ptr += dense
     g_ptr += dense
@@ -217,7 +216,7 @@ def _whole_head_bwd_kernel(
     offs_a = tl.arange(0, BLOCK_A)
     smallest = tl.min(tl.load(head.lse + offs_a, mask=offs_a < N_TOKENS, other=float("inf")), 0)
     largest = tl.max(tl.load(head.lse + offs_a, mask=offs_a < N_TOKENS, other=float("-inf")), 0)
-    fits = largest - smallest <= LARGEST_SPREAD  # not where one is NaN
+    fits = largest - smallest <= LARGEST_SPREAD  # False for NaN
     tl.store(refused_ptr + index, 1 - fits.to(tl.int32))
     if fits:
         shift = (smallest + largest) * 0.5
@@ -233,14 +232,14 @@ def _whole_head_bwd_kernel(
             g = (grad.to(tl.float32) * tl.exp2(shift - lse)[:, None]).to(grad.dtype)
             tl.store(g_ptr + places, g, mask=mask)
             tl.store(d_ptr + offs_n, tl.sum(g.to(tl.float32) * out.to(tl.float32), 1), mask=mask_n)
-        tl.debug_barrier()  # other threads' stores
+        tl.debug_barrier()  # wait for other threads' stores
 
         w, g, accs = (), (), ()
         for t in tl.static_range(FULL):
             w = w + (_block(head.w, t * BLOCK, BLOCK, N_TOKENS, STRIDE_WN, HEAD_DIM, BLOCK_D),)
             g = g + (_block(g_ptr, t * BLOCK, BLOCK, N_TOKENS, STRIDE, HEAD_DIM, BLOCK_D),)
             accs = accs + (tl.zeros([BLOCK_D, BLOCK], tl.float32),)
-            tl.debug_barrier()  # one block's loads after another's: all at once do not fit in the registers
+            tl.debug_barrier()  # one block at a time: all loads at once do not fit in the registers
         for i in tl.static_range(FULL):
             d_i = _numbers(d_ptr, i * BLOCK, BLOCK, N_TOKENS)
             acc, _ = _pair(w[i], g[i], d_i, w[i], g[i], d_i, shift, scale_log2, tl.trans(accs[i]), accs[i], False)
@@ -263,14 +262,14 @@ def _whole_head_bwd_kernel(
 
 @triton.jit
 def _rest_kernel(
-    grad_ptr,  # dO, or None: forward
-    w_ptr,  # as the kernels' above, as all that follows
+    grad_ptr,  # dO, or None for forward
+    w_ptr,  # this and the following arguments: as above
     out_ptr, lse_ptr, dw_ptr, refused_ptr, stride_wb, stride_wn, stride_wh, n_tokens, n_heads, scale_log2,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, FULL: tl.constexpr,
-    REST: tl.constexpr,  # the rest's tokens to the next power of two, or 0
+    REST: tl.constexpr,  # tokens of the rest rounded up to a power of two, or 0
     BLOCK: tl.constexpr, LARGEST_SUM: tl.constexpr,
 ):  # fmt: skip
-    """O and L, or dW, of a head's rest, and of its blocks where the head was refused. Grid: (B·H)."""
+    """Compute O and L, or dW, of a head's rest, and of its blocks if the head was refused. Grid: (B·H)."""
     index = tl.program_id(0)
     head, dense = find_head(
         index, w_ptr, out_ptr, lse_ptr, stride_wb, stride_wn, stride_wh, n_tokens, n_heads, scale_log2, HEAD_DIM
@@ -292,8 +291,8 @@ def _rest_kernel(
 
 
 def split(n_tokens: int, tile: Tile) -> tuple[int, int, int]:
-    """Divide a sequence that `serves` admits: its blocks of BLOCK tokens; the rest's tokens to the next power of
-    two and at least 16, or 0; and how many of those are taken as keys at once."""
+    """Return, for a sequence that `serves` accepts: the number of blocks of BLOCK tokens; the tokens of the rest, 0
+    or rounded up to a power of two of at least 16; and the keys of the rest per step."""
     blocks = min(n_tokens // BLOCK, MOST_BLOCKS)
     rest = n_tokens - blocks * BLOCK
     padded = 0 if rest == 0 else max(16, triton.next_power_of_2(rest))
@@ -301,10 +300,10 @@ def split(n_tokens: int, tile: Tile) -> tuple[int, int, int]:
 
 
 def serves(name: str, w: Tensor) -> bool:
-    """Return True if the kernel "whole_head_forward" or "whole_head_backward" can take w [B, N, H, D].
+    """Return True if the kernel "whole_head_forward" or "whole_head_backward" supports w [B, N, H, D].
 
-    The gradient takes heads of the widths in LONGEST alone (masks cost the last registers), and not float16, whose
-    range g = 2^(c − L)·dO would leave.
+    Backward supports only the head widths in LONGEST, because masks need too many registers, and not float16, where
+    g = 2^(c − L)·dO leaves the range.
     """
     n_tokens, head_dim = w.shape[1], w.shape[3]
     if w.dtype == torch.float32 or not BLOCK <= n_tokens <= (MOST_BLOCKS + 1) * BLOCK:
@@ -322,7 +321,7 @@ def _sizes(w: Tensor, blocks: int) -> dict:
 
 
 def plan_forward(w: Tensor, out: Tensor, lse: Tensor, refused: Tensor, scale: float, tile: Tile) -> Launch:
-    """Return the forward launch on these tensors: what `forward` runs and the tests compile."""
+    """Return the forward launch on these tensors."""
     tensors = {"w_ptr": w, "out_ptr": out, "lse_ptr": lse, "refused_ptr": refused}
     strides = {"stride_wb": w.stride(0), "stride_wh": w.stride(2), "scale_log2": scale * LOG2_E}
     limits = {"HEADROOM": HEADROOM[w.dtype], "LARGEST_SPREAD": LARGEST_SPREAD[w.dtype]}
@@ -341,7 +340,7 @@ def plan_backward(
     scale: float,
     tile: Tile,
 ) -> Launch:
-    """Return the backward launch on these tensors, with room for d [B, H, N] in fp32."""
+    """Return the backward launch on these tensors; d [B, H, N] is scratch memory in fp32."""
     tensors = {"grad_ptr": grad, "w_ptr": w, "out_ptr": out, "lse_ptr": lse, "dw_ptr": dw, "g_ptr": dw, "d_ptr": d}
     strides = {"stride_wb": w.stride(0), "stride_wh": w.stride(2), "scale_log2": scale * LOG2_E}
     more = {"BLOCK_A": triton.next_power_of_2(w.shape[1]), "LARGEST_SPREAD": LARGEST_LSE_SPREAD[w.dtype]}
@@ -360,7 +359,7 @@ def plan_rest(
     scale: float,
     tile: Tile,
 ) -> Launch:
-    """Return the second launch, after forward (grad and dw None) or after backward."""
+    """Return the second launch, after forward (`grad` and `dw` are None) or after backward."""
     tensors = {"grad_ptr": grad, "w_ptr": w, "out_ptr": out, "lse_ptr": lse, "dw_ptr": dw, "refused_ptr": refused}
     blocks, rest, _ = split(w.shape[1], tile)
     constants = _sizes(w, blocks) | {"REST": rest, "LARGEST_SUM": LARGEST_SUMS.get(w.dtype, 0.0)}
@@ -368,14 +367,14 @@ def plan_rest(
 
 
 def forward(w: Tensor, out: Tensor, lse: Tensor, scale: float, tile: Tile) -> None:
-    """O and L of w [B, N, H, D], into `out` and `lse`; see `attention.forward`."""
+    """Write O and L of w [B, N, H, D] to `out` and `lse`; see `attention.forward`."""
     refused = torch.empty(w.shape[0] * w.shape[2], dtype=torch.int32, device=w.device)
     plan_forward(w, out, lse, refused, scale, tile).run()
     plan_rest(None, w, out, lse, None, refused, scale, tile).run()
 
 
 def backward(grad: Tensor, w: Tensor, out: Tensor, lse: Tensor, dw: Tensor, scale: float, tile: Tile) -> None:
-    """dW of w [B, N, H, D], into `dw`; see `attention.backward`."""
+    """Write dW of w [B, N, H, D] to `dw`; see `attention.backward`."""
     refused = torch.empty(w.shape[0] * w.shape[2], dtype=torch.int32, device=w.device)
     plan_backward(grad, w, out, lse, dw, torch.empty_like(lse), refused, scale, tile).run()
     plan_rest(grad, w, out, lse, dw, refused, scale, tile).run()
