@@ -108,13 +108,13 @@ def unavailable_reason(
         if family is None:
             return why_not
     if dtype is not None and dtype not in _DTYPES:
-        return f"the kernels take float16, bfloat16 and float32, and the tensor is {dtype}"
+        return f"the kernels support float16, bfloat16 and float32, and the tensor is {dtype}"
     if dtype == torch.float32 and device.type == "cuda" and not _tf32_allowed():
         return "the kernels multiply float32 as TF32, and torch.set_float32_matmul_precision does not allow it"
     if dtype == torch.bfloat16 and device.type == "cpu":
         return "Triton's interpreter computes bfloat16 wrongly; check with float16 or float32"
     if head_dim is not None and head_dim > MAX_HEAD_DIM:
-        return f"the kernels take heads up to {MAX_HEAD_DIM} wide, and this one is {head_dim}"
+        return f"the kernels support heads up to {MAX_HEAD_DIM} wide, and this one is {head_dim}"
     return None
 
 
