@@ -1,5 +1,5 @@
-"""Folding of weights, once per call: G = η(D − DᵀD), a LayerNorm's γ and β into the next weight, and the gradients of
-both (kernels/README.md §5, §6)."""
+"""Weights prepared once per call: G = η(D − DᵀD), and a weight with the preceding LayerNorm's γ and β folded in; the
+gradients of both (kernels/README.md §5, §6)."""
 
 import torch
 import triton

@@ -53,7 +53,7 @@ def _masked_gradient_kernel(
 def masked_gradient(
     grad: Tensor, nonzero: Tensor, dtype: torch.dtype, summed: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """Return g' = g·[y ≠ 0] [M, C] in G's `dtype`, for [y ≠ 0] from `forward`; and, if `summed`, Σ g' over the rows
+    """Return g' = g·[y ≠ 0] [M, C] in G's `dtype`, with [y ≠ 0] from `forward`; and, if `summed`, Σ g' over the rows
     [C] in fp32, which dG needs after a LayerNorm."""
     grad, nonzero = grad.contiguous(), nonzero.contiguous()
     masked = torch.empty(grad.shape, dtype=dtype, device=grad.device)

@@ -31,7 +31,7 @@ CHUNK_ELEMENTS = 4096  # of a tile, finished at a time: the epilogue's operands 
 
 @triton.jit
 def _tile_start(tile, n_rows, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
-    """Return where in [n_rows, WIDTH] a tile starts: by groups of row blocks, then column blocks, then rows."""
+    """Return where in [n_rows, WIDTH] a tile starts; order: group of row blocks, column block, row block."""
     row_blocks = tl.cdiv(n_rows, BLOCK_M)
     col_blocks: tl.constexpr = (WIDTH + BLOCK_N - 1) // BLOCK_N
     group = tile // (GROUP * col_blocks)
