@@ -126,7 +126,7 @@ def test_a_runs_damaged_files_are_one_line(tiny_run, tmp_path):
     shutil.copytree(tiny_run, folder)
     weights = folder / "checkpoints" / "step_00000008" / "model.safetensors"
     weights.write_text("version https://git-lfs.github.com/spec/v1\nsize 9\n")
-    with pytest.raises(UserError, match="is a git-lfs pointer.*git lfs pull`. .*step_00000004 is whole"):
+    with pytest.raises(UserError, match="is a git-lfs pointer.*git lfs pull`. .*step_00000004 is intact"):
         open_model(f"{folder}@8")
     (folder / "checkpoints" / "best.json").write_text("")
     with pytest.raises(UserError, match=r"best\.json cannot be read.*delete it to use the newest"):

@@ -189,7 +189,7 @@ def test_one_run_at_a_time_writes_a_folder(tmp_path, refuses):
     words = ("--output", str(folder), "--epochs", "40")
     first = start(*words)
     wait_until(lambda: (folder / "metrics.jsonl").exists() and losses(folder), first)
-    message = r"is being written by another run \(process \d+ on .*\): end it first"
+    message = r"is being written by another run \(process \d+ on .*\): stop it first"
     refuses(message, pretrain.main, [*TINY, *words, "--resume"])
     Timer(0.5, first.kill).start()  # as a host that is gone, for whose lock a restart waits
     lock = RunLock(folder)
@@ -201,7 +201,7 @@ def test_one_run_at_a_time_writes_a_folder(tmp_path, refuses):
 def test_restarts_need_a_folder(monkeypatch, capsys):
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
     assert pretrain.main(TINY) == 2
-    assert "look for their run in --output; name its folder" in capsys.readouterr().err
+    assert "needs a fixed folder to resume from: pass --output FOLDER" in capsys.readouterr().err
 
 
 # --- disks ---
@@ -307,7 +307,7 @@ def test_poisoned_weights_are_never_saved(tmp_path, monkeypatch, refuses):
 
     monkeypatch.setattr(trainer.Trainer, "train_step", poisoning)
     refuses(
-        "after step 3 the weights cls_token are not finite, and are not saved",
+        "the weights cls_token are not finite after step 3 and are not saved",
         pretrain.main,
         [*TINY, "--output", str(tmp_path / "run"), "--checkpoint-every", "1"],
     )

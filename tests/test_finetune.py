@@ -180,7 +180,7 @@ def test_weights_that_are_not_finite_are_refused(tmp_path):
 
 def test_a_stated_grid_is_checked(source):
     for words in ({"init": "w.pth", "init_grid": "2 by 8"}, {"init_grid": "2x8"}):
-        with pytest.raises(UserError, match="give the rows and columns of patches of the file in init, such as 2x8"):
+        with pytest.raises(UserError, match="pass the patch rows and columns of the --init file, such as 2x8"):
             tiny_config(**words)
     with pytest.raises(UserError, match="knows its grid; leave it out"):
         load_initial(build_model(tiny_config(), 12), tiny_config(init=str(source), init_grid="2x8"))

@@ -172,7 +172,7 @@ def test_a_damaged_checkpoint_is_rejected_and_the_previous_one_still_loads(tmp_p
         path.write_bytes(content[:middle] + bytes([content[middle] ^ 0x41]) + content[middle + 1 :])
     else:
         path.unlink()
-    with pytest.raises(checkpoint.CheckpointError, match=f"{name}.*step_00000001 is whole"):
+    with pytest.raises(checkpoint.CheckpointError, match=f"{name}.*step_00000001 is intact"):
         checkpoint.load(tmp_path, 2)
     saved = checkpoint.load(tmp_path, 1)
     assert (saved.weights["w"][0], saved.training["trainer"]["step"]) == (1.0, 1)
@@ -183,7 +183,7 @@ def test_a_run_with_a_cut_checkpoint_stops_with_the_remedy(finished, tmp_path, r
     path = folder / "checkpoints" / "step_00000012" / "model.safetensors"
     path.write_bytes(path.read_bytes()[:1000])
     words = [*TINY, *OPTIONS, "--output", str(folder), "--resume"]
-    refuses("model.safetensors is damaged: 1000 bytes.*step_00000006 is whole: delete", pretrain.main, words)
+    refuses("model.safetensors is damaged: 1000 bytes.*step_00000006 is intact: delete", pretrain.main, words)
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,12 @@
-"""A run's folder, and its checkpoints, which are complete or absent whenever the process is killed.
+"""A run's folder and its checkpoints, which are complete or absent even if the process is killed.
 
     RUN/checkpoints/step_00001500/  model.safetensors (released names), ema.safetensors, training.pt, manifest.json
     RUN/checkpoints/best.json       step with the best validation score
     RUN/config.yaml metrics.jsonl tensorboard/ .lock .owner
 
-A checkpoint is written into a hidden folder, flushed to disk, and renamed; reading verifies every file against the
-manifest. States are unsharded: PyTorch's sharded format is not used, because its reader unpickles. metrics.jsonl is
-the history, of which a resumed run keeps the entries up to its step. Only the first process (rank 0) writes.
+A checkpoint is written to a hidden folder, flushed to disk, then renamed. Loading verifies every file against the
+manifest. States are saved unsharded, because loading PyTorch's sharded format unpickles. A resumed run keeps the
+entries of metrics.jsonl up to its step. Only rank 0 writes.
 """
 
 import hashlib
@@ -34,20 +34,20 @@ from crate_fast.weight_files import describe_file
 
 WEIGHTS, EMA, TRAINING, MANIFEST = "model.safetensors", "ema.safetensors", "training.pt", "manifest.json"
 BEST = "best.json"
-FORMAT = 2  # version of training.pt and the manifest; another version is not resumed
+FORMAT = 2  # version of training.pt and the manifest; other versions cannot be resumed
 
 
 class CheckpointError(UserError):
-    """A checkpoint is damaged, missing or of another run."""
+    """Error for a checkpoint that is damaged, missing or from another run."""
 
 
 def folder_of(root: Path, step: int) -> Path:
-    """Return the folder of the checkpoint of `step`."""
+    """Return the folder of the checkpoint at `step`."""
     return root / f"step_{step:08d}"
 
 
 def _flush(path: Path) -> None:
-    """Write a file or folder through to the disk, so that it survives a power cut."""
+    """Flush a file or folder to disk, so that it survives a power failure."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -64,7 +64,7 @@ def _fingerprint(path: Path) -> dict:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a small file atomically: write beside it, flush, rename."""
+    """Replace a small file atomically: write a temporary file, flush it, rename it."""
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(text)
     _flush(temporary)
@@ -78,7 +78,7 @@ def steps(root: Path) -> list[int]:
 
 
 def newest(root: Path) -> int | None:
-    """Return the step of the last finished checkpoint, or None."""
+    """Return the step of the newest finished checkpoint, or None."""
     return max(steps(root), default=None)
 
 
@@ -92,11 +92,11 @@ def save(
 ) -> Path:
     """Write a checkpoint, completely or not at all, and return its folder.
 
-    `weights` and `ema` are state dicts of the model and of its moving average, if there is one. `training` has the
-    optimiser's state and progress, tensors and plain values; `facts` are JSON values for the manifest.
+    `weights` and `ema` are state dicts of the model and of its moving average, if it has one. `training` holds
+    optimiser state and progress as tensors and plain values; `facts` are JSON values for the manifest.
 
     Raises:
-        DiskError: It could not be written; nothing of it is left behind.
+        DiskError: The checkpoint could not be written; no part of it is left.
     """
     final = folder_of(root, step)
     temporary = root / f".{final.name}.tmp"
@@ -129,7 +129,7 @@ def _put_in_place(temporary: Path, final: Path) -> None:
 
 
 def manifest(root: Path, step: int) -> dict:
-    """Return the record of a checkpoint: step, epoch, configuration, environment."""
+    """Return the manifest of a checkpoint: step, epoch, configuration, environment."""
     return _read_json(folder_of(root, step) / MANIFEST, "restore it, or delete its folder")
 
 
@@ -139,7 +139,7 @@ def _read_json(path: Path, remedy: str) -> dict:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}): {remedy}") from error
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path} cannot be read (it holds no JSON object): {remedy}")
+        raise CheckpointError(f"{path} cannot be read (it is not a JSON object): {remedy}")
     return content
 
 
@@ -156,20 +156,20 @@ def load(root: Path, step: int) -> Checkpoint:
     """Read a checkpoint and verify it.
 
     Raises:
-        CheckpointError: A file is missing or damaged; the message names it and the newest whole checkpoint before.
+        CheckpointError: A file is missing or damaged. The message names it and the newest earlier intact checkpoint.
     """
     folder = folder_of(root, step)
     problem = _problem(folder)
     if problem:
-        whole = [earlier for earlier in steps(root) if earlier < step and not _problem(folder_of(root, earlier))]
-        remedy = f"{folder_of(root, whole[-1])} is whole: delete {folder} to continue from it" if whole else ""
-        raise CheckpointError(f"{problem}. {remedy or 'no earlier one is whole'}")
+        intact = [earlier for earlier in steps(root) if earlier < step and not _problem(folder_of(root, earlier))]
+        remedy = f"{folder_of(root, intact[-1])} is intact: delete {folder} to continue from it" if intact else ""
+        raise CheckpointError(f"{problem}. {remedy or 'No earlier checkpoint is intact'}")
     try:
         training = torch.load(folder / TRAINING, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{folder / TRAINING} holds more than tensors and plain values and is not read, since that could run "
-            f"code: restore it from a copy, or delete {folder}"
+            f"{folder / TRAINING} holds more than tensors and plain values, and loading it could run code: restore "
+            f"it from a copy, or delete {folder}"
         ) from error
     ema = load_file(folder / EMA) if (folder / EMA).is_file() else None
     return Checkpoint(load_file(folder / WEIGHTS), ema, training, manifest(root, step))
@@ -185,12 +185,12 @@ def _problem(folder: Path) -> str | None:
         if not path.is_file():
             return f"{path} is missing"
         found = describe_file(path) if path.suffix == ".safetensors" else None
-        if found and "damaged" not in found[0]:  # a git-lfs pointer in a clone, say
+        if found and "damaged" not in found[0]:  # for example a git-lfs pointer
             return f"{path} is {found[0]}: {found[1]}"
         if path.stat().st_size != expected["bytes"]:
-            return f"{path} is damaged: {path.stat().st_size} bytes, {expected['bytes']} were written"
+            return f"{path} is damaged: it has {path.stat().st_size} bytes instead of {expected['bytes']}"
         if _fingerprint(path) != expected:
-            return f"{path} is damaged: its SHA-256 is not the one written in {MANIFEST}"
+            return f"{path} is damaged: its SHA-256 differs from the one in {MANIFEST}"
     return None
 
 
@@ -200,24 +200,24 @@ def record_best(root: Path, best: dict) -> None:
 
 
 def best_step(root: Path) -> int | None:
-    """Return the step that `record_best` recorded, or None if there is none or its checkpoint is gone."""
+    """Return the step of the best checkpoint; None if none is recorded or that checkpoint was deleted."""
     path = root / BEST
     step = _read_json(path, "delete it to use the newest checkpoint").get("step") if path.is_file() else None
     return step if step in steps(root) else None
 
 
 def sweep(root: Path) -> None:
-    """Clean up after a killed process: delete checkpoints that it was writing or deleting."""
+    """Delete partial checkpoints that a killed process was writing or deleting."""
     for suffix in ("tmp", "gone"):
         for path in root.glob(f".step_*.{suffix}"):
             shutil.rmtree(path)
 
 
 def rotate(root: Path, keep: int) -> None:
-    """Delete all checkpoints but the newest `keep` and the best."""
+    """Delete all checkpoints except the newest `keep` and the best."""
     kept = {*steps(root)[-keep:], best_step(root)}
     for folder in (folder_of(root, step) for step in steps(root) if step not in kept):
-        hidden = folder.with_name(f".{folder.name}.gone")  # a kill leaves no half of it under its name
+        hidden = folder.with_name(f".{folder.name}.gone")  # so that a kill leaves no partial checkpoint
         shutil.rmtree(hidden, ignore_errors=True)
         folder.replace(hidden)
         shutil.rmtree(hidden)
@@ -225,8 +225,8 @@ def rotate(root: Path, keep: int) -> None:
 
 # --- the folder of a run
 
-# Settings that a resumed run may change: they decide how and where it is computed, and what is kept. As with the
-# number of processes, rounding and what is drawn by micro-batch may differ.
+# Settings that a resumed run may change: how and where it computes, and what it keeps. As with another world size,
+# rounding and the random numbers of a micro-batch may differ.
 FREE_SETTINGS = (
     *("data_dir", "download", "workers", "threads", "checkpoint_every", "keep_checkpoints", "log_every", "profile"),
     *("wandb", "parallel", "accumulate", "device", "grad_checkpointing", "max_unreadable"),
@@ -236,17 +236,17 @@ _LOCK_SECONDS = 120.0
 
 
 class RunLock:
-    """The lock of a folder, FOLDER/.lock, held by one process until `release` or its end; FOLDER/.owner names it."""
+    """Lock of a run's folder (.lock), held until `release` or until the process ends; .owner names the process."""
 
     def __init__(self, folder: Path):
         self.folder, self.owner = folder, folder / ".owner"
         self._lock = filelock.FileLock(folder / ".lock")
 
     def acquire(self, patience: float = 0.0) -> None:
-        """Take the lock, waiting up to `patience` seconds: a file server keeps a dead host's lock for a while.
+        """Acquire the lock within `patience` seconds: a file server keeps the lock of a dead host for a while.
 
         Raises:
-            CheckpointError: Another process has it; the message says which.
+            CheckpointError: Another process holds the lock; the message names it.
         """
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -257,21 +257,21 @@ class RunLock:
             owner = self._read()
             raise CheckpointError(
                 f"{self.folder} is being written by another run (process {owner.get('process', 'unknown')} on "
-                f"{owner.get('host', 'another host')}): end it first, or give another --output. After torchrun "
+                f"{owner.get('host', 'another host')}): stop it first, or pass another --output. If torchrun "
                 "itself was killed, its processes may still be running"
             ) from error
-        except (OSError, NotImplementedError) as error:  # some clusters mount their file system without locks
+        except (OSError, NotImplementedError) as error:  # some clusters mount file systems without locks
             warnings.warn(
-                f"{self.folder / '.lock'} cannot be locked ({error}): make sure that one run alone writes there",
+                f"{self.folder / '.lock'} cannot be locked ({error}): make sure that only one run writes there",
                 stacklevel=2,
             )
 
     def ours(self) -> bool:
-        """Return True if the last run in the folder was started by the torchrun that started this process."""
+        """Return True if the last run in the folder was started by the same torchrun as this process."""
         return self._read().get("launcher") == _launcher()
 
     def sign(self) -> None:
-        """Write down who holds the lock."""
+        """Record this process as the owner of the lock."""
         owner = {"host": socket.gethostname(), "process": os.getpid(), "launcher": _launcher()}
         with writing(self.folder):
             write_text(self.owner, json.dumps(owner))
@@ -283,38 +283,38 @@ class RunLock:
     def _read(self) -> dict:
         try:
             return json.loads(self.owner.read_text())
-        except (OSError, ValueError):  # nobody has signed yet
+        except (OSError, ValueError):  # no owner recorded yet
             return {}
 
 
 def _launcher() -> str:
-    """Name the torchrun above this process: the same for its restarts.
+    """Return a name of the torchrun that started this process; it stays the same over restarts.
 
-    On several hosts any may have the first process after a restart: then the name is `--rdzv-id`, if there is one.
+    On several hosts rank 0 may move to another host at a restart, so the name is `--rdzv-id`, if given.
     """
     name, hosts = os.environ.get("TORCHELASTIC_RUN_ID", "none"), int(os.environ.get("GROUP_WORLD_SIZE", 1))
     return name if hosts > 1 and name != "none" else f"{name} {socket.gethostname()} {os.getppid()}"
 
 
 class RunFolder:
-    """A run on disk. `data_facts` must be the same in a resumed run: number of training images, classes."""
+    """Folder of a run: checkpoints, logs and lock. `data_facts` (image counts, classes) must stay the same."""
 
     def __init__(self, folder: Path, config: TrainConfig, data_facts: dict, processes: Processes):
         self.folder, self.config, self.data_facts, self.processes = folder, config, data_facts, processes
         self.checkpoints = folder / "checkpoints"
         self.history: list[dict] = []  # the entries of metrics.jsonl
         self.board = None  # TensorBoard's writer
-        self.online = None  # the page at Weights & Biases
+        self.online = None  # the run at Weights & Biases
         self.saved: int | None = None  # the step of the last checkpoint
         self.lock = RunLock(folder)
 
     def begin(self, resume: bool, restarted: bool = False) -> Checkpoint | None:
         """Open the folder; return the newest checkpoint if there is a run to continue, None for a new run.
 
-        `restarted` is True if torchrun has started this process again: it continues a run that it began, no other.
+        `restarted` is True if torchrun restarted this process; a run of this torchrun then continues by itself.
 
         Raises:
-            UserError: There is a run in the folder that is not to be continued, or it cannot be continued.
+            UserError: The folder holds a run, and `resume` is False or the run cannot be resumed.
         """
         if self.processes.first:
             self.lock.acquire(patience=_LOCK_SECONDS if restarted else 0.0)
@@ -326,8 +326,8 @@ class RunFolder:
         step = newest(self.checkpoints)
         if self.processes.agree(step) != step:
             raise CheckpointError(
-                f"process {self.processes.rank} finds the newest checkpoint in {self.folder} at step {step}, the "
-                "first process at another: give --output a folder that all hosts share"
+                f"rank {self.processes.rank} finds the newest checkpoint in {self.folder} at step {step}, rank 0 "
+                "at another step: pass an --output folder that all hosts share"
             )
         if step is not None and not resume:
             raise UserError(
@@ -336,10 +336,10 @@ class RunFolder:
         saved = None if step is None else load(self.checkpoints, step)
         if saved is not None:
             self._check_same_run(saved.manifest)
-            self.history = self.processes.agree(self._logged(step) if self.processes.first else [])
+            self.history = self.processes.agree(self._read_history(step) if self.processes.first else [])
             self.saved = step
         if self.processes.first:
-            from torch.utils.tensorboard import SummaryWriter  # takes a second, and evaluations import this module
+            from torch.utils.tensorboard import SummaryWriter  # slow, and evaluations import this module
 
             self.lock.sign()
             with writing(self.folder):
@@ -351,19 +351,19 @@ class RunFolder:
         self.processes.wait()
         return saved
 
-    def _logged(self, step: int) -> list[dict]:
-        """Return the entries of metrics.jsonl up to a step, without those of an interrupted session behind it."""
+    def _read_history(self, step: int) -> list[dict]:
+        """Return the entries of metrics.jsonl up to a step. An interrupted session may have logged later ones."""
         file = self.folder / "metrics.jsonl"
         lines = file.read_text().splitlines() if file.is_file() else []
-        entries = [json.loads(line) for line in lines if line.endswith("}")]  # a kill may have cut the last
+        entries = [json.loads(line) for line in lines if line.endswith("}")]  # a kill may cut the last line
         return [entry for entry in entries if entry["step"] <= step]
 
     def _check_same_run(self, manifest: dict) -> None:
         if manifest.get("format") != FORMAT:
             raise CheckpointError(
                 f"the checkpoint in {self.folder} was written by another version of crate_fast "
-                f"({manifest.get('crate_fast', 'unknown')}): resume with that one, or start a new run in another "
-                "--output; --init takes its weights"
+                f"({manifest.get('crate_fast', 'unknown')}): resume with that version, or start a new run from its "
+                "weights (--init) in another --output"
             )
         saved = renamed_settings(manifest["config"]) | manifest["data"]
         present = vars(self.config) | self.data_facts
@@ -372,8 +372,8 @@ class RunFolder:
         if differing:
             changes = ", ".join(f"{name}: {before!r} → {now!r}" for name, before, now in differing)
             raise CheckpointError(
-                f"the checkpoint in {self.folder} was made with other settings or data ({changes}): resume with its "
-                f"own (--recipe {self.folder / 'config.yaml'}), or start a new run in another --output"
+                f"the checkpoint in {self.folder} has other settings or data ({changes}): resume with its "
+                f"settings (--recipe {self.folder / 'config.yaml'}), or start a new run in another --output"
             )
 
     def evaluated(self, step: int) -> bool:
@@ -391,16 +391,16 @@ class RunFolder:
             self.add_scalars(step, values)
 
     def add_scalars(self, step: int, values: dict[str, float]) -> None:
-        """Add numbers to the curves alone, on the first process."""
+        """Log numbers to TensorBoard and Weights & Biases only; call it on rank 0."""
         for name, value in values.items():
             self.board.add_scalar(name, value, step)
         if self.online is not None:
             self.online.log(values, step=step)
 
     def save(self, step: int, epoch: float, weights: dict, ema: dict | None, training: dict) -> None:
-        """Write a checkpoint, and delete older ones.
+        """Write a checkpoint and delete old ones. All processes must call it.
 
-        A collective call: when the first process cannot write, all raise, and earlier checkpoints are untouched.
+        If rank 0 cannot write, all processes raise, and earlier checkpoints stay intact.
         """
         problem: Exception | None = None
         if self.processes.first:
@@ -409,21 +409,21 @@ class RunFolder:
                 bad = poisoned(weights) + poisoned(ema or {})
                 if bad:
                     raise NonFiniteError(
-                        f"after step {step} the weights {', '.join(bad[:5])} are not finite, and are not saved; the "
-                        "checkpoints before are whole: lower lr or raise the warm-up in a new run"
+                        f"the weights {', '.join(bad[:5])} are not finite after step {step} and are not saved; "
+                        "earlier checkpoints are intact: start a new run with a lower lr or a longer warm-up"
                     )
-                _flush(self.folder / "metrics.jsonl")  # whose entries up to this step a resumed run continues
+                _flush(self.folder / "metrics.jsonl")  # a resumed run reads its entries up to this step
                 save(self.checkpoints, step, weights, training, facts, ema)
                 with writing(self.checkpoints):
                     rotate(self.checkpoints, self.config.keep_checkpoints)
             except (OSError, UserError) as error:
                 problem = error
         if self.processes.agree(str(problem or "")):
-            raise problem or DiskError("the first process could not write a checkpoint; it says why")
+            raise problem or DiskError("rank 0 could not write a checkpoint: see its error")
         self.saved = step
 
     def mark_best(self, best: dict) -> None:
-        """Record the entry of the best evaluation, and delete the checkpoint that was best before."""
+        """Record the entry of the best evaluation, and delete the previous best checkpoint."""
         if self.processes.first:
             with writing(self.checkpoints):
                 record_best(self.checkpoints, best)
@@ -442,8 +442,8 @@ class RunFolder:
 def _wandb_run(folder: Path, config: TrainConfig):
     import wandb
 
-    note = folder / "wandb_id"  # a resumed run goes on with its page
-    if not note.is_file():
-        write_text(note, secrets.token_hex(8))
-    where = {"project": config.wandb, "name": folder.name, "id": note.read_text(), "dir": str(folder)}
-    return wandb.init(**where, resume="allow", config=vars(config))
+    id_file = folder / "wandb_id"  # lets a resumed run continue its W&B run
+    if not id_file.is_file():
+        write_text(id_file, secrets.token_hex(8))
+    names = {"project": config.wandb, "name": folder.name, "id": id_file.read_text(), "dir": str(folder)}
+    return wandb.init(**names, resume="allow", config=vars(config))

@@ -1,6 +1,6 @@
-"""The settings of a run and their checks: frozen dataclass → YAML recipe → command line.
+"""Settings of a training run, in a frozen dataclass. A recipe overrides its defaults, the command line the recipe.
 
-Each field's docstring is its `--help` text. An unknown key is an error that suggests the nearest one.
+The docstring of a field is its `--help` text. An unknown key raises an error that suggests the nearest one.
 """
 
 import argparse
@@ -30,7 +30,7 @@ DROP_RATES = ("drop_rate", "attn_drop_rate", "proj_drop_rate", "pos_drop_rate", 
 
 
 class Limits(NamedTuple):
-    """The values that a setting may have."""
+    """Range of a numeric setting: a check and its description for error messages."""
 
     hold: Callable[[float], bool]
     words: str
@@ -39,7 +39,7 @@ class Limits(NamedTuple):
 Torchvision = Literal["cifar10", "cifar100", "flowers102", "pets"]
 Count = Annotated[int, Limits(lambda value: value >= 1, "at least 1")]
 Natural = Annotated[int, Limits(lambda value: value >= 0, "at least 0")]
-# the system refuses many more, and PyTorch then crashes
+# PyTorch crashes when the system refuses to start more threads
 Cores = Annotated[int, Limits(lambda value: 0 <= value <= 1024, "at least 0, and at most 1024")]
 Amount = Annotated[float, Limits(lambda value: 0 <= value < math.inf, "at least 0, and finite")]
 Positive = Annotated[float, Limits(lambda value: 0 < value < math.inf, "positive and finite")]
@@ -51,7 +51,7 @@ Fraction = Annotated[float, Limits(lambda value: 0 < value < 1, "above 0, and be
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """All settings of a training run. A recipe lists those that differ from these defaults."""
+    """All settings of a training run. A recipe lists only the settings that differ from these defaults."""
 
     # --- data
     dataset: Literal["shape_scenes", "folder", "tar", "shards", "hf", Torchvision] = "shape_scenes"
@@ -61,7 +61,7 @@ class TrainConfig:
     """Folder of the data set. folder: one folder per split; tar: <split>.tar; shards: <split>*.tar or <split>/*.tar;
     hf: anything that `datasets.load_dataset` reads."""
     download: bool = False
-    """Let torchvision download the data set into data_dir. Nothing is downloaded unless this is set."""
+    """Download the data set: torchvision into data_dir, hf into its cache. By default nothing is downloaded."""
     train_split: str = "train"
     """Name of the training split (folder, tar, shards and hf)."""
     val_split: str = "validation"
@@ -97,29 +97,29 @@ class TrainConfig:
     mean: Literal["imagenet", "cifar10", "half"] = "imagenet"
     """Pixel normalisation: imagenet, cifar10 or half (mean and standard deviation 0.5)."""
     max_unreadable: Share = 0.01
-    """Largest fraction of a split's images that may be unreadable in an epoch; above it the run stops. Unreadable
-    images are listed in unreadable.txt. Training replaces them by other images, evaluation skips them."""
+    """Largest fraction of a split's images that may be unreadable in an epoch; above it the run stops. Training
+    replaces unreadable images with others, evaluation skips them, and unreadable.txt lists them."""
     workers: Cores | None = None
     """Data-loading processes per training process; 0 loads in the training process. Default: 0 on a CPU, up to 8
-    beside a GPU."""
+    with a GPU."""
 
     # --- model
     init: str = ""
     """Initial weights: a run's folder (its best checkpoint), RUN@STEP, or a weights file; random when empty.
-    FILE#ENTRY takes one dictionary from a file that holds several, such as state_dict and state_dict_ema."""
+    FILE#ENTRY selects one dictionary from a file that holds several, such as state_dict and state_dict_ema."""
     init_grid: str = ""
-    """Grid of patches that the positions in an init file were made for, as ROWSxCOLUMNS, such as 2x8. When empty: the
-    grid recorded in the file, or a square."""
+    """Patch grid of the position embeddings in an init file, as ROWSxCOLUMNS, such as 2x8. Default: the grid recorded
+    in the file, or a square."""
     head: Literal["keep", "new"] = "keep"
-    """Classifier of a model with init. keep: the one in init, which must match the number of classes; new: a random
-    one."""
+    """Classifier of a model with init: keep (the one in init, which must match the number of classes) or new (random
+    weights)."""
     frozen: bool = False
-    """Train only a linear classifier behind a BatchNorm (MAE's linear probe)."""
+    """Freeze the model and train only a linear classifier after a BatchNorm (MAE's linear probe)."""
     model: str = "crate_tiny_patch8_224"
-    """One of our models, including CRATE-MAE, or a timm model that takes img_size, such as a ViT. The settings below
-    change its size. Named on the command line, it has its own sizes, not those of the recipe."""
+    """A model of this package, including CRATE-MAE, or a timm model that accepts img_size, such as a ViT. If it is
+    named on the command line, the recipe's sizes (patch_size to heads, decoder_depth) do not apply."""
     patch_size: Count | None = None
-    """Side of a patch in pixels. Default, also for the next eleven settings: the model's own value."""
+    """Side of a patch in pixels. For this and the next eleven settings, the default is the model's own value."""
     dim: Count | None = None
     """Token width."""
     depth: Count | None = None
@@ -133,18 +133,17 @@ class TrainConfig:
     sparsifier: str | None = None
     """Second half of a layer: ista; odl, CRATE-α's; or mlp for the ablation."""
     odl_ratio: int | None = None
-    """Atoms of ODL's dictionary over the token width."""
+    """Number of atoms in ODL's dictionary, as a multiple of the token width."""
     odl_steps: int | None = None
-    """Steps of ISTA in ODL: 1 or 2."""
+    """ISTA steps in ODL: 1 or 2."""
     odl_tied: bool | None = None
-    """Decode ODL's code with the dictionary itself, not with a second one."""
+    """Decode with ODL's encoding dictionary instead of a second one."""
     odl_residual: bool | None = None
-    """h + ODL(LN(h)) instead of ODL(LN(h))."""
+    """Add a residual connection around ODL: h + ODL(LN(h)) instead of ODL(LN(h))."""
     threshold: str | None = None
-    """Threshold of ISTA: relu or soft."""
+    """Thresholding function of ISTA: relu or soft."""
     drop_rate: Rate = 0.0
-    """Dropout in front of the classifier. This rate and the next four are timm's, with the same meaning for CRATE and
-    ViT."""
+    """Dropout before the classifier. This rate and the next four are timm's, and mean the same for CRATE and ViT."""
     attn_drop_rate: Rate = 0.0
     """Dropout on attention weights."""
     proj_drop_rate: Rate = 0.0
@@ -152,19 +151,19 @@ class TrainConfig:
     pos_drop_rate: Rate = 0.0
     """Dropout on the embedded tokens."""
     drop_path_rate: Rate = 0.0
-    """Stochastic depth: probability that a sample skips a residual step of the last layer. It grows
-    linearly from 0 at the first layer."""
+    """Stochastic depth: probability that a sample skips a residual branch of the last layer. It increases linearly
+    from 0 at the first layer."""
 
     # --- masked autoencoding, with a model such as crate_mae_tiny_patch16_224
     mask_ratio: Fraction = 0.75
-    """Fraction of the patches that is hidden."""
+    """Fraction of the patches to hide."""
     norm_pix_loss: bool = False
     """Predict each patch normalised by its own mean and standard deviation."""
     visible_only: bool = False
-    """Encode only the visible patches, as MAE does. Default: encode all, with mask tokens, as the released CRATE-MAE
-    does."""
+    """Encode only the visible patches, as MAE does. By default mask tokens are encoded too, as in the released
+    CRATE-MAE."""
     decoder_depth: Count | None = None
-    """Layers of the decoder; by default as many as the encoder has."""
+    """Number of decoder layers. Default: the number of encoder layers."""
 
     # --- optimisation
     epochs: Count = 6
@@ -174,83 +173,82 @@ class TrainConfig:
     accumulate: Count = 1
     """Forward-backward passes per optimiser step."""
     optimizer: str = "adamw"
-    """timm's name of the optimiser, such as adamw, lion or lars (which, as in MAE's probe, does not scale biases)."""
+    """timm's name of the optimiser, such as adamw, lion or lars (no trust ratio for biases, as in MAE's probe)."""
     beta2: Fraction | None = None
-    """Decay of the second moments of adamw and similar optimisers, and of lion's update. Default: the optimiser's
+    """Decay rate of the second moment (adamw and similar optimisers) or of lion's momentum. Default: the optimiser's
     own."""
     lr: Positive = 1e-3
     """Peak learning rate for the whole batch, before lr_scaling."""
     lr_scaling: Literal["none", "linear", "sqrt"] = "none"
-    """Scaling of lr with the batch: none; linear, by batch_size / lr_base_batch; sqrt, by the root of that."""
+    """Scaling of lr with the batch: none; linear, by batch_size / lr_base_batch; sqrt, by its square root."""
     lr_base_batch: Count = 256
-    """Batch size for which lr is given, with lr_scaling."""
+    """Batch size that lr refers to, for lr_scaling."""
     weight_decay: Amount = 0.05
     """Decoupled weight decay."""
     decay_all: bool = False
-    """Apply weight decay to every parameter, as the released recipe does. Default: not to biases, norms, positions
-    and CLS, as timm does."""
+    """Apply weight decay to every parameter, as the released recipe does. By default biases, norms, positions and the
+    CLS token are exempt, as in timm."""
     layer_decay: Factor = 1.0
-    """Factor of the learning rate from each layer to the layer below it; below 1 the early layers change less."""
+    """Layer-wise learning-rate decay: a layer's rate is this factor times the rate of the layer above."""
     schedule: Literal["cosine", "released"] = "cosine"
     """Learning-rate schedule: cosine, per step after a linear warm-up; released, min(warm-up, cosine) per epoch."""
     warmup_epochs: Amount = 0.5
     """Length of the linear warm-up in epochs."""
     min_lr: Amount = 0.0
-    """Learning rate at the end."""
+    """Final learning rate."""
     label_smoothing: Share = 0.1
     """Label smoothing of the cross-entropy."""
     clip_grad: Amount = 1.0
-    """Limit for gradient clipping, by clip_mode; 0 turns it off."""
+    """Limit of gradient clipping, applied as clip_mode says; 0 turns it off."""
     clip_mode: Literal["norm", "value", "agc"] = "norm"
-    """Quantity that clip_grad limits: norm, of the whole gradient; value, of each entry; agc, each row's norm
-    relative to the norm of its weights (Brock et al., 2021), without the classifier. With agc 0.01 to 0.1 is
-    usual."""
+    """Quantity that clip_grad limits: norm (of the whole gradient); value (of each entry); agc (norm of each row
+    relative to its weights, except in the classifier; Brock et al., 2021). Usual limits for agc are 0.01 to 0.1."""
 
     ema_decay: Rate = 0.0
-    """Decay of a moving average of the weights (EMA); 0 turns it off. The average is evaluated too, and is what
-    opening the run loads."""
+    """Decay of the exponential moving average (EMA) of the weights; 0 turns it off. The EMA weights are evaluated
+    too, and are loaded when the run is opened."""
     ema_warmup: bool = False
     """Raise the EMA's decay to ema_decay over the first steps (timm's warm-up)."""
 
     # --- engine
     seed: Natural = 0
-    """Seed of weights, data order, augmentation and shape_scenes."""
+    """Seed of initial weights, data order, augmentation and shape_scenes."""
     device: str = "auto"
     """Device: cpu, cuda, or auto (cuda if there is a GPU)."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """fp32; bf16 or fp16 (autocast; fp16 with a gradient scaler); auto (bf16 on a GPU that supports it, else
-    fp32)."""
+    """Precision: fp32; bf16 or fp16 (autocast; fp16 with a gradient scaler); auto (bf16 on a GPU that supports it,
+    else fp32)."""
     compile: bool = False
     """Compile the model with torch.compile."""
     compile_mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = "default"
     """Mode of torch.compile: default; reduce-overhead or max-autotune, which use CUDA graphs; max-autotune-no-
     cudagraphs."""
     channels_last: bool = False
-    """Store images with channels innermost in memory, which suits patch embedding by convolution."""
+    """Use the channels_last memory format, for models with a convolutional patch embedding."""
     parallel: Literal["ddp", "fsdp", "hsdp"] = "ddp"
     """Parallelism. ddp: each process holds the whole model; fsdp: FSDP2, each process holds a shard; hsdp: FSDP2
     within a host, replicas across hosts."""
     grad_checkpointing: bool = False
     """Recompute layers in the backward pass to save memory."""
     threads: Cores = 0
-    """CPU threads per process; 0 divides the cores among the processes of this host."""
+    """CPU threads per process; 0 divides the cores of a host equally among its processes."""
     eval_every: Count = 1
     """Epochs between evaluations; the last epoch is always evaluated."""
     checkpoint_every: Natural = 0
-    """Optimiser steps between checkpoints; 0 saves at each evaluation."""
+    """Optimiser steps between checkpoints; 0 saves only at evaluations."""
     keep_checkpoints: Count = 2
     """Number of newest checkpoints to keep, in addition to the best."""
     log_every: Count = 20
     """Optimiser steps between log entries."""
     segmentation_samples: Count = 500
-    """Images with known masks to score at the end, if the data set has masks."""
+    """Number of images to score attention maps on after training, if the data set has object masks."""
     nonfinite_limit: Count = 10
     """Consecutive steps with a non-finite loss or gradient before the run stops. Each such step is skipped and
     counted."""
     profile: Natural = 0
     """Steps to profile, after the first ten of this session; the trace is written to profile/. 0 turns it off."""
     wandb: str = ""
-    """Weights & Biases project to log to as well; none when empty."""
+    """Weights & Biases project to log to; off when empty."""
 
     def __post_init__(self):
         for name, annotation in {field.name: field.type for field in dataclasses.fields(self)}.items():
@@ -267,13 +265,12 @@ class TrainConfig:
         no_folder = self.dataset != "shape_scenes" and not self.data_dir
         not_compiled = self.compile_mode != "default" and not self.compile
         refused = {
-            f"min_lr={self.min_lr} is above the peak {peak:g} of lr={self.lr}: lower it": self.min_lr > peak,
+            f"min_lr={self.min_lr} is above the peak learning rate {peak:g}: lower min_lr": self.min_lr > peak,
             f"{size} accumulate={self.accumulate}": self.batch_size % self.accumulate,
             f"{size} repeats={self.repeats}": self.batch_size % self.repeats,
-            "frozen=True trains a linear classifier alone: leave out mixup, cutmix and layer_decay": with_probe,
-            "head='new' replaces the classifier of loaded weights: say which with --init, or leave it out": no_init,
-            f"init_grid={self.init_grid!r}: give the rows and columns of patches of the file in init, such as "
-            "2x8": no_grid,
+            "frozen=True trains only a linear classifier: leave out mixup, cutmix and layer_decay": with_probe,
+            "head='new' needs initial weights: pass --init, or leave out --head": no_init,
+            f"init_grid={self.init_grid!r}: pass the patch rows and columns of the --init file, such as 2x8": no_grid,
             f"dataset={self.dataset!r} needs data_dir: pass --data-dir FOLDER": no_folder,
             f"{mode} needs compile=True: pass --compile too": not_compiled,
             # pytorch/pytorch#169545
@@ -286,15 +283,15 @@ class TrainConfig:
 
     @property
     def peak_lr(self) -> float:
-        """Peak learning rate, scaled to the batch by `lr_scaling`."""
+        """Peak learning rate after `lr_scaling`."""
         ratio = self.batch_size / self.lr_base_batch
         return self.lr * {"none": 1.0, "linear": ratio, "sqrt": math.sqrt(ratio)}[self.lr_scaling]
 
 
 def renamed_settings(values: dict) -> dict:
-    """Return settings of an older version under today's names, with the same meaning.
+    """Convert settings of an older version to the current names, with the same meaning.
 
-    The old `dropout` acted on attention weights and outputs in a CRATE, and before the classifier in a timm model.
+    The old `dropout` acted on attention weights and outputs in CRATE, and before the classifier in timm models.
     The old `cuda_graphs` changed only the speed.
     """
     values = {name: value for name, value in values.items() if name != "cuda_graphs"}
@@ -311,14 +308,14 @@ def renamed_settings(values: dict) -> dict:
 
 @functools.cache
 def field_help(config_class: type) -> dict[str, str]:
-    """Return the docstring under each field, by the field's name."""
+    """Return a dictionary from each field's name to the docstring below it."""
     body = ast.parse(textwrap.dedent(inspect.getsource(config_class))).body[0].body
     pairs = [pair for pair in itertools.pairwise(body) if isinstance(pair[0], ast.AnnAssign)]
     return {field.target.id: text.value.value for field, text in pairs if isinstance(text, ast.Expr)}
 
 
 def _parts(annotation) -> tuple[type, bool, tuple[str, ...], Limits | None]:
-    """Return the type of a setting, True if it may be None, its choices and its limits."""
+    """Return a setting's type, whether it may be None, its choices and its limits."""
     optional = type(None) in get_args(annotation)
     inner = get_args(annotation)[0] if optional else annotation
     if get_origin(inner) is Literal:
@@ -345,17 +342,17 @@ def _checked(values: dict, source: str) -> dict:
 
 
 def recipe_names() -> list[str]:
-    """Return the names of the recipes that come with the package."""
+    """Return the names of the packaged recipes."""
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
 def load_recipe(name: str) -> dict:
-    """Load a recipe's settings, by its name from `recipe_names()` or by the path of a YAML file."""
+    """Return the settings of a recipe, given one of `recipe_names()` or the path of a YAML file."""
     path = RECIPES / f"{name}.yaml" if name in recipe_names() else Path(name)
     if not path.is_file():
         raise UserError(
             f"no recipe {name!r}{nearest(name, recipe_names())}; "
-            f"choose {', '.join(recipe_names())} or a YAML file's path"
+            f"choose {', '.join(recipe_names())} or the path of a YAML file"
         )
     try:
         values = yaml.safe_load(path.read_text()) or {}
@@ -368,15 +365,13 @@ def load_recipe(name: str) -> dict:
 
 def _add_run_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--output", help="folder of the run; runs/<recipe>-<date> when absent")
+    add("--output", help="folder of the run (default: runs/<recipe>-<date>)")
     add("--resume", action="store_true", help="continue from the newest checkpoint in --output")
-    add(
-        "--dry-run", action="store_true", help="build everything, run two steps, save, load, and leave nothing behind"
-    )
+    add("--dry-run", action="store_true", help="train two steps, save and load a checkpoint, and delete all files")
 
 
-def _with_effect(values: dict, given: dict) -> dict:
-    """Refuse transforms that the images never meet; leave out a recipe's when it is used on shape_scenes instead."""
+def _check_transforms(values: dict, given: dict) -> dict:
+    """Refuse transforms without effect; drop those of a recipe whose data set is replaced by shape_scenes."""
     scenes, transforms = TrainConfig.dataset, ("crop", "crop_scale", "auto_augment")
     if (values | given).get("dataset", scenes) == scenes:
         if values.get("dataset", scenes) != scenes:
@@ -385,8 +380,8 @@ def _with_effect(values: dict, given: dict) -> dict:
             found, default = (values | given).get(name), getattr(TrainConfig, name)
             if found not in (None, default):
                 raise UserError(
-                    f"{name}={found!r} has no effect on dataset={scenes!r}, whose images are drawn: leave "
-                    f"out --{name.replace('_', '-')}, or name another --dataset"
+                    f"{name}={found!r} has no effect on dataset={scenes!r}, which generates its images: leave "
+                    f"out --{name.replace('_', '-')}, or choose another --dataset"
                 )
     elif "crop_scale" in given and (values | given).get("crop") != "random":
         raise UserError(f"crop_scale={given['crop_scale']} needs crop='random': pass --crop random too")
@@ -402,17 +397,17 @@ def build_config(
     adjust: Callable[[dict, dict], dict] = lambda values, chosen: values | chosen,
     add_options: Callable[[argparse.ArgumentParser], None] = _add_run_options,
 ):
-    """Read the command line: recipe, then single settings, then the command's own options.
+    """Parse the command line: a recipe, single settings and the command's own options.
 
-    `prog` is the command's name in its help. `adjust` merges the recipe's settings and the command line's; by default
-    the latter win. `add_options` adds the command's own options; by default those of a run, such as `--output`.
+    `prog` is the command's name in its help. `adjust` merges the settings of the recipe and the command line; by
+    default the latter win. `add_options` adds the command's own options, by default those of a run (`--output`, …).
 
     Returns:
-        (config, options), options holding `recipe` and the command's own.
+        (config, options); `options` holds `recipe` and the command's own options.
     """
     parser = CommandParser(prog=prog, description=description)
     parser.add_argument(
-        "--recipe", default=default_recipe, help=f"{', '.join(recipe_names())}, or a YAML file's path"
+        "--recipe", default=default_recipe, help=f"{', '.join(recipe_names())}, or the path of a YAML file"
     )
     add_options(parser)
     texts = field_help(TrainConfig)
@@ -426,9 +421,9 @@ def build_config(
     options = parser.parse_args(argv)
     given = {name: value for name in texts if (value := getattr(options, name)) is not None}
     recipe = load_recipe(options.recipe)
-    if "model" in given:  # the recipe's sizes are those of its own model
+    if "model" in given:  # the recipe's sizes belong to the recipe's model
         recipe = {name: value for name, value in recipe.items() if name not in _SIZES}
-    config = TrainConfig(**adjust(_with_effect(recipe, given), given))
+    config = TrainConfig(**adjust(_check_transforms(recipe, given), given))
     return config, options
 
 
@@ -439,20 +434,18 @@ def train_command(
     recipe: str,
     adjust: Callable[[dict, dict], dict] = lambda values, chosen: values | chosen,
 ) -> int:
-    """Read a command line and train; return the exit status. A user's error is printed in one line.
+    """Parse `argv` and train; return the exit status. A `UserError` is printed as one line.
 
-    `name` is the command's after `crate-fast`, `recipe` the default recipe; `adjust` is that of `build_config`.
+    `name` is the subcommand of `crate-fast`, `recipe` the default recipe; `adjust` is that of `build_config`.
     """
 
     def train() -> int:
         config, options = build_config(argv, description, recipe, prog=f"crate-fast {name}", adjust=adjust)
         if options.output is None and options.resume:
-            raise UserError("--resume continues the run in --output: name its folder with --output")
+            raise UserError("--resume needs the folder of the run to continue: pass --output FOLDER")
         if options.output is None and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
-            raise UserError(
-                "torchrun --max-restarts: restarted processes look for their run in --output; name its folder"
-            )
-        from crate_fast.train.trainer import launch  # torch takes seconds: errors of the command line come first
+            raise UserError("torchrun --max-restarts needs a fixed folder to resume from: pass --output FOLDER")
+        from crate_fast.train.trainer import launch  # imports torch, which is slow: after command-line errors
 
         return launch(config, options)
 
