@@ -94,7 +94,7 @@ def test_help_lists_and_explains_every_option(capsys):
         (["--batch-size", "10", "--accumulate", "3"], "not a multiple of accumulate=3"),
         (["--min-lr", "0.1"], "min_lr=0.1 is above the peak learning rate 0.003: lower min_lr"),
         (["--threads", "100000"], "threads=100000: it must be at least 0, and at most 1024"),
-        (["--device", "meta"], "device='meta' computes nothing here: choose auto, cpu"),
+        (["--device", "meta"], "device='meta' cannot be used here: choose auto, cpu"),
         (["--optimizer", "fusedadam", "--train-samples", "128"], "optimizer='fusedadam' cannot be used here"),
         (["--optimizer", "adamv"], "optimizer='adamv': did you mean 'adam"),
         (["--optimizer", "qqqq"], "optimizer='qqqq': timm has no such one"),

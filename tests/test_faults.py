@@ -274,7 +274,7 @@ def test_too_many_in_a_row_stop_the_run_with_a_diagnosis(tmp_path, monkeypatch, 
     _poisoning(monkeypatch, set(range(5, 12)))
     words = [*TINY, "--output", str(tmp_path / "run"), "--nonfinite-limit", "3", "--checkpoint-every", "1"]
     refuses(
-        r"3 steps in a row were not finite.*step 7: .*gradient norm nan.*The images themselves", pretrain.main, words
+        r"3 steps in a row were skipped.*step 7: .*gradient norm nan.*The images are not finite", pretrain.main, words
     )
     newest = checkpoint.newest(tmp_path / "run" / "checkpoints")
     assert newest == 7

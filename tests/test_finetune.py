@@ -279,4 +279,4 @@ def test_lars_by_hand():
 
 def test_linear_probe_refuses_to_train_the_model(source, capsys):
     assert linear_probe.main(["--init", str(source), "--data-dir", "x", "--no-frozen"]) == 2
-    assert "a linear probe trains a classifier alone" in capsys.readouterr().err
+    assert "a linear probe trains only the classifier" in capsys.readouterr().err

@@ -108,7 +108,7 @@ def test_what_cannot_be_sharded_is_refused():
         check_settings(tiny_config(parallel="fsdp", **graphs), pair)
     check_settings(tiny_config(parallel="ddp", **graphs), pair)
     config = tiny_config(parallel="hsdp")
-    with pytest.raises(ValueError, match="3 processes cannot be 2 on every host"):
+    with pytest.raises(ValueError, match="3 processes are not a multiple of the 2 on this host"):
         shard(build_model(config, 12), config, Processes(0, 0, 3, torch.device("cpu"), 2))
 
 

@@ -232,11 +232,11 @@ def test_images_are_counted_in_a_folder_that_is_there(tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--dataset folder", "how many images dataset='folder' has is not known: pass --images N"),
-        ("--dataset folder --images 500", "how many classes dataset='folder' has is not known: pass --classes N"),
+        ("--dataset folder", "the number of images in dataset='folder' is unknown: pass --images N"),
+        ("--dataset folder --images 500", "the number of classes in dataset='folder' is unknown: pass --classes N"),
         ("--gpus 3", "batch_size=128 cannot be dealt out to 3 processes × 1 accumulation steps: make it a multiple"),
         ("--train-samples 50", "the training split has 50 images, fewer than batch_size=128"),
-        ("--gpus 4 --hosts 3 --parallel hsdp", "--gpus 4 cannot be shared out to --hosts 3"),
+        ("--gpus 4 --hosts 3 --parallel hsdp", "--gpus 4 is not a multiple of --hosts 3"),
         ("--gpus 0", "--gpus: 0: give a positive integer"),
         ("--optimizer lyon", "lyon"),
         ("--throughput nowhere", "nowhere is no run"),
@@ -275,7 +275,7 @@ def test_hours_come_from_a_measured_rate(tmp_path, capsys):
     ]
     text = capsys.readouterr().out
     assert re.search(r"images per s per device +1,000\n  device +NVIDIA H200\n", text)
-    assert re.search(r"at that rate\n  images per s +8,000\n", text)
+    assert re.search(r"at that throughput, without evaluations\n  images per s +8,000\n", text)
     assert "not measured" not in text
 
 
@@ -297,6 +297,6 @@ def test_a_rate_of_another_model_is_refused(tmp_path):
 
 def test_an_unfinished_run_has_no_rate(tmp_path, capsys):
     run = _run(tmp_path, "depth: 1\n", None)
-    assert "has no rate" in _error(capsys, "--depth", "1", "--throughput", run)
+    assert "has no throughput" in _error(capsys, "--depth", "1", "--throughput", run)
     (tmp_path / "summary.json").unlink()
-    assert "has no rate" in _error(capsys, "--depth", "1", "--throughput", run)
+    assert "has no throughput" in _error(capsys, "--depth", "1", "--throughput", run)

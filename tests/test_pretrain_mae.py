@@ -86,7 +86,7 @@ def test_without_arguments_it_is_the_default_recipe(monkeypatch):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--model", "crate_tiny_patch8_224"], "'crate_tiny_patch8_224' is no masked autoencoder"),
+        (["--model", "crate_tiny_patch8_224"], "'crate_tiny_patch8_224' is not a masked autoencoder"),
         (["--mask-ratio", "1"], "mask_ratio=1.0: it must be above 0"),
         (["--beta2", "1"], "beta2=1.0"),
         (["--mixup", "0.5"], "mixup: masked autoencoding has no use"),

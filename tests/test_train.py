@@ -190,7 +190,7 @@ def test_a_run_with_a_cut_checkpoint_stops_with_the_remedy(finished, tmp_path, r
     ("number", "reason", "remedy"),
     [
         (errno.ENOSPC, "No space", "free some space"),
-        (errno.EACCES, "denied", "see to its permissions"),
+        (errno.EACCES, "denied", "check its permissions"),
     ],
 )
 def test_an_interrupted_save_leaves_no_checkpoint(tmp_path, monkeypatch, number, reason, remedy):

@@ -1,6 +1,6 @@
-"""Operations, memory and steps of a training run, counted without data or a GPU; `crate-fast plan` prints them.
+"""Count FLOPs, memory and steps of a training run without data or a GPU, for `crate-fast plan`.
 
-PyTorch's "meta" device and fake tensors stand for the model and its activations.
+Model and activations are tensors without data: PyTorch's "meta" device and fake tensors.
 """
 
 import argparse
@@ -42,10 +42,10 @@ _SIZES = ("model", "image_size", "patch_size", "dim", "depth", "heads", "decoder
 
 
 def find_data_size(config: TrainConfig, recipe: str, images: int | None, classes: int | None) -> tuple[int, int, str]:
-    """Return the training images, the classes, and their source: the command line, the data, or the recipe's name.
+    """Return the numbers of training images and of classes, and where they come from.
 
     Raises:
-        UserError: One of them is not known, or the folder is no data set.
+        UserError: A number is unknown, or the folder is not a data set.
     """
     split = Path(config.data_dir) / config.train_split
     known = next((word for word in (config.dataset, *Path(recipe).stem.split("_")) if word in KNOWN_SIZES), None)
@@ -61,27 +61,27 @@ def find_data_size(config: TrainConfig, recipe: str, images: int | None, classes
         sources.append(option if given else source)
         if sizes[-1] is None:
             raise UserError(
-                f"how many {option[2:]} dataset={config.dataset!r} has is not known: pass {option} N, or, for a "
-                "folder on this machine, --data-dir and --train-split"
+                f"the number of {option[2:]} in dataset={config.dataset!r} is unknown: pass {option} N, or the "
+                "--data-dir and --train-split of a folder on this machine"
             )
     return *sizes, ", ".join(dict.fromkeys(sources))
 
 
 def read_throughput(folder: Path, config: TrainConfig) -> dict:
-    """Return the rate that a finished run measured, with its conditions.
+    """Return the throughput that a finished run measured, with its conditions.
 
     Raises:
-        UserError: The run has measured none, or is of another model.
+        UserError: The run has no throughput, or trained another model.
     """
     run = run_config(folder)
     try:
         rate = json.loads((folder / "summary.json").read_text())["throughput"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"--throughput {folder} has no rate in summary.json: give a finished run") from error
+        raise UserError(f"--throughput {folder} has no throughput in summary.json: pass a finished run") from error
     pairs = [(name, getattr(run, name), getattr(config, name)) for name in (*_SIZES, *FORM)]
     differing = [f"{name} {before!r} measured, {now!r} planned" for name, before, now in pairs if before != now]
     if differing:
-        raise UserError(f"--throughput {folder} is of another model ({'; '.join(differing)}): measure this one")
+        raise UserError(f"--throughput {folder} has another model ({'; '.join(differing)}): pass a run of this model")
     return rate | {"parallel": run.parallel, "micro_batch": run.batch_size // (run.accumulate * rate["devices"])}
 
 
@@ -89,23 +89,23 @@ def read_throughput(folder: Path, config: TrainConfig) -> dict:
 
 
 def meta_model(config: TrainConfig, num_classes: int) -> nn.Module:
-    """Build the model of a run on the meta device, without gradient checkpointing; frozen parameters are frozen."""
+    """Build a run's model on the meta device, without gradient checkpointing; with `frozen` it is in eval mode."""
     with torch.device("meta"):
         model = build_model(dataclasses.replace(config, grad_checkpointing=False), num_classes)
     return model.train(not config.frozen)
 
 
 class Flops(NamedTuple):
-    """Floating-point operations for one image: of the forward pass, and of a training step (forward and backward)."""
+    """Floating-point operations per image of the forward pass, and of a training step (forward and backward)."""
 
     forward: int
     step: int
 
 
 def count_flops(model: nn.Module, image_size: int, mask_ratio: float = 0.75) -> Flops:
-    """Count the matrix products of the formula for one image of a `meta_model`, two FLOPs a multiply-add.
+    """Count the FLOPs of the matrix products of a `meta_model` per image. A multiply-add counts as two.
 
-    The difference of two batches leaves out what does not grow with the images, such as folding ISTA's dictionaries.
+    The difference between two batch sizes excludes the cost per batch, such as folding ISTA's dictionaries.
     """
     counts = []
     for batch in (1024, 2048):  # large enough that dictionaries are folded
@@ -120,12 +120,12 @@ def count_flops(model: nn.Module, image_size: int, mask_ratio: float = 0.75) -> 
 
 
 def _local_elements(parameter: Tensor, shards: int) -> int:
-    rows = parameter.shape[0] if parameter.dim() else 1  # FSDP2 cuts along the first dimension, and pads
+    rows = parameter.shape[0] if parameter.dim() else 1  # FSDP2 splits the first dimension, with padding
     return math.ceil(rows / shards) * (parameter.numel() // rows)
 
 
 def optimizer_bytes(model: nn.Module, config: TrainConfig, shards: int = 1) -> int:
-    """Return the bytes of the optimiser's states on one device, found by a step on one parameter of each shape."""
+    """Return the bytes of the optimiser state on one device, found by a step with one parameter of each shape."""
     trained = [p for p in model.parameters() if p.requires_grad]
     stand_ins = {p.shape: nn.Parameter(torch.zeros(p.shape)) for p in trained}
     alone = dataclasses.replace(config, frozen=False, layer_decay=1.0)
@@ -144,10 +144,10 @@ def optimizer_bytes(model: nn.Module, config: TrainConfig, shards: int = 1) -> i
 def activation_bytes(
     model: nn.Module, config: TrainConfig, images: int, num_classes: int, device: str, dtype: torch.dtype | None
 ) -> int:
-    """Return the bytes that autograd keeps for the backward pass of a micro-batch of `images` on one device.
+    """Return the bytes that autograd saves for the backward pass of a micro-batch of `images` on one device.
 
-    Every storage that the device's kernels save counts once, parameters excepted. With gradient checkpointing one
-    layer is added, which is there again while it is recomputed. `device` is "cuda" or "cpu", and need not be there.
+    Each storage that the device's kernels save counts once; parameters do not count. With gradient checkpointing the
+    activations of one recomputed layer are added. `device` is "cuda" or "cpu"; this machine need not have it.
     """
     kept, layers = _saved_bytes(model, config, images, num_classes, device, dtype), len(layers_of(model))
     if not config.grad_checkpointing or not layers:
@@ -159,7 +159,7 @@ def activation_bytes(
 
 
 class _FlashAttention(TorchFunctionMode):
-    """Attention as a GPU's fused kernels keep it; without a GPU PyTorch would choose plain products, and keep N²."""
+    """Mode that calls the GPU's fused attention; without a GPU PyTorch would choose products that save N² values."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         options = dict(kwargs or {})
@@ -171,7 +171,7 @@ class _FlashAttention(TorchFunctionMode):
 
 
 def _saved_bytes(model, config: TrainConfig, batch: int, num_classes: int, device: str, dtype) -> int:
-    saved: dict[int, torch.UntypedStorage] = {}  # the storages themselves: a freed one's address may come back
+    saved: dict[int, torch.UntypedStorage] = {}  # holds storages so that no address is reused
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
@@ -182,7 +182,7 @@ def _saved_bytes(model, config: TrainConfig, batch: int, num_classes: int, devic
         return torch.empty(shape, dtype=kind, device=device)
 
     autocast = torch.autocast("cpu", dtype, enabled=dtype is not None)
-    autocast.device = device  # which need not be there: PyTorch would turn autocast off
+    autocast.device = device  # set afterwards: the constructor disables autocast for a missing device
     attention = _FlashAttention() if device == "cuda" else nullcontext()
     with FakeTensorMode(allow_non_fake_inputs=True), assuming_gpu():
         state = {name: nn.Parameter(fake(*p.shape), p.requires_grad) for name, p in model.named_parameters()}
@@ -193,7 +193,7 @@ def _saved_bytes(model, config: TrainConfig, batch: int, num_classes: int, devic
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), attention:
             with autocast:
                 output = torch.func.functional_call(model, state, tuple(inputs))
-            if not isinstance(model, CRATEMAE):  # whose output has the loss in it
+            if not isinstance(model, CRATEMAE):  # its output includes the loss
                 F.cross_entropy(output.float(), fake(batch, kind=torch.int64))
         return sum(storage.nbytes() for address, storage in saved.items() if address not in own)
 
@@ -202,16 +202,17 @@ def _saved_bytes(model, config: TrainConfig, batch: int, num_classes: int, devic
 
 
 def make_plan(config: TrainConfig, options: argparse.Namespace) -> dict:
-    """Return the output of `crate-fast plan` as plain values; `options` are those of `_add_options`.
+    """Return the plan that `crate-fast plan --json` writes; `options` are the options of that command.
 
     Raises:
-        UserError: The run is impossible, or something about it is not known; the message says what to pass.
+        UserError: The run is impossible, or a number is unknown; the message names the option to pass.
     """
     gpus, hosts = options.gpus, options.hosts
     if gpus % hosts:
-        raise UserError(f"--gpus {gpus} cannot be shared out to --hosts {hosts}: make it a multiple")
+        raise UserError(f"--gpus {gpus} is not a multiple of --hosts {hosts}: change one of them")
     images, classes, source = find_data_size(config, options.recipe, options.images, options.classes)
-    train_loader(dataclasses.replace(config, workers=0), range(images), world_size=gpus)  # for its errors
+    # raises for a wrong batch size
+    train_loader(dataclasses.replace(config, workers=0), range(images), world_size=gpus)
     model = meta_model(config, classes)
     measured = read_throughput(options.throughput, config) if options.throughput else None
     device = "cpu" if config.device == "cpu" else "cuda"  # "auto" is planned for a GPU

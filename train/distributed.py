@@ -1,4 +1,4 @@
-"""One process or many: the group that `torchrun` starts, a model over it (DDP, FSDP2, hybrid), and its full state."""
+"""Distributed training: the process group, parallel models (DDP, FSDP2, hybrid) and their unsharded state."""
 
 import os
 import warnings
@@ -37,17 +37,17 @@ class Processes:
         return self.rank == 0
 
     def sum(self, values: Tensor) -> Tensor:
-        """Add `values` up over all processes, in place; return the sum on every one."""
+        """Sum `values` over all processes, in place, and return them."""
         if self.world_size > 1:
             dist.all_reduce(values)
         return values
 
     def agree(self, value: T) -> T:
-        """Return the first process's picklable `value`."""
+        """Return the picklable `value` of rank 0."""
         return self.gather(value)[0]
 
     def gather(self, value: T) -> list[T]:
-        """Return every process's picklable `value`, in the order of ranks."""
+        """Return the picklable `value` of every process, in the order of ranks."""
         if self.world_size == 1:
             return [value]
         values = [None] * self.world_size
@@ -64,7 +64,7 @@ class Processes:
 
 
 def choose_device(asked: str, local_rank: int = 0) -> torch.device:
-    """Return the device that `--device` names, made the current one; "auto" is a GPU where there is one."""
+    """Return the device that `--device` names and make it the current one; "auto" is a GPU if there is one."""
     kind = ("cuda" if torch.cuda.is_available() else "cpu") if asked == "auto" else asked
     try:
         device = torch.device(kind)
@@ -72,24 +72,24 @@ def choose_device(asked: str, local_rank: int = 0) -> torch.device:
             torch.zeros((), device=device).item()
             return device
     except (RuntimeError, AssertionError, ImportError) as error:
-        raise UserError(f"device={asked!r} computes nothing here: choose auto, cpu, cuda or cuda:N") from error
+        raise UserError(f"device={asked!r} cannot be used here: choose auto, cpu, cuda or cuda:N") from error
     if not torch.cuda.is_available():
-        raise UserError(f"device={asked!r}: PyTorch sees no GPU here; pass --device cpu or install a CUDA build")
+        raise UserError(f"device={asked!r}: PyTorch finds no GPU here; pass --device cpu or install a CUDA build")
     device = torch.device("cuda", local_rank if device.index is None else device.index)
     if device.index >= torch.cuda.device_count():
         raise UserError(
-            f"device={asked!r}: {device} is not there, PyTorch sees {torch.cuda.device_count()} GPUs; pass a "
-            "lower number, or start fewer processes a host"
+            f"device={asked!r}: {device} does not exist, PyTorch finds {torch.cuda.device_count()} GPUs; pass a "
+            "lower number, or start fewer processes per host"
         )
     torch.cuda.set_device(device)
     return device
 
 
 def _fresh_store(rank: int, world_size: int) -> dict:
-    """Return arguments that make restarted processes meet apart from the addresses of dead ones.
+    """Return arguments of `init_process_group` that give restarted processes a fresh part of the store.
 
-    torchrun's default rendezvous keeps its store over restarts (PyTorch issue 135712). On one host its count of
-    restarts tells the attempts apart. Across hosts that count may differ: there `--rdzv-backend c10d` is needed.
+    torchrun's default rendezvous keeps the addresses of dead processes over restarts (PyTorch issue 135712). On one
+    host the restart count separates them. Across hosts that count may differ: use `--rdzv-backend c10d` there.
     """
     restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
     if not restarts or int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1:
@@ -100,10 +100,10 @@ def _fresh_store(rank: int, world_size: int) -> dict:
 
 @contextmanager
 def process_group(device: str, threads: int = 0):
-    """Join the processes that `torchrun` started (NCCL on GPUs, gloo on CPUs), as `Processes`; alone, do nothing.
+    """Yield this process's `Processes`, in the process group of `torchrun` if any (NCCL on GPUs, gloo on CPUs).
 
-    `threads` are the CPU threads of this process; 0 is PyTorch's choice for one process, an equal share for each of
-    many.
+    `threads` is the number of CPU threads of this process. With 0, the processes of a host share its cores equally;
+    a single process keeps PyTorch's default.
     """
     rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
     world_size, local_size = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -115,11 +115,11 @@ def process_group(device: str, threads: int = 0):
     if world_size > 1:
         dist.init_process_group(
             "nccl" if chosen.type == "cuda" else "gloo",
-            timeout=timedelta(hours=2),  # one process downloads, scores and draws while the others wait
+            timeout=timedelta(hours=2),  # one process downloads data and writes the report while the others wait
             **_fresh_store(rank, world_size),
         )
     yield Processes(rank, local_rank, world_size, chosen, local_size)
-    if world_size > 1:  # after an error NCCL would wait here for processes that wait for this one
+    if world_size > 1:  # not after an error: NCCL would wait for processes that wait for this one
         dist.destroy_process_group()
 
 
@@ -127,7 +127,7 @@ def process_group(device: str, threads: int = 0):
 
 
 def layers_of(model: nn.Module) -> list[nn.Module]:
-    """Return the layers of a CRATE, a CRATE-MAE or a timm model; none if it names them otherwise."""
+    """Return the layers of a CRATE, CRATE-MAE or timm model; an empty list if they have other names."""
     if hasattr(model, "transformer"):
         return list(model.transformer.layers)
     return [*getattr(model, "blocks", ()), *getattr(model, "decoder_blocks", ())]
@@ -139,13 +139,13 @@ def shards_model(config: TrainConfig, processes: Processes) -> bool:
 
 
 def check_settings(config: TrainConfig, processes: Processes) -> None:
-    """Refuse settings that do not fit these processes; say what to change."""
+    """Raise a `UserError` for settings that do not fit these processes."""
     sharded, parallel = shards_model(config, processes), f"parallel={config.parallel!r}"
     graphs = config.compile and config.compile_mode in MODES_WITH_GRAPHS
     refused = {
-        f"clip_mode='agc' needs whole weights, and {parallel} shares them out: clip by norm or value, or use "
+        f"clip_mode='agc' needs whole weights, but {parallel} shards them: use clip_mode='norm' or 'value', or "
         "parallel='ddp'": sharded and config.clip_mode == "agc" and config.clip_grad,
-        f"compile_mode={config.compile_mode!r} records the addresses of weights, and {parallel} moves them: use "
+        f"compile_mode={config.compile_mode!r} records the addresses of weights, but {parallel} moves them: use "
         "compile_mode='default', or parallel='ddp'": sharded and graphs,
     }
     for message, wrong in refused.items():
@@ -159,30 +159,30 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def share_buffers(model: nn.Module, processes: Processes) -> None:
-    """Broadcast the first process's buffers, such as BatchNorm's statistics: those are in the checkpoints."""
+    """Broadcast the buffers of rank 0, such as BatchNorm statistics, because checkpoints store them."""
     if processes.world_size > 1:
         for buffer in model.buffers():
             dist.broadcast(buffer, src=0)
 
 
 def shard(model: nn.Module, config: TrainConfig, processes: Processes) -> nn.Module:
-    """Shard a model's parameters by FSDP2, in place: each layer a unit, the rest another.
+    """Shard a model's parameters by FSDP2, in place: each layer is a unit, the other parameters are another.
 
-    Parameters are gathered and gradients reduced in fp32, so that losses equal DDP's; only autocast lowers precision.
+    Parameters are gathered and gradients reduced in fp32, so that losses match DDP; only autocast lowers precision.
     """
     kind = processes.device.type
     if config.parallel == "hsdp":
         hosts, rest = divmod(processes.world_size, processes.local_world_size)
         if rest:
             raise UserError(
-                f"parallel='hsdp': {processes.world_size} processes cannot be {processes.local_world_size} on every "
-                "host; start as many on each"
+                f"parallel='hsdp': {processes.world_size} processes are not a multiple of the "
+                f"{processes.local_world_size} on this host; start the same number on every host"
             )
         shape = (hosts, processes.local_world_size)
         mesh = dist.init_device_mesh(kind, shape, mesh_dim_names=("replicate", "shard"))
     else:
         mesh = dist.init_device_mesh(kind, (processes.world_size,))
-    # The warning is about work in place on a layer's output, and there is none.
+    # The warning concerns in-place operations on a layer's output; the models have none.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
     for layer in layers_of(model):
         fully_shard(layer, mesh=mesh)
@@ -190,12 +190,12 @@ def shard(model: nn.Module, config: TrainConfig, processes: Processes) -> nn.Mod
 
 
 def parallelize(model: nn.Module, config: TrainConfig, processes: Processes) -> nn.Module:
-    """Return the module that runs training steps: the model, compiled if asked for, in DDP over many processes.
+    """Return the module for training steps: the model, compiled if configured, and in DDP if not sharded.
 
-    `model` is on its device, and sharded for fsdp and hsdp.
+    `model` is on its device, and already sharded for fsdp and hsdp.
     """
     runner = model
-    if config.compile and is_sharded(model):  # layer by layer: FSDP's gathering stays outside of the graphs
+    if config.compile and is_sharded(model):  # layer by layer, to keep FSDP's all-gather outside the graphs
         for layer in layers_of(model):
             layer.compile(mode=config.compile_mode)
     elif config.compile:
@@ -206,16 +206,16 @@ def parallelize(model: nn.Module, config: TrainConfig, processes: Processes) -> 
 
 
 def gradient_sync(runner: nn.Module, sync: bool) -> AbstractContextManager:
-    """Return a context whose backward passes add gradients up over the processes, or not: once per accumulation."""
+    """Return a context for a backward pass; gradients are reduced over all processes only if `sync`."""
     if isinstance(runner, FSDPModule):
         runner.set_requires_gradient_sync(sync)
     return runner.no_sync() if isinstance(runner, DistributedDataParallel) and not sync else nullcontext()
 
 
 def unsharded(model: nn.Module, build: Callable[[], nn.Module], processes: Processes) -> nn.Module | None:
-    """Return the whole model on the first process, None on the others: a collective call.
+    """Return the unsharded model on rank 0 and None on the others. All processes must call it.
 
-    A sharded model is copied into one of the same architecture that `build` makes; any other is returned itself.
+    A sharded model is copied into a new one from `build`; any other model is returned itself.
     """
     if not is_sharded(model):
         return model if processes.first else None

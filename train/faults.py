@@ -1,4 +1,4 @@
-"""Faults in a run: a signal to stop, a full disk, corrupt images, non-finite steps."""
+"""Handling of signals, full disks, corrupt images and non-finite steps in a run."""
 
 import errno
 import itertools
@@ -21,7 +21,7 @@ from crate_fast.train.distributed import Processes, is_sharded
 
 
 class Interruption:
-    """Record of SIGTERM, SIGUSR1 or one of `more`, which the loop checks after each step to save and exit.
+    """Context that records SIGTERM, SIGUSR1 and the signals `more`; the training loop then saves and exits.
 
     >>> with Interruption() as interruption:
     ...     signal.raise_signal(signal.SIGTERM)
@@ -46,17 +46,17 @@ class Interruption:
         self.name = signal.Signals(number).name
 
     def requested(self) -> bool:
-        """Return True once a signal has come."""
+        """Return True if a signal has arrived."""
         return self.name is not None
 
 
 class DiskError(UserError):
-    """A file of a run could not be written."""
+    """Error for a file of a run that cannot be written."""
 
 
 @contextmanager
 def writing(folder: Path):
-    """Turn a failure to write below `folder` into a `DiskError` that says what is safe and what to do."""
+    """Convert a failure to write below `folder` into a `DiskError` with a remedy."""
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
@@ -66,24 +66,24 @@ def writing(folder: Path):
         full = number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error) or cut or free < 2**20
         if isinstance(error, RuntimeError) and not full:
             raise
-        remedy = "free some space" if full else "see to its permissions and its disk"
+        remedy = "free some space" if full else "check its permissions and its disk"
         raise DiskError(
             f"{folder} could not be written ({error}; {free / 2**20:,.0f} MiB are free there). Finished checkpoints "
-            f"are untouched: {remedy}, then continue with --resume"
+            f"are intact: {remedy}, then continue with --resume"
         ) from error
 
 
 class UnreadableTally:
-    """The corrupt images of a split of `n_images`, each counted at most once an epoch.
+    """Counter of the corrupt images of a split of `n_images`; each image counts at most once per epoch.
 
-    Each process collects the problems that it meets in `pending`; `count` adds those of all processes, so that all
-    stop together. `limit` is the largest fraction that may be corrupt; the first process names new ones in `file`.
+    Each process appends its problems to `pending`; `count` gathers them, so that all processes stop together. `limit`
+    is the largest fraction of corrupt images. Rank 0 lists new ones in `file`.
     """
 
     def __init__(self, limit: float, n_images: int, file: Path, processes: Processes):
         self.limit, self.n_images, self.file, self.processes = limit, n_images, file, processes
         self.pending: list[str] = []
-        self.met: dict[str, int] = {}  # problem → last epoch in which it was met
+        self.met: dict[str, int] = {}  # problem → last epoch in which it occurred
 
     def count(self, epoch: int) -> int:
         """Count the pending problems of all processes in this epoch; return their number.
@@ -98,7 +98,7 @@ class UnreadableTally:
         if new and self.processes.first:
             with writing(self.file.parent), self.file.open("a+") as file:
                 file.seek(0)
-                listed = file.read().splitlines()  # by a session that was interrupted too
+                listed = file.read().splitlines()  # also by an interrupted session
                 file.writelines(f"{line}\n" for line in new if line not in listed)
         met = [line for line, last in self.met.items() if last == epoch]
         if len(met) > self.limit * self.n_images:
@@ -111,15 +111,15 @@ class UnreadableTally:
 
 
 class NonFiniteError(UserError):
-    """Loss, gradients or weights that are not finite."""
+    """Error for a loss, gradients or weights that are not finite."""
 
 
 @dataclass
 class NonFinite:
-    """The count of steps skipped because loss or gradient was not finite.
+    """Counter of the steps skipped because of a non-finite loss or gradient.
 
-    `overflows` are steps in which fp16's scale was too large, which is no fault. `last` has (step, loss, gradient
-    norm).
+    `overflows` counts steps in which fp16's loss scale was too large, which is normal. `last` has (step, loss,
+    gradient norm).
     """
 
     total: int = 0
@@ -128,27 +128,27 @@ class NonFinite:
     last: list[tuple[int, float, float]] = field(default_factory=list)
 
     def passed(self) -> None:
-        """Note a finite step."""
+        """Record a finite step."""
         self.in_a_row, self.last = 0, []
 
     def failed(self, step: int, loss: float, norm: float) -> None:
-        """Count a skipped step."""
+        """Record a skipped step."""
         self.total += 1
         self.in_a_row += 1
         self.last.append((step, loss, norm))
 
     def error(self, explanation: str) -> NonFiniteError:
-        """Return the error that ends a run after too many in a row; `explanation` is that of `diagnosis`."""
+        """Return the error for too many skipped steps in a row; `explanation` is the text of `diagnosis`."""
         lines = [f"step {step}: loss {loss:g}, gradient norm {norm:g}" for step, loss, norm in self.last[-5:]]
         return NonFiniteError(
-            f"{self.in_a_row} steps in a row were not finite, nor taken ({'; '.join(lines)}). {explanation}. "
-            "Checkpoints are from before: start a new run from one (--init) with a lower lr or clip_grad, a longer "
-            "warm-up or --precision fp32; or raise nonfinite_limit if single batches are known to be bad"
+            f"{self.in_a_row} steps in a row were skipped as not finite ({'; '.join(lines)}). {explanation}. Start a "
+            "new run from an earlier checkpoint (--init) with a lower lr or clip_grad, a longer warm-up or "
+            "--precision fp32; or raise nonfinite_limit if single batches are known to be bad"
         )
 
 
 def poisoned(weights: dict[str, Tensor]) -> list[str]:
-    """Return the names of the tensors in a state dict that hold a NaN or an infinity."""
+    """Return the names of the tensors in a state dict that contain NaN or infinity."""
 
     def finite(tensor: Tensor) -> bool:
         local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
@@ -159,19 +159,20 @@ def poisoned(weights: dict[str, Tensor]) -> list[str]:
 
 @torch.no_grad()
 def diagnosis(model: nn.Module, images: Tensor, outputs: Callable[[nn.Module, Tensor], tuple[Tensor, ...]]) -> str:
-    """Describe where values stop being finite: images, weights, gradients, or the first such module output.
+    """Describe where values become non-finite: in images, weights, gradients, or the first such module output.
 
-    Runs the model once more on `images`, normalised, in fp32, unless it is sharded. Gradients are those of the step.
+    Unless the model is sharded, it runs again in fp32 on the normalised `images`. Gradients are those of the step.
     """
     if not images.isfinite().all():
-        return "The images themselves are not finite"
+        return "The images are not finite"
     bad = poisoned(dict(model.named_parameters()))
     if bad:
         return f"Weights are not finite: {', '.join(bad[:5])}"
     gradients = poisoned({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
-    names = f"the gradients of {', '.join(gradients[:5])} are not" if gradients else "so are this process's gradients"
+    names = ", ".join(gradients[:5])
+    state = f"the gradients of {names} are not finite" if names else "the gradients of this process are finite"
     if is_sharded(model):  # a process cannot run it alone
-        return f"This process's weights are finite; {names}"
+        return f"The weights of this process are finite; {state}"
 
     found: list[str] = []
 
@@ -186,5 +187,5 @@ def diagnosis(model: nn.Module, images: Tensor, outputs: Callable[[nn.Module, Te
         for output in outputs(model, images):
             note("the model", None, None, output)
     if found:
-        return f"In fp32 the first output that is not finite is that of {found[0]}; {names}"
-    return f"In fp32 every output is finite on the last images; {names}"
+        return f"In fp32 the first output that is not finite is that of {found[0]}; {state}"
+    return f"In fp32 every output is finite on the last images; {state}"

@@ -1,8 +1,7 @@
 """Linear probing as in MAE: `torchrun train/linear_probe.py --init RUN --data-dir DATA`.
 
-The model is frozen; a BatchNorm without affine parameters and a linear classifier behind it learn by LARS. `eval
-classify --protocol linear` is another probe, logistic regression on features computed once: quicker, and without
-augmentation.
+The model is frozen; LARS trains a linear classifier after a BatchNorm without affine parameters. `eval classify
+--protocol linear` is another probe: logistic regression on features computed once, faster and without augmentation.
 """
 
 import sys
@@ -15,12 +14,12 @@ from crate_fast.train.finetune import inheriting
 def _frozen(values: dict, chosen: dict) -> dict:
     settings = inheriting(values, chosen)
     if not settings.get("frozen"):
-        raise UserError("frozen=False: a linear probe trains a classifier alone; for the whole model use finetune")
+        raise UserError("frozen=False: a linear probe trains only the classifier; use finetune for the whole model")
     return settings
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Probe as the command line says; return the exit status."""
+    """Parse `argv` and train a linear probe; return the exit status."""
     return train_command(
         "linear_probe",
         argv,

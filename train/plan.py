@@ -1,8 +1,7 @@
-"""Print what a training run will cost before it starts: `crate-fast plan --recipe in21k_paper --gpus 8`.
+"""Print the cost of a training run before it starts: `crate-fast plan --recipe in21k_paper --gpus 8`.
 
-The command takes every setting of training and needs neither data nor a GPU: it counts on PyTorch's "meta" device and
-with fake tensors. Hours need a measured rate (`--throughput`), that of a finished run. A rate of another model is
-refused, and other conditions are printed.
+The command accepts every training setting and needs neither data nor a GPU. To estimate hours it needs the throughput
+of a finished run of the same model (`--throughput`). Conditions that differ from that run are printed.
 """
 
 import argparse
@@ -17,13 +16,13 @@ from crate_fast.train.finetune import inheriting
 
 NO_FOLDER = "(not given)"
 NOT_IN_MEMORY = (
-    "buffers of operators, gradient buckets (ddp), gathered layers (fsdp, hsdp), batches of images, the allocator's "
-    "fragments and the CUDA context (about half a GiB); torch.compile may keep less"
+    "workspaces of operators, gradient buckets (ddp), gathered layers (fsdp, hsdp), image batches, allocator "
+    "fragmentation and the CUDA context (about half a GiB); torch.compile may save less"
 )
 
 
 def _print(plan: dict) -> None:
-    """Print the plan under the names that `--json` writes; what there is none of is left out."""
+    """Print the plan under its `--json` names, without empty values."""
     hosts = f" on {plan['hosts']} hosts" if plan["hosts"] > 1 else ""
     print(f"{plan['recipe']} on {plan['devices']} × {plan['device']}{hosts}, {plan['parallel']}, {plan['precision']}")
     operations = {name: f"{value:.3e} FLOP" for name, value in plan["flops"].items()}
@@ -31,12 +30,12 @@ def _print(plan: dict) -> None:
     for title, values in (
         ("model", plan["model"]),
         ("schedule", plan["schedule"]),
-        ("operations of an image and of the run, the matrix products of the formula", operations),
-        (f"memory of a device, an estimate without {NOT_IN_MEMORY}", memory),
+        ("operations per image and of the run (matrix products only)", operations),
+        (f"estimated memory per device, without {NOT_IN_MEMORY}", memory),
         ("data", plan["data"]),
-        ("measured rate", plan["throughput"] or {"hours": "not measured: pass --throughput with a finished run"}),
-        ("training steps alone at that rate", plan["rate"]),
-        ("but", dict(enumerate(plan["remarks"], start=1))),
+        ("measured throughput", plan["throughput"] or {"hours": "not measured: pass --throughput FINISHED_RUN"}),
+        ("training at that throughput, without evaluations", plan["rate"]),
+        ("differences from the measured run", dict(enumerate(plan["remarks"], start=1))),
     ):
         if values:
             print(f"\n{textwrap.fill(title, 118)}")
@@ -48,17 +47,17 @@ def _print(plan: dict) -> None:
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("the plan").add_argument
-    add("--gpus", type=positive, default=1, help="processes, one a device (default 1)")
-    add("--hosts", type=positive, default=1, help="machines they are on; parallel=hsdp shards within one (default 1)")
-    add("--images", type=positive, help="training images, for data that is not on this machine")
-    add("--classes", type=positive, help="classes, for data that is not on this machine")
-    add("--throughput", type=Path, metavar="RUN", help="the folder of a finished run of this model, for its rate")
-    add("--image-kb", type=positive, help="average size of an image file in kB (110 as in ImageNet; 3 in CIFAR)")
-    add("--json", type=Path, metavar="FILE", help="write the plan there as well")
+    add("--gpus", type=positive, default=1, help="number of processes, one per device (default 1)")
+    add("--hosts", type=positive, default=1, help="number of hosts; parallel=hsdp shards within each (default 1)")
+    add("--images", type=positive, help="number of training images, for data that are not on this machine")
+    add("--classes", type=positive, help="number of classes, for data that are not on this machine")
+    add("--throughput", type=Path, metavar="RUN", help="folder of a finished run of this model, to estimate hours")
+    add("--image-kb", type=positive, help="average image file size in kB (default: ImageNet's 110, CIFAR's 3)")
+    add("--json", type=Path, metavar="FILE", help="also write the plan to FILE")
 
 
-def _without_files(values: dict, chosen: dict) -> dict:
-    """Merge settings, with stand-ins for data and first weights that a recipe needs and nobody has named."""
+def _with_placeholders(values: dict, chosen: dict) -> dict:
+    """Merge settings, with placeholders for a missing data folder and missing initial weights."""
     settings = {"data_dir": NO_FOLDER} | values | chosen
     if settings.get("init"):
         return settings | inheriting(values, chosen)
@@ -66,10 +65,10 @@ def _without_files(values: dict, chosen: dict) -> dict:
 
 
 def _run(argv: list[str] | None) -> None:
-    description = "Parameters, operations, steps, memory, reads and hours of a training run, without starting it."
-    how = {"prog": "crate-fast plan", "add_options": _add_options, "adjust": _without_files}
+    description = "Parameters, operations, steps, memory, data volume and hours of a run, without starting it."
+    how = {"prog": "crate-fast plan", "add_options": _add_options, "adjust": _with_placeholders}
     config, options = build_config(argv, description, "shape_scenes", **how)
-    from crate_fast.train.cost import make_plan  # torch takes seconds: errors of the command line come first
+    from crate_fast.train.cost import make_plan  # imports torch, which is slow: after command-line errors
 
     plan = make_plan(config, options)
     _print(plan)
@@ -80,5 +79,5 @@ def _run(argv: list[str] | None) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print what a run would cost; returns the exit status."""
+    """Parse `argv` and print the plan; return the exit status."""
     return run_command(_run, argv)
