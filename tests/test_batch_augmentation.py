@@ -79,5 +79,5 @@ def test_step_and_part_decide_and_the_generators_are_left_alone():
 
 
 def test_bad_settings_are_named():
-    with pytest.raises(ValueError, match="has 5 images in a micro-batch"):
+    with pytest.raises(ValueError, match="need an even number of images per process and micro-batch, not 5"):
         _augment(batch_size=5, mixup=0.5)

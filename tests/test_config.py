@@ -97,7 +97,7 @@ def test_help_lists_and_explains_every_option(capsys):
         (["--device", "meta"], "device='meta' cannot be used here: choose auto, cpu"),
         (["--optimizer", "fusedadam", "--train-samples", "128"], "optimizer='fusedadam' cannot be used here"),
         (["--optimizer", "adamv"], "optimizer='adamv': did you mean 'adam"),
-        (["--optimizer", "qqqq"], "optimizer='qqqq': timm has no such one"),
+        (["--optimizer", "qqqq"], "optimizer='qqqq': timm has no such optimiser"),
         (["--optimizer", "madgrad"], "could not be resumed: choose another"),
         (["--optimizer", "adahessian"], "second derivatives"),
         (["--model", "vit_tiny_patch16_224.nope"], "did you mean 'vit_tiny_patch16_224'?"),

@@ -38,7 +38,7 @@ def test_a_run_its_steps_and_its_untrained_twin(tiny_run):
         open_model(f"{tiny_run}@5")
     with pytest.raises(ValueError, match="write @STEP or @untrained"):
         open_model(f"{tiny_run}@latest")
-    with pytest.raises(UserError, match="is no run"):
+    with pytest.raises(UserError, match="is not a run"):
         open_model(str(tiny_run.parent) + "@untrained")
 
 

@@ -69,7 +69,7 @@ def test_without_a_checkpoint_to_start_from_it_says_so(capsys, tmp_path, source)
     for words, message in (
         ([], "pass --init with a run's folder"),
         (["--init", str(tmp_path / "nothing")], "neither a file nor the folder of a run"),
-        (["--init", f"{source}@best"], "write @STEP, or nothing"),
+        (["--init", f"{source}@best"], "pass RUN@STEP with a step number"),
         (["--init", str(tmp_path)], "has no config.yaml"),
     ):
         assert finetune.main([*SCENES, *words, "--output", str(tmp_path / "run")]) == 2
@@ -99,7 +99,7 @@ def test_another_number_of_classes_is_never_silent(tmp_path, sizes):
     source, model = (build_model(tiny_config(**sizes), classes) for classes in (5, 12))
     path = _file(tmp_path, source)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    with pytest.raises(ValueError, match=r"classifies 5 classes and the data have 12\): pass --head new"):
+    with pytest.raises(ValueError, match=r"has 5 classes, and the data have 12\): pass --head new"):
         load_initial(model, tiny_config(init=path))
     assert same(before, dict(model.state_dict()))
     text = load_initial(model, tiny_config(init=path, head="new"))
@@ -136,7 +136,7 @@ def test_the_demos_six_heads_are_to_be_said(tmp_path):
     path = str(tmp_path / "demo.pth")
     _demo_file(path, dim=768, heads=6, dim_head=128, depth=1)
     sizes = {"init": path, "head": "new", "model": "crate_base_patch8_224", "dim": None, "depth": 1}
-    with pytest.raises(UserError, match="has 6 heads, and a file does not tell them: pass --heads 6"):
+    with pytest.raises(UserError, match="has 6 heads, but the number is not stored: pass --heads 6"):
         load_initial(build_model(config := tiny_config(**sizes, heads=None), 3), config)
     load_initial(build_model(config := tiny_config(**sizes, heads=6), 3), config)
 
@@ -182,7 +182,7 @@ def test_a_stated_grid_is_checked(source):
     for words in ({"init": "w.pth", "init_grid": "2 by 8"}, {"init_grid": "2x8"}):
         with pytest.raises(UserError, match="pass the patch rows and columns of the --init file, such as 2x8"):
             tiny_config(**words)
-    with pytest.raises(UserError, match="knows its grid; leave it out"):
+    with pytest.raises(UserError, match="has its grid recorded; leave it out"):
         load_initial(build_model(tiny_config(), 12), tiny_config(init=str(source), init_grid="2x8"))
 
 
@@ -193,7 +193,7 @@ def test_an_autoencoders_table_tells_its_grid(tmp_path):
     square = CRATEMAE(img_size=32, **sizes)
     table = square.decoder_pos_embed.clone()
     config = tiny_config(init=path, model="crate_mae_tiny_patch16_224")
-    assert "positions of its own image size" in load_initial(square, config)
+    assert "positions of this image size" in load_initial(square, config)
     assert torch.equal(square.decoder_pos_embed, table)
     config = tiny_config(init=path, model="crate_mae_encoder_tiny_patch16_224", head="new")
     load_initial(encoder := build_model(config, 12), config)

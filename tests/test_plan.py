@@ -239,7 +239,7 @@ def test_images_are_counted_in_a_folder_that_is_there(tmp_path):
         ("--gpus 4 --hosts 3 --parallel hsdp", "--gpus 4 is not a multiple of --hosts 3"),
         ("--gpus 0", "--gpus: 0: give a positive integer"),
         ("--optimizer lyon", "lyon"),
-        ("--throughput nowhere", "nowhere is no run"),
+        ("--throughput nowhere", "nowhere is not a run"),
     ],
 )
 def test_errors_name_the_value_and_the_remedy(words, message, capsys):

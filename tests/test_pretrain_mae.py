@@ -39,7 +39,7 @@ def test_a_run_ends_in_a_figure_and_its_losses(finished):
     assert summary["best_val_loss"] == min(e["ema_val_loss"] for e in entries(folder) if "val_loss" in e)
     assert "val_accuracy" not in summary
     assert "chance" not in summary
-    assert f"validation loss {summary['val_loss']:.4f}; of the moving average: loss" in text
+    assert f"validation loss {summary['val_loss']:.4f}; EMA weights: loss" in text
     for name in ("reconstruction.png", "attention.png", "curves.png"):
         assert (folder / name).read_bytes()[:4] == b"\x89PNG"
         assert str(folder / name) in text
@@ -89,13 +89,13 @@ def test_without_arguments_it_is_the_default_recipe(monkeypatch):
         (["--model", "crate_tiny_patch8_224"], "'crate_tiny_patch8_224' is not a masked autoencoder"),
         (["--mask-ratio", "1"], "mask_ratio=1.0: it must be above 0"),
         (["--beta2", "1"], "beta2=1.0"),
-        (["--mixup", "0.5"], "mixup: masked autoencoding has no use"),
+        (["--mixup", "0.5"], "mixup: masked autoencoding does not use"),
         (["--attn-drop-rate", "0.1"], "neither classifier nor dropout"),
         (["--mask-ratio", "0.99"], "mask_ratio=0.99 leaves 0 of 16"),
         (["--optimizer", "sgd", "--beta2", "0.9"], "optimizer='sgd' has no such setting"),
         (["--optimizer", "lars"], "beta2=0.95: optimizer='lars' has no such setting"),
         (["--frozen"], "probe its encoder, --model crate_mae_encoder_tiny_patch16_224"),
-        (["--attention", "mhsa"], "does not take all of"),
+        (["--attention", "mhsa"], "does not accept all of"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(words, message, tmp_path, refuses):
@@ -105,7 +105,7 @@ def test_settings_that_do_not_fit_are_refused(words, message, tmp_path, refuses)
 @pytest.mark.parametrize("words", [["--visible-only"], ["--mask-ratio", "0.5"], ["--decoder-depth", "1"]], ids=str)
 def test_a_classifier_refuses_an_autoencoders_settings(words, tmp_path, refuses):
     refuses(
-        r"model='crate_tiny_patch8_224' is no autoencoder; leave them out",
+        r"model='crate_tiny_patch8_224' is not an autoencoder; leave them out",
         pretrain.main,
         [*TINY, *words, "--output", str(tmp_path / "run")],
     )
@@ -179,7 +179,7 @@ def test_fine_tuning_starts_from_the_encoder(finished, tmp_path, capsys):
 def test_an_autoencoder_goes_on_at_another_image_size(finished, tmp_path, capsys, refuses):
     words = [*TINY, "--init", f"{finished[0]}@12", "--image-size", "64", "--epochs", "1", "--lr", "1e-9"]
     assert pretrain_mae.main([*words, "--output", str(tmp_path / "run")]) == 0
-    assert "(positions of its own image size)" in capsys.readouterr().out
+    assert "(positions of this image size)" in capsys.readouterr().out
     model, _, _ = load_model(tmp_path / "run")
     torch.testing.assert_close(model.decoder_pos_embed, sincos_positions(32, (8, 8)))
     torch.testing.assert_close(model.mask_token, weights(finished[0], 12, "ema")["mask_token"], atol=1e-5, rtol=0)
@@ -191,7 +191,7 @@ def test_an_autoencoder_goes_on_at_another_image_size(finished, tmp_path, capsys
 def test_an_encoder_has_no_classifier_to_keep(finished, tmp_path, refuses):
     words = ["--recipe", "finetune_cifar10", "--dataset", "shape_scenes", "--head", "keep", "--image-size", "32"]
     refuses(
-        r"no classes and the data have 12\): pass --head new",
+        r"no classes, and the data have 12\): pass --head new",
         finetune.main,
         [*words, "--init", str(finished[0]), "--output", str(tmp_path)],
     )

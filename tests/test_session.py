@@ -127,7 +127,7 @@ def test_variants_run(words, tmp_path, capsys, monkeypatch):
     assert "epochs: 1\n" in (tmp_path / "run" / "config.yaml").read_text()
     out = capsys.readouterr().out
     assert "written:" in out
-    assert ("this processor has no bf16 products" in out) == ("bf16" in words)
+    assert ("this processor has no bf16 instructions" in out) == ("bf16" in words)
 
 
 # --- logs ---

@@ -309,7 +309,7 @@ def test_written_shards_hold_the_readable_images_made_smaller(folder, capsys):
 def test_a_writing_process_gets_its_job_by_pickle(folder, tmp_path):
     source = build_splits(config_of("data", val_split="val")).train.images
     options = SimpleNamespace(output=tmp_path, shorter_side=24, quality=95, per_shard=8)
-    write_shards._begin(*pickle.loads(pickle.dumps((source, "train", options))))
+    write_shards._init_worker(*pickle.loads(pickle.dumps((source, "train", options))))
     assert len(write_shards._write_shard(0)) == 1
     assert len(_open(tmp_path / "train-00000.tar")) == 7
 
@@ -317,9 +317,9 @@ def test_a_writing_process_gets_its_job_by_pickle(folder, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--output", "old"], "holds archives already"),
-        (["--output", "old/a.tar"], "is a file: name a folder"),
-        (["--train-split", "a/b"], "it may hold no /"),
+        (["--output", "old"], "already holds archives"),
+        (["--output", "old/a.tar"], "is a file: pass a folder"),
+        (["--train-split", "a/b"], "names of shards cannot contain /"),
         (["--quality", "0"], "--quality: 0: give a positive integer"),
         (["--quality", "101"], "--quality 101: it must be at most 100"),
         (["--bad"], "--bad"),

@@ -50,10 +50,10 @@ def test_the_card_has_the_runs_numbers_and_no_folders(shared, tiny_run, tmp_path
 
 def test_what_cannot_be_shared_is_named(shared, tiny_run, tmp_path, capsys, monkeypatch):
     assert main([str(tiny_run), str(shared)]) == 2
-    assert "holds a model already" in capsys.readouterr().err
+    assert "already holds a model" in capsys.readouterr().err
     assert main([str(tmp_path), str(tmp_path / "new")]) == 2
     assert main([str(tiny_run), str(tmp_path / "new"), "--scores", str(tiny_run / "config.yaml")]) == 2
-    assert "is no results.json" in capsys.readouterr().err
+    assert "is not a results.json" in capsys.readouterr().err
     probe = shutil.copytree(tiny_run, tmp_path / "probe")
     monkeypatch.setattr(share, "load_model", lambda run: (None, TrainConfig(frozen=True), 4))
     assert main([str(probe), str(tmp_path / "new")]) == 2

@@ -1,6 +1,6 @@
-"""Training objectives, classes of images or hidden patches, and the augmentation of whole batches.
+"""Training objectives: classification with batch augmentation, and reconstruction of hidden patches.
 
-The training loop asks its objective for a loss, and in evaluation for sums of scores.
+An objective computes the loss of a micro-batch and, in evaluation, sums of scores.
 """
 
 from contextlib import nullcontext
@@ -18,18 +18,18 @@ from crate_fast.train.data import Batch, drawing_from, mixed_seed
 from crate_fast.train.distributed import Processes
 from crate_fast.train.reconstruction import image_noise
 
-_BATCH_KEY = 2**40  # apart from the numbers of samples, which are augmented by generators of (seed, epoch, number)
+_BATCH_KEY = 2**40  # keeps these seeds apart from those of samples, (seed, epoch, index, …)
 
 
 class Objective:
-    """Loss and scores of a model; `objective_for` chooses one. `dtype` is autocast's, None for plain fp32.
+    """Loss and scores of a model, chosen by `objective_for`. `dtype` is autocast's dtype, or None for plain fp32.
 
-    * `inputs(images, labels, step, part)` draws what is random in a micro-batch; returns what `training` takes, on
-      the device. `images` are normalised, [B, 3, S, S]; `labels` [B]; `part` numbers this process's micro-batches.
-    * `training(runner, *inputs)` returns a micro-batch's `measures`, [n]; the first, the loss, has a gradient.
-    * `evaluation(model, images, batch)` returns the `scores` summed over a batch, fp64 [n]; the first chooses the
+    * `inputs(images, labels, step, part)` draws a micro-batch's random numbers and returns the arguments of
+      `training`, on the device. `images` are normalised, [B, 3, S, S]; `labels` [B]; `part` counts micro-batches.
+    * `training(runner, *inputs)` returns the `measures` of a micro-batch, [n]; the first is the loss, with gradient.
+    * `evaluation(model, images, batch)` returns the `scores` summed over a batch, fp64 [n]; the first selects the
       best checkpoint.
-    * `outputs(model, images)` returns all outputs of the model for any images.
+    * `outputs(model, images)` returns the outputs of the model as a tuple.
     """
 
     measures: tuple[str, ...]
@@ -39,11 +39,11 @@ class Objective:
     def __init__(self, config: TrainConfig, processes: Processes):
         self.config, self.processes = config, processes
         self.dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision)
-        if config.precision == "auto" and processes.device.type == "cuda":  # emulated, bf16 is slower than fp32
+        if config.precision == "auto" and processes.device.type == "cuda":  # emulated bf16 is slower than fp32
             self.dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else None
 
     def autocast(self, device: torch.device):
-        """Return the run's autocast as a context."""
+        """Return the autocast context of the run."""
         return nullcontext() if self.dtype is None else torch.autocast(device.type, self.dtype)
 
     def forward(self, model: nn.Module, images: Tensor) -> tuple[Tensor, ...]:
@@ -53,7 +53,7 @@ class Objective:
 
 
 class Classification(Objective):
-    """Classes, by cross-entropy, on batches that timm's random erasing, mixup and cutmix augment on the device."""
+    """Classification by cross-entropy, with timm's random erasing, mixup and CutMix on the device."""
 
     measures = ("loss", "accuracy")
     scores = ("accuracy", "loss", "top5")
@@ -68,14 +68,14 @@ class Classification(Objective):
             share = config.batch_size // (config.accumulate * processes.world_size)
             if share % 2:
                 raise UserError(
-                    f"mixup and cutmix mix pairs, and a process has {share} images in a micro-batch: make batch_size "
-                    "an even multiple of processes × accumulate"
+                    f"mixup and cutmix need an even number of images per process and micro-batch, not {share}: make "
+                    "batch_size an even multiple of processes × accumulate"
                 )
             smoothing = {"label_smoothing": config.label_smoothing, "num_classes": model.num_classes}
             self.mix = Mixup(config.mixup, config.cutmix, prob=config.mixup_prob, **smoothing)
 
     def inputs(self, images, labels, step, part):
-        """Return images, targets (labels, or their smoothed mixture [B, classes]) and labels."""
+        """Return images, targets (labels, or a smoothed mixture of them, [B, classes]) and labels."""
         targets = labels
         if self.erase is not None or self.mix is not None:
             part = part * self.processes.world_size + self.processes.rank
@@ -87,7 +87,7 @@ class Classification(Objective):
         return images, targets, labels
 
     def training(self, runner, images, targets, labels):
-        smoothing = self.config.label_smoothing if targets.dim() == 1 else 0.0  # a mixture has it in it
+        smoothing = self.config.label_smoothing if targets.dim() == 1 else 0.0  # mixed targets are already smoothed
         logits = self.forward(runner, images)[0].float()
         loss = F.cross_entropy(logits, targets, label_smoothing=smoothing)
         return torch.stack([loss, (logits.detach().argmax(dim=1) == labels).float().mean()])
@@ -103,10 +103,10 @@ class Classification(Objective):
 
 
 class Reconstruction(Objective):
-    """Hidden patches, by squared error.
+    """Reconstruction of hidden patches by squared error.
 
-    In training the step and an image's number in its batch seed the masks, for any number of processes and
-    accumulation steps; in evaluation the image does, so that every evaluation hides the same.
+    Training masks depend on the step and the image's position in the global batch, for any number of processes and
+    accumulation steps. Evaluation masks depend on the image only, so that every evaluation hides the same patches.
     """
 
     measures = scores = ("loss",)
@@ -116,7 +116,7 @@ class Reconstruction(Objective):
         super().__init__(config, processes)
         self.n_patches = model.grid_size[0] * model.grid_size[1]
         self.model = model
-        model.kept(config.mask_ratio)  # refuses a ratio that this grid cannot have
+        model.kept(config.mask_ratio)  # raises if the grid does not allow this ratio
         self._drawn: tuple[int, Tensor] = (-1, torch.empty(0))
 
     def inputs(self, images, labels, step, part):
@@ -138,7 +138,7 @@ class Reconstruction(Objective):
         return loss.double().unsqueeze(0) * len(images)
 
     def noise(self, batch: Batch) -> Tensor:
-        """Return the noise [B, N] that hides patches in evaluation, drawn by the seed and the image's number."""
+        """Return the noise [B, N] that selects hidden patches in evaluation, from the seed and the image's key."""
         return image_noise(self.model, [(self.config.seed, *key) for key in batch.keys])
 
     def outputs(self, model, images):
@@ -146,10 +146,10 @@ class Reconstruction(Objective):
 
 
 def objective_for(model: nn.Module, config: TrainConfig, processes: Processes) -> Objective:
-    """Return the objective that a model is made for."""
+    """Return the objective of a model: reconstruction for CRATE-MAE, classification for others."""
     if not isinstance(model, CRATEMAE):
         return Classification(model, config, processes)
     unused = [name for name in ("mixup", "cutmix", "random_erasing") if getattr(config, name)]
     if unused:
-        raise UserError(f"{', '.join(unused)}: masked autoencoding has no use for these; leave them out")
+        raise UserError(f"{', '.join(unused)}: masked autoencoding does not use these settings; leave them out")
     return Reconstruction(model, config, processes)

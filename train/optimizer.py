@@ -14,17 +14,17 @@ from crate_fast.train.config import TrainConfig
 
 _MOMENTUM = 0.9  # of LARS, as in MAE's linear probe
 _REFUSED = {
-    "adahessian": "needs second derivatives, which the layers do not have",
+    "adahessian": "needs second derivatives, which the layers do not support",
     **dict.fromkeys(
         ("madgrad", "madgradw", "adafactorbv", "adafactorbvc", "cadafactorbv", "cadafactorbvc"),
-        "keeps state that a checkpoint cannot hold, so that a run could not be resumed",
+        "keeps state that a checkpoint cannot store, so a run could not be resumed",
     ),
 }
 _orthogonalize = timm.optim.muon.zeropower_via_newtonschulz
 
 
 def _orthogonalize_in_fp32_on_a_cpu(matrix: Tensor, *arguments, **options) -> Tensor:
-    """Replace timm's function, whose bf16 takes 50 times as long on processors that do not have it."""
+    """Replace timm's function, which uses bf16: processors without bf16 instructions take 50 times as long."""
     dtype = {"dtype": torch.float32} if matrix.device.type == "cpu" else {}
     return _orthogonalize(matrix, *arguments, **options, **dtype)
 
@@ -33,10 +33,10 @@ timm.optim.muon.zeropower_via_newtonschulz = _orthogonalize_in_fp32_on_a_cpu
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """Return the optimiser that the configuration names, over the parameters that are trained.
+    """Return the configured optimiser for the trained parameters.
 
-    "lars" is MAE's: matrices have LARS's trust ratio, biases do not. (timm chooses by the weight decay, which a probe
-    does not have.) All others are timm's by name.
+    "lars" follows MAE: the trust ratio applies to matrices, not to biases. (timm decides by the weight decay, which a
+    probe does not use.) All other optimisers are timm's, by name.
 
     Raises:
         UserError: timm has no such optimiser, or it cannot be used here.
@@ -44,12 +44,12 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
     name = config.optimizer
     known = list_optimizers()
     if name not in known:
-        raise UserError(f"optimizer={name!r}{nearest(name, known) or ': timm has no such one'}")
+        raise UserError(f"optimizer={name!r}{nearest(name, known) or ': timm has no such optimiser'}")
     if name in _REFUSED:
         raise UserError(f"optimizer={name!r} {_REFUSED[name]}: choose another, such as adamw")
     betas = {} if config.beta2 is None else {"betas": (0.9, config.beta2)}
     info = get_optimizer_info(name)
-    if betas and not (info.has_betas and info.num_betas == 2):  # timm would leave them out
+    if betas and not (info.has_betas and info.num_betas == 2):  # timm would ignore them
         raise UserError(f"beta2={config.beta2}: optimizer={name!r} has no such setting; leave it out")
     trained = model.get_classifier() if config.frozen else model
     if name == "lars":
@@ -69,7 +69,7 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
         )
     except (AssertionError, ImportError) as error:  # from APEX and bitsandbytes
         raise UserError(f"optimizer={name!r} cannot be used here ({error}): choose another, such as adamw") from error
-    if config.decay_all:  # with layer_decay timm still spares positions and CLS
+    if config.decay_all:  # with layer_decay timm still exempts positions and CLS
         for group in optimizer.param_groups:
             group["weight_decay"] = config.weight_decay
     return optimizer
@@ -78,8 +78,8 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
 def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int) -> float:
     """Return the learning rate of an optimiser step, counted from 0.
 
-    "cosine": linear warm-up, then half a cosine to `min_lr`, both by the step. "released": the smaller of warm-up and
-    cosine, both by the epoch, as in the released recipe.
+    "cosine": linear warm-up, then a half cosine to `min_lr`, updated every step. "released": the minimum of warm-up
+    and cosine, updated every epoch, as in the released recipe.
     """
     total = config.epochs * steps_per_epoch
     warmup = config.warmup_epochs * steps_per_epoch
@@ -101,14 +101,14 @@ def gradient_norm(model: nn.Module) -> Tensor:
 
 
 def clip_gradients(model: nn.Module, limit: float, mode: str, norm: Tensor) -> None:
-    """Clip the gradients in place to `limit`, by "norm", "value" or "agc" (without the classifier); 0: not at all.
+    """Clip the gradients in place by `mode`: "norm", "value" or "agc" (except the classifier). 0 turns it off.
 
     `norm` is `gradient_norm(model)`.
     """
     if not limit:
         return
-    spared = {id(p) for p in model.get_classifier().parameters()} if mode == "agc" else set()
-    parameters = [p for p in model.parameters() if p.requires_grad and id(p) not in spared]
+    exempt = {id(p) for p in model.get_classifier().parameters()} if mode == "agc" else set()
+    parameters = [p for p in model.parameters() if p.requires_grad and id(p) not in exempt]
     if mode == "norm":
         torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
     elif mode == "value":

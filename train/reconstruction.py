@@ -1,4 +1,4 @@
-"""Pictures of CRATE-MAE reconstructions: the image, and masked and reconstructed by mask ratio."""
+"""Figures of CRATE-MAE reconstructions: each image, masked and reconstructed at several mask ratios."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -16,7 +16,7 @@ _GREY = 128
 
 
 def image_noise(model: CRATEMAE, seeds: Iterable[tuple[int, ...]]) -> Tensor:
-    """Draw the noise [B, N] that hides patches, for each image by its own seed."""
+    """Return the noise [B, N] that selects hidden patches, with one seed per image."""
     n_patches = model.grid_size[0] * model.grid_size[1]
     return torch.from_numpy(np.stack([np.random.default_rng(seed).random(n_patches, np.float32) for seed in seeds]))
 
@@ -25,10 +25,10 @@ def image_noise(model: CRATEMAE, seeds: Iterable[tuple[int, ...]]) -> Tensor:
 def reconstructions(
     model: CRATEMAE, images: Tensor, normalize: Normalize, ratios: Sequence[float], seed: int
 ) -> Tensor:
-    """Return a row for each image, uint8 [B, 1 + 2R, S, S, 3]: the image, then masked and reconstructed by ratio.
+    """Return rows of pictures, uint8 [B, 1 + 2R, S, S, 3]: the image, then masked and reconstructed for each ratio.
 
-    Hidden patches are grey in the former and predicted in the latter. A larger ratio hides more of the same patches.
-    `images` are uint8 [B, 3, S, S]; `seed` and an image's number choose its patches. The model is left in eval mode.
+    Hidden patches are grey in masked pictures and predicted in reconstructed ones. A larger ratio hides more patches.
+    `images` are uint8 [B, 3, S, S]; `seed` and an image's index determine its patches. The model stays in eval mode.
     """
     model.eval()
     device = next(model.parameters()).device
@@ -52,7 +52,7 @@ def reconstruction_figure(
     seed: int,
     titles: Sequence[str],
 ) -> None:
-    """Write `reconstructions` as a figure into `paths`, with a title for each image."""
+    """Save `reconstructions` as a figure to `paths`, with a title for each image."""
     rows = reconstructions(model, images, normalize, ratios, seed)
     names = ["image"]
     for ratio in ratios:

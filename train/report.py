@@ -1,4 +1,4 @@
-"""Reports of a run: its profile, its layers at each evaluation, and at the end figures, curves and summary.json."""
+"""Reports of a run: profile, layer statistics at each evaluation, and final figures, curves and summary.json."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ if TYPE_CHECKING:
     from crate_fast.train.trainer import Trainer
 
 SHOWN_IMAGES, WHITEBOX_IMAGES = 8, 64
-_BEFORE_PROFILE = 10  # steps: compilation, caches and clocks settle
+_BEFORE_PROFILE = 10  # steps in which compilation, caches and clocks settle
 
 
 def profiler(folder: Path, steps: int, left: int, processes: Processes):
     """Return PyTorch's profiler as a context, active after ten steps; call its `step()` after each step.
 
-    It records `steps` steps into `folder`/rank0.json, …, for chrome://tracing or Perfetto; 0 for none: it is then
-    None. `left` are the steps that the run still has; a warning if they are too few.
+    It writes `steps` steps to `folder`/rank0.json, …, for chrome://tracing or Perfetto. With 0 steps the context is
+    None. It warns if the `left` remaining steps of the run are too few.
     """
     if not steps:
         return nullcontext()
     if left < _BEFORE_PROFILE + steps:
         warnings.warn(
-            f"profile={steps} records steps {_BEFORE_PROFILE + 1} to {_BEFORE_PROFILE + steps} of a session, and "
-            f"{left} are left to run: the trace will be {'short' if left > _BEFORE_PROFILE else 'missing'}",
+            f"profile={steps} records steps {_BEFORE_PROFILE + 1} to {_BEFORE_PROFILE + steps} of a session, but "
+            f"{left} are left: the trace will be {'short' if left > _BEFORE_PROFILE else 'missing'}",
             stacklevel=2,
         )
 
@@ -62,9 +62,9 @@ def profiler(folder: Path, steps: int, left: int, processes: Processes):
 
 
 def log_layers(trainer: Trainer, model: nn.Module) -> None:
-    """Add R^c and sparsity of every layer to the curves, and of a CRATE-MAE images that it fills in.
+    """Log R^c and sparsity of every layer and, for a CRATE-MAE, reconstructed images.
 
-    `model` is unsharded; nothing is added of a model that is none of ours.
+    `model` is unsharded. Nothing is logged for models other than CRATE and CRATE-MAE.
     """
     if not isinstance(model, CRATE | CRATEMAE):
         return
@@ -92,10 +92,10 @@ def _curve(history: list[dict], name: str, label: str) -> list[Curve]:
 
 
 def write_report(trainer: Trainer, model: nn.Module, seconds: float) -> dict:
-    """Score, draw and summarise a finished run, on the first process; return the summary, as in summary.json.
+    """Write the figures and summary.json of a finished run, on rank 0; return the summary.
 
-    `model` is unsharded, the moving average of the weights where there is one. `seconds` are this session's, whose
-    throughput is the median of its log intervals.
+    `model` is unsharded; if the run keeps an EMA, it has the EMA weights. `seconds` is the duration of this session.
+    Its throughput is the median over log intervals.
     """
     run, data = trainer.run, trainer.data
     folder = run.folder
@@ -156,7 +156,7 @@ def _draw_reconstructions(trainer: Trainer, model: CRATEMAE) -> None:
 
 @torch.inference_mode()
 def _attention_report(trainer: Trainer, model: CRATE) -> dict:
-    """Draw CLS attention of every head at two layers, a row an image; score it where object masks are known."""
+    """Draw CLS attention of every head at two layers, one row per image; score it if there are object masks."""
     data, layer = trainer.data, attention_layer(model)
     samples, images, titles = _shown(data.val if data.masks is None else data.masks, data.classes)
     rows, columns = [[Picture(image.permute(1, 2, 0).numpy())] for image in images], ["image"]
@@ -177,24 +177,24 @@ def _attention_report(trainer: Trainer, model: CRATE) -> dict:
     batches = ((batch.images, batch.labels, batch.masks) for batch in eval_loader(trainer.config, data.masks))
     try:
         scores = score_attention(model, batches, trainer.normalize)
-    except NoObjectsError as error:  # training is done and must not end in an error
+    except NoObjectsError as error:  # a finished training must not end in an error
         warnings.warn(f"attention maps are not scored: {error}", stacklevel=2)
         return {}
     return {"attention_layer": layer, "attention_miou": scores}
 
 
 def scores_line(values: dict[str, float], scores: Sequence[str]) -> str:
-    """Describe an evaluation, an entry of metrics.jsonl, in words."""
+    """Format an evaluation (an entry of metrics.jsonl) as text."""
 
     def listed(prefix: str) -> str:
         return ", ".join(f"{name} {values[prefix + name]:.4f}" for name in scores)
 
-    average = f"; of the moving average: {listed('ema_val_')}" if "ema_val_loss" in values else ""
+    average = f"; EMA weights: {listed('ema_val_')}" if "ema_val_loss" in values else ""
     return f"validation {listed('val_')}{average}"
 
 
 def print_summary(summary: dict, folder: Path) -> None:
-    """Print what a user sees at the end of a run."""
+    """Print the final scores and files of a run."""
     scores = [name for name in ("accuracy", "loss", "top5") if f"val_{name}" in summary]
     chance = f"; chance {summary['chance']:.4f}" if "chance" in summary else ""
     print(f"\n{scores_line(summary, scores)}{chance}; best {scores[0]} {summary[f'best_val_{scores[0]}']:.4f}")

@@ -1,4 +1,4 @@
-"""Models of runs: built from settings, opened from a run's folder, initialised from given weights."""
+"""Models of runs: build them from settings, load them from a run's folder, or start from existing weights."""
 
 from pathlib import Path
 
@@ -28,7 +28,7 @@ _AUTOENCODER_SETTINGS = ("mask_ratio", "norm_pix_loss", "visible_only", "decoder
 
 
 def model_arguments(config: TrainConfig, num_classes: int) -> dict:
-    """Return the arguments for `registry.create_model`: what the configuration sets, under timm's names."""
+    """Return the arguments of `registry.create_model` that the configuration sets, under timm's names."""
     arguments = {"img_size": config.image_size}
     arguments |= {name: getattr(config, name) for name in DROP_RATES if getattr(config, name)}
     names = {"patch_size": "patch_size", "dim": "embed_dim", "depth": "depth", "heads": "num_heads"}
@@ -41,7 +41,7 @@ def model_arguments(config: TrainConfig, num_classes: int) -> dict:
     else:
         unused = [name for name in _AUTOENCODER_SETTINGS if getattr(config, name) != getattr(TrainConfig, name)]
         if unused:
-            raise UserError(f"{', '.join(unused)}: model={config.model!r} is no autoencoder; leave them out")
+            raise UserError(f"{', '.join(unused)}: model={config.model!r} is not an autoencoder; leave them out")
         arguments["num_classes"] = num_classes
     names |= {name: name for name in FORM}
     chosen = {ours: getattr(config, name) for name, ours in names.items()}
@@ -49,7 +49,7 @@ def model_arguments(config: TrainConfig, num_classes: int) -> dict:
 
 
 def build_model(config: TrainConfig, num_classes: int) -> nn.Module:
-    """Build the model that the configuration names, on the CPU, for `num_classes` classes unless an autoencoder."""
+    """Build the configured model on the CPU. Autoencoders ignore `num_classes`."""
     if not is_model(config.model):
         raise UserError(f"model={config.model!r}{nearest(config.model, model_names()) or ': timm has no such model'}")
     arguments = model_arguments(config, num_classes)
@@ -57,8 +57,8 @@ def build_model(config: TrainConfig, num_classes: int) -> nn.Module:
         model = create_model(config.model, **arguments)
     except TypeError as error:
         raise UserError(
-            f"model={config.model!r} does not take all of {', '.join(arguments)} ({error}): leave out those that are "
-            "not its own; models without img_size cannot be trained here"
+            f"model={config.model!r} does not accept all of {', '.join(arguments)} ({error}): leave out the settings "
+            "that it lacks; models without img_size cannot be trained here"
         ) from error
     if config.frozen:
         _put_probe(model)
@@ -68,10 +68,10 @@ def build_model(config: TrainConfig, num_classes: int) -> nn.Module:
 
 
 def _put_probe(model: nn.Module) -> None:
-    """Replace the classifier by MAE's linear probe, BatchNorm without affine and Linear; freeze everything else."""
+    """Replace the classifier with MAE's linear probe (BatchNorm without affine, Linear); freeze everything else."""
     classifier = model.get_classifier()
     if not isinstance(classifier, nn.Linear):
-        raise UserError(f"frozen=True: the classifier of {type(model).__name__} is no nn.Linear to be replaced")
+        raise UserError(f"frozen=True: the classifier of {type(model).__name__} is not nn.Linear; use another model")
     linear = nn.Linear(classifier.in_features, classifier.out_features)
     nn.init.trunc_normal_(linear.weight, std=0.01)
     nn.init.zeros_(linear.bias)
@@ -87,27 +87,27 @@ def _put_probe(model: nn.Module) -> None:
 def run_config(folder: Path, **changes) -> TrainConfig:
     """Return the configuration of a run, with `changes`."""
     if not (folder / "config.yaml").is_file():
-        raise UserError(f"{folder} is no run (it has no config.yaml): give the folder of one, such as runs/NAME")
+        raise UserError(f"{folder} is not a run (it has no config.yaml): pass a run's folder, such as runs/NAME")
     return TrainConfig(**(load_recipe(str(folder / "config.yaml")) | changes))
 
 
 def checkpoint_steps(folder: Path) -> list[int]:
-    """Return the steps at which a run has checkpoints, ascending, at least one."""
+    """Return the steps of a run's checkpoints, ascending and at least one."""
     steps = checkpoint.steps(folder / "checkpoints")
     if not steps:
-        raise UserError(f"{folder} holds no checkpoints: give the folder of a run, such as runs/NAME")
+        raise UserError(f"{folder} holds no checkpoints: pass a run's folder, such as runs/NAME")
     return steps
 
 
 def checkpoint_epoch(folder: Path, step: int) -> float | None:
-    """Return the epochs trained at a checkpoint; None if an older version wrote it, without saying."""
+    """Return the epochs trained until a checkpoint; None if an older version did not record them."""
     return checkpoint.manifest(folder / "checkpoints", step).get("epoch")
 
 
 def run_weights(folder: Path, step: int | None = None) -> tuple[dict[str, Tensor], int]:
-    """Return the weights of a run's checkpoint and its step; the moving average of the weights if the run keeps one.
+    """Return the weights of a run's checkpoint and its step; the EMA weights if the run keeps an EMA.
 
-    `step` None is the best, or the newest if none was evaluated.
+    By default it is the best checkpoint, or the newest if none was evaluated.
     """
     steps = checkpoint_steps(folder)
     if step is None:
@@ -119,7 +119,7 @@ def run_weights(folder: Path, step: int | None = None) -> tuple[dict[str, Tensor
 
 
 def num_classes_of(weights: dict) -> int:
-    """Return the outputs of the classifier in a state dict of a CRATE or a timm model; 0 if it has none."""
+    """Return the number of classes in a state dict of a CRATE or timm model; 0 if it has no classifier."""
     weights = unwrap_state_dict(weights)  # the demo checkpoint's `head` is behind mlp_head
     heads = [name for name in weights if name.startswith(("mlp_head.", "head.", "fc.")) and name.endswith("weight")]
     matrices = [weights[name] for name in sorted(heads) if weights[name].dim() == 2]
@@ -127,14 +127,14 @@ def num_classes_of(weights: dict) -> int:
 
 
 def load_model(folder: Path, step: int | None = None) -> tuple[nn.Module, TrainConfig, int]:
-    """Load the model of a run's checkpoint, on the CPU in evaluation mode, with its configuration and step.
+    """Return the model of a run's checkpoint, on the CPU in eval mode, with its configuration and step.
 
-    The run's data need not be there. `step` is that of `run_weights`.
+    The run's data set is not needed. `step` is that of `run_weights`.
     """
     weights, step = run_weights(folder, step)
     config = run_config(folder)
     model = build_model(config, num_classes_of(weights))
-    remedy = "its config.yaml is another run's or another version's: restore it, or use another checkpoint"
+    remedy = "its config.yaml belongs to another run or version: restore it, or use another checkpoint"
     load_strictly(model, weights, f"{folder} at step {step}", remedy)
     return model.eval(), config, step
 
@@ -149,7 +149,7 @@ def initial_run(init: str) -> tuple[Path, int | None] | None:
         return Path(init), None
     if run and Path(run).is_dir():
         if not step.isdigit():
-            raise UserError(f"init={init!r}: after a run's folder write @STEP, or nothing for its best checkpoint")
+            raise UserError(f"init={init!r}: pass RUN@STEP with a step number, or RUN for its best checkpoint")
         return Path(run), int(step)
     if not split_entry(init)[0].is_file():
         raise UserError(f"init={init!r} is neither a file nor the folder of a run: check the path")
@@ -157,10 +157,10 @@ def initial_run(init: str) -> tuple[Path, int | None] | None:
 
 
 def load_initial(model: nn.Module, config: TrainConfig) -> str:
-    """Load `config.init` into a model on the CPU, built for the data at hand; describe what was loaded and changed.
+    """Load `config.init` into a model on the CPU; return a text that describes the source and all changes.
 
-    The classifier must fit, unless `head="new"` or `frozen`, where it stays random. Positions of another grid of
-    patches are resampled.
+    The classifier must fit, unless `head="new"` or `frozen` keeps a random one. Positions of another patch grid are
+    resampled.
 
     Raises:
         UserError: The file is damaged, or its weights do not fit; the message names what differs and the remedy.
@@ -171,7 +171,7 @@ def load_initial(model: nn.Module, config: TrainConfig) -> str:
     if run is None:
         weights, source = read_state_dict(config.init), config.init
     elif grid:
-        raise UserError(f"init_grid={config.init_grid!r}: the run {where} knows its grid; leave it out")
+        raise UserError(f"init_grid={config.init_grid!r}: the run {where} has its grid recorded; leave it out")
     else:
         weights, step = run_weights(*run)
         source, visible_only = f"{run[0]} at step {step}", run_config(run[0]).visible_only
@@ -186,7 +186,7 @@ def load_initial(model: nn.Module, config: TrainConfig) -> str:
     if token is None or own_token is None or token.shape == own_token.shape:  # `load_strictly` refuses another width
         adapted = resample_weights(weights, model, grid, "init_grid")
         if adapted is not weights:
-            notes.append("positions of its own image size" if isinstance(model, CRATEMAE) else "positions resampled")
+            notes.append("positions of this image size" if isinstance(model, CRATEMAE) else "positions resampled")
             weights = adapted
     if isinstance(model, CRATE):
         _check_demo(weights, model, config, new_classifier)
@@ -200,21 +200,23 @@ def load_initial(model: nn.Module, config: TrainConfig) -> str:
     differing = [key for key, _ in theirs.items() ^ own.items()]
     if differing and not isinstance(model, CRATEMAE) and all(_in_classifier(key, model) for key in differing):
         raise UserError(
-            f"{where} does not fit (it classifies {num_classes_of(weights) or 'no'} classes and the data have "
+            f"{where} does not fit (it has {num_classes_of(weights) or 'no'} classes, and the data have "
             f"{model.num_classes}): pass --head new to start with a new classifier"
         )
-    remedy = "set model, patch_size, dim, depth, heads and, where a model does not resample, image_size as they were"
+    remedy = (
+        "set model, patch_size, dim, depth, heads (and image_size, if positions are not resampled) as in the file"
+    )
     load_strictly(model, weights, where, remedy)
     return source + (f" ({', '.join(notes)})" if notes else "")
 
 
 def _check_demo(weights: dict[str, Tensor], model: CRATE, config: TrainConfig, new_classifier: bool) -> None:
-    """Refuse a model that would compute something else with the emergence paper's demo checkpoint."""
+    """Refuse models with which the emergence paper's demo checkpoint would compute something else."""
     where = f"init={config.init!r}"
     if is_demo(weights) and model.embed_dim == 768 and config.heads is None:
         raise UserError(
-            f"{where} looks like the emergence paper's demo checkpoint, which has 6 heads, and a file does not tell "
-            "them: pass --heads 6, or the number that yours has"
+            f"{where} looks like the emergence paper's demo checkpoint, which has 6 heads, but the number is not "
+            "stored: pass --heads 6, or the number of your model"
         )
     if "mlp_head.2.weight" in weights and not (model.head_hidden or new_classifier):
         raise UserError(f"{where} has a classifier with a hidden layer: pass --head new to start with a new one")
@@ -225,10 +227,10 @@ def _classifier_name(model: nn.Module) -> str:
     for name, module in model.named_modules():
         if module is target:
             return name
-    raise UserError(f"the classifier of {type(model).__name__} is not one of its modules: no new one can be put in")
+    raise UserError(f"the classifier of {type(model).__name__} is not one of its modules and cannot be replaced")
 
 
 def _in_classifier(key: str, model: nn.Module) -> bool:
-    if isinstance(model, CRATE):  # whose LayerNorm in front of it is mlp_head.0
+    if isinstance(model, CRATE):  # mlp_head.0 is the LayerNorm before the classifier
         return key.startswith("mlp_head.") and not key.startswith("mlp_head.0.")
     return key.startswith(_classifier_name(model) + ".")

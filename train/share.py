@@ -1,4 +1,4 @@
-"""Write a run's best model as a folder that timm and the Hugging Face Hub read, with a model card from its record.
+"""Export a run's best model, with a model card, as a folder for timm and the Hugging Face Hub.
 
     crate-fast share runs/NAME FOLDER                              # config.json, model.safetensors, README.md
     crate-fast share runs/NAME FOLDER --scores runs/eval/localization/NAME/results.json
@@ -7,8 +7,7 @@
     model = crate_fast.load_pretrained("FOLDER")                   # once uploaded, hf-hub:USER/NAME
     model = timm.create_model("local-dir:FOLDER", pretrained=True)     # the same, by timm alone
 
-The card names data set, settings, accuracy, and attention's scores beside their baselines, and no folder of this
-machine.
+The card lists data set, settings, accuracy, and attention scores with their baselines, but no paths of this machine.
 """
 
 import argparse
@@ -28,12 +27,12 @@ from crate_fast.train.config import TrainConfig
 from crate_fast.train.data.transforms import STATISTICS
 from crate_fast.train.runs import load_model, model_arguments
 
-_OF_A_MACHINE = ("data_dir", "init", "device", "threads", "workers", "wandb", "download")
+_MACHINE_SETTINGS = ("data_dir", "init", "device", "threads", "workers", "wandb", "download")
 
 
 def _card(name: str, facts: dict, results: list[str], config: TrainConfig, license_name: str) -> str:
     changed = {key: value for key, value in vars(config).items() if value != getattr(TrainConfig, key)}
-    settings = {key: value for key, value in changed.items() if key not in _OF_A_MACHINE}
+    settings = {key: value for key, value in changed.items() if key not in _MACHINE_SETTINGS}
     head = {"library_name": "timm", "license": license_name, "tags": ["image-classification", "timm", "crate"]}
     usage = 'import crate_fast, timm\n\nmodel = timm.create_model("hf-hub:USER/NAME", pretrained=True).eval()'
     parts = [
@@ -49,7 +48,7 @@ def _card(name: str, facts: dict, results: list[str], config: TrainConfig, licen
 
 
 def _recorded_results(summary: dict) -> list[str]:
-    """Return lines of accuracy and of attention at the paper's layer, from a run's summary.json."""
+    """Return a line for the accuracy, and lines for the attention scores of the paper's layer, from summary.json."""
     lines = [f"validation accuracy: {summary['val_accuracy']:.4f}"] if "val_accuracy" in summary else []
     for reading, found in summary.get("attention_miou", {}).items():
         score = next(row["best_head"] for row in found["layers"] if row["layer"] == summary["attention_layer"])
@@ -61,7 +60,7 @@ def _recorded_results(summary: dict) -> list[str]:
 
 
 def _localization_results(path: Path) -> list[str]:
-    """Return lines from the results.json of `crate-fast eval localization`."""
+    """Return a line for each layer in the results.json of `crate-fast eval localization`."""
     try:
         results = json.loads(path.read_text())["results"]
         return [
@@ -72,7 +71,7 @@ def _localization_results(path: Path) -> list[str]:
         ]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"--scores {path} is no results.json of `crate-fast eval localization` ({error!r}): name one"
+            f"--scores {path} is not a results.json of `crate-fast eval localization` ({error!r}): pass one"
         ) from error
 
 
@@ -85,21 +84,21 @@ def write_model_folder(
     description: str | None = None,
     image_size: int | None = None,
 ) -> None:
-    """Write a run's best model with its card into `folder`.
+    """Write a run's best model with its card to `folder`.
 
     Args:
         scores: results.json of `crate-fast eval localization`, for the card.
-        license_name: Of the weights, as the Hub names it.
+        license_name: License of the weights, by its name on the Hub.
         half: Write the weights in half precision.
-        description: What the model is, in a few words.
-        image_size: Side of the model's images in pixels, with positions interpolated; that of training when None.
+        description: Short description of the model.
+        image_size: Side of the images in pixels; positions are interpolated to it. Default: the size of training.
 
     Raises:
-        UserError: There is no run, timm cannot build its model (a CRATE-MAE, a linear probe), or the folder holds a
-            model.
+        UserError: `run` is not a run, timm cannot build its model (a CRATE-MAE, a linear probe), or `folder` already
+            holds a model.
     """
     if (folder / "config.json").exists():
-        raise UserError(f"{folder} holds a model already: name another folder")
+        raise UserError(f"{folder} already holds a model: pass another folder")
     model, config, step = load_model(run)
     if isinstance(model, CRATEMAE) or config.frozen:
         kind = "linear probe" if config.frozen else "autoencoder"
@@ -146,14 +145,14 @@ def _command(options: argparse.Namespace) -> None:
             api = HfApi()
             api.create_repo(options.push, exist_ok=True)
             print(api.upload_folder(repo_id=options.push, folder_path=options.folder))
-        except Exception as error:  # without a network, of the HTTP library of this release of huggingface_hub
+        except Exception as error:  # its type depends on the HTTP library of huggingface_hub
             reason = " ".join(str(error).split())[:200]
             raise UserError(
                 f"--push {options.push}: {reason}; the folder is written: check the network, log in with "
-                f"`hf auth login`, then `hf upload {options.push} {options.folder}`"
+                f"`hf auth login`, then run `hf upload {options.push} {options.folder}`"
             ) from error
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run as the command line says; return the exit status."""
+    """Parse `argv` and export a run; return the exit status."""
     return run_command(lambda: _command(parse("share", argv)))

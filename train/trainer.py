@@ -1,7 +1,7 @@
-"""The training loop, from settings to a finished run. `Trainer.train` is the loop.
+"""Training, from settings to a finished run. `Trainer.train` is the loop.
 
-A run's folder: config.yaml metrics.jsonl summary.json attention.png curves.png reconstruction.png
-unreadable.txt checkpoints/ tensorboard/ profile/
+Files of a run: config.yaml metrics.jsonl summary.json attention.png curves.png reconstruction.png unreadable.txt
+checkpoints/ tensorboard/ profile/
 """
 
 import argparse
@@ -44,21 +44,21 @@ from crate_fast.train.report import log_layers, print_summary, profiler, scores_
 from crate_fast.train.runs import build_model, load_initial
 
 DRY_RUN_STEPS = 2
-_SMALLEST_SCALE = 1.0  # of fp16's gradient scaler: below it, an overflow is no longer the scale's fault
+_SMALLEST_SCALE = 1.0  # fp16 loss scale; an overflow at this or a smaller scale counts as a non-finite step
 
 
 # --- from settings to a run
 
 
 def launch(config: TrainConfig, options: argparse.Namespace) -> int:
-    """Train from the start or from the newest checkpoint, to the end or to a signal; return the exit status."""
+    """Start or resume a run and train it to the end or until a signal arrives; return the exit status."""
     began = time.perf_counter()
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    # Before the processes have met there is nothing to save: a signal then ends them, as torchrun expects.
+    # Until the process group exists there is nothing to save: a signal ends the process, as torchrun expects.
     with process_group(config.device, config.threads) as processes, Interruption() as interruption:
         name = f"runs/{Path(options.recipe).stem}-{datetime.now():%Y%m%d-%H%M%S}"
         folder = Path(options.output or processes.agree(name))
-        distributed.check_settings(config, processes)  # before the data, whose files may take minutes to list
+        distributed.check_settings(config, processes)  # first, because listing the data may take minutes
         if config.download and processes.local_rank != 0:
             processes.wait()
         data = build_splits(config)
@@ -84,20 +84,20 @@ def launch(config: TrainConfig, options: argparse.Namespace) -> int:
 
 
 class StepResult(NamedTuple):
-    """The outcome of one optimiser step."""
+    """Outcome of one optimiser step."""
 
-    measures: dict[str, float]  # the objective's, means over the images of all processes
+    measures: dict[str, float]  # of the objective, averaged over the images of all processes
     taken: bool  # True if the weights were updated
     stop: bool  # True if any process was asked to stop
 
 
 class Trainer:
-    """A run in this process: model, moving average, optimiser, data, folder.
+    """Training run on this process: model, EMA, optimiser, data and folder.
 
-    Nothing is written to `folder` before `begin`. `interruption` says when to stop early.
+    Nothing is written to `folder` before `begin`. The run stops early when `interruption` has recorded a signal.
 
     Raises:
-        UserError: The settings cannot be carried out here.
+        UserError: The settings cannot be used here.
     """
 
     def __init__(
@@ -114,13 +114,13 @@ class Trainer:
         if config.init and checkpoint.newest(folder / "checkpoints") is None:
             self.started_from = load_initial(model, config)
         sharded = distributed.shards_model(config, processes)
-        if config.channels_last and not sharded:  # FSDP wants its weights contiguous
+        if config.channels_last and not sharded:  # FSDP needs contiguous weights
             model = model.to(memory_format=torch.channels_last)
         self.model = model.to(self.device)
         self.objective = objective_for(self.model, config, processes)
         self.normalize = Normalize(config.mean).to(self.device)
         self.ema: ModelEmaV3 | None = None
-        self.score = f"val_{self.objective.scores[0]}"  # of an evaluation: chooses the best checkpoint
+        self.score = f"val_{self.objective.scores[0]}"  # selects the best checkpoint
         if config.ema_decay:
             self.score = f"ema_{self.score}"
             average = {"decay": config.ema_decay, "use_warmup": config.ema_warmup, "foreach": not sharded}
@@ -140,17 +140,17 @@ class Trainer:
             UnreadableTally(config.max_unreadable, len(split), folder / "unreadable.txt", processes)
             for split in (data.train, data.val)
         )
-        # since the last log entry: sums over the steps taken, which a resumed run continues, and each step's seconds
+        # since the last log entry: sums over the steps taken (saved in checkpoints), and the duration of each step
         self.sums, self.taken, self.seconds = Counter(), 0, []
-        self.speeds: list[float] = []  # images/s of all processes, one a log entry
+        self.speeds: list[float] = []  # images/s of all processes, one per log entry
 
     def begin(self, resume: bool, restarted: bool = False) -> None:
-        """Start afresh, or continue from the newest checkpoint (see `RunFolder.begin`); print which."""
+        """Start a new run or continue from the newest checkpoint (see `RunFolder.begin`); print which."""
         saved = self.run.begin(resume, restarted)
         if saved is not None:
             self.restore(*saved[:3])
         if self.processes.first:
-            if best := self.best():  # unmarked if the run was killed just behind it
+            if best := self.best():  # not recorded if the run was killed right after it
                 checkpoint.record_best(self.run.checkpoints, best)
             how = f" ({self.config.parallel})" if self.processes.world_size > 1 else ""
             parameters = sum(p.numel() for p in self.model.parameters())
@@ -161,17 +161,17 @@ class Trainer:
                 f"{self.processes.world_size} × {self.device}{how} → {self.run.folder}"
             )
             if self.objective.dtype is torch.bfloat16 and self.device.type == "cpu" and not multiplies_bf16():
-                print("precision=bf16: this processor has no bf16 products, and fp32 is several times as fast")
+                print("precision=bf16: this processor has no bf16 instructions, and fp32 is several times as fast")
 
     def train(self) -> bool:
-        """Train to the last step; return False if a signal stopped the run, which is then saved."""
+        """Train to the last step. If a signal arrives, save and return False."""
         config, left = self.config, self.total_steps - self.step
         loader = train_loader(config, self.data.train, first_step=self.step, **self.shares)
-        batches = iter(loader if left else ())  # before the steps: it draws from the generator that they seed
+        batches = iter(loader if left else ())  # before the steps, which seed the generator that it uses
         profile = profiler(self.run.folder / "profile", config.profile, left, self.processes)
         with self._progress_bar() as bar, profile:
             while True:
-                # an evaluation saves first; a resumed run may still owe one
+                # evaluate() saves before it scores, so in a resumed run the evaluation may still be due
                 if self.evaluation_due() and not self.run.evaluated(self.step) and not self.evaluate():
                     return False
                 if self.step == self.total_steps:
@@ -190,7 +190,7 @@ class Trainer:
                     return False
 
     def train_step(self, batches: Iterator[Batch]) -> StepResult:
-        """Take one optimiser step, or skip it on all processes if loss or gradient is not finite on any.
+        """Take one optimiser step; all processes skip it if loss or gradient is not finite on any.
 
         Raises:
             NonFiniteError: Too many steps in a row were skipped.
@@ -198,7 +198,7 @@ class Trainer:
         began, config = time.perf_counter(), self.config
         self._prepare_step()
 
-        # batch, forward, loss and backward, micro-batch by micro-batch
+        # forward and backward pass of each micro-batch
         totals = torch.zeros(len(self.objective.measures), device=self.device)
         with cached_dictionaries():
             for part in range(config.accumulate):
@@ -212,13 +212,13 @@ class Trainer:
                     self.scaler.scale(measures[0]).backward()
                     totals += measures.detach()
 
-        # means over all processes, and whether any has a value that is not finite or was asked to stop
+        # average over all processes; skip or stop if any process has a non-finite value or a signal
         self.scaler.unscale_(self.optimizer)
         norm = gradient_norm(self.model)
         stopping = torch.full((), self.interruption.requested(), device=self.device)
         flags = torch.stack([~totals[0].isfinite(), ~norm.isfinite(), stopping])
         shared = self.processes.sum(torch.cat([totals.double() / self.processes.world_size, flags.double()]))
-        *means, bad_loss, bad_gradient, stop = shared.tolist()  # the step's one wait for the device
+        *means, bad_loss, bad_gradient, stop = shared.tolist()  # the only device synchronisation in a step
         measures, taken = dict(zip(self.objective.measures, means, strict=True)), not (bad_loss or bad_gradient)
 
         # clip and step
@@ -248,13 +248,13 @@ class Trainer:
             self.model.eval()
             self.model.get_classifier().train()
         for group in self.optimizer.param_groups:
-            scale = group.get("lr_scale", 1.0)  # of layer_decay
+            scale = group.get("lr_scale", 1.0)  # set by layer_decay
             group["lr"] = scale * learning_rate(self.config, self.step, self.steps_per_epoch)
         seed = mixed_seed(self.config.seed, self.step, self.processes.rank)
-        torch.manual_seed(seed)  # dropout's: nothing to save for a resume
+        torch.manual_seed(seed)  # for dropout: a checkpoint needs no generator state
 
     def prepare_images(self, images: Tensor, flips: Tensor | None = None) -> Tensor:
-        """Move uint8 images to the device, mirror those of `flips`, and normalise them."""
+        """Move uint8 images to the device, mirror those selected by `flips`, and normalise them."""
         images = images.to(self.device, non_blocking=True)
         if flips is not None:
             images = mirrored(images, flips.to(self.device, non_blocking=True))
@@ -262,11 +262,11 @@ class Trainer:
         return images.contiguous(memory_format=torch.channels_last) if self.config.channels_last else images
 
     def _skip_step(self, loss: float, norm: float, bad_loss: bool, batch: Batch) -> None:
-        """Count a step that is not finite; an overflow in fp16 only lowers the scale, and is no fault."""
+        """Count a non-finite step. An fp16 overflow only lowers the loss scale."""
         if self.scaler.is_enabled():
             scale = self.scaler.get_scale()
             self.scaler.update(scale * self.scaler.get_backoff_factor())
-            self.scaler.load_state_dict(self.scaler.state_dict() | {"_growth_tracker": 0})  # as its own backoff
+            self.scaler.load_state_dict(self.scaler.state_dict() | {"_growth_tracker": 0})  # as in its backoff
             if scale > _SMALLEST_SCALE and not bad_loss:
                 self.nonfinite.overflows += 1
                 return
@@ -278,7 +278,7 @@ class Trainer:
     # --- log, evaluate, save
 
     def log(self) -> dict[str, str]:
-        """Log the means since the last entry, with rates and counts; return them for the progress bar."""
+        """Log means since the last entry, with rates and counts; return the means for the progress bar."""
         means = {name: total / self.taken for name, total in self.sums.items()}
         self.speeds.append(len(self.seconds) * self.config.batch_size / sum(self.seconds))
         self.sums, self.taken, self.seconds = Counter(), 0, []
@@ -305,12 +305,12 @@ class Trainer:
         return self.step > 0 and (last or self.step % (self.config.eval_every * self.steps_per_epoch) == 0)
 
     def evaluate(self) -> bool:
-        """Score the model and its moving average, log and save; return False if a signal stopped it."""
-        if self.run.saved != self.step:  # an evaluation may fail
+        """Save, then score the model and its EMA, and log the scores; return False if a signal arrived."""
+        if self.run.saved != self.step:  # before the evaluation, which may fail
             self.save()
         values: dict[str, float] = {}
         for model, prefix in zip(self._models(), ("val_", "ema_val_"), strict=False):
-            distributed.share_buffers(model, self.processes)  # to evaluate what a checkpoint holds
+            distributed.share_buffers(model, self.processes)  # as in a checkpoint
             scores = self.scores(model)
             if scores is None:
                 return False
@@ -327,10 +327,9 @@ class Trainer:
     @torch.no_grad()
     @cached_dictionaries()
     def scores(self, model: nn.Module) -> dict[str, float] | None:
-        """Return the objective's scores on the validation split, each image counted once; None if a signal came.
+        """Return the objective's scores on the validation split, each image counted once; None if a signal arrived.
 
-        A sharded model computes on all processes together: one that has no more images goes on with an empty one
-        that is not counted.
+        All processes must run a sharded model equally often: one without images left runs a blank one, not counted.
         """
         model.eval()
         sharded = distributed.is_sharded(model)
@@ -339,7 +338,7 @@ class Trainer:
         for _ in range(max(self.processes.gather(len(self.val_loader)))):
             if self.interruption.requested():
                 totals[-1] = 1
-                if not sharded:  # else the others wait for this one's shard
+                if not sharded:  # otherwise the others wait for the shard of this process
                     break
             batch = next(batches, None)
             if batch is not None:
@@ -355,7 +354,7 @@ class Trainer:
             return None
         unreadable = self.val_tally.count(self.epoch)
         if not count:
-            raise UserError("no image of the validation split could be read; unreadable.txt names them")
+            raise UserError("no image of the validation split could be read: repair those listed in unreadable.txt")
         means = {name: total / count for name, total in zip(self.objective.scores, sums, strict=True)}
         return means | ({"unreadable": unreadable} if unreadable else {})
 
@@ -371,7 +370,7 @@ class Trainer:
         self.run.save(self.step, self.step / self.steps_per_epoch, *self.state())
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Tensor] | None, dict]:
-        """Return weights, moving average and the rest, for `restore`; on the first process of a collective call."""
+        """Return weights, EMA weights and training state for `restore`, on rank 0. All processes must call it."""
         full = StateDictOptions(full_state_dict=True, cpu_offload=True)
         weights, optimizer = get_state_dict(self.model, self.optimizer, options=full)
         ema = None if self.ema is None else get_state_dict(self.ema.module, (), options=full)[0]
@@ -381,9 +380,9 @@ class Trainer:
         return weights, ema, {"trainer": rest | {"nonfinite": dataclasses.asdict(self.nonfinite)}, "extra": extra}
 
     def restore(self, weights: dict[str, Tensor], ema: dict[str, Tensor] | None, training: dict) -> None:
-        """Continue exactly where `state` was taken, by any number of processes: a collective call."""
+        """Restore a `state`, also with another number of processes. All processes must call it."""
         rest, extra = training["trainer"], training["extra"]
-        options = StateDictOptions(full_state_dict=True)  # each process has read the files, and takes its shard
+        options = StateDictOptions(full_state_dict=True)  # each process has the full state and takes its shard
         states = {"model_state_dict": weights, "optim_state_dict": rest["optimizer"]}
         set_state_dict(self.model, self.optimizer, **states, options=options)
         if self.ema is not None:
@@ -409,21 +408,21 @@ class Trainer:
         return [self.model, *([] if self.ema is None else [self.ema.module])]
 
     def finish(self, seconds: float) -> None:
-        """Score, draw and print the summary of a finished run; `seconds` are this session's."""
+        """Write the report of a finished run and print its summary; `seconds` is the duration of this session."""
         whole = distributed.unsharded(self._models()[-1], self._build, self.processes)
         if self.processes.first:
             print_summary(write_report(self, whole, seconds), self.run.folder)
         self.processes.wait()
 
     def close(self) -> None:
-        """End loading processes, close the logs, and release the folder."""
-        self.val_loader = None  # its processes ignore SIGTERM: Python would wait for them forever when it exits
+        """Stop the data workers, close the logs, and release the folder."""
+        self.val_loader = None  # its workers ignore SIGTERM: at exit Python would wait for them forever
         self.run.close()
 
 
 def dry_run(config: TrainConfig, output: Path, data: DataSplits, processes: Processes) -> None:
-    """Train two steps, evaluate two batches, save and load, in a temporary folder beside `output`; print the cost."""
-    parent = next(path for path in output.absolute().parents if path.exists())  # the same disk
+    """Train two steps, evaluate two batches, save and load in a temporary folder; print time and memory."""
+    parent = next(path for path in output.absolute().parents if path.exists())  # on the same disk as the run
     folder = Path(processes.agree(tempfile.mkdtemp(prefix=".dry-run-", dir=parent) if processes.first else ""))
     try:
         config = dataclasses.replace(config, wandb="", log_every=1)
@@ -432,7 +431,7 @@ def dry_run(config: TrainConfig, output: Path, data: DataSplits, processes: Proc
             trainer.val_loader = list(itertools.islice(trainer.val_loader, 2))
             trainer.begin(resume=False)
             trainer.train()
-            saved = checkpoint.load(trainer.run.checkpoints, trainer.step)  # which verifies it
+            saved = checkpoint.load(trainer.run.checkpoints, trainer.step)  # verifies it
             trainer.restore(*saved[:3])
         processes.wait()
     finally:
@@ -440,15 +439,15 @@ def dry_run(config: TrainConfig, output: Path, data: DataSplits, processes: Proc
             shutil.rmtree(folder)
     if processes.first:
         trained, evaluated = trainer.run.history[-2:]
-        loss = trained.get("loss", float("nan"))  # none if the steps were skipped
+        loss = trained.get("loss", float("nan"))  # missing if the steps were skipped
         size = sum(file["bytes"] for file in saved.manifest["files"].values())
         on_gpu = processes.device.type == "cuda"
         rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         peak = torch.cuda.max_memory_allocated() / 2**20 if on_gpu else rss
         print(
             f"dry run: {trainer.step} steps, the last at {trained['images_per_s']:,.1f} images/s, "
-            f"loss {loss:.4f}; validation loss {evaluated['val_loss']:.4f} on two batches a process\n"
+            f"loss {loss:.4f}; validation loss {evaluated['val_loss']:.4f} on two batches per process\n"
             f"peak memory of this process {peak:,.0f} MiB{' on the GPU' if on_gpu else ''}; a checkpoint is "
             f"{size / 2**20:,.1f} MiB, and up to {config.keep_checkpoints + 2} are on the disk at once\n"
-            "saved, read back, and deleted: the same command without --dry-run trains"
+            "the checkpoint was saved, loaded and deleted: run the same command without --dry-run to train"
         )

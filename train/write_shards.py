@@ -1,10 +1,10 @@
-"""Write a data set as WebDataset shards of smaller images, which decode in a fraction of the time.
+"""Convert a data set to WebDataset shards of smaller images, which decode in a fraction of the time.
 
     python -m crate_fast.train.write_shards --dataset folder --data-dir IMAGENET --val-split val --output SHARDS
     torchrun train/pretrain.py --dataset shards --data-dir SHARDS --val-split val …
 
-Images whose shorter side is longer than `--shorter-side` are made smaller and written as JPEG; the others keep their
-bytes. Corrupt images are left out and named at the end.
+Images with a shorter side above `--shorter-side` are downscaled and written as JPEG; smaller JPEG, PNG and WebP
+images keep their bytes. Corrupt images are left out and listed at the end.
 """
 
 import argparse
@@ -29,9 +29,9 @@ _SUFFIX = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # formats
 
 
 def encoded(content: bytes, shorter_side: int, quality: int) -> tuple[str, bytes]:
-    """Return an image as a shard stores it: (suffix, bytes)."""
+    """Return the (suffix, bytes) under which a shard stores an image."""
     with open_image(io.BytesIO(content)) as image:
-        kind, picture = image.format, to_rgb(image)  # always decoded, so that no damaged image is written
+        kind, picture = image.format, to_rgb(image)  # always decode, to leave out damaged images
     size = picture.size
     if min(size) <= shorter_side and kind in _SUFFIX:
         return _SUFFIX[kind], content
@@ -49,10 +49,10 @@ def _add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
     archive.addfile(member, io.BytesIO(content))
 
 
-_job: tuple = ()  # source, split, options: sent to a worker once, for the index of a large data set is large
+_job: tuple = ()  # source, split, options: sent to each worker once, because the index may be large
 
 
-def _begin(*job) -> None:
+def _init_worker(*job) -> None:
     global _job
     _job = job
 
@@ -80,11 +80,11 @@ def _write_shard(number: int) -> list[str]:
 def _write_split(source: Source, split: str, options: argparse.Namespace) -> list[str]:
     numbers = range(-(-len(source) // options.per_shard))
     processes, job = min(options.workers, len(numbers)), (source, split, options)
-    with multiprocessing.get_context("spawn").Pool(processes, _begin, job) as pool:
+    with multiprocessing.get_context("spawn").Pool(processes, _init_worker, job) as pool:
         done = tqdm(pool.imap(_write_shard, numbers), total=len(numbers), unit="shard", desc=split)
         problems = [line for problems in done for line in problems]
     if len(problems) == len(source):
-        raise UserError(f"not one of {split}'s {len(problems)} images can be read; the first: {problems[0]}")
+        raise UserError(f"none of the {len(problems)} images of {split} can be read; the first error: {problems[0]}")
     return problems
 
 
@@ -92,12 +92,12 @@ def _write(options: argparse.Namespace) -> None:
     if options.quality > 100:
         raise UserError(f"--quality {options.quality}: it must be at most 100; the default is 95")
     if options.output.is_dir() and any(options.output.glob("*.tar")):
-        raise UserError(f"--output {options.output} holds archives already: name another folder, or empty it")
+        raise UserError(f"--output {options.output} already holds archives: pass another folder, or empty it")
     if options.output.exists() and not options.output.is_dir():
-        raise UserError(f"--output {options.output} is a file: name a folder")
+        raise UserError(f"--output {options.output} is a file: pass a folder")
     for split in (options.train_split, options.val_split):
         if "/" in split:
-            raise UserError(f"split {split!r}: shards are named after it, so it may hold no /; move it to --data-dir")
+            raise UserError(f"split {split!r}: names of shards cannot contain /; move that part to --data-dir")
     names = ("dataset", "data_dir", "train_split", "val_split")
     config = TrainConfig(**{name: getattr(options, name) for name in names})
     train, val = open_source(config, train=True), open_source(config, train=False)
@@ -112,19 +112,17 @@ def _write(options: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Write both splits as the command line says; return the exit status."""
+    """Parse `argv` and write both splits; return the exit status."""
     parser = CommandParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--dataset", choices=("folder", "tar", "shards", "hf"), default="folder", help="its form now")
-    parser.add_argument("--data-dir", required=True, help="its folder")
+    parser.add_argument("--dataset", choices=("folder", "tar", "shards", "hf"), default="folder", help="its format")
+    parser.add_argument("--data-dir", required=True, help="folder of the data set")
     parser.add_argument("--train-split", default="train", help="name of the training split")
     parser.add_argument("--val-split", default="validation", help="name of the validation split")
-    parser.add_argument("--output", type=Path, required=True, help="folder for the shards, which holds none yet")
-    parser.add_argument(
-        "--shorter-side", type=positive, default=256, help="in pixels; larger images are made smaller"
-    )
-    parser.add_argument("--quality", type=positive, default=95, help="of the JPEGs written anew")
-    parser.add_argument("--per-shard", type=positive, default=5_000, help="images in a shard")
-    parser.add_argument("--workers", type=positive, default=os.cpu_count() or 1, help="processes")
+    parser.add_argument("--output", type=Path, required=True, help="folder for the shards; it must not hold archives")
+    parser.add_argument("--shorter-side", type=positive, default=256, help="largest shorter side in pixels")
+    parser.add_argument("--quality", type=positive, default=95, help="JPEG quality of downscaled images")
+    parser.add_argument("--per-shard", type=positive, default=5_000, help="images per shard")
+    parser.add_argument("--workers", type=positive, default=os.cpu_count() or 1, help="number of processes")
     return run_command(lambda: _write(parser.parse_args(argv)))
 
 
