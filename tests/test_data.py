@@ -145,7 +145,7 @@ def test_masks_come_with_their_images():
 
 def test_batches_without_equal_shares_are_refused():
     data = build_splits(SCENES)
-    with pytest.raises(UserError, match="batch_size=8 cannot be dealt out to 3 processes"):
+    with pytest.raises(UserError, match="batch_size=8 cannot be divided among 3 processes"):
         train_loader(SCENES, data.train, world_size=3)
     with pytest.raises(UserError, match="40 images, fewer than batch_size=64"):
         train_loader(dataclasses.replace(SCENES, batch_size=64), data.train)
@@ -200,7 +200,7 @@ def test_torchvision_sets_are_opened_by_split_and_download_only_when_asked(name,
 
 def test_missing_data_is_named(folder, tmp_path):
     with pytest.raises(
-        UserError, match=r"val is not there \(data_dir holds: \['train', 'validation'\]\).*--val-split"
+        UserError, match=r"val does not exist \(data_dir holds: \['train', 'validation'\]\).*--val-split"
     ):
         build_splits(config_of(folder, val_split="val"))
     with pytest.raises(UserError, match="no such folder"):
@@ -230,7 +230,7 @@ def test_policies_are_timms_or_torchvisions():
 )
 def test_other_policies_are_refused_with_two_examples(policy):
     with pytest.raises(
-        UserError, match=rf"auto_augment='{policy}' is no policy.*rand-m9-n2-mstd0.5.*randaugment-n2-m14"
+        UserError, match=rf"auto_augment='{policy}' is not a policy.*rand-m9-n2-mstd0.5.*randaugment-n2-m14"
     ):
         train_transform(TrainConfig(auto_augment=policy))
 

@@ -71,7 +71,7 @@ def test_thirty_two_bits_are_refused_everywhere(dtype, tmp_path):
     content = encoded(Image.fromarray(np.zeros((8, 8), dtype)), "TIFF")
     (tmp_path / "train" / "ant").mkdir(parents=True)
     (tmp_path / "train" / "ant" / "a.tif").write_bytes(content)
-    with pytest.raises(UserError, match="32 bits, whose range is not known: save it with 8 or 16"):
+    with pytest.raises(UserError, match="32 bits have no known range: save the image with 8 or 16"):
         read_image(io.BytesIO(content))
     with pytest.raises(OSError, match=r"a\.tif: UserError: pixels of 32 bits"):
         FolderSource(tmp_path / "train")[0]

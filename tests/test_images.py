@@ -153,7 +153,7 @@ def test_corrupt_images_are_named_and_skipped(tmp_path, capsys):
     assert [p.split(":")[0].split("/")[-1] for p in problems] == ["b.jpg", "c.png"]
     error = capsys.readouterr().err
     assert "unreadable" in error
-    assert f"{tmp_path}: image files of other formats are passed over: 1 .heic" in error
+    assert f"{tmp_path}: image files of unsupported formats are ignored: 1 .heic" in error
     assert len(open_images(f"folder:{tmp_path}", 16, 1)) == 1
     (tmp_path / "a.png").write_bytes(b"")
     with pytest.raises(ValueError, match="none of the 3 images could be read"):

@@ -234,7 +234,7 @@ def test_images_are_counted_in_a_folder_that_is_there(tmp_path):
     [
         ("--dataset folder", "the number of images in dataset='folder' is unknown: pass --images N"),
         ("--dataset folder --images 500", "the number of classes in dataset='folder' is unknown: pass --classes N"),
-        ("--gpus 3", "batch_size=128 cannot be dealt out to 3 processes × 1 accumulation steps: make it a multiple"),
+        ("--gpus 3", "batch_size=128 cannot be divided among 3 processes × 1 accumulation steps: make it a multiple"),
         ("--train-samples 50", "the training split has 50 images, fewer than batch_size=128"),
         ("--gpus 4 --hosts 3 --parallel hsdp", "--gpus 4 is not a multiple of --hosts 3"),
         ("--gpus 0", "--gpus: 0: give a positive integer"),

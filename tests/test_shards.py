@@ -97,7 +97,7 @@ def test_a_split_is_beside_or_in_a_folder_and_names_end_where_they_end(tmp_path)
     with pytest.raises(UserError, match="no such folder"):
         find_shards(tmp_path / "nowhere", "val")
     _write(tmp_path / "val" / "0.tar", [1])
-    with pytest.raises(UserError, match="both beside.*move one kind away"):
+    with pytest.raises(UserError, match="both at its top.*move one away"):
         found("val")
 
 
@@ -109,7 +109,7 @@ def test_links_have_the_content_of_their_files(tmp_path, capsys):
     ]
     files = [("1.png", grey(1)), ("1.cls", b"1"), ("2.png", grey(2)), ("2.cls", b"0")]
     assert _values(_open(write_tar(tmp_path / "train-0.tar", [*files, *links]))) == [(1, 1), (2, 0), (1, 0)]
-    assert "1 links are passed over, such as" in capsys.readouterr().err
+    assert "1 broken links are ignored, such as" in capsys.readouterr().err
 
 
 def test_image_files_outside_samples_are_counted_with_the_reason(tmp_path, capsys):
@@ -122,7 +122,7 @@ def test_image_files_outside_samples_are_counted_with_the_reason(tmp_path, capsy
     for _ in range(2):  # scanned, then from the cached index
         capsys.readouterr()
         assert _values(_open(shard)) == [(1, 1)]
-        assert f"3 image files are passed over, such as {shard}: 2.heic (images are .jpg" in capsys.readouterr().err
+        assert f"3 image files are ignored, such as {shard}: 2.heic (supported: .jpg" in capsys.readouterr().err
 
 
 def test_class_names_are_those_written_down(tmp_path):
@@ -137,9 +137,9 @@ def test_class_names_are_those_written_down(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"ant\nbee\n", "2 class names and a label 2: complete classes.txt"),
+        (b"ant\nbee\n", "2 class names, but a label is 2: complete classes.txt"),
         (b"ant\n\nbee\n", r"classes\.txt: the name of class 1 is empty"),
-        (b"\xff\xfe", r"classes\.txt does not hold the names"),
+        (b"\xff\xfe", r"classes\.txt cannot be read as class names"),
     ],
 )
 def test_bad_class_names_are_refused(tmp_path, content, message):
@@ -155,7 +155,7 @@ def test_the_index_is_cached_and_replaced_when_a_shard_changes(tmp_path, capsys,
     shard = _write(tmp_path / "train-0.tar", [1, 2])
     assert len(_open(shard)) == 2
     cache = tmp_path / ".train-0.index.npz"
-    assert f"indexed 2 images of 1 shards in 0.0 s; kept in {cache}" in capsys.readouterr().err
+    assert f"indexed 2 images of 1 shards in 0.0 s; cached in {cache}" in capsys.readouterr().err
     with monkeypatch.context() as patch:
         patch.setattr(tarfile, "open", None)  # the headers are not read again
         assert _values(_open(shard)) == [(1, 1), (2, 0)]
@@ -184,7 +184,7 @@ def test_an_index_that_cannot_be_cached_is_in_memory(tmp_path, capsys):
     shard = _write(tmp_path / "train-0.tar", [1, 2])
     (tmp_path / ".train-0.index.npz").mkdir()
     assert len(_open(shard)) == 2
-    assert "kept in memory only" in capsys.readouterr().err
+    assert "cached in memory only" in capsys.readouterr().err
 
 
 def test_an_index_travels_to_other_processes(tmp_path):
@@ -216,7 +216,7 @@ def test_loaders_read_shards_from_any_process(tmp_path, workers):
     [
         ([("b/1.png", grey(1)), ("b/1.txt", b"3")], r"image b/1 has no label: put b/1.cls or b/1.json"),
         ([("1.cls", b"1")], "hold no images"),
-        ([("a.png", b""), ("a.cls", b"1"), ("a.png", b""), ("a.cls", b"0")], r"train-0\.tar: a\.png is there twice"),
+        ([("a.png", b""), ("a.cls", b"1"), ("a.png", b""), ("a.cls", b"0")], r"train-0\.tar: a\.png occurs twice"),
         *(
             ([("1.png", b""), (f"1.{suffix}", content)], rf"1.{suffix} holds .*integer from 0")
             for suffix, content in [
@@ -247,7 +247,9 @@ def test_an_archive_is_read_to_its_end_or_refused(tmp_path):
     ]
     for content in damaged:
         shard.write_bytes(content)
-        with pytest.raises(UserError, match=r"train-0\.tar is no whole, uncompressed.*copy it again, or unpack"):
+        with pytest.raises(
+            UserError, match=r"train-0\.tar is not a complete, uncompressed.*copy it again, or decompress"
+        ):
             _open(shard)
     shard.write_bytes(whole.rstrip(b"\0").ljust(len(whole) // 512 * 512 + 512 * 40, b"\0"))
     assert len(_open(shard)) == 4

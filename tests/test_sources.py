@@ -193,7 +193,10 @@ def test_folders_and_archives_have_the_same_classes_and_order(tmp_path, layout):
         (["x.jpg", "y.jpg"], "2 of its images are in no class folder, such as x.jpg"),
         (["ant/x.jpg", "y.jpg"], "1 of its images are in no class folder, such as y.jpg"),
         (["ant/x.jpg", "bee/notes.txt"], r"1 class folders hold no images, such as \['bee'\]"),
-        (["ant/x.jpg", "bee/x.heic"], r"1 class folders hold no images, such as \['bee'\].*passed over: 1 \.heic"),
+        (
+            ["ant/x.jpg", "bee/x.heic"],
+            r"1 class folders hold no images, such as \['bee'\].*formats are ignored: 1 \.heic",
+        ),
         (["ant/notes.txt"], "it holds no images"),
         ([], "it holds no images"),
     ],
@@ -210,11 +213,11 @@ def test_files_of_other_formats_and_a_single_class_are_remarked_on(tmp_path, cap
     names = [f"train/ant/a{extension}" for extension in EXTENSIONS]
     write_tree(tmp_path, dict.fromkeys([*names, "train/ant/b.heic", "train/ant/c.AVIF", "train/ant/d.txt"], b""))
     assert len(open_source(config_of(tmp_path), train=True)) == len(EXTENSIONS)
-    said = f"{tmp_path}/train: image files of other formats are passed over: 1 .avif, 1 .heic\n"
+    said = f"{tmp_path}/train: image files of unsupported formats are ignored: 1 .avif, 1 .heic\n"
     assert capsys.readouterr().err == said
     write_tree(tmp_path / "deep", {"train/train/ant/x.png": b"", "train/train/bee/x.png": b""})
     assert open_source(config_of(tmp_path / "deep"), train=True).classes == ("train",)
-    assert "all images are of one class, 'train'" in capsys.readouterr().err
+    assert "all images have one class, 'train'" in capsys.readouterr().err
 
 
 def test_archives_in_an_archive_are_read(tmp_path):
@@ -244,7 +247,7 @@ class TestHuggingFace:
             open_source(config_of(tmp_path, "hf"), True)
 
     def test_nothing_is_fetched_unasked(self, hub):
-        with pytest.raises(UserError, match=r"'some/name' is no folder.*--download"):
+        with pytest.raises(UserError, match=r"'some/name' is not a folder.*--download"):
             open_source(config_of("some/name", "hf"), True)
 
     def test_a_missing_split_is_named(self, hub, tmp_path):
@@ -276,7 +279,7 @@ class TestHuggingFace:
             ({"image": [1, 2], "label": [0, 1]}, "images in the column image"),
             (
                 ["cat", "dog"],
-                "labels must be integers from 0, below 10,000,000, not .'cat', 'dog'.*class_encode_column",
+                "labels must be integers from 0 to 9,999,999, not .'cat', 'dog'.*class_encode_column",
             ),
             ([[0], [1]], "integers in the column label"),
             ([0, 2**62], "labels must be integers.*not"),

@@ -1,10 +1,10 @@
 """Training data, from image files to batches.
 
-`sources` opens a folder, archive or data set, and gives image n and its label; `shards` indexes tar archives for it.
-`image_files` finds image files and decodes them to upright 8-bit RGB; `shape_scenes` draws images instead.
-`transforms` crops and augments a decoded image in a worker, with a generator seeded by the sample's name.
-`loader` makes uint8 batches, in an order of seed and epoch alone; the device mirrors and normalises them.
-A corrupt image is `Unreadable`: training replaces it, evaluation skips it, the batch names it, a tally counts it.
+`sources` opens folders and data sets, and returns image and label by index; `shards` does the same for tar archives.
+`image_files` finds image files and decodes them to upright 8-bit RGB; `shape_scenes` generates images instead.
+`transforms` crops and augments decoded images in a worker, with generators seeded by the sample's key.
+`loader` makes uint8 batches in an order that depends on seed and epoch alone; the device mirrors and normalises them.
+A corrupt image raises `Unreadable`: training replaces it, evaluation skips it, and the batch lists it.
 """
 
 from crate_fast.train.data.image_files import UNREADABLE

@@ -1,8 +1,8 @@
 """Find image files with their classes, and decode them to RGB in the same way for all readers.
 
-The class of an image is the first folder below its split, in torchvision's order (`ImageFolder`). Images become 8-bit
-RGB, upright as EXIF says, on white where they are transparent. The full range of 16-bit grey becomes that of 8 bits;
-32-bit integers and floats have no known range and are refused.
+The class of an image is the first folder below its split, in the order of torchvision's `ImageFolder`. Images become
+8-bit RGB, upright by their EXIF orientation, with white behind transparent pixels. 16-bit grey is scaled to 8 bits;
+32-bit integers and floats are refused, because their range is unknown.
 """
 
 import os
@@ -22,7 +22,7 @@ EXTENSIONS = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
     *(".ppm", ".pgm", ".pbm", ".pnm"),
 )
-_PASSED_OVER = (  # image formats that some or all releases of Pillow cannot read
+_UNSUPPORTED = (  # image formats that some or all releases of Pillow cannot read
     *(".avif", ".heic", ".heif", ".j2k", ".jp2", ".jpx", ".jxl", ".svg", ".psd", ".tga", ".ico", ".pcx", ".dds"),
     *(".dib", ".qoi", ".exr", ".hdr", ".pfm", ".dcm", ".dng", ".raw", ".arw", ".cr2", ".cr3", ".nef", ".orf", ".rw2"),
 )
@@ -43,11 +43,11 @@ _BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0  # TIFF tags and a 
 
 
 class Unreadable(OSError):
-    """An image that cannot be read; the message is that of `describe`."""
+    """Error for an image that cannot be read; its message comes from `describe`."""
 
 
 def describe(image: str, error: Exception) -> str:
-    """Return the line that names a corrupt image in logs: "path: error: reason"."""
+    """Return the log line of a corrupt image: "path: error: reason"."""
     return f"{image}: {type(error).__name__}: {error}"
 
 
@@ -55,13 +55,13 @@ def describe(image: str, error: Exception) -> str:
 
 
 def is_image(name: str) -> bool:
-    """Return True if a file of this name is read as an image."""
+    """Return True if the file name has the suffix of a supported image format."""
     return name.lower().endswith(EXTENSIONS)
 
 
 def looks_like_image(name: str) -> bool:
-    """Return True if a file of this name is an image, of a format that is read or of another."""
-    return is_image(name) or os.path.splitext(name)[1].lower() in _PASSED_OVER
+    """Return True if the file name has the suffix of an image format, supported or not."""
+    return is_image(name) or os.path.splitext(name)[1].lower() in _UNSUPPORTED
 
 
 def is_hidden(name: str) -> bool:
@@ -70,22 +70,22 @@ def is_hidden(name: str) -> bool:
 
 
 class ImageTree:
-    """The images below a folder, or in an archive of one.
+    """Image files below a folder, or in an archive of one.
 
     Args:
         files: Paths relative to the folder, parts separated by "/".
-        folders: The folders directly below, with and without images.
+        folders: Names of the top-level folders, with and without images.
     """
 
     def __init__(self, files: Iterable[str], folders: set[str]):
         files = list(files)
         self.names, self.folders = sorted(filter(is_image, files), key=_order), folders
         counts = Counter(os.path.splitext(name)[1].lower() for name in files)
-        found = [f"{counts[suffix]} {suffix}" for suffix in sorted(counts.keys() & set(_PASSED_OVER))]
-        self.note = f"image files of other formats are passed over: {', '.join(found)}" if found else ""
+        found = [f"{counts[suffix]} {suffix}" for suffix in sorted(counts.keys() & set(_UNSUPPORTED))]
+        self.note = f"image files of unsupported formats are ignored: {', '.join(found)}" if found else ""
 
     def labelled(self, where: str) -> tuple[tuple[str, ...], np.ndarray]:
-        """Return the names of the classes, sorted, and the class number of every image; `where` is for messages.
+        """Return the sorted class names and the class index of every image; `where` names the folder in messages.
 
         Raises:
             UserError: There are no images, an image is in no class folder, or a class folder has no images.
@@ -110,10 +110,10 @@ class ImageTree:
         return classes, np.array([numbers[name] for name in of_images], np.int64)
 
     def remarks(self) -> list[str]:
-        """Return warnings: image files that are passed over, and a single class that holds folders."""
+        """Return warnings about ignored image files, and about a single class that holds folders."""
         tops = {name.partition("/")[0] for name in self.names}
         below = sorted({name.split("/")[1] for name in self.names if name.count("/") > 1})
-        one = f"all images are of one class, {min(tops, default='')!r}: the first folder is the class, none below it"
+        one = f"all images have one class, {min(tops, default='')!r}: the top folder is the class, not a folder in it"
         found = f"{one}, such as {below[0]!r}" if len(tops) == 1 and len(below) > 1 else ""
         return [remark for remark in (self.note, found) if remark]
 
@@ -124,13 +124,13 @@ def _order(name: str) -> tuple[str, str, str]:
 
 
 def find_images(root: Path, follow_links: bool = True) -> ImageTree:
-    """Return the images below a folder, without hidden files and folders.
+    """Return the images below a folder, except in hidden files and folders.
 
     Raises:
         UserError: The folder, or one below it, cannot be listed.
     """
 
-    def refuse(error: OSError) -> None:  # os.walk would skip the folder in silence
+    def refuse(error: OSError) -> None:  # os.walk would skip the folder silently
         raise UserError(f"{error.filename} cannot be listed ({error.strerror}): make it readable, or remove it")
 
     top, tops, paths = str(root), set(), []
@@ -144,7 +144,7 @@ def find_images(root: Path, follow_links: bool = True) -> ImageTree:
 
 
 def _leads_back(folder: str, name: str) -> bool:
-    """Return True if a link leads to a folder on its own path, which would have no end."""
+    """Return True if a link points to a folder that contains it, which would be an endless loop."""
     if not os.path.islink(os.path.join(folder, name)):
         return False
     target = os.path.realpath(os.path.join(folder, name))
@@ -156,47 +156,47 @@ def _leads_back(folder: str, name: str) -> bool:
 
 @contextmanager
 def open_image(file: BinaryIO | str | Path, formats: tuple[str, ...] | None = None) -> Iterator[Image.Image]:
-    """Open an image file, not decoded yet; damage found while it is open raises one of `UNREADABLE`."""
+    """Open an image file without decoding it; damage found while it is open raises one of `UNREADABLE`."""
     try:
         with Image.open(file, formats=formats) as image:
             yield image
-    except UnidentifiedImageError:  # its message has the file's address in memory
-        raise UnidentifiedImageError("no kind of image that Pillow knows") from None
+    except UnidentifiedImageError:  # its message contains a memory address
+        raise UnidentifiedImageError("not an image format that Pillow supports") from None
     except UNREADABLE:
         raise
-    except Exception as error:  # Pillow raises a dozen kinds on damaged files
+    except Exception as error:  # Pillow raises many kinds of exceptions on damaged files
         raise OSError(f"damaged ({type(error).__name__}: {error})") from error
 
 
 def read_image(file: BinaryIO | str | Path) -> Image.Image:
-    """Return the first picture of a file as 8-bit RGB, upright, on white.
+    """Return the first frame of a file as upright 8-bit RGB on white.
 
     Raises:
-        UserError: Its pixels have 32 bits, with no known range.
-        UNREADABLE: It is damaged.
+        UserError: The pixels have 32 bits, and so no known range.
+        UNREADABLE: The file is damaged.
     """
     with open_image(file) as image:
         return to_rgb(image)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Decode an opened image as `read_image` does; `info["orientation"]` tells how its pixels are stored."""
-    deep = any(";16" in str(part[3]) for part in getattr(image, "tile", ()))  # empty once it is loaded
-    stored = _orientation(image)  # before loading: Pillow turns a TIFF upright while it loads
+    """Decode an opened image as `read_image` does; `info["orientation"]` is its EXIF orientation in the file."""
+    deep = any(";16" in str(part[3]) for part in getattr(image, "tile", ()))  # empty after loading
+    stored = _orientation(image)  # before loading, in which Pillow rotates a TIFF
     image.load()
     left = _orientation(image)
     colour = image.info.get("transparency")
-    if deep and image.mode == "RGB" and isinstance(colour, tuple):  # Pillow reads only the pixels' upper bytes
+    if deep and image.mode == "RGB" and isinstance(colour, tuple):  # Pillow reads only the upper byte of pixels
         image.info["transparency"] = tuple(level >> 8 for level in colour)
     picture = _eight_bit_rgb(image)
     if left in _UPRIGHT:
         picture = picture.transpose(_UPRIGHT[left])
-    picture.info = {"orientation": stored}  # EXIF saved with the picture would turn it again
+    picture.info = {"orientation": stored}  # without EXIF, which would rotate a saved copy again
     return picture
 
 
 def as_stored(picture: Image.Image) -> Image.Image:
-    """Return a picture of `to_rgb` as the file stores it, not turned upright."""
+    """Return a picture of `to_rgb` in the orientation of the file."""
     orientation = picture.info.get("orientation", 1)
     inverse = {6: 8, 8: 6}.get(orientation, orientation)
     return picture.transpose(_UPRIGHT[inverse]) if inverse in _UPRIGHT else picture
@@ -213,11 +213,11 @@ def _orientation(image: Image.Image) -> int:
 def _eight_bit_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB" and "transparency" not in image.info:
         return image  # `convert` would copy it
-    sixteen = image.mode == "I" and image.format in ("PNG", "PPM")  # these have no more
+    sixteen = image.mode == "I" and image.format in ("PNG", "PPM")  # formats of at most 16 bits
     if image.mode.startswith("I;16") or sixteen:
         return _from_sixteen_bits(image).convert("RGB")
     if image.mode in ("I", "F"):
-        raise UserError("pixels of 32 bits, whose range is not known: save it with 8 or 16 bits")
+        raise UserError("pixels of 32 bits have no known range: save the image with 8 or 16 bits")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
@@ -225,11 +225,11 @@ def _eight_bit_rgb(image: Image.Image) -> Image.Image:
 
 
 def _from_sixteen_bits(image: Image.Image) -> Image.Image:
-    """Return the upper 8 bits of a grey image, as Pillow itself reads 16-bit colours."""
+    """Return the upper 8 bits of a grey image, as Pillow does for 16-bit colours."""
     levels, tags = np.asarray(image), getattr(image, "tag_v2", {})
     bits = int(np.max(tags.get(_BITS_PER_SAMPLE, 16)))  # a TIFF may have 12
     grey = (levels >> (bits - 8)).astype(np.uint8)
-    if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:  # Pillow heeds it in 8 bits, but not in 16
+    if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:  # Pillow inverts 8-bit images only
         grey = 255 - grey
     if isinstance(image.info.get("transparency"), int):
         grey[levels == image.info["transparency"]] = 255

@@ -1,7 +1,7 @@
-"""Splits and loaders: uint8 batches in an order that depends on seed and epoch alone, not on processes or workers.
+"""Splits and loaders of uint8 batches, in an order that depends on seed and epoch alone, not on processes or workers.
 
-A training sample's name is (epoch, index, copy); name and seed decide its random numbers. So a resumed run, or one
-with more processes, sees the same pixels. Images stay uint8 until the device mirrors and normalises them:
+The key of a training sample is (epoch, index, copy). Key and seed determine its random numbers, so a resumed run, or
+one with more processes, sees the same pixels. Images stay uint8 until the device mirrors and normalises them:
 
     images = normalize(mirrored(batch.images.to(device), batch.flips.to(device)))
 """
@@ -44,18 +44,18 @@ _ATTEMPTS = 30  # to find a readable image for a sample
 
 
 class Batch(NamedTuple):
-    """A batch of images as a loader returns it."""
+    """Batch of images from a loader."""
 
     images: Tensor  # uint8 [B, 3, S, S], not mirrored yet. In evaluation B is 0 if the whole batch is corrupt.
     labels: Tensor  # int64 [B]
-    flips: Tensor | None = None  # bool [B], the images for `mirrored`; loaders always set it
-    problems: Sequence[str] = ()  # "path: error: reason" of each corrupt image met while this batch was made
-    keys: Sequence[Key] = ()  # names of the samples, (epoch, index) or (epoch, index, copy)
+    flips: Tensor | None = None  # bool [B], argument of `mirrored`; loaders always set it
+    problems: Sequence[str] = ()  # "path: error: reason" of each corrupt image found while loading this batch
+    keys: Sequence[Key] = ()  # (epoch, index) or (epoch, index, copy) of each sample
     masks: Tensor | None = None  # bool [B, S, S] for `DataSplits.masks`, else None
 
 
 class _Split(Dataset):
-    """Samples of a source by name, which seeds the transform."""
+    """Samples of a source by key, which seeds the transform."""
 
     def __init__(self, images: Dataset, config: TrainConfig, transform: Transform | None = None, hflip: float = 0.0):
         self.images, self.seed, self.size = images, config.seed, config.image_size
@@ -69,10 +69,10 @@ class _Split(Dataset):
         return torch.from_numpy(pixels(picture).copy()), label
 
     def _sample(self, key: Key, attempt: int = 0) -> tuple[Image.Image, int]:
-        """Load a sample; from attempt 1 on, of another image, chosen by the sample's name and the attempt."""
+        """Load a sample; from attempt 1 on, load another image, chosen by key and attempt."""
         epoch, index, *copy = key
-        name = (epoch, index, *copy, attempt) if attempt else key
-        with drawing_from(self.seed, *name):
+        seeds = (epoch, index, *copy, attempt) if attempt else key
+        with drawing_from(self.seed, *seeds):
             picture, label = self.images[random.randrange(len(self)) if attempt else index]
             return self.transform(picture), label
 
@@ -82,7 +82,7 @@ class _Split(Dataset):
         return torch.tensor([np.random.default_rng((self.seed, *key)).random() < self.hflip for key in keys])
 
     def batch(self, keys: Sequence[Key]) -> Batch:
-        """Load the samples of these names; corrupt ones are replaced in training, skipped in evaluation."""
+        """Load the samples of `keys`; corrupt ones are replaced in training and skipped in evaluation."""
         images = np.empty((len(keys), 3, self.size, self.size), np.uint8)
         labels, loaded, problems = [], [], []
         for key in keys:
@@ -101,7 +101,7 @@ class _Split(Dataset):
                 if training:
                     raise UserError(
                         f"{_ATTEMPTS} images in a row could not be read, the last: {problems[-1]}. "
-                        "Is the disk still there?"
+                        "Check that the disk is still available"
                     )
         labels = torch.tensor(labels, dtype=torch.int64)
         return Batch(torch.from_numpy(images[: len(loaded)]), labels, self.flips(loaded), problems, loaded)
@@ -124,7 +124,7 @@ class _SceneSplit(_Split):
 
 @dataclass(frozen=True)
 class _Batches(Dataset):
-    """A split as a `DataLoader` reads it: a list of names is a batch."""
+    """Split for a `DataLoader`: a list of keys is a batch."""
 
     split: _Split
 
@@ -134,10 +134,10 @@ class _Batches(Dataset):
 
 @dataclass(frozen=True)
 class DataSplits:
-    """The splits of a data set, from which the loaders make batches.
+    """Training and validation split of a data set.
 
-    A sample, (uint8 image, label) by (epoch, index) or (epoch, index, copy), is not mirrored; a corrupt one raises
-    `Unreadable`.
+    A sample is (uint8 image, label), not mirrored, by its key (epoch, index) or (epoch, index, copy). A corrupt one
+    raises `Unreadable`.
     """
 
     train: Dataset
@@ -147,7 +147,7 @@ class DataSplits:
 
 
 def open_source(config: TrainConfig, train: bool) -> Source:
-    """Open the training or the validation split of the configuration's data set (any but shape_scenes)."""
+    """Open the training or the validation split of the configured data set, except shape_scenes."""
     if config.dataset in TORCHVISION:
         return open_torchvision(config.dataset, config.data_dir, train, config.download)
     split, other = (config.train_split, config.val_split)[:: 1 if train else -1]
@@ -160,15 +160,15 @@ def open_source(config: TrainConfig, train: bool) -> Source:
     place = root / f"{split}.tar" if config.dataset == "tar" else root / split
     if not place.exists():
         present = sorted(path.name for path in root.iterdir())[:8] if root.is_dir() else "no such folder"
-        raise UserError(f"{place} is not there (data_dir holds: {present}): pass --data-dir, or {option}")
+        raise UserError(f"{place} does not exist (data_dir holds: {present}): pass --data-dir, or {option}")
     return TarSource(place) if config.dataset == "tar" else FolderSource(place)
 
 
 def build_splits(config: TrainConfig) -> DataSplits:
-    """Open both splits of the configuration's data set.
+    """Open both splits of the configured data set.
 
     Raises:
-        UserError: One cannot be opened, they have different classes, or `auto_augment` is no policy.
+        UserError: A split cannot be opened, their classes differ, or `auto_augment` is not a policy.
     """
     if config.dataset == "shape_scenes":
         scenes = partial(ShapeScenes, image_size=config.image_size, seed=config.seed)
@@ -177,7 +177,7 @@ def build_splits(config: TrainConfig) -> DataSplits:
         n_masks = min(config.segmentation_samples, config.val_samples)
         masks = _SceneSplit(scenes(n_masks, split="val", with_mask=True), config)
         return DataSplits(train, val, ShapeScenes.classes, masks)
-    transform = train_transform(config)  # before the data, whose files may take minutes to list
+    transform = train_transform(config)  # first, because listing the data may take minutes
     sources = open_source(config, train=True), open_source(config, train=False)
     train, val = (
         _Split(sources[0], config, transform, config.hflip),
@@ -187,7 +187,7 @@ def build_splits(config: TrainConfig) -> DataSplits:
 
 
 def plain_splits(config: TrainConfig) -> DataSplits:
-    """Open both splits under the validation transform, as probes of a frozen model need them."""
+    """Open both splits with the validation transform, for probes of a frozen model."""
     data = build_splits(dataclasses.replace(config, hflip=0.0))
     if config.dataset == "shape_scenes":
         return data
@@ -206,12 +206,11 @@ def readable(split: Dataset, indices: Sequence[int]) -> list[tuple]:
 def _train_keys(
     config: TrainConfig, n_images: int, rank: int, world_size: int, first_step: int
 ) -> Iterator[list[tuple[int, int, int]]]:
-    """Yield batches of (epoch, index, copy) for one process, from any optimiser step on.
+    """Yield the keys (epoch, index, copy) of each micro-batch of one process, from any optimiser step on.
 
-    A step's global batch is cut into `accumulate` micro-batches, and each micro-batch into equal shares of the
-    processes: neither changes which images a step sees. With r = `repeats` an epoch shows an r-th of the images, and
-    r epochs share a permutation. The copies of an image are neighbours in the global batch, and so go to different
-    processes.
+    The global batch of a step is split into `accumulate` micro-batches, and each of these into equal parts for the
+    processes, so a step always sees the same images. With r = `repeats`, an epoch shows 1/r of the images, and r
+    epochs share a permutation. Copies of an image are adjacent in the global batch and go to different processes.
     """
     copies, micro = config.repeats, config.batch_size // config.accumulate
     length, different = n_images // copies, config.batch_size // copies
@@ -231,15 +230,15 @@ def _train_keys(
 def train_loader(
     config: TrainConfig, data: Dataset, *, rank: int = 0, world_size: int = 1, first_step: int = 0
 ) -> DataLoader:
-    """Load this process's micro-batches, always full, for every step from `first_step` to the end of the run.
+    """Return a loader of this process's micro-batches, all of equal size, from `first_step` to the end of the run.
 
     Raises:
-        UserError: The data set is smaller than a batch, or the batch cannot be cut into equal shares.
+        UserError: The data set is smaller than a batch, or the batch cannot be split equally.
     """
     share = config.accumulate * world_size
     if config.batch_size % share:
         raise UserError(
-            f"batch_size={config.batch_size} cannot be dealt out to {world_size} processes × {config.accumulate} "
+            f"batch_size={config.batch_size} cannot be divided among {world_size} processes × {config.accumulate} "
             f"accumulation steps: make it a multiple of {share}"
         )
     if len(data) < config.batch_size:
@@ -248,7 +247,7 @@ def train_loader(
 
 
 def eval_loader(config: TrainConfig, data: Dataset, *, rank: int = 0, world_size: int = 1) -> DataLoader:
-    """Load this process's share of a split; all processes together see every readable image once."""
+    """Return a loader of this process's part of a split; over all processes each readable image occurs once."""
     mine = range(rank, len(data), world_size)
     size = min(256, config.batch_size)
     batches = [[(0, index) for index in mine[start : start + size]] for start in range(0, len(mine), size)]
@@ -257,7 +256,7 @@ def eval_loader(config: TrainConfig, data: Dataset, *, rank: int = 0, world_size
 
 def _loader(config: TrainConfig, data: Dataset, batches, persistent: bool = False) -> DataLoader:
     workers, on_gpu = config.workers, config.device != "cpu" and torch.cuda.is_available()
-    if workers is None:  # on a CPU, a worker takes a core from the training threads and slows them far more
+    if workers is None:  # on a CPU, workers compete with the training threads and slow them down
         share = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         workers = min(8, share) if on_gpu else 0
     return DataLoader(
@@ -278,6 +277,6 @@ def _unchanged(batch: Batch) -> Batch:
 
 def _init_worker(_worker: int) -> None:
     torch.set_num_threads(1)
-    # torchrun signals whole process groups, and the loop needs its workers until it has saved and stopped
+    # torchrun signals the whole process group, but the loop needs its workers until it has saved and stopped
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)

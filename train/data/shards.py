@@ -1,10 +1,9 @@
-"""Tar archives of images, WebDataset shards or class folders, with random access.
+"""Random access to images in tar archives: WebDataset shards, or archives of class folders.
 
-Neighbouring members whose file names are alike up to the first dot are one sample: `n01/a.jpg` and `n01/a.cls`. The
-label is the number in `cls`, or "label" in `json`. The headers are read once, into an index of (archive, offset,
-size, label); each image is then one read. So an epoch's order is a permutation of all images, and a run resumes at
-any step, unlike with readers of whole shards. A spinning disk or network share is too slow: copy shards to an SSD
-first.
+Adjacent members with the same name up to the first dot form a sample, such as `n01/a.jpg` and `n01/a.cls`. The label
+is the number in `cls`, or "label" in `json`. The headers are read once into an index of (archive, offset, size,
+label); each image is then a single read. Unlike with sequential readers, an epoch is a permutation of all images, and
+a run resumes at any step. Hard disks and network shares are too slow: copy shards to an SSD first.
 """
 
 import io
@@ -29,17 +28,17 @@ from crate_fast.errors import UserError
 from crate_fast.train.data.image_files import EXTENSIONS, ImageTree, is_hidden, is_image, looks_like_image
 from crate_fast.train.data.sources import MOST_CLASSES, Source
 
-_VERSION = 5  # of a cached index; EXTENSIONS that change need another
-_FIRST_DOT = "WebDataset ends the name of a sample at its first dot: write it without others, as in a_1.jpg"
-_PADDING = 16 * 2**20  # bytes at most behind the end of an archive; tar writes up to 10 KiB of zeros
-_HEADER = 512  # bytes of a tar header; a member's last one is right in front of its data
+_VERSION = 5  # of the cached index; increase it when EXTENSIONS changes
+_FIRST_DOT = "WebDataset ends a sample's name at its first dot: use names without other dots, such as a_1.jpg"
+_PADDING = 16 * 2**20  # largest padding of an archive in bytes; tar writes up to 10 KiB of zeros
+_HEADER = 512  # bytes of a tar header; the last header of a member directly precedes its data
 
 
 def find_shards(root: Path, split: str, option: str = "--train-split", other: str = "") -> list[Path]:
-    """Return the shards of a split, sorted: <split>*.tar in `root`, or *.tar in its folder <split>.
+    """Return the sorted shards of a split: <split>*.tar in `root`, or *.tar in its folder <split>.
 
-    No letter or digit follows the split's name in a file's name: validation-000.tar is no shard of val. Those of the
-    `other` split, such as val-small, are left out. `option` names the split, for messages.
+    After the split's name a file name has no letter or digit: validation-000.tar is not a shard of val. Shards of the
+    `other` split, such as val-small, are left out. `option` is the option of the split, for messages.
     """
     own, others = (re.compile(re.escape(name) + r"(?![A-Za-z0-9]).*\.tar") for name in (split, other))
     beside = [path for path in sorted(root.glob("*.tar")) if own.fullmatch(path.name)]
@@ -48,7 +47,7 @@ def find_shards(root: Path, split: str, option: str = "--train-split", other: st
     inside = sorted(path for path in (root / split).glob("*.tar") if not is_hidden(path.name))
     if beside and inside:
         raise UserError(
-            f"{root} holds shards of {split!r} both beside ({beside[0].name}, …) and in {split}/: move one kind away"
+            f"{root} holds shards of {split!r} both at its top ({beside[0].name}, …) and in {split}/: move one away"
         )
     if not beside and not inside:
         present = sorted(path.name for path in root.iterdir())[:8] if root.is_dir() else "no such folder"
@@ -62,20 +61,20 @@ def find_shards(root: Path, split: str, option: str = "--train-split", other: st
 
 
 def _members(archive: Path, nested: bool = False) -> tuple[list[tuple[str, int, int]], list[str]]:
-    """Return (name, offset, size) of an archive's files, and the links that lead to none of them.
+    """Return (name, offset, size) of an archive's members, and the paths of broken links.
 
-    Hidden files are left out. The name of a folder ends in a slash. A link has the offset and size of its file. With
-    `nested` an archive in the archive counts as a folder of its name, without .tar.
+    Hidden files are left out. Folder names end in a slash. A link has the offset and size of its target. With
+    `nested`, an inner archive counts as a folder with its name, without .tar.
     """
     try:
         with archive.open("rb") as file:
             found = list(_headers(file, 0, "", nested))
     except (tarfile.TarError, EOFError) as error:
         raise UserError(
-            f"{archive} is no whole, uncompressed tar archive ({error}): copy it again, or unpack its compression"
+            f"{archive} is not a complete, uncompressed tar archive ({error}): copy it again, or decompress it"
         ) from error
     except OSError as error:
-        raise UserError(f"{archive} cannot be used ({error}): make it readable, or copy it again") from error
+        raise UserError(f"{archive} cannot be read ({error}): make it readable, or copy it again") from error
     places = {name: place for name, *place, target in found if target is None}
     links = {name: target for name, *_, target in found if target is not None}
     places.update((name, places[target]) for name, target in links.items() if target in places)
@@ -84,16 +83,16 @@ def _members(archive: Path, nested: bool = False) -> tuple[list[tuple[str, int, 
 
 
 def _headers(file: BinaryIO, start: int, prefix: str, nested: bool) -> Iterator[tuple[str, int, int, str | None]]:
-    """Yield (name, offset, size, None) of files and folders, and (name, 0, 0, name of its file) of links."""
+    """Yield (name, offset, size, None) of files and folders, and (name, 0, 0, target) of links."""
     with tarfile.open(fileobj=file, mode="r:") as opened:
         for member in opened:
-            opened.members = []  # tarfile would keep every header
+            opened.members = []  # tarfile would keep every header in memory
             name, offset = _plain(member.name), start + member.offset_data
-            if not name or is_hidden(name):  # no name: the folder itself, of `tar -C folder .`
+            if not name or is_hidden(name):  # an empty name is the folder itself, from `tar -C folder .`
                 continue
             name = prefix + name
             if member.issparse():
-                raise tarfile.ReadError(f"{name} has holes, written by tar --sparse")
+                raise tarfile.ReadError(f"{name} is a sparse file, written by tar --sparse")
             if member.isdir():
                 yield f"{name}/", offset, 0, None
             elif member.isreg() and nested and name.lower().endswith(".tar"):
@@ -113,29 +112,29 @@ def _plain(name: str) -> str:
 
 
 def _check_end(file: BinaryIO, end: int) -> None:
-    """Refuse an archive with more behind the last header: `tarfile` takes a damaged header for the end."""
+    """Refuse an archive with data after its end: `tarfile` takes a damaged header for the end."""
     file.seek(end)
     rest = file.read(_PADDING + 1)
     if len(rest) < _HEADER:
-        raise tarfile.ReadError(f"it ends at byte {end} without a mark of its end")
+        raise tarfile.ReadError(f"it ends at byte {end} without an end mark")
     if len(rest) > _PADDING or rest.strip(b"\0"):
-        raise tarfile.ReadError(f"at byte {end} is neither a member nor its end: damage, or archives joined by cat")
+        raise tarfile.ReadError(f"byte {end} starts neither a member nor the end: damaged, or joined by cat")
 
 
 def _about_links(links: list[str]) -> list[str]:
     if not links:
         return []
-    return [f"{len(links)} links are passed over, such as {links[0]}: archive what they lead to (tar --dereference)"]
+    return [f"{len(links)} broken links are ignored, such as {links[0]}: archive their targets (tar --dereference)"]
 
 
 # --- their images
 
 
 class ArchiveSource(Source):
-    """The images of tar archives in one folder, through an index cached in the hidden file `cache_name` there.
+    """Images of tar archives in one folder, with an index cached there in the hidden file `cache_name`.
 
-    A cached index is replaced when an archive's name, size or modification time differs. Where the folder is
-    read-only, it stays in memory. `items` is int64 [n, 4]: archive, offset, size, label.
+    The index is replaced when an archive's name, size or modification time changes. If the folder is read-only, the
+    index stays in memory. `items` is int64 [n, 4]: archive, offset, size, label.
     """
 
     def __init__(self, paths: Sequence[Path], cache_name: str):
@@ -152,7 +151,7 @@ class ArchiveSource(Source):
 
     @abstractmethod
     def _scan(self) -> tuple[list[tuple[int, int, int, int]], list[str], Sequence[str]]:
-        """Return the rows of `items`, remarks to print, and the names of the classes if members have them."""
+        """Return the rows of `items`, remarks to print, and the class names if the archives have them."""
 
     def _load(self, cache: Path) -> dict[str, np.ndarray]:
         try:
@@ -179,7 +178,7 @@ class ArchiveSource(Source):
                 partial.unlink()
             where = f"memory only ({error})"
         took = f"in {time.perf_counter() - began:.1f} s"
-        print(f"indexed {len(rows)} images of {len(files)} shards {took}; kept in {where}", file=sys.stderr)
+        print(f"indexed {len(rows)} images of {len(files)} shards {took}; cached in {where}", file=sys.stderr)
         return index
 
     def _read(self, number: int, offset: int, size: int) -> bytes:
@@ -195,7 +194,7 @@ class ArchiveSource(Source):
         return io.BytesIO(self._read(number, offset, size)), label
 
     def name(self, index: int) -> str:
-        """Return "archive/member" of an image, from its header, which cuts names of over 100 bytes."""
+        """Return "archive/member" of an image; the header truncates names above 100 bytes."""
         number, offset, _, _ = self.items[index].tolist()
         try:
             header = self._read(number, offset - _HEADER, _HEADER)
@@ -206,9 +205,9 @@ class ArchiveSource(Source):
 
 
 class TarSource(ArchiveSource):
-    """The images of one tar archive, in the order and of the classes that the unpacked folder would have.
+    """Images of one tar archive, in the order and with the classes of the unpacked folder.
 
-    The archive holds the class folders, or one folder with the archive's name that holds them. Archives in it count
+    The archive holds the class folders, or one folder with the archive's name that holds them. Inner archives count
     as folders.
     """
 
@@ -218,7 +217,7 @@ class TarSource(ArchiveSource):
     def _scan(self):
         path = self.paths[0]
         members, links = _members(path, nested=True)
-        places = {name: place for name, *place in members}  # the later of two with one name
+        places = {name: place for name, *place in members}  # of two with the same name, the later
         top, images = f"{path.stem}/", [name for name in places if is_image(name)]
         if images and all(name.startswith(top) for name in images):
             places = {name.removeprefix(top): place for name, place in places.items() if name.startswith(top)}
@@ -231,9 +230,9 @@ class TarSource(ArchiveSource):
 
 
 class ShardSource(ArchiveSource):
-    """The samples of WebDataset shards in one folder, in the order of the shards and of their members.
+    """Samples of WebDataset shards in one folder, in the order of the shards and of their members.
 
-    `root` may hold the class names: a name a line in classes.txt.
+    `root` may hold the class names in classes.txt, one per line.
     """
 
     def __init__(self, shards: Sequence[Path], root: Path):
@@ -241,17 +240,17 @@ class ShardSource(ArchiveSource):
         self.classes = _class_names(root)
         if self.classes is not None and len(self.classes) < self.n_labels:
             names, label = len(self.classes), self.n_labels - 1
-            raise UserError(f"{root} has {names} class names and a label {label}: complete classes.txt")
+            raise UserError(f"{root} has {names} class names, but a label is {label}: complete classes.txt")
 
     def _scan(self):
-        rows, passed_over, links = [], [], []
+        rows, ignored, links = [], [], []
         for number, path in enumerate(self.paths):
             members, dangling = _members(path)
             links += dangling
             for key, parts in _samples(path, members):
                 image = next((place for suffix, place in parts.items() if f".{suffix}" in EXTENSIONS), None)
                 if image is None:
-                    passed_over += [(f"{path}: {key}", end) for end in parts if looks_like_image(f"_.{end}")]
+                    ignored += [(f"{path}: {key}", end) for end in parts if looks_like_image(f"_.{end}")]
                     continue
                 suffix = next((suffix for suffix in ("cls", "json") if suffix in parts), None)
                 if suffix is None:
@@ -259,10 +258,10 @@ class ShardSource(ArchiveSource):
                 label = _label(f"{path}: {key}", suffix, self._read(number, *parts[suffix]))
                 rows.append((number, *image, label))
         remarks = _about_links(links)
-        if passed_over:
-            where, suffix = passed_over[0]
-            why = _FIRST_DOT if "." in suffix else f"images are {' '.join(EXTENSIONS)}"
-            remarks.append(f"{len(passed_over)} image files are passed over, such as {where}.{suffix} ({why})")
+        if ignored:
+            where, suffix = ignored[0]
+            why = _FIRST_DOT if "." in suffix else f"supported: {' '.join(EXTENSIONS)}"
+            remarks.append(f"{len(ignored)} image files are ignored, such as {where}.{suffix} ({why})")
         return rows, remarks, ()
 
 
@@ -277,7 +276,7 @@ def _samples(shard: Path, members: list[tuple[str, int, int]]) -> Iterator[tuple
         parts = {}
         for _, suffix, place, name in group:
             if suffix in parts:
-                raise UserError(f"{shard}: {name} is there twice in a sample: give each sample its own name")
+                raise UserError(f"{shard}: {name} occurs twice in a sample: give each sample its own name")
             parts[suffix] = place
         yield key, parts
 
@@ -289,8 +288,7 @@ def _label(where: str, suffix: str, content: bytes) -> int:
             return label
     wanted = '{"label": 3}' if suffix == "json" else "3"
     raise UserError(
-        f"{where}.{suffix} holds {content[:40]!r}: write an integer from 0, below {MOST_CLASSES:,}, into it, such as "
-        f"{wanted}"
+        f"{where}.{suffix} holds {content[:40]!r}: write an integer from 0 to {MOST_CLASSES - 1:,}, such as {wanted}"
     )
 
 
@@ -301,7 +299,7 @@ def _class_names(root: Path) -> tuple[str, ...] | None:
     try:
         lines = file.read_text(encoding="utf-8-sig").rstrip().split("\n")
     except (OSError, ValueError) as error:
-        raise UserError(f"{file} does not hold the names of the classes ({error}): correct or remove it") from error
+        raise UserError(f"{file} cannot be read as class names ({error}): correct or remove it") from error
     names = tuple(line.strip() for line in lines)
     if "" in names:
         raise UserError(f"{file}: the name of class {names.index('')} is empty: write it, or remove its line")

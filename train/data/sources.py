@@ -1,6 +1,6 @@
 """Data sources: folders of images, Hugging Face datasets and torchvision's data sets; `shards` adds tar archives.
 
-A `Source` gives image and label by number. The loader alone decides the order, so a run can resume at any step.
+A `Source` returns image and label by index. The loader alone decides the order, so a run can resume at any step.
 """
 
 import io
@@ -19,7 +19,7 @@ from torchvision import datasets as torchvision_datasets
 from crate_fast.errors import UserError, require
 from crate_fast.train.data.image_files import Unreadable, describe, find_images, read_image, to_rgb
 
-MOST_CLASSES = 10_000_000  # a larger label is a fault of the data: a head for it fits no memory
+MOST_CLASSES = 10_000_000  # larger labels are errors in the data: no memory holds a classifier for them
 TORCHVISION = {  # name → (class, argument that names the split, its value for training, for validation)
     "cifar10": ("CIFAR10", "train", True, False),
     "cifar100": ("CIFAR100", "train", True, False),
@@ -29,10 +29,10 @@ TORCHVISION = {  # name → (class, argument that names the split, its value for
 
 
 class Source(Dataset, ABC):
-    """A data set of (RGB image, label) by number; a corrupt image raises `Unreadable`, which names it.
+    """Data set of (RGB image, label) by index; a corrupt image raises `Unreadable` with its name.
 
-    `classes` are names in the order of the labels, None where the data has numbers only; labels are below `n_labels`.
-    `items` has an entry for each image.
+    `classes` are the class names in the order of the labels, or None if the data have numbers only. Labels are below
+    `n_labels`. `items` has an entry for each image.
     """
 
     classes: tuple[str, ...] | None
@@ -51,7 +51,7 @@ class Source(Dataset, ABC):
         raise NotImplementedError
 
     def picture(self, index: int) -> tuple[Image.Image, int]:
-        """Return image and label; any exception means that the image is corrupt."""
+        """Return image and label. Any exception means that the image is corrupt."""
         file, label = self.open(index)
         with file:
             return read_image(file), label
@@ -59,12 +59,12 @@ class Source(Dataset, ABC):
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         try:
             return self.picture(index)
-        except Exception as error:  # PIL and the readers raise a dozen kinds on damaged files
+        except Exception as error:  # PIL and the readers raise many kinds on damaged files
             raise Unreadable(describe(self.name(index), error)) from error
 
 
 class FolderSource(Source):
-    """The images below a folder; the folders directly in it are the classes."""
+    """Images below a folder; its top-level folders are the classes."""
 
     def __init__(self, root: Path):
         self.root, tree = root, find_images(root)
@@ -81,9 +81,9 @@ class FolderSource(Source):
 
 
 class HubSource(Source):
-    """A data set of the package `datasets`: a local folder of parquet, arrow or image files, or a name.
+    """Data set of the package `datasets`: a local folder of parquet, arrow or image files, or a name on the Hub.
 
-    `option` names the split, for messages. Parquet is converted in the package's cache (HF_DATASETS_CACHE) first.
+    `option` is the option of the split, for messages. Parquet is first converted in the cache (HF_DATASETS_CACHE).
     """
 
     def __init__(self, data_dir: str, split: str, option: str, download: bool):
@@ -92,8 +92,8 @@ class HubSource(Source):
 
         if not Path(data_dir).is_dir() and not download:
             raise UserError(
-                f"data_dir={data_dir!r} is no folder: pass --data-dir FOLDER, or --download to let datasets fetch "
-                "what the Hugging Face Hub has by this name, or take it from its cache"
+                f"data_dir={data_dir!r} is not a folder: pass --data-dir FOLDER, or --download to load the data set "
+                "of this name from the Hugging Face Hub or its cache"
             )
         self.where = f"{data_dir}, split {split}"
         try:
@@ -103,17 +103,17 @@ class HubSource(Source):
             self.items = images.cast_column("image", datasets.Image(decode=False))
             labels = images.unique("label")
         except (OSError, ValueError, TypeError, NotImplementedError, datasets.exceptions.DatasetsError) as error:
-            cause = error.__cause__ or error  # where files disagree, only the cause says why
+            cause = error.__cause__ or error  # if files disagree, only the cause has the reason
             reason = " ".join(f"{type(cause).__name__}: {cause}".split())
             raise UserError(
                 f"datasets cannot open {self.where} ({reason}): use parquet, arrow or image files, with images in "
-                f"the column image, integers in the column label; pass --data-dir, or {option}"
+                f"the column image and integers in the column label; pass --data-dir, or {option}"
             ) from error
         wrong = [label for label in labels if not isinstance(label, int) or not 0 <= label < MOST_CLASSES]
         if wrong or not labels:
             raise UserError(
-                f"{self.where}: labels must be integers from 0, below {MOST_CLASSES:,}, not {wrong[:8]}: pass a "
-                "labelled split, or make texts numbers with class_encode_column of datasets"
+                f"{self.where}: labels must be integers from 0 to {MOST_CLASSES - 1:,}, not {wrong[:8]}: pass a "
+                "labelled split, or convert texts to numbers with class_encode_column of datasets"
             )
         self.classes = tuple(getattr(images.features["label"], "names", ())) or None
         self.n_labels = max(len(self.classes or ()), max(labels) + 1)
@@ -125,15 +125,15 @@ class HubSource(Source):
     def open(self, index: int) -> tuple[BinaryIO, int]:
         row = self.items[index]
         image = row["image"] or {}  # some data sets have rows with null
-        if image.get("bytes"):  # the path, if any, may be of another machine
+        if image.get("bytes"):  # a path may be from another machine
             return io.BytesIO(image["bytes"]), int(row["label"])
         if not image.get("path"):
-            raise UserError("it has neither bytes nor a path")
+            raise UserError("the row has neither bytes nor a path")
         return Path(image["path"]).open("rb"), int(row["label"])
 
 
 class TorchvisionSource(Source):
-    """A data set of torchvision; its image files are read here, since torchvision does not turn them upright."""
+    """Data set of torchvision. Image files are read here, because torchvision ignores their EXIF orientation."""
 
     def __init__(self, images: Dataset, where: str):
         self.items, self.where = images, where
@@ -160,19 +160,19 @@ def open_torchvision(dataset: str, data_dir: str, train: bool, download: bool) -
             split = {argument: splits[0 if train else 1]}
             images = getattr(torchvision_datasets, name)(Path(data_dir), **split, download=download)
     except (RuntimeError, FileNotFoundError, ValueError) as error:
-        remedy = "pass the right folder, or --download to fetch it there"
+        remedy = "pass the right folder, or --download to download it there"
         raise UserError(f"{dataset} is not in {place} ({error}): {remedy}") from error
     except OSError as error:  # no network (URLError), a full disk
-        remedy = "see to the network and the disk, or put it there yourself"
+        remedy = "check the network and the disk, or copy it there yourself"
         raise UserError(f"{dataset} cannot be read from or downloaded to {place} ({error}): {remedy}") from error
     return TorchvisionSource(images, dataset)
 
 
 @contextmanager
 def nothing_outside():
-    """Make `tarfile` refuse members outside the folder it unpacks to: "..", absolute paths, links that lead out.
+    """Make `tarfile` refuse members outside its target folder: "..", absolute paths, links to other folders.
 
-    Older releases of torchvision unpack what they download without a check.
+    Older releases of torchvision unpack downloads without this check.
 
     Raises:
         UserError: This Python's tarfile has no filters.
@@ -180,8 +180,8 @@ def nothing_outside():
     """
     if not hasattr(tarfile, "data_filter"):
         raise UserError(
-            "this Python unpacks archives unchecked: download with Python 3.10.12, 3.11.4 or later, or unpack the "
-            "data yourself and leave out --download"
+            "this Python cannot check the paths in archives: download with Python 3.10.12, 3.11.4 or later, or "
+            "unpack the data yourself and leave out --download"
         )
     before = vars(tarfile.TarFile)["extraction_filter"]
     tarfile.TarFile.extraction_filter = staticmethod(tarfile.data_filter)
@@ -192,11 +192,11 @@ def nothing_outside():
 
 
 def common_classes(train: Source, val: Source) -> tuple[str, ...]:
-    """Return the class names of both splits, which must be the same; numbers where neither has names."""
+    """Return the class names of both splits, which must be the same; numbers if neither has names."""
     if train.classes is None and val.classes is None:
         return tuple(map(str, range(max(train.n_labels, val.n_labels))))
     if train.classes != val.classes:
         differing = sorted(set(train.classes or ()) ^ set(val.classes or ()))[:8]
-        how = f"different classes, such as {differing}" if differing else "their classes in different orders"
+        how = f"different classes, such as {differing}" if differing else "the same classes in different orders"
         raise UserError(f"the training and validation splits have {how}: give both the same classes")
     return train.classes

@@ -1,6 +1,6 @@
-"""Transforms: crop and augmentation of a PIL image in a worker, mirroring and normalisation of a batch on the device.
+"""Transforms: crop and augment PIL images in a worker, mirror and normalise batches on the device.
 
-A sample's random numbers depend on its name alone, (seed, epoch, index, copy), not on processes or workers.
+The random numbers of a sample depend on (seed, epoch, index, copy) alone, not on processes or workers.
 """
 
 import random
@@ -46,12 +46,12 @@ class Normalize(nn.Module):
         return torch.addcmul(self.shift, images.float(), self.scale)
 
     def undo(self, images: Tensor) -> Tensor:
-        """Return normalised images as uint8; values beyond black and white are cut."""
+        """Return normalised images as uint8; values outside 0 to 255 are clamped."""
         return ((images.float() - self.shift) / self.scale).round().clamp(0, 255).to(torch.uint8)
 
 
 def mirrored(images: Tensor, flips: Tensor) -> Tensor:
-    """Return a copy of images [B, 3, S, S] with those of `flips`, bool [B], mirrored."""
+    """Return a copy of images [B, 3, S, S] in which those selected by `flips`, bool [B], are mirrored."""
     return torch.where(flips[:, None, None, None], images.flip(-1), images)
 
 
@@ -62,10 +62,10 @@ def mixed_seed(*name: int) -> int:
 
 @contextmanager
 def drawing_from(seed: int, *name: int, on_devices: bool = False):
-    """Seed the global generators of Python, NumPy and PyTorch by a name; restore PyTorch's state at the end.
+    """Seed the global generators of Python, NumPy and PyTorch; restore PyTorch's state at the end.
 
-    A name is integers for `mixed_seed`: (epoch, index), then the copy's number, … `on_devices` seeds the generators
-    of GPUs too, and leaves them so. Before CUDA is used this takes 0.2 ms.
+    `seed` and `name`, such as (epoch, index, copy), are the integers of `mixed_seed`. `on_devices` also seeds the
+    generators of GPUs, which are not restored. Until CUDA is initialised this takes 0.2 ms.
     """
     mixed = mixed_seed(seed, *name)
     with torch.random.fork_rng(devices=[]):
@@ -76,9 +76,9 @@ def drawing_from(seed: int, *name: int, on_devices: bool = False):
 
 
 def policy_transform(policy: str) -> Callable[[Image.Image], Image.Image]:
-    """Return the augmentation that a policy string names.
+    """Return the augmentation of a policy string.
 
-    timm's, such as rand-m9-n2-mstd0.5, or torchvision's: randaugment-nN-mM, with magnitudes M from 0 to 30.
+    It is timm's, such as rand-m9-n2-mstd0.5, or torchvision's randaugment-nN-mM, with magnitudes M from 0 to 30.
     """
     found = _TORCHVISION_POLICY.fullmatch(policy)
     if found and int(found[1]) >= 1 and int(found[2]) < _TORCHVISION_BINS:
@@ -90,16 +90,16 @@ def policy_transform(policy: str) -> Callable[[Image.Image], Image.Image]:
         except (AssertionError, KeyError, ValueError) as error:
             reason = f" ({error})" if str(error) else ""
     raise UserError(
-        f"auto_augment={policy!r} is no policy{reason}: pass timm's, such as rand-m9-n2-mstd0.5, or torchvision's, "
-        f"as in randaugment-n2-m14 (n at least 1, m at most {_TORCHVISION_BINS - 1})"
+        f"auto_augment={policy!r} is not a policy{reason}: pass one of timm, such as rand-m9-n2-mstd0.5, or of "
+        f"torchvision, such as randaugment-n2-m14 (n at least 1, m at most {_TORCHVISION_BINS - 1})"
     )
 
 
 def train_transform(config: TrainConfig) -> transforms.Compose:
-    """Return the random crop and augmentation, PIL image → PIL image of `image_size`; `mirrored` does the flips.
+    """Return the random crop and augmentation, PIL image → PIL image of `image_size`; `mirrored` flips afterwards.
 
-    Mirroring last instead of between crop and augmentation changes no probability: crops, shears, shifts and
-    rotations are symmetric, and the rest ignores sides.
+    To flip after the augmentation instead of before it gives the same distribution: crops, shears, shifts and
+    rotations are symmetric, and the other operations do not depend on left and right.
     """
     size = config.image_size
     crop = {
@@ -113,7 +113,7 @@ def train_transform(config: TrainConfig) -> transforms.Compose:
 
 
 def eval_transform(config: TrainConfig) -> transforms.Compose:
-    """Return the transform to the central square of an image, its shorter side resized to `image_size`."""
+    """Return the evaluation transform: resize the shorter side to `image_size`, then crop the central square."""
     size = config.image_size
     resize = transforms.Resize(size, interpolation=transforms.InterpolationMode.BICUBIC)
     return transforms.Compose([resize, transforms.CenterCrop(size)])
