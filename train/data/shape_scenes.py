@@ -1,13 +1,13 @@
-"""`shape_scenes`: a data set of drawn scenes, with labels and object masks, computed from a counter without files.
+"""`shape_scenes`: a synthetic data set of scenes with labels and object masks, computed without files.
 
 An image is a stack of layers, each read from small tables through a random affine map and blended in order:
 
     image += a * (texture - image),   a = opacity * clip(1/2 - d, 0, 1),   d = pixels to the silhouette
 
-Only the silhouette depends on the label. It has unit area and its centroid at the origin before it is posed, so that
-colour, area and position tell nothing. Every random number is a hash of (seed, split, index, slot), and all
-arithmetic is integer or correctly rounded and elementwise: an image's bytes do not depend on batch, threads, CPU or
-numpy.
+Only the silhouette depends on the label. It has unit area and its centroid at the origin before it is placed, so
+colour, area and position carry no information about the label. Every random number is a hash of (seed, split, index,
+slot). All arithmetic is integer, or elementwise and correctly rounded, so the bytes of an image do not depend on
+batch, threads, CPU or NumPy.
 """
 
 import functools
@@ -23,21 +23,21 @@ from crate_fast.errors import UserError
 SPLITS: tuple[str, ...] = ("train", "val")
 MIN_IMAGE_SIZE, MAX_IMAGE_SIZE = 16, 512
 
-# The composition. Lengths and areas are fractions of the image's side and area.
+# Composition of a scene. Lengths and areas are fractions of the image's side and area.
 _AREA = (0.05, 0.15)  # object area before occlusion
-_TURNS = 0.08  # the object is turned by up to this either way, in full turns (29°); other layers by any angle
-_REACH = 0.945  # bound on the distance from centroid to tip of a unit-area class silhouette
-_ASPECT, _SHEAR = 1.08, 0.10  # layers are stretched by up to this, keeping their area, and sheared
-_STRETCH = 1.10  # bound on how much the two together lengthen anything
-_N_BEHIND, _BEHIND_SHARE = 6, 0.8  # most distractors behind the object, and the probability of each
+_TURNS = 0.08  # largest rotation of the object either way, in full turns (29°); other layers have any angle
+_REACH = 0.945  # upper bound of the distance from centroid to tip of a unit-area class silhouette
+_ASPECT, _SHEAR = 1.08, 0.10  # largest area-preserving stretch, and largest shear, of a layer
+_STRETCH = 1.10  # upper bound of the factor by which the two together lengthen a layer
+_N_BEHIND, _BEHIND_SHARE = 6, 0.8  # maximum number of distractors behind the object, and probability of each
 _BEHIND_RADIUS = (0.07, 0.23)
-_N_FRONT, _FRONT_SHARE = 2, 0.4  # the same in front of it
-_FRONT_AREA = (0.03, 0.075)  # of each, as a fraction of the object's area
-_FRONT_RADIUS = 0.16  # bound
+_N_FRONT, _FRONT_SHARE = 2, 0.4  # the same for distractors in front of the object
+_FRONT_AREA = (0.03, 0.075)  # area of each, as a fraction of the object's area
+_FRONT_RADIUS = 0.16  # upper bound
 _N_TEXTURES, _TEXTURE_REPEATS = 12, (0.6, 1.6)  # tiles across one image
-_TABLE_MARGIN = 1.25  # half the side of a stamp's table over the reach of its silhouette
+_TABLE_MARGIN = 1.25  # half the side of a stamp's table, relative to the reach of its silhouette
 _CHUNK_PIXELS = 65536  # pixels rendered at once: keeps temporaries in the cache
-_SLOTS = 340  # random numbers an image may use
+_SLOTS = 340  # maximum number of random numbers per image
 
 Array = np.ndarray
 Sdf = Callable[[Array, Array], Array]  # signed distance of points (x, y), negative inside
@@ -60,7 +60,7 @@ def _uniforms(seed: int, stream: int, indices: Array, slots: int) -> Array:
 
 
 class _Draws:
-    """The uniforms of a batch, in call order: `count` for each image a call, as [n_images * count]."""
+    """Stream of uniform numbers for a batch: each call returns `count` per image, as [n_images * count]."""
 
     def __init__(self, seed: int, stream: int, indices: Array):
         self._block = _uniforms(seed, stream, indices, _SLOTS)
@@ -69,7 +69,7 @@ class _Draws:
     def __call__(self, low: float, high: float, count: int = 1) -> Array:
         block = self._block[:, self._next : self._next + count]
         if block.shape[1] != count:
-            raise AssertionError(f"an image needs more than {_SLOTS} random numbers: raise _SLOTS")
+            raise AssertionError(f"an image needs more than {_SLOTS} random numbers: increase _SLOTS")
         self._next += count
         return (low + (high - low) * block).ravel()
 
@@ -78,7 +78,7 @@ class _Draws:
 
 
 def _cos_sin(turns: Array) -> tuple[Array, Array]:
-    """Return cos and sin of 2 pi turns to about 1e-8, without libm (it differs between machines)."""
+    """Return cos and sin of 2 pi turns to about 1e-8, without libm, which differs between machines."""
     x = (turns - np.floor(turns + 0.5)) * 1.5707963267948966  # a quarter of the angle, in [-pi/4, pi/4]
     xx = x * x
     sin = x * (1.0 - xx / 6.0 * (1.0 - xx / 20.0 * (1.0 - xx / 42.0 * (1.0 - xx / 72.0))))
@@ -101,7 +101,7 @@ def _box(half_x: float, half_y: float) -> Sdf:
 
 
 def _path(points: Sequence[tuple[float, float]], half_width: float | None = None) -> Sdf:
-    """Return an open stroke of a half width; without one, the closed polygon (sign by parity of crossings)."""
+    """Return a stroke of `half_width`, or the closed polygon if None (sign by parity of crossings)."""
     ends = points[1:] if half_width else [*points[1:], points[0]]
 
     def sdf(x: Array, y: Array) -> Array:
@@ -124,7 +124,7 @@ def _around(turns: Array, radii: Array, flatten: float = 1.0) -> list[tuple[floa
 
 
 _HEART = [(-0.9, 0.06), (0.0, -1.0), (0.9, 0.06), (0.0, 0.5)]  # without its lobes
-# One silhouette a class, within [-1.2, 1.2]^2; the tables normalise size and position.
+# One silhouette per class, within [-1.2, 1.2]^2; the tables normalise size and position.
 _SILHOUETTES: dict[str, Sdf] = {
     "disc": _disc(0.9),
     "ring": lambda x, y: np.maximum(_disc(1.0)(x, y), -_disc(0.56)(x, y)),
@@ -180,7 +180,7 @@ def _dashes(draw: Array) -> Sdf:
     return _union(*(_path([(a, y), (b, y)], 0.26 * step) for a, b, y in ends))
 
 
-# The family of distractors, 30 in all: none resembles a class silhouette.
+# Shapes of the 30 distractors; none resembles a class silhouette.
 _CLUTTER = (_blob, _rock, _stroke, _blob, _stroke, _dashes) * 5
 
 
@@ -201,10 +201,10 @@ def _grid(cells: int, half: float) -> tuple[Array, Array]:
 
 def _stamp_bank(silhouettes: Sequence[Sdf], cells: int) -> _Bank:
     """Return distance tables of silhouettes moved to their centroid and scaled to unit area."""
-    half, cell, tables, reach = 1.25, 2.5 / 256, [], []  # a rough grid finds area and centroid
+    half, cell, tables, reach = 1.25, 2.5 / 256, [], []  # a coarse grid finds area and centroid
     x, y = _grid(256, half)
 
-    def tilted(sdf: Sdf, x: Array, y: Array) -> Array:  # no edge along the cells, where it would snap to them
+    def tilted(sdf: Sdf, x: Array, y: Array) -> Array:  # an edge parallel to the grid would snap to its cells
         return sdf(0.96 * x - 0.28 * y, 0.28 * x + 0.96 * y)
 
     for sdf in silhouettes:
@@ -266,7 +266,7 @@ class _Tables:
     objects: _Bank
     clutter: _Bank
     textures: _Bank
-    grain: Array  # float32 [2 S, 2 S], white noise in [-1, 1): each image adds one S x S window
+    grain: Array  # float32 [2 S, 2 S], white noise in [-1, 1); each image adds one S x S window
 
 
 @functools.cache
@@ -281,21 +281,21 @@ def _tables(size: int) -> _Tables:
 
 @dataclass(frozen=True)
 class _Layers:
-    """Layers, one a row: silhouettes filled with a texture of two colours.
+    """Batch of layers, one per row: silhouettes filled with a texture of two colours.
 
     A frame (cx, cy, a, b, c, d) maps image points to table cells, counted from the table's centre:
     u = a (x - cx) + b (y - cy), v = c (x - cx) + d (y - cy).
     """
 
-    stamp: Array  # int64 [n]: which silhouette
+    stamp: Array  # int64 [n]: index of the silhouette
     stamp_frame: Array  # [n, 6]
     unit: Array  # [n]: sqrt(silhouette area), fraction of the image's side
-    edge: Array  # [n]: one over the width of a soft edge; one pixel is the narrowest
+    edge: Array  # [n]: inverse width of a soft edge; the minimum width is one pixel
     opacity: Array  # [n]: 0 = absent
-    texture: Array  # int64 [n]: which texture
+    texture: Array  # int64 [n]: index of the texture
     texture_frame: Array  # [n, 6]
     colour: Array  # [n, 3], 0..255
-    tone: Array  # [n, 3]: what a texture value of 1 adds to the colour
+    tone: Array  # [n, 3]: colour added by a texture value of 1
 
     def __getitem__(self, rows: slice | Array) -> "_Layers":
         return _Layers(**{name: getattr(self, name)[rows] for name in self.__dataclass_fields__})
@@ -303,10 +303,10 @@ class _Layers:
 
 @dataclass(frozen=True)
 class _Scene:
-    ground: _Layers  # 2 rows an image; the stamps of the second are textures
-    behind: _Layers  # _N_BEHIND rows an image
-    item: _Layers  # the object, one row an image; `stamp` is the label
-    front: _Layers  # _N_FRONT rows an image
+    ground: _Layers  # 2 rows per image; the stamps of the second are textures
+    behind: _Layers  # _N_BEHIND rows per image
+    item: _Layers  # the object, one row per image; `stamp` is the label
+    front: _Layers  # _N_FRONT rows per image
     light: Array  # [n, 5]: brightness slopes along x and y, strength of the grain and corner of its window
 
 
@@ -331,7 +331,7 @@ def _texture_frames(draw: _Draws, count: int, bank: _Bank) -> Array:
 
 
 def _layers(draw, tables, stamp, frame, unit, colour, tone, edge=MAX_IMAGE_SIZE, opacity=1.0) -> _Layers:
-    """Return the layers described, with random textures."""
+    """Return layers with the given properties and random textures."""
     count, like = len(stamp) // max(1, draw.n_images), np.ones_like(unit)
     texture, texture_frame = draw.choice(_N_TEXTURES, count), _texture_frames(draw, count, tables.textures)
     return _Layers(stamp, frame, unit, like * edge, like * opacity, texture, texture_frame, colour, tone)
@@ -346,7 +346,7 @@ def _draw_ground(draw: _Draws, tables: _Tables, luma: Array, hue: Array) -> _Lay
 
 
 def _draw_item(draw: _Draws, tables: _Tables, label: Array, luma: Array, hue: Array) -> _Layers:
-    """Draw the object, inside the image and unlike the background in brightness and hue; `stamp` is the label."""
+    """Draw the object inside the image, with brightness and hue unlike the background; `stamp` is the label."""
     bank = tables.objects
     unit = np.sqrt(draw(*_AREA))
     margin = _REACH * _STRETCH * unit
@@ -359,10 +359,10 @@ def _draw_item(draw: _Draws, tables: _Tables, label: Array, luma: Array, hue: Ar
 
 
 def _draw_clutter(draw: _Draws, tables: _Tables, item: _Layers, count: int, in_front: bool) -> _Layers:
-    """Draw `count` distractors an image, behind the object or in front of it.
+    """Draw `count` distractors per image, behind the object or in front of it.
 
-    Those in front hide at most _N_FRONT * _FRONT_AREA[1] of the object, and their offsets fill a disc that holds
-    every class silhouette: the area they hide has the same expectation for every class.
+    Distractors in front hide at most _N_FRONT * _FRONT_AREA[1] of the object. Their offsets fill a disc that contains
+    every class silhouette, so the expected hidden area is the same for every class.
     """
     bank = tables.clutter
     stamp = draw.choice(len(_CLUTTER), count)
@@ -397,10 +397,10 @@ def _draw_scene(seed: int, split: str, indices: Array, tables: _Tables) -> _Scen
 
 
 def _look_up(bank: _Bank, which: Array, frames: Array, size: int, side: int, corner: Array | int) -> Array:
-    """Read one table a row, through its frame, at the pixels of a window: float32 [n, side, side].
+    """Read the table of each row, through its frame, at the pixels of a window: float32 [n, side, side].
 
-    The window is side x side pixels of a size x size image from `corner` ([n, 2], left and top). Addresses
-    are exact 16.16 fixed point. Textures (no reach) repeat; stamps are clamped to their rim.
+    The window is side x side pixels of a size x size image, from `corner` ([n, 2], left and top). Addresses are exact
+    16.16 fixed point. Textures (no reach) repeat; stamps are clamped at their border.
     """
     x, y = ((corner + 0.5) / size - frames[:, :2]).T
     a, b, c, d = frames[:, 2:].T
@@ -454,7 +454,7 @@ def _blend(image: Array, alpha: Array, over: Array) -> None:
 
 
 def _render_clutter(image: Array, visible: Array, layers: _Layers, radius: float, tables: _Tables) -> None:
-    """Draw distractors, each in a window that holds `radius`, and clear `visible` under them."""
+    """Render distractors, each in a window that contains `radius`, and clear `visible` under them."""
     size = image.shape[-1]
     side = min(size, int(2.0 * radius * size) + 3)
     present = layers.opacity > 0.0
@@ -501,15 +501,15 @@ def _render(scene: _Scene, rows: range, size: int, tables: _Tables) -> tuple[Arr
 class ShapeScenes(torch.utils.data.Dataset):
     """Cluttered scenes with one object; the class is the object's silhouette, `CLASSES[label]`.
 
-    An index is the same picture in every instance, batch, process and machine. Labels are uniform over the classes.
-    One index at two image sizes is one scene at two resolutions.
+    An index gives the same image in every instance, batch, process and machine. Labels are uniform over the classes.
+    At two image sizes, an index gives the same scene in two resolutions.
 
     Args:
         num_samples: Length of the dataset, at least 1.
-        image_size: Side of the images in pixels, 16 to 512; from 32 on the silhouettes can be distinguished.
-        seed: 0 to 2**64 - 1; another seed is another dataset.
+        image_size: Side of the images in pixels, 16 to 512; silhouettes can be distinguished from 32 on.
+        seed: 0 to 2**64 - 1; each seed gives another data set.
         split: "train" or "val", disjoint random streams of one seed.
-        with_mask: True to return the mask of the visible object too.
+        with_mask: Also return the mask of the visible object.
 
     Example:
         >>> image, label, mask = ShapeScenes(100, image_size=32, with_mask=True)[7]
@@ -544,7 +544,7 @@ class ShapeScenes(torch.utils.data.Dataset):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[tuple]:
-        """Return `[self[i] for i in indices]`, drawn together and faster."""
+        """Return `[self[i] for i in indices]`, rendered together, which is faster."""
         checked = [operator.index(index) for index in indices]
         for index in checked:
             if not 0 <= index < self.num_samples:
