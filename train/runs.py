@@ -120,7 +120,7 @@ def run_weights(folder: Path, step: int | None = None) -> tuple[dict[str, Tensor
 
 def num_classes_of(weights: dict) -> int:
     """Return the number of classes in a state dict of a CRATE or timm model; 0 if it has no classifier."""
-    weights = unwrap_state_dict(weights)  # the demo checkpoint's `head` is behind mlp_head
+    weights = unwrap_state_dict(weights)  # renames the demo checkpoint's `head` to mlp_head.2
     heads = [name for name in weights if name.startswith(("mlp_head.", "head.", "fc.")) and name.endswith("weight")]
     matrices = [weights[name] for name in sorted(heads) if weights[name].dim() == 2]
     return matrices[-1].shape[0] if matrices else 0

@@ -254,7 +254,7 @@ class ShardSource(ArchiveSource):
                     continue
                 suffix = next((suffix for suffix in ("cls", "json") if suffix in parts), None)
                 if suffix is None:
-                    raise UserError(f"{path}: the image {key} has no label: put {key}.cls or {key}.json beside it")
+                    raise UserError(f"{path}: the image {key} has no label: put {key}.cls or {key}.json next to it")
                 label = _label(f"{path}: {key}", suffix, self._read(number, *parts[suffix]))
                 rows.append((number, *image, label))
         remarks = _about_links(links)

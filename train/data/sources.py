@@ -19,7 +19,7 @@ from torchvision import datasets as torchvision_datasets
 from crate_fast.errors import UserError, require
 from crate_fast.train.data.image_files import Unreadable, describe, find_images, read_image, to_rgb
 
-MOST_CLASSES = 10_000_000  # larger labels are errors in the data: no memory holds a classifier for them
+MOST_CLASSES = 10_000_000  # larger labels are errors in the data: their classifier would not fit in memory
 TORCHVISION = {  # name → (class, argument that names the split, its value for training, for validation)
     "cifar10": ("CIFAR10", "train", True, False),
     "cifar100": ("CIFAR100", "train", True, False),
