@@ -183,7 +183,7 @@ def test_a_run_with_a_cut_checkpoint_stops_with_the_remedy(finished, tmp_path, r
     path = folder / "checkpoints" / "step_00000012" / "model.safetensors"
     path.write_bytes(path.read_bytes()[:1000])
     words = [*TINY, *OPTIONS, "--output", str(folder), "--resume"]
-    refuses("model.safetensors is damaged: 1000 bytes.*step_00000006 is intact: delete", pretrain.main, words)
+    refuses("model.safetensors is damaged: it has 1000 bytes.*step_00000006 is intact: delete", pretrain.main, words)
 
 
 @pytest.mark.parametrize(
