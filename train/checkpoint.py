@@ -297,7 +297,7 @@ def _launcher() -> str:
 
 
 class RunFolder:
-    """Folder of a run: checkpoints, logs and lock. `data_facts` (image counts, classes) must stay the same."""
+    """Folder of a run: checkpoints, logs and lock. A resumed run must have the same `data_facts`."""
 
     def __init__(self, folder: Path, config: TrainConfig, data_facts: dict, processes: Processes):
         self.folder, self.config, self.data_facts, self.processes = folder, config, data_facts, processes

@@ -1,4 +1,4 @@
-"""Settings of a training run, in a frozen dataclass. A recipe overrides its defaults, the command line the recipe.
+"""Settings of a training run, in a frozen dataclass. Recipes override defaults; the command line overrides recipes.
 
 The docstring of a field is its `--help` text. An unknown key raises an error that suggests the nearest one.
 """
@@ -55,7 +55,7 @@ class TrainConfig:
 
     # --- data
     dataset: Literal["shape_scenes", "folder", "tar", "shards", "hf", Torchvision] = "shape_scenes"
-    """Data set: shape_scenes (made on the fly); folder or tar (class folders); shards (WebDataset); hf (Hugging Face
+    """Data set: shape_scenes (generated); folder or tar (class folders); shards (WebDataset); hf (Hugging Face
     datasets); cifar10, cifar100, flowers102 or pets (torchvision)."""
     data_dir: str = ""
     """Folder of the data set. folder: one folder per split; tar: <split>.tar; shards: <split>*.tar or <split>/*.tar;
@@ -73,7 +73,7 @@ class TrainConfig:
     image_size: Count = 64
     """Height and width of the images, in pixels."""
     crop: Literal["none", "pad", "random", "center"] = "none"
-    """Training crop: none; pad (random position, with a border of 4 pixels in 32); random (scale and aspect ratio);
+    """Training crop: none; pad (random position, with padding of 1/8 of the size); random (scale and aspect ratio);
     center."""
     crop_scale: Share = 0.08
     """Smallest fraction of the image's area that crop=random keeps."""
@@ -81,7 +81,7 @@ class TrainConfig:
     """Probability of a horizontal flip in training."""
     auto_augment: str = ""
     """timm's policy string, such as rand-m9-n2-mstd0.5; none when empty. randaugment-n2-m14 is torchvision's
-    RandAugment(2, 14), whose magnitudes go to 30 (timm's to 10)."""
+    RandAugment(2, 14), with magnitudes up to 30 (timm: 10)."""
     repeats: Count = 1
     """Copies of an image in a batch, each augmented differently (repeated augmentation). An epoch keeps its length
     and shows fewer different images."""
@@ -90,8 +90,8 @@ class TrainConfig:
     mixup: Amount = 0.0
     """α of mixup, which blends pairs of training images and their labels; 0 turns it off."""
     cutmix: Amount = 0.0
-    """α of CutMix, which pastes a rectangle of one image into another; 0 turns it off. With mixup on as well, each
-    batch gets one of the two."""
+    """α of CutMix, which pastes a rectangle of one image into another; 0 turns it off. If mixup is on too, each
+    batch uses one of the two."""
     mixup_prob: Share = 1.0
     """Probability that mixup or CutMix is applied to a micro-batch."""
     mean: Literal["imagenet", "cifar10", "half"] = "imagenet"
@@ -129,9 +129,9 @@ class TrainConfig:
     residual: str | None = None
     """Residual form: released, x + MSSA(LN(x)); paper, LN(x) + MSSA(LN(x))."""
     attention: str | None = None
-    """Attention: mssa, or mhsa for the ablation."""
+    """Attention: mssa, or mhsa (ablation)."""
     sparsifier: str | None = None
-    """Second half of a layer: ista; odl, CRATE-α's; or mlp for the ablation."""
+    """Second half of a layer: ista, odl (CRATE-α) or mlp (ablation)."""
     odl_ratio: int | None = None
     """Number of atoms in ODL's dictionary, as a multiple of the token width."""
     odl_steps: int | None = None
@@ -367,7 +367,7 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--output", help="folder of the run (default: runs/<recipe>-<date>)")
     add("--resume", action="store_true", help="continue from the newest checkpoint in --output")
-    add("--dry-run", action="store_true", help="train two steps, save and load a checkpoint, and delete all files")
+    add("--dry-run", action="store_true", help="test the run: two steps, then save and load, in a temporary folder")
 
 
 def _check_transforms(values: dict, given: dict) -> dict:

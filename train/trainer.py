@@ -167,7 +167,7 @@ class Trainer:
         """Train to the last step. If a signal arrives, save and return False."""
         config, left = self.config, self.total_steps - self.step
         loader = train_loader(config, self.data.train, first_step=self.step, **self.shares)
-        batches = iter(loader if left else ())  # before the steps, which seed the generator that it uses
+        batches = iter(loader if left else ())  # before the steps: they seed the generator that it uses
         profile = profiler(self.run.folder / "profile", config.profile, left, self.processes)
         with self._progress_bar() as bar, profile:
             while True:
