@@ -1,6 +1,7 @@
 """Fine-tuning and linear probing: what is taken over, what is replaced, what is refused."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import timm
@@ -13,7 +14,7 @@ from crate_fast import CRATE, CRATEMAE
 from crate_fast.errors import UserError
 from crate_fast.eval.common.models import open_model
 from crate_fast.train import finetune, linear_probe, pretrain
-from crate_fast.train.config import TrainConfig, build_config, load_recipe
+from crate_fast.train.config import TrainConfig, build_config, dump_config, load_recipe
 from crate_fast.train.optimizer import build_optimizer
 from crate_fast.train.runs import build_model, load_initial, load_model, num_classes_of, run_config
 
@@ -63,6 +64,22 @@ def test_the_command_line_wins_over_the_run(source):
         [*SCENES, "--init", str(source), "--dim", "64"], "", "shape_scenes", adjust=finetune.inheriting
     )
     assert (config.dim, config.depth) == (64, 2)
+
+
+def test_a_recipe_may_name_the_run(source, tmp_path):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(f"init: {source}\nhead: new\n")
+    config, _ = build_config([], "", str(recipe), adjust=finetune.inheriting)
+    known = run_config(source)
+    assert (config.model, config.dim, config.depth, config.heads) == (
+        known.model,
+        known.dim,
+        known.depth,
+        known.heads,
+    )
+    (tmp_path / "config.yaml").write_text(dump_config(replace(config, dim=48)))  # of a run: its own settings count
+    again, _ = build_config([], "", str(tmp_path / "config.yaml"), adjust=finetune.inheriting)
+    assert again == replace(config, dim=48)
 
 
 def test_without_a_checkpoint_to_start_from_it_says_so(capsys, tmp_path, source):

@@ -26,7 +26,7 @@ def inheriting(values: dict, chosen: dict) -> dict:
     init = (values | chosen).get("init", "")
     if not init:
         raise UserError("initial weights are missing: pass --init with a run's folder or a weights file")
-    if "init" in values:  # the config.yaml of a run, which is complete
+    if values.keys() >= {"init", "model", "patch_size", "dim", "depth", "heads", "mean"}:  # a run's config.yaml
         return values | chosen
     gone = not any(Path(path).exists() for path in (init, init.rpartition("@")[0] or init))
     run = None if gone else initial_run(init)  # a resumed run does not need it; a new run reports it later
