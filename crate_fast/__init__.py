@@ -1,4 +1,4 @@
-"""CRATE, the white-box vision transformer: fast, complete, and open to inspection.
+"""Fast implementation of CRATE, the white-box vision transformer.
 
 >>> import torch
 >>> from crate_fast import CRATE
@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 SPIN_COUNT = 10000
 
-# OpenMP's threads spin at every barrier, which stalls all beside another process (benchmarks/results/busy_cpu.md).
-# OpenMP reads this when PyTorch is imported; a choice of the user's stands.
+# OpenMP threads spin at every barrier, which is slow on a CPU that other processes use too
+# (benchmarks/results/busy_cpu.md). OpenMP reads the variable at PyTorch's import. A value set by the user is kept.
 if "torch" not in sys.modules and not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
     os.environ["GOMP_SPINCOUNT"] = str(SPIN_COUNT)
 
-# `crate-fast` itself waits with torch and timm until a command needs them: `--help` answers at once.
+# The `crate-fast` command imports torch and timm only when needed, so that `--help` is immediate.
 _IS_COMMAND = Path(sys.argv[0]).stem == "crate-fast" or "-m crate_fast.cli" in " ".join(sys.orig_argv)
 
 if TYPE_CHECKING or not _IS_COMMAND:

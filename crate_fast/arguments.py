@@ -1,4 +1,4 @@
-"""Checks of arguments and images, and arguments under two names: the released CRATE's and timm's."""
+"""Checks of arguments and images, and the argument names of the released code and of timm."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from crate_fast.errors import UserError
 
-TIMM_NAMES = {  # timm's name of an argument: the released CRATE's
+TIMM_NAMES = {  # timm's name: name in the released code
     "img_size": "image_size",
     "in_chans": "channels",
     "embed_dim": "dim",
@@ -16,11 +16,11 @@ TIMM_NAMES = {  # timm's name of an argument: the released CRATE's
     "global_pool": "pool",
     "pos_drop_rate": "emb_dropout",
 }
-TIMM_POOLS = {"token": "cls"}  # timm's word: ours; "avg" and "" are the same word
+TIMM_POOLS = {"token": "cls"}  # timm's value: ours; "avg" and "" are equal in both
 
 
 def size_pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
-    """Return the argument `name` as (height, width) in pixels; a ValueError if it is neither one number nor two."""
+    """Return the argument `name` as (height, width) in pixels; raise a UserError unless it is one number or two."""
     pair = (value, value) if isinstance(value, int) else tuple(value)
     if len(pair) != 2 or not all(isinstance(side, int) and side > 0 for side in pair):
         raise UserError(f"{name}={value!r}: give one positive integer, or two as (height, width), in pixels")
@@ -37,7 +37,7 @@ def rename_arguments(arguments: dict[str, Any], names: dict[str, str]) -> dict[s
     """Return keyword arguments under one set of names.
 
     Args:
-        arguments: Under either name; a renamed argument that is None counts as absent.
+        arguments: Keyword arguments under either name. None counts as absent for the names in `names`.
         names: The other name → the name in the result.
 
     Raises:
@@ -51,7 +51,7 @@ def rename_arguments(arguments: dict[str, Any], names: dict[str, str]) -> dict[s
         if name in renamed and _plain(renamed[name]) != _plain(value):
             other = next(other for other, own in names.items() if own == name)
             raise UserError(
-                f"{name}={arguments[name]!r} and {other}={arguments[other]!r} name one argument: give one of the two"
+                f"{name}={arguments[name]!r} and {other}={arguments[other]!r} are the same argument: pass only one"
             )
         renamed[name] = value
     return renamed
@@ -59,12 +59,12 @@ def rename_arguments(arguments: dict[str, Any], names: dict[str, str]) -> dict[s
 
 def _plain(value: Any) -> Any:
     if isinstance(value, int):
-        return (value, value)  # as a size in pixels
+        return (value, value)  # a size in pixels
     return tuple(value) if isinstance(value, list) else TIMM_POOLS.get(value, value)
 
 
 def takes_names(names: dict[str, str]) -> Callable:
-    """Decorate a constructor: it accepts its arguments under other names too (see `rename_arguments`)."""
+    """Return a decorator: the constructor also accepts arguments under other names (see `rename_arguments`)."""
 
     def decorate(init: Callable) -> Callable:
         @functools.wraps(init)
@@ -80,37 +80,37 @@ def head_width(dim: int, heads: int) -> int:
     """Return dim / heads.
 
     Raises:
-        UserError: It is no integer.
+        UserError: `heads` does not divide `dim`.
     """
     check_positive(dim=dim, heads=heads)
     if dim % heads:
-        raise UserError(f"heads={heads} does not divide dim={dim}: choose another number of heads, or give dim_head")
+        raise UserError(f"heads={heads} does not divide dim={dim}: choose another number of heads or pass dim_head")
     return dim // heads
 
 
 def check_rates(**rates: float) -> None:
-    """Raise a UserError unless all are probabilities below 1."""
+    """Raise a UserError unless all values are at least 0 and below 1."""
     for name, rate in rates.items():
         if not isinstance(rate, int | float) or not 0 <= rate < 1:
-            raise UserError(f"{name}={rate!r}: give a probability of at least 0, and below 1")
+            raise UserError(f"{name}={rate!r}: give a probability of at least 0 and below 1")
 
 
 def check_not_negative(**values: float) -> None:
-    """Raise a UserError unless all are at least 0."""
+    """Raise a UserError unless all values are at least 0."""
     for name, value in values.items():
         if not value >= 0:
             raise UserError(f"{name}={value}: it must be at least 0")
 
 
 def check_positive(**sizes: int) -> None:
-    """Raise a UserError unless all are positive integers."""
+    """Raise a UserError unless all values are positive integers."""
     for name, size in sizes.items():
         if not isinstance(size, int) or size <= 0:
             raise UserError(f"{name}={size!r}: give a positive integer")
 
 
 def patch_grid(image_size: tuple[int, int], patch_size: tuple[int, int]) -> tuple[int, int]:
-    """Return rows and columns of patches; a ValueError if the patch size does not divide the image size."""
+    """Return the rows and columns of patches; raise a UserError if the patch size does not divide the image size."""
     if image_size[0] % patch_size[0] or image_size[1] % patch_size[1]:
         raise UserError(
             f"image size {image_size} is not a multiple of the patch size {patch_size}: "
@@ -120,7 +120,7 @@ def patch_grid(image_size: tuple[int, int], patch_size: tuple[int, int]) -> tupl
 
 
 def check_floating(images: Tensor) -> None:
-    """Raise a UserError unless images are a floating-point tensor."""
+    """Raise a UserError unless `images` is a floating-point tensor."""
     if not isinstance(images, Tensor) or not images.is_floating_point():
         kind = images.dtype if isinstance(images, Tensor) else f"a {type(images).__name__}"
         raise UserError(f"images are {kind}: pass a floating-point tensor; scale bytes by images.float() / 255 first")

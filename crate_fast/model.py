@@ -1,4 +1,4 @@
-"""CRATE: the released constructor, timm's model contract, and the sizes of both papers."""
+"""The CRATE model: the released constructor, timm's model API, and the model sizes of the papers."""
 
 import operator
 from collections.abc import Sequence
@@ -34,24 +34,24 @@ _POOLS = ("cls", "mean", "avg", "")
 
 
 def _specific_rate(name: str, rate: float | None, dropout: float) -> float:
-    """Return a rate that `dropout` sets too."""
+    """Return the value of a rate that `dropout` also sets."""
     if rate is not None and dropout and rate != dropout:
         raise UserError(
-            f"dropout={dropout} and {name}={rate}: dropout sets attn_drop_rate and proj_drop_rate; give those alone"
+            f"dropout={dropout} and {name}={rate}: dropout sets both attn_drop_rate and proj_drop_rate; omit it"
         )
     return dropout if rate is None else rate
 
 
 def _plain_size(size: tuple[int, int]) -> list[int]:
-    # torch.compile cannot differentiate a bicubic resampling of symbolic size: `index` makes it a plain number there
-    if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript leaves out what stands behind this alone
+    # torch.compile cannot differentiate bicubic resampling to a symbolic size: `index` makes the size concrete
+    if not torch.jit.is_scripting():  # noqa: SIM102  (TorchScript skips a branch with this condition only)
         if torch.is_grad_enabled() and not being_written():
             return [operator.index(side) for side in size]
     return [size[0], size[1]]
 
 
 def resample_positions(positions: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
-    """Return positions [1, 1 + rows·columns, C] of one grid for another, bicubically; CLS keeps its own."""
+    """Resample positions [1, 1 + rows·columns, C] from grid `old` to `new` (bicubic); the CLS position is kept."""
     prefix, patches = positions[:, :1], positions[:, 1:]
     patches = patches if patches.dtype == torch.float64 else patches.float()
     patches = patches.transpose(1, 2).unflatten(-1, old)
@@ -60,11 +60,11 @@ def resample_positions(positions: Tensor, old: tuple[int, int], new: tuple[int, 
 
 
 def pool_tokens(tokens: Tensor, pool: str) -> Tensor:
-    """Pool tokens [B, N, C], CLS first, for the head: [B, C], or the tokens themselves for pool="".
+    """Pool tokens [B, N, C], CLS first, to [B, C] for the head; return them unchanged for pool="".
 
     Args:
-        tokens: Of the last layer.
-        pool: "cls"; "mean" of all tokens, CLS included; "avg" of the patches, as timm's; "" for no pooling.
+        tokens: Output of the last layer.
+        pool: "cls"; "mean" over all tokens with CLS; "avg" over the patches, as in timm; "" for no pooling.
     """
     if pool == "cls":
         return tokens[:, 0]
@@ -73,14 +73,14 @@ def pool_tokens(tokens: Tensor, pool: str) -> Tensor:
     return tokens[:, 1:].mean(dim=1) if pool == "avg" else tokens
 
 
-# What depends on the size of the images is a function here: one node of `torch.fx`'s graphs, which knows the size.
+# Code that depends on the image size is in wrapped functions: `torch.fx` records each call as one node.
 
 
 @torch.fx.wrap
 def check_images(
     images: Tensor, channels: int, patch_size: tuple[int, int], image_size: tuple[int, int], any_size: bool
 ) -> None:
-    """Raise a UserError unless the model takes these images; unchecked in TorchScript."""
+    """Raise a UserError unless the model accepts these images. TorchScript skips the check."""
     if not torch.jit.is_scripting():
         with without_tracer_warnings():
             check_floating(images)
@@ -100,9 +100,9 @@ def check_images(
 def positions_for(
     images: Tensor, positions: Tensor, patch_size: tuple[int, int], native_grid: tuple[int, int]
 ) -> Tensor:
-    """Return positions [1, 1 + rows·columns, C] for images of any size, from those of `native_grid`.
+    """Return positions [1, 1 + rows·columns, C] for images of any size, resampled from `native_grid`.
 
-    A graph that is written resamples them at every size: it cannot ask whether this one is the native.
+    Traced and exported graphs resample at every size, because they cannot branch on the size.
     """
     grid = (images.shape[2] // patch_size[0], images.shape[3] // patch_size[1])
     if not being_written() and grid == native_grid:
@@ -111,56 +111,56 @@ def positions_for(
 
 
 class CRATE(nn.Module):
-    """The white-box vision transformer: a layer compresses the tokens against subspaces, then sparsifies them.
+    """White-box vision transformer. Each layer compresses the tokens against subspaces, then sparsifies them.
 
     x₀ = [CLS; patches] + positions; x_{l+1} = ISTA(LN(h)), h = x_l + MSSA(LN(x_l)); logits = head(pool(x_L)).
 
-    Keywords, parameter names and values are those of the released code, so released state dicts load strictly
-    (`crate_fast.checkpoints` unwraps files). Different from it: `mlp_dim` may be left out, positions are interpolated
-    for other image sizes without touching the parameter, and everything below `ista` is new. timm's names are
-    accepted too: `img_size`, `in_chans`, `embed_dim`, `num_heads`, `global_pool` ("token", "avg" or "") and
+    Keyword arguments, parameter names and outputs are those of the released code, and its state dicts load strictly
+    (`crate_fast.checkpoints` unwraps files). Differences: `mlp_dim` is optional, other image sizes interpolate the
+    positions without changing the parameter, and the arguments after `ista` are new. timm's names are also
+    accepted: `img_size`, `in_chans`, `embed_dim`, `num_heads`, `global_pool` ("token", "avg" or "") and
     `pos_drop_rate`.
 
     Args:
-        image_size: Height and width of the input in pixels, one number or two.
-        patch_size: Height and width of a patch in pixels, one number or two; divides `image_size`.
-        num_classes: Size of the head; 0 for none.
+        image_size: Height and width of the input in pixels, as one number or two.
+        patch_size: Height and width of a patch in pixels, as one number or two; must divide `image_size`.
+        num_classes: Number of classes; 0 for no classifier.
         dim: Token width C.
         depth: Number of layers.
-        heads: H.
-        mlp_dim: Hidden width of the MLP, 4·dim when None; only `sparsifier="mlp"` has one.
-        pool: "cls", "mean" (over all tokens, CLS included), "avg" (over the patches, as timm's) or "" (no pooling:
-            the head reads each token).
-        channels: Of the image.
+        heads: Number of heads H.
+        mlp_dim: Hidden width of the MLP of `sparsifier="mlp"`; 4·dim if None.
+        pool: "cls", "mean" (over all tokens with CLS), "avg" (over the patches, as in timm) or "" (no pooling: the
+            head is applied to each token).
+        channels: Number of image channels.
         dim_head: Subspace dimension D of a head.
-        dropout: On attention weights, attention outputs and inside the MLP: `attn_drop_rate` and `proj_drop_rate`.
-        emb_dropout: On the embedded tokens.
+        dropout: Value of both `attn_drop_rate` and `proj_drop_rate`, as in the released code.
+        emb_dropout: Dropout rate of the embedded tokens.
         ista: Step size η.
-        sparsity: λ; the released code fixes 0.1.
+        sparsity: Sparsity weight λ; the released code fixes 0.1.
         residual: "released" or "paper" (see `layers.Layer`).
         attention: "mssa", or "mhsa" for the ablation CRATE-MHSA.
-        sparsifier: "ista"; "odl", CRATE-α's; "mlp" for the ablation CRATE-MLP. With MHSA and MLP a layer is ViT's.
+        sparsifier: "ista", "odl" (CRATE-α) or "mlp" (ablation CRATE-MLP). MHSA with MLP is the layer of a ViT.
         threshold: "relu", or "soft" for the variant with soft thresholding.
-        head_hidden: A Linear(dim, dim) before the classifier, as the emergence paper's demo checkpoint has.
-        embed_norm: LayerNorms before and behind the patch projection; the encoders of CRATE-MAE have none.
+        head_hidden: Add a Linear(dim, dim) before the classifier, as in the emergence paper's demo checkpoint.
+        embed_norm: Use LayerNorms before and after the patch projection; the encoders of CRATE-MAE have none.
         norm_eps: ε of the head's LayerNorm; 1e-6 in the encoders of CRATE-MAE.
         layer_eps: ε of the layers' LayerNorms; 1e-6 in CRATE-α.
-        output_bias: Whether attention's output map has a bias; CRATE-α's has none.
-        odl_ratio: Atoms of ODL's dictionary over `dim`.
-        odl_steps: Its ISTA steps, 1 or 2.
-        odl_tied: Decode with the dictionary itself, not with a second one.
-        odl_residual: h + ODL(LN h) instead of ODL(LN h).
-        dynamic_img_size: Accept any image that the patch size divides; else only `image_size`.
-        drop_rate: Dropout in front of the classifier.
-        attn_drop_rate: Dropout on attention weights.
-        proj_drop_rate: Dropout on attention outputs and inside the MLP; ISTA has none.
-        drop_path_rate: Stochastic depth of the last layer; the rates of the layers grow linearly from 0. A dropped
-            step leaves a sample's tokens unchanged (see `layers.Layer`).
+        output_bias: Add a bias to the output projection of attention; CRATE-α has none.
+        odl_ratio: Number of atoms of ODL's dictionary, as a multiple of `dim`.
+        odl_steps: Number of ISTA steps of ODL, 1 or 2.
+        odl_tied: Decode with the dictionary itself instead of a second one.
+        odl_residual: Compute h + ODL(LN h) instead of ODL(LN h).
+        dynamic_img_size: Accept all image sizes that are multiples of the patch size; else only `image_size`.
+        drop_rate: Dropout rate before the classifier.
+        attn_drop_rate: Dropout rate of attention weights.
+        proj_drop_rate: Dropout rate of attention outputs and inside the MLP; ISTA has no dropout.
+        drop_path_rate: Stochastic depth rate of the last layer; the rate grows linearly from 0 at the first layer. A
+            dropped step leaves the tokens of a sample unchanged (see `layers.Layer`).
         backend: "auto", "triton" or "torch" for the fused operators (`crate_fast.backends`).
-        device, dtype: Of the parameters.
+        device, dtype: Device and dtype of the parameters.
 
     Raises:
-        UserError: An argument is out of range or misspelt; the message names it and the choices.
+        UserError: An argument is out of range or not a valid choice; the message names it and the choices.
 
     >>> model = CRATE(image_size=32, patch_size=4, num_classes=10, dim=48, depth=2, heads=3, dim_head=16)
     >>> model(torch.zeros(2, 3, 32, 32)).shape
@@ -168,7 +168,7 @@ class CRATE(nn.Module):
     """
 
     num_prefix_tokens = 1
-    __jit_unused_properties__ = ("grid_size",)  # TorchScript would compile it
+    __jit_unused_properties__ = ("grid_size",)  # TorchScript must not compile it
 
     @takes_names(TIMM_NAMES)
     def __init__(
@@ -217,7 +217,7 @@ class CRATE(nn.Module):
         check_choice("sparsifier", sparsifier, ("ista", "odl", "mlp"))
         check_choice("threshold", threshold, THRESHOLDS)
         if sparsifier == "odl" and threshold != "relu":
-            raise UserError(f"threshold={threshold!r}: ODL's codes are not negative; leave it at 'relu'")
+            raise UserError(f"threshold={threshold!r}: ODL has non-negative codes; use 'relu'")
         if odl_steps not in (1, 2):
             raise UserError(f"odl_steps={odl_steps!r}: give 1 or 2")
         check_choice("backend", backend, BACKENDS)
@@ -227,7 +227,7 @@ class CRATE(nn.Module):
         check_rates(attn_drop_rate=attn_drop_rate, proj_drop_rate=mlp_drop_rate)
         self.patch_size = size_pair("patch_size", patch_size)
         self.image_size = size_pair("image_size", image_size)
-        self.native_grid = patch_grid(self.image_size, self.patch_size)  # the grid that pos_embedding was made for
+        self.native_grid = patch_grid(self.image_size, self.patch_size)  # grid of pos_embedding
         self.channels = self.in_chans = channels
         self.head_hidden, self.embed_norm = head_hidden, embed_norm
         self.dynamic_img_size = dynamic_img_size
@@ -258,7 +258,7 @@ class CRATE(nn.Module):
 
         def layer(index: int) -> Layer:
             rates = {"dropout": attn_drop_rate, "proj_dropout": proj_drop_rate}
-            sparsify = sparse()  # drawn before attention's weights
+            sparsify = sparse()  # first, to keep the order of random draws
             attend = attention_class(dim, heads, dim_head, backend=backend, output_bias=output_bias, **rates, **place)
             drop_path = drop_path_rate * index / max(1, depth - 1)
             parts = (PreNorm(dim, part, drop_path, eps=layer_eps, **place) for part in (attend, sparsify))
@@ -278,25 +278,25 @@ class CRATE(nn.Module):
 
     @property
     def grid_size(self) -> tuple[int, int]:
-        """Return rows and columns of patches at the current image size."""
+        """Return the rows and columns of patches at the current image size."""
         return patch_grid(self.image_size, self.patch_size)
 
     def set_input_size(self, img_size: int | Sequence[int] | None = None, patch_size=None) -> None:
-        """Expect images of another size from now on.
+        """Set the image size that the model expects.
 
-        Unlike timm's models the position embedding keeps its own grid and is interpolated in every forward pass, so
-        going to 480 pixels and back loses nothing and checkpoints keep their shapes.
+        Unlike in timm, the position embedding keeps its own grid and is interpolated in every forward pass. A change
+        to 480 pixels and back loses nothing, and checkpoints keep their shapes.
 
         Args:
-            img_size: New height and width in pixels; unchanged when None.
-            patch_size: Only the present one (or None): the patch embedding cannot be resampled.
+            img_size: New height and width in pixels; unchanged if None.
+            patch_size: The current patch size or None: the patch embedding cannot be resampled.
 
         Raises:
-            UserError: The patch size does not divide the new size, or is to change.
+            UserError: `img_size` is not a multiple of the patch size, or `patch_size` is not the current one.
         """
         if patch_size is not None and size_pair("patch_size", patch_size) != self.patch_size:
             raise UserError(
-                f"patch_size={patch_size}: this model's is {self.patch_size}; build a new model for another"
+                f"patch_size={patch_size}: this model has {self.patch_size}; build a new model for another patch size"
             )
         if img_size is not None:
             size = size_pair("img_size", img_size)
@@ -304,13 +304,13 @@ class CRATE(nn.Module):
             self.image_size = size
 
     def position_embedding(self, grid: tuple[int, int]) -> Tensor:
-        """Return positions [1, 1 + rows·columns, C] for a grid of patches: the parameter, resampled where needed."""
+        """Return positions [1, 1 + rows·columns, C] for a grid of patches, resampled if the grid is not native."""
         if grid == self.native_grid:
             return self.pos_embedding
         return resample_positions(self.pos_embedding, self.native_grid, grid)
 
     def embed(self, images: Tensor) -> Tensor:
-        """Images [B, channels, height, width] → the first layer's tokens [B, 1 + patches, C], CLS first."""
+        """Embed images [B, channels, height, width] as tokens [B, 1 + patches, C], CLS first."""
         check_images(images, self.channels, self.patch_size, self.image_size, self.dynamic_img_size)
         patches = self.to_patch_embedding(images)
         tokens = torch.cat([self.cls_token.expand(images.shape[0], -1, -1).to(patches.dtype), patches], dim=1)
@@ -325,11 +325,11 @@ class CRATE(nn.Module):
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if hasattr(destination, "_metadata"):  # torch.save keeps it: 4×4 and 2×8 positions have one shape
+        if hasattr(destination, "_metadata"):  # saved by torch.save; the shape alone cannot tell 4×4 from 2×8
             destination._metadata[prefix[:-1]]["grid"] = self.native_grid
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
-        # timm's checkpoint_path calls load_state_dict with what the file held, without any filter
+        # timm's checkpoint_path passes the contents of the file to load_state_dict without a filter
         mine = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
         if is_wrapped(mine):
             for key in mine:
@@ -341,31 +341,31 @@ class CRATE(nn.Module):
         if positions is not None and positions.shape == self.pos_embedding.shape and tuple(grid) != self.native_grid:
             own = self.native_grid
             errors.append(
-                f"{prefix}pos_embedding is of a {grid[0]}×{grid[1]} grid and the model's of {own[0]}×{own[1]}: "
+                f"{prefix}pos_embedding has a grid of {grid[0]}×{grid[1]} and the model has {own[0]}×{own[1]}: "
                 "resample it with crate_fast.checkpoints.adapt_state_dict"
             )
         if not self.head_hidden and {"mlp_head.1.weight", "mlp_head.2.weight"} <= mine.keys():
             errors.append(
-                "the classifier of these weights has a hidden layer: build the model with head_hidden=True, and for "
-                "the emergence paper's demo checkpoint with heads=6 too"
+                "the classifier of these weights has a hidden layer: build the model with head_hidden=True (and "
+                "heads=6 for the emergence paper's demo checkpoint)"
             )
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
 
-    # --- timm's model contract --------------------------------------------------------------------------------
+    # --- timm's model API -------------------------------------------------------------------------------------
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images [B, channels, height, width] → logits [B, num_classes]; features [B, C] without a classifier.
+        """Return logits [B, num_classes] of images [B, channels, height, width]; features [B, C] if num_classes=0.
 
-        Without pooling these are [B, 1 + patches, num_classes] and [B, 1 + patches, C].
+        Without pooling the shapes are [B, 1 + patches, num_classes] and [B, 1 + patches, C].
         """
         return self.forward_head(self.forward_features(images))
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """Images → the last layer's tokens [B, 1 + patches, C], before pooling and the head's LayerNorm."""
+        """Return the last layer's tokens [B, 1 + patches, C], before pooling and the head's LayerNorm."""
         return self.transformer(self.embed(images))
 
     def forward_head(self, tokens: Tensor, pre_logits: bool = False) -> Tensor:
-        """Tokens [B, N, C] → logits, or with `pre_logits` the features that the classifier reads."""
+        """Return the logits of tokens [B, N, C], or with `pre_logits` the input of the classifier."""
         features = self.mlp_head[0](pool_tokens(tokens, self.pool))
         if self.head_hidden:
             features = self.mlp_head[1](features)
@@ -383,25 +383,25 @@ class CRATE(nn.Module):
         intermediates_only: bool = False,
         output_dict: bool = False,
     ) -> list | tuple[Tensor, list] | dict:
-        """Return the outputs of chosen layers (timm's interface).
+        """Return the outputs of chosen layers (timm's API).
 
         Args:
             x: Images [B, channels, height, width].
-            indices: The last n layers if an integer, these layers if a sequence, all if None; in the model's order.
+            indices: An integer n for the last n layers, a sequence of layers, or None for all; in layer order.
             return_prefix_tokens: Pair each intermediate with its CLS token [B, 1, C].
             norm: Apply the head's LayerNorm to each intermediate.
-            stop_early: Do not run the layers after the last one asked for.
+            stop_early: Skip the layers after the last requested one.
             output_fmt: "NCHW" for [B, C, rows, columns] or "NLC" for [B, patches, C].
             intermediates_only: Return only the list.
-            output_dict: Return a dictionary with "image_intermediates", and where asked for
+            output_dict: Return a dictionary with "image_intermediates" and, if requested,
                 "image_intermediates_prefix" and "image_features".
 
         Returns:
-            (last tokens run, list of intermediates), the list alone, or the dictionary.
+            (tokens of the last layer run, list of intermediates), only the list, or the dictionary.
         """
         check_choice("output_fmt", output_fmt, ("NCHW", "NLC"))
         take, last = feature_take_indices(self.transformer.depth, indices)
-        take = sorted(set(take))  # as timm's models and DINO return them
+        take = sorted(set(take))  # in layer order, as in timm and DINO
         taps: dict[int, Tensor] = dict.fromkeys(take)
         tokens = self.transformer(self.embed(x), taps, last if stop_early else None)
         features = [self.mlp_head[0](taps[i]) if norm else taps[i] for i in take]
@@ -426,7 +426,7 @@ class CRATE(nn.Module):
         return_prefix_tokens: bool = False,
         norm: bool = False,
     ) -> list:
-        """`forward_intermediates` under DINO's name: the last n layers, or those listed, as [B, patches, C]."""
+        """Return the last n or the listed layers as [B, patches, C] (DINO's name for `forward_intermediates`)."""
         return self.forward_intermediates(
             x,
             n,
@@ -439,7 +439,7 @@ class CRATE(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drop the layers after the last one asked for, and the head; returns the indices kept."""
+        """Remove the layers after the last requested one, and the head; return the requested indices."""
         take, last = feature_take_indices(self.transformer.depth, indices)
         self.transformer.layers = self.transformer.layers[: last + 1]
         if prune_head:
@@ -456,11 +456,11 @@ class CRATE(nn.Module):
         """Replace the classifier; the head's LayerNorm and hidden layer stay.
 
         Args:
-            num_classes: Its outputs; 0 for none.
-            global_pool: "cls" (timm's "token"), "mean", "avg" or "" (see `CRATE`'s `pool`); unchanged when None.
+            num_classes: Number of classes; 0 for no classifier.
+            global_pool: "cls" (timm's "token"), "mean", "avg" or "" (see `pool` of `CRATE`); unchanged if None.
         """
         if not isinstance(num_classes, int) or num_classes < 0:
-            raise UserError(f"num_classes={num_classes!r}: give 0 for no head, or a positive integer")
+            raise UserError(f"num_classes={num_classes!r}: give a positive integer, or 0 for no classifier")
         if global_pool is not None:
             pool = TIMM_POOLS.get(global_pool, global_pool)
             check_choice("pool", pool, _POOLS)
@@ -475,7 +475,7 @@ class CRATE(nn.Module):
         self.transformer.grad_checkpointing = enable
 
     def no_weight_decay(self) -> set[str]:
-        """Return the parameters, besides one-dimensional ones, that timm's optimizer factory does not decay."""
+        """Return the parameters, in addition to one-dimensional ones, without weight decay in timm's optimizers."""
         return {"pos_embedding", "cls_token"}
 
     def group_matcher(self, coarse: bool = False) -> dict:

@@ -159,7 +159,7 @@ def test_loading_strictly_takes_no_positions_of_another_grid(tmp_path):
         lambda: load_weights(wide, tmp_path / "weights.pth"),
         lambda: nn.DataParallel(wide).load_state_dict(nn.DataParallel(source).state_dict()),
     ):
-        with pytest.raises(RuntimeError, match="pos_embedding is of a 4×4 grid and the model's of 2×8"):
+        with pytest.raises(RuntimeError, match="pos_embedding has a grid of 4×4 and the model has 2×8"):
             load()
     wide.load_state_dict(_of_grid((2, 8)).state_dict())
     wide.set_input_size((32, 32))  # an image size is no grid of the parameter
