@@ -1,7 +1,7 @@
-"""Choice of the backend for a call, with its reason; autocast's dtype; detection of tracing and transforms.
+"""Choice of the backend of a call, and detection of autocast, tracing and function transforms.
 
-The backend is `triton` (fused GPU kernels) or `torch` (folded PyTorch). Every supported `torch.compile` traces these
-functions.
+The backend is `triton` (fused GPU kernels) or `torch` (folded PyTorch). `torch.compile` traces these functions in
+every supported version of PyTorch.
 """
 
 import warnings
@@ -17,7 +17,7 @@ from crate_fast.arguments import check_choice
 from crate_fast.errors import UserError
 
 BACKENDS = ("auto", "triton", "torch")
-_PROVEN = "the device runs the fused kernels; none has run on a GPU here yet, so each first launch is checked"
+_SUPPORTED = "the device supports the kernels; none has been run on a GPU yet, so each first launch is checked"
 
 
 def explain_backend(
@@ -27,69 +27,69 @@ def explain_backend(
     dtype: torch.dtype | None = None,
     head_dim: int | None = None,
 ) -> tuple[str, str]:
-    """Return the backend that a call on `device` would use, and the reason.
+    """Return the backend of a call on `device`, and the reason.
 
     Args:
-        device: Where the tensors are.
-        backend: What the caller asked for: "auto", "triton" or "torch".
-        dtype: What products multiply in, autocast's or the tensors'; any that the kernels take when None.
-        head_dim: D of subspace attention; any that the kernels take when None.
+        device: Device of the tensors.
+        backend: Requested backend: "auto", "triton" or "torch".
+        dtype: Dtype of the products, autocast's or the tensors'; None for any that the kernels support.
+        head_dim: Head width D of subspace attention; None for any that the kernels support.
 
     Returns:
-        ("triton" | "torch", reason in a sentence).
+        ("triton" or "torch", reason in one sentence).
 
     Raises:
         UserError: `backend` is none of the three.
-        UserError: "triton" was asked for where it cannot run; the message says why.
+        UserError: "triton" is requested and cannot run; the message gives the reason.
 
     >>> explain_backend("cpu")[0]
     'torch'
     """
     check_choice("backend", backend, BACKENDS)
     if backend == "torch":
-        return "torch", "asked for"
+        return "torch", "requested"
     if backend == "auto" and not own_operators_fit():
-        return "torch", "torch.func, tracing and export take PyTorch's own operators"
+        return "torch", "torch.func, tracing and export need PyTorch's own operators"
     device = torch.device(device)
     why_not = kernels.unavailable_reason(device, dtype, head_dim)
     if backend == "triton":
         if why_not is None and being_transformed():
-            why_not = "the kernels have no rules for torch.func and forward-mode differentiation"
+            why_not = "the kernels have no rules for torch.func or forward-mode differentiation"
         if why_not is not None:
             raise UserError(f"backend='triton' cannot run: {why_not}. Use backend='auto' or backend='torch'.")
-        return "triton", "asked for"
+        return "triton", "requested"
     if why_not is None and device.type == "cpu":
-        why_not = "Triton's interpreter runs only where backend='triton' asks for it"
-    return ("triton", _PROVEN) if why_not is None else ("torch", why_not)
+        why_not = "Triton's interpreter runs only with backend='triton'"
+    return ("triton", _SUPPORTED) if why_not is None else ("torch", why_not)
 
 
 def resolve_backend(tensor: Tensor, backend: str, head_dim: int | None = None) -> str:
-    """Return the backend that `explain_backend` names for a tensor."""
+    """Return the backend of `explain_backend` for a tensor."""
     if backend == "auto" and tensor.device.type == "cpu":
-        return "torch"  # always, and small models feel the cost of asking for each operator
+        return "torch"  # the answer of `explain_backend`, whose cost is noticeable in small models
     return explain_backend(tensor.device, backend, dtype=compute_dtype(tensor), head_dim=head_dim)[0]
 
 
 # --- autocast ---
 
 
-@torch.compiler.assume_constant_result  # torch 2.11 cannot trace the question
+@torch.compiler.assume_constant_result  # torch 2.11 cannot trace this call
 def _available(device_type: str) -> bool:
     return torch.amp.is_autocast_available(device_type)
 
 
 def autocast_enabled(device_type: str) -> bool:
-    """Return True if autocast is on for tensors on this kind of device; False where there is none ("meta")."""
+    """Return True if autocast is enabled for this device type; False for types without autocast ("meta")."""
     return _available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def without_autocast(device_type: str):
-    """Return a context in which autocast is off for this kind of device."""
+    """Return a context that disables autocast for this device type."""
     return torch.autocast(device_type, enabled=False) if autocast_enabled(device_type) else nullcontext()
 
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:
-    """Return the dtype of a product with `tensor`: autocast's where it is on, the tensor's elsewhere."""
+    """Return the dtype of a product with `tensor`: autocast's if it is enabled, else the tensor's."""
     if autocast_enabled(tensor.device.type) and tensor.dtype != torch.float64:
         return torch.get_autocast_dtype(tensor.device.type)
     return tensor.dtype
@@ -98,11 +98,11 @@ def compute_dtype(tensor: Tensor) -> torch.dtype:
 # --- tracing and transforms ---
 
 
-@torch.compiler.assume_constant_result  # Dynamo of torch 2.11 takes `is_exporting()` for True in any compilation
+@torch.compiler.assume_constant_result  # in any compilation, Dynamo of torch 2.11 treats `is_exporting()` as True
 def being_written() -> bool:
-    """Return whether PyTorch is recording a graph that must run without this package, possibly at other sizes.
+    """Return True while PyTorch records a graph that must run without this package, possibly at other sizes.
 
-    That is inside `torch.jit.trace` and `torch.export`, and so inside both exporters of ONNX.
+    This is the case in `torch.jit.trace` and `torch.export`, and therefore in both ONNX exporters.
     """
     if torch.jit.is_scripting():
         return False
@@ -110,12 +110,12 @@ def being_written() -> bool:
         return torch.jit.is_tracing() or torch.compiler.is_exporting()
 
 
-@torch.compiler.assume_constant_result  # Dynamo would write the questions into its graph
+@torch.compiler.assume_constant_result  # Dynamo would record these calls in its graph
 def being_transformed() -> bool:
-    """Return whether a transform of `torch.func` or forward-mode differentiation is active.
+    """Return True if a transform of `torch.func` or forward-mode differentiation is active.
 
-    A registered operator has no rule for them: `torch.func.grad` refuses it, `vmap` runs it once per sample, and
-    `jvp` takes its derivative for zero without a word. PyTorch has no public way to ask.
+    Custom operators have no rule for them: `torch.func.grad` raises an error, `vmap` runs the operator once per
+    sample, and `jvp` silently returns a zero derivative. PyTorch has no public API for this query.
     """
     if torch.jit.is_scripting():
         return False
@@ -124,12 +124,12 @@ def being_transformed() -> bool:
 
 
 def own_operators_fit() -> bool:
-    """Return whether this package's operators may run: outside tracing, export and `torch.func`."""
+    """Return True if this package's operators may run: outside tracing, export and `torch.func`."""
     return not (being_written() or being_transformed())
 
 
 def without_tracer_warnings():
-    """Return a context for checks of shapes that silences `torch.jit.trace`'s warnings about them."""
+    """Return a context for shape checks that silences the warnings of `torch.jit.trace` about them."""
     return _ignoring_tracer_warnings() if torch.jit.is_tracing() else nullcontext()
 
 
@@ -141,11 +141,11 @@ def _ignoring_tracer_warnings():
 
 
 def refuse_double_backward(op: CustomOpDef, remedy: str) -> None:
-    """Make differentiating a backward operator an error that says what to do instead."""
+    """Make the differentiation of a backward operator an error with a remedy."""
 
     def refuse(ctx, *_):
         raise RuntimeError(
-            f"{op._qualname} cannot be differentiated again (a second derivative was asked for): {remedy}, "
+            f"{op._qualname} cannot be differentiated again (a second derivative was requested): {remedy}, "
             "or use crate_fast.reference"
         )
 

@@ -1,6 +1,6 @@
-"""The public operators: subspace attention and ISTA. Checks, dispatch, and the folded PyTorch path.
+"""The public operators subspace attention and ISTA: argument checks, dispatch and the folded PyTorch path.
 
-`reference.py` has the same functions as the paper writes them; these are algebraically equal and faster.
+`reference.py` has the same functions in the form of the paper; these are algebraically equal and faster.
 """
 
 import functools
@@ -33,13 +33,13 @@ from crate_fast.errors import UserError
 
 RESIDUALS = ("released", "paper")
 THRESHOLDS = ("relu", "soft")
-torch.fx.wrap("linear")  # as it is called from here: `torch.fx` wraps a name of a module
+torch.fx.wrap("linear")  # imported: `torch.fx` wraps the names of one module
 _AUTO = "Use backend='auto' or backend='torch'."
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_tensor(name: str, tensor: Tensor, rank: str, ok: bool) -> None:
-    """Raise unless `tensor` is a floating tensor and `ok`; `rank` says what to pass."""
+    """Raise unless `tensor` is a floating-point tensor and `ok`; `rank` is the expected shape, for the message."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} is a {type(tensor).__name__}: pass a torch.Tensor {rank}")
     if not ok:
@@ -49,7 +49,7 @@ def check_tensor(name: str, tensor: Tensor, rank: str, ok: bool) -> None:
 
 
 def check_beside(x: Tensor, *, any_dtype: bool = False, **tensors: Tensor) -> None:
-    """Raise unless all are on x's device and, unless autocast or any_dtype allows another, in x's dtype."""
+    """Raise unless all tensors have x's device and, without autocast and `any_dtype`, x's dtype."""
     for name, tensor in tensors.items():
         if tensor.device != x.device:
             raise UserError(f"{name} is on {tensor.device} and x on {x.device}: move one to the other's device")
@@ -60,24 +60,24 @@ def check_beside(x: Tensor, *, any_dtype: bool = False, **tensors: Tensor) -> No
 def subspace_attention(
     w: Tensor, scale: float | None = None, *, dropout_p: float = 0.0, backend: str = "auto"
 ) -> Tensor:
-    """Attention with one tensor as query, key and value: O = softmax(s·W Wᵀ) W, per head (paper, Eq. 5).
+    """Compute attention with one tensor as query, key and value: O = softmax(s·W Wᵀ) W, per head (paper, Eq. 5).
 
     Args:
         w: Subspace tokens [B, N, H, D], any strides; float16, bfloat16, float32 or float64.
-        scale: s, at least 0; D^-1/2 when None. The paper's Eq. 5 has s = 1, its code D^-1/2.
-        dropout_p: Probability of dropping an attention weight, in [0, 1); for training. The kernels have none: above
-            0 PyTorch's attention runs.
+        scale: Scale s of the logits, at least 0; D^-1/2 if None. The paper's Eq. 5 has s = 1, its code D^-1/2.
+        dropout_p: Probability of dropping an attention weight, in [0, 1). The kernels have no dropout: above 0,
+            PyTorch's attention runs.
         backend: "auto", "triton" or "torch"; see `crate_fast.backends.explain_backend`.
 
     Returns:
-        O [B, N, H, D] in w's dtype; in autocast's dtype where the kernels run under autocast, as PyTorch's attention.
+        O [B, N, H, D] in w's dtype; under autocast the kernels return its dtype, as PyTorch's attention does.
 
     Raises:
         ValueError, TypeError: A shape, dtype or option is wrong; the message names it.
         UserError: backend="triton" cannot run here; the message says why.
 
     >>> w = torch.eye(2).reshape(1, 2, 1, 2)          # two orthogonal tokens
-    >>> subspace_attention(w, scale=0.0).flatten()    # no preference: both become the mean
+    >>> subspace_attention(w, scale=0.0).flatten()    # uniform weights: both become the mean
     tensor([0.5000, 0.5000, 0.5000, 0.5000])
     """
     with without_tracer_warnings():
@@ -87,7 +87,7 @@ def subspace_attention(
     scale = w.shape[-1] ** -0.5 if scale is None else float(scale)
     check_not_negative(scale=scale)
     if dropout_p > 0.0 and backend == "triton":
-        raise UserError(f"backend='triton' cannot run: the kernels drop no weights, dropout_p={dropout_p}. {_AUTO}")
+        raise UserError(f"backend='triton' with dropout_p={dropout_p}: the kernels have no dropout. {_AUTO}")
     if dropout_p == 0.0 and resolve_backend(w, backend, head_dim=w.shape[-1]) == "triton":
         return triton_ops.subspace_attention_fwd(w.to(compute_dtype(w)), scale)[0]
     if dropout_p == 0.0 and cpu_ops.serves_attention(w):
@@ -98,15 +98,15 @@ def subspace_attention(
 
 @torch.fx.wrap
 def pytorch_attention(query: Tensor, key: Tensor, value: Tensor, dropout_p: float, scale: float) -> Tensor:
-    """PyTorch's attention on [B, H, N, D], or its single operators where those are needed or faster.
+    """Compute attention on [B, H, N, D] with PyTorch: fused, or as single operators where needed or faster.
 
-    The fused one has neither a forward-mode derivative nor a second one; in bf16 on a CPU its backward pass takes up
-    to eight times as long.
+    The fused operator has no forward-mode or second derivative. In bf16 on a CPU its backward pass takes up to eight
+    times as long.
     """
     if torch.jit.is_scripting():
         return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout_p, scale=scale)
     elif being_transformed() or cpu_ops.products_suit(query):
-        with without_autocast(query.device.type):  # on a CPU it would take softmax to fp32
+        with without_autocast(query.device.type):  # on a CPU it would run softmax in fp32
             attention = (scale * query @ key.transpose(-2, -1)).softmax(-1)
             return F.dropout(attention, dropout_p) @ value
     else:
@@ -129,28 +129,28 @@ def compress(
 ) -> Tensor:
     """Return the first half of a layer, h = x + MSSA(LayerNorm(x)) (paper, Eq. 5, with the released skip connection).
 
-    With the kernels, backward keeps the normalised rows, the subspace tokens W and the attention's output in the
-    products' dtype, and a few numbers a row.
+    The kernels save for backward the normalised rows, the subspace tokens W and the attention output in the dtype of
+    the products, and a few numbers per row.
 
     Args:
         x: Tokens [B, N, C].
         weight, bias: LayerNorm's γ and β [C].
         projection: U [H·D, C], the subspaces of all heads: W = LayerNorm(x) Uᵀ.
-        output, output_bias: The output map [C, H·D] and its bias [C].
-        heads: H.
-        scale: As `subspace_attention`'s.
+        output, output_bias: Output projection [C, H·D] and its bias [C].
+        heads: Number of heads H.
+        scale: See `subspace_attention`.
         eps: LayerNorm's ε.
-        residual: "released", as above; "paper", LayerNorm(x) + MSSA(LayerNorm(x)) (Algorithms 1 and 3).
-        backend: As `subspace_attention`'s.
+        residual: "released" (see above), or "paper": LayerNorm(x) + MSSA(LayerNorm(x)) (Algorithms 1 and 3).
+        backend: See `subspace_attention`.
 
     Returns:
-        h [B, N, C] in x's dtype; under autocast where the kernels do not run, in PyTorch's for the sum.
+        h [B, N, C] in x's dtype; under autocast without the kernels, in the dtype of PyTorch's sum.
 
     Raises:
-        As `subspace_attention`; ValueError, TypeError where a weight's shape, device or dtype does not fit.
+        As `subspace_attention`; also ValueError or TypeError for a wrong shape, device or dtype of a weight.
 
     >>> one, zero, eye = torch.ones(2), torch.zeros(2), torch.eye(2)
-    >>> compress(torch.tensor([[[1.0, -1.0]]]), one, zero, eye, eye, zero, heads=1)    # one attends to itself
+    >>> compress(torch.tensor([[[1.0, -1.0]]]), one, zero, eye, eye, zero, heads=1)    # one token sees itself
     tensor([[[ 2.0000, -2.0000]]])
     """
     check_tensor("x", x, "[B, N, C]", isinstance(x, Tensor) and x.dim() == 3)
@@ -168,7 +168,7 @@ def compress(
         fits = isinstance(tensor, Tensor) and tuple(tensor.shape) == shape
         check_tensor(name, tensor, str(list(shape)), fits)
     check_beside(x, projection=projection, output=output, output_bias=output_bias)
-    check_beside(x, any_dtype=True, weight=weight, bias=bias)  # LayerNorm's may stay in fp32
+    check_beside(x, any_dtype=True, weight=weight, bias=bias)  # LayerNorm weights may stay in fp32
     check_choice("residual", residual, RESIDUALS)
     head_dim = inner // heads
     if resolve_backend(x, backend, head_dim=head_dim) == "triton":
@@ -195,19 +195,19 @@ def ista(
     norm: tuple[Tensor, Tensor, float] | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """One sparse-coding step (paper, Eq. 7): y = shrink(x + η(xD − xDᵀD), ηλ).
+    """Compute one sparse-coding step (paper, Eq. 7): y = shrink(x + η(xD − xDᵀD), ηλ).
 
-    One product with G = η(D − DᵀD) (`fold_dictionary`) takes the place of three.
+    One product with G = η(D − DᵀD) (`fold_dictionary`) replaces three.
     Under autocast the product runs in the autocast dtype; the residual and the threshold stay in x's dtype.
 
     Args:
         x: Normalised tokens [..., C].
-        dictionary: D [C, C], same dtype and device as x (another floating dtype under autocast).
+        dictionary: D [C, C], same device and dtype as x (any floating-point dtype under autocast).
         step_size: η, at least 0.
         sparsity: λ, at least 0.
         threshold: "relu", max(u − ηλ, 0), as the paper and the released code; or "soft",
             sign(u)·max(|u| − ηλ, 0), the paper's CRATE with soft-thresholding.
-        norm: γ and β [C] and ε of a LayerNorm in front (`norm_ista`).
+        norm: γ [C], β [C] and ε of a preceding LayerNorm (see `norm_ista`).
         backend: "auto", "triton" or "torch"; see `crate_fast.backends.explain_backend`.
 
     Returns:
@@ -233,7 +233,7 @@ def ista(
         for name, channel in (("weight", gamma), ("bias", beta)):
             fits = isinstance(channel, Tensor) and channel.shape == x.shape[-1:]
             check_tensor(name, channel, f"[C] = [{width}]", fits)
-        check_beside(x, any_dtype=True, weight=gamma, bias=beta)  # LayerNorm's may stay in fp32
+        check_beside(x, any_dtype=True, weight=gamma, bias=beta)  # LayerNorm weights may stay in fp32
     if resolve_backend(x, backend) != "triton":
         x = x if norm is None else F.layer_norm(x, (width,), gamma, beta, eps)
         return _folded_ista(x, dictionary, step_size, sparsity, threshold)
@@ -260,21 +260,21 @@ def norm_ista(
     threshold: str = "relu",
     backend: str = "auto",
 ) -> Tensor:
-    """`ista` with the LayerNorm in front: y = shrink(x̂ + η(x̂D − x̂DᵀD), ηλ) for x̂ = LayerNorm(x).
+    """Compute `ista` of LayerNorm(x): y = shrink(x̂ + η(x̂D − x̂DᵀD), ηλ) with x̂ = LayerNorm(x).
 
-    For backward the kernels keep a byte an element beside the normalised rows; under autocast x in their place.
+    The kernels save for backward the normalised rows (under autocast x instead) and one byte per element.
 
     Args:
         x: Tokens [..., C].
         weight, bias: LayerNorm's γ and β [C].
-        dictionary, step_size, sparsity, threshold, backend: As `ista`'s.
+        dictionary, step_size, sparsity, threshold, backend: See `ista`.
         eps: LayerNorm's ε.
 
     Returns:
-        The sparse tokens [..., C] in x's dtype; under autocast in fp32, since PyTorch's LayerNorm gives fp32 there.
+        The sparse tokens [..., C] in x's dtype; under autocast in fp32, the result of PyTorch's LayerNorm there.
 
     Raises:
-        As `ista`; ValueError where weight or bias is not [C] or on another device.
+        As `ista`; also ValueError if `weight` or `bias` is not [C] or is on another device.
 
     >>> norm_ista(torch.tensor([[1.0, -1.0]]), torch.ones(2), torch.zeros(2), torch.eye(2))
     tensor([[0.9900, 0.0000]])
@@ -284,14 +284,14 @@ def norm_ista(
 
 
 def _folded(dictionary: Tensor, step_size: float, dtype: torch.dtype) -> Tensor:
-    # what a transform differentiates need not have requires_grad
+    # a tensor that a transform differentiates need not have requires_grad
     if being_transformed() or (torch.is_grad_enabled() and dictionary.requires_grad):
         return _fold(dictionary, step_size, dtype)
     return fold_dictionary_once(dictionary, step_size, dtype)
 
 
 def _is_kept(dictionary: Tensor) -> bool:
-    """Return True if G is at hand on a CPU after the first call: a parameter that needs no gradient."""
+    """Return True if G is kept from the first call on: D is a CPU parameter that needs no gradient."""
     eager = type(dictionary) is nn.Parameter and not torch.compiler.is_compiling() and not being_transformed()
     return eager and dictionary.is_cpu and not (torch.is_grad_enabled() and dictionary.requires_grad)
 
@@ -300,8 +300,8 @@ def _folded_ista(x: Tensor, dictionary: Tensor, step_size: float, sparsity: floa
     """Compute ISTA in PyTorch, on any device."""
     shift = step_size * sparsity
     width = x.shape[-1]
-    # Too few tokens to pay for a C×C×C product: (x − xDᵀ)D is two products with x. A graph that is written takes them
-    # for any number of tokens.
+    # With few tokens, two products with x, (x − xDᵀ)D, cost less than the C×C×C product of the folding. A graph that
+    # is traced or exported has them for any number of tokens.
     if being_written() or ((n_tokens := x.shape[:-1].numel()) < width and not _is_kept(dictionary)):
         residual = x - linear(x, dictionary).to(x.dtype)
         u = x + step_size * linear(residual, dictionary.t()).to(x.dtype)
@@ -317,11 +317,11 @@ def _folded_ista(x: Tensor, dictionary: Tensor, step_size: float, sparsity: floa
     return F.relu(u - shift) if threshold == "relu" else F.softshrink(u, shift)
 
 
-# --- G = η(D − DᵀD), the one matrix of an ISTA step: once a call, a scope, or a version of the weights ---
+# --- G = η(D − DᵀD), the matrix of an ISTA step, kept for a call, a scope or a version of the weights ---
 
 
 class _FoldDictionary(torch.autograd.Function):
-    """D − DᵀD. Its gradient needs one product, not the two that autograd would find: dG − D(dG + dGᵀ)."""
+    """D − DᵀD, with the gradient dG − D(dG + dGᵀ): one product, where autograd would compute two."""
 
     @staticmethod
     def forward(dictionary, dtype):
@@ -345,7 +345,7 @@ def fold_dictionary(dictionary: Tensor, step_size: float = 0.1, dtype: torch.dty
     Args:
         dictionary: D [C, C].
         step_size: η.
-        dtype: Of the product DᵀD and of its gradient's; the dictionary's by default, autocast or not.
+        dtype: Dtype of the product DᵀD and of its gradient, also under autocast; the dictionary's if None.
 
     Returns:
         G [C, C] in the dictionary's dtype.
@@ -357,24 +357,24 @@ def fold_dictionary(dictionary: Tensor, step_size: float = 0.1, dtype: torch.dty
         return step_size * (dictionary - dictionary.t().to(dtype) @ dictionary.to(dtype))
 
 
-# Of the open scopes, shared by all threads: autograd recomputes checkpoints in its own threads. An entry is
-# (id of D, η, dtype, who folds, stream): (D, its version, G).
+# Cache of the open scopes, shared by all threads: autograd recomputes checkpointed layers in its own threads. Entries
+# map (id of D, η, dtype, fold function, stream) to (D, its version, G).
 _cache = SimpleNamespace(lock=threading.RLock(), scopes=0, hook=None, entries={})
 
 
 def _refuse_step(*_) -> None:
-    raise RuntimeError("an optimiser steps inside cached_dictionaries(): end the scope before the step")
+    raise RuntimeError("an optimizer step inside cached_dictionaries(): end the scope before the step")
 
 
 @contextmanager
 def cached_dictionaries():
-    """Scope in which every dictionary is folded once: for the passes between two updates of the weights.
+    """Return a context in which every dictionary is folded once, for the passes between two weight updates.
 
-    For gradient accumulation (forward and backward of all micro-batches), activation checkpointing, evaluation
-    loops and serving. Inside, no dictionary may change: an optimiser's step and a change that PyTorch counts
-    (`load_state_dict`) are errors; one behind its back (`parameter.data.add_(…)`) goes unseen. Only `nn.Parameter`s
-    are kept. Outside, in compiled code and while a CUDA graph is captured, every call folds anew; but inference on a
-    CPU keeps G for as long as the dictionary stays as it is, and needs no scope.
+    Use it for gradient accumulation (forward and backward of all micro-batches), activation checkpointing, evaluation
+    loops and serving. Dictionaries must not change inside. An optimizer step and a change that PyTorch tracks
+    (`load_state_dict`) raise an error; an untracked one (`parameter.data.add_(…)`) is not detected. Only
+    `nn.Parameter`s are cached. Outside, in compiled code and during the capture of a CUDA graph, every call folds
+    again. Inference on a CPU needs no context: it keeps G until the dictionary changes.
 
     >>> with cached_dictionaries():
     ...     pass  # for batch in batches: model(batch)
@@ -413,10 +413,10 @@ def fold_dictionary_once(
     dtype: torch.dtype,
     fold: Callable[[Tensor, float, torch.dtype], Tensor] = _fold,
 ) -> Tensor:
-    """Return G in `dtype`, without a gradient, from the cache of an open scope; `fold` computes it.
+    """Return G in `dtype` without a gradient, from the cache of an open scope or computed by `fold`.
 
     Raises:
-        RuntimeError: The dictionary has changed since a scope folded it.
+        RuntimeError: The dictionary has changed inside the scope.
     """
     if not _cacheable(dictionary):
         if fold is _fold and _is_kept(dictionary):
@@ -427,34 +427,34 @@ def fold_dictionary_once(
     key = (id(dictionary), step_size, dtype, fold, stream)
     with _cache.lock:
         if key not in _cache.entries:
-            with torch.inference_mode(False), torch.no_grad():  # so that a training step can use it too
+            with torch.inference_mode(False), torch.no_grad():  # usable in a training step too
                 folded = fold(dictionary, step_size, dtype)
             _cache.entries[key] = (dictionary, _version(dictionary), folded)
         _, version, folded = _cache.entries[key]
     if version != _version(dictionary):
-        raise RuntimeError("a dictionary changed inside cached_dictionaries(): end the scope before it changes")
+        raise RuntimeError("a dictionary changed inside cached_dictionaries(): end the scope before the change")
     return folded
 
 
-_kept_folds = WeakIdKeyDictionary()  # D → (what told that it is unchanged, G)
+_kept_folds = WeakIdKeyDictionary()  # D → (its fingerprint, G)
 
 
 @functools.cache
-def _probe(n_elements: int) -> Tensor:
+def _random_vector(n_elements: int) -> Tensor:
     return torch.randn(n_elements, generator=torch.Generator().manual_seed(0))
 
 
 def _kept(dictionary: Tensor, step_size: float, dtype: torch.dtype) -> Tensor:
-    """Return G of a dictionary on a CPU, folded anew where it has changed since the last call.
+    """Return G of a dictionary on a CPU; fold it again if it has changed since the last call.
 
-    PyTorch counts most changes; the product with a fixed random vector shows the others (`parameter.data.add_`). It
-    takes a fiftieth of the layer's time with one image.
+    PyTorch's version counter shows most changes; the product with a fixed random vector shows the others, such as
+    `parameter.data.add_`. It takes 1/50 of the layer's time for one image.
     """
     values = dictionary.detach().float().reshape(-1)
-    mark = (step_size, dtype, _version(dictionary), torch.dot(values, _probe(values.numel())).item())
+    fingerprint = (step_size, dtype, _version(dictionary), torch.dot(values, _random_vector(values.numel())).item())
     known, folded = _kept_folds.get(dictionary, (None, None))
-    if known != mark:
+    if known != fingerprint:
         with torch.inference_mode(False), torch.no_grad():
-            folded = _fold(dictionary, step_size, dtype).t().contiguous().t()  # as oneDNN wants a weight
-        _kept_folds[dictionary] = mark, folded
+            folded = _fold(dictionary, step_size, dtype).t().contiguous().t()  # oneDNN's layout of weights
+        _kept_folds[dictionary] = fingerprint, folded
     return folded

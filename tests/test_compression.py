@@ -273,7 +273,7 @@ def test_which_layers_run_as_one(options, calls, device, monkeypatch):
     torch.manual_seed(1)
     model = CRATE(**(MODEL | options), backend="triton").to(device)
     if "dropout" in options:
-        with pytest.raises(UserError, match="the kernels drop no weights, dropout_p=0.1"):
+        with pytest.raises(UserError, match="with dropout_p=0.1: the kernels have no dropout"):
             model(torch.randn(1, 3, 16, 16, device=device))
     else:
         model(torch.randn(1, 3, 16, 16, device=device))

@@ -126,7 +126,7 @@ def test_a_layer_norm_that_cannot_be_fused(device):
 
 
 def test_dropout_runs_in_pytorch(device):
-    """The kernels drop no weights: "auto" leaves it to PyTorch's attention, and "triton" says so."""
+    """The kernels have no dropout: "auto" leaves it to PyTorch's attention, and "triton" says so."""
     w = torch.randn(1, 33, 2, 16, device=device)
     torch.manual_seed(3)
     dropped = subspace_attention(w, dropout_p=0.3)
@@ -134,7 +134,7 @@ def test_dropout_runs_in_pytorch(device):
     torch.manual_seed(3)
     expected = F.scaled_dot_product_attention(heads, heads, heads, dropout_p=0.3, scale=0.25).transpose(1, 2)
     torch.testing.assert_close(dropped, expected)
-    with pytest.raises(UserError, match=r"the kernels drop no weights, dropout_p=0.3. Use backend='auto'"):
+    with pytest.raises(UserError, match=r"with dropout_p=0.3: the kernels have no dropout. Use backend='auto'"):
         subspace_attention(w, dropout_p=0.3, backend="triton")
 
 
@@ -302,7 +302,7 @@ def test_an_optimiser_that_steps_inside_the_scope(device):
     dictionary = torch.nn.Parameter(torch.eye(8, device=device))
     dictionary.grad = torch.ones_like(dictionary)
     optimizer = torch.optim.SGD([dictionary], lr=1.0)
-    with cached_dictionaries(), pytest.raises(RuntimeError, match="an optimiser steps inside"):
+    with cached_dictionaries(), pytest.raises(RuntimeError, match="an optimizer step inside"):
         optimizer.step()
     assert torch.equal(dictionary.detach(), torch.eye(8, device=device))
     optimizer.step()
@@ -460,8 +460,8 @@ def test_what_the_kernels_do_not_take_runs_in_pytorch_and_says_so(device):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
 def test_without_a_gpu(monkeypatch):
     assert explain_backend("cuda") == ("torch", "PyTorch finds no CUDA device on this machine")
-    assert explain_backend("cpu") == ("torch", "Triton's interpreter runs only where backend='triton' asks for it")
-    assert explain_backend("cpu", "triton") == ("triton", "asked for")
+    assert explain_backend("cpu") == ("torch", "Triton's interpreter runs only with backend='triton'")
+    assert explain_backend("cpu", "triton") == ("triton", "requested")
     with pytest.raises(UserError, match="interpreter computes bfloat16 wrongly"):
         explain_backend("cpu", "triton", dtype=torch.bfloat16)
     monkeypatch.setattr(launch, "INTERPRETED", False)
