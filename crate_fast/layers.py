@@ -1,4 +1,4 @@
-"""The layers of CRATE and of its ablations, with the released code's module tree, names and hook points."""
+"""Layers of CRATE and its ablations, with the module tree, names and hook points of the released code."""
 
 import torch
 import torch.fx
@@ -12,13 +12,13 @@ from crate_fast import functional
 from crate_fast import odl as overcomplete
 from crate_fast.backends import being_transformed, being_written, resolve_backend
 
-# What chooses among implementations by the values of its arguments is a function here: `torch.fx` records its call as
-# one node (`torch.fx.wrap`), and TorchScript compiles the branch that is PyTorch's own operators.
+# Code that chooses an implementation by the values of its arguments is in wrapped functions: `torch.fx` records each
+# call as one node, and TorchScript compiles the branch with PyTorch's own operators.
 
 
 @torch.fx.wrap
 def attend(w: Tensor, scale: float, dropout_p: float, backend: str) -> Tensor:
-    """`functional.subspace_attention` as one node of `torch.fx`'s graphs."""
+    """Call `functional.subspace_attention` as one node of a `torch.fx` graph."""
     if torch.jit.is_scripting():
         tokens = w.transpose(1, 2)
         return F.scaled_dot_product_attention(tokens, tokens, tokens, None, dropout_p, scale=scale).transpose(1, 2)
@@ -30,7 +30,7 @@ def attend(w: Tensor, scale: float, dropout_p: float, backend: str) -> Tensor:
 def sparsify(
     x: Tensor, dictionary: Tensor, step_size: float, sparsity: float, threshold: str, backend: str
 ) -> Tensor:
-    """`functional.ista` as one node of `torch.fx`'s graphs."""
+    """Call `functional.ista` as one node of a `torch.fx` graph."""
     if torch.jit.is_scripting():
         u = x + step_size * F.linear(x - F.linear(x, dictionary), dictionary.t())
         shift = step_size * sparsity
@@ -43,7 +43,7 @@ def sparsify(
 def sparsify_overcomplete(
     x: Tensor, dictionary: Tensor, decoder: Tensor, step_size: float, sparsity: float, steps: int, backend: str
 ) -> Tensor:
-    """`odl.odl` as one node of `torch.fx`'s graphs."""
+    """Call `odl.odl` as one node of a `torch.fx` graph."""
     if torch.jit.is_scripting():
         return functional.linear(overcomplete.odl_code(x, dictionary, step_size, sparsity, steps), decoder)
     else:
@@ -51,7 +51,7 @@ def sparsify_overcomplete(
 
 
 def patches_of(images: Tensor, patch_size: tuple[int, int]) -> Tensor:
-    """Images [B, channels, height, width] → patches [B, N, p·p·channels], in (row, column, channel) order."""
+    """Cut images [B, channels, height, width] into patches [B, N, p·p·channels], in (row, column, channel) order."""
     patches = images.unflatten(3, (-1, patch_size[1])).unflatten(2, (-1, patch_size[0]))
     return patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
 
@@ -64,7 +64,7 @@ class Patches(nn.Module):
         self.patch_size = patch_size
 
     def forward(self, images: Tensor) -> Tensor:
-        """Cut images whose sides the patch size divides."""
+        """Cut images into patches; the patch size must divide their sides."""
         return patches_of(images, self.patch_size)
 
     def extra_repr(self) -> str:
@@ -73,7 +73,7 @@ class Patches(nn.Module):
 
 
 class Linear(nn.Linear):
-    """`torch.nn.Linear` through `functional.linear`; same parameters, same values to rounding."""
+    """`torch.nn.Linear` computed by `functional.linear`; same parameters, and same values up to rounding."""
 
     def forward(self, x: Tensor) -> Tensor:
         return functional.linear(x, self.weight, self.bias)
@@ -81,21 +81,21 @@ class Linear(nn.Linear):
 
 @torch.fx.wrap
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """Return LayerNorm(x) over the last dimension, under `torch.func` computed in the weight's dtype.
+    """Return LayerNorm(x) over the last dimension; under `torch.func`, in the weight's dtype.
 
-    There PyTorch differentiates no LayerNorm whose input autocast has made a half and whose weight it has not.
+    There PyTorch cannot differentiate a LayerNorm of half-precision input (from autocast) with fp32 weights.
     """
-    if not torch.jit.is_scripting():  # noqa: SIM102  (what TorchScript does not compile)
+    if not torch.jit.is_scripting():  # noqa: SIM102  (skipped by TorchScript)
         if being_transformed():
             x = x.to(weight.dtype)
     return F.layer_norm(x, weight.shape, weight, bias, eps)
 
 
 class EmbeddingNorm(nn.LayerNorm):
-    """The LayerNorm after the patch projection, the only one with half-precision input under autocast."""
+    """LayerNorm after the patch projection, the only one with half-precision input under autocast."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., C] → [..., C]."""
+        """Normalise x [..., C]."""
         return layer_norm(x, self.weight, self.bias, self.eps)
 
 
@@ -120,7 +120,7 @@ class _Attention(nn.Module):
         self.scale = dim_head**-0.5
         inner, place = heads * dim_head, {"device": device, "dtype": dtype}
         self.qkv = Linear(dim, self._PROJECTIONS * inner, bias=self._PROJECTIONS > 1, **place)
-        if heads == 1 and inner == dim:  # the released code has no map here, and no dropout
+        if heads == 1 and inner == dim:  # the released code has neither projection nor dropout here
             self.to_out = nn.Dropout(proj_dropout) if proj_dropout else nn.Identity()
         else:
             dropout = dropout if proj_dropout is None else proj_dropout
@@ -132,19 +132,19 @@ class MSSA(_Attention):
 
     Args:
         dim: Token width C.
-        heads: H.
+        heads: Number of heads H.
         dim_head: Subspace dimension D.
         dropout: Probability of dropping attention weights in training.
         backend: See `functional.subspace_attention`.
-        proj_dropout: Probability of dropping outputs in training; `dropout` when None, as in the released code.
-        output_bias: Whether the output map has a bias; CRATE-α's has none.
-        device, dtype: Of the parameters.
+        proj_dropout: Probability of dropping outputs in training; `dropout` if None, as in the released code.
+        output_bias: Add a bias to the output projection; CRATE-α has none.
+        device, dtype: Device and dtype of the parameters.
     """
 
     def fuses(self, x: Tensor) -> bool:
-        """Return True if `compress` runs on the kernels for x: no dropout, and no hook on a part."""
+        """Return True if `compress` can use the kernels for x: no active dropout, and no hook on a submodule."""
         if type(self.qkv) is not Linear or not isinstance(self.to_out, nn.Sequential):
-            return False  # another module in its place need not have a weight or a width
+            return False  # a replacement need not have a weight or a width
         if resolve_backend(x, self.backend, self.qkv.out_features // self.heads) != "triton":
             return False
         if self.training and (self.dropout_p > 0 or self.to_out[1].p > 0):
@@ -153,7 +153,7 @@ class MSSA(_Attention):
         return type(self.to_out[0]) is Linear and not any(map(_observed, parts))
 
     def compress(self, x: Tensor, norm: nn.LayerNorm, residual: str = "released", sign: int = 1) -> Tensor:
-        """x ± MSSA(norm(x)) [B, N, C] as one operator; see `functional.compress`."""
+        """Return x ± MSSA(norm(x)) [B, N, C], computed by one operator (`functional.compress`)."""
         output, bias = self.to_out[0].weight, self.to_out[0].bias
         bias = output.new_zeros(len(output)) if bias is None else bias
         if sign < 0:
@@ -173,22 +173,22 @@ class MSSA(_Attention):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [B, N, C], normalised → MSSA(x) [B, N, C]."""
+        """Return MSSA(x) [B, N, C] of normalised x [B, N, C]."""
         w = self.qkv(x).unflatten(-1, (self.heads, -1))
         dropout_p = self.dropout_p if self.training else 0.0
         return self.to_out(attend(w, self.scale, dropout_p, self.backend).flatten(-2))
 
 
 class MHSA(_Attention):
-    """Multi-head self-attention with its own query, key and value, as in ViT: the ablation CRATE-MHSA.
+    """Multi-head self-attention with separate query, key and value, as in ViT: the ablation CRATE-MHSA.
 
-    Same arguments as `MSSA`; `qkv` is [3·H·D, C] with a bias, ordered query, key, value, as timm's.
+    Arguments as `MSSA`; `qkv` is [3·H·D, C] with a bias, in the order query, key, value, as in timm.
     """
 
     _PROJECTIONS = 3
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [B, N, C], normalised → MHSA(x) [B, N, C]."""
+        """Return MHSA(x) [B, N, C] of normalised x [B, N, C]."""
         query, key, value = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         dropout_p = self.dropout_p if self.training else 0.0
         out = functional.pytorch_attention(query, key, value, dropout_p, self.scale)
@@ -196,7 +196,7 @@ class MHSA(_Attention):
 
 
 class ISTA(nn.Module):
-    """One sparse-coding step against a learned dictionary (paper, Eq. 7); includes its own skip connection.
+    """Sparse-coding step in a learned dictionary (paper, Eq. 7), including its skip connection.
 
     Args:
         dim: Token width C; the dictionary `weight` is [C, C], Kaiming-uniform.
@@ -204,7 +204,7 @@ class ISTA(nn.Module):
         sparsity: λ (`lambd` in the released code).
         threshold: "relu" or "soft".
         backend: See `functional.ista`.
-        device, dtype: Of the dictionary.
+        device, dtype: Device and dtype of the dictionary.
     """
 
     def __init__(
@@ -225,15 +225,15 @@ class ISTA(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the dictionary anew."""
+        """Initialise the dictionary."""
         nn.init.kaiming_uniform_(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., C], normalised → sparse tokens [..., C]."""
+        """Return sparse tokens [..., C] of normalised x [..., C]."""
         return sparsify(x, self.weight, self.step_size, self.lambd, self.threshold, self.backend)
 
     def after_norm(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
-        """Return the step on norm(x), x [..., C], as one operator (`functional.norm_ista`)."""
+        """Return ISTA(norm(x)) [..., C], computed by one operator (`functional.norm_ista`)."""
         return functional.norm_ista(
             x,
             norm.weight,
@@ -256,13 +256,13 @@ class ODL(nn.Module):
 
     Args:
         dim: Token width C; the parameters `D` and `D1` are [C, ratio·C], Kaiming-uniform.
-        ratio: Atoms of the dictionary over C.
+        ratio: Number of atoms of the dictionary, as a multiple of C.
         step_size: η.
         sparsity: λ (`lmbda` in the released code).
-        steps: ISTA steps, 1 or 2.
+        steps: Number of ISTA steps, 1 or 2.
         tied: Decode with D; there is no `D1`.
         backend: See `functional.ista`.
-        device, dtype: Of the parameters.
+        device, dtype: Device and dtype of the parameters.
     """
 
     def __init__(
@@ -286,23 +286,23 @@ class ODL(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the dictionaries anew."""
+        """Initialise the dictionaries."""
         for dictionary in self.parameters():
             nn.init.kaiming_uniform_(dictionary)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., C], normalised → the decoded code [..., C]."""
+        """Return the decoded code [..., C] of normalised x [..., C]."""
         decoder = self.D if self.D1 is None else self.D1
         return sparsify_overcomplete(x, self.D, decoder, self.step_size, self.lambd, self.steps, self.backend)
 
     def after_norm(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
-        """Return ODL(norm(x)), x [..., C], as one operator."""
+        """Return ODL(norm(x)) [..., C], computed by one operator."""
         decoder, in_front = self.D if self.D1 is None else self.D1, (norm.weight, norm.bias, norm.eps)
         constants = self.step_size, self.lambd
         return overcomplete.odl(x, self.D, decoder, *constants, steps=self.steps, norm=in_front, backend=self.backend)
 
     def code(self, x: Tensor) -> Tensor:
-        """x [..., C], normalised → its sparse code [..., ratio·C]."""
+        """Return the sparse code [..., ratio·C] of normalised x [..., C]."""
         return overcomplete.odl_code(x, self.D, self.step_size, self.lambd, self.steps)
 
     def extra_repr(self) -> str:
@@ -312,7 +312,7 @@ class ODL(nn.Module):
 
 
 class Dictionary(nn.Module):
-    """x · Dᵀ with a square dictionary D, Kaiming-uniform: the first step of a CRATE-MAE decoder layer."""
+    """Product x · Dᵀ with a square dictionary D, Kaiming-uniform: the first step of a CRATE-MAE decoder layer."""
 
     def __init__(self, dim: int, *, device=None, dtype=None):
         super().__init__()
@@ -320,7 +320,7 @@ class Dictionary(nn.Module):
         nn.init.kaiming_uniform_(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., C] → [..., C]."""
+        """Return x · Dᵀ [..., C]."""
         return functional.linear(x, self.weight)
 
 
@@ -338,13 +338,13 @@ class MLP(nn.Sequential):
 
 
 def _observed(module: nn.Module) -> bool:
-    """Return True if a call of this module is observed: by a hook, or a `forward` in place of its class's."""
+    """Return True if the module must be called: it has a hook, or its `forward` is replaced."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return any(hooks) or "forward" in vars(module) or _has_any_global_hook()
 
 
 def _fusible(norm: nn.Module, fn: nn.Module, x: Tensor) -> bool:
-    """Return True if a LayerNorm and what is behind it run as one operator on x; False in `torch.fx` and export."""
+    """Return True if a LayerNorm and the module after it can run as one operator; False in `torch.fx` and export."""
     if isinstance(x, torch.fx.Proxy) or being_written():
         return False
     if type(norm) is not nn.LayerNorm or type(fn) not in (MSSA, ISTA, ODL) or _observed(norm) or _observed(fn):
@@ -353,10 +353,10 @@ def _fusible(norm: nn.Module, fn: nn.Module, x: Tensor) -> bool:
 
 
 class PreNorm(nn.Module):
-    """fn(LayerNorm(x)), with the released names `norm` and `fn`.
+    """LayerNorm followed by `fn`, with the released names `norm` and `fn`.
 
-    A LayerNorm in front of ISTA or ODL is part of their operator unless a hook waits for either module.
-    `drop_path` holds the rate of stochastic depth; `Layer` applies it, since it knows what a dropped step leaves.
+    Without hooks on the two modules, LayerNorm and ISTA or ODL run as one operator. `drop_path` holds the rate of
+    stochastic depth; `Layer` applies it, because the result of a dropped step depends on the residual.
     """
 
     def __init__(
@@ -368,30 +368,30 @@ class PreNorm(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., C] → [..., C]."""
-        if not torch.jit.is_scripting():  # noqa: SIM102  (what TorchScript does not compile)
+        """Return fn(LayerNorm(x)) [..., C]."""
+        if not torch.jit.is_scripting():  # noqa: SIM102  (skipped by TorchScript)
             if type(self.fn) in (ISTA, ODL) and _fusible(self.norm, self.fn, x):
                 return self.fn.after_norm(x, self.norm)
         return self.fn(self.norm(x))
 
 
 class Layer(nn.Sequential):
-    """One step of the optimisation: compress (`layer[0]`), then sparsify (`layer[1]`).
+    """CRATE layer, one step of the optimisation: compress (`layer[0]`), then sparsify (`layer[1]`).
 
-    residual="released": h = x + attention(LN₁ x), as the released code.
-    residual="paper":    h = LN₁ x + attention(LN₁ x), as the paper's Algorithms 1 and 3; here `layer[0].norm` and
-    `layer[0].fn` are called one by one, so a hook on `layer[0]` itself does not fire.
-    Then ISTA(LN₂ h); h + MLP(LN₂ h) in the ablation; h + ODL(LN₂ h) in CRATE-α.
+    residual="released": h = x + attention(LN₁ x), as in the released code.
+    residual="paper":    h = LN₁ x + attention(LN₁ x), as in the paper's Algorithms 1 and 3. `layer[0].norm` and
+    `layer[0].fn` are then called separately, so a hook on `layer[0]` itself does not fire.
+    The output is ISTA(LN₂ h); h + MLP(LN₂ h) in the ablation; h + ODL(LN₂ h) in CRATE-α.
 
-    Stochastic depth (`drop_path` of the two parts) skips a step for a sample: its tokens pass unchanged. As in timm,
-    each step draws for itself, and a residual update that is kept (attention in the released form, MLP, ODL) is
-    scaled by 1 / (1 − rate). ISTA, and attention in the paper's form, replace the tokens and are not scaled.
+    Stochastic depth (`drop_path` of the two parts) skips a step for a sample, whose tokens stay unchanged. As in
+    timm, each step is drawn independently, and kept residual updates (released attention, MLP, ODL) are scaled by
+    1 / (1 − rate). ISTA, and attention in the paper's form, replace the tokens and are not scaled.
 
     Args:
         attention: `PreNorm` around `MSSA` or `MHSA`.
         sparsifier: `PreNorm` around `ISTA`, `MLP` or `ODL`.
         residual: "released" or "paper".
-        odl_residual: Whether h is added to ODL's output.
+        odl_residual: Add h to ODL's output.
     """
 
     def __init__(
@@ -403,14 +403,14 @@ class Layer(nn.Sequential):
         self.drops_paths = isinstance(attention.drop_path, DropPath)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [B, N, C] → the next layer's tokens [B, N, C]."""
+        """Return the tokens [B, N, C] after this layer."""
         if self.training and self.drops_paths:
             return self._with_dropped_paths(x)
         h = self._compress(x)
         return h + self[1](h) if self.skips_sparsifier else self[1](h)
 
     def _compress(self, x: Tensor) -> Tensor:
-        if not torch.jit.is_scripting():  # noqa: SIM102  (what TorchScript does not compile)
+        if not torch.jit.is_scripting():  # noqa: SIM102  (skipped by TorchScript)
             if not _observed(self[0]) and _fusible(self[0].norm, self[0].fn, x):
                 return self[0].fn.compress(x, self[0].norm, self.residual)
         if self.residual == "released":
@@ -419,8 +419,8 @@ class Layer(nn.Sequential):
         return normed + self[0].fn(normed)
 
     def _with_dropped_paths(self, x: Tensor) -> Tensor:
-        # A step that replaces its input has no residual update to scale by 1 / (1 − rate): scaled, ISTA's zeros would
-        # not stay zeros. So the draw only chooses between the new tokens and the old.
+        # A step that replaces its input has no residual update to scale by 1 / (1 − rate), and scaling would make
+        # ISTA's zeros non-zero. The draw only chooses between the new and the old tokens.
         if self.residual == "released":
             h = x + self[0].drop_path(self[0](x))
         else:
@@ -433,7 +433,7 @@ class Layer(nn.Sequential):
 
 
 class DecoderLayer(nn.Sequential):
-    """A layer of the CRATE-MAE decoder: y = LN(x) · Dᵀ, then y − MSSA(LN y), against the encoder's compression.
+    """CRATE-MAE decoder layer: y = LN(x) · Dᵀ, then y − MSSA(LN y), the opposite of the encoder's compression.
 
     Args:
         decode: `PreNorm` around `Dictionary`.
@@ -441,16 +441,16 @@ class DecoderLayer(nn.Sequential):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [B, N, C] → [B, N, C]."""
+        """Return the tokens [B, N, C] after this layer."""
         y = self[0](x)
-        if not torch.jit.is_scripting():  # noqa: SIM102  (what TorchScript does not compile)
+        if not torch.jit.is_scripting():  # noqa: SIM102  (skipped by TorchScript)
             if not _observed(self[1]) and _fusible(self[1].norm, self[1].fn, y):
                 return self[1].fn.compress(y, self[1].norm, sign=-1)
         return y - self[1](y)
 
 
 class Transformer(nn.Module):
-    """The stack of layers, with the released attributes `layers`, `heads`, `depth` and `dim`."""
+    """Stack of layers, with the released attributes `layers`, `heads`, `depth` and `dim`."""
 
     def __init__(self, layers: list[Layer], dim: int, heads: int):
         super().__init__()
@@ -468,8 +468,8 @@ class Transformer(nn.Module):
 
         Args:
             x: Tokens [B, N, C].
-            taps: Filled with the output of each layer whose index is a key.
-            last: Index of the last layer to run; all when None.
+            taps: Its keys are layer indices; its values are set to the outputs of these layers.
+            last: Index of the last layer to run; None for all layers.
 
         Returns:
             Tokens [B, N, C] after the last layer run.

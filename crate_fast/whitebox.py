@@ -1,11 +1,11 @@
-"""A trace of each layer: subspace tokens, attention maps, tokens after both halves, R^c, sparsity.
+"""Traces of the layers: subspace tokens, attention maps, tokens after both halves, coding rate R^c, sparsity.
 
     traces = trace(model, images)          # one LayerTrace per layer
     traces[10].cls_attention()             # [B, H, rows·columns]: the paper's Fig. 1
     traces[10].coding_rate()               # [B]
 
-Everything is read through hooks on the released module tree, so it works on fused and unfused layers, on the
-ablations, and under any image size the model accepts.
+Hooks on the released module tree record the tensors. They work on fused and unfused layers, on the ablations, and
+for every image size that the model accepts.
 """
 
 from collections.abc import Callable, Iterable
@@ -21,16 +21,16 @@ from crate_fast.layers import ISTA, MHSA, MSSA, ODL
 
 
 def coding_rate(w: Tensor, epsilon: float = 0.01) -> Tensor:
-    """Return R^c of tokens against their subspaces: Σ_h ½·logdet(I + D/(Nε)·Ŵ_hᵀ Ŵ_h), Ŵ the tokens at unit length.
+    """Return R^c = Σ_h ½·logdet(I + D/(Nε)·Ŵ_hᵀ Ŵ_h), where Ŵ are the subspace tokens scaled to unit length.
 
-    The D×D form; the N×N form has the same determinant. As the released analysis: ε, not ε² as in the paper's Eq. 5.
+    This D×D form equals the N×N form. As in the released analysis ε is not squared; the paper's Eq. 5 has ε².
 
     Args:
-        w: Subspace tokens [B, N, H, D]; halves are raised to fp32.
+        w: Subspace tokens [B, N, H, D]; half precision is converted to fp32.
         epsilon: Quantisation precision ε, above 0.
 
     Returns:
-        R^c per image [B], in nats; ≥ 0, falling as the tokens gather on fewer directions.
+        R^c per image [B], in nats, at least 0; it decreases as the tokens span fewer directions.
 
     Raises:
         UserError: w is not four-dimensional, or epsilon is not positive.
@@ -51,7 +51,7 @@ def coding_rate(w: Tensor, epsilon: float = 0.01) -> Tensor:
 
 
 def nonzero_fraction(tokens: Tensor) -> Tensor:
-    """Return the share of entries that are not zero, per image: tokens [B, N, C] → [B] in [0, 1]. Small is sparse.
+    """Return the share of non-zero entries per image, [B] in [0, 1], of tokens [B, N, C]; smaller is sparser.
 
     >>> nonzero_fraction(torch.tensor([[[0.0, 2.0]]]))
     tensor([0.5000])
@@ -60,18 +60,18 @@ def nonzero_fraction(tokens: Tensor) -> Tensor:
 
 
 def cls_attention(query: Tensor, keys: Tensor, scale: float) -> Tensor:
-    """softmax over patches of s·⟨query, patch key⟩: CLS query [B, H, D], keys [B, P, H, D] → [B, H, P] (Eq. 10)."""
+    """Return softmax of s·⟨query, key⟩ over patches (Eq. 10): CLS query [B, H, D], keys [B, P, H, D] → [B, H, P]."""
     return (scale * torch.einsum("bhd,bmhd->bhm", query, keys)).softmax(dim=-1)
 
 
 def attention_layer(model: nn.Module) -> int:
-    """Return the layer whose attention is shown: the last but one for CRATE, the last for a ViT (paper, §3)."""
+    """Return the default layer of attention maps: the last but one for CRATE, the last for a ViT (paper, §3)."""
     layers = model.transformer.layers
     return max(0, len(layers) - 2) if isinstance(layers[0][0].fn, MSSA) else len(layers) - 1
 
 
 def layer_numbers(model: nn.Module, layers: Iterable[int]) -> list[int]:
-    """Return indices of layers, negative ones from the end, as numbers from 0 in ascending order.
+    """Convert layer indices, negative ones counted from the end, to ascending numbers from 0.
 
     Raises:
         UserError: There is no such layer.
@@ -92,11 +92,11 @@ class LayerTrace:
         index: The layer, from 0.
         queries: [B, N, H, D]; with MSSA the subspace tokens.
         keys: [B, N, H, D]; with MSSA the same tensor.
-        tied: Whether query, key and value are one projection (MSSA).
+        tied: True if query, key and value are one projection (MSSA).
         scale: s of the logits s·⟨query, key⟩.
         after_mssa: h [B, N, C], the tokens after compression and its residual, before LN₂.
-        after_ista: [B, N, C], the layer's output: after ISTA (after ODL or the MLP, and the residual).
-        sparsifier: The layer's second half, LayerNorm and ISTA, ODL or MLP.
+        after_ista: Output of the layer [B, N, C]: after ISTA, or after ODL or MLP and their residual.
+        sparsifier: Second half of the layer: LayerNorm, then ISTA, ODL or MLP.
     """
 
     index: int
@@ -110,21 +110,21 @@ class LayerTrace:
 
     @property
     def subspace_tokens(self) -> Tensor:
-        """W [B, N, H, D], CLS first; the layer must have MSSA."""
+        """Return W [B, N, H, D], CLS first; the layer must have MSSA."""
         if not self.tied:
-            raise UserError(f"layer {self.index} has separate query, key and value: it has no subspaces; use `.keys`")
+            raise UserError(f"layer {self.index} has separate query, key and value: it has no subspaces; use `keys`")
         return self.queries
 
     def attention(self) -> Tensor:
-        """Return all attention maps, softmax over all tokens: [B, H, N, N]. Memory grows with N²."""
+        """Return all attention maps [B, H, N, N], with softmax over all tokens. Memory grows with N²."""
         logits = self.scale * torch.einsum("bnhd,bmhd->bhnm", self.queries, self.keys)
         return logits.softmax(dim=-1)
 
     def cls_attention(self, scale: float | None = None) -> Tensor:
-        """Attention of CLS on the patches, softmax over patches only: [B, H, N − 1] (paper, Eq. 10 and 11).
+        """Return the attention of CLS to patches [B, H, N − 1], softmax over patches only (paper, Eq. 10 and 11).
 
         Args:
-            scale: s; the layer's own (D^-1/2) when None. The paper writes s = 1; the ranking is the same.
+            scale: s; the layer's scale (D^-1/2) if None. The paper writes s = 1; the ranking is the same.
         """
         return cls_attention(self.queries[:, 0], self.keys[:, 1:], self.scale if scale is None else scale)
 
@@ -135,7 +135,7 @@ class LayerTrace:
     def code(self) -> Tensor:
         """Return the sparse code: ISTA's output [B, N, C]; ODL's z [B, N, ratio·C], recomputed from `after_mssa`."""
         if not isinstance(self.sparsifier.fn, ISTA | ODL):
-            raise UserError(f"layer {self.index} has an MLP, and no sparse code")
+            raise UserError(f"layer {self.index} has an MLP and no sparse code: use a model with ISTA or ODL")
         if isinstance(self.sparsifier.fn, ODL):
             return self.sparsifier.fn.code(self.sparsifier.norm(self.after_mssa))
         return self.after_ista
@@ -148,19 +148,19 @@ class LayerTrace:
 def visit_layers(
     model: nn.Module, images: Tensor, visit: Callable[[LayerTrace], None], layers: Iterable[int] | None = None
 ) -> Tensor:
-    """Run `model` on `images` and call `visit` with each chosen layer's trace as soon as the layer is done.
+    """Run `model` on `images` and call `visit` with the trace of each chosen layer as soon as the layer has run.
 
-    What `visit` does not keep is freed before the next layer runs. Eager only: call it on the model itself, not on a
-    compiled wrapper.
+    Tensors that `visit` does not keep are freed before the next layer runs. Pass the model itself, not a compiled
+    wrapper.
 
     Args:
         model: A CRATE or one of its ablations.
         images: [B, channels, height, width].
         visit: Called once per chosen layer, in the order of the model.
-        layers: Indices, negative ones from the end; all when None.
+        layers: Indices, negative ones from the end; None for all.
 
     Returns:
-        What `model.forward_features(images)` returns: [B, N, C], for `model.forward_head`.
+        The tokens of `model.forward_features(images)`, [B, N, C], for `model.forward_head`.
 
     Raises:
         UserError: There is no such layer.
@@ -194,11 +194,11 @@ def visit_layers(
 def trace(model: nn.Module, images: Tensor, layers: Iterable[int] | None = None) -> list[LayerTrace]:
     """Run `model` on `images` and return a trace of each chosen layer.
 
-    Gradients flow if they are enabled; wrap the call in `torch.no_grad()` where none are wanted.
+    The traces are differentiable; wrap the call in `torch.no_grad()` if you need no gradients.
 
     Args:
         model, images: See `visit_layers`.
-        layers: Indices, negative ones from the end; all when None. Each keeps about (2 + H·D/C)·B·N·C numbers.
+        layers: Indices, negative ones from the end; None for all. A trace holds about (2 + H·D/C)·B·N·C numbers.
 
     Returns:
         One `LayerTrace` per chosen layer, in the order of the model.
@@ -227,18 +227,18 @@ def _layer_trace(
 def layer_measures(
     model: nn.Module, images: Tensor, epsilon: float = 0.01, *, after_mssa: bool = False
 ) -> dict[str, Tensor]:
-    """Return R^c and sparsity of every layer, image by image.
+    """Return R^c and sparsity of every layer for each image.
 
-    The numbers are taken while the model runs: one layer's tokens are held at a time.
+    They are computed while the model runs, so only one layer's tokens are in memory.
 
     Args:
-        model: A CRATE or an ablation; a measure without meaning for it (R^c of MHSA, sparsity of MLP) is left out.
+        model: A CRATE or an ablation. Measures that it does not have (R^c of MHSA, sparsity of MLP) are omitted.
         images: [B, channels, height, width].
         epsilon: ε of R^c.
-        after_mssa: Also R^c of the tokens after compression, LN₁(h), against the same subspaces.
+        after_mssa: Also return R^c of the tokens after compression, LN₁(h), against the same subspaces.
 
     Returns:
-        "coding_rate", "coding_rate_after_mssa" if asked for, and "sparsity", each [B, depth].
+        "coding_rate", "coding_rate_after_mssa" if requested, and "sparsity", each [B, depth].
 
     >>> from crate_fast import CRATE
     >>> model = CRATE(image_size=16, patch_size=8, num_classes=0, dim=8, depth=3, heads=2, dim_head=4)
@@ -269,8 +269,8 @@ def layer_statistics(model: nn.Module, images: Tensor, epsilon: float = 0.01) ->
         model, images, epsilon: See `layer_measures`.
 
     Returns:
-        "coding_rate" and "sparsity", where they mean something, each [depth, 2]: mean and standard deviation over
-        the batch.
+        "coding_rate" and "sparsity", unless omitted as in `layer_measures`, each [depth, 2]: mean and standard
+        deviation over the batch.
     """
     return {
         name: torch.stack([values.mean(dim=0), values.std(dim=0, correction=0)], dim=1)
