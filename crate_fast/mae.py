@@ -3,7 +3,7 @@
     encoder layer   h = x + MSSA(LN x),   x ← ISTA(LN h)        CRATE's, with λ = 0.5
     decoder layer   y = LN(x) · Dᵀ,       x ← y − MSSA(LN y)    `layers.DecoderLayer`
 
-Parameter names and values are those of the released code, so its state dicts load strictly and ours load there.
+Parameter names and outputs are those of the released code, and state dicts load strictly in both directions.
 """
 
 from collections.abc import Sequence
@@ -33,22 +33,22 @@ _NAMES = {
     "channels": "in_chans",
     "dim": "embed_dim",
     "heads": "num_heads",
-}  # the name in CRATE: the name here
-_NORM_EPS = 1e-6  # of the encoder's and the decoder's last LayerNorm
-ENCODER_OPTIONS = {"embed_norm": False, "norm_eps": _NORM_EPS, "sparsity": 0.5}  # of a CRATE that is such an encoder
+}  # name in CRATE: name here
+_NORM_EPS = 1e-6  # of the last LayerNorm of encoder and decoder
+ENCODER_OPTIONS = {"embed_norm": False, "norm_eps": _NORM_EPS, "sparsity": 0.5}  # of the encoder as a CRATE
 _ENCODER_CHOICES = {
     *("pool", "dropout", "emb_dropout", "drop_rate", "attn_drop_rate", "proj_drop_rate", "drop_path_rate"),
     *("head_hidden", "dynamic_img_size", "backend"),
 }
-torch.fx.wrap("check_images")  # as it is called from here
+torch.fx.wrap("check_images")  # imported: `torch.fx` wraps the names of one module
 _PIXEL_EPS = 1e-6  # added to a patch's variance
 
 
 def sincos_positions(dim: int, grid: tuple[int, int]) -> Tensor:
-    """Fixed positions of a grid of patches, CLS first: [1, 1 + rows·columns, dim], fp32.
+    """Return the fixed positions of a grid of patches, CLS first: [1, 1 + rows·columns, dim], fp32.
 
-    The first half of a row encodes the patch's column, the second its row, each as sines and then cosines of
-    pos / 10000^(2k/half), k = 0 … dim/4 − 1; CLS has zeros (as MAE's, He et al., 2022).
+    The first half of a position encodes the patch's column, the second its row, each as sines, then cosines of
+    pos / 10000^(2k/half), k = 0 … dim/4 − 1. The CLS position is zero (as in MAE, He et al., 2022).
 
     Raises:
         UserError: `dim` is not a multiple of four.
@@ -63,32 +63,32 @@ def sincos_positions(dim: int, grid: tuple[int, int]) -> Tensor:
 
 
 class _PatchEmbed(nn.Module):
-    """A linear map of each patch, as the convolution `proj` (timm's name)."""
+    """Linear projection of each patch, as the convolution `proj` (timm's name)."""
 
     def __init__(self, patch_size: tuple[int, int], in_chans: int, dim: int, *, device=None, dtype=None):
         super().__init__()
         self.proj = nn.Conv2d(in_chans, dim, patch_size, patch_size, device=device, dtype=dtype)
 
     def forward(self, images: Tensor) -> Tensor:
-        """[B, channels, height, width] → [B, patches, C]."""
+        """Embed images [B, channels, height, width] as [B, patches, C]."""
         return self.proj(images).flatten(2).transpose(1, 2)
 
 
 class _Block(nn.Module):
-    """One layer, under the released code's name for it."""
+    """Layer under the parameter names of the released code."""
 
     def __init__(self, layer: nn.Module):
         super().__init__()
         self.layers = nn.ModuleList([layer])
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [B, N, C] → [B, N, C]."""
+        """Run the layer on x [B, N, C]."""
         return self.layers[0](x)
 
 
 @torch.fx.wrap
 def check_inputs(imgs: Tensor, noise: Tensor | None, shape: tuple[int, int, int], n_patches: int) -> None:
-    """Raise a UserError unless images have this shape, and the noise a number for each patch."""
+    """Raise a UserError unless images have this shape and the noise has a number for each patch."""
     with without_tracer_warnings():
         check_floating(imgs)
         if imgs.dim() != 4 or tuple(imgs.shape[1:]) != shape:
@@ -98,26 +98,26 @@ def check_inputs(imgs: Tensor, noise: Tensor | None, shape: tuple[int, int, int]
             )
         wanted = (imgs.shape[0], n_patches)
         if noise is not None and tuple(noise.shape) != wanted:
-            raise UserError(f"noise has shape {tuple(noise.shape)}: give a number to each patch, {list(wanted)}")
+            raise UserError(f"noise has shape {tuple(noise.shape)}: pass one number per patch, {list(wanted)}")
 
 
 @torch.fx.wrap
 def kept_patches(n_patches: int, mask_ratio: float) -> int:
-    """See `CRATEMAE.kept`."""
+    """Return `CRATEMAE.kept` for a number of patches."""
     if not 0 < mask_ratio < 1:
-        raise UserError(f"mask_ratio={mask_ratio}: it must be above 0, and below 1; 0.75 is usual")
+        raise UserError(f"mask_ratio={mask_ratio}: it must be above 0 and below 1, such as 0.75")
     count = int(n_patches * (1 - mask_ratio))
     if not 0 < count < n_patches:
         raise UserError(
-            f"mask_ratio={mask_ratio} leaves {count} of {n_patches} patches visible: at least one must be, "
-            "and one not; 0.75 is usual"
+            f"mask_ratio={mask_ratio} leaves {count} of {n_patches} patches visible: choose a ratio that leaves "
+            "at least one patch visible and one masked, such as 0.75"
         )
     return count
 
 
 @torch.fx.wrap
 def noise_for(imgs: Tensor, noise: Tensor | None, n_patches: int) -> Tensor:
-    """`noise`, or a number for each patch of each image, drawn uniformly."""
+    """Return `noise`, or if it is None a uniform random number for each patch of each image."""
     if noise is not None:
         return noise
     return imgs.new_empty((imgs.shape[0], n_patches), dtype=torch.get_default_dtype()).uniform_()
@@ -125,36 +125,36 @@ def noise_for(imgs: Tensor, noise: Tensor | None, n_patches: int) -> Tensor:
 
 @torch.fx.wrap
 def at_least_float(values: Tensor) -> Tensor:
-    """`values` in fp32, unless they are in float64."""
+    """Convert `values` to fp32 unless they are float64."""
     return values if values.dtype == torch.float64 else values.float()
 
 
 class CRATEMAE(nn.Module):
-    """Images with most patches masked → the pixels of those patches.
+    """Masked autoencoder with CRATE layers: predicts the pixels of masked patches.
 
-    As released, mask tokens take the masked patches' places before the encoder, which so sees all N + 1 tokens; the
-    positions added are `decoder_pos_embed`; `pos_embed` and `decoder_embed` exist and do nothing (here the latter is
-    frozen, so that DDP does not wait for its gradient). With `visible_only` both are used, as in MAE: the encoder
-    sees CLS and the visible patches, a quarter of the work at ratio 0.75, and mask tokens come before the decoder.
+    As in the released code, mask tokens replace the masked patches before the encoder, which processes all N + 1
+    tokens. `decoder_pos_embed` is added to them; `pos_embed` and `decoder_embed` are unused, and `decoder_embed` is
+    frozen because DDP would wait for its gradient. With `visible_only` both are used, as in MAE: the encoder runs on
+    CLS and the visible patches (a quarter of the work at ratio 0.75), and mask tokens are added before the decoder.
 
-    `CRATE`'s names `image_size`, `channels`, `dim` and `heads` are accepted too.
+    The names of `CRATE` are also accepted: `image_size`, `channels`, `dim` and `heads`.
 
     Args:
-        img_size: Height and width of the images in pixels, one number or two.
-        patch_size: Height and width of a patch in pixels, one number or two; divides `img_size`.
-        in_chans: Channels of the images.
+        img_size: Height and width of the images in pixels, as one number or two.
+        patch_size: Height and width of a patch in pixels, as one number or two; must divide `img_size`.
+        in_chans: Number of image channels.
         embed_dim: Token width C; a multiple of 4 and of `num_heads`.
-        depth: Encoder layers.
-        num_heads: H.
-        decoder_embed_dim: Width of the decoder; `embed_dim` when None, and necessarily without `visible_only`.
-        decoder_depth: Decoder layers; `depth` when None.
-        decoder_num_heads: Of the decoder; `num_heads` when None.
-        norm_pix_loss: Predict each patch's pixels less their mean, over their standard deviation.
+        depth: Number of encoder layers.
+        num_heads: Number of heads H.
+        decoder_embed_dim: Width of the decoder; `embed_dim` if None. Another width needs `visible_only`.
+        decoder_depth: Number of decoder layers; `depth` if None.
+        decoder_num_heads: Number of heads of the decoder; `num_heads` if None.
+        norm_pix_loss: Predict pixels normalised by the mean and standard deviation of their patch.
         visible_only: See above.
         ista: Step size η.
-        sparsity: λ; the released code fixes 0.5.
+        sparsity: Sparsity weight λ; the released code fixes 0.5.
         backend: "auto", "triton" or "torch" (`crate_fast.backends`).
-        device, dtype: Of the parameters.
+        device, dtype: Device and dtype of the parameters.
 
     Raises:
         UserError: An argument is out of range or does not fit the others.
@@ -200,8 +200,8 @@ class CRATEMAE(nn.Module):
                 raise UserError(f"{prefix}embed_dim={width} is not a multiple of {prefix}num_heads={heads}")
         if decoder_embed_dim != embed_dim and not visible_only:
             raise UserError(
-                f"decoder_embed_dim={decoder_embed_dim} and embed_dim={embed_dim}: mask tokens pass the encoder, so "
-                "the two are equal; pass visible_only=True for a decoder of its own width"
+                f"decoder_embed_dim={decoder_embed_dim} and embed_dim={embed_dim}: mask tokens pass through the "
+                "encoder, so both must be equal; pass visible_only=True for another decoder width"
             )
         self.image_size, self.patch_size = size_pair("img_size", img_size), size_pair("patch_size", patch_size)
         self.grid_size = patch_grid(self.image_size, self.patch_size)
@@ -242,13 +242,13 @@ class CRATEMAE(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw all parameters but the dictionaries: linear maps Xavier-uniform, both tokens normal with std 0.02."""
+        """Initialise all parameters except dictionaries: linear maps Xavier-uniform, tokens normal with std 0.02."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        kernel = self.patch_embed.proj.weight  # of any memory format
+        kernel = self.patch_embed.proj.weight  # may have any memory format
         kernel.copy_(nn.init.xavier_uniform_(torch.empty_like(kernel.flatten(1))).view(kernel.shape))
         for positions in (self.pos_embed, self.decoder_pos_embed):
             positions.copy_(sincos_positions(positions.shape[-1], self.grid_size))
@@ -257,44 +257,44 @@ class CRATEMAE(nn.Module):
 
     def __prepare_scriptable__(self):
         raise UserError(
-            "torch.jit.script takes no CRATEMAE: take torch.jit.trace or torch.export, or script its encoder()"
+            "torch.jit.script does not support CRATEMAE: use torch.jit.trace or torch.export, or script its encoder()"
         )
 
     # --- patches ------------------------------------------------------------------------------------------------
 
     def patchify(self, imgs: Tensor) -> Tensor:
-        """Images [B, channels, height, width] → patches [B, N, p·p·channels], in (row, column, channel) order."""
+        """Cut images [B, channels, height, width] into patches [B, N, p·p·channels]; channels vary fastest."""
         check_images(imgs, self.channels, self.patch_size, self.image_size, any_size=True)
         return patches_of(imgs, self.patch_size)
 
     def unpatchify(self, patches: Tensor) -> Tensor:
-        """Return the inverse of `patchify`."""
+        """Assemble images from patches, the inverse of `patchify`."""
         (rows, columns), (height, width) = self.grid_size, self.patch_size
         pixels = patches.unflatten(2, (height, width, self.channels)).unflatten(1, (rows, columns))
         return pixels.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
 
     def can_mask(self, mask_ratio: float) -> bool:
-        """Return True if the ratio leaves at least one patch visible, and one masked."""
+        """Return True if the ratio leaves at least one patch visible and one masked."""
         n_patches = self.grid_size[0] * self.grid_size[1]
         return 0 < mask_ratio < 1 and 0 < int(n_patches * (1 - mask_ratio)) < n_patches
 
     def kept(self, mask_ratio: float) -> int:
-        """Return the number of visible patches: int(N·(1 − mask_ratio)), in floats as released (0.9 of 100: 9).
+        """Return the number of visible patches, int(N·(1 − mask_ratio)) in floats as released (9 of 100 at 0.9).
 
         Raises:
-            UserError: None would, or all.
+            UserError: No patch, or every patch, would be visible.
         """
         return kept_patches(self.grid_size[0] * self.grid_size[1], mask_ratio)
 
     def reconstruction(self, imgs: Tensor, pred: Tensor) -> Tensor:
         """Return the predicted pixels as images [B, channels, height, width].
 
-        With `norm_pix_loss` each patch gets the mean and deviation of the true patch back, which a prediction does
-        not know: that is how MAE's authors draw theirs.
+        With `norm_pix_loss` the mean and deviation come from the true patches, as in the figures of the MAE paper,
+        because a prediction does not contain them.
 
         Args:
-            imgs: What `forward` was given.
-            pred: What it returned.
+            imgs: Images passed to `forward`.
+            pred: Predictions that `forward` returned.
         """
         pred = pred.to(imgs.dtype)
         if self.norm_pix_loss:
@@ -303,7 +303,7 @@ class CRATEMAE(nn.Module):
         return self.unpatchify(pred)
 
     def mask_image(self, mask: Tensor) -> Tensor:
-        """mask [B, N] → [B, 1, height, width], constant on each patch."""
+        """Expand a mask [B, N] to pixels [B, 1, height, width], constant on each patch."""
         height, width = self.patch_size
         grid = mask.unflatten(1, self.grid_size).unsqueeze(1)
         return grid.repeat_interleave(height, dim=2).repeat_interleave(width, dim=3)
@@ -319,14 +319,14 @@ class CRATEMAE(nn.Module):
         return x
 
     def forward_encoder(self, imgs: Tensor, mask_ratio: float, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Mask and encode.
+        """Mask and encode images.
 
         Args:
             imgs, mask_ratio, noise: See `forward`.
 
         Returns:
-            (tokens behind the last LayerNorm, CLS first: [B, N + 1, C], or with `visible_only` those of the visible
-            patches alone, in the order of `order`; order [B, N]: patch numbers, visible ones first).
+            (tokens, order). Tokens after the last LayerNorm, CLS first: [B, N + 1, C], or with `visible_only` only
+            the visible patches, in the order of `order`. Order [B, N]: patch indices, visible patches first.
         """
         n_patches = self.grid_size[0] * self.grid_size[1]
         check_inputs(imgs, noise, (self.channels, *self.image_size), n_patches)
@@ -344,7 +344,7 @@ class CRATEMAE(nn.Module):
         return self.norm(self._run(self.blocks, tokens)), order
 
     def forward_decoder(self, tokens: Tensor, order: Tensor) -> Tensor:
-        """Decode what `forward_encoder` returned: predictions for all patches [B, N, p·p·channels]."""
+        """Decode the results of `forward_encoder`; return predictions for all patches [B, N, p·p·channels]."""
         if self.visible_only:
             tokens = self.decoder_embed(tokens)
             cls, visible = tokens.split([1, tokens.shape[1] - 1], dim=1)
@@ -354,7 +354,7 @@ class CRATEMAE(nn.Module):
         return self.decoder_pred(self.decoder_norm(self._run(self.decoder_blocks, tokens)))[:, 1:]
 
     def forward_loss(self, imgs: Tensor, pred: Tensor, mask: Tensor) -> Tensor:
-        """Return the mean squared error per pixel over the masked patches, a scalar, in fp32 at least.
+        """Return the mean squared error per pixel over the masked patches, a scalar in fp32 or float64.
 
         Args:
             imgs: [B, channels, height, width].
@@ -373,48 +373,48 @@ class CRATEMAE(nn.Module):
     def forward(
         self, imgs: Tensor, mask_ratio: float = 0.75, *, noise: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Mask, encode, decode, compare.
+        """Mask, encode and decode images; return the loss, the predictions and the mask.
 
         Args:
-            imgs: [B, channels, height, width], of `img_size`.
+            imgs: [B, channels, height, width], of size `img_size`.
             mask_ratio: Share of the patches to mask, above 0 and below 1.
-            noise: [B, N]: the `kept` patches with the smallest values stay visible (of equal ones the first); drawn
-                uniformly when None.
+            noise: [B, N]; the `kept` patches with the smallest values stay visible (the first of equal ones). Drawn
+                uniformly if None.
 
         Returns:
-            (loss, a scalar; pred [B, N, p·p·channels], for all patches; mask [B, N], 1 where masked, else 0).
+            (loss, a scalar; pred [B, N, p·p·channels] for all patches; mask [B, N], 1 where masked, else 0).
 
         Raises:
-            UserError: Images or noise have another shape, or the ratio leaves nothing to see or to predict.
+            UserError: Images or noise have a wrong shape, or the ratio leaves no patch visible or none masked.
         """
         tokens, order = self.forward_encoder(imgs, mask_ratio, noise)
         pred = self.forward_decoder(tokens, order)
         mask = _mask(order, self.kept(mask_ratio)).to(imgs.dtype)
         return self.forward_loss(imgs, pred, mask), pred, mask
 
-    # --- the encoder apart, and what training asks of a model -------------------------------------------------------
+    # --- the encoder as a CRATE, and the methods that training calls ------------------------------------------------
 
     def encoder(self, num_classes: int = 0, **options) -> CRATE:
         """Return the encoder as a `CRATE`, for fine-tuning, probing, segmentation and the white-box view.
 
         Args:
-            num_classes: Of a new classifier, with random weights; none when 0.
-            **options: Of `CRATE`, under either name: `pool`, `dropout`, `emb_dropout`, timm's drop rates,
-                `head_hidden`, `dynamic_img_size` or `backend`; for another image size call `set_input_size` on the
-                result.
+            num_classes: Number of classes of a new classifier with random weights; 0 for no classifier.
+            **options: Arguments of `CRATE`, also under timm's names: `pool`, `dropout`, `emb_dropout`, timm's drop
+                rates, `head_hidden`, `dynamic_img_size` or `backend`. For another image size, call `set_input_size`
+                on the result.
 
         Returns:
-            A CRATE with copies of the weights, on their device, in the same mode.
+            A CRATE with copies of the weights, on the same device and in the same mode.
 
         Raises:
-            UserError: An option would change the weights' architecture.
+            UserError: An option would change the architecture.
         """
         options = rename_arguments(options, TIMM_NAMES)
         unknown = options.keys() - _ENCODER_CHOICES
         if unknown:
             raise UserError(
-                f"{', '.join(sorted(unknown))}: the encoder's architecture is this model's; leave it out, and for "
-                "another image size call set_input_size on the result"
+                f"{', '.join(sorted(unknown))}: encoder() keeps the architecture of this model; leave this out, and "
+                "for another image size call set_input_size on the result"
             )
         first = self.blocks[0].layers[0]
         sizes = {"image_size": self.image_size, "patch_size": self.patch_size, "channels": self.channels}
@@ -424,12 +424,12 @@ class CRATEMAE(nn.Module):
         place = {"device": self.cls_token.device, "dtype": self.cls_token.dtype}
         model = CRATE(num_classes=num_classes, **(sizes | place | options))
         weights = encoder_state_dict(self.state_dict(), self.visible_only)
-        head = {name: value for name, value in model.state_dict().items() if name not in weights}  # a new one
+        head = {name: value for name, value in model.state_dict().items() if name not in weights}  # the new one
         model.load_state_dict(weights | head)
         return model.train(self.training)
 
     def get_classifier(self) -> nn.Module:
-        """Return the last linear map, to pixels, which timm's tools use as the head."""
+        """Return the last linear map, which predicts pixels; timm's tools treat it as the head."""
         return self.decoder_pred
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -437,7 +437,7 @@ class CRATEMAE(nn.Module):
         self.grad_checkpointing = enable
 
     def no_weight_decay(self) -> set[str]:
-        """Return an empty set: MAE decays its tokens, and its positions are fixed."""
+        """Return an empty set: as in MAE the tokens have weight decay, and the positions are fixed."""
         return set()
 
     def group_matcher(self, coarse: bool = False) -> dict:
@@ -449,13 +449,13 @@ class CRATEMAE(nn.Module):
 
 
 def _rows(indices: Tensor, like: Tensor) -> Tensor:
-    """Token numbers [B, K] as `gather` and `scatter` want them for tokens [B, N, C]."""
+    """Expand token indices [B, K] to [B, K, C], for `gather` and `scatter` on tokens [B, N, C]."""
     return indices.unsqueeze(-1).expand(-1, -1, like.shape[-1])
 
 
 def _mask(order: Tensor, kept: int) -> Tensor:
-    """True [B, N] for patches that are not among the first `kept` of `order`."""
-    return torch.ones_like(order, dtype=torch.bool).scatter(1, order[:, :kept], 0)  # torch.jit.trace takes no False
+    """Return a mask [B, N] that is False for the first `kept` patches of `order`."""
+    return torch.ones_like(order, dtype=torch.bool).scatter(1, order[:, :kept], 0)  # torch.jit.trace rejects False
 
 
 def _patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
@@ -464,14 +464,14 @@ def _patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def encoder_state_dict(state_dict: dict[str, Tensor], visible_only: bool = False) -> dict[str, Tensor]:
-    """Return the encoder's part of a CRATE-MAE state dict under `CRATE`'s names, for one with `embed_norm=False`.
+    """Return the encoder's weights in a CRATE-MAE state dict, under the names of a `CRATE` with `embed_norm=False`.
 
     Args:
-        state_dict: Of a `CRATEMAE`, or released.
-        visible_only: Which of the two position tables its encoder was trained with.
+        state_dict: State dict of a `CRATEMAE` or of a released model.
+        visible_only: True if the model was trained with `visible_only`: its positions are in another table.
 
     Raises:
-        UserError: It is not such a state dict; the message names a key that is missing.
+        UserError: This is not the state dict of a CRATE-MAE; the message names a missing key.
     """
     positions = "pos_embed" if visible_only else "decoder_pos_embed"
     names = {"cls_token": "cls_token", positions: "pos_embedding"}
@@ -479,7 +479,7 @@ def encoder_state_dict(state_dict: dict[str, Tensor], visible_only: bool = False
     names |= {"norm.weight": "mlp_head.0.weight", "norm.bias": "mlp_head.0.bias"}
     absent = sorted({*names, "patch_embed.proj.weight"} - state_dict.keys())
     if absent:
-        raise UserError(f"no state dict of a CRATE-MAE: {absent[0]} is missing")
+        raise UserError(f"not a state dict of CRATE-MAE: {absent[0]} is missing; pass the weights of a CRATE-MAE")
     kernel = state_dict["patch_embed.proj.weight"]
     found = {"to_patch_embedding.2.weight": kernel.permute(0, 2, 3, 1).flatten(1)}
     for key, value in state_dict.items():

@@ -230,14 +230,14 @@ def test_the_encoder_as_a_crate_computes_the_same_tokens(visible_only, patch):
     assert model.cls_token.abs().max() > 0  # a copy
     with pytest.raises(ValueError, match="released code has no such model"):
         released_state_dict(encoder)
-    with pytest.raises(ValueError, match="image_size: the encoder's architecture is this model's"):
+    with pytest.raises(ValueError, match=r"image_size: encoder\(\) keeps the architecture of this model"):
         model.encoder(image_size=64)
     encoder = model.encoder(pool="mean", dropout=0.5, dynamic_img_size=True)
     assert encoder(torch.zeros(1, 3, 64, 64).double()).shape == (1, 48)
 
 
 def test_only_a_crate_maes_state_dict_is_converted():
-    with pytest.raises(ValueError, match="no state dict of a CRATE-MAE: cls_token is missing"):
+    with pytest.raises(ValueError, match="not a state dict of CRATE-MAE: cls_token is missing"):
         encoder_state_dict({"weight": torch.zeros(1)})
 
 
@@ -316,7 +316,7 @@ def test_arguments_that_do_not_fit_are_named(options, message):
         ((2, 3, 64, 64), {}, r"\(2, 3, 64, 64\) and the model expects \[B, 3, 32, 32\]"),
         ((2, 1, 32, 32), {}, r"expects \[B, 3, 32, 32\]"),
         ((3, 32, 32), {}, r"expects \[B, 3, 32, 32\]"),
-        ((2, 3, 32, 32), {"mask_ratio": 1.0}, "mask_ratio=1.0: it must be above 0, and below 1"),
+        ((2, 3, 32, 32), {"mask_ratio": 1.0}, "mask_ratio=1.0: it must be above 0 and below 1"),
         ((2, 3, 32, 32), {"mask_ratio": math.nan}, "mask_ratio=nan: it must be above 0"),
         ((2, 3, 32, 32), {"mask_ratio": 0.95}, "mask_ratio=0.95 leaves 0 of 16"),
         ((2, 3, 32, 32), {"noise": torch.zeros(2, 15)}, r"noise has shape \(2, 15\): .* \[2, 16\]"),
