@@ -1,6 +1,6 @@
-"""Load released state dicts into a model, and write them.
+"""Load released state dicts into a model, and convert a model's weights to the released form.
 
-The model's parameter names are the released ones. Loading removes wrappers and resamples positions of another grid of
+Parameter names are those of the released code. Loading removes wrappers and resamples positions to another grid of
 patches; `crate_fast.weight_files` reads the files.
 """
 
@@ -18,7 +18,7 @@ from crate_fast.mae import CRATEMAE, sincos_positions
 from crate_fast.model import CRATE, resample_positions
 from crate_fast.weight_files import read_state_dict, unwrap_state_dict
 
-_TABLES = ("pos_embed", "decoder_pos_embed")  # CRATE-MAE computes its positions, and does not learn them
+_TABLES = ("pos_embed", "decoder_pos_embed")  # positions of CRATE-MAE: computed, not learned
 
 
 class MismatchError(UserError, RuntimeError):
@@ -31,20 +31,20 @@ def _given_or_square(patches: int, given: tuple[int, int] | None, argument: str)
         if rows * columns != patches or rows < 1:
             raise UserError(
                 f"{argument}={rows}×{columns} has {rows * columns} patches and the weights have {patches} positions: "
-                "give the rows and columns of patches that they were made for"
+                "pass the rows and columns of patches of the weights"
             )
         return rows, columns
     side = round(patches**0.5)
     if side * side != patches or not patches:
         raise UserError(
-            f"positions cannot be resampled: {patches} patches are no square grid, and the weights do not say "
-            f"which: pass {argument}, its rows and columns"
+            f"positions cannot be resampled: {patches} patches do not form a square grid, and the weights do not "
+            f"record their grid: pass {argument}, its rows and columns"
         )
     return side, side
 
 
-def _stated_grid(state_dict: dict, model: CRATE, patches: int) -> tuple[int, int] | None:
-    """Return the grid that is saved with the weights, or that of timm's `pretrained_cfg`; None if neither fits."""
+def _recorded_grid(state_dict: dict, model: CRATE, patches: int) -> tuple[int, int] | None:
+    """Return the grid saved with the weights, else that of timm's `pretrained_cfg`; None if neither fits."""
     recorded = getattr(state_dict, "_metadata", {}).get("", {}).get("grid", (0, 0))
     _, *size = getattr(model, "pretrained_cfg", {}).get("input_size") or (0, 0, 0)
     configured = (side // patch for side, patch in zip(size, model.patch_size, strict=True))
@@ -52,7 +52,7 @@ def _stated_grid(state_dict: dict, model: CRATE, patches: int) -> tuple[int, int
 
 
 def table_grid(table: Tensor) -> tuple[int, int] | None:
-    """Return the grid whose sine-cosine positions a CRATE-MAE's table [1, 1 + N, C] holds, None if none fits."""
+    """Return the grid of a CRATE-MAE's table of sine-cosine positions [1, 1 + N, C]; None if no grid fits."""
     patches, dim = table.shape[1] - 1, table.shape[2]
     for rows in (rows for rows in range(1, patches + 1) if patches % rows == 0 and dim % 4 == 0):
         grid = (rows, patches // rows)
@@ -64,18 +64,18 @@ def table_grid(table: Tensor) -> tuple[int, int] | None:
 def adapt_state_dict(
     state_dict: dict, model: nn.Module, source_grid: tuple[int, int] | None = None
 ) -> dict[str, Tensor]:
-    """Unwrap a state dict, and resample its positions to the model's own grid of patches (timm's pretrained filter).
+    """Unwrap a state dict and resample its positions to the model's grid of patches (`pretrained_filter_fn` of timm).
 
     Grids are compared, not shapes: 4×4 positions are resampled for a 2×8 model. The grid of the weights is the first
-    known of: `source_grid`; the grid saved by `CRATE.state_dict()`; the `input_size` of timm's `pretrained_cfg`, if
-    it has as many patches; a square. A CRATE-MAE computes its positions, and keeps its own.
+    one known of: `source_grid`; the grid saved by `CRATE.state_dict()`; the `input_size` of timm's `pretrained_cfg`,
+    if it has as many patches; a square. A CRATE-MAE keeps its own positions, because they are computed.
 
-    Classifiers are not changed: another number of classes is an error of `load_state_dict`.
+    Classifiers are not changed: `load_state_dict` raises an error for another number of classes.
 
     Args:
         state_dict: Contents of a file, or a model's `state_dict()`.
         model: A CRATE or a CRATEMAE.
-        source_grid: Rows and columns of patches that the positions were made for.
+        source_grid: Rows and columns of patches of the positions in `state_dict`.
 
     Raises:
         UserError: The grid is unknown and not square, or does not fit the number of positions, or the width differs.
@@ -89,13 +89,13 @@ def resample_weights(
     """Resample positions as `adapt_state_dict` does, also for a timm ViT.
 
     Args:
-        state_dict: Without wrappers.
+        state_dict: State dict without wrappers.
         model: A CRATE, a CRATEMAE, or a timm ViT.
         source_grid: See `adapt_state_dict`.
         argument: Name of `source_grid` in messages.
 
     Returns:
-        The state dict itself if its grid is the model's, else a new one.
+        `state_dict` itself if its grid is the model's, else a new dictionary.
     """
     if isinstance(model, CRATEMAE):
         return _with_own_tables(state_dict, model)
@@ -111,15 +111,15 @@ def resample_weights(
     prefix = own.shape[1] - target[0] * target[1]
     patches = positions.shape[1] - prefix
     if isinstance(model, CRATE):
-        source_grid = source_grid or _stated_grid(state_dict, model, patches)
+        source_grid = source_grid or _recorded_grid(state_dict, model, patches)
     grid = _given_or_square(patches, source_grid, argument)
     if grid == target:
         return state_dict
     if source_grid is None and patches == target[0] * target[1]:
         rows, columns = grid
         warnings.warn(
-            f"the weights do not say which grid their {patches} positions are of: taken for {rows}×{columns}, and "
-            f"resampled to {target[0]}×{target[1]}; if they are of another one, pass {argument}",
+            f"the weights do not record the grid of their {patches} positions: assuming {rows}×{columns}, resampling "
+            f"to {target[0]}×{target[1]}; if this is wrong, pass {argument}",
             stacklevel=2,
         )
     if isinstance(model, CRATE):
@@ -128,7 +128,7 @@ def resample_weights(
 
 
 def _positions_of(model: nn.Module) -> tuple[str, tuple[int, int] | None]:
-    """Return the name of a model's learned positions and their grid, None unless each patch has one."""
+    """Return the name of a model's learned positions and their grid, None if patches have no positions."""
     if isinstance(model, CRATE):
         return "pos_embedding", model.native_grid
     positions = getattr(model, "pos_embed", None)
@@ -138,7 +138,7 @@ def _positions_of(model: nn.Module) -> tuple[str, tuple[int, int] | None]:
 
 
 def _with_own_tables(state_dict: dict[str, Tensor], model: CRATEMAE) -> dict[str, Tensor]:
-    """Replace position tables of another grid by the model's. A table of another width is kept, and fails to load."""
+    """Replace position tables of another grid by the model's. A table of another width is kept and fails to load."""
     own = model.state_dict()
     tables = {}
     for name in _TABLES:
@@ -151,30 +151,30 @@ def _with_own_tables(state_dict: dict[str, Tensor], model: CRATEMAE) -> dict[str
 
 
 def is_demo(state_dict: dict) -> bool:
-    """Return True if weights look like the emergence paper's demo checkpoint, whose file does not record 6 heads."""
+    """Return True for weights like the emergence paper's demo checkpoint, whose file does not record its 6 heads."""
     hidden = state_dict.get("mlp_head.1.weight")
     return "mlp_head.2.weight" in state_dict and hidden is not None and hidden.shape == (768, 768)
 
 
 def check_numbers(state_dict: dict, model: nn.Module, source: str) -> None:
-    """Refuse integers where the model has real numbers, which PyTorch would convert silently.
+    """Reject integer weights of a floating-point model, which PyTorch would convert silently.
 
     Raises:
-        UserError: `state_dict` is of a quantized model, whose integers lack their scales.
+        UserError: `state_dict` is from a quantized model; its integers are useless without their scales.
     """
     for name, own in model.state_dict().items():
         found = state_dict.get(name)
         if found is not None and own.is_floating_point() and not found.is_floating_point():
             raise UserError(
                 f"{source} holds {name} as {found.dtype}, as quantized models do, not as {own.dtype}: use the "
-                "weights from before the quantization"
+                "weights from before quantization"
             )
 
 
 def load_strictly(
     model: nn.Module, state_dict: dict, source: str, remedy: str, name: str = "this model"
 ) -> nn.Module:
-    """Load a state dict into `model`, all keys and shapes equal.
+    """Load a state dict into `model`; all keys and shapes must be equal.
 
     Args:
         model: The model.
@@ -184,7 +184,7 @@ def load_strictly(
         name: Name of the model, for the message.
 
     Raises:
-        MismatchError: They do not fit; one line names some of what differs.
+        MismatchError: Keys or shapes differ; the message names some of them in one line.
     """
     check_numbers(state_dict, model, source)
     try:
@@ -207,9 +207,9 @@ def load_weights(
 
     Args:
         model: A CRATE of the file's architecture.
-        path: A released checkpoint, one of ours, or any file `read_state_dict` takes, with `#ENTRY` too.
-        resample: Resample the positions of another image size to the model's.
-        source_grid: Rows and columns of patches in the file, where the file does not tell and they are no square.
+        path: A released checkpoint, one of this package, or any file or `FILE#ENTRY` that `read_state_dict` accepts.
+        resample: Resample positions of another image size to the model's.
+        source_grid: Rows and columns of patches in the file, if it does not record them and they are not square.
 
     Returns:
         The model.
@@ -224,15 +224,15 @@ def load_weights(
             state_dict = adapt_state_dict(state_dict, model, source_grid)
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
-    remedy = "build the model it was saved from, or for another image size alone pass resample=True"
+    remedy = "build the model that it was saved from; if only the image size differs, pass resample=True"
     return load_strictly(model, state_dict, os.fspath(path), remedy)
 
 
 def _unreleased(model: CRATE | CRATEMAE) -> str:
-    """Name the arguments of a model whose values the released code does not have; "" if none."""
+    """List the arguments of a model that have values the released code does not support; "" if there are none."""
     if isinstance(model, CRATEMAE):
         sparsify = model.blocks[0].layers[0][1].fn
-        found = {  # the value, then those that the released code has
+        found = {  # the value, then the values in the released code
             "visible_only": (model.visible_only, False),
             "sparsity": (sparsify.lambd, 0.5),
             "ista": (sparsify.step_size, 0.1),
@@ -269,15 +269,15 @@ def _unreleased(model: CRATE | CRATEMAE) -> str:
 
 
 def released_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """Return the model's weights under the released code's keys, detached, on the CPU, for its `load_state_dict`.
+    """Return the model's weights for `load_state_dict` of the released code, detached, on the CPU.
 
-    A classifier with a hidden layer is named as in the emergence paper's demo checkpoint; CRATE-α's patch projection
-    is its convolution.
+    A classifier with a hidden layer is named as in the emergence paper's demo checkpoint. CRATE-α's patch projection
+    becomes a convolution.
 
     Raises:
-        UserError: The model is one that the released code cannot build (an ablation or another residual form).
+        UserError: The released code cannot build the model (an ablation or another residual form).
     """
-    model = getattr(model, "_orig_mod", model)  # of torch.compile
+    model = getattr(model, "_orig_mod", model)  # unwrap torch.compile
     if different := _unreleased(model):
         raise UserError(
             f"the released code has no such model ({different}): its weights would not load there, or would give "

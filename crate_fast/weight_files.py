@@ -1,6 +1,6 @@
-"""Read weight files: the state dict without wrappers, or one line of advice if a file holds none.
+"""Read the state dict of a weight file without its wrappers, or explain in one line why the file has none.
 
-Nothing here runs pickled code: `torch.load` is always called with `weights_only=True`.
+Pickled code never runs: `torch.load` is always called with `weights_only=True`.
 """
 
 import argparse
@@ -19,26 +19,26 @@ from torch import Tensor
 
 from crate_fast.errors import UserError
 
-_AVERAGES = ("state_dict_ema", "model_ema", "ema")  # taken first, as timm does; then the weights themselves
+_AVERAGES = ("state_dict_ema", "model_ema", "ema")  # preferred over the weights themselves, as in timm
 _ENTRIES = (*_AVERAGES, "state_dict", "model")
 _PREFIXES = ("module.", "_orig_mod.")  # added by DataParallel and DDP, and by torch.compile
-_TORCH_MAGIC = b"\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"  # torch.save's number in front of its older format
-_FETCH = "fetch it again, or use another one"
-_STATE_DICT = "have it saved where it was made as its state dict alone, with torch.save or as safetensors"
+_TORCH_MAGIC = b"\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"  # begins files in torch.save's older format
+_FETCH = "download it again, or use another file"
+_STATE_DICT = "save only its state dict where it was made, with torch.save or as safetensors"
 _ARCHIVES = (
     b"\x1f\x8b",
     b"BZh",
     b"\xfd7zXZ\x00",
     b"\x28\xb5\x2f\xfd",
     b"7z\xbc\xaf\x27\x1c",
-)  # gzip … 7z: first bytes
+)  # first bytes of gzip, bzip2, xz, zstd and 7z files
 
 
-# --- the state dict in what a file held ---------------------------------------------------------------------------
+# --- the state dict in the contents of a file ---------------------------------------------------------------------
 
 
 def split_entry(path: str | os.PathLike) -> tuple[Path, str | None]:
-    """Split `FILE#ENTRY` into the file and the entry to take from it, None where none is named.
+    """Split `FILE#ENTRY` into the file and the name of the entry, None if there is none.
 
     >>> split_entry("weights.pth#state_dict"), split_entry("weights.pth")
     ((PosixPath('weights.pth'), 'state_dict'), (PosixPath('weights.pth'), None))
@@ -61,7 +61,7 @@ def _inner(content: Mapping, entry: str | None) -> tuple[Mapping, str | None, li
             break
         content, taken, others = content[found[0]], found[0], others or found[1:]
     if entry is not None:
-        choose = f"choose among {_names(choices)}" if choices else "name the file alone"
+        choose = f"choose among {_names(choices)}" if choices else "pass the file without an entry"
         raise UserError(f"there is no dictionary {entry!r} in it: {choose}")
     return content, taken, others
 
@@ -92,7 +92,7 @@ def _has_demo_head(state_dict: Mapping) -> bool:
 
 
 def _has_convolution(state_dict: Mapping) -> bool:
-    """Return True for CRATE-α's released names, whose patch projection is a convolution."""
+    """Return True for released weights of CRATE-α, whose patch projection is a convolution."""
     kernel = state_dict.get("conv1.weight")
     return kernel is not None and kernel.dim() == 4 and "pos_embedding" in state_dict
 
@@ -100,20 +100,20 @@ def _has_convolution(state_dict: Mapping) -> bool:
 def unwrap_state_dict(content: Mapping, entry: str | None = None) -> dict[str, Tensor]:
     """Return the state dict inside the contents of a checkpoint file.
 
-    Takes the first that exists of `state_dict_ema`, `model_ema`, `ema`, `state_dict` and `model`, at every level.
+    At every level, uses the first entry found of `state_dict_ema`, `model_ema`, `ema`, `state_dict` and `model`.
     Removes the prefixes `module.` (DataParallel, DDP) and `_orig_mod.` (`torch.compile`) from the keys.
-    The classifier `head` behind `mlp_head` in the emergence paper's demo checkpoint becomes `mlp_head.2`, and the
-    convolution `conv1` [C, channels, height, width] of CRATE-α the projection `to_patch_embedding.2` of flat patches.
+    Renames the classifier `head` of the emergence paper's demo checkpoint to `mlp_head.2`, and converts CRATE-α's
+    convolution `conv1` [C, channels, height, width] to the projection `to_patch_embedding.2` of flat patches.
 
     Args:
         content: Result of `torch.load`.
-        entry: Name of the dictionary to take instead.
+        entry: Name of the dictionary to use instead.
 
     Returns:
         Parameter name → tensor; PyTorch's `_metadata`, which records the grid of positions, is kept.
 
     Raises:
-        UserError: There is no state dict in it, or two keys become one without their prefixes.
+        UserError: There is no state dict, or two keys are equal without their prefixes.
 
     >>> dict(unwrap_state_dict({"state_dict": {"module.cls_token": torch.zeros(1)}}))
     {'cls_token': tensor([0.])}
@@ -124,18 +124,18 @@ def unwrap_state_dict(content: Mapping, entry: str | None = None) -> dict[str, T
     tensors = {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor)}
     if not tensors:
         inner = [name for name, value in content.items() if isinstance(value, Mapping) and value]
-        remedy = f"name the one to take, as in FILE#{inner[0]}" if inner else _STATE_DICT
+        remedy = f"name the entry to use, as in FILE#{inner[0]}" if inner else _STATE_DICT
         held = f"the keys {_names(content)}" if content else "nothing"
         raise UserError(f"no state dict found: it holds {held}; {remedy}")
     for key, value in tensors.items():
-        kind = _no_plain_kind(value)
+        kind = _unsupported_kind(value)
         if kind:
-            raise UserError(f"{key} is {kind}, not a plain tensor of numbers: {_STATE_DICT}, of the plain model")
+            raise UserError(f"{key} is {kind}, not a dense tensor of numbers: save the state dict of the plain model")
     stripped = OrderedDict()
     for key, value in tensors.items():
         name = _strip(key)
         if name in stripped:
-            raise UserError(f"the keys {name!r} and {key!r} name one parameter: keep one of the two")
+            raise UserError(f"the keys {name!r} and {key!r} name one parameter: remove one of them")
         stripped[name] = value
     if _has_demo_head(stripped):
         for kind in ("weight", "bias"):
@@ -151,8 +151,8 @@ def unwrap_state_dict(content: Mapping, entry: str | None = None) -> dict[str, T
     return stripped
 
 
-def _no_plain_kind(tensor: Tensor) -> str:
-    """Describe a tensor that is no array of real numbers; "" if it is one."""
+def _unsupported_kind(tensor: Tensor) -> str:
+    """Describe a tensor that is not a dense array of real numbers; return "" for one that is."""
     if tensor.is_meta:
         return "a meta tensor without values"
     if tensor.layout != torch.strided:
@@ -166,19 +166,19 @@ def _no_plain_kind(tensor: Tensor) -> str:
 def read_state_dict(path: str | os.PathLike, entry: str | None = None) -> dict[str, Tensor]:
     """Read the state dict of a `.safetensors` or `torch.save` file, unwrapped, on the CPU, without running code.
 
-    From a file with weights and their moving average the average is taken, as in timm, with a warning.
+    If the file has both weights and their moving average, the average is used, as in timm, with a warning.
 
     Args:
         path: The file, or `FILE#ENTRY`.
-        entry: Dictionary to take from the file, such as "state_dict" rather than "state_dict_ema".
+        entry: Dictionary to use from the file, such as "state_dict" instead of "state_dict_ema".
 
     Raises:
-        UserError: There is no such file, it is damaged, or it holds something else; the message says what to do.
+        UserError: The file does not exist, is damaged or has other contents; the message includes a remedy.
     """
     path, named = split_entry(path)
     entry = entry or named
     if path.is_dir():
-        raise UserError(f"{path} is a folder: name the file of weights in it")
+        raise UserError(f"{path} is a folder: pass the weight file in it")
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint file; check the path")
     if found := describe_file(path):
@@ -186,19 +186,19 @@ def read_state_dict(path: str | os.PathLike, entry: str | None = None) -> dict[s
     try:
         if path.suffix == ".safetensors":
             content = load_file(path)
-        else:  # many a published checkpoint keeps its training arguments in a Namespace, which is harmless (as timm)
+        else:  # many published checkpoints contain their arguments as a Namespace, which is harmless (as in timm)
             with torch.serialization.safe_globals([argparse.Namespace]):
                 content = torch.load(path, map_location="cpu", weights_only=True)
     except MemoryError:
         raise
-    except Exception as error:  # whatever the readers raise on such bytes
+    except Exception as error:  # damaged bytes can raise anything
         raise UserError(f"{path} {_why_unreadable(error)}") from error
     try:
         if entry is None and isinstance(content, Mapping):
             _, taken, others = _inner(content, None)
             if others:
                 warnings.warn(
-                    f"{path} holds {' and '.join((taken, *others))}: {taken} is taken; for the other name "
+                    f"{path} holds {' and '.join((taken, *others))}: using {taken}; for the other one pass "
                     f"{path}#{others[0]}",
                     stacklevel=2,
                 )
@@ -208,9 +208,9 @@ def read_state_dict(path: str | os.PathLike, entry: str | None = None) -> dict[s
 
 
 def describe_file(path: Path) -> tuple[str, str] | None:
-    """Describe a file without weights, or with a wrong suffix, and the remedy; None if it may hold weights.
+    """Return what a file without weights or with a wrong suffix is, and the remedy; None if it may hold weights.
 
-    Judges by the file's first bytes, and for a zip archive by the names in it.
+    The check reads the first bytes of the file, and the names in a zip archive.
 
     Raises:
         UserError: It cannot be read.
@@ -219,20 +219,20 @@ def describe_file(path: Path) -> tuple[str, str] | None:
         with path.open("rb") as file:
             head = file.read(4096)
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): see to its permissions and its disk") from error
+        raise UserError(f"{path} cannot be read ({error.strerror}): check its permissions and its disk") from error
     if not head.strip(b"\x00"):
         return "filled with zeros" if head else "empty", _FETCH
     if head.startswith(b"version https://git-lfs"):
         return "a git-lfs pointer instead of the weights", "fetch them with `git lfs pull`"
     if head.startswith(_ARCHIVES) or head[257:262] == b"ustar":
-        return "an archive", "unpack it with `tar -xf` or its own program, and name the file inside"
+        return "an archive", "unpack it with `tar -xf` or another program, and pass the file inside"
     of_safetensors = path.suffix == ".safetensors"
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 10**8:  # the length of the header, and the header
         return None if of_safetensors else ("a safetensors file", "rename it to end in .safetensors")
     if head.startswith(b"PK\x03\x04"):
         kind = _describe_zip(path)
     elif head.startswith(b"\x80"):
-        what = "a Python pickle that torch.save did not write, and is not read, since that could run code"
+        what = "a Python pickle that torch.save did not write, and reading it could run code"
         kind = None if _TORCH_MAGIC in head[:64] else (what, _STATE_DICT)
     else:
         kind = _describe_text(head)
@@ -246,17 +246,17 @@ def _describe_zip(path: Path) -> tuple[str, str] | None:
         with zipfile.ZipFile(path) as archive:
             names = {name.rpartition("/")[2] for name in archive.namelist()}
     except (zipfile.BadZipFile, NotImplementedError, OSError, ValueError, EOFError) as error:
-        return f"damaged or cut short ({error})", f"its download may be incomplete: {_FETCH}"
+        return f"damaged or truncated ({error})", f"its download may be incomplete: {_FETCH}"
     if "constants.pkl" in names:
         return "a TorchScript program, not a state dict", (
-            f"have its state dict saved where it was made: torch.save(torch.jit.load({path.name!r}).state_dict(), "
+            f"save its state dict where it was made: torch.save(torch.jit.load({path.name!r}).state_dict(), "
             "'weights.pth')"
         )
     if "data.pkl" in names:
         return None
     if "archive_format" in names or "archive_version" in names:
-        return "a program of torch.export, not a state dict", "name the weights that it was exported from"
-    return "a zip archive that torch.save did not write", "unpack it, and name the file inside"
+        return "a torch.export program, not a state dict", "pass the weights that it was exported from"
+    return "a zip archive that torch.save did not write", "unpack it, and pass the file inside"
 
 
 def _describe_text(head: bytes) -> tuple[str, str]:
@@ -265,16 +265,16 @@ def _describe_text(head: bytes) -> tuple[str, str]:
         return "an HTML page", "download the file itself (its raw or `resolve` link, perhaps after logging in)"
     if text and all(letter.isprintable() or letter in "\t\r\n\f" for letter in text):
         shown = text.splitlines()[0][:40]
-        return f"a text file (it begins with {shown!r})", "download the file of weights itself, or name it"
+        return f"a text file (it begins with {shown!r})", "download the weight file itself, or pass its path"
     first = " ".join(f"{byte:02x}" for byte in head[:8])
     return f"neither a safetensors nor a torch.save file (it begins with the bytes {first})", _FETCH
 
 
 def _why_unreadable(error: Exception) -> str:
-    """Say in one line why `torch.load` or safetensors could not read a file, and what to do."""
+    """Return one line on why `torch.load` or safetensors could not read a file, with a remedy."""
     if isinstance(error, OSError) and error.strerror:
-        return f"cannot be read ({error.strerror}): see to its permissions and its disk"
-    # PyTorch's own text advises weights_only=False: only its reason is passed on
+        return f"cannot be read ({error.strerror}): check its permissions and its disk"
+    # PyTorch's message recommends weights_only=False, so only its reason is used
     text = str(error)
     reason = text.partition("WeightsUnpickler error:")[2] or text
     reason = " ".join(reason.strip().partition("\n")[0].split())[:200]
@@ -283,10 +283,7 @@ def _why_unreadable(error: Exception) -> str:
     code = name or re.search(r"GLOBAL|unsupported class|only build|reduce", reason)
     if isinstance(error, pickle.UnpicklingError) and code:
         what = f" ({name[1]})" if name else ""
-        return (
-            f"holds more than tensors and plain values{what}, and is not read, since that could run code: "
-            f"{_STATE_DICT}"
-        )
+        return f"holds more than tensors and plain values{what}, and reading it could run code: {_STATE_DICT}"
     if reason == "Unsupported operand 149":
-        return f"is pickled with protocol 4 or later, which is not read: {_STATE_DICT}"
-    return f"is damaged or cut short ({reason}): {_FETCH}"
+        return f"is pickled with protocol 4 or later, which is not supported: {_STATE_DICT}"
+    return f"is damaged or truncated ({reason}): {_FETCH}"

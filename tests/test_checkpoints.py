@@ -134,7 +134,7 @@ def test_positions_become_timms_for_the_other_grid(old, new, how, tmp_path):
 def test_unknown_grids_are_square_and_never_guessed_otherwise(tmp_path):
     plain, wide = dict(_of_grid((4, 4)).state_dict()), _of_grid((2, 8))
     expected = resample_abs_pos_embed(plain["pos_embedding"], [2, 8])  # timm takes them for square, too
-    with pytest.warns(UserWarning, match="taken for 4×4, and resampled to 2×8; if .* another one, pass source_grid"):
+    with pytest.warns(UserWarning, match="assuming 4×4, resampling to 2×8; if this is wrong, pass source_grid"):
         torch.testing.assert_close(adapt_state_dict(plain, wide)["pos_embedding"], expected, rtol=0, atol=0)
     torch.save(plain, tmp_path / "plain.pth")
     sizes = {"dim": 48, "depth": 2, "heads": 3, "num_classes": 7, "img_size": (16, 64), "pretrained": True}
@@ -143,7 +143,7 @@ def test_unknown_grids_are_square_and_never_guessed_otherwise(tmp_path):
     torch.testing.assert_close(through_timm.pos_embedding.detach(), expected, rtol=0, atol=0)
     for grid in ((3, 5), (5, 3)):
         plain = dict(_of_grid(grid).state_dict())
-        with pytest.raises(UserError, match="15 patches are no square grid.*pass source_grid"):
+        with pytest.raises(UserError, match="15 patches do not form a square grid.*pass source_grid"):
             adapt_state_dict(plain, _of_grid((3, 5)))
         with pytest.raises(UserError, match="source_grid=2×8 has 16 patches and the weights have 15"):
             adapt_state_dict(plain, _of_grid((3, 5)), source_grid=(2, 8))
@@ -243,7 +243,7 @@ def test_of_weights_and_their_average_the_average_is_taken_and_said(names, relea
     average = {name: value + 1 for name, value in released.state_dict().items()}
     path = tmp_path / "both.pth"
     torch.save({names[0]: released.state_dict(), names[1]: average, "epoch": 3}, path)
-    with pytest.warns(UserWarning, match=f"{names[1]} is taken.*both.pth#{names[0]}"):
+    with pytest.warns(UserWarning, match=f"using {names[1]}; .*both.pth#{names[0]}"):
         found = read_state_dict(path)
     assert torch.equal(found["cls_token"], average["cls_token"])
     if names[1] != "ema":  # which timm does not know
@@ -296,18 +296,18 @@ FILES = {  # what it is: name, content, what is said, the remedy
     "lfs": ("w.pth", lambda: LFS, "a git-lfs pointer", "git lfs pull"),
     "html": ("w.pth", lambda: b"\n<!DOCTYPE html>\n<html><head>", "an HTML page", "download the file itself"),
     "html 2": ("w.safetensors", lambda: b'<html lang="en">', "an HTML page", "download the file itself"),
-    "json": ("w.pth", lambda: b'{"error": "not found"}', "a text file", "download the file"),
+    "json": ("w.pth", lambda: b'{"error": "not found"}', "a text file", "download the weight file"),
     "text": ("w.pth", lambda: "Entry not found: é\n".encode(), "a text file.*'Entry not found: é'", "download"),
     "gzip": ("w.pth", lambda: gzip.compress(b"1"), "an archive", "unpack it"),
     "zip": ("w.pth", lambda: _bytes(_zip), "a zip archive that torch.save did not write", "unpack it"),
     "tar": ("w.pth", lambda: _bytes(_tar), "an archive", "unpack it"),
     "npz": ("w.pth", lambda: _bytes(lambda b: np.savez(b, a=np.zeros(3))), "a zip archive", "unpack it"),
-    "empty": ("w.pth", lambda: b"", "is empty", "fetch it again"),
-    "zeros": ("w.pth", lambda: bytes(6000), "filled with zeros", "fetch it again"),
-    "binary": ("w.pth", lambda: bytes(range(3, 200)), "neither.*begins with the bytes 03 04", "fetch it again"),
-    "cut zip": ("w.pth", lambda: _saved(TENSORS)[:-40], "damaged or cut short", "incomplete: fetch it again"),
-    "cut safetensors": ("w.safetensors", lambda: _safetensors()[:-4], "damaged or cut short", "fetch it again"),
-    "cut header": ("w.safetensors", lambda: _safetensors()[:20], "damaged or cut short", "fetch it again"),
+    "empty": ("w.pth", lambda: b"", "is empty", "download it again"),
+    "zeros": ("w.pth", lambda: bytes(6000), "filled with zeros", "download it again"),
+    "binary": ("w.pth", lambda: bytes(range(3, 200)), "neither.*begins with the bytes 03 04", "download it again"),
+    "cut zip": ("w.pth", lambda: _saved(TENSORS)[:-40], "damaged or truncated", "incomplete: download it again"),
+    "cut safetensors": ("w.safetensors", lambda: _safetensors()[:-4], "damaged or truncated", "download it again"),
+    "cut header": ("w.safetensors", lambda: _safetensors()[:20], "damaged or truncated", "download it again"),
     "safetensors as pth": ("w.pth", _safetensors, "a safetensors file", "rename it to end in .safetensors"),
     "pth as safetensors": ("w.safetensors", lambda: _saved(TENSORS), "a torch.save file", "rename it to end in .pth"),
     "old pth as safetensors": (
@@ -320,23 +320,28 @@ FILES = {  # what it is: name, content, what is said, the remedy
         "w.pt",
         lambda: _bytes(lambda b: torch.jit.save(torch.jit.trace(nn.Linear(2, 2), torch.zeros(1, 2)), b)),
         "a TorchScript program",
-        r"saved where it was made: torch\.save\(torch\.jit\.load\('w\.pt'\)\.state_dict\(\)",
+        r"where it was made: torch\.save\(torch\.jit\.load\('w\.pt'\)\.state_dict\(\)",
     ),
-    "pickle": ("w.pth", lambda: pickle.dumps(TENSORS), "a Python pickle", "state dict alone"),
-    "model": ("w.pth", lambda: _saved(nn.Linear(2, 2)), r"more than tensors.*nn\.modules\.linear\.Linear", "alone"),
+    "pickle": ("w.pth", lambda: pickle.dumps(TENSORS), "a Python pickle", "only its state dict"),
+    "model": (
+        "w.pth",
+        lambda: _saved(nn.Linear(2, 2)),
+        r"more than tensors.*nn\.modules\.linear\.Linear",
+        "save only",
+    ),
     "old model": (
         "w.pth",
         lambda: _saved(nn.Linear(2, 2), _use_new_zipfile_serialization=False),
         r"more than tensors.*linear\.Linear",
-        "have it saved where it was made as its state dict alone",
+        "save only its state dict where it was made, with torch.save or as safetensors",
     ),
-    "list": ("w.pth", lambda: _saved([torch.zeros(1)]), "it holds a list", "state dict alone"),
-    "code": ("w.pth", lambda: _saved({"w": _Code()}), r"more than tensors.*\(\w+\.system\)", "state dict alone"),
-    "pickled code": ("w.pth", lambda: pickle.dumps(_Code()), "a Python pickle", "state dict alone"),
+    "list": ("w.pth", lambda: _saved([torch.zeros(1)]), "it holds a list", "only its state dict"),
+    "code": ("w.pth", lambda: _saved({"w": _Code()}), r"more than tensors.*\(\w+\.system\)", "only its state dict"),
+    "pickled code": ("w.pth", lambda: pickle.dumps(_Code()), "a Python pickle", "only its state dict"),
     "complex": ("w.pth", lambda: _saved({"w": torch.zeros(2) * 1j}), "w is complex", "of the plain model"),
     "meta": ("w.pth", lambda: _saved({"w": torch.zeros(2, device="meta")}), "w is a meta tensor", "plain model"),
     "two models": ("w.pth", lambda: _saved({"student": TENSORS}), "it holds the keys student", "as in FILE#student"),
-    "no tensors": ("w.pth", lambda: _saved({"epoch": 3}), "it holds the keys epoch", "state dict alone"),
+    "no tensors": ("w.pth", lambda: _saved({"epoch": 3}), "it holds the keys epoch", "only its state dict"),
 }
 
 
@@ -362,13 +367,13 @@ def test_quantized_weights_are_not_taken_for_numbers(released, tmp_path):
 
 
 def test_a_folder_and_an_unreadable_file_are_named(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="is a folder: name the file of weights in it"):
+    with pytest.raises(UserError, match="is a folder: pass the weight file in it"):
         read_state_dict(tmp_path)
     with pytest.raises(UserError, match=r"none\.pth: no such checkpoint file"):
         read_state_dict(f"{tmp_path / 'none.pth'}#model")
     (tmp_path / "w.pth").write_bytes(_saved(TENSORS))
     monkeypatch.setattr("pathlib.Path.open", mock.Mock(side_effect=PermissionError(13, "Permission denied")))
-    with pytest.raises(UserError, match=r"w\.pth cannot be read \(Permission denied\): see to its permissions"):
+    with pytest.raises(UserError, match=r"w\.pth cannot be read \(Permission denied\): check its permissions"):
         read_state_dict(tmp_path / "w.pth")
 
 

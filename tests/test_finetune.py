@@ -184,7 +184,7 @@ def test_a_files_grid_is_stated_where_it_is_no_square(tmp_path, kind, size):
     with pytest.raises(UserError, match="init_grid=3×5 has 15 patches and the weights have 16"):
         load_initial(target, tiny_config(init=path, init_grid="3x5", image_size=size))
     save_file(wide.state_dict() | {name: positions[:, :16].contiguous()}, path)
-    with pytest.raises(UserError, match="15 patches are no square grid.*pass init_grid"):
+    with pytest.raises(UserError, match="15 patches do not form a square grid.*pass init_grid"):
         load_initial(target, tiny_config(init=path, image_size=size))
 
 
