@@ -4,14 +4,14 @@
     crate-fast export runs/NAME --outputs logits,attention --layers 9,10    with CLS attention of two layers
     crate-fast export runs/NAME --input uint8                               images 0 to 255, normalised in the graph
 
-Outputs: logits [B, classes]; features [B, C], the classifier's input; attention [B, L, H, P] of CLS on patches and
-subspace_tokens [B, L, 1 + P, H, D], of the chosen layers. Batch and image size are free: sides are multiples of the
-patch size, at least two patches.
+Outputs: logits [B, classes]; features [B, C], the classifier's input; attention [B, L, H, P] of CLS to patches and
+subspace_tokens [B, L, 1 + P, H, D] of the chosen layers. Batch and image size are dynamic: image sides are multiples
+of the patch size, at least two patches.
 
     from crate_fast.export import export_model
     export_model(model, "exported", outputs=["logits", "attention"])    # exported/model.onnx, .pt2 and .json
 
-The files run without crate_fast: they hold PyTorch's or ONNX's standard operators alone.
+The files run without crate_fast: they contain only standard operators of PyTorch or ONNX.
 """
 
 import argparse
@@ -40,20 +40,20 @@ from crate_fast.whitebox import attention_layer, layer_numbers, trace
 
 FORMATS = {"onnx": "model.onnx", "torch": "model.pt2"}
 OUTPUTS = ("logits", "features", "attention", "subspace_tokens")
-MIN_OPSET = 18  # the first that PyTorch's exporter writes without converting
+MIN_OPSET = 18  # the first that PyTorch's exporter writes without conversion
 FACTS_FILE = "crate_fast.json"  # inside a .pt2
-_CUBIC = -0.5  # the cubic's parameter a, as in Pillow and PyTorch's antialiased bicubic
+_CUBIC = -0.5  # parameter a of the cubic, as in Pillow and PyTorch's antialiased bicubic
 
 
 def resampling_matrix(new: int, old: int, like: Tensor) -> Tensor:
-    """Return the matrix [new, old] that resamples `old` points to `new`, as `F.interpolate` (bicubic, antialiased).
+    """Return the matrix [new, old] that resamples `old` points to `new` as antialiased bicubic `F.interpolate`.
 
     Row i holds k((j + ½ − s(i + ½)) / max(s, 1)) for every j, divided by its sum, with s = old / new and k the cubic
     convolution kernel for a = −½.
 
     Args:
-        new: Number of points to make; may be symbolic.
-        old: Number of points given.
+        new: Number of output points; may be symbolic.
+        old: Number of input points.
         like: Tensor with the matrix's dtype and device.
 
     >>> resampling_matrix(2, 2, torch.zeros(()))
@@ -73,7 +73,7 @@ def resampling_matrix(new: int, old: int, like: Tensor) -> Tensor:
 
 
 class _PortableISTA(nn.Module):
-    """`ISTA` with its folded dictionary: y = shrink(x + xG − ηλ) with G = η(D − DᵀD)."""
+    """`ISTA` with a folded dictionary: y = shrink(x + xG − ηλ) with G = η(D − DᵀD)."""
 
     def __init__(self, ista: ISTA):
         super().__init__()
@@ -87,7 +87,7 @@ class _PortableISTA(nn.Module):
 
 
 def _portable(module: nn.Module) -> nn.Module:
-    """Replace every ISTA, and let attention and ODL run without kernels, in place."""
+    """Replace every ISTA and disable the kernels of attention and ODL, in place."""
     for name, child in list(module.named_children()):
         _portable(child)
         if isinstance(child, MSSA | ODL):
@@ -105,19 +105,19 @@ def choose_outputs(
     Args:
         model: The CRATE.
         outputs: Names from `OUTPUTS`; None means "logits", or "features" without a classifier.
-        layers: Layers of "attention" and "subspace_tokens", negative ones from the end; None means the one that the
-            paper looks at (`whitebox.attention_layer`).
+        layers: Layers of "attention" and "subspace_tokens", negative ones from the end; None means the layer of
+            the paper's figures (`whitebox.attention_layer`).
 
     Returns:
         Names in the order of `OUTPUTS`, and layers in ascending order.
 
     Raises:
-        TypeError: The model is no CRATE.
+        TypeError: The model is not a CRATE.
         UserError: The model has no such output or layer.
     """
     if not isinstance(model, CRATE):
         raise TypeError(
-            f"a {type(model).__name__} cannot be exported: pass a crate_fast.CRATE, or of a CRATE-MAE its encoder()"
+            f"a {type(model).__name__} cannot be exported: pass a crate_fast.CRATE, or the encoder() of a CRATE-MAE"
         )
     if outputs is None:
         outputs = ["logits" if model.num_classes else "features"]
@@ -125,10 +125,10 @@ def choose_outputs(
     if unknown or not outputs:
         raise UserError(f"outputs={list(outputs)!r}: choose from {', '.join(OUTPUTS)}")
     if "logits" in outputs and not model.num_classes:
-        raise UserError("outputs: this model has no classifier, so no logits; ask for features [B, C] instead")
+        raise UserError("outputs: this model has no classifier and no logits; request features [B, C] instead")
     layers = layer_numbers(model, [attention_layer(model)] if layers is None else layers)
     if not layers:
-        raise UserError("layers=[]: name at least one, or leave it out")
+        raise UserError("layers=[]: pass at least one layer, or leave it out")
     if "subspace_tokens" in outputs and isinstance(model.transformer.layers[0][0].fn, MHSA):
         raise UserError(
             "outputs: this model's layers have separate query, key and value, so no subspace_tokens; leave them out"
@@ -139,18 +139,18 @@ def choose_outputs(
 class PortableCRATE(nn.Module):
     """Copy of a CRATE in fp32 on the CPU, in evaluation mode, with one graph for all image sizes.
 
-    `forward` takes images [B, channels, height, width] and returns a dict of the chosen outputs, with the shapes in
-    the module's text. Positions are resampled by two matrices, R P Cᵀ, whose entries depend on the image size: this
-    equals `resample_positions` for a size that is known when the graph runs.
+    `forward` takes images [B, channels, height, width] and returns the chosen outputs by name, with the shapes in the
+    module docstring. Two matrices that depend on the image size resample the positions, R P Cᵀ. The result equals
+    `resample_positions`.
 
     Args:
         model: The CRATE; it is not changed.
         outputs, layers: See `choose_outputs`.
-        statistics: (mean, deviation) of each channel. With them `forward` takes uint8 images and normalises them;
-            without, normalised fp32 images.
+        statistics: (mean, deviation) of each channel. If given, `forward` takes uint8 images and normalises them;
+            otherwise it takes normalised fp32 images.
 
     Raises:
-        TypeError, UserError: See `choose_outputs`; or the statistics have another number of channels.
+        TypeError, UserError: See `choose_outputs`; also for statistics of another number of channels.
 
     >>> model = CRATE(image_size=16, patch_size=4, num_classes=5, dim=8, depth=2, heads=2, dim_head=4)
     >>> portable = PortableCRATE(model, ["logits", "attention"])
@@ -174,7 +174,7 @@ class PortableCRATE(nn.Module):
             mean, deviation = (torch.tensor(values, dtype=torch.float32).flatten() for values in statistics)
             if not len(mean) == len(deviation) == model.channels or not (deviation > 0).all():
                 raise UserError(
-                    f"statistics={statistics}: give mean and positive deviation of {model.channels} channels"
+                    f"statistics={statistics}: give the mean and positive deviation of {model.channels} channels"
                 )
             self.register_buffer("shift", (-mean / deviation).view(1, -1, 1, 1))
             self.register_buffer("scale", (1 / (255 * deviation)).view(1, -1, 1, 1))
@@ -184,7 +184,7 @@ class PortableCRATE(nn.Module):
         self.transformer, self.head = copied.transformer, copied.mlp_head
 
     def normalize(self, images: Tensor) -> Tensor:
-        """Return (x/255 − mean)/deviation of uint8 images, others unchanged."""
+        """Return (x/255 − mean)/deviation of uint8 images; return other images unchanged."""
         return torch.addcmul(self.shift, images.float(), self.scale) if self.raw else images
 
     def embed(self, images: Tensor) -> Tensor:
@@ -219,7 +219,7 @@ class PortableCRATE(nn.Module):
 
 
 def capture(portable: PortableCRATE) -> ExportedProgram:
-    """Return the graph of a portable model for every batch size and image size."""
+    """Export a portable model as one graph for all batch and image sizes."""
     height, width = portable.patch_size
     rows, columns = Dim("rows", min=2), Dim("columns", min=2)
     sizes = {0: Dim("batch", min=1), 2: height * rows, 3: width * columns}
@@ -230,14 +230,14 @@ def capture(portable: PortableCRATE) -> ExportedProgram:
 
 
 def _write_torch(program: ExportedProgram, path: Path, facts: dict) -> None:
-    """Save a program for `torch.export.load`, which needs no crate_fast; facts are inside as crate_fast.json."""
-    content = io.BytesIO()  # on a full disk PyTorch's own writing ends the process
+    """Save a program for `torch.export.load`, which needs no crate_fast, with the facts as crate_fast.json inside."""
+    content = io.BytesIO()  # on a full disk, PyTorch's own writer ends the process
     torch.export.save(program, content, extra_files={FACTS_FILE: json.dumps(facts, ensure_ascii=False)})
     path.write_bytes(content.getbuffer())
 
 
 def _write_onnx(program: ExportedProgram, outputs: Sequence[str], path: Path, facts: dict, opset: int) -> None:
-    """Save a program as ONNX, in one file; facts are its metadata, other values than strings as JSON."""
+    """Save a program as one ONNX file with the facts as its metadata; values other than strings are JSON."""
     written = torch.onnx.export(
         program,
         input_names=["images"],
@@ -268,8 +268,8 @@ def export_model(
 ) -> list[Path]:
     """Write model.onnx, model.pt2 and model.json into a folder.
 
-    Each file is first written to a hidden folder, run on random images of three batch and image sizes that the export
-    did not see, and compared with the model. The files are moved to the folder after all comparisons.
+    Each file is first written to a hidden folder, run on random images of three batch and image sizes that were not
+    used in the export, and compared with the model. The files are moved to the folder after all comparisons.
 
     Args:
         model: The CRATE; it is not changed.
@@ -287,7 +287,7 @@ def export_model(
         The files.
 
     Raises:
-        TypeError: The model is no CRATE.
+        TypeError: The model is not a CRATE.
         UserError: An option is wrong, a package that ONNX needs is missing, or an exported model differs from the
             model by more than the tolerance.
     """
@@ -328,13 +328,11 @@ def _check_formats(formats: list[str], opset: int) -> None:
 
         newest = onnx.defs.onnx_opset_version()
         if not MIN_OPSET <= opset <= newest:
-            raise UserError(
-                f"opset={opset}: give one from {MIN_OPSET} to {newest}, the newest that the installed onnx has"
-            )
+            raise UserError(f"opset={opset}: give one from {MIN_OPSET} to {newest}, the newest of the installed onnx")
 
 
 def _facts(model: CRATE, portable: PortableCRATE, statistics: tuple | None) -> dict:
-    """Return what a user needs to know who has only the files."""
+    """Return the facts about the model that the users of the files need."""
     facts = {
         "input": "images, uint8 0 to 255" if portable.raw else "images, float32, normalised",
         "outputs": list(portable.outputs),
@@ -346,7 +344,7 @@ def _facts(model: CRATE, portable: PortableCRATE, statistics: tuple | None) -> d
         facts["layers"] = list(portable.layers)
     if statistics is not None:
         facts["mean"], facts["std"] = ([float(value) for value in values] for values in statistics)
-    origin = provenance()  # without command line and machine: these files are shared
+    origin = provenance()  # the files are shared: omit command line and machine
     return facts | {name: origin[name] for name in ("crate_fast", "commit", "torch", "time")}
 
 
@@ -358,8 +356,8 @@ def _check(name: str, differences: list[Difference], tolerance: float, say: Call
         say(f"{name}  {d.output}, images {images}: largest difference {values}")
         if not d.relative <= tolerance:
             raise UserError(
-                f"{name}: {d.output} of images {images} differs from the model's by {values}; {tolerance:g} of those "
-                "is allowed (tolerance). Nothing was written"
+                f"{name}: {d.output} of images {images} differs from the model's by {values}; the tolerance is "
+                f"{tolerance:g} of the largest. Nothing was written; to accept this, pass a larger tolerance"
             )
     return [asdict(d) for d in differences]
 
@@ -377,11 +375,11 @@ def _export(options: argparse.Namespace) -> None:
 
     loaded = open_model(options.model, "cpu", options.image_size, options.model_args, options.seed)
     if options.model_args and loaded.config is not None:
-        raise UserError(f"--model-args {' '.join(options.model_args)}: a run knows its own model; leave them out")
+        raise UserError(f"--model-args {' '.join(options.model_args)}: a run records its own model; leave them out")
     if not isinstance(loaded.model, CRATE):
         raise UserError(
             f"{loaded.facts['model']} is a {type(loaded.model).__name__} of timm: crate-fast exports CRATE, its "
-            "ablations and the encoders of CRATE-MAE; name one of those"
+            "ablations and the encoders of CRATE-MAE; choose one of those"
         )
     depth = loaded.extract.depth
     names = ("model", "weights_sha256", "parameters")

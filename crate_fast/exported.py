@@ -1,8 +1,8 @@
-"""Run an exported CRATE, and compare it with its source.
+"""Run an exported CRATE and compare it with its source.
 
 run = open_exported("crate.onnx")              # or crate.pt2
 run(images)["logits"]
-compare(run, model, portable)                  # the largest differences, at sizes that the export did not see
+compare(run, model, portable)                  # the largest differences, at sizes not used in the export
 """
 
 import copy
@@ -26,13 +26,13 @@ Exported = Callable[[Tensor], dict[str, Tensor]]
 
 
 def open_exported(path: str | Path) -> Exported:
-    """Open an exported file as a function from images [B, channels, height, width] to outputs by name, on the CPU.
+    """Return a function that runs an exported file on the CPU: images [B, channels, height, width] → outputs by name.
 
     Args:
         path: A `.onnx` file, run by onnxruntime, or a `.pt2` file, run by PyTorch.
 
     Raises:
-        UserError: The file name has another ending, or onnxruntime is missing.
+        UserError: The file has another suffix, or onnxruntime is missing.
     """
     path = Path(path)
     if path.suffix == ".pt2":
@@ -86,7 +86,7 @@ class Difference:
     Attributes:
         output: Name of the output.
         images: Shape of the images.
-        absolute: Largest absolute difference; NaN if either output has one.
+        absolute: Largest absolute difference; NaN if either output contains NaN.
         largest: Largest absolute value of the source.
     """
 
@@ -97,7 +97,7 @@ class Difference:
 
     @property
     def relative(self) -> float:
-        """Return `absolute` over `largest`; 0 without a difference."""
+        """Return `absolute` / `largest`; 0 if there is no difference."""
         return self.absolute / self.largest if self.largest else (math.inf if self.absolute else 0.0)
 
 
@@ -131,7 +131,7 @@ def compare(run: Exported, model: CRATE, portable: "PortableCRATE") -> list[Diff
         found = run(images)
         sizes, expected = ({name: tuple(v.shape) for name, v in values.items()} for values in (found, wanted))
         if sizes != expected:
-            raise UserError(f"for images {list(shape)} the exported model gives {sizes}, and the model {expected}")
+            raise UserError(f"images {list(shape)}: the exported model returns {sizes} and the model {expected}")
         for name, values in wanted.items():
             absolute = (found[name] - values).abs().max().item()
             differences.append(Difference(name, shape, absolute, values.abs().max().item()))

@@ -1,9 +1,8 @@
-"""timm's registry: every size of the papers, and the encoders of CRATE-MAE, under `timm.create_model`.
+"""Register all model sizes of the papers and the encoders of CRATE-MAE for `timm.create_model`.
 
-Patch-16 names are the released repository's sizes (ImageNet-1k), patch-8 names the emergence paper's (ImageNet-21k,
-21,842 classes), whose T and S are ViT-wide. CRATE-α's released weights are fetched by `pretrained=True`; the others
-have none to fetch, and that is timm's error. An autoencoder is no classifier and stays out of timm's registry:
-`create_mae` builds it by name.
+Patch-16 names are the sizes of the released code (ImageNet-1k). Patch-8 names are those of the emergence paper
+(ImageNet-21k, 21,842 classes), whose T and S have the widths of ViT. `pretrained=True` downloads released weights of
+CRATE-α; for the other models it is an error of timm. An autoencoder is not a classifier, so `create_mae` builds it.
 """
 
 import timm
@@ -26,7 +25,7 @@ from crate_fast.model import ALPHA_OPTIONS, CRATE
 
 __all__ = ["MAE", "MAE_ENCODER", "create_mae", "create_model", "is_mae", "is_model", "model_names"]
 
-MAE, MAE_ENCODER = "crate_mae_", "crate_mae_encoder_"  # in front of a size: an autoencoder; its encoder as a CRATE
+MAE, MAE_ENCODER = "crate_mae_", "crate_mae_encoder_"  # prefixes of autoencoders, and of their encoders as CRATE
 
 _AUTOENCODERS = {
     "crate_mae_tiny_patch16_224": CRATEMAE_tiny,
@@ -75,7 +74,7 @@ _SIZES = {
     **{f"crate_alpha_large_patch{patch}_224": (patch, 1024, 24, 16, ALPHA_OPTIONS) for patch in (32, 16, 14, 8)},
 }
 _EMERGENCE = {f"crate_{size}_patch8_224" for size in ("tiny", "small", "base")}
-# CRATE-α's released weights: name and tag, file
+# Released weights of CRATE-α: name and tag, file
 _ALPHA_FILES = {
     "crate_alpha_base_patch32_224.in21k": "in21k_Pretrain/crate_alpha_B32_in21k.pth",
     "crate_alpha_base_patch16_224.in21k_ft_in1k": "crate_alpha_B16.pth",
@@ -103,14 +102,14 @@ default_cfgs = generate_default_cfgs(_cfgs())
 
 
 def _weights_for(state_dict: dict, model: CRATE) -> dict[str, Tensor]:
-    """Adapt a file's weights to the model, as timm asks of a registered model."""
+    """Adapt the weights of a file to the model (`pretrained_filter_fn` of timm)."""
     state_dict = adapt_state_dict(state_dict, model)
     kernel = state_dict.get("to_patch_embedding.2.weight")
     own = model.to_patch_embedding[2].in_features
-    if kernel is not None and kernel.shape[1] != own:  # timm would take it for the kernel of a convolution
+    if kernel is not None and kernel.shape[1] != own:  # timm would treat it as the kernel of a convolution
         raise UserError(
             f"the weights are for patches of {kernel.shape[1]} values and the model has {own}: build the model with "
-            "their in_chans and patch_size"
+            "the in_chans and patch_size of the weights"
         )
     return state_dict
 
@@ -132,12 +131,12 @@ def _create(name: str, pretrained: bool, kwargs: dict, sizes: list[int], options
             feature_cfg={"out_indices": arguments.pop("out_indices", 3), "feature_cls": "getter"},
             **arguments,
         )
-    except OSError as error:  # of the Hub: no network
-        if not pretrained or isinstance(arguments.get("pretrained_cfg"), dict):  # not our weights: `load_pretrained`
+    except OSError as error:  # no network
+        if not pretrained or isinstance(arguments.get("pretrained_cfg"), dict):  # a folder or Hub: `load_pretrained`
             raise
         raise UserError(
-            f"pretrained=True: the weights of {name} could not be fetched ({type(error).__name__}): try again with a "
-            f"network, or fetch a file from https://huggingface.co/{_ALPHA_HUB}/tree/main/torch and pass it as "
+            f"pretrained=True: cannot download the weights of {name} ({type(error).__name__}): try again with a "
+            f"network, or download a file from https://huggingface.co/{_ALPHA_HUB}/tree/main/torch and pass it as "
             "checkpoint_path"
         ) from error
 
@@ -159,11 +158,11 @@ for _name in _SIZES:
     _register(_name)
 
 
-# --- the autoencoders, and every name in one place ---
+# --- the autoencoders, and all names ---
 
 
 def is_mae(name: str) -> bool:
-    """Return whether a model's name is that of a masked autoencoder."""
+    """Return True for the name of a masked autoencoder."""
     return name.startswith(MAE) and not name.startswith(MAE_ENCODER)
 
 
@@ -172,9 +171,9 @@ def create_mae(name: str, pretrained: bool = False, checkpoint_path: str = "", *
 
     Args:
         name: "crate_mae_tiny_patch16_224", or small, base or large.
-        pretrained: Only False: no weights can be downloaded.
-        checkpoint_path: File of weights to load, strictly; none when empty.
-        **kwargs: Arguments of `CRATEMAE` that replace the size's.
+        pretrained: Must be False: there are no weights to download.
+        checkpoint_path: Weight file to load strictly; none if empty.
+        **kwargs: Arguments of `CRATEMAE`; they override those of the size.
 
     Raises:
         UserError: There is no such autoencoder, or it has no such argument.
@@ -183,34 +182,34 @@ def create_mae(name: str, pretrained: bool = False, checkpoint_path: str = "", *
     384
     """
     if name not in _AUTOENCODERS:
-        raise UserError(f"{name!r} is no CRATE-MAE: choose one of {', '.join(_AUTOENCODERS)}")
+        raise UserError(f"{name!r} is not a CRATE-MAE: choose one of {', '.join(_AUTOENCODERS)}")
     if pretrained:
-        raise UserError(f"pretrained=True: no weights of {name} can be downloaded; name a file with checkpoint_path")
+        raise UserError(f"pretrained=True: no weights of {name} can be downloaded; pass a file as checkpoint_path")
     if kwargs.pop("features_only", False):
         encoder = MAE_ENCODER + name.removeprefix(MAE)
-        raise UserError(f"features_only=True: {name} gives pixels; its features are those of {encoder}")
+        raise UserError(f"features_only=True: {name} predicts pixels; for features create {encoder}")
     absent = {name: kwargs.pop(name) for name in ("num_classes", *_DROP_RATES) if name in kwargs}
     if any(absent.values()):
         raise UserError(
             f"{', '.join(f'{name}={value}' for name, value in absent.items() if value)}: CRATE-MAE has neither "
-            "classifier nor dropout; its `encoder(num_classes, drop_rate=…)` may have both"
+            "classifier nor dropout; pass these to its method encoder()"
         )
     model = _AUTOENCODERS[name](**kwargs)
     return load_weights(model, checkpoint_path) if checkpoint_path else model
 
 
 def model_names() -> list[str]:
-    """Return the names that `create_model` takes: timm's, ours among them, and those of the autoencoders."""
+    """Return the names for `create_model`: all of timm's registry, which includes ours, and the autoencoders."""
     return [*timm.list_models(), *_AUTOENCODERS]
 
 
 def is_model(name: str) -> bool:
-    """Return whether `create_model` takes the name, with its tag if it has one."""
+    """Return True if `create_model` accepts the name, including its tag if it has one."""
     if name in _AUTOENCODERS:
         return True
     try:
         timm.models.get_pretrained_cfg(name)
-    except RuntimeError:  # there is no such tag
+    except RuntimeError:  # unknown tag
         return False
     return timm.is_model(name)
 
@@ -219,15 +218,15 @@ def create_model(name: str, **kwargs) -> nn.Module:
     """Build an autoencoder with `create_mae`, any other model with `timm.create_model`.
 
     Args:
-        name: One of `model_names()`, or one of timm's with a tag.
-        **kwargs: The model's arguments.
+        name: One of `model_names()`, or a name of timm with a tag.
+        **kwargs: Arguments of the model.
 
     Raises:
-        UserError: timm's model cannot be built with them.
+        UserError: timm cannot build the model with these arguments.
     """
     if is_mae(name):
         return create_mae(name, **kwargs)
     try:
         return timm.create_model(name, **kwargs)
-    except AssertionError as error:  # which timm raises for sizes that do not fit
+    except AssertionError as error:  # timm's error for sizes that do not fit
         raise UserError(f"model={name!r} cannot be built with {kwargs} ({error}): choose sizes that fit") from error

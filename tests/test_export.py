@@ -215,7 +215,7 @@ def test_wrong_options_are_named_and_nothing_is_made(options, message, tmp_path)
 def test_models_without_what_is_asked_for():
     with pytest.raises(ValueError, match="separate query, key and value"):
         choose_outputs(_model(attention="mhsa"), ["subspace_tokens"])
-    with pytest.raises(ValueError, match="no classifier, so no logits; ask for features"):
+    with pytest.raises(ValueError, match="no classifier and no logits; request features"):
         choose_outputs(_model(num_classes=0), ["logits"])
     with pytest.raises(TypeError, match="a Linear cannot be exported"):
         PortableCRATE(torch.nn.Linear(2, 2))

@@ -333,7 +333,7 @@ def test_input_that_does_not_fit_is_named(shape, options, message):
     [
         ("tiny", {"num_classes": 10}, "num_classes=10: CRATE-MAE has neither classifier nor dropout"),
         ("tiny", {"drop_path_rate": 0.1}, "drop_path_rate=0.1: CRATE-MAE has neither classifier nor dropout"),
-        ("tiny", {"features_only": True}, "its features are those of crate_mae_encoder_tiny_patch16_224"),
+        ("tiny", {"features_only": True}, "for features create crate_mae_encoder_tiny_patch16_224"),
         ("tiny", {"pretrained": True}, "no weights of crate_mae_tiny_patch16_224 can be downloaded"),
         ("huge", {}, "crate_mae_huge_patch16_224.* choose one of crate_mae_tiny_patch16_224, "),
     ],
