@@ -1,16 +1,16 @@
-"""The command `crate-fast`: every program of the package.
+"""The command `crate-fast`, which runs every program of the package.
 
     crate-fast env                        versions, devices, backends
-    crate-fast check                      are the kernels right on this GPU?
-    crate-fast pretrain …                 train/pretrain.py; so are pretrain_mae, finetune and linear_probe
+    crate-fast check                      check the kernels on this GPU
+    crate-fast pretrain …                 train/pretrain.py; also pretrain_mae, finetune and linear_probe
     crate-fast export MODEL …             ONNX and torch.export files
     crate-fast share RUN FOLDER           a model for timm and the Hugging Face Hub
-    crate-fast plan …                     what a run would cost
+    crate-fast plan …                     cost of a training run
     crate-fast eval PROTOCOL …            eval/PROTOCOL.py; `crate-fast eval` lists them
     crate-fast reproduce emergence …      a whole experiment
     crate-fast explore …                  a local page to look inside models
 
-Commands are modules with `main(argv) -> int`, imported when their command line has been read.
+A command is a module with `main(argv) -> int`. It is imported after its command line has been parsed.
 """
 
 import importlib
@@ -21,7 +21,7 @@ from crate_fast.options import PARSERS
 
 COMMANDS = {
     "env": ("crate_fast.env", "versions, devices and backends of this machine"),
-    "check": ("crate_fast.check", "are the kernels right on this GPU? A table, and a JSON for a report"),
+    "check": ("crate_fast.check", "check the kernels on this GPU; prints a table and writes a JSON report"),
     "pretrain": ("crate_fast.train.pretrain", "supervised pre-training"),
     "pretrain_mae": ("crate_fast.train.pretrain_mae", "masked autoencoding"),
     "finetune": ("crate_fast.train.finetune", "fine-tuning on other data"),
@@ -29,26 +29,26 @@ COMMANDS = {
     "explore": ("crate_fast.eval.explore.command", "a local page to look inside models"),
     "export": ("crate_fast.export", "ONNX and torch.export files of a model, checked against it"),
     "share": ("crate_fast.train.share", "a run's best model for timm and the Hugging Face Hub, with a model card"),
-    "plan": ("crate_fast.train.plan", "what a run would cost: operations, memory, steps, hours"),
+    "plan": ("crate_fast.train.plan", "cost of a training run: operations, memory, steps, hours"),
 }
 PROTOCOLS = {
-    "attention_maps": "CLS attention of heads, under noise, beside other models (Fig. 1, 2, 7, 8, 11 to 14)",
+    "attention_maps": "CLS attention of heads, under noise, of several models (Fig. 1, 2, 7, 8, 11 to 14)",
     "pca": "principal components of patch features by layer (Fig. 3, 6, 9)",
     "coarse_segmentation": "mIoU of attention maps and objects (Fig. 4)",
     "localization": "boxes from attention maps: MaxBoxAcc, GT-known, pointing game",
     "maskcut": "objects by MaskCut, AP and AR (Table 1, Fig. 5)",
     "by_layer": "AP and mIoU at every layer (Fig. 6)",
     "by_epoch": "AP, mIoU and components at every checkpoint of a run (Fig. 10)",
-    "comparison": "several models in one table beside the paper's numbers (Tables 1 and 2, Fig. 4)",
+    "comparison": "several models in one table with the paper's numbers (Tables 1 and 2, Fig. 4)",
     "white_box": "R^c and sparsity of every layer",
-    "reconstruction": "hidden patches filled in by a CRATE-MAE, by mask ratio",
+    "reconstruction": "masked patches reconstructed by a CRATE-MAE, by mask ratio",
     "classify": "top-1 and top-5, k-NN, linear probe",
 }
 
 EXPERIMENTS = {
     "emergence": "does segmentation appear in CRATE and not in a ViT? (Fig. 4, 6, 7, 9, 10; Table 2)",
 }
-# Word → (what is behind it, its entries, package of modules, what follows the entry's name)
+# Word → (kind, entries, package of their modules, suffix of the module name)
 GROUPS = {
     "eval": ("protocol", PROTOCOLS, "crate_fast.eval", ""),
     "reproduce": ("experiment", EXPERIMENTS, "crate_fast.eval", ".command"),
@@ -66,7 +66,7 @@ def _choose(kind: str, name: str, entries: dict[str, str]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; returns its exit status."""
+    """Run a command and return its exit status."""
     return run_command(_dispatch, list(sys.argv[1:] if argv is None else argv))
 
 
@@ -81,7 +81,7 @@ def _dispatch(words: list[str]) -> int:
         return _run(words[0], COMMANDS[words[0]][0], words[1:])
     kind, entries, package, module = GROUPS[words[0]]
     if len(words) == 1 or words[1] in ("-h", "--help"):
-        usage = f"usage: crate-fast {words[0]} {kind.upper()} … (each explains itself with --help)\n"
+        usage = f"usage: crate-fast {words[0]} {kind.upper()} … (with --help for the options of one)\n"
         print(_listing(usage, entries))
         return 0
     _choose(kind, words[1], entries)
@@ -90,7 +90,7 @@ def _dispatch(words: list[str]) -> int:
 
 def _run(command: str, module: str, words: list[str]) -> int:
     if command in PARSERS:
-        PARSERS[command]().parse_args(words)  # errors and --help come before seconds of imports
+        PARSERS[command]().parse_args(words)  # report errors and --help before the slow imports
     return importlib.import_module(module).main(words)
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-_EXTRA_OF = {  # package, as it is imported: the extra that installs it
+_EXTRA_OF = {  # import name of a package: the extra that installs it
     **dict.fromkeys(("pycocotools", "scipy", "sklearn", "skimage"), "eval"),
     **dict.fromkeys(("onnx", "onnxscript", "onnxruntime"), "export"),
     **dict.fromkeys(("starlette", "uvicorn"), "explore"),
@@ -23,29 +23,29 @@ _EXTRA_OF = {  # package, as it is imported: the extra that installs it
 }
 
 
-_OF_THE_SYSTEM = {  # errors of any file that is read or written: none is a fault of a program
-    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space, or name another folder"),
-    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "see to its permissions, or name another folder"),
-    errno.EIO: "see to its disk",
+_REMEDIES = {  # of system errors that are not bugs
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space, or use another folder"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "check its permissions, or use another folder"),
+    errno.EIO: "check its disk",
     errno.EMFILE: "raise the limit of open files with ulimit -n",
 }
 
 
 class UserError(ValueError):
-    """An argument, a file or a setting that the user can correct.
+    """Error in an argument, a file or a setting that the user can correct.
 
-    The message is one line: what is wrong, with its value, then what to do.
+    The message is one line: what is wrong, with its value, then the remedy.
     """
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:
-    """Return ": did you mean …?" with the choice most like `word`; "" when none is."""
+    """Return ": did you mean …?" with the choice most similar to `word`; "" if none is similar."""
     match = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
     return f": did you mean {match[0]!r}?" if match else ""
 
 
 class CommandParser(argparse.ArgumentParser):
-    """Raises `UserError` without the usage of many options; an unknown option suggests the nearest."""
+    """Argument parser that raises `UserError` without the usage, and suggests the nearest option."""
 
     def __init__(self, **options: Any):
         super().__init__(**({"allow_abbrev": False} | options))
@@ -61,7 +61,7 @@ class CommandParser(argparse.ArgumentParser):
 
 
 def missing_package(name: str) -> UserError:
-    """Return the error that says how to install an optional package."""
+    """Return the error for a missing optional package, with the command that installs it."""
     return UserError(f'this needs the package {name}: pip install -e ".[{_EXTRA_OF[name]}]"')
 
 
@@ -69,10 +69,10 @@ def require(*packages: str) -> None:
     """Raise a UserError now for a missing package that a command needs later.
 
     Args:
-        packages: As they are imported.
+        packages: Import names.
 
     Raises:
-        UserError: One is not installed; the message says how to install it.
+        UserError: A package is not installed; the message has the command that installs it.
     """
     for name in packages:
         if importlib.util.find_spec(name) is None:
@@ -82,13 +82,13 @@ def require(*packages: str) -> None:
 def run_command(command: Callable[..., int | None], *arguments: Any) -> int:
     """Run a command; print a `UserError` as one line on stderr, without a traceback.
 
-    What the system refuses is printed likewise: a full disk, a file without permissions. Every other exception is a
-    fault of ours and passes through. Under torchrun, rank 0 prints and each rank writes the message into the error
-    file of its process, so that torchrun's own report ends with it.
+    System errors, such as a full disk or missing permissions, are printed in the same way. All other exceptions are
+    bugs and propagate. Under torchrun, rank 0 prints, and each rank writes the message to the error file of its
+    process, which torchrun shows at the end of its report.
 
     Args:
         command: A function that returns an exit status, or None for 0.
-        arguments: What it is called with.
+        arguments: Its arguments.
 
     Returns:
         The exit status; 2 after a `UserError`.
@@ -105,9 +105,9 @@ def run_command(command: Callable[..., int | None], *arguments: Any) -> int:
             raise
         message = str(missing_package(package))
     except OSError as error:
-        if error.errno not in _OF_THE_SYSTEM:
+        if error.errno not in _REMEDIES:
             raise
-        message = f"{error.filename or 'a file'}: {error.strerror}: {_OF_THE_SYSTEM[error.errno]}"
+        message = f"{error.filename or 'a file'}: {error.strerror}: {_REMEDIES[error.errno]}"
     error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     message = f"error: {' '.join(message.split())}"
     if error_file:  # torch.distributed.elastic prints py_callstack

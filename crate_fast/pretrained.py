@@ -1,16 +1,16 @@
-"""Models in folders of config.json and model.safetensors: the package's own, and shared ones.
+"""Load models with weights: the models of the package, folders that were shared, and the Hugging Face Hub.
 
-    model = crate_fast.load_pretrained("photographs")           # comes with the package
+    model = crate_fast.load_pretrained("photographs")           # part of the package
     model = crate_fast.load_pretrained("FOLDER")                # written by `crate-fast share RUN FOLDER`
-    model = crate_fast.load_pretrained("hf-hub:USER/NAME")      # uploaded by it
+    model = crate_fast.load_pretrained("hf-hub:USER/NAME")      # uploaded by the same command
     model.pretrained_cfg["mean"], model.pretrained_cfg["label_names"]
 
-The format is timm's: `timm.create_model("local-dir:FOLDER", pretrained=True)` opens a folder too.
+A folder holds config.json and model.safetensors. `timm.create_model("local-dir:FOLDER", pretrained=True)` loads it.
 
-The package's models are of the first seed of two experiments, in half precision: for a look inside, not for
-comparisons. `photographs` and `photographs-ViT` were trained on labels of 50,000 photographs of 64 px, and their
-positions were interpolated to 128 px (docs/emergence/photographs/protocol.md). `CRATE` and `ViT` were trained on
-shape_scenes (docs/emergence/earlier/first/report.md).
+The models of the package are the first seed of two experiments, in half precision, for inspection rather than
+comparison. `photographs` and `photographs-ViT` were trained on 50,000 labelled photographs of 64 px, with positions
+interpolated to 128 px (docs/emergence/photographs/protocol.md); `CRATE` and `ViT` on shape_scenes
+(docs/emergence/earlier/first/report.md).
 """
 
 import json
@@ -27,7 +27,7 @@ HUB = "hf-hub:"
 
 
 def packaged_models() -> list[str]:
-    """Return the names of the models that come with the package, those trained on photographs first.
+    """Return the names of the models in the package, those trained on photographs first.
 
     >>> packaged_models()
     ['photographs', 'photographs-ViT', 'CRATE', 'ViT']
@@ -45,8 +45,8 @@ def _folder_of(name: str) -> Path:
     folder = FOLDER / name if name in packaged_models() else Path(name)
     if not is_model_folder(folder):
         raise UserError(
-            f"{name!r} is no model with weights: name one of {', '.join(packaged_models())}, a folder of `crate-fast "
-            f"share`, or {HUB}USER/NAME"
+            f"{name!r} is not a model with weights: pass one of {', '.join(packaged_models())}, a folder of "
+            f"`crate-fast share`, or {HUB}USER/NAME"
         )
     return folder
 
@@ -61,7 +61,7 @@ def load_pretrained(name: str, *, weights: bool = True) -> nn.Module:
     """Return a model with its weights in fp32, in evaluation mode.
 
     Args:
-        name: One of `packaged_models()`, a folder, or hf-hub:USER/NAME; see the module's text.
+        name: One of `packaged_models()`, a folder, or hf-hub:USER/NAME; see the module docstring.
         weights: False for the same model with random weights.
 
     Raises:
@@ -77,8 +77,8 @@ def load_pretrained(name: str, *, weights: bool = True) -> nn.Module:
     try:
         model = create_model(f"local-dir:{folder}").eval()
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise UserError(f"{folder}/config.json describes no model ({error!r}): write the folder again") from error
+        raise UserError(f"{folder}/config.json is not valid ({error!r}): write the folder again") from error
     if not weights:
         return model
     values = {key: value.float() for key, value in read_state_dict(folder / "model.safetensors").items()}
-    return load_strictly(model, values, str(folder), "write the folder, or install the package, again")
+    return load_strictly(model, values, str(folder), "write the folder again, or install the package again")

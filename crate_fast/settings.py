@@ -1,4 +1,4 @@
-"""Every environment variable the package reads, in one place."""
+"""The environment variables that the package reads."""
 
 import os
 
@@ -18,32 +18,32 @@ def _flag(name: str) -> bool | None:
 
 
 def onednn_wanted() -> bool | None:
-    """`CRATE_FAST_ONEDNN`: fp32 products on the CPU through oneDNN (1) or MKL (0); None, by the processor."""
+    """Return `CRATE_FAST_ONEDNN`: fp32 products on the CPU by oneDNN (1) or MKL (0); None: by the processor."""
     return _flag("CRATE_FAST_ONEDNN")
 
 
 def fused_products_wanted() -> bool | None:
-    """`CRATE_FAST_FUSED_PRODUCTS`: attention's output map with bias and residual in one kernel (1), or PyTorch's
-    product by itself (0); None, as the tile table says. For measurements and tests."""
+    """Return `CRATE_FAST_FUSED_PRODUCTS`: attention's output map with bias and residual in one kernel (1), or a
+    product of PyTorch (0); None: by the tile table. For measurements and tests."""
     return _flag(FUSED_PRODUCTS)
 
 
 def self_check_wanted() -> bool | None:
-    """`CRATE_FAST_SELF_CHECK`: whether the first launch of each kernel variant is checked against PyTorch (1) or not
-    (0); None: on a GPU, and not in Triton's interpreter."""
+    """Return `CRATE_FAST_SELF_CHECK`: check the first launch of each kernel variant against PyTorch (1) or not (0);
+    None: on a GPU, not in Triton's interpreter."""
     return _flag(SELF_CHECK)
 
 
 def tiles_file() -> str | None:
-    """`CRATE_FAST_TILES`: a JSON file of measured tiles that take precedence over kernels/launch.py, or None."""
+    """Return `CRATE_FAST_TILES`: a JSON file of measured tiles that override kernels/launch.py, or None."""
     return os.environ.get("CRATE_FAST_TILES")
 
 
 def require_gpu() -> bool:
-    """`CRATE_FAST_REQUIRE_GPU` (default 0): GPU tests fail instead of skipping where there is no GPU."""
+    """Return `CRATE_FAST_REQUIRE_GPU` (default 0): without a GPU, GPU tests fail instead of skipping."""
     return bool(_flag("CRATE_FAST_REQUIRE_GPU"))
 
 
 def require_browser() -> bool:
-    """`CRATE_FAST_REQUIRE_BROWSER` (default 0): tests of the explorer's page fail where there is no Chromium."""
+    """Return `CRATE_FAST_REQUIRE_BROWSER` (default 0): without Chromium, tests of the explorer's page fail."""
     return bool(_flag("CRATE_FAST_REQUIRE_BROWSER"))

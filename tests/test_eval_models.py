@@ -229,9 +229,11 @@ def test_damaged_folders_are_one_line(tiny_run, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="mine does not hold the weights.*write the folder"):
         crate_fast.load_pretrained(str(tmp_path / "mine"))
     (tmp_path / "mine" / "config.json").write_text("{}")
-    with pytest.raises(UserError, match="config.json describes no model"):
+    with pytest.raises(UserError, match="config.json is not valid"):
         crate_fast.load_pretrained(str(tmp_path / "mine"))
-    with pytest.raises(UserError, match="'Crate' is no model with weights: name one of photographs, .*ViT, a folder"):
+    with pytest.raises(
+        UserError, match="'Crate' is not a model with weights: pass one of photographs, .*ViT, a folder"
+    ):
         crate_fast.load_pretrained("Crate")
 
 

@@ -309,7 +309,7 @@ def test_what_the_system_refuses_is_a_message_and_the_results_are_printed(tmp_pa
     assert "white_box.md cannot be written (No space left on device), and its content is printed" in captured.err
     assert "| model |" in captured.out
 
-    for number, remedy in ((errno.ENOSPC, "free some space"), (errno.EACCES, "see to its permissions")):
+    for number, remedy in ((errno.ENOSPC, "free some space"), (errno.EACCES, "check its permissions")):
         assert run_command(_raise, OSError(number, "the reason", "figure.png")) == 2
         assert capsys.readouterr().err.startswith(f"error: figure.png: the reason: {remedy}")
     with pytest.raises(FileNotFoundError):
