@@ -1,4 +1,4 @@
-"""Versions, devices and backends of this machine (`python -m crate_fast.env`), and where a result comes from."""
+"""Versions, devices and backends of this machine (`python -m crate_fast.env`), and the provenance of results."""
 
 import argparse
 import importlib.metadata
@@ -29,7 +29,7 @@ def _version(package: str) -> str:
 
 
 def describe() -> dict[str, str]:
-    """Versions, devices and backends of this machine, as printed by `python -m crate_fast.env`."""
+    """Return the versions, devices and backends of this machine, as printed by `python -m crate_fast.env`."""
     facts = {"python": platform.python_version(), "platform": platform.platform()}
     facts |= {name: _version(name) for name in _PACKAGES}
     products = "oneDNN" if uses_onednn() else "PyTorch's default"
@@ -48,7 +48,7 @@ def describe() -> dict[str, str]:
 
 
 def _ptxas(device: torch.device) -> str:
-    """Return the assembler Triton would use, and a warning where it is known to miscompile (triton issue 9433)."""
+    """Return the version of Triton's assembler, with a warning if it is known to miscompile (triton issue 9433)."""
     version = ptxas_version(device)
     numbers = tuple(map(int, re.findall(r"\d+", version)[:2]))
     if torch.cuda.get_device_capability(device)[0] == 9 and numbers < (13, 3):
@@ -63,7 +63,7 @@ def ptxas_version(device: torch.device) -> str:
 
         major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
         return get_ptxas(10 * major + minor).version
-    except (ImportError, RuntimeError) as error:  # another Triton's, or none is found; the rest is still to be told
+    except (ImportError, RuntimeError) as error:  # another version of Triton, or no ptxas
         return f"unknown ({type(error).__name__})"
 
 
@@ -100,7 +100,7 @@ def _commit() -> str:
 
 
 def provenance() -> dict[str, str]:
-    """Commit, versions, processor or GPU, command line and time, as plain strings."""
+    """Return commit, versions, processor or GPU, command line and time, as strings."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else processor_name()
     return {
         "commit": _commit(),

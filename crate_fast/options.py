@@ -1,7 +1,7 @@
-"""Options of the commands, apart from training's settings (train/config.py).
+"""Options of the commands, except the training settings (train/config.py).
 
-The modules of the commands import PyTorch, which takes seconds. This one does not: `crate-fast` reads a command line
-here before it imports the command, so `--help` and errors of the command line are answered at once.
+The modules of the commands import PyTorch, which takes seconds. This module does not: `crate-fast` parses a command
+line here before it imports the command, so `--help` and errors in the command line are immediate.
 """
 
 import argparse
@@ -15,6 +15,7 @@ from crate_fast.errors import CommandParser, run_command
 
 PLAIN = argparse.RawDescriptionHelpFormatter
 PORT = 7470  # of the explorer
+_LAYER = "layer, from 0; default the last but one of CRATE, the last of a ViT"
 
 
 # --- types of values, for argparse
@@ -42,7 +43,7 @@ def _not_negative(text: str) -> int:
 
 
 def comma_list(parse: Callable[[str], Any], *words: str) -> Callable[[str], list | str]:
-    """Return a parser of values with commas between them, or of one of `words`."""
+    """Return a parser of comma-separated values, which also accepts one of `words`."""
 
     def comma_separated(text: str) -> list | str:
         return text if text in words else [parse(word) for word in text.split(",")]
@@ -68,7 +69,7 @@ def _text_of(module: str) -> str:
 
 
 def _parser(command: str, description: str, epilog: str | None = None) -> CommandParser:
-    """Return a parser without options; both texts keep their lines."""
+    """Return a parser without options; the line breaks of both texts are kept."""
     return CommandParser(prog=f"crate-fast {command}", description=description, epilog=epilog, formatter_class=PLAIN)
 
 
@@ -87,13 +88,13 @@ def _evaluation(
     image_size: int | None = None,
     limit: int | None = None,
 ) -> argparse.ArgumentParser:
-    """Make a parser with the options of every protocol: models, data, size, limit, device, output.
+    """Return a parser with the options of every protocol: models, data, size, limit, device, output.
 
     Args:
         protocol: Name of the protocol.
-        data: Default of `--data`; None makes it required; False leaves out `--data` and `--limit`, for a protocol
-            that opens its data some other way.
-        many: Take several models.
+        data: Default of `--data`; None makes it required; False omits `--data` and `--limit`, for a protocol with
+            its own data options.
+        many: Accept several models.
         image_size: Default of `--image-size`; None is the model's own.
         limit: Default of `--limit`; None is all images.
     """
@@ -106,13 +107,13 @@ def _evaluation(
     if data is not False:
         add("--data", default=data, required=data is None, help="see below")
         add("--limit", type=positive, default=limit, help=f"number of images; default {limit or 'all'}")
-    side = "side of the squashed images, pixels; default " + str(image_size or "the model's own")
+    side = "images are resized to this square size in pixels; default " + str(image_size or "the model's own")
     add("--image-size", type=positive, default=image_size, help=side)
     add("--batch-size", type=positive, default=8, help="images per forward pass; default %(default)s")
-    add("--workers", type=_not_negative, default=0, help="processes that read images; default 0: none")
+    add("--workers", type=_not_negative, default=0, help="worker processes that read images; default 0: none")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N; default auto")
     add("--seed", type=seed, default=0, help="seed of every random draw; default 0")
-    add("--model-args", nargs="+", metavar="KEY=VALUE", help="for models that timm builds")
+    add("--model-args", nargs="+", metavar="KEY=VALUE", help="arguments of models that timm builds")
     add("--output", type=Path, help=f"folder of the results; default runs/eval/{protocol}/MODELS")
     return parser
 
@@ -121,13 +122,13 @@ def _attention_maps() -> argparse.ArgumentParser:
     parser = _evaluation("attention_maps", limit=8)
     add = parser.add_argument
     figures = ("heads", "semantic", "noise_sigma", "noise_share", "models")
-    add("--figure", choices=figures, default="heads", help="what rows and columns are; default heads")
-    add("--layer", type=int, help="counted from 0; default each model's own: CRATE's last but one, a ViT's last")
+    add("--figure", choices=figures, default="heads", help="rows and columns of the figure; default heads")
+    add("--layer", type=int, help=_LAYER)
     add("--heads", type=comma_list(_head), help="such as 0,3,mean; also all, and best (by the objects' masks)")
-    add("--style", choices=("map", "overlay"), default="map", help="overlay lays the map over the image; default map")
-    add("--levels", type=comma_list(float), help="of noise: sigmas on the scale 0..255 (0,25,…), or shares (0,0.1,…)")
-    add("--sigma", type=float, default=75.0, help="of noise_share; default 75")
-    add("--share", type=float, default=0.5, help="of the pixels, of noise_sigma; default 0.5")
+    add("--style", choices=("map", "overlay"), default="map", help="overlay draws it over the image; default map")
+    add("--levels", type=comma_list(float), help="noise levels: sigmas from 0 to 255 (0,25,…), or shares (0,0.1,…)")
+    add("--sigma", type=float, default=75.0, help="sigma of the noise in noise_share; default 75")
+    add("--share", type=float, default=0.5, help="share of noisy pixels in noise_sigma; default 0.5")
     return parser
 
 
@@ -136,11 +137,11 @@ def _pca() -> argparse.ArgumentParser:
     add = parser.add_argument
     layers = "all, or numbers such as 0,3,6; default each model's own layer"
     add("--layers", type=comma_list(int, "all"), help=layers)
-    add("--components", choices=("1-3", "2-4"), default="1-3", help="in red, green and blue; default 1-3")
-    add("--threshold", type=float, default=0.5, help="λ of the first component; default 0.5")
-    scalings = "raw as in the paper (default); minmax maps to 0..1 first"
+    add("--components", choices=("1-3", "2-4"), default="1-3", help="shown in red, green and blue; default 1-3")
+    add("--threshold", type=float, default=0.5, help="threshold λ of the first component; default 0.5")
+    scalings = "raw as in the paper (default), or minmax: scale to 0..1 first"
     add("--scaling", choices=("raw", "minmax"), default="raw", help=scalings)
-    add("--group", type=positive, help="images that are analysed together; default all")
+    add("--group", type=positive, help="number of images analysed together; default all")
     add("--class", dest="class_name", metavar="NAME", help="only images that contain this class")
     return parser
 
@@ -149,7 +150,7 @@ def _coarse_segmentation() -> argparse.ArgumentParser:
     parser = _evaluation("coarse_segmentation", data="shape_scenes")
     add = parser.add_argument
     add("--layers", type=int, nargs="+", help="layers whose attention is scored; default all")
-    add("--fraction", type=float, default=0.6, help="share of entries or mass kept; default 0.6")
+    add("--fraction", type=float, default=0.6, help="share of entries or mass in a mask; default 0.6")
     add("--figure-images", type=positive, default=6, help="images in the figures; default 6")
     return parser
 
@@ -157,7 +158,7 @@ def _coarse_segmentation() -> argparse.ArgumentParser:
 def _localization() -> argparse.ArgumentParser:
     parser = _evaluation("localization", data="shape_scenes")
     add = parser.add_argument
-    add("--boxes", type=Path, help="COCO-format JSON with a bbox an annotation, or a folder of ImageNet's XML files")
+    add("--boxes", type=Path, help="COCO JSON with a bbox per annotation, or a folder of ImageNet's XML files")
     add("--layers", type=int, nargs="+", help="layers whose attention is scored; default all")
     add("--resolution", type=positive, default=64, help="side of the enlarged maps, pixels; default 64")
     add("--figure-images", type=positive, default=6, help="images in the figure; default 6")
@@ -167,19 +168,19 @@ def _localization() -> argparse.ArgumentParser:
 def _maskcut() -> argparse.ArgumentParser:
     parser = _evaluation("maskcut", many=False, image_size=480)
     add = parser.add_argument
-    add("--layer", type=int, help="default the last but one of CRATE, the last of a ViT")
-    add("--num-objects", type=positive, default=3, help="at most how many in an image; default 3")
-    add("--tau", type=float, default=0.15, help="cosine above which patches are linked; default 0.15")
-    add("--crf", action="store_true", help="refine masks by a DenseCRF (pip install 'crate_fast[crf]')")
+    add("--layer", type=int, help=_LAYER)
+    add("--num-objects", type=positive, default=3, help="maximum number of objects per image; default 3")
+    add("--tau", type=float, default=0.15, help="patches are linked above this cosine; default 0.15")
+    add("--crf", action="store_true", help="refine masks with a DenseCRF (pip install 'crate_fast[crf]')")
     add("--figure-images", type=positive, default=12, help="images in the figure; default 12")
     return parser
 
 
 def _add_measures(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     add = parser.add_argument
-    add("--measures", nargs="+", choices=("maskcut", "coarse"), help="default: all that the data has masks for")
-    add("--num-objects", type=int, default=3, help="at most how many MaskCut finds in an image; default 3")
-    add("--tau", type=float, default=0.15, help="cosine above which MaskCut links patches; default 0.15")
+    add("--measures", nargs="+", choices=("maskcut", "coarse"), help="default all that the data has masks for")
+    add("--num-objects", type=int, default=3, help="maximum number of MaskCut's objects per image; default 3")
+    add("--tau", type=float, default=0.15, help="MaskCut links patches above this cosine; default 0.15")
     return parser
 
 
@@ -189,21 +190,21 @@ def _by_layer() -> argparse.ArgumentParser:
 
 def _by_epoch() -> argparse.ArgumentParser:
     parser = _add_measures(_evaluation("by_epoch", many=False, image_size=480))
-    parser.add_argument("--layer", type=int, help="default the last but one of CRATE, the last of a ViT")
-    parser.add_argument("--steps", type=int, nargs="+", help="checkpoints; default all")
+    parser.add_argument("--layer", type=int, help=_LAYER)
+    parser.add_argument("--steps", type=int, nargs="+", help="steps of the checkpoints; default all")
     return parser
 
 
 def _comparison() -> argparse.ArgumentParser:
     parser = _evaluation("comparison", data=False, image_size=480)
     add = parser.add_argument
-    add("--limit", type=positive, help="number of images of each set; default all")
-    add("--table", choices=("figure4", "table1", "table2"), required=True, help="which of the paper's")
+    add("--limit", type=positive, help="number of images of each data set; default all")
+    add("--table", choices=("figure4", "table1", "table2"), required=True, help="figure or table of the paper")
     add("--coco", help="images for MaskCut, at --image-size, such as coco:PATH")
     add("--voc", help="images for coarse segmentation, such as voc:PATH")
-    add("--voc-size", type=positive, help="their side in pixels; default the model's own")
+    add("--voc-size", type=positive, help="size of the images of --voc in pixels; default the model's own")
     add("--layer", type=int, help="layer of every model; default each model's own")
-    add("--threshold", choices=("topk", "mass"), default="topk", help="of coarse segmentation")
+    add("--threshold", choices=("topk", "mass"), default="topk", help="mask threshold of --voc; default topk")
     return parser
 
 
@@ -225,18 +226,18 @@ def _classify() -> argparse.ArgumentParser:
     parser = _evaluation("classify", data=False)
     parser.set_defaults(batch_size=64)
     add = parser.add_argument
-    add("--protocol", help="among head,knn,linear; default head,knn, or knn without a head")
+    add("--protocol", help="some of head,knn,linear; default head,knn, or knn without a head")
     add("--dataset", help="as in training: shape_scenes, folder, tar, shards, …; default the run's own")
-    add("--data-dir", help="its folder")
-    add("--train-split", help="name of the training split: of folder, tar, shards, hf")
-    add("--val-split", help="name of the validation split, likewise")
-    add("--train-samples", type=positive, help="of shape_scenes: training images")
-    add("--val-samples", type=positive, help="of shape_scenes: validation images")
+    add("--data-dir", help="folder of the data set")
+    add("--train-split", help="name of the training split of folder, tar, shards, hf")
+    add("--val-split", help="name of the validation split of these")
+    add("--train-samples", type=positive, help="number of training images of shape_scenes")
+    add("--val-samples", type=positive, help="number of validation images of shape_scenes")
     add("--limit", type=positive, help="validation images, evenly spaced; default all")
     add("--train-limit", type=positive, help="training images, evenly spaced; default all")
-    add("--k", type=comma_list(positive), help="neighbours; default those of 10,20,100,200 there are images for")
-    add("--pool", choices=("cls", "mean"), default="cls", help="features: CLS or the patches' mean")
-    add("--raw-pixels", action="store_true", help="score images of 16×16 pixels in the same way")
+    add("--k", type=comma_list(positive), help="neighbours; default 10,20,100,200, up to the number of images")
+    add("--pool", choices=("cls", "mean"), default="cls", help="features: CLS (default), or the mean of the patches")
+    add("--raw-pixels", action="store_true", help="also score images of 16×16 pixels as a baseline")
     return parser
 
 
@@ -250,10 +251,10 @@ def _env() -> argparse.ArgumentParser:
 def _check() -> argparse.ArgumentParser:
     parser = _parser("check", _text_of("crate_fast.check"))
     add = parser.add_argument
-    add("--json", type=Path, default=Path("crate_fast_check.json"), metavar="FILE")
-    add("--interpreter", action="store_true", help="tiny probes in Triton's interpreter, without a GPU")
-    add("--all", action="store_true", help="all probes instead of the most important ones")
-    add("--probes", nargs="+", metavar="NAME", help="these alone (python -m crate_fast.probes --list)")
+    add("--json", type=Path, default=Path("crate_fast_check.json"), metavar="FILE", help="report to write")
+    add("--interpreter", action="store_true", help="run tiny probes in Triton's interpreter, without a GPU")
+    add("--all", action="store_true", help="run all probes instead of the most important ones")
+    add("--probes", nargs="+", metavar="NAME", help="run only these (python -m crate_fast.probes --list)")
     return parser
 
 
@@ -261,34 +262,34 @@ def _explore() -> argparse.ArgumentParser:
     text = _text_of("crate_fast.eval.explore.command").split("\n\n")[0]
     parser = _parser("explore", text, _how_to_name_models())
     add = parser.add_argument
-    add("--checkpoint", nargs="+", metavar="MODEL", help="see below; default: the newest run below runs/")
-    add("--images", type=Path, metavar="DIR", help="a folder of images; default: photographs and shape_scenes")
-    add("--image-size", type=positive, help="side to which images are squashed; default: the model's")
+    add("--checkpoint", nargs="+", metavar="MODEL", help="see below; default the newest run in runs/")
+    add("--images", type=Path, metavar="DIR", help="a folder of images; default photographs and shape_scenes")
+    add("--image-size", type=positive, help="square size of the images in pixels; default the model's own")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N; default auto")
-    add("--seed", type=seed, default=0, help="of untrained models; default 0")
-    add("--model-args", nargs="+", metavar="KEY=VALUE", help="for models that timm builds")
-    add("--host", default="127.0.0.1", help="address to listen at; default 127.0.0.1, this computer")
-    add("--port", type=positive, help=f"default {PORT}, or the next that is free")
-    add("--no-browser", action="store_true", help="only say the address")
+    add("--seed", type=seed, default=0, help="seed of untrained models; default 0")
+    add("--model-args", nargs="+", metavar="KEY=VALUE", help="arguments of models that timm builds")
+    add("--host", default="127.0.0.1", help="address to listen on; default 127.0.0.1, this computer")
+    add("--port", type=positive, help=f"port; default {PORT}, or the next free one")
+    add("--no-browser", action="store_true", help="only print the address")
     return parser
 
 
 def _export() -> argparse.ArgumentParser:
     text = _text_of("crate_fast.export").partition("\n\n    from")[0]
     parser = _parser("export", text, _how_to_name_models())
-    add, layers = parser.add_argument, "all, or numbers such as 9,10; default the one that the paper looks at"
-    outputs = "of logits, features, attention, subspace_tokens; default logits (features without a classifier)"
+    add, layers = parser.add_argument, "all, or numbers such as 9,10; default the layer of the paper's figures"
+    outputs = "some of logits,features,attention,subspace_tokens; default logits (features without a classifier)"
     add("model", metavar="MODEL", help="see below")
     add("--output", type=Path, help="folder of the files; default runs/export/MODEL")
     add("--format", type=comma_list(str), default=["onnx", "torch"], help="onnx, torch, or onnx,torch (default)")
     add("--outputs", type=comma_list(str), help=outputs)
     add("--layers", type=comma_list(int, "all"), help=layers)
-    add("--input", choices=("float", "uint8"), default="float", help="normalised (default), or 0 to 255")
-    add("--image-size", type=positive, help="size that is recorded and compared first; default the model's own")
+    add("--input", choices=("float", "uint8"), default="float", help="normalised (default), or bytes from 0 to 255")
+    add("--image-size", type=positive, help="size to record and to compare first; default the model's own")
     add("--opset", type=int, default=18, help="version of ONNX's operators; default %(default)s")
-    add("--tolerance", type=float, default=1e-4, help="largest difference, of the largest value; default %(default)s")
-    add("--seed", type=seed, default=0, help="of untrained weights; default 0")
-    add("--model-args", nargs="+", metavar="KEY=VALUE", help="for models that timm builds")
+    add("--tolerance", type=float, default=1e-4, help="allowed difference / largest value; default %(default)s")
+    add("--seed", type=seed, default=0, help="seed of untrained weights; default 0")
+    add("--model-args", nargs="+", metavar="KEY=VALUE", help="arguments of models that timm builds")
     return parser
 
 
@@ -297,10 +298,10 @@ def _share() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("run", type=Path, help="folder of the run")
     add("folder", type=Path, help="folder to write")
-    add("--scores", type=Path, help="results.json of `crate-fast eval localization`, for the card")
-    add("--description", help="what the model is, in a few words, for the card and the explorer")
-    add("--image-size", type=positive, help="interpolate the positions to this size; default: no")
-    add("--license", default="other", help="of the weights, as the Hub names it; default other")
+    add("--scores", type=Path, help="results.json of `crate-fast eval localization`, for the model card")
+    add("--description", help="short description of the model, for the card and the explorer")
+    add("--image-size", type=positive, help="interpolate the positions to this image size; default no")
+    add("--license", default="other", help="license of the weights, by its name on the Hub; default other")
     add("--half", action="store_true", help="write the weights in half precision")
     add("--push", metavar="USER/NAME", help="upload the folder to the Hugging Face Hub")
     return parser
@@ -308,22 +309,22 @@ def _share() -> argparse.ArgumentParser:
 
 def _emergence() -> argparse.ArgumentParser:
     text = (
-        "Does segmentation appear in CRATE and not in a ViT? docs/emergence/protocol.md says how it is asked of\n"
-        "scenes, docs/emergence/photographs/protocol.md of photographs. Started again, the command goes on where it\n"
-        "was stopped or killed."
+        "Does segmentation appear in CRATE and not in a ViT? The protocols are docs/emergence/protocol.md (scenes)\n"
+        "and docs/emergence/photographs/protocol.md (photographs). The same command resumes a stopped or killed\n"
+        "experiment."
     )
     parser = _parser("reproduce emergence", text)
     add = parser.add_argument
-    sizes = "smoke: minutes; small: two CPU cores, a night; full: a GPU"
+    sizes = "smoke: minutes; small: one night on two CPU cores; full: a GPU"
     add("--size", choices=("smoke", "small", "full"), required=True, help=sizes)
-    add("--data", default="shape_scenes", help="shape_scenes, the default, or photographs:DIR (DIR/train, DIR/val)")
+    add("--data", default="shape_scenes", help="shape_scenes (default), or photographs:DIR (DIR/train, DIR/val)")
     add("--boxes", type=Path, help="boxes of DIR/val: COCO's JSON or a folder of XML; default DIR/val_boxes.json")
     add("--masks", metavar="coco:DIR[:SPLIT]", help="photographs with masks, for MaskCut and coarse segmentation")
     add("--output", type=Path, help="folder of the runs; default runs/emergence/[photographs-]SIZE")
     add("--report", type=Path, help="folder of results, pictures and report; default OUTPUT/report")
-    add("--report-only", action="store_true", help="write the report again from its folder, and run nothing")
-    add("--cifar10", type=Path, metavar="DIR", help="CIFAR-10, for accuracy; left out when absent")
-    add("--jobs", type=positive, help="runs at once; default a CPU core each, or four a GPU")
+    add("--report-only", action="store_true", help="only write the report again, from its folder")
+    add("--cifar10", type=Path, metavar="DIR", help="folder of CIFAR-10, for accuracy; without it, no accuracy")
+    add("--jobs", type=positive, help="parallel runs; default one per CPU core, or four per GPU")
     add("--minutes", type=float, help="save and stop after this time")
     add("--device", default="auto", help="auto, cpu, cuda (all GPUs) or cuda:N; default auto")
     return parser
@@ -351,19 +352,19 @@ PARSERS: dict[str, Callable[[], argparse.ArgumentParser]] = {  # by the words of
 
 
 def parse(command: str, argv: list[str] | None = None) -> argparse.Namespace:
-    """Read the options of a command, a key of `PARSERS`, from `argv`, or from the process's command line.
+    """Parse the options of a command, a key of `PARSERS`, from `argv` or the process's command line.
 
     Raises:
-        UserError: An option is unknown, missing, or has a value that it cannot have.
+        UserError: An option is unknown, missing or has an invalid value.
     """
     return PARSERS[command]().parse_args(argv)
 
 
 def main_of(command: str, run: Callable[[argparse.Namespace], int | None]) -> Callable[..., int]:
-    """Make the `main` of a command, a key of `PARSERS`, from the function that is called with its options."""
+    """Return the `main` of a command, a key of `PARSERS`: it calls `run` with the parsed options."""
 
     def main(argv: list[str] | None = None) -> int:
-        """Run as the command line, or `argv`, says; return the exit status, 2 after an error."""
+        """Run with the options in `argv` or the command line; return the exit status, 2 after an error."""
         return run_command(lambda: run(parse(command, argv)))
 
     return main
