@@ -1,19 +1,19 @@
-"""The CPU's operators: fp32 products with bias and ReLU, and tied attention a block of logits at a time.
+"""CPU operators: fp32 products with bias and ReLU, and tied attention on blocks of logits.
 
-PyTorch has two libraries in one wheel and sends fp32 products to MKL. On some of AMD's processors MKL keeps to half
-the rate; on Intel's it is the faster one (docs/results/cpu.md has the times). Unless `CRATE_FAST_ONEDNN` is set:
+A PyTorch wheel contains MKL and oneDNN, and uses MKL for fp32 products. On some AMD processors MKL runs at half the
+speed; on Intel it is the faster one (times are in docs/results/cpu.md). Unless `CRATE_FAST_ONEDNN` is set:
 
     processor                      forward, gradient of x   gradient of a weight, attention
-    Intel's, AMD's before AVX-512  MKL                      MKL
-    AMD's Zen 4                    oneDNN                   MKL
+    Intel, AMD before AVX-512      MKL                      MKL
+    AMD Zen 4                      oneDNN                   MKL
     any other                      oneDNN                   oneDNN
 
-Attention keeps w alone for backward:
+Attention saves only w for backward:
 
-* Forward is PyTorch's SDPA in fp32 with MKL. Its backward pass is not used: it takes rowsum(P∘dP) as rowsum(O∘dO),
-  whose rounding does not cancel against dP's, and its error in fp32 was up to 2.9 times eager PyTorch's.
+* Forward is PyTorch's SDPA in fp32 with MKL. SDPA's backward pass is not used: it computes rowsum(P∘dP) as
+  rowsum(O∘dO), whose rounding does not cancel against dP's. Its fp32 error was up to 2.9 times that of eager PyTorch.
 * Up to 255 tokens, and in bf16: batched products over the heads of a few images.
-* Longer: one head at a time. With MKL its logits whole, up to 1,024 tokens, in four products; else blocks of rows.
+* More tokens: one head at a time. Up to 1,024 tokens with MKL, all logits in four products; else blocks of rows.
 """
 
 import functools
@@ -48,11 +48,11 @@ __all__ = [
 ]
 
 _ONEDNN_BUILT = torch.backends.mkldnn.is_available()
-ROW_BLOCK_ELEMENTS = 2**20  # logits of one head kept at once, 4 MiB: they stay in the last-level cache
-GROUP_ELEMENTS = {torch.float32: 2**18, torch.bfloat16: 2**20}  # logits of several heads kept at once: 1, 2 MiB
+ROW_BLOCK_ELEMENTS = 2**20  # logits of one head in memory, 4 MiB: they stay in the last-level cache
+GROUP_ELEMENTS = {torch.float32: 2**18, torch.bfloat16: 2**20}  # logits of several heads in memory: 1, 2 MiB
 MIN_ROWWISE_TOKENS = 256  # below, batched products over several whole heads are faster
-MAX_WHOLE_TOKENS = 1024  # with MKL: logits of one head kept whole, 4 MiB
-MAX_HALF_TOKENS = 1024  # beyond, SDPA is as fast in bf16, and does not keep an image's logits whole
+MAX_WHOLE_TOKENS = 1024  # with MKL: all logits of one head, 4 MiB
+MAX_HALF_TOKENS = 1024  # above, SDPA is as fast in bf16 and needs less memory
 
 
 # --- which library ---
@@ -88,21 +88,21 @@ def processor_name() -> str:
 
 
 def multiplies_bf16() -> bool:
-    """Return False if the processor lists its instructions and none multiplies bf16: fp32 is then faster."""
+    """Return False if the processor is known to have no bf16 multiplication, so that fp32 is faster."""
     listed = f"{_cpuinfo('flags')} {_cpuinfo('Features')}".split()
     return not listed or not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(listed)
 
 
 @torch.compiler.assume_constant_result
 def onednn_suits_processor() -> bool:
-    """Return True if oneDNN suits the processor: any but Intel's and AMD's before AVX-512, or if there is no MKL."""
+    """Return True if MKL is missing, or the processor is neither Intel's nor one of AMD before AVX-512."""
     before_avx512 = torch.backends.cpu.get_cpu_capability() != "AVX512"
     suits_mkl = {"GenuineIntel": True, "AuthenticAMD": before_avx512}.get(processor_vendor(), False)
     return not (suits_mkl and torch.backends.mkl.is_available())
 
 
 def uses_onednn() -> bool:
-    """Return True if fp32 products use oneDNN: by `CRATE_FAST_ONEDNN`, else by `onednn_suits_processor`."""
+    """Return True if fp32 products use oneDNN, by `CRATE_FAST_ONEDNN` or else by `onednn_suits_processor`."""
     wanted = onednn_wanted()
     return _ONEDNN_BUILT and (onednn_suits_processor() if wanted is None else wanted)
 
@@ -111,15 +111,15 @@ def uses_onednn() -> bool:
 def mkl_is_slow() -> bool:
     """Return True if MKL takes twice oneDNN's time: on all processors but Intel's and AMD's before Zen 5 (family 26).
 
-    MKL multiplies 256 bits at once on AMD's; Zen 5 can do 512. The choice is not measured, so that a resumed run adds
-    in the same order as before.
+    On AMD, MKL uses 256-bit vectors, and Zen 5 has 512-bit units. The choice is not measured, so that a resumed run
+    sums in the same order.
     """
     fast = {"GenuineIntel": True, "AuthenticAMD": 0 < processor_family() < 26}
     return not (torch.backends.mkl.is_available() and fast.get(processor_vendor(), False))
 
 
 def uses_onednn_alone() -> bool:
-    """Return True if gradients of weights and attention use oneDNN too: on request, or where MKL is slow."""
+    """Return True if gradients of weights and attention use oneDNN too: if requested, or if MKL is slow."""
     return uses_onednn() and (onednn_wanted() or mkl_is_slow())
 
 
@@ -128,26 +128,26 @@ def _serves_one(tensor: Tensor) -> bool:
 
 
 def serves(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
-    """Return True if `cpu_linear` takes these: fp32 on the CPU, with neither autocast nor a transform active."""
+    """Return True if `cpu_linear` supports these: fp32 on the CPU, without autocast and transforms."""
     suitable = _serves_one(x) and _serves_one(weight) and (bias is None or _serves_one(bias))
     return suitable and not torch.is_autocast_enabled("cpu") and own_operators_fit()
 
 
 def onednn_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x @ weightᵀ + bias through oneDNN; x [M, K], weight [N, K], each dense or the transpose of a dense one."""
+    """Return x @ weightᵀ + bias by oneDNN; x [M, K], weight [N, K], each contiguous or transposed contiguous."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
 def _dense(matrix: Tensor) -> Tensor:
-    """`matrix` itself where it or its transpose is contiguous, else a copy: other strides run a slow reference."""
+    """Copy `matrix` unless it or its transpose is contiguous: for other strides oneDNN runs a slow reference."""
     return matrix if matrix.is_contiguous() or matrix.t().is_contiguous() else matrix.contiguous()
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, add: Tensor | None = None) -> Tensor:
-    """Return x @ weightᵀ + bias + `add` by the processor's library; x is transposed for the gradient of a weight."""
+    """Return x @ weightᵀ + bias + `add` by the processor's library; a transposed x means a gradient of a weight."""
     suits = uses_onednn() and (x.is_contiguous() or uses_onednn_alone())
     if suits and x.numel() > 0 and weight.numel() > 0:
-        bias = None if bias is None else bias.contiguous()  # oneDNN reads it as if it were
+        bias = None if bias is None else bias.contiguous()  # oneDNN ignores its strides
         if add is None:
             return onednn_product(_dense(x), _dense(weight), bias)
         return torch.ops.mkldnn._linear_pointwise.binary(_dense(x), add, _dense(weight), bias, "add")
@@ -157,14 +157,14 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, add: Tensor |
 
 @torch.library.custom_op("crate_fast::cpu_linear", mutates_args=(), device_types="cpu")
 def cpu_linear(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool = False, residual: bool = False) -> Tensor:
-    """Compute y = x Wᵀ + b, or max(y, 0), or max(x + y, 0). NaN stays NaN: oneDNN's own ReLU makes it 0.
+    """Compute y = x Wᵀ + b, or max(y, 0), or max(x + y, 0). NaN stays NaN (oneDNN's own ReLU returns 0).
 
     Args:
         x: [M, K].
         weight: W [N, K].
         bias: b [N] or None.
         relu: Apply the ReLU.
-        residual: Add x, where N = K. An identity in W would do the same, with ten times the rounding error in ISTA.
+        residual: Add x, if N = K. Adding the identity to W instead has ten times the rounding error in ISTA.
 
     Returns:
         y [M, N], contiguous.
@@ -207,9 +207,9 @@ cpu_linear.register_autograd(_linear_backward, setup_context=_linear_setup)
 
 @torch.fx.wrap
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`torch.nn.functional.linear`, through oneDNN for fp32 on the CPU where that is faster.
+    """Compute `torch.nn.functional.linear`; fp32 on the CPU uses oneDNN where it is faster.
 
-    A leaf of `torch.fx`'s graphs; in TorchScript PyTorch's.
+    A leaf in `torch.fx` graphs; TorchScript runs PyTorch's function.
 
     Args:
         x: [..., K].
@@ -231,25 +231,25 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def serves_attention(w: Tensor) -> bool:
-    """Return True if `cpu_subspace_attention` takes w [B, N, H, D]: fp32, or bf16 of moderate length, on the CPU."""
+    """Return True if `cpu_subspace_attention` supports w [B, N, H, D]: fp32, or bf16 of limited N, on the CPU."""
     if w.device.type != "cpu" or not own_operators_fit():
         return False
     return w.dtype == torch.float32 or products_suit(w.transpose(1, 2))
 
 
 def products_suit(tokens: Tensor) -> bool:
-    """Return True if attention on [B, H, N, D] is faster by single products than by SDPA: bf16 on the CPU."""
+    """Return True if single products are faster than SDPA for tokens [B, H, N, D]: bf16 on the CPU."""
     return tokens.device.type == "cpu" and tokens.dtype == torch.bfloat16 and tokens.shape[2] <= MAX_HALF_TOKENS
 
 
 def _is_long(w: Tensor) -> bool:
-    """Return True if a head is so large that it is computed by itself, or a block of its rows at a time."""
+    """Return True if each head is so large that it is computed separately, or in blocks of rows."""
     return w.dtype == torch.float32 and w.shape[1] >= MIN_ROWWISE_TOKENS
 
 
 @torch.library.custom_op("crate_fast::cpu_subspace_attention", mutates_args=(), device_types="cpu")
 def cpu_subspace_attention(w: Tensor, scale: float) -> Tensor:
-    """O = softmax(s·W Wᵀ) W for w [B, N, H, D]."""
+    """Return O = softmax(s·W Wᵀ) W for w [B, N, H, D]."""
     with without_autocast("cpu"):
         if w.dtype == torch.float32 and not uses_onednn_alone():
             tokens = w.transpose(1, 2)
@@ -267,9 +267,9 @@ def _(w: Tensor, scale: float) -> Tensor:
 
 @torch.library.custom_op("crate_fast::cpu_subspace_attention_backward", mutates_args=(), device_types="cpu")
 def cpu_subspace_attention_backward(grad: Tensor, w: Tensor, scale: float) -> Tensor:
-    """dW = Pᵀ dO + s·(dL + dLᵀ) W with dL = P∘(dO Wᵀ − rowsum(P∘dO Wᵀ)); shapes as w [B, N, H, D].
+    """Return dW = Pᵀ dO + s·(dL + dLᵀ) W with dL = P∘(dO Wᵀ − rowsum(P∘dO Wᵀ)); shapes as w [B, N, H, D].
 
-    P is computed again, a block of logits at a time, so what is kept between the passes does not grow with N².
+    P is recomputed in blocks of logits, so the memory between the passes does not grow with N².
     """
     with without_autocast("cpu"):
         if not _is_long(w):
@@ -294,7 +294,7 @@ def _attention_flops(w: torch.Size, *_, **__) -> int:
 
 @register_flop_formula(torch.ops.crate_fast.cpu_subspace_attention_backward)
 def _attention_backward_flops(grad: torch.Size, w: torch.Size, *_, **__) -> int:
-    return 5 * _attention_flops(w) // 2  # five, one of them again, as PyTorch counts its attention's backward pass
+    return 5 * _attention_flops(w) // 2  # five products, one recomputed, as PyTorch counts its own backward pass
 
 
 def _attention_setup(ctx, inputs, output):
@@ -309,7 +309,7 @@ def _attention_backward(ctx, grad):
 
 cpu_subspace_attention.register_autograd(_attention_backward, setup_context=_attention_setup)
 refuse_double_backward(
-    cpu_subspace_attention_backward, "take it by torch.func.grad or torch.func.hessian, which run PyTorch's operators"
+    cpu_subspace_attention_backward, "use torch.func.grad or torch.func.hessian, which run PyTorch's operators"
 )
 
 
@@ -317,7 +317,7 @@ refuse_double_backward(
 
 
 def _parts(tokens: Tensor, one_head: bool) -> Sequence[Tensor]:
-    """[B, N, H, D] → its heads, or groups of images whose logits fit in a block."""
+    """Split [B, N, H, D] into heads, or into groups of images whose logits fit in a block."""
     n_images, n_tokens, n_heads, _ = tokens.shape
     if one_head:
         return [tokens[i : i + 1, :, h : h + 1] for i in range(n_images) for h in range(n_heads)]
@@ -325,9 +325,9 @@ def _parts(tokens: Tensor, one_head: bool) -> Sequence[Tensor]:
 
 
 def _in_parts(function: Callable[..., Tensor], one_head: bool, scale: float, *inputs: Tensor) -> Tensor:
-    """Return function(the inputs' heads [b·H, N, D], scale, buffers) of all [B, N, H, D], part by part.
+    """Apply `function` to the heads [b·H, N, D] of each part of the inputs, and return the results [B, N, H, D].
 
-    Buffers hold blocks of logits, written again for every part: fresh memory would cost more than the arithmetic.
+    The buffers hold blocks of logits. All parts reuse them, because new memory would cost more than the arithmetic.
     """
     out, buffers = inputs[0].new_empty(inputs[0].shape), {}
     for out_part, *parts in zip(*(_parts(tensor, one_head) for tensor in (out, *inputs)), strict=True):
@@ -338,7 +338,7 @@ def _in_parts(function: Callable[..., Tensor], one_head: bool, scale: float, *in
 
 
 def _block(buffers: dict[str, Tensor], name: str, rows: Tensor, tokens: Tensor) -> Tensor:
-    """Return a buffer as [b·H, rows, N], contiguous: softmax writes other strides wrongly where it may."""
+    """Return a buffer as [b·H, rows, N], contiguous: softmax with `out` can be wrong for other strides."""
     shape = torch.Size((len(rows), rows.shape[1], tokens.shape[1]))
     if name not in buffers:  # no later block is larger than the first
         buffers[name] = tokens.new_empty(shape.numel())
@@ -346,33 +346,33 @@ def _block(buffers: dict[str, Tensor], name: str, rows: Tensor, tokens: Tensor) 
 
 
 def _heads(images: Tensor) -> Tensor:
-    """[b, N, H, D] → [b·H, N, D]."""
+    """Convert [b, N, H, D] to [b·H, N, D]."""
     return images.transpose(1, 2).flatten(0, 1)
 
 
 def _attention(rows: Tensor, tokens: Tensor, scale: float, buffers: dict[str, Tensor]) -> Tensor:
-    """Rows of P [b·H, rows, N] of several heads."""
+    """Return rows of P [b·H, rows, N] of several heads."""
     block = _block(buffers, "P", rows, tokens)
     block.baddbmm_(rows, tokens.transpose(1, 2), beta=0, alpha=scale)
     return torch.softmax(block, -1, out=block)
 
 
 def _grad_logits(attention: Tensor, grads: Tensor, tokens: Tensor, buffers: dict[str, Tensor]) -> Tensor:
-    """dL [b·H, rows, N] of the same rows."""
+    """Return dL [b·H, rows, N] of the same rows."""
     block = _block(buffers, "dL", grads, tokens)
     torch.bmm(grads, tokens.transpose(1, 2), out=block)
     return torch._softmax_backward_data(block, attention, -1, attention.dtype, grad_input=block)
 
 
 def _whole_heads_forward(tokens: Tensor, scale: float, buffers: dict[str, Tensor]) -> Tensor:
-    """Several heads' O [b·H, N, D]."""
+    """Return O [b·H, N, D] of several heads."""
     return torch.bmm(_attention(tokens, tokens, scale, buffers), tokens)
 
 
 def _whole_heads_backward(tokens: Tensor, grads: Tensor, scale: float, buffers: dict[str, Tensor]) -> Tensor:
-    """Several heads' dW [b·H, N, D], in four products: dL and its transpose are added before they meet W.
+    """Return dW [b·H, N, D] of several heads, in four products: dL + dLᵀ is computed before the product with W.
 
-    In bf16 that sum takes longer than the fifth product (785 tokens: three times as long).
+    In bf16 the sum takes longer than a fifth product (three times as long for 785 tokens), which replaces it.
     """
     attention = _attention(tokens, tokens, scale, buffers)
     grad_logits = _grad_logits(attention, grads, tokens, buffers)
@@ -385,7 +385,7 @@ def _whole_heads_backward(tokens: Tensor, grads: Tensor, scale: float, buffers: 
 
 
 def _row_blocks_backward(tokens: Tensor, grads: Tensor, scale: float, buffers: dict[str, Tensor]) -> Tensor:
-    """Return the same in five products, a block of rows at a time; each product adds to dW where it lies."""
+    """Return the same in five products, in blocks of rows; each product adds to dW in place."""
     out = torch.zeros_like(tokens)
     n_rows = max(64, GROUP_ELEMENTS[tokens.dtype] // (len(tokens) * tokens.shape[1]))
     blocks = (heads.split(n_rows, dim=1) for heads in (tokens, grads, out))
@@ -407,7 +407,7 @@ def _row_blocks(n_tokens: int) -> list[slice]:
 
 
 def _one_head_forward(heads: Tensor, scale: float, _buffers: dict) -> Tensor:
-    """One head's O [1, N, D]."""
+    """Return O [1, N, D] of one head."""
     (tokens,), out = heads, torch.empty_like(heads)
     for rows in _row_blocks(len(tokens)):
         attention = onednn_product(tokens[rows] * scale, tokens).softmax(-1)
@@ -416,9 +416,9 @@ def _one_head_forward(heads: Tensor, scale: float, _buffers: dict) -> Tensor:
 
 
 def _one_head_backward(heads: Tensor, grad_heads: Tensor, scale: float, _buffers: dict) -> Tensor:
-    """One head's dW [1, N, D].
+    """Return dW [1, N, D] of one head.
 
-    What a block of rows gives to all tokens is summed transposed, [D, N]: so oneDNN takes P and dL as they lie.
+    Contributions of a row block to all tokens are summed transposed, [D, N]: oneDNN then reads P and dL in place.
     """
     (tokens,), (grads,) = heads, grad_heads
     out = torch.empty_like(tokens)

@@ -1,11 +1,11 @@
-"""ODL, the sparse-coding block of CRATE-α: a step or two of ISTA in an overcomplete dictionary D, and a decoder D₁.
+"""ODL, the sparse-coding block of CRATE-α: one or two ISTA steps in an overcomplete dictionary D, and a decoder D₁.
 
     z₁ = relu(ηxD − ηλ),    z₂ = relu(z₁ + ηvD − ηλ) with v = x − z₁Dᵀ,    y = z₂D₁ᵀ
 
-(Yang et al., *Scaling White-Box Transformers for Vision*, 2024.) With D [C, rC] these are four products of r·C² a
-token, and eight in backward. Scales, thresholds, sums and masks are made in the products' epilogues: by the Triton
-kernels in registers, on a CPU by oneDNN or in place. Backward keeps the codes, which are r times as wide as a token,
-v, and the input; with a LayerNorm in front the tokens before it.
+(Yang et al., *Scaling White-Box Transformers for Vision*, 2024.) With D [C, rC] these are four products of r·C² per
+token, and eight in backward. Scales, thresholds, sums and masks are epilogues of the products: in registers in the
+Triton kernels, and by oneDNN or in place on a CPU. The codes (r times as wide as a token), v and the input are saved
+for backward; with a preceding LayerNorm the input is its input.
 """
 
 from functools import partial
@@ -35,7 +35,7 @@ from crate_fast.triton_ops import given, nothing
 def odl_code(x: Tensor, dictionary: Tensor, step_size: float = 0.1, sparsity: float = 0.1, steps: int = 2) -> Tensor:
     """Return the sparse code z of x, in plain PyTorch: z₁ or z₂ [..., K], all entries at least 0.
 
-    Arguments as `odl`'s.
+    The arguments are those of `odl`.
 
     >>> odl_code(torch.tensor([[1.0, -1.0]]), torch.eye(2))
     tensor([[0.1710, 0.0000]])
@@ -67,11 +67,11 @@ def odl(
         step_size: η, at least 0.
         sparsity: λ, at least 0.
         steps: 1 (y = z₁D₁ᵀ) or 2.
-        norm: γ and β [C] and ε of a LayerNorm in front.
+        norm: γ [C], β [C] and ε of a preceding LayerNorm.
         backend: "auto", "triton" or "torch"; see `crate_fast.backends.explain_backend`.
 
     Returns:
-        y [..., C], in x's dtype; in autocast's under autocast.
+        y [..., C] in x's dtype, or in the autocast dtype under autocast.
 
     Raises:
         ValueError, TypeError: A shape, dtype, device or option is wrong; the message names it.
@@ -95,7 +95,7 @@ def odl(
     if kernels or cpu_ops.serves(x, dictionary, gamma):
         rows, shift = x.reshape(x.shape[:-1].numel(), x.shape[-1]), step_size * sparsity
         if kernels and norm is not None and autocast_enabled(x.device.type):
-            rows = rows.float()  # as PyTorch's LayerNorm has it there
+            rows = rows.float()  # as PyTorch's LayerNorm does
         y, *_ = odl_fwd(
             rows, gamma, beta, dictionary, decoder, step_size, shift, eps, steps, compute_dtype(x), kernels
         )
@@ -117,15 +117,15 @@ def _product(
     mask: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Return `add` + α·a·weightᵀ [M, N] in `dtype`, a's when None; behind it max(· − shift, 0), and 0 where mask is.
+    """Return y = `add` + α·a·weightᵀ [M, N]; with `shift` max(y − shift, 0), and 0 where the mask is 0.
 
     Args:
-        kernels: Whether the Triton kernel runs; else fp32 on a CPU, α on the narrower side, ReLU and mask in place.
-        a: [M, K], in the products' dtype.
-        weight: [N, K], likewise.
+        kernels: Run the Triton kernel; else fp32 on a CPU, with α on the narrower side, ReLU and mask in place.
+        a, weight: [M, K] and [N, K], in the dtype of the products.
+        alpha: α.
         add, mask: [M, N] or None.
-        shift: Threshold of the ReLU; no ReLU when None.
-        alpha, dtype: See above.
+        shift: Threshold of the ReLU; None for no ReLU.
+        dtype: Dtype of the result; that of `a` if None.
     """
     if kernels:
         from crate_fast.kernels import product
@@ -148,12 +148,12 @@ def _product(
 def _add_weight_gradient(
     kernels: bool, a: Tensor, grad: Tensor, alpha: float = 1.0, total: Tensor | None = None
 ) -> Tensor:
-    """Return `total` + α·aᵀg [C, J] in fp32; `total` is written."""
+    """Return `total` + α·aᵀg [C, J] in fp32; `total` is changed in place."""
     if kernels:
         from crate_fast.kernels import product
 
         found = checked(product.weight_gradient, a, grad)
-    else:  # for these shapes oneDNN is the faster one where forward is its
+    else:  # for these shapes oneDNN is faster wherever it runs forward
         multiply = cpu_ops.onednn_product if cpu_ops.uses_onednn() and len(a) else cpu_ops.product
         found = multiply(a.t(), grad.t())
     if total is None:
@@ -178,18 +178,18 @@ def odl_fwd(
     dtype: torch.dtype,
     kernels: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """y [M, C] of x [M, C], or of LayerNorm(x) where gamma and beta [C] are given.
+    """Compute y [M, C] of x [M, C], or of LayerNorm(x) if gamma and beta [C] are given.
 
     Args:
-        x, dictionary, decoder, step_size, steps: As `odl`'s.
-        gamma, beta, eps: Of the LayerNorm.
+        x, dictionary, decoder, step_size, steps: See `odl`.
+        gamma, beta, eps: Weight, bias and ε of the LayerNorm.
         shift: ηλ.
-        dtype: Of products, codes and y.
-        kernels: Whether the Triton kernels run, or the CPU's libraries.
+        dtype: Dtype of products, codes and y.
+        kernels: Run the Triton kernels; else the CPU's libraries.
 
     Returns:
-        y; and what backward needs: mean and 1 / standard deviation of x's rows [M, 1], empty without a LayerNorm;
-        v [M, C] and z₁ [M, K], empty with one step; the last code [M, K].
+        y, and for backward: mean and 1 / standard deviation of x's rows [M, 1], empty without a LayerNorm; v [M, C]
+        and z₁ [M, K], empty with one step; the last code [M, K].
     """
     product = partial(_product, kernels)
     with without_autocast(x.device.type):
@@ -197,7 +197,7 @@ def odl_fwd(
         if gamma is not None:
             x, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], gamma, beta, eps)
         rows, encode, decode = x.to(dtype), dictionary.to(dtype), decoder.to(dtype)
-        turned = encode.t().contiguous() if kernels else encode.t()  # the kernel would copy it twice
+        turned = encode.t().contiguous() if kernels else encode.t()  # once: the kernel would copy it twice
         z = product(rows, turned, step_size, shift=shift)
         v, first = rows.new_empty(0), rows.new_empty(0)
         if steps == 2:
@@ -235,9 +235,9 @@ def odl_bwd(
     kernels: bool,
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of x, γ, β, D and D₁, empty where not wanted.
+    """Return the gradients of x, γ, β, D and D₁; those not wanted are empty.
 
-    With mᵢ = dL/d(argument of zᵢ's ReLU) and s = dL/dv = ηm₂Dᵀ, behind the LayerNorm:
+    With mᵢ = dL/d(argument of zᵢ's ReLU) and s = dL/dv = ηm₂Dᵀ, for x after the LayerNorm:
 
         m₂ = [z₂ > 0]·gD₁,    m₁ = [z₁ > 0]·(m₂ − sD),    dx = s + ηm₁Dᵀ
         dD = η(vᵀm₂ + xᵀm₁) − sᵀz₁,    dD₁ = gᵀz₂
@@ -297,7 +297,7 @@ def _backward(ctx, grad, *_):
 
 
 odl_fwd.register_autograd(_backward, setup_context=_setup)
-refuse_double_backward(odl_bwd, "take it by torch.func.grad or torch.func.hessian, which run PyTorch's operators")
+refuse_double_backward(odl_bwd, "use torch.func.grad or torch.func.hessian, which run PyTorch's operators")
 
 
 @register_flop_formula(torch.ops.crate_fast.odl_fwd)
