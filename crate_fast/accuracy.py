@@ -1,7 +1,7 @@
-"""The error allowed to a kernel against float64, and inputs on which that rule separates right from wrong.
+"""The error of a kernel against float64 that is allowed, and inputs for which this rule detects wrong kernels.
 
 The rule: rms and max error are at most twice those of eager PyTorch in the same dtype, plus 4 eps of the products.
-Tests, probes, the self-check and the benchmarks' gates all judge by it.
+Tests, probes, the self-check and the benchmarks use it.
 """
 
 import math
@@ -15,7 +15,7 @@ from torch import Tensor
 def token_scale(n_tokens: int, dim: int, scale: float | None = None) -> float:
     """Return the standard deviation at which tied attention is neither uniform nor the identity: sqrt(ln N / (s·D)).
 
-    With s = D^-1/2, the default, that is sqrt(ln N / sqrt(D)).
+    For the default s = D^-1/2 this is sqrt(ln N / sqrt(D)).
     """
     scale = dim**-0.5 if scale is None else scale
     return math.sqrt(max(math.log(n_tokens), 0.5) / (scale * dim))
@@ -24,7 +24,7 @@ def token_scale(n_tokens: int, dim: int, scale: float | None = None) -> float:
 def spread_tokens(
     shape: tuple[int, ...], spread: float, dtype: torch.dtype, device, generator: torch.Generator | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Return subspace tokens [B, N, H, D] with norms from 1/√spread to √spread times the usual, and a gradient."""
+    """Return subspace tokens [B, N, H, D], with norms from 1/√spread to √spread times the usual, and a gradient."""
     w = torch.randn(shape, generator=generator)
     norm = token_scale(shape[1], shape[3]) * math.sqrt(shape[3])
     order = torch.randperm(shape[1], generator=generator)
@@ -35,7 +35,7 @@ def spread_tokens(
 
 
 def product_eps(dtype: torch.dtype) -> float:
-    """Return the eps of products in a dtype; TF32's, 2^-10, for fp32 where `torch.backends.cuda.matmul` allows it."""
+    """Return the eps of products in a dtype: for fp32, TF32's 2^-10 if `torch.backends.cuda.matmul` allows TF32."""
     if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
         return 2.0**-10
     return torch.finfo(dtype).eps
@@ -52,8 +52,8 @@ def clear_of_threshold(
 ) -> Tensor:
     """Return `grad` where rounding cannot decide whether ISTA's output at x is zero, and 0 elsewhere.
 
-    `product` is the dtype that D is multiplied in; x's when None. `margin` is the distance from the threshold that
-    rounding may cover; 32 eps of the product when None.
+    `product` is the dtype of the product with D, x's if None. `margin` is the distance from the threshold that
+    rounding may cover, 32 eps of the product if None.
     """
     tokens, wide = x.double(), dictionary.double()
     u = tokens + step_size * (tokens @ wide - tokens @ wide.t() @ wide)
@@ -79,7 +79,7 @@ class Judgement:
 
     @property
     def share(self) -> float:
-        """Return the larger of both errors in units of what is allowed; infinite where a result is not finite."""
+        """Return the larger of both errors relative to its allowed value; infinite if a result is not finite."""
         shares = [_share(self.rms, self.allowed_rms), _share(self.max, self.allowed_max)]
         return math.inf if any(math.isnan(share) for share in shares) else max(shares)
 
@@ -96,9 +96,9 @@ def _share(error: float, allowed: float) -> float:
 
 
 def error_numbers(actual: Tensor, eager: Tensor, truth: Tensor, eps: float | None = None) -> Tensor:
-    """Return a `Judgement`'s four numbers, in float64 on the tensors' device, without waiting for it.
+    """Return the four numbers of a `Judgement`, in float64 on the tensors' device, without synchronisation.
 
-    `eps` is of the products; `product_eps` of the result's dtype when None.
+    `eps` is that of the products; `product_eps` of the result's dtype if None.
     """
     slack = 4 * (product_eps(actual.dtype) if eps is None else eps)
     truth = truth.double()

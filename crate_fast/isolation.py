@@ -1,6 +1,6 @@
-"""Run commands in separate processes with time limits, so that a crash, a hang or a flood of output stays contained.
+"""Run commands in separate processes with time limits, to contain crashes, hangs and excessive output.
 
-Only the standard library, so that nothing that is to be checked can break what checks it.
+It uses only the standard library, so that the packages under test cannot break it.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 POLL_SECONDS = 0.02
-LAST_SECONDS = 3.0  # for a killed process to go; one stuck in a driver is left behind
+LAST_SECONDS = 3.0  # for a killed process to end; one that hangs in a driver is abandoned
 
 
 @dataclass(frozen=True)
@@ -22,12 +22,12 @@ class Job:
     """A command and its limits.
 
     Args:
-        name: Of its log.
-        command: Words.
-        limit_s: Seconds after which it is killed with all it has started.
-        environment: Added to the runner's.
-        beat: A file that it must touch every `stall_s` seconds, or None; the first time may take `start_s`.
-        items: What it is to work through, where that is known.
+        name: Name of its log.
+        command: Program and arguments.
+        limit_s: Seconds after which it is killed, with all processes that it started.
+        environment: Variables added to those of the runner.
+        beat: A file that it must touch every `stall_s` seconds, or None; the first touch may take `start_s`.
+        items: Its work items, if known.
     """
 
     name: str
@@ -43,7 +43,7 @@ class Job:
 class Process:
     """A running job, in its own session, with its output in a file.
 
-    `reason` says how it ended: None where its exit status was 0.
+    `reason` is why it failed, None if its exit status was 0.
     """
 
     def __init__(self, job: Job, cwd: Path, logs: Path, environment: dict[str, str], hard: float):
@@ -70,7 +70,7 @@ class Process:
         return time.monotonic() - self.started
 
     def check(self) -> bool:
-        """Return True if the process has ended; end it if its time is up."""
+        """Return True if the process has ended; kill it if its time is up."""
         if self.finished:
             return True
         status = self.popen.poll()
@@ -89,7 +89,7 @@ class Process:
         return self.job.beat is not None and time.time() - self.job.beat.stat().st_mtime > self._stall_limit()
 
     def end(self, reason: str) -> None:
-        """Kill the process and all that it started."""
+        """Kill the process and all processes that it started."""
         if self.finished:
             return
         _kill_all(self.popen.pid)
@@ -102,7 +102,7 @@ class Process:
     def _finish(self, reason: str | None) -> None:
         self.finished, self.reason = True, reason
         with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.popen.pid, signal.SIGKILL)  # what it may have left behind
+            os.killpg(self.popen.pid, signal.SIGKILL)  # its remaining children
 
 
 def _ending(status: int) -> str | None:
@@ -113,7 +113,7 @@ def _ending(status: int) -> str | None:
 
 
 def _kill_all(pid: int) -> None:
-    """SIGKILL to a process's group and to all its descendants, which may have groups of their own."""
+    """Send SIGKILL to a process's group and to all its descendants, which may be in other groups."""
     descendants = _descendants(pid)
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(pid, signal.SIGKILL)
@@ -146,14 +146,14 @@ def run_jobs(
     """Run jobs, `parallel` at a time, until all have ended.
 
     Args:
-        jobs: In the order of their importance.
-        start: Starts one; what it returns ends in time by itself.
-        done: Takes each that has ended; returns jobs to run as well.
-        parallel: Processes at a time.
-        soft: `time.monotonic()` from which on none is started.
+        jobs: Jobs, the most important first.
+        start: Starts a job; `check` of the returned process enforces its limits.
+        done: Called with each process that has ended; returns more jobs to run.
+        parallel: Number of parallel processes.
+        soft: `time.monotonic()` after which no job is started.
 
     Returns:
-        Those that were not started.
+        The jobs that were not started.
     """
     queue, running = deque(jobs), []
     try:
@@ -165,7 +165,7 @@ def run_jobs(
                 queue.extend(done(process) or ())
             time.sleep(POLL_SECONDS)
     finally:
-        for process in running:  # an exception came through
+        for process in running:  # after an exception
             process.end("interrupted")
     return list(queue)
 

@@ -1,4 +1,4 @@
-"""The paper's equations in plain PyTorch: the oracle everything faster is checked against.
+"""The paper's equations in plain PyTorch: the oracle for all faster implementations.
 
 Tokens are rows (the paper writes them as columns): x is [..., N, C]. No fusion, no algebra, any dtype and device;
 autograd comes from PyTorch. "Paper" is *Emergence of Segmentation with Minimalistic White-Box Transformers*.
@@ -10,9 +10,9 @@ from torch import Tensor
 
 
 def subspace_attention_reference(w: Tensor, scale: float | None = None) -> Tensor:
-    """Tied attention inside each subspace: O = softmax(s·W Wᵀ) W, per head (paper, Eq. 5 and Algorithm 2).
+    """Compute tied attention in each subspace: O = softmax(s·W Wᵀ) W, per head (paper, Eq. 5 and Algorithm 2).
 
-    w and O are [B, N, H, D]; s is D^-1/2 when None. As `functional.subspace_attention`.
+    w and O are [B, N, H, D]; s is D^-1/2 if None, as in `functional.subspace_attention`.
     """
     scale = w.shape[-1] ** -0.5 if scale is None else scale
     w = w.transpose(1, 2)
@@ -23,10 +23,10 @@ def subspace_attention_reference(w: Tensor, scale: float | None = None) -> Tenso
 def mssa_reference(
     x: Tensor, projection: Tensor, out_weight: Tensor | None, out_bias: Tensor | None, heads: int
 ) -> Tensor:
-    """Multi-head subspace self-attention of normalised tokens x [B, N, C], released form (paper, Algorithm 2).
+    """Compute subspace self-attention of normalised tokens x [B, N, C] in the released form (paper, Algorithm 2).
 
-    `projection` holds the subspaces' bases as a Linear weight [H·D, C] (rows of head h: h·D … (h+1)·D). The output
-    map [C, H·D] with its bias [C], or None, is the identity where `out_weight` is None.
+    `projection` holds the bases of the subspaces as a Linear weight [H·D, C] (head h has the rows h·D … (h+1)·D).
+    The output projection has a weight [C, H·D] and a bias [C] or None; it is the identity if `out_weight` is None.
     """
     w = F.linear(x, projection).unflatten(-1, (heads, -1))
     out = subspace_attention_reference(w).flatten(-2)
@@ -36,10 +36,10 @@ def mssa_reference(
 def ista_reference(
     x: Tensor, dictionary: Tensor, step_size: float = 0.1, sparsity: float = 0.1, threshold: str = "relu"
 ) -> Tensor:
-    """One proximal gradient step on ½|x − z Dᵀ|² + λ|z|₁ started at z = x (paper, Eq. 7 and Algorithm 2).
+    """Compute one proximal gradient step on ½|x − z Dᵀ|² + λ|z|₁ from z = x (paper, Eq. 7 and Algorithm 2).
 
     u = x + η(x − x Dᵀ) D, then relu(u − ηλ) ("relu": non-negative codes) or sign(u)·max(|u| − ηλ, 0) ("soft").
-    Arguments and result as `functional.ista`'s.
+    Arguments and result are those of `functional.ista`.
     """
     decoded = F.linear(x, dictionary)
     u = x + step_size * (F.linear(x, dictionary.t()) - F.linear(decoded, dictionary.t()))
@@ -51,17 +51,17 @@ def ista_reference(
 def norm_ista_reference(
     x: Tensor, weight: Tensor, bias: Tensor, dictionary: Tensor, *ista, eps: float = 1e-5, **options
 ) -> Tensor:
-    """ISTA(LN(x)) for tokens x [..., C], with `functional.norm_ista`'s arguments."""
+    """Compute ISTA(LN(x)) of tokens x [..., C]; the arguments are those of `functional.norm_ista`."""
     return ista_reference(F.layer_norm(x, x.shape[-1:], weight, bias, eps), dictionary, *ista, **options)
 
 
 def odl_reference(
     x: Tensor, dictionary: Tensor, decoder: Tensor, step_size: float = 0.1, sparsity: float = 0.1, steps: int = 2
 ) -> Tensor:
-    """The sparse-coding block of CRATE-α without its LayerNorm and residual.
+    """Compute the sparse-coding block of CRATE-α without its LayerNorm and residual.
 
-    `steps` proximal gradient steps on ½|x − z Dᵀ|² + λ|z|₁ over z ≥ 0, started at z = 0; then z D₁ᵀ (Yang et al.,
-    *Scaling White-Box Transformers for Vision*, 2024). Arguments and result as `odl.odl`'s.
+    `steps` proximal gradient steps on ½|x − z Dᵀ|² + λ|z|₁ over z ≥ 0, from z = 0, then z D₁ᵀ (Yang et al., *Scaling
+    White-Box Transformers for Vision*, 2024). Arguments and result are those of `odl.odl`.
     """
     z = x.new_zeros(*x.shape[:-1], dictionary.shape[1])
     for _ in range(steps):
@@ -81,9 +81,9 @@ def compress_reference(
     residual: str = "released",
     eps: float = 1e-5,
 ) -> Tensor:
-    """A layer's first half: h = x + MSSA(LN x) ("released"), or h = LN x + MSSA(LN x) ("paper", Algorithms 1 and 3).
+    """Compute a layer's first half: h = x + MSSA(LN x), or for "paper" h = LN x + MSSA(LN x) (Algorithms 1 and 3).
 
-    Arguments and result as `functional.compress`'s, without the output map where `out_weight` is None.
+    Arguments and result are those of `functional.compress`; without an output projection if `out_weight` is None.
     """
     normed = F.layer_norm(x, x.shape[-1:], weight, bias, eps)
     attended = mssa_reference(normed, projection, out_weight, out_bias, heads)
@@ -99,7 +99,7 @@ def layer_reference(
     eps: float = 1e-5,
     **ista,
 ) -> Tensor:
-    """One CRATE layer on tokens x [B, N, C]: `compress_reference`, then ISTA(LN₂ h) with `ista_reference`'s options.
+    """Run one CRATE layer on tokens x [B, N, C]: `compress_reference`, then `norm_ista_reference` with **ista.
 
     `weights` are the layer's tensors under their released names (`0.norm.weight`, `0.fn.qkv.weight`,
     `0.fn.to_out.0.weight`, …, `1.fn.weight`).
@@ -112,10 +112,10 @@ def layer_reference(
 
 
 def coding_rate_reference(w: Tensor, epsilon: float = 0.01) -> Tensor:
-    """R^c of the tokens against their subspaces, in the N×N form: Σ_h ½·logdet(I + D/(Nε)·Ŵ_h Ŵ_hᵀ).
+    """Return R^c of the tokens in the N×N form: Σ_h ½·logdet(I + D/(Nε)·Ŵ_h Ŵ_hᵀ).
 
     Args:
-        w: Subspace tokens [B, N, H, D]; Ŵ is w with every token scaled to unit length.
+        w: Subspace tokens [B, N, H, D]; Ŵ is w with each token scaled to unit length.
         epsilon: Quantisation precision ε.
 
     Returns:
