@@ -1,8 +1,8 @@
 """Verify the kernels on this machine's GPU in about a minute: `crate-fast check`.
 
-Each probe of `crate_fast.probes` runs in a process of its own with a time limit; then those that are right are timed,
-one after the other, against PyTorch. The table is printed, and written as JSON with the versions of everything, which
-can be attached to a report. The exit status is 1 if anything is wrong, 2 if there is nothing to check.
+Each probe of `crate_fast.probes` runs in its own process with a time limit. Probes with right results are then timed
+against PyTorch, one after the other. The table is printed and written as JSON with all versions, to be attached to a
+report. The exit status is 1 if anything is wrong, 2 if there is nothing to check.
 """
 
 import argparse
@@ -22,10 +22,10 @@ from crate_fast.isolation import Job, Process, run_jobs, tail
 from crate_fast.options import parse
 from crate_fast.probes import CHECKED, PROBES, find_probe
 
-JOBS = 4  # probes at once, at most
-PROBE_BYTES = 3 * 2**30  # of GPU memory for each of them
-LIMIT_SECONDS = 120.0  # of a probe, and of all timings
-LOG_LINES = 60  # of a process's output in a report
+JOBS = 4  # maximum number of parallel probes
+PROBE_BYTES = 3 * 2**30  # GPU memory for each of them
+LIMIT_SECONDS = 120.0  # limit of a probe, and of all timings
+LOG_LINES = 60  # lines of a process's output in a report
 
 
 def _jobs(interpreter: bool) -> int:
@@ -50,13 +50,13 @@ def run_probes(names: Sequence[str], interpreter: bool, limit_s: float = LIMIT_S
     """Run each probe in its own process; print its status as it ends.
 
     Args:
-        names: As `probes.find_probe` takes them.
-        interpreter: Tiny problems in Triton's interpreter.
-        limit_s: Limit of each in seconds.
+        names: Names of probes (see `probes.find_probe`).
+        interpreter: Run tiny problems in Triton's interpreter.
+        limit_s: Time limit of each probe in seconds.
 
     Returns:
-        The rows of `probes.run_probe`. Of a process that crashes or hangs, name, kernel, dtype, shape, seconds and
-        status alone. In every row that is not "right", "output" is the end of what the process printed.
+        The rows of `probes.run_probe`. A process that crashes or hangs has only name, kernel, dtype, shape, seconds
+        and status. In every row that is not "right", "output" is the end of the process's output.
     """
     options = ["--device", "cpu", "--reruns", "2"] if interpreter else ["--device", "cuda", "--reruns", "20"]
     rows = {}
@@ -83,7 +83,7 @@ def run_probes(names: Sequence[str], interpreter: bool, limit_s: float = LIMIT_S
 
 
 def _add_times(rows: list[dict]) -> None:
-    """Time what is right, in one more process; what that did not reach has no time."""
+    """Time the right probes in another process; if it fails, the remaining probes have no time."""
     right = {row["name"]: row for row in rows if row["status"] == "right"}
     if not right:
         return
@@ -124,7 +124,7 @@ def _check(options: argparse.Namespace) -> int:
     if not options.interpreter:
         backend, reason = explain_backend("cuda")
         if backend != "triton":
-            raise UserError(f"nothing to check: {reason} (--interpreter checks without a GPU)")
+            raise UserError(f"nothing to check: {reason}; pass --interpreter to check without a GPU")
     rows = run_probes(names, options.interpreter)
     if not options.interpreter:
         _add_times(rows)
@@ -140,7 +140,7 @@ def _check(options: argparse.Namespace) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Check, print the table, write the JSON."""
+    """Run the check, print the table and write the JSON; return the exit status."""
     return run_command(lambda: _check(parse("check", argv)))
 
 

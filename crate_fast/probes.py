@@ -1,12 +1,12 @@
-"""Probes: each runs our kernels once on a small real problem and checks the result.
+"""Probes: each runs the kernels on a small realistic problem and checks the result.
 
     python -m crate_fast.probes --list
     python -m crate_fast.probes --probe attention-bfloat16-2x197x6x64 --json FILE
     TRITON_INTERPRET=1 python -m crate_fast.probes --probe … --device cpu --reruns 2  # in Triton's interpreter
 
-Output and every gradient come from the public operators, with uninitialised memory filled with NaN. They are compared
-with float64 by the rule of `crate_fast.accuracy`, and must have the same bits on every rerun. A fault on a GPU can
-poison its process, so `crate-fast check` and `benchmarks/gpu_check.py` run each probe in a process of its own.
+The public operators compute the output and every gradient, with uninitialised memory filled with NaN. The results are
+compared with float64 by the rule of `crate_fast.accuracy` and must be bit-equal on every rerun. A GPU fault can break
+its process, so `crate-fast check` and `benchmarks/gpu_check.py` run each probe in its own process.
 """
 
 import argparse
@@ -40,24 +40,24 @@ from crate_fast.reference import (
 from crate_fast.settings import FUSED_PRODUCTS, SELF_CHECK
 
 PRECISIONS = ("bfloat16", "float16", "tf32", "autocast")  # autocast: fp32 tokens, bf16 products
-TINY_TOKENS = {197: 70, 196: 64, 256: 128, 785: 261}  # in the interpreter: as many kinds of blocks, less work
+TINY_TOKENS = {197: 70, 196: 64, 256: 128, 785: 261}  # in the interpreter: the same kinds of blocks, less work
 
-TIMED_IMAGES = 128  # for attention: what a GPU takes its time for
+TIMED_IMAGES = 128  # of attention, enough to load a GPU
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One of our functions, its form in PyTorch, and the inputs of both."""
+    """One of our functions, its reference in PyTorch, and the inputs of both."""
 
     ours: Callable[..., Tensor]
     reference: Callable[..., Tensor]
     inputs: list[Tensor]
-    grad: Tensor  # of the output
-    names: str  # of the output and the inputs' gradients
+    grad: Tensor  # gradient of the output
+    names: str  # names of the output and of the inputs' gradients
     autocast: torch.dtype | None = None
 
     def results(self, function: Callable[..., Tensor]) -> list[Tensor]:
-        """Return output and the gradient of every input."""
+        """Return the output and the gradient of every input."""
 
         device = self.grad.device.type
 
@@ -68,21 +68,21 @@ class Problem:
         return gradients(forward, self.inputs, self.grad)
 
     def truth(self) -> list[Tensor]:
-        """Return output and gradients of the reference in float64."""
+        """Return the output and the gradients of the reference in float64."""
         return gradients(self.reference, [tensor.double() for tensor in self.inputs], self.grad.double())
 
 
 @dataclass(frozen=True)
 class Probe:
-    """A problem to build, by name."""
+    """Named problem that is built when it runs."""
 
     name: str
-    kernel: str  # family
+    kernel: str  # kernel family
     precision: str  # one of PRECISIONS
     sizes: tuple[int, ...]  # [B, N, H, D] of attention, [B, N, C] of the others
     build: Callable[..., Problem]  # (sizes, dtype, autocast, device, generator) → the problem
-    environment: dict[str, str] = field(default_factory=dict)  # while it runs
-    interpreted: str | None = None  # precision in the interpreter, where it is not as of the others
+    environment: dict[str, str] = field(default_factory=dict)  # variables while it runs
+    interpreted: str | None = None  # precision in the interpreter, if not the usual one
 
 
 # --- problems -----------------------------------------------------------------------------------------------------
@@ -190,9 +190,9 @@ def _all_probes() -> Iterator[Probe]:
     for n_tokens in (197, 785):
         for spread in (30.0, 1e4):
             build = partial(_attention, spread=spread)
-            wide = {"interpreted": "tf32"} if spread == 1e4 else {}  # beyond float16's range
+            wide = {"interpreted": "tf32"} if spread == 1e4 else {}  # exceeds float16's range
             yield _probe("attention", "bfloat16", (2, n_tokens, 3, 64), build, f"-spread{spread:g}", **wide)
-    for width, images in ((384, 64), (768, 32)):  # rows for a second tile of persistent programs
+    for width, images in ((384, 64), (768, 32)):  # enough rows for a second tile per persistent program
         sizes = (images, 197, width)
         for precision in PRECISIONS:
             yield _probe("ista", precision, sizes, _ista)
@@ -225,7 +225,7 @@ CHECKED = (  # by `crate-fast check`
 )
 
 
-# --- faults, for tests of what runs probes ------------------------------------------------------------------------
+# --- faults, for tests of the programs that run probes ------------------------------------------------------------
 
 
 def _crash(*_) -> Problem:
@@ -249,7 +249,7 @@ FAULTS = {
 
 
 def find_probe(name: str) -> Probe:
-    """Return the probe of this name, one of the unlisted "fault:crash", "fault:hang" and "fault:wrong" included."""
+    """Return the probe of this name; "fault:crash", "fault:hang" and "fault:wrong" are not listed."""
     known = PROBES | FAULTS
     if name not in known:
         raise UserError(f"no probe {name!r}: choose one of {', '.join(PROBES)}")
@@ -264,14 +264,14 @@ def run_probe(probe: Probe, device: torch.device | str, reruns: int = 20) -> dic
 
     Args:
         probe: From `find_probe`.
-        device: A GPU; or the CPU under Triton's interpreter, where sizes are tiny, float16 (fp32 where its range is
-            too small) stands for bfloat16, and products of fp32 are exact.
-        reruns: How often the kernels run again, for equal bits.
+        device: A GPU, or the CPU in Triton's interpreter. There the sizes are tiny, float16 (or fp32, if the range
+            is too small) replaces bfloat16, and fp32 products are exact.
+        reruns: Number of reruns, which must be bit-equal.
 
     Returns:
         name, kernel, launched (names of the kernels), dtype, shape; outputs (by name: rms, max, allowed_rms,
-        allowed_max, share); share of the worst of them; reruns and reruns_equal; first_call_s and seconds; status,
-        "right", "wrong", or "failed: " and the error in a line.
+        allowed_max, share); share of the worst output; reruns and reruns_equal; first_call_s and seconds; status:
+        "right", "wrong", or "failed: " and the error in one line.
     """
     device = torch.device(device)
     start = time.perf_counter()
@@ -289,7 +289,7 @@ def run_probe(probe: Probe, device: torch.device | str, reruns: int = 20) -> dic
             row |= _judged(problem, reruns)
         if row["share"] is None or row["share"] > 1.0 or not row["reruns_equal"]:
             row["status"] = "wrong"
-    except Exception as error:  # the row tells it; whoever runs probes goes on with the next
+    except Exception as error:  # recorded in the row, so that the next probe can run
         traceback.print_exc()
         row["status"] = f"failed: {type(error).__name__}: {' '.join(str(error).split())[:500]}"
     return row | {"seconds": round(time.perf_counter() - start, 3)}
@@ -297,14 +297,14 @@ def run_probe(probe: Probe, device: torch.device | str, reruns: int = 20) -> dic
 
 @contextmanager
 def _built(probe: Probe, precision: str, sizes: tuple[int, ...], device: torch.device) -> Iterator[Problem]:
-    """Return the problem, under the settings that it is to run with."""
-    environment = {SELF_CHECK: "0"} | probe.environment  # else a wrong kernel is an error before it is judged
+    """Yield the problem, with its settings active."""
+    environment = {SELF_CHECK: "0"} | probe.environment  # the self-check would stop a wrong kernel
     with mock.patch.dict(os.environ, environment), _precision(precision, device) as (dtype, autocast):
         yield probe.build(sizes, dtype, autocast, device, torch.Generator().manual_seed(0))
 
 
 def _judged(problem: Problem, reruns: int) -> dict[str, object]:
-    """Judge the kernels' results."""
+    """Run the kernels and compare their results with float64 and with their reruns."""
     start = time.perf_counter()
     with _recorded_launches() as launched:
         actual = problem.results(problem.ours)
@@ -330,7 +330,7 @@ def _judged(problem: Problem, reruns: int) -> dict[str, object]:
 
 
 def _numbers(judgement) -> dict[str, float | None]:
-    """Return the numbers for JSON, None where one is not finite."""
+    """Return the numbers for JSON; None if a number is not finite."""
     keys = ("rms", "max", "allowed_rms", "allowed_max", "share")
     return {key: value if math.isfinite(value := getattr(judgement, key)) else None for key in keys}
 
@@ -340,7 +340,7 @@ def _bits(tensor: Tensor) -> Tensor:
 
 
 def _tiny(probe: Probe) -> tuple[str, tuple[int, ...]]:
-    """Precision and sizes for the interpreter."""
+    """Return precision and sizes for the interpreter."""
     precision = probe.interpreted or {"bfloat16": "float16"}.get(probe.precision, probe.precision)
     if len(probe.sizes) == 4:
         _, n_tokens, heads, dim = probe.sizes
@@ -350,7 +350,7 @@ def _tiny(probe: Probe) -> tuple[str, tuple[int, ...]]:
 
 @contextmanager
 def _precision(name: str, device: torch.device) -> Iterator[tuple[torch.dtype, torch.dtype | None]]:
-    """Return the tensors' dtype and autocast's, with fp32 products as named while the context lasts."""
+    """Yield the dtypes of the tensors and of autocast, with the precision of fp32 products set."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
     try:
@@ -364,14 +364,14 @@ def _precision(name: str, device: torch.device) -> Iterator[tuple[torch.dtype, t
 
 @contextmanager
 def _poisoned(device: torch.device) -> Iterator[None]:
-    """Uninitialised memory is NaN, so that an element a kernel forgets shows."""
-    if device.type == "cuda":  # else PyTorch warns of every product
+    """Fill uninitialised memory with NaN, which shows elements that a kernel does not write."""
+    if device.type == "cuda":  # without this PyTorch warns at every product
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         if not torch.empty(64, device=device).isnan().all():
-            raise RuntimeError("PyTorch does not fill uninitialised memory: a forgotten element would not show")
+            raise RuntimeError("PyTorch does not fill uninitialised memory: unwritten elements would go unnoticed")
         yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
@@ -379,7 +379,7 @@ def _poisoned(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def _recorded_launches() -> Iterator[set[str]]:
-    """Return the names of the kernels that are launched inside."""
+    """Yield the set of the names of kernels that are launched inside."""
     from crate_fast.kernels.launch import Launch
 
     names: set[str] = set()
@@ -394,7 +394,7 @@ def _recorded_launches() -> Iterator[set[str]]:
 
 
 def time_probe(probe: Probe, device: torch.device | str) -> dict[str, object]:
-    """Return milliseconds of forward and backward on a GPU, in a CUDA graph, of ours and of PyTorch's form.
+    """Time forward and backward in a CUDA graph on a GPU, with the kernels and with PyTorch.
 
     Returns:
         timed_shape (more images for attention), ours_ms, peer ("SDPA" or "eager"), peer_ms.
@@ -428,7 +428,7 @@ def _command(options: argparse.Namespace) -> None:
     times = {}
     for probe in probes if options.time else ():
         times[probe.name] = time_probe(probe, options.device)
-        _write(times, options.json)  # after each, should the next not end
+        _write(times, options.json)  # after each, in case the next one hangs
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -437,10 +437,10 @@ def main(argv: list[str] | None = None) -> int:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--list", action="store_true", help="print the names")
     what.add_argument("--probe", metavar="NAME")
-    what.add_argument("--time", nargs="+", metavar="NAME", help="times by name, on a GPU")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="where the result goes as well")
+    what.add_argument("--time", nargs="+", metavar="NAME", help="time these probes, on a GPU")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="file for the result, which is also printed")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--reruns", type=int, default=20, help="for equal bits (default 20)")
+    parser.add_argument("--reruns", type=int, default=20, help="reruns that must be bit-equal (default 20)")
     return run_command(lambda: _command(parser.parse_args(argv)))
 
 

@@ -1,7 +1,7 @@
-"""The Triton kernels as PyTorch operators: registered with `torch.library`, with fake tensors and autograd.
+"""The Triton kernels as PyTorch operators, registered with `torch.library`, with fake tensors and autograd.
 
-Each operator only launches; checks, casts and dispatch are in `functional.py`. A backward pass is one operator, so
-`torch.compile` sees the whole step. Second derivatives are refused with an error.
+Operators only launch kernels; checks, casts and dispatch are in `functional.py`. Each backward pass is one operator,
+so that `torch.compile` captures the whole step. Second derivatives raise an error.
 """
 
 import torch
@@ -14,16 +14,16 @@ from crate_fast.settings import fused_products_wanted
 
 __all__ = ["compression_fwd", "fold", "given", "ista_fwd", "nothing", "subspace_attention_fwd"]
 
-# Triton is imported when a kernel runs, not before: so the operators import crate_fast.kernels themselves.
+# Triton is imported only when a kernel runs: the operators import crate_fast.kernels in their bodies.
 
 
 def nothing(like: Tensor, count: int) -> list[Tensor]:
-    """Return empty tensors in place of unwanted results; an operator's results may not share memory."""
+    """Return empty tensors for unwanted results; the results of an operator must not share memory."""
     return [like.new_empty(0) for _ in range(count)]
 
 
 def given(results: tuple[Tensor, ...], wanted: list[bool], count: int) -> tuple[Tensor | None, ...]:
-    """Return an operator's gradients for its first arguments as autograd takes them, for `count` arguments."""
+    """Convert gradients of the first arguments to those of all `count` arguments: None where unwanted."""
     grads = [result if asked else None for result, asked in zip(results, wanted, strict=True)]
     return *grads, *[None] * (count - len(grads))
 
@@ -33,7 +33,7 @@ def given(results: tuple[Tensor, ...], wanted: list[bool], count: int) -> tuple[
 
 @torch.library.custom_op("crate_fast::subspace_attention_fwd", mutates_args=())
 def subspace_attention_fwd(w: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """O [B, N, H, D] and the rows' log-sum-exp [B, H, N]; see `kernels.attention.forward`. O alone has a gradient."""
+    """Return O [B, N, H, D], which has a gradient, and log-sum-exp [B, H, N]; see `kernels.attention.forward`."""
     from crate_fast.kernels import attention
 
     return checked(attention.forward, w, scale)
@@ -61,7 +61,7 @@ def _(grad: Tensor, w: Tensor, out: Tensor, lse: Tensor, scale: float) -> Tensor
 def _attention_setup(ctx, inputs, output):
     w, ctx.scale = inputs
     out, lse = output
-    ctx.set_materialize_grads(False)  # none for lse, which has none
+    ctx.set_materialize_grads(False)  # lse has no gradient
     ctx.mark_non_differentiable(lse)
     ctx.save_for_backward(w, out, lse)
 
@@ -105,21 +105,21 @@ def ista_fwd(
     soft: bool,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """y = shrink(x + xG, ηλ), with LayerNorm(x) in place of x where gamma and beta are given.
+    """Compute y = shrink(x + xG, ηλ), of LayerNorm(x) instead of x if gamma and beta are given.
 
     Args:
         x: [M, C].
         gamma, beta: LayerNorm's weight and bias [C], both or neither.
-        dictionary: D [C, C]: what the gradient is for; forward reads `folded` alone.
-        folded: G = η(D − DᵀD) [C, C] in the product's dtype; the caller vouches for it.
+        dictionary: D [C, C], which receives the gradient; forward reads only `folded`.
+        folded: G = η(D − DᵀD) [C, C] in the dtype of the product; not checked against D.
         step_size, sparsity: η and λ.
-        eps: LayerNorm's.
-        soft: Soft threshold instead of ReLU.
-        keep: Whether backward will come.
+        eps: LayerNorm's ε.
+        soft: Use the soft threshold instead of ReLU.
+        keep: Save [y ≠ 0] for backward.
 
     Returns:
-        y [M, C] in x's dtype; and what backward needs: [y ≠ 0] in int8 [M, C], empty unless kept; the normalised rows
-        in G's dtype [M, C], their mean and rstd in fp32 [M], empty without a LayerNorm.
+        y [M, C] in x's dtype, and for backward: [y ≠ 0] in int8 [M, C], empty without `keep`; the normalised rows in
+        G's dtype [M, C], their mean and rstd in fp32 [M], empty without a LayerNorm.
     """
     from crate_fast.kernels import ista, layer_norm
 
@@ -157,15 +157,15 @@ def ista_bwd(
     x_dtype: torch.dtype,
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of x, γ, β and D, empty where not wanted (kernels/README.md §5).
+    """Return the gradients of x, γ, β and D; those not wanted are empty (kernels/README.md §5).
 
     Args:
         grad, nonzero: The gradient of y, and [y ≠ 0] [M, C].
-        rows: Without a LayerNorm x; behind one, n in G's dtype or, with `mean`, x itself [M, C].
-        mean, rstd: Of x's rows [M].
-        gamma, beta, dictionary, folded, step_size, eps: As `ista_fwd`'s.
-        x_dtype: x's.
-        wanted: Which of the four gradients.
+        rows: x [M, C] without a LayerNorm or with `mean`; otherwise the normalised rows n in G's dtype.
+        mean, rstd: Statistics of x's rows [M].
+        gamma, beta, dictionary, folded, step_size, eps: See `ista_fwd`.
+        x_dtype: Dtype of x.
+        wanted: Which of the four gradients to compute.
     """
     from crate_fast.kernels import folding, ista, layer_norm, product
 
@@ -209,7 +209,7 @@ def _ista_setup(ctx, inputs, output):
     ctx.x_dtype = x.dtype
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(nonzero, normed, mean, rstd)
-    # n serves the dictionary's gradient and LayerNorm's unless it is rounded further than x is; then x makes both.
+    # Both gradients (dictionary, LayerNorm) use n, or x if n is rounded to a lower precision than x.
     rows, mean = (normed, None) if gamma is not None and x.dtype == folded.dtype else (x, mean)
     ctx.save_for_backward(nonzero, rows, mean, rstd, gamma, beta, dictionary, folded)
 
@@ -218,7 +218,7 @@ def _ista_backward(ctx, grad, *_):
     if grad is None:
         return (None,) * 10
     if not ctx.keep:
-        raise RuntimeError("ista_fwd was called with keep=False: it has kept nothing for a backward pass")
+        raise RuntimeError("ista_fwd was called with keep=False and saved nothing for backward: pass keep=True")
     wanted = list(ctx.needs_input_grad[:4])
     results = ista_bwd(grad, *ctx.saved_tensors, ctx.step_size, ctx.eps, ctx.x_dtype, wanted)
     return given(results, wanted, 10)
@@ -232,7 +232,7 @@ refuse_double_backward(ista_bwd, "run backend='torch'")
 
 
 def _output_tile(x: Tensor, weight: Tensor):
-    """Return the output map's tile where it runs with its neighbours; None where it runs by itself."""
+    """Return the tile of the fused output map; None if PyTorch computes the output map."""
     from crate_fast.kernels.launch import find, precision
     from crate_fast.kernels.product import fitted_product
 
@@ -257,25 +257,25 @@ def compression_fwd(
     dtype: torch.dtype,
     skip_normed: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """h = x + MSSA(LayerNorm(x)), or LayerNorm(x) + MSSA(LayerNorm(x)) (kernels/README.md §6).
+    """Compute h = x + MSSA(LayerNorm(x)), or LayerNorm(x) + MSSA(LayerNorm(x)) (kernels/README.md §6).
 
-    LayerNorm(x) = nγ + β, and γ and β are folded into the projection: W = n(U∘γ)ᵀ + Uβ. The output map runs in one
-    kernel with bias and skip connection, or by itself in PyTorch: the tile table says which.
+    LayerNorm(x) = nγ + β, and γ and β are folded into the projection: W = n(U∘γ)ᵀ + Uβ. By the tile table, the output
+    map runs in one kernel with bias and skip connection, or separately in PyTorch.
 
     Args:
         x: [B, N, C].
         gamma, beta: LayerNorm's weight and bias [C].
         projection: U [H·D, C].
         output, bias: V [C, H·D] and b [C].
-        heads: H.
+        heads: Number of heads H.
         scale: s.
-        eps: LayerNorm's.
-        dtype: Of the products.
-        skip_normed: Whether LayerNorm(x) is what is skipped to.
+        eps: LayerNorm's ε.
+        dtype: Dtype of the products.
+        skip_normed: The skip connection adds LayerNorm(x) instead of x.
 
     Returns:
-        h [B, N, C] in x's dtype; and what backward needs: n [B·N, C], mean and rstd [B·N] of x's rows, W and O
-        [B, N, H, D], the log-sum-exp [B, H, N]. Only h can be differentiated.
+        h [B, N, C] in x's dtype, and for backward: n [B·N, C], mean and rstd [B·N] of x's rows, W and O
+        [B, N, H, D], the log-sum-exp [B, H, N]. Only h is differentiable.
     """
     from crate_fast.kernels import attention, folding, layer_norm, product
 
@@ -328,15 +328,15 @@ def compression_bwd(
     bias_dtype: torch.dtype,
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of x, γ, β, U, V and b, empty where not wanted.
+    """Return the gradients of x, γ, β, U, V and b; those not wanted are empty.
 
     Args:
         grad: The gradient of h [B, N, C].
-        gamma, beta, projection, output, scale, skip_normed: As `compression_fwd`'s.
-        normed, rstd, w, out, lse: From it.
-        x, mean: x and its rows' means, where LayerNorm's gradient is to be made from x, not from rounded rows.
-        x_dtype, bias_dtype: x's and b's.
-        wanted: Which of the six gradients.
+        gamma, beta, projection, output, scale, skip_normed: See `compression_fwd`.
+        normed, rstd, w, out, lse: Results of `compression_fwd`.
+        x, mean: x and the means of its rows, to compute LayerNorm's gradient from x instead of rounded rows; or None.
+        x_dtype, bias_dtype: Dtypes of x and b.
+        wanted: Which of the six gradients to compute.
     """
     from crate_fast.kernels import attention, folding, layer_norm
 

@@ -190,7 +190,7 @@ def test_without_a_gpu_there_is_one_line_and_exit_status_2(monkeypatch, capsys, 
     monkeypatch.setattr(check, "explain_backend", lambda device: ("torch", "PyTorch finds no CUDA device"))
     assert check.main([]) == 2
     captured = capsys.readouterr()
-    reason = "PyTorch finds no CUDA device (--interpreter checks without a GPU)"
+    reason = "PyTorch finds no CUDA device; pass --interpreter to check without a GPU"
     assert captured.err == f"error: nothing to check: {reason}\n"
     assert captured.out == ""
     assert os.listdir() == []
