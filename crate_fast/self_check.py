@@ -1,10 +1,10 @@
-"""Check the first launch of each kernel variant in a process against PyTorch, on a small input of its kind.
+"""Check the first launch of each kernel variant in a process against PyTorch, on a small input.
 
-An untested compiler, older or for another GPU, can miscompile a correct kernel. So `checked` runs a kernel's function
-once more, on random tensors, before it first runs on a device with arguments that need another compiled kernel: other
-dtypes, widths, strides, alignment, options, or divisibility by 16 (Triton specialises on it). The results must be as
-close to float64 as `crate_fast.accuracy` has it, with the eps of the products. This costs milliseconds and one wait
-for the device. `CRATE_FAST_SELF_CHECK` turns it off on a GPU (0), or on in Triton's interpreter (1).
+An untested compiler, older or for another GPU, can miscompile a correct kernel. So `checked` first runs a kernel's
+function on random tensors, whenever a device or the arguments need another compiled kernel: other dtypes, widths,
+strides, alignment, options, or divisibility by 16 (Triton specialises on it). The results must meet the rule of
+`crate_fast.accuracy` with the eps of the products. A check takes milliseconds and waits for the device once.
+`CRATE_FAST_SELF_CHECK` turns it off on a GPU (0), or on in Triton's interpreter (1).
 """
 
 import math
@@ -23,8 +23,8 @@ from crate_fast.errors import UserError
 from crate_fast.settings import SELF_CHECK, self_check_wanted
 
 LONGEST = 320  # tokens of one image: three blocks of rows
-FP32_EPS = 2.0**-10  # TF32's: the kernels multiply fp32 so
-ELEMENTS = 5 * 2**20  # of [M, C]: 160 tiles of 128×256, a second one for some of the persistent programs
+FP32_EPS = 2.0**-10  # of TF32, in which the kernels multiply fp32
+ELEMENTS = 5 * 2**20  # of [M, C]: 160 tiles of 128×256, so that some persistent programs have a second tile
 
 _right: set[tuple] = set()
 _lock = threading.RLock()
@@ -34,7 +34,7 @@ _lock = threading.RLock()
 
 
 def alike(size: int, most: int) -> int:
-    """Return a size of at most `most`, a multiple of 16, that Triton specialises alike: 1, a multiple of 16, or no.
+    """Return a size up to `most` (a multiple of 16) in the same class of Triton: 1, a multiple of 16, or other.
 
     >>> alike(785, 320), alike(800, 320), alike(17, 320), alike(1, 320)
     (305, 304, 17, 1)
@@ -43,7 +43,7 @@ def alike(size: int, most: int) -> int:
 
 
 class _Draw:
-    """Random tensors that need the same compiled kernel as given ones; the global generators stay untouched."""
+    """Source of random tensors that need the same compiled kernel as given ones; global generators are unchanged."""
 
     def __init__(self, device: torch.device):
         self.generator = torch.Generator(device).manual_seed(0)
@@ -51,10 +51,10 @@ class _Draw:
     def like(
         self, given: Tensor | None, spread: float = 1.0, mean: float = 0.0, shape: tuple[int, ...] | None = None
     ):
-        """Return normal numbers with dtype and alignment of `given`, and its strides where they can matter.
+        """Return normal random numbers with the dtype and alignment of `given`, and its strides if they can matter.
 
-        They do for weights, which keep their shape, and for subspace tokens [B, N, H, D]. Whatever else is not
-        contiguous is copied before a launch.
+        Strides matter for weights, which keep their shape, and for subspace tokens [B, N, H, D]. Other tensors that
+        are not contiguous are copied before a launch.
         """
         if given is None:
             return None
@@ -64,18 +64,18 @@ class _Draw:
         room = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
         offset = given.data_ptr() % 16 // given.itemsize if strided or given.is_contiguous() else 0
         values = torch.randn(offset + room, generator=self.generator, device=given.device) * spread + mean
-        # Of 11 bits, which TF32 holds: it would cut longer tokens in backward's S, and not in L, which is exact here.
+        # TF32 has 11 bits. It would round longer tokens in backward's S, but not in L, which is exact here.
         return values.half().to(given.dtype).as_strided(shape, strides, offset)
 
     def rows(self, given: Tensor | None, spread: float = 1.0, mean: float = 0.0, width: int | None = None):
-        """Return fewer rows than `given` [M, C] has; their number depends on `width`, C when None."""
+        """Return a tensor like `given` [M, C] with fewer rows; their number depends on `width`, C if None."""
         if given is None:
             return None
         most = max(512, ELEMENTS // (width or given.shape[1]) // 16 * 16)
         return self.like(given, spread, mean, (alike(len(given), most), given.shape[1]))
 
     def matrix(self, given: Tensor):
-        """Return a weight [N, K] that keeps the size of what it multiplies."""
+        """Return a weight [N, K] whose products have the scale of their input."""
         return self.like(given, given.shape[1] ** -0.5)
 
     def norm(self, given, x: Tensor):
@@ -137,7 +137,7 @@ def _draw_weight_gradient(draw, a, grad):
     return draw.rows(a, width=width), draw.rows(grad, width=width)
 
 
-# --- the same in PyTorch: each function takes `wide` (float64, or the dtypes as they are) and the arguments --------
+# --- the same in PyTorch: each function takes `wide` (True for float64) and the arguments --------------------------
 
 
 def _up(wide: bool, tensor: Tensor | None, dtype: torch.dtype | None = None):
@@ -248,7 +248,7 @@ def _weight_gradient(wide, a, grad):
     return (_multiply(wide, a.t(), grad, a.dtype),)
 
 
-_CHECKS: dict[str, tuple[Callable, Callable, str]] = {  # by module and function: small arguments, the same, results
+_CHECKS: dict[str, tuple[Callable, Callable, str]] = {  # function: (small arguments, PyTorch, names of results)
     "attention.forward": (_draw_attention_forward, _attention_forward, "O L"),
     "attention.backward": (_draw_attention_backward, _attention_backward, "dW"),
     "layer_norm.normalize": (
@@ -290,15 +290,15 @@ _CHECKS: dict[str, tuple[Callable, Callable, str]] = {  # by module and function
 
 
 def checked(function: Callable, *arguments, **options):
-    """Return function(*arguments, **options); check a variant's first launch on a device beforehand.
+    """Return function(*arguments, **options), after a check if this is a variant's first launch on the device.
 
     Args:
         function: A kernel's function, one of `_CHECKS`.
-        arguments, options: Its own.
+        arguments, options: Its arguments.
 
     Raises:
         UserError: The kernel is wrong or does not run. The message names it, the versions of PyTorch, Triton and
-            ptxas, and what to do.
+            ptxas, and the remedy.
     """
     device, wanted = arguments[0].device, self_check_wanted()
     if (device.type == "cuda" if wanted is None else wanted) and arguments[0].numel() > 0:
@@ -312,7 +312,7 @@ def checked(function: Callable, *arguments, **options):
 
 
 def _kind(argument: Any):
-    """Return what of an argument decides the compiled kernel, and perhaps more."""
+    """Return the properties of an argument that select the compiled kernel, perhaps with others."""
     if is_dataclass(argument):
         return tuple(map(_kind, vars(argument).values()))
     if not isinstance(argument, Tensor):
@@ -337,7 +337,7 @@ def _capturing(device: torch.device) -> bool:
 
 
 def _is_right(name: str, function: Callable, arguments: tuple, options: dict, device: torch.device) -> bool:
-    """Return True after a check, False where memory is too short for one: the launch itself may need less."""
+    """Return True after a passed check, False if memory is too short for it: the launch itself may need less."""
     try:
         with without_autocast(device.type), torch.no_grad():
             small, options = _small(name, device, arguments, options)
@@ -352,7 +352,7 @@ def _is_right(name: str, function: Callable, arguments: tuple, options: dict, de
         return False
     worst = max(shares, key=shares.get)
     if shares[worst] > 1.0:
-        off = f"is wrong: {worst} is {shares[worst]:.3g} times as far from float64 as it may be"
+        off = f"is wrong: the error of {worst} is {shares[worst]:.3g} times the allowed error"
         raise UserError(_complaint(name, device, off))
     return True
 
@@ -363,7 +363,7 @@ def _small(name: str, device: torch.device, arguments: tuple, options: dict) -> 
 
 
 def _shares(name: str, function: Callable, small: tuple, options: dict) -> dict[str, float]:
-    """Return the share of the allowance that each result uses; waits for the device once."""
+    """Return the error of each result relative to the allowed error; waits for the device once."""
     _, compute, names = _CHECKS[name]
     results = function(*small, **options)
     results = results if isinstance(results, tuple) else (results,)
@@ -373,7 +373,7 @@ def _shares(name: str, function: Callable, small: tuple, options: dict) -> dict[
     eps = max(FP32_EPS, *map(product_eps, floating))
     numbers = {}
     for result_name, result, lower, exact in zip(names.split(), results, eager, truth, strict=True):
-        if result is not None and result.dtype == torch.int8:  # exactly where y is not zero
+        if result is not None and result.dtype == torch.int8:  # a mask: must equal y ≠ 0
             wrong = ((result != 0) != (results[0] != 0)).sum().double()
             numbers[result_name] = torch.stack([wrong, wrong, 0 * wrong, 0 * wrong])
         elif exact is not None:
