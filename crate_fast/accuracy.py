@@ -1,4 +1,4 @@
-"""The error of a kernel against float64 that is allowed, and inputs for which this rule detects wrong kernels.
+"""The allowed error of a kernel against float64, and inputs for which this rule detects wrong kernels.
 
 The rule: rms and max error are at most twice those of eager PyTorch in the same dtype, plus 4 eps of the products.
 Tests, probes, the self-check and the benchmarks use it.
@@ -85,7 +85,7 @@ class Judgement:
 
     @property
     def right(self) -> bool:
-        """Return True if both errors are allowed."""
+        """Return True if neither error exceeds its allowed value."""
         return self.share <= 1.0
 
 

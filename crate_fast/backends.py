@@ -64,9 +64,9 @@ def explain_backend(
 
 
 def resolve_backend(tensor: Tensor, backend: str, head_dim: int | None = None) -> str:
-    """Return the backend of `explain_backend` for a tensor."""
+    """Return the backend for a tensor; see `explain_backend`."""
     if backend == "auto" and tensor.device.type == "cpu":
-        return "torch"  # the answer of `explain_backend`, whose cost is noticeable in small models
+        return "torch"  # as `explain_backend`, whose overhead is noticeable in small models
     return explain_backend(tensor.device, backend, dtype=compute_dtype(tensor), head_dim=head_dim)[0]
 
 

@@ -83,7 +83,7 @@ def run_probes(names: Sequence[str], interpreter: bool, limit_s: float = LIMIT_S
 
 
 def _add_times(rows: list[dict]) -> None:
-    """Time the right probes in another process; if it fails, the remaining probes have no time."""
+    """Time the probes with right results in another process; if it fails, the remaining probes have no time."""
     right = {row["name"]: row for row in rows if row["status"] == "right"}
     if not right:
         return

@@ -95,7 +95,7 @@ def multiplies_bf16() -> bool:
 
 @torch.compiler.assume_constant_result
 def onednn_suits_processor() -> bool:
-    """Return True if MKL is missing, or the processor is neither Intel's nor one of AMD before AVX-512."""
+    """Return True if there is no MKL, or the processor is neither from Intel nor an AMD without AVX-512."""
     before_avx512 = torch.backends.cpu.get_cpu_capability() != "AVX512"
     suits_mkl = {"GenuineIntel": True, "AuthenticAMD": before_avx512}.get(processor_vendor(), False)
     return not (suits_mkl and torch.backends.mkl.is_available())
@@ -109,7 +109,7 @@ def uses_onednn() -> bool:
 
 @functools.cache
 def mkl_is_slow() -> bool:
-    """Return True if MKL takes twice oneDNN's time: on all processors but Intel's and AMD's before Zen 5 (family 26).
+    """Return True if MKL takes twice oneDNN's time: on all but Intel processors and AMD's before Zen 5 (family 26).
 
     On AMD, MKL uses 256-bit vectors, and Zen 5 has 512-bit units. The choice is not measured, so that a resumed run
     sums in the same order.
@@ -144,7 +144,7 @@ def _dense(matrix: Tensor) -> Tensor:
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, add: Tensor | None = None) -> Tensor:
-    """Return x @ weightᵀ + bias + `add` by the processor's library; a transposed x means a gradient of a weight."""
+    """Return x @ weightᵀ + bias + `add` by oneDNN or MKL; a transposed x means the gradient of a weight."""
     suits = uses_onednn() and (x.is_contiguous() or uses_onednn_alone())
     if suits and x.numel() > 0 and weight.numel() > 0:
         bias = None if bias is None else bias.contiguous()  # oneDNN ignores its strides

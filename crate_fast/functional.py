@@ -49,7 +49,7 @@ def check_tensor(name: str, tensor: Tensor, rank: str, ok: bool) -> None:
 
 
 def check_beside(x: Tensor, *, any_dtype: bool = False, **tensors: Tensor) -> None:
-    """Raise unless all tensors have x's device and, without autocast and `any_dtype`, x's dtype."""
+    """Raise unless all tensors have x's device and dtype; dtypes may differ under autocast or with `any_dtype`."""
     for name, tensor in tensors.items():
         if tensor.device != x.device:
             raise UserError(f"{name} is on {tensor.device} and x on {x.device}: move one to the other's device")
@@ -291,7 +291,7 @@ def _folded(dictionary: Tensor, step_size: float, dtype: torch.dtype) -> Tensor:
 
 
 def _is_kept(dictionary: Tensor) -> bool:
-    """Return True if G is kept from the first call on: D is a CPU parameter that needs no gradient."""
+    """Return True if G is kept between calls: D is a CPU parameter that needs no gradient."""
     eager = type(dictionary) is nn.Parameter and not torch.compiler.is_compiling() and not being_transformed()
     return eager and dictionary.is_cpu and not (torch.is_grad_enabled() and dictionary.requires_grad)
 
@@ -300,8 +300,8 @@ def _folded_ista(x: Tensor, dictionary: Tensor, step_size: float, sparsity: floa
     """Compute ISTA in PyTorch, on any device."""
     shift = step_size * sparsity
     width = x.shape[-1]
-    # With few tokens, two products with x, (x − xDᵀ)D, cost less than the C×C×C product of the folding. A graph that
-    # is traced or exported has them for any number of tokens.
+    # With few tokens, (x − xDᵀ)D, two products with x, is cheaper than the C×C×C product of folding. Traced and
+    # exported graphs use this form for any number of tokens.
     if being_written() or ((n_tokens := x.shape[:-1].numel()) < width and not _is_kept(dictionary)):
         residual = x - linear(x, dictionary).to(x.dtype)
         u = x + step_size * linear(residual, dictionary.t()).to(x.dtype)

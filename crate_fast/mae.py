@@ -424,7 +424,7 @@ class CRATEMAE(nn.Module):
         place = {"device": self.cls_token.device, "dtype": self.cls_token.dtype}
         model = CRATE(num_classes=num_classes, **(sizes | place | options))
         weights = encoder_state_dict(self.state_dict(), self.visible_only)
-        head = {name: value for name, value in model.state_dict().items() if name not in weights}  # the new one
+        head = {name: value for name, value in model.state_dict().items() if name not in weights}  # new classifier
         model.load_state_dict(weights | head)
         return model.train(self.training)
 

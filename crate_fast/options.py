@@ -330,7 +330,7 @@ def _emergence() -> argparse.ArgumentParser:
     return parser
 
 
-PARSERS: dict[str, Callable[[], argparse.ArgumentParser]] = {  # by the words of the command
+PARSERS: dict[str, Callable[[], argparse.ArgumentParser]] = {  # command: its parser
     "env": _env,
     "check": _check,
     "explore": _explore,

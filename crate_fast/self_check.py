@@ -34,7 +34,7 @@ _lock = threading.RLock()
 
 
 def alike(size: int, most: int) -> int:
-    """Return a size up to `most` (a multiple of 16) in the same class of Triton: 1, a multiple of 16, or other.
+    """Return a size up to `most` (a multiple of 16) that Triton specialises as `size`: 1, a multiple of 16, or other.
 
     >>> alike(785, 320), alike(800, 320), alike(17, 320), alike(1, 320)
     (305, 304, 17, 1)
@@ -141,7 +141,7 @@ def _draw_weight_gradient(draw, a, grad):
 
 
 def _up(wide: bool, tensor: Tensor | None, dtype: torch.dtype | None = None):
-    """Return the tensor in float64 where `wide`, else in `dtype` if one is given."""
+    """Return the tensor in float64 if `wide`, else in `dtype` if one is given."""
     if tensor is None:
         return None
     return tensor.double() if wide else tensor if dtype is None else tensor.to(dtype)
@@ -312,7 +312,7 @@ def checked(function: Callable, *arguments, **options):
 
 
 def _kind(argument: Any):
-    """Return the properties of an argument that select the compiled kernel, perhaps with others."""
+    """Return all properties of an argument that can select the compiled kernel."""
     if is_dataclass(argument):
         return tuple(map(_kind, vars(argument).values()))
     if not isinstance(argument, Tensor):

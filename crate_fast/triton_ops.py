@@ -23,7 +23,7 @@ def nothing(like: Tensor, count: int) -> list[Tensor]:
 
 
 def given(results: tuple[Tensor, ...], wanted: list[bool], count: int) -> tuple[Tensor | None, ...]:
-    """Convert gradients of the first arguments to those of all `count` arguments: None where unwanted."""
+    """Return autograd's gradients for all `count` arguments, None where unwanted, from those of the first ones."""
     grads = [result if asked else None for result, asked in zip(results, wanted, strict=True)]
     return *grads, *[None] * (count - len(grads))
 

@@ -22,7 +22,7 @@ from crate_fast.errors import UserError
 _AVERAGES = ("state_dict_ema", "model_ema", "ema")  # preferred over the weights themselves, as in timm
 _ENTRIES = (*_AVERAGES, "state_dict", "model")
 _PREFIXES = ("module.", "_orig_mod.")  # added by DataParallel and DDP, and by torch.compile
-_TORCH_MAGIC = b"\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"  # begins files in torch.save's older format
+_TORCH_MAGIC = b"\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"  # near the start of files in torch.save's older format
 _FETCH = "download it again, or use another file"
 _STATE_DICT = "save only its state dict where it was made, with torch.save or as safetensors"
 _ARCHIVES = (
@@ -186,12 +186,12 @@ def read_state_dict(path: str | os.PathLike, entry: str | None = None) -> dict[s
     try:
         if path.suffix == ".safetensors":
             content = load_file(path)
-        else:  # many published checkpoints contain their arguments as a Namespace, which is harmless (as in timm)
+        else:  # many published files have training arguments in a Namespace, which is harmless (as in timm)
             with torch.serialization.safe_globals([argparse.Namespace]):
                 content = torch.load(path, map_location="cpu", weights_only=True)
     except MemoryError:
         raise
-    except Exception as error:  # damaged bytes can raise anything
+    except Exception as error:  # the readers raise many types on damaged files
         raise UserError(f"{path} {_why_unreadable(error)}") from error
     try:
         if entry is None and isinstance(content, Mapping):
@@ -227,7 +227,7 @@ def describe_file(path: Path) -> tuple[str, str] | None:
     if head.startswith(_ARCHIVES) or head[257:262] == b"ustar":
         return "an archive", "unpack it with `tar -xf` or another program, and pass the file inside"
     of_safetensors = path.suffix == ".safetensors"
-    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 10**8:  # the length of the header, and the header
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 10**8:  # header length, then the header
         return None if of_safetensors else ("a safetensors file", "rename it to end in .safetensors")
     if head.startswith(b"PK\x03\x04"):
         kind = _describe_zip(path)
