@@ -368,13 +368,13 @@ def _refuse_step(*_) -> None:
 
 @contextmanager
 def cached_dictionaries():
-    """Return a context in which every dictionary is folded once, for the passes between two weight updates.
+    """Open a scope in which every dictionary is folded once, for the passes between two weight updates.
 
     Use it for gradient accumulation (forward and backward of all micro-batches), activation checkpointing, evaluation
     loops and serving. Dictionaries must not change inside. An optimizer step and a change that PyTorch tracks
     (`load_state_dict`) raise an error; an untracked one (`parameter.data.add_(…)`) is not detected. Only
     `nn.Parameter`s are cached. Outside, in compiled code and during the capture of a CUDA graph, every call folds
-    again. Inference on a CPU needs no context: it keeps G until the dictionary changes.
+    again. Inference on a CPU needs no scope: it keeps G until the dictionary changes.
 
     >>> with cached_dictionaries():
     ...     pass  # for batch in batches: model(batch)

@@ -95,7 +95,6 @@ class EmbeddingNorm(nn.LayerNorm):
     """LayerNorm after the patch projection, the only one with half-precision input under autocast."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise x [..., C]."""
         return layer_norm(x, self.weight, self.bias, self.eps)
 
 
@@ -320,7 +319,6 @@ class Dictionary(nn.Module):
         nn.init.kaiming_uniform_(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return x · Dᵀ [..., C]."""
         return functional.linear(x, self.weight)
 
 
@@ -368,7 +366,6 @@ class PreNorm(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return fn(LayerNorm(x)) [..., C]."""
         if not torch.jit.is_scripting():  # noqa: SIM102  (skipped by TorchScript)
             if type(self.fn) in (ISTA, ODL) and _fusible(self.norm, self.fn, x):
                 return self.fn.after_norm(x, self.norm)

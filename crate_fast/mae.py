@@ -82,7 +82,6 @@ class _Block(nn.Module):
         self.layers = nn.ModuleList([layer])
 
     def forward(self, x: Tensor) -> Tensor:
-        """Run the layer on x [B, N, C]."""
         return self.layers[0](x)
 
 
