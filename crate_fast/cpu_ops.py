@@ -109,10 +109,10 @@ def uses_onednn() -> bool:
 
 @functools.cache
 def mkl_is_slow() -> bool:
-    """Return True if MKL takes twice oneDNN's time: on all but Intel processors and AMD's before Zen 5 (family 26).
+    """Return True if MKL takes twice oneDNN's time: on all processors except Intel's and AMD's before Zen 5.
 
-    On AMD, MKL uses 256-bit vectors, and Zen 5 has 512-bit units. The choice is not measured, so that a resumed run
-    sums in the same order.
+    On AMD, MKL uses 256-bit vectors; Zen 5 (family 26) has 512-bit units. The choice is not measured, so that a
+    resumed run sums in the same order.
     """
     fast = {"GenuineIntel": True, "AuthenticAMD": 0 < processor_family() < 26}
     return not (torch.backends.mkl.is_available() and fast.get(processor_vendor(), False))
@@ -372,7 +372,7 @@ def _whole_heads_forward(tokens: Tensor, scale: float, buffers: dict[str, Tensor
 def _whole_heads_backward(tokens: Tensor, grads: Tensor, scale: float, buffers: dict[str, Tensor]) -> Tensor:
     """Return dW [b·H, N, D] of several heads, in four products: dL + dLᵀ is computed before the product with W.
 
-    In bf16 the sum takes longer than a fifth product (three times as long for 785 tokens), which replaces it.
+    In bf16 a fifth product replaces this sum, which takes longer (three times as long for 785 tokens).
     """
     attention = _attention(tokens, tokens, scale, buffers)
     grad_logits = _grad_logits(attention, grads, tokens, buffers)

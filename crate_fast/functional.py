@@ -70,7 +70,7 @@ def subspace_attention(
         backend: "auto", "triton" or "torch"; see `crate_fast.backends.explain_backend`.
 
     Returns:
-        O [B, N, H, D] in w's dtype; under autocast the kernels return its dtype, as PyTorch's attention does.
+        O [B, N, H, D] in w's dtype; in the autocast dtype if the kernels run under autocast, as in PyTorch.
 
     Raises:
         ValueError, TypeError: A shape, dtype or option is wrong; the message names it.
@@ -205,8 +205,8 @@ def ista(
         dictionary: D [C, C], same device and dtype as x (any floating-point dtype under autocast).
         step_size: η, at least 0.
         sparsity: λ, at least 0.
-        threshold: "relu", max(u − ηλ, 0), as the paper and the released code; or "soft",
-            sign(u)·max(|u| − ηλ, 0), the paper's CRATE with soft-thresholding.
+        threshold: "relu", max(u − ηλ, 0), as in the paper and the released code; or "soft",
+            sign(u)·max(|u| − ηλ, 0), the paper's variant with soft thresholding.
         norm: γ [C], β [C] and ε of a preceding LayerNorm (see `norm_ista`).
         backend: "auto", "triton" or "torch"; see `crate_fast.backends.explain_backend`.
 
@@ -271,7 +271,7 @@ def norm_ista(
         eps: LayerNorm's ε.
 
     Returns:
-        The sparse tokens [..., C] in x's dtype; under autocast in fp32, the result of PyTorch's LayerNorm there.
+        The sparse tokens [..., C] in x's dtype; under autocast in fp32, as PyTorch's LayerNorm.
 
     Raises:
         As `ista`; also ValueError if `weight` or `bias` is not [C] or is on another device.

@@ -278,7 +278,7 @@ class CRATEMAE(nn.Module):
         return 0 < mask_ratio < 1 and 0 < int(n_patches * (1 - mask_ratio)) < n_patches
 
     def kept(self, mask_ratio: float) -> int:
-        """Return the number of visible patches, int(N·(1 − mask_ratio)) in floats as released (9 of 100 at 0.9).
+        """Return the number of visible patches, int(N·(1 − mask_ratio)); in floats, as released: 9 of 100 at 0.9.
 
         Raises:
             UserError: No patch, or every patch, would be visible.

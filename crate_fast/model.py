@@ -116,10 +116,9 @@ class CRATE(nn.Module):
     x₀ = [CLS; patches] + positions; x_{l+1} = ISTA(LN(h)), h = x_l + MSSA(LN(x_l)); logits = head(pool(x_L)).
 
     Keyword arguments, parameter names and outputs are those of the released code, and its state dicts load strictly
-    (`crate_fast.checkpoints` unwraps files). Differences: `mlp_dim` is optional, other image sizes interpolate the
-    positions without changing the parameter, and the arguments after `ista` are new. timm's names are also
-    accepted: `img_size`, `in_chans`, `embed_dim`, `num_heads`, `global_pool` ("token", "avg" or "") and
-    `pos_drop_rate`.
+    (`crate_fast.checkpoints` unwraps files). Differences: `mlp_dim` is optional, positions are interpolated for other
+    image sizes without a change of the parameter, and the arguments after `ista` are new. timm's names are accepted
+    too: `img_size`, `in_chans`, `embed_dim`, `num_heads`, `global_pool` ("token", "avg" or "") and `pos_drop_rate`.
 
     Args:
         image_size: Height and width of the input in pixels, as one number or two.

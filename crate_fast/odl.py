@@ -4,8 +4,8 @@
 
 (Yang et al., *Scaling White-Box Transformers for Vision*, 2024.) With D [C, rC] these are four products of r·C² per
 token, and eight in backward. Scales, thresholds, sums and masks are epilogues of the products: in registers in the
-Triton kernels, and by oneDNN or in place on a CPU. The codes (r times as wide as a token), v and the input are saved
-for backward; with a preceding LayerNorm the input is its input.
+Triton kernels, and by oneDNN or in place on a CPU. Saved for backward are the codes (r times as wide as a token), v,
+and the input (before the LayerNorm, if there is one).
 """
 
 from functools import partial
@@ -197,13 +197,13 @@ def odl_fwd(
         if gamma is not None:
             x, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], gamma, beta, eps)
         rows, encode, decode = x.to(dtype), dictionary.to(dtype), decoder.to(dtype)
-        turned = encode.t().contiguous() if kernels else encode.t()  # once: the kernel would copy it twice
-        z = product(rows, turned, step_size, shift=shift)
+        transposed = encode.t().contiguous() if kernels else encode.t()  # else copied twice
+        z = product(rows, transposed, step_size, shift=shift)
         v, first = rows.new_empty(0), rows.new_empty(0)
         if steps == 2:
             first = z
             v = product(first, encode, -1.0, add=x, dtype=dtype)
-            z = product(v, turned, step_size, add=first, shift=shift)
+            z = product(v, transposed, step_size, add=first, shift=shift)
         return product(z, decode), mean, rstd, v, first, z
 
 

@@ -2,7 +2,7 @@
 
 Patch-16 names are the sizes of the released code (ImageNet-1k). Patch-8 names are those of the emergence paper
 (ImageNet-21k, 21,842 classes), whose T and S have the widths of ViT. `pretrained=True` downloads released weights of
-CRATE-α; for the other models it is an error of timm. An autoencoder is not a classifier, so `create_mae` builds it.
+CRATE-α; for other models timm raises an error. An autoencoder is not a classifier, so only `create_mae` builds it.
 """
 
 import timm
