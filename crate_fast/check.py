@@ -134,7 +134,7 @@ def _check(options: argparse.Namespace) -> int:
     try:
         options.json.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     except OSError as error:
-        raise UserError(f"--json {options.json} cannot be written ({error.strerror}): name another file") from error
+        raise UserError(f"--json {options.json} cannot be written ({error.strerror}): use another file") from error
     print(f"{len(rows) - len(bad)} of {len(rows)} right; written to {options.json}")
     return 1 if bad else 0
 

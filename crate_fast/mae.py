@@ -196,7 +196,9 @@ class CRATEMAE(nn.Module):
         check_choice("backend", backend, BACKENDS)
         for width, heads, prefix in ((embed_dim, num_heads, ""), (decoder_embed_dim, decoder_num_heads, "decoder_")):
             if width % heads:
-                raise UserError(f"{prefix}embed_dim={width} is not a multiple of {prefix}num_heads={heads}")
+                raise UserError(
+                    f"{prefix}embed_dim={width} is not a multiple of {prefix}num_heads={heads}: change one of them"
+                )
         if decoder_embed_dim != embed_dim and not visible_only:
             raise UserError(
                 f"decoder_embed_dim={decoder_embed_dim} and embed_dim={embed_dim}: mask tokens pass through the "

@@ -37,7 +37,7 @@ def _specific_rate(name: str, rate: float | None, dropout: float) -> float:
     """Return the value of a rate that `dropout` also sets."""
     if rate is not None and dropout and rate != dropout:
         raise UserError(
-            f"dropout={dropout} and {name}={rate}: dropout sets both attn_drop_rate and proj_drop_rate; omit it"
+            f"dropout={dropout} and {name}={rate}: dropout sets attn_drop_rate and proj_drop_rate; pass those instead"
         )
     return dropout if rate is None else rate
 
