@@ -20,8 +20,8 @@ SPIN_COUNT = 10000
 if "torch" not in sys.modules and not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
     os.environ["GOMP_SPINCOUNT"] = str(SPIN_COUNT)
 
-# The `crate-fast` command imports torch and timm only when needed, so that `--help` is immediate.
-_IS_COMMAND = Path(sys.argv[0]).stem == "crate-fast" or "-m crate_fast.cli" in " ".join(sys.orig_argv)
+# Commands import torch and timm only when needed, so that `--help` is immediate.
+_IS_COMMAND = Path(sys.argv[0]).stem == "crate-fast" or {"crate_fast.cli", "crate_fast.env"} & {*sys.orig_argv}
 
 if TYPE_CHECKING or not _IS_COMMAND:
     from crate_fast.mae import CRATEMAE, CRATEMAE_base, CRATEMAE_large, CRATEMAE_small, CRATEMAE_tiny

@@ -129,7 +129,11 @@ def _check(options: argparse.Namespace) -> int:
     if not options.interpreter:
         _add_times(rows)
     bad = [row["name"] for row in rows if row["status"] != "right"]
-    report = {"environment": env.describe() | env.provenance(), "interpreter": options.interpreter, "rows": rows}
+    report = {
+        "environment": dict(env.describe()) | env.provenance(),
+        "interpreter": options.interpreter,
+        "rows": rows,
+    }
     print(markdown_table([_cells(row) for row in rows]), end="")
     try:
         options.json.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")

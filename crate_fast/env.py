@@ -1,22 +1,29 @@
-"""Versions, devices and backends of this machine (`python -m crate_fast.env`), and the provenance of results."""
+"""Versions, devices and backends of this machine (`python -m crate_fast.env`), and the provenance of results.
+
+The functions import PyTorch themselves, which takes seconds: the command prints the versions before.
+"""
+
+from __future__ import annotations
 
 import argparse
+import functools
 import importlib.metadata
 import platform
 import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 import crate_fast
-from crate_fast.backends import explain_backend
-from crate_fast.cpu_ops import processor_name, uses_onednn
 from crate_fast.errors import run_command
 from crate_fast.options import parse
+
+if TYPE_CHECKING:
+    import torch
 
 _PACKAGES = ("crate_fast", "torch", "triton", "torchvision", "timm", "numpy", "safetensors")
 
@@ -28,27 +35,35 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def describe() -> dict[str, str]:
-    """Return the versions, devices and backends of this machine, as printed by `python -m crate_fast.env`."""
-    facts = {"python": platform.python_version(), "platform": platform.platform()}
-    facts |= {name: _version(name) for name in _PACKAGES}
+def describe() -> Iterator[tuple[str, str]]:
+    """Yield name and value of each line of `python -m crate_fast.env`: versions, devices, backends."""
+    yield "python", platform.python_version()
+    yield "platform", platform.platform()
+    for name in _PACKAGES:
+        yield name, _version(name)
+    import torch
+
+    from crate_fast.backends import explain_backend
+    from crate_fast.cpu_ops import uses_onednn
+
     products = "oneDNN" if uses_onednn() else "PyTorch's default"
     capability = torch.backends.cpu.get_cpu_capability()
-    facts["cpu"] = f"{torch.get_num_threads()} threads, {capability}, fp32 products by {products}"
+    yield "cpu", f"{torch.get_num_threads()} threads, {capability}, fp32 products by {products}"
     devices = [torch.device("cpu")] + [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
     for device in devices:
         if device.type == "cuda":
-            facts[str(device)] = torch.cuda.get_device_name(device)
-            facts["driver"] = driver_version()
+            yield str(device), torch.cuda.get_device_name(device)
+            yield "driver", driver_version()
         name, reason = explain_backend(device)
-        facts[f"backend on {device}"] = f"{name} ({reason})"
+        yield f"backend on {device}", f"{name} ({reason})"
         if name == "triton" and not torch.version.hip:
-            facts[f"ptxas for {device}"] = _ptxas(device)
-    return facts
+            yield f"ptxas for {device}", _ptxas(device)
 
 
 def _ptxas(device: torch.device) -> str:
     """Return the version of Triton's assembler, with a warning if it is known to miscompile (triton issue 9433)."""
+    import torch
+
     version = ptxas_version(device)
     numbers = tuple(map(int, re.findall(r"\d+", version)[:2]))
     if torch.cuda.get_device_capability(device)[0] == 9 and numbers < (13, 3):
@@ -58,6 +73,8 @@ def _ptxas(device: torch.device) -> str:
 
 def ptxas_version(device: torch.device) -> str:
     """Return the version of the assembler that Triton uses for this GPU; without a GPU, for Hopper."""
+    import torch
+
     try:
         from triton.backends.nvidia.compiler import get_ptxas
 
@@ -69,6 +86,8 @@ def ptxas_version(device: torch.device) -> str:
 
 def compiler_versions(device: torch.device) -> str:
     """Return the versions behind the kernels on a device: "torch …, triton …, ptxas …"."""
+    import torch
+
     versions = f"torch {torch.__version__}, triton {_version('triton')}"
     if device.type != "cuda":
         return f"{versions}, interpreted"
@@ -84,6 +103,7 @@ def driver_version() -> str:
         return f"unknown ({type(error).__name__})"
 
 
+@functools.cache  # a long run has the commit that it was started from
 def _commit() -> str:
     """Return the source tree's commit, with "+changes" if it is not clean; "installed" outside a checkout."""
     root = Path(__file__).resolve().parent.parent
@@ -101,6 +121,10 @@ def _commit() -> str:
 
 def provenance() -> dict[str, str]:
     """Return commit, versions, processor or GPU, command line and time, as strings."""
+    import torch
+
+    from crate_fast.cpu_ops import processor_name
+
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else processor_name()
     return {
         "commit": _commit(),
@@ -115,10 +139,8 @@ def provenance() -> dict[str, str]:
 
 
 def _print_facts(_options: argparse.Namespace) -> None:
-    facts = describe()
-    width = max(map(len, facts))
-    for name, value in facts.items():
-        print(f"{name:<{width}}  {value}")
+    for name, value in describe():
+        print(f"{name:<17}  {value}", flush=True)
 
 
 def main(argv: list[str] | None = None) -> int:

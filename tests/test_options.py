@@ -67,11 +67,23 @@ def test_help_and_misspelt_words_wait_for_no_import():
         assert (status, said in error) == (2, True), error
 
 
-def test_the_command_itself_helps_without_torch():
-    command = [sys.executable, "-X", "importtime", "-m", "crate_fast.cli", "--help"]
+@pytest.mark.parametrize(
+    ("words", "start"), [("crate_fast.cli --help", "usage: crate-fast COMMAND"), ("crate_fast.env --help", "usage:")]
+)
+def test_a_command_helps_without_torch(words, start):
+    command = [sys.executable, "-X", "importtime", "-m", *words.split()]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("usage: crate-fast COMMAND")
+    assert done.stdout.startswith(start)
     assert not re.search(r"\| +(torch|timm)$", done.stderr, re.M)
+
+
+def test_versions_are_printed_before_torch_is_imported():
+    program = "import sys; sys.argv = ['crate-fast']; from crate_fast.env import describe; facts = describe()\n"
+    program += "for name, value in facts:\n    print(name, 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    printed = dict(line.rsplit(" ", 1) for line in done.stdout.splitlines())
+    assert {name for name, imported in printed.items() if imported == "False"} >= {"python", "torch", "safetensors"}
+    assert printed["backend on cpu"] == "True"
 
 
 def test_every_parser_belongs_to_a_command():
