@@ -1,11 +1,11 @@
-"""Evaluation protocols, one module each: `evaluate` in Python, and `main`, the command `crate-fast eval`.
+"""Evaluation protocols. Each module has a Python function `evaluate` and a command, `crate-fast eval PROTOCOL`.
 
-Arguments that the protocols' `evaluate` share:
+The `evaluate` functions share these arguments:
 
     loaded           the model, a `common.models.LoadedModel`
-    images           data set of `Sample`s at the model's image size, with the annotations that the protocol needs
-    batches          the images batch by batch, from `common.images.batches`
-    layer, layers    layers counted from 0, negative ones from the end
+    images           data set of `Sample`s at the model's image size, with the annotations of the protocol
+    batches          batches of images, from `common.images.batches`
+    layer, layers    layer indices from 0; negative indices count from the end
     seed             seed of random maps, noise, masks or held-out images
     **reading        `batch_size`, `workers`, `progress` and `problems` of `common.images.batches`
 """

@@ -4,8 +4,8 @@
     crate-fast eval classify vit_small_patch8_224.dino@pretrained --protocol knn,linear --dataset cifar10 \\
         --data-dir data
 
-A run is scored on its own data set unless options name another. No image is augmented. Features are those that the
-head reads: the CLS token after the final LayerNorm.
+A run is evaluated on its own data set unless the options name another. Images are not augmented. Features are the
+input of the head: the CLS token after the final LayerNorm.
 """
 
 import argparse
@@ -32,9 +32,9 @@ from crate_fast.train.data import DataSplits, plain_splits
 PROTOCOLS = ("head", "knn", "linear")
 KS = (10, 20, 100, 200)
 RAW_SIDE = 16  # pixels
-STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # scikit-learn's C, the inverse of the regularisation
-_STEPS = 500
-_SIMILARITIES = 2**26  # held at once: 256 MiB
+STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # values of scikit-learn's C, the inverse regularisation strength
+_MAX_ITERATIONS = 500
+_MAX_SIMILARITIES = 2**26  # in memory at once: 256 MiB
 _DATA_OPTIONS = ("dataset", "data_dir", "train_split", "val_split", "train_samples", "val_samples")
 _DATA_SETTINGS = (*_DATA_OPTIONS, "image_size", "seed")
 
@@ -43,12 +43,12 @@ _DATA_SETTINGS = (*_DATA_OPTIONS, "image_size", "seed")
 
 
 class LabelledImages(Dataset):
-    """Images of a split; an unreadable one is a sample with a `problem`.
+    """Labelled images of a split. An unreadable image becomes a sample with a `problem`.
 
     Args:
         split: A split of `plain_splits`.
         name: Name of the split, for messages.
-        limit: Number of images, evenly spaced over the split, which may be sorted by class; all when None.
+        limit: Maximum number of images; all when None. They are evenly spaced, as the split may be sorted by class.
     """
 
     def __init__(self, split: Dataset, name: str, limit: int | None = None):
@@ -63,7 +63,7 @@ class LabelledImages(Dataset):
         return self.__getitems__([number])[0]
 
     def __getitems__(self, numbers: list[int]) -> list[Sample]:
-        batch = self.split.batch([(0, self.indices[number]) for number in numbers])  # scenes are drawn together
+        batch = self.split.batch([(0, self.indices[number]) for number in numbers])  # draws scenes in one batch
         read = zip(batch.keys, batch.images, batch.labels.tolist(), strict=True)
         samples = [Sample(index, image, tuple(image.shape[1:]), label=label) for (_, index), image, label in read]
         blank = torch.zeros(3, 1, 1, dtype=torch.uint8)
@@ -71,36 +71,36 @@ class LabelledImages(Dataset):
 
 
 def pooled(model: nn.Module, tokens: Tensor, pool: str = "cls") -> Tensor:
-    """Pool tokens [B, N, C] of `forward_features` to one vector per image, after the final LayerNorm: [B, C].
+    """Pool tokens [B, N, C] of `forward_features` to one vector per image [B, C], after the final LayerNorm.
 
     Args:
         model: A CRATE or a timm `VisionTransformer`.
-        tokens: Tokens, prefix first.
+        tokens: Prefix tokens, then patches.
         pool: "cls", or "mean" over the patches.
     """
     prefix = model.num_prefix_tokens
     token = tokens[:, :1] if pool == "cls" else tokens[:, prefix:].mean(dim=1, keepdim=True)
-    # any pooling of equal tokens returns them
+    # `forward_head` pools by itself, which leaves equal tokens unchanged
     return model.forward_head(token.expand(-1, prefix + 1, -1), pre_logits=True)
 
 
 def knn_predictions(
     train: Tensor, labels: Tensor, val: Tensor, ks: Sequence[int], temperature: float = 0.07
 ) -> dict[int, Tensor]:
-    """Classify by a vote of the k most similar training images with weights exp(cosine / T) (DINO's protocol).
+    """Classify by a vote of the k nearest training images with weights exp(cosine / T) (DINO's protocol).
 
     Args:
-        train: Features [n, C].
-        labels: Their classes [n], from 0.
-        val: Features [m, C].
+        train: Training features [n, C].
+        labels: Training classes [n], from 0.
+        val: Validation features [m, C].
         ks: Numbers of neighbours.
         temperature: T, above 0.
 
     Returns:
-        k → classes [m].
+        k → predicted classes [m].
 
     Raises:
-        UserError: k is not from 1 to n.
+        UserError: A k is below 1 or above n.
 
     >>> knn_predictions(torch.eye(2), torch.tensor([4, 7]), torch.tensor([[0.1, 0.9]]), [1])
     {1: tensor([7])}
@@ -109,7 +109,7 @@ def knn_predictions(
     unit = F.normalize(train.float(), dim=1)
     n_classes = int(labels.max()) + 1
     found: dict[int, list[Tensor]] = {k: [] for k in ks}
-    for part in val.float().split(max(1, _SIMILARITIES // len(train))):
+    for part in val.float().split(max(1, _MAX_SIMILARITIES // len(train))):
         similarity, nearest = (F.normalize(part, dim=1) @ unit.T).topk(max(ks), dim=1)
         weights, classes = (similarity / temperature).exp(), labels[nearest]
         for k in ks:
@@ -119,17 +119,17 @@ def knn_predictions(
 
 
 def check_neighbours(ks: Sequence[int], n_images: int) -> None:
-    """Refuse more neighbours than training images."""
+    """Raise a `UserError` if a k is below 1 or above the number of training images."""
     for k in ks:
         if not 1 <= k <= n_images:
-            raise UserError(f"--k {k}: there are {n_images} training images; ask for at most as many neighbours")
+            raise UserError(f"--k {k}: there are {n_images} training images; give a number from 1 to {n_images}")
 
 
 def check_linear(n_images: int, n_classes: int) -> None:
-    """Refuse a linear probe of fewer than ten images or two classes."""
+    """Raise a `UserError` if a linear probe has fewer than ten images or two classes."""
     if n_classes < 2 or n_images < 10:
         raise UserError(
-            f"a linear probe of {n_images} training images of {n_classes} classes says nothing: raise --train-limit"
+            f"{n_images} training images of {n_classes} classes are too few for a linear probe: raise --train-limit"
         )
 
 
@@ -137,10 +137,10 @@ class LinearProbe(NamedTuple):
     """Result of `linear_probe`.
 
     Attributes:
-        predictions: Classes of the validation images [m].
-        C: The inverse regularisation chosen.
+        predictions: Predicted classes of the validation images [m].
+        C: Chosen inverse regularisation strength.
         held_out: C → accuracy on the held-out training images.
-        converged: True if the last fit converged.
+        converged: True if the final fit converged.
     """
 
     predictions: Tensor
@@ -152,17 +152,17 @@ class LinearProbe(NamedTuple):
 def linear_probe(train: Tensor, labels: Tensor, val: Tensor, seed: int = 0) -> LinearProbe:
     """Fit scikit-learn's multinomial logistic regression on standardised frozen features.
 
-    The regularisation is chosen on a held-out fifth of the training images; then all are fitted.
+    C is chosen from `STRENGTHS` on a held-out fifth of the training images. The final fit uses all of them.
 
     Args:
-        train: Features [n, C].
-        labels: Their classes [n].
-        val: Features [m, C].
+        train: Training features [n, C].
+        labels: Training classes [n].
+        val: Validation features [m, C].
         seed: Seed of the choice of held-out images.
 
     Raises:
-        UserError: scikit-learn is missing, or there are fewer than ten training images, or than two classes in those
-            that are not held out.
+        UserError: scikit-learn is missing, there are fewer than ten training images, or the images that are not held
+            out have fewer than two classes.
     """
     require("sklearn")
     from sklearn.exceptions import ConvergenceWarning
@@ -176,16 +176,16 @@ def linear_probe(train: Tensor, labels: Tensor, val: Tensor, seed: int = 0) -> L
     x, y = train.double().numpy(), labels.numpy()
 
     def fit(rows: Tensor, strength: float):
-        probe = make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=_STEPS))
+        probe = make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=_MAX_ITERATIONS))
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)  # `converged` says so
+            warnings.simplefilter("ignore", ConvergenceWarning)  # reported as `converged`
             return probe.fit(x[rows], y[rows])
 
     held_out = {c: float(fit(rest, c).score(x[apart], y[apart])) for c in STRENGTHS}
-    best = max(STRENGTHS, key=held_out.get)  # the smallest of equal ones
+    best = max(STRENGTHS, key=held_out.get)  # the smallest C on a tie
     probe = fit(order.sort().values, best)
     predictions = torch.from_numpy(probe.predict(val.double().numpy()))
-    return LinearProbe(predictions, best, held_out, bool((probe[-1].n_iter_ < _STEPS).all()))
+    return LinearProbe(predictions, best, held_out, bool((probe[-1].n_iter_ < _MAX_ITERATIONS).all()))
 
 
 # --- the protocol
@@ -200,11 +200,11 @@ def check(
     pool: str = "cls",
     train_limit: int | None = None,
 ) -> None:
-    """Refuse what cannot be scored, before anything is computed; see `evaluate` for the arguments.
+    """Check the arguments of `evaluate` before anything is computed.
 
     Raises:
-        UserError: A protocol is misspelt, the model's head does not fit the data set, the model lacks the token that
-            is pooled, or there are fewer training images than neighbours, or too few for the linear probe.
+        UserError: A protocol is unknown, the head has another number of classes than the data set, the model lacks
+            the token to pool, or there are too few training images for a k or for the linear probe.
     """
     for protocol in protocols:
         if protocol not in PROTOCOLS:
@@ -212,11 +212,11 @@ def check(
     outputs, classes = loaded.model.num_classes, len(data.classes)
     if "head" in protocols and outputs != classes:
         raise UserError(
-            f"the head of {loaded.label} has {outputs} classes and the data set {classes}, so its outputs cannot be "
-            "scored: look at its features, with --protocol knn,linear"
+            f"the head of {loaded.label} has {outputs} classes and the data set {classes}: score the features "
+            "instead, with --protocol knn,linear"
         )
     if pool == "cls" and not loaded.extract.has_cls:
-        raise UserError("this model has no CLS token: pass --pool mean")
+        raise UserError(f"{loaded.label} has no CLS token: pass --pool mean")
     n_images = min(train_limit or len(data.train), len(data.train))
     if "knn" in protocols:
         check_neighbours(ks or (), n_images)
@@ -229,7 +229,7 @@ def check(
 def _read(
     loaded: LoadedModel, images: LabelledImages, pool: str, head: bool, raw_pixels: bool, **reading
 ) -> dict[str, Tensor]:
-    """Read labels and features of the images, and on demand the head's loss and ranking, and small raw images."""
+    """Return labels and features of the images; optionally the head's loss and top classes, and small raw images."""
     parts: dict[str, list[Tensor]] = {}
     for batch in batches(images, progress=f"{loaded.label}, {images.name}", **reading):
         labels = torch.tensor([sample.label for sample in batch.samples])
@@ -242,7 +242,7 @@ def _read(
         if raw_pixels:
             found["pixels"] = F.adaptive_avg_pool2d(batch.images.float(), RAW_SIDE).flatten(1) / 255
         if not found["features"].isfinite().all():
-            raise UserError(f"the features of {loaded.label} hold NaN or infinity: its checkpoint is damaged")
+            raise UserError(f"the features of {loaded.label} hold NaN or infinity: use an undamaged checkpoint")
         for name, values in found.items():
             parts.setdefault(name, []).append(values)
     return {name: torch.cat(tensors) for name, tensors in parts.items()}
@@ -257,7 +257,7 @@ def _per_class(correct: Tensor, labels: Tensor, classes: Sequence[str]) -> dict[
 def _probe(
     train: dict, val: dict, name: str, classes: Sequence[str], protocols: Sequence[str], ks: Sequence[int], seed: int
 ) -> dict:
-    """Score k-NN and the linear probe on train[name] and val[name]; leave out what there are too few images for."""
+    """Score k-NN and the linear probe on train[name] and val[name]; skip scores that need more images."""
     found: dict = {"per_class": {}, "left_out": {}}
     if "knn" in protocols:
         n_images = len(train["labels"])
@@ -272,7 +272,7 @@ def _probe(
     if "linear" in protocols:
         try:
             probe = linear_probe(train[name], train["labels"], val[name], seed=seed)
-        except UserError as error:  # the other results stand
+        except UserError as error:  # keep the other results
             found["left_out"]["linear"] = str(error)
             return found
         right = probe.predictions == val["labels"]
@@ -298,25 +298,25 @@ def evaluate(
     """Score one model; all accuracies are in [0, 1].
 
     Args:
-        loaded: The model, expecting images of the data's size.
+        loaded: The model; its image size must be that of the data.
         data: Result of `plain_splits`; the training split is read only for "knn" and "linear".
-        protocols: Among "head", "knn", "linear".
-        ks: Numbers of neighbours; when None those of `KS` up to the number of training images.
+        protocols: Any of "head", "knn" and "linear".
+        ks: Numbers of neighbours; when None, the values of `KS` up to the number of training images.
         pool: See `pooled`.
-        limit, train_limit: Validation and training images, evenly spaced; all when None.
+        limit, train_limit: Maximum numbers of validation and training images, evenly spaced; all when None.
         raw_pixels: Also score k-NN and the linear probe on images of 16×16 pixels.
         seed: Seed of the linear probe's held-out images.
         **reading: See `images.batches`.
 
     Returns:
-        "images" (and "train_images"): those read; "classes"; "chance": share of the most frequent class among the
-        validation images; "head": top1, top5 (None with at most five classes), loss in nats; "knn": k → top1;
-        "linear": top1, C, "held_out" accuracy of each C, "converged"; "per_class": protocol → class → top1 (k-NN: of
-        the first k), None for a class without images; "left_out": score → reason why there is none; "raw_pixels":
-        knn, linear, per_class and left_out of raw pixels.
+        "images", "train_images": numbers of images read; "classes": number of classes; "chance": share of the most
+        frequent class among the validation images; "head": top1, top5 (None with at most five classes), loss in nats;
+        "knn": k → top1; "linear": top1, C, "held_out" accuracy of each C, "converged"; "per_class": protocol → class
+        → top1 (k-NN with the first k), None for a class without images; "left_out": score → reason why it is missing;
+        "raw_pixels": knn, linear, per_class and left_out on raw pixels.
 
     Raises:
-        UserError: See `check`; or nothing could be scored.
+        UserError: See `check`; or nothing can be scored.
     """
     check(loaded, data, protocols, ks=ks, pool=pool, train_limit=train_limit)
     ks = KS if ks is None else ks
@@ -353,9 +353,9 @@ def evaluate(
 
 
 def _data_config(loaded: LoadedModel, options: argparse.Namespace) -> TrainConfig:
-    """Return the data settings of the options, else of the run."""
+    """Return the data settings: those of the run, overridden by those of the options."""
     if loaded.config is None and options.dataset is None:
-        raise UserError(f"{loaded.label} is not a run with a data set of its own: pass --dataset, and --data-dir")
+        raise UserError(f"{loaded.label} is not a run, so it has no data set: pass --dataset and --data-dir")
     side = loaded.extract.image_size[0]
     changes = {name: getattr(options, name) for name in _DATA_OPTIONS if getattr(options, name) is not None}
     if loaded.config is None:
@@ -364,7 +364,7 @@ def _data_config(loaded: LoadedModel, options: argparse.Namespace) -> TrainConfi
 
 
 def _paper_score(label: str, config: TrainConfig, n_classes: int) -> float | None:
-    """Return Table 3's number for a model of this name on the data set, known by its name or its folder's."""
+    """Return the model's accuracy in the paper's Table 3; the data set is identified by its name or its folder's."""
     names = [config.dataset, Path(config.data_dir).name.lower()] + (["imagenet"] if n_classes == 1000 else [])
     return next((paper.TRANSFER[name].get(label) for name in names if name in paper.TRANSFER), None)
 
@@ -383,14 +383,14 @@ def _row(label: str, counts: dict, scores: dict) -> dict:
 
 
 def _doubts(label: str, scores: dict) -> list[str]:
-    """Return what was left out, and what speaks against a linear probe's score."""
+    """Return notes on missing scores and unreliable linear probes."""
     doubts = [f"{label}: {what} left out: {why}" for what, why in scores.get("left_out", {}).items()]
     if linear := scores.get("linear"):
         chosen, low, high = linear["C"], min(linear["held_out"]), max(linear["held_out"])
         if not linear["converged"]:
             doubts.append(f"{label}: the linear probe's fit did not converge")
         if chosen in (low, high):
-            doubts.append(f"{label}: C = {chosen:g} is at the end of those tried ({low:g} to {high:g})")
+            doubts.append(f"{label}: C = {chosen:g} is at the end of the range tried ({low:g} to {high:g})")
     return doubts
 
 
@@ -403,7 +403,7 @@ def _command(options: argparse.Namespace) -> None:
         protocols = tuple(options.protocol.split(",")) if options.protocol else default
         data = plain_splits(config)
         limits = {"ks": options.k, "pool": options.pool, "train_limit": options.train_limit}
-        check(loaded, data, protocols, **limits)  # all models, before the first is run
+        check(loaded, data, protocols, **limits)  # check all models before the first one runs
         plan.append((loaded, config, data, protocols))
     evaluation = Evaluation("classify", options, models)
     names = ("pool", "limit", "train_limit", "seed", "batch_size", "workers")
@@ -426,7 +426,7 @@ def _command(options: argparse.Namespace) -> None:
                 doubts += _doubts(name, scores)
     evaluation.write_table("classify", rows)
     if any("paper, fine-tuned" in row for row in rows):
-        doubts.insert(0, "paper, fine-tuned: Table 3, all weights fine-tuned on the data set; no score here is.")
+        doubts.insert(0, "paper, fine-tuned: Table 3, all weights fine-tuned; k-NN and linear use frozen features.")
     evaluation.finish(results, notes=doubts)
 
 

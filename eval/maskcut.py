@@ -4,7 +4,7 @@
     crate-fast eval maskcut MODEL --data coco:PATH                      # a data set, with AP and AR
     torchrun --nproc_per_node 4 -m crate_fast.eval.maskcut MODEL --data coco:PATH
 
-A run over a data set keeps one line per image in its output folder and resumes there, with any number of processes.
+The command writes one record per image to its output folder and resumes from them, with any number of processes.
 """
 
 import argparse
@@ -38,16 +38,16 @@ from crate_fast.train.distributed import Processes, process_group
 
 EPSILON = 1e-5
 _LARGEST_OVERLAP, _SMALLEST_SHARE = 0.5, 0.01
-_FORMAT = 1  # of the records; raise it when they change
-_LINK_BYTES = 2 * 2**30  # of the affinities held at once
+_FORMAT = 1  # version of the records; raise it when their content changes
+_LINK_BYTES = 2 * 2**30  # memory for the affinities of one batch
 
 
 class MaskCut(NamedTuple):
     """Masks found by `maskcut`.
 
     Attributes:
-        masks: Boolean [B, n, rows, columns]; disjoint, empty ones last.
-        residuals, solvers: Of their eigenvectors (`normalized_cut.Cut`), [B, n]; NaN and −1 where none was computed.
+        masks: Boolean [B, n, rows, columns]; disjoint, empty masks last.
+        residuals, solvers: Those of each mask's `normalized_cut.Cut`, [B, n]; NaN and −1 where none was computed.
     """
 
     masks: Tensor
@@ -58,11 +58,11 @@ class MaskCut(NamedTuple):
 def object_of(vector: Tensor, grid: tuple[int, int]) -> Tensor:
     """Extract the object from a second eigenvector.
 
-    Patches above the mean are foreground, with the seed at the largest entry. If at least three of the four corners
-    are foreground, the sides are swapped and the seed is the smallest entry. Entries within 1e-4 of each other are
-    equal, since patches with the same links differ by rounding; the first one counts. The object is the foreground's
-    4-connected component that holds the seed. CutLER's code also swaps the sides if the patch of largest magnitude is
-    not foreground; that depends on the solver's sign, and here that patch is positive.
+    Patches above the mean are foreground, and the seed is the largest entry. If at least three of the four corners
+    are foreground, the sides are swapped and the seed is the smallest entry. Entries within 1e-4 of the seed's count
+    as equal, because patches with the same links differ by rounding; the first one is the seed. The object is the
+    4-connected component of the foreground that contains the seed. CutLER's code also swaps the sides if the patch of
+    largest magnitude is not foreground. That depends on the solver's sign; here this patch is always positive.
 
     Args:
         vector: Entries [P] of a `normalized_cut.Cut`.
@@ -88,13 +88,13 @@ def _check(n_patches: int, num_objects: int, tau: float) -> None:
     if num_objects < 1:
         raise UserError(f"num_objects={num_objects}: ask for at least one")
     if not -1 <= tau <= 1:
-        raise UserError(f"tau={tau}: a cosine lies from -1 to 1")
+        raise UserError(f"tau={tau}: give a cosine from -1 to 1")
 
 
 def _links(features: Tensor, tau: float) -> Tensor:
-    """Link patches with a cosine > τ: 0 and 1, [b, P, P]."""
+    """Return 1 for pairs of patches with a cosine above τ and 0 for others, [b, P, P]."""
     unit = F.normalize(features if features.dtype == torch.float64 else features.float(), dim=-1)
-    # `linear` goes to oneDNN on a CPU
+    # `linear` uses oneDNN on a CPU
     cosine = linear(unit[0], unit[0]).unsqueeze(0) if len(unit) == 1 else unit @ unit.mT
     return cosine.gt_(tau).to(torch.float32)
 
@@ -104,17 +104,17 @@ def _links(features: Tensor, tau: float) -> Tensor:
 def maskcut(
     features: Tensor, num_objects: int = 3, tau: float = 0.15, *, grid: tuple[int, int] | None = None
 ) -> MaskCut:
-    """Find objects as repeated normalised cuts of a graph of patches.
+    """Find objects by repeated normalised cuts of a graph of patches.
 
     Patches whose features have a cosine above τ are linked (affinity 1, else ε = 1e-5). The second eigenvector of the
-    normalised cut gives an object (`object_of`); its patches are painted, that is, lose their links, and the next
-    object is cut from the rest. A mask other than the first that covers at most 1 % of the grid, or overlaps the
-    previous one by an IoU above ½, ends the search.
+    normalised cut gives an object (`object_of`). Its patches are painted, that is, they lose their links, and the
+    next object is cut from the rest. The search ends at a mask, other than the first, that covers at most 1 % of the
+    grid or has an IoU above ½ with the previous mask.
 
     Args:
-        features: Patch features, row by row, [P, C] or [B, P, C], without padding, CLS and registers; any
-            floating-point type, on a CPU or a GPU.
-        num_objects: n, the largest number of objects.
+        features: Patch features [P, C] or [B, P, C] in row-major order, without padding, CLS and registers; any
+            floating-point dtype, on a CPU or a GPU.
+        num_objects: n, the maximum number of objects.
         tau: τ, from -1 to 1.
         grid: Rows and columns with rows·columns = P; a square when None.
 
@@ -124,10 +124,10 @@ def maskcut(
     Raises:
         UserError: Shapes or settings do not fit, or the features are not finite.
 
-    Differs from CutLER's code, on purpose: the eigenvector's sign is fixed (there it is the solver's, and changes
-    masks); a dropped mask ends the search (there nothing is painted, so the same mask comes back in the next round
-    and is then compared with an empty one, and kept); where every pair of the patches that are left is linked, the
-    search ends (there the painted patches are then cut from the rest).
+    Differs from CutLER's code on purpose. The eigenvector's sign is fixed; CutLER keeps the solver's, which changes
+    masks. A dropped mask ends the search; CutLER does not paint it, so the next round finds it again, compares it
+    with an empty mask and keeps it. The search also ends when all remaining patches are linked to each other; CutLER
+    then cuts the painted patches from the rest.
 
     Source: Wang et al., *Cut and Learn*, 2023 (CutLER); paper, Algorithm 4.
 
@@ -138,18 +138,18 @@ def maskcut(
     """
     features = features.unsqueeze(0) if features.dim() == 2 else features
     if features.dim() != 3 or not features.is_floating_point():
-        raise UserError(f"features are {tuple(features.shape)} of {features.dtype}: pass floats [P, C] or [B, P, C]")
+        raise UserError(f"features are {features.dtype} {tuple(features.shape)}: pass floats [P, C] or [B, P, C]")
     n_patches = features.shape[1]
     if grid is None:
         grid = (math.isqrt(n_patches),) * 2
         if grid[0] ** 2 != n_patches:
-            raise UserError(f"{n_patches} patches are no square grid: pass grid=(rows, columns)")
+            raise UserError(f"{n_patches} patches do not form a square grid: pass grid=(rows, columns)")
     if grid[0] * grid[1] != n_patches:
-        raise UserError(f"grid={grid} does not hold the {n_patches} patches: rows·columns must be P")
+        raise UserError(f"grid={grid} does not fit the {n_patches} patches: rows·columns must be {n_patches}")
     _check(n_patches, num_objects, tau)
     if not features.isfinite().all():
-        raise UserError("the features hold NaN or infinity: look at the model and its input's normalisation")
-    on_cpu = features.device.type == "cpu"  # where a batch shares nothing but its slowest image's steps
+        raise UserError("the features hold NaN or infinity: check the model and the normalisation of its input")
+    on_cpu = features.device.type == "cpu"  # a batch gains nothing there and runs as long as its slowest image
     chunk = 1 if on_cpu else max(1, int(_LINK_BYTES // (8 * n_patches**2)))
     parts = [_cut_batch(part, num_objects, tau, grid) for part in features.split(chunk)]
     return MaskCut(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
@@ -189,7 +189,7 @@ def _worth_keeping(mask: Tensor, previous: Tensor) -> bool:
 
 
 def check(loaded: LoadedModel, images: Dataset, num_objects: int = 3, tau: float = 0.15, crf: bool = False) -> None:
-    """Refuse settings of `detect`, a single patch, and annotations without an object, before anything is computed."""
+    """Raise a `UserError` for bad settings of `detect`, a single patch, or annotations without an object."""
     require("pycocotools", "scipy")
     if crf:
         coco.require_crf()
@@ -214,7 +214,7 @@ def detect(
         crf: Refine masks by `coco.refine`, at the model's image size.
 
     Yields:
-        For each image "image_id", and "layers": layer → "detections" (COCO results), "residuals" and "solvers".
+        For each image: "image_id"; "layers", layer → "detections" (COCO results), "residuals" and "solvers".
     """
     for batch in batches(images, **reading):
         features = loaded.features(batch.images, layers)
@@ -238,9 +238,9 @@ def detect(
 
 
 def summarise(images: Dataset, records: Sequence[dict], layer: int, evaluated: Sequence) -> dict:
-    """Summarise one layer's records: counts, the largest residual and, with COCO annotations, AP and AR.
+    """Summarise one layer's records: counts, largest residual and, with COCO annotations, AP and AR.
 
-    `evaluated` has the keys of all images; one without a record counts as missed.
+    `evaluated` holds the keys of all images; an image without a record counts as missed.
     """
     parts = [record["layers"][layer] for record in records]
     detections = [entry for part in parts for entry in part["detections"]]
@@ -258,7 +258,7 @@ def summarise(images: Dataset, records: Sequence[dict], layer: int, evaluated: S
 
 
 def in_percent(numbers: dict) -> dict[str, float]:
-    """Return the scores of `summarise` that tables show, "box AP50" to "mask AR100"; {} without AP."""
+    """Return the scores for tables in percent, "box AP50" to "mask AR100"; {} if `numbers` has no AP."""
     return {
         f"{name} {score}": 100 * numbers[kind][score]
         for kind, name in (("bbox", "box"), ("segm", "mask"))
@@ -273,9 +273,9 @@ def evaluate(
     layers: Sequence[int] | None = None,
     **options,
 ) -> dict[int, dict]:
-    """Score MaskCut without files: layer → `summarise`'s numbers; the default layer alone when `layers` is None.
+    """Score MaskCut without writing files; return layer → numbers of `summarise`.
 
-    `options` are those of `detect`.
+    `layers` is the default layer when None; `options` are those of `detect`.
     """
     layers = [loaded.extract.default_layer] if layers is None else list(layers)
     check(loaded, images)
@@ -306,7 +306,7 @@ def _command(options: argparse.Namespace) -> None:
         decisive = {**loaded.facts, "data": options.data, "layer": layer, **settings, "format": _FORMAT}
         records = _open_records(evaluation.folder / "records", decisive, processes)
         done = records.read()
-        processes.wait()  # no rank writes before all have read which images are done
+        processes.wait()  # no rank writes before all ranks have read the records
         todo = [index for index, key in enumerate(images.keys()) if key not in done]
         mine = Subset(images, todo[processes.rank :: processes.world_size])
         if processes.first and len(todo) < len(images):
@@ -320,7 +320,7 @@ def _command(options: argparse.Namespace) -> None:
 
 
 def _open_records(folder: Path, settings: dict, processes: Processes) -> Records:
-    """Open this rank's records; if rank 0 cannot, every rank raises and none waits."""
+    """Open this rank's records. If rank 0 cannot, all ranks raise, so that none waits."""
     refusal = ""
     if processes.first:
         try:
@@ -334,10 +334,10 @@ def _open_records(folder: Path, settings: dict, processes: Processes) -> Records
 
 
 def _finish(evaluation: Evaluation, images: Dataset, records: dict, layer: int, decisive: dict) -> None:
-    """Score, draw and print all records."""
+    """Score all records, draw the figure, and write and print the results."""
     found = [records[key] for key in images.keys() if key in records]  # noqa: SIM118
     if not found:
-        raise UserError(f"none of the {len(images)} images could be read; the first: {evaluation.problems[0]}")
+        raise UserError(f"none of the {len(images)} images could be read; first problem: {evaluation.problems[0]}")
     for record in found:
         record["layers"] = {int(name): part for name, part in record["layers"].items()}
     numbers = summarise(images, found, layer, images.keys())
@@ -348,7 +348,7 @@ def _finish(evaluation: Evaluation, images: Dataset, records: dict, layer: int, 
     row = {"model": decisive["label"], "layer": layer, **counts, **in_percent(numbers)}
     evaluation.write_table("table", [row], digits=2)
     notes = [
-        "AP and AR in %, class-agnostic; every score is 1, ranked in the order of image ids.",
+        "AP and AR in %, class-agnostic; all detections have score 1 and are ranked by image id.",
         "Images that could not be read count as images without detections.",
     ]
     _figure(images, records, layer, evaluation.figure("detections"), evaluation.options.figure_images)

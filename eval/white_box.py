@@ -2,9 +2,9 @@
 
     crate-fast eval white_box runs/NAME runs/NAME@untrained --data shape_scenes --limit 200
 
-CRATE is derived as an optimiser of both: if its layers do what they are derived to do, the two fall with depth. The
-command prints for each model, trained or not, if they fall. Absolute values of R^c grow with heads, head width and
-1/ε: compare them within a model.
+CRATE is derived to minimise both, so both should fall with depth. The command prints for each model, trained or
+untrained, whether they do. Absolute values of R^c grow with the number of heads, the head width and 1/ε: compare them
+within a model only.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from crate_fast.model import CRATE
 from crate_fast.options import main_of
 from crate_fast.whitebox import layer_measures
 
-# Measure → (column of tables, y-axis of the figure, or None where it has no panel)
+# measure → (column in tables, y-axis label in the figure or None without a panel)
 MEASURES = {
     "coding_rate": ("R^c", "R$^c$ of the subspace tokens (nats)"),
     "coding_rate_after_mssa": ("R^c after MSSA", None),
@@ -32,7 +32,7 @@ MEASURES = {
 
 
 def left_out(model: nn.Module) -> dict[str, str]:
-    """Return the measures that are undefined for a model, each with the reason."""
+    """Return the measures that are undefined for a model: measure → reason."""
     reasons = {}
     first = model.transformer.layers[0] if isinstance(model, CRATE) else None
     if first is None or not isinstance(first[0].fn, MSSA):
@@ -47,9 +47,9 @@ def trend(values: Sequence[float]) -> dict:
     """Describe how a measure changes with depth, from its values by layer.
 
     Returns:
-        "first" and "last" value; "steps_down" of "steps" from a layer to the next; "spearman", the rank correlation
-        of layer and value (ties share their mean rank; None where there is none); "falls": "yes" at every step, "in
-        part" with a negative rank correlation, else "no" (also with one layer).
+        "first" and "last" value; "steps", the number of steps from a layer to the next, and "steps_down", of those
+        that fall; "spearman", the rank correlation of layer and value (ties share their mean rank; None for a single
+        layer or constant values); "falls": "yes" if every step falls, "in part" if "spearman" is negative, else "no".
 
     >>> trend([3.0, 2.0, 2.5, 1.0])["spearman"], trend([3.0, 2.0, 2.5, 1.0])["falls"]
     (-0.8, 'in part')
@@ -70,14 +70,14 @@ def evaluate(loaded: LoadedModel, image_batches: Iterable[Batch], epsilon: float
     """Measure the white-box curves of one model.
 
     Args:
-        loaded: Any model; a measure that means nothing for it is left out. Without one left no image is read. Other
+        loaded: Any model. Measures that are undefined for it are left out; if none remains, no image is read. Other
             arguments: see `crate_fast.eval`.
         epsilon: ε of R^c.
 
     Returns:
-        "images", the number measured; "layers", each with "layer" and for each measure its mean over images and,
-        under its name with "_std", its standard deviation; "trends", measure → `trend` of its means; "left_out",
-        measure → reason.
+        "images", number of images; "layers", for each layer its index "layer" and for each measure the mean over
+        images and, with the suffix "_std", the standard deviation; "trends", measure → `trend` of its means;
+        "left_out", measure → reason.
 
     Raises:
         UserError: ε is not positive.
@@ -102,7 +102,7 @@ def evaluate(loaded: LoadedModel, image_batches: Iterable[Batch], epsilon: float
 
 
 def _tables(results: dict[str, dict]) -> tuple[list[dict], list[dict]]:
-    """Return the rows of the layers, and those of the trends."""
+    """Return the table rows of the layers and of the trends."""
     by_layer, by_measure = [], []
     for label, result in results.items():
         for row in result["layers"]:
@@ -135,7 +135,7 @@ def _command(options: argparse.Namespace) -> None:
         raise UserError(f"--epsilon {options.epsilon}: give a positive precision, such as the default 0.01")
     models = open_models(options)
     if all(len(left_out(loaded.model)) == len(MEASURES) for loaded in models):
-        raise UserError("none of these models has subspaces or ISTA: name a CRATE among them")
+        raise UserError("none of these models has subspaces or ISTA: name at least one CRATE")
     evaluation = Evaluation("white_box", options, models)
     results = {}
     for loaded in models:

@@ -37,7 +37,7 @@ def test_knn_in_chunks_is_knn(monkeypatch):
     train, labels, val = torch.randn(50, 8), torch.randint(0, 4, (50,)), torch.randn(23, 8)
     whole = knn_predictions(train, labels, val, [1, 5])
     for held in (1, 350):  # similarities: one and seven validation images at a time
-        monkeypatch.setattr(classify, "_SIMILARITIES", held)
+        monkeypatch.setattr(classify, "_MAX_SIMILARITIES", held)
         parts = knn_predictions(train, labels, val, [1, 5])
         assert all(torch.equal(parts[k], whole[k]) for k in whole)
 
@@ -55,7 +55,7 @@ def test_a_linear_probe_finds_a_planted_direction_and_no_other():
     assert (shuffled.predictions == labels[200:]).float().mean() < 0.5
     scaled = linear_probe(1000 * planted[:200] + 7, labels[:200], 1000 * planted[200:] + 7)
     assert torch.equal(scaled.predictions, probe.predictions)  # standardised
-    with pytest.raises(ValueError, match="of 1 classes says nothing"):
+    with pytest.raises(ValueError, match="of 1 classes are too few"):
         linear_probe(features, torch.zeros(300, dtype=torch.long), features)
 
 
@@ -82,7 +82,7 @@ def test_doubts_about_a_linear_probe_are_said():
     assert classify._doubts("A", {"linear": {"C": 1.0, "held_out": tried, "converged": True}}) == []
     said = classify._doubts("A", {"linear": {"C": 10.0, "held_out": tried, "converged": False}})
     assert said[0] == "A: the linear probe's fit did not converge"
-    assert said[1] == "A: C = 10 is at the end of those tried (0.1 to 10)"
+    assert said[1] == "A: C = 10 is at the end of the range tried (0.1 to 10)"
     assert classify._doubts("A", {"knn": {}}) == []
 
 

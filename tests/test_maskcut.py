@@ -192,8 +192,8 @@ def test_the_residual_is_of_the_generalised_problem():
 @pytest.mark.parametrize(
     ("features", "settings", "message"),
     [
-        (torch.ones(60, 4), {}, "60 patches are no square grid"),
-        (torch.ones(60, 4), {"grid": (5, 5)}, r"grid=\(5, 5\) does not hold the 60 patches"),
+        (torch.ones(60, 4), {}, "60 patches do not form a square grid"),
+        (torch.ones(60, 4), {"grid": (5, 5)}, r"grid=\(5, 5\) does not fit the 60 patches"),
         (torch.ones(16, 4), {"num_objects": 0}, "num_objects=0"),
         (torch.ones(16, 4), {"tau": 1.5}, "tau=1.5"),
         (torch.ones(16, 4) / 0, {}, "NaN or infinity"),
@@ -406,7 +406,7 @@ def test_unreadable_images_are_counted_once_and_again_when_resumed(tmp_path, cap
 
 def test_a_refused_setting_does_not_stand_in_the_way_of_the_right_one(folder, tmp_path, refuses):
     words = _words(folder, tmp_path, "--limit", "2")
-    refuses("tau=3.0: a cosine lies from -1 to 1", protocol.main, [*words, "--tau", "3"])
+    refuses("tau=3.0: give a cosine from -1 to 1", protocol.main, [*words, "--tau", "3"])
     assert protocol.main(words) == 0
 
 
