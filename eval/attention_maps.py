@@ -6,10 +6,10 @@
     crate-fast eval attention_maps runs/NAME --data folder:PATH --figure noise_share  more and more noisy pixels
     crate-fast eval attention_maps runs/A runs/B vit_small_patch16_224@untrained --data coco:PATH --figure models
 
-Writes attention_01.png and .pdf (and 02, …: eight rows a page; under noise one figure per image), attention.npz with
-the maps under the images' names, results.json, and a table of entropies or, under noise, of correlations with clean
-maps. Every map is drawn between its own smallest and largest weight, since one head may spread its weight over a
-hundred times as many patches as another: colours compare patches within a map, not maps with each other.
+Writes attention_01.png and .pdf (then 02, …: eight rows per page; with noise one figure per image), attention.npz
+with the maps by image name, results.json, and a table of entropies or, with noise, of correlations with clean maps.
+Each map has its own colour scale, since one head may spread its weight over a hundred times as many patches as
+another. Compare colours within a map, not between maps.
 """
 
 import argparse
@@ -35,27 +35,25 @@ SHARES = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
 
 
 def check_noise(sigma: float, share: float, seed: int) -> None:
-    """Refuse noise out of range."""
+    """Raise a `UserError` if a setting of `add_noise` is out of range."""
     if not 0 <= sigma < math.inf or not 0 <= share <= 1:
-        raise UserError(
-            f"noise of sigma={sigma} on a share={share} of the pixels: give sigma ≥ 0 and a share in 0..1"
-        )
+        raise UserError(f"noise of sigma={sigma} and share={share}: give a finite sigma ≥ 0 and a share from 0 to 1")
     if seed < 0:
         raise UserError(f"seed={seed}: noise needs a seed of at least 0")
 
 
 def add_noise(images: Tensor, sigma: float, share: float, seed: int, first: int = 0) -> Tensor:
-    """Add Gaussian noise to all channels of randomly chosen pixels; round, and clip to 0..255.
+    """Add Gaussian noise to all channels of randomly chosen pixels; round and clip to 0..255.
 
-    Pixels and noise depend on the seed and the image's number alone: a stronger sigma scales the same noise, a larger
-    share adds pixels to those of a smaller one.
+    Pixels and noise depend only on the seed and the image number. A larger sigma scales the same noise, and a larger
+    share adds pixels to those of a smaller share.
 
     Args:
         images: uint8 [B, C, H, W].
         sigma: Standard deviation, on the scale of 0..255.
         share: Share of noisy pixels, 0 to 1.
         seed: Not negative.
-        first: Number of the first image in its set.
+        first: Number of the first image in its data set.
 
     Returns:
         Noisy copies, uint8 [B, C, H, W].
@@ -80,9 +78,9 @@ def add_noise(images: Tensor, sigma: float, share: float, seed: int, first: int 
 
 
 def map_correlation(a: Tensor, b: Tensor) -> Tensor:
-    """Return Pearson's correlation of maps [..., P] over their patches, float64 [...]; NaN where one is constant.
+    """Return the Pearson correlation of maps [..., P] over patches, float64 [...]; NaN if a map is constant.
 
-    Unlike the IoU of thresholded maps it needs no threshold, and is 0 by chance whatever area a head covers.
+    Unlike an IoU, it needs no threshold, and chance level is 0 whatever area a head covers.
     """
 
     def deviation(x: Tensor) -> Tensor:
@@ -109,10 +107,10 @@ def evaluate(
     Returns:
         "layer", "grid" [rows, columns];
         "images", each with "name" and "heads"; each head has the "entropy" of its map in nats, "entropy_normalised"
-            (over ln P: 1 is even attention) and "peak" [row, column];
+            (divided by ln P, 1 for uniform attention) and "peak" [row, column];
         "mean", the entropies of each head averaged over images;
-        "noise", each level with "sigma", "share" and the "correlation" of noisy and clean maps, averaged over images
-            for "per_head" and over heads (None where all maps are constant);
+        "noise", each level with "sigma", "share", "per_head", the correlation of noisy and clean maps averaged over
+            images, and "correlation", its mean over heads (None if all maps are constant);
         "maps", an array [images, heads, rows, columns];
         "noisy_maps", an array [levels, images, heads, rows, columns], or None without noise.
 
@@ -162,7 +160,7 @@ def _agreement(clean: Tensor, noisy: Tensor) -> dict:
 
 
 class _Shown(NamedTuple):
-    """One model in the figures; maps are [images, heads, rows, columns]."""
+    """Figure data of one model; maps are [images, heads, rows, columns]."""
 
     title: str
     samples: list[Sample]
@@ -171,7 +169,7 @@ class _Shown(NamedTuple):
 
 
 def _columns(maps: np.ndarray, heads: Sequence[int | str], samples: Sequence[Sample]) -> dict[str, np.ndarray]:
-    """Return title → maps [images, rows, columns] of the heads, from maps [images, heads, rows, columns]."""
+    """Return column title → maps [images, rows, columns] of the heads, from maps [images, heads, rows, columns]."""
     columns: dict[str, np.ndarray] = {}
     for head in heads:
         if head == "mean":
@@ -185,7 +183,7 @@ def _columns(maps: np.ndarray, heads: Sequence[int | str], samples: Sequence[Sam
 
 
 def _best_heads(maps: np.ndarray, samples: Sequence[Sample]) -> np.ndarray:
-    """Return for each image the head whose mask (60 % of the mass) covers the objects best."""
+    """Return for each image the head whose mask (60 % of the mass) has the largest IoU with the objects."""
     targets, valid = zip(*(sample.target.on_grid(maps.shape[2:]) for sample in samples), strict=True)
     masks = attention_to_mask(torch.from_numpy(maps).flatten(2), "mass")
     union = torch.stack([target.any(dim=0) for target in targets])
@@ -235,7 +233,7 @@ def _noise_levels(options: argparse.Namespace) -> list[tuple[float, float]]:
     if options.figure == "noise_share":
         return [(options.sigma, share) for share in options.levels or SHARES]
     if options.levels:
-        raise UserError(f"--levels are of noise: they mean nothing to --figure {options.figure}")
+        raise UserError(f"--levels has no effect on --figure {options.figure}: use noise_sigma or noise_share")
     return []
 
 
@@ -247,7 +245,7 @@ def _check_heads(heads: Sequence[int | str], noise: bool, labelled: bool, models
     if "best" in heads and noise:
         raise UserError("--heads best would change heads between noise levels: choose heads by number")
     if "best" in heads and not labelled:
-        raise UserError("--heads best needs object masks to choose by: use coco, voc or shape_scenes as --data")
+        raise UserError("--heads best needs object masks: use coco, voc or shape_scenes as --data")
 
 
 def _table(label: str, outcome: dict) -> list[dict]:

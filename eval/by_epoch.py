@@ -2,8 +2,8 @@
 
     crate-fast eval by_epoch runs/NAME --data coco:PATH
 
-A run keeps only its newest checkpoints unless it was trained with `--keep-checkpoints 100`. Step 0 is the model
-before training, drawn from `--seed`.
+A run keeps only its newest checkpoints unless it was trained with `--keep-checkpoints 100`. Step 0 is the untrained
+model, initialised from `--seed`.
 """
 
 import argparse
@@ -37,15 +37,15 @@ def evaluate(
     measures: Sequence[str] = MEASURES,
     **options,
 ) -> dict[int, dict[str, float]]:
-    """Score one layer at every step; all numbers in percent.
+    """Score one layer at each step; all scores are in percent.
 
     Args:
-        models: (optimiser step, its model), opened one by one.
+        models: Pairs (optimiser step, model); a generator can open the models one by one.
         layer: The layer; each model's default when None.
         measures, **options: See `by_layer.evaluate`.
 
     Returns:
-        Step → numbers, as `by_layer.evaluate` names them.
+        Step → scores, named as in `by_layer.evaluate`.
     """
     rows = {}
     for step, loaded in models:
@@ -56,7 +56,7 @@ def evaluate(
 
 
 def _components(loaded: LoadedModel, pixels: Tensor, layer: int) -> list[Picture | None]:
-    """Return components 2 to 4 of each image (paper, Fig. 10, right); None with too few patches."""
+    """Return components 2 to 4 of each image (paper, Fig. 10, right); None for an image with too few patches."""
     features, pictures = loaded.features(pixels, [layer]), []
     for tokens in features.keys(layer).cpu():
         try:
@@ -68,7 +68,7 @@ def _components(loaded: LoadedModel, pixels: Tensor, layer: int) -> list[Picture
 
 def _command(options: argparse.Namespace) -> None:
     if options.model_args:
-        raise UserError(f"--model-args {' '.join(options.model_args)}: a run knows its own model; leave them out")
+        raise UserError(f"--model-args {' '.join(options.model_args)}: a run has its own settings; leave them out")
     label, source = split_label(options.models[0])
     run = Path(source)
     steps = checkpoint_steps(run)
@@ -101,7 +101,7 @@ def _command(options: argparse.Namespace) -> None:
         facts.append(loaded.facts)
         columns.append(_components(loaded, torch.stack(shown), layer))
     if not results.keys() - {0}:
-        raise UserError(f"{run}: none of the steps {chosen} can be read; the first: {left_out[chosen[0]]}")
+        raise UserError(f"{run}: none of the steps {chosen} can be read; first problem: {left_out[chosen[0]]}")
     epochs = {0: 0.0} | {step: checkpoint_epoch(run, step) for step in chosen if step in results}
     known = None not in epochs.values()
     rows = [{"step": step, "epoch": epochs[step], **numbers} for step, numbers in results.items()]
@@ -112,7 +112,7 @@ def _command(options: argparse.Namespace) -> None:
     titles = [f"epoch {epochs[step]:g}" if known else f"step {step}" for step in results]
     image_grid(list(zip(*columns, strict=True)), evaluation.figure("components"), column_titles=["image", *titles])
     config = {"layer": layer, "models": facts}
-    evaluation.finish({"rows": rows, "left_out": left_out}, config, ["numbers but counts in %"])
+    evaluation.finish({"rows": rows, "left_out": left_out}, config, ["all numbers except counts are in %"])
 
 
 main = main_of("eval by_epoch", _command)

@@ -23,9 +23,9 @@ MEASURES = ("maskcut", "coarse")
 def check_measures(
     measures: Sequence[str] | None, loaded: LoadedModel, images: Dataset, specification: str, **settings
 ) -> list[str]:
-    """Return the measures asked for, or all that the data set has annotations for; refuse what does not fit them.
+    """Return the requested measures, by default all that the data set has annotations for.
 
-    `settings` are those of `maskcut.check`.
+    `settings` are those of `maskcut.check`. Missing annotations or a missing CLS token raise a `UserError`.
     """
     annotated = {"maskcut": images.has_instances, "coarse": images.labelled}
     possible = [name for name in MEASURES if annotated[name]]
@@ -33,8 +33,8 @@ def check_measures(
     missing = [name for name in wanted if name not in possible]
     if missing or not wanted:
         raise UserError(
-            f"--data {specification} has no annotations for {', '.join(missing or MEASURES)}: MaskCut's AP needs "
-            "coco:PATH or shape_scenes, coarse segmentation voc:PATH too"
+            f"--data {specification} has no annotations for {', '.join(missing or MEASURES)}: maskcut needs "
+            "coco:PATH or shape_scenes, coarse needs one of these or voc:PATH"
         )
     if "maskcut" in wanted:
         maskcut.check(loaded, images, **settings)
@@ -53,22 +53,22 @@ def evaluate(
     seed: int = 0,
     **reading,
 ) -> dict[int, dict[str, float]]:
-    """Score every layer; all numbers in percent.
+    """Score each layer; all scores are in percent.
 
     Args:
-        images: With instances for "maskcut", with masks for "coarse". Other arguments: see `crate_fast.eval`.
-        measures: From `MEASURES`.
+        images: Data set with instances for "maskcut" and masks for "coarse". For others see `crate_fast.eval`.
+        measures: Any of `MEASURES`.
         num_objects, tau: See `maskcut.maskcut`.
 
     Returns:
-        Layer → "box AP50", "box AP75", "box AP", "box AR100", the same of "mask", "mIoU topk", "mIoU mass" and
-        "attention AP". The same for all layers: scores of the objects' mean mask ("mean mask mIoU topk", …), of
-        random maps ("random mIoU topk", …) and of a constant map ("constant"), "images" read and "objects" scored.
+        Layer → "box AP50", "box AP75", "box AP", "box AR100", the same with "mask", "mIoU topk", "mIoU mass" and
+        "attention AP". Equal for all layers: scores of the objects' mean mask ("mean mask mIoU topk", …), of random
+        maps ("random mIoU topk", …) and of a constant map ("constant"); numbers of "images" and scored "objects".
     """
     layers = list(range(loaded.extract.depth)) if layers is None else list(layers)
     rows: dict[int, dict[str, float]] = {layer: {} for layer in layers}
     settings, coarse = {"num_objects": num_objects, "tau": tau}, {}
-    if "coarse" in measures:  # first: it finds sooner that there is nothing to score
+    if "coarse" in measures:  # first, because it fails earlier without objects
         coarse = coarse_segmentation.evaluate(loaded, images, layers, seed=seed, **reading)
     if "maskcut" in measures:
         for layer, numbers in maskcut.evaluate(loaded, images, layers, **settings, **reading).items():
@@ -85,9 +85,9 @@ def evaluate(
 
 
 def curves(labelled: dict[str, dict[float, dict[str, float]]]) -> dict[str, list[Curve]]:
-    """Turn label → {x → numbers} into panels of curves, attention with its baselines: mean mask, random, constant.
+    """Turn label → {x → scores} into panels of curves, with baselines (mean mask, random, constant) for attention.
 
-    Models with the same heads and grid share a baseline, which is drawn once.
+    A baseline with equal values for several models is drawn once.
     """
     panels: dict[str, list[Curve]] = {}
     attention = list(coarse_segmentation.NAMES.values())
@@ -128,7 +128,7 @@ def _command(options: argparse.Namespace) -> None:
     ]
     evaluation.write_table("table", rows, digits=2)
     curve_figure(curves(results), "layer", evaluation.figure("by_layer"), from_zero=True, columns=3)
-    evaluation.finish(results, notes=["* the layer that the paper looks at; all numbers but counts in %"])
+    evaluation.finish(results, notes=["* the paper's layer; all numbers except counts are in %"])
 
 
 main = main_of("eval by_layer", _command)

@@ -3,11 +3,11 @@
     crate-fast eval coarse_segmentation runs/NAME                              # shape_scenes
     crate-fast eval coarse_segmentation CRATE=runs/A ViT=runs/B --data voc:PATH
 
-Each semantic class of an image is scored on the patch grid by the head whose mask has the largest IoU; scores are
-averaged over the classes of an image, then over images. Void patches do not count; the background is not a class; an
-object without a patch is not scored. "The top 60 %" is read as entries (`topk`, the paper's words) and as mass
-(`mass`, DINO's code). Both depend on how far a map spreads; the average precision of patches ranked by attention does
-not. Scores of random and constant maps are given for comparison.
+Each semantic class of an image is an object, scored on the patch grid with the head of largest IoU. Scores are
+averaged over the objects of an image, then over images. Void patches, the background, and objects that cover no patch
+are not scored. "The top 60 %" is read as entries (`topk`, the paper's text) and as mass (`mass`, DINO's code). Both
+depend on how far a map spreads; the average precision of patches ranked by attention does not. Random and constant
+maps are scored for comparison.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from crate_fast.eval.common.models import LoadedModel
 from crate_fast.options import main_of
 
 BASELINES = ("constant", "random", "mean_mask", "true_mask")
-NAMES = {"topk": "mIoU topk", "mass": "mIoU mass", "ap": "attention AP"}  # of READINGS, in tables
+NAMES = {"topk": "mIoU topk", "mass": "mIoU mass", "ap": "attention AP"}  # reading → name in tables
 
 
 def evaluate(
@@ -37,13 +37,13 @@ def evaluate(
     seed: int = 0,
     **reading,
 ) -> dict[str, dict]:
-    """Score the attention of layers, with both thresholds and without one.
+    """Score the CLS attention of layers, with both thresholds and by average precision.
 
     Args:
         fraction: Share of entries or mass kept. Other arguments: see `crate_fast.eval`.
 
     Returns:
-        See `segmentation.score_attention`; "by_class" has class numbers.
+        See `AttentionScores.result`; the keys of "by_class" are class numbers.
 
     Raises:
         UserError: No image could be scored.
@@ -74,7 +74,7 @@ def _row(label: str, reading: str, scores: dict, row: dict, marked: int) -> dict
 
 
 def _best_mask(loaded: LoadedModel, sample: Sample, layer: int, threshold: str, options) -> Picture:
-    """Return the mask of the head that fits the union of the objects best."""
+    """Return the mask of the head with the largest IoU with the union of the objects."""
     features = loaded.features(sample.image[None], [layer])
     masks = segmentation.attention_to_mask(features.cls_attention(layer)[0].cpu(), threshold, options.fraction)
     objects, valid = sample.target.on_grid(features.grid)
@@ -119,13 +119,13 @@ def _command(options: argparse.Namespace) -> None:
             known = {name: rows[-1][name] for name in ("model", "score")} | {"layer": row["layer"]}
             head_rows.append(known | {f"head {head}": score for head, score in enumerate(row["per_head"])})
     if len({(result["topk"]["images"], result["topk"]["objects"]) for result in results.values()}) > 1:
-        print("The models' grids differ, and so do the objects that have a patch: scores are not of the same ones.")
+        print("The models have different patch grids, so their scores do not cover the same objects.")
     evaluation.write_table("table", rows, show=False)
     evaluation.write_table("heads", head_rows, show=False)
     for threshold in segmentation.THRESHOLDS:
         shown = [(loaded, data[loaded.label], layers[loaded.label][1]) for loaded in scored]
         evaluation.written += _figure(shown, threshold, options, evaluation.folder)
-    evaluation.finish(results, {"class_names": first.class_names()}, ["* the layer that the paper looks at"])
+    evaluation.finish(results, {"class_names": first.class_names()}, ["* the paper's layer"])
 
 
 main = main_of("eval coarse_segmentation", _command)

@@ -5,7 +5,7 @@
     crate-fast eval comparison --table table2 CRATE=A CRATE-MLP=B CRATE-MHSA=C ViT=D --coco coco:PATH --voc voc:PATH
     crate-fast eval comparison --table figure4 CRATE-S/8=A ViT-S/8=B --voc voc:PATH
 
-A model with one of the paper's names gets the paper's numbers and the gap next to ours; another has only ours.
+A model with one of the paper's names also gets the paper's numbers and the gap; other models have only our numbers.
 """
 
 import argparse
@@ -33,17 +33,17 @@ def evaluate(
     threshold: str = "topk",
     **options,
 ) -> dict[str, float]:
-    """Score one model at one layer, under the names of the paper's columns, in percent.
+    """Score one model at one layer in percent, with the paper's column names.
 
     Args:
         measure: "maskcut" or "coarse". Other arguments: see `crate_fast.eval`.
-        threshold: Threshold of "coarse"; "topk" is the paper's words.
+        threshold: Threshold of "coarse"; "topk" follows the paper's text.
         **options: See `by_layer.evaluate`.
 
     Returns:
-        For "maskcut" "box AP50", "box AP75", "box AP", the same of "mask", "box AR100", "mask AR100" and "COCO
-        images"; for "coarse" "VOC mIoU", that of the "mean mask", of "random maps" and of the "constant mask",
-        "attention AP", which needs no threshold, and "VOC images".
+        For "maskcut": "box AP50", "box AP75", "box AP", "box AR100", the same with "mask", and "COCO images". For
+        "coarse": "VOC mIoU"; the mIoU of the baselines "mean mask", "random maps" and "constant mask"; "attention
+        AP", which needs no threshold; and "VOC images".
     """
     layer = loaded.extract.resolve_layer(layer)
     numbers = by_layer.evaluate(loaded, images, [layer], [measure], **options)[layer]
@@ -57,11 +57,11 @@ def evaluate(
 
 
 def compare(table: str, ours: dict[str, dict[str, float]]) -> list[dict]:
-    """Return the table's rows: ours, the paper's and the gap (ours − paper's) in each column of the paper.
+    """Return the rows of a table: for each column of the paper our number, the paper's and the gap (ours − paper's).
 
     Args:
         table: "table1", "table2" or "figure4".
-        ours: Model's name → column → number.
+        ours: Model name → column → our number.
 
     >>> compare("figure4", {"CRATE-S/8": {"VOC mIoU": 20.0}, "mine": {"VOC mIoU": 30.0}})[0]
     {'model': 'CRATE-S/8', 'VOC mIoU': 20.0, 'VOC mIoU paper': 23.9, 'VOC mIoU gap': -3.9}
@@ -71,9 +71,9 @@ def compare(table: str, ours: dict[str, dict[str, float]]) -> list[dict]:
     for label, numbers in ours.items():
         theirs, row = paper.find(table, label), {"model": label}
         for column in known:
-            value, said = numbers.get(column), theirs.get(column)
-            gap = None if value is None or said is None else round(value - said, 6)
-            row |= {column: value, f"{column} paper": said, f"{column} gap": gap}
+            value, reported = numbers.get(column), theirs.get(column)
+            gap = None if value is None or reported is None else round(value - reported, 6)
+            row |= {column: value, f"{column} paper": reported, f"{column} gap": gap}
         rows.append(row | {name: value for name, value in numbers.items() if name not in known})
     return rows
 
@@ -106,9 +106,7 @@ def _command(options: argparse.Namespace) -> None:
         ours.setdefault(label, {}).update(row)
     rows = compare(options.table, ours)
     evaluation.write_table(options.table, rows, digits=1)
-    note = (
-        "Numbers in %; gap: ours − the paper's, which are of 5,000 images of COCO val2017 and 1,449 of VOC2012 val."
-    )
+    note = "Numbers in %; gap: ours − paper's. The paper uses 5,000 images of COCO val2017 and 1,449 of VOC2012 val."
     evaluation.finish({"rows": rows}, config | {"models": options.models}, [note])
 
 

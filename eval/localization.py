@@ -4,21 +4,21 @@
     crate-fast eval localization runs/A --data folder:ILSVRC/val --boxes ILSVRC/Annotations/CLS-LOC/val
     crate-fast eval localization runs/A --data folder:PHOTOS --boxes boxes.json
 
-A map is enlarged bilinearly, scaled to [0, 1] and cut at 100 thresholds. A cut's box is that of its largest connected
-component; its IoU is that with the best of the image's annotated boxes. Scores (Choe et al., *Evaluating Weakly
-Supervised Object Localization Methods Right*, 2020):
+A map is enlarged bilinearly, scaled to [0, 1] and thresholded at 100 levels. The predicted box at a level encloses
+the largest connected component; its IoU is the largest with the annotated boxes of the image. Scores (Choe et al.,
+*Evaluating Weakly Supervised Object Localization Methods Right*, 2020):
 
     MaxBoxAcc d    share of images whose box has IoU ≥ d, at the best threshold for all images; d = 0.3, 0.5, 0.7
     MaxBoxAccV2    mean of the three
-    GT-known       share with IoU ≥ 0.5, at the threshold (and head) that is best on the other half of the images
+    GT-known       share of images with IoU ≥ 0.5, at the threshold that is best on the other half of the images
     pointing       share of images whose largest weight lies in a box
-    AP             average precision of the patches in the boxes, ranked by attention; no threshold;
-                   0 where no patch has its centre in a box
-    threshold      the best for IoU ≥ 0.5
+    AP             average precision of patches ranked by attention; a patch is positive if its centre lies in a box
+                   (0 if none does)
+    threshold      best threshold for IoU ≥ 0.5
 
-"best head" takes the best head of each image, which needs its boxes; "one head" takes the head that is best on the
-other half of the images. The baselines do not look at the image: its centre, the mean box of the other half of the
-images, the whole picture, random maps. MODEL@untrained is the untrained twin.
+"best head" is chosen for each image with its boxes; "one head" is the head that is best on the other half of the
+images. The baselines ignore the image: its centre, the mean box of the other half of the images, the whole picture,
+random maps. MODEL@untrained is the untrained twin.
 """
 
 import argparse
@@ -45,19 +45,19 @@ from crate_fast.options import main_of
 
 THRESHOLDS = np.arange(100) / 100
 OVERLAPS = (0.3, 0.5, 0.7)
-_SAME_CUT = np.zeros((3, 3, 3), bool)  # neighbours: the eight around a pixel, in the same cut
-_SAME_CUT[1] = True
+_CONNECTIVITY = np.zeros((3, 3, 3), bool)  # the eight neighbours of a pixel, at the same threshold
+_CONNECTIVITY[1] = True
 
 
 def largest_boxes(maps: np.ndarray) -> np.ndarray:
     """Find the box of the largest connected component of each map above each threshold.
 
     Args:
-        maps: [K, h, w], any finite values; each is scaled to [0, 1]. Pixels above a threshold are kept; eight
-            neighbours are connected.
+        maps: Finite values [K, h, w]; each map is scaled to [0, 1]. Pixels above a threshold are connected to their
+            eight neighbours.
 
     Returns:
-        [K, T, 4]: left, top, right, bottom in pixels, the last two exclusive; zeros where nothing is above.
+        [K, T, 4]: left, top, right, bottom in pixels, the last two exclusive; zeros if no pixel is above.
     """
     from scipy.ndimage import find_objects, label
 
@@ -65,7 +65,7 @@ def largest_boxes(maps: np.ndarray) -> np.ndarray:
     low, high = maps.min(axis=(1, 2), keepdims=True), maps.max(axis=(1, 2), keepdims=True)
     scaled = (maps - low) / np.where(high > low, high - low, 1)
     for found, values in zip(boxes, scaled, strict=True):
-        labels, _ = label(values > THRESHOLDS[:, None, None], _SAME_CUT)
+        labels, _ = label(values > THRESHOLDS[:, None, None], _CONNECTIVITY)
         sizes = np.bincount(labels.ravel())
         largest = np.zeros(len(THRESHOLDS), int)
         for number, (cut, rows, columns) in enumerate(find_objects(labels), start=1):
@@ -76,13 +76,13 @@ def largest_boxes(maps: np.ndarray) -> np.ndarray:
 
 
 def _best_iou(boxes: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """Return the IoU of boxes [..., 4] with the best of the annotated boxes [M, 4]: [...]."""
+    """Return the largest IoU of each box [..., 4] with the annotated boxes [M, 4]: [...]."""
     iou = box_iou(torch.from_numpy(boxes.reshape(-1, 4)), torch.from_numpy(truth)).amax(dim=1)
     return iou.numpy().reshape(boxes.shape[:-1])
 
 
 def _boxes_of(sample: Sample) -> np.ndarray:
-    """Return the annotated boxes [M, 4] in shares of the image's sides."""
+    """Return the annotated boxes [M, 4] as fractions of the image's sides."""
     height, width = sample.size
     return sample.target.boxes.double().numpy() / [width, height, width, height]
 
@@ -95,7 +95,7 @@ def _enlarge(maps: Tensor, resolution: int) -> np.ndarray:
 def _measure(maps: Tensor, truth: np.ndarray, resolution: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return IoU by threshold [H, T], pointing [H] and average precision [H] of one image's maps.
 
-    `maps` are [H, rows, columns]; `truth` are the image's boxes [M, 4], in shares of its sides.
+    `maps` are [H, rows, columns]; `truth` holds the image's boxes [M, 4] as fractions of its sides.
     """
     enlarged = _enlarge(maps, resolution)
     iou = _best_iou(largest_boxes(enlarged) / resolution, truth).astype(np.float32)
@@ -106,7 +106,7 @@ def _measure(maps: Tensor, truth: np.ndarray, resolution: int) -> tuple[np.ndarr
 
 
 def _summary(measured: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> dict[str, dict]:
-    """Return from the images' `_measure` the scores of each image's best head, of each head, and of one for all."""
+    """Summarise the images' `_measure`: scores of each image's best head, of each head, and of one head for all."""
     iou, pointing, ap = map(np.stack, zip(*measured, strict=True))
     images, heads = np.arange(len(iou)), range(iou.shape[1])
 
@@ -125,7 +125,7 @@ def _summary(measured: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> d
 
 
 def _scores(iou: np.ndarray, pointing: np.ndarray, ap: np.ndarray) -> dict[str, float]:
-    """Score one map an image: IoU [N, T], pointing and AP [N]."""
+    """Score one map per image, from its IoU [N, T], pointing [N] and AP [N]."""
     hits = {overlap: iou >= overlap for overlap in OVERLAPS}
     scores = {f"MaxBoxAcc {overlap}": float(hit.mean(axis=0).max()) for overlap, hit in hits.items()}
     known, right = hits[0.5], 0
@@ -143,7 +143,7 @@ def _scores(iou: np.ndarray, pointing: np.ndarray, ap: np.ndarray) -> dict[str, 
 
 
 def _prior_scores(maps: Sequence[Tensor], truths: Sequence[np.ndarray], resolution: int) -> dict[str, float]:
-    """Score one map [rows, columns] for each image, as a baseline."""
+    """Score a baseline, one map [rows, columns] per image."""
     measured = [_measure(prior[None], truth, resolution) for prior, truth in zip(maps, truths, strict=True)]
     return _summary(measured)["best_head"]
 
@@ -155,7 +155,7 @@ def _baselines(truths: list[np.ndarray], grid: tuple[int, int], resolution: int)
     boxes = torch.from_numpy(np.stack([covered(truth, *grid) for truth in truths])).double()
     means = [boxes[half::2].mean(dim=0) if len(boxes[half::2]) else boxes.mean(dim=0) for half in (1, 0)]
     whole = np.stack([np.repeat(_best_iou(np.float64([0, 0, 1, 1]), truth), len(THRESHOLDS)) for truth in truths])
-    share = boxes.mean(dim=(1, 2)).numpy()  # a point anywhere; patches in any order
+    share = boxes.mean(dim=(1, 2)).numpy()  # expectation for a random point, and for patches in random order
     return {
         "centre": _prior_scores([centre] * len(truths), truths, resolution),
         "mean box": _prior_scores([means[i % 2] for i in range(len(truths))], truths, resolution),
@@ -174,11 +174,11 @@ def evaluate(
     """Score how well the CLS attention of layers localizes the annotated boxes.
 
     Args:
-        resolution: Side to which maps are enlarged, in pixels. Other arguments: see `crate_fast.eval`.
+        resolution: Side of the enlarged maps in pixels. Other arguments: see `crate_fast.eval`.
 
     Returns:
-        "layers": for each, "layer", "best_head", "one_head" and "per_head" with scores; "baselines": name → scores,
-        where "random" has "best_head" and "one_head"; "images" and "without_boxes": numbers of images.
+        "layers": for each, "layer" and scores as "best_head", "one_head" and "per_head"; "baselines": name → scores
+        ("random" has "best_head" and "one_head"); "images" and "without_boxes": numbers with and without boxes.
 
     Raises:
         UserError: No image has a box.
@@ -226,7 +226,7 @@ def _rows(label: str, scores: dict, marked: int) -> list[dict]:
 
 
 def _boxed(sample: Sample, found: Sequence[float] | None = None) -> Picture:
-    """Draw the annotated boxes (white) and a found one (red), in shares of the sides, over an image."""
+    """Draw the annotated boxes (white) and a predicted box (red, as fractions of the sides) over an image."""
     boxes = torch.from_numpy(_boxes_of(sample) if found is None else np.vstack([_boxes_of(sample), found]))
     side = sample.image.shape[-1]
     corners = (boxes * side).round()
@@ -238,7 +238,7 @@ def _boxed(sample: Sample, found: Sequence[float] | None = None) -> Picture:
 def _figure(
     shown: Sequence[tuple[LoadedModel, Dataset, int]], results: dict, options: argparse.Namespace, folder: Path
 ) -> list[Path]:
-    """Draw annotated boxes, and each model's map and box by the head and threshold that are best for all images."""
+    """Draw the annotated boxes, and each model's map and box with the head and threshold best for all images."""
     boxed = (entry for entry in readable(shown[0][1]) if len(entry[1].target.boxes))
     rows = []
     for index, first in itertools.islice(boxed, options.figure_images):
@@ -275,8 +275,8 @@ def _command(options: argparse.Namespace) -> None:
     evaluation.written += _figure(shown, results, options, evaluation.folder)
     counts = next(iter(results.values()))
     notes = [
-        "* the layer that the paper looks at",
-        f"images: {counts['images']}, without a box: {counts['without_boxes']}",
+        "* the paper's layer",
+        f"images with a box: {counts['images']}, without: {counts['without_boxes']}",
     ]
     evaluation.finish(results, None, notes)
 

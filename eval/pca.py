@@ -6,10 +6,10 @@
                                                                               colour, nothing left out (Fig. 6)
     crate-fast eval pca A=runs/NAME@1000 B=runs/NAME@9000 --data folder:PATH  a column per checkpoint (Fig. 10)
 
-The images share one analysis (`--group N`: N at a time) and should show one kind of object: one colour is then one
-part of all of them. Features are the subspace tokens of CRATE and the keys of a ViT, all heads concatenated. Writes
-pca_01.png and .pdf (and 02, …: eight rows a page; one figure per model where layers are columns), results.json and a
-table.
+All images share one PCA (`--group N`: N images at a time). They should show one kind of object, so that a colour
+marks the same part in all of them. Features are the subspace tokens of CRATE or the keys of a ViT, all heads
+concatenated. Writes pca_01.png and .pdf (then 02, …: eight rows per page), results.json and a table. With layers as
+columns, each model has its own figure.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from crate_fast.eval.common.segmentation import intersection_over_union
 from crate_fast.options import main_of
 
 SCALINGS = ("raw", "minmax")
-_DRAWN = ("projections", "colours")  # arrays of `evaluate`, which are not written
+_DRAWN = ("projections", "colours")  # arrays of `evaluate` that results.json leaves out
 _TINY = torch.finfo(torch.float64).tiny
 
 
@@ -47,15 +47,15 @@ def principal_components(tokens: Tensor, count: int, centred: bool = False) -> t
         centred: Subtract the tokens' mean first, as textbooks do; the paper does not.
 
     Returns:
-        (components [C, count], each with its entry of the largest magnitude positive; their shares of ‖Z‖², [count]).
+        (components [C, count], each with its entry of largest magnitude positive; their shares of ‖Z‖² [count]).
 
     Raises:
-        UserError: Tokens have fewer than `count` entries, or are not finite.
+        UserError: C is below `count`, or a token is not finite.
     """
     if tokens.shape[-1] < count:
-        raise UserError(f"features of {tokens.shape[-1]} entries have no {count} components: use a wider model")
+        raise UserError(f"{count} components need {count} features, not {tokens.shape[-1]}: use a wider model")
     if not tokens.isfinite().all():
-        raise UserError("the features hold NaN or infinity: look at the model and its input's normalisation")
+        raise UserError("the features hold NaN or infinity: check the model and the normalisation of its input")
     tokens = tokens.double()
     tokens = tokens - tokens.mean(dim=0) if centred else tokens
     values, vectors = torch.linalg.eigh(tokens.T @ tokens)
@@ -66,12 +66,12 @@ def principal_components(tokens: Tensor, count: int, centred: bool = False) -> t
 
 
 class Foreground(NamedTuple):
-    """Patches whose first component is large.
+    """Foreground patches, those with a large first component.
 
     Attributes:
         mask: Boolean [J, P].
-        projection: Projection on the first component, which is thresholded, float64 [J, P].
-        explained: Shares of the first four components, or of all if fewer.
+        projection: Projection on the first component, before the threshold, float64 [J, P].
+        explained: Shares of ‖Z‖² explained by the first four components, or by all if there are fewer.
     """
 
     mask: Tensor
@@ -80,14 +80,14 @@ class Foreground(NamedTuple):
 
 
 def check_foreground(grid: tuple[int, int], threshold: float, scaling: str) -> None:
-    """Refuse settings out of range for `foreground`, and grids that are too small for it."""
+    """Raise a `UserError` if settings of `foreground` are out of range or the grid is too small."""
     if scaling not in SCALINGS:
         raise UserError(f"scaling={scaling!r}: choose one of {', '.join(map(repr, SCALINGS))}")
     if not threshold >= 0:
         raise UserError(f"threshold={threshold}: it must be at least 0")
     if min(grid) < 3:
         raise UserError(
-            f"grid={grid} does not fit: an image needs at least 3×3 patches; use larger images (--image-size)"
+            f"grid={grid} is too small: at least 3×3 patches are needed; use larger images (--image-size)"
         )
 
 
@@ -96,17 +96,17 @@ def foreground(
 ) -> Foreground:
     """Find the patches of J images whose projection on the common first component is at least λ (paper, B.2).
 
-    The component's sign makes the projection's mean over border patches not larger than over inner ones.
-    On 64 `shape_scenes` of 128 px, at λ = 1/2, the IoU of foreground and object was 0.54 with "raw" and 0.47 with
-    "minmax" in a CRATE, 0.64 and 0.62 in a ViT (small ones, trained on such scenes, at their default layers), and
-    0.10 for a mask with every patch.
+    The sign of the component is chosen so that the mean projection of border patches does not exceed that of inner
+    patches. On 64 `shape_scenes` of 128 px, at λ = 1/2, the IoU of foreground and object is 0.54 ("raw") and 0.47
+    ("minmax") for a CRATE, 0.64 and 0.62 for a ViT, and 0.10 for a mask of all patches. Both are small models trained
+    on such scenes, at their default layers.
 
     Args:
-        features: [J, P, C], patches row by row.
+        features: [J, P, C], patches in row-major order.
         threshold: λ, at least 0.
-        scaling: "raw" is the paper's σ_λ(⟨u₀, z⟩) > 0, with u₀ an eigenvector of the uncentred ZᵀZ: λ depends on the
-            length of the features. "minmax" centres the features and maps the projections to 0..1, as public
-            demonstrations of DINOv2 do: scale and offset do not matter, but a single outlier may.
+        scaling: "raw" is the paper's σ_λ(⟨u₀, z⟩) > 0, with u₀ an eigenvector of the uncentred ZᵀZ; a suitable λ
+            depends on the norm of the features. "minmax" centres the features and scales the projections to [0, 1],
+            as in public demos of DINOv2; scale and offset do not matter, but a single outlier may.
         grid: Rows and columns of patches, at least 3 each; a square when None.
 
     Raises:
@@ -121,7 +121,7 @@ def foreground(
     grid = (round(patches**0.5),) * 2 if grid is None else grid
     check_foreground(grid, threshold, scaling)
     if grid[0] * grid[1] != patches:
-        raise UserError(f"grid={grid} does not fit {patches} patches: rows·columns must be P, and each at least 3")
+        raise UserError(f"grid={grid} does not fit the {patches} patches: rows·columns must be {patches}")
     tokens = features.flatten(0, 1)
     components, explained = principal_components(tokens, min(4, width), scaling == "minmax")
     projection = (tokens.double() @ components[:, 0]).view(images, *grid)
@@ -137,21 +137,21 @@ def foreground(
 def pca_rgb(
     features: Tensor, mask: Tensor | None = None, first: int = 1, centred: bool = False
 ) -> tuple[Tensor, list[float]]:
-    """Turn three successive components of the chosen patches into colours (paper, Eq. 12).
+    """Map three successive principal components of the chosen patches to colours (paper, Eq. 12).
 
     Args:
         features: [J, P, C].
-        mask: The patches to analyse and to colour, boolean [J, P]; all when None.
+        mask: The patches to analyse and colour, boolean [J, P]; all when None.
         first: The component shown in red, counted from 1.
         centred: See `principal_components`.
 
     Returns:
-        (float32 [J, P, 3] in 0..1: each channel's 2nd and 98th percentile over the chosen patches become 0 and 1, the
-        other patches are 0; shares of the components).
+        (colours, float32 [J, P, 3] in [0, 1]; shares explained by the components). In each channel, the 2nd and 98th
+        percentiles over the chosen patches become 0 and 1. Other patches are 0.
 
     Raises:
-        TooFewPatchesError: There are not more patches than components.
-        UserError: The features are too short or not finite.
+        TooFewPatchesError: Fewer than first + 3 patches are chosen.
+        UserError: C is below first + 2, or a feature is not finite.
     """
     mask = torch.ones(features.shape[:2], dtype=torch.bool, device=features.device) if mask is None else mask
     tokens = features[mask].double()
@@ -159,7 +159,7 @@ def pca_rgb(
     if len(tokens) < last + 1:
         raise TooFewPatchesError(
             f"{len(tokens)} of {mask.numel()} patches are above the threshold, too few for {last} components: lower "
-            "--threshold, choose the other --scaling, or show --components 2-4, which takes all patches"
+            "--threshold, choose the other --scaling, or show --components 2-4, which uses all patches"
         )
     components, explained = principal_components(tokens, last, centred)
     values = tokens @ components[:, first - 1 :]
@@ -185,20 +185,19 @@ def evaluate(
     """Compute foreground and colours of every image at every chosen layer.
 
     Args:
-        batches: Their features are held in memory. Other arguments: see `crate_fast.eval`.
+        batches: All their features are kept in memory. Other arguments: see `crate_fast.eval`.
         threshold, scaling: See `foreground`; "minmax" also centres the features for the colours.
-        first: See `pca_rgb`; 1 colours the foreground, from 2 on all patches are coloured.
-        group: Images that are analysed together; all when None.
+        first: See `pca_rgb`; 1 colours the foreground only, a larger number colours all patches.
+        group: Number of images that share one PCA; all when None.
 
     Returns:
         "layers", a list of dictionaries, each with "layer";
         "groups", each with "images" (names), "explained" (`Foreground`), "explained_colours" (`pca_rgb`) and
-            "problem": None, or why there are no colours (too few patches; the other values hold nevertheless);
-        "images", each with "name", "foreground_share" and, where it has objects of a patch's size, "iou" of the
-            foreground with their union and "constant_iou", that of a mask with every patch;
-        "mean", these numbers averaged over images (and "explained" over groups), None where there are none;
-        "projections", for each image an array [rows, columns]; "colours", for each an array [rows, columns, 3] or
-            None.
+            "problem", None or the reason why there are no colours (the other values remain valid);
+        "images", each with "name", "foreground_share" and, if an object covers a patch, "iou" of the foreground with
+            the union of the objects and "constant_iou", that of a mask of all patches;
+        "mean", these numbers averaged over images, and "explained" over groups; None without values;
+        "projections", an array [rows, columns] per image; "colours", an array [rows, columns, 3] or None per image.
     """
     layers = [loaded.extract.resolve_layer(layer) for layer in ([None] if layers is None else layers)]
     tokens: dict[int, list[Tensor]] = {layer: [] for layer in layers}
@@ -249,7 +248,7 @@ def _describe(sample: Sample, mask: Tensor, grid: tuple[int, int]) -> dict:
 def _figure(
     columns: dict[str, dict], samples: Sequence[Sample], first: int, folder: Path, title: str | None
 ) -> list[Path]:
-    """Draw a row per image and a column per title; two rows where component 1 is shown in grey."""
+    """Draw one row per image, or two if component 1 is shown in grey, and one column per title."""
     colours = {name: [c if c is None else Picture(c) for c in result["colours"]] for name, result in columns.items()}
     rows, titles = image_rows(samples, colours)
     names = [short_name(sample) for sample in samples]

@@ -2,9 +2,9 @@
 
     crate-fast eval reconstruction runs/MAE --data folder:PHOTOS --ratios 0.25,0.5,0.75,0.9
 
-Errors are root mean squares over the hidden pixels, of values from 0 to 1. Two constants are scored for comparison:
-the mean colour of the image's visible pixels, and that of the whole image, which no model can know. A model trained
-on normalised targets is given each patch's true mean and deviation, as in its figure; its errors are marked.
+Errors are root mean squares over the hidden pixels, with values from 0 to 1. Two constant predictions are baselines:
+the mean colour of the visible pixels, and the mean colour of the whole image, which a model cannot see. A model with
+normalised targets is given each patch's true mean and deviation, as in its figure; its errors are marked.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from crate_fast.train.reconstruction import RATIOS, image_noise, reconstruction_
 
 
 def _errors(images: Tensor, filled: Tensor, hidden: Tensor) -> Tensor:
-    """Return sums over hidden pixels [4]: squared errors of model, visible mean and whole mean, and the count."""
+    """Return sums over hidden values [4]: squared errors of model, visible mean and image mean, and their number."""
     visible = ~hidden
     seen = (images * visible).sum((2, 3), keepdim=True) / visible.sum((2, 3), keepdim=True)
     guesses = (filled, seen, images.mean((2, 3), keepdim=True))
@@ -35,18 +35,18 @@ def _errors(images: Tensor, filled: Tensor, hidden: Tensor) -> Tensor:
 def evaluate(
     loaded: LoadedModel, image_batches: Iterable[Batch], ratios: Sequence[float] = RATIOS, seed: int = 0
 ) -> list[dict]:
-    """Measure losses and errors of one model, by mask ratio.
+    """Measure one model's loss and errors at each mask ratio.
 
     Args:
-        loaded: Opened from a CRATE-MAE. Other arguments: see `crate_fast.eval`.
+        loaded: A CRATE-MAE. Other arguments: see `crate_fast.eval`.
         ratios: Mask ratios.
         seed: Seed of the masks, which do not depend on the batch size.
 
     Returns:
-        For each ratio "mask_ratio", "loss" of training, "rmse", "rmse_visible_mean", "rmse_image_mean", "images".
+        For each ratio: "mask_ratio", training "loss", "rmse", "rmse_visible_mean", "rmse_image_mean", "images".
 
     Raises:
-        UserError: The model is no autoencoder.
+        UserError: The model is not a CRATE-MAE.
     """
     model = _autoencoder(loaded)
     unit = 255 * loaded.normalize.scale
@@ -72,7 +72,7 @@ def evaluate(
 
 def _autoencoder(loaded: LoadedModel):
     if loaded.autoencoder is None:
-        raise UserError(f"{loaded.label} is no CRATE-MAE, and fills nothing in: name a run of pretrain_mae")
+        raise UserError(f"{loaded.label} is not a CRATE-MAE: name a run of pretrain_mae")
     return loaded.autoencoder.eval()
 
 
@@ -80,7 +80,7 @@ def _command(options: argparse.Namespace) -> None:
     models = open_models(options)
     for loaded in models:
         for ratio in options.ratios:
-            _autoencoder(loaded).kept(ratio)  # refuses a ratio that leaves no patch
+            _autoencoder(loaded).kept(ratio)  # raises if no patch is visible
         if options.image_size not in (None, *loaded.autoencoder.image_size):
             raise UserError(
                 f"--image-size {options.image_size}: {loaded.label} decodes {loaded.autoencoder.image_size[0]} px "

@@ -118,7 +118,7 @@ def test_wrong_arguments(tiny_run, tmp_path, refuses):
         open_model(f"{NAME}@untrained", image_size=30, model_args=SMALL)
     assert open_model(str(tiny_run), model_args=["depth=7"]).facts["model_args"] == {}
     words = [str(tiny_run), "--model-args", "depth=7", "--output", str(tmp_path)]
-    refuses("a run knows its own model", white_box, words)
+    refuses("a run has its own settings; leave them out", white_box, words)
 
 
 def test_a_runs_damaged_files_are_one_line(tiny_run, tmp_path):

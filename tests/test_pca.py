@@ -87,7 +87,7 @@ def test_one_component_for_all_images():
 def test_bad_input_is_named(features, settings, message):
     with pytest.raises(ValueError, match=message):
         foreground(features, **settings)
-    with pytest.raises(ValueError, match="no 3 components"):
+    with pytest.raises(ValueError, match="3 components need 3 features, not 2"):
         pca_rgb(features[..., :2])
 
 

@@ -270,6 +270,6 @@ def test_the_command_measures_and_draws(finished, tmp_path, capsys):
     assert [row["mask_ratio"] for row in rows] == [0.5, 0.75]
     assert (tmp_path / "mae.png").read_bytes()[:4] == b"\x89PNG"
     assert reconstruction.main(["crate_tiny_patch8_224@untrained", *words]) == 2
-    assert "is no CRATE-MAE, and fills nothing in" in capsys.readouterr().err
+    assert "is not a CRATE-MAE: name a run of pretrain_mae" in capsys.readouterr().err
     assert reconstruction.main([str(finished[0]), *words, "--image-size", "64"]) == 2
     assert "decodes 32 px images only" in capsys.readouterr().err
