@@ -1,1 +1,1 @@
-"""The explorer, `crate-fast explore`: a local page that shows what each layer of a model does."""
+"""The explorer, `crate-fast explore`: a local web page about the layers of a model."""

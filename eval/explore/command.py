@@ -1,10 +1,10 @@
-"""Look inside models on a local page: attention of CLS or of a patch, components, masks, sparsity, layer by layer.
+"""Explore models layer by layer on a local web page: attention of CLS or a patch, components, masks and sparsity.
 
     crate-fast explore                                            the newest run, or the models of the package
     crate-fast explore --checkpoint runs/NAME CRATE=runs/A        one model or several
     crate-fast explore --checkpoint runs/NAME --images PHOTOS     with the images of a folder
 
-Only this computer can open the page, unless --host says otherwise. The page fetches nothing from other hosts and
+Only this computer can open the page, unless --host names another address. The page loads nothing from other hosts and
 writes nothing to disk; uploads stay in memory.
 """
 
@@ -35,7 +35,7 @@ _ANY = ("0.0.0.0", "::")
 
 
 def model_choices(specification: str) -> list[ModelChoice]:
-    """Return the choices of a model named on the command line: of a run, its checkpoints and the untrained model.
+    """Return the menu entries of a model on the command line; for a run, its checkpoints and the untrained model.
 
     Raises:
         UserError: The folder holds no checkpoints.
@@ -54,32 +54,32 @@ def model_choices(specification: str) -> list[ModelChoice]:
 
 
 def default_choices(runs: Path = Path("runs")) -> tuple[list[ModelChoice], str]:
-    """Return the choices without --checkpoint, and a sentence about them for the page.
+    """Return the menu entries without --checkpoint, and a note about them for the page.
 
-    The newest run below `runs` comes first, then the models of the package and their untrained twins.
+    The newest run below `runs` comes first, then the packaged models and their untrained twins.
     """
     found = [path.parent for path in runs.glob("**/config.yaml") if checkpoint.newest(path.parent / "checkpoints")]
-    choices, note = [], f"The newest run below {runs}/ comes first; --checkpoint names others."
+    choices, note = [], f"The newest run below {runs}/ comes first. Open other models with --checkpoint."
     if found:
         newest = max(found, key=lambda run: (run / "checkpoints").stat().st_mtime)
         choices += model_choices(str(newest))
     else:
         note = (
-            f"There is no run below {runs}/: these small models come with the package. Train one of your own "
-            "(crate-fast pretrain), or name one with --checkpoint."
+            f"There is no run below {runs}/. These small models come with the package. Train your own with "
+            "crate-fast pretrain, or open one with --checkpoint."
         )
-    names, group = packaged_models(), "with the package"
+    names, group = packaged_models(), "models of the package"
     choices += [ModelChoice(f"shipped:{name}", record(name)["description"], group) for name in names]
     choices += [ModelChoice(f"shipped:{name}@untrained", f"{name}, untrained", group, True) for name in names]
     return choices, note
 
 
 def open_explorer(options: argparse.Namespace) -> Explorer:
-    """Build the explorer of a command line and open its first model."""
+    """Build the explorer from the command-line options and open its first model."""
     opening = {"device": choose_device(options.device), "image_size": options.image_size}
     opening |= {"model_args": options.model_args, "seed": options.seed}
     pictures, note = Pictures(options.images), ""
-    labels_of(options.checkpoint or ())  # refuses two alike
+    labels_of(options.checkpoint or ())  # raises if two are equal
     choices = [choice for name in options.checkpoint or () for choice in model_choices(name)]
     if not choices:
         choices, note = default_choices()
@@ -90,13 +90,13 @@ def open_explorer(options: argparse.Namespace) -> Explorer:
         others = [choice for choice in choices if choice.group != choices[0].group]
         if options.checkpoint or not others:
             raise
-        models, note = ModelCache(others, **opening), f"The newest run was left out: {error}"
+        models, note = ModelCache(others, **opening), f"The newest run cannot be opened: {error}"
         models.get(0)
     return Explorer(models, note, pictures)
 
 
 def _listen(host: str, port: int | None) -> socket.socket:
-    """Return a socket at the port, or at the first free one from the default on."""
+    """Return a listening socket at the port or, when None, at the first free port from the default on."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     for candidate in [port] if port else range(PORT, PORT + 50):
         listener = socket.socket(family)
@@ -126,7 +126,7 @@ def _serve(options: argparse.Namespace) -> None:
     address = f"http://[{options.host}]:{port}" if ":" in options.host else f"http://{options.host}:{port}"
     print(f"{address} (stop with Ctrl-C)", flush=True)
     if not _is_loopback(options.host):
-        print(f"--host {options.host}: everyone who reaches this computer can use the page", file=sys.stderr)
+        print(f"--host {options.host}: everyone who can reach this computer can use the page", file=sys.stderr)
     elif not options.no_browser:
         threading.Timer(1.0, webbrowser.open, [address]).start()
     hosts = None if options.host in _ANY else (options.host, *_LOOPBACK)

@@ -1,4 +1,4 @@
-"""The explorer's answers as plain JSON values: models opened on demand, and all that is computed from a picture."""
+"""Models of the explorer, opened on demand, and their results on a picture as plain JSON values."""
 
 import threading
 from typing import NamedTuple
@@ -30,7 +30,7 @@ class ModelChoice(NamedTuple):
     Attributes:
         specification: Argument of `models.open_model`.
         label: Text in the menu.
-        group: Heading in the menu; checkpoints of one run share it.
+        group: Heading in the menu; the checkpoints of a run share it.
         untrained: True if its weights are random.
     """
 
@@ -41,7 +41,7 @@ class ModelChoice(NamedTuple):
 
 
 class OpenModel(NamedTuple):
-    """A model in memory, the names of its classes if known, and a lock that is held while it runs."""
+    """A model in memory, its class names if known, and a lock to hold while it runs."""
 
     loaded: LoadedModel
     classes: list[str] | None
@@ -49,21 +49,21 @@ class OpenModel(NamedTuple):
 
 
 class ModelCache:
-    """The selectable models, opened on first use with the options of `models.open_model`; the latest stay open."""
+    """Selectable models, opened on first use with `opening` (see `models.open_model`); the latest stay open."""
 
     def __init__(self, choices: list[ModelChoice], **opening):
         self.choices, self.opening = choices, opening
         self.open = LRUCache(_OPEN_MODELS)
-        self._opening = threading.Lock()  # one at a time: initial weights come from one global generator
+        self._opening = threading.Lock()  # one at a time: initial weights come from the global random generator
 
     def get(self, number: int) -> OpenModel:
-        """Return the model of a choice.
+        """Return a model by its number in the menu.
 
         Raises:
-            UserError: No such choice, or the model cannot be opened; the message says what to do.
+            UserError: There is no such number, or the model cannot be opened.
         """
         if not 0 <= number < len(self.choices):
-            raise UserError(f"model {number}: there are {len(self.choices)}, counted from 0")
+            raise UserError(f"model {number}: give a number from 0 to {len(self.choices) - 1}")
         return self.open.once(number, self._opening, lambda: self._open(self.choices[number].specification))
 
     def _open(self, specification: str) -> OpenModel:
@@ -79,9 +79,9 @@ class Inspection:
 
     Attributes:
         features: Queries and keys of every layer.
-        summary: "grid", "depth", "heads", "layer" (that the paper looks at), "has_cls", "image_size", "parameters";
-            "coding_rate" and "sparsity" of each layer or None; "patch_sparsity" [L][P] or None; "top", classes with
-            "class", "name" and "probability", or None.
+        summary: "grid", "depth", "heads", "layer" (the paper's), "has_cls", "image_size", "parameters"; "coding_rate"
+            and "sparsity" of each layer or None; "patch_sparsity" [L][P] or None; "top", the most probable classes
+            with "class", "name" and "probability", or None.
     """
 
     def __init__(self, features: Features, summary: dict):
@@ -91,18 +91,18 @@ class Inspection:
 
     @property
     def bytes(self) -> int:
-        """Memory of the tokens."""
+        """Memory of the tokens in bytes."""
         tensors = [tensor for layer in self.features.layers.values() for tensor in (layer.queries, layer.keys)]
-        storages = [tensor.untyped_storage() for tensor in tensors]  # several may be views of one
+        storages = [tensor.untyped_storage() for tensor in tensors]  # tensors may share a storage
         return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
     def attention(self, layer: int, patch: int | None) -> dict:
-        """Return the attention of a patch, or of CLS when it is None, in all heads of a layer: "heads" [H][P]."""
+        """Return the attention of a patch, or of CLS when None, in all heads of a layer: "heads" [H][P]."""
         found = self.features.cls_attention(layer) if patch is None else self.features.patch_attention(layer, patch)
         return {"heads": _rounded(found[0].cpu().numpy())}
 
     def components(self, which: str) -> dict:
-        """Return principal components as colours: "layers" [L][3·P] of 0 to 255, None with too few patches."""
+        """Return principal components as colours: "layers" [L][3·P] from 0 to 255, None for too few patches."""
         if which not in COMPONENTS:
             raise UserError(f"components {which!r}: choose one of {', '.join(COMPONENTS)}")
         layers = sorted(self.features.layers)
@@ -111,7 +111,7 @@ class Inspection:
         )
 
     def masks(self, layer: int) -> dict:
-        """Run MaskCut: "masks" [n][P] of 0 and 1, "boxes" [n] as [left, top, right, bottom] in patches; n ≤ 3."""
+        """Run MaskCut: "masks" [n][P] of 0 or 1; "boxes" [n] as [left, top, right, bottom] in patches; n ≤ 3."""
         return self._found.once(layer, self._masks, lambda: self._cut(layer))
 
     def _colours(self, layer: int, which: str) -> list[int] | None:
@@ -131,7 +131,7 @@ class Inspection:
 
 @torch.inference_mode()
 def inspect(opened: OpenModel, image: Tensor) -> Inspection:
-    """Run a model on one picture, uint8 [3, S, S]. Hold the model's lock: hooks read its layers.
+    """Run a model on one picture, uint8 [3, S, S]. Hold the model's lock, because hooks read its layers.
 
     Raises:
         UserError: The model's output is not finite.
@@ -181,7 +181,7 @@ def _inspect_crate(loaded: LoadedModel, pixels: Tensor) -> tuple[Features, Tenso
 def _top_classes(opened: OpenModel, logits: Tensor, count: int = 5) -> list[dict] | None:
     """Return the most probable classes; None without a classifier."""
     if not logits.isfinite().all():
-        raise UserError(f"the output of {opened.loaded.label} holds NaN or infinity: its checkpoint is damaged")
+        raise UserError(f"the output of {opened.loaded.label} holds NaN or infinity: use an undamaged checkpoint")
     if logits.dim() != 2 or not getattr(opened.loaded.model, "num_classes", 0):
         return None
     names = opened.classes or []
@@ -197,9 +197,9 @@ def _rounded(array: np.ndarray) -> list:
 
 
 class Explorer:
-    """Models with a note on the page, pictures, and recent inspections.
+    """Models, a note about them for the page, pictures, and recent inspections.
 
-    It keeps no visitor's state and is safe to use from many threads.
+    It is thread-safe and keeps no state per user.
     """
 
     def __init__(self, models: ModelCache, note: str, pictures: Pictures):
@@ -207,7 +207,7 @@ class Explorer:
         self.inspections = LRUCache(_INSPECTIONS_BYTES, size=lambda inspection: inspection.bytes)
 
     def setup(self) -> dict:
-        """Return the page's start values: models, pictures, notes, the maps' colours, the largest upload in bytes."""
+        """Return the initial data of the page: models, pictures, notes, colour map, largest upload in bytes."""
         colours = (255 * matplotlib.colormaps["viridis"](range(256))[:, :3]).round().astype(int)  # even in lightness
         names = ("label", "group", "untrained")
         return {
@@ -220,9 +220,9 @@ class Explorer:
         }
 
     def inspection(self, model: int, picture: str) -> Inspection:
-        """Return the inspection of a picture, by its id, by a model, by its number.
+        """Return the inspection of a picture (an id) by a model (a number).
 
-        A stored inspection is returned without waiting for a busy model.
+        A cached inspection is returned without waiting for a busy model.
         """
         key = (model, picture)
         found = self.inspections.get(key)

@@ -1,7 +1,7 @@
-"""The explorer's pictures: files of one folder, or free photographs and scenes, and uploads.
+"""Pictures of the explorer: files of one folder, or free photographs and scenes; and uploads.
 
-Requests name pictures by ids from `Pictures.listing` and `Pictures.add`, never by paths. Uploads stay in memory, the
-oldest dropped first; Pillow decodes them from a short list of formats. Nothing is written to disk.
+Requests name pictures by ids from `Pictures.listing` and `Pictures.add`, never by paths. Uploads stay in memory, and
+the least recently used are dropped first. Pillow decodes a few formats only. Nothing is written to disk.
 """
 
 import hashlib
@@ -30,11 +30,11 @@ _SCENES, _SCENE_SIZE = 12, 256
 
 
 class LRUCache:
-    """Mapping that drops the least recently used values above a total size. Safe to use from many threads.
+    """Thread-safe mapping that drops the least recently used values above a total size.
 
     Args:
-        limit: Largest total size; one value is kept whatever its size.
-        size: Size of a value; every value counts 1 by default.
+        limit: Maximum total size; the newest value is kept at any size.
+        size: Function that returns the size of a value; 1 by default.
     """
 
     def __init__(self, limit: int, size: Callable[[Any], int] = lambda _: 1):
@@ -50,7 +50,7 @@ class LRUCache:
             return self.values.get(key)
 
     def put(self, key: Hashable, value: Any) -> None:
-        """Store a value and drop old ones above the limit."""
+        """Store a value, and drop the least recently used ones above the limit."""
         with self._lock:
             self.values[key] = value
             self.values.move_to_end(key)
@@ -58,7 +58,7 @@ class LRUCache:
                 self.values.popitem(last=False)
 
     def once(self, key: Hashable, lock: threading.Lock, make: Callable[[], Any]) -> Any:
-        """Return the value of a key; make it first if there is none, while `lock` is held so that it is made once."""
+        """Return the value of a key; if missing, make it under `lock`, so that threads make it only once."""
         found = self.get(key)
         if found is None:
             with lock:
@@ -78,17 +78,18 @@ class UnknownPictureError(UserError):
 
 
 def decode(data: bytes, name: str) -> Image.Image:
-    """Decode a JPEG, PNG, WebP, BMP, GIF, TIFF or PPM file as `read_image` does, to at most 2,048 pixels a side.
+    """Decode a JPEG, PNG, WebP, BMP, GIF, TIFF or PPM file as `read_image` does, to at most 2,048 pixels per side.
 
     Raises:
-        UnreadablePictureError: It is none of these, is damaged, has more than 50 megapixels, or 32 bits a channel.
+        UnreadablePictureError: The format is another, the file is damaged, or it has more than 50 megapixels or 32
+            bits per channel.
     """
     try:
         with _DECODING, open_image(io.BytesIO(data), _FORMATS) as file:
             width, height = file.size
             if width * height > _MAX_PIXELS:
                 size = f"{width}×{height} pixels, {width * height / 1e6:.0f} megapixels"
-                raise UserError(f"{size}: at most {_MAX_PIXELS / 1e6:.0f} are read; make it smaller")
+                raise UserError(f"{size}, above the limit of {_MAX_PIXELS / 1e6:.0f}: make it smaller")
             file.draft("RGB", (_MAX_SIDE, _MAX_SIDE))  # a JPEG is decoded no larger than needed
             picture = to_rgb(file)
             picture.thumbnail((_MAX_SIDE, _MAX_SIDE))
@@ -97,22 +98,22 @@ def decode(data: bytes, name: str) -> Image.Image:
         raise UnreadablePictureError(f"{name} has {error}") from error
     except Image.UnidentifiedImageError as error:
         known = ", ".join(_FORMATS)
-        raise UnreadablePictureError(f"{name} is no image that can be read here ({known}); choose another") from error
+        raise UnreadablePictureError(f"{name} is no image of a supported format: choose one of {known}") from error
     except UNREADABLE as error:
-        raise UnreadablePictureError(f"{name} cannot be read: {error}; choose another") from error
+        raise UnreadablePictureError(f"{name} cannot be read ({error}): choose another") from error
 
 
 class Pictures:
-    """The selectable pictures: a folder's, or free photographs and scenes, and uploads.
+    """Selectable pictures: the images of a folder, or free photographs and scenes; and uploads.
 
     Args:
         folder: Folder of images; `free_photographs` and scenes of `shape_scenes` when None.
 
     Attributes:
-        note: Text of the page above the list, or "".
+        note: Text above the list on the page, or "".
 
     Raises:
-        UserError: There is no such folder, or no image in it.
+        UserError: The folder does not exist or has no images.
     """
 
     def __init__(self, folder: Path | None):
@@ -122,7 +123,7 @@ class Pictures:
         if folder is None:
             self._known = {f"p{number}": entry for number, entry in enumerate(free_photographs().items())}
             self._known |= {f"s{number}": (f"scene {number}", number) for number in range(_SCENES)}
-            self.note = "Photographs of installed packages, and scenes drawn by shape_scenes (validation split)."
+            self.note = "Photographs from installed packages, and scenes of shape_scenes (validation split)."
             return
         if not folder.is_dir():
             raise UserError(f"--images {folder}: no such folder; pass one with images")
@@ -134,7 +135,7 @@ class Pictures:
         names = [_printable(str(path.resolve().relative_to(self._root))) for path in found[:_MAX_LISTED]]
         self._known = {f"f{number}": entry for number, entry in enumerate(zip(names, found, strict=False))}
         if len(found) > _MAX_LISTED:
-            self.note = f"The first {_MAX_LISTED} of {len(found):,} images of the folder."
+            self.note = f"The first {_MAX_LISTED} of {len(found):,} images in the folder."
         if tree.note:
             self.note = f"{self.note} {tree.note.capitalize()}.".strip()
 
@@ -153,7 +154,7 @@ class Pictures:
         return key
 
     def view(self, key: str) -> Image.Image:
-        """Return a picture in its own shape.
+        """Return a picture with its original aspect ratio.
 
         Raises:
             UnknownPictureError: No picture has this id.
@@ -164,22 +165,22 @@ class Pictures:
             return Image.fromarray(self.pixels(key, _SCENE_SIZE).permute(1, 2, 0).numpy())
         if place is not None:
             if not self._inside(place):
-                raise UnknownPictureError(f"{place.name} is no longer in the folder: start the explorer again")
+                raise UnknownPictureError(f"{place.name} is no longer in the folder: restart the explorer")
             if place.stat().st_size > MAX_UPLOAD_BYTES:
                 raise UnreadablePictureError(f"{place.name} has more than 20 MiB: make it smaller")
             return decode(place.read_bytes(), _printable(place.name))
         upload = self._uploads.get(key)
         if upload is None:
-            raise UnknownPictureError("this picture is not here, or no longer: choose or upload it again")
+            raise UnknownPictureError("this picture is not in memory: choose another, or upload it again")
         name, data = upload
         return decode(data, name)
 
     def pixels(self, key: str, size: int) -> Tensor:
-        """Return a picture as a model's input, uint8 [3, size, size]: scenes drawn at this size, others squashed."""
+        """Return a picture as model input, uint8 [3, size, size]: scenes are drawn at this size, others squashed."""
         _, place = self._known.get(key, ("", None))
         return SceneImages(size, _SCENES)[place].image if isinstance(place, int) else squash(self.view(key), size)
 
 
 def _printable(name: str) -> str:
-    """Replace what is no UTF-8 in a file's name."""
+    """Replace the parts of a file name that are not valid UTF-8."""
     return name.encode("utf-8", "replace").decode()

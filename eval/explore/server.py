@@ -1,15 +1,15 @@
-"""The explorer over HTTP: a page, and JSON for it. Requests are independent; the server keeps no sessions.
+"""HTTP server of the explorer: the page and its JSON API. Requests are independent; there are no sessions.
 
-    GET  /                                                the page, its style and scripts (page/)
-    GET  /api/setup                                       `Explorer.setup`
-    GET  /api/picture?picture=ID[&size=N]                 a JPEG, its longer side at most N pixels
-    POST /api/pictures?name=NAME                          the body is an image file; {"id", "name"}
-    GET  /api/summary?model=0&picture=ID                  `Inspection.summary`, its `attention`, `components`, `masks`
-    GET  /api/attention?model=0&picture=ID&layer=2[&patch=17]
-    GET  /api/components?model=0&picture=ID&which=all
-    GET  /api/masks?model=0&picture=ID&layer=2
+    GET  /                                                     the page, its style and scripts (page/)
+    GET  /api/setup                                            `Explorer.setup`
+    GET  /api/picture?picture=ID[&size=N]                      a JPEG, its longer side at most N pixels
+    POST /api/pictures?name=NAME                               {"id", "name"}; the request body is an image file
+    GET  /api/summary?model=0&picture=ID                       `Inspection.summary`
+    GET  /api/attention?model=0&picture=ID&layer=2[&patch=17]  `Inspection.attention`
+    GET  /api/components?model=0&picture=ID&which=all          `Inspection.components`
+    GET  /api/masks?model=0&picture=ID&layer=2                 `Inspection.masks`
 
-An error is {"error": a sentence} with a status of 4xx; a bug is status 500, its traceback in the log.
+A user's error returns {"error": message} with status 4xx. A bug returns status 500; its traceback is in the log.
 """
 
 import asyncio
@@ -34,7 +34,7 @@ from crate_fast.train.checkpoint import CheckpointError
 
 _PAGE = Path(__file__).parent / "page"
 _MAX_VIEW_SIDE = 1024
-_MAX_UPLOADS = 4  # bodies in memory at once
+_MAX_UPLOADS = 4  # request bodies in memory at once
 _HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
     "img-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -66,10 +66,10 @@ def _integer(request: Request, name: str, *default: int | None) -> int | None:
     word = request.query_params.get(name)
     if not word:
         if not default:
-            raise UserError(f"the request lacks {name}=…, a whole number")
+            raise UserError(f"the request lacks {name}: give an integer from 0")
         return default[0]
     if not (word.isascii() and word.isdecimal()) or len(word) > 9:
-        raise UserError(f"{name}={word[:40]!r}: a whole number, from 0")
+        raise UserError(f"{name}={word[:40]!r}: give an integer from 0")
     return int(word)
 
 
@@ -83,7 +83,7 @@ async def _answer(compute: Callable, *arguments) -> Response:
 
 
 async def _body(request: Request) -> bytes | None:
-    """Return the body, or None as soon as it is too long."""
+    """Return the request body, or None as soon as it exceeds the limit."""
     parts, length = [], 0
     async for part in request.stream():
         length += len(part)
@@ -111,7 +111,7 @@ def _upload(pictures: Pictures) -> Callable:
             async with slots:
                 data = await _body(request)
         except ClientDisconnect:
-            return _error(400, f"the upload of {name} broke off")
+            return _error(400, f"the upload of {name} was interrupted: try again")
         if data is None:
             limit = MAX_UPLOAD_BYTES // 2**20
             return _error(413, f"{name} has more than {limit} MiB: make it smaller", Connection="close")
@@ -130,12 +130,12 @@ def application(explorer: Explorer, hosts: Sequence[str] | None = None) -> Starl
     names = None if hosts is None else [host.lower() for host in hosts]
 
     async def guard(request: Request, answer: RequestResponseEndpoint) -> Response:
-        """Add the headers, and refuse other sites' pages and foreign host names (DNS rebinding)."""
+        """Add the headers; reject pages of other sites and unknown host names (DNS rebinding)."""
         host, origin = request.headers.get("host", ""), request.headers.get("origin")
         if names is not None and _host_name(host) not in names:
-            response = _error(403, f"this explorer is not called {host!r}")
+            response = _error(403, f"{host!r} is not a host name of this explorer: use the address that it printed")
         elif origin is not None and origin.partition("://")[2] != host:
-            response = _error(403, f"a page of {origin} may not use this explorer")
+            response = _error(403, f"a page of {origin} may not use this explorer: open the explorer's own page")
         else:
             response = await answer(request)
         response.headers.update(_HEADERS)

@@ -12,7 +12,7 @@ export async function ask(path, parameters = {}, options = {}) {
     const response = await fetch(`/api/${path}?${new URLSearchParams(given)}`, options);
     const type = response.headers.get("content-type") ?? "";
     if (type.startsWith("image/")) return await response.blob();
-    const failed = { error: `The explorer failed (${response.status}): its terminal says why.` };
+    const failed = { error: `The explorer failed (${response.status}): see the error in its terminal.` };
     answer = type.startsWith("application/json") ? await response.json() : failed;
   } catch (error) {
     if (error.name === "AbortError") throw error;
@@ -24,7 +24,7 @@ export async function ask(path, parameters = {}, options = {}) {
 
 export async function upload(file) {
   const body = await file.arrayBuffer().catch(() => {
-    throw new Error(`${file.name} cannot be read: is it a file, and still there?`);
+    throw new Error(`${file.name} cannot be read: check that it is a file and still exists.`);
   });
   return ask("pictures", { name: file.name }, { method: "POST", body });
 }

@@ -1,8 +1,8 @@
-// Drawing on canvases: tiles, frames, curves, bars; independent of models and of the page.
+// Drawing on canvases: tiles, frames, curves and bars. Independent of models and of the page.
 
 export const dark = matchMedia("(prefers-color-scheme: dark)");
 
-// The ground on the page is a panel's colour (style.css); files have a white ground.
+// The background on the page is the colour of a panel (style.css); saved files have a white background.
 const LIGHT = { ground: "#f6f7f9", ink: "#16202b", soft: "#566270", line: "#d5dae0", series: ["#0072b2", "#d55e00"] };
 const DARK = { ground: "#1b222a", ink: "#e7ebef", soft: "#a3afba", line: "#37424d", series: ["#56b4e9", "#e69f00"] };
 export const PAPER = { ...LIGHT, ground: "#ffffff" };
@@ -11,7 +11,7 @@ export function palette() {
   return dark.matches ? DARK : LIGHT;
 }
 
-// Size and fill a canvas; two pixels a unit keep it sharp on dense screens.
+// Size and fill a canvas. Two pixels per unit keep it sharp on high-resolution screens.
 export function prepare(canvas, width, height, colours) {
   canvas.width = Math.round(2 * width);
   canvas.height = Math.round(2 * height);
@@ -22,7 +22,7 @@ export function prepare(canvas, width, height, colours) {
   return context;
 }
 
-// Draw one line of text; with `fit`, its end is left out where it is wider.
+// Draw one line of text, shortened with an ellipsis to the width `fit`.
 export function text(context, words, x, y, colour, { size = 12, align = "left", weight = 400, fit = Infinity } = {}) {
   context.font = `${weight} ${size}px system-ui, sans-serif`;
   context.textAlign = align;
@@ -41,7 +41,7 @@ export function short(value) {
   return Math.abs(value) >= 1000 || Math.abs(value) < 0.001 ? value.toExponential(1) : String(Number(value.toPrecision(3)));
 }
 
-// Draw one tile a patch: `colourOf(patch)` gives [red, green, blue, alpha].
+// Draw one tile per patch: `colourOf(patch)` returns [red, green, blue, alpha].
 export function tiles(context, [rows, columns], box, colourOf) {
   const pixels = new ImageData(columns, rows);
   for (let patch = 0; patch < rows * columns; patch++) pixels.data.set(colourOf(patch), 4 * patch);
@@ -52,7 +52,7 @@ export function tiles(context, [rows, columns], box, colourOf) {
   context.imageSmoothingEnabled = true;
 }
 
-// Draw a frame within a box.
+// Draw a frame inside a box.
 export function frame(context, [x, y, width, height], colour, thickness) {
   context.strokeStyle = colour;
   context.lineWidth = thickness;
@@ -76,7 +76,7 @@ function line(context, points, colour, thickness = 1, dashes = []) {
   context.stroke();
 }
 
-// Draw a chart: values by layer, the current layer marked.
+// Draw a chart of values by layer and mark the current layer.
 export function curve(context, [x, y, width, height], title, values, marked, colour, colours) {
   const [low, high] = limits(values);
   const margin = (high - low || Math.abs(high) || 1) * 0.12;

@@ -1,4 +1,4 @@
-// The page: the picture, the query, and one panel or two. Panels send the requests; this file starts them.
+// The page: the picture, the query, and one or two panels. Panels send the requests; this file triggers them.
 
 import { ask, pictureAddress, upload } from "./api.js";
 import { dark } from "./draw.js";
@@ -16,7 +16,7 @@ class Page {
   constructor(setup) {
     this.setup = setup;
     this.picture = null;
-    this.query = null; // a point as shares of the picture's sides; null for CLS
+    this.query = null; // a point as fractions of the picture's sides; null for CLS
     this.panels = [];
     byId("picture-note").textContent = setup.picture_note;
     byId("model-note").textContent = setup.model_note;
@@ -29,7 +29,7 @@ class Page {
     byId("status").textContent = words;
   }
 
-  // The choices for maps, read where they are used: a browser that goes back to the page restores its controls.
+  // Settings of the maps, read when used: after going back to the page, a browser restores its controls.
   get choices() {
     return { table: this.setup.colours, over: byId("over").checked, shared: byId("scale").value === "layer" };
   }
@@ -62,10 +62,10 @@ class Page {
     try {
       const image = await createImageBitmap(await ask("picture", { picture: id, size: 640 }, { signal }));
       signal.throwIfAborted();
-      const ratio = Math.min(3, Math.max(1 / 3, image.height / image.width)); // at most 3:1 on the page
+      const ratio = Math.min(3, Math.max(1 / 3, image.height / image.width)); // limited to 3:1 on the page
       this.picture = { id, name, image, ratio };
     } catch (error) {
-      if (error.name === "AbortError") return true; // another was chosen meanwhile
+      if (error.name === "AbortError") return true; // another picture was chosen meanwhile
       showProblem(error.message);
       return false;
     }
@@ -74,7 +74,7 @@ class Page {
     return true;
   }
 
-  // Add a picture, and show it unless another was chosen meanwhile.
+  // Upload a picture, and show it unless another was chosen meanwhile.
   async uploadFile(file) {
     this.uploading = file;
     this.showStatus(`uploading ${file.name}`);
@@ -132,7 +132,7 @@ class Page {
     });
     addEventListener("dragleave", () => document.body.classList.remove("dropping"));
     addEventListener("drop", (event) => {
-      event.preventDefault(); // also of text: the browser may open it
+      event.preventDefault(); // also for text, which the browser might open
       document.body.classList.remove("dropping");
       if (event.dataTransfer.files[0]) this.uploadFile(event.dataTransfer.files[0]);
     });

@@ -1,14 +1,14 @@
-// The figures of a panel. A figure has a name, a title, a caption, a drawing, rows for a CSV file and words for its file
-// name, all made from a panel's view: { model, label, picture, summary, layer, patch, attention, masks, components }.
-// Attention and masks name their layer, and are null before the answer. `colours` are a palette of draw.js with the
-// page's choices: the colours of maps (table), maps over the picture (over), one scale for all heads (shared).
+// The figures of a panel. Each has a name, a title, a caption, a drawing, rows for a CSV file and words for file names,
+// all made from the panel's view: { model, label, picture, summary, layer, patch, attention, masks, components }.
+// Attention and masks contain their layer, and are null until the server answers. `colours` is a palette of draw.js
+// with the page's settings: colour map (table), maps over the picture (over), one scale for all heads (shared).
 
 import * as draw from "./draw.js";
 
 const GAP = 10, TITLE = 22;
 const OBJECTS = [[230, 159, 0], [86, 180, 233], [204, 121, 167]];
 
-// Return boxes of `count` pictures with titles, in rows of one length if possible, and the height of all.
+// Return the boxes of `count` pictures with titles, in rows of equal length if possible, and the total height.
 function layout(view, count, width, smallest) {
   const most = Math.max(2, Math.floor((width + GAP) / (smallest + GAP)));
   let rows = 1;
@@ -27,7 +27,7 @@ export function queryName({ summary: { grid } }, patch) {
   return patch === null ? "CLS" : `patch ${Math.floor(patch / grid[1])}, ${patch % grid[1]}`;
 }
 
-// Draw a frame that is seen on every ground.
+// Draw a frame that is visible on any background.
 function outline(context, [x, y, width, height], colour) {
   draw.frame(context, [x - 1, y - 1, width + 2, height + 2], "#000000", 4);
   draw.frame(context, [x, y, width, height], colour, 2);
@@ -46,7 +46,7 @@ function prepared(view, canvas, colours, width, below = 0) {
   return [draw.prepare(canvas, width, height + below, colours), [0, 0, width, height]];
 }
 
-// Draw a map; over the picture, small values are more transparent.
+// Draw a map. Over the picture, small values are more transparent.
 function map(view, context, values, box, [low, high], { table, over }) {
   if (over) context.drawImage(view.picture.image, ...box);
   draw.tiles(context, view.summary.grid, box, (patch) => {
@@ -59,7 +59,7 @@ const picture = {
   name: "picture",
   title: "Picture",
   ready: () => true,
-  caption: () => "Click a patch to see what it attends to, or use the arrow keys here; Escape for CLS.",
+  caption: () => "Click a patch, or move with the arrow keys, to see what it attends to. Escape returns to CLS.",
   click: (panel, point) => panel.page.queryChosen(point),
   draw(view, canvas, colours, width) {
     const [context, box] = prepared(view, canvas, colours, width);
@@ -70,13 +70,13 @@ const picture = {
 
 const attention = {
   name: "attention",
-  title: "Attention, every head",
+  title: "Attention of each head",
   ready: (view) => view.attention,
   missing: (view) =>
     !view.summary.has_cls && view.patch === null && "This model has no CLS token: click a patch of the picture.",
   caption: (view) =>
-    `Softmax over patches, in layer ${view.attention.layer}, of ${queryName(view, view.attention.patch)}` +
-    (view.attention.layer === view.summary.layer ? "; the layer that the paper looks at." : "."),
+    `Attention of ${queryName(view, view.attention.patch)}, softmax over patches, in layer ${view.attention.layer}` +
+    (view.attention.layer === view.summary.layer ? ", the layer used in the paper." : "."),
   about: (view) => `layer${view.attention.layer}_${queryName(view, view.attention.patch)}`,
   draw(view, canvas, colours, width) {
     const { heads, patch } = view.attention;
@@ -110,7 +110,7 @@ const components = (which, title, caption) => ({
   about: () => "layers",
   layout: (view, width) => layout(view, view.summary.depth, width, 110),
   click(panel, point, canvas) {
-    const [x, y] = [(point.x * canvas.width) / 2, (point.y * canvas.height) / 2]; // as drawn, whatever the displayed size
+    const [x, y] = [(point.x * canvas.width) / 2, (point.y * canvas.height) / 2]; // in units of the drawing
     const inside = ([left, top, wide, tall]) => x >= left && x <= left + wide && y >= top && y <= top + tall;
     const layer = this.layout(panel.view, canvas.width / 2).boxes.findIndex(inside);
     if (layer >= 0) panel.page.layerChosen(panel, layer);
@@ -141,12 +141,12 @@ const components = (which, title, caption) => ({
 const masks = {
   name: "masks",
   title: "MaskCut",
-  early: true, // draw the picture first, so that nothing moves later
+  early: true, // draw the picture before the masks arrive, so that the layout stays
   ready: (view) => view.masks,
   caption(view) {
     if (!view.masks) return "…";
     const count = view.masks.masks.length;
-    return `${count} ${count === 1 ? "object" : "objects"} by normalised cuts of layer ${view.masks.layer}'s patches.`;
+    return `${count} ${count === 1 ? "object" : "objects"} found by normalised cuts in layer ${view.masks.layer}.`;
   },
   about: (view) => `layer${view.masks.layer}`,
   draw(view, canvas, colours, width) {
@@ -168,7 +168,7 @@ const masks = {
       draw.text(context, String(object + 1), label + 9, y + 10, colour, { size: 13, weight: 700, align: "center" });
     });
   },
-  // Objects are numbered 1 to 3, 0 is none; boxes are in patches, right and bottom exclusive.
+  // Objects are numbered from 1, and 0 is no object. Boxes are in patches, with right and bottom exclusive.
   rows: (view) => [
     ["layer", "row", "column", "object", "left", "top", "right", "bottom"],
     ...byPatch(view, (patch, row, column) => {
@@ -182,9 +182,9 @@ const sparsity = {
   name: "sparsity",
   title: "Non-zeros",
   ready: (view) => view.summary.patch_sparsity,
-  missing: (view) => !view.summary.patch_sparsity && "No ISTA in this model: its tokens are dense.",
+  missing: (view) => !view.summary.patch_sparsity && "No ISTA in this model, so its tokens are dense.",
   about: (view) => `layer${view.layer}`,
-  caption: (view) => `Share of a token's entries that are not zero, after layer ${view.layer}; small is sparse.`,
+  caption: (view) => `Share of non-zero entries in each token after layer ${view.layer}. Lower is sparser.`,
   draw(view, canvas, colours, width) {
     const [context, box] = prepared(view, canvas, colours, width, 28);
     const values = view.summary.patch_sparsity[view.layer];
@@ -205,9 +205,9 @@ const curves = {
   title: "Compression and sparsity",
   ready: ({ summary }) => summary.coding_rate || summary.sparsity,
   missing: (view) =>
-    !curves.ready(view) && "Query and key are separate in this model, so that there are no subspaces; and it has no ISTA.",
+    !curves.ready(view) && "This model has separate queries and keys, so no subspaces, and no ISTA.",
   about: () => "layers",
-  caption: () => "R^c of the subspace tokens, in nats; share of non-zeros after ISTA. The dashed line is the layer shown.",
+  caption: () => "R^c of the subspace tokens in nats; share of non-zeros after ISTA. The dashed line marks the layer shown.",
   draw(view, canvas, colours, width) {
     const charts = [
       ["R^c, nats", view.summary.coding_rate, colours.series[0]],
@@ -243,7 +243,7 @@ const classes = {
 export const FIGURES = [
   [picture, masks, sparsity],
   [attention],
-  [components("all", "Components 2 to 4", "Of all patches, as red, green and blue. Click a layer to look at it.")],
-  [components("parts", "Parts", "Components 1 to 3 of the foreground; the rest is black. Click a layer to look at it.")],
+  [components("all", "Components 2 to 4", "Of all patches, as red, green and blue. Click a layer to select it.")],
+  [components("parts", "Parts", "Components 1 to 3 of the foreground; the rest is black. Click a layer to select it.")],
   [curves, classes],
 ];

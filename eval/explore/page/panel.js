@@ -1,12 +1,12 @@
-// A panel: one model with its menu, layer and figures. A new request cancels the one before it; figures are labelled
-// with the layer and the query of the answer that they show.
+// A panel: one model with its menu, layer and figures. A new request cancels the previous one of its kind. Figures name
+// the layer and the query of the answer that they show.
 
 import { ask } from "./api.js";
 import { PAPER, palette } from "./draw.js";
 import { FIGURES, queryName } from "./figures.js";
 
 const FILE_WIDTH = 1000; // of a saved row of figures, in units of 1/2 pixel
-const PAUSE = 150; // milliseconds of rest before MaskCut is requested
+const PAUSE = 150; // milliseconds without a change before MaskCut is requested
 const STEPS = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] };
 
 const copyOf = (template) => document.getElementById(template).content.firstElementChild.cloneNode(true);
@@ -22,7 +22,7 @@ export class Panel {
     this.root = copyOf("panel");
     this.root.setAttribute("aria-label", `Model ${number + 1}`);
     this.view = null;
-    this.layer = null; // the chosen layer; the view's may lag behind
+    this.layer = null; // the chosen layer; that of the view may lag behind
     this.requests = {};
     this.errors = {};
     this.find = (selector) => this.root.querySelector(selector);
@@ -103,7 +103,7 @@ export class Panel {
     Object.values(this.requests).forEach((request) => request.abort());
   }
 
-  // Do the work of a request; its error stays on the panel until one of the same kind succeeds, or another load.
+  // Run a request. Its error stays on the panel until a request of its kind succeeds, or until the next load.
   async #request(kind, work) {
     this.requests[kind]?.abort();
     const { signal } = (this.requests[kind] = new AbortController());
@@ -129,7 +129,7 @@ export class Panel {
     return this.root.hasAttribute("aria-busy");
   }
 
-  // Load another model or picture. Until then the old figures stay, dimmed, and cannot be saved.
+  // Load another model or picture. Meanwhile the old figures are dimmed and cannot be saved.
   async load() {
     const { picture, setup } = this.page;
     if (!picture) return;
@@ -149,7 +149,7 @@ export class Panel {
       this.find(".untrained").hidden = !setup.models[model].untrained;
       this.slider.max = depth - 1;
       this.#showLayer(Math.min(this.layer ?? summary.layer, depth - 1));
-      const { components } = this.view; // of this load, whatever is shown when the answers arrive
+      const { components } = this.view; // of this load, even if another is shown when the answers arrive
       this.#request("components", async (answer) => {
         for (const which of ["all", "parts"]) {
           components[which] = (await answer("components", { which })).layers;
@@ -219,16 +219,16 @@ export class Panel {
     });
     const colours = { ...palette(), ...this.page.choices };
     for (const { figure, root, canvas } of drawn) {
-      figure.draw(view, canvas, colours, Math.max(200, root.clientWidth)); // the width: now that all of a row are shown
+      figure.draw(view, canvas, colours, Math.max(200, root.clientWidth)); // width of the card, measured when its whole row is shown
     }
   }
 
   #save(figure, kind, width) {
     const { label, picture } = this.view;
-    const words = [figure.name, label, picture.name, figure.about?.(this.view)]; // of now: a PNG takes its time
+    const words = [figure.name, label, picture.name, figure.about?.(this.view)]; // taken now, because a PNG is written later
     const name = words.filter(Boolean).join("_").replace(/[^\w.-]+/g, "-");
     const download = (blob) => {
-      if (!blob) return this.#showError("save", "The browser cannot draw a picture this large.");
+      if (!blob) return this.#showError("save", "The browser cannot save a picture this large.");
       const link = Object.assign(document.createElement("a"), { href: URL.createObjectURL(blob), download: `${name}.${kind}` });
       link.click();
       setTimeout(() => URL.revokeObjectURL(link.href), 10000);
