@@ -164,7 +164,7 @@ def test_corrupt_images_are_named_and_skipped(tmp_path, capsys):
     ("name", "message"),
     [
         ("voc:{}/absent", "no SegmentationClass folder"),
-        ("coco:{}/absent", "instances_val2017.json is not there"),
+        ("coco:{}/absent", "neither .*instances_val2017.json nor .*instances_val2017.json exists"),
         ("coco:{}/coco:train2017", "instances_train2017.json"),
         ("folder:{}/absent", "no such folder"),
         ("folder:{}/empty", "holds no images"),
@@ -185,7 +185,7 @@ def test_damaged_annotations(tmp_path):
     Image.fromarray(np.zeros((9, 9), np.uint8)).save(root / "SegmentationClass" / "b.png")
     images = open_images(f"voc:{tmp_path}", 32)
     assert "a.png" in images[0].problem
-    assert "annotation b.png is (9, 9), its image (40, 60)" in images[1].problem
+    assert "annotation b.png has size (9, 9), its image (40, 60)" in images[1].problem
     assert images[2].problem is None
     (root / "ImageSets/Segmentation/val.txt").write_text("")
     with pytest.raises(UserError, match="lists no images"):
@@ -340,10 +340,10 @@ RUNS = {"size": [40, 60], "counts": [0, 2400]}
         (_image(file_name=""), "image 5: 'file_name' is empty"),
         (lambda content, _: content["images"][0].pop("file_name") and None, "image 5: 'file_name' is missing"),
         (lambda content, _: content["images"][0].pop("id") and None, r"images\[0\]: 'id' is missing"),
-        (lambda content, _: content["images"].append(content["images"][0]), "image 5 stands twice"),
-        (lambda content, _: content["images"].append({"id": "6", "file_name": "y"}), "image '6': the ids .* texts"),
+        (lambda content, _: content["images"].append(content["images"][0]), "image 5 occurs twice in 'images'"),
+        (lambda content, _: content["images"].append({"id": "6", "file_name": "y"}), "image '6': all .* all strings"),
         (lambda content, _: {"images": []}, "lists no images"),
-        (lambda content, _: {"images": {}}, "does not hold COCO's annotations .*'images' is no list"),
+        (lambda content, _: {"images": {}}, "does not hold COCO's annotations .*'images' is not a list of objects"),
         (lambda content, _: content.pop("annotations") and None, "COCO's annotations .*'annotations' is missing"),
         (lambda content, _: {"annotations": [7]}, "does not hold COCO's annotations .*'annotations'"),
         (lambda content, _: {"categories": [{"name": "cat"}]}, r"categories\[0\]: 'id' is missing"),
@@ -367,7 +367,7 @@ def test_files_named_with_their_folder_are_found(tmp_path, name):
 
 def test_sizes_that_are_wrong_cost_no_memory(tmp_path):
     specification = changed_coco(tmp_path, _image(height=10**6, width=10**6))
-    assert "annotations say (1000000, 1000000), the image is (40, 60)" in open_images(specification, 32)[0].problem
+    assert "annotated size is (1000000, 1000000), the image has (40, 60)" in open_images(specification, 32)[0].problem
 
 
 def test_names_that_are_not_utf8_can_be_written(tmp_path):

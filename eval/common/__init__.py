@@ -1,1 +1,1 @@
-"""Common parts of the protocols: models and images by name, features, scores, figures, results."""
+"""Common parts of the protocols: models and images by name, features, scores, figures and results."""

@@ -1,4 +1,4 @@
-"""Images of a folder with annotated boxes: COCO-format JSON, without masks too, or XML files of ImageNet and VOC."""
+"""Images of a folder with annotated boxes, from COCO-format JSON (masks are optional) or ImageNet and VOC XML."""
 
 import itertools
 from collections import Counter
@@ -13,13 +13,13 @@ from crate_fast.eval.common.coco import checked_images, coco_content, finite, is
 from crate_fast.eval.common.images import ImageFiles, Target
 
 _Entry = tuple[tuple[int, int] | None, list[list[float]]]  # height and width or None; boxes: left, top, right, bottom
-_RATIO = 0.02  # sides that differ by more are not those of a resized copy
+_RATIO = 0.02  # tolerated relative difference of aspect ratios; above it, the image is no resized copy
 
 
 def covered(boxes: np.ndarray, rows: int, columns: int) -> np.ndarray:
-    """Return which cells of a grid have their centre in one of the boxes, boolean [rows, columns].
+    """Return the mask of the grid cells whose centre lies in a box, boolean [rows, columns].
 
-    `boxes` [M, 4] are left, top, right, bottom in shares of the image's sides.
+    `boxes` [M, 4] are left, top, right, bottom as fractions of the image's sides.
     """
     y, x = (np.arange(rows) + 0.5) / rows, (np.arange(columns) + 0.5) / columns
     inside_x = (x >= boxes[:, :1]) & (x < boxes[:, 2:3])
@@ -28,12 +28,12 @@ def covered(boxes: np.ndarray, rows: int, columns: int) -> np.ndarray:
 
 
 class BoxedImages(ImageFiles):
-    """Images of a folder with boxes; images that the annotations do not name have none.
+    """Images of a folder with boxes; an image without an annotation has no boxes.
 
     Args:
-        boxes: A JSON file, whose file names are relative to `root`; or a folder of XML files, which are searched for
-            below it and named as their images. A name without its folders will do where it is unique in both.
-        limit: Take the first images only; all when None. For `root` and `size` see `ImageFiles`.
+        boxes: A JSON file with file names relative to `root`, or a folder that is searched for XML files with the
+            names of the images. A name without its folders is enough if it is unique on both sides.
+        limit: Number of images, taken from the start; all when None. For `root` and `size` see `ImageFiles`.
 
     Raises:
         UserError: The annotations are missing, damaged, or name none of the images.
@@ -57,8 +57,8 @@ class BoxedImages(ImageFiles):
         if not self._entries:
             raise UserError(
                 f"--boxes {boxes} names none of the {len(self.items)} images of {root}: it has "
-                f"{next(iter(entries), 'no image')!r}, the folder {self.items[0][0]!r}; "
-                "give names relative to the folder"
+                f"{next(iter(entries), 'no image')!r}, the folder has {self.items[0][0]!r}; "
+                "use names relative to the folder"
             )
 
     def annotated_size(self, key: str | int) -> tuple[int, int] | None:
@@ -69,7 +69,7 @@ class BoxedImages(ImageFiles):
         annotated, boxes = self._entries.get(key, (None, []))
         rows, columns = annotated or size
         if abs(height * columns / (width * rows) - 1) > _RATIO:
-            raise UserError(f"the annotations say {annotated}, the image is {size}")
+            raise UserError(f"the annotated size is {annotated}, the image has {size}")
         corners = torch.tensor(boxes, dtype=torch.float64).reshape(-1, 4) * torch.tensor(
             [width / columns, height / rows, width / columns, height / rows], dtype=torch.float64
         )
@@ -92,7 +92,7 @@ def _read_json(path: Path) -> dict[str, _Entry]:
         box, image_id = annotation.get("bbox"), annotation.get("image_id")
         if not isinstance(box, list) or len(box) != 4 or not finite(box) or min(box[2:]) < 0:
             raise UserError(f"{where} has the bbox {box!r}, not [x, y, width, height]; correct the file")
-        if boxes and not isinstance(image_id, type(next(iter(boxes)))):  # 7 and "7" are different images
+        if boxes and not isinstance(image_id, type(next(iter(boxes)))):  # 7 and "7" are different ids
             raise UserError(f"{where} has the image_id {image_id!r}, unlike the ids of 'images'; correct the file")
         if image_id in boxes and not annotation.get("iscrowd"):
             x, y, width, height = box
@@ -105,7 +105,7 @@ def _size(height: object, width: object) -> tuple[int, int] | None:
 
 
 def _read_folder(folder: Path) -> dict[str, _Entry]:
-    """Return the same from XML files, whose corners are pixels inside the box, counted from 0."""
+    """Return the same from XML files. Their corners are the first and last pixels of a box, counted from 0."""
     entries = []
     for path in sorted(folder.rglob("*.xml")):
         try:
@@ -119,7 +119,7 @@ def _read_folder(folder: Path) -> dict[str, _Entry]:
                 raise ValueError("a corner is not finite")
         except (ElementTree.ParseError, TypeError, ValueError) as error:
             raise UserError(
-                f"--boxes: {path} is not an annotation of ImageNet's or VOC's format ({error}); remove it"
+                f"--boxes: {path} is not an annotation in ImageNet's or VOC's format ({error}); remove it"
             ) from error
         name = path.relative_to(folder).with_suffix("").as_posix()
         entries.append((name, (_size(height, width), [[a, b, c + 1, d + 1] for a, b, c, d in boxes])))

@@ -1,7 +1,7 @@
 """COCO annotations and detections: checked annotation files, masks as detections, class-agnostic AP and AR, CRF.
 
-All detections have category 1 and score 1. pycocotools ranks equal scores by image id and then as listed; both orders
-are fixed here, so AP is reproducible, but another order would give another AP (AR would stay). Report AR@100 too.
+All detections have category 1 and score 1. pycocotools ranks equal scores by image id, then in list order. Both are
+fixed here, so AP is reproducible. Another order would change AP but not AR, so report AR@100 too.
 """
 
 import io
@@ -20,18 +20,18 @@ from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from crate_fast.errors import UserError
 
-_FARTHEST = 1_000_000  # pixels; pycocotools takes memory and time for each, and at 10⁸ it crashes
+_MAX_COORDINATE = 1_000_000  # pixels; memory and time of pycocotools grow with it, and at 10⁸ it crashes
 
 
 def read_annotations(path: Path):
-    """Open a file of COCO's or LVIS's instance annotations as pycocotools' index `COCO`.
+    """Open a file of COCO or LVIS instance annotations as pycocotools' index `COCO`.
 
-    Missing values with a default are filled in: iscrowd (0), area and bbox (from the mask), file_name (the end of
-    coco_url), a category's name (its number), and an image's size (from its RLE masks). Annotations of unlisted
-    images are left out, as in pycocotools.
+    Some missing values are filled in: iscrowd (0), area and bbox (from the mask), file_name (the end of coco_url), a
+    category's name (its number), and an image's size (from its RLE masks). Annotations of unlisted images are left
+    out, as in pycocotools.
 
     Raises:
-        UserError: Another field is missing or wrong; the message names file, annotation or image, and field.
+        UserError: Another field is missing or invalid; the message names file, annotation or image, and field.
     """
     content = coco_content(path)
     if not content["images"]:
@@ -43,7 +43,7 @@ def read_annotations(path: Path):
     annotations = []
     for number, annotation in enumerate(content["annotations"]):
         where = f"{path}: annotations[{number}]"
-        _must_be((type(content["images"][0]["id"]),), annotation, "image_id", where)  # 7 and "7" are different images
+        _must_be((type(content["images"][0]["id"]),), annotation, "image_id", where)  # 7 and "7" are different ids
         if annotation["image_id"] not in images:
             continue
         _must_be((int, str), annotation, "id", where)
@@ -55,22 +55,22 @@ def read_annotations(path: Path):
 
 
 def coco_content(path: Path) -> dict[str, list[dict]]:
-    """Read lists of objects from a file in COCO's format: "images", "annotations" and "categories", which may lack.
+    """Read the lists "images", "annotations" and "categories" of a file in COCO format; the last may be missing.
 
     Raises:
-        UserError: The file does not hold these.
+        UserError: The file is not JSON, or does not hold these lists of objects.
     """
     try:
         content = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise _no_annotations(path, f"it is not JSON; {type(error).__name__}: {error}") from error
     if not isinstance(content, dict):
-        raise _no_annotations(path, f"it is a {type(content).__name__}, as a file of results is")
+        raise _no_annotations(path, f"it holds a {type(content).__name__}, as results files do")
     content.setdefault("categories", [])
     for name in ("images", "annotations", "categories"):
         entries = content.get(name)
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-            raise _no_annotations(path, f"{name!r} is {'no list of objects' if name in content else 'missing'}")
+            raise _no_annotations(path, f"{name!r} is {'not a list of objects' if name in content else 'missing'}")
     return content
 
 
@@ -86,18 +86,18 @@ def index_of(images: list[dict], annotations: list[dict], categories: list[dict]
 
 
 def require_objects(coco, image_ids: Sequence) -> None:
-    """Refuse images without any object: AP is undefined."""
+    """Raise a `UserError` if the images have no object, since AP is then undefined."""
     if not any(not annotation.get("iscrowd") for i in image_ids for annotation in coco.imgToAnns.get(i, ())):
         raise UserError(
-            f"none of the {len(image_ids)} images has an annotated object, so AP has no meaning: take more images "
-            "(--limit), or folder:PATH for detections alone"
+            f"none of the {len(image_ids)} images has an annotated object, so AP is undefined: use more images "
+            "(--limit), or folder:PATH for detections without AP"
         )
 
 
 def _as_one_category(coco, image_ids: Sequence):
-    """Copy the annotations with category 1 alone, and with ids 1, 2, … of images (as given) and annotations.
+    """Copy the annotations with category 1 only, and number images (in the given order) and annotations from 1.
 
-    pycocotools takes annotation id 0 for "no match", and reads annotations of a repeated id twice.
+    pycocotools treats annotation id 0 as "no match", and reads annotations with a repeated id twice.
     """
     images, annotations = [], []
     for number, image_id in enumerate(image_ids, start=1):
@@ -109,8 +109,8 @@ def _as_one_category(coco, image_ids: Sequence):
 
 def _no_annotations(path: Path, reason: str) -> UserError:
     return UserError(
-        f"{path} does not hold COCO's annotations ({reason}): it needs images, annotations and categories, as "
-        "instances_val2017.json has"
+        f"{path} does not hold COCO's annotations ({reason}): use a file with images, annotations and categories, "
+        "such as instances_val2017.json"
     )
 
 
@@ -121,20 +121,20 @@ def _must(holds: bool, entry: dict, field: str, rule: str, where: str) -> None:
 
 
 def _must_be(types: tuple[type, ...], entry: dict, field: str, where: str) -> None:
-    rule = " or ".join({int: "a whole number", str: "a text"}[kind] for kind in types)
+    rule = " or ".join({int: "an integer", str: "a string"}[kind] for kind in types)
     _must(type(entry.get(field)) in types, entry, field, rule, where)
 
 
 def checked_images(entries: list[dict], path: Path) -> dict[int | str, dict]:
-    """Return the entries of COCO's 'images' by id; a `UserError` names what is missing or wrong in one."""
+    """Return the entries of COCO's 'images' by id; raise a `UserError` for a missing or invalid field."""
     images: dict[int | str, dict] = {}
     for number, image in enumerate(entries):
         _must_be((int, str), image, "id", f"{path}: images[{number}]")
         where = f"{path}: image {image['id']!r}"
         if image["id"] in images:
-            raise UserError(f"{where} stands twice in 'images'; remove one")
+            raise UserError(f"{where} occurs twice in 'images'; remove one")
         if type(image["id"]) is not type(entries[0]["id"]):
-            raise UserError(f"{where}: the ids of images are numbers and texts; correct the file")
+            raise UserError(f"{where}: all image ids must be integers or all strings; correct the file")
         if "file_name" not in image and isinstance(image.get("coco_url"), str):  # LVIS
             image["file_name"] = image["coco_url"].rpartition("/")[2]
         _must_be((str,), image, "file_name", where)
@@ -148,17 +148,17 @@ def checked_images(entries: list[dict], path: Path) -> dict[int | str, dict]:
 
 
 def _complete(annotation: dict, image: dict, where: str) -> None:
-    """Check an annotation's values and fill in those that follow; an image without a size takes that of an RLE."""
+    """Check an annotation and fill in its missing values; an image without a size gets that of an RLE mask."""
     from pycocotools import mask as rle
 
     annotation["iscrowd"] = annotation.get("iscrowd") or 0
     _must(annotation["iscrowd"] in (0, 1), annotation, "iscrowd", "0 or 1", where)
     area, box = annotation.get("area"), annotation.get("bbox")
-    _must(area is None or (finite([area]) and area >= 0), annotation, "area", "a number from 0", where)
+    _must(area is None or (finite([area]) and area >= 0), annotation, "area", "a number of at least 0", where)
     is_box = not box or (isinstance(box, list) and len(box) == 4 and finite(box) and min(box[2:]) >= 0)
     _must(is_box, annotation, "bbox", "[x, y, width, height]", where)
     _check_segmentation(annotation, image, where)
-    if area is not None and box and 0 not in box[2:]:  # COCO's train2017 has a box of no height
+    if area is not None and box and 0 not in box[2:]:  # COCO's train2017 has a box of height 0
         return
     segmentation = _encoded(annotation["segmentation"], image["height"], image["width"])
     annotation["area"] = float(rle.area(segmentation)) if area is None else area
@@ -172,34 +172,34 @@ def finite(values: list) -> bool:
 
 
 def is_size(size: Sequence) -> bool:
-    """Return True for two whole numbers above 0."""
+    """Return True for two integers above 0."""
     return len(size) == 2 and all(type(side) is int and side > 0 for side in size)
 
 
 def _check_segmentation(annotation: dict, image: dict, where: str) -> None:
-    """Check a mask; remove polygons of fewer than three points, which cover nothing."""
+    """Check a mask, and remove polygons of fewer than three points, which have no area."""
     found, size = annotation.get("segmentation"), [image.get("height"), image.get("width")]
     if isinstance(found, dict):
-        _must(_is_rle(found), annotation, "segmentation", "RLE that fills its size", where)
+        _must(_is_rle(found), annotation, "segmentation", "RLE with runs that fill its size", where)
         if not is_size(size):
             image |= dict(zip(("height", "width"), found["size"], strict=True))
         else:
-            _must(size == found["size"], annotation, "segmentation", f"of its image's size {size}", where)
+            _must(size == found["size"], annotation, "segmentation", f"RLE of the image's size {size}", where)
         return
     polygons = [polygon for polygon in found if len(polygon) >= 6] if _are_polygons(found) else []
-    rule = f"RLE, or polygons x, y, x, y, x, y, … of at most {_FARTHEST:,} pixels"
+    rule = f"RLE, or polygons x, y, x, y, x, y, … with coordinates up to {_MAX_COORDINATE:,}"
     _must(bool(polygons), annotation, "segmentation", rule, where)
     if not is_size(size):
         raise UserError(
-            f"{where}: 'segmentation' has polygons, so image {image.get('id')!r} needs 'height' and 'width', whole "
-            f"numbers above 0, not {size[0]!r} and {size[1]!r}; correct the file"
+            f"{where}: 'segmentation' has polygons, so image {image.get('id')!r} needs 'height' and 'width', "
+            f"integers above 0, not {size[0]!r} and {size[1]!r}; correct the file"
         )
     annotation["segmentation"] = polygons
 
 
 def _are_polygons(found: object) -> bool:
     return isinstance(found, list) and all(
-        isinstance(p, list) and len(p) % 2 == 0 and finite(p) and max(map(abs, p), default=0) <= _FARTHEST
+        isinstance(p, list) and len(p) % 2 == 0 and finite(p) and max(map(abs, p), default=0) <= _MAX_COORDINATE
         for p in found
     )
 
@@ -207,7 +207,7 @@ def _are_polygons(found: object) -> bool:
 def _is_rle(found: dict) -> bool:
     """Return True if the runs fill the size.
 
-    pycocotools does not check that: where they are too short, its masks end with memory that nobody wrote.
+    pycocotools does not check this. If they are too short, its masks end with uninitialised memory.
     """
     size, counts = found.get("size"), found.get("counts")
     runs = counts if isinstance(counts, list) else _decoded(counts)
@@ -217,8 +217,8 @@ def _is_rle(found: dict) -> bool:
 
 
 def _decoded(counts: object) -> list[int] | None:
-    """Return the runs of compressed RLE, None where it is damaged: five bits a character, from the third run on as a
-    difference to the run two before."""
+    """Return the runs of compressed RLE, or None if it is damaged."""
+    # five bits per character; the fourth run and later ones are stored as the difference to the run two before
     runs, value, shift = [], 0, 0
     for byte in counts.encode() if isinstance(counts, str) else ():
         if not 48 <= byte < 48 + 64:
@@ -244,9 +244,9 @@ def _encoded(segmentation: list | dict, height: int, width: int) -> dict:
 
 
 def enlarge(masks: np.ndarray, size: tuple[int, int], resample: Image.Resampling) -> np.ndarray:
-    """Resize boolean masks [n, rows, columns] to [n, height, width]; blended pixels count from one half on.
+    """Resize boolean masks [n, rows, columns] to [n, height, width], with a threshold of one half.
 
-    `resample` is NEAREST from patches to the squashed image, BICUBIC from there to the image's own size.
+    Use NEAREST from patches to the squashed image, and BICUBIC from there to the original size.
     """
     full = np.zeros((len(masks), *size), bool)
     for out, mask in zip(full, masks, strict=True):
@@ -255,7 +255,7 @@ def enlarge(masks: np.ndarray, size: tuple[int, int], resample: Image.Resampling
 
 
 def detections_of(masks: np.ndarray, image_id: int | str) -> list[dict]:
-    """Return COCO results of one image: an entry for each boolean mask [n, H, W] that is not empty.
+    """Return COCO results of one image: one entry for each non-empty boolean mask of [n, H, W].
 
     An entry has "image_id", "category_id" 1, "segmentation" (compressed RLE), a tight "bbox" [x, y, width, height] in
     pixels, and "score" 1.
@@ -276,13 +276,13 @@ def class_agnostic_scores(coco, detections: Sequence[dict], image_ids: Sequence[
     """Score boxes and masks by class-agnostic AP and AR.
 
     Args:
-        coco: pycocotools' `COCO` with the ground truth, complete as by `read_annotations`; any ids and categories.
+        coco: Ground truth, pycocotools' `COCO` as completed by `read_annotations`; any ids and categories.
         detections: COCO results; their categories are ignored.
-        image_ids: Images evaluated; those without detections count as missed.
+        image_ids: Ids of the evaluated images; the objects of images without detections count as missed.
 
     Returns:
-        "bbox" and "segm", each with AP, AP50, AP75, APs, APm, APl, AR1, AR10, AR100, ARs, ARm and ARl from 0 to 1;
-        pycocotools' −1 where there is no object of that size.
+        "bbox" and "segm", each with AP, AP50, AP75, APs, APm, APl, AR1, AR10, AR100, ARs, ARm and ARl from 0 to 1, or
+        −1 if there is no object of that size, as in pycocotools.
 
     Raises:
         UserError: None of the images has an annotated object.
@@ -296,7 +296,7 @@ def class_agnostic_scores(coco, detections: Sequence[dict], image_ids: Sequence[
     ordered = sorted((d for d in detections if d["image_id"] in numbers), key=lambda d: numbers[d["image_id"]])
     names = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
     scores = {}
-    with redirect_stdout(io.StringIO()):  # pycocotools prints what is returned here
+    with redirect_stdout(io.StringIO()):  # pycocotools prints the scores
         for kind, field in (("bbox", "bbox"), ("segm", "segmentation")):
             entries = [
                 {"image_id": numbers[d["image_id"]], "category_id": 1, "score": d["score"], field: d[field]}
@@ -329,29 +329,28 @@ def paint_detections(picture: Tensor, detections: Sequence[dict]) -> Tensor:
 
 
 def require_crf():
-    """Import and return `pydensecrf.densecrf`; the `UserError` of its absence says how to install it."""
+    """Import and return `pydensecrf.densecrf`; raise a `UserError` if it is not installed."""
     try:
         from pydensecrf import densecrf
     except ModuleNotFoundError as error:
         raise UserError(
-            "the CRF needs pydensecrf: pip install 'crate_fast[crf]' (it is compiled: a C++ compiler must be there), "
-            "or leave --crf out"
+            "the CRF needs pydensecrf: pip install 'crate_fast[crf]' (this needs a C++ compiler), or leave --crf out"
         ) from error
     return densecrf
 
 
 def refine(mask: np.ndarray, image: np.ndarray) -> np.ndarray | None:
-    """Fit a mask's edges to the image's and fill its holes (paper, B.4; its Table 1 does without).
+    """Fit a mask to the image's edges with a CRF and fill its holes (paper, B.4; not used for its Table 1).
 
-    Krähenbühl and Koltun's mean-field inference, with CutLER's constants: 10 iterations; a Gaussian of 3 pixels,
-    weight 7; a bilateral one of 50 pixels and 5 grey levels, weight 10; the mask's label has probability e/(1 + e).
+    Krähenbühl and Koltun's mean-field inference with CutLER's constants: 10 iterations; a Gaussian kernel of 3 pixels
+    and weight 7; a bilateral kernel of 50 pixels, 5 grey levels and weight 10; label probability e/(1 + e).
 
     Args:
         mask: Boolean [H, W].
         image: uint8 [H, W, 3].
 
     Returns:
-        Boolean [H, W]; None if the result is another mask (IoU below ½).
+        Boolean [H, W]; None if the IoU of the result with the mask is below ½.
     """
     from scipy.ndimage import binary_fill_holes
 

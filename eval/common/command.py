@@ -1,4 +1,4 @@
-"""Models, images and output files of the protocols' commands; their options are in crate_fast/options.py."""
+"""Models, images and output files of the protocols' commands. The options are in crate_fast/options.py."""
 
 import argparse
 import itertools
@@ -24,13 +24,13 @@ def open_models(options: argparse.Namespace) -> list[LoadedModel]:
     Raises:
         UserError: Two have the same label, or one cannot be opened; see `models.open_model`.
     """
-    labels_of(options.models)  # refuses two alike before one is opened
+    labels_of(options.models)  # raises for equal labels before a model is opened
     device = choose_device(options.device)
     options.device = str(device)
     settings = (device, options.image_size, options.model_args, options.seed)
     models = [open_model(name, *settings) for name in options.models]
     if options.model_args and all(loaded.config is not None for loaded in models):
-        raise UserError(f"--model-args {' '.join(options.model_args)}: a run knows its own model; leave them out")
+        raise UserError(f"--model-args {' '.join(options.model_args)}: a run has its own settings; leave them out")
     return models
 
 
@@ -40,7 +40,7 @@ def open_data(options: argparse.Namespace, loaded: LoadedModel) -> Dataset:
 
 
 def attention_layers(options: argparse.Namespace, models: Sequence[LoadedModel]) -> dict[str, tuple[list[int], int]]:
-    """Return by label the layers of `--layers`, all by default, and the one in figures; refuse models without CLS."""
+    """Return label → (layers of `--layers`, all by default; layer in figures); raise for a model without CLS."""
     found = {}
     for loaded in models:
         loaded.require_cls()
@@ -51,20 +51,20 @@ def attention_layers(options: argparse.Namespace, models: Sequence[LoadedModel])
 
 
 class Evaluation:
-    """Results of one command: written files, unreadable images, and models that could not be scored.
+    """Output of one command: written files, unreadable images, and models that could not be scored.
 
-    Its folder is `--output`, or one named after the protocol and the models. Make it before anything is computed.
+    Construct it before anything is computed, so that an unusable output folder is found early.
 
     Args:
-        folder: Name of the folder without `--output`; the protocol's when empty.
+        folder: Name below runs/eval without `--output`; that of the protocol when empty.
 
     Attributes:
-        folder: The folder of the results, made.
+        folder: Existing folder of the results: `--output`, or named after the protocol and the models.
         problems: One line for each unreadable image; filled by `images.batches`.
-        written: Files other than results.json.
+        written: Written files except results.json.
 
     Raises:
-        UserError: The folder cannot be made.
+        UserError: The folder cannot be created or is not writable.
     """
 
     def __init__(self, protocol: str, options: argparse.Namespace, models: Sequence[LoadedModel], folder: str = ""):
@@ -76,18 +76,18 @@ class Evaluation:
         self._failures: list[str] = []
 
     def model_folder(self, loaded: LoadedModel) -> Path:
-        """Return the folder of one model's files: with a single model the output folder itself."""
+        """Return the folder of one model's files; for a single model, the output folder itself."""
         return self.folder if len(self.models) == 1 else self.folder / files.file_name(loaded.label)
 
     def reading(self, title: str | None) -> dict:
-        """Return the arguments of `images.batches` that a command decides; `title` is the progress bar's."""
+        """Return arguments of `images.batches` from the command's options; `title` is that of the progress bar."""
         options = {"batch_size": self.options.batch_size, "workers": self.options.workers}
         return options | {"progress": title, "problems": self.problems}
 
     def score(self, compute: Callable[..., Any], arguments: dict[str, tuple] | None = None) -> dict[str, Any]:
-        """Return label → result of `compute`; a `UserError` of one does not stop the others, unless all fail.
+        """Return label → result of `compute`. A `UserError` is raised only if all fail; `finish` reports others.
 
-        `arguments` are those of `compute`, by label; each model when None.
+        `arguments` maps labels to arguments of `compute`; when None, each model is one.
         """
         results = {}
         for label, values in (arguments or {loaded.label: (loaded,) for loaded in self.models}).items():
@@ -100,7 +100,7 @@ class Evaluation:
         return results
 
     def figure(self, name: str) -> list[Path]:
-        """Return the paths of a figure, PNG and PDF, and count them as written."""
+        """Return the PNG and PDF paths of a figure, and add them to `written`."""
         paths = [self.folder / f"{name}.{suffix}" for suffix in ("png", "pdf")]
         self.written += paths
         return paths
@@ -119,9 +119,9 @@ class Evaluation:
             print(texts["md"])
 
     def finish(self, results: dict, config: dict | None = None, notes: Sequence[str] = ()) -> None:
-        """Write results.json with plain values, print `notes` and the written files, and report failures.
+        """Write results.json, and print `notes` and the written files.
 
-        `config` are more settings than those of the command line.
+        `config` holds settings in addition to those of the command line.
 
         Raises:
             UserError: A model could not be scored.
@@ -149,11 +149,11 @@ def read_images(
     """Read the images of `--data` at a model's size, batch by batch, with a progress bar.
 
     Args:
-        kept: Filled with the samples, for the figures.
-        containing: Take only images with a class of this name; `--limit` counts these.
+        kept: Receives the samples, for the figures.
+        containing: Read only images with a class of this name; `--limit` counts these images.
 
     Raises:
-        UserError: No class has that name, or none of the images contains it.
+        UserError: No class has that name, or no image contains it.
     """
     limit, wanted = evaluation.options.limit, None
     images = open_images(evaluation.options.data, loaded.extract.image_size[0], None if containing else limit)

@@ -23,11 +23,11 @@ _STYLE = {
     "axes.grid": True,
     "grid.alpha": 0.3,
     "legend.frameon": False,
-    "pdf.fonttype": 42,  # text stays text
+    "pdf.fonttype": 42,  # keep text as text
 }
 _CELL_INCHES, _EDGE_INCHES = 1.3, 0.02
-_MARGIN = 0.015  # in cells
-# Okabe and Ito's colours, which most colour-blind people tell apart; yellow is too faint on white
+_MARGIN = 0.015  # as a fraction of a cell
+# Okabe and Ito's colour-blind-safe palette without yellow, which is too faint on white
 _COLOURS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#000000", "#999999")
 
 
@@ -37,8 +37,8 @@ class Picture:
 
     Attributes:
         pixels: [H, W, 3] (uint8, or floats from 0 to 1) or a map [H, W].
-        colours: matplotlib's name of a map's colours.
-        limits: Values at both ends of the colour scale; the map's own when None.
+        colours: Name of matplotlib's colour map.
+        limits: Values at both ends of the colour scale; those of the map when None.
         over: An image [H, W, 3] under the map, which is then half transparent.
     """
 
@@ -61,15 +61,15 @@ def image_grid(
     Args:
         rows: Pictures row by row, at least one; None leaves a cell empty. Rows may have different lengths.
         paths: Files to write; the suffix (.png, .pdf) decides the format.
-        row_titles: At the left of each row.
-        column_titles: Above the first row.
-        title: Above everything.
+        row_titles: Titles to the left of the rows.
+        column_titles: Titles above the first row.
+        title: Title of the figure.
     """
     columns = max(map(len, rows))
-    with plt.rc_context(_STYLE | {"axes.grid": False, "text.parse_math": False}):  # a file may be called $_^$.png
+    with plt.rc_context(_STYLE | {"axes.grid": False, "text.parse_math": False}):  # file names may contain $_^
         size = np.array([columns, len(rows)]) * _CELL_INCHES
         figure = plt.figure(figsize=size)
-        axis = figure.add_axes((0, 0, 1, 1))  # one for all cells: one each takes seconds to draw
+        axis = figure.add_axes((0, 0, 1, 1))  # one for all cells: many axes take seconds to draw
         for row, pictures in enumerate(rows):
             for column, picture in enumerate(pictures):
                 if picture is not None:
@@ -91,7 +91,7 @@ def image_grid(
 
 
 def _draw(axis, picture: Picture, column: int, row: int) -> None:
-    """Draw in the middle of a cell of side 1, with a margin."""
+    """Draw a picture in the middle of a cell of side 1, with a margin."""
     height, width = (picture.pixels if picture.over is None else picture.over).shape[:2]
     half = [(0.5 - _MARGIN) * side / max(height, width) for side in (width, height)]
     extent = (column + 0.5 - half[0], column + 0.5 + half[0], row + 0.5 + half[1], row + 0.5 - half[1])
@@ -110,11 +110,11 @@ class Curve:
     """One line of a chart.
 
     Attributes:
-        label: In the legend, unless it begins with _.
-        x, y: Its points.
-        spread: Half the height of a band around it, or None.
-        dashed: Draw dashed, as a baseline.
-        like: Label whose colour is used; its own when None.
+        label: Text in the legend; not shown if it begins with _.
+        x, y: Coordinates of the points.
+        spread: Half the height of a band around the line, or None.
+        dashed: Draw a dashed line, for baselines.
+        like: Label of the curve with the same colour; None for a colour of its own.
     """
 
     label: str
@@ -133,15 +133,15 @@ def curve_figure(
     columns: int | None = None,
     labels: Sequence[str] = (),
 ) -> None:
-    """Write charts side by side; a label has one colour in all of them, and charts that share labels one legend.
+    """Write charts side by side. A label has the same colour in all charts; charts with common labels share a legend.
 
     Args:
         panels: Label of the y-axis → curves.
         xlabel: Label of every x-axis.
         paths: Files to write; the suffix (.png, .pdf) decides the format.
         from_zero: Start every y-axis at 0, so that differences of scores do not look larger than they are.
-        columns: Charts in a row; all when None.
-        labels: Labels in the order that fixes their colours, shared with other figures.
+        columns: Charts per row; all in one row when None.
+        labels: Labels that get the first colours, in this order, so that several figures use the same.
     """
     drawn = [curve for curves in panels.values() for curve in curves]
     distinct = dict.fromkeys([*labels, *(curve.like or curve.label for curve in drawn)])
@@ -182,7 +182,7 @@ def _draw_curve(axis, curve: Curve, colour: str) -> None:
 
 
 def save_figure(figure, paths: Sequence[Path]) -> None:
-    """Write a matplotlib figure to each path (folders are made) and close it. The files hold no dates."""
+    """Write a matplotlib figure to each path, without dates, and close it; missing folders are created."""
     for path in paths:
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=200, metadata={"CreationDate": None} if path.suffix == ".pdf" else None)
@@ -197,7 +197,7 @@ def write_pages(
     column_titles: Sequence[str],
     title: str | None = None,
 ) -> list[Path]:
-    """Write rows of pictures as `name`_01.png, `name`_01.pdf, `name`_02.png, …, `ROWS_A_PAGE` rows a page."""
+    """Write rows of pictures as `name`_01.png, `name`_01.pdf, `name`_02.png, …, `ROWS_A_PAGE` rows per page."""
     written = []
     titles = {"column_titles": column_titles, "title": title}
     for page, start in enumerate(range(0, len(rows), ROWS_A_PAGE), start=1):
@@ -209,14 +209,14 @@ def write_pages(
 
 
 def short_name(sample: Sample, longest: int = 16) -> str:
-    """Return a sample's key. A long one loses its beginning, or has its credit on lines of its own."""
+    """Return a sample's key for a title. A long key is wrapped before its credit, or shortened at the beginning."""
     name = str(sample.key)
     wrapped = wrap_credit(name)
     return name if len(name) <= longest else wrapped if wrapped != name else "…" + name[1 - longest :]
 
 
 def wrap_credit(name: str) -> str:
-    """Put the credit of a free photograph on lines of its own.
+    """Put the credit of a free photograph on separate lines.
 
     >>> wrap_credit("cat (Stéfan van der Walt, CC0)")
     'cat\\nStéfan van der Walt\\nCC0'
@@ -232,9 +232,9 @@ def image_picture(image) -> Picture:
 def image_rows(
     samples: Sequence[Sample], columns: dict[str, Iterable[Picture | None]]
 ) -> tuple[list[list[Picture | None]], list[str]]:
-    """Lay out samples as rows of a grid; return the rows and the titles of their columns.
+    """Lay out samples as rows of a grid; return the rows and the column titles.
 
-    A row begins with the image and, if known, the union of its object masks; a picture of each column follows.
+    A row holds the image, the union of its object masks if known, and one picture from each of `columns`.
     """
     rows = []
     for sample, *pictures in zip(samples, *columns.values(), strict=True):

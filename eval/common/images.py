@@ -2,17 +2,17 @@
 
     folder:PATH          every image below PATH
     voc:PATH             PASCAL VOC in its own layout (VOCdevkit/VOC2012), segmentation val split
-    coco:PATH[:SPLIT]    COCO: PATH/SPLIT/*.jpg, instances_SPLIT.json in PATH or PATH/annotations; SPLIT is val2017.
-                         LVIS's annotations may take the file's place
-    shape_scenes[:SEED]  scenes made on the fly (validation split), 500 of them if no limit is given; one object each
-    photographs          freely licensed ones that scikit-image, scikit-learn and matplotlib bring along, with credit
+    coco:PATH[:SPLIT]    COCO: PATH/SPLIT/*.jpg, instances_SPLIT.json in PATH or PATH/annotations; SPLIT is val2017
+                         by default; the JSON file may hold LVIS annotations
+    shape_scenes[:SEED]  generated scenes (validation split) with one object each; 500 unless a limit is given
+    photographs          freely licensed photographs from scikit-image, scikit-learn and matplotlib, with credit
 
-An image that cannot be read becomes a `Sample` with a `problem`: the protocols count and name it.
+An image that cannot be read becomes a `Sample` with a `problem`; the protocols count and list such images.
 
-Images are read as in training (`crate_fast.train.data.image_files`), upright as their EXIF orientation says.
-Annotations are taken to be drawn on the upright picture: labelling tools show it, and detectron2 compares its size
-with that in COCO's JSON. Where only the stored pixels have the size of the annotations, nothing is turned.
-Sizes cannot tell for orientations 2 to 4 and for squares: those are upright.
+Images are read as in training (`crate_fast.train.data.image_files`), turned upright by their EXIF orientation.
+Annotations are assumed to refer to the upright image: labelling tools show it, and detectron2 compares its size with
+the size in COCO's JSON. If only the stored pixels have the annotated size, the image is not turned. For orientations
+2 to 4 and for squares both sizes are equal; these images are turned upright.
 """
 
 import functools
@@ -42,7 +42,7 @@ VOC_CLASSES = (
     "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
 )  # fmt: skip
 VOID = 255
-_FREE_PHOTOGRAPHS = (  # photographs of installed packages: package, file, name, credit
+_FREE_PHOTOGRAPHS = (  # photographs in installed packages: package, file, name, credit
     ("skimage", "data/chelsea.png", "cat", "Stéfan van der Walt, CC0"),
     ("skimage", "data/coffee.png", "coffee", "Rachel Michetti, CC0"),
     ("skimage", "data/astronaut.png", "astronaut", "NASA, public domain"),
@@ -57,13 +57,13 @@ _UNREADABLE = (*UNREADABLE, KeyError, TypeError, IndexError, AssertionError)  # 
 
 @dataclass(frozen=True)
 class Target:
-    """Semantic classes of one image.
+    """Annotations of one image.
 
     Attributes:
-        classes: Class numbers present, without the background.
-        masks: Masks of the classes, boolean [M, H, W], at the image's own resolution.
+        classes: Numbers of the M classes in the image, without the background.
+        masks: Masks of these classes, boolean [M, H, W], at the image's original resolution.
         valid: Pixels that are not void, boolean [H, W].
-        boxes: Objects' left, top, right, bottom in pixels of the image, the last two exclusive, [K, 4]; or None.
+        boxes: Boxes of objects [K, 4]: left, top, right, bottom in pixels, the last two exclusive; or None.
     """
 
     classes: list[int]
@@ -74,8 +74,8 @@ class Target:
     def on_grid(self, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Return masks [M, P] and valid patches [P] on a grid of patches, both boolean.
 
-        A patch counts if at least half of it is not void, and belongs to an object if at least half of its valid
-        pixels do. A small or thin object may have no patch.
+        A patch is valid if at least half of it is not void. It belongs to an object if at least half of its valid
+        pixels do, so a small or thin object may have no patch.
         """
         parts = torch.cat([self.valid[None], self.masks & self.valid]).float()
         valid, masks = F.adaptive_avg_pool2d(parts, grid).flatten(1).split([1, len(self.masks)])
@@ -85,15 +85,15 @@ class Target:
 
 @dataclass(frozen=True)
 class Sample:
-    """One image of a set.
+    """One image of a data set.
 
     Attributes:
-        key: Name or number in the set.
+        key: Name or number in the data set.
         image: uint8 [3, S, S], squashed to a square; zeros if unreadable.
-        size: Height and width of the file, in pixels.
-        target: Object masks, or None.
-        problem: Reason why it is unreadable, or None.
-        label: Class number, where a whole image has one.
+        size: Height and width of the original image, in pixels.
+        target: Annotations, or None.
+        problem: Reason why the image is unreadable, or None.
+        label: Class number of the image; -1 if unknown.
     """
 
     key: str | int
@@ -106,7 +106,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Batch:
-    """Readable samples, and their images, uint8 [B, 3, S, S]."""
+    """Readable samples and their stacked images, uint8 [B, 3, S, S]."""
 
     images: Tensor
     samples: list[Sample]
@@ -119,17 +119,17 @@ def squash(picture: Image.Image, size: int) -> Tensor:
 
 
 def box_corners(masks: Tensor) -> Tensor:
-    """Return left, top, right, bottom [n, 4] of boolean masks [n, H, W], the last two exclusive; none is empty."""
+    """Return boxes [n, 4] of non-empty boolean masks [n, H, W]: left, top, right, bottom, the last two exclusive."""
     return (masks_to_boxes(masks) + torch.tensor([0, 0, 1, 1])).int()
 
 
 class ImageFiles(Dataset):
-    """Images of a folder, sorted by path; base class of the other sets.
+    """Images of a folder, sorted by path; base class of the other data sets.
 
-    Images are squashed to `size` pixels a side.
+    Images are squashed to squares of `size` pixels.
 
     Raises:
-        UserError: There is no folder, or no image in it.
+        UserError: The folder does not exist or has no images.
     """
 
     labelled, has_instances = False, False
@@ -142,7 +142,7 @@ class ImageFiles(Dataset):
         if tree.note:
             print(f"{root}: {tree.note}", file=sys.stderr)
         if not tree.names:
-            raise UserError(f"{root} holds no images ({', '.join(EXTENSIONS)}): pass a folder that does")
+            raise UserError(f"{root} holds no images ({', '.join(EXTENSIONS)}): pass a folder with images")
         paths = sorted(map(Path, tree.names))
         names = [str(path).encode("utf-8", "backslashreplace").decode() for path in paths]  # results are UTF-8
         self.items = [(name, root / path) for name, path in zip(names, paths, strict=True)]
@@ -167,11 +167,11 @@ class ImageFiles(Dataset):
         return [key for key, _ in self.items]
 
     def annotated_size(self, key: str | int) -> tuple[int, int] | None:
-        """Return the height and width that the annotations state for an image, or None."""
+        """Return the annotated height and width of an image, or None."""
         return None
 
     def target(self, key: str | int, size: tuple[int, int]) -> Target | None:
-        """Return the object masks of an image, or None."""
+        """Return the annotations of an image, or None."""
         return None
 
     def class_names(self) -> dict[int, str]:
@@ -180,14 +180,14 @@ class ImageFiles(Dataset):
 
 
 class FreePhotographs(ImageFiles):
-    """The photographs of `free_photographs`; matplotlib, which is always there, has one."""
+    """Photographs of `free_photographs`; at least one, since matplotlib is always installed."""
 
     def __init__(self, size: int):
         self.size, self.items = size, list(free_photographs().items())
 
 
 class VocImages(ImageFiles):
-    """PASCAL VOC's segmentation images with semantic classes; 255 is void, 0 background."""
+    """PASCAL VOC segmentation images with semantic classes; 255 is void and 0 is background."""
 
     labelled = True
 
@@ -201,10 +201,10 @@ class VocImages(ImageFiles):
         self.root, self.size = found, size
         names = found / "ImageSets" / "Segmentation" / "val.txt"
         if not names.is_file():
-            raise UserError(f"{names} is not there: it lists the images of the split 'val'. Unpack VOC again")
+            raise UserError(f"{names}, the list of the 'val' images, is missing: unpack VOC again")
         self.items = [(key, found / "JPEGImages" / f"{key}.jpg") for key in names.read_text().split()]
         if not self.items:
-            raise UserError(f"{names} lists no images")
+            raise UserError(f"{names} lists no images: unpack VOC again")
 
     def _annotation(self, key: str | int):
         return open_image(self.root / "SegmentationClass" / f"{key}.png")
@@ -219,7 +219,7 @@ class VocImages(ImageFiles):
                 raise UserError(f"annotation {key}.png has mode {file.mode}, not a palette of class numbers")
             labels = torch.from_numpy(np.array(file))
         if tuple(labels.shape) != size:
-            raise UserError(f"annotation {key}.png is {tuple(labels.shape)}, its image {size}")
+            raise UserError(f"annotation {key}.png has size {tuple(labels.shape)}, its image {size}")
         classes = [c for c in labels.unique().tolist() if c not in (0, VOID)]
         return Target(classes, labels == torch.tensor(classes).view(-1, 1, 1), labels != VOID)
 
@@ -228,13 +228,13 @@ class VocImages(ImageFiles):
 
 
 class CocoImages(ImageFiles):
-    """COCO images, sorted by id, with the union of each category's instances; crowds are void.
+    """COCO images, sorted by id. A category's mask is the union of its instances; crowds are void.
 
     Attributes:
         coco: pycocotools' index of the annotations, from `coco.read_annotations`.
 
     Raises:
-        UserError: The folder or the file is not there, or an annotation is incomplete.
+        UserError: The folder or the annotation file is missing, or an annotation is incomplete.
     """
 
     labelled, has_instances = True, True
@@ -244,18 +244,20 @@ class CocoImages(ImageFiles):
         names = [root / f"instances_{split}.json", root / "annotations" / f"instances_{split}.json"]
         found = next((name for name in names if name.is_file()), None)
         if found is None:
-            raise UserError(f"{names[0]} is not there, nor {names[1]}: pass --data coco:PATH[:SPLIT]")
+            raise UserError(f"neither {names[0]} nor {names[1]} exists: pass --data coco:PATH[:SPLIT]")
         if not (root / split).is_dir():
-            raise UserError(f"{root / split} is not there: the images belong there")
+            raise UserError(f"the image folder {root / split} does not exist: put the images there")
         self.coco = read_annotations(found)
         self.items = [(key, self._path(image, split)) for key, image in sorted(self.coco.imgs.items())]
 
     def _path(self, image: dict, split: str) -> Path:
         path = self.root / split / image["file_name"]
-        name = image["file_name"].replace("\\", "/")  # of tools on Windows
+        name = image["file_name"].replace("\\", "/")  # some tools on Windows write backslashes
         elsewhere = [self.root / split / name, self.root / name]
         if folder := str(image.get("coco_url", "")).split("/")[-2:-1]:
-            elsewhere.append(self.root.joinpath(*folder, path.name))  # LVIS's validation images are in train2017, too
+            elsewhere.append(
+                self.root.joinpath(*folder, path.name)
+            )  # some of LVIS's validation images are in train2017
         return next((place for place in [path, *elsewhere] if place.exists()), path)
 
     def annotated_size(self, key: str | int) -> tuple[int, int] | None:
@@ -264,7 +266,7 @@ class CocoImages(ImageFiles):
 
     def target(self, key: str | int, size: tuple[int, int]) -> Target:
         if self.coco.imgToAnns[key] and self.annotated_size(key) != size:
-            raise UserError(f"the annotations say {self.annotated_size(key)}, the image is {size}")
+            raise UserError(f"the annotated size is {self.annotated_size(key)}, the image has {size}")
         masks: dict[int, np.ndarray] = {}
         void, boxes = np.zeros(size, bool), []
         for annotation in self.coco.imgToAnns[key]:
@@ -285,7 +287,7 @@ class CocoImages(ImageFiles):
 
 
 class SceneImages(ImageFiles):
-    """`count` validation scenes of `shape_scenes` of a seed, numbered, each with its object's mask."""
+    """Validation scenes of `shape_scenes`, numbered from 0, each with the mask of its object."""
 
     labelled, has_instances = True, True
 
@@ -295,9 +297,9 @@ class SceneImages(ImageFiles):
 
     @functools.cached_property
     def coco(self):
-        """Return pycocotools' index of the objects, one per image; drawn on first use.
+        """Return pycocotools' index of the objects, one per image; built on first use.
 
-        Distractors are not objects: detections of them lower AP.
+        Distractors are not annotated, so detecting them lowers AP.
         """
         from pycocotools import mask as rle
 
@@ -321,15 +323,15 @@ class SceneImages(ImageFiles):
 
 
 def open_images(specification: str, size: int, limit: int | None = None) -> Dataset:
-    """Open the images that `--data` names (see the module's text), as a data set of `Sample`s.
+    """Open the images named by `--data` (see the module's docstring) as a data set of `Sample`s.
 
     Args:
-        specification: `KIND:PATH`, or shape_scenes.
-        size: Side to which images are squashed, in pixels.
-        limit: Take the first `limit` images; all when None.
+        specification: `KIND:PATH`, shape_scenes or photographs.
+        size: Side of the squashed images, in pixels.
+        limit: Number of images, taken from the start; all when None.
 
     Raises:
-        UserError: Images or annotations are missing, the specification is misspelt, or the limit is not positive.
+        UserError: Images or annotations are missing, the specification is invalid, or the limit is not positive.
     """
     if limit is not None and limit < 1:
         raise UserError(f"--limit {limit}: give a positive number, or leave it out for all images")
@@ -354,7 +356,7 @@ def open_images(specification: str, size: int, limit: int | None = None) -> Data
 
 
 def readable(images: Dataset) -> Iterator[tuple[int, Sample]]:
-    """Yield the samples that can be read, with their numbers."""
+    """Yield (number, sample) for each readable sample."""
     samples = ((number, images[number]) for number in range(len(images)))
     return (entry for entry in samples if entry[1].problem is None)
 
@@ -371,13 +373,13 @@ def batches(
     """Read samples in order, `batch_size` at a time, and yield the readable ones.
 
     Args:
-        problems: Filled with one line for each unreadable image, which is also printed on stderr.
-        workers: Processes that read.
-        progress: Title of a progress bar; none when None.
-        allow_none: Accept a set without a readable image, as one rank's part may be.
+        problems: Receives one line for each unreadable image; the line is also printed to stderr.
+        workers: Number of reading processes; 0 reads in this process.
+        progress: Title of the progress bar; no bar when None.
+        allow_none: Accept data without a readable image, such as the part of one rank.
 
     Raises:
-        UserError: Not one image could be read.
+        UserError: No image can be read.
     """
     problems = [] if problems is None else problems
     loader = DataLoader(images, batch_size=batch_size, num_workers=workers, collate_fn=list)
@@ -396,11 +398,11 @@ def batches(
                 yield Batch(torch.stack([sample.image for sample in good]), good)
             bar.update(len(samples))
     if not readable and not allow_none:
-        raise UserError(f"none of the {len(images)} images could be read; the first: {first_problem}")
+        raise UserError(f"none of the {len(images)} images could be read; first problem: {first_problem}")
 
 
 def free_photographs() -> dict[str, Path]:
-    """Return the freely licensed photographs of installed packages: name with credit → file."""
+    """Return the freely licensed photographs in installed packages: name with credit → file."""
     found = {}
     for package, file, name, credit in _FREE_PHOTOGRAPHS:
         specification = importlib.util.find_spec(package)

@@ -1,7 +1,7 @@
 """The paper's numbers (Emergence of Segmentation with Minimalistic White-Box Transformers).
 
-Scores are in percent, accuracies from 0 to 1. Tables 1 and 2 give CRATE-S/8 different detection numbers for what is
-described as one setting.
+Scores are in percent, accuracies from 0 to 1. Tables 1 and 2 report different detection scores of CRATE-S/8, although
+the paper describes the same setting.
 """
 
 _BOX, _MASK, _MIOU = ("box AP50", "box AP75", "box AP"), ("mask AP50", "mask AP75", "mask AP"), "VOC mIoU"
@@ -40,8 +40,7 @@ TABLES: dict[str, dict[str, dict[str, float]]] = {
     },
 }
 _TRANSFERRED = ("CRATE-T/8", "CRATE-S/8", "CRATE-B/8", "ViT-T/8", "ViT-B/8")
-# Table 3: top-1 accuracy after pre-training on ImageNet-21k and fine-tuning every weight; data set → model →
-# accuracy.
+# Table 3: data set → model → top-1 accuracy after pre-training on ImageNet-21k and fine-tuning all weights
 TRANSFER: dict[str, dict[str, float]] = {
     name: dict(zip(_TRANSFERRED, row, strict=True))
     for name, row in {
@@ -55,7 +54,7 @@ TRANSFER: dict[str, dict[str, float]] = {
 
 
 def find(table: str, label: str) -> dict[str, float]:
-    """Return the paper's numbers for a model of that name, in any case; {} if the table has no such row.
+    """Return the paper's numbers for a model name, ignoring case; {} if the table has no such row.
 
     >>> find("figure4", "crate-s/8")
     {'VOC mIoU': 23.9}

@@ -1,4 +1,4 @@
-"""Files of an evaluation: tables in three formats, folders of settings, and records to resume from."""
+"""Files of an evaluation: tables in three formats, settings, and records for resuming."""
 
 import csv
 import io
@@ -23,7 +23,7 @@ def _columns(rows: Sequence[dict]) -> list[str]:
 
 
 def _cells(rows: Sequence[dict], digits: int) -> list[list[str]]:
-    """Return the rows as text; a missing value is –."""
+    """Return the rows as text; a missing value becomes –."""
 
     def cell(value: object) -> str:
         return "–" if value is None else f"{value:.{digits}f}" if isinstance(value, float) else str(value)
@@ -32,7 +32,7 @@ def _cells(rows: Sequence[dict], digits: int) -> list[list[str]]:
 
 
 def markdown_table(rows: Sequence[dict], digits: int = 3) -> str:
-    """Format rows as a Markdown table; columns in order of appearance, a missing value as –.
+    """Format rows as a Markdown table. Columns are in order of appearance; a missing value becomes –.
 
     >>> print(markdown_table([{"model": "A", "AP": 0.5}, {"model": "B"}]), end="")
     | model | AP |
@@ -46,7 +46,7 @@ def markdown_table(rows: Sequence[dict], digits: int = 3) -> str:
 
 
 def csv_table(rows: Sequence[dict]) -> str:
-    """Format rows as CSV, numbers in full; a missing value is empty."""
+    """Format rows as CSV with unrounded numbers; a missing value becomes empty."""
     text = io.StringIO()
     writer = csv.DictWriter(text, _columns(rows), restval="", lineterminator="\n")
     writer.writeheader()
@@ -65,23 +65,23 @@ def latex_table(rows: Sequence[dict], digits: int = 3) -> str:
 
 
 def make_folder(folder: Path) -> Path:
-    """Make a folder to write into, if it is not there, and return it; refuse one that cannot be written to."""
+    """Create an output folder if necessary and return it; raise a `UserError` if it is not writable."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--output {folder}: no such folder can be made ({error.strerror}); name another") from error
+        raise UserError(f"--output {folder} cannot be created ({error.strerror}): name another folder") from error
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise UserError(f"--output {folder}: nothing can be written there; name another folder")
+        raise UserError(f"--output {folder} is not writable: name another folder")
     return folder
 
 
 def file_name(label: str) -> str:
-    """Return a model's label as part of a path: CRATE-S/8 → CRATE-S_8."""
+    """Return a model's label as a file name: CRATE-S/8 → CRATE-S_8."""
     return re.sub(r"[^\w.@-]+", "_", label)
 
 
 def write_file(path: Path, text: str) -> None:
-    """Write a file. Where that fails, print its content, which may have taken hours."""
+    """Write a file. If that fails, print its content, which may have taken hours to compute."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, text)
@@ -89,15 +89,15 @@ def write_file(path: Path, text: str) -> None:
         print(text)
         raise UserError(
             f"{path} cannot be written ({error.strerror}), and its content is printed instead: free some space, or "
-            "see to its permissions"
+            "correct the permissions"
         ) from error
 
 
 def claim(folder: Path, file: str, settings: dict, option: str = "--output") -> None:
-    """Write settings into a JSON file of a folder, which is made if it is not there.
+    """Write settings to a JSON file in a folder, or compare them with those of the existing file.
 
     Raises:
-        UserError: The file holds other settings, or the folder cannot be written; `option` names another folder.
+        UserError: The file holds other settings, or the folder is not writable. The message suggests `option`.
     """
     make_folder(folder)
     path, settings = folder / file, json.loads(json.dumps(settings))
@@ -112,21 +112,21 @@ def claim(folder: Path, file: str, settings: dict, option: str = "--output") -> 
 
 
 class Records:
-    """Records of an evaluation in a folder, one line per image or checkpoint, for resuming it.
+    """Records of a resumable evaluation, one line per image or checkpoint.
 
-        settings.json         the settings that decide a record; records of other settings are refused
-        records-RANK.jsonl    one record a line, appended and flushed by the process of that rank
+        settings.json         the settings that the records depend on
+        records-RANK.jsonl    one record per line, appended and flushed by the process of that rank
 
-    The half line of a killed process is not read: its image is done again.
+    An incomplete line of a killed process is ignored, so its image is processed again.
 
     Args:
-        folder: Made if it is not there.
-        settings: Settings that decide a record.
-        rank: Rank of this process. Rank 0 compares or writes settings.json; make its object before the others.
+        folder: Folder of the files; created if missing.
+        settings: Settings that the records depend on.
+        rank: Rank of this process. Rank 0 writes or compares settings.json and must be constructed first.
         key: Name of the field that identifies a record.
 
     Raises:
-        UserError: The folder holds records made with other settings, or cannot be written.
+        UserError: The folder holds records with other settings, or is not writable.
     """
 
     def __init__(self, folder: Path, settings: dict, rank: int = 0, key: str = "image_id"):
@@ -137,13 +137,13 @@ class Records:
             claim(folder, "settings.json", settings)
 
     def read(self) -> dict[str | int, dict]:
-        """Return key → record of all processes; records with one key are equal."""
+        """Return key → record from all processes; records with the same key are equal."""
         texts = (path.read_text() for path in sorted(self.folder.glob("records-*.jsonl")))
         records = [json.loads(line) for text in texts for line in text.split("\n")[:-1]]
         return {record[self.key]: record for record in records}
 
     def append(self, records: Iterable[dict]) -> None:
-        """Write records as they come; each is flushed to the operating system before the next is made."""
+        """Write records as they come; each is flushed to the operating system before the next is computed."""
         path = self.folder / f"records-{self.rank}.jsonl"
         if path.is_file():
             os.truncate(path, path.read_bytes().rfind(b"\n") + 1)

@@ -74,15 +74,14 @@ class UnreadablePictureError(UserError):
 
 
 class UnknownPictureError(UserError):
-    """An id without a picture, or of a picture that was dropped."""
+    """An id of no picture, or of a dropped one."""
 
 
 def decode(data: bytes, name: str) -> Image.Image:
     """Decode a JPEG, PNG, WebP, BMP, GIF, TIFF or PPM file as `read_image` does, to at most 2,048 pixels per side.
 
     Raises:
-        UnreadablePictureError: The format is another, the file is damaged, or it has more than 50 megapixels or 32
-            bits per channel.
+        UnreadablePictureError: The file has another format, is damaged, or has over 50 megapixels or 32-bit channels.
     """
     try:
         with _DECODING, open_image(io.BytesIO(data), _FORMATS) as file:
