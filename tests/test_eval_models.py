@@ -71,7 +71,7 @@ def test_the_demo_checkpoint_is_named_like_any_file_and_its_heads_are_to_be_said
     assert {"head.weight", "head.bias", "mlp_head.1.weight"} < state.keys()
     torch.save({"model": {f"module._orig_mod.{k}": v for k, v in state.items()}}, tmp_path / "demo.pth")
     demo, words, images = f"{name}@{tmp_path / 'demo.pth'}", ["depth=1", "img_size=32"], torch.randn(2, 3, 32, 32)
-    with pytest.raises(UserError, match="has 6 heads, and a file does not tell them: pass --model-args heads=6"):
+    with pytest.raises(UserError, match="has 6 heads; the number is not in the file: pass --model-args heads=6"):
         open_model(demo, model_args=words)
     for more in ([], ["head_hidden=true"]):
         model = open_model(demo, model_args=[*words, "heads=6", *more]).model
@@ -95,14 +95,14 @@ def test_timm_vits_from_a_file(tmp_path):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("runs/absent", "neither the folder of a run nor a model that timm knows"),
-        (NAME, f"say whose weights: {NAME}@FILE"),
+        ("runs/absent", "neither the folder of a run nor a timm model"),
+        (NAME, f"choose weights: {NAME}@FILE"),
         (f"{NAME}@pretrained", f"Give a file of its weights, as in {NAME}@FILE"),
-        (f"{NAME}.nope@untrained", "nor a model that timm knows"),
+        (f"{NAME}.nope@untrained", "nor a timm model"),
         ("resnet18@untrained", "no patch features can be read from a ResNet"),
-        ("shipped:crate", "there are .*shipped:CRATE"),
-        ("shipped:", "there are .*shipped:CRATE"),
-        ("shipped:../CRATE", "there are .*shipped:CRATE"),
+        ("shipped:crate", "choose one of .*shipped:CRATE"),
+        ("shipped:", "choose one of .*shipped:CRATE"),
+        ("shipped:../CRATE", "choose one of .*shipped:CRATE"),
         ("shipped:CRATE@4", "write shipped:CRATE or shipped:CRATE@untrained"),
     ],
 )

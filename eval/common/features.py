@@ -1,10 +1,10 @@
 """Patch features and CLS attention of chosen layers, for the segmentation protocols.
 
-extract = extractor_for(model)              # a CRATE, one of its ablations, or a timm ViT (DINO's among them)
+extract = extractor_for(model)              # a CRATE, one of its ablations, or a timm ViT such as DINO's
 features = extract(images, [extract.default_layer])
 features.keys(layer)                        # [B, P, H·D]: subspace tokens (CRATE) or keys (ViT), CLS dropped
 features.cls_attention(layer)               # [B, H, P]
-features.patch_attention(layer, patch)      # [B, H, P], of a patch instead of CLS
+features.patch_attention(layer, patch)      # [B, H, P], for a patch instead of CLS
 """
 
 from collections.abc import Iterable, Sequence
@@ -25,10 +25,10 @@ class LayerTokens:
     """One layer's queries and keys.
 
     Attributes:
-        queries, keys: [B, N, H, D], prefix tokens first; the same tensor where they are one projection (MSSA).
-        scale: s of the logits s·⟨query, key⟩.
+        queries, keys: [B, N, H, D], prefix tokens first; the same tensor if they are one projection (MSSA).
+        scale: Factor s of the logits s·⟨query, key⟩.
         prefix: Number of tokens before the patches (CLS and registers).
-        has_cls: True if the first of them is a CLS token.
+        has_cls: True if the first prefix token is a CLS token.
     """
 
     queries: Tensor
@@ -51,18 +51,16 @@ class Features:
 
     def _tokens(self, layer: int) -> LayerTokens:
         if layer not in self.layers:
-            raise UserError(
-                f"layer {layer} was not extracted: ask for it in the call (there are {list(self.layers)})"
-            )
+            raise UserError(f"layer {layer} was not extracted: choose one of {list(self.layers)}, or extract it too")
         return self.layers[layer]
 
     def keys(self, layer: int) -> Tensor:
-        """Return each patch's key, heads concatenated [B, P, H·D]; with MSSA it is the subspace token."""
+        """Return the keys of the patches, heads concatenated [B, P, H·D]; with MSSA, these are subspace tokens."""
         tokens = self._tokens(layer)
         return tokens.keys[:, tokens.prefix :].flatten(2)
 
     def cls_attention(self, layer: int) -> Tensor:
-        """Return attention of CLS on the patches, softmax over patches only: [B, H, P] (paper, Eq. 10 and 11).
+        """Return the attention of CLS to the patches, softmax over patches only: [B, H, P] (paper, Eq. 10 and 11).
 
         Raises:
             UserError: The model has no CLS token.
@@ -73,14 +71,14 @@ class Features:
         return self._attention(tokens, 0)
 
     def patch_attention(self, layer: int, patch: int) -> Tensor:
-        """Return attention of one patch, counted row by row, on all patches: [B, H, P].
+        """Return the attention of one patch (its row-major index) to all patches: [B, H, P].
 
         Raises:
-            UserError: There is no such patch.
+            UserError: The index is out of range.
         """
         tokens, count = self._tokens(layer), self.grid[0] * self.grid[1]
         if not 0 <= patch < count:
-            raise UserError(f"patch {patch}: the image has patches 0 to {count - 1}, row by row")
+            raise UserError(f"patch {patch}: choose from patches 0 to {count - 1}, row by row")
         return self._attention(tokens, tokens.prefix + patch)
 
     @staticmethod
@@ -90,12 +88,12 @@ class Features:
 
 
 class FeatureExtractor:
-    """Reader of `Features` from a CRATE or one of its ablations; `extractor_for` makes one.
+    """Extractor of `Features` from a CRATE or one of its ablations; see `extractor_for`.
 
     Attributes:
         model: The model, in evaluation mode.
         depth, heads: Numbers of layers and heads.
-        default_layer: The layer of the paper: the last but one of CRATE, the last of a ViT (§3).
+        default_layer: The layer used in the paper (§3): the last but one of CRATE, the last of a ViT.
         patch_size: Height and width of a patch, in pixels.
         channels: Channels of the images.
         has_cls: True if there is a CLS token.
@@ -108,7 +106,7 @@ class FeatureExtractor:
 
     @property
     def image_size(self) -> tuple[int, int]:
-        """Return the height and width that the model expects now, in pixels."""
+        """Return the height and width of the model's input, in pixels."""
         return self.model.image_size
 
     @property
@@ -117,10 +115,10 @@ class FeatureExtractor:
         return self.image_size[0] // self.patch_size[0], self.image_size[1] // self.patch_size[1]
 
     def set_image_size(self, size: int) -> None:
-        """Set the model to square images of `size` pixels; positions are interpolated.
+        """Set the model's input to squares of `size` pixels; position embeddings are interpolated.
 
         Raises:
-            UserError: The patch size does not divide it.
+            UserError: `size` is not a multiple of the patch size.
         """
         if size <= 0 or any(size % side for side in self.patch_size):
             side = max(self.patch_size)
@@ -133,7 +131,7 @@ class FeatureExtractor:
             self.model.set_input_size((size, size))
 
     def resolve_layer(self, layer: int | None) -> int:
-        """Return `layer` counted from 0 (negative ones from the end), the default when None.
+        """Return a layer index from 0: negative values count from the end, and None is the default layer.
 
         Raises:
             UserError: There is no such layer.
@@ -146,7 +144,7 @@ class FeatureExtractor:
 
     @torch.no_grad()
     def __call__(self, images: Tensor, layers: Sequence[int] | None = None) -> Features:
-        """Run the model on normalised images [B, 3, height, width] and read layers, the default one when None."""
+        """Run the model on normalised images [B, 3, H, W]; return features of `layers`, the default one when None."""
         wanted = sorted({self.resolve_layer(layer) for layer in ([None] if layers is None else layers)})
         return Features(self.grid, self._tokens(images, wanted))
 
@@ -155,7 +153,7 @@ class FeatureExtractor:
 
 
 class _ViTExtractor(FeatureExtractor):
-    """Reads queries and keys of a timm `VisionTransformer`, after its query and key norms if it has them."""
+    """Extractor for a timm `VisionTransformer`; queries and keys are read after their norms, if any."""
 
     def __init__(self, model: VisionTransformer):
         self.model, self.depth, self.heads = model.eval(), len(model.blocks), model.blocks[0].attn.num_heads
@@ -188,10 +186,10 @@ def extractor_for(model: nn.Module) -> FeatureExtractor:
     """Return the extractor that fits a model, and put the model in evaluation mode.
 
     Args:
-        model: `crate_fast.CRATE`, as ablations and exported CRATE-MAE encoders are, or timm's `VisionTransformer`.
+        model: A `crate_fast.CRATE` (also an ablation or a CRATE-MAE's encoder) or a timm `VisionTransformer`.
 
     Raises:
-        UserError: It is another kind of model.
+        UserError: The model has another type.
 
     >>> import timm
     >>> extract = extractor_for(timm.create_model("crate_tiny_patch16_224", num_classes=0, depth=3))

@@ -1,13 +1,13 @@
 """Models by name.
 
-    runs/NAME            a run's best checkpoint        crate_small_patch8_224@weights.pth    a file, strictly
-    runs/NAME@12000      its checkpoint at a step       vit_small_patch8_224.dino@pretrained  through timm
-    runs/NAME@untrained  its model before training      vit_small_patch8_224@untrained        drawn from --seed
-    shipped:photographs  small, with the package        shipped:photographs-ViT, shipped:CRATE, shipped:ViT@untrained
+    runs/NAME            a run's best checkpoint        crate_small_patch8_224@weights.pth    a file, loaded strictly
+    runs/NAME@12000      its checkpoint at a step       vit_small_patch8_224.dino@pretrained  weights from timm
+    runs/NAME@untrained  its model before training      vit_small_patch8_224@untrained        weights from --seed
+    shipped:photographs  a small model of the package   shipped:photographs-ViT, shipped:CRATE, shipped:ViT@untrained
     SHARED               a folder of `crate-fast share`, or hf-hub:USER/NAME; SHARED@untrained
 
-A name for tables may stand in front, as in `CRATE-S/8=runs/NAME`. A CRATE-MAE is evaluated by its encoder. In a file
-with several state dicts the moving average is read, or the one named in FILE#ENTRY, as in weights.pth#state_dict.
+Put a name for tables in front, as in `CRATE-S/8=runs/NAME`. Of a CRATE-MAE, the encoder is evaluated. From a file
+with several state dicts the moving average is read; FILE#ENTRY selects another one, as in weights.pth#state_dict.
 """
 
 import hashlib
@@ -41,10 +41,10 @@ class LoadedModel:
     Attributes:
         label: Name in tables and figures.
         model: The module, in evaluation mode, on its device.
-        normalize: uint8 images [B, 3, H, W] → the model's input.
-        extract: Extractor of features.
+        normalize: Function from uint8 images [B, 3, H, W] to the model's input.
+        extract: Feature extractor.
         facts: Specification, number of parameters, image size, hash of the weights.
-        config: Config of its run, or None.
+        config: Config of the model's run, or None.
         autoencoder: The CRATE-MAE whose encoder `model` is, or None.
     """
 
@@ -57,7 +57,7 @@ class LoadedModel:
     autoencoder: CRATEMAE | None = None
 
     def require_cls(self) -> None:
-        """Refuse a model without CLS attention."""
+        """Raise a `UserError` if the model has no CLS token."""
         if not self.extract.has_cls:
             raise UserError(
                 f"{self.label} has no CLS token, so no CLS attention: leave it out, or use maskcut or pca"
@@ -65,16 +65,16 @@ class LoadedModel:
 
     @property
     def device(self) -> torch.device:
-        """Device of the model."""
+        """Return the device of the model."""
         return next(self.model.parameters()).device
 
     def features(self, images: Tensor, layers: Sequence[int]) -> Features:
-        """Read the features of some layers from uint8 images [B, 3, H, W] on any device."""
+        """Return the features of some layers for uint8 images [B, 3, H, W] on any device."""
         return self.extract(self.normalize(images.to(self.device)), layers)
 
 
 def split_source(source: str) -> tuple[str, str]:
-    """Split `SOURCE@WEIGHTS` into both parts; the second may be "".
+    """Split `SOURCE@WEIGHTS` into its parts; the second is "" if missing.
 
     >>> split_source("runs/a@1200"), split_source("runs/a")
     (('runs/a', '1200'), ('runs/a', ''))
@@ -84,7 +84,7 @@ def split_source(source: str) -> tuple[str, str]:
 
 
 def split_label(specification: str) -> tuple[str, str]:
-    """Split `NAME=MODEL` into both parts; the default name is the last part of the model's path.
+    """Split `NAME=MODEL` into its parts; the default name is the last part of the model's path.
 
     >>> split_label("CRATE-S/8=runs/a"), split_label("runs/a@1200")
     (('CRATE-S/8', 'runs/a'), ('a@1200', 'runs/a@1200'))
@@ -100,7 +100,7 @@ def labels_of(specifications: Sequence[str]) -> list[str]:
     """Return the names of models in tables and figures.
 
     Raises:
-        UserError: Two have the same.
+        UserError: Two models have the same name.
     """
     labels = [split_label(specification)[0] for specification in specifications]
     for label in labels:
@@ -129,7 +129,7 @@ def _seeded(build, seed: int) -> nn.Module:
 
 
 def _classes_of(folder: Path) -> int:
-    """Return the number of classes, as the first of a run's checkpoints that can be read tells it."""
+    """Return the number of classes, from the first readable checkpoint of a run."""
     problems = []
     for step in checkpoint_steps(folder):
         try:
@@ -146,21 +146,21 @@ def _from_run(folder: Path, version: str, seed: int) -> tuple[nn.Module, TrainCo
         return _seeded(lambda: build_model(config, n_classes), seed), config
     if version and not version.isdigit():
         raise UserError(
-            f"{folder}@{version}: after a run's folder write @STEP or @untrained, or nothing for its best"
+            f"{folder}@{version}: after a run's folder write @STEP or @untrained, or nothing for the best checkpoint"
         )
     model, config, _ = load_model(folder, int(version) if version else None)
     return model, config
 
 
 def _shared(source: str) -> str | None:
-    """Return what `load_pretrained` takes for a model of the package, a shared folder or the Hub; None for others."""
+    """Return the argument of `load_pretrained` for a packaged model, shared folder or Hub model; None for others."""
     if source.startswith(_SHIPPED):
         name = source.removeprefix(_SHIPPED)
         if name not in packaged_models():
-            raise UserError(f"{source}: there are {', '.join(_SHIPPED + known for known in packaged_models())}")
+            raise UserError(f"{source}: choose one of {', '.join(_SHIPPED + known for known in packaged_models())}")
         return name
     if is_model_folder(source):
-        return str(Path(source).resolve())  # a folder may be called as a model of the package
+        return str(Path(source).resolve())  # a folder may have the name of a packaged model
     return source if source.startswith(HUB) else None
 
 
@@ -174,8 +174,8 @@ def _from_timm(name: str, version: str, arguments: dict, seed: int) -> nn.Module
     if not is_model(name):
         near = [known for known in model_names() if name.split("_")[0] in known][:4]
         raise UserError(
-            f"{name!r} is neither the folder of a run nor a model that timm knows"
-            + (f" (there are {', '.join(near)}, …)" if near else "")
+            f"{name!r} is neither the folder of a run nor a timm model: correct the name"
+            + (f" (similar: {', '.join(near)}, …)" if near else "")
         )
     if version == "untrained":
         return _seeded(create, seed)
@@ -186,17 +186,17 @@ def _from_timm(name: str, version: str, arguments: dict, seed: int) -> nn.Module
             reason = " ".join(str(error).split()).removesuffix(".")
             raise UserError(f"{name}@pretrained: {reason}. Give a file of its weights, as in {name}@FILE") from error
     if not version:
-        raise UserError(f"{name}: say whose weights: {name}@FILE, {name}@pretrained, or {name}@untrained for none")
+        raise UserError(f"{name}: choose weights: {name}@FILE, {name}@pretrained or {name}@untrained (random)")
     weights = read_state_dict(version)
     known = {} if is_mae(name) else {"num_classes": num_classes_of(weights)}
     if name.startswith("crate_") and "mlp_head.2.weight" in weights:
         known["head_hidden"] = True
         if is_demo(weights) and "heads" not in arguments:
             raise UserError(
-                f"{version} looks like the emergence paper's demo checkpoint, which has 6 heads, and a file does not "
-                "tell them: pass --model-args heads=6, or the number that yours has"
+                f"{version} looks like the emergence paper's demo checkpoint, which has 6 heads; the number is not "
+                "in the file: pass --model-args heads=6, or your model's number"
             )
-    remedy = "name the model it was saved from, or give its sizes with --model-args, such as heads=6 img_size=480"
+    remedy = "name the model of the file, or pass its sizes with --model-args, such as heads=6 img_size=480"
     return load_strictly(create(**known), weights, version, remedy, name)
 
 
@@ -207,11 +207,11 @@ def open_model(
     model_args: list[str] | None = None,
     seed: int = 0,
 ) -> LoadedModel:
-    """Open one model, named as in the module's text.
+    """Open a model by its name (see the module's docstring).
 
     Args:
-        image_size: Height and width to expect, in pixels; the model's own when None.
-        model_args: `KEY=VALUE` words for `registry.create_model`; a run knows its own.
+        image_size: Height and width of the input, in pixels; the model's own when None.
+        model_args: `KEY=VALUE` arguments of `registry.create_model`; ignored for runs and shared models.
         seed: Seed of untrained weights.
 
     Raises:
@@ -236,7 +236,7 @@ def open_model(
     model = model.encoder() if autoencoder else model
     extract = extractor_for(model)
     if extract.channels != 3:
-        raise UserError(f"{source} takes images of {extract.channels} channels; the protocols read RGB: name another")
+        raise UserError(f"{source} expects images of {extract.channels} channels, not RGB: name another model")
     if not all(parameter.isfinite().all() for parameter in model.parameters()):
         error = UserError if config is None else CheckpointError
         raise error(f"the weights of {source} hold NaN or infinity: the checkpoint is damaged; name another")
@@ -248,7 +248,7 @@ def open_model(
     if extract.image_size[0] != extract.image_size[1]:
         height, width = extract.image_size
         raise UserError(
-            f"{source} expects {height}×{width} images, and images are squashed to squares: --image-size N"
+            f"{source} expects {height}×{width} images, but images are squashed to squares: pass --image-size N"
         )
     facts = {
         "model": source,
@@ -257,7 +257,7 @@ def open_model(
         "weights_sha256": digest.hexdigest()[:16],
         "image_size": list(extract.image_size),
         "patch_size": list(extract.patch_size),
-        "model_args": arguments if config is shared is None else {},  # the others know their own
+        "model_args": arguments if config is shared is None else {},  # the others ignore them
         "seed": seed,
     }
     normalize = Normalize(statistics).to(device)
@@ -265,7 +265,7 @@ def open_model(
 
 
 def class_names(specification: str) -> list[str] | None:
-    """Return the names of the classes of a model's logits; None if neither a run nor a folder records them."""
+    """Return the class names of a model's logits; None if they are not recorded."""
     name, version = split_source(split_label(specification)[1])
     if name.startswith(_SHIPPED) or is_model_folder(name):
         return record(_shared(name)).get("label_names")

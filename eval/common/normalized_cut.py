@@ -1,17 +1,17 @@
 """The second eigenvector of a normalised cut, by deflated Lanczos: the costly part of MaskCut.
 
-A graph of P patches has the affinities A = ε·11ᵀ + (1 − ε)·B with B in {0, 1}, degrees d = A·1, and the wanted vector
+A graph of P patches has affinities A = ε·11ᵀ + (1 − ε)·B with B in {0, 1} and degrees d = A·1. The wanted vector
 solves (D − A)v = λDv for the second smallest λ (Shi and Malik, *Normalized Cuts and Image Segmentation*). With
-M = D^-½AD^-½ that is v = D^-½y of M's second largest eigenvector y. M's largest, D^½·1, is known, so it is taken out
-of every Lanczos vector and y is the largest of what remains: a few dozen products with B instead of a dense
-decomposition, whose 27 P³ or so operations take seconds at 3,600 patches.
+M = D^-½AD^-½ it is v = D^-½y, where y belongs to M's second largest eigenvalue. The first eigenvector D^½·1 is known.
+Every Lanczos vector is made orthogonal to it, which leaves y as the top eigenvector. This takes a few dozen products
+with B. A dense decomposition takes about 27 P³ operations, which is seconds at 3,600 patches.
 
-Three solvers, each for the graphs that the one before cannot solve:
+There are three solvers. Each is used for graphs that the previous one cannot solve:
 
-1. Lanczos in fp32, a batch of graphs at a time. It ends with a residual of about 1e-7, enough where the next
-   eigenvalue is at least 1e-3 away.
-2. Block Lanczos in fp64, a graph at a time. Nearly disconnected graphs have several eigenvalues about 1e-5 from each
-   other, one for each part; a block of as many vectors finds them together, and fp64 tells them apart.
+1. Lanczos in fp32, a batch of graphs at a time. The residual is about 1e-7, which is enough if the next eigenvalue is
+   at least 1e-3 away.
+2. Block Lanczos in fp64, a graph at a time. A nearly disconnected graph has one eigenvalue for each part, about 1e-5
+   apart. A block of as many vectors finds them together, and fp64 separates them.
 3. A dense decomposition in fp64.
 """
 
@@ -22,13 +22,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-MAX_STEPS = 160  # of Lanczos
+MAX_STEPS = 160  # Lanczos steps
 _BLOCK, _MAX_BLOCKS = 8, 60
 _SMALL = 1000  # patches; up to here the dense solver is faster than block Lanczos
-SAME = 1e-4  # entries this near to the largest equal it: patches with the same links differ by rounding alone
+SAME = 1e-4  # entries this close to the largest equal it: patches with the same links differ only by rounding
 _CHECK_EVERY = 4
-_RESIDUAL = 3e-6  # about ten units of fp32's last place, the rounding error of ‖My − θy‖
-_SMALLEST_GAP = 1e-3  # below it fp32's rounding may turn the vector by more than a few thousandths
+_RESIDUAL = 3e-6  # about ten units in the last place of fp32, the rounding error of ‖My − θy‖
+_SMALLEST_GAP = 1e-3  # below it, fp32 rounding may rotate the vector by more than a few thousandths
 
 
 class Cut(NamedTuple):
@@ -36,10 +36,10 @@ class Cut(NamedTuple):
 
     Attributes:
         vector: v [B, P], scaled to max |v| = 1. The first patch whose |v| is within `SAME` of 1 has a positive entry.
-            All zero for a graph whose patches are all linked to each other, which has no cut.
+            All zero for a graph with all patches linked to each other, which has no cut.
         eigenvalue: The second smallest λ of (D − A)v = λDv, [B].
-        residual: ‖My − (1 − λ)y‖ for the unit vector y = D^½v/‖D^½v‖, [B], measured after the solution.
-        solver: Solver of the vector, [B]: 0 Lanczos, 1 block Lanczos in fp64, 2 dense.
+        residual: ‖My − (1 − λ)y‖ for the unit vector y = D^½v/‖D^½v‖, [B], computed from the solution.
+        solver: Solver used, [B]: 0 Lanczos, 1 block Lanczos in fp64, 2 dense.
     """
 
     vector: Tensor
@@ -75,13 +75,13 @@ class _Graphs:
 
 
 def _start(like: Tensor) -> Tensor:
-    """Return one fixed vector for every graph: noise, since a pattern may be orthogonal to the wanted vector."""
+    """Return one fixed random vector for all graphs; a pattern could be orthogonal to the wanted vector."""
     noise = torch.randn(like.shape[-1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     return noise.to(like).expand_as(like)
 
 
 def _orthogonal(x: Tensor, basis: Tensor) -> Tensor:
-    """Return x [b, P] without its part in `basis` [b, k, P]."""
+    """Return x [b, P] orthogonalised against `basis` [b, k, P]."""
     for _ in range(2):  # the second pass removes rounding errors
         x = x - torch.bmm(torch.bmm(basis, x.unsqueeze(-1)).transpose(1, 2), basis).squeeze(1)
     return x
@@ -93,7 +93,7 @@ def _unit(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _lanczos(graphs: _Graphs, max_steps: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (y [b, P], θ [b], gap to the next Ritz value [b]) of M without its known top vector."""
+    """Return (y [b, P], θ [b], gap to the next Ritz value [b]) of M without its known top eigenvector."""
     basis = graphs.top.unsqueeze(1)
     x, _ = _unit(_orthogonal(_start(graphs.top), basis))
     alphas, betas = [], []
@@ -105,7 +105,7 @@ def _lanczos(graphs: _Graphs, max_steps: int) -> tuple[Tensor, Tensor, Tensor]:
         alphas.append((x * y).sum(dim=-1))
         x, beta = _unit(_orthogonal(y, basis))
         betas.append(beta)
-        x, _ = _unit(_orthogonal(x, basis))  # where β is rounding alone, the space is exhausted
+        x, _ = _unit(_orthogonal(x, basis))  # if β is only rounding, the Krylov space is exhausted
         if step == steps or (step >= 8 and step % _CHECK_EVERY == 0):
             values, vectors, left = _ritz(alphas, betas)
             gap = values[:, -1] - values[:, -2] if step > 1 else torch.ones_like(left)
@@ -117,7 +117,7 @@ def _lanczos(graphs: _Graphs, max_steps: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _ritz(alphas: list[Tensor], betas: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Return eigenvalues and vectors of the tridiagonal matrices, and the largest one's residual, in fp64."""
+    """Return eigenvalues and eigenvectors of the tridiagonal matrices, and the residual of the largest, in fp64."""
     diagonal, side = (torch.stack(v, dim=1).double().cpu() for v in (alphas, betas))
     matrix = torch.diag_embed(diagonal)
     if diagonal.shape[1] > 1:
@@ -133,13 +133,13 @@ def second_eigenvector(
 
     Args:
         links: B [batch, P, P], floating point, symmetric, entries 0 or 1; P is at least 2.
-        present: Boolean [batch, P]; a patch that is not present keeps only the affinity ε to all (rows and columns of
-            B are taken as zero). All are present when None.
+        present: Boolean [batch, P]; all when None. An absent patch has affinity ε to all patches: its row and column
+            of B count as zero.
         epsilon: Affinity of patches that are not linked.
-        max_steps: Limit of the first solver's steps.
+        max_steps: Maximum number of steps of the first solver.
 
     Returns:
-        `Cut`. An exactly repeated eigenvalue may go unseen; then no answer is the right one, and rounding decides.
+        `Cut`. An exactly repeated eigenvalue may not be detected; it has no unique vector, and rounding selects one.
 
     Source: Shi and Malik, 2000; Parlett, *The Symmetric Eigenvalue Problem*, ch. 13.
 
@@ -167,7 +167,7 @@ def _solve_again(links: Tensor, present: Tensor, epsilon: float) -> tuple[Tensor
         graph = _Graphs(links.double().unsqueeze(0), present.unsqueeze(0), epsilon)
         if found := _block_lanczos(graph):
             return graph.inverse_root[0] * found[0], found[1], found[2], 1
-    # M itself: a few times 8 P² bytes
+    # dense M, which takes a few times 8 P² bytes
     here = present.double()
     affinity = epsilon + (1 - epsilon) * here.unsqueeze(0) * here.unsqueeze(1) * links.double()
     inverse_root = affinity.sum(dim=-1).rsqrt()
@@ -184,7 +184,7 @@ def _block_lanczos(graph: _Graphs) -> tuple[Tensor, Tensor, Tensor] | None:
     known = graph.top[0].unsqueeze(1)
     basis, image = known[:, :0], known[:, :0]  # V and MV
     for _ in range(_MAX_BLOCKS):
-        for _ in range(2):  # the second time for columns that were rounding alone
+        for _ in range(2):  # the second pass corrects columns that were only rounding
             for _ in range(2):
                 block = block - known @ (known.T @ block)
                 block = block - basis @ (basis.T @ block)
@@ -195,7 +195,7 @@ def _block_lanczos(graph: _Graphs) -> tuple[Tensor, Tensor, Tensor] | None:
         values, vectors = torch.linalg.eigh(basis.T @ image)
         y = basis @ vectors[:, -1]
         residual = (image @ vectors[:, -1] - values[-1] * y).norm()
-        # with a gap below 1e-9 the eigenvalue is a multiple one, and a dense solver does no better than 1e-13
+        # a gap below 1e-9 means a multiple eigenvalue, for which a dense solver is no better than 1e-13
         if residual <= 1e-4 * (values[-1] - values[-2]) or residual <= 1e-13:
             return y, values[-1], residual
         if basis.shape[1] + 2 * _BLOCK > len(y):
@@ -213,7 +213,7 @@ def _signed(vector: Tensor) -> Tensor:
 
 @contextmanager
 def exact_fp32() -> Iterator[None]:
-    """Context without tf32 and bf16 inside fp32 matrix products, on GPUs and CPUs."""
+    """Disable TF32 and bf16 in fp32 matrix products within a context, on GPUs and CPUs."""
     backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
     before = [backend.fp32_precision for backend in backends]
     for backend in backends:

@@ -1,4 +1,4 @@
-"""Masks and scores of attention maps: the arithmetic of coarse segmentation (paper, §3.2 and B.3)."""
+"""Masks and scores of attention maps for coarse segmentation (paper, §3.2 and B.3)."""
 
 from collections.abc import Callable, Iterable, Sequence
 
@@ -10,11 +10,11 @@ from crate_fast.errors import UserError
 from crate_fast.whitebox import trace
 
 THRESHOLDS = ("topk", "mass")
-READINGS = (*THRESHOLDS, "ap")  # the IoU of masks, and a score without a threshold
+READINGS = (*THRESHOLDS, "ap")  # IoU of two kinds of masks; average precision, without a threshold
 
 
 class NoObjectsError(UserError):
-    """No image has an object to score attention maps by."""
+    """No image has an object for scoring attention maps."""
 
 
 def attention_to_mask(attention: Tensor, threshold: str = "topk", fraction: float = 0.6) -> Tensor:
@@ -22,7 +22,7 @@ def attention_to_mask(attention: Tensor, threshold: str = "topk", fraction: floa
 
     Args:
         attention: [..., P], non-negative weights over P patches.
-        threshold: "topk" keeps ⌈fraction·P⌉ entries (the paper's words); "mass" keeps the fewest largest entries that
+        threshold: "topk" keeps ⌈fraction·P⌉ entries (the paper's text). "mass" keeps the largest entries until they
             hold at least `fraction` of the sum (DINO's code, within one entry).
         fraction: In (0, 1].
 
@@ -30,7 +30,7 @@ def attention_to_mask(attention: Tensor, threshold: str = "topk", fraction: floa
         Boolean masks [..., P].
 
     Raises:
-        UserError: The threshold is misspelt or the fraction out of range.
+        UserError: The threshold is unknown or the fraction is out of range.
 
     >>> attention_to_mask(torch.tensor([0.7, 0.1, 0.2]), "mass", 0.8)
     tensor([ True, False,  True])
@@ -54,7 +54,7 @@ def _check_fraction(fraction: float) -> None:
 
 
 def mask_to_grid(masks: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Reduce pixel masks [B, H, W] to patch masks [B, rows·columns]: a patch is object if at least half of it is."""
+    """Reduce pixel masks [B, H, W] to patch masks [B, rows·columns]; a patch is True if at least half of it is."""
     return (F.adaptive_avg_pool2d(masks.float(), grid) >= 0.5).flatten(1)
 
 
@@ -72,11 +72,11 @@ def intersection_over_union(predicted: Tensor, target: Tensor, valid: Tensor | N
 
 
 def average_precision(weights: Tensor, target: Tensor, valid: Tensor | None = None) -> Tensor:
-    """Score how well weights rank an object's patches before all others.
+    """Return the average precision of patches ranked by weight.
 
-    For each object patch take the patches with at least its weight and the object's share of them; average over the
-    object's patches. Only the order of the weights counts, so that maps of a whole object and maps of a part compare
-    (Choe et al., *Evaluating Weakly Supervised Object Localization Methods Right*, 2020).
+    The precision at an object patch is the object's share of the patches with at least its weight; it is averaged
+    over the object's patches. Only the order of the weights matters, so maps of a whole object and of its parts are
+    comparable (Choe et al., *Evaluating Weakly Supervised Object Localization Methods Right*, 2020).
 
     Args:
         weights: [..., P].
@@ -84,7 +84,7 @@ def average_precision(weights: Tensor, target: Tensor, valid: Tensor | None = No
         valid: Boolean [..., P]; entries to count, all when None.
 
     Returns:
-        In [0, 1], [...], float64; 0 without an object.
+        float64 [...] in [0, 1]; 0 without an object.
 
     >>> average_precision(torch.tensor([0.5, 0.3, 0.1, 0.1]), torch.tensor([True, False, True, False]))
     tensor(0.7500, dtype=torch.float64)
@@ -105,10 +105,10 @@ _SCORES = {"topk": intersection_over_union, "mass": intersection_over_union, "ap
 
 
 class AttentionScores:
-    """Accumulated scores of attention maps on objects, with baselines.
+    """Accumulator of attention-map scores on objects, with baselines.
 
-    A score is the IoU of a map's mask with an object's, by the best head for each object (paper, Eq. 13), averaged
-    over the objects of an image and then over images (Eq. 14). The average precision is averaged in the same way.
+    The score of an object is the IoU of its mask with that of the best head (paper, Eq. 13). Scores are averaged over
+    the objects of an image, then over images (Eq. 14). Average precision is averaged in the same way.
 
     Args:
         fraction: See `attention_to_mask`.
@@ -169,10 +169,10 @@ class AttentionScores:
         return attention_to_mask(maps, reading, self.fraction) if reading in THRESHOLDS else maps
 
     def result(self) -> dict[str, dict]:
-        """Return the scores of `score_attention`, and "by_class", class → best-head score, at each layer.
+        """Return the scores of `score_attention`; each layer also has "by_class", class → best-head score.
 
         Raises:
-            NoObjectsError: No image had an object that covers a patch.
+            NoObjectsError: No image has an object that covers a patch.
         """
         if not self.images:
             raise NoObjectsError(
@@ -197,7 +197,7 @@ class AttentionScores:
             random, true = scores.pop("random").amax(dim=1), scores.pop("true_mask")
             found[reading] = {
                 "layers": [row(layer, per_head) for layer, per_head in scores.items()],
-                # the IoU of all patches is also the precision of equal weights
+                # for a constant map the IoU of all patches equals the average precision
                 "constant": mean(intersection_over_union(torch.ones_like(target), target, valid)),
                 "random": mean(random),
                 "mean_mask": mean(_SCORES[reading](self._read(reading, mean_mask), target, valid)),
@@ -217,19 +217,19 @@ def score_attention(
     batches: Iterable[Sequence[Tensor]],
     normalize: Callable[[Tensor], Tensor],
 ) -> dict[str, dict]:
-    """Score CLS attention and baselines with known object masks, on the patch grid: mean IoU, average precision.
+    """Score CLS attention and baselines against object masks on the patch grid: mean IoU and average precision.
 
     Args:
         model: A CRATE or an ablation; left in evaluation mode.
-        batches: (images, labels, pixel masks [B, H, W]); `normalize` makes images the model's input.
+        batches: (images, labels, pixel masks [B, H, W]); `normalize` turns images into the model's input.
 
     Returns:
         For each of `READINGS` (IoU with "topk" and "mass" masks, and "ap") a dictionary with
-        "layers": for each "layer"; "best_head", the best head of each image (the paper's reading); "per_head", each
-            head for all images; "fixed_head", the best of those;
-        baselines: "constant", the mask of all patches; "random", the best of as many maps of noise; "mean_mask", the
-            objects' mean mask as every image's map; "true_mask", the true mask as map;
-        "fraction" (None for "ap"); numbers of "images" and "objects" scored, of images "without_objects", and of
+        "layers": for each, "layer"; "best_head", with the best head of each image (as in the paper); "per_head", with
+            one head for all images; "fixed_head", the largest of these;
+        baselines: "constant", a mask of all patches; "random", the best of as many random maps as heads; "mean_mask",
+            the objects' mean mask as the map of every image; "true_mask", the true mask as map;
+        "fraction" (None for "ap"); numbers of scored "images" and "objects", of images "without_objects", and of
             objects left out, "objects_without_patch".
     """
     model.eval()
