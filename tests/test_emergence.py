@@ -385,7 +385,7 @@ def test_a_report_without_results_and_cifar10_that_is_none(finished, tmp_path, c
     assert main(["--size", "smoke", "--report-only", "--report", str(tmp_path)]) == 2
     assert "does not hold runs of CRATE and ViT" in capsys.readouterr().err
     assert main(["--size", "small", "--report-only", "--report", str(tmp_path)]) == 2
-    assert "another --size than small" in capsys.readouterr().err
+    assert "another --size than small: pass --size smoke" in capsys.readouterr().err
     assert main(["--size", "smoke", "--cifar10", str(tmp_path), "--output", str(tmp_path)]) == 2
     assert "holds neither train/" in capsys.readouterr().err
 
@@ -476,5 +476,5 @@ def test_other_photographs_need_another_folder(photographs, tmp_path):
     (tmp_path / "few").mkdir()
     shutil.copytree(photographs / "val" / "cat", tmp_path / "few" / "val" / "cat")
     shutil.copytree(photographs / "val", tmp_path / "few" / "train")
-    with pytest.raises(UserError, match="the training classes are needed.*dog"):
+    with pytest.raises(UserError, match="must have the classes of train.*dog"):
         prepare_photographs(tmp_path / "few", photographs / "val_boxes.json", None, tmp_path / "data")

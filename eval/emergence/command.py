@@ -18,17 +18,17 @@ def _report_again(report: Path, size: str) -> None:
     """Write the report from the results and the protocol of a folder."""
     path = report / "protocol.json"
     if not path.is_file():
-        raise UserError(f"{report} holds no protocol.json, so no results: name the folder that does with --report")
+        raise UserError(f"{report} holds no protocol.json: name a folder with results by --report")
     settings = json.loads(path.read_text())
     if settings["size"] != size:
-        raise UserError(f"{report} holds results of another --size than {size}: name theirs")
+        raise UserError(f"{report} holds results of another --size than {size}: pass --size {settings['size']}")
     print(f"written:\n  {write_report(report, Protocol.of_settings(settings), size)}")
 
 
 def _command(options: argparse.Namespace) -> None:
     require("pycocotools", "scipy")
     if options.minutes is not None and not 0 < options.minutes < math.inf:
-        raise UserError(f"--minutes {options.minutes}: it must be above 0, and finite; leave it out for no limit")
+        raise UserError(f"--minutes {options.minutes}: give a finite number above 0, or leave it out for no limit")
     data, _, source = options.data.partition(":")
     if data not in SIZES or bool(source) > (data == "photographs"):
         raise UserError(f"--data {options.data}: write shape_scenes, or photographs:DIR")
@@ -43,12 +43,12 @@ def _command(options: argparse.Namespace) -> None:
     if protocol.photographs:
         protocol = _with_photographs(options, source, protocol, folders)
     elif options.boxes or options.masks:
-        raise UserError("--boxes and --masks belong to --data photographs:DIR")
+        raise UserError("--boxes and --masks belong to --data photographs:DIR: leave them out")
     cifar10 = folders.cifar10
     if cifar10 and not (cifar10 / "train").is_dir() and not (cifar10 / "cifar-10-batches-py").is_dir():
         raise UserError(
-            f"--cifar10 {cifar10} holds neither train/ and test/ with a folder of images a class, nor "
-            "cifar-10-batches-py as torchvision keeps it: name the folder that does, or leave it out"
+            f"--cifar10 {cifar10} holds neither train/ and test/ with one folder of images per class, nor "
+            "torchvision's cifar-10-batches-py: name another folder, or leave the option out"
         )
     resources = Resources(options.device, options.jobs)
     settings = {"size": options.size} | protocol.settings()
@@ -61,7 +61,7 @@ def _command(options: argparse.Namespace) -> None:
 
 
 def _with_photographs(options: argparse.Namespace, source: str, protocol: Protocol, folders: Folders) -> Protocol:
-    """Prepare the photographs, and return the protocol for their number."""
+    """Prepare the photographs, and return the protocol with the number of training images."""
     if not source or not Path(source).is_dir():
         raise UserError(f"--data {options.data}: write photographs:DIR, a folder with train and val")
     if folders.cifar10:
@@ -70,7 +70,7 @@ def _with_photographs(options: argparse.Namespace, source: str, protocol: Protoc
     images = prepare_photographs(Path(source), options.boxes, options.masks, folders.photographs)
     needed = protocol.stages[0].batch_size
     if images < needed:
-        raise UserError(f"{source} holds {images} training images, fewer than a batch of {needed}")
+        raise UserError(f"{source} holds {images} training images, fewer than a batch of {needed}: use more images")
     return protocol.with_training_images(images)
 
 

@@ -1,9 +1,9 @@
-"""The images of the experiment, for training, choosing heads, scoring and figures.
+"""Images of the experiment, for training, choosing heads, scoring and figures.
 
-Photographs are prepared once in OUTPUT/data, where every run finds them:
+Photographs are prepared once in OUTPUT/data for all runs:
 
-    train/       the training images, a folder a class
-    selection/   every other validation image: accuracy while training, choice of learning rate, heads and layers
+    train/       the training images, one folder per class
+    selection/   every other validation image, for validation and for choosing learning rate, heads and layers
     test/        the other validation images
     source.json  the folders and files that the user named
 """
@@ -35,8 +35,8 @@ class SceneData:
 
     Attributes:
         selection: Images for choosing heads and layers.
-        test: Images that attention is scored on.
-        classified: Images that accuracy is measured on.
+        test: Images for scoring attention.
+        classified: Images for measuring accuracy.
         with_masks: Images for MaskCut, or None.
     """
 
@@ -57,7 +57,7 @@ class SceneData:
 
 
 class _Photographs(BoxedImages):
-    """Photographs of a split with their class, and the union of their boxes as the object."""
+    """Photographs of a split; the object is the union of the boxes, with the class of the photograph."""
 
     def __init__(self, root: Path, size: int, boxes: Path, classes: list[str]):
         super().__init__(root, size, boxes)
@@ -70,12 +70,12 @@ class _Photographs(BoxedImages):
 
 
 class PhotographData:
-    """Photographs that `prepare_photographs` wrote to a folder; attributes as in `SceneData`.
+    """Photographs prepared by `prepare_photographs`, with the attributes of `SceneData`.
 
-    `selection` and `test` are those of these halves whose boxes fit; `classified` are all of the test half.
+    `selection` and `test` hold only photographs of the protocol's `coverage`; `classified` is the whole test half.
 
     Raises:
-        UserError: In one half there are none whose boxes fit.
+        UserError: A half has no photograph with this coverage.
     """
 
     def __init__(self, protocol: Protocol, folder: Path):
@@ -90,22 +90,22 @@ class PhotographData:
         self.with_masks = open_images(masks, protocol.mask_size, protocol.maskcut_images) if masks else None
 
     def shown(self) -> dict[str, np.ndarray]:
-        """Return free photographs, of no training set: "images" uint8 [8, S, S, 3], "names" [8] with credit."""
+        """Return free photographs from no training set: "images" uint8 [8, S, S, 3], "names" [8] with credit."""
         free = free_photographs()
         images = [_central_square(path, self.protocol.mask_size) for path in free.values()]
         return {"images": np.stack(images), "names": np.array(list(free))}
 
 
 def _boxed(images: _Photographs, count: int, coverage: tuple[float, float]) -> Dataset:
-    """Return at most `count` images, spread over the classes, whose boxes cover such a share of them."""
+    """Return at most `count` images, spread over the classes, whose boxes cover a share in the given range."""
     low, high = coverage
     sizes = [(key, images.annotated_size(key)) for key, _ in images.items]
     shares = [float(images.target(key, size).masks.float().mean()) if size else 0.0 for key, size in sizes]
     fitting = [number for number, share in enumerate(shares) if share > 0 and low <= share <= high]
     if not fitting:
         raise UserError(
-            f"no photograph of {images.root} has boxes that cover {low:.0%} to {high:.0%} of it: give "
-            "photographs with boxes, as --boxes"
+            f"no photograph of {images.root} has boxes that cover {low:.0%} to {high:.0%} of it: pass the boxes "
+            "of these photographs with --boxes"
         )
     return spread(Subset(images, fitting), count)
 
@@ -119,23 +119,23 @@ def _central_square(path: Path, size: int) -> np.ndarray:
 
 
 def spread(images: Dataset, count: int) -> Subset:
-    """Return at most `count` of the images, evenly spread."""
+    """Return at most `count` images, evenly spaced."""
     return Subset(images, np.linspace(0, len(images) - 1, min(count, len(images))).round().astype(int).tolist())
 
 
 def prepare_photographs(source: Path, boxes: Path | None, masks: str | None, folder: Path) -> int:
-    """Prepare photographs in a folder, unless that is done; return the number of training images.
+    """Prepare photographs in a folder, if this is not done yet; return the number of training images.
 
-    Folders are linked to, archives are unpacked.
+    Source folders are linked, archives are unpacked.
 
     Args:
-        source: Folder with train/ and val/, in each a folder of images a class, or with train.tar and val.tar.
+        source: Folder with train/ and val/, each with one folder of images per class, or with train.tar and val.tar.
         boxes: Boxes of the validation images, as in `boxes.BoxedImages`; SOURCE/val_boxes.json when None.
         masks: Photographs with masks, as in `images.open_images`, or None.
-        folder: To be filled.
+        folder: Folder of the prepared photographs.
 
     Raises:
-        UserError: A split or the boxes are missing or cannot be used, or other photographs were prepared there.
+        UserError: A split or the boxes are missing or invalid, or the folder holds other photographs.
     """
     boxes = boxes or source / "val_boxes.json"
     masks_kind, _, masks_path = (masks or "").partition(":")
@@ -148,7 +148,7 @@ def prepare_photographs(source: Path, boxes: Path | None, masks: str | None, fol
             raise UserError(f"{folder} holds other photographs ({before['source']}): give another --output")
         return before["training_images"]
     if not boxes.exists():
-        raise UserError(f"{boxes} is not there: name the boxes of the validation images with --boxes")
+        raise UserError(f"{boxes} does not exist: name the boxes of the validation images with --boxes")
     if masks and masks_kind != "coco":
         raise UserError(f"--masks {masks}: write coco:PATH[:SPLIT]")
     folder.mkdir(parents=True, exist_ok=True)
@@ -156,14 +156,14 @@ def prepare_photographs(source: Path, boxes: Path | None, masks: str | None, fol
     images = find_images(train)
     _split_validation(val, images.labelled(str(train))[0], folder)
     if masks:
-        open_images(masks, 64)  # for its errors
+        open_images(masks, 64)  # raises if they cannot be used
     named["training_images"] = len(images.names)
     write_text(record, json.dumps(named, indent=2) + "\n")
     return named["training_images"]
 
 
 def _unpacked(source: Path, split: str, folder: Path) -> Path:
-    """Return FOLDER/<split>, a link to SOURCE/<split> or the content of SOURCE/<split>.tar."""
+    """Return FOLDER/<split>, a link to SOURCE/<split> or the unpacked SOURCE/<split>.tar."""
     goal, partial, archive = folder / split, folder / f".{split}", source / f"{split}.tar"
     if goal.exists():
         return goal
@@ -182,14 +182,14 @@ def _unpacked(source: Path, split: str, folder: Path) -> Path:
 
 
 def _split_validation(val: Path, classes: tuple[str, ...], folder: Path) -> None:
-    """Link every other validation image of each class below selection/ and test/."""
+    """Link the validation images of each class alternately into selection/ and test/."""
     tree = find_images(val)
     of_val, _ = tree.labelled(str(val))
     counts = Counter(name.split("/")[0] for name in tree.names)
     if of_val != classes or min(counts.values()) < 2:
         differing = sorted(set(of_val) ^ set(classes)) or [name for name, count in counts.items() if count < 2]
         raise UserError(
-            f"{val}: the training classes are needed, each with two images; see {', '.join(differing[:4])}"
+            f"{val} must have the classes of train, each with at least two images: correct {', '.join(differing[:4])}"
         )
     for split in ("selection", "test"):
         for name in classes:

@@ -1,6 +1,6 @@
-"""The report's figures, drawn from saved results and pictures alone; numbers are those of similar paper figures.
+"""Figures of the report, drawn from saved results and pictures only, and numbered like similar figures of the paper.
 
-Grids show the first eight or four of the shown images: test scenes, or free photographs.
+Grids show the first eight or four of the saved images: test scenes, or free photographs.
 """
 
 import math
@@ -47,7 +47,7 @@ _SHOWN_SCORES = (
 
 
 def load_pictures(report: Path, kind: str) -> dict[str, Arrays]:
-    """Load the arrays of `scores.pictures` and of the shown images, by model; `kind` is the protocol's."""
+    """Return model → arrays of `scores.pictures` and of the shown images; `kind` is that of the protocol."""
     folder = report / "pictures"
     saved = {model: folder / f"{model}.npz" for model in MODELS}
     return {model: _load(folder / f"{kind}.npz") | _load(path) for model, path in saved.items() if path.is_file()}
@@ -59,7 +59,7 @@ def _load(path: Path) -> Arrays:
 
 
 def draw(results: Results, pictures: dict[str, Arrays], folder: Path) -> dict[str, Path]:
-    """Draw every figure that has results as a PNG into a folder; return files by name, in the order of `CAPTIONS`."""
+    """Draw every figure that has results as a PNG file; return name → path, in the order of `CAPTIONS`."""
     grids = _grids(results, pictures)
     charts = _charts(results)
     paths = {name: folder / f"{name}.png" for name in CAPTIONS if name in grids or name in charts}
@@ -122,14 +122,14 @@ def _best_head(maps: np.ndarray, masks: np.ndarray, reading: str) -> np.ndarray:
 
 
 def _names(arrays: Arrays) -> list[str]:
-    """Return the names of the shown images: classes, or names of photographs with the credit on lines of its own."""
+    """Return the names of the shown images: classes, or photographs' names with the credit on separate lines."""
     if "labels" in arrays:
         return [CLASSES[label] for label in arrays["labels"]]
     return [wrap_credit(str(name)) for name in arrays["names"]]
 
 
 def _maps(shown: Arrays, maps: dict[str, np.ndarray], grey: bool = False) -> dict:
-    """Lay out maps by title, [8, P] each, below the images and, if known, the objects; an image a column."""
+    """Lay out maps (title → [8, P]) below the images and, if known, the objects; one column per image."""
     rows = {"image": [Picture(image) for image in shown["images"]]}
     if "masks" in shown:
         rows["object"] = [Picture(mask.astype(np.float32), "gray", (0, 1)) for mask in shown["masks"]]
@@ -141,7 +141,7 @@ def _maps(shown: Arrays, maps: dict[str, np.ndarray], grey: bool = False) -> dic
 
 
 def _colours(shown: Arrays, columns: Iterable[tuple[str, np.ndarray]]) -> dict:
-    """Lay out (title, colours [8, P, 3]) next to the first four images, an image a row."""
+    """Lay out columns (title, colours [8, P, 3]) next to the first four images; one row per image."""
     titles, found = zip(*columns, strict=True)
     side = math.isqrt(found[0].shape[1])
     rows = [
@@ -187,7 +187,7 @@ def _curve(results: Results, model: str, x: Sequence[float], values: Iterable[Ca
 
 
 def _with_baselines(results: Results, measure: str, x: Sequence[float], values: list[Callable]) -> list[Curve]:
-    """Return a curve a model, and for attention the baselines."""
+    """Return one curve per model and, for measures of attention, the baselines."""
     curves = [_curve(results, model, x, values) for model in results.models]
     return curves + (_baselines(results, measure, x) if measure in COARSE else [])
 
@@ -199,7 +199,7 @@ def _baselines(results: Results, measure: str, x: Sequence[float]) -> list[Curve
 
 
 def _by_accuracy(results: Results, measures: list[str]) -> dict[str, list[Curve]]:
-    """Return attention's scores at the paper's layer against accuracy, a point a checkpoint of the first stage."""
+    """Return scores of attention at the paper's layer over accuracy, one point per checkpoint of the first stage."""
     known = validated(results.by_seed("CRATE", lambda result: result)[0])
     panels: dict[str, list[Curve]] = {f"{m}, %": [] for m in measures}
     for model in results.models:
@@ -215,7 +215,7 @@ def _by_accuracy(results: Results, measures: list[str]) -> dict[str, list[Curve]
 
 
 def _white_box(results: Results) -> dict[str, list[Curve]]:
-    """Return R^c and sparsity by layer, trained and untrained, of the models that have them."""
+    """Return R^c and sparsity by layer, trained and untrained, for the models that have them."""
     layers, panels = range(results.protocol.depth), {}
     for name in ("coding_rate", "sparsity"):
         for model in results.with_measure(name):

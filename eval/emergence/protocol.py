@@ -1,6 +1,6 @@
 """All settings of the experiment, fixed before its runs.
 
-docs/emergence/protocol.md (shape_scenes) and docs/emergence/photographs/protocol.md give the reasons.
+docs/emergence/protocol.md (shape_scenes) and docs/emergence/photographs/protocol.md explain them.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from crate_fast.train.config import TrainConfig
 
-MODELS: dict[str, dict[str, str]] = {  # what differs from CRATE
+MODELS: dict[str, dict[str, str]] = {  # model → settings that differ from CRATE's
     "CRATE": {},
     "CRATE-MLP": {"sparsifier": "mlp"},
     "CRATE-MHSA": {"attention": "mhsa"},
@@ -32,9 +32,9 @@ class Stage:
         image_size: Side of the images in pixels.
         images: Number of training images.
         epochs: Number of passes over them.
-        lr_share: Peak learning rate as a share of the run's.
+        lr_share: Peak learning rate as a fraction of the run's.
         checkpoints: Number of scored checkpoints, evenly spaced, the last at the end.
-        batch_size: Images a step.
+        batch_size: Images per step.
     """
 
     image_size: int
@@ -51,7 +51,7 @@ class Stage:
 
 
 class Point(NamedTuple):
-    """A checkpoint that is scored: its stage, its step there (0 is the untrained twin), and images seen so far."""
+    """A scored checkpoint: its stage, its step there (0 is the untrained twin), and the images seen so far."""
 
     stage: int
     step: int
@@ -62,11 +62,11 @@ class Run(NamedTuple):
     """One training run of the experiment.
 
     Attributes:
-        kind: "sweep" chooses a learning rate; "scenes" or "photographs" is compared; "cifar10" is compared in
-            accuracy.
+        kind: "sweep" for choosing the learning rate; "scenes" or "photographs" for comparing models; "cifar10" for
+            comparing accuracy only.
         model: A key of `MODELS`.
         seed: Seed of weights, data and order.
-        lr: Learning rate of a sweep; None for other runs, whose rate the sweeps decide.
+        lr: Learning rate of a sweep; None for other runs, which use the rate that the sweeps select.
     """
 
     kind: str
@@ -76,7 +76,7 @@ class Run(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Name of its files."""
+        """Name of the run's files."""
         return f"{self.kind}-{self.model}-" + (f"lr{self.lr:g}" if self.kind == "sweep" else f"seed{self.seed}")
 
     @property
@@ -92,27 +92,27 @@ class Protocol:
     Attributes:
         patch_size: Side of a patch in pixels.
         dim, depth, heads: Size of every model; the head width is dim / heads.
-        stages: Stages of a compared run; each starts from the weights of the one before. All checkpoints are scored
+        stages: Stages of a compared run; each starts from the weights of the previous one. All checkpoints are scored
             at the last stage's image size.
-        sweep_images: Training images that a learning-rate run sees; it is otherwise the first stage.
+        sweep_images: Number of training images of a sweep run, which is otherwise like the first stage.
         lrs: Learning rates to try, ascending.
         seeds: Seeds of the compared runs, for weights, images and their order.
         cifar_epochs: Passes over CIFAR-10's training images.
-        selection_images: Number of images for choosing heads and layers; at most, where they are photographs.
-        test_images: Number of scored images; at most, where they are photographs.
+        selection_images: Number of images for choosing heads and layers; the maximum number for photographs.
+        test_images: Number of scored images; the maximum number for photographs.
         maskcut_images: Number of images for MaskCut: the first test scenes, or photographs with masks.
-        selection_seed, test_seed: Seeds of those scenes; no model is trained on them.
-        sweep_seed: Seed of the learning-rate runs.
+        selection_seed, test_seed: Seeds of the selection and test scenes; no model is trained on them.
+        sweep_seed: Seed of the sweep runs.
         optimizer, weight_decay, label_smoothing: Settings of `TrainConfig`.
-        warmup_share: Share of a stage's steps.
-        primary: Measure of `results.COARSE` that decides; the default is the first protocol's.
+        warmup_share: Warmup as a fraction of a stage's steps.
+        primary: Measure of `results.COARSE` that decides the claims; the default is that of the first protocol.
         data: "shape_scenes" or "photographs".
         models: Keys of `MODELS`.
         crop_scale, hflip: Augmentation of photographs, settings of `TrainConfig`.
         precision: Setting of `TrainConfig`.
-        mask_size: Side in pixels of photographs with masks, when they are scored.
-        coverage: Smallest and largest share of a photograph that its boxes may cover to be scored.
-        box_images: Number of test photographs for the boxes of `crate-fast eval localization`, which are slow.
+        mask_size: Side in pixels at which photographs with masks are scored.
+        coverage: Range of the share of a photograph that its boxes cover; other photographs are not scored.
+        box_images: Number of test photographs for the scores of `crate-fast eval localization`, which are slow.
     """
 
     patch_size: int
@@ -151,7 +151,7 @@ class Protocol:
 
     @property
     def kind(self) -> str:
-        """Kind of the compared runs, and the word for the images."""
+        """Kind of the compared runs, and the name of the images in the report."""
         return "photographs" if self.photographs else "scenes"
 
     @property
@@ -176,18 +176,18 @@ class Protocol:
         return found
 
     def settings(self) -> dict:
-        """Return plain values, as saved with results."""
+        """Return the settings as JSON values, which are saved with results."""
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
     def in_words(self) -> dict[str, str]:
-        """Return every setting that applies to the data as text, for a table."""
+        """Return the settings that apply to the data as text, for a table."""
         left_out = _OF_SCENES if self.photographs else _OF_PHOTOGRAPHS
         names = [field.name for field in dataclasses.fields(self) if field.name not in left_out]
         return {name: _in_words(getattr(self, name)) for name in names}
 
     @classmethod
     def of_settings(cls, settings: dict) -> "Protocol":
-        """Return the protocol of a protocol.json, whose "size" is ignored; "scenes" is the older name of "images"."""
+        """Return the protocol of a protocol.json; "size" is ignored, and "scenes" is an old name of "images"."""
         values = {n: tuple(v) if isinstance(v, list) else v for n, v in settings.items() if n != "size"}
         if "sweep_scenes" in values:
             values["sweep_images"] = values.pop("sweep_scenes")
@@ -199,7 +199,7 @@ class Protocol:
         return dataclasses.replace(self, stages=tuple(dataclasses.replace(s, images=count) for s in self.stages))
 
     def planned_runs(self, cifar10: bool = True) -> list[Run]:
-        """Return all runs in starting order: sweeps, then seed by seed, so that an early stop leaves whole seeds."""
+        """Return all runs in starting order: sweeps, then seed by seed, so that an early stop has complete seeds."""
         sweeps = [Run("sweep", model, self.sweep_seed, lr) for model in self.models for lr in self.lrs]
         kinds = (self.kind, "cifar10") if cifar10 else (self.kind,)
         return sweeps + [Run(kind, m, seed) for kind in kinds for seed in self.seeds for m in self.models]
@@ -218,11 +218,11 @@ class Protocol:
     def training_config(
         self, run: Run, number: int, lr: float, data_dir: Path | None = None, **further
     ) -> TrainConfig:
-        """Return the training settings of a stage, by its number, of a run with the peak learning rate `lr`.
+        """Return the training settings of stage `number` of a run with the peak learning rate `lr`.
 
         Args:
-            data_dir: For CIFAR-10 a folder with train/<class>/ and test/<class>/, or with CIFAR-10 as torchvision
-                keeps it; for photographs the folder that `data.prepare_photographs` fills.
+            data_dir: For CIFAR-10 a folder with train/<class>/ and test/<class>/, or torchvision's CIFAR-10 folder;
+                for photographs the folder of `data.prepare_photographs`.
             **further: Other settings, such as `device`, another precision, and `init` of a later stage.
         """
         stage = self.stages_of(run)[number]
@@ -236,7 +236,7 @@ class Protocol:
         else:
             data = {"dataset": "shape_scenes", "patch_size": self.patch_size, "mean": "half"}
             data |= {"train_samples": stage.images, "val_samples": self.selection_images}
-        if run.scored:  # keep all checkpoints: every stop saves one too
+        if run.scored:  # keep all checkpoints, also those saved at an interruption
             data |= {"checkpoint_every": stage.steps // stage.checkpoints, "keep_checkpoints": stage.steps}
         return TrainConfig(
             model="crate_tiny_patch8_224",
@@ -275,7 +275,7 @@ _SMALL = Protocol(
     maskcut_images=200,
     primary="AP, best head",
 )
-_SMOKE = {"dim": 16, "depth": 2, "heads": 2}  # scenes show the comparison of seeds, photographs the choice of a rate
+_SMOKE = {"dim": 16, "depth": 2, "heads": 2}  # scenes test comparisons over seeds, photographs the choice of a rate
 _SCENES = {
     "smoke": dataclasses.replace(
         _SMALL,
@@ -351,7 +351,7 @@ SIZES = {"shape_scenes": _SCENES, "photographs": _PHOTOGRAPHS}
 
 
 def settings_table(data: str = "shape_scenes") -> list[dict]:
-    """Return the table of a protocol's page: a row a setting, a column a size."""
+    """Return the table of a protocol's page, with a row per setting and a column per size."""
     words = {size: protocol.in_words() for size, protocol in SIZES[data].items()}
     names = next(iter(words.values()))
     return [{"setting": f"`{name}`", **{size: settings[name] for size, settings in words.items()}} for name in names]

@@ -1,4 +1,4 @@
-"""The report of the experiment, written from saved results and pictures alone."""
+"""The report of the experiment, written from saved results and pictures only."""
 
 import itertools
 import json
@@ -29,15 +29,15 @@ _PAPERS_LAYER = "the last but one of models with MSSA, the last of those with MH
 
 
 def write_report(report: Path, protocol: Protocol, size: str) -> Path:
-    """Write report.md and its figures into the folder that has results/ and pictures/; return the file.
+    """Write report.md and its figures into the folder with results/ and pictures/; return the path of report.md.
 
     Raises:
-        UserError: No seed has results of CRATE and ViT.
+        UserError: No seed has results of both CRATE and ViT.
     """
     results = Results.load(report, protocol)
     if not results.seeds():
         raise UserError(
-            f"{report / 'results'} does not hold runs of CRATE and ViT with one seed yet: run on, then report"
+            f"{report / 'results'} does not hold runs of CRATE and ViT with a common seed: continue the experiment"
         )
     figures = draw(results, load_pictures(report, protocol.kind), report / "figures")
     page = "photographs/protocol.md" if protocol.photographs else "protocol.md"
@@ -110,7 +110,7 @@ def _verdicts(results: Results) -> str:
     if protocol.photographs:
         at = results.common_accuracy()
         reached = results.by_model(at_accuracy(primary, at))
-        learned = not any(None in reached[model] for model in results.ranked)  # each began below what all reached
+        learned = not any(None in reached[model] for model in results.ranked)  # every run started below this accuracy
         first = (
             f"On the primary score, {primary}, at the end of training:\n\n"
             f"{_claims(results, primary)}\n\nAnd at equal accuracy, where each run first reached {at:.1f} % on its "
@@ -148,12 +148,12 @@ def _rows(results: Results, columns: dict[str, Callable[[dict], float]]) -> list
 def _with_twins(
     results: Results, names: Sequence[str], column: str = "", cited: Callable | None = None
 ) -> list[dict]:
-    """Return rows of the measures at the paper's layer: the trained models, then their untrained twins.
+    """Return table rows at the paper's layer: the trained models, then their untrained twins.
 
     Args:
         results, names: The results, and keys of `MEASURES`.
         column: Title of a column with the paper's numbers for trained models.
-        cited: Function from a row of the paper's Table 2, {} where it has none, to its cell.
+        cited: Function from the model's row in the paper's Table 2 ({} if it has none) to the cell of this column.
     """
     rows, twins = (_rows(results, {name: at_checkpoint(name, index) for name in names}) for index in (-1, 0))
     for row in rows if cited else ():
@@ -162,7 +162,7 @@ def _with_twins(
 
 
 def _baseline_rows(results: Results, measures: Sequence[str], split: str = "test") -> list[dict]:
-    """Return a row a baseline map, under the names of the measures."""
+    """Return one table row per baseline map, with the names of the measures as columns."""
     names = {"mean_mask": "mean mask", "random": "random maps", "constant": "constant mask", "true_mask": "true mask"}
     if results.protocol.photographs and split == "test":
         names |= {"mean_mask": "mean box", "true_mask": "true box"}
@@ -172,7 +172,7 @@ def _baseline_rows(results: Results, measures: Sequence[str], split: str = "test
         | {
             prefix + measure: f"{results.baselines(measure, split)[name]:.1f}"
             for measure in measures
-            if name != "random" or measure.endswith("best head")  # the best of as many maps as heads
+            if name != "random" or measure.endswith("best head")  # best of as many random maps as heads
         }
         for name, text in names.items()
     ]

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from crate_fast.eval.emergence.protocol import ORDER, Protocol, Run
 
-Value = Callable[[dict], float]  # of a result
+Value = Callable[[dict], float]  # function from a result to a number
 
 
 # --- measures of a checkpoint ---
@@ -21,7 +21,7 @@ def _row(checkpoint: dict, split: str, reading: str, layer: int) -> dict:
 
 
 def head_chosen(checkpoint: dict, reading: str, layer: int) -> int:
-    """Return the best head for all selection images."""
+    """Return the head with the best mean score on the selection images."""
     heads = _row(checkpoint, "selection", reading, layer)["per_head"]
     return heads.index(max(heads))
 
@@ -52,14 +52,14 @@ def _white_box(name: str, checkpoint: dict, layer: int) -> float:
     return checkpoint["white_box"][layer][name]
 
 
-# Measures of attention: name → (reading of `segmentation.AttentionScores`, head)
+# Measures of attention: name → (reading of `segmentation.AttentionScores`, choice of the head)
 COARSE: dict[str, tuple[str, str]] = {
     f"{name}, {heads}": (reading, heads)
     for reading, name in (("ap", "AP"), ("mass", "mIoU mass"), ("topk", "mIoU topk"))
     for heads in ("best head", "fixed head")
 }
 MASKCUT = ("box AP50", "box AP", "box AR100", "mask AP50", "mask AP", "mask AR100")
-# The same measures of attention on the photographs with masks, and those of boxes, of the first and last checkpoint.
+# The same measures of attention on photographs with masks; measures of boxes, at the first and last checkpoint only.
 MASKED = {
     f"masks: {name}": partial(_coarse, *reading_and_heads, "masks") for name, reading_and_heads in COARSE.items()
 }
@@ -68,8 +68,8 @@ BOXED = {
     for name in ("MaxBoxAccV2", "GT-known", "pointing")
     for heads in ("best head", "one head")
 }
-# All measures: name → function of (checkpoint, layer); scores are percent. Measures of `COARSE` also take "chosen",
-# the layer that is best on the selection images.
+# All measures: name → function of (checkpoint, layer); scores are in percent. Measures of `COARSE` also accept the
+# layer "chosen", which is the best on the selection images.
 MEASURES: dict[str, Callable[[dict, int | str], float]] = {
     **{name: partial(_coarse, *reading_and_heads, "test") for name, reading_and_heads in COARSE.items()},
     **{name: partial(_detected, name) for name in MASKCUT},
@@ -84,9 +84,9 @@ MEASURES: dict[str, Callable[[dict, int | str], float]] = {
 
 
 def at_checkpoint(measure: str, index: int = -1, layer: int | str = "paper") -> Value:
-    """Return a function from a result to a measure of a checkpoint: 0 is the untrained twin, -1 the last.
+    """Return a function from a result to a measure at a checkpoint: 0 is the untrained twin, -1 the last.
 
-    `layer` is a number, "paper" for the layer that the paper looks at, or "chosen" for the best on selection images.
+    `layer` is a number, "paper" for the layer used in the paper, or "chosen" for the best on the selection images.
     """
 
     def value(result: dict) -> float:
@@ -97,7 +97,7 @@ def at_checkpoint(measure: str, index: int = -1, layer: int | str = "paper") -> 
 
 
 def validated(result: dict) -> list[int]:
-    """Return the checkpoints of the first stage with a known held-out accuracy, the untrained twin first."""
+    """Return the indices of first-stage checkpoints with a known held-out accuracy, the untrained twin first."""
     known = {entry["step"] for entry in result["validation"] if entry["stage"] == 0}
     return [i for i, c in enumerate(result["checkpoints"]) if c["stage"] == 0 and c["step"] in {0, *known}]
 
@@ -105,7 +105,7 @@ def validated(result: dict) -> list[int]:
 def held_out_accuracy(index: int) -> Value:
     """Return a function from a result to its accuracy at a checkpoint of `validated`, in percent.
 
-    It is the accuracy on the images that the run was validated on, for the twin on test images.
+    It is measured on the run's validation images; for the untrained twin, on the test images.
     """
 
     def value(result: dict) -> float:
@@ -118,9 +118,9 @@ def held_out_accuracy(index: int) -> Value:
 
 
 def at_accuracy(measure: str, accuracy: float, layer: str = "paper") -> Callable[[dict], float | None]:
-    """Return a function from a result to a measure when the run first reached an accuracy.
+    """Return a function from a result to a measure at the point where the run first reached an accuracy.
 
-    It interpolates linearly between the checkpoints before and after; None if the first stage did not reach it.
+    It interpolates linearly between two checkpoints, and returns None if the first stage did not cross the accuracy.
     """
 
     def value(result: dict) -> float | None:
@@ -175,7 +175,7 @@ def paired(first: Sequence[float], second: Sequence[float]) -> Paired:
 
 
 class Claim(NamedTuple):
-    """A statement of the protocol, its verdict (None where one seed cannot decide), and the numbers."""
+    """A statement of the protocol, its verdict (None if one seed cannot decide), and the evidence."""
 
     text: str
     holds: bool | None
@@ -183,7 +183,7 @@ class Claim(NamedTuple):
 
 
 class Results:
-    """Results of an experiment by the names of its runs; those with checkpoints are `scored`."""
+    """Results of an experiment: `runs` maps run names to results; `scored` lists those with scored checkpoints."""
 
     def __init__(self, runs: dict[str, dict], protocol: Protocol):
         self.runs, self.protocol = runs, protocol
@@ -196,20 +196,20 @@ class Results:
         return cls({path.stem: json.loads(path.read_text()) for path in paths}, protocol)
 
     def chosen_lr(self, model: str) -> float | None:
-        """Return the learning rate whose sweep ended with the best held-out accuracy; None while a sweep is missing.
+        """Return the learning rate whose sweep ended with the best held-out accuracy, or None if a sweep is missing.
 
-        Of two equal ones it is the smaller.
+        On a tie, the smaller rate wins.
         """
         scores = self.sweeps(model)
         return max(scores, key=scores.get) if len(scores) == len(self.protocol.lrs) else None
 
     def sweeps(self, model: str) -> dict[float, float]:
-        """Return the held-out accuracy of each learning rate that was tried."""
+        """Return the held-out accuracy of each finished sweep: learning rate → accuracy."""
         found = {lr: self.run("sweep", model, 0, lr) for lr in self.protocol.lrs}
         return {lr: sweep["validation"][-1]["val_accuracy"] for lr, sweep in found.items() if sweep}
 
     def run(self, kind: str, model: str, seed: int, lr: float | None = None) -> dict | None:
-        """Return the result of a run, None while it is missing; an empty kind is that of the compared runs."""
+        """Return the result of a run, or None if it is missing; an empty kind means the compared runs."""
         return self.runs.get(Run(kind or self.protocol.kind, model, seed, lr).name)
 
     def _ended(self, kind: str, models: Sequence[str]) -> list[int]:
@@ -217,12 +217,12 @@ class Results:
 
     @property
     def models(self) -> list[str]:
-        """The models that are compared: those with a run of every seed that CRATE and ViT have."""
+        """The compared models: those with a run for every seed that both CRATE and ViT have."""
         seeds = set(self._ended("", ("CRATE", "ViT")))
         return [model for model in self.protocol.models if seeds <= set(self._ended("", [model]))]
 
     def seeds(self, kind: str = "") -> list[int]:
-        """Return the seeds with runs of all `models`; without a kind, of the compared runs."""
+        """Return the seeds with runs of all `models`; an empty kind means the compared runs."""
         return self._ended(kind, self.models)
 
     @property
@@ -251,7 +251,7 @@ class Results:
         return [model for model in self.models if all(self.by_seed(model, has))]
 
     def coarse_measures(self) -> list[str]:
-        """Return the measures of `COARSE` in the results: the first protocol has no AP."""
+        """Return the measures of `COARSE` that all checkpoints have; those of the first protocol have no AP."""
         checkpoints = [checkpoint for result in self.scored for checkpoint in result["checkpoints"]]
         return [name for name, (reading, _) in COARSE.items() if all(reading in c["test"] for c in checkpoints)]
 
@@ -261,7 +261,7 @@ class Results:
         return {name: 100 * scores[name] for name in ("mean_mask", "random", "constant", "true_mask")}
 
     def common_accuracy(self) -> float:
-        """Return the highest accuracy that every run of `ranked`'s models reached in the first stage, in percent."""
+        """Return the highest accuracy in percent that every run of the `ranked` models reached in the first stage."""
 
         def best(result: dict) -> float:
             return max(held_out_accuracy(index)(result) for index in validated(result))
@@ -270,15 +270,15 @@ class Results:
 
     @property
     def ranked(self) -> list[str]:
-        """Those of `models` that the paper's Table 2 has, best first."""
+        """The models that are also in the paper's Table 2, best first."""
         return [model for model in ORDER if model in self.models]
 
     def claims(self, measure: str = "", accuracy: float | None = None) -> list[Claim]:
-        """Decide the protocol's statements by its rules; needs a seed of CRATE and ViT.
+        """Decide the protocol's statements by its rules; needs a common seed of CRATE and ViT.
 
         Args:
             measure: A key of `COARSE`; empty for the protocol's primary measure.
-            accuracy: Decide at the checkpoint where a run reached this accuracy, in percent; at the last when None.
+            accuracy: Compare runs where they first reached this accuracy, in percent; at their ends when None.
         """
         measure = measure or self.protocol.primary
         scores = self.by_model(at_checkpoint(measure) if accuracy is None else at_accuracy(measure, accuracy))

@@ -1,12 +1,12 @@
-"""Run the experiment: several training runs at a time, each trained, scored at its checkpoints, and continued.
+"""Run the experiment: train several runs in parallel, score their checkpoints, and resume them.
 
-    OUTPUT/runs/RUN/stage0/    a training run, as of `train/pretrain.py`
+    OUTPUT/runs/RUN/stage0/    a training run, as written by `train/pretrain.py`
     OUTPUT/scores/RUN/         a record for each checkpoint scored so far
     OUTPUT/logs/RUN.txt        output of the run's process
     REPORT/results/RUN.json    the result of a finished run
     REPORT/pictures/           arrays for the figures: models of the first seed, and the images
 
-`run_experiment` starts a process for each `Job`. A job that was stopped or killed is continued by the next call.
+`run_experiment` starts a process for each `Job`. The next call resumes jobs that were stopped or killed.
 """
 
 import argparse
@@ -45,7 +45,7 @@ from crate_fast.train.trainer import launch
 
 _POLL_SECONDS = 0.5
 _LOCK_SECONDS = 120.0  # time for an orphaned job to save and stop
-_FORKSERVER = multiprocessing.get_context("forkserver")  # jobs start at once, and may use CUDA
+_FORKSERVER = multiprocessing.get_context("forkserver")  # jobs start fast and may use CUDA
 _FORKSERVER.set_forkserver_preload(["crate_fast.eval.emergence.runs"])
 
 
@@ -54,7 +54,7 @@ class Folders:
     """Folders of an experiment.
 
     Attributes:
-        output: Runs and unfinished scores; large, and unnecessary once a run has its result.
+        output: Runs and unfinished scores; large, and not needed after a run has its result.
         report: Results, pictures and the report; small, and enough to write the report again.
         cifar10: CIFAR-10, or None.
     """
@@ -65,7 +65,7 @@ class Folders:
 
     @property
     def photographs(self) -> Path:
-        """Prepared photographs, of `data.prepare_photographs`."""
+        """Folder of the photographs of `data.prepare_photographs`."""
         return self.output / "data"
 
     def data_dir(self, run: Run) -> Path | None:
@@ -86,11 +86,11 @@ class Folders:
 
 
 class Resources:
-    """Devices, and the number of simultaneous runs; on a processor without bf16 products all train in fp32.
+    """Devices and number of parallel runs; on a CPU without bf16 products, all runs train in fp32.
 
     Args:
         device: "auto", "cpu", "cuda" for all GPUs, or "cuda:N".
-        jobs: Number of simultaneous runs; None means one a CPU core, or four a GPU.
+        jobs: Number of parallel runs; None means one per CPU core, or four per GPU.
     """
 
     def __init__(self, device: str, jobs: int | None = None):
@@ -114,7 +114,7 @@ class Resources:
 class Job(NamedTuple):
     """A run with everything that its process needs.
 
-    `settings` are those of `TrainConfig` for its device and processes; `origin` is the result's provenance.
+    `settings` are fields of `TrainConfig` for device and processes; `origin` is the provenance of the result.
     """
 
     run: Run
@@ -125,18 +125,18 @@ class Job(NamedTuple):
     origin: dict[str, str]
 
 
-# --- several runs at a time ---
+# --- parallel runs ---
 
 
 def run_experiment(protocol: Protocol, folders: Folders, resources: Resources, minutes: float | None = None) -> bool:
-    """Do all unfinished runs of an experiment.
+    """Complete all unfinished runs of an experiment.
 
     Args:
         folders: Folders without runs of another protocol.
         minutes: Time limit; None means no limit.
 
     Returns:
-        True when all runs are done; False after the time limit or a signal. The same call continues.
+        True when all runs are done; False after the time limit or a signal. The same call then resumes.
 
     Raises:
         CheckpointError: Another process runs an experiment in these folders.
@@ -165,7 +165,7 @@ def _locked(folder: Path, patience: float = 0.0) -> Iterator[None]:
 
 
 class _Scheduler:
-    """Starts jobs, watches them, and shows progress in trained pixels."""
+    """Scheduler that starts and watches jobs; progress is measured in trained pixels."""
 
     def __init__(self, protocol: Protocol, folders: Folders, resources: Resources):
         self.protocol, self.folders, self.resources = protocol, folders, resources
@@ -173,8 +173,8 @@ class _Scheduler:
         self.work = {run: _work(protocol, run) for run in runs}
         self.waiting = [run for run in runs if not folders.result(run).is_file()]
         self.running: dict[Run, tuple[multiprocessing.Process, str]] = {}  # process and device
-        self.origin = provenance() | {"device": str(resources)}  # of the code that the jobs are forked from
-        del self.origin["command"]  # it names this machine's folders
+        self.origin = provenance() | {"device": str(resources)}  # of the code that the jobs run
+        del self.origin["command"]  # it names local folders
         (folders.output / "logs").mkdir(parents=True, exist_ok=True)
 
     def terminate(self) -> None:
@@ -190,9 +190,9 @@ class _Scheduler:
         with tqdm(total=total, initial=done, maxinterval=interval, **style) as bar:
             stopping = False
             while self.waiting or self.running:
-                if stop() and not stopping:  # before the jobs are checked: the signal may have reached them too
+                if stop() and not stopping:  # checked before the jobs, which the signal may also have ended
                     stopping = True
-                    bar.write("stopping: the runs save what they have")
+                    bar.write("stopping: the runs save their state")
                     self.terminate()
                 self._reap(bar, stopping)
                 if stopping and not self.running:
@@ -222,7 +222,7 @@ class _Scheduler:
         try:
             process.start()
         except (EOFError, OSError):
-            if not stop():  # else the signal that asks for a stop has ended the fork server
+            if not stop():  # otherwise the stop signal has also ended the fork server
                 raise
             return False
         self.waiting.remove(run)
@@ -260,7 +260,7 @@ def _work(protocol: Protocol, run: Run) -> int:
 
 
 def _run_job(job: Job) -> None:
-    """Do a job in this process; exit status 0 also after a polite stop."""
+    """Run a job in this process; the exit status is 0 also after a requested stop."""
     stream = os.open(job.folders.log(job.run), os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     os.dup2(stream, 1)
     os.dup2(stream, 2)
@@ -273,24 +273,24 @@ def _run_job(job: Job) -> None:
 
 
 def _stop_with_parent() -> None:
-    """Send SIGTERM to this process when its parent is gone, even after SIGKILL."""
+    """Send SIGTERM to this process when its parent ends, even by SIGKILL."""
 
     def watch() -> None:
-        multiprocessing.parent_process().join()  # getppid() is the fork server's, which lives as long as a job
+        multiprocessing.parent_process().join()  # getppid() is the fork server, which lives as long as a job
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=watch, daemon=True).start()
 
 
 def train_and_score(job: Job) -> None:
-    """Run a job and write its result, unless it is stopped; a sweep that diverges gets accuracy 0."""
+    """Run a job and write its result, unless it is stopped; a diverged sweep gets accuracy 0."""
     try:
         if _train(job):
             _score(job)
     except NonFiniteError as error:
         if job.run.kind != "sweep":
             raise
-        print(f"a learning rate that cannot be chosen: {error}", flush=True)
+        print(f"this learning rate diverges and gets accuracy 0: {error}", flush=True)
         _write(job, {"validation": [{"val_accuracy": 0.0}], "diverged": str(error)})
 
 
@@ -312,8 +312,8 @@ def _train(job: Job) -> bool:
                 return False
         elif run_config(folder).lr != config.lr:
             raise UserError(
-                f"{folder} was trained at lr {run_config(folder).lr:g}, and the sweeps now say {config.lr:g}: remove "
-                "it, or bring back the sweeps' results that it was trained with"
+                f"{folder} was trained at lr {run_config(folder).lr:g}, and the sweeps now select {config.lr:g}: "
+                "remove the folder, or restore the results of its sweeps"
             )
         init = f"{folder}@{stage.steps}"
     return True
@@ -348,7 +348,7 @@ def _write(job: Job, result: dict) -> None:
 
 
 def _entries(logs: list[list[dict]], *names: str) -> list[dict]:
-    """Return these values of every log entry that has them, with stage and step."""
+    """Return the named values of every log entry that has them, with stage and step."""
     return [
         {"stage": number, **{name: entry[name] for name in ("step", *names)}}
         for number, log in enumerate(logs)
@@ -358,7 +358,7 @@ def _entries(logs: list[list[dict]], *names: str) -> list[dict]:
 
 
 def _seconds(log: list[dict], batch_size: int) -> float:
-    """Return the seconds of training in all sessions, from the speed of each log interval."""
+    """Return the training time of all sessions in seconds, from the speed of each log interval."""
     seconds, before = 0.0, 0
     for entry in log:
         if "images_per_s" in entry:
@@ -368,7 +368,7 @@ def _seconds(log: list[dict], batch_size: int) -> float:
 
 
 def _score_checkpoints(job: Job, interruption: Interruption) -> list[dict] | None:
-    """Return the scores of every checkpoint in order; None when stopped."""
+    """Return the scores of all checkpoints in order, or None when stopped."""
     points = job.protocol.points
     settings = {"protocol": job.protocol.settings(), "lr": job.lr}
     records = Records(job.folders.output / "scores" / job.run.name, settings, key="checkpoint")
@@ -400,7 +400,7 @@ def _open(job: Job, point: Point, image_size: int | None = None) -> LoadedModel:
 
 
 def _save_pictures(job: Job, shown: dict[str, np.ndarray]) -> None:
-    """Save all layers of the last checkpoint, components at the default layer of every checkpoint, and the images."""
+    """Save pictures of the last checkpoint's layers, components of every checkpoint's default layer, and images."""
     points, images = job.protocol.points, shown["images"]
     last = _open(job, points[-1], images.shape[1])
     arrays = pictures(last, images, range(last.extract.depth))
@@ -410,7 +410,7 @@ def _save_pictures(job: Job, shown: dict[str, np.ndarray]) -> None:
     folder = job.folders.report / "pictures"
     folder.mkdir(parents=True, exist_ok=True)
     _save(folder / f"{job.run.model}.npz", arrays)
-    _save(folder / f"{job.protocol.kind}.npz", shown)  # equal for every model
+    _save(folder / f"{job.protocol.kind}.npz", shown)  # the same for every model
 
 
 def _save(path: Path, arrays: dict[str, np.ndarray]) -> None:

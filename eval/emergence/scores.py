@@ -23,7 +23,7 @@ def checkpoint_scores(loaded: LoadedModel, data: SceneData | PhotographData) -> 
     Returns:
         "accuracy" on test images; "selection" and "test", reading → "layers" ("best_head" and "per_head" of each)
         and baselines, as in `segmentation.score_attention`; "white_box", R^c and sparsity of each layer, empty for
-        models without subspaces and ISTA. For scenes also "maskcut".
+        models without subspaces and ISTA; for scenes also "maskcut".
     """
     few = spread(data.test, data.protocol.maskcut_images) if data.protocol.photographs else data.with_masks
     scores = {
@@ -38,13 +38,13 @@ def checkpoint_scores(loaded: LoadedModel, data: SceneData | PhotographData) -> 
 
 
 def photograph_scores(loaded: LoadedModel, data: PhotographData) -> dict:
-    """Score a model on the photographs with masks, at their size: "masks", in the form of "test", and "maskcut"."""
+    """Score a model, opened at their size, on the photographs with masks: "masks" (like "test") and "maskcut"."""
     images = data.with_masks
     return _rounded({"masks": _segmentation(loaded, images), "maskcut": _maskcut(loaded, images)})
 
 
 def box_scores(loaded: LoadedModel, data: PhotographData) -> dict:
-    """Score a model's boxes, as `crate-fast eval localization` does: "boxes", its result without single heads."""
+    """Score a model's boxes as `crate-fast eval localization` does: "boxes", its result without "per_head"."""
     found = localization.evaluate(loaded, spread(data.test, data.protocol.box_images), batch_size=_BATCH)
     for row in found["layers"]:
         del row["per_head"]
@@ -68,14 +68,14 @@ def _accuracy(loaded: LoadedModel, images: Dataset) -> float:
 
 def _segmentation(loaded: LoadedModel, images: Dataset) -> dict:
     scores = coarse_segmentation.evaluate(loaded, images, batch_size=_BATCH)
-    left_out = ("by_class", "fixed_head")  # that head is chosen on these images; ours on the selection images
+    left_out = ("by_class", "fixed_head")  # chosen on the scored images; ours is chosen on the selection images
     for result in scores.values():
         result["layers"] = [{k: v for k, v in row.items() if k not in left_out} for row in result["layers"]]
     return scores
 
 
 def _rounded(value):
-    """Round numbers and make keys text, so that values in memory equal those of the file."""
+    """Round floats and turn keys into strings, so that values in memory equal those in the file."""
     if isinstance(value, dict):
         return {str(key): _rounded(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -84,7 +84,7 @@ def _rounded(value):
 
 
 def pictures(loaded: LoadedModel, shown: np.ndarray, layers: Sequence[int]) -> dict[str, np.ndarray]:
-    """Return a model's arrays for the figures on the shown images, which share one PCA.
+    """Return a model's arrays for the figures; the shown images share one PCA.
 
     Args:
         loaded: The model, opened at the images' size.
