@@ -1,9 +1,9 @@
 """CLS attention maps of each head, under noise, and next to other models (paper, Fig. 1, 7, 8, 11-14).
 
-    crate-fast eval attention_maps runs/NAME --data coco:PATH                         every head, a row an image
+    crate-fast eval attention_maps runs/NAME --data coco:PATH                         every head, one row per image
     crate-fast eval attention_maps runs/NAME --data folder:PATH --figure semantic     chosen heads over many images
-    crate-fast eval attention_maps runs/NAME --data folder:PATH --figure noise_sigma  stronger and stronger noise
-    crate-fast eval attention_maps runs/NAME --data folder:PATH --figure noise_share  more and more noisy pixels
+    crate-fast eval attention_maps runs/NAME --data folder:PATH --figure noise_sigma  noise of increasing strength
+    crate-fast eval attention_maps runs/NAME --data folder:PATH --figure noise_share  noise on more and more pixels
     crate-fast eval attention_maps runs/A runs/B vit_small_patch16_224@untrained --data coco:PATH --figure models
 
 Writes attention_01.png and .pdf (then 02, …: eight rows per page; with noise one figure per image), attention.npz

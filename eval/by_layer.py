@@ -2,7 +2,7 @@
 
     crate-fast eval by_layer CRATE=runs/A ViT=runs/B --data coco:PATH
 
-One pass of the model serves all layers. MaskCut needs instances (COCO's or the scenes'), attention any masks.
+Each measure reads all layers in one pass of the model. MaskCut needs instances (COCO or scenes), attention any masks.
 """
 
 import argparse

@@ -30,8 +30,8 @@ from crate_fast.train.config import TrainConfig
 from crate_fast.train.data import DataSplits, plain_splits
 
 PROTOCOLS = ("head", "knn", "linear")
-KS = (10, 20, 100, 200)
-RAW_SIDE = 16  # pixels
+KS = (10, 20, 100, 200)  # numbers of neighbours
+RAW_SIDE = 16  # side of raw images, in pixels
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # values of scikit-learn's C, the inverse regularisation strength
 _MAX_ITERATIONS = 500
 _MAX_SIMILARITIES = 2**26  # in memory at once: 256 MiB
@@ -412,7 +412,7 @@ def _command(options: argparse.Namespace) -> None:
 
     def score(loaded: LoadedModel, config: TrainConfig, data: DataSplits, protocols: tuple[str, ...]) -> dict:
         source = {name: getattr(config, name) for name in _DATA_SETTINGS}
-        raw = options.raw_pixels and source not in raw_scored
+        raw = options.raw_pixels and source not in raw_scored  # once per data set
         found = evaluate(loaded, data, protocols, raw_pixels=raw, **settings)
         raw_scored.append(source)
         return found | {"data": source, "paper_fine_tuned": _paper_score(loaded.label, config, len(data.classes))}

@@ -3,7 +3,7 @@
     crate-fast eval coarse_segmentation runs/NAME                              # shape_scenes
     crate-fast eval coarse_segmentation CRATE=runs/A ViT=runs/B --data voc:PATH
 
-Each semantic class of an image is an object, scored on the patch grid with the head of largest IoU. Scores are
+Each semantic class of an image is an object, scored on the patch grid with the head of the largest IoU. Scores are
 averaged over the objects of an image, then over images. Void patches, the background, and objects that cover no patch
 are not scored. "The top 60 %" is read as entries (`topk`, the paper's text) and as mass (`mass`, DINO's code). Both
 depend on how far a map spreads; the average precision of patches ranked by attention does not. Random and constant
@@ -46,7 +46,7 @@ def evaluate(
         See `AttentionScores.result`; the keys of "by_class" are class numbers.
 
     Raises:
-        UserError: No image could be scored.
+        UserError: No image can be scored.
     """
     layers = range(loaded.extract.depth) if layers is None else layers
     scores = segmentation.AttentionScores(fraction, seed)

@@ -5,8 +5,8 @@
     crate-fast eval localization runs/A --data folder:PHOTOS --boxes boxes.json
 
 A map is enlarged bilinearly, scaled to [0, 1] and thresholded at 100 levels. The predicted box at a level encloses
-the largest connected component; its IoU is the largest with the annotated boxes of the image. Scores (Choe et al.,
-*Evaluating Weakly Supervised Object Localization Methods Right*, 2020):
+the largest connected component; its IoU is the largest IoU with an annotated box. Scores (Choe et al., *Evaluating
+Weakly Supervised Object Localization Methods Right*, 2020):
 
     MaxBoxAcc d    share of images whose box has IoU ≥ d, at the best threshold for all images; d = 0.3, 0.5, 0.7
     MaxBoxAccV2    mean of the three
@@ -114,7 +114,7 @@ def _summary(measured: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> d
         return _scores(iou[rows, head], pointing[rows, head], ap[rows, head])
 
     chosen = np.zeros(len(iou), int)
-    for half, others in ((0, 1), (1, 0)):
+    for half, others in ((0, 1), (1, 0)):  # choose on one half, score on the other
         known = images[others::2] if len(images) > 1 else images
         chosen[half::2] = np.argmax([score(known, head)["MaxBoxAccV2"] for head in heads])
     return {

@@ -4,7 +4,7 @@
     crate-fast eval maskcut MODEL --data coco:PATH                      # a data set, with AP and AR
     torchrun --nproc_per_node 4 -m crate_fast.eval.maskcut MODEL --data coco:PATH
 
-The command writes one record per image to its output folder and resumes from them, with any number of processes.
+The command writes one record per image to its output folder and resumes from these, with any number of processes.
 """
 
 import argparse
@@ -36,8 +36,8 @@ from crate_fast.options import main_of
 from crate_fast.train.checkpoint import write_text
 from crate_fast.train.distributed import Processes, process_group
 
-EPSILON = 1e-5
-_LARGEST_OVERLAP, _SMALLEST_SHARE = 0.5, 0.01
+EPSILON = 1e-5  # affinity of patches that are not linked
+_LARGEST_OVERLAP, _SMALLEST_SHARE = 0.5, 0.01  # IoU with the previous mask; share of the grid
 _FORMAT = 1  # version of the records; raise it when their content changes
 _LINK_BYTES = 2 * 2**30  # memory for the affinities of one batch
 
@@ -59,8 +59,8 @@ def object_of(vector: Tensor, grid: tuple[int, int]) -> Tensor:
     """Extract the object from a second eigenvector.
 
     Patches above the mean are foreground, and the seed is the largest entry. If at least three of the four corners
-    are foreground, the sides are swapped and the seed is the smallest entry. Entries within 1e-4 of the seed's count
-    as equal, because patches with the same links differ by rounding; the first one is the seed. The object is the
+    are foreground, the sides are swapped and the seed is the smallest entry. Entries within 1e-4 of this extreme are
+    equal to it, because patches with the same links differ by rounding; the first one is the seed. The object is the
     4-connected component of the foreground that contains the seed. CutLER's code also swaps the sides if the patch of
     largest magnitude is not foreground. That depends on the solver's sign; here this patch is always positive.
 

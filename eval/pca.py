@@ -3,7 +3,7 @@
     crate-fast eval pca runs/NAME runs/VIT --data coco:PATH --class horse     a column per model (Fig. 3)
     crate-fast eval pca runs/NAME --data folder:PATH --layers all             a column per layer (Fig. 9)
     crate-fast eval pca runs/NAME --data folder:PATH --layers 0,3,6 --components 2-4   component 1 in grey, 2 to 4 in
-                                                                              colour, nothing left out (Fig. 6)
+                                                                              colour, of all patches (Fig. 6)
     crate-fast eval pca A=runs/NAME@1000 B=runs/NAME@9000 --data folder:PATH  a column per checkpoint (Fig. 10)
 
 All images share one PCA (`--group N`: N images at a time). They should show one kind of object, so that a colour
@@ -47,7 +47,7 @@ def principal_components(tokens: Tensor, count: int, centred: bool = False) -> t
         centred: Subtract the tokens' mean first, as textbooks do; the paper does not.
 
     Returns:
-        (components [C, count], each with its entry of largest magnitude positive; their shares of ‖Z‖² [count]).
+        (components [C, count], each with a positive entry of largest magnitude; their shares of ‖Z‖² [count]).
 
     Raises:
         UserError: C is below `count`, or a token is not finite.
@@ -127,7 +127,7 @@ def foreground(
     projection = (tokens.double() @ components[:, 0]).view(images, *grid)
     inner = projection[:, 1:-1, 1:-1]
     border_mean = (projection.sum() - inner.sum()) / (projection.numel() - inner.numel())
-    projection = (-projection if border_mean > inner.mean() else projection).flatten(1)
+    projection = (-projection if border_mean > inner.mean() else projection).flatten(1)  # objects are inside
     if scaling == "minmax":
         low, high = projection.aminmax()
         projection = (projection - low) / (high - low).clamp(min=_TINY)

@@ -47,9 +47,9 @@ def trend(values: Sequence[float]) -> dict:
     """Describe how a measure changes with depth, from its values by layer.
 
     Returns:
-        "first" and "last" value; "steps", the number of steps from a layer to the next, and "steps_down", of those
-        that fall; "spearman", the rank correlation of layer and value (ties share their mean rank; None for a single
-        layer or constant values); "falls": "yes" if every step falls, "in part" if "spearman" is negative, else "no".
+        "first" and "last" value; "steps", the number of steps between layers, and "steps_down", how many of them
+        fall; "spearman", the rank correlation of layer and value (ties share their mean rank; None for a single layer
+        or constant values); "falls": "yes" if every step falls, "in part" if "spearman" is negative, else "no".
 
     >>> trend([3.0, 2.0, 2.5, 1.0])["spearman"], trend([3.0, 2.0, 2.5, 1.0])["falls"]
     (-0.8, 'in part')

@@ -105,7 +105,7 @@ def _size(height: object, width: object) -> tuple[int, int] | None:
 
 
 def _read_folder(folder: Path) -> dict[str, _Entry]:
-    """Return the same from XML files. Their corners are the first and last pixels of a box, counted from 0."""
+    """Return the same as `_read_json` from XML files, whose corners are a box's first and last pixels, from 0."""
     entries = []
     for path in sorted(folder.rglob("*.xml")):
         try:

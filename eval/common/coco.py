@@ -342,8 +342,8 @@ def require_crf():
 def refine(mask: np.ndarray, image: np.ndarray) -> np.ndarray | None:
     """Fit a mask to the image's edges with a CRF and fill its holes (paper, B.4; not used for its Table 1).
 
-    Krähenbühl and Koltun's mean-field inference with CutLER's constants: 10 iterations; a Gaussian kernel of 3 pixels
-    and weight 7; a bilateral kernel of 50 pixels, 5 grey levels and weight 10; label probability e/(1 + e).
+    Krähenbühl and Koltun's mean-field inference with CutLER's constants: 10 iterations; Gaussian kernel of 3 pixels,
+    weight 7; bilateral kernel of 50 pixels and 5 grey levels, weight 10; probability e/(1 + e) of the mask's label.
 
     Args:
         mask: Boolean [H, W].

@@ -87,7 +87,7 @@ class Evaluation:
     def score(self, compute: Callable[..., Any], arguments: dict[str, tuple] | None = None) -> dict[str, Any]:
         """Return label → result of `compute`. A `UserError` is raised only if all fail; `finish` reports others.
 
-        `arguments` maps labels to arguments of `compute`; when None, each model is one.
+        `arguments` maps labels to arguments of `compute`; by default, each model is the argument.
         """
         results = {}
         for label, values in (arguments or {loaded.label: (loaded,) for loaded in self.models}).items():

@@ -90,7 +90,7 @@ def split_label(specification: str) -> tuple[str, str]:
     (('CRATE-S/8', 'runs/a'), ('a@1200', 'runs/a@1200'))
     """
     label, separator, source = specification.partition("=")
-    is_path = Path(specification.rpartition("@")[0] or specification).is_dir()
+    is_path = Path(specification.rpartition("@")[0] or specification).is_dir()  # its name may contain =
     if separator and label and source and "@" not in label and not is_path:
         return label, source
     return specification.rstrip("/").split("/")[-1], specification
@@ -230,7 +230,7 @@ def open_model(
             model = _seeded(lambda: load_pretrained(shared, weights=not version), seed)
         else:
             raise UserError(f"{name}@{version}: write {name} or {name}@untrained")
-        timm_config = getattr(model, "pretrained_cfg", None)  # an autoencoder is not in timm's registry
+        timm_config = getattr(model, "pretrained_cfg", None)  # None for an autoencoder
         statistics = (timm_config["mean"], timm_config["std"]) if timm_config else "imagenet"
     autoencoder = model.to(device) if isinstance(model, CRATEMAE) else None
     model = model.encoder() if autoencoder else model

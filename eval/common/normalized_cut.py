@@ -1,4 +1,4 @@
-"""The second eigenvector of a normalised cut, by deflated Lanczos: the costly part of MaskCut.
+"""The second eigenvector of a normalised cut, by deflated Lanczos: the expensive part of MaskCut.
 
 A graph of P patches has affinities A = ε·11ᵀ + (1 − ε)·B with B in {0, 1} and degrees d = A·1. The wanted vector
 solves (D − A)v = λDv for the second smallest λ (Shi and Malik, *Normalized Cuts and Image Segmentation*). With
@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 
 MAX_STEPS = 160  # Lanczos steps
-_BLOCK, _MAX_BLOCKS = 8, 60
+_BLOCK, _MAX_BLOCKS = 8, 60  # vectors per block; blocks
 _SMALL = 1000  # patches; up to here the dense solver is faster than block Lanczos
 SAME = 1e-4  # entries this close to the largest equal it: patches with the same links differ only by rounding
-_CHECK_EVERY = 4
+_CHECK_EVERY = 4  # steps
 _RESIDUAL = 3e-6  # about ten units in the last place of fp32, the rounding error of ‖My − θy‖
 _SMALLEST_GAP = 1e-3  # below it, fp32 rounding may rotate the vector by more than a few thousandths
 

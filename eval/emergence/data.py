@@ -27,7 +27,7 @@ from crate_fast.train.checkpoint import write_text
 from crate_fast.train.data.image_files import find_images, read_image
 from crate_fast.train.data.sources import nothing_outside
 
-_SHOWN = 8
+_SHOWN = 8  # images in the figures
 
 
 class SceneData:

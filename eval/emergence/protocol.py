@@ -199,7 +199,7 @@ class Protocol:
         return dataclasses.replace(self, stages=tuple(dataclasses.replace(s, images=count) for s in self.stages))
 
     def planned_runs(self, cifar10: bool = True) -> list[Run]:
-        """Return all runs in starting order: sweeps, then seed by seed, so that an early stop has complete seeds."""
+        """Return all runs in order: sweeps, then seed by seed, so that an early stop leaves complete seeds."""
         sweeps = [Run("sweep", model, self.sweep_seed, lr) for model in self.models for lr in self.lrs]
         kinds = (self.kind, "cifar10") if cifar10 else (self.kind,)
         return sweeps + [Run(kind, m, seed) for kind in kinds for seed in self.seeds for m in self.models]

@@ -14,7 +14,7 @@ from crate_fast.eval.emergence.data import PhotographData, SceneData, spread
 from crate_fast.eval.pca import TooFewPatchesError, foreground, pca_rgb
 
 _BATCH = 50
-_DIGITS = 6
+_DIGITS = 6  # decimals of saved scores
 
 
 def checkpoint_scores(loaded: LoadedModel, data: SceneData | PhotographData) -> dict:
@@ -68,7 +68,7 @@ def _accuracy(loaded: LoadedModel, images: Dataset) -> float:
 
 def _segmentation(loaded: LoadedModel, images: Dataset) -> dict:
     scores = coarse_segmentation.evaluate(loaded, images, batch_size=_BATCH)
-    left_out = ("by_class", "fixed_head")  # chosen on the scored images; ours is chosen on the selection images
+    left_out = ("by_class", "fixed_head")  # the head is chosen on the scored images; ours on the selection images
     for result in scores.values():
         result["layers"] = [{k: v for k, v in row.items() if k not in left_out} for row in result["layers"]]
     return scores

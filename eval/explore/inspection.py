@@ -20,8 +20,8 @@ from crate_fast.model import CRATE
 from crate_fast.whitebox import LayerTrace, visit_layers
 
 COMPONENTS = ("all", "parts")  # components 2 to 4 of all patches (Fig. 6); 1 to 3 of the foreground (Fig. 9)
-_OPEN_MODELS = 4
-_INSPECTIONS_BYTES = 512 * 2**20
+_OPEN_MODELS = 4  # in memory
+_INSPECTIONS_BYTES = 512 * 2**20  # memory for recent inspections
 
 
 class ModelChoice(NamedTuple):

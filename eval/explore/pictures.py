@@ -25,8 +25,8 @@ _MAX_SIDE = 2048  # larger pictures are scaled down
 _DECODING = threading.BoundedSemaphore(2)  # one picture may take 350 MiB
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 _UPLOADS_BYTES = 256 * 2**20
-_MAX_LISTED = 200
-_SCENES, _SCENE_SIZE = 12, 256
+_MAX_LISTED = 200  # images of a folder
+_SCENES, _SCENE_SIZE = 12, 256  # number, and side in pixels
 
 
 class LRUCache:
@@ -74,7 +74,7 @@ class UnreadablePictureError(UserError):
 
 
 class UnknownPictureError(UserError):
-    """An id of no picture, or of a dropped one."""
+    """An id that belongs to no picture, or to one that was dropped."""
 
 
 def decode(data: bytes, name: str) -> Image.Image:
