@@ -90,7 +90,7 @@ def open_explorer(options: argparse.Namespace) -> Explorer:
         others = [choice for choice in choices if choice.group != choices[0].group]
         if options.checkpoint or not others:
             raise
-        models, note = ModelCache(others, **opening), f"The newest run cannot be opened: {error}"
+        models, note = ModelCache(others, **opening), f"The newest run is left out: {error}"
         models.get(0)
     return Explorer(models, note, pictures)
 
