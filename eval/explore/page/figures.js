@@ -205,7 +205,7 @@ const curves = {
   title: "Compression and sparsity",
   ready: ({ summary }) => summary.coding_rate || summary.sparsity,
   missing: (view) =>
-    !curves.ready(view) && "This model has separate queries and keys, so no subspaces, and no ISTA.",
+    !curves.ready(view) && "This model has no ISTA, and no subspaces, because its queries and keys are separate.",
   about: () => "layers",
   caption: () => "R^c of the subspace tokens in nats; share of non-zeros after ISTA. The dashed line marks the layer shown.",
   draw(view, canvas, colours, width) {

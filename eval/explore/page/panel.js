@@ -219,13 +219,13 @@ export class Panel {
     });
     const colours = { ...palette(), ...this.page.choices };
     for (const { figure, root, canvas } of drawn) {
-      figure.draw(view, canvas, colours, Math.max(200, root.clientWidth)); // width of the card, measured when its whole row is shown
+      figure.draw(view, canvas, colours, Math.max(200, root.clientWidth)); // measured when the whole row is shown
     }
   }
 
   #save(figure, kind, width) {
     const { label, picture } = this.view;
-    const words = [figure.name, label, picture.name, figure.about?.(this.view)]; // taken now, because a PNG is written later
+    const words = [figure.name, label, picture.name, figure.about?.(this.view)]; // taken now: a PNG is written later
     const name = words.filter(Boolean).join("_").replace(/[^\w.-]+/g, "-");
     const download = (blob) => {
       if (!blob) return this.#showError("save", "The browser cannot save a picture this large.");
