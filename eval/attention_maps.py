@@ -159,7 +159,7 @@ def _agreement(clean: Tensor, noisy: Tensor) -> dict:
     return {"correlation": mean, "per_head": values}
 
 
-class _Shown(NamedTuple):
+class _ModelMaps(NamedTuple):
     """Figure data of one model; maps are [images, heads, rows, columns]."""
 
     title: str
@@ -196,7 +196,7 @@ def _pictures(maps: np.ndarray, images: Iterable[Tensor], style: str) -> list[Pi
 
 
 def _images_figure(
-    shown: Sequence[_Shown], heads: Sequence[int | str], style: str, folder: Path, title: str | None = None
+    shown: Sequence[_ModelMaps], heads: Sequence[int | str], style: str, folder: Path, title: str | None = None
 ) -> list[Path]:
     """Draw a row per image: the image, its objects, and each model's maps."""
     samples, columns = shown[0].samples, {}
@@ -209,7 +209,7 @@ def _images_figure(
 
 
 def _noise_figures(
-    model: _Shown, levels: Sequence[tuple[float, float]], options: argparse.Namespace, folder: Path
+    model: _ModelMaps, levels: Sequence[tuple[float, float]], options: argparse.Namespace, folder: Path
 ) -> list[Path]:
     """Draw a figure per image, with a row per level: the noisy image and its maps."""
     if options.figure == "noise_sigma":
@@ -276,7 +276,7 @@ def _command(options: argparse.Namespace) -> None:
         samples: list[Sample] = []
         outcome = evaluate(loaded, read_images(evaluation, loaded, samples), options.layer, noise, options.seed)
         title = f"{loaded.label}, layer {outcome['layer']}"
-        model = _Shown(title, samples, outcome.pop("maps"), outcome.pop("noisy_maps"))
+        model = _ModelMaps(title, samples, outcome.pop("maps"), outcome.pop("noisy_maps"))
         shown.append(model)
         if noise:
             evaluation.written += _noise_figures(model, noise, options, folder)

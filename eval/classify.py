@@ -382,16 +382,16 @@ def _row(label: str, counts: dict, scores: dict) -> dict:
     return row
 
 
-def _doubts(label: str, scores: dict) -> list[str]:
+def _notes(label: str, scores: dict) -> list[str]:
     """Return notes on missing scores and unreliable linear probes."""
-    doubts = [f"{label}: {what} left out: {why}" for what, why in scores.get("left_out", {}).items()]
+    notes = [f"{label}: {what} left out: {why}" for what, why in scores.get("left_out", {}).items()]
     if linear := scores.get("linear"):
         chosen, low, high = linear["C"], min(linear["held_out"]), max(linear["held_out"])
         if not linear["converged"]:
-            doubts.append(f"{label}: the linear probe's fit did not converge")
+            notes.append(f"{label}: the linear probe's fit did not converge")
         if chosen in (low, high):
-            doubts.append(f"{label}: C = {chosen:g} is at the end of the range tried ({low:g} to {high:g})")
-    return doubts
+            notes.append(f"{label}: C = {chosen:g} is at the end of the range tried ({low:g} to {high:g})")
+    return notes
 
 
 def _command(options: argparse.Namespace) -> None:
@@ -408,7 +408,7 @@ def _command(options: argparse.Namespace) -> None:
     evaluation = Evaluation("classify", options, models)
     names = ("pool", "limit", "train_limit", "seed", "batch_size", "workers")
     settings = {name: getattr(options, name) for name in names} | {"ks": options.k, "problems": evaluation.problems}
-    rows, doubts, raw_scored = [], [], []
+    rows, notes, raw_scored = [], [], []
 
     def score(loaded: LoadedModel, config: TrainConfig, data: DataSplits, protocols: tuple[str, ...]) -> dict:
         source = {name: getattr(config, name) for name in _DATA_SETTINGS}
@@ -423,11 +423,11 @@ def _command(options: argparse.Namespace) -> None:
         for name, scores in ((label, found), (of_raw, found.get("raw_pixels"))):
             if scores:
                 rows.append(_row(name, found, scores))
-                doubts += _doubts(name, scores)
+                notes += _notes(name, scores)
     evaluation.write_table("classify", rows)
     if any("paper, fine-tuned" in row for row in rows):
-        doubts.insert(0, "paper, fine-tuned: Table 3, all weights fine-tuned; k-NN and linear use frozen features.")
-    evaluation.finish(results, notes=doubts)
+        notes.insert(0, "paper, fine-tuned: Table 3, all weights fine-tuned; k-NN and linear use frozen features.")
+    evaluation.finish(results, notes=notes)
 
 
 main = main_of("eval classify", _command)

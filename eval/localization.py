@@ -142,7 +142,7 @@ def _scores(iou: np.ndarray, pointing: np.ndarray, ap: np.ndarray) -> dict[str, 
     }
 
 
-def _prior_scores(maps: Sequence[Tensor], truths: Sequence[np.ndarray], resolution: int) -> dict[str, float]:
+def _baseline_scores(maps: Sequence[Tensor], truths: Sequence[np.ndarray], resolution: int) -> dict[str, float]:
     """Score a baseline, one map [rows, columns] per image."""
     measured = [_measure(prior[None], truth, resolution) for prior, truth in zip(maps, truths, strict=True)]
     return _summary(measured)["best_head"]
@@ -157,8 +157,8 @@ def _baselines(truths: list[np.ndarray], grid: tuple[int, int], resolution: int)
     whole = np.stack([np.repeat(_best_iou(np.float64([0, 0, 1, 1]), truth), len(THRESHOLDS)) for truth in truths])
     share = boxes.mean(dim=(1, 2)).numpy()  # expectation for a random point, and for patches in random order
     return {
-        "centre": _prior_scores([centre] * len(truths), truths, resolution),
-        "mean box": _prior_scores([means[i % 2] for i in range(len(truths))], truths, resolution),
+        "centre": _baseline_scores([centre] * len(truths), truths, resolution),
+        "mean box": _baseline_scores([means[i % 2] for i in range(len(truths))], truths, resolution),
         "whole picture": _scores(whole, share, share),
     }
 
@@ -225,7 +225,7 @@ def _rows(label: str, scores: dict, marked: int) -> list[dict]:
     return rows + [{"model": label, "maps": name} | row for name, row in baselines.items()]
 
 
-def _boxed(sample: Sample, found: Sequence[float] | None = None) -> Picture:
+def _draw_boxes(sample: Sample, found: Sequence[float] | None = None) -> Picture:
     """Draw the annotated boxes (white) and a predicted box (red, as fractions of the sides) over an image."""
     boxes = torch.from_numpy(_boxes_of(sample) if found is None else np.vstack([_boxes_of(sample), found]))
     side = sample.image.shape[-1]
@@ -242,7 +242,7 @@ def _figure(
     boxed = (entry for entry in readable(shown[0][1]) if len(entry[1].target.boxes))
     rows = []
     for index, first in itertools.islice(boxed, options.figure_images):
-        row = [_boxed(first)]
+        row = [_draw_boxes(first)]
         for loaded, images, layer in shown:
             sample = images[index]
             features = loaded.features(sample.image[None], [layer])
@@ -251,7 +251,7 @@ def _figure(
             weights = features.cls_attention(layer)[0, head].float().cpu().view(1, *features.grid)
             enlarged = _enlarge(weights, options.resolution)
             cut = round(per_head[head]["threshold"] * len(THRESHOLDS))
-            row += [Picture(enlarged[0]), _boxed(sample, largest_boxes(enlarged)[0, cut] / options.resolution)]
+            row += [Picture(enlarged[0]), _draw_boxes(sample, largest_boxes(enlarged)[0, cut] / options.resolution)]
         rows.append(row)
     names = [(f"{loaded.label}, layer {layer}", "box") for loaded, _, layer in shown]
     return write_pages(rows, folder, "boxes", None, ["annotated", *itertools.chain(*names)])

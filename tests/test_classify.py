@@ -77,13 +77,13 @@ def test_features_are_what_the_head_reads(name):
         assert not torch.allclose(pooled(model, tokens, "mean"), wanted)
 
 
-def test_doubts_about_a_linear_probe_are_said():
+def test_notes_about_a_linear_probe():
     tried = {0.1: 0.5, 1.0: 0.6, 10.0: 0.4}
-    assert classify._doubts("A", {"linear": {"C": 1.0, "held_out": tried, "converged": True}}) == []
-    said = classify._doubts("A", {"linear": {"C": 10.0, "held_out": tried, "converged": False}})
+    assert classify._notes("A", {"linear": {"C": 1.0, "held_out": tried, "converged": True}}) == []
+    said = classify._notes("A", {"linear": {"C": 10.0, "held_out": tried, "converged": False}})
     assert said[0] == "A: the linear probe's fit did not converge"
     assert said[1] == "A: C = 10 is at the end of the range tried (0.1 to 10)"
-    assert classify._doubts("A", {"knn": {}}) == []
+    assert classify._notes("A", {"knn": {}}) == []
 
 
 def _folder(root: Path, per_class: int = 6) -> Path:

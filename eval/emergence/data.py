@@ -84,8 +84,8 @@ class PhotographData:
         classes, boxes = sorted(path.name for path in (folder / "test").iterdir()), Path(source["boxes"])
         halves = (_Photographs(folder / name, protocol.image_size, boxes, classes) for name in ("selection", "test"))
         selection, self.classified = halves
-        self.selection = _boxed(selection, protocol.selection_images, protocol.coverage)
-        self.test = _boxed(self.classified, protocol.test_images, protocol.coverage)
+        self.selection = _with_coverage(selection, protocol.selection_images, protocol.coverage)
+        self.test = _with_coverage(self.classified, protocol.test_images, protocol.coverage)
         masks = source["masks"]
         self.with_masks = open_images(masks, protocol.mask_size, protocol.maskcut_images) if masks else None
 
@@ -96,7 +96,7 @@ class PhotographData:
         return {"images": np.stack(images), "names": np.array(list(free))}
 
 
-def _boxed(images: _Photographs, count: int, coverage: tuple[float, float]) -> Dataset:
+def _with_coverage(images: _Photographs, count: int, coverage: tuple[float, float]) -> Dataset:
     """Return at most `count` images, spread over the classes, whose boxes cover a share in the given range."""
     low, high = coverage
     sizes = [(key, images.annotated_size(key)) for key, _ in images.items]

@@ -212,18 +212,18 @@ class Results:
         """Return the result of a run, or None if it is missing; an empty kind means the compared runs."""
         return self.runs.get(Run(kind or self.protocol.kind, model, seed, lr).name)
 
-    def _ended(self, kind: str, models: Sequence[str]) -> list[int]:
+    def _complete_seeds(self, kind: str, models: Sequence[str]) -> list[int]:
         return [seed for seed in self.protocol.seeds if all(self.run(kind, model, seed) for model in models)]
 
     @property
     def models(self) -> list[str]:
         """The compared models: those with a run for every seed that both CRATE and ViT have."""
-        seeds = set(self._ended("", ("CRATE", "ViT")))
-        return [model for model in self.protocol.models if seeds <= set(self._ended("", [model]))]
+        seeds = set(self._complete_seeds("", ("CRATE", "ViT")))
+        return [model for model in self.protocol.models if seeds <= set(self._complete_seeds("", [model]))]
 
     def seeds(self, kind: str = "") -> list[int]:
         """Return the seeds with runs of all `models`; an empty kind means the compared runs."""
-        return self._ended(kind, self.models)
+        return self._complete_seeds(kind, self.models)
 
     @property
     def complete(self) -> bool:
