@@ -204,7 +204,7 @@ def print_summary(summary: dict, folder: Path) -> None:
         print(f"training images that could not be read: {summary['unreadable_images']}; see unreadable.txt")
     if "attention_miou" in summary:
         print(scores_table(summary["attention_miou"], marked=summary["attention_layer"]))
-        print("  (* the layer that the paper looks at)")
+        print("  (* the layer that the paper uses)")
     print("written:")
     for path in sorted(folder.iterdir()):
         if path.name[0] != "." and path.name != "checkpoints":
