@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import agrees, clear_of_threshold, gradients, tokens_and_gradient, within_twice_eager
+from oracle import agrees, gradients, tokens_and_gradient, within_twice_eager
 from torch import Tensor
 from torch._dynamo.backends.debugging import aot_eager
 
 import crate_fast
 from crate_fast import SPIN_COUNT, cpu_ops, functional
-from crate_fast.accuracy import judge
+from crate_fast.accuracy import clear_of_threshold, judge
 from crate_fast.backends import explain_backend
 from crate_fast.functional import ista, linear, norm_ista, subspace_attention
 from crate_fast.kernels import assuming_gpu

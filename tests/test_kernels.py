@@ -12,19 +12,11 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import (
-    all_within_twice_eager,
-    clear_of_threshold,
-    gradients,
-    is_right,
-    mutant,
-    spread_tokens,
-    token_scale,
-    tokens_and_gradient,
-)
+from oracle import all_within_twice_eager, gradients, is_right, mutant, tokens_and_gradient
 from torch import Tensor
 
 from crate_fast import functional, kernels
+from crate_fast.accuracy import clear_of_threshold, spread_tokens, token_scale
 from crate_fast.kernels import attention, folding, ista, layer_norm, product, whole_head
 from crate_fast.kernels.launch import TABLE, Tile, lookup, precision
 from crate_fast.reference import ista_reference, norm_ista_reference, subspace_attention_reference
