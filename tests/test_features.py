@@ -17,7 +17,7 @@ def _vit(**more) -> nn.Module:
     return timm.models.vision_transformer.VisionTransformer(**(VIT | more))
 
 
-def test_crate_gives_its_subspace_tokens():
+def test_features_of_crate_are_its_subspace_tokens():
     model, images = CRATE(**SIZES).eval(), torch.randn(2, 3, 32, 32)
     extract = extractor_for(model)
     assert (extract.depth, extract.heads, extract.default_layer, extract.grid) == (3, 2, 1, (4, 4))
@@ -32,7 +32,7 @@ def test_crate_gives_its_subspace_tokens():
     torch.testing.assert_close(features.cls_attention(1), by_hand.softmax(dim=-1))
 
 
-def test_untied_attention_uses_its_own_query_and_key():
+def test_features_of_ordinary_attention_are_its_queries_and_keys():
     model, images = CRATE(**SIZES, attention="mhsa", sparsifier="mlp").eval(), torch.randn(2, 3, 32, 32)
     extract = extractor_for(model)
     assert extract.default_layer == 2  # a ViT's last
@@ -51,7 +51,7 @@ def test_untied_attention_uses_its_own_query_and_key():
 @pytest.mark.parametrize(
     "more", [{}, {"qk_norm": True}, {"reg_tokens": 4}, {"class_token": False, "global_pool": "avg"}]
 )
-def test_timm_vits(more):
+def test_features_of_timms_vits_are_their_queries_and_keys(more):
     model, images = _vit(**more).eval(), torch.randn(2, 3, 32, 32)
     extract = extractor_for(model)
     assert extract.default_layer == 2
@@ -76,7 +76,7 @@ def test_timm_vits(more):
 
 
 @pytest.mark.parametrize("model", [CRATE(**SIZES), _vit()])
-def test_larger_images_from_the_same_weights(model):
+def test_the_image_size_can_be_changed(model):
     extract = extractor_for(model)
     extract.set_image_size(48)
     features = extract(torch.randn(1, 3, 48, 48))
@@ -89,7 +89,7 @@ def test_larger_images_from_the_same_weights(model):
     assert extract.resolve_layer(-1) == 2
 
 
-def test_other_models_and_absent_layers_are_refused():
+def test_other_models_and_missing_layers_are_errors():
     with pytest.raises(UserError, match="no patch features can be read from a Linear"):
         extractor_for(nn.Linear(2, 2))
     tokens = LayerTokens(torch.zeros(1, 5, 1, 2), torch.zeros(1, 5, 1, 2), 1.0)
