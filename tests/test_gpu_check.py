@@ -1,5 +1,7 @@
-"""The GPU check: ends of processes, time limits, the cost of faults, the archive; and a rehearsal on a CPU with probes
-that crash, hang or are wrong."""
+"""The GPU check: ends of processes, time limits, the cost of faults, the archive, and a rehearsal on a CPU.
+
+Among the rehearsal's probes one crashes, one hangs and one is wrong.
+"""
 
 import io
 import json
