@@ -77,9 +77,6 @@ def test_without_a_gpu_the_results_are_named_cpu(benchmark_module, monkeypatch, 
     assert "--shapes B8: on this device there are tiny" in capsys.readouterr().err
 
 
-# --- the gate ------------------------------------------------------------------------------------------------------
-
-
 def _attend(w, scale=1.0):
     return subspace_attention_reference(w, scale * w.shape[-1] ** -0.5)
 
@@ -125,9 +122,6 @@ def test_if_ours_is_wrong_the_peers_still_have_times(monkeypatch, capsys):
     assert "* **red**: tiny, ours: WrongResult: the error of O is" in text
 
 
-# --- floors --------------------------------------------------------------------------------------------------------
-
-
 def test_operations_and_bytes_of_attention_by_hand(run):
     shape = bench_mssa.Shape(2, 3, 70, 48)
     cost = bench_mssa.make_problem("cost", shape, run).cost
@@ -159,9 +153,6 @@ def test_the_gradient_of_ista_is_zero_near_the_threshold(run):
     assert 0 < near.double().mean() < 0.05
     assert not problem.grad[near].any()
     assert (problem.grad[~near] != 0).double().mean() > 0.99
-
-
-# --- peers and timing ----------------------------------------------------------------------------------------------
 
 
 def test_a_failing_or_wrong_peer_has_rows_with_the_reason(run):

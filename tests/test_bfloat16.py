@@ -60,8 +60,6 @@ def _tokens(shape, device, factor: float = 1.0, offset: float = 0.0, seed: int =
     return factor * torch.randn(shape, device=device) * token_scale(shape[1], shape[3]) + offset
 
 
-# --- attention ---------------------------------------------------------------------------------------------------
-
 LAYERS = [(2, 197, 6, 64), (2, 197, 12, 48)]
 ATTENTION = [  # [B, N, H, D], how W is drawn, precision
     *itertools.product([*LAYERS, (2, 785, 6, 64), (1, 197, 3, 80), (1, 196, 2, 128)], [{}], [BF16]),
@@ -129,9 +127,6 @@ def test_a_kernel_with_a_wrong_rounding_fails_in_bf16_and_passes_in_fp32(name, d
     assert is_right(w.float(), grad.float())
 
 
-# --- ISTA --------------------------------------------------------------------------------------------------------
-
-
 def _clear_gradient(x, dictionary, precision: str) -> torch.Tensor:
     """Return a gradient that is zero where rounding decides whether ISTA's output is zero."""
     margin = 32 * (2**-11 if precision == "tf32" else torch.finfo(x.dtype).eps)
@@ -164,9 +159,6 @@ def test_ista_behind_a_layer_norm(width, precision, device):
         bias = (0.3 * torch.randn(width, device=device)).to(dtype)
         cotangent = _clear_gradient(F.layer_norm(x, x.shape[-1:], weight, bias), dictionary, precision)
         assert agrees(norm_ista, norm_ista_reference, [x, weight, bias, dictionary], "y dx dγ dβ dD", cotangent)
-
-
-# --- layers ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("fused_map", ["0", "1"], ids=["PyTorch's output map", "fused output map"])

@@ -41,9 +41,6 @@ def after_launches(monkeypatch):
     return add
 
 
-# --- probes -------------------------------------------------------------------------------------------------------
-
-
 @functools.cache
 def _row(name: str) -> dict:
     return run_probe(find_probe(name), "cuda" if torch.cuda.is_available() else "cpu", reruns=1)
@@ -132,9 +129,6 @@ def test_the_module_lists_its_probes_and_refuses_unknown_ones(capsys):
     assert capsys.readouterr().out.split() == list(PROBES)
     assert probes.main(["--probe", "attention"]) == 2
     assert "no probe 'attention': choose one of attention-bfloat16-" in capsys.readouterr().err
-
-
-# --- in separate processes ----------------------------------------------------------------------------------------
 
 
 def test_a_hanging_probe_is_a_failed_row():

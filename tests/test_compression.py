@@ -21,8 +21,6 @@ from crate_fast.reference import compress_reference, subspace_attention_referenc
 
 EPS = 1e-5
 
-# --- the output map -----------------------------------------------------------------------------------------------
-
 
 def _output_map_error(device, module=product) -> float:
     """Return the relative error of x + tokens·outputᵀ + b as under autocast: fp16 operands, the rest in fp32."""
@@ -45,9 +43,6 @@ def test_output_map_of_half_precision_tokens(device, poisoned):
 )
 def test_mutants_of_the_output_map_fail(mutation, device, tmp_path):
     assert _output_map_error(device, mutant(product, mutation, tmp_path)) > 1e-2
-
-
-# --- the operator -------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(params=["0", "1"], ids=["PyTorch's output map", "fused output map"])
@@ -182,8 +177,6 @@ def test_only_requested_gradients_are_computed(device, monkeypatch):
         assert inputs[index].grad is not None
     assert all(inputs[index].grad is None for index in range(4))
 
-
-# --- in a layer ---------------------------------------------------------------------------------------------------
 
 MODEL = {"image_size": 16, "patch_size": 4, "num_classes": 5, "dim": 48, "depth": 2, "heads": 3, "dim_head": 16}
 

@@ -138,9 +138,6 @@ def test_damaged_files_of_a_run_are_one_line_errors(tiny_run, tmp_path):
     assert "\n" not in str(refused.value)
 
 
-# --- packaged models ---
-
-
 @torch.no_grad()
 def _maps(name: str, images: torch.Tensor) -> torch.Tensor:
     """Return CLS attention at the default layer, [B, H, P]."""

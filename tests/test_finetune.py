@@ -31,9 +31,6 @@ def source(tmp_path_factory):
     return folder
 
 
-# --- weights and settings of the run ---
-
-
 def test_architecture_statistics_and_ema_weights_come_from_the_run(source, tmp_path, capsys):
     folder = tmp_path / "run"
     words = [*SCENES, "--init", f"{source}@12", "--lr", "1e-9", "--output", str(folder), "--image-size", "48"]
@@ -82,9 +79,6 @@ def test_a_run_is_loaded_with_its_ema_weights(source):
     assert not same(weights(source, 12), weights(source, 12, "ema"))
     summary = json.loads((source / "summary.json").read_text())
     assert summary["best_val_accuracy"] == max(e["ema_val_accuracy"] for e in entries(source) if "val_loss" in e)
-
-
-# --- the classifier ---
 
 
 def _file(tmp_path, model) -> str:
@@ -138,9 +132,6 @@ def test_the_demo_checkpoint_needs_its_number_of_heads(tmp_path):
     with pytest.raises(UserError, match="has 6 heads, and a file does not tell them: pass --heads 6"):
         load_initial(build_model(config := tiny_config(**sizes, heads=None), 3), config)
     load_initial(build_model(config := tiny_config(**sizes, heads=6), 3), config)
-
-
-# --- positions and files ---
 
 
 @pytest.mark.parametrize("size", [32, 64])
@@ -219,9 +210,6 @@ def test_weights_of_another_architecture_are_an_error(tmp_path, change):
     found = r"\(.*(transformer\.layers\.|cls_token: .*\[1, 1, 48\]).*\): set model"
     with pytest.raises(ValueError, match=f"does not hold the weights of this model {found}"):
         load_initial(build_model(tiny_config(), 12), tiny_config(init=path, head="new"))
-
-
-# --- linear probe ---
 
 
 @pytest.mark.parametrize("processes", [1, 2])

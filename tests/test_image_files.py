@@ -215,9 +215,6 @@ def test_a_randomly_damaged_file_is_read_or_has_a_problem(tmp_path):
     assert "NotImplementedError" in problems[images.keys().index("dds.png")]
 
 
-# --- finding files
-
-
 def test_links_are_followed_except_in_circles(tmp_path):
     write_tree(tmp_path, dict.fromkeys(["elsewhere/a.png", "elsewhere/deep/b.png", "train/ant/c.png"], b""))
     (tmp_path / "train" / "bee").symlink_to(tmp_path / "elsewhere")

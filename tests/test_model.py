@@ -17,9 +17,6 @@ from crate_fast.reference import layer_reference
 SMALL = {"image_size": 32, "patch_size": 8, "num_classes": 7, "dim": 48, "depth": 3, "heads": 3, "dim_head": 16}
 
 
-# --- the released code ---
-
-
 @pytest.mark.parametrize(
     "changes",
     [
@@ -102,9 +99,6 @@ def test_registered_names_and_released_factories_build_the_papers_sizes(name):
         assert model.num_classes == classes
 
 
-# --- layers and ablations ---
-
-
 @pytest.mark.parametrize("threshold", ["relu", "soft"])
 @pytest.mark.parametrize("residual", ["released", "paper"])
 def test_every_layer_equals_the_reference(residual, threshold):
@@ -116,9 +110,6 @@ def test_every_layer_equals_the_reference(residual, threshold):
         torch.testing.assert_close(x := layer(x), expected, rtol=0, atol=1e-12)
     if threshold == "relu":
         assert (x >= 0).all()
-
-
-# --- timm's contract ---
 
 
 def test_intermediates_are_the_outputs_of_the_layers():

@@ -35,9 +35,7 @@ def _plan(tmp_path, *words: str) -> dict:
     return json.loads(file.read_text())
 
 
-# --- operations by hand: two per multiply-add
-
-EMBED, HEAD = 2 * PATCHES * PATCH_DIM * C, 2 * C * K
+EMBED, HEAD = 2 * PATCHES * PATCH_DIM * C, 2 * C * K  # operations: two per multiply-add
 LINEAR, ATTENTION = 2 * N * C**2, 2 * 2 * N**2 * C  # a map C → C of all tokens; logits and weighted sum
 
 
@@ -75,9 +73,6 @@ def test_operations_of_an_autoencoder(visible_only):
     forward = EMBED + encoder + 3 * LINEAR + ATTENTION + 2 * N * C * PATCH_DIM
     model = meta_model(dataclasses.replace(TINY_MAE, visible_only=visible_only), 0)
     assert count_flops(model, 32) == Flops(forward, 3 * forward - EMBED)  # pixels need no gradient
-
-
-# --- memory
 
 
 def _kept(config: TrainConfig, device: str, dtype: torch.dtype | None, images: int = 4) -> int:
@@ -179,9 +174,6 @@ def test_sharding_divides_all_tensors_with_several_rows(tmp_path):
     assert shared["total"] == sum(shared[name] for name in names)
 
 
-# --- the plan
-
-
 def test_the_numbers_of_a_plan_by_hand(tmp_path):
     words = ["--recipe", "cifar10", "--gpus", "4", "--accumulate", "2", "--epochs", "3"]
     result = _plan(tmp_path, *words, "--image-kb", "4", "--lr-scaling", "linear")
@@ -236,9 +228,6 @@ def test_bad_plans_are_errors(words, message, refuses):
 def test_an_empty_folder_is_an_error(tmp_path, refuses):
     (tmp_path / "train").mkdir()
     refuses("it holds no images", plan.main, ["--dataset", "folder", "--data-dir", str(tmp_path)])
-
-
-# --- measured rates
 
 
 def _run(folder: Path, text: str, throughput: dict | None = MEASURED) -> str:

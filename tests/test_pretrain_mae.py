@@ -30,9 +30,6 @@ def finished(tmp_path_factory):
     return folder, run(*OPTIONS, "--output", str(folder), script="pretrain_mae")
 
 
-# --- a whole run ---
-
-
 def test_a_run_writes_its_losses_and_figures(finished):
     folder, text = finished
     summary = json.loads((folder / "summary.json").read_text())
@@ -116,9 +113,6 @@ def test_the_diagnosis_names_the_model_if_only_its_loss_is_not_finite():
     assert "the first output that is not finite is that of the model" in text
 
 
-# --- masks ---
-
-
 def _objective(**settings) -> Reconstruction:
     config = tiny_config(model="crate_mae_tiny_patch16_224", depth=1, val_samples=6, train_samples=8, **settings)
     return objective_for(build_model(config, 0), config, ALONE)
@@ -141,9 +135,6 @@ def test_masks_of_training_depend_on_step_and_image():
     assert torch.equal(seen[0], seen[1])
     assert not torch.equal(seen[0], seen[2])
     assert len(seen[0].unique(dim=0)) == 8
-
-
-# --- the trained encoder ---
 
 
 def test_fine_tuning_starts_from_the_encoder(finished, tmp_path, capsys):
@@ -197,9 +188,6 @@ def test_protocols_read_the_last_layer_but_one_of_the_encoder(finished, tmp_path
     assert open_model("crate_mae_tiny_patch16_224@untrained").extract.default_layer == 10  # of twelve
     words = ["--data", "shape_scenes", "--limit", "3", "--output", str(tmp_path)]
     assert attention_maps.main([str(finished[0]), *words]) == 0
-
-
-# --- pictures and errors ---
 
 
 def _subject():

@@ -31,9 +31,6 @@ def _train(tmp_path, name: str, *words: str) -> Path:
     return folder
 
 
-# --- settings of a step ---
-
-
 @pytest.mark.parametrize("warmup", [False, True])
 def test_the_ema_by_hand(warmup):
     averaged = trainer(ema_decay=0.9, ema_warmup=warmup, epochs=2)
@@ -126,9 +123,6 @@ def test_runs_of_variants_end(words, tmp_path, capsys, monkeypatch):
     assert ("this processor has no bf16 products" in out) == ("bf16" in words)
 
 
-# --- logs ---
-
-
 def test_the_summary_has_the_last_evaluation(tmp_path):
     folder = _train(tmp_path, "run", "--epochs", "3", "--eval-every", "2", "--ema-decay", "0.5")
     rows = [entry for entry in entries(folder) if "val_loss" in entry]
@@ -190,9 +184,6 @@ def test_a_dry_run_trains_two_steps_and_writes_nothing(tmp_path, capsys, monkeyp
     text = capsys.readouterr().out
     assert "dry run: 2 steps" in text
     assert "a checkpoint is" in text
-
-
-# --- images that cannot be read ---
 
 
 @pytest.fixture(scope="module")

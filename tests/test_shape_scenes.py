@@ -60,9 +60,6 @@ def mask_moments(masks: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]
     return area, (masks * place).mean((1, 2)) / area, (masks * place[:, None]).mean((1, 2)) / area
 
 
-# ---- items
-
-
 @pytest.mark.parametrize("size", [16, 96, 224])
 def test_items_have_the_documented_shapes_and_dtypes(size):
     dataset = ShapeScenes(3, image_size=size, with_mask=True)
@@ -83,9 +80,6 @@ def test_a_scene_is_the_same_at_every_size():
     assert overlap.min() > 0.85, overlap
     colour = large.images.reshape(40, 3, 32, 4, 32, 4).mean((3, 5))
     assert np.abs(small.images - colour).mean() < 12.0  # of 255; grain and texture detail differ
-
-
-# ---- determinism
 
 
 def test_an_item_does_not_depend_on_the_batch():
@@ -118,9 +112,6 @@ def test_scenes_have_the_same_bits_as_ever(size, seed, split):
     for image, label, mask in ShapeScenes(8, image_size=size, seed=seed, split=split, with_mask=True):
         digest.update(image.numpy().tobytes() + bytes([label]) + mask.numpy().tobytes())
     assert digest.hexdigest() == GOLDEN[size, seed, split], "shape_scenes changed: see the comment at GOLDEN"
-
-
-# ---- the mask is the visible object
 
 
 def recoloured(scene, value: float):
@@ -171,9 +162,6 @@ def test_objects_differ_from_their_surroundings(sample):
     assert low > 55.0
 
 
-# ---- the label
-
-
 def test_labels_are_balanced_and_random(sample):
     n, k = len(sample.labels), len(CLASSES)
     counts = np.bincount(sample.labels, minlength=k)
@@ -213,9 +201,6 @@ def test_colour_area_and_position_do_not_give_the_label(sample):
         accuracy = probe_accuracy(values, sample.labels)
         print(f"probe on {cue}: {accuracy:.3f} (chance {CHANCE:.3f}, bound {bound:.3f})")
         assert accuracy < bound, cue
-
-
-# ---- errors
 
 
 @pytest.mark.parametrize(

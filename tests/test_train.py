@@ -30,9 +30,6 @@ def finished(tmp_path_factory):
     return folder, run(*OPTIONS, "--output", str(folder))
 
 
-# --- a whole run ---
-
-
 def test_a_run_writes_its_files_and_prints_their_paths(finished):
     folder, text = finished
     summary = json.loads((folder / "summary.json").read_text())
@@ -141,9 +138,6 @@ def test_a_finished_run_is_not_overwritten_and_resumes_to_its_summary(finished, 
     assert "validation accuracy" in capsys.readouterr().out
 
 
-# --- checkpoints ---
-
-
 def _save(root: Path, step: int, value: float) -> Path:
     weights = {"w": torch.full((1000,), value)}
     return checkpoint.save(root, step, weights, {"trainer": {"step": step}}, {"config": {}})
@@ -205,9 +199,6 @@ def test_the_newest_and_the_best_checkpoint_are_kept(tmp_path):
         checkpoint.rotate(tmp_path, 2)
     assert checkpoint.steps(tmp_path) == [2, 5, 6]
     assert checkpoint.best_step(tmp_path) == 2
-
-
-# --- schedule ---
 
 
 def test_the_cosine_schedule():

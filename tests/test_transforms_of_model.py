@@ -47,9 +47,6 @@ def _close(actual, expected, rtol: float = 1e-4, atol: float = 1e-5) -> None:
     torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol)
 
 
-# --- torch.fx ----------------------------------------------------------------------------------------------------
-
-
 @every_kind
 def test_symbolic_traces_compute_the_models_outputs(options):
     model = _model(**options)
@@ -87,9 +84,6 @@ def test_traces_check_images_as_the_model_does():
         traced(_images(2, 36, 32))
     with pytest.raises(UserError, match="images are 48×48 and the model expects 32×32"):
         torch.fx.symbolic_trace(_model())(_images(2, 48, 48))
-
-
-# --- TorchScript -------------------------------------------------------------------------------------------------
 
 
 @every_kind
@@ -133,9 +127,6 @@ def test_a_scripted_model_in_training_has_dropout_and_gradients(options, skipped
     _close(scripted.eval()(images), model.eval()(images))
 
 
-# --- export ------------------------------------------------------------------------------------------------------
-
-
 @every_kind
 def test_torch_export_has_a_dynamic_batch_and_no_operator_of_this_package(options):
     model = _model(**options)
@@ -170,9 +161,6 @@ def test_onnx_export_of_pytorch_has_a_dynamic_batch(tmp_path):
         images = _images(batch)
         (found,) = session.run(None, {"x": images.numpy()})
         _close(torch.from_numpy(found), model(images))
-
-
-# --- torch.func --------------------------------------------------------------------------------------------------
 
 
 def _same_gradients(found: list[Tensor], expected: tuple[Tensor, ...]) -> None:
@@ -240,9 +228,6 @@ def test_transforms_of_kernels_are_an_error():
         grad(lambda t: subspace_attention(t, backend="triton").sum())(w)
     with pytest.raises(UserError, match="no rules for torch.func"):
         jvp(lambda t: ista(t, x.t() @ x, backend="triton"), (x,), (x,))
-
-
-# --- compilation and autoencoders --------------------------------------------------------------------------------
 
 
 def test_compiles_for_any_batch_and_trains_at_any_size():

@@ -98,8 +98,6 @@ def test_bad_arguments_of_the_coding_rate_are_errors():
         coding_rate(torch.randn(4, 3))
 
 
-# --- curves over layers, and the command ---
-
 MODEL = "crate_tiny_patch8_224@untrained"
 WORDS = ["depth=3", "dim=32", "heads=2", "img_size=32"]
 
