@@ -1,6 +1,5 @@
 """Fine-tuning and linear probing: weights and settings that are kept, replaced or refused."""
 
-import json
 from functools import partial
 
 import pytest
@@ -16,7 +15,7 @@ from crate_fast.eval.common.models import open_model
 from crate_fast.train import finetune, linear_probe, pretrain
 from crate_fast.train.config import TrainConfig, build_config, load_recipe
 from crate_fast.train.optimizer import build_optimizer
-from crate_fast.train.runs import build_model, load_initial, load_model, num_classes_of, run_config
+from crate_fast.train.runs import build_model, load_initial, num_classes_of, run_config
 
 pytestmark = pytest.mark.usefixtures("no_figures")
 SCENES = ["--recipe", "shape_scenes", *TINY[:4], *TINY[10:]]  # the architecture comes from the run
@@ -70,15 +69,6 @@ def test_a_missing_start_is_an_error(refuses, tmp_path, source):
         (["--init", str(tmp_path)], "has no config.yaml"),
     ):
         refuses(message, finetune.main, [*SCENES, *words, "--output", str(tmp_path / "run")])
-
-
-def test_a_run_is_loaded_with_its_ema_weights(source):
-    model, _, step = load_model(source, 12)
-    assert step == 12
-    assert same(dict(model.state_dict()), weights(source, 12, "ema"))
-    assert not same(weights(source, 12), weights(source, 12, "ema"))
-    summary = json.loads((source / "summary.json").read_text())
-    assert summary["best_val_accuracy"] == max(e["ema_val_accuracy"] for e in entries(source) if "val_loss" in e)
 
 
 def _file(tmp_path, model) -> str:
