@@ -16,7 +16,6 @@ from crate_fast.eval.common.segmentation import (
     average_precision,
     intersection_over_union,
     mask_to_grid,
-    scores_table,
 )
 
 MODEL = "crate_tiny_patch8_224@untrained"
@@ -101,23 +100,6 @@ def test_a_patch_belongs_to_the_object_from_half_its_pixels_on():
     mask[0, 0, :2] = True  # half of the first patch
     mask[0, 2, 2] = True  # a quarter of the last
     assert mask_to_grid(mask, (2, 2)).tolist() == [[True, False, False, False]]
-
-
-def test_scores_of_a_head_on_the_object_and_of_an_even_head():
-    masks = torch.zeros(3, 8, 8, dtype=torch.bool)
-    masks[0, :4, :4] = masks[1, 4:, 4:] = masks[2, :2] = True
-    targets, found = mask_to_grid(masks, (4, 4)), AttentionScores()
-    found.add({0: torch.stack([targets / 4, torch.full((3, 16), 1 / 16)], dim=1)}, targets.unsqueeze(1))
-    scores = found.result()
-    mass = scores["mass"]
-    assert mass["layers"][0]["per_head"][0] == pytest.approx(0.75)  # three of four equal patches hold 60 %
-    assert mass["layers"][0]["best_head"] == pytest.approx(mass["true_mask"]) == pytest.approx(0.75)
-    assert mass["constant"] == pytest.approx(0.25)
-    assert mass["images"] == 3
-    assert scores["topk"]["true_mask"] == pytest.approx(4 / 10)  # ten of sixteen patches are kept
-    assert scores["ap"]["layers"][0]["per_head"] == pytest.approx([1.0, 0.25])
-    assert "one head for all images 0.750" in scores_table(scores, marked=0)
-    assert "attention AP, patches by weight, 3 images" in scores_table(scores)
 
 
 def test_bad_options_are_errors():
