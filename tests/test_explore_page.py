@@ -46,9 +46,8 @@ def browser():
 @pytest.fixture(scope="module")
 def explorer():
     found = explorer_with(*SHIPPED, "nocls@untrained", "crate_tiny_patch16_224@nowhere.pth")
-    model = timm.create_model(
-        "vit_tiny_patch16_224", img_size=32, depth=2, class_token=False, global_pool="avg", num_classes=0
-    )
+    options = {"class_token": False, "global_pool": "avg", "num_classes": 0}
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, **options)
     loaded = LoadedModel("nocls", model.eval(), Normalize("half"), extractor_for(model), {"parameters": 1})
     found.models.open.limit = 9
     found.models.open.put(3, OpenModel(loaded, None, threading.Lock()))
@@ -151,9 +150,8 @@ def test_a_picture_is_uploaded_explored_and_saved(visit, explorer, address, tmp_
         assert file.getpixel((0, 0)) == (255, 255, 255, 255)
     rates = [float(row["coding_rate"]) for row in visit.table("curves")]
     assert rates == pytest.approx(explorer.inspection(0, key).summary["coding_rate"])
-    assert [row["name"] for row in visit.table("classes")] == [
-        entry["name"] for entry in explorer.inspection(0, key).summary["top"]
-    ]
+    names = [entry["name"] for entry in explorer.inspection(0, key).summary["top"]]
+    assert [row["name"] for row in visit.table("classes")] == names
     objects = {int(row["object"]) for row in visit.table("masks")}
     assert objects == set(range(len(explorer.inspection(0, key).masks(1)["masks"]) + 1))
     visit.page.keyboard.press("Tab")

@@ -370,13 +370,7 @@ def test_mutants_of_whole_heads_fail(name, device, tmp_path, poisoned):
 
 # --- ISTA --------------------------------------------------------------------------------------------------------
 
-SIZES = [  # (M, C)
-    ((1, 32), "relu"),
-    ((15, 48), "soft"),
-    ((197, 96), "relu"),
-    ((197, 96), "soft"),
-    ((130, 33), "relu"),
-]
+SIZES = [((1, 32), "relu"), ((15, 48), "soft"), ((197, 96), "relu"), ((197, 96), "soft"), ((130, 33), "relu")]  # M, C
 
 
 def _inputs(size, dtype, device) -> list[Tensor]:
@@ -554,9 +548,8 @@ def test_a_folded_dictionary_and_its_gradient(width, dtype, device, poisoned):
 @pytest.mark.parametrize("size", [(32, 32), (48, 100), (192, 33)], ids=str)
 def test_a_layer_norm_folded_into_a_weight(size, device, poisoned):
     """For any strides; the gradients equal autograd's."""
-    weight, gamma, beta = (
-        torch.randn(shape, device=device, requires_grad=True) for shape in (size, size[1:], size[1:])
-    )
+    drawn = (torch.randn(shape, device=device, requires_grad=True) for shape in (size, size[1:], size[1:]))
+    weight, gamma, beta = drawn
     base, *grads = (torch.randn(shape, device=device) for shape in (size[:1], size, size[:1]))
     expected = [weight * gamma, weight @ beta]
     for given in (weight.detach(), weight.detach().t().contiguous().t()):

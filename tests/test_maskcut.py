@@ -272,9 +272,8 @@ def test_average_precision_equals_pycocotools_with_one_category(folder):
         theirs.summarize()
         assert list(ours[kind].values()) == theirs.stats.tolist()
         assert 0 < ours[kind]["AP"] < 1
-    perfect = [
-        d for a in coco.dataset["annotations"] for d in detections_of(coco.annToMask(a)[None] > 0, a["image_id"])
-    ]
+    masks = [(coco.annToMask(a)[None] > 0, a["image_id"]) for a in coco.dataset["annotations"]]
+    perfect = [detection for given in masks for detection in detections_of(*given)]
     assert class_agnostic_scores(coco, perfect, ids)["segm"]["AP"] == pytest.approx(1.0)
     nothing = class_agnostic_scores(coco, [], ids)
     assert nothing["bbox"]["AP"] == nothing["segm"]["AR100"] == 0

@@ -77,9 +77,8 @@ def test_tied_dictionaries_and_single_gradients(backend, device):
     tied = partial(odl.odl, backend=backend)
     assert agrees(lambda x, d: tied(x, d, d), lambda x, d: odl_reference(x, d, d), [x, dictionary], "y dx dD")
     for wanted in ([x], [dictionary], [decoder]):
-        ours, whole = (
-            torch.autograd.grad(f(x, dictionary, decoder).square().sum(), wanted)[0] for f in (tied, odl_reference)
-        )
+        losses = (f(x, dictionary, decoder).square().sum() for f in (tied, odl_reference))
+        ours, whole = (torch.autograd.grad(loss, wanted)[0] for loss in losses)
         torch.testing.assert_close(ours, whole, rtol=1e-4, atol=1e-4 * whole.abs().max().item())
 
 

@@ -220,11 +220,8 @@ def test_reconstruction_errors_by_hand(monkeypatch):
     noise = np.stack([np.random.default_rng((0, i)).random(16, np.float32) for i in range(5)])
     hidden = torch.from_numpy(noise.argsort(axis=1).argsort(axis=1) >= 4).reshape(5, 1, 4, 4)
     hidden = hidden.repeat_interleave(8, 2).repeat_interleave(8, 3).expand_as(images)
-    errors = [
-        (image[:, mask[0]] - image[:, ~mask[0]].mean(1, keepdim=True)).flatten()
-        for image, mask in zip(images, hidden, strict=True)
-    ]
-    error = torch.cat(errors)
+    pairs = zip(images, hidden[:, 0], strict=True)
+    error = torch.cat([(image[:, mask] - image[:, ~mask].mean(1, keepdim=True)).flatten() for image, mask in pairs])
     assert rows[0]["rmse_visible_mean"] == pytest.approx(error.square().mean().sqrt().item(), rel=1e-5)
     monkeypatch.setattr(CRATEMAE, "reconstruction", lambda self, images, pred: images)
     assert reconstruction.evaluate(subject, image_batches, [0.75])[0]["rmse"] == pytest.approx(0, abs=1e-6)

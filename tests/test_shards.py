@@ -104,11 +104,8 @@ def test_the_shards_of_a_split_are_found_by_name(tmp_path):
 
 
 def test_links_have_the_content_of_their_targets(tmp_path, capsys):
-    links = [
-        ("d/a.png", tarfile.LNKTYPE, "./1.png"),
-        ("d/a.cls", tarfile.SYMTYPE, "../2.cls"),
-        ("d/b.png", tarfile.SYMTYPE, "/nowhere.png"),
-    ]
+    hard, symbolic = tarfile.LNKTYPE, tarfile.SYMTYPE
+    links = [("d/a.png", hard, "./1.png"), ("d/a.cls", symbolic, "../2.cls"), ("d/b.png", symbolic, "/nowhere.png")]
     files = [("1.png", grey(1)), ("1.cls", b"1"), ("2.png", grey(2)), ("2.cls", b"0")]
     assert _values(_open(write_tar(tmp_path / "train-0.tar", [*files, *links]))) == [(1, 1), (2, 0), (1, 0)]
     assert "1 links are passed over, such as" in capsys.readouterr().err
@@ -286,9 +283,8 @@ def folder(tmp_path, monkeypatch):
 
 def test_written_shards_have_the_readable_images_at_the_given_size(folder, capsys):
     assert write_shards.main([*folder, "--shorter-side", "24", "--per-shard", "3"]) == 0
-    assert re.search(
-        "unreadable images left out: 1(?s:.*)bee/13.png: UnidentifiedImageError", capsys.readouterr().out
-    )
+    said = capsys.readouterr().out
+    assert re.search("unreadable images left out: 1(?s:.*)bee/13.png: UnidentifiedImageError", said)
     written = sorted(path.name for path in Path("shards").glob("*.tar*"))
     assert written == [f"{split}-0000{i}.tar" for split in ("train", "val") for i in range(3)]
     before = build_splits(config_of("data", val_split="val"))
