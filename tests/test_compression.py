@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import agrees, all_within_twice_eager, gradients, mutant, token_scale
+from oracle import agrees, all_within_twice_eager, gradients, token_scale
 from torch import Tensor
 
 from crate_fast import CRATE, CRATEMAE, functional, triton_ops
@@ -22,27 +22,14 @@ from crate_fast.reference import compress_reference, subspace_attention_referenc
 EPS = 1e-5
 
 
-def _output_map_error(device, module=product) -> float:
-    """Return the relative error of x + tokens·outputᵀ + b as under autocast: fp16 operands, the rest in fp32."""
+def test_the_output_map_of_half_precision_tokens_adds_up_in_fp32(device, poisoned):
+    """x + tokens·outputᵀ + b as under autocast: fp16 operands, the rest in fp32."""
     tokens, output = torch.randn(197, 80, device=device).half(), torch.randn(96, 80, device=device).half()
     x, bias = torch.randn(197, 96, device=device), torch.randn(96, device=device)
-    h = module.product(tokens, output, x, Tile(32, 128, 4, 1, 32, persistent=True), bias=bias)
+    h = product.product(tokens, output, x, Tile(32, 128, 4, 1, 32, persistent=True), bias=bias)
     assert h.dtype == torch.float32
     truth = x + F.linear(*(tensor.double() for tensor in (tokens, output, bias)))
-    return ((h - truth).norm() / truth.norm()).item()
-
-
-def test_output_map_of_half_precision_tokens(device, poisoned):
-    assert _output_map_error(device) <= 1e-6
-
-
-@pytest.mark.parametrize(
-    "mutation",
-    [("y = x + acc", "y = acc"), ("y += _load_channels(bias_ptr", "y += 0.0 * _load_channels(bias_ptr")],
-    ids=["no residual", "no bias"],
-)
-def test_mutants_of_the_output_map_fail(mutation, device, tmp_path):
-    assert _output_map_error(device, mutant(product, mutation, tmp_path)) > 1e-2
+    assert ((h - truth).norm() / truth.norm()).item() <= 1e-6
 
 
 @pytest.fixture(params=["0", "1"], ids=["PyTorch's output map", "fused output map"])

@@ -161,12 +161,6 @@ def test_an_autoencoder_is_trained_further_at_another_image_size(finished, tmp_p
     refuses("no classifier to replace", pretrain_mae.main, words)
 
 
-def test_an_encoder_has_no_classifier_to_keep(finished, tmp_path, refuses):
-    words = ["--recipe", "finetune_cifar10", "--dataset", "shape_scenes", "--head", "keep", "--image-size", "32"]
-    words += ["--init", str(finished[0]), "--output", str(tmp_path)]
-    refuses(r"no classes and the data have 12\): pass --head new", finetune.main, words)
-
-
 def test_a_released_file_can_be_fine_tuned_and_evaluated(finished, tmp_path, capsys):
     folder, _ = finished
     model, _, _ = load_model(folder)

@@ -72,10 +72,6 @@ def _shares(name: str, device, arguments: tuple) -> dict[str, float]:
     return self_check._shares(name, _function(name), small, options)
 
 
-def _unchecked(function, *arguments, **options):
-    return function(*arguments, **options)
-
-
 @pytest.fixture(autouse=True)
 def wanted(monkeypatch):
     """Turn the self-check on and clear its record."""
@@ -187,7 +183,7 @@ def test_a_wrong_kernel_is_an_error_at_its_first_launch(name, kernel, argument, 
 @pytest.mark.parametrize("name", KERNELS)
 def test_a_right_kernel_is_checked_once(name, launches, device):
     arguments = _arguments(name, device)
-    expected = _call(name, arguments, _unchecked)
+    expected = _call(name, arguments, lambda function, *given, **options: function(*given, **options))
     alone, generator = len(launches), torch.get_rng_state()
     launches.clear()
     for total in (2 * alone, 3 * alone):
