@@ -85,7 +85,7 @@ ATTENTION = [  # [B, N, H, D], how W is drawn, precision
 
 
 @pytest.mark.parametrize(("shape", "drawn", "precision"), ATTENTION, ids=str)
-def test_subspace_attention(shape, drawn, precision, device):
+def test_subspace_attention_is_within_twice_eagers_error(shape, drawn, precision, device):
     with _precision(precision) as dtype:
         if "spread" in drawn:
             w, grad = spread_tokens(_shape(*shape), drawn["spread"], dtype, device)
@@ -142,7 +142,7 @@ def _clear_gradient(x, dictionary, precision: str) -> torch.Tensor:
         *_also_on_a_gpu(*itertools.product([384], OTHERS, ["relu"])),
     ],
 )
-def test_ista(width, precision, threshold, device):
+def test_ista_is_within_twice_eagers_error(width, precision, threshold, device):
     with _precision(precision) as dtype:
         x = torch.randn(_size(4, 1), 197, width, device=device).to(dtype)
         dictionary = (torch.randn(width, width, device=device) / width**0.5).to(dtype)
@@ -151,7 +151,7 @@ def test_ista(width, precision, threshold, device):
 
 
 @pytest.mark.parametrize(("width", "precision"), WIDTHS)
-def test_ista_behind_a_layer_norm(width, precision, device):
+def test_ista_after_a_layer_norm_is_within_twice_eagers_error(width, precision, device):
     with _precision(precision) as dtype:
         x = (torch.randn(_size(4, 1), 197, width, device=device) * 2 + 1).to(dtype)
         dictionary = (torch.randn(width, width, device=device) / width**0.5).to(dtype)
@@ -163,7 +163,7 @@ def test_ista_behind_a_layer_norm(width, precision, device):
 
 @pytest.mark.parametrize("fused_map", ["0", "1"], ids=["PyTorch's output map", "fused output map"])
 @pytest.mark.parametrize(("width", "precision"), WIDTHS)
-def test_the_first_half_of_a_layer(width, precision, fused_map, device, monkeypatch):
+def test_the_first_half_of_a_layer_is_within_twice_eagers_error(width, precision, fused_map, device, monkeypatch):
     """Attention by whole heads. On a GPU, 64 images give the persistent programs a second and third wave."""
     monkeypatch.setenv("CRATE_FAST_FUSED_PRODUCTS", fused_map)
     heads = width // 64
@@ -179,7 +179,7 @@ def test_the_first_half_of_a_layer(width, precision, fused_map, device, monkeypa
         assert agrees(ours, reference, inputs, "h dx dγ dβ dU dV db")
 
 
-def test_a_layer_under_autocast(device):
+def test_a_layer_under_autocast_is_within_twice_eagers_error(device):
     """fp32 tokens, bf16 products: the norms of the errors are at most twice the released form's."""
     side = _size(224, 128)  # 197 or 65 tokens
     sizes = {"image_size": side, "patch_size": 16, "num_classes": 10, "dim": _size(384, 128)}
@@ -195,7 +195,7 @@ def test_a_layer_under_autocast(device):
         assert error <= 2 * allowed + 1e-3 * truth.norm().item(), name
 
 
-def test_ista_under_autocast(device):
+def test_ista_under_autocast_is_within_twice_eagers_error(device):
     """fp32 tokens and dictionary, bf16 product: at most twice the error of eager's three bf16 products."""
     width = _size(768, 192)
     x = torch.randn(_size(4, 1), 197, width, device=device)

@@ -136,7 +136,7 @@ def test_a_hanging_probe_is_a_failed_row():
     assert (row["name"], row["status"]) == ("fault:hang", "failed: timed out after 1 s")
 
 
-def test_the_command_tells_right_wrong_and_crashed_apart(tmp_path, capsys):
+def test_the_command_reports_right_wrong_and_crashed_probes(tmp_path, capsys):
     file = tmp_path / "check.json"
     names = ["ista-autocast-64x197x384", "fault:wrong", "fault:crash"]
     with forked_python(isolation, fresh="fault:wrong"):

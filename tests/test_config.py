@@ -113,7 +113,7 @@ def test_help_lists_and_explains_every_option(capsys):
         (["--recipe", "cifar10", "--data-dir", "x", "--crop-scale", "0.5"], "crop_scale=0.5 needs crop='random'"),
     ],
 )
-def test_command_line_errors(arguments, message, capsys, tmp_path):
+def test_bad_command_lines_are_one_line_errors(arguments, message, capsys, tmp_path):
     files = {"RECIPE": "lr: [1\nb: }", "SCENES": "dataset: shape_scenes\ncrop_scale: 0.5"}
     for name, text in files.items():
         (tmp_path / f"{name}.yaml").write_text(text)
@@ -137,7 +137,7 @@ def test_command_line_errors(arguments, message, capsys, tmp_path):
         ("yes: 3", "unknown key True"),
     ],
 )
-def test_recipe_errors(text, message, tmp_path):
+def test_bad_recipes_are_errors(text, message, tmp_path):
     path = tmp_path / "bad.yaml"
     path.write_text(text)
     with pytest.raises(ValueError, match="bad.yaml") as error:

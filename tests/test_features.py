@@ -8,6 +8,7 @@ from torch import nn
 from crate_fast import CRATE
 from crate_fast.errors import UserError
 from crate_fast.eval.common.features import Features, LayerTokens, extractor_for
+from crate_fast.whitebox import trace
 
 SIZES = {"image_size": 32, "patch_size": 8, "num_classes": 3, "dim": 32, "depth": 3, "heads": 2, "dim_head": 16}
 VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2, "num_classes": 3}
@@ -17,19 +18,13 @@ def _vit(**more) -> nn.Module:
     return timm.models.vision_transformer.VisionTransformer(**(VIT | more))
 
 
-def test_features_of_crate_are_its_subspace_tokens():
+def test_features_of_crate_are_those_of_its_trace():
     model, images = CRATE(**SIZES).eval(), torch.randn(2, 3, 32, 32)
-    extract = extractor_for(model)
+    extract, (layer,) = extractor_for(model), trace(model, images, [1])
     assert (extract.depth, extract.heads, extract.default_layer, extract.grid) == (3, 2, 1, (4, 4))
     features = extract(images, [0, 1])
-    with torch.no_grad():
-        after_first = model.transformer.layers[0](model.embed(images))
-        attention = model.transformer.layers[1][0]
-        w = attention.fn.qkv(attention.norm(after_first))
-    torch.testing.assert_close(features.keys(1), w[:, 1:])
-    heads = w.unflatten(-1, (2, 16))
-    by_hand = torch.einsum("bhd,bnhd->bhn", heads[:, 0], heads[:, 1:]) / 4.0
-    torch.testing.assert_close(features.cls_attention(1), by_hand.softmax(dim=-1))
+    assert torch.equal(features.keys(1), layer.subspace_tokens[:, 1:].flatten(2))
+    assert torch.equal(features.cls_attention(1), layer.cls_attention())
 
 
 def test_features_of_ordinary_attention_are_its_queries_and_keys():

@@ -49,7 +49,7 @@ def test_subspace_attention_is_eq_5_in_loops():
     torch.testing.assert_close(subspace_attention_reference(w), _attention_by_loops(w, 0.5), rtol=0, atol=1e-14)
 
 
-def test_mssa_by_index_notation():
+def test_mssa_equals_its_index_notation():
     x = torch.randn(2, 5, 6, dtype=torch.float64)
     bases = torch.randn(3, 4, 6, dtype=torch.float64)  # head, D, C
     out_weight, out_bias = torch.randn(6, 12, dtype=torch.float64), torch.randn(6, dtype=torch.float64)
@@ -98,7 +98,7 @@ def test_the_residual_is_the_input_or_its_layer_norm():
         torch.testing.assert_close(actual, expected, rtol=0, atol=1e-13)
 
 
-def test_coding_rates_of_orthonormal_and_of_equal_tokens():
+def test_coding_rates_of_orthonormal_and_of_equal_tokens_by_hand():
     n, d, epsilon = 4, 4, 0.01
     orthonormal = torch.eye(n, dtype=torch.float64).reshape(1, n, 1, d)
     expected = 0.5 * n * math.log(1 + d / (n * epsilon))
@@ -307,7 +307,7 @@ def test_custom_operators_pass_opcheck(monkeypatch):
 @pytest.mark.parametrize("rows", [1, 3, 700, 5000])
 @pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("residual", [False, True])
-def test_cpu_linear_and_its_gradients(rows, relu, residual):
+def test_cpu_linear_and_its_gradients_agree_with_pytorch(rows, relu, residual):
     width = 48 if residual else 32
     x, weight, bias = torch.randn(rows, 48), torch.randn(width, 48), torch.randn(width)
     inputs = [t.requires_grad_() for t in (x, weight, bias)]

@@ -57,14 +57,14 @@ def test_every_bf16_number_is_loaded_and_stored():
 
 
 @pytest.mark.parametrize("dtype", [FP32, FP16, torch.float64, torch.int32], ids=str)
-def test_casts_to_bf16(dtype):
+def test_casts_to_bf16_round_as_pytorch(dtype):
     values = torch.randint(-(2**31), 2**31 - 1, (4096,)).to(dtype) if dtype == torch.int32 else _values().to(dtype)
     assert _equal(_run(lambda a, b: a.to(tl.bfloat16), values), values.to(BF16))
     assert _equal(_run(lambda a, b: a, values), values.to(BF16))  # at a store
 
 
 @pytest.mark.parametrize("dtype", [FP32, FP16, torch.int32], ids=str)
-def test_casts_from_bf16(dtype):
+def test_casts_from_bf16_equal_pytorchs(dtype):
     values = (_moderate() * 300).to(BF16) if dtype == torch.int32 else _values().to(BF16)
     to = {FP32: tl.float32, FP16: tl.float16, torch.int32: tl.int32}[dtype]
     actual = _run(lambda a, b: a.to(to), values, dtype=dtype)

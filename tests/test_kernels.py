@@ -79,13 +79,13 @@ WHOLE_SHAPES = [  # one to three blocks; a remainder of no key, one key, or seve
     [(by_rows, *case) for case in ROW_SHAPES] + [(whole_heads, *case) for case in WHOLE_SHAPES],
     ids=lambda value: getattr(value, "__name__", str(value)),
 )
-def test_attention_of_every_size(attend, shape, dtype, device, poisoned):
+def test_attention_of_every_size_is_right(attend, shape, dtype, device, poisoned):
     assert _attention_is_right(attend, *tokens_and_gradient(shape, dtype, device))
 
 
 @pytest.mark.parametrize("blocks", ROW_TILES, ids=str)
 @pytest.mark.parametrize("n_tokens", [16, 150])
-def test_attention_with_every_tile_of_the_table(n_tokens, blocks, device, poisoned):
+def test_attention_with_every_tile_of_the_table_is_right(n_tokens, blocks, device, poisoned):
     w, grad = tokens_and_gradient((1, n_tokens, 1, 32), SINGLE, device)
     assert _attention_is_right(by_rows, w, grad, tile=Tile(*blocks, num_warps=8, num_stages=1))
 
@@ -102,14 +102,14 @@ def test_attention_with_every_tile_of_the_table(n_tokens, blocks, device, poison
         (whole_heads, HALF, 1.0, 1.0),
     ],
 )
-def test_uniform_saturated_and_shifted_attention(attend, dtype, factor, offset, device, poisoned):
+def test_uniform_saturated_and_shifted_attention_is_right(attend, dtype, factor, offset, device, poisoned):
     """If every token attends only to itself, dO·W − δ must be zero."""
     w, grad = tokens_and_gradient((4, 65, 1, 64) if attend is by_rows else (1, 197, 2, 64), dtype, device)
     assert _attention_is_right(attend, factor * w + offset, grad)
 
 
 @pytest.mark.parametrize("dtype", [SINGLE, HALF], ids=str)
-def test_logits_that_overflow_half_precision(dtype, device, poisoned):
+def test_logits_that_overflow_half_precision_give_accurate_outputs(dtype, device, poisoned):
     """|w|² is 6·10⁵. Logits of 8·10⁴ are rounded to 0.01, so that fp32 cannot order nearly equal ones."""
     w, grad = tokens_and_gradient((4, 65, 1, 64), dtype, device)
     out, dw = by_rows(w + 100, grad)
@@ -120,7 +120,7 @@ def test_logits_that_overflow_half_precision(dtype, device, poisoned):
 
 @pytest.mark.parametrize(("attend", "dtype"), [(by_rows, SINGLE), (whole_heads, HALF)])
 @pytest.mark.parametrize("scale", [0.0, 0.02, 1.0])
-def test_attention_with_every_scale(scale, attend, dtype, device, poisoned):
+def test_attention_with_every_scale_is_right(scale, attend, dtype, device, poisoned):
     w, grad = tokens_and_gradient((1, 130, 2, 32), dtype, device)
     w = w * token_scale(130, 32, max(scale, 0.02)) / token_scale(130, 32)
     assert _attention_is_right(attend, w, grad, scale)
@@ -134,7 +134,7 @@ def test_attention_with_every_scale(scale, attend, dtype, device, poisoned):
         (whole_heads, HALF, 2**-11 / 0.69),  # sums of weights that are rounded to float16
     ],
 )
-def test_the_log_sum_exp(attend, dtype, tolerance, device, poisoned):
+def test_the_log_sum_exp_is_accurate(attend, dtype, tolerance, device, poisoned):
     w, _ = tokens_and_gradient((1, 197, 2, 64), dtype, device)
     out, lse = torch.empty_like(w), torch.empty(1, 2, 197, device=device)
     if attend is by_rows:
@@ -157,13 +157,13 @@ def test_a_nan_token_is_not_hidden(attend, device):
 
 
 @pytest.mark.parametrize("spread", [1.0, 30.0, 100.0, 300.0])
-def test_token_norms_spread_over_the_numerical_cases(spread, device, poisoned):
+def test_tokens_with_norms_of_every_numerical_case_are_right(spread, device, poisoned):
     """A row's own logit replaces the maximum, and one exponential gives two weights, only for small spreads."""
     w, grad = spread_tokens((1, 197, 1, 64), spread, HALF, device)
     assert _attention_is_right(by_rows, w, grad)
 
 
-def test_token_norms_a_factor_of_ten_thousand_apart(device, poisoned):
+def test_tokens_with_norms_a_factor_of_ten_thousand_apart_are_right(device, poisoned):
     """Eager float16 overflows here, so the float16 results are compared with float64."""
     w, grad = spread_tokens((1, 197, 1, 64), 1e4, SINGLE, device)
     assert _attention_is_right(by_rows, w, grad)
@@ -233,13 +233,13 @@ def _views(base: Tensor) -> dict[str, Tensor]:
 
 @both_schedules
 @pytest.mark.parametrize("view", _views(torch.empty(2, 1, 4, 2)))
-def test_strided_and_expanded_tokens(view, attend, device, poisoned):
+def test_strided_and_expanded_tokens_give_right_results(view, attend, device, poisoned):
     w = _views(tokens_and_gradient((2, 65, 4, 32), SINGLE, device)[0])[view]
     assert _attention_is_right(attend, w, torch.randn(w.shape, device=device))
 
 
 @both_schedules
-def test_strided_and_expanded_gradients(attend, device, poisoned):
+def test_strided_and_expanded_gradients_give_right_results(attend, device, poisoned):
     w, grad = tokens_and_gradient((2, 65, 2, 32), SINGLE, device)
     assert _attention_is_right(attend, w, torch.ones((), device=device).expand(w.shape))
     assert _attention_is_right(attend, w, grad.transpose(1, 2).contiguous().transpose(1, 2))
@@ -420,7 +420,7 @@ def test_ista_agrees_with_the_reference(size, dtype, threshold, with_norm, devic
 
 
 @pytest.mark.parametrize(("size", "threshold"), [((70, 48), "soft"), ((197, 96), "relu")], ids=str)
-def test_norm_ista_under_autocast(size, threshold, device, poisoned):
+def test_norm_ista_under_autocast_agrees_with_the_reference(size, threshold, device, poisoned):
     assert _ista_is_right(_inputs(size, torch.float32, device), threshold, with_norm=True, autocast=True)
 
 
@@ -438,7 +438,7 @@ def _use_tile(tile: Tile, monkeypatch) -> None:
 
 @pytest.mark.parametrize("persistent", [False, True], ids=["a tile a program", "persistent"])
 @pytest.mark.parametrize("blocks", PRODUCT_TILES, ids=str)
-def test_every_product_tile_of_the_table(blocks, persistent, device, poisoned, monkeypatch):
+def test_every_product_tile_of_the_table_is_right(blocks, persistent, device, poisoned, monkeypatch):
     """Three ragged rows of tiles and two columns, or one column of a wide tile; persistent tiles have a LayerNorm."""
     tile = Tile(*blocks[:2], num_warps=8, num_stages=1, block_k=blocks[2], persistent=persistent)
     _use_tile(tile, monkeypatch)
@@ -447,14 +447,14 @@ def test_every_product_tile_of_the_table(blocks, persistent, device, poisoned, m
 
 
 @pytest.mark.parametrize("with_norm", [False, True], ids=["plain", "norm"])
-def test_strided_and_expanded_matrices(with_norm, device, poisoned):
+def test_strided_and_expanded_matrices_give_right_results(with_norm, device, poisoned):
     x, gamma, beta, dictionary = _inputs((64, 96), torch.float32, device)
     strided = [x.t().contiguous().t(), gamma, beta, dictionary.t().contiguous().t()]
     assert _ista_is_right(strided, with_norm=with_norm, grad=torch.randn(1, 96, device=device).expand(64, -1))
 
 
 @pytest.mark.parametrize("offset", [10.0, 1000.0])
-def test_layer_norm_of_large_offsets(offset, device, poisoned):
+def test_layer_norm_of_large_offsets_is_accurate(offset, device, poisoned):
     x, *rest = _inputs((64, 96), torch.float32, device)
     assert _ista_is_right([x + offset, *rest], with_norm=True)
 
@@ -523,7 +523,7 @@ def test_mutants_of_ista_fail(name, device, tmp_path, monkeypatch, poisoned):
     assert not _ista_is_right(_inputs((300, 96), dtype, device), with_norm=True, autocast=autocast)
 
 
-def test_layer_norm_with_more_rows_than_programs(device, monkeypatch, poisoned):
+def test_layer_norm_with_more_rows_than_programs_is_right(device, monkeypatch, poisoned):
     monkeypatch.setattr(layer_norm, "MAX_PROGRAMS", 2)
     assert _ista_is_right(_inputs((197, 96), torch.float32, device), with_norm=True)
 
@@ -533,7 +533,7 @@ def test_layer_norm_with_more_rows_than_programs(device, monkeypatch, poisoned):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("width", [32, 100])
-def test_a_folded_dictionary_and_its_gradient(width, dtype, device, poisoned):
+def test_a_folded_dictionary_and_its_gradient_are_right(width, dtype, device, poisoned):
     dictionary = (torch.randn(width, width) / width**0.5).to(dtype).to(device)
     wide, grad = dictionary.double(), torch.randn(width, width, device=device)
     truth = 0.1 * (wide - wide.t() @ wide)
@@ -546,7 +546,7 @@ def test_a_folded_dictionary_and_its_gradient(width, dtype, device, poisoned):
 
 
 @pytest.mark.parametrize("size", [(32, 32), (48, 100), (192, 33)], ids=str)
-def test_a_layer_norm_folded_into_a_weight(size, device, poisoned):
+def test_a_layer_norm_folded_into_a_weight_is_right(size, device, poisoned):
     """For any strides; the gradients equal autograd's."""
     drawn = (torch.randn(shape, device=device, requires_grad=True) for shape in (size, size[1:], size[1:]))
     weight, gamma, beta = drawn
@@ -579,5 +579,5 @@ def test_weight_mutants_fail(name, device, tmp_path, monkeypatch):
     for function in ("fold", "fold_backward", "scale", "unscale"):
         monkeypatch.setattr(folding, function, getattr(changed, function))
     with pytest.raises(AssertionError):  # noqa: PT012  (one of the two fails)
-        test_a_folded_dictionary_and_its_gradient(100, torch.float32, device, None)
-        test_a_layer_norm_folded_into_a_weight((192, 33), device, None)
+        test_a_folded_dictionary_and_its_gradient_are_right(100, torch.float32, device, None)
+        test_a_layer_norm_folded_into_a_weight_is_right((192, 33), device, None)

@@ -72,7 +72,7 @@ def test_odl_agrees_with_the_reference(shape, with_norm, dtype, backend, steps, 
     assert agrees(ours, reference, inputs, names)
 
 
-def test_tied_dictionaries_and_single_gradients(backend, device):
+def test_tied_dictionaries_and_single_gradients_agree_with_the_reference(backend, device):
     x, dictionary, decoder = _inputs(device=device)
     tied = partial(odl.odl, backend=backend)
     assert agrees(lambda x, d: tied(x, d, d), lambda x, d: odl_reference(x, d, d), [x, dictionary], "y dx dD")
