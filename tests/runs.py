@@ -38,8 +38,7 @@ TINY = [
     *("--segmentation-samples", "12", "--threads", "1", "--seed", "3", "--device", "cpu"),
 ]
 
-CPU = torch.device("cpu")
-ALONE = Processes(0, 0, 1, CPU)
+ALONE = Processes(0, 0, 1, torch.device("cpu"))
 SIZES = {"image_size": 32, "patch_size": 8, "dim": 32, "depth": 2, "heads": 2, "batch_size": 8, "epochs": 1}
 
 

@@ -36,9 +36,6 @@ def _rows(run: harness.Run) -> dict[tuple[str, str], dict]:
     return {(row["pass"], row["peer"]): row for row in run.rows}
 
 
-# --- running ------------------------------------------------------------------------------------------------------
-
-
 def test_the_smoke_run_measures_every_peer_of_every_part(capsys, untouched_results):
     assert bench_model.main(["--smoke"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -81,9 +78,6 @@ def test_a_measurement_on_a_gpu_fills_every_column(run, pretended_gpu):
         assert row["peak_mib"] == 2.0
         assert row["images_per_s"] == 3000
         assert row["mfu"] == pytest.approx(row["flops"] / 1e9)
-
-
-# --- the gate -----------------------------------------------------------------------------------------------------
 
 
 class _Scaled(model_problem.CRATE):
@@ -152,9 +146,6 @@ def test_the_gates_results_do_not_depend_on_the_chunk_size(run):
     torch.testing.assert_close(trial.outcome(2), trial.outcome(3), rtol=1e-4, atol=1e-6)
 
 
-# --- peers that fail ----------------------------------------------------------------------------------------------
-
-
 def _out_of_memory(*_, **__):
     raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -193,9 +184,6 @@ def test_if_ours_fails_its_rows_have_the_reason_and_the_next_model_is_measured(r
 def test_the_vit_uses_the_fastest_sdpa_backend_of_the_device():
     timer = harness.Timer(CPU)
     assert model_problem.fastest_sdpa(TINY, 2, timer, CPU, torch.float32) == SDPBackend.FLASH_ATTENTION
-
-
-# --- operations and bytes -----------------------------------------------------------------------------------------
 
 
 def _work(peer: str, size: Size, what: str, dtype: torch.dtype = torch.float32) -> measuring.Cost:

@@ -191,14 +191,6 @@ def test_only_right_kernels_are_timed_and_a_crash_keeps_earlier_times(monkeypatc
     assert "timing: killed by SIGSEGV" in capsys.readouterr().err
 
 
-def test_parallel_probes_fit_the_gpu_memory(monkeypatch):
-    monkeypatch.setattr(os, "cpu_count", lambda: 16)
-    for free_gib, jobs in ((2, 1), (7, 2), (80, 4)):
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda free=free_gib: (free * 2**30, 0))
-        assert check._jobs(interpreter=False) == jobs
-    assert check._jobs(interpreter=True) == 4
-
-
 @pytest.mark.parametrize(("version", "warned"), [("12.8", True), ("13.2", True), ("13.3", False)])
 def test_the_assembler_is_reported_and_missing_tools_are_unknown(version, warned, monkeypatch):
     from triton.backends.nvidia import compiler

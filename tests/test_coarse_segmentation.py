@@ -15,7 +15,6 @@ from crate_fast.eval.common.segmentation import (
     attention_to_mask,
     average_precision,
     intersection_over_union,
-    mask_to_grid,
 )
 
 MODEL = "crate_tiny_patch8_224@untrained"
@@ -93,13 +92,6 @@ def test_the_best_head_is_chosen_for_each_image():
     assert result["layers"][0]["per_head"] == [0.5, 0.5]  # each head is right in one image
     assert result["layers"][0]["best_head"] == 1.0
     assert result["constant"] == 0.5
-
-
-def test_a_patch_belongs_to_the_object_from_half_its_pixels_on():
-    mask = torch.zeros(1, 4, 4, dtype=torch.bool)
-    mask[0, 0, :2] = True  # half of the first patch
-    mask[0, 2, 2] = True  # a quarter of the last
-    assert mask_to_grid(mask, (2, 2)).tolist() == [[True, False, False, False]]
 
 
 def test_bad_options_are_errors():

@@ -46,9 +46,6 @@ def _images(config, **shares) -> list[torch.Tensor]:
     return [mirrored(batch.images, batch.flips) for batch in train_loader(config, data.train, **shares)]
 
 
-# --- order
-
-
 def test_a_steps_images_do_not_depend_on_processes_accumulation_or_workers(folder):
     augmented = config_of(folder, batch_size=8, crop="random", auto_augment="rand-m9-n2", hflip=0.5)
     for config in (SCENES, augmented):
@@ -150,9 +147,6 @@ def test_a_batch_that_cannot_be_divided_or_filled_is_an_error():
         train_loader(dataclasses.replace(SCENES, batch_size=64), data.train)
 
 
-# --- splits
-
-
 @pytest.mark.parametrize("crop", ["none", "pad", "random", "center"])
 def test_every_crop_has_the_requested_size(folder, crop):
     data = build_splits(config_of(folder, crop=crop))
@@ -205,9 +199,6 @@ def test_missing_data_is_an_error(folder, tmp_path):
         build_splits(config_of(tmp_path / "nowhere"))
     with pytest.raises(UserError, match=r"cifar10 is not in data_dir.*--download"):
         build_splits(config_of(tmp_path, "cifar10"))
-
-
-# --- transforms
 
 
 def test_policies_are_timms_or_torchvisions():
@@ -277,9 +268,6 @@ def test_normalisation_and_its_inverse():
     images = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16).expand(1, 3, 16, 16)
     for name in ("imagenet", "cifar10", "half"):
         assert torch.equal(Normalize(name).undo(Normalize(name)(images)), images)
-
-
-# --- corrupt images
 
 
 def _problems(*numbers: int) -> list[str]:

@@ -118,15 +118,6 @@ def test_masks_fit_the_object_in_every_orientation(tmp_path, orientation, stored
         assert white[grid < 0.01].mean() < 15, name
 
 
-def test_scenes_have_the_same_objects_at_every_size():
-    with pytest.raises(UserError, match="--limit 0"):
-        open_images("shape_scenes", 32, 0)
-    small, large = (open_images("shape_scenes:3", size, 4) for size in (32, 64))
-    assert len(small) == 4
-    assert [small[i].target.classes for i in range(4)] == [large[i].target.classes for i in range(4)]
-    assert large[0].target.masks.shape == (1, 64, 64)
-
-
 def test_free_photographs_are_a_data_set_with_credits():
     images = open_images("photographs", 32, 2)
     assert images.keys() == ["cat (Stéfan van der Walt, CC0)", "coffee (Rachel Michetti, CC0)"]
@@ -187,11 +178,8 @@ def test_images_of_voc_with_a_wrong_annotation_have_a_problem(tmp_path):
         open_images(f"voc:{tmp_path}", 32)
 
 
-# --- COCO's annotations: cases change image x.jpg or annotation 2, a box of 20×20 pixels at x = 10 -----------------
-
-
 def changed_coco(root, change):
-    """Write the folder of `make_coco` after `change(content, annotation 2)`."""
+    """Write the folder of `make_coco` after `change(content, annotation 2)`; annotation 2 is a box at x = 10."""
     file = make_coco(root) / "annotations" / "instances_val2017.json"
     content = json.loads(file.read_text())
     content |= change(content, content["annotations"][1]) or {}

@@ -32,9 +32,6 @@ def _pair(**changes) -> tuple[ReleasedCRATEMAE, CRATEMAE]:
     return theirs, ours
 
 
-# --- the released code ---
-
-
 @pytest.mark.parametrize(
     ("changes", "mask_ratio"),
     [
@@ -109,9 +106,6 @@ def test_initial_distributions_are_the_released_ones():
     assert (layer[1].fn.lambd, layer[1].fn.step_size, model.norm.eps, layer[0].norm.eps) == (0.5, 0.1, 1e-6, 1e-5)
 
 
-# --- positions, patches, masks ---
-
-
 def test_positions_by_hand():
     table = sincos_positions(8, (2, 3))[0]
     assert table.shape == (7, 8)
@@ -183,9 +177,6 @@ def test_reconstruction_inverts_the_normalisation_of_targets():
     assert torch.equal(plain.reconstruction(images, patches), images)
 
 
-# --- the encoder of visible tokens ---
-
-
 def test_only_visible_tokens_are_encoded():
     """MAE's definition: encode CLS and the visible patches; decode with mask tokens in the gaps."""
     model = CRATEMAE(**SMALL, visible_only=True, decoder_embed_dim=32, decoder_num_heads=2).double()
@@ -203,9 +194,6 @@ def test_only_visible_tokens_are_encoded():
         for block in model.decoder_blocks:
             y = block(y)
         torch.testing.assert_close(model.decoder_pred(model.decoder_norm(y))[0, 1:], expected, rtol=1e-9, atol=1e-9)
-
-
-# --- the separate encoder ---
 
 
 @pytest.mark.parametrize("visible_only", [False, True])
@@ -236,9 +224,6 @@ def test_the_encoder_as_a_crate_computes_the_same_tokens(visible_only, patch):
 def test_the_state_dict_of_another_model_is_an_error():
     with pytest.raises(ValueError, match="no state dict of a CRATE-MAE: cls_token is missing"):
         encoder_state_dict({"weight": torch.zeros(1)})
-
-
-# --- running it ---
 
 
 @pytest.mark.parametrize("visible_only", [False, True])
@@ -285,9 +270,6 @@ def test_parameters_are_initialised_in_any_memory_format():
     before = model.patch_embed.proj.weight.clone()
     model.reset_parameters()
     assert not torch.equal(model.patch_embed.proj.weight, before)
-
-
-# --- bad input ---
 
 
 @pytest.mark.parametrize(

@@ -202,9 +202,6 @@ def test_bad_arguments_are_errors(features, settings, message):
         maskcut(features, **settings)
 
 
-# --- detections and COCO's scores ----------------------------------------------------------------------------------
-
-
 def test_masks_are_enlarged_and_encoded():
     masks = np.zeros((2, 4, 4), bool)
     masks[0, 1:3, :2] = True

@@ -40,9 +40,6 @@ def released() -> ReleasedCRATEAlpha:
     return ReleasedCRATEAlpha(**SIZES)
 
 
-# --- the operator -------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture(params=["MKL", "oneDNN", "kernels"])
 def backend(request, monkeypatch) -> str:
     """The kernels, or PyTorch with one of the CPU's libraries."""
@@ -168,9 +165,6 @@ def test_backward_keeps_the_codes_and_two_rows_per_token():
     assert sum(t.numel() for t in kept if t.shape[0] == 100) == 100 * (64 + 64 + 2 * 256)  # x, v, z₁, z₂
 
 
-# --- the model ----------------------------------------------------------------------------------------------------
-
-
 def test_released_weights_load_and_give_the_released_outputs_and_gradients(released, tmp_path):
     torch.save(released.state_dict(), tmp_path / "alpha.pth")
     ours = load_weights(_alpha(), tmp_path / "alpha.pth").double()
@@ -278,9 +272,6 @@ def test_the_model_compiles_without_graph_breaks():
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(images), model(images), rtol=1e-4, atol=1e-4)
     compiled(images).sum().backward()
-
-
-# --- timm ---------------------------------------------------------------------------------------------------------
 
 
 def test_models_have_the_papers_numbers_of_parameters():

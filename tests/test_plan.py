@@ -11,7 +11,6 @@ import torch.nn.functional as F
 
 from crate_fast import CRATEMAE
 from crate_fast.errors import UserError
-from crate_fast.kernels import assuming_gpu, unavailable_reason
 from crate_fast.train import cost, plan
 from crate_fast.train.config import TrainConfig, recipe_names
 from crate_fast.train.cost import Flops, activation_bytes, count_flops, meta_model, optimizer_bytes
@@ -134,16 +133,6 @@ def test_ordinary_attention_keeps_what_fused_kernels_of_a_gpu_keep():
     )
     # key, value and the fp32 input of LayerNorm, but nothing of size N²
     assert ordinary - tied == 4 * DEPTH * ((2 + 2 + 4) * N * C + 4 * N)
-
-
-def test_a_gpu_is_assumed_only_inside_the_context():
-    device = torch.device("cuda")
-    outside = unavailable_reason(device)
-    with assuming_gpu():
-        assert unavailable_reason(device) is None
-        assert "heads up to 128" in unavailable_reason(device, head_dim=256)
-        assert "CUDA" in unavailable_reason(torch.device("meta"))
-    assert unavailable_reason(device) == outside
 
 
 def test_a_frozen_model_keeps_only_activations_of_the_classifier():

@@ -139,29 +139,6 @@ def test_the_mask_is_the_visible_object():
     assert scene.item.stamp.tolist() == list(expected)
 
 
-def test_objects_have_bounded_areas_inside_the_image(sample):
-    area, _, _ = mask_moments(sample.masks)
-    print(f"area: {area.min():.3f} to {area.max():.3f}, mean {area.mean():.3f}")
-    assert area.min() > 0.035
-    assert area.max() < 0.18
-    assert area.std() > 0.02
-    edges = np.concatenate([sample.masks[:, [0, -1], :], sample.masks[:, :, [0, -1]].swapaxes(1, 2)], axis=1)
-    assert not edges.any()  # cut objects would reveal wide silhouettes
-
-
-def test_objects_differ_from_their_surroundings(sample):
-    sample = Sample(sample.images[:2000], sample.labels[:2000], sample.masks[:2000])
-    masks = torch.from_numpy(sample.masks).float()[:, None]
-    grown, touching = (torch.nn.functional.max_pool2d(masks, k, 1, k // 2) for k in (7, 3))
-    around = (grown - touching).numpy()
-    inside = masks.numpy()
-    mean_in, mean_out = ((sample.images * w).sum((2, 3)) / w.sum((2, 3)) for w in (inside, around))
-    contrast = np.sqrt(((mean_in - mean_out) ** 2).sum(1))
-    low, middle = np.quantile(contrast, (0.02, 0.5))
-    print(f"RGB distance of object and surroundings: median {middle:.0f}, worst 2 % below {low:.0f}")
-    assert low > 55.0
-
-
 def test_labels_are_balanced_and_random(sample):
     n, k = len(sample.labels), len(CLASSES)
     counts = np.bincount(sample.labels, minlength=k)
@@ -186,6 +163,8 @@ def test_the_silhouette_gives_the_label(sample):
 
 def test_colour_area_and_position_do_not_give_the_label(sample):
     """Held-out accuracy stays within 4 sigma of chance: 0.101 for 4000 images."""
+    edges = np.concatenate([sample.masks[:, [0, -1], :], sample.masks[:, :, [0, -1]].swapaxes(1, 2)], axis=1)
+    assert not edges.any()  # cut objects would reveal wide silhouettes
     area, cx, cy = mask_moments(sample.masks)
     inside = (sample.images * sample.masks[:, None]).mean((2, 3)) / area[:, None]
     features = {

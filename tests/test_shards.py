@@ -39,9 +39,6 @@ def _values(source: ShardSource) -> list[tuple[int, int]]:
     return [(int(np.asarray(Image.open(file))[0, 0, 0]), label) for file, label in files]
 
 
-# --- samples
-
-
 @pytest.mark.parametrize("format", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT])
 def test_neighbours_of_one_name_up_to_the_first_dot_are_a_sample(tmp_path, format):
     long = "f" * 90 + "/" + "x" * 60
@@ -147,9 +144,6 @@ def test_bad_class_names_are_errors(tmp_path, content, message):
         _open(_write(tmp_path / "train-0.tar", [1, 2, 3], lambda value: value - 1))
 
 
-# --- the index
-
-
 def test_the_index_is_cached_until_a_shard_changes(tmp_path, capsys, monkeypatch):
     shard = _write(tmp_path / "train-0.tar", [1, 2])
     assert len(_open(shard)) == 2
@@ -207,9 +201,6 @@ def test_loaders_read_shards_from_any_process(tmp_path, workers):
     assert seen == list(range(9))
 
 
-# --- damage
-
-
 @pytest.mark.parametrize(
     ("members", "message"),
     [
@@ -261,9 +252,6 @@ def test_a_shard_that_shrinks_during_a_run_is_a_problem_of_its_images(tmp_path):
     (batch,) = eval_loader(config_of(tmp_path, "shards"), data.val)
     assert len(batch.images) == 3
     assert batch.problems == [f"{shard}/0003.png: OSError: the archive ends 1 bytes early"]
-
-
-# --- writing
 
 
 @pytest.fixture

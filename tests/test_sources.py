@@ -150,8 +150,6 @@ def test_an_error_in_a_transform_is_not_a_corrupt_image(tmp_path, monkeypatch):
         data.train.batch([(0, 0, 0)])
 
 
-# --- classes and order of folders and archives of them
-
 LAYOUTS = {
     "as torchvision": [
         *("cat/indoor/x.png", "cat/b.jpg", "cat/indoor-2/a.png", "cat/indoor/z/a.png", "dog/indoor/y.png"),
@@ -234,9 +232,6 @@ def test_splits_with_different_classes_are_an_error():
             common_classes(named[0], named[other])
 
 
-# --- Hugging Face datasets
-
-
 class TestHuggingFace:
     def test_a_missing_package_is_an_error(self, tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, "datasets", None)
@@ -292,9 +287,6 @@ class TestHuggingFace:
         with pytest.raises(UserError, match="datasets cannot open .*column names don't match") as caught:
             open_source(config_of(tmp_path, "hf"), True)
         assert "\n" not in str(caught.value)
-
-
-# --- torchvision
 
 
 @pytest.mark.parametrize("kind", ["parent", "absolute", "link"])

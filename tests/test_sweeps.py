@@ -17,7 +17,6 @@ from torch.utils.data import DataLoader, Dataset
 from crate_fast import cli
 from crate_fast.errors import UserError, run_command
 from crate_fast.eval import by_epoch, by_layer, coarse_segmentation, comparison, maskcut
-from crate_fast.eval.common import paper
 from crate_fast.eval.common.command import Evaluation
 from crate_fast.eval.common.images import open_images
 from crate_fast.eval.common.models import open_model
@@ -201,13 +200,6 @@ def test_the_comparison_has_the_papers_numbers_and_the_difference(data, tmp_path
         assert "23.9" in (tmp_path / "out" / f"table2.{suffix}").read_text()
 
 
-def test_the_tables_of_the_paper():
-    assert paper.find("table1", "dino-s/8")["mask AP"] == 1.7
-    assert paper.find("table1", "other") == {}
-    assert set(paper.TABLES["table2"]["ViT"]) == {"box AP50", "box AP75", "box AP", "VOC mIoU"}
-    assert all(len(row) == 6 for row in paper.TABLES["table1"].values())
-
-
 def test_tables_in_three_formats():
     rows = [{"model": "a|b_1", "AP": 1.23456}, {"model": "c", "n": 3}]
     assert markdown_table(rows) == "| model | AP | n |\n| --- | --- | --- |\n| a\\|b_1 | 1.235 | – |\n| c | – | 3 |\n"
@@ -251,9 +243,6 @@ def test_records_before_a_failing_image_are_kept(tmp_path):
     with pytest.raises(RuntimeError, match="stopped"):
         records.append(some())
     assert list(records.read()) == [1]
-
-
-# --- crate-fast -----------------------------------------------------------------------------------------------------
 
 
 def test_the_command_line_lists_and_dispatches(capsys):
