@@ -148,21 +148,6 @@ def test_torch_export_has_dynamic_image_sizes():
         _close(program.module()(images), model(images))
 
 
-def test_onnx_export_of_pytorch_has_a_dynamic_batch(tmp_path):
-    onnxruntime = pytest.importorskip("onnxruntime")
-    options = {"attention": "mhsa", "threshold": "soft", "residual": "paper", "pool": "mean"}
-    model = _model(depth=1, **options)  # other options than in test_export.py
-    sizes = ({0: Dim("batch")},)
-    torch.onnx.export(
-        model, (_images(2),), tmp_path / "x.onnx", dynamo=True, dynamic_shapes=sizes, input_names=["x"], verbose=False
-    )
-    session = onnxruntime.InferenceSession(tmp_path / "x.onnx")
-    for batch in (1, 5, 40):
-        images = _images(batch)
-        (found,) = session.run(None, {"x": images.numpy()})
-        _close(torch.from_numpy(found), model(images))
-
-
 def _same_gradients(found: list[Tensor], expected: tuple[Tensor, ...]) -> None:
     largest = max(value.abs().max() for value in expected)  # the gradient of a key's bias is zero
     for ours, theirs in zip(found, expected, strict=True):
