@@ -66,12 +66,7 @@ def test_small_problems_compile_the_code_of_the_timed_ones(monkeypatch):
         assert size % 16 == small % 16 == 0 if name == "rows" else size[1:] == small[1:]
 
 
-def test_the_candidates_are_complete_and_start_with_the_tables_tile():
-    assert Tile(64, 64, 4, 3) in tile_search.CANDIDATES["whole_head_forward"]
-    assert {Tile(64, 32, 4, 2), Tile(64, 32, 4, 3)} <= {*tile_search.CANDIDATES["whole_head_backward"]}
-    for kernel in ("ista_forward", "ista_backward_input", "output_map", "weight_gradient"):
-        tried = {(tile.block_m, tile.block_n, tile.num_warps) for tile in tile_search.CANDIDATES[kernel]}
-        assert {(128, 128, 8), (128, 128, 4)} <= tried
+def test_every_kernel_of_the_table_has_candidates_after_the_tables_tile():
     items = tile_search.items()
     assert len({item["name"] for item in items}) == len(items)
     assert [item["kernel"] for item in items[: len(KERNELS)]] == KERNELS
@@ -89,7 +84,5 @@ def test_found_tiles_are_printed_as_rows_of_the_table(tmp_path, capsys):
     path = tmp_path / "found_tiles.json"
     path.write_text(json.dumps(rows))
     assert tile_search.main([str(path)]) == 0
-    assert eval("{" + capsys.readouterr().out + "}", {"Tile": Tile}) == {
-        ("attention_backward", "half", "sm_90", 64): tile,
-        ("output_map", "half", "sm_90"): product,
-    }
+    expected = {("attention_backward", "half", "sm_90", 64): tile, ("output_map", "half", "sm_90"): product}
+    assert eval("{" + capsys.readouterr().out + "}", {"Tile": Tile}) == expected
