@@ -96,20 +96,13 @@ def _step(folder: Path) -> int:
 def compare(first: Path, second: Path) -> dict[str, bool]:
     """Compare the last checkpoints of two runs bit by bit."""
     step = checkpoint.newest(first / "checkpoints")
-    states = [
-        checkpoint.load(run / "checkpoints", step).training["trainer"]["optimizer"]["state"]
-        for run in (first, second)
-    ]
-    moments = all(
-        torch.equal(torch.as_tensor(value), torch.as_tensor(states[1][name][key]))
-        for name, moment in states[0].items()
-        for key, value in moment.items()
-    )
+    saved = [checkpoint.load(run / "checkpoints", step).training["trainer"]["optimizer"] for run in (first, second)]
+    moments = [{(p, k): torch.as_tensor(v) for p, m in one["state"].items() for k, v in m.items()} for one in saved]
     values = [[{k: v for k, v in e.items() if k != "images_per_s"} for e in entries(run)] for run in (first, second)]
     return {
         "weights": same(weights(first, step), weights(second, step)),
         "ema": same(weights(first, step, "ema"), weights(second, step, "ema")),
-        "optimizer": moments,
+        "optimizer": same(*moments),
         "metrics": values[0] == values[1],
     }
 

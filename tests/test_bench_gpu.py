@@ -183,7 +183,6 @@ def test_a_failing_or_wrong_peer_has_rows_with_the_reason(run):
         assert (row["latency_ms"] is None) == (row["reason"] is not None)
         assert row.keys() >= {"commit", "device", "driver", "torch", "triton", "ptxas", "floor_ms", "n_tokens"}
     assert "* n/a: p, wrong:" in gpu_report.times(run.rows)
-
     peers[0] = Peer("ours", fail, ours=True)
     rows = {row["peer"]: row for row in measure_peers(problem, peers, run)}
     assert rows["ours"]["red"]
@@ -216,8 +215,7 @@ def test_gpu_events_time_the_call_without_preparing_its_argument(pretended_gpu):
     assert seen == ["prepare", "call it"] * 2
     plan = pretended_gpu.plan(step)
     assert plan.calls == 50  # 100 ms in all, of 1 ms for the call and 1 ms for overwriting the cache
-    assert plan.flushes == 1
-    assert pretended_gpu.peak_mib(lambda: None) == 2.0
+    assert (plan.flushes, pretended_gpu.peak_mib(lambda: None)) == (1, 2.0)
 
 
 def test_the_inference_benchmark_folds_the_dictionary_once():

@@ -21,7 +21,6 @@ from model_problem import (
     VISIBLE,
     VIT,
     Size,
-    build_model,
     make_problem,
     peers,
 )
@@ -60,12 +59,9 @@ def test_a_smoke_run_is_tiny_for_all_options():
 
 
 def test_benchmarked_models_have_the_papers_sizes():
-    counts = {name: sum(p.numel() for p in model_problem.meta_model(OURS, size).parameters()) / 1e6
-              for name, size in bench_model.CRATES.items()}  # fmt: skip
-    assert {name: round(count, 2) for name, count in counts.items() if "16" in name} == {
-        "T/16": 6.09, "S/16": 13.12, "B/16": 22.80, "L/16": 77.64,
-        "α-B/16": 72.33,
-    }  # fmt: skip
+    models = {name: model_problem.meta_model(OURS, size) for name, size in bench_model.CRATES.items() if "16" in name}
+    counts = {name: round(sum(p.numel() for p in model.parameters()) / 1e6, 2) for name, model in models.items()}
+    assert counts == {"T/16": 6.09, "S/16": 13.12, "B/16": 22.80, "L/16": 77.64, "α-B/16": 72.33}
     assert [size.n_tokens for size in bench_model.GROWTH.values()] == [197, 785, 3601, 16385]
 
 
@@ -211,7 +207,7 @@ def test_an_encoder_of_visible_tokens_has_fewer_operations_and_bytes():
 
 
 def test_bytes_of_models_by_hand():
-    weights = 4 * sum(p.numel() for p in build_model(OURS, TINY).parameters())
+    weights = 4 * sum(p.numel() for p in model_problem.build_model(OURS, TINY).parameters())
     images, outputs = 4 * 3 * 3 * 64 * 64, 2 * 3 * 17 * 32 * 2
     assert _work(OURS, TINY, INFERENCE, torch.bfloat16).moved_bytes == images + weights + 2 * outputs
     assert _work(OURS, TINY, TRAINING, torch.bfloat16).moved_bytes == images + 10 * weights + 5 * outputs

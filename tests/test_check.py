@@ -17,12 +17,8 @@ from crate_fast.kernels.launch import Launch
 from crate_fast.probes import CHECKED, PROBES, find_probe, run_probe
 
 NORM_ISTA = "norm_ista-float16-64x197x384"
-MORE = (  # inputs that no probe of CHECKED has
-    "attention-bfloat16-2x197x3x64-spread10000",
-    "ista-autocast-64x197x384",
-    "ista-bfloat16-64x197x384-soft",
-    "compress-autocast-64x197x384-paper",
-)
+MORE = ["attention-bfloat16-2x197x3x64-spread10000", "ista-autocast-64x197x384"]  # inputs not in CHECKED
+MORE += ["ista-bfloat16-64x197x384-soft", "compress-autocast-64x197x384-paper"]
 
 
 @pytest.fixture

@@ -385,12 +385,9 @@ def test_a_report_without_results_and_a_missing_cifar10_are_errors(finished, tmp
 def photographs(tmp_path_factory):
     """Folder of noise images in two classes: a training tar, a validation folder with boxes, and COCO's masks."""
     root = tmp_path_factory.mktemp("photographs")
-    files = {
-        f"{split}/{label}/{i}.png": encoded(Image.effect_noise((32, 32), 60 + i).convert("RGB"))
-        for split, count in (("train", 10), ("val", 6))
-        for label in ("cat", "dog")
-        for i in range(count)
-    }
+    pictures = [encoded(Image.effect_noise((32, 32), 60 + i).convert("RGB")) for i in range(10)]
+    folders = {"train/cat": 10, "train/dog": 10, "val/cat": 6, "val/dog": 6}
+    files = {f"{folder}/{i}.png": pictures[i] for folder, count in folders.items() for i in range(count)}
     write_tree(root, {name: content for name, content in files.items() if name.startswith("val/")})
     write_tar(root / "train.tar", [(name.removeprefix("train/"), c) for name, c in files.items() if name[0] == "t"])
     names = [name.removeprefix("val/") for name in files if name.startswith("val/")]

@@ -26,8 +26,7 @@ NAME = "crate_tiny_patch8_224"
 
 def test_a_run_is_opened_at_its_best_step_a_given_step_or_untrained(tiny_run):
     best, at_four, again = (open_model(f"{tiny_run}{which}") for which in ("", "@4", "@4"))
-    assert best.label == "tiny"
-    assert best.config.image_size == 32
+    assert (best.label, best.config.image_size) == ("tiny", 32)
     hashes = [loaded.facts["weights_sha256"] for loaded in (at_four, again, open_model(f"{tiny_run}@8"))]
     assert hashes[0] == hashes[1] != hashes[2]
     twins = [open_model(f"{tiny_run}@untrained", seed=seed) for seed in (0, 0, 1)]

@@ -90,14 +90,12 @@ def test_the_numbers_equal_the_librarys(address):
     assert [entry["class"] for entry in summary["top"]] == probabilities.argsort(descending=True)[:5].tolist()
     assert summary["top"][0]["probability"] == pytest.approx(probabilities.max().item(), rel=1e-5)
     assert summary["top"][0]["name"] in CLASSES
-
     heads = ask(address, "attention", layer=2, **about)["heads"]
     assert torch.tensor(heads) == pytest.approx(layer.cls_attention()[0], abs=1e-6)
     heads = ask(address, "attention", layer=2, patch=40, **about)["heads"]
     w = layer.subspace_tokens[0, 1:]
     expected = (layer.scale * torch.einsum("hd,phd->hp", w[40], w)).softmax(-1)
     assert torch.tensor(heads) == pytest.approx(expected, abs=1e-6)
-
     keys = layer.keys[:, 1:].flatten(2)
     colours = (255 * pca_rgb(keys, first=2)[0][0]).round().flatten()
     found = torch.tensor(ask(address, "components", which="all", **about)["layers"][2])
@@ -370,7 +368,6 @@ def test_a_run_offers_its_checkpoints_and_a_damaged_one_is_an_error_message(tiny
     assert heads[0] in heads[2:]
     assert heads[1] != heads[2] != heads[3]
     assert explorer.inspection(2, "s0").summary["top"][0]["name"] in CLASSES
-
     (new / "checkpoints" / "step_00000004" / "model.safetensors").write_bytes(b"nothing")
     explorer = explorer_with(f"{new}@4", f"{new}@8")
     monkeypatch.setattr(explorer, "setup", lambda: int("nonsense"))  # stands for a bug
@@ -380,7 +377,6 @@ def test_a_run_offers_its_checkpoints_and_a_damaged_one_is_an_error_message(tiny
         assert "model.safetensors" in answer.json()["error"]
         assert httpx.get(f"{address}/api/setup").status_code == 500
         assert ask(address, "summary", model=1, picture="s0")["depth"] == 2
-
     (new / "checkpoints" / "step_00000008" / "model.safetensors").write_bytes(b"nothing")
     shutil.rmtree(runs / "old")
     monkeypatch.chdir(tmp_path)

@@ -1,7 +1,4 @@
-"""The explorer's page in a headless Chromium.
-
-Without a browser the tests are skipped; with `CRATE_FAST_REQUIRE_BROWSER=1` they fail.
-"""
+"""The explorer's page in headless Chromium; without one skipped, or failing if CRATE_FAST_REQUIRE_BROWSER=1."""
 
 import csv
 import io
@@ -131,13 +128,11 @@ def test_a_picture_is_uploaded_explored_and_saved(visit, explorer, address, tmp_
     canvas = visit.ready("picture").query_selector("canvas")
     box = canvas.bounding_box()
     assert box["width"] / box["height"] == pytest.approx(2, abs=0.05)  # the picture's; the model's input is square
-
     canvas.click(position={"x": box["width"] * 0.53, "y": box["height"] * 0.28})  # row 4, column 8 of 16
     visit.wait(f"0/{key}/2/72")
     rows = visit.attends(explorer.inspection(0, key), 2, 72)
     assert {row["query"] for row in rows} == {"patch 4, 8"}
     assert [(row["head"], row["row"], row["column"]) for row in rows][257] == ("1", "0", "1")
-
     before = visit.pixels("attention")
     visit.page.locator(".layer").first.focus()
     visit.page.keyboard.press("ArrowLeft")

@@ -37,9 +37,6 @@ def whole(tmp_path_factory):
     return folder
 
 
-# --- kill -9 ---
-
-
 def test_a_run_killed_while_saving_continues_from_a_whole_checkpoint(whole, tmp_path):
     """Killed at three points of a save: the previous or the new checkpoint is whole, and the final state is equal."""
     folder = back_to(whole, 10, tmp_path / "run")
@@ -78,9 +75,6 @@ def test_an_evaluation_is_kept_if_the_run_was_killed_after_it(tmp_path):
     assert pretrain.main([*words, str(folder), "--resume"]) == 0
     assert all(compare(whole, folder).values())
     assert checkpoint.best_step(folder / "checkpoints") == checkpoint.best_step(whole / "checkpoints")
-
-
-# --- signals ---
 
 
 def test_a_signal_saves_a_checkpoint_and_ends_the_run(whole, tmp_path):
@@ -200,9 +194,6 @@ def test_restarts_need_a_folder(monkeypatch, refuses):
     refuses("look for their run in --output; name its folder", pretrain.main, TINY)
 
 
-# --- disks ---
-
-
 @pytest.fixture
 def small_disk(tmp_path):
     """A file system of 1 MiB."""
@@ -228,9 +219,6 @@ def test_a_full_disk_stops_all_processes_and_the_last_checkpoint_stays_whole(sma
     for step in checkpoint.steps(folder / "checkpoints")[:-1]:
         shutil.rmtree(checkpoint.folder_of(folder / "checkpoints", step))
     run("--output", str(folder), "--checkpoint-every", "1", "--keep-checkpoints", "1", "--resume")
-
-
-# --- values that are not finite ---
 
 
 def _poisoning(monkeypatch, steps: set[int], value: float = math.nan) -> None:
@@ -310,9 +298,6 @@ def test_an_fp16_overflow_lowers_the_loss_scale_and_is_no_skipped_step(tmp_path,
     assert last["overflows"] > 10
     assert last["loss_scale"] == 2.0 ** (40 - last["overflows"])
     assert json.loads((folder / "summary.json").read_text())["skipped_steps"] == 0
-
-
-# --- checkpoints of other runs ---
 
 
 def test_a_checkpoint_of_other_settings_data_or_version_is_refused(whole, tmp_path, refuses):

@@ -15,20 +15,12 @@ from torch import Tensor
 from torch._dynamo.backends.debugging import aot_eager
 
 import crate_fast
-from crate_fast import SPIN_COUNT, cpu_ops, functional
+from crate_fast import SPIN_COUNT, cpu_ops, functional, reference
 from crate_fast.accuracy import clear_of_threshold, judge
 from crate_fast.backends import explain_backend
 from crate_fast.functional import ista, linear, norm_ista, subspace_attention
 from crate_fast.kernels import assuming_gpu
-from crate_fast.reference import (
-    coding_rate_reference,
-    ista_reference,
-    layer_reference,
-    mssa_reference,
-    subspace_attention_reference,
-)
-
-# --- the reference ---
+from crate_fast.reference import ista_reference, subspace_attention_reference
 
 
 def _attention_by_loops(w: Tensor, scale: float) -> Tensor:
@@ -56,9 +48,9 @@ def test_mssa_equals_its_index_notation():
     w = torch.einsum("bnc,hdc->bnhd", x, bases)
     attended = _attention_by_loops(w, 0.5).reshape(2, 5, 12)
     expected = torch.einsum("bnk,ck->bnc", attended, out_weight) + out_bias
-    actual = mssa_reference(x, bases.reshape(12, 6), out_weight, out_bias, heads=3)
+    actual = reference.mssa_reference(x, bases.reshape(12, 6), out_weight, out_bias, heads=3)
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
-    actual = mssa_reference(x, bases.reshape(12, 6), None, None, heads=3)
+    actual = reference.mssa_reference(x, bases.reshape(12, 6), None, None, heads=3)
     torch.testing.assert_close(actual, attended, rtol=0, atol=1e-13)
 
 
@@ -94,7 +86,7 @@ def test_the_residual_is_the_input_or_its_layer_norm():
     for residual in ("released", "paper"):
         h = x if residual == "released" else norm(x, (width,), weights["0.norm.weight"], weights["0.norm.bias"])
         expected = (norm(h, (width,)) - 0.01).clamp(min=0)
-        actual = layer_reference(x, weights, heads, residual=residual)
+        actual = reference.layer_reference(x, weights, heads, residual=residual)
         torch.testing.assert_close(actual, expected, rtol=0, atol=1e-13)
 
 
@@ -102,12 +94,12 @@ def test_coding_rates_of_orthonormal_and_of_equal_tokens_by_hand():
     n, d, epsilon = 4, 4, 0.01
     orthonormal = torch.eye(n, dtype=torch.float64).reshape(1, n, 1, d)
     expected = 0.5 * n * math.log(1 + d / (n * epsilon))
-    assert coding_rate_reference(orthonormal, epsilon).item() == pytest.approx(expected, rel=1e-12)
+    assert reference.coding_rate_reference(orthonormal, epsilon).item() == pytest.approx(expected, rel=1e-12)
     equal = torch.ones(1, n, 1, d, dtype=torch.float64)
-    assert coding_rate_reference(equal, epsilon).item() == pytest.approx(0.5 * math.log(1 + d / epsilon), rel=1e-12)
+    assert reference.coding_rate_reference(equal, epsilon).item() == pytest.approx(
+        0.5 * math.log(1 + d / epsilon), rel=1e-12
+    )
 
-
-# --- attention ---
 
 FLOAT32 = torch.float32
 CASES = [  # [B, N, H, D], dtype, scale
@@ -216,9 +208,6 @@ def test_long_attention_is_deterministic():
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-# --- ISTA ---
-
-
 def _check_ista(candidate, leading, width, dtype=torch.float32, threshold="relu") -> bool:
     x = torch.randn(*leading, width).to(dtype)
     dictionary = (torch.randn(width, width) / width**0.5).to(dtype)
@@ -263,9 +252,6 @@ def test_gradients_agree_with_finite_differences():
     assert torch.autograd.gradcheck(lambda a, b: ista(a, b, 0.1, 0.1, threshold="soft"), (x, dictionary))
     assert torch.autograd.gradgradcheck(lambda a, b: ista(a, b, 0.1, 0.1, threshold="soft"), (x, dictionary))
     assert torch.autograd.gradcheck(subspace_attention, (w,))
-
-
-# --- compilation, registered operators, processors ---
 
 
 def test_operators_compile_without_graph_breaks():

@@ -41,9 +41,6 @@ def _ista_inputs(device, rows=(2, 17), width=32) -> tuple[Tensor, ...]:
     return tuple(t.to(device).requires_grad_() for t in (x, weight, bias, dictionary))
 
 
-# --- the registered operators ------------------------------------------------------------------------------------
-
-
 def test_opcheck_of_attention(device):
     w = torch.randn(2, 17, 3, 32, device=device, requires_grad=True)
     strided = torch.randn(2, 17, 6, 32, device=device)[:, :, ::2].detach().requires_grad_()
@@ -80,9 +77,6 @@ def test_without_kept_activations_backward_is_an_error(device):
     arguments = (x, weight, bias, dictionary, fold_dictionary(dictionary.detach()), 0.1, 0.1, 1e-5, False, False)
     with pytest.raises(RuntimeError, match="keep=False"):
         triton_ops.ista_fwd(*arguments)[0].sum().backward()
-
-
-# --- the public functions ----------------------------------------------------------------------------------------
 
 
 def test_only_requested_gradients_are_computed(device, monkeypatch):
@@ -147,9 +141,6 @@ def test_autocast_runs_the_kernels_in_half_precision(device):
         assert tensor.grad.isfinite().all()
 
 
-# --- the model ---------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     "options",
     [{}, {"threshold": "soft"}, {"residual": "paper"}, {"attention": "mhsa"}, {"sparsifier": "mlp"}],
@@ -182,9 +173,6 @@ def test_checkpointing_gives_the_same_bits(device):
     plain = model_gradients(model, images)
     model.set_grad_checkpointing()
     torch.testing.assert_close(model_gradients(model, images), plain, rtol=0, atol=0)
-
-
-# --- several processes -------------------------------------------------------------------------------------------
 
 
 def _shard(rank: int, images: Tensor) -> Tensor:
@@ -225,9 +213,6 @@ def test_ddp_and_fsdp_have_the_gradients_of_one_process():
     expected = [p.grad for p in model.parameters()]
     arguments = (free_port(), images, expected)
     mp.start_processes(_data_parallel, arguments, nprocs=2, start_method="forkserver")  # preloaded by runs.py
-
-
-# --- folding once ------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -330,9 +315,6 @@ def test_overlapping_scopes_of_two_threads_leave_nothing_cached(device, folds):
     assert functional._cache.scopes == 0
 
 
-# --- G kept between calls, on a CPU ---
-
-
 def _changes(dictionary: torch.nn.Parameter):
     """Change a dictionary in several ways; only the last two change PyTorch's version counter."""
     yield
@@ -411,9 +393,6 @@ def test_fp32_runs_on_the_kernels_if_tf32_is_allowed(change):
             torch.set_float32_matmul_precision("highest")
         assert explain_backend("cuda", dtype=torch.float32)[0] == "torch"
         assert explain_backend("cuda", dtype=torch.bfloat16)[0] == "triton"
-
-
-# --- errors ------------------------------------------------------------------------------------------------------
 
 
 def test_second_derivatives_are_an_error(device):

@@ -1,7 +1,4 @@
-"""The GPU check: ends of processes, time limits, the cost of faults, the archive, and a rehearsal on a CPU.
-
-Among the rehearsal's probes one crashes, one hangs and one is wrong.
-"""
+"""The GPU check: ends of processes, time limits, the cost of faults, the archive, and a rehearsal on a CPU."""
 
 import io
 import json
@@ -57,9 +54,6 @@ def _gone(pid: int) -> bool:
     return False
 
 
-# --- one process ---------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("code", "reason"),
     [
@@ -105,9 +99,6 @@ def test_a_process_without_progress_is_killed(tmp_path):
     assert process.seconds > 1.5
     beat.unlink()
     assert "no progress for 0 s" in _process(tmp_path, code, beat=beat, stall_s=9.0, start_s=0.2).reason
-
-
-# --- stages --------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -284,9 +275,6 @@ def test_the_gpu_tests_need_no_plugin_of_pytest(check, tmp_path, monkeypatch):
     assert row["status"] == "ok"
 
 
-# --- probes and tiles ----------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("status", ["right", "wrong"])
 def test_the_carried_assembler_is_used_if_its_probe_is_right(check, tmp_path, monkeypatch, status):
     text = "#!/bin/sh\necho Cuda compilation tools, release 13.4, V13.4.59\n"
@@ -375,9 +363,6 @@ def test_work_is_listed_by_kind_with_unique_names(monkeypatch, tmp_path):
     assert (red["item"], red["status"]) == ("list of probes", "red")
 
 
-# --- files carried to the GPU machine ------------------------------------------------------------------------------
-
-
 def test_prepare_writes_the_wheels_newest_assembler_and_the_commit(tmp_path, monkeypatch, capsys):
     def pip(command, **options):
         if "pip" not in command:
@@ -404,9 +389,6 @@ def test_the_second_part_uses_the_tiles_found_by_the_first(tmp_path):
     found.write_text("[]")
     assert _check(tmp_path, 9.0, part="second").environment["CRATE_FAST_TILES"] == str(found)
     assert "CRATE_FAST_TILES" not in _check(tmp_path, 9.0).environment
-
-
-# --- the whole program ---------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -467,7 +449,6 @@ def test_the_readmes_tables_are_made_from_the_output(rehearsal, tmp_path):
     assert "SIGABRT" in (tmp_path / "gpu_check.md").read_text()
     kept = json.loads((tmp_path / "gpu_check.json").read_text())["rows"]
     assert len({(row["commit"], row["device"], row["torch"]) for row in kept}) == 1
-
     rows = json.loads((tmp_path / "mssa.json").read_text())
     for row in rows["rows"]:
         if row["peer"] == "ours":

@@ -35,9 +35,7 @@ def test_voc_has_classes_masks_and_void(tmp_path):
     images = open_images(f"voc:{make_voc(tmp_path)}", 32)
     assert images.keys() == ["a", "b", "c"]
     first, second, third = (images[i] for i in range(3))
-    assert first.image.shape == (3, 32, 32)
-    assert first.size == (40, 60)
-    assert first.target.classes == [1]
+    assert (first.image.shape, first.size, first.target.classes) == ((3, 32, 32), (40, 60), [1])
     assert first.target.masks.sum() == 40 * 28
     assert (~first.target.valid).sum() == 40 * 4
     assert second.target.classes == [3, 20]
@@ -65,11 +63,8 @@ def make_coco(root, crowd: bool = True):
     Image.fromarray(np.full((40, 60, 3), 99, np.uint8)).save(root / "val2017" / "x.jpg")
     boxes = [(7, 0, 0, 20, 20), (7, 10, 0, 20, 20), (2, 40, 20, 20, 20)] + [(2, 0, 30, 10, 10, 1)] * crowd
     annotations = [coco_box(number, 5, *box) for number, box in enumerate(boxes, start=1)]
-    content = {
-        "images": [{"id": 5, "file_name": "x.jpg", "height": 40, "width": 60}],
-        "annotations": annotations,
-        "categories": [{"id": 2, "name": "cat"}, {"id": 7, "name": "dog"}],
-    }
+    content = {"images": [{"id": 5, "file_name": "x.jpg", "height": 40, "width": 60}], "annotations": annotations}
+    content["categories"] = [{"id": 2, "name": "cat"}, {"id": 7, "name": "dog"}]
     (root / "annotations").mkdir()
     (root / "annotations" / "instances_val2017.json").write_text(json.dumps(content))
     return root

@@ -58,8 +58,6 @@ def _attention_is_right(attend, w: Tensor, grad: Tensor, scale: float | None = N
     return is_right(actual, gradients(reference, [w], grad), truth, "O dW")
 
 
-# --- attention: sizes ----------------------------------------------------------------------------------------------
-
 ROW_SHAPES = [  # [B, N, H, D]
     *itertools.product([(2, 1, 2, 8), (1, 15, 6, 32), (1, 16, 12, 48), (2, 17, 1, 80)], [SINGLE, HALF]),
     *itertools.product([(1, 64, 1, 128), (1, 65, 2, 64), (2, 197, 1, 64)], [SINGLE, HALF]),
@@ -88,9 +86,6 @@ def test_attention_of_every_size_is_right(attend, shape, dtype, device, poisoned
 def test_attention_with_every_tile_of_the_table_is_right(n_tokens, blocks, device, poisoned):
     w, grad = tokens_and_gradient((1, n_tokens, 1, 32), SINGLE, device)
     assert _attention_is_right(by_rows, w, grad, tile=Tile(*blocks, num_warps=8, num_stages=1))
-
-
-# --- attention: values ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -215,9 +210,6 @@ def test_one_head_of_several_is_refused(device, poisoned):
     assert _attention_is_right(whole_heads, w, grad)
 
 
-# --- attention: memory ---------------------------------------------------------------------------------------------
-
-
 def _views(base: Tensor) -> dict[str, Tensor]:
     """Strided and expanded tokens of a contiguous [2, N, 4, D]."""
     return {
@@ -250,9 +242,6 @@ def test_an_image_too_large_to_address_is_an_error(device):
     w = torch.empty(1, 1, 1, 1, device="meta").expand(1, 2**20, 64, 64)
     with pytest.raises(ValueError, match="N·H·D must be under 2³¹"):
         attention.forward(w, 0.125)
-
-
-# --- attention: which schedule runs --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -289,8 +278,6 @@ def test_a_given_tile_or_float16_backward_runs_by_blocks_of_rows(device, monkeyp
     attention.backward(w, w, w, torch.zeros(1, 1, 197, device=device), 0.125)  # float16
     assert called == ["forward"]
 
-
-# --- attention: mutants --------------------------------------------------------------------------------------------
 
 ROW_MUTANTS = {  # (code of the kernel, its replacement)
     "the last key dropped": (
@@ -367,8 +354,6 @@ def test_mutants_of_whole_heads_fail(name, device, tmp_path, poisoned):
     w, grad = (w, grad) if spread is None else spread_tokens(shape, spread, SINGLE, device)
     assert not _attention_is_right(whole_heads, w, grad, module=module)
 
-
-# --- ISTA --------------------------------------------------------------------------------------------------------
 
 SIZES = [((1, 32), "relu"), ((15, 48), "soft"), ((197, 96), "relu"), ((197, 96), "soft"), ((130, 33), "relu")]  # M, C
 
@@ -526,9 +511,6 @@ def test_mutants_of_ista_fail(name, device, tmp_path, monkeypatch, poisoned):
 def test_layer_norm_with_more_rows_than_programs_is_right(device, monkeypatch, poisoned):
     monkeypatch.setattr(layer_norm, "MAX_PROGRAMS", 2)
     assert _ista_is_right(_inputs((197, 96), torch.float32, device), with_norm=True)
-
-
-# --- weights -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -124,12 +124,10 @@ def test_intermediates_are_the_outputs_of_the_layers():
         assert taken.shape == (2, 48, 4, 4)
         torch.testing.assert_close(taken.flatten(2).transpose(1, 2), output[:, 1:])
     torch.testing.assert_close(final, outputs[-1])
-
     (last,) = model.get_intermediate_layers(images, n=1, norm=True)
     torch.testing.assert_close(last, model.mlp_head[0](outputs[2][:, 1:]))
     pairs = model.get_intermediate_layers(images, n=[0, 2], reshape=True, return_prefix_tokens=True)
     assert [(a.shape, b.shape) for a, b in pairs] == [((2, 48, 4, 4), (2, 1, 48))] * 2
-
     outputs.clear()
     options = {"stop_early": True, "output_fmt": "NLC", "intermediates_only": True}
     early = model.forward_intermediates(images, indices=[0], **options)

@@ -111,8 +111,7 @@ def test_colours_are_projections_clipped_to_two_percentiles():
         low, high = np.quantile(values, [0.02, 0.98])
         expected = np.clip((values - low) / (high - low), 0, 1)
         np.testing.assert_allclose(colours[..., channel].flatten(), expected, atol=1e-5)
-    assert colours.min() == 0
-    assert colours.max() == 1
+    assert (colours.min(), colours.max()) == (0, 1)
 
 
 def test_too_few_patches_are_an_error():

@@ -114,9 +114,6 @@ def launches(monkeypatch):
     return seen
 
 
-# --- right and wrong ----------------------------------------------------------------------------------------------
-
-
 def _scale(tensor):
     tensor.mul_(1.05)
 
@@ -241,9 +238,6 @@ def test_without_enough_memory_the_check_is_postponed(launches, monkeypatch, dev
         assert len(launches) == total
 
 
-# --- which launches are checked -----------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("value", ["0", None])
 def test_the_check_is_off_by_choice_and_in_the_interpreter(value, launches, monkeypatch):
     if value is None:
@@ -319,9 +313,6 @@ def test_kernels_are_checked_under_autocast_and_inference_mode(device):
     assert len(self_check._right) == len(KERNELS)
 
 
-# --- the check runs the launch's binary ---------------------------------------------------------------------------
-
-
 def _specialised(launch: Launch) -> tuple:
     """Return what Triton specialises on: constants, options, and properties of each argument."""
 
@@ -361,9 +352,6 @@ def test_the_check_has_a_small_problem_with_the_launchs_binary(name, rows, monke
             _function(name)(*call, **words)
             results.append([_specialised(launch) for launch in seen])
         assert results[0] == results[1] != []
-
-
-# --- operators ----------------------------------------------------------------------------------------------------
 
 
 def _operators(device) -> dict:

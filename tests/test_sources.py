@@ -293,11 +293,8 @@ class TestHuggingFace:
 def test_downloads_write_only_into_their_folder(tmp_path, kind, monkeypatch):
     evil, inside = tmp_path / "evil.txt", tmp_path / "inside"
     inside.mkdir()
-    members = {
-        "parent": [("../evil.txt", b"evil")],
-        "absolute": [(str(evil), b"evil")],
-        "link": [("link", tarfile.SYMTYPE, str(tmp_path)), ("link/evil.txt", b"evil")],
-    }
+    members = {"parent": [("../evil.txt", b"evil")], "absolute": [(str(evil), b"evil")]}
+    members["link"] = [("link", tarfile.SYMTYPE, str(tmp_path)), ("link/evil.txt", b"evil")]
     archive = write_tar(tmp_path / "evil.tar", members[kind])
 
     class Downloading(torch.utils.data.Dataset):

@@ -64,7 +64,6 @@ def test_by_layer_and_by_epoch_agree_on_the_last_checkpoint(data, tmp_path, tiny
     layers = json.loads((tmp_path / "layers" / "results.json").read_text())["results"]["tiny"]
     assert list(layers) == ["0", "1"]
     assert (tmp_path / "layers" / "by_layer.png").exists()
-
     assert by_epoch.main([str(tiny_run), *common, "--output", str(tmp_path / "epochs")]) == 0
     rows = json.loads((tmp_path / "epochs" / "results.json").read_text())["results"]["rows"]
     assert [(row["step"], row["epoch"]) for row in rows] == [(0, 0.0), (4, 1.0), (8, 2.0)]
@@ -105,7 +104,6 @@ without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a G
         ("attention_maps CRATE --data shape_scenes --levels 1,2", "--levels are of noise"),
         ("attention_maps CRATE --data shape_scenes --heads 2", "--heads 2: A has heads 0 to 1"),
         ("attention_maps CRATE --data folder:DATA --heads best", "needs object masks"),
-        ("attention_maps CRATE --data photographs --heads best", "needs object masks"),
         ("attention_maps CRATE --data shape_scenes --layer 2", "layers 0 to 1"),
         ("attention_maps NO_CLS --data shape_scenes", "no CLS token"),
         ("coarse_segmentation NO_CLS", "has no CLS token"),
@@ -287,7 +285,6 @@ def test_results_that_cannot_be_written_are_printed_with_an_error(tmp_path, monk
     captured = capsys.readouterr()
     assert "white_box.md cannot be written (No space left on device), and its content is printed" in captured.err
     assert "| model |" in captured.out
-
     for number, remedy in ((errno.ENOSPC, "free some space"), (errno.EACCES, "see to its permissions")):
         assert run_command(_raise, OSError(number, "the reason", "figure.png")) == 2
         assert capsys.readouterr().err.startswith(f"error: figure.png: the reason: {remedy}")

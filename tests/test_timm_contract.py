@@ -39,9 +39,6 @@ def _pair(name: str = "crate_tiny_patch16_224", **options) -> tuple[CRATE, Visio
     return ours.eval(), theirs.eval(), torch.randn(2, 3, *ours.image_size)
 
 
-# --- every registered name ---
-
-
 def test_the_registered_names_are_functions_of_the_module():
     assert len(NAMES) == 19
     assert all(callable(getattr(registry, name)) and name in registry.__all__ for name in NAMES)
@@ -137,9 +134,6 @@ def test_parameter_groups_have_the_scales_of_a_vit():
     assert scales[0] == scales[1]
 
 
-# --- pooling, the hidden layer of the head, weights through timm ---
-
-
 @pytest.mark.parametrize("head_hidden", [False, True])
 @torch.no_grad()
 def test_pools_read_their_tokens_and_resets_keep_the_hidden_layer(head_hidden):
@@ -179,8 +173,6 @@ def test_a_file_of_other_classes_loads_through_timm_without_its_classifier(head_
     with pytest.raises(UserError, match="patches of 192 values and the model has 64: .* in_chans"):
         timm.create_model("crate_tiny_patch8_224", **sizes, **here, in_chans=1)
 
-
-# --- both sets of argument names ---
 
 SAME = {"image_size": 32, "channels": 1, "dim": 48, "heads": 3}
 TIMMS = {"img_size": 32, "in_chans": 1, "embed_dim": 48, "num_heads": 3}
@@ -239,9 +231,6 @@ def test_equal_values_under_both_names_are_accepted():
     assert (model.image_size, model.pool, model.transformer.heads) == ((32, 32), "cls", 3)
     with pytest.raises(TypeError, match="image_size"):
         CRATE(**SMALL)
-
-
-# --- drop rates ---
 
 
 def _zeros(values: torch.Tensor) -> float:
@@ -371,8 +360,6 @@ def test_bad_rates_are_errors(options, message):
     with pytest.raises(UserError, match=message):
         CRATE(**SMALL, img_size=32, **options)
 
-
-# --- the trainer's settings ---
 
 RATES = dict(zip(DROP_RATES, (0.1, 0.2, 0.3, 0.4, 0.5), strict=True))
 

@@ -134,10 +134,8 @@ def test_measures_do_not_depend_on_the_batch_size():
 def test_trends_by_hand():
     expected = {"first": 3.0, "last": 1.0, "steps_down": 2, "steps": 2, "spearman": -1.0, "falls": "yes"}
     assert trend([3.0, 2.0, 1.0]) == expected
-    assert trend([1.0, 2.0])["falls"] == "no"
-    assert trend([3.0, 1.0, 2.0])["falls"] == "in part"
+    assert [trend(values)["falls"] for values in ([1.0, 2.0], [3.0, 1.0, 2.0], [2.0])] == ["no", "in part", "no"]
     assert trend([2.0, 2.0])["spearman"] is None
-    assert trend([2.0])["falls"] == "no"
 
 
 def test_the_command_compares_trained_and_untrained_models(tiny_run, tmp_path, capsys):
