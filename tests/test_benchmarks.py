@@ -8,7 +8,7 @@ import re
 import sys
 from dataclasses import replace
 from functools import partial
-from itertools import groupby
+from itertools import count, groupby
 from time import sleep
 
 import harness
@@ -60,6 +60,13 @@ def test_candidates_are_timed_in_turn():
     turns = "".join(name for name, _ in groupby(calls))  # a measurement is several calls
     assert turns == (1 + 1 + 3) * "ab"  # a first call, one that plans, three rounds
     assert all(0 < timing.low <= timing.median <= timing.high for timing in timings.values())
+
+
+def test_times_of_the_data_benchmark_are_per_image_not_per_call(monkeypatch):
+    seconds = count()  # each reading of the clock is a second after the last
+    monkeypatch.setattr(bench_data.time, "process_time", lambda: next(seconds))
+    one, four = bench_data.cpu_rates({"one": (lambda: None, 1), "four": (lambda: None, 4)}, rounds=3, seconds=1)
+    assert [(row["us"], row["images_per_s"]) for row in (one, four)] == [(2e6, 0.5), (5e5, 2.0)]
 
 
 def _allocate():

@@ -160,6 +160,11 @@ def test_missing_data_is_an_error(tmp_path, name, message):
         open_images(name.format(tmp_path), 32)
 
 
+def test_a_limit_of_no_images_is_an_error():
+    with pytest.raises(UserError, match="--limit 0: give a positive number"):
+        open_images("shape_scenes", 32, 0)
+
+
 def test_images_of_voc_with_a_wrong_annotation_have_a_problem(tmp_path):
     root = make_voc(tmp_path) / "VOC2012"
     (root / "SegmentationClass" / "a.png").unlink()
