@@ -67,9 +67,7 @@ ATTENTION = [  # [B, N, H, D], how W is drawn, precision
     *_also_on_a_gpu(*itertools.product(LAYERS, [{}], OTHERS)),
     # whole heads: one to three blocks with and without a remainder, and the first length that is too long
     *((shape, {}, BF16) for shape in itertools.product([2], [65, 226, 256, 257], [6], [48, 64])),
-    *_also_on_a_gpu(
-        *((shape, {}, BF16) for shape in itertools.product([2], [64, 128, 180, 196, 209], [6], [48, 64]))
-    ),
+    *_also_on_a_gpu(*((size, {}, BF16) for size in itertools.product([2], [64, 128, 180, 196, 209], [6], [48, 64]))),
     # from uniform to saturated attention, and a common offset of all tokens
     *itertools.product([(2, 197, 3, 64)], [{"factor": 0.3}, {"factor": 1.5}, {"factor": 3.0}], [BF16]),
     *_also_on_a_gpu(
@@ -214,9 +212,7 @@ def test_ista_under_autocast_is_within_twice_eagers_error(device):
 def test_a_rerun_is_bit_equal(device):
     low = {"device": device, "dtype": torch.bfloat16}
     width = _size(768, 64)
-    by_rows, whole = (
-        torch.randn(_shape(16, n_tokens, 6, 64), **low) for n_tokens in (_size(785, 60), _size(197, 65))
-    )
+    by_rows, whole = (torch.randn(_shape(16, n, 6, 64), **low) for n in (_size(785, 60), _size(197, 65)))
     x = torch.randn(_size(64, 1), _size(197, 65), width, **low)
     dictionary = (torch.randn(width, width, device=device) / width**0.5).bfloat16()
     ones = torch.ones(width, **low)

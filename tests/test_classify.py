@@ -141,11 +141,7 @@ def test_default_numbers_of_neighbours_are_limited_by_the_images(folder, tmp_pat
 
 @pytest.mark.parametrize(
     ("whole", "left_out", "knn"),
-    [
-        ("nothing", {"knn", "linear"}, set()),
-        ("red/*.png", {"linear"}, {"2", "5"}),
-        ("*/0.png", {"5-NN", "linear"}, {"2"}),
-    ],
+    [("none", {"knn", "linear"}, set()), ("red/*", {"linear"}, {"2", "5"}), ("*/0.png", {"5-NN", "linear"}, {"2"})],
 )
 def test_protocols_without_enough_readable_images_are_left_out(folder, tmp_path, capsys, whole, left_out, knn):
     """All training images but those of `whole` are broken."""

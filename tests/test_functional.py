@@ -95,10 +95,8 @@ def test_coding_rates_of_orthonormal_and_of_equal_tokens_by_hand():
     orthonormal = torch.eye(n, dtype=torch.float64).reshape(1, n, 1, d)
     expected = 0.5 * n * math.log(1 + d / (n * epsilon))
     assert reference.coding_rate_reference(orthonormal, epsilon).item() == pytest.approx(expected, rel=1e-12)
-    equal = torch.ones(1, n, 1, d, dtype=torch.float64)
-    assert reference.coding_rate_reference(equal, epsilon).item() == pytest.approx(
-        0.5 * math.log(1 + d / epsilon), rel=1e-12
-    )
+    equal, expected = torch.ones(1, n, 1, d, dtype=torch.float64), 0.5 * math.log(1 + d / epsilon)
+    assert reference.coding_rate_reference(equal, epsilon).item() == pytest.approx(expected, rel=1e-12)
 
 
 FLOAT32 = torch.float32
