@@ -1,12 +1,12 @@
-"""CRATE on a CPU: training step and inference against everything that a user would run instead, in one run.
+"""CRATE on a CPU: a training step and inference, compared with the alternatives in one run.
 
-    python benchmarks/bench_cpu.py            # most of an hour on two cores; --smoke for half a minute
+    python benchmarks/bench_cpu.py            # most of an hour on two cores; --smoke takes half a minute
     python benchmarks/bench_cpu.py --dtype bfloat16      # autocast, for processors with AVX512-BF16 or AMX
 
-Peers: the released form (attention written out, ISTA in three products; or CRATE-α), timm's ViT of the same sizes,
-and ours, each eager and compiled; in inference onnxruntime on the file of `crate-fast export` too. CRATEs
-have the same weights, and their outputs and gradients are compared first. The floor is the time of the model's
-operations at the rate of a large product by the faster of PyTorch's two libraries, measured in this run.
+Peers: the released form (explicit attention, ISTA in three products; or CRATE-α), timm's ViT of the same sizes, and
+ours, each eager and compiled; for inference also onnxruntime with the file of `crate-fast export`. All CRATEs have
+the same weights, and their outputs and gradients are compared first. The floor is the time of the model's operations
+at the rate of a large matrix product with the faster of PyTorch's two libraries, measured in this run.
 """
 
 import argparse
@@ -21,18 +21,7 @@ import torch
 from bench_model import CRATES
 from gpu_report import markdown_table
 from measuring import measure_peers
-from model_problem import (
-    COMPILED,
-    INFERENCE,
-    ONNX,
-    OURS,
-    RELEASED,
-    TRAINING,
-    VIT,
-    Size,
-    make_problem,
-    peers,
-)  # fmt: skip
+from model_problem import COMPILED, INFERENCE, ONNX, OURS, RELEASED, TRAINING, VIT, Size, make_problem, peers
 
 from crate_fast.cpu_ops import onednn_product
 from crate_fast.env import provenance
@@ -45,14 +34,14 @@ CASES = {"training": (TRAINING, 0), "inference": (INFERENCE, 0), "one image": (I
 
 
 def product_rate(dtype: torch.dtype, side: int = 1536) -> float:
-    """Measure the rate of a large product, the faster library's, in FLOP/s."""
+    """Measure the rate of a large matrix product with the faster library, in FLOP/s."""
     left, right = torch.randn(2, side, side, dtype=dtype).unbind()
     calls = {"MKL": lambda: left @ right.t(), "oneDNN": lambda: onednn_product(left, right)}
     return 2 * side**3 / min(timing.low for timing in interleaved(calls, 3).values())
 
 
 def measure(run: Run, sizes: dict[str, Size], cases: list[str]) -> list[dict]:
-    """Measure a row per model, call and peer; stop where a peer fails or computes something else."""
+    """Measure a row per model, call and peer; stop if a peer fails or gives wrong results."""
     rows, best = [], 0.0
     for name, size in sizes.items():
         for what, batch in (CASES[case] for case in cases):
@@ -91,7 +80,7 @@ def measure(run: Run, sizes: dict[str, Size], cases: list[str]) -> list[dict]:
 def main(argv: list[str] | None = None) -> int:
     """Measure and write benchmarks/results/cpu.{json,md}, or cpu_bfloat16.{json,md}."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--smoke", action="store_true", help="a tiny model, to see that it runs; writes nothing")
+    parser.add_argument("--smoke", action="store_true", help="a tiny model, as a test; writes nothing")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default float32")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--models", nargs="+", choices=SIZES, default=list(SIZES))
@@ -101,9 +90,9 @@ def main(argv: list[str] | None = None) -> int:
     cpu, dtype, facts = torch.device("cpu"), getattr(torch, options.dtype), provenance()
     run = Run(cpu, dtype, options.smoke, 1 if options.smoke else options.rounds, options.output, facts, Timer(cpu))
     file = "cpu" if dtype == torch.float32 else f"cpu_{options.dtype}"
-    run.ceilings = Ceilings(math.inf, math.inf)  # the floors are of the best rate in all of the run
+    run.ceilings = Ceilings(math.inf, math.inf)  # floors use the best rate of the whole run
     rows = measure(run, SMOKE if options.smoke else {name: SIZES[name] for name in options.models}, options.cases)
-    if not options.smoke:  # keep what an earlier run on this machine has measured
+    if not options.smoke:  # keep rows of earlier runs on this machine
         keys, same = ("model", "what", "batch", "peer"), {key: facts[key] for key in ("device", "torch")}
         rows += earlier_rows(options.output / f"{file}.json", rows, keys, same)
         order = [*SIZES, TRAINING, INFERENCE]

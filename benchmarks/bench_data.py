@@ -4,9 +4,9 @@
     python benchmarks/bench_data.py --images DIR     # JPEGs of your own instead of drawn ones
     python benchmarks/bench_data.py --smoke          # small, anywhere, nothing written
 
-Rates are per second of this process's CPU time, of all its threads, which other users of the machine disturb less
-than they do the clock: PyTorch has one thread, and no loading processes are started. Files are in the page cache.
-Images are scenes of `shape_scenes`, 500×375, written as JPEG. All sources must give the same batches first.
+Rates are per second of this process's CPU time, which other load on the machine disturbs less than wall-clock time.
+PyTorch has one thread, and there are no loading processes. Files are in the page cache. Images are JPEGs of
+`shape_scenes`, 500×375. First, all sources must give the same batches.
 """
 
 import argparse
@@ -37,10 +37,10 @@ from crate_fast.train.data.shape_scenes import ShapeScenes
 from crate_fast.train.data.transforms import drawing_from, eval_transform, pixels, train_transform
 from crate_fast.train.write_shards import encoded
 
-GOAL = 12_000  # images/s that one H200 is to take
+GOAL = 12_000  # images/s for one H200
 POLICIES = ("rand-m9-n2-mstd0.5", "randaugment-n2-m14")
 SIZE, SMALL_SIDE, CLASSES = 224, 256, 4
-QUALITY = 95  # of the JPEGs that are drawn or made smaller
+QUALITY = 95  # of the drawn and resized JPEGs
 
 
 def drawn_jpegs(count: int) -> list[bytes]:
@@ -57,7 +57,7 @@ def drawn_jpegs(count: int) -> list[bytes]:
 
 
 def write_sources(root: Path, jpegs: list[bytes], small: list[bytes], batch: int) -> dict[str, TrainConfig]:
-    """Write the images in every form, and smaller ones as shards; return the settings that open each."""
+    """Write the images in every form, and smaller ones as shards; return the settings of each."""
     common = {"image_size": SIZE, "batch_size": batch, "crop": "random", "hflip": 0.5, "workers": 0, "device": "cpu"}
     common |= {"epochs": 1, "val_split": "train"}
     names = [f"{i * CLASSES // len(jpegs)}/{i:05d}.jpg" for i in range(len(jpegs))]
@@ -87,7 +87,7 @@ def _add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
 
 
 def _write_parquet(root: Path, names: list[str], jpegs: list[bytes]) -> bool:
-    """Write the images for `datasets`, its cache beside them; False where it is not installed."""
+    """Write the images for the package `datasets`; return False if it is not installed."""
     try:
         import datasets
     except ModuleNotFoundError:
@@ -112,14 +112,14 @@ def check_equal(configs: dict[str, TrainConfig]) -> None:
 
 
 def cpu_rates(candidates: dict[str, tuple[Callable[[], object], int]], rounds: int, seconds: float) -> list[dict]:
-    """Measure the CPU time an image of each candidate (a call, the images it handles) in turn.
+    """Measure the CPU time per image of each candidate (a call, the number of its images) in turn.
 
     Returns:
-        A row each: "what"; "us", "us_low", "us_high": median, 20 % and 80 % quantiles of `rounds` measurements of at
-        least `seconds`; "images_per_s" of the median.
+        A row per candidate: "what"; "us", "us_low", "us_high": median, 20 % and 80 % quantiles of `rounds`
+        measurements of at least `seconds`; "images_per_s" of the median.
     """
     samples: dict[str, list[float]] = {name: [] for name in candidates}
-    for number in range(rounds + 1):  # the first only warms up
+    for number in range(rounds + 1):  # the first round is a warm-up
         for name, (call, images) in candidates.items():
             began, calls = time.process_time(), 0
             while not calls or time.process_time() - began < seconds:
@@ -135,7 +135,7 @@ def cpu_rates(candidates: dict[str, tuple[Callable[[], object], int]], rounds: i
 
 
 def stages(configs: dict[str, TrainConfig], count: int) -> dict[str, tuple[Callable[[], object], int]]:
-    """Return the steps of loading an image; each call handles the next image, or a batch of them."""
+    """Return the stages of loading; each call handles the next image or batch."""
     config = configs["folder"]
     sources = {kind: open_source(configs[kind], train=True) for kind in configs if kind != "small"}
     folder = sources["folder"]
@@ -185,13 +185,13 @@ def stages(configs: dict[str, TrainConfig], count: int) -> dict[str, tuple[Calla
 
 
 def _batches(make_loader: Callable, config: TrainConfig, split: Dataset) -> tuple[Callable[[], Batch], int]:
-    """Return a call that gives the next batch, without end."""
+    """Return a call that gives the next batch of endless epochs."""
     endless = itertools.chain.from_iterable(iter(partial(make_loader, config, split), None))
     return (lambda: next(endless)), config.batch_size
 
 
 def whole(configs: dict[str, TrainConfig]) -> dict[str, tuple[Callable[[], object], int]]:
-    """Return calls that give whole batches, by source."""
+    """Return calls that load whole batches, by source."""
     found = {}
     for kind, config in configs.items():
         name = f"shards, shorter side {SMALL_SIDE} px" if kind == "small" else kind
@@ -220,11 +220,9 @@ def _table(rows: list[dict], what: str) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure, check, print, write."""
+    """Compare the sources, measure, print and write the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--images", type=Path, metavar="DIR", help="JPEGs to use instead of drawn ones, from all of it"
-    )
+    parser.add_argument("--images", type=Path, metavar="DIR", help="folder of JPEGs to use instead of drawn ones")
     parser.add_argument("--smoke", action="store_true", help="small and short; writes nothing")
     options = parser.parse_args(argv)
     count, rounds, batch, seconds = (8, 1, 8, 0.01) if options.smoke else (256, 15, 32, 0.2)
@@ -235,9 +233,7 @@ def main(argv: list[str] | None = None) -> int:
     else:
         jpegs = drawn_jpegs(count)
     if len(jpegs) < batch:
-        raise SystemExit(
-            f"{len(jpegs)} JPEGs in {options.images}, fewer than a batch of {batch}: name a folder of more"
-        )
+        raise SystemExit(f"{len(jpegs)} JPEGs in {options.images}, fewer than a batch of {batch}: add more")
     small = [encoded(content, SMALL_SIDE, QUALITY)[1] for content in jpegs]
     facts = {"images": f"{len(jpegs)} JPEGs" + ("" if options.images else f" of 500×375 (quality {QUALITY})")}
     facts |= {"goal_images_per_s": GOAL, "image_size": SIZE}

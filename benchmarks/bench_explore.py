@@ -1,11 +1,11 @@
-"""Latency of the explorer's page: from opening a picture to its attention map, from a click to the next map.
+"""Latency of the explorer's page, from opening a picture or a click to the painted attention map.
 
     python benchmarks/bench_explore.py            # results/explore.{json,md}; a minute or two
     python benchmarks/bench_explore.py --smoke    # a small model, few clicks, nothing written
 
-A headless Chromium on the same computer opens the page as a visitor does. Times are taken in the page: until a frame
-was painted after the last map was drawn. Every picture is new to the server. There is no peer; the goals are 2 s and
-300 ms for an S/8 at 224 px on two cores.
+A headless Chromium on the same computer opens the page. Times are measured in the page, until a frame is painted
+after the last map is drawn. Every picture is new to the server. There is no peer; the goals are 2 s and 300 ms for an
+S/8 at 224 px on two cores.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from crate_fast.eval.explore.server import application
 
 GOALS_MS = {"first page opened": 2000, "another picture": 2000, "a patch clicked": 300, "another layer": 300}
 
-# Waits for the first panel to have drawn what `shown` says, and for that frame to be painted.
+# Waits until the first panel has drawn `shown` and that frame is painted.
 _PAINTED = """
 (shown) => new Promise((done) => {
   const look = () => {
@@ -99,26 +99,25 @@ def _measure(address: str, program: str, rounds: int, grid: int, layer: int, dep
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Serve, measure, print, write."""
+    """Serve the explorer, measure, print and write the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="crate_small_patch8_224@untrained", help="as in crate-fast eval")
     parser.add_argument("--pictures", type=int, default=20)
-    parser.add_argument("--browser", default="chromium", help="the program, or its name in the path")
+    parser.add_argument("--browser", default="chromium", help="program, or its name on the path")
     parser.add_argument("--smoke", action="store_true", help="small and short; writes nothing")
     options = parser.parse_args(argv)
     if options.smoke:
         options.model, options.pictures = "shipped:CRATE", 2
     program = shutil.which(options.browser)
     if program is None:
-        raise SystemExit(f"--browser {options.browser}: no such program; install Chromium or name another like it")
+        raise SystemExit(f"--browser {options.browser}: no such program; install Chromium or name another browser")
     with tempfile.TemporaryDirectory() as folder:
         _photos(Path(folder), options.pictures + 1)
         models = ModelCache(model_choices(options.model), device="cpu", image_size=None, model_args=None, seed=0)
         extract = open_model(options.model).extract
-        models.get(0)  # as the command does before it gives the address
-        server = uvicorn.Server(
-            uvicorn.Config(application(Explorer(models, "", Pictures(Path(folder)))), port=0, log_level="warning")
-        )
+        models.get(0)  # as the command does before it prints the address
+        explorer = Explorer(models, "", Pictures(Path(folder)))
+        server = uvicorn.Server(uvicorn.Config(application(explorer), port=0, log_level="warning"))
         thread = threading.Thread(target=server.run, daemon=True)
         thread.start()
         while not server.started:

@@ -1,15 +1,15 @@
 """The ISTA step y = relu(x + xG − ηλ), G = η(D − DᵀD), forward and backward, alone and after a LayerNorm.
 
-    python benchmarks/bench_ista.py                       # every shape; --smoke interprets the kernels on a tiny one
+    python benchmarks/bench_ista.py                       # every shape; --smoke: a tiny one in Triton's interpreter
     python benchmarks/bench_ista.py --autocast            # fp32 tensors, products under autocast
 
-On a machine without a GPU it measures the CPU path in fp32, at sizes for a CPU, in about two minutes.
+Without a GPU the CPU path is measured in fp32 at smaller sizes, in about two minutes.
 
-Every call folds G from D, as a training step does, and gives the gradients of x and D (and of γ and β); "inference"
-is one forward with G kept. What is timed is checked on the same tensors: output and gradients of ours against the
-float64 reference by the tests' rule, and twice bit for bit. A peer that is wrong, ours too, has no times, and its
-rows say why; with ours the exit status is 1. Compiled peers run in mode "max-autotune-no-cudagraphs". Nominal FLOPs
-are the one-product form's for every peer: 2·M·C² + 2·C³ forward, 4·M·C² + 2·C³ backward.
+Every call folds G from D, as a training step does, and computes the gradients of x and D (and of γ and β);
+"inference" is one forward with G kept. Ours is checked on the same tensors first: output and gradients against the
+float64 reference by the tests' rule, and equal bits in a second run. A wrong peer has no times, but rows with the
+reason; if it is ours, the exit status is 1. Compiled peers run in mode "max-autotune-no-cudagraphs". Nominal FLOPs
+of every peer are those of the form with one product: 2·M·C² + 2·C³ forward, 4·M·C² + 2·C³ backward.
 """
 
 import argparse
@@ -55,7 +55,7 @@ OPERATORS = ("ista", "norm_ista")
 
 
 def _with_norm(function: Callable, operator: str) -> Callable:
-    """Return a function of (x, D) as it is, or of (x, γ, β, D) with PyTorch's LayerNorm in front."""
+    """Return the function of (x, D), or for norm_ista one of (x, γ, β, D) with PyTorch's LayerNorm before it."""
     if operator == "ista":
         return function
 
@@ -78,7 +78,7 @@ def _apply(x: Tensor, folded: Tensor) -> Tensor:
 
 
 def _apply_added(x: Tensor, folded: Tensor) -> Tensor:
-    """Add the residual inside cuBLAS's product, unless it is kept in another dtype than the product's."""
+    """Add the residual inside cuBLAS's product, unless their dtypes differ."""
     if torch.is_autocast_enabled(x.device.type):
         return _apply(x, folded)
     return F.relu(torch.addmm(x, x, folded) - SHIFT)
@@ -95,9 +95,9 @@ def _ours(operator: str, backend: str) -> Callable:
 
 
 def peers(operator: str, backend: str = "triton", dictionary: Tensor | None = None) -> list[Peer]:
-    """Return ours, and the forms with three products and with one, eager and compiled; each folds G itself.
+    """Return ours and the forms with three products and with one, eager and compiled. Each folds G itself.
 
-    With a dictionary: the peers of a forward with G kept, ours inside `cached_dictionaries`, the others given G.
+    With a dictionary, return the peers of a forward with G kept by `cached_dictionaries` (ours) or given (others).
     """
     folded = None if dictionary is None else _fold(dictionary.detach().float()).to(dictionary.dtype)
     fold = _fold if dictionary is None else lambda _: folded
@@ -118,10 +118,10 @@ def peers(operator: str, backend: str = "triton", dictionary: Tensor | None = No
 
 
 def make_problem(name: str, shape: Shape, operator: str, run: Run, autocast: bool) -> Problem:
-    """Draw tokens as a LayerNorm gives them (or takes them), a dictionary of unit columns on average.
+    """Draw tokens like a LayerNorm's output (norm_ista: its input), and a dictionary with columns of norm about 1.
 
-    The output's gradient is zero where the float64 argument of the ReLU is within a few roundings of zero: there
-    the gradient depends on which side rounding falls, for every implementation.
+    The output's gradient is zero where the float64 argument of the ReLU is within a few roundings of zero: there the
+    result depends on rounding in every implementation.
     """
     generator = torch.Generator(run.device).manual_seed(0)
     stored = torch.float32 if autocast else run.dtype
@@ -154,7 +154,7 @@ def make_problem(name: str, shape: Shape, operator: str, run: Run, autocast: boo
 
 
 def _cost(shape: Shape, inputs: tuple[Tensor, ...]) -> dict[str, Cost]:
-    """Count products and bytes: forward reads x, D, writes y; backward reads x, y, dy, D, writes dx, dD."""
+    """Count FLOPs and bytes: forward reads x and D, writes y; backward reads x, y, dy and D, writes dx and dD."""
     x, dictionary = inputs[0], inputs[-1]
     product, fold = 2.0 * shape.rows * shape.width**2, 2.0 * shape.width**3
     tokens, square = x.numel() * x.element_size(), dictionary.numel() * dictionary.element_size()
@@ -164,7 +164,7 @@ def _cost(shape: Shape, inputs: tuple[Tensor, ...]) -> dict[str, Cost]:
 
 
 def _inference(problem: Problem) -> Problem:
-    """Return the problem of the forward alone, with G kept."""
+    """Return the problem of the forward pass alone, with G kept."""
     forward = problem.cost["forward"]
     fold = 2.0 * problem.inputs[-1].shape[0] ** 3
     return replace(problem, cost={"inference": Cost(forward.flops - fold, forward.moved_bytes)}, training=False)
@@ -182,7 +182,7 @@ def measure(name: str, shape: Shape, run: Run, options: argparse.Namespace) -> l
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure every shape and write benchmarks/results/ista.{json,md} or ista_cpu; 1 where something is red."""
+    """Measure every shape and write benchmarks/results/ista.{json,md} or ista_cpu; return 1 if a row is red."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--autocast", action="store_true", help="fp32 x and D, products in --dtype under autocast")
     stem = lambda options: "ista_autocast" if options.autocast else "ista"  # noqa: E731

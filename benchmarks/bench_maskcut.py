@@ -1,14 +1,14 @@
-"""MaskCut: seconds an image against SciPy's two eigensolvers, and memory as the grid grows.
+"""MaskCut: seconds per image compared with SciPy's two eigensolvers, and memory by the size of the grid.
 
     python benchmarks/bench_maskcut.py            # results/maskcut.{json,md}; about ten minutes on two cores
     python benchmarks/bench_maskcut.py --smoke    # small, anywhere, nothing written
 
-The peers solve the same problem in float64, inside the oracle of the tests (maskcut_oracle.py):
+The peers solve the same problem in float64, within the tests' oracle (maskcut_oracle.py):
 
     dense    scipy.linalg.eigh(D − A, D, subset_by_index=[1, 2]), as TokenCut and CutLER do
     eigsh    scipy.sparse.linalg.eigsh(D^-½AD^-½, 2, which="LA"), ARPACK's Lanczos on the normalised affinities
 
-All get the same features and are timed in turn; cuts or masks that differ stop the benchmark.
+All have the same features and are timed in turn. The benchmark stops if their cuts or masks differ.
 """
 
 import argparse
@@ -55,7 +55,7 @@ def _eigsh(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _compare(features: Tensor, rounds: int) -> dict:
-    """Measure all three on one image, whole and the first eigenproblem alone."""
+    """Measure all three on one image: all of MaskCut, and the first eigenproblem alone."""
     side = round(len(features) ** 0.5)
     numpy = features.numpy()
     matrix = maskcut_oracle.affinity(numpy.astype(np.float64), TAU, 1e-5)
@@ -104,10 +104,10 @@ def _compare(features: Tensor, rounds: int) -> dict:
 
 
 def _planted(side: int, shared: float, width: int = 384) -> Tensor:
-    """Make features of a background and three objects, for any grid.
+    """Make features of a background and three objects.
 
-    With `shared` 0.43 a fifth of the pairs of object and background are linked; with 0 none is, and the graph falls
-    into four parts.
+    With `shared` 0.43 a fifth of the pairs of object and background are linked; with 0 none are, and the graph has
+    four parts.
     """
     generator = torch.Generator().manual_seed(0)
     features = torch.zeros(side, side, width)
@@ -132,11 +132,11 @@ def _dense(side: int, shared: float) -> Callable[[], object]:
     return lambda: maskcut_oracle.maskcut_oracle(features, (side, side), 1, TAU)
 
 
-GRAPHS = {"connected": 0.43, "in four parts": 0.0}  # by name, the part of the features that all patches share
+GRAPHS = {"connected": 0.43, "in four parts": 0.0}  # name → `shared` of `_planted`
 
 
 def _growth(sides: list[int], dense_sides: list[int], graphs: Collection[str] = tuple(GRAPHS)) -> list[dict]:
-    """Measure ours as the grid grows, and the memory of one dense eigenproblem where it is affordable."""
+    """Measure ours by the size of the grid, and the memory of one dense eigenproblem for `dense_sides`."""
     rows = []
     for side, graph in itertools.product(sides, graphs):
         shared = GRAPHS[graph]
@@ -150,9 +150,9 @@ def _growth(sides: list[int], dense_sides: list[int], graphs: Collection[str] = 
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure, check, print, write."""
+    """Compare the results, measure, print and write them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=3, help="rounds, in each of which all three run")
+    parser.add_argument("--repeats", type=int, default=3, help="rounds of all three")
     parser.add_argument("--smoke", action="store_true", help="small and short; writes nothing")
     options = parser.parse_args(argv)
     model, size, count, rounds = "crate_small_patch8_224@untrained", 480, 3, options.repeats

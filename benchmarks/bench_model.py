@@ -1,17 +1,17 @@
 """Whole models: a training step and inference of CRATE, a training step of CRATE-MAE, and growth with N.
 
     python benchmarks/bench_model.py                      # all on a GPU, bf16 autocast; CRATE-T/16 on a CPU, fp32
-    python benchmarks/bench_model.py --models B/16 B/8    # these; CRATE-MAE-T, … are its autoencoders
+    python benchmarks/bench_model.py --models B/16 B/8    # only these; autoencoders are CRATE-MAE-T, …
     python benchmarks/bench_model.py --growth             # CRATE-B on one image of 197 to 16,385 tokens
-    python benchmarks/bench_model.py --smoke              # all of it, tiny, anywhere; writes nothing
+    python benchmarks/bench_model.py --smoke              # everything with tiny models, also on a CPU; writes nothing
 
-Peers have the same images, and, except the ViT, the same weights: the released form eager and compiled, ours eager
-and compiled, and timm's ViT of the same width, depth, heads and patch, compiled, with the fastest of SDPA's backends
-on its tensors. A training step is forward, cross-entropy, backward, AdamW (fused on a GPU);
-inference is a forward in `inference_mode`, G folded in every call. First the gate (`model_problem.py`): what differs
-from the released form has no numbers, and where that is ours, eager or compiled, the exit status is 1.
-One model is in memory at a time, its peers side by side, measured in turn; calls follow each other without a pause,
-so a host that is slower than the device is in the times. `model_problem.cost` says what FLOPs and bytes are counted.
+Peers have the same images and, except the ViT, the same weights: the released form and ours, each eager and compiled,
+and timm's ViT of the same width, depth, heads and patch, compiled, with SDPA's fastest backend for its tensors. A
+training step is forward, cross-entropy, backward and AdamW (fused on a GPU); inference is a forward in
+`inference_mode` that folds G in every call. The gate of `model_problem.py` comes first: a peer that differs from
+the released form has no numbers; if it is ours, eager or compiled, the exit status is 1. One model is in memory at a
+time, with all its peers, which are measured in turn. Calls follow each other without a pause, so a host that is
+slower than the device counts. `model_problem.cost` documents the FLOPs and bytes.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from model_problem import (
     peers,
 )
 
-CRATES = {  # the goals' first, for a run whose time is short
+CRATES = {  # models with goals first, in case the run is interrupted
     "B/16": Size(768, 12, 12, 16, on_gpu=256, on_cpu=8),
     "B/8": Size(768, 12, 12, 8, on_gpu=64, on_cpu=4),
     "S/8": Size(384, 12, 6, 8, on_gpu=64, on_cpu=4),  # the emergence paper's
@@ -68,22 +68,22 @@ GROWTH_PEERS = [OURS, RELEASED]
 
 
 def measure(file: str, sizes: dict[str, Size], passes: tuple[str, ...], names: list[str], run: Run) -> bool:
-    """Measure the models and passes of one file of results, whose first peer is ours; True if ours was right and ran.
+    """Measure the models and passes of one file of results; return True unless a row is red.
 
-    The rows are written after each pass.
+    The first peer is ours. The rows are written after each pass.
     """
     run.rows = []
     for model, size in sizes.items():
         for what in passes:
             run.rows += measure_one(model, size, what, names, run)
             run.timer.free_memory()
-            run.report(file, quiet=True)  # keeps it if the rest is cut short
+            run.report(file, quiet=True)  # in case the run is interrupted
     run.report(file)
     return not any(row.get("red") for row in run.rows)
 
 
 def measure_one(model: str, size: Size, what: str, names: list[str], run: Run) -> list[dict]:
-    """Measure one pass of a model with the peers of these names; add images/s, two factors and the MFU."""
+    """Measure one pass of a model with the named peers; add images/s, the factors to two peers, and the MFU."""
     problem = make_problem(model, size, what, run, {"patch": size.patch, "image": size.image})
     rows = measure_peers(problem, peers(problem, names, run), run)
     measured = {row["peer"]: row["latency_ms"] for row in rows if row["latency_ms"] is not None}
@@ -100,7 +100,7 @@ def measure_one(model: str, size: Size, what: str, names: list[str], run: Run) -
 
 
 def _parts(options: argparse.Namespace, on_gpu: bool) -> list[tuple]:
-    """Return what the options ask for: file, models, passes and peers of each `measure`."""
+    """Return file, models, passes and peers for each call of `measure`."""
     crates, maes, growth = CRATES, MAES, {}
     if options.smoke:
         crates, maes, growth = SMOKE_CRATES, SMOKE_MAES, SMOKE_GROWTH
@@ -119,7 +119,7 @@ def _parts(options: argparse.Namespace, on_gpu: bool) -> list[tuple]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure, and write benchmarks/results/{crate,model,growth}_{cpu,gpu}.{json,md}; 1 where something is red."""
+    """Measure and write benchmarks/results/{crate,model,growth}_{cpu,gpu}.{json,md}; return 1 if a row is red."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=[*CRATES, *MAES], help="default: all; T/16 on a CPU")
     parser.add_argument("--growth", action="store_true", help="growth with N instead of the models")

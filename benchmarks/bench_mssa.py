@@ -1,15 +1,14 @@
 """Subspace attention O = softmax(s·W Wᵀ) W, forward and backward, against PyTorch's implementations.
 
-    python benchmarks/bench_mssa.py                       # every shape; --smoke interprets the kernels on tiny ones
+    python benchmarks/bench_mssa.py                       # every shape; --smoke: tiny ones in Triton's interpreter
     python benchmarks/bench_mssa.py --shapes B16 S8
 
-On a machine without a GPU it measures the CPU path in fp32, at sizes for a CPU, in about two minutes.
+Without a GPU the CPU path is measured in fp32 at smaller sizes, in about two minutes.
 
-What is timed is checked on the same tensors: O and dW of ours against the float64 reference by the tests' rule, and
-twice bit for bit. A peer that is wrong, ours too, has no times, and its rows say why; with ours the exit status is 1.
-Peers get the same W as query, key and value; autograd adds their three gradients. Compiled peers run in
-`torch.compile`'s default mode.
-Nominal FLOPs: 4·N²·D·H·B forward, 10·N²·D·H·B backward, for every peer.
+Ours is checked on the same tensors first: O and dW against the float64 reference by the tests' rule, and equal bits
+in a second run. A wrong peer has no times, but rows with the reason; if it is ours, the exit status is 1. Peers get W
+as query, key and value; autograd adds the three gradients. Compiled peers run in `torch.compile`'s default mode.
+Nominal FLOPs of every peer: 4·N²·D·H·B forward, 10·N²·D·H·B backward.
 """
 
 import argparse
@@ -56,14 +55,14 @@ SHAPES = {
 }
 CPU_SHAPES = {"T16": Shape(8, 6, 197, 64), "S8": Shape(4, 6, 785, 64), "S8-480": Shape(1, 6, 3601, 64)}
 SMOKE = {"tiny": Shape(1, 2, 70, 32), "padded": Shape(1, 3, 33, 48)}
-CHECKED_LOGITS = 2**20  # of one head: beyond it only the first and the last head are checked
+CHECKED_LOGITS = 2**20  # per head; with more, only the first and the last head are checked
 
 
 # --- ours and the peers -------------------------------------------------------------------------------------------
 
 
 class _ByRows(torch.autograd.Function):
-    """Subspace attention without the whole-head kernels; where those do not run, the same as ours."""
+    """Subspace attention by blocks of rows. It equals ours where the whole-head kernels do not run."""
 
     @staticmethod
     def forward(ctx, w: Tensor) -> Tensor:
@@ -98,7 +97,7 @@ def _flex() -> Callable:
         tokens = w.transpose(1, 2)
         return flex_attention(tokens, tokens, tokens).transpose(1, 2)
 
-    return torch.compile(attend, fullgraph=True, dynamic=False)  # fullgraph: an error rather than the unfused form
+    return torch.compile(attend, fullgraph=True, dynamic=False)  # an error instead of the unfused form
 
 
 _COMPILED = Peer(
@@ -125,7 +124,7 @@ CPU_PEERS = [Peer("ours", lambda: subspace_attention, ours=True), Peer("SDPA", _
 
 
 def make_problem(name: str, shape: Shape, run: Run) -> Problem:
-    """Draw W [B, N, H, D] as a projection gives it, where attention is neither uniform nor the identity."""
+    """Draw W [B, N, H, D] at the scale where attention is neither uniform nor the identity."""
     sizes = (shape.batch, shape.n_tokens, shape.heads, shape.head_dim)
     generator = torch.Generator(run.device).manual_seed(0)
     w = torch.randn(sizes, generator=generator, device=run.device) * token_scale(shape.n_tokens, shape.head_dim)
@@ -146,7 +145,7 @@ def make_problem(name: str, shape: Shape, run: Run) -> Problem:
 
 
 def _cost(shape: Shape, w: Tensor) -> dict[str, Cost]:
-    """Count products and bytes: forward reads W and writes O; backward reads W, O and dO and writes dW."""
+    """Count FLOPs and bytes: forward reads W and writes O; backward reads W, O and dO and writes dW."""
     product = 2.0 * shape.batch * shape.heads * shape.n_tokens**2 * shape.head_dim
     tokens = w.numel() * w.element_size()
     forward, backward = Cost(2 * product, 2 * tokens), Cost(5 * product, 4 * tokens)
@@ -154,7 +153,7 @@ def _cost(shape: Shape, w: Tensor) -> dict[str, Cost]:
 
 
 def _checked(shape: Shape, tensor: Tensor) -> Tensor:
-    """Select the first and last image; all heads, or the first and the last where float64 logits are large."""
+    """Select the first and last image, and all heads, or the first and last if the logits are large."""
     images = sorted({0, shape.batch - 1})
     heads = list(range(shape.heads)) if shape.n_tokens**2 <= CHECKED_LOGITS else sorted({0, shape.heads - 1})
     return tensor[images][:, :, heads]
@@ -167,7 +166,7 @@ def measure(name: str, shape: Shape, run: Run, options: argparse.Namespace) -> l
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure every shape and write benchmarks/results/mssa.{json,md} or mssa_cpu; 1 where something is red."""
+    """Measure every shape and write benchmarks/results/mssa.{json,md} or mssa_cpu; return 1 if a row is red."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     return run_shapes(parser, argv, __file__, (SHAPES, CPU_SHAPES, SMOKE), measure, lambda _: "mssa")
 

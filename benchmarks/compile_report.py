@@ -1,11 +1,11 @@
-"""Compiles every row of the tile table without a GPU, and reports what the compiler made of it.
+"""Compile every row of the tile table without a GPU, and report registers, memory and instructions.
 
     python benchmarks/compile_report.py                   # all architectures, two to four minutes on two cores
     python benchmarks/compile_report.py --architectures sm_90 --kernels ista_forward
 
-Ahead-of-time compilation through Triton's own wheel: registers, spilled bytes, shared memory, matrix instructions and
-asynchronous copies of the PTX. Exits with 1 where a kernel does not compile or does not fit, or misses its
-architecture's own instructions, and on the versions of `NO_SPILLS` where one spills.
+Triton compiles ahead of time; reported are registers, spilled bytes, shared memory, and the PTX's matrix instructions
+and asynchronous copies. The exit status is 1 if a kernel does not compile, does not fit, or lacks its architecture's
+instructions, or, with the Triton versions in `NO_SPILLS`, if it spills.
 """
 
 import argparse
@@ -25,10 +25,10 @@ from gpu_report import markdown_table
 
 from crate_fast.kernels.launch import ARCHITECTURES, SHARED_MEMORY, TABLE, Tile
 
-NO_SPILLS = ("3.6", "3.8", "3.9")  # Triton versions for which the tiles were chosen; others may spill, and say so
+NO_SPILLS = ("3.6", "3.8", "3.9")  # Triton versions that the tiles were chosen for; others may spill
 HEAD_DIMS = {32: (32,), 64: (48, 64), 128: (80, 128)}  # by head width to the next power of two
 WHOLE_HEAD_TOKENS = {64: (197, 256), 48: (197, 240)}  # by head width
-WIDTH, NARROW = 768, 384  # C; at the second a product's tile of 256 columns is turned
+WIDTH, NARROW = 768, 384  # C; for 384 the tile 128×256 becomes 256×128
 ROWWISE = ("normalize", "layer_norm_backward", "masked_gradient", "fold", "fold_backward", "scale", "unscale")
 COLUMNS = [
     "kernel", "architecture", "precision", "size", "tile", "registers", "spilled_bytes", "shared_kib",
@@ -38,7 +38,7 @@ COLUMNS = [
 
 @dataclass(frozen=True)
 class Case:
-    """One compilation: a kernel, an architecture, and a head width (or C, or "N×D" of a whole head)."""
+    """One compilation: a kernel, an architecture, and a size (head width, C, or "N×D" of a whole head)."""
 
     kernel: str
     architecture: str
@@ -48,7 +48,7 @@ class Case:
 
 
 def cases(architectures: tuple[str, ...] = ARCHITECTURES) -> list[Case]:
-    """List every row of the table on each architecture, at every head width; and the kernels without a row."""
+    """List every row of the table for each architecture and head width, and the kernels without a row."""
     found = []
     for architecture in architectures:
         for kernel, precision in dict.fromkeys(key[:2] for key in TABLE):
@@ -64,7 +64,7 @@ def cases(architectures: tuple[str, ...] = ARCHITECTURES) -> list[Case]:
 
 
 def _sizes(kernel: str, precision: str, architecture: str) -> list[tuple[str, int]]:
-    """List the sizes to compile a kernel at, each with the table's head width; on Hopper also padded ones."""
+    """List the sizes to compile a kernel for, with the table's head width; on Hopper also padded sizes."""
     padded = architecture == "sm_90" and precision == "half"
     if kernel.startswith("attention"):
         return [
@@ -84,7 +84,7 @@ def _sizes(kernel: str, precision: str, architecture: str) -> list[tuple[str, in
 
 
 def plan(case: Case):
-    """Record the launch that a case compiles, on meta tensors, from the functions that launch it."""
+    """Record the launch of a case on meta tensors, made by the function that launches it."""
     from crate_fast.kernels import attention, folding, ista, layer_norm, product, whole_head
     from crate_fast.kernels.launch import recorded
 
@@ -101,7 +101,7 @@ def plan(case: Case):
         tile = (product.fitted if case.kernel == "weight_gradient" else product.fitted_product)(tile, width)
         a, weight = meta(rows, width, dtype=low), meta(width, width, dtype=low)
         square, channel = meta(width, width), meta(width)
-        x = meta(rows, width, dtype=torch.float32 if "mixed" in words else low)  # as autocast has it
+        x = meta(rows, width, dtype=torch.float32 if "mixed" in words else low)  # as under autocast
         number, codes, encode = meta(rows), meta(rows, 4 * width, dtype=low), meta(4 * width, width, dtype=low)
         norm = layer_norm.Norm(number, number, channel, channel) if "norm" in words else None
     calls = {
@@ -128,17 +128,12 @@ def plan(case: Case):
     return launches[0 if case.kernel.startswith("whole_head") and "rest" not in words else -1]
 
 
-_POINTERS = {
-    torch.float16: "*fp16",
-    torch.bfloat16: "*bf16",
-    torch.float32: "*fp32",
-    torch.int32: "*i32",
-    torch.int8: "*i8",
-}
+_POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
+_POINTERS |= {torch.int32: "*i32", torch.int8: "*i8"}
 
 
 def _source(launch):
-    """Describe the kernel with signature, constants and attributes as a real launch specialises them."""
+    """Return the kernel's source with the signature, constants and attributes of a real launch."""
     from triton.compiler import ASTSource
 
     signature, constants, attributes = {}, {}, {}
@@ -158,7 +153,7 @@ def _source(launch):
 
 
 def compile_launch(launch, architecture: str) -> dict:
-    """Compile one launch and read the result; `matrix_instructions` is a count by name."""
+    """Compile one launch and return its figures; `matrix_instructions` counts by name."""
     import triton
     from triton import knobs
     from triton.backends.compiler import GPUTarget
@@ -187,12 +182,12 @@ def compile_case(case: Case) -> dict:
     try:
         launch = plan(case)
         return row | {"tile": asdict(launch.tile)} | compile_launch(launch, case.architecture)
-    except Exception as error:  # a compiler raises what it likes; the report shows it and exits with 1
+    except Exception as error:  # any error of the compiler is reported
         return row | {"error": f"{type(error).__name__}: {str(error)[:500]}"}
 
 
 def compile_all(wanted: list[Case], processes: int = 2) -> list[dict]:
-    """Compile in several processes; one that a compiler assertion kills becomes a row's error."""
+    """Compile in several processes; a process killed by a compiler assertion is a row's error."""
 
     def pool(size: int) -> ProcessPoolExecutor:
         return ProcessPoolExecutor(size, mp_context=get_context("spawn"))
@@ -205,7 +200,7 @@ def compile_all(wanted: list[Case], processes: int = 2) -> list[dict]:
                 rows[case] = future.result()
     for case in wanted:
         if case not in rows:
-            with pool(1) as worker:  # alone, to find who kills the process
+            with pool(1) as worker:  # alone, to find the case that kills the process
                 try:
                     rows[case] = worker.submit(compile_case, case).result()
                 except BrokenProcessPool:
@@ -214,7 +209,7 @@ def compile_all(wanted: list[Case], processes: int = 2) -> list[dict]:
 
 
 def problems(rows: list[dict], spills_count: bool) -> list[str]:
-    """Find errors, shared memory that does not fit, Hopper without its own instructions, spills."""
+    """List errors, too much shared memory, missing instructions on Hopper, and spills."""
     found = []
     for row in rows:
         name = f"{row['kernel']} {row['architecture']} {row['precision']} {row['size']}"
@@ -237,7 +232,7 @@ def problems(rows: list[dict], spills_count: bool) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Compile and print the table; 1 where something is wrong."""
+    """Compile and print the table; return 1 if there is a problem."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--architectures", nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES))
     parser.add_argument("--kernels", nargs="+", help="only kernels with these names")

@@ -1,20 +1,20 @@
-"""Checks and measures all that needs a GPU, in calls that end in time and bring back partial results.
+"""Run all checks and measurements that need a GPU, in calls with a time limit and partial results.
 
-    python benchmarks/gpu_check.py prepare     # where there is a network: an assembler and the commit, into .gpu/
-    bash benchmarks/gpu_check.sh first         # at most 410 s: probes, operators beside their peers, tiles, tests
+    python benchmarks/gpu_check.py prepare     # with a network: writes an assembler and the commit into .gpu/
+    bash benchmarks/gpu_check.sh first         # at most 410 s: probes, operators and their peers, tiles, tests
     bash benchmarks/gpu_check.sh second        # at most 230 s: whole models, a profile, hardware counters
     bash benchmarks/gpu_check.sh first --stages warm tiles --limit 120
-    bash benchmarks/gpu_check.sh all --rehearse          # on a CPU, with stand-ins: does the program itself work?
+    bash benchmarks/gpu_check.sh all --rehearse          # on a CPU, with stand-ins: tests the program itself
 
-No stage depends on another: every probe and every worker is a process with a time limit, and what it has written
-when it ends, however it ends, counts. Each stage has a share of the time; a late stage gets less, never more time.
+Stages are independent. Every probe and every worker is a process with a time limit, and its rows count however it
+ends. Each stage has a share of the time; after a delay the later stages get less.
 
-Brings back, in $OUT or --output: gpu_check_PART.tar.gz (rows.jsonl and logs), found_tiles.json (for
-CRATE_FAST_TILES; `second` finds a copy in .gpu/) and summary_PART.md.
-`python benchmarks/update_readme.py --from FOLDER` makes the README's tables of them.
+Results, in $OUT or --output: gpu_check_PART.tar.gz (rows.jsonl and logs), found_tiles.json (for CRATE_FAST_TILES;
+`second` also finds a copy in .gpu/) and summary_PART.md. `python benchmarks/update_readme.py --from FOLDER` makes the
+README's tables from them.
 
-Needs no network and no installation: Python with torch, triton, timm and pytest. $COMMIT or .gpu/commit names the
-commit where this copy of the tree is not a git checkout.
+It needs no network and no installation, only Python with torch, triton, timm and pytest. If this copy of the tree is
+not a git checkout, $COMMIT or .gpu/commit gives the commit.
 """
 
 import argparse
@@ -40,24 +40,24 @@ from gpu_report import found_tiles, pack, read_rows
 from isolation import Job, Process, run_jobs, tail
 
 ROOT = Path(__file__).resolve().parent.parent
-CARRIED = ROOT / ".gpu"  # ignored by git: travels to the GPU with the tree
+CARRIED = ROOT / ".gpu"  # ignored by git; copied to the GPU machine with the tree
 TILES, PTXAS = "found_tiles.json", "ptxas.xz"
-WHEEL = "triton>=3.9"  # its assembler is not known to miscompile on Hopper
-TRIAL = "attention-bfloat16-2x785x6x64"  # the probe of an assembler: older ones get chained products wrong on Hopper
+WHEEL = "triton>=3.9"  # with an assembler that is correct on Hopper as far as known
+TRIAL = "attention-bfloat16-2x785x6x64"  # tests the assembler: older ones miscompile chained products on Hopper
 LIMITS = {"first": 410.0, "second": 230.0, "all": 630.0}
 NO_TIME = "no time was left"
-PACK_SECONDS = 10.0  # at the end, for the archive
+PACK_SECONDS = 10.0  # for writing the archive
 
 PROBE_S, PROBES_AT_ONCE = 30.0, 14
-HANG_S = 3.0  # limit of the probe that hangs, in a rehearsal
+HANG_S = 3.0  # limit of the hanging probe in a rehearsal
 FAULTS = ("fault:crash", "fault:hang", "fault:wrong")  # probes of a rehearsal
-MODELS_AT_ONCE = 2  # that run while others compile: memory for both
-BACKGROUND = 4  # processes that compile peers while kernels are compiled and probed
+MODELS_AT_ONCE = 2  # models that run while others compile, which also need memory
+BACKGROUND = 4  # processes that compile peers during the stages `warm` and `probes`
 PTXAS_VARIABLES = ("TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH")
 
 
 class TimeUp(BaseException):
-    """The end of the time, or a signal to stop."""
+    """The time is up, or a signal has come."""
 
 
 @dataclass(frozen=True)
@@ -65,13 +65,13 @@ class Stage:
     """A part of a check."""
 
     name: str
-    seconds: float  # its share of the time: nothing is started after it
-    grace: float  # seconds more for what runs then
+    seconds: float  # share of the time, after which nothing is started
+    grace: float  # further seconds for running jobs
     run: "Callable[[Check], None]"
 
 
 class Check:
-    """One call: its folders, deadlines and environment, and the rows found so far."""
+    """One call of the program: its folders, deadlines, environment and rows."""
 
     def __init__(self, options: argparse.Namespace):
         self.part, self.rehearse = options.part, options.rehearse
@@ -86,11 +86,11 @@ class Check:
         self.rows_file = self.folder / "rows.jsonl"
         self.rows_file.touch()
         self.stage = "start"
-        self.soft = self.hard = self.end  # of a stage: nothing starts after the first, everything ends at the second
+        self.soft = self.hard = self.end  # deadlines of a stage: for starting jobs, for ending them
         self.cores = os.cpu_count() or 2
-        self.items: dict[str, list[dict]] = {}  # by kind, once they are listed
+        self.items: dict[str, list[dict]] = {}  # by kind
         self.background: list[Process] = []
-        self.taken: set[Path] = set()  # workers' files whose rows are in ours
+        self.taken: set[Path] = set()  # files of workers whose rows were collected
         self.environment = self._environment(options.work)
 
     def _environment(self, work: Path) -> dict[str, str]:
@@ -128,7 +128,7 @@ class Check:
         return read_rows(self.rows_file)
 
     def collect(self, path: Path) -> tuple[set[str], str | None]:
-        """Take over the rows of a worker that has ended; return the items that it finished, and the one it was at."""
+        """Copy the rows of a worker that has ended; return its finished items and the unfinished one."""
         self.taken.add(path)
         lines = read_rows(path)
         for line in lines:
@@ -141,22 +141,22 @@ class Check:
     # --- processes ------------------------------------------------------------------------------------------------
 
     def start(self, job: Job) -> Process:
-        """Start a job that ends with its stage at the latest."""
+        """Start a job, which ends with its stage at the latest."""
         return Process(job, ROOT, self.logs, self.environment, self.hard)
 
     def run(self, jobs: Iterable[Job], done: Callable, parallel: int) -> None:
-        """Run jobs until the stage's end; a row for each that finds no time."""
+        """Run jobs until the stage ends; add a row for each job that was not started."""
         for job in run_jobs(jobs, self.start, done, parallel, self.soft):
             for name in [item["name"] for item in job.items] or [job.name]:
                 self.row(name, "n/a", NO_TIME)
 
     def worker(self, *words: str, name: str, limit_s: float, **options) -> Job:
-        """Make a job of gpu_worker.py, without the check of first launches: it compares with float64 itself."""
+        """Make a job of gpu_worker.py. It compares with float64 itself, so the check of first launches is off."""
         command = [sys.executable, str(ROOT / "benchmarks" / "gpu_worker.py"), *words]
         return Job(name, command, limit_s, {"CRATE_FAST_SELF_CHECK": "0"}, **options)
 
     def items_job(self, items: list[dict], mode: str, stall_s: float, nice: int = 0) -> Job:
-        """Make a worker for these items, one after the other; `nice` lowers its priority."""
+        """Make a worker's job for these items, done in order; `nice` lowers its priority."""
         number = len(list(self.folder.glob("items_*.json")))
         listed, rows = self.folder / f"items_{number}.json", self.folder / f"rows_{number}.jsonl"
         listed.write_text(json.dumps(items))
@@ -169,34 +169,35 @@ class Check:
     def work_through(
         self, items: list[dict], mode: str, workers: int, stall_s: float, more: Sequence[Job] = ()
     ) -> None:
-        """Have a pool do items; one that ends its worker, or takes `stall_s`, is red, and the rest gets a new one.
+        """Do items, the most important first, in several workers.
 
-        Items come in the order of their importance, `mode` is "warm" or "time", and `more` runs at the same time.
+        An item that ends its worker, or takes longer than `stall_s`, is red; the rest gets a new worker. `mode` is
+        "warm" or "time". The jobs in `more` run at the same time.
         """
         lists = [part for part in (items[i::workers] for i in range(workers)) if part]
         jobs = [self.items_job(part, mode, stall_s) for part in lists]
         self.run([*more, *jobs], lambda process: self.after_items(process, mode, stall_s), workers + len(more))
 
     def after_items(self, process: Process, mode: str, stall_s: float) -> list[Job]:
-        """Collect the rows of a worker that has ended; return the job for what it left."""
+        """Collect the rows of a worker that has ended; return the job for its remaining items."""
         ended, current = self.collect(process.job.beat)
         items, reason = process.job.items, f"{process.reason}: {tail(process.log)}"
         left = [item for item in items if item["name"] not in ended | {current}]
         if current is not None:
             (item,) = [item for item in items if item["name"] == current]
-            if len(item.get("peers", ())) > 1:  # one of them has ended it: which?
+            if len(item.get("peers", ())) > 1:  # find the peer that ended it
                 self.row(current, "n/a", f"ended its worker, so its peers are tried one by one: {reason}")
                 left = [item | {"name": f"{current}: {peer}", "peers": [peer]} for peer in item["peers"]] + left
             else:
                 self.row(current, "red", reason)
-        elif len(left) == len(items) and process.reason is not None:  # it did not even begin
+        elif len(left) == len(items) and process.reason is not None:  # it did not begin
             for item in left:
                 self.row(item["name"], "n/a", f"its worker did not start: {reason}")
             return []
         return [self.items_job(left, mode, stall_s)] if left else []
 
     def stop_background(self) -> None:
-        """End the background's compilers, before they slow what is timed."""
+        """End the background compilers, which would disturb timings."""
         for process in self.background:
             process.check()
             process.end("stopped")
@@ -208,7 +209,7 @@ class Check:
     # --- the whole ------------------------------------------------------------------------------------------------
 
     def go(self, stages: list[Stage]) -> None:
-        """Run the stages, each within its share of the time that is left; a stage's own error costs that stage."""
+        """Run the stages, each within its share of the remaining time; an error costs only its own stage."""
         for index, stage in enumerate(stages):
             now = time.monotonic()
             left = self.end - now
@@ -222,13 +223,13 @@ class Check:
                 stage.run(self)
             except Exception:
                 self.row(stage.name, "red", f"the check's own error: {traceback.format_exc()}")
-            self.pack()  # in case somebody ends this before its time
+            self.pack()  # in case the program is killed early
 
     def pack(self) -> str:
         """Write the archive and the summary; return the summary."""
         running = {process.job.beat for process in self.background}
         for path in set(self.folder.glob("rows_*.jsonl")) - self.taken - running:
-            self.collect(path)  # of workers that nobody has waited for
+            self.collect(path)  # workers of an interrupted stage
         return pack(self.rows(), self.part, self.folder, self.output)
 
 
@@ -236,7 +237,7 @@ class Check:
 
 
 def environment(check: Check) -> None:
-    """Record versions and card, list the items of the other stages, try the assembler that is carried."""
+    """Record the versions and the card, list the items of all stages, and test the assembler in .gpu/."""
     items, rows = check.folder / "items.json", check.folder / "rows_environment.jsonl"
     words = ("environment", check.part, "--rows", str(rows), "--into", str(items))
     jobs = [check.worker(*words, name="environment", limit_s=60)]
@@ -275,7 +276,7 @@ def _probe(name: str, into: Path, *words: str) -> list[str]:
 
 
 def warm(check: Check) -> None:
-    """Fill the compilers' caches on all cores; torch.compile's peers go on in the background."""
+    """Fill the compilers' caches on all cores; peers of torch.compile continue in the background."""
     if check.part == "second":
         models = [
             item for kind in ("models", "more") for item in check.items.get(kind, []) if item["kind"] == "model"
@@ -298,11 +299,11 @@ def warm(check: Check) -> None:
 
 
 def probes(check: Check) -> None:
-    """Compare every kernel with float64, each in a process of its own."""
+    """Compare every kernel with float64, each in its own process."""
     names = [item["probe"] for item in check.items.get("probes", [])]
     chosen = [*FAULTS, *names[:1]] if check.rehearse else names
     words = ["--reruns", "2", "--device", "cpu"] if check.rehearse else ["--reruns", "20"]
-    limit_s = 4 * PROBE_S if check.rehearse else PROBE_S  # a CPU may be busy with other things
+    limit_s = 4 * PROBE_S if check.rehearse else PROBE_S  # a CPU may be busy
     files = {name: check.folder / f"probe_{number}.json" for number, name in enumerate(chosen)}
     jobs = [
         Job(name, _probe(name, file, *words), HANG_S if name == "fault:hang" else limit_s)
@@ -323,7 +324,7 @@ def probes(check: Check) -> None:
 
 
 def timings(check: Check) -> None:
-    """Time subspace attention and ISTA beside their peers: first those that need no compiling, then the others."""
+    """Time subspace attention and ISTA with their peers: first the eager ones, then the compiled ones."""
     check.stop_background()
     items = check.items.get("operators", [])
     if check.rehearse:
@@ -333,7 +334,7 @@ def timings(check: Check) -> None:
 
 
 def tiles(check: Check) -> None:
-    """Time the candidates that compiled, fit and did not spill; write the best to found_tiles.json."""
+    """Time the candidates that compile, fit and do not spill; write the best ones to found_tiles.json."""
     check.stop_background()
     warmed = {row["item"]: row for row in check.rows() if row["stage"] == "warm"}
     kept = []
@@ -354,12 +355,12 @@ def tiles(check: Check) -> None:
 
 
 def tests(check: Check) -> None:
-    """Run the GPU tests, four processes at a time where pytest-xdist is here; each test has a time limit."""
+    """Run the GPU tests with a time limit each, in four processes if pytest-xdist is installed."""
     check.stop_background()
     rows = check.folder / "rows_tests.jsonl"
     rows.touch()
     words = ["-p", "no:cacheprovider", "-p", "gpu_worker", "-q", "-m", "gpu", "-o", "faulthandler_timeout=50"]
-    words += ["-o", "addopts="]  # pyproject.toml's need pytest-benchmark
+    words += ["-o", "addopts="]  # those of pyproject.toml need pytest-benchmark
     if not check.rehearse and importlib.util.find_spec("xdist"):
         words += ["-n", "4", "--max-worker-restart", "20"]
     if importlib.util.find_spec("pytest_timeout"):
@@ -373,20 +374,20 @@ def tests(check: Check) -> None:
         check.collect(rows)
         if str(process.reason).startswith("timed out"):
             check.row("the other tests", "n/a", NO_TIME)
-        elif process.reason not in (None, "exit status 1"):  # 1: tests have failed, and have their rows
+        elif process.reason not in (None, "exit status 1"):  # 1: failed tests, which have their rows
             check.row("pytest", "red", f"{process.reason}: {tail(process.log)}")
 
-    check.soft = check.hard  # one job: all of the time
+    check.soft = check.hard  # the only job has all of the time
     check.run([job], done, 1)
 
 
 def _timed(kind: str, stall_s: float) -> Callable[[Check], None]:
-    """Make a stage that times the items of a kind, as many as fit."""
+    """Make a stage that times as many items of a kind as fit."""
     return lambda check: check.work_through(check.items.get(kind, []), "time", 1, stall_s)
 
 
 def counters(check: Check) -> None:
-    """Read hardware counters of the kernels by ncu."""
+    """Read hardware counters of the kernels with ncu."""
     tool = shutil.which("ncu")
     if tool is None:
         check.row("ncu", "n/a", "ncu is not here")
@@ -414,7 +415,7 @@ _FIRST = [
     Stage("tests", 120, 0, tests),
 ]
 _SECOND = [
-    Stage("models", 100, 20, _timed("models", 60.0)),  # CRATE-B/16 beside its peers, B/8, a profile
+    Stage("models", 100, 20, _timed("models", 60.0)),  # CRATE-B/16 with its peers, B/8, a profile
     Stage("counters", 30, 10, counters),
     Stage("more", 45, 5, _timed("more", 45.0)),  # inference, growth, CRATE-MAE, other sizes
 ]
@@ -429,7 +430,7 @@ PARTS = {
 
 
 def _commit() -> str:
-    """Return $COMMIT, or the commit that git names, or the one that `prepare` wrote."""
+    """Return $COMMIT, or git's commit, or the one that `prepare` wrote."""
     carried = CARRIED / "commit"
     command = ["git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD"]
     if "COMMIT" in os.environ:
@@ -443,7 +444,7 @@ def _commit() -> str:
 
 
 def prepare() -> int:
-    """Put the commit and an assembler of Triton 3.9 or later into .gpu/, which travels to the GPU with the tree."""
+    """Write the commit and the assembler of Triton 3.9 or later into .gpu/, to be copied to the GPU machine."""
     CARRIED.mkdir(exist_ok=True)
     (CARRIED / "commit").write_text(_commit() + "\n")
     target = CARRIED / PTXAS
@@ -471,8 +472,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=(*LIMITS, "prepare"))
     stages = list(dict.fromkeys(stage.name for part in PARTS.values() for stage in part))
-    parser.add_argument("--stages", nargs="+", choices=stages, help="these of the part's, and the environment")
-    parser.add_argument("--limit", type=float, help="seconds for all of it; 410 for first, 230 for second")
+    parser.add_argument("--stages", nargs="+", choices=stages, help="only these stages, and the environment")
+    parser.add_argument("--limit", type=float, help="seconds in all; default 410 for first, 230 for second")
     output = os.environ.get("OUT") or ROOT / "build" / "gpu_check" / "results"
     parser.add_argument("--output", type=Path, default=Path(output), help="folder of the results; default $OUT")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "gpu_check", help="logs and compilers' caches")
@@ -481,7 +482,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a part, and bring back what it found; 0 unless the program itself fails."""
+    """Run a part and write its results; return 0 unless the program itself fails."""
     options = _parser().parse_args(argv)
     if options.part == "prepare":
         return prepare()
@@ -496,7 +497,7 @@ def main(argv: list[str] | None = None) -> int:
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM):
         signal.signal(number, stop)
-    signal.setitimer(signal.ITIMER_REAL, max(1.0, check.end - time.monotonic() + 4.0))  # if a stage overruns
+    signal.setitimer(signal.ITIMER_REAL, max(1.0, check.end - time.monotonic() + 4.0))  # if a stage does not end
     try:
         check.go([stage for stage in PARTS[options.part] if stage.name in wanted])
     except TimeUp as reason:
@@ -507,7 +508,9 @@ def main(argv: list[str] | None = None) -> int:
             signal.signal(number, signal.SIG_IGN)
         check.stop_background()
         page = check.pack()
-        print(page if len(page) < 10_000 else f"{page[:5000]}\n[...]\n{page[-4500:]}")  # callers see the last 12,000
+        print(
+            page if len(page) < 10_000 else f"{page[:5000]}\n[...]\n{page[-4500:]}"
+        )  # callers see the last 12,000 characters
         print(f"brought back after {time.monotonic() - check.started:.0f} s: {options.output}", flush=True)
     return 0
 

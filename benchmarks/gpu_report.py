@@ -1,4 +1,4 @@
-"""The results of a GPU check: rows, the best tiles, a page to read, the archive. Only the standard library."""
+"""The results of a GPU check: rows, best tiles, summary, archive. Uses only the standard library."""
 
 import json
 import math
@@ -6,9 +6,9 @@ import tarfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-WORTH = 0.98  # of the present tile's time: a tile must be faster than that to replace it
-SHOWN = 40  # red rows in a summary
-MOST_LOG_BYTES = 40_000  # of each log that is brought back
+WORTH = 0.98  # a tile must take less than this share of the present tile's time to replace it
+SHOWN = 40  # most red rows in a summary
+MOST_LOG_BYTES = 40_000  # of each log in the archive
 FACTS = ("device", "driver", "commit", "torch", "triton", "ptxas", "matrix_tflops_per_s", "copy_gb_per_s")
 MODELS_CAPTION = (
     "released, ViT: how many times as fast as the released form, eager, and as timm's ViT, compiled. MFU: nominal "
@@ -18,7 +18,7 @@ TILE_KEY = ("kernel", "architecture", "precision", "block_d")
 
 
 def read_rows(path: Path) -> list[dict]:
-    """Read lines of JSON, without one that was cut short; none where there is no file."""
+    """Read lines of JSON, except incomplete ones; return no rows if there is no file."""
     rows = []
     if path.exists():
         for line in path.read_text(errors="replace").splitlines():
@@ -31,7 +31,7 @@ def read_rows(path: Path) -> list[dict]:
 
 
 def facts_of(rows: Iterable[dict]) -> dict[str, object]:
-    """Merge the facts that rows carry: card, versions, commit, ceilings, tools."""
+    """Merge the facts of rows: card, versions, commit, ceilings, tools."""
     facts: dict[str, object] = {}
     for row in rows:
         facts |= row.get("facts") or {}
@@ -39,9 +39,9 @@ def facts_of(rows: Iterable[dict]) -> dict[str, object]:
 
 
 def found_tiles(rows: Iterable[dict]) -> list[dict]:
-    """Return the best measured tiles as `CRATE_FAST_TILES` takes them; the present one unless 2 % are gained.
+    """Return the best tiles in the format of `CRATE_FAST_TILES`; the present tile stays unless 2 % are gained.
 
-    A kernel of whole heads that loses to blocks of rows gets null, so that blocks of rows run.
+    A kernel of whole heads that is slower than blocks of rows gets None, so that blocks of rows run.
     """
     best, found = _best(rows), []
     for key, (row, alternative_ms) in best.items():
@@ -56,7 +56,7 @@ def found_tiles(rows: Iterable[dict]) -> list[dict]:
 
 
 def _best(rows: Iterable[dict]) -> dict[tuple, tuple[dict, float | None]]:
-    """Find by key the row of the best tile, and the milliseconds of PyTorch's own way."""
+    """Return by key the row of the best tile and the milliseconds of PyTorch's alternative."""
     timed: dict[tuple, list[dict]] = {}
     for row in rows:
         if row["status"] == "ok" and row.get("latency_ms") is not None and "kernel" in row:
@@ -73,7 +73,7 @@ def _best(rows: Iterable[dict]) -> dict[tuple, tuple[dict, float | None]]:
 
 
 def _beside_blocks_of_rows(best: dict[tuple, tuple], key: tuple) -> dict[str, tuple[float, float]]:
-    """Pair the milliseconds of a whole-head kernel with those of blocks of rows, by the shapes of both."""
+    """Return by shape the milliseconds of a whole-head kernel and of blocks of rows."""
     kernel, *rest = key
     by_rows = best.get((kernel.replace("whole_head", "attention"), *rest))
     if not kernel.startswith("whole_head") or by_rows is None:
@@ -95,7 +95,7 @@ def _whole_heads(rows: Iterable[dict]) -> str:
 
 
 def number(value: float) -> str:
-    """Format three significant digits; from 100 on all before the point."""
+    """Format with three significant digits, or as an integer from 100 on."""
     return f"{value:.3g}" if value < 100 else f"{value:,.0f}"
 
 
@@ -112,7 +112,7 @@ def markdown_table(rows: list[dict], columns: Iterable[str] | None = None) -> st
 
 
 def times(rows: list[dict]) -> str:
-    """Format a benchmark's rows as Markdown: operators, whole models, and why some have no times."""
+    """Format a benchmark's rows as Markdown: operators, whole models, and reasons for missing times."""
     unit, scale = ("GFLOP/s", 1000) if all(row.get("driver") == "none" for row in rows) else ("TFLOP/s", 1)
     shown: dict[bool, list[dict]] = {False: [], True: []}
     for row in rows:
@@ -152,7 +152,7 @@ def _why_missing(rows: list[dict]) -> str:
 
 
 def summary(rows: list[dict], part: str) -> str:
-    """Sum up a check as Markdown: facts, rows of each stage, red rows, times, tiles, profile."""
+    """Summarise a check as Markdown: facts, rows of each stage, red rows, times, tiles, profile."""
     facts = facts_of(rows)
     lines = [f"# GPU check, {part}\n", ", ".join(f"{key} {facts[key]}" for key in FACTS if key in facts) + "\n"]
     stages = []
@@ -200,7 +200,7 @@ def pack(rows: list[dict], part: str, folder: Path, output: Path) -> str:
     with tarfile.open(output / f"gpu_check_{part}.tar.gz", "w:gz", compresslevel=6) as tar:
         tar.add(folder / "rows.jsonl", "rows.jsonl")
         for log in sorted((folder / "logs").glob("*.log")):
-            if log.stat().st_size > MOST_LOG_BYTES:  # both ends of a long one
+            if log.stat().st_size > MOST_LOG_BYTES:  # keep both ends
                 text = log.read_bytes()
                 log.write_bytes(text[: MOST_LOG_BYTES // 4] + b"\n[...]\n" + text[-MOST_LOG_BYTES // 2 :])
             tar.add(log, f"logs/{log.name}")

@@ -1,12 +1,12 @@
-"""The jobs that `gpu_check.py` runs in processes of their own; each writes its rows as it finds them.
+"""The jobs that `gpu_check.py` runs in separate processes. Each writes its rows at once.
 
-    python benchmarks/gpu_worker.py environment first --rows FILE --into FILE     # the items, versions, the ceilings
+    python benchmarks/gpu_worker.py environment first --rows FILE --into FILE     # items, versions, ceilings
     python benchmarks/gpu_worker.py items --mode time --items FILE --rows FILE --until 1700000000
     python benchmarks/gpu_worker.py kernels                       # six launches, for ncu
 
-A worker announces each item ("begin", "end"), so that whoever reads its rows knows in which one it ended. As a pytest
-plugin (`-p gpu_worker`) this module writes a row for each test. Everything heavy is imported where it is used, so
-that a broken module costs its own rows.
+A worker marks the "begin" and "end" of each item, so that the rows show the item in which it ended. As a pytest
+plugin (`-p gpu_worker`) this module writes a row for each test. Heavy modules are imported where they are used, so
+that a broken one costs only its own rows.
 """
 
 import argparse
@@ -24,14 +24,10 @@ ROUNDS = 1 if REHEARSED else 3
 MEASUREMENT_MS = 1.0 if REHEARSED else 50.0
 ATTENTION = ["tiny"] if REHEARSED else ["B16", "S16", "B8", "S8", "B8-480"]
 ISTA = ["tiny"] if REHEARSED else ["B16", "B8"]
-COMPILED_FIRST = [
-    "FlexAttention",
-    "three products, compiled",
-    "one product, compiled",
-    "torch.compile of the eager form",
-]
-WHOLE_MODELS = ("model", "profile")  # kinds of items
-PROFILED = 30  # rows in the table of a profile
+COMPILED_FIRST = ["FlexAttention", "three products, compiled", "one product, compiled"]
+COMPILED_FIRST += ["torch.compile of the eager form"]
+WHOLE_MODELS = ("model", "profile")  # kinds of items of whole models
+PROFILED = 30  # rows in a profile's table
 COUNTED = (
     *("attention_forward", "attention_backward", "whole_head_forward"),
     *("whole_head_backward", "ista_forward", "weight_gradient"),
@@ -42,10 +38,10 @@ class Rows:
     """Lines of JSON in a file, written at once."""
 
     def __init__(self, path: Path):
-        self.file = open(path, "a", buffering=1)  # noqa: SIM115  (for as long as the worker lives)
+        self.file = open(path, "a", buffering=1)  # noqa: SIM115  (open as long as the worker runs)
 
     def mark(self, what: str, name: str) -> None:
-        """Announce the "begin" or "end" of an item."""
+        """Mark the "begin" or "end" of an item."""
         self.file.write(json.dumps({what: name}) + "\n")
 
     def add(self, item: str, status: str, reason: str | None = None, **more: object) -> None:
@@ -60,14 +56,14 @@ class Rows:
         self.add(item, "red" if red else "n/a", error_in_a_line(error), **more)
 
     def measured(self, item: str, bench: str, rows: list[dict]) -> None:
-        """Write rows of a benchmark; they go into its results as they are."""
+        """Write the rows of a benchmark, which become part of its results."""
         for row in rows:
             status = "red" if row.get("red") else "n/a" if row["latency_ms"] is None else "ok"
             self.add(f"{item}: {row['pass']}, {row['peer']}", status, row["reason"], bench=bench, row=row)
 
 
 def pytest_runtest_logreport(report) -> None:
-    """Write a row for each test into the file GPU_CHECK_ROWS; with pytest-xdist in the process that schedules."""
+    """Write a row for each test into the file GPU_CHECK_ROWS; with pytest-xdist only in the main process."""
     path = os.environ.get("GPU_CHECK_ROWS")
     if path is None or "PYTEST_XDIST_WORKER" in os.environ or (report.when != "call" and report.passed):
         return
@@ -80,14 +76,14 @@ def pytest_runtest_logreport(report) -> None:
 
 
 def environment(rows: Rows) -> None:
-    """Record versions and card; read the tile table; measure the ceilings."""
+    """Record the versions and the card, read the tile table, measure the ceilings."""
     run = _open_run()
 
     from crate_fast.kernels.launch import find
 
     rows.add("facts", "ok", facts=run.facts)
     try:
-        find("attention_forward", run.device, "half", 64)  # reads the file that CRATE_FAST_TILES may name
+        find("attention_forward", run.device, "half", 64)  # reads the file of CRATE_FAST_TILES
         rows.add("tile table", "ok")
     except Exception as error:
         rows.fail("tile table", error)
@@ -99,10 +95,10 @@ def environment(rows: Rows) -> None:
 
 
 def list_items(part: str, rows: Rows) -> dict[str, list[dict]]:
-    """List the items by kind, the most important first; a kind whose list cannot be made costs itself.
+    """List the items by kind, the most important first; an error costs only its own kinds.
 
     Returns:
-        "operators" and "compiled" (their peers that torch.compile makes), "tiles", "probes", "models" and "more".
+        "operators" and "compiled" (with compiled peers), "tiles", "probes", "models" and "more".
     """
     found = {}
     for kinds, make in (
@@ -119,7 +115,7 @@ def list_items(part: str, rows: Rows) -> dict[str, list[dict]]:
 
 
 def _operator_items() -> tuple[list[dict], list[dict]]:
-    """List ours with all peers that need no compiling, by shape; and ours with each of the others."""
+    """List by shape ours with all peers that are not compiled, and ours with each compiled peer."""
     import bench_ista
     import bench_mssa
 
@@ -147,14 +143,14 @@ def _tile_items(part: str) -> tuple[list[dict]]:
 
 
 def _probe_items() -> tuple[list[dict]]:
-    """List the probes whose kernels fill the compilers' cache; the stage `probes` runs each in its own process."""
+    """List the probes, whose kernels fill the compilers' cache; the stage `probes` runs them later."""
     from crate_fast.probes import PROBES
 
     return ([{"name": f"probe {name}", "kind": "probe", "probe": name} for name in PROBES],)
 
 
 def _model_items() -> tuple[list[dict], list[dict]]:
-    """List CRATE-B/16's step and B/8's memory; then inference, growth, autoencoders, other models."""
+    """List training steps of CRATE-B/16 and B/8; then inference, growth, autoencoders and other models."""
     from bench_model import CRATE_PEERS, GROWTH, GROWTH_PEERS, MAE_PEERS
     from model_problem import COMPILED, INFERENCE, OURS, RELEASED, TRAINING, VIT
 
@@ -170,7 +166,7 @@ def _model_items() -> tuple[list[dict], list[dict]]:
         )
     plain = [name for name in CRATE_PEERS if not name.endswith(COMPILED)]
     compiled = [name for name in CRATE_PEERS if name.endswith(COMPILED)]
-    compiled.sort(key=lambda name: not name.startswith(VIT))  # the goal's peer first
+    compiled.sort(key=lambda name: not name.startswith(VIT))  # the peer of the goal first
     beside = [item("crate", "B/16", TRAINING, [OURS, name]) for name in compiled]
     models = [item("crate", "B/16", TRAINING, plain), *beside[:1], item("crate", "B/8", TRAINING, plain), profiled]
     models += beside[1:]
@@ -205,16 +201,16 @@ def _model_size(table: str, name: str):
 
 
 class Worker:
-    """A mode ("warm" or "time"), rows, and runs that measure their ceilings when they are first needed.
+    """Mode ("warm" or "time"), rows and runs of a worker; runs measure their ceilings at first use.
 
-    The method of an item's kind does the item: it writes rows or raises an exception.
+    The method of an item's kind does the item. It writes rows or raises an exception.
     """
 
     def __init__(self, mode: str, rows: Rows):
         self.mode, self.rows, self.runs = mode, rows, {}
 
     def run(self, on_cpu: bool = False):
-        """Return the run of the operators, or (on a CPU in fp32) of whole models."""
+        """Return the run of the operators, or with `on_cpu` that of whole models, which may be in fp32 on a CPU."""
         if on_cpu not in self.runs:
             run = _open_run(on_cpu)
             if self.mode == "time":
@@ -223,11 +219,11 @@ class Worker:
         return self.runs[on_cpu]
 
     def alive(self) -> bool:
-        """Return False if the GPU no longer answers this process."""
+        """Return False if the GPU no longer responds to this process."""
         try:
             for run in self.runs.values():
                 run.timer.synchronize()
-        except Exception:  # whatever the driver raises: the caller records it and starts another process
+        except Exception:  # any error of the driver; another process continues
             return False
         return True
 
@@ -240,7 +236,7 @@ class Worker:
         self._operator(item, problem, bench_mssa.PEERS)
 
     def ista(self, item: dict) -> None:
-        """Measure the ISTA step, alone or behind a LayerNorm, and its peers."""
+        """Measure the ISTA step, alone or after a LayerNorm, and its peers."""
         import bench_ista
 
         shape = (bench_ista.SMOKE if REHEARSED else bench_ista.SHAPES)[item["shape"]]
@@ -256,7 +252,7 @@ class Worker:
             return
         for peer in peers:
             if peer.quadratic and problem.logits_bytes > 2**30:
-                continue  # other processes need memory too
+                continue  # other processes also need memory
             try:
                 problem.results(peer.build())
                 self.run().timer.synchronize()
@@ -271,18 +267,18 @@ class Worker:
         kept = {key: item[key] for key in ("kernel", "architecture", "precision", "block_d", "tile", "present")}
         try:
             found = tile_search.warm(item) if self.mode == "warm" else tile_search.time_tile(item, self.run().timer)
-        except Exception as error:  # it does not compile, does not fit, or is wrong: one candidate fewer
+        except Exception as error:  # it does not compile, does not fit, or is wrong
             self.run().timer.synchronize()
             self.rows.fail(item["name"], error, red=item["present"], **kept)
         else:
             self.rows.add(item["name"], "ok", **kept, **found)
 
     def probe(self, item: dict) -> None:
-        """Compile a probe's kernels; the stage `probes` judges them."""
+        """Compile a probe's kernels; the stage `probes` checks them."""
         from crate_fast.probes import find_probe, run_probe
 
         status = run_probe(find_probe(item["probe"]), self.run().device, reruns=0)["status"]
-        if status != "right":  # it may have poisoned this process, too
+        if status != "right":  # this process may no longer use the GPU
             raise RuntimeError(status)
 
     def model(self, item: dict) -> None:
@@ -301,7 +297,7 @@ class Worker:
         self.rows.measured(item["name"], item["table"], rows)
 
     def profile(self, item: dict) -> None:
-        """Profile one training step: the table of PyTorch's profiler."""
+        """Write the table of PyTorch's profiler for one training step."""
         from model_problem import OURS, TRAINING, make_problem
         from torch.profiler import ProfilerActivity, profile
 
@@ -311,9 +307,8 @@ class Worker:
         for _ in range(1 if REHEARSED else 5):
             trial.step()
         run.timer.synchronize()
-        with profile(
-            activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if run.timer.on_gpu else [])]
-        ) as trace:
+        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if run.timer.on_gpu else [])]
+        with profile(activities=activities) as trace:
             start = time.perf_counter()
             trial.step()
             run.timer.synchronize()
@@ -322,28 +317,28 @@ class Worker:
         self.rows.add(item["name"], "ok", span_us=span_us, table=trace.key_averages().table(order, PROFILED))
 
     def crash(self, item: dict) -> None:
-        """Abort, in rehearsals: a fault that nothing can catch."""
+        """Abort, as a fault of the rehearsal that cannot be caught."""
         os.abort()
 
 
 def work_through(items: list[dict], worker: Worker, until: float, stall_s: float) -> None:
-    """Do items in turn until the time is up; SystemExit where the GPU no longer answers this process."""
-    # before an item begins: importing and opening a GPU take longer than some items may
+    """Do items in turn until the time is up; raise SystemExit if the GPU no longer responds to this process."""
+    # before an item begins: imports and opening the GPU take longer than the limit of some items
     import measuring  # noqa: F401
 
-    with suppress(Exception):  # which the first item meets too, and its row tells
+    with suppress(Exception):  # the first item has the same error in its row
         worker.run(items[0]["kind"] in WHOLE_MODELS)
     for item in items:
         if time.time() >= until:
             return
         worker.rows.mark("begin", item["name"])
         start = time.perf_counter()
-        faulthandler.dump_traceback_later(max(1.0, stall_s - 1))  # where it hangs, before somebody kills it
+        faulthandler.dump_traceback_later(max(1.0, stall_s - 1))  # shows where it hangs before it is killed
         try:
             getattr(worker, item["kind"])(item)
-            if worker.mode == "warm" and item["kind"] != "tile":  # which has its own row
+            if worker.mode == "warm" and item["kind"] != "tile":  # tiles have their own rows
                 worker.rows.add(f"compiled: {item['name']}", "ok", seconds=round(time.perf_counter() - start, 2))
-            if item["kind"] != "tile":  # whose problems stay
+            if item["kind"] != "tile":  # tensors of tiles are kept
                 worker.run(item["kind"] in WHOLE_MODELS).timer.free_memory()
         except Exception as error:
             print(f"{item['name']}: {type(error).__name__}: {error}"[:600], file=sys.stderr, flush=True)
@@ -379,7 +374,7 @@ def main(argv: list[str] | None = None) -> int:
     """Do one job of `gpu_check.py`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("job", choices=("environment", "items", "kernels"))
-    parser.add_argument("part", nargs="?", help="of the environment's items")
+    parser.add_argument("part", nargs="?", help="part of gpu_check.py, for the job environment")
     parser.add_argument("--rows", type=Path)
     parser.add_argument("--into", type=Path)
     parser.add_argument("--items", type=Path)

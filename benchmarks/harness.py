@@ -1,12 +1,12 @@
-"""Times and memory of calls, facts and options of a run, files of results.
+"""Time and memory of calls, options and facts of a run, and files of results.
 
-This module imports crate_fast before PyTorch, so that OpenMP takes the package's GOMP_SPINCOUNT; therefore each
-benchmark imports it first (the isort section "harness" in pyproject.toml keeps it there).
+This module imports crate_fast before PyTorch, so that OpenMP uses the package's GOMP_SPINCOUNT. Every benchmark must
+import it first; the isort section "harness" in pyproject.toml keeps it first.
 
-A GPU is timed by events, the L2 cache overwritten before each call, as `triton.testing.do_bench` does. Two things are
-added. Backward gets a graph that an untimed forward has just built: a compiled peer's graph runs only once. And the
-overwriting takes longer than the host takes to enqueue the call, so that a slow host is not in the time. On a CPU
-a wall clock measures.
+GPU times are measured with events, and the L2 cache is overwritten before each call, as `triton.testing.do_bench`
+does. There are two differences. An untimed forward builds the graph of each timed backward, because a compiled peer's
+graph runs only once. Overwriting takes longer than the host needs to enqueue the call, so a slow host does not count.
+CPU times are wall-clock times.
 """
 
 import crate_fast  # noqa: F401
@@ -38,12 +38,12 @@ from gpu_report import times
 from crate_fast.env import driver_version, provenance, ptxas_version
 from crate_fast.kernels.launch import INTERPRETED
 
-gc.freeze()  # `free_memory` need not look through what is imported, which takes a second
+gc.freeze()  # so that `free_memory` skips imported objects, which would take a second
 
 RESULTS = Path(__file__).parent / "results"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-CACHE_BYTES = 256 * 2**20  # overwritten before each call: more than any L2 cache
-MEASUREMENT_MS = 100.0  # of one measurement, with the overwriting of the cache
+CACHE_BYTES = 256 * 2**20  # overwritten before each call; larger than any L2 cache
+MEASUREMENT_MS = 100.0  # length of a measurement, with overwriting the cache
 SMOKE_MS = 2.0
 MAX_CALLS = 1000  # in one measurement
 _LONG_MS = 1000.0
@@ -53,7 +53,7 @@ _LONG_MS = 1000.0
 
 
 class Timing(NamedTuple):
-    """Median, 20 % and 80 % quantile of a call's time."""
+    """Median, 20 % and 80 % quantiles of a call's time."""
 
     median: float
     low: float
@@ -66,35 +66,35 @@ class Timing(NamedTuple):
 
 
 def _measure_peak(prepare: Callable[[], Callable[[], object]]) -> float:
-    def mib(name: str) -> float:  # not getrusage, which reports the parent's peak after a spawn
+    def mib(name: str) -> float:  # getrusage would report the parent's peak after a spawn
         return int(re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
 
     call = prepare()
     before = mib("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     call()
     call()
     return mib("VmHWM") - before
 
 
 def peak_mib(prepare: Callable[[], Callable[[], object]]) -> float:
-    """Measure how far two calls raise a fresh process's peak resident memory, in MiB (Linux).
+    """Measure the peak extra resident memory of two calls in a fresh process, in MiB (Linux).
 
-    `prepare` is picklable, builds everything in the fresh process and returns the call.
+    `prepare` must be picklable; in the fresh process it builds everything and returns the call.
     """
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
         return process.submit(_measure_peak, prepare).result()
 
 
 class Step(NamedTuple):
-    """A timed call, and the untimed function that makes its argument before each call."""
+    """A timed call and the untimed function that makes its argument."""
 
     call: Callable[[object], object]
     prepare: Callable[[], object] = lambda: None
 
 
 class Plan(NamedTuple):
-    """Calls in one measurement, overwritings of the L2 cache before each, host time of a call."""
+    """Calls per measurement, number of cache overwrites before each call, and host time of a call."""
 
     calls: int
     flushes: int
@@ -102,14 +102,14 @@ class Plan(NamedTuple):
 
 
 class Timer:
-    """Milliseconds per call on a GPU; on a CPU by the wall clock."""
+    """Timer of calls in milliseconds: by events on a GPU, by the wall clock on a CPU."""
 
     def __init__(self, device: torch.device, measurement_ms: float = MEASUREMENT_MS):
         self.on_gpu, self.measurement_ms = device.type == "cuda", measurement_ms
         if self.on_gpu:
             self.cache = torch.empty(CACHE_BYTES // 4, dtype=torch.int32, device=device)
             flush = Step(lambda _: self.cache.zero_())
-            self.flush_ms = statistics.median(self.sample(flush, 300, 1)[200:])  # once the clocks are up
+            self.flush_ms = statistics.median(self.sample(flush, 300, 1)[200:])  # when the clocks are up
 
     def synchronize(self) -> None:
         """Wait for the device."""
@@ -123,9 +123,9 @@ class Timer:
             torch.cuda.empty_cache()
 
     def sample(self, step: Step, calls: int, flushes: int) -> list[float]:
-        """Return the milliseconds of each call, the L2 cache overwritten `flushes` times before it.
+        """Return the milliseconds of each call; the L2 cache is overwritten `flushes` times before each.
 
-        On a CPU a call that is not counted comes first, unless it is long: threads of the peer before may still spin.
+        On a CPU the first call is not counted, unless it is long: threads of the previous peer may still spin.
         """
         if not self.on_gpu:
             first = self._wall_ms(step)
@@ -139,7 +139,7 @@ class Timer:
             start.record()
             step.call(argument)
             end.record()
-            del argument  # before the next is made
+            del argument  # before the next is allocated
         self.synchronize()
         return [start.elapsed_time(end) for start, end in events]
 
@@ -152,10 +152,10 @@ class Timer:
         return (time.perf_counter() - start) * 1e3
 
     def plan(self, step: Step, hides_host: bool = True) -> Plan:
-        """Choose how often to call a step, after up to eight calls.
+        """Choose the number of calls from up to eight trial calls.
 
-        Either the cache is overwritten long enough to hide a slow host, or calls follow each other as in a program,
-        and the host's delay counts.
+        With `hides_host`, the cache is overwritten long enough to hide a slow host. Otherwise calls follow each other
+        as in a program, and the host's delay counts.
         """
         if not self.on_gpu:
             host_ms = self._wall_ms(step)
@@ -168,7 +168,7 @@ class Timer:
         return Plan(min(MAX_CALLS, max(3, calls)), flushes, host_ms * 1e3)
 
     def peak_mib(self, call: Callable[[], object]) -> float | None:
-        """Measure how far a call raises the allocated GPU memory, its results included; None on a CPU."""
+        """Measure the peak extra GPU memory of a call, with its results; None on a CPU."""
         if not self.on_gpu:
             return None
         self.free_memory()
@@ -189,9 +189,9 @@ def in_turn(
     hides_host: bool = True,
     attempt: Callable[[object, Callable], object] = lambda _, action: action(),
 ) -> dict[object, tuple[Plan, list[float]]]:
-    """Measure steps in turn, so that a slow spell of the machine hits all: plans, and every call's milliseconds.
+    """Measure steps in turn, so that a slow phase of the machine affects all; return plans and milliseconds of calls.
 
-    `attempt` runs an action for a key, and returns None where it fails or has failed.
+    `attempt` runs an action for a key and returns None if it fails or has failed.
     """
     plans = {key: attempt(key, partial(timer.plan, step, hides_host)) for key, step in steps.items()}
     samples: dict[object, list[float]] = {key: [] for key in steps}
@@ -203,7 +203,7 @@ def in_turn(
 
 
 def interleaved(candidates: dict[str, Callable[[], object]], rounds: int) -> dict[str, Timing]:
-    """Time calls on the CPU in turn; seconds a call."""
+    """Time calls on the CPU in turn; return seconds per call."""
     for call in candidates.values():
         call()  # the first call may take longer
     steps = {name: Step(lambda _, call=call: call()) for name, call in candidates.items()}
@@ -212,13 +212,13 @@ def interleaved(candidates: dict[str, Callable[[], object]], rounds: int) -> dic
 
 
 class Ceilings(NamedTuple):
-    """Matrix rate in TFLOP/s and copy bandwidth in GB/s (read + written), measured in this run."""
+    """Matrix rate in TFLOP/s and copy bandwidth in GB/s (read + written) of this run."""
 
     tflops_per_s: float
     gb_per_s: float
 
     def floor_ms(self, flops: float, moved_bytes: float) -> float:
-        """Return the least time for arithmetic or bytes, whichever is longer."""
+        """Return the longer of the minimal times for arithmetic and for memory traffic."""
         return 1e3 * max(flops / (self.tflops_per_s * 1e12), moved_bytes / (self.gb_per_s * 1e9))
 
 
@@ -228,8 +228,8 @@ class Ceilings(NamedTuple):
 def add_options(
     parser: argparse.ArgumentParser, dtype: str = "of the tensors; bfloat16, or float16 in a smoke run"
 ) -> None:
-    """Add the options that every GPU benchmark has; `dtype` is the help of the option of that name."""
-    parser.add_argument("--smoke", action="store_true", help="tiny shapes, on a CPU too; writes nothing")
+    """Add the options of every GPU benchmark; `dtype` is the help of --dtype."""
+    parser.add_argument("--smoke", action="store_true", help="tiny shapes, also on a CPU; writes nothing")
     parser.add_argument("--dtype", choices=DTYPES, help=dtype)
     parser.add_argument("--rounds", type=int, default=5, help="measurements of each call (default 5)")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
@@ -250,13 +250,13 @@ class Run:
     rows: list[dict] = field(default_factory=list)
 
     def name(self, stem: str) -> str:
-        """Return the name of the results: with _cpu where there is no GPU, and with an unusual dtype."""
+        """Return the name of the results, with _cpu without a GPU, and with a dtype that is not the default."""
         default = torch.bfloat16 if self.timer.on_gpu else torch.float32
         dtype = "" if self.dtype == default else f"_{str(self.dtype).removeprefix('torch.')}"
         return stem + ("" if self.timer.on_gpu else "_cpu") + dtype
 
     def measure_ceilings(self) -> None:
-        """Time a large product and a large copy, which every row's floor comes from: the best medians of three."""
+        """Measure the rates of a large product and a large copy, which give the floors: best medians of three."""
         timer = self.timer
         side = 256 if self.smoke else 2048 if not timer.on_gpu else 4096 if self.dtype == torch.float32 else 8192
         left, right = (torch.randn(side, side, device=self.device).to(self.dtype) for _ in range(2))
@@ -291,7 +291,7 @@ class Run:
 def open_run(options: argparse.Namespace, on_cpu: bool = False) -> Run:
     """Find the device and the facts of a run.
 
-    Without a GPU there must be a smoke run or, in fp32 and PyTorch alone, `on_cpu`.
+    Without a GPU it must be a smoke run, or `on_cpu` (fp32, PyTorch only).
     """
     if not (torch.cuda.is_available() or options.smoke or on_cpu):
         raise SystemExit("a CUDA GPU is needed and PyTorch finds none; --smoke runs tiny shapes on a CPU instead")
@@ -299,7 +299,7 @@ def open_run(options: argparse.Namespace, on_cpu: bool = False) -> Run:
         raise SystemExit("TRITON_INTERPRET is set: unset it to measure the kernels on this GPU")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if options.smoke:
-        print("smoke run: tiny shapes, to see that everything runs. The times below mean nothing.\n")
+        print("smoke run: tiny shapes, as a test. The times below mean nothing.\n")
     dtype = options.dtype or (
         "float32" if on_cpu and device.type == "cpu" else "float16" if options.smoke and not on_cpu else "bfloat16"
     )
@@ -316,7 +316,7 @@ def open_run(options: argparse.Namespace, on_cpu: bool = False) -> Run:
 
 def _facts(device: torch.device) -> dict[str, object]:
     found = provenance()
-    if found["commit"].startswith(("installed", "unknown")):  # a copy of the tree that is not a git checkout
+    if found["commit"].startswith(("installed", "unknown")):  # not a git checkout
         found["commit"] = os.environ.get("COMMIT", found["commit"])
     facts = {key: found[key] for key in ("commit", "torch", "device")} | {"driver": "none"}
     if device.type == "cuda":
@@ -332,9 +332,9 @@ def run_shapes(
     measure: Callable[[str, object, Run, argparse.Namespace], list[dict]],
     stem: Callable[[argparse.Namespace], str],
 ) -> int:
-    """Measure the shapes that --shapes names, writing the rows after each; 1 where something is red.
+    """Measure the shapes of --shapes and write the rows after each; return 1 if a row is red.
 
-    The parser has the benchmark's own options; tables are of a GPU, a CPU and a smoke run; `stem` names the results.
+    `tables` are the shapes of a GPU, a CPU and a smoke run; `stem` returns the name of the results.
     """
     on_gpu, on_cpu, smoke = tables
     names = f"{', '.join(on_gpu)}; on a CPU {', '.join(on_cpu)}"
@@ -342,7 +342,7 @@ def run_shapes(
     add_options(parser)
     options = parser.parse_args(argv)
     if options.smoke and not (torch.cuda.is_available() or INTERPRETED):
-        # the flag is read when Triton is imported, which timm does: too late for this process
+        # Triton reads the variable when it is imported, which timm has done in this process
         command = [sys.executable, script, *(sys.argv[1:] if argv is None else argv)]
         return subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, check=False).returncode
     run = open_run(options, on_cpu=not options.smoke)
@@ -354,7 +354,7 @@ def run_shapes(
     name = run.name(stem(options))
     for label in chosen:
         run.rows += measure(label, shapes[label], run, options)
-        run.report(name, quiet=True)  # keeps what is measured if the rest is cut short
+        run.report(name, quiet=True)  # in case the run is interrupted
     run.report(name)
     return int(any(row.get("red") for row in run.rows))
 
@@ -363,9 +363,9 @@ def run_shapes(
 
 
 def earlier_rows(path: Path, measured: Iterable[dict], keys: Sequence[str], facts: dict | None = None) -> list[dict]:
-    """Read a file's rows that are not measured again, which differ from all of `measured` in one of the keys.
+    """Read the rows of a file that are not in `measured` by their keys.
 
-    Rows that other facts were true of, where some are given, are dropped.
+    With `facts`, drop rows of other facts, such as another device.
     """
     if not path.exists():
         return []
@@ -381,9 +381,9 @@ def earlier_rows(path: Path, measured: Iterable[dict], keys: Sequence[str], fact
 def write_results(
     name: str, rows: list[dict], table: str, folder: Path = RESULTS, more: dict[str, object] | None = None
 ) -> list[Path]:
-    """Write `name`.json (rows and provenance) and `name`.md (the table and how it was made); return the paths.
+    """Write `name`.json (rows and provenance) and `name`.md (table and command); return the paths.
 
-    `more` is added to the provenance, and replaces facts of the same name.
+    `more` is added to the provenance and replaces facts of the same name.
     """
     facts = provenance() | (more or {})
     folder.mkdir(parents=True, exist_ok=True)

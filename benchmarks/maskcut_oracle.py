@@ -1,4 +1,4 @@
-"""MaskCut by its definition, densely, in float64: the oracle of test_maskcut.py and the peer of bench_maskcut.py."""
+"""MaskCut by its dense definition in float64: the oracle of test_maskcut.py and the peer of bench_maskcut.py."""
 
 from collections import deque
 
@@ -7,14 +7,14 @@ import scipy.linalg
 
 
 def affinity(features: np.ndarray, tau: float, epsilon: float) -> np.ndarray:
-    """Return A: 1 where the cosine passes τ, else ε; a patch without features is linked to none, itself included."""
+    """Return A: 1 where the cosine exceeds τ, else ε. A patch of zeros is not linked, not even to itself."""
     norms = np.linalg.norm(features, axis=1, keepdims=True)
     unit = np.divide(features, norms, out=np.zeros_like(features), where=norms > 0)
     return np.where(unit @ unit.T > tau, 1.0, epsilon)
 
 
 def second_eigenvector(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return (λ₂, λ₃) and v₂ of (D − A)v = λDv, v₂ with max |v| = 1 and the first of its largest entries positive."""
+    """Return (λ₂, λ₃) and v₂ of (D − A)v = λDv; max |v₂| is 1, and its first largest entry is positive."""
     degrees = np.diag(matrix.sum(axis=1))
     last = min(2, len(matrix) - 1)
     values, vectors = scipy.linalg.eigh(degrees - matrix, degrees, subset_by_index=[1, last])
@@ -24,12 +24,12 @@ def second_eigenvector(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def first(values: np.ndarray, extreme: float) -> int:
-    """Find the first entry that differs from the extreme one by less than 1e-4, as equal patches do."""
+    """Return the index of the first entry within 1e-4 of the extreme one; equal patches differ by less."""
     return int(np.flatnonzero(np.abs(values - extreme) <= 1e-4)[0])
 
 
 def object_of(vector: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-    """Do steps 3 and 4: split at the mean, corner rule, flood fill from the seed through the four neighbours."""
+    """Return the object's mask: split at the mean, corner rule, flood fill from the seed over four neighbours."""
     picture = vector.reshape(grid)
     foreground = picture > picture.mean()
     seed = np.unravel_index(first(vector, vector.max()), grid)
@@ -51,7 +51,7 @@ def object_of(vector: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
 def maskcut_oracle(
     features: np.ndarray, grid: tuple[int, int], num_objects: int, tau: float, solve=second_eigenvector
 ) -> np.ndarray:
-    """Return masks [n, rows, columns] of one image's features [P, C]; `solve` replaces `second_eigenvector`."""
+    """Return the masks [n, rows, columns] of an image with features [P, C]."""
     features = features.astype(np.float64).copy()
     masks = np.zeros((num_objects, *grid), bool)
     painted = np.zeros(grid, bool)
@@ -59,7 +59,7 @@ def maskcut_oracle(
     for turn in range(num_objects):
         features[painted.ravel()] = 0.0
         matrix = affinity(features, tau, 1e-5)
-        if (matrix == 1).sum() == (~painted).sum() ** 2:  # all that are left are linked to each other: no cut
+        if (matrix == 1).sum() == (~painted).sum() ** 2:  # all remaining patches are linked: no cut
             break
         _, vector = solve(matrix)
         mask = object_of(vector, grid)

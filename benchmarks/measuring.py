@@ -1,6 +1,6 @@
 """Problems, their peers, and the measurement of peers in turn: gate, first call, memory, times.
 
-A peer that fails or is wrong has rows that say why. A smoke run goes the same way on a CPU, with Triton's interpreter
+A peer that fails or is wrong has rows with the reason. A smoke run does the same on a CPU, with Triton's interpreter
 and a wall clock.
 """
 
@@ -22,23 +22,23 @@ from torch import Tensor
 
 from crate_fast.accuracy import judge
 
-MAX_LOGITS_FRACTION = 0.1  # of the GPU's memory: a peer that would write more logits is not tried
-MAX_LOGITS_FRACTION_CPU = 0.5  # of the machine's memory: beyond it the system kills a process without a message
-PEER_TOLERANCE = 0.05  # relative norm by which a peer's output and gradients may differ from float64
+MAX_LOGITS_FRACTION = 0.1  # of the GPU's memory; a peer that writes more logits is left out
+MAX_LOGITS_FRACTION_CPU = 0.5  # of the machine's memory; with more, the system may kill the process
+PEER_TOLERANCE = 0.05  # limit of the relative norm of a peer's difference from float64
 
 
 class WrongResult(ValueError):
-    """A result that is not what the problem asks for: its peer gets no time."""
+    """A wrong result. Its peer has no times."""
 
 
 def relative_difference(found: Tensor, expected: Tensor) -> float:
-    """Return the norm of the difference over the norm of what is expected."""
+    """Return the norm of the difference over the norm of `expected`."""
     return ((found - expected).norm() / expected.norm().clamp_min(1e-30)).item()
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Arithmetic and memory traffic of one pass that moves each tensor once."""
+    """FLOPs of a pass, and its memory traffic if each tensor is moved once."""
 
     flops: float
     moved_bytes: float
@@ -49,21 +49,21 @@ class Cost:
 
 @dataclass(frozen=True)
 class Peer:
-    """An implementation that a problem is measured with."""
+    """An implementation to measure."""
 
     name: str
-    build: Callable[[], Callable[..., Tensor]]  # called once a problem, so that compiled code is the problem's own
-    ours: bool = False  # this package's default, which `check` judges by the tests' rule
+    build: Callable[[], Callable[..., Tensor]]  # called once per problem, so that each has its own compiled code
+    ours: bool = False  # this package's default, judged by the tests' rule
     compiles: bool = False  # its first call takes seconds
     quadratic: bool = False  # it writes all logits to memory
-    smoke: bool = False  # a smoke run includes it
+    smoke: bool = False  # included in a smoke run
 
 
 @dataclass(frozen=True)
 class Problem:
     """Inputs, the output's gradient, and the cost of each pass.
 
-    Passes are timed in training mode: forward builds the graph and keeps what backward needs.
+    Passes are timed in training mode: forward builds the graph and keeps the activations for backward.
     """
 
     hides_host: ClassVar[bool] = True
@@ -75,13 +75,13 @@ class Problem:
     cost: dict[str, Cost]  # by pass
     reference: Callable[..., Tensor]  # eager PyTorch, for `check`
     names: str  # of the output and the gradients, separated by spaces
-    part: Callable[[Tensor], Tensor] = lambda tensor: tensor  # of a tensor with a batch in front, to check
-    training: bool = True  # else "inference" alone, for a caller who has turned gradients off, and without a check
+    part: Callable[[Tensor], Tensor] = lambda tensor: tensor  # selects the checked part of a tensor [B, …]
+    training: bool = True  # else "inference" only, without gradients and check
     autocast: torch.dtype | None = None  # the forward's dtype under autocast
-    logits_bytes: float = 0.0  # written by a peer that materialises all logits once
+    logits_bytes: float = 0.0  # of all logits, written once
 
     def forward(self, function: Callable[..., Tensor]) -> Tensor:
-        """Apply the function to the inputs, under autocast where the problem asks for it."""
+        """Apply the function to the inputs, under autocast if the problem has it."""
         cast = nullcontext() if self.autocast is None else torch.autocast(self.grad.device.type, self.autocast)
         with cast:
             return function(*self.inputs)
@@ -108,7 +108,7 @@ class Problem:
 
     @cached_property
     def expected(self) -> tuple[list[Tensor], list[Tensor]]:
-        """The reference's results on the checked part: in the problem's dtype, and in float64."""
+        """The reference's results on the checked part, in the problem's dtype and in float64."""
         inputs = tuple(self.part(tensor.detach()).requires_grad_() for tensor in self.inputs)
         grad = self.part(self.grad)
         eager = replace(self, inputs=inputs, grad=grad).results(self.reference)
@@ -116,13 +116,13 @@ class Problem:
         return eager, replace(self, inputs=exact, grad=grad.double(), autocast=None).results(self.reference)
 
     def gate(self, run: "Run") -> None:
-        """Prepare `check`; an error here counts as ours."""
+        """Prepare `check`. An error here counts as an error of ours."""
 
     def check(self, peer: Peer, found: list[Tensor], again: Callable[[], list[Tensor]]) -> float | None:
         """Return the largest difference from float64, as a relative norm.
 
         Raises:
-            WrongResult: Ours breaks the tests' rule, or a second run gives other bits; a peer is far from float64.
+            WrongResult: Ours breaks the tests' rule or has other bits in a second run; a peer is far from float64.
         """
         if not self.training:
             return None
@@ -156,14 +156,14 @@ class Problem:
 
 
 def error_in_a_line(error: Exception, caught: Sequence[warnings.WarningMessage] = ()) -> str:
-    """Format an error in a line, with the warnings that explain it (SDPA says there why a backend cannot run)."""
+    """Format an error in one line, with the warnings in which SDPA explains why a backend cannot run."""
     hints = dict.fromkeys(str(warning.message).split("\n")[0].split(" (Triggered")[0] for warning in caught)
     text = " ".join([f"{type(error).__name__}: {str(error).strip()}", *hints])
     return " ".join(text.split())[:600]
 
 
 def too_many_logits(logits_bytes: float, device: torch.device) -> str | None:
-    """Say why logits of this size are not tried on a device; None if they are."""
+    """Return why logits of this size are left out on a device, or None if they are not."""
     if device.type == "cuda":
         owner, limit = "GPU", MAX_LOGITS_FRACTION
         memory = torch.cuda.get_device_properties(device).total_memory
@@ -177,7 +177,7 @@ def too_many_logits(logits_bytes: float, device: torch.device) -> str | None:
 
 
 class _Measurement:
-    """A problem's peers: the ready ones, and why the others are not; `red` ones are ours, wrong or failed."""
+    """The peers of a problem: those that are ready, and the reasons of the others. Red: ours is wrong or failed."""
 
     def __init__(self, problem: Problem, peers: list[Peer], run: Run):
         self.problem, self.peers, self.run = problem, peers, run
@@ -191,10 +191,10 @@ class _Measurement:
         print(f"{self.problem.label}, {peer.name}: {word}, {reason}", file=sys.stderr, flush=True)
 
     def attempt(self, peer: Peer, action: Callable[[], object]) -> object:
-        """Return the action's result; None where the peer is out, or fails and is then left out.
+        """Return the action's result, or None if the peer fails, or was left out before.
 
         Raises:
-            RuntimeError: The GPU no longer answers this process, in which nothing more can be measured.
+            RuntimeError: The GPU no longer responds to this process, which can measure nothing more.
         """
         if peer.name in self.reasons:
             return None
@@ -202,12 +202,12 @@ class _Measurement:
             warnings.simplefilter("always")
             try:
                 return action()
-            except Exception as error:  # a peer may fail as it likes; its rows say how
+            except Exception as error:  # a peer may raise any error; its rows have it
                 reason, wrong = error_in_a_line(error, caught), isinstance(error, WrongResult)
         if peer.ours or (peer.name.startswith("ours") and (wrong or self.run.timer.on_gpu)):
             self.red.add(peer.name)
         self.leave_out(peer, reason)
-        self.run.timer.free_memory()  # here, where the error no longer holds what it interrupted
+        self.run.timer.free_memory()  # outside the handler, where the error no longer keeps tensors alive
         self.run.timer.synchronize()
         return None
 
@@ -234,7 +234,7 @@ class _Measurement:
         return function, facts | {"peak_mib": self.problem.peak_mib(peer, function, self.run)}
 
     def times(self) -> dict[tuple[str, Peer], tuple[Plan, list[float]]]:
-        """Measure every pass and peer in turn: milliseconds of every call."""
+        """Measure every pass and peer in turn; return the milliseconds of every call."""
         steps = {}
         for what, peer in product(self.problem.cost, self.peers):
             if peer.name in self.ready:
@@ -244,16 +244,16 @@ class _Measurement:
 
 
 def measure_peers(problem: Problem, peers: list[Peer], run: Run) -> list[dict]:
-    """Measure every pass and peer of a problem; if the first peer is ours, the others' times are compared with it.
+    """Measure every pass and peer of a problem; if the first peer is ours, compare the others with it.
 
     Returns:
-        A row for each pass and peer; those of a peer that did not run have "latency_ms" None and a "reason", and
-        where a form of ours was wrong or failed "red".
+        A row for each pass and peer. If the peer did not run, "latency_ms" is None and "reason" is set; "red" is True
+        if a form of ours was wrong or failed.
 
     Raises:
-        RuntimeError: The GPU no longer answers this process.
+        RuntimeError: The GPU no longer responds to this process.
     """
-    torch.compiler.reset()  # what other problems compiled would count against the limit of recompilations
+    torch.compiler.reset()  # code of other problems counts against the limit of recompilations
     measurement = _Measurement(problem, peers, run)
     measurement.start()
     measured, reasons, rows = measurement.times(), measurement.reasons, []

@@ -1,13 +1,13 @@
-"""Whole models as problems: the released form, ours and a ViT of the same sizes, what they must agree on, their cost.
+"""Whole models as problems: the released form, ours and a ViT of the same sizes, their gate and their cost.
 
 Compiled peers are `torch.compile(model, dynamic=False)` in its default mode; loss and optimiser stay outside. In a
 smoke run the backend is "eager", which traces as they do and generates no code.
 
-The gate. In fp32 ours must agree with the released form within `TIGHT` (one parameter's gradient of an
-autoencoder within 5 %). Under autocast every peer that computes the same is compared on the whole batch with the
-released form in fp32. It may be twice as far from it as the released form under autocast, plus `SLACK`: that
-finds what is broken, and the operators' tests judge rounding. Where the released form runs out of memory, ours with
-`backend="torch"` takes its place.
+The gate. In fp32 ours must agree with the released form within `TIGHT` (each parameter's gradient of an autoencoder
+within 5 %). Under autocast every peer of the same function is compared on the whole batch with the released form in
+fp32. It may differ by twice the difference of the released form under autocast, plus `SLACK`: this finds broken
+models; the operators' tests judge rounding. If the released form runs out of memory, ours with `backend="torch"`
+replaces it.
 """
 
 import tempfile
@@ -36,20 +36,20 @@ from crate_fast.model import ALPHA_OPTIONS
 from crate_fast.train.cost import Flops, count_flops
 
 RELEASED, OURS, VIT = "released", "ours", "ViT (timm)"
-VISIBLE = "ours, visible only"  # MAE's own form, whose encoder sees a quarter of the patches: something else
-UNFUSED = "ours, PyTorch"  # `backend="torch"`: stands in for the released form where that runs out of memory
+VISIBLE = "ours, visible only"  # MAE's own form, another function: the encoder gets a quarter of the patches
+UNFUSED = "ours, PyTorch"  # `backend="torch"`: replaces the released form if that runs out of memory
 ONNX = "ours, onnxruntime"  # on a CPU: the file of `crate-fast export`
 COMPILED = ", compiled"  # behind a peer's name
 TRAINING, INFERENCE = "training step", "inference"
 MASK_RATIO = 0.75
-CHUNK_LOGITS = 2**30  # of all layers, computed at once by the gate: 16 GiB or so as the released form keeps them
+CHUNK_LOGITS = 2**30  # of all layers at once in the gate: about 16 GiB in the released form
 
 OUTPUT, GRADIENT, WORST = "output", "gradient", "a parameter's gradient"
-# Rounding that moves a ReLU's argument across zero changes one parameter's gradient by up to a few 1e-3 of its norm;
-# a scale that is off by 2 %, or a missing term, changes some parameter's by more than 1e-2.
+# Rounding that moves a ReLU's argument across zero changes one parameter's gradient by up to a few 1e-3 of its norm.
+# A scale that is 2 % wrong, or a missing term, changes the gradient of some parameter by more than 1e-2.
 TIGHT = {OUTPUT: 1e-4, GRADIENT: 1e-3, WORST: 1e-2}  # in fp32
-# In bf16 such ReLUs are many: on a few images the gradient of either form was 1 to 6 % from fp32's, one parameter's 6
-# to 25 %, and which was nearer changed with the images. So these come on top of twice the other form's distance.
+# In bf16 there are many such ReLUs. On a few images the gradient of either form differed from fp32's by 1 to 6 %, one
+# parameter's by 6 to 25 %, and the closer form changed with the images. So these are added to twice the difference.
 SLACK = {OUTPUT: 0.01, GRADIENT: 0.1, WORST: 0.3}
 
 
@@ -58,10 +58,10 @@ class Size:
     """A model and its batch."""
 
     width: int  # C
-    depth: int  # layers, twice that in an autoencoder
+    depth: int  # layers; an autoencoder has twice as many
     heads: int  # H, each C/H wide
-    patch: int  # its side in pixels, as the image's
-    on_gpu: int  # images in a batch
+    patch: int  # side in pixels
+    on_gpu: int  # images per batch
     on_cpu: int
     image: int = 224
     masked: bool = False  # a CRATE-MAE
@@ -84,7 +84,7 @@ class Size:
         return self.depth * (1 + self.masked)
 
     def batch(self, device: torch.device) -> int:
-        """Return the images in a batch on this kind of device."""
+        """Return the number of images per batch on this kind of device."""
         return self.on_gpu if device.type == "cuda" else self.on_cpu
 
 
@@ -94,7 +94,7 @@ def kind_of(peer: str) -> str:
 
 
 def build_model(peer: str, size: Size) -> nn.Module:
-    """Build a peer's model, not yet compiled, its weights drawn by PyTorch's generator."""
+    """Build a peer's model, not compiled, with random weights."""
     kind = kind_of(peer)
     backend = {"backend": "torch"} if kind == UNFUSED else {}
     if size.masked or kind == VIT:
@@ -114,7 +114,7 @@ def build_model(peer: str, size: Size) -> nn.Module:
 
 
 def _make_inputs(size: Size, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Draw images [B, 3, S, S], and labels [B] or, for an autoencoder, the noise [B, patches] that hides patches."""
+    """Draw images [B, 3, S, S], and labels [B], or for an autoencoder the noise [B, patches] of the mask."""
     options = {"generator": torch.Generator(device).manual_seed(1), "device": device}
     images = torch.randn(batch, 3, size.image, size.image, **options)
     if size.masked:
@@ -123,7 +123,7 @@ def _make_inputs(size: Size, batch: int, device: torch.device) -> tuple[Tensor, 
 
 
 class Trial:
-    """A peer with its batch and optimiser, whose step size 0 keeps the weights."""
+    """A peer with its batch and optimiser; the learning rate is 0, so the weights stay."""
 
     def __init__(
         self,
@@ -131,10 +131,10 @@ class Trial:
         size: Size,
         batch: int,
         device: torch.device,
-        what: str,  # TRAINING (forward, loss, backward, optimiser) or INFERENCE (forward alone)
-        cast: torch.dtype | None,  # autocast's
-        state: dict[str, Tensor] | None = None,  # weights, for peers that share them; else drawn from a seed
-        sdpa: SDPBackend | None = None,  # of scaled_dot_product_attention; None: PyTorch's choice
+        what: str,  # TRAINING (forward, loss, backward, optimiser) or INFERENCE (forward)
+        cast: torch.dtype | None,  # dtype of autocast
+        state: dict[str, Tensor] | None = None,  # shared weights; None: random from a seed
+        sdpa: SDPBackend | None = None,  # backend of scaled_dot_product_attention; None: PyTorch's choice
         compiler: str = "inductor",  # torch.compile's backend
     ):
         self.cast, self.sdpa = cast, sdpa
@@ -221,7 +221,7 @@ def _exported(model: nn.Module) -> Callable[[Tensor], Tensor]:
 
 
 def fastest_sdpa(size: Size, batch: int, timer: Timer, device: torch.device, dtype: torch.dtype) -> SDPBackend | None:
-    """Find SDPA's fastest backend on a ViT's tensors, forward and backward; None where none runs."""
+    """Return SDPA's fastest backend on a ViT's tensors, forward and backward, or None if none runs."""
     shape = (batch, size.n_tokens, 3, size.heads, size.width // size.heads)
     qkv, times = torch.randn(shape, device=device).to(dtype).requires_grad_(), {}
     for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
@@ -239,9 +239,9 @@ def fastest_sdpa(size: Size, batch: int, timer: Timer, device: torch.device, dty
 
 
 def differences(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
-    """Compare two models by relative norms: of the output, of the whole gradient, the largest of a parameter's.
+    """Return relative norms of the differences: of the output, the whole gradient, and the worst parameter gradient.
 
-    Both hold "output", and the gradients by their parameters' names, if there are any.
+    Both dictionaries have "output" and any gradients by parameter name.
     """
     if found.keys() != expected.keys():
         raise ValueError(f"gradients of other parameters: {sorted(found.keys() ^ expected.keys())}")
@@ -259,7 +259,7 @@ def differences(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[s
 
 @cache
 def meta_model(kind: str, size: Size) -> nn.Module:
-    """Build a model with shapes and no data."""
+    """Build a model on the meta device."""
     with torch.device("meta"):
         return build_model(kind, size)
 
@@ -270,11 +270,11 @@ def _flops(kind: str, size: Size) -> Flops:
 
 
 def cost(peer: str, size: Size, batch: int, what: str, dtype: torch.dtype) -> Cost:
-    """Count the FLOPs (of `count_flops`, whatever a peer computes) and bytes of one pass of a batch.
+    """Count the FLOPs (by `count_flops`, equal for all forms of a model) and bytes of one pass of a batch.
 
-    The images are read; each weight is read in fp32 by the forward and by the backward pass, its gradient written,
-    and AdamW reads weight, gradient and two moments and writes all but the gradient; each layer's output is written
-    and read once, and in training read once more, its gradient written and read, all in `dtype`.
+    The images are read. Each weight is read in fp32 by forward and by backward, and its gradient is written; AdamW
+    reads weight, gradient and two moments and writes all but the gradient. Each layer's output is written and read
+    once, in `dtype`; in training it is read once more, and its gradient is written and read.
     """
     kind = kind_of(peer) if peer.startswith((VIT, VISIBLE)) else OURS
     model = meta_model(kind, size)
@@ -293,7 +293,7 @@ def cost(peer: str, size: Size, batch: int, what: str, dtype: torch.dtype) -> Co
 class ModelProblem:
     """A model, its batch and one pass."""
 
-    hides_host: ClassVar[bool] = False  # a host that is slower than the device counts
+    hides_host: ClassVar[bool] = False  # a slow host counts
 
     label: str  # name in messages
     size: Size
@@ -317,17 +317,17 @@ class ModelProblem:
 
     @property
     def logits_bytes(self) -> float:
-        """Bytes of logits that the released form writes in fp32: three copies of a layer's, of all in training."""
+        """Bytes of the released form's logits in fp32: three copies for one layer, or for all layers in training."""
         layers = self.size.n_layers if self.what == TRAINING else 1
         return 12.0 * layers * self.batch * self.size.heads * self.size.n_tokens**2
 
     def trial(self, peer: str, cast: torch.dtype | None, **options) -> Trial:
-        """Make a peer ready for its steps; those that compute the same have the same weights."""
+        """Make the trial of a peer; all but the ViT share their weights."""
         state = None if peer.startswith(VIT) else self.state
         return Trial(peer, self.size, self.batch, self.device, self.what, cast, state, **options)
 
     def results(self, trial: Trial) -> dict[str, Tensor]:
-        """Return output and gradients of the whole batch at once."""
+        """Return output and gradients of the whole batch, computed at once."""
         return trial.outcome(self.batch)
 
     def passes(self, trial: Trial) -> dict[str, Step]:
@@ -335,14 +335,14 @@ class ModelProblem:
         return {self.what: Step(lambda _: trial.step())}
 
     def check(self, peer: Peer, results: dict[str, Tensor], _ours: object) -> None:
-        """Raise an error where a peer differs from the truth; a ViT's numbers must be finite."""
+        """Raise WrongResult if a peer differs from the truth, or is not finite."""
         if not all(bool(tensor.isfinite().all()) for tensor in results.values()):
             raise WrongResult("not finite")
         if self.truth and not peer.name.startswith((VIT, VISIBLE)):
             self.judge(peer.name, differences(results, self.truth), self.allowed)
 
     def judge(self, peer: str, found: dict[str, float], allowed: dict[str, float]) -> None:
-        """Print the differences of a peer; WrongResult where one is too large."""
+        """Print the differences of a peer; raise WrongResult if one is too large."""
         shown = ", ".join(f"{name} {value:.1e} (≤ {allowed[name]:.1e})" for name, value in found.items())
         print(f"{self.label}, {peer}: differs from {self.fields['compared_with']!r} in fp32 by {shown}", flush=True)
         if wrong := [name for name, value in found.items() if not value <= allowed[name]]:
@@ -363,7 +363,7 @@ class ModelProblem:
         return peak_mib(partial(_fresh_step, peer.name, self.size, self.batch, self.what, self.cast))
 
     def cost_of(self, peer: Peer, what: str) -> Cost:
-        """Return the cost of a pass; see `cost`."""
+        """Return the cost of a pass."""
         return cost(peer.name, self.size, self.batch, what, self.cast or torch.float32)
 
     # --- the gate -------------------------------------------------------------------------------------------------
@@ -375,7 +375,7 @@ class ModelProblem:
         return outcome
 
     def gate(self, run: Run) -> None:
-        """Find the truth and how far peers under autocast may be from it; WrongResult where ours differs in fp32."""
+        """Compute the truth and the allowed differences under autocast; raise WrongResult if ours differs in fp32."""
         reference, truth = RELEASED, None
         if not (self.device.type == "cpu" and too_many_logits(self.logits_bytes, self.device)):
             with suppress(torch.OutOfMemoryError):
@@ -396,7 +396,7 @@ def _fresh_step(peer: str, size: Size, batch: int, what: str, cast: torch.dtype 
 
 
 def make_problem(name: str, size: Size, what: str, run: Run, fields: dict[str, object]) -> ModelProblem:
-    """Make the problem, its weights drawn from a seed; `fields` are added to those of its rows."""
+    """Make the problem, with weights from a seed; `fields` are added to its rows."""
     batch = size.batch(run.device)
     cast = None if run.dtype == torch.float32 else run.dtype
     dtype = str(run.dtype).removeprefix("torch.")
@@ -409,7 +409,7 @@ def make_problem(name: str, size: Size, what: str, run: Run, fields: dict[str, o
 
 
 def peers(problem: ModelProblem, names: list[str], run: Run) -> list[Peer]:
-    """Make the peers of these names, in their order; the others are compared with the first."""
+    """Make the named peers, in order; the others are compared with the first."""
     sdpa = None
     if any(name.startswith(VIT) for name in names):
         sdpa = fastest_sdpa(problem.size, problem.batch, run.timer, problem.device, problem.cast or torch.float32)

@@ -1,7 +1,7 @@
-"""The released CRATE, rebuilt from its description: the peer of benchmarks and parity tests.
+"""The released CRATE, rebuilt from its description, as a peer in benchmarks and parity tests.
 
-Eager PyTorch exactly as the released code computes: three products in ISTA, logits and attention written to memory,
-the tied tensor copied per head. Same parameter names and initial distributions.
+It computes in eager PyTorch exactly as the released code: three products in ISTA, logits and attention weights in
+memory, the tied tensor copied per head. Parameter names and initial distributions are the same.
 """
 
 import torch
@@ -78,11 +78,11 @@ class _Patchify(nn.Module):
 
 
 class ReleasedCRATE(nn.Module):
-    """A classifier of images [B, channels, S, S], as the released code computes its logits.
+    """The released classifier of images [B, channels, S, S].
 
     Args:
         image_size, patch_size: S and the side of a patch, in pixels.
-        num_classes, dim, depth, heads, dim_head, channels, pool: As `crate_fast.CRATE`'s.
+        num_classes, dim, depth, heads, dim_head, channels, pool: As in `crate_fast.CRATE`.
         ista: Step size η. sparsity: λ.
     """
 
@@ -132,7 +132,7 @@ class _OvercompleteSparsify(nn.Module):
 
 
 class ReleasedCRATEAlpha(nn.Module):
-    """CRATE-α, as the released inference code computes its logits. Arguments as `ReleasedCRATE`'s."""
+    """CRATE-α as in the released inference code. Arguments as in `ReleasedCRATE`."""
 
     def __init__(self, *, image_size: int, patch_size: int, num_classes: int, dim: int, depth: int, heads: int):
         super().__init__()
@@ -184,13 +184,13 @@ class _Projection(nn.Module):
 
 
 class ReleasedCRATEMAE(nn.Module):
-    """The released CRATE-MAE: all tokens encoded, mask tokens among them; square images and grids only.
+    """The released CRATE-MAE, which encodes all tokens with mask tokens among them. Images must be square.
 
-    Its random draw is an argument here: `noise` [B, N] decides which patches stay.
+    The random draw is an argument: `noise` [B, N] chooses the visible patches.
 
     Args:
         img_size, patch_size: Sides in pixels.
-        embed_dim, depth, num_heads: Sizes of the encoder. decoder_depth: `depth` when None.
+        embed_dim, depth, num_heads: Sizes of the encoder. decoder_depth: `depth` if None.
         norm_pix_loss: Normalise the targets by patch.
     """
 

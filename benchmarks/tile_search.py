@@ -1,7 +1,7 @@
-"""Candidate tiles of each kernel, the problems they are measured on, and one measurement.
+"""Candidate tiles of each kernel, the problems to measure them on, and the measurement of one candidate.
 
-`gpu_check.py` compiles every candidate first, leaves out what spills or does not fit, and times the rest. The best go
-to found_tiles.json; this prints them as rows of kernels/launch.py:
+`gpu_check.py` first compiles every candidate, leaves out those that spill or do not fit, and times the others. It
+writes the best to found_tiles.json. This command prints them as rows of kernels/launch.py:
 
     python benchmarks/tile_search.py found_tiles.json
 """
@@ -27,11 +27,15 @@ from crate_fast.kernels.launch import Launch, Tile, architecture, find, recorded
 from crate_fast.reference import subspace_attention_reference
 
 TOLERANCE = 2e-2  # relative norm of the difference from float64; bf16 rounds to 4e-3
-CALLS = 30  # in a measurement
-CHECKED_ROWS = 512  # at both ends of a product
+CALLS = 30  # per measurement
+CHECKED_ROWS = 512  # at each end of a product
 REHEARSED = bool(os.environ.get("GPU_CHECK_REHEARSE"))
 TIMED = {"short": (256, 197, 12), "long": (64, 785, 12), "rows": 256 * 197}  # B, N, H: B16 and B8
-WARMED = {"short": (2, 197, 12), "long": (2, 785, 12), "rows": 16 * 197}  # compile to the same, in little memory
+WARMED = {
+    "short": (2, 197, 12),
+    "long": (2, 785, 12),
+    "rows": 16 * 197,
+}  # compile to the same code and need little memory
 WIDTH = 768
 if REHEARSED:
     TIMED = WARMED = {"short": (1, 70, 2), "long": (1, 130, 1), "rows": 96}
@@ -51,8 +55,8 @@ _GRADIENT = [
     *((128, 64, 8, 2), (128, 64, 8, 3), (128, 32, 8, 2), (64, 64, 4, 2), (64, 64, 4, 3)),
     *((64, 32, 4, 2), (64, 64, 8, 2)),
 ]
-# The likeliest first: time may end before the rest. Compiled for sm_90 by Triton 3.6 all fit; what spilled is left
-# out. At 197 tokens whole heads differ by warps and, in their second launch, by stages alone.
+# The most promising come first, because time may run out. All fit on sm_90 with Triton 3.6; tiles that spilled are
+# left out. At 197 tokens the tiles of whole heads differ only by warps and, in the second launch, by stages.
 CANDIDATES: dict[str, list[Tile]] = {
     "attention_forward": [
         *_grid((128, 64, 8, 3), (64, 64, 4, 3), (128, 128, 8, 3), (128, 64, 4, 3), (128, 64, 8, 2), (128, 64, 4, 2)),
@@ -74,18 +78,18 @@ SMALL = {"attention": Tile(32, 32, 4, 1), "whole_head": Tile(64, 32, 4, 1), "oth
 
 @dataclass(frozen=True)
 class Problem:
-    """Launches that a candidate is run on."""
+    """Launches to measure a candidate on."""
 
     name: str  # of the shape
-    plan: Callable[[Tile], list[Launch]]  # makes a tile's launches, one after the other
-    output: Tensor  # written by them; filled with NaN before
+    plan: Callable[[Tile], list[Launch]]  # makes a tile's launches, in order
+    output: Tensor  # written by them; filled with NaN first
     found: Callable[[], Tensor]  # reads the part to compare
     expected: Tensor  # that part in float64
-    alternative: Callable[[], object] | None = None  # PyTorch's own way
+    alternative: Callable[[], object] | None = None  # PyTorch's way
 
 
 def items() -> list[dict]:
-    """List every candidate, the table's own tile first; kernels take turns, so that a short run has some of each."""
+    """List every candidate, the table's tile first; kernels alternate, so that a short run has some of each."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     lists = []
     for kernel, tiles in CANDIDATES.items():
@@ -107,7 +111,7 @@ def items() -> list[dict]:
 
 
 def _source(tile: Tile) -> str:
-    """Format a tile as kernels/launch.py has it."""
+    """Format a tile as in kernels/launch.py."""
     sizes = [tile.block_m, tile.block_n, tile.num_warps, tile.num_stages] + [tile.block_k] * bool(tile.block_k)
     words = [str(size) for size in sizes]
     flags = {field.name: field.default for field in fields(Tile) if isinstance(field.default, bool)}
@@ -120,7 +124,7 @@ def _source(tile: Tile) -> str:
 
 @cache
 def problems(kernel: str, timed: bool = True) -> tuple[Problem, ...]:
-    """Make the kernel's problems on tensors like those of training, bf16 on a GPU; smaller unless they are timed."""
+    """Make the kernel's problems on tensors like those of training, bf16 on a GPU; small ones unless `timed`."""
     sizes = TIMED if timed else WARMED
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     generator = torch.Generator(device).manual_seed(0)
@@ -168,7 +172,7 @@ def _attention(kernel: str, shape: tuple[int, ...], random: Callable) -> Problem
 
 
 def _product(kernel: str, rows: int, stored: torch.dtype | None, random: Callable) -> Problem:
-    """Make x + aWᵀ as autocast has it (`stored` fp32, LayerNorm in front of ISTA), or all in half precision."""
+    """Make x + aWᵀ as under autocast (`stored` fp32, LayerNorm before ISTA), or all in half precision."""
     from crate_fast.kernels import product
     from crate_fast.kernels.layer_norm import Norm, normalize
 
@@ -221,7 +225,7 @@ def _weight_gradient(n_rows: int, random: Callable) -> Problem:
 
 
 def warm(item: dict) -> dict:
-    """Compile a candidate, run it once on each problem, check it: registers, spills, shared memory, error."""
+    """Compile a candidate and check it on each problem; return registers, spills, shared memory and error."""
     compiled, error = [], 0.0
     for problem in problems(item["kernel"], timed=False):
         one, difference = _run_once(problem, Tile(**item["tile"]))
@@ -236,7 +240,7 @@ def warm(item: dict) -> dict:
 
 
 def _run_once(problem: Problem, tile: Tile) -> tuple[list, float]:
-    """Return the compiled kernels of a tile and the relative norm of its error; ValueError where it is wrong."""
+    """Return the compiled kernels of a tile and its relative error; raise ValueError if it is wrong."""
     problem.output.fill_(torch.nan)
     compiled = [
         launch.kernel[launch.grid](**launch.arguments, **launch.constants, **launch.options)
@@ -246,11 +250,11 @@ def _run_once(problem: Problem, tile: Tile) -> tuple[list, float]:
     error = ((found - problem.expected).norm() / problem.expected.norm()).item()
     if not error <= TOLERANCE:
         raise ValueError(f"wrong at {problem.name}: differs from float64 by {error:.1%} of the norm")
-    return [kernel for kernel in compiled if kernel is not None], error  # the interpreter returns none
+    return [kernel for kernel in compiled if kernel is not None], error  # None in the interpreter
 
 
 def time_tile(item: dict, timer: Timer) -> dict:
-    """Time a candidate on each problem, and PyTorch's own way; "latency_ms" is the geometric mean."""
+    """Time a candidate and PyTorch's alternative on each problem; "latency_ms" is the geometric mean."""
     shapes, others = {}, {}
     for problem in problems(item["kernel"]):
         _run_once(problem, Tile(**item["tile"]))
@@ -271,7 +275,7 @@ def _milliseconds(timer: Timer, call: Callable[[], object]) -> float:
 
 
 def row_source(row: dict) -> str:
-    """Format a row of found_tiles.json as kernels/launch.py has it."""
+    """Format a row of found_tiles.json as in kernels/launch.py."""
     if row["tile"] is None:
         return f"    # {row['kernel']}, {row['precision']}, {row['architecture']}: slower than blocks of rows, no row"
     width, tile = f", {row['block_d']}" if row["block_d"] else "", _source(Tile(**row["tile"]))

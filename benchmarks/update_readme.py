@@ -1,6 +1,7 @@
-"""Put the measured tables into README.md and docs/, between their markers: `python benchmarks/update_readme.py`.
+"""Write the measured tables into README.md and docs/, between their markers.
 
-python benchmarks/update_readme.py --from FOLDER      # after a GPU check: copy its results first
+python benchmarks/update_readme.py
+python benchmarks/update_readme.py --from FOLDER      # first copy the results of a GPU check
 """
 
 import argparse
@@ -21,11 +22,11 @@ ROOT = Path(__file__).parent.parent
 PAGES = ("README.md", *(f"docs/{page}.md" for page in ("evaluation", "training", "results/gpu", "results/cpu")))
 NOT_MEASURED = "Not yet measured: no GPU run has been committed.\n"
 OURS = "ours"
-KEYS = ("problem", "pass", "peer")  # of a measured row
+KEYS = ("problem", "pass", "peer")  # identify a measured row
 
 
 def cpu_table(file: str = "cpu", dtype: str = "fp32") -> str:
-    """Make the table of speed and memory beside what a user would run instead, from a result of bench_cpu.py."""
+    """Make the table of speed and memory of ours and its peers from a result of bench_cpu.py."""
     content = json.loads((RESULTS / f"{file}.json").read_text())
     found: dict[tuple, dict[str, dict]] = {}
     for row in content["rows"]:
@@ -60,14 +61,14 @@ def cpu_table(file: str = "cpu", dtype: str = "fp32") -> str:
 
 
 def _cell(row: dict | None, show: Callable[[dict], object]) -> object:
-    """Show a measured row; "**red**" where ours was wrong or failed, "n/a" where nothing was measured."""
+    """Format a measured row; "**red**" if ours was wrong or failed, "n/a" if nothing was measured."""
     if row is None or row["latency_ms"] is None:
         return "**red**" if row is not None and row.get("red") else "n/a"
     return show(row)
 
 
 def _problems(rows: list[dict]) -> list[dict]:
-    """Make a line for each problem and whole pass: ours, and how many times as fast it is as each peer."""
+    """Make a line for each problem and whole pass: ours, and its speed relative to each peer."""
     found: dict[tuple[str, str], dict[str, dict]] = {}
     for row in rows:
         if row["pass"] not in ("forward", "backward"):
@@ -111,20 +112,20 @@ def _gpu_tables(results: Path, names: tuple[str, ...], root: str = "") -> list[s
 
 
 def gpu_table(results: Path = RESULTS) -> str:
-    """Make the tables of a GPU check, subspace attention and ISTA; a sentence where there are no results."""
+    """Make the tables of a GPU check, subspace attention and ISTA, or a sentence if there are no results."""
     return "\n".join(_checks(results) + _gpu_tables(results, ("mssa", "ista"))) or NOT_MEASURED
 
 
 def models_table(results: Path = RESULTS) -> str:
-    """Make the tables of whole models on a GPU; a sentence where there are no results."""
+    """Make the tables of whole models on a GPU, or a sentence if there are no results."""
     return "\n".join(_gpu_tables(results, ("crate_gpu", "growth_gpu"), "../../")) or NOT_MEASURED
 
 
-# --- what a GPU check has brought back ----------------------------------------------------------------------------
+# --- results of a GPU check ---------------------------------------------------------------------------------------
 
 
 def _checks(results: Path) -> list[str]:
-    """Count the probes and GPU tests that passed, and name the others, from gpu_check.json."""
+    """Count the passed probes and GPU tests in gpu_check.json, and name the others."""
     path = results / "gpu_check.json"
     if not path.exists():
         return []
@@ -142,9 +143,8 @@ def _checks(results: Path) -> list[str]:
 def take(source: Path, results: Path = RESULTS) -> None:
     """Copy the rows of a GPU check into the results.
 
-    Measured rows go to the file of their benchmark, in place of those of the same problem, pass and peer; the other
-    rows, without output, to gpu_check.json, in place of those of the same stages. `source` is a
-    gpu_check_….tar.gz, or a folder with some.
+    Measured rows replace those of the same problem, pass and peer in their benchmark's file. The other rows, without
+    output, replace those of the same stages in gpu_check.json. `source` is a gpu_check_….tar.gz or a folder of them.
     """
     archives = sorted(source.glob("gpu_check_*.tar.gz")) if source.is_dir() else [source]
     if not archives:
@@ -159,7 +159,7 @@ def take(source: Path, results: Path = RESULTS) -> None:
     for bench, name in names.items():
         measured = [row["row"] for row in rows if row.get("bench") == bench]
         if measured:
-            found: dict[tuple, dict] = {}  # the first that has a time counts
+            found: dict[tuple, dict] = {}  # the first row with a time
             for row in measured:
                 old = found.setdefault(tuple(row[key] for key in KEYS), row)
                 if old["latency_ms"] is None and row["latency_ms"] is not None:
@@ -178,7 +178,7 @@ def _facts(row: dict) -> dict:
 
 
 def maskcut_table() -> str:
-    """Make the table of MaskCut against SciPy's eigensolvers, from maskcut.json."""
+    """Make the table of MaskCut and SciPy's eigensolvers from maskcut.json."""
     content = json.loads((RESULTS / "maskcut.json").read_text())
     images = [row for row in content["rows"] if row["kind"] == "image"]
     growth = [row for row in content["rows"] if row["kind"] == "growth"]
@@ -210,7 +210,7 @@ def maskcut_table() -> str:
 
 
 def data_table() -> str:
-    """Make the table of the cost of loading an image, from data.json."""
+    """Make the table of the cost of loading an image from data.json."""
     content = json.loads((RESULTS / "data.json").read_text())
     by_name = {row["what"]: row for row in content["rows"]}
     goal = content["goal_images_per_s"]
@@ -245,7 +245,7 @@ def data_table() -> str:
 
 
 def updated(text: str) -> str:
-    """Return a page with its tables made anew."""
+    """Return a page with new tables."""
     makers = {
         "cpu": cpu_table,
         "cpu-bf16": partial(cpu_table, "cpu_bfloat16", "bf16"),
@@ -262,9 +262,9 @@ def updated(text: str) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Rewrite the pages, with the results of a GPU check if there are some."""
+    """Rewrite the pages; with --from, copy the results of a GPU check first."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--from", type=Path, dest="source", metavar="TAR_OR_FOLDER", help="of gpu_check.py")
+    parser.add_argument("--from", type=Path, dest="source", metavar="TAR_OR_FOLDER", help="results of gpu_check.py")
     options = parser.parse_args(argv)
     if options.source:
         take(options.source)

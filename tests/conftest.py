@@ -31,10 +31,10 @@ def pytest_configure(config):
 
 
 def pytest_sessionstart():
-    """Spare Triton's interpreter what takes half of a small launch's time.
+    """Halve the time of small launches in Triton's interpreter.
 
-    It patches triton.language at each launch and each call of a device function, computes whether integers overflow
-    and tells nobody, and builds a dictionary for each dtype that it looks up.
+    Patch triton.language once per function instead of at every call, cache its dtypes, and skip the check for integer
+    overflow, whose result is unused.
     """
     from triton.runtime import interpreter
 
@@ -55,12 +55,11 @@ def pytest_sessionstart():
 
 
 def pytest_collection_modifyitems(items):
-    # else one process still runs them when the others are done
-    items.sort(key=lambda item: item.path.name not in LONGEST)
+    items.sort(key=lambda item: item.path.name not in LONGEST)  # the longest files start first
 
 
 def pytest_collection_finish():
-    gc.freeze()  # no garbage collection looks through what all test files have imported
+    gc.freeze()  # garbage collection then skips the imported modules
 
 
 def pytest_runtest_setup(item):
@@ -80,13 +79,13 @@ def _seed():
 
 @pytest.fixture(scope="session")
 def device() -> torch.device:
-    """Where the kernels run: a GPU, or the CPU through Triton's interpreter."""
+    """The device of the kernels: a GPU, or the CPU through Triton's interpreter."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.fixture
 def bfloat16(device):
-    """On a CPU, the kernels take bf16 and Triton's interpreter rounds as a GPU; a GPU needs nothing for it."""
+    """Let the kernels run in bf16 on a CPU, with a GPU's rounding. A GPU needs no change."""
     if device.type == "cuda":
         yield
         return
@@ -98,8 +97,8 @@ def bfloat16(device):
 
 @pytest.fixture
 def poisoned(device, monkeypatch):
-    """Uninitialised memory is NaN, so that an element a kernel forgets shows; and in the interpreter no address is
-    outside of a launch's tensors, where a GPU may stop."""
+    """Fill uninitialised memory with NaN, so that unwritten elements show. In the interpreter, also refuse addresses
+    outside the launch's tensors, which a GPU may not notice."""
     if device.type == "cpu":
         _guard_addresses(monkeypatch)
     torch.use_deterministic_algorithms(True)
@@ -113,7 +112,7 @@ def _guard_addresses(monkeypatch) -> None:
 
     from crate_fast.kernels.launch import Launch
 
-    tensors, run = [], Launch.run  # (first address, first one behind) of the running launch's
+    tensors, run = [], Launch.run  # (first address, end address) of each tensor of the running launch
 
     def guarded_run(launch):
         given = [value for value in launch.arguments.values() if isinstance(value, torch.Tensor) and value.numel()]
@@ -126,7 +125,7 @@ def _guard_addresses(monkeypatch) -> None:
             used = pointers.data[np.broadcast_to(args[place_of_mask].data, pointers.data.shape)]
             if used.size:
                 start, end = int(used.min()), int(used.max()) + pointers.get_element_ty().primitive_bitwidth // 8
-                assert any(first <= start and end <= behind for first, behind in tensors), "outside of every tensor"
+                assert any(first <= start and end <= last for first, last in tensors), "outside every tensor"
             return access(builder, pointers, *args, **options)
 
         return checked_access
@@ -152,21 +151,21 @@ def refuses(capsys):
 
 @pytest.fixture(scope="module")
 def no_figures():
-    """Runs of the module draw nothing: see `runs.without_figures`."""
+    """Skip the figures of the module's training runs."""
     from runs import without_figures
 
     from crate_fast.train import report
 
     with pytest.MonkeyPatch.context() as patch:
         for name in ("curve_figure", "image_grid"):
-            patch.setattr(report, name, getattr(report, name))  # put back afterwards
+            patch.setattr(report, name, getattr(report, name))  # so that the context restores it
         without_figures()
         yield
 
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """Contents of figures of pictures: (rows, titles) of each, in place of its files."""
+    """Image grids as a list of (rows, titles), instead of files."""
     found = []
     grid = "crate_fast.eval.common.figures.image_grid"
     monkeypatch.setattr(grid, lambda rows, paths, **titles: found.append((rows, titles)))
@@ -175,7 +174,7 @@ def drawn(monkeypatch):
 
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory):
-    """The folder of a finished run on shape_scenes, 32 px, with checkpoints at steps 4 and 8."""
+    """Folder of a finished run on shape_scenes, 32 px, with checkpoints at steps 4 and 8."""
     from crate_fast.train import pretrain
 
     folder = tmp_path_factory.mktemp("run") / "tiny"
@@ -203,7 +202,7 @@ def run(_opened_run, tmp_path):
 
 @pytest.fixture
 def untouched_results():
-    """The benchmarks' committed results are not written."""
+    """Fail if the test writes the committed benchmark results."""
     import harness
 
     def results() -> set[tuple[str, float]]:
@@ -216,7 +215,7 @@ def untouched_results():
 
 @pytest.fixture
 def pretended_gpu(monkeypatch):
-    """A timer that takes the GPU's way through the code; an event stands for a millisecond since the one before."""
+    """Timer that runs the GPU code path on a CPU. Its events are 1 ms apart."""
     import harness
 
     clock = iter(range(10**6))

@@ -1,4 +1,4 @@
-"""Helpers of the explorer's tests: a served explorer, and pictures good and bad."""
+"""Helpers of the explorer's tests: a running server and picture files."""
 
 import threading
 import time
@@ -21,7 +21,7 @@ SHIPPED = ("shipped:CRATE", "shipped:ViT", "shipped:CRATE@untrained")
 
 
 def explorer_with(*models: str, folder: Path | None = None, **opening) -> Explorer:
-    """An explorer of models named as on the command line, and of a folder's pictures or of scenes alone."""
+    """Return an explorer of models, named as on the command line, with a folder's pictures or only scenes."""
     opening = {"device": "cpu", "image_size": None, "model_args": None, "seed": 0} | opening
     choices = [choice for model in models for choice in model_choices(model)]
     with mock.patch("crate_fast.eval.explore.pictures.free_photographs", dict):
@@ -30,7 +30,7 @@ def explorer_with(*models: str, folder: Path | None = None, **opening) -> Explor
 
 @contextmanager
 def served(explorer: Explorer, hosts=("127.0.0.1", "localhost")) -> Iterator[str]:
-    """The address of a server of the explorer, for as long as the block lasts."""
+    """Serve the explorer inside the block, and yield its address."""
     server = uvicorn.Server(uvicorn.Config(application(explorer, hosts), port=0, log_level="warning"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
@@ -44,11 +44,6 @@ def served(explorer: Explorer, hosts=("127.0.0.1", "localhost")) -> Iterator[str
 
 
 def picture_file(seed: int = 0, size: tuple[int, int] = (96, 64), kind: str = "PNG", **options) -> bytes:
-    """A file with blocks of colours that the seed draws, width × height."""
+    """Return an image file of random coloured blocks; `size` is (width, height)."""
     blocks = np.random.default_rng(seed).integers(0, 256, (4, 6, 3), dtype=np.uint8)
     return encoded(Image.fromarray(blocks).resize(size, Image.Resampling.NEAREST), kind, **options)
-
-
-def huge_file() -> bytes:
-    """A small file of 100 megapixels."""
-    return encoded(Image.new("1", (10000, 10000)))

@@ -11,7 +11,7 @@ from crate_fast.train.config import TrainConfig
 
 
 def encoded(picture: Image.Image, kind: str = "PNG", **options) -> bytes:
-    """Return a picture as the content of a file."""
+    """Return a picture as file content."""
     file = io.BytesIO()
     picture.save(file, kind, **options)
     return file.getvalue()
@@ -23,7 +23,7 @@ def grey(value: int) -> bytes:
 
 
 def write_tree(root: Path, files: dict[str, bytes]) -> Path:
-    """Write files, by their paths below `root`."""
+    """Write files, given by their paths below `root`; return `root`."""
     for name, content in files.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(content)
@@ -31,7 +31,7 @@ def write_tree(root: Path, files: dict[str, bytes]) -> Path:
 
 
 def write_tar(path: Path, members, format: int = tarfile.PAX_FORMAT) -> Path:
-    """Write (name, content) or (name, type of link, target) as a tar archive, and the folders above it."""
+    """Write (name, content) or (name, link type, target) members as a tar archive."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w", format=format) as archive:
         for name, *rest in members:
@@ -45,7 +45,7 @@ def write_tar(path: Path, members, format: int = tarfile.PAX_FORMAT) -> Path:
 
 
 def coco_box(identity: int, image: int, category: int, x: int, y: int, w: int, h: int, crowd: int = 0) -> dict:
-    """Return COCO's annotation of an object that fills a box."""
+    """Return a COCO annotation of an object that fills a box."""
     shape = {"bbox": [x, y, w, h], "area": w * h, "segmentation": [[x, y, x + w, y, x + w, y + h, x, y + h]]}
     return {"id": identity, "image_id": image, "category_id": category, "iscrowd": crowd, **shape}
 

@@ -1,4 +1,4 @@
-"""Judges kernels by the rule of `crate_fast.accuracy`, against the float64 reference on the rounded inputs."""
+"""Checks of kernels by `crate_fast.accuracy`, against the float64 reference on the rounded inputs."""
 
 import importlib.util
 import sys
@@ -9,21 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from crate_fast.accuracy import clear_of_threshold, gradients, judge, spread_tokens, token_scale
-
-__all__ = [
-    "agrees",
-    "all_within_twice_eager",
-    "clear_of_threshold",
-    "gradients",
-    "is_right",
-    "model_gradients",
-    "mutant",
-    "spread_tokens",
-    "token_scale",
-    "tokens_and_gradient",
-    "within_twice_eager",
-]
+from crate_fast.accuracy import gradients, judge, token_scale
 
 
 def within_twice_eager(actual: Tensor, eager: Tensor, truth: Tensor, label: str) -> bool:
@@ -34,45 +20,36 @@ def within_twice_eager(actual: Tensor, eager: Tensor, truth: Tensor, label: str)
 
 
 def all_within_twice_eager(actual: Iterable, eager: Iterable, truth: Iterable, names: str) -> bool:
-    """`within_twice_eager` for each of several tensors; all are judged, so that every error is printed."""
+    """Return True if `within_twice_eager` holds for every tensor; print all errors."""
     rows = zip(actual, eager, truth, names.split(), strict=True)
     verdicts = [within_twice_eager(*row) for row in rows]
     return all(verdicts)
 
 
 def tokens_and_gradient(shape: tuple[int, ...], dtype: torch.dtype, device) -> tuple[Tensor, Tensor]:
-    """Return subspace tokens [B, N, H, D] of the usual scale, and a gradient."""
+    """Return subspace tokens [B, N, H, D] at `token_scale`, and a gradient."""
     w = (torch.randn(shape) * token_scale(shape[1], shape[3])).to(dtype)
     return w.to(device), torch.randn(shape).to(dtype).to(device)
 
 
-def algebra_is_right(actual: Iterable, eager: Iterable, truth: Iterable) -> bool:
+def algebra_is_right(actual: Iterable, eager: Iterable, truth: Sequence) -> bool:
     """Return True if each fp32 result's relative error is at most twice eager's and 1e-4."""
     errors = [
-        [
-            ((result - true).norm() / true.norm().clamp_min(1e-30)).item()
-            for result, true in zip(results, truth, strict=True)
-        ]
+        [((a - b).norm() / b.norm().clamp_min(1e-30)).item() for a, b in zip(results, truth, strict=True)]
         for results in (actual, eager)
     ]
     print(errors)
     return all(error <= 2 * allowed + 1e-4 for error, allowed in zip(*errors, strict=True))
 
 
-def is_right(actual: Sequence[Tensor], eager: Iterable, truth: Iterable, names: str) -> bool:
-    """Return `algebra_is_right` of fp32 results, which the interpreter shows, else `all_within_twice_eager`."""
+def is_right(actual: Sequence[Tensor], eager: Iterable, truth: Sequence, names: str) -> bool:
+    """Judge fp32 results by `algebra_is_right`, others by `all_within_twice_eager`."""
     if actual[0].dtype == torch.float32:
         return algebra_is_right(actual, eager, truth)
     return all_within_twice_eager(actual, eager, truth, names)
 
 
-def agrees(
-    ours: Callable[..., Tensor],
-    reference: Callable[..., Tensor],
-    inputs: Sequence[Tensor],
-    names: str,
-    grad: Tensor | None = None,
-) -> bool:
+def agrees(ours: Callable, reference: Callable, inputs: Sequence[Tensor], names: str, grad=None) -> bool:
     """Return True if our output and gradients are within twice the error of the reference in the same dtype."""
     grad = torch.randn_like(reference(*inputs)) if grad is None else grad
     actual, eager = (gradients(function, inputs, grad) for function in (ours, reference))
@@ -81,7 +58,7 @@ def agrees(
 
 
 def model_gradients(model: torch.nn.Module, images: Tensor, autocast: torch.dtype | None = None) -> dict[str, Tensor]:
-    """Return a model's "output", and by name the gradients of the sum of its squares, added up in fp32 at least."""
+    """Return a model's "output" and its parameters' gradients by name; the loss is the sum of squared outputs."""
     model.zero_grad()
     with torch.autocast(images.device.type, autocast, enabled=autocast is not None):
         output = model(images)
@@ -91,9 +68,9 @@ def model_gradients(model: torch.nn.Module, images: Tensor, autocast: torch.dtyp
 
 
 def mutant(module, mutation: Sequence[str], folder: Path, user=None):
-    """A copy of a module in which one passage says something else; an error where it is not there just once.
+    """Return a copy of a module with one passage replaced, which must occur once.
 
-    With `user`, a copy of that module which imports from the changed one instead.
+    With `user`, return a copy of that module which imports the changed one.
     """
     source = Path(module.__file__).read_text()
     assert source.count(mutation[0]) == 1, f"{mutation[0]!r} is not in {module.__file__} once"

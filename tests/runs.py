@@ -1,4 +1,4 @@
-"""Tiny runs as a user starts them, here or in further processes, and single steps: for the tests of training."""
+"""Helpers of the training tests: tiny runs, in this process or in others, and single training steps."""
 
 import contextlib
 import faulthandler
@@ -38,9 +38,7 @@ TINY = [
     *("--segmentation-samples", "12", "--threads", "1", "--seed", "3", "--device", "cpu"),
 ]
 
-
-CPU = torch.device("cpu")
-ALONE = Processes(0, 0, 1, CPU)
+ALONE = Processes(0, 0, 1, torch.device("cpu"))
 SIZES = {"image_size": 32, "patch_size": 8, "dim": 32, "depth": 2, "heads": 2, "batch_size": 8, "epochs": 1}
 
 
@@ -50,14 +48,14 @@ def tiny_config(**settings) -> TrainConfig:
 
 
 def trainer(processes: Processes = ALONE, **settings) -> Trainer:
-    """A trainer of a tiny model for single steps, four an epoch, on `batches`: it reads and writes nothing."""
+    """Return a trainer of a tiny model for steps on `batches`, four per epoch. It reads and writes no files."""
     config = tiny_config(**settings)
     data = DataSplits(range(4 * config.batch_size), range(8), tuple("abcdefghijkl"), None)
     return Trainer(config, Path("unused"), data, processes, Interruption())
 
 
 def batches(trainer: Trainer) -> list[Batch]:
-    """Micro-batches of noise for all steps of a trainer."""
+    """Return micro-batches of noise for all steps of a trainer."""
     generator, size = torch.Generator().manual_seed(1), trainer.config.batch_size // trainer.config.accumulate
     return [
         Batch(
@@ -76,29 +74,21 @@ def steps(trainer: Trainer, count: int = 4) -> Iterator[StepResult]:
 
 
 def without_figures() -> None:
-    """Let runs of this process draw nothing, which is most of a tiny run's time."""
+    """Skip the figures of this process's runs; drawing is most of a tiny run's time."""
     for name in ("curve_figure", "image_grid"):
         setattr(report, name, lambda *arguments, **options: None)
 
 
 class Forked:
-    """A run in processes forked from one that has imported everything, so that they start at once; like a `Popen`.
+    """A run with the interface of `Popen`, in processes forked from one that has imported everything.
 
-    The processes are set up as by torchrun, on as many hosts as `hosts`, and run the Python code `before` first. With
-    `restarts` one process is torchrun's agent, which forks the others and restarts them as often.
+    The processes have torchrun's environment, on `hosts` hosts, and first run the Python code `before`. With
+    `restarts` one process is torchrun's agent: it forks the others and restarts them that often.
     """
 
-    def __init__(
-        self,
-        argv: list[str],
-        processes: int = 1,
-        hosts: int = 1,
-        script: str = "pretrain",
-        before: str = "",
-        restarts: int | None = None,
-    ):
+    def __init__(self, argv: list[str], processes=1, hosts=1, script="pretrain", before="", restarts=None):
         port = str(free_port())
-        self.log = tempfile.NamedTemporaryFile("r", suffix=".log")  # noqa: SIM115  (open as long as this object)
+        self.log = tempfile.NamedTemporaryFile("r", suffix=".log")  # noqa: SIM115  (stays open)
         self.processes = []
         for rank in range(processes):
             local = processes // hosts
@@ -135,7 +125,7 @@ class Forked:
             process.join(max(0.0, deadline - time.time()))
             if process.exitcode is None:
                 self.kill()
-                raise TimeoutError(f"after {timeout} s it still runs:\n{self.log.read()}")
+                raise TimeoutError(f"still running after {timeout} s:\n{self.log.read()}")
         return self.log.read(), None
 
 
@@ -147,7 +137,7 @@ def _main(script: str, argv: list[str], environment: dict[str, str], log: str, b
     os.environ.update(environment)
     os.chdir(ROOT)
     _write_to(log)
-    multiprocessing.set_start_method("fork", force=True)  # of loading processes, as for a user
+    multiprocessing.set_start_method("fork", force=True)  # the data loaders' default
     without_figures()
     exec(before, {})
     main = importlib.import_module(f"crate_fast.train.{script}").main
@@ -161,7 +151,7 @@ def _write_to(log: str) -> None:
 
 
 def _under_agent(main: Callable[[list[str]], int], argv: list[str]) -> None:
-    """Do as `torchrun --max-restarts`, with processes forked from this one, until a signal."""
+    """Act as `torchrun --max-restarts` with processes forked from this one."""
     processes, restarts, port = map(int, os.environ["AGENT"].split())
     where = {"rdzv_backend": "static", "rdzv_endpoint": f"127.0.0.1:{port}", "rdzv_configs": {"rank": 0}}
     config = LaunchConfig(
@@ -171,13 +161,13 @@ def _under_agent(main: Callable[[list[str]], int], argv: list[str]) -> None:
     def until_its_end(argv: list[str]) -> None:
         status = main(argv)
         sys.stdout.flush()
-        os._exit(status)  # a process that returns waits for the agent, which a signal has ended
+        os._exit(status)  # returning would wait for the agent, which a signal may have ended
 
     elastic_launch(config, until_its_end)(argv)
 
 
 class ForkedPython:
-    """`subprocess.Popen` of a Python command as `isolation.Process` uses it, forked as a `Forked` is."""
+    """Stand-in for `subprocess.Popen` in `isolation.Process`: a Python command in a forked process."""
 
     def __init__(self, command: list[str], cwd: Path, stdout: io.TextIOBase, env: dict[str, str], **_):
         self.process = _FORKED.Process(target=_run_python, args=(command[1:], cwd, stdout.name, env))
@@ -188,7 +178,7 @@ class ForkedPython:
         return self.process.exitcode
 
     def wait(self, seconds: float) -> None:
-        self.process.kill()  # where it did not yet lead the group that has been killed
+        self.process.kill()  # it may not have been in the killed process group yet
         self.process.join(seconds)
         if self.process.exitcode is None:
             raise subprocess.TimeoutExpired("python", seconds)
@@ -215,12 +205,12 @@ def _run_python(words: list[str], folder: Path, log: str, environment: dict[str,
 
 @contextlib.contextmanager
 def forked_python(module, fresh: str):
-    """Inside, isolation.py (imported as `module`) forks Python commands, but for those with the word `fresh`."""
+    """Let isolation.py (imported as `module`) fork Python commands, except those that contain the word `fresh`."""
 
     def start(command: list[str], **options) -> ForkedPython | subprocess.Popen:
         return (subprocess.Popen if fresh in command else ForkedPython)(command, **options)
 
-    first = _FORKED.Process(target=int)  # waits for the imports, so that no command's time limit does
+    first = _FORKED.Process(target=int)  # waits for the imports, which then count in no command's time limit
     first.start()
     first.join()
     names = {name: getattr(subprocess, name) for name in ("DEVNULL", "STDOUT", "TimeoutExpired")}
@@ -234,7 +224,7 @@ def start(*arguments: str, **how) -> Forked:
 
 
 def run(*arguments: str, status: int = 0, script: str = "pretrain", **how) -> str:
-    """Do a tiny run to its end, in this process unless `how` asks for others, and return what it printed."""
+    """Do a tiny run and return what it printed. It runs in this process unless `how` asks for others."""
     if how.get("processes", 1) > 1 or "before" in how:
         process = start(*arguments, script=script, **how)
         text, _ = process.communicate()
@@ -247,16 +237,14 @@ def run(*arguments: str, status: int = 0, script: str = "pretrain", **how) -> st
 
 
 def free_port() -> int:
-    """Return a TCP port that nobody listens on."""
+    """Return a free TCP port."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
 
 
-def wait_until(
-    condition: Callable[[], object], process: Forked | subprocess.Popen | None = None, seconds: float = 300
-) -> None:
-    """Wait until the condition holds; the process must not end before."""
+def wait_until(condition: Callable, process: Forked | subprocess.Popen | None = None, seconds: float = 300) -> None:
+    """Wait until the condition holds; fail if the process ends first."""
     deadline = time.time() + seconds
     while not condition():
         assert process is None or process.poll() is None, process.communicate()[0]
@@ -275,7 +263,7 @@ def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> boo
 
 
 def back_to(folder: Path, step: int, copy: Path) -> Path:
-    """Copy a run as it was when it had saved a step, and return the copy's folder."""
+    """Copy a run as it was after it saved a step; return the copy's folder."""
     shutil.copytree(folder, copy)
     for later in (copy / "checkpoints").glob("step_*"):
         if int(later.name[5:]) > step:

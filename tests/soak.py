@@ -2,9 +2,9 @@
 
     python tests/soak.py --output SOAK --every 25 -- --dataset folder --data-dir DATA --val-split test …
 
-The words after `--` are options of train/pretrain.py. Two processes train on a CPU, with gloo. Three kinds of kill
-come at random moments: kill -9 of one process (torchrun restarts all); kill -9 of all, torchrun too (started again
-with --resume); SIGTERM to torchrun. Not collected by pytest; docs/results/soak.md has a run of an hour.
+The words after `--` are options of train/pretrain.py. Two processes train on a CPU, with gloo. They are killed at
+random moments in one of three ways: kill -9 of one process (torchrun restarts all); kill -9 of all and torchrun
+(started again with --resume); SIGTERM to torchrun. Not collected by pytest; docs/results/soak.md reports one hour.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def children(pid: int) -> list[int]:
 
 
 def _kill(kind: str, process: subprocess.Popen, draw: random.Random) -> None:
-    """Kill; torchrun survives the first kind only."""
+    """Kill in the given way; torchrun survives only the first."""
     pids = children(process.pid)
     if kind == KINDS[0] and pids:
         os.kill(draw.choice(pids), signal.SIGKILL)
@@ -56,7 +56,7 @@ def _kill(kind: str, process: subprocess.Popen, draw: random.Random) -> None:
 
 
 def disturb(folder: Path, words: list[str], every: float, seed: int) -> dict:
-    """Run to the end through kills, in the mean `every` seconds apart; return counts and times for the report."""
+    """Run to the end through kills, on average `every` seconds apart; return counts and times for the report."""
     draw, kinds, saving, lost = random.Random(seed), Counter(), 0, []
     began, log = time.time(), folder.with_suffix(".log")
     process = _start(folder, words, log)
@@ -89,33 +89,26 @@ def disturb(folder: Path, words: list[str], every: float, seed: int) -> dict:
 def _step(folder: Path) -> int:
     try:
         return max((entry["step"] for entry in entries(folder)), default=0)
-    except (OSError, ValueError):  # not there yet, or a line being written
+    except (OSError, ValueError):  # no file yet, or an unfinished line
         return 0
 
 
 def compare(first: Path, second: Path) -> dict[str, bool]:
     """Compare the last checkpoints of two runs bit by bit."""
     step = checkpoint.newest(first / "checkpoints")
-    states = [
-        checkpoint.load(run / "checkpoints", step).training["trainer"]["optimizer"]["state"]
-        for run in (first, second)
-    ]
-    moments = all(
-        torch.equal(torch.as_tensor(value), torch.as_tensor(states[1][name][key]))
-        for name, moment in states[0].items()
-        for key, value in moment.items()
-    )
+    saved = [checkpoint.load(run / "checkpoints", step).training["trainer"]["optimizer"] for run in (first, second)]
+    moments = [{(p, k): torch.as_tensor(v) for p, m in one["state"].items() for k, v in m.items()} for one in saved]
     values = [[{k: v for k, v in e.items() if k != "images_per_s"} for e in entries(run)] for run in (first, second)]
     return {
         "weights": same(weights(first, step), weights(second, step)),
         "ema": same(weights(first, step, "ema"), weights(second, step, "ema")),
-        "optimizer": moments,
+        "optimizer": same(*moments),
         "metrics": values[0] == values[1],
     }
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Soak; return 0 if the two runs end alike."""
+    """Run the soak test; return 0 if the two runs end with equal states."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output", type=Path, required=True, help="folder for both runs and report.json")
     parser.add_argument("--every", type=float, default=25.0, help="mean seconds between kills")

@@ -1,4 +1,4 @@
-"""Noise, entropies and correlations by hand; every figure of the command end to end."""
+"""Noise, entropies and correlations of attention maps against values by hand; every figure of the command."""
 
 import json
 import math
@@ -15,11 +15,11 @@ from crate_fast.eval.common.images import Batch, Sample, Target
 CRATE = ["A=crate_tiny_patch8_224@untrained", "--model-args", "depth=2", "dim=32", "heads=2", "img_size=32"]
 
 
-def test_noise_hits_its_share_of_the_pixels_with_its_deviation():
+def test_noise_has_the_given_share_of_pixels_and_deviation():
     images = torch.full((2, 3, 64, 64), 128, dtype=torch.uint8)
     noisy = add_noise(images, 30, 0.25, seed=0)
     changed = noisy.ne(images).any(dim=1)
-    assert changed.flatten(1).sum(dim=1).tolist() == pytest.approx([1024, 1024], abs=2)  # a draw may round to nothing
+    assert changed.flatten(1).sum(dim=1).tolist() == pytest.approx([1024, 1024], abs=2)  # a draw may round to zero
     assert not torch.equal(changed[0], changed[1])
     chosen = noisy.permute(0, 2, 3, 1)[changed].double()
     assert chosen.std().item() == pytest.approx(30, rel=0.03)
@@ -27,7 +27,7 @@ def test_noise_hits_its_share_of_the_pixels_with_its_deviation():
     assert images.eq(128).all()
 
 
-def test_noise_is_nested_and_scaled():
+def test_more_noise_keeps_the_pixels_of_less_noise_and_scales_with_sigma():
     images = torch.full((1, 3, 32, 32), 128, dtype=torch.uint8)
     few, more, all_ = (add_noise(images, 20, share, seed=3).int() for share in (0.2, 0.6, 1))
     for smaller, larger in ((few, more), (more, all_)):
@@ -59,7 +59,7 @@ def test_noise_depends_on_seed_and_image_number_alone():
     ("sigma", "share", "seed", "message"),
     [(-1, 0.5, 0, "sigma=-1"), (math.inf, 0.5, 0, "sigma=inf"), (9, 1.5, 0, r"share=1\.5"), (9, 1, -1, "seed=-1")],
 )
-def test_bad_noise_is_named(sigma, share, seed, message):
+def test_bad_noise_arguments_are_errors(sigma, share, seed, message):
     with pytest.raises(ValueError, match=message):
         add_noise(torch.zeros(1, 3, 4, 4, dtype=torch.uint8), sigma, share, seed)
     with pytest.raises(ValueError, match="float32"):
@@ -75,7 +75,7 @@ def test_correlation_by_hand():
 
 
 def _brightness_subject() -> SimpleNamespace:
-    """Two heads on a grid of 2 × 3 patches of 2 × 2 pixels: one attends in proportion to brightness, one evenly."""
+    """Return a model of two heads on 2 × 3 patches of 2 × 2 pixels: one attends to brightness, the other evenly."""
 
     def extract(images, layers):
         patches = images.mean(dim=1).unflatten(1, (2, 2)).unflatten(3, (3, 2)).mean(dim=(2, 4)).flatten(1)
@@ -97,21 +97,18 @@ def _batch(patches: list[list[float]], name: str) -> Batch:
 def test_entropy_and_peak_by_hand():
     batches = [_batch([[0, 0, 0], [0, 60, 60]], "a"), _batch([[0, 0, 200], [0, 0, 0]], "b")]
     result = evaluate(_brightness_subject(), batches)
-    assert result["layer"] == 7
-    assert result["grid"] == [2, 3]
+    assert (result["layer"], result["grid"]) == (7, [2, 3])
     assert [image["name"] for image in result["images"]] == ["a", "b"]
     (a, even), (b, _) = (image["heads"] for image in result["images"])
     assert a["entropy"] == pytest.approx(math.log(2), abs=1e-5)
     assert a["entropy_normalised"] == pytest.approx(math.log(2) / math.log(6), abs=1e-5)
-    assert a["peak"] == [1, 1]
-    assert b["peak"] == [0, 2]
+    assert (a["peak"], b["peak"]) == ([1, 1], [0, 2])
     assert b["entropy"] == pytest.approx(0, abs=1e-5)
     assert even["entropy_normalised"] == pytest.approx(1)
     assert result["mean"]["entropy"] == pytest.approx([math.log(2) / 2, math.log(6)], abs=1e-5)
     expected = [[[0, 0, 0], [0, 0.5, 0.5]], [[0, 0, 1], [0, 0, 0]]]
     np.testing.assert_allclose(result["maps"][:, 0], expected, atol=1e-6)
-    assert result["noisy_maps"] is None
-    assert result["noise"] == []
+    assert (result["noisy_maps"], result["noise"]) == (None, [])
 
 
 def test_correlation_with_the_clean_map_falls_with_noise_and_ignores_constant_maps():
@@ -122,7 +119,7 @@ def test_correlation_with_the_clean_map_falls_with_noise_and_ignores_constant_ma
     assert levels[0]["correlation"] == pytest.approx(1)
     assert 0.9999 > levels[1]["correlation"] > 0.98
     assert levels[1]["correlation"] > levels[2]["correlation"] + 0.05
-    assert all(level["per_head"][1] is None for level in levels)  # the even head has nothing to correlate
+    assert all(level["per_head"][1] is None for level in levels)  # the even head's map is constant
     noisy = torch.cat([add_noise(batch.images, 100, 1.0, 0, first=i) for i, batch in enumerate(batches)])
     again = evaluate(_brightness_subject(), [Batch(noisy, [batch.samples[0] for batch in batches])])
     np.testing.assert_array_equal(result["noisy_maps"][2], again["maps"])
@@ -155,7 +152,7 @@ def test_heads_figure_pages_and_files(tmp_path, capsys, monkeypatch):
         assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes(), path.name
 
 
-def test_columns_are_the_heads_asked_for(tmp_path, drawn):
+def test_figure_columns_are_the_requested_heads(tmp_path, drawn):
     _run(tmp_path, "--figure", "semantic", "--heads", "1,mean,0", "--limit", "2", "--style", "overlay")
     (rows, titles) = drawn[0]
     assert titles["column_titles"] == ["image", "object", "head 1", "mean of heads", "head 0"]
@@ -167,7 +164,7 @@ def test_columns_are_the_heads_asked_for(tmp_path, drawn):
     np.testing.assert_array_equal(rows[1][2].over, rows[1][0].pixels)
 
 
-def test_noise_figures_have_a_row_a_level(tmp_path, drawn):
+def test_noise_figures_have_one_row_per_level(tmp_path, drawn):
     results = _run(tmp_path, "--figure", "noise_share", "--levels", "0,0.5,1", "--sigma", "75", "--limit", "2")
     assert len(drawn) == 2
     rows, titles = drawn[1]
@@ -175,7 +172,7 @@ def test_noise_figures_have_a_row_a_level(tmp_path, drawn):
     assert [(row[0].pixels != rows[0][0].pixels).any(axis=-1).mean().round(1) for row in rows] == [0, 0.5, 1]
     image = torch.from_numpy(rows[0][0].pixels).permute(2, 0, 1)[None]
     shown = torch.from_numpy(rows[1][0].pixels).permute(2, 0, 1)[None]
-    assert torch.equal(shown, add_noise(image, 75, 0.5, seed=0, first=1))  # what the maps were made from
+    assert torch.equal(shown, add_noise(image, 75, 0.5, seed=0, first=1))  # the model's input
     levels = results["results"]["A"]["noise"]
     assert [(level["sigma"], level["share"]) for level in levels] == [(75, 0), (75, 0.5), (75, 1)]
     assert levels[0]["correlation"] == pytest.approx(1)
@@ -187,21 +184,20 @@ def test_noise_figures_have_a_row_a_level(tmp_path, drawn):
     assert {level["share"] for level in results["results"]["A"]["noise"]} == {0.5}
 
 
-def test_models_of_different_grids_stand_side_by_side(tmp_path, drawn):
+def test_models_of_different_grids_are_drawn_side_by_side(tmp_path, drawn):
     models = ["A=crate_tiny_patch8_224@untrained", "B=vit_tiny_patch16_224@untrained"]
     models += ["--model-args", "depth=2", "img_size=64"]
     results = _run(tmp_path, "--limit", "2", "--figure", "models", models=models)["results"]
     ((rows, titles),) = drawn
-    assert titles["column_titles"][2:] == [
-        f"{m}\n{h}" for m in ("A, layer 0", "B, layer 1") for h in ("mean of heads", "best head")
-    ]
+    models = ("A, layer 0", "B, layer 1")
+    assert titles["column_titles"][2:] == [f"{m}\n{h}" for m in models for h in ("mean of heads", "best head")]
     assert [picture.pixels.shape for picture in rows[0][2:]] == [(8, 8), (8, 8), (4, 4), (4, 4)]
     with np.load(tmp_path / "B" / "attention.npz") as maps:
         assert any(np.array_equal(rows[0][5].pixels, head) for head in maps["0"])
     assert set(results) == {"A", "B"}
 
 
-def test_the_best_head_is_the_one_on_the_object():
+def test_the_best_head_of_an_image_attends_to_its_object():
     mask = torch.zeros(1, 4, 4, dtype=torch.bool)
     mask[0, :2] = True
     sample = Sample(0, torch.zeros(3, 4, 4, dtype=torch.uint8), (4, 4), Target([1], mask, torch.ones_like(mask[0])))

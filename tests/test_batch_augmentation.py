@@ -1,4 +1,4 @@
-"""Erasing, mixup and cutmix of batches: what they do, that the step decides, and that a run trains with them."""
+"""Random erasing, mixup and cutmix of batches: results, seeding by the step, and bad settings."""
 
 from types import SimpleNamespace
 
@@ -21,14 +21,14 @@ def _augment(batch_size: int = 8, **settings):
     return lambda *arguments: objective.inputs(*arguments)[:2]
 
 
-def test_nothing_asked_for_nothing_done():
+def test_without_settings_a_batch_is_unchanged():
     images, labels = _batch()
     same, targets = _augment()(images.clone(), labels, 0, 0)
     assert torch.equal(same, images)
     assert targets is labels
 
 
-def test_mixup_blends_pairs_and_their_labels_alike():
+def test_mixup_blends_images_and_labels_by_the_same_share():
     images, labels = _batch()
     mixed, targets = _augment(mixup=0.8)(images.clone(), labels, 3, 0)
     share = targets[0, 0].item()  # label 0 with label 3 of the last image
@@ -38,7 +38,7 @@ def test_mixup_blends_pairs_and_their_labels_alike():
     torch.testing.assert_close(targets.sum(dim=1), torch.ones(8))
 
 
-def test_cutmix_labels_are_the_areas():
+def test_cutmix_targets_are_the_shares_of_the_area():
     images, labels = _batch()
     mixed, targets = _augment(cutmix=1.0)(images.clone(), labels, 1, 0)
     own = (mixed == images).all(dim=1).float().mean(dim=(1, 2))
@@ -46,14 +46,14 @@ def test_cutmix_labels_are_the_areas():
     torch.testing.assert_close(targets[torch.arange(8), labels], own)
 
 
-def test_smoothing_is_in_the_mixture_once():
+def test_mixed_targets_are_smoothed_once():
     images, labels = _batch()
     _, targets = _augment(mixup=0.8, label_smoothing=0.2)(images, labels, 3, 0)
     assert targets.min().item() == pytest.approx(0.2 / 4)
     torch.testing.assert_close(targets.sum(dim=1), torch.ones(8))
 
 
-def test_erasing_replaces_a_rectangle_in_some():
+def test_erasing_changes_the_given_share_of_the_images():
     images, labels = _batch()
     erased, targets = _augment(random_erasing=0.5)(images.clone(), labels, 2, 0)
     changed = (erased != images).flatten(1).any(dim=1)
@@ -63,7 +63,7 @@ def test_erasing_replaces_a_rectangle_in_some():
     assert (everywhere != images).flatten(1).any(dim=1).all()
 
 
-def test_step_and_part_decide_and_the_generators_are_left_alone():
+def test_draws_depend_on_step_and_part_and_leave_the_global_generator_alone():
     images, labels = _batch()
     augment = _augment(mixup=0.8, cutmix=1.0, random_erasing=0.5)
     torch.manual_seed(5)
@@ -78,6 +78,6 @@ def test_step_and_part_decide_and_the_generators_are_left_alone():
         assert not torch.equal(first[0], augment(images.clone(), labels, step, part)[0])
 
 
-def test_bad_settings_are_named():
-    with pytest.raises(ValueError, match="need an even number of images per process and micro-batch, not 5"):
+def test_mixup_of_an_odd_batch_is_an_error():
+    with pytest.raises(ValueError, match="has 5 images in a micro-batch"):
         _augment(batch_size=5, mixup=0.5)

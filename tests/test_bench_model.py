@@ -1,4 +1,4 @@
-"""The benchmark of whole models on a CPU: smoke run, gate, peers that fail, operations, tables."""
+"""The benchmark of whole models on a CPU: smoke run, gate, failing peers, operations, tables."""
 
 from argparse import Namespace
 from dataclasses import replace
@@ -21,7 +21,6 @@ from model_problem import (
     VISIBLE,
     VIT,
     Size,
-    build_model,
     make_problem,
     peers,
 )
@@ -36,9 +35,6 @@ def _rows(run: harness.Run) -> dict[tuple[str, str], dict]:
     return {(row["pass"], row["peer"]): row for row in run.rows}
 
 
-# --- running ------------------------------------------------------------------------------------------------------
-
-
 def test_the_smoke_run_measures_every_peer_of_every_part(capsys, untouched_results):
     assert bench_model.main(["--smoke"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -50,29 +46,26 @@ def test_the_smoke_run_measures_every_peer_of_every_part(capsys, untouched_resul
         assert "n/a" not in line
 
 
-def test_growth_and_models_are_not_asked_for_together(capsys):
+def test_growth_and_models_exclude_each_other(capsys):
     with pytest.raises(SystemExit):
         bench_model.main(["--growth", "--models", "T/16"])
     assert "leave --models out" in capsys.readouterr().err
 
 
-def test_a_smoke_run_is_tiny_whatever_is_asked_for():
+def test_a_smoke_run_is_tiny_for_all_options():
     for options in ({"growth": True, "models": None}, {"growth": False, "models": ["B/16"]}):
         parts = bench_model._parts(Namespace(smoke=True, **options), on_gpu=True)
         assert {size.width for _, sizes, *_ in parts for size in sizes.values()} == {32}
 
 
-def test_sizes_are_the_models():
-    counts = {name: sum(p.numel() for p in model_problem.meta_model(OURS, size).parameters()) / 1e6
-              for name, size in bench_model.CRATES.items()}  # fmt: skip
-    assert {name: round(count, 2) for name, count in counts.items() if "16" in name} == {
-        "T/16": 6.09, "S/16": 13.12, "B/16": 22.80, "L/16": 77.64,
-        "α-B/16": 72.33,
-    }  # fmt: skip
+def test_benchmarked_models_have_the_papers_sizes():
+    models = {name: model_problem.meta_model(OURS, size) for name, size in bench_model.CRATES.items() if "16" in name}
+    counts = {name: round(sum(p.numel() for p in model.parameters()) / 1e6, 2) for name, model in models.items()}
+    assert counts == {"T/16": 6.09, "S/16": 13.12, "B/16": 22.80, "L/16": 77.64, "α-B/16": 72.33}
     assert [size.n_tokens for size in bench_model.GROWTH.values()] == [197, 785, 3601, 16385]
 
 
-def test_a_whole_measurement_goes_the_gpus_way(run, pretended_gpu):
+def test_a_measurement_on_a_gpu_fills_every_column(run, pretended_gpu):
     run.timer, pretended_gpu.measurement_ms = pretended_gpu, 5.0
     assert bench_model.measure("crate", {"tiny": TINY}, BOTH, [OURS], run)
     for row in run.rows:
@@ -81,9 +74,6 @@ def test_a_whole_measurement_goes_the_gpus_way(run, pretended_gpu):
         assert row["peak_mib"] == 2.0
         assert row["images_per_s"] == 3000
         assert row["mfu"] == pytest.approx(row["flops"] / 1e9)
-
-
-# --- the gate -----------------------------------------------------------------------------------------------------
 
 
 class _Scaled(model_problem.CRATE):
@@ -109,7 +99,7 @@ class _NotFinite(model_problem.CRATE):
         return super().forward(images) * float("nan")
 
 
-def test_a_wrong_model_is_red_and_the_others_have_numbers(run, monkeypatch):
+def test_a_wrong_model_is_red_and_the_other_peers_have_numbers(run, monkeypatch):
     mutants = {32: _Scaled, 64: _Stepped, 96: _Detached, 128: _NotFinite}
     right = model_problem.CRATE
     monkeypatch.setattr(model_problem, "CRATE", lambda **options: mutants.get(options["dim"], right)(**options))
@@ -133,7 +123,7 @@ def test_a_wrong_autoencoder_gives_no_numbers(run, monkeypatch, capsys):
     assert "the peers disagree: output" in capsys.readouterr().err
 
 
-def test_under_autocast_the_gate_knows_rounding_from_a_broken_model(run, monkeypatch):
+def test_under_autocast_the_gate_passes_rounding_and_rejects_broken_models(run, monkeypatch):
     run.dtype = torch.bfloat16
     problem = make_problem("tiny", replace(TINY, width=64, on_cpu=8), TRAINING, run, {})
     assert problem.cast == torch.bfloat16
@@ -146,20 +136,17 @@ def test_under_autocast_the_gate_knows_rounding_from_a_broken_model(run, monkeyp
             problem.check(ours, problem.results(ours.build()), None)
 
 
-def test_in_chunks_the_gate_finds_the_same(run):
+def test_the_gates_results_do_not_depend_on_the_chunk_size(run):
     problem = make_problem("tiny", TINY, TRAINING, run, {})
     trial = problem.trial(RELEASED, None)
     torch.testing.assert_close(trial.outcome(2), trial.outcome(3), rtol=1e-4, atol=1e-6)
-
-
-# --- peers that fail ----------------------------------------------------------------------------------------------
 
 
 def _out_of_memory(*_, **__):
     raise torch.OutOfMemoryError("CUDA out of memory")
 
 
-def test_without_memory_for_the_released_form_ours_is_compared_with_pytorchs_path(run, monkeypatch):
+def test_if_the_released_form_runs_out_of_memory_ours_is_compared_with_pytorchs_path(run, monkeypatch):
     monkeypatch.setattr(model_problem.ReleasedCRATE, "forward", _out_of_memory)
     assert bench_model.measure("growth", {"tiny": TINY}, BOTH, [OURS, RELEASED], run)
     rows = _rows(run)
@@ -167,13 +154,13 @@ def test_without_memory_for_the_released_form_ours_is_compared_with_pytorchs_pat
     assert all(rows[what, OURS]["latency_ms"] and not rows[what, RELEASED]["latency_ms"] for what in BOTH)
 
 
-def test_on_a_cpu_logits_beyond_the_memory_are_not_tried(run, monkeypatch):
+def test_on_a_cpu_peers_whose_logits_do_not_fit_are_left_out(run, monkeypatch):
     monkeypatch.setattr("os.sysconf", lambda name: 1)
     assert bench_model.measure("growth", {"tiny": TINY}, (INFERENCE,), [OURS, RELEASED], run)
     assert "of the machine's memory" in _rows(run)[INFERENCE, RELEASED]["reason"]
 
 
-def test_where_ours_does_not_run_the_rows_say_so_and_the_next_model_is_measured(run, monkeypatch):
+def test_if_ours_fails_its_rows_have_the_reason_and_the_next_model_is_measured(run, monkeypatch):
     outcome = model_problem.Trial.outcome
 
     def failing(trial, chunk):
@@ -190,19 +177,16 @@ def test_where_ours_does_not_run_the_rows_say_so_and_the_next_model_is_measured(
     assert reasons["small", OURS] is None
 
 
-def test_the_vit_gets_the_attention_that_runs_here():
+def test_the_vit_uses_the_fastest_sdpa_backend_of_the_device():
     timer = harness.Timer(CPU)
     assert model_problem.fastest_sdpa(TINY, 2, timer, CPU, torch.float32) == SDPBackend.FLASH_ATTENTION
-
-
-# --- operations and bytes -----------------------------------------------------------------------------------------
 
 
 def _work(peer: str, size: Size, what: str, dtype: torch.dtype = torch.float32) -> measuring.Cost:
     return model_problem.cost(peer, size, size.on_cpu, what, dtype)
 
 
-def test_operations_by_hand():
+def test_operations_of_models_by_hand():
     size = replace(bench_model.CRATES["B/16"], on_cpu=2)
     n, c, layers = 197, 768, 12
     ends, attention = 2 * 196 * 768 * c + 2 * c * 1000, 4 * n**2 * c
@@ -213,7 +197,7 @@ def test_operations_by_hand():
             assert found == (2 * forward, 2 * (3 * forward - pixels))  # pixels behind no LayerNorm have no gradient
 
 
-def test_an_autoencoders_operations_follow_its_tokens():
+def test_an_encoder_of_visible_tokens_has_fewer_operations_and_bytes():
     size = bench_model.MAES["CRATE-MAE-T"]
     whole, visible = (_work(peer, size, TRAINING) for peer in (OURS, VISIBLE))
     assert visible.flops < 0.75 * whole.flops
@@ -222,8 +206,8 @@ def test_an_autoencoders_operations_follow_its_tokens():
     assert _work(RELEASED, size, TRAINING) == whole
 
 
-def test_bytes_by_hand():
-    weights = 4 * sum(p.numel() for p in build_model(OURS, TINY).parameters())
+def test_bytes_of_models_by_hand():
+    weights = 4 * sum(p.numel() for p in model_problem.build_model(OURS, TINY).parameters())
     images, outputs = 4 * 3 * 3 * 64 * 64, 2 * 3 * 17 * 32 * 2
     assert _work(OURS, TINY, INFERENCE, torch.bfloat16).moved_bytes == images + weights + 2 * outputs
     assert _work(OURS, TINY, TRAINING, torch.bfloat16).moved_bytes == images + 10 * weights + 5 * outputs

@@ -1,4 +1,4 @@
-"""Benchmarks: they run, their peers agree, and the README's table is the one that was measured."""
+"""The CPU, data and MaskCut benchmarks run, reject wrong results, and the pages' tables equal the measured ones."""
 
 import ast
 import functools
@@ -8,8 +8,8 @@ import re
 import sys
 from dataclasses import replace
 from functools import partial
-from itertools import groupby
-from time import process_time, sleep
+from itertools import count, groupby
+from time import sleep
 
 import harness
 
@@ -25,7 +25,7 @@ import update_readme
 from crate_fast.train.data import shards
 
 
-def test_the_smoke_run_measures_every_peer_and_a_wrong_one_gives_no_numbers(capsys, monkeypatch):
+def test_the_cpu_benchmark_measures_every_peer_and_refuses_a_wrong_one(capsys, monkeypatch):
     monkeypatch.setattr(bench_cpu, "SMOKE", {"smoke α": replace(bench_cpu.SMOKE["smoke α"], depth=1)})
     monkeypatch.setattr(bench_cpu, "product_rate", partial(bench_cpu.product_rate, side=64))
     assert bench_cpu.main(["--smoke", "--cases", "training", "one image"]) == 0
@@ -41,7 +41,7 @@ def test_the_smoke_run_measures_every_peer_and_a_wrong_one_gives_no_numbers(caps
 
 
 def test_benchmarks_import_the_harness_first():
-    """It imports crate_fast before PyTorch, which bounds OpenMP's spinning."""
+    """The harness imports crate_fast before PyTorch, so that OpenMP's spinning is bounded."""
     for path in (update_readme.ROOT / "benchmarks").glob("bench_*.py"):
         found = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
         names = [node.names[0].name if isinstance(node, ast.Import) else node.module for node in found]
@@ -49,12 +49,12 @@ def test_benchmarks_import_the_harness_first():
         assert others[0] == "harness", path
 
 
-def test_results_name_no_machines_folders():
+def test_committed_results_have_no_absolute_paths():
     for path in harness.RESULTS.glob("*.json"):
         assert not re.search(r"[ '\"=](/|~)", json.loads(path.read_text())["command"]), path
 
 
-def test_timing_calls_every_candidate_in_turn():
+def test_candidates_are_timed_in_turn():
     calls = []
     timings = harness.interleaved({name: (lambda name=name: (calls.append(name), sleep(0.1))) for name in "ab"}, 3)
     turns = "".join(name for name, _ in groupby(calls))  # a measurement is several calls
@@ -62,15 +62,22 @@ def test_timing_calls_every_candidate_in_turn():
     assert all(0 < timing.low <= timing.median <= timing.high for timing in timings.values())
 
 
+def test_times_of_the_data_benchmark_are_per_image_not_per_call(monkeypatch):
+    seconds = count()  # each reading of the clock is a second after the last
+    monkeypatch.setattr(bench_data.time, "process_time", lambda: next(seconds))
+    one, four = bench_data.cpu_rates({"one": (lambda: None, 1), "four": (lambda: None, 4)}, rounds=3, seconds=1)
+    assert [(row["us"], row["images_per_s"]) for row in (one, four)] == [(2e6, 0.5), (5e5, 2.0)]
+
+
 def _allocate():
     return lambda: torch.ones(64, 2**18).sum()
 
 
-def test_peak_memory_counts_what_the_call_takes():
+def test_peak_memory_is_that_of_the_call():
     assert 60 < harness.peak_mib(_allocate) < 100
 
 
-def test_the_pages_tables_are_the_measured_ones():
+def test_the_tables_of_the_pages_equal_the_committed_results():
     texts = [(update_readme.ROOT / page).read_text() for page in update_readme.PAGES]
     assert [update_readme.updated(text) for text in texts] == texts
     tables = re.findall(r"<!-- (\w+)-table:begin -->", "".join(texts))
@@ -78,7 +85,7 @@ def test_the_pages_tables_are_the_measured_ones():
 
 
 def _called_here(prepare) -> float:
-    """In place of `harness.peak_mib`, which starts a process."""
+    """Stand in for `harness.peak_mib`, which starts a process."""
     pickle.loads(pickle.dumps(prepare))()()
     return 1.0
 
@@ -105,29 +112,10 @@ def test_the_maskcut_benchmark_compares_masks_before_times(capsys, monkeypatch):
 def test_the_data_benchmark_compares_batches_before_times(capsys, monkeypatch):
     assert bench_data.main(["--smoke"]) == 0
     out = capsys.readouterr().out
-    for row in (
-        "read the file: shards",
-        "decode",
-        "folder",
-        "tar",
-        "shards, randaugment-n2-m14",
-        "shards, evaluation",
-    ):
-        assert f"\n| {row} |" in out
+    rows = "read the file: shards; decode; folder; tar; shards, randaugment-n2-m14; shards, evaluation"
+    assert all(f"\n| {row} |" in out for row in rows.split("; "))
     monkeypatch.setattr(bench_data, "drawing_from", None)  # not reached
     right = shards.TarSource.open
     monkeypatch.setattr(shards.TarSource, "open", lambda self, index: right(self, (index + 1) % len(self)))
     with pytest.raises(SystemExit, match="tar and folder give different batches: no numbers"):
         bench_data.main(["--smoke"])
-
-
-def test_rates_count_images_not_calls():
-    def busy():
-        until = process_time() + 0.02
-        while process_time() < until:
-            pass
-
-    one, four = bench_data.cpu_rates({"one": (busy, 1), "four": (busy, 4)}, rounds=3, seconds=0.01)
-    assert 15_000 < one["us"] < 60_000
-    assert 3 < one["us"] / four["us"] < 5
-    assert one["us_low"] <= one["us"] <= one["us_high"]

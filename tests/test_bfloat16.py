@@ -1,7 +1,6 @@
-"""The operators in bf16 against float64: on a GPU, and on a CPU with fewer images and heads in Triton's interpreter.
+"""The operators in bf16 against float64: on a GPU, or with fewer images and heads in Triton's interpreter.
 
-A GPU runs the other precisions of the same tests too. The rule is the oracle's: at most twice the error of eager
-PyTorch in the same dtype.
+A GPU also runs the other precisions. The allowed error is twice that of eager PyTorch in the same dtype.
 """
 
 import contextlib
@@ -11,19 +10,11 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import (
-    agrees,
-    all_within_twice_eager,
-    clear_of_threshold,
-    gradients,
-    model_gradients,
-    mutant,
-    spread_tokens,
-    token_scale,
-)
+from oracle import agrees, all_within_twice_eager, gradients, model_gradients, mutant
 from released import ReleasedCRATE
 
 from crate_fast import CRATE, functional
+from crate_fast.accuracy import clear_of_threshold, spread_tokens, token_scale
 from crate_fast.kernels import whole_head
 from crate_fast.kernels.launch import Tile
 from crate_fast.reference import compress_reference, ista_reference, norm_ista_reference, subspace_attention_reference
@@ -33,7 +24,7 @@ pytestmark = [pytest.mark.usefixtures("bfloat16", "poisoned"), *([pytest.mark.gp
 
 
 def _also_on_a_gpu(*cases):
-    """Parameters of further cases; on a CPU, test_kernels.py has float16 and exact fp32 products."""
+    """Return cases that only a GPU runs; on a CPU, test_kernels.py covers float16 and exact fp32 products."""
     return [pytest.param(*case, marks=pytest.mark.gpu) for case in cases]
 
 
@@ -47,7 +38,7 @@ compress, ista, norm_ista, subspace_attention = (
 
 @contextlib.contextmanager
 def _precision(name: str):
-    """The dtype, with fp32 products as named while the context lasts."""
+    """Set the precision of fp32 products inside the context; yield the dtype."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
     try:
@@ -69,26 +60,22 @@ def _tokens(shape, device, factor: float = 1.0, offset: float = 0.0, seed: int =
     return factor * torch.randn(shape, device=device) * token_scale(shape[1], shape[3]) + offset
 
 
-# --- attention ---------------------------------------------------------------------------------------------------
-
 LAYERS = [(2, 197, 6, 64), (2, 197, 12, 48)]
 ATTENTION = [  # [B, N, H, D], how W is drawn, precision
     *itertools.product([*LAYERS, (2, 785, 6, 64), (1, 197, 3, 80), (1, 196, 2, 128)], [{}], [BF16]),
     *itertools.product([(2, 65, 2, 32), (1, 1, 1, 64)], [{}], [BF16]),
     *_also_on_a_gpu(*itertools.product(LAYERS, [{}], OTHERS)),
-    # whole heads: one to three blocks with and without a rest, and the first length that is too long
+    # whole heads: one to three blocks with and without a remainder, and the first length that is too long
     *((shape, {}, BF16) for shape in itertools.product([2], [65, 226, 256, 257], [6], [48, 64])),
-    *_also_on_a_gpu(
-        *((shape, {}, BF16) for shape in itertools.product([2], [64, 128, 180, 196, 209], [6], [48, 64]))
-    ),
-    # from uniform to saturated, and a common part of all tokens
+    *_also_on_a_gpu(*((size, {}, BF16) for size in itertools.product([2], [64, 128, 180, 196, 209], [6], [48, 64]))),
+    # from uniform to saturated attention, and a common offset of all tokens
     *itertools.product([(2, 197, 3, 64)], [{"factor": 0.3}, {"factor": 1.5}, {"factor": 3.0}], [BF16]),
     *_also_on_a_gpu(
         *(((2, 197, 3, 64), {"factor": factor, "seed": seed}, BF16) for factor in (0.3, 1.5, 3.0) for seed in (1, 2))
     ),
     *itertools.product([(4, 197, 6, 64)], [{"offset": 1.0}, {"offset": 10.0}], [BF16]),
     *_also_on_a_gpu(*itertools.product([(4, 197, 6, 64)], [{"offset": 1.0}, {"offset": 10.0}], ["float16"])),
-    # norms that spread across the switches
+    # token norms spread over the kernels' numerical cases
     *(((2, 197, 3, 64), {"spread": spread}, BF16) for spread in (3.0, 17.0, 30.0, 100.0, 1e4)),
     *(((2, 785, 3, 64), {"spread": spread}, BF16) for spread in (30.0, 1e4)),
     *_also_on_a_gpu(*(((2, 785, 3, 64), {"spread": spread}, BF16) for spread in (3.0, 17.0, 100.0))),
@@ -96,7 +83,7 @@ ATTENTION = [  # [B, N, H, D], how W is drawn, precision
 
 
 @pytest.mark.parametrize(("shape", "drawn", "precision"), ATTENTION, ids=str)
-def test_subspace_attention(shape, drawn, precision, device):
+def test_subspace_attention_is_within_twice_eagers_error(shape, drawn, precision, device):
     with _precision(precision) as dtype:
         if "spread" in drawn:
             w, grad = spread_tokens(_shape(*shape), drawn["spread"], dtype, device)
@@ -105,7 +92,7 @@ def test_subspace_attention(shape, drawn, precision, device):
         assert agrees(subspace_attention, subspace_attention_reference, [w], "O dW", grad)
 
 
-# Right in exact arithmetic, wrong for saturated heads in bf16: a passage of whole_head.py, and what it says instead.
+# Correct in exact arithmetic but wrong in bf16 for saturated heads: (code in whole_head.py, its replacement).
 UNSTABLE_WHOLE_HEADS = {
     "T rounded before the d are subtracted": (
         "tl.trans(g_j), -d_i[:, None] - d_j[None, :])\n    t = tl.dot(g_i, tl.trans(w_j), t)\n",
@@ -121,8 +108,7 @@ UNSTABLE_WHOLE_HEADS = {
 
 @pytest.mark.skipif(ON_GPU, reason="about the interpreter's rounding")
 @pytest.mark.parametrize("name", UNSTABLE_WHOLE_HEADS)
-def test_a_kernel_that_is_wrong_by_its_rounding_fails(name, device, tmp_path):
-    """And passes in fp32, within what bf16 is allowed: so it is the rounding that these tests see."""
+def test_a_kernel_with_a_wrong_rounding_fails_in_bf16_and_passes_in_fp32(name, device, tmp_path):
     w = _tokens((1, 197, 3, 64), device, 2.5, seed=9).bfloat16()
     grad = torch.randn(w.shape).bfloat16()
     unstable = mutant(whole_head, UNSTABLE_WHOLE_HEADS[name], tmp_path)
@@ -139,11 +125,8 @@ def test_a_kernel_that_is_wrong_by_its_rounding_fails(name, device, tmp_path):
     assert is_right(w.float(), grad.float())
 
 
-# --- ISTA --------------------------------------------------------------------------------------------------------
-
-
 def _clear_gradient(x, dictionary, precision: str) -> torch.Tensor:
-    """A gradient that is zero where rounding decides whether ISTA's output is."""
+    """Return a gradient that is zero where rounding decides whether ISTA's output is zero."""
     margin = 32 * (2**-11 if precision == "tf32" else torch.finfo(x.dtype).eps)
     return clear_of_threshold(torch.randn_like(x), x, dictionary, margin=margin)
 
@@ -151,13 +134,13 @@ def _clear_gradient(x, dictionary, precision: str) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("width", "precision", "threshold"),
     [
-        *itertools.product([192, 384], [BF16], ["relu"]),  # of the second the table's tile is turned
+        *itertools.product([192, 384], [BF16], ["relu"]),  # at 384 the tile 128×256 becomes 256×128
         (192, BF16, "soft"),
         *_also_on_a_gpu(*itertools.product([576, 768, 1024], [BF16], ["relu"])),
         *_also_on_a_gpu(*itertools.product([384], OTHERS, ["relu"])),
     ],
 )
-def test_ista(width, precision, threshold, device):
+def test_ista_is_within_twice_eagers_error(width, precision, threshold, device):
     with _precision(precision) as dtype:
         x = torch.randn(_size(4, 1), 197, width, device=device).to(dtype)
         dictionary = (torch.randn(width, width, device=device) / width**0.5).to(dtype)
@@ -166,7 +149,7 @@ def test_ista(width, precision, threshold, device):
 
 
 @pytest.mark.parametrize(("width", "precision"), WIDTHS)
-def test_ista_behind_a_layer_norm(width, precision, device):
+def test_ista_after_a_layer_norm_is_within_twice_eagers_error(width, precision, device):
     with _precision(precision) as dtype:
         x = (torch.randn(_size(4, 1), 197, width, device=device) * 2 + 1).to(dtype)
         dictionary = (torch.randn(width, width, device=device) / width**0.5).to(dtype)
@@ -176,13 +159,10 @@ def test_ista_behind_a_layer_norm(width, precision, device):
         assert agrees(norm_ista, norm_ista_reference, [x, weight, bias, dictionary], "y dx dγ dβ dD", cotangent)
 
 
-# --- layers ------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("fused_map", ["0", "1"], ids=["PyTorch's output map", "fused output map"])
 @pytest.mark.parametrize(("width", "precision"), WIDTHS)
-def test_the_first_half_of_a_layer(width, precision, fused_map, device, monkeypatch):
-    """By whole heads; on a GPU, a second and third wave of persistent programs at 64 images."""
+def test_the_first_half_of_a_layer_is_within_twice_eagers_error(width, precision, fused_map, device, monkeypatch):
+    """Attention by whole heads. On a GPU, 64 images give the persistent programs a second and third wave."""
     monkeypatch.setenv("CRATE_FAST_FUSED_PRODUCTS", fused_map)
     heads = width // 64
     with _precision(precision) as dtype:
@@ -197,8 +177,8 @@ def test_the_first_half_of_a_layer(width, precision, fused_map, device, monkeypa
         assert agrees(ours, reference, inputs, "h dx dγ dβ dU dV db")
 
 
-def test_a_layer_under_autocast(device):
-    """fp32 tokens, bf16 products: output and gradients as close to float64 as the released form's, by their norms."""
+def test_a_layer_under_autocast_is_within_twice_eagers_error(device):
+    """fp32 tokens, bf16 products: the norms of the errors are at most twice the released form's."""
     side = _size(224, 128)  # 197 or 65 tokens
     sizes = {"image_size": side, "patch_size": 16, "num_classes": 10, "dim": _size(384, 128)}
     sizes |= {"depth": _size(2, 1), "heads": sizes["dim"] // 64}
@@ -213,8 +193,8 @@ def test_a_layer_under_autocast(device):
         assert error <= 2 * allowed + 1e-3 * truth.norm().item(), name
 
 
-def test_ista_under_autocast(device):
-    """fp32 tokens and dictionary, bf16 product: as close as the three bf16 products of the eager form."""
+def test_ista_under_autocast_is_within_twice_eagers_error(device):
+    """fp32 tokens and dictionary, bf16 product: at most twice the error of eager's three bf16 products."""
     width = _size(768, 192)
     x = torch.randn(_size(4, 1), 197, width, device=device)
     dictionary = torch.randn(width, width, device=device) / width**0.5
@@ -232,9 +212,7 @@ def test_ista_under_autocast(device):
 def test_a_rerun_is_bit_equal(device):
     low = {"device": device, "dtype": torch.bfloat16}
     width = _size(768, 64)
-    by_rows, whole = (
-        torch.randn(_shape(16, n_tokens, 6, 64), **low) for n_tokens in (_size(785, 60), _size(197, 65))
-    )
+    by_rows, whole = (torch.randn(_shape(16, n, 6, 64), **low) for n in (_size(785, 60), _size(197, 65)))
     x = torch.randn(_size(64, 1), _size(197, 65), width, **low)
     dictionary = (torch.randn(width, width, device=device) / width**0.5).bfloat16()
     ones = torch.ones(width, **low)

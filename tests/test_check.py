@@ -1,4 +1,4 @@
-"""Probes and `crate-fast check`: right kernels pass, wrong ones and processes that crash or hang are told apart."""
+"""Probes and `crate-fast check`: right kernels pass; wrong, crashed and hanging ones have different statuses."""
 
 import functools
 import itertools
@@ -17,17 +17,13 @@ from crate_fast.kernels.launch import Launch
 from crate_fast.probes import CHECKED, PROBES, find_probe, run_probe
 
 NORM_ISTA = "norm_ista-float16-64x197x384"
-MORE = (  # what no probe of CHECKED builds
-    "attention-bfloat16-2x197x3x64-spread10000",
-    "ista-autocast-64x197x384",
-    "ista-bfloat16-64x197x384-soft",
-    "compress-autocast-64x197x384-paper",
-)
+MORE = ["attention-bfloat16-2x197x3x64-spread10000", "ista-autocast-64x197x384"]  # inputs not in CHECKED
+MORE += ["ista-bfloat16-64x197x384-soft", "compress-autocast-64x197x384-paper"]
 
 
 @pytest.fixture
 def after_launches(monkeypatch):
-    """A function that adds what happens after each kernel launch: a fault in `change(name, arguments)`."""
+    """A function that adds a fault, `change(name, arguments)`, after each kernel launch."""
 
     def add(change):
         run = Launch.run
@@ -39,9 +35,6 @@ def after_launches(monkeypatch):
         monkeypatch.setattr(Launch, "run", faulty)
 
     return add
-
-
-# --- probes -------------------------------------------------------------------------------------------------------
 
 
 @functools.cache
@@ -61,22 +54,12 @@ def test_a_probe_finds_the_kernels_right(name):
 
 def test_probes_cover_the_kernels():
     launched = " ".join(kernel for name in (*CHECKED[:7], NORM_ISTA) for kernel in _row(name)["launched"])
-    parts = (
-        "whole_head",
-        "attention_fwd",
-        "attention_bwd",
-        "product",
-        "weight_gradient",
-        "masked",
-        "normalize",
-        "layer_norm",
-    )
-    for part in parts:
-        assert part in launched, part
+    parts = "whole_head attention_fwd attention_bwd product weight_gradient masked normalize layer_norm"
+    assert not [part for part in parts.split() if part not in launched]
 
 
 @pytest.mark.parametrize(("argument", "output"), [("dx_ptr", "dx"), ("partial_ptr", "dD"), ("out_ptr", "y")])
-def test_an_error_of_a_tenth_is_wrong(argument, output, after_launches, device):
+def test_an_error_of_ten_percent_is_wrong(argument, output, after_launches, device):
     def change(name, arguments):
         if isinstance(arguments.get(argument), torch.Tensor):
             arguments[argument].mul_(1.1)
@@ -88,14 +71,14 @@ def test_an_error_of_a_tenth_is_wrong(argument, output, after_launches, device):
     assert row["outputs"][output]["share"] > 1.0
 
 
-def test_a_forgotten_element_is_wrong(monkeypatch, device):
+def test_an_unwritten_output_is_wrong(monkeypatch, device):
     monkeypatch.setattr(Launch, "run", lambda launch: None)
     row = run_probe(find_probe(NORM_ISTA), device, reruns=1)
     assert (row["status"], row["share"], row["outputs"]["y"]["max"]) == ("wrong", None, None)
     json.dumps(row, allow_nan=False)
 
 
-def test_other_bits_on_a_rerun_are_wrong(after_launches, device):
+def test_a_rerun_with_other_bits_is_wrong(after_launches, device):
     count = itertools.count()
 
     def change(name, arguments):
@@ -108,7 +91,7 @@ def test_other_bits_on_a_rerun_are_wrong(after_launches, device):
     assert row["share"] <= 1.0
 
 
-def test_a_kernel_that_does_not_run_is_a_row_too(monkeypatch, device, capsys):
+def test_a_kernel_that_raises_has_a_failed_row(monkeypatch, device, capsys):
     def broken(launch):
         raise ValueError("out of\nshared memory")
 
@@ -118,7 +101,7 @@ def test_a_kernel_that_does_not_run_is_a_row_too(monkeypatch, device, capsys):
     assert "Traceback" in capsys.readouterr().err
 
 
-def test_timing_names_the_peer_and_fits_the_table(monkeypatch):
+def test_timings_name_the_peer_and_the_shape(monkeypatch):
     import triton.testing
 
     def once(call, rep, return_mode):
@@ -128,12 +111,8 @@ def test_timing_names_the_peer_and_fits_the_table(monkeypatch):
     monkeypatch.setattr(triton.testing, "do_bench_cudagraph", once)
     monkeypatch.setattr(probes, "TIMED_IMAGES", 1)
     attention = replace(find_probe("fault:wrong"), kernel="attention")
-    assert probes.time_probe(attention, "cpu") == {
-        "timed_shape": [1, 17, 1, 32],
-        "ours_ms": 0.5,
-        "peer": "SDPA",
-        "peer_ms": 0.5,
-    }
+    expected = {"timed_shape": [1, 17, 1, 32], "ours_ms": 0.5, "peer": "SDPA", "peer_ms": 0.5}
+    assert probes.time_probe(attention, "cpu") == expected
     ista = replace(find_probe("ista-float16-64x197x384"), sizes=(2, 8, 32))
     found = probes.time_probe(ista, "cpu")
     assert (found["peer"], found["timed_shape"]) == ("eager", [2, 8, 32])
@@ -141,22 +120,19 @@ def test_timing_names_the_peer_and_fits_the_table(monkeypatch):
     assert check._cells(row)["forward + backward"] == "0.5 ms (eager: 0.5 ms)"
 
 
-def test_the_module_lists_and_refuses(capsys):
+def test_the_module_lists_its_probes_and_refuses_unknown_ones(capsys):
     assert probes.main(["--list"]) == 0
     assert capsys.readouterr().out.split() == list(PROBES)
     assert probes.main(["--probe", "attention"]) == 2
     assert "no probe 'attention': choose one of attention-bfloat16-" in capsys.readouterr().err
 
 
-# --- processes of their own ---------------------------------------------------------------------------------------
-
-
-def test_a_hanging_probe_costs_its_own_row_only():
+def test_a_hanging_probe_is_a_failed_row():
     (row,) = run_probes(["fault:hang"], interpreter=True, limit_s=1.0)
     assert (row["name"], row["status"]) == ("fault:hang", "failed: timed out after 1 s")
 
 
-def test_the_command_tells_right_wrong_and_crashed_apart(tmp_path, capsys):
+def test_the_command_reports_right_wrong_and_crashed_probes(tmp_path, capsys):
     file = tmp_path / "check.json"
     names = ["ista-autocast-64x197x384", "fault:wrong", "fault:crash"]
     with forked_python(isolation, fresh="fault:wrong"):
@@ -169,7 +145,7 @@ def test_the_command_tells_right_wrong_and_crashed_apart(tmp_path, capsys):
     assert wrong["status"] == "wrong"
     assert wrong["share"] > 1.0
     assert crashed["status"] == "failed: killed by SIGABRT"
-    assert "probes.py" in crashed["output"]  # where it was
+    assert "probes.py" in crashed["output"]  # the traceback
     assert report["environment"]["torch"] == torch.__version__
     assert {"triton", "commit", "time", "backend on cpu"} <= report["environment"].keys()
     out = capsys.readouterr().out
@@ -177,15 +153,13 @@ def test_the_command_tells_right_wrong_and_crashed_apart(tmp_path, capsys):
     assert out.endswith(f"1 of 3 right; written to {file}\n")
 
 
-def test_all_right_is_exit_status_0(tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        check, "run_probes", lambda names, _: [run_probe(find_probe(name), "cpu", 1) for name in names]
-    )
+def test_the_exit_status_is_0_if_all_are_right(tmp_path, monkeypatch):
+    monkeypatch.setattr(check, "run_probes", lambda names, _: [_row(name) for name in names])
     words = ["--interpreter", "--json", str(tmp_path / "check.json"), "--probes", "ista-autocast-64x197x384"]
     assert check.main(words) == 0
 
 
-def test_without_a_gpu_there_is_one_line_and_exit_status_2(monkeypatch, capsys, tmp_path):
+def test_without_a_gpu_the_check_is_an_error(monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(check, "explain_backend", lambda device: ("torch", "PyTorch finds no CUDA device"))
     assert check.main([]) == 2
@@ -196,7 +170,7 @@ def test_without_a_gpu_there_is_one_line_and_exit_status_2(monkeypatch, capsys, 
     assert os.listdir() == []
 
 
-def test_only_what_is_right_is_timed_and_a_crash_keeps_earlier_times(monkeypatch, capsys):
+def test_only_right_kernels_are_timed_and_a_crash_keeps_earlier_times(monkeypatch, capsys):
     def crashed(jobs, folder, done):
         (job,) = jobs
         assert job.environment == {"TRITON_INTERPRET": "0"}
@@ -213,16 +187,8 @@ def test_only_what_is_right_is_timed_and_a_crash_keeps_earlier_times(monkeypatch
     assert "timing: killed by SIGSEGV" in capsys.readouterr().err
 
 
-def test_probes_at_once_fit_the_memory(monkeypatch):
-    monkeypatch.setattr(os, "cpu_count", lambda: 16)
-    for free_gib, jobs in ((2, 1), (7, 2), (80, 4)):
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda free=free_gib: (free * 2**30, 0))
-        assert check._jobs(interpreter=False) == jobs
-    assert check._jobs(interpreter=True) == 4
-
-
 @pytest.mark.parametrize(("version", "warned"), [("12.8", True), ("13.2", True), ("13.3", False)])
-def test_the_assembler_is_named(version, warned, monkeypatch):
+def test_the_assembler_is_reported_and_missing_tools_are_unknown(version, warned, monkeypatch):
     from triton.backends.nvidia import compiler
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
@@ -236,9 +202,6 @@ def test_the_assembler_is_named(version, warned, monkeypatch):
 
     monkeypatch.setattr(compiler, "get_ptxas", missing)
     assert "unknown (RuntimeError)" in env.compiler_versions(torch.device("cuda"))
-
-
-def test_a_missing_driver_is_told(monkeypatch):
     monkeypatch.setenv("PATH", "")
     assert env.driver_version() == "unknown (FileNotFoundError)"
 

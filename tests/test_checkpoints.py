@@ -1,12 +1,14 @@
-"""Released checkpoint files in and out: wrappers, prefixes, positions, damage, and code that must not run."""
+"""Reading and writing released checkpoint files: wrappers, prefixes, positions, damage, and hidden code."""
 
 import argparse
 import gzip
 import io
 import os
 import pickle
+import re
 import tarfile
 import zipfile
+from functools import partial
 from unittest import mock
 
 import numpy as np
@@ -14,18 +16,13 @@ import pytest
 import timm
 import torch
 from released import ReleasedCRATE, ReleasedCRATEMAE
-from safetensors.torch import save_file
+from runs import same
+from safetensors.torch import save, save_file
 from timm.layers import resample_abs_pos_embed
 from torch import nn
 
-from crate_fast import CRATE, CRATEMAE
-from crate_fast.checkpoints import (
-    adapt_state_dict,
-    load_weights,
-    read_state_dict,
-    released_state_dict,
-    unwrap_state_dict,
-)
+from crate_fast import CRATE, CRATEMAE, checkpoints
+from crate_fast.checkpoints import adapt_state_dict, load_weights, read_state_dict, released_state_dict
 from crate_fast.errors import UserError
 
 SMALL = {"image_size": 32, "patch_size": 8, "num_classes": 7, "dim": 48, "depth": 2, "heads": 3, "dim_head": 16}
@@ -75,7 +72,7 @@ def test_export_refuses_what_the_released_code_cannot_build(options):
         released_state_dict(CRATE(**SMALL, **options))
 
 
-def test_positions_of_another_size_are_resampled_only_when_asked(released, tmp_path):
+def test_positions_of_another_size_are_resampled_only_on_request(released, tmp_path):
     torch.save(released.state_dict(), tmp_path / "weights.pth")
     larger = CRATE(**(SMALL | {"image_size": 64}))
     with pytest.raises(RuntimeError, match="pos_embedding"):
@@ -89,18 +86,10 @@ def test_positions_of_another_size_are_resampled_only_when_asked(released, tmp_p
         adapt_state_dict({"pos_embedding": torch.zeros(1, 12, 48)}, larger)
 
 
-def test_another_head_is_an_error(released, tmp_path):
-    torch.save(released.state_dict(), tmp_path / "weights.pth")
-    with pytest.raises(RuntimeError, match=r"mlp_head\.1\.weight"):
-        load_weights(CRATE(**(SMALL | {"num_classes": 3})), tmp_path / "weights.pth", resample=True)
-
-
 def test_one_parameter_under_two_names_is_refused():
     with pytest.raises(ValueError, match="name one parameter"):
-        unwrap_state_dict({"cls_token": torch.zeros(1), "module.cls_token": torch.zeros(1)})
+        checkpoints.unwrap_state_dict({"cls_token": torch.zeros(1), "module.cls_token": torch.zeros(1)})
 
-
-# --- positions are resampled by grid, not by shape ---
 
 GRIDS = [((4, 4), (2, 8)), ((2, 8), (4, 4)), ((2, 8), (8, 8)), ((4, 4), (8, 8)), ((3, 5), (5, 3)), ((2, 8), (2, 8))]
 
@@ -111,7 +100,7 @@ def _of_grid(grid: tuple[int, int], **changes) -> CRATE:
 
 @pytest.mark.parametrize(("old", "new"), GRIDS, ids=str)
 @pytest.mark.parametrize("how", ["state dict", "file", "argument", "timm"])
-def test_positions_become_timms_for_the_other_grid(old, new, how, tmp_path):
+def test_positions_are_resampled_to_another_grid_as_timm_does(old, new, how, tmp_path):
     source, target = _of_grid(old), _of_grid(new)
     path = tmp_path / "weights.pth"
     if how == "state dict":
@@ -131,10 +120,10 @@ def test_positions_become_timms_for_the_other_grid(old, new, how, tmp_path):
     assert torch.equal(target.cls_token, source.cls_token)
 
 
-def test_unknown_grids_are_square_and_never_guessed_otherwise(tmp_path):
+def test_an_unknown_grid_is_taken_as_square_with_a_warning_or_refused(tmp_path):
     plain, wide = dict(_of_grid((4, 4)).state_dict()), _of_grid((2, 8))
-    expected = resample_abs_pos_embed(plain["pos_embedding"], [2, 8])  # timm takes them for square, too
-    with pytest.warns(UserWarning, match="assuming 4×4, resampling to 2×8; if this is wrong, pass source_grid"):
+    expected = resample_abs_pos_embed(plain["pos_embedding"], [2, 8])  # timm assumes a square, too
+    with pytest.warns(UserWarning, match="taken for 4×4, and resampled to 2×8; if .* another one, pass source_grid"):
         torch.testing.assert_close(adapt_state_dict(plain, wide)["pos_embedding"], expected, rtol=0, atol=0)
     torch.save(plain, tmp_path / "plain.pth")
     sizes = {"dim": 48, "depth": 2, "heads": 3, "num_classes": 7, "img_size": (16, 64), "pretrained": True}
@@ -151,7 +140,7 @@ def test_unknown_grids_are_square_and_never_guessed_otherwise(tmp_path):
         adapt_state_dict({"pos_embedding": torch.zeros(1, 17, 32)}, wide)
 
 
-def test_loading_strictly_takes_no_positions_of_another_grid(tmp_path):
+def test_strict_loading_refuses_positions_of_another_grid(tmp_path):
     source, wide = _of_grid((4, 4)), _of_grid((2, 8))
     torch.save(source.state_dict(), tmp_path / "weights.pth")
     for load in (
@@ -162,11 +151,11 @@ def test_loading_strictly_takes_no_positions_of_another_grid(tmp_path):
         with pytest.raises(RuntimeError, match="pos_embedding has a grid of 4×4 and the model has 2×8"):
             load()
     wide.load_state_dict(_of_grid((2, 8)).state_dict())
-    wide.set_input_size((32, 32))  # an image size is no grid of the parameter
+    wide.set_input_size((32, 32))  # does not change the parameter's grid
     wide.load_state_dict(wide.state_dict())
 
 
-def test_an_autoencoders_positions_are_those_of_its_grid(tmp_path):
+def test_an_autoencoder_keeps_the_positions_of_its_own_grid(tmp_path):
     sizes = {"patch_size": 8, "embed_dim": 48, "depth": 1, "num_heads": 3}
     square, wide = (CRATEMAE(img_size=size, **sizes) for size in (32, (16, 64)))
     adapted = adapt_state_dict(square.state_dict(), wide)
@@ -178,11 +167,8 @@ def test_an_autoencoders_positions_are_those_of_its_grid(tmp_path):
     assert adapt_state_dict(released, square).keys() == square.state_dict().keys()
 
 
-# --- the emergence paper's demo checkpoint: mlp_head of two, and `head` behind it ---
-
-
 class Demo(nn.Module):
-    """The released model with the demo's classifier, by its description: LayerNorm, Linear, then another Linear."""
+    """The released model with the demo's classifier: LayerNorm, Linear, and another Linear."""
 
     def __init__(self, classes: int = 5):
         super().__init__()
@@ -201,52 +187,45 @@ OF_TIMM = {"dim": 48, "depth": 2, "heads": 3, "img_size": 32, "head_hidden": Tru
 
 
 @pytest.mark.parametrize("wrapper", ["bare", "compiled DDP"])
-def test_the_demo_checkpoint_loads_on_every_way(wrapper, tmp_path):
+def test_the_demo_checkpoint_loads_through_every_loader(wrapper, tmp_path):
     demo, images = Demo(), torch.randn(2, 3, 32, 32)
     path = tmp_path / "demo.pth"
     torch.save(WRAPPERS[wrapper](demo.released()), path)
     overlay = {"pretrained": True, "pretrained_cfg_overlay": {"file": str(path), "num_classes": 5}}
+    through_timm = partial(timm.create_model, "crate_tiny_patch8_224", **OF_TIMM)
     by_hand = CRATE(**HIDDEN)
     by_hand.load_state_dict(torch.load(path, weights_only=True))
     models = {
         "load_weights": load_weights(CRATE(**HIDDEN), path),
         "load_state_dict": by_hand,
-        "checkpoint_path": timm.create_model(
-            "crate_tiny_patch8_224", num_classes=5, checkpoint_path=str(path), **OF_TIMM
-        ),
-        "pretrained": timm.create_model("crate_tiny_patch8_224", num_classes=5, **OF_TIMM, **overlay),
+        "checkpoint_path": through_timm(num_classes=5, checkpoint_path=str(path)),
+        "pretrained": through_timm(num_classes=5, **overlay),
     }
     for name, model in models.items():
         torch.testing.assert_close(model(images), demo(images), rtol=1e-4, atol=1e-5, msg=name)
-    other = timm.create_model("crate_tiny_patch8_224", num_classes=3, **OF_TIMM, **overlay)  # timm drops classifiers
+    other = through_timm(num_classes=3, **overlay)  # timm drops the classifier
     assert other.get_classifier().out_features == 3
     assert torch.equal(other.pos_embedding, demo.body.pos_embedding)
 
 
-def test_the_demo_layout_is_written_again_and_needs_a_hidden_layer(tmp_path):
-    demo = Demo()
-    model = CRATE(**HIDDEN)
+def test_the_demo_layout_is_exported_and_needs_a_hidden_layer(tmp_path):
+    demo, model = Demo(), CRATE(**HIDDEN)
     model.load_state_dict(demo.released())
-    written = released_state_dict(model)
-    assert written.keys() == demo.released().keys()
-    assert all(torch.equal(value, demo.released()[name]) for name, value in written.items())
+    assert same(released_state_dict(model), demo.released())
     torch.save(demo.released(), tmp_path / "demo.pth")
     with pytest.raises(UserError, match=r"demo\.pth does not hold.*head_hidden=True"):
         load_weights(CRATE(**(HIDDEN | {"head_hidden": False})), tmp_path / "demo.pth")
 
 
-# --- files that hold several state dicts, and files that hold none ---
-
-
 @pytest.mark.parametrize("names", [("state_dict", "state_dict_ema"), ("model", "model_ema"), ("model", "ema")])
-def test_of_weights_and_their_average_the_average_is_taken_and_said(names, released, tmp_path):
+def test_of_weights_and_their_moving_average_the_average_is_read_with_a_warning(names, released, tmp_path):
     average = {name: value + 1 for name, value in released.state_dict().items()}
     path = tmp_path / "both.pth"
     torch.save({names[0]: released.state_dict(), names[1]: average, "epoch": 3}, path)
     with pytest.warns(UserWarning, match=f"using {names[1]}; .*both.pth#{names[0]}"):
         found = read_state_dict(path)
     assert torch.equal(found["cls_token"], average["cls_token"])
-    if names[1] != "ema":  # which timm does not know
+    if names[1] != "ema":  # a name that timm does not read
         sizes = {"num_classes": 7, "dim": 48, "depth": 2, "heads": 3, "img_size": 32}
         through_timm = timm.create_model("crate_tiny_patch8_224", checkpoint_path=str(path), **sizes)
         assert torch.equal(through_timm.cls_token, found["cls_token"])
@@ -273,12 +252,6 @@ def _tar(buffer) -> None:
         archive.addfile(tarfile.TarInfo("weights.pth"))
 
 
-def _safetensors() -> bytes:
-    from safetensors.torch import save
-
-    return save({"cls_token": torch.zeros(1, 1, 4)})
-
-
 class _Code:
     """An object whose unpickling runs code."""
 
@@ -290,54 +263,44 @@ def _saved(content, **options) -> bytes:
     return _bytes(lambda buffer: torch.save(content, buffer, **options))
 
 
+def _saved_before_zip(content) -> bytes:
+    return _saved(content, _use_new_zipfile_serialization=False)
+
+
+def _safetensors() -> bytes:
+    return save(TENSORS)
+
+
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 91267000\n"
 TENSORS = {"cls_token": torch.zeros(1, 1, 4)}
-FILES = {  # what it is: name, content, what is said, the remedy
+TRACED = r"saved where it was made: torch\.save\(torch\.jit\.load\('w\.pt'\)\.state_dict\(\)"
+FILES = {  # kind: name, content, the message, the remedy
     "lfs": ("w.pth", lambda: LFS, "a git-lfs pointer", "git lfs pull"),
     "html": ("w.pth", lambda: b"\n<!DOCTYPE html>\n<html><head>", "an HTML page", "download the file itself"),
-    "html 2": ("w.safetensors", lambda: b'<html lang="en">', "an HTML page", "download the file itself"),
-    "json": ("w.pth", lambda: b'{"error": "not found"}', "a text file", "download the weight file"),
+    "json": ("w.pth", lambda: b'{"error": "not found"}', "a text file", "download the file"),
     "text": ("w.pth", lambda: "Entry not found: é\n".encode(), "a text file.*'Entry not found: é'", "download"),
+    "html 2": ("w.safetensors", lambda: b'<html lang="en">', "an HTML page", "download the file itself"),
     "gzip": ("w.pth", lambda: gzip.compress(b"1"), "an archive", "unpack it"),
     "zip": ("w.pth", lambda: _bytes(_zip), "a zip archive that torch.save did not write", "unpack it"),
     "tar": ("w.pth", lambda: _bytes(_tar), "an archive", "unpack it"),
-    "npz": ("w.pth", lambda: _bytes(lambda b: np.savez(b, a=np.zeros(3))), "a zip archive", "unpack it"),
-    "empty": ("w.pth", lambda: b"", "is empty", "download it again"),
-    "zeros": ("w.pth", lambda: bytes(6000), "filled with zeros", "download it again"),
-    "binary": ("w.pth", lambda: bytes(range(3, 200)), "neither.*begins with the bytes 03 04", "download it again"),
-    "cut zip": ("w.pth", lambda: _saved(TENSORS)[:-40], "damaged or truncated", "incomplete: download it again"),
-    "cut safetensors": ("w.safetensors", lambda: _safetensors()[:-4], "damaged or truncated", "download it again"),
-    "cut header": ("w.safetensors", lambda: _safetensors()[:20], "damaged or truncated", "download it again"),
+    "empty": ("w.pth", lambda: b"", "is empty", "fetch it again"),
+    "zeros": ("w.pth", lambda: bytes(6000), "filled with zeros", "fetch it again"),
+    "binary": ("w.pth", lambda: bytes(range(3, 200)), "neither.*begins with the bytes 03 04", "fetch it again"),
+    "cut zip": ("w.pth", lambda: _saved(TENSORS)[:-40], "damaged or cut short", "incomplete: fetch it again"),
+    "cut safetensors": ("w.safetensors", lambda: _safetensors()[:-4], "damaged or cut short", "fetch it again"),
+    "cut header": ("w.safetensors", lambda: _safetensors()[:20], "damaged or cut short", "fetch it again"),
     "safetensors as pth": ("w.pth", _safetensors, "a safetensors file", "rename it to end in .safetensors"),
     "pth as safetensors": ("w.safetensors", lambda: _saved(TENSORS), "a torch.save file", "rename it to end in .pth"),
-    "old pth as safetensors": (
-        "w.safetensors",
-        lambda: _saved(TENSORS, _use_new_zipfile_serialization=False),
-        "a torch.save file",
-        "rename it to end in .pth",
-    ),
+    "old pth as safetensors": ("w.safetensors", lambda: _saved_before_zip(TENSORS), "a torch.save file", "in .pth"),
     "torchscript": (
-        "w.pt",
-        lambda: _bytes(lambda b: torch.jit.save(torch.jit.trace(nn.Linear(2, 2), torch.zeros(1, 2)), b)),
-        "a TorchScript program",
-        r"where it was made: torch\.save\(torch\.jit\.load\('w\.pt'\)\.state_dict\(\)",
+        *("w.pt", lambda: _bytes(lambda b: torch.jit.save(torch.jit.trace(nn.Linear(2, 2), torch.zeros(1, 2)), b))),
+        *("a TorchScript program", TRACED),
     ),
-    "pickle": ("w.pth", lambda: pickle.dumps(TENSORS), "a Python pickle", "only its state dict"),
-    "model": (
-        "w.pth",
-        lambda: _saved(nn.Linear(2, 2)),
-        r"more than tensors.*nn\.modules\.linear\.Linear",
-        "save only",
-    ),
-    "old model": (
-        "w.pth",
-        lambda: _saved(nn.Linear(2, 2), _use_new_zipfile_serialization=False),
-        r"more than tensors.*linear\.Linear",
-        "save only its state dict where it was made, with torch.save or as safetensors",
-    ),
-    "list": ("w.pth", lambda: _saved([torch.zeros(1)]), "it holds a list", "only its state dict"),
-    "code": ("w.pth", lambda: _saved({"w": _Code()}), r"more than tensors.*\(\w+\.system\)", "only its state dict"),
-    "pickled code": ("w.pth", lambda: pickle.dumps(_Code()), "a Python pickle", "only its state dict"),
+    "model": ("w.pth", lambda: _saved(nn.Linear(2, 2)), r"more than tensors.*nn\.modules\.linear\.Linear", "alone"),
+    "old model": ("w.pth", lambda: _saved_before_zip(nn.Linear(2, 2)), r"more than tensors.*linear\.Linear", "alone"),
+    "list": ("w.pth", lambda: _saved([torch.zeros(1)]), "it holds a list", "state dict alone"),
+    "code": ("w.pth", lambda: _saved({"w": _Code()}), r"more than tensors.*\(\w+\.system\)", "state dict alone"),
+    "pickled code": ("w.pth", lambda: pickle.dumps(_Code()), "a Python pickle", "state dict alone"),
     "complex": ("w.pth", lambda: _saved({"w": torch.zeros(2) * 1j}), "w is complex", "of the plain model"),
     "meta": ("w.pth", lambda: _saved({"w": torch.zeros(2, device="meta")}), "w is a meta tensor", "plain model"),
     "two models": ("w.pth", lambda: _saved({"student": TENSORS}), "it holds the keys student", "as in FILE#student"),
@@ -347,27 +310,24 @@ FILES = {  # what it is: name, content, what is said, the remedy
 
 @pytest.mark.filterwarnings("ignore:`torch.jit")
 @pytest.mark.parametrize("kind", FILES)
-def test_a_file_without_weights_is_named_with_a_safe_remedy(kind, tmp_path, capfd):
+def test_a_file_without_weights_is_an_error_with_a_safe_remedy(kind, tmp_path, capfd):
     name, content, what, remedy = FILES[kind]
     (tmp_path / name).write_bytes(content())
     with pytest.raises(UserError, match=f"(?s){name}.*{what}.*{remedy}") as refused:
         read_state_dict(tmp_path / name)
-    text = str(refused.value)
-    assert "\n" not in text
-    assert "trust" not in text
-    assert "weights_only" not in text
+    assert not re.search(r"\n|trust|weights_only", str(refused.value))
     assert "code ran" not in capfd.readouterr().out
 
 
-def test_quantized_weights_are_not_taken_for_numbers(released, tmp_path):
+def test_quantized_weights_are_refused(released, tmp_path):
     integers = {name: (100 * value).to(torch.int8) for name, value in released.state_dict().items()}
     torch.save(integers, tmp_path / "int8.pth")
     with pytest.raises(UserError, match=r"int8\.pth holds \S+ as torch\.int8, as quantized models do"):
         load_weights(CRATE(**SMALL), tmp_path / "int8.pth")
 
 
-def test_a_folder_and_an_unreadable_file_are_named(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="is a folder: pass the weight file in it"):
+def test_a_folder_and_an_unreadable_file_are_errors(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="is a folder: name the file of weights in it"):
         read_state_dict(tmp_path)
     with pytest.raises(UserError, match=r"none\.pth: no such checkpoint file"):
         read_state_dict(f"{tmp_path / 'none.pth'}#model")
@@ -378,13 +338,12 @@ def test_a_folder_and_an_unreadable_file_are_named(tmp_path, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-def test_no_damage_ends_in_a_traceback(tmp_path):
-    """Cut and flipped anywhere, a file is read or refused in one line."""
+def test_a_randomly_damaged_file_is_read_or_refused_in_one_line(tmp_path):
     refusals = []
     random = np.random.default_rng(0)
     for name, data in (
         ("w.pth", _saved(TENSORS)),
-        ("old.pth", _saved(TENSORS, _use_new_zipfile_serialization=False)),
+        ("old.pth", _saved_before_zip(TENSORS)),
         ("w.safetensors", _safetensors()),
     ):
         for trial in range(60):

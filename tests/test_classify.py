@@ -1,7 +1,7 @@
-"""k-NN, linear probe and a model's own head: by hand, on planted features, and through the command."""
+"""k-NN, linear probe and the model's own head: values by hand, planted features, and the command."""
 
+import itertools
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +12,6 @@ from PIL import Image
 
 from crate_fast.eval import classify
 from crate_fast.eval.classify import LabelledImages, knn_predictions, linear_probe, pooled
-from crate_fast.eval.common.models import open_model
 from crate_fast.train.config import TrainConfig
 from crate_fast.train.data import plain_splits
 
@@ -26,23 +25,23 @@ def test_knn_by_hand():
     val = torch.tensor([[5.0, 0.4], [0.0, 0.1], [-2.0, -0.1]])
     found = knn_predictions(train, labels, val, [1, 3])
     assert found[1].tolist() == [0, 1, 2]
-    assert found[3].tolist() == [0, 1, 2]  # the nearest of class 2 outweighs two of other classes by exp(cosine/0.07)
-    even = knn_predictions(train, labels, val, [5], temperature=1e3)  # weights all but equal
-    assert even[5].tolist() == [0, 1, 1]  # two far ones outvote the near one of class 2
+    assert found[3].tolist() == [0, 1, 2]  # class 2: weighted by exp(cosine/0.07), the nearest outvotes two others
+    even = knn_predictions(train, labels, val, [5], temperature=1e3)  # nearly equal weights
+    assert even[5].tolist() == [0, 1, 1]  # class 2: two distant neighbours outvote the nearest
     with pytest.raises(ValueError, match="--k 6: there are 5 training images"):
         knn_predictions(train, labels, val, [6])
 
 
-def test_knn_in_chunks_is_knn(monkeypatch):
+def test_knn_does_not_depend_on_the_chunk_size(monkeypatch):
     train, labels, val = torch.randn(50, 8), torch.randint(0, 4, (50,)), torch.randn(23, 8)
     whole = knn_predictions(train, labels, val, [1, 5])
-    for held in (1, 350):  # similarities: one and seven validation images at a time
-        monkeypatch.setattr(classify, "_MAX_SIMILARITIES", held)
+    for held in (1, 350):  # similarities of 1 and 7 validation images at a time
+        monkeypatch.setattr(classify, "_SIMILARITIES", held)
         parts = knn_predictions(train, labels, val, [1, 5])
         assert all(torch.equal(parts[k], whole[k]) for k in whole)
 
 
-def test_a_linear_probe_finds_a_planted_direction_and_no_other():
+def test_a_linear_probe_finds_a_planted_direction_and_nothing_in_noise():
     labels = torch.arange(300) % 3
     features = torch.randn(300, 10)
     planted = features.clone()
@@ -54,19 +53,19 @@ def test_a_linear_probe_finds_a_planted_direction_and_no_other():
     shuffled = linear_probe(features[:200], labels[:200], features[200:])
     assert (shuffled.predictions == labels[200:]).float().mean() < 0.5
     scaled = linear_probe(1000 * planted[:200] + 7, labels[:200], 1000 * planted[200:] + 7)
-    assert torch.equal(scaled.predictions, probe.predictions)  # standardised
-    with pytest.raises(ValueError, match="of 1 classes are too few"):
+    assert torch.equal(scaled.predictions, probe.predictions)  # features are standardised
+    with pytest.raises(ValueError, match="of 1 classes says nothing"):
         linear_probe(features, torch.zeros(300, dtype=torch.long), features)
 
 
-def test_limits_are_spread_over_the_split():
+def test_a_limit_takes_images_from_the_whole_split():
     images = LabelledImages([None] * 100, "validation", 4)
     assert images.indices == [0, 25, 50, 75]
     assert len(LabelledImages([None] * 3, "validation", 10)) == 3
 
 
 @pytest.mark.parametrize("name", ["crate_tiny_patch8_224", "vit_tiny_patch16_224"])
-def test_features_are_what_the_head_reads(name):
+def test_pooled_features_are_the_heads_input(name):
     patch = {"depth": 2, "img_size": 32, "num_classes": 3}
     model = timm.create_model(name, **patch).eval()
     with torch.no_grad():
@@ -77,28 +76,25 @@ def test_features_are_what_the_head_reads(name):
         assert not torch.allclose(pooled(model, tokens, "mean"), wanted)
 
 
-def test_notes_about_a_linear_probe():
+def test_a_linear_probe_without_convergence_or_at_the_end_of_the_grid_has_remarks():
     tried = {0.1: 0.5, 1.0: 0.6, 10.0: 0.4}
-    assert classify._notes("A", {"linear": {"C": 1.0, "held_out": tried, "converged": True}}) == []
-    said = classify._notes("A", {"linear": {"C": 10.0, "held_out": tried, "converged": False}})
-    assert said[0] == "A: the linear probe's fit did not converge"
-    assert said[1] == "A: C = 10 is at the end of the range tried (0.1 to 10)"
-    assert classify._notes("A", {"knn": {}}) == []
+    assert classify._doubts("A", {"linear": {"C": 1.0, "held_out": tried, "converged": True}}) == []
+    said = classify._doubts("A", {"linear": {"C": 10.0, "held_out": tried, "converged": False}})
+    assert ["did not converge" in said[0], "C = 10 is at the end" in said[1]] == [True, True]
 
 
-def _folder(root: Path, per_class: int = 6) -> Path:
-    """Three classes of plain colours with noise, train and val."""
+@pytest.fixture
+def folder(tmp_path):
+    """Two splits of three classes, six images each: plain colours with noise."""
     draw, files = np.random.default_rng(0), {}
-    for split in ("train", "val"):
-        for k, name in enumerate(("blue", "green", "red")):
-            for i in range(per_class):
-                picture = draw.integers(0, 60, (32, 32, 3), dtype=np.uint8)
-                picture[..., 2 - k] += 150
-                files[f"{split}/{name}/{i}.png"] = encoded(Image.fromarray(picture))
-    return write_tree(root, files)
+    for split, (k, name), i in itertools.product(("train", "val"), enumerate(("blue", "green", "red")), range(6)):
+        picture = draw.integers(0, 60, (32, 32, 3), dtype=np.uint8)
+        picture[..., 2 - k] += 150
+        files[f"{split}/{name}/{i}.png"] = encoded(Image.fromarray(picture))
+    return write_tree(tmp_path / "data", files)
 
 
-def test_neither_split_is_augmented_and_broken_files_are_named(folder):
+def test_no_split_is_augmented_and_broken_files_are_named(folder):
     where = {"dataset": "folder", "data_dir": str(folder), "val_split": "val", "image_size": 32}
     config = TrainConfig(**where, crop="random", hflip=0.5)
     data = plain_splits(config)
@@ -111,19 +107,10 @@ def test_neither_split_is_augmented_and_broken_files_are_named(folder):
     assert "green/1.png" in sample.problem
 
 
-@pytest.fixture
-def folder(tmp_path):
-    return _folder(tmp_path / "data")
-
-
-def _words(folder, output, *more, labels=("ours",)) -> list[str]:
+def _run(folder, output, *more) -> dict:
     data = ["--dataset", "folder", "--data-dir", str(folder), "--val-split", "val", "--output", str(output)]
-    return [*(f"{label}={MODEL}" for label in labels), "--model-args", *SMALL, *data, *more]
-
-
-def _run(*words) -> dict:
-    assert classify.main(_words(*words)) == 0
-    return json.loads((words[1] / "results.json").read_text())
+    assert classify.main([f"ours={MODEL}", "--model-args", *SMALL, *data, *more]) == 0
+    return json.loads((output / "results.json").read_text())
 
 
 def test_the_command_on_a_folder(folder, tmp_path, capsys):
@@ -131,19 +118,17 @@ def test_the_command_on_a_folder(folder, tmp_path, capsys):
     words = ["--protocol", "head,knn,linear", "--k", "1,5", "--raw-pixels"]
     content = _run(folder, tmp_path / "out", *words)
     result = content["results"]["ours"]
-    assert result["images"] == 17
-    assert result["train_images"] == 18
+    assert (result["images"], result["train_images"]) == (17, 18)
     assert result["chance"] == pytest.approx(6 / 17)
-    assert result["head"]["top5"] is None  # of three classes any five are all
+    assert result["head"]["top5"] is None  # there are three classes
     assert set(result["knn"]) == {"1", "5"}
     assert result["raw_pixels"]["knn"]["1"] == 1.0  # plain colours
-    assert content["unreadable"]["count"] == 1
     assert "red/5.png" in content["unreadable"]["images"][0]
     assert "unreadable images: 1" in capsys.readouterr().out
     assert _run(folder, tmp_path / "again", *words)["results"] == content["results"]
 
 
-def test_default_neighbours_are_those_there_are_images_for(folder, tmp_path, capsys):
+def test_default_numbers_of_neighbours_are_limited_by_the_images(folder, tmp_path, capsys):
     result = _run(folder, tmp_path / "out", "--protocol", "head,knn,linear")["results"]["ours"]
     assert set(result["knn"]) == {"10"}
     assert result["head"]
@@ -156,14 +141,10 @@ def test_default_neighbours_are_those_there_are_images_for(folder, tmp_path, cap
 
 @pytest.mark.parametrize(
     ("whole", "left_out", "knn"),
-    [
-        ("nothing", {"knn", "linear"}, set()),
-        ("red/*.png", {"linear"}, {"2", "5"}),
-        ("*/0.png", {"5-NN", "linear"}, {"2"}),
-    ],
+    [("none", {"knn", "linear"}, set()), ("red/*", {"linear"}, {"2", "5"}), ("*/0.png", {"5-NN", "linear"}, {"2"})],
 )
-def test_what_only_reading_shows_does_not_lose_the_other_results(folder, tmp_path, capsys, whole, left_out, knn):
-    """Training images are broken, all but some."""
+def test_protocols_without_enough_readable_images_are_left_out(folder, tmp_path, capsys, whole, left_out, knn):
+    """All training images but those of `whole` are broken."""
     for path in (folder / "train").rglob("*.png"):
         if not path.match(whole):
             path.write_bytes(b"broken")
@@ -175,7 +156,7 @@ def test_what_only_reading_shows_does_not_lose_the_other_results(folder, tmp_pat
     assert "linear left out" in capsys.readouterr().out
 
 
-def test_a_run_brings_its_own_data(tiny_run, tmp_path):
+def test_a_run_is_evaluated_on_its_own_data(tiny_run, tmp_path):
     arguments = [str(tiny_run), "--protocol", "head,knn", "--k", "5", "--output", str(tmp_path)]
     assert classify.main(arguments) == 0
     result = json.loads((tmp_path / "results.json").read_text())["results"]["tiny"]
@@ -185,8 +166,7 @@ def test_a_run_brings_its_own_data(tiny_run, tmp_path):
     assert len(result["per_class"]["head"]) == 12
 
 
-def test_the_papers_number_stands_beside_a_model_of_its_name():
+def test_the_papers_number_is_shown_for_a_model_of_that_name():
     config = TrainConfig(dataset="folder", data_dir="data/cifar10")
     assert classify._paper_score("CRATE-S/8", config, 10) == 0.972
     assert classify._paper_score("mine", config, 10) is None
-    assert open_model(MODEL, model_args=SMALL).config is None

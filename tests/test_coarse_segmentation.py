@@ -1,4 +1,4 @@
-"""Attention's masks and scores by hand, coarse segmentation by its definition, and its command."""
+"""Coarse segmentation: masks and scores of attention against values by hand, and the command."""
 
 import json
 
@@ -9,15 +9,8 @@ from test_images import make_coco, make_voc
 from crate_fast.eval import coarse_segmentation
 from crate_fast.eval.common.images import open_images
 from crate_fast.eval.common.models import open_model
-from crate_fast.eval.common.segmentation import (
-    READINGS,
-    AttentionScores,
-    attention_to_mask,
-    average_precision,
-    intersection_over_union,
-    mask_to_grid,
-    scores_table,
-)
+from crate_fast.eval.common.segmentation import AttentionScores, attention_to_mask, average_precision
+from crate_fast.eval.common.segmentation import intersection_over_union as iou
 
 MODEL = "crate_tiny_patch8_224@untrained"
 SMALL = ["depth=2", "dim=32", "heads=2", "img_size=32"]
@@ -27,7 +20,7 @@ SMALL = ["depth=2", "dim=32", "heads=2", "img_size=32"]
     ("threshold", "expected"),
     [("topk", [[1, 1, 1, 0, 0], [1, 1, 0, 0, 1]]), ("mass", [[1, 0, 1, 0, 0], [0, 0, 0, 0, 1]])],
 )
-def test_masks_keep_the_largest_entries(threshold, expected):
+def test_masks_keep_the_largest_weights(threshold, expected):
     attention = torch.tensor([[0.5, 0.1, 0.3, 0.05, 0.05], [0.0, 0.0, 0.0, 0.0, 1.0]])
     assert torch.equal(attention_to_mask(attention, threshold, 0.6), torch.tensor(expected).bool())
     assert torch.equal(attention_to_mask(attention * 7, threshold, 0.6), torch.tensor(expected).bool())
@@ -39,16 +32,16 @@ def test_masks_keep_the_largest_entries(threshold, expected):
 def test_iou_by_hand():
     predicted = torch.tensor([True, True, False, False])
     target = torch.tensor([True, False, True, False])
-    assert intersection_over_union(predicted, target).item() == pytest.approx(1 / 3)
+    assert iou(predicted, target).item() == pytest.approx(1 / 3)
     valid = torch.tensor([True, True, False, True])
-    assert intersection_over_union(predicted, target, valid).item() == pytest.approx(1 / 2)
+    assert iou(predicted, target, valid).item() == pytest.approx(1 / 2)
     empty = torch.zeros(4, dtype=torch.bool)
-    assert intersection_over_union(empty, empty).item() == 0
-    assert intersection_over_union(predicted, predicted).item() == 1
+    assert iou(empty, empty).item() == 0
+    assert iou(predicted, predicted).item() == 1
 
 
 def _area(weights: torch.Tensor, target: torch.Tensor) -> float:
-    """Under the curve of precision over recall, threshold by threshold."""
+    """Return the area under the curve of precision over recall, threshold by threshold."""
     area, recall = 0.0, 0.0
     for threshold in weights.unique().flip(0):
         chosen = weights >= threshold
@@ -60,7 +53,7 @@ def _area(weights: torch.Tensor, target: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("levels", [3, 1000])
 def test_average_precision_is_the_area_under_its_curve(levels):
-    weights = torch.randint(levels, (5, 7, 40)) / levels  # of few levels many are equal
+    weights = torch.randint(levels, (5, 7, 40)) / levels  # few levels: many equal weights
     target, valid = torch.rand(5, 1, 40) < 0.3, torch.rand(5, 1, 40) < 0.8
     found = average_precision(weights, target, valid)
     assert found.shape == (5, 7)
@@ -68,11 +61,11 @@ def test_average_precision_is_the_area_under_its_curve(levels):
         for j in range(7):
             kept = valid[i, 0]
             assert found[i, j].item() == pytest.approx(_area(weights[i, j][kept], target[i, 0][kept]), abs=1e-6)
-    assert torch.equal(average_precision(weights**3, target, valid), found)  # the order alone counts
+    assert torch.equal(average_precision(weights**3, target, valid), found)  # only the order counts
     assert average_precision(weights, torch.zeros_like(target)).eq(0).all()
 
 
-def test_average_precision_does_not_see_how_far_a_map_spreads():
+def test_average_precision_does_not_depend_on_the_spread_of_a_map():
     target = torch.tensor([[True, True, True, False, False]])
     maps = torch.tensor([[[0.4, 0.3, 0.3, 0.0, 0.0], [0.9, 0.08, 0.02, 0.0, 0.0]]])
     scores = AttentionScores()
@@ -84,58 +77,33 @@ def test_average_precision_does_not_see_how_far_a_map_spreads():
     assert result["ap"]["true_mask"] == result["ap"]["mean_mask"] == 1.0
 
 
-def test_the_best_head_is_chosen_per_image():
+def test_the_best_head_is_chosen_for_each_image():
     target = torch.tensor([[True, True, False, False], [False, False, True, True]])
     left, right = torch.tensor([0.5, 0.5, 0.0, 0.0]), torch.tensor([0.0, 0.0, 0.5, 0.5])
     attention = torch.stack([torch.stack([left, right])] * 2)
     scores = AttentionScores(fraction=0.9)
     scores.add({0: attention}, target.unsqueeze(1))
     result = scores.result()["mass"]
-    assert result["layers"][0]["per_head"] == [0.5, 0.5]  # each head is right in one image and wrong in the other
-    assert result["layers"][0]["best_head"] == 1.0
-    assert result["constant"] == 0.5
+    assert result["layers"][0]["per_head"] == [0.5, 0.5]  # each head is right in one image
+    assert (result["layers"][0]["best_head"], result["constant"]) == (1.0, 0.5)
 
 
-def test_a_patch_is_object_when_half_of_it_is():
-    mask = torch.zeros(1, 4, 4, dtype=torch.bool)
-    mask[0, 0, :2] = True  # half of the first patch
-    mask[0, 2, 2] = True  # a quarter of the last
-    assert mask_to_grid(mask, (2, 2)).tolist() == [[True, False, False, False]]
-
-
-def test_scores_of_a_head_that_looks_where_the_object_is_and_of_one_that_looks_everywhere():
-    masks = torch.zeros(3, 8, 8, dtype=torch.bool)
-    masks[0, :4, :4] = masks[1, 4:, 4:] = masks[2, :2] = True
-    targets, found = mask_to_grid(masks, (4, 4)), AttentionScores()
-    found.add({0: torch.stack([targets / 4, torch.full((3, 16), 1 / 16)], dim=1)}, targets.unsqueeze(1))
-    scores = found.result()
-    mass = scores["mass"]
-    assert mass["layers"][0]["per_head"][0] == pytest.approx(0.75)  # three of four equal patches hold 60 %
-    assert mass["layers"][0]["best_head"] == pytest.approx(mass["true_mask"]) == pytest.approx(0.75)
-    assert mass["constant"] == pytest.approx(0.25)
-    assert mass["images"] == 3
-    assert scores["topk"]["true_mask"] == pytest.approx(4 / 10)  # ten of sixteen patches are kept
-    assert scores["ap"]["layers"][0]["per_head"] == pytest.approx([1.0, 0.25])
-    assert "one head for all images 0.750" in scores_table(scores, marked=0)
-    assert "attention AP, patches by weight, 3 images" in scores_table(scores)
-
-
-def test_bad_options_are_named():
+def test_bad_options_are_errors():
     with pytest.raises(ValueError, match="threshold=.top"):
         attention_to_mask(torch.rand(4), "top")
     with pytest.raises(ValueError, match=r"fraction=1\.5"):
         attention_to_mask(torch.rand(4), fraction=1.5)
 
 
-def test_classes_first_then_images():
-    """Two images, of one class and of two: the mean over classes within an image comes first."""
+def test_scores_are_averaged_over_an_images_classes_and_then_over_images():
+    """The first image has one class, the second two."""
     scores = AttentionScores()
     left, right, all_ = [1.0, 1, 0, 0], [0.0, 0, 1, 1], [1.0, 1, 1, 1]
     maps = torch.tensor([[left, all_], [left, right]])
     targets = [torch.tensor([left]).bool(), torch.tensor([[1, 0, 0, 0], right]).bool()]
     scores.add({3: maps}, targets, labels=[[5], [5, 6]])
     row = scores.result()["topk"]["layers"][0]  # 60 % of 4 entries: 3 are kept, equal ones in order
-    # left keeps 0, 1, 2; right keeps 2, 3, 0; image 1: 2/3 by either head; image 2: class 5 1/3, class 6 2/3 (right)
+    # left keeps 0, 1, 2; right keeps 2, 3, 0. Image 1: 2/3 for both heads. Image 2: class 5 1/3, class 6 2/3 (right).
     assert row["layer"] == 3
     assert row["best_head"] == pytest.approx((2 / 3 + (1 / 3 + 2 / 3) / 2) / 2)
     assert row["by_class"] == pytest.approx({5: (2 / 3 + 1 / 3) / 2, 6: 2 / 3})
@@ -143,32 +111,31 @@ def test_classes_first_then_images():
     assert row["fixed_head"] == max(row["per_head"])
 
 
-def test_void_leaves_both_sides_of_the_fraction():
+def test_void_patches_are_ignored():
     scores = AttentionScores(fraction=1.0)
     target = torch.tensor([[True, True, False, False]])
     scores.add({0: torch.ones(1, 1, 4)}, [target], [torch.tensor([False, True, True, False])])
     result = scores.result()["topk"]
-    assert result["constant"] == pytest.approx(1 / 2)  # of the two patches that count one is object
+    assert result["constant"] == pytest.approx(1 / 2)  # one of two valid patches is object
     assert result["layers"][0]["best_head"] == pytest.approx(1 / 2)
 
 
-def test_the_mean_mask_is_the_means_of_all_images():
+def test_the_mean_mask_is_the_mean_over_all_images():
     scores = AttentionScores(fraction=0.5)
     targets = [torch.tensor([[True, True, False, False]])] * 3 + [torch.tensor([[False, False, True, True]])]
     for target in targets:
         scores.add({0: torch.rand(1, 2, 4)}, [target])
     result = scores.result()["topk"]
     assert result["mean_mask"] == pytest.approx(3 / 4)
-    assert result["true_mask"] == 1.0
-    assert result["images"] == 4
+    assert (result["true_mask"], result["images"]) == (1.0, 4)
 
 
-def test_images_without_objects_are_counted_not_scored():
+def test_images_without_objects_are_counted_but_not_scored():
     scores = AttentionScores()
     none = torch.zeros(0, 4, dtype=torch.bool)
     scores.add({0: torch.rand(2, 1, 4)}, [none, torch.tensor([[True, False, False, False]])])
-    assert scores.result()["mass"]["images"] == 1
-    assert scores.result()["mass"]["without_objects"] == 1
+    mass = scores.result()["mass"]
+    assert (mass["images"], mass["without_objects"]) == (1, 1)
     empty = AttentionScores()
     empty.add({0: torch.rand(1, 1, 4)}, [none])
     with pytest.raises(ValueError, match="none of the 1 images has an object"):
@@ -176,13 +143,13 @@ def test_images_without_objects_are_counted_not_scored():
 
 
 @pytest.mark.parametrize("data", ["voc:{}", "shape_scenes"])
-def test_batches_do_not_change_the_scores(tmp_path, data):
+def test_scores_do_not_depend_on_the_batch_size(tmp_path, data):
     loaded = open_model(MODEL, image_size=32, model_args=SMALL)
     folder = make_voc(tmp_path) / "VOC2012"
     (folder / "ImageSets/Segmentation/val.txt").write_text("c\na\nc\nb\n")  # c has no object
     images = open_images(data.format(tmp_path), 32, 6)
     whole, parts = (coarse_segmentation.evaluate(loaded, images, batch_size=size) for size in (10, 1))
-    for reading in READINGS:
+    for reading in whole:
         for a, b in zip(whole[reading]["layers"], parts[reading]["layers"], strict=True):
             assert a["per_head"] == pytest.approx(b["per_head"], abs=1e-6)
         assert whole[reading]["random"] == pytest.approx(parts[reading]["random"])
@@ -204,7 +171,7 @@ def test_objects_without_a_patch_are_counted(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["voc", "shape_scenes"])
-def test_the_command(kind, tmp_path, capsys, monkeypatch):
+def test_the_command_writes_scores_tables_and_figures(kind, tmp_path, capsys, monkeypatch):
     data = f"voc:{make_voc(tmp_path / 'data')}" if kind == "voc" else kind
     words = [f"A={MODEL}", f"B={MODEL}", "--model-args", *SMALL, "--data", data, "--limit", "3"]
     words += ["--figure-images", "1"]
@@ -224,9 +191,8 @@ def test_the_command(kind, tmp_path, capsys, monkeypatch):
     assert f"| B | mIoU mass | 1 | {first:.3f} | {second:.3f} |" in (tmp_path / "out" / "heads.md").read_text()
     assert "random maps" in capsys.readouterr().out
     if kind == "voc":
-        assert results["A"]["topk"]["images"] == 2
-        assert results["A"]["topk"]["without_objects"] == 1
-    if kind == "shape_scenes":
+        assert (results["A"]["topk"]["images"], results["A"]["topk"]["without_objects"]) == (2, 1)
+    else:
         assert coarse_segmentation.main([*words, "--fraction", "0.1", "--output", str(tmp_path / "less")]) == 0
         assert "attention mIoU, mass 10%, 3 images" in capsys.readouterr().out
         pictures = [(tmp_path / name / "masks_topk_01.png").read_bytes() for name in ("out", "less")]

@@ -1,10 +1,11 @@
-"""Compilation of every row of the tile table, without a GPU: it compiles, fits and, on the Triton
-versions that the table was made for, does not spill."""
+"""Every row of the tile table compiles without a GPU, fits into shared memory and, with the Triton versions that the
+table was made for, does not spill."""
 
 import json
 import multiprocessing
 import os
 from dataclasses import replace
+from operator import attrgetter
 
 import compile_report
 import torch
@@ -38,7 +39,7 @@ def test_the_table_is_complete_and_small(monkeypatch):
                 assert (missing == []) == on_chip
 
 
-def test_the_most_particular_row_counts(monkeypatch):
+def test_the_most_specific_row_is_used(monkeypatch):
     rows = {("k", "half"): 1, ("k", "half", 64): 2, ("k", "half", "sm_90"): 3, ("k", "half", "sm_90", 128): 4}
     monkeypatch.setattr("crate_fast.kernels.launch.TABLE", rows)
     for architecture, widths in (("sm_80", {32: 1, 64: 2, 128: 1}), ("sm_90", {32: 3, 64: 3, 128: 4})):
@@ -58,14 +59,14 @@ def test_measured_tiles_take_precedence(tmp_path, monkeypatch):
     assert find("whole_head_forward", cpu, "half", 64) is None
 
 
-STANDS_IN = {"ista_backward_input": "output_map"}  # the same kernel, of which the second uses more
+STANDS_IN = {"ista_backward_input": "output_map"}  # the same kernel; the second uses more registers
 
 
 def _is_shown_by_another(case: compile_report.Case) -> bool:
-    """Return True for a case whose code, registers and shared memory another tested case shows.
+    """Return True if another tested case has the same code and needs as many registers and as much shared memory.
 
-    Hopper's heads of 197×48 have the masks of 197×64 and 240×48, and two registers more. Blackwell's of 256×64, which
-    compile for half a minute, have the code of 197×64 with more blocks, and fewer registers than Hopper's. ISTA's
+    On Hopper, heads of 197×48 have the masks of 197×64 and 240×48, and two registers more. On Blackwell, heads of
+    256×64 compile for 30 s; they have the code of 197×64 with more blocks, and fewer registers than on Hopper. ISTA's
     gradient is the output map without its LayerNorm; its own mask is compiled on Hopper at 768.
     """
     size = case.size.split()[0]
@@ -76,10 +77,10 @@ def _is_shown_by_another(case: compile_report.Case) -> bool:
 
 
 def _tested_cases() -> list[compile_report.Case]:
-    """The largest case of each tile, on Hopper of each width; without what is the same on a smaller chip."""
+    """Return the largest case of each tile, on Hopper of each width, unless a smaller chip has the same case."""
     cases, largest = [case for case in compile_report.cases() if not _is_shown_by_another(case)], {}
     smaller = {replace(case, architecture="sm_80") for case in cases if case.architecture == "sm_86"}
-    for case in cases:  # in ascending order, a kernel's plainest variant first
+    for case in cases:  # in ascending order of size; a kernel's simplest variant comes first
         hopper, (size, *words) = case.architecture == "sm_90" and case.precision == "half", case.size.split()
         if case not in smaller and (hopper or case.kernel not in compile_report.ROWWISE):
             part = next((word for word in words if word in ("rest", "masked") and hopper), size if hopper else "")
@@ -88,13 +89,11 @@ def _tested_cases() -> list[compile_report.Case]:
 
 
 def test_every_row_compiles_and_fits(monkeypatch, capsys):
-    """`compile_report.py` in another process, since this one interprets; its exit code is the verdict."""
+    """`compile_report.py` compiles in another process, because this one interprets; it exits with 0 on success."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     cases = _tested_cases()
-    rows, tested = (
-        {(case.architecture, case.kernel, case.precision, case.tile) for case in some}
-        for some in (compile_report.cases(), cases)
-    )
+    row_of = attrgetter("architecture", "kernel", "precision", "tile")
+    rows, tested = set(map(row_of, compile_report.cases())), set(map(row_of, cases))
     for architecture, kernel, *row in rows - tested:
         alike = ("sm_86", kernel, *row) if architecture == "sm_80" else (architecture, STANDS_IN.get(kernel), *row)
         assert kernel in compile_report.ROWWISE or alike in tested
@@ -105,35 +104,27 @@ def test_every_row_compiles_and_fits(monkeypatch, capsys):
     assert f"triton {triton.__version__}: {len(cases)} kernels compile and fit" in printed
 
 
-def test_the_report_finds_what_is_wrong():
-    good = {
-        "kernel": "attention_forward", "architecture": "sm_90", "precision": "half", "size": "64", "error": None,
-        "spilled_bytes": 0, "shared_kib": 40.0, "matrix_instructions": {"wgmma.mma_async": 8}, "async_copies": 2,
-        "serialized": False,
-    }  # fmt: skip
+def test_the_report_finds_every_problem():
+    good = {"kernel": "attention_forward", "architecture": "sm_90", "precision": "half", "size": "64", "error": None}
+    good |= {"spilled_bytes": 0, "shared_kib": 40.0, "matrix_instructions": {"wgmma.mma_async": 8}}
+    good |= {"async_copies": 2, "serialized": False}
     assert compile_report.problems([good], True) == []
-    for change, message in (
-        ({"error": "boom"}, "boom"),
-        ({"spilled_bytes": 8}, "spills 8 bytes"),
-        ({"shared_kib": 228.0}, "228.0 KiB of shared memory"),
-        ({"matrix_instructions": {"mma.sync": 8}}, "no wgmma"),
-        ({"async_copies": 0}, "no asynchronous copies"),
-        ({"serialized": True}, "serialises"),
-    ):
-        (problem,) = compile_report.problems([good | change], True)
+    bad = {"error": "boom", "spilled_bytes": 8, "shared_kib": 228.0, "matrix_instructions": {"mma.sync": 8}}
+    bad |= {"async_copies": 0, "serialized": True}
+    said = ("boom", "spills 8 bytes", "228.0 KiB of shared memory", "no wgmma", "no asynchronous", "serialises")
+    for change, message in zip(bad.items(), said, strict=True):
+        (problem,) = compile_report.problems([good | dict([change])], True)
         assert message in problem
     assert compile_report.problems([good | {"spilled_bytes": 8}], False) == []
 
 
-def test_a_compiler_that_dies_is_reported(monkeypatch):
-    wanted = compile_report.cases(("sm_90",))[:1]
-    monkeypatch.setattr(compile_report, "compile_case", _die)
-    monkeypatch.setattr(
-        compile_report, "get_context", lambda _: multiprocessing.get_context("fork")
-    )  # imports nothing
-    rows = compile_report.compile_all(wanted, processes=1)
-    assert [row["error"] for row in rows] == ["the compiler killed its process"]
-
-
 def _die(case):
     os._exit(1)
+
+
+def test_a_crash_of_the_compiler_is_reported(monkeypatch):
+    fork = multiprocessing.get_context("fork")  # imports nothing again
+    monkeypatch.setattr(compile_report, "compile_case", _die)
+    monkeypatch.setattr(compile_report, "get_context", lambda _: fork)
+    rows = compile_report.compile_all(compile_report.cases(("sm_90",))[:1], processes=1)
+    assert [row["error"] for row in rows] == ["the compiler killed its process"]

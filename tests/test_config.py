@@ -1,13 +1,12 @@
-"""Configuration: dataclass, recipes, command line, and what they refuse."""
+"""Settings of training: recipes, command line, and their errors."""
 
 import dataclasses
 
 import pytest
-import yaml
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from crate_fast.train import pretrain
-from crate_fast.train.config import TrainConfig, build_config, dump_config, field_help, load_recipe, recipe_names
+from crate_fast.train.config import TrainConfig, build_config, dump_config, field_help, load_recipe
 
 
 def _config(*argv: str):
@@ -25,21 +24,15 @@ PUBLISHED = {
     | {"batch_size": 16384, "warmup_epochs": 10, "frozen": True, "label_smoothing": 0.0, "clip_grad": 0},
     **{f"finetune_{data}": TABLE_3 for data in ("cifar10", "cifar100", "flowers102", "in1k", "pets")},
 }
-OURS = ["cifar10", "crate_alpha_in21k", "shape_scenes", "cifar10_mae", "crate_mae_in1k", "mae_in1k"]
-OURS += ["shape_scenes_mae", "crate_alpha_finetune_in1k"]
-
-
-def test_the_recipes():
-    assert recipe_names() == sorted([*PUBLISHED, *OURS])
 
 
 @pytest.mark.parametrize("recipe", PUBLISHED)
-def test_recipes_hold_their_published_numbers(recipe):
+def test_recipes_have_the_published_settings(recipe):
     config = vars(_config("--recipe", recipe, "--data-dir", "x", "--init", "x"))
     assert {name: config[name] for name in PUBLISHED[recipe]} == PUBLISHED[recipe]
 
 
-def test_the_command_line_wins_over_the_recipe_and_the_recipe_over_the_default(tmp_path):
+def test_the_command_line_overrides_the_recipe_and_the_recipe_the_defaults(tmp_path):
     recipe = tmp_path / "mine.yaml"
     recipe.write_text("epochs: 7\nlr: 3e-4\ndim: 96\n")
     config = _config("--recipe", str(recipe), "--epochs", "2", "--no-compile", "--decay-all")
@@ -48,7 +41,7 @@ def test_the_command_line_wins_over_the_recipe_and_the_recipe_over_the_default(t
     assert config.batch_size == TrainConfig().batch_size
 
 
-def test_on_scenes_a_recipe_for_other_data_keeps_no_transforms():
+def test_a_recipe_for_other_data_loses_its_transforms_on_shape_scenes():
     config = _config("--recipe", "finetune_cifar10", "--dataset", "shape_scenes", "--init", "x")
     assert (config.crop, config.auto_augment, config.lr) == ("none", "", 5e-5)
 
@@ -58,7 +51,6 @@ def test_a_dumped_configuration_is_a_recipe(tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text(dump_config(config))
     assert _config("--recipe", str(path)) == config
-    assert yaml.safe_load(path.read_text())["dim"] == 64
 
 
 def test_help_lists_and_explains_every_option(capsys):
@@ -81,7 +73,6 @@ def test_help_lists_and_explains_every_option(capsys):
         (["--frozen", "--mixup", "0.5"], "leave out mixup, cutmix and layer_decay"),
         (["--random-erasing", "1.5"], "random_erasing=1.5: it must be between 0 and 1"),
         (["--mixup", "-1"], "mixup=-1.0: it must be at least 0"),
-        (["--lr", "-1"], "lr=-1.0: it must be positive"),
         (["--epochs", "0"], "epochs=0: it must be at least 1"),
         (["--layer-decay", "1.5"], "layer_decay=1.5: it must be above 0"),
         (["--lr", "inf"], "lr=inf: it must be positive and finite"),
@@ -115,7 +106,7 @@ def test_help_lists_and_explains_every_option(capsys):
         (["--recipe", "cifar10", "--data-dir", "x", "--crop-scale", "0.5"], "crop_scale=0.5 needs crop='random'"),
     ],
 )
-def test_command_line_errors(arguments, message, capsys, tmp_path):
+def test_bad_command_lines_are_one_line_errors(arguments, message, capsys, tmp_path):
     files = {"RECIPE": "lr: [1\nb: }", "SCENES": "dataset: shape_scenes\ncrop_scale: 0.5"}
     for name, text in files.items():
         (tmp_path / f"{name}.yaml").write_text(text)
@@ -123,9 +114,8 @@ def test_command_line_errors(arguments, message, capsys, tmp_path):
     arguments = arguments if "--resume" in arguments else [*arguments, "--output", str(tmp_path / "run")]
     assert pretrain.main(arguments) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: ")
+    assert (error.startswith("error: "), error.count("\n")) == (True, 1)
     assert message in error
-    assert error.count("\n") == 1
     assert not (tmp_path / "run").exists()
 
 
@@ -138,10 +128,9 @@ def test_command_line_errors(arguments, message, capsys, tmp_path):
         ("decay_all: 1", "decay_all=1 must be bool"),
         ("- a\n- b", "a recipe is a mapping of settings, not list"),
         ("yes: 3", "unknown key True"),
-        ("lr: [1", "is not valid YAML"),
     ],
 )
-def test_recipe_errors(text, message, tmp_path):
+def test_bad_recipes_are_errors(text, message, tmp_path):
     path = tmp_path / "bad.yaml"
     path.write_text(text)
     with pytest.raises(ValueError, match="bad.yaml") as error:
@@ -149,8 +138,8 @@ def test_recipe_errors(text, message, tmp_path):
     assert message in str(error.value)
 
 
-def test_torchruns_own_report_ends_with_the_error(tmp_path, monkeypatch, capsys):
-    """torch.distributed.elastic shows what the first failed process wrote into its error file."""
+def test_the_error_is_in_torchruns_report(tmp_path, monkeypatch, capsys):
+    """torch.distributed.elastic shows the error file of the first failed process."""
     file = tmp_path / "error.json"
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
     monkeypatch.setenv("RANK", "1")
@@ -160,7 +149,7 @@ def test_torchruns_own_report_ends_with_the_error(tmp_path, monkeypatch, capsys)
     assert "error: lr=-1.0: it must be positive" in ChildFailedError("pretrain.py", {1: failure}).format_msg()
 
 
-def test_a_model_named_on_the_command_line_has_its_own_sizes():
+def test_a_model_named_on_the_command_line_keeps_its_own_sizes():
     config, _ = build_config(["--model", "crate_tiny_patch16_224", "--depth", "2"], "", "shape_scenes")
     assert (config.model, config.depth) == ("crate_tiny_patch16_224", 2)
     assert (config.patch_size, config.dim, config.heads) == (None, None, None)

@@ -1,4 +1,4 @@
-"""Loaders and transforms: order and augmentation depend on seed and epoch alone; corrupt images are counted."""
+"""Loaders and transforms: order and augmentation depend only on seed and epoch; corrupt images are counted."""
 
 import dataclasses
 import itertools
@@ -46,10 +46,7 @@ def _images(config, **shares) -> list[torch.Tensor]:
     return [mirrored(batch.images, batch.flips) for batch in train_loader(config, data.train, **shares)]
 
 
-# --- order
-
-
-def test_neither_processes_nor_accumulation_nor_workers_change_a_step(folder):
+def test_a_steps_images_do_not_depend_on_processes_accumulation_or_workers(folder):
     augmented = config_of(folder, batch_size=8, crop="random", auto_augment="rand-m9-n2", hflip=0.5)
     for config in (SCENES, augmented):
         whole = _images(config)
@@ -82,7 +79,7 @@ def test_epochs_and_seeds_differ():
     assert not torch.equal(first[0], _images(dataclasses.replace(SCENES, seed=1))[0])
 
 
-def test_flips_depend_on_the_samples_name_and_are_left_to_the_device(folder):
+def test_flips_depend_on_the_samples_key_and_are_left_to_the_device(folder):
     for config in (SCENES, config_of(folder, hflip=0.5, crop="random")):
         data = build_splits(config)
         plain = build_splits(dataclasses.replace(config, hflip=0.0))
@@ -101,7 +98,7 @@ def test_repeated_augmentation_shows_fewer_images_in_more_ways(accumulate):
     config = dataclasses.replace(SCENES, train_samples=42, batch_size=8, repeats=2, epochs=4, accumulate=accumulate)
     split = build_splits(config).train
     parts = list(train_loader(config, split).batch_sampler)
-    assert len(parts) == 4 * 5 * accumulate  # an epoch is as long as without
+    assert len(parts) == 4 * 5 * accumulate  # an epoch is as long as without repeats
     steps = [list(itertools.chain(*parts[i : i + accumulate])) for i in range(0, len(parts), accumulate)]
     for keys in steps:
         assert [copy for _, _, copy in keys] == [0, 1] * 4
@@ -110,8 +107,7 @@ def test_repeated_augmentation_shows_fewer_images_in_more_ways(accumulate):
     assert [len(images) for images in shown] == [20] * 4
     assert not shown[0] & shown[1]
     assert not shown[2] & shown[3]
-    assert shown[0] & shown[2]
-    assert shown[0] != shown[2]
+    assert 0 < len(shown[0] & shown[2]) < 20
     if accumulate == 1:  # the copies of an image are never on one process
         for rank in range(2):
             for keys in train_loader(config, split, rank=rank, world_size=2).batch_sampler:
@@ -119,7 +115,7 @@ def test_repeated_augmentation_shows_fewer_images_in_more_ways(accumulate):
     assert list(train_loader(config, split, first_step=7).batch_sampler) == parts[7 * accumulate :]
 
 
-def test_copies_of_an_image_are_augmented_anew(folder):
+def test_copies_of_an_image_are_augmented_differently(folder):
     config = config_of(folder, crop="random", repeats=4, hflip=0.5, epochs=4)
     for batch in train_loader(config, build_splits(config).train):
         assert len({image.numpy().tobytes() for image in batch.images}) == 4
@@ -127,7 +123,7 @@ def test_copies_of_an_image_are_augmented_anew(folder):
 
 
 @pytest.mark.gpu
-def test_batches_wait_in_pinned_memory(folder):
+def test_batches_are_in_pinned_memory(folder):
     batch = next(iter(train_loader(config_of(folder, workers=1), build_splits(config_of(folder)).train)))
     assert isinstance(batch, Batch)
     assert all(values.is_pinned() for values in batch[:3])
@@ -143,7 +139,7 @@ def test_masks_come_with_their_images():
     assert torch.equal(batch.masks[3], data.masks[0, 3][2])
 
 
-def test_batches_without_equal_shares_are_refused():
+def test_a_batch_that_cannot_be_divided_or_filled_is_an_error():
     data = build_splits(SCENES)
     with pytest.raises(UserError, match="batch_size=8 cannot be divided among 3 processes"):
         train_loader(SCENES, data.train, world_size=3)
@@ -151,11 +147,8 @@ def test_batches_without_equal_shares_are_refused():
         train_loader(dataclasses.replace(SCENES, batch_size=64), data.train)
 
 
-# --- splits
-
-
 @pytest.mark.parametrize("crop", ["none", "pad", "random", "center"])
-def test_every_crop_has_the_size_asked_for(folder, crop):
+def test_every_crop_has_the_requested_size(folder, crop):
     data = build_splits(config_of(folder, crop=crop))
     assert (len(data.train), len(data.val), data.masks) == (12, 6, None)
     image, label = data.train[0, 0]
@@ -187,7 +180,7 @@ class _Torchvision(torch.utils.data.Dataset):
         ("pets", "OxfordIIITPet", {"split": "trainval"}, {"split": "test"}),
     ],
 )
-def test_torchvision_sets_are_opened_by_split_and_download_only_when_asked(name, class_name, train, val, monkeypatch):
+def test_torchvision_sets_are_opened_by_split_and_downloaded_on_request(name, class_name, train, val, monkeypatch):
     monkeypatch.setattr(torchvision.datasets, class_name, _Torchvision)
     for download in (False, True):
         _Torchvision.opened.clear()
@@ -198,18 +191,14 @@ def test_torchvision_sets_are_opened_by_split_and_download_only_when_asked(name,
         assert data.classes == ("a", "b")
 
 
-def test_missing_data_is_named(folder, tmp_path):
-    with pytest.raises(
-        UserError, match=r"val does not exist \(data_dir holds: \['train', 'validation'\]\).*--val-split"
-    ):
+def test_missing_data_is_an_error(folder, tmp_path):
+    message = r"val is not there \(data_dir holds: \['train', 'validation'\]\).*--val-split"
+    with pytest.raises(UserError, match=message):
         build_splits(config_of(folder, val_split="val"))
     with pytest.raises(UserError, match="no such folder"):
         build_splits(config_of(tmp_path / "nowhere"))
     with pytest.raises(UserError, match=r"cifar10 is not in data_dir.*--download"):
         build_splits(config_of(tmp_path, "cifar10"))
-
-
-# --- transforms
 
 
 def test_policies_are_timms_or_torchvisions():
@@ -228,19 +217,18 @@ def test_policies_are_timms_or_torchvisions():
         *("rand-tnothing", "random", "augmix", "rand-m9-"),
     ],
 )
-def test_other_policies_are_refused_with_two_examples(policy):
-    with pytest.raises(
-        UserError, match=rf"auto_augment='{policy}' is not a policy.*rand-m9-n2-mstd0.5.*randaugment-n2-m14"
-    ):
+def test_unknown_policies_are_refused_with_two_examples(policy):
+    message = rf"auto_augment='{policy}' is no policy.*rand-m9-n2-mstd0.5.*randaugment-n2-m14"
+    with pytest.raises(UserError, match=message):
         train_transform(TrainConfig(auto_augment=policy))
 
 
 @pytest.mark.parametrize("policy", ["randaugment-n2-m14", "rand-m9-n2-mstd0.5"])
-def test_a_samples_name_decides_its_augmentation(picture, policy):
+def test_augmentation_depends_only_on_the_samples_key(picture, policy):
     transform = train_transform(TrainConfig(image_size=32, crop="random", auto_augment=policy))
 
     def augmented(*name: int) -> bytes:
-        torch.rand(7), random.random()  # the global generators are in any state
+        torch.rand(7), random.random()  # change the global generators
         with drawing_from(*name):
             return transform(picture).tobytes()
 
@@ -250,7 +238,7 @@ def test_a_samples_name_decides_its_augmentation(picture, policy):
     assert len(set(first)) == len(names)
 
 
-def test_drawing_restores_pytorchs_generator_and_seeds_it_alike_everywhere():
+def test_drawing_from_restores_pytorchs_generator_and_seeds_every_device_alike():
     expected = torch.get_rng_state()
     with drawing_from(0, 1, 2):
         here = torch.rand(3)
@@ -259,11 +247,11 @@ def test_drawing_restores_pytorchs_generator_and_seeds_it_alike_everywhere():
     assert torch.equal(torch.get_rng_state(), expected)
 
 
-def test_pixels_are_torchvisions(picture):
+def test_pixels_equal_torchvisions(picture):
     assert np.array_equal(pixels(picture), transforms.PILToTensor()(picture).numpy())
 
 
-def test_evaluation_looks_at_the_middle():
+def test_evaluation_crops_the_middle():
     wide = Image.new("RGB", (300, 100), "red")
     wide.paste("blue", (100, 0, 200, 100))
     image = eval_transform(TrainConfig(image_size=50))(wide)
@@ -271,7 +259,7 @@ def test_evaluation_looks_at_the_middle():
     assert np.unique(np.asarray(image)[:, 2:-2].reshape(-1, 3), axis=0).tolist() == [[0, 0, 255]]
 
 
-def test_normalize():
+def test_normalisation_and_its_inverse():
     images = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1).expand(2, 3, 2, 2)
     out = Normalize("imagenet")(images)
     mean, std = torch.tensor((0.485, 0.456, 0.406)), torch.tensor((0.229, 0.224, 0.225))
@@ -280,9 +268,6 @@ def test_normalize():
     images = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16).expand(1, 3, 16, 16)
     for name in ("imagenet", "cifar10", "half"):
         assert torch.equal(Normalize(name).undo(Normalize(name)(images)), images)
-
-
-# --- corrupt images
 
 
 def _problems(*numbers: int) -> list[str]:
@@ -294,7 +279,7 @@ def _count(tally: UnreadableTally, epoch: int, *numbers: int) -> int:
     return tally.count(epoch)
 
 
-def test_a_corrupt_image_counts_once_an_epoch_and_too_many_are_an_error(tmp_path):
+def test_a_corrupt_image_counts_once_per_epoch_and_too_many_are_an_error(tmp_path):
     file = tmp_path / "unreadable.txt"
     tally = UnreadableTally(0.02, 100, file, ALONE)
     assert _count(tally, 0, 1, 1, 2) == 3

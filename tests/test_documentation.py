@@ -1,6 +1,6 @@
-"""The documentation: its commands and code run, its links lead somewhere, and every public name has a docstring.
+"""The documentation: its commands and code run, its links exist, and every public name has a docstring.
 
-Commands run small, in this process and a scratch folder, by their `main`; torchrun itself is not tested.
+Commands run by their `main` with small sizes, in this process and a scratch folder; torchrun itself is not tested.
 """
 
 import argparse
@@ -33,7 +33,7 @@ DOCS = ROOT / "docs"
 HOW_TO = sorted((DOCS / "how-to").glob("*.md"))
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted(DOCS.glob("*.md")), *sorted((DOCS / "results").glob("*.md")), *HOW_TO]
 LINKING = [*sorted(ROOT.glob("*.md")), *sorted(DOCS.rglob("*.md")), ROOT / "kernels" / "README.md"]
-RUN = [DOCS / "tutorial.md", *HOW_TO]  # pages whose commands run here; those of other pages are only parsed
+RUN = [DOCS / "tutorial.md", *HOW_TO]  # commands of these pages run here; those of the others are only parsed
 PROTOCOL_PAGES = [DOCS / "emergence" / "protocol.md", DOCS / "emergence" / "photographs" / "protocol.md"]
 PARSED_PAGES = [page for page in PAGES if page not in RUN] + PROTOCOL_PAGES
 PROTOCOLS = {f"{package}.{name}{module}" for _, table, package, module in cli.GROUPS.values() for name in table}
@@ -59,7 +59,7 @@ SMALL = {  # a command's beginning → options that make it small; a later optio
     "crate-fast eval by_layer": "--limit 2 --image-size 32 --device cpu",
     "crate-fast eval white_box": "--limit 2 --device cpu",
 }
-PARSED = (  # beginnings of commands that need GPUs or minutes; their options are parsed
+PARSED = (  # beginnings of commands that need GPUs or minutes; only their options are parsed
     "torchrun --n",
     "python benchmarks/",
     "bash benchmarks/",
@@ -72,7 +72,7 @@ IGNORED = ("pip ", "pytest ", "CRATE_FAST_REQUIRE_GPU=1 pytest", "ruff ")
 
 
 def _commands(page: Path) -> list[str]:
-    """The commands of a page's bash blocks and indented lines."""
+    """Return the commands of a page's bash blocks and indented lines."""
     text = page.read_text().replace("\\\n", " ")
     blocks = re.findall(r"```bash\n(.*?)```|^ {4}((?:crate-fast|torchrun) [^\n]*)$", text, re.S | re.M)
     lines = [line for block in blocks for line in re.split(r"\n| && ", "".join(block)) if line.strip()]
@@ -80,7 +80,7 @@ def _commands(page: Path) -> list[str]:
 
 
 def _main(command: str):
-    """(a command's `main`, its arguments)."""
+    """Return a command's `main` and its arguments."""
     words = shlex.split(command)
     if words[0] == "crate-fast":
         return cli.main, words[1:]
@@ -94,7 +94,7 @@ def _main(command: str):
 
 
 def _picture(number: int, path: Path) -> None:
-    """A bright rectangle somewhere on noise."""
+    """Save a picture of a bright rectangle on noise."""
     pixels = np.random.default_rng(number).integers(0, 120, (40, 48, 3), dtype=np.uint8)
     pixels[8 + number : 24 + number, 10:30] = (250, 40 * number % 256, 60)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -102,7 +102,7 @@ def _picture(number: int, path: Path) -> None:
 
 
 def _save_empty(figure, paths) -> None:
-    """Stand in for `save_figure`: other tests look at figures."""
+    """Stand in for `save_figure`; other tests check figures."""
     plt.close(figure)
     for path in paths:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -111,7 +111,7 @@ def _save_empty(figure, paths) -> None:
 
 @pytest.fixture
 def scratch(tmp_path, monkeypatch):
-    """A working folder with what the pages call DATA and PHOTOS."""
+    """A working folder with the pages' DATA and PHOTOS."""
     monkeypatch.setattr(figures, "save_figure", _save_empty)
     for number in range(6):
         _picture(number, tmp_path / "PHOTOS" / f"{number}.jpg")
@@ -123,17 +123,17 @@ def scratch(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("page", RUN, ids=lambda page: page.name)
-def test_a_pages_commands_and_python_run_small(page, scratch, tiny_run, monkeypatch, capsys):
+def test_the_commands_and_python_of_a_page_run(page, scratch, tiny_run, monkeypatch, capsys):
     text = page.read_text()
-    if not re.search(r"--output RUN\b", text):  # the page does not make it
+    if not re.search(r"--output RUN\b", text):  # the page does not train RUN itself
         (scratch / "RUN").symlink_to(tiny_run)
-    monkeypatch.setattr("multiprocessing.get_context", lambda kind: SimpleNamespace(Pool=ThreadPool))  # of shards
+    monkeypatch.setattr("multiprocessing.get_context", lambda kind: SimpleNamespace(Pool=ThreadPool))  # write_shards
     monkeypatch.setattr(uvicorn.Server, "run", lambda server, sockets: [socket.close() for socket in sockets])
     for command in _commands(page):
         if command.startswith((*PARSED, *IGNORED)):
             continue
         start = next((start for start in SMALL if command.startswith(start)), None)
-        assert start, f"say in SMALL how to run this small: {command}"
+        assert start, f"add options to SMALL that make this command small: {command}"
         main, arguments = _main(command)
         assert main([*arguments, *shlex.split(SMALL[start])]) == 0, f"{command}\n{capsys.readouterr()}"
     for block in re.findall(r"```python\n(.*?)```", text, re.S):
@@ -153,14 +153,14 @@ def test_options_of_commands_that_do_not_run_here_are_valid(page, monkeypatch):
         raise Parsed
 
     monkeypatch.syspath_prepend(DOCS)
-    monkeypatch.setattr(trainer, "launch", stop)  # a training command: its settings must fit each other
+    monkeypatch.setattr(trainer, "launch", stop)  # stops training commands after their settings are checked
     for command in _commands(page):
         assert all((ROOT / word).is_file() for word in re.findall(r"\btests/\S+\.py\b", command)), command
         training = re.search(r"\btorchrun .*train/\w+\.py", command)
         known = training or command.startswith(("crate-fast ", "python -m crate_fast", "torchrun ", *PARSED))
         if not known or (page in RUN and not command.startswith(PARSED)):
             continue
-        if re.search(r"\.py .*\$", command):  # options in a shell variable
+        if re.search(r"\.py .*\$", command):  # its options are in a shell variable
             continue
         main, arguments = _main(command)
         with monkeypatch.context() as patch:
@@ -178,7 +178,7 @@ def test_documented_python_runs(name):
         exec(compile(block, name, "exec"), {})
 
 
-def test_documented_plans_are_made(scratch, tiny_run, capsys):
+def test_documented_plans_run(scratch, tiny_run, capsys):
     plans = [command for page in PAGES for command in _commands(page) if command.startswith("crate-fast plan")]
     assert plans
     summary = json.loads((tiny_run / "summary.json").read_text())
@@ -190,13 +190,12 @@ def test_documented_plans_are_made(scratch, tiny_run, capsys):
         assert "hours" in capsys.readouterr().out
 
 
-def test_the_notebook_runs_on_a_run_and_a_model_of_the_package(tiny_run):
-    """It is stored without outputs, and draws from the first to the last cell."""
+def test_the_notebook_runs_on_a_run_and_a_packaged_model(tiny_run):
     nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
     path = ROOT / "notebooks" / "emergence.ipynb"
     notebook = nbformat.read(path, as_version=4)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    assert not any(cell.outputs or cell.execution_count for cell in code), "it is stored without outputs"
+    assert not any(cell.outputs or cell.execution_count for cell in code), "store it without outputs"
     parameters = next(cell for cell in code if "parameters" in cell.metadata.get("tags", ()))
     parameters.source += f"\nMODEL, OTHER, COUNT = {str(tiny_run)!r}, MODEL, 3"
     nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": path.parent}}).execute()
@@ -216,7 +215,7 @@ def _anchors(page: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("page", LINKING, ids=lambda page: page.relative_to(ROOT).as_posix())
-def test_links_lead_somewhere(page):
+def test_links_and_their_anchors_exist(page):
     text = re.sub(r"<!--.*?-->|^```.*?^```", "", page.read_text(), flags=re.S | re.M)  # code has no links
     for target in re.findall(r"\]\((?!https?:)([^)\s]+)\)", text):
         path, _, anchor = target.partition("#")
@@ -231,7 +230,7 @@ def _modules() -> list[str]:
 
 
 @pytest.mark.parametrize("name", _modules())
-def test_docstrings_are_there_and_their_examples_run(name):
+def test_public_names_have_docstrings_and_their_examples_run(name):
     module = importlib.import_module(name)
     assert module.__doc__
     own = [symbol for symbol, value in vars(module).items() if getattr(value, "__module__", None) == name]
@@ -241,7 +240,7 @@ def test_docstrings_are_there_and_their_examples_run(name):
     assert doctest.testmod(module).failed == 0
 
 
-def test_commands_import_without_triton_and_device_in_an_uninstalled_tree(tmp_path):
+def test_commands_import_without_triton_or_a_device_from_an_uninstalled_tree(tmp_path):
     code = f"""if True:
         import importlib, pathlib, sys
         sys.modules["triton"] = None
@@ -265,6 +264,6 @@ def test_commands_import_without_triton_and_device_in_an_uninstalled_tree(tmp_pa
 
 
 def test_every_module_is_inside_the_package():
-    """Editors follow paths, not import hooks."""
+    """The links let editors and type checkers find the modules."""
     for name in ("kernels", "train", "eval"):
         assert (ROOT / "crate_fast" / name).resolve() == ROOT / name

@@ -1,4 +1,4 @@
-"""The experiment: its protocol, its statistics, and its smoke size from runs to report, stopped and killed once."""
+"""The emergence experiment: its protocol, its statistics, and its smoke size, interrupted and killed once."""
 
 import dataclasses
 import fcntl
@@ -39,7 +39,7 @@ ON_CPU = {"device": "cpu", "threads": 1, "workers": 0}
 
 
 @pytest.mark.parametrize("size", SCENES)
-def test_models_differ_in_nothing_but_the_ablation(size):
+def test_models_differ_only_in_the_ablation(size):
     protocol = SCENES[size]
     for number, stage in enumerate(protocol.stages):
         assert protocol.training_config(Run("scenes", "ViT", 0), number, 1e-3).keep_checkpoints >= stage.steps
@@ -51,7 +51,7 @@ def test_models_differ_in_nothing_but_the_ablation(size):
     assert points[0].step == points[0].images == 0
     assert points[-1].images == sum(stage.steps * stage.batch_size for stage in protocol.stages)
     assert [p.images for p in points] == sorted({p.images for p in points})
-    if size != "smoke":  # a mask has enough patches
+    if size != "smoke":  # enough patches for masks
         assert protocol.image_size // protocol.patch_size >= 16
 
 
@@ -67,7 +67,7 @@ def test_a_processor_without_bf16_products_trains_in_fp32(able, precision, monke
 @pytest.mark.parametrize(
     ("data", "page"), [("shape_scenes", "protocol.md"), ("photographs", "photographs/protocol.md")]
 )
-def test_a_protocols_page_has_its_settings_and_it_wants_several_seeds(data, page):
+def test_the_page_of_a_protocol_has_its_settings_and_every_size_several_seeds(data, page):
     assert markdown_table(settings_table(data)) in (ROOT / "docs" / "emergence" / page).read_text()
     for size, protocol in SIZES[data].items():
         assert protocol.models == (ORDER if data == "photographs" else tuple(MODELS))
@@ -76,14 +76,14 @@ def test_a_protocols_page_has_its_settings_and_it_wants_several_seeds(data, page
         assert Protocol.of_settings(json.loads(json.dumps(protocol.settings()))) == protocol
 
 
-def test_runs_have_different_names_and_seeds_come_one_by_one():
+def test_runs_have_different_names_and_are_ordered_by_seed():
     runs = SCENES["small"].planned_runs()
     assert len({run.name for run in runs}) == len(runs) == 15 + 15 + 15
     assert [run.seed for run in runs if run.kind == "scenes"] == [0] * 5 + [1] * 5 + [2] * 5
 
 
 def checkpoint(best: float, heads: list[float], selected: list[float], layers: int = 2) -> dict:
-    """A checkpoint whose heads score `heads` on test and `selected` on selection scenes; at layer 1 half of it."""
+    """Return a checkpoint whose heads score `heads` on test and `selected` on selection scenes; layer 1 has half."""
 
     def rows(values: list[float]) -> dict:
         halves = [(i, i + 1) for i in range(layers)]
@@ -95,7 +95,7 @@ def checkpoint(best: float, heads: list[float], selected: list[float], layers: i
 
 
 def results_with(scores: dict[str, list[float]]) -> Results:
-    """Results with a primary score of each model and seed at the default layer, in percent."""
+    """Return results with the given primary scores at the default layer, in percent, for each model and seed."""
     results = {}
     for model, values in scores.items():
         for seed, value in zip(SMOKE.seeds, values, strict=False):
@@ -106,15 +106,15 @@ def results_with(scores: dict[str, list[float]]) -> Results:
     return Results(results, SMOKE)
 
 
-def test_the_fixed_head_is_chosen_on_other_scenes():
+def test_the_fixed_head_is_chosen_on_the_selection_scenes():
     result = results_with({model: [40.0, 40.0] for model in MODELS}).runs["scenes-CRATE-seed0"]
     score = at_checkpoint("AP, fixed head")(result)
-    assert score == pytest.approx(100 * 0.1 / 2)  # head 0, the best there; head 1 is the best here
+    assert score == pytest.approx(100 * 0.1 / 2)  # head 0 is best on selection scenes, head 1 on test scenes
     assert at_checkpoint("mIoU mass, best head")(result) == pytest.approx(40.0)
     assert at_checkpoint("mIoU mass, best head", layer="chosen")(result) == pytest.approx(80.0)  # layer 0
 
 
-def test_the_claims_hold_where_they_should():
+def test_claims_hold_for_good_scores_only():
     scores = {"CRATE-MLP": [45, 46], "CRATE-MHSA": [40, 41], "CRATE-sth": [9, 9]}
     good = results_with(scores | {"CRATE": [50, 51], "ViT": [20, 21.1]})
     assert [claim.holds for claim in good.claims()] == [True] * 5
@@ -125,7 +125,7 @@ def test_the_claims_hold_where_they_should():
     assert [claim.holds for claim in noisy.claims()] == [True, True, False, True, True]
 
 
-def test_a_seed_that_a_model_lacks_is_not_compared():
+def test_a_seed_is_compared_only_if_every_model_has_it():
     results = results_with({model: [40.0, 41.0] for model in MODELS})
     del results.runs["scenes-ViT-seed1"]
     assert results.by_seed("CRATE", at_checkpoint("mIoU mass, best head")) == pytest.approx([40.0])
@@ -134,7 +134,7 @@ def test_a_seed_that_a_model_lacks_is_not_compared():
 
 
 @pytest.mark.parametrize(("mhsa", "order"), [(41.0, None), (39.0, False)])
-def test_a_model_without_the_seeds_of_crate_and_vit_is_left_out(mhsa, order):
+def test_a_model_that_lacks_seeds_of_crate_and_vit_is_left_out(mhsa, order):
     scores = {"CRATE": [50, 51], "CRATE-MLP": [45], "CRATE-MHSA": [mhsa, mhsa], "ViT": [40, 40], "CRATE-sth": [9, 9]}
     results = results_with(scores)
     assert (results.models, results.seeds()) == (["CRATE", "CRATE-MHSA", "ViT", "CRATE-sth"], [0, 1])
@@ -144,19 +144,14 @@ def test_a_model_without_the_seeds_of_crate_and_vit_is_left_out(mhsa, order):
     assert not results.complete
 
 
-def test_the_learning_rate_of_the_best_sweep():
-    def chosen(**sweeps: float) -> float | None:
-        ends = {f"sweep-ViT-lr0.00{lr[1:]}": [{"val_accuracy": 0.9}, {"val_accuracy": a}] for lr, a in sweeps.items()}
-        return Results({name: {"validation": end} for name, end in ends.items()}, PHOTOGRAPHS["smoke"]).chosen_lr(
-            "ViT"
-        )
-
-    assert chosen(_1=0.3) is None
-    assert chosen(_1=0.3, _2=0.4) == 2e-3
-    assert chosen(_1=0.3, _2=0.3) == 1e-3
+@pytest.mark.parametrize(("accuracies", "best"), [([0.3], None), ([0.3, 0.4], 2e-3), ([0.3, 0.3], 1e-3)])
+def test_the_learning_rate_is_that_of_the_best_sweep(accuracies, best):
+    ends = [{"validation": [{"val_accuracy": 0.9}, {"val_accuracy": accuracy}]} for accuracy in accuracies]
+    sweeps = {f"sweep-ViT-lr0.00{number}": end for number, end in enumerate(ends, start=1)}
+    assert Results(sweeps, PHOTOGRAPHS["smoke"]).chosen_lr("ViT") == best
 
 
-def test_a_sweep_that_diverges_is_not_chosen_and_another_run_fails(tmp_path, monkeypatch):
+def test_a_diverged_sweep_is_not_chosen_and_any_other_diverged_run_fails(tmp_path, monkeypatch):
     def diverges(_config, _options):
         raise NonFiniteError("the loss is not finite")
 
@@ -174,12 +169,12 @@ def test_a_sweep_that_diverges_is_not_chosen_and_another_run_fails(tmp_path, mon
 
 
 def options(output: Path) -> list[str]:
-    """The experiment at its smoke size."""
+    """Return the options of the smoke size."""
     return ["--size", "smoke", "--output", str(output), "--device", "cpu", "--jobs", "2"]
 
 
 def report_again(report: Path, size: str = "smoke") -> str:
-    """The report written from its folder."""
+    """Write the report again from its folder; return its text."""
     assert main(["--size", size, "--report-only", "--report", str(report)]) == 0
     return (report / "report.md").read_text()
 
@@ -197,7 +192,7 @@ def undrawn(monkeypatch):
 
 
 def job_without_figures(job: Job) -> None:
-    """Do a job whose training runs draw nothing, which is most of their time; in a process of its own."""
+    """Do a job, in its own process, without the figures of its training runs."""
     without_figures()
     runs_module._run_job(job)
 
@@ -210,7 +205,7 @@ def _quick_jobs():
 
 
 def jobs_of(output: Path) -> list[str]:
-    """Names of the runs whose job holds its lock."""
+    """Return the names of the runs whose jobs hold their locks."""
     found = []
     for path in (output / "locks").glob("*/.lock"):
         with path.open("r+") as file:
@@ -223,14 +218,14 @@ def jobs_of(output: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """The smoke size, stopped once and killed once: its folder, and its results when it was killed."""
+    """Folder of the smoke size, interrupted once and killed once, and the results it had when it was killed."""
     output = tmp_path_factory.mktemp("emergence")
     results = output / "report" / "results"
     command = [sys.executable, "-m", "crate_fast.cli", "reproduce", "emergence", *options(output)]  # as a user does
     popen = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
     process = subprocess.Popen(command, **popen)
     wait_until(lambda: len(list(results.glob("*.json"))) >= 2, process)
-    os.killpg(process.pid, signal.SIGTERM)  # as a job scheduler does: the runs get it too
+    os.killpg(process.pid, signal.SIGTERM)  # as from a job scheduler: the runs get it too
     text, _ = process.communicate(timeout=60)
     assert process.returncode == 0, text
     assert "the same command continues" in text
@@ -243,17 +238,17 @@ def finished(tmp_path_factory):
     process.join()
     before = {path.name: path.stat().st_mtime_ns for path in results.glob("*.json")}
     wait_until(lambda: not jobs_of(output), seconds=60)  # no job outlives its parent
-    with pytest.MonkeyPatch.context() as patch:  # a test below draws them
+    with pytest.MonkeyPatch.context() as patch:  # a test below draws figures
         for name in ("image_grid", "curve_figure"):
             patch.setattr(figures_module, name, lambda *_, **__: None)
         assert main(options(output)) == 0
     return output, before
 
 
-def test_smoke_goes_on_after_a_kill_and_does_nothing_twice(finished):
+def test_a_killed_experiment_continues_and_repeats_no_run(finished):
     output, before = finished
     results = {path.name: path.stat().st_mtime_ns for path in (output / "report" / "results").glob("*.json")}
-    assert len(before) >= 4  # the sweeps, of which the last may still run
+    assert len(before) >= 4  # the sweeps; the last may still run
     assert before.items() <= results.items()
     assert set(results) == {f"{run.name}.json" for run in SMOKE.planned_runs(cifar10=False)}
     scored = json.loads((output / "report" / "results" / "scenes-CRATE-seed0.json").read_text())
@@ -266,7 +261,7 @@ def test_smoke_goes_on_after_a_kill_and_does_nothing_twice(finished):
     assert "image_size: 64" in later
 
 
-def test_the_report_comes_from_results_alone(finished, copied):
+def test_the_report_is_made_from_the_results_alone(finished, copied):
     text = (copied / "report.md").read_text()
     (copied / "report.md").unlink()
     assert report_again(copied) == text
@@ -275,7 +270,7 @@ def test_the_report_comes_from_results_alone(finished, copied):
     assert str(finished[0]) not in text
 
 
-def test_a_report_with_a_discussion_and_of_complete_seeds_alone(copied, undrawn):
+def test_a_report_includes_the_discussion_and_only_complete_seeds(copied, undrawn):
     (copied / "results" / "scenes-ViT-seed0.json").unlink()
     (copied / "discussion.md").write_text("## What did not reproduce\n\nIt is a smoke test.\n")
     text = report_again(copied)
@@ -288,7 +283,7 @@ def test_a_report_with_a_discussion_and_of_complete_seeds_alone(copied, undrawn)
     assert "| models left out, without these seeds | CRATE-MLP |" in report_again(copied)
 
 
-def test_cifar10_is_trained_on_and_in_the_report(copied, tmp_path, undrawn):
+def test_runs_on_cifar10_are_in_the_report(copied, tmp_path, undrawn):
     for split, count in (("train", 13), ("test", 2)):
         for label in range(10):
             folder = tmp_path / "cifar10" / split / f"class{label}"
@@ -307,7 +302,7 @@ def test_cifar10_is_trained_on_and_in_the_report(copied, tmp_path, undrawn):
     assert "CIFAR-10 is missing" not in text
 
 
-def test_the_untrained_twin_is_the_run_before_training(finished, tmp_path):
+def test_the_untrained_model_has_the_runs_initial_weights(finished, tmp_path):
     output, _ = finished
     config = SMOKE.training_config(Run("scenes", "ViT", 1), 0, 1e-3, device="cpu")
     with process_group("cpu") as processes, Interruption() as interruption:
@@ -316,7 +311,7 @@ def test_the_untrained_twin_is_the_run_before_training(finished, tmp_path):
     assert same(twin.model.state_dict(), trainer.model.state_dict())
 
 
-def test_a_run_that_fails_is_named_and_the_others_are_kept(finished, tmp_path, capsys):
+def test_a_failed_run_is_named_and_the_other_results_are_kept(finished, tmp_path, capsys):
     output, _ = finished
     copy = shutil.copytree(output, tmp_path / "copy")
     (copy / "report" / "results" / "scenes-ViT-seed1.json").unlink()
@@ -332,19 +327,17 @@ def test_a_run_that_fails_is_named_and_the_others_are_kept(finished, tmp_path, c
 
 
 def learning(accuracies: list[float], scores: list[float]) -> dict:
-    """A result with primary scores and held-out accuracies at steps 4, 8, …, in percent; 0 and 5 at step 0."""
+    """Return a result with scores and held-out accuracies in percent at steps 4, 8, …; at step 0 they are 0 and 5."""
     steps = [4 * number for number in range(len(scores) + 1)]
     found = [checkpoint(score / 100, [0.5], [0.5], 1) for score in (0.0, *scores, 99.0)]
     wheres = [{"stage": 0, "step": step, "default_layer": 0, "accuracy": 0.05} for step in steps]
     wheres += [{"stage": 1, "step": 4}]
-    entries = [(0, step, accuracy / 100) for step, accuracy in zip(steps[1:], accuracies, strict=True)]
-    validation = [
-        {"stage": stage, "step": step, "val_accuracy": value} for stage, step, value in (*entries, (1, 4, 1.0))
-    ]
+    entries = [*((0, step, value / 100) for step, value in zip(steps[1:], accuracies, strict=True)), (1, 4, 1.0)]
+    validation = [dict(zip(("stage", "step", "val_accuracy"), entry, strict=True)) for entry in entries]
     return {"checkpoints": [a | b for a, b in zip(found, wheres, strict=True)], "validation": validation}
 
 
-def test_scores_at_an_accuracy_lie_between_checkpoints_of_the_first_stage():
+def test_scores_at_an_accuracy_are_interpolated_between_checkpoints_of_the_first_stage():
     result = learning([10.0, 20.0, 18.0, 30.0], [40.0, 60.0, 70.0, 80.0])
     assert validated(result) == [0, 1, 2, 3, 4]
     assert [held_out_accuracy(index)(result) for index in (0, 1, 4)] == pytest.approx([5.0, 10.0, 30.0])
@@ -360,7 +353,7 @@ def test_scores_at_an_accuracy_lie_between_checkpoints_of_the_first_stage():
 
 
 @pytest.mark.parametrize("folder", [".", "earlier/first", "photographs"])
-def test_the_committed_reports_are_what_their_results_say(folder, tmp_path, monkeypatch):
+def test_the_committed_reports_follow_from_their_results(folder, tmp_path, monkeypatch):
     report = shutil.copytree(ROOT / "docs" / "emergence" / folder, tmp_path / "report")
     text = (report / "report.md").read_text()
     figures = [Path(name) for name in re.findall(r"!\[[^]]*\]\((figures/.*?)\)", text)]
@@ -369,7 +362,7 @@ def test_the_committed_reports_are_what_their_results_say(folder, tmp_path, monk
     assert all((report / path).is_file() for path in figures)
 
 
-def test_results_of_another_protocol_are_not_mixed_in(finished, monkeypatch, capsys):
+def test_results_of_another_protocol_are_refused(finished, monkeypatch, capsys):
     output, _ = finished
     other = dataclasses.replace(SMOKE, weight_decay=0.1)
     monkeypatch.setitem(SCENES, "smoke", other)
@@ -377,29 +370,24 @@ def test_results_of_another_protocol_are_not_mixed_in(finished, monkeypatch, cap
     assert "weight_decay: 0.05 there, 0.1 now" in capsys.readouterr().err
 
 
-def test_a_report_without_results_and_cifar10_that_is_none(finished, tmp_path, capsys):
-    assert main(["--size", "smoke", "--report-only", "--report", str(tmp_path / "none")]) == 2
-    assert "holds no protocol.json" in capsys.readouterr().err
+def test_a_report_without_results_and_a_missing_cifar10_are_errors(finished, tmp_path, refuses):
+    refuses("holds no protocol.json", main, ["--size", "smoke", "--report-only", "--report", str(tmp_path / "none")])
     assert not (tmp_path / "none").exists()
     shutil.copy(finished[0] / "report" / "protocol.json", tmp_path)
-    assert main(["--size", "smoke", "--report-only", "--report", str(tmp_path)]) == 2
-    assert "does not hold runs of CRATE and ViT" in capsys.readouterr().err
-    assert main(["--size", "small", "--report-only", "--report", str(tmp_path)]) == 2
-    assert "another --size than small: pass --size smoke" in capsys.readouterr().err
-    assert main(["--size", "smoke", "--cifar10", str(tmp_path), "--output", str(tmp_path)]) == 2
-    assert "holds neither train/" in capsys.readouterr().err
+    words = ["--report-only", "--report", str(tmp_path)]
+    refuses("does not hold runs of CRATE and ViT", main, ["--size", "smoke", *words])
+    refuses("another --size than small", main, ["--size", "small", *words])
+    words = ["--size", "smoke", "--cifar10", str(tmp_path), "--output", str(tmp_path)]
+    refuses("holds neither train/", main, words)
 
 
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory):
-    """Noise in two classes: a training tar and a validation folder with boxes, and COCO's format with masks."""
+    """Folder of noise images in two classes: a training tar, a validation folder with boxes, and COCO's masks."""
     root = tmp_path_factory.mktemp("photographs")
-    files = {
-        f"{split}/{label}/{i}.png": encoded(Image.effect_noise((32, 32), 60 + i).convert("RGB"))
-        for split, count in (("train", 10), ("val", 6))
-        for label in ("cat", "dog")
-        for i in range(count)
-    }
+    pictures = [encoded(Image.effect_noise((32, 32), 60 + i).convert("RGB")) for i in range(10)]
+    folders = {"train/cat": 10, "train/dog": 10, "val/cat": 6, "val/dog": 6}
+    files = {f"{folder}/{i}.png": pictures[i] for folder, count in folders.items() for i in range(count)}
     write_tree(root, {name: content for name, content in files.items() if name.startswith("val/")})
     write_tar(root / "train.tar", [(name.removeprefix("train/"), c) for name, c in files.items() if name[0] == "t"])
     names = [name.removeprefix("val/") for name in files if name.startswith("val/")]
@@ -418,7 +406,7 @@ def on_photographs(folder: Path, output: Path) -> list[str]:
     return ["--size", "smoke", *data, "--output", str(output), "--device", "cpu"]
 
 
-def test_photographs_from_archives_to_a_report(photographs, tmp_path, capsys):
+def test_the_experiment_on_photographs_ends_in_a_report(photographs, tmp_path, capsys):
     command = on_photographs(photographs, tmp_path / "run")
     assert main([*command, "--minutes", "0.0001"]) == 0
     assert "the same command continues" in capsys.readouterr().out
@@ -439,7 +427,7 @@ def test_photographs_from_archives_to_a_report(photographs, tmp_path, capsys):
     assert str(tmp_path) not in text
 
 
-def test_scores_of_photographs_are_those_of_their_boxes(photographs, tmp_path):
+def test_photographs_are_chosen_by_the_area_of_their_boxes(photographs, tmp_path):
     prepare_photographs(photographs, None, None, tmp_path / "data")
     protocol = dataclasses.replace(PHOTOGRAPHS["smoke"], coverage=(0.0, 0.3))
     data = PhotographData(protocol, tmp_path / "data")
@@ -461,10 +449,9 @@ def test_scores_of_photographs_are_those_of_their_boxes(photographs, tmp_path):
         (["--cifar10", "{data}"], "belongs to --data shape_scenes"),
     ],
 )
-def test_photographs_that_are_not_there(photographs, tmp_path, capsys, change, words):
+def test_missing_photographs_are_errors(photographs, tmp_path, refuses, change, words):
     change = [word.format(tmp=tmp_path, data=photographs) for word in change]
-    assert main([*on_photographs(photographs, tmp_path / "run"), *change]) == 2
-    assert words in capsys.readouterr().err
+    refuses(words, main, [*on_photographs(photographs, tmp_path / "run"), *change])
 
 
 def test_other_photographs_need_another_folder(photographs, tmp_path):

@@ -1,4 +1,4 @@
-"""Which model a command gets for which words, what it says to the wrong ones, and the models of the package."""
+"""Opening models by name for the evaluation commands, their errors, and the packaged models."""
 
 import shutil
 from pathlib import Path
@@ -24,10 +24,9 @@ SMALL = ["depth=2", "dim=32", "heads=2", "img_size=32"]
 NAME = "crate_tiny_patch8_224"
 
 
-def test_a_run_its_steps_and_its_untrained_twin(tiny_run):
+def test_a_run_is_opened_at_its_best_step_a_given_step_or_untrained(tiny_run):
     best, at_four, again = (open_model(f"{tiny_run}{which}") for which in ("", "@4", "@4"))
-    assert best.label == "tiny"
-    assert best.config.image_size == 32
+    assert (best.label, best.config.image_size) == ("tiny", 32)
     hashes = [loaded.facts["weights_sha256"] for loaded in (at_four, again, open_model(f"{tiny_run}@8"))]
     assert hashes[0] == hashes[1] != hashes[2]
     twins = [open_model(f"{tiny_run}@untrained", seed=seed) for seed in (0, 0, 1)]
@@ -60,11 +59,8 @@ def test_files_are_loaded_strictly(tmp_path):
         open_model(f"{NAME}@{tmp_path / 'absent.pth'}")
 
 
-def test_the_demo_checkpoint_is_named_like_any_file_and_its_heads_are_to_be_said(tmp_path):
-    """Its layout, `head` behind `mlp_head`, is read; what a user says wins over what the file tells.
-
-    It does not tell the heads, and the 12 of crate_base_patch8_224 would compute something else in silence.
-    """
+def test_the_demo_checkpoint_opens_like_any_file_but_needs_its_number_of_heads(tmp_path):
+    """A file does not record the heads; with the 12 of crate_base_patch8_224 the results would be silently wrong."""
     name, sizes = "crate_base_patch8_224", {"depth": 1, "img_size": 32, "num_classes": 7}
     source = timm.create_model(name, heads=6, head_hidden=True, **sizes).eval()
     state = {k.replace("mlp_head.2.", "head."): v for k, v in source.state_dict().items()}
@@ -81,7 +77,7 @@ def test_the_demo_checkpoint_is_named_like_any_file_and_its_heads_are_to_be_said
         open_model(demo, model_args=[*words, "heads=6", "head_hidden=false"])
 
 
-def test_timm_vits_from_a_file(tmp_path):
+def test_a_vit_of_timm_opens_from_a_file_with_its_own_normalisation(tmp_path):
     source = timm.create_model("vit_small_patch8_224.dino", depth=1, img_size=32)
     torch.save(source.state_dict(), tmp_path / "vit.pth")
     words = ["depth=1", "img_size=32"]
@@ -106,12 +102,12 @@ def test_timm_vits_from_a_file(tmp_path):
         ("shipped:CRATE@4", "write shipped:CRATE or shipped:CRATE@untrained"),
     ],
 )
-def test_wrong_words(name, message):
+def test_wrong_model_names_are_errors(name, message):
     with pytest.raises(UserError, match=message):
         open_model(name)
 
 
-def test_wrong_arguments(tiny_run, tmp_path, refuses):
+def test_wrong_model_arguments_are_errors(tiny_run, tmp_path, refuses):
     with pytest.raises(ValueError, match="write KEY=VALUE"):
         open_model(f"{NAME}@untrained", model_args=["depth"])
     with pytest.raises(ValueError, match="image size 30 is not a multiple"):
@@ -121,7 +117,7 @@ def test_wrong_arguments(tiny_run, tmp_path, refuses):
     refuses("a run has its own settings; leave them out", white_box, words)
 
 
-def test_a_runs_damaged_files_are_one_line(tiny_run, tmp_path):
+def test_damaged_files_of_a_run_are_one_line_errors(tiny_run, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(tiny_run, folder)
     weights = folder / "checkpoints" / "step_00000008" / "model.safetensors"
@@ -141,18 +137,15 @@ def test_a_runs_damaged_files_are_one_line(tiny_run, tmp_path):
     assert "\n" not in str(refused.value)
 
 
-# --- models that come with the package ---
-
-
 @torch.no_grad()
 def _maps(name: str, images: torch.Tensor) -> torch.Tensor:
-    """CLS attention at the default layer, [B, H, P]."""
+    """Return CLS attention at the default layer, [B, H, P]."""
     loaded = open_model(name)
     layer = loaded.extract.default_layer
     return loaded.features(images, [layer]).cls_attention(layer)
 
 
-def test_segmentation_shows_in_the_crate_that_comes_along():
+def test_segmentation_emerges_in_the_packaged_crate():
     """mIoU by mass of the best head, on scenes that no model was trained on."""
     (batch,) = batches(SceneImages(128, 32, seed=900_002), 32, [])
     objects = torch.stack([sample.target.on_grid((16, 16))[0][0] for sample in batch.samples])
@@ -174,23 +167,21 @@ def test_the_packages_crate_finds_a_flower_in_a_photograph():
     assert trained > 0.9 > untrained
 
 
-def test_they_are_what_they_say():
+def test_packaged_models_agree_with_their_records():
     for name in pretrained.packaged_models():
         model = crate_fast.load_pretrained(name)
         photographs = name.startswith("photographs")
         labels, mean = pretrained.record(name)["label_names"], timm.data.resolve_model_data_config(model)["mean"]
         assert list(mean) == list(timm.data.IMAGENET_DEFAULT_MEAN if photographs else [0.5, 0.5, 0.5])
         assert (len(labels) == 100 and "goldfish" in labels) if photographs else labels == list(CLASSES)
-        assert model.num_classes == len(labels)
-        assert list(model.image_size) == [128, 128]
+        assert (model.num_classes, *model.image_size, model.training) == (len(labels), 128, 128, False)
         assert pretrained.record(name)["description"].startswith("ViT" if name.endswith("ViT") else "CRATE")
-        assert not model.training
-        assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
-def test_a_shared_folder_is_evaluated_as_its_run(tiny_run, tmp_path, monkeypatch):
+def test_a_shared_folder_gives_the_outputs_of_its_run(tiny_run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    share.write_model_folder(tiny_run, Path("CRATE"))  # not to be taken for the package's
+    share.write_model_folder(tiny_run, Path("CRATE"))  # the name of a packaged model
     share.write_model_folder(tiny_run, Path("half"), half=True, description="a small one")
     images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
     run, shared, half = (open_model(str(name)) for name in (tiny_run, "mine=CRATE", "half"))
@@ -207,7 +198,7 @@ def test_a_shared_folder_is_evaluated_as_its_run(tiny_run, tmp_path, monkeypatch
         open_model("CRATE@3")
 
 
-def test_a_shared_model_may_expect_larger_images(tiny_run, tmp_path):
+def test_a_model_can_be_shared_for_larger_images(tiny_run, tmp_path):
     share.write_model_folder(tiny_run, tmp_path / "large", image_size=64)
     images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
     resized, large = open_model(str(tiny_run), image_size=64), open_model(str(tmp_path / "large"))
@@ -219,7 +210,7 @@ def test_a_shared_model_may_expect_larger_images(tiny_run, tmp_path):
         torch.testing.assert_close(by_timm(large.normalize(images)), expected)
 
 
-def test_damaged_folders_are_one_line(tiny_run, tmp_path, monkeypatch):
+def test_damaged_model_folders_are_one_line_errors(tiny_run, tmp_path):
     share.write_model_folder(tiny_run, tmp_path / "mine")
     weights = tmp_path / "mine" / "model.safetensors"
     weights.write_text("version https://git-lfs.github.com/spec/v1\nsize 9\n")
@@ -237,12 +228,12 @@ def test_damaged_folders_are_one_line(tiny_run, tmp_path, monkeypatch):
         crate_fast.load_pretrained("Crate")
 
 
-def test_a_hub_that_does_not_answer_is_one_line(monkeypatch):
+def test_a_hub_that_does_not_answer_is_a_one_line_error(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     refused = pytest.raises(UserError, match="hf-hub:nobody/nothing: .*try again with a network, or pass a folder")
     with refused:
         open_model("hf-hub:nobody/nothing")
-    config = {"hf_hub_id": "nobody/nothing", "source": "hf-hub"}  # its weights cannot be fetched, nor are CRATE-α's
+    config = {"hf_hub_id": "nobody/nothing", "source": "hf-hub"}  # the config is there, the weights are not
     known = config, "crate_tiny_patch8_224", {"depth": 1, "img_size": 32}
     monkeypatch.setattr("timm.models._factory.load_model_config_from_hf", lambda *_, **__: known)
     with refused:

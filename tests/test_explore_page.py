@@ -1,7 +1,4 @@
-"""The explorer's page in a headless Chromium; skipped where there is none.
-
-`CRATE_FAST_REQUIRE_BROWSER=1` makes a missing browser a failure.
-"""
+"""The explorer's page in headless Chromium; without one skipped, or failing if CRATE_FAST_REQUIRE_BROWSER=1."""
 
 import csv
 import io
@@ -46,9 +43,8 @@ def browser():
 @pytest.fixture(scope="module")
 def explorer():
     found = explorer_with(*SHIPPED, "nocls@untrained", "crate_tiny_patch16_224@nowhere.pth")
-    model = timm.create_model(
-        "vit_tiny_patch16_224", img_size=32, depth=2, class_token=False, global_pool="avg", num_classes=0
-    )
+    options = {"class_token": False, "global_pool": "avg", "num_classes": 0}
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, **options)
     loaded = LoadedModel("nocls", model.eval(), Normalize("half"), extractor_for(model), {"parameters": 1})
     found.models.open.limit = 9
     found.models.open.put(3, OpenModel(loaded, None, threading.Lock()))
@@ -76,7 +72,7 @@ class Visit:
         self.page.wait_for_selector(SHOWN.format(panel=panel, shown=shown))
 
     def hold(self, address: str) -> list:
-        """Hold back the requests to an address, in the list that is returned."""
+        """Hold back requests to an address; return the list that collects them."""
         held: list = []
         self.page.route(address, lambda route: held.append(route))
         return held
@@ -120,7 +116,7 @@ def visit(browser, address):
     context.close()
 
 
-def test_upload_click_a_patch_change_the_layer_and_save(visit, explorer, address, tmp_path):
+def test_a_picture_is_uploaded_explored_and_saved(visit, explorer, address, tmp_path):
     for figure in FIGURES:
         assert len(set(Image.open(io.BytesIO(visit.pixels(figure))).convert("RGB").get_flattened_data())) > 20, figure
     data = picture_file(7, size=(300, 150))
@@ -131,14 +127,12 @@ def test_upload_click_a_patch_change_the_layer_and_save(visit, explorer, address
     visit.wait(f"0/{key}/2/cls")
     canvas = visit.ready("picture").query_selector("canvas")
     box = canvas.bounding_box()
-    assert box["width"] / box["height"] == pytest.approx(2, abs=0.05)  # as the picture, which the model sees squashed
-
-    canvas.click(position={"x": box["width"] * 0.53, "y": box["height"] * 0.28})  # column 8, row 4 of 16
+    assert box["width"] / box["height"] == pytest.approx(2, abs=0.05)  # the picture's; the model's input is square
+    canvas.click(position={"x": box["width"] * 0.53, "y": box["height"] * 0.28})  # row 4, column 8 of 16
     visit.wait(f"0/{key}/2/72")
     rows = visit.attends(explorer.inspection(0, key), 2, 72)
     assert {row["query"] for row in rows} == {"patch 4, 8"}
     assert [(row["head"], row["row"], row["column"]) for row in rows][257] == ("1", "0", "1")
-
     before = visit.pixels("attention")
     visit.page.locator(".layer").first.focus()
     visit.page.keyboard.press("ArrowLeft")
@@ -151,9 +145,8 @@ def test_upload_click_a_patch_change_the_layer_and_save(visit, explorer, address
         assert file.getpixel((0, 0)) == (255, 255, 255, 255)
     rates = [float(row["coding_rate"]) for row in visit.table("curves")]
     assert rates == pytest.approx(explorer.inspection(0, key).summary["coding_rate"])
-    assert [row["name"] for row in visit.table("classes")] == [
-        entry["name"] for entry in explorer.inspection(0, key).summary["top"]
-    ]
+    names = [entry["name"] for entry in explorer.inspection(0, key).summary["top"]]
+    assert [row["name"] for row in visit.table("classes")] == names
     objects = {int(row["object"]) for row in visit.table("masks")}
     assert objects == set(range(len(explorer.inspection(0, key).masks(1)["masks"]) + 1))
     visit.page.keyboard.press("Tab")
@@ -163,19 +156,19 @@ def test_upload_click_a_patch_change_the_layer_and_save(visit, explorer, address
     assert all(url.startswith((address, "blob:")) for url in visit.fetched)
 
 
-def test_the_keyboard_alone_is_enough(visit):
+def test_the_page_works_with_the_keyboard_alone(visit):
     page = visit.page
-    page.keyboard.press("Tab")
-    for _ in range(40):
-        if page.evaluate("document.activeElement.name === 'picture'"):
-            break
-        page.keyboard.press("Tab")
+
+    def tab_to(condition: str) -> None:
+        for _ in range(40):
+            page.keyboard.press("Tab")
+            if page.evaluate(f"document.activeElement.{condition}"):
+                break
+
+    tab_to("name === 'picture'")
     page.keyboard.press("ArrowDown")
     visit.wait("0/s1/2/cls")
-    for _ in range(40):
-        if page.evaluate("document.activeElement.tagName === 'CANVAS'"):
-            break
-        page.keyboard.press("Tab")
+    tab_to("tagName === 'CANVAS'")
     page.keyboard.press("ArrowRight")  # from the middle, 8, 8
     visit.wait("0/s1/2/137")
     page.keyboard.press("ArrowUp")
@@ -186,16 +179,16 @@ def test_the_keyboard_alone_is_enough(visit):
     assert page.evaluate("document.activeElement.className") in ("png", "csv", "layer")
 
 
-def test_two_models_side_by_side(visit, explorer):
+def test_two_models_are_compared_side_by_side(visit, explorer):
     page = visit.page
     page.check("#compare")
     visit.wait("1/s0/3/cls", panel=2)
     assert "No ISTA" in visit.missing("sparsity", panel=2)
     page.locator(".model").nth(1).select_option(label="shipped:CRATE@untrained")
-    visit.wait("2/s0/2/cls", panel=2)  # nobody has chosen a layer: the paper's
+    visit.wait("2/s0/2/cls", panel=2)  # no layer was chosen: the paper's
     assert page.locator(".untrained").nth(1).is_visible()
     assert not page.locator(".untrained").nth(0).is_visible()
-    visit.ready("components-all").query_selector("canvas").click(position={"x": 10, "y": 60})  # the first layer's
+    visit.ready("components-all").query_selector("canvas").click(position={"x": 10, "y": 60})  # the first layer
     visit.wait("0/s0/0/cls")
     visit.wait("2/s0/0/cls", panel=2)
     page.uncheck("#together")
@@ -211,7 +204,7 @@ def test_two_models_side_by_side(visit, explorer):
     visit.attends(explorer.inspection(0, "s0"), 0, 0)
 
 
-def test_quick_hands_see_the_last_choice(visit, explorer):
+def test_after_quick_changes_the_last_choice_is_shown(visit, explorer):
     labels = visit.page.locator("#pictures label")
     for number in (3, 5, 1, 7, 4):
         labels.nth(number).click()
@@ -225,7 +218,7 @@ def test_quick_hands_see_the_last_choice(visit, explorer):
     assert not visit.errors
 
 
-def test_without_an_answer_the_old_figure_keeps_its_label(visit, explorer):
+def test_without_an_answer_the_old_figure_keeps_its_caption(visit, explorer):
     visit.ready("attention")
     visit.page.route("**/api/attention*", lambda route: route.abort())
     visit.page.locator(".layer").fill("1")
@@ -240,7 +233,7 @@ def test_without_an_answer_the_old_figure_keeps_its_label(visit, explorer):
     assert not visit.page.is_visible(".fault")
 
 
-def test_a_model_without_cls_says_so_and_shows_patches(visit):
+def test_a_model_without_cls_token_shows_the_attention_of_patches(visit):
     visit.page.select_option(".model", label="nocls@untrained")
     visit.page.wait_for_selector("#status >> text=no CLS token")
     assert "click a patch" in visit.missing("attention")
@@ -249,7 +242,7 @@ def test_a_model_without_cls_says_so_and_shows_patches(visit):
     assert {row["query"] for row in visit.table("attention")} == {"patch 0, 0"}
 
 
-def test_a_strip_of_a_picture_can_be_seen(visit, explorer, tmp_path):
+def test_very_long_pictures_are_visible(visit, explorer, tmp_path):
     for size in ((12, 1200), (1200, 12)):
         data = picture_file(5, size)
         (tmp_path / "strip.png").write_bytes(data)
@@ -280,12 +273,10 @@ def test_a_slow_upload_is_listed_once_and_replaces_no_newer_choice(visit, explor
     assert page.locator("#pictures [title='slow.png']").count() == 1
 
 
-def test_a_dropped_file_is_shown_and_one_that_is_gone_is_named(visit, explorer, tmp_path):
+def test_a_dropped_file_is_shown_and_a_deleted_one_is_an_error(visit, explorer, tmp_path):
     page, file = visit.page, tmp_path / "dropped.png"
     file.write_bytes(picture_file(33))
-    page.evaluate(
-        "document.body.append(Object.assign(document.createElement('input'), { type: 'file', id: 'other' }))"
-    )
+    page.evaluate("document.body.append(Object.assign(document.createElement('input'), {type: 'file', id: 'other'}))")
     page.set_input_files("#other", file)
     drop = """() => {
       const dataTransfer = new DataTransfer();
@@ -299,7 +290,7 @@ def test_a_dropped_file_is_shown_and_one_that_is_gone_is_named(visit, explorer, 
     page.wait_for_selector("#problem:not([hidden]) >> text=dropped.png cannot be read")
 
 
-def test_a_failing_server_is_a_sentence(visit):
+def test_an_error_of_the_server_is_shown(visit):
     failure = {"status": 500, "content_type": "text/plain", "body": "Internal Server Error"}
     visit.page.route("**/api/*", lambda route: route.fulfill(**failure))
     visit.page.locator("#pictures label").nth(3).click()
@@ -309,7 +300,7 @@ def test_a_failing_server_is_a_sentence(visit):
     assert visit.page.inner_text("#status") == ""
 
 
-def test_controls_that_the_browser_restores_hold(visit):
+def test_controls_restored_by_the_browser_have_an_effect(visit):
     visit.page.check("#compare")
     visit.page.goto("about:blank")
     visit.page.go_back()
@@ -317,7 +308,7 @@ def test_controls_that_the_browser_restores_hold(visit):
     assert visit.page.locator(".panel").count() == 1 + visit.page.is_checked("#compare")
 
 
-def test_a_saved_picture_is_named_after_what_it_shows(visit):
+def test_the_name_of_a_saved_picture_fits_its_content(visit):
     visit.ready("attention")
     visit.page.evaluate("""() => {
       const { toBlob } = HTMLCanvasElement.prototype;
@@ -331,7 +322,7 @@ def test_a_saved_picture_is_named_after_what_it_shows(visit):
     assert "layer2" in download.value.suggested_filename
 
 
-def test_a_closed_panel_is_silent(visit):
+def test_a_closed_panel_reports_no_errors(visit):
     visit.page.route("**/api/summary?model=1*", lambda route: route.abort())
     visit.page.check("#compare")
     visit.page.uncheck("#compare")
@@ -341,7 +332,7 @@ def test_a_closed_panel_is_silent(visit):
     assert not [line for line in visit.errors if "ERR_FAILED" not in line]
 
 
-def test_a_bad_picture_is_a_message_and_the_page_goes_on(visit, tmp_path):
+def test_a_bad_picture_is_a_message_and_the_page_keeps_working(visit, tmp_path):
     held = visit.hold("**/api/picture?picture=s3&size=640")
     with visit.page.expect_request("**/api/picture?picture=s3&size=640"):
         visit.page.locator("#pictures label").nth(3).click()
@@ -350,8 +341,8 @@ def test_a_bad_picture_is_a_message_and_the_page_goes_on(visit, tmp_path):
     visit.page.wait_for_selector("#problem:not([hidden]) >> text=20 MiB")
     held[0].continue_()
     visit.wait("0/s3/2/cls")
-    assert visit.page.is_visible("#problem")  # it is newer than the choice
-    assert not any("pictures" in url for url in visit.fetched)  # it is not sent
+    assert visit.page.is_visible("#problem")  # newer than the choice
+    assert not any("pictures" in url for url in visit.fetched)  # not uploaded
     (tmp_path / "broken.png").write_bytes(picture_file()[:-50])
     visit.page.set_input_files("#file", tmp_path / "broken.png")
     visit.page.wait_for_selector("#problem:not([hidden]) >> text=cannot be read")
@@ -377,7 +368,7 @@ def test_a_model_that_cannot_be_opened_is_a_message(visit):
     assert not visit.page.is_visible(".fault")
 
 
-def test_it_fits_every_width(visit):
+def test_the_page_fits_every_width_and_has_a_dark_scheme(visit):
     visit.page.check("#compare")
     visit.wait("1/s0/3/cls", panel=2)
     for width in (2200, 1366, 1024, 380, 320):

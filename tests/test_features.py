@@ -8,6 +8,7 @@ from torch import nn
 from crate_fast import CRATE
 from crate_fast.errors import UserError
 from crate_fast.eval.common.features import Features, LayerTokens, extractor_for
+from crate_fast.whitebox import trace
 
 SIZES = {"image_size": 32, "patch_size": 8, "num_classes": 3, "dim": 32, "depth": 3, "heads": 2, "dim_head": 16}
 VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2, "num_classes": 3}
@@ -17,22 +18,16 @@ def _vit(**more) -> nn.Module:
     return timm.models.vision_transformer.VisionTransformer(**(VIT | more))
 
 
-def test_crate_gives_its_subspace_tokens():
+def test_features_of_crate_are_those_of_its_trace():
     model, images = CRATE(**SIZES).eval(), torch.randn(2, 3, 32, 32)
-    extract = extractor_for(model)
+    extract, (layer,) = extractor_for(model), trace(model, images, [1])
     assert (extract.depth, extract.heads, extract.default_layer, extract.grid) == (3, 2, 1, (4, 4))
     features = extract(images, [0, 1])
-    with torch.no_grad():
-        after_first = model.transformer.layers[0](model.embed(images))
-        attention = model.transformer.layers[1][0]
-        w = attention.fn.qkv(attention.norm(after_first))
-    torch.testing.assert_close(features.keys(1), w[:, 1:])
-    heads = w.unflatten(-1, (2, 16))
-    by_hand = torch.einsum("bhd,bnhd->bhn", heads[:, 0], heads[:, 1:]) / 4.0
-    torch.testing.assert_close(features.cls_attention(1), by_hand.softmax(dim=-1))
+    assert torch.equal(features.keys(1), layer.subspace_tokens[:, 1:].flatten(2))
+    assert torch.equal(features.cls_attention(1), layer.cls_attention())
 
 
-def test_untied_attention_uses_its_own_query_and_key():
+def test_features_of_ordinary_attention_are_its_queries_and_keys():
     model, images = CRATE(**SIZES, attention="mhsa", sparsifier="mlp").eval(), torch.randn(2, 3, 32, 32)
     extract = extractor_for(model)
     assert extract.default_layer == 2  # a ViT's last
@@ -51,7 +46,7 @@ def test_untied_attention_uses_its_own_query_and_key():
 @pytest.mark.parametrize(
     "more", [{}, {"qk_norm": True}, {"reg_tokens": 4}, {"class_token": False, "global_pool": "avg"}]
 )
-def test_timm_vits(more):
+def test_features_of_timms_vits_are_their_queries_and_keys(more):
     model, images = _vit(**more).eval(), torch.randn(2, 3, 32, 32)
     extract = extractor_for(model)
     assert extract.default_layer == 2
@@ -76,7 +71,7 @@ def test_timm_vits(more):
 
 
 @pytest.mark.parametrize("model", [CRATE(**SIZES), _vit()])
-def test_larger_images_from_the_same_weights(model):
+def test_the_image_size_can_be_changed(model):
     extract = extractor_for(model)
     extract.set_image_size(48)
     features = extract(torch.randn(1, 3, 48, 48))
@@ -89,7 +84,7 @@ def test_larger_images_from_the_same_weights(model):
     assert extract.resolve_layer(-1) == 2
 
 
-def test_other_models_and_absent_layers_are_refused():
+def test_other_models_and_missing_layers_are_errors():
     with pytest.raises(UserError, match="no patch features can be read from a Linear"):
         extractor_for(nn.Linear(2, 2))
     tokens = LayerTokens(torch.zeros(1, 5, 1, 2), torch.zeros(1, 5, 1, 2), 1.0)

@@ -1,7 +1,6 @@
-"""Fine-tuning and linear probing: what is taken over, what is replaced, what is refused."""
+"""Fine-tuning and linear probing: weights and settings that are kept, replaced or refused."""
 
-import json
-from dataclasses import replace
+from functools import partial
 
 import pytest
 import timm
@@ -16,7 +15,7 @@ from crate_fast.eval.common.models import open_model
 from crate_fast.train import finetune, linear_probe, pretrain
 from crate_fast.train.config import TrainConfig, build_config, dump_config, load_recipe
 from crate_fast.train.optimizer import build_optimizer
-from crate_fast.train.runs import build_model, load_initial, load_model, num_classes_of, run_config
+from crate_fast.train.runs import build_model, load_initial, num_classes_of, run_config
 
 pytestmark = pytest.mark.usefixtures("no_figures")
 SCENES = ["--recipe", "shape_scenes", *TINY[:4], *TINY[10:]]  # the architecture comes from the run
@@ -25,16 +24,13 @@ HEAD = ("mlp_head.1.weight", "mlp_head.1.bias", "head.weight", "head.bias")  # o
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """A finished run at 32 px with an EMA."""
+    """Folder of a finished run at 32 px with an EMA."""
     folder = tmp_path_factory.mktemp("runs") / "source"
     assert pretrain.main([*TINY, "--output", str(folder), "--ema-decay", "0.8", "--mean", "half"]) == 0
     return folder
 
 
-# --- what is taken over ---
-
-
-def test_architecture_statistics_and_averaged_weights_come_from_the_run(source, tmp_path, capsys):
+def test_architecture_statistics_and_ema_weights_come_from_the_run(source, tmp_path, capsys):
     folder = tmp_path / "run"
     words = [*SCENES, "--init", f"{source}@12", "--lr", "1e-9", "--output", str(folder), "--image-size", "48"]
     assert finetune.main([*words, "--epochs", "1"]) == 0
@@ -50,7 +46,7 @@ def test_architecture_statistics_and_averaged_weights_come_from_the_run(source, 
     assert after["pos_embedding"].shape == (1, 37, 32)
 
 
-def test_a_kept_classifier_evaluates_as_before(source, tmp_path):
+def test_a_kept_classifier_has_the_validation_loss_of_the_run(source, tmp_path):
     folder = tmp_path / "run"
     words = [*SCENES, *TINY[4:6], "--init", f"{source}@12", "--lr", "1e-12", "--output", str(folder)]
     assert finetune.main([*words, "--epochs", "1", "--weight-decay", "0"]) == 0
@@ -59,50 +55,20 @@ def test_a_kept_classifier_evaluates_as_before(source, tmp_path):
     assert tuned["val_loss"] == pytest.approx(averaged["ema_val_loss"], abs=1e-5)
 
 
-def test_the_command_line_wins_over_the_run(source):
-    config, _ = build_config(
-        [*SCENES, "--init", str(source), "--dim", "64"], "", "shape_scenes", adjust=finetune.inheriting
-    )
+def test_the_command_line_overrides_the_run(source):
+    words = [*SCENES, "--init", str(source), "--dim", "64"]
+    config, _ = build_config(words, "", "shape_scenes", adjust=finetune.inheriting)
     assert (config.dim, config.depth) == (64, 2)
 
 
-def test_a_recipe_may_name_the_run(source, tmp_path):
-    recipe = tmp_path / "mine.yaml"
-    recipe.write_text(f"init: {source}\nhead: new\n")
-    config, _ = build_config([], "", str(recipe), adjust=finetune.inheriting)
-    known = run_config(source)
-    assert (config.model, config.dim, config.depth, config.heads) == (
-        known.model,
-        known.dim,
-        known.depth,
-        known.heads,
-    )
-    (tmp_path / "config.yaml").write_text(dump_config(replace(config, dim=48)))  # of a run: its own settings count
-    again, _ = build_config([], "", str(tmp_path / "config.yaml"), adjust=finetune.inheriting)
-    assert again == replace(config, dim=48)
-
-
-def test_without_a_checkpoint_to_start_from_it_says_so(capsys, tmp_path, source):
+def test_a_missing_start_is_an_error(refuses, tmp_path, source):
     for words, message in (
         ([], "pass --init with a run's folder"),
         (["--init", str(tmp_path / "nothing")], "neither a file nor the folder of a run"),
         (["--init", f"{source}@best"], "pass RUN@STEP with a step number"),
         (["--init", str(tmp_path)], "has no config.yaml"),
     ):
-        assert finetune.main([*SCENES, *words, "--output", str(tmp_path / "run")]) == 2
-        assert message in capsys.readouterr().err
-
-
-def test_a_run_is_opened_with_its_moving_average(source):
-    model, _, step = load_model(source, 12)
-    assert step == 12
-    assert same(dict(model.state_dict()), weights(source, 12, "ema"))
-    assert not same(weights(source, 12), weights(source, 12, "ema"))
-    summary = json.loads((source / "summary.json").read_text())
-    assert summary["best_val_accuracy"] == max(e["ema_val_accuracy"] for e in entries(source) if "val_loss" in e)
-
-
-# --- the classifier ---
+        refuses(message, finetune.main, [*SCENES, *words, "--output", str(tmp_path / "run")])
 
 
 def _file(tmp_path, model) -> str:
@@ -112,7 +78,7 @@ def _file(tmp_path, model) -> str:
 
 
 @pytest.mark.parametrize("sizes", [{}, {"model": "vit_tiny_patch16_224", "heads": 4}], ids=["crate", "timm"])
-def test_another_number_of_classes_is_never_silent(tmp_path, sizes):
+def test_another_number_of_classes_needs_a_new_head(tmp_path, sizes):
     source, model = (build_model(tiny_config(**sizes), classes) for classes in (5, 12))
     path = _file(tmp_path, source)
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -126,7 +92,7 @@ def test_another_number_of_classes_is_never_silent(tmp_path, sizes):
 
 
 def _demo_file(path, wrap=lambda state: {"model": state}, **sizes) -> dict:
-    """The emergence paper's layout: `mlp_head.{0,1}`, and the classifier `head` behind them."""
+    """Save weights in the emergence paper's layout, `mlp_head.{0,1}` and the classifier `head`; return them."""
     arguments = {"image_size": 32, "patch_size": 8, "dim": 32, "depth": 2, "heads": 2, "dim_head": 16} | sizes
     state = CRATE(num_classes=7, head_hidden=True, **arguments).state_dict()
     state = {name.replace("mlp_head.2.", "head."): value for name, value in state.items()}
@@ -135,7 +101,7 @@ def _demo_file(path, wrap=lambda state: {"model": state}, **sizes) -> dict:
 
 
 @pytest.mark.parametrize("frozen", [False, True])
-def test_the_demo_checkpoint_is_a_start(tmp_path, frozen):
+def test_training_can_start_from_the_demo_checkpoint(tmp_path, frozen):
     path = tmp_path / "demo.pth"
     state = _demo_file(path, lambda state: {"state_dict": {f"module.{name}": value for name, value in state.items()}})
     assert num_classes_of(state) == 7
@@ -149,7 +115,7 @@ def test_the_demo_checkpoint_is_a_start(tmp_path, frozen):
             load_initial(build_model(config, 7), tiny_config(init=str(path)))
 
 
-def test_the_demos_six_heads_are_to_be_said(tmp_path):
+def test_the_demo_checkpoint_needs_its_number_of_heads(tmp_path):
     path = str(tmp_path / "demo.pth")
     _demo_file(path, dim=768, heads=6, dim_head=128, depth=1)
     sizes = {"init": path, "head": "new", "model": "crate_base_patch8_224", "dim": None, "depth": 1}
@@ -158,26 +124,17 @@ def test_the_demos_six_heads_are_to_be_said(tmp_path):
     load_initial(build_model(config := tiny_config(**sizes, heads=6), 3), config)
 
 
-# --- positions and files ---
-
-
 @pytest.mark.parametrize("size", [32, 64])
 @pytest.mark.parametrize("kind", ["crate", "vit"])
-def test_a_files_grid_is_stated_where_it_is_no_square(tmp_path, kind, size):
-    wide = build_model(tiny_config(), 12)
-    target = build_model(tiny_config(image_size=size), 12)
-    name = "pos_embedding"
-    if kind == "crate":
-        wide = CRATE(image_size=(16, 64), patch_size=8, num_classes=12, dim=32, depth=2, heads=2, dim_head=16)
-    else:
-        sizes = {"patch_size": 8, "embed_dim": 48, "depth": 1, "num_heads": 3, "num_classes": 12}
-        wide, target = (
-            timm.create_model("vit_tiny_patch16_224", img_size=side, **sizes) for side in ((16, 64), size)
-        )
-        name = "pos_embed"
+def test_a_files_grid_is_given_by_init_grid_or_taken_as_square(tmp_path, kind, size):
+    build, name, sizes = CRATE, "pos_embedding", {"heads": 2, "dim": 32, "depth": 2}
+    if kind == "vit":
+        build, name = partial(timm.create_model, "vit_tiny_patch16_224"), "pos_embed"
+        sizes = {"num_heads": 3, "embed_dim": 48, "depth": 1}
+    wide, target = (build(img_size=side, patch_size=8, num_classes=12, **sizes) for side in ((16, 64), size))
     path, side = _file(tmp_path, wide), size // 8
     positions = wide.state_dict()[name]
-    for stated, grid in (("2x8", [2, 8]), ("", [4, 4])):  # a file of 16 positions that tells no grid is square
+    for stated, grid in (("2x8", [2, 8]), ("", [4, 4])):
         load_initial(target, tiny_config(init=path, init_grid=stated, image_size=size))
         expected = resample_abs_pos_embed(positions, [side, side], grid)
         torch.testing.assert_close(target.state_dict()[name], expected, rtol=0, atol=0)
@@ -195,7 +152,7 @@ def test_weights_that_are_not_finite_are_refused(tmp_path):
         load_initial(build_model(tiny_config(), 12), tiny_config(init=_file(tmp_path, model)))
 
 
-def test_a_stated_grid_is_checked(source):
+def test_a_wrong_or_unneeded_grid_is_an_error(source):
     for words in ({"init": "w.pth", "init_grid": "2 by 8"}, {"init_grid": "2x8"}):
         with pytest.raises(UserError, match="pass the patch rows and columns of the --init file, such as 2x8"):
             tiny_config(**words)
@@ -203,7 +160,7 @@ def test_a_stated_grid_is_checked(source):
         load_initial(build_model(tiny_config(), 12), tiny_config(init=str(source), init_grid="2x8"))
 
 
-def test_an_autoencoders_table_tells_its_grid(tmp_path):
+def test_the_grid_of_an_autoencoder_follows_from_its_positions(tmp_path):
     sizes = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
     wide = CRATEMAE(img_size=(16, 64), **sizes)
     path = _file(tmp_path, wide)
@@ -219,8 +176,8 @@ def test_an_autoencoders_table_tells_its_grid(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["test_convnext", "cait_xxs24_224", "hiera_tiny_224"])
-def test_other_positions_than_a_vits_are_left_alone(tmp_path, name):
-    """None at all, without CLS, and in another layout."""
+def test_models_with_other_positions_than_a_vits_load_unchanged(tmp_path, name):
+    """Models without positions, without CLS, and with another layout."""
     sizes = {} if name.startswith("test") else {"depth": 1} if name.startswith("cait") else {"embed_dim": 8}
     models = [timm.create_model(name, num_classes=12, **sizes) for _ in range(2)]
     assert load_initial(models[0], tiny_config(init=(path := _file(tmp_path, models[1])))) == path
@@ -238,35 +195,31 @@ def test_one_of_several_state_dicts_in_a_file_can_be_named(tmp_path):
 
 
 @pytest.mark.parametrize("change", [{"depth": 3}, {"dim": 48, "heads": 3}, {"sparsifier": "mlp"}])
-def test_another_architecture_is_refused_by_name(tmp_path, change):
+def test_weights_of_another_architecture_are_an_error(tmp_path, change):
     path = _file(tmp_path, build_model(tiny_config(**change), 12))
     found = r"\(.*(transformer\.layers\.|cls_token: .*\[1, 1, 48\]).*\): set model"
     with pytest.raises(ValueError, match=f"does not hold the weights of this model {found}"):
         load_initial(build_model(tiny_config(), 12), tiny_config(init=path, head="new"))
 
 
-# --- linear probe ---
-
-
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_probe_trains_its_classifier_alone(source, tmp_path, processes):
+def test_a_probe_trains_only_its_classifier(source, tmp_path, processes):
     folder = tmp_path / "probe"
     words = ["--recipe", "probe_in1k", "--dataset", "shape_scenes", "--init", f"{source}@12", "--warmup-epochs", "1"]
     words += ["--lr", "10", "--lr-scaling", "none", "--optimizer", "lars", "--attn-drop-rate", "0.3"]
-    words += ["--output", str(folder)]
-    text = run(*words, "--workers", "0", script="linear_probe", processes=processes)
+    words += ["--output", str(folder), "--workers", "0"]
+    text = run(*words, script="linear_probe", processes=processes)
     assert "new classifier (12 → 12 classes)" in text
     before, first, last = weights(source, 12, "ema"), weights(folder, 6), weights(folder, 12)
     for name in before.keys() - set(HEAD):
         assert torch.equal(before[name], last[name]), name
     assert not torch.equal(first["mlp_head.1.1.weight"], last["mlp_head.1.1.weight"])
     assert not torch.equal(first["mlp_head.1.0.running_mean"], torch.zeros(32))
-    run(*words, "--workers", "0", "--resume", script="linear_probe")
-    subject = open_model(f"{folder}@12")
-    assert same(dict(subject.model.state_dict()), last)
+    run(*words, "--resume", script="linear_probe")
+    assert same(dict(open_model(f"{folder}@12").model.state_dict()), last)
 
 
-def test_the_probe_is_maes(source):
+def test_the_probe_has_the_settings_of_mae(source):
     config = TrainConfig(**(load_recipe("probe_in1k") | {"data_dir": "x", "init": str(source)}))
     assert config.peak_lr == pytest.approx(0.1 * 16384 / 256)
     model = build_model(tiny_config(frozen=True), 12)
@@ -275,7 +228,7 @@ def test_the_probe_is_maes(source):
 
 
 def test_lars_by_hand():
-    """MAE's: the trust ratio scales matrices, not biases; momentum afterwards."""
+    """As in MAE, the trust ratio scales matrices but not biases, before the momentum."""
     torch.manual_seed(0)
     config = tiny_config(frozen=True, optimizer="lars", lr=0.5, weight_decay=0.0)
     model = build_model(config, 12)
@@ -294,6 +247,6 @@ def test_lars_by_hand():
     torch.testing.assert_close(linear.bias.detach(), bias)
 
 
-def test_linear_probe_refuses_to_train_the_model(source, capsys):
-    assert linear_probe.main(["--init", str(source), "--data-dir", "x", "--no-frozen"]) == 2
-    assert "a linear probe trains only the classifier" in capsys.readouterr().err
+def test_a_linear_probe_refuses_to_train_the_model(source, refuses):
+    words = ["--init", str(source), "--data-dir", "x", "--no-frozen"]
+    refuses("a linear probe trains a classifier alone", linear_probe.main, words)

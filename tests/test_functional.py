@@ -1,4 +1,4 @@
-"""The reference against the equations in index notation, the public operators against the reference, bad input."""
+"""The reference against the papers' equations, the public operators against the reference, bad input."""
 
 import itertools
 import math
@@ -10,25 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import agrees, clear_of_threshold, gradients, tokens_and_gradient, within_twice_eager
+from oracle import agrees, gradients, tokens_and_gradient, within_twice_eager
 from torch import Tensor
 from torch._dynamo.backends.debugging import aot_eager
 
 import crate_fast
-from crate_fast import SPIN_COUNT, cpu_ops, functional
-from crate_fast.accuracy import judge
+from crate_fast import SPIN_COUNT, cpu_ops, functional, reference
+from crate_fast.accuracy import clear_of_threshold, judge
 from crate_fast.backends import explain_backend
 from crate_fast.functional import ista, linear, norm_ista, subspace_attention
 from crate_fast.kernels import assuming_gpu
-from crate_fast.reference import (
-    coding_rate_reference,
-    ista_reference,
-    layer_reference,
-    mssa_reference,
-    subspace_attention_reference,
-)
-
-# --- the reference ---
+from crate_fast.reference import ista_reference, subspace_attention_reference
 
 
 def _attention_by_loops(w: Tensor, scale: float) -> Tensor:
@@ -49,18 +41,17 @@ def test_subspace_attention_is_eq_5_in_loops():
     torch.testing.assert_close(subspace_attention_reference(w), _attention_by_loops(w, 0.5), rtol=0, atol=1e-14)
 
 
-def test_mssa_projects_attends_and_maps_back():
+def test_mssa_equals_its_index_notation():
     x = torch.randn(2, 5, 6, dtype=torch.float64)
     bases = torch.randn(3, 4, 6, dtype=torch.float64)  # head, D, C
     out_weight, out_bias = torch.randn(6, 12, dtype=torch.float64), torch.randn(6, dtype=torch.float64)
     w = torch.einsum("bnc,hdc->bnhd", x, bases)
     attended = _attention_by_loops(w, 0.5).reshape(2, 5, 12)
     expected = torch.einsum("bnk,ck->bnc", attended, out_weight) + out_bias
-    actual = mssa_reference(x, bases.reshape(12, 6), out_weight, out_bias, heads=3)
+    actual = reference.mssa_reference(x, bases.reshape(12, 6), out_weight, out_bias, heads=3)
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
-    torch.testing.assert_close(
-        mssa_reference(x, bases.reshape(12, 6), None, None, heads=3), attended, rtol=0, atol=1e-13
-    )
+    actual = reference.mssa_reference(x, bases.reshape(12, 6), None, None, heads=3)
+    torch.testing.assert_close(actual, attended, rtol=0, atol=1e-13)
 
 
 @pytest.mark.parametrize("threshold", ["relu", "soft"])
@@ -78,7 +69,7 @@ def test_ista_is_eq_7_column_by_column(threshold):
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-13)
 
 
-def test_the_two_residual_forms_differ_by_what_they_add():
+def test_the_residual_is_the_input_or_its_layer_norm():
     width, heads = 8, 2
     weights = {
         "0.norm.weight": torch.rand(width, dtype=torch.float64) + 0.5,
@@ -95,37 +86,34 @@ def test_the_two_residual_forms_differ_by_what_they_add():
     for residual in ("released", "paper"):
         h = x if residual == "released" else norm(x, (width,), weights["0.norm.weight"], weights["0.norm.bias"])
         expected = (norm(h, (width,)) - 0.01).clamp(min=0)
-        actual = layer_reference(x, weights, heads, residual=residual)
+        actual = reference.layer_reference(x, weights, heads, residual=residual)
         torch.testing.assert_close(actual, expected, rtol=0, atol=1e-13)
 
 
-def test_coding_rate_of_orthonormal_and_of_equal_tokens_is_known():
+def test_coding_rates_of_orthonormal_and_of_equal_tokens_by_hand():
     n, d, epsilon = 4, 4, 0.01
     orthonormal = torch.eye(n, dtype=torch.float64).reshape(1, n, 1, d)
     expected = 0.5 * n * math.log(1 + d / (n * epsilon))
-    assert coding_rate_reference(orthonormal, epsilon).item() == pytest.approx(expected, rel=1e-12)
-    equal = torch.ones(1, n, 1, d, dtype=torch.float64)
-    assert coding_rate_reference(equal, epsilon).item() == pytest.approx(0.5 * math.log(1 + d / epsilon), rel=1e-12)
+    assert reference.coding_rate_reference(orthonormal, epsilon).item() == pytest.approx(expected, rel=1e-12)
+    equal, expected = torch.ones(1, n, 1, d, dtype=torch.float64), 0.5 * math.log(1 + d / epsilon)
+    assert reference.coding_rate_reference(equal, epsilon).item() == pytest.approx(expected, rel=1e-12)
 
-
-# --- attention ---
 
 FLOAT32 = torch.float32
 CASES = [  # [B, N, H, D], dtype, scale
     *((shape, FLOAT32, None) for shape in ((2, 1, 1, 32), (2, 15, 6, 64), (1, 16, 12, 48), (2, 17, 1, 80))),
     *((shape, FLOAT32, None) for shape in ((1, 65, 6, 128), (2, 197, 3, 64), (3, 197, 6, 64))),
-    *(
-        (shape, FLOAT32, None) for shape in ((1, 256, 2, 48), (1, 785, 2, 64), (1, 1500, 1, 32))
-    ),  # by rows; two blocks
+    # by blocks of rows
+    *((shape, FLOAT32, None) for shape in ((1, 256, 2, 48), (1, 785, 2, 64), (1, 1500, 1, 32))),
     *((shape, FLOAT32, 0.3) for shape in ((2, 64, 2, 32), (1, 600, 2, 32))),
     *(((2, 65, 3, 64), dtype, None) for dtype in (torch.float16, torch.bfloat16)),
     *(((3, 197, 3, 48), dtype, None) for dtype in (torch.float16, torch.bfloat16)),  # a group and a remainder
 ]
 
 
-@pytest.fixture(params=["0", "1", ""], ids=["MKL", "oneDNN", "each for what it is faster in"])
+@pytest.fixture(params=["0", "1", ""], ids=["MKL", "oneDNN", "the faster one"])
 def either_library(request, monkeypatch):
-    """The test runs with both libraries' products, whatever processor this is."""
+    """Run the test with the products of both libraries, on any processor."""
     monkeypatch.setenv("CRATE_FAST_ONEDNN", request.param)
     if not request.param:
         monkeypatch.delenv("CRATE_FAST_ONEDNN")
@@ -148,38 +136,32 @@ def test_subspace_attention_matches_the_reference(shape, dtype, scale):
     assert _check_attention(partial(subspace_attention, scale=scale), shape, dtype, scale)
 
 
-def _explicit(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    return (query @ key.mT * query.shape[-1] ** -0.5).softmax(-1) @ value
-
-
 @pytest.mark.parametrize("scale", [1.0, 3.0])
-def test_attention_of_three_projections_in_bf16(scale, monkeypatch):
-    """By products, whose backward pass takes an eighth of SDPA's time."""
+def test_ordinary_attention_in_bf16_is_two_products(scale, monkeypatch):
+    """Their backward pass takes an eighth of SDPA's time."""
     monkeypatch.setattr(F, "scaled_dot_product_attention", None)
     inputs = [scale * torch.randn(2, 3, 197, 64).bfloat16() for _ in range(3)]
     grad = torch.randn(2, 3, 197, 64).bfloat16()
     with torch.autocast("cpu", torch.bfloat16):  # softmax stays in bf16
         candidate = functional.pytorch_attention(*inputs, 0.0, 0.125)
     assert candidate.dtype == torch.bfloat16
-    assert agrees(lambda *qkv: functional.pytorch_attention(*qkv, 0.0, 0.125), _explicit, inputs, "O dQ dK dV", grad)
+    explicit = lambda query, key, value: (0.125 * query @ key.mT).softmax(-1) @ value  # noqa: E731
+    assert agrees(lambda *qkv: functional.pytorch_attention(*qkv, 0.0, 0.125), explicit, inputs, "O dQ dK dV", grad)
 
 
 @with_either_library
 @pytest.mark.parametrize("shape", [(3, 197, 3, 64), (1, 300, 2, 32)], ids=str)
-def test_no_result_is_left_unwritten(shape, monkeypatch):
-    monkeypatch.setattr(torch.Tensor, "new_empty", lambda t, *size, **kw: t.new_full(_size(size), float("nan"), **kw))
+def test_every_element_of_the_results_is_written(shape, monkeypatch):
+    empty = torch.Tensor.new_empty
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *size, **kw: empty(*size, **kw).fill_(float("nan")))
     out, grad = gradients(subspace_attention, [torch.randn(shape)], torch.randn(shape))
     assert torch.isfinite(out).all()
     assert torch.isfinite(grad).all()
 
 
-def _size(size: tuple) -> tuple:
-    return size[0] if len(size) == 1 and not isinstance(size[0], int) else size
-
-
 @with_either_library
-def test_long_attention_of_large_and_shifted_logits_stays_accurate():
-    w = torch.randn(1, 600, 1, 32) + 5.0  # logits near 140 with large common part
+def test_long_attention_with_a_large_offset_is_accurate():
+    w = torch.randn(1, 600, 1, 32) + 5.0  # logits near 140, most of which is common to all
     truth = subspace_attention_reference(w.double())
     assert within_twice_eager(subspace_attention(w), subspace_attention_reference(w), truth, "shifted")
 
@@ -199,7 +181,7 @@ def _attend(queries: Tensor, keys: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("name", MUTANTS)
-def test_the_attention_check_rejects_wrong_kernels(name):
+def test_the_check_of_attention_rejects_wrong_kernels(name):
     assert not _check_attention(MUTANTS[name], (2, 197, 3, 64))
 
 
@@ -212,7 +194,7 @@ def test_subspace_attention_takes_any_strides(n_tokens):
     sliced = torch.randn(2, n_tokens, 6, 128)[:, :, ::2, ::2]
     for w in (transposed, expanded, sliced):
         torch.testing.assert_close(subspace_attention(w), subspace_attention_reference(w), rtol=1e-4, atol=1e-5)
-        grad = torch.ones(1, 1, 1, 1).expand(w.shape)  # what .sum().backward() passes down
+        grad = torch.ones(1, 1, 1, 1).expand(w.shape)  # the gradient of .sum()
         ours, theirs = (gradients(f, [w], grad)[1] for f in (subspace_attention, subspace_attention_reference))
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
 
@@ -222,9 +204,6 @@ def test_long_attention_is_deterministic():
     w, grad = torch.randn(1, 785, 2, 64), torch.randn(1, 785, 2, 64)
     first, second = (gradients(subspace_attention, [w], grad) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-
-
-# --- ISTA ---
 
 
 def _check_ista(candidate, leading, width, dtype=torch.float32, threshold="relu") -> bool:
@@ -250,25 +229,17 @@ def test_ista_matches_the_reference(leading, width, dtype, threshold):
     assert _check_ista(ista, leading, width, dtype, threshold)
 
 
-ISTA_MUTANTS = {
-    "no second-order term": lambda x, d, step_size, sparsity, threshold: F.relu(
-        x + step_size * (x @ d) - step_size * sparsity
-    ),
-    "λ not scaled by η": lambda x, d, step_size, sparsity, threshold: ista_reference(
-        x, d, step_size, sparsity / step_size
-    ),
-    "D for its transpose": lambda x, d, step_size, sparsity, threshold: ista_reference(x, d.t(), step_size, sparsity),
-    "step size off by 2 %": lambda x, d, step_size, sparsity, threshold: ista_reference(
-        x, d, 1.02 * step_size, sparsity
-    ),
-    "no gradient through DᵀD": lambda x, d, step_size, sparsity, threshold: F.relu(
-        x + step_size * (x @ d - (x @ d.t().detach()) @ d.detach()) - step_size * sparsity
-    ),
+ISTA_MUTANTS = {  # of step size 0.1 and sparsity 0.5
+    "no second-order term": lambda x, d, **_: F.relu(x + 0.1 * (x @ d) - 0.05),
+    "λ not scaled by η": lambda x, d, **_: ista_reference(x, d, 0.1, 5.0),
+    "D for its transpose": lambda x, d, **_: ista_reference(x, d.t(), 0.1, 0.5),
+    "step size off by 2 %": lambda x, d, **_: ista_reference(x, d, 0.102, 0.5),
+    "no gradient through DᵀD": lambda x, d, **_: F.relu(x + 0.1 * (x @ d - x @ (d.t() @ d).detach()) - 0.05),
 }
 
 
 @pytest.mark.parametrize("name", ISTA_MUTANTS)
-def test_the_ista_check_rejects_wrong_kernels(name):
+def test_the_check_of_ista_rejects_wrong_kernels(name):
     assert not _check_ista(ISTA_MUTANTS[name], (2, 197), 96)
 
 
@@ -281,29 +252,20 @@ def test_gradients_agree_with_finite_differences():
     assert torch.autograd.gradcheck(subspace_attention, (w,))
 
 
-# --- PyTorch around it ---
-
-
 def test_operators_compile_without_graph_breaks():
-    def both(w, dictionary):
-        return ista(subspace_attention(w).flatten(-2), dictionary)
-
-    def plain(w, dictionary):
-        return ista_reference(subspace_attention_reference(w).flatten(-2), dictionary)
+    def chained(attend, sparsify):
+        return lambda w, dictionary: sparsify(attend(w).flatten(-2), dictionary)
 
     graphs = []
-
-    def backend(graph: torch.fx.GraphModule, example: list):
-        graphs.append(graph)
-        return aot_eager(graph, example)
-
-    w, dictionary = torch.randn(1, 50, 2, 32), torch.randn(64, 64) / 8
-    compiled = torch.compile(both, fullgraph=True, backend=backend)
-    assert agrees(compiled, plain, [w, dictionary], "y dw dD", torch.randn(1, 50, 64))
+    kept = lambda graph, example: graphs.append(graph) or aot_eager(graph, example)  # noqa: E731
+    compiled = torch.compile(chained(subspace_attention, ista), fullgraph=True, backend=kept)
+    inputs = [torch.randn(1, 50, 2, 32), torch.randn(64, 64) / 8]
+    reference = chained(subspace_attention_reference, ista_reference)
+    assert agrees(compiled, reference, inputs, "y dw dD", torch.randn(1, 50, 64))
     assert "crate_fast.cpu_subspace_attention" in str(graphs[0].graph)  # not PyTorch's
 
 
-def test_compiled_code_chooses_the_backend_as_eager_code_does():
+def test_compiled_code_chooses_the_same_backend_as_eager_code():
     def chosen(x: Tensor) -> Tensor:
         name, _ = explain_backend("cuda", dtype=torch.bfloat16, head_dim=64)
         return x + 1 if name == "triton" else x
@@ -329,7 +291,7 @@ def test_custom_operators_pass_opcheck(monkeypatch):
 @pytest.mark.parametrize("rows", [1, 3, 700, 5000])
 @pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("residual", [False, True])
-def test_cpu_linear_and_its_gradients(rows, relu, residual):
+def test_cpu_linear_and_its_gradients_agree_with_pytorch(rows, relu, residual):
     width = 48 if residual else 32
     x, weight, bias = torch.randn(rows, 48), torch.randn(width, 48), torch.randn(width)
     inputs = [t.requires_grad_() for t in (x, weight, bias)]
@@ -345,7 +307,7 @@ def test_cpu_linear_and_its_gradients(rows, relu, residual):
 @with_either_library
 @pytest.mark.parametrize("threshold", ["relu", "soft"])
 def test_ista_of_many_tokens_is_as_exact_as_three_products(threshold):
-    """At a model's size: with the identity inside the product, fp32's rounding was twice what is allowed."""
+    """With the identity inside the product, the error of fp32 was twice the allowed one at this size."""
     x, dictionary = torch.randn(1000, 768), torch.randn(768, 768) / 768**0.5
     inputs = (x, dictionary, 0.1, 0.1, threshold)
     truth = ista_reference(x.double(), dictionary.double(), *inputs[2:])
@@ -353,7 +315,7 @@ def test_ista_of_many_tokens_is_as_exact_as_three_products(threshold):
     assert judged.right, judged
 
 
-def test_defaults_of_dtype_and_device_do_not_leak_in():
+def test_default_dtype_and_device_have_no_effect():
     x, dictionary, w = torch.randn(40, 8), torch.randn(8, 8), torch.randn(1, 300, 1, 8)
     expected = ista(x, dictionary), subspace_attention(w)
     torch.set_default_dtype(torch.float64)
@@ -375,7 +337,7 @@ def test_linear_takes_any_leading_dimensions_and_a_bias_of_any_strides():
 
 
 INTEL, AMD = "GenuineIntel", "AuthenticAMD"
-PROCESSORS = [  # (vendor, family, instructions, MKL is there, the variable), (oneDNN, it alone, MKL is slow)
+PROCESSORS = [  # (vendor, family, instructions, MKL available, variable), (uses oneDNN, only oneDNN, MKL is slow)
     ((INTEL, 6, "AVX512", True, None), (False, False, False)),
     ((AMD, 25, "AVX2", True, None), (False, False, False)),
     ((AMD, 25, "AVX512", True, None), (True, False, False)),  # Zen 4
@@ -391,7 +353,7 @@ PROCESSORS = [  # (vendor, family, instructions, MKL is there, the variable), (o
 
 
 @pytest.mark.parametrize(("machine", "expected"), PROCESSORS)
-def test_the_processor_chooses_the_library_unless_the_variable_does(machine, expected, monkeypatch):
+def test_the_variable_or_else_the_processor_chooses_the_library(machine, expected, monkeypatch):
     vendor, family, capability, mkl, choice = machine
     monkeypatch.setattr(cpu_ops, "processor_vendor", lambda: vendor)
     monkeypatch.setattr(cpu_ops, "processor_family", lambda: family)
@@ -404,7 +366,7 @@ def test_the_processor_chooses_the_library_unless_the_variable_does(machine, exp
     assert (cpu_ops.uses_onednn(), cpu_ops.uses_onednn_alone(), cpu_ops.mkl_is_slow()) == expected
 
 
-def test_what_the_system_states_of_a_processor(monkeypatch):
+def test_the_processor_is_recognised_from_the_system(monkeypatch):
     stated = {"model name": "AMD EPYC", "cpu family": "25", "model": "1", "flags": "fpu avx2 avx512f"}
     monkeypatch.setattr(cpu_ops, "_cpuinfo", lambda field: stated.get(field, ""))
     assert (cpu_ops.processor_family(), cpu_ops.processor_name()) == (25, "AMD EPYC (family 25, model 1)")
@@ -412,63 +374,57 @@ def test_what_the_system_states_of_a_processor(monkeypatch):
     for field, flags in (("flags", "fpu avx512_bf16"), ("flags", "amx_bf16 amx_int8"), ("Features", "asimd bf16")):
         stated = {field: flags}
         assert cpu_ops.multiplies_bf16()
-    stated = {}  # an ARM's file has none of these, Windows has no file
-    assert cpu_ops.multiplies_bf16()  # nothing is known against it
+    stated = {}  # ARM has none of these fields, Windows no file
+    assert cpu_ops.multiplies_bf16()  # assumed where unknown
     assert cpu_ops.processor_name() == (cpu_ops.platform.processor() or cpu_ops.platform.machine())
     monkeypatch.setattr(cpu_ops.platform, "processor", lambda: "AMD64 Family 26 Model 68 Stepping 0, AuthenticAMD")
     assert cpu_ops.processor_family() == 26
 
 
-def test_a_misspelt_choice_of_library_is_named(monkeypatch):
+def test_a_wrong_choice_of_library_is_an_error(monkeypatch):
     monkeypatch.setenv("CRATE_FAST_ONEDNN", "yes")
     with pytest.raises(ValueError, match="CRATE_FAST_ONEDNN='yes'"):
         cpu_ops.uses_onednn()
 
 
-def test_autocast_runs_the_product_low_and_the_residual_high():
+def test_under_autocast_only_the_product_is_in_bf16():
     x, dictionary = torch.randn(2, 65, 32), torch.randn(32, 32) / 6
     with torch.autocast("cpu", torch.bfloat16):
         y = ista(x, dictionary, 0.1, 0.1)
         attended = subspace_attention(torch.randn(1, 9, 2, 16))
-    assert y.dtype == torch.float32
-    assert attended.dtype == torch.float32  # as SDPA's: nothing upstream was a product
+    assert y.dtype == attended.dtype == torch.float32  # as SDPA's: its input is not the result of a product
     truth = ista_reference(x.double(), dictionary.double())
     error = (y - truth).abs().max().item()
-    change = (truth - x.double().relu()).abs().max().item()  # the part that runs in bf16, of relative precision 2⁻⁸
+    change = (truth - x.double().relu()).abs().max().item()  # the part in bf16, with relative precision 2⁻⁸
     assert 1e-6 < error < 2**-7 * change
+
+
+W, X = torch.zeros(1, 2, 3, 4), torch.zeros(3, 4)
 
 
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (
-            lambda: subspace_attention(torch.zeros(2, 3, 4)),
-            ValueError,
-            r"w has shape \(2, 3, 4\): pass \[B, N, H, D\] with",
-        ),
+        (lambda: subspace_attention(W[0]), ValueError, r"w has shape \(2, 3, 4\): pass \[B, N, H, D\] with"),
         (lambda: subspace_attention([1.0]), TypeError, "w is a list"),
-        (lambda: subspace_attention(torch.zeros(1, 2, 3, 4, dtype=torch.int64)), TypeError, "w is torch.int64"),
-        (lambda: subspace_attention(torch.zeros(1, 2, 3, 4), dropout_p=1.0), ValueError, "dropout_p=1.0"),
-        (lambda: subspace_attention(torch.zeros(1, 2, 3, 4), backend="cuda"), ValueError, "backend='cuda'.*'triton'"),
-        (lambda: subspace_attention(torch.zeros(1, 2, 3, 4).double(), backend="triton"), ValueError, "cannot run"),
-        (lambda: ista(torch.zeros(3, 4), torch.zeros(4, 3)), ValueError, r"dictionary has shape \(4, 3\)"),
-        (lambda: ista(torch.zeros(3, 4), torch.zeros(5, 5)), ValueError, r"\[4, 4\]"),
-        (lambda: ista(torch.zeros(3, 4), torch.zeros(4, 4).double()), TypeError, "float64 and x torch.float32"),
-        (
-            lambda: ista(torch.zeros(3, 4), torch.zeros(4, 4), threshold="hard"),
-            ValueError,
-            "threshold='hard'.*'soft'",
-        ),
-        (lambda: ista(torch.zeros(3, 4), torch.zeros(4, 4), step_size=-1), ValueError, "step_size=-1"),
-        (lambda: ista(torch.zeros(3, 4), torch.zeros(4, 4), sparsity=float("nan")), ValueError, "sparsity=nan"),
-        (lambda: ista(torch.zeros(3, 4), torch.zeros(4, 4, device="meta")), ValueError, "dictionary is on meta"),
+        (lambda: subspace_attention(W.long()), TypeError, "w is torch.int64"),
+        (lambda: subspace_attention(W, dropout_p=1.0), ValueError, "dropout_p=1.0"),
+        (lambda: subspace_attention(W, backend="cuda"), ValueError, "backend='cuda'.*'triton'"),
+        (lambda: subspace_attention(W.double(), backend="triton"), ValueError, "cannot run"),
+        (lambda: ista(X, torch.zeros(4, 3)), ValueError, r"dictionary has shape \(4, 3\)"),
+        (lambda: ista(X, torch.zeros(5, 5)), ValueError, r"\[4, 4\]"),
+        (lambda: ista(X, torch.zeros(4, 4).double()), TypeError, "float64 and x torch.float32"),
+        (lambda: ista(X, torch.zeros(4, 4), threshold="hard"), ValueError, "threshold='hard'.*'soft'"),
+        (lambda: ista(X, torch.zeros(4, 4), step_size=-1), ValueError, "step_size=-1"),
+        (lambda: ista(X, torch.zeros(4, 4), sparsity=float("nan")), ValueError, "sparsity=nan"),
+        (lambda: ista(X, torch.zeros(4, 4, device="meta")), ValueError, "dictionary is on meta"),
         (lambda: explain_backend("cpu", "tritn"), ValueError, "backend='tritn'"),
-        (lambda: subspace_attention(torch.zeros(1, 2, 1, 8), -1.0), ValueError, "scale=-1.0"),
+        (lambda: subspace_attention(W, -1.0), ValueError, "scale=-1.0"),
         (lambda: norm_ista(*map(torch.zeros, (8, 7, 8, (8, 8)))), ValueError, "weight"),
         (lambda: norm_ista(torch.zeros(8), torch.zeros(8), None, torch.zeros(8, 8)), TypeError, "bias"),
     ],
 )
-def test_bad_input_is_named(call, error, message):
+def test_bad_input_is_an_error(call, error, message):
     with pytest.raises(error, match=message):
         call()
 
@@ -477,7 +433,7 @@ def test_bad_input_is_named(call, error, message):
 @pytest.mark.parametrize("threshold", ["relu", "soft"])
 @pytest.mark.parametrize("n_tokens", [4, 300])
 def test_a_nan_is_not_hidden(n_tokens, threshold):
-    """Whatever path the number of tokens chooses."""
+    """Both forms of ISTA, which the number of tokens chooses."""
     x = torch.randn(n_tokens, 64)
     x[1, 0] = math.nan
     y = ista(x, torch.randn(64, 64) / 8, threshold=threshold)
@@ -489,13 +445,13 @@ def test_a_nan_is_not_hidden(n_tokens, threshold):
     ("chosen", "expected"),
     [({}, str(SPIN_COUNT)), ({"GOMP_SPINCOUNT": "9"}, "9"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "None")],
 )
-def test_openmp_spins_for_a_bounded_time_unless_the_user_chose(chosen, expected, monkeypatch):
+def test_openmps_spinning_is_bounded_unless_the_user_sets_it(chosen, expected, monkeypatch):
     for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
         monkeypatch.delenv(name, raising=False)
     for name, value in chosen.items():
         monkeypatch.setenv(name, value)
     first, rest, _ = Path(crate_fast.__file__).read_text().partition("# `crate-fast` itself")
     assert rest
-    monkeypatch.delitem(sys.modules, "torch")  # as in a process that imports this package first
+    monkeypatch.delitem(sys.modules, "torch")  # as if this package were imported first
     exec(first, {})
     assert os.environ.get("GOMP_SPINCOUNT", "None") == expected

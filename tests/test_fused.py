@@ -18,17 +18,10 @@ from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from crate_fast import CRATE, functional, kernels, triton_ops, whitebox
+from crate_fast import CRATE, functional, kernels, triton_ops
 from crate_fast.backends import explain_backend
 from crate_fast.errors import UserError
-from crate_fast.functional import (
-    cached_dictionaries,
-    compress,
-    fold_dictionary,
-    ista,
-    norm_ista,
-    subspace_attention,
-)  # fmt: skip
+from crate_fast.functional import cached_dictionaries, compress, fold_dictionary, ista, norm_ista, subspace_attention
 from crate_fast.kernels import folding as folding_kernels
 from crate_fast.kernels import ista as ista_kernels
 from crate_fast.kernels import launch
@@ -46,9 +39,6 @@ def _ista_inputs(device, rows=(2, 17), width=32) -> tuple[Tensor, ...]:
     x, dictionary = torch.randn(*rows, width) + 0.5, torch.randn(width, width) / width**0.5
     weight, bias = 1 + 0.3 * torch.randn(width), 0.3 * torch.randn(width)
     return tuple(t.to(device).requires_grad_() for t in (x, weight, bias, dictionary))
-
-
-# --- the registered operators ------------------------------------------------------------------------------------
 
 
 def test_opcheck_of_attention(device):
@@ -82,19 +72,16 @@ def test_opcheck_of_ista(with_norm, device):
             torch.library.opcheck(triton_ops.ista_bwd, (y, nonzero, rows, means, *others))
 
 
-def test_nothing_is_kept_where_no_backward_pass_will_come(device):
+def test_without_kept_activations_backward_is_an_error(device):
     x, weight, bias, dictionary = _ista_inputs(device, rows=(17,))
     arguments = (x, weight, bias, dictionary, fold_dictionary(dictionary.detach()), 0.1, 0.1, 1e-5, False, False)
     with pytest.raises(RuntimeError, match="keep=False"):
         triton_ops.ista_fwd(*arguments)[0].sum().backward()
 
 
-# --- the public functions ----------------------------------------------------------------------------------------
-
-
-def test_only_the_gradients_asked_for(device, monkeypatch):
+def test_only_requested_gradients_are_computed(device, monkeypatch):
     x, weight, bias, dictionary = _ista_inputs(device)
-    refuse = lambda *_: pytest.fail("not asked for")  # noqa: E731
+    refuse = lambda *_: pytest.fail("not requested")  # noqa: E731
     with monkeypatch.context() as patch:
         patch.setattr(folding_kernels, "fold_backward", refuse)
         assert norm_ista(x, weight, bias, dictionary.detach(), backend="triton").sum().backward() is None
@@ -105,14 +92,14 @@ def test_only_the_gradients_asked_for(device, monkeypatch):
     assert dictionary.grad is not None
 
 
-def test_no_rows_at_all(device):
+def test_an_empty_batch_has_zero_gradients(device):
     x, weight, bias, dictionary = _ista_inputs(device)
     norm_ista(x[:0], weight, bias, dictionary, backend="triton").sum().backward()
     for tensor in (weight, bias, dictionary):
         assert torch.equal(tensor.grad, torch.zeros_like(tensor))
 
 
-def test_a_layer_norm_that_cannot_be_fused(device):
+def test_a_layer_norm_that_cannot_be_fused_is_called(device):
     layer = _model(device).transformer.layers[0][1]
     x = torch.randn(2, 5, SIZES["dim"], device=device)
     expected = layer(x)
@@ -126,7 +113,7 @@ def test_a_layer_norm_that_cannot_be_fused(device):
 
 
 def test_dropout_runs_in_pytorch(device):
-    """The kernels have no dropout: "auto" leaves it to PyTorch's attention, and "triton" says so."""
+    """The kernels have no dropout: "auto" uses PyTorch's attention, and "triton" is an error."""
     w = torch.randn(1, 33, 2, 16, device=device)
     torch.manual_seed(3)
     dropped = subspace_attention(w, dropout_p=0.3)
@@ -154,15 +141,12 @@ def test_autocast_runs_the_kernels_in_half_precision(device):
         assert tensor.grad.isfinite().all()
 
 
-# --- the model ---------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     "options",
     [{}, {"threshold": "soft"}, {"residual": "paper"}, {"attention": "mhsa"}, {"sparsifier": "mlp"}],
     ids=str,
 )
-def test_the_model_on_kernels_is_the_model(options, device):
+def test_the_model_on_kernels_agrees_with_pytorch(options, device):
     models = [_model(device, backend, **options, depth=1) for backend in ("triton", "torch")]
     images = torch.randn(1, 3, 16, 16, device=device)
     ours, plain = (model_gradients(model, images) for model in models)
@@ -171,16 +155,8 @@ def test_the_model_on_kernels_is_the_model(options, device):
         assert (ours[name] - grad).norm() <= 1e-4 * grad.norm() + 1e-6, name
 
 
-def test_the_white_box_stays_open(device):
-    images = torch.randn(1, 3, 16, 16, device=device)
-    ours, plain = (whitebox.trace(_model(device, backend), images) for backend in ("triton", "torch"))
-    for one, other in zip(ours, plain, strict=True):
-        torch.testing.assert_close(one.after_ista, other.after_ista, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(one.attention(), other.attention(), rtol=1e-4, atol=1e-4)
-
-
 @pytest.mark.parametrize("autocast", [None, torch.float16], ids=str)
-def test_compiled_whole(autocast, device):
+def test_the_compiled_model_agrees_with_eager(autocast, device):
     model = _model(device, depth=1)
     compiled = torch.compile(model, fullgraph=True, backend="inductor" if device.type == "cuda" else "aot_eager")
     images = torch.randn(1, 3, 16, 16, device=device)
@@ -191,15 +167,12 @@ def test_compiled_whole(autocast, device):
         assert (whole[name] - expected).norm() <= tolerance * expected.norm() + 1e-6
 
 
-def test_checkpointing_changes_nothing(device):
+def test_checkpointing_gives_the_same_bits(device):
     model = _model(device).train()
     images = torch.randn(1, 3, 16, 16, device=device)
     plain = model_gradients(model, images)
     model.set_grad_checkpointing()
     torch.testing.assert_close(model_gradients(model, images), plain, rtol=0, atol=0)
-
-
-# --- several processes -------------------------------------------------------------------------------------------
 
 
 def _shard(rank: int, images: Tensor) -> Tensor:
@@ -220,34 +193,31 @@ def _data_parallel(rank: int, port: int, images: Tensor, expected: list[Tensor])
                 runner = fully_shard(model, mesh=mesh)
             else:
                 runner = DistributedDataParallel(model)
-            for _ in range(2):  # the second time, what the first left behind would show
+            for _ in range(2):  # the second pass must not depend on the first
                 model.zero_grad()
                 runner(_shard(rank, images)).square().mean().backward()
             for parameter, grad in zip(model.parameters(), expected, strict=True):
                 actual = parameter.grad.full_tensor() if sharded else parameter.grad
                 torch.testing.assert_close(actual, grad, rtol=1e-4, atol=1e-6)
-        dist.barrier()  # a process that leaves while the other still talks to it aborts
+        dist.barrier()  # otherwise the process that ends first aborts the other
     finally:
         dist.destroy_process_group()
-    os._exit(0)  # what was to be shown is shown; once in a while Python's teardown aborts beside gloo's threads
+    os._exit(0)  # Python's teardown sometimes aborts beside gloo's threads
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="two processes would need two GPUs")
-def test_two_processes():
+def test_ddp_and_fsdp_have_the_gradients_of_one_process():
     images = torch.randn(2, 3, 16, 16)
     model = _model("cpu", depth=1)
     (sum(model(_shard(rank, images)).square().mean() for rank in range(2)) / 2).backward()
     expected = [p.grad for p in model.parameters()]
     arguments = (free_port(), images, expected)
-    mp.start_processes(_data_parallel, arguments, nprocs=2, start_method="forkserver")  # which runs.py has warmed
-
-
-# --- folding once ------------------------------------------------------------------------------------------------
+    mp.start_processes(_data_parallel, arguments, nprocs=2, start_method="forkserver")  # preloaded by runs.py
 
 
 @pytest.fixture
 def folds(monkeypatch) -> list:
-    """One entry for every dictionary folded."""
+    """A list with one entry per folded dictionary."""
     calls = []
     for module, name in ((functional, "fold_dictionary"), (triton_ops, "fold")):
         plain = getattr(module, name)
@@ -255,7 +225,7 @@ def folds(monkeypatch) -> list:
     return calls
 
 
-def test_a_dictionary_is_folded_once_a_scope(device, folds):
+def test_a_dictionary_is_folded_once_per_scope(device, folds):
     model = _model(device)
     images = torch.randn(1, 3, 16, 16, device=device)
     losses = []
@@ -273,7 +243,7 @@ def test_a_dictionary_is_folded_once_a_scope(device, folds):
     assert len(folds) == 2 * SIZES["depth"]  # nothing is kept after the scope
 
 
-def test_scopes_nest_and_serve_the_torch_backend(folds):
+def test_scopes_can_be_nested_and_work_with_the_torch_backend(folds):
     model = _model("cpu", "torch").eval()
     images = torch.randn(8, 3, 16, 16)
     with torch.no_grad(), cached_dictionaries():
@@ -284,7 +254,7 @@ def test_scopes_nest_and_serve_the_torch_backend(folds):
     assert len(folds) == SIZES["depth"]
 
 
-def test_a_dictionary_that_changes_inside_the_scope(device):
+def test_a_dictionary_that_changes_inside_the_scope_is_an_error(device):
     x, _, _, dictionary = _ista_inputs(device)
     dictionary = torch.nn.Parameter(dictionary.detach())
     with cached_dictionaries(), torch.no_grad():
@@ -292,13 +262,12 @@ def test_a_dictionary_that_changes_inside_the_scope(device):
         dictionary.add_(1)
         with pytest.raises(RuntimeError, match=r"changed inside cached_dictionaries\(\)"):
             ista(x, dictionary, backend="triton")
-    torch.testing.assert_close(
-        ista(x, dictionary, backend="triton"), ista_reference(x, dictionary), rtol=1e-4, atol=1e-4
-    )
+    actual = ista(x, dictionary, backend="triton")
+    torch.testing.assert_close(actual, ista_reference(x, dictionary), rtol=1e-4, atol=1e-4)
 
 
-def test_an_optimiser_that_steps_inside_the_scope(device):
-    """Counted or not: FSDP2 writes a new shard without the whole parameter's version changing."""
+def test_an_optimiser_step_inside_the_scope_is_an_error(device):
+    """FSDP2 writes a new shard without changing the version of the whole parameter."""
     dictionary = torch.nn.Parameter(torch.eye(8, device=device))
     dictionary.grad = torch.ones_like(dictionary)
     optimizer = torch.optim.SGD([dictionary], lr=1.0)
@@ -308,7 +277,7 @@ def test_an_optimiser_that_steps_inside_the_scope(device):
     optimizer.step()
 
 
-def test_scopes_in_inference_mode_serve_training_too(device, folds):
+def test_training_can_use_a_fold_made_in_inference_mode(device, folds):
     x, _, _, dictionary = _ista_inputs(device)
     dictionary = torch.nn.Parameter(dictionary.detach())
     with cached_dictionaries():
@@ -320,7 +289,7 @@ def test_scopes_in_inference_mode_serve_training_too(device, folds):
     assert torch.equal(out, expected)
 
 
-def test_temporary_dictionaries_are_not_kept(device, folds):
+def test_temporary_dictionaries_are_not_cached(device, folds):
     x, _, _, dictionary = _ista_inputs(device)
     with cached_dictionaries(), torch.no_grad():
         for _ in range(3):
@@ -329,8 +298,8 @@ def test_temporary_dictionaries_are_not_kept(device, folds):
     assert len(folds) == 3
 
 
-def test_scopes_of_two_threads_overlap(device, folds):
-    """A enters, B enters, A leaves, B leaves: nothing is kept."""
+def test_overlapping_scopes_of_two_threads_leave_nothing_cached(device, folds):
+    """Enter A, enter B, leave A, leave B."""
     first, second = cached_dictionaries(), cached_dictionaries()
     first.__enter__()
     thread = threading.Thread(target=second.__enter__)
@@ -346,11 +315,8 @@ def test_scopes_of_two_threads_overlap(device, folds):
     assert functional._cache.scopes == 0
 
 
-# --- G kept between calls, on a CPU ---
-
-
 def _changes(dictionary: torch.nn.Parameter):
-    """Change a dictionary in one way after another; PyTorch counts the last two."""
+    """Change a dictionary in several ways; only the last two change PyTorch's version counter."""
     yield
     dictionary.data.add_(0.5)
     yield
@@ -370,7 +336,7 @@ def _changes(dictionary: torch.nn.Parameter):
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_inference_sees_every_change_of_a_dictionary(mode, dtype):
+def test_inference_uses_every_change_of_a_dictionary(mode, dtype):
     x, dictionary = torch.randn(5, 16, dtype=dtype), torch.nn.Parameter(torch.randn(16, 16, dtype=dtype) / 4)
     for _ in _changes(dictionary):
         with mode():
@@ -381,14 +347,14 @@ def test_inference_sees_every_change_of_a_dictionary(mode, dtype):
     torch.testing.assert_close(actual, ista_reference(x, dictionary.detach(), 0.3), rtol=1e-5, atol=1e-5)
 
 
-def test_inference_folds_a_dictionary_once_and_lets_go_of_it(folds):
-    gc.collect()  # of other tests
+def test_inference_folds_a_dictionary_once_and_frees_it(folds):
+    gc.collect()  # dictionaries of other tests
     kept = len(functional._kept_folds)
     x, dictionary = torch.randn(5, 16), torch.nn.Parameter(torch.randn(16, 16))
     with torch.inference_mode():
         outputs = [ista(x, dictionary) for _ in range(3)]
-    assert all(torch.equal(output, outputs[0]) for output in outputs)  # the first call as the others
-    torch.autograd.grad(ista(x, dictionary).sum(), dictionary)  # training takes two products
+    assert all(torch.equal(output, outputs[0]) for output in outputs)
+    torch.autograd.grad(ista(x, dictionary).sum(), dictionary)  # training uses two products instead
     torch.autograd.grad(ista(x.requires_grad_(), dictionary.requires_grad_(False)).sum(), x)
     assert len(folds) == 1
     del dictionary
@@ -396,7 +362,7 @@ def test_inference_folds_a_dictionary_once_and_lets_go_of_it(folds):
     assert len(functional._kept_folds) == kept
 
 
-def test_the_kernels_keep_their_own_fold(device, folds):
+def test_the_kernels_do_not_use_the_folds_kept_for_inference(device, folds):
     x, _, _, dictionary = _ista_inputs(device)
     dictionary = torch.nn.Parameter(dictionary.detach())
     with torch.no_grad():
@@ -415,7 +381,7 @@ def test_the_kernels_keep_their_own_fold(device, folds):
     ],
     ids=["set_float32_matmul_precision", "allow_tf32", "fp32_precision"],
 )
-def test_fp32_runs_on_the_kernels_where_tf32_is_allowed(change):
+def test_fp32_runs_on_the_kernels_if_tf32_is_allowed(change):
     with kernels.assuming_gpu():
         name, reason = explain_backend("cuda", dtype=torch.float32)
         assert (name, "does not allow" in reason) == ("torch", True)
@@ -429,10 +395,7 @@ def test_fp32_runs_on_the_kernels_where_tf32_is_allowed(change):
         assert explain_backend("cuda", dtype=torch.bfloat16)[0] == "triton"
 
 
-# --- errors ------------------------------------------------------------------------------------------------------
-
-
-def test_second_derivatives_are_refused(device):
+def test_second_derivatives_are_an_error(device):
     x, weight, bias, dictionary = _ista_inputs(device)
     w = torch.randn(1, 5, 1, 16, device=device, requires_grad=True)
     square = torch.eye(32, device=device)
@@ -448,7 +411,7 @@ def test_second_derivatives_are_refused(device):
             grad.sum().backward()
 
 
-def test_what_the_kernels_do_not_take_runs_in_pytorch_and_says_so(device):
+def test_inputs_that_the_kernels_do_not_support_run_in_pytorch(device):
     name, reason = explain_backend(device, dtype=torch.float64)
     assert name == "torch"
     assert "float64" in reason
@@ -458,7 +421,7 @@ def test_what_the_kernels_do_not_take_runs_in_pytorch_and_says_so(device):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
-def test_without_a_gpu(monkeypatch):
+def test_without_a_gpu_the_reason_is_given(monkeypatch):
     assert explain_backend("cuda") == ("torch", "PyTorch finds no CUDA device on this machine")
     assert explain_backend("cpu") == ("torch", "Triton's interpreter runs only with backend='triton'")
     assert explain_backend("cpu", "triton") == ("triton", "requested")

@@ -1,7 +1,7 @@
 """On a GPU: what runs there, compile, CUDA graphs, agreement with the CPU, training beside the eager released form.
 
-The operators in each precision are in test_bfloat16.py. `benchmarks/gpu_check.sh` runs all tests with the marker
-`gpu` and then the benchmarks.
+The operators in each precision are tested in test_bfloat16.py. `benchmarks/gpu_check.sh` runs all tests with the
+marker `gpu` and then the benchmarks.
 """
 
 import copy
@@ -26,12 +26,12 @@ pytestmark = pytest.mark.gpu
 NETWORK = {"image_size": 32, "patch_size": 4, "num_classes": 10, "dim": 96, "depth": 3, "heads": 3, "dim_head": 32}
 
 
-def test_the_kernels_are_what_runs():
+def test_a_gpu_runs_the_kernels():
     name, reason = explain_backend("cuda")
     assert (name, reason.startswith("the device runs the fused kernels")) == ("triton", True)
 
 
-def test_more_elements_than_32_bits_count():
+def test_tensors_may_have_more_than_2_to_the_31_elements():
     images = 2**31 // (785 * 12 * 64) + 2
     if torch.cuda.mem_get_info()[0] < 8 * images * 785 * 12 * 64:
         pytest.skip("needs 17 GB of free GPU memory")
@@ -59,7 +59,7 @@ def test_the_model_agrees_with_the_cpu():
     torch.testing.assert_close(low.float().cpu(), expected, rtol=0.1, atol=0.1)
 
 
-def test_compiled_whole_under_autocast():
+def test_the_compiled_model_agrees_with_eager_under_autocast():
     images = torch.randn(8, 3, 32, 32, device="cuda")
     results, graphs = [], []
 
@@ -93,13 +93,13 @@ def test_a_cuda_graph_replays_the_kernels():
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_the_device_of_the_tensor_counts():
+def test_the_kernels_run_on_the_tensors_device():
     w = torch.randn(2, 65, 3, 32, device="cuda:1", dtype=torch.bfloat16)
     torch.testing.assert_close(subspace_attention(w).cpu(), subspace_attention(w.to("cuda:0")).cpu())
 
 
 def _loss_curve(model: torch.nn.Module, seed: int, steps: int = 200) -> list[float]:
-    """Training losses on ten noisy prototypes, the same images for every model with this seed."""
+    """Return training losses on ten noisy prototypes; the seed determines the images."""
     generator = torch.Generator("cuda").manual_seed(seed)
     prototypes = torch.randn(10, 3, 32, 32, device="cuda", generator=generator)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
@@ -118,7 +118,7 @@ def _loss_curve(model: torch.nn.Module, seed: int, steps: int = 200) -> list[flo
 
 
 def test_training_follows_the_eager_released_form():
-    """Mean loss by quarters: the kernels' distance from eager is within the distance between eager's own seeds."""
+    """The mean losses of each quarter differ from eager's by no more than eager's do between seeds."""
     curves = {"eager": [], "kernels": []}
     for seed in range(3):
         torch.manual_seed(seed)
@@ -131,18 +131,18 @@ def test_training_follows_the_eager_released_form():
     print(f"mean loss by quarters: eager {eager.tolist()}, kernels {kernels.tolist()}")
     spread = (eager[:, None] - eager[None]).abs().amax((0, 1))
     assert ((kernels - eager).abs().amax(0) <= spread + 0.01).all()
-    assert (eager[:, -1] < 0.8 * eager[:, 0]).all()  # it learns at all
+    assert (eager[:, -1] < 0.8 * eager[:, 0]).all()  # training works
 
 
 @pytest.mark.parametrize("script", [pretrain, pretrain_mae], ids=["classifier", "autoencoder"])
-def test_a_training_run(script, tmp_path):
+def test_a_compiled_training_run_ends(script, tmp_path):
     words = "--train-samples 256 --val-samples 64 --epochs 1 --batch-size 64 --dim 64 --device cuda --compile"
     assert script.main([*words.split(), "--output", str(tmp_path / "run")]) == 0
     assert math.isfinite(json.loads((tmp_path / "run" / "summary.json").read_text())["val_loss"])
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_a_training_run_with_everything_on_and_resumed(tmp_path, precision):
+def test_a_run_with_all_options_on_can_be_resumed(tmp_path, precision):
     words = "--train-samples 256 --val-samples 64 --epochs 2 --batch-size 64 --dim 64 --device cuda --mixup 0.5 "
     words += "--cutmix 1 --random-erasing 0.5 --hflip 0.5 --repeats 2 --accumulate 2 --channels-last "
     words += f"--precision {precision} --ema-decay 0.9 --checkpoint-every 1 --keep-checkpoints 9 --log-every 1"
@@ -154,7 +154,7 @@ def test_a_training_run_with_everything_on_and_resumed(tmp_path, precision):
     (broken / "checkpoints" / "best.json").unlink()
     assert pretrain.main([*words.split(), "--output", str(broken), "--resume"]) == 0
     assert losses(broken).keys() == losses(whole).keys() == set(range(1, 9))
-    for step, loss in losses(whole).items():  # the attention of PyTorch's own layers may differ from run to run
+    for step, loss in losses(whole).items():  # PyTorch's own attention is not deterministic
         assert losses(broken)[step] == pytest.approx(loss, rel=1e-2)
     summary = json.loads((whole / "summary.json").read_text())
     assert (summary["skipped_steps"], summary["throughput"]["precision"]) == (0, precision)
@@ -180,7 +180,7 @@ def test_the_autoencoder_agrees_with_the_cpu(visible_only):
             assert (ours.grad.cpu() - expected.grad).norm() < 0.1 * expected.grad.norm() + 1e-6, name
 
 
-def test_maskcut_gives_the_cpus_masks():
+def test_maskcut_gives_the_same_masks_as_on_a_cpu():
     pytest.importorskip("scipy")
     from crate_fast.eval.maskcut import maskcut
 

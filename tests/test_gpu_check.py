@@ -1,5 +1,4 @@
-"""The GPU check: ends of processes, shares of the time, the cost of faults, the archive; and a rehearsal of all of it
-on a CPU, with a probe that crashes, one that hangs and one that is wrong."""
+"""The GPU check: ends of processes, time limits, the cost of faults, the archive, and a rehearsal on a CPU."""
 
 import io
 import json
@@ -34,7 +33,7 @@ PYTHON = [sys.executable, "-c"]
 
 
 def _process(tmp_path, code: str, limit_s: float = 30.0, hard_s: float = 30.0, **options) -> Process:
-    """A process of this code, when it has ended."""
+    """Run this code in a process; return it after its end."""
     job = Job("job", [*PYTHON, code], limit_s, **options)
     process = Process(job, tmp_path, tmp_path, dict(os.environ), time.monotonic() + hard_s)
     while not process.check():
@@ -43,7 +42,7 @@ def _process(tmp_path, code: str, limit_s: float = 30.0, hard_s: float = 30.0, *
 
 
 def _gone(pid: int) -> bool:
-    """Return True if a process is no more, or a zombie."""
+    """Return True if a process has ended or is a zombie."""
     stat = Path(f"/proc/{pid}/stat")
     for _ in range(200):
         try:
@@ -53,9 +52,6 @@ def _gone(pid: int) -> bool:
             return True
         time.sleep(0.01)
     return False
-
-
-# --- one process ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -68,21 +64,21 @@ def _gone(pid: int) -> bool:
         ("import signal, time; signal.signal(15, signal.SIG_IGN); time.sleep(60)", "timed out"),
     ],
 )
-def test_how_a_process_ended(tmp_path, code, reason):
+def test_the_reason_of_a_process_says_how_it_ended(tmp_path, code, reason):
     limit_s = 0.5 if "sleep" in code else 30.0
     for limits in ({"limit_s": limit_s}, {"hard_s": limit_s}):
         found = _process(tmp_path, code, **limits).reason
         assert found is reason or found.startswith(reason)
 
 
-def test_what_cannot_be_started_says_so(tmp_path):
+def test_a_program_that_does_not_start_has_a_reason(tmp_path):
     process = Process(Job("job", ["/no/such/program"], 1.0), tmp_path, tmp_path, {}, time.monotonic() + 9)
     assert process.check()
     assert "does not start" in process.reason
 
 
-def test_a_process_is_killed_with_all_it_has_started(tmp_path):
-    """Also with processes that have their own session, as the compilers' workers have."""
+def test_a_process_is_killed_with_all_its_children(tmp_path):
+    """Also children with their own session, such as the compilers' workers."""
     code = """
 import pathlib, subprocess, time
 children = [subprocess.Popen(["sleep", "60"], start_new_session=new) for new in (True, False)]
@@ -95,7 +91,7 @@ time.sleep(60)
     assert _gone(process.popen.pid)
 
 
-def test_a_process_without_progress_is_ended(tmp_path):
+def test_a_process_without_progress_is_killed(tmp_path):
     beat = tmp_path / "beat"
     code = "import pathlib, time\nfor _ in range(4): time.sleep(0.3); pathlib.Path('beat').touch()\ntime.sleep(60)"
     process = _process(tmp_path, code, beat=beat, stall_s=1.0)
@@ -105,22 +101,17 @@ def test_a_process_without_progress_is_ended(tmp_path):
     assert "no progress for 0 s" in _process(tmp_path, code, beat=beat, stall_s=9.0, start_s=0.2).reason
 
 
-# --- stages --------------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def check(tmp_path, monkeypatch):
-    """A check of three seconds and no reserve, of a worker that needs nothing: see STUB."""
-    monkeypatch.setattr(gpu_check, "PACK_SECONDS", 0.0)
+    """A check of three seconds, without a reserve, whose worker is STUB."""
     stub = tmp_path / "stub.py"
     stub.write_text(STUB)
-    monkeypatch.setattr(
-        Check,
-        "worker",
-        lambda _, *words, name, limit_s, **options: Job(
-            name, [sys.executable, str(stub), *words], limit_s, **options
-        ),
-    )
+
+    def worker(_, *words, name, limit_s, **options):
+        return Job(name, [sys.executable, str(stub), *words], limit_s, **options)
+
+    monkeypatch.setattr(gpu_check, "PACK_SECONDS", 0.0)
+    monkeypatch.setattr(Check, "worker", worker)
     return _check(tmp_path, 3.0)
 
 
@@ -162,16 +153,16 @@ def _work_through(check: Check, items: list[dict], workers: int = 1, stall_s: fl
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_an_item_that_ends_its_worker_costs_itself(check, workers):
+def test_an_item_that_crashes_or_hangs_costs_only_itself(check, workers):
     _work_through(check, _items("a", "crash", "b", "hang", "c", "d"), workers, 1.0)
     rows = _rows(check)
     assert [rows[f"{name} {name}"][0] for name in "abcd"] == ["ok"] * 4
-    assert rows["crash"][0] == rows["hang"][0] == "red"
-    assert "SIGABRT" in rows["crash"][1]
-    assert "no progress for 1 s" in rows["hang"][1]
+    for name, reason in (("crash", "SIGABRT"), ("hang", "no progress for 1 s")):
+        assert rows[name][0] == "red"
+        assert reason in rows[name][1]
 
 
-def test_of_several_peers_the_one_that_ends_the_worker_is_found(check):
+def test_the_peer_that_crashes_the_worker_is_found(check):
     _work_through(check, [*_items("both", peers=["ours", "crash", "theirs"]), *_items("next")])
     rows = _rows(check)
     assert rows["both"][0] == "n/a"
@@ -179,17 +170,16 @@ def test_of_several_peers_the_one_that_ends_the_worker_is_found(check):
     assert rows["both: crash"][0] == "red"
 
 
-def test_a_worker_that_does_not_start_is_not_tried_for_ever(check):
-    check.worker = lambda *words, name, limit_s, **options: Job(
-        name, [*PYTHON, "raise SystemExit(7)"], limit_s, **options
-    )
+def test_a_worker_that_does_not_start_is_given_up(check):
+    failing = [*PYTHON, "raise SystemExit(7)"]
+    check.worker = lambda *words, name, limit_s, **options: Job(name, failing, limit_s, **options)
     _work_through(check, _items("a", "b"))
     assert all(status == "n/a" and "exit status 7" in reason for status, reason in _rows(check).values())
 
 
 @pytest.mark.parametrize(("kind", "on_cpu"), [("crash", False), ("profile", True)])
 def test_a_worker_opens_the_gpu_before_its_first_item_begins(tmp_path, monkeypatch, kind, on_cpu):
-    """Opening it takes seconds, more where others do so too; an item's limit is for the item."""
+    """Opening it takes seconds, which must not count in an item's time limit."""
     rows, begun = gpu_worker.Rows(tmp_path / "rows.jsonl"), []
     timer = Namespace(free_memory=lambda: None, synchronize=lambda: None)
 
@@ -204,7 +194,7 @@ def test_a_worker_opens_the_gpu_before_its_first_item_begins(tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("poisoned", [False, True])
-def test_a_probe_that_fails_while_it_is_compiled_says_so(tmp_path, monkeypatch, poisoned):
+def test_a_probe_that_fails_during_compilation_is_reported(tmp_path, monkeypatch, poisoned):
     def synchronize():
         if poisoned:
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
@@ -221,21 +211,17 @@ def test_a_probe_that_fails_while_it_is_compiled_says_so(tmp_path, monkeypatch, 
     assert all("CUDA error" in row["reason"] for row in found)
 
 
-def test_a_stage_that_overruns_is_cut_and_the_rest_still_runs(check):
-    """By its hard limit; one that raises costs itself; none runs after the end, and what there is comes back."""
+def test_a_stage_that_is_late_or_fails_does_not_stop_the_next(check):
+    """A stage ends at its hard limit, and the results are packed at the end."""
     check.end = time.monotonic() + 8
     slow = _items("slow", "never", seconds=60)
 
     def raises(check):
         raise ValueError("a stage's own fault")
 
-    check.go(
-        [
-            Stage("first", 1, 1, lambda check: check.work_through(slow, "time", 1, 60.0)),
-            Stage("second", 1, 0, raises),
-            Stage("third", 2, 1, lambda check: check.work_through(_items("a"), "time", 1, 5.0)),
-        ]
-    )
+    first = Stage("first", 1, 1, lambda check: check.work_through(slow, "time", 1, 60.0))
+    third = Stage("third", 2, 1, lambda check: check.work_through(_items("a"), "time", 1, 5.0))
+    check.go([first, Stage("second", 1, 0, raises), third])
     rows = _rows(check)
     assert rows["slow"][0] == "red"
     assert "timed out" in rows["slow"][1]
@@ -245,20 +231,15 @@ def test_a_stage_that_overruns_is_cut_and_the_rest_still_runs(check):
     assert (check.output / "gpu_check_first.tar.gz").exists()
 
 
-def test_late_stages_shrink(check, monkeypatch):
-    """Shares, with a second that stands still: half of the time is left for what wants three times that."""
+def test_stages_share_the_remaining_time(check, monkeypatch):
+    """Three stages of 30 s share 30 s."""
     monkeypatch.setattr(time, "monotonic", lambda: 100.0)
-    check.end, seen = 130.0, []
-    stages = [
-        Stage(str(index), 30, 5, lambda check: seen.append((check.soft - 100, check.hard - 100)))
-        for index in range(3)
-    ]
-    check.started = 100.0
-    check.go(stages)
+    check.started, check.end, seen = 100.0, 130.0, []
+    check.go([Stage(name, 30, 5, lambda check: seen.append((check.soft - 100, check.hard - 100))) for name in "abc"])
     assert seen == [(10.0, 15.0), (15.0, 20.0), (25.0, 30.0)]
 
 
-def test_what_was_found_comes_back_when_the_time_is_up_in_the_middle(check):
+def test_the_results_are_packed_when_the_time_is_up_during_a_stage(check):
     check.end = time.monotonic() + 60
 
     def interrupted(check):
@@ -277,7 +258,7 @@ def test_what_was_found_comes_back_when_the_time_is_up_in_the_middle(check):
         rows = [json.loads(line) for line in tar.extractfile("rows.jsonl").read().splitlines()]
         (log,) = [member for member in tar if member.name.startswith("logs/")]
     assert [row["item"] for row in rows] == ["a a"]
-    assert log.size < 50_000  # both ends of a long one
+    assert log.size < 50_000  # a long log is shortened
 
 
 def test_the_gpu_tests_need_no_plugin_of_pytest(check, tmp_path, monkeypatch):
@@ -294,11 +275,8 @@ def test_the_gpu_tests_need_no_plugin_of_pytest(check, tmp_path, monkeypatch):
     assert row["status"] == "ok"
 
 
-# --- probes and tiles ----------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("status", ["right", "wrong"])
-def test_the_carried_assembler_is_used_where_its_probe_is_right(check, tmp_path, monkeypatch, status):
+def test_the_carried_assembler_is_used_if_its_probe_is_right(check, tmp_path, monkeypatch, status):
     text = "#!/bin/sh\necho Cuda compilation tools, release 13.4, V13.4.59\n"
     (tmp_path / gpu_check.PTXAS).write_bytes(lzma.compress(text.encode()))
     monkeypatch.setattr(gpu_check, "CARRIED", tmp_path)
@@ -330,16 +308,15 @@ def _tile(kernel: str, block: int, ms: float | None, present: bool = False, **mo
     return row | {"tile": tile, "present": present, "latency_ms": ms, "shapes": {"s": ms}} | more
 
 
-def test_the_best_tile_is_found_and_the_present_one_kept_where_little_is_gained():
+def test_the_fastest_tile_replaces_the_present_one_if_it_gains_enough():
     def best(*rows):
         return {row["kernel"]: row["tile"] and row["tile"]["block_m"] for row in gpu_report.found_tiles(rows)}
 
-    present = _tile("attention_forward", 128, 1.0, present=True)
-    assert best(present, _tile("attention_forward", 64, 0.9), _tile("attention_forward", 32, None)) == {
-        "attention_forward": 64
-    }
-    assert best(present, _tile("attention_forward", 64, 0.99)) == {"attention_forward": 128}
-    assert best(_tile("attention_forward", 64, 2.0)) == {"attention_forward": 64}
+    name = "attention_forward"
+    present = _tile(name, 128, 1.0, present=True)
+    assert best(present, _tile(name, 64, 0.9), _tile(name, 32, None)) == {name: 64}
+    assert best(present, _tile(name, 64, 0.99)) == {name: 128}
+    assert best(_tile(name, 64, 2.0)) == {name: 64}
     for alternative, chosen in ((2.0, True), (0.5, False)):
         others = {"alternative": {"s": alternative, "t": alternative}}
         rows = [_tile("output_map", 128, 9.0, present=True, **others), _tile("output_map", 64, 1.0)]
@@ -356,9 +333,8 @@ def test_tiles_that_do_not_compile_or_spill_are_not_timed(check, monkeypatch):
     check.stage, timed = "warm", []
     names = ("fits", "spills", "present spills", "fails", "cold")
     check.items = {"tiles": [{"name": name, "present": "present" in name} for name in names]}
-    check.row("fits", "ok", spills=0)
-    check.row("spills", "ok", spills=4)
-    check.row("present spills", "ok", spills=4)
+    for name, spills in (("fits", 0), ("spills", 4), ("present spills", 4)):
+        check.row(name, "ok", spills=spills)
     check.row("fails", "n/a", "out of shared memory")
     check.row("cold", "n/a", gpu_check.NO_TIME)
     monkeypatch.setattr(Check, "work_through", lambda _, items, *rest: timed.extend(item["name"] for item in items))
@@ -369,8 +345,8 @@ def test_tiles_that_do_not_compile_or_spill_are_not_timed(check, monkeypatch):
     assert reasons == {"spills": "left out: it spills registers", "fails": "left out: out of shared memory"}
 
 
-def test_every_kind_of_work_is_listed_by_names_of_its_own(monkeypatch, tmp_path):
-    """As for a GPU; a kind whose list cannot be made costs itself."""
+def test_work_is_listed_by_kind_with_unique_names(monkeypatch, tmp_path):
+    """If one kind cannot be listed, the others are."""
     rows = gpu_worker.Rows(tmp_path / "rows.jsonl")
     listed = gpu_worker.list_items("first", rows)
     assert listed.keys() == {"operators", "compiled", "tiles", "probes", "models", "more"}
@@ -387,10 +363,7 @@ def test_every_kind_of_work_is_listed_by_names_of_its_own(monkeypatch, tmp_path)
     assert (red["item"], red["status"]) == ("list of probes", "red")
 
 
-# --- what is carried -----------------------------------------------------------------------------------------------
-
-
-def test_prepare_carries_the_newest_assembler_of_the_wheel_and_the_commit(tmp_path, monkeypatch, capsys):
+def test_prepare_writes_the_wheels_newest_assembler_and_the_commit(tmp_path, monkeypatch, capsys):
     def pip(command, **options):
         if "pip" not in command:
             return run(command, **options)
@@ -410,7 +383,7 @@ def test_prepare_carries_the_newest_assembler_of_the_wheel_and_the_commit(tmp_pa
     assert "/.gpu/" in (BENCHMARKS.parent / ".gitignore").read_text().splitlines()
 
 
-def test_second_takes_the_tiles_that_first_has_found(tmp_path):
+def test_the_second_part_uses_the_tiles_found_by_the_first(tmp_path):
     (tmp_path / "work").mkdir()
     found = tmp_path / "work" / gpu_check.TILES
     found.write_text("[]")
@@ -418,12 +391,9 @@ def test_second_takes_the_tiles_that_first_has_found(tmp_path):
     assert "CRATE_FAST_TILES" not in _check(tmp_path, 9.0).environment
 
 
-# --- all of it -----------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def rehearsal(tmp_path_factory):
-    """Run the whole program on a CPU: its output, and the folder that it brings back."""
+    """Printed text and output folder of the whole program on a CPU."""
     folder = tmp_path_factory.mktemp("rehearsal")
     signals = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM)}
     words = ["all", "--rehearse", "--work", str(folder / "work"), "--output", str(folder / "out")]
@@ -443,7 +413,7 @@ def test_the_script_starts_the_program():
     assert "--rehearse" in done.stdout
 
 
-def test_the_rehearsal_runs_every_stage_and_faults_cost_their_own_rows(rehearsal):
+def test_the_rehearsal_runs_every_stage_and_faults_are_red_rows(rehearsal):
     text, folder = rehearsal
     files = sorted(folder.iterdir())
     assert [file.name for file in files] == ["found_tiles.json", "gpu_check_all.tar.gz", "summary_all.md"]
@@ -466,7 +436,7 @@ def test_the_rehearsal_runs_every_stage_and_faults_cost_their_own_rows(rehearsal
     assert json.loads(files[0].read_text())[0]["tile"]
 
 
-def test_the_readmes_tables_are_made_of_what_was_brought_back(rehearsal, tmp_path):
+def test_the_readmes_tables_are_made_from_the_output(rehearsal, tmp_path):
     _, folder = rehearsal
     assert update_readme.gpu_table(tmp_path) == update_readme.models_table(tmp_path) == update_readme.NOT_MEASURED
     update_readme.take(folder, tmp_path)
@@ -479,15 +449,13 @@ def test_the_readmes_tables_are_made_of_what_was_brought_back(rehearsal, tmp_pat
     assert "SIGABRT" in (tmp_path / "gpu_check.md").read_text()
     kept = json.loads((tmp_path / "gpu_check.json").read_text())["rows"]
     assert len({(row["commit"], row["device"], row["torch"]) for row in kept}) == 1
-
     rows = json.loads((tmp_path / "mssa.json").read_text())
     for row in rows["rows"]:
         if row["peer"] == "ours":
             row |= {"latency_ms": None, "red": True, "reason": "wrong"}
     (tmp_path / "mssa.json").write_text(json.dumps(rows))
-    assert re.search(
-        r"\| tiny, 1×70×2×32, forward \+ backward \| \*\*red\*\* \| \*\*red\*\* \|", update_readme.gpu_table(tmp_path)
-    )
-    update_readme.take(folder / "gpu_check_all.tar.gz", tmp_path)  # once more: rows take the place of their like
+    line = "| tiny, 1×70×2×32, forward + backward | **red** | **red** |"
+    assert line in update_readme.gpu_table(tmp_path)
+    update_readme.take(folder / "gpu_check_all.tar.gz", tmp_path)  # again: rows replace equal ones
     assert len(json.loads((tmp_path / "mssa.json").read_text())["rows"]) == len(rows["rows"])
     assert "1 of 4 kernel probes" in update_readme.gpu_table(tmp_path)

@@ -1,8 +1,7 @@
-"""Image files: every mode, depth and orientation is read alike by training, evaluation and the explorer."""
+"""Image files of every mode, depth and orientation are read equally by training, evaluation and the explorer."""
 
 import io
 import struct
-import warnings
 import zlib
 
 import numpy as np
@@ -29,7 +28,7 @@ def _read(content: bytes) -> np.ndarray:
 
 
 def _tiff(bits: int, content: bytes, width: int, height: int, white_is_zero: bool = False) -> bytes:
-    """Return an uncompressed grey TIFF; Pillow writes none with 12 bits or with white as zero."""
+    """Return an uncompressed grey TIFF. Pillow cannot write 12 bits or white as zero."""
     tags = {256: width, 257: height, 258: bits, 259: 1, 262: int(not white_is_zero), 273: 8 + 2 + 9 * 12 + 4}
     tags |= {277: 1, 278: height, 279: len(content)}
     entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
@@ -58,7 +57,7 @@ def test_sixteen_bits_keep_their_full_range(kind):
     assert len(np.unique(found)) == 256
 
 
-def test_twelve_bits_and_white_as_zero():
+def test_files_of_twelve_bits_and_with_white_as_zero_are_read():
     levels = np.arange(0, 4096, 16)
     packed = b"".join(bytes([a >> 4, (a & 15) << 4 | b >> 8, b & 255]) for a, b in levels.reshape(-1, 2).tolist())
     assert np.abs(_read(_tiff(12, packed, 256, 1))[0, :, 0] - levels / 4095 * 255).max() < 1
@@ -90,7 +89,7 @@ def _on_white(rgba: np.ndarray) -> np.ndarray:
 
 
 def _transparent() -> dict[str, tuple[bytes, np.ndarray]]:
-    """File and right pixels of each way to be transparent."""
+    """Return a file and its expected pixels for each kind of transparency."""
     rgba = np.dstack([BLOCKS, np.linspace(0, 255, 24 * 32).astype(np.uint8).reshape(24, 32)])
     grey = np.dstack([BLOCKS[..., 0], rgba[..., 3]])
     numbers = np.arange(24 * 32, dtype=np.uint8).reshape(24, 32) % 3
@@ -128,13 +127,13 @@ def test_transparent_parts_are_white(kind):
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "CMYK", "YCbCr"])
-def test_opaque_modes_are_pillows_own_rgb(mode):
+def test_opaque_modes_are_converted_to_rgb_as_by_pillow(mode):
     picture = Image.fromarray(BLOCKS).convert(mode)
     content = encoded(picture, "TIFF")
     assert np.array_equal(_read(content), np.asarray(Image.open(io.BytesIO(content)).convert("RGB")))
 
 
-def test_of_several_pictures_the_first_is_read():
+def test_the_first_picture_of_a_file_is_read():
     pictures = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
     for kind in ("GIF", "WEBP", "TIFF"):
         content = encoded(pictures[0], kind, save_all=True, append_images=pictures[1:])
@@ -153,12 +152,12 @@ def test_pictures_are_upright_for_all_readers(orientation, kind, tmp_path):
     assert np.array_equal(np.asarray(FolderSource(tmp_path / "train")[0][0]), right)
     assert open_images(f"folder:{tmp_path}", 8)[0].size == right.shape[:2]
     stored = np.asarray(as_stored(read_image(io.BytesIO(content))))
-    pixels = BLOCKS if kind == "TIFF" else Image.open(io.BytesIO(content)).convert("RGB")  # of TIFFs upright
+    pixels = BLOCKS if kind == "TIFF" else Image.open(io.BytesIO(content)).convert("RGB")  # Pillow turns TIFFs
     assert np.array_equal(stored, np.asarray(pixels))
 
 
 @pytest.mark.parametrize("shorter_side", [12, 256])
-def test_written_shards_have_the_upright_picture_once(shorter_side):
+def test_pictures_in_written_shards_are_upright(shorter_side):
     content = _oriented(6, "JPEG")
     _, written = write_shards.encoded(content, shorter_side, 95)
     assert (written == content) == (shorter_side == 256)
@@ -166,10 +165,10 @@ def test_written_shards_have_the_upright_picture_once(shorter_side):
     again = read_image(io.BytesIO(written))
     assert again.size == ((12, 16) if shorter_side == 12 else (24, 32))
     small = np.asarray(upright.resize(again.size, Image.Resampling.BICUBIC)).astype(int)
-    assert np.abs(small - np.asarray(again)).mean() < 20  # of 255: what JPEG loses of loud colours; turned it is 80
+    assert np.abs(small - np.asarray(again)).mean() < 20  # of 255: JPEG's loss; a turned picture differs by 80
 
 
-def test_torchvisions_files_are_read_like_others(tmp_path):
+def test_torchvisions_files_are_read_upright(tmp_path):
     (tmp_path / "a.jpg").write_bytes(_oriented(6, "JPEG"))
 
     class Pets(torchvision.datasets.VisionDataset):
@@ -182,16 +181,13 @@ def test_torchvisions_files_are_read_like_others(tmp_path):
     assert (picture.size, label) == ((24, 32), 0)
 
 
-def test_damaged_exif_costs_nothing_but_the_orientation():
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("offset", "length"), [(0, 8), (8, 6)])
+def test_a_picture_with_damaged_exif_is_read_without_orientation(offset, length):
     good = _oriented(6, "JPEG")
-    start = good.index(b"Exif\0\0") + 6
-    for damaged in (
-        good[:start] + b"\xff" * 8 + good[start + 8 :],
-        good[: start + 8] + b"\xff" * 6 + good[start + 14 :],
-    ):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            assert read_image(io.BytesIO(damaged)).size == (32, 24)
+    start = good.index(b"Exif\0\0") + 6 + offset
+    damaged = good[:start] + b"\xff" * length + good[start + length :]
+    assert read_image(io.BytesIO(damaged)).size == (32, 24)
 
 
 def _png_with(chunk: bytes, content: bytes) -> bytes:
@@ -200,7 +196,8 @@ def _png_with(chunk: bytes, content: bytes) -> bytes:
     return whole[:33] + _chunk(chunk, content) + whole[33:]
 
 
-def test_damage_is_always_one_of_the_errors_that_readers_expect(tmp_path):
+@pytest.mark.filterwarnings("ignore")
+def test_a_randomly_damaged_file_is_read_or_has_a_problem(tmp_path):
     wholes = [encoded(Image.fromarray(BLOCKS), kind) for kind in ("JPEG", "PNG", "GIF", "TIFF", "BMP", "WEBP", "PPM")]
     wholes += [_png_with(b"tRNS", b"\0" * 3), _png_with(b"iCCP", b"\xff" * 9), _png_with(b"zTXt", b"a\0\0\xff")]
     dds = encoded(Image.fromarray(BLOCKS), "DDS")
@@ -213,17 +210,12 @@ def test_damage_is_always_one_of_the_errors_that_readers_expect(tmp_path):
                 damaged[draw.integers(2, len(damaged))] = draw.integers(256)
             (tmp_path / f"{number}-{turn}.png").write_bytes(damaged)
     images = open_images(f"folder:{tmp_path}", 8)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        problems = [images[i].problem for i in range(len(images))]
+    problems = [images[i].problem for i in range(len(images))]
     assert sum(problem is not None for problem in problems) > 60
     assert "NotImplementedError" in problems[images.keys().index("dds.png")]
 
 
-# --- finding files
-
-
-def test_links_are_followed_and_circles_are_not(tmp_path):
+def test_links_are_followed_except_in_circles(tmp_path):
     write_tree(tmp_path, dict.fromkeys(["elsewhere/a.png", "elsewhere/deep/b.png", "train/ant/c.png"], b""))
     (tmp_path / "train" / "bee").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "elsewhere" / "deep" / "up").symlink_to(tmp_path / "elsewhere")
@@ -232,7 +224,7 @@ def test_links_are_followed_and_circles_are_not(tmp_path):
     assert find_images(tmp_path / "train", follow_links=False).names == ["ant/c.png"]
 
 
-def test_folders_that_link_to_each_other_are_read_once_a_way(tmp_path):
+def test_folders_that_link_to_each_other_are_read_once_per_path(tmp_path):
     for name, others in {"a": "bc", "b": "ca", "c": "ab"}.items():
         write_tree(tmp_path, {f"{name}/{name}.png": b""})
         for other in others:
@@ -242,6 +234,6 @@ def test_folders_that_link_to_each_other_are_read_once_a_way(tmp_path):
     assert found == [f"{way}/{way[-1]}.png" for way in ways]
 
 
-def test_a_folder_that_cannot_be_listed_is_named(tmp_path):
+def test_a_folder_that_cannot_be_listed_is_an_error(tmp_path):
     with pytest.raises(UserError, match="nowhere cannot be listed"):
         find_images(tmp_path / "nowhere")

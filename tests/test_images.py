@@ -1,4 +1,4 @@
-"""Sets of images: VOC's and COCO's own formats, made by the tests, and what goes wrong with them."""
+"""Image sets of the evaluation: VOC's and COCO's formats, damaged annotations, folders, scenes, photographs."""
 
 import json
 
@@ -14,7 +14,7 @@ from crate_fast.eval.common.images import Target, batches, open_images
 
 
 def make_voc(root):
-    """Write VOC2012 with three images: class 1 on the left half, void on a stripe; class 3 and 20, and no object."""
+    """Write VOC2012 with three images: class 1 on the left half and a void stripe; classes 3 and 20; no object."""
     for folder in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
         (root / "VOC2012" / folder).mkdir(parents=True)
     base = root / "VOC2012"
@@ -31,24 +31,22 @@ def make_voc(root):
     return root
 
 
-def test_voc_classes_void_and_background(tmp_path):
+def test_voc_has_classes_masks_and_void(tmp_path):
     images = open_images(f"voc:{make_voc(tmp_path)}", 32)
     assert images.keys() == ["a", "b", "c"]
     first, second, third = (images[i] for i in range(3))
-    assert first.image.shape == (3, 32, 32)
-    assert first.size == (40, 60)
-    assert first.target.classes == [1]
+    assert (first.image.shape, first.size, first.target.classes) == ((3, 32, 32), (40, 60), [1])
     assert first.target.masks.sum() == 40 * 28
     assert (~first.target.valid).sum() == 40 * 4
     assert second.target.classes == [3, 20]
     assert third.target.masks.shape == (0, 40, 60)
     assert images.class_names()[20] == "tvmonitor"
     masks, valid = first.target.on_grid((2, 3))  # patches of 20×20 pixels
-    assert masks.tolist() == [[True, True, False] * 2]  # the middle: 8 of its 16 pixels that count
+    assert masks.tolist() == [[True, True, False] * 2]  # the middle: half of its valid pixels
     assert valid.all()
 
 
-def test_void_patches_do_not_count():
+def test_patches_that_are_mostly_void_are_invalid():
     masks = torch.zeros(1, 4, 4, dtype=torch.bool)
     masks[0, :, :2] = True
     valid = torch.ones(4, 4, dtype=torch.bool)
@@ -60,27 +58,19 @@ def test_void_patches_do_not_count():
 
 
 def make_coco(root, crowd: bool = True):
-    """Write COCO with one image of two categories, overlapping instances of one, and a crowd."""
+    """Write COCO with one image of two categories, one with overlapping instances, and a crowd."""
     (root / "val2017").mkdir(parents=True)
     Image.fromarray(np.full((40, 60, 3), 99, np.uint8)).save(root / "val2017" / "x.jpg")
-
-    annotations = [
-        coco_box(1, 5, 7, 0, 0, 20, 20),
-        coco_box(2, 5, 7, 10, 0, 20, 20),
-        coco_box(3, 5, 2, 40, 20, 20, 20),
-    ]
-    annotations += [coco_box(4, 5, 2, 0, 30, 10, 10, 1)] if crowd else []
-    content = {
-        "images": [{"id": 5, "file_name": "x.jpg", "height": 40, "width": 60}],
-        "annotations": annotations,
-        "categories": [{"id": 2, "name": "cat"}, {"id": 7, "name": "dog"}],
-    }
+    boxes = [(7, 0, 0, 20, 20), (7, 10, 0, 20, 20), (2, 40, 20, 20, 20)] + [(2, 0, 30, 10, 10, 1)] * crowd
+    annotations = [coco_box(number, 5, *box) for number, box in enumerate(boxes, start=1)]
+    content = {"images": [{"id": 5, "file_name": "x.jpg", "height": 40, "width": 60}], "annotations": annotations}
+    content["categories"] = [{"id": 2, "name": "cat"}, {"id": 7, "name": "dog"}]
     (root / "annotations").mkdir()
     (root / "annotations" / "instances_val2017.json").write_text(json.dumps(content))
     return root
 
 
-def test_coco_unions_and_crowds(tmp_path, capsys):
+def test_coco_masks_are_unions_and_crowds_are_void(tmp_path, capsys):
     images = open_images(f"coco:{make_coco(tmp_path)}", 32)
     sample = images[0]
     assert images.keys() == [5]
@@ -96,8 +86,8 @@ def test_coco_unions_and_crowds(tmp_path, capsys):
     [(3, Image.Transpose.ROTATE_180), (6, Image.Transpose.ROTATE_90), (6, None)],
     ids=["upside down", "turned", "drawn on the stored pixels"],
 )
-def test_masks_are_on_the_object_in_every_orientation(tmp_path, orientation, stored_as):
-    """Masks are drawn on the upright picture, or on the stored pixels where only these have the masks' size."""
+def test_masks_fit_the_object_in_every_orientation(tmp_path, orientation, stored_as):
+    """Masks belong to the upright picture, or to the stored pixels if only these have the masks' size."""
     corner = np.zeros((40, 60), np.uint8)
     corner[:10, :15] = 1
     picture, exif = Image.fromarray(corner * 255).convert("RGB"), Image.Exif()
@@ -121,15 +111,6 @@ def test_masks_are_on_the_object_in_every_orientation(tmp_path, orientation, sto
         white = sample.image.float().mean(0)
         assert white[grid > 0.99].mean() > 240, name
         assert white[grid < 0.01].mean() < 15, name
-
-
-def test_scenes_are_the_same_at_every_size():
-    with pytest.raises(UserError, match="--limit 0"):
-        open_images("shape_scenes", 32, 0)
-    small, large = (open_images("shape_scenes:3", size, 4) for size in (32, 64))
-    assert len(small) == 4
-    assert [small[i].target.classes for i in range(4)] == [large[i].target.classes for i in range(4)]
-    assert large[0].target.masks.shape == (1, 64, 64)
 
 
 def test_free_photographs_are_a_data_set_with_credits():
@@ -172,14 +153,19 @@ def test_corrupt_images_are_named_and_skipped(tmp_path, capsys):
         ("shape_scenes:x", "write shape_scenes or"),
     ],
 )
-def test_missing_data_is_named(tmp_path, name, message):
+def test_missing_data_is_an_error(tmp_path, name, message):
     (tmp_path / "empty").mkdir()
     make_coco(tmp_path / "coco")
     with pytest.raises(UserError, match=message):
         open_images(name.format(tmp_path), 32)
 
 
-def test_damaged_annotations(tmp_path):
+def test_a_limit_of_no_images_is_an_error():
+    with pytest.raises(UserError, match="--limit 0: give a positive number"):
+        open_images("shape_scenes", 32, 0)
+
+
+def test_images_of_voc_with_a_wrong_annotation_have_a_problem(tmp_path):
     root = make_voc(tmp_path) / "VOC2012"
     (root / "SegmentationClass" / "a.png").unlink()
     Image.fromarray(np.zeros((9, 9), np.uint8)).save(root / "SegmentationClass" / "b.png")
@@ -192,11 +178,8 @@ def test_damaged_annotations(tmp_path):
         open_images(f"voc:{tmp_path}", 32)
 
 
-# --- annotations: each case changes image x.jpg, or annotation 2: a box of 20×20 pixels at x = 10 ------------------
-
-
 def changed_coco(root, change):
-    """Write `make_coco`'s folder with a change of its annotations, given (content, annotation 2)."""
+    """Write the folder of `make_coco` after `change(content, annotation 2)`; annotation 2 is a box at x = 10."""
     file = make_coco(root) / "annotations" / "instances_val2017.json"
     content = json.loads(file.read_text())
     content |= change(content, content["annotations"][1]) or {}
@@ -210,7 +193,7 @@ def without(*names):
 
 
 def as_lvis(content, annotation):
-    """Change to LVIS v1: coco_url instead of file_name, no iscrowd, lists of categories an image."""
+    """Change to LVIS v1: coco_url instead of file_name, no iscrowd, lists of categories per image."""
     image = content["images"][0]
     image |= {"coco_url": f"http://images.cocodataset.org/val2017/{image.pop('file_name')}"}
     image |= {"neg_category_ids": [3], "not_exhaustive_category_ids": []}
@@ -219,7 +202,7 @@ def as_lvis(content, annotation):
 
 
 def as_run_lengths(content, annotation):
-    """Change masks to RLE, compressed by pycocotools or not; the image has no size of its own."""
+    """Change masks to RLE, half of them compressed by pycocotools; drop the image's size."""
     for number, entry in enumerate(content["annotations"]):
         x, y, width, height = entry["bbox"]
         pixels = np.zeros((40, 60), np.uint8, order="F")
@@ -227,22 +210,10 @@ def as_run_lengths(content, annotation):
         runs = np.diff(np.flatnonzero(np.diff(pixels.ravel("F"), prepend=2, append=2)))
         runs = runs.tolist() if not pixels[0, 0] else [0, *runs.tolist()]
         entry["segmentation"] = {"size": [40, 60], "counts": runs}
-        if number % 2:  # with runs of no length inside, which other programs write
+        if number % 2:  # with empty runs, which other programs write
             code = rle.frPyObjects(entry["segmentation"] | {"counts": [runs[0], 0, 0, *runs[1:]]}, 40, 60)["counts"]
             entry["segmentation"]["counts"] = code.decode()
     del content["images"][0]["height"], content["images"][0]["width"]
-
-
-def with_floats_as_sizes(content, annotation):
-    content["images"][0] |= {"height": 40.0, "width": 60.0}
-
-
-def with_images_nobody_has(content, annotation):
-    content["annotations"].append({"id": 9, "image_id": 77})
-
-
-def with_a_polygon_of_two_points(content, annotation):
-    annotation["segmentation"].insert(0, [30, 30, 40, 40])
 
 
 @pytest.mark.parametrize(
@@ -253,14 +224,14 @@ def with_a_polygon_of_two_points(content, annotation):
         without("area", "bbox", "iscrowd"),
         as_lvis,
         as_run_lengths,
-        with_floats_as_sizes,
-        with_images_nobody_has,
-        with_a_polygon_of_two_points,
-        lambda content, annotation: annotation.update(bbox=[10, 0, 20, 0]),
-        lambda content, annotation: annotation.update(bbox=[], area=None, iscrowd=None),
+        lambda content, _: content["images"][0].update(height=40.0, width=60.0),
+        lambda content, _: content["annotations"].append({"id": 9, "image_id": 77}),  # no such image
+        lambda _, annotation: annotation["segmentation"].insert(0, [30, 30, 40, 40]),  # a polygon of two points
+        lambda _, annotation: annotation.update(bbox=[10, 0, 20, 0]),
+        lambda _, annotation: annotation.update(bbox=[], area=None, iscrowd=None),
     ],
 )
-def test_values_that_follow_are_filled_in(tmp_path, change):
+def test_missing_values_of_annotations_are_computed(tmp_path, change):
     images = open_images(changed_coco(tmp_path, change), 32)
     sample = images[0]
     assert sample.target.classes == [2, 7]
@@ -273,7 +244,7 @@ def test_values_that_follow_are_filled_in(tmp_path, change):
     assert [entry["iscrowd"] for entry in entries] == [0, 0, 0, 1]
 
 
-def test_names_follow_from_numbers_and_lvis_finds_images_of_the_other_split(tmp_path):
+def test_categories_without_names_are_numbered_and_lvis_finds_images_of_the_other_split(tmp_path):
     def change(content, annotation):
         del content["categories"]
         as_lvis(content, annotation)
@@ -292,7 +263,7 @@ def test_names_follow_from_numbers_and_lvis_finds_images_of_the_other_split(tmp_
 
 
 def _sets(name, **values):
-    """Return a change of annotation 2, and the field that the message names."""
+    """Return a change of annotation 2, and the message about the field."""
     return lambda _, annotation: annotation.update(values), rf"annotation 2: '{name}'"
 
 
@@ -349,7 +320,7 @@ RUNS = {"size": [40, 60], "counts": [0, 2400]}
         (lambda content, _: {"categories": [{"name": "cat"}]}, r"categories\[0\]: 'id' is missing"),
     ],
 )
-def test_other_faults_are_refused_when_the_file_is_opened(tmp_path, change, message):
+def test_wrong_annotations_are_errors_when_the_file_is_opened(tmp_path, change, message):
     specification = changed_coco(tmp_path, change)
     with pytest.raises(UserError, match=message) as caught:
         open_images(specification, 32)
@@ -358,19 +329,19 @@ def test_other_faults_are_refused_when_the_file_is_opened(tmp_path, change, mess
 
 
 @pytest.mark.parametrize("name", ["val2017/x.jpg", "./x.jpg", "val2017\\x.jpg", "photos/x.jpg"])
-def test_files_named_with_their_folder_are_found(tmp_path, name):
+def test_file_names_may_include_the_folder(tmp_path, name):
     specification = changed_coco(tmp_path, lambda content, _: content["images"][0].update(file_name=name))
     if name.startswith("photos"):
         (tmp_path / "val2017" / "x.jpg").rename((tmp_path / "photos").mkdir() or tmp_path / "photos" / "x.jpg")
     assert open_images(specification, 32)[0].target.classes == [2, 7]
 
 
-def test_sizes_that_are_wrong_cost_no_memory(tmp_path):
+def test_a_wrong_image_size_is_a_problem_before_masks_are_allocated(tmp_path):
     specification = changed_coco(tmp_path, _image(height=10**6, width=10**6))
     assert "annotated size is (1000000, 1000000), the image has (40, 60)" in open_images(specification, 32)[0].problem
 
 
-def test_names_that_are_not_utf8_can_be_written(tmp_path):
+def test_file_names_that_are_not_utf8_have_a_printable_key(tmp_path):
     Image.new("RGB", (8, 8)).save((tmp_path / "caf\udce9.png").open("wb"), "PNG")
     images = open_images(f"folder:{tmp_path}", 8)
     assert images.keys() == [r"caf\udce9.png"]
@@ -378,7 +349,7 @@ def test_names_that_are_not_utf8_can_be_written(tmp_path):
     assert images[0].problem is None
 
 
-def test_files_that_are_no_annotations_are_named(tmp_path):
+def test_a_file_without_annotations_is_an_error(tmp_path):
     file = make_coco(tmp_path) / "annotations" / "instances_val2017.json"
     for content in (file.read_bytes()[:100], b"[1, 2]", b"", b"\xff\xfe"):
         file.write_bytes(content)

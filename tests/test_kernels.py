@@ -1,9 +1,8 @@
-"""The kernels against the float64 reference: tied attention by blocks of rows and by whole heads, ISTA, LayerNorm and
-the weights; on a GPU, or on a CPU through Triton's interpreter.
+"""The kernels against the float64 reference: attention by rows and by whole heads, ISTA, LayerNorm and the weights.
 
-Half precision by the rule of two times eager PyTorch. fp32 is multiplied as TF32 on a GPU and exactly here: there the
-interpreter shows the algebra, also of whole heads, which do not run in it. bfloat16 is test_bfloat16.py's; what the
-compiler makes of the kernels, test_compiler.py's.
+They run on a GPU, or on a CPU through Triton's interpreter. In half precision the error is at most twice eager's.
+fp32 products are TF32 on a GPU and exact in the interpreter, which thus tests the algebra, also of whole heads, which
+a GPU runs in half precision only. bfloat16 is tested in test_bfloat16.py, compilation in test_compiler.py.
 """
 
 import itertools
@@ -12,26 +11,18 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import (
-    all_within_twice_eager,
-    clear_of_threshold,
-    gradients,
-    is_right,
-    mutant,
-    spread_tokens,
-    token_scale,
-    tokens_and_gradient,
-)
+from oracle import all_within_twice_eager, gradients, is_right, mutant, tokens_and_gradient
 from torch import Tensor
 
 from crate_fast import functional, kernels
+from crate_fast.accuracy import clear_of_threshold, spread_tokens, token_scale
 from crate_fast.kernels import attention, folding, ista, layer_norm, product, whole_head
 from crate_fast.kernels.launch import TABLE, Tile, lookup, precision
 from crate_fast.reference import ista_reference, norm_ista_reference, subspace_attention_reference
 
 DTYPES = [torch.float32, torch.float16]
 PRODUCT_TILES = sorted({(t.block_m, t.block_n, t.block_k) for t in TABLE.values() if t.block_k})
-FORWARD, BACKWARD = Tile(64, 32, 4, 1), Tile(64, 16, 4, 1)  # of whole heads
+FORWARD, BACKWARD = Tile(64, 32, 4, 1), Tile(64, 16, 4, 1)  # tiles of whole heads
 HALF, SINGLE = torch.float16, torch.float32
 ROW_TILES = sorted({(t.block_m, t.block_n) for (kernel, *_), t in TABLE.items() if kernel.startswith("attention")})
 
@@ -67,15 +58,13 @@ def _attention_is_right(attend, w: Tensor, grad: Tensor, scale: float | None = N
     return is_right(actual, gradients(reference, [w], grad), truth, "O dW")
 
 
-# --- attention: sizes ----------------------------------------------------------------------------------------------
-
 ROW_SHAPES = [  # [B, N, H, D]
     *itertools.product([(2, 1, 2, 8), (1, 15, 6, 32), (1, 16, 12, 48), (2, 17, 1, 80)], [SINGLE, HALF]),
     *itertools.product([(1, 64, 1, 128), (1, 65, 2, 64), (2, 197, 1, 64)], [SINGLE, HALF]),
     ((1, 196, 1, 48), HALF),
     ((1, 785, 1, 64), HALF),
 ]
-WHOLE_SHAPES = [  # one to three blocks; no rest, one key, several blocks of keys, the last one full or not
+WHOLE_SHAPES = [  # one to three blocks; a remainder of no key, one key, or several blocks of keys, full or not
     *[((1, n, 1, 64), SINGLE) for n in (64, 65, 101, 130, 180, 192, 197, 207, 209, 226, 256)],
     *[((1, n, 1, 48), SINGLE) for n in (65, 240)],
     *[((1, n, 2, 64), HALF) for n in (65, 197, 226)],
@@ -88,18 +77,15 @@ WHOLE_SHAPES = [  # one to three blocks; no rest, one key, several blocks of key
     [(by_rows, *case) for case in ROW_SHAPES] + [(whole_heads, *case) for case in WHOLE_SHAPES],
     ids=lambda value: getattr(value, "__name__", str(value)),
 )
-def test_sizes(attend, shape, dtype, device, poisoned):
+def test_attention_of_every_size_is_right(attend, shape, dtype, device, poisoned):
     assert _attention_is_right(attend, *tokens_and_gradient(shape, dtype, device))
 
 
 @pytest.mark.parametrize("blocks", ROW_TILES, ids=str)
 @pytest.mark.parametrize("n_tokens", [16, 150])
-def test_every_tile_of_the_table(n_tokens, blocks, device, poisoned):
+def test_attention_with_every_tile_of_the_table_is_right(n_tokens, blocks, device, poisoned):
     w, grad = tokens_and_gradient((1, n_tokens, 1, 32), SINGLE, device)
     assert _attention_is_right(by_rows, w, grad, tile=Tile(*blocks, num_warps=8, num_stages=1))
-
-
-# --- attention: values ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -111,15 +97,15 @@ def test_every_tile_of_the_table(n_tokens, blocks, device, poisoned):
         (whole_heads, HALF, 1.0, 1.0),
     ],
 )
-def test_uniform_saturated_and_shifted_attention(attend, dtype, factor, offset, device, poisoned):
-    """Where every token attends to itself alone, dO·W − δ is zero, and has to come out so."""
+def test_uniform_saturated_and_shifted_attention_is_right(attend, dtype, factor, offset, device, poisoned):
+    """If every token attends only to itself, dO·W − δ must be zero."""
     w, grad = tokens_and_gradient((4, 65, 1, 64) if attend is by_rows else (1, 197, 2, 64), dtype, device)
     assert _attention_is_right(attend, factor * w + offset, grad)
 
 
 @pytest.mark.parametrize("dtype", [SINGLE, HALF], ids=str)
-def test_logits_that_overflow_half_precision(dtype, device, poisoned):
-    """|w|² of 6·10⁵. Logits of 8·10⁴ round to 0.01, so nearly equal ones are a matter of luck in fp32."""
+def test_logits_that_overflow_half_precision_give_accurate_outputs(dtype, device, poisoned):
+    """|w|² is 6·10⁵. Logits of 8·10⁴ are rounded to 0.01, so that fp32 cannot order nearly equal ones."""
     w, grad = tokens_and_gradient((4, 65, 1, 64), dtype, device)
     out, dw = by_rows(w + 100, grad)
     truth = subspace_attention_reference((w + 100).double())
@@ -129,7 +115,7 @@ def test_logits_that_overflow_half_precision(dtype, device, poisoned):
 
 @pytest.mark.parametrize(("attend", "dtype"), [(by_rows, SINGLE), (whole_heads, HALF)])
 @pytest.mark.parametrize("scale", [0.0, 0.02, 1.0])
-def test_the_scale(scale, attend, dtype, device, poisoned):
+def test_attention_with_every_scale_is_right(scale, attend, dtype, device, poisoned):
     w, grad = tokens_and_gradient((1, 130, 2, 32), dtype, device)
     w = w * token_scale(130, 32, max(scale, 0.02)) / token_scale(130, 32)
     assert _attention_is_right(attend, w, grad, scale)
@@ -140,10 +126,10 @@ def test_the_scale(scale, attend, dtype, device, poisoned):
     [
         (by_rows, SINGLE, 1e-5),
         (by_rows, HALF, 1e-5),
-        (whole_heads, HALF, 2**-11 / 0.69),  # sums of weights as they are multiplied, rounded to float16
+        (whole_heads, HALF, 2**-11 / 0.69),  # sums of weights that are rounded to float16
     ],
 )
-def test_log_sum_exp(attend, dtype, tolerance, device, poisoned):
+def test_the_log_sum_exp_is_accurate(attend, dtype, tolerance, device, poisoned):
     w, _ = tokens_and_gradient((1, 197, 2, 64), dtype, device)
     out, lse = torch.empty_like(w), torch.empty(1, 2, 197, device=device)
     if attend is by_rows:
@@ -166,14 +152,14 @@ def test_a_nan_token_is_not_hidden(attend, device):
 
 
 @pytest.mark.parametrize("spread", [1.0, 30.0, 100.0, 300.0])
-def test_norms_that_spread_across_the_switches(spread, device, poisoned):
-    """From rows whose own logit does for a maximum, and an exponential for two weights, to where neither does."""
+def test_tokens_with_norms_of_every_numerical_case_are_right(spread, device, poisoned):
+    """A row's own logit replaces the maximum, and one exponential gives two weights, only for small spreads."""
     w, grad = spread_tokens((1, 197, 1, 64), spread, HALF, device)
     assert _attention_is_right(by_rows, w, grad)
 
 
-def test_norms_a_factor_of_ten_thousand_apart(device, poisoned):
-    """Eager float16 overflows here, so its error is no measure: float64 rounded to float16 is."""
+def test_tokens_with_norms_a_factor_of_ten_thousand_apart_are_right(device, poisoned):
+    """Eager float16 overflows here, so the float16 results are compared with float64."""
     w, grad = spread_tokens((1, 197, 1, 64), 1e4, SINGLE, device)
     assert _attention_is_right(by_rows, w, grad)
     out, dw = by_rows(w.half(), grad.half())
@@ -210,7 +196,7 @@ def _refused(w: Tensor, grad: Tensor) -> tuple[int, int]:
         (1e4, SINGLE, (2, 2)),
     ],
 )
-def test_the_spread_decides_which_heads_are_refused(spread, dtype, heads, device, poisoned):
+def test_whole_heads_are_refused_by_their_spread(spread, dtype, heads, device, poisoned):
     w, grad = spread_tokens((1, 197, 2, 64), spread, dtype, device)
     w = w * 0.8 if spread == 3.0 else w
     assert _refused(w, grad) == heads
@@ -222,9 +208,6 @@ def test_one_head_of_several_is_refused(device, poisoned):
     w[:, 5, 1] *= 8
     assert _refused(w, grad) == (1, 1)
     assert _attention_is_right(whole_heads, w, grad)
-
-
-# --- attention: memory ---------------------------------------------------------------------------------------------
 
 
 def _views(base: Tensor) -> dict[str, Tensor]:
@@ -242,26 +225,23 @@ def _views(base: Tensor) -> dict[str, Tensor]:
 
 @both_schedules
 @pytest.mark.parametrize("view", _views(torch.empty(2, 1, 4, 2)))
-def test_strided_and_expanded_tokens(view, attend, device, poisoned):
+def test_strided_and_expanded_tokens_give_right_results(view, attend, device, poisoned):
     w = _views(tokens_and_gradient((2, 65, 4, 32), SINGLE, device)[0])[view]
     assert _attention_is_right(attend, w, torch.randn(w.shape, device=device))
 
 
 @both_schedules
-def test_strided_and_expanded_gradients(attend, device, poisoned):
+def test_strided_and_expanded_gradients_give_right_results(attend, device, poisoned):
     w, grad = tokens_and_gradient((2, 65, 2, 32), SINGLE, device)
     assert _attention_is_right(attend, w, torch.ones((), device=device).expand(w.shape))
     assert _attention_is_right(attend, w, grad.transpose(1, 2).contiguous().transpose(1, 2))
     assert _attention_is_right(attend, w, grad[:1, :, :1].expand(w.shape))
 
 
-def test_an_image_too_large_to_address(device):
+def test_an_image_too_large_to_address_is_an_error(device):
     w = torch.empty(1, 1, 1, 1, device="meta").expand(1, 2**20, 64, 64)
     with pytest.raises(ValueError, match="N·H·D must be under 2³¹"):
         attention.forward(w, 0.125)
-
-
-# --- attention: which schedule runs --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -281,13 +261,13 @@ def test_an_image_too_large_to_address(device):
         (197, 64, SINGLE, False, False),
     ],
 )
-def test_where_whole_heads_run(n_tokens, head_dim, dtype, forward, backward):
+def test_which_shapes_run_by_whole_heads(n_tokens, head_dim, dtype, forward, backward):
     w = torch.empty(1, n_tokens, 1, head_dim, dtype=dtype)
     found = [attention._whole_head_tile(f"whole_head_{way}", w, None) is not None for way in ("forward", "backward")]
     assert found == [forward, backward]
 
 
-def test_dispatch(device, monkeypatch):
+def test_a_given_tile_or_float16_backward_runs_by_blocks_of_rows(device, monkeypatch):
     called = []
     for way in ("forward", "backward"):
         monkeypatch.setattr(whole_head, way, lambda *args, way=way: called.append(way))
@@ -299,9 +279,7 @@ def test_dispatch(device, monkeypatch):
     assert called == ["forward"]
 
 
-# --- attention: mutants --------------------------------------------------------------------------------------------
-
-ROW_MUTANTS = {  # (what the kernel says, what the mutant says)
+ROW_MUTANTS = {  # (code of the kernel, its replacement)
     "the last key dropped": (
         "weights = tl.where(inside[None, :], weights",
         "weights = tl.where((tl.cumsum(inside.to(tl.int32), 0) < tl.sum(inside.to(tl.int32), 0))[None, :], weights",
@@ -322,7 +300,7 @@ ROW_MUTANTS = {  # (what the kernel says, what the mutant says)
     ),
 }
 BOTH_WEIGHTS = "both * factor_rows[:, None]", "both * tl.exp2(shift - lse_cols)[None, :]"
-SWITCH_MUTANTS = {  # (largest norm over smallest, what the kernel says, what the mutant says), in float16
+SWITCH_MUTANTS = {  # (largest norm over smallest, code of the kernel, its replacement), in float16
     "never a running maximum": (100.0, "row_sum <= LARGEST_SUM)", "row_sum > -1.0)"),
     "always one exponential": (100.0, "spread <= LARGEST_SPREAD", "spread >= 0.0"),
     "P_ij with the columns' factor": (1.0, *BOTH_WEIGHTS),
@@ -377,15 +355,7 @@ def test_mutants_of_whole_heads_fail(name, device, tmp_path, poisoned):
     assert not _attention_is_right(whole_heads, w, grad, module=module)
 
 
-# --- ISTA --------------------------------------------------------------------------------------------------------
-
-SIZES = [  # (M, C)
-    ((1, 32), "relu"),
-    ((15, 48), "soft"),
-    ((197, 96), "relu"),
-    ((197, 96), "soft"),
-    ((130, 33), "relu"),
-]
+SIZES = [((1, 32), "relu"), ((15, 48), "soft"), ((197, 96), "relu"), ((197, 96), "soft"), ((130, 33), "relu")]  # M, C
 
 
 def _inputs(size, dtype, device) -> list[Tensor]:
@@ -397,7 +367,7 @@ def _inputs(size, dtype, device) -> list[Tensor]:
 
 
 def _results(inputs: list[Tensor], with_norm: bool, grad: Tensor, ours: bool = True, **options) -> list[Tensor]:
-    """y and its gradients of x, (γ, β) and D: of the kernels, or of the reference."""
+    """Return y and the gradients of x, (γ, β) and D, from the kernels or from the reference."""
     if ours:
         function = partial(functional.norm_ista if with_norm else functional.ista, backend="triton", **options)
     else:
@@ -412,9 +382,9 @@ def _ista_is_right(
     autocast: bool = False,
     grad: Tensor | None = None,
 ) -> bool:
-    """Return True if the results are; eager under autocast has all but the products, in float16, in fp32."""
+    """Return True if the results are right. Under autocast, eager has float16 products and fp32 for the rest."""
     x, gamma, beta, dictionary = (tensor.double() for tensor in inputs)
-    if grad is None:  # zero where rounding decides whether ISTA's output is
+    if grad is None:  # zero where rounding decides whether ISTA's output is zero
         tokens = F.layer_norm(x, x.shape[-1:], gamma, beta) if with_norm else x
         margin = 16 * torch.finfo(torch.float16 if autocast else inputs[0].dtype).eps
         grad = torch.randn(x.shape, device=x.device).to(inputs[0].dtype)
@@ -430,17 +400,17 @@ def _ista_is_right(
 @pytest.mark.parametrize("with_norm", [False, True], ids=["plain", "norm"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("size", "threshold"), SIZES, ids=str)
-def test_ista(size, dtype, threshold, with_norm, device, poisoned):
+def test_ista_agrees_with_the_reference(size, dtype, threshold, with_norm, device, poisoned):
     assert _ista_is_right(_inputs(size, dtype, device), threshold, with_norm)
 
 
 @pytest.mark.parametrize(("size", "threshold"), [((70, 48), "soft"), ((197, 96), "relu")], ids=str)
-def test_norm_ista_under_autocast(size, threshold, device, poisoned):
+def test_norm_ista_under_autocast_agrees_with_the_reference(size, threshold, device, poisoned):
     assert _ista_is_right(_inputs(size, torch.float32, device), threshold, with_norm=True, autocast=True)
 
 
 @pytest.mark.parametrize("soft", [False, True])
-def test_what_rounds_to_zero_passes_no_gradient(soft, device, poisoned):
+def test_values_that_round_to_zero_pass_no_gradient(soft, device, poisoned):
     x = torch.full((16, 32), 0.01, dtype=torch.float16, device=device)
     y, nonzero = ista.forward(x, x, torch.zeros(32, 32, dtype=x.dtype, device=device), x[0, 0].item() - 1e-8, soft)
     assert y.count_nonzero() == nonzero.count_nonzero() == 0
@@ -453,8 +423,8 @@ def _use_tile(tile: Tile, monkeypatch) -> None:
 
 @pytest.mark.parametrize("persistent", [False, True], ids=["a tile a program", "persistent"])
 @pytest.mark.parametrize("blocks", PRODUCT_TILES, ids=str)
-def test_every_product_tile_of_the_table(blocks, persistent, device, poisoned, monkeypatch):
-    """On three ragged rows of tiles and two columns, one of a wide tile; persistent ones behind a LayerNorm."""
+def test_every_product_tile_of_the_table_is_right(blocks, persistent, device, poisoned, monkeypatch):
+    """Three ragged rows of tiles and two columns, or one column of a wide tile; persistent tiles have a LayerNorm."""
     tile = Tile(*blocks[:2], num_warps=8, num_stages=1, block_k=blocks[2], persistent=persistent)
     _use_tile(tile, monkeypatch)
     size = (2 * tile.block_m + 5, min(192, 3 * tile.block_n // 2))
@@ -462,19 +432,19 @@ def test_every_product_tile_of_the_table(blocks, persistent, device, poisoned, m
 
 
 @pytest.mark.parametrize("with_norm", [False, True], ids=["plain", "norm"])
-def test_strided_and_expanded_matrices(with_norm, device, poisoned):
+def test_strided_and_expanded_matrices_give_right_results(with_norm, device, poisoned):
     x, gamma, beta, dictionary = _inputs((64, 96), torch.float32, device)
     strided = [x.t().contiguous().t(), gamma, beta, dictionary.t().contiguous().t()]
     assert _ista_is_right(strided, with_norm=with_norm, grad=torch.randn(1, 96, device=device).expand(64, -1))
 
 
 @pytest.mark.parametrize("offset", [10.0, 1000.0])
-def test_layer_norm_of_large_offsets(offset, device, poisoned):
+def test_layer_norm_of_large_offsets_is_accurate(offset, device, poisoned):
     x, *rest = _inputs((64, 96), torch.float32, device)
     assert _ista_is_right([x + offset, *rest], with_norm=True)
 
 
-def test_constant_rows_are_finite(device):
+def test_results_of_constant_rows_are_finite(device):
     x, *rest = _inputs((16, 64), torch.float32, device)
     assert all(result.isfinite().all() for result in _results([x * 0 + 3, *rest], True, torch.randn_like(x)))
 
@@ -492,18 +462,14 @@ def test_a_nan_row_is_not_hidden(with_norm, device):
 
 RELU = "y = tl.where(y <= shift, 0.0, y - shift)"
 MASKED = "return product(masked, folded, masked, tile)"
-MUTANTS = {  # the module, what the kernel says, what the mutant says
+MUTANTS = {  # (module, code of the kernel, its replacement)
     "no residual": (product, "y = x + acc", "y = acc"),
     "the threshold doubled": (product, RELU, "y = tl.where(y <= shift, 0.0, y - 2 * shift)"),
     "no threshold": (product, RELU, "y = tl.where(y <= 0.0, 0.0, y)"),
     "no ReLU": (product, RELU, "y = y - shift"),
     "the residual's mean left": (product, "x = (x - mean[:, None])", "x = (x - 0.0 * mean[:, None])"),
     "LayerNorm's bias dropped": (product, "gamma[None, :] + beta[None, :]", "gamma[None, :] + 0.0 * beta[None, :]"),
-    "the left half finished twice": (
-        product,
-        "            right, start_n + half,",
-        "            left, start_n + half,",
-    ),
+    "the left half finished twice": (product, "      right, start_n + half,", "      left, start_n + half,"),
     "one tile a program": (product, "tiles, tl.num_programs(0), flatten", "tiles, tiles, flatten"),
     "the gradient not masked": (ista, "tl.where(nonzero != 0, grad, 0.0)", "grad"),
     "a block's sums alone": (ista, "total += tl.sum(", "total = tl.sum("),
@@ -528,8 +494,8 @@ MUTANTS = {  # the module, what the kernel says, what the mutant says
 
 
 @pytest.mark.parametrize("name", MUTANTS)
-def test_mutants_fail(name, device, tmp_path, monkeypatch, poisoned):
-    """Columns finished in two halves, the last one ragged, and more tiles or rows than there are programs."""
+def test_mutants_of_ista_fail(name, device, tmp_path, monkeypatch, poisoned):
+    """The columns end in two halves, the last one ragged; there are more tiles and rows than programs."""
     module, *mutation = MUTANTS[name]
     monkeypatch.setenv("CRATE_FAST_SELF_CHECK", "0")
     monkeypatch.setattr(kernels, module.__name__.rpartition(".")[2], mutant(module, mutation, tmp_path))
@@ -542,17 +508,14 @@ def test_mutants_fail(name, device, tmp_path, monkeypatch, poisoned):
     assert not _ista_is_right(_inputs((300, 96), dtype, device), with_norm=True, autocast=autocast)
 
 
-def test_more_rows_than_programs(device, monkeypatch, poisoned):
+def test_layer_norm_with_more_rows_than_programs_is_right(device, monkeypatch, poisoned):
     monkeypatch.setattr(layer_norm, "MAX_PROGRAMS", 2)
     assert _ista_is_right(_inputs((197, 96), torch.float32, device), with_norm=True)
 
 
-# --- weights -----------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("width", [32, 100])
-def test_folding_a_dictionary(width, dtype, device, poisoned):
+def test_a_folded_dictionary_and_its_gradient_are_right(width, dtype, device, poisoned):
     dictionary = (torch.randn(width, width) / width**0.5).to(dtype).to(device)
     wide, grad = dictionary.double(), torch.randn(width, width, device=device)
     truth = 0.1 * (wide - wide.t() @ wide)
@@ -565,15 +528,11 @@ def test_folding_a_dictionary(width, dtype, device, poisoned):
 
 
 @pytest.mark.parametrize("size", [(32, 32), (48, 100), (192, 33)], ids=str)
-def test_a_layer_norm_folded_into_a_weight(size, device, poisoned):
-    """Any strides; and the gradients are autograd's."""
-    weight, gamma, beta = (
-        torch.randn(shape, device=device, requires_grad=True) for shape in (size, size[1:], size[1:])
-    )
-    base, grads = (
-        torch.randn(size[0], device=device),
-        [torch.randn(shape, device=device) for shape in (size, size[:1])],
-    )
+def test_a_layer_norm_folded_into_a_weight_is_right(size, device, poisoned):
+    """For any strides; the gradients equal autograd's."""
+    drawn = (torch.randn(shape, device=device, requires_grad=True) for shape in (size, size[1:], size[1:]))
+    weight, gamma, beta = drawn
+    base, *grads = (torch.randn(shape, device=device) for shape in (size[:1], size, size[:1]))
     expected = [weight * gamma, weight @ beta]
     for given in (weight.detach(), weight.detach().t().contiguous().t()):
         scaled, offset = folding.scale(given, gamma.detach(), beta.detach(), torch.float32, base)
@@ -601,10 +560,6 @@ def test_weight_mutants_fail(name, device, tmp_path, monkeypatch):
     changed = mutant(folding, WEIGHT_MUTANTS[name], tmp_path)
     for function in ("fold", "fold_backward", "scale", "unscale"):
         monkeypatch.setattr(folding, function, getattr(changed, function))
-
-    def both():
-        test_folding_a_dictionary(100, torch.float32, device, None)
-        test_a_layer_norm_folded_into_a_weight((192, 33), device, None)
-
-    with pytest.raises(AssertionError):
-        both()
+    with pytest.raises(AssertionError):  # noqa: PT012  (one of the two fails)
+        test_a_folded_dictionary_and_its_gradient_are_right(100, torch.float32, device, None)
+        test_a_layer_norm_folded_into_a_weight_is_right((192, 33), device, None)

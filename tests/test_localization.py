@@ -1,4 +1,4 @@
-"""Localization: boxes and scores against a slow independent implementation, and the three sources of boxes."""
+"""Localization: boxes and scores against a slow independent implementation, and the three formats of boxes."""
 
 import json
 
@@ -40,18 +40,15 @@ def _slow_boxes(values: np.ndarray) -> list[tuple[int, int, int, int]]:
     return boxes
 
 
-def test_boxes_of_largest_components():
+def test_boxes_enclose_the_largest_component():
     maps = np.random.default_rng(0).random((3, 9, 12)) ** 2
     np.testing.assert_array_equal(largest_boxes(maps), [_slow_boxes(values) for values in maps])
-
-
-def test_a_constant_map_has_no_box():
-    assert not largest_boxes(np.ones((1, 4, 4))).any()
+    assert not largest_boxes(np.ones((1, 4, 4))).any()  # a constant map has no box
 
 
 @pytest.fixture
 def photos(tmp_path):
-    """Six images of 40×20 pixels in two folders, and their boxes as COCO writes them."""
+    """Six images of 40×20 pixels in two folders, and their boxes in COCO's format."""
     images, annotations = [], []
     for number in range(6):
         name = f"{'ab'[number % 2]}/{number}.png"
@@ -64,15 +61,13 @@ def photos(tmp_path):
         if number != 5:
             box = [10, 5, 10 + number, 10]
             annotations.append({"id": number, "image_id": number, "category_id": 1, "bbox": box, "iscrowd": 0})
-    boxes = tmp_path / "boxes.json"
-    boxes.write_text(
-        json.dumps({"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "o"}]})
-    )
-    return tmp_path / "photos", boxes
+    content = {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "o"}]}
+    (tmp_path / "boxes.json").write_text(json.dumps(content))
+    return tmp_path / "photos", tmp_path / "boxes.json"
 
 
 class _Attends:
-    """A model whose first head looks at bright pixels, and whose second at dark ones."""
+    """Model whose first head attends to bright pixels and whose second head attends to dark ones."""
 
     def __init__(self, side: int):
         self.extract = type("Extract", (), {"depth": 1, "image_size": (side, side)})()
@@ -83,7 +78,7 @@ class _Attends:
         return type("Features", (), {"grid": tuple(grid.shape[1:]), "cls_attention": lambda self, layer: maps})()
 
 
-def test_a_map_of_the_object_scores_1_and_baselines_what_they_know(photos):
+def test_a_map_of_the_object_scores_1_and_baselines_score_less(photos):
     scores = evaluate(_Attends(40), BoxedImages(photos[0], 40, photos[1]), resolution=40)
     assert (scores["images"], scores["without_boxes"]) == (5, 1)
     row = scores["layers"][0]
@@ -96,15 +91,14 @@ def test_a_map_of_the_object_scores_1_and_baselines_what_they_know(photos):
     whole = scores["baselines"]["whole picture"]
     assert whole["MaxBoxAcc 0.3"] == np.mean(np.array(shares) >= 0.3)
     assert whole["AP"] == pytest.approx(np.mean(shares), abs=0.02)
-    assert scores["baselines"]["mean box"]["MaxBoxAcc 0.5"] == 1  # the boxes are nearly the same
+    assert scores["baselines"]["mean box"]["MaxBoxAcc 0.5"] == 1  # all boxes are similar
 
 
 def test_the_head_and_threshold_are_chosen_on_other_images():
     even = np.zeros((4, 100), np.float32)
-    even[::2, 10], even[1::2, 20] = 1, 1  # the best threshold of either half misses in the other
+    even[::2, 10], even[1::2, 20] = 1, 1  # the best threshold of one half is wrong for the other
     scores = localization._scores(even, np.ones(4), np.ones(4))
-    assert scores["MaxBoxAcc 0.5"] == 0.5
-    assert scores["GT-known"] == 0
+    assert (scores["MaxBoxAcc 0.5"], scores["GT-known"]) == (0.5, 0)
 
 
 def _xml(path, *lefts: int, size: tuple[int, int] = (40, 20)) -> None:
@@ -115,7 +109,7 @@ def _xml(path, *lefts: int, size: tuple[int, int] = (40, 20)) -> None:
     path.write_text(f"<annotation>{sides}{''.join(boxes)}</annotation>")
 
 
-def test_boxes_of_imagenets_xml(photos, tmp_path):
+def test_boxes_are_read_from_imagenets_xml(photos, tmp_path):
     _xml(tmp_path / "xml" / "deeper" / "0.xml", 10, 7)
     images = BoxedImages(photos[0], 40, tmp_path / "xml")
     assert images[0].target.boxes.tolist() == [[10, 5, 20, 15], [7, 5, 17, 15]]
@@ -144,27 +138,23 @@ def test_images_of_one_name_in_two_folders_have_their_own_boxes(tmp_path):
     ("content", "message"),
     [
         ("[" * 100_000, "is not JSON"),
-        ('{"images": [{"id": [1], "file_name": "0"}], "annotations": []}', "an integer or a string"),
-        ('{"images": [{"id": 1, "file_name": "0"}, {"id": 1, "file_name": "1"}], "annotations": []}', "twice"),
-        ('{"images": [{"id": 1, "file_name": "0"}, {"id": 2, "file_name": "0"}], "annotations": []}', "join them"),
-        (
-            '{"images": [{"id": 1, "file_name": "0"}], "annotations": [{"image_id": "1", "bbox": [1,1,1,1]}]}',
-            "unlike",
-        ),
-        ('{"images": [{"id": 1, "file_name": "0"}], "annotations": [{"image_id": 1, "bbox": [9,1,-3,1]}]}', "bbox"),
         ("{", "is not JSON"),
         ('{"images": []}', "annotations"),
+        ('{"images": [{"id": [1], "file_name": "0"}], "annotations": []}', "whole number or a text"),
+        ('{"images": [{"id": 1, "file_name": "0"}, {"id": 1, "file_name": "1"}], "annotations": []}', "twice"),
+        ('{"images": [{"id": 1, "file_name": "0"}, {"id": 2, "file_name": "0"}], "annotations": []}', "join them"),
+        ('{"images": [{"id": 1, "file_name": "0"}], "annotations": [{"image_id":"1","bbox":[1,1,1,1]}]}', "unlike"),
+        ('{"images": [{"id": 1, "file_name": "0"}], "annotations": [{"image_id": 1, "bbox": [9,1,-3,1]}]}', "bbox"),
         ('{"images": [{"id": 1, "file_name": "no.png"}], "annotations": [], "categories": []}', "none of the"),
     ],
 )
-def test_files_without_boxes_are_refused(photos, tmp_path, content, message):
-    file = tmp_path / "bad.json"
-    file.write_text(content)
+def test_files_without_boxes_are_errors(photos, tmp_path, content, message):
+    (tmp_path / "bad.json").write_text(content)
     with pytest.raises(ValueError, match=message):
-        BoxedImages(photos[0], 40, file)
+        BoxedImages(photos[0], 40, tmp_path / "bad.json")
 
 
-def test_the_command(tmp_path):
+def test_the_command_writes_scores_and_a_figure(tmp_path):
     words = ["shipped:CRATE", "--limit", "4", "--layers", "-2", "--resolution", "16", "--figure-images", "2"]
     assert localization.main([*words, "--output", str(tmp_path)]) == 0
     found = json.loads((tmp_path / "results.json").read_text())["results"]

@@ -1,4 +1,4 @@
-"""CRATE-MAE against the released behaviour; masking, patches, the encoder apart, and bad arguments."""
+"""CRATE-MAE against the released behaviour; masks, patches, the separate encoder, and bad arguments."""
 
 import math
 
@@ -8,7 +8,8 @@ import torch
 from released import ReleasedCRATEMAE
 from torch import nn
 
-from crate_fast import CRATE, CRATEMAE, CRATEMAE_base, CRATEMAE_large, CRATEMAE_small, CRATEMAE_tiny, create_mae
+import crate_fast
+from crate_fast import CRATE, CRATEMAE, create_mae
 from crate_fast.checkpoints import load_weights, released_state_dict
 from crate_fast.errors import UserError
 from crate_fast.mae import encoder_state_dict, sincos_positions
@@ -29,9 +30,6 @@ def _pair(**changes) -> tuple[ReleasedCRATEMAE, CRATEMAE]:
     nn.init.normal_(theirs.decoder_pos_embed)
     ours.load_state_dict(theirs.state_dict(), strict=True)
     return theirs, ours
-
-
-# --- the released code ---
 
 
 @pytest.mark.parametrize(
@@ -65,7 +63,7 @@ def test_loss_prediction_and_all_gradients_equal_the_released_module_in_float64(
     assert unused == {"pos_embed", "decoder_pos_embed", "decoder_embed.weight", "decoder_embed.bias"}
 
 
-def test_weights_go_both_ways_through_a_file(tmp_path):
+def test_weights_load_from_a_released_file_and_into_the_released_module(tmp_path):
     theirs, ours = _pair()
     torch.save({"model": {f"module.{k}": v for k, v in theirs.state_dict().items()}}, tmp_path / "released.pth")
     loaded = load_weights(CRATEMAE(**SMALL).double(), tmp_path / "released.pth")
@@ -78,21 +76,17 @@ def test_weights_go_both_ways_through_a_file(tmp_path):
     [{"visible_only": True}, {"img_size": (32, 16)}, {"patch_size": (16, 4)}, {"sparsity": 0.1}, {"in_chans": 1}],
     ids=str,
 )
-def test_what_the_released_code_cannot_load_is_not_exported(changes):
+def test_models_that_the_released_code_cannot_load_are_not_exported(changes):
     with pytest.raises(ValueError, match="released code has no such model"):
         released_state_dict(CRATEMAE(**(SMALL | changes)))
 
 
-@pytest.mark.parametrize(
-    ("factory", "name", "millions", "digits"),
-    [
-        (CRATEMAE_tiny, "tiny", 11.56, 2),
-        (CRATEMAE_small, "small", 25.406, 3),
-        (CRATEMAE_base, "base", 44.638, 3),
-        (CRATEMAE_large, "large", 154.27, 2),
-    ],
-)
-def test_parameter_counts(factory, name, millions, digits):
+SIZES = [("tiny", 11.56, 2), ("small", 25.406, 3), ("base", 44.638, 3), ("large", 154.27, 2)]
+
+
+@pytest.mark.parametrize(("name", "millions", "digits"), SIZES)
+def test_models_have_the_papers_numbers_of_parameters(name, millions, digits):
+    factory = getattr(crate_fast, f"CRATEMAE_{name}")
     for model in (factory(device="meta"), create_mae(f"crate_mae_{name}_patch16_224", device="meta")):
         assert round(sum(p.numel() for p in model.parameters()) / 1e6, digits) == millions
 
@@ -112,9 +106,6 @@ def test_initial_distributions_are_the_released_ones():
     assert (layer[1].fn.lambd, layer[1].fn.step_size, model.norm.eps, layer[0].norm.eps) == (0.5, 0.1, 1e-6, 1e-5)
 
 
-# --- positions, patches, masks ---
-
-
 def test_positions_by_hand():
     table = sincos_positions(8, (2, 3))[0]
     assert table.shape == (7, 8)
@@ -128,7 +119,7 @@ def test_positions_by_hand():
 
 
 @pytest.mark.parametrize("options", [{}, {"img_size": (24, 40)}, {"patch_size": (4, 16), "in_chans": 1}], ids=str)
-def test_patches_are_undone(options):
+def test_patchify_is_inverted_by_unpatchify(options):
     model = CRATEMAE(**(SMALL | options))
     images = torch.randn(2, model.channels, *model.image_size)
     patches = model.patchify(images)
@@ -152,7 +143,7 @@ def test_the_smallest_noise_stays_visible():
     visible, hidden = noise.masked_fill(mask == 1, -1).amax(dim=1), noise.masked_fill(mask == 0, 2).amin(dim=1)
     assert (visible < hidden).all()
     _, _, mask = model(images, noise=torch.zeros(5, 16))
-    assert mask[0].tolist() == [0.0] * 4 + [1.0] * 12  # of equal ones the first
+    assert mask[0].tolist() == [0.0] * 4 + [1.0] * 12  # the first of equal values
 
 
 def test_drawn_masks_are_uniform_and_differ_between_images():
@@ -160,7 +151,7 @@ def test_drawn_masks_are_uniform_and_differ_between_images():
     _, _, mask = model(torch.zeros(1, 3, 32, 32).expand(4000, -1, -1, -1))
     share = mask.mean(dim=0)
     assert (share - 0.75).abs().max() < 5 * math.sqrt(0.75 * 0.25 / 4000)
-    assert len(mask.unique(dim=0)) > 1500  # of 1820 possible ones about 1620 are to be expected
+    assert len(mask.unique(dim=0)) > 1500  # about 1620 of 1820 possible ones are expected
 
 
 @pytest.mark.parametrize("visible_only", [False, True])
@@ -175,7 +166,7 @@ def test_hidden_pixels_do_not_reach_the_prediction_and_visible_ones_do(visible_o
     assert not torch.allclose(pred, other)
 
 
-def test_reconstructions_of_normalised_targets_are_undone():
+def test_reconstruction_inverts_the_normalisation_of_targets():
     model = CRATEMAE(**SMALL, norm_pix_loss=True)
     images = torch.randn(2, 3, 32, 32) * 3 + 5
     patches = model.patchify(images)
@@ -186,11 +177,8 @@ def test_reconstructions_of_normalised_targets_are_undone():
     assert torch.equal(plain.reconstruction(images, patches), images)
 
 
-# --- the encoder of visible tokens ---
-
-
-def test_visible_tokens_are_encoded_as_they_are_alone():
-    """MAE's form by its definition: encode CLS and the visible patches; decode with mask tokens in the gaps."""
+def test_only_visible_tokens_are_encoded():
+    """MAE's definition: encode CLS and the visible patches; decode with mask tokens in the gaps."""
     model = CRATEMAE(**SMALL, visible_only=True, decoder_embed_dim=32, decoder_num_heads=2).double()
     images, noise = torch.randn(2, 3, 32, 32).double(), torch.rand(2, 16)
     _, pred, mask = model(images, noise=noise)
@@ -206,9 +194,6 @@ def test_visible_tokens_are_encoded_as_they_are_alone():
         for block in model.decoder_blocks:
             y = block(y)
         torch.testing.assert_close(model.decoder_pred(model.decoder_norm(y))[0, 1:], expected, rtol=1e-9, atol=1e-9)
-
-
-# --- the encoder apart ---
 
 
 @pytest.mark.parametrize("visible_only", [False, True])
@@ -236,12 +221,9 @@ def test_the_encoder_as_a_crate_computes_the_same_tokens(visible_only, patch):
     assert encoder(torch.zeros(1, 3, 64, 64).double()).shape == (1, 48)
 
 
-def test_only_a_crate_maes_state_dict_is_converted():
-    with pytest.raises(ValueError, match="not a state dict of CRATE-MAE: cls_token is missing"):
+def test_the_state_dict_of_another_model_is_an_error():
+    with pytest.raises(ValueError, match="no state dict of a CRATE-MAE: cls_token is missing"):
         encoder_state_dict({"weight": torch.zeros(1)})
-
-
-# --- running it ---
 
 
 @pytest.mark.parametrize("visible_only", [False, True])
@@ -283,14 +265,11 @@ def test_the_loss_of_a_large_half_precision_batch_is_finite():
     assert (loss.item(), loss.dtype) == (1.0, torch.float32)
 
 
-def test_parameters_are_drawn_in_any_memory_format():
+def test_parameters_are_initialised_in_any_memory_format():
     model = CRATEMAE(**SMALL).to(memory_format=torch.channels_last)
     before = model.patch_embed.proj.weight.clone()
     model.reset_parameters()
     assert not torch.equal(model.patch_embed.proj.weight, before)
-
-
-# --- bad input ---
 
 
 @pytest.mark.parametrize(
@@ -305,7 +284,7 @@ def test_parameters_are_drawn_in_any_memory_format():
     ],
     ids=str,
 )
-def test_arguments_that_do_not_fit_are_named(options, message):
+def test_bad_arguments_are_errors(options, message):
     with pytest.raises(ValueError, match=message):
         CRATEMAE(**(SMALL | options))
 
@@ -323,7 +302,7 @@ def test_arguments_that_do_not_fit_are_named(options, message):
     ],
     ids=str,
 )
-def test_input_that_does_not_fit_is_named(shape, options, message):
+def test_bad_input_is_an_error(shape, options, message):
     with pytest.raises(ValueError, match=message):
         CRATEMAE(**SMALL)(torch.zeros(shape), **options)
 
@@ -339,7 +318,7 @@ def test_input_that_does_not_fit_is_named(shape, options, message):
     ],
     ids=str,
 )
-def test_what_an_autoencoder_does_not_have_is_refused(name, options, message):
+def test_options_that_an_autoencoder_does_not_have_are_errors(name, options, message):
     with pytest.raises(UserError, match=message):
         create_mae(f"crate_mae_{name}_patch16_224", **options)
 

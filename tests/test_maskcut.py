@@ -1,4 +1,4 @@
-"""MaskCut against its dense definition, its solver's guards, and its way through a data set."""
+"""MaskCut against its dense definition, its solver's fallbacks, COCO's scores, and the command on a data set."""
 
 import functools
 import itertools
@@ -14,6 +14,9 @@ import torch
 from image_data import coco_box
 from maskcut_oracle import affinity, maskcut_oracle, second_eigenvector
 from PIL import Image
+from pycocotools import mask as rle
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 from runs import free_port
 
 from crate_fast.errors import UserError
@@ -27,7 +30,7 @@ GRIDS = [(8, 8), (12, 12), (7, 13), (15, 10)]
 
 
 def _random(seed: int) -> tuple[np.ndarray, tuple[int, int]]:
-    """Features with a little structure: noise around a few directions, weaker or stronger."""
+    """Return features with little structure: noise of random strength around a few directions."""
     draw = np.random.default_rng(seed)
     grid = GRIDS[seed % len(GRIDS)]
     n = grid[0] * grid[1]
@@ -37,34 +40,28 @@ def _random(seed: int) -> tuple[np.ndarray, tuple[int, int]]:
 
 
 def _structured(seed: int) -> tuple[np.ndarray, tuple[int, int]]:
-    """Smooth features with rectangles and discs planted in them, as images have."""
+    """Return smooth features with rectangles and discs, like an image."""
     draw = np.random.default_rng(1000 + seed)
     grid = GRIDS[seed % len(GRIDS)]
     rows, columns = np.mgrid[: grid[0], : grid[1]]
-    waves = [
-        np.sin(draw.uniform(0.1, 0.6) * rows + draw.uniform(0.1, 0.6) * columns + draw.uniform(0, 6)) for _ in "abcd"
-    ]
-    features = np.stack(waves, axis=-1) + draw.standard_normal(4)
+    phases = [draw.uniform(0.1, 0.6) * rows + draw.uniform(0.1, 0.6) * columns + draw.uniform(0, 6) for _ in "abcd"]
+    features = np.sin(np.stack(phases, axis=-1)) + draw.standard_normal(4)
     for _ in range(draw.integers(1, 4)):
         r, c, size = draw.integers(grid[0]), draw.integers(grid[1]), draw.uniform(1.5, 3.5)
-        near = (
-            np.hypot(rows - r, columns - c) < size
-            if draw.random() < 0.5
-            else np.maximum(abs(rows - r), abs(columns - c)) < size
-        )
-        features[near] = 2 * draw.standard_normal(4)
+        distance = np.hypot if draw.random() < 0.5 else np.maximum
+        features[distance(abs(rows - r), abs(columns - c)) < size] = 2 * draw.standard_normal(4)
     return (features + 0.1 * draw.standard_normal(features.shape)).reshape(-1, 4), grid
 
 
 @functools.cache
 def _expected(make, seed: int) -> np.ndarray:
-    """The oracle's masks of a graph."""
+    """Return the oracle's masks of a graph."""
     return maskcut_oracle(*make(seed), 3, 0.15)
 
 
 @pytest.mark.parametrize("make", [_random, _structured])
 @pytest.mark.parametrize("seed", range(30))
-def test_masks_are_the_dense_definitions(make, seed):
+def test_masks_equal_those_of_the_dense_definition(make, seed):
     features, grid = make(seed)
     expected = _expected(make, seed)
     result = maskcut(torch.from_numpy(features), 3, 0.15, grid=grid)
@@ -72,7 +69,7 @@ def test_masks_are_the_dense_definitions(make, seed):
     assert expected[0].any() or (affinity(features, 0.15, 0.0) == 1).all()
 
 
-def test_a_batch_is_its_images():
+def test_a_batch_has_the_masks_of_its_images():
     images = [_random(4 * seed)[0] for seed in range(5)]
     together = maskcut(torch.tensor(np.stack(images)), grid=(8, 8))
     for i, features in enumerate(images):
@@ -83,7 +80,7 @@ def test_a_batch_is_its_images():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_every_dtype_and_repeats(dtype):
+def test_masks_of_every_dtype_are_right_and_repeatable(dtype):
     features, grid = torch.from_numpy(_structured(4)[0]).to(dtype), GRIDS[0]
     first, again = (maskcut(features, grid=grid).masks for _ in range(2))
     assert torch.equal(first, again)
@@ -91,7 +88,7 @@ def test_every_dtype_and_repeats(dtype):
 
 
 def _component(vector: torch.Tensor, grid: tuple[int, int], corners: int = 5) -> torch.Tensor:
-    """`object_of` that swaps the sides only from so many corners on."""
+    """Do as `object_of`, but swap the sides only from this number of corners on."""
     values = vector.double().numpy().reshape(grid)
     foreground, seed = values > values.mean(), values.argmax()
     if foreground[[0, 0, -1, -1], [0, -1, 0, -1]].sum() >= corners:
@@ -115,8 +112,8 @@ MUTANTS = {
 
 
 @pytest.mark.parametrize("mutant", MUTANTS)
-def test_wrong_versions_differ(mutant, monkeypatch):
-    """The comparison with the oracle sees each rule: without it some masks of the sixty graphs differ."""
+def test_the_oracle_rejects_wrong_versions(mutant, monkeypatch):
+    """Without any of MaskCut's rules, some masks of the sixty graphs differ."""
     monkeypatch.setattr(*MUTANTS[mutant])
     differ = 0
     for make, seed in itertools.product((_random, _structured), range(30)):
@@ -129,8 +126,8 @@ def test_wrong_versions_differ(mutant, monkeypatch):
 
 
 @pytest.mark.parametrize(("planted", "solvers"), [(True, [0, 0, -1]), (False, [0, -1, -1])])
-def test_where_all_that_are_left_are_linked_the_search_ends(planted, solvers):
-    """A documented difference: the reference would cut the painted patches from the rest."""
+def test_the_search_ends_when_all_remaining_patches_are_linked(planted, solvers):
+    """A documented difference: the reference would separate the painted patches from the rest."""
     features = torch.zeros(8, 8, 2)
     features[..., 0] = 1.0
     if planted:
@@ -142,7 +139,7 @@ def test_where_all_that_are_left_are_linked_the_search_ends(planted, solvers):
 
 
 @pytest.mark.parametrize("backend", [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul])
-def test_reduced_precision_allowed_elsewhere_is_put_back(backend):
+def test_the_settings_of_reduced_precision_are_restored(backend):
     before = backend.fp32_precision
     try:
         backend.fp32_precision = "tf32"
@@ -156,7 +153,7 @@ def test_reduced_precision_allowed_elsewhere_is_put_back(backend):
 
 @pytest.mark.parametrize(("sizes", "solver"), [((20, 16, 28), 2), ((300, 280, 400, 250), 1), ((400, 180), 0)])
 def test_nearly_disconnected_graphs_are_solved_again_in_fp64(sizes, solver):
-    """Islands: λ₂ and λ₃ are about 1e-5 apart, but of two islands there is no other eigenvalue near."""
+    """With more than two islands, λ₂ and λ₃ are about 1e-5 apart; with two, no other eigenvalue is near λ₂."""
     block = torch.block_diag(*[torch.ones(n, n) for n in sizes])
     cut = normalized_cut.second_eigenvector(block[None])
     values, vector = second_eigenvector(np.where(block.numpy() > 0, 1.0, 1e-5))
@@ -166,7 +163,7 @@ def test_nearly_disconnected_graphs_are_solved_again_in_fp64(sizes, solver):
     assert np.array_equal(cut.vector[0].numpy() > cut.vector[0].mean().item(), vector > vector.mean())
 
 
-def test_too_few_steps_fall_back_too():
+def test_without_convergence_the_solver_falls_back():
     features, _ = _random(1)
     links = torch.from_numpy((affinity(features, 0.15, 0.0) > 0).astype(np.float32))[None]
     enough = normalized_cut.second_eigenvector(links)
@@ -176,7 +173,7 @@ def test_too_few_steps_fall_back_too():
     assert enough.eigenvalue.item() == pytest.approx(short.eigenvalue.item(), abs=1e-5)
 
 
-def test_the_residual_is_of_the_generalised_problem():
+def test_the_eigenvector_solves_the_generalised_problem():
     features, _ = _random(2)
     matrix = affinity(features, 0.15, 1e-5)
     cut = normalized_cut.second_eigenvector(torch.from_numpy((matrix > 0.5).astype(np.float32))[None])
@@ -200,33 +197,25 @@ def test_the_residual_is_of_the_generalised_problem():
         (torch.ones(4, 4, dtype=torch.long), {}, "torch.int64"),
     ],
 )
-def test_bad_arguments_are_named(features, settings, message):
+def test_bad_arguments_are_errors(features, settings, message):
     with pytest.raises(UserError, match=message):
         maskcut(features, **settings)
 
 
-# --- detections and COCO's scores ----------------------------------------------------------------------------------
-
-
-def test_enlarging_and_encoding():
-    from pycocotools import mask as rle
-
+def test_masks_are_enlarged_and_encoded():
     masks = np.zeros((2, 4, 4), bool)
     masks[0, 1:3, :2] = True
     large = enlarge(masks, (40, 80), Image.Resampling.NEAREST)
-    assert large[0].sum() == 20 * 40
-    assert large[0, 10:30, :40].all()
-    (entry,) = detections_of(large, 7)  # the empty one is none
-    assert entry["bbox"] == [0.0, 10.0, 40.0, 20.0]
-    assert entry["image_id"] == 7
+    assert large[0, 10:30, :40].sum() == large[0].sum() == 20 * 40
+    (entry,) = detections_of(large, 7)  # none for the empty mask
+    assert (entry["bbox"], entry["image_id"]) == ([0.0, 10.0, 40.0, 20.0], 7)
     assert np.array_equal(rle.decode(entry["segmentation"]).astype(bool), large[0])
     half = enlarge(large, (20, 20), Image.Resampling.BICUBIC)
-    assert half[0, 5:15, :10].all()
-    assert half[0].sum() == 100
+    assert half[0, 5:15, :10].sum() == half[0].sum() == 100
 
 
 def _coco(tmp_path, n_images: int = 6, size: int = 64):
-    """A COCO folder with coloured boxes of several categories, a crowd, and an image without objects."""
+    """Write a COCO folder with coloured boxes of several categories, a crowd, and an image without objects."""
     draw = np.random.default_rng(0)
     images, annotations = [], []
     (tmp_path / "val2017").mkdir(parents=True)
@@ -253,17 +242,13 @@ def folder(tmp_path_factory):
     return _coco(tmp_path_factory.mktemp("coco"))
 
 
-def test_ap_is_pycocotools_on_relabelled_ground_truth(folder):
-    from pycocotools.coco import COCO
-    from pycocotools.cocoeval import COCOeval
-
+def test_average_precision_equals_pycocotools_with_one_category(folder):
     coco = COCO(folder / "instances_val2017.json")
     relabelled = COCO(folder / "instances_val2017.json")
     for annotation in relabelled.dataset["annotations"]:
         annotation["category_id"] = 1
     relabelled.dataset["categories"] = [{"id": 1, "name": "object"}]
     relabelled.createIndex()
-
     draw = np.random.default_rng(1)
     detections = []
     for annotation in coco.dataset["annotations"]:
@@ -280,13 +265,12 @@ def test_ap_is_pycocotools_on_relabelled_ground_truth(folder):
         theirs.summarize()
         assert list(ours[kind].values()) == theirs.stats.tolist()
         assert 0 < ours[kind]["AP"] < 1
-    perfect = [
-        d for a in coco.dataset["annotations"] for d in detections_of(coco.annToMask(a)[None] > 0, a["image_id"])
-    ]
+    masks = [(coco.annToMask(a)[None] > 0, a["image_id"]) for a in coco.dataset["annotations"]]
+    perfect = [detection for given in masks for detection in detections_of(*given)]
     assert class_agnostic_scores(coco, perfect, ids)["segm"]["AP"] == pytest.approx(1.0)
     nothing = class_agnostic_scores(coco, [], ids)
     assert nothing["bbox"]["AP"] == nothing["segm"]["AR100"] == 0
-    assert nothing["bbox"]["APl"] == -1  # pycocotools' value where no object is that large
+    assert nothing["bbox"]["APl"] == -1  # pycocotools' value if no object is that large
     with pytest.raises(ValueError, match="none of the 1 images has an annotated object"):
         class_agnostic_scores(coco, [], ids[-1:])
 
@@ -294,15 +278,13 @@ def test_ap_is_pycocotools_on_relabelled_ground_truth(folder):
 @pytest.mark.parametrize(
     "of_annotation",
     [
-        lambda number: number,  # from 0, which pycocotools takes for "no match"
-        lambda number: 7,  # of a repeated id it reads the annotations twice
+        lambda number: number,  # from 0, which means "no match" to pycocotools
+        lambda number: 7,  # pycocotools reads annotations of a repeated id twice
         lambda number: f"a{number}",
     ],
     ids=["from 0", "repeated", "texts"],
 )
 def test_ids_and_categories_do_not_change_scores(folder, of_annotation):
-    from pycocotools.coco import COCO
-
     original = COCO(folder / "instances_val2017.json")
     content = json.loads((folder / "instances_val2017.json").read_text())
     for image in content["images"]:
@@ -321,7 +303,7 @@ def test_ids_and_categories_do_not_change_scores(folder, of_annotation):
     shifted = [d | {"image_id": f"image {d['image_id']}"} for d in theirs]
     assert class_agnostic_scores(changed, shifted, list(changed.imgs)) == expected
     assert 0 < expected["segm"]["AP"] < 1
-    assert json.dumps(content) == before  # the caller's annotations stay as they are
+    assert json.dumps(content) == before  # the caller's annotations are not changed
 
 
 MODEL = ["crate_tiny_patch8_224@untrained", "--model-args", "depth=2", "dim=32", "heads=2", "img_size=64"]
@@ -338,18 +320,18 @@ def _run(folder, output, *more) -> dict:
 
 @pytest.fixture(autouse=True)
 def _no_figures(monkeypatch):
-    """Only the shared run draws."""
+    """Skip figures except in the shared run."""
     monkeypatch.setattr(protocol, "image_grid", lambda *_args, **_more: None)
 
 
 @pytest.fixture(scope="module")
 def whole(folder, tmp_path_factory):
-    """(output folder, results.json) of a complete run."""
+    """Output folder and results of a complete run."""
     output = tmp_path_factory.mktemp("whole")
     return output, _run(folder, output, "--batch-size", "4")
 
 
-def test_a_data_set_from_end_to_end_and_resumed(folder, whole, tmp_path, capsys, refuses):
+def test_a_killed_run_on_a_data_set_continues_to_the_same_results(folder, whole, tmp_path, capsys, refuses):
     output, results = whole
     assert results["results"]["images"] == 6
     assert set(results["results"]["segm"]) >= {"AP", "AP50", "AR100"}
@@ -357,11 +339,10 @@ def test_a_data_set_from_end_to_end_and_resumed(folder, whole, tmp_path, capsys,
     assert (output / "detections.png").stat().st_size > 1000
     detections = json.loads((output / "detections.json").read_text())
     assert len(detections) == results["results"]["detections"] > 0
-
     records = tmp_path / "part" / "records"
     records.mkdir(parents=True)
     lines = (output / "records" / "records-0.jsonl").read_text().splitlines(keepends=True)
-    (records / "records-0.jsonl").write_text("".join(lines[:2]) + lines[2][:40])  # killed while it wrote
+    (records / "records-0.jsonl").write_text("".join(lines[:2]) + lines[2][:40])  # killed while writing
     (records / "settings.json").write_text((output / "records" / "settings.json").read_text())
     assert _run(folder, tmp_path / "part")["results"] == results["results"]
     assert "2 of 6 images were done before" in capsys.readouterr().out
@@ -376,8 +357,8 @@ def _rank(rank: int, port: int, words: list[str]) -> None:
     sys.exit(protocol.main(words))
 
 
-def test_two_processes_give_what_one_gives(folder, whole, tmp_path):
-    context = multiprocessing.get_context("fork")  # everything is imported
+def test_two_processes_give_the_results_of_one(folder, whole, tmp_path):
+    context = multiprocessing.get_context("fork")  # starts without imports
     port, words = free_port(), _words(folder, tmp_path)
     ranks = [context.Process(target=_rank, args=(rank, port, words)) for rank in range(2)]
     for process in ranks:
@@ -389,7 +370,7 @@ def test_two_processes_give_what_one_gives(folder, whole, tmp_path):
     assert json.loads((tmp_path / "results.json").read_text())["results"] == whole[1]["results"]
 
 
-def test_unreadable_images_are_counted_once_and_again_when_resumed(tmp_path, capsys, refuses):
+def test_unreadable_images_are_counted_also_in_a_resumed_run(tmp_path, capsys, refuses):
     folder, output = _coco(tmp_path / "coco"), tmp_path / "out"
     (folder / "val2017" / f"{1:012d}.jpg").write_bytes(b"not an image")
     first = _run(folder, output)
@@ -404,19 +385,19 @@ def test_unreadable_images_are_counted_once_and_again_when_resumed(tmp_path, cap
     refuses("none of the 6 images could be read", protocol.main, _words(folder, tmp_path / "none"))
 
 
-def test_a_refused_setting_does_not_stand_in_the_way_of_the_right_one(folder, tmp_path, refuses):
+def test_a_refused_setting_leaves_no_records(folder, tmp_path, refuses):
     words = _words(folder, tmp_path, "--limit", "2")
     refuses("tau=3.0: give a cosine from -1 to 1", protocol.main, [*words, "--tau", "3"])
     assert protocol.main(words) == 0
 
 
-def test_images_without_annotations_get_detections_but_no_ap(folder, tmp_path):
+def test_images_without_annotations_have_detections_but_no_ap(folder, tmp_path):
     results = _run(folder, tmp_path, "--data", f"folder:{folder / 'val2017'}", "--limit", "2")["results"]
     assert results["images"] == 2
     assert "bbox" not in results
 
 
-def test_the_crf_draws_edges_and_is_optional(monkeypatch):
+def test_the_optional_crf_improves_the_edges(monkeypatch):
     rows, columns = np.mgrid[:96, :96]
     disc = np.hypot(rows - 48, columns - 48) < 30
     picture = np.where(disc[..., None], [200, 40, 40], [40, 60, 200]).astype(np.uint8)

@@ -1,4 +1,4 @@
-"""docs/mathematics.md: quoted code equals the source, claims hold, and formulas are well-formed."""
+"""docs/mathematics.md: quoted code equals the source, claims hold, formulas are well-formed."""
 
 import re
 import textwrap
@@ -13,7 +13,7 @@ CHECKS = re.findall(r"```python run\n(.*?)```", PAGE, re.S)
 
 
 def _is_quoted_from(quoted: str, source: str) -> bool:
-    """Return True if the quoted lines follow each other in the source, at any indentation; `…` skips lines."""
+    """Return True if the source has the quoted lines in sequence, at any indentation; `…` skips lines."""
     patterns = []
     for part in re.split(r"^\s*…\s*\n", quoted, flags=re.M):
         lines = textwrap.dedent(part).splitlines()
@@ -22,18 +22,16 @@ def _is_quoted_from(quoted: str, source: str) -> bool:
     return re.search("^" + "(?:.*\n)*?".join([first, *patterns[1:]]), source, re.M) is not None
 
 
-def test_a_quotation_must_be_exact():
+def test_only_exact_quotations_are_accepted():
     source = "def f(x):\n    if x:\n        y = 1\n\n        z = 2\n    return x\n"
-    assert _is_quoted_from("if x:\n    y = 1\n\n    z = 2\n", source)
-    assert _is_quoted_from("if x:\n    …\nreturn x\n", source)
-    assert not _is_quoted_from("if x:\n    z = 2\n", source)
-    assert not _is_quoted_from("if x:\ny = 1\n", source)  # another indentation
-    assert not _is_quoted_from("return\n", source)  # half a line
+    assert all(_is_quoted_from(q, source) for q in ("if x:\n    y = 1\n\n    z = 2\n", "if x:\n    …\nreturn x\n"))
+    wrong = ("if x:\n    z = 2\n", "if x:\ny = 1\n", "return\n")  # a missing line, indentation, half a line
+    assert not any(_is_quoted_from(q, source) for q in wrong)
 
 
 @pytest.mark.parametrize(("path", "quoted"), QUOTES, ids=[f"{i}-{path}" for i, (path, _) in enumerate(QUOTES)])
-def test_quoted_lines_are_those_of_the_file(path, quoted):
-    assert _is_quoted_from(quoted, (ROOT / path).read_text()), f"{path} has other lines now; quote those:\n{quoted}"
+def test_quoted_code_equals_the_file(path, quoted):
+    assert _is_quoted_from(quoted, (ROOT / path).read_text()), f"{path} has other lines now: update\n{quoted}"
 
 
 def test_every_block_is_a_quotation_or_runs():
@@ -70,7 +68,7 @@ def test_formulas_are_well_formed():
         assert bare.count("{") == bare.count("}"), formula
         assert bare.count("(") == bare.count(")"), formula
         assert formula.count(r"\left") - formula.count(r"\leftarrow") == formula.count(r"\right"), formula
-        # Markdown takes a backslash before a mark for itself, and * for emphasis
+        # Markdown consumes a backslash before a mark, and reads * as emphasis
         assert not re.search(r"\\[^A-Za-z]", formula), formula
         assert "*" not in formula, formula
         assert "|" not in formula, formula  # \lVert, \lvert: tables end a cell at |

@@ -1,4 +1,4 @@
-"""CRATE against the released behaviour, both residual forms, timm's contract, and bad arguments."""
+"""CRATE against the released module and the reference; compilation, precision, bad arguments."""
 
 import pytest
 import timm
@@ -15,9 +15,6 @@ from crate_fast.errors import UserError
 from crate_fast.reference import layer_reference
 
 SMALL = {"image_size": 32, "patch_size": 8, "num_classes": 7, "dim": 48, "depth": 3, "heads": 3, "dim_head": 16}
-
-
-# --- the released code ---
 
 
 @pytest.mark.parametrize(
@@ -55,7 +52,7 @@ def test_the_fast_fp32_path_agrees_with_the_released_module():
         assert (gradient - released[name]).abs().max() < 1e-4 * released[name].abs().max(), name
 
 
-def test_released_hooks_and_attributes_work():
+def test_hooks_and_attributes_of_the_released_module_work():
     model = CRATE(**SMALL)
     seen = []
     assert model.transformer.heads == 3
@@ -75,7 +72,7 @@ def test_initial_distributions_are_the_released_ones():
             assert ours.abs().max().item() == pytest.approx(theirs.abs().max().item(), rel=0.3), name
 
 
-SIZES = {  # width, depth, heads, patch, classes; and what the papers print, in millions of parameters
+SIZES = {  # width, depth, heads, patch, classes, and the papers' millions of parameters
     "crate_tiny_patch16_224": (384, 12, 6, 16, 1000, "6.09"),
     "crate_small_patch16_224": (576, 12, 12, 16, 1000, "13.12"),
     "crate_base_patch16_224": (768, 12, 12, 16, 1000, "22.80"),
@@ -95,15 +92,11 @@ def test_registered_names_and_released_factories_build_the_papers_sizes(name):
         models = [timm.create_model(name), *([FACTORIES[name.split("_")[1]]()] if patch == 16 else [])]
         released = ReleasedCRATE(image_size=224, patch_size=patch, num_classes=classes, **sizes)
     for model in models:
-        assert {k: v.shape for k, v in model.state_dict().items()} == {
-            k: v.shape for k, v in released.state_dict().items()
-        }
+        shapes = [{k: v.shape for k, v in one.state_dict().items()} for one in (model, released)]
+        assert shapes[0] == shapes[1]
         assert {step.fn.heads for step, _ in model.transformer.layers} == {heads}
         assert f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}" == printed
         assert model.num_classes == classes
-
-
-# --- layers and ablations ---
 
 
 @pytest.mark.parametrize("threshold", ["relu", "soft"])
@@ -112,29 +105,14 @@ def test_every_layer_equals_the_reference(residual, threshold):
     model = CRATE(**SMALL, residual=residual, threshold=threshold, ista=0.2, sparsity=0.3).double()
     x = torch.randn(2, 60, 48, dtype=torch.float64)
     for layer in model.transformer.layers:
-        weights = dict(layer.named_parameters())
-        expected = layer_reference(
-            x, weights, heads=3, residual=residual, step_size=0.2, sparsity=0.3, threshold=threshold
-        )
-        actual = layer(x)
-        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
-        x = actual
+        weights, options = dict(layer.named_parameters()), {"residual": residual, "threshold": threshold}
+        expected = layer_reference(x, weights, heads=3, step_size=0.2, sparsity=0.3, **options)
+        torch.testing.assert_close(x := layer(x), expected, rtol=0, atol=1e-12)
     if threshold == "relu":
         assert (x >= 0).all()
 
 
-def test_dropout_acts_in_training_only():
-    model = CRATE(**SMALL, dropout=0.3, emb_dropout=0.2)
-    images = torch.randn(2, 3, 32, 32)
-    assert not torch.equal(model(images), model(images))
-    model.eval()
-    assert torch.equal(model(images), model(images))
-
-
-# --- timm's contract ---
-
-
-def test_intermediates_are_the_layers_outputs():
+def test_intermediates_are_the_outputs_of_the_layers():
     model = CRATE(**SMALL).eval()
     images = torch.randn(2, 3, 32, 32)
     outputs = []
@@ -146,21 +124,18 @@ def test_intermediates_are_the_layers_outputs():
         assert taken.shape == (2, 48, 4, 4)
         torch.testing.assert_close(taken.flatten(2).transpose(1, 2), output[:, 1:])
     torch.testing.assert_close(final, outputs[-1])
-
     (last,) = model.get_intermediate_layers(images, n=1, norm=True)
     torch.testing.assert_close(last, model.mlp_head[0](outputs[2][:, 1:]))
     pairs = model.get_intermediate_layers(images, n=[0, 2], reshape=True, return_prefix_tokens=True)
     assert [(a.shape, b.shape) for a, b in pairs] == [((2, 48, 4, 4), (2, 1, 48))] * 2
-
     outputs.clear()
-    early = model.forward_intermediates(
-        images, indices=[0], stop_early=True, output_fmt="NLC", intermediates_only=True
-    )
+    options = {"stop_early": True, "output_fmt": "NLC", "intermediates_only": True}
+    early = model.forward_intermediates(images, indices=[0], **options)
     assert len(outputs) == 1
     torch.testing.assert_close(early[0], outputs[0][:, 1:])
 
 
-def test_input_size_changes_without_touching_the_parameter():
+def test_the_input_size_can_be_changed_and_changed_back():
     model = CRATE(**SMALL).eval()
     before = {k: v.clone() for k, v in model.state_dict().items()}
     images = torch.randn(1, 3, 32, 32)
@@ -198,7 +173,7 @@ def test_compiles_with_inductor():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_and_low_precision(dtype):
+def test_autocast_and_low_precision_stay_near_fp32(dtype):
     model = CRATE(**SMALL).eval()
     images = torch.randn(2, 3, 32, 32)
     exact = model(images)
@@ -211,7 +186,7 @@ def test_autocast_and_low_precision(dtype):
     torch.testing.assert_close(low.float(), exact, rtol=4 * tolerance, atol=4 * tolerance)
 
 
-def test_optimizer_groups():
+def test_weight_decay_is_for_matrices_only():
     model = CRATE(**SMALL)
     assert all(name in dict(model.named_parameters()) for name in model.no_weight_decay())
     groups = param_groups_weight_decay(model, 0.05, no_weight_decay_list=model.no_weight_decay())
@@ -221,13 +196,13 @@ def test_optimizer_groups():
         assert (id(parameter) in decayed) == matrix, name
 
 
-def test_device_and_dtype_of_the_parameters():
+def test_parameters_have_the_given_device_and_dtype():
     model = CRATE(**SMALL, device="meta", dtype=torch.bfloat16)
     assert {(p.device.type, p.dtype) for p in model.parameters()} == {("meta", torch.bfloat16)}
     assert model(torch.empty(2, 3, 32, 32, device="meta", dtype=torch.bfloat16)).shape == (2, 7)
 
 
-def test_timm_options():
+def test_options_are_accepted_through_timm():
     options = {"attention": "mhsa", "sparsifier": "mlp", "mlp_dim": 40}
     model = timm.create_model("crate_base_patch16_224", img_size=32, dim=96, heads=2, depth=1, **options)
     attention, mlp = model.transformer.layers[0]
@@ -252,12 +227,12 @@ def test_timm_options():
         ({"num_classes": -1}, "num_classes=-1"),
     ],
 )
-def test_bad_arguments_are_named(changes, message):
+def test_bad_arguments_are_errors(changes, message):
     with pytest.raises(ValueError, match=message):
         CRATE(**(SMALL | changes))
 
 
-def test_bad_images_are_named():
+def test_bad_images_are_errors():
     model = CRATE(**SMALL)
     with pytest.raises(ValueError, match=r"images are 64×64 and the model expects 32×32.*set_input_size"):
         model(torch.zeros(1, 3, 64, 64))
@@ -278,10 +253,10 @@ def test_bad_images_are_named():
 
 
 @pytest.mark.parametrize("onednn", ["0", "1"])
-def test_pytorch_counts_the_operations_of_the_cpus_operators(onednn, monkeypatch):
+def test_pytorchs_counter_counts_the_operations_of_the_cpu_operators(onednn, monkeypatch):
     monkeypatch.setenv("CRATE_FAST_ONEDNN", onednn)
     images = torch.zeros(8, 3, 32, 32)
-    model = CRATE(**SMALL, sparsifier="mlp")  # ISTA's cheaper form, chosen by the batch, is not that of meta tensors
+    model = CRATE(**SMALL, sparsifier="mlp")  # ISTA has another form for meta tensors
     with FlopCounterMode(display=False) as counter:
         logits = model(images)
         forward = counter.get_total_flops()
@@ -289,7 +264,7 @@ def test_pytorch_counts_the_operations_of_the_cpus_operators(onednn, monkeypatch
     with FlopCounterMode(display=False) as plain, sdpa_kernel(SDPBackend.MATH):
         model.to("meta")(images.to("meta"))
     assert forward == plain.get_total_flops() > 0
-    assert 3 * forward <= counter.get_total_flops() < 3.1 * forward  # attention computes its weights again
+    assert 3 * forward <= counter.get_total_flops() < 3.1 * forward  # backward recomputes the weights of attention
 
 
 def test_a_projection_wrapped_for_adaptation_trains():

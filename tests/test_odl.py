@@ -1,4 +1,4 @@
-"""ODL and CRATE-α: against the float64 reference and the released module, on a CPU and by the kernels."""
+"""ODL and CRATE-α against the float64 reference and the released module, on a CPU and by the kernels."""
 
 from functools import partial
 from pathlib import Path
@@ -40,12 +40,9 @@ def released() -> ReleasedCRATEAlpha:
     return ReleasedCRATEAlpha(**SIZES)
 
 
-# --- the operator -------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture(params=["MKL", "oneDNN", "kernels"])
 def backend(request, monkeypatch) -> str:
-    """The kernels, or PyTorch with either library of the CPU."""
+    """The kernels, or PyTorch with one of the CPU's libraries."""
     monkeypatch.setenv("CRATE_FAST_ONEDNN", str(int(request.param == "oneDNN")))
     return "triton" if request.param == "kernels" else "torch"
 
@@ -56,7 +53,7 @@ CASES = [((2, 17, 48), False), ((2, 17, 48), True), ((130, 16), False), ((1, 80)
 @pytest.mark.parametrize("steps", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize(("shape", "with_norm"), CASES, ids=str)
-def test_the_function_is_the_reference(shape, with_norm, dtype, backend, steps, device, poisoned):
+def test_odl_agrees_with_the_reference(shape, with_norm, dtype, backend, steps, device, poisoned):
     def ours(x, dictionary, decoder, *channels):
         norm = (*channels, 1e-6) if channels else None
         return odl.odl(x, dictionary, decoder, steps=steps, norm=norm, backend=backend)
@@ -72,23 +69,22 @@ def test_the_function_is_the_reference(shape, with_norm, dtype, backend, steps, 
     assert agrees(ours, reference, inputs, names)
 
 
-def test_tied_dictionaries_and_single_gradients(backend, device):
+def test_tied_dictionaries_and_single_gradients_agree_with_the_reference(backend, device):
     x, dictionary, decoder = _inputs(device=device)
     tied = partial(odl.odl, backend=backend)
     assert agrees(lambda x, d: tied(x, d, d), lambda x, d: odl_reference(x, d, d), [x, dictionary], "y dx dD")
     for wanted in ([x], [dictionary], [decoder]):
-        ours, whole = (
-            torch.autograd.grad(f(x, dictionary, decoder).square().sum(), wanted)[0] for f in (tied, odl_reference)
-        )
+        losses = (f(x, dictionary, decoder).square().sum() for f in (tied, odl_reference))
+        ours, whole = (torch.autograd.grad(loss, wanted)[0] for loss in losses)
         torch.testing.assert_close(ours, whole, rtol=1e-4, atol=1e-4 * whole.abs().max().item())
 
 
-def test_bfloat16_kernels_by_the_rule_of_two(device, bfloat16):
+def test_bfloat16_kernels_are_within_twice_eagers_error(device, bfloat16):
     inputs = _inputs((130, 64), 256, torch.bfloat16, device)
     assert agrees(partial(odl.odl, backend="triton"), odl_reference, inputs, NAMES)
 
 
-def test_under_autocast_by_the_rule_of_two(device, poisoned):
+def test_odl_under_autocast_is_within_twice_eagers_error(device, poisoned):
     low = torch.autocast(device.type, torch.float16)
     inputs = _inputs((2, 65, 48), device=device)
     grad = torch.randn_like(inputs[0]).half()
@@ -114,7 +110,7 @@ def test_mutants_of_the_kernel_fail(mutation, device, tmp_path, monkeypatch):
 
 
 def _agrees_with_changed_algebra(folder, mutation=("", "")) -> bool:
-    """Judge a copy of odl.py in which one passage says something else, with operators of its own."""
+    """Return True if a copy of odl.py, with one passage replaced and its own operators, agrees with the reference."""
     text = Path(odl.__file__).read_text()
     assert mutation[0] == "" or text.count(mutation[0]) == 1
     text = text.replace(*mutation) if mutation[0] else text
@@ -136,7 +132,7 @@ def test_mutants_of_the_algebra_fail(tmp_path):
         assert not _agrees_with_changed_algebra(tmp_path, mutation), mutation
 
 
-def test_a_nan_and_an_empty_batch_come_through():
+def test_a_nan_is_not_hidden_and_an_empty_batch_has_zero_gradients():
     x, dictionary, decoder = (tensor.detach() for tensor in _inputs())
     for changed in (x, dictionary):
         kept, changed[..., 0, 0] = changed[..., 0, 0].clone(), torch.nan
@@ -148,7 +144,7 @@ def test_a_nan_and_an_empty_batch_come_through():
     assert all(torch.equal(g, torch.zeros_like(g)) for g in torch.autograd.grad(y.sum(), weights))
 
 
-def test_second_derivatives_and_transforms(device):
+def test_second_derivatives_are_an_error_except_through_torch_func(device):
     x, dictionary, decoder = _inputs((3, 8), 32)
     first = torch.autograd.grad(odl.odl(x, dictionary, decoder).sum(), x, create_graph=True)[0]
     with pytest.raises(RuntimeError, match="cannot be differentiated again"):
@@ -162,23 +158,14 @@ def test_second_derivatives_and_transforms(device):
     torch.testing.assert_close(hessian, expected)
 
 
-def test_what_is_kept_for_backward_is_the_codes_and_two_rows_a_token():
-    sizes, (x, dictionary, decoder) = [], _inputs((1, 100, 64), 256)
-
-    def keep(tensor):
-        if tensor.shape[0] == 100:
-            sizes.append(tensor.numel() // 100)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+def test_backward_keeps_the_codes_and_two_rows_per_token():
+    kept, (x, dictionary, decoder) = [], _inputs((1, 100, 64), 256)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         odl.odl(x[0], dictionary, decoder)
-    assert sum(sizes) == 64 + 64 + 2 * 256  # x, v, z₁, z₂
+    assert sum(t.numel() for t in kept if t.shape[0] == 100) == 100 * (64 + 64 + 2 * 256)  # x, v, z₁, z₂
 
 
-# --- the model ----------------------------------------------------------------------------------------------------
-
-
-def test_released_weights_load_and_the_outputs_and_gradients_are_the_released(released, tmp_path):
+def test_released_weights_load_and_give_the_released_outputs_and_gradients(released, tmp_path):
     torch.save(released.state_dict(), tmp_path / "alpha.pth")
     ours = load_weights(_alpha(), tmp_path / "alpha.pth").double()
     direct = _alpha()
@@ -191,7 +178,7 @@ def test_released_weights_load_and_the_outputs_and_gradients_are_the_released(re
     grad = torch.randn_like(logits)
     logits.backward(grad)
     expected.backward(grad)
-    with torch.no_grad():  # the gradients, under the released names
+    with torch.no_grad():  # gives the gradients their released names
         for parameter in ours.parameters():
             parameter.copy_(parameter.grad)
     found = released_state_dict(ours)
@@ -200,7 +187,7 @@ def test_released_weights_load_and_the_outputs_and_gradients_are_the_released(re
         assert (found[name] - parameter.grad).abs().max() <= 1e-10 * parameter.grad.abs().max(), name
 
 
-def test_a_step_of_the_kernels_is_the_released(released, device):
+def test_the_kernels_give_the_released_outputs_and_gradients(released, device):
     ours = _alpha(backend="triton").to(device)
     ours.load_state_dict(released.state_dict())
     images, released = torch.randn(2, 3, 32, 32, device=device), released.to(device)
@@ -212,7 +199,7 @@ def test_a_step_of_the_kernels_is_the_released(released, device):
         torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-3 * theirs.abs().max().item())
 
 
-def test_variants_have_no_released_names():
+def test_variants_are_not_exported():
     for option in ({"odl_tied": True}, {"odl_steps": 1}, {"odl_residual": False}, {"layer_eps": 1e-5}):
         with pytest.raises(UserError, match=f"the released code has no such model.*{next(iter(option))}"):
             released_state_dict(_alpha(**option))
@@ -223,7 +210,7 @@ def test_variants_have_no_released_names():
     [{}, {"odl_tied": True}, {"odl_steps": 1}, {"odl_residual": False}, {"odl_ratio": 1, "drop_path_rate": 0.3}],
     ids=str,
 )
-def test_every_variant_trains_compiles_into_a_script_and_is_white_box(options):
+def test_every_variant_trains_and_has_a_script_and_a_trace(options):
     model = _alpha(**options)
     images = torch.randn(2, 3, 32, 32)
     model(images).sum().backward()
@@ -253,7 +240,7 @@ def test_every_variant_trains_compiles_into_a_script_and_is_white_box(options):
         ({"decoder": torch.zeros(48, 192).double()}, "decoder is torch.float64 and x torch.float32"),
     ],
 )
-def test_the_operator_names_bad_input(change, message):
+def test_bad_input_of_the_operator_is_an_error(change, message):
     x, dictionary, decoder = _inputs()
     with pytest.raises((ValueError, TypeError), match=message):
         odl.odl(**({"x": x, "dictionary": dictionary, "decoder": decoder} | change))
@@ -267,12 +254,12 @@ def test_the_operator_names_bad_input(change, message):
         ({"odl_ratio": 0}, "odl_ratio=0"),
     ],
 )
-def test_bad_arguments_name_themselves(options, message):
+def test_bad_arguments_of_the_model_are_errors(options, message):
     with pytest.raises(UserError, match=message):
         _alpha(**options)
 
 
-def test_its_form_is_settings_of_training():
+def test_variants_are_settings_of_training():
     settings = {"odl_ratio": 2, "odl_steps": 1, "odl_tied": True, "odl_residual": False}
     model = build_model(TrainConfig(sparsifier="odl", dim=48, depth=1, **settings), 3)
     assert model.state_dict()["transformer.layers.0.1.fn.D"].shape == (48, 96)
@@ -280,24 +267,20 @@ def test_its_form_is_settings_of_training():
     assert set(expected.state_dict()) - set(model.state_dict()) == {"transformer.layers.0.1.fn.D1"}
 
 
-def test_it_compiles():
-    model = _alpha(depth=1).eval()
-    images = torch.randn(2, 3, 32, 32)
+def test_the_model_compiles_without_graph_breaks():
+    model, images = _alpha(depth=1).eval(), torch.randn(2, 3, 32, 32)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(images), model(images), rtol=1e-4, atol=1e-4)
     compiled(images).sum().backward()
 
 
-# --- timm ---------------------------------------------------------------------------------------------------------
-
-
-def test_sizes_are_the_papers():
+def test_models_have_the_papers_numbers_of_parameters():
     for build, millions in ((crate_fast.CRATE_alpha_base, 72.33), (crate_fast.CRATE_alpha_large, 253.65)):
         with torch.device("meta"):
             assert sum(p.numel() for p in build().parameters()) / 1e6 == pytest.approx(millions, abs=0.01)
 
 
-def test_pretrained_weights_come_from_a_file_where_there_is_one(tmp_path):
+def test_pretrained_weights_load_from_a_file(tmp_path):
     name, sizes = "crate_alpha_base_patch16_224", {"depth": 1, "embed_dim": 64, "num_heads": 2}
     source = ReleasedCRATEAlpha(image_size=224, patch_size=16, num_classes=1000, dim=64, depth=1, heads=2)
     torch.save(source.state_dict(), tmp_path / "alpha.pth")
@@ -311,7 +294,7 @@ def test_pretrained_weights_come_from_a_file_where_there_is_one(tmp_path):
     assert torch.equal(few.pos_embedding, model.pos_embedding)
 
 
-def test_without_a_network_the_error_says_what_to_do(monkeypatch):
+def test_without_a_network_pretrained_weights_are_an_error(monkeypatch):
     def offline(*_, **__):
         raise FileNotFoundError("no network")
 

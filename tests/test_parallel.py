@@ -1,4 +1,4 @@
-"""One process, DDP, FSDP2 and hybrid sharding: the same losses; checkpoints that any number of processes takes."""
+"""One process, DDP, FSDP2 and hybrid sharding have the same losses and read each other's checkpoints."""
 
 import json
 import math
@@ -26,7 +26,7 @@ def alone(tmp_path_factory):
 
 
 def _agrees(folder, alone) -> None:
-    """Every measured number but the speed, and the weights, to rounding."""
+    """Check that weights and all logged numbers but the speed agree to rounding."""
     ours, theirs = entries(folder), entries(alone)
     assert [entry.keys() for entry in ours] == [entry.keys() for entry in theirs]
     for one, other in zip(ours, theirs, strict=True):
@@ -40,7 +40,7 @@ def _agrees(folder, alone) -> None:
         assert all(torch.allclose(first[key], second[key], rtol=1e-3, atol=2e-4) for key in first)
 
 
-def test_hybrid_sharding_over_two_hosts(alone, tmp_path):
+def test_hybrid_sharding_over_two_hosts_trains_as_one_process(alone, tmp_path):
     folder = tmp_path / "hosts"
     text = run(*WORDS, "--parallel", "hsdp", "--output", str(folder), processes=4, hosts=2)
     assert "on 4 × cpu (hsdp)" in text
@@ -49,7 +49,7 @@ def test_hybrid_sharding_over_two_hosts(alone, tmp_path):
 
 @pytest.fixture(scope="module")
 def pair(alone, tmp_path_factory):
-    """Finished runs of two processes, by engine, which train as one does; all 21 validation images count."""
+    """A function that returns the folder of a run of two processes by engine, which must agree with one process."""
     made = {}
 
     def finished(parallel: str):
@@ -65,14 +65,14 @@ def pair(alone, tmp_path_factory):
 
 
 @pytest.mark.parametrize(("saved_by", "count", "loaded_by"), [("ddp", 3, "fsdp"), ("fsdp", 1, "ddp")])
-def test_saved_by_two_loaded_by_any_number(alone, pair, tmp_path, saved_by, count, loaded_by):
+def test_a_checkpoint_of_two_processes_loads_into_any_number(alone, pair, tmp_path, saved_by, count, loaded_by):
     folder = back_to(pair(saved_by), 2, tmp_path / "run")
     text = run(*WORDS, "--output", str(folder), "--resume", "--parallel", loaded_by, processes=count)
     assert "from step 2 on" in text
     _agrees(folder, alone)
 
 
-def test_a_resumed_pair_is_bit_identical(pair, tmp_path):
+def test_a_resumed_run_of_two_processes_is_bit_identical(pair, tmp_path):
     whole = pair("fsdp")
     folder = back_to(whole, 2, tmp_path / "run")
     run(*WORDS, "--output", str(folder), "--parallel", "fsdp", *ACCUMULATED, "--resume", processes=2)
@@ -80,8 +80,8 @@ def test_a_resumed_pair_is_bit_identical(pair, tmp_path):
     assert losses(whole) == losses(folder)
 
 
-def test_fp16_and_a_step_that_is_not_finite_in_a_sharded_model(tmp_path):
-    """The scaler and the skipping agree over the processes."""
+def test_sharded_processes_skip_the_same_step_in_fp16(tmp_path):
+    """The values of only one process are not finite."""
     code = (
         "import math\n"
         "from crate_fast.train.trainer import Trainer\n"
@@ -98,7 +98,7 @@ def test_fp16_and_a_step_that_is_not_finite_in_a_sharded_model(tmp_path):
     assert all(math.isfinite(loss) for loss in losses(tmp_path).values())
 
 
-def test_what_cannot_be_sharded_is_refused():
+def test_settings_that_cannot_be_sharded_are_errors():
     pair = Processes(0, 0, 2, torch.device("cpu"), 2)
     config = tiny_config(parallel="fsdp", clip_mode="agc", clip_grad=0.01)
     with pytest.raises(ValueError, match="clip_mode='agc' needs whole weights"):
@@ -113,7 +113,7 @@ def test_what_cannot_be_sharded_is_refused():
 
 
 def test_after_an_error_a_process_does_not_wait_for_the_others(monkeypatch):
-    """NCCL destroys a group together with processes that are in a collective of their own, and so never."""
+    """NCCL would wait for the other processes to destroy the group, and they may be in a collective."""
     monkeypatch.setenv("WORLD_SIZE", "2")
     ended = []
     monkeypatch.setattr(distributed.dist, "init_process_group", lambda *_, **__: None)

@@ -1,4 +1,4 @@
-"""Planted foregrounds and parts; scores by hand; every mode of the command end to end."""
+"""PCA of features: planted foregrounds and parts, scores by hand, and every mode of the command."""
 
 import json
 from types import SimpleNamespace
@@ -9,20 +9,13 @@ import torch
 
 from crate_fast.eval.common.features import Features, LayerTokens
 from crate_fast.eval.common.images import Batch, Sample, SceneImages, Target
-from crate_fast.eval.pca import (
-    TooFewPatchesError,
-    evaluate,
-    foreground,
-    main,
-    pca_rgb,
-    principal_components,
-)
+from crate_fast.eval.pca import TooFewPatchesError, evaluate, foreground, main, pca_rgb, principal_components
 
 CRATE = ["A=crate_tiny_patch8_224@untrained", "--model-args", "depth=3", "dim=32", "heads=2", "img_size=32"]
 
 
 def _planted(offset: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
-    """(features [2, 36, 8], mask): two clusters ±, the inner one within an image's border."""
+    """Return features [2, 36, 8] of two opposite clusters, and the mask of the inner one."""
     mask = torch.zeros(2, 6, 6, dtype=torch.bool)
     mask[0, 2:4, 1:5] = mask[1, 1:5, 2:4] = True
     mask = mask.flatten(1)
@@ -31,7 +24,7 @@ def _planted(offset: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
     return features + 0.05 * torch.randn(features.shape, generator=torch.Generator().manual_seed(1)), mask
 
 
-def test_components_by_hand():
+def test_principal_components_by_hand():
     tokens = torch.tensor([[2.0, 0, 0], [-2.0, 0, 0], [0, -1.0, 0], [0, -1.0, 0]])
     components, shares = principal_components(tokens, 2)
     assert components.T.tolist() == [[1, 0, 0], [0, 1, 0]]  # the largest entry is positive
@@ -42,7 +35,7 @@ def test_components_by_hand():
 
 @pytest.mark.parametrize("scaling", ["raw", "minmax"])
 @pytest.mark.parametrize("sign", [1, -1])
-def test_foreground_is_the_planted_one_under_either_sign(scaling, sign):
+def test_the_planted_foreground_is_found_for_both_signs(scaling, sign):
     features, mask = _planted()
     found = foreground(sign * features, scaling=scaling)
     assert torch.equal(found.mask, mask)
@@ -50,7 +43,7 @@ def test_foreground_is_the_planted_one_under_either_sign(scaling, sign):
     assert len(found.explained) == 4
 
 
-def test_minmax_knows_no_scale_and_no_offset_where_raw_does():
+def test_minmax_scaling_ignores_scale_and_offset_and_raw_does_not():
     features, mask = _planted()
     for changed in (1e-3 * features, 1e3 * features, features + 10):
         assert torch.equal(foreground(changed, scaling="minmax").mask, mask)
@@ -58,17 +51,17 @@ def test_minmax_knows_no_scale_and_no_offset_where_raw_does():
     assert not torch.equal(foreground(features + 10).mask, mask)
 
 
-def test_raw_keeps_projections_from_the_threshold_on():
+def test_raw_scaling_keeps_projections_from_the_threshold_on():
     features = torch.zeros(1, 16, 3)
     features[0, [5, 6, 9, 10], 0] = torch.tensor([0.25, 0.5, 0.75, 3.0])
-    assert foreground(features).mask[0].nonzero().flatten().tolist() == [6, 9, 10]
-    assert foreground(features, threshold=0.7).mask[0].nonzero().flatten().tolist() == [9, 10]
-    assert foreground(features, threshold=0).mask[0].nonzero().flatten().tolist() == [5, 6, 9, 10]
+    for threshold, kept in ((0.5, [6, 9, 10]), (0.7, [9, 10]), (0, [5, 6, 9, 10])):
+        assert foreground(features, threshold=threshold).mask[0].nonzero().flatten().tolist() == kept
+    assert torch.equal(foreground(features).mask, foreground(features, threshold=0.5).mask)
     np.testing.assert_allclose(foreground(features).projection[0, [5, 10, 0]], [0.25, 3, 0], atol=1e-12)
 
 
-def test_one_component_for_all_images():
-    """Alone, the second image has no foreground direction but its own noise; together it follows the first."""
+def test_all_images_share_one_component():
+    """The second image alone has no direction but its noise; with the first it follows the first."""
     features, mask = _planted()
     faint = torch.cat([features[:1], 0.4 * features[1:]])
     assert torch.equal(foreground(faint).mask, mask)
@@ -84,14 +77,14 @@ def test_one_component_for_all_images():
         (torch.full((2, 36, 8), torch.nan), {}, "NaN"),
     ],
 )
-def test_bad_input_is_named(features, settings, message):
+def test_bad_input_is_an_error(features, settings, message):
     with pytest.raises(ValueError, match=message):
         foreground(features, **settings)
     with pytest.raises(ValueError, match="3 components need 3 features, not 2"):
         pca_rgb(features[..., :2])
 
 
-def test_parts_have_colours_of_their_own_in_all_images():
+def test_parts_have_the_same_colours_in_all_images():
     features, mask = torch.zeros(2, 25, 6), torch.zeros(2, 25, dtype=torch.bool)
     parts = {0: [6, 7], 1: [11, 12, 13], 2: [16, 17, 18, 8]}
     for part, patches in parts.items():
@@ -107,7 +100,7 @@ def test_parts_have_colours_of_their_own_in_all_images():
         assert torch.allclose(colour, torch.tensor(expected).float().expand_as(colour), atol=1e-6)
 
 
-def test_colours_are_the_projections_between_two_percentiles():
+def test_colours_are_projections_clipped_to_two_percentiles():
     features = torch.randn(3, 50, 8, generator=torch.Generator().manual_seed(0)) * torch.arange(9, 1, -1)
     colours, shares = pca_rgb(features, first=2)
     tokens = features.flatten(0, 1).double().numpy()
@@ -118,11 +111,10 @@ def test_colours_are_the_projections_between_two_percentiles():
         low, high = np.quantile(values, [0.02, 0.98])
         expected = np.clip((values - low) / (high - low), 0, 1)
         np.testing.assert_allclose(colours[..., channel].flatten(), expected, atol=1e-5)
-    assert colours.min() == 0
-    assert colours.max() == 1
+    assert (colours.min(), colours.max()) == (0, 1)
 
 
-def test_too_few_patches_is_an_error_that_says_so():
+def test_too_few_patches_are_an_error():
     mask = torch.zeros(1, 16, dtype=torch.bool)
     mask[0, :3] = True
     with pytest.raises(TooFewPatchesError, match="3 of 16 patches.*--threshold"):
@@ -130,7 +122,7 @@ def test_too_few_patches_is_an_error_that_says_so():
 
 
 def _subject(features: torch.Tensor) -> SimpleNamespace:
-    """A model that returns prepared features [J, 16, C]: image i is filled with the value i."""
+    """Return a model of prepared features [J, 16, C]: an image filled with the value i has features i."""
 
     def extract(images, layers):
         rows = features[images[:, 0, 0, 0].long()].unsqueeze(2)
@@ -148,11 +140,11 @@ def _batch(number: int, mask: torch.Tensor | None) -> Batch:
     return Batch(image[None], [Sample(number, image, (4, 4), target)])
 
 
-def test_scores_shares_and_groups_by_hand():
+def test_scores_and_groups_by_hand():
     generator = torch.Generator().manual_seed(0)
     features = -torch.ones(4, 16, 4)
     features[:2, [5, 6, 9, 10]] = 3.0
-    features[3, 5] = 9.0  # alone in the second group, too few for colours
+    features[3, 5] = 9.0  # the only patch of the second group, too few for colours
     features += 0.01 * torch.randn(features.shape, generator=generator)
     object_mask = torch.zeros(16, dtype=torch.bool)
     object_mask[[5, 6]] = True
@@ -174,7 +166,7 @@ def test_scores_shares_and_groups_by_hand():
     assert (result["colours"][0].sum(axis=-1) > 0).reshape(-1).nonzero()[0].tolist() == [5, 6, 9, 10]
 
 
-def test_layers_are_analysed_apart():
+def test_layers_are_analysed_separately():
     features = torch.randn(2, 16, 6, generator=torch.Generator().manual_seed(0))
     batches = [_batch(0, None), _batch(1, None)]
     layers = evaluate(_subject(features), batches, [3, 0], first=2)["layers"]
@@ -188,7 +180,7 @@ def _run(tmp_path, *words, models=CRATE):
     return json.loads((tmp_path / "results.json").read_text())
 
 
-def test_one_layer_gives_a_column_a_model(tmp_path, drawn):
+def test_with_one_layer_the_figure_has_a_column_per_model(tmp_path, drawn):
     models = [CRATE[0], "V=vit_tiny_patch16_224@untrained", "--model-args", "depth=2", "img_size=64"]
     results = _run(tmp_path, "--limit", "3", "--scaling", "minmax", models=models)
     rows, titles = drawn[0]
@@ -202,7 +194,7 @@ def test_one_layer_gives_a_column_a_model(tmp_path, drawn):
     assert results["config"]["scaling"] == "minmax"
 
 
-def test_all_layers_give_a_figure_a_model(tmp_path, capsys):
+def test_with_all_layers_every_model_has_a_figure(tmp_path, capsys):
     results = _run(tmp_path, "--limit", "2", "--layers", "all", "--components", "2-4")
     assert [layer["layer"] for layer in results["results"]["A"]["layers"]] == [0, 1, 2]
     assert "| A | 2 |" in capsys.readouterr().out
@@ -210,17 +202,17 @@ def test_all_layers_give_a_figure_a_model(tmp_path, capsys):
     assert written == {"pca_01.png", "pca_01.pdf", "pca.md", "pca.csv", "pca.tex", "results.json"}
 
 
-def test_grey_rows_stand_above_colour_rows(tmp_path, drawn):
+def test_the_first_component_is_drawn_in_grey_above_the_colours(tmp_path, drawn):
     _run(tmp_path, "--limit", "2", "--layers", "2,0", "--components", "2-4")
     rows, titles = drawn[0]
     assert titles["column_titles"] == ["image", "layer 2", "layer 0"]
     assert len(rows) == 4
     assert [picture.pixels.ndim for picture in rows[2]] == [3, 2, 2]  # image, component 1 of both layers
     assert [picture.pixels.ndim for picture in rows[3]] == [2, 3, 3]  # object, components 2 to 4
-    assert (rows[3][1].pixels.sum(axis=-1) > 0).mean() > 0.9  # nothing is left out
+    assert (rows[3][1].pixels.sum(axis=-1) > 0).mean() > 0.9  # no patch is left out
 
 
-def test_a_panel_without_foreground_is_reported_and_left_empty(tmp_path, capsys, drawn):
+def test_a_group_without_foreground_is_reported_and_left_empty(tmp_path, capsys, drawn):
     results = _run(tmp_path, "--limit", "3", "--threshold", "1e6", "--group", "2")
     assert all(row[2] is None for row in drawn[0][0])
     problems = [group["problem"] for group in results["results"]["A"]["layers"][0]["groups"]]
@@ -231,7 +223,7 @@ def test_a_panel_without_foreground_is_reported_and_left_empty(tmp_path, capsys,
 
 
 @pytest.mark.usefixtures("drawn")
-def test_only_images_of_a_class(tmp_path):
+def test_images_can_be_limited_to_a_class(tmp_path):
     scenes = SceneImages(32, 40)
     star = {name: number for number, name in scenes.class_names().items()}["star"]
     expected = [str(i) for i in range(40) if scenes[i].target.classes == [star]][:2]
@@ -239,6 +231,6 @@ def test_only_images_of_a_class(tmp_path):
     assert results["results"]["A"]["layers"][0]["groups"][0]["images"] == expected
 
 
-def test_a_class_that_is_not_there_is_one_message(tmp_path, refuses):
+def test_an_unknown_class_is_an_error(tmp_path, refuses):
     words = ["--data", "shape_scenes", "--limit", "1", "--output", str(tmp_path), "--class", "unicorn"]
     refuses("no such class; it has disc, ring", main, [*CRATE, *words])

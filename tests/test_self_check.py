@@ -1,6 +1,6 @@
-"""The first launch of a kernel variant is checked: wrong kernels are errors, right ones are checked once.
+"""The check at the first launch of a kernel variant: wrong kernels are errors, right ones are checked once.
 
-Kernels run in Triton's interpreter; a fault is put into what a launch has written.
+Kernels run in Triton's interpreter; faults change the output of a launch.
 """
 
 import importlib
@@ -18,7 +18,7 @@ from crate_fast import self_check, triton_ops
 from crate_fast.errors import UserError
 from crate_fast.kernels.launch import Launch, Tile
 from crate_fast.kernels.layer_norm import Norm
-from crate_fast.self_check import alike, checked
+from crate_fast.self_check import checked
 
 KERNELS = list(self_check._CHECKS)
 NORMED = {"layer_norm.backward", "ista.forward", "ista.masked_gradient", "product.product"}  # with and without a norm
@@ -30,7 +30,7 @@ def _function(name: str):
 
 
 def _arguments(name: str, device, dtype=torch.float16, rows: int = 40, width: int = 64, product=None, norm=True):
-    """Return a kernel's arguments: attention of `rows` tokens in two heads, the others of `rows` rows."""
+    """Return a kernel's arguments: `rows` tokens in two heads for attention, `rows` rows for the others."""
     product = product or dtype
 
     def normal(*shape, dtype=dtype):
@@ -42,7 +42,7 @@ def _arguments(name: str, device, dtype=torch.float16, rows: int = 40, width: in
     w = normal(3, rows, 2, width // 2)
     sign = torch.ones_like(x, dtype=torch.int8)
     layer_norm = Norm(mean, rstd, channel, channel) if norm else None
-    given = (low, None) if product == dtype else (x, mean)
+    given, tile = (low, None) if product == dtype else (x, mean), Tile(32, 128, 4, 1, 32, persistent=True)
     return {
         "attention.forward": (w, 0.2),
         "attention.backward": (w, w, w, torch.zeros(3, 2, rows, device=device), 0.2),
@@ -55,19 +55,13 @@ def _arguments(name: str, device, dtype=torch.float16, rows: int = 40, width: in
         "ista.forward": (x, low, folded, 0.01, not norm, layer_norm, norm),
         "ista.masked_gradient": (x, sign, product, norm),
         "ista.backward_input": (x, low, folded),
-        "product.product": (
-            low,
-            folded,
-            x,
-            Tile(32, 128, 4, 1, 32, persistent=True),
-            {"bias": channel, "norm": layer_norm},
-        ),
+        "product.product": (low, folded, x, tile, {"bias": channel, "norm": layer_norm}),
         "product.weight_gradient": (low, low),
     }[name]
 
 
 def _call(name: str, arguments: tuple, call=checked):
-    """Return `checked` of a kernel's function and its arguments; a dictionary at their end holds options."""
+    """Call `checked` with a kernel's function and its arguments, of which a last dictionary holds options."""
     *arguments, options = arguments if isinstance(arguments[-1], dict) else (*arguments, {})
     return call(_function(name), *arguments, **options)
 
@@ -78,13 +72,9 @@ def _shares(name: str, device, arguments: tuple) -> dict[str, float]:
     return self_check._shares(name, _function(name), small, options)
 
 
-def _unchecked(function, *arguments, **options):
-    return function(*arguments, **options)
-
-
 @pytest.fixture(autouse=True)
 def wanted(monkeypatch):
-    """The self-check is on, and has seen nothing."""
+    """Turn the self-check on and clear its record."""
     monkeypatch.setenv("CRATE_FAST_SELF_CHECK", "1")
     monkeypatch.setenv("CRATE_FAST_FUSED_PRODUCTS", "1")
     monkeypatch.setattr(self_check, "_right", set())
@@ -92,7 +82,7 @@ def wanted(monkeypatch):
 
 @pytest.fixture
 def tf32(monkeypatch):
-    """Products of fp32 in the interpreter cut their operands to TF32's bits, as tensor cores do."""
+    """Truncate the operands of fp32 products in the interpreter to TF32, as tensor cores do."""
     dot = InterpreterBuilder.create_dot
 
     def cut(handle):
@@ -106,7 +96,7 @@ def tf32(monkeypatch):
 
 @pytest.fixture
 def launches(monkeypatch):
-    """The launches so far; entries of `launches.faults` change what a kernel has written."""
+    """The list of launches so far; entries of its `faults` change the output of a kernel."""
 
     class Launches(list):
         faults = ()
@@ -122,9 +112,6 @@ def launches(monkeypatch):
 
     monkeypatch.setattr(Launch, "run", recorded)
     return seen
-
-
-# --- right and wrong ----------------------------------------------------------------------------------------------
 
 
 def _scale(tensor):
@@ -184,16 +171,16 @@ def test_a_wrong_kernel_is_an_error_at_its_first_launch(name, kernel, argument, 
         _call(name, _arguments(name, device))
     message = str(error.value)
     assert message.startswith(f"the kernel crate_fast::{name} is wrong: ")
-    for word in ("torch ", "triton ", "TRITON_PTXAS_PATH", "backend='torch'", "CRATE_FAST_SELF_CHECK=0"):
-        assert word in message
+    words = ("torch ", "triton ", "TRITON_PTXAS_PATH", "backend='torch'", "CRATE_FAST_SELF_CHECK=0")
+    assert [word for word in words if word not in message] == []
     assert "\n" not in message
-    assert self_check._right == set()  # so every later launch is an error too
+    assert self_check._right == set()  # every later launch is an error, too
 
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_a_right_kernel_is_checked_once(name, launches, device):
     arguments = _arguments(name, device)
-    expected = _call(name, arguments, _unchecked)
+    expected = _call(name, arguments, lambda function, *given, **options: function(*given, **options))
     alone, generator = len(launches), torch.get_rng_state()
     launches.clear()
     for total in (2 * alone, 3 * alone):
@@ -208,7 +195,7 @@ def test_a_right_kernel_is_checked_once(name, launches, device):
     ("dtype", "product"), [("float16", "float16"), ("float32", "float32"), ("float32", "float16")]
 )
 @pytest.mark.parametrize(("rows", "width"), [(1, 64), (129, 70)], ids=str)
-def test_right_kernels_stay_clear_of_the_limit(rows, width, dtype, product, tf32, device, poisoned):
+def test_right_kernels_are_well_below_the_limit(rows, width, dtype, product, tf32, device, poisoned):
     dtype, product = getattr(torch, dtype), getattr(torch, product)
     for name in KERNELS:
         for norm in (True, False) if name in NORMED else (True,):
@@ -217,7 +204,7 @@ def test_right_kernels_stay_clear_of_the_limit(rows, width, dtype, product, tf32
             assert max(shares.values()) <= 0.8, (name, norm, shares)
 
 
-def test_right_kernels_stay_clear_of_the_limit_in_bfloat16(bfloat16, device):
+def test_right_kernels_are_well_below_the_limit_in_bfloat16(bfloat16, device):
     for dtype in (torch.bfloat16, torch.float32):
         for name in KERNELS:
             if not (name.startswith("attention") and dtype == torch.float32):
@@ -237,7 +224,7 @@ def test_a_launch_that_fails_is_an_error_with_a_remedy(monkeypatch, device):
     assert isinstance(error.value.__cause__, ValueError)
 
 
-def test_where_memory_is_short_the_check_waits(launches, monkeypatch, device):
+def test_without_enough_memory_the_check_is_postponed(launches, monkeypatch, device):
     draws, like = iter([True, False]), self_check._Draw.like
 
     def short(*arguments):
@@ -246,16 +233,13 @@ def test_where_memory_is_short_the_check_waits(launches, monkeypatch, device):
         return like(*arguments)
 
     monkeypatch.setattr(self_check._Draw, "like", short)
-    for total in (1, 3, 4):  # unchecked; checked; known
+    for total in (1, 3, 4):  # postponed; checked; already checked
         _call("folding.fold", _arguments("folding.fold", device))
         assert len(launches) == total
 
 
-# --- when ---------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("value", ["0", None])
-def test_it_can_be_off_and_is_in_the_interpreter(value, launches, monkeypatch):
+def test_the_check_is_off_by_choice_and_in_the_interpreter(value, launches, monkeypatch):
     if value is None:
         monkeypatch.delenv("CRATE_FAST_SELF_CHECK")
     else:
@@ -278,14 +262,14 @@ def test_it_can_be_off_and_is_in_the_interpreter(value, launches, monkeypatch):
     ],
     ids=str,
 )
-def test_another_compiled_kernel_is_checked_again(change, again, device):
+def test_another_variant_of_a_kernel_is_checked(change, again, device):
     function = _function("ista.forward")
     checked(function, *_arguments("ista.forward", device))
     checked(function, *_arguments("ista.forward", device, **change))
     assert len(self_check._right) == 1 + again
 
 
-def test_alignment_and_strides_select_a_kernel_too(launches, device):
+def test_another_alignment_or_stride_is_another_variant(launches, device):
     function, room = _function("attention.forward"), torch.randn(2 * 41 * 64 + 1, device=device).half()
     aligned, shifted = (room[start : start + 2 * 40 * 64].view(2, 40, 2, 32) for start in (0, 1))
     strided = torch.randn(2, 2, 40, 32, device=device).half().transpose(1, 2)
@@ -297,8 +281,8 @@ def test_alignment_and_strides_select_a_kernel_too(launches, device):
     assert len(launches) == 9
 
 
-def test_threads_check_once_together(monkeypatch):
-    """With a check that takes its time, since Triton's interpreter serves one thread only."""
+def test_several_threads_check_a_kernel_once(monkeypatch):
+    """The check is a slow stand-in, because Triton's interpreter is not safe for threads."""
     checks, barrier = [], threading.Barrier(4)
 
     def slow(*arguments):
@@ -307,7 +291,7 @@ def test_threads_check_once_together(monkeypatch):
         return True
 
     def fold(*arguments):
-        assert len(checks) == 1  # nobody is ahead of the check
+        assert len(checks) == 1  # no launch precedes the check
 
     def launch():
         barrier.wait()
@@ -322,18 +306,15 @@ def test_threads_check_once_together(monkeypatch):
     assert len(checks) == 1
 
 
-def test_autocast_and_inference_mode_do_not_disturb_it(device):
+def test_kernels_are_checked_under_autocast_and_inference_mode(device):
     for name in KERNELS:
         with torch.inference_mode(), torch.autocast(device.type, torch.float16):
             _call(name, _arguments(name, device, torch.float32, product=torch.float16))
     assert len(self_check._right) == len(KERNELS)
 
 
-# --- the same binary ----------------------------------------------------------------------------------------------
-
-
 def _specialised(launch: Launch) -> tuple:
-    """Return what Triton compiles for: constants, options, and of each argument what it specialises on."""
+    """Return what Triton specialises on: constants, options, and properties of each argument."""
 
     def kind(value):
         if isinstance(value, Tensor):
@@ -348,11 +329,10 @@ def _specialised(launch: Launch) -> tuple:
 
 @pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize("rows", [1, 16, 40, 197, 785, 800])
-def test_the_small_problem_has_the_launchs_binary(name, rows, monkeypatch, device):
-    """Also with every size below its limits, so that all are made smaller."""
+def test_the_check_has_a_small_problem_with_the_launchs_binary(name, rows, monkeypatch, device):
     seen = []
     monkeypatch.setattr(Launch, "run", lambda launch: seen.append(launch))
-    monkeypatch.setattr(self_check, "LONGEST", 96 if rows > 320 else 320)  # whole heads have their length built in
+    monkeypatch.setattr(self_check, "LONGEST", 96 if rows > 320 else 320)  # whole heads are compiled for a length
     monkeypatch.setattr(self_check, "ELEMENTS", 2**12)
     arguments = _arguments(name, device, rows=rows)
     variants = [arguments]
@@ -374,18 +354,8 @@ def test_the_small_problem_has_the_launchs_binary(name, rows, monkeypatch, devic
         assert results[0] == results[1] != []
 
 
-def test_alike_keeps_what_triton_specialises_on():
-    for size in range(1, 2000):
-        small = alike(size, 320)
-        assert small <= 320
-        assert (small == 1, small % 16) == (size == 1, size % 16)
-
-
-# --- operators ----------------------------------------------------------------------------------------------------
-
-
 def _operators(device) -> dict:
-    """Return each operator with arguments, through PyTorch's dispatcher as a model calls it."""
+    """Return each registered operator with arguments."""
 
     def of(name, product=torch.float16, norm=True):
         return _arguments(name, device, torch.float32, product=product, norm=norm)
@@ -393,7 +363,8 @@ def _operators(device) -> dict:
     (x, low, folded, *_, norm, _), w = of("ista.forward"), of("attention.forward", norm=False)[0].half()
     square, sign, channel, wanted = x.new_zeros(64, 64), torch.ones_like(x, dtype=torch.int8), norm.gamma, [True] * 6
     heads, lse = low.view(1, 40, 2, 32), torch.zeros(1, 2, 40, device=device)
-    mean, rstd, half = norm.mean, norm.rstd, torch.float16
+    mean, rstd, half, single = norm.mean, norm.rstd, torch.float16, torch.float32
+    kept = (x, sign, x, mean, rstd)
     weights = (channel, channel, square + torch.eye(64, device=device), square)
     forward = (x[None], *weights, channel, 2, 0.2, 1e-5, half)
     backward = (x[None], *weights, low, rstd, heads, heads, lse)
@@ -402,19 +373,13 @@ def _operators(device) -> dict:
         "attention_bwd": (triton_ops.subspace_attention_bwd, (w, w, w, torch.zeros(3, 2, 40, device=device), 0.2)),
         "fold": (triton_ops.fold, (square, 0.1, half)),
         "ista_fwd": (triton_ops.ista_fwd, (x, channel, channel, square, folded, 0.1, 0.1, 1e-5, False, True)),
-        "ista_bwd": (
-            triton_ops.ista_bwd,
-            (x, sign, x, mean, rstd, channel, channel, square, folded, 0.1, 1e-5, torch.float32, [True] * 4),
-        ),
+        "ista_bwd": (triton_ops.ista_bwd, (*kept, channel, channel, square, folded, 0.1, 1e-5, single, [True] * 4)),
         "compression_fwd": (triton_ops.compression_fwd, (*forward, False)),
         "compression_fwd, paper": (triton_ops.compression_fwd, (*forward, True)),
-        "compression_bwd": (
-            triton_ops.compression_bwd,
-            (*backward, None, None, 0.2, False, torch.float32, torch.float32, wanted),
-        ),
+        "compression_bwd": (triton_ops.compression_bwd, (*backward, None, None, 0.2, False, single, single, wanted)),
         "compression_bwd, paper": (
             triton_ops.compression_bwd,
-            (*backward, x[None], mean, 0.2, True, torch.float32, torch.float32, wanted),
+            (*backward, x[None], mean, 0.2, True, single, single, wanted),
         ),
     }
 
@@ -434,7 +399,7 @@ def test_every_launch_of_an_operator_is_checked(name, launches, monkeypatch, dev
 
 
 @pytest.mark.gpu
-def test_a_capture_is_not_checked(launches):
+def test_a_captured_launch_is_not_checked(launches):
     arguments, fold = _arguments("folding.fold", "cuda"), _function("folding.fold")
     fold(*arguments)  # compiled
     graph = torch.cuda.CUDAGraph()

@@ -1,9 +1,8 @@
-"""Parts of a run beside its steps: EMA, logs, profiles, dry runs, unreadable images, settings of the engine."""
+"""EMA, learning rates, precision, logs, profiles, dry runs, and unreadable images of a run."""
 
 import json
 import math
 import multiprocessing
-import re
 import sys
 import types
 from pathlib import Path
@@ -32,11 +31,8 @@ def _train(tmp_path, name: str, *words: str) -> Path:
     return folder
 
 
-# --- the engine's settings ---
-
-
 @pytest.mark.parametrize("warmup", [False, True])
-def test_the_moving_average_by_hand(warmup):
+def test_the_ema_by_hand(warmup):
     averaged = trainer(ema_decay=0.9, ema_warmup=warmup, epochs=2)
     expected = {}
     for step, _ in enumerate(steps(averaged, 8), start=1):
@@ -48,32 +44,29 @@ def test_the_moving_average_by_hand(warmup):
 
 
 @pytest.mark.parametrize(("rule", "factor"), [("none", 1), ("linear", 4), ("sqrt", 2)])
-def test_learning_rates_for_a_batch(rule, factor):
+def test_learning_rates_scale_with_the_batch(rule, factor):
     config = TrainConfig(lr=1e-3, batch_size=1024, lr_scaling=rule, lr_base_batch=256, warmup_epochs=0, epochs=2)
     assert config.peak_lr == pytest.approx(1e-3 * factor)
     assert learning_rate(config, 0, 10) == pytest.approx(1e-3 * factor)
     assert learning_rate(config, 10, 10) == pytest.approx(0.5e-3 * factor)
 
 
-@pytest.mark.parametrize("settings", [{"channels_last": True}, {"grad_checkpointing": True}])
-def test_how_it_is_computed_changes_nothing(settings):
-    plain, other = trainer(), trainer(**settings)
-    if settings == {"channels_last": True}:
-        images = other.prepare_images(batches(other)[0].images)
-        assert images.is_contiguous(memory_format=torch.channels_last)
+def test_channels_last_does_not_change_the_loss():
+    plain, other = trainer(), trainer(channels_last=True)
+    images = other.prepare_images(batches(other)[0].images)
+    assert images.is_contiguous(memory_format=torch.channels_last)
     for first, second in zip(steps(plain, 3), steps(other, 3), strict=True):
         assert first.measures["loss"] == pytest.approx(second.measures["loss"], rel=1e-5)
 
 
-def test_a_run_compiles_with_the_mode_it_is_told(monkeypatch):
-    """That compiled models compute the same is tests/test_fused.py's."""
+def test_a_run_compiles_with_the_given_mode(monkeypatch):
     seen = []
     monkeypatch.setattr(torch, "compile", lambda model, mode: seen.append(mode) or model)
     trainer(compile=True, compile_mode="max-autotune")
     assert seen == ["max-autotune"]
 
 
-def test_images_are_mirrored_on_the_device():
+def test_images_are_flipped_on_the_device():
     ours = trainer()
     batch = batches(ours)[0]
     images = ours.prepare_images(batch.images, batch.flips)
@@ -85,8 +78,8 @@ def test_images_are_mirrored_on_the_device():
 
 
 @pytest.mark.parametrize(("capability", "dtype"), [(7, None), (9, torch.bfloat16)])
-def test_bf16_is_chosen_where_a_gpu_multiplies_it(capability, dtype, monkeypatch):
-    """PyTorch counts the emulation of a V100 or a T4 as support too."""
+def test_bf16_is_the_default_on_gpus_that_multiply_it(capability, dtype, monkeypatch):
+    """PyTorch reports support also for GPUs that emulate it, such as V100 and T4."""
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
@@ -114,7 +107,7 @@ def test_autocast_stays_near_fp32(precision):
     ],
     ids=lambda words: words.split()[1],
 )
-def test_variants_run(words, tmp_path, capsys, monkeypatch):
+def test_runs_of_variants_end(words, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(trainer_module, "multiplies_bf16", lambda: False)
     recipe = tmp_path / "vit.yaml"
     recipe.write_text("depth: 1\nepochs: 1\nbatch_size: 16\ntrain_samples: 32\nval_samples: 8\nimage_size: 32\n")
@@ -130,10 +123,7 @@ def test_variants_run(words, tmp_path, capsys, monkeypatch):
     assert ("this processor has no bf16 instructions" in out) == ("bf16" in words)
 
 
-# --- logs ---
-
-
-def test_the_summary_is_the_last_evaluation(tmp_path):
+def test_the_summary_has_the_last_evaluation(tmp_path):
     folder = _train(tmp_path, "run", "--epochs", "3", "--eval-every", "2", "--ema-decay", "0.5")
     rows = [entry for entry in entries(folder) if "val_loss" in entry]
     assert [row["step"] for row in rows] == [12, 18]
@@ -143,7 +133,7 @@ def test_the_summary_is_the_last_evaluation(tmp_path):
     assert summary["throughput"]["images_per_s_per_device"] > 0
 
 
-def test_weights_and_biases_gets_what_the_other_logs_get(tmp_path, monkeypatch):
+def test_weights_and_biases_gets_the_values_of_the_other_logs(tmp_path, monkeypatch):
     runs = []
 
     class Run:
@@ -170,23 +160,20 @@ def test_weights_and_biases_gets_what_the_other_logs_get(tmp_path, monkeypatch):
     assert (6, "sparsity/layer_01") in logged
 
 
-def test_without_weights_and_biases_it_says_what_to_install(tmp_path, monkeypatch, capsys):
+def test_without_the_package_of_weights_and_biases_there_is_an_error(tmp_path, monkeypatch, refuses):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    assert pretrain.main([*TINY, "--output", str(tmp_path / "run"), "--wandb", "crate"]) == 2
-    assert "this needs the package wandb: pip install" in capsys.readouterr().err
+    words = [*TINY, "--output", str(tmp_path / "run"), "--wandb", "crate"]
+    refuses("this needs the package wandb: pip install", pretrain.main, words)
 
 
-def test_a_profile_of_the_steps_asked_for(tmp_path):
+def test_the_profile_has_the_last_steps(tmp_path):
     folder = _train(tmp_path, "run", "--epochs", "2", "--profile", "2")
     events = json.loads((folder / "profile" / "rank0.json").read_text())["traceEvents"]
     steps = {event["name"] for event in events if str(event.get("name", "")).startswith("ProfilerStep")}
     assert steps == {"ProfilerStep#10", "ProfilerStep#11"}
 
 
-# --- dry runs ---
-
-
-def test_a_dry_run_trains_two_steps_and_leaves_nothing(tmp_path, capsys, monkeypatch):
+def test_a_dry_run_trains_two_steps_and_writes_nothing(tmp_path, capsys, monkeypatch):
     taken = []
     train_step = Trainer.train_step
     monkeypatch.setattr(Trainer, "train_step", lambda self, *a: taken.append(self.step) or train_step(self, *a))
@@ -199,12 +186,9 @@ def test_a_dry_run_trains_two_steps_and_leaves_nothing(tmp_path, capsys, monkeyp
     assert "a checkpoint is" in text
 
 
-# --- images that cannot be read ---
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """100 training images, of which one is cut short and one is text; 20 to validate on, one of them empty."""
+    """Folder of 100 training images, one cut and one a text, and 20 validation images, one empty."""
     draw, files = np.random.default_rng(0), {}
     for split, count in (("train", 50), ("validation", 10)):
         for name in [f"{split}/{label}/{i:02d}.jpg" for label in ("ant", "bee") for i in range(count)]:
@@ -220,40 +204,39 @@ def _words(folder, *words) -> list[str]:
 
 @pytest.fixture(scope="module")
 def damaged_run(folder, tmp_path_factory):
-    """A run on the damaged images."""
+    """Folder of a run on the damaged images."""
     run = tmp_path_factory.mktemp("runs") / "whole"
     assert pretrain.main(_words(folder, "--max-unreadable", "0.06", "--workers", "2", "--output", str(run))) == 0
     return run
 
 
 def test_unreadable_images_are_named_counted_and_replaced(damaged_run, folder, tmp_path, capsys):
-    assert not multiprocessing.active_children()  # they ignore SIGTERM: Python would wait for them
+    assert not multiprocessing.active_children()  # they ignore SIGTERM, so Python would wait for them
     lines = (damaged_run / "unreadable.txt").read_text().splitlines()
     names = [line.split(": ")[0].split("/")[-2:] for line in lines]
     assert sorted(map("/".join, names)) == ["ant/07.jpg", "bee/03.jpg", "bee/31.jpg"]
     assert json.loads((damaged_run / "summary.json").read_text())["unreadable_images"] == 2
     assert [entry["val_unreadable"] for entry in entries(damaged_run) if "val_accuracy" in entry] == [1, 1]
-    run = back_to(damaged_run, 5, tmp_path / "run")  # the count goes on in a resumed run
+    run = back_to(damaged_run, 5, tmp_path / "run")  # the count continues in a resumed run
     words = _words(folder, "--max-unreadable", "0.06", "--workers", "0", "--output", str(run), "--resume")
     assert pretrain.main(words) == 0
     assert same(weights(damaged_run, 10), weights(run, 10))
     assert json.loads((run / "summary.json").read_text())["unreadable_images"] == 2
-    assert (run / "unreadable.txt").read_text().count("\n") == 3  # each once, over resumes too
+    assert (run / "unreadable.txt").read_text().count("\n") == 3  # each once, also after a resume
     assert "training images that could not be read: 2; see unreadable.txt" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("share", "split"), [("0.01", "2 of 100 images"), ("0.04", "1 of 20 images")])
-def test_too_many_unreadable_images_stop_the_run(folder, tmp_path, share, split, capsys):
+def test_too_many_unreadable_images_stop_the_run(folder, tmp_path, share, split, refuses):
     words = _words(folder, "--max-unreadable", share, "--workers", "0", "--output", str(tmp_path / "run"))
-    assert pretrain.main(words) == 2
-    assert re.search(rf"error: {split}.*could not be read.*max_unreadable={share}", capsys.readouterr().err)
+    refuses(f"{split}.*could not be read.*max_unreadable={share}", pretrain.main, words)
     assert (tmp_path / "run" / "unreadable.txt").read_text()
-    if "20" in split:  # of validation: the epoch before it is saved
+    if "20" in split:  # validation images: the epoch before is saved
         assert checkpoint.newest(tmp_path / "run" / "checkpoints") == 5
 
 
-def test_the_limit_for_validation_is_an_evaluations(folder, tmp_path, monkeypatch):
-    """Another of twenty images in each of two evaluations, and a limit between one and two."""
+def test_unreadable_validation_images_are_limited_per_evaluation(folder, tmp_path, monkeypatch):
+    """Each of two evaluations has one other unreadable image of twenty; the limit is between one and two."""
     numbers, eval_loader = iter(range(9)), trainer_module.eval_loader
 
     class Flaky(list):

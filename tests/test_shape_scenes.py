@@ -1,7 +1,8 @@
-"""shape_scenes: the same bits everywhere, masks of what shows, and only the silhouette tells the class."""
+"""shape_scenes: the same bits everywhere, masks of the visible object, and labels that only the silhouette gives."""
 
 import dataclasses
 import hashlib
+import itertools
 
 import numpy as np
 import pytest
@@ -12,8 +13,8 @@ from crate_fast.train.data.shape_scenes import CLASSES, ShapeScenes
 
 CHANCE = 1.0 / len(CLASSES)
 
-# sha256 of items 0 to 7 (images, labels, masks). A change here voids every number ever quoted on this data:
-# if it is meant, copy the digests from the failure messages and train again whatever the README quotes.
+# sha256 of items 0 to 7 (images, labels, masks). A change invalidates every published number on this data. If it is
+# intended, copy the digests from the failure messages and train again what the README quotes.
 GOLDEN = {
     (32, 0, "train"): "e57f4d2dbc01a6d7fff0b0676c3f8481736ea355786ffac37fc510b1fa8a0069",
     (64, 0, "train"): "b7b346a68b0b9a27a55ea3b11a41756ea9a42943b93096afc98863e6e115c93f",
@@ -59,23 +60,19 @@ def mask_moments(masks: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]
     return area, (masks * place).mean((1, 2)) / area, (masks * place[:, None]).mean((1, 2)) / area
 
 
-# ---- items
-
-
 @pytest.mark.parametrize("size", [16, 96, 224])
-def test_shapes_and_dtypes(size):
+def test_items_have_the_documented_shapes_and_dtypes(size):
     dataset = ShapeScenes(3, image_size=size, with_mask=True)
     image, label, mask = dataset[2]
     assert (image.shape, image.dtype) == ((3, size, size), torch.uint8)
     assert (mask.shape, mask.dtype) == ((size, size), torch.bool)
     assert type(label) is int
     assert len(ShapeScenes(3, image_size=size)[2]) == 2
-    assert len(dataset) == 3
-    assert dataset.classes == CLASSES
+    assert (len(dataset), dataset.classes) == (3, CLASSES)
     assert len(set(CLASSES)) == len(CLASSES) >= 10
 
 
-def test_one_scene_at_every_size():
+def test_a_scene_is_the_same_at_every_size():
     small, large = (stacked(ShapeScenes(40, image_size=s, with_mask=True), range(40)) for s in (32, 128))
     assert (small.labels == large.labels).all()
     shrunk = large.masks.reshape(40, 32, 4, 32, 4).mean((2, 4)) >= 0.5
@@ -85,10 +82,7 @@ def test_one_scene_at_every_size():
     assert np.abs(small.images - colour).mean() < 12.0  # of 255; grain and texture detail differ
 
 
-# ---- determinism
-
-
-def test_batch_composition_does_not_matter():
+def test_an_item_does_not_depend_on_the_batch():
     dataset = ShapeScenes(200, with_mask=True)
     indices = [7, 199, 0, 7, *range(40, 75)]
     batch = dataset.__getitems__(indices)
@@ -108,24 +102,16 @@ def test_seeds_and_splits_are_different_datasets():
     ]
     images = np.concatenate([v.images for v in variants]).reshape(4 * 64, -1)
     assert len(np.unique(images, axis=0)) == len(images)
-    for a in range(4):
-        for b in range(a):
-            assert (variants[a].labels == variants[b].labels).mean() < 0.35  # chance 1/12, 64 labels
+    for a, b in itertools.combinations(variants, 2):
+        assert (a.labels == b.labels).mean() < 0.35  # chance is 1/12, for 64 labels
 
 
 @pytest.mark.parametrize(("size", "seed", "split"), list(GOLDEN))
-def test_golden(size, seed, split):
+def test_scenes_have_the_same_bits_as_ever(size, seed, split):
     digest = hashlib.sha256()
     for image, label, mask in ShapeScenes(8, image_size=size, seed=seed, split=split, with_mask=True):
         digest.update(image.numpy().tobytes() + bytes([label]) + mask.numpy().tobytes())
-    expected = GOLDEN[size, seed, split]
-    assert digest.hexdigest() == expected, (
-        f"shape_scenes draws other pictures than before: {(size, seed, split)} now hashes to "
-        f"{digest.hexdigest()!r}. If that is meant, put it in GOLDEN and measure again what we quote."
-    )
-
-
-# ---- the mask is the visible object
+    assert digest.hexdigest() == GOLDEN[size, seed, split], "shape_scenes changed: see the comment at GOLDEN"
 
 
 def recoloured(scene, value: float):
@@ -135,48 +121,22 @@ def recoloured(scene, value: float):
     return dataclasses.replace(scene, item=item, light=0.0 * scene.light)
 
 
-def test_mask_is_where_the_object_shows():
+def test_the_mask_is_the_visible_object():
     size, n = 64, 200
     tables = shape_scenes._tables(size)
     scene = shape_scenes._draw_scene(0, "train", np.arange(n), tables)
     dark, masks = shape_scenes._render(recoloured(scene, 0.0), range(n), size, tables)
     bright, _ = shape_scenes._render(recoloured(scene, 255.0), range(n), size, tables)
     shows = (bright.astype(np.float32) - dark).mean(1) / 255.0  # how much of each pixel is object
-    assert shows[masks].min() > 0.24  # half covered by the object, and half of that by what is in front
+    assert shows[masks].min() > 0.24  # half covered by the object, half of which is hidden
     assert shows[~masks].max() < 0.51
     alone = shape_scenes._coverage(tables.objects, scene.item, size, size) >= 0.5
     visible = masks.sum((1, 2)) / alone.sum((1, 2))
     print(f"visible share of the object: min {visible.min():.3f}, whole in {(visible == 1.0).mean():.2f}")
     assert visible.min() >= 0.84  # 0.85 up to rounding to pixels
-    assert 0.2 < (visible == 1.0).mean() < 0.9  # and some objects are partly hidden
+    assert 0.2 < (visible == 1.0).mean() < 0.9  # some objects are partly hidden
     _, expected, _ = zip(*ShapeScenes(n, with_mask=True).__getitems__(range(n)), strict=True)
     assert scene.item.stamp.tolist() == list(expected)
-
-
-def test_area_and_place(sample):
-    area, _, _ = mask_moments(sample.masks)
-    print(f"area: {area.min():.3f} to {area.max():.3f}, mean {area.mean():.3f}")
-    assert area.min() > 0.035
-    assert area.max() < 0.18
-    assert area.std() > 0.02
-    edges = np.concatenate([sample.masks[:, [0, -1], :], sample.masks[:, :, [0, -1]].swapaxes(1, 2)], axis=1)
-    assert not edges.any()  # an object cut by the border would tell wide silhouettes from compact ones
-
-
-def test_object_stands_out(sample):
-    sample = Sample(sample.images[:2000], sample.labels[:2000], sample.masks[:2000])
-    masks = torch.from_numpy(sample.masks).float()[:, None]
-    grown, touching = (torch.nn.functional.max_pool2d(masks, k, 1, k // 2) for k in (7, 3))
-    around = (grown - touching).numpy()
-    inside = masks.numpy()
-    mean_in, mean_out = ((sample.images * w).sum((2, 3)) / w.sum((2, 3)) for w in (inside, around))
-    contrast = np.sqrt(((mean_in - mean_out) ** 2).sum(1))
-    low, middle = np.quantile(contrast, (0.02, 0.5))
-    print(f"RGB distance of object and surroundings: median {middle:.0f}, worst 2 % below {low:.0f}")
-    assert low > 55.0
-
-
-# ---- the label
 
 
 def test_labels_are_balanced_and_random(sample):
@@ -188,8 +148,8 @@ def test_labels_are_balanced_and_random(sample):
     assert ((table - n / k**2) ** 2 / (n / k**2)).sum() < 199.0  # 121 degrees: mean + 5 sigma
 
 
-def test_probe_reads_the_silhouette(sample):
-    """The probe that must fail below succeeds on a silhouette aligned by its moments."""
+def test_the_silhouette_gives_the_label(sample):
+    """The probe of the next test succeeds on a silhouette aligned by its moments."""
     size = sample.masks.shape[-1]
     area, cx, cy = mask_moments(sample.masks)
     place = (np.arange(size) + 0.5) / size
@@ -201,8 +161,10 @@ def test_probe_reads_the_silhouette(sample):
     assert accuracy > 0.45
 
 
-def test_nothing_else_tells_the_label(sample):
+def test_colour_area_and_position_do_not_give_the_label(sample):
     """Held-out accuracy stays within 4 sigma of chance: 0.101 for 4000 images."""
+    edges = np.concatenate([sample.masks[:, [0, -1], :], sample.masks[:, :, [0, -1]].swapaxes(1, 2)], axis=1)
+    assert not edges.any()  # cut objects would reveal wide silhouettes
     area, cx, cy = mask_moments(sample.masks)
     inside = (sample.images * sample.masks[:, None]).mean((2, 3)) / area[:, None]
     features = {
@@ -220,9 +182,6 @@ def test_nothing_else_tells_the_label(sample):
         assert accuracy < bound, cue
 
 
-# ---- errors
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -235,13 +194,13 @@ def test_nothing_else_tells_the_label(sample):
         ({"split": "test"}, "split is 'test'; pass one of 'train', 'val'"),
     ],
 )
-def test_bad_arguments(arguments, message):
+def test_bad_arguments_are_errors(arguments, message):
     with pytest.raises(ValueError, match=message):
         ShapeScenes(**{"num_samples": 10, **arguments})
 
 
 @pytest.mark.parametrize("index", [-1, 10, 10**12])
-def test_bad_index(index):
+def test_an_index_out_of_range_is_an_error(index):
     dataset = ShapeScenes(10, image_size=16)
     with pytest.raises(IndexError, match=f"index {index} is out of range: pass 0 to 9"):
         dataset[index]

@@ -1,7 +1,6 @@
-"""A run's best model as a folder for timm and the Hub: equal outputs, its numbers, no folder of this machine."""
+"""A run's best model as a folder for timm and the Hub: equal outputs, a card with scores, no local paths."""
 
 import json
-import shutil
 
 import pytest
 import timm
@@ -25,7 +24,7 @@ def shared(tiny_run, tmp_path_factory):
 
 
 @torch.no_grad()
-def test_timm_opens_the_folder_with_equal_outputs(shared, tiny_run):
+def test_timm_loads_the_folder_with_equal_outputs(shared, tiny_run):
     model, config, _ = load_model(tiny_run)
     opened = timm.create_model(f"local-dir:{shared}", pretrained=True).eval()
     images = torch.randn(2, 3, config.image_size, config.image_size)
@@ -36,32 +35,27 @@ def test_timm_opens_the_folder_with_equal_outputs(shared, tiny_run):
     assert (written["num_classes"], written["license"]) == (12, "mit")
 
 
-def test_the_card_has_the_runs_numbers_and_no_folders(shared, tiny_run, tmp_path):
+def test_the_card_has_the_runs_scores_and_no_local_paths(shared, tiny_run, tmp_path):
     card = (shared / "README.md").read_text()
     summary = json.loads((tiny_run / "summary.json").read_text())
     assert f"validation accuracy: {summary['val_accuracy']:.4f}" in card
-    assert "average precision, best head" in card
-    assert "mean mask" in card
-    assert "MaxBoxAccV2 0.500; mean box 0.250" in card
-    assert "license: mit" in card
+    for words in ("average precision, best head", "mean mask", "MaxBoxAccV2 0.500; mean box 0.250", "license: mit"):
+        assert words in card
     assert f"dim: {json.loads((shared / 'config.json').read_text())['model_args']['embed_dim']}" in card
     assert "/tmp" not in card
 
 
-def test_what_cannot_be_shared_is_named(shared, tiny_run, tmp_path, capsys, monkeypatch):
-    assert main([str(tiny_run), str(shared)]) == 2
-    assert "already holds a model" in capsys.readouterr().err
-    assert main([str(tmp_path), str(tmp_path / "new")]) == 2
-    assert main([str(tiny_run), str(tmp_path / "new"), "--scores", str(tiny_run / "config.yaml")]) == 2
-    assert "is not a results.json" in capsys.readouterr().err
-    probe = shutil.copytree(tiny_run, tmp_path / "probe")
+def test_runs_that_cannot_be_shared_are_errors(shared, tiny_run, tmp_path, refuses, monkeypatch):
+    run, new = str(tiny_run), str(tmp_path / "new")
+    refuses("holds a model already", main, [run, str(shared)])
+    refuses("holds no checkpoints", main, [str(tmp_path), new])
+    refuses("is no results.json", main, [run, new, "--scores", str(tiny_run / "config.yaml")])
     monkeypatch.setattr(share, "load_model", lambda run: (None, TrainConfig(frozen=True), 4))
-    assert main([str(probe), str(tmp_path / "new")]) == 2
-    assert "a run of a linear probe" in capsys.readouterr().err
+    refuses("a run of a linear probe", main, [run, new])
     assert not (tmp_path / "new").exists()
 
 
-def test_a_failed_upload_says_how_to_upload_what_is_written(tiny_run, tmp_path, monkeypatch, refuses):
+def test_a_failed_upload_gives_the_command_that_uploads_the_folder(tiny_run, tmp_path, monkeypatch, refuses):
     def fail(*arguments, **options):
         raise Exception("no network")  # no OSError in huggingface_hub 2
 

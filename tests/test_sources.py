@@ -1,4 +1,4 @@
-"""Sources: every form of a data set gives the same images and names the corrupt ones; downloads unpack safely."""
+"""Sources: every form of a data set gives the same images and reports corrupt ones; downloads unpack safely."""
 
 import dataclasses
 import io
@@ -19,7 +19,7 @@ from crate_fast.train.data import build_splits, eval_loader, open_source, readab
 from crate_fast.train.data.image_files import EXTENSIONS, Unreadable
 from crate_fast.train.data.sources import TorchvisionSource, common_classes, nothing_outside
 
-CORRUPT = {1, 4, 9}  # of twelve images a split: cut off, no image, empty
+CORRUPT = {1, 4, 9}  # of the twelve images of a split: cut, no image, empty
 
 
 def _jpeg(seed: int) -> bytes:
@@ -49,7 +49,7 @@ def _write_parquet(hub, path, columns, label=None):
 
 
 def _write(root, kind: str, hub=None) -> TrainConfig:
-    """Write twelve images a split in some form, three of them corrupt."""
+    """Write twelve images per split in one of the forms, three of them corrupt."""
     names = [f"{'ant' if i < 6 else 'bee'}/{i:02d}.jpg" for i in range(12)]
     files = {name: _content(i) for i, name in enumerate(names)}
     for split in ("train", "validation"):
@@ -75,7 +75,7 @@ def damaged(request, tmp_path_factory):
     return _write(tmp_path_factory.mktemp(request.param), request.param, hub)
 
 
-def test_every_source_has_the_same_images_and_names_the_corrupt(damaged):
+def test_every_source_has_the_same_images_and_names_corrupt_ones(damaged):
     data = build_splits(damaged)
     assert data.classes == ("ant", "bee")
     assert (len(data.train), len(data.val)) == (12, 12)
@@ -89,7 +89,7 @@ def test_every_source_has_the_same_images_and_names_the_corrupt(damaged):
         assert np.array_equal(np.asarray(picture), np.asarray(Image.open(io.BytesIO(_jpeg(i)))))
 
 
-def test_evaluation_skips_the_corrupt_and_sees_the_rest_once(damaged):
+def test_evaluation_skips_corrupt_images_and_reads_the_others_once(damaged):
     data = build_splits(damaged)
     loaders = [eval_loader(damaged, data.val, rank=rank, world_size=5) for rank in range(5)]
     batches = [batch for loader in loaders for batch in loader]
@@ -101,11 +101,11 @@ def test_evaluation_skips_the_corrupt_and_sees_the_rest_once(damaged):
     assert len(readable(data.val, range(12))) == 9
 
 
-def test_training_replaces_the_corrupt_alike_for_any_number_of_processes_and_workers(damaged):
+def test_replacements_of_corrupt_images_do_not_depend_on_processes_and_workers(damaged):
     data = build_splits(damaged)
     whole = list(train_loader(damaged, data.train))
     assert [len(batch.images) for batch in whole] == [4] * 9
-    for epoch in range(3):  # each image is met once, and may be drawn as a replacement once more
+    for epoch in range(3):  # every image occurs once, and may also be drawn as a replacement
         lines = [line for batch in whole[3 * epoch : 3 * epoch + 3] for line in batch.problems]
         assert len(set(lines)) == 3
     halves = [list(train_loader(damaged, data.train, rank=rank, world_size=2)) for rank in range(2)]
@@ -120,7 +120,7 @@ def test_training_replaces_the_corrupt_alike_for_any_number_of_processes_and_wor
         assert batch.problems == again.problems
 
 
-def test_replacements_differ_and_bring_their_own_labels(tmp_path):
+def test_replacements_differ_and_have_their_own_labels(tmp_path):
     data = build_splits(dataclasses.replace(_write(tmp_path, "folder"), crop="none"))
     plain = {data.train[0, i][0].numpy().tobytes(): data.train[0, i][1] for i in range(12) if i not in CORRUPT}
     batch = data.train.batch([(epoch, 1, copy) for epoch in range(6) for copy in range(2)])
@@ -139,7 +139,7 @@ def test_a_split_without_a_readable_image_is_an_error(tmp_path):
         next(iter(train_loader(config, data.train)))
 
 
-def test_an_error_in_a_transform_is_no_corrupt_image(tmp_path, monkeypatch):
+def test_an_error_in_a_transform_is_not_a_corrupt_image(tmp_path, monkeypatch):
     data = build_splits(_write(tmp_path, "folder"))
 
     def failing(_picture):
@@ -149,8 +149,6 @@ def test_an_error_in_a_transform_is_no_corrupt_image(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="a mistake of ours"):
         data.train.batch([(0, 0, 0)])
 
-
-# --- classes and order of folders and archives of them
 
 LAYOUTS = {
     "as torchvision": [
@@ -201,7 +199,7 @@ def test_folders_and_archives_have_the_same_classes_and_order(tmp_path, layout):
         ([], "it holds no images"),
     ],
 )
-def test_data_without_classes_is_refused(tmp_path, kind, names, message):
+def test_data_without_classes_are_an_error(tmp_path, kind, names, message):
     (tmp_path / "train").mkdir()
     write_tree(tmp_path / "train", dict.fromkeys(names, b""))
     write_tar(tmp_path / "train.tar", [(name, b"") for name in names])
@@ -209,7 +207,7 @@ def test_data_without_classes_is_refused(tmp_path, kind, names, message):
         open_source(config_of(tmp_path, kind), train=True)
 
 
-def test_files_of_other_formats_and_a_single_class_are_remarked_on(tmp_path, capsys):
+def test_files_of_other_formats_and_a_single_class_are_reported(tmp_path, capsys):
     names = [f"train/ant/a{extension}" for extension in EXTENSIONS]
     write_tree(tmp_path, dict.fromkeys([*names, "train/ant/b.heic", "train/ant/c.AVIF", "train/ant/d.txt"], b""))
     assert len(open_source(config_of(tmp_path), train=True)) == len(EXTENSIONS)
@@ -229,7 +227,7 @@ def test_archives_in_an_archive_are_read(tmp_path):
     assert read == {(_jpeg(6 * k + i), k) for k in range(2) for i in (0, 2, 5)}
 
 
-def test_splits_with_different_classes_are_refused():
+def test_splits_with_different_classes_are_an_error():
     named = [SimpleNamespace(classes=tuple(names)) for names in ("ab", "ab", "ba", "a")]
     assert common_classes(*named[:2]) == ("a", "b")
     for other, message in ((2, "classes in different orders"), (3, r"different classes, such as \['b'\]")):
@@ -237,20 +235,17 @@ def test_splits_with_different_classes_are_refused():
             common_classes(named[0], named[other])
 
 
-# --- Hugging Face datasets
-
-
 class TestHuggingFace:
-    def test_a_missing_package_is_named(self, tmp_path, monkeypatch):
+    def test_a_missing_package_is_an_error(self, tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, "datasets", None)
         with pytest.raises(UserError, match=r"needs the package datasets: pip install .*\[hf\]"):
             open_source(config_of(tmp_path, "hf"), True)
 
-    def test_nothing_is_fetched_unasked(self, hub):
-        with pytest.raises(UserError, match=r"'some/name' is not a folder.*--download"):
+    def test_nothing_is_downloaded_without_the_option(self, hub):
+        with pytest.raises(UserError, match=r"'some/name' is no folder.*--download"):
             open_source(config_of("some/name", "hf"), True)
 
-    def test_a_missing_split_is_named(self, hub, tmp_path):
+    def test_a_missing_split_is_an_error(self, hub, tmp_path):
         config = _write(tmp_path, "hf", hub)
         with pytest.raises(UserError, match=r"Unknown split \"val\".*--val-split"):
             open_source(dataclasses.replace(config, val_split="val"), False)
@@ -277,22 +272,19 @@ class TestHuggingFace:
         [
             ({"img": [0], "label": [0]}, r"columns \['img', 'label'\]: rename two to image and label"),
             ({"image": [1, 2], "label": [0, 1]}, "images in the column image"),
-            (
-                ["cat", "dog"],
-                "labels must be integers from 0 to 9,999,999, not .'cat', 'dog'.*class_encode_column",
-            ),
+            (["cat", "dog"], "integers from 0, below 10,000,000, not .'cat', 'dog'.*class_encode_column"),
             ([[0], [1]], "integers in the column label"),
             ([0, 2**62], "labels must be integers.*not"),
             ([0, -1], r"split train: labels must be integers.*not \[-1\]"),
         ],
     )
-    def test_unusable_columns_are_refused(self, hub, tmp_path, columns, message):
+    def test_unusable_columns_are_errors(self, hub, tmp_path, columns, message):
         columns = columns if isinstance(columns, dict) else {"image": [_jpeg(0)] * 2, "label": columns}
         _write_parquet(hub, tmp_path / "data" / "train.parquet", columns)
         with pytest.raises(UserError, match=message):
             open_source(config_of(tmp_path / "data", "hf"), True)
 
-    def test_files_with_different_columns_are_refused(self, hub, tmp_path):
+    def test_files_with_different_columns_are_an_error(self, hub, tmp_path):
         for number, name in enumerate(("label", "fine_label")):
             _write_parquet(hub, tmp_path / f"train-{number}.parquet", {"image": [_jpeg(0)], name: [0]})
         with pytest.raises(UserError, match="datasets cannot open .*column names don't match") as caught:
@@ -300,22 +292,16 @@ class TestHuggingFace:
         assert "\n" not in str(caught.value)
 
 
-# --- torchvision
-
-
 @pytest.mark.parametrize("kind", ["parent", "absolute", "link"])
-def test_downloads_write_nothing_outside_their_folder(tmp_path, kind, monkeypatch):
+def test_downloads_write_only_into_their_folder(tmp_path, kind, monkeypatch):
     evil, inside = tmp_path / "evil.txt", tmp_path / "inside"
     inside.mkdir()
-    members = {
-        "parent": [("../evil.txt", b"evil")],
-        "absolute": [(str(evil), b"evil")],
-        "link": [("link", tarfile.SYMTYPE, str(tmp_path)), ("link/evil.txt", b"evil")],
-    }
+    members = {"parent": [("../evil.txt", b"evil")], "absolute": [(str(evil), b"evil")]}
+    members["link"] = [("link", tarfile.SYMTYPE, str(tmp_path)), ("link/evil.txt", b"evil")]
     archive = write_tar(tmp_path / "evil.tar", members[kind])
 
     class Downloading(torch.utils.data.Dataset):
-        """Unpacks as releases of torchvision do that know no filters."""
+        """A data set that unpacks without a filter, as some releases of torchvision do."""
 
         classes = ("a",)
 
@@ -334,17 +320,17 @@ def test_downloads_write_nothing_outside_their_folder(tmp_path, kind, monkeypatc
     assert tarfile.TarFile.extraction_filter is before
     if sys.version_info < (3, 14):  # later Pythons filter by themselves
         Downloading(inside, True, True)
-        assert evil.exists()  # so the archive does write outside
+        assert evil.exists()  # the archive writes outside if unpacked without the check
 
 
-def test_torchvisions_folders_without_their_lists_are_named(tmp_path):
+def test_a_torchvision_folder_without_its_lists_is_an_error(tmp_path):
     for name in ("images", "annotations"):
         (tmp_path / "oxford-iiit-pet" / name).mkdir(parents=True)
     with pytest.raises(UserError, match="pets is not in data_dir=.*trainval.txt.*--download"):
         open_source(config_of(tmp_path, "pets"), True)
 
 
-def test_torchvisions_corrupt_images_are_named():
+def test_corrupt_images_of_torchvision_are_named():
     class Broken(torch.utils.data.Dataset):
         classes = ("a",)
 
@@ -355,7 +341,7 @@ def test_torchvisions_corrupt_images_are_named():
         TorchvisionSource(Broken(), "pets")[3]
 
 
-def test_a_python_that_unpacks_unchecked_does_not_download(monkeypatch):
+def test_a_python_without_unpacking_filters_does_not_download(monkeypatch):
     monkeypatch.delattr(tarfile, "data_filter")
     with pytest.raises(UserError, match="download with Python"), nothing_outside():
         pass

@@ -1,4 +1,4 @@
-"""The tile search on a CPU: its problems tell right from wrong, its candidates are complete."""
+"""The tile search on a CPU: its problems reject wrong results, and its candidates are complete."""
 
 import json
 from dataclasses import asdict, replace
@@ -33,7 +33,7 @@ def _item(kernel: str, **more) -> dict:
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_a_candidate_is_right_on_every_problem_and_timed(kernel):
+def test_a_right_candidate_is_timed_on_every_problem(kernel):
     found = tile_search.warm(_item(kernel))
     assert 0 < found["error"] < 5e-3
     timed = tile_search.time_tile(_item(kernel), harness.Timer(torch.device("cpu")))
@@ -45,8 +45,7 @@ def test_a_candidate_is_right_on_every_problem_and_timed(kernel):
 
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("fault", ["scaled", "unwritten"])
-def test_a_wrong_or_unwritten_result_rules_a_candidate_out(kernel, fault, monkeypatch):
-    """A last launch spoils the output."""
+def test_a_candidate_with_wrong_or_unwritten_results_is_rejected(kernel, fault, monkeypatch):
     problem = tile_search.problems(kernel)[0]
 
     def spoil(**_):
@@ -59,21 +58,15 @@ def test_a_wrong_or_unwritten_result_rules_a_candidate_out(kernel, fault, monkey
         tile_search.warm(_item(kernel))
 
 
-def test_what_is_compiled_is_what_is_timed(monkeypatch):
-    """Small problems ask for the same code: integers that 16 divides stay so."""
+def test_small_problems_compile_the_code_of_the_timed_ones(monkeypatch):
+    """Sizes divisible by 16 stay divisible."""
     monkeypatch.undo()
     for name, size in tile_search.TIMED.items():
         small = tile_search.WARMED[name]
         assert size % 16 == small % 16 == 0 if name == "rows" else size[1:] == small[1:]
 
 
-def test_the_candidates_hold_what_must_be_tried_and_the_tables_tile_comes_first():
-    assert Tile(64, 64, 4, 3) in tile_search.CANDIDATES["whole_head_forward"]
-    assert {Tile(64, 32, 4, 2), Tile(64, 32, 4, 3)} <= {*tile_search.CANDIDATES["whole_head_backward"]}
-    for kernel in ("ista_forward", "ista_backward_input", "output_map", "weight_gradient"):
-        assert {(128, 128, 8), (128, 128, 4)} <= {
-            (tile.block_m, tile.block_n, tile.num_warps) for tile in tile_search.CANDIDATES[kernel]
-        }
+def test_every_kernel_of_the_table_has_candidates_after_the_tables_tile():
     items = tile_search.items()
     assert len({item["name"] for item in items}) == len(items)
     assert [item["kernel"] for item in items[: len(KERNELS)]] == KERNELS
@@ -81,7 +74,7 @@ def test_the_candidates_hold_what_must_be_tried_and_the_tables_tile_comes_first(
     assert {kernel for kernel, *_ in TABLE} == {*KERNELS}
 
 
-def test_found_rows_are_printed_as_the_table_has_them(tmp_path, capsys):
+def test_found_tiles_are_printed_as_rows_of_the_table(tmp_path, capsys):
     tile = Tile(128, 64, 8, 2, one_exp=True)
     key = {"architecture": "sm_90", "precision": "half"}
     rows = [key | {"kernel": "attention_backward", "block_d": 64, "tile": asdict(tile)}]
@@ -91,7 +84,5 @@ def test_found_rows_are_printed_as_the_table_has_them(tmp_path, capsys):
     path = tmp_path / "found_tiles.json"
     path.write_text(json.dumps(rows))
     assert tile_search.main([str(path)]) == 0
-    assert eval("{" + capsys.readouterr().out + "}", {"Tile": Tile}) == {
-        ("attention_backward", "half", "sm_90", 64): tile,
-        ("output_map", "half", "sm_90"): product,
-    }
+    expected = {("attention_backward", "half", "sm_90", 64): tile, ("output_map", "half", "sm_90"): product}
+    assert eval("{" + capsys.readouterr().out + "}", {"Tile": Tile}) == expected

@@ -1,4 +1,4 @@
-"""timm's model contract for every registered name, beside timm's VisionTransformer; names and drop rates of both."""
+"""timm's model contract for every registered name, beside timm's VisionTransformer; argument names; drop rates."""
 
 import math
 
@@ -22,7 +22,7 @@ from crate_fast.train.config import DROP_RATES, TrainConfig, build_config, load_
 from crate_fast.train.runs import build_model
 
 NAMES = timm.list_models("crate_*")
-KINDS = [  # with the sizes of `_pair` every other name builds one of these, or differs in the patch alone
+KINDS = [  # with the sizes of `_pair`, every other name builds one of these or differs only in the patch
     "crate_tiny_patch16_224",
     "crate_tiny_patch8_224",
     "crate_mae_encoder_tiny_patch16_224",
@@ -32,14 +32,11 @@ SMALL = {"patch_size": 8, "num_classes": 7, "embed_dim": 48, "depth": 3, "num_he
 
 
 def _pair(name: str = "crate_tiny_patch16_224", **options) -> tuple[CRATE, VisionTransformer, torch.Tensor]:
-    """A registered model and a ViT, small, and images: four patches, two layers, width 48."""
+    """Return a registered model and a ViT of two layers and width 48, and images of four patches."""
     small = {"depth": 2, "embed_dim": 48, "num_heads": 3, "img_size": 2 * int(name.split("patch")[1].split("_")[0])}
     ours = timm.create_model(name, **small, **options)
     theirs = VisionTransformer(**small, patch_size=ours.patch_size, **options)
     return ours.eval(), theirs.eval(), torch.randn(2, 3, *ours.image_size)
-
-
-# --- every registered name ---
 
 
 def test_the_registered_names_are_functions_of_the_module():
@@ -48,13 +45,13 @@ def test_the_registered_names_are_functions_of_the_module():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_timms_training_script_builds_it_and_the_default_cfg_is_that_of_the_model(name):
+def test_models_take_the_arguments_of_timms_training_script_and_fit_their_default_cfg(name):
     words = {"in_chans": 3, "drop_rate": 0.1, "drop_path_rate": 0.2, "drop_block_rate": None, "pretrained": False}
     words |= {"global_pool": None, "bn_momentum": None, "bn_eps": None, "scriptable": False, "checkpoint_path": ""}
     with torch.device("meta"):
         model = timm.create_model(name, depth=2, **words)
     assert model.head_drop.p == 0.1
-    assert [m.drop_prob for m in model.modules() if isinstance(m, DropPath)] == [0.2, 0.2]  # the last layer's
+    assert [m.drop_prob for m in model.modules() if isinstance(m, DropPath)] == [0.2, 0.2]  # of the last layer
     cfg, state = model.default_cfg, model.state_dict()
     assert cfg["input_size"] == (3, *model.image_size) == (model.in_chans, 224, 224)
     maps = model.forward_intermediates(torch.zeros(1, *cfg["input_size"], device="meta"), 1, intermediates_only=True)
@@ -90,7 +87,7 @@ def test_outputs_and_resets_have_the_shapes_of_a_vit(name, pool):
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_every_parameter_has_a_gradient_and_checkpointing_changes_nothing(name):
+def test_every_parameter_has_a_gradient_and_checkpointing_keeps_the_outputs(name):
     model, _, images = _pair(name, num_classes=42)
     logits = model.train()(images)
     logits.mean().backward()
@@ -127,7 +124,7 @@ def test_feature_maps_have_the_shapes_of_a_vit(name):
     assert ours.transformer.depth == 1
 
 
-def test_parameter_groups_are_those_of_a_vit():
+def test_parameter_groups_have_the_scales_of_a_vit():
     ours, theirs, _ = _pair(num_classes=5)
     for model in (ours, theirs):
         groups = group_parameters(model, model.group_matcher(), reverse=True)
@@ -137,12 +134,9 @@ def test_parameter_groups_are_those_of_a_vit():
     assert scales[0] == scales[1]
 
 
-# --- pooling, the hidden layer of the head, weights through timm ---
-
-
 @pytest.mark.parametrize("head_hidden", [False, True])
 @torch.no_grad()
-def test_what_each_pool_reads_and_the_hidden_layer_of_a_head_stays(head_hidden):
+def test_pools_read_their_tokens_and_resets_keep_the_hidden_layer(head_hidden):
     model = CRATE(**SMALL, img_size=32, head_hidden=head_hidden).eval()
     tokens, before = torch.randn(2, 17, 48), model.mlp_head[:-1]
     read = {"token": tokens[:, 0], "mean": tokens.mean(1), "avg": tokens[:, 1:].mean(1), "": tokens}
@@ -157,14 +151,14 @@ def test_what_each_pool_reads_and_the_hidden_layer_of_a_head_stays(head_hidden):
     assert model.pool == "cls"
 
 
-def test_the_released_code_has_no_pool_of_patches():
+def test_models_that_pool_patches_are_not_exported():
     assert released_state_dict(CRATE(**SMALL, img_size=32, pool="mean"))
     with pytest.raises(UserError, match="pool='avg'"):
         released_state_dict(CRATE(**SMALL, img_size=32, pool="avg"))
 
 
 @pytest.mark.parametrize("head_hidden", [False, True])
-def test_a_file_of_other_classes_loads_through_timm_but_for_its_classifier(head_hidden, tmp_path):
+def test_a_file_of_other_classes_loads_through_timm_without_its_classifier(head_hidden, tmp_path):
     sizes = {"depth": 1, "img_size": 32, "head_hidden": head_hidden}
     source = timm.create_model("crate_tiny_patch8_224", **sizes)
     torch.save(source.state_dict(), tmp_path / "weights.pth")
@@ -180,8 +174,6 @@ def test_a_file_of_other_classes_loads_through_timm_but_for_its_classifier(head_
         timm.create_model("crate_tiny_patch8_224", **sizes, **here, in_chans=1)
 
 
-# --- one set of words ---
-
 SAME = {"image_size": 32, "channels": 1, "dim": 48, "heads": 3}
 TIMMS = {"img_size": 32, "in_chans": 1, "embed_dim": 48, "num_heads": 3}
 
@@ -190,7 +182,7 @@ def _shapes(model: nn.Module) -> dict:
     return {name: value.shape for name, value in model.state_dict().items()}
 
 
-def test_both_sets_of_names_build_the_same_models():
+def test_our_names_and_timms_names_build_the_same_models():
     rest = {"patch_size": 8, "depth": 2}
     classifier = {"num_classes": 7, "dim_head": 16, **rest}
     one = CRATE(**SAME, **classifier, pool="mean", emb_dropout=0.1)
@@ -220,7 +212,7 @@ def test_both_sets_of_names_build_the_same_models():
     ],
     ids=str,
 )
-def test_two_values_of_one_argument_are_refused(ours, theirs):
+def test_two_values_of_one_argument_are_an_error(ours, theirs):
     (name, value), (other, different) = *ours.items(), *theirs.items()
     message = f"{name}={value!r} and {other}={different!r}|{other}={different!r} and {name}={value!r}"
     message = message.replace("(", r"\(").replace(")", r"\)")
@@ -234,21 +226,18 @@ def test_two_values_of_one_argument_are_refused(ours, theirs):
             build(**words, **ours, **theirs)
 
 
-def test_equal_values_and_none_are_accepted():
+def test_equal_values_under_both_names_are_accepted():
     model = CRATE(**SMALL, image_size=(32, 32), img_size=32, pool="cls", global_pool="token", heads=None)
     assert (model.image_size, model.pool, model.transformer.heads) == ((32, 32), "cls", 3)
     with pytest.raises(TypeError, match="image_size"):
         CRATE(**SMALL)
 
 
-# --- drop rates ---
-
-
 def _zeros(values: torch.Tensor) -> float:
     return (values == 0).float().mean().item()
 
 
-def test_drop_rate_is_the_classifiers_in_a_crate_as_in_a_vit():
+def test_drop_rate_acts_before_the_classifier_as_in_a_vit():
     ours, theirs, images = _pair(num_classes=5, drop_rate=0.4)
     for model in (ours.train(), theirs.train()):
         with torch.no_grad():
@@ -263,7 +252,7 @@ def test_drop_rate_is_the_classifiers_in_a_crate_as_in_a_vit():
 
 
 @pytest.mark.parametrize("attention", ["mssa", "mhsa"])
-def test_the_other_rates_are_where_a_vit_has_them(attention):
+def test_the_other_rates_act_at_the_places_of_a_vit(attention):
     options = {"attn_drop_rate": 0.1, "proj_drop_rate": 0.2, "pos_drop_rate": 0.3, "drop_path_rate": 0.4}
     model = CRATE(**SMALL, img_size=32, attention=attention, sparsifier="mlp", **options)
     vit = VisionTransformer(img_size=32, **SMALL, **options)
@@ -286,7 +275,7 @@ def test_released_dropout_keeps_its_meaning():
     assert (model.dropout.p, model.head_drop.p) == (0.2, 0.0)
 
 
-def test_dropping_everything_in_training_equals_a_vits_block_with_the_same_draws():
+def test_a_layer_with_dropout_equals_a_vits_block_for_the_same_draws():
     rates = {"proj_drop": 0.2, "drop_path": 0.5}
     block = Block(48, 3, qkv_bias=True, **rates).double()
     options = {"attention": "mhsa", "sparsifier": "mlp", "proj_drop_rate": 0.2, "drop_path_rate": 0.5}
@@ -305,7 +294,7 @@ def test_dropping_everything_in_training_equals_a_vits_block_with_the_same_draws
 
 
 @pytest.mark.parametrize("residual", ["released", "paper"])
-def test_a_dropped_step_leaves_a_samples_tokens_as_they_are(residual):
+def test_a_dropped_step_keeps_the_tokens_of_a_sample(residual):
     layer = Layer(PreNorm(48, MSSA(48, 3, 16), 0.5), PreNorm(48, ISTA(48), 0.5), residual).double()
     x = torch.randn(32, 5, 48, dtype=torch.float64)
     torch.manual_seed(1)
@@ -322,7 +311,7 @@ def test_a_dropped_step_leaves_a_samples_tokens_as_they_are(residual):
     neither = (first + second == 0).flatten()
     assert 0 < neither.sum() < 32
     assert torch.equal(found[neither], x[neither])
-    assert (found[(second > 0).flatten()] == 0).any()  # ISTA's zeros stay zeros
+    assert (found[(second > 0).flatten()] == 0).any()  # ISTA's zeros stay
     plain = Layer(PreNorm(48, MSSA(48, 3, 16)), PreNorm(48, ISTA(48)), residual).double()
     plain.load_state_dict(layer.state_dict())
     assert torch.equal(layer.eval()(x), plain.train()(x))
@@ -331,7 +320,7 @@ def test_a_dropped_step_leaves_a_samples_tokens_as_they_are(residual):
 @pytest.mark.parametrize(
     "options", [{}, {"residual": "paper"}, {"attention": "mhsa", "sparsifier": "mlp"}, {"dropout": 0.2}], ids=str
 )
-def test_stochastic_depth_trains_checkpointed_or_not(options):
+def test_stochastic_depth_has_the_same_gradients_with_checkpointing(options):
     model = CRATE(**SMALL, img_size=32, drop_path_rate=0.5, **options)
     images, gradients = torch.randn(4, 3, 32, 32), []
     for checkpointing in (False, True):
@@ -348,7 +337,7 @@ def test_stochastic_depth_compiles_without_graph_breaks():
 
 
 @pytest.mark.parametrize("heads", [1, 3])
-def test_proj_drop_rate_drops_attention_outputs_with_or_without_an_output_map(heads):
+def test_proj_drop_rate_acts_with_and_without_an_output_map(heads):
     fn = MSSA(48, heads, 48 // heads, proj_dropout=0.5)
     assert _zeros(fn(torch.randn(4, 17, 48))) == pytest.approx(0.5, abs=0.05)
     assert _zeros(fn.eval()(torch.randn(4, 17, 48))) == 0
@@ -367,12 +356,10 @@ def test_proj_drop_rate_drops_attention_outputs_with_or_without_an_output_map(he
     ],
     ids=str,
 )
-def test_rates_that_do_not_fit_are_refused(options, message):
+def test_bad_rates_are_errors(options, message):
     with pytest.raises(UserError, match=message):
         CRATE(**SMALL, img_size=32, **options)
 
-
-# --- the trainer's settings ---
 
 RATES = dict(zip(DROP_RATES, (0.1, 0.2, 0.3, 0.4, 0.5), strict=True))
 
@@ -380,23 +367,20 @@ RATES = dict(zip(DROP_RATES, (0.1, 0.2, 0.3, 0.4, 0.5), strict=True))
 @pytest.mark.parametrize(
     "model", ["crate_tiny_patch8_224", "crate_mae_encoder_tiny_patch16_224", "vit_tiny_patch16_224"]
 )
-def test_the_settings_mean_the_same_in_a_crate_and_a_vit(model):
+def test_the_settings_of_training_have_the_same_effect_on_crate_and_vit(model):
     built = build_model(TrainConfig(model=model, image_size=32, dim=48, depth=3, heads=3, **RATES), 7)
     crate = isinstance(built, CRATE)
     blocks = built.transformer.layers if crate else built.blocks
     assert (built.embed_dim, len(blocks), built.num_classes) == (48, 3, 7)
     first, last = blocks[0], blocks[-1]
-    attention = (
-        (first[0].fn.dropout_p, first[0].fn.to_out[1].p)
-        if crate
-        else (first.attn.attn_drop.p, first.attn.proj_drop.p)
-    )
-    positions = built.dropout if crate else built.pos_drop
-    path = last[0].drop_path if crate else last.drop_path1
-    assert (built.head_drop.p, *attention, positions.p, path.drop_prob) == (0.1, 0.2, 0.3, 0.4, 0.5)
+    if crate:
+        rates = first[0].fn.dropout_p, first[0].fn.to_out[1].p, built.dropout.p, last[0].drop_path.drop_prob
+    else:
+        rates = first.attn.attn_drop.p, first.attn.proj_drop.p, built.pos_drop.p, last.drop_path1.drop_prob
+    assert (built.head_drop.p, *rates) == (0.1, 0.2, 0.3, 0.4, 0.5)
 
 
-def test_the_command_line_has_timms_words_and_suggests_them(tmp_path):
+def test_the_command_line_has_timms_names_and_suggests_them(tmp_path):
     words = [word for name, rate in RATES.items() for word in ("--" + name.replace("_", "-"), str(rate))]
     config = build_config(words, "test", "shape_scenes")[0]
     assert {name: getattr(config, name) for name in DROP_RATES} == RATES
@@ -410,7 +394,7 @@ def test_the_command_line_has_timms_words_and_suggests_them(tmp_path):
     ("model", "names"),
     [("crate_tiny_patch8_224", {"attn_drop_rate", "proj_drop_rate"}), ("vit_tiny_patch16_224", {"drop_rate"})],
 )
-def test_an_older_runs_dropout_keeps_its_meaning(model, names, tmp_path):
+def test_dropout_of_an_older_run_keeps_its_meaning(model, names, tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text(f"model: {model}\ndropout: 0.1\nepochs: 3\n")
     config = TrainConfig(**load_recipe(str(path)))

@@ -1,4 +1,4 @@
-"""Training: a whole run, optimisers, schedules, checkpoints (faults: test_faults.py; processes: test_parallel.py)."""
+"""Training: a whole run, optimisers, schedules, checkpoints. See also test_faults.py and test_parallel.py."""
 
 import errno
 import itertools
@@ -25,20 +25,15 @@ OPTIONS = ("--attn-drop-rate", "0.1")
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A run's folder and what it printed."""
+    """Folder and printed text of a run."""
     folder = tmp_path_factory.mktemp("runs") / "whole"
     return folder, run(*OPTIONS, "--output", str(folder))
 
 
-# --- a whole run ---
-
-
-def test_a_run_writes_and_prints_what_it_promises(finished):
+def test_a_run_writes_its_files_and_prints_their_paths(finished):
     folder, text = finished
     summary = json.loads((folder / "summary.json").read_text())
-    assert 0 <= summary["val_accuracy"] <= 1
-    assert summary["chance"] == pytest.approx(1 / 12)
-    assert summary["steps"] == 12
+    assert (summary["chance"], summary["steps"]) == (pytest.approx(1 / 12), 12)
     for scores in summary["attention_miou"].values():
         assert scores["images"] + scores["without_objects"] == 12  # an object may have no patch of its own
         assert 0 < scores["constant"] < 0.5
@@ -55,7 +50,7 @@ def test_a_run_writes_and_prints_what_it_promises(finished):
     assert f"{summary['val_accuracy']:.4f}" in text
 
 
-def test_its_logs_and_weights_are_whole(finished):
+def test_logs_and_weights_of_a_run_are_complete(finished):
     folder, _ = finished
     assert sorted(losses(folder)) == list(range(1, 13))
     assert [entry["step"] for entry in entries(folder) if "val_accuracy" in entry] == [6, 12]
@@ -67,8 +62,7 @@ def test_its_logs_and_weights_are_whole(finished):
     load_weights(model, folder / "checkpoints" / "step_00000012" / "model.safetensors")
 
 
-def test_training_learns():
-    """The loss on eight images of noise falls to nearly nothing."""
+def test_training_fits_eight_images_of_noise():
     learning = trainer(epochs=10, dim=64, lr=3e-3, weight_decay=0.0, label_smoothing=0.0)
     images = itertools.repeat(batches(learning)[0])
     for _ in range(learning.total_steps):
@@ -118,23 +112,19 @@ def test_clipping_by_hand(mode):
         torch.testing.assert_close(parameter.grad, expected, msg=lambda text, name=name: f"{name}: {text}")
 
 
-def test_a_run_clips_by_its_mode():
+def test_a_run_clips_gradients_by_its_mode():
     found = {mode: [step.measures["loss"] for step in steps(trainer(clip_mode=mode))] for mode in ("norm", "agc")}
     assert found["norm"][0] == found["agc"][0]  # before any clipping
     assert found["norm"][3] != found["agc"][3]
 
 
-def test_coarse_segmentation_gives_a_finished_run_its_own_scores(finished, tmp_path, capsys):
+def test_coarse_segmentation_of_a_run_equals_its_summary(finished, tmp_path, refuses):
     folder, _ = finished
     words = ["--data", "shape_scenes:3", "--limit", "12", "--output", str(tmp_path)]  # the run's seed
     assert coarse_segmentation.main([f"run={folder}@12", *words]) == 0
     scored = json.loads((tmp_path / "results.json").read_text())["results"]["run"]
     assert scored == json.loads((folder / "summary.json").read_text())["attention_miou"]
-    assert coarse_segmentation.main([f"{folder}/checkpoints", *words]) == 2
-    assert "holds no checkpoints" in capsys.readouterr().err
-
-
-# --- resume ---
+    refuses("holds no checkpoints", coarse_segmentation.main, [f"{folder}/checkpoints", *words])
 
 
 def test_a_finished_run_is_not_overwritten_and_resumes_to_its_summary(finished, refuses, capsys):
@@ -144,9 +134,6 @@ def test_a_finished_run_is_not_overwritten_and_resumes_to_its_summary(finished, 
     assert pretrain.main([*words, "--resume"]) == 0
     assert same(before, weights(folder, 12))
     assert "validation accuracy" in capsys.readouterr().out
-
-
-# --- checkpoints ---
 
 
 def _save(root: Path, step: int, value: float) -> Path:
@@ -161,7 +148,7 @@ def _save(root: Path, step: int, value: float) -> Path:
         *(("training.pt", "flip"), ("manifest.json", "cut"), ("manifest.json", "delete")),
     ],
 )
-def test_a_damaged_checkpoint_is_rejected_and_the_previous_one_still_loads(tmp_path, name, harm):
+def test_a_damaged_checkpoint_is_an_error_and_the_previous_one_loads(tmp_path, name, harm):
     _save(tmp_path, 1, 1.0)
     path = _save(tmp_path, 2, 2.0) / name
     content = path.read_bytes()
@@ -178,7 +165,7 @@ def test_a_damaged_checkpoint_is_rejected_and_the_previous_one_still_loads(tmp_p
     assert (saved.weights["w"][0], saved.training["trainer"]["step"]) == (1.0, 1)
 
 
-def test_a_run_with_a_cut_checkpoint_stops_with_the_remedy(finished, tmp_path, refuses):
+def test_resuming_from_a_cut_checkpoint_is_an_error(finished, tmp_path, refuses):
     folder = back_to(finished[0], 12, tmp_path / "damaged")
     path = folder / "checkpoints" / "step_00000012" / "model.safetensors"
     path.write_bytes(path.read_bytes()[:1000])
@@ -186,14 +173,11 @@ def test_a_run_with_a_cut_checkpoint_stops_with_the_remedy(finished, tmp_path, r
     refuses("model.safetensors is damaged: it has 1000 bytes.*step_00000006 is intact: delete", pretrain.main, words)
 
 
-@pytest.mark.parametrize(
-    ("number", "reason", "remedy"),
-    [
-        (errno.ENOSPC, "No space", "free some space"),
-        (errno.EACCES, "denied", "check its permissions"),
-    ],
-)
-def test_an_interrupted_save_leaves_no_checkpoint(tmp_path, monkeypatch, number, reason, remedy):
+DISK_ERRORS = [(errno.ENOSPC, "No space", "free some space"), (errno.EACCES, "denied", "see to its permissions")]
+
+
+@pytest.mark.parametrize(("number", "reason", "remedy"), DISK_ERRORS)
+def test_a_failed_save_leaves_no_checkpoint(tmp_path, monkeypatch, number, reason, remedy):
     _save(tmp_path, 1, 1.0)
     monkeypatch.setattr(checkpoint.torch, "save", Mock(side_effect=OSError(number, reason)))
     with pytest.raises(checkpoint.DiskError, match=f"{reason}.*{remedy}"):
@@ -205,20 +189,16 @@ def test_an_interrupted_save_leaves_no_checkpoint(tmp_path, monkeypatch, number,
     assert checkpoint.newest(tmp_path) == 2
 
 
-def test_rotation_keeps_the_newest_and_the_best(tmp_path):
+def test_the_newest_and_the_best_checkpoint_are_kept(tmp_path):
     for step in range(1, 7):
         _save(tmp_path, step, step)
         if step == 2:
             checkpoint.record_best(tmp_path, {"step": step, "val_accuracy": 0.9})
         checkpoint.rotate(tmp_path, 2)
-    assert checkpoint.steps(tmp_path) == [2, 5, 6]
-    assert checkpoint.best_step(tmp_path) == 2
+    assert (checkpoint.steps(tmp_path), checkpoint.best_step(tmp_path)) == ([2, 5, 6], 2)
 
 
-# --- schedule ---
-
-
-def test_cosine_schedule():
+def test_the_cosine_schedule():
     config = TrainConfig(epochs=10, warmup_epochs=2, lr=1.0, min_lr=0.1)
     rates = [learning_rate(config, step, 50) for step in range(500)]
     assert rates[0] == pytest.approx(0.01)
@@ -232,7 +212,7 @@ def test_cosine_schedule():
         assert learning_rate(config, 0, 10) == pytest.approx(1.0)
 
 
-def test_released_schedule_steps_by_the_epoch_and_takes_the_smaller():
+def test_the_released_schedule_is_constant_within_an_epoch():
     config = TrainConfig(epochs=200, warmup_epochs=20, lr=2e-4, schedule="released")
     by_epoch = [learning_rate(config, epoch * 5, 5) for epoch in range(200)]
     assert all(learning_rate(config, epoch * 5 + 4, 5) == by_epoch[epoch] for epoch in range(200))

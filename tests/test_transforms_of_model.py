@@ -1,4 +1,4 @@
-"""Models under torch.fx, TorchScript, torch.export, torch.func and torch.compile, all of which timm's ViT allows."""
+"""Models under torch.fx, TorchScript, torch.export, torch.func and torch.compile, as timm's ViT supports them."""
 
 import copy
 import io
@@ -31,7 +31,7 @@ every_kind = pytest.mark.parametrize("options", OPTIONS, ids=str)
 
 @pytest.fixture(autouse=True)
 def _onednn(monkeypatch):
-    """With oneDNN a CPU runs all of our operators, each of which could get into a graph; with MKL it runs fewer."""
+    """Use oneDNN, with which a CPU runs all of our operators; with MKL it runs fewer."""
     monkeypatch.setenv("CRATE_FAST_ONEDNN", "1")
 
 
@@ -47,11 +47,8 @@ def _close(actual, expected, rtol: float = 1e-4, atol: float = 1e-5) -> None:
     torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol)
 
 
-# --- torch.fx ----------------------------------------------------------------------------------------------------
-
-
 @every_kind
-def test_symbolic_traces_compute_what_the_model_does(options):
+def test_symbolic_traces_compute_the_models_outputs(options):
     model = _model(**options)
     traced = torch.fx.symbolic_trace(model)
     for copied in (traced, copy.deepcopy(traced), pickle.loads(pickle.dumps(traced)), torch.jit.script(traced)):
@@ -63,7 +60,7 @@ def test_symbolic_traces_compute_what_the_model_does(options):
 
 
 @every_kind
-def test_feature_extractors_of_timm_train_every_parameter(options):
+def test_timms_feature_extractors_train_every_parameter(options):
     model = _model(**options)
     names, _ = get_graph_node_names(model)
     extractor = create_feature_extractor(model, {"transformer.layers.0": "first", names[-1]: "last"})
@@ -77,7 +74,7 @@ def test_feature_extractors_of_timm_train_every_parameter(options):
     assert all(p.grad.abs().sum() > 0 for p in model.parameters())
 
 
-def test_traces_check_images_and_take_any_size_where_the_model_does():
+def test_traces_check_images_as_the_model_does():
     model = _model(dynamic_img_size=True)
     traced = torch.fx.symbolic_trace(model)
     for size in ((32, 32), (48, 40)):
@@ -89,11 +86,8 @@ def test_traces_check_images_and_take_any_size_where_the_model_does():
         torch.fx.symbolic_trace(_model())(_images(2, 48, 48))
 
 
-# --- TorchScript -------------------------------------------------------------------------------------------------
-
-
 @every_kind
-def test_torchscript_by_compiling_and_by_tracing(options):
+def test_scripted_and_traced_models_compute_the_models_outputs(options):
     model = _model(**options)
     with warnings.catch_warnings():
         warnings.simplefilter("error", torch.jit.TracerWarning)
@@ -103,7 +97,7 @@ def test_torchscript_by_compiling_and_by_tracing(options):
         torch.jit.save(module, file)
         file.seek(0)
         loaded = torch.jit.load(file)
-        assert "crate_fast::" not in str(loaded.inlined_graph)  # it runs without this package
+        assert "crate_fast::" not in str(loaded.inlined_graph)  # runs without this package
         for batch in (1, 5, 40):
             images = _images(batch)
             _close(loaded(images), model(images))
@@ -119,7 +113,7 @@ def test_torchscript_by_compiling_and_by_tracing(options):
     ],
     ids=str,
 )
-def test_torchscript_of_a_training_model_drops_and_differentiates(options, skipped):
+def test_a_scripted_model_in_training_has_dropout_and_gradients(options, skipped):
     model = _model(**options).train()
     scripted, images = torch.jit.script(model), _images(16)
     assert not torch.equal(scripted(images), scripted(images))
@@ -127,17 +121,14 @@ def test_torchscript_of_a_training_model_drops_and_differentiates(options, skipp
     assert all(p.grad is not None for p in model.parameters())
     tokens, layer = torch.randn(2000, 2, 64), torch.jit.script(model.transformer.layers[1])
     with torch.no_grad():
-        layer(tokens)  # from the second call on TorchScript optimises
+        layer(tokens)  # TorchScript optimises from the second call on
         unchanged = (layer(tokens) == tokens).flatten(1).all(1).float().mean()
     assert unchanged.item() == pytest.approx(skipped, abs=0.05)
     _close(scripted.eval()(images), model.eval()(images))
 
 
-# --- export ------------------------------------------------------------------------------------------------------
-
-
 @every_kind
-def test_a_users_own_export_has_a_dynamic_batch_and_no_operator_of_ours(options):
+def test_torch_export_has_a_dynamic_batch_and_no_operator_of_this_package(options):
     model = _model(**options)
     program = torch.export.export(model, (_images(2),), dynamic_shapes=({0: Dim("batch")},))
     assert not [node for node in program.graph.nodes if "crate_fast" in str(node.target)]
@@ -149,7 +140,7 @@ def test_a_users_own_export_has_a_dynamic_batch_and_no_operator_of_ours(options)
 SIZES = ({0: Dim("batch"), 2: 8 * Dim("rows", min=2, max=64), 3: 8 * Dim("columns", min=2, max=64)},)
 
 
-def test_a_users_own_export_takes_any_size_of_images():
+def test_torch_export_has_dynamic_image_sizes():
     model = _model(dynamic_img_size=True)
     program = torch.export.export(model, (_images(2, 48, 64),), dynamic_shapes=SIZES)
     for shape in ((3, 40, 56), (1, 32, 32), (2, 24, 16)):  # the second is the native one
@@ -157,32 +148,14 @@ def test_a_users_own_export_takes_any_size_of_images():
         _close(program.module()(images), model(images))
 
 
-def test_a_users_own_onnx_export_has_a_dynamic_batch(tmp_path):
-    onnxruntime = pytest.importorskip("onnxruntime")
-    options = {"attention": "mhsa", "threshold": "soft", "residual": "paper", "pool": "mean"}
-    model = _model(depth=1, **options)  # test_export has the other form
-    sizes = ({0: Dim("batch")},)
-    torch.onnx.export(
-        model, (_images(2),), tmp_path / "x.onnx", dynamo=True, dynamic_shapes=sizes, input_names=["x"], verbose=False
-    )
-    session = onnxruntime.InferenceSession(tmp_path / "x.onnx")
-    for batch in (1, 5, 40):
-        images = _images(batch)
-        (found,) = session.run(None, {"x": images.numpy()})
-        _close(torch.from_numpy(found), model(images))
-
-
-# --- torch.func --------------------------------------------------------------------------------------------------
-
-
 def _same_gradients(found: list[Tensor], expected: tuple[Tensor, ...]) -> None:
-    largest = max(value.abs().max() for value in expected)  # that of a key's bias is zero
+    largest = max(value.abs().max() for value in expected)  # the gradient of a key's bias is zero
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours / largest, theirs / largest, rtol=0, atol=1e-4)
 
 
 @every_kind
-def test_gradients_of_single_images_are_those_of_a_loop(options):
+def test_gradients_of_single_images_by_vmap_equal_those_of_a_loop(options):
     model = _model(**options).train()
     parameters, images = dict(model.named_parameters()), _images(3)
 
@@ -200,7 +173,7 @@ def test_gradients_of_single_images_are_those_of_a_loop(options):
 
 
 @every_kind
-def test_an_ensemble_and_its_gradients_are_those_of_its_members(options):
+def test_gradients_of_an_ensemble_equal_those_of_its_members(options):
     model = _model(**options)
     members = [model, _model(**options)]
     images = _images(12)  # enough tokens for the folded dictionary
@@ -217,7 +190,7 @@ def test_an_ensemble_and_its_gradients_are_those_of_its_members(options):
 
 @every_kind
 def test_forward_mode_and_second_derivatives(options):
-    """jvp was silently zero behind the operators of the CPU."""
+    """jvp was once silently zero through the operators of the CPU."""
     model = _model(**options).double()
     images, direction, step = _images(2).double(), _images(2).double(), 1e-6
     difference = (model(images + step * direction) - model(images - step * direction)) / (2 * step)
@@ -234,15 +207,12 @@ def test_forward_mode_and_second_derivatives(options):
     _close(curvature.flatten().view(3, 3), curvature.flatten().view(3, 3).t(), rtol=1e-3, atol=1e-3)
 
 
-def test_kernels_say_that_they_have_no_rules_for_transforms():
+def test_transforms_of_kernels_are_an_error():
     w, x = torch.randn(1, 5, 1, 16), torch.randn(5, 16)
     with pytest.raises(UserError, match="no rules for torch.func"):
         grad(lambda t: subspace_attention(t, backend="triton").sum())(w)
     with pytest.raises(UserError, match="no rules for torch.func"):
         jvp(lambda t: ista(t, x.t() @ x, backend="triton"), (x,), (x,))
-
-
-# --- compilation, and all together of an autoencoder -------------------------------------------------------------
 
 
 def test_compiles_for_any_batch_and_trains_at_any_size():

@@ -1,4 +1,4 @@
-"""The white box: a trace is what the layers compute; its curves for every kind of model, and their command."""
+"""The white box: traces equal the layers' computation; measures by layer, and their command."""
 
 import json
 
@@ -54,18 +54,18 @@ def test_cls_attention_is_eq_10():
     torch.testing.assert_close(default, full / full.sum(-1, keepdim=True))
 
 
-def test_layers_can_be_chosen_from_the_end_and_hooks_are_gone_afterwards():
+def test_layers_can_be_counted_from_the_end_and_hooks_are_removed():
     model = CRATE(**SMALL)
     images = torch.zeros(1, 3, 32, 32)
     assert [t.index for t in trace(model, images, [-1, 0])] == [0, 2]
     with pytest.raises(UserError, match="layer 3: the model has layers 0 to 2"):
         trace(model, images, [3])
-    with pytest.raises(ValueError, match="images are 64×64"):  # in the middle of a pass
+    with pytest.raises(ValueError, match="images are 64×64"):  # an error during the pass
         trace(model, torch.zeros(1, 3, 64, 64))
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
-def test_an_mhsa_layer_has_queries_and_keys_but_no_subspaces():
+def test_a_trace_of_mhsa_has_queries_and_keys_but_no_coding_rate():
     model = CRATE(**SMALL, attention="mhsa").double()
     (layer_trace,) = trace(model, torch.randn(1, 3, 32, 32, dtype=torch.float64), [0])
     assert not torch.equal(layer_trace.queries, layer_trace.keys)
@@ -84,27 +84,25 @@ def test_coding_rate_equals_the_n_by_n_form(shape):
     assert coding_rate(w.bfloat16()).dtype == torch.float32
 
 
-def test_statistics_under_autocast():
+def test_statistics_under_autocast_stay_near_fp32():
     model, images = CRATE(**SMALL), torch.randn(2, 3, 32, 32)
     with torch.autocast("cpu", torch.bfloat16):
         low = layer_statistics(model, images)["coding_rate"]
     torch.testing.assert_close(low, layer_statistics(model, images)["coding_rate"], rtol=0.05, atol=0)
 
 
-def test_coding_rate_errors():
+def test_bad_arguments_of_the_coding_rate_are_errors():
     with pytest.raises(ValueError, match="epsilon=0"):
         coding_rate(torch.randn(1, 4, 2, 3), epsilon=0)
     with pytest.raises(ValueError, match=r"shape \(4, 3\)"):
         coding_rate(torch.randn(4, 3))
 
 
-# --- curves over layers, and the command ---
-
 MODEL = "crate_tiny_patch8_224@untrained"
 WORDS = ["depth=3", "dim=32", "heads=2", "img_size=32"]
 
 
-def test_measures_are_the_traces():
+def test_measures_equal_those_of_the_traces():
     model = open_model(MODEL, model_args=WORDS).model
     images = torch.randn(4, 3, 32, 32)
     with torch.no_grad():
@@ -124,7 +122,7 @@ def test_measures_are_the_traces():
         torch.testing.assert_close(statistics[name][:, 1], measured[name].std(dim=0, correction=0))
 
 
-def test_batches_do_not_change_the_curves():
+def test_measures_do_not_depend_on_the_batch_size():
     loaded = open_model(MODEL, image_size=32, model_args=WORDS)
     images = open_images("shape_scenes", 32, 7)
     whole, parts = (white_box.evaluate(loaded, batches(images, size, [])) for size in (7, 2))
@@ -134,16 +132,13 @@ def test_batches_do_not_change_the_curves():
 
 
 def test_trends_by_hand():
-    assert trend([3.0, 2.0, 1.0]) == {
-        "first": 3.0, "last": 1.0, "steps_down": 2, "steps": 2, "spearman": -1.0, "falls": "yes",
-    }  # fmt: skip
-    assert trend([1.0, 2.0])["falls"] == "no"
-    assert trend([3.0, 1.0, 2.0])["falls"] == "in part"
+    expected = {"first": 3.0, "last": 1.0, "steps_down": 2, "steps": 2, "spearman": -1.0, "falls": "yes"}
+    assert trend([3.0, 2.0, 1.0]) == expected
+    assert [trend(values)["falls"] for values in ([1.0, 2.0], [3.0, 1.0, 2.0], [2.0])] == ["no", "in part", "no"]
     assert trend([2.0, 2.0])["spearman"] is None
-    assert trend([2.0])["falls"] == "no"
 
 
-def test_the_command_trained_beside_untrained_and_ablations(tiny_run, tmp_path, capsys):
+def test_the_command_compares_trained_and_untrained_models(tiny_run, tmp_path, capsys):
     models = [str(tiny_run), f"untrained={tiny_run}@untrained", f"mlp={MODEL}", "vit=vit_tiny_patch16_224@untrained"]
     words = ["--model-args", "img_size=32", "depth=2", "--limit", "6", "--output", str(tmp_path)]
     assert white_box.main([*models, *words]) == 0
@@ -158,7 +153,7 @@ def test_the_command_trained_beside_untrained_and_ablations(tiny_run, tmp_path, 
 
 
 @pytest.mark.parametrize(("ablation", "missing"), [("attention=mhsa", "coding_rate"), ("sparsifier=mlp", "sparsity")])
-def test_what_an_ablation_lacks_is_left_out(ablation, missing):
+def test_measures_that_an_ablation_does_not_have_are_left_out(ablation, missing):
     loaded = open_model(MODEL, image_size=32, model_args=[*WORDS, ablation])
     found = white_box.evaluate(loaded, batches(open_images("shape_scenes", 32, 2), 2, []))
     assert missing in found["left_out"]
