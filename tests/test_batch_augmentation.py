@@ -79,5 +79,5 @@ def test_draws_depend_on_step_and_part_and_leave_the_global_generator_alone():
 
 
 def test_mixup_of_an_odd_batch_is_an_error():
-    with pytest.raises(ValueError, match="has 5 images in a micro-batch"):
+    with pytest.raises(ValueError, match="need an even number of images per process and micro-batch, not 5"):
         _augment(batch_size=5, mixup=0.5)

@@ -123,7 +123,7 @@ def test_positions_are_resampled_to_another_grid_as_timm_does(old, new, how, tmp
 def test_an_unknown_grid_is_taken_as_square_with_a_warning_or_refused(tmp_path):
     plain, wide = dict(_of_grid((4, 4)).state_dict()), _of_grid((2, 8))
     expected = resample_abs_pos_embed(plain["pos_embedding"], [2, 8])  # timm assumes a square, too
-    with pytest.warns(UserWarning, match="taken for 4×4, and resampled to 2×8; if .* another one, pass source_grid"):
+    with pytest.warns(UserWarning, match="assuming 4×4, resampling to 2×8; if this is wrong, pass source_grid"):
         torch.testing.assert_close(adapt_state_dict(plain, wide)["pos_embedding"], expected, rtol=0, atol=0)
     torch.save(plain, tmp_path / "plain.pth")
     sizes = {"dim": 48, "depth": 2, "heads": 3, "num_classes": 7, "img_size": (16, 64), "pretrained": True}
@@ -273,22 +273,22 @@ def _safetensors() -> bytes:
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 91267000\n"
 TENSORS = {"cls_token": torch.zeros(1, 1, 4)}
-TRACED = r"saved where it was made: torch\.save\(torch\.jit\.load\('w\.pt'\)\.state_dict\(\)"
+TRACED = r"where it was made: torch\.save\(torch\.jit\.load\('w\.pt'\)\.state_dict\(\)"
 FILES = {  # kind: name, content, the message, the remedy
     "lfs": ("w.pth", lambda: LFS, "a git-lfs pointer", "git lfs pull"),
     "html": ("w.pth", lambda: b"\n<!DOCTYPE html>\n<html><head>", "an HTML page", "download the file itself"),
-    "json": ("w.pth", lambda: b'{"error": "not found"}', "a text file", "download the file"),
+    "json": ("w.pth", lambda: b'{"error": "not found"}', "a text file", "download the weight file"),
     "text": ("w.pth", lambda: "Entry not found: é\n".encode(), "a text file.*'Entry not found: é'", "download"),
     "html 2": ("w.safetensors", lambda: b'<html lang="en">', "an HTML page", "download the file itself"),
     "gzip": ("w.pth", lambda: gzip.compress(b"1"), "an archive", "unpack it"),
     "zip": ("w.pth", lambda: _bytes(_zip), "a zip archive that torch.save did not write", "unpack it"),
     "tar": ("w.pth", lambda: _bytes(_tar), "an archive", "unpack it"),
-    "empty": ("w.pth", lambda: b"", "is empty", "fetch it again"),
-    "zeros": ("w.pth", lambda: bytes(6000), "filled with zeros", "fetch it again"),
-    "binary": ("w.pth", lambda: bytes(range(3, 200)), "neither.*begins with the bytes 03 04", "fetch it again"),
-    "cut zip": ("w.pth", lambda: _saved(TENSORS)[:-40], "damaged or cut short", "incomplete: fetch it again"),
-    "cut safetensors": ("w.safetensors", lambda: _safetensors()[:-4], "damaged or cut short", "fetch it again"),
-    "cut header": ("w.safetensors", lambda: _safetensors()[:20], "damaged or cut short", "fetch it again"),
+    "empty": ("w.pth", lambda: b"", "is empty", "download it again"),
+    "zeros": ("w.pth", lambda: bytes(6000), "filled with zeros", "download it again"),
+    "binary": ("w.pth", lambda: bytes(range(3, 200)), "neither.*begins with the bytes 03 04", "download it again"),
+    "cut zip": ("w.pth", lambda: _saved(TENSORS)[:-40], "damaged or truncated", "incomplete: download it again"),
+    "cut safetensors": ("w.safetensors", lambda: _safetensors()[:-4], "damaged or truncated", "download it again"),
+    "cut header": ("w.safetensors", lambda: _safetensors()[:20], "damaged or truncated", "download it again"),
     "safetensors as pth": ("w.pth", _safetensors, "a safetensors file", "rename it to end in .safetensors"),
     "pth as safetensors": ("w.safetensors", lambda: _saved(TENSORS), "a torch.save file", "rename it to end in .pth"),
     "old pth as safetensors": ("w.safetensors", lambda: _saved_before_zip(TENSORS), "a torch.save file", "in .pth"),
@@ -296,11 +296,21 @@ FILES = {  # kind: name, content, the message, the remedy
         *("w.pt", lambda: _bytes(lambda b: torch.jit.save(torch.jit.trace(nn.Linear(2, 2), torch.zeros(1, 2)), b))),
         *("a TorchScript program", TRACED),
     ),
-    "model": ("w.pth", lambda: _saved(nn.Linear(2, 2)), r"more than tensors.*nn\.modules\.linear\.Linear", "alone"),
-    "old model": ("w.pth", lambda: _saved_before_zip(nn.Linear(2, 2)), r"more than tensors.*linear\.Linear", "alone"),
-    "list": ("w.pth", lambda: _saved([torch.zeros(1)]), "it holds a list", "state dict alone"),
-    "code": ("w.pth", lambda: _saved({"w": _Code()}), r"more than tensors.*\(\w+\.system\)", "state dict alone"),
-    "pickled code": ("w.pth", lambda: pickle.dumps(_Code()), "a Python pickle", "state dict alone"),
+    "model": (
+        "w.pth",
+        lambda: _saved(nn.Linear(2, 2)),
+        r"more than tensors.*nn\.modules\.linear\.Linear",
+        "save only its state dict",
+    ),
+    "old model": (
+        "w.pth",
+        lambda: _saved_before_zip(nn.Linear(2, 2)),
+        r"more than tensors.*linear\.Linear",
+        "save only its state dict",
+    ),
+    "list": ("w.pth", lambda: _saved([torch.zeros(1)]), "it holds a list", "only its state dict"),
+    "code": ("w.pth", lambda: _saved({"w": _Code()}), r"more than tensors.*\(\w+\.system\)", "only its state dict"),
+    "pickled code": ("w.pth", lambda: pickle.dumps(_Code()), "a Python pickle", "only its state dict"),
     "complex": ("w.pth", lambda: _saved({"w": torch.zeros(2) * 1j}), "w is complex", "of the plain model"),
     "meta": ("w.pth", lambda: _saved({"w": torch.zeros(2, device="meta")}), "w is a meta tensor", "plain model"),
     "two models": ("w.pth", lambda: _saved({"student": TENSORS}), "it holds the keys student", "as in FILE#student"),
@@ -327,7 +337,7 @@ def test_quantized_weights_are_refused(released, tmp_path):
 
 
 def test_a_folder_and_an_unreadable_file_are_errors(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="is a folder: name the file of weights in it"):
+    with pytest.raises(UserError, match="is a folder: pass the weight file in it"):
         read_state_dict(tmp_path)
     with pytest.raises(UserError, match=r"none\.pth: no such checkpoint file"):
         read_state_dict(f"{tmp_path / 'none.pth'}#model")

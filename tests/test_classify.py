@@ -36,7 +36,7 @@ def test_knn_does_not_depend_on_the_chunk_size(monkeypatch):
     train, labels, val = torch.randn(50, 8), torch.randint(0, 4, (50,)), torch.randn(23, 8)
     whole = knn_predictions(train, labels, val, [1, 5])
     for held in (1, 350):  # similarities of 1 and 7 validation images at a time
-        monkeypatch.setattr(classify, "_SIMILARITIES", held)
+        monkeypatch.setattr(classify, "_MAX_SIMILARITIES", held)
         parts = knn_predictions(train, labels, val, [1, 5])
         assert all(torch.equal(parts[k], whole[k]) for k in whole)
 
@@ -54,7 +54,7 @@ def test_a_linear_probe_finds_a_planted_direction_and_nothing_in_noise():
     assert (shuffled.predictions == labels[200:]).float().mean() < 0.5
     scaled = linear_probe(1000 * planted[:200] + 7, labels[:200], 1000 * planted[200:] + 7)
     assert torch.equal(scaled.predictions, probe.predictions)  # features are standardised
-    with pytest.raises(ValueError, match="of 1 classes says nothing"):
+    with pytest.raises(ValueError, match="of 1 classes are too few"):
         linear_probe(features, torch.zeros(300, dtype=torch.long), features)
 
 
@@ -78,8 +78,8 @@ def test_pooled_features_are_the_heads_input(name):
 
 def test_a_linear_probe_without_convergence_or_at_the_end_of_the_grid_has_remarks():
     tried = {0.1: 0.5, 1.0: 0.6, 10.0: 0.4}
-    assert classify._doubts("A", {"linear": {"C": 1.0, "held_out": tried, "converged": True}}) == []
-    said = classify._doubts("A", {"linear": {"C": 10.0, "held_out": tried, "converged": False}})
+    assert classify._notes("A", {"linear": {"C": 1.0, "held_out": tried, "converged": True}}) == []
+    said = classify._notes("A", {"linear": {"C": 10.0, "held_out": tried, "converged": False}})
     assert ["did not converge" in said[0], "C = 10 is at the end" in said[1]] == [True, True]
 
 

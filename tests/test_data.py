@@ -192,7 +192,7 @@ def test_torchvision_sets_are_opened_by_split_and_downloaded_on_request(name, cl
 
 
 def test_missing_data_is_an_error(folder, tmp_path):
-    message = r"val is not there \(data_dir holds: \['train', 'validation'\]\).*--val-split"
+    message = r"val does not exist \(data_dir holds: \['train', 'validation'\]\).*--val-split"
     with pytest.raises(UserError, match=message):
         build_splits(config_of(folder, val_split="val"))
     with pytest.raises(UserError, match="no such folder"):
@@ -218,7 +218,7 @@ def test_policies_are_timms_or_torchvisions():
     ],
 )
 def test_unknown_policies_are_refused_with_two_examples(policy):
-    message = rf"auto_augment='{policy}' is no policy.*rand-m9-n2-mstd0.5.*randaugment-n2-m14"
+    message = rf"auto_augment='{policy}' is not a policy.*rand-m9-n2-mstd0.5.*randaugment-n2-m14"
     with pytest.raises(UserError, match=message):
         train_transform(TrainConfig(auto_augment=policy))
 

@@ -376,7 +376,7 @@ def test_a_report_without_results_and_a_missing_cifar10_are_errors(finished, tmp
     shutil.copy(finished[0] / "report" / "protocol.json", tmp_path)
     words = ["--report-only", "--report", str(tmp_path)]
     refuses("does not hold runs of CRATE and ViT", main, ["--size", "smoke", *words])
-    refuses("another --size than small", main, ["--size", "small", *words])
+    refuses("another --size than small: pass --size smoke", main, ["--size", "small", *words])
     words = ["--size", "smoke", "--cifar10", str(tmp_path), "--output", str(tmp_path)]
     refuses("holds neither train/", main, words)
 

@@ -191,7 +191,7 @@ def test_only_one_run_at_a_time_writes_a_folder(tmp_path, refuses):
 
 def test_restarts_need_a_folder(monkeypatch, refuses):
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
-    refuses("look for their run in --output; name its folder", pretrain.main, TINY)
+    refuses("needs a fixed folder to resume from: pass --output FOLDER", pretrain.main, TINY)
 
 
 @pytest.fixture
@@ -254,7 +254,7 @@ def _logits(model, images):
 def test_too_many_skipped_steps_in_a_row_stop_the_run_with_a_diagnosis(tmp_path, monkeypatch, refuses):
     _poisoning(monkeypatch, set(range(5, 12)))
     words = [*TINY, "--output", str(tmp_path / "run"), "--nonfinite-limit", "3", "--checkpoint-every", "1"]
-    message = r"3 steps in a row were not finite.*step 7: .*gradient norm nan.*The images themselves"
+    message = r"3 steps in a row were skipped.*step 7: .*gradient norm nan.*The images are not finite"
     refuses(message, pretrain.main, words)
     newest = checkpoint.newest(tmp_path / "run" / "checkpoints")
     assert newest == 7
@@ -285,7 +285,7 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path, monkeypatch, refu
 
     monkeypatch.setattr(trainer.Trainer, "train_step", poisoning)
     words = [*TINY, "--output", str(tmp_path / "run"), "--checkpoint-every", "1"]
-    refuses("after step 3 the weights cls_token are not finite, and are not saved", pretrain.main, words)
+    refuses("the weights cls_token are not finite after step 3 and are not saved", pretrain.main, words)
     assert checkpoint.newest(tmp_path / "run" / "checkpoints") == 2
 
 

@@ -1,5 +1,6 @@
 """Fine-tuning and linear probing: weights and settings that are kept, replaced or refused."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -59,6 +60,22 @@ def test_the_command_line_overrides_the_run(source):
     words = [*SCENES, "--init", str(source), "--dim", "64"]
     config, _ = build_config(words, "", "shape_scenes", adjust=finetune.inheriting)
     assert (config.dim, config.depth) == (64, 2)
+
+
+def test_a_recipe_may_name_the_run(source, tmp_path):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(f"init: {source}\nhead: new\n")
+    config, _ = build_config([], "", str(recipe), adjust=finetune.inheriting)
+    known = run_config(source)
+    assert (config.model, config.dim, config.depth, config.heads) == (
+        known.model,
+        known.dim,
+        known.depth,
+        known.heads,
+    )
+    (tmp_path / "config.yaml").write_text(dump_config(replace(config, dim=48)))  # of a run: its own settings count
+    again, _ = build_config([], "", str(tmp_path / "config.yaml"), adjust=finetune.inheriting)
+    assert again == replace(config, dim=48)
 
 
 def test_a_missing_start_is_an_error(refuses, tmp_path, source):
@@ -249,4 +266,4 @@ def test_lars_by_hand():
 
 def test_a_linear_probe_refuses_to_train_the_model(source, refuses):
     words = ["--init", str(source), "--data-dir", "x", "--no-frozen"]
-    refuses("a linear probe trains a classifier alone", linear_probe.main, words)
+    refuses("a linear probe trains only the classifier", linear_probe.main, words)

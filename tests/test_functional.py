@@ -450,7 +450,7 @@ def test_openmps_spinning_is_bounded_unless_the_user_sets_it(chosen, expected, m
         monkeypatch.delenv(name, raising=False)
     for name, value in chosen.items():
         monkeypatch.setenv(name, value)
-    first, rest, _ = Path(crate_fast.__file__).read_text().partition("# `crate-fast` itself")
+    first, rest, _ = Path(crate_fast.__file__).read_text().partition("_IS_COMMAND =")
     assert rest
     monkeypatch.delitem(sys.modules, "torch")  # as if this package were imported first
     exec(first, {})

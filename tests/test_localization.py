@@ -140,7 +140,7 @@ def test_images_of_one_name_in_two_folders_have_their_own_boxes(tmp_path):
         ("[" * 100_000, "is not JSON"),
         ("{", "is not JSON"),
         ('{"images": []}', "annotations"),
-        ('{"images": [{"id": [1], "file_name": "0"}], "annotations": []}', "whole number or a text"),
+        ('{"images": [{"id": [1], "file_name": "0"}], "annotations": []}', "an integer or a string"),
         ('{"images": [{"id": 1, "file_name": "0"}, {"id": 1, "file_name": "1"}], "annotations": []}', "twice"),
         ('{"images": [{"id": 1, "file_name": "0"}, {"id": 2, "file_name": "0"}], "annotations": []}', "join them"),
         ('{"images": [{"id": 1, "file_name": "0"}], "annotations": [{"image_id":"1","bbox":[1,1,1,1]}]}', "unlike"),

@@ -222,7 +222,7 @@ def test_the_encoder_as_a_crate_computes_the_same_tokens(visible_only, patch):
 
 
 def test_the_state_dict_of_another_model_is_an_error():
-    with pytest.raises(ValueError, match="no state dict of a CRATE-MAE: cls_token is missing"):
+    with pytest.raises(ValueError, match="not a state dict of CRATE-MAE: cls_token is missing"):
         encoder_state_dict({"weight": torch.zeros(1)})
 
 

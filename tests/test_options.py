@@ -61,8 +61,11 @@ def test_help_and_misspelt_words_are_answered_before_slow_imports():
         assert (status, said in error) == (2, True), error
 
 
-def test_the_help_of_the_command_needs_no_torch():
-    command = [sys.executable, "-X", "importtime", "-m", "crate_fast.cli", "--help"]
+@pytest.mark.parametrize(
+    ("words", "start"), [("crate_fast.cli --help", "usage: crate-fast COMMAND"), ("crate_fast.env --help", "usage:")]
+)
+def test_the_help_of_a_command_needs_no_torch(words, start):
+    command = [sys.executable, "-X", "importtime", "-m", *words.split()]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.startswith(start)
     assert not re.search(r"\| +(torch|timm)$", done.stderr, re.M)

@@ -260,6 +260,6 @@ def test_a_rate_of_another_model_is_an_error(tmp_path):
 
 def test_an_unfinished_run_has_no_rate(tmp_path, refuses):
     words = ["--depth", "1", "--throughput", _run(tmp_path, "depth: 1\n", None)]
-    refuses("has no rate", plan.main, words)
+    refuses("has no throughput", plan.main, words)
     (tmp_path / "summary.json").unlink()
-    refuses("has no rate", plan.main, words)
+    refuses("has no throughput", plan.main, words)

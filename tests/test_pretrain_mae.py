@@ -35,7 +35,7 @@ def test_a_run_writes_its_losses_and_figures(finished):
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["best_val_loss"] == min(e["ema_val_loss"] for e in entries(folder) if "val_loss" in e)
     assert not {"val_accuracy", "chance"} & summary.keys()
-    assert f"validation loss {summary['val_loss']:.4f}; of the moving average: loss" in text
+    assert f"validation loss {summary['val_loss']:.4f}; EMA weights: loss" in text
     for name in ("reconstruction.png", "attention.png", "curves.png"):
         assert (folder / name).read_bytes()[:4] == b"\x89PNG"
         assert str(folder / name) in text
@@ -92,7 +92,7 @@ def test_bad_settings_are_errors(words, message, tmp_path, refuses):
 
 @pytest.mark.parametrize("words", [["--visible-only"], ["--mask-ratio", "0.5"], ["--decoder-depth", "1"]], ids=str)
 def test_settings_of_an_autoencoder_are_errors_for_a_classifier(words, tmp_path, refuses):
-    message = "model='crate_tiny_patch8_224' is no autoencoder; leave them out"
+    message = "model='crate_tiny_patch8_224' is not an autoencoder; leave them out"
     refuses(message, pretrain.main, [*TINY, *words, "--output", str(tmp_path / "run")])
 
 
@@ -227,5 +227,9 @@ def test_the_command_measures_and_draws(finished, tmp_path, refuses):
     rows = json.loads((tmp_path / "results.json").read_text())["results"]["mae"]
     assert [row["mask_ratio"] for row in rows] == [0.5, 0.75]
     assert (tmp_path / "mae.png").read_bytes()[:4] == b"\x89PNG"
-    refuses("is no CRATE-MAE, and fills nothing in", reconstruction.main, ["crate_tiny_patch8_224@untrained", *words])
+    refuses(
+        "is not a CRATE-MAE: name a run of pretrain_mae",
+        reconstruction.main,
+        ["crate_tiny_patch8_224@untrained", *words],
+    )
     refuses("decodes 32 px images only", reconstruction.main, [str(finished[0]), *words, "--image-size", "64"])

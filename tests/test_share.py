@@ -47,9 +47,9 @@ def test_the_card_has_the_runs_scores_and_no_local_paths(shared, tiny_run, tmp_p
 
 def test_runs_that_cannot_be_shared_are_errors(shared, tiny_run, tmp_path, refuses, monkeypatch):
     run, new = str(tiny_run), str(tmp_path / "new")
-    refuses("holds a model already", main, [run, str(shared)])
+    refuses("already holds a model", main, [run, str(shared)])
     refuses("holds no checkpoints", main, [str(tmp_path), new])
-    refuses("is no results.json", main, [run, new, "--scores", str(tiny_run / "config.yaml")])
+    refuses("is not a results.json", main, [run, new, "--scores", str(tiny_run / "config.yaml")])
     monkeypatch.setattr(share, "load_model", lambda run: (None, TrainConfig(frozen=True), 4))
     refuses("a run of a linear probe", main, [run, new])
     assert not (tmp_path / "new").exists()

@@ -242,7 +242,7 @@ class TestHuggingFace:
             open_source(config_of(tmp_path, "hf"), True)
 
     def test_nothing_is_downloaded_without_the_option(self, hub):
-        with pytest.raises(UserError, match=r"'some/name' is no folder.*--download"):
+        with pytest.raises(UserError, match=r"'some/name' is not a folder.*--download"):
             open_source(config_of("some/name", "hf"), True)
 
     def test_a_missing_split_is_an_error(self, hub, tmp_path):
@@ -272,7 +272,7 @@ class TestHuggingFace:
         [
             ({"img": [0], "label": [0]}, r"columns \['img', 'label'\]: rename two to image and label"),
             ({"image": [1, 2], "label": [0, 1]}, "images in the column image"),
-            (["cat", "dog"], "integers from 0, below 10,000,000, not .'cat', 'dog'.*class_encode_column"),
+            (["cat", "dog"], "integers from 0 to 9,999,999, not .'cat', 'dog'.*class_encode_column"),
             ([[0], [1]], "integers in the column label"),
             ([0, 2**62], "labels must be integers.*not"),
             ([0, -1], r"split train: labels must be integers.*not \[-1\]"),

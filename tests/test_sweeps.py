@@ -285,7 +285,7 @@ def test_results_that_cannot_be_written_are_printed_with_an_error(tmp_path, monk
     captured = capsys.readouterr()
     assert "white_box.md cannot be written (No space left on device), and its content is printed" in captured.err
     assert "| model |" in captured.out
-    for number, remedy in ((errno.ENOSPC, "free some space"), (errno.EACCES, "see to its permissions")):
+    for number, remedy in ((errno.ENOSPC, "free some space"), (errno.EACCES, "check its permissions")):
         assert run_command(_raise, OSError(number, "the reason", "figure.png")) == 2
         assert capsys.readouterr().err.startswith(f"error: figure.png: the reason: {remedy}")
     with pytest.raises(FileNotFoundError):

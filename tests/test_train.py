@@ -173,7 +173,7 @@ def test_resuming_from_a_cut_checkpoint_is_an_error(finished, tmp_path, refuses)
     refuses("model.safetensors is damaged: it has 1000 bytes.*step_00000006 is intact: delete", pretrain.main, words)
 
 
-DISK_ERRORS = [(errno.ENOSPC, "No space", "free some space"), (errno.EACCES, "denied", "see to its permissions")]
+DISK_ERRORS = [(errno.ENOSPC, "No space", "free some space"), (errno.EACCES, "denied", "check its permissions")]
 
 
 @pytest.mark.parametrize(("number", "reason", "remedy"), DISK_ERRORS)
