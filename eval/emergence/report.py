@@ -44,10 +44,10 @@ def write_report(report: Path, protocol: Protocol, size: str) -> Path:
     protocol_page = "[protocol.md](protocol.md)" if (report / "protocol.md").is_file() else f"docs/emergence/{page}"
     coarse = "## Coarse segmentation (Fig. 4, Table 2)"
     parts = [
-        f"# Emergence{' on photographs' if protocol.photographs else ''}: what came out ({size})",
-        "Written by `crate-fast reproduce emergence` from the files in `results/` and `pictures/`; the rules were "
-        f"fixed before the runs, in {protocol_page}. Scores are percent on test {protocol.kind} that nothing was "
-        "chosen on, at the last checkpoint; ± is the standard deviation over seeds.",
+        f"# Emergence{' on photographs' if protocol.photographs else ''}: results ({size})",
+        "Written by `crate-fast reproduce emergence` from the files in `results/` and `pictures/`. The rules were "
+        f"fixed before the runs, in {protocol_page}. Scores are in percent, at the last checkpoint, on test "
+        f"{protocol.kind} that were not used for any choice; ± is the standard deviation over seeds.",
         "## Does the claim hold?",
         _verdicts(results),
         *(path.read_text() for path in (report / "discussion.md",) if path.is_file()),  # written by hand
@@ -78,8 +78,9 @@ def write_report(report: Path, protocol: Protocol, size: str) -> Path:
 def _figures_note(protocol: Protocol) -> str:
     if protocol.photographs:
         return (
-            f"Grids show freely licensed photographs of Python packages, at {protocol.mask_size} px, and the models "
-            "of the first seed. The photographs were chosen by licence, before the runs. No model saw them."
+            f"Grids show freely licensed photographs from Python packages, at {protocol.mask_size} px, and the "
+            "models of the first seed. The photographs were chosen by licence before the runs. No model was "
+            "trained on them."
         )
     text = "Grids show the first test scenes, and the models of the first seed."
     sizes = [stage.image_size for stage in protocol.stages]
@@ -87,7 +88,7 @@ def _figures_note(protocol: Protocol) -> str:
         return text
     return (
         f"{text} All checkpoints are scored at {sizes[-1]} px. Those of the first stage were trained at {sizes[0]} "
-        "px, where objects are smaller, so their accuracy here says little."
+        "px, where objects are smaller, so their accuracy at this size is not meaningful."
     )
 
 
@@ -115,14 +116,14 @@ def _verdicts(results: Results) -> str:
             f"On the primary score, {primary}, at the end of training:\n\n"
             f"{_claims(results, primary)}\n\nAnd at equal accuracy, where each run first reached {at:.1f} % on its "
             "held-out photographs, the highest accuracy that all reached:\n\n"
-            + (_claims(results, primary, at) if learned else "Not every run learned that much.")
+            + (_claims(results, primary, at) if learned else "Not every run reached this accuracy.")
         )
     else:
-        first = f"On the primary score, {primary}, as the protocol has it:\n\n{_claims(results, primary)}"
+        first = f"On the primary score, {primary}, as defined in the protocol:\n\n{_claims(results, primary)}"
     text = (
-        f"{first}\n\nThe best of {protocol.heads} heads is chosen with the object in view, which favours it over "
-        f"the {protocol.fixed_map}, a single map. So here are the same statements with one head for all images, "
-        f"chosen on other {protocol.kind}; the protocol does not decide by them:\n\n"
+        f"{first}\n\nThe best of {protocol.heads} heads is chosen with knowledge of the object, which favours it "
+        f"over the {protocol.fixed_map}, a single map. So these are the same statements with one head for all "
+        f"images, chosen on other {protocol.kind}. They are not part of the protocol's decision:\n\n"
         + _claims(results, primary.replace("best head", "fixed head"))
     )
     before = Protocol.primary
@@ -187,10 +188,10 @@ def _coarse(results: Results) -> str:
     rows = _with_twins(results, measures, "paper, VOC", None if protocol.photographs else _cited_miou)
     rows += _baseline_rows(results, measures)
     chosen = _rows(results, {name: at_checkpoint(name, layer="chosen") for name in measures})
-    objects = " An object is what its boxes enclose." if protocol.photographs else ""
+    objects = " An object is the area inside its boxes." if protocol.photographs else ""
     return (
-        f"At the layer that the paper looks at: {_PAPERS_LAYER}. The best head is the best of each image; the fixed "
-        f"head is one for all images, chosen on other {protocol.kind}.{objects}\n\n"
+        f"At the paper's layer: {_PAPERS_LAYER}. The best head is chosen for each image; the fixed head is one for "
+        f"all images, chosen on other {protocol.kind}.{objects}\n\n"
         + markdown_table(rows, digits=1)
         + f"\nAt the layer that is best on other {protocol.kind}, chosen for each run and score:\n\n"
         + markdown_table(chosen, digits=1)
@@ -206,8 +207,8 @@ def _boxes(results: Results) -> str:
             found = scores[heads.replace(" ", "_")] if prior == "random" else scores
             rows[-1][name] = f"{100 * found[measure]:.1f}"
     return (
-        "As `crate-fast eval localization` scores, at the paper's layer. Centre, mean box and whole picture are one "
-        "map for all images.\n\n" + markdown_table(rows, digits=1)
+        "Scored as by `crate-fast eval localization`, at the paper's layer. Centre, mean box and whole picture are "
+        "the same map for all images.\n\n" + markdown_table(rows, digits=1)
     )
 
 
@@ -216,9 +217,8 @@ def _masks(results: Results) -> str:
     rows += _baseline_rows(results, list(COARSE), "masks")
     scored = results.scored[0]["checkpoints"][-1]["masks"]["ap"]
     return (
-        f"On {scored['images']} photographs with masks at {results.protocol.mask_size} px, for which positions are "
-        f"interpolated; {scored['objects']} objects, one for each class of an image.\n\n"
-        + markdown_table(rows, digits=1)
+        f"On {scored['images']} photographs with masks, at {results.protocol.mask_size} px with interpolated "
+        f"positions; {scored['objects']} objects, one per class and image.\n\n" + markdown_table(rows, digits=1)
     )
 
 
@@ -226,9 +226,9 @@ def _detection(results: Results) -> str:
     def cited(row: dict[str, float]) -> str | None:
         return f"{row['box AP50']} / {row['box AP']}" if row else None
 
-    where = "distractors found count as errors"
+    where = "detected distractors count as errors"
     if results.protocol.photographs:
-        where = f"on photographs with masks at {results.protocol.mask_size} px"
+        where = f"on the photographs with masks, at {results.protocol.mask_size} px"
     rows = _with_twins(results, MASKCUT, "paper, COCO: box AP50 / AP", cited)
     return f"At the paper's layer; {where}.\n\n" + markdown_table(rows, digits=1)
 
@@ -249,7 +249,7 @@ def _differences(results: Results) -> str:
     seeds = ", ".join(map(str, results.seeds()))
     return (
         f"Paired over seeds ({seeds}): mean, 95 % interval by Student's t, p of the paired t-test. p is not "
-        "corrected for the number of comparisons: by chance, one in twenty is below 0.05.\n\n" + markdown_table(rows)
+        "corrected for the number of comparisons: one in twenty is below 0.05 by chance.\n\n" + markdown_table(rows)
     )
 
 
@@ -272,7 +272,7 @@ def _accuracy(results: Results) -> str:
     table = markdown_table(rows, digits=1)
     if protocol.photographs:
         return f"On test photographs at the end; sweeps on the selection photographs.\n\n{table}"
-    missing = "" if with_cifar else "\nCIFAR-10 is missing or not finished.\n"
+    missing = "" if with_cifar else "\nThe CIFAR-10 runs are missing or incomplete.\n"
     error = 100 * (0.15 * 0.85 / protocol.selection_images) ** 0.5
     noise = f"on {protocol.selection_images} scenes an accuracy of 15 % has a standard error of {error:.1f}."
     return f"Chance is {100 / 12:.1f} on scenes and 10 on CIFAR-10. In a sweep, {noise}\n\n{table}{missing}"
@@ -286,8 +286,8 @@ def _accuracy_after(result: dict, stage: int) -> float:
 def _at_equal_accuracy(results: Results) -> str:
     protocol, accuracy, parts = results.protocol, results.common_accuracy(), []
     for layer, where in (
-        ("paper", "At the layer that the paper looks at"),
-        ("chosen", f"At the layer best on other {protocol.kind}"),
+        ("paper", "At the paper's layer"),
+        ("chosen", f"At the layer that is best on other {protocol.kind}"),
     ):
         compared = [(model, None) for model in results.models]
         compared += [pair for pair in _pairs(results) if pair[1] in ORDER]
@@ -303,14 +303,15 @@ def _at_equal_accuracy(results: Results) -> str:
                     row[measure] = _with_spread(scores[first])
         parts.append(f"{where}:\n\n{markdown_table(rows).strip()}")
     end = (
-        "The verdicts above that are decided at equal accuracy come from the first of these tables."
+        "The statements at equal accuracy above are decided by the first of these tables."
         if protocol.photographs
-        else "This was added after the results were known and decides nothing. A dash: not every run reached it."
+        else "This comparison was added after the results were known, and decides nothing. A dash means that not "
+        "every run reached this accuracy."
     )
     text = (
-        f"Each model where, in the first stage, it first classified {accuracy:.1f} % of its held-out {protocol.kind} "
-        "correctly, the highest accuracy that every run of Table 2's models reached; interpolated between "
-        f"checkpoints, from the untrained twin on. {end}"
+        f"Each model when it first classified {accuracy:.1f} % of its held-out {protocol.kind} correctly, in the "
+        "first stage. This is the highest accuracy that every run of Table 2's models reached. Scores are "
+        f"interpolated between checkpoints, of which the untrained twin is the first. {end}"
     )
     return "\n\n".join([text, *parts])
 
@@ -329,7 +330,7 @@ def _white_box(results: Results) -> str:
             row[f"{title} falls with depth"] = " · ".join(found["falls"] for found in trends)
         if row:
             rows.append({"model": model, "": when} | row)
-    return "One entry per seed.\n\n" + markdown_table(rows)
+    return "One entry for each seed.\n\n" + markdown_table(rows)
 
 
 # --- the other parts ---
@@ -342,7 +343,7 @@ def _earlier(report: Path) -> list[str]:
         before, name = Protocol.of_settings(json.loads(path.read_text())), path.parent.name
         verdicts = _claims(Results.load(path.parent, before), before.primary)
         parts.append(f"### {name}\n\n[Its report](earlier/{name}/report.md).\n\n{verdicts}")
-    return ["## Earlier protocols, and what came out", *parts] if parts else []
+    return ["## Earlier protocols and their results", *parts] if parts else []
 
 
 def _origin(results: Results, size: str) -> str:
