@@ -266,8 +266,8 @@ class TrainConfig:
         not_compiled = self.compile_mode != "default" and not self.compile
         refused = {
             f"min_lr={self.min_lr} is above the peak learning rate {peak:g}: lower min_lr": self.min_lr > peak,
-            f"{size} accumulate={self.accumulate}": self.batch_size % self.accumulate,
-            f"{size} repeats={self.repeats}": self.batch_size % self.repeats,
+            f"{size} accumulate={self.accumulate}: change one of them": self.batch_size % self.accumulate,
+            f"{size} repeats={self.repeats}: change one of them": self.batch_size % self.repeats,
             "frozen=True trains only a linear classifier: leave out mixup, cutmix and layer_decay": with_probe,
             "head='new' needs initial weights: pass --init, or leave out --head": no_init,
             f"init_grid={self.init_grid!r}: pass the patch rows and columns of the --init file, such as 2x8": no_grid,
