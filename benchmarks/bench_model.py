@@ -8,10 +8,10 @@
 Peers have the same images and, except the ViT, the same weights: the released form and ours, each eager and compiled,
 and timm's ViT of the same width, depth, heads and patch, compiled, with SDPA's fastest backend for its tensors. A
 training step is forward, cross-entropy, backward and AdamW (fused on a GPU); inference is a forward in
-`inference_mode` that folds G in every call. The gate of `model_problem.py` comes first: a peer that differs from
-the released form has no numbers; if it is ours, eager or compiled, the exit status is 1. One model is in memory at a
-time, with all its peers, which are measured in turn. Calls follow each other without a pause, so a host that is
-slower than the device counts. `model_problem.cost` documents the FLOPs and bytes.
+`inference_mode`, in which ours folds G in every call on a GPU and keeps it on a CPU. The gate of `model_problem.py`
+comes first: a peer that differs from the released form has no numbers; if it is ours, eager or compiled, the exit
+status is 1. One model is in memory at a time, with all its peers, which are measured in turn. Calls follow each other
+without a pause, so a host that is slower than the device counts. `model_problem.cost` documents the FLOPs and bytes.
 """
 
 import argparse
