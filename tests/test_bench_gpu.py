@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import re
 import sys
 from functools import partial
 from types import SimpleNamespace
@@ -35,10 +34,10 @@ CEILINGS = harness.Ceilings(100.0, 1000.0)  # TFLOP/s, GB/s
     ],
     ids=["attention", "ista", "ista under autocast"],
 )
-def test_a_smoke_run_measures_its_peers(bench, words, problems, peers, capsys, untouched_results):
+def test_a_smoke_run_measures_its_peers_and_writes_nothing(bench, words, problems, peers, capsys, monkeypatch):
+    monkeypatch.setattr(harness, "write_results", None)
     assert bench.main(["--smoke", *words]) == 0
     text = capsys.readouterr().out
-    assert "The times below mean nothing" in text
     for problem, what, peer in itertools.product(problems, ("forward", "backward", BOTH), peers):
         (line,) = [line for line in text.splitlines() if line.startswith(f"| {problem} | {what} | {peer.name} |")]
         assert (" n/a " in line) == (not peer.ours and not peer.smoke)
@@ -103,40 +102,25 @@ def test_the_gate_compares_ours_with_the_float64_reference_and_with_a_second_run
     assert "what is allowed" in _reason(problem, partial(_attend, scale=1.02), run)
 
 
-def test_if_ours_is_wrong_the_peers_still_have_times(monkeypatch, capsys):
+def test_if_ours_is_wrong_the_exit_status_is_1(monkeypatch, capsys):
     monkeypatch.setattr(bench_mssa, "subspace_attention", lambda w, backend: _attend(w, scale=1.02))
     monkeypatch.setattr(bench_ista, "ista", lambda x, d, backend, **options: ista(x, d.t(), **options))
     monkeypatch.setattr(bench_mssa, "SMOKE", {"tiny": bench_mssa.Shape(1, 1, 33, 32)})
-    assert bench_mssa.main(["--smoke"]) == 1
-    assert bench_ista.main(["--smoke"]) == 1
-    text = capsys.readouterr().out
-    for line in text.splitlines():
-        if re.match(r"\| (tiny|tiny ista) \| .*ward \| ours \|", line):
-            assert "| **red** |" in line
-        if "| SDPA, flash |" in line or "| one product, PyTorch's |" in line:
-            assert "n/a" not in line
-            assert "red" not in line
-    assert "* **red**: tiny, ours: WrongResult: the error of O is" in text
+    assert bench_mssa.main(["--smoke"]) == bench_ista.main(["--smoke"]) == 1
+    assert "* **red**: tiny, ours: WrongResult: the error of O is" in capsys.readouterr().out
 
 
-def test_operations_and_bytes_of_attention_by_hand(run):
-    shape = bench_mssa.Shape(2, 3, 70, 48)
-    cost = bench_mssa.make_problem("cost", shape, run).cost
+def test_operations_bytes_and_floors_by_hand(run):
+    cost = bench_mssa.make_problem("cost", bench_mssa.Shape(2, 3, 70, 48), run).cost
     nominal = 70**2 * 48 * 3 * 2
     assert (cost["forward"].flops, cost["backward"].flops) == (4 * nominal, 10 * nominal)
     tokens = 4 * 2 * 70 * 3 * 48
     assert (cost["forward"].moved_bytes, cost["backward"].moved_bytes) == (2 * tokens, 4 * tokens)
     assert cost[BOTH] == cost["forward"] + cost["backward"]
-
-
-def test_operations_and_bytes_of_ista_by_hand(run):
     cost = bench_ista.make_problem("cost", bench_ista.Shape(70, 48), "norm_ista", run, False).cost
     product, fold = 2 * 70 * 48**2, 2 * 48**3
     assert (cost["forward"].flops, cost["backward"].flops) == (product + fold, 2 * product + fold)
     assert cost["forward"].moved_bytes == 4 * (2 * 70 * 48 + 48**2)
-
-
-def test_a_floor_is_the_longer_time_of_arithmetic_and_memory_traffic():
     assert CEILINGS.floor_ms(1e12, 1e6) == pytest.approx(10.0)
     assert CEILINGS.floor_ms(1e9, 1e9) == pytest.approx(1.0)
 
@@ -219,7 +203,6 @@ def test_gpu_events_time_the_call_without_preparing_its_argument(pretended_gpu):
 
 
 def test_the_inference_benchmark_folds_the_dictionary_once():
-    """Only a parameter's folded dictionary is kept between calls."""
     run = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32)
     x, dictionary = bench_ista.make_problem("tiny", bench_ista.Shape(40, 16), "ista", run, False).inputs
     ours = next(peer for peer in bench_ista.peers("ista", "torch", dictionary) if peer.ours)

@@ -11,20 +11,10 @@ import measuring
 import model_problem
 import pytest
 import torch
-from model_problem import (
-    COMPILED,
-    INFERENCE,
-    OURS,
-    RELEASED,
-    TRAINING,
-    UNFUSED,
-    VISIBLE,
-    VIT,
-    Size,
-    make_problem,
-    peers,
-)
+from model_problem import COMPILED, INFERENCE, OURS, RELEASED, TRAINING, UNFUSED, VISIBLE, VIT, Size, make_problem
 from torch.nn.attention import SDPBackend
+
+from crate_fast.train.cost import count_flops
 
 TINY = Size(32, 2, 2, 16, on_gpu=2, on_cpu=3, image=64, classes=10)  # 17 tokens, 51 in the batch
 BOTH = (TRAINING, INFERENCE)
@@ -35,7 +25,8 @@ def _rows(run: harness.Run) -> dict[tuple[str, str], dict]:
     return {(row["pass"], row["peer"]): row for row in run.rows}
 
 
-def test_the_smoke_run_measures_every_peer_of_every_part(capsys, untouched_results):
+def test_the_smoke_run_measures_every_peer_of_every_part_and_writes_nothing(capsys, monkeypatch):
+    monkeypatch.setattr(harness, "write_results", None)
     assert bench_model.main(["--smoke"]) == 0
     lines = capsys.readouterr().out.splitlines()
     crates = [("tiny", what, peer) for what in BOTH for peer in bench_model.CRATE_PEERS]
@@ -128,7 +119,7 @@ def test_under_autocast_the_gate_passes_rounding_and_rejects_broken_models(run, 
     problem = make_problem("tiny", replace(TINY, width=64, on_cpu=8), TRAINING, run, {})
     assert problem.cast == torch.bfloat16
     problem.gate(run)
-    (ours,) = peers(problem, [OURS], run)
+    (ours,) = model_problem.peers(problem, [OURS], run)
     problem.check(ours, problem.results(ours.build()), None)
     for broken in (_Detached, _NotFinite):
         monkeypatch.setattr(model_problem, "CRATE", broken)
@@ -142,12 +133,11 @@ def test_the_gates_results_do_not_depend_on_the_chunk_size(run):
     torch.testing.assert_close(trial.outcome(2), trial.outcome(3), rtol=1e-4, atol=1e-6)
 
 
-def _out_of_memory(*_, **__):
-    raise torch.OutOfMemoryError("CUDA out of memory")
-
-
 def test_if_the_released_form_runs_out_of_memory_ours_is_compared_with_pytorchs_path(run, monkeypatch):
-    monkeypatch.setattr(model_problem.ReleasedCRATE, "forward", _out_of_memory)
+    def out_of_memory(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(model_problem.ReleasedCRATE, "forward", out_of_memory)
     assert bench_model.measure("growth", {"tiny": TINY}, BOTH, [OURS, RELEASED], run)
     rows = _rows(run)
     assert all(row["compared_with"] == UNFUSED for row in rows.values())
@@ -160,23 +150,6 @@ def test_on_a_cpu_peers_whose_logits_do_not_fit_are_left_out(run, monkeypatch):
     assert "of the machine's memory" in _rows(run)[INFERENCE, RELEASED]["reason"]
 
 
-def test_if_ours_fails_its_rows_have_the_reason_and_the_next_model_is_measured(run, monkeypatch):
-    outcome = model_problem.Trial.outcome
-
-    def failing(trial, chunk):
-        if isinstance(trial.model, model_problem.CRATE) and trial.model.embed_dim == 32:
-            _out_of_memory()
-        return outcome(trial, chunk)
-
-    monkeypatch.setattr(model_problem.Trial, "outcome", failing)
-    sizes = {"large": TINY, "small": replace(TINY, width=64)}
-    assert not bench_model.measure("crate", sizes, (INFERENCE,), [OURS, RELEASED], run)
-    reasons = {(row["model"], row["peer"]): row["reason"] for row in run.rows}
-    assert "OutOfMemoryError" in reasons["large", OURS]
-    assert reasons["large", RELEASED] is None
-    assert reasons["small", OURS] is None
-
-
 def test_the_vit_uses_the_fastest_sdpa_backend_of_the_device():
     timer = harness.Timer(CPU)
     assert model_problem.fastest_sdpa(TINY, 2, timer, CPU, torch.float32) == SDPBackend.FLASH_ATTENTION
@@ -186,15 +159,12 @@ def _work(peer: str, size: Size, what: str, dtype: torch.dtype = torch.float32) 
     return model_problem.cost(peer, size, size.on_cpu, what, dtype)
 
 
-def test_operations_of_models_by_hand():
-    size = replace(bench_model.CRATES["B/16"], on_cpu=2)
-    n, c, layers = 197, 768, 12
-    ends, attention = 2 * 196 * 768 * c + 2 * c * 1000, 4 * n**2 * c
-    for peers_, products, pixels in (((OURS, RELEASED), 3, 0), ((VIT,), 12, 2 * 196 * 768 * c)):
-        forward = ends + layers * (products * 2 * n * c**2 + attention)
-        for peer in (peer + suffix for peer in peers_ for suffix in ("", COMPILED)):
-            found = _work(peer, size, INFERENCE).flops, _work(peer, size, TRAINING).flops
-            assert found == (2 * forward, 2 * (3 * forward - pixels))  # pixels behind no LayerNorm have no gradient
+def test_a_batch_has_the_operations_of_its_images():
+    for kind, forms in ((OURS, (OURS, RELEASED)), (VIT, (VIT,))):
+        flops = count_flops(model_problem.meta_model(kind, TINY), TINY.image)
+        for peer in (form + suffix for form in forms for suffix in ("", COMPILED)):
+            found = _work(peer, TINY, INFERENCE).flops, _work(peer, TINY, TRAINING).flops
+            assert found == (3 * flops.forward, 3 * flops.step)
 
 
 def test_an_encoder_of_visible_tokens_has_fewer_operations_and_bytes():
