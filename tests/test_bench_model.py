@@ -21,10 +21,6 @@ BOTH = (TRAINING, INFERENCE)
 CPU = torch.device("cpu")
 
 
-def _rows(run: harness.Run) -> dict[tuple[str, str], dict]:
-    return {(row["pass"], row["peer"]): row for row in run.rows}
-
-
 def test_the_smoke_run_measures_every_peer_of_every_part_and_writes_nothing(capsys, monkeypatch):
     monkeypatch.setattr(harness, "write_results", None)
     assert bench_model.main(["--smoke"]) == 0
@@ -59,11 +55,9 @@ def test_benchmarked_models_have_the_papers_sizes():
 def test_a_measurement_on_a_gpu_fills_every_column(run, pretended_gpu):
     run.timer, pretended_gpu.measurement_ms = pretended_gpu, 5.0
     assert bench_model.measure("crate", {"tiny": TINY}, BOTH, [OURS], run)
+    known = {"latency_ms": 1.0, "calls": 5, "peak_mib": 2.0, "images_per_s": 3000}  # a round of 5 ms, without pauses
     for row in run.rows:
-        assert row["latency_ms"] == 1.0  # one event to the next: nothing between calls
-        assert row["calls"] == 5  # a round of 5 ms
-        assert row["peak_mib"] == 2.0
-        assert row["images_per_s"] == 3000
+        assert known.items() <= row.items()
         assert row["mfu"] == pytest.approx(row["flops"] / 1e9)
 
 
@@ -95,21 +89,19 @@ def test_a_wrong_model_is_red_and_the_other_peers_have_numbers(run, monkeypatch)
     right = model_problem.CRATE
     monkeypatch.setattr(model_problem, "CRATE", lambda **options: mutants.get(options["dim"], right)(**options))
     sizes = {mutant.__name__: replace(TINY, width=width) for width, mutant in mutants.items()}
-    sizes = {"wrong": sizes.pop("_Scaled"), **sizes, "right": replace(TINY, width=48)}
+    sizes["right"] = replace(TINY, width=48)
     assert not bench_model.measure("crate", sizes, (TRAINING,), [OURS, RELEASED], run)
     for row in run.rows:
         wrong = row["model"] != "right" and row["peer"] == OURS
         assert wrong == (row["latency_ms"] is None) == row.get("red", False), row["model"]
         assert not wrong or "WrongResult: " in row["reason"]
-    assert "* **red**: wrong, training step, ours: WrongResult" in gpu_report.times(run.rows)
+    assert "* **red**: _Scaled, training step, ours: WrongResult" in gpu_report.times(run.rows)
 
 
 def test_a_wrong_autoencoder_gives_no_numbers(run, monkeypatch, capsys):
-    size = replace(TINY, masked=True)
-    forward = model_problem.ReleasedCRATEMAE.forward
-    monkeypatch.setattr(
-        model_problem.ReleasedCRATEMAE, "forward", lambda *a, **o: tuple(1.001 * value for value in forward(*a, **o))
-    )
+    size, forward = replace(TINY, masked=True), model_problem.ReleasedCRATEMAE.forward
+    wrong = lambda *a, **o: tuple(1.001 * value for value in forward(*a, **o))  # noqa: E731
+    monkeypatch.setattr(model_problem.ReleasedCRATEMAE, "forward", wrong)
     assert not bench_model.measure("model", {"MAE": size}, (TRAINING,), [OURS, RELEASED], run)
     assert "the peers disagree: output" in capsys.readouterr().err
 
@@ -139,15 +131,14 @@ def test_if_the_released_form_runs_out_of_memory_ours_is_compared_with_pytorchs_
 
     monkeypatch.setattr(model_problem.ReleasedCRATE, "forward", out_of_memory)
     assert bench_model.measure("growth", {"tiny": TINY}, BOTH, [OURS, RELEASED], run)
-    rows = _rows(run)
-    assert all(row["compared_with"] == UNFUSED for row in rows.values())
-    assert all(rows[what, OURS]["latency_ms"] and not rows[what, RELEASED]["latency_ms"] for what in BOTH)
+    assert all(row["compared_with"] == UNFUSED for row in run.rows)
+    assert all((row["latency_ms"] is None) == (row["peer"] == RELEASED) for row in run.rows)
 
 
 def test_on_a_cpu_peers_whose_logits_do_not_fit_are_left_out(run, monkeypatch):
     monkeypatch.setattr("os.sysconf", lambda name: 1)
     assert bench_model.measure("growth", {"tiny": TINY}, (INFERENCE,), [OURS, RELEASED], run)
-    assert "of the machine's memory" in _rows(run)[INFERENCE, RELEASED]["reason"]
+    assert "of the machine's memory" in run.rows[1]["reason"]
 
 
 def test_the_vit_uses_the_fastest_sdpa_backend_of_the_device():
@@ -168,7 +159,7 @@ def test_a_batch_has_the_operations_of_its_images():
 
 
 def test_an_encoder_of_visible_tokens_has_fewer_operations_and_bytes():
-    size = bench_model.MAES["CRATE-MAE-T"]
+    size = replace(bench_model.MAES["CRATE-MAE-T"], depth=4)
     whole, visible = (_work(peer, size, TRAINING) for peer in (OURS, VISIBLE))
     assert visible.flops < 0.75 * whole.flops
     activations = 5 * 4 * size.on_cpu * size.width
