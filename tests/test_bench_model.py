@@ -33,13 +33,10 @@ def test_the_smoke_run_measures_every_peer_of_every_part_and_writes_nothing(caps
         assert "n/a" not in line
 
 
-def test_growth_and_models_exclude_each_other(capsys):
+def test_growth_excludes_models_and_a_smoke_run_is_tiny_for_all_options(capsys):
     with pytest.raises(SystemExit):
         bench_model.main(["--growth", "--models", "T/16"])
     assert "leave --models out" in capsys.readouterr().err
-
-
-def test_a_smoke_run_is_tiny_for_all_options():
     for options in ({"growth": True, "models": None}, {"growth": False, "models": ["B/16"]}):
         parts = bench_model._parts(Namespace(smoke=True, **options), on_gpu=True)
         assert {size.width for _, sizes, *_ in parts for size in sizes.values()} == {32}
@@ -135,7 +132,10 @@ def test_if_the_released_form_runs_out_of_memory_ours_is_compared_with_pytorchs_
     assert all((row["latency_ms"] is None) == (row["peer"] == RELEASED) for row in run.rows)
 
 
-def test_on_a_cpu_peers_whose_logits_do_not_fit_are_left_out(run, monkeypatch):
+def test_peers_whose_logits_do_not_fit_are_left_out(run, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: Namespace(total_memory=80 * 2**30))
+    assert "9 of 80 GiB" in measuring.too_many_logits(9 * 2**30, torch.device("cuda"))
+    assert measuring.too_many_logits(7 * 2**30, torch.device("cuda")) is None
     monkeypatch.setattr("os.sysconf", lambda name: 1)
     assert bench_model.measure("growth", {"tiny": TINY}, (INFERENCE,), [OURS, RELEASED], run)
     assert "of the machine's memory" in run.rows[1]["reason"]
@@ -158,17 +158,14 @@ def test_a_batch_has_the_operations_of_its_images():
             assert found == (3 * flops.forward, 3 * flops.step)
 
 
-def test_an_encoder_of_visible_tokens_has_fewer_operations_and_bytes():
+def test_bytes_of_models_by_hand():
+    weights = 4 * sum(p.numel() for p in model_problem.build_model(OURS, TINY).parameters())
+    images, outputs = 4 * 3 * 3 * 64 * 64, 2 * 3 * 17 * 32 * 2
+    assert _work(OURS, TINY, INFERENCE, torch.bfloat16).moved_bytes == images + weights + 2 * outputs
+    assert _work(OURS, TINY, TRAINING, torch.bfloat16).moved_bytes == images + 10 * weights + 5 * outputs
     size = replace(bench_model.MAES["CRATE-MAE-T"], depth=4)
     whole, visible = (_work(peer, size, TRAINING) for peer in (OURS, VISIBLE))
     assert visible.flops < 0.75 * whole.flops
     activations = 5 * 4 * size.on_cpu * size.width
     assert whole.moved_bytes - visible.moved_bytes == activations * size.depth * 147  # hidden in the encoder
     assert _work(RELEASED, size, TRAINING) == whole
-
-
-def test_bytes_of_models_by_hand():
-    weights = 4 * sum(p.numel() for p in model_problem.build_model(OURS, TINY).parameters())
-    images, outputs = 4 * 3 * 3 * 64 * 64, 2 * 3 * 17 * 32 * 2
-    assert _work(OURS, TINY, INFERENCE, torch.bfloat16).moved_bytes == images + weights + 2 * outputs
-    assert _work(OURS, TINY, TRAINING, torch.bfloat16).moved_bytes == images + 10 * weights + 5 * outputs
