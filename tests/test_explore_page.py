@@ -224,7 +224,7 @@ def test_two_models_are_compared_side_by_side(visit, explorer):
     assert page.locator(".panel").count() == 1 + page.is_checked("#compare")  # which the browser may restore
 
 
-def test_after_quick_changes_the_last_choice_is_shown(visit, explorer):
+def test_after_quick_changes_the_last_choice_is_shown_and_without_an_answer_the_old_figure(visit, explorer):
     for number in (3, 5, 1, 7, 4):
         visit.choose(number)
     visit.wait("0/s4/2/cls")
@@ -234,20 +234,16 @@ def test_after_quick_changes_the_last_choice_is_shown(visit, explorer):
     assert "layer 1" in visit.page.inner_text("#status")
     assert {row["layer"] for row in visit.attends(explorer.inspection(0, "s4"), 1, None)} == {"1"}
     assert not visit.errors
-
-
-def test_without_an_answer_the_old_figure_keeps_its_caption(visit, explorer):
-    visit.ready("attention")
     visit.page.route("**/api/attention*", lambda route: route.abort())
-    visit.set_layer(1)
+    visit.set_layer(2)
     visit.wait_for_problem("is `crate-fast explore` still running", ".fault")
     visit.page.uncheck("#over")  # draws everything again
-    assert "in layer 2" in visit.page.inner_text("[data-figure=attention] .caption")
-    assert "layer2" in visit.saved("attention", "csv")[0]
-    assert {row["layer"] for row in visit.attends(explorer.inspection(0, "s0"), 2, None)} == {"2"}
+    assert "in layer 1" in visit.page.inner_text("[data-figure=attention] .caption")
+    assert "layer1" in visit.saved("attention", "csv")[0]
+    assert {row["layer"] for row in visit.attends(explorer.inspection(0, "s4"), 1, None)} == {"1"}
     visit.page.unroute("**/api/attention*")
     visit.set_layer(0)
-    visit.wait("0/s0/0/cls")
+    visit.wait("0/s4/0/cls")
     assert not visit.page.is_visible(".fault")
 
 
@@ -262,9 +258,8 @@ def test_a_model_without_cls_token_shows_the_attention_of_patches(visit):
 
 def test_very_long_pictures_are_visible(visit, explorer):
     for size in ((12, 1200), (1200, 12)):
-        data = picture_file(5, size)
-        visit.upload("strip.png", data)
-        visit.wait(f"0/{explorer.pictures.add(data, 'x')}/2/cls")
+        visit.upload("strip.png", picture_file(5, size))
+        visit.wait(f"0/{explorer.pictures.add(picture_file(5, size), 'x')}/2/cls")
         box = visit.ready("picture").bounding_box()
         assert 0.3 < box["width"] / box["height"] < 3.1
         with Image.open(io.BytesIO(visit.saved("attention", "png")[1])) as file:
