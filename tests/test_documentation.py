@@ -40,7 +40,7 @@ COMMAND_MODULES = {module for module, _ in cli.COMMANDS.values()} | PROTOCOLS
 _TRAINING = "--image-size 32 --batch-size 4 --epochs 1 --threads 1 --device cpu"
 _PRETRAINING = f"{_TRAINING} --train-samples 8 --val-samples 4 --segmentation-samples 4"
 _PRETRAINING += " --patch-size 8 --dim 32 --depth 2 --heads 2"
-SMALL = {  # a command's beginning → options that make it small; a later option wins
+SMALL = {  # a command's beginning (the first that fits) → options that make it small; a later option wins
     "torchrun train/pretrain.py": _PRETRAINING,
     "torchrun train/finetune.py": _TRAINING,
     "crate-fast pretrain": _PRETRAINING,
@@ -51,11 +51,9 @@ SMALL = {  # a command's beginning → options that make it small; a later optio
     "python -m crate_fast.train.write_shards": "--workers 1",
     "python -m crate_fast.env": "",
     "crate-fast eval classify": "--limit 8 --train-limit 24 --k 1 --device cpu",
-    "crate-fast eval attention_maps": "--limit 1 --device cpu",
     "crate-fast eval maskcut": "--limit 2 --image-size 32 --device cpu",
-    "crate-fast eval pca": "--limit 2 --device cpu",
     "crate-fast eval by_layer": "--limit 2 --image-size 32 --device cpu",
-    "crate-fast eval white_box": "--limit 2 --device cpu",
+    "crate-fast eval": "--limit 2 --device cpu",  # the other protocols
 }
 PARSED = (  # beginnings of commands that need GPUs or minutes; only their options are parsed
     "torchrun --n",
