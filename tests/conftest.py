@@ -201,33 +201,18 @@ def run(_opened_run, tmp_path):
 
 
 @pytest.fixture
-def untouched_results():
-    """Fail if the test writes the committed benchmark results."""
-    import harness
-
-    def results() -> set[tuple[str, float]]:
-        return {(path.name, path.stat().st_mtime) for path in harness.RESULTS.iterdir()}
-
-    before = results()
-    yield
-    assert results() == before
-
-
-@pytest.fixture
 def pretended_gpu(monkeypatch):
     """Timer that runs the GPU code path on a CPU. Its events are 1 ms apart."""
     import harness
 
     clock = iter(range(10**6))
 
-    class Event:
-        def __init__(self, enable_timing):
-            assert enable_timing
-
+    class Event(Namespace):
         def record(self):
             self.time = next(clock)
 
         def elapsed_time(self, end):
+            assert self.enable_timing
             return float(end.time - self.time)
 
     monkeypatch.setattr(torch.cuda, "Event", Event)

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import re
 import sys
 from functools import partial
 from types import SimpleNamespace
@@ -12,7 +11,6 @@ import harness
 import bench_ista
 import bench_mssa
 import gpu_report
-import measuring
 import pytest
 import torch
 import torch.nn.functional as F
@@ -26,19 +24,14 @@ BOTH = "forward + backward"
 CEILINGS = harness.Ceilings(100.0, 1000.0)  # TFLOP/s, GB/s
 
 
-@pytest.mark.parametrize(
-    ("bench", "words", "problems", "peers"),
-    [
-        (bench_mssa, [], list(bench_mssa.SMOKE), bench_mssa.PEERS),
-        (bench_ista, [], ["tiny ista", "tiny norm_ista"], bench_ista.peers("ista")),
-        (bench_ista, ["--autocast"], ["tiny ista", "tiny norm_ista"], bench_ista.peers("ista")),
-    ],
-    ids=["attention", "ista", "ista under autocast"],
-)
-def test_a_smoke_run_measures_its_peers(bench, words, problems, peers, capsys, untouched_results):
+@pytest.mark.parametrize(("bench", "words"), [(bench_mssa, []), (bench_ista, []), (bench_ista, ["--autocast"])])
+def test_a_smoke_run_measures_its_peers_and_writes_nothing(bench, words, capsys, monkeypatch):
+    monkeypatch.setattr(harness, "write_results", None)
     assert bench.main(["--smoke", *words]) == 0
     text = capsys.readouterr().out
-    assert "The times below mean nothing" in text
+    problems, peers = list(bench_mssa.SMOKE), bench_mssa.PEERS
+    if bench is bench_ista:
+        problems, peers = ["tiny ista", "tiny norm_ista"], bench_ista.peers("ista")
     for problem, what, peer in itertools.product(problems, ("forward", "backward", BOTH), peers):
         (line,) = [line for line in text.splitlines() if line.startswith(f"| {problem} | {what} | {peer.name} |")]
         assert (" n/a " in line) == (not peer.ours and not peer.smoke)
@@ -46,17 +39,14 @@ def test_a_smoke_run_measures_its_peers(bench, words, problems, peers, capsys, u
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_smoke_run_restarts_itself_with_the_interpreter_enabled(monkeypatch):
-    started = []
-
     def run(command, env, check):
-        started.append((command, env["TRITON_INTERPRET"]))
+        assert (command, env["TRITON_INTERPRET"]) == ([sys.executable, bench_mssa.__file__, "--smoke"], "1")
         return SimpleNamespace(returncode=7)
 
     monkeypatch.setattr(harness, "INTERPRETED", False)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(harness.subprocess, "run", run)
     assert bench_mssa.main(["--smoke"]) == 7
-    assert started == [([sys.executable, bench_mssa.__file__, "--smoke"], "1")]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -103,40 +93,25 @@ def test_the_gate_compares_ours_with_the_float64_reference_and_with_a_second_run
     assert "what is allowed" in _reason(problem, partial(_attend, scale=1.02), run)
 
 
-def test_if_ours_is_wrong_the_peers_still_have_times(monkeypatch, capsys):
+def test_if_ours_is_wrong_the_exit_status_is_1(monkeypatch, capsys):
     monkeypatch.setattr(bench_mssa, "subspace_attention", lambda w, backend: _attend(w, scale=1.02))
     monkeypatch.setattr(bench_ista, "ista", lambda x, d, backend, **options: ista(x, d.t(), **options))
     monkeypatch.setattr(bench_mssa, "SMOKE", {"tiny": bench_mssa.Shape(1, 1, 33, 32)})
-    assert bench_mssa.main(["--smoke"]) == 1
-    assert bench_ista.main(["--smoke"]) == 1
-    text = capsys.readouterr().out
-    for line in text.splitlines():
-        if re.match(r"\| (tiny|tiny ista) \| .*ward \| ours \|", line):
-            assert "| **red** |" in line
-        if "| SDPA, flash |" in line or "| one product, PyTorch's |" in line:
-            assert "n/a" not in line
-            assert "red" not in line
-    assert "* **red**: tiny, ours: WrongResult: the error of O is" in text
+    assert bench_mssa.main(["--smoke"]) == bench_ista.main(["--smoke"]) == 1
+    assert "* **red**: tiny, ours: WrongResult: the error of O is" in capsys.readouterr().out
 
 
-def test_operations_and_bytes_of_attention_by_hand(run):
-    shape = bench_mssa.Shape(2, 3, 70, 48)
-    cost = bench_mssa.make_problem("cost", shape, run).cost
+def test_operations_bytes_and_floors_by_hand(run):
+    cost = bench_mssa.make_problem("cost", bench_mssa.Shape(2, 3, 70, 48), run).cost
     nominal = 70**2 * 48 * 3 * 2
     assert (cost["forward"].flops, cost["backward"].flops) == (4 * nominal, 10 * nominal)
     tokens = 4 * 2 * 70 * 3 * 48
     assert (cost["forward"].moved_bytes, cost["backward"].moved_bytes) == (2 * tokens, 4 * tokens)
     assert cost[BOTH] == cost["forward"] + cost["backward"]
-
-
-def test_operations_and_bytes_of_ista_by_hand(run):
     cost = bench_ista.make_problem("cost", bench_ista.Shape(70, 48), "norm_ista", run, False).cost
     product, fold = 2 * 70 * 48**2, 2 * 48**3
     assert (cost["forward"].flops, cost["backward"].flops) == (product + fold, 2 * product + fold)
     assert cost["forward"].moved_bytes == 4 * (2 * 70 * 48 + 48**2)
-
-
-def test_a_floor_is_the_longer_time_of_arithmetic_and_memory_traffic():
     assert CEILINGS.floor_ms(1e12, 1e6) == pytest.approx(10.0)
     assert CEILINGS.floor_ms(1e9, 1e9) == pytest.approx(1.0)
 
@@ -152,7 +127,7 @@ def test_the_gradient_of_ista_is_zero_near_the_threshold(run):
     assert (problem.grad[~near] != 0).double().mean() > 0.99
 
 
-def test_a_failing_or_wrong_peer_has_rows_with_the_reason(run):
+def test_a_failing_or_wrong_peer_has_rows_with_the_reason_until_the_gpu_fails(run, monkeypatch):
     def fail():
         raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -174,14 +149,12 @@ def test_a_failing_or_wrong_peer_has_rows_with_the_reason(run):
     run.rows = measure_peers(problem, peers, run)
     assert len(run.rows) == 3 * len(peers)
     reasons = {row["peer"]: row["reason"] for row in run.rows}
-    assert "out of memory" in reasons["fails"]
-    assert "out of memory" in reasons["fails later"]
+    assert all("out of memory" in reasons[name] for name in ("fails", "fails later"))
     assert "differs from float64" in reasons["wrong"]
     assert reasons["right"] is None
     assert {row["peer"] for row in run.rows if row.get("red")} == {"ours, another form"}
-    for row in run.rows:
-        assert (row["latency_ms"] is None) == (row["reason"] is not None)
-        assert row.keys() >= {"commit", "device", "driver", "torch", "triton", "ptxas", "floor_ms", "n_tokens"}
+    assert all((row["latency_ms"] is None) == (row["reason"] is not None) for row in run.rows)
+    assert run.rows[0].keys() >= {"commit", "device", "driver", "torch", "triton", "ptxas", "floor_ms", "n_tokens"}
     assert "* n/a: p, wrong:" in gpu_report.times(run.rows)
     peers[0] = Peer("ours", fail, ours=True)
     rows = {row["peer"]: row for row in measure_peers(problem, peers, run)}
@@ -189,23 +162,9 @@ def test_a_failing_or_wrong_peer_has_rows_with_the_reason(run):
     assert "out of memory" in rows["ours"]["reason"]
     assert rows["right"]["latency_ms"] > 0
     assert rows["right"]["ours_faster"] is None
-
-
-def test_a_broken_gpu_context_stops_the_measurement(run, monkeypatch):
-    def fail():
-        raise RuntimeError("an illegal memory access was encountered")
-
-    problem = bench_mssa.make_problem("p", bench_mssa.Shape(1, 2, 33, 32), run)
-    monkeypatch.setattr(run.timer, "synchronize", fail)
-    with pytest.raises(RuntimeError, match="illegal memory access"):
-        measure_peers(problem, [Peer("ours", fail, ours=True), Peer("right", lambda: _attend)], run)
-
-
-def test_peers_whose_logits_do_not_fit_are_left_out(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=80 * 2**30))
-    gpu = torch.device("cuda")
-    assert "9 of 80 GiB" in measuring.too_many_logits(9 * 2**30, gpu)
-    assert measuring.too_many_logits(7 * 2**30, gpu) is None
+    monkeypatch.setattr(run.timer, "synchronize", fail)  # the GPU no longer responds to this process
+    with pytest.raises(torch.OutOfMemoryError):
+        measure_peers(problem, peers, run)
 
 
 def test_gpu_events_time_the_call_without_preparing_its_argument(pretended_gpu):
@@ -219,7 +178,6 @@ def test_gpu_events_time_the_call_without_preparing_its_argument(pretended_gpu):
 
 
 def test_the_inference_benchmark_folds_the_dictionary_once():
-    """Only a parameter's folded dictionary is kept between calls."""
     run = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32)
     x, dictionary = bench_ista.make_problem("tiny", bench_ista.Shape(40, 16), "ista", run, False).inputs
     ours = next(peer for peer in bench_ista.peers("ista", "torch", dictionary) if peer.ours)

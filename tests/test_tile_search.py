@@ -27,9 +27,9 @@ def _small(monkeypatch):
     cached.cache_clear()
 
 
-def _item(kernel: str, **more) -> dict:
+def _item(kernel: str) -> dict:
     tile = tile_search.SMALL[next((start for start in tile_search.SMALL if kernel.startswith(start)), "other")]
-    return {"kernel": kernel, "tile": asdict(replace(tile, **more)), "present": True}
+    return {"kernel": kernel, "tile": asdict(tile), "present": True}
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -76,13 +76,12 @@ def test_every_kernel_of_the_table_has_candidates_after_the_tables_tile():
 
 def test_found_tiles_are_printed_as_rows_of_the_table(tmp_path, capsys):
     tile = Tile(128, 64, 8, 2, one_exp=True)
-    key = {"architecture": "sm_90", "precision": "half"}
-    rows = [key | {"kernel": "attention_backward", "block_d": 64, "tile": asdict(tile)}]
     product = Tile(128, 256, 4, 3, 64, persistent=True, chosen=False)
-    rows.append(key | {"kernel": "output_map", "block_d": 0, "tile": asdict(product)})
-    rows.append(key | {"kernel": "whole_head_forward", "block_d": 64, "tile": None})
-    path = tmp_path / "found_tiles.json"
-    path.write_text(json.dumps(rows))
-    assert tile_search.main([str(path)]) == 0
+    found = {("attention_backward", 64): asdict(tile), ("output_map", 0): asdict(product)}
+    found["whole_head_forward", 64] = None
+    names, key = ("kernel", "block_d", "tile"), {"architecture": "sm_90", "precision": "half"}
+    rows = [dict(zip(names, (*which, best), strict=True)) | key for which, best in found.items()]
+    (tmp_path / "found_tiles.json").write_text(json.dumps(rows))
+    assert tile_search.main([str(tmp_path / "found_tiles.json")]) == 0
     expected = {("attention_backward", "half", "sm_90", 64): tile, ("output_map", "half", "sm_90"): product}
     assert eval("{" + capsys.readouterr().out + "}", {"Tile": Tile}) == expected
