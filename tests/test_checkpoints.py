@@ -50,9 +50,8 @@ def test_released_files_load_strictly(released, wrapper, tmp_path):
 
 
 def test_export_loads_into_the_released_module_and_refuses_what_it_cannot_build(released):
-    model = CRATE(**SMALL)
+    model, images = CRATE(**SMALL), torch.randn(2, 3, 32, 32)
     released.load_state_dict(released_state_dict(model), strict=True)
-    images = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(released(images), model(images), rtol=1e-4, atol=1e-5)
     compiled = torch.compile(model, backend="eager")
     assert released_state_dict(compiled).keys() == released.state_dict().keys()
@@ -160,14 +159,9 @@ def test_the_demo_checkpoint_loads_through_every_loader(tmp_path):
     through_timm = partial(timm.create_model, "crate_tiny_patch8_224", **HIDDEN)
     by_hand = CRATE(**HIDDEN)
     by_hand.load_state_dict(torch.load(path, weights_only=True))
-    models = {
-        "load_weights": load_weights(CRATE(**HIDDEN), path),
-        "load_state_dict": by_hand,
-        "checkpoint_path": through_timm(checkpoint_path=str(path)),
-        "pretrained": through_timm(**overlay),
-    }
-    for name, model in models.items():
-        torch.testing.assert_close(model(images), demo(images), rtol=1e-4, atol=1e-5, msg=name)
+    ours = load_weights(CRATE(**HIDDEN), path)
+    for model in (ours, by_hand, through_timm(checkpoint_path=str(path)), through_timm(**overlay)):
+        torch.testing.assert_close(model(images), demo(images), rtol=1e-4, atol=1e-5)
 
 
 def test_the_demo_layout_is_exported_and_needs_a_hidden_layer(tmp_path):

@@ -151,7 +151,7 @@ def test_a_wrong_model_is_not_written(monkeypatch, tmp_path):
     assert (tmp_path / "model.pt2").read_text() == "an earlier one"
 
 
-def test_wrong_options_are_errors_and_nothing_is_written(tmp_path):
+def test_wrong_options_and_missing_packages_are_errors_and_nothing_is_written(tmp_path, monkeypatch):
     for message, options in {
         r"formats=\['tflite'\]: choose from onnx, torch": {"formats": ["tflite"]},
         r"formats=\[\]": {"formats": []},
@@ -168,6 +168,9 @@ def test_wrong_options_are_errors_and_nothing_is_written(tmp_path):
         pytest.importorskip("onnxruntime")
         with pytest.raises(ValueError, match=message):
             export_model(_model(), tmp_path / "new", formats=["onnx"], opset=opset)
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(UserError, match=r"the package onnxruntime: pip install -e \"\.\[export\]\""):
+        export_model(_model(), tmp_path / "new", formats=["onnx"])
     assert not (tmp_path / "new").exists()
 
 
@@ -182,13 +185,6 @@ def test_the_default_output_depends_on_the_classifier_and_missing_outputs_are_er
         PortableCRATE(torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match=r"ends in \.onnx or \.pt2"):
         open_exported("model.tflite")
-
-
-def test_a_missing_package_is_an_error_before_the_export(monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(UserError, match=r"the package onnxruntime: pip install -e \"\.\[export\]\""):
-        export_model(_model(), tmp_path / "new", formats=["onnx"])
-    assert not (tmp_path / "new").exists()
 
 
 def test_the_command_refuses_other_models(tmp_path, refuses):

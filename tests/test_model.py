@@ -14,8 +14,6 @@ from crate_fast.errors import UserError
 from crate_fast.reference import layer_reference
 
 SMALL = {"image_size": 32, "patch_size": 8, "num_classes": 7, "dim": 48, "depth": 3, "heads": 3, "dim_head": 16}
-
-
 CHANGES = [{}, {"pool": "mean"}, {"ista": 0.3}, {"channels": 1}]
 CHANGES += [{"heads": 1, "dim_head": 48}]  # no output map
 CHANGES += [{"image_size": 16}]  # five tokens: the two-product ISTA
@@ -173,18 +171,16 @@ def test_bad_arguments_are_errors():
 
 
 def test_bad_images_are_errors():
-    model = CRATE(**SMALL)
-    with pytest.raises(ValueError, match=r"images are 64×64 and the model expects 32×32.*set_input_size"):
-        model(torch.zeros(1, 3, 64, 64))
-    with pytest.raises(ValueError, match=r"images have shape \(1, 1, 32, 32\): pass \[B, 3"):
-        model(torch.zeros(1, 1, 32, 32))
-    with pytest.raises(ValueError, match=r"\(65, 65\) is not a multiple"):
-        model.set_input_size(65)
-    with pytest.raises(ValueError, match="patch_size=4"):
-        model.set_input_size(32, patch_size=4)
-    images = torch.zeros(1, 3, 32, 32)
-    with pytest.raises(ValueError, match="output_fmt='NHWC'"):
-        model.forward_intermediates(images, output_fmt="NHWC")
+    model, images = CRATE(**SMALL), torch.zeros(1, 3, 32, 32)
+    for message, call in {
+        "images are 64×64 and the model expects 32×32.*set_input_size": lambda: model(torch.zeros(1, 3, 64, 64)),
+        r"images have shape \(1, 1, 32, 32\): pass \[B, 3": lambda: model(images[:, :1]),
+        r"\(65, 65\) is not a multiple": lambda: model.set_input_size(65),
+        "patch_size=4": lambda: model.set_input_size(32, patch_size=4),
+        "output_fmt='NHWC'": lambda: model.forward_intermediates(images, output_fmt="NHWC"),
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            call()
     autoencoder = CRATEMAE(img_size=32, patch_size=8, embed_dim=8, depth=1, num_heads=2)
     for network in (model, CRATE(**SMALL, dynamic_img_size=True), autoencoder):
         for wrong in (images.byte(), images.bool(), images.numpy()):
