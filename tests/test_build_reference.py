@@ -14,24 +14,15 @@ pdoc = pytest.importorskip("pdoc")
 pytest.importorskip("triton")
 
 
-@pytest.fixture
-def build_reference(monkeypatch):
+def test_the_reference_has_every_public_name_and_every_kernel(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "docs")
-    return importlib.import_module("build_reference")
-
-
-def test_all_packages_are_documented(build_reference):
+    build_reference = importlib.import_module("build_reference")
     listed = re.search(r"^packages = \[(.*?)\]", (ROOT / "pyproject.toml").read_text(), re.S | re.M)[1]
     assert list(build_reference.PACKAGES) == re.findall(r'"(.+?)"', listed)
-    names = [module.__name__ for module in build_reference.modules()]
-    assert len(set(names)) == len(names)
-    files = [path for folder in ("crate_fast", "kernels", "train", "eval") for path in (ROOT / folder).rglob("*.py")]
-    assert len(names) == len(files)
-
-
-def test_the_reference_has_every_public_name_and_every_kernel(build_reference, tmp_path, monkeypatch):
     modules = build_reference.modules()
     before = {module.__name__: dict(vars(module)) for module in modules}
+    files = [path for folder in ("crate_fast", "kernels", "train", "eval") for path in (ROOT / folder).rglob("*.py")]
+    assert len(before) == len(modules) == len(files)
     monkeypatch.setattr(sys, "path", list(sys.path))
     plain = {"highlight": lambda doc: html.escape(doc.source)}  # syntax highlighting takes most of the time
     monkeypatch.setattr(pdoc.render.env, "filters", pdoc.render.env.filters | plain)

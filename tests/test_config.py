@@ -1,12 +1,10 @@
 """Settings of training: recipes, command line, and their errors."""
 
-import dataclasses
-
 import pytest
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from crate_fast.train import pretrain
-from crate_fast.train.config import TrainConfig, build_config, dump_config, field_help, load_recipe
+from crate_fast.train.config import TrainConfig, build_config, dump_config, load_recipe
 
 
 def _config(*argv: str):
@@ -15,21 +13,20 @@ def _config(*argv: str):
 
 TABLE_3 = {"optimizer": "adamw", "lr": 5e-5, "weight_decay": 0.01, "batch_size": 256, "image_size": 224}
 TABLE_3 |= {"auto_augment": "randaugment-n2-m14", "schedule": "cosine", "head": "new"}
-PUBLISHED = {
+PUBLISHED = {f"finetune_{data}": TABLE_3 for data in ("cifar10", "cifar100", "flowers102", "in1k", "pets")} | {
     "in21k_paper": {"optimizer": "lion", "lr": 9.6e-5, "weight_decay": 0.05, "batch_size": 4096, "epochs": 90}
     | {"crop": "center", "hflip": 0.5, "mean": "imagenet", "image_size": 224},
     "in1k_released": {"optimizer": "lion", "lr": 2e-4, "weight_decay": 0.05, "batch_size": 512, "epochs": 200}
     | {"warmup_epochs": 20, "schedule": "released", "label_smoothing": 0.1, "decay_all": True},
     "probe_in1k": {"optimizer": "lars", "lr": 0.1, "lr_scaling": "linear", "weight_decay": 0.0, "epochs": 90}
     | {"batch_size": 16384, "warmup_epochs": 10, "frozen": True, "label_smoothing": 0.0, "clip_grad": 0},
-    **{f"finetune_{data}": TABLE_3 for data in ("cifar10", "cifar100", "flowers102", "in1k", "pets")},
 }
 
 
-@pytest.mark.parametrize("recipe", PUBLISHED)
-def test_recipes_have_the_published_settings(recipe):
-    config = vars(_config("--recipe", recipe, "--data-dir", "x", "--init", "x"))
-    assert {name: config[name] for name in PUBLISHED[recipe]} == PUBLISHED[recipe]
+def test_recipes_have_the_published_settings():
+    for recipe, published in PUBLISHED.items():
+        config = _config("--recipe", recipe, "--data-dir", "x", "--init", "x")
+        assert {name: getattr(config, name) for name in published} == published, recipe
 
 
 def test_the_command_line_overrides_the_recipe_and_the_recipe_the_defaults(tmp_path):
@@ -47,32 +44,23 @@ def test_a_recipe_for_other_data_loses_its_transforms_on_shape_scenes():
 
 
 def test_a_dumped_configuration_is_a_recipe(tmp_path):
-    config = _config("--lr", "0.003", "--dim", "64")
-    path = tmp_path / "config.yaml"
+    config, path = _config("--lr", "0.003", "--dim", "64"), tmp_path / "config.yaml"
     path.write_text(dump_config(config))
     assert _config("--recipe", str(path)) == config
-
-
-def test_help_lists_and_explains_every_option(capsys):
-    assert set(field_help(TrainConfig)) == {field.name for field in dataclasses.fields(TrainConfig)}
-    with pytest.raises(SystemExit) as stop:
-        _config("--help")
-    assert stop.value.code == 0
-    text = capsys.readouterr().out
-    assert all("--" + field.name.replace("_", "-") in text for field in dataclasses.fields(TrainConfig))
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--batchsize", "3"], "unknown argument '--batchsize': did you mean '--batch-size'?"),
         (["--recipe", "cifar"], "no recipe 'cifar': did you mean 'cifar10'?"),
         (["--dataset", "cifar100"], "dataset='cifar100' needs data_dir"),
-        (["--dataset", "shape_scene"], "dataset='shape_scene': did you mean 'shape_scenes'?"),
+        (["--dataset", "shape_scene"], "dataset='shape_scene': did you mean 'shape_scenes'?; choose one of shape_"),
         (["--head", "new"], "head='new' needs initial weights: pass --init"),
         (["--frozen", "--mixup", "0.5"], "leave out mixup, cutmix and layer_decay"),
         (["--random-erasing", "1.5"], "random_erasing=1.5: it must be between 0 and 1"),
         (["--mixup", "-1"], "mixup=-1.0: it must be at least 0"),
+        (["--attn-drop-rate", "1"], "attn_drop_rate=1.0: it must be at least 0, and below 1"),
+        (["--dropout", "0.1"], "unknown argument '--dropout': did you mean '--drop-rate'"),
         (["--epochs", "0"], "epochs=0: it must be at least 1"),
         (["--layer-decay", "1.5"], "layer_decay=1.5: it must be above 0"),
         (["--lr", "inf"], "lr=inf: it must be positive and finite"),
@@ -97,10 +85,7 @@ def test_help_lists_and_explains_every_option(capsys):
         (["--train-samples", "96", "--dry-run"], "the training split has 96 images, fewer than batch_size=128"),
         (["--heads", "7"], "heads=7 does not divide dim=128: choose another number of heads"),
         (["--recipe", "RECIPE"], "is not valid YAML: while parsing"),
-        (["--schedule", "linear"], "choose one of cosine, released"),
-        (["--epochs", "many"], "argument --epochs: invalid int value: 'many'"),
         (["--resume"], "--resume needs the folder of the run to continue: pass --output"),
-        (["--auto-augment", "rand-m9-n2"], "auto_augment='rand-m9-n2' has no effect on dataset='shape_scenes'"),
         (["--crop", "random"], "crop='random' has no effect on dataset='shape_scenes', which generates its images"),
         (["--recipe", "SCENES"], "crop_scale=0.5 has no effect on dataset='shape_scenes'"),
         (["--recipe", "cifar10", "--data-dir", "x", "--crop-scale", "0.5"], "crop_scale=0.5 needs crop='random'"),
@@ -119,23 +104,19 @@ def test_bad_command_lines_are_one_line_errors(arguments, message, capsys, tmp_p
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("epoch: 3", "unknown key 'epoch': did you mean 'epochs'?"),
-        ("epochs: three", "epochs='three' must be int"),
-        ("lr: fast", "lr='fast' is not a number"),
-        ("decay_all: 1", "decay_all=1 must be bool"),
-        ("- a\n- b", "a recipe is a mapping of settings, not list"),
-        ("yes: 3", "unknown key True"),
-    ],
-)
-def test_bad_recipes_are_errors(text, message, tmp_path):
+def test_bad_recipes_are_errors(tmp_path):
     path = tmp_path / "bad.yaml"
-    path.write_text(text)
-    with pytest.raises(ValueError, match="bad.yaml") as error:
-        load_recipe(str(path))
-    assert message in str(error.value)
+    for text, message in {
+        "epoch: 3": r"unknown key 'epoch': did you mean 'epochs'\?",
+        "epochs: three": "epochs='three' must be int",
+        "lr: fast": "lr='fast' is not a number",
+        "decay_all: 1": "decay_all=1 must be bool",
+        "- a\n- b": "a recipe is a mapping of settings, not list",
+        "yes: 3": "unknown key True",
+    }.items():
+        path.write_text(text)
+        with pytest.raises(ValueError, match=f"bad.yaml.*{message}"):
+            load_recipe(str(path))
 
 
 def test_the_error_is_in_torchruns_report(tmp_path, monkeypatch, capsys):

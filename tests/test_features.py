@@ -1,21 +1,21 @@
 """Features of CRATE, its ablations and timm's ViTs, against queries and keys computed by hand."""
 
 import pytest
-import timm
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from crate_fast import CRATE
 from crate_fast.errors import UserError
-from crate_fast.eval.common.features import Features, LayerTokens, extractor_for
+from crate_fast.eval.common.features import Features, extractor_for
 from crate_fast.whitebox import trace
 
 SIZES = {"image_size": 32, "patch_size": 8, "num_classes": 3, "dim": 32, "depth": 3, "heads": 2, "dim_head": 16}
-VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2, "num_classes": 3}
 
 
 def _vit(**more) -> nn.Module:
-    return timm.models.vision_transformer.VisionTransformer(**(VIT | more))
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2, "num_classes": 3}
+    return VisionTransformer(**sizes, **more)
 
 
 def test_features_of_crate_are_those_of_its_trace():
@@ -29,9 +29,7 @@ def test_features_of_crate_are_those_of_its_trace():
 
 def test_features_of_ordinary_attention_are_its_queries_and_keys():
     model, images = CRATE(**SIZES, attention="mhsa", sparsifier="mlp").eval(), torch.randn(2, 3, 32, 32)
-    extract = extractor_for(model)
-    assert extract.default_layer == 2  # a ViT's last
-    features = extract(images)
+    features = extractor_for(model)(images)  # of the last layer, as for a ViT
     with torch.no_grad():
         tokens = model.embed(images)
         for layer in model.transformer.layers[:2]:
@@ -43,20 +41,13 @@ def test_features_of_ordinary_attention_are_its_queries_and_keys():
     torch.testing.assert_close(features.cls_attention(2), by_hand)
 
 
-@pytest.mark.parametrize(
-    "more", [{}, {"qk_norm": True}, {"reg_tokens": 4}, {"class_token": False, "global_pool": "avg"}]
-)
+@pytest.mark.parametrize("more", [{"qk_norm": True}, {"reg_tokens": 4}, {"class_token": False, "global_pool": "avg"}])
 def test_features_of_timms_vits_are_their_queries_and_keys(more):
     model, images = _vit(**more).eval(), torch.randn(2, 3, 32, 32)
-    extract = extractor_for(model)
-    assert extract.default_layer == 2
-    features = extract(images, [2])
-    seen = {}
-    block = model.blocks[2]
-    handle = block.norm1.register_forward_hook(lambda _m, _i, out: seen.setdefault("x", out))
+    features, block, seen = extractor_for(model)(images), model.blocks[2], {}  # of the last layer
+    block.norm1.register_forward_hook(lambda _m, _i, out: seen.setdefault("x", out))
     with torch.no_grad():
         model(images)
-        handle.remove()
         qkv = block.attn.qkv(seen["x"]).unflatten(-1, (3, 2, 16)).permute(2, 0, 3, 1, 4)
         query, key = block.attn.q_norm(qkv[0]), block.attn.k_norm(qkv[1])
     prefix = 1 + more.get("reg_tokens", 0) if more.get("class_token", True) else 0
@@ -75,8 +66,7 @@ def test_the_image_size_can_be_changed(model):
     extract = extractor_for(model)
     extract.set_image_size(48)
     features = extract(torch.randn(1, 3, 48, 48))
-    assert features.grid == (6, 6)
-    assert features.keys(extract.default_layer).shape == (1, 36, 32)
+    assert (features.grid, features.keys(extract.default_layer).shape) == ((6, 6), (1, 36, 32))
     with pytest.raises(ValueError, match="image size 50 is not a multiple.*--image-size 48"):
         extract.set_image_size(50)
     with pytest.raises(UserError, match="layer 3: this model has layers 0 to 2"):
@@ -87,6 +77,5 @@ def test_the_image_size_can_be_changed(model):
 def test_other_models_and_missing_layers_are_errors():
     with pytest.raises(UserError, match="no patch features can be read from a Linear"):
         extractor_for(nn.Linear(2, 2))
-    tokens = LayerTokens(torch.zeros(1, 5, 1, 2), torch.zeros(1, 5, 1, 2), 1.0)
     with pytest.raises(UserError, match="layer 2 was not extracted"):
-        Features((2, 2), {0: tokens}).keys(2)
+        Features((2, 2), {}).keys(2)

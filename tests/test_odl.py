@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from oracle import _load, agrees, all_within_twice_eager, gradients, mutant
 from released import ReleasedCRATEAlpha
+from runs import same
 
 import crate_fast
 from crate_fast import CRATE, odl
@@ -23,6 +24,7 @@ from crate_fast.whitebox import layer_measures, trace
 
 SIZES = {"image_size": 32, "patch_size": 8, "num_classes": 5, "dim": 48, "depth": 2, "heads": 3}
 NAMES = "y dx dD dD₁"
+KERNELS = partial(odl.odl, backend="triton")
 
 
 def _inputs(shape=(2, 17, 48), atoms=192, dtype=torch.float32, device="cpu") -> list[torch.Tensor]:
@@ -47,12 +49,9 @@ def backend(request, monkeypatch) -> str:
     return "triton" if request.param == "kernels" else "torch"
 
 
-CASES = [((2, 17, 48), False), ((2, 17, 48), True), ((130, 16), False), ((1, 80), False)]
-
-
 @pytest.mark.parametrize("steps", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize(("shape", "with_norm"), CASES, ids=str)
+@pytest.mark.parametrize(("shape", "with_norm"), [((2, 17, 48), True), ((130, 16), False), ((1, 80), False)], ids=str)
 def test_odl_agrees_with_the_reference(shape, with_norm, dtype, backend, steps, device, poisoned):
     def ours(x, dictionary, decoder, *channels):
         norm = (*channels, 1e-6) if channels else None
@@ -80,15 +79,13 @@ def test_tied_dictionaries_and_single_gradients_agree_with_the_reference(backend
 
 
 def test_bfloat16_kernels_are_within_twice_eagers_error(device, bfloat16):
-    inputs = _inputs((130, 64), 256, torch.bfloat16, device)
-    assert agrees(partial(odl.odl, backend="triton"), odl_reference, inputs, NAMES)
+    assert agrees(KERNELS, odl_reference, _inputs((130, 64), 256, torch.bfloat16, device), NAMES)
 
 
 def test_odl_under_autocast_is_within_twice_eagers_error(device, poisoned):
-    low = torch.autocast(device.type, torch.float16)
-    inputs = _inputs((2, 65, 48), device=device)
+    low, inputs = torch.autocast(device.type, torch.float16), _inputs((2, 65, 48), device=device)
     grad = torch.randn_like(inputs[0]).half()
-    ours, eager = (gradients(low(partial(odl.odl, backend=backend)), inputs, grad) for backend in ("triton", "torch"))
+    ours, eager = (gradients(low(call), inputs, grad) for call in (KERNELS, partial(odl.odl, backend="torch")))
     truth = gradients(odl_reference, [tensor.double() for tensor in inputs], grad.double())
     assert all_within_twice_eager(ours, eager, truth, NAMES)
 
@@ -101,12 +98,10 @@ def test_odl_under_autocast_is_within_twice_eagers_error(device, poisoned):
         ("y = tl.where(y <= shift, 0.0, y - shift)", "y = tl.where(y <= shift, 0.0, y)"),
         ("y = tl.where(_load_tile(mask_ptr, offs_m, offs_n, n_rows, WIDTH, BLOCK) != 0.0, y, 0.0)", "y = y + 0.0"),
     ],
-    ids=["no factor", "no addend", "no shift", "no mask"],
 )
 def test_mutants_of_the_kernel_fail(mutation, device, tmp_path, monkeypatch):
-    changed = mutant(product, mutation, tmp_path)
-    monkeypatch.setattr(product, "product", changed.product)
-    assert not agrees(partial(odl.odl, backend="triton"), odl_reference, _inputs(device=device), NAMES)
+    monkeypatch.setattr(product, "product", mutant(product, mutation, tmp_path).product)
+    assert not agrees(KERNELS, odl_reference, _inputs(device=device), NAMES)
 
 
 def _agrees_with_changed_algebra(folder, mutation=("", "")) -> bool:
@@ -167,11 +162,9 @@ def test_backward_keeps_the_codes_and_two_rows_per_token():
 
 def test_released_weights_load_and_give_the_released_outputs_and_gradients(released, tmp_path):
     torch.save(released.state_dict(), tmp_path / "alpha.pth")
-    ours = load_weights(_alpha(), tmp_path / "alpha.pth").double()
-    direct = _alpha()
+    ours, direct = load_weights(_alpha(), tmp_path / "alpha.pth").double(), _alpha()
     direct.load_state_dict(released.state_dict())
-    for name, weight in direct.double().state_dict().items():
-        assert torch.equal(weight, ours.state_dict()[name])
+    assert same(direct.double().state_dict(), ours.state_dict())
     images = torch.randn(3, 3, 32, 32, dtype=torch.float64)
     logits, expected = ours(images), released.double()(images)
     assert (logits - expected).abs().max() <= 1e-10 * expected.abs().max()
@@ -199,26 +192,23 @@ def test_the_kernels_give_the_released_outputs_and_gradients(released, device):
         torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-3 * theirs.abs().max().item())
 
 
+VARIANTS = [{"odl_tied": True}, {"odl_steps": 1}, {"odl_residual": False}]
+
+
 def test_variants_are_not_exported():
-    for option in ({"odl_tied": True}, {"odl_steps": 1}, {"odl_residual": False}, {"layer_eps": 1e-5}):
+    for option in [*VARIANTS, {"layer_eps": 1e-5}]:
         with pytest.raises(UserError, match=f"the released code has no such model.*{next(iter(option))}"):
             released_state_dict(_alpha(**option))
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"odl_tied": True}, {"odl_steps": 1}, {"odl_residual": False}, {"odl_ratio": 1, "drop_path_rate": 0.3}],
-    ids=str,
-)
+@pytest.mark.parametrize("options", [*VARIANTS, {"odl_ratio": 1, "drop_path_rate": 0.3}], ids=str)
 def test_every_variant_trains_and_has_a_script_and_a_trace(options):
-    model = _alpha(**options)
-    images = torch.randn(2, 3, 32, 32)
+    model, images = _alpha(**options), torch.randn(2, 3, 32, 32)
     model(images).sum().backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
     model.eval()
-    logits = model(images)
-    torch.testing.assert_close(torch.jit.script(model)(images), logits, rtol=1e-4, atol=1e-4)
-    layer = trace(model, images, [1])[0]
+    torch.testing.assert_close(torch.jit.script(model)(images), model(images), rtol=1e-4, atol=1e-4)
+    (layer,) = trace(model, images, [1])
     codes = layer.code()
     assert codes.shape == (2, 17, 48 * options.get("odl_ratio", 4))
     decoder = model.transformer.layers[1][1].fn
@@ -230,68 +220,42 @@ def test_every_variant_trains_and_has_a_script_and_a_trace(options):
     torch.testing.assert_close(sparsity[:, 1], (codes != 0).flatten(1).float().mean(1))
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"steps": 3}, "steps=3: give 1 or 2"),
-        ({"step_size": -1.0}, "step_size=-1.0"),
-        ({"dictionary": torch.zeros(47, 192)}, r"dictionary has shape \(47, 192\): pass \[C, K\] = \[48, K\]"),
-        ({"decoder": torch.zeros(48, 96)}, r"decoder has shape \(48, 96\): pass \[48, 192\]"),
-        ({"decoder": torch.zeros(48, 192).double()}, "decoder is torch.float64 and x torch.float32"),
-    ],
-)
-def test_bad_input_of_the_operator_is_an_error(change, message):
-    x, dictionary, decoder = _inputs()
-    with pytest.raises((ValueError, TypeError), match=message):
-        odl.odl(**({"x": x, "dictionary": dictionary, "decoder": decoder} | change))
+def test_bad_input_of_the_operator_is_an_error():
+    given = dict(zip(("x", "dictionary", "decoder"), _inputs(), strict=True))
+    for message, change in {
+        "steps=3: give 1 or 2": {"steps": 3},
+        "step_size=-1.0": {"step_size": -1.0},
+        r"dictionary has shape \(47, 192\): pass \[C, K\] = \[48, K\]": {"dictionary": torch.zeros(47, 192)},
+        r"decoder has shape \(48, 96\): pass \[48, 192\]": {"decoder": torch.zeros(48, 96)},
+        "decoder is torch.float64 and x torch.float32": {"decoder": torch.zeros(48, 192).double()},
+    }.items():
+        with pytest.raises((ValueError, TypeError), match=message):
+            odl.odl(**(given | change))
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"threshold": "soft"}, "threshold='soft'"),
-        ({"odl_steps": 3}, "odl_steps=3: give 1 or 2"),
-        ({"odl_ratio": 0}, "odl_ratio=0"),
-    ],
-)
-def test_bad_arguments_of_the_model_are_errors(options, message):
-    with pytest.raises(UserError, match=message):
-        _alpha(**options)
+def test_bad_arguments_of_the_model_are_errors():
+    for name, value, remedy in (("threshold", "soft", ""), ("odl_steps", 3, ": give 1 or 2"), ("odl_ratio", 0, "")):
+        with pytest.raises(UserError, match=f"{name}={value!r}{remedy}"):
+            _alpha(**{name: value})
 
 
 def test_variants_are_settings_of_training():
     settings = {"odl_ratio": 2, "odl_steps": 1, "odl_tied": True, "odl_residual": False}
-    model = build_model(TrainConfig(sparsifier="odl", dim=48, depth=1, **settings), 3)
-    assert model.state_dict()["transformer.layers.0.1.fn.D"].shape == (48, 96)
-    expected = build_model(TrainConfig(sparsifier="odl", dim=48, depth=1), 3)
-    assert set(expected.state_dict()) - set(model.state_dict()) == {"transformer.layers.0.1.fn.D1"}
+    (layer,) = build_model(TrainConfig(sparsifier="odl", dim=48, depth=1, **settings), 3).transformer.layers
+    assert (layer[1].fn.D.shape, layer[1].fn.D1, layer[1].fn.steps) == ((48, 96), None, 1)
+    assert not layer.skips_sparsifier
 
 
 def test_the_model_compiles_without_graph_breaks():
     model, images = _alpha(depth=1).eval(), torch.randn(2, 3, 32, 32)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(compiled(images), model(images), rtol=1e-4, atol=1e-4)
-    compiled(images).sum().backward()
+    torch.testing.assert_close(logits := compiled(images), model(images), rtol=1e-4, atol=1e-4)
+    logits.sum().backward()
 
 
 def test_models_have_the_papers_numbers_of_parameters():
     for build, millions in ((crate_fast.CRATE_alpha_base, 72.33), (crate_fast.CRATE_alpha_large, 253.65)):
-        with torch.device("meta"):
-            assert sum(p.numel() for p in build().parameters()) / 1e6 == pytest.approx(millions, abs=0.01)
-
-
-def test_pretrained_weights_load_from_a_file(tmp_path):
-    name, sizes = "crate_alpha_base_patch16_224", {"depth": 1, "embed_dim": 64, "num_heads": 2}
-    source = ReleasedCRATEAlpha(image_size=224, patch_size=16, num_classes=1000, dim=64, depth=1, heads=2)
-    torch.save(source.state_dict(), tmp_path / "alpha.pth")
-    overlay = {"file": str(tmp_path / "alpha.pth")}
-    model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **sizes)
-    assert torch.equal(model.cls_token, source.cls_token)
-    images = torch.randn(1, 3, 224, 224)
-    torch.testing.assert_close(model(images), source(images), rtol=1e-3, atol=1e-3)
-    few = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=7, **sizes)
-    assert few.get_classifier().out_features == 7
-    assert torch.equal(few.pos_embedding, model.pos_embedding)
+        assert sum(p.numel() for p in build(device="meta").parameters()) / 1e6 == pytest.approx(millions, abs=0.01)
 
 
 def test_without_a_network_pretrained_weights_are_an_error(monkeypatch):

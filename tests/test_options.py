@@ -61,13 +61,11 @@ def test_help_and_misspelt_words_are_answered_before_slow_imports():
         assert (status, said in error) == (2, True), error
 
 
-@pytest.mark.parametrize(
-    ("words", "start"), [("crate_fast.cli --help", "usage: crate-fast COMMAND"), ("crate_fast.env --help", "usage:")]
-)
-def test_the_help_of_a_command_needs_no_torch(words, start):
-    command = [sys.executable, "-X", "importtime", "-m", *words.split()]
+@pytest.mark.parametrize(("module", "word"), [("crate_fast.cli", "COMMAND"), ("crate_fast.env", "env")])
+def test_the_help_of_a_command_needs_no_torch(module, word):
+    command = [sys.executable, "-X", "importtime", "-m", module, "--help"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout.startswith(start)
+    assert done.stdout.startswith(f"usage: crate-fast {word}")
     assert not re.search(r"\| +(torch|timm)$", done.stderr, re.M)
 
 
@@ -78,11 +76,6 @@ def test_versions_are_printed_before_torch_is_imported():
     printed = dict(line.rsplit(" ", 1) for line in done.stdout.splitlines())
     assert {name for name, imported in printed.items() if imported == "False"} >= {"python", "torch", "safetensors"}
     assert printed["backend on cpu"] == "True"
-
-
-def test_every_parser_belongs_to_a_command():
-    assert PARSERS.keys() <= {*_ALONE, *_GROUPED}
-    assert PARSERS.keys() >= set(_GROUPED)
 
 
 @pytest.mark.parametrize(
