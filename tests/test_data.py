@@ -199,6 +199,9 @@ def test_missing_data_is_an_error(folder, tmp_path):
         build_splits(config_of(tmp_path / "nowhere"))
     with pytest.raises(UserError, match=r"cifar10 is not in data_dir.*--download"):
         build_splits(config_of(tmp_path, "cifar10"))
+    write_tree(tmp_path / "oxford-iiit-pet", {"images/x": b"", "annotations/x": b""})  # without its lists
+    with pytest.raises(UserError, match="pets is not in data_dir=.*trainval.txt.*--download"):
+        build_splits(config_of(tmp_path, "pets"))
 
 
 def test_policies_are_timms_or_torchvisions():
