@@ -141,9 +141,11 @@ def test_a_restart_continues_only_a_run_of_the_same_torchrun(whole, tmp_path, mo
     (folder / ".owner").write_text(json.dumps({"launcher": "another"}))
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     words = [*TINY, "--output", str(folder), *EVERYTHING]
-    refuses("holds a run at step 12", pretrain.main, words)
+    refuses("holds a run at step 12: pass --resume to continue it", pretrain.main, words)
     assert pretrain.main([*words, "--resume"]) == 0  # signs the folder
     assert pretrain.main(words) == 0
+    monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT")
+    refuses("holds a run at step 12: pass --resume to continue it", pretrain.main, words)
 
 
 def test_a_restart_on_another_host_is_recognised_by_the_rendezvous(tmp_path, monkeypatch):

@@ -9,13 +9,13 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from runs import TINY, batches, entries, losses, run, same, steps, tiny_config, trainer, weights
+from runs import batches, entries, losses, run, steps, tiny_config, trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from crate_fast import CRATE
 from crate_fast.checkpoints import load_weights
 from crate_fast.eval import coarse_segmentation
-from crate_fast.train import checkpoint, pretrain
+from crate_fast.train import checkpoint
 from crate_fast.train.config import TrainConfig
 from crate_fast.train.optimizer import clip_gradients, gradient_norm, learning_rate
 from crate_fast.train.runs import build_model
@@ -34,13 +34,6 @@ def test_a_run_writes_its_files_and_prints_their_paths(finished):
     folder, text = finished
     summary = json.loads((folder / "summary.json").read_text())
     assert (summary["chance"], summary["steps"]) == (pytest.approx(1 / 12), 12)
-    for scores in summary["attention_miou"].values():
-        assert scores["images"] + scores["without_objects"] == 12  # an object may have no patch of its own
-        assert 0 < scores["constant"] < 0.5
-        assert [row["layer"] for row in scores["layers"]] == [0, 1]
-        for row in scores["layers"]:
-            assert row["fixed_head"] == pytest.approx(max(row["per_head"]))
-            assert row["fixed_head"] <= row["best_head"] <= 1
     for name in ("config.yaml", "metrics.jsonl", "curves.png", "attention.png", "summary.json", "tensorboard"):
         assert (folder / name).exists()
         assert str(folder / name) in text
@@ -123,15 +116,6 @@ def test_coarse_segmentation_of_a_run_equals_its_summary(finished, tmp_path, ref
     scored = json.loads((tmp_path / "results.json").read_text())["results"]["run"]
     assert scored == json.loads((folder / "summary.json").read_text())["attention_miou"]
     refuses("holds no checkpoints", coarse_segmentation.main, [f"{folder}/checkpoints", *words])
-
-
-def test_a_finished_run_is_not_overwritten_and_resumes_to_its_summary(finished, refuses, capsys):
-    folder, _ = finished
-    before, words = weights(folder, 12), [*TINY, *OPTIONS, "--output", str(folder)]
-    refuses("pass --resume to continue it", pretrain.main, words)
-    assert pretrain.main([*words, "--resume"]) == 0
-    assert same(before, weights(folder, 12))
-    assert "validation accuracy" in capsys.readouterr().out
 
 
 def _save(root: Path, step: int, value: float) -> Path:
