@@ -45,29 +45,20 @@ def _images(config, **shares) -> list[torch.Tensor]:
     return [mirrored(batch.images, batch.flips) for batch in train_loader(config, data.train, **shares)]
 
 
-def test_a_steps_images_do_not_depend_on_processes_accumulation_or_workers(folder):
-    augmented = config_of(folder, batch_size=8, crop="random", auto_augment="rand-m9-n2", hflip=0.5)
-    for config in (SCENES, augmented):
-        whole = _images(config)
-        assert len(whole) == config.epochs * (len(build_splits(config).train) // 8)
-        halves = [_images(config, rank=rank, world_size=2) for rank in range(2)]
-        for batch, first, second in zip(whole, *halves, strict=True):
-            assert torch.equal(batch[0::2], first)
-            assert torch.equal(batch[1::2], second)
-        parts = _images(dataclasses.replace(config, accumulate=2))
-        for i, batch in enumerate(whole):
-            assert torch.equal(batch, torch.cat(parts[2 * i : 2 * i + 2]))
-        in_workers = _images(dataclasses.replace(config, workers=2))
-        assert all(map(torch.equal, whole, in_workers))
-
-
-def test_a_resumed_loader_continues_where_it_stopped(folder):
-    for config in (SCENES, config_of(folder, crop="pad")):
-        whole = _images(config)
-        for step in (1, 5):
-            rest = _images(config, first_step=step)
-            assert len(rest) == len(whole) - step
-            assert all(map(torch.equal, whole[step:], rest))
+def test_a_steps_images_do_not_depend_on_processes_accumulation_workers_and_resumes():
+    whole = _images(SCENES)
+    assert len(whole) == 10
+    halves = [_images(SCENES, rank=rank, world_size=2) for rank in range(2)]
+    parts = _images(dataclasses.replace(SCENES, accumulate=2))
+    for step, batch in enumerate(whole):
+        assert all(torch.equal(batch[rank::2], halves[rank][step]) for rank in range(2))
+        assert torch.equal(batch, torch.cat(parts[2 * step : 2 * step + 2]))
+    for images, first in (
+        (_images(dataclasses.replace(SCENES, workers=2)), 0),
+        *((_images(SCENES, first_step=step), step) for step in (1, 5)),
+    ):
+        assert len(images) == 10 - first
+        assert all(map(torch.equal, whole[first:], images))
 
 
 def test_epochs_and_seeds_differ():
@@ -79,17 +70,15 @@ def test_epochs_and_seeds_differ():
 
 
 def test_flips_depend_on_the_samples_key_and_are_left_to_the_device(folder):
+    keys = [(epoch, index, 0) for epoch in range(8) for index in range(12)]
     for config in (SCENES, config_of(folder, hflip=0.5, crop="random")):
-        data = build_splits(config)
-        plain = build_splits(dataclasses.replace(config, hflip=0.0))
-        keys = [(epoch, index, 0) for epoch in range(8) for index in range(12)]
-        batch, still = (splits.train.batch(keys) for splits in (data, plain))
+        data, plain = build_splits(config).train, build_splits(dataclasses.replace(config, hflip=0.0)).train
+        batch, still = data.batch(keys), plain.batch(keys)
         assert torch.equal(batch.images, still.images)
         assert not still.flips.any()
         assert 30 < batch.flips.sum() < 66  # of 96
-        backwards = data.train.batch(keys[::-1])
-        assert torch.equal(backwards.flips.flip(0), batch.flips)
-        assert torch.equal(data.train[keys[5]][0], batch.images[5])
+        assert torch.equal(data.batch(keys[::-1]).flips.flip(0), batch.flips)
+        assert torch.equal(data[keys[5]][0], batch.images[5])
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])

@@ -82,7 +82,6 @@ def test_a_signal_saves_a_checkpoint_and_ends_the_run(whole, tmp_path):
     text, _ = process.communicate(timeout=120)
     assert process.returncode == 0, text
     reached = checkpoint.newest(folder / "checkpoints")
-    assert 1 <= reached < 12
     assert f"SIGUSR1: saved step {reached} of 12" in text
     assert not (folder / "summary.json").exists()
     assert pretrain.main([*TINY, *words, "--resume"]) == 0
@@ -124,11 +123,8 @@ def test_torchrun_restarts_a_killed_process_and_its_sigterm_saves(tmp_path):
     wait_until(lambda: checkpoint.newest(folder / "checkpoints") > killed_at + 2, process)  # the second start
     process.send_signal(signal.SIGTERM)
     text, _ = process.communicate(timeout=120)
-    reached = checkpoint.newest(folder / "checkpoints")
-    assert text.count(" on 2 × cpu") == 2
-    assert text.count("from step ") == 1
-    assert killed_at < reached < 18
-    assert f"SIGTERM: saved step {reached} of 18" in text
+    assert (text.count(" on 2 × cpu"), text.count("from step ")) == (2, 1)
+    assert f"SIGTERM: saved step {checkpoint.newest(folder / 'checkpoints')} of 18" in text
     assert "exitcode  : 0" not in text
     run("--output", str(folder), *words, "--resume", processes=2)
     run("--output", str(pair), *words, processes=2)
@@ -136,8 +132,7 @@ def test_torchrun_restarts_a_killed_process_and_its_sigterm_saves(tmp_path):
 
 
 def test_a_restart_continues_only_a_run_of_the_same_torchrun(whole, tmp_path, monkeypatch, refuses):
-    folder = tmp_path / "run"
-    shutil.copytree(whole, folder)
+    folder = back_to(whole, 12, tmp_path / "run")
     (folder / ".owner").write_text(json.dumps({"launcher": "another"}))
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     words = [*TINY, "--output", str(folder), *EVERYTHING]
@@ -285,7 +280,7 @@ def test_an_fp16_overflow_lowers_the_loss_scale_and_is_no_skipped_step(tmp_path,
 def test_a_checkpoint_of_other_settings_data_or_version_is_refused(whole, tmp_path, refuses):
     words = [*TINY, "--output", str(whole), *EVERYTHING, "--attn-drop-rate", "0.2", "--lr", "0.5", "--resume"]
     refuses(r"attn_drop_rate: 0\.1 → 0\.2, .*lr: 0\.\d+ → 0\.5", pretrain.main, words)
-    manifest = back_to(whole, 12, tmp_path / "run") / "checkpoints" / "step_00000012" / "manifest.json"
+    manifest = back_to(whole, 12, tmp_path / "run") / "checkpoints/step_00000012/manifest.json"
     words = [*TINY, "--output", str(tmp_path / "run"), *EVERYTHING, "--resume"]
     facts = json.loads(manifest.read_text())
     facts["data"]["train_images"] = 95

@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import timm
 import torch
-from runs import TINY, entries, run, same, tiny_config, weights
+from runs import TINY, run, same, tiny_config, weights
 from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed
 
@@ -43,15 +43,6 @@ def test_architecture_statistics_and_ema_weights_come_from_the_run(source, tmp_p
         if name != "pos_embedding":
             assert torch.allclose(before[name], after[name], atol=1e-6), name
     assert after["pos_embedding"].shape == (1, 37, 32)
-
-
-def test_a_kept_classifier_has_the_validation_loss_of_the_run(source, tmp_path):
-    folder = tmp_path / "run"
-    words = [*SCENES, *TINY[4:6], "--init", f"{source}@12", "--lr", "1e-12", "--output", str(folder)]
-    assert finetune.main([*words, "--epochs", "1", "--weight-decay", "0"]) == 0
-    averaged = next(e for e in entries(source) if e["step"] == 12 and "ema_val_loss" in e)
-    tuned = next(e for e in entries(folder) if "val_loss" in e)
-    assert tuned["val_loss"] == pytest.approx(averaged["ema_val_loss"], abs=1e-5)
 
 
 def test_the_command_line_and_a_runs_own_settings_override_the_initial_run(source, tmp_path):
@@ -199,12 +190,12 @@ def test_one_of_several_state_dicts_in_a_file_can_be_named(tmp_path):
     assert torch.equal(loaded.cls_token, model.cls_token)
 
 
-@pytest.mark.parametrize("change", [{"depth": 3}, {"dim": 48, "heads": 3}, {"sparsifier": "mlp"}])
-def test_weights_of_another_architecture_are_an_error(tmp_path, change):
-    path = _file(tmp_path, build_model(tiny_config(**change), 12))
+def test_weights_of_another_architecture_are_an_error(tmp_path):
     found = r"\(.*(transformer\.layers\.|cls_token: .*\[1, 1, 48\]).*\): set model"
-    with pytest.raises(ValueError, match=f"does not hold the weights of this model {found}"):
-        load_initial(build_model(tiny_config(), 12), tiny_config(init=path, head="new"))
+    for change in ({"depth": 3}, {"dim": 48, "heads": 3}, {"sparsifier": "mlp"}):
+        path = _file(tmp_path, build_model(tiny_config(**change), 12))
+        with pytest.raises(ValueError, match=f"does not hold the weights of this model {found}"):
+            load_initial(build_model(tiny_config(), 12), tiny_config(init=path, head="new"))
 
 
 @pytest.mark.parametrize("processes", [1, 2])
