@@ -4,6 +4,8 @@ import dataclasses
 import io
 import sys
 import tarfile
+from collections import UserList
+from contextlib import nullcontext
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -227,22 +229,19 @@ def test_splits_with_different_classes_are_an_error():
 
 
 class TestHuggingFace:
-    def test_a_missing_package_is_an_error(self, tmp_path, monkeypatch):
+    def test_data_that_cannot_be_opened_are_an_error(self, hub, tmp_path, monkeypatch):
+        written = _write(tmp_path, "hf", hub)
+        (tmp_path / "empty").mkdir()
+        for config, train, message in (
+            (config_of("some/name", "hf"), True, r"'some/name' is not a folder.*--download"),
+            (dataclasses.replace(written, val_split="val"), False, r"Unknown split \"val\".*--val-split"),
+            (config_of(tmp_path / "empty", "hf"), True, "datasets cannot open.*--train-split"),
+        ):
+            with pytest.raises(UserError, match=message):
+                open_source(config, train)
         monkeypatch.setitem(sys.modules, "datasets", None)
         with pytest.raises(UserError, match=r"needs the package datasets: pip install .*\[hf\]"):
-            open_source(config_of(tmp_path, "hf"), True)
-
-    def test_nothing_is_downloaded_without_the_option(self, hub):
-        with pytest.raises(UserError, match=r"'some/name' is not a folder.*--download"):
-            open_source(config_of("some/name", "hf"), True)
-
-    def test_a_missing_split_is_an_error(self, hub, tmp_path):
-        config = _write(tmp_path, "hf", hub)
-        with pytest.raises(UserError, match=r"Unknown split \"val\".*--val-split"):
-            open_source(dataclasses.replace(config, val_split="val"), False)
-        (tmp_path / "empty").mkdir()
-        with pytest.raises(UserError, match="datasets cannot open.*--train-split"):
-            open_source(config_of(tmp_path / "empty", "hf"), True)
+            open_source(config, True)
 
     def test_a_null_image_is_corrupt(self, hub, tmp_path):
         images = [None if i == 2 else {"bytes": b"" if i == 3 else _jpeg(i), "path": None} for i in range(5)]
@@ -283,46 +282,40 @@ class TestHuggingFace:
         assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("kind", ["parent", "absolute", "link"])
-def test_downloads_write_only_into_their_folder(tmp_path, kind, monkeypatch):
-    evil, inside = tmp_path / "evil.txt", tmp_path / "inside"
-    inside.mkdir()
-    members = {"parent": [("../evil.txt", b"evil")], "absolute": [(str(evil), b"evil")]}
-    members["link"] = [("link", tarfile.SYMTYPE, str(tmp_path)), ("link/evil.txt", b"evil")]
-    archive = write_tar(tmp_path / "evil.tar", members[kind])
+def test_downloads_write_only_into_their_folder(tmp_path, monkeypatch):
+    evil, archive, before = tmp_path / "evil.txt", tmp_path / "evil.tar", tarfile.TarFile.extraction_filter
 
-    class Downloading(torch.utils.data.Dataset):
+    class Downloading(list):
         """A data set that unpacks without a filter, as some releases of torchvision do."""
 
         classes = ("a",)
 
-        def __init__(self, root, train, download):
+        def __init__(self, root, train=True, download=True):
             with tarfile.open(archive) as opened:
                 opened.extractall(root)
 
     monkeypatch.setattr(torchvision.datasets, "CIFAR10", Downloading)
-    config, before = config_of(inside, "cifar10", download=True), tarfile.TarFile.extraction_filter
-    if kind == "absolute":
-        open_source(config, True)  # unpacked below the folder, without its first slash
-    else:
-        with pytest.raises(tarfile.FilterError):
-            open_source(config, True)
-    assert not evil.exists()
-    assert tarfile.TarFile.extraction_filter is before
-    if sys.version_info < (3, 14):  # later Pythons filter by themselves
-        Downloading(inside, True, True)
-        assert evil.exists()  # the archive writes outside if unpacked without the check
+    for kind, *members in (
+        ("parent", ("../evil.txt", b"evil")),
+        ("absolute", (str(evil), b"evil")),  # unpacked below the folder, without its first slash
+        ("link", ("link", tarfile.SYMTYPE, str(tmp_path)), ("link/evil.txt", b"evil")),
+    ):
+        write_tar(archive, members)
+        (tmp_path / kind).mkdir()
+        with nullcontext() if kind == "absolute" else pytest.raises(tarfile.FilterError):
+            open_source(config_of(tmp_path / kind, "cifar10", download=True), True)
+        assert not evil.exists()
+        assert tarfile.TarFile.extraction_filter is before
+        if sys.version_info < (3, 14):  # later Pythons filter by themselves
+            Downloading(tmp_path / kind)
+            evil.unlink()  # which an archive writes if it is unpacked without the check
 
 
 def test_corrupt_images_of_torchvision_are_named():
-    class Broken(torch.utils.data.Dataset):
-        classes = ("a",)
-
-        def __getitem__(self, index):
-            return Image.open(io.BytesIO(b"text")), 0
-
-    with pytest.raises(Unreadable, match="pets, image 3: UnidentifiedImageError"):
-        TorchvisionSource(Broken(), "pets")[3]
+    images = UserList([(Image.open(io.BytesIO(_content(1))), 0)])
+    images.classes = ("a",)
+    with pytest.raises(Unreadable, match="pets, image 0: OSError"):
+        TorchvisionSource(images, "pets")[0]
 
 
 def test_a_python_without_unpacking_filters_does_not_download(monkeypatch):
