@@ -80,7 +80,7 @@ def test_a_signal_saves_a_checkpoint_and_ends_the_run(whole, tmp_path):
         os.kill(loading, signal.SIGUSR1)  # torchrun signals the whole process group
     process.send_signal(signal.SIGUSR1)
     text, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, text
+    assert process.poll() == 0, text
     reached = checkpoint.newest(folder / "checkpoints")
     assert f"SIGUSR1: saved step {reached} of 12" in text
     assert not (folder / "summary.json").exists()
@@ -162,7 +162,7 @@ def test_only_one_run_at_a_time_writes_a_folder(tmp_path, refuses):
     wait_until(lambda: (folder / "metrics.jsonl").exists() and losses(folder), first)
     message = r"is being written by another run \(process \d+ on .*\): stop it first"
     refuses(message, pretrain.main, [*TINY, *words, "--resume"])
-    Timer(0.5, first.kill).start()  # a lost host: a restart waits for its lock
+    Timer(0.5, first.send_signal, [signal.SIGKILL]).start()  # a lost host: a restart waits for its lock
     lock = RunLock(folder)
     lock.acquire(patience=60)
     lock.release()
