@@ -8,7 +8,7 @@ import torch
 from runs import ALONE, TINY, entries, losses, run, same, tiny_config, weights
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from crate_fast import CRATE, CRATEMAE
+from crate_fast import CRATEMAE
 from crate_fast.checkpoints import released_state_dict
 from crate_fast.eval import attention_maps, reconstruction
 from crate_fast.eval.common.images import batches, open_images
@@ -27,28 +27,26 @@ OPTIONS = ("--ema-decay", "0.9", "--hflip", "0.5")
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("mae") / "run"
-    return folder, run(*OPTIONS, "--output", str(folder), script="pretrain_mae")
+    run(*OPTIONS, "--output", str(folder), script="pretrain_mae")
+    return folder
 
 
 def test_a_run_writes_its_losses_and_figures(finished):
-    folder, text = finished
-    summary = json.loads((folder / "summary.json").read_text())
-    assert summary["best_val_loss"] == min(e["ema_val_loss"] for e in entries(folder) if "val_loss" in e)
+    summary = json.loads((finished / "summary.json").read_text())
+    found = {entry["step"]: entry["ema_val_loss"] for entry in entries(finished) if "val_loss" in entry}
+    assert summary["best_val_loss"] == min(found.values())
     assert not {"val_accuracy", "chance"} & summary.keys()
-    assert f"validation loss {summary['val_loss']:.4f}; EMA weights: loss" in text
     for name in ("reconstruction.png", "attention.png", "curves.png"):
-        assert (folder / name).read_bytes()[:4] == b"\x89PNG"
+        assert (finished / name).read_bytes()[:4] == b"\x89PNG"
     assert summary["attention_miou"]
-    assert losses(folder)[12] < losses(folder)[1]
-    events = EventAccumulator(str(folder / "tensorboard"))
+    assert losses(finished)[12] < losses(finished)[1]
+    events = EventAccumulator(str(finished / "tensorboard"))
     events.Reload()
     assert "reconstruction" in events.Tags()["images"]
     assert {"loss", "val_loss", "coding_rate/layer_00", "sparsity/layer_01"} <= set(events.Tags()["scalars"])
-    model, _, step = load_model(folder)
-    found = {e["step"]: e["ema_val_loss"] for e in entries(folder) if "val_loss" in e}
+    model, _, step = load_model(finished)
     assert step == min(found, key=found.get)
-    assert isinstance(model, CRATEMAE)
-    assert same(released_state_dict(model), weights(folder, step, "ema"))
+    assert same(released_state_dict(model), weights(finished, step, "ema"))
 
 
 def test_losses_do_not_depend_on_processes_and_accumulation(no_figures, tmp_path):
@@ -81,8 +79,8 @@ def test_bad_settings_are_errors(words, message, tmp_path, refuses):
 
 
 def test_settings_of_an_autoencoder_are_errors_for_a_classifier(tmp_path, refuses):
+    message = "model='crate_tiny_patch8_224' is not an autoencoder; leave them out"
     for words in (["--visible-only"], ["--mask-ratio", "0.5"], ["--decoder-depth", "1"]):
-        message = "model='crate_tiny_patch8_224' is not an autoencoder; leave them out"
         refuses(message, pretrain.main, [*TINY, *words, "--output", str(tmp_path / "run")])
 
 
@@ -128,32 +126,28 @@ def test_masks_of_training_depend_on_step_and_image():
 
 
 def test_fine_tuning_starts_from_the_encoder(finished, tmp_path, capsys):
-    folder, _ = finished
-    words = [*TINY, "--recipe", "finetune_cifar10", "--dataset", "shape_scenes", "--init", f"{folder}@12"]
+    words = [*TINY, "--recipe", "finetune_cifar10", "--dataset", "shape_scenes", "--init", f"{finished}@12"]
     assert finetune.main([*words, "--lr", "1e-9", "--epochs", "1", "--output", str(tmp_path)]) == 0
     assert "the encoder of an autoencoder, new classifier (no → 12 classes)" in capsys.readouterr().out
     model, config, _ = load_model(tmp_path)
-    assert isinstance(model, CRATE)
     assert config.model == "crate_mae_encoder_tiny_patch16_224"
-    expected = encoder_state_dict(weights(folder, 12, "ema"))
-    state = model.state_dict()
-    assert all(torch.allclose(state[name], value, atol=1e-5) for name, value in expected.items())
+    for name, value in encoder_state_dict(weights(finished, 12, "ema")).items():
+        assert torch.allclose(model.state_dict()[name], value, atol=1e-5), name
 
 
 def test_an_autoencoder_is_trained_further_at_another_image_size(finished, tmp_path, capsys, refuses):
-    words = [*TINY, "--init", f"{finished[0]}@12", "--image-size", "64", "--epochs", "1", "--lr", "1e-9"]
+    words = [*TINY, "--init", f"{finished}@12", "--image-size", "64", "--epochs", "1", "--lr", "1e-9"]
     assert pretrain_mae.main([*words, "--output", str(tmp_path / "run")]) == 0
     assert "(positions of this image size)" in capsys.readouterr().out
     model, _, _ = load_model(tmp_path / "run")
     torch.testing.assert_close(model.decoder_pos_embed, sincos_positions(32, (8, 8)))
-    torch.testing.assert_close(model.mask_token, weights(finished[0], 12, "ema")["mask_token"], atol=1e-5, rtol=0)
+    torch.testing.assert_close(model.mask_token, weights(finished, 12, "ema")["mask_token"], atol=1e-5, rtol=0)
     words += ["--head", "new", "--output", str(tmp_path / "other")]
     refuses("no classifier to replace", pretrain_mae.main, words)
 
 
 def test_a_released_file_can_be_fine_tuned_and_evaluated(finished, tmp_path, capsys):
-    folder, _ = finished
-    model, _, _ = load_model(folder)
+    model, _, _ = load_model(finished)
     torch.save({"model": released_state_dict(model)}, tmp_path / "mae.pth")
     words = [*TINY, "--dataset", "shape_scenes", "--init", str(tmp_path / "mae.pth"), "--epochs", "1"]
     words += ["--recipe", "finetune_cifar10", "--model", "crate_mae_encoder_tiny_patch16_224"]
@@ -167,11 +161,10 @@ def test_a_released_file_can_be_fine_tuned_and_evaluated(finished, tmp_path, cap
 
 
 def test_protocols_read_the_last_layer_but_one_of_the_encoder(finished, tmp_path):
-    subject = open_model(str(finished[0]))
-    assert subject.extract.default_layer == 0  # of two layers
+    assert open_model(str(finished)).extract.default_layer == 0  # of two layers
     assert open_model("crate_mae_tiny_patch16_224@untrained").extract.default_layer == 10  # of twelve
     words = ["--data", "shape_scenes", "--limit", "3", "--output", str(tmp_path)]
-    assert attention_maps.main([str(finished[0]), *words]) == 0
+    assert attention_maps.main([str(finished), *words]) == 0
 
 
 @pytest.fixture
@@ -212,10 +205,10 @@ def test_reconstruction_errors_by_hand(subject, monkeypatch):
 
 def test_the_command_measures_and_draws(finished, tmp_path, refuses):
     words = ["--data", "shape_scenes", "--limit", "4", "--ratios", "0.5,0.75", "--output", str(tmp_path)]
-    assert reconstruction.main([f"mae={finished[0]}", *words]) == 0
+    assert reconstruction.main([f"mae={finished}", *words]) == 0
     rows = json.loads((tmp_path / "results.json").read_text())["results"]["mae"]
     assert [row["mask_ratio"] for row in rows] == [0.5, 0.75]
     assert (tmp_path / "mae.png").read_bytes()[:4] == b"\x89PNG"
     classifier = ["crate_tiny_patch8_224@untrained", *words]
     refuses("is not a CRATE-MAE: name a run of pretrain_mae", reconstruction.main, classifier)
-    refuses("decodes 32 px images only", reconstruction.main, [str(finished[0]), *words, "--image-size", "64"])
+    refuses("decodes 32 px images only", reconstruction.main, [str(finished), *words, "--image-size", "64"])
