@@ -174,20 +174,12 @@ def test_restarts_need_a_folder(monkeypatch, refuses):
     refuses("needs a fixed folder to resume from: pass --output FOLDER", pretrain.main, TINY)
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 1 MiB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)], capture_output=True)
-    if mounted.returncode:
+def test_a_full_disk_stops_all_processes_and_the_last_checkpoint_stays_whole(tmp_path, request):
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(tmp_path)]  # a file system of 1 MiB
+    if subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("only root can mount a small file system")
-    yield place
-    subprocess.run(["umount", "-l", str(place)], check=True)
-
-
-def test_a_full_disk_stops_all_processes_and_the_last_checkpoint_stays_whole(small_disk):
-    folder = small_disk / "run"
+    request.addfinalizer(lambda: subprocess.run(["umount", "-l", str(tmp_path)], check=True))
+    folder = tmp_path / "run"
     words = ("--output", str(folder), "--checkpoint-every", "1", "--keep-checkpoints", "99")
     text = run(*words, processes=2, status=2)
     assert "Traceback" not in text

@@ -122,25 +122,25 @@ def test_the_demo_checkpoint_needs_its_number_of_heads(tmp_path):
     load_initial(build_model(config := tiny_config(**sizes, heads=6), 3), config)
 
 
-@pytest.mark.parametrize("size", [32, 64])
 @pytest.mark.parametrize("kind", ["crate", "vit"])
-def test_a_files_grid_is_given_by_init_grid_or_taken_as_square(tmp_path, kind, size):
+def test_a_files_grid_is_given_by_init_grid_or_taken_as_square(tmp_path, kind):
     build, name, sizes = CRATE, "pos_embedding", {"heads": 2, "dim": 32, "depth": 2}
     if kind == "vit":
         build, name = partial(timm.create_model, "vit_tiny_patch16_224"), "pos_embed"
         sizes = {"num_heads": 3, "embed_dim": 48, "depth": 1}
-    wide, target = (build(img_size=side, patch_size=8, num_classes=12, **sizes) for side in ((16, 64), size))
-    path, side = _file(tmp_path, wide), size // 8
-    positions = wide.state_dict()[name]
-    for stated, grid in (("2x8", [2, 8]), ("", [4, 4])):
-        load_initial(target, tiny_config(init=path, init_grid=stated, image_size=size))
-        expected = resample_abs_pos_embed(positions, [side, side], grid)
-        torch.testing.assert_close(target.state_dict()[name], expected, rtol=0, atol=0)
+    wide, *targets = (build(img_size=size, patch_size=8, num_classes=12, **sizes) for size in ((16, 64), 32, 64))
+    path, positions = _file(tmp_path, wide), wide.state_dict()[name]
+    for target, side in zip(targets, (4, 8), strict=True):
+        config = {"init": path, "image_size": 8 * side}
+        for stated, grid in (("2x8", [2, 8]), ("", [4, 4])):
+            load_initial(target, tiny_config(**config, init_grid=stated))
+            expected = resample_abs_pos_embed(positions, [side, side], grid)
+            torch.testing.assert_close(target.state_dict()[name], expected, rtol=0, atol=0)
     with pytest.raises(UserError, match="init_grid=3×5 has 15 patches and the weights have 16"):
-        load_initial(target, tiny_config(init=path, init_grid="3x5", image_size=size))
+        load_initial(target, tiny_config(**config, init_grid="3x5"))
     save_file(wide.state_dict() | {name: positions[:, :16].contiguous()}, path)
     with pytest.raises(UserError, match="15 patches do not form a square grid.*pass init_grid"):
-        load_initial(target, tiny_config(init=path, image_size=size))
+        load_initial(target, tiny_config(**config))
 
 
 def test_weights_that_are_not_finite_are_refused(tmp_path):
@@ -160,10 +160,8 @@ def test_a_wrong_or_unneeded_grid_is_an_error(source):
 
 def test_the_grid_of_an_autoencoder_follows_from_its_positions(tmp_path):
     sizes = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
-    wide = CRATEMAE(img_size=(16, 64), **sizes)
-    path = _file(tmp_path, wide)
-    square = CRATEMAE(img_size=32, **sizes)
-    table = square.decoder_pos_embed.clone()
+    wide, square = (CRATEMAE(img_size=size, **sizes) for size in ((16, 64), 32))
+    path, table = _file(tmp_path, wide), square.decoder_pos_embed.clone()
     config = tiny_config(init=path, model="crate_mae_tiny_patch16_224")
     assert "positions of this image size" in load_initial(square, config)
     assert torch.equal(square.decoder_pos_embed, table)
@@ -173,13 +171,16 @@ def test_the_grid_of_an_autoencoder_follows_from_its_positions(tmp_path):
     torch.testing.assert_close(encoder.pos_embedding.detach(), expected, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", ["test_convnext", "cait_xxs24_224", "hiera_tiny_224"])
-def test_models_with_other_positions_than_a_vits_load_unchanged(tmp_path, name):
+def test_models_with_other_positions_than_a_vits_load_unchanged(tmp_path):
     """Models without positions, without CLS, and with another layout."""
-    sizes = {} if name.startswith("test") else {"depth": 1} if name.startswith("cait") else {"embed_dim": 8}
-    models = [timm.create_model(name, num_classes=12, **sizes) for _ in range(2)]
-    assert load_initial(models[0], tiny_config(init=(path := _file(tmp_path, models[1])))) == path
-    assert same(dict(models[0].state_dict()), dict(models[1].state_dict()))
+    for name, sizes in (
+        ("test_convnext", {}),
+        ("cait_xxs24_224", {"depth": 1}),
+        ("hiera_tiny_224", {"embed_dim": 8}),
+    ):
+        models = [timm.create_model(name, num_classes=12, **sizes) for _ in range(2)]
+        assert load_initial(models[0], tiny_config(init=(path := _file(tmp_path, models[1])))) == path
+        assert same(dict(models[0].state_dict()), dict(models[1].state_dict()))
 
 
 def test_one_of_several_state_dicts_in_a_file_can_be_named(tmp_path):
