@@ -128,16 +128,7 @@ def test_every_crop_has_the_requested_size(folder):
         assert (image.shape, image.dtype, label) == ((3, 16, 16), torch.uint8, 0)
 
 
-@pytest.mark.parametrize(
-    ("name", "class_name", "train", "val"),
-    [
-        ("cifar10", "CIFAR10", {"train": True}, {"train": False}),
-        ("cifar100", "CIFAR100", {"train": True}, {"train": False}),
-        ("flowers102", "Flowers102", {"split": "train"}, {"split": "test"}),
-        ("pets", "OxfordIIITPet", {"split": "trainval"}, {"split": "test"}),
-    ],
-)
-def test_torchvision_sets_are_opened_by_split_and_downloaded_on_request(name, class_name, train, val, monkeypatch):
+def test_torchvision_sets_are_opened_by_split_and_downloaded_on_request(monkeypatch):
     opened = []
 
     class Opened(list):
@@ -147,14 +138,19 @@ def test_torchvision_sets_are_opened_by_split_and_downloaded_on_request(name, cl
             opened.append((str(root), options))
             super().__init__((Image.new("L", (30, 20), index), index % 2) for index in range(8))
 
-    monkeypatch.setattr(torchvision.datasets, class_name, Opened)
-    for download in (False, True):
-        opened.clear()
-        data = build_splits(config_of("root", name, download=download))
-        assert opened == [("root", {**split, "download": download}) for split in (train, val)]
-        image, label = data.val[0, 3]
-        assert (image.shape, image.dtype, label) == ((3, 16, 16), torch.uint8, 1)
-        assert data.classes == ("a", "b")
+    for name, class_name, argument, *splits in (
+        ("cifar10", "CIFAR10", "train", True, False),
+        ("cifar100", "CIFAR100", "train", True, False),
+        ("flowers102", "Flowers102", "split", "train", "test"),
+        ("pets", "OxfordIIITPet", "split", "trainval", "test"),
+    ):
+        monkeypatch.setattr(torchvision.datasets, class_name, Opened)
+        for download in (False, True):
+            opened.clear()
+            data = build_splits(config_of("root", name, download=download))
+            assert opened == [("root", {argument: split, "download": download}) for split in splits]
+            image, label = data.val[0, 3]
+            assert (image.shape, label, data.classes) == ((3, 16, 16), 1, ("a", "b"))
 
 
 def test_missing_data_is_an_error(folder, tmp_path):
