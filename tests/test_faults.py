@@ -205,26 +205,25 @@ def _poisoning(monkeypatch, steps: set[int]) -> None:
 
 def test_steps_that_are_not_finite_are_skipped_and_counted(tmp_path, monkeypatch, capsys):
     _poisoning(monkeypatch, {2, 3, 7})
-    folder = tmp_path / "run"
     words = [*TINY, "--ema-decay", "0.9", "--checkpoint-every", "1", "--keep-checkpoints", "99"]
-    assert pretrain.main([*words, "--output", str(folder)]) == 0
+    assert pretrain.main([*words, "--output", str(tmp_path)]) == 0
     for name in ("model", "ema"):
-        assert same(weights(folder, 2, name), weights(folder, 4, name))
-    assert not same(weights(folder, 4), weights(folder, 5))
-    assert same(weights(folder, 7), weights(folder, 8))
-    assert json.loads((folder / "summary.json").read_text())["skipped_steps"] == 3
+        assert same(weights(tmp_path, 2, name), weights(tmp_path, 4, name))
+    assert not same(weights(tmp_path, 4), weights(tmp_path, 5))
+    assert same(weights(tmp_path, 7), weights(tmp_path, 8))
+    assert json.loads((tmp_path / "summary.json").read_text())["skipped_steps"] == 3
     assert "was not finite: 3" in capsys.readouterr().out
-    assert "NaN" not in (folder / "metrics.jsonl").read_text()
-    assert [e["skipped_steps"] for e in entries(folder) if e["step"] == 9 and "lr" in e] == [3]
+    assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
+    assert [e["skipped_steps"] for e in entries(tmp_path) if e["step"] == 9 and "lr" in e] == [3]
 
 
 def test_too_many_skipped_steps_in_a_row_stop_the_run_with_a_diagnosis(tmp_path, monkeypatch, refuses):
     _poisoning(monkeypatch, set(range(5, 12)))
-    words = [*TINY, "--output", str(tmp_path / "run"), "--nonfinite-limit", "3", "--checkpoint-every", "1"]
+    words = [*TINY, "--output", str(tmp_path), "--nonfinite-limit", "3", "--checkpoint-every", "1"]
     message = r"3 steps in a row were skipped.*step 7: .*gradient norm nan.*The images are not finite"
     refuses(message, pretrain.main, words)
-    assert checkpoint.newest(tmp_path / "run" / "checkpoints") == 7
-    saved = checkpoint.load(tmp_path / "run" / "checkpoints", 7)
+    assert checkpoint.newest(tmp_path / "checkpoints") == 7
+    saved = checkpoint.load(tmp_path / "checkpoints", 7)
     assert all(tensor.isfinite().all() for tensor in saved.weights.values())
     assert saved.training["trainer"]["nonfinite"]["in_a_row"] == 2
     refuses("3 steps in a row", pretrain.main, [*words, "--resume"])
@@ -253,20 +252,19 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path, monkeypatch, refu
         return result
 
     monkeypatch.setattr(trainer.Trainer, "train_step", poisoning)
-    words = [*TINY, "--output", str(tmp_path / "run"), "--checkpoint-every", "1"]
+    words = [*TINY, "--output", str(tmp_path), "--checkpoint-every", "1"]
     refuses("the weights cls_token are not finite after step 3 and are not saved", pretrain.main, words)
-    assert checkpoint.newest(tmp_path / "run" / "checkpoints") == 2
+    assert checkpoint.newest(tmp_path / "checkpoints") == 2
 
 
 def test_an_fp16_overflow_lowers_the_loss_scale_and_is_no_skipped_step(tmp_path, monkeypatch):
     scaler = torch.amp.GradScaler
     monkeypatch.setattr(torch.amp, "GradScaler", lambda *a, **k: scaler(*a, init_scale=2.0**40, **k))
-    folder = tmp_path / "run"
-    assert pretrain.main([*TINY, "--output", str(folder), "--precision", "fp16"]) == 0
-    last = [entry for entry in entries(folder) if "loss_scale" in entry][-1]
+    assert pretrain.main([*TINY, "--output", str(tmp_path), "--precision", "fp16"]) == 0
+    last = [entry for entry in entries(tmp_path) if "loss_scale" in entry][-1]
     assert last["overflows"] > 10
     assert last["loss_scale"] == 2.0 ** (40 - last["overflows"])
-    assert json.loads((folder / "summary.json").read_text())["skipped_steps"] == 0
+    assert json.loads((tmp_path / "summary.json").read_text())["skipped_steps"] == 0
 
 
 def test_a_checkpoint_of_other_settings_data_or_version_is_refused(whole, tmp_path, refuses):
